@@ -1,0 +1,37 @@
+"""embedft: fine-tune text embedding models for retrieval, and measure what it brought.
+
+from embedft import RetrievalDataset, compare, evaluate, finetune, load_embedder
+
+train_set, held_out = RetrievalDataset.load("pairs.csv").split(0.9, seed=0)
+embedder = load_embedder("sentence-transformers/all-MiniLM-L6-v2")
+before = evaluate(embedder, held_out)
+finetune(embedder, train_set, out="runs/first")
+print(compare(before, evaluate(embedder, held_out)))
+"""
+
+from .data.dataset import RetrievalDataset
+from .encoders.embedder import Embedder
+from .encoders.loading import load_embedder
+from .losses.registry import LOSSES, build_loss
+from .losses.targets import Targets
+from .recipe import FinetuneConfig, finetune
+from .retrieval.evaluate import evaluate, evaluate_run
+from .retrieval.report import Comparison, Report, compare
+from .retrieval.run import Run
+
+__all__ = [
+    "LOSSES",
+    "Comparison",
+    "Embedder",
+    "FinetuneConfig",
+    "Report",
+    "RetrievalDataset",
+    "Run",
+    "Targets",
+    "build_loss",
+    "compare",
+    "evaluate",
+    "evaluate_run",
+    "finetune",
+    "load_embedder",
+]

@@ -1,0 +1,1 @@
+"""Text in, RetrievalDataset and batches out."""

@@ -1,0 +1,271 @@
+"""What retrieval is trained and measured on: queries, documents, and which document answers which query.
+
+Here: the container, which checks itself; its readers and writers; the leak-free split. Deliberately not here: cutting
+documents and writing questions (documents.py, questions.py), tokens and batches (batches.py), mining of negatives.
+
+    dataset = RetrievalDataset.load("pairs.csv", skip_empty=True)
+    train, held_out = dataset.split(0.9, seed=0)
+    held_out.save("held_out.json")
+"""
+
+import hashlib
+import json
+import math
+import reprlib
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from . import formats
+from .formats import FORMATS, WRITABLE, check_distinct, check_grade, check_id, check_text
+
+
+@dataclass(frozen=True, repr=False)
+class RetrievalDataset:
+    """Queries, a corpus and graded judgements; checked when made, and not to be changed afterwards.
+
+    Args:
+        queries: {query id: text}. A query may lack qrels.
+        corpus: {document id: text}. A text may be empty ("") only where the document has a title.
+        qrels: {query id: {document id: grade}}; grade an integer, > 0 relevant, 0 judged not relevant.
+        negatives: {query id: [document id]}, hard negatives; never a document that is relevant to the query.
+        scores: {query id: {document id: score}}, a teacher's; finite.
+        titles: {document id: title}.
+        num_skipped: how much `load(skip_empty=True)` dropped; no part of equality.
+
+    Raises:
+        ValueError: no queries, no corpus, an empty text, a wrong type, an unknown or doubled id.
+    """
+
+    queries: dict[str, str]
+    corpus: dict[str, str]
+    qrels: dict[str, dict[str, int]]
+    negatives: dict[str, list[str]] = field(default_factory=dict)
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    titles: dict[str, str] = field(default_factory=dict)
+    num_skipped: int = field(default=0, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("queries", "corpus", "qrels", "negatives", "scores", "titles"):
+            value = getattr(self, name)
+            if not isinstance(value, dict):
+                raise ValueError(f"{name} must be a dict, found {reprlib.repr(value)}")
+            if not value and name in ("queries", "corpus"):
+                raise ValueError(f"the dataset is empty: no entry in {name}")
+        for query_id, text in self.queries.items():
+            check_text(query_id, "a query id")
+            check_text(text, f"the text of query {query_id!r}")
+        for document_id, text in self.corpus.items():
+            check_text(document_id, "a document id")
+            if text != "" or document_id not in self.titles:
+                check_text(text, f"the text of document {document_id!r}")
+        for document_id, title in self.titles.items():
+            check_id("document", document_id, self.corpus, "titles: ")
+            check_text(title, f"the title of document {document_id!r}")
+        for name, kind in (("qrels", dict), ("negatives", list), ("scores", dict)):
+            for query_id, listed in getattr(self, name).items():
+                check_id("query", query_id, self.queries, f"{name}: ")
+                where = f"{name} of query {query_id!r}"
+                if not isinstance(listed, kind):
+                    raise ValueError(f"{where} must be a {kind.__name__}, found {reprlib.repr(listed)}")
+                for document_id in listed:
+                    check_id("document", document_id, self.corpus, f"{where}: ")
+        for query_id, grades in self.qrels.items():
+            for document_id, grade in grades.items():
+                check_grade(grade, f"qrels of query {query_id!r}: the grade of document {document_id!r}")
+        for query_id, document_ids in self.negatives.items():
+            where = f"negatives of query {query_id!r}"
+            check_distinct(document_ids, f"{where}: document id")
+            for document_id in document_ids:
+                if self.qrels.get(query_id, {}).get(document_id, 0) > 0:
+                    raise ValueError(f"{where}: document id {document_id!r} is a positive of the query too")
+        for query_id, scores in self.scores.items():
+            for document_id, score in scores.items():
+                if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
+                    where = f"scores of query {query_id!r}: the score of document {document_id!r}"
+                    raise ValueError(f"{where} must be a finite number, found {reprlib.repr(score)}")
+
+    def __repr__(self) -> str:
+        num_judgements = sum(map(len, self.qrels.values()))
+        num_negatives = sum(map(len, self.negatives.values()))
+        return (
+            f"RetrievalDataset({len(self.queries):,} queries, {len(self.corpus):,} documents, "
+            f"{num_judgements:,} judgements, {num_negatives:,} negatives)"
+        )
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        format: str | None = None,
+        merge: bool = True,
+        skip_empty: bool = False,
+        split: str | None = None,
+    ) -> "RetrievalDataset":
+        """The dataset in a file or folder; the module's docstring describes the formats.
+
+        Args:
+            path: a file, or the folder of the format "beir".
+            format: one of FORMATS; None: by the suffix (SUFFIXES), a folder is "beir".
+            merge: for rows without ids of their own. True: equal query texts are one query, which may then have
+                several positives, and equal document texts one document; a pair given twice counts once. False: each
+                row has its own query and document.
+            skip_empty: drop the rows (jsonl, csv), or the queries and documents with their qrels (llamaindex, beir),
+                that have a null or blank text, and count them in `num_skipped`, instead of refusing them.
+            split: "beir" only: which qrels; None: "test", or the only split there is.
+
+        Raises:
+            ValueError: anything wrong with the data, naming file, line (where the format has lines) and id.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise ValueError(f"{path}: no such file or folder")
+        format = formats.choose_format(path, format, FORMATS, folder=path.is_dir())
+        if path.is_dir() != (format == "beir"):
+            raise ValueError(f"{path}: not a {format!r} data set; the format 'beir' is a folder, the others are files")
+        if split is not None and format != "beir":
+            raise ValueError(f"{path}: only the format 'beir' has splits, this is {format!r}; found split={split!r}")
+        if format == "llamaindex":
+            fields = formats.read_llamaindex(path, skip_empty)
+        elif format == "beir":
+            fields = formats.read_beir(path, split, skip_empty)
+        else:
+            rows = formats.read_jsonl(path) if format == "jsonl" else formats.read_csv(path)
+            fields = formats.read_pairs(path, rows, merge, skip_empty)
+        try:
+            return cls(**fields)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def save(self, path: str | Path, *, format: str | None = None) -> None:
+        """Writes the dataset so that `load` gives an equal one; each file appears whole or not at all.
+
+        The order of queries and documents is kept, but in "jsonl" that of documents is the one in which rows name them.
+
+        Args:
+            path: the file to make or replace; for "beir" the folder to make, which must be empty if it exists (its
+                qrels are called "test" and are written last).
+            format: one of WRITABLE; None: by the suffix (SUFFIXES), a path without one is "beir".
+
+        Raises:
+            ValueError: before anything is written, when the format cannot hold what is here: negatives, scores,
+                titles (see WRITABLE); grades other than 1 (llamaindex); queries without qrels (beir, jsonl); ids with
+                tabs, quotes or line breaks (beir); documents that no query names (jsonl).
+        """
+        path = Path(path)
+        format = formats.choose_format(path, format, tuple(WRITABLE), folder=not path.suffix)
+        refusal = f"{path}: the format {format!r} cannot hold"
+        for name in ("negatives", "scores", "titles"):
+            if getattr(self, name) and name not in WRITABLE[format]:
+                able = [other for other, fields in WRITABLE.items() if name in fields]
+                raise ValueError(f"{refusal} {name} ({', '.join(able) or 'no format'} can)")
+        for query_id in self.queries:
+            if format != "llamaindex" and not self.qrels.get(query_id):
+                raise ValueError(f"{refusal} query {query_id!r}, which has no qrels")
+        if format != "beir" and path.is_dir():
+            raise ValueError(f"{path}: is a folder, the format {format!r} is a file")
+        formats.WRITERS[format](self, path, refusal)
+
+    def split(self, share: float, *, seed: int) -> tuple["RetrievalDataset", "RetrievalDataset"]:
+        """Two datasets without a common query or document, the first with about `share` of the queries.
+
+        Queries and documents hang together where a grade > 0 links them or where their texts are equal (a document's
+        with its title; so `merge=False` leaks nothing). Connected components are dealt whole, in random order, each
+        to the first part where that brings it nearer to `share`. Documents that no grade > 0 reaches go with the
+        first query that names them (grade 0, negatives, scores); the rest are dealt by the same share. A grade 0,
+        negative or score of a document on the other side is dropped. Order is kept within each part.
+
+        Args:
+            share: strictly between 0 and 1.
+            seed: of the NumPy generator that shuffles.
+
+        Raises:
+            ValueError: `share` out of range, or a part would have no query or no document.
+        """
+        if not 0 < share < 1:
+            raise ValueError(f"share must lie strictly between 0 and 1, found {share!r}")
+        generator = np.random.default_rng(seed)
+        query_components, document_components = self._connected_components()
+        sizes = Counter(query_components.values())
+        in_first: dict[int, bool] = {}
+        num_first = 0
+        for component in generator.permutation(list(sizes)).tolist():
+            in_first[component] = num_first + sizes[component] / 2 <= share * len(self.queries)
+            num_first += sizes[component] * in_first[component]
+        if num_first in (0, len(self.queries)):
+            part = "second" if num_first else "first"
+            found = f"{len(self.queries):,} queries in {len(sizes):,} connected components"
+            raise ValueError(f"a share of {share} leaves the {part} part without a query: {found}")
+        for named in (self.qrels, self.negatives, self.scores):
+            for query_id, document_ids in named.items():
+                for document_id in document_ids:
+                    in_first.setdefault(document_components[document_id], in_first[query_components[query_id]])
+        loose = list(dict.fromkeys(c for c in document_components.values() if c not in in_first))
+        for place, component in enumerate(generator.permutation(loose).tolist()):
+            in_first[component] = place < round(share * len(loose))
+
+        def take(first: bool) -> RetrievalDataset:
+            queries = {i: text for i, text in self.queries.items() if in_first[query_components[i]] == first}
+            corpus = {i: text for i, text in self.corpus.items() if in_first[document_components[i]] == first}
+
+            def keep(named: dict[str, dict]) -> dict[str, dict]:
+                return {q: {d: x for d, x in by.items() if d in corpus} for q, by in named.items() if q in queries}
+
+            negatives = {q: [d for d in ids if d in corpus] for q, ids in self.negatives.items() if q in queries}
+            titles = {d: title for d, title in self.titles.items() if d in corpus}
+            return RetrievalDataset(queries, corpus, keep(self.qrels), negatives, keep(self.scores), titles)
+
+        return take(True), take(False)
+
+    def _connected_components(self) -> tuple[dict[str, int], dict[str, int]]:
+        """{query id: component} and {document id: component} for `split`, by union-find."""
+        nodes: dict[tuple[str, str], int] = {}  # equal texts are one node
+        query_nodes = {i: nodes.setdefault(("query", text), len(nodes)) for i, text in self.queries.items()}
+        document_nodes = {
+            i: nodes.setdefault(("document", text), len(nodes))
+            for i, text in zip(self.corpus, self.document_texts(), strict=True)
+        }
+        parents = list(range(len(nodes)))
+
+        def find(node: int) -> int:
+            while parents[node] != node:
+                parents[node] = parents[parents[node]]
+                node = parents[node]
+            return node
+
+        for query_id, grades in self.qrels.items():
+            for document_id, grade in grades.items():
+                if grade > 0:
+                    parents[find(document_nodes[document_id])] = find(query_nodes[query_id])
+        return (
+            {i: find(node) for i, node in query_nodes.items()},
+            {i: find(node) for i, node in document_nodes.items()},
+        )
+
+    def sha256(self) -> str:
+        """A hash of everything the dataset holds, order included: 64 hexadecimal digits."""
+        digest = hashlib.sha256()
+        for name in ("queries", "corpus", "qrels", "negatives", "scores", "titles"):
+            for item in (name, *getattr(self, name).items()):
+                digest.update(json.dumps(item).encode())
+        return digest.hexdigest()
+
+    def qrels_by_row(self) -> dict[int, dict[int, int]]:
+        """{query row: {document row: grade}}: `qrels`, with places in `queries` and `corpus` for ids."""
+        query_rows = {query_id: row for row, query_id in enumerate(self.queries)}
+        document_rows = {document_id: row for row, document_id in enumerate(self.corpus)}
+        return {
+            query_rows[query_id]: {document_rows[document_id]: grade for document_id, grade in grades.items()}
+            for query_id, grades in self.qrels.items()
+        }
+
+    def document_texts(self) -> list[str]:
+        """The texts to embed, in the order of `corpus`: title, a space and text where there is a title.
+
+        Source: beir/retrieval/models/sentence_bert.py, `encode_corpus`. It strips the result; here a title without
+        text stands alone and nothing else is stripped.
+        """
+        return [" ".join(filter(None, (self.titles.get(i), text))) for i, text in self.corpus.items()]

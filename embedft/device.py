@@ -1,0 +1,123 @@
+"""What each device can do. Nothing else in embedft asks a device what it is.
+
+Not here: moving tensors, and precision under autocast (training/train.py).
+
+    device = default_device()
+    synchronize(device)
+"""
+
+import contextlib
+import platform
+import resource
+import sys
+from collections.abc import Iterator
+
+import torch
+
+
+def default_device() -> torch.device:
+    """CUDA when there is one, else MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def has_packed_attention(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `torch.nn.attention.varlen` runs here: CUDA (Ampere or newer), half precision, no dropout."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def has_onednn_linear(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether float32 matrix products on the CPU can go to oneDNN instead of the BLAS that torch was built with.
+
+    MKL, the BLAS of torch's x86 wheels, leaves AVX-512 unused on AMD: 186 GFLOP/s where oneDNN reaches 370 for a
+    [5400, 384] x [384, 1536] product (two cores of an EPYC of family 26, torch 2.13.0, 2026-11-21).
+    """
+    return (
+        device.type == "cpu"
+        and dtype is torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkldnn.enabled
+        and _ONEDNN_LINEAR
+    )
+
+
+# The operator behind torch.compile's own CPU linear layers; private, so its absence must be harmless.
+_ONEDNN_LINEAR = (
+    platform.machine() in ("x86_64", "AMD64")
+    and torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+)
+
+
+def batch_tokens(device: torch.device) -> int:
+    """Tokens in one forward pass of inference. On the CPU the activations of a layer should stay in the cache."""
+    return 4_096 if device.type == "cpu" else 65_536
+
+
+def length_slack(device: torch.device) -> float:
+    """How much shorter than its longest a sequence of an attention group may be, as a share.
+
+    Padding inside attention buys fewer kernel launches; the CPU has none to save, so its groups are of equal length.
+    """
+    return 0.0 if device.type == "cpu" else 0.125
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until everything queued on `device` is done, so that a clock can be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seeds torch's generators (CPU and `device`) for the block and gives the caller's state back after it."""
+    kind = device.type if device.type != "cpu" else None
+    with torch.random.fork_rng(devices=[device] if kind == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The state of torch's generators that dropout draws from: the CPU's and `device`'s."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Restores what `random_state` gave."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    elif device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory used so far: allocated on a CUDA device, else the resident set of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def describe(device: torch.device) -> str:
+    """A line about the machine: device name, and for the CPU its threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+            name = names[0] if names else name
+    return f"{name}, {torch.get_num_threads()} threads" + (", MPS" if device.type == "mps" else "")

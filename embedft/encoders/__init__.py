@@ -1,0 +1,1 @@
+"""Texts in, vectors out: one hand-written file per encoder family."""

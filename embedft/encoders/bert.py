@@ -1,0 +1,162 @@
+"""BERT (Devlin et al. 2019): token, position and segment embeddings, then post-norm transformer layers.
+
+The encoder alone: no pooler, no heads. What a checkpoint holds beyond that is carried along by loading.py (`CARRIED`
+says what may be there). Dropout works in the hidden layers as the config says; on the attention weights it is 0 unless
+asked for, because with it torch's CPU kernel, and every packed CUDA kernel, gives way to one that builds all of them.
+
+    config = BertConfig.from_dict(json.load(open("config.json")))
+    hidden_TD = Bert(config)(packed)
+
+Shapes: T tokens, D hidden features, F feed-forward features, H heads, K = D / H.
+"""
+
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, fields
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .linear import Linear
+from .packing import Packed, Sequences, attention
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+# Ours -> the checkpoint's; several stand for one matrix whose rows they make up, in this order.
+KEYS = {
+    "embeddings.token.weight": ("embeddings.word_embeddings.weight",),
+    "embeddings.position.weight": ("embeddings.position_embeddings.weight",),
+    "embeddings.token_type.weight": ("embeddings.token_type_embeddings.weight",),
+    "embeddings.norm.weight": ("embeddings.LayerNorm.weight",),
+    "embeddings.norm.bias": ("embeddings.LayerNorm.bias",),
+}
+LAYER_KEYS = {
+    "qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
+    "attention_out": ("attention.output.dense",),
+    "attention_norm": ("attention.output.LayerNorm",),
+    "feed_forward_in": ("intermediate.dense",),
+    "feed_forward_out": ("output.dense",),
+    "feed_forward_norm": ("output.LayerNorm",),
+}
+# In checkpoints of the family, but not in the encoder: kept, and written back.
+CARRIED = ("pooler.", "embeddings.position_ids", "cls.")
+# Names of older checkpoints, and of those saved from a model with a head on top.
+PREFIX = "bert."
+RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """The fields of config.json that the encoder needs; `from_dict` takes the file's content."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    max_position_embeddings: int
+    type_vocab_size: int = 2
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+    hidden_dropout_prob: float = 0.1
+    position_embedding_type: str = "absolute"
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} does not divide by {self.num_attention_heads} heads")
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act is {self.hidden_act!r}, expected one of {', '.join(ACTIVATIONS)}")
+        if self.position_embedding_type != "absolute":
+            raise ValueError(f"position_embedding_type is {self.position_embedding_type!r}, expected 'absolute'")
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> "BertConfig":
+        """Raises `ValueError` naming the field that is missing, of the wrong type or out of range."""
+        values = {}
+        for field in fields(cls):
+            if field.name in config:
+                wanted = (int, float) if field.type is float else field.type
+                if not isinstance(config[field.name], wanted) or isinstance(config[field.name], bool):
+                    raise ValueError(f"{field.name} is {config[field.name]!r}, expected {field.type.__name__}")
+                values[field.name] = config[field.name]
+            elif field.default is MISSING:
+                raise ValueError(f"{field.name} is missing")
+        return cls(**values)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that a sequence may have."""
+        return self.max_position_embeddings
+
+
+class Embeddings(nn.Module):
+    """LayerNorm(token + position + segment), then dropout."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.token = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, packed: Packed) -> Tensor:
+        token_types = self.token_type.weight[0] if packed.token_types is None else self.token_type(packed.token_types)
+        return self.dropout(self.norm(self.token(packed.input_ids) + token_types + self.position(packed.positions)))
+
+
+class Layer(nn.Module):
+    """x = LayerNorm(x + Attention(x)); x = LayerNorm(x + W2 act(W1 x))."""
+
+    def __init__(self, config: BertConfig, attention_dropout: float):
+        super().__init__()
+        D, F_ = config.hidden_size, config.intermediate_size
+        self.num_heads, self.attention_dropout = config.num_attention_heads, attention_dropout
+        self.qkv = Linear(D, 3 * D)
+        self.attention_out = Linear(D, D)
+        self.attention_norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
+        self.feed_forward_in = Linear(D, F_)
+        self.feed_forward_out = Linear(F_, D)
+        self.feed_forward_norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
+        self.activation = ACTIVATIONS[config.hidden_act]
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x_TD: Tensor, sequences: Sequences) -> Tensor:
+        qkv_T3HK = self.qkv(x_TD).view(len(x_TD), 3, self.num_heads, -1)
+        attended_TD = attention(qkv_T3HK, sequences, dropout=self.attention_dropout if self.training else 0.0)
+        x_TD = self.attention_norm(x_TD + self.dropout(self.attention_out(attended_TD)))
+        activated_TF = self.activation(self.feed_forward_in(x_TD))
+        return self.feed_forward_norm(x_TD + self.dropout(self.feed_forward_out(activated_TF)))
+
+
+class Bert(nn.Module):
+    """Packed tokens -> hidden states [T, D]."""
+
+    def __init__(self, config: BertConfig, *, attention_dropout: float = 0.0):
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList(Layer(config, attention_dropout) for _ in range(config.num_hidden_layers))
+
+    def forward(self, packed: Packed) -> Tensor:
+        sequences = Sequences(packed)
+        x_TD = self.embeddings(packed)
+        for layer in self.layers:
+            x_TD = layer(x_TD, sequences)
+        return x_TD
+
+
+def key_map(config: BertConfig) -> dict[str, tuple[str, ...]]:
+    """Every parameter of `Bert` -> the checkpoint's tensors that make it up, stacked along the first dimension."""
+    keys = dict(KEYS)
+    for i in range(config.num_hidden_layers):
+        for ours, theirs in LAYER_KEYS.items():
+            for kind in ("weight", "bias"):
+                keys[f"layers.{i}.{ours}.{kind}"] = tuple(f"encoder.layer.{i}.{name}.{kind}" for name in theirs)
+    return keys

@@ -1,0 +1,192 @@
+"""Packed tokens, and attention over them: the sequences of a batch end to end, with no padding between.
+
+Linear layers, norms and embeddings work on one [T, D] matrix and never see a padding token. Only attention needs to
+know where a sequence ends; `Sequences` tells it, in the way that the device's kernel wants.
+
+Not here: where texts are cut (tokenization.py) and how they become one vector (pooling.py).
+
+    packed = pack([[101, 7592, 102], [101, 102]])
+    packed.cu_seqlens       # tensor([0, 3, 5])
+
+Shapes: T tokens of the batch, B sequences, H heads, K width of a head; N sequences of a group, L their length.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from itertools import accumulate, chain
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import device as devices
+
+
+class Packed(NamedTuple):
+    """T tokens of B sequences."""
+
+    input_ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64, from 0 in each sequence
+    cu_seqlens: Tensor  # [B + 1] int32: sequence b is tokens cu_seqlens[b] to cu_seqlens[b + 1]
+    max_seqlen: int
+    token_types: Tensor | None = None  # [T] int64, pairs only; None: all 0
+    prompt_lengths: Tensor | None = None  # [B] int64, when pooling leaves the prompt out
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    def lengths(self) -> Tensor:
+        """Tokens of each sequence, [B] int64."""
+        return self.cu_seqlens.diff().long()
+
+    def to(self, device: torch.device | str) -> "Packed":
+        """The same on another device."""
+        return Packed(*(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in self))
+
+
+def pack(sequences: Sequence[Sequence[int]], *, prompt_length: int | None = None) -> Packed:
+    """Lays token ids end to end.
+
+    Args:
+        sequences: token ids of each sequence, at least one token each.
+        prompt_length: leading tokens of every sequence that pooling is to leave out; None: none.
+    """
+    lengths = [len(sequence) for sequence in sequences]
+    if 0 in lengths:
+        raise ValueError(f"sequence {lengths.index(0)} of {len(lengths)} has no token")
+    cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int64)
+    starts_T = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
+    return Packed(
+        input_ids=torch.tensor(list(chain.from_iterable(sequences)), dtype=torch.int64),
+        positions=torch.arange(len(starts_T)) - starts_T,
+        cu_seqlens=cu_seqlens.to(torch.int32),
+        max_seqlen=max(lengths, default=0),
+        prompt_lengths=None if prompt_length is None else torch.full((len(lengths),), prompt_length),
+    )
+
+
+def concatenate(first: Packed, second: Packed) -> Packed:
+    """The sequences of `first`, then those of `second`, as one batch."""
+
+    def both(name: str, absent: Callable[[Packed], Tensor]) -> Tensor | None:
+        """An optional tensor of the two; where only one has it, `absent` stands for the other's."""
+        parts = [getattr(packed, name) for packed in (first, second)]
+        if parts == [None, None]:
+            return None
+        return torch.cat([absent(p) if x is None else x for p, x in zip((first, second), parts, strict=True)])
+
+    return Packed(
+        input_ids=torch.cat([first.input_ids, second.input_ids]),
+        positions=torch.cat([first.positions, second.positions]),
+        cu_seqlens=torch.cat([first.cu_seqlens, second.cu_seqlens[1:] + first.cu_seqlens[-1]]),
+        max_seqlen=max(first.max_seqlen, second.max_seqlen),
+        token_types=both("token_types", lambda packed: torch.zeros_like(packed.input_ids)),
+        prompt_lengths=both("prompt_lengths", lambda packed: torch.zeros_like(packed.lengths())),
+    )
+
+
+def sort_by_length(packed: Packed) -> tuple[Packed, Tensor]:
+    """The sequences in order of length, longest first, and for each sequence its place in that order ([B] int64)."""
+    lengths = packed.lengths()
+    order = lengths.argsort(descending=True, stable=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    starts = packed.cu_seqlens[:-1].long()
+    cu_seqlens = F.pad(lengths[order].cumsum(0), (1, 0))
+    # Token t of the sorted batch: its sequence's old start, plus how far it is behind its new one.
+    tokens = torch.arange(len(packed.input_ids), device=order.device)
+    tokens += (starts[order] - cu_seqlens[:-1]).repeat_interleave(lengths[order])
+    sorted_packed = Packed(
+        packed.input_ids[tokens],
+        packed.positions[tokens],
+        cu_seqlens.to(torch.int32),
+        packed.max_seqlen,
+        None if packed.token_types is None else packed.token_types[tokens],
+        None if packed.prompt_lengths is None else packed.prompt_lengths[order],
+    )
+    return sorted_packed, place
+
+
+class Group(NamedTuple):
+    """N neighbouring sequences that attend in one call, each to itself."""
+
+    num_tokens: int
+    num_sequences: int
+    length: int  # L: tokens of the longest
+    rows: Tensor | None  # [N * L] int64, the group's token for each padded place; None: all have length L
+    mask: Tensor | None  # [N, 1, 1, L] bool, True where there is a token
+
+
+def group_sequences(lengths: Sequence[int], slack: float, device: torch.device) -> list[Group]:
+    """Cuts neighbouring sequences into groups whose shortest has at least (1 - slack) times the longest's tokens.
+
+    Sorted input gives the fewest groups; any order is right. With slack 0 a group has one length and no padding.
+    """
+    groups, first = [], 0
+    while first < len(lengths):
+        last, shortest, longest = first, lengths[first], lengths[first]
+        while last < len(lengths):
+            shortest, longest = min(shortest, lengths[last]), max(longest, lengths[last])
+            if shortest < (1 - slack) * longest:
+                break
+            last += 1
+        members = torch.tensor(lengths[first:last])
+        num_tokens, length = int(members.sum()), int(members.max())
+        rows = mask = None
+        if num_tokens < len(members) * length:
+            mask_NL = torch.arange(length) < members[:, None]
+            # Padded places read the group's first token; the mask keeps it from being attended to.
+            rows = torch.zeros(mask_NL.shape, dtype=torch.int64)
+            rows[mask_NL] = torch.arange(num_tokens)
+            rows, mask = rows.flatten().to(device), mask_NL[:, None, None].to(device)
+        groups.append(Group(num_tokens, len(members), length, rows, mask))
+        first = last
+    return groups
+
+
+class Sequences:
+    """Where the sequences of a packed batch begin and end; made once a forward pass, handed to every layer."""
+
+    def __init__(self, packed: Packed, *, slack: float | None = None):
+        self.cu_seqlens, self.max_seqlen = packed.cu_seqlens, packed.max_seqlen
+        self.device = packed.cu_seqlens.device
+        self.slack = devices.length_slack(self.device) if slack is None else slack
+
+    @functools.cached_property
+    def groups(self) -> list[Group]:
+        return group_sequences(self.cu_seqlens.diff().tolist(), self.slack, self.device)
+
+
+def attention(qkv_T3HK: Tensor, sequences: Sequences, *, dropout: float = 0.0) -> Tensor:
+    """softmax(Q K^T / sqrt(K)) V within each sequence -> [T, H * K].
+
+    CUDA in half precision without dropout takes the packed kernel; everything else takes
+    `scaled_dot_product_attention`, one call for each group of neighbouring sequences of like length.
+
+    Args:
+        qkv_T3HK: queries, keys and values, [T, 3, H, K].
+        sequences: of the same batch.
+        dropout: probability on the attention weights. On the CPU anything above 0 leaves torch's fused kernel and
+            builds the whole [N, H, L, L] matrix.
+    """
+    T, _, H, K = qkv_T3HK.shape
+    if dropout == 0 and devices.has_packed_attention(qkv_T3HK.device, qkv_T3HK.dtype):
+        from torch.nn.attention.varlen import varlen_attn
+
+        q_THK, k_THK, v_THK = qkv_T3HK.unbind(1)
+        cu_seqlens, longest = sequences.cu_seqlens, sequences.max_seqlen
+        return varlen_attn(q_THK, k_THK, v_THK, cu_seqlens, cu_seqlens, longest, longest).reshape(T, H * K)
+    outputs = []
+    # One split, not a slice a group: each slice's backward would fill a gradient of all T tokens.
+    sizes = [group.num_tokens for group in sequences.groups]
+    for group, tokens in zip(sequences.groups, qkv_T3HK.split(sizes), strict=True):
+        if group.rows is not None:
+            tokens = tokens[group.rows]
+        q, k, v = tokens.view(group.num_sequences, group.length, 3, H, K).permute(2, 0, 3, 1, 4)  # each [N, H, L, K]
+        out_NHLK = F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask, dropout_p=dropout)
+        out_NLHK = out_NHLK.transpose(1, 2)
+        out = out_NLHK.reshape(-1, H * K) if group.mask is None else out_NLHK[group.mask[:, 0, 0]].flatten(1)
+        outputs.append(out)
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]

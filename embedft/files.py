@@ -1,0 +1,125 @@
+"""Files that are whole or not there: atomic writes, JSON and JSONL with errors that name the line, hashes.
+
+A reader never sees half a file: everything is written beside its place and renamed into it. Appending is for logs
+only, one JSON object a line.
+
+    with atomic_write("metrics.json") as file:
+        file.write("{}")
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+HASH_BLOCK_BYTES = 1 << 20
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
+    """Opens a temporary file beside `path` and renames it to `path` when the block ends; on an error nothing changes.
+
+    Args:
+        path: the file to make or replace; its folder is made when missing.
+        mode: "w" (UTF-8 text, newlines as given) or "wb".
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    try:
+        with open(temporary, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes `value` as indented UTF-8 JSON, atomically. NaN and infinity are refused (`ValueError`)."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    with atomic_write(path) as file:
+        file.write(text + "\n")
+
+
+def read_lines(path: str | Path) -> Iterator[str]:
+    """Yields the lines of a UTF-8 file with their ends; only a line feed ends a line, a byte order mark is dropped.
+
+    Memory does not grow with the file. Raises `ValueError` naming the line of a bad byte.
+    """
+    with open(path, "rb") as file:
+        for number, raw in enumerate(file, start=1):
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                # error.object: what the codec saw, which is `raw` without the byte order mark.
+                byte = error.object[error.start]
+                raise ValueError(f"{path} line {number}: invalid UTF-8 (byte {byte:#04x})") from None
+            yield line
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file (a byte order mark is dropped). Raises `ValueError` naming the line of a bad byte."""
+    return "".join(read_lines(path))
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as a dict; a key that stands twice is refused, where `json` would silently keep the last."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"key {counts.most_common(1)[0][0]!r} stands twice in one object")
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def _parse_json(text: str, path: str | Path, line: int | None = None) -> Any:
+    """The value of a JSON text: a whole file, or its line `line`."""
+    try:
+        return _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        where = f"{path} line {error.lineno if line is None else line} column {error.colno}"
+        raise ValueError(f"{where}: invalid JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:  # a doubled key, a number beyond Python's limit, too deep a nesting
+        where = f"{path}" if line is None else f"{path} line {line}"
+        raise ValueError(f"{where}: invalid JSON ({error})") from None
+
+
+def read_json(path: str | Path) -> Any:
+    """The value in a JSON file. Raises `ValueError` that names the file and, as far as known, line and column."""
+    return _parse_json(read_text(path), path)
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, Any]]:
+    """Yields (line number from 1, value) of a JSON-lines file; blank lines are passed over.
+
+    Reads line by line, so memory does not grow with the file. Raises `ValueError` that names file and line.
+    """
+    for number, line in enumerate(read_lines(path), start=1):
+        if line.strip():
+            yield number, _parse_json(line.rstrip("\r\n"), path, number)
+
+
+def append_jsonl(path: str | Path, record: dict) -> None:
+    """Appends one JSON object as a line. One write call, so a killed process leaves at most its last line short."""
+    line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+    with open(path, "ab") as file:
+        file.write(line.encode("utf-8"))
+
+
+def sha256_file(path: str | Path) -> str:
+    """The SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Losses: pure functions of (Q, D, Targets)."""

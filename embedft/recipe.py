@@ -1,0 +1,95 @@
+"""Fine-tuning from start to end: training and retrieval put together.
+
+`training` knows nothing of retrieval and retrieval nothing of training; here one is handed to the other.
+
+    finetune(embedder, train_set, FinetuneConfig(epochs=2, batch_size=64), validation=held_out, out="runs/first")
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .config import setting, to_dict
+from .data.batches import Batches
+from .data.dataset import RetrievalDataset
+from .encoders.embedder import Embedder
+from .losses.registry import build_loss
+from .retrieval.evaluate import evaluate
+from .retrieval.report import Report
+from .training import runs
+from .training.train import TrainConfig, train
+
+VALIDATION, VALIDATION_BASE = "validation", "validation-base"
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(TrainConfig):
+    """How to fine-tune: the settings of `TrainConfig`, and what a batch and a loss are."""
+
+    batch_size: int = setting(32, "training pairs of a step")
+    num_negatives: int = setting(0, "hard negatives of each query, taken from the dataset")
+    max_length: int | None = setting(None, "tokens a text is cut to; null: as the model's folder says")
+    loss: dict[str, Any] = setting({"name": "in_batch_negatives"}, "name and options of the loss")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}, expected at least 1")
+        if self.num_negatives < 0:
+            raise ValueError(f"num_negatives is {self.num_negatives}, expected at least 0")
+        build_loss(self.loss)
+
+
+def finetune(
+    embedder: Embedder,
+    dataset: RetrievalDataset,
+    config: FinetuneConfig | None = None,
+    *,
+    validation: RetrievalDataset | None = None,
+    out: str | Path | None = None,
+    existing: str = "refuse",
+) -> Embedder:
+    """Fine-tunes `embedder` on the pairs of `dataset`; gives the same object back, with its best weights.
+
+    Everything that can be found wrong without training is found before it.
+
+    Args:
+        validation: held-out questions by which the best weights are chosen (`config.select`); None: the last weights.
+        out: run folder, see training/runs.py; `out/model` gets the model, `out/eval` the reports on `validation`
+            before and after. None: nothing is written.
+        existing: what to do about a run in `out`: "refuse", "overwrite", or "resume" from its last checkpoint.
+
+    Raises:
+        ValueError: on any of the inputs; `NonFiniteError` when training diverges.
+    """
+    config = config or FinetuneConfig()
+    out = None if out is None else Path(out)
+    if out is not None:
+        runs.check_run(out, existing)
+    batches = Batches(
+        dataset, embedder.pack, batch_size=config.batch_size, seed=config.seed, num_negatives=config.num_negatives
+    )
+    if config.max_length is not None:
+        embedder.max_length = config.max_length
+    if out is not None:
+        data = {"train": dataset.sha256()} | ({} if validation is None else {"validation": validation.sha256()})
+        runs.open_run(out, to_dict(config), data=data, device=embedder.device, existing=existing)
+    cutoff = int(config.select.rpartition("@")[2]) if config.select.rpartition("@")[2].isdigit() else 10
+
+    def measure(embedder: Embedder) -> Report:
+        return evaluate(embedder, validation, ks=sorted({1, 3, 5, 10, cutoff}), depth=max(100, cutoff))
+
+    def validate(embedder: Embedder) -> dict[str, float]:
+        report = measure(embedder)
+        # The first validation of a run is of the base.
+        if out is not None and not (out / runs.EVAL / VALIDATION_BASE).exists():
+            report.save(out / runs.EVAL / VALIDATION_BASE)
+        return report.metrics
+
+    train(embedder, batches, build_loss(config.loss), config, out=out, evaluate=validate if validation else None)
+    if out is not None:
+        embedder.save(out / runs.MODEL)
+        if validation is not None:
+            measure(embedder).save(out / runs.EVAL / VALIDATION)
+        runs.close_run(out)
+    return embedder

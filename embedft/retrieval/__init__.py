@@ -1,0 +1,1 @@
+"""Search, metrics, statistics: from embeddings to a comparison."""

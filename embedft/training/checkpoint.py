@@ -1,0 +1,98 @@
+"""Training state on disk, complete enough that a resumed run ends with the same bits as an uninterrupted one.
+
+A checkpoint is a folder of safetensors and JSON, written beside its place and renamed into it; the one before goes
+only when the new one is whole. Nothing is pickled.
+
+    save_checkpoint(out / "checkpoints", embedder, optimizer, state, best_weights)
+    load_checkpoint(out / "checkpoints", embedder, optimizer)
+"""
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from .. import device as devices
+from ..files import read_json, write_json
+
+
+@dataclasses.dataclass
+class TrainState:
+    """Where training stands.
+
+    Attributes:
+        step: steps done; epoch and batch follow from it.
+        evaluations: (step, {metric: value}) of every validation so far.
+        best_step: the step whose weights did best on the selected metric, 0 = the base; None without validation.
+    """
+
+    step: int = 0
+    evaluations: list[tuple[int, dict[str, float]]] = dataclasses.field(default_factory=list)
+    best_step: int | None = None
+
+
+def save_checkpoint(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    best_weights: dict[str, Tensor] | None,
+    device: torch.device,
+) -> None:
+    """Writes folder/step-000400 and then removes older ones."""
+    path = folder / f"step-{state.step:06d}"
+    temporary = folder / f".{path.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file(model.state_dict(), temporary / "model.safetensors")
+    save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+    save_file(devices.random_state(device), temporary / "random.safetensors")
+    if best_weights is not None:
+        save_file(best_weights, temporary / "best.safetensors")
+    write_json(temporary / "state.json", dataclasses.asdict(state))
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(temporary, path)
+    for older in _checkpoints(folder)[:-1]:
+        shutil.rmtree(older)
+
+
+def load_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+) -> tuple[TrainState, dict[str, Tensor] | None] | None:
+    """Restores the newest checkpoint into model, optimizer and torch's generators. None when there is none.
+
+    Returns the state, and the best weights so far (None without validation).
+    """
+    found = _checkpoints(folder)
+    if not found:
+        return None
+    path = found[-1]
+    model.load_state_dict(load_file(path / "model.safetensors"))
+    stored = load_file(path / "optimizer.safetensors")
+    for name, parameter in model.named_parameters():
+        keys = [key for key in stored if key.partition("/")[2] == name]
+        if keys:
+            # The fused kernel wants its step counter on the parameter's device.
+            optimizer.state[parameter] = {key.partition("/")[0]: stored[key].to(parameter.device) for key in keys}
+    devices.set_random_state(load_file(path / "random.safetensors"), device)
+    state = TrainState(**read_json(path / "state.json"))
+    state.evaluations = [(step, metrics) for step, metrics in state.evaluations]
+    best = path / "best.safetensors"
+    return state, load_file(best) if best.is_file() else None
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """{"exp_avg/<parameter>": tensor, ...}."""
+    return {
+        f"{key}/{name}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.partition("-")[2]))

@@ -1,0 +1,138 @@
+"""A run's folder on disk: what was asked, where it ran, what happened.
+
+runs/<experiment>/<name>-s<seed>/
+  config.json        every setting, defaults included
+  environment.json   commit, arguments, versions, device, SHA-256 of the data
+  diff.patch         what the working tree had beyond the commit, when it had
+  train.jsonl        one line a step, one a validation
+  checkpoints/       the last one; gone when the run is done
+  model/             the fine-tuned model, in the sentence-transformers layout
+  eval/<dataset>/    metrics.json, per_query.jsonl, run.trec
+  DONE               written last
+
+open_run(out, config, data={"train": dataset.sha256()}, device=embedder.device)
+"""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import device as devices
+from ..files import atomic_write, read_json, write_json
+
+CONFIG, ENVIRONMENT, DIFF, LOG = "config.json", "environment.json", "diff.patch", "train.jsonl"
+CHECKPOINTS, MODEL, EVAL, DONE = "checkpoints", "model", "eval", "DONE"
+PACKAGES = ("embedft", "torch", "numpy", "faiss-cpu", "tokenizers", "safetensors")
+EXISTING = ("refuse", "overwrite", "resume")
+
+
+def check_run(out: Path, existing: str = "refuse") -> None:
+    """Whether a run may be written to `out`: raises `ValueError` if not. Changes nothing; call it before any work.
+
+    Args:
+        existing: what to do about a run that is already there: "refuse" it, "overwrite" it, or "resume" it.
+    """
+    if existing not in EXISTING:
+        raise ValueError(f"existing is {existing!r}, expected one of {', '.join(EXISTING)}")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: a file, expected a folder or nothing")
+    parent = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"{out}: cannot be written to ({error.strerror}: {parent})") from None
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if existing == "refuse":
+        raise ValueError(f"{out}: not empty; choose another folder, or overwrite or resume the run that is there")
+    if not (out / CONFIG).is_file():
+        raise ValueError(f"{out}: holds files, but no run ({CONFIG} is missing), so it is left alone")
+    if existing == "resume" and (out / DONE).exists():
+        raise ValueError(f"{out}: this run is done, there is nothing to resume")
+
+
+def open_run(
+    out: Path, config: dict[str, Any], *, data: dict[str, str], device: torch.device, existing: str = "refuse"
+) -> None:
+    """Makes the folder with its configuration and environment; under "resume" checks that they are the same.
+
+    Args:
+        config: every setting, as JSON can hold it.
+        data: {name: SHA-256} of the data sets.
+    """
+    check_run(out, existing)
+    if existing == "resume" and (out / CONFIG).is_file():
+        before, found = read_json(out / CONFIG), read_json(out / ENVIRONMENT)["data_sha256"]
+        changed = [key for key in {**before, **config} if before.get(key) != config.get(key)]
+        if changed:
+            key = changed[0]
+            raise ValueError(f"{out}: cannot resume, {key} was {before.get(key)!r} and is {config.get(key)!r}")
+        if found != data:
+            raise ValueError(f"{out}: cannot resume, the data changed since the run began")
+        return
+    for name in (DONE, CONFIG, ENVIRONMENT, DIFF, LOG):
+        (out / name).unlink(missing_ok=True)
+    for name in (CHECKPOINTS, MODEL, EVAL):
+        shutil.rmtree(out / name, ignore_errors=True)
+    commit, diff = _git_state()
+    write_json(out / ENVIRONMENT, environment(device) | {"commit": commit, "dirty": bool(diff), "data_sha256": data})
+    if diff:
+        with atomic_write(out / DIFF) as file:
+            file.write(diff)
+    # Last, because it is what makes the folder a run.
+    write_json(out / CONFIG, config)
+
+
+def close_run(out: Path) -> None:
+    """Marks the run as done and drops its checkpoints."""
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+    with atomic_write(out / DONE) as file:
+        file.write(datetime.now(timezone.utc).isoformat(timespec="seconds") + "\n")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a figure depends on besides code and data."""
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "arguments": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": devices.describe(device),
+        "attention": "packed kernel in half precision" if device.type == "cuda" else "scaled_dot_product_attention",
+        "linear": "oneDNN" if devices.has_onednn_linear(device, torch.float32) else "torch",
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_state() -> tuple[str | None, str]:
+    """(commit, diff against it) of the checkout that this code runs from; (None, "") when it is not one."""
+    package = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(package), *arguments], capture_output=True, text=True, timeout=30)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout if done.returncode == 0 else None
+
+    if not git("ls-files", "--error-unmatch", "__init__.py"):
+        return None, ""
+    commit = git("rev-parse", "HEAD")
+    return (commit.strip() if commit else None), git("diff", "HEAD", "--", os.fspath(package.parent)) or ""

@@ -1,0 +1,219 @@
+"""The training loop, one function.
+
+    state = train(embedder, batches, loss, TrainConfig(epochs=2, lr=2e-5), out=Path("runs/first"))
+
+It knows nothing of files of text, metrics or indices: batches, loss and evaluation come in as they are. Not here:
+gradient caching, hard-negative mining, several devices.
+
+Shapes: B queries, M documents, D dimensions.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from .. import device as devices
+from ..config import check_types, setting
+from ..data.batches import Batch
+from ..encoders.embedder import Embedder
+from ..files import append_jsonl, atomic_write
+from ..losses.registry import Loss
+from ..progress import progress_bar
+from .checkpoint import TrainState, load_checkpoint, save_checkpoint
+from .optim import build_optimizer, lr_factor
+from .runs import CHECKPOINTS, LOG
+
+# Ids that an error about a batch names; all of them stand in train.jsonl.
+NAMED_IDS = 16
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to step. Defaults are those of sentence-transformers' trainer where it has them (lr 5e-5, no warmup, ...)."""
+
+    epochs: int = setting(3, "passes over the training pairs")
+    lr: float = setting(5e-5, "learning rate at its highest")
+    schedule: Literal["linear", "cosine", "constant"] = setting(
+        "linear", "of the learning rate: linear, cosine, constant"
+    )
+    warmup: float = setting(0.0, "steps until the learning rate is at its highest; below 1: share of all steps")
+    weight_decay: float = setting(0.0, "of matrices; biases and norms have none")
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this length")
+    seed: int = setting(42, "of the order of the pairs and of dropout")
+    precision: Literal["float32", "bfloat16"] = setting(
+        "float32", "of the encoder's forward pass: float32 or bfloat16 (autocast)"
+    )
+    eval_every: int | None = setting(None, "steps between validations; null: at the end of every epoch")
+    checkpoint_every: int | None = setting(None, "steps between checkpoints; null: at the end of every epoch")
+    select: str = setting("ndcg@10", "validation metric by which the best weights are kept")
+
+    def __post_init__(self):
+        check_types(self)
+        for name in ("epochs", "eval_every", "checkpoint_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
+        for name in ("lr", "max_grad_norm"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{name} is {value}, expected above 0")
+        for name in ("warmup", "weight_decay"):
+            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
+
+
+class NonFiniteError(ValueError):
+    """A loss or gradient that is not a number. `.step`, `.query_ids`, `.document_ids` say where."""
+
+    def __init__(self, what: str, step: int, batch: Batch):
+        self.step, self.query_ids, self.document_ids = step, batch.query_ids, batch.document_ids
+
+        def some(ids: list[str]) -> str:
+            more = f" and {len(ids) - NAMED_IDS:,} more" if len(ids) > NAMED_IDS else ""
+            return ", ".join(ids[:NAMED_IDS]) + more
+
+        super().__init__(f"step {step}: {what}; queries {some(batch.query_ids)}; documents {some(batch.document_ids)}")
+
+
+class BatchSource(Protocol):
+    """What `train` asks of batches; data/batches.py has the one to use."""
+
+    def __len__(self) -> int: ...
+
+    def epoch(self, number: int, *, start: int = 0): ...
+
+
+def train(
+    embedder: Embedder,
+    batches: BatchSource,
+    loss: Loss,
+    config: TrainConfig,
+    *,
+    out: Path | None = None,
+    evaluate: Callable[[Embedder], Mapping[str, float]] | None = None,
+) -> TrainState:
+    """Trains `embedder` in place and leaves it with its best weights (the last ones when there is no `evaluate`).
+
+    One step: embed queries and documents together, loss, gradients, clip, AdamW. The base is validated first, so
+    weights worse than the base are never kept. Same seed, same machine, same bits on the CPU; the caller's random
+    state is left as it was.
+
+    Args:
+        batches: sized (batches of an epoch), and able to begin anywhere.
+        loss: (Q [B, D], D [M, D], targets) -> scalar.
+        out: run folder for train.jsonl and checkpoints; a checkpoint that is there is resumed. None: nothing written.
+        evaluate: validation, {metric: value, higher is better}.
+
+    Raises:
+        NonFiniteError: a loss or gradient is not finite; nothing was stepped with it.
+        ValueError: `config.select` is not among the metrics.
+    """
+    device, num_steps = embedder.device, config.epochs * len(batches)
+    factor = lr_factor(config.schedule, num_steps=num_steps, warmup=config.warmup)
+    optimizer = build_optimizer(embedder.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state, best_weights = TrainState(), None
+
+    def log(record: dict) -> None:
+        if out is not None:
+            append_jsonl(out / LOG, record)
+
+    def validate() -> None:
+        nonlocal best_weights
+        start = time.perf_counter()
+        metrics = dict(evaluate(embedder))
+        if config.select not in metrics:
+            raise ValueError(f"select is {config.select!r}, expected one of {', '.join(metrics)}")
+        log({"step": state.step, "metrics": metrics, "seconds": time.perf_counter() - start})
+        bests = dict(state.evaluations).get(state.best_step)
+        if bests is None or metrics[config.select] > bests[config.select]:
+            state.best_step = state.step
+            best_weights = {name: tensor.detach().clone().cpu() for name, tensor in embedder.state_dict().items()}
+        state.evaluations.append((state.step, metrics))
+
+    def step_once(batch: Batch, epoch: int) -> None:
+        start = time.perf_counter()
+        lr = config.lr * factor(state.step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        embedder.train()
+        loss_value = _backward(embedder, batch, loss, config.precision)
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        for what, value in (("loss", loss_value), ("gradient norm", grad_norm)):
+            if not torch.isfinite(value):
+                ids = {"query_ids": batch.query_ids, "document_ids": batch.document_ids}
+                log({"step": state.step, "error": f"{what} is {value.item()}", **ids})
+                raise NonFiniteError(f"{what} is {value.item()}", state.step, batch)
+        optimizer.step()
+        optimizer.zero_grad()
+        state.step += 1
+        record = {
+            "step": state.step,
+            "epoch": epoch,
+            "loss": loss_value.item(),
+            "lr": lr,
+            "grad_norm": grad_norm.item(),
+        }
+        record["queries"] = len(batch.query_ids)
+        record["tokens"] = len(batch.queries.input_ids) + len(batch.documents.input_ids)
+        log({**record, "seconds": time.perf_counter() - start})
+        bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
+        bar.update()
+
+    def due(every: int | None) -> bool:
+        return state.step % (every or len(batches)) == 0 or state.step == num_steps
+
+    with devices.seeded(config.seed, device), progress_bar(num_steps, "train", unit="step") as bar:
+        resumed = None if out is None else load_checkpoint(out / CHECKPOINTS, embedder, optimizer, device)
+        if resumed:
+            state, best_weights = resumed
+            _forget_after(out / LOG, state.step)
+            bar.update(state.step)
+        elif evaluate is not None:
+            validate()
+        while state.step < num_steps:
+            epoch, batch_number = divmod(state.step, len(batches))
+            for batch in batches.epoch(epoch, start=batch_number):
+                step_once(batch, epoch)
+                if evaluate is not None and due(config.eval_every):
+                    validate()
+                if out is not None and due(config.checkpoint_every):
+                    save_checkpoint(out / CHECKPOINTS, embedder, optimizer, state, best_weights, device)
+    if best_weights is not None:
+        embedder.load_state_dict(best_weights)
+    embedder.eval()
+    return state
+
+
+def _backward(embedder: Embedder, batch: Batch, loss: Loss, precision: str) -> Tensor:
+    """Loss of a batch, with its gradients added to the parameters'."""
+    device = embedder.device
+    # The only autocast there is: the loss is always computed in float32.
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+        Q, D = embedder.embed_pair(batch.queries, batch.documents)
+    value = loss(Q, D, batch.targets.to(device))
+    value.backward()
+    return value.detach()
+
+
+def _forget_after(log: Path, step: int) -> None:
+    """Drops what the log says of steps behind the checkpoint, about to be done again, and a half last line."""
+    if not log.is_file():
+        return
+    kept = []
+    for line in log.read_bytes().splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] > step:
+                continue
+        except json.JSONDecodeError:
+            break
+        kept.append(line)
+    with atomic_write(log, "wb") as file:
+        file.writelines(kept)

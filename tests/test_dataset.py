@@ -1,0 +1,797 @@
+"""RetrievalDataset: what it refuses, what each format reads and writes, and that no split leaks."""
+
+import csv
+import json
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from embedft.data.dataset import RetrievalDataset
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+FINANCE = SHARED_DATA / "finance_qa" / "Financial-QA-10k.csv"
+LYFT_UBER = SHARED_DATA / "lyft_uber"
+
+QUERIES = {"q1": "who?", "q2": "what?"}
+CORPUS = {"d1": "me", "d2": "that", "d3": "nothing"}
+QRELS = {"q1": {"d1": 1}, "q2": {"d2": 1}}
+
+# Line ends, quotes and separators of every format, characters that str.splitlines or str.strip would take, and more.
+NASTY_TEXTS = [
+    "two\nlines",
+    "windows\r\nlines\r",
+    " kept blanks \t",
+    'a "quoted", text; with\ttabs',
+    '"""',
+    "line\u2028separator\x0b\x0c\x1c\x85\u2029end",
+    "\ufeffstarts with a byte order mark",
+    "emoji 👩‍👩‍👧 and 日本語",
+    "\\n \\u0041 {}[]",
+    "nul \x00 inside",
+    "0",
+]
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def write_rows(path: Path, rows: list) -> Path:
+    return write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_beir(folder: Path, *, corpus: list | None = None, queries: list | None = None, qrels: str = "q1\td1\t1\n"):
+    write_rows(folder / "corpus.jsonl", [{"_id": "d1", "text": "me"}] if corpus is None else corpus)
+    write_rows(folder / "queries.jsonl", [{"_id": "q1", "text": "who?"}] if queries is None else queries)
+    write(folder / "qrels" / "test.tsv", "query-id\tcorpus-id\tscore\n" + qrels)
+    return folder
+
+
+def refusal(message: str) -> str:
+    """The message, whole, as a pattern for pytest.raises."""
+    return f"^{re.escape(message)}$"
+
+
+# The container
+
+
+def test_holds_what_it_is_given():
+    dataset = RetrievalDataset(QUERIES, CORPUS, {"q1": {"d1": 2, "d3": 0}}, negatives={"q1": ["d3"]})
+    assert dataset.qrels == {"q1": {"d1": 2, "d3": 0}}
+    assert (dataset.scores, dataset.titles, dataset.num_skipped) == ({}, {}, 0)
+    assert repr(dataset) == "RetrievalDataset(2 queries, 3 documents, 2 judgements, 1 negatives)"
+
+
+def test_number_skipped_is_no_part_of_equality():
+    assert RetrievalDataset(QUERIES, CORPUS, QRELS, num_skipped=3) == RetrievalDataset(QUERIES, CORPUS, QRELS)
+    assert RetrievalDataset(QUERIES, CORPUS, QRELS) != RetrievalDataset(QUERIES, CORPUS, {})
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"queries": {}}, "the dataset is empty: no entry in queries"),
+        ({"corpus": {}}, "the dataset is empty: no entry in corpus"),
+        ({"queries": ["who?"]}, "queries must be a dict, found ['who?']"),
+        ({"qrels": None}, "qrels must be a dict, found None"),
+        ({"queries": {"q1": " \n"}}, "the text of query 'q1' is empty"),
+        ({"corpus": {"d1": ""}}, "the text of document 'd1' is empty"),
+        ({"queries": {"q1": None}}, "the text of query 'q1' is empty"),
+        ({"corpus": {"d1": b"me"}}, "the text of document 'd1' must be a string, found b'me'"),
+        ({"corpus": {"d1": "ab\ud83d"}}, "the text of document 'd1' has a lone surrogate at character 2"),
+        ({"queries": {7: "who?"}}, "a query id must be a string, found 7"),
+        ({"corpus": {"": "me"}}, "a document id is empty"),
+        ({"qrels": {"q9": {}}}, "qrels: query id 'q9' is not in the queries (2 queries)"),
+        ({"qrels": {"q1": {"88": 1}}}, "qrels of query 'q1': document id '88' is not in the corpus (3 documents)"),
+        ({"qrels": {"q1": {1: 1}}}, "qrels of query 'q1': document id 1 is not in the corpus (3 documents)"),
+        ({"qrels": {"q1": ["d1"]}}, "qrels of query 'q1' must be a dict, found ['d1']"),
+        *(
+            (
+                {"qrels": {"q1": {"d1": grade}}},
+                f"qrels of query 'q1': the grade of document 'd1' must be an integer of 0 or more, found {grade!r}",
+            )
+            for grade in (True, "1", 1.0, -1, None)
+        ),
+        ({"negatives": {"q9": []}}, "negatives: query id 'q9' is not in the queries (2 queries)"),
+        ({"negatives": {"q1": "d3"}}, "negatives of query 'q1' must be a list, found 'd3'"),
+        ({"negatives": {"q1": ["x"]}}, "negatives of query 'q1': document id 'x' is not in the corpus (3 documents)"),
+        (
+            {"negatives": {"q1": [["d3"]]}},
+            "negatives of query 'q1': document id ['d3'] is not in the corpus (3 documents)",
+        ),
+        ({"negatives": {"q1": ["d3", "d3"]}}, "negatives of query 'q1': document id 'd3' stands twice"),
+        (
+            {"negatives": {"q1": ["d3", "d1"]}},
+            "negatives of query 'q1': document id 'd1' is a positive of the query too",
+        ),
+        ({"scores": {"q9": {}}}, "scores: query id 'q9' is not in the queries (2 queries)"),
+        ({"scores": {"q1": {"x": 0.5}}}, "scores of query 'q1': document id 'x' is not in the corpus (3 documents)"),
+        *(
+            (
+                {"scores": {"q1": {"d1": score}}},
+                f"scores of query 'q1': the score of document 'd1' must be a finite number, found {score!r}",
+            )
+            for score in (float("nan"), float("-inf"), "0.5", True)
+        ),
+        ({"titles": {"x": "T"}}, "titles: document id 'x' is not in the corpus (3 documents)"),
+        ({"titles": {"d1": ""}}, "the title of document 'd1' is empty"),
+    ],
+)
+def test_refuses(changed, message):
+    arguments = {"queries": QUERIES, "corpus": CORPUS, "qrels": QRELS} | changed
+    if "queries" in changed or "corpus" in changed:
+        arguments = {"qrels": {}} | {key: value for key, value in arguments.items() if key != "qrels"}
+    with pytest.raises(ValueError, match=refusal(message)):
+        RetrievalDataset(**arguments)
+
+
+def test_a_negative_may_be_judged_not_relevant():
+    RetrievalDataset(QUERIES, CORPUS, {"q1": {"d3": 0}}, negatives={"q1": ["d3"]})
+
+
+def test_rows():
+    dataset = RetrievalDataset(QUERIES, CORPUS, {"q2": {"d3": 2, "d1": 0}})
+    assert dataset.qrels_by_row() == {1: {2: 2, 0: 0}}
+
+
+def test_document_texts_have_the_title_in_front():
+    corpus = {"d1": " me ", "d2": "", "d3": "nothing"}
+    dataset = RetrievalDataset(QUERIES, corpus, {}, titles={"d2": "That", "d3": "Title"})
+    assert dataset.document_texts() == [" me ", "That", "Title nothing"]
+
+
+# Recognising a format
+
+
+def test_format_is_recognised_or_named(tmp_path):
+    rows = write_rows(tmp_path / "pairs.txt", [{"query": "who?", "positive": "me"}])
+    message = f"{rows}: the suffix is none of .json, .jsonl, .csv, .tsv; name the format: llamaindex, beir, jsonl, csv"
+    with pytest.raises(ValueError, match=refusal(message)):
+        RetrievalDataset.load(rows)
+    assert RetrievalDataset.load(rows, format="jsonl").queries == {"q0": "who?"}
+    with pytest.raises(ValueError, match=refusal(f"{rows}: format 'xml' is not one of llamaindex, beir, jsonl, csv")):
+        RetrievalDataset.load(rows, format="xml")
+    with pytest.raises(ValueError, match=r"pairs\.txt: not a 'beir' data set; the format 'beir' is a folder"):
+        RetrievalDataset.load(rows, format="beir")
+    with pytest.raises(ValueError, match=r"not a 'csv' data set"):
+        RetrievalDataset.load(tmp_path, format="csv")
+    with pytest.raises(ValueError, match=refusal(f"{tmp_path / 'none.json'}: no such file or folder")):
+        RetrievalDataset.load(tmp_path / "none.json")
+    with pytest.raises(ValueError, match="only the format 'beir' has splits, this is 'jsonl'; found split='dev'"):
+        RetrievalDataset.load(rows, format="jsonl", split="dev")
+
+
+# LlamaIndex
+
+
+def test_llamaindex(tmp_path):
+    content = {"queries": QUERIES, "corpus": CORPUS, "relevant_docs": {"q1": ["d1", "d3"], "q2": []}}
+    path = write(tmp_path / "qa.json", json.dumps(content))
+    assert RetrievalDataset.load(path) == RetrievalDataset(QUERIES, CORPUS, {"q1": {"d1": 1, "d3": 1}, "q2": {}})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"queries": {"q1": "wh', "PATH line 1 column 20: invalid JSON (Unterminated string starting at)"),
+        ('{\n"queries": {"a": "b",\n"a": "c"}}', "PATH: invalid JSON (key 'a' stands twice in one object)"),
+        ("[" * 100_000, "PATH: invalid JSON (maximum recursion depth exceeded"),
+        ("1" * 5000, "PATH: invalid JSON (Exceeds the limit"),
+        # The byte order mark is cut before decoding; the line and the byte are those of the file all the same.
+        (b"\xef\xbb\xbf{\n\xff}", "PATH line 2: invalid UTF-8 (byte 0xff)"),
+        ("", "PATH line 1 column 1: invalid JSON (Expecting value)"),
+        ("[1]", "PATH: expected an object that holds the objects queries, corpus, relevant_docs; found [1]"),
+        ('{"queries": {}, "corpus": []}', "relevant_docs; found queries, corpus"),
+        ('{"queries": {}, "corpus": {}, "relevant_docs": {}}', "PATH: the dataset is empty: no entry in queries"),
+        (
+            '{"queries": {"q1": 5}, "corpus": {"d1": "me"}, "relevant_docs": {}}',
+            "PATH: the text of query 'q1' must be a string, found 5",
+        ),
+        (
+            '{"queries": {"q1": "x"}, "corpus": {"d1": "me"}, "relevant_docs": {"q1": ["d2"]}}',
+            "PATH: relevant_docs of query 'q1': document id 'd2' is not in the corpus (1 documents)",
+        ),
+        (
+            '{"queries": {"q1": "x"}, "corpus": {"d1": "me"}, "relevant_docs": {"q2": ["d1"]}}',
+            "PATH: relevant_docs: query id 'q2' is not in the queries (1 queries)",
+        ),
+        (
+            '{"queries": {"q1": "x"}, "corpus": {"d1": "me"}, "relevant_docs": {"q1": ["d1", "d1"]}}',
+            "PATH: relevant_docs of query 'q1': document id 'd1' stands twice",
+        ),
+        (
+            '{"queries": {"q1": "x"}, "corpus": {"d1": "me"}, "relevant_docs": {"q1": "d1"}}',
+            "PATH: relevant_docs of query 'q1' must be a list, found 'd1'",
+        ),
+        (
+            '{"queries": {}, "corpus": {}, "relevant_docs": {}, "mode": "image"}',
+            "PATH: mode must be 'text', found 'image'",
+        ),
+    ],
+)
+def test_llamaindex_refuses(tmp_path, content, message):
+    path = write(tmp_path / "qa.json", content)
+    with pytest.raises(ValueError, match=re.escape(message.replace("PATH", str(path)))):
+        RetrievalDataset.load(path)
+
+
+def test_llamaindex_skips_empty_texts(tmp_path):
+    content = {
+        "queries": {"q1": "who?", "q2": " ", "q3": "what?"},
+        "corpus": {"d1": "me", "d2": "", "d3": None},
+        "relevant_docs": {"q1": ["d1", "d2"], "q2": ["d1"], "q3": ["d3"]},
+    }
+    path = write(tmp_path / "qa.json", json.dumps(content))
+    with pytest.raises(ValueError, match="the text of query 'q2' is empty"):
+        RetrievalDataset.load(path)
+    dataset = RetrievalDataset.load(path, skip_empty=True)
+    assert dataset == RetrievalDataset({"q1": "who?", "q3": "what?"}, {"d1": "me"}, {"q1": {"d1": 1}, "q3": {}})
+    assert dataset.num_skipped == 3
+
+
+# BEIR
+
+
+def test_beir_keeps_the_queries_of_its_split(tmp_path):
+    folder = write_beir(
+        tmp_path,
+        corpus=[{"_id": "d1", "title": "Me", "text": "me"}, {"_id": "d2", "title": "", "text": "b"}],
+        queries=[
+            {"_id": "q2", "text": "two", "metadata": {}},
+            {"_id": "q3", "text": "x"},
+            {"_id": "q1", "text": "one"},
+        ],
+        qrels="q1\td1\t2\nq1\td2\t0\nq2\td2\t1\n",
+    )
+    write(folder / "qrels" / "dev.tsv", "query-id\tcorpus-id\tscore\r\nq3\td1\t1\r\n")
+    dataset = RetrievalDataset.load(folder)
+    expected = {"q1": {"d1": 2, "d2": 0}, "q2": {"d2": 1}}
+    assert dataset == RetrievalDataset(
+        {"q2": "two", "q1": "one"}, {"d1": "me", "d2": "b"}, expected, titles={"d1": "Me"}
+    )
+    assert list(dataset.queries) == ["q2", "q1"]
+    assert RetrievalDataset.load(folder, split="dev").queries == {"q3": "x"}
+    with pytest.raises(ValueError, match=re.escape(f"{folder}: no qrels/train.tsv; splits found: dev, test")):
+        RetrievalDataset.load(folder, split="train")
+    (folder / "qrels" / "test.tsv").unlink()
+    write(folder / "qrels" / "._dev.tsv", "left by macOS")
+    assert RetrievalDataset.load(folder).queries == {"q3": "x"}
+    write(folder / "qrels" / "train.tsv", "query-id\tcorpus-id\tscore\nq1\td1\t1\n")
+    with pytest.raises(ValueError, match=re.escape("no qrels/test.tsv; splits found: dev, train")):
+        RetrievalDataset.load(folder)
+
+
+@pytest.mark.parametrize("name", ["corpus.jsonl", "queries.jsonl"])
+def test_beir_refuses_a_missing_file(tmp_path, name):
+    (write_beir(tmp_path) / name).unlink()
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}: no {name}; expected corpus.jsonl, queries.jsonl and")):
+        RetrievalDataset.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {"qrels": "q1\td1\t1\nq1\t88\t1\n"},
+            "qrels/test.tsv line 3: document id '88' is not in the corpus (1 documents)",
+        ),
+        ({"qrels": "q9\td1\t1\n"}, "qrels/test.tsv line 2: query id 'q9' is not in the queries (1 queries)"),
+        ({"qrels": "q1\td1\t1\nq1\td1\t1\n"}, "test.tsv line 3: query id 'q1' with document id 'd1' stands twice"),
+        ({"qrels": "q1\td1\t1.0\n"}, "test.tsv line 2: the grade must be an integer of 0 or more, found '1.0'"),
+        ({"qrels": "q1\td1\t-1\n"}, "test.tsv line 2: the grade must be an integer of 0 or more, found '-1'"),
+        ({"qrels": "q1\td1\n"}, "test.tsv line 2: 2 columns, the header has 3"),
+        ({"qrels": ""}, "the dataset is empty: no entry in queries"),
+        (
+            {"corpus": [{"_id": "d1", "text": "a"}, {"_id": "d1", "text": "b"}]},
+            "corpus.jsonl line 2: _id 'd1' stands twice",
+        ),
+        ({"corpus": [{"_id": 1, "text": "a"}]}, "corpus.jsonl line 1: _id must be a string, found 1"),
+        ({"corpus": [{"text": "a"}]}, "corpus.jsonl line 1: _id is empty"),
+        ({"corpus": [{"_id": "d1", "text": " "}]}, "corpus.jsonl line 1: the text of 'd1' is empty"),
+        ({"corpus": [{"_id": "d1", "text": 3}]}, "corpus.jsonl line 1: the text of 'd1' must be a string, found 3"),
+        ({"corpus": [{"_id": "d1", "text": "a", "title": 3}]}, "line 1: the title of 'd1' must be a string, found 3"),
+        ({"corpus": [["d1", "a"]]}, "corpus.jsonl line 1: expected an object, found ['d1', 'a']"),
+        ({"queries": [{"_id": "q1", "text": ""}]}, "queries.jsonl line 1: the text of 'q1' is empty"),
+    ],
+)
+def test_beir_refuses(tmp_path, content, message):
+    folder = write_beir(tmp_path, **content)
+    with pytest.raises(ValueError, match=re.escape(message) + "$"):
+        RetrievalDataset.load(folder)
+
+
+def test_beir_refuses_another_header(tmp_path):
+    write(write_beir(tmp_path) / "qrels" / "test.tsv", "q1\t0\td1\t1\nq1\t0\td1\t1\n")
+    message = "test.tsv line 2: expected the columns query-id, corpus-id, score; found q1, 0, d1, 1"
+    with pytest.raises(ValueError, match=message):
+        RetrievalDataset.load(tmp_path)
+
+
+def test_beir_names_the_line_of_broken_json(tmp_path):
+    write(write_beir(tmp_path) / "corpus.jsonl", '{"_id": "d1", "text": "me"}\n\n{"_id": "d2", \n')
+    with pytest.raises(ValueError, match=r"corpus.jsonl line 3 column 15: invalid JSON"):
+        RetrievalDataset.load(tmp_path)
+
+
+def test_beir_skips_empty_texts_but_not_bare_titles(tmp_path):
+    folder = write_beir(
+        tmp_path,
+        corpus=[
+            {"_id": "d1", "text": "me", "title": None},
+            {"_id": "d2", "text": "", "title": "T"},
+            {"_id": "d3", "text": "", "title": " "},
+        ],
+        queries=[{"_id": "q1", "text": "who?"}, {"_id": "q2", "text": ""}],
+        qrels="q1\td1\t1\nq1\td3\t1\nq1\td2\t1\nq2\td1\t1\n",
+    )
+    dataset = RetrievalDataset.load(folder, skip_empty=True)
+    expected = RetrievalDataset({"q1": "who?"}, {"d1": "me", "d2": ""}, {"q1": {"d1": 1, "d2": 1}}, titles={"d2": "T"})
+    assert dataset == expected
+    assert dataset.num_skipped == 2
+
+
+# Rows
+
+
+@pytest.mark.parametrize("query", ["anchor", "Query", "QUESTION "])
+@pytest.mark.parametrize("document", ["positive", "Context", "document"])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_columns_by_name(tmp_path, query, document, suffix):
+    row = {"ticker": "LYFT", query: "who?", document: "me, you", "answer": "", "filing": "x"}
+    path = tmp_path / f"pairs{suffix}"
+    if suffix == ".jsonl":
+        write_rows(path, [row])
+    else:
+        with open(path, "w", newline="") as file:
+            csv.writer(file, delimiter="\t" if suffix == ".tsv" else ",").writerows([row, row.values()])
+    assert RetrievalDataset.load(path) == RetrievalDataset({"q0": "who?"}, {"d0": "me, you"}, {"q0": {"d0": 1}})
+
+
+ROWS = [
+    {"query": "a?", "positive": "A"},
+    {"query": "b?", "positive": "A"},  # the document of row 0
+    {"query": "a?", "positive": "B"},  # the query of row 0
+    {"query": "a?", "positive": "A"},  # row 0 again
+]
+
+
+def test_merge_makes_equal_texts_one(tmp_path):
+    path = write_rows(tmp_path / "pairs.jsonl", ROWS)
+    expected = {"q0": {"d0": 1, "d2": 1}, "q1": {"d0": 1}}
+    assert RetrievalDataset.load(path) == RetrievalDataset({"q0": "a?", "q1": "b?"}, {"d0": "A", "d2": "B"}, expected)
+
+
+def test_without_merge_ids_are_rows(tmp_path):
+    rows = [*ROWS[:2], {"query": "", "positive": "B"}, *ROWS[2:]]
+    dataset = RetrievalDataset.load(write_rows(tmp_path / "pairs.jsonl", rows), merge=False, skip_empty=True)
+    queries = {"q0": "a?", "q1": "b?", "q3": "a?", "q4": "a?"}
+    corpus = {"d0": "A", "d1": "A", "d3": "B", "d4": "A"}
+    qrels = {"q0": {"d0": 1}, "q1": {"d1": 1}, "q3": {"d3": 1}, "q4": {"d4": 1}}
+    assert dataset == RetrievalDataset(queries, corpus, qrels)
+    assert list(dataset.queries) == list(queries)
+    assert dataset.num_skipped == 1
+
+
+def test_negatives_of_jsonl(tmp_path):
+    rows = [
+        {"query": "a?", "positive": "A", "negatives": ["N", "B"], "negative_2": "M", "negative": None},
+        {"query": "b?", "positive": "B", "negatives": []},
+        {"query": "c?", "positive": "N"},
+        {"query": "a?", "positive": "A", "negative_1": "O"},  # the same pair: its negatives add up
+    ]
+    dataset = RetrievalDataset.load(write_rows(tmp_path / "triplets.jsonl", rows))
+    corpus = {"d0": "A", "d0n0": "N", "d0n1": "B", "d0n2": "M", "d3n0": "O"}
+    qrels = {"q0": {"d0": 1}, "q1": {"d0n1": 1}, "q2": {"d0n0": 1}}
+    negatives = {"q0": ["d0n0", "d0n1", "d0n2", "d3n0"], "q1": []}
+    assert dataset == RetrievalDataset({"q0": "a?", "q1": "b?", "q2": "c?"}, corpus, qrels, negatives)
+
+
+def test_negatives_of_csv_may_be_fewer_in_some_rows(tmp_path):
+    path = write(tmp_path / "triplets.csv", "anchor,positive,negative_1,negative_2\na?,A,N,M\nb?,B,,N\n")
+    dataset = RetrievalDataset.load(path, merge=False)
+    assert dataset.negatives == {"q0": ["d0n0", "d0n1"], "q1": ["d1n0"]}
+    assert dataset.corpus == {"d0": "A", "d0n0": "N", "d0n1": "M", "d1": "B", "d1n0": "N"}
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_negative_equal_to_its_positive_is_refused(tmp_path, merge):
+    path = write_rows(tmp_path / "x.jsonl", [ROWS[1], {"query": "a?", "positive": "A", "negative": "A"}])
+    with pytest.raises(
+        ValueError, match=r"x.jsonl line 2: negative 'd\w+' of query 'q1' is a positive of the query too"
+    ):
+        RetrievalDataset.load(path, merge=merge)
+
+
+def test_a_negative_that_another_row_calls_positive_is_refused(tmp_path):
+    first, second = {"query": "a?", "positive": "A", "negative": "B"}, {"query": "a?", "positive": "B"}
+    path = write_rows(tmp_path / "x.jsonl", [first, second])
+    message = f"{path} line 2: document 'd0n0' of query 'q0' is a negative on a line before"
+    with pytest.raises(ValueError, match=refusal(message)):
+        RetrievalDataset.load(path)
+    path = write_rows(tmp_path / "y.jsonl", [second, first])
+    message = f"{path} line 2: negative 'd0' of query 'q0' is a positive of the query too"
+    with pytest.raises(ValueError, match=refusal(message)):
+        RetrievalDataset.load(path)
+    assert RetrievalDataset.load(path, merge=False).negatives == {"q1": ["d1n0"]}
+
+
+def test_ids_and_grades_of_rows(tmp_path):
+    # Equal texts with ids of their own stay apart, equal ids are one.
+    path = write(
+        tmp_path / "pairs.csv",
+        "query_id,query,document_id,document,grade\nx,a?,7,A,2\nx,a?,8,A,0\ny,a?,7,A,1\n",
+    )
+    dataset = RetrievalDataset.load(path)
+    expected = {"x": {"7": 2, "8": 0}, "y": {"7": 1}}
+    assert dataset == RetrievalDataset({"x": "a?", "y": "a?"}, {"7": "A", "8": "A"}, expected)
+    assert RetrievalDataset.load(path, merge=False) == dataset
+
+
+PAIR = {"query": "a?", "positive": "A"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["x"], "line 1: expected an object, found 'x'"),
+        (
+            [{"query": "a?"}],
+            "line 1: no column for the document; found query; expected one of positive, context, document",
+        ),
+        (
+            [{"positive": "A", "id": 1}],
+            "line 1: no column for the query; found positive, id; expected one of anchor, query, question",
+        ),
+        (
+            [PAIR | {"Question": "b?"}],
+            "line 1: columns 'query' and 'Question' are both the query; rename or remove one",
+        ),
+        (
+            [PAIR | {"negative": "B", "negative_0": "C"}],
+            "line 1: columns 'negative' and 'negative_0' are both the negative 0; rename or remove one",
+        ),
+        ([PAIR, PAIR | {"query": " "}], "line 2: the query is empty"),
+        ([PAIR | {"positive": None}], "line 1: the document is empty"),
+        ([PAIR | {"positive": ["A"]}], "line 1: the document must be a string, found ['A']"),
+        ([PAIR | {"negative": ""}], "line 1: a negative is empty"),
+        ([PAIR | {"negatives": [None]}], "line 1: a negative is empty"),
+        ([PAIR | {"negatives": "B"}], "line 1: negatives must be a list, found 'B'"),
+        (
+            [PAIR | {"negatives": ["B"], "negative_ids": []}],
+            "line 1: negative_ids must be a list of 1 strings, found []",
+        ),
+        ([PAIR | {"query_id": 3}], "line 1: query_id must be a string, found 3"),
+        ([PAIR | {"document_id": None}], "line 1: document_id is empty"),
+        ([PAIR | {"grade": True}], "line 1: the grade must be an integer of 0 or more, found True"),
+        (
+            [PAIR, PAIR | {"grade": 2}],
+            "line 2: document 'd0' of query 'q0' has the grade 2, on a line before 1",
+        ),
+        (
+            [PAIR | {"document_id": "1"}, PAIR | {"positive": "B", "document_id": "1"}],
+            "line 2: document id '1' has another text on a line before",
+        ),
+        ([], "x.jsonl: the dataset is empty: no entry in queries"),
+    ],
+)
+def test_rows_refused(tmp_path, rows, message):
+    path = write_rows(tmp_path / "x.jsonl", rows)
+    with pytest.raises(ValueError, match=re.escape(message) + "$"):
+        RetrievalDataset.load(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("query,positive\na?,A,B\n", "line 2: 3 columns, the header has 2"),
+        # Rows are named by the line on which they begin, and cells may hold lines.
+        ('query,positive\n"a\nb?","A\r\nB"\n\nc?,\n', "line 6: the document is empty"),
+        ('query,positive\na?,A\nb?,"B\nand no end\n', "line 3: invalid CSV (unexpected end of data)"),
+        ('query,positive\n"a"?,A\n', "line 2: invalid CSV ("),
+        ("query,query,positive\na?,b?,A\n", "line 1: column 'query' stands twice"),
+        ("query;positive\na?;A\n", "line 2: no column for the query; found query;positive; expected one of anchor"),
+        (b"query,positive\na?,A\nb?,\xe9\n", "line 3: invalid UTF-8 (byte 0xe9)"),
+        ("query,positive\n", "x.csv: the dataset is empty: no entry in queries"),
+        ("", "x.csv: the dataset is empty: no entry in queries"),
+    ],
+)
+def test_csv_refused(tmp_path, content, message):
+    path = write(tmp_path / "x.csv", content)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        RetrievalDataset.load(path)
+
+
+def test_csv_texts_arrive_whole(tmp_path):
+    path = tmp_path / "x.csv"
+    long_text = "word " * 40_000  # beyond csv's own limit on a cell
+    texts = [*NASTY_TEXTS, long_text]
+    with open(path, "w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file).writerows([["query", "positive"], *([text, text] for text in texts)])
+    limit = csv.field_size_limit(1000)
+    try:
+        dataset = RetrievalDataset.load(path)
+        assert csv.field_size_limit() == 1000
+    finally:
+        csv.field_size_limit(limit)
+    assert list(dataset.queries.values()) == texts
+    assert list(dataset.corpus.values()) == texts
+
+
+def test_csv_columns_without_a_name_are_ignored(tmp_path):
+    path = write(tmp_path / "x.csv", ",query,positive,\n0,a?,A,\n")
+    assert RetrievalDataset.load(path) == RetrievalDataset({"q0": "a?"}, {"d0": "A"}, {"q0": {"d0": 1}})
+
+
+def test_skip_empty_counts_rows(tmp_path):
+    rows = [
+        {"query": "", "positive": "A"},
+        ROWS[0],
+        {"query": "b?", "positive": None},
+        {"query": "b?", "positive": "B", "negatives": ["N", ""]},
+        {"query": "c?", "positive": "C", "negative": None},
+    ]
+    dataset = RetrievalDataset.load(write_rows(tmp_path / "x.jsonl", rows), skip_empty=True)
+    assert dataset == RetrievalDataset(
+        {"q1": "a?", "q4": "c?"}, {"d1": "A", "d4": "C"}, {"q1": {"d1": 1}, "q4": {"d4": 1}}
+    )
+    assert dataset.num_skipped == 3
+
+
+# Round trips
+
+
+def make_random(seed: int, *, grades=(1,), negatives=False, titles=False, scores=False, num_loose: int = 0):
+    """A dataset whose ids and texts are nasty, some texts equal under two ids; `num_loose` documents of no query."""
+    chance = random.Random(seed)
+    queries = {f"q {i} é\u2028": chance.choice(NASTY_TEXTS) + chance.choice(["", str(i)]) for i in range(20)}
+    corpus = {f"d/{i},'x": chance.choice(NASTY_TEXTS) + str(i // 2) for i in range(30 + num_loose)}
+    used = list(corpus)[:30]
+    # Every document is of some query.
+    qrels = {query_id: {used[i]: chance.choice(grades)} for i, query_id in enumerate(queries)}
+    for i in range(20, 30):
+        qrels[chance.choice(list(qrels))][used[i]] = chance.choice(grades)
+    optional: dict = {}
+    if negatives:
+        others = {q: [d for d in corpus if not qrels[q].get(d)] for q in list(queries)[::2]}
+        optional["negatives"] = {q: chance.sample(ids, 3) for q, ids in others.items()} | {list(queries)[1]: []}
+    if scores:
+        optional["scores"] = {q: {d: chance.random() for d in chance.sample(list(corpus), 4)} for q in queries}
+    if titles:
+        optional["titles"] = {d: f"title {d}\n" for d in list(corpus)[::3]}
+        corpus[list(corpus)[3]] = ""
+    return RetrievalDataset(queries, corpus, qrels, **optional)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("x.json", {"num_loose": 3}),
+        ("x.jsonl", {"grades": (0, 1, 3), "negatives": True}),
+        ("folder", {"grades": (0, 1, 3), "titles": True, "num_loose": 3}),
+    ],
+)
+def test_round_trip(tmp_path, name, options, seed):
+    dataset = make_random(seed, **options)
+    dataset.save(tmp_path / name)
+    loaded = RetrievalDataset.load(tmp_path / name)
+    assert loaded == dataset
+    assert list(loaded.queries) == list(dataset.queries)
+    assert [list(grades) for grades in loaded.qrels.values()] == [list(grades) for grades in dataset.qrels.values()]
+    if name != "x.jsonl":
+        assert list(loaded.corpus) == list(dataset.corpus)
+
+
+def test_llamaindex_keeps_queries_without_relevant_documents(tmp_path):
+    dataset = RetrievalDataset(QUERIES, CORPUS, {"q1": {}})
+    dataset.save(tmp_path / "x.json")
+    assert RetrievalDataset.load(tmp_path / "x.json") == dataset
+    assert json.loads((tmp_path / "x.json").read_text())["mode"] == "text"
+
+
+def test_jsonl_rows(tmp_path):
+    RetrievalDataset(QUERIES, CORPUS, {"q1": {"d1": 1}, "q2": {"d2": 2}}, {"q2": ["d3"]}).save(tmp_path / "x.jsonl")
+    assert (tmp_path / "x.jsonl").read_text() == (
+        '{"query_id": "q1", "query": "who?", "document_id": "d1", "document": "me"}\n'
+        '{"query_id": "q2", "query": "what?", "document_id": "d2", "document": "that", "grade": 2, '
+        '"negatives": ["nothing"], "negative_ids": ["d3"]}\n'
+    )
+
+
+def test_beir_files(tmp_path):
+    RetrievalDataset(QUERIES, CORPUS, QRELS, titles={"d2": "That"}).save(tmp_path / "x")
+    assert (tmp_path / "x" / "corpus.jsonl").read_text().splitlines()[
+        1
+    ] == '{"_id": "d2", "title": "That", "text": "that"}'
+    assert (tmp_path / "x" / "qrels" / "test.tsv").read_text() == "query-id\tcorpus-id\tscore\nq1\td1\t1\nq2\td2\t1\n"
+    assert sorted(p.name for p in (tmp_path / "x").rglob("*")) == ["corpus.jsonl", "qrels", "queries.jsonl", "test.tsv"]
+
+
+@pytest.mark.parametrize(
+    ("format", "changed", "message"),
+    [
+        ("llamaindex", {"negatives": {"q1": ["d3"]}}, "negatives (jsonl can)"),
+        ("llamaindex", {"titles": {"d1": "T"}}, "titles (beir can)"),
+        ("llamaindex", {"scores": {"q1": {"d1": 0.5}}}, "scores (no format can)"),
+        ("llamaindex", {"qrels": {"q1": {"d1": 2}}}, "grade 2 (query 'q1', document 'd1'), only 1"),
+        ("llamaindex", {"qrels": {"q1": {"d1": 0}}}, "grade 0 (query 'q1', document 'd1'), only 1"),
+        ("beir", {"negatives": {"q1": ["d3"]}}, "negatives (jsonl can)"),
+        ("beir", {"scores": {"q1": {"d1": 0.5}}}, "scores (no format can)"),
+        ("beir", {"qrels": {"q1": {"d1": 1}}}, "query 'q2', which has no qrels"),
+        ("beir", {"qrels": QRELS | {"q1": {}}}, "query 'q1', which has no qrels"),
+        ("beir", {"corpus": CORPUS | {"d\t4": "x"}}, "id 'd\\t4' (tab, quote, line break or NUL)"),
+        ("beir", {"corpus": CORPUS | {'"4': "x"}}, "id '\"4' (tab, quote, line break or NUL)"),
+        ("jsonl", {"titles": {"d1": "T"}}, "titles (beir can)"),
+        ("jsonl", {"scores": {"q1": {"d1": 0.5}}}, "scores (no format can)"),
+        ("jsonl", {"qrels": {"q1": {"d1": 1}}}, "query 'q2', which has no qrels"),
+        ("jsonl", {}, "document 'd3', which no query names"),
+    ],
+)
+def test_save_refuses_what_a_format_cannot_hold(tmp_path, format, changed, message):
+    path = tmp_path / "out"
+    dataset = RetrievalDataset(**({"queries": QUERIES, "corpus": CORPUS, "qrels": QRELS} | changed))
+    with pytest.raises(ValueError, match=refusal(f"{path}: the format {format!r} cannot hold {message}")):
+        dataset.save(path, format=format)
+    assert not path.exists()
+
+
+def test_save_chooses_the_format_and_minds_what_is_there(tmp_path):
+    dataset = RetrievalDataset(QUERIES, CORPUS, QRELS)
+    for path, message in [
+        ("x.csv", "format 'csv' is not one of llamaindex, beir, jsonl"),
+        ("x.txt", "the suffix is none of .json, .jsonl, .csv, .tsv; name the format: llamaindex, beir, jsonl"),
+    ]:
+        with pytest.raises(ValueError, match=refusal(f"{tmp_path / path}: {message}")):
+            dataset.save(tmp_path / path)
+    with pytest.raises(ValueError, match="is a folder, the format 'llamaindex' is a file"):
+        dataset.save(tmp_path, format="llamaindex")
+    path = write(tmp_path / "x.json", "old")
+    with pytest.raises(ValueError, match="exists and is not an empty folder"):
+        dataset.save(path, format="beir")
+    with pytest.raises(ValueError, match="exists and is not an empty folder"):
+        dataset.save(tmp_path, format="beir")
+    dataset.save(path)
+    assert RetrievalDataset.load(path) == dataset
+    assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
+
+
+# Splits
+
+
+def group_by_search(dataset: RetrievalDataset) -> list[set]:
+    """Connected components by repeated merging of sets: queries and documents as (kind, id)."""
+    links = [{("q", q), ("d", d)} for q, grades in dataset.qrels.items() for d, grade in grades.items() if grade > 0]
+    for kind, ids, texts in (
+        ("q", dataset.queries, dataset.queries.values()),
+        ("d", dataset.corpus, dataset.document_texts()),
+    ):
+        pairs = list(zip(ids, texts, strict=True))
+        links.extend({(kind, i) for i, other in pairs if other == text} for text in set(texts))
+    groups: list[set] = []
+    for link in links:
+        touched = [group for group in groups if group & link]
+        groups = [group for group in groups if not group & link] + [link.union(*touched)]
+    return groups
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_split_leaks_nothing_and_loses_nothing_else(seed):
+    dataset = make_random(seed, grades=(0, 1, 1), negatives=True, scores=True, titles=True, num_loose=10)
+    first, second = dataset.split(0.5, seed=seed)
+    assert first.corpus.keys().isdisjoint(second.corpus)
+    assert set(first.document_texts()).isdisjoint(second.document_texts())
+    assert set(first.queries.values()).isdisjoint(second.queries.values())
+    for group in group_by_search(dataset):
+        sides = {i in (first.queries if kind == "q" else first.corpus) for kind, i in group}
+        assert len(sides) == 1
+    assert first.queries | second.queries == dataset.queries
+    assert first.corpus | second.corpus == dataset.corpus
+    for part in (first, second):
+        assert list(part.queries) == [i for i in dataset.queries if i in part.queries]
+        assert list(part.corpus) == [i for i in dataset.corpus if i in part.corpus]
+        for name in ("qrels", "scores"):
+            for i in part.queries:
+                kept = {d: x for d, x in getattr(dataset, name)[i].items() if d in part.corpus}
+                assert getattr(part, name)[i] == kept
+        for i in part.queries:
+            assert [d for d, x in part.qrels[i].items() if x > 0] == [d for d, x in dataset.qrels[i].items() if x > 0]
+            if i in dataset.negatives:
+                assert part.negatives[i] == [d for d in dataset.negatives[i] if d in part.corpus]
+        assert part.titles == {d: t for d, t in dataset.titles.items() if d in part.corpus}
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_split_shares_and_seeds(share):
+    # 100 documents of two queries each, and 50 documents of none.
+    queries = {f"q{i}": f"question {i}" for i in range(200)}
+    corpus = {f"d{i}": f"document {i}" for i in range(150)}
+    qrels = {f"q{i}": {f"d{i // 2}": 1} for i in range(200)}
+    dataset = RetrievalDataset(queries, corpus, qrels)
+    first, second = dataset.split(share, seed=0)
+    assert len(first.queries) == 200 * share
+    assert len(first.corpus) == 150 * share
+    assert sum(int(i[1:]) >= 100 for i in first.corpus) == 50 * share
+    assert dataset.split(share, seed=0) == (first, second)
+    assert dataset.split(share, seed=1)[0].queries != first.queries
+    # Every query is as likely on either side: 200 seeds, so its count is Binomial(200, share), 5 sigma.
+    counts = Counter(i for seed in range(200) for i in dataset.split(share, seed=seed)[0].queries)
+    deviation = 5 * (200 * share * (1 - share)) ** 0.5
+    assert all(abs(counts[i] - 200 * share) < deviation for i in queries)
+
+
+def test_split_keeps_the_own_negatives_of_a_query():
+    # Documents that only negatives name go with their query, whatever its side.
+    ids = range(40)
+    dataset = RetrievalDataset(
+        {f"q{i}": f"question {i}" for i in ids},
+        {f"d{i}": f"document {i}" for i in ids} | {f"n{i}": f"negative {i}" for i in ids},
+        {f"q{i}": {f"d{i}": 1} for i in ids},
+        {f"q{i}": [f"n{i}", f"d{(i + 1) % 40}"] for i in ids},
+    )
+    first, second = dataset.split(0.5, seed=3)
+    negatives = first.negatives | second.negatives
+    assert all(negatives[f"q{i}"][0] == f"n{i}" for i in ids)
+    assert 0 < sum(len(listed) == 1 for listed in negatives.values()) < 40
+
+
+def test_split_does_not_join_by_grade_0():
+    dataset = RetrievalDataset(QUERIES, CORPUS, {"q1": {"d1": 1, "d3": 0}, "q2": {"d2": 1, "d3": 0}})
+    first, second = dataset.split(0.5, seed=0)
+    # d3 goes with q1, the first query that names it.
+    assert first.qrels | second.qrels == {"q1": {"d1": 1, "d3": 0}, "q2": {"d2": 1}}
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.5, 1.5, float("nan")])
+def test_split_refuses_a_share(share):
+    with pytest.raises(ValueError, match=f"share must lie strictly between 0 and 1, found {share}"):
+        RetrievalDataset(QUERIES, CORPUS, QRELS).split(share, seed=0)
+
+
+def test_split_refuses_a_part_without_queries():
+    dataset = RetrievalDataset(QUERIES, CORPUS, QRELS)
+    message = "a share of 0.9 leaves the second part without a query: 2 queries in 2 connected components"
+    with pytest.raises(ValueError, match=refusal(message)):
+        dataset.split(0.9, seed=0)
+    connected = RetrievalDataset(QUERIES, CORPUS, {"q1": {"d1": 1}, "q2": {"d1": 1}})
+    message = "a share of 0.4 leaves the first part without a query: 2 queries in 1 connected components"
+    with pytest.raises(ValueError, match=refusal(message)):
+        connected.split(0.4, seed=0)
+
+
+# The published data, where it is there
+
+
+@pytest.mark.skipif(not FINANCE.exists(), reason="no shared/data/finance_qa")
+def test_finance_file():
+    with pytest.raises(ValueError, match=refusal(f"{FINANCE} line 1735: the query is empty")):
+        RetrievalDataset.load(FINANCE)
+    rows = RetrievalDataset.load(FINANCE, merge=False, skip_empty=True)
+    assert rows.num_skipped == 2
+    assert set(range(7000)) - {int(i[1:]) for i in rows.queries} == {1733, 2731}
+    with open(FINANCE, newline="", encoding="utf-8") as file:
+        for i, row in enumerate(csv.DictReader(file)):
+            assert rows.queries.get(f"q{i}", "") == row["question"]
+            assert rows.corpus.get(f"d{i}", row["context"]) == row["context"]
+    # Dropped: the empty context, and one that stands in no other row.
+    merged = RetrievalDataset.load(FINANCE, skip_empty=True)
+    assert len(merged.corpus) == 6757 - 2
+    assert len(merged.queries) == 6932
+    train, held_out = rows.split(0.9, seed=0)
+    assert set(train.corpus.values()).isdisjoint(held_out.corpus.values())
+    assert abs(len(train.queries) - 0.9 * 6998) < 10
+
+
+@pytest.mark.skipif(not LYFT_UBER.exists(), reason="no shared/data/lyft_uber")
+@pytest.mark.parametrize(("name", "num_queries", "num_documents"), [("train", 668, 334), ("val", 790, 395)])
+def test_lyft_uber(tmp_path, name, num_queries, num_documents):
+    dataset = RetrievalDataset.load(LYFT_UBER / f"{name}_dataset.json")
+    assert (len(dataset.queries), len(dataset.corpus)) == (num_queries, num_documents)
+    assert all(len(grades) == 1 for grades in dataset.qrels.values())
+    for path in ("x.json", "x.jsonl", "beir"):
+        dataset.save(tmp_path / path)
+        assert RetrievalDataset.load(tmp_path / path) == dataset

