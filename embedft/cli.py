@@ -16,11 +16,12 @@ import numpy as np
 import torch
 
 from . import config as configs
+from . import device as devices
 from .data.dataset import RetrievalDataset
 from .data.formats import FORMATS
 from .encoders.embedder import ROLES, Embedder
 from .encoders.loading import load_embedder
-from .files import atomic_write, read_jsonl, read_lines
+from .files import atomic_write, check_writable, read_jsonl, read_lines
 from .recipe import VALIDATION, VALIDATION_BASE, FinetuneConfig, finetune
 from .retrieval.evaluate import evaluate
 from .retrieval.report import Report, compare
@@ -29,9 +30,19 @@ from .training import runs
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` whose errors are one line, without the usage, and that takes no shortened options."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings, allow_abbrev=False)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one subcommand. Returns the exit code: 0, or 2 for a user's error."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="embedft", description="Fine-tune text embedding models for retrieval, and measure what it brought."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -62,10 +73,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _load_model(options: argparse.Namespace, **more) -> Embedder:
-    try:
-        device = None if options.device is None else torch.device(options.device)
-    except RuntimeError:
-        raise ValueError(f"--device is {options.device!r}, expected cuda, cuda:1, mps or cpu") from None
+    device = None if options.device is None else devices.find_device(options.device)
     return load_embedder(options.model, device=device, revision=options.revision, **more)
 
 
@@ -131,6 +139,8 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    if options.out:
+        check_writable(options.out)
     dataset = _load_data(options.data, options)
     embedder = _load_model(options, max_length=options.max_length, dtype=DTYPES[options.dtype])
     report = evaluate(embedder, dataset, dim=options.dim, ks=options.ks, depth=options.depth, gain=options.gain)
@@ -152,6 +162,7 @@ def _add_encode(parser: argparse.ArgumentParser) -> None:
 def _encode(options: argparse.Namespace) -> None:
     if not options.out.endswith(".npy"):
         raise ValueError(f"--out is {options.out}, expected a name that ends in .npy")
+    check_writable(Path(options.out).parent)
     texts = _read_texts(Path(options.texts))
     embedder = _load_model(options, max_length=options.max_length, dtype=DTYPES[options.dtype])
     embeddings_ND = embedder.encode(texts, role=options.role, dim=options.dim)

@@ -12,6 +12,7 @@ the JSON key follow from it. A field that is a dict takes dotted options: --loss
 import argparse
 import dataclasses
 import json
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[Config], values: dict[str, Any], *, where: str = "configuration") -> Config:
-    """The inverse of `to_dict`. Raises `ValueError` for an unknown key or a value of the wrong type."""
+    """The inverse of `to_dict`. Raises `ValueError` for an unknown key, or a value of the wrong type or range."""
     if not isinstance(values, dict):
         raise ValueError(f"{where}: {type(values).__name__} found, expected an object")
     fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -44,7 +45,10 @@ def from_dict(cls: type[Config], values: dict[str, Any], *, where: str = "config
             raise ValueError(f"{where}: unknown key {key!r}, expected one of {', '.join(fields)}")
         if not _has_type(value, fields[key].type):
             raise ValueError(f"{where}: {key} is {value!r}, expected {_type_name(fields[key].type)}")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def check_types(config: Any) -> None:
@@ -56,35 +60,40 @@ def check_types(config: Any) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
-    """One option a field: --batch_size 64, --loss.temperature 0.05; --config FILE reads a JSON file first."""
+    """One option a field: --batch-size 64 (or --batch_size 64), --loss.temperature 0.05; --config FILE reads a JSON file first."""
     parser.add_argument("--config", metavar="FILE", help="JSON file with any of the settings; options override it")
     group = parser.add_argument_group("settings")
     defaults = to_dict(cls())
     for field in dataclasses.fields(cls):
-        dotted = f".NAME VALUE, e.g. --{field.name}.name" if isinstance(defaults[field.name], dict) else ""
-        default = json.dumps(defaults[field.name]).replace("%", "%%")
+        dotted = isinstance(defaults[field.name], dict)
+        more = f" (or --{field.name}.NAME VALUE, e.g. --{field.name}.name)" if dotted else ""
+        meaning = f"{field.metadata['meaning']}{more} [{json.dumps(defaults[field.name])}]"
         group.add_argument(
-            f"--{field.name}",
+            f"--{field.name.replace('_', '-')}",
             dest=f"setting.{field.name}",
             metavar="JSON" if dotted else "VALUE",
             default=argparse.SUPPRESS,
-            help=f"{field.metadata['meaning']}{f' (or --{field.name}{dotted})' if dotted else ''} [{default}]",
+            help=meaning.replace("%", "%%"),  # argparse formats it
         )
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """`parse_args`, with dotted options (--loss.temperature 0.05 or =0.05) gathered for `config_from_options`."""
-    namespace, rest = parser.parse_known_args(arguments)
-    dotted, unknown = {}, []
-    rest = list(rest)
-    while rest:
-        name, equals, value = rest.pop(0).partition("=")
-        if not name.startswith("--") or "." not in name or not (equals or rest):
-            unknown.append(name)
+    plain, dotted = [], {}
+    given = iter(sys.argv[1:] if arguments is None else arguments)
+    # Taken out before argparse looks, which would take the value of an option it does not know for a positional.
+    for argument in given:
+        name, equals, value = argument.partition("=")
+        if not name.startswith("--") or "." not in name:
+            # --batch_size, as the setting is called, and --batch-size, as options are written, are the same.
+            plain.append(name.replace("_", "-") + equals + value if name.startswith("--") else argument)
             continue
-        dotted[name[2:]] = value if equals else rest.pop(0)
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        if not equals:
+            value = next(given, "--")
+            if value.startswith("--"):
+                parser.error(f"argument {name}: expected one argument")
+        dotted[name[2:]] = value
+    namespace = parser.parse_args(plain)
     namespace.dotted = dotted
     return namespace
 
@@ -107,6 +116,8 @@ def config_from_options(cls: type[Config], namespace: argparse.Namespace) -> Con
         target = values.setdefault(name, to_dict(cls())[name])
         for part in inner[:-1]:
             target = target.setdefault(part, {})
+            if not isinstance(target, dict):
+                raise ValueError(f"command line: --{key}: {part} is {target!r}, which has no keys of its own")
         target[inner[-1]] = _parsed(text, Any)
     return from_dict(cls, values, where="command line")
 

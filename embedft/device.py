@@ -7,6 +7,7 @@ Not here: moving tensors, and precision under autocast (training/train.py).
 """
 
 import contextlib
+import ctypes
 import platform
 import resource
 import sys
@@ -22,6 +23,15 @@ def default_device() -> torch.device:
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a name such as "cuda:1". Raises `ValueError` when this machine, or this torch, has none such."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device is {name!r}, expected one that is there: cuda, cuda:1, mps, cpu ({reason})") from None
 
 
 def has_packed_attention(device: torch.device, dtype: torch.dtype) -> bool:
@@ -54,6 +64,11 @@ _ONEDNN_LINEAR = (
 )
 
 
+def has_slow_dropout(device: torch.device) -> bool:
+    """Whether torch draws its dropout mask here one number after the other: on the CPU."""
+    return device.type == "cpu"
+
+
 def batch_tokens(device: torch.device) -> int:
     """Tokens in one forward pass of inference. On the CPU the activations of a layer should stay in the cache."""
     return 4_096 if device.type == "cpu" else 65_536
@@ -78,10 +93,12 @@ def synchronize(device: torch.device) -> None:
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seeds torch's generators (CPU and `device`) for the block and gives the caller's state back after it."""
-    kind = device.type if device.type != "cpu" else None
-    with torch.random.fork_rng(devices=[device] if kind == "cuda" else []):
+    state = random_state(device)
+    try:
         torch.manual_seed(seed)
         yield
+    finally:
+        set_random_state(state, device)
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -101,6 +118,18 @@ def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> No
         torch.cuda.set_rng_state(state["cuda"], device)
     elif device.type == "mps" and "mps" in state:
         torch.mps.set_rng_state(state["mps"])
+
+
+def release_memory(device: torch.device) -> None:
+    """Gives what was freed on the CPU back to the system, where the C library can (glibc); elsewhere does nothing.
+
+    glibc keeps freed blocks, in pieces that tensors of other lengths cannot reuse: without this a process that trained
+    on batches of 7,000 tokens grew from 2.2 to 3.2 GB in 18 steps, and on. It costs a tenth of a second.
+    """
+    if device.type == "cpu" and sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

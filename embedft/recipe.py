@@ -5,7 +5,7 @@
     finetune(embedder, train_set, FinetuneConfig(epochs=2, batch_size=64), validation=held_out, out="runs/first")
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from .data.batches import Batches
 from .data.dataset import RetrievalDataset
 from .encoders.embedder import Embedder
 from .losses.registry import build_loss
-from .retrieval.evaluate import evaluate
+from .retrieval.evaluate import evaluate, evaluate_run
 from .retrieval.report import Report
+from .retrieval.run import Run
 from .training import runs
 from .training.train import TrainConfig, train
 
@@ -28,7 +29,7 @@ class FinetuneConfig(TrainConfig):
 
     batch_size: int = setting(32, "training pairs of a step")
     num_negatives: int = setting(0, "hard negatives of each query, taken from the dataset")
-    max_length: int | None = setting(None, "tokens a text is cut to; null: as the model's folder says")
+    max_length: int | None = setting(None, "tokens a text is cut to; null: the model's own")
     loss: dict[str, Any] = setting({"name": "in_batch_negatives"}, "name and options of the loss")
 
     def __post_init__(self):
@@ -51,7 +52,8 @@ def finetune(
 ) -> Embedder:
     """Fine-tunes `embedder` on the pairs of `dataset`; gives the same object back, with its best weights.
 
-    Everything that can be found wrong without training is found before it.
+    Everything that can be found wrong without training is found before it. The loss does not follow the embedder: for
+    one whose similarity is "dot", ask for {"name": "in_batch_negatives", "similarity": "dot"}.
 
     Args:
         validation: held-out questions by which the best weights are chosen (`config.select`); None: the last weights.
@@ -64,25 +66,30 @@ def finetune(
     """
     config = config or FinetuneConfig()
     out = None if out is None else Path(out)
-    if out is not None:
-        runs.check_run(out, existing)
     batches = Batches(
         dataset, embedder.pack, batch_size=config.batch_size, seed=config.seed, num_negatives=config.num_negatives
     )
+    cutoff = int(config.select.rpartition("@")[2]) if config.select.rpartition("@")[2].isdigit() else 10
+    cutoffs = {"ks": sorted({1, 3, 5, 10, cutoff}), "depth": max(100, cutoff)}
+    if validation is not None:
+        # A run that found nothing: tells, without encoding, whether there is something to find and what is measured.
+        metrics = evaluate_run(Run.from_dict({}), validation, **cutoffs).metrics
+        if config.select not in metrics:
+            raise ValueError(f"select is {config.select!r}, expected one of {', '.join(metrics)}")
     if config.max_length is not None:
         embedder.max_length = config.max_length
+    config = replace(config, max_length=embedder.max_length)  # so that the run's configuration says what it was
     if out is not None:
         data = {"train": dataset.sha256()} | ({} if validation is None else {"validation": validation.sha256()})
         runs.open_run(out, to_dict(config), data=data, device=embedder.device, existing=existing)
-    cutoff = int(config.select.rpartition("@")[2]) if config.select.rpartition("@")[2].isdigit() else 10
 
     def measure(embedder: Embedder) -> Report:
-        return evaluate(embedder, validation, ks=sorted({1, 3, 5, 10, cutoff}), depth=max(100, cutoff))
+        return evaluate(embedder, validation, **cutoffs)
 
     def validate(embedder: Embedder) -> dict[str, float]:
         report = measure(embedder)
-        # The first validation of a run is of the base.
-        if out is not None and not (out / runs.EVAL / VALIDATION_BASE).exists():
+        # The first validation of a run is of the base. A report is whole when it has its metrics.json.
+        if out is not None and not (out / runs.EVAL / VALIDATION_BASE / "metrics.json").exists():
             report.save(out / runs.EVAL / VALIDATION_BASE)
         return report.metrics
 

@@ -21,6 +21,8 @@ from .dataset import RetrievalDataset
 
 
 class Batch(NamedTuple):
+    """What a training step gets: packed texts, what is relevant to whom, and the ids for messages."""
+
     queries: Packed  # B sequences
     documents: Packed  # M sequences
     targets: Targets

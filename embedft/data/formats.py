@@ -61,7 +61,7 @@ def _is_blank(text: Any) -> bool:
 
 
 def check_text(text: Any, where: str) -> None:
-    """Also for ids."""
+    """A text, or an id, is a string, not blank, and can be written in UTF-8."""
     if _is_blank(text):
         raise ValueError(f"{where} is empty")
     if not isinstance(text, str):
@@ -74,17 +74,20 @@ def check_text(text: Any, where: str) -> None:
 
 
 def check_id(kind: str, i: Any, texts: dict[str, str], where: str) -> None:
+    """An id is one of `texts`; `kind` is "query" or "document"."""
     if not isinstance(i, str) or i not in texts:
         place, unit = {"query": ("queries", "queries"), "document": ("corpus", "documents")}[kind]
         raise ValueError(f"{where}{kind} id {i!r} is not in the {place} ({len(texts):,} {unit})")
 
 
 def check_distinct(values: list[str], where: str) -> None:
+    """No value stands twice."""
     if len(set(values)) < len(values):
         raise ValueError(f"{where} {Counter(values).most_common(1)[0][0]!r} stands twice")
 
 
 def check_grade(grade: Any, where: str) -> None:
+    """A grade is an integer of 0 or more."""
     if type(grade) is not int or grade < 0:
         raise ValueError(f"{where} must be an integer of 0 or more, found {reprlib.repr(grade)}")
 
@@ -118,6 +121,7 @@ def choose_format(path: Path, format: str | None, formats: tuple[str, ...], *, f
 
 
 def read_llamaindex(path: Path, skip_empty: bool) -> dict[str, Any]:
+    """The format "llamaindex"."""
     content = read_json(path)
     names = ("queries", "corpus", "relevant_docs")
     if not isinstance(content, dict) or not all(isinstance(content.get(name), dict) for name in names):
@@ -150,6 +154,7 @@ def _make_fields(queries: dict, corpus: dict, qrels: dict, titles: dict, skip_em
 
 
 def write_llamaindex(dataset: "RetrievalDataset", path: Path, refusal: str) -> None:
+    """The format "llamaindex", whose grades are all 1."""
     for query_id, grades in dataset.qrels.items():
         for document_id, grade in grades.items():
             if grade != 1:
@@ -160,6 +165,7 @@ def write_llamaindex(dataset: "RetrievalDataset", path: Path, refusal: str) -> N
 
 
 def read_beir(folder: Path, split: str | None, skip_empty: bool) -> dict[str, Any]:
+    """One split of the format "beir"; None: "test", or the only one."""
     for name in ("corpus.jsonl", "queries.jsonl", "qrels"):
         if not (folder / name).exists():
             raise ValueError(f"{folder}: no {name}; expected corpus.jsonl, queries.jsonl and qrels/<split>.tsv")
@@ -211,6 +217,7 @@ def _read_beir_texts(path: Path, allow_empty: bool) -> tuple[dict[str, str], dic
 
 
 def write_beir(dataset: "RetrievalDataset", folder: Path, refusal: str) -> None:
+    """The format "beir" in a new or empty folder; ids must fit into lines of tab-separated values."""
     for i in (*dataset.queries, *dataset.corpus):
         if re.search(r'[\0\t\r\n"]', i):
             raise ValueError(f"{refusal} id {i!r} (tab, quote, line break or NUL)")
@@ -272,6 +279,7 @@ def _find_columns(columns: tuple[str, ...]) -> dict[str, str]:
 
 
 def read_pairs(path: Path, rows: Iterable[tuple[int, Any]], merge: bool, skip_empty: bool) -> dict[str, Any]:
+    """The formats "jsonl" and "csv", from rows with the lines that they are on."""
     queries, documents = _Texts("query", merge), _Texts("document", merge)
     qrels: dict[str, dict[str, int]] = {}
     negatives: dict[str, dict[str, None]] = {}  # the inner dict is a set that keeps its order
@@ -348,6 +356,7 @@ def _find_negatives(values: dict[str, Any]) -> list[tuple[Any, str | None]]:
 
 
 def write_jsonl(dataset: "RetrievalDataset", path: Path, refusal: str) -> None:
+    """The format "jsonl", in which every document must be named by a query."""
     named = {i for ids in (*dataset.qrels.values(), *dataset.negatives.values()) for i in ids}
     for document_id in dataset.corpus:
         if document_id not in named:

@@ -18,6 +18,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .dropout import Dropout
 from .linear import Linear
 from .packing import Packed, Sequences, attention
 
@@ -68,6 +69,9 @@ class BertConfig:
     position_embedding_type: str = "absolute"
 
     def __post_init__(self):
+        for field in fields(self):
+            if field.type is int and getattr(self, field.name) < 1:
+                raise ValueError(f"{field.name} is {getattr(self, field.name)}, expected at least 1")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} does not divide by {self.num_attention_heads} heads")
         if self.hidden_act not in ACTIVATIONS:
@@ -104,7 +108,7 @@ class Embeddings(nn.Module):
         self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, packed: Packed) -> Tensor:
         token_types = self.token_type.weight[0] if packed.token_types is None else self.token_type(packed.token_types)
@@ -125,7 +129,7 @@ class Layer(nn.Module):
         self.feed_forward_out = Linear(F_, D)
         self.feed_forward_norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
         self.activation = ACTIVATIONS[config.hidden_act]
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, x_TD: Tensor, sequences: Sequences) -> Tensor:
         qkv_T3HK = self.qkv(x_TD).view(len(x_TD), 3, self.num_heads, -1)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..device import default_device
 from ..files import read_json, sha256_file, write_json
 from . import bert
-from .embedder import SIMILARITIES, Embedder
+from .embedder import ROLES, SIMILARITIES, Embedder
 from .pooling import POOLING_MODES
 from .tokenization import Tokenizer
 
@@ -102,6 +102,8 @@ def load_embedder(
     Raises:
         ValueError: anything the folder lacks or has too much of, named.
     """
+    if not 0 <= attention_dropout < 1:
+        raise ValueError(f"attention_dropout is {attention_dropout}, expected at least 0 and below 1")
     folder = find_folder(str(name), revision=revision)
     modules = _read_modules(folder)
     transformer = folder / modules.get("Transformer", "")
@@ -109,13 +111,12 @@ def load_embedder(
     settings = _read_optional(folder / MODEL_CONFIG_FILE)
     similarity = settings.get("similarity_fn_name") or "cosine"
     if similarity not in SIMILARITIES:
-        raise ValueError(
-            f"{folder / MODEL_CONFIG_FILE}: similarity_fn_name is {similarity!r}, expected one of {SIMILARITIES}"
-        )
+        names = ", ".join(SIMILARITIES)
+        raise ValueError(f"{folder / MODEL_CONFIG_FILE}: similarity_fn_name is {similarity!r}, expected one of {names}")
     config_path = transformer / CONFIG_FILE
     if not config_path.is_file():
         raise ValueError(f"{transformer}: no {CONFIG_FILE}, so this is no model folder")
-    config_dict = read_json(config_path)
+    config_dict = _read_object(config_path)
     family = FAMILIES.get(config_dict.get("model_type"))
     if family is None:
         raise ValueError(
@@ -188,7 +189,13 @@ def _hub_folder(name: str, revision: str | None, *, local_files_only: bool) -> P
     """The snapshot's folder in the hub's cache. None when only the cache was asked and it has no such model."""
     # Imported here: it takes a third of a second, and a folder needs none of it.
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         folder = huggingface_hub.snapshot_download(
@@ -198,16 +205,29 @@ def _hub_folder(name: str, revision: str | None, *, local_files_only: bool) -> P
         if local_files_only:
             return None
         raise ValueError(f"{name}: no such folder, not in the hub's cache, and the hub cannot be reached") from None
+    except RepositoryNotFoundError:
+        raise ValueError(
+            f"{name}: no such folder, and the hub shows no such model (a private one needs HF_TOKEN)"
+        ) from None
+    except RevisionNotFoundError:
+        raise ValueError(f"{name}: the hub has no revision {revision!r} of it") from None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ValueError(f"{name}: no such folder, and the hub says: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{name}: no such folder, and the hub says: {' '.join(str(error).split())}") from None
     # A snapshot may hold only the files that some other program asked for.
     if local_files_only and not (Path(folder) / WEIGHTS_FILE).is_file():
         return None
     return Path(folder)
 
 
+def _read_object(path: Path) -> dict[str, Any]:
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds a {type(value).__name__}, expected an object")
+    return value
+
+
 def _read_optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+    return _read_object(path) if path.is_file() else {}
 
 
 def _read_modules(folder: Path) -> dict[str, str]:
@@ -216,6 +236,8 @@ def _read_modules(folder: Path) -> dict[str, str]:
         return {}
     modules = {}
     for module in read_json(folder / MODULES_FILE):
+        if not isinstance(module, dict) or not {"type", "path"} <= module.keys():
+            raise ValueError(f'{folder / MODULES_FILE}: a module is {module!r}, expected an object with "type", "path"')
         kind = module["type"].rsplit(".", 1)[-1]
         if kind in modules:
             raise ValueError(f"{folder / MODULES_FILE}: two modules are a {kind}, expected one")
@@ -228,16 +250,17 @@ def _read_modules(folder: Path) -> dict[str, str]:
 
 def _read_pooling(folder: Path) -> tuple[tuple[str, ...], bool]:
     """(modes, include_prompt) of a pooling config, new or legacy."""
-    config = read_json(folder / CONFIG_FILE)
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder}: no {CONFIG_FILE}, which says how tokens are pooled")
+    config = _read_object(path)
     modes = config.get("pooling_mode")
     if modes is None:
         modes = [mode for mode, key in LEGACY_POOLING_KEYS.items() if config.get(key)] or ["mean"]
     modes = (modes,) if isinstance(modes, str) else tuple(modes)
     for mode in modes:
         if mode not in POOLING_MODES:
-            raise ValueError(
-                f"{folder / CONFIG_FILE}: pooling mode {mode!r}, expected one of {', '.join(POOLING_MODES)}"
-            )
+            raise ValueError(f"{path}: pooling mode is {mode!r}, expected one of {', '.join(POOLING_MODES)}")
     return modes, config.get("include_prompt", True)
 
 
@@ -250,8 +273,10 @@ def _load_tokenizer(folder: Path, config: Any, max_length: int | None) -> Tokeni
     lower_case = bool(settings.get("do_lower_case"))
     tokenizer = Tokenizer.load(folder, max_length=limit if max_length is None else max_length, lower_case=lower_case)
     if max_length is None:
-        folder_length = settings.get("max_seq_length") or tokenizer.config.get("model_max_length")
-        tokenizer.max_length = min(folder_length or limit, limit)
+        folder_length = settings.get("max_seq_length") or tokenizer.config.get("model_max_length") or limit
+        if not isinstance(folder_length, (int, float)):
+            raise ValueError(f"{folder}: the maximum length is {folder_length!r}, expected a number of tokens")
+        tokenizer.max_length = int(min(folder_length, limit))
     if tokenizer.largest_id >= config.vocab_size:
         raise ValueError(
             f"{folder}: the tokenizer gives ids up to {tokenizer.largest_id}, "
@@ -320,7 +345,9 @@ def save_embedder(embedder: Embedder, folder: Path) -> None:
     temporary = folder / f".{WEIGHTS_FILE}.tmp"
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
     os.replace(temporary, folder / WEIGHTS_FILE)
-    write_json(folder / CONFIG_FILE, source.config)
+    # transformers loads in the type that config.json names, so the name has to be that of the weights.
+    dtype = str(next(embedder.encoder.parameters()).dtype).removeprefix("torch.")
+    write_json(folder / CONFIG_FILE, {**source.config, "torch_dtype": dtype, "dtype": dtype})
     embedder.tokenizer.save(folder)
     write_json(
         folder / TRANSFORMER_CONFIG_FILE,
@@ -338,7 +365,8 @@ def save_embedder(embedder: Embedder, folder: Path) -> None:
     write_json(
         folder / MODEL_CONFIG_FILE,
         {
-            "prompts": embedder.prompts,
+            # Per role, too: sentence-transformers takes "document" for documents, and nothing when it is absent.
+            "prompts": {**embedder.prompts, **{role: embedder.prompt(role) for role in ROLES}},
             "default_prompt_name": embedder.default_prompt,
             "similarity_fn_name": embedder.similarity,
             "truncate_dim": embedder.truncate_dim,

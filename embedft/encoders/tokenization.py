@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
+from tokenizers import normalizers
+from tokenizers.normalizers import Lowercase
 
 from ..files import atomic_write, read_json, write_json
 
@@ -30,6 +32,10 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, config: dict, *, max_length: int, lower_case: bool = False):
         self.backend, self.config, self.lower_case = backend, config, lower_case
         self.backend.no_padding()
+        # In the tokenizer, not by str.lower: special tokens written in a text keep their case and so their meaning.
+        if lower_case and not _lower_cases(backend.normalizer):
+            steps = [Lowercase(), *([backend.normalizer] if backend.normalizer else [])]
+            self.backend.normalizer = normalizers.Sequence(steps)
         self.max_length = max_length
 
     @classmethod
@@ -56,7 +62,10 @@ class Tokenizer:
         if value <= num_special:
             raise ValueError(f"max_length is {value}, expected more than the {num_special} special tokens of a text")
         self._max_length = value
-        self.backend.enable_truncation(value)
+        self._truncate()
+
+    def _truncate(self) -> None:
+        self.backend.enable_truncation(self._max_length, direction=self.config.get("truncation_side", "right"))
 
     @property
     def largest_id(self) -> int:
@@ -69,7 +78,11 @@ class Tokenizer:
         for row, text in enumerate(texts):
             if not isinstance(text, str):
                 raise ValueError(f"texts[{row}] is a {type(text).__name__}, expected a str")
-        return [text.lower() for text in texts] if self.lower_case else list(texts)
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"texts[{row}] has a lone surrogate at character {error.start}") from None
+        return list(texts)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text with its special tokens, cut to `max_length`."""
@@ -81,16 +94,22 @@ class Tokenizer:
         try:
             encodings = self.backend.encode_batch_fast(self._prepare(texts), add_special_tokens=False)
         finally:
-            self.backend.enable_truncation(self._max_length)
+            self._truncate()
         return [encoding.ids for encoding in encodings]
 
     def prompt_length(self, prompt: str) -> int:
-        """Leading tokens that `prompt` puts before a text: special tokens in front counted, those behind not."""
-        encoding = self.backend.encode(self._prepare([prompt])[0])
-        return max((i + 1 for i, special in enumerate(encoding.special_tokens_mask) if not special), default=0)
+        """Tokens of `prompt` alone with its special tokens, less the one behind it: what it puts before a text."""
+        special_T = self.backend.encode(prompt).special_tokens_mask
+        return len(special_T) - (special_T[-1] if special_T else 0)
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json."""
         with atomic_write(folder / TOKENIZER_FILE) as file:
             file.write(self.backend.to_str(pretty=True))
         write_json(folder / TOKENIZER_CONFIG_FILE, {**self.config, "model_max_length": self.max_length})
+
+
+def _lower_cases(normalizer: normalizers.Normalizer | None) -> bool:
+    """Whether a `Lowercase` step is there already, as in a tokenizer.json that `Tokenizer.save` wrote."""
+    steps = normalizer if isinstance(normalizer, normalizers.Sequence) else [normalizer]
+    return any(isinstance(step, Lowercase) for step in steps)

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .contrastive import in_batch_negatives
@@ -24,11 +25,12 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 def build_loss(spec: Mapping[str, Any]) -> Loss:
     """A loss from its name and options, e.g. {"name": "in_batch_negatives", "temperature": 0.05}.
 
-    Raises `ValueError` that lists the valid names, or the valid options of the named loss.
+    Raises `ValueError` that lists the valid names, or the valid options of the named loss, or says what is wrong with
+    an option's value: the loss is tried on one query and one document, not at the first step of a run.
     """
     options = dict(spec)
     name = options.pop("name", None)
-    if name not in LOSSES:
+    if not isinstance(name, str) or name not in LOSSES:
         raise ValueError(f"loss name is {name!r}, expected one of {', '.join(LOSSES)}")
     parameters = list(inspect.signature(LOSSES[name]).parameters.values())[3:]
     valid = {parameter.name: parameter.default for parameter in parameters}
@@ -37,4 +39,6 @@ def build_loss(spec: Mapping[str, Any]) -> Loss:
             raise ValueError(f"{name} has no option {option!r}, expected one of {', '.join(valid)}")
         if isinstance(valid[option], float) and (not isinstance(value, (int, float)) or isinstance(value, bool)):
             raise ValueError(f"{name}: {option} is {value!r}, expected a number")
-    return functools.partial(LOSSES[name], **options)
+    loss = functools.partial(LOSSES[name], **options)
+    loss(torch.zeros(1, 1), torch.zeros(1, 1), Targets(group=torch.zeros(1, 1, dtype=torch.int64)))
+    return loss

@@ -14,12 +14,10 @@ open_run(out, config, data={"train": dataset.sha256()}, device=embedder.device)
 """
 
 import importlib.metadata
-import os
 import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from typing import Any
 import torch
 
 from .. import device as devices
-from ..files import atomic_write, read_json, write_json
+from ..files import atomic_write, check_writable, read_json, write_json
 
 CONFIG, ENVIRONMENT, DIFF, LOG = "config.json", "environment.json", "diff.patch", "train.jsonl"
 CHECKPOINTS, MODEL, EVAL, DONE = "checkpoints", "model", "eval", "DONE"
@@ -43,14 +41,7 @@ def check_run(out: Path, existing: str = "refuse") -> None:
     """
     if existing not in EXISTING:
         raise ValueError(f"existing is {existing!r}, expected one of {', '.join(EXISTING)}")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: a file, expected a folder or nothing")
-    parent = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
-    try:
-        with tempfile.TemporaryFile(dir=parent):
-            pass
-    except OSError as error:
-        raise ValueError(f"{out}: cannot be written to ({error.strerror}: {parent})") from None
+    check_writable(out)
     if not out.is_dir() or not any(out.iterdir()):
         return
     if existing == "refuse":
@@ -87,7 +78,7 @@ def open_run(
     commit, diff = _git_state()
     write_json(out / ENVIRONMENT, environment(device) | {"commit": commit, "dirty": bool(diff), "data_sha256": data})
     if diff:
-        with atomic_write(out / DIFF) as file:
+        with atomic_write(out / DIFF, "wb") as file:
             file.write(diff)
     # Last, because it is what makes the folder a run.
     write_json(out / CONFIG, config)
@@ -121,18 +112,20 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git_state() -> tuple[str | None, str]:
-    """(commit, diff against it) of the checkout that this code runs from; (None, "") when it is not one."""
+def _git_state() -> tuple[str | None, bytes]:
+    """(commit, diff against it) of the checkout that this code runs from; (None, b"") when it is not one."""
     package = Path(__file__).resolve().parents[1]
 
-    def git(*arguments: str) -> str | None:
+    def git(*arguments: str) -> bytes | None:
         try:
-            done = subprocess.run(["git", "-C", str(package), *arguments], capture_output=True, text=True, timeout=30)
+            done = subprocess.run(["git", "-C", str(package), *arguments], capture_output=True, timeout=30)
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout if done.returncode == 0 else None
 
     if not git("ls-files", "--error-unmatch", "__init__.py"):
-        return None, ""
+        return None, b""
     commit = git("rev-parse", "HEAD")
-    return (commit.strip() if commit else None), git("diff", "HEAD", "--", os.fspath(package.parent)) or ""
+    return (commit.decode().strip() if commit else None), git(
+        "diff", "--no-color", "--no-ext-diff", "HEAD", "--", str(package.parent)
+    ) or b""

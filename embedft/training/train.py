@@ -30,6 +30,8 @@ from .checkpoint import TrainState, load_checkpoint, save_checkpoint
 from .optim import build_optimizer, lr_factor
 from .runs import CHECKPOINTS, LOG
 
+# Steps between two calls of `device.release_memory`.
+RELEASE_EVERY = 8
 # Ids that an error about a batch names; all of them stand in train.jsonl.
 NAMED_IDS = 16
 
@@ -119,6 +121,7 @@ def train(
     factor = lr_factor(config.schedule, num_steps=num_steps, warmup=config.warmup)
     optimizer = build_optimizer(embedder.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    optimizer.zero_grad()  # an earlier training may have been stopped between its gradients and its step
     state, best_weights = TrainState(), None
 
     def log(record: dict) -> None:
@@ -128,6 +131,7 @@ def train(
     def validate() -> None:
         nonlocal best_weights
         start = time.perf_counter()
+        embedder.eval()
         metrics = dict(evaluate(embedder))
         if config.select not in metrics:
             raise ValueError(f"select is {config.select!r}, expected one of {', '.join(metrics)}")
@@ -149,8 +153,8 @@ def train(
         for what, value in (("loss", loss_value), ("gradient norm", grad_norm)):
             if not torch.isfinite(value):
                 ids = {"query_ids": batch.query_ids, "document_ids": batch.document_ids}
-                log({"step": state.step, "error": f"{what} is {value.item()}", **ids})
-                raise NonFiniteError(f"{what} is {value.item()}", state.step, batch)
+                log({"step": state.step + 1, "error": f"{what} is {value.item()}", **ids})
+                raise NonFiniteError(f"{what} is {value.item()}", state.step + 1, batch)
         optimizer.step()
         optimizer.zero_grad()
         state.step += 1
@@ -160,35 +164,41 @@ def train(
             "loss": loss_value.item(),
             "lr": lr,
             "grad_norm": grad_norm.item(),
+            "queries": len(batch.query_ids),
+            "tokens": len(batch.queries.input_ids) + len(batch.documents.input_ids),
+            "seconds": time.perf_counter() - start,
         }
-        record["queries"] = len(batch.query_ids)
-        record["tokens"] = len(batch.queries.input_ids) + len(batch.documents.input_ids)
-        log({**record, "seconds": time.perf_counter() - start})
+        log(record)
         bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
         bar.update()
+        if state.step % RELEASE_EVERY == 0:
+            devices.release_memory(device)
 
     def due(every: int | None) -> bool:
         return state.step % (every or len(batches)) == 0 or state.step == num_steps
 
-    with devices.seeded(config.seed, device), progress_bar(num_steps, "train", unit="step") as bar:
-        resumed = None if out is None else load_checkpoint(out / CHECKPOINTS, embedder, optimizer, device)
-        if resumed:
-            state, best_weights = resumed
-            _forget_after(out / LOG, state.step)
-            bar.update(state.step)
-        elif evaluate is not None:
-            validate()
-        while state.step < num_steps:
-            epoch, batch_number = divmod(state.step, len(batches))
-            for batch in batches.epoch(epoch, start=batch_number):
-                step_once(batch, epoch)
-                if evaluate is not None and due(config.eval_every):
+    try:
+        with devices.seeded(config.seed, device):
+            resumed = None if out is None else load_checkpoint(out / CHECKPOINTS, embedder, optimizer, device)
+            if resumed:
+                state, best_weights = resumed
+            if out is not None:
+                _forget_after(out / LOG, state.step if resumed else -1)
+            with progress_bar(num_steps, "train", unit="step", initial=state.step) as bar:
+                if evaluate is not None and not resumed:
                     validate()
-                if out is not None and due(config.checkpoint_every):
-                    save_checkpoint(out / CHECKPOINTS, embedder, optimizer, state, best_weights, device)
+                while state.step < num_steps:
+                    epoch, batch_number = divmod(state.step, len(batches))
+                    for batch in batches.epoch(epoch, start=batch_number):
+                        step_once(batch, epoch)
+                        if evaluate is not None and due(config.eval_every):
+                            validate()
+                        if out is not None and due(config.checkpoint_every):
+                            save_checkpoint(out / CHECKPOINTS, embedder, optimizer, state, best_weights, device)
+    finally:
+        embedder.eval()
     if best_weights is not None:
         embedder.load_state_dict(best_weights)
-    embedder.eval()
     return state
 
 
@@ -212,7 +222,7 @@ def _forget_after(log: Path, step: int) -> None:
         try:
             if json.loads(line)["step"] > step:
                 continue
-        except json.JSONDecodeError:
+        except ValueError:  # cut off: no JSON, or not even UTF-8
             break
         kept.append(line)
     with atomic_write(log, "wb") as file:

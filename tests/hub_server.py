@@ -1,0 +1,98 @@
+"""As much of the Hugging Face hub as downloading a model takes, on loopback, with a log of what was asked for.
+
+with Hub({"tiny/bert": {"main": "c0" * 20, "c0" * 20: {"config.json": b"{}"}}}) as hub:
+    os.environ["HF_ENDPOINT"] = hub.url
+
+A repository maps a commit (40 hexadecimal digits) to its files and a branch or tag to a commit.
+"""
+
+import hashlib
+import http.server
+import json
+import re
+import threading
+
+API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+?)(/(?P<kind>revision|tree)/(?P<revision>[^/?]+))?(\?.*)?")
+RESOLVE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>[^?]+)(\?.*)?")
+
+
+class Hub:
+    """A server thread from `with` to its end, or to `stop`. `log` holds (method, path) of every request."""
+
+    def __init__(self, repositories: dict[str, dict[str, str | dict[str, bytes]]]):
+        self.repositories, self.log = repositories, []
+        hub = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self):
+                hub.log.append((self.command, self.path))
+                status, headers, body = hub.answer(self.path)
+                self.send_response(status)
+                for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(body)
+
+            do_HEAD = do_GET
+
+            def log_message(self, *args):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def __enter__(self) -> "Hub":
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Ends it: connections are refused from here on."""
+        self.server.shutdown()
+        self.server.server_close()
+
+    @property
+    def downloaded(self) -> list[str]:
+        """Paths of the files whose content was sent."""
+        matches = (RESOLVE.fullmatch(path) for method, path in self.log if method == "GET")
+        return sorted(match["path"] for match in matches if match)
+
+    def answer(self, url: str) -> tuple[int, dict[str, str], bytes]:
+        """(status, headers, body) of a request."""
+        match = API.fullmatch(url) or RESOLVE.fullmatch(url)
+        repository = self.repositories.get(match["repo"]) if match else None
+        if repository is None:
+            return error(401, "RepoNotFound", "Invalid username or password.")
+        revision = match["revision"] or "main"
+        commit = repository.get(revision) if isinstance(repository.get(revision), str) else revision
+        files = repository.get(commit)
+        if files is None:
+            return error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        if match.re is RESOLVE:
+            body = files.get(match["path"])
+            if body is None:
+                return error(404, "EntryNotFound", "Entry not found")
+            headers = {"X-Repo-Commit": commit, "ETag": f'"{git_id(body)}"', "Content-Type": "application/octet-stream"}
+            return 200, headers, body
+        if match["kind"] == "tree":
+            entries = [
+                {"type": "file", "path": path, "size": len(body), "oid": git_id(body)} for path, body in files.items()
+            ]
+            return 200, {"Content-Type": "application/json"}, json.dumps(entries).encode()
+        info = {"id": match["repo"], "sha": commit, "siblings": [{"rfilename": path} for path in files]}
+        return 200, {"Content-Type": "application/json"}, json.dumps(info).encode()
+
+
+def error(status: int, code: str, message: str) -> tuple[int, dict[str, str], bytes]:
+    headers = {"X-Error-Code": code, "X-Error-Message": message, "Content-Type": "application/json"}
+    return status, headers, json.dumps({"error": message}).encode()
+
+
+def git_id(body: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()

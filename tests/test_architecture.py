@@ -1,0 +1,263 @@
+"""The rules of the house, read from the imports with `ast`: who may import whom, which packages, and where.
+
+LAYERS and PACKAGES are the rules. A change of direction is a change of these tables, seen and argued about.
+"""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import embedft
+from embedft.encoders.loading import FAMILIES
+
+ROOT = Path(embedft.__file__).parent
+
+# Open to all but losses; they import each other and nothing else.
+LEAVES = ("config", "files", "progress", "device")
+# Part of embedft, a folder or a module: what it may import of embedft beside itself.
+LAYERS = {
+    "losses": (),
+    "encoders": LEAVES,
+    "data": (*LEAVES, "encoders.packing", "losses.targets"),
+    "training": (*LEAVES, "losses", "encoders", "data"),
+    "retrieval": (*LEAVES, "encoders", "data"),
+    **dict.fromkeys(LEAVES, LEAVES),
+}
+# They put the parts together, so they import any of them; no part imports them.
+TOP = ("__init__", "__main__", "cli", "recipe")
+
+
+class Package(NamedTuple):
+    """Where a package from elsewhere may be imported."""
+
+    parts: tuple[str, ...] | None  # None: anywhere
+    in_functions: bool = False  # only where it is used: it is slow to import, or optional
+
+
+PACKAGES = {
+    "torch": Package(None),
+    "numpy": Package(None),
+    "safetensors": Package(("encoders", "training")),
+    "tokenizers": Package(("encoders.tokenization",)),
+    "tqdm": Package(("progress",)),
+    "faiss": Package(("retrieval.index",), in_functions=True),
+    "huggingface_hub": Package(("encoders.loading",), in_functions=True),
+    "openai": Package(("data.questions", "encoders.openai_api"), in_functions=True),
+    "pypdf": Package(("data.documents",), in_functions=True),
+}
+WITHOUT_TORCH = ("retrieval.metrics", "retrieval.significance", "retrieval.bm25", "data.dataset", "data.formats")
+# Slow to import, or another's: not there after `import embedft`.
+HEAVY = ("faiss", "huggingface_hub", "transformers", "sentence_transformers", "openai", "pypdf", "scipy", "pandas")
+
+
+class Import(NamedTuple):
+    """`target` is a module of embedft ("losses.targets") or, with `own` false, a package from elsewhere ("torch")."""
+
+    source: str
+    target: str
+    own: bool
+    in_function: bool
+
+
+def modules_in(root: Path) -> dict[str, ast.Module]:
+    """{"losses.targets": its syntax}; a package is named by its folder, embedft itself "__init__"."""
+    modules = {}
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+        modules[name] = ast.parse(path.read_text(encoding="utf-8"))
+    return modules
+
+
+def imports_of(modules: dict[str, ast.Module], packages: set[str]) -> list[Import]:
+    """Every import statement, inside functions and under TYPE_CHECKING too. `packages`: which modules are folders."""
+    found = []
+    for source, tree in modules.items():
+        inside = {id(node) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for node in ast.walk(f)}
+        folder = [] if source in TOP else source.split(".") if source in packages else source.split(".")[:-1]
+
+        def add(names: list[str], node: ast.stmt, source: str = source, inside: set[int] = inside) -> None:
+            """The longest of the dotted name's beginnings that is a module here; "" is embedft itself."""
+            while names and ".".join(names) not in modules:
+                names = names[:-1]
+            found.append(Import(source, ".".join(names) or "__init__", True, id(node) in inside))
+
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = folder[: len(folder) - node.level + 1] + (node.module.split(".") if node.module else [])
+                for alias in node.names:
+                    add([*base, alias.name], node)
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                dotted = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                for name in dotted:
+                    first, *rest = name.split(".")
+                    if first == "embedft":
+                        more = [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else [""]
+                        for last in more:
+                            add([*rest, last], node)
+                    else:
+                        found.append(Import(source, first, False, id(node) in inside))
+    return found
+
+
+def belongs(module: str, parts: tuple[str, ...]) -> bool:
+    return any(module == part or module.startswith(f"{part}.") for part in parts)
+
+
+def broken_rules(imports: list[Import], families: set[str]) -> list[str]:
+    """What is wrong with the imports, a line each."""
+    faults = []
+    torch_users = {i.source for i in imports if i.target == "torch" and not i.own}
+    while more := {i.source for i in imports if i.own and i.target in torch_users} - torch_users:
+        torch_users |= more
+    for i in imports:
+        line = f"{i.source} imports {i.target}"
+        part = i.source.partition(".")[0]
+        if i.own:
+            if part not in TOP and not belongs(i.target, (part, *LAYERS[part])):
+                faults.append(line)
+            if {i.source, i.target} <= families and i.source != i.target:
+                faults.append(f"{line}: families do not import each other")
+        elif i.target in PACKAGES:
+            package = PACKAGES[i.target]
+            if package.parts is not None and not belongs(i.source, package.parts):
+                faults.append(f"{line}, which is for {', '.join(package.parts)}")
+            if package.in_functions and not i.in_function:
+                faults.append(f"{line} outside of a function")
+        elif i.target not in sys.stdlib_module_names:
+            faults.append(f"{line}, which is no package of ours")
+    return faults + [
+        f"{module} imports torch, perhaps by way of others" for module in WITHOUT_TORCH if module in torch_users
+    ]
+
+
+MODULES = modules_in(ROOT)
+FOLDERS = {".".join(path.parent.relative_to(ROOT).parts) for path in ROOT.rglob("__init__.py")} - {""}
+FAMILY_MODULES = {family.encoder.__module__.removeprefix("embedft.") for family in FAMILIES.values()}
+
+
+def test_every_part_has_its_rules():
+    assert {name.partition(".")[0] for name in MODULES} == {*LAYERS, *TOP}
+    assert MODULES.keys() >= FAMILY_MODULES
+
+
+def test_imports_keep_the_rules():
+    imports = imports_of(MODULES, FOLDERS)
+    assert broken_rules(imports, FAMILY_MODULES) == []
+    # The reader sees what is there: arrows between parts, beside each other, lazy ones, packages.
+    assert Import("training.train", "losses.registry", True, False) in imports
+    assert Import("encoders.embedder", "device", True, False) in imports
+    assert Import("encoders.embedder", "encoders.loading", True, True) in imports
+    assert Import("retrieval.index", "faiss", False, True) in imports
+    assert Import("cli", "config", True, False) in imports
+
+
+@pytest.mark.parametrize(
+    ("source", "statement", "fault"),
+    [
+        ("losses.contrastive", "from ..files import write_json", "losses.contrastive imports files"),
+        ("losses.contrastive", "from .. import device", "losses.contrastive imports device"),
+        ("losses.contrastive", "import embedft", "losses.contrastive imports __init__"),
+        ("losses.contrastive", "from embedft import Targets", "losses.contrastive imports __init__"),
+        ("losses.contrastive", "import embedft.encoders.packing", "losses.contrastive imports encoders.packing"),
+        ("losses.contrastive", "def f():\n from ..encoders import bert", "losses.contrastive imports encoders.bert"),
+        ("training.train", "from ..retrieval.evaluate import evaluate", "training.train imports retrieval.evaluate"),
+        ("training.train", "from ..retrieval import evaluate", "training.train imports retrieval.evaluate"),
+        ("training", "from .. import retrieval", "training imports retrieval"),
+        ("retrieval.index", "from ..training import train", "retrieval.index imports training.train"),
+        ("encoders.pooling", "from ..losses.targets import scores", "encoders.pooling imports losses.targets"),
+        ("data.batches", "from ..encoders.embedder import Embedder", "data.batches imports encoders.embedder"),
+        ("data.batches", "from ..losses import registry", "data.batches imports losses.registry"),
+        ("files", "from .data import dataset", "files imports data.dataset"),
+        ("training.train", "from ..recipe import finetune", "training.train imports recipe"),
+        ("encoders.mpnet", "from .bert import Layer", "families do not import each other"),
+        ("encoders.mpnet", "from . import bert", "families do not import each other"),
+        ("retrieval.metrics", "import torch.nn", "retrieval.metrics imports torch, perhaps"),
+        ("retrieval.metrics", "from ..losses.targets import scores", "retrieval.metrics imports torch, perhaps"),
+        ("retrieval.significance", "from ..device import seeded", "retrieval.significance imports torch, perhaps"),
+        ("retrieval.index", "import faiss", "retrieval.index imports faiss outside of a function"),
+        (
+            "retrieval.evaluate",
+            "def f():\n import faiss",
+            "retrieval.evaluate imports faiss, which is for retrieval.index",
+        ),
+        ("data.questions", "from openai import OpenAI", "data.questions imports openai outside of a function"),
+        ("cli", "def f():\n import openai", "cli imports openai, which is for data.questions, encoders.openai_api"),
+        ("cli", "import transformers", "cli imports transformers, which is no package of ours"),
+        ("recipe", "from sentence_transformers import losses", "imports sentence_transformers, which is no package of"),
+        ("recipe", "from experiments.report import format_table", "recipe imports experiments, which is no package of"),
+        ("cli", "if True:\n import pandas as pd", "cli imports pandas, which is no package of ours"),
+    ],
+)
+def test_a_broken_rule_is_found(source, statement, fault):
+    modules = {**MODULES, "encoders.mpnet": ast.parse(""), "data.questions": ast.parse("")}
+    modules[source] = ast.Module([*modules[source].body, *ast.parse(statement).body], [])
+    faults = broken_rules(imports_of(modules, FOLDERS), {*FAMILY_MODULES, "encoders.mpnet"})
+    assert [line for line in faults if fault in line], faults
+
+
+# What a module looks like.
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_everything_public_says_what_it_is(name):
+    tree = MODULES[name]
+    assert ast.get_docstring(tree), "the module has no docstring"
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    public = [node for node in tree.body if isinstance(node, kinds) and not node.name.startswith("_")]
+    assert [node.name for node in public if not ast.get_docstring(node)] == []
+
+
+def test_names_say_what_is_inside():
+    vague = {"utils", "util", "helpers", "helper", "base", "common", "misc", "manager", "engine", "core"}
+    assert not vague & {part for name in MODULES for part in name.split(".")}
+
+
+def test_only_the_public_face_has_imports_in_an_init():
+    """So that importing one module of a folder does not import the others."""
+    for name in FOLDERS:
+        assert [type(node) for node in MODULES[name].body] == [ast.Expr], name
+    docstring, *imports, names = MODULES["__init__"].body
+    assert ast.get_docstring(MODULES["__init__"]) == ast.literal_eval(docstring.value).strip()
+    assert {type(node) for node in imports} == {ast.ImportFrom}
+    imported = {alias.asname or alias.name for node in imports for alias in node.names}
+    assert ast.unparse(names.targets[0]) == "__all__"
+    assert set(ast.literal_eval(names.value)) == imported
+
+
+# Importing embedft.
+
+
+def test_importing_changes_nothing_and_stays_light(tmp_path):
+    """In a process of its own, with torch there already: what embedft adds to it."""
+    script = """
+import json, os, random, sys, warnings
+import numpy, torch
+
+def state():
+    return [
+        torch.get_num_threads(), torch.get_num_interop_threads(), str(torch.get_default_dtype()),
+        torch.is_grad_enabled(), torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled(),
+        torch.get_rng_state().tolist(), str(random.getstate()), str(numpy.random.get_state()),
+        dict(os.environ), os.getcwd(), sys.path, len(warnings.filters), os.listdir(),
+    ]
+
+before = state()
+import embedft
+print(json.dumps({"changed": before != state(), "modules": sorted(sys.modules)}))
+"""
+    command = [sys.executable, "-B", "-c", script]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout)
+    assert done.stderr == ""
+    assert not result["changed"]
+    assert list(tmp_path.iterdir()) == []
+    assert not {name.partition(".")[0] for name in result["modules"]} & set(HEAVY)
+    assert "embedft.retrieval.index" in result["modules"]

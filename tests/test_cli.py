@@ -1,0 +1,279 @@
+"""cli.py: every command by `main` and one in a process of its own; errors are one line and exit code 2."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+from tiny import make_dataset, make_embedder, one_thread  # noqa: F401
+
+from embedft import FinetuneConfig, Report, evaluate, load_embedder
+from embedft.cli import COMMANDS, main
+from embedft.files import read_json
+
+TEXTS = ["a b c", "", " x ", "7 8 9"]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working directory with a model, data, and texts."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EMBEDFT_PROGRESS", "0")  # --quiet sets it; so it is put back
+    monkeypatch.setattr("embedft.encoders.loading.default_device", lambda: torch.device("cpu"))
+    make_embedder(tmp_path / "model")
+    make_dataset(negatives=1).save("pairs.jsonl")
+    make_dataset().save("pairs.json")
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    (tmp_path / "texts.jsonl").write_text(
+        "\n".join(json.dumps(t if i % 2 else {"text": t}) for i, t in enumerate(TEXTS))
+    )
+    return tmp_path
+
+
+# What the commands do.
+
+
+def test_info(place, capsys):
+    assert main(["info", "model", "--device", "cpu"]) == 0
+    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert (rows["family"], rows["layers"], rows["dimensions"], rows["device"]) == ("bert", "2", "32", "cpu")
+    assert rows["parameters"] == f"{sum(p.numel() for p in make_embedder(place / 'model').parameters()):,}"
+    assert rows["max_length"].startswith("48 tokens")
+    assert (rows["pooling"], rows["similarity"]) == ("mean", "cosine")
+
+
+@pytest.mark.parametrize("file", ["texts.txt", "texts.jsonl"])
+def test_encode(place, capsys, file):
+    assert main(["encode", "model", file, "--out", "out/vectors.npy"]) == 0
+    found = np.load("out/vectors.npy")
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, make_embedder(place / "model").encode(TEXTS))
+    assert capsys.readouterr().out == "out/vectors.npy: 4 texts x 32 dimensions, float32\n"
+
+
+def test_encode_with_options(place, capsys):
+    settings = {"prompts": {"query": "q ", "document": "d "}}
+    (place / "model" / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    options = ["--role", "query", "--dim", "8", "--max-length", "4", "--dtype", "bfloat16", "--device", "cpu"]
+    assert main(["encode", "model", "texts.txt", "--out", "vectors.npy", *options]) == 0
+    embedder = load_embedder("model", device="cpu", max_length=4).bfloat16()
+    np.testing.assert_array_equal(np.load("vectors.npy"), embedder.encode(TEXTS, role="query", dim=8))
+
+
+def test_evaluate(place, capsys):
+    report = evaluate(make_embedder(place / "model"), make_dataset())
+    assert main(["evaluate", "model", "pairs.json", "--out", "eval"]) == 0
+    assert capsys.readouterr().out == f"{report}\n"
+    assert Report.load("eval").metrics == report.metrics
+    assert main(["evaluate", "model", "pairs.json", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == report.metrics
+
+
+def test_evaluate_with_options(place, capsys):
+    options = ["--dim", "8", "--ks", "2", "7", "--depth", "7", "--gain", "graded", "--max-length", "6", "--json"]
+    assert main(["evaluate", "model", "pairs.json", *options]) == 0
+    embedder = load_embedder("model", device="cpu", max_length=6)
+    report = evaluate(embedder, make_dataset(), dim=8, ks=(2, 7), depth=7, gain="graded")
+    assert json.loads(capsys.readouterr().out) == report.metrics
+
+
+def test_finetune(place, capsys):
+    options = ["--validation", "pairs.json", "--epochs", "1", "--batch_size", "4", "--loss.temperature=0.1", "--quiet"]
+    assert main(["finetune", "--num_negatives", "1", "model", "pairs.jsonl", "--out", "run", *options]) == 0
+    table, where = capsys.readouterr().out.splitlines()
+    assert re.match(r"ndcg@10: 0\.\d{4} -> 0\.\d{4}, difference [+-]0\.\d{4} \[.*\] at 95%, p = ", table)
+    assert where == "model: run/model"
+    config = read_json("run/config.json")
+    expected = {"epochs": 1, "batch_size": 4, "num_negatives": 1}
+    assert {name: config[name] for name in expected} == expected
+    assert config["loss"] == {"name": "in_batch_negatives", "temperature": 0.1}
+    after = evaluate(load_embedder("run/model", device="cpu"), make_dataset())
+    assert Report.load("run/eval/validation").metrics == after.metrics
+    assert (place / "run" / "DONE").is_file()
+
+    assert main(["finetune", "model", "pairs.json", "--out", "run", "--epochs", "1", "--overwrite"]) == 0
+    assert capsys.readouterr().out == "model: run/model\n"
+    assert main(["finetune", "model", "pairs.json", "--out", "new", "--epochs", "1", "--resume"]) == 0
+
+
+def test_settings_from_a_file(place, capsys):
+    (place / "settings.json").write_text('{"epochs": 3, "batch_size": 12, "loss": {"name": "in_batch_negatives"}}')
+    arguments = ["finetune", "model", "pairs.json", "--out", "run", "--config", "settings.json", "--epochs", "1"]
+    assert main(arguments) == 0
+    config = read_json("run/config.json")
+    assert (config["epochs"], config["batch_size"]) == (1, 12)
+    # And a run's own configuration is such a file.
+    assert main(["finetune", "model", "pairs.json", "--out", "again", "--config", "run/config.json"]) == 0
+    assert read_json("again/config.json") == config
+
+
+def test_rows_with_empty_texts_are_dropped_on_request(place, capsys):
+    (place / "pairs.csv").write_text("question,context\na b,a b c\nd,\ne f,e f g\n")
+    assert main(["evaluate", "model", "pairs.csv"]) == 2
+    assert main(["evaluate", "model", "pairs.csv", "--skip-empty", "--no-merge", "--format", "csv"]) == 0
+    output = capsys.readouterr()
+    assert output.out.startswith("2 queries\n")
+    assert "pairs.csv: dropped 1 rows with empty texts\n" in output.err
+
+
+def test_in_a_process_of_its_own(place):
+    def embedft(*arguments: str) -> subprocess.CompletedProcess:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            [sys.executable, "-m", "embedft", *arguments], env=environment, capture_output=True, text=True
+        )
+
+    good, bad = embedft("info", "model"), embedft("info", "./missing")
+    assert (good.returncode, good.stderr) == (0, "")
+    assert "family         bert" in good.stdout
+    assert (bad.returncode, bad.stdout, bad.stderr) == (2, "", "embedft info: error: ./missing: no such folder\n")
+
+
+# Users' errors.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "embedft: error: the following arguments are required: COMMAND"),
+        ("fintune", "embedft: error: argument COMMAND: invalid choice: 'fintune' (choose from"),
+        ("info", "embedft info: error: the following arguments are required: MODEL"),
+        ("info model more", "embedft: error: unrecognized arguments: more"),
+        ("info model --loss.temperature 1", "embedft: error: unrecognized arguments: --loss.temperature"),
+        ("info ./missing", "embedft info: error: ./missing: no such folder"),
+        ("info .", "embedft info: error: .: no config.json, so this is no model folder"),
+        ("info model --device toaster", "embedft info: error: device is 'toaster', expected one that is there"),
+        ("info model --device cuda:99", "embedft info: error: device is 'cuda:99', expected one that is there"),
+        ("encode model missing.txt --out x.npy", "embedft encode: error: [Errno 2] No such file or directory"),
+        (
+            "encode model bad.jsonl --out x.npy",
+            "embedft encode: error: bad.jsonl line 2: expected a string, or an object",
+        ),
+        (
+            "encode model texts.txt --out x.bin",
+            "embedft encode: error: --out is x.bin, expected a name that ends in .npy",
+        ),
+        ("encode model texts.txt --out file/x.npy", "embedft encode: error: file: cannot be written to"),
+        ("encode model texts.txt", "embedft encode: error: the following arguments are required: --out"),
+        ("encode model texts.txt --out x.npy --role judge", "embedft encode: error: argument --role: invalid choice"),
+        ("encode model texts.txt --out x.npy --dim 33", "embedft encode: error: dim is 33, expected 1 to 32"),
+        ("encode model texts.txt --out x.npy --max-length 49", "max_length is 49, expected at most the encoder's 48"),
+        (
+            "encode model texts.txt --out x.npy --max-length 2",
+            "max_length is 2, expected more than the 2 special tokens",
+        ),
+        ("evaluate model missing.json", "embedft evaluate: error: missing.json: no such file or folder"),
+        ("evaluate model file", "embedft evaluate: error: file: the suffix is none of .json, .jsonl"),
+        ("evaluate model pairs.json --ks 0", "embedft evaluate: error: cutoffs ks=(0,)"),
+        ("evaluate model pairs.json --ks five", "embedft evaluate: error: argument --ks: invalid int value: 'five'"),
+        ("evaluate model pairs.json --depth 5", "embedft evaluate: error: cutoffs ks=(1, 3, 5, 10)"),
+        ("evaluate model pairs.json --out file/eval", "embedft evaluate: error: file/eval: cannot be written to"),
+        ("evaluate model pairs.json --out=file", "embedft evaluate: error: file: cannot be written to"),
+        ("finetune model pairs.json", "embedft finetune: error: the following arguments are required: --out"),
+        ("finetune ./missing pairs.json --out r", "embedft finetune: error: ./missing: no such folder"),
+        ("finetune model missing.json --out r", "embedft finetune: error: missing.json: no such file or folder"),
+        ("finetune model pairs.json --out r --validation no.json", "embedft finetune: error: no.json: no such file"),
+        ("finetune model pairs.json --out file/r", "embedft finetune: error: file/r: cannot be written to"),
+        ("finetune model pairs.json --out .", "embedft finetune: error: .: not empty; choose another folder"),
+        ("finetune model pairs.json --out . --overwrite", "embedft finetune: error: .: holds files, but no run"),
+        ("finetune model pairs.json --out r --overwrite --resume", "argument --resume: not allowed with argument"),
+        ("finetune model pairs.json --out r --epochs many", "command line: epochs is 'many', expected int"),
+        ("finetune model pairs.json --out r --epochs 0", "command line: epochs is 0, expected at least 1"),
+        ("finetune model pairs.json --out r --epoch 1", "embedft: error: unrecognized arguments: --epoch 1"),
+        ("finetune model pairs.json --out r --lr nan", "command line: lr is 'nan', expected float"),
+        ("finetune model pairs.json --out r --lr NaN", "command line: lr is nan, expected above 0"),
+        ("finetune model pairs.json --out r --loss.temperature", "argument --loss.temperature: expected one argument"),
+        ("finetune model pairs.json --out r --loss.temperature 0", "temperature is 0, expected above 0"),
+        ("finetune model pairs.json --out r --loss.temp 1", "in_batch_negatives has no option 'temp', expected one of"),
+        (
+            "finetune model pairs.json --out r --loss.name mnrl",
+            "loss name is 'mnrl', expected one of in_batch_negatives",
+        ),
+        ("finetune model pairs.json --out r --lss.name mnrl", "unknown option --lss.name, expected --NAME.KEY"),
+        (
+            "finetune model pairs.json --out r --config file",
+            "embedft finetune: error: file line 1 column 1: invalid JSON",
+        ),
+        ("finetune model pairs.json --out r --num_negatives 1", "query 'q0' has 0 hard negatives, num_negatives is 1"),
+        ("finetune model pairs.json --out r --max_length 49", "max_length is 49, expected at most the encoder's 48"),
+        (
+            "finetune model pairs.json --out r --validation pairs.json --select ndcg@ten",
+            "embedft finetune: error: select is 'ndcg@ten', expected one of",
+        ),
+    ],
+)
+def test_an_error_is_one_line_and_exit_code_2(place, capsys, arguments, message):
+    (place / "file").write_text("")
+    (place / "bad.jsonl").write_text('"a"\n{"txt": "b"}\n')
+    before = sorted(place.rglob("*"))
+    try:
+        code = main(arguments.split())
+    except SystemExit as error:  # argparse's own
+        code = error.code
+    output = capsys.readouterr()
+    assert code == 2
+    assert output.out == ""
+    assert message in output.err
+    assert output.err.count("\n") == 1
+    assert output.err.endswith("\n")
+    assert sorted(place.rglob("*")) == before
+
+
+def test_a_run_that_diverges_is_an_error_of_one_line(place, capsys):
+    arguments = "finetune model pairs.json --out run --lr 1e38 --max_grad_norm 1e38 --epochs 3"
+    assert main(arguments.split()) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"embedft finetune: error: step \d+: (loss|gradient norm) is (nan|inf); .*\n", error)
+    assert read_json("run/config.json")["lr"] == 1e38
+
+
+def test_interrupted(place, capsys, monkeypatch):
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, "info", (COMMANDS["info"][0], interrupted, COMMANDS["info"][2]))
+    assert main(["info", "model"]) == 130
+    assert capsys.readouterr().err == "embedft info: interrupted\n"
+
+
+def test_what_is_a_bug_keeps_its_traceback(place, monkeypatch):
+    def broken(options):
+        raise TypeError("a bug")
+
+    monkeypatch.setitem(COMMANDS, "info", (COMMANDS["info"][0], broken, COMMANDS["info"][2]))
+    with pytest.raises(TypeError, match="a bug"):
+        main(["info", "model"])
+
+
+# Help.
+
+
+def help_of(capsys, *command: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main([*command, "--help"])
+    assert caught.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_lists_every_command(capsys):
+    text = help_of(capsys)
+    for name, (_, _, meaning) in COMMANDS.items():
+        assert re.search(rf"^    {name} +{meaning}$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_explains_every_option(capsys, monkeypatch, command):
+    """Names begin a line two columns in; what they mean follows on that line, or further in on the next."""
+    monkeypatch.setenv("COLUMNS", "160")
+    _, *sections = re.split(r"\n\n(?=[a-z ]+:\n)", help_of(capsys, command))
+    entries = [entry for section in sections for entry in re.split(r"\n  (?=\S)", section.rstrip())[1:]]
+    explained = {re.split(r"[ ,]", entry)[0]: re.search(r"(?:  |\n)\s*(\S.*)", entry) for entry in entries}
+    assert None not in explained.values(), explained
+    assert {"MODEL", "--device", "--quiet", "-h"} <= explained.keys()
+    if command == "finetune":
+        assert {f"--{field.name}" for field in fields(FinetuneConfig)} <= explained.keys()

@@ -1,0 +1,66 @@
+"""device.py: seeds and random states; a device that is not there is a user's error. Kernels are tested where used."""
+
+import pytest
+import torch
+
+from embedft.device import (
+    default_device,
+    describe,
+    find_device,
+    has_packed_attention,
+    peak_memory_bytes,
+    random_state,
+    seeded,
+    set_random_state,
+    synchronize,
+)
+
+CPU = torch.device("cpu")
+
+
+def test_seeded_draws_the_same_and_gives_the_callers_state_back():
+    torch.manual_seed(5)
+    expected = torch.rand(4)
+    before = torch.get_rng_state()
+    with seeded(5, CPU):
+        assert torch.equal(torch.rand(4), expected)
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(ZeroDivisionError), seeded(5, CPU):
+        torch.rand(1 // 0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_random_state_is_a_place_to_come_back_to():
+    state = random_state(CPU)
+    drawn = torch.rand(4)
+    torch.rand(3)
+    set_random_state(state, CPU)
+    assert torch.equal(torch.rand(4), drawn)
+
+
+def test_find_device():
+    assert find_device("cpu") == CPU
+    for name in ("toaster", "", "cpu:x", "cuda:99"):
+        with pytest.raises(ValueError, match=f"device is '{name}', expected one that is there: cuda") as caught:
+            find_device(name)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_default_is_a_device_that_is_there():
+    assert find_device(default_device().type).type == default_device().type
+
+
+def test_the_packed_kernel_is_for_half_precision_on_cuda():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert not has_packed_attention(CPU, dtype)
+    assert not has_packed_attention(torch.device("cuda"), torch.float32)
+
+
+def test_what_a_report_says_of_the_machine():
+    synchronize(CPU)
+    assert describe(CPU).endswith(f"{torch.get_num_threads()} threads")
+    before = peak_memory_bytes(CPU)
+    block = torch.ones(64 << 20, dtype=torch.uint8)
+    assert 32 << 20 < peak_memory_bytes(CPU) < 1 << 40
+    assert peak_memory_bytes(CPU) >= before
+    assert len(block) == 64 << 20

@@ -1,0 +1,164 @@
+"""files.py: a file is whole or not there, and what cannot be read is named by file and line."""
+
+import hashlib
+import json
+import os
+
+import pytest
+
+from embedft import files
+from embedft.files import (
+    append_jsonl,
+    atomic_write,
+    check_writable,
+    read_json,
+    read_jsonl,
+    read_lines,
+    read_text,
+    sha256_file,
+    write_json,
+)
+
+
+def test_atomic_write_replaces_and_makes_folders(tmp_path):
+    path = tmp_path / "a" / "b" / "file.txt"
+    for text in ("first\r\n", "ä\n"):
+        with atomic_write(path) as file:
+            file.write(text)
+        assert path.read_bytes() == text.encode()  # UTF-8, line ends as given
+    with atomic_write(path, "wb") as file:
+        file.write(b"\x00\xff")
+    assert path.read_bytes() == b"\x00\xff"
+    assert os.listdir(path.parent) == ["file.txt"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    def lines():
+        yield "half of it\n"
+        raise error
+
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    for target in (path, tmp_path / "new.txt"):
+        with pytest.raises(error), atomic_write(target) as file:
+            file.writelines(lines())
+    assert os.listdir(tmp_path) == ["file.txt"]
+    assert path.read_text() == "old"
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with atomic_write(path) as file:
+        file.write("new")
+        file.flush()
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+
+
+def test_an_error_of_the_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError("no space left on device")
+
+    write_json(tmp_path / "file.json", {"old": 1})
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(files.os, name, full)
+            with pytest.raises(OSError, match="no space left"):
+                write_json(tmp_path / "file.json", {"new": 1})
+        assert os.listdir(tmp_path) == ["file.json"]
+        assert read_json(tmp_path / "file.json") == {"old": 1}
+
+
+def test_json_round_trip(tmp_path):
+    value = {"a": [1, 0.1, None, True], "ü": {"nested": "line\nbreak"}}
+    write_json(tmp_path / "file.json", value)
+    assert read_json(tmp_path / "file.json") == value
+    assert "ü" in (tmp_path / "file.json").read_text(encoding="utf-8")
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="JSON"):
+            write_json(tmp_path / "file.json", {"a": bad})
+    assert read_json(tmp_path / "file.json") == value
+
+
+def test_jsonl_round_trip(tmp_path):
+    path = tmp_path / "file.jsonl"
+    records = [{"text": "two\u2028lines\r\n"}, {"ü": 1}, {}]
+    for record in records:
+        append_jsonl(path, record)
+    assert list(read_jsonl(path)) == list(enumerate(records, start=1))
+    with pytest.raises(ValueError, match="JSON"):
+        append_jsonl(path, {"loss": float("nan")})
+    assert len(path.read_bytes().splitlines()) == 3
+
+
+def test_jsonl_counts_the_lines_it_passes_over(tmp_path):
+    path = tmp_path / "file.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf1\r\n\n  \n{"a": "b"}')
+    assert list(read_jsonl(path)) == [(1, 1), (4, {"a": "b"})]
+
+
+def test_lines_end_with_a_line_feed_and_nothing_else(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_bytes("\ufeffa\u2028b\x0b\r\n\n\ufeffc\rd".encode())
+    assert list(read_lines(path)) == ["a\u2028b\x0b\r\n", "\n", "\ufeffc\rd"]  # a mark is one at the start only
+    assert read_text(path) == "a\u2028b\x0b\r\n\n\ufeffc\rd"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"a": 1,\n "b": }', r"file.json line 2 column 7: invalid JSON \(Expecting value\)"),
+        (b"", r"file.json line 1 column 1: invalid JSON \(Expecting value\)"),
+        (b'{"a": 1', "file.json line 1 column 8: invalid JSON"),
+        (b'"\n\xff"', r"file.json line 2: invalid UTF-8 \(byte 0xff\)"),
+        (b'\xef\xbb\xbf"\xe9"', r"file.json line 1: invalid UTF-8 \(byte 0xe9\)"),
+        (b'{"a": 1, "b": 2, "a": 3}', r"file.json: invalid JSON \(key 'a' stands twice in one object\)"),
+        (b"[" * 100_000, "file.json: invalid JSON"),
+        (b"9" * 10_000, "file.json: invalid JSON"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, content, message):
+    path = tmp_path / "file.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_json(path)
+
+
+def test_a_line_that_cannot_be_read_is_named(tmp_path):
+    path = tmp_path / "file.jsonl"
+    for bad, message in (
+        (b"{", r"file.jsonl line 3 column 2: invalid JSON"),
+        (b'{"a": 1, "a": 1}', r"file.jsonl line 3: invalid JSON \(key 'a' stands twice"),
+        (b"\x80", r"file.jsonl line 3: invalid UTF-8 \(byte 0x80\)"),
+    ):
+        path.write_bytes(b"{}\n\n" + bad + b"\n{}\n")
+        lines = read_jsonl(path)
+        assert next(lines) == (1, {})  # nothing is read before it is asked for
+        with pytest.raises(ValueError, match=message):
+            next(lines)
+
+
+def test_sha256(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "HASH_BLOCK_BYTES", 7)
+    path = tmp_path / "file.bin"
+    for content in (b"", b"abc", bytes(range(256)) * 3):
+        path.write_bytes(content)
+        assert sha256_file(path) == hashlib.sha256(content).hexdigest()
+    # FIPS 180-2, appendix B.1.
+    path.write_bytes(b"abc")
+    assert sha256_file(path).startswith("ba7816bf8f01cfea414140de5dae2223")
+
+
+def test_check_writable(tmp_path):
+    """Works as root too, for whom no permission is missing."""
+    check_writable(tmp_path)
+    check_writable(tmp_path / "new" / "folder")
+    assert os.listdir(tmp_path) == []
+    file = tmp_path / "file"
+    file.write_text("")
+    for path in (file, file / "below" / "it", "/proc/embedft"):
+        with pytest.raises(ValueError, match=f"{path}: cannot be written to"):
+            check_writable(path)
+    assert json.dumps(os.listdir(tmp_path)) == '["file"]'

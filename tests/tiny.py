@@ -1,0 +1,49 @@
+"""What training is tested with: the tiny BERT of conftest.py as an Embedder, and questions for it to learn.
+
+    embedder = make_embedder(tmp_path / "base")
+    finetune(embedder, make_dataset(), ...)
+
+A test module that imports `one_thread` runs on one: matrices this small gain nothing from a second, and where other
+processes want the cores the threads wait for each other, a hundred times longer than they work.
+"""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LETTERS, write_tiny_folder
+
+from embedft import Embedder, RetrievalDataset, load_embedder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """One thread for the tests of a module, then as many as before."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+def make_embedder(folder: Path, *, dropout: float = 0.1, **options) -> Embedder:
+    """The tiny BERT in `folder`, written there unless it is there; `options` are those of `load_embedder`."""
+    if not folder.is_dir():
+        write_tiny_folder(folder, hidden_dropout_prob=dropout)
+    return load_embedder(folder, device="cpu", **options)
+
+
+def make_dataset(
+    num_queries: int = 12, num_documents: int = 9, *, seed: int = 0, negatives: int = 0
+) -> RetrievalDataset:
+    """Query i quotes document i mod `num_documents`, its only relevant one; the hard negatives are the next ones."""
+    generator = random.Random(seed)
+    corpus = {f"d{j}": " ".join(generator.choices(LETTERS, k=generator.randint(4, 12))) for j in range(num_documents)}
+    queries, qrels, hard = {}, {}, {}
+    for i in range(num_queries):
+        j = i % num_documents
+        queries[f"q{i}"] = " ".join([*generator.sample(corpus[f"d{j}"].split(), 3), generator.choice(LETTERS)])
+        qrels[f"q{i}"] = {f"d{j}": 1}
+        hard[f"q{i}"] = [f"d{(j + 1 + n) % num_documents}" for n in range(negatives)]
+    return RetrievalDataset(queries, corpus, qrels, hard if negatives else {})
