@@ -60,7 +60,7 @@ def check_types(config: Any) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
-    """One option a field: --batch-size 64 (or --batch_size 64), --loss.temperature 0.05; --config FILE reads a JSON file first."""
+    """One option a field: --batch-size 64, --loss.temperature 0.05; --config FILE reads a JSON file first."""
     parser.add_argument("--config", metavar="FILE", help="JSON file with any of the settings; options override it")
     group = parser.add_argument_group("settings")
     defaults = to_dict(cls())

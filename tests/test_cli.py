@@ -276,4 +276,4 @@ def test_help_explains_every_option(capsys, monkeypatch, command):
     assert None not in explained.values(), explained
     assert {"MODEL", "--device", "--quiet", "-h"} <= explained.keys()
     if command == "finetune":
-        assert {f"--{field.name}" for field in fields(FinetuneConfig)} <= explained.keys()
+        assert {f"--{field.name.replace('_', '-')}" for field in fields(FinetuneConfig)} <= explained.keys()

@@ -219,7 +219,7 @@ def test_help_has_every_setting_with_meaning_and_default(monkeypatch, cls):
         if isinstance(default, dict):
             head, more = f"--{name} JSON", f" (or --{name}.NAME VALUE, e.g. --{name}.name)"
         else:
-            head, more = f"--{name} VALUE", ""
+            head, more = f"--{name.replace('_', '-')} VALUE", ""
         (meaning,) = (field.metadata["meaning"] for field in fields(cls) if field.name == name)
         assert f" {head} {meaning}{more} [{json.dumps(default)}]" in text
     assert "--config FILE JSON file" in text

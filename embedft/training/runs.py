@@ -126,6 +126,5 @@ def _git_state() -> tuple[str | None, bytes]:
     if not git("ls-files", "--error-unmatch", "__init__.py"):
         return None, b""
     commit = git("rev-parse", "HEAD")
-    return (commit.decode().strip() if commit else None), git(
-        "diff", "--no-color", "--no-ext-diff", "HEAD", "--", str(package.parent)
-    ) or b""
+    diff = git("diff", "--no-color", "--no-ext-diff", "HEAD", "--", str(package.parent))
+    return (commit.decode().strip() if commit else None), diff or b""
