@@ -111,6 +111,14 @@ def read_json(path: str | Path) -> Any:
     return _parse_json(read_text(path), path)
 
 
+def read_object(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises `ValueError` as `read_json` does, and when it holds something else."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds a {type(value).__name__}, expected an object")
+    return value
+
+
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, Any]]:
     """Yields (line number from 1, value) of a JSON-lines file; blank lines are passed over.
 

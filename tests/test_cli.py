@@ -10,11 +10,13 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from tiny import make_dataset, make_embedder, one_thread  # noqa: F401
+from tiny import make_dataset, make_embedder
 
 from embedft import FinetuneConfig, Report, evaluate, load_embedder
 from embedft.cli import COMMANDS, main
 from embedft.files import read_json
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TEXTS = ["a b c", "", " x ", "7 8 9"]
 

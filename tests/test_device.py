@@ -1,5 +1,9 @@
 """device.py: seeds and random states; a device that is not there is a user's error. Kernels are tested where used."""
 
+import resource
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,6 +14,7 @@ from embedft.device import (
     has_packed_attention,
     peak_memory_bytes,
     random_state,
+    release_memory,
     seeded,
     set_random_state,
     synchronize,
@@ -64,3 +69,17 @@ def test_what_a_report_says_of_the_machine():
     assert 32 << 20 < peak_memory_bytes(CPU) < 1 << 40
     assert peak_memory_bytes(CPU) >= before
     assert len(block) == 64 << 20
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_freed_memory_goes_back_to_the_system():
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    blocks = [torch.ones(1 << 18, dtype=torch.uint8) for _ in range(400)]  # 100 MiB below glibc's mmap threshold
+    keep = blocks[-1]
+    del blocks
+    before = resident_bytes()
+    release_memory(CPU)
+    assert resident_bytes() < before or before < 100 << 20
+    assert keep.sum() == 1 << 18

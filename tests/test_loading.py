@@ -16,7 +16,7 @@ import torch
 from hub_server import Hub
 from safetensors.torch import load_file, save_file
 
-from embedft import load_embedder
+from embedft import Embedder, load_embedder
 from embedft.encoders import loading
 from embedft.encoders.loading import PACKAGES, Package, find_folder
 from embedft.files import read_json, sha256_file, write_json
@@ -57,6 +57,7 @@ def folder(tiny_bert, tmp_path) -> Path:
         {},
         {"pooling": {"pooling_mode": "cls"}},
         {"pooling": {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, "max_seq_length": 9},
+        {"pooling": {"pooling_mode": ["mean", "cls"]}},
         {"normalize": False, "settings": {"similarity_fn_name": "dot"}},
         {"settings": {"prompts": {"query": "query: ", "document": "document: "}, "truncate_dim": 8}},
         {
@@ -67,7 +68,18 @@ def folder(tiny_bert, tmp_path) -> Path:
         {"lower_case": True},
         {"tokenizer_config": {"truncation_side": "left"}},
     ],
-    ids=["plain", "cls", "two modes", "dot", "prompts", "prompt left out", "default prompt", "lower case", "left"],
+    ids=[
+        "plain",
+        "cls",
+        "two modes",
+        "other order",
+        "dot",
+        "prompts",
+        "prompt left out",
+        "default prompt",
+        "lower case",
+        "left",
+    ],
 )
 def test_what_is_saved_loads_everywhere(write_tiny, reference, tmp_path, settings):
     embedder = load(write_tiny(tmp_path / "model", modules=True, **settings))
@@ -93,7 +105,7 @@ def test_the_packaged_model_saved_and_loaded(minilm, reference, tmp_path, monkey
     assert difference(model.encode(TEXTS), found) <= 1e-6
 
 
-@pytest.mark.parametrize("pooling", [{"pooling_mode": "mean"}, {"pooling_mode": ["cls", "mean"]}], ids=str)
+@pytest.mark.parametrize("pooling", [{"pooling_mode": "mean"}, {"pooling_mode": ["mean", "cls"]}], ids=str)
 @pytest.mark.parametrize("normalize", [True, False])
 def test_what_sentence_transformers_saved_loads(write_tiny, reference, tmp_path, pooling, normalize):
     settings = {"prompts": {"query": "query: "}, "similarity_fn_name": "cosine" if normalize else "dot"}
@@ -211,6 +223,18 @@ def test_older_names(folder, tiny_bert, tmp_path, head):
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     assert saved.keys() == {*load_file(tiny_bert / "model.safetensors"), *head}
     assert all(torch.equal(saved[name], tensor) for name, tensor in head.items())
+
+
+def test_an_older_and_a_newer_name_of_one_tensor(folder):
+    name = "embeddings.word_embeddings.weight"
+    rewrite_weights(folder, lambda tensors: {**tensors, f"bert.{name}": tensors[name]})
+    assert_refused(f"{name} is there twice", folder)
+
+
+def test_an_embedder_made_by_hand_is_not_saved(tiny_bert, tmp_path):
+    found = load(tiny_bert)
+    with pytest.raises(ValueError, match="was not loaded from a model folder"):
+        Embedder(found.encoder, found.tokenizer).save(tmp_path / "saved")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

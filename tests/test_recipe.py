@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import make_dataset, make_embedder, one_thread  # noqa: F401
+from tiny import make_dataset, make_embedder
 
 from embedft import FinetuneConfig, Report, RetrievalDataset, evaluate, finetune, load_embedder, recipe
 from embedft.files import read_json, read_jsonl, sha256_file
 from embedft.training import runs
 from embedft.training import train as train_module
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONFIG = FinetuneConfig(epochs=2, batch_size=4, lr=1e-3, checkpoint_every=2)  # 6 steps
 UNJUDGED = RetrievalDataset({"q": "a b c"}, {"d": "d e f"}, {})

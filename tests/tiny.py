@@ -1,30 +1,15 @@
 """What training is tested with: the tiny BERT of conftest.py as an Embedder, and questions for it to learn.
 
-    embedder = make_embedder(tmp_path / "base")
-    finetune(embedder, make_dataset(), ...)
-
-A test module that imports `one_thread` runs on one: matrices this small gain nothing from a second, and where other
-processes want the cores the threads wait for each other, a hundred times longer than they work.
+embedder = make_embedder(tmp_path / "base")
+finetune(embedder, make_dataset(), ...)
 """
 
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-import torch
 from conftest import LETTERS, write_tiny_folder
 
 from embedft import Embedder, RetrievalDataset, load_embedder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """One thread for the tests of a module, then as many as before."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def make_embedder(folder: Path, *, dropout: float = 0.1, **options) -> Embedder:

@@ -11,6 +11,7 @@ Shapes: N texts, T tokens, B sequences, D features.
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,13 +38,14 @@ class Embedder(nn.Module):
     Args:
         encoder: packed tokens -> hidden states [T, D]; has `.config` with `hidden_size` and `max_length`.
         tokenizer: the one the weights were trained with.
-        pooling: modes of pooling.py; several are concatenated in the order of `POOLING_MODES`.
+        pooling: modes of pooling.py; several are concatenated in the order given.
         include_prompt: whether pooling counts the prompt's tokens.
         prompts: {name: text in front}; "query" and "document" are used by role, see `PROMPT_NAMES`.
         default_prompt: name of the prompt for roles that have none.
         similarity: "cosine" or "dot".
         normalize: scale vectors to length one; always so when similarity is "cosine".
         truncate_dim: leading dimensions that `encode` gives unless asked otherwise; None: all.
+        source: `loading.Source`, what `save` needs to know beyond the weights; None: it cannot be saved.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Embedder(nn.Module):
         similarity: str = "cosine",
         normalize: bool = True,
         truncate_dim: int | None = None,
+        source: Any = None,
     ):
         super().__init__()
         for mode in pooling:
@@ -65,8 +68,8 @@ class Embedder(nn.Module):
                 raise ValueError(f"pooling mode is {mode!r}, expected one of {', '.join(POOLING_MODES)}")
         if similarity not in SIMILARITIES:
             raise ValueError(f"similarity is {similarity!r}, expected one of {', '.join(SIMILARITIES)}")
-        self.encoder, self.tokenizer = encoder, tokenizer
-        self.pooling = tuple(mode for mode in POOLING_MODES if mode in pooling)
+        self.encoder, self.tokenizer, self.source = encoder, tokenizer, source
+        self.pooling = tuple(pooling)
         self.include_prompt, self.prompts = include_prompt, dict(prompts or {})
         if default_prompt is not None and default_prompt not in self.prompts:
             raise ValueError(
@@ -200,7 +203,7 @@ class Embedder(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Writes the folder that sentence-transformers and `load_embedder` read; each file atomically."""
-        from .loading import save_embedder
+        from .loading import save_embedder  # loading imports this module
 
         save_embedder(self, Path(folder))
 

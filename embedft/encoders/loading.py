@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..device import default_device
-from ..files import read_json, sha256_file, write_json
+from ..files import read_json, read_object, sha256_file, write_json
 from . import bert
 from .embedder import ROLES, SIMILARITIES, Embedder
 from .pooling import POOLING_MODES
-from .tokenization import Tokenizer
+from .tokenization import TOKENIZER_FILE, Tokenizer
 
 CONFIG_FILE, WEIGHTS_FILE, MODULES_FILE = "config.json", "model.safetensors", "modules.json"
 TRANSFORMER_CONFIG_FILE, MODEL_CONFIG_FILE = "sentence_bert_config.json", "config_sentence_transformers.json"
@@ -32,7 +32,8 @@ MODULES = ("Transformer", "Pooling", "Normalize")
 POOLING_FOLDER, NORMALIZE_FOLDER = "1_Pooling", "2_Normalize"
 # All that is ever downloaded: weights as safetensors, and small JSON files.
 HUB_FILES = [CONFIG_FILE, WEIGHTS_FILE, MODULES_FILE, TRANSFORMER_CONFIG_FILE, MODEL_CONFIG_FILE,
-             "tokenizer.json", "tokenizer_config.json", "*_Pooling/config.json"]  # fmt: skip
+             "tokenizer.json", "tokenizer_config.json", "*_Pooling/config.json",
+             "0_*/*.json", "0_*/model.safetensors"]  # fmt: skip
 
 # Pooling mode -> its key in 1_Pooling/config.json of sentence-transformers before 6.
 LEGACY_POOLING_KEYS = {
@@ -116,7 +117,7 @@ def load_embedder(
     config_path = transformer / CONFIG_FILE
     if not config_path.is_file():
         raise ValueError(f"{transformer}: no {CONFIG_FILE}, so this is no model folder")
-    config_dict = _read_object(config_path)
+    config_dict = read_object(config_path)
     family = FAMILIES.get(config_dict.get("model_type"))
     if family is None:
         raise ValueError(
@@ -131,20 +132,22 @@ def load_embedder(
     with torch.device("meta"):
         encoder = family.encoder(config, attention_dropout=attention_dropout)
     carried = load_weights(encoder, transformer / WEIGHTS_FILE, family, dtype)
-    embedder = Embedder(
-        encoder,
-        tokenizer,
-        pooling=pooling,
-        include_prompt=include_prompt,
-        prompts=settings.get("prompts") if prompts is None else prompts,
-        default_prompt=settings.get("default_prompt_name") if prompts is None else None,
-        similarity=similarity,
-        normalize="Normalize" in modules,
-        truncate_dim=settings.get("truncate_dim"),
+    return (
+        Embedder(
+            encoder,
+            tokenizer,
+            pooling=pooling,
+            include_prompt=include_prompt,
+            prompts=settings.get("prompts") if prompts is None else prompts,
+            default_prompt=settings.get("default_prompt_name") if prompts is None else None,
+            similarity=similarity,
+            normalize="Normalize" in modules,
+            truncate_dim=settings.get("truncate_dim"),
+            source=Source(str(name), folder, family, config_dict, carried),
+        )
+        .to(default_device() if device is None else device)
+        .eval()
     )
-    # What the folder held and the encoder does not use; `save_embedder` writes it back.
-    embedder.source = Source(str(name), folder, family, config_dict, carried)
-    return embedder.to(device or default_device()).eval()
 
 
 class Source(NamedTuple):
@@ -214,20 +217,13 @@ def _hub_folder(name: str, revision: str | None, *, local_files_only: bool) -> P
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise ValueError(f"{name}: no such folder, and the hub says: {' '.join(str(error).split())}") from None
     # A snapshot may hold only the files that some other program asked for.
-    if local_files_only and not (Path(folder) / WEIGHTS_FILE).is_file():
+    if local_files_only and not all((Path(folder) / name).is_file() for name in (WEIGHTS_FILE, TOKENIZER_FILE)):
         return None
     return Path(folder)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a {type(value).__name__}, expected an object")
-    return value
-
-
 def _read_optional(path: Path) -> dict[str, Any]:
-    return _read_object(path) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}
 
 
 def _read_modules(folder: Path) -> dict[str, str]:
@@ -253,7 +249,7 @@ def _read_pooling(folder: Path) -> tuple[tuple[str, ...], bool]:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise ValueError(f"{folder}: no {CONFIG_FILE}, which says how tokens are pooled")
-    config = _read_object(path)
+    config = read_object(path)
     modes = config.get("pooling_mode")
     if modes is None:
         modes = [mode for mode, key in LEGACY_POOLING_KEYS.items() if config.get(key)] or ["mean"]
@@ -268,8 +264,6 @@ def _load_tokenizer(folder: Path, config: Any, max_length: int | None) -> Tokeni
     """The tokenizer with its maximum length: asked for, else the folder's; never above the encoder's positions."""
     settings = _read_optional(folder / TRANSFORMER_CONFIG_FILE)
     limit = config.max_length
-    if max_length is not None and max_length > limit:
-        raise ValueError(f"max_length is {max_length}, expected at most the encoder's {limit} positions")
     lower_case = bool(settings.get("do_lower_case"))
     tokenizer = Tokenizer.load(folder, max_length=limit if max_length is None else max_length, lower_case=lower_case)
     if max_length is None:
@@ -302,6 +296,8 @@ def load_weights(encoder: nn.Module, path: Path, family: Family, dtype: torch.dt
         name = name.removeprefix(family.prefix)
         for old, new in family.renamed.items():
             name = name.replace(old, new)
+        if name in tensors:
+            raise ValueError(f"{path}: {name} is there twice, under this name and an older one")
         tensors[name] = tensor
     carried = {name: tensors.pop(name) for name in list(tensors) if name.startswith(family.carried)}
 
@@ -339,7 +335,9 @@ def checkpoint_tensors(encoder: nn.Module, family: Family) -> dict[str, Tensor]:
 
 def save_embedder(embedder: Embedder, folder: Path) -> None:
     """Writes `embedder` in the sentence-transformers layout; see `Embedder.save`."""
-    source: Source = embedder.source
+    source: Source | None = embedder.source
+    if source is None:
+        raise ValueError("this Embedder was not loaded from a model folder, so it cannot be saved as one")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {**checkpoint_tensors(embedder.encoder, source.family), **source.carried}
     temporary = folder / f".{WEIGHTS_FILE}.tmp"
@@ -353,12 +351,14 @@ def save_embedder(embedder: Embedder, folder: Path) -> None:
         folder / TRANSFORMER_CONFIG_FILE,
         {"max_seq_length": embedder.max_length, "do_lower_case": embedder.tokenizer.lower_case},
     )
-    legacy = {key: mode in embedder.pooling for mode, key in LEGACY_POOLING_KEYS.items()}
+    pooling = {key: mode in embedder.pooling for mode, key in LEGACY_POOLING_KEYS.items()}
+    if tuple(mode for mode in LEGACY_POOLING_KEYS if mode in embedder.pooling) != embedder.pooling:
+        pooling = {"pooling_mode": embedder.pooling}  # an order that the old form cannot tell
     write_json(
         folder / POOLING_FOLDER / CONFIG_FILE,
         {
             "word_embedding_dimension": embedder.encoder.config.hidden_size,
-            **legacy,
+            **pooling,
             "include_prompt": embedder.include_prompt,
         },
     )

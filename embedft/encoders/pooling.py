@@ -15,12 +15,11 @@ from torch import Tensor
 
 from .packing import Packed
 
-# In the order in which several are concatenated.
 POOLING_MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 
 
 def pool(hidden_TD: Tensor, packed: Packed, modes: Sequence[str]) -> Tensor:
-    """The pooled vectors, [B, D * number of modes], float32 (float64 when `hidden_TD` is).
+    """The pooled vectors, [B, D * number of modes], side by side as `modes` lists them; float32, or float64 as given.
 
     - cls: the first token; lasttoken: the last
     - mean: sum / n; mean_sqrt_len_tokens: sum / sqrt(n); max: element by element
@@ -60,4 +59,4 @@ def pool(hidden_TD: Tensor, packed: Packed, modes: Sequence[str]) -> Tensor:
         count_B1 = segment_sum(weight_T1).clamp(min=1e-9)
         return segment_sum(pooled_TD) / (count_B1 if mode == "mean" else count_B1.sqrt())
 
-    return torch.cat([one(mode) for mode in POOLING_MODES if mode in modes], dim=1)
+    return torch.cat([one(mode) for mode in modes], dim=1)

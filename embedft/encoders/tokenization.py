@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import normalizers
 from tokenizers.normalizers import Lowercase
 
-from ..files import atomic_write, read_json, write_json
+from ..files import atomic_write, read_object, write_json
 
 TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 
@@ -49,7 +49,7 @@ class Tokenizer:
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{path}: not a tokenizer ({error})") from None
         config_path = folder / TOKENIZER_CONFIG_FILE
-        config = read_json(config_path) if config_path.is_file() else {}
+        config = read_object(config_path) if config_path.is_file() else {}
         return cls(backend, config, max_length=max_length, lower_case=lower_case)
 
     @property
