@@ -14,7 +14,9 @@ import torch
 
 from embedft import RetrievalDataset, build_loss, load_embedder
 from embedft.data.batches import Batches
+from embedft.device import release_memory
 from embedft.training.optim import build_optimizer
+from embedft.training.train import RELEASE_EVERY
 from experiments.commandline import make_parser, run
 from experiments.report import format_table
 from experiments.sources import find_data
@@ -25,7 +27,7 @@ MAX_LENGTH, BATCH_SIZE, LR, WEIGHT_DECAY, SEED, TOLERANCE = 512, 10, 2e-5, 0.01,
 
 
 class Ours:
-    """One step as in training/train.py."""
+    """One step as in training/train.py, giving memory back as often as it does."""
 
     def __init__(self, model: str, train_file: str):
         self.embedder = load_embedder(model, max_length=MAX_LENGTH, device="cpu")
@@ -33,7 +35,7 @@ class Ours:
         batches = Batches(RetrievalDataset.load(train_file), self.embedder.pack, batch_size=BATCH_SIZE, seed=SEED)
         self.batches = (batch for epoch in range(100) for batch in batches.epoch(epoch) if _distinct(batch))
         self.optimizer = build_optimizer(self.embedder.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
-        self.batch = next(self.batches)
+        self.batch, self.num_steps = next(self.batches), 0
 
     def loss_of_batch(self) -> torch.Tensor:
         Q, D = self.embedder.embed_pair(self.batch.queries, self.batch.documents)
@@ -51,11 +53,14 @@ class Ours:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.num_steps += 1
+        if self.num_steps % RELEASE_EVERY == 0:
+            release_memory(torch.device("cpu"))
         self.batch = next(self.batches)
 
 
 class SentenceTransformers(Ours):
-    """The same step with the peer's model and loss, on the same texts."""
+    """The same step with the peer's model and loss, on the same texts; memory is given back for it too."""
 
     def __init__(self, model: str, train_file: str):
         from sentence_transformers import SentenceTransformer
@@ -68,7 +73,7 @@ class SentenceTransformers(Ours):
         batches = Batches(self.dataset, lambda texts, *, role: texts, batch_size=BATCH_SIZE, seed=SEED)
         self.batches = (batch for epoch in range(100) for batch in batches.epoch(epoch) if _distinct(batch))
         self.optimizer = build_optimizer(self.model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
-        self.batch = next(self.batches)
+        self.batch, self.num_steps = next(self.batches), 0
 
     def loss_of_batch(self) -> torch.Tensor:
         features = [self.model.preprocess(texts) for texts in (self.batch.queries, self.batch.documents)]

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from . import config as configs
-from . import device as devices
 from .data.dataset import RetrievalDataset
 from .data.formats import FORMATS
 from .encoders.embedder import ROLES, Embedder
@@ -25,6 +24,7 @@ from .files import atomic_write, check_writable, read_jsonl, read_lines
 from .recipe import VALIDATION, VALIDATION_BASE, FinetuneConfig, finetune
 from .retrieval.evaluate import evaluate
 from .retrieval.report import Report, compare
+from .retrieval.run import check_trec_ids
 from .training import runs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -73,8 +73,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _load_model(options: argparse.Namespace, **more) -> Embedder:
-    device = None if options.device is None else devices.find_device(options.device)
-    return load_embedder(options.model, device=device, revision=options.revision, **more)
+    return load_embedder(options.model, device=options.device, revision=options.revision, **more)
 
 
 def _add_encoding(parser: argparse.ArgumentParser) -> None:
@@ -85,13 +84,12 @@ def _add_encoding(parser: argparse.ArgumentParser) -> None:
 
 def _add_loading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=FORMATS, help="of the data [recognised]")
-    parser.add_argument("--no-merge", action="store_true", help="a document a row, also where texts are equal")
     parser.add_argument("--skip-empty", action="store_true", help="drop rows with empty texts instead of refusing them")
 
 
-def _load_data(path: str, options: argparse.Namespace) -> RetrievalDataset:
+def _load_data(path: str, options: argparse.Namespace, *, merge: bool, split: str | None) -> RetrievalDataset:
     dataset = RetrievalDataset.load(
-        path, format=options.format, merge=not options.no_merge, skip_empty=options.skip_empty
+        path, format=options.format, merge=merge, skip_empty=options.skip_empty, split=split
     )
     if dataset.num_skipped:
         print(f"{path}: dropped {dataset.num_skipped} rows with empty texts", file=sys.stderr)
@@ -103,7 +101,9 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", metavar="DATA", help="training data: QA JSON, BEIR folder, JSONL or CSV pairs")
     parser.add_argument("--out", required=True, metavar="DIR", help="run folder; DIR/model gets the model")
     parser.add_argument("--validation", metavar="DATA", help="held-out questions that choose the best weights")
-    parser.add_argument("--attention-dropout", type=float, default=0.0, metavar="P", help="costs the fast kernels [0]")
+    parser.add_argument("--split", metavar="NAME", help="of a BEIR folder DATA [train, or the only one]")
+    parser.add_argument("--validation-split", metavar="NAME", help="of a BEIR folder [test, or the only one]")
+    parser.add_argument("--no-merge", action="store_true", help="validation: a document a row, even of equal texts")
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--overwrite", action="store_true", help="replace a run that is already in DIR")
     existing.add_argument("--resume", action="store_true", help="go on from the last checkpoint in DIR")
@@ -116,13 +116,20 @@ def _finetune(options: argparse.Namespace) -> None:
     out = Path(options.out)
     existing = "overwrite" if options.overwrite else "resume" if options.resume else "refuse"
     runs.check_run(out, existing)
-    dataset = _load_data(options.data, options)
-    validation = _load_data(options.validation, options) if options.validation else None
-    embedder = _load_model(options, attention_dropout=options.attention_dropout)
+    split = options.split
+    if split is None and (Path(options.data) / "qrels" / "train.tsv").is_file():
+        split = "train"
+    dataset = _load_data(options.data, options, merge=True, split=split)
+    validation = None
+    if options.validation:
+        merge, split = not options.no_merge, options.validation_split
+        validation = _load_data(options.validation, options, merge=merge, split=split)
+    embedder = _load_model(options)
     finetune(embedder, dataset, config, validation=validation, out=out, existing=existing)
     if validation is not None:
         before, after = (Report.load(out / runs.EVAL / name) for name in (VALIDATION_BASE, VALIDATION))
         print(compare(before, after, metric=config.select))
+        print("these questions chose the weights; for a claim, run embedft evaluate on others")
     print(f"model: {out / runs.MODEL}")
 
 
@@ -135,13 +142,17 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gain", choices=("binary", "graded"), default="binary", help="of nDCG [binary]")
     parser.add_argument("--out", metavar="DIR", help="write metrics.json, per_query.jsonl and run.trec")
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
+    parser.add_argument("--split", metavar="NAME", help="of a BEIR folder [test, or the only one]")
+    parser.add_argument("--no-merge", action="store_true", help="a document a row, also where texts are equal")
     _add_loading(parser)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     if options.out:
         check_writable(options.out)
-    dataset = _load_data(options.data, options)
+    dataset = _load_data(options.data, options, merge=not options.no_merge, split=options.split)
+    if options.out:
+        check_trec_ids([*dataset.queries, *dataset.corpus])
     embedder = _load_model(options, max_length=options.max_length, dtype=DTYPES[options.dtype])
     report = evaluate(embedder, dataset, dim=options.dim, ks=options.ks, depth=options.depth, gain=options.gain)
     if options.out:
@@ -194,7 +205,7 @@ def _info(options: argparse.Namespace) -> None:
         "max_length": f"{embedder.max_length} tokens (the encoder has {embedder.encoder.config.max_length} positions)",
         "pooling": " + ".join(embedder.pooling) + ("" if embedder.include_prompt else ", prompt left out"),
         "similarity": embedder.similarity,
-        "prompts": {role: embedder.prompt(role) for role in ROLES},
+        "prompts": embedder.prompts or "none",
         "carried along": ", ".join(embedder.source.carried) or "nothing",
         "device": embedder.device,
     }

@@ -3,7 +3,7 @@
 Not here: moving tensors, and precision under autocast (training/train.py).
 
     device = default_device()
-    synchronize(device)
+    describe(device)
 """
 
 import contextlib
@@ -80,14 +80,6 @@ def length_slack(device: torch.device) -> float:
     Padding inside attention buys fewer kernel launches; the CPU has none to save, so its groups are of equal length.
     """
     return 0.0 if device.type == "cpu" else 0.125
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits until everything queued on `device` is done, so that a clock can be read."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from .encoders.embedder import Embedder
 from .losses.registry import build_loss
 from .retrieval.evaluate import evaluate, evaluate_run
 from .retrieval.report import Report
-from .retrieval.run import Run
+from .retrieval.run import Run, check_trec_ids
 from .training import runs
 from .training.train import TrainConfig, train
 
@@ -30,6 +30,7 @@ class FinetuneConfig(TrainConfig):
     batch_size: int = setting(32, "training pairs of a step")
     num_negatives: int = setting(0, "hard negatives of each query, taken from the dataset")
     max_length: int | None = setting(None, "tokens a text is cut to; null: the model's own")
+    attention_dropout: float = setting(0.0, "on attention weights; above 0 it costs the fast kernels")
     loss: dict[str, Any] = setting({"name": "in_batch_negatives"}, "name and options of the loss")
 
     def __post_init__(self):
@@ -38,6 +39,8 @@ class FinetuneConfig(TrainConfig):
             raise ValueError(f"batch_size is {self.batch_size}, expected at least 1")
         if self.num_negatives < 0:
             raise ValueError(f"num_negatives is {self.num_negatives}, expected at least 0")
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"attention_dropout is {self.attention_dropout}, expected at least 0 and below 1")
         build_loss(self.loss)
 
 
@@ -52,8 +55,8 @@ def finetune(
 ) -> Embedder:
     """Fine-tunes `embedder` on the pairs of `dataset`; gives the same object back, with its best weights.
 
-    Everything that can be found wrong without training is found before it. The loss does not follow the embedder: for
-    one whose similarity is "dot", ask for {"name": "in_batch_negatives", "similarity": "dot"}.
+    Everything that can be found wrong without training is found before it. The loss does not follow the embedder: one
+    whose similarity is "dot" needs a loss that names its own, {"name": "in_batch_negatives", "similarity": "dot"}.
 
     Args:
         validation: held-out questions by which the best weights are chosen (`config.select`); None: the last weights.
@@ -76,12 +79,18 @@ def finetune(
         metrics = evaluate_run(Run.from_dict({}), validation, **cutoffs).metrics
         if config.select not in metrics:
             raise ValueError(f"select is {config.select!r}, expected one of {', '.join(metrics)}")
+    if embedder.similarity == "dot" and not embedder.normalize and "similarity" not in config.loss:
+        raise ValueError("the model's similarity is the dot product: loss.similarity has to say 'dot' or 'cosine'")
     if config.max_length is not None:
         embedder.max_length = config.max_length
+    embedder.encoder.attention_dropout = config.attention_dropout
     config = replace(config, max_length=embedder.max_length)  # so that the run's configuration says what it was
     if out is not None:
-        data = {"train": dataset.sha256()} | ({} if validation is None else {"validation": validation.sha256()})
-        runs.open_run(out, to_dict(config), data=data, device=embedder.device, existing=existing)
+        hashes = {"model": embedder.sha256(), "train": dataset.sha256()}
+        if validation is not None:
+            hashes["validation"] = validation.sha256()
+            check_trec_ids([*validation.queries, *validation.corpus])
+        runs.open_run(out, to_dict(config), hashes=hashes, device=embedder.device, existing=existing)
 
     def measure(embedder: Embedder) -> Report:
         return evaluate(embedder, validation, **cutoffs)
@@ -93,7 +102,8 @@ def finetune(
             report.save(out / runs.EVAL / VALIDATION_BASE)
         return report.metrics
 
-    train(embedder, batches, build_loss(config.loss), config, out=out, evaluate=validate if validation else None)
+    evaluation = None if validation is None else validate
+    train(embedder, batches, build_loss(config.loss), config, out=out, evaluate=evaluation)
     if out is not None:
         embedder.save(out / runs.MODEL)
         if validation is not None:

@@ -16,6 +16,8 @@ from embedft import FinetuneConfig, RetrievalDataset, evaluate, finetune, load_e
 from embedft.data.pseudo import docstring_datasets
 from embedft.device import describe, peak_memory_bytes
 from embedft.files import write_json
+from embedft.retrieval.run import check_trec_ids
+from embedft.training.runs import check_run
 
 from .commandline import make_parser, run
 from .report import COMPARISON_HEADER, compare_metrics, comparison_rows, format_table
@@ -26,18 +28,23 @@ NUM_TRAIN, NUM_HELD_OUT = 2_000, 1_000
 
 def main(options: argparse.Namespace) -> None:
     start = time.perf_counter()
-    out = Path(options.out)
+    out, existing = Path(options.out), "overwrite" if options.overwrite else "refuse"
+    check_run(out, existing)
     embedder = load_embedder(options.base)
     embedder.max_length = CONFIG.max_length
     if options.data:
-        train_set, held_out = RetrievalDataset.load(options.data, skip_empty=True).split(0.8, seed=CONFIG.seed)
+        dataset = RetrievalDataset.load(options.data, skip_empty=True)
+        check_trec_ids([*dataset.queries, *dataset.corpus])
+        if dataset.num_skipped:
+            print(f"{options.data}: dropped {dataset.num_skipped} rows with empty texts")
+        train_set, held_out = dataset.split(0.8, seed=CONFIG.seed)
     else:
         print("reading the docstrings of torch, NumPy and the standard library ...")
         train_set, held_out = docstring_datasets(num_train=NUM_TRAIN, num_held_out=NUM_HELD_OUT, seed=CONFIG.seed)
     print(f"training  {train_set!r}\nheld out  {held_out!r}\nmodel     {options.base} on {describe(embedder.device)}")
 
     before = evaluate(embedder, held_out)
-    finetune(embedder, train_set, CONFIG, out=out, existing="overwrite" if options.overwrite else "refuse")
+    finetune(embedder, train_set, CONFIG, out=out, existing=existing)
     after = evaluate(embedder, held_out)
 
     before.save(out / "eval" / "held-out-base")
@@ -68,9 +75,10 @@ def main(options: argparse.Namespace) -> None:
     )
     print(f"\n{format_table(COMPARISON_HEADER, comparison_rows(comparisons))}\n")
     print(f"{len(held_out.queries):,} held-out questions over {len(held_out.corpus):,} documents, seed {CONFIG.seed};")
+    print("ndcg@10 was chosen beforehand, the other rows illustrate; intervals resample questions by document;")
     print(f"{seconds:.0f} s, at most {memory / 2**30:.1f} GiB; everything is in {out}, the figures in report.json")
     print(f"""
-Load the fine-tuned model:
+Load the fine-tuned model (it cuts texts at {CONFIG.max_length} tokens, as in training; max_length changes that):
     from embedft import load_embedder;                     model = load_embedder("{out}/model")
     from sentence_transformers import SentenceTransformer; model = SentenceTransformer("{out}/model")
 The same on your own questions and documents (QA JSON, BEIR folder, JSONL or CSV pairs):

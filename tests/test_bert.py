@@ -154,7 +154,7 @@ def test_attention_dropout_is_there_when_asked_for_and_in_training_only(write_ti
     packed = pack(SEQUENCES)
     encoder = load_embedder(folder, device="cpu").encoder.train()
     assert torch.equal(encoder(packed), encoder(packed))  # the folder's attention_probs_dropout_prob is 0.1
-    encoder = load_embedder(folder, device="cpu", attention_dropout=0.2).encoder.train()
+    encoder.attention_dropout = 0.2
     attention_dropouts.clear()
     assert not torch.equal(encoder(packed), encoder(packed))
     assert set(attention_dropouts) == {0.2}

@@ -87,8 +87,9 @@ def test_evaluate_with_options(place, capsys):
 def test_finetune(place, capsys):
     options = ["--validation", "pairs.json", "--epochs", "1", "--batch_size", "4", "--loss.temperature=0.1", "--quiet"]
     assert main(["finetune", "--num_negatives", "1", "model", "pairs.jsonl", "--out", "run", *options]) == 0
-    table, where = capsys.readouterr().out.splitlines()
+    table, caution, where = capsys.readouterr().out.splitlines()
     assert re.match(r"ndcg@10: 0\.\d{4} -> 0\.\d{4}, difference [+-]0\.\d{4} \[.*\] at 95%, p = ", table)
+    assert caution.startswith("these questions chose the weights")
     assert where == "model: run/model"
     config = read_json("run/config.json")
     expected = {"epochs": 1, "batch_size": 4, "num_negatives": 1}
@@ -279,3 +280,30 @@ def test_help_explains_every_option(capsys, monkeypatch, command):
     assert {"MODEL", "--device", "--quiet", "-h"} <= explained.keys()
     if command == "finetune":
         assert {f"--{field.name.replace('_', '-')}" for field in fields(FinetuneConfig)} <= explained.keys()
+
+
+def test_a_beir_folder_trains_on_train_and_validates_on_test(place, capsys, monkeypatch):
+    dataset = make_dataset()
+    dataset.save(place / "beir")
+    first, *rows = (place / "beir" / "qrels" / "test.tsv").read_text().splitlines(keepends=True)
+    (place / "beir" / "qrels" / "test.tsv").write_text("".join([first, *rows[8:]]))
+    (place / "beir" / "qrels" / "train.tsv").write_text("".join([first, *rows[:8]]))
+    seen = {}
+
+    def spy(embedder, dataset, config, *, validation, out, existing):
+        seen.update(train=list(dataset.queries), validation=list(validation.queries))
+        raise ValueError("seen")
+
+    monkeypatch.setattr("embedft.cli.finetune", spy)
+    assert main(["finetune", "model", "beir", "--validation", "beir", "--out", "run"]) == 2
+    assert seen == {"train": list(dataset.queries)[:8], "validation": list(dataset.queries)[8:]}
+    more = ["--split", "test", "--validation-split", "train"]
+    assert main(["finetune", "model", "beir", "--validation", "beir", "--out", "run", *more]) == 2
+    assert seen == {"train": list(dataset.queries)[8:], "validation": list(dataset.queries)[:8]}
+    assert main(["evaluate", "model", "beir", "--split", "train", "--json"]) == 0
+
+
+def test_ids_that_a_run_file_cannot_hold_are_found_before_work(place, capsys):
+    (place / "odd.json").write_text('{"queries": {"a b": "x"}, "corpus": {"d": "y"}, "relevant_docs": {"a b": ["d"]}}')
+    assert main(["evaluate", "missing-model", "odd.json", "--out", "report"]) == 2
+    assert "no whitespace in ids: 'a b'" in capsys.readouterr().err

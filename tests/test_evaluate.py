@@ -342,9 +342,9 @@ def test_load_refuses_damage(tmp_path, report):
 
 
 def test_a_report_that_does_not_fit_together_is_refused(report):
-    with pytest.raises(ValueError, match="12 queries, but not so many"):
+    with pytest.raises(ValueError, match="12 query ids, but 11 clusters"):
         dataclasses.replace(report, clusters=report.clusters[1:])
-    with pytest.raises(ValueError, match="12 queries, but not so many"):
+    with pytest.raises(ValueError, match="12 query ids, but a run over others"):
         dataclasses.replace(report, run=report.run.select(report.query_ids[::-1]))
 
 
@@ -434,3 +434,7 @@ def test_compare_refuses(report):
         compare(report, report, metric="ndcg@7")
     with pytest.raises(ValueError, match="at least one other"):
         compare(report)
+    for key, value in (("gain", "graded"), ("num_documents", 7)):
+        first, second = (dataclasses.replace(report, setting={**report.setting, key: v}) for v in ("binary", value))
+        with pytest.raises(ValueError, match=f"do not compare: {key} is binary in base and {value} in other"):
+            compare(first, second)

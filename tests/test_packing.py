@@ -68,11 +68,9 @@ def test_pack_holds_every_sequence(count):
     assert packed.prompt_lengths is None
 
 
-def test_pack_of_nothing():
-    packed = pack([])
-    assert packed.cu_seqlens.tolist() == [0]
-    assert (packed.num_sequences, packed.max_seqlen, len(packed.input_ids)) == (0, 0, 0)
-    assert packed.input_ids.dtype == torch.int64
+def test_pack_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="there is no sequence to pack"):
+        pack([])
 
 
 def test_a_sequence_without_tokens_is_refused():

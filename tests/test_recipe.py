@@ -56,7 +56,8 @@ def test_the_run_folder(tmp_path, monkeypatch):
     assert FinetuneConfig(**config) == replace(CONFIG, max_length=embedder.max_length)
     assert config["loss"] == {"name": "in_batch_negatives"}
     hashes = {"train": make_dataset().sha256(), "validation": validation.sha256()}
-    assert read_json(out / "environment.json")["data_sha256"] == hashes
+    hashes["model"] = make_embedder(tmp_path / "base").sha256()
+    assert read_json(out / "environment.json")["sha256"] == hashes
     log = [record for _, record in read_jsonl(out / "train.jsonl")]
     assert [record["step"] for record in log] == [0, 1, 2, 3, 3, 4, 5, 6, 6]
 
@@ -283,8 +284,50 @@ def test_a_changed_setting_is_not_resumed(tmp_path, monkeypatch):
             finetune(make_embedder(tmp_path / "base"), make_dataset(), CONFIG, out=tmp_path / "run")
     for dataset, changes, message in (
         (make_dataset(), {"lr": 1.0}, "cannot resume, lr was 0.001 and is 1.0"),
-        (make_dataset(seed=2), {}, "cannot resume, the data changed"),
+        (make_dataset(seed=2), {}, "cannot resume, train is not what the run began with"),
+        (make_dataset(), {"max_length": 9}, "cannot resume, max_length was 48 and is 9"),
+        (make_dataset(), {"attention_dropout": 0.1}, "cannot resume, attention_dropout was 0.0 and is 0.1"),
     ):
         config = FinetuneConfig(**{**vars(CONFIG), **changes})
         options = {"dataset": dataset, "config": config, "out": tmp_path / "run", "existing": "resume"}
         refused(tmp_path, monkeypatch, message, **options)
+
+
+def test_another_model_is_not_resumed(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt(patch, train_module, "_backward", 4)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(make_embedder(tmp_path / "base"), make_dataset(), CONFIG, out=tmp_path / "run")
+    embedder = make_embedder(tmp_path / "base")
+    embedder.prompts["query"] = "q: "
+    with pytest.raises(ValueError, match="cannot resume, model is not what the run began with"):
+        finetune(embedder, make_dataset(), CONFIG, out=tmp_path / "run", existing="resume")
+
+
+def test_a_dot_model_needs_a_loss_that_says_how_it_compares(tmp_path):
+    embedder = make_embedder(tmp_path / "base")
+    embedder.similarity, embedder.normalize = "dot", False
+    with pytest.raises(ValueError, match=r"loss\.similarity has to say 'dot' or 'cosine'"):
+        finetune(embedder, make_dataset(), CONFIG)
+    finetune(embedder, make_dataset(), replace(CONFIG, loss={"name": "in_batch_negatives", "similarity": "dot"}))
+
+
+def test_ids_that_a_report_cannot_hold_are_found_before_training(tmp_path):
+    queries, corpus = {"a question": "a b c"}, {"d": "d e f"}
+    validation = RetrievalDataset(queries, corpus, {"a question": {"d": 1}})
+    with pytest.raises(ValueError, match="no whitespace in ids: 'a question'"):
+        finetune(make_embedder(tmp_path / "base"), make_dataset(), validation=validation, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_attention_dropout_reaches_the_encoder(tmp_path):
+    embedder = make_embedder(tmp_path / "base")
+    finetune(embedder, make_dataset(), replace(CONFIG, attention_dropout=0.3))
+    assert embedder.encoder.attention_dropout == 0.3
+    with pytest.raises(ValueError, match=r"attention_dropout is 1\.0, expected at least 0 and below 1"):
+        replace(CONFIG, attention_dropout=1.0)
+
+
+def test_half_precision_weights_are_not_trained(tmp_path):
+    with pytest.raises(ValueError, match="the weights are in half precision"):
+        finetune(make_embedder(tmp_path / "base").bfloat16(), make_dataset(), CONFIG)

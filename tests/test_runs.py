@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def open_(out: Path, config=CONFIG, data=DATA, existing: str = "refuse") -> None:
-    open_run(out, config, data=data, device=CPU, existing=existing)
+    open_run(out, config, hashes=data, device=CPU, existing=existing)
 
 
 def fill(out: Path) -> None:
@@ -145,7 +145,7 @@ def test_a_changed_setting_is_named(tmp_path, config, message):
 def test_changed_data_is_refused(tmp_path):
     open_(tmp_path)
     for data in ({"train": "1" * 64}, {**DATA, "validation": "0" * 64}, {}):
-        with pytest.raises(ValueError, match=f"{tmp_path}: cannot resume, the data changed since the run began"):
+        with pytest.raises(ValueError, match=f"{tmp_path}: cannot resume, [a-z]+ is not what the run began with"):
             open_(tmp_path, data=data, existing="resume")
 
 
@@ -190,14 +190,14 @@ def test_environment(tmp_path, monkeypatch):
     open_(tmp_path)
     found = read_json(tmp_path / "environment.json")
     assert found["arguments"] == ["embedft", "finetune", "model"]
-    assert found["data_sha256"] == DATA
+    assert found["sha256"] == DATA
     assert found["python"] == ".".join(map(str, sys.version_info[:3]))
     assert found["versions"]["torch"] == torch.__version__
     assert found["versions"].keys() >= {"embedft", "numpy", "faiss-cpu", "tokenizers", "safetensors"}
     assert None not in found["versions"].values()
     assert f"{torch.get_num_threads()} threads" in found["device"]
     assert found["started"].endswith("+00:00")
-    assert found.keys() >= {"platform", "attention", "linear", "commit", "dirty"}
+    assert found.keys() >= {"platform", "packed_attention_kernel", "onednn_linear", "commit", "dirty"}
     assert found["dirty"] == (tmp_path / "diff.patch").exists()
 
 

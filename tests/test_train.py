@@ -361,7 +361,6 @@ def test_the_best_weights_are_kept(tmp_path, values, best):
     assert state.best_step == [0, 3, 6, 8][best]
     assert state.step == 8
     assert_same(weights_of(embedder), evaluate.seen[best])
-    assert not any(differ(evaluate.seen[best], seen) for seen in evaluate.seen[best : best + 1])
     assert all(differ(evaluate.seen[i], evaluate.seen[j]) for i, j in ((0, 1), (1, 2), (2, 3)))
 
 

@@ -118,10 +118,10 @@ class Embeddings(nn.Module):
 class Layer(nn.Module):
     """x = LayerNorm(x + Attention(x)); x = LayerNorm(x + W2 act(W1 x))."""
 
-    def __init__(self, config: BertConfig, attention_dropout: float):
+    def __init__(self, config: BertConfig):
         super().__init__()
         D, F_ = config.hidden_size, config.intermediate_size
-        self.num_heads, self.attention_dropout = config.num_attention_heads, attention_dropout
+        self.num_heads = config.num_attention_heads
         self.qkv = Linear(D, 3 * D)
         self.attention_out = Linear(D, D)
         self.attention_norm = nn.LayerNorm(D, eps=config.layer_norm_eps)
@@ -131,28 +131,31 @@ class Layer(nn.Module):
         self.activation = ACTIVATIONS[config.hidden_act]
         self.dropout = Dropout(config.hidden_dropout_prob)
 
-    def forward(self, x_TD: Tensor, sequences: Sequences) -> Tensor:
+    def forward(self, x_TD: Tensor, sequences: Sequences, attention_dropout: float) -> Tensor:
         qkv_T3HK = self.qkv(x_TD).view(len(x_TD), 3, self.num_heads, -1)
-        attended_TD = attention(qkv_T3HK, sequences, dropout=self.attention_dropout if self.training else 0.0)
+        attended_TD = attention(qkv_T3HK, sequences, dropout=attention_dropout)
         x_TD = self.attention_norm(x_TD + self.dropout(self.attention_out(attended_TD)))
         activated_TF = self.activation(self.feed_forward_in(x_TD))
         return self.feed_forward_norm(x_TD + self.dropout(self.feed_forward_out(activated_TF)))
 
 
 class Bert(nn.Module):
-    """Packed tokens -> hidden states [T, D]."""
+    """Packed tokens -> hidden states [T, D].
 
-    def __init__(self, config: BertConfig, *, attention_dropout: float = 0.0):
+    `attention_dropout`, the probability on attention weights in training, is 0 and may be set.
+    """
+
+    def __init__(self, config: BertConfig):
         super().__init__()
-        self.config = config
+        self.config, self.attention_dropout = config, 0.0
         self.embeddings = Embeddings(config)
-        self.layers = nn.ModuleList(Layer(config, attention_dropout) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
 
     def forward(self, packed: Packed) -> Tensor:
         sequences = Sequences(packed)
         x_TD = self.embeddings(packed)
         for layer in self.layers:
-            x_TD = layer(x_TD, sequences)
+            x_TD = layer(x_TD, sequences, self.attention_dropout if self.training else 0.0)
         return x_TD
 
 

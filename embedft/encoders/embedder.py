@@ -9,6 +9,7 @@ here: where an Embedder comes from and how it is written (loading.py).
 Shapes: N texts, T tokens, B sequences, D features.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,6 @@ from .tokenization import Tokenizer
 
 ROLES = ("query", "document")
 SIMILARITIES = ("cosine", "dot")
-# Names under which a model folder keeps the prompt of a role; the first that is there counts.
-PROMPT_NAMES = {"query": ("query",), "document": ("document", "passage", "corpus")}
 # Texts tokenised and sorted by length together: bounds what `encode` holds beside its result.
 WINDOW_TEXTS = 16_384
 
@@ -40,8 +39,7 @@ class Embedder(nn.Module):
         tokenizer: the one the weights were trained with.
         pooling: modes of pooling.py; several are concatenated in the order given.
         include_prompt: whether pooling counts the prompt's tokens.
-        prompts: {name: text in front}; "query" and "document" are used by role, see `PROMPT_NAMES`.
-        default_prompt: name of the prompt for roles that have none.
+        prompts: {name: text in front}; "query" and "document" are used, by role, as sentence-transformers does.
         similarity: "cosine" or "dot".
         normalize: scale vectors to length one; always so when similarity is "cosine".
         truncate_dim: leading dimensions that `encode` gives unless asked otherwise; None: all.
@@ -56,7 +54,6 @@ class Embedder(nn.Module):
         pooling: Sequence[str] = ("mean",),
         include_prompt: bool = True,
         prompts: Mapping[str, str] | None = None,
-        default_prompt: str | None = None,
         similarity: str = "cosine",
         normalize: bool = True,
         truncate_dim: int | None = None,
@@ -71,11 +68,6 @@ class Embedder(nn.Module):
         self.encoder, self.tokenizer, self.source = encoder, tokenizer, source
         self.pooling = tuple(pooling)
         self.include_prompt, self.prompts = include_prompt, dict(prompts or {})
-        if default_prompt is not None and default_prompt not in self.prompts:
-            raise ValueError(
-                f"default prompt is {default_prompt!r}, expected one of {', '.join(self.prompts) or 'none'}"
-            )
-        self.default_prompt = default_prompt
         self.similarity = similarity
         self.normalize = normalize or similarity == "cosine"
         self.full_dim = encoder.config.hidden_size * len(self.pooling)
@@ -110,12 +102,8 @@ class Embedder(nn.Module):
 
     def prompt(self, role: str) -> str:
         """The text put in front of every text of a role ("query" or "document"); "" when there is none."""
-        if role not in ROLES:
-            raise ValueError(f"role is {role!r}, expected one of {', '.join(ROLES)}")
-        for name in (*PROMPT_NAMES[role], self.default_prompt):
-            if name in self.prompts:
-                return self.prompts[name]
-        return ""
+        _check_role(role)
+        return self.prompts.get(role) or ""
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of whole texts: no prompt, no special tokens, no truncation. For counting and for BM25."""
@@ -142,8 +130,7 @@ class Embedder(nn.Module):
 
         All features: `truncate_dim` is for `encode` alone, a loss truncates by itself.
         """
-        if role not in ROLES:
-            raise ValueError(f"role is {role!r}, expected one of {', '.join(ROLES)}")
+        _check_role(role)
         return self._embed(packed)
 
     def _embed(self, packed: Packed) -> Tensor:
@@ -201,11 +188,26 @@ class Embedder(nn.Module):
             self.train(was_training)
         return embeddings_ND
 
+    def sha256(self) -> str:
+        """A hash of all that its vectors depend on: weights, tokenizer, pooling, prompts, lengths. 64 hex digits."""
+        digest = hashlib.sha256()
+        for name, tensor in self.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        settings = (self.pooling, self.include_prompt, self.prompts, self.normalize, self.max_length, self.truncate_dim)
+        digest.update(repr((self.tokenizer.backend.to_str(), *settings)).encode())
+        return digest.hexdigest()
+
     def save(self, folder: str | Path) -> None:
         """Writes the folder that sentence-transformers and `load_embedder` read; each file atomically."""
         from .loading import save_embedder  # loading imports this module
 
         save_embedder(self, Path(folder))
+
+
+def _check_role(role: str) -> None:
+    if role not in ROLES:
+        raise ValueError(f"role is {role!r}, expected one of {', '.join(ROLES)}")
 
 
 def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:

@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..device import default_device
+from ..device import default_device, find_device
 from ..files import read_json, read_object, sha256_file, write_json
 from . import bert
-from .embedder import ROLES, SIMILARITIES, Embedder
+from .embedder import SIMILARITIES, Embedder
 from .pooling import POOLING_MODES
 from .tokenization import TOKENIZER_FILE, Tokenizer
 
@@ -86,7 +86,6 @@ def load_embedder(
     max_length: int | None = None,
     revision: str | None = None,
     prompts: Mapping[str, str] | None = None,
-    attention_dropout: float = 0.0,
 ) -> Embedder:
     """An Embedder from a folder, the Hugging Face hub, or an installed package.
 
@@ -98,13 +97,11 @@ def load_embedder(
         max_length: tokens a text is cut to; None: as the folder says.
         revision: commit, tag or branch on the hub; None: the default branch.
         prompts: {"query": ..., "document": ...}, in place of the folder's.
-        attention_dropout: probability on attention weights in training. Above 0 it costs the fast kernels.
 
     Raises:
         ValueError: anything the folder lacks or has too much of, named.
     """
-    if not 0 <= attention_dropout < 1:
-        raise ValueError(f"attention_dropout is {attention_dropout}, expected at least 0 and below 1")
+    device = default_device() if device is None else find_device(str(device))
     folder = find_folder(str(name), revision=revision)
     modules = _read_modules(folder)
     transformer = folder / modules.get("Transformer", "")
@@ -130,24 +127,20 @@ def load_embedder(
 
     tokenizer = _load_tokenizer(transformer, config, max_length)
     with torch.device("meta"):
-        encoder = family.encoder(config, attention_dropout=attention_dropout)
+        encoder = family.encoder(config)
     carried = load_weights(encoder, transformer / WEIGHTS_FILE, family, dtype)
-    return (
-        Embedder(
-            encoder,
-            tokenizer,
-            pooling=pooling,
-            include_prompt=include_prompt,
-            prompts=settings.get("prompts") if prompts is None else prompts,
-            default_prompt=settings.get("default_prompt_name") if prompts is None else None,
-            similarity=similarity,
-            normalize="Normalize" in modules,
-            truncate_dim=settings.get("truncate_dim"),
-            source=Source(str(name), folder, family, config_dict, carried),
-        )
-        .to(default_device() if device is None else device)
-        .eval()
+    embedder = Embedder(
+        encoder,
+        tokenizer,
+        pooling=pooling,
+        include_prompt=include_prompt,
+        prompts=settings.get("prompts") if prompts is None else prompts,
+        similarity=similarity,
+        normalize="Normalize" in modules,
+        truncate_dim=settings.get("truncate_dim"),
+        source=Source(str(name), folder, family, config_dict, carried, settings.get("default_prompt_name")),
     )
+    return embedder.to(device).eval()
 
 
 class Source(NamedTuple):
@@ -158,6 +151,7 @@ class Source(NamedTuple):
     family: Family
     config: dict[str, Any]  # config.json
     carried: dict[str, Tensor]  # tensors of the checkpoint that the encoder does not use
+    default_prompt: str | None  # of sentence-transformers' plain `encode`; here every text has a role
 
 
 def find_folder(name: str, *, revision: str | None = None) -> Path:
@@ -365,9 +359,8 @@ def save_embedder(embedder: Embedder, folder: Path) -> None:
     write_json(
         folder / MODEL_CONFIG_FILE,
         {
-            # Per role, too: sentence-transformers takes "document" for documents, and nothing when it is absent.
-            "prompts": {**embedder.prompts, **{role: embedder.prompt(role) for role in ROLES}},
-            "default_prompt_name": embedder.default_prompt,
+            "prompts": embedder.prompts,
+            "default_prompt_name": source.default_prompt if source.default_prompt in embedder.prompts else None,
             "similarity_fn_name": embedder.similarity,
             "truncate_dim": embedder.truncate_dim,
         },

@@ -43,7 +43,7 @@ class Packed(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Packed":
         """The same on another device."""
-        return Packed(*(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in self))
+        return Packed(*(x.to(device) if isinstance(x, Tensor) else x for x in self))
 
 
 def pack(sequences: Sequence[Sequence[int]], *, prompt_length: int | None = None) -> Packed:
@@ -54,6 +54,8 @@ def pack(sequences: Sequence[Sequence[int]], *, prompt_length: int | None = None
         prompt_length: leading tokens of every sequence that pooling is to leave out; None: none.
     """
     lengths = [len(sequence) for sequence in sequences]
+    if not lengths:
+        raise ValueError("there is no sequence to pack")
     if 0 in lengths:
         raise ValueError(f"sequence {lengths.index(0)} of {len(lengths)} has no token")
     cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int64)
@@ -62,7 +64,7 @@ def pack(sequences: Sequence[Sequence[int]], *, prompt_length: int | None = None
         input_ids=torch.tensor(list(chain.from_iterable(sequences)), dtype=torch.int64),
         positions=torch.arange(len(starts_T)) - starts_T,
         cu_seqlens=cu_seqlens.to(torch.int32),
-        max_seqlen=max(lengths, default=0),
+        max_seqlen=max(lengths),
         prompt_lengths=None if prompt_length is None else torch.full((len(lengths),), prompt_length),
     )
 

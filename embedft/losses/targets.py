@@ -58,10 +58,11 @@ class Targets:
         """(positive, negative), each [B, M] bool.
 
         Positive: listed as such, or known. Negative: every other document of the batch, the hard negatives of this
-        and of other queries among them. `num_documents` is M; None: up to the largest document listed.
+        and of other queries among them. `num_documents` is M; None: up to the largest document listed or known.
         """
         if num_documents is None:
-            num_documents = int(self.group.max()) + 1
+            named = self.group if self.known is None else torch.cat([self.group.flatten(), self.known[:, 1]])
+            num_documents = int(named.max()) + 1
         positive_BM = torch.zeros(len(self.group), num_documents, dtype=torch.bool, device=self.group.device)
         rows, places = self.listed_positive.nonzero(as_tuple=True)
         positive_BM[rows, self.group[rows, places]] = True

@@ -31,8 +31,9 @@ def require_finite(embeddings_ND: np.ndarray, kind: str, names: Sequence) -> Non
 class FlatIndex:
     """Every query against every document, by inner product, in float32.
 
-    Results are the first `depth` under the order (score descending, row ascending), a total order: which of several
-    documents tied at the cut-off are returned does not depend on FAISS, on batches or on threads.
+    Results are the first `depth` under the order (computed score descending, row ascending), a total order: which of
+    several documents tied at the cut-off are returned is not left to FAISS. Equal vectors tie as far as the matrix
+    product gives them equal scores.
 
     Args:
         dim: D, the width of the embeddings.

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from ..files import atomic_write, read_json, read_jsonl, write_json
-from .run import Run
+from .run import Run, check_trec_ids
 from .significance import holm, paired_bootstrap_interval, sign_flip_p_value
 
 
@@ -48,7 +48,8 @@ class Report:
         lengths["clusters"] = len(self.clusters)
         wrong = {name: length for name, length in lengths.items() if length != len(self.query_ids)}
         if wrong or not self.query_ids or self.run.query_ids != self.query_ids:
-            raise ValueError(f"report: {len(self.query_ids)} queries, but not so many (or others) in {wrong or 'run'}")
+            found = ", ".join(f"{length} {name}" for name, length in wrong.items()) or "a run over others"
+            raise ValueError(f"report: {len(self.query_ids)} query ids, but {found}")
 
     @property
     def num_queries(self) -> int:
@@ -82,6 +83,8 @@ class Report:
             ValueError: when an id cannot stand in a TREC file (`Run.save`), before anything is written.
         """
         folder = Path(folder)
+        check_trec_ids([*self.run.query_ids, *self.run.document_ids])
+        (folder / "metrics.json").unlink(missing_ok=True)  # written last, so its presence says that all is there
         self.run.save(folder / "run.trec")
         columns = {name: values.tolist() for name, values in self.per_query.items()}
         with atomic_write(folder / "per_query.jsonl") as file:
@@ -201,6 +204,14 @@ def _compare_two(
     for name, report in (("base", base), ("other", other)):
         if metric not in report.per_query:
             raise ValueError(f"unknown metric {metric!r} in the {name} report; it has: {', '.join(report.per_query)}")
+    for key in ("num_documents", "gain"):
+        found = [report.setting.get(key) for report in (base, other)]
+        if None not in found and found[0] != found[1]:
+            raise ValueError(f"the reports do not compare: {key} is {found[0]} in base and {found[1]} in other")
+    for key in ("num_documents", "gain"):
+        found = [report.setting.get(key) for report in (base, other)]
+        if None not in found and found[0] != found[1]:
+            raise ValueError(f"the reports do not compare: {key} is {found[0]} in base and {found[1]} in other")
     row_of = {query_id: row for row, query_id in enumerate(other.query_ids)}
     only_base = [query_id for query_id in base.query_ids if query_id not in row_of]
     only_other = sorted(row_of.keys() - set(base.query_ids))

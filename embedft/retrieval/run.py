@@ -9,7 +9,7 @@ No metric lives here (metrics.py) and no search (index.py).
 Shapes: Q queries, K ranks, N documents that indices point into.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,9 +140,7 @@ class Run:
         """
         results = self.to_dict()
         retrieved = {document_id for row in results.values() for document_id in row}
-        for written in (tag, *results, *sorted(retrieved)):
-            if written.split() != [written]:
-                raise ValueError(f"a TREC run file holds no empty id and no whitespace in ids: {written!r}")
+        check_trec_ids((tag, *results, *sorted(retrieved)))
         with atomic_write(path) as file:
             for query_id, row in results.items():
                 file.writelines(
@@ -185,3 +183,10 @@ class Run:
         ranked = {query_id: sorted(row.items(), key=lambda item: -item[1]) for query_id, row in results.items()}
         run = cls._from_ranked(ranked, document_ids)
         return run if query_ids is None else run.select(query_ids)
+
+
+def check_trec_ids(ids: Iterable[str]) -> None:
+    """Raises `ValueError` for the first id that a TREC file cannot hold: an empty one, or one with whitespace."""
+    for i in ids:
+        if i.split() != [i]:
+            raise ValueError(f"a TREC run file holds no empty id and no whitespace in ids: {i!r}")

@@ -3,8 +3,8 @@
 A checkpoint is a folder of safetensors and JSON, written beside its place and renamed into it; the one before goes
 only when the new one is whole. Nothing is pickled.
 
-    save_checkpoint(out / "checkpoints", embedder, optimizer, state, best_weights)
-    load_checkpoint(out / "checkpoints", embedder, optimizer)
+    save_checkpoint(out / "checkpoints", embedder, optimizer, state, best_weights, device)
+    load_checkpoint(out / "checkpoints", embedder, optimizer, device)
 """
 
 import dataclasses

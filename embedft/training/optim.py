@@ -6,11 +6,13 @@ factor = lr_factor("linear", num_steps=1000, warmup=0.1)      # lr of step i: 2e
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Literal, get_args
 
 import torch
 from torch.nn import Parameter
 
-SCHEDULES = ("linear", "cosine", "constant")
+Schedule = Literal["linear", "cosine", "constant"]
+SCHEDULES = get_args(Schedule)
 
 
 def build_optimizer(parameters: Iterable[Parameter], *, lr: float, weight_decay: float) -> torch.optim.AdamW:
@@ -19,6 +21,8 @@ def build_optimizer(parameters: Iterable[Parameter], *, lr: float, weight_decay:
     Matrices are decayed; biases and norms, which have one dimension, are not.
     """
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in parameters):
+        raise ValueError("the weights are in half precision, which rounds small steps away: load them in float32")
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},

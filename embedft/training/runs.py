@@ -2,7 +2,7 @@
 
 runs/<experiment>/<name>-s<seed>/
   config.json        every setting, defaults included
-  environment.json   commit, arguments, versions, device, SHA-256 of the data
+  environment.json   commit, arguments, versions, device, SHA-256 of model and data
   diff.patch         what the working tree had beyond the commit, when it had
   train.jsonl        one line a step, one a validation
   checkpoints/       the last one; gone when the run is done
@@ -10,7 +10,7 @@ runs/<experiment>/<name>-s<seed>/
   eval/<dataset>/    metrics.json, per_query.jsonl, run.trec
   DONE               written last
 
-open_run(out, config, data={"train": dataset.sha256()}, device=embedder.device)
+open_run(out, config, hashes={"train": dataset.sha256()}, device=embedder.device)
 """
 
 import importlib.metadata
@@ -53,30 +53,31 @@ def check_run(out: Path, existing: str = "refuse") -> None:
 
 
 def open_run(
-    out: Path, config: dict[str, Any], *, data: dict[str, str], device: torch.device, existing: str = "refuse"
+    out: Path, config: dict[str, Any], *, hashes: dict[str, str], device: torch.device, existing: str = "refuse"
 ) -> None:
     """Makes the folder with its configuration and environment; under "resume" checks that they are the same.
 
     Args:
         config: every setting, as JSON can hold it.
-        data: {name: SHA-256} of the data sets.
+        hashes: {name: SHA-256} of what the run starts from: model and data sets.
     """
     check_run(out, existing)
     if existing == "resume" and (out / CONFIG).is_file():
-        before, found = read_json(out / CONFIG), read_json(out / ENVIRONMENT)["data_sha256"]
+        before, found = read_json(out / CONFIG), read_json(out / ENVIRONMENT)["sha256"]
         changed = [key for key in {**before, **config} if before.get(key) != config.get(key)]
         if changed:
             key = changed[0]
             raise ValueError(f"{out}: cannot resume, {key} was {before.get(key)!r} and is {config.get(key)!r}")
-        if found != data:
-            raise ValueError(f"{out}: cannot resume, the data changed since the run began")
+        other = [name for name in {**found, **hashes} if found.get(name) != hashes.get(name)]
+        if other:
+            raise ValueError(f"{out}: cannot resume, {other[0]} is not what the run began with (another SHA-256)")
         return
     for name in (DONE, CONFIG, ENVIRONMENT, DIFF, LOG):
         (out / name).unlink(missing_ok=True)
     for name in (CHECKPOINTS, MODEL, EVAL):
         shutil.rmtree(out / name, ignore_errors=True)
     commit, diff = _git_state()
-    write_json(out / ENVIRONMENT, environment(device) | {"commit": commit, "dirty": bool(diff), "data_sha256": data})
+    write_json(out / ENVIRONMENT, environment(device) | {"commit": commit, "dirty": bool(diff), "sha256": hashes})
     if diff:
         with atomic_write(out / DIFF, "wb") as file:
             file.write(diff)
@@ -99,8 +100,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": devices.describe(device),
-        "attention": "packed kernel in half precision" if device.type == "cuda" else "scaled_dot_product_attention",
-        "linear": "oneDNN" if devices.has_onednn_linear(device, torch.float32) else "torch",
+        "packed_attention_kernel": devices.has_packed_attention(device, torch.bfloat16),
+        "onednn_linear": devices.has_onednn_linear(device, torch.float32),
         "versions": {name: _version(name) for name in PACKAGES},
     }
 

@@ -27,7 +27,7 @@ from ..files import append_jsonl, atomic_write
 from ..losses.registry import Loss
 from ..progress import progress_bar
 from .checkpoint import TrainState, load_checkpoint, save_checkpoint
-from .optim import build_optimizer, lr_factor
+from .optim import SCHEDULES, Schedule, build_optimizer, lr_factor
 from .runs import CHECKPOINTS, LOG
 
 # Steps between two calls of `device.release_memory`.
@@ -42,15 +42,13 @@ class TrainConfig:
 
     epochs: int = setting(3, "passes over the training pairs")
     lr: float = setting(5e-5, "learning rate at its highest")
-    schedule: Literal["linear", "cosine", "constant"] = setting(
-        "linear", "of the learning rate: linear, cosine, constant"
-    )
+    schedule: Schedule = setting("linear", f"of the learning rate after warmup: {', '.join(SCHEDULES)}")
     warmup: float = setting(0.0, "steps until the learning rate is at its highest; below 1: share of all steps")
     weight_decay: float = setting(0.0, "of matrices; biases and norms have none")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this length")
     seed: int = setting(42, "of the order of the pairs and of dropout")
     precision: Literal["float32", "bfloat16"] = setting(
-        "float32", "of the encoder's forward pass: float32 or bfloat16 (autocast)"
+        "float32", "of the forward pass: float32, or bfloat16 (autocast)"
     )
     eval_every: int | None = setting(None, "steps between validations; null: at the end of every epoch")
     checkpoint_every: int | None = setting(None, "steps between checkpoints; null: at the end of every epoch")

@@ -1,0 +1,124 @@
+"""experiments/ and benchmarks/, run as a user runs them, on a few real sentences with the packaged MiniLM."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.workers import Worker, alternate, ratios, spread
+from embedft import RetrievalDataset, load_embedder
+from experiments.report import format_table
+from experiments.sources import find_data
+
+ROOT = Path(__file__).resolve().parents[1]
+PAIRS = [
+    ("Who may vote at the annual meeting?", "Holders of Class A shares on the record date are entitled to vote."),
+    ("How long is the lease of the depot?", "The depot is let until 2031, with an option for five more years."),
+    ("What did the company pay its drivers?", "Driver incentives amounted to 41 million dollars in the quarter."),
+    (
+        "Why did insurance costs rise?",
+        "Claims from earlier periods were settled above the reserves set aside.",
+    ),
+    ("Which cities saw the most rides?", "Demand was highest in San Francisco, New York and Chicago."),
+    ("Is the auditor independent?", "The audit committee confirmed that the firm meets the rules on independence."),
+    ("When does the credit line end?", "The revolving facility matures on November 3, 2024."),
+    ("Who owns the patents?", "All patents are held by a wholly owned subsidiary in Delaware."),
+    ("What happens to unpaid dividends?", "Dividends not claimed within six years go back to the treasury."),
+    ("How many people work there?", "At the end of the year 4,453 employees worked in eleven countries."),
+]
+
+
+def run(module: str, *options: str, folder: Path) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "EMBEDFT_PROGRESS": "0"}
+    command = [sys.executable, "-m", module, *options]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_quickstart_on_ones_own_data(tmp_path):
+    with open(tmp_path / "pairs.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("question", "context"), *PAIRS])
+    done = run("experiments.quickstart", "--data", "pairs.csv", "--out", "out", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["num_train"], report["num_held_out"]) == (8, 2)
+    (ndcg,) = (row for row in report["metrics"] if row["metric"] == "ndcg@10")
+    assert f"| ndcg@10     | {ndcg['before']:.4f} | {ndcg['after']:.4f} |" in done.stdout
+    assert ndcg["difference"] == pytest.approx(ndcg["after"] - ndcg["before"], abs=1e-12)
+    assert (tmp_path / "out" / "DONE").is_file()
+    assert load_embedder(tmp_path / "out" / "model").max_length == 128
+    again = run("experiments.quickstart", "--data", "pairs.csv", "--out", "out", folder=tmp_path)
+    assert (again.returncode, again.stdout) == (2, "")  # before any work
+    assert again.stderr.startswith("experiments.quickstart: error: out: not empty; ")
+    assert again.stderr.count("\n") == 1
+
+
+def test_the_lyft_uber_reproduction(tmp_path):
+    for name, pairs in (("train_dataset.json", PAIRS[:6]), ("val_dataset.json", PAIRS[6:])):
+        queries = {f"q{i}": question for i, (question, _) in enumerate(pairs)}
+        corpus = {f"d{i}": context for i, (_, context) in enumerate(pairs)}
+        RetrievalDataset(queries, corpus, {f"q{i}": {f"d{i}": 1} for i in range(len(pairs))}).save(tmp_path / name)
+    options = ("--data", str(tmp_path), "--seeds", "3", "4", "--out", "runs")
+    done = run("experiments.repro_finetune_lyft_uber", *options, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "| hit_rate@5 " in done.stdout
+    assert "over seeds 3, 4" in done.stdout
+    log = tmp_path / "runs" / "sentence-transformers--all-MiniLM-L6-v2" / "s3" / "train.jsonl"
+    written = log.stat().st_mtime_ns
+    assert run("experiments.repro_finetune_lyft_uber", *options, folder=tmp_path).stdout == done.stdout
+    assert log.stat().st_mtime_ns == written  # nothing was trained again
+
+
+def test_data_that_is_not_there(tmp_path):
+    (tmp_path / "train_dataset.json").touch()
+    with pytest.raises(FileNotFoundError, match=r"val_dataset.json is not there; get it from https://github.com"):
+        find_data("lyft_uber", str(tmp_path))
+
+
+def test_format_table():
+    assert format_table(["metric", "a"], [["mrr@10", "0.5"], ["x", "0.25"]]).splitlines() == [
+        "| metric |    a |",
+        "|--------|-----:|",
+        "| mrr@10 |  0.5 |",
+        "| x      | 0.25 |",
+    ]
+
+
+class Sleeper:
+    """A contestant whose work takes a known time."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.calls = seconds, 0
+
+    def work(self) -> None:
+        time.sleep(self.seconds)
+        self.calls += 1
+
+    def count(self) -> int:
+        return self.calls
+
+    def fail(self) -> None:
+        raise ValueError("no good")
+
+
+def test_workers_take_turns():
+    workers = {"slow": Worker(Sleeper, 0.2), "fast": Worker(Sleeper, 0.0)}
+    seconds = alternate(workers, "work", rounds=3, warmup=1)
+    assert [worker.call("count") for worker in workers.values()] == [4, 4]
+    assert len(seconds["slow"]) == len(seconds["fast"]) == 3
+    assert min(seconds["slow"]) >= 0.2
+    with pytest.raises(ValueError, match="no good"):
+        workers["slow"].call("fail")
+    assert workers["fast"].peak_bytes > 1 << 20
+    for worker in workers.values():
+        worker.close()
+        assert worker.process.exitcode == 0
+
+
+def test_ratios_and_spread():
+    assert ratios([6.0, 9.0], [2.0, 3.0]) == [3.0, 3.0]
+    assert spread([3.0, 1.0, 2.0]) == "2.00 [1.00, 3.00]"
