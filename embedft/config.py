@@ -100,10 +100,10 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = Non
 
 def config_from_options(cls: type[Config], namespace: argparse.Namespace) -> Config:
     """The dataclass that the options of `parse` describe: defaults, then --config, then the options."""
-    values, where = {}, "command line"
+    values = {}
     if namespace.config:
-        values, where = read_json(namespace.config), namespace.config
-        from_dict(cls, values, where=where)
+        values = read_json(namespace.config)
+        from_dict(cls, values, where=namespace.config)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     given = {key.partition(".")[2]: text for key, text in vars(namespace).items() if key.startswith("setting.")}
     for name, text in given.items():

@@ -7,12 +7,14 @@ run(main, parser)
 import argparse
 from collections.abc import Callable
 
+from embedft.cli import Parser
+
 BASE = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 def make_parser(name: str, doc: str) -> argparse.ArgumentParser:
     """A parser with --base; its description is the first line of a module's docstring."""
-    parser = argparse.ArgumentParser(prog=name, description=doc.partition("\n")[0])
+    parser = Parser(prog=name, description=doc.partition("\n")[0])
     parser.add_argument("--base", default=BASE, metavar="MODEL", help="model to start from [%(default)s]")
     return parser
 
@@ -23,4 +25,4 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
     try:
         main(options)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        parser.error(str(error))

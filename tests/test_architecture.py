@@ -14,9 +14,10 @@ from typing import NamedTuple
 import pytest
 
 import embedft
-from embedft.encoders.loading import FAMILIES
+from embedft.encoders.folder import FAMILIES
 
 ROOT = Path(embedft.__file__).parent
+CHECKOUT = Path(__file__).resolve().parents[1]
 
 # Open to all but losses; they import each other and nothing else.
 LEAVES = ("config", "files", "progress", "device")
@@ -261,3 +262,15 @@ print(json.dumps({"changed": before != state(), "modules": sorted(sys.modules)})
     assert list(tmp_path.iterdir()) == []
     assert not {name.partition(".")[0] for name in result["modules"]} & set(HEAVY)
     assert "embedft.retrieval.index" in result["modules"]
+
+
+def test_ci_runs_the_command_of_the_readme():
+    """The same line in both, so that what the README promises is what is tested."""
+    (command,) = (line for line in (CHECKOUT / "README.md").read_text().splitlines() if "python -m pytest" in line)
+    assert command in (CHECKOUT / ".ci" / "run").read_text().splitlines()
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=" ".join)
+def test_ruff_is_content(command):
+    done = subprocess.run([sys.executable, "-m", "ruff", *command, str(CHECKOUT)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

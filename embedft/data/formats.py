@@ -28,12 +28,9 @@ import reprlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from ..files import atomic_write, read_json, read_jsonl, read_lines, write_json
-
-if TYPE_CHECKING:
-    from .dataset import RetrievalDataset
 
 FORMATS = ("llamaindex", "beir", "jsonl", "csv")
 SUFFIXES = {".json": "llamaindex", ".jsonl": "jsonl", ".csv": "csv", ".tsv": "csv"}
@@ -52,6 +49,17 @@ COLUMN_ROLES = {
     "negatives": "negatives",
     "negative_ids": "negative_ids",
 }
+
+
+class Fields(Protocol):
+    """What the writers need of a RetrievalDataset, which imports them."""
+
+    queries: dict[str, str]
+    corpus: dict[str, str]
+    qrels: dict[str, dict[str, int]]
+    negatives: dict[str, list[str]]
+    titles: dict[str, str]
+
 
 # Checks: each raises ValueError, `where` begins its message.
 
@@ -153,7 +161,7 @@ def _make_fields(queries: dict, corpus: dict, qrels: dict, titles: dict, skip_em
     return {"queries": queries, "corpus": corpus, "qrels": qrels, "titles": titles, "num_skipped": num_skipped}
 
 
-def write_llamaindex(dataset: "RetrievalDataset", path: Path, refusal: str) -> None:
+def write_llamaindex(dataset: Fields, path: Path, refusal: str) -> None:
     """The format "llamaindex", whose grades are all 1."""
     for query_id, grades in dataset.qrels.items():
         for document_id, grade in grades.items():
@@ -216,7 +224,7 @@ def _read_beir_texts(path: Path, allow_empty: bool) -> tuple[dict[str, str], dic
     return texts, titles
 
 
-def write_beir(dataset: "RetrievalDataset", folder: Path, refusal: str) -> None:
+def write_beir(dataset: Fields, folder: Path, refusal: str) -> None:
     """The format "beir" in a new or empty folder; ids must fit into lines of tab-separated values."""
     for i in (*dataset.queries, *dataset.corpus):
         if re.search(r'[\0\t\r\n"]', i):
@@ -355,7 +363,7 @@ def _find_negatives(values: dict[str, Any]) -> list[tuple[Any, str | None]]:
     return [*zip(texts, ids, strict=True), *((text, None) for text in numbered)]
 
 
-def write_jsonl(dataset: "RetrievalDataset", path: Path, refusal: str) -> None:
+def write_jsonl(dataset: Fields, path: Path, refusal: str) -> None:
     """The format "jsonl", in which every document must be named by a query."""
     named = {i for ids in (*dataset.qrels.values(), *dataset.negatives.values()) for i in ids}
     for document_id in dataset.corpus:
@@ -364,7 +372,7 @@ def write_jsonl(dataset: "RetrievalDataset", path: Path, refusal: str) -> None:
     _write_jsonl_rows(path, _pair_rows(dataset))
 
 
-def _pair_rows(dataset: "RetrievalDataset") -> Iterator[dict[str, Any]]:
+def _pair_rows(dataset: Fields) -> Iterator[dict[str, Any]]:
     """A row a judgement; the first row of a query carries its negatives."""
     for query_id, query in dataset.queries.items():
         negative_ids = dataset.negatives.get(query_id)

@@ -12,7 +12,6 @@ Shapes: N texts, T tokens, B sequences, D features.
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from .. import device as devices
 from ..progress import progress_bar
+from .folder import Source, write_folder
 from .packing import Packed, concatenate, pack, sort_by_length
 from .pooling import POOLING_MODES, pool
 from .tokenization import Tokenizer
@@ -43,7 +43,7 @@ class Embedder(nn.Module):
         similarity: "cosine" or "dot".
         normalize: scale vectors to length one; always so when similarity is "cosine".
         truncate_dim: leading dimensions that `encode` gives unless asked otherwise; None: all.
-        source: `loading.Source`, what `save` needs to know beyond the weights; None: it cannot be saved.
+        source: where it comes from, and what `save` puts back; None: it cannot be saved.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Embedder(nn.Module):
         similarity: str = "cosine",
         normalize: bool = True,
         truncate_dim: int | None = None,
-        source: Any = None,
+        source: Source | None = None,
     ):
         super().__init__()
         for mode in pooling:
@@ -200,9 +200,20 @@ class Embedder(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Writes the folder that sentence-transformers and `load_embedder` read; each file atomically."""
-        from .loading import save_embedder  # loading imports this module
-
-        save_embedder(self, Path(folder))
+        if self.source is None:
+            raise ValueError("this Embedder was not loaded from a model folder, so it cannot be saved as one")
+        write_folder(
+            Path(folder),
+            self.source,
+            self.encoder,
+            self.tokenizer,
+            pooling=self.pooling,
+            include_prompt=self.include_prompt,
+            prompts=self.prompts,
+            similarity=self.similarity,
+            normalize=self.normalize,
+            truncate_dim=self.truncate_dim,
+        )
 
 
 def _check_role(role: str) -> None:
