@@ -154,7 +154,7 @@ def test_imports_keep_the_rules():
     # The reader sees what is there: arrows between parts, beside each other, lazy ones, packages.
     assert Import("training.train", "losses.registry", True, False) in imports
     assert Import("encoders.embedder", "device", True, False) in imports
-    assert Import("encoders.embedder", "encoders.loading", True, True) in imports
+    assert Import("encoders.embedder", "encoders.folder", True, False) in imports
     assert Import("retrieval.index", "faiss", False, True) in imports
     assert Import("cli", "config", True, False) in imports
 

@@ -430,7 +430,7 @@ def test_no_pooling_config(write_tiny, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"similarity_fn_name": "euclidean"}, "similarity_fn_name is 'euclidean', expected one of cosine, dot"),
+        ({"similarity_fn_name": "euclidean"}, "similarity is 'euclidean', expected one of cosine, dot"),
         ({"truncate_dim": 33}, "dim is 33, expected 1 to 32"),
     ],
     ids=str,
