@@ -1,7 +1,8 @@
 """Files that are whole or not there: atomic writes, JSON and JSONL with errors that name the line, hashes.
 
 A reader never sees half a file: everything is written beside its place and renamed into it. Appending is for logs
-only, one JSON object a line.
+only, one JSON object a line; `resume_jsonl` takes off the half line that a killed process may have left, and `locked`
+keeps a second process from writing to the same place.
 
     with atomic_write("metrics.json") as file:
         file.write("{}")
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-HASH_BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 20
 
 
 @contextlib.contextmanager
@@ -136,10 +137,73 @@ def append_jsonl(path: str | Path, record: dict) -> None:
         file.write(line.encode("utf-8"))
 
 
+def resume_jsonl(path: str | Path) -> list[dict]:
+    """The objects of an append-only log, made ready for more: a last line without its end is cut off.
+
+    Such a line is what a killed process leaves. A missing file is an empty log. Raises `ValueError`, naming the line, for
+    one that is whole and no JSON object.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    with open(path, "rb+") as file:
+        file.truncate(_end_of_last_line(file))
+    records = []
+    for number, record in read_jsonl(path):
+        if not isinstance(record, dict):
+            raise ValueError(f"{path} line {number}: holds a {type(record).__name__}, expected an object")
+        records.append(record)
+    return records
+
+
+def _end_of_last_line(file: IO[bytes]) -> int:
+    """The place behind the last line feed of a file, read from its end; 0 when there is none."""
+    place = file.seek(0, os.SEEK_END)
+    while place:
+        start = max(place - BLOCK_BYTES, 0)
+        file.seek(start)
+        found = file.read(place - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        place = start
+    return 0
+
+
+@contextlib.contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Holds the lock file `path` while the block runs, so that one process writes at a time.
+
+    The system frees the lock when the process ends, however it ends; the empty file stays.
+
+    Raises:
+        ValueError: another process, or another block of this one, holds it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab") as file:
+        try:
+            _lock(file.fileno())
+        except OSError:
+            raise ValueError(f"{path.parent}: another process is writing there (it holds {path.name})") from None
+        yield
+
+
+def _lock(descriptor: int) -> None:
+    if os.name == "nt":
+        import msvcrt
+
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def sha256_file(path: str | Path) -> str:
     """The SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(HASH_BLOCK_BYTES):
+        while block := file.read(BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
