@@ -140,8 +140,8 @@ def append_jsonl(path: str | Path, record: dict) -> None:
 def resume_jsonl(path: str | Path) -> list[dict]:
     """The objects of an append-only log, made ready for more: a last line without its end is cut off.
 
-    Such a line is what a killed process leaves. A missing file is an empty log. Raises `ValueError`, naming the line, for
-    one that is whole and no JSON object.
+    Such a line is what a killed process leaves. A missing file is an empty log. Raises `ValueError`, naming the line,
+    for one that is whole and no JSON object.
     """
     path = Path(path)
     if not path.exists():

@@ -11,13 +11,15 @@ A seed that is done is not trained again, and one that was killed is resumed: th
 
 import argparse
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from embedft import FinetuneConfig, Report, RetrievalDataset, compare, evaluate, finetune, load_embedder
 from embedft.data.batches import Batches
-from embedft.training.runs import DONE
+from embedft.files import read_json
+from embedft.training.runs import DONE, ENVIRONMENT
 
 from .commandline import make_parser, run
 from .report import format_table
@@ -42,31 +44,8 @@ def main(options: argparse.Namespace) -> None:
     out = Path(options.out) / options.base.strip("/").replace("/", "--")
 
     base = evaluate(load_embedder(options.base, max_length=MAX_LENGTH), uber)
-    tuned = [finetune_seed(options.base, lyft, uber, seed, out / f"s{seed}") for seed in options.seeds]
-    # Each question's value, averaged over the seeds: what the interval and the test are about.
-    per_query = {metric: np.mean([report.per_query[metric] for report in tuned], axis=0) for metric in METRICS}
-    mean = dataclasses.replace(tuned[0], per_query=per_query)
-
-    rows = []
-    for metric in METRICS:
-        values = [report.metrics[metric] for report in tuned]
-        comparison = compare(base, mean, metric=metric)
-        published = [f"{value:.4f}" for value in PUBLISHED.get(metric, ())] or ["", ""]
-        spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
-        low, high = comparison.interval
-        rows.append(
-            [
-                metric,
-                *published,
-                f"{comparison.base:.4f}",
-                f"{comparison.other:.4f}{spread}",
-                f"{comparison.difference:+.4f}",
-                f"[{low:+.4f}, {high:+.4f}]",
-                f"{comparison.p_value:.4f}",
-            ]
-        )
-    header = ["Uber", "published base", "published tuned", "base", "tuned", "difference", "95% interval", "p-value"]
-    print(format_table(header, rows))
+    tuned = [finetune_seed(options.base, lyft, uber, seed, out / f"s{seed}", name="uber") for seed in options.seeds]
+    print(format_seeds("Uber", base, tuned, PUBLISHED))
     seeds = ", ".join(map(str, options.seeds))
     print(
         f"\nbase: {options.base}; tuned: mean ± standard deviation over seeds {seeds}; published: bge-small-en "
@@ -75,13 +54,50 @@ def main(options: argparse.Namespace) -> None:
     )
 
 
-def finetune_seed(base: str, lyft: RetrievalDataset, uber: RetrievalDataset, seed: int, out: Path) -> Report:
-    """The report on Uber of one seed; trains it unless its run folder says that it is done."""
+def format_seeds(
+    title: str, base: Report, tuned: Sequence[Report], published: Mapping[str, tuple[float, float]]
+) -> str:
+    """A table of base against fine-tuned, mean and standard deviation over seeds, beside the published figures.
+
+    Interval and p-value are about each question's mean over the seeds.
+    """
+    per_query = {metric: np.mean([report.per_query[metric] for report in tuned], axis=0) for metric in METRICS}
+    mean = dataclasses.replace(tuned[0], per_query=per_query)
+    rows = []
+    for metric in METRICS:
+        values = [report.metrics[metric] for report in tuned]
+        comparison = compare(base, mean, metric=metric)
+        spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+        low, high = comparison.interval
+        rows.append(
+            [
+                metric,
+                *([f"{value:.4f}" for value in published.get(metric, ())] or ["", ""]),
+                f"{comparison.base:.4f}",
+                f"{comparison.other:.4f}{spread}",
+                f"{comparison.difference:+.4f}",
+                f"[{low:+.4f}, {high:+.4f}]",
+                f"{comparison.p_value:.4f}",
+            ]
+        )
+    header = [title, "published base", "published tuned", "base", "tuned", "difference", "95% interval", "p-value"]
+    return format_table(header, rows)
+
+
+def finetune_seed(
+    base: str, train_set: RetrievalDataset, held_out: RetrievalDataset, seed: int, out: Path, *, name: str
+) -> Report:
+    """The report on `held_out`, saved as eval/`name`, of one seed; trains unless the run folder says that it is done.
+
+    Settings as published in 2023. The last weights count; `held_out` chooses nothing.
+    """
     if (out / DONE).exists():
+        if read_json(out / ENVIRONMENT)["sha256"]["train"] != train_set.sha256():
+            raise ValueError(f"{out}: holds a run on other training data; name another --out")
         embedder = load_embedder(out / "model")
     else:
         embedder = load_embedder(base, max_length=MAX_LENGTH)
-        num_steps = EPOCHS * len(Batches(lyft, embedder.pack, batch_size=BATCH_SIZE, seed=seed))
+        num_steps = EPOCHS * len(Batches(train_set, embedder.pack, batch_size=BATCH_SIZE, seed=seed))
         config = FinetuneConfig(
             epochs=EPOCHS,
             batch_size=BATCH_SIZE,
@@ -92,9 +108,9 @@ def finetune_seed(base: str, lyft: RetrievalDataset, uber: RetrievalDataset, see
             seed=seed,
             checkpoint_every=25,
         )
-        finetune(embedder, lyft, config, out=out, existing="resume")
-    report = evaluate(embedder, uber)
-    report.save(out / "eval" / "uber")
+        finetune(embedder, train_set, config, out=out, existing="resume")
+    report = evaluate(embedder, held_out)
+    report.save(out / "eval" / name)
     return report
 
 

@@ -14,7 +14,7 @@ from tiny import make_dataset, make_embedder
 
 from embedft import FinetuneConfig, Report, evaluate, load_embedder
 from embedft.cli import COMMANDS, main
-from embedft.files import read_json
+from embedft.files import read_json, read_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -87,7 +87,15 @@ def test_evaluate_with_options(place, capsys):
 def test_finetune(place, capsys):
     options = ["--validation", "pairs.json", "--epochs", "1", "--batch_size", "4", "--loss.temperature=0.1", "--quiet"]
     assert main(["finetune", "--num_negatives", "1", "model", "pairs.jsonl", "--out", "run", *options]) == 0
-    table, caution, where = capsys.readouterr().out.splitlines()
+    kept, table, caution, where = capsys.readouterr().out.splitlines()
+    log = [record for _, record in read_jsonl("run/train.jsonl") if "metrics" in record]
+    best = max(log, key=lambda record: record["metrics"]["ndcg@10"])  # the first of equals
+    step = (
+        f"step {best['step']} of {log[-1]['step']}"
+        if best["step"]
+        else "no step: nothing that was trained beat the base"
+    )
+    assert kept == f"weights of {step} (ndcg@10 {best['metrics']['ndcg@10']:.4f})"
     assert re.match(r"ndcg@10: 0\.\d{4} -> 0\.\d{4}, difference [+-]0\.\d{4} \[.*\] at 95%, p = ", table)
     assert caution.startswith("these questions chose the weights")
     assert where == "model: run/model"
@@ -102,6 +110,7 @@ def test_finetune(place, capsys):
     assert main(["finetune", "model", "pairs.json", "--out", "run", "--epochs", "1", "--overwrite"]) == 0
     assert capsys.readouterr().out == "model: run/model\n"
     assert main(["finetune", "model", "pairs.json", "--out", "new", "--epochs", "1", "--resume"]) == 0
+    assert capsys.readouterr().err == "new: no run to resume, a new one begins\n"
 
 
 def test_settings_from_a_file(place, capsys):
@@ -294,7 +303,7 @@ def test_a_beir_folder_trains_on_train_and_validates_on_test(place, capsys, monk
         seen.update(train=list(dataset.queries), validation=list(validation.queries))
         raise ValueError("seen")
 
-    monkeypatch.setattr("embedft.cli.finetune", spy)
+    monkeypatch.setattr("embedft.commands.models.finetune", spy)
     assert main(["finetune", "model", "beir", "--validation", "beir", "--out", "run"]) == 2
     assert seen == {"train": list(dataset.queries)[:8], "validation": list(dataset.queries)[8:]}
     more = ["--split", "test", "--validation-split", "train"]

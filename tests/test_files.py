@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -11,10 +13,12 @@ from embedft.files import (
     append_jsonl,
     atomic_write,
     check_writable,
+    locked,
     read_json,
     read_jsonl,
     read_lines,
     read_text,
+    resume_jsonl,
     sha256_file,
     write_json,
 )
@@ -141,7 +145,7 @@ def test_a_line_that_cannot_be_read_is_named(tmp_path):
 
 
 def test_sha256(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "HASH_BLOCK_BYTES", 7)
+    monkeypatch.setattr(files, "BLOCK_BYTES", 7)
     path = tmp_path / "file.bin"
     for content in (b"", b"abc", bytes(range(256)) * 3):
         path.write_bytes(content)
@@ -162,3 +166,54 @@ def test_check_writable(tmp_path):
         with pytest.raises(ValueError, match=f"{path}: cannot be written to"):
             check_writable(path)
     assert json.dumps(os.listdir(tmp_path)) == '["file"]'
+
+
+@pytest.mark.parametrize(
+    ("found", "kept"),
+    [
+        (b'{"a": 1}\n{"b": 2}\n', b'{"a": 1}\n{"b": 2}\n'),
+        (b'{"a": 1}\n{"b": 2', b'{"a": 1}\n'),
+        (b'{"a": 1}\n{"b": 2}', b'{"a": 1}\n'),  # whole, but without its end: the line feed may be what was lost
+        (b'{"a": 1}\n\xc3', b'{"a": 1}\n'),
+        (b'{"a', b""),
+        (b"", b""),
+    ],
+)
+@pytest.mark.parametrize("block", [1, 4, 1 << 20])
+def test_a_log_is_resumed_behind_its_last_whole_line(tmp_path, monkeypatch, found, kept, block):
+    monkeypatch.setattr(files, "BLOCK_BYTES", block)
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(found)
+    assert resume_jsonl(path) == [json.loads(line) for line in kept.splitlines()]
+    assert path.read_bytes() == kept
+    append_jsonl(path, {"c": 3})
+    assert path.read_bytes() == kept + b'{"c": 3}\n'
+
+
+def test_a_missing_log_is_empty_and_a_damaged_one_is_refused(tmp_path):
+    path = tmp_path / "log.jsonl"
+    assert resume_jsonl(path) == []
+    assert not path.exists()
+    path.write_bytes(b'{"a": 1}\n{"b"\n{"c": 3}\n')
+    with pytest.raises(ValueError, match=r"log\.jsonl line 2 column 5: invalid JSON"):
+        resume_jsonl(path)
+    path.write_bytes(b"{}\n[1]\n")
+    with pytest.raises(ValueError, match=r"log\.jsonl line 2: holds a list, expected an object"):
+        resume_jsonl(path)
+
+
+def test_a_lock_is_held_by_one_at_a_time_and_dies_with_its_process(tmp_path):
+    path = tmp_path / "folder" / "lock"
+    with locked(path):
+        with (
+            pytest.raises(ValueError, match=r"folder: another process is writing there \(it holds lock\)"),
+            locked(path),
+        ):
+            raise AssertionError("never reached")
+    with locked(path):
+        pass
+    script = "import os, sys; from embedft.files import locked\nwith locked(sys.argv[1]): os.kill(os.getpid(), 9)"
+    done = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True)
+    assert done.returncode == -9, done.stderr
+    with locked(path):
+        pass

@@ -133,7 +133,7 @@ class RetrievalDataset:
         elif format == "beir":
             fields = formats.read_beir(path, split, skip_empty)
         else:
-            rows = formats.read_jsonl(path) if format == "jsonl" else formats.read_csv(path)
+            rows = formats.read_jsonl(path) if format == "jsonl" else formats.read_csv(path, formats.find_columns)
             fields = formats.read_pairs(path, rows, merge, skip_empty)
         try:
             return cls(**fields)

@@ -26,7 +26,7 @@ import json
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -241,8 +241,13 @@ def write_beir(dataset: Fields, folder: Path, refusal: str) -> None:
             file.writelines(f"{query_id}\t{document_id}\t{grade}\n" for document_id, grade in grades.items())
 
 
-def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str | None]]]:
-    """Yields (the line on which a row begins, {column: cell}); an empty cell is None, a blank line is no row."""
+def read_csv(
+    path: Path, check_header: Callable[[tuple[str, ...]], Any] | None = None
+) -> Iterator[tuple[int, dict[str, str | None]]]:
+    """Yields (the line on which a row begins, {column: cell}); an empty cell is None, a blank line is no row.
+
+    `check_header` raises `ValueError` for a header that will not do.
+    """
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     reader = csv.reader(read_lines(path), delimiter=delimiter, strict=True)
     header: list[str] = []
@@ -261,6 +266,11 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str | None]]]:
         if cells and not header:
             header = cells
             check_distinct([column for column in header if column], f"{path} line {line}: column")
+            try:
+                if check_header:
+                    check_header(tuple(header))
+            except ValueError as error:
+                raise ValueError(f"{path} line {line}: {error}") from None
         elif cells:
             if len(cells) != len(header):
                 raise ValueError(f"{path} line {line}: {len(cells)} columns, the header has {len(header)}")
@@ -268,7 +278,7 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str | None]]]:
 
 
 @functools.lru_cache
-def _find_columns(columns: tuple[str, ...]) -> dict[str, str]:
+def find_columns(columns: tuple[str, ...]) -> dict[str, str]:
     """{role: column}: the roles of COLUMN_ROLES, and "negative 0", "negative 1", ... for numbered ones."""
     found: dict[str, str] = {}
     for column in columns:
@@ -295,7 +305,7 @@ def read_pairs(path: Path, rows: Iterable[tuple[int, Any]], merge: bool, skip_em
     for index, (line, row) in enumerate(rows):
         try:
             _check_object(row)
-            values = {role: row[column] for role, column in _find_columns(tuple(row)).items()}
+            values = {role: row[column] for role, column in find_columns(tuple(row)).items()}
             row_negatives = _find_negatives(values)
             query, document = values["query"], values["document"]
             if skip_empty and any(map(_is_blank, (query, document, *(text for text, _ in row_negatives)))):

@@ -30,7 +30,7 @@ from .folder import (
     read_optional,
     read_pooling,
 )
-from .tokenization import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from .tokenization import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
 
 # All that is ever downloaded: weights as safetensors, and small JSON files.
 HUB_FILES = [CONFIG_FILE, WEIGHTS_FILE, MODULES_FILE, TRANSFORMER_CONFIG_FILE, MODEL_CONFIG_FILE,
@@ -102,6 +102,14 @@ def load_embedder(
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     return embedder.to(device).eval()
+
+
+def load_model_tokenizer(name: str | Path, *, revision: str | None = None) -> Tokenizer:
+    """The tokenizer of a model, without its weights: for counting tokens. `name` as for `load_embedder`."""
+    folder = find_folder(str(name), revision=revision)
+    transformer = folder / read_modules(folder).get("Transformer", "")
+    _, config, _ = read_config(transformer)
+    return load_tokenizer(transformer, config, None)
 
 
 def find_folder(name: str, *, revision: str | None = None) -> Path:

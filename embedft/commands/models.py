@@ -1,0 +1,193 @@
+"""`embedft finetune | evaluate | encode | info`: what a model is, does and learns.
+
+Each command is a pair of functions: one adds its arguments to a parser, one runs it.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .. import config as configs
+from ..data.dataset import RetrievalDataset
+from ..data.formats import FORMATS
+from ..encoders.embedder import ROLES, Embedder
+from ..encoders.loading import load_embedder
+from ..files import atomic_write, check_writable, read_jsonl, read_lines
+from ..recipe import VALIDATION, VALIDATION_BASE, FinetuneConfig, finetune
+from ..retrieval.evaluate import evaluate
+from ..retrieval.report import Report, compare
+from ..retrieval.run import check_trec_ids
+from ..training import runs
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder, hub id, or name of a package with a model")
+    parser.add_argument("--device", help="cuda, cuda:1, mps, cpu [the best there is]")
+    parser.add_argument("--revision", help="commit, tag or branch of a hub model")
+
+
+def _load_model(options: argparse.Namespace, **more) -> Embedder:
+    return load_embedder(options.model, device=options.device, revision=options.revision, **more)
+
+
+def _add_encoding(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-length", type=int, metavar="N", help="tokens a text is cut to [the model's]")
+    parser.add_argument("--dim", type=int, metavar="N", help="leading dimensions to keep [all]")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights [float32]")
+
+
+def _add_loading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--format", choices=FORMATS, help="of the data [recognised]")
+    parser.add_argument("--skip-empty", action="store_true", help="drop rows with empty texts instead of refusing them")
+
+
+def _load_data(path: str, options: argparse.Namespace, *, merge: bool, split: str | None) -> RetrievalDataset:
+    dataset = RetrievalDataset.load(
+        path, format=options.format, merge=merge, skip_empty=options.skip_empty, split=split
+    )
+    if dataset.num_skipped:
+        print(f"{path}: dropped {dataset.num_skipped} rows with empty texts", file=sys.stderr)
+    return dataset
+
+
+def _add_finetune(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("data", metavar="DATA", help="training data: QA JSON, BEIR folder, JSONL or CSV pairs")
+    parser.add_argument("--out", required=True, metavar="DIR", help="run folder; DIR/model gets the model")
+    parser.add_argument("--validation", metavar="DATA", help="held-out questions that choose the best weights")
+    parser.add_argument("--split", metavar="NAME", help="of a BEIR folder DATA [train, or the only one]")
+    parser.add_argument("--validation-split", metavar="NAME", help="of a BEIR folder [test, or the only one]")
+    parser.add_argument("--no-merge", action="store_true", help="validation: a document a row, even of equal texts")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--overwrite", action="store_true", help="replace a run that is already in DIR")
+    existing.add_argument("--resume", action="store_true", help="go on from the last checkpoint in DIR")
+    _add_loading(parser)
+    configs.add_options(parser, FinetuneConfig)
+
+
+def _finetune(options: argparse.Namespace) -> None:
+    config = configs.config_from_options(FinetuneConfig, options)
+    out = Path(options.out)
+    existing = "overwrite" if options.overwrite else "resume" if options.resume else "refuse"
+    runs.check_run(out, existing)
+    split = options.split
+    if split is None and (Path(options.data) / "qrels" / "train.tsv").is_file():
+        split = "train"
+    dataset = _load_data(options.data, options, merge=True, split=split)
+    validation = None
+    if options.validation:
+        merge, split = not options.no_merge, options.validation_split
+        validation = _load_data(options.validation, options, merge=merge, split=split)
+    embedder = _load_model(options)
+    if existing == "resume" and not (out / runs.CONFIG).is_file():
+        print(f"{out}: no run to resume, a new one begins", file=sys.stderr)
+    finetune(embedder, dataset, config, validation=validation, out=out, existing=existing)
+    if validation is not None:
+        print(_kept_step(out / runs.LOG, config.select))
+        before, after = (Report.load(out / runs.EVAL / name) for name in (VALIDATION_BASE, VALIDATION))
+        print(compare(before, after, metric=config.select))
+        print("these questions chose the weights; for a claim, run embedft evaluate on others")
+    print(f"model: {out / runs.MODEL}")
+
+
+def _kept_step(log: Path, select: str) -> str:
+    """Which step's weights a run kept: those of the first of its best validations."""
+    values = {record["step"]: record["metrics"][select] for _, record in read_jsonl(log) if "metrics" in record}
+    step = max(values, key=values.__getitem__)
+    where = f"step {step:,} of {max(values):,}" if step else "no step: nothing that was trained beat the base"
+    return f"weights of {where} ({select} {values[step]:.4f})"
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("data", metavar="DATA", help="QA JSON, BEIR folder, JSONL or CSV pairs")
+    _add_encoding(parser)
+    parser.add_argument("--ks", type=int, nargs="+", default=[1, 3, 5, 10], metavar="K", help="cutoffs [1 3 5 10]")
+    parser.add_argument("--depth", type=int, default=100, metavar="K", help="documents retrieved a question [100]")
+    parser.add_argument("--gain", choices=("binary", "graded"), default="binary", help="of nDCG [binary]")
+    parser.add_argument("--out", metavar="DIR", help="write metrics.json, per_query.jsonl and run.trec")
+    parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
+    parser.add_argument("--split", metavar="NAME", help="of a BEIR folder [test, or the only one]")
+    parser.add_argument("--no-merge", action="store_true", help="a document a row, also where texts are equal")
+    _add_loading(parser)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    if options.out:
+        check_writable(options.out)
+    dataset = _load_data(options.data, options, merge=not options.no_merge, split=options.split)
+    if options.out:
+        check_trec_ids([*dataset.queries, *dataset.corpus])
+    embedder = _load_model(options, max_length=options.max_length, dtype=DTYPES[options.dtype])
+    report = evaluate(embedder, dataset, dim=options.dim, ks=options.ks, depth=options.depth, gain=options.gain)
+    if options.out:
+        report.save(options.out)
+    print(json.dumps(report.metrics, indent=2) if options.json else report)
+
+
+def _add_encode(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument("texts", metavar="FILE", help="a text a line; .jsonl: strings, or objects with `text`")
+    parser.add_argument(
+        "--out", required=True, metavar="FILE.npy", help="gets the vectors, [texts, dimensions] float32"
+    )
+    parser.add_argument("--role", choices=ROLES, default="document", help="which prompt goes in front [document]")
+    _add_encoding(parser)
+
+
+def _encode(options: argparse.Namespace) -> None:
+    if not options.out.endswith(".npy"):
+        raise ValueError(f"--out is {options.out}, expected a name that ends in .npy")
+    check_writable(Path(options.out).parent)
+    texts = _read_texts(Path(options.texts))
+    embedder = _load_model(options, max_length=options.max_length, dtype=DTYPES[options.dtype])
+    embeddings_ND = embedder.encode(texts, role=options.role, dim=options.dim)
+    with atomic_write(options.out, "wb") as file:
+        np.save(file, embeddings_ND)
+    print(f"{options.out}: {len(texts):,} texts x {embeddings_ND.shape[1]} dimensions, float32")
+
+
+def _read_texts(path: Path) -> list[str]:
+    if path.suffix != ".jsonl":
+        return [line.rstrip("\r\n") for line in read_lines(path)]
+    texts = []
+    for number, value in read_jsonl(path):
+        text = value.get("text") if isinstance(value, dict) else value
+        if not isinstance(text, str):
+            raise ValueError(f"{path} line {number}: expected a string, or an object with a string `text`")
+        texts.append(text)
+    return texts
+
+
+def _info(options: argparse.Namespace) -> None:
+    embedder = _load_model(options)
+    rows = {
+        "folder": embedder.source.folder,
+        "family": embedder.source.config["model_type"],
+        "parameters": f"{sum(p.numel() for p in embedder.parameters()):,}",
+        "layers": embedder.encoder.config.num_hidden_layers,
+        "dimensions": embedder.dim,
+        "max_length": f"{embedder.max_length} tokens (the encoder has {embedder.encoder.config.max_length} positions)",
+        "pooling": " + ".join(embedder.pooling) + ("" if embedder.include_prompt else ", prompt left out"),
+        "similarity": embedder.similarity,
+        "prompts": embedder.prompts or "none",
+        "carried along": ", ".join(embedder.source.carried) or "nothing",
+        "device": embedder.device,
+    }
+    for name, value in rows.items():
+        print(f"{name:<14} {value}")
+
+
+# Name: (adds its arguments, runs it, what it does).
+COMMANDS = {
+    "finetune": (_add_finetune, _finetune, "fine-tune a model on pairs of questions and documents"),
+    "evaluate": (_add_evaluate, _evaluate, "measure how well a model finds the right document"),
+    "encode": (_add_encode, _encode, "turn texts into vectors"),
+    "info": (_add_model, _info, "say what a model is"),
+}
