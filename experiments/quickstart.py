@@ -1,10 +1,14 @@
 """A real encoder gets better at real retrieval, in a few minutes on a CPU: no key, no download beyond the packages.
 
 The text is what every machine has: the docstrings of the installed torch, NumPy and standard library. A question is a
-docstring's summary sentence, its document the rest of the docstring; no module is in both training and test. The same
-with your own questions: --data FILE (any format that RetrievalDataset.load reads), split without a common document.
+docstring's summary sentence, its document the rest of the docstring; no module is in both training and test.
+
+The same with your own text: --pdf FILE ... cuts PDFs (or text, Markdown, folders) into chunks, of which a sentence each
+becomes a question (inverse cloze); --data FILE takes questions and documents (any format that RetrievalDataset.load
+reads). Both are split without a common document.
 
     python -m experiments.quickstart
+    python -m experiments.quickstart --pdf report.pdf --out runs/report
     python -m experiments.quickstart --data pairs.csv --out runs/mine
 """
 
@@ -12,8 +16,10 @@ import argparse
 import time
 from pathlib import Path
 
-from embedft import FinetuneConfig, RetrievalDataset, evaluate, finetune, load_embedder
-from embedft.data.pseudo import docstring_datasets
+from embedft import Embedder, FinetuneConfig, RetrievalDataset, evaluate, finetune, load_embedder
+from embedft.data.chunks import chunk_pages, split_chunks
+from embedft.data.documents import drop_repeated_lines, read_documents
+from embedft.data.pseudo import docstring_datasets, inverse_cloze
 from embedft.device import describe, peak_memory_bytes
 from embedft.files import write_json
 from embedft.retrieval.run import check_trec_ids
@@ -24,6 +30,7 @@ from .report import COMPARISON_HEADER, compare_metrics, comparison_rows, format_
 
 CONFIG = FinetuneConfig(epochs=1, batch_size=64, lr=5e-5, warmup=0.1, max_length=128)
 NUM_TRAIN, NUM_HELD_OUT = 2_000, 1_000
+NUM_SPECIAL = 2  # tokens around a text, so that the encoder sees the whole of a chunk
 
 
 def main(options: argparse.Namespace) -> None:
@@ -32,7 +39,9 @@ def main(options: argparse.Namespace) -> None:
     check_run(out, existing)
     embedder = load_embedder(options.base)
     embedder.max_length = CONFIG.max_length
-    if options.data:
+    if options.pdf:
+        train_set, held_out = cloze_datasets(options.pdf, embedder)
+    elif options.data:
         dataset = RetrievalDataset.load(options.data, skip_empty=True)
         check_trec_ids([*dataset.queries, *dataset.corpus])
         if dataset.num_skipped:
@@ -55,7 +64,7 @@ def main(options: argparse.Namespace) -> None:
         out / "report.json",
         {
             "base": options.base,
-            "data": options.data or "docstrings",
+            "data": options.pdf or options.data or "docstrings",
             "num_train": len(train_set.queries),
             "num_held_out": len(held_out.queries),
             "metrics": [
@@ -81,13 +90,33 @@ def main(options: argparse.Namespace) -> None:
 Load the fine-tuned model (it cuts texts at {CONFIG.max_length} tokens, as in training; max_length changes that):
     from embedft import load_embedder;                     model = load_embedder("{out}/model")
     from sentence_transformers import SentenceTransformer; model = SentenceTransformer("{out}/model")
-The same on your own questions and documents (QA JSON, BEIR folder, JSONL or CSV pairs):
+The same on your own documents, and on questions that you have (QA JSON, BEIR folder, JSONL or CSV pairs):
+    python -m experiments.quickstart --pdf FILE... --out runs/report
     python -m experiments.quickstart --data FILE --out runs/mine""")
+
+
+def cloze_datasets(paths: list[str], embedder: Embedder) -> tuple[RetrievalDataset, RetrievalDataset]:
+    """Chunks of documents, each asked for by one of its own sentences: four fifths train, the rest is held out."""
+    documents = read_documents(paths)
+    for skipped in documents.skipped:
+        print(skipped)
+    pages, _ = drop_repeated_lines(documents.pages)
+    chunks = chunk_pages(
+        pages,
+        count_tokens=lambda texts: [len(ids) for ids in embedder.tokenize(texts)],
+        size=CONFIG.max_length - NUM_SPECIAL,
+    )
+    split = split_chunks(chunks, train_share=0.8, seed=CONFIG.seed)
+    train_set, _ = inverse_cloze(split.train, seed=CONFIG.seed)
+    held_out, _ = inverse_cloze(split.validation, seed=CONFIG.seed, keep_share=0.0)
+    return train_set, held_out
 
 
 if __name__ == "__main__":
     parser = make_parser("experiments.quickstart", __doc__)
-    parser.add_argument("--data", metavar="FILE", help="questions and documents [docstrings of installed packages]")
+    texts = parser.add_mutually_exclusive_group()
+    texts.add_argument("--data", metavar="FILE", help="questions and documents [docstrings of installed packages]")
+    texts.add_argument("--pdf", nargs="+", metavar="FILE", help="PDFs, text or Markdown files, folders of them")
     parser.add_argument("--out", default=f"runs/quickstart/minilm-s{CONFIG.seed}", metavar="DIR", help="[%(default)s]")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is already in DIR")
     run(main, parser)

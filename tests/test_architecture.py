@@ -31,7 +31,7 @@ LAYERS = {
     **dict.fromkeys(LEAVES, LEAVES),
 }
 # They put the parts together, so they import any of them; no part imports them.
-TOP = ("__init__", "__main__", "cli", "recipe")
+TOP = ("__init__", "__main__", "cli", "commands", "recipe")
 
 
 class Package(NamedTuple):
@@ -50,9 +50,22 @@ PACKAGES = {
     "faiss": Package(("retrieval.index",), in_functions=True),
     "huggingface_hub": Package(("encoders.loading",), in_functions=True),
     "openai": Package(("data.questions", "encoders.openai_api"), in_functions=True),
-    "pypdf": Package(("data.documents",), in_functions=True),
+    "pypdf": Package(("data.pdf",), in_functions=True),
 }
-WITHOUT_TORCH = ("retrieval.metrics", "retrieval.significance", "retrieval.bm25", "data.dataset", "data.formats")
+WITHOUT_TORCH = (
+    "retrieval.metrics",
+    "retrieval.significance",
+    "retrieval.bm25",
+    "data.chunks",
+    "data.cleaning",
+    "data.dataset",
+    "data.documents",
+    "data.formats",
+    "data.pdf",
+    "data.prompts",
+    "data.questions",
+    "data.sending",
+)
 # Slow to import, or another's: not there after `import embedft`.
 HEAVY = ("faiss", "huggingface_hub", "transformers", "sentence_transformers", "openai", "pypdf", "scipy", "pandas")
 

@@ -1,4 +1,4 @@
-"""Docstring pairs: from a package made here and from a sample of the standard library; the split must not leak."""
+"""Questions from chunks written here, and from docstrings of a package made here and of the standard library."""
 
 import sys
 import warnings
@@ -8,7 +8,8 @@ from textwrap import dedent
 import pytest
 
 from embedft.data import pseudo
-from embedft.data.pseudo import docstring_datasets, docstring_pairs, split_docstring
+from embedft.data.chunks import Chunk
+from embedft.data.pseudo import docstring_datasets, docstring_pairs, inverse_cloze, split_docstring, titles
 
 
 def prose(topic: str, num_words: int = 24) -> str:
@@ -296,3 +297,189 @@ def test_standard_library(monkeypatch):
         assert pair.query not in " ".join(pair.document.split())
     sentences = Counter(run for pair in pairs for run in set(dedent(pair.document).split("\n\n")))
     assert all(count == 1 for text, count in sentences.items() if len(text.split()) > 40)
+
+
+# Inverse cloze. PADDING is 20 words that are no sentence: what a chunk must keep, and nothing to ask with.
+
+PADDING = "Below" + " below" * 19
+
+
+def ict(text: str, **options) -> tuple[str, str] | None:
+    """(query, document) of a chunk, or None. Beside it is another, so that there always is a question."""
+    chunks = [Chunk("c", text), Chunk("other", f"Here is another whole sentence. {PADDING}")]
+    dataset, num_left_out = inverse_cloze(chunks, **{"seed": 0, "keep_share": 0, **options})
+    assert dataset.qrels == {query_id: {query_id[:-2]: 1} for query_id in dataset.queries}
+    assert num_left_out == 2 - len(dataset.queries)
+    if "c/q" in dataset.queries:
+        return dataset.queries["c/q"], dataset.corpus["c"]
+    assert dataset.corpus["c"] == text
+    return None
+
+
+@pytest.mark.parametrize(
+    ("text", "query", "document"),
+    [
+        (f"The depot is let until 2031. {PADDING}", "The depot is let until 2031.", PADDING),
+        (f"{PADDING}\nThe depot is let until 2031.", "The depot is let until 2031.", PADDING),
+        (f"{PADDING}\nThe depot is   let until 2031.\nMore.", "The depot is let until 2031.", f"{PADDING}\nMore."),
+        (f"{PADDING}\n\nThe depot is not let.\n\n\nMore.", "The depot is not let.", f"{PADDING}\n\nMore."),
+        (f"{PADDING}\nThe depot is let until 2031. More.", "The depot is let until 2031.", f"{PADDING}\nMore."),
+        (f"More! The depot is let today.  {PADDING}", "The depot is let today.", f"More! {PADDING}"),
+        (f'{PADDING}\n"Is the depot let today?"', '"Is the depot let today?"', PADDING),
+        (f"{PADDING}\n(Élan owns the depot today!)", "(Élan owns the depot today!)", PADDING),
+        # Five words, three of them of letters alone, and a hyphen in one.
+        (f"{PADDING}\nCosts rose 5 7 year-to-date.", "Costs rose 5 7 year-to-date.", PADDING),
+        (f"{PADDING}\nA {'word ' * 58}ends.", f"A {'word ' * 58}ends.", PADDING),
+    ],
+)
+def test_the_sentence_leaves_the_chunk(text, query, document):
+    assert ict(text) == (query, document)
+    assert ict(text, keep_share=1) == (query, text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        PADDING,
+        f"{PADDING}\nFour words are few.",
+        f"{PADDING}\nA {'word ' * 59}ends.",
+        f"{PADDING}\nRevenue $ 3,208 $ 2,364 total.",
+        f"{PADDING}\nCosts rose 5 7.",
+        f"{PADDING}\nCosts of 5 7 9 total 21.",  # three of seven
+        f"{PADDING}\nCosts are in this | table.",
+        f"{PADDING}\nRisk Factors of the Whole Business",
+        f"{PADDING}\nThe facility and its limits:",
+        f"{PADDING}\nit began on the page before.",
+        # One word fewer would be left.
+        f"{PADDING[6:]}\nThe depot is let until 2031.",
+        # What is said twice would stay; so would a part of something longer.
+        f"The depot is let today. {PADDING}\nThe depot is  let today.",
+        f"{PADDING}\nThe depot is let today.\nit is said (The depot is let today.) so",
+    ],
+)
+def test_chunks_without_a_sentence_to_ask_with_are_left_out(text):
+    assert ict(text) is None
+
+
+SENTENCES = [f"This is sentence {name} of the chunk." for name in ("one", "two", "three", "four", "five")]
+
+
+def test_a_choice_depends_on_seed_and_id_alone():
+    chunks = [Chunk(f"c{i}", " ".join(SENTENCES)) for i in range(400)]
+    dataset, num_left_out = inverse_cloze(chunks, seed=0)
+    assert num_left_out == 0
+    assert list(dataset.corpus) == [chunk.id for chunk in chunks]
+    # Every sentence in its turn: 80 times on average, with a standard deviation of 8.
+    counts = Counter(dataset.queries.values())
+    assert counts.keys() == set(SENTENCES)
+    assert all(48 < count < 112 for count in counts.values())
+    # A tenth stays: 40 on average, with a standard deviation of 6.
+    kept = [i for i, text in dataset.corpus.items() if text == chunks[0].text]
+    assert 16 < len(kept) < 64
+    for chunk in chunks:
+        query = dataset.queries[f"{chunk.id}/q"]
+        rest = " ".join(sentence for sentence in SENTENCES if sentence != query)
+        assert dataset.corpus[chunk.id] == (chunk.text if chunk.id in kept else rest)
+    # Which stays has nothing to do with which sentence it is.
+    assert len({dataset.queries[f"{i}/q"] for i in kept}) > 2
+    fewer, _ = inverse_cloze(chunks[:100:-3], seed=0)
+    for query_id, query in fewer.queries.items():
+        assert dataset.queries[query_id] == query
+        assert dataset.corpus[query_id[:-2]] == fewer.corpus[query_id[:-2]]
+    none_kept, _ = inverse_cloze(chunks, seed=0, keep_share=0)
+    assert none_kept.queries == dataset.queries  # training and validation differ in what stays only
+    assert chunks[0].text not in none_kept.corpus.values()
+    other, _ = inverse_cloze(chunks, seed=1)
+    assert 200 < sum(other.queries[i] != query for i, query in dataset.queries.items()) < 400
+
+
+def test_inverse_cloze_is_the_same_everywhere():
+    """Of one seed and some ids, written down: a change would change everybody's data."""
+    dataset, _ = inverse_cloze([Chunk(i, " ".join(SENTENCES)) for i in "abcdef"], seed=7)
+    chosen = [SENTENCES.index(query) for query in dataset.queries.values()]
+    assert chosen == [2, 1, 3, 3, 3, 1]
+
+
+def test_inverse_cloze_errors():
+    chunks = [Chunk("a", " ".join(SENTENCES))]
+    for share in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=f"keep_share must lie between 0 and 1, found {share}"):
+            inverse_cloze(chunks, seed=0, keep_share=share)
+    with pytest.raises(ValueError, match="chunk id 'a' stands twice"):
+        inverse_cloze([*chunks, *chunks], seed=0)
+    with pytest.raises(ValueError, match="none of 2 chunks has a sentence to ask with"):
+        inverse_cloze([Chunk("a", "Too short."), Chunk("b", PADDING)], seed=0)
+    with pytest.raises(ValueError, match="none of 0 chunks has a sentence"):
+        inverse_cloze([], seed=0)
+
+
+# Titles.
+
+BODY = (
+    "The depot is let until 2031, with an option for five more years, which the tenant may use once, in writing, too."
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "heading"),
+    [
+        (f"Lease of the Depot\n{BODY}", "Lease of the Depot"),
+        (f"## Lease of the Depot ##\n\n{BODY}", "Lease of the Depot"),
+        (f"# lease\n{BODY}", "lease"),
+        (f"  Item 7A.  Market Risk \n{BODY}", "Item 7A. Market Risk"),
+        (f"2.1 Lease of the Depot\n{BODY}", "2.1 Lease of the Depot"),
+        (f"Leases in 2021 and 2020\n{BODY}", "Leases in 2021 and 2020"),
+        (f"Lease of the Depot\n- {BODY}\n{BODY}", "Lease of the Depot"),
+        (f"{'Lease ' * 11}Depot\n{BODY}", f"{'Lease ' * 11}Depot"),
+        (f"{'Lease ' * 12}Depot\n{BODY}", None),
+        (BODY, None),
+        (f"The depot is let.\n{BODY}", None),
+        (f"Lease of the depot:\n{BODY}", None),
+        (f"Thereafter —\n{BODY}", None),
+        (f"Lease of the\n{BODY}", None),
+        (f"LEASE OF THE\n{BODY}", None),
+        (f"Lease of the depot\n{BODY[0].lower()}{BODY[1:]}\n{BODY}", None),
+        (f"Lease of the depot\n(1) {BODY}", None),
+        (f"lease of the depot\n{BODY}", None),
+        (f"2021\n{BODY}", None),
+        (f"Item 7\n{BODY}", None),
+        (f"Cost of revenue 51.4 61.2\n{BODY}", None),
+        (f"Cost of revenue (5) (7)\n{BODY}", None),
+        (f"Cost of revenue 5,264\n{BODY}", None),
+        (f"Cost of revenue $ 52\n{BODY}", None),
+        (f"Cost of | revenue\n{BODY}", None),
+        ("Lease of the Depot\nThe depot is let until 2031.", None),
+        (f"Lease of the Depot\n{PADDING.title()}", None),
+        ("Lease of the Depot", None),
+        (f"###\n{BODY}", None),
+    ],
+)
+def test_titles(text, heading):
+    dataset, num_left_out = titles([Chunk("other", f"Another Heading\n{BODY}"), Chunk("c", text)])
+    assert dataset.queries.get("c/q") == heading
+    assert num_left_out == (heading is None)
+    assert list(dataset.corpus) == ["other", "c"]
+    assert dataset.corpus["other"] == BODY
+    assert dataset.qrels == {query_id: {query_id[:-2]: 1} for query_id in dataset.queries}
+    if heading is None:
+        assert dataset.corpus["c"] == text
+    else:
+        assert dataset.corpus["c"] == text.strip().partition("\n")[2].strip()
+
+
+def test_a_heading_of_several_chunks_asks_for_none():
+    chunks = [
+        Chunk(i, f"{title}\n{BODY}")
+        for i, title in zip("abcd", ("Overview", "Fees", "# OVERVIEW", "Rent"), strict=True)
+    ]
+    dataset, num_left_out = titles(chunks)
+    assert dataset.queries == {"b/q": "Fees", "d/q": "Rent"}
+    assert num_left_out == 2
+    assert dataset.corpus["a"] == chunks[0].text
+
+
+def test_titles_errors():
+    with pytest.raises(ValueError, match="none of 2 chunks has a heading of its own to ask with"):
+        titles([Chunk(i, f"Overview\n{BODY}") for i in "ab"])
+    with pytest.raises(ValueError, match="chunk id 'a' stands twice"):
+        titles([Chunk("a", f"{title}\n{BODY}") for title in ("Fees", "Rent")])

@@ -1,19 +1,20 @@
-"""Questions without an LLM: the summary sentence of a docstring asks for the rest of it.
+"""Questions without an LLM: a sentence asks for the chunk it came from, a heading or a summary for what follows it.
 
-Every machine that runs this code has the text: the docstrings of the installed torch, NumPy and standard library, and
-those of any other package. They are read with `ast`; nothing is imported. A query is the first sentence of prose, on
-one line and without markup; its document is the rest as it stands, less whatever repeats that sentence.
+From chunks: `inverse_cloze` and `titles`, for any documents. From docstrings: `docstring_datasets`, for which every
+machine that runs this code has the text, those of the installed torch, NumPy and standard library, and of any other
+package. They are read with `ast`; nothing is imported. A query is the first sentence of prose, on one line and without
+markup; its document is the rest as it stands, less whatever repeats that sentence.
 
 Not here: tests, `.pyi` and C files, what is defined inside functions, docstrings made by f-strings or `%`.
 
+    dataset, num_left_out = inverse_cloze(load_chunks("chunks.jsonl"), seed=0)
     train, held_out = docstring_datasets(num_train=2000, num_held_out=1000, seed=0)
-    document_id = next(iter(held_out.corpus))  # such as "json.dump"
-    print(held_out.queries[f"{document_id}/q"], held_out.corpus[document_id])
 """
 
 import ast
 import contextlib
 import gc
+import hashlib
 import importlib.util
 import inspect
 import os
@@ -21,14 +22,18 @@ import re
 import sysconfig
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from ..progress import progress_bar
+from .chunks import Chunk
+from .copies import is_copied, shingles
 from .dataset import RetrievalDataset
+from .formats import check_distinct
+from .sentences import sentence_spans
 
 PACKAGES = ("torch", "numpy", "stdlib")
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -39,9 +44,6 @@ MIN_DOCUMENT_WORDS = 20
 # A piece of the body repeats the summary when the two share this much of the smaller one's words and neither has more
 # than twice the words of the other.
 REPEATED_SHARE = 0.8
-# A document is a near-copy when more than this share of its runs of eight words stands in longer documents.
-SHINGLE_WORDS = 8
-COPIED_SHARE = 0.5
 
 # What may stand before the summary: blank lines, signatures, directives with the indented lines that belong to them.
 PREAMBLE = re.compile(
@@ -66,6 +68,13 @@ PIECE_END = re.compile(rf"(\n\s*\n|\n\ *(?=[A-Z])|{SENTENCE_END.pattern})")
 
 ROLE = re.compile(r":[\w:.+-]+:`")
 LITERAL = re.compile(r"`+~?([^`<]*[^`<\s])(?:\s*<[^`<>]*>)?`+_{0,2}")  # `x`, ``x``, `~x.y`, `text <target>`_
+# What of a chunk can be a query.
+SENTENCE_WORDS, MAX_HEADING_WORDS = range(5, 61), 12
+WHOLE_SENTENCE = re.compile(r"""["'“‘(\[]*[^\W_a-z].*[.!?]["'”’)\]]*""")
+# A first line that ends like this is a sentence, or goes on in the next; with amounts it is the row of a table.
+UNFINISHED = re.compile(r"(?:[.!?:;,—–-]|\b(?i:an?|and|as|at|by|for|from|in|of|on|or|our|that|the|to|which|with))$")
+AMOUNTS = re.compile(r"[$€£]|\d,\d{3}|\d[\d.%)]*\s+\(?[\d.,%)]+$")
+
 EMPHASIS = re.compile(r"(?<![\w*])(\*{1,2})([^*\s](?:[^*]*[^*\s])?)\1(?![\w*])")
 
 
@@ -161,6 +170,125 @@ def docstring_datasets(
         for side, count in zip(sides, wanted, strict=True)
     )
     return train, held_out
+
+
+def inverse_cloze(chunks: Sequence[Chunk], *, seed: int, keep_share: float = 0.1) -> tuple[RetrievalDataset, int]:
+    """(dataset, chunks left out): one sentence of each chunk is its query, and mostly no longer part of the chunk.
+
+    Where the sentence stays, the query finds its chunk by its words; where it goes, only by what they are about. What
+    a chunk gives follows from the seed, its id and its text, so chunks that are added or removed change no other.
+    Sentences are whole ones of 5 to 60 words, more than half of them of letters alone, that stand once in the chunk
+    and leave it at least 20 words; a chunk without one stays in the corpus as it is, without a query. A neighbour that
+    overlaps may still hold the sentence: cut chunks without overlap where that matters.
+
+    Source: Lee et al. 2019, "Latent Retrieval for Weakly Supervised Open Domain Question Answering", section 4.
+
+    Args:
+        chunks: their ids become document ids, with "/q" query ids.
+        seed: of the choice of sentences and of what stays.
+        keep_share: of the chunks that keep their sentence; 0.1 as in the paper for training, 0 for validation.
+
+    Raises:
+        ValueError: `keep_share` out of range, an id twice, or no chunk has a sentence to ask with.
+    """
+    if not 0 <= keep_share <= 1:
+        raise ValueError(f"keep_share must lie between 0 and 1, found {keep_share!r}")
+
+    def ask(chunk: Chunk) -> tuple[str, str] | None:
+        pairs = list(_sentence_pairs(chunk.text))
+        if not pairs:
+            return None
+        digest = hashlib.sha256(f"{seed} {chunk.id}".encode()).digest()
+        choice, chance = (int.from_bytes(part, "big") / 2**48 for part in (digest[:6], digest[6:12]))
+        sentence, rest = pairs[int(choice * len(pairs))]
+        return sentence, chunk.text if chance < keep_share else rest
+
+    return _ask_chunks(chunks, ask, "sentence")
+
+
+def titles(chunks: Sequence[Chunk]) -> tuple[RetrievalDataset, int]:
+    """(dataset, chunks left out): the heading with which a chunk begins asks for the rest of the chunk.
+
+    A heading is a first line of up to 12 words, more than half of them of letters alone, that begins with no small
+    letter (or with Markdown's "#"), ends neither like a sentence nor in its middle, and has no amounts of a table. At
+    least 20 words follow, a whole sentence among them. A heading that several chunks have asks for none of them, as in
+    `docstring_pairs`: "Overview" names no document, and which part of a long section it asks for, nobody knows. Those
+    chunks, and those without a heading, stay in the corpus as they are.
+
+    Args:
+        chunks: their ids become document ids, with "/q" query ids.
+
+    Raises:
+        ValueError: an id twice, or no chunk has a heading of its own.
+    """
+    pairs = {chunk.id: _heading_pair(chunk.text) for chunk in chunks}
+    askers = Counter(" ".join(_words(pair[0])) for pair in pairs.values() if pair)
+
+    def ask(chunk: Chunk) -> tuple[str, str] | None:
+        pair = pairs[chunk.id]
+        return pair if pair and askers[" ".join(_words(pair[0]))] == 1 else None
+
+    return _ask_chunks(chunks, ask, "heading of its own")
+
+
+def _ask_chunks(
+    chunks: Sequence[Chunk], ask: Callable[[Chunk], tuple[str, str] | None], what: str
+) -> tuple[RetrievalDataset, int]:
+    """The dataset of the (query, document) that `ask` gives for a chunk, and how many chunks it gives None for."""
+    check_distinct([chunk.id for chunk in chunks], "chunk id")
+    queries, corpus = {}, {}
+    for chunk in chunks:
+        query, corpus[chunk.id] = ask(chunk) or ("", chunk.text)
+        if query:
+            queries[chunk.id] = query
+    if not queries:
+        raise ValueError(f"none of {len(chunks):,} chunks has a {what} to ask with and enough text besides")
+    dataset = RetrievalDataset(
+        queries={f"{id}/q": query for id, query in queries.items()},
+        corpus=corpus,
+        qrels={f"{id}/q": {id: 1} for id in queries},
+    )
+    return dataset, len(chunks) - len(queries)
+
+
+def _sentence_pairs(text: str) -> Iterator[tuple[str, str]]:
+    """(sentence on one line, text without it) for each sentence of a chunk that can be its query."""
+    on_one_line = " ".join(text.split())
+    for start, stop in sentence_spans(text):
+        sentence = " ".join(text[start:stop].split())
+        before, after = text[:start].rstrip(), text[stop:].lstrip()
+        num_breaks = max(text[len(before) : start].count("\n"), text[stop : len(text) - len(after)].count("\n"))
+        rest = f"{before}{chr(10) * min(num_breaks, 2) or ' '}{after}".strip()
+        if _is_sentence(sentence) and on_one_line.count(sentence) == 1 and len(_words(rest)) >= MIN_DOCUMENT_WORDS:
+            yield sentence, rest
+
+
+def _heading_pair(text: str) -> tuple[str, str] | None:
+    """(heading, what follows it) of a chunk that begins with a heading."""
+    first, _, rest = text.strip().partition("\n")
+    heading, rest = " ".join(re.sub(r"^#+\s|\s#+\s*$", "", first).split()), rest.strip()
+    is_heading = (
+        0 < len(heading.split()) <= MAX_HEADING_WORDS
+        and not (heading[0].islower() and not first.startswith("#"))
+        and not UNFINISHED.search(heading)
+        and not AMOUNTS.search(heading)
+        and _mostly_words(heading)
+        and not (rest[:1].islower() or rest.startswith("("))
+        and len(_words(rest)) >= MIN_DOCUMENT_WORDS
+        and any(_is_sentence(" ".join(rest[start:stop].split())) for start, stop in sentence_spans(rest))
+    )
+    return (heading, rest) if is_heading else None
+
+
+def _is_sentence(text: str) -> bool:
+    return bool(len(text.split()) in SENTENCE_WORDS and WHOLE_SENTENCE.fullmatch(text) and _mostly_words(text))
+
+
+def _mostly_words(text: str) -> bool:
+    """Whether more than half of a line's words are of letters alone, and it is no row of a Markdown table."""
+    words = text.split()
+    num_of_letters = sum(re.sub(r"^\W+|\W+$|['’-]", "", word).isalpha() for word in words)
+    return 2 * num_of_letters > len(words) and "|" not in text
 
 
 def split_docstring(docstring: str) -> tuple[str, str] | None:
@@ -294,17 +422,12 @@ def _literal(node: ast.expr) -> str | None:
 
 def _drop_near_copies(pairs: list[DocstringPair]) -> list[DocstringPair]:
     """Longest documents first, so that one that is part of another goes, wherever the two stand; order is kept."""
-    vocabulary: dict[str, int] = {}
-    shingles = []
-    for pair in pairs:
-        ids = [vocabulary.setdefault(word, len(vocabulary)) for word in _words(pair.document)]
-        runs = zip(*(ids[start:] for start in range(SHINGLE_WORDS)), strict=False)
-        shingles.append({hash(run) for run in runs})  # of integers: the same in every process
+    runs = [shingles(ROLE.sub(" ", pair.document)) for pair in pairs]
     seen: set[int] = set()
     kept = []
-    for position in sorted(range(len(pairs)), key=lambda i: (-len(shingles[i]), i)):
-        own = shingles[position]
-        if len(own & seen) <= COPIED_SHARE * len(own):
+    for position in sorted(range(len(pairs)), key=lambda i: (-len(runs[i]), i)):
+        own = runs[position]
+        if not is_copied(own, seen):
             kept.append(position)
             seen |= own
     return [pairs[position] for position in sorted(kept)]

@@ -208,10 +208,6 @@ def _compare_two(
         found = [report.setting.get(key) for report in (base, other)]
         if None not in found and found[0] != found[1]:
             raise ValueError(f"the reports do not compare: {key} is {found[0]} in base and {found[1]} in other")
-    for key in ("num_documents", "gain"):
-        found = [report.setting.get(key) for report in (base, other)]
-        if None not in found and found[0] != found[1]:
-            raise ValueError(f"the reports do not compare: {key} is {found[0]} in base and {found[1]} in other")
     row_of = {query_id: row for row, query_id in enumerate(other.query_ids)}
     only_base = [query_id for query_id in base.query_ids if query_id not in row_of]
     only_other = sorted(row_of.keys() - set(base.query_ids))

@@ -1,0 +1,96 @@
+"""Reading and chunking PDF files against pypdf's own plain extraction in one process.
+
+Every page's characters, blanks and hyphens aside, are asserted to be the same before any time is taken.
+
+    python -m benchmarks.bench_chunk --rounds 3 report.pdf
+"""
+
+import argparse
+import logging
+from collections import Counter
+from pathlib import Path
+
+from embedft import load_embedder
+from embedft.data.chunks import chunk_pages
+from embedft.data.documents import read_documents
+from experiments.commandline import make_parser, run
+from experiments.report import format_table
+from experiments.sources import SHARED
+
+from .workers import Worker, alternate, machine, ratios, spread
+
+SIZE, OVERLAP = 254, 32
+
+
+class Ours:
+    def __init__(self, paths: list[str], model: str, processes: int | None):
+        self.paths, self.processes = paths, processes
+        self.tokenizer = load_embedder(model, device="cpu").tokenizer
+
+    def read(self) -> None:
+        self.documents = read_documents(self.paths, processes=self.processes)
+        count = self.count_tokens
+        self.chunks = chunk_pages(self.documents.pages, count_tokens=count, size=SIZE, overlap=OVERLAP)
+
+    def count_tokens(self, texts: list[str]) -> list[int]:
+        return [len(ids) for ids in self.tokenizer.words(texts)]
+
+    def pages(self) -> dict[tuple[str, int], str]:
+        return {(page.file, page.number): page.text for page in self.documents.pages}
+
+    def num_chunks(self) -> int:
+        return len(self.chunks)
+
+
+class Pypdf:
+    def __init__(self, paths: list[str]):
+        logging.getLogger("pypdf").setLevel(logging.CRITICAL)
+        self.paths = paths
+
+    def read(self) -> None:
+        from pypdf import PdfReader
+
+        self.texts = {path: [page.extract_text() for page in PdfReader(path).pages] for path in self.paths}
+
+    def pages(self) -> dict[tuple[str, int], str]:
+        return {(path, i): text for path, texts in self.texts.items() for i, text in enumerate(texts, start=1)}
+
+
+def characters(text: str) -> Counter[str]:
+    """The two modes of pypdf give them in different orders, so they are counted."""
+    return Counter("".join(text.split()).replace("-", ""))
+
+
+def main(options: argparse.Namespace) -> None:
+    paths = options.pdf or sorted(map(str, Path(SHARED, "pdf").glob("*.pdf")))
+    if not paths:
+        raise ValueError("name at least one PDF file: there is none beside the checkout")
+    folder = str(load_embedder(options.base, device="cpu").source.folder)
+    workers = {
+        "ours": Worker(Ours, paths, folder, None),
+        "one process": Worker(Ours, paths, folder, 1),
+        "pypdf": Worker(Pypdf, paths),
+    }
+    for worker in workers.values():
+        worker.call("read")  # warms up as well
+    expected = workers["pypdf"].call("pages")
+    for who in ("ours", "one process"):
+        found = workers[who].call("pages")
+        for (path, number), text in expected.items():
+            if characters(found.get((path, number), "")) != characters(text):
+                raise ValueError(f"{path} page {number}: the characters are not pypdf's ({who})")
+    seconds = alternate(workers, "read", rounds=options.rounds, warmup=0)
+    num_chunks = workers["ours"].call("num_chunks")
+    rows = [[who, spread(times), spread(ratios(times, seconds["pypdf"]))] for who, times in seconds.items()]
+    print(format_table(["", "seconds", "times pypdf's"], rows))
+    print(
+        f"\nmedian [least, most] of {options.rounds} alternations; {len(expected):,} pages, {num_chunks:,} chunks of at"
+    )
+    print(f"most {SIZE} tokens, overlap {OVERLAP}, {options.base}; {machine()}")
+
+
+if __name__ == "__main__":
+    parser = make_parser("benchmarks.bench_chunk", __doc__)
+    parser.add_argument("pdf", nargs="*", metavar="PDF", help="files to read [the filings beside the checkout]")
+    parser.add_argument("--rounds", type=int, default=3, help="counted alternations [3]")
+    run(main, parser)

@@ -1,0 +1,119 @@
+"""Seconds for the questions of 1,000 chunks at 64 requests in flight, against a bare AsyncOpenAI loop.
+
+The server is a process of its own that takes 200 ms a reply, once without faults and once with a fifth of them. The
+peer is what one would write: a semaphore, `gather`, the client's own retries, the same prompts and parsing, nothing
+on disk. Equal questions are asserted first.
+
+    python -m benchmarks.bench_questions --rounds 5
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from embedft.data.chunks import Chunk
+from embedft.data.prompts import RESPONSE_FORMAT, TEMPLATE, fill_template, parse_reply
+from embedft.data.questions import QuestionConfig, write_questions
+from experiments.commandline import make_parser, run
+from experiments.report import format_table
+
+from .workers import Worker, alternate, machine, ratios, spread
+
+SERVER = Path(__file__).resolve().parents[1] / "tests" / "api_server.py"
+CONCURRENCY, DELAY_SECONDS, NUM_QUESTIONS, MAX_ATTEMPTS = 64, 0.2, 2, 12
+MODEL = "gpt-4o-mini"
+
+
+class Ours:
+    def __init__(self, num_chunks: int):
+        os.environ.setdefault("OPENAI_API_KEY", "none")
+        self.chunks = make_chunks(num_chunks)
+        self.config = QuestionConfig(model=MODEL, concurrency=CONCURRENCY, max_attempts=MAX_ATTEMPTS)
+
+    def write(self, base_url: str) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            self.questions = write_questions(self.chunks, self.config, folder=folder, base_url=base_url).questions
+
+    def result(self) -> dict[str, list[str]]:
+        return self.questions
+
+
+class Bare:
+    def __init__(self, num_chunks: int):
+        import openai
+
+        self.openai = openai
+        self.chunks = make_chunks(num_chunks)
+
+    def write(self, base_url: str) -> None:
+        self.questions = asyncio.run(self.gather(base_url))
+
+    async def gather(self, base_url: str) -> dict[str, list[str]]:
+        semaphore = asyncio.Semaphore(CONCURRENCY)
+
+        async def ask(chunk: Chunk) -> list[str]:
+            prompt = fill_template(TEMPLATE, text=chunk.text, num_questions=NUM_QUESTIONS)
+            async with semaphore:
+                for _ in range(MAX_ATTEMPTS):
+                    try:
+                        completion = await client.chat.completions.create(
+                            model=MODEL,
+                            messages=[{"role": "user", "content": prompt}],
+                            max_tokens=256,
+                            response_format=RESPONSE_FORMAT,
+                        )
+                        return parse_reply(completion.choices[0].message.content or "", NUM_QUESTIONS)
+                    except (ValueError, AttributeError, self.openai.APIError):
+                        continue
+            raise ValueError(f"no questions for chunk {chunk.id}")
+
+        async with self.openai.AsyncOpenAI(api_key="none", base_url=base_url, timeout=60.0) as client:
+            found = await asyncio.gather(*map(ask, self.chunks))
+        return {chunk.id: questions for chunk, questions in zip(self.chunks, found, strict=True)}
+
+    def result(self) -> dict[str, list[str]]:
+        return self.questions
+
+
+def make_chunks(number: int) -> list[Chunk]:
+    """Of the size of a page of a filing, about 3,000 bytes."""
+    return [Chunk(f"c{i}", f"Passage {i}. " + "The revenue of the year rose. " * 100) for i in range(number)]
+
+
+def main(options: argparse.Namespace) -> None:
+    workers = {"ours": Worker(Ours, options.chunks), "peer": Worker(Bare, options.chunks)}
+    rows = []
+    for share in (0.0, 0.2):
+        command = [sys.executable, str(SERVER), "--delay", str(DELAY_SECONDS), "--faults", str(share)]
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        try:
+            base_url = f"http://127.0.0.1:{int(server.stdout.readline())}/v1"
+            found = {}
+            for who, worker in workers.items():
+                worker.call("write", base_url)  # warms up as well
+                found[who] = json.dumps(worker.call("result"))
+            if found["ours"] != found["peer"]:
+                raise ValueError(f"with {share:.0%} faults the questions differ, expected the same")
+            seconds = alternate(workers, "write", base_url, rounds=options.rounds, warmup=0)
+        finally:
+            server.kill()
+            server.wait()
+        times = ratios(seconds["ours"], seconds["peer"])
+        rows.append([f"{share:.0%}", spread(seconds["ours"]), spread(seconds["peer"]), spread(times)])
+    print(format_table(["faults", "embedft, s", "bare loop, s", "embedft / bare"], rows))
+    print(
+        f"\nmedian [least, most] of {options.rounds} alternations; {options.chunks:,} chunks, {CONCURRENCY} in flight,"
+    )
+    print(f"{DELAY_SECONDS * 1000:.0f} ms a reply; {machine()}")
+
+
+if __name__ == "__main__":
+    parser = make_parser("benchmarks.bench_questions", __doc__)
+    parser.add_argument("--chunks", type=int, default=1000, help="chunks to write questions for [1000]")
+    parser.add_argument("--rounds", type=int, default=5, help="counted alternations [5]")
+    run(main, parser)

@@ -1,0 +1,255 @@
+"""`embedft chunk | questions`: from documents to data sets.
+
+Each command is a pair of functions: one adds its arguments to a parser, one runs it.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import config as configs
+from ..data import pseudo
+from ..data.chunks import Chunk, chunk_pages, load_chunks, parse_pages, save_chunks, split_chunks
+from ..data.cleaning import Cleaned, clean, round_trip
+from ..data.dataset import RetrievalDataset
+from ..data.documents import drop_repeated_lines, read_documents
+from ..data.prompts import TEMPLATE
+from ..data.questions import Estimate, Outcome, QuestionConfig, estimate, question_dataset, write_questions
+from ..encoders.loading import load_embedder, load_model_tokenizer
+from ..files import check_writable, read_text, write_json
+
+MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+# What `chunk` writes and `questions` takes: one file, or two.
+WHOLE, TRAIN, VALIDATION = "chunks", "train", "validation"
+REPORT = "report.json"
+MAX_REASONS = 5
+NUM_DOCSTRINGS = (2_000, 1_000)  # that train, that validate
+METHODS = ("llm", "ict", "title", "docstring")
+
+
+def _add_chunk(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("paths", nargs="+", metavar="PATH", help="PDF, text or Markdown files, and folders of them")
+    parser.add_argument("--out", required=True, metavar="DIR", help="gets chunks.jsonl and report.json")
+    parser.add_argument("--model", default=MODEL, metavar="MODEL", help="whose tokenizer counts [%(default)s]")
+    parser.add_argument("--revision", help="commit, tag or branch of a hub model")
+    parser.add_argument("--size", type=int, metavar="N", help="most tokens of a chunk [all that the model reads]")
+    parser.add_argument("--overlap", type=int, default=0, metavar="N", help="tokens that two chunks may share [0]")
+    parser.add_argument("--by-page", action="store_true", help="no chunk crosses a page")
+    parser.add_argument("--drop-repeated", action="store_true", help="drop page numbers and running headers")
+    split = parser.add_argument_group("split: train.jsonl and validation.jsonl instead of chunks.jsonl")
+    sides = split.add_mutually_exclusive_group()
+    sides.add_argument("--train-pages", metavar="RANGES", help="pages that train, such as 1-90 or 1-40,80-100")
+    sides.add_argument("--train-files", nargs="+", metavar="PATH", help="files that train, as the chunks name them")
+    sides.add_argument("--train-share", type=float, metavar="X", help="share of the chunks that train")
+    split.add_argument("--seed", type=int, default=0, metavar="N", help="of the share's draw [0]")
+
+
+def _chunk(options: argparse.Namespace) -> None:
+    out = Path(options.out)
+    check_writable(out)
+    ranges = parse_pages(options.train_pages) if options.train_pages else None
+    tokenizer = load_model_tokenizer(options.model, revision=options.revision)
+    num_special = len(tokenizer.encode([""])[0])
+    size = (options.size or tokenizer.max_length) - num_special
+    if size < 1:
+        raise ValueError(f"--size is {options.size}, expected more than the {num_special} special tokens of a text")
+    documents = read_documents(options.paths)
+    for skipped in documents.skipped:
+        print(skipped, file=sys.stderr)
+    pages, repeated = drop_repeated_lines(documents.pages) if options.drop_repeated else (documents.pages, {})
+    chunks = chunk_pages(
+        pages,
+        count_tokens=lambda texts: [len(ids) for ids in tokenizer.words(texts)],
+        size=size,
+        overlap=options.overlap,
+        by_page=options.by_page,
+    )
+    report: dict[str, Any] = {
+        "files": len({page.file for page in documents.pages}),
+        "pages": len(documents.pages),
+        "skipped": [skipped._asdict() for skipped in documents.skipped],
+        "repeated_lines": dict(repeated),
+        "chunks": len(chunks),
+        "tokens": sum(chunk.num_tokens for chunk in chunks),
+        "size": size,
+        "overlap": options.overlap,
+        "tokenizer": options.model,
+    }
+    print(
+        f"{report['files']:,} files, {report['pages']:,} pages with text -> {len(chunks):,} chunks of at most {size} "
+        f"tokens ({report['tokens']:,} in all; {num_special} special tokens come on top)"
+    )
+    if options.drop_repeated:
+        print(f"dropped {sum(repeated.values()):,} repeated headers and footers")
+    if options.train_pages or options.train_files or options.train_share is not None:
+        split = split_chunks(
+            chunks,
+            train_files=options.train_files,
+            train_pages=ranges,
+            train_share=options.train_share,
+            seed=options.seed,
+        )
+        sides = {TRAIN: split.train, VALIDATION: split.validation}
+        report |= {name: len(side) for name, side in sides.items()} | {"dropped": split.num_dropped}
+        if split.num_dropped:
+            print(f"dropped {split.num_dropped:,} chunks: across the boundary, or training's that validation has too")
+    else:
+        sides = {WHOLE: chunks}
+    for name in {WHOLE, TRAIN, VALIDATION} - sides.keys():
+        (out / f"{name}.jsonl").unlink(missing_ok=True)  # of an earlier call with another split
+    for name, side in sides.items():
+        save_chunks(out / f"{name}.jsonl", side)
+        print(f"{out / name}.jsonl: {len(side):,} chunks")
+    write_json(out / REPORT, report)
+    if documents.skipped:
+        print(f"skipped {len(documents.skipped):,} files or pages, see {out / REPORT}")
+
+
+def _add_questions(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="what `embedft chunk` wrote, or JSONL of objects with `id` and `text`; docstring: packages",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="gets the data sets, the replies and a report")
+    parser.add_argument("--method", choices=METHODS, default="llm", help="who writes the questions [llm]")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of ict and docstring [0]")
+    parser.add_argument(
+        "--validation", action="store_true", help="ict: SOURCE validates, so every sentence leaves its chunk"
+    )
+    llm = parser.add_argument_group("an LLM's questions (the key comes from OPENAI_API_KEY)")
+    llm.add_argument("--base-url", metavar="URL", help="of an OpenAI-compatible server [api.openai.com]")
+    llm.add_argument("--template", metavar="FILE", help="prompt with {text} and {num_questions} [the project's own]")
+    llm.add_argument("--dry-run", action="store_true", help="say what it would cost; send nothing")
+    cleaning = parser.add_argument_group("cleaning")
+    cleaning.add_argument("--no-clean", action="store_true", help="keep every question as it was written")
+    cleaning.add_argument(
+        "--round-trip", type=int, metavar="K", help="training: keep what the base ranks in its top K [all]"
+    )
+    cleaning.add_argument("--base", default=MODEL, metavar="MODEL", help="of --round-trip [%(default)s]")
+    configs.add_options(parser, QuestionConfig)
+
+
+def _questions(options: argparse.Namespace) -> int:
+    out = Path(options.out)
+    check_writable(out)
+    if options.method == "docstring":
+        train, held_out = pseudo.docstring_datasets(
+            num_train=NUM_DOCSTRINGS[0], num_held_out=NUM_DOCSTRINGS[1], seed=options.seed, packages=options.sources
+        )
+        for name, dataset in ((TRAIN, train), (VALIDATION, held_out)):
+            _save(dataset, out / f"{name}.json")
+        return 0
+    sides = _load_sides(options.sources)
+    if options.method == "llm":
+        return _ask(sides, options, out)
+    for name, chunks in sides.items():
+        if options.method == "ict":
+            keep_share = 0.0 if options.validation or name == VALIDATION else 0.1
+            dataset, num_left_out = pseudo.inverse_cloze(chunks, seed=options.seed, keep_share=keep_share)
+        else:
+            dataset, num_left_out = pseudo.titles(chunks)
+        _save(dataset, out / f"{name}.json")
+        if num_left_out:
+            print(f"{num_left_out:,} of {len(chunks):,} chunks have nothing that asks for them")
+    return 0
+
+
+def _load_sides(sources: Sequence[str]) -> dict[str, list[Chunk]]:
+    """{name of the data set: its chunks}."""
+    if len(sources) != 1:
+        raise ValueError(f"{len(sources)} sources, expected one file or folder of chunks")
+    path = Path(sources[0])
+    if path.is_dir():
+        found = {name: path / f"{name}.jsonl" for name in (WHOLE, TRAIN, VALIDATION)}
+        found = {name: file for name, file in found.items() if file.is_file()}
+        if not found:
+            raise ValueError(f"{path}: no {WHOLE}.jsonl and no {TRAIN}.jsonl in it")
+        return {name: load_chunks(file) for name, file in found.items()}
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file or folder")
+    return {path.stem: load_chunks(path)}
+
+
+def _ask(sides: dict[str, list[Chunk]], options: argparse.Namespace, out: Path) -> int:
+    config = configs.config_from_options(QuestionConfig, options)
+    template = read_text(options.template) if options.template else TEMPLATE
+    # One job, so that the two sides share a budget; a text that is in both would be asked for once.
+    chunks = list({chunk.id: chunk for side in sides.values() for chunk in side}.values())
+    if options.dry_run:
+        print(_format_estimate(estimate(chunks, config, folder=out, template=template)))
+        return 0
+    outcome = write_questions(chunks, config, folder=out, template=template, base_url=options.base_url)
+    print(_format_totals(outcome))
+    report: dict[str, Any] = {}
+    for name, side in sides.items():
+        questions = {chunk.id: outcome.questions[chunk.id] for chunk in side if chunk.id in outcome.questions}
+        dataset = question_dataset(side, questions)
+        steps: dict[str, Callable[[RetrievalDataset], Cleaned]] = {}
+        if not options.no_clean:
+            steps["cleaning"] = clean
+        if options.round_trip and name != VALIDATION:
+            base = load_embedder(options.base)
+            steps["round trip"] = lambda dataset, base=base: round_trip(
+                dataset, encode=base.encode, k=options.round_trip
+            )
+        for step, run in steps.items():
+            cleaned = run(dataset)
+            dataset = cleaned.dataset
+            report[f"{name}: {step}"] = cleaned.report()
+            dropped = ", ".join(f"{count:,} {reason}" for reason, count in cleaned.counts().items()) or "none"
+            print(f"{name}, {step}: dropped {dropped}; changed {len(cleaned.changed):,}")
+        _save(dataset, out / f"{name}.json")
+    write_json(out / REPORT, {**report, "missing": outcome.missing})
+    if not outcome.missing:
+        return 0
+    for reason, count in Counter(outcome.missing.values()).most_common(MAX_REASONS):
+        print(f"{count:,} without questions: {reason}", file=sys.stderr)
+    print(
+        f"{len(outcome.missing):,} of {len(chunks):,} chunks have no questions; the same command asks for those alone "
+        f"(all reasons: {out / REPORT})",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def _format_estimate(found: Estimate) -> str:
+    text = (
+        f"{found.num_requests:,} of {found.num_chunks:,} chunks are to be asked for, a request each\n"
+        f"estimated from bytes (4 a token): {found.prompt_tokens:,} tokens of prompts, {found.completion_tokens:,} of "
+        "replies"
+    )
+    if found.cost is None:
+        return f"{text}\nwith --price-in and --price-out, money per million tokens, it says what that costs"
+    return f"{text}\nestimated cost {found.cost:.4f}, at most {found.most_cost:.4f} without repeated requests"
+
+
+def _format_totals(outcome: Outcome) -> str:
+    totals, num_chunks = outcome.totals, len(outcome.questions) + len(outcome.missing)
+    text = (
+        f"{len(outcome.questions):,} of {num_chunks:,} chunks have questions; all runs together: "
+        f"{totals.num_requests:,} requests, {totals.prompt_tokens:,} tokens of prompts, "
+        f"{totals.completion_tokens:,} of replies"
+    )
+    if totals.cost is not None:
+        text += f", cost {totals.cost:.4f}"
+    if totals.num_unreported:
+        most = "" if totals.cost is None else f", which cost at most {totals.unreported_cost:.4f} more"
+        text += f"; {totals.num_unreported:,} requests never got a reply{most}"
+    return f"{text}\n{outcome.stopped}" if outcome.stopped else text
+
+
+def _save(dataset: RetrievalDataset, path: Path) -> None:
+    dataset.save(path, format="llamaindex")
+    print(f"{path}: {len(dataset.queries):,} questions over {len(dataset.corpus):,} chunks")
+
+
+# Name: (adds its arguments, runs it, what it does).
+COMMANDS = {
+    "chunk": (_add_chunk, _chunk, "cut PDFs and text files into chunks"),
+    "questions": (_add_questions, _questions, "write questions for chunks, with an LLM or without"),
+}

@@ -1,0 +1,441 @@
+"""Questions by a language model: asked for once, written down the moment they arrive, never paid for twice.
+
+Here: the settings, the client of the OpenAI protocol, what its answers mean, and the folder of replies that a later run
+takes up. Deliberately not here: the prompt and the parsing (prompts.py), when a request is sent and what it costs
+(sending.py), dropping bad questions (cleaning.py), questions without a language model (pseudo.py).
+
+    chunks, config = load_chunks("chunks.jsonl"), QuestionConfig(model="gpt-4o-mini", max_requests=1_000)
+    outcome = write_questions(chunks, config, folder="questions")
+    dataset = question_dataset(chunks, outcome.questions)
+"""
+
+import asyncio
+import hashlib
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from ..config import check_types, setting
+from ..files import append_jsonl, locked, resume_jsonl
+from ..progress import progress_bar
+from .chunks import Chunk
+from .dataset import RetrievalDataset
+from .formats import check_distinct, check_text
+from .prompts import RESPONSE_FORMAT, TEMPLATE, fill_template, parse_reply
+from .sending import Answer, Job, Ledger, RateLimit, Totals, now_text, price, retry_after_seconds, send_all
+
+REPLIES, LEDGER, LOCK = "replies.jsonl", "ledger.jsonl", "lock"
+RECORD = {"request", "key", "status", "questions", "usage", "cost"}  # of a line of REPLIES: what is read back
+USAGE = ("prompt_tokens", "completion_tokens")
+OPENAI_HOST = "api.openai.com"
+OPENAI_URL = f"https://{OPENAI_HOST}/v1"
+# OpenAI refuses the old name for its newer models; other servers know only that one.
+LIMIT_NAMES = ("max_completion_tokens", "max_tokens")
+# The request's own: another value would change what is parsed, counted or paid for.
+OWN_PARAMETERS = (
+    *("model", "messages", "n", "stream", "stream_options", "response_format"),
+    *("max_tokens", "max_completion_tokens"),
+)
+REPLY_TOKENS_A_QUESTION = 128
+# For the estimates alone, which say so: English text, and a question of a filing.
+BYTES_A_TOKEN, TOKENS_A_QUESTION = 4, 32
+# A byte-level tokenizer makes at most one token of a byte; a server's chat template adds some of its own.
+TEMPLATE_TOKENS = 128
+# A server that answers so did no work that it charges for. A gateway's 502 or 504 and a 408 do not say.
+FREE_SERVER_ERRORS = (500, 503, 529)
+FREE = (0, 0)
+# Causes of a connection error after which no byte of the request had left: names, because openai picks the HTTP client.
+NEVER_SENT = ("ConnectError", "ConnectTimeout", "PoolTimeout")
+# Bad request, too large, unprocessable: about this one request, so asking again is no use.
+REFUSALS = (400, 413, 422)
+HINTS = {
+    401: " (is OPENAI_API_KEY right?)",
+    404: " (is the model's name right, and does the base URL end in /v1?)",
+}
+# A shorter key is a placeholder such as "ollama", and may well be a word of the texts.
+MIN_SECRET_CHARACTERS = 12
+MAX_REASON_CHARACTERS = 300
+
+
+@dataclass(frozen=True)
+class QuestionConfig:
+    """What is asked of whom, how fast, and for how much. Raises `ValueError` for a value out of range."""
+
+    model: str = setting("gpt-4o-mini", "the language model, as its server calls it")
+    num_questions: int = setting(2, "questions a chunk")
+    max_reply_tokens: int | None = setting(None, "longest reply; null: 128 a question; a reasoning model needs more")
+    parameters: dict = setting({}, "sent as they are: temperature, seed, reasoning_effort and the like")
+    structured: Literal["auto", "schema", "lines"] = setting("auto", "JSON by a schema, plain lines, or what works")
+    concurrency: int = setting(16, "requests in flight at once")
+    requests_per_minute: int | None = setting(None, "never more requests in 60 seconds")
+    tokens_per_minute: int | None = setting(None, "never more tokens in 60 seconds (4 bytes each, longest reply)")
+    timeout_seconds: float = setting(60.0, "a reply that takes longer is given up")
+    max_attempts: int = setting(6, "requests for a chunk in one run")
+    max_requests: int | None = setting(None, "never more requests, over all runs of the folder")
+    max_cost: float | None = setting(None, "never spend more, over all runs of the folder")
+    price_in: float | None = setting(None, "money per million tokens of prompts")
+    price_out: float | None = setting(None, "money per million tokens of replies")
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if not self.model.strip():
+            raise ValueError("model is empty, expected a name that the server knows")
+        positive = ("num_questions", "max_reply_tokens", "concurrency", "max_attempts", "max_requests", "max_cost")
+        for name in (*positive, "requests_per_minute", "tokens_per_minute", "timeout_seconds"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}, expected more than 0")
+        for name in ("price_in", "price_out"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value}, expected at least 0")
+        if (self.price_in is None) != (self.price_out is None):
+            raise ValueError("one of price_in and price_out is missing, expected both or neither")
+        if self.max_cost is not None and self.price_in is None:
+            raise ValueError("max_cost needs price_in and price_out, the money per million tokens")
+        for name in self.parameters:
+            if name in OWN_PARAMETERS:
+                raise ValueError(f"parameters: {name!r} is set by embedft itself and cannot be sent as a parameter")
+        try:
+            json.dumps(self.parameters, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"parameters cannot be sent as JSON: {error}") from None
+
+    @property
+    def reply_tokens(self) -> int:
+        """The longest reply, in tokens."""
+        return self.max_reply_tokens or REPLY_TOKENS_A_QUESTION * self.num_questions
+
+    @property
+    def prices(self) -> tuple[float, float] | None:
+        """Money per million tokens of prompts and of replies; None when they are not known."""
+        return None if self.price_in is None or self.price_out is None else (self.price_in, self.price_out)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Questions by chunk id in the order of the chunks, and why the others have none.
+
+    `totals` counts all runs of the folder; `stopped` says which limit ended the job, None when none did.
+    """
+
+    questions: dict[str, list[str]]
+    missing: dict[str, str]
+    totals: Totals
+    stopped: str | None = None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a job would take: the requests that remain when each is answered at once.
+
+    Tokens are estimated (a token for four bytes of a prompt, 32 for a question), and `cost` follows from them. With
+    as many tokens as there are bytes, and the longest replies, it would be `most_cost`; requests that have to be
+    repeated come on top. Both are None without prices.
+    """
+
+    num_chunks: int
+    num_requests: int
+    prompt_tokens: int
+    completion_tokens: int
+    cost: float | None
+    most_cost: float | None
+
+
+def write_questions(
+    chunks: Sequence[Chunk],
+    config: QuestionConfig,
+    *,
+    folder: str | Path,
+    template: str = TEMPLATE,
+    base_url: str | None = None,
+) -> Outcome:
+    """Asks for the questions of every chunk that has no valid reply in `folder`, and returns all there are.
+
+    Every request and every reply is on disk at once (`ledger.jsonl`, `replies.jsonl`), so a run that is interrupted or
+    killed loses at most the requests in flight. The limits count all runs of the folder and are never passed, unless a
+    server reports more tokens than it was allowed. The key comes from OPENAI_API_KEY and is written nowhere.
+
+    Args:
+        chunks: with distinct ids; chunks with the same text are asked for once.
+        folder: made when missing; one process at a time.
+        template: the prompt; {text} and {num_questions} are filled in, other braces stand as they are.
+        base_url: of a server that speaks the protocol, usually ending in /v1; None: OPENAI_BASE_URL, or OpenAI itself.
+
+    Raises:
+        ValueError: something that has to be mended first: the chunks, the template, the key, or what the server says
+            of all requests (the key, the model, the quota, five refusals at the start).
+    """
+    coroutine = write_questions_async(chunks, config, folder=folder, template=template, base_url=base_url)
+    try:
+        run = _run_beside if asyncio.get_running_loop() else asyncio.run
+    except RuntimeError:  # there is none
+        run = asyncio.run
+    return run(coroutine)
+
+
+def _run_beside(coroutine: Coroutine[Any, Any, Outcome]) -> Outcome:
+    """Where a loop is running already, as in a notebook: in a thread with its own; an interrupt ends it there."""
+    started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task | None]] = Future()
+
+    async def main() -> Outcome:
+        started.set_result((asyncio.get_running_loop(), asyncio.current_task()))
+        return await coroutine
+
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(asyncio.run, main())
+        try:
+            return result.result()
+        except KeyboardInterrupt:
+            loop, task = started.result()
+            loop.call_soon_threadsafe(task.cancel)
+            raise
+
+
+async def write_questions_async(
+    chunks: Sequence[Chunk],
+    config: QuestionConfig,
+    *,
+    folder: str | Path,
+    template: str = TEMPLATE,
+    base_url: str | None = None,
+) -> Outcome:
+    """`write_questions`, to be awaited where an event loop is running."""
+    folder, jobs = Path(folder), _jobs(chunks, config, template)
+    asker = _Asker(config, template, base_url)
+    with locked(folder / LOCK):
+        questions, ledger = _read_folder(folder, config)
+        reasons: dict[str, str] = {}
+        first_ids = {key: ids[0] for key, (_, ids) in jobs.items()}
+        num_done = sum(len(ids) for key, (_, ids) in jobs.items() if key in questions)
+
+        def record(job: Job, number: int, answer: Answer, seconds: float) -> None:
+            cost = ledger.settle(number, answer.usage)
+            usage = None if answer.usage is None else dict(zip(USAGE, answer.usage, strict=True))
+            line = {"request": number, "key": job.key, "chunk": first_ids[job.key], "status": answer.status}
+            line |= {"reason": answer.reason, "questions": answer.result, "reply": answer.reply, "usage": usage}
+            append_jsonl(folder / REPLIES, line | {"cost": cost, "time": now_text(), "seconds": round(seconds, 3)})
+            if answer.status == "ok":
+                questions[job.key] = answer.result
+                bar.update(len(jobs[job.key][1]))
+            else:
+                reasons[job.key] = answer.reason
+            if config.prices is not None:
+                bar.set_postfix_str(f"cost {ledger.cost + ledger.open_cost:.2f}", refresh=False)
+
+        with progress_bar(len(chunks), "questions", unit="chunk", initial=num_done) as bar:
+            async with asker.client:
+                stopped = await send_all(
+                    [job for key, (job, _) in jobs.items() if key not in questions],
+                    asker.ask,
+                    ledger=ledger,
+                    record=record,
+                    concurrency=config.concurrency,
+                    max_attempts=config.max_attempts,
+                    rate=RateLimit(
+                        requests_per_minute=config.requests_per_minute, tokens_per_minute=config.tokens_per_minute
+                    ),
+                )
+    keys = {id: key for key, (_, ids) in jobs.items() for id in ids}
+    found = {chunk.id: questions[keys[chunk.id]] for chunk in chunks if keys[chunk.id] in questions}
+    so_far = f"{len(found):,} of {len(chunks):,} chunks have questions"
+    if isinstance(stopped, Answer):
+        raise ValueError(f"{asker.server}: {stopped.reason}; stopped: {so_far}")
+    missing = {
+        chunk.id: reasons.get(keys[chunk.id], f"not asked: stopped at {stopped}")
+        for chunk in chunks
+        if chunk.id not in found
+    }
+    return Outcome(found, missing, ledger.totals(), stopped and f"stopped at {stopped}: {so_far}")
+
+
+def estimate(
+    chunks: Sequence[Chunk], config: QuestionConfig, *, folder: str | Path, template: str = TEMPLATE
+) -> Estimate:
+    """What `write_questions` would still have to ask for. Sends nothing and needs no key.
+
+    Raises:
+        ValueError: the chunks or the template are at fault, or another process is writing to the folder.
+    """
+    jobs, questions = _jobs(chunks, config, template), {}
+    if Path(folder).is_dir():
+        with locked(Path(folder) / LOCK):
+            questions, _ = _read_folder(Path(folder), config)
+    left = [job for key, (job, _) in jobs.items() if key not in questions]
+    tokens = (sum(job.expected_tokens - job.reply_tokens for job in left), _likely_reply_tokens(config) * len(left))
+    most = (sum(job.prompt_tokens for job in left), sum(job.reply_tokens for job in left))
+    costs = (None if config.prices is None else float(price(config.prices, *counts)) for counts in (tokens, most))
+    return Estimate(len(chunks), len(left), *tokens, *costs)
+
+
+def _likely_reply_tokens(config: QuestionConfig) -> int:
+    return min(TOKENS_A_QUESTION * config.num_questions, config.reply_tokens)
+
+
+def question_dataset(chunks: Sequence[Chunk], questions: Mapping[str, Sequence[str]]) -> RetrievalDataset:
+    """Every question with the chunk it was written for; query ids are `CHUNK/q1`, `CHUNK/q2`, ...
+
+    All chunks are in the corpus, those without questions too: a search would meet them as well.
+
+    Raises:
+        ValueError: no question at all, or questions of a chunk that is not there.
+    """
+    corpus = {chunk.id: chunk.text for chunk in chunks}
+    for id in questions:
+        if id not in corpus:
+            raise ValueError(f"questions: chunk id {id!r} is not among the {len(corpus):,} chunks")
+    ids = {id: [f"{id}/q{i}" for i in range(1, len(questions[id]) + 1)] for id in corpus if id in questions}
+    queries = {query_id: text for id in ids for query_id, text in zip(ids[id], questions[id], strict=True)}
+    return RetrievalDataset(queries, corpus, {query_id: {id: 1} for id in ids for query_id in ids[id]})
+
+
+def _jobs(chunks: Sequence[Chunk], config: QuestionConfig, template: str) -> dict[str, tuple[Job, list[str]]]:
+    """{key: (what to ask for, the ids of the chunks with that very text)}."""
+    if not chunks:
+        raise ValueError("there is no chunk to write questions for")
+    check_distinct([chunk.id for chunk in chunks], "chunk id")
+    asked = [template, config.model, config.parameters, config.num_questions, config.reply_tokens]
+    jobs: dict[str, tuple[Job, list[str]]] = {}
+    for chunk in chunks:
+        check_text(chunk.text, f"the text of chunk {chunk.id!r}")
+        key = hashlib.sha256(json.dumps([*asked, chunk.text], sort_keys=True).encode()).hexdigest()
+        if key not in jobs:
+            prompt = fill_template(template, text=chunk.text, num_questions=config.num_questions)
+            body = _body(config, prompt, LIMIT_NAMES[0], config.structured != "lines")
+            num_bytes = len(json.dumps(body, ensure_ascii=False).encode())
+            expected = math.ceil(num_bytes / BYTES_A_TOKEN) + config.reply_tokens
+            job = Job(key, chunk.text, num_bytes + TEMPLATE_TOKENS, config.reply_tokens, expected)
+            jobs[key] = (job, [])
+        jobs[key][1].append(chunk.id)
+    return jobs
+
+
+def _body(config: QuestionConfig, prompt: str, limit_name: str, is_structured: bool) -> dict[str, Any]:
+    body = {"model": config.model, "messages": [{"role": "user", "content": prompt}], limit_name: config.reply_tokens}
+    return body | ({"response_format": RESPONSE_FORMAT} if is_structured else {}) | config.parameters
+
+
+def _read_folder(folder: Path, config: QuestionConfig) -> tuple[dict[str, list[str]], Ledger]:
+    """The questions of valid replies by key, and the ledger of all requests. The caller holds the lock."""
+    records = resume_jsonl(folder / REPLIES)
+    for number, record in enumerate(records, start=1):
+        if not record.keys() >= RECORD:
+            lacks = ", ".join(sorted(RECORD - record.keys()))
+            raise ValueError(f"{folder / REPLIES} line {number}: has no {lacks}, is it a file of replies?")
+    questions = {record["key"]: record["questions"] for record in records if record["status"] == "ok"}
+    limits = {"max_requests": config.max_requests, "max_cost": config.max_cost}
+    return questions, Ledger(folder / LEDGER, records, prices=config.prices, **limits)
+
+
+class _Asker:
+    """The client, one request at a time: what is sent, and what an answer means."""
+
+    def __init__(self, config: QuestionConfig, template: str, base_url: str | None):
+        import openai
+
+        self.openai, self.config, self.template = openai, config, template
+        self.is_structured = config.structured != "lines"
+        url = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"the base URL {url!r} is no address of a server, expected one like {OPENAI_URL}")
+        # Without a user, a password or a query, which may be secrets too.
+        self.server = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        is_openai = parts.hostname == OPENAI_HOST or parts.hostname.endswith(f".{OPENAI_HOST}")
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
+        if is_openai and not key:
+            raise ValueError(f"OPENAI_API_KEY is not set, and {self.server} asks for a key")
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError("OPENAI_API_KEY holds a character that no key has")
+        self.secret = key if len(key) >= MIN_SECRET_CHARACTERS else None
+        self.limit_name = LIMIT_NAMES[0 if is_openai else 1]
+        self.client = openai.AsyncOpenAI(
+            api_key=key or "none", base_url=url, max_retries=0, timeout=config.timeout_seconds
+        )
+
+    async def ask(self, job: Job) -> Answer:
+        """Sends one request and says what came of it."""
+        was_structured = self.is_structured
+        prompt = fill_template(self.template, text=job.content, num_questions=self.config.num_questions)
+        body = _body(self.config, prompt, self.limit_name, was_structured)
+        # Everything goes through extra_body, so that a server's own parameters (top_k, say) are no error of the client.
+        request = self.client.chat.completions.with_raw_response.create(
+            model=body["model"], messages=body["messages"], extra_body=body
+        )
+        try:
+            # The client's own timeout holds for each piece of a reply, this one for all of it.
+            response = await asyncio.wait_for(request, self.config.timeout_seconds)
+        except self.openai.APIStatusError as error:
+            return self._from_status(error, was_structured)
+        except (asyncio.TimeoutError, self.openai.APITimeoutError) as error:
+            usage = FREE if type(error.__cause__).__name__ in NEVER_SENT else None
+            return Answer("failed", "retry", f"no reply within {self.config.timeout_seconds:g} s", usage=usage)
+        except self.openai.APIConnectionError as error:
+            usage = FREE if type(error.__cause__).__name__ in NEVER_SENT else None
+            return Answer("failed", "retry", self._line(f"no connection ({error.__cause__ or error})"), usage=usage)
+        return self._from_reply(response.text)
+
+    def _from_status(self, error: Any, was_structured: bool) -> Answer:
+        """An HTTP status that says no; `error` is openai's APIStatusError."""
+        status, text = error.status_code, error.response.text
+        message = error.body.get("message") if isinstance(error.body, dict) else None
+        reason = self._line(f"{status}: {message or text}")
+        is_free = (status < 500 and status != 408) or status in FREE_SERVER_ERRORS
+        usage = FREE if is_free else None
+        if status in REFUSALS:
+            if was_structured and self.config.structured == "auto" and re.search("response_format|json_schema", text):
+                self.is_structured = False
+                return Answer("failed", "again", reason, usage=usage)
+            return Answer("failed", "refused", reason, usage=usage, suspect=True)
+        is_spent = status == 429 and "insufficient_quota" in (error.code, error.type)
+        if (status < 500 and status not in (408, 409, 429)) or is_spent:
+            return Answer("failed", "stop", reason + HINTS.get(status, ""), usage=usage)
+        pause = retry_after_seconds(error.response.headers, time.time())
+        return Answer("failed", "retry", reason, usage=usage, retry_after_seconds=pause)
+
+    def _from_reply(self, text: str) -> Answer:
+        """An HTTP status that says yes, which does not mean that there are questions in it."""
+        try:
+            completion = json.loads(text)
+            choice, usage = completion["choices"][0], _usage(completion.get("usage"))
+            message, finish = choice["message"], choice.get("finish_reason")
+            content, refusal = message.get("content"), message.get("refusal")
+        except (ValueError, LookupError, TypeError, AttributeError):
+            return Answer("failed", "retry", "the answer is no chat completion", reply=self._clean(text))
+        reply = self._clean(content) if isinstance(content, str) else None
+        invalid = partial(Answer, "invalid", "retry", reply=reply, usage=usage)
+        if refusal:
+            return invalid(self._line(f"refusal: {refusal}"))
+        if finish == "length":
+            return invalid(f"cut off at {self.config.reply_tokens:,} tokens (max_reply_tokens)", suspect=True)
+        if not reply or not reply.strip():
+            return invalid(self._line(f"empty reply (finish_reason {finish})"))
+        try:
+            questions = parse_reply(reply, self.config.num_questions)
+        except ValueError as error:
+            return invalid(str(error))
+        return Answer("ok", "done", result=questions, reply=reply, usage=usage)
+
+    def _clean(self, text: str) -> str:
+        """What may be stored: without the key, and as UTF-8 can hold it (JSON can spell half a surrogate pair)."""
+        text = text if self.secret is None else text.replace(self.secret, "[OPENAI_API_KEY]")
+        return text.encode("utf-8", "replace").decode()
+
+    def _line(self, text: str) -> str:
+        line = " ".join(self._clean(text).split())
+        return line if len(line) <= MAX_REASON_CHARACTERS else f"{line[:MAX_REASON_CHARACTERS]} ..."
+
+
+def _usage(reported: Any) -> tuple[int, int] | None:
+    """Tokens of prompt and reply, or None when a server reports none, or nonsense."""
+    counts = tuple(reported.get(name) for name in USAGE) if isinstance(reported, dict) else ()
+    return counts if counts and all(type(count) is int and count >= 0 for count in counts) else None

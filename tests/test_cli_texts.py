@@ -1,0 +1,222 @@
+"""commands/texts.py: from files to data sets by `main`, with a real server on loopback and without one."""
+
+import json
+
+import pytest
+from api_server import ApiServer, written_questions
+from tiny import make_embedder
+
+from embedft import RetrievalDataset
+from embedft.cli import main
+from embedft.data.chunks import load_chunks
+from embedft.data.prompts import TEMPLATE, fill_template
+from embedft.encoders.loading import load_embedder
+from embedft.files import read_json, read_jsonl
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+KEY = "sk-secret-0123456789"
+SENTENCE = "The annual meeting of number {i} takes place in the town of number {i} on day {i} of the month. "
+NOTES = "".join(SENTENCE.format(i=i) for i in range(40))
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EMBEDFT_PROGRESS", "0")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    make_embedder(tmp_path / "model")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "notes.txt").write_text(NOTES)
+    (tmp_path / "docs" / "more.md").write_text(
+        "# Rules of the house\n\nNobody sleeps here at night. " + NOTES[:200] + "\f"
+    )
+    (tmp_path / "docs" / "empty.txt").touch()
+    return tmp_path
+
+
+def chunk(*options: str) -> int:
+    """With the packaged MiniLM's tokenizer: that of the tiny model has a token a letter or two."""
+    return main(["chunk", "docs", "--out", "chunks", *options])
+
+
+def test_chunk(place, capsys):
+    assert chunk("--size", "40", "--overlap", "25") == 0
+    out, err = capsys.readouterr()
+    assert err == "docs/empty.txt: has no text\ndocs/more.md page 2: has no text\n"
+    chunks, report = load_chunks("chunks/chunks.jsonl"), read_json("chunks/report.json")
+    lengths = [len(ids) for ids in load_embedder(MODEL).tokenize([c.text for c in chunks])]
+    assert [c.num_tokens for c in chunks] == lengths
+    assert max(lengths) <= 38  # two special tokens come on top
+    assert (report["files"], report["chunks"], report["size"]) == (2, len(chunks), 38)
+    assert report["skipped"] == [
+        {"file": "docs/empty.txt", "page": None, "reason": "has no text"},
+        {"file": "docs/more.md", "page": 2, "reason": "has no text"},
+    ]
+    assert f"-> {len(chunks):,} chunks of at most 38 tokens" in out
+    assert "skipped 2 files or pages, see chunks/report.json" in out
+    # All that the model reads, when no size is given.
+    assert chunk() == 0
+    assert read_json("chunks/report.json")["size"] == 254
+
+
+def test_chunk_splits_and_leaves_no_file_of_an_earlier_split(place, capsys):
+    assert chunk() == 0
+    assert chunk("--train-files", "docs/notes.txt") == 0
+    assert sorted(path.name for path in (place / "chunks").iterdir()) == [
+        "report.json",
+        "train.jsonl",
+        "validation.jsonl",
+    ]
+    train, validation = (load_chunks(f"chunks/{name}.jsonl") for name in ("train", "validation"))
+    assert {p.file for c in train for p in c.places} == {"docs/notes.txt"}
+    assert {p.file for c in validation for p in c.places} == {"docs/more.md"}
+    report = read_json("chunks/report.json")
+    assert (report["train"], report["validation"]) == (len(train), len(validation))
+    assert chunk("--train-share", "0.5", "--seed", "1") == 0
+    assert chunk("--train-pages", "2-3") == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("embedft chunk: error: no chunk is left for training")
+    assert chunk("--train-pages", "two") == 2
+    assert chunk("--size", "2") == 2
+    assert "expected more than the 2 special tokens" in capsys.readouterr().err
+
+
+def test_repeated_lines_go_on_request(place, capsys):
+    pages = "\f".join(f"RUNNING TITLE\n{'abcdef'[i] * 9} is what this page says.\n{i + 1}" for i in range(6))
+    (place / "docs" / "pages.txt").write_text(pages)
+    assert chunk("--drop-repeated") == 0
+    assert "dropped 12 repeated headers and footers" in capsys.readouterr().out
+    assert not any("RUNNING" in c.text for c in load_chunks("chunks/chunks.jsonl"))
+    assert chunk() == 0
+    assert any("RUNNING" in c.text for c in load_chunks("chunks/chunks.jsonl"))
+
+
+def test_inverse_cloze_removes_every_sentence_in_validation(place, capsys):
+    assert chunk("--train-share", "0.5", "--size", "80") == 0
+    assert main(["questions", "chunks", "--out", "out", "--method", "ict", "--seed", "3"]) == 0
+    for name in ("train", "validation"):
+        dataset = RetrievalDataset.load(f"out/{name}.json")
+        kept = [
+            dataset.queries[q] in " ".join(dataset.corpus[d].split()) for q, by in dataset.qrels.items() for d in by
+        ]
+        assert len(dataset.corpus) == len(load_chunks(f"chunks/{name}.jsonl"))
+        if name == "validation":
+            assert not any(kept)
+    arguments = ["questions", "chunks/train.jsonl", "--out", "again", "--method", "ict", "--seed", "3", "--validation"]
+    assert main(arguments) == 0
+    dataset = RetrievalDataset.load("again/train.json")
+    assert not any(dataset.queries[q] in dataset.corpus[d] for q, by in dataset.qrels.items() for d in by)
+
+
+def test_titles(place, capsys):
+    assert main(["chunk", "docs/more.md", "--out", "chunks"]) == 0
+    assert main(["questions", "chunks", "--out", "out", "--method", "title"]) == 0
+    assert list(RetrievalDataset.load("out/chunks.json").queries.values()) == ["Rules of the house"]
+
+
+def test_docstrings(place, capsys, monkeypatch):
+    monkeypatch.setattr("embedft.commands.texts.NUM_DOCSTRINGS", (20, 10))
+    assert main(["questions", "numpy", "--out", "out", "--method", "docstring"]) == 0
+    assert [len(RetrievalDataset.load(f"out/{name}.json").queries) for name in ("train", "validation")] == [20, 10]
+
+
+def ask(server: ApiServer, *options: str) -> int:
+    return main(["questions", "chunks", "--out", "out", "--base-url", server.base_url, *options])
+
+
+def test_an_llm_is_asked_once(place, capsys):
+    assert chunk("--train-files", "docs/notes.txt") == 0
+    num_chunks = sum(1 for name in ("train", "validation") for _ in read_jsonl(f"chunks/{name}.jsonl"))
+    prices = ["--price-in", "1", "--price-out", "2"]
+    with ApiServer() as server:
+        assert ask(server, "--dry-run", *prices) == 0
+        assert server.counts["chat"] == 0
+        assert not (place / "out").exists()
+        assert f"{num_chunks} of {num_chunks} chunks are to be asked for" in capsys.readouterr().out
+        assert ask(server, "--parameters.temperature", "0.5", *prices) == 0
+        assert server.counts["chat"] == num_chunks
+        assert {body["temperature"] for _, _, body in server.log} == {0.5}
+        out = capsys.readouterr().out
+        assert f"{num_chunks} of {num_chunks} chunks have questions; all runs together: {num_chunks} requests" in out
+        assert ask(server, "--parameters.temperature", "0.5") == 0
+        assert server.counts["chat"] == num_chunks
+    for name in ("train", "validation"):
+        dataset = RetrievalDataset.load(f"out/{name}.json")
+        for c in load_chunks(f"chunks/{name}.jsonl"):
+            questions = written_questions(fill_template(TEMPLATE, text=c.text, num_questions=2))
+            assert [dataset.queries[f"{c.id}/q{n}"] for n in (1, 2)] == questions
+            assert dataset.corpus[c.id] == c.text
+    assert read_json("out/report.json")["missing"] == {}
+    assert not any(KEY in path.read_text() for path in (place / "out").iterdir())
+
+
+def test_what_is_missing_is_said_and_asked_for_again(place, capsys):
+    assert chunk() == 0
+    num_chunks = len(load_chunks("chunks/chunks.jsonl"))
+    with ApiServer(
+        faults=lambda prompt, attempt: "refusal" if "day 3 of" in prompt and attempt < 2 else None
+    ) as server:
+        assert ask(server, "--max-attempts", "1") == 1
+        err = capsys.readouterr().err
+        assert "1 without questions: refusal" in err
+        assert f"1 of {num_chunks} chunks have no questions; the same command asks for those alone" in err
+        assert len(read_json("out/report.json")["missing"]) == 1
+        assert len(RetrievalDataset.load("out/chunks.json").corpus) == num_chunks
+        assert ask(server) == 0
+        assert server.counts["chat"] == num_chunks + 1
+
+
+def test_limits_stop_with_a_line(place, capsys):
+    assert chunk() == 0
+    with ApiServer() as server:
+        assert ask(server, "--max-requests", "3", "--concurrency", "2") == 1
+        assert server.counts["chat"] == 3
+    out, err = capsys.readouterr()
+    assert "stopped at --max-requests 3: 3 of" in out
+    assert "not asked: stopped at --max-requests 3" in err
+
+
+def test_cleaning_and_round_trip(place, capsys):
+    (place / "some.jsonl").write_text(
+        "\n".join(json.dumps({"id": i, "text": f"text number {i} about thing {i}"}) for i in range(6))
+    )
+    (place / "template.txt").write_text("Ask {num_questions}: {text} {not a field}")
+    arguments = ["questions", "some.jsonl", "--out", "out", "--template", "template.txt"]
+    with ApiServer(num_questions=2) as server:
+        url = ["--base-url", server.base_url]
+        assert main([*arguments, *url, "--round-trip", "6", "--base", "model"]) == 0
+        assert len(RetrievalDataset.load("out/some.json").queries) == 12  # all are in the top 6 of 6
+        assert main([*arguments, *url, "--round-trip", "1", "--base", "model"]) == 0
+        filtered = RetrievalDataset.load("out/some.json")
+        assert main([*arguments, *url, "--no-clean"]) == 0
+        assert {body["messages"][0]["content"][-13:] for _, _, body in server.log} == {"{not a field}"}
+    report = capsys.readouterr().out
+    assert "some, round trip: dropped" in report
+    assert len(filtered.queries) < 12
+    assert len(RetrievalDataset.load("out/some.json").queries) == 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("questions chunks --out out", "chunks: no such file or folder"),
+        ("questions docs --out out", "docs: no chunks.jsonl and no train.jsonl in it"),
+        ("questions a b --out out", "2 sources, expected one file or folder of chunks"),
+        ("questions docs/notes.txt --out out --method ict", "docs/notes.txt line 1 column 1: invalid JSON"),
+        ("chunk nowhere --out out", "nowhere"),
+        ("chunk docs --out out --overlap 999", "overlap 999"),
+        ("questions a --out out --method docstring", "'a' is not an installed top-level package"),
+        ("chunk docs --out out --no.such 1", "unrecognized arguments: --no.such"),
+    ],
+)
+def test_errors_are_one_line(place, capsys, arguments, message):
+    try:
+        code = main(arguments.split())
+    except SystemExit as error:
+        code = error.code
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert message in err.splitlines()[-1]
+    assert not (place / "out").exists()

@@ -1,0 +1,493 @@
+"""documents.py: the text of pages by hand, then the two real filings, each read once, through to chunks."""
+
+import re
+import unicodedata
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+
+from embedft.data import documents
+from embedft.data.chunks import chunk_pages, split_chunks
+from embedft.data.copies import shingles
+from embedft.data.documents import (
+    Documents,
+    Page,
+    Skipped,
+    clean_layout,
+    clean_text,
+    drop_repeated_lines,
+    read_documents,
+)
+from embedft.data.pdf import PdfText, read_pdfs
+from embedft.data.sentences import sentence_spans
+
+WIDE = "Words that fill this line up to its right edge, which is where the others end, too"
+
+
+def layout(page: str, *, elsewhere: str = "") -> str:
+    return clean_layout([page, elsewhere])[0]
+
+
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        ("", ""),
+        (" \n  \n", ""),
+        # Justified lines of two paragraphs, the first line of each indented.
+        (
+            f"     {WIDE[:75]}\n{WIDE.replace(' ', '  ')}\nend here.\n     Next  one.",
+            f"{WIDE[:75]} {WIDE} end here.\nNext one.",
+        ),
+        # A paragraph of one full line before another one.
+        (f"   {WIDE[:-1]}.\n   {WIDE}\nIt ends.", f"{WIDE[:-1]}.\n{WIDE} It ends."),
+        # A paragraph that an empty line ends, though full, and one that its short last line ends.
+        (f"{WIDE}\n\n{WIDE}\nThe end.\nAnother\n{WIDE}", f"{WIDE}\n{WIDE} The end.\nAnother\n{WIDE}"),
+        # A heading below a full line that ends a sentence; without that end it is the paragraph's last line.
+        (f"{WIDE}\n{WIDE}.\nLegal Matters\n   {WIDE}", f"{WIDE} {WIDE}.\nLegal Matters\n{WIDE}"),
+        (f"{WIDE}\n{WIDE}\nLegal Matters\n\n{WIDE}", f"{WIDE} {WIDE} Legal Matters\n{WIDE}"),
+        # Bullets and numbers, their lines hanging or going back to the margin.
+        (
+            f"   •    {WIDE}\n        and more\n   •    Two\n  (a)   {WIDE}\nBack here\n12.3    Three\n* Four",
+            f"• {WIDE} and more\n• Two\n(a) {WIDE} Back here\n12.3 Three\n* Four",
+        ),
+        (f"Section 4.01      {WIDE}\nGoes on.", f"Section 4.01 {WIDE} Goes on."),
+        # Rows of a table, a title in the middle of the line, a label that its lower-case line continues.
+        ("         Title\nRent        1\nFees        2,000", "Title\nRent 1\nFees 2,000"),
+        (f"{WIDE}\nNet   of   costs        2\nto issue", f"{WIDE}\nNet of costs 2\nto issue"),
+        ("Cost of the\nrevenue", "Cost of the revenue"),
+        (f"{WIDE}\nof the kind     and more\n{WIDE}", f"{WIDE} of the kind and more\n{WIDE}"),  # a hole in prose
+        # An indented block between paragraphs.
+        (f"{WIDE}\n      {WIDE}\n      Goes on\n{WIDE}", f"{WIDE}\n{WIDE} Goes on\n{WIDE}"),
+        # Double spacing.
+        (f"{WIDE}\n\n{WIDE}\n\nin\n\nlines", f"{WIDE} {WIDE} in lines"),
+        # Page numbers stay apart, inside the page a number does not.
+        (f"{WIDE}\n{WIDE}\n12", f"{WIDE} {WIDE}\n12"),
+        (f"12\n{WIDE}", f"12\n{WIDE}"),
+        (f"{WIDE}\n{WIDE}\nPage 3 of 9", f"{WIDE} {WIDE}\nPage 3 of 9"),
+        (f"{WIDE}\n{WIDE}\n{WIDE}\n2021 and\nso\non\nand\non", f"{WIDE} {WIDE} {WIDE} 2021 and so on and on"),
+        # Characters.
+        ("e\ufb03cient \ufb01rst o\ufb00 \ufb06 \ufb05", "efficient first off st st"),
+        ("a\x00b\x07c\td\xa0e\x85f\ud83dg", "abc d ef g".replace("ef g", "e fg")),
+        ("over\u00ad\nview", "overview"),
+        ("the last\u00ad", "the last"),
+    ],
+)
+def test_a_page_becomes_lines(page, text):
+    assert layout(page) == text
+
+
+@pytest.mark.parametrize(
+    ("broken", "elsewhere", "joined"),
+    [
+        ("trans-\nportation", "transportation", "transportation"),
+        ("Trans-\nportation", "TRANSPORTATION", "Transportation"),
+        ("end-\nusers", "end-users", "end-users"),
+        ("right-of-\nuse", "right-of-use", "right-of-use"),
+        ("co-\nop", "coop co-op co-op", "co-op"),
+        ("co-\nop", "coop coop co-op", "coop"),
+        ("co-\nop", "coop co-op", "co-op"),
+        # Nothing elsewhere: the halves decide.
+        ("trans-\nportation", "", "transportation"),
+        ("open-\nsource", "open the source", "open-source"),
+        ("open-\nsource", "open", "opensource"),
+        ("open-\nsource open-\nsource", "", "opensource opensource"),  # a half is no word of its own
+        ("state-of-the-\nart", "", "state-of-the-art"),
+        ("COVID-\n19 cases", "", "COVID-19 cases"),
+        ("10-\nK", "", "10-K"),
+        ("pre-\nand post-closing", "", "pre- and post-closing"),
+        # No broken word.
+        ("2019 -\n2021 and", "", "2019 - 2021 and"),
+        ("-\nthe", "", "- the"),
+        ("companies—\nto", "", "companies—to"),
+        ("companies —\nto", "", "companies — to"),
+        ("and/\nor", "", "and/or"),
+        ("a dash-\n(or so)", "", "a dash- (or so)"),
+    ],
+)
+def test_a_hyphen_at_a_line_end_goes_unless_the_word_has_one(broken, elsewhere, joined):
+    pages = clean_layout([f"so {broken}\n\n", elsewhere, "filler\n" * 9])
+    assert pages[0] == f"so {joined}"
+
+
+def test_a_running_title_is_not_joined_to_the_text():
+    pages = [f"A title of the report\nand what stands on page {n}" for n in "abc"]
+    assert [page.split("\n")[0] for page in clean_layout(pages)] == ["A title of the report"] * 3
+    assert "\n" not in clean_layout(pages[:2])[0]
+
+
+@pytest.mark.parametrize("markdown", [False, True])
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("a  b\n\tc \t\n\n- d\n", "a  b\n\tc\n\n- d\n"),
+        ("a\r\nb\rc\x00\x07", "a\nb\nc"),
+        ("# One\n\n| a | b |\n|---|---|\n", "# One\n\n| a | b |\n|---|---|\n"),
+        # Only what stands elsewhere too is mended.
+        ("trans-\nportation", "trans-\nportation"),
+        ("trans-\n  portation, so\nto transportation", "transportation,\nso\nto transportation"),
+        ("trans-\nportation.\ntransportation", "transportation.\ntransportation"),
+        ("a end-\nusers and\nend-users", "a end-users\nand\nend-users"),
+        ("over\u00ad\nview of", "overview\nof"),
+        ("list-\n- item", "list-\n- item"),
+        ("transportation trans-\nportation\fNext", "transportation transportation\n\fNext"),
+    ],
+)
+def test_text_keeps_its_lines(text, cleaned, markdown):
+    assert clean_text(text, markdown=markdown) == cleaned
+
+
+def test_code_in_markdown_stays():
+    text = "transportation\n```\ntrans-\nportation\n```\ntrans-\nportation\n~~~\ntrans-\nportation\n"
+    mended = "transportation\n```\ntrans-\nportation\n```\ntransportation\n~~~\ntrans-\nportation\n"
+    assert clean_text(text, markdown=True) == mended
+
+
+# Files.
+
+
+@pytest.fixture
+def pdf_texts(monkeypatch) -> dict[str, PdfText]:
+    """What `read_pdfs` finds, by path; `calls` of it are in the key "calls"."""
+    texts = {"calls": []}
+
+    def read(paths, *, processes):
+        texts["calls"].append((list(paths), processes))
+        return [texts[path] for path in paths]
+
+    monkeypatch.setattr(documents, "read_pdfs", read)
+    return texts
+
+
+def test_files_and_folders_in_order_each_file_once(tmp_path, monkeypatch, pdf_texts):
+    monkeypatch.chdir(tmp_path)
+    for name in (
+        "b.txt",
+        "d/z.md",
+        "d/a/y.TEXT",
+        "d/a.markdown",
+        "d/x.docx",
+        "d/w.docx",
+        "d/README",
+        "d/.h.txt",
+        "d/.g/i.txt",
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"text of {name}")
+    (tmp_path / "d" / "p.PDF").touch()
+    (tmp_path / "e").mkdir()
+    pdf_texts["d/p.PDF"] = PdfText(["one", "", "", "four"], {3: "cannot be read (KeyError: 'x')"}, None)
+    pages, skipped = read_documents(["b.txt", tmp_path / "e", "d", "./b.txt", "d/z.md"], processes=3)
+    assert pages == [
+        Page("b.txt", 1, "text of b.txt"),
+        Page("d/a/y.TEXT", 1, "text of d/a/y.TEXT"),
+        Page("d/a.markdown", 1, "text of d/a.markdown"),
+        Page("d/p.PDF", 1, "one"),
+        Page("d/p.PDF", 4, "four"),
+        Page("d/z.md", 1, "text of d/z.md"),
+    ]
+    assert list(map(str, skipped)) == [
+        "d: 3 files of other kinds passed over: .docx (2), no suffix (1)",
+        "d/p.PDF page 2: has no text",
+        "d/p.PDF page 3: cannot be read (KeyError: 'x')",
+    ]
+    assert pdf_texts["calls"] == [(["d/p.PDF"], 3)]
+
+
+def test_form_feeds_separate_pages(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\n\f \n\fthree")
+    pages, skipped = read_documents([str(path)])
+    assert pages == [Page(str(path), 1, "one\n"), Page(str(path), 3, "three")]
+    assert skipped == [Skipped(str(path), 2, "has no text")]
+
+
+def test_what_cannot_be_read_is_one_line_and_the_rest_goes_on(tmp_path, pdf_texts):
+    good, latin, blank, scan, torn, half = (
+        str(tmp_path / name) for name in ("a.txt", "b.txt", "c.md", "d.pdf", "e.pdf", "f.pdf")
+    )
+    for path, content in (
+        (good, b"good"),
+        (latin, b"one\nna\xefve"),
+        (blank, b" \n\f\n"),
+        (scan, b""),
+        (torn, b""),
+        (half, b""),
+    ):
+        with open(path, "wb") as file:
+            file.write(content)
+    pdf_texts[scan] = PdfText(["", " \n"], {}, None)
+    pdf_texts[torn] = PdfText([], {}, "is damaged (PdfStreamError: x)")
+    pdf_texts[half] = PdfText(["", ""], {1: "cannot be read"}, None)
+    expected = [
+        Skipped(latin, None, "line 2: invalid UTF-8 (byte 0xef)"),
+        Skipped(blank, None, "has no text"),
+        Skipped(scan, None, "none of its 2 pages has text (a scan needs OCR first)"),
+        Skipped(torn, None, "is damaged (PdfStreamError: x)"),
+        Skipped(half, 1, "cannot be read"),
+        Skipped(half, 2, "has no text"),
+    ]
+    paths = [latin, blank, scan, torn, half]
+    assert read_documents([*paths, good]) == Documents([Page(good, 1, "good")], expected)
+    with pytest.raises(ValueError, match=r"^no page with text in .*b\.txt, .*f\.pdf\n") as error:
+        read_documents(paths)
+    assert str(error.value).split("\n")[1:] == [f"  {line}" for line in expected]
+
+
+def test_a_text_file_that_vanishes_is_skipped(tmp_path, monkeypatch):
+    good, gone = tmp_path / "a.txt", tmp_path / "b.txt"
+    good.write_text("good")
+    gone.symlink_to(good)
+    gone.unlink()
+    (tmp_path / "b.txt").mkdir()
+    monkeypatch.setattr(documents, "_find_files", lambda paths: ([str(good), str(gone)], []))
+    assert read_documents([]).skipped == [Skipped(str(gone), None, "cannot be read (Is a directory)")]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent.pdf", "absent.pdf: no such file or folder"),
+        ("a.docx", r"a.docx: expected a folder or one of .pdf, .txt,"),
+    ],
+)
+def test_a_wrong_path_is_an_error_before_work_starts(tmp_path, pdf_texts, name, message):
+    (tmp_path / "a.docx").touch()
+    (tmp_path / "a.pdf").touch()
+    with pytest.raises(ValueError, match=message):
+        read_documents([tmp_path / "a.pdf", tmp_path / name])
+    assert pdf_texts["calls"] == []
+
+
+def test_nothing_to_read_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no page with text in no files"):
+        read_documents([])
+    (tmp_path / "a.docx").touch()
+    with pytest.raises(ValueError, match="1 files of other kinds passed over"):
+        read_documents([tmp_path])
+
+
+# Headers and footers.
+
+
+def report(pages: list[str], file: str = "a.pdf") -> list[Page]:
+    return [Page(file, number, text) for number, text in enumerate(pages, start=1)]
+
+
+def body(number: int, lines: int = 4) -> list[str]:
+    """Lines that stand nowhere else."""
+    return [f"{'abcdefghijklmnopqrstuvwxyz'[number]}{'vwxyz'[line]} body" for line in range(lines)]
+
+
+def test_headers_and_footers_are_dropped_and_counted():
+    bodies = ["\n".join(body(i)) for i in range(10)]
+    pages = report([f"Table of  Contents\nAnnual Report 2021\n{text}\nPage {i + 5}" for i, text in enumerate(bodies)])
+    found, dropped = drop_repeated_lines(pages)
+    assert found == report(bodies)
+    assert dropped == {"Table of  Contents": 10, "Annual Report #": 10, "Page #": 10}
+    assert list(found[0]) == ["a.pdf", 1, bodies[0]]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        lambda i: f"Total $ {i * i * 7 + 13} $ {i * 31 % 17 + 100}",  # a row whose numbers do not rise with the page
+        lambda i: str(i * i * 7 + 13),  # digits alone that do not
+        lambda i: "2021",  # nor does a year that stays
+        lambda i: "Notes" if i < 2 else f"{body(i)[0]} end",  # on two pages
+        lambda i: f"{body(i)[0]} end" if i % 6 else "Risk Factors",  # on two of ten pages
+    ],
+)
+@pytest.mark.parametrize("at_top", [False, True])
+def test_what_only_looks_repeated_stays(line, at_top):
+    pages = report(["\n".join([line(i), *body(i)] if at_top else [*body(i), line(i)]) for i in range(10)])
+    assert drop_repeated_lines(pages) == (pages, {})
+
+
+def test_a_repeated_line_counts_at_the_edges_alone():
+    """Three lines at each end, blank ones aside, and at the same end."""
+    lines = [[*body(i)[:3], "repeated", *"xyz"[:0], *body(i + 10)[:3]] for i in range(5)]
+    pages = report(["\n".join(page) for page in lines])
+    assert drop_repeated_lines(pages) == (pages, {})
+    pages = report(["\n\n".join([*page[1:4], *page[:1], *page[4:]]) for page in lines])
+    assert drop_repeated_lines(pages)[1] == {"repeated": 5}
+    mixed = report(["\n".join(["repeated", *body(i)] if i % 2 else [*body(i), "repeated"]) for i in range(4)])
+    assert drop_repeated_lines(mixed) == (mixed, {})
+
+
+def test_the_share_of_pages_that_a_title_needs_and_a_page_number_does_not():
+    titled = report(
+        ["\n".join([*(["Title"] if i < 4 else []), *body(i), *([f"- {i} -"] if 9 < i < 13 else [])]) for i in range(20)]
+    )
+    assert drop_repeated_lines(titled)[1] == {"Title": 4, "- # -": 3}
+    rarer = [page._replace(text=page.text.removeprefix("Title\n")) if page.number == 4 else page for page in titled]
+    assert drop_repeated_lines(rarer)[1] == {"- # -": 3}
+    assert drop_repeated_lines([page for page in rarer if page.number != 12]) == (
+        [page for page in rarer if page.number != 12],
+        {},
+    )
+
+
+def test_page_numbers_that_begin_anew_and_files_of_their_own():
+    numbers = [1, 2, 3, 1, 2, 3, 77]
+    pages = report(["\n".join([*body(i), str(number)]) for i, number in enumerate(numbers)])
+    other = report(["\n".join([*body(i + 10), str(i + 1)]) for i in range(2)], "b.pdf")
+    found, dropped = drop_repeated_lines([*pages, *other])
+    assert dropped == {"#": 6}
+    assert found[6:] == [pages[6], *other]
+    assert found[5].text == "\n".join(body(5))
+
+
+def test_a_page_with_nothing_else_is_left_out():
+    pages = report(["4", "a\n5", "\n".join([*body(1), "6"])])  # on a short page both ends are the same lines
+    assert drop_repeated_lines(pages) == ([Page("a.pdf", 2, "a"), Page("a.pdf", 3, "\n".join(body(1)))], {"#": 3})
+    assert drop_repeated_lines([]) == ([], {})
+
+
+# The filings.
+
+FILINGS = {"lyft_2021.pdf": 238, "uber_2021.pdf": 307}
+
+
+@pytest.fixture(scope="module")
+def filings(shared_data) -> dict[str, PdfText]:
+    """The two filings as `read_pdfs` gives them: 545 pages."""
+    paths = [str(shared_data / "pdf" / name) for name in FILINGS]
+    return dict(zip(paths, read_pdfs(paths), strict=True))
+
+
+@pytest.fixture(scope="module")
+def filing_documents(filings) -> Documents:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "read_pdfs", lambda paths, *, processes: [filings[path] for path in paths])
+        return read_documents(list(filings))
+
+
+@pytest.fixture(scope="module")
+def filing_chunks(filing_documents, count_tokens):
+    pages, _ = drop_repeated_lines(filing_documents.pages)
+    return pages, chunk_pages(pages, count_tokens=count_tokens, size=254, overlap=32)
+
+
+@pytest.fixture(scope="module")
+def count_tokens(minilm):
+    return lambda texts: [len(ids) for ids in minilm.tokenizer.words(texts)]
+
+
+def characters(text: str) -> str:
+    """All that is not blank, ligatures spelt out, hyphens left out."""
+    spelt = "".join(unicodedata.normalize("NFKC", c) if "\ufb00" <= c <= "\ufb06" else c for c in text)
+    return "".join(spelt.split()).replace("-", "").replace("\u00ad", "")
+
+
+def test_every_page_of_the_filings_is_accounted_for(filings, filing_documents):
+    pages, skipped = filing_documents
+    lyft = next(iter(filings))
+    assert skipped == [Skipped(lyft, 167, "has no text")]  # an empty one
+    assert [len(text.pages) for text in filings.values()] == list(FILINGS.values())
+    expected = [
+        (path, number)
+        for path, text in filings.items()
+        for number in range(1, len(text.pages) + 1)
+        if (path, number) != (lyft, 167)
+    ]
+    assert [page[:2] for page in pages] == expected
+    for page in pages:
+        raw = filings[page.file].pages[page.number - 1]
+        assert characters(page.text) == characters(raw), page[:2]
+        removed = len("".join(raw.split())) - len("".join(page.text.split()))
+        assert 0 <= removed <= len(re.findall(r"\w-\s*\n", raw)), page[:2]
+
+
+def page_of(found: Documents, name: str, number: int) -> list[str]:
+    return next(page.text for page in found.pages if page.file.endswith(name) and page.number == number).split("\n")
+
+
+def test_paragraphs_headings_bullets_and_rows_of_the_filings(filing_documents):
+    lyft60 = page_of(filing_documents, "lyft_2021.pdf", 60)
+    assert lyft60[1:3] == [
+        "Insurance Reserves",
+        next(line for line in lyft60 if line.startswith("We utilize both")),
+    ]
+    assert lyft60[2].endswith("appropriateness with claims reserve valuations.")
+    assert lyft60[-1] == "60"
+    lyft3 = page_of(filing_documents, "lyft_2021.pdf", 3)
+    assert (
+        "• our expectations regarding new and evolving markets and our efforts to address these markets, including "
+        "Lyft Autonomous, Light Vehicles, Driver Centers and Lyft Mobile Services, Flexdrive, Express Drive, "
+        "and Lyft Rentals;"
+    ) in lyft3
+    lyft80 = page_of(filing_documents, "lyft_2021.pdf", 80)
+    assert lyft80[3:6] == [
+        "2021 2020 2019",
+        "Net loss $ (1,009,359) $ (1,752,857) $ (2,602,241)",
+        "Other comprehensive income (loss)",
+    ]
+    assert lyft80[-1] == "80"
+    uber90 = "\n".join(page_of(filing_documents, "uber_2021.pdf", 90))
+    assert "to connect Drivers and Merchants with end-users to facilitate" in uber90
+    assert "provide them to end-users. As part" in uber90
+
+
+def test_page_numbers_of_the_filings_are_dropped_and_nothing_else(filing_documents):
+    kept, dropped = drop_repeated_lines(filing_documents.pages)
+    assert dropped == {"#": 443, "-#-": 13}
+    assert len(kept) == 543  # one page has its number alone
+    before = {page[:2]: page.text.split("\n") for page in filing_documents.pages}
+    for page in kept:
+        gone = Counter(before[page[:2]]) - Counter(page.text.split("\n"))
+        assert gone.total() <= 1
+        assert all(re.fullmatch(r"-?\d+-?", line) for line in gone)
+
+
+def test_sentences_cover_the_filings(filing_documents):
+    num_sentences = 0
+    for page in filing_documents.pages:
+        spans = sentence_spans(page.text)
+        num_sentences += len(spans)
+        assert "".join("".join(page.text[slice(*span)].split()) for span in spans) == "".join(page.text.split())
+        assert all(before[1] <= after[0] for before, after in pairwise(spans))
+    assert 12_000 < num_sentences < 15_000
+
+
+def test_chunks_of_the_filings(filing_chunks, count_tokens):
+    pages, chunks = filing_chunks
+    texts = [chunk.text for chunk in chunks]
+    assert count_tokens(texts) == [chunk.num_tokens for chunk in chunks]
+    assert max(chunk.num_tokens for chunk in chunks) <= 254
+    assert len({chunk.id for chunk in chunks}) == len(chunks) == len(set(texts))
+    assert sum(chunk.num_tokens < 100 for chunk in chunks) < 0.02 * len(chunks)
+    by_page = {page[:2]: page.text for page in pages}
+    for chunk in chunks:
+        for place in chunk.places:
+            around = range(place.first_page, place.last_page + 1)
+            joined = "".join("".join(by_page.get((place.file, number), "").split()) for number in around)
+            assert "".join(chunk.text.split()) in joined
+            if place.first_page < place.last_page:  # provenance is tight
+                inner = "".join("".join(by_page.get((place.file, number), "").split()) for number in around[1:])
+                assert "".join(chunk.text.split()) not in inner
+    # No word is broken: each is one of the pages', or one that runs over the end of a page.
+    words = {word for page in pages for word in page.text.split()}
+    assert len({word for text in texts for word in text.split()} - words) <= 3
+    # No text is lost.
+    seen = Counter(word for text in texts for word in text.split())
+    assert len(words - seen.keys()) <= 5
+
+
+@pytest.mark.parametrize("way", [{"train_pages": [(1, 90)]}, {"train_share": 0.8}])
+def test_no_validation_text_of_the_filings_is_in_training(filing_chunks, way):
+    pages, chunks = filing_chunks
+    split = split_chunks(chunks, **way)
+    assert len(split.train) + len(split.validation) + split.num_dropped == len(chunks)
+    held_out = set().union(*(shingles(chunk.text) for chunk in split.validation))
+    for chunk in split.train:
+        own = shingles(chunk.text)
+        assert len(own & held_out) <= 0.5 * len(own)
+    # A sentence that stands in the filings once is on one side.
+    train, validation = (
+        {"".join(chunk.text[slice(*span)].split()) for chunk in side for span in sentence_spans(chunk.text)}
+        for side in split[:2]
+    )
+    whole = "".join("".join(page.text.split()) for page in pages)
+    assert [sentence for sentence in train & validation if whole.count(sentence) < 2] == []

@@ -1,0 +1,320 @@
+"""pdf.py: every page of PDF files made here, and one line for each that is damaged, whatever it does to its reader."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pypdf
+import pytest
+from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject
+
+from embedft import progress
+from embedft.data import pdf
+from embedft.data.pdf import BLOCK_PAGES, PdfText, read_pdfs
+
+FONT = "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>"
+
+
+def pdf_bytes(pages: list[str | None], *, more: str = "", trailer: str = "") -> bytes:
+    """A PDF of the given texts, a line each line; None: a page with a drawing alone."""
+    kids = " ".join(f"{4 + 2 * i} 0 R" for i in range(len(pages)))
+    objects = [
+        "<< /Type /Catalog /Pages 2 0 R >>",
+        f"<< /Type /Pages /Kids [{kids}] /Count {len(pages)} >>",
+        FONT,
+    ]
+    for i, text in enumerate(pages):
+        lines = [] if text is None else text.split("\n")
+        content = " ".join(f"BT /F1 10 Tf 1 0 0 1 72 {760 - 12 * n} Tm ({line}) Tj ET" for n, line in enumerate(lines))
+        content = content if text is not None else "0 0 100 100 re f"
+        resources = f"/Resources << /Font << /F1 3 0 R >> {more} >>"
+        box = "/MediaBox [0 0 612 792]"
+        objects.append(f"<< /Type /Page /Parent 2 0 R {box} {resources} /Contents {5 + 2 * i} 0 R >>")
+        objects.append(f"<< /Length {len(content)} >>\nstream\n{content}\nendstream")
+    out, places = b"%PDF-1.7\n", []
+    for number, body in enumerate(objects, start=1):
+        places.append(len(out))
+        out += f"{number} 0 obj\n{body}\nendobj\n".encode()
+    table = "".join(f"{place:010d} 00000 n \n" for place in places)
+    end = f"xref\n0 {len(places) + 1}\n0000000000 65535 f \n{table}trailer\n"
+    end += f"<< /Size {len(places) + 1} /Root 1 0 R {trailer} >>\nstartxref\n{len(out)}\n%%EOF\n"
+    return out + end.encode()
+
+
+@pytest.fixture
+def make(tmp_path):
+    """(name, bytes) -> the file's path."""
+
+    def write(name: str, content: bytes) -> str:
+        tmp_path.joinpath(name).write_bytes(content)
+        return str(tmp_path / name)
+
+    return write
+
+
+@pytest.fixture
+def started(monkeypatch) -> list[subprocess.Popen]:
+    """The processes that reading starts."""
+    processes = []
+
+    class Popen(subprocess.Popen):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            processes.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    return processes
+
+
+@pytest.fixture
+def faulty(monkeypatch, tmp_path):
+    """Reads with a pypdf in which `code` runs before the layout of each page, with `text` its content stream."""
+
+    def patch(code: str) -> None:
+        script = tmp_path / "faulty.py"
+        lines = code.replace("\n", "\n    ")
+        script.write_text(
+            "import os, runpy, sys, time, pypdf\n"
+            "extract = pypdf.PageObject.extract_text\n"
+            "def extract_text(self, **options):\n"
+            f"    text = self.get_contents().get_data().decode()\n    {lines}\n"
+            "    return extract(self, **options)\n"
+            "pypdf.PageObject.extract_text = extract_text\n"
+            f"runpy.run_path({pdf.SCRIPT[1]!r}, run_name='__main__')\n"
+        )
+        monkeypatch.setattr(pdf, "SCRIPT", [sys.executable, str(script)])
+
+    return patch
+
+
+def stripped(text: PdfText) -> list[str]:
+    return [page.strip() for page in text.pages]
+
+
+def test_every_page_of_every_file_in_order(make, started):
+    texts = [
+        [f"file {f} page {p}" for p in range(1, n + 1)] for f, n in enumerate((1, BLOCK_PAGES, 2 * BLOCK_PAGES + 1))
+    ]
+    paths = [make(f"{i}.pdf", pdf_bytes(pages)) for i, pages in enumerate(texts)]
+    found = read_pdfs(paths, processes=2)
+    assert [stripped(text) for text in found] == texts
+    assert all(text.failures == {} and text.reason is None for text in found)
+    assert len(started) == 2
+    assert all(process.poll() is not None for process in started)
+    assert all(process.stdin.closed and process.stdout.closed for process in started)
+
+
+def test_few_pages_start_one_process_and_none_starts_none(make, started):
+    assert read_pdfs([]) == []
+    assert started == []
+    read_pdfs([make("a.pdf", pdf_bytes(["a"] * BLOCK_PAGES))], processes=4)
+    assert len(started) == 1
+
+
+def test_as_many_processes_as_cores_unless_told(make, started, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    paths = [make(f"{i}.pdf", pdf_bytes([f"text {i}"])) for i in range(3)]
+    assert [stripped(text) for text in read_pdfs(paths)] == [["text 0"], ["text 1"], ["text 2"]]
+    assert len(started) == 1
+    with pytest.raises(ValueError, match="processes is 0, expected at least 1"):
+        read_pdfs(paths, processes=0)
+
+
+def test_layout_shows_indentation_gaps_and_paragraphs(make):
+    content = pdf_bytes(["x"]).replace(
+        b"(x) Tj ET",
+        b"(Left) Tj ET BT /F1 10 Tf 1 0 0 1 300 760 Tm (right) Tj ET BT /F1 10 Tf 1 0 0 1 100 700 Tm (low) Tj ET",
+    )
+    (text,) = read_pdfs([make("a.pdf", content)])
+    first, *gap, last = text.pages[0].split("\n")
+    assert first.startswith("Left      ")
+    assert first.endswith("right")
+    assert gap
+    assert not "".join(gap).strip()
+    assert last.lstrip() == "low" != last
+
+
+def test_a_page_without_text_is_empty(make):
+    (text,) = read_pdfs([make("a.pdf", pdf_bytes(["one", None, "three"]))])
+    assert stripped(text) == ["one", "", "three"]
+    assert text.failures == {}
+
+
+def test_text_in_forms_is_found_which_the_layout_mode_passes_over(make, tmp_path):
+    writer = pypdf.PdfWriter(clone_from=make("a.pdf", pdf_bytes(["outside"])))
+    form = DecodedStreamObject()
+    form.set_data(b"BT /F1 10 Tf 1 0 0 1 72 500 Tm (inside a form) Tj ET")
+    resources = writer.pages[0]["/Resources"]
+    form.update({NameObject("/Type"): NameObject("/XObject"), NameObject("/Subtype"): NameObject("/Form")})
+    form[NameObject("/Resources")] = DictionaryObject({NameObject("/Font"): resources["/Font"]})
+    resources[NameObject("/XObject")] = DictionaryObject({NameObject("/X"): writer._add_object(form)})
+    content = writer.pages[0].get_contents()
+    content.set_data(content.get_data() + b" /X Do")
+    writer.pages[0][NameObject("/Contents")] = writer._add_object(content)
+    writer.write(tmp_path / "b.pdf")
+    (text,) = read_pdfs([tmp_path / "b.pdf"])
+    assert "outside" in text.pages[0]
+    assert "inside a form" in text.pages[0]
+
+
+def encrypted(source: str, target: str, password: str) -> str:
+    writer = pypdf.PdfWriter(clone_from=source)
+    writer.encrypt(password, owner_password="owner", algorithm="RC4-128")
+    writer.write(target)
+    return target
+
+
+AES = (
+    "/Encrypt << /Filter /Standard /V 5 /R 6 /Length 256 /P -4 /CF << /StdCF << /CFM /AESV3 /AuthEvent /DocOpen "
+    f"/Length 32 >> >> /StmF /StdCF /StrF /StdCF /O <{'00' * 48}> /U <{'00' * 48}> /OE <{'00' * 32}> "
+    f"/UE <{'00' * 32}> /Perms <{'00' * 16}> >> /ID [<00> <00>]"
+)
+
+
+def test_a_line_for_each_file_that_cannot_be_read_and_the_rest_goes_on(make, tmp_path):
+    good = make("good.pdf", pdf_bytes(["good"]))
+    whole = pdf_bytes(["some text"] * 3)
+    cases = {
+        make("empty.pdf", b""): "is empty (0 bytes)",
+        make("page.pdf", b"<html><body>"): "is not a PDF file (it begins with b'<html><body>')",
+        make("noise.pdf", bytes(range(255, 0, -1))): "is not a PDF file",
+        make("cut.pdf", whole[: len(whole) // 2]): "is damaged (PdfStreamError: ",
+        make("head.pdf", b"%PDF-1.7\n" + bytes(range(256)) * 10): "is damaged (PdfStreamError: ",
+        make("none.pdf", pdf_bytes([])): "has no pages",
+        make("aes.pdf", pdf_bytes(["secret"], trailer=AES)): "is encrypted with AES: reading it needs the package",
+        encrypted(good, str(tmp_path / "secret.pdf"), "word"): "is encrypted: it opens with a password only",
+        str(tmp_path / "absent.pdf"): "cannot be read (No such file or directory)",
+    }
+    found = read_pdfs([good, *cases, good], processes=2)
+    assert stripped(found[0]) == stripped(found[-1]) == ["good"]
+    for text, reason in zip(found[1:-1], cases.values(), strict=True):
+        assert text.pages == []
+        assert text.reason.startswith(reason), text.reason
+        assert "\n" not in text.reason
+
+
+def test_an_empty_password_opens(make, tmp_path):
+    (text,) = read_pdfs([encrypted(make("a.pdf", pdf_bytes(["open"])), str(tmp_path / "b.pdf"), "")])
+    assert stripped(text) == ["open"]
+
+
+def test_pypdf_says_nothing_on_stderr(make, capfd):
+    odd = pdf_bytes(["text"]).replace(b"startxref\n", b"startxref\n9")  # "incorrect startxref pointer"
+    (text,) = read_pdfs([make("a.pdf", odd)])
+    assert stripped(text) == ["text"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_half_of_a_surrogate_pair_comes_through(make, faulty):
+    faulty("return '\\ud83d'")
+    assert read_pdfs([make("a.pdf", pdf_bytes(["a"]))])[0].pages == ["\ud83d"]
+
+
+def test_where_the_layout_mode_fails_the_plain_mode_is_asked(make, faulty):
+    faulty("if options and 'odd' in text: raise ZeroDivisionError('width')")
+    (text,) = read_pdfs([make("a.pdf", pdf_bytes(["odd", "even"]))])
+    assert stripped(text) == ["odd", "even"]
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("raise KeyError('/Font\\n' * 99)", "cannot be read (KeyError: '/Font"),
+        ("raise pypdf.errors.PdfReadError('odd')", "cannot be read (PdfReadError: odd)"),
+        ("raise RecursionError", "cannot be read (RecursionError:)"),
+        ("raise type('Odd', (Exception,), {})", "the process that read it died (exit status 1)"),
+        ("os._exit(7)", "the process that read it died (exit status 7)"),
+        ("os.kill(os.getpid(), 9)", "the process that read it died (signal 9)"),
+    ],
+)
+def test_a_page_that_fails_costs_that_page(make, faulty, code, reason):
+    faulty(f"if 'bad' in text: {code}")
+    pages = [f"page {i}" for i in range(1, BLOCK_PAGES + 5)]
+    bad = (2, 3, BLOCK_PAGES, BLOCK_PAGES + 4)  # the last of a block, the last of all, two in a row
+    for number in bad:
+        pages[number - 1] = "bad"
+    paths = [make("bad.pdf", pdf_bytes(pages)), make("good.pdf", pdf_bytes(["good"]))]
+    found, good = read_pdfs(paths, processes=2)
+    assert stripped(good) == ["good"]
+    assert stripped(found) == ["" if page == "bad" else page for page in pages]
+    assert tuple(sorted(found.failures)) == bad
+    assert all(why.startswith(reason) and len(why) < 250 and "\n" not in why for why in found.failures.values())
+    assert found.reason is None
+
+
+def test_a_file_that_brings_its_reader_down_on_opening(make, monkeypatch):
+    monkeypatch.setattr(pdf, "SCRIPT", [sys.executable, "-c", "raise SystemExit(3)"])
+    found = read_pdfs([make("a.pdf", b"x"), make("b.pdf", b"x")], processes=1)
+    assert found == [PdfText([], {}, "the process that read it died (exit status 3)")] * 2
+
+
+def test_a_block_that_brings_its_reader_down_on_opening_loses_its_pages_one_by_one(make, faulty):
+    """Once the file has been opened its other blocks stay, even where a new process cannot open it."""
+    path = make("a.pdf", pdf_bytes([f"page {i}" for i in range(1, BLOCK_PAGES + 3)]))
+    faulty(f"if 'page {BLOCK_PAGES})' in text: os.truncate({path!r}, 0); os._exit(1)")
+    (text,) = read_pdfs([path], processes=1)
+    assert stripped(text)[: BLOCK_PAGES - 1] == [f"page {i}" for i in range(1, BLOCK_PAGES)]
+    assert text.pages[BLOCK_PAGES - 1 :] == [""] * 3
+    assert text.failures == {
+        BLOCK_PAGES: "the process that read it died (exit status 1)",
+        BLOCK_PAGES + 1: "is empty (0 bytes)",
+        BLOCK_PAGES + 2: "is empty (0 bytes)",
+    }
+
+
+def test_the_bar_counts_pages_failed_ones_too(make, faulty, monkeypatch):
+    bars, make_bar = [], progress.progress_bar
+
+    def progress_bar(*arguments, **options):
+        bars.append(make_bar(*arguments, **options, show=True))
+        return bars[-1]
+
+    monkeypatch.setattr(progress, "progress_bar", progress_bar)
+    faulty("if 'bad' in text: os._exit(1)")
+    paths = [make("a.pdf", pdf_bytes(["a", "bad"] * BLOCK_PAGES)), make("b.pdf", pdf_bytes(["b"])), make("c.pdf", b"")]
+    read_pdfs(paths, processes=2)
+    (bar,) = bars
+    assert (bar.n, bar.total, bar.unit) == (2 * BLOCK_PAGES + 1, 2 * BLOCK_PAGES + 1, "page")
+    assert bar.disable  # closed
+
+
+def test_an_interrupt_ends_the_processes(make, faulty, tmp_path):
+    faulty(f"open({str(tmp_path / 'pid')!r} + str(os.getpid()), 'w').close(); time.sleep(60)")
+    paths = [make(f"{i}.pdf", pdf_bytes(["slow"])) for i in range(8)]
+    # A user's script without a `__main__` guard.
+    script = f"from embedft.data import pdf\npdf.SCRIPT = {pdf.SCRIPT!r}\npdf.read_pdfs({paths!r}, processes=2)\n"
+    options = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen([sys.executable, "-c", script], **options)
+    deadline = time.monotonic() + 30
+    while len(list(tmp_path.glob("pid*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == -signal.SIGINT
+    assert "KeyboardInterrupt" in errors
+    readers = [int(path.name[3:]) for path in tmp_path.glob("pid*")]
+    assert len(readers) == 2
+    for reader in readers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(reader, 0)
+
+
+def test_the_file_runs_as_a_script_without_torch(make):
+    """What a reading process does, by hand: the rest of embedft is not imported, nor what lies beside the file."""
+    path = make("a.pdf", pdf_bytes(["one", "two"]))
+    code = f"""
+import runpy, sys
+sys.argv = {pdf.SCRIPT[1:]!r}
+sys.path.insert(0, "beside")
+runpy.run_path(sys.argv[0], run_name="__main__")
+assert not any(name.startswith(("torch", "embedft", "numpy")) for name in sys.modules)
+assert "beside" not in sys.path
+"""
+    requests = "".join(json.dumps([path, *span]) + "\n" for span in ((0, 1), (1, 5)))
+    done = subprocess.run([sys.executable, "-c", code], input=requests, capture_output=True, text=True, check=True)
+    replies = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [list(reply) for reply in replies] == [["num_pages"], ["text"], ["num_pages"], ["text"]]
+    assert [replies[1]["text"].strip(), replies[3]["text"].strip()] == ["one", "two"]

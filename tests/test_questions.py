@@ -1,0 +1,807 @@
+"""Questions by a language model, against a real server on loopback: every fault, every limit, kills at random moments.
+
+What must hold: one valid reply a chunk however many requests fail, nothing on disk is asked for again, and the key is
+in no file, no output and no error.
+"""
+
+import asyncio
+import contextlib
+import io
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from api_server import RANDOM, ApiServer, written_questions
+
+from embedft.data import questions, sending
+from embedft.data.chunks import Chunk
+from embedft.data.prompts import TEMPLATE, fill_template
+from embedft.data.questions import (
+    QuestionConfig,
+    estimate,
+    question_dataset,
+    write_questions,
+    write_questions_async,
+)
+from embedft.files import locked
+
+KEY = "sk-test-51ab9c0d2e3f4a5b"
+PLAIN = "Ask {num_questions} about: {text}"
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """A key, no base URL from outside, and short pauses."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    monkeypatch.setattr(sending, "BACKOFF_SECONDS", 0.01)
+
+
+def some_chunks(number: int) -> list[Chunk]:
+    return [Chunk(f"c{i}", f"Passage {i} on the fleet.") for i in range(number)]
+
+
+def expected(chunks: list[Chunk], template: str = TEMPLATE) -> dict[str, list[str]]:
+    """What the server writes for them."""
+    prompts = {chunk.id: fill_template(template, text=chunk.text, num_questions=2) for chunk in chunks}
+    return {id: written_questions(prompt) for id, prompt in prompts.items()}
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def num_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def wait_for_lines(path: Path, number: int) -> None:
+    deadline = time.monotonic() + 10
+    while num_lines(path) < number:
+        assert time.monotonic() < deadline, f"{num_lines(path)} of {number} lines"
+        time.sleep(0.002)
+
+
+def ask(server: ApiServer, chunks: list[Chunk], folder: Path, template: str = TEMPLATE, **settings):
+    return write_questions(
+        chunks, QuestionConfig(**settings), folder=folder, base_url=server.base_url, template=template
+    )
+
+
+# Settings.
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        ({"model": " "}, "model is empty"),
+        ({"num_questions": 0}, "num_questions is 0, expected more than 0"),
+        ({"concurrency": -1}, "concurrency is -1, expected more than 0"),
+        ({"requests_per_minute": 0}, "requests_per_minute is 0"),
+        ({"tokens_per_minute": 0}, "tokens_per_minute is 0"),
+        ({"timeout_seconds": float("nan")}, "timeout_seconds is nan"),
+        ({"timeout_seconds": float("inf")}, "timeout_seconds is inf"),
+        ({"max_cost": 0.0, "price_in": 1.0, "price_out": 1.0}, "max_cost is 0.0"),
+        ({"price_in": -1.0, "price_out": 1.0}, "price_in is -1.0, expected at least 0"),
+        ({"price_in": 1.0, "price_out": float("nan")}, "price_out is nan, expected at least 0"),
+        ({"price_in": 1.0}, "one of price_in and price_out is missing"),
+        ({"max_cost": 1.0}, "max_cost needs price_in and price_out"),
+        ({"structured": "json"}, "structured is 'json', expected one of 'auto', 'schema', 'lines'"),
+        ({"parameters": {"n": 3}}, "parameters: 'n' is set by embedft itself"),
+        ({"parameters": {"max_tokens": 3}}, "parameters: 'max_tokens' is set by embedft itself"),
+        ({"parameters": {"seed": float("nan")}}, "parameters cannot be sent as JSON"),
+        ({"parameters": {"stop": {1, 2}}}, "parameters cannot be sent as JSON"),
+        ({"num_questions": "2"}, "num_questions is '2', expected int"),
+    ],
+)
+def test_settings_out_of_range(settings, fault):
+    with pytest.raises(ValueError, match=f"^{fault}"):
+        QuestionConfig(**settings)
+
+
+def test_the_longest_reply_follows_the_number_of_questions():
+    assert QuestionConfig().reply_tokens == 256
+    assert QuestionConfig(num_questions=3).reply_tokens == 384
+    assert QuestionConfig(num_questions=3, max_reply_tokens=50).reply_tokens == 50
+
+
+@pytest.mark.parametrize(
+    ("chunks", "fault"),
+    [
+        ([], "there is no chunk"),
+        ([Chunk("a", "x"), Chunk("a", "y")], "chunk id 'a' stands twice"),
+        ([Chunk("a", " ")], "the text of chunk 'a' is empty"),
+        ([Chunk("a", "\ud83d")], "the text of chunk 'a' has a lone surrogate"),
+    ],
+)
+def test_chunks_that_cannot_be_asked_for(tmp_path, chunks, fault):
+    for call in (write_questions, estimate):
+        with pytest.raises(ValueError, match=f"^{fault}"):
+            call(chunks, QuestionConfig(), folder=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_template_without_text_is_refused_before_anything_is_sent(tmp_path):
+    with pytest.raises(ValueError, match=r"no \{text\}"):
+        write_questions(some_chunks(1), QuestionConfig(), folder=tmp_path, template="Ask!")
+
+
+def test_openai_wants_a_key(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "  ")
+    for url in (None, "https://eu.api.openai.com/v1"):
+        with pytest.raises(
+            ValueError, match=r"^OPENAI_API_KEY is not set, and https://.*openai\.com/v1 asks for a key"
+        ):
+            write_questions(some_chunks(1), QuestionConfig(), folder=tmp_path, base_url=url)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-tëst-secret")
+    with pytest.raises(ValueError, match=r"^OPENAI_API_KEY holds a character that no key has$"):
+        write_questions(some_chunks(1), QuestionConfig(), folder=tmp_path)
+    for url in ("localhost:8000/v1", "ftp://localhost", "http:///v1"):
+        with pytest.raises(ValueError, match=r"is no address of a server"):
+            write_questions(some_chunks(1), QuestionConfig(), folder=tmp_path, base_url=url)
+
+
+def test_openai_and_other_servers_know_the_limit_by_other_names(monkeypatch):
+    bodies = []
+    for url in (None, "http://localhost:1/v1"):
+        asker = questions._Asker(QuestionConfig(), TEMPLATE, url)
+        bodies.append(questions._body(asker.config, "prompt", asker.limit_name, True))
+    assert [sorted(body.keys() - {"model", "messages", "response_format"}) for body in bodies] == [
+        ["max_completion_tokens"],
+        ["max_tokens"],
+    ]
+
+
+# One request.
+
+
+def test_what_is_sent_and_what_is_kept(tmp_path, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    chunk = Chunk("lyft/1", 'Revenue {text} rose "10%" 🙂.')
+    with ApiServer() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
+        settings = {"parameters": {"temperature": 0.5, "top_k": 3}, "price_in": 2.0, "price_out": 6.0}
+        outcome = write_questions([chunk], QuestionConfig(model="m", **settings), folder=tmp_path, template=PLAIN)
+    prompt = 'Ask 2 about: Revenue {text} rose "10%" 🙂.'
+    assert outcome.questions == {"lyft/1": written_questions(prompt)}
+    assert (outcome.missing, outcome.stopped) == ({}, None)
+    ((_, headers, body),) = server.log
+    assert headers["authorization"] == "Bearer none"
+    assert headers["x-stainless-retry-count"] == "0"
+    assert body == {
+        "model": "m",
+        "messages": [{"role": "user", "content": prompt}],
+        "max_tokens": 256,
+        "response_format": questions.RESPONSE_FORMAT,
+        "temperature": 0.5,
+        "top_k": 3,
+    }
+    (reply,) = lines(tmp_path / "replies.jsonl")
+    (reserved,) = lines(tmp_path / "ledger.jsonl")
+    assert reply["status"] == "ok"
+    assert reply["chunk"] == "lyft/1"
+    assert reply["questions"] == written_questions(prompt)
+    assert json.loads(reply["reply"]) == {"questions": written_questions(prompt)}
+    assert reply["key"] == reserved["key"]
+    assert reply["request"] == reserved["request"] == 1
+    usage = reply["usage"]
+    assert usage["prompt_tokens"] == len(prompt.encode()) // 4
+    cost = (usage["prompt_tokens"] * 2.0 + usage["completion_tokens"] * 6.0) / 1e6
+    assert reply["cost"] == pytest.approx(cost)
+    # What is reserved: a token for every byte of the body that OpenAI would get, 128 more, and the longest reply.
+    sent = json.dumps({**body, "max_completion_tokens": 256}, ensure_ascii=False)
+    num_bytes = len(sent.encode()) - len('"max_tokens": 256, ')
+    assert (reserved["prompt_tokens"], reserved["reply_tokens"]) == (num_bytes + 128, 256)
+    assert reserved["cost"] == pytest.approx(((num_bytes + 128) * 2.0 + 256 * 6.0) / 1e6)
+    assert outcome.totals == sending.Totals(1, *usage.values(), 0, reply["cost"], 0.0)
+
+
+RETRIED = {
+    "408": ("failed", "408: fault 408", False),
+    "409": ("failed", "409: fault 409", True),
+    "429": ("failed", "429: fault 429", True),
+    "429-seconds": ("failed", "429: fault 429-seconds", True),
+    "429-date": ("failed", "429: fault 429-date", True),
+    "429-ms": ("failed", "429: fault 429-ms", True),
+    "500": ("failed", "500: fault 500", True),
+    "502": ("failed", "502: fault 502", False),
+    "503": ("failed", "503: fault 503", True),
+    "drop": ("failed", "no connection (Server disconnected without sending a response.)", False),
+    "drop-middle": ("failed", "no connection (", False),
+    "late": ("failed", "no reply within 0.3 s", False),
+    "not-json": ("failed", "the answer is no chat completion", False),
+    "truncated": ("invalid", "invalid JSON in the reply", None),
+    "invalid-json": ("invalid", "the JSON of the reply is no list of strings", None),
+    "refusal": ("invalid", "refusal: I cannot help with that.", None),
+    "length": ("invalid", "cut off at 256 tokens (max_reply_tokens)", None),
+    "empty": ("invalid", "empty reply (finish_reason stop)", None),
+    "fewer": ("invalid", "1 of 2 questions in the reply", None),
+}
+
+
+def test_every_random_fault_is_among_those_tried_here():
+    assert set(RANDOM) <= RETRIED.keys()
+
+
+@pytest.mark.parametrize("fault", RETRIED)
+def test_a_fault_is_recorded_and_asked_again(tmp_path, fault):
+    """Is it free (True), does nobody know (False), or did the server report what it took (None)?"""
+    status, reason, is_free = RETRIED[fault]
+    chunks = some_chunks(1)
+    settings = {"timeout_seconds": 0.3} if fault == "late" else {}
+    with ApiServer(faults=[fault], late_seconds=0.6) as server:
+        outcome = ask(server, chunks, tmp_path, price_in=1.0, price_out=1.0, **settings)
+    assert outcome.questions == expected(chunks)
+    assert server.counts["chat"] == 2
+    first, second = lines(tmp_path / "replies.jsonl")
+    assert (first["status"], second["status"]) == (status, "ok")
+    assert first["reason"].startswith(reason)
+    assert (first["questions"], first["key"], first["request"]) == (None, second["key"], 1)
+    reserved = lines(tmp_path / "ledger.jsonl")[0]["cost"]
+    assert outcome.totals.unreported_cost == (reserved if is_free is False else 0)
+    if is_free is None:
+        assert first["usage"]["prompt_tokens"] > 0
+        assert first["cost"] > 0
+    elif is_free:
+        assert first["usage"] == {"prompt_tokens": 0, "completion_tokens": 0}
+        assert first["cost"] == 0
+    else:
+        assert (first["usage"], first["cost"]) == (None, None)
+
+
+@pytest.mark.parametrize("fault", ["preamble", "fenced", "more", "no-usage"])
+@pytest.mark.parametrize("structured", ["schema", "lines"])
+def test_what_is_no_fault_is_taken(tmp_path, fault, structured):
+    chunks = some_chunks(1)
+    with ApiServer(faults=[fault]) as server:
+        outcome = ask(server, chunks, tmp_path, structured=structured)
+    assert outcome.questions == expected(chunks)
+    assert server.counts["chat"] == 1
+    assert ("response_format" in server.log[0][2]) == (structured == "schema")
+    assert outcome.totals.num_unreported == (fault == "no-usage")
+
+
+def test_a_server_that_is_not_there_costs_nothing(tmp_path):
+    with ApiServer() as server:
+        pass
+    outcome = ask(server, some_chunks(1), tmp_path, max_attempts=2, price_in=1.0, price_out=1.0)
+    assert outcome.questions == {}
+    assert outcome.missing["c0"].startswith("no connection (")
+    assert outcome.totals == sending.Totals(2, 0, 0, 0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "3",
+        "{}",
+        '{"choices": []}',
+        '{"choices": [{}]}',
+        '{"choices": [{"message": null}]}',
+        '{"choices": [3]}',
+        "[" * 100,
+        "",
+    ],
+)
+def test_an_answer_of_another_shape_is_none(body):
+    answer = questions._Asker(QuestionConfig(), TEMPLATE, None)._from_reply(body)
+    assert (answer.status, answer.then, answer.reason) == ("failed", "retry", "the answer is no chat completion")
+    assert (answer.reply, answer.usage) == (body, None)
+
+
+@pytest.mark.parametrize(
+    ("message", "finish", "reason"),
+    [
+        ({"content": None}, "content_filter", "empty reply (finish_reason content_filter)"),
+        ({"content": [{"text": "What?"}]}, None, "empty reply (finish_reason None)"),
+        ({}, "stop", "empty reply (finish_reason stop)"),
+        ({"content": "What?\nWho?", "refusal": "x" * 400}, "stop", f"refusal: {'x' * 291} ..."),
+        ({"content": "What?\nWho?"}, "length", "cut off at 256 tokens (max_reply_tokens)"),
+    ],
+)
+def test_a_message_of_no_use_is_invalid(message, finish, reason):
+    body = json.dumps({"choices": [{"message": message, "finish_reason": finish}]})
+    answer = questions._Asker(QuestionConfig(), TEMPLATE, None)._from_reply(body)
+    assert (answer.status, answer.then, answer.reason) == ("invalid", "retry", reason)
+    assert answer.suspect == (finish == "length")
+
+
+@pytest.mark.parametrize(
+    ("reported", "usage"),
+    [
+        ({"prompt_tokens": 3, "completion_tokens": 4}, (3, 4)),
+        ({"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 9}, (0, 0)),
+        ({"prompt_tokens": 3}, None),
+        ({"prompt_tokens": 3, "completion_tokens": -4}, None),
+        ({"prompt_tokens": 3, "completion_tokens": "4"}, None),
+        ({"prompt_tokens": True, "completion_tokens": 4}, None),
+        (None, None),
+        ([3, 4], None),
+    ],
+)
+def test_a_report_is_believed_when_it_is_one(reported, usage):
+    body = json.dumps({"choices": [{"message": {"content": "What?\nWho?"}}], "usage": reported})
+    answer = questions._Asker(QuestionConfig(), TEMPLATE, None)._from_reply(body)
+    assert (answer.status, answer.result, answer.usage) == ("ok", ["What?", "Who?"], usage)
+
+
+def test_the_timeout_holds_for_the_whole_reply(monkeypatch):
+    """The client's own starts anew with every piece that arrives, so a server that dribbles would never meet it."""
+    asker = questions._Asker(QuestionConfig(timeout_seconds=0.05), TEMPLATE, None)
+
+    async def dribble(**request) -> None:
+        await asyncio.sleep(2)
+        raise AssertionError("nobody stopped waiting")
+
+    monkeypatch.setattr(asker.client.chat.completions.with_raw_response, "create", dribble)
+    answer = asyncio.run(asker.ask(sending.Job("key", "text", 1, 1)))
+    assert (answer.status, answer.then, answer.usage) == ("failed", "retry", None)
+    assert answer.reason == "no reply within 0.05 s"
+
+
+def test_half_a_surrogate_pair_is_stored_as_a_question_mark(tmp_path):
+    body = r'{"choices": [{"message": {"content": "What \ud83d is it?\nWho?"}}]}'
+    answer = questions._Asker(QuestionConfig(), TEMPLATE, None)._from_reply(body)
+    assert answer.result == ["What ? is it?", "Who?"]
+    assert answer.reply.encode()
+
+
+# What stops a run.
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("401", r"401: Incorrect key in Bearer \[OPENAI_API_KEY\] \(is OPENAI_API_KEY right\?\)"),
+        ("402", "402: fault 402"),
+        ("403", "403: fault 403"),
+        ("404", r"404: fault 404 \(is the model's name right, and does the base URL end in /v1\?\)"),
+        ("quota", "429: You have no credit left"),
+        ("429-tomorrow", "429: fault 429-tomorrow"),
+    ],
+)
+def test_what_holds_for_all_requests_stops_them(tmp_path, fault, message):
+    """The first is good, the second at fault; the two that are in flight beside it are let finish and recorded."""
+    chunks = some_chunks(50)
+    with ApiServer(faults=[None, fault], delay=0.02) as server:
+        line = rf"^{server.base_url}: {message}; stopped: [123] of 50 chunks have questions$"
+        with pytest.raises(ValueError, match=line) as caught:
+            ask(server, chunks, tmp_path, concurrency=3)
+        assert caught.value.__context__ is None
+        assert server.counts["chat"] <= 4
+        assert len(lines(tmp_path / "replies.jsonl")) == server.counts["chat"]
+        outcome = ask(server, chunks, tmp_path)
+    assert outcome.questions == expected(chunks)
+    assert server.counts["ok"] == 50
+
+
+@pytest.mark.parametrize("fault", ["400", "400-context", "413", "422", "length"])
+def test_five_at_the_start_stop_it(tmp_path, fault):
+    match = r"; stopped: 0 of 50 chunks have questions$"
+    with ApiServer(faults=lambda prompt, attempt: fault) as server, pytest.raises(ValueError, match=match):
+        ask(server, some_chunks(50), tmp_path, concurrency=1)
+    assert server.counts["chat"] == 5
+
+
+def test_a_chunk_that_is_refused_is_not_asked_for_again_in_this_run(tmp_path):
+    chunks = some_chunks(20)
+    is_long = lambda prompt, attempt: "400-context" if "Passage 7 " in prompt else None  # noqa: E731
+    with ApiServer(faults=is_long) as server:
+        outcome = ask(server, chunks, tmp_path)
+        assert outcome.questions == {id: found for id, found in expected(chunks).items() if id != "c7"}
+        assert outcome.missing == {"c7": "400: The maximum context length is 100 tokens"}
+        assert server.counts["chat"] == 20
+        server.faults = ()
+        assert ask(server, chunks, tmp_path).questions == expected(chunks)
+        assert server.counts["chat"] == 21
+
+
+def test_a_chunk_out_of_attempts_is_asked_for_next_time(tmp_path):
+    chunks = some_chunks(4)
+    with ApiServer(
+        faults=lambda prompt, attempt: "empty" if "Passage 2 " in prompt and attempt < 6 else None
+    ) as server:
+        outcome = ask(server, chunks, tmp_path, max_attempts=3)
+        assert outcome.missing == {"c2": "empty reply (finish_reason stop)"}
+        assert list(outcome.questions) == ["c0", "c1", "c3"]
+        assert server.counts["chat"] == 6
+        assert ask(server, chunks, tmp_path, max_attempts=3).questions == expected(chunks)
+        assert server.counts["chat"] == 9
+
+
+def test_a_server_without_schemas_gets_lines(tmp_path):
+    chunks = some_chunks(30)
+    with ApiServer(schema=False, delay=0.01) as server:
+        outcome = ask(server, chunks, tmp_path, concurrency=4, max_attempts=1)
+        assert outcome.questions == expected(chunks)
+        assert server.counts["400-format"] == 4
+        assert server.counts["chat"] == 34
+        assert outcome.totals.num_requests == 34
+        # What has a reply has one, however it was asked for.
+        assert ask(server, chunks, tmp_path, structured="schema").questions == outcome.questions
+        assert server.counts["chat"] == 34
+        with pytest.raises(ValueError, match=r"400: 'response_format' of type .*; stopped: 0 of 5 chunks"):
+            ask(server, some_chunks(5), tmp_path / "other", structured="schema")
+
+
+# Limits.
+
+
+def test_a_limit_of_requests_holds_over_all_runs(tmp_path):
+    chunks = some_chunks(1200)
+    with ApiServer() as server:
+        for limit, number in ((5, 5), (5, 5), (8, 8)):
+            outcome = ask(server, chunks, tmp_path, max_requests=limit)
+            stop = f"--max-requests {limit}"
+            assert outcome.stopped == f"stopped at {stop}: {number} of 1,200 chunks have questions"
+            assert (len(outcome.questions), len(outcome.missing)) == (number, 1200 - number)
+            assert set(outcome.missing.values()) == {f"not asked: stopped at {stop}"}
+            assert server.counts["chat"] == outcome.totals.num_requests == limit
+
+
+def test_a_limit_of_cost_holds_over_all_runs(tmp_path):
+    chunks = some_chunks(200)
+    settings = {"price_in": 1.0, "price_out": 4.0, "concurrency": 8}
+    with ApiServer(faults=0.3) as server:
+        stopped = []
+        for limit in (0.02, 0.02, 0.03, 1.0):
+            outcome = ask(server, chunks, tmp_path, max_cost=limit, **settings)
+            spent = outcome.totals.cost + outcome.totals.unreported_cost
+            assert spent <= limit
+            # Not one reservation more would have fitted: they are all of about the same size.
+            if outcome.stopped:
+                assert spent > limit - 1.1 * lines(tmp_path / "ledger.jsonl")[-1]["cost"]
+            stopped.append(outcome.stopped)
+        assert [text and text.split(":")[0] for text in stopped] == [
+            "stopped at --max-cost 0.02",
+            "stopped at --max-cost 0.02",
+            "stopped at --max-cost 0.03",
+            None,
+        ]
+        assert outcome.questions == expected(chunks)
+        assert server.counts["chat"] == outcome.totals.num_requests
+
+
+def test_rates_are_kept(tmp_path):
+    with ApiServer() as server:
+        start = time.monotonic()
+        ask(server, some_chunks(6), tmp_path / "a", requests_per_minute=1200)
+        requests_seconds = time.monotonic() - start
+        tokens = estimate(some_chunks(1), QuestionConfig(), folder=tmp_path / "b").prompt_tokens + 256
+        start = time.monotonic()
+        ask(server, some_chunks(6), tmp_path / "b", tokens_per_minute=tokens * 1200)
+        tokens_seconds = time.monotonic() - start
+    assert requests_seconds >= 0.25
+    assert tokens_seconds >= 0.249
+
+
+# The folder.
+
+
+def test_chunks_may_come_go_and_change_places(tmp_path):
+    chunks = some_chunks(10)
+    with ApiServer() as server:
+        ask(server, chunks[:6], tmp_path)
+        outcome = ask(server, chunks[:2:-1], tmp_path)
+        assert list(outcome.questions) == [f"c{i}" for i in range(9, 2, -1)]
+        assert outcome.questions == expected(chunks[3:])
+        assert server.counts["chat"] == 10
+        renamed = [Chunk(f"new{i}", chunk.text) for i, chunk in enumerate(chunks)]
+        assert list(ask(server, renamed, tmp_path).questions.values()) == list(expected(chunks).values())
+        assert server.counts["chat"] == 10
+
+
+def test_chunks_with_the_same_text_are_asked_for_once(tmp_path):
+    with ApiServer() as server:
+        outcome = ask(server, [Chunk("a", "Same."), Chunk("b", "Same."), Chunk("c", "Other.")], tmp_path)
+    assert outcome.questions["a"] == outcome.questions["b"] != outcome.questions["c"]
+    assert list(outcome.questions) == ["a", "b", "c"]
+    assert server.counts["chat"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "number"),
+    [
+        ({}, 3),
+        ({"concurrency": 1, "max_attempts": 1, "structured": "lines", "max_requests": 99, "timeout_seconds": 9.0}, 3),
+        ({"max_reply_tokens": 256}, 3),
+        ({"model": "other"}, 6),
+        ({"parameters": {"seed": 1}}, 6),
+        ({"max_reply_tokens": 255}, 6),
+        ({"num_questions": 1}, 6),
+        ({"template": TEMPLATE + " "}, 6),
+    ],
+)
+def test_what_changes_the_reply_asks_anew_and_keeps_the_old(tmp_path, changed, number):
+    chunks = some_chunks(3)
+    with ApiServer() as server:
+        before = ask(server, chunks, tmp_path)
+        ask(server, chunks, tmp_path, **changed)
+        assert server.counts["chat"] == len(lines(tmp_path / "replies.jsonl")) == number
+        assert ask(server, chunks, tmp_path).questions == before.questions
+        assert server.counts["chat"] == number
+
+
+def test_half_a_line_is_cut_off_and_asked_for_again(tmp_path):
+    chunks = some_chunks(3)
+    with ApiServer() as server:
+        ask(server, chunks, tmp_path, concurrency=1)
+        path = tmp_path / "replies.jsonl"
+        path.write_bytes(path.read_bytes()[:-40])
+        outcome = ask(server, chunks, tmp_path, price_in=1.0, price_out=1.0)
+    assert outcome.questions == expected(chunks)
+    assert server.counts["chat"] == 4
+    assert [line["request"] for line in lines(path)] == [1, 2, 4]
+    assert (outcome.totals.num_requests, outcome.totals.num_unreported) == (4, 1)
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    (tmp_path / "replies.jsonl").write_text('{"request": 1, "key": "a", "status": "ok", "usage": null, "cost": null}\n')
+    with ApiServer() as server, pytest.raises(ValueError, match=r"replies\.jsonl line 1: has no questions, is it a"):
+        ask(server, some_chunks(1), tmp_path)
+
+
+def test_one_process_at_a_time(tmp_path):
+    with ApiServer() as server, locked(tmp_path / "lock"):
+        for call in (
+            lambda: ask(server, some_chunks(1), tmp_path),
+            lambda: estimate(some_chunks(1), QuestionConfig(), folder=tmp_path),
+        ):
+            with pytest.raises(ValueError, match="another process is writing there"):
+                call()
+
+
+def test_the_estimate_sends_nothing_and_needs_no_key(tmp_path, monkeypatch):
+    chunks = [Chunk("a", "x" * 1000), Chunk("b", "x" * 2000), Chunk("c", "x" * 2000)]
+    config = QuestionConfig(price_in=10.0, price_out=20.0)
+    with ApiServer() as server:
+        ask(server, chunks[:1], tmp_path)
+    monkeypatch.delenv("OPENAI_API_KEY")
+    found = estimate(chunks, config, folder=tmp_path)
+    prompt = fill_template(TEMPLATE, text=chunks[1].text, num_questions=2)
+    body = questions._body(config, prompt, "max_completion_tokens", True)
+    num_bytes = len(json.dumps(body))
+    assert num_bytes > 3000
+    assert (found.num_chunks, found.num_requests) == (3, 1)
+    assert found.prompt_tokens == -(-num_bytes // 4)
+    assert found.completion_tokens == 64
+    assert found.cost == pytest.approx((found.prompt_tokens * 10 + 64 * 20) / 1e6)
+    assert found.most_cost == pytest.approx(((num_bytes + 128) * 10 + 256 * 20) / 1e6)
+    nowhere = tmp_path / "nowhere"
+    found = estimate(chunks, QuestionConfig(max_reply_tokens=40), folder=nowhere)
+    assert (found.num_requests, found.completion_tokens, found.cost, found.most_cost) == (2, 80, None, None)
+    assert not nowhere.exists()
+
+
+# The dataset.
+
+
+def test_the_dataset_has_every_chunk():
+    chunks = [Chunk("a", "One."), Chunk("b", "Two."), Chunk("c", "Three.")]
+    dataset = question_dataset(chunks, {"c": ["Why?", "Who?"], "a": ["What?"]})
+    assert list(dataset.queries.items()) == [("a/q1", "What?"), ("c/q1", "Why?"), ("c/q2", "Who?")]
+    assert dataset.corpus == {"a": "One.", "b": "Two.", "c": "Three."}
+    assert dataset.qrels == {"a/q1": {"a": 1}, "c/q1": {"c": 1}, "c/q2": {"c": 1}}
+    with pytest.raises(ValueError, match="chunk id 'd' is not among the 3 chunks"):
+        question_dataset(chunks, {"d": ["What?"]})
+    with pytest.raises(ValueError, match="no entry in queries"):
+        question_dataset(chunks, {})
+
+
+# Event loops and interrupts.
+
+
+def test_it_runs_where_a_loop_is_running(tmp_path):
+    chunks = some_chunks(3)
+
+    async def notebook(server):
+        inside = ask(server, chunks, tmp_path / "a")
+        config = QuestionConfig()
+        return inside, await write_questions_async(chunks, config, folder=tmp_path / "b", base_url=server.base_url)
+
+    with ApiServer() as server:
+        for outcome in asyncio.run(notebook(server)):
+            assert outcome.questions == expected(chunks)
+
+
+def test_an_interrupt_in_a_notebook_ends_the_job(tmp_path):
+    chunks, replies = some_chunks(200), tmp_path / "replies.jsonl"
+
+    def interrupt() -> None:
+        wait_for_lines(replies, 3)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    async def notebook(server):
+        threading.Thread(target=interrupt).start()
+        ask(server, chunks, tmp_path, concurrency=2)
+
+    loop = asyncio.new_event_loop()
+    with ApiServer(delay=0.1) as server, contextlib.closing(loop), pytest.raises(KeyboardInterrupt):
+        loop.run_until_complete(notebook(server))
+    assert 3 <= num_lines(replies) < 40
+    with locked(tmp_path / "lock"):
+        pass
+
+
+def test_the_bar_shows_what_it_costs(tmp_path, monkeypatch):
+    stderr = io.StringIO()
+    monkeypatch.setenv("EMBEDFT_PROGRESS", "1")
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with ApiServer(delay=0.25) as server:
+        ask(server, some_chunks(3), tmp_path, concurrency=1, price_in=1000.0, price_out=1000.0)
+    assert "questions" in stderr.getvalue()
+    assert "cost 0." in stderr.getvalue()
+
+
+# What must hold.
+
+
+def test_a_thousand_chunks_with_a_fifth_of_faults(tmp_path):
+    """One valid reply a chunk; the server's count of requests is chunks + faults, and the ledger's is the same."""
+    chunks = some_chunks(1000)
+    with ApiServer(faults=0.2, delay=0.02, keep_log=False) as server:
+        outcome = ask(server, chunks, tmp_path, concurrency=64, max_attempts=12)
+    assert outcome.questions == expected(chunks)
+    assert list(outcome.questions) == [chunk.id for chunk in chunks]
+    replies = lines(tmp_path / "replies.jsonl")
+    valid = Counter(reply["key"] for reply in replies if reply["status"] == "ok")
+    assert (len(valid), set(valid.values())) == (1000, {1})
+    faults = sum(server.counts[fault] for fault in RANDOM)
+    assert 150 < faults < 400
+    assert server.counts["chat"] == 1000 + faults == len(replies) == outcome.totals.num_requests
+    assert [line["request"] for line in lines(tmp_path / "ledger.jsonl")] == list(range(1, 1001 + faults))
+    assert 32 < server.counts["max_concurrent"] <= 64
+
+
+def test_the_key_is_nowhere(tmp_path, monkeypatch, capfd, caplog):
+    """Servers that echo it: in an error that stops, in one that is tried again, in the reply itself."""
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("EMBEDFT_PROGRESS", "1")
+    echo = [{"choices": [{"message": {"content": f"What is {KEY}?\nWho {KEY}?"}}]}, {"error": {"message": f"<{KEY}>"}}]
+    asker = questions._Asker(QuestionConfig(), TEMPLATE, f"http://user:{KEY}@localhost:1/v1?key={KEY}")
+    answers = [asker._from_reply(json.dumps(body)) for body in echo]
+    assert answers[0].result == ["What is [OPENAI_API_KEY]?", "Who [OPENAI_API_KEY]?"]
+    texts = [repr(answers), repr(asker), asker.server]
+    with ApiServer(faults=["drop", "401"]) as server:
+        with pytest.raises(ValueError, match="401") as caught:
+            ask(server, some_chunks(1), tmp_path)
+        texts += [str(caught.value), str(caught.getrepr())]
+        frames = [entry.frame for entry in caught.traceback if "embedft" in str(entry.path)]
+        texts += [repr(frame.f_locals) for frame in frames]
+        assert len(frames) >= 2
+    assert server.log[0][1]["authorization"] == f"Bearer {KEY}"
+    texts += [path.read_text() for path in tmp_path.iterdir()]
+    texts += [*capfd.readouterr(), caplog.text]
+    assert sum(len(text) for text in texts) > 1000
+    assert [text for text in texts if KEY in text] == []
+
+
+def test_a_short_key_is_a_word(tmp_path, monkeypatch):
+    """ "fleet" as a placeholder stands in every reply, which stays as it is."""
+    monkeypatch.setenv("OPENAI_API_KEY", " fleet\n")
+    chunks = some_chunks(20)
+    with ApiServer() as server:
+        outcome = ask(server, chunks, tmp_path)
+    assert server.log[0][1]["authorization"] == "Bearer fleet"
+    assert outcome.questions == expected(chunks)
+    assert any("fleet" in question for found in outcome.questions.values() for question in found)
+
+
+# A process that imports once and runs the job in children, so that a killed run takes no seconds to start again.
+HARNESS = """
+import json, os, sys
+import openai
+openai.AsyncOpenAI(api_key="none").chat.completions
+from embedft.data import sending
+from embedft.data.chunks import load_chunks
+from embedft.data.questions import QuestionConfig, write_questions
+sending.BACKOFF_SECONDS = 0.01
+folder, base_url, concurrency = sys.argv[1], sys.argv[2], int(sys.argv[3])
+chunks = load_chunks(folder + "/chunks.jsonl")
+for _ in sys.stdin:
+    child = os.fork()
+    if not child:
+        config = QuestionConfig(concurrency=concurrency)
+        outcome = write_questions(chunks, config, folder=folder + "/out", base_url=base_url)
+        with open(folder + "/outcome.json", "w") as file:
+            json.dump(outcome.questions, file)
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+@pytest.fixture
+def harness(tmp_path):
+    """A function of (base_url, concurrency) -> the process; it starts a run for each line it reads."""
+    processes = []
+
+    def start(base_url: str, concurrency: int) -> subprocess.Popen:
+        command = [sys.executable, "-c", HARNESS, str(tmp_path), base_url, str(concurrency)]
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        processes.append(subprocess.Popen(command, **pipes, text=True, bufsize=1))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            pipe.close()
+
+
+def write_chunks(path: Path, chunks: list[Chunk]) -> None:
+    path.write_text("".join(json.dumps({"id": chunk.id, "text": chunk.text}) + "\n" for chunk in chunks))
+
+
+def test_killed_at_twenty_random_moments(tmp_path, harness):
+    """The dataset is that of an uninterrupted run; nothing on disk is asked for again, at most what was in flight."""
+    generator, concurrency = random.Random(0), 4
+    chunks = some_chunks(240)
+    write_chunks(tmp_path / "chunks.jsonl", chunks)
+    replies, num_kills, settled, before = tmp_path / "out" / "replies.jsonl", 0, set(), {}
+    with ApiServer(delay=0.03, faults=0.1) as server:
+        process = harness(server.base_url, concurrency)
+        while True:
+            process.stdin.write("\n")
+            child = int(process.stdout.readline())
+            wanted = num_lines(replies) + generator.randint(0, 6)
+            if num_kills < 20:
+                wait_for_lines(replies, wanted)
+                time.sleep(generator.uniform(0, 0.04))
+                os.kill(child, signal.SIGKILL)
+                num_kills += 1
+            status = int(process.stdout.readline())
+            time.sleep(0.05)  # the server reads what was on its way
+            whole = replies.read_bytes() if replies.exists() else b""
+            done = {
+                json.loads(line)["chunk"]
+                for line in whole.splitlines(keepends=True)
+                if line.endswith(b"\n") and b'"ok"' in line
+            }
+            asked = {
+                chunk.id: server.asked[fill_template(TEMPLATE, text=chunk.text, num_questions=2)] for chunk in chunks
+            }
+            assert all(asked[id] == before[id] for id in settled)
+            settled, before = done, asked
+            if status == 0:
+                break
+            assert status == signal.SIGKILL
+    assert num_kills == 20
+    assert json.loads((tmp_path / "outcome.json").read_text()) == expected(chunks)
+    records = lines(replies)
+    numbers = {line["request"] for line in lines(tmp_path / "out" / "ledger.jsonl")}
+    again = numbers - {record["request"] for record in records}
+    assert 0 < len(again) <= 20 * concurrency
+    assert len(records) <= server.counts["chat"] <= len(numbers)
+    assert Counter(record["status"] for record in records)["ok"] == 240
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_is_quiet_and_keeps_what_is_on_disk(tmp_path, harness, signal_number):
+    chunks = some_chunks(200)
+    write_chunks(tmp_path / "chunks.jsonl", chunks)
+    replies = tmp_path / "out" / "replies.jsonl"
+    with ApiServer(delay=0.05) as server:
+        process = harness(server.base_url, 4)
+        process.stdin.write("\n")
+        child = int(process.stdout.readline())
+        wait_for_lines(replies, 8)
+        os.kill(child, signal_number)
+        process.stdout.readline()
+        process.stdin.close()
+        errors = process.stderr.read()
+    for noise in ("never retrieved", "was destroyed", "Unclosed", "never awaited", "CancelledError()"):
+        assert noise not in errors
+    records = lines(replies)
+    assert 8 <= len(records) < 100
+    assert len(lines(tmp_path / "out" / "ledger.jsonl")) - len(records) in range(1, 5)
