@@ -137,23 +137,21 @@ def append_jsonl(path: str | Path, record: dict) -> None:
         file.write(line.encode("utf-8"))
 
 
-def resume_jsonl(path: str | Path) -> list[dict]:
-    """The objects of an append-only log, made ready for more: a last line without its end is cut off.
+def resume_jsonl(path: str | Path) -> Iterator[dict]:
+    """Yields the objects of an append-only log, made ready for more: a last line without its end is cut off first.
 
     Such a line is what a killed process leaves. A missing file is an empty log. Raises `ValueError`, naming the line,
     for one that is whole and no JSON object.
     """
     path = Path(path)
     if not path.exists():
-        return []
+        return
     with open(path, "rb+") as file:
         file.truncate(_end_of_last_line(file))
-    records = []
     for number, record in read_jsonl(path):
         if not isinstance(record, dict):
             raise ValueError(f"{path} line {number}: holds a {type(record).__name__}, expected an object")
-        records.append(record)
-    return records
+        yield record
 
 
 def _end_of_last_line(file: IO[bytes]) -> int:

@@ -14,6 +14,7 @@ from tiny import make_dataset, make_embedder
 
 from embedft import FinetuneConfig, Report, evaluate, load_embedder
 from embedft.cli import COMMANDS, main
+from embedft.data.questions import QuestionConfig
 from embedft.files import read_json, read_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -272,10 +273,11 @@ def help_of(capsys, *command: str) -> str:
     return capsys.readouterr().out
 
 
-def test_help_lists_every_command(capsys):
+def test_help_lists_every_command(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
     text = help_of(capsys)
     for name, (_, _, meaning) in COMMANDS.items():
-        assert re.search(rf"^    {name} +{meaning}$", text, re.MULTILINE)
+        assert re.search(rf"^    {name}\s+{meaning}$", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -286,9 +288,10 @@ def test_help_explains_every_option(capsys, monkeypatch, command):
     entries = [entry for section in sections for entry in re.split(r"\n  (?=\S)", section.rstrip())[1:]]
     explained = {re.split(r"[ ,]", entry)[0]: re.search(r"(?:  |\n)\s*(\S.*)", entry) for entry in entries}
     assert None not in explained.values(), explained
-    assert {"MODEL", "--device", "--quiet", "-h"} <= explained.keys()
-    if command == "finetune":
-        assert {f"--{field.name.replace('_', '-')}" for field in fields(FinetuneConfig)} <= explained.keys()
+    on_texts = {"chunk": {"PATH", "--out"}, "questions": {"SOURCE", "--out", "--method"}}
+    assert {"--quiet", "-h"} | on_texts.get(command, {"MODEL", "--device"}) <= explained.keys()
+    for config in {"finetune": [FinetuneConfig], "questions": [QuestionConfig]}.get(command, []):
+        assert {f"--{field.name.replace('_', '-')}" for field in fields(config)} <= explained.keys()
 
 
 def test_a_beir_folder_trains_on_train_and_validates_on_test(place, capsys, monkeypatch):

@@ -184,7 +184,7 @@ def test_a_log_is_resumed_behind_its_last_whole_line(tmp_path, monkeypatch, foun
     monkeypatch.setattr(files, "BLOCK_BYTES", block)
     path = tmp_path / "log.jsonl"
     path.write_bytes(found)
-    assert resume_jsonl(path) == [json.loads(line) for line in kept.splitlines()]
+    assert list(resume_jsonl(path)) == [json.loads(line) for line in kept.splitlines()]
     assert path.read_bytes() == kept
     append_jsonl(path, {"c": 3})
     assert path.read_bytes() == kept + b'{"c": 3}\n'
@@ -192,24 +192,21 @@ def test_a_log_is_resumed_behind_its_last_whole_line(tmp_path, monkeypatch, foun
 
 def test_a_missing_log_is_empty_and_a_damaged_one_is_refused(tmp_path):
     path = tmp_path / "log.jsonl"
-    assert resume_jsonl(path) == []
+    assert list(resume_jsonl(path)) == []
     assert not path.exists()
     path.write_bytes(b'{"a": 1}\n{"b"\n{"c": 3}\n')
     with pytest.raises(ValueError, match=r"log\.jsonl line 2 column 5: invalid JSON"):
-        resume_jsonl(path)
+        list(resume_jsonl(path))
     path.write_bytes(b"{}\n[1]\n")
     with pytest.raises(ValueError, match=r"log\.jsonl line 2: holds a list, expected an object"):
-        resume_jsonl(path)
+        list(resume_jsonl(path))
 
 
 def test_a_lock_is_held_by_one_at_a_time_and_dies_with_its_process(tmp_path):
     path = tmp_path / "folder" / "lock"
-    with locked(path):
-        with (
-            pytest.raises(ValueError, match=r"folder: another process is writing there \(it holds lock\)"),
-            locked(path),
-        ):
-            raise AssertionError("never reached")
+    message = r"folder: another process is writing there \(it holds lock\)"
+    with locked(path), pytest.raises(ValueError, match=message), locked(path):
+        raise AssertionError("never reached")
     with locked(path):
         pass
     script = "import os, sys; from embedft.files import locked\nwith locked(sys.argv[1]): os.kill(os.getpid(), 9)"

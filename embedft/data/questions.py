@@ -326,11 +326,12 @@ def _body(config: QuestionConfig, prompt: str, limit_name: str, is_structured: b
 
 def _read_folder(folder: Path, config: QuestionConfig) -> tuple[dict[str, list[str]], Ledger]:
     """The questions of valid replies by key, and the ledger of all requests. The caller holds the lock."""
-    records = resume_jsonl(folder / REPLIES)
-    for number, record in enumerate(records, start=1):
+    records = []
+    for number, record in enumerate(resume_jsonl(folder / REPLIES), start=1):
         if not record.keys() >= RECORD:
             lacks = ", ".join(sorted(RECORD - record.keys()))
             raise ValueError(f"{folder / REPLIES} line {number}: has no {lacks}, is it a file of replies?")
+        records.append({name: record[name] for name in RECORD})  # not the reply itself
     questions = {record["key"]: record["questions"] for record in records if record["status"] == "ok"}
     limits = {"max_requests": config.max_requests, "max_cost": config.max_cost}
     return questions, Ledger(folder / LEDGER, records, prices=config.prices, **limits)

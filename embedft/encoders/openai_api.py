@@ -1,4 +1,4 @@
-"""Embeddings from an OpenAI-compatible server, by the contract of `Embedder.encode`: what `evaluate` needs, no training.
+"""Embeddings from an OpenAI-compatible server, by the contract of `Embedder.encode`: for `evaluate`, not for training.
 
 Each call is paid for; nothing is kept here. The key comes from OPENAI_API_KEY, the server from `base_url` or
 OPENAI_BASE_URL.
