@@ -30,7 +30,6 @@ from .sources import find_data
 # bge-small-en, over NVIDIA's filing.
 PUBLISHED = {"hit_rate@5": (0.8516, 0.8626), "accuracy@1": (0.5769, 0.6319), "accuracy@10": (0.9011, 0.9396)}
 ADA_HIT_RATE = 0.9066
-NUM_UBER_TRAIN = 197
 CHUNK_TOKENS = 1024  # a page seldom has more
 
 
@@ -41,7 +40,7 @@ def main(options: argparse.Namespace) -> None:
         train_set, held_out = questions_of_filing(options, Path(options.out) / "questions")
     else:
         uber = RetrievalDataset.load(find_data("lyft_uber", options.data) / "val_dataset.json")
-        train_set, held_out = first_and_rest(uber, NUM_UBER_TRAIN)
+        train_set, held_out = first_and_rest(uber, options.train_chunks)
     print(f"training  {train_set!r}\nheld out  {held_out!r}")
 
     base = evaluate(load_embedder(options.base, max_length=MAX_LENGTH), held_out)
@@ -49,7 +48,7 @@ def main(options: argparse.Namespace) -> None:
         finetune_seed(options.base, train_set, held_out, seed, out / f"s{seed}", name="held-out")
         for seed in options.seeds
     ]
-    title = Path(options.pdf).stem if options.pdf else "Uber, last 198 chunks"
+    title = Path(options.pdf).stem if options.pdf else f"Uber from chunk {options.train_chunks + 1}"
     print(f"\n{format_seeds(title, base, tuned, PUBLISHED)}")
     print(
         f"\nbase: {options.base}; tuned: mean ± standard deviation over seeds {', '.join(map(str, options.seeds))}; "
@@ -124,6 +123,7 @@ if __name__ == "__main__":
     parser.add_argument("--embedding-model", metavar="MODEL", help="measure an API's embedding model too")
     parser.add_argument("--embedding-url", metavar="URL", help="of its server [api.openai.com]")
     parser.add_argument("--data", metavar="DIR", help="has val_dataset.json, when there is no --pdf")
+    parser.add_argument("--train-chunks", type=int, default=197, metavar="N", help="of them that train [197]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="[0 1 2]")
     parser.add_argument("--out", default="runs/repro_10k_pages", metavar="DIR", help="[%(default)s]")
     run(main, parser)

@@ -70,6 +70,9 @@ WITHOUT_TORCH = (
 HEAVY = ("faiss", "huggingface_hub", "transformers", "sentence_transformers", "openai", "pypdf", "scipy", "pandas")
 
 
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
 class Import(NamedTuple):
     """`target` is a module of embedft ("losses.targets") or, with `own` false, a package from elsewhere ("torch")."""
 
@@ -93,7 +96,7 @@ def imports_of(modules: dict[str, ast.Module], packages: set[str]) -> list[Impor
     """Every import statement, inside functions and under TYPE_CHECKING too. `packages`: which modules are folders."""
     found = []
     for source, tree in modules.items():
-        inside = {id(node) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for node in ast.walk(f)}
+        inside = {id(node) for f in ast.walk(tree) if isinstance(f, FUNCTIONS) for node in ast.walk(f)}
         folder = [] if source in TOP else source.split(".") if source in packages else source.split(".")[:-1]
 
         def add(names: list[str], node: ast.stmt, source: str = source, inside: set[int] = inside) -> None:

@@ -2,11 +2,14 @@
 
 import json
 
+import pydantic
 import pytest
 from api_server import ApiServer, written_questions
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from tiny import make_embedder
 
-from embedft import RetrievalDataset
+from embedft import RetrievalDataset, evaluate
 from embedft.cli import main
 from embedft.data.chunks import load_chunks
 from embedft.data.prompts import TEMPLATE, fill_template
@@ -196,6 +199,33 @@ def test_cleaning_and_round_trip(place, capsys):
     assert "some, round trip: dropped" in report
     assert len(filtered.queries) < 12
     assert len(RetrievalDataset.load("out/some.json").queries) == 12
+
+
+class EmbeddingQA(pydantic.BaseModel):
+    """The fields of LlamaIndex's EmbeddingQAFinetuneDataset, which reads its file as `cls(**json.load(file))`."""
+
+    queries: dict[str, str]
+    corpus: dict[str, str]
+    relevant_docs: dict[str, list[str]]
+    mode: str = "text"
+
+
+def test_data_sets_load_in_llamaindex_and_in_sentence_transformers(place, capsys):
+    assert chunk("--train-share", "0.5", "--size", "80") == 0
+    assert main(["questions", "chunks", "--out", "out", "--method", "ict"]) == 0
+    found = EmbeddingQA(**json.loads((place / "out" / "train.json").read_text()))
+    dataset = RetrievalDataset.load("out/train.json")
+    assert (found.queries, found.corpus) == (dataset.queries, dataset.corpus)
+    assert found.relevant_docs == {query: list(grades) for query, grades in dataset.qrels.items()}
+    # And what LlamaIndex writes loads here.
+    (place / "theirs.json").write_text(json.dumps(found.model_dump(), indent=4))
+    assert RetrievalDataset.load("theirs.json") == dataset
+
+    relevant = {query: set(ids) for query, ids in found.relevant_docs.items()}
+    evaluator = InformationRetrievalEvaluator(found.queries, found.corpus, relevant, name="x", write_csv=False)
+    theirs = evaluator(SentenceTransformer("model", device="cpu"))
+    ours = evaluate(load_embedder("model", device="cpu"), dataset).metrics
+    assert theirs["x_cosine_ndcg@10"] == pytest.approx(ours["ndcg@10"], abs=1e-6)
 
 
 @pytest.mark.parametrize(

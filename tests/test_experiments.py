@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+from api_server import ApiServer
 
 from benchmarks.workers import Worker, alternate, ratios, spread
 from embedft import RetrievalDataset, load_embedder
 from experiments.report import format_table
+from experiments.repro_10k_pages import first_and_rest
 from experiments.sources import find_data
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +33,9 @@ PAIRS = [
     ("What happens to unpaid dividends?", "Dividends not claimed within six years go back to the treasury."),
     ("How many people work there?", "At the end of the year 4,453 employees worked in eleven countries."),
 ]
+
+
+WORDS = ("salary", "lease", "tax", "bonus", "fee", "toll", "rent", "fine", "loan", "grant", "dividend", "refund")
 
 
 def run(module: str, *options: str, folder: Path) -> subprocess.CompletedProcess:
@@ -71,6 +76,64 @@ def test_the_lyft_uber_reproduction(tmp_path):
     written = log.stat().st_mtime_ns
     assert run("experiments.repro_finetune_lyft_uber", *options, folder=tmp_path).stdout == done.stdout
     assert log.stat().st_mtime_ns == written  # nothing was trained again
+
+
+def write_filing(folder: Path) -> None:
+    """Twelve pages of five sentences each, which share no words but the commonest."""
+    pages = []
+    for page in range(12):
+        names = [f"{WORDS[(5 * page + i) % len(WORDS)]}{page}" for i in range(5)]
+        pages.append(" ".join(f"The {name} of the firm was paid to its {name} partners in cash." for name in names))
+    (folder / "filing.txt").write_text("\f".join(pages))
+
+
+def test_quickstart_on_documents(tmp_path):
+    write_filing(tmp_path)
+    done = run("experiments.quickstart", "--pdf", "filing.txt", "--out", "out", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["data"] == ["filing.txt"]
+    assert report["num_train"] > report["num_held_out"] > 0
+    done = run("experiments.quickstart", "--pdf", "filing.txt", "--data", "x.csv", folder=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+def test_one_filing_without_a_key(tmp_path):
+    queries = {f"q{i}": question for i, (question, _) in enumerate(PAIRS)}
+    corpus = {f"d{i}": context for i, (_, context) in enumerate(PAIRS)}
+    dataset = RetrievalDataset(queries, corpus, {f"q{i}": {f"d{i}": 1} for i in range(len(PAIRS))})
+    for name in ("train_dataset.json", "val_dataset.json"):
+        dataset.save(tmp_path / name)
+    options = ("--data", str(tmp_path), "--seeds", "0", "--train-chunks", "6")
+    done = run("experiments.repro_10k_pages", *options, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "training  RetrievalDataset(6 queries, 6 documents" in done.stdout
+    assert "held out  RetrievalDataset(4 queries, 4 documents" in done.stdout
+    assert "| hit_rate@5 " in done.stdout
+    first, rest = first_and_rest(dataset, 6)
+    assert (list(first.corpus), list(rest.queries)) == ([f"d{i}" for i in range(6)], [f"q{i}" for i in range(6, 10)])
+
+
+def test_one_filing_and_a_server(tmp_path, monkeypatch):
+    write_filing(tmp_path)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-0123456789")
+    fault = "refusal"
+    with ApiServer(faults=lambda prompt, attempt: fault if "cash" in prompt and attempt <= 6 else None) as server:
+        options = ("--pdf", "filing.txt", "--train-pages", "1-8", "--url", server.base_url, "--seeds", "0")
+        options += ("--embedding-model", "vectors", "--embedding-url", server.base_url)
+        refused = run("experiments.repro_10k_pages", *options, folder=tmp_path)
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+        assert "8 of 8 chunks have no questions yet; run this again" in refused.stderr
+        fault = None
+        done = run("experiments.repro_10k_pages", *options, folder=tmp_path)
+        assert done.returncode == 0, done.stderr
+        again = run("experiments.repro_10k_pages", *options, folder=tmp_path)
+        assert again.stdout == done.stdout
+        assert server.counts["ok"] == 12 + 2  # a request a chunk; the embeddings of queries and of documents, once
+    assert "training  RetrievalDataset(16 queries, 8 documents" in done.stdout
+    assert "held out  RetrievalDataset(8 queries, 4 documents" in done.stdout
+    assert "| filing " in done.stdout
+    assert "| vectors |" in done.stdout
 
 
 def test_data_that_is_not_there(tmp_path):
