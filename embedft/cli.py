@@ -27,6 +27,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def one_line(error: Exception) -> str:
+    """What an error says: of a file that cannot be opened its name and why."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one subcommand. Returns the exit code: 0, 1 when something is left to do, 2 for a user's error."""
     parser = Parser(
@@ -45,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[options.command][1](options) or 0
     except (ValueError, OSError) as error:
-        print(f"embedft {options.command}: error: {error}", file=sys.stderr)
+        print(f"embedft {options.command}: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"embedft {options.command}: interrupted", file=sys.stderr)

@@ -7,7 +7,7 @@ run(main, parser)
 import argparse
 from collections.abc import Callable
 
-from embedft.cli import Parser
+from embedft.cli import Parser, one_line
 
 BASE = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -25,4 +25,4 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
     try:
         main(options)
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        parser.error(one_line(error))

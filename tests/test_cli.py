@@ -162,7 +162,7 @@ def test_in_a_process_of_its_own(place):
         ("info .", "embedft info: error: .: no config.json, so this is no model folder"),
         ("info model --device toaster", "embedft info: error: device is 'toaster', expected one that is there"),
         ("info model --device cuda:99", "embedft info: error: device is 'cuda:99', expected one that is there"),
-        ("encode model missing.txt --out x.npy", "embedft encode: error: [Errno 2] No such file or directory"),
+        ("encode model missing.txt --out x.npy", "embedft encode: error: missing.txt: No such file or directory"),
         (
             "encode model bad.jsonl --out x.npy",
             "embedft encode: error: bad.jsonl line 2: expected a string, or an object",

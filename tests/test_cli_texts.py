@@ -171,6 +171,35 @@ def test_what_is_missing_is_said_and_asked_for_again(place, capsys):
         assert server.counts["chat"] == num_chunks + 1
 
 
+def test_an_unknown_size_is_said(place, capsys):
+    assert chunk("--size", "300") == 0
+    assert "--size is 300 tokens, but sentence-transformers/all-MiniLM-L6-v2 reads 256" in capsys.readouterr().err
+
+
+def test_a_limit_leaves_each_side_its_part_and_nothing_of_another_run(place, capsys):
+    assert chunk("--train-share", "0.7", "--size", "60") == 0
+    sides = {name: len(load_chunks(f"chunks/{name}.jsonl")) for name in ("train", "validation")}
+    assert main(["questions", "chunks", "--out", "out", "--method", "ict"]) == 0
+    with ApiServer() as server:
+        assert ask(server, "--max-requests", "1") == 1
+        assert not (place / "out" / "validation.json").exists()  # ict's is gone: it belongs to other questions
+        assert "validation: no questions yet" in capsys.readouterr().out
+        num_asked = sum(sides.values()) // 2
+        assert ask(server, "--max-requests", str(num_asked)) == 1
+        for name, size in sides.items():
+            num_questions = len(RetrievalDataset.load(f"out/{name}.json").queries)
+            assert abs(num_questions / 2 - num_asked * size / sum(sides.values())) <= 1
+        assert ask(server) == 0
+
+
+def test_a_server_that_is_not_there(place, capsys):
+    assert chunk("--size", "40") == 0
+    arguments = ["questions", "chunks", "--out", "out", "--base-url", "http://127.0.0.1:9/v1"]
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1].startswith("embedft questions: error: http://127.0.0.1:9/v1: no connection (")
+
+
 def test_limits_stop_with_a_line(place, capsys):
     assert chunk() == 0
     with ApiServer() as server:
@@ -238,6 +267,13 @@ def test_data_sets_load_in_llamaindex_and_in_sentence_transformers(place, capsys
         ("chunk nowhere --out out", "nowhere"),
         ("chunk docs --out out --overlap 999", "overlap 999"),
         ("questions a --out out --method docstring", "'a' is not an installed top-level package"),
+        (
+            "questions docs/more.md --out out --method ict --dry-run",
+            "--dry-run is for --method llm, this is --method ict",
+        ),
+        ("questions docs/more.md --out out --method title --max-cost 3", "--max-cost is for --method llm, this is"),
+        ("questions docs/more.md --out out --method ict --parameters.seed 3", "--parameters.seed is for --method llm"),
+        ("questions docs/more.md --out out --method title --validation", "--validation is for --method ict"),
         ("chunk docs --out out --no.such 1", "unrecognized arguments: --no.such"),
     ],
 )

@@ -425,6 +425,15 @@ def test_paragraphs_headings_bullets_and_rows_of_the_filings(filing_documents):
         "Other comprehensive income (loss)",
     ]
     assert lyft80[-1] == "80"
+    # Set solid: the font is as high as the lines are apart, which pypdf alone takes for one line.
+    lyft224 = page_of(filing_documents, "lyft_2021.pdf", 224)
+    assert lyft224[1].startswith(
+        "9.5 Consultant agrees that, if the Company is unable because of Consultant’s unavailability, dissolution, "
+        "mental or physical incapacity, or for any other reason, to secure Consultant’s signature for the purpose of "
+        "applying for or pursuing any application for any United States"
+    )
+    # A footnote mark, a little higher than its row, stays in it.
+    assert any(line.startswith("All Other (1) (461) (11)") for line in page_of(filing_documents, "uber_2021.pdf", 61))
     uber90 = "\n".join(page_of(filing_documents, "uber_2021.pdf", 90))
     assert "to connect Drivers and Merchants with end-users to facilitate" in uber90
     assert "provide them to end-users. As part" in uber90

@@ -342,6 +342,7 @@ def test_the_sentence_leaves_the_chunk(text, query, document):
     [
         PADDING,
         f"{PADDING}\nFour words are few.",
+        f"{PADDING}\n5. Labor Code Section 2870 Notice is due.",
         f"{PADDING}\nA {'word ' * 59}ends.",
         f"{PADDING}\nRevenue $ 3,208 $ 2,364 total.",
         f"{PADDING}\nCosts rose 5 7.",
@@ -361,47 +362,68 @@ def test_chunks_without_a_sentence_to_ask_with_are_left_out(text):
     assert ict(text) is None
 
 
-SENTENCES = [f"This is sentence {name} of the chunk." for name in ("one", "two", "three", "four", "five")]
+ORDINALS = ("one", "two", "three", "four", "five")
+
+
+def five_sentences(id: str) -> Chunk:
+    return Chunk(id, " ".join(f"This is sentence {name} of chunk {id} in all." for name in ORDINALS))
+
+
+def ordinal(query: str) -> int:
+    return ORDINALS.index(query.split()[3])
 
 
 def test_a_choice_depends_on_seed_and_id_alone():
-    chunks = [Chunk(f"c{i}", " ".join(SENTENCES)) for i in range(400)]
+    chunks = [five_sentences(f"c{i}") for i in range(400)]
     dataset, num_left_out = inverse_cloze(chunks, seed=0)
     assert num_left_out == 0
     assert list(dataset.corpus) == [chunk.id for chunk in chunks]
     # Every sentence in its turn: 80 times on average, with a standard deviation of 8.
-    counts = Counter(dataset.queries.values())
-    assert counts.keys() == set(SENTENCES)
+    counts = Counter(map(ordinal, dataset.queries.values()))
+    assert counts.keys() == set(range(5))
     assert all(48 < count < 112 for count in counts.values())
     # A tenth stays: 40 on average, with a standard deviation of 6.
-    kept = [i for i, text in dataset.corpus.items() if text == chunks[0].text]
+    kept = [chunk.id for chunk in chunks if dataset.corpus[chunk.id] == chunk.text]
     assert 16 < len(kept) < 64
     for chunk in chunks:
         query = dataset.queries[f"{chunk.id}/q"]
-        rest = " ".join(sentence for sentence in SENTENCES if sentence != query)
+        rest = " ".join(chunk.text.replace(query, "").split())
         assert dataset.corpus[chunk.id] == (chunk.text if chunk.id in kept else rest)
     # Which stays has nothing to do with which sentence it is.
-    assert len({dataset.queries[f"{i}/q"] for i in kept}) > 2
+    assert len({ordinal(dataset.queries[f"{i}/q"]) for i in kept}) > 2
     fewer, _ = inverse_cloze(chunks[:100:-3], seed=0)
     for query_id, query in fewer.queries.items():
         assert dataset.queries[query_id] == query
         assert dataset.corpus[query_id[:-2]] == fewer.corpus[query_id[:-2]]
     none_kept, _ = inverse_cloze(chunks, seed=0, keep_share=0)
     assert none_kept.queries == dataset.queries  # training and validation differ in what stays only
-    assert chunks[0].text not in none_kept.corpus.values()
+    assert not {chunk.text for chunk in chunks} & set(none_kept.corpus.values())
     other, _ = inverse_cloze(chunks, seed=1)
     assert 200 < sum(other.queries[i] != query for i, query in dataset.queries.items()) < 400
 
 
+def test_a_sentence_of_several_chunks_asks_for_none():
+    first, second = five_sentences("a"), five_sentences("b")
+    shared = "The accompanying notes are a part of this."
+    chunks = [
+        Chunk("a", f"{first.text} {shared}"),
+        Chunk("b", f"{shared.replace(' notes', '  notes')} {second.text}"),
+    ]
+    found = {inverse_cloze(chunks, seed=seed)[0].queries["a/q"] for seed in range(60)}
+    assert len(found) == 5
+    assert shared not in found
+    alone, _ = inverse_cloze([Chunk("c", f"{shared} {PADDING}"), second], seed=0)
+    assert alone.queries["c/q"] == shared
+
+
 def test_inverse_cloze_is_the_same_everywhere():
     """Of one seed and some ids, written down: a change would change everybody's data."""
-    dataset, _ = inverse_cloze([Chunk(i, " ".join(SENTENCES)) for i in "abcdef"], seed=7)
-    chosen = [SENTENCES.index(query) for query in dataset.queries.values()]
-    assert chosen == [2, 1, 3, 3, 3, 1]
+    dataset, _ = inverse_cloze([five_sentences(i) for i in "abcdef"], seed=7)
+    assert list(map(ordinal, dataset.queries.values())) == [2, 1, 3, 3, 3, 1]
 
 
 def test_inverse_cloze_errors():
-    chunks = [Chunk("a", " ".join(SENTENCES))]
+    chunks = [five_sentences("a")]
     for share in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match=f"keep_share must lie between 0 and 1, found {share}"):
             inverse_cloze(chunks, seed=0, keep_share=share)

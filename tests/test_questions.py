@@ -200,8 +200,8 @@ def test_what_is_sent_and_what_is_kept(tmp_path, monkeypatch):
     # What is reserved: a token for every byte of the body that OpenAI would get, 128 more, and the longest reply.
     sent = json.dumps({**body, "max_completion_tokens": 256}, ensure_ascii=False)
     num_bytes = len(sent.encode()) - len('"max_tokens": 256, ')
-    assert (reserved["prompt_tokens"], reserved["reply_tokens"]) == (num_bytes + 128, 256)
-    assert reserved["cost"] == pytest.approx(((num_bytes + 128) * 2.0 + 256 * 6.0) / 1e6)
+    assert (reserved["most_prompt_tokens"], reserved["most_reply_tokens"]) == (num_bytes + 128, 256)
+    assert reserved["most_cost"] == pytest.approx(((num_bytes + 128) * 2.0 + 256 * 6.0) / 1e6)
     assert outcome.totals == sending.Totals(1, *usage.values(), 0, reply["cost"], 0.0)
 
 
@@ -246,7 +246,7 @@ def test_a_fault_is_recorded_and_asked_again(tmp_path, fault):
     assert (first["status"], second["status"]) == (status, "ok")
     assert first["reason"].startswith(reason)
     assert (first["questions"], first["key"], first["request"]) == (None, second["key"], 1)
-    reserved = lines(tmp_path / "ledger.jsonl")[0]["cost"]
+    reserved = lines(tmp_path / "ledger.jsonl")[0]["most_cost"]
     assert outcome.totals.unreported_cost == (reserved if is_free is False else 0)
     if is_free is None:
         assert first["usage"]["prompt_tokens"] > 0
@@ -459,7 +459,7 @@ def test_a_limit_of_cost_holds_over_all_runs(tmp_path):
             assert spent <= limit
             # Not one reservation more would have fitted: they are all of about the same size.
             if outcome.stopped:
-                assert spent > limit - 1.1 * lines(tmp_path / "ledger.jsonl")[-1]["cost"]
+                assert spent > limit - 1.1 * lines(tmp_path / "ledger.jsonl")[-1]["most_cost"]
             stopped.append(outcome.stopped)
         assert [text and text.split(":")[0] for text in stopped] == [
             "stopped at --max-cost 0.02",

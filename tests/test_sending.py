@@ -47,11 +47,11 @@ def test_the_arithmetic_by_hand(tmp_path):
     assert ledger.totals() == sending.Totals(2, 800, 100, 0, 0.0022, 0.0)
     first, second = lines(path)
     assert (first["request"], second["request"]) == (1, 2)
-    assert {key: first[key] for key in ("key", "prompt_tokens", "reply_tokens", "cost")} == {
+    assert {key: first[key] for key in ("key", "most_prompt_tokens", "most_reply_tokens", "most_cost")} == {
         "key": "a",
-        "prompt_tokens": 1000,
-        "reply_tokens": 500,
-        "cost": 0.005,
+        "most_prompt_tokens": 1000,
+        "most_reply_tokens": 500,
+        "most_cost": 0.005,
     }
 
 
@@ -92,7 +92,7 @@ def test_without_prices_there_is_no_cost_and_later_ones_price_it(tmp_path):
     ledger.reserve(job("b", 1000, 500))
     assert ledger.settle(1, (10, 20)) is None
     assert ledger.totals() == sending.Totals(2, 10, 20, 1, None, None)
-    assert lines(path)[0]["cost"] is None
+    assert lines(path)[0]["most_cost"] is None
     outcomes = [{"request": 1, "usage": {"prompt_tokens": 10, "completion_tokens": 20}, "cost": None}]
     priced = Ledger(path, outcomes, prices=(2.0, 6.0))
     assert priced.totals() == sending.Totals(2, 10, 20, 1, 0.00014, 0.005)
@@ -109,8 +109,8 @@ def test_a_file_that_is_no_ledger_is_refused(tmp_path):
     path = tmp_path / "ledger.jsonl"
     Ledger(path).reserve(job("a"))
     with open(path, "a") as file:
-        file.write('{"request": 2, "prompt_tokens": 3, "cost": null}\n')
-    with pytest.raises(ValueError, match=r"ledger\.jsonl line 2: has no 'reply_tokens', is it a ledger\?"):
+        file.write('{"request": 2, "most_prompt_tokens": 3, "most_cost": null}\n')
+    with pytest.raises(ValueError, match=r"ledger\.jsonl line 2: has no 'most_reply_tokens', is it a ledger\?"):
         Ledger(path)
 
 

@@ -7,6 +7,7 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,13 @@ WHOLE, TRAIN, VALIDATION = "chunks", "train", "validation"
 REPORT = "report.json"
 MAX_REASONS = 5
 NUM_DOCSTRINGS = (2_000, 1_000)  # that train, that validate
+LLM_OPTIONS = ("base_url", "template", "dry_run", "no_clean", "round_trip", "config")
 METHODS = ("llm", "ict", "title", "docstring")
 
 
 def _add_chunk(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("paths", nargs="+", metavar="PATH", help="PDF, text or Markdown files, and folders of them")
-    parser.add_argument("--out", required=True, metavar="DIR", help="gets chunks.jsonl and report.json")
+    parser.add_argument("--out", required=True, metavar="DIR", help="gets chunks.jsonl, or the two sides of a split")
     parser.add_argument("--model", default=MODEL, metavar="MODEL", help="whose tokenizer counts [%(default)s]")
     parser.add_argument("--revision", help="commit, tag or branch of a hub model")
     parser.add_argument("--size", type=int, metavar="N", help="most tokens of a chunk [all that the model reads]")
@@ -56,6 +58,9 @@ def _chunk(options: argparse.Namespace) -> None:
     size = (options.size or tokenizer.max_length) - num_special
     if size < 1:
         raise ValueError(f"--size is {options.size}, expected more than the {num_special} special tokens of a text")
+    if size + num_special > tokenizer.max_length:
+        most = f"{options.model} reads {tokenizer.max_length}, unless its max_length is set"
+        print(f"--size is {options.size} tokens, but {most}: the rest of a chunk would be cut off", file=sys.stderr)
     documents = read_documents(options.paths)
     for skipped in documents.skipped:
         print(skipped, file=sys.stderr)
@@ -79,8 +84,8 @@ def _chunk(options: argparse.Namespace) -> None:
         "tokenizer": options.model,
     }
     print(
-        f"{report['files']:,} files, {report['pages']:,} pages with text -> {len(chunks):,} chunks of at most {size} "
-        f"tokens ({report['tokens']:,} in all; {num_special} special tokens come on top)"
+        f"{report['pages']:,} pages with text in {report['files']:,} file(s) -> {len(chunks):,} chunks of at most "
+        f"{size} tokens ({report['tokens']:,} in all; {num_special} special tokens come on top)"
     )
     if options.drop_repeated:
         print(f"dropped {sum(repeated.values()):,} repeated headers and footers")
@@ -116,7 +121,12 @@ def _add_questions(parser: argparse.ArgumentParser) -> None:
         help="what `embedft chunk` wrote, or JSONL of objects with `id` and `text`; docstring: packages",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="gets the data sets, the replies and a report")
-    parser.add_argument("--method", choices=METHODS, default="llm", help="who writes the questions [llm]")
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        default="llm",
+        help="llm; or without one: ict, a sentence of each chunk; title, its heading; docstring, of packages [llm]",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of ict and docstring [0]")
     parser.add_argument(
         "--validation", action="store_true", help="ict: SOURCE validates, so every sentence leaves its chunk"
@@ -137,6 +147,7 @@ def _add_questions(parser: argparse.ArgumentParser) -> None:
 def _questions(options: argparse.Namespace) -> int:
     out = Path(options.out)
     check_writable(out)
+    _check_method(options)
     if options.method == "docstring":
         train, held_out = pseudo.docstring_datasets(
             num_train=NUM_DOCSTRINGS[0], num_held_out=NUM_DOCSTRINGS[1], seed=options.seed, packages=options.sources
@@ -159,6 +170,16 @@ def _questions(options: argparse.Namespace) -> int:
     return 0
 
 
+def _check_method(options: argparse.Namespace) -> None:
+    """Refuses what the method has no use for, such as a dry run that would write."""
+    given = [key.removeprefix("setting.") for key in vars(options) if key.startswith("setting.")]
+    given += [*options.dotted, *(name for name in LLM_OPTIONS if getattr(options, name))]
+    if options.method != "llm" and given:
+        raise ValueError(f"--{given[0].replace('_', '-')} is for --method llm, this is --method {options.method}")
+    if options.method != "ict" and options.validation:
+        raise ValueError(f"--validation is for --method ict, this is --method {options.method}")
+
+
 def _load_sides(sources: Sequence[str]) -> dict[str, list[Chunk]]:
     """{name of the data set: its chunks}."""
     if len(sources) != 1:
@@ -178,8 +199,9 @@ def _load_sides(sources: Sequence[str]) -> dict[str, list[Chunk]]:
 def _ask(sides: dict[str, list[Chunk]], options: argparse.Namespace, out: Path) -> int:
     config = configs.config_from_options(QuestionConfig, options)
     template = read_text(options.template) if options.template else TEMPLATE
-    # One job, so that the two sides share a budget; a text that is in both would be asked for once.
-    chunks = list({chunk.id: chunk for side in sides.values() for chunk in side}.values())
+    # One job, so that the sides share a budget, and in turn, so that each has its part when it runs out.
+    turns = [((i + 0.5) / len(side), chunk) for side in sides.values() for i, chunk in enumerate(side)]
+    chunks = list({chunk.id: chunk for _, chunk in sorted(turns, key=lambda turn: turn[0])}.values())
     if options.dry_run:
         print(_format_estimate(estimate(chunks, config, folder=out, template=template)))
         return 0
@@ -188,21 +210,24 @@ def _ask(sides: dict[str, list[Chunk]], options: argparse.Namespace, out: Path) 
     report: dict[str, Any] = {}
     for name, side in sides.items():
         questions = {chunk.id: outcome.questions[chunk.id] for chunk in side if chunk.id in outcome.questions}
+        if not questions:
+            (out / f"{name}.json").unlink(missing_ok=True)  # of an earlier call
+            print(f"{name}: no questions yet")
+            continue
         dataset = question_dataset(side, questions)
         steps: dict[str, Callable[[RetrievalDataset], Cleaned]] = {}
         if not options.no_clean:
             steps["cleaning"] = clean
         if options.round_trip and name != VALIDATION:
-            base = load_embedder(options.base)
-            steps["round trip"] = lambda dataset, base=base: round_trip(
-                dataset, encode=base.encode, k=options.round_trip
-            )
+            encode = load_embedder(options.base).encode
+            steps["round trip"] = partial(round_trip, encode=encode, k=options.round_trip)
         for step, run in steps.items():
+            before = len(dataset.queries)
             cleaned = run(dataset)
             dataset = cleaned.dataset
             report[f"{name}: {step}"] = cleaned.report()
-            dropped = ", ".join(f"{count:,} {reason}" for reason, count in cleaned.counts().items()) or "none"
-            print(f"{name}, {step}: dropped {dropped}; changed {len(cleaned.changed):,}")
+            reasons = "".join(f"; {count:,}: {reason}" for reason, count in cleaned.counts().items())
+            print(f"{name}, {step}: dropped {len(cleaned.dropped):,} of {before:,} questions{reasons}")
         _save(dataset, out / f"{name}.json")
     write_json(out / REPORT, {**report, "missing": outcome.missing})
     if not outcome.missing:

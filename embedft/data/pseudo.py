@@ -70,7 +70,7 @@ ROLE = re.compile(r":[\w:.+-]+:`")
 LITERAL = re.compile(r"`+~?([^`<]*[^`<\s])(?:\s*<[^`<>]*>)?`+_{0,2}")  # `x`, ``x``, `~x.y`, `text <target>`_
 # What of a chunk can be a query.
 SENTENCE_WORDS, MAX_HEADING_WORDS = range(5, 61), 12
-WHOLE_SENTENCE = re.compile(r"""["'“‘(\[]*[^\W_a-z].*[.!?]["'”’)\]]*""")
+WHOLE_SENTENCE = re.compile(r"""["'“‘(\[]*[^\W\d_a-z].*[.!?]["'”’)\]]*""")
 # A first line that ends like this is a sentence, or goes on in the next; with amounts it is the row of a table.
 UNFINISHED = re.compile(r"(?:[.!?:;,—–-]|\b(?i:an?|and|as|at|by|for|from|in|of|on|or|our|that|the|to|which|with))$")
 AMOUNTS = re.compile(r"[$€£]|\d,\d{3}|\d[\d.%)]*\s+\(?[\d.,%)]+$")
@@ -176,10 +176,10 @@ def inverse_cloze(chunks: Sequence[Chunk], *, seed: int, keep_share: float = 0.1
     """(dataset, chunks left out): one sentence of each chunk is its query, and mostly no longer part of the chunk.
 
     Where the sentence stays, the query finds its chunk by its words; where it goes, only by what they are about. What
-    a chunk gives follows from the seed, its id and its text, so chunks that are added or removed change no other.
-    Sentences are whole ones of 5 to 60 words, more than half of them of letters alone, that stand once in the chunk
-    and leave it at least 20 words; a chunk without one stays in the corpus as it is, without a query. A neighbour that
-    overlaps may still hold the sentence: cut chunks without overlap where that matters.
+    a chunk gives follows from the seed, its id and its text, so chunks that are added or removed change no other with
+    which they share no sentence. Sentences are whole ones of 5 to 60 words, more than half of them of letters alone,
+    that begin with a capital, stand in no other chunk and once in this, and leave it at least 20 words; a chunk without
+    one stays in the corpus as it is, without a query.
 
     Source: Lee et al. 2019, "Latent Retrieval for Weakly Supervised Open Domain Question Answering", section 4.
 
@@ -194,8 +194,12 @@ def inverse_cloze(chunks: Sequence[Chunk], *, seed: int, keep_share: float = 0.1
     if not 0 <= keep_share <= 1:
         raise ValueError(f"keep_share must lie between 0 and 1, found {keep_share!r}")
 
+    holders = Counter(
+        sentence for chunk in chunks for sentence in {sentence for sentence, _, _ in _sentences(chunk.text)}
+    )
+
     def ask(chunk: Chunk) -> tuple[str, str] | None:
-        pairs = list(_sentence_pairs(chunk.text))
+        pairs = [pair for pair in _sentence_pairs(chunk.text) if holders[pair[0]] == 1]
         if not pairs:
             return None
         digest = hashlib.sha256(f"{seed} {chunk.id}".encode()).digest()
@@ -251,11 +255,15 @@ def _ask_chunks(
     return dataset, len(chunks) - len(queries)
 
 
+def _sentences(text: str) -> list[tuple[str, int, int]]:
+    """(sentence on one line, its start, its stop) for all of a text."""
+    return [(" ".join(text[start:stop].split()), start, stop) for start, stop in sentence_spans(text)]
+
+
 def _sentence_pairs(text: str) -> Iterator[tuple[str, str]]:
     """(sentence on one line, text without it) for each sentence of a chunk that can be its query."""
     on_one_line = " ".join(text.split())
-    for start, stop in sentence_spans(text):
-        sentence = " ".join(text[start:stop].split())
+    for sentence, start, stop in _sentences(text):
         before, after = text[:start].rstrip(), text[stop:].lstrip()
         num_breaks = max(text[len(before) : start].count("\n"), text[stop : len(text) - len(after)].count("\n"))
         rest = f"{before}{chr(10) * min(num_breaks, 2) or ' '}{after}".strip()

@@ -354,7 +354,7 @@ class _Asker:
         is_openai = parts.hostname == OPENAI_HOST or parts.hostname.endswith(f".{OPENAI_HOST}")
         key = os.environ.get("OPENAI_API_KEY", "").strip()
         if is_openai and not key:
-            raise ValueError(f"OPENAI_API_KEY is not set, and {self.server} asks for a key")
+            raise ValueError(f"OPENAI_API_KEY is not set, and {self.server} asks for a key (another server: base_url)")
         if not (key.isascii() and key.isprintable()):
             raise ValueError("OPENAI_API_KEY holds a character that no key has")
         self.secret = key if len(key) >= MIN_SECRET_CHARACTERS else None
@@ -381,8 +381,9 @@ class _Asker:
             usage = FREE if type(error.__cause__).__name__ in NEVER_SENT else None
             return Answer("failed", "retry", f"no reply within {self.config.timeout_seconds:g} s", usage=usage)
         except self.openai.APIConnectionError as error:
-            usage = FREE if type(error.__cause__).__name__ in NEVER_SENT else None
-            return Answer("failed", "retry", self._line(f"no connection ({error.__cause__ or error})"), usage=usage)
+            never_sent = type(error.__cause__).__name__ in NEVER_SENT
+            reason = self._line(f"no connection ({error.__cause__ or error})")
+            return Answer("failed", "retry", reason, usage=FREE if never_sent else None, suspect=never_sent)
         return self._from_reply(response.text)
 
     def _from_status(self, error: Any, was_structured: bool) -> Answer:

@@ -115,7 +115,7 @@ class Ledger:
         self.open: dict[int, Decimal] = {}
         for number, record in enumerate(resume_jsonl(self.path), start=1):
             try:
-                tokens, cost = (record["prompt_tokens"], record["reply_tokens"]), record["cost"]
+                tokens, cost = (record["most_prompt_tokens"], record["most_reply_tokens"]), record["most_cost"]
                 self._open(record["request"], self._price(*tokens) if cost is None else _decimal(cost))
             except KeyError as error:
                 raise ValueError(f"{self.path} line {number}: has no {error}, is it a ledger?") from None
@@ -140,9 +140,9 @@ class Ledger:
         record = {
             "request": self.last + 1,
             "key": job.key,
-            "prompt_tokens": job.prompt_tokens,
-            "reply_tokens": job.reply_tokens,
-            "cost": None if self.prices is None else float(cost),
+            "most_prompt_tokens": job.prompt_tokens,
+            "most_reply_tokens": job.reply_tokens,
+            "most_cost": None if self.prices is None else float(cost),
             "time": now_text(),
         }
         append_jsonl(self.path, record)
