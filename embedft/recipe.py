@@ -5,19 +5,26 @@
     finetune(embedder, train_set, FinetuneConfig(epochs=2, batch_size=64), validation=held_out, out="runs/first")
 """
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 from .config import setting, to_dict
 from .data.batches import Batches
 from .data.dataset import RetrievalDataset
 from .encoders.embedder import Embedder
-from .losses.registry import build_loss
+from .encoders.loading import load_embedder
+from .losses.registry import LOSSES, Loss, build_loss
 from .retrieval.evaluate import evaluate, evaluate_run
 from .retrieval.report import Report
 from .retrieval.run import Run, check_trec_ids
 from .training import runs
+from .training.references import FrozenEmbeddings, Reference, targets_with
 from .training.train import TrainConfig, train
 
 VALIDATION, VALIDATION_BASE = "validation", "validation-base"
@@ -32,6 +39,9 @@ class FinetuneConfig(TrainConfig):
     max_length: int | None = setting(None, "tokens a text is cut to; null: the model's own")
     attention_dropout: float = setting(0.0, "on attention weights; above 0 it costs the fast kernels")
     loss: dict[str, Any] = setting({"name": "in_batch_negatives"}, "name and options of the loss")
+    references: dict[str, Any] = setting(
+        {}, "frozen models by what the loss calls them: guide, teacher or base; null: MODEL before training"
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -41,7 +51,10 @@ class FinetuneConfig(TrainConfig):
             raise ValueError(f"num_negatives is {self.num_negatives}, expected at least 0")
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"attention_dropout is {self.attention_dropout}, expected at least 0 and below 1")
-        build_loss(self.loss)
+        for name, model in self.references.items():
+            if not isinstance(model, str | None):
+                raise ValueError(f"references: {name} is {model!r}, expected a model's folder or name, or null")
+        _build_loss(self)
 
 
 def finetune(
@@ -50,6 +63,7 @@ def finetune(
     config: FinetuneConfig | None = None,
     *,
     validation: RetrievalDataset | None = None,
+    references: Mapping[str, Embedder | Reference] | None = None,
     out: str | Path | None = None,
     existing: str = "refuse",
 ) -> Embedder:
@@ -60,6 +74,9 @@ def finetune(
 
     Args:
         validation: held-out questions by which the best weights are chosen (`config.select`); None: the last weights.
+        references: what the loss compares with, by the name it asks for ("guide", "teacher", "base"): an Embedder,
+            which encodes `dataset` once before training (`embedder` itself: the base), or a function of the batch.
+            Added to those of `config.references`.
         out: run folder, see training/runs.py; `out/model` gets the model, `out/eval` the reports on `validation`
             before and after. None: nothing is written.
         existing: what to do about a run in `out`: "refuse", "overwrite", or "resume" from its last checkpoint.
@@ -69,6 +86,8 @@ def finetune(
     """
     config = config or FinetuneConfig()
     out = None if out is None else Path(out)
+    if out is not None:
+        runs.check_run(out, existing)
     batches = Batches(
         dataset, embedder.pack, batch_size=config.batch_size, seed=config.seed, num_negatives=config.num_negatives
     )
@@ -79,14 +98,16 @@ def finetune(
         metrics = evaluate_run(Run.from_dict({}), validation, **cutoffs).metrics
         if config.select not in metrics:
             raise ValueError(f"select is {config.select!r}, expected one of {', '.join(metrics)}")
-    if embedder.similarity == "dot" and not embedder.normalize and "similarity" not in config.loss:
+    if embedder.similarity == "dot" and not embedder.normalize and _lacks_similarity(config.loss):
         raise ValueError("the model's similarity is the dot product: loss.similarity has to say 'dot' or 'cosine'")
     if config.max_length is not None:
         embedder.max_length = config.max_length
     embedder.encoder.attention_dropout = config.attention_dropout
     config = replace(config, max_length=embedder.max_length)  # so that the run's configuration says what it was
+    references, reference_hashes = _frozen(embedder, dataset, config, references or {})
+    _try_loss(embedder, batches, config, references)
     if out is not None:
-        hashes = {"model": embedder.sha256(), "train": dataset.sha256()}
+        hashes = {"model": embedder.sha256(), "train": dataset.sha256(), **reference_hashes}
         if validation is not None:
             hashes["validation"] = validation.sha256()
             check_trec_ids([*validation.queries, *validation.corpus])
@@ -103,10 +124,64 @@ def finetune(
         return report.metrics
 
     evaluation = None if validation is None else validate
-    train(embedder, batches, build_loss(config.loss), config, out=out, evaluate=evaluation)
+    loss = _build_loss(config)
+    train(embedder, batches, loss, config, out=out, references=references, evaluate=evaluation)
     if out is not None:
         embedder.save(out / runs.MODEL)
         if validation is not None:
             measure(embedder).save(out / runs.EVAL / VALIDATION)
         runs.close_run(out)
     return embedder
+
+
+def _build_loss(config: FinetuneConfig) -> Loss:
+    """The loss of a configuration; what it draws at random follows from the seed, the caller's random state stays."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        return build_loss(config.loss)
+
+
+def _lacks_similarity(spec: Any) -> bool:
+    """Whether a loss that has an option `similarity`, or one inside it, leaves that to its default."""
+    if isinstance(spec, list):
+        return any(map(_lacks_similarity, spec))
+    if not isinstance(spec, dict):
+        return False
+    takes = "name" in spec and "similarity" in inspect.signature(LOSSES[spec["name"]]).parameters
+    return (takes and "similarity" not in spec) or any(map(_lacks_similarity, spec.values()))
+
+
+def _frozen(
+    embedder: Embedder, dataset: RetrievalDataset, config: FinetuneConfig, given: Mapping[str, Embedder | Reference]
+) -> tuple[dict[str, Reference], dict[str, str]]:
+    """Every reference as a function of the batch, and the hashes of the models among them."""
+    twice = config.references.keys() & given.keys()
+    if twice:
+        raise ValueError(f"reference {min(twice)!r} is given twice, in the configuration and beside it")
+    found, hashes = dict(given), {}
+    for name, model in config.references.items():
+        found[name] = embedder if model is None else load_embedder(model, device=embedder.device)
+    for name, reference in found.items():
+        if isinstance(reference, Embedder):
+            hashes[f"reference {name}"] = reference.sha256()
+            # Training moves all dimensions of the embedder, also where `encode` gives fewer.
+            dim = embedder.full_dim if reference is embedder else None
+            found[name] = FrozenEmbeddings.encode(reference, dataset, dim=dim)
+    return found, hashes
+
+
+def _try_loss(
+    embedder: Embedder, batches: Batches, config: FinetuneConfig, references: Mapping[str, Reference]
+) -> None:
+    """Computes the loss of the first batch with vectors of zeros: tells what it lacks before a run is begun.
+
+    A missing reference or teacher's score, a dimension beyond the model's, a teacher of another width.
+    """
+    batch = next(batches.epoch(0))
+    targets = targets_with(references, batch)
+    Q, D = (torch.zeros(part.num_sequences, embedder.full_dim) for part in (batch.queries, batch.documents))
+    loss = _build_loss(config)
+    if isinstance(loss, nn.Module):
+        loss.eval()  # draws nothing, and warns of nothing: that is for the training
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        loss(Q, D, targets)

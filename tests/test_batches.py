@@ -1,13 +1,16 @@
 """batches.py: every pair once an epoch, in the reference's order; a document once a batch, nobody's own a negative."""
 
 import random
+import time
 from itertools import islice
 
 import pytest
 import torch
+from tiny import make_dataset, make_embedder
 
 from embedft import RetrievalDataset
 from embedft.data.batches import Batches
+from embedft.encoders.packing import pack
 
 
 def keep_texts(texts, *, role):
@@ -137,3 +140,319 @@ def test_refuses_what_cannot_be_trained_on():
     with pytest.raises(ValueError, match="query 'q' has 1 hard negatives, num_negatives is 2"):
         make_batches(dataset, num_negatives=2)
     assert len(make_batches(dataset)) == 1
+
+
+def pack_letters(texts, *, role):
+    """Stands for `Embedder.pack` where lengths matter: a token a letter, and two more."""
+    return pack([[1, *map(ord, text), 2] for text in texts])
+
+
+def letters(lengths: list[int]) -> RetrievalDataset:
+    """Query i has 1 letter and its document lengths[i] of them: lengths[i] + 5 tokens a pair."""
+    queries = {f"q{i}": chr(ord("A") + i % 25) for i in range(len(lengths))}
+    corpus = {f"d{i}": "x" * length for i, length in enumerate(lengths)}
+    return RetrievalDataset(queries, corpus, {f"q{i}": {f"d{i}": 1} for i in range(len(lengths))})
+
+
+def plan_ids(batches: Batches, epoch: int = 0) -> list[list[str]]:
+    return [[batches.examples[row][0] for row in rows] for rows in batches.plan(epoch)]
+
+
+def texts_of(batches: Batches, rows: list[int]) -> list[set[str]]:
+    """What stands in each row of a batch."""
+    dataset, found = batches.dataset, []
+    for query_id, document_id in (batches.examples[row] for row in rows):
+        documents = [document_id, *dataset.negatives.get(query_id, [])[: batches.num_negatives]]
+        found.append({dataset.queries[query_id], *(batches.texts[i] for i in documents)})
+    return found
+
+
+def with_doubles(seed: int, num_pairs: int, num_queries: int, num_documents: int, negatives: int = 0):
+    """Pairs whose query and document texts repeat, under ids of their own."""
+    generator = random.Random(seed)
+    queries = {f"q{i}": f"question {generator.randrange(num_queries)}" for i in range(num_pairs)}
+    corpus = {f"d{i}": f"text {generator.randrange(num_documents)}" for i in range(num_pairs)}
+    hard = (
+        {
+            f"q{i}": [f"d{j}" for j in generator.sample([j for j in range(num_pairs) if j != i], negatives)]
+            for i in range(num_pairs)
+        }
+        if negatives
+        else {}
+    )
+    return RetrievalDataset(queries, corpus, {f"q{i}": {f"d{i}": 1} for i in range(num_pairs)}, hard)
+
+
+# No duplicates.
+
+
+def test_no_duplicates_by_hand():
+    """Eight pairs, two with one context, in batches of four: the two are apart, and nobody else moves out of order."""
+    corpus = {f"d{i}": f"context {min(i, 6)}" for i in range(8)}
+    dataset = RetrievalDataset(
+        {f"q{i}": f"question {i}" for i in range(8)}, corpus, {f"q{i}": {f"d{i}": 1} for i in range(8)}
+    )
+    for epoch in range(20):
+        first, second = plan_ids(make_batches(dataset, 4, no_duplicates=True), epoch)
+        assert len(first) == len(second) == 4
+        assert ("q6" in first) != ("q7" in first)
+        order = [f"q{i}" for i in torch.randperm(8, generator=torch.Generator().manual_seed(epoch)).tolist()]
+        others = [q for q in order if q not in ("q6", "q7")]
+        assert [q for q in first + second if q in others] == others
+
+
+@pytest.mark.parametrize(
+    "shape", [(60, 50, 50), (60, 30, 60), (60, 60, 6), (40, 5, 8), (30, 1, 30), (7, 1, 1), (1, 1, 1)]
+)
+@pytest.mark.parametrize("batch_size", [1, 4, 16, 100])
+@pytest.mark.parametrize("negatives", [0, 2])
+def test_no_text_stands_twice_in_a_batch(shape, batch_size, negatives):
+    negatives = negatives if shape[0] > 2 else 0
+    dataset = with_doubles(1, *shape, negatives=negatives)
+    batches = make_batches(dataset, batch_size, no_duplicates=True, num_negatives=negatives)
+    for epoch in range(3):
+        plan = batches.plan(epoch)
+        assert sorted(row for rows in plan for row in rows) == list(range(shape[0]))
+        assert len(plan) == len(batches)
+        assert min(map(len, plan)) >= 1
+        for rows in plan:
+            texts = texts_of(batches, rows)
+            assert sum(map(len, texts)) == len(set().union(*texts))
+        if not negatives:
+            assert max(map(len, plan)) <= batch_size + 1
+
+
+def test_a_query_and_another_querys_document_of_the_same_text_are_apart():
+    queries, corpus = {"a": "how to", "b": "where to"}, {"c": "where to", "d": "there"}
+    dataset = RetrievalDataset(queries, corpus, {"a": {"c": 1}, "b": {"d": 1}})
+    assert len(make_batches(dataset, 2, no_duplicates=True)) == 2
+
+
+def test_without_doubles_no_duplicates_changes_nothing():
+    dataset = letters(list(range(1, 24)))
+    for epoch in range(3):
+        assert plan_ids(make_batches(dataset, 4), epoch) == plan_ids(
+            make_batches(dataset, 4, no_duplicates=True), epoch
+        )
+
+
+def test_a_few_doubles_leave_full_batches():
+    """130 pairs in 32s, of which 20 share their context with another: still five batches, the last of what is left."""
+    corpus = {f"d{i}": f"context {i - 10 if 10 <= i < 20 else i}" for i in range(130)}
+    queries, qrels = {f"q{i}": f"question {i}" for i in range(130)}, {f"q{i}": {f"d{i}": 1} for i in range(130)}
+    plan = make_batches(RetrievalDataset(queries, corpus, qrels), 32, no_duplicates=True).plan(0)
+    sizes = sorted(map(len, plan))
+    assert sizes[0] <= 4
+    assert 30 <= sizes[1] <= sizes[-1] == 32
+
+
+@pytest.mark.parametrize("batch_size", [32, 8192])
+def test_no_duplicates_takes_linear_time(batch_size):
+    """Ten questions a context, 8,000 and 32,000 of them: four times the pairs take four times as long, not sixteen."""
+    seconds = []
+    for num_pairs in (8_000, 32_000):
+        corpus = {f"d{i}": f"context {i}" for i in range(num_pairs // 10)}
+        queries = {f"q{i}": f"question {i}" for i in range(num_pairs)}
+        dataset = RetrievalDataset(queries, corpus, {f"q{i}": {f"d{i // 10}": 1} for i in range(num_pairs)})
+        batches = make_batches(dataset, batch_size, no_duplicates=True)
+        start = time.process_time()
+        plan = batches.plan(0)
+        seconds.append(time.process_time() - start)
+        # 8,000 in 8,192s would be one batch, but ten questions of a context need ten.
+        assert len(plan) == max(-(-num_pairs // batch_size), 10)
+        assert max(map(len, plan)) <= batch_size
+    assert seconds[1] < 8 * seconds[0] + 0.5
+
+
+# By tokens.
+
+
+def test_tokens_by_hand():
+    """Eight pairs of 10 tokens, 30 a batch: 80 tokens are three batches, cut behind tokens 26, 53 and 80.
+
+    The pairs end at 10, 20 | 30, 40, 50 | 60, 70, 80.
+    """
+    batches = Batches(letters([5] * 8), pack_letters, batch_tokens=30, seed=0)
+    assert [len(rows) for rows in batches.plan(0)] == [2, 3, 3]
+    assert len(batches) == 3
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 40, 200, 10_000])
+@pytest.mark.parametrize("options", [{}, {"no_duplicates": True}, {"length_window": 4}])
+def test_batches_by_tokens(batch_tokens, options):
+    generator = random.Random(3)
+    lengths = [generator.randint(1, 40) for _ in range(50)]
+    batches = Batches(letters(lengths), pack_letters, batch_tokens=batch_tokens, seed=1, **options)
+    total, longest = sum(lengths) + 5 * 50, max(lengths) + 5
+    if options.get("no_duplicates") and batch_tokens == 10_000:
+        assert 2 <= len(batches) <= 6  # a text stands in up to four pairs, and some share two
+    else:
+        assert len(batches) == min(50, -(-total // batch_tokens))
+    for epoch in range(3):
+        plan = batches.plan(epoch)
+        assert sorted(row for rows in plan for row in rows) == list(range(50))
+        assert len(plan) == len(batches)
+        assert min(map(len, plan)) >= 1
+        if not options.get("no_duplicates") and batch_tokens > 1:
+            assert max(sum(lengths[row] + 5 for row in rows) for rows in plan) < total / len(plan) + longest
+
+
+def test_hard_negatives_count_as_tokens():
+    dataset = letters([5] * 8)
+    negatives = {f"q{i}": [f"d{(i + 1) % 8}"] for i in range(8)}  # 7 more tokens a pair: 136
+    dataset = RetrievalDataset(dataset.queries, dataset.corpus, dataset.qrels, negatives)
+    assert len(Batches(dataset, pack_letters, batch_tokens=30, seed=0, num_negatives=1)) == 5
+
+
+def test_the_real_tokenizer_counts(tmp_path):
+    embedder = make_embedder(tmp_path / "base")
+    dataset = make_dataset(12, 9)
+    batches = Batches(dataset, embedder.pack, batch_tokens=60, seed=0)
+    embedder.max_length = 8  # as late as this: the texts are counted with the first batch
+    tokens = [
+        len(b.queries.input_ids)
+        + sum(
+            len(embedder.pack([batches.texts[b.document_ids[c]]], role="document").input_ids)
+            for c in b.targets.group[:, 0].tolist()
+        )
+        for b in batches.epoch(0)
+    ]
+    assert sum(tokens) == int(batches._tokens_P.sum())
+    assert len(tokens) == -(-sum(tokens) // 60)
+
+
+# By length.
+
+
+def test_length_window_by_hand():
+    """Batches of 2 and a window of 2 batches: four pairs sorted at a time, then the batches shuffled."""
+    lengths = [9, 1, 8, 2, 7, 3, 6, 4]
+    batches = Batches(letters(lengths), pack_letters, batch_size=2, seed=5, length_window=2)
+    for epoch in range(4):
+        order = torch.randperm(8, generator=torch.Generator().manual_seed(5 + epoch)).tolist()
+        windows = [sorted(order[first : first + 4], key=lambda row: lengths[row]) for first in (0, 4)]
+        expected = {tuple(window[first : first + 2]) for window in windows for first in (0, 2)}
+        assert {tuple(rows) for rows in batches.plan(epoch)} == expected
+
+
+def test_no_step_of_an_epoch_is_for_short_or_for_long_texts():
+    """Over 400 epochs every place of an epoch has the mean length of all, within five standard errors."""
+    batches = Batches(letters(list(range(1, 41))), pack_letters, batch_size=4, seed=0, length_window=10)
+    means = torch.tensor([[sum(rows) / len(rows) for rows in batches.plan(epoch)] for epoch in range(400)])
+    error = means.std(dim=0) / 400**0.5
+    assert ((means.mean(dim=0) - 19.5).abs() < 5 * error).all()
+    assert means.std() > 8  # sorted: the batches differ by length
+
+
+# Resuming, with any option.
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"no_duplicates": True},
+        {"length_window": 3},
+        {"batch_size": None, "batch_tokens": 50},
+        {"no_duplicates": True, "length_window": 2, "batch_size": None, "batch_tokens": 50, "num_negatives": 2},
+        {"examples": "queries"},
+    ],
+)
+def test_resumes_with_every_option(options):
+    options = {"batch_size": 4, **options}
+
+    def make(seed: int = 3) -> Batches:
+        return Batches(many_to_many(seed=2), pack_letters, seed=seed, **options)
+
+    whole = list(make().epoch(1))
+    assert len(whole) == len(make())
+    for start in range(len(whole) + 1):
+        batches = make()
+        list(islice(batches.epoch(0), 2))  # what was asked before does not matter
+        resumed = list(batches.epoch(1, start=start))
+        assert [batch.query_ids for batch in resumed] == [batch.query_ids for batch in whole[start:]]
+        for a, b in zip(resumed, whole[start:], strict=True):
+            assert torch.equal(a.documents.input_ids, b.documents.input_ids)
+            assert torch.equal(a.targets.group, b.targets.group)
+    assert [b.query_ids for b in make(4).epoch(1)] != [b.query_ids for b in whole]
+    assert [b.query_ids for b in make().epoch(2)] != [b.query_ids for b in whole]
+
+
+# What is listed.
+
+JUDGED = RetrievalDataset(
+    queries={"q": "one", "r": "two", "s": "three"},
+    corpus={i: f"text {i}" for i in "abcde"},
+    qrels={"q": {"a": 1, "b": 3, "c": 0}, "r": {"c": 2}},
+    negatives={"q": ["d"], "r": ["a"]},
+    scores={"q": {"a": 0.9, "b": 0.5, "d": -1}, "r": {"c": 0.25, "a": 0.125}, "s": {"e": 0.0, "a": 4.5}},
+)
+
+
+def test_all_documents_of_a_query_by_hand():
+    batches = make_batches(JUDGED, 2, examples="queries", num_negatives=1, target_scores=True)
+    assert batches.examples == [("q", None), ("r", None)]
+    batch = batches.collate(batches.examples)
+    assert batch.document_ids == ["a", "c", "b", "d"]
+    assert batch.targets.group.tolist() == [[0, 2, 3], [1, 0, -1]]
+    assert batch.targets.relevance.tolist() == [[1, 3, 0], [2, 0, 0]]
+    torch.testing.assert_close(batch.targets.target_scores, torch.tensor([[0.9, 0.5, -1], [0.25, 0.125, 0]]))
+    assert sorted(batch.targets.known.tolist()) == [[0, 0], [0, 2], [1, 1]]
+    positive, negative = batch.targets.masks(num_documents=4)
+    assert positive.tolist() == [[True, False, True, False], [False, True, False, False]]
+    assert negative.tolist() == [[False, True, False, True], [True, False, True, True]]
+
+
+def test_scored_pairs_by_hand():
+    """Whether relevant or not, and of queries that have no qrels."""
+    batches = make_batches(JUDGED, 7, examples="scored")
+    assert batches.examples == [("q", "a"), ("q", "b"), ("q", "d"), ("r", "c"), ("r", "a"), ("s", "e"), ("s", "a")]
+    batch = batches.collate(batches.examples)
+    assert batch.document_ids == ["a", "b", "d", "c", "e"]
+    assert batch.targets.group.tolist() == [[0], [1], [2], [3], [0], [4], [0]]
+    assert batch.targets.relevance.tolist() == [[1], [3], [0], [2], [0], [0], [0]]
+    expected = torch.tensor([[0.9], [0.5], [-1], [0.25], [0.125], [0], [4.5]])
+    torch.testing.assert_close(batch.targets.target_scores, expected)
+    assert batch.targets.target_scores.dtype is torch.float32
+    # Nothing is known of s: a batch of it alone has no known pair.
+    assert batches.collate([("s", "e")]).targets.known.shape == (0, 2)
+    negatives = make_batches(RetrievalDataset(**{**vars(JUDGED), "qrels": {}}), 5, examples="scored")
+    assert len(negatives.examples) == 7
+
+
+def test_a_scored_hard_negative_is_listed_once():
+    batches = make_batches(
+        RetrievalDataset(**{**vars(JUDGED), "scores": {"q": JUDGED.scores["q"]}}), examples="scored", num_negatives=1
+    )
+    batch = batches.collate([("q", "a"), ("q", "d")])
+    assert batch.document_ids == ["a", "d"]
+    assert batch.targets.group.tolist() == [[0, 1], [1, -1]]
+
+
+def test_pairs_have_neither_relevance_nor_scores_unless_asked_for():
+    batch = make_batches(JUDGED, num_negatives=1).collate([("q", "b"), ("r", "c")])
+    assert (batch.targets.relevance, batch.targets.target_scores, batch.sources) == (None, None, None)
+    batch = make_batches(JUDGED, num_negatives=1, target_scores=True).collate([("q", "b"), ("r", "c")])
+    assert batch.targets.relevance is None
+    assert batch.targets.target_scores.tolist() == [[0.5, -1], [0.25, 0.125]]
+
+
+def test_refuses_options_that_cannot_be():
+    with pytest.raises(ValueError, match="batch_size is 4, batch_tokens is 9: expected one of the two"):
+        make_batches(JUDGED, 4, batch_tokens=9)
+    with pytest.raises(ValueError, match="batch_size is None, batch_tokens is None: expected one of the two"):
+        make_batches(JUDGED, None)
+    with pytest.raises(ValueError, match="batch_tokens is 0, expected at least 1"):
+        make_batches(JUDGED, None, batch_tokens=0)
+    with pytest.raises(ValueError, match="length_window is -1, expected at least 0"):
+        make_batches(JUDGED, length_window=-1)
+    with pytest.raises(ValueError, match="num_negatives is -1, expected at least 0"):
+        make_batches(JUDGED, num_negatives=-1)
+    with pytest.raises(ValueError, match="examples is 'rows', expected one of pairs, queries, scored"):
+        make_batches(JUDGED, examples="rows")
+    with pytest.raises(ValueError, match="query 's' has 0 hard negatives, num_negatives is 1"):
+        make_batches(JUDGED, examples="scored", num_negatives=1)
+    unscored = RetrievalDataset(**{**vars(JUDGED), "scores": {"q": {"a": 1.0}}})
+    with pytest.raises(ValueError, match="query 'q' has no score of document 'b'"):
+        make_batches(unscored, target_scores=True)
+    with pytest.raises(ValueError, match="no scored pair of a query and a document"):
+        make_batches(RetrievalDataset(**{**vars(JUDGED), "scores": {}}), examples="scored")

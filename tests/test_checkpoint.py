@@ -60,6 +60,63 @@ def test_round_trip(tmp_path):
     assert_same(other.state_dict(), model.state_dict())
 
 
+def make_loss(value: float) -> nn.Module:
+    """A parameter and a count."""
+    loss = nn.Module()
+    loss.weight = nn.Parameter(torch.tensor([value]))  # the same name as a parameter of a layer
+    loss.register_buffer("num_calls", torch.tensor(7))
+    return loss
+
+
+def test_round_trip_with_a_loss(tmp_path):
+    model, optimizer = make_model(seed=0)
+    loss = make_loss(1.0)
+    optimizer.add_param_group({"params": loss.parameters(), "weight_decay": 0.0})
+    loss.weight.square().sum().backward()
+    optimizer.step()
+    save_checkpoint(tmp_path, model, optimizer, TrainState(step=3), None, CPU, loss=loss)
+
+    other, other_optimizer = make_model(seed=1, steps=0)
+    other_loss = make_loss(5.0)
+    other_loss.num_calls += 1
+    other_optimizer.add_param_group({"params": other_loss.parameters(), "weight_decay": 0.0})
+    load_checkpoint(tmp_path, other, other_optimizer, CPU, loss=other_loss)
+    assert_same(other_loss.state_dict(), loss.state_dict())
+    assert_same(other.state_dict(), model.state_dict())
+    assert_same(other_optimizer.state[other_loss.weight], optimizer.state[loss.weight])
+    for theirs, ours in zip(model.parameters(), other.parameters(), strict=True):
+        assert_same(optimizer.state[theirs], other_optimizer.state[ours])
+
+
+def test_a_loss_whose_name_is_a_layers_keeps_its_own_moments(tmp_path):
+    """The model has a parameter "weight" and the loss too."""
+    model, loss = nn.LayerNorm(4, bias=False), make_loss(1.0)
+    optimizer = torch.optim.AdamW([{"params": model.parameters()}, {"params": loss.parameters()}], lr=0.1)
+    (model(torch.arange(4.0)).square().sum() + 3 * loss.weight.sum()).backward()
+    optimizer.step()
+    save_checkpoint(tmp_path, model, optimizer, TrainState(step=1), None, CPU, loss=loss)
+    before = [{key: value.clone() for key, value in optimizer.state[p].items()} for p in (model.weight, loss.weight)]
+    optimizer.state.clear()
+    load_checkpoint(tmp_path, model, optimizer, CPU, loss=loss)
+    for parameter, state in zip((model.weight, loss.weight), before, strict=True):
+        assert_same(optimizer.state[parameter], state)
+
+
+@pytest.mark.parametrize(("had", "has", "what"), [(True, False, "has"), (False, True, "lacks")])
+def test_a_loss_with_state_and_one_without_are_not_exchanged(tmp_path, had, has, what):
+    model, optimizer = make_model(seed=0)
+    save_checkpoint(tmp_path, model, optimizer, TrainState(1), None, CPU, loss=make_loss(1.0) if had else None)
+    with pytest.raises(ValueError, match=f"step-000001: {what} the state of a loss"):
+        load_checkpoint(tmp_path, model, optimizer, CPU, loss=make_loss(1.0) if has else None)
+
+
+def test_a_loss_without_state(tmp_path):
+    """A module may have none, like a sum of functions."""
+    model, optimizer = make_model(seed=0)
+    save_checkpoint(tmp_path, model, optimizer, TrainState(step=1), None, CPU, loss=nn.Module())
+    assert load_checkpoint(tmp_path, model, optimizer, CPU, loss=nn.Module()) == (TrainState(step=1), None)
+
+
 def test_without_validation_there_are_no_best_weights(tmp_path):
     model, optimizer = make_model(seed=0)
     save_checkpoint(tmp_path, model, optimizer, TrainState(step=1), None, CPU)

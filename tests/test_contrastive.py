@@ -1,19 +1,39 @@
-"""contrastive.py: by hand, against sentence-transformers, against a loop; and what holds for every loss of LOSSES."""
+"""contrastive.py: by hand, against sentence-transformers, against a loop over queries and documents."""
 
+import inspect
+import itertools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_checks import (
+    PRECISIONS,
+    assert_equal,
+    loss_and_gradients,
+    random_pair,
+    random_vectors,
+    reference_gradients,
+)
 
-from embedft import LOSSES, Targets
-from embedft.losses.contrastive import in_batch_negatives
+from embedft import Targets
+from embedft.losses.contrastive import (
+    LearnableTemperature,
+    in_batch_negatives,
+    multi_positive,
+    symmetric_in_batch_negatives,
+)
 
-every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-
-
-def random_vectors(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype).requires_grad_()
+# What sentence-transformers calls the directions.
+REFERENCE_DIRECTIONS = {
+    "query_document": "query_to_doc",
+    "document_query": "doc_to_query",
+    "query_query": "query_to_query",
+    "document_document": "doc_to_doc",
+}
+ALL = tuple(REFERENCE_DIRECTIONS)
+BOTH = ("query_document", "document_query")
+HARDNESS = ("in_batch_negatives", "hard_negatives", "all_negatives")
 
 
 def random_targets(num_queries: int, num_documents: int, seed: int) -> Targets:
@@ -29,63 +49,177 @@ def random_targets(num_queries: int, num_documents: int, seed: int) -> Targets:
     return Targets(group, integers(0, 3, *group.shape), known)
 
 
-def loss_and_gradients(loss, Q, D, targets, **options):
-    value = loss(Q, D, targets, **options)
-    return value.detach(), *torch.autograd.grad(value, (Q, D))
-
-
 def test_by_hand():
     """Cosines 1 and 0.6 at temperature 1: each query loses -log(e^1 / (e^1 + e^0.6)) = log(1 + e^-0.4)."""
     Q, D = torch.tensor([[2.0, 0.0], [3.0, 4.0]]), torch.tensor([[1.0, 0.0], [0.6, 0.8]])
-    loss = in_batch_negatives(Q, D, Targets(torch.tensor([[0], [1]])), temperature=1.0)
+    targets = Targets(torch.tensor([[0], [1]]))
+    loss = in_batch_negatives(Q, D, targets, temperature=1.0)
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-0.4)), rel=1e-6)
     assert loss.item() == pytest.approx(0.513015, abs=1e-6)
     # Inner products: 2 against 1.2 for the first query, 5 against 3 for the second.
-    loss = in_batch_negatives(Q, D, Targets(torch.tensor([[0], [1]])), temperature=2.0, similarity="dot")
+    loss = in_batch_negatives(Q, D, targets, temperature=2.0, similarity="dot")
     assert loss.item() == pytest.approx((math.log(1 + math.exp(-0.4)) + math.log(1 + math.exp(-1.0))) / 2, rel=1e-6)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-6)])
+def test_options_by_hand():
+    """The same cosines: 1 for the positive, 0.6 for all else, query with query and document with document too."""
+    Q, D = torch.tensor([[2.0, 0.0], [3.0, 4.0]]), torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    targets = Targets(torch.tensor([[0], [1]]))
+
+    def loss(**options) -> float:
+        return in_batch_negatives(Q, D, targets, temperature=1.0, **options).item()
+
+    assert loss(directions=BOTH, partition="per_direction") == pytest.approx(math.log(1 + math.exp(-0.4)), rel=1e-6)
+    # Twice e^1 and twice e^0.6 over e^1.
+    assert loss(directions=BOTH) == pytest.approx(math.log(2 + 2 * math.exp(-0.4)), rel=1e-6)
+    assert loss(directions=("query_document", "query_query")) == pytest.approx(
+        math.log(1 + 2 * math.exp(-0.4)), rel=1e-6
+    )
+    assert loss(directions=ALL) == pytest.approx(math.log(2 + 4 * math.exp(-0.4)), rel=1e-6)
+    # The negative's 0.6 becomes 0.6 + 2 * 0.6 = 1.8, 0.8 above the positive.
+    assert loss(hardness="all_negatives", hardness_strength=2.0) == pytest.approx(math.log(1 + math.exp(0.8)), rel=1e-6)
+    assert loss(hardness="hard_negatives", hardness_strength=2.0) == pytest.approx(loss(), rel=1e-6)
+    # log(e^0.6) - 1.
+    assert loss(decoupled=True) == pytest.approx(-0.4, rel=1e-6)
+    assert loss(in_batch=False) == 0.0
+    hard = Targets(torch.tensor([[0, 1], [1, -1]]))
+    assert in_batch_negatives(Q, D, hard, temperature=1.0, in_batch=False).item() == pytest.approx(
+        0.513015 / 2, rel=1e-5
+    )
+
+
+VARIANTS = [
+    {},
+    {"temperature": 0.2},
+    *({"directions": ("query_document", *more)} for n in (1, 2, 3) for more in itertools.combinations(ALL[1:], n)),
+    {"directions": BOTH, "partition": "per_direction"},
+    {"partition": "per_direction"},
+    *({"hardness": name, "hardness_strength": 5.0} for name in HARDNESS),
+    {"hardness": "all_negatives", "hardness_strength": 9.0, "directions": ALL, "temperature": 0.1},
+]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
+@pytest.mark.parametrize("duplicates", [False, True])
 @pytest.mark.parametrize("num_negatives", [0, 1, 3])
-def test_equals_sentence_transformers(num_negatives, dtype, tolerance):
-    """Value, and gradients on queries and documents relative to their largest."""
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_equals_sentence_transformers(options, num_negatives, duplicates, dtype, tolerance):
+    """Equal texts under different ids are negatives of each other, here as there."""
     st_losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
-    num_queries, num_columns = 10, 1 + num_negatives
-    Q = random_vectors(num_queries, 16, dtype=dtype)
-    D = random_vectors(num_queries * num_columns, 16, seed=1, dtype=dtype)
-    group = torch.arange(num_queries * num_columns).view(num_columns, num_queries).T
-    ours = loss_and_gradients(in_batch_negatives, Q, D, Targets(group))
+    Q, D, group = random_pair(8, 1 + num_negatives, duplicates=duplicates, dtype=dtype)
+    reference = st_losses.MultipleNegativesRankingLoss(
+        model=None,
+        scale=1 / options.get("temperature", 0.05),
+        directions=tuple(REFERENCE_DIRECTIONS[name] for name in options.get("directions", ALL[:1])),
+        partition_mode=options.get("partition", "joint"),
+        hardness_mode=options.get("hardness"),
+        hardness_strength=options.get("hardness_strength", 0.0),
+    )
+    ours = loss_and_gradients(in_batch_negatives, Q, D, Targets(group), **options)
+    theirs = reference_gradients(reference, Q, D, 1 + num_negatives, None)
+    assert_equal(ours, theirs, tolerance)
 
-    reference = st_losses.MultipleNegativesRankingLoss(model=None)
-    value = reference.compute_loss_from_embeddings([Q, *D.chunk(num_columns)], labels=None)
-    theirs = value.detach(), *torch.autograd.grad(value, (Q, D))
-    for our, their in zip(ours, theirs, strict=True):
-        assert our.dtype is dtype
-        assert (our - their).abs().max() <= tolerance * their.abs().max()
+
+@pytest.mark.parametrize("num_negatives", [0, 2])
+@pytest.mark.filterwarnings("ignore:The MultipleNegativesSymmetricRankingLoss is deprecated:DeprecationWarning")
+def test_equals_sentence_transformers_with_inner_products_and_symmetric(num_negatives):
+    st = pytest.importorskip("sentence_transformers")
+    st_losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
+    Q, D, group = random_pair(8, 1 + num_negatives)
+    reference = st_losses.MultipleNegativesRankingLoss(model=None, scale=0.5, similarity_fct=st.util.dot_score)
+    ours = loss_and_gradients(in_batch_negatives, Q, D, Targets(group), temperature=2.0, similarity="dot")
+    assert_equal(ours, reference_gradients(reference, Q, D, 1 + num_negatives, None), 1e-9)
+    reference = st_losses.MultipleNegativesSymmetricRankingLoss(model=None, scale=10.0)
+    ours = loss_and_gradients(symmetric_in_batch_negatives, Q, D, Targets(group), temperature=0.1)
+    assert_equal(ours, reference_gradients(reference, Q, D, 1 + num_negatives, None), 1e-9)
 
 
-def naive_in_batch_negatives(Q, D, targets, temperature):
-    """The docstring's formula, a query and a document at a time."""
+def identities(targets: Targets):
+    """(positives, hard negatives) of every query as listed, and every relevant pair, as sets."""
     known = set() if targets.known is None else {tuple(pair) for pair in targets.known.tolist()}
-    losses = []
+    positives, hard = [], []
     for i, listed in enumerate(targets.group.tolist()):
         relevance = [1] + [0] * (len(listed) - 1) if targets.relevance is None else targets.relevance[i].tolist()
-        positives = [j for j, grade in zip(listed, relevance, strict=True) if j >= 0 and grade > 0]
-        similarity = [F.cosine_similarity(q, d, dim=0) / temperature for q, d in ((Q[i], document) for document in D)]
-        negatives = [s.exp() for j, s in enumerate(similarity) if j not in positives and (i, j) not in known]
-        of_query = [-(similarity[j].exp() / (similarity[j].exp() + sum(negatives))).log() for j in positives]
-        if positives:
+        grades = [(j, grade) for j, grade in zip(listed, relevance, strict=True) if j >= 0]
+        positives.append([j for j, grade in grades if grade > 0])
+        hard.append([j for j, grade in grades if not grade > 0])
+    relevant = known | {(i, j) for i, of_query in enumerate(positives) for j in of_query}
+    return positives, [[j for j in of_query if (i, j) not in relevant] for i, of_query in enumerate(hard)], relevant
+
+
+def naive_in_batch_negatives(
+    Q,
+    D,
+    targets,
+    temperature=0.05,
+    directions=("query_document",),
+    partition="joint",
+    in_batch=True,
+    hardness=None,
+    hardness_strength=0.0,
+    decoupled=False,
+):
+    """The docstring's formula, a query and a document at a time."""
+    positives, hard, relevant = identities(targets)
+    listed = relevant | {(i, j) for i, of_query in enumerate(hard) for j in of_query}
+    numbers = range(len(D))
+
+    def cosine(x, y):
+        return F.cosine_similarity(x, y, dim=0)
+
+    losses = []
+    for i, q in enumerate(Q):
+        of_query = []
+        for p in positives[i]:
+            score = cosine(q, D[p]) / temperature
+            sums = {"query_document": [], "document_query": [], "query_query": [], "document_document": []}
+            for n in numbers if in_batch else hard[i]:
+                if (i, n) not in relevant:
+                    kind = "hard_negatives" if n in hard[i] else "in_batch_negatives"
+                    strength = hardness_strength if hardness in (kind, "all_negatives") else 0.0
+                    sums["query_document"].append(cosine(q, D[n]) / temperature + strength * cosine(q, D[n]).detach())
+            for r, other in enumerate(Q):
+                if (r, p) not in relevant:
+                    sums["document_query"].append(cosine(other, D[p]) / temperature)
+                if r != i and not any((i, j) in relevant and (r, j) in relevant for j in numbers):
+                    sums["query_query"].append(cosine(q, other) / temperature)
+            for n in numbers:
+                together = any((r, p) in listed and (r, n) in listed for r in range(len(Q)))
+                if n != p and not together:
+                    sums["document_document"].append(cosine(D[p], D[n]) / temperature)
+            if not decoupled:
+                sums["query_document"].append(score)
+                sums["document_query"].append(score)
+            if partition == "joint":
+                pools = [[s for direction in directions for s in sums[direction]]]
+            else:
+                pools = [sums[direction] for direction in directions]
+            if all(pools):
+                of_query.append(sum(torch.stack(pool).exp().sum().log() for pool in pools) / len(pools) - score)
+        if of_query:
             losses.append(sum(of_query) / len(of_query))
     return sum(losses) / len(losses)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_equals_a_loop(seed):
-    Q, D, targets = random_vectors(7, 5, seed=seed), random_vectors(9, 5, seed=seed + 100), random_targets(7, 9, seed)
-    ours = loss_and_gradients(in_batch_negatives, Q, D, targets, temperature=0.2)
-    theirs = loss_and_gradients(naive_in_batch_negatives, Q, D, targets, temperature=0.2)
-    for our, their in zip(ours, theirs, strict=True):
-        assert (our - their).abs().max() <= 1e-9 * their.abs().max()
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "options",
+    [
+        *VARIANTS[1:],
+        {"in_batch": False},
+        {"in_batch": False, "hardness": "all_negatives", "hardness_strength": 3.0},
+        {"decoupled": True},
+        {"decoupled": True, "in_batch": False},
+        {"decoupled": True, "directions": ALL},
+        {"decoupled": True, "directions": BOTH, "partition": "per_direction"},
+    ],
+    ids=str,
+)
+def test_equals_a_loop(options, seed):
+    Q, D, targets = random_vectors(6, 5, seed=seed), random_vectors(8, 5, seed=seed + 100), random_targets(6, 8, seed)
+    options = {"temperature": 0.2} | options
+    ours = loss_and_gradients(in_batch_negatives, Q, D, targets, **options)
+    assert_equal(ours, loss_and_gradients(naive_in_batch_negatives, Q, D, targets, **options), 1e-9)
 
 
 def test_a_known_positive_is_no_negative():
@@ -98,6 +232,15 @@ def test_a_known_positive_is_no_negative():
     assert with_it.item() == 0.0
 
 
+@pytest.mark.parametrize("direction", ALL)
+def test_queries_of_one_document_are_no_negatives_in_any_direction(direction):
+    """What remains of a partition is the positive, once or twice."""
+    Q, D = random_vectors(2, 4), random_vectors(2, 4, seed=1)
+    targets = Targets(torch.tensor([[0, 1], [0, 1]]), relevance=torch.ones(2, 2))
+    loss = in_batch_negatives(Q, D, targets, directions=list(dict.fromkeys(["query_document", direction])))
+    assert loss.item() == pytest.approx(math.log(2) if direction == "document_query" else 0, abs=1e-12)
+
+
 def test_queries_without_a_positive_count_nowhere():
     Q, D = random_vectors(3, 4), random_vectors(3, 4, seed=1)
     with_it = in_batch_negatives(Q, D, Targets(torch.tensor([[0], [1], [-1]])))
@@ -108,21 +251,60 @@ def test_queries_without_a_positive_count_nowhere():
     assert not any(gradient.any() for gradient in gradients)
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
-def test_refuses_a_temperature_that_is_not_above_zero(temperature):
+def test_a_broken_vector_is_not_hidden():
+    """Nor by leaving out what has no negatives."""
+    Q, D = random_vectors(3, 4).detach(), random_vectors(3, 4, seed=1)
+    Q[1, 2] = math.nan
+    targets = Targets(torch.tensor([[0], [1], [2]]))
+    assert in_batch_negatives(Q, D, targets, decoupled=True).isnan()
+    assert multi_positive(Q, D, targets).isnan()
+
+
+def test_hardness_is_held_constant():
+    """Its share of the logit has no gradient: with the strength s, d logit / d sim stays 1 / temperature."""
+    Q, D = random_vectors(1, 4).detach(), random_vectors(2, 4, seed=1).detach()
+    Q, D = F.normalize(Q, dim=1).requires_grad_(), F.normalize(D, dim=1).requires_grad_()
+    options = {"temperature": 0.5, "similarity": "dot", "hardness": "all_negatives", "hardness_strength": 3.0}
+    _, _, grad_D = loss_and_gradients(in_batch_negatives, Q, D, Targets(torch.tensor([[0]])), **options)
+    positive, negative = (Q @ D.T)[0].detach().tolist()
+    share = 1 / (1 + math.exp(positive / 0.5 - negative / 0.5 - 3 * negative))
+    torch.testing.assert_close(grad_D, torch.stack([-share * Q[0] / 0.5, share * Q[0] / 0.5]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.0}, "temperature is 0.0, expected above 0"),
+        ({"temperature": -1.0}, "temperature is -1.0, expected above 0"),
+        ({"temperature": math.nan}, "temperature is nan, expected above 0"),
+        ({"temperature": math.inf}, "temperature is inf, expected above 0 and finite"),
+        ({"similarity": "l2"}, "similarity is 'l2', expected one of cosine, dot"),
+        ({"directions": []}, r"directions is \[\], expected query_document and others"),
+        ({"directions": ["query_query"]}, "expected query_document and others, each once"),
+        ({"directions": ["query_document"] * 2}, "expected query_document and others, each once"),
+        ({"directions": ["query_doc"]}, "direction is 'query_doc', expected one of query_document, document_query"),
+        ({"partition": "own"}, "partition is 'own', expected one of joint, per_direction"),
+        ({"partition": "per_direction", "directions": ALL}, "query_query has no positive for a partition of its own"),
+        ({"in_batch": False, "directions": BOTH}, "in_batch is False, but only query_document"),
+        ({"hardness": "all", "hardness_strength": 1.0}, "hardness is 'all', expected one of in_batch_negatives"),
+        ({"hardness": "all_negatives"}, "hardness_strength is 0.0, expected above 0"),
+        ({"hardness_strength": 5.0}, "hardness_strength is 5.0 without hardness"),
+        ({"rows": 0}, "rows is 0, expected at least 1"),
+        ({"rows": 2, "directions": BOTH}, "rows is 2, but directions beyond query_document are evaluated whole"),
+        ({"windows": "mean"}, "windows is 'mean', expected one of max, softmax"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("module", [False, True])
+def test_refuses(options, message, module):
     Q = torch.ones(1, 2)
-    with pytest.raises(ValueError, match=f"temperature is {temperature}, expected above 0"):
-        in_batch_negatives(Q, Q, Targets(torch.tensor([[0]])), temperature=temperature)
-
-
-# For every loss: being in LOSSES enrols it.
-
-
-@every_loss
-def test_gradient_check(loss):
-    Q, D = random_vectors(4, 3), random_vectors(6, 3, seed=1)
-    for targets in (Targets(torch.tensor([[0, 4], [1, 5], [2, 0], [3, 3]])), random_targets(4, 6, seed=2)):
-        assert torch.autograd.gradcheck(lambda q, d, targets=targets: loss(q, d, targets), (Q, D))
+    targets = Targets(torch.tensor([[0]]))
+    if module and "temperature" in options:
+        message = f"temperature is {options['temperature']}, expected at least the minimum of 0.01, and finite"
+    with pytest.raises(ValueError, match=message):
+        (LearnableTemperature(**options) if module else lambda *given: in_batch_negatives(*given, **options))(
+            Q, Q, targets
+        )
 
 
 EDGES = {
@@ -132,12 +314,26 @@ EDGES = {
     "all documents known": (2, 2, Targets(torch.tensor([[0], [1]]), known=torch.tensor([[0, 1], [1, 0]]))),
     "nothing listed": (2, 2, Targets(torch.tensor([[-1], [-1]]))),
     "a hard negative that is not there": (2, 3, Targets(torch.tensor([[0, 2], [1, -1]]))),
+    "no list": (2, 2, Targets(torch.zeros(2, 0, dtype=torch.int64))),
 }
 
 
-@every_loss
 @pytest.mark.parametrize("fill", ["random", "equal", "zero", "tiny", "huge"])
 @pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize(
+    "loss",
+    [
+        in_batch_negatives,
+        lambda *given: in_batch_negatives(*given, directions=ALL),
+        lambda *given: in_batch_negatives(*given, in_batch=False, decoupled=True),
+        lambda *given: in_batch_negatives(*given, directions=ALL, decoupled=True),
+        lambda *given: in_batch_negatives(*given, hardness="all_negatives", hardness_strength=9.0),
+        symmetric_in_batch_negatives,
+        LearnableTemperature(),
+        multi_positive,
+        lambda *given: multi_positive(*given, form="in"),
+    ],
+)
 def test_value_and_gradients_are_finite(loss, edge, fill):
     num_queries, num_documents, targets = EDGES[edge]
     Q, D = (random_vectors(n, 4, seed=n, dtype=torch.float32).detach() for n in (num_queries, num_documents))
@@ -149,39 +345,129 @@ def test_value_and_gradients_are_finite(loss, edge, fill):
         assert torch.isfinite(result).all()
 
 
-@every_loss
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_computed_in_float32(loss, dtype):
-    Q, D = (random_vectors(n, 8, seed=n, dtype=torch.float32).detach().to(dtype) for n in (3, 4))
-    targets = Targets(torch.tensor([[0, 3], [1, 3], [2, 3]]))
-    value, grad_Q, grad_D = loss_and_gradients(loss, Q.requires_grad_(), D.requires_grad_(), targets)
-    assert (value.dtype, grad_Q.dtype, grad_D.dtype) == (torch.float32, dtype, dtype)
-    torch.testing.assert_close(value, loss(Q.float(), D.float(), targets), rtol=1e-6, atol=0)
-    assert loss(Q.double(), D.double(), targets).dtype is torch.float64
+# Windows.
 
 
-@every_loss
-def test_the_order_of_documents_and_queries_is_no_matter(loss):
-    Q, D, targets = random_vectors(7, 5), random_vectors(9, 5, seed=1), random_targets(7, 9, seed=3)
-    value, grad_Q, grad_D = loss_and_gradients(loss, Q, D, targets)
-    queries, documents = (torch.randperm(n, generator=torch.Generator().manual_seed(n)) for n in (7, 9))
-    place_of_query, place_of_document = queries.argsort(), documents.argsort()
-    moved = Targets(
-        torch.where(targets.group < 0, -1, place_of_document[targets.group])[queries],
-        targets.relevance[queries],
-        torch.stack([place_of_query[targets.known[:, 0]], place_of_document[targets.known[:, 1]]], dim=1),
+@pytest.mark.parametrize("windows", ["max", "softmax"])
+@pytest.mark.parametrize("loss", [in_batch_negatives, multi_positive])
+def test_windows_of_a_document_are_one_document(loss, windows):
+    """Three windows of document 0, two of 1: the loss of the documents' scores, worked out apart."""
+    Q, D = random_vectors(2, 4), random_vectors(5, 4, seed=1)
+    targets = Targets(torch.tensor([[0], [1]]), document=torch.tensor([0, 1, 0, 1, 0]))
+    cosines = F.normalize(Q, dim=1) @ F.normalize(D, dim=1).T
+    documents = []
+    for window in (cosines[:, ::2], cosines[:, 1::2]):
+        soft = ((window / 0.05).softmax(dim=1) * window).sum(dim=1)
+        documents.append(window.max(dim=1).values if windows == "max" else soft)
+    expected = F.cross_entropy(torch.stack(documents, dim=1) / 0.05, torch.tensor([0, 1]))
+    theirs = expected.detach(), *torch.autograd.grad(expected, (Q, D))
+    assert_equal(loss_and_gradients(loss, Q, D, targets, windows=windows), theirs, 1e-9)
+
+
+def test_windows_between_documents():
+    """Documents are as near as their nearest windows: cosines 0.6 between the documents, 0 between the queries."""
+    Q = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    D = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [0.0, 1.0]])
+    targets = Targets(torch.tensor([[0], [1]]), document=torch.tensor([0, 1, 0, 1]))
+    loss = in_batch_negatives(Q, D, targets, temperature=1.0, directions=("query_document", "document_document"))
+    first = math.log(1 + math.exp(0 - 1) + math.exp(0.8 - 1))
+    second = math.log(1 + math.exp(0.8 - 1) + math.exp(0.8 - 1))
+    assert loss.item() == pytest.approx((first + second) / 2, rel=1e-6)
+
+
+# Learnable temperature.
+
+
+def test_learnable_temperature_is_in_batch_negatives():
+    Q, D, targets = random_vectors(6, 5), random_vectors(8, 5, seed=1), random_targets(6, 8, 0)
+    options = {"directions": ALL, "hardness": "all_negatives", "hardness_strength": 2.0}
+    loss = LearnableTemperature(temperature=0.07, **options).double()
+    found = loss_and_gradients(loss, Q, D, targets)
+    temperature = loss.log_temperature.exp().item()
+    assert temperature == pytest.approx(0.07, rel=1e-6)
+    assert_equal(
+        found, loss_and_gradients(in_batch_negatives, Q, D, targets, temperature=temperature, **options), 1e-12
     )
-    Q_moved, D_moved = (x.detach()[order].requires_grad_() for x, order in ((Q, queries), (D, documents)))
-    found, found_grad_Q, found_grad_D = loss_and_gradients(loss, Q_moved, D_moved, moved)
-    torch.testing.assert_close(found, value, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(found_grad_Q, grad_Q[queries], rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(found_grad_D, grad_D[documents], rtol=1e-9, atol=1e-12)
+    # It takes every option.
+    options = {*inspect.signature(in_batch_negatives).parameters} - {"Q", "D", "targets"}
+    assert {*inspect.signature(LearnableTemperature).parameters} - {"minimum"} == options
+    defaults = inspect.signature(in_batch_negatives).parameters, inspect.signature(LearnableTemperature).parameters
+    assert all(defaults[0][name].default == defaults[1][name].default for name in options)
 
 
-@every_loss
-def test_mutates_nothing(loss):
-    Q, D, targets = random_vectors(7, 5), random_vectors(9, 5, seed=1), random_targets(7, 9, seed=3)
-    before = [x.detach().clone() for x in (Q, D, targets.group, targets.relevance, targets.known)]
+@pytest.mark.parametrize("rows", [None, 4])
+def test_the_gradient_of_the_temperature(rows):
+    """Central differences of the function; chunked queries add theirs up."""
+    Q, D, targets = random_vectors(6, 5), random_vectors(8, 5, seed=1), random_targets(6, 8, 0)
+    loss = LearnableTemperature(temperature=0.2, rows=rows).double()
     loss(Q, D, targets).backward()
-    for old, new in zip(before, (Q, D, targets.group, targets.relevance, targets.known), strict=True):
-        assert torch.equal(old, new)
+    log_temperature, step = loss.log_temperature.item(), 1e-5
+    above, below = (
+        in_batch_negatives(Q, D, targets, temperature=math.exp(log_temperature + s)).item() for s in (step, -step)
+    )
+    assert loss.log_temperature.grad.item() == pytest.approx((above - below) / (2 * step), rel=1e-7)
+
+
+def test_the_temperature_stays_above_its_minimum_and_comes_back():
+    Q, D = torch.eye(2), torch.eye(2)
+    loss = LearnableTemperature(temperature=0.02, minimum=0.02)
+    with torch.no_grad():
+        loss.log_temperature.sub_(5.0)
+    # Both queries nearest the wrong document: a higher temperature is better.
+    loss(Q, D, Targets(torch.tensor([[1], [0]]))).backward()
+    assert loss.log_temperature.item() == pytest.approx(math.log(0.02))
+    assert loss.log_temperature.grad < 0
+    assert [name for name, _ in loss.named_parameters()] == ["log_temperature"]
+    with pytest.raises(ValueError, match="minimum is 0, expected above 0"):
+        LearnableTemperature(minimum=0)
+    with pytest.raises(ValueError, match=r"temperature is 0.005, expected at least the minimum of 0.01"):
+        LearnableTemperature(temperature=0.005)
+
+
+# Several positives.
+
+
+def test_multi_positive_by_hand():
+    """Scores 1 and 0 of the positives, 0.5 of the other: Z = e + 1 + e^0.5."""
+    Q, D = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, math.sqrt(0.75)]])
+    Z = math.log(math.e + 1 + math.exp(0.5))
+    for targets in (
+        Targets(torch.tensor([[0, 1]]), torch.tensor([[1, 1]])),
+        Targets(torch.tensor([[0]]), known=torch.tensor([[0, 1], [0, 0]])),
+        Targets(torch.tensor([[1, 0]]), known=torch.tensor([[0, 0]])),
+    ):
+        assert multi_positive(Q, D, targets, temperature=1.0).item() == pytest.approx(Z - 0.5, rel=1e-6)
+        inside = multi_positive(Q, D, targets, temperature=1.0, form="in").item()
+        assert inside == pytest.approx(Z - math.log((math.e + 1) / 2), rel=1e-6)
+
+
+def naive_multi_positive(Q, D, targets, temperature, form):
+    _, _, relevant = identities(targets)
+    losses = []
+    for i, q in enumerate(Q):
+        exponentials = [(F.cosine_similarity(q, d, dim=0) / temperature).exp() for d in D]
+        shares = [exponentials[j] / sum(exponentials) for j in range(len(D)) if (i, j) in relevant]
+        if shares and form == "out":
+            losses.append(-sum(share.log() for share in shares) / len(shares))
+        elif shares:
+            losses.append(-(sum(shares) / len(shares)).log())
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("form", ["out", "in"])
+def test_multi_positive_equals_a_loop(form, seed):
+    Q, D, targets = random_vectors(7, 5, seed=seed), random_vectors(9, 5, seed=seed + 100), random_targets(7, 9, seed)
+    ours = loss_and_gradients(multi_positive, Q, D, targets, temperature=0.2, form=form)
+    theirs = loss_and_gradients(naive_multi_positive, Q, D, targets, temperature=0.2, form=form)
+    assert_equal(ours, theirs, 1e-9)
+    assert torch.autograd.gradcheck(lambda q, d: multi_positive(q, d, targets, form=form), (Q, D))
+
+
+def test_multi_positive_with_one_positive_is_in_batch_negatives():
+    Q, D, group = random_pair(6, 3)
+    expected = loss_and_gradients(in_batch_negatives, Q, D, Targets(group))
+    for form in ("out", "in"):
+        assert_equal(loss_and_gradients(multi_positive, Q, D, Targets(group), form=form), expected, 1e-12)
+    with pytest.raises(ValueError, match="form is 'log', expected one of out, in"):
+        multi_positive(Q, D, Targets(group), form="log")

@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import write_tiny_folder
 from tiny import make_dataset, make_embedder
+from torch import nn
 
-from embedft import FinetuneConfig, Report, RetrievalDataset, evaluate, finetune, load_embedder, recipe
+from embedft import LOSSES, FinetuneConfig, Report, RetrievalDataset, evaluate, finetune, load_embedder, recipe
 from embedft.files import read_json, read_jsonl, sha256_file
 from embedft.training import runs
 from embedft.training import train as train_module
+from embedft.training.references import FrozenEmbeddings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -138,6 +141,102 @@ def test_a_corpus_of_one(tmp_path):
     assert same(weights_of(embedder), before)
 
 
+# References, and losses that are modules.
+
+TOWARD_BASE = {"name": "toward_base"}
+GUIDED = {"name": "sum", "losses": [{"name": "in_batch_negatives"}, {"name": "embedding_distillation"}]}
+
+
+def first_losses(tmp_path, name: str, config: FinetuneConfig, **options) -> list[float]:
+    finetune(make_embedder(tmp_path / "base", dropout=0.0), make_dataset(), config, out=tmp_path / name, **options)
+    return [record["loss"] for _, record in read_jsonl(tmp_path / name / "train.jsonl")]
+
+
+@pytest.mark.parametrize("given", ["in the configuration", "as an argument"])
+def test_toward_base_begins_at_zero(tmp_path, given):
+    """Without dropout the vectors of the first step are the base's own; later they are not."""
+    config = replace(CONFIG, loss=TOWARD_BASE, lr=0.1)
+    if given == "in the configuration":
+        losses = first_losses(tmp_path, "run", replace(config, references={"base": None}))
+    else:
+        embedder = make_embedder(tmp_path / "base", dropout=0.0)
+        finetune(embedder, make_dataset(), config, references={"base": embedder}, out=tmp_path / "run")
+        losses = [record["loss"] for _, record in read_jsonl(tmp_path / "run" / "train.jsonl")]
+    assert losses[0] == pytest.approx(0.0, abs=1e-6)
+    hashes = read_json(tmp_path / "run" / "environment.json")["sha256"]
+    assert hashes["reference base"] == hashes["model"]
+
+
+def test_the_base_keeps_all_dimensions(tmp_path):
+    """`encode` gives 8 of them here, training moves all 32."""
+    embedder = make_embedder(tmp_path / "base", dropout=0.0)
+    embedder.truncate_dim = 8
+    config = replace(CONFIG, loss=TOWARD_BASE, references={"base": None})
+    finetune(embedder, make_dataset(), config, out=tmp_path / "run")
+
+
+def test_another_model_as_teacher(tmp_path):
+    """By its folder, as an Embedder, or as a function of the batch: the same losses, and not those of the base."""
+    write_tiny_folder(tmp_path / "teacher", seed=1)
+    teacher = load_embedder(tmp_path / "teacher", device="cpu")
+    config = replace(CONFIG, loss={"name": "embedding_distillation"})
+    by_name = first_losses(tmp_path, "a", replace(config, references={"teacher": str(tmp_path / "teacher")}))
+    as_embedder = first_losses(tmp_path, "b", config, references={"teacher": teacher})
+    frozen = FrozenEmbeddings.encode(teacher, make_dataset())
+    as_function = first_losses(tmp_path, "c", config, references={"teacher": lambda batch: frozen(batch)})
+    assert by_name == as_embedder == as_function
+    assert by_name[0] > 0.1
+    hashes = [read_json(tmp_path / name / "environment.json")["sha256"] for name in "abc"]
+    assert hashes[0]["reference teacher"] == hashes[1]["reference teacher"] == teacher.sha256()
+    assert "reference teacher" not in hashes[2]
+
+
+def test_another_reference_is_not_resumed(tmp_path, monkeypatch):
+    for seed in (1, 2):
+        write_tiny_folder(tmp_path / f"teacher{seed}", seed=seed)
+    teachers = [load_embedder(tmp_path / f"teacher{seed}", device="cpu") for seed in (1, 2)]
+    config = replace(CONFIG, loss={"name": "embedding_distillation"})
+    with monkeypatch.context() as patch:
+        interrupt(patch, train_module, "_backward", 4)
+        with pytest.raises(KeyboardInterrupt):
+            first_losses(tmp_path, "run", config, references={"teacher": teachers[0]})
+    with pytest.raises(ValueError, match="cannot resume, reference teacher is not what the run began with"):
+        first_losses(tmp_path, "run", config, references={"teacher": teachers[1]}, existing="resume")
+    first_losses(tmp_path, "run", config, references={"teacher": teachers[0]}, existing="resume")
+
+
+def test_in_mini_batches(tmp_path):
+    config = replace(CONFIG, loss=GUIDED)
+    options = {"references": {"teacher": make_embedder(tmp_path / "base", dropout=0.0)}}
+    whole = first_losses(tmp_path, "whole", config, **options)
+    parts = first_losses(tmp_path, "parts", replace(config, mini_batch_tokens=20), **options)
+    assert parts == pytest.approx(whole, rel=1e-3)
+    assert parts != whole
+
+
+class Random(nn.Module):
+    """A loss that is initialised at random, from torch's own generator."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(()))
+
+    def forward(self, Q, D, targets):
+        return 0 * Q.sum() + self.weight**2
+
+
+def test_a_loss_begins_as_the_seed_says(tmp_path, monkeypatch):
+    """And the caller's random state is left as it was."""
+    monkeypatch.setitem(LOSSES, "random", Random)
+    losses = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        before = torch.get_rng_state()
+        losses.append(first_losses(tmp_path, name, replace(CONFIG, loss={"name": "random"}, seed=seed)))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert losses[0] == losses[1] != losses[2]
+    assert losses[0][1] < losses[0][0]  # and is trained
+
+
 # Refused before any work, with nothing changed.
 
 
@@ -179,6 +278,43 @@ def test_a_length_beyond_the_encoders(tmp_path, monkeypatch):
     refused(tmp_path, monkeypatch, message, config=FinetuneConfig(max_length=49))
 
 
+SAMPLED = {"name": "matryoshka", "dims": [64, 32], "inner": {"name": "in_batch_negatives"}, "dims_per_step": 1}
+
+
+@pytest.mark.parametrize(
+    ("loss", "references", "message"),
+    [
+        ({"name": "embedding_distillation"}, {}, r"references\['teacher'\]"),
+        (TOWARD_BASE, {"bas": None}, r"references\['base'\].*there are: bas"),
+        ({"name": "cosent"}, {}, "scores"),
+        ({"name": "matryoshka", "dims": [64], "inner": {"name": "in_batch_negatives"}}, {}, "64.*32"),
+        *((SAMPLED | {"seed": seed}, {}, "64.*32") for seed in range(2)),  # whichever dimension is drawn first
+        ({"name": "projected_distillation", "student_dim": 32, "teacher_dim": 8}, {"teacher": None}, "8.*32|32.*8"),
+    ],
+)
+def test_what_the_loss_lacks(tmp_path, monkeypatch, loss, references, message):
+    config = replace(CONFIG, loss=loss, references=references)
+    refused(tmp_path, monkeypatch, message, config=config, validation=make_dataset())
+
+
+def test_a_reference_that_is_given_twice(tmp_path, monkeypatch):
+    config = replace(CONFIG, loss=TOWARD_BASE, references={"base": None})
+    references = {"base": lambda batch: pytest.fail("asked")}
+    refused(tmp_path, monkeypatch, "reference 'base' is given twice", config=config, references=references)
+
+
+def test_a_reference_that_is_no_model(tmp_path, monkeypatch):
+    config = replace(CONFIG, loss=TOWARD_BASE, references={"base": str(tmp_path / "nothing")})
+    refused(tmp_path, monkeypatch, "nothing", config=config)
+
+
+def test_an_existing_run_is_found_before_a_reference_is_encoded(tmp_path, monkeypatch):
+    finetune(make_embedder(tmp_path / "base"), make_dataset(), CONFIG, out=tmp_path / "done")
+    monkeypatch.setattr(FrozenEmbeddings, "encode", lambda *_, **__: pytest.fail("work has begun"))
+    config = replace(CONFIG, loss=TOWARD_BASE, references={"base": None})
+    refused(tmp_path, monkeypatch, "not empty", config=config, out=tmp_path / "done")
+
+
 def test_an_existing_run(tmp_path, monkeypatch):
     finetune(make_embedder(tmp_path / "base"), make_dataset(), CONFIG, out=tmp_path / "done")
     refused(tmp_path, monkeypatch, "not empty", out=tmp_path / "done")
@@ -195,10 +331,12 @@ def test_an_unwritable_folder(tmp_path, monkeypatch):
     [
         ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
         ({"num_negatives": -1}, "num_negatives is -1, expected at least 0"),
-        ({"loss": {"name": "triplet"}}, "loss name is 'triplet', expected one of in_batch_negatives"),
+        ({"loss": {"name": "triplets"}}, "loss name is 'triplets', expected one of in_batch_negatives"),
         ({"loss": {"name": "in_batch_negatives", "temperature": -1}}, "temperature is -1, expected above 0"),
         ({"epochs": 0}, "epochs is 0, expected at least 1"),
         ({"max_length": 1.5}, "max_length is 1.5, expected int or null"),
+        ({"mini_batch_tokens": 0}, "mini_batch_tokens is 0, expected at least 1"),
+        ({"references": {"guide": 3}}, "references: guide is 3, expected a model's folder or name, or null"),
     ],
 )
 def test_settings_are_checked_when_made(changes, message):
@@ -304,20 +442,32 @@ def test_another_model_is_not_resumed(tmp_path, monkeypatch):
         finetune(embedder, make_dataset(), CONFIG, out=tmp_path / "run", existing="resume")
 
 
-def test_a_dot_model_needs_a_loss_that_says_how_it_compares(tmp_path):
+SAYS_NOTHING = [
+    {"name": "in_batch_negatives"},
+    {"name": "matryoshka", "dims": [8], "inner": {"name": "in_batch_negatives"}},
+    {"name": "sum", "losses": [{"name": "in_batch_negatives", "similarity": "dot"}, {"name": "in_batch_negatives"}]},
+]
+SAYS_IT = [
+    {"name": "in_batch_negatives", "similarity": "dot"},
+    {"name": "matryoshka", "dims": [8], "inner": {"name": "in_batch_negatives", "similarity": "cosine"}},
+    {"name": "toward_base"},  # compares with itself, has nothing to say
+]
+
+
+@pytest.mark.parametrize("loss", SAYS_NOTHING)
+def test_a_dot_model_needs_a_loss_that_says_how_it_compares(tmp_path, loss):
     embedder = make_embedder(tmp_path / "base")
     embedder.similarity, embedder.normalize = "dot", False
     with pytest.raises(ValueError, match=r"loss\.similarity has to say 'dot' or 'cosine'"):
-        finetune(embedder, make_dataset(), CONFIG)
-    finetune(embedder, make_dataset(), replace(CONFIG, loss={"name": "in_batch_negatives", "similarity": "dot"}))
+        finetune(embedder, make_dataset(), replace(CONFIG, loss=loss))
 
 
-def test_ids_that_a_report_cannot_hold_are_found_before_training(tmp_path):
-    queries, corpus = {"a question": "a b c"}, {"d": "d e f"}
-    validation = RetrievalDataset(queries, corpus, {"a question": {"d": 1}})
-    with pytest.raises(ValueError, match="no whitespace in ids: 'a question'"):
-        finetune(make_embedder(tmp_path / "base"), make_dataset(), validation=validation, out=tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+@pytest.mark.filterwarnings("ignore:dims lacks")
+@pytest.mark.parametrize("loss", SAYS_IT)
+def test_a_dot_model_is_trained_with_a_loss_that_says_it(tmp_path, loss):
+    embedder = make_embedder(tmp_path / "base")
+    embedder.similarity, embedder.normalize = "dot", False
+    finetune(embedder, make_dataset(), replace(CONFIG, loss=loss, references={"base": None}))
 
 
 def test_attention_dropout_reaches_the_encoder(tmp_path):
@@ -331,3 +481,11 @@ def test_attention_dropout_reaches_the_encoder(tmp_path):
 def test_half_precision_weights_are_not_trained(tmp_path):
     with pytest.raises(ValueError, match="the weights are in half precision"):
         finetune(make_embedder(tmp_path / "base").bfloat16(), make_dataset(), CONFIG)
+
+
+def test_ids_that_a_report_cannot_hold_are_found_before_training(tmp_path):
+    queries, corpus = {"a question": "a b c"}, {"d": "d e f"}
+    validation = RetrievalDataset(queries, corpus, {"a question": {"d": 1}})
+    with pytest.raises(ValueError, match="no whitespace in ids: 'a question'"):
+        finetune(make_embedder(tmp_path / "base"), make_dataset(), validation=validation, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

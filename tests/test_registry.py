@@ -1,23 +1,45 @@
 """registry.py: losses by name; what a configuration may get wrong is refused before anything runs."""
 
 import inspect
+import json
+import warnings
 
 import pytest
 import torch
+from torch import nn
 
 from embedft import LOSSES, Targets, build_loss
+from embedft.losses import registry
+from embedft.losses.matryoshka import Matryoshka, WeightedSum
+from embedft.losses.registry import describe_losses
+
+IN_BATCH = {"name": "in_batch_negatives"}
+# What has no default.
+REQUIRED = {
+    "matryoshka": {"dims": [8, 4], "inner": IN_BATCH},
+    "sum": {"losses": [IN_BATCH]},
+    "projected_distillation": {"student_dim": 8, "teacher_dim": 16},
+}
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_keeps_the_contract(name):
-    parameters = list(inspect.signature(LOSSES[name]).parameters.values())
+    """Functions: (Q, D, targets), then options with defaults. Modules: options, then (Q, D, targets) forward."""
+    is_module = isinstance(LOSSES[name], type)
+    called = LOSSES[name].forward if is_module else LOSSES[name]
+    parameters = list(inspect.signature(called).parameters.values())[1 if is_module else 0 :]
     assert [parameter.name for parameter in parameters[:3]] == ["Q", "D", "targets"]
-    for option in parameters[3:]:
+    options = list(inspect.signature(LOSSES[name]).parameters.values()) if is_module else parameters[3:]
+    for option in options:
         assert option.kind is inspect.Parameter.KEYWORD_ONLY
-        assert option.default is not inspect.Parameter.empty
-    assert LOSSES[name].__name__ == name
+        assert option.annotation is not inspect.Parameter.empty
+    required = {option.name for option in options if option.default is inspect.Parameter.empty}
+    assert required == REQUIRED.get(name, {}).keys()
+    assert is_module or LOSSES[name].__name__ == name
     assert "Source:" in LOSSES[name].__doc__
-    assert callable(build_loss({"name": name}))
+    built = build_loss({"name": name} | REQUIRED.get(name, {}))
+    assert callable(built)
+    assert isinstance(built, nn.Module) == is_module
 
 
 def test_options_reach_the_loss():
@@ -25,32 +47,129 @@ def test_options_reach_the_loss():
     Q, D, targets = torch.eye(2), 3 * torch.eye(2), Targets(torch.tensor([[0], [1]]))
     built = build_loss(spec)
     assert built(Q, D, targets) == LOSSES["in_batch_negatives"](Q, D, targets, temperature=1.0, similarity="dot")
-    assert built(Q, D, targets) != build_loss({"name": "in_batch_negatives"})(Q, D, targets)
+    assert built(Q, D, targets) != build_loss(IN_BATCH)(Q, D, targets)
     assert spec == {"name": "in_batch_negatives", "temperature": 1, "similarity": "dot"}
 
 
+def test_losses_are_built_inside_losses():
+    spec = {
+        "name": "matryoshka",
+        "dims": [4, 2],
+        "weights": [1, 0.5],
+        "inner": {
+            "name": "sum",
+            "losses": [IN_BATCH | {"temperature": 0.5}, {"name": "toward_base", "truncate": True}],
+            "weights": [2.0, 0.1],
+        },
+    }
+    before = json.dumps(spec)
+    loss = build_loss(spec)
+    assert json.dumps(spec) == before
+    assert isinstance(loss, Matryoshka)
+    assert isinstance(loss.inner, WeightedSum)
+    assert loss.inner.losses[0].keywords == {"temperature": 0.5}
+    assert (loss.dims, loss.weights, loss.inner.weights) == ((4, 2), (1, 0.5), (2.0, 0.1))
+    # A loss of one's own in the place of a spec.
+    assert build_loss({"name": "matryoshka", "dims": [2], "inner": LOSSES["cosent"]}).inner is LOSSES["cosent"]
+
+
+def test_the_trial_leaves_nothing_behind():
+    """No call counted, no warning, no random number drawn, ready to train; whatever the dimensions are."""
+    before = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        spec = {"name": "matryoshka", "dims": [8192, 64, 3], "inner": IN_BATCH, "dims_per_step": 1}
+        projected = {"name": "projected_distillation", "student_dim": 16384, "teacher_dim": 5}
+        loss = build_loss({"name": "sum", "losses": [spec, projected]})
+    assert torch.equal(before, torch.get_rng_state())
+    assert loss.training
+    assert loss.losses[0].training
+    assert loss.losses[0].num_calls == 0
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in loss.parameters())
+
+
+NAMES = "expected one of in_batch_negatives, "
+
+
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("spec", "message"),
     [
-        ({"name": "triplet"}, "loss name is 'triplet', expected one of in_batch_negatives"),
-        ({"name": None}, "loss name is None, expected one of in_batch_negatives"),
+        ({"name": "tripled"}, f"loss name is 'tripled', {NAMES}"),
+        ({"name": None}, f"loss name is None, {NAMES}"),
+        ({"temperature": 0.1}, f"loss name is None, {NAMES}"),
+        ({"name": ["in_batch_negatives"]}, rf"loss name is \['in_batch_negatives'\], {NAMES}"),
+        ("cosent", "loss is 'cosent', expected a name with options"),
         (
-            {"name": ["in_batch_negatives"]},
-            r"loss name is \['in_batch_negatives'\], expected one of in_batch_negatives",
+            IN_BATCH | {"temprature": 1.0},
+            "in_batch_negatives has no option 'temprature', expected one of temperature, ",
         ),
-        ({"temprature": 1.0}, "in_batch_negatives has no option 'temprature', expected one of temperature, similarity"),
-        ({"temperature": "warm"}, "in_batch_negatives: temperature is 'warm', expected a number"),
-        ({"temperature": True}, "in_batch_negatives: temperature is True, expected a number"),
-        ({"temperature": None}, "in_batch_negatives: temperature is None, expected a number"),
-        ({"temperature": 0}, "temperature is 0, expected above 0"),
-        ({"similarity": "euclid"}, "similarity is 'euclid', expected one of cosine, dot"),
+        (IN_BATCH | {"temperature": "warm"}, "in_batch_negatives: temperature is 'warm', expected a number"),
+        (IN_BATCH | {"temperature": True}, "in_batch_negatives: temperature is True, expected a number"),
+        (IN_BATCH | {"temperature": None}, "in_batch_negatives: temperature is None, expected a number"),
+        (IN_BATCH | {"temperature": 0}, "temperature is 0, expected above 0"),
+        (IN_BATCH | {"similarity": "euclid"}, "similarity is 'euclid', expected one of cosine, dot"),
+        (IN_BATCH | {"similarity": 5}, "in_batch_negatives: similarity is 5, expected text"),
+        ({"name": "listwise_kl", "student_temperature": "x"}, "is 'x', expected a number or null"),
+        ({"name": "toward_base", "truncate": 1}, "toward_base: truncate is 1, expected true or false"),
+        ({"name": "matryoshka", "dims": [4]}, "matryoshka needs inner, a loss"),
+        ({"name": "matryoshka", "inner": IN_BATCH}, "matryoshka needs dims, a list of whole numbers"),
+        (
+            {"name": "matryoshka", "dims": [4, 2.5], "inner": IN_BATCH},
+            r"matryoshka: dims is \[4, 2.5\], expected a list of whole numbers",
+        ),
+        (
+            {"name": "matryoshka", "dims": 4, "inner": IN_BATCH},
+            "matryoshka: dims is 4, expected a list of whole numbers",
+        ),
+        (
+            {"name": "matryoshka", "dims": [4], "inner": IN_BATCH, "weights": ["one"]},
+            r"matryoshka: weights is \['one'\], expected a list of numbers or null",
+        ),
+        (
+            {"name": "matryoshka", "dims": [4], "inner": "in_batch_negatives"},
+            "matryoshka: inner is 'in_batch_negatives', expected a loss",
+        ),
+        ({"name": "matryoshka", "dims": [4], "inner": {"name": "tripled"}}, f"loss name is 'tripled', {NAMES}"),
+        ({"name": "matryoshka", "dims": [4, 4], "inner": IN_BATCH}, r"dims is \[4, 4\], .* none twice"),
+        (
+            {"name": "matryoshka", "dims": [4, 2], "inner": {"name": "toward_base"}},
+            r"references\['base'\] has 4 features, the vectors have 2: .*truncate",
+        ),
+        ({"name": "sum", "losses": [IN_BATCH | {"temperature": -1}]}, "temperature is -1, expected above 0"),
+        ({"name": "sum", "losses": IN_BATCH}, "sum: losses is .*, expected a list of losses"),
+        ({"name": "sum", "losses": [IN_BATCH], "weights": [1, 2]}, "weights has 2 entries, expected 1"),
+        ({"name": "projected_distillation"}, "projected_distillation needs student_dim, a whole number"),
     ],
 )
-def test_says_what_is_wrong_and_what_would_be_right(options, message):
-    with pytest.raises(ValueError, match=message):
-        build_loss({"name": "in_batch_negatives"} | options)
+def test_says_what_is_wrong_and_what_would_be_right(spec, message):
+    with pytest.raises(ValueError, match=message) as error:
+        build_loss(spec)
+    assert "\n" not in str(error.value)
 
 
-def test_a_loss_without_a_name_is_refused():
-    with pytest.raises(ValueError, match="loss name is None"):
-        build_loss({"temperature": 0.1})
+def test_every_loss_has_a_line():
+    lines = describe_losses().splitlines()
+    assert [line.partition(":")[0] for line in lines] == list(LOSSES)
+    assert lines[0].startswith("in_batch_negatives: temperature=0.05")
+    assert 'cosent: scale=20.0 similarity="cosine" pairs="first" windows="max"' in lines
+    assert 'matryoshka: dims inner weights=null dims_per_step=-1 reduction="sum" seed=0' in lines
+    assert "sum: losses weights=null" in lines
+
+
+def test_a_loss_of_ones_own_is_a_function_and_a_line(monkeypatch):
+    """Annotations are not asked of it; what it does with a value is found by trying."""
+
+    def pull(Q, D, targets, *, power=2, name_of_it=None):
+        """Mean |q - d|^power over listed pairs."""
+        if power < 1:
+            raise ValueError(f"power is {power}, expected at least 1")
+        return (Q - D[targets.group[:, 0]]).norm(dim=1).pow(power).mean()
+
+    monkeypatch.setitem(registry.LOSSES, "pull", pull)
+    loss = build_loss({"name": "matryoshka", "dims": [2], "inner": {"name": "pull", "power": 3}})
+    # Unit vectors at a right angle are sqrt 2 apart.
+    value = loss(torch.eye(2), torch.eye(2).flip(0), Targets(torch.tensor([[0], [1]])))
+    assert value.item() == pytest.approx(2**1.5)
+    assert "pull: power=2 name_of_it=null" in describe_losses()
+    with pytest.raises(ValueError, match="power is 0, expected at least 1"):
+        build_loss({"name": "pull", "power": 0})

@@ -1,5 +1,8 @@
 """targets.py: what is a positive, what a negative, and similarities, by hand."""
 
+import dataclasses
+import math
+
 import pytest
 import torch
 
@@ -31,6 +34,84 @@ def test_relevance_says_which_of_the_listed_are_positives():
     )
 
 
+def test_masks_of_every_direction_by_hand():
+    """Queries 0 and 1 share document 0, of which 1 has hard negative 2; query 2 has 1 and 3, query 3 nothing."""
+    targets = Targets(group=torch.tensor([[0, -1], [0, 2], [1, -1], [-1, -1]]), known=torch.tensor([[2, 3]]))
+    positive, negative = targets.masks("document_query")
+    assert torch.equal(positive, rows("1100", "0010", "0000", "0010"))
+    assert torch.equal(negative, rows("0011", "1101", "1111", "1101"))
+    positive, negative = targets.masks("query_query")
+    assert torch.equal(positive, rows("0100", "1000", "0000", "0000"))
+    assert torch.equal(negative, rows("0011", "0011", "1101", "1110"))
+    positive, negative = targets.masks("document_document", num_documents=5)
+    assert torch.equal(positive, rows("00000", "00010", "00000", "01000", "00000"))
+    # Documents 0 and 2 are listed together, so they are neither.
+    assert torch.equal(negative, rows("01011", "10101", "01011", "10101", "11110"))
+    with pytest.raises(ValueError, match="direction is 'd2d', expected one of query_document, document_query, query_q"):
+        targets.masks("d2d")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_masks_between_queries_and_between_documents_equal_a_loop(seed):
+    """Documents of many queries, queries of many documents, pairs that are listed and known as well."""
+    generator = torch.Generator().manual_seed(seed)
+    group = torch.randint(-1, 6, (8, 3), generator=generator)
+    relevance = torch.randint(0, 2, group.shape, generator=generator)
+    known = torch.stack([torch.randint(0, n, (6,), generator=generator) for n in (8, 6)], dim=1)
+    targets = Targets(group, relevance, known)
+    relevant = {(i, j) for i, j in known.tolist()}
+    listed = set(relevant)
+    for i in range(8):
+        for j, grade in zip(group[i].tolist(), relevance[i].tolist(), strict=True):
+            listed |= {(i, j)} if j >= 0 else set()
+            relevant |= {(i, j)} if j >= 0 and grade > 0 else set()
+    positive, negative = targets.masks("query_query")
+    for i in range(8):
+        for r in range(8):
+            shared = any((i, j) in relevant and (r, j) in relevant for j in range(6))
+            assert (positive[i, r], negative[i, r]) == (i != r and shared, i != r and not shared)
+    positive, negative = targets.masks("document_document", num_documents=6)
+    for p in range(6):
+        for n in range(6):
+            shared = any((i, p) in relevant and (i, n) in relevant for i in range(8))
+            together = any((i, p) in listed and (i, n) in listed for i in range(8))
+            assert (positive[p, n], negative[p, n]) == (p != n and shared, p != n and not together)
+
+
+def test_listed_negatives():
+    """Neither what is known to be relevant, nor what is listed as a positive too, nor what is not there."""
+    targets = Targets(
+        torch.tensor([[0, 1, 2], [2, 3, 2], [3, -1, 0]]),
+        known=torch.tensor([[0, 2], [2, 1]]),
+    )
+    assert torch.equal(targets.listed_negative, rows("010", "010", "001"))
+    graded = Targets(torch.tensor([[0, 1, 1]]), relevance=torch.tensor([[0, 1, 0]]))
+    assert torch.equal(graded.listed_negative, rows("100"))
+    assert Targets(torch.zeros(2, 0, dtype=torch.int64)).listed_negative.shape == (2, 0)
+
+
+def test_some_of_the_queries():
+    """Rows are numbered from 0 again, documents keep their numbers."""
+    Q, D = torch.arange(4.0)[:, None], torch.arange(5.0)[:, None]
+    targets = Targets(
+        torch.tensor([[0], [1], [2], [3]]),
+        torch.ones(4, 1),
+        torch.tensor([[1, 3], [2, 0], [0, 2]]),
+        torch.tensor([0, 1, 2, 3, 3]),
+        torch.arange(4.0)[:, None],
+        {"guide": (Q, D)},
+    )
+    some = targets.of_queries(1, 3)
+    assert some.group.tolist() == [[1], [2]]
+    assert some.relevance.shape == (2, 1)
+    assert some.known.tolist() == [[0, 3], [1, 0]]
+    assert some.target_scores.tolist() == [[1.0], [2.0]]
+    assert some.references["guide"][0].tolist() == [[1.0], [2.0]]
+    assert some.references["guide"][1] is D
+    assert torch.equal(some.masks()[0], targets.masks()[0][1:3])
+    assert Targets(torch.tensor([[0], [1]])).of_queries(1, 5).group.tolist() == [[1]]
+
+
 def test_a_known_positive_is_none_of_the_hard_negatives():
     targets = Targets(group=torch.tensor([[0, 1]]), known=torch.tensor([[0, 1]]))
     assert torch.equal(targets.masks()[0], rows("11"))
@@ -50,6 +131,8 @@ def test_masks_reach_to_the_documents_that_nobody_lists():
         ({"relevance": torch.ones(2, 2)}, r"relevance has shape \(2, 2\), expected group's \(2, 1\)"),
         ({"known": torch.tensor([0, 1])}, r"known has shape \(2,\), expected \[pairs, 2\]"),
         ({"known": torch.zeros(1, 3, dtype=torch.int64)}, r"known has shape \(1, 3\), expected \[pairs, 2\]"),
+        ({"document": torch.zeros(1, 3)}, r"document has shape \(1, 3\), expected \[document vectors\]"),
+        ({"target_scores": torch.ones(2)}, r"target_scores has shape \(2,\), expected group's \(2, 1\)"),
     ],
 )
 def test_refuses_wrong_shapes(fields, message):
@@ -58,9 +141,14 @@ def test_refuses_wrong_shapes(fields, message):
 
 
 def test_to_moves_every_tensor():
-    moved = Targets(torch.tensor([[0]]), torch.tensor([[1]]), torch.tensor([[0, 0]])).to("meta")
-    assert {moved.group.device.type, moved.relevance.device.type, moved.known.device.type} == {"meta"}
-    assert Targets(torch.tensor([[0]])).to("meta").known is None
+    one = torch.tensor([[1]])
+    moved = Targets(torch.tensor([[0]]), one, torch.tensor([[0, 0]]), one[0], one, {"base": (one, one)}).to("meta")
+    for field in dataclasses.fields(Targets):
+        value = getattr(moved, field.name)
+        for tensor in value["base"] if field.name == "references" else [value]:
+            assert tensor.device.type == "meta"
+    moved = Targets(torch.tensor([[0]])).to("meta")
+    assert (moved.known, moved.document, moved.references) == (None, None, {})
 
 
 def test_cosine_and_dot_by_hand():
@@ -77,3 +165,35 @@ def test_half_precision_becomes_float32(dtype):
     result = scores(Q, Q)
     assert result.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
     torch.testing.assert_close(result, torch.ones_like(result))
+
+
+def test_windows_by_hand():
+    """Document 0 has windows of similarity 0.6 and 0.8, document 1 one of 0; then 8 and 6, and 10."""
+    Q = torch.tensor([[1.0, 0.0], [0.0, 10.0]])
+    D = torch.tensor([[0.6, 0.8], [0.0, 1.0], [0.8, 0.6]])
+    targets = Targets(torch.tensor([[0], [1]]), document=torch.tensor([0, 1, 0]))
+    found = scores(Q, D, targets, similarity="dot")
+    torch.testing.assert_close(found, torch.tensor([[0.8, 0.0], [8.0, 10.0]]))
+    # Weights of e^0.6 and e^0.8 at temperature 1; one window stays what it is.
+    found = scores(Q[:1], D, targets, similarity="dot", windows="softmax", window_temperature=1.0)
+    share = 1 / (1 + math.exp(0.8 - 0.6))
+    torch.testing.assert_close(found, torch.tensor([[0.6 * share + 0.8 * (1 - share), 0.0]]))
+    # At 0.05 the difference of 2 counts as 40.
+    found = scores(Q[1:], D, targets, similarity="dot", windows="softmax")
+    torch.testing.assert_close(found, torch.tensor([[8.0, 10.0]]))
+    assert targets.num_documents(3) == 2
+    assert Targets(torch.tensor([[0]])).num_documents(3) == 3
+    with pytest.raises(ValueError, match="document says what 3 vectors stand for, there are 2"):
+        scores(Q, D[:2], targets)
+    with pytest.raises(ValueError, match="windows is 'mean', expected one of max, softmax"):
+        scores(Q, D, targets, windows="mean")
+    with pytest.raises(ValueError, match="window_temperature is 0, expected above 0"):
+        scores(Q, D, targets, windows="softmax", window_temperature=0)
+
+
+@pytest.mark.parametrize("windows", ["max", "softmax"])
+def test_gradients_through_windows(windows):
+    Q, D = (torch.randn(n, 3, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in (3, 6))
+    targets = Targets(torch.tensor([[0]]), document=torch.tensor([2, 0, 1, 0, 0, 2]))
+    inputs = Q.requires_grad_(), D.requires_grad_()
+    assert torch.autograd.gradcheck(lambda q, d: scores(q, d, targets, windows=windows), inputs)

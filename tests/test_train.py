@@ -16,7 +16,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import make_dataset, make_embedder
+from torch import nn
 
+from embedft import build_loss
 from embedft.data.batches import Batches
 from embedft.losses.contrastive import in_batch_negatives
 from embedft.training import train as train_module
@@ -342,6 +344,214 @@ def test_the_bar_of_a_resumed_run_begins_where_the_run_was(tmp_path, monkeypatch
     assert "loss=" in bars[1].postfix
 
 
+# A loss that is a module.
+
+
+class Affine(nn.Module):
+    """In-batch negatives + slope * offset, where `offset` is learned: its gradient is `slope`."""
+
+    def __init__(self, slope: float = 0.5):
+        super().__init__()
+        self.slope = slope
+        self.offset = nn.Parameter(torch.tensor([[2.0]]))  # as many dimensions as a matrix, which would be decayed
+        self.register_buffer("num_calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, Q, D, targets):
+        self.num_calls += 1
+        return in_batch_negatives(Q, D, targets) + self.slope * self.offset.squeeze()
+
+
+class LearnedTemperature(nn.Module):
+    """In-batch negatives with a factor on the scores that is learned, and noise that is drawn."""
+
+    def __init__(self):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor(3.0))
+
+    def forward(self, Q, D, targets):
+        noise = 1 + 0.1 * torch.rand(())
+        return in_batch_negatives(Q * self.log_scale.exp() * noise, D, targets, temperature=1.0, similarity="dot")
+
+
+@pytest.mark.parametrize("loss_lr", [None, 0.25])
+def test_the_parameters_of_a_loss_are_trained(tmp_path, loss_lr):
+    """AdamW's first step is lr * g / (|g| + eps), so nearly lr, here at its highest; without weight decay."""
+    embedder, loss = make_embedder(tmp_path / "base", dropout=0.0), Affine().eval()
+    config = TrainConfig(epochs=1, lr=1e-3, loss_lr=loss_lr, schedule="constant", weight_decay=0.5)
+    train(embedder, Batches(make_dataset(), embedder.pack, batch_size=12, seed=0), loss, config)
+    assert loss.offset.item() == pytest.approx(2.0 - (loss_lr or 1e-3), rel=1e-6)
+    assert loss.num_calls.item() == 1
+    assert loss.training
+
+
+def test_both_learning_rates_follow_the_schedule(tmp_path):
+    """Equal gradients make every AdamW step lr long: over 8 steps 0, 1/2, then 6/6 ... 1/6 of the highest."""
+    embedder, loss = make_embedder(tmp_path / "base"), Affine(slope=1e-3)
+    config = dataclasses.replace(CONFIG, loss_lr=0.1, max_grad_norm=1e6)
+    train(embedder, make_batches(embedder), loss, config, out=tmp_path)
+    total = 0.5 + (6 + 5 + 4 + 3 + 2 + 1) / 6
+    assert loss.offset.item() == pytest.approx(2.0 - 0.1 * total, rel=1e-4)
+    assert [record["lr"] for record in read_log(tmp_path)][:3] == pytest.approx([0, 5e-4, 1e-3])
+
+
+def test_clipping_is_over_all_parameters(tmp_path):
+    """Only the loss's own parameter has a gradient, of 30."""
+    embedder, loss = make_embedder(tmp_path / "base"), Affine(slope=30.0)
+    loss.forward = lambda Q, D, targets: loss.slope * loss.offset.squeeze() + 0 * Q.sum()
+    norms = []
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def spy(parameters, most):
+        norm = clip(parameters, most)
+        norms.append((norm.item(), loss.offset.grad.item()))
+        return norm
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+        train(embedder, make_batches(embedder), loss, dataclasses.replace(CONFIG, max_grad_norm=3.0), out=tmp_path)
+    assert norms == [(pytest.approx(30.0), pytest.approx(3.0, rel=1e-4))] * 8
+    assert [record["grad_norm"] for record in read_log(tmp_path)] == pytest.approx([30.0] * 8)
+
+
+def test_frozen_parameters_of_a_loss_stay(tmp_path):
+    embedder, loss = make_embedder(tmp_path / "base"), Affine()
+    loss.offset.requires_grad_(False)
+    train(embedder, make_batches(embedder), loss, CONFIG)
+    assert loss.offset.item() == 2.0
+
+
+def test_a_gradient_of_the_loss_that_is_not_finite_stops(tmp_path):
+    embedder, loss = make_embedder(tmp_path / "base"), Affine(slope=math.inf)
+    loss.forward = lambda Q, D, targets: 0 * Q.sum() + (loss.offset - loss.offset.detach()).abs().sqrt().sum()
+    with pytest.raises(NonFiniteError, match=r"^step 1: gradient norm is nan"):
+        train(embedder, make_batches(embedder), loss, CONFIG)
+    assert loss.offset.item() == 2.0
+
+
+SAMPLED = {"name": "matryoshka", "dims": [32, 8, 4], "inner": {"name": "in_batch_negatives"}, "dims_per_step": 1}
+
+
+@pytest.mark.parametrize("mini_batch_tokens", [None, 20])
+@pytest.mark.parametrize("make_loss", [LearnedTemperature, Affine, functools.partial(build_loss, SAMPLED)])
+def test_a_module_is_resumed_bit_for_bit(tmp_path, make_loss, mini_batch_tokens):
+    """Its parameters, its buffers and its moments, dropout's draws and its own, interrupted in step 6."""
+
+    def run(name: str, step: int = 0) -> tuple[dict, dict, list]:
+        embedder, loss = make_embedder(tmp_path / "base"), make_loss()
+        config = dataclasses.replace(CONFIG, loss_lr=0.1, mini_batch_tokens=mini_batch_tokens)
+        (tmp_path / name).mkdir(exist_ok=True)
+        loss.register_forward_pre_hook(interrupted_at(step, lambda module, arguments: None))
+        train(embedder, make_batches(embedder), loss, config, out=tmp_path / name)
+        log = [{**record, "seconds": 0} for record in read_log(tmp_path / name)]
+        return weights_of(embedder), dict(loss.state_dict()), log
+
+    whole = run("whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", 6)
+    assert [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()] == ["step-000004"]
+    resumed = run("cut")
+    assert_same(resumed[0], whole[0])
+    assert_same(resumed[1], whole[1])
+    assert resumed[2] == whole[2]
+    if make_loss is LearnedTemperature:
+        assert whole[1]["log_scale"] != 3.0
+
+
+# In mini-batches: gradient caching.
+
+
+@pytest.mark.parametrize("tokens", [1, 30, 60])
+def test_mini_batches_change_nothing_but_the_memory(tmp_path, tokens):
+    """In float64 without dropout: the log and the weights of the step that takes the whole batch."""
+    results = []
+    for name, mini_batch_tokens in (("whole", None), ("parts", tokens)):
+        embedder = make_embedder(tmp_path / "base", dropout=0.0, dtype=torch.float64)
+        (tmp_path / name).mkdir()
+        config = dataclasses.replace(CONFIG, mini_batch_tokens=mini_batch_tokens)
+        batches = make_batches(embedder, num_negatives=1)
+        train(embedder, batches, in_batch_negatives, config, out=tmp_path / name)
+        results.append((weights_of(embedder), read_log(tmp_path / name)))
+    (weights, log), (parts_weights, parts_log) = results
+    for name, tensor in weights.items():
+        torch.testing.assert_close(parts_weights[name], tensor, rtol=0, atol=1e-9)
+    for record, parts_record in zip(log, parts_log, strict=True):
+        assert record.keys() == parts_record.keys()
+        for key in record.keys() - {"seconds"}:
+            assert parts_record[key] == pytest.approx(record[key], rel=1e-9), key
+
+
+def test_a_batch_that_fits_is_taken_at_once(tmp_path, monkeypatch):
+    """To the bit as without the setting; only larger ones pay for a second forward pass."""
+    cut = []
+    backward = train_module.cached_backward
+    monkeypatch.setattr(train_module, "cached_backward", lambda *a, **k: cut.append(a[1:3]) or backward(*a, **k))
+    embedder, other = make_embedder(tmp_path / "base"), make_embedder(tmp_path / "base")
+    batches = make_batches(embedder)
+    sizes = sorted(len(b.queries.input_ids) + len(b.documents.input_ids) for e in (0, 1) for b in batches.epoch(e))
+    config = dataclasses.replace(CONFIG, mini_batch_tokens=sizes[-1])
+    train(embedder, batches, in_batch_negatives, config)
+    assert not cut
+    train(other, batches, in_batch_negatives, CONFIG)
+    assert_same(weights_of(embedder), weights_of(other))
+    train(embedder, batches, in_batch_negatives, dataclasses.replace(config, mini_batch_tokens=sizes[-1] - 1))
+    assert len(cut) == sizes.count(sizes[-1])
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_learns_in_mini_batches(tmp_path, precision):
+    embedder = make_embedder(tmp_path / "base", dropout=0.0)
+    batches = Batches(make_dataset(6, 6), embedder.pack, batch_size=6, seed=0)
+    config = TrainConfig(epochs=30, lr=3e-3, precision=precision, mini_batch_tokens=20)
+    train(embedder, batches, in_batch_negatives, config, out=tmp_path)
+    losses = [record["loss"] for record in read_log(tmp_path)]
+    assert losses[-1] < 0.1 * losses[0]
+
+
+# References.
+
+
+def test_references_reach_the_loss(tmp_path):
+    """Asked once a step, without gradient, and beside those that the batch already has."""
+    embedder, asked, seen = make_embedder(tmp_path / "base"), [], []
+    weight = torch.ones((), requires_grad=True)
+
+    def guide(batch):
+        asked.append((batch.query_ids, torch.is_grad_enabled()))
+        return weight * torch.ones(len(batch.query_ids), 3), weight * torch.ones(len(batch.document_ids), 3)
+
+    class WithTeacher:
+        def __init__(self, batches):
+            self.batches = batches
+
+        def __len__(self):
+            return len(self.batches)
+
+        def epoch(self, number, *, start=0):
+            for batch in self.batches.epoch(number, start=start):
+                references = {
+                    "teacher": (torch.zeros(len(batch.query_ids), 2), torch.zeros(len(batch.document_ids), 2))
+                }
+                yield batch._replace(targets=dataclasses.replace(batch.targets, references=references))
+
+    def loss(Q, D, targets):
+        seen.append({name: (q.shape, d.shape, q.requires_grad) for name, (q, d) in targets.references.items()})
+        assert targets.references["guide"][0].tolist() == [[1.0] * 3] * len(Q)
+        return in_batch_negatives(Q, D, targets)
+
+    batches = make_batches(embedder)
+    config = dataclasses.replace(CONFIG, epochs=1)
+    train(embedder, WithTeacher(batches), loss, config, references={"guide": guide})
+    expected = list(batches.epoch(0))
+    assert asked == [(batch.query_ids, False) for batch in expected]
+    assert seen == [
+        {
+            "teacher": ((len(batch.query_ids), 2), (len(batch.document_ids), 2), False),
+            "guide": ((len(batch.query_ids), 3), (len(batch.document_ids), 3), False),
+        }
+        for batch in expected
+    ]
+
+
 # Validation, best weights, checkpoints.
 
 
@@ -400,7 +610,7 @@ def test_an_unknown_metric_is_refused_before_the_first_step(tmp_path):
 def test_how_often_to_validate_and_to_keep_a_checkpoint(tmp_path, monkeypatch, every, steps):
     saved = []
     monkeypatch.setattr(
-        train_module, "save_checkpoint", lambda folder, model, optimizer, state, *_: saved.append(state.step)
+        train_module, "save_checkpoint", lambda folder, model, optimizer, state, *_, **__: saved.append(state.step)
     )
     embedder = make_embedder(tmp_path / "base")
     config = dataclasses.replace(CONFIG, eval_every=every, checkpoint_every=every)
@@ -469,6 +679,10 @@ def test_many_ids_are_counted_in_the_message(tmp_path):
         ("epochs", True, "epochs is True, expected int"),
         ("lr", 0.0, "lr is 0.0, expected above 0"),
         ("lr", math.inf, "lr is inf, expected above 0"),
+        ("loss_lr", 0.0, "loss_lr is 0.0, expected above 0"),
+        ("loss_lr", "fast", "loss_lr is 'fast', expected float or null"),
+        ("mini_batch_tokens", 0, "mini_batch_tokens is 0, expected at least 1"),
+        ("mini_batch_tokens", 1.5, "mini_batch_tokens is 1.5, expected int or null"),
         ("lr", "fast", "lr is 'fast', expected float"),
         ("max_grad_norm", math.nan, "max_grad_norm is nan, expected above 0"),
         ("warmup", -0.1, "warmup is -0.1, expected at least 0"),

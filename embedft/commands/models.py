@@ -17,6 +17,7 @@ from ..data.formats import FORMATS
 from ..encoders.embedder import ROLES, Embedder
 from ..encoders.loading import load_embedder
 from ..files import atomic_write, check_writable, read_jsonl, read_lines
+from ..losses.registry import describe_losses
 from ..recipe import VALIDATION, VALIDATION_BASE, FinetuneConfig, finetune
 from ..retrieval.evaluate import evaluate
 from ..retrieval.report import Report, compare
@@ -69,6 +70,9 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     existing.add_argument("--resume", action="store_true", help="go on from the last checkpoint in DIR")
     _add_loading(parser)
     configs.add_options(parser, FinetuneConfig)
+    # argparse would fill the lines up to one paragraph.
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = f"losses (--loss.name) and their options (--loss.OPTION):\n{describe_losses()}"
 
 
 def _finetune(options: argparse.Namespace) -> None:

@@ -1,44 +1,177 @@
 """Losses by name, for configurations and the command line. A new loss is one function and one line in `LOSSES`.
 
-loss = build_loss({"name": "in_batch_negatives", "temperature": 0.05})
+loss = build_loss({"name": "matryoshka", "dims": [384, 128], "inner": {"name": "in_batch_negatives"}})
 loss(Q, D, targets)
+print(describe_losses())
 """
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+import json
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from .contrastive import in_batch_negatives
+from .contrastive import LearnableTemperature, in_batch_negatives, multi_positive, symmetric_in_batch_negatives
+from .distillation import ProjectedDistillation, embedding_distillation, listwise_kl, margin_mse
+from .guided import guided_in_batch_negatives
+from .matryoshka import Loss, Matryoshka, WeightedSum
+from .pairwise import contrastive, online_contrastive, triplet
+from .regularisers import global_orthogonal, toward_base
+from .scored import angle, cosent, cosine_mse
+from .sigmoid import LearnableSigmoid, sigmoid
 from .targets import Targets
 
-Loss = Callable[[Tensor, Tensor, Targets], Tensor]
-
-LOSSES: dict[str, Callable[..., Tensor]] = {
+# A function of (Q, D, targets) with options as keywords, or a module whose constructor takes the options.
+LOSSES: dict[str, Callable[..., Any]] = {
     "in_batch_negatives": in_batch_negatives,
+    "symmetric_in_batch_negatives": symmetric_in_batch_negatives,
+    "learnable_temperature": LearnableTemperature,
+    "multi_positive": multi_positive,
+    "sigmoid": sigmoid,
+    "learnable_sigmoid": LearnableSigmoid,
+    "guided_in_batch_negatives": guided_in_batch_negatives,
+    "triplet": triplet,
+    "contrastive": contrastive,
+    "online_contrastive": online_contrastive,
+    "cosine_mse": cosine_mse,
+    "cosent": cosent,
+    "angle": angle,
+    "margin_mse": margin_mse,
+    "listwise_kl": listwise_kl,
+    "embedding_distillation": embedding_distillation,
+    "projected_distillation": ProjectedDistillation,
+    "toward_base": toward_base,
+    "global_orthogonal": global_orthogonal,
+    "matryoshka": Matryoshka,
+    "sum": WeightedSum,
+}
+
+# What an option's annotation is called in a message: (one of them, several of them).
+KINDS = {
+    float: ("a number", "numbers"),
+    int: ("a whole number", "whole numbers"),
+    bool: ("true or false", "true or false"),
+    str: ("text", "texts"),
+    Loss: ("a loss", "losses"),
+    types.NoneType: ("null", "nulls"),
 }
 
 
 def build_loss(spec: Mapping[str, Any]) -> Loss:
     """A loss from its name and options, e.g. {"name": "in_batch_negatives", "temperature": 0.05}.
 
+    Options that are losses are specs of their own: `inner` of "matryoshka", `losses` of "sum". A loss that is a
+    module comes back as one, so that its parameters can be optimised; any other as a function.
+
     Raises `ValueError` that lists the valid names, or the valid options of the named loss, or says what is wrong with
-    an option's value: the loss is tried on one query and one document, not at the first step of a run.
+    an option's value: the loss is tried on two queries and four documents, not at the first step of a run.
     """
-    options = dict(spec)
-    name = options.pop("name", None)
+    loss = _built(spec)
+    _try(loss)
+    return loss
+
+
+def describe_losses() -> str:
+    """Every loss on a line, with its options and their defaults; those without a default have to be given."""
+    lines = []
+    for name, loss in LOSSES.items():
+        options = [
+            option.name if option.default is option.empty else f"{option.name}={json.dumps(option.default)}"
+            for option in _options(loss).values()
+        ]
+        lines.append(" ".join([f"{name}:", *options]))
+    return "\n".join(lines)
+
+
+def _options(loss: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """What is keyword-only: of a function behind (Q, D, targets), of a module all of its constructor."""
+    parameters = inspect.signature(loss).parameters
+    return {name: option for name, option in parameters.items() if option.kind is option.KEYWORD_ONLY}
+
+
+def _built(spec: Any) -> Loss:
+    if not isinstance(spec, Mapping):
+        raise ValueError(f"loss is {spec!r}, expected a name with options, like {{'name': 'in_batch_negatives'}}")
+    given = dict(spec)
+    name = given.pop("name", None)
     if not isinstance(name, str) or name not in LOSSES:
         raise ValueError(f"loss name is {name!r}, expected one of {', '.join(LOSSES)}")
-    parameters = list(inspect.signature(LOSSES[name]).parameters.values())[3:]
-    valid = {parameter.name: parameter.default for parameter in parameters}
-    for option, value in options.items():
+    valid = _options(LOSSES[name])
+    for option in given:
         if option not in valid:
-            raise ValueError(f"{name} has no option {option!r}, expected one of {', '.join(valid)}")
-        if isinstance(valid[option], float) and (not isinstance(value, (int, float)) or isinstance(value, bool)):
-            raise ValueError(f"{name}: {option} is {value!r}, expected a number")
-    loss = functools.partial(LOSSES[name], **options)
-    loss(torch.zeros(1, 1), torch.zeros(1, 1), Targets(group=torch.zeros(1, 1, dtype=torch.int64)))
-    return loss
+            raise ValueError(f"{name} has no option {option!r}, expected one of {', '.join(valid) or 'none'}")
+    for option, parameter in valid.items():
+        if parameter.default is parameter.empty and option not in given:
+            raise ValueError(f"{name} needs {option}, {_kind(parameter.annotation)}")
+    options = {}
+    for option, value in given.items():
+        wanted = valid[option].annotation
+        if not _fits(value, wanted):
+            raise ValueError(f"{name}: {option} is {value!r}, expected {_kind(wanted)}")
+        if wanted == Loss:
+            value = _part(value)
+        elif wanted == Sequence[Loss]:
+            value = [_part(part) for part in value]
+        options[option] = value
+    return LOSSES[name](**options) if isinstance(LOSSES[name], type) else functools.partial(LOSSES[name], **options)
+
+
+def _part(loss: Any) -> Loss:
+    return _built(loss) if isinstance(loss, Mapping) else loss
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    """Whether a value is of the annotated type. What is not in KINDS, or has no annotation, is the loss's to judge."""
+    if isinstance(wanted, types.UnionType):
+        return any(_fits(value, kind) for kind in typing.get_args(wanted))
+    if wanted == Loss:
+        return isinstance(value, Mapping) or callable(value)
+    if typing.get_origin(wanted) is Sequence:
+        (kind,) = typing.get_args(wanted)
+        return isinstance(value, (list, tuple)) and all(_fits(entry, kind) for entry in value)
+    if wanted not in KINDS:
+        return True
+    if isinstance(value, bool):
+        return wanted is bool
+    return isinstance(value, (int, float) if wanted is float else wanted)
+
+
+def _kind(wanted: Any) -> str:
+    if isinstance(wanted, types.UnionType):
+        return " or ".join(_kind(kind) for kind in typing.get_args(wanted))
+    if typing.get_origin(wanted) is Sequence:
+        (kind,) = typing.get_args(wanted)
+        return f"a list of {KINDS[kind][1] if kind in KINDS else kind}"
+    return KINDS[wanted][0] if wanted in KINDS else str(wanted)
+
+
+def _try(loss: Loss) -> None:
+    """One call, on data that has what any loss may ask for and vectors as wide as the spec says they are."""
+    modules = list(loss.modules()) if isinstance(loss, nn.Module) else []
+    projections = [module for module in modules if isinstance(module, ProjectedDistillation)]
+    widths = [module.dims[0] for module in modules if isinstance(module, Matryoshka)]
+    width = max([*widths, *(module.student_dim for module in projections)], default=2)
+    teacher_width = projections[0].teacher_dim if projections else width
+    Q, D = torch.zeros(2, width), torch.zeros(4, width)
+    targets = Targets(
+        group=torch.tensor([[0, 2], [1, 3]]),
+        target_scores=torch.tensor([[1.0, 0.0], [0.5, 0.0]]),
+        references={
+            "guide": (Q, D),
+            "base": (Q, D),
+            "teacher": (torch.zeros(2, teacher_width), torch.zeros(4, teacher_width)),
+        },
+    )
+    # Training mode counts calls, and has to count from 0 at the first step.
+    training = isinstance(loss, nn.Module) and loss.training
+    if training:
+        loss.eval()
+    with torch.no_grad():
+        loss(Q, D, targets)
+    if training:
+        loss.train()

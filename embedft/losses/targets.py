@@ -4,22 +4,29 @@ Identity is data. A loss never compares texts and never guesses from similarity;
 
     targets = Targets(group=torch.tensor([[0], [1]]))        # query i's positive is document i
     positive_BM, negative_BM = targets.masks()
+    positive_BB, negative_BB = targets.masks("query_query")
 
-Shapes: B queries, M documents, G listed documents a query, K known pairs, D features.
+Not here: where the numbers come from (data/batches.py), and what a loss makes of them.
+
+Shapes: B queries, M documents, C document vectors (as many as documents, unless these have windows), G listed
+documents a query, K known pairs, P pairs, D and E features.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 SIMILARITIES = ("cosine", "dot")
+DIRECTIONS = ("query_document", "document_query", "query_query", "document_document")
+WINDOWS = ("max", "softmax")
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Relevance between the B queries and the M documents of a batch; document j is row j of a loss's D.
+    """Relevance between the B queries and the M documents of a batch, and what is known of them besides.
 
     Args:
         group: [B, G] int64, the documents listed for each query, -1 = none. The first is its positive unless
@@ -27,23 +34,33 @@ class Targets:
         relevance: [B, G], above 0 = positive, 0 = hard negative; None: as `group` says.
         known: [K, 2] int64, (query row, document) pairs known to be relevant from elsewhere in the data. They are
             positives in `masks`, so never negatives.
+        document: [C] int64, which document a row of a loss's D stands for, when documents have several vectors
+            (windows); every document has at least one. None: row j is document j.
+        target_scores: [B, G], a teacher's scores of the listed documents, or the gold score of a scored pair.
+        references: vectors of the same queries and documents by other models, constant: (Q [B, E], D [C, E]) under
+            "guide", "teacher" or "base".
     """
 
     group: Tensor
     relevance: Tensor | None = None
     known: Tensor | None = None
+    document: Tensor | None = None
+    target_scores: Tensor | None = None
+    references: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.group.ndim != 2:
             raise ValueError(
                 f"group has shape {tuple(self.group.shape)}, expected [queries, documents listed for each]"
             )
-        if self.relevance is not None and self.relevance.shape != self.group.shape:
-            raise ValueError(
-                f"relevance has shape {tuple(self.relevance.shape)}, expected group's {tuple(self.group.shape)}"
-            )
+        for name in ("relevance", "target_scores"):
+            value = getattr(self, name)
+            if value is not None and value.shape != self.group.shape:
+                raise ValueError(f"{name} has shape {tuple(value.shape)}, expected group's {tuple(self.group.shape)}")
         if self.known is not None and (self.known.ndim != 2 or self.known.shape[1] != 2):
             raise ValueError(f"known has shape {tuple(self.known.shape)}, expected [pairs, 2]")
+        if self.document is not None and self.document.ndim != 1:
+            raise ValueError(f"document has shape {tuple(self.document.shape)}, expected [document vectors]")
 
     @property
     def listed_positive(self) -> Tensor:
@@ -51,40 +68,156 @@ class Targets:
         if self.relevance is not None:
             return (self.relevance > 0) & (self.group >= 0)
         positive_BG = torch.zeros_like(self.group, dtype=torch.bool)
-        positive_BG[:, 0] = self.group[:, 0] >= 0
+        positive_BG[:, :1] = self.group[:, :1] >= 0
         return positive_BG
 
-    def masks(self, *, num_documents: int | None = None) -> tuple[Tensor, Tensor]:
-        """(positive, negative), each [B, M] bool.
+    @property
+    def listed_negative(self) -> Tensor:
+        """[B, G] bool: which documents of `group` are hard negatives of their query, and not known to be relevant."""
+        queries_P, documents_P = self._pairs(self.listed_positive)
+        row_B1 = torch.arange(len(self.group), device=self.group.device)[:, None]
+        # A number for every (query, document) pair.
+        stride = int(torch.cat([self.group.flatten(), documents_P]).max()) + 2 if self.group.numel() else 1
+        positive_BG = torch.isin(row_B1 * stride + self.group, queries_P * stride + documents_P)
+        return (self.group >= 0) & ~positive_BG
 
-        Positive: listed as such, or known. Negative: every other document of the batch, the hard negatives of this
-        and of other queries among them. `num_documents` is M; None: up to the largest document listed or known.
+    def num_documents(self, num_columns: int) -> int:
+        """M, when D has `num_columns` rows. Raises `ValueError` when `document` is not about as many."""
+        if self.document is None:
+            return num_columns
+        if len(self.document) != num_columns:
+            raise ValueError(f"document says what {len(self.document)} vectors stand for, there are {num_columns}")
+        return int(self.document.max()) + 1
+
+    def masks(self, direction: str = "query_document", *, num_documents: int | None = None) -> tuple[Tensor, Tensor]:
+        """(positive, negative) between what scores (rows) and what is scored (columns), both bool.
+
+        - query_document, [B, M]: positive are the pairs listed as such or known; negative is everything else, the
+          hard negatives of this and of other queries among them.
+        - document_query, [M, B]: the same, transposed.
+        - query_query, [B, B]: positive are two queries with a positive document in common; all others are negative.
+        - document_document, [M, M]: positive are two documents that are positives of one query. Negative are two that
+          no query lists, or is known for, together: a document and a hard negative chosen for it are neither.
+
+        Nothing is positive or negative of itself. `num_documents` is M; None: up to the largest document there is.
         """
+        if direction not in DIRECTIONS:
+            raise ValueError(f"direction is {direction!r}, expected one of {', '.join(DIRECTIONS)}")
+        queries_P, documents_P = self._pairs(self.listed_positive)
+        if direction == "query_query":
+            positive = _sharing(queries_P, documents_P, len(self.group))
+            return positive, (~positive).fill_diagonal_(False)
         if num_documents is None:
-            named = self.group if self.known is None else torch.cat([self.group.flatten(), self.known[:, 1]])
-            num_documents = int(named.max()) + 1
-        positive_BM = torch.zeros(len(self.group), num_documents, dtype=torch.bool, device=self.group.device)
-        rows, places = self.listed_positive.nonzero(as_tuple=True)
-        positive_BM[rows, self.group[rows, places]] = True
-        if self.known is not None:
-            positive_BM[self.known[:, 0], self.known[:, 1]] = True
-        return positive_BM, ~positive_BM
+            named = [self.group.flatten()]
+            named += [] if self.known is None else [self.known[:, 1]]
+            named += [] if self.document is None else [self.document]
+            num_documents = int(torch.cat(named).max()) + 1
+        if direction == "document_document":
+            positive = _sharing(documents_P, queries_P, num_documents)
+            together = _sharing(*reversed(self._pairs(self.group >= 0)), num_documents)
+            return positive, (~together).fill_diagonal_(False)
+        positive = torch.zeros(len(self.group), num_documents, dtype=torch.bool, device=self.group.device)
+        positive[queries_P, documents_P] = True
+        return (positive, ~positive) if direction == "query_document" else (positive.T, ~positive.T)
+
+    def of_queries(self, start: int, stop: int) -> "Targets":
+        """The same for the queries `start` to `stop` alone, numbered from 0; the documents stay."""
+        rows = slice(start, stop)
+        known = self.known
+        if known is not None:
+            known = known[(known[:, 0] >= start) & (known[:, 0] < stop)] - known.new_tensor([start, 0])
+        return replace(
+            self,
+            group=self.group[rows],
+            relevance=None if self.relevance is None else self.relevance[rows],
+            known=known,
+            target_scores=None if self.target_scores is None else self.target_scores[rows],
+            references={name: (Q[rows], D) for name, (Q, D) in self.references.items()},
+        )
 
     def to(self, device: torch.device | str) -> "Targets":
         """The same on another device."""
-        moved = (None if x is None else x.to(device) for x in (self.group, self.relevance, self.known))
-        return Targets(*moved)
+        tensors = {name: getattr(self, name) for name in ("group", "relevance", "known", "document", "target_scores")}
+        moved = {name: None if x is None else x.to(device) for name, x in tensors.items()}
+        references = {name: (Q.to(device), D.to(device)) for name, (Q, D) in self.references.items()}
+        return Targets(**moved, references=references)
+
+    def _pairs(self, of_listed_BG: Tensor) -> tuple[Tensor, Tensor]:
+        """Query and document of the pairs of `group` where `of_listed_BG`, and of the known ones, each [P]."""
+        queries, places = of_listed_BG.nonzero(as_tuple=True)
+        documents = self.group[queries, places]
+        if self.known is None:
+            return queries, documents
+        # A list without entries is a float tensor to PyTorch.
+        known = self.known.to(self.group)
+        return torch.cat([queries, known[:, 0]]), torch.cat([documents, known[:, 1]])
 
 
-def scores(Q: Tensor, D: Tensor, *, similarity: str = "cosine") -> Tensor:
+def _sharing(item_P: Tensor, key_P: Tensor, num_items: int) -> Tensor:
+    """[N, N] bool: which two different items have a key in common, given (item, key) pairs."""
+    shared = torch.zeros(num_items, num_items, dtype=torch.bool, device=item_P.device)
+    key_P, order_P = key_P.sort()
+    item_P = item_P[order_P]
+    # Pairs of one key now lie together: compare neighbours, then those two apart, up to the most pairs of a key.
+    apart = 1
+    while (same := key_P[apart:] == key_P[:-apart]).any():
+        one, other = item_P[apart:][same], item_P[:-apart][same]
+        shared[one, other] = True
+        shared[other, one] = True
+        apart += 1
+    return shared.fill_diagonal_(False)
+
+
+def scores(
+    Q: Tensor,
+    D: Tensor,
+    targets: Targets | None = None,
+    *,
+    similarity: str = "cosine",
+    windows: str = "max",
+    window_temperature: float = 0.05,
+) -> Tensor:
     """Similarity of every query with every document, [B, M]; half precision becomes float32.
 
     "cosine" normalises itself, a vector of length zero has cosine 0 with everything (lengths are clamped at 1e-12);
     "dot" is the inner product.
+
+    A document of several vectors (`targets.document`) has the similarity s_w of its best window (MaxP), or with
+    `windows` "softmax" the soft maximum: sum over its windows w of s_w * exp(s_w / t) / sum over v of exp(s_v / t),
+    t = `window_temperature`, which lets all of them learn and, unlike a log-sum-exp, does not grow with their number.
+
+    Source: Dai and Callan 2019 (MaxP), section 3.
     """
     if similarity not in SIMILARITIES:
         raise ValueError(f"similarity is {similarity!r}, expected one of {', '.join(SIMILARITIES)}")
     Q, D = (x if x.dtype is torch.float64 else x.float() for x in (Q, D))
     if similarity == "cosine":
         Q, D = F.normalize(Q, dim=1), F.normalize(D, dim=1)
-    return Q @ D.T
+    scores_BC = Q @ D.T
+    if targets is None:
+        return scores_BC
+    return over_windows(scores_BC, targets, windows=windows, window_temperature=window_temperature)
+
+
+def over_windows(
+    scores_BC: Tensor, targets: Targets, *, windows: str = "max", window_temperature: float = 0.05
+) -> Tensor:
+    """What `scores` makes of the similarities of document vectors: those of documents, [B, M]. B may be any rows."""
+    if windows not in WINDOWS:
+        raise ValueError(f"windows is {windows!r}, expected one of {', '.join(WINDOWS)}")
+    num_documents = targets.num_documents(scores_BC.shape[1])
+    if targets.document is None:
+        return scores_BC
+    nothing_BM = scores_BC.new_zeros(len(scores_BC), num_documents)
+    if windows == "max":
+        return _best_window(nothing_BM, targets.document, scores_BC)
+    if not window_temperature > 0:
+        raise ValueError(f"window_temperature is {window_temperature}, expected above 0")
+    best_BM = _best_window(nothing_BM, targets.document, scores_BC.detach())
+    weights_BC = ((scores_BC - best_BM[:, targets.document]) / window_temperature).exp()
+    total_BM = nothing_BM.index_add(1, targets.document, weights_BC)
+    return nothing_BM.index_add(1, targets.document, weights_BC * scores_BC) / total_BM
+
+
+def _best_window(into_BM: Tensor, document_C: Tensor, scores_BC: Tensor) -> Tensor:
+    return into_BM.scatter_reduce(1, document_C.expand_as(scores_BC), scores_BC, "amax", include_self=False)

@@ -3,13 +3,14 @@
 A checkpoint is a folder of safetensors and JSON, written beside its place and renamed into it; the one before goes
 only when the new one is whole. Nothing is pickled.
 
-    save_checkpoint(out / "checkpoints", embedder, optimizer, state, best_weights, device)
-    load_checkpoint(out / "checkpoints", embedder, optimizer, device)
+    save_checkpoint(out / "checkpoints", embedder, optimizer, state, best_weights, device, loss=module)
+    load_checkpoint(out / "checkpoints", embedder, optimizer, device, loss=module)
 """
 
 import dataclasses
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from .. import device as devices
 from ..files import read_json, write_json
+
+LOSS = "loss.safetensors"
 
 
 @dataclasses.dataclass
@@ -42,14 +45,22 @@ def save_checkpoint(
     state: TrainState,
     best_weights: dict[str, Tensor] | None,
     device: torch.device,
+    *,
+    loss: nn.Module | None = None,
 ) -> None:
-    """Writes folder/step-000400 and then removes older ones."""
+    """Writes folder/step-000400 and then removes older ones.
+
+    Args:
+        loss: a loss with parameters, which the optimizer steps too, or with other state; None: it has none.
+    """
     path = folder / f"step-{state.step:06d}"
     temporary = folder / f".{path.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     save_file(model.state_dict(), temporary / "model.safetensors")
-    save_file(_optimizer_tensors(model, optimizer), temporary / "optimizer.safetensors")
+    if loss is not None:
+        save_file(loss.state_dict(), temporary / LOSS)
+    save_file(_optimizer_tensors(model, loss, optimizer), temporary / "optimizer.safetensors")
     save_file(devices.random_state(device), temporary / "random.safetensors")
     if best_weights is not None:
         save_file(best_weights, temporary / "best.safetensors")
@@ -61,19 +72,30 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    *,
+    loss: nn.Module | None = None,
 ) -> tuple[TrainState, dict[str, Tensor] | None] | None:
-    """Restores the newest checkpoint into model, optimizer and torch's generators. None when there is none.
+    """Restores the newest checkpoint into model, loss, optimizer and torch's generators. None when there is none.
 
-    Returns the state, and the best weights so far (None without validation).
+    Returns the state, and the best weights so far (None without validation). Raises `ValueError` when the checkpoint
+    is of a training whose loss had state and this one's has none, or the other way round.
     """
     found = _checkpoints(folder)
     if not found:
         return None
     path = found[-1]
+    if (path / LOSS).is_file() != (loss is not None):
+        had = "has" if loss is None else "lacks"
+        raise ValueError(f"{path}: {had} the state of a loss, so it is not of a training with this loss")
+    if loss is not None:
+        loss.load_state_dict(load_file(path / LOSS))
     model.load_state_dict(load_file(path / "model.safetensors"))
     stored = load_file(path / "optimizer.safetensors")
-    for name, parameter in model.named_parameters():
+    for name, parameter in _parameters(model, loss):
         keys = [key for key in stored if key.partition("/")[2] == name]
         if keys:
             # The fused kernel wants its step counter on the parameter's device.
@@ -85,11 +107,18 @@ def load_checkpoint(
     return state, load_file(best) if best.is_file() else None
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _parameters(model: nn.Module, loss: nn.Module | None) -> Iterator[tuple[str, nn.Parameter]]:
+    """All that the optimizer may step, by name; the names of the loss's begin with "loss/"."""
+    yield from model.named_parameters()
+    if loss is not None:
+        yield from ((f"loss/{name}", parameter) for name, parameter in loss.named_parameters())
+
+
+def _optimizer_tensors(model: nn.Module, loss: nn.Module | None, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """{"exp_avg/<parameter>": tensor, ...}."""
     return {
         f"{key}/{name}": value
-        for name, parameter in model.named_parameters()
+        for name, parameter in _parameters(model, loss)
         for key, value in optimizer.state.get(parameter, {}).items()
     }
 

@@ -2,12 +2,13 @@
 
     state = train(embedder, batches, loss, TrainConfig(epochs=2, lr=2e-5), out=Path("runs/first"))
 
-It knows nothing of files of text, metrics or indices: batches, loss and evaluation come in as they are. Not here:
-gradient caching, hard-negative mining, several devices.
+It knows nothing of files of text, metrics or indices: batches, loss, references and evaluation come in as they are.
+Not here: how a batch larger than memory is stepped (cached.py), hard-negative mining, several devices.
 
 Shapes: B queries, M documents, D dimensions.
 """
 
+import functools
 import json
 import math
 import time
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import device as devices
 from ..config import check_types, setting
@@ -25,9 +26,12 @@ from ..data.batches import Batch
 from ..encoders.embedder import Embedder
 from ..files import append_jsonl, atomic_write
 from ..losses.registry import Loss
+from ..losses.targets import Targets
 from ..progress import progress_bar
+from .cached import cached_backward
 from .checkpoint import TrainState, load_checkpoint, save_checkpoint
 from .optim import SCHEDULES, Schedule, build_optimizer, lr_factor
+from .references import Reference, targets_with
 from .runs import CHECKPOINTS, LOG
 
 # Steps between two calls of `device.release_memory`.
@@ -42,6 +46,7 @@ class TrainConfig:
 
     epochs: int = setting(3, "passes over the training pairs")
     lr: float = setting(5e-5, "learning rate at its highest")
+    loss_lr: float | None = setting(None, "the same for the loss's own parameters, if it has any; null: as lr")
     schedule: Schedule = setting("linear", f"of the learning rate after warmup: {', '.join(SCHEDULES)}")
     warmup: float = setting(0.0, "steps until the learning rate is at its highest; below 1: share of all steps")
     weight_decay: float = setting(0.0, "of matrices; biases and norms have none")
@@ -50,19 +55,22 @@ class TrainConfig:
     precision: Literal["float32", "bfloat16"] = setting(
         "float32", "of the forward pass: float32, or bfloat16 (autocast)"
     )
+    mini_batch_tokens: int | None = setting(
+        None, "tokens embedded with gradient at a time (gradient caching); null: the whole batch at once"
+    )
     eval_every: int | None = setting(None, "steps between validations; null: at the end of every epoch")
     checkpoint_every: int | None = setting(None, "steps between checkpoints; null: at the end of every epoch")
     select: str = setting("ndcg@10", "validation metric by which the best weights are kept")
 
     def __post_init__(self):
         check_types(self)
-        for name in ("epochs", "eval_every", "checkpoint_every"):
+        for name in ("epochs", "mini_batch_tokens", "eval_every", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
-        for name in ("lr", "max_grad_norm"):
+        for name in ("lr", "loss_lr", "max_grad_norm"):
             value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
+            if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} is {value}, expected above 0")
         for name in ("warmup", "weight_decay"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
@@ -97,27 +105,37 @@ def train(
     config: TrainConfig,
     *,
     out: Path | None = None,
+    references: Mapping[str, Reference] | None = None,
     evaluate: Callable[[Embedder], Mapping[str, float]] | None = None,
 ) -> TrainState:
     """Trains `embedder` in place and leaves it with its best weights (the last ones when there is no `evaluate`).
 
-    One step: embed queries and documents together, loss, gradients, clip, AdamW. The base is validated first, so
-    weights worse than the base are never kept. Same seed, same machine, same bits on the CPU; the caller's random
+    One step: embed queries and documents together, loss, gradients, clip, AdamW. A batch with more tokens than
+    `config.mini_batch_tokens` is embedded in parts, with the same gradients (cached.py). The base is validated first,
+    so weights worse than the base are never kept. Same seed, same machine, same bits on the CPU; the caller's random
     state is left as it was.
 
     Args:
         batches: sized (batches of an epoch), and able to begin anywhere.
-        loss: (Q [B, D], D [M, D], targets) -> scalar.
+        loss: (Q [B, D], D [M, D], targets) -> scalar. A module is moved to the embedder's device, and its parameters
+            are trained too, without weight decay; they end as the last step left them.
         out: run folder for train.jsonl and checkpoints; a checkpoint that is there is resumed. None: nothing written.
+        references: {name: batch -> (Q [B, E], D [M, E])}, frozen vectors that the loss finds in `targets.references`;
+            asked once a step.
         evaluate: validation, {metric: value, higher is better}.
 
     Raises:
         NonFiniteError: a loss or gradient is not finite; nothing was stepped with it.
-        ValueError: `config.select` is not among the metrics.
+        ValueError: `config.select` is not among the metrics; a reference has too few vectors, or too many.
     """
     device, num_steps = embedder.device, config.epochs * len(batches)
     factor = lr_factor(config.schedule, num_steps=num_steps, warmup=config.warmup)
     optimizer = build_optimizer(embedder.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    module = loss.to(device).train() if isinstance(loss, nn.Module) else None
+    if module is not None:
+        own = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        optimizer.add_param_group({"params": own, "lr": config.loss_lr or config.lr, "weight_decay": 0.0})
+    highest_lrs = [group["lr"] for group in optimizer.param_groups]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     optimizer.zero_grad()  # an earlier training may have been stopped between its gradients and its step
     state, best_weights = TrainState(), None
@@ -142,11 +160,12 @@ def train(
 
     def step_once(batch: Batch, epoch: int) -> None:
         start = time.perf_counter()
-        lr = config.lr * factor(state.step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        share = factor(state.step)
+        for group, highest_lr in zip(optimizer.param_groups, highest_lrs, strict=True):
+            group["lr"] = highest_lr * share
         embedder.train()
-        loss_value = _backward(embedder, batch, loss, config.precision)
+        targets = targets_with(references or {}, batch).to(device)
+        loss_value = _backward(embedder, batch, targets, loss, config)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         for what, value in (("loss", loss_value), ("gradient norm", grad_norm)):
             if not torch.isfinite(value):
@@ -160,7 +179,7 @@ def train(
             "step": state.step,
             "epoch": epoch,
             "loss": loss_value.item(),
-            "lr": lr,
+            "lr": config.lr * share,
             "grad_norm": grad_norm.item(),
             "queries": len(batch.query_ids),
             "tokens": len(batch.queries.input_ids) + len(batch.documents.input_ids),
@@ -177,7 +196,9 @@ def train(
 
     try:
         with devices.seeded(config.seed, device):
-            resumed = None if out is None else load_checkpoint(out / CHECKPOINTS, embedder, optimizer, device)
+            resumed = None
+            if out is not None:
+                resumed = load_checkpoint(out / CHECKPOINTS, embedder, optimizer, device, loss=module)
             if resumed:
                 state, best_weights = resumed
             if out is not None:
@@ -192,7 +213,9 @@ def train(
                         if evaluate is not None and due(config.eval_every):
                             validate()
                         if out is not None and due(config.checkpoint_every):
-                            save_checkpoint(out / CHECKPOINTS, embedder, optimizer, state, best_weights, device)
+                            save_checkpoint(
+                                out / CHECKPOINTS, embedder, optimizer, state, best_weights, device, loss=module
+                            )
     finally:
         embedder.eval()
     if best_weights is not None:
@@ -200,13 +223,19 @@ def train(
     return state
 
 
-def _backward(embedder: Embedder, batch: Batch, loss: Loss, precision: str) -> Tensor:
+def _backward(embedder: Embedder, batch: Batch, targets: Targets, loss: Loss, config: TrainConfig) -> Tensor:
     """Loss of a batch, with its gradients added to the parameters'."""
-    device = embedder.device
     # The only autocast there is: the loss is always computed in float32.
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+    autocast = functools.partial(
+        torch.autocast, embedder.device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16"
+    )
+    num_tokens, at_once = len(batch.queries.input_ids) + len(batch.documents.input_ids), config.mini_batch_tokens
+    if at_once is not None and num_tokens > at_once:
+        packed = batch.queries, batch.documents
+        return cached_backward(embedder, *packed, targets, loss, mini_batch_tokens=at_once, autocast=autocast)
+    with autocast():
         Q, D = embedder.embed_pair(batch.queries, batch.documents)
-    value = loss(Q, D, batch.targets.to(device))
+    value = loss(Q, D, targets)
     value.backward()
     return value.detach()
 

@@ -1,0 +1,159 @@
+"""Large batches by gradient caching, against sentence-transformers' CachedMultipleNegativesRankingLoss.
+
+Time a pair over batch sizes, with the same mini-batches whatever the batch: pairs of texts of 32 tokens, drawn from
+the model's own words. The peer takes as many texts into a mini-batch, under the same optimizer and clipping, without
+its trainer. Before any time is taken, the loss of the first batch and the length of its gradient are asserted to be
+equal (dropout off). Then the peak memory of one step, each in a process of its own.
+
+    python -m benchmarks.bench_batch --rounds 5 --memory 512 8192
+"""
+
+import argparse
+import random
+
+import torch
+
+from embedft import Embedder, Targets, build_loss, load_embedder
+from embedft.device import release_memory
+from embedft.training.cached import cached_backward
+from embedft.training.optim import build_optimizer
+from experiments.commandline import make_parser, run
+from experiments.report import format_table
+
+from .workers import Worker, alternate, machine, ratios, spread
+
+TEXT_TOKENS, MINI_BATCH_TOKENS, LR, WEIGHT_DECAY, TOLERANCE = 32, 2_048, 2e-5, 0.01, 1e-5
+
+
+def make_texts(embedder: Embedder, count: int, seed: int) -> list[str]:
+    """Texts of 32 tokens with the special ones: 30 words that are one token each."""
+    vocabulary = embedder.tokenizer.backend.get_vocab()
+    words = sorted(word for word in vocabulary if word.isascii() and word.isalpha() and len(word) > 2)
+    generator = random.Random(seed)
+    return [" ".join(generator.choices(words, k=TEXT_TOKENS - 2)) for _ in range(count)]
+
+
+class Ours:
+    """Steps of training/train.py with `mini_batch_tokens`."""
+
+    def __init__(self, model: str):
+        self.embedder = self.model = load_embedder(model, device="cpu")
+        self.loss = build_loss({"name": "in_batch_negatives"})
+        self.optimizer = build_optimizer(self.model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
+
+    def prepare(self, size: int) -> None:
+        """The batch of the calls that follow; query i's document is document i."""
+        texts = make_texts(self.embedder, 2 * size, seed=size)
+        packed = [self.embedder.pack(part, role="document") for part in (texts[:size], texts[size:])]
+        if any((part.lengths() != TEXT_TOKENS).any() for part in packed):
+            raise ValueError(f"texts are not all of {TEXT_TOKENS} tokens")
+        self.batch = *packed, Targets(torch.arange(size)[:, None])
+
+    def backward(self) -> torch.Tensor:
+        return cached_backward(self.embedder, *self.batch, self.loss, mini_batch_tokens=MINI_BATCH_TOKENS)
+
+    def outcome(self) -> tuple[float, float]:
+        """Loss, and the length of its gradient, without dropout."""
+        self.model.eval()
+        value = self.backward().item()
+        length = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]).item()
+        self.optimizer.zero_grad()
+        return value, length
+
+    def step(self) -> None:
+        self.model.train()
+        self.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        release_memory(torch.device("cpu"))
+
+
+class SentenceTransformers(Ours):
+    """The same step with the peer's model and loss, on the same texts; memory is given back for it too."""
+
+    def __init__(self, model: str):
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+
+        self.embedder = load_embedder(model, device="cpu")
+        self.model = SentenceTransformer(model, device="cpu")
+        rows = MINI_BATCH_TOKENS // TEXT_TOKENS
+        self.loss = CachedMultipleNegativesRankingLoss(self.model, mini_batch_size=rows)
+        self.optimizer = build_optimizer(self.model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
+
+    def prepare(self, size: int) -> None:
+        texts = make_texts(self.embedder, 2 * size, seed=size)
+        self.batch = tuple(self.model.preprocess(part) for part in (texts[:size], texts[size:]))
+
+    def backward(self) -> torch.Tensor:
+        # It adds to the features that it is given.
+        value = self.loss([dict(features) for features in self.batch], None)
+        value.backward()
+        return value.detach()
+
+
+CONTESTANTS = {"embedft": Ours, "sentence-transformers": SentenceTransformers}
+
+
+def time_rows(folder: str, sizes: list[int], rounds: int) -> list[list[str]]:
+    """A row a batch size: milliseconds a pair of either, their ratio, and ours over ours at the smallest size."""
+    workers = {name: Worker(make, folder) for name, make in CONTESTANTS.items()}
+    for worker in workers.values():
+        worker.call("prepare", sizes[0])
+    outcomes = {name: worker.call("outcome") for name, worker in workers.items()}
+    for what, (ours, theirs) in zip(("losses", "gradient lengths"), zip(*outcomes.values(), strict=True), strict=True):
+        if not abs(ours - theirs) <= TOLERANCE * max(1, abs(theirs)):
+            raise ValueError(f"the first {what} are {ours} and {theirs}, expected a difference of {TOLERANCE:.0e}")
+    rows, first = [], None
+    for size in sizes:
+        for worker in workers.values():
+            worker.call("prepare", size)
+        seconds = alternate(workers, "step", rounds=rounds)
+        ours, theirs = ([1_000 * s / size for s in seconds[name]] for name in CONTESTANTS)
+        first = first or sorted(ours)[len(ours) // 2]
+        rows.append(
+            [f"{size:,}", spread(ours), spread(theirs), spread(ratios(theirs, ours)), spread([x / first for x in ours])]
+        )
+    for worker in workers.values():
+        worker.close()
+    return rows
+
+
+def memory_rows(folder: str, sizes: list[int]) -> list[list[str]]:
+    """A row a batch size: peak memory of a step in a fresh process, less the vectors Q and D once; over the first's."""
+    rows, first, width = [], {}, load_embedder(folder, device="cpu").full_dim
+    for size in sizes:
+        vectors, found = 2 * size * width * 4, {}
+        for name, make in CONTESTANTS.items():
+            worker = Worker(make, folder)
+            worker.call("prepare", size)
+            worker.call("step")
+            found[name] = worker.peak_bytes - vectors
+            worker.close()
+        first = first or found
+        cells = [f"{found[name] / 2**20:,.0f} ({found[name] / first[name]:.2f})" for name in CONTESTANTS]
+        rows.append([f"{size:,}", f"{vectors / 2**20:,.0f}", *cells])
+    return rows
+
+
+def main(options: argparse.Namespace) -> None:
+    folder = str(load_embedder(options.base, device="cpu").source.folder)
+    if options.sizes:
+        header = ["batch", "embedft, ms a pair", "sentence-transformers", "peer / embedft", "over the smallest"]
+        print(format_table(header, time_rows(folder, sorted(options.sizes), options.rounds)))
+        print(f"\nmedian [least, most] of {options.rounds} steps in turn\n")
+    if options.memory:
+        header = ["batch", "Q and D, MiB", "embedft, MiB besides", "sentence-transformers"]
+        print(format_table(header, memory_rows(folder, sorted(options.memory))))
+        print("\npeak memory of one step, and over that of the smallest batch\n")
+    print(f"{options.base}, texts of {TEXT_TOKENS} tokens, mini-batches of {MINI_BATCH_TOKENS:,}, float32;")
+    print(machine())
+
+
+if __name__ == "__main__":
+    parser = make_parser("benchmarks.bench_batch", __doc__)
+    parser.add_argument("--sizes", type=int, nargs="*", default=[64, 512, 2048], metavar="N", help="pairs, for time")
+    parser.add_argument("--rounds", type=int, default=5, help="counted steps of each [5]")
+    parser.add_argument("--memory", type=int, nargs="*", default=[512], metavar="N", help="pairs, for memory [512]")
+    run(main, parser)

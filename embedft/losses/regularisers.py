@@ -1,0 +1,102 @@
+"""Regularisers: terms beside a loss, added to it by `sum`, that say where vectors should not go.
+
+    loss = build_loss({"name": "sum", "losses": [{"name": "in_batch_negatives"}, {"name": "toward_base"}],
+                       "weights": [1.0, 0.1]})
+
+Shapes: B queries, C document vectors of M documents, G listed documents a query, N vectors, D features.
+"""
+
+import torch
+from torch import Tensor
+
+from .distillation import distance_to_reference
+from .rows import check_one_of, comparable
+from .targets import Targets
+
+AGGREGATIONS = ("mean", "sum")
+
+
+def toward_base(Q: Tensor, D: Tensor, targets: Targets, *, distance: str = "cosine", truncate: bool = False) -> Tensor:
+    """Mean distance of the vectors from those that the model gave before training: keeps what the base knew.
+
+    Distances are those of `embedding_distillation`: "squared" is |x - r|^2, for unit vectors twice the "cosine" one;
+    "similarities" leaves the vectors free to turn together, and compares the similarities of queries and documents
+    with what they were (coupled: evaluated whole).
+
+    Args:
+        Q: query vectors, [B, D].
+        D: document vectors, [C, D].
+        targets: `references["base"]` are the base model's vectors of both, ([B, E], [C, E]).
+        distance: "cosine", "mse", "l2", "squared" or "similarities".
+        truncate: whether to compare with the first D features of wider references, as Matryoshka needs it.
+
+    Returns:
+        A scalar, at least 0; 0 before the first step when dropout is off.
+
+    Source: Li and Hoiem 2016 (Learning without Forgetting), section 3: the old model's outputs on the new data as
+    targets; here the outputs are vectors.
+    """
+    return distance_to_reference(Q, D, targets, reference="base", distance=distance, truncate=truncate)
+
+
+def global_orthogonal(
+    Q: Tensor,
+    D: Tensor,
+    targets: Targets,
+    *,
+    similarity: str = "cosine",
+    mean_weight: float | None = 1.0,
+    second_moment_weight: float | None = 1.0,
+    aggregation: str = "mean",
+) -> Tensor:
+    """Spreads unrelated vectors: mean_weight * m1^2 + second_moment_weight * max(0, m2 - 1/D).
+
+    m1 and m2 are the means of sim(x, y) and of its square over the unrelated pairs of a set; both terms are near 0
+    for vectors spread evenly over the sphere. The sets are the queries, the first listed documents, the second listed
+    ones, and so on, each document once; their terms are averaged or summed. Unrelated are pairs that `Targets.masks`
+    calls negatives: queries that share a document are not, nor are windows of one document. Coupled: evaluated whole.
+
+    Args:
+        Q: query vectors, [B, D].
+        D: document vectors, [C, D].
+        targets: what is relevant to whom.
+        similarity: "cosine" or "dot".
+        mean_weight: at least 0; None is 0.
+        second_moment_weight: at least 0; None is 0.
+        aggregation: "mean" or "sum" over the sets.
+
+    Returns:
+        A scalar, at least 0; a set without an unrelated pair has 0.
+
+    Source: Zhang et al. 2017 (Learning Spread-out Local Feature Descriptors), the global orthogonal regularization;
+    Vera et al. 2025 (EmbeddingGemma) for its use beside a contrastive loss. Where all texts of a batch differ it is
+    the sum of the terms of sentence-transformers' GlobalOrthogonalRegularizationLoss.
+    """
+    check_one_of("aggregation", aggregation, AGGREGATIONS)
+    weights = {"mean_weight": mean_weight or 0.0, "second_moment_weight": second_moment_weight or 0.0}
+    for name, weight in weights.items():
+        if not weight >= 0:
+            raise ValueError(f"{name} is {weight}, expected at least 0")
+    if not any(weights.values()):
+        raise ValueError("mean_weight and second_moment_weight are both 0, expected one of them above 0")
+    Q, D = comparable(Q, D, similarity)
+    num_documents = targets.num_documents(len(D))
+    document_C = torch.arange(len(D), device=D.device) if targets.document is None else targets.document
+    _, unrelated_BB = targets.masks("query_query", num_documents=num_documents)
+    _, unrelated_MM = targets.masks("document_document", num_documents=num_documents)
+    sets = [(Q, unrelated_BB)]
+    for group_B in targets.group.unbind(dim=1):
+        columns = torch.isin(document_C, group_B).nonzero().squeeze(1)
+        if len(columns) > 0:
+            documents = document_C[columns]
+            sets.append((D[columns], unrelated_MM[documents][:, documents]))
+    terms = torch.stack([_spread(X, unrelated, **weights) for X, unrelated in sets])
+    return terms.sum() if aggregation == "sum" else terms.mean()
+
+
+def _spread(X: Tensor, unrelated_NN: Tensor, mean_weight: float, second_moment_weight: float) -> Tensor:
+    similarity_NN = (X @ X.T).masked_fill(~unrelated_NN, 0)
+    num_pairs = unrelated_NN.sum().clamp(min=1)
+    first = similarity_NN.sum() / num_pairs
+    second = similarity_NN.square().sum() / num_pairs
+    return mean_weight * first.square() + second_moment_weight * (second - 1 / X.shape[1]).relu()

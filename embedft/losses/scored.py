@@ -1,0 +1,172 @@
+"""Losses of scored pairs: a query, a document, and how similar people (or a teacher) say they are.
+
+    targets = Targets(group=torch.tensor([[0], [1]]), target_scores=torch.tensor([[0.9], [0.2]]))
+    loss = cosent(Q, D, targets)
+
+A pair is a query and the first document listed for it, with the first of its `target_scores` as gold score;
+pairs="all" takes every listed document with the score of its own. Pairs that list no document (-1) count nowhere.
+Not here: lists of documents with a teacher's scores (distillation.py).
+
+Shapes: B queries, C document vectors, G listed documents a query, P pairs, D features.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .rows import check_above_zero, check_one_of, comparable
+from .targets import WINDOWS, Targets, over_windows
+
+PAIRS = ("first", "all")
+
+
+def cosine_mse(Q: Tensor, D: Tensor, targets: Targets, *, pairs: str = "first", windows: str = "max") -> Tensor:
+    """Mean over pairs of (cos(q, d) - gold)^2.
+
+    Args:
+        Q: query vectors, [B, D].
+        D: document vectors, [C, D].
+        targets: `target_scores` are the gold cosines, from -1 to 1.
+        pairs: "first" or "all" of the listed documents.
+        windows: "max" or "softmax" over the windows of a document, as in `scores`.
+
+    Returns:
+        A scalar, at least 0; 0 without pairs.
+
+    Source: Reimers and Gurevych 2019 (Sentence-BERT), section 3, regression objective; the same as
+    sentence-transformers' CosineSimilarityLoss.
+    """
+    # Lengths are clamped at 1e-8, as in torch.cosine_similarity, which the reference uses here and nowhere else.
+    Q, D = (F.normalize(float32_or_64(x), dim=1, eps=1e-8) for x in (Q, D))
+    scores_P, gold_P = _scored_pairs(Q, D, targets, "cosine_mse", pairs=pairs, similarity="dot", windows=windows)
+    return (scores_P - gold_P).square().sum() / max(len(gold_P), 1)
+
+
+def cosent(
+    Q: Tensor,
+    D: Tensor,
+    targets: Targets,
+    *,
+    scale: float = 20.0,
+    similarity: str = "cosine",
+    pairs: str = "first",
+    windows: str = "max",
+) -> Tensor:
+    """log(1 + sum over pairs a, b with gold_a < gold_b of exp(scale * (s_a - s_b))): the order of the scores counts.
+
+    Coupled: every pair is compared with every other one, so the batch is evaluated whole. Time and memory are
+    those of a sort.
+
+    Args:
+        Q: query vectors, [B, D].
+        D: document vectors, [C, D].
+        targets: `target_scores` are the gold scores, in any unit; equal ones are not compared.
+        scale: above 0.
+        similarity: "cosine" or "dot".
+        pairs: "first" or "all" of the listed documents.
+        windows: "max" or "softmax" over the windows of a document, as in `scores`.
+
+    Returns:
+        A scalar, at least 0; 0 when no two gold scores differ.
+
+    Source: Huang et al. 2024 (CoSENT), its ranking loss; the same as sentence-transformers' CoSENTLoss.
+    """
+    return _cosent(*_scored_pairs(Q, D, targets, "cosent", pairs=pairs, similarity=similarity, windows=windows), scale)
+
+
+def angle(
+    Q: Tensor, D: Tensor, targets: Targets, *, scale: float = 20.0, pairs: str = "first", windows: str = "max"
+) -> Tensor:
+    """`cosent` with s = |q1.d1 + q2.d2 + q2.d1 - q1.d2|, the halves of unit vectors read as complex numbers.
+
+    The gradient of a cosine vanishes where it is near 1 or -1, that of the angle does not. An odd number of features
+    is filled up with a zero. Coupled, as `cosent` is.
+
+    Args:
+        Q: query vectors, [B, D].
+        D: document vectors, [C, D].
+        targets: `target_scores` are the gold scores, in any unit.
+        scale: above 0.
+        pairs: "first" or "all" of the listed documents. For queries with a positive scored y and negatives, scores of
+            1 - y for the negatives and "all" are what sentence-transformers makes of such rows.
+        windows: "max" or "softmax" over the windows of a document, as in `scores`.
+
+    Returns:
+        A scalar, at least 0; 0 when no two gold scores differ.
+
+    Source: Li and Li 2023 (AnglE), angle objective; the same as sentence-transformers' AnglELoss, which follows the
+    authors' code in the sign of the imaginary part and in the absolute value.
+    """
+    Q, D = (F.normalize(F.pad(float32_or_64(x), (0, x.shape[1] % 2)), dim=1) for x in (Q, D))
+    first, second = D.chunk(2, dim=1)
+    turned = torch.cat([first - second, first + second], dim=1)
+    listed = {"similarity": "dot", "windows": windows, "absolute": True}
+    return _cosent(*_scored_pairs(Q, turned, targets, "angle", pairs=pairs, **listed), scale)
+
+
+def listed_scores(
+    Q: Tensor,
+    D: Tensor,
+    targets: Targets,
+    *,
+    similarity: str = "cosine",
+    windows: str = "max",
+    first: bool = False,
+    absolute: bool = False,
+) -> Tensor:
+    """Similarity of every query with the documents listed for it, [B, G]; where none is listed, of any document.
+
+    Only these pairs are computed, not [B, M], unless documents have windows.
+
+    Args:
+        similarity: "cosine" or "dot".
+        windows: "max" or "softmax" over the windows of a document, as in `scores`.
+        first: whether to leave out all but the first listed document of a query, [B, 1].
+        absolute: whether a similarity below 0 loses its sign, that of each window before the best is taken.
+    """
+    check_one_of("windows", windows, WINDOWS)
+    group_BG = targets.group[:, :1] if first else targets.group
+    group_BG = group_BG.clamp(min=0)
+    Q, D = comparable(Q, D, similarity)
+    if targets.document is None:
+        scores_BG = (Q[:, None] * D[group_BG]).sum(dim=2)
+        return scores_BG.abs() if absolute else scores_BG
+    scores_BC = Q @ D.T
+    return over_windows(scores_BC.abs() if absolute else scores_BC, targets, windows=windows).gather(1, group_BG)
+
+
+def listed_targets(targets: Targets, loss: str, like: Tensor) -> Tensor:
+    """`target_scores`, [B, G], constant, with dtype and device of `like`. Raises `ValueError` when there are none."""
+    if targets.target_scores is None:
+        raise ValueError(f"{loss} needs target_scores: a score for every listed document, which this data lacks")
+    return targets.target_scores.detach().to(like)
+
+
+def float32_or_64(X: Tensor) -> Tensor:
+    """Half precision becomes float32; float64 stays as it is."""
+    return X if X.dtype is torch.float64 else X.float()
+
+
+def _scored_pairs(
+    Q: Tensor, D: Tensor, targets: Targets, loss: str, *, pairs: str, **listed: Any
+) -> tuple[Tensor, Tensor]:
+    """Similarity and gold score of every pair, each [P]; `listed` are options of `listed_scores`."""
+    check_one_of("pairs", pairs, PAIRS)
+    scores_BG = listed_scores(Q, D, targets, first=pairs == "first", **listed)
+    gold_BG = listed_targets(targets, loss, scores_BG)[:, : scores_BG.shape[1]]
+    is_listed_BG = targets.group[:, : scores_BG.shape[1]] >= 0
+    return scores_BG[is_listed_BG], gold_BG[is_listed_BG]
+
+
+def _cosent(scores_P: Tensor, gold_P: Tensor, scale: float) -> Tensor:
+    check_above_zero("scale", scale)
+    gold_P, order_P = gold_P.sort()
+    scores_P = scores_P[order_P] * scale
+    # The sum over all b with a higher gold score, for each a: sorted, they are the pairs from a place on.
+    higher_P = torch.searchsorted(gold_P, gold_P, right=True)
+    sums_P = (-scores_P).flip(0).logcumsumexp(dim=0).flip(0)
+    none_higher = scores_P.new_full((1,), float("-inf"))
+    terms_P = scores_P + torch.cat([sums_P, none_higher])[higher_P]
+    return torch.cat([scores_P.new_zeros(1), terms_P]).logsumexp(dim=0)

@@ -1,0 +1,118 @@
+"""Gradient caching: forward and backward of a batch at the memory of a mini-batch, for any loss.
+
+The vectors come first, without their graph; the loss is computed once on all of them; then each mini-batch is embedded
+again, with the same dropout, and takes its gradient on into the weights. A third more work than the batch at once, and
+the same gradients. Not here: the memory of the loss itself (losses that are sums over queries chunk their score rows).
+
+    value = cached_backward(embedder, batch.queries, batch.documents, batch.targets, loss, mini_batch_tokens=4_096)
+    optimizer.step()
+
+Shapes: T tokens, B sequences, N sequences of a mini-batch, D features.
+"""
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .. import device as devices
+from ..encoders.embedder import Embedder
+from ..encoders.packing import Packed, sort_by_length
+from ..losses.registry import Loss
+from ..losses.targets import Targets
+
+
+def cached_backward(
+    embedder: Embedder,
+    queries: Packed,
+    documents: Packed,
+    targets: Targets,
+    loss: Loss,
+    *,
+    mini_batch_tokens: int,
+    autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> Tensor:
+    """loss(Q, D, targets), its gradients added to those of the embedder's and of the loss's own parameters.
+
+    With L the loss and v_N the vectors of a mini-batch, dL/dweights is the sum over mini-batches of
+    (dL/dv_N)(dv_N/dweights):
+    1. every v_N without gradient, and the state of the random generators before each;
+    2. L once on all vectors, and its gradient on each v_N (and on the loss's own parameters);
+    3. every v_N again from its random state, with gradient, and dL/dv_N backward through it.
+
+    Exact for any loss, any number of columns and under dropout: the gradients are those of the same mini-batches with
+    their graphs kept and one backward pass. The random generators end as that pass would leave them.
+
+    Args:
+        queries: packed texts, one a row of Q.
+        documents: packed texts, one a row of D.
+        targets: on the embedder's device.
+        mini_batch_tokens: tokens that are embedded with gradient at a time; a longer text goes alone.
+        autocast: makes the context that texts are embedded in, the first time and the second.
+
+    Returns:
+        The loss, a scalar without gradient.
+
+    Source: Gao et al. 2021 (Scaling deep contrastive learning batch size under memory limited setup), section 3.2.
+    """
+    device = embedder.device
+    query_parts, query_place = mini_batches(queries, mini_batch_tokens)
+    document_parts, document_place = mini_batches(documents, mini_batch_tokens)
+    parts = [(part, "query") for part in query_parts] + [(part, "document") for part in document_parts]
+
+    def embed(part: Packed, role: str) -> Tensor:
+        # A context for each mini-batch: autocast keeps the weights it has cast, and those cast without gradient
+        # would get none the second time.
+        with autocast():
+            return embedder.embed(part, role=role)
+
+    states, vectors = [], []
+    for part, role in parts:
+        states.append(devices.random_state(device))
+        with torch.no_grad():
+            vectors.append(embed(part, role).requires_grad_())
+    Q = torch.cat(vectors[: len(query_parts)])[query_place.to(device)]
+    D = torch.cat(vectors[len(query_parts) :])[document_place.to(device)]
+    value = loss(Q, D, targets)
+    value.backward()
+    del Q, D
+    after = devices.random_state(device)
+    for (part, role), state, vectors_ND in zip(parts, states, vectors, strict=True):
+        if vectors_ND.grad is None:  # the loss does not look at queries, or not at documents
+            continue
+        devices.set_random_state(state, device)
+        embed(part, role).backward(vectors_ND.grad)
+    devices.set_random_state(after, device)
+    return value.detach()
+
+
+def mini_batches(packed: Packed, max_tokens: int) -> tuple[list[Packed], Tensor]:
+    """The sequences in order of length, longest first, cut where the tokens would exceed `max_tokens`.
+
+    A sequence with more goes alone. Returns the mini-batches, and place_B [B] int64: sequence b of `packed` is
+    sequence place_B[b] of the mini-batches end to end.
+    """
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens}, expected at least 1")
+    in_order, place_B = sort_by_length(packed)
+    ends = in_order.cu_seqlens.tolist()
+    parts, first = [], 0
+    for last in range(1, len(ends)):
+        if last + 1 == len(ends) or ends[last + 1] - ends[first] > max_tokens:
+            parts.append(_slice(in_order, first, last, ends))
+            first = last
+    return parts, place_B
+
+
+def _slice(packed: Packed, first: int, last: int, ends: list[int]) -> Packed:
+    """Sequences `first` to `last` (exclusive) of a batch whose longest come first."""
+    tokens, sequences = slice(ends[first], ends[last]), slice(first, last)
+    return Packed(
+        input_ids=packed.input_ids[tokens],
+        positions=packed.positions[tokens],
+        cu_seqlens=packed.cu_seqlens[first : last + 1] - ends[first],
+        max_seqlen=ends[first + 1] - ends[first],
+        token_types=None if packed.token_types is None else packed.token_types[tokens],
+        prompt_lengths=None if packed.prompt_lengths is None else packed.prompt_lengths[sequences],
+    )

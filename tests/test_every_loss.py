@@ -1,0 +1,243 @@
+"""What holds for every loss of LOSSES. A new loss gets its line in SPECS; without one `test_every_loss_is_here` fails.
+
+Each is tried as it is and inside of a Matryoshka.
+"""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from loss_checks import assert_equal, loss_and_gradients, random_vectors
+from torch import Tensor, nn
+
+from embedft import LOSSES, Targets, build_loss
+
+DIM, TEACHER_DIM = 8, 8
+# Options that a loss needs to run on `make_batch`, alone and cut to fewer dimensions.
+SPECS = {
+    "in_batch_negatives": {},
+    "symmetric_in_batch_negatives": {},
+    "learnable_temperature": {},
+    "multi_positive": {},
+    "sigmoid": {},
+    "learnable_sigmoid": {},
+    "guided_in_batch_negatives": {},
+    "triplet": {},
+    "contrastive": {},
+    "online_contrastive": {},
+    "cosine_mse": {},
+    "cosent": {},
+    "angle": {},
+    "margin_mse": {},
+    "listwise_kl": {},
+    "embedding_distillation": {"truncate": True},
+    "projected_distillation": {"student_dim": DIM, "teacher_dim": TEACHER_DIM},
+    "toward_base": {"truncate": True},
+    "global_orthogonal": {},
+    "matryoshka": {"dims": [4, 2], "weights": [1.0, 0.5], "inner": {"name": "cosent"}},
+    "sum": {
+        "losses": [{"name": "in_batch_negatives"}, {"name": "toward_base", "distance": "similarities"}],
+        "weights": [1.0, 0.3],
+    },
+}
+WRAPPERS = ("plain", "matryoshka")
+DEVICES = [
+    "cpu",
+    *(name for name, module in (("cuda", torch.cuda), ("mps", torch.backends.mps)) if module.is_available()),
+]
+every_loss = pytest.mark.parametrize("name", SPECS)
+every_wrapper = pytest.mark.parametrize("wrapper", WRAPPERS)
+# The wrapped Matryoshka has the full width of what it gets, 4, and the wrapper that of the batch.
+pytestmark = pytest.mark.filterwarnings("ignore:dims lacks:UserWarning")
+
+
+def test_every_loss_is_here():
+    assert set(LOSSES) - set(SPECS) == set(), "in LOSSES, but without a line in SPECS: what do these need to run?"
+    assert set(SPECS) - set(LOSSES) == set(), "in SPECS, but no longer in LOSSES"
+
+
+def make_loss(name: str, wrapper: str = "plain", dtype: torch.dtype = torch.float64):
+    spec = {"name": name} | SPECS[name]
+    if wrapper == "matryoshka":
+        spec = {"name": "matryoshka", "dims": [DIM, 4], "weights": [1.0, 0.7], "inner": spec}
+    loss = build_loss(spec)
+    return loss.to(dtype) if isinstance(loss, nn.Module) else loss
+
+
+def make_batch(
+    num_queries: int = 6, num_documents: int = 9, *, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Targets]:
+    """Everything that data can hold: shared documents, documents that are not there, known pairs, every reference."""
+    generator = torch.Generator().manual_seed(seed)
+    group = torch.stack([torch.randperm(num_documents, generator=generator)[:3] for _ in range(num_queries)])
+    if num_queries > 2:
+        group[1, 0], group[2, 2], group[3] = group[0, 0], -1, torch.tensor([-1, 0, -1])
+    known = torch.stack([torch.randint(0, n, (3,), generator=generator) for n in (num_queries, num_documents)], dim=1)
+    Q, D = (random_vectors(n, DIM, seed=seed + n, dtype=dtype) for n in (num_queries, num_documents))
+    references = {
+        reference: tuple(
+            random_vectors(n, dim, seed=seed + 7 * n + i, dtype=dtype).detach() for n in (num_queries, num_documents)
+        )
+        for i, (reference, dim) in enumerate({"guide": 5, "teacher": TEACHER_DIM, "base": DIM}.items())
+    }
+    scores = random_vectors(num_queries, 3, seed=seed + 50, dtype=dtype).detach()
+    return Q, D, Targets(group, known=known, target_scores=scores, references=references)
+
+
+def listed_alone(targets: Targets, num_queries: int, num_documents: int) -> Targets:
+    """The first queries and documents of a batch; what falls off is not listed."""
+    group = targets.group[:num_queries]
+    return Targets(
+        torch.where(group < num_documents, group, -1),
+        target_scores=targets.target_scores[:num_queries],
+        references={name: (Q[:num_queries], D[:num_documents]) for name, (Q, D) in targets.references.items()},
+    )
+
+
+SIZES = ("batch", "one query", "one document", "nothing listed", "windows")
+
+
+def degenerate(Q: Tensor, D: Tensor, targets: Targets, fill: str, size: str) -> tuple[Tensor, Tensor, Targets]:
+    Q, D = Q.detach().clone(), D.detach().clone()
+    if fill == "duplicates":
+        Q[1:], D[1::2] = Q[0], D[0]
+        D[2] = Q[0]
+    elif fill in ("equal", "zero"):
+        Q, D = (torch.full_like(x, float(fill == "equal")) for x in (Q, D))
+    elif fill == "some zero":
+        Q[0], D[:2] = 0, 0
+    elif fill == "tiny":
+        Q, D = Q * 1e-15, D * 1e-15
+    if size == "one query":
+        Q, targets = Q[:1], listed_alone(targets, 1, 9)
+    elif size == "one document":
+        D, targets = D[:1], listed_alone(targets, 6, 1)
+    elif size == "nothing listed":
+        targets = dataclasses.replace(targets, group=torch.full_like(targets.group, -1), known=None)
+    elif size == "windows":
+        document = torch.tensor([0, 0, 0, 1, 2, 2, 3, 3, 3])
+        targets = dataclasses.replace(targets, group=targets.group.clamp(max=3), known=None, document=document)
+    return Q.requires_grad_(), D.requires_grad_(), targets
+
+
+@every_loss
+@every_wrapper
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("fill", ["random", "duplicates", "equal", "zero", "some zero", "tiny"])
+def test_value_and_gradients_are_finite(name, wrapper, dtype, fill):
+    loss = make_loss(name, wrapper, dtype)
+    parameters = list(loss.parameters()) if isinstance(loss, nn.Module) else []
+    for size in SIZES:
+        Q, D, targets = degenerate(*make_batch(dtype=dtype), fill, size)
+        value = loss(Q, D, targets)
+        gradients = torch.autograd.grad(value, (Q, D, *parameters), allow_unused=True, materialize_grads=True)
+        assert value.shape == (), size
+        assert value.dtype is dtype, size
+        assert all(torch.isfinite(result).all() for result in (value, *gradients)), size
+
+
+@every_loss
+@every_wrapper
+@pytest.mark.parametrize("seed", range(2))
+def test_gradient_check(name, wrapper, seed):
+    Q, D, targets = make_batch(4, 6, seed=seed)
+    loss = make_loss(name, wrapper)
+    assert torch.autograd.gradcheck(lambda q, d: loss(q, d, targets), (Q, D))
+
+
+@every_loss
+@every_wrapper
+def test_the_order_of_documents_and_queries_is_no_matter(name, wrapper):
+    Q, D, targets = make_batch(seed=3)
+    loss = make_loss(name, wrapper)
+    queries, documents = (torch.randperm(len(x), generator=torch.Generator().manual_seed(len(x))) for x in (Q, D))
+    place_of_query, place_of_document = queries.argsort(), documents.argsort()
+    moved = Targets(
+        torch.where(targets.group < 0, -1, place_of_document[targets.group])[queries],
+        known=torch.stack([place_of_query[targets.known[:, 0]], place_of_document[targets.known[:, 1]]], dim=1),
+        target_scores=targets.target_scores[queries],
+        references={name: (q[queries], d[documents]) for name, (q, d) in targets.references.items()},
+    )
+    value, grad_Q, grad_D = loss_and_gradients(loss, Q, D, targets)
+    found = loss_and_gradients(
+        loss, *(x.detach()[i].requires_grad_() for x, i in ((Q, queries), (D, documents))), moved
+    )
+    assert_equal(found, (value, grad_Q[queries], grad_D[documents]), 1e-9)
+
+
+@every_loss
+@every_wrapper
+def test_documents_of_one_window_are_documents(name, wrapper):
+    """The columns in any order, `document` saying which is which."""
+    Q, D, targets = make_batch(seed=4)
+    loss = make_loss(name, wrapper)
+    value, grad_Q, grad_D = loss_and_gradients(loss, Q, D, targets)
+    document = torch.randperm(len(D), generator=torch.Generator().manual_seed(0))
+    references = {reference: (q, d[document]) for reference, (q, d) in targets.references.items()}
+    windows = dataclasses.replace(targets, document=document, references=references)
+    found = loss_and_gradients(loss, Q, D.detach()[document].requires_grad_(), windows)
+    assert_equal(found, (value, grad_Q, grad_D[document]), 1e-9)
+
+
+@every_loss
+@every_wrapper
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(name, wrapper, dtype):
+    Q, D, targets = make_batch(dtype=torch.float32)
+    Q, D = (x.detach().to(dtype).requires_grad_() for x in (Q, D))
+    loss = make_loss(name, wrapper, torch.float32)
+    value, grad_Q, grad_D = loss_and_gradients(loss, Q, D, targets)
+    assert (value.dtype, grad_Q.dtype, grad_D.dtype) == (torch.float32, dtype, dtype)
+    torch.testing.assert_close(value, loss(Q.detach().float(), D.detach().float(), targets), rtol=1e-6, atol=1e-7)
+    assert loss(Q.double(), D.double(), targets).dtype is torch.float64
+
+
+@every_loss
+@every_wrapper
+def test_everything_stays_on_its_device(name, wrapper):
+    """A tensor that a loss makes without saying where lands on "meta" here, and what it is mixed with refuses it."""
+    Q, D, targets = make_batch(dtype=torch.float32)
+    loss = make_loss(name, wrapper, torch.float32)
+    expected = loss_and_gradients(loss, Q, D, targets)
+    with torch.device("meta"):
+        found = loss_and_gradients(loss, Q, D, targets)
+    assert all(result.device.type == "cpu" for result in found)
+    assert_equal(found, expected, 0.0)
+
+
+@every_loss
+@every_wrapper
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_device_agrees(name, wrapper, device):
+    Q, D, targets = make_batch(dtype=torch.float32)
+    loss = make_loss(name, wrapper, torch.float32)
+    expected = loss_and_gradients(loss, Q, D, targets)
+    loss = loss.to(device) if isinstance(loss, nn.Module) else loss
+    moved = (x.detach().to(device).requires_grad_() for x in (Q, D))
+    found = loss_and_gradients(loss, *moved, targets.to(device))
+    assert {result.device.type for result in found} == {device}
+    for our, their in zip(found, expected, strict=True):
+        torch.testing.assert_close(our.cpu(), their, rtol=1e-4, atol=1e-5)
+
+
+@every_loss
+@every_wrapper
+def test_mutates_nothing(name, wrapper):
+    Q, D, targets = make_batch()
+    before = [x.detach().clone() for x in (Q, D)], copy.deepcopy(targets)
+    loss_and_gradients(make_loss(name, wrapper), Q, D, targets)
+    for old, new in zip(before[0], (Q, D), strict=True):
+        assert torch.equal(old, new)
+    for field in ("group", "known", "target_scores"):
+        assert torch.equal(getattr(before[1], field), getattr(targets, field))
+    for reference, pair in before[1].references.items():
+        assert all(torch.equal(old, new) for old, new in zip(pair, targets.references[reference], strict=True))
+
+
+@every_loss
+def test_the_trial_of_a_specification_runs(name):
+    """What `finetune` does with it before it trains: both ways in, and a wrong option on top."""
+    make_loss(name), make_loss(name, "matryoshka")
+    with pytest.raises(ValueError, match=f"{name} has no option 'nonsense', expected one of"):
+        build_loss({"name": name, "nonsense": 1} | SPECS[name])

@@ -1,0 +1,171 @@
+"""mixture.py: shares of the sources by hand, every example once in a source's own epoch, resumed = uninterrupted."""
+
+from collections import Counter
+from itertools import islice
+
+import pytest
+from test_batches import keep_texts
+
+from embedft import RetrievalDataset
+from embedft.data.mixture import SAMPLINGS, Mixture, apportion, join_datasets
+
+
+def pairs(name: str, number: int) -> RetrievalDataset:
+    queries = {f"q{i}": f"{name} question {i}" for i in range(number)}
+    corpus = {f"d{i}": f"{name} text {i}" for i in range(number)}
+    return RetrievalDataset(queries, corpus, {f"q{i}": {f"d{i}": 1} for i in range(number)})
+
+
+SOURCES = {"large": pairs("large", 16), "small": pairs("small", 4)}
+
+
+def make_mixture(batch_size: int = 2, seed: int = 0, datasets=SOURCES, **options) -> Mixture:
+    return Mixture(datasets, keep_texts, batch_size=batch_size, seed=seed, **options)
+
+
+def sources_of(mixture: Mixture, epoch: int = 0) -> list[Counter]:
+    return [Counter(batch.sources) for batch in mixture.epoch(epoch)]
+
+
+def test_join_by_hand():
+    a = RetrievalDataset(
+        {"q": "one"}, {"d": "x", "e": "y"}, {"q": {"d": 2}}, {"q": ["e"]}, {"q": {"d": 0.5}}, {"e": "title"}
+    )
+    joined = join_datasets({"a": a, "b": pairs("b", 1)})
+    assert joined == RetrievalDataset(
+        {"a/q": "one", "b/q0": "b question 0"},
+        {"a/d": "x", "a/e": "y", "b/d0": "b text 0"},
+        {"a/q": {"a/d": 2}, "b/q0": {"b/d0": 1}},
+        {"a/q": ["a/e"]},
+        {"a/q": {"a/d": 0.5}},
+        {"a/e": "title"},
+    )
+
+
+@pytest.mark.parametrize(
+    ("total", "weights", "expected"),
+    [
+        (10, {"a": 1, "b": 1}, {"a": 5, "b": 5}),
+        (10, {"a": 4, "b": 1}, {"a": 8, "b": 2}),
+        (10, {"a": 1000, "b": 1}, {"a": 9, "b": 1}),  # at least one
+        (3, {"a": 1, "b": 1, "c": 9}, {"a": 1, "b": 1, "c": 1}),
+        (7, {"a": 1, "b": 1, "c": 1}, {"a": 3, "b": 2, "c": 2}),
+    ],
+)
+def test_apportion_by_hand(total, weights, expected):
+    assert apportion(total, weights) == expected
+    assert sum(expected.values()) == total
+
+
+def test_proportional_is_every_example_once():
+    mixture = make_mixture()
+    assert len(mixture) == 8 + 2
+    assert mixture.shares() == {"large": 0.8, "small": 0.2}
+    for epoch in range(3):
+        batches = list(mixture.epoch(epoch))
+        assert len(batches) == 10
+        assert all(len(set(batch.sources)) == 1 for batch in batches)
+        assert sorted(i for batch in batches for i in batch.query_ids) == sorted(mixture.all.dataset.queries)
+    assert sources_of(mixture, 0) != sources_of(mixture, 1)  # the order of the sources is another
+
+
+def test_round_robin_by_hand():
+    """Two batches of each an epoch, in turn; the large source goes on in the next epoch, through after four."""
+    mixture = make_mixture(sampling="round_robin")
+    assert len(mixture) == 4
+    assert mixture.shares() == {"large": 0.5, "small": 0.5}
+    assert sources_of(mixture) == [{"large": 2}, {"small": 2}] * 2
+    seen = Counter(i for epoch in range(4) for batch in mixture.epoch(epoch) for i in batch.query_ids)
+    assert {i: number for i, number in seen.items() if i.startswith("large/")} == {f"large/q{i}": 1 for i in range(16)}
+    assert {i: number for i, number in seen.items() if i.startswith("small/")} == {f"small/q{i}": 4 for i in range(4)}
+
+
+@pytest.mark.parametrize(
+    ("temperature", "expected"),
+    # Of ten batches: 16 : 4; 16^(1/2) : 4^(1/2) = 4 : 2, so 6.67 : 3.33; 1 : 1.
+    [(1, {"large": 8, "small": 2}), (2, {"large": 7, "small": 3}), (float("inf"), {"large": 5, "small": 5})],
+)
+def test_temperature_by_hand(temperature, expected):
+    mixture = make_mixture(sampling="temperature", temperature=temperature)
+    assert len(mixture) == 10
+    assert mixture.shares() == {name: number / 10 for name, number in expected.items()}
+    for epoch in range(2):
+        found = sources_of(mixture, epoch)
+        assert all(len(batch) == 1 for batch in found)
+        assert Counter(name for batch in found for name in batch) == expected
+    seen = Counter(i for epoch in range(8) for batch in mixture.epoch(epoch) for i in batch.query_ids)
+    # Eight epochs: so many batches of two of the large one's sixteen, and none of its examples twice as often.
+    large = [number for i, number in seen.items() if i.startswith("large/")]
+    assert sum(large) == 8 * expected["large"] * 2
+    assert max(large) - min(large) <= 1
+
+
+def test_mixed_and_proportional_is_the_union():
+    """Its examples shuffled together, each once; doubles are found across sources."""
+    mixture = make_mixture(4, mixed=True)
+    assert len(mixture) == 5
+    found = sources_of(mixture)
+    assert sum(found, Counter()) == {"large": 16, "small": 4}
+    assert any(len(batch) == 2 for batch in found)
+    same = {"a": pairs("x", 3), "b": pairs("x", 3)}
+    for batch in make_mixture(6, datasets=same, mixed=True, no_duplicates=True).epoch(0):
+        assert len(set(batch.queries[1])) == len(batch.queries[1])
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"), [("round_robin", {"large": 3, "small": 3}), ("temperature", {"large": 4, "small": 2})]
+)
+def test_mixed_shares_by_hand(sampling, expected):
+    """Of a batch of six: three each, or 4 : 2. Four batches an epoch, of 20 pairs."""
+    mixture = make_mixture(6, mixed=True, sampling=sampling)
+    assert len(mixture) == 4
+    for epoch in range(3):
+        for batch, counts in zip(mixture.epoch(epoch), sources_of(mixture, epoch), strict=True):
+            assert counts["large"] in (expected["large"], 16 % expected["large"])  # its own last batch
+            assert 1 <= counts["small"] <= expected["small"]
+            assert len(batch.document_ids) == len(batch.query_ids)
+            positive, negative = batch.targets.masks()
+            assert (positive.sum(dim=1) == 1).all()
+            assert (negative.sum(dim=1) == len(batch.query_ids) - 1).all()  # of both sources
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_resumes_anywhere(sampling, mixed):
+    def make(seed: int = 5) -> Mixture:
+        return make_mixture(3, seed, sampling=sampling, mixed=mixed, no_duplicates=True)
+
+    def ids(batches) -> list:
+        return [(batch.query_ids, batch.document_ids, batch.sources) for batch in batches]
+
+    for epoch in (0, 3):
+        whole = ids(make().epoch(epoch))
+        assert len(whole) == len(make())
+        for start in range(len(whole) + 1):
+            mixture = make()
+            list(islice(mixture.epoch(1), 2))
+            assert ids(mixture.epoch(epoch, start=start)) == whole[start:]
+    assert ids(make(6).epoch(0)) != ids(make().epoch(0))
+
+
+def test_one_source_is_the_data_set_alone():
+    mixture = make_mixture(5, datasets={"only": SOURCES["large"]})
+    found = list(mixture.epoch(2))
+    assert [batch.query_ids for batch in found] == [batch.query_ids for batch in mixture.all.epoch(2)]
+    assert [batch.sources for batch in found] == [["only"] * 5] * 3 + [["only"]]
+
+
+def test_refuses_what_cannot_be_mixed():
+    with pytest.raises(ValueError, match="sampling is 'random', expected one of proportional, round_robin, temperat"):
+        make_mixture(sampling="random")
+    with pytest.raises(ValueError, match=r"temperature is 0\.5, expected at least 1"):
+        make_mixture(temperature=0.5)
+    with pytest.raises(ValueError, match="batch_size is 1, expected at least one of each of 2 sources"):
+        make_mixture(1, mixed=True, sampling="round_robin")
+    with pytest.raises(ValueError, match="there is no data set to join"):
+        make_mixture(datasets={})
+    for name in ("", "a/b"):
+        with pytest.raises(ValueError, match=f"a source is called '{name}', expected a name without '/'"):
+            make_mixture(datasets={name: SOURCES["small"]})
+    with pytest.raises(ValueError, match="2 cannot be dealt out to 3 sources, at least one each"):
+        apportion(2, {"a": 1, "b": 1, "c": 1})

@@ -1,0 +1,98 @@
+"""references.py: the vectors of a batch's ids, whatever their order; what it refuses; what the targets get."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from tiny import make_dataset, make_embedder
+
+from embedft.data.batches import Batches
+from embedft.training.references import FrozenEmbeddings, targets_with
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def embedder(tmp_path):
+    return make_embedder(tmp_path / "base")
+
+
+def make_batch(embedder):
+    dataset = make_dataset(11, 9, negatives=2)
+    return next(Batches(dataset, embedder.pack, batch_size=4, seed=0, num_negatives=2).epoch(0))
+
+
+def test_by_hand(embedder):
+    """Rows of the arrays by the batch's ids, in its order."""
+    batch = make_batch(embedder)._replace(query_ids=["b", "a", "b"], document_ids=["y"])
+    queries, documents = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[5.0], [6.0]])
+    Q, D = FrozenEmbeddings(["a", "b"], queries, ["x", "y"], documents)(batch)
+    assert Q.tolist() == [[3.0, 4.0], [1.0, 2.0], [3.0, 4.0]]
+    assert D.tolist() == [[6.0]]
+
+
+def test_encode_gives_the_vectors_of_the_batch(embedder):
+    """What the embedder gives to the same packed texts, without dropout."""
+    batch, dataset = make_batch(embedder), make_dataset(11, 9, negatives=2)
+    frozen = FrozenEmbeddings.encode(embedder, dataset)
+    with torch.no_grad():
+        expected = embedder.embed_pair(batch.queries, batch.documents)
+    for found, vectors in zip(frozen(batch), expected, strict=True):
+        torch.testing.assert_close(found, vectors, rtol=0, atol=1e-6)
+
+
+def test_encode_uses_titles_prompts_and_dimensions(embedder):
+    embedder.prompts = {"query": "q: ", "document": "d: "}
+    dataset = make_dataset(3, 3)
+    titled = dataclasses.replace(dataset, titles={"d0": "order"})
+    frozen = FrozenEmbeddings.encode(embedder, titled, dim=8)
+    np.testing.assert_array_equal(
+        frozen.queries.embeddings, embedder.encode([*dataset.queries.values()], role="query", dim=8)
+    )
+    documents = embedder.encode(titled.document_texts(), role="document", dim=8)
+    np.testing.assert_array_equal(frozen.documents.embeddings, documents)
+    assert frozen.documents.embeddings.shape == (3, 8)
+
+
+def test_an_unknown_id_is_named(embedder):
+    frozen = FrozenEmbeddings.encode(embedder, make_dataset(2, 2))
+    with pytest.raises(ValueError, match=r"query 'q[0-9]+' is not among the 2 frozen embeddings"):
+        frozen(make_batch(embedder))
+
+
+@pytest.mark.parametrize(
+    ("ids", "shape", "message"),
+    [
+        (["a", "b"], (3, 2), r"query embeddings have shape \(3, 2\), expected \[2 ids, features\]"),
+        (["a", "b"], (2,), r"query embeddings have shape \(2,\), expected \[2 ids, features\]"),
+        (["a", "a"], (2, 2), "2 query ids, of which 1 differ: expected each once"),
+    ],
+)
+def test_arrays_are_checked_when_given(ids, shape, message):
+    with pytest.raises(ValueError, match=message):
+        FrozenEmbeddings(ids, np.zeros(shape), ["x"], np.zeros((1, 2)))
+
+
+def test_targets_keep_what_they_had(embedder):
+    batch = make_batch(embedder)
+    base = torch.zeros(4, 2), torch.zeros(len(batch.document_ids), 2)
+    batch = batch._replace(targets=dataclasses.replace(batch.targets, references={"base": base}))
+    frozen = FrozenEmbeddings.encode(embedder, make_dataset(11, 9))
+    targets = targets_with({"guide": frozen}, batch)
+    assert targets.references.keys() == {"base", "guide"}
+    assert targets.references["base"] is base
+    assert torch.equal(targets.references["guide"][0], frozen(batch)[0])
+    assert targets.group is batch.targets.group
+    assert batch.targets.references.keys() == {"base"}  # the batch's own are as they were
+    assert targets_with({}, batch) is batch.targets
+
+
+def test_a_reference_with_other_numbers_of_vectors_is_named(embedder):
+    batch = make_batch(embedder)
+    num_documents = len(batch.document_ids)
+    for Q, D in ((torch.zeros(3, 2), torch.zeros(num_documents, 2)), (torch.zeros(4, 2), torch.zeros(1, 2))):
+        with pytest.raises(
+            ValueError, match=f"'guide' gave {len(Q)} and {len(D)} vectors, expected 4 and {num_documents}"
+        ):
+            targets_with({"guide": lambda batch, Q=Q, D=D: (Q, D)}, batch)
