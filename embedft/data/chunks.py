@@ -229,8 +229,8 @@ class _Cutter:
     def _count(self, start: int, stop: int) -> int:
         return self.count_tokens([self.text[start:stop]])[0]
 
-    def _fill(self, units: Sequence[_Unit], first: int) -> tuple[int, int]:
-        """The end of the chunk that begins with unit `first`, which fits, and its tokens."""
+    def _fill(self, units: Sequence[_Unit], first: int, *, tightly: bool = True) -> tuple[int, int]:
+        """The end of the chunk that begins with unit `first`, which fits, and its tokens; `tightly`: tries for more."""
         end, total = first + 1, units[first].num_tokens
         while end < len(units) and total + units[end].num_tokens <= self.size:
             total += units[end].num_tokens
@@ -274,20 +274,22 @@ class _Cutter:
                 words = [
                     (start + word.start(), start + word.end()) for word in re.finditer(r"\S+", self.text[start:stop])
                 ]
-                units += self._parts(self._units(words, is_whole=False))
+                units += self._parts(self._units(words, is_whole=False), tightly=True)
             else:
                 characters = [(i, i + 1) for i in range(start, stop)]
                 counts_each = self.count_tokens([self.text[i] for i in range(start, stop)])
                 if max(counts_each) > self.size:
                     raise ValueError(f"size is {self.size}, but one character has {max(counts_each)} tokens")
-                units += self._parts([_Unit(*span, count) for span, count in zip(characters, counts_each, strict=True)])
+                # One more character at a time would take for ever over a blob of data; such parts need not be full.
+                single = [_Unit(*span, count) for span, count in zip(characters, counts_each, strict=True)]
+                units += self._parts(single, tightly=False)
         return units
 
-    def _parts(self, units: Sequence[_Unit]) -> list[_Unit]:
-        """Words or characters put together to parts as large as fit."""
+    def _parts(self, units: Sequence[_Unit], *, tightly: bool) -> list[_Unit]:
+        """Words or characters put together to parts that fit."""
         parts, first = [], 0
         while first < len(units):
-            end, num_tokens = self._fill(units, first)
+            end, num_tokens = self._fill(units, first, tightly=tightly)
             parts.append(_Unit(units[first].start, units[end - 1].stop, num_tokens))
             first = end
         return parts
