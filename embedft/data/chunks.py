@@ -240,7 +240,7 @@ class _Cutter:
             end -= 1
             num_tokens = self._count(units[first].start, units[end - 1].stop)
         # Units may have a token or two less together than apart, so that there is room for one more.
-        while end < len(units) and num_tokens + units[end].num_tokens <= self.size + MAX_JOINT_TOKENS:
+        while tightly and end < len(units) and num_tokens + units[end].num_tokens <= self.size + MAX_JOINT_TOKENS:
             more = self._count(units[first].start, units[end].stop)
             if more > self.size:
                 break
@@ -280,9 +280,8 @@ class _Cutter:
                 counts_each = self.count_tokens([self.text[i] for i in range(start, stop)])
                 if max(counts_each) > self.size:
                     raise ValueError(f"size is {self.size}, but one character has {max(counts_each)} tokens")
-                # One more character at a time would take for ever over a blob of data; such parts need not be full.
                 single = [_Unit(*span, count) for span, count in zip(characters, counts_each, strict=True)]
-                units += self._parts(single, tightly=False)
+                units += self._parts(single, tightly=False)  # a character at a time would take for ever over a blob
         return units
 
     def _parts(self, units: Sequence[_Unit], *, tightly: bool) -> list[_Unit]:
