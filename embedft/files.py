@@ -137,21 +137,50 @@ def append_jsonl(path: str | Path, record: dict) -> None:
         file.write(line.encode("utf-8"))
 
 
-def resume_jsonl(path: str | Path) -> Iterator[dict]:
-    """Yields the objects of an append-only log, made ready for more: a last line without its end is cut off first.
+def resume_jsonl(path: str | Path, *, repair: bool = True) -> Iterator[dict]:
+    """Yields the objects of an append-only log; what a killed process left of its last line is passed over.
 
-    Such a line is what a killed process leaves. A missing file is an empty log. Raises `ValueError`, naming the line,
-    for one that is whole and no JSON object.
+    A last line that lacks only its line feed counts. A missing file is an empty log.
+
+    Args:
+        repair: make the file ready for more, before anything is yielded: the half line is cut off, the line feed added.
+
+    Raises:
+        ValueError: a line is whole and no JSON object, naming it, or the last one is not the beginning of one.
     """
     path = Path(path)
     if not path.exists():
         return
-    with open(path, "rb+") as file:
-        file.truncate(_end_of_last_line(file))
-    for number, record in read_jsonl(path):
-        if not isinstance(record, dict):
-            raise ValueError(f"{path} line {number}: holds a {type(record).__name__}, expected an object")
-        yield record
+    with open(path, "rb+" if repair else "rb") as file:
+        end = _end_of_last_line(file)
+        file.seek(end)
+        tail = file.read()
+        if tail.strip() and not tail.startswith(b"{"):
+            raise ValueError(f"{path}: its last line does not begin as a JSON object, so it is left alone")
+        if _is_json(tail):
+            end += len(tail)
+            if repair:
+                file.write(b"\n")
+        elif repair:
+            file.truncate(end)
+    place = 0
+    for number, line in enumerate(read_lines(path) if end else (), start=1):
+        if line.strip():
+            record = _parse_json(line.rstrip("\r\n"), path, number)
+            if not isinstance(record, dict):
+                raise ValueError(f"{path} line {number}: holds a {type(record).__name__}, expected an object")
+            yield record
+        place += len(line.encode())
+        if place >= end:  # before the half line is read
+            return
+
+
+def _is_json(tail: bytes) -> bool:
+    try:
+        json.loads(tail)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _end_of_last_line(file: IO[bytes]) -> int:

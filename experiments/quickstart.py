@@ -16,11 +16,12 @@ import argparse
 import time
 from pathlib import Path
 
-from embedft import Embedder, FinetuneConfig, RetrievalDataset, evaluate, finetune, load_embedder
+from embedft import FinetuneConfig, RetrievalDataset, evaluate, finetune, load_embedder
 from embedft.data.chunks import chunk_pages, split_chunks
 from embedft.data.documents import drop_repeated_lines, read_documents
 from embedft.data.pseudo import docstring_datasets, inverse_cloze
 from embedft.device import describe, peak_memory_bytes
+from embedft.encoders.loading import load_reading
 from embedft.files import write_json
 from embedft.retrieval.run import check_trec_ids
 from embedft.training.runs import check_run
@@ -30,7 +31,6 @@ from .report import COMPARISON_HEADER, compare_metrics, comparison_rows, format_
 
 CONFIG = FinetuneConfig(epochs=1, batch_size=64, lr=5e-5, warmup=0.1, max_length=128)
 NUM_TRAIN, NUM_HELD_OUT = 2_000, 1_000
-NUM_SPECIAL = 2  # tokens around a text, so that the encoder sees the whole of a chunk
 
 
 def main(options: argparse.Namespace) -> None:
@@ -40,7 +40,7 @@ def main(options: argparse.Namespace) -> None:
     embedder = load_embedder(options.base)
     embedder.max_length = CONFIG.max_length
     if options.pdf:
-        train_set, held_out = cloze_datasets(options.pdf, embedder)
+        train_set, held_out = cloze_datasets(options.pdf, options.base)
     elif options.data:
         dataset = RetrievalDataset.load(options.data, skip_empty=True)
         check_trec_ids([*dataset.queries, *dataset.corpus])
@@ -95,17 +95,14 @@ The same on your own documents, and on questions that you have (QA JSON, BEIR fo
     python -m experiments.quickstart --data FILE --out runs/mine""")
 
 
-def cloze_datasets(paths: list[str], embedder: Embedder) -> tuple[RetrievalDataset, RetrievalDataset]:
+def cloze_datasets(paths: list[str], base: str) -> tuple[RetrievalDataset, RetrievalDataset]:
     """Chunks of documents, each asked for by one of its own sentences: four fifths train, the rest is held out."""
     documents = read_documents(paths)
     for skipped in documents.skipped:
         print(skipped)
     pages, _ = drop_repeated_lines(documents.pages)
-    chunks = chunk_pages(
-        pages,
-        count_tokens=lambda texts: [len(ids) for ids in embedder.tokenize(texts)],
-        size=CONFIG.max_length - NUM_SPECIAL,
-    )
+    reading = load_reading(base)
+    chunks = chunk_pages(pages, count_tokens=reading.count_tokens, size=CONFIG.max_length - reading.num_around)
     split = split_chunks(chunks, train_share=0.8, seed=CONFIG.seed)
     train_set, _ = inverse_cloze(split.train, seed=CONFIG.seed)
     held_out, _ = inverse_cloze(split.validation, seed=CONFIG.seed, keep_share=0.0)

@@ -19,7 +19,7 @@ from embedft.data.chunks import Chunk, chunk_pages, parse_pages, split_chunks
 from embedft.data.cleaning import clean
 from embedft.data.documents import read_documents
 from embedft.data.questions import QuestionConfig, question_dataset, write_questions
-from embedft.encoders.loading import load_model_tokenizer
+from embedft.encoders.loading import load_reading
 from embedft.encoders.openai_api import ApiEmbedder
 
 from .commandline import make_parser, run
@@ -74,16 +74,11 @@ def first_and_rest(dataset: RetrievalDataset, num_first: int) -> tuple[Retrieval
 
 def questions_of_filing(options: argparse.Namespace, folder: Path) -> tuple[RetrievalDataset, RetrievalDataset]:
     """Reads the PDF, a chunk a page, splits it by pages and has questions written for both sides."""
-    tokenizer = load_model_tokenizer(options.base)
     documents = read_documents([options.pdf])
     for skipped in documents.skipped:
         print(skipped)
-    chunks = chunk_pages(
-        documents.pages,
-        count_tokens=lambda texts: [len(ids) for ids in tokenizer.words(texts)],
-        size=CHUNK_TOKENS,
-        by_page=True,
-    )
+    count_tokens = load_reading(options.base).count_tokens
+    chunks = chunk_pages(documents.pages, count_tokens=count_tokens, size=CHUNK_TOKENS, by_page=True)
     split = split_chunks(chunks, train_pages=parse_pages(options.train_pages))
     config = QuestionConfig(
         model=options.model,

@@ -20,7 +20,7 @@ ROOT = Path(embedft.__file__).parent
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 # Open to all but losses; they import each other and nothing else.
-LEAVES = ("config", "files", "progress", "device")
+LEAVES = ("config", "files", "progress", "device", "server")
 # Part of embedft, a folder or a module: what it may import of embedft beside itself.
 LAYERS = {
     "losses": (),
@@ -56,8 +56,10 @@ WITHOUT_TORCH = (
     "retrieval.metrics",
     "retrieval.significance",
     "retrieval.bm25",
+    "data.asking",
     "data.chunks",
     "data.cleaning",
+    "data.copies",
     "data.dataset",
     "data.documents",
     "data.formats",
@@ -65,6 +67,7 @@ WITHOUT_TORCH = (
     "data.prompts",
     "data.questions",
     "data.sending",
+    "data.sentences",
 )
 # Slow to import, or another's: not there after `import embedft`.
 HEAVY = ("faiss", "huggingface_hub", "transformers", "sentence_transformers", "openai", "pypdf", "scipy", "pandas")

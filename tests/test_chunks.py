@@ -6,10 +6,21 @@ import re
 import pytest
 
 from embedft.data import chunks as module
-from embedft.data.chunks import Chunk, Place, Split, chunk_pages, load_chunks, parse_pages, save_chunks, split_chunks
+from embedft.data.chunks import (
+    MAX_TOKEN_CHARACTERS,
+    Chunk,
+    Place,
+    Split,
+    chunk_pages,
+    load_chunks,
+    parse_pages,
+    save_chunks,
+    split_chunks,
+)
 from embedft.data.copies import COPIED_SHARE, is_copied, near_copies, shingles, words
 from embedft.data.documents import Page
 from embedft.data.sentences import sentence_spans
+from embedft.encoders.loading import load_reading
 
 
 def count_words(texts):
@@ -486,3 +497,13 @@ def test_lines_that_are_no_chunks(tmp_path, lines, message):
     (tmp_path / "a.jsonl").write_text(lines)
     with pytest.raises(ValueError, match=message):
         load_chunks(tmp_path / "a.jsonl")
+
+
+def test_a_blob_that_is_one_unknown_token_is_cut():
+    """all-MiniLM-L6-v2 takes a word of 300,000 letters for one token."""
+    count_tokens = load_reading("sentence-transformers/all-MiniLM-L6-v2").count_tokens
+    blob = "".join(random.Random(0).choices("abcdefghij", k=300_000))
+    assert count_tokens([blob]) == [1]
+    chunks = chunk_pages([Page("a.txt", 1, f"One sentence. {blob} Another one.")], count_tokens=count_tokens, size=50)
+    assert max(len(chunk.text) for chunk in chunks) <= 51 * MAX_TOKEN_CHARACTERS
+    assert "".join(chunk.text for chunk in chunks).replace(" ", "") == f"Onesentence.{blob}Anotherone."

@@ -49,7 +49,7 @@ def test_chunk(place, capsys):
     assert chunk("--size", "40", "--overlap", "25") == 0
     out, err = capsys.readouterr()
     assert err == "docs/empty.txt: has no text\ndocs/more.md page 2: has no text\n"
-    chunks, report = load_chunks("chunks/chunks.jsonl"), read_json("chunks/report.json")
+    chunks, report = load_chunks("chunks/chunks.jsonl"), read_json("chunks/chunk-report.json")
     lengths = [len(ids) for ids in load_embedder(MODEL).tokenize([c.text for c in chunks])]
     assert [c.num_tokens for c in chunks] == lengths
     assert max(lengths) <= 38  # two special tokens come on top
@@ -59,31 +59,31 @@ def test_chunk(place, capsys):
         {"file": "docs/more.md", "page": 2, "reason": "has no text"},
     ]
     assert f"-> {len(chunks):,} chunks of at most 38 tokens" in out
-    assert "skipped 2 files or pages, see chunks/report.json" in out
+    assert "skipped 2 files or pages, see chunks/chunk-report.json" in out
     # All that the model reads, when no size is given.
     assert chunk() == 0
-    assert read_json("chunks/report.json")["size"] == 254
+    assert read_json("chunks/chunk-report.json")["size"] == 254
 
 
 def test_chunk_splits_and_leaves_no_file_of_an_earlier_split(place, capsys):
     assert chunk() == 0
     assert chunk("--train-files", "docs/notes.txt") == 0
     assert sorted(path.name for path in (place / "chunks").iterdir()) == [
-        "report.json",
+        "chunk-report.json",
         "train.jsonl",
         "validation.jsonl",
     ]
     train, validation = (load_chunks(f"chunks/{name}.jsonl") for name in ("train", "validation"))
     assert {p.file for c in train for p in c.places} == {"docs/notes.txt"}
     assert {p.file for c in validation for p in c.places} == {"docs/more.md"}
-    report = read_json("chunks/report.json")
+    report = read_json("chunks/chunk-report.json")
     assert (report["train"], report["validation"]) == (len(train), len(validation))
     assert chunk("--train-share", "0.5", "--seed", "1") == 0
     assert chunk("--train-pages", "2-3") == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("embedft chunk: error: no chunk is left for training")
     assert chunk("--train-pages", "two") == 2
     assert chunk("--size", "2") == 2
-    assert "expected more than the 2 special tokens" in capsys.readouterr().err
+    assert "--size is 2, expected more than the 2 tokens that the model puts around a text" in capsys.readouterr().err
 
 
 def test_repeated_lines_go_on_request(place, capsys):
@@ -151,7 +151,7 @@ def test_an_llm_is_asked_once(place, capsys):
             questions = written_questions(fill_template(TEMPLATE, text=c.text, num_questions=2))
             assert [dataset.queries[f"{c.id}/q{n}"] for n in (1, 2)] == questions
             assert dataset.corpus[c.id] == c.text
-    assert read_json("out/report.json")["missing"] == {}
+    assert read_json("out/question-report.json")["missing"] == {}
     assert not any(KEY in path.read_text() for path in (place / "out").iterdir())
 
 
@@ -165,7 +165,7 @@ def test_what_is_missing_is_said_and_asked_for_again(place, capsys):
         err = capsys.readouterr().err
         assert "1 without questions: refusal" in err
         assert f"1 of {num_chunks} chunks have no questions; the same command asks for those alone" in err
-        assert len(read_json("out/report.json")["missing"]) == 1
+        assert len(read_json("out/question-report.json")["missing"]) == 1
         assert len(RetrievalDataset.load("out/chunks.json").corpus) == num_chunks
         assert ask(server) == 0
         assert server.counts["chat"] == num_chunks + 1
@@ -183,7 +183,7 @@ def test_a_limit_leaves_each_side_its_part_and_nothing_of_another_run(place, cap
     with ApiServer() as server:
         assert ask(server, "--max-requests", "1") == 1
         assert not (place / "out" / "validation.json").exists()  # ict's is gone: it belongs to other questions
-        assert "validation: no questions yet" in capsys.readouterr().out
+        assert "validation: no questions yet" in capsys.readouterr().err
         num_asked = sum(sides.values()) // 2
         assert ask(server, "--max-requests", str(num_asked)) == 1
         for name, size in sides.items():
@@ -230,6 +230,69 @@ def test_cleaning_and_round_trip(place, capsys):
     assert len(RetrievalDataset.load("out/some.json").queries) == 12
 
 
+def test_an_id_with_two_texts_is_refused(place, capsys):
+    (place / "sides").mkdir()
+    for name in ("train", "validation"):
+        rows = [{"id": i, "text": f"{name} text {i}"} for i in range(3)]
+        (place / "sides" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with ApiServer() as server:
+        assert main(["questions", "sides", "--out", "out", "--base-url", server.base_url]) == 2
+        assert server.counts["chat"] == 0
+    assert "sides: chunk id '0' has one text in training, one in validation" in capsys.readouterr().err
+
+
+def test_training_asks_nothing_that_validation_asks(place, capsys):
+    """The server's questions follow from the prompt: with a template that cuts them short, all are the same two."""
+    (place / "sides").mkdir()
+    for name, texts in (("train", ["a b c", "d e f"]), ("validation", ["g h i"])):
+        rows = [{"id": text[0], "text": text} for text in texts]
+        (place / "sides" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["questions", "sides", "--out", "out", "--num-questions", "1"]
+    with ApiServer(num_questions=1) as server:
+        assert main([*arguments, "--base-url", server.base_url]) == 0
+    replies = [json.loads(line) for line in (place / "out" / "replies.jsonl").read_text().splitlines()]
+    held_out = next(reply["questions"] for reply in replies if reply["chunk"] == "g")
+    replies = [{**reply, "questions": held_out if reply["chunk"] == "a" else reply["questions"]} for reply in replies]
+    (place / "out" / "replies.jsonl").write_text("".join(json.dumps(reply) + "\n" for reply in replies))
+    with ApiServer() as server:
+        assert main([*arguments, "--base-url", server.base_url]) == 0
+    assert "train, held out: dropped 1 of 2 questions; 1: is a validation query too" in capsys.readouterr().out
+    assert list(RetrievalDataset.load("out/train.json").queries) == ["d/q1"]
+    assert list(RetrievalDataset.load("out/validation.json").queries) == ["g/q1"]
+
+
+def test_a_side_that_cleaning_empties_does_not_cost_the_other(place, capsys):
+    (place / "sides").mkdir()
+    for name in ("train", "validation"):
+        (place / "sides" / f"{name}.jsonl").write_text(json.dumps({"id": name, "text": f"The text of {name}."}))
+    arguments = ["questions", "sides", "--out", "out", "--num-questions", "1"]
+    with ApiServer(num_questions=1) as server:
+        assert main([*arguments, "--base-url", server.base_url]) == 0
+        replies = (place / "out" / "replies.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in replies]
+        rows = [
+            {**row, "questions": ["What does the passage above say?"]} if row["chunk"] == "train" else row
+            for row in rows
+        ]
+        (place / "out" / "replies.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert main([*arguments, "--base-url", server.base_url]) == 1
+    assert "train: " in capsys.readouterr().err
+    assert not (place / "out" / "train.json").exists()
+    assert len(RetrievalDataset.load("out/validation.json").queries) == 1
+    assert "points at its source" in read_json("out/question-report.json")["train"]
+
+
+def test_a_document_prompt_takes_its_tokens(place, capsys):
+    (place / "model" / "config_sentence_transformers.json").write_text(json.dumps({"prompts": {"document": "d: "}}))
+    assert main(["chunk", "docs/notes.txt", "--out", "chunks", "--model", "model"]) == 0
+    embedder = load_embedder("model", device="cpu", prompts={"document": "d: "})
+    around = len(embedder.tokenizer.encode(["d: "])[0])
+    assert around > 2
+    assert read_json("chunks/chunk-report.json")["size"] == embedder.max_length - around
+    lengths = embedder.pack([c.text for c in load_chunks("chunks/chunks.jsonl")], role="document").cu_seqlens.diff()
+    assert int(lengths.max()) == embedder.max_length
+
+
 class EmbeddingQA(pydantic.BaseModel):
     """The fields of LlamaIndex's EmbeddingQAFinetuneDataset, which reads its file as `cls(**json.load(file))`."""
 
@@ -273,7 +336,10 @@ def test_data_sets_load_in_llamaindex_and_in_sentence_transformers(place, capsys
         ),
         ("questions docs/more.md --out out --method title --max-cost 3", "--max-cost is for --method llm, this is"),
         ("questions docs/more.md --out out --method ict --parameters.seed 3", "--parameters.seed is for --method llm"),
-        ("questions docs/more.md --out out --method title --validation", "--validation is for --method ict"),
+        ("questions docs/more.md --out out --method title --validation", "--validation is for --method ict or llm"),
+        ("questions docs/more.md --out out --round-trip 0", "--round-trip is 0, expected at least 1"),
+        ("chunk docs --out out --train-pages=", "'' is not a list of pages"),
+        ("chunk docs --out out --size 0", "--size is 0, expected more than the 2 tokens"),
         ("chunk docs --out out --no.such 1", "unrecognized arguments: --no.such"),
     ],
 )

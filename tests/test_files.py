@@ -173,8 +173,9 @@ def test_check_writable(tmp_path):
     [
         (b'{"a": 1}\n{"b": 2}\n', b'{"a": 1}\n{"b": 2}\n'),
         (b'{"a": 1}\n{"b": 2', b'{"a": 1}\n'),
-        (b'{"a": 1}\n{"b": 2}', b'{"a": 1}\n'),  # whole, but without its end: the line feed may be what was lost
-        (b'{"a": 1}\n\xc3', b'{"a": 1}\n'),
+        (b'{"a": 1}\n{"b": 2}', b'{"a": 1}\n{"b": 2}\n'),  # whole: only the line feed was lost
+        (b'{"b": 2}', b'{"b": 2}\n'),
+        (b'{"a": 1}\n{"b": "\xc3', b'{"a": 1}\n'),
         (b'{"a', b""),
         (b"", b""),
     ],
@@ -184,6 +185,8 @@ def test_a_log_is_resumed_behind_its_last_whole_line(tmp_path, monkeypatch, foun
     monkeypatch.setattr(files, "BLOCK_BYTES", block)
     path = tmp_path / "log.jsonl"
     path.write_bytes(found)
+    assert list(resume_jsonl(path, repair=False)) == [json.loads(line) for line in kept.splitlines()]
+    assert path.read_bytes() == found
     assert list(resume_jsonl(path)) == [json.loads(line) for line in kept.splitlines()]
     assert path.read_bytes() == kept
     append_jsonl(path, {"c": 3})
@@ -197,6 +200,11 @@ def test_a_missing_log_is_empty_and_a_damaged_one_is_refused(tmp_path):
     path.write_bytes(b'{"a": 1}\n{"b"\n{"c": 3}\n')
     with pytest.raises(ValueError, match=r"log\.jsonl line 2 column 5: invalid JSON"):
         list(resume_jsonl(path))
+    for foreign in (b"one line", b'{}\n"half', b"\xff\xfe"):
+        path.write_bytes(foreign)
+        with pytest.raises(ValueError, match=r"log\.jsonl: its last line does not begin as a JSON object"):
+            list(resume_jsonl(path))
+        assert path.read_bytes() == foreign
     path.write_bytes(b"{}\n[1]\n")
     with pytest.raises(ValueError, match=r"log\.jsonl line 2: holds a list, expected an object"):
         list(resume_jsonl(path))

@@ -1,5 +1,7 @@
 """openai_api.py: vectors over HTTP from a real server on loopback; what goes wrong is one line without the key."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from api_server import ApiServer, unit_vector
@@ -61,10 +63,10 @@ def test_faults_on_the_way_are_tried_again():
 
 
 def test_what_the_server_says_is_one_line_without_the_key():
-    with ApiServer(faults=["401"]) as server, pytest.raises(ValueError, match=r"/v1/ m: Error code: 401") as caught:
+    with ApiServer(faults=["401"]) as server, pytest.raises(ValueError, match=r"/v1, m: Error code: 401") as caught:
         ApiEmbedder("m", base_url=server.base_url).encode(["a"])
     assert KEY not in str(caught.value)
-    assert "[key]" in str(caught.value)
+    assert "[OPENAI_API_KEY]" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -84,24 +86,32 @@ def test_texts_that_cannot_be_sent(texts, message):
 
 
 @pytest.mark.parametrize(
-    ("indices", "dim", "message"),
-    [([0, 0], None, "2 vectors came back for 2 texts"), ([0], None, "1 vectors"), ([0, 1], 5, "gives 2 dimensions")],
+    ("answer", "dim", "message"),
+    [
+        ([(0, [1.0, 0.0]), (0, [1.0, 0.0])], None, "no 2 vectors came back for as many texts"),
+        ([(0, [1.0, 0.0])], None, "no 2 vectors"),
+        (None, None, "no 2 vectors"),
+        ([(0, [1.0, 0.0]), (1, [1.0, 0.0])], 5, "gives 2 dimensions, asked for 5"),
+        ([(0, [1.0, 0.0]), (1, [1.0])], None, "different sizes"),
+        ([(0, []), (1, [])], None, "or empty ones"),
+        ([(0, [1.0, 0.0]), (1, [1.0, float("nan")])], None, "not finite"),
+    ],
 )
-def test_answers_that_do_not_fit(monkeypatch, indices, dim, message):
+def test_answers_that_do_not_fit(monkeypatch, answer, dim, message):
     embedder = ApiEmbedder("m", base_url="http://127.0.0.1:1/v1")
-
-    class Item:
-        def __init__(self, index):
-            self.index, self.embedding = index, [1.0, 0.0]
-
-    answer = type("Answer", (), {"data": [Item(i) for i in indices]})
-    monkeypatch.setattr(embedder._client.embeddings, "create", lambda **_: answer)
+    items = answer and [SimpleNamespace(index=index, embedding=vector) for index, vector in answer]
+    monkeypatch.setattr(embedder._client.embeddings, "create", lambda **_: SimpleNamespace(data=items))
     with pytest.raises(ValueError, match=message):
         embedder.encode(["a", "b"], dim=dim)
 
 
+def test_a_page_that_is_no_answer():
+    with ApiServer(faults=["not-json"] * 10) as server, pytest.raises(ValueError, match="/v1, m: "):
+        ApiEmbedder("m", base_url=server.base_url).encode(["a"])
+
+
 def test_a_zero_vector_stays_zero(monkeypatch):
     embedder = ApiEmbedder("m", base_url="http://127.0.0.1:1/v1")
-    answer = type("Answer", (), {"data": [type("Item", (), {"index": 0, "embedding": [0.0, 0.0]})]})
+    answer = SimpleNamespace(data=[SimpleNamespace(index=0, embedding=[0.0, 0.0])])
     monkeypatch.setattr(embedder._client.embeddings, "create", lambda **_: answer)
     np.testing.assert_array_equal(embedder.encode(["a"]), [[0.0, 0.0]])

@@ -318,3 +318,23 @@ assert "beside" not in sys.path
     replies = [json.loads(line) for line in done.stdout.splitlines()]
     assert [list(reply) for reply in replies] == [["num_pages"], ["text"], ["num_pages"], ["text"]]
     assert [replies[1]["text"].strip(), replies[3]["text"].strip()] == ["one", "two"]
+
+
+def test_pypdf_still_has_the_place_that_keeps_lines_apart():
+    """A version without it would read solid lines as one, and nothing else would say so."""
+    from pypdf import PageObject
+    from pypdf._text_extraction import _layout_mode
+
+    groups = [
+        {"tx": 10.0 * i, "ty": 100.0 - 10 * i, "font_height": 10.3, "flip_sort": -1, "text": text, "font_size": 10}
+        for i, text in enumerate(("first line", "second line"))
+    ]
+    merge_lines = _layout_mode.y_coordinate_groups
+    try:
+        assert len(merge_lines(groups)) == 1
+        pdf._keep_lines_apart()
+        assert len(_layout_mode.y_coordinate_groups(groups)) == 2
+        assert "y_coordinate_groups" in PageObject._layout_mode_text.__code__.co_names
+    finally:
+        _layout_mode.y_coordinate_groups = merge_lines
+    assert [group["font_height"] for group in groups] == [10.3, 10.3]

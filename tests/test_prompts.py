@@ -135,3 +135,25 @@ def test_a_reply_of_no_use_says_why(reply, reason):
 )
 def test_only_what_stands_around_a_line_is_taken_off(line, stripped):
     assert strip_numbering(line) == stripped
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "**Question 1**\nWhat is A?\n**Question 2**\nWhat is B?",
+        "Q1: What is A?\nA1: It is C.\nQ2: What is B?\nA2: It is D.",
+        "I wrote two questions for you.\nWhat is A?\nWhat is B?",
+        "What is A?\nThis one is about facts.\nWhat is B?",
+    ],
+)
+def test_what_does_not_ask_gives_way(reply):
+    assert parse_reply(reply, 2) == ["What is A?", "What is B?"]
+
+
+def test_search_terms_of_a_template_that_wants_them_are_kept():
+    assert parse_reply("uber revenue 2021\nlyft drivers' pay", 2) == ["uber revenue 2021", "lyft drivers' pay"]
+
+
+def test_json_that_is_nested_too_deep():
+    with pytest.raises(ValueError, match="nested too deep"):
+        parse_reply('{"questions": ' + "[" * 100_000, 2)

@@ -550,14 +550,24 @@ def test_a_file_of_something_else_is_refused(tmp_path):
         ask(server, some_chunks(1), tmp_path)
 
 
-def test_one_process_at_a_time(tmp_path):
+def test_one_process_at_a_time_writes_and_others_may_read(tmp_path):
     with ApiServer() as server, locked(tmp_path / "lock"):
-        for call in (
-            lambda: ask(server, some_chunks(1), tmp_path),
-            lambda: estimate(some_chunks(1), QuestionConfig(), folder=tmp_path),
-        ):
-            with pytest.raises(ValueError, match="another process is writing there"):
-                call()
+        with pytest.raises(ValueError, match="another process is writing there"):
+            ask(server, some_chunks(1), tmp_path)
+        assert estimate(some_chunks(1), QuestionConfig(), folder=tmp_path).num_requests == 1
+
+
+def test_an_estimate_leaves_the_files_as_they_are(tmp_path):
+    with ApiServer() as server:
+        ask(server, some_chunks(2), tmp_path)
+        for cut in (1, 30):  # the line feed alone, then a part of the line
+            replies = (tmp_path / "replies.jsonl").read_bytes()
+            (tmp_path / "replies.jsonl").write_bytes(replies[:-cut])
+            found = estimate(some_chunks(2), QuestionConfig(), folder=tmp_path)
+            assert found.num_requests == (0 if cut == 1 else 1)
+            assert (tmp_path / "replies.jsonl").read_bytes() == replies[:-cut]
+        ask(server, some_chunks(2), tmp_path)
+        assert server.counts["chat"] == 3
 
 
 def test_the_estimate_sends_nothing_and_needs_no_key(tmp_path, monkeypatch):
@@ -670,7 +680,7 @@ def test_the_key_is_nowhere(tmp_path, monkeypatch, capfd, caplog):
     asker = questions._Asker(QuestionConfig(), TEMPLATE, f"http://user:{KEY}@localhost:1/v1?key={KEY}")
     answers = [asker._from_reply(json.dumps(body)) for body in echo]
     assert answers[0].result == ["What is [OPENAI_API_KEY]?", "Who [OPENAI_API_KEY]?"]
-    texts = [repr(answers), repr(asker), asker.server]
+    texts = [repr(answers), repr(asker), repr(asker.server), asker.server.name]
     with ApiServer(faults=["drop", "401"]) as server:
         with pytest.raises(ValueError, match="401") as caught:
             ask(server, some_chunks(1), tmp_path)

@@ -250,17 +250,55 @@ def test_jobs_are_asked_for_in_order_and_attempts_end(ledger):
     assert ledger.totals().num_requests == 8
 
 
+def test_a_pause_until_a_date_is_measured_on_the_servers_clock():
+    headers = {"retry-after": "Sat, 21 Nov 2026 12:00:12 GMT", "date": "Sat, 21 Nov 2026 12:00:10 GMT"}
+    assert retry_after_seconds(headers, now=0.0) == 2.0
+    assert retry_after_seconds({**headers, "date": "no date"}, now=1_795_262_400.0) == pytest.approx(12.0)
+
+
 def test_nothing_to_ask_for(ledger):
     assert Sent(ledger, {}).run([]) is None
 
 
-def test_a_waiting_job_holds_no_place_and_goes_first_when_it_is_due(ledger):
-    pause = Answer("failed", "retry", "429", usage=(0, 0), retry_after_seconds=0.05)
-    sent = Sent(ledger, {"a": [pause, OK]}, delay=0.02)
+def test_a_waiting_job_holds_no_place_and_goes_first_when_it_is_due(ledger, monkeypatch):
+    monkeypatch.setattr(sending, "backoff_seconds", lambda *_: 0.05)
+    sent = Sent(ledger, {"a": [RETRY, OK]}, delay=0.02)
     sent.run([job(str(key)) for key in ["a", *range(8)]])
     again = sent.order.index("a", 1)
     assert 3 <= again <= 6
     assert sent.times[again] - sent.times[0] >= 0.07
+
+
+def test_nothing_is_sent_while_the_server_asks_for_a_pause(ledger):
+    pause = Answer("failed", "retry", "429", usage=(0, 0), retry_after_seconds=0.2)
+    sent = Sent(ledger, {"a": [pause, OK]}, delay=0.01)
+    assert sent.run([job(str(key)) for key in ["a", *range(8)]], concurrency=2) is None
+    # Two were on their way, and one went out while the first was.
+    early = [when for when in sent.times if when - sent.times[0] < 0.2]
+    assert len(early) <= 3
+    assert len(sent.times) == 10
+
+
+def test_an_outage_is_probed_with_one_request_at_a_time_and_ends_the_job(ledger, monkeypatch):
+    """Eight in flight fail together, two probes later the pauses grow; after four probes the job stops."""
+    monkeypatch.setattr(sending, "backoff_seconds", lambda attempt, *_: 0.01 * attempt)
+    down = Answer("failed", "retry", "503")
+    sent = Sent(ledger, {str(i): [down] for i in range(10, 500)}, delay=0.01)
+    stopped = sent.run([job(str(i)) for i in range(500)], concurrency=8, max_attempts=4)
+    assert stopped.then == "retry"
+    assert stopped.reason.endswith("failures in a row, the last: 503")
+    assert ledger.totals().num_requests <= 10 + sending.MAX_FAILURES_IN_A_ROW + 8 + 4
+    in_order = sorted(sent.times)
+    assert in_order[-1] - in_order[-4] >= 0.03 + 0.02 + 0.03  # three replies and growing pauses
+
+
+def test_a_server_that_comes_back_is_used_as_before(ledger, monkeypatch):
+    monkeypatch.setattr(sending, "backoff_seconds", lambda *_: 0.01)
+    down = [RETRY, RETRY, OK]
+    sent = Sent(ledger, {str(i): down for i in range(8, 20)}, delay=0.005)
+    assert sent.run([job(str(i)) for i in range(60)], concurrency=8, max_attempts=4) is None
+    assert sent.most_in_flight == 8
+    assert ledger.totals().num_requests == 60 + 24
 
 
 def test_a_reply_of_no_use_is_asked_for_again_at_once(ledger, monkeypatch):

@@ -14,18 +14,18 @@ from typing import Any
 from .. import config as configs
 from ..data import pseudo
 from ..data.chunks import Chunk, chunk_pages, load_chunks, parse_pages, save_chunks, split_chunks
-from ..data.cleaning import Cleaned, clean, round_trip
+from ..data.cleaning import Cleaned, clean, drop_held_out, round_trip
 from ..data.dataset import RetrievalDataset
 from ..data.documents import drop_repeated_lines, read_documents
 from ..data.prompts import TEMPLATE
 from ..data.questions import Estimate, Outcome, QuestionConfig, estimate, question_dataset, write_questions
-from ..encoders.loading import load_embedder, load_model_tokenizer
+from ..encoders.loading import load_embedder, load_reading
 from ..files import check_writable, read_text, write_json
 
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 # What `chunk` writes and `questions` takes: one file, or two.
 WHOLE, TRAIN, VALIDATION = "chunks", "train", "validation"
-REPORT = "report.json"
+CHUNK_REPORT, QUESTION_REPORT = "chunk-report.json", "question-report.json"
 MAX_REASONS = 5
 NUM_DOCSTRINGS = (2_000, 1_000)  # that train, that validate
 LLM_OPTIONS = ("base_url", "template", "dry_run", "no_clean", "round_trip", "config")
@@ -52,14 +52,15 @@ def _add_chunk(parser: argparse.ArgumentParser) -> None:
 def _chunk(options: argparse.Namespace) -> None:
     out = Path(options.out)
     check_writable(out)
-    ranges = parse_pages(options.train_pages) if options.train_pages else None
-    tokenizer = load_model_tokenizer(options.model, revision=options.revision)
-    num_special = len(tokenizer.encode([""])[0])
-    size = (options.size or tokenizer.max_length) - num_special
+    ranges = None if options.train_pages is None else parse_pages(options.train_pages)
+    reading = load_reading(options.model, revision=options.revision)
+    limit = reading.max_length if options.size is None else options.size
+    size = limit - reading.num_around
     if size < 1:
-        raise ValueError(f"--size is {options.size}, expected more than the {num_special} special tokens of a text")
-    if size + num_special > tokenizer.max_length:
-        most = f"{options.model} reads {tokenizer.max_length}, unless its max_length is set"
+        around = f"{reading.num_around} tokens that the model puts around a text"
+        raise ValueError(f"--size is {options.size}, expected more than the {around}")
+    if limit > reading.max_length:
+        most = f"{options.model} reads {reading.max_length}, unless its max_length is set"
         print(f"--size is {options.size} tokens, but {most}: the rest of a chunk would be cut off", file=sys.stderr)
     documents = read_documents(options.paths)
     for skipped in documents.skipped:
@@ -67,7 +68,7 @@ def _chunk(options: argparse.Namespace) -> None:
     pages, repeated = drop_repeated_lines(documents.pages) if options.drop_repeated else (documents.pages, {})
     chunks = chunk_pages(
         pages,
-        count_tokens=lambda texts: [len(ids) for ids in tokenizer.words(texts)],
+        count_tokens=reading.count_tokens,
         size=size,
         overlap=options.overlap,
         by_page=options.by_page,
@@ -85,11 +86,11 @@ def _chunk(options: argparse.Namespace) -> None:
     }
     print(
         f"{report['pages']:,} pages with text in {report['files']:,} file(s) -> {len(chunks):,} chunks of at most "
-        f"{size} tokens ({report['tokens']:,} in all; {num_special} special tokens come on top)"
+        f"{size} tokens ({report['tokens']:,} in all; {reading.num_around} come on top when the model reads)"
     )
     if options.drop_repeated:
         print(f"dropped {sum(repeated.values()):,} repeated headers and footers")
-    if options.train_pages or options.train_files or options.train_share is not None:
+    if not (ranges is None and options.train_files is None and options.train_share is None):
         split = split_chunks(
             chunks,
             train_files=options.train_files,
@@ -108,9 +109,9 @@ def _chunk(options: argparse.Namespace) -> None:
     for name, side in sides.items():
         save_chunks(out / f"{name}.jsonl", side)
         print(f"{out / name}.jsonl: {len(side):,} chunks")
-    write_json(out / REPORT, report)
+    write_json(out / CHUNK_REPORT, report)
     if documents.skipped:
-        print(f"skipped {len(documents.skipped):,} files or pages, see {out / REPORT}")
+        print(f"skipped {len(documents.skipped):,} files or pages, see {out / CHUNK_REPORT}")
 
 
 def _add_questions(parser: argparse.ArgumentParser) -> None:
@@ -129,7 +130,7 @@ def _add_questions(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of ict and docstring [0]")
     parser.add_argument(
-        "--validation", action="store_true", help="ict: SOURCE validates, so every sentence leaves its chunk"
+        "--validation", action="store_true", help="SOURCE validates: every sentence leaves its chunk; no round trip"
     )
     llm = parser.add_argument_group("an LLM's questions (the key comes from OPENAI_API_KEY)")
     llm.add_argument("--base-url", metavar="URL", help="of an OpenAI-compatible server [api.openai.com]")
@@ -156,28 +157,39 @@ def _questions(options: argparse.Namespace) -> int:
             _save(dataset, out / f"{name}.json")
         return 0
     sides = _load_sides(options.sources)
+    texts: dict[str, str] = {}
+    for chunk in (chunk for side in sides.values() for chunk in side):
+        if texts.setdefault(chunk.id, chunk.text) != chunk.text:
+            raise ValueError(f"{options.sources[0]}: chunk id {chunk.id!r} has one text in training, one in validation")
     if options.method == "llm":
         return _ask(sides, options, out)
+    datasets = {}
     for name, chunks in sides.items():
         if options.method == "ict":
             keep_share = 0.0 if options.validation or name == VALIDATION else 0.1
             dataset, num_left_out = pseudo.inverse_cloze(chunks, seed=options.seed, keep_share=keep_share)
         else:
             dataset, num_left_out = pseudo.titles(chunks)
-        _save(dataset, out / f"{name}.json")
+        datasets[name] = dataset
         if num_left_out:
-            print(f"{num_left_out:,} of {len(chunks):,} chunks have nothing that asks for them")
+            print(f"{name}: {num_left_out:,} of {len(chunks):,} chunks have nothing that asks for them")
+    if datasets.keys() >= {TRAIN, VALIDATION}:
+        datasets[TRAIN] = drop_held_out(datasets[TRAIN], datasets[VALIDATION]).dataset
+    for name, dataset in datasets.items():
+        _save(dataset, out / f"{name}.json")
     return 0
 
 
 def _check_method(options: argparse.Namespace) -> None:
     """Refuses what the method has no use for, such as a dry run that would write."""
+    if options.round_trip is not None and options.round_trip < 1:
+        raise ValueError(f"--round-trip is {options.round_trip}, expected at least 1")
     given = [key.removeprefix("setting.") for key in vars(options) if key.startswith("setting.")]
-    given += [*options.dotted, *(name for name in LLM_OPTIONS if getattr(options, name))]
+    given += [*options.dotted, *(name for name in LLM_OPTIONS if getattr(options, name) not in (None, False))]
     if options.method != "llm" and given:
         raise ValueError(f"--{given[0].replace('_', '-')} is for --method llm, this is --method {options.method}")
-    if options.method != "ict" and options.validation:
-        raise ValueError(f"--validation is for --method ict, this is --method {options.method}")
+    if options.method not in ("ict", "llm") and options.validation:
+        raise ValueError(f"--validation is for --method ict or llm, this is --method {options.method}")
 
 
 def _load_sides(sources: Sequence[str]) -> dict[str, list[Chunk]]:
@@ -208,35 +220,43 @@ def _ask(sides: dict[str, list[Chunk]], options: argparse.Namespace, out: Path) 
     outcome = write_questions(chunks, config, folder=out, template=template, base_url=options.base_url)
     print(_format_totals(outcome))
     report: dict[str, Any] = {}
-    for name, side in sides.items():
+    datasets: dict[str, RetrievalDataset] = {}
+    # Validation first: what it asks, training may not.
+    for name, side in sorted(sides.items(), key=lambda item: item[0] != VALIDATION):
         questions = {chunk.id: outcome.questions[chunk.id] for chunk in side if chunk.id in outcome.questions}
-        if not questions:
-            (out / f"{name}.json").unlink(missing_ok=True)  # of an earlier call
-            print(f"{name}: no questions yet")
-            continue
-        dataset = question_dataset(side, questions)
         steps: dict[str, Callable[[RetrievalDataset], Cleaned]] = {}
         if not options.no_clean:
             steps["cleaning"] = clean
-        if options.round_trip and name != VALIDATION:
-            encode = load_embedder(options.base).encode
-            steps["round trip"] = partial(round_trip, encode=encode, k=options.round_trip)
-        for step, run in steps.items():
-            before = len(dataset.queries)
-            cleaned = run(dataset)
-            dataset = cleaned.dataset
-            report[f"{name}: {step}"] = cleaned.report()
-            reasons = "".join(f"; {count:,}: {reason}" for reason, count in cleaned.counts().items())
-            print(f"{name}, {step}: dropped {len(cleaned.dropped):,} of {before:,} questions{reasons}")
+        if VALIDATION in datasets:
+            steps["held out"] = partial(drop_held_out, validation=datasets[VALIDATION])
+        if options.round_trip is not None and name != VALIDATION and not options.validation:
+            steps["round trip"] = partial(round_trip, encode=load_embedder(options.base).encode, k=options.round_trip)
+        try:
+            if not questions:
+                raise ValueError("no questions yet")
+            dataset = question_dataset(side, questions)
+            for step, run in steps.items():
+                before = len(dataset.queries)
+                cleaned = run(dataset)
+                dataset = cleaned.dataset
+                report[f"{name}: {step}"] = cleaned.report()
+                reasons = "".join(f"; {count:,}: {reason}" for reason, count in cleaned.counts().items())
+                print(f"{name}, {step}: dropped {len(cleaned.dropped):,} of {before:,} questions{reasons}")
+        except ValueError as error:  # a side without a question: the other is not lost for it
+            (out / f"{name}.json").unlink(missing_ok=True)  # of an earlier call
+            report[name] = str(error)
+            print(f"{name}: {error}", file=sys.stderr)
+            continue
+        datasets[name] = dataset
         _save(dataset, out / f"{name}.json")
-    write_json(out / REPORT, {**report, "missing": outcome.missing})
+    write_json(out / QUESTION_REPORT, {**report, "missing": outcome.missing})
     if not outcome.missing:
-        return 0
+        return 0 if len(datasets) == len(sides) else 1
     for reason, count in Counter(outcome.missing.values()).most_common(MAX_REASONS):
         print(f"{count:,} without questions: {reason}", file=sys.stderr)
     print(
         f"{len(outcome.missing):,} of {len(chunks):,} chunks have no questions; the same command asks for those alone "
-        f"(all reasons: {out / REPORT})",
+        f"(all reasons: {out / QUESTION_REPORT})",
         file=sys.stderr,
     )
     return 1

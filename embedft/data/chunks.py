@@ -28,6 +28,8 @@ from .sentences import sentence_spans
 CountTokens = Callable[[Sequence[str]], list[int]]
 
 ID_DIGITS = 16
+# A longer stretch for one token is no text; it counts as a token for each so many characters.
+MAX_TOKEN_CHARACTERS = 100
 # What two texts may save when they are counted as one.
 MAX_JOINT_TOKENS = 2
 
@@ -131,8 +133,8 @@ def chunk_pages(
     The pages of a file are joined first, so that a sentence may run over the end of a page: by a blank where it does,
     else by a line end. A chunk is a contiguous piece of that text. A sentence longer than `size` is broken between
     words, a word longer than `size` between characters; the limit holds without exception, by what `count_tokens` says
-    of the chunk's own text. Consecutive chunks share whole sentences of at most `overlap` tokens, never all of the
-    earlier one.
+    of the chunk's own text, or one token for 100 characters where that is more. Consecutive chunks share whole
+    sentences of at most `overlap` tokens, never all of the earlier one.
     Texts that are found again become one chunk with a place each.
 
     Args:
@@ -207,7 +209,12 @@ class _Cutter:
     """Cuts one text. The sum of the units' tokens guides, the count of the very text decides."""
 
     def __init__(self, text: str, count_tokens: CountTokens, size: int):
-        self.text, self.count_tokens, self.size = text, count_tokens, size
+        self.text, self.size = text, size
+        # WordPiece makes one unknown token of a word however long, a blob of data say.
+        self.count_tokens = lambda texts: [
+            max(count, len(text) // MAX_TOKEN_CHARACTERS)
+            for count, text in zip(count_tokens(texts), texts, strict=True)
+        ]
 
     def cut(self, overlap: int) -> list[tuple[int, int, int]]:
         """(start, stop, tokens) of every chunk."""
@@ -222,8 +229,8 @@ class _Cutter:
     def _count(self, start: int, stop: int) -> int:
         return self.count_tokens([self.text[start:stop]])[0]
 
-    def _fill(self, units: Sequence[_Unit], first: int) -> tuple[int, int]:
-        """The end of the chunk that begins with unit `first`, which fits, and its tokens."""
+    def _fill(self, units: Sequence[_Unit], first: int, *, tightly: bool = True) -> tuple[int, int]:
+        """The end of the chunk that begins with unit `first`, which fits, and its tokens; `tightly`: tries for more."""
         end, total = first + 1, units[first].num_tokens
         while end < len(units) and total + units[end].num_tokens <= self.size:
             total += units[end].num_tokens
@@ -233,7 +240,7 @@ class _Cutter:
             end -= 1
             num_tokens = self._count(units[first].start, units[end - 1].stop)
         # Units may have a token or two less together than apart, so that there is room for one more.
-        while end < len(units) and num_tokens + units[end].num_tokens <= self.size + MAX_JOINT_TOKENS:
+        while tightly and end < len(units) and num_tokens + units[end].num_tokens <= self.size + MAX_JOINT_TOKENS:
             more = self._count(units[first].start, units[end].stop)
             if more > self.size:
                 break
@@ -267,20 +274,21 @@ class _Cutter:
                 words = [
                     (start + word.start(), start + word.end()) for word in re.finditer(r"\S+", self.text[start:stop])
                 ]
-                units += self._parts(self._units(words, is_whole=False))
+                units += self._parts(self._units(words, is_whole=False), tightly=True)
             else:
                 characters = [(i, i + 1) for i in range(start, stop)]
                 counts_each = self.count_tokens([self.text[i] for i in range(start, stop)])
                 if max(counts_each) > self.size:
                     raise ValueError(f"size is {self.size}, but one character has {max(counts_each)} tokens")
-                units += self._parts([_Unit(*span, count) for span, count in zip(characters, counts_each, strict=True)])
+                single = [_Unit(*span, count) for span, count in zip(characters, counts_each, strict=True)]
+                units += self._parts(single, tightly=False)  # a character at a time would take for ever over a blob
         return units
 
-    def _parts(self, units: Sequence[_Unit]) -> list[_Unit]:
-        """Words or characters put together to parts as large as fit."""
+    def _parts(self, units: Sequence[_Unit], *, tightly: bool) -> list[_Unit]:
+        """Words or characters put together to parts that fit."""
         parts, first = [], 0
         while first < len(units):
-            end, num_tokens = self._fill(units, first)
+            end, num_tokens = self._fill(units, first, tightly=tightly)
             parts.append(_Unit(units[first].start, units[end - 1].stop, num_tokens))
             first = end
         return parts
@@ -396,24 +404,19 @@ def _side(chunk: Chunk, train_files: Sequence[str] | None, train_pages: Sequence
 def _overlapping(chunks: Sequence[Chunk], sides: Sequence[str]) -> set[int]:
     """The rows of training chunks that end as a validation chunk of their place begins, or begin as one ends."""
     spans = [sentence_spans(chunk.text) for chunk in chunks]
-    beginnings: dict[str, list[int]] = {}
+    # By the page as well: a title that begins every page has others to be compared with on its own pages only.
+    beginnings: dict[tuple[str | None, int | None, str], list[int]] = {}
     for row, (chunk, own) in enumerate(zip(chunks, spans, strict=True)):
-        beginnings.setdefault(chunk.text[slice(*own[0])], []).append(row)
+        for place in chunk.places or (None,):
+            page = (place.file, place.first_page) if place else (None, None)
+            beginnings.setdefault((*page, chunk.text[slice(*own[0])]), []).append(row)
     found = set()
     for before, (chunk, own) in enumerate(zip(chunks, spans, strict=True)):
+        pages = [(place.file, page) for place in chunk.places for page in range(place.first_page, place.last_page + 1)]
         for start, stop in own:
-            for after in beginnings.get(chunk.text[start:stop], ()):
-                other = chunks[after]
-                across = {sides[before], sides[after]} == {"train", "validation"}
-                if across and other.text.startswith(chunk.text[start:]) and _touch(chunk, other):
-                    found.add(before if sides[before] == "train" else after)
+            for page in pages or [(None, None)]:
+                for after in beginnings.get((*page, chunk.text[start:stop]), ()):
+                    across = {sides[before], sides[after]} == {"train", "validation"}
+                    if across and chunks[after].text.startswith(chunk.text[start:]):
+                        found.add(before if sides[before] == "train" else after)
     return found
-
-
-def _touch(chunk: Chunk, other: Chunk) -> bool:
-    """Whether the two may share a page. Of chunks without places nothing is known, so they may."""
-    return not (chunk.places and other.places) or any(
-        a.file == b.file and a.first_page <= b.last_page and b.first_page <= a.last_page
-        for a in chunk.places
-        for b in other.places
-    )

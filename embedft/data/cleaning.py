@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from .asking import asks
 from .dataset import RetrievalDataset
 from .prompts import strip_numbering
 
@@ -31,6 +32,7 @@ COPIES_DOCUMENT = "copies its document"
 REPEATS = "repeats another query"
 NO_RELEVANT_DOCUMENT = "has no relevant document"
 OUT_OF_REACH = "document is not in the top k"
+HELD_OUT = "is a validation query too"
 
 NUM_EXAMPLES = 5
 # A question copies when this share of its words stands in one run of the document, so many plain ones among them. The
@@ -42,28 +44,6 @@ PREAMBLE = re.compile(
     r"(?:(?:sure|certainly|of course|okay|absolutely)\b[^:?]{0,40}?[!,.:]\s*)?"
     r"(?:here (?:are|is)|below (?:are|is)|the following (?:are|is))\b[^:?]{0,120}\bquestions?\b[^:?]{0,120}:\s*",
     re.IGNORECASE,
-)
-
-QUESTION_MARK = re.compile("[?？؟\u037e]")
-AUXILIARY = r"(?:is|are|was|were|do|does|did|can|could|will|would|should|shall|has|have|had|must|might)"
-INTERROGATIVE = rf"""(?: (?:what|why|who|whose|whom|which|how)\b | (?:when|where)\s+{AUXILIARY}\b
-    | (?:in|on|at|to|for|from|by|under|with|of|during|through)\s+(?:what|which|whose|whom)\b
-    | {AUXILIARY}\s+(?!not\b)\w )"""
-# The second group are nouns and adjectives as well ("List of subsidiaries", "State law"): what follows decides.
-IMPERATIVE = r"""(?: (?:explain|discuss|describe|define|compare|identify|calculate|compute|analy[sz]e|summari[sz]e|
-        evaluate|assess|illustrate|elaborate|enumerate|clarify|distinguish|differentiate|justify|interpret)\b
-    | (?:list|name|outline|provide|give|tell|state|show|find|mention|specify|determine|estimate|highlight|examine|
-        consider)\s+
-      (?:the|an?|all|any|at|each|every|some|one|two|three|four|five|\d+|how|what|why|who|when|where|which|whether|
-        me|us|its|their|your|details?|specific|examples?|reasons?)\b )"""
-CLAUSE_OPENING = r"""(?:in|on|at|to|for|from|by|under|with|given|during|based|according|using|as|if|considering|after|
-    before|when|per|regarding|concerning|assuming|additionally|also|then|finally|next|furthermore)\b"""
-ASKS = re.compile(
-    rf"""(?:^|[.!;:]["'”)]*\s+) (?:please\s+)?
-        (?: {INTERROGATIVE} | {IMPERATIVE}
-          | {CLAUSE_OPENING} (?:(?:[^,.!]|\.(?=\S))+,){{1,4}} \s*
-            (?:please\s+)? (?:{IMPERATIVE} | (?:what|why|how)\b) )""",
-    re.IGNORECASE | re.VERBOSE,
 )
 
 PROMPT = re.compile(
@@ -259,23 +239,28 @@ def round_trip(dataset: RetrievalDataset, *, encode: Callable[..., np.ndarray], 
     return Cleaned(_take(dataset, queries, {i: [i] for i in queries}, dropped), tuple(dropped))
 
 
+def drop_held_out(dataset: RetrievalDataset, validation: RetrievalDataset) -> Cleaned:
+    """The training queries that `validation` does not ask as well, by `question_key`.
+
+    Raises:
+        ValueError: no query is left.
+    """
+    keys = {question_key(text) for text in validation.queries.values()}
+    queries, dropped = {}, []
+    for query_id, text in dataset.queries.items():
+        if question_key(text) in keys:
+            dropped.append(Dropped(query_id, text, HELD_OUT))
+        else:
+            queries[query_id] = text
+    return Cleaned(_take(dataset, queries, {i: [i] for i in queries}, dropped), tuple(dropped))
+
+
 def tidy(text: str) -> str:
     """The question on one line, without a preamble ("Here is a question: ...") and what `strip_numbering` takes off."""
     question = strip_numbering(text)
     preamble = PREAMBLE.match(question)
     rest = strip_numbering(question[preamble.end() :]) if preamble else ""
     return rest or question
-
-
-def asks(text: str) -> bool:
-    """Whether a text asks: a question mark, or a sentence that opens with an interrogative or asking imperative.
-
-    The imperative may follow an opening clause ("In the context of revenue recognition, explain ..."). A text that
-    ends with a colon announces; one without a letter asks nothing.
-    """
-    if not any(character.isalpha() for character in text):
-        return False
-    return bool(QUESTION_MARK.search(text) or (not text.endswith(":") and ASKS.search(text)))
 
 
 def shows_prompt(text: str) -> str | None:

@@ -54,7 +54,9 @@ SENTENCE_STOP = re.compile(r"[.:;!?][\"'”’)\]]*$")
 LETTERS = r"[^\W\d_]"
 WORD = re.compile(rf"{LETTERS}+(?:-{LETTERS}+)*")
 # "-\n" inside a word: the word's beginning and its end on the next line.
-BROKEN_WORD = re.compile(rf"({LETTERS}+(?:-{LETTERS}+)*)-\n[ \t]*({LETTERS}+(?:-{LETTERS}+)*)")
+BROKEN_WORD = re.compile(
+    rf"(?<![^\W\d_])(?<![^\W\d_]-)({LETTERS}+(?:-{LETTERS}+)*)-\n[ \t]*({LETTERS}+(?:-{LETTERS}+)*)"
+)
 LAST_PART = re.compile(r"[^\W_]+(?:-[^\W_]+)*$")
 FIRST_PART = re.compile(r"[^\W_]+(?:-[^\W_]+)*")
 # What follows a hyphen that stands for a word to come: "pre- and post-closing".
@@ -228,7 +230,9 @@ def clean_text(text: str, *, markdown: bool = False) -> str:
     text, with or without the hyphen; fenced blocks of Markdown stay as they are. Form feeds stay.
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    pages = [re.sub(r"[^\S\n]+$", "", page.translate(TEXT_CLEANING), flags=re.M) for page in text.split("\f")]
+    pages = [
+        "\n".join(line.rstrip() for line in page.translate(TEXT_CLEANING).split("\n")) for page in text.split("\f")
+    ]
     words = _Words("\n".join(pages))
 
     def mend(match: re.Match) -> str:

@@ -11,6 +11,8 @@ import json
 import re
 from typing import Any
 
+from .asking import asks
+
 TEMPLATE = """\
 Below is a passage from a larger collection of documents. Write {num_questions} questions that this passage answers.
 
@@ -47,6 +49,7 @@ NUMBERING = re.compile(
         )""",
     re.VERBOSE | re.IGNORECASE,
 )
+NO_QUESTION = re.compile(r"(?:question|q)\s*#?\d{0,3}|answer\s*#?\d{0,3}\s*[.):].*|a\d{0,3}\s*:.*", re.IGNORECASE)
 QUOTES = ("**", "__", '""', "''", "“”", "‘’", "«»", "``")
 PREAMBLE = re.compile(
     r"(?:sure|certainly|of course|absolutely|okay|ok|here (?:are|is)|here's|below are)\b[^?]*", re.IGNORECASE
@@ -70,9 +73,10 @@ def parse_reply(text: str, num_questions: int) -> list[str]:
     """The first `num_questions` distinct questions of a reply.
 
     JSON (a list of strings, or an object with one under "questions"; also inside a ``` fence) is read as such, all else
-    line by line without numbering, bullets and quotes; empty lines and preambles ("Here are two questions:", "Sure!")
-    are passed over. What a model thinks aloud between <think> and </think> is no part of the reply. Questions that
-    differ in case or white space alone are the same.
+    line by line without numbering, bullets and quotes; empty lines, preambles ("Here are two questions:", "Sure!"),
+    bare headings ("Question 1") and answers ("A1: ...") are passed over, and where enough lines ask, so are those that
+    do not. What a model thinks aloud between <think> and </think> is no part of the reply. Questions that differ in
+    case or white space alone are the same.
 
     Raises:
         ValueError: JSON that is cut short or holds something else, or fewer questions.
@@ -87,8 +91,10 @@ def parse_reply(text: str, num_questions: int) -> list[str]:
     distinct: dict[str, str] = {}
     for line in found:
         question = strip_numbering(line)
-        if any(map(str.isalnum, question)):
+        if any(map(str.isalnum, question)) and not NO_QUESTION.fullmatch(question):
             distinct.setdefault(question.casefold(), question)
+    asking = {key: question for key, question in distinct.items() if asks(question)}
+    distinct = asking if len(asking) >= num_questions else distinct
     if len(distinct) < num_questions:
         raise ValueError(f"{len(distinct)} of {num_questions} questions in the reply")
     return list(distinct.values())[:num_questions]
@@ -127,6 +133,8 @@ def _json_questions(text: str) -> list[str]:
         value: Any = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"invalid JSON in the reply ({error.msg}, character {error.pos} of {len(text)})") from None
+    except RecursionError:
+        raise ValueError("invalid JSON in the reply (nested too deep)") from None
     if isinstance(value, dict):
         value = value.get("questions")
     if not isinstance(value, list) or not all(isinstance(question, str) for question in value):

@@ -13,7 +13,6 @@ import asyncio
 import hashlib
 import json
 import math
-import os
 import re
 import time
 from collections.abc import Coroutine, Mapping, Sequence
@@ -22,11 +21,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from ..config import check_types, setting
 from ..files import append_jsonl, locked, resume_jsonl
 from ..progress import progress_bar
+from ..server import Server
 from .chunks import Chunk
 from .dataset import RetrievalDataset
 from .formats import check_distinct, check_text
@@ -36,8 +35,6 @@ from .sending import Answer, Job, Ledger, RateLimit, Totals, now_text, price, re
 REPLIES, LEDGER, LOCK = "replies.jsonl", "ledger.jsonl", "lock"
 RECORD = {"request", "key", "status", "questions", "usage", "cost"}  # of a line of REPLIES: what is read back
 USAGE = ("prompt_tokens", "completion_tokens")
-OPENAI_HOST = "api.openai.com"
-OPENAI_URL = f"https://{OPENAI_HOST}/v1"
 # OpenAI refuses the old name for its newer models; other servers know only that one.
 LIMIT_NAMES = ("max_completion_tokens", "max_tokens")
 # The request's own: another value would change what is parsed, counted or paid for.
@@ -61,8 +58,6 @@ HINTS = {
     401: " (is OPENAI_API_KEY right?)",
     404: " (is the model's name right, and does the base URL end in /v1?)",
 }
-# A shorter key is a placeholder such as "ollama", and may well be a word of the texts.
-MIN_SECRET_CHARACTERS = 12
 MAX_REASON_CHARACTERS = 300
 
 
@@ -163,7 +158,8 @@ def write_questions(
 
     Every request and every reply is on disk at once (`ledger.jsonl`, `replies.jsonl`), so a run that is interrupted or
     killed loses at most the requests in flight. The limits count all runs of the folder and are never passed, unless a
-    server reports more tokens than it was allowed. The key comes from OPENAI_API_KEY and is written nowhere.
+    server reports more tokens than it was allowed, or charges for an answer of 4xx, 500 or 503. The key comes from
+    OPENAI_API_KEY and is written nowhere.
 
     Args:
         chunks: with distinct ids; chunks with the same text are asked for once.
@@ -213,7 +209,10 @@ async def write_questions_async(
     folder, jobs = Path(folder), _jobs(chunks, config, template)
     asker = _Asker(config, template, base_url)
     with locked(folder / LOCK):
-        questions, ledger = _read_folder(folder, config)
+        records = _read_replies(folder, repair=True)
+        limits = {"max_requests": config.max_requests, "max_cost": config.max_cost}
+        ledger = Ledger(folder / LEDGER, records, prices=config.prices, **limits)
+        questions = _valid_questions(records)
         reasons: dict[str, str] = {}
         first_ids = {key: ids[0] for key, (_, ids) in jobs.items()}
         num_done = sum(len(ids) for key, (_, ids) in jobs.items() if key in questions)
@@ -249,7 +248,7 @@ async def write_questions_async(
     found = {chunk.id: questions[keys[chunk.id]] for chunk in chunks if keys[chunk.id] in questions}
     so_far = f"{len(found):,} of {len(chunks):,} chunks have questions"
     if isinstance(stopped, Answer):
-        raise ValueError(f"{asker.server}: {stopped.reason}; stopped: {so_far}")
+        raise ValueError(f"{asker.server.name}: {stopped.reason}; stopped: {so_far}")
     missing = {
         chunk.id: reasons.get(keys[chunk.id], f"not asked: stopped at {stopped}")
         for chunk in chunks
@@ -264,12 +263,9 @@ def estimate(
     """What `write_questions` would still have to ask for. Sends nothing and needs no key.
 
     Raises:
-        ValueError: the chunks or the template are at fault, or another process is writing to the folder.
+        ValueError: the chunks or the template are at fault, or the folder's file of replies.
     """
-    jobs, questions = _jobs(chunks, config, template), {}
-    if Path(folder).is_dir():
-        with locked(Path(folder) / LOCK):
-            questions, _ = _read_folder(Path(folder), config)
+    jobs, questions = _jobs(chunks, config, template), _valid_questions(_read_replies(Path(folder), repair=False))
     left = [job for key, (job, _) in jobs.items() if key not in questions]
     tokens = (sum(job.expected_tokens - job.reply_tokens for job in left), _likely_reply_tokens(config) * len(left))
     most = (sum(job.prompt_tokens for job in left), sum(job.reply_tokens for job in left))
@@ -324,17 +320,19 @@ def _body(config: QuestionConfig, prompt: str, limit_name: str, is_structured: b
     return body | ({"response_format": RESPONSE_FORMAT} if is_structured else {}) | config.parameters
 
 
-def _read_folder(folder: Path, config: QuestionConfig) -> tuple[dict[str, list[str]], Ledger]:
-    """The questions of valid replies by key, and the ledger of all requests. The caller holds the lock."""
+def _read_replies(folder: Path, *, repair: bool) -> list[dict[str, Any]]:
+    """What is needed of every reply and failure on disk. `repair`: the file is about to grow; the lock is held."""
     records = []
-    for number, record in enumerate(resume_jsonl(folder / REPLIES), start=1):
+    for number, record in enumerate(resume_jsonl(folder / REPLIES, repair=repair), start=1):
         if not record.keys() >= RECORD:
             lacks = ", ".join(sorted(RECORD - record.keys()))
             raise ValueError(f"{folder / REPLIES} line {number}: has no {lacks}, is it a file of replies?")
         records.append({name: record[name] for name in RECORD})  # not the reply itself
-    questions = {record["key"]: record["questions"] for record in records if record["status"] == "ok"}
-    limits = {"max_requests": config.max_requests, "max_cost": config.max_cost}
-    return questions, Ledger(folder / LEDGER, records, prices=config.prices, **limits)
+    return records
+
+
+def _valid_questions(records: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    return {record["key"]: record["questions"] for record in records if record["status"] == "ok"}
 
 
 class _Asker:
@@ -345,22 +343,10 @@ class _Asker:
 
         self.openai, self.config, self.template = openai, config, template
         self.is_structured = config.structured != "lines"
-        url = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"the base URL {url!r} is no address of a server, expected one like {OPENAI_URL}")
-        # Without a user, a password or a query, which may be secrets too.
-        self.server = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-        is_openai = parts.hostname == OPENAI_HOST or parts.hostname.endswith(f".{OPENAI_HOST}")
-        key = os.environ.get("OPENAI_API_KEY", "").strip()
-        if is_openai and not key:
-            raise ValueError(f"OPENAI_API_KEY is not set, and {self.server} asks for a key (another server: base_url)")
-        if not (key.isascii() and key.isprintable()):
-            raise ValueError("OPENAI_API_KEY holds a character that no key has")
-        self.secret = key if len(key) >= MIN_SECRET_CHARACTERS else None
-        self.limit_name = LIMIT_NAMES[0 if is_openai else 1]
+        self.server = Server.find(base_url)
+        self.limit_name = LIMIT_NAMES[0 if self.server.is_openai else 1]
         self.client = openai.AsyncOpenAI(
-            api_key=key or "none", base_url=url, max_retries=0, timeout=config.timeout_seconds
+            api_key=self.server.key, base_url=self.server.url, max_retries=0, timeout=config.timeout_seconds
         )
 
     async def ask(self, job: Job) -> Answer:
@@ -411,7 +397,7 @@ class _Asker:
             choice, usage = completion["choices"][0], _usage(completion.get("usage"))
             message, finish = choice["message"], choice.get("finish_reason")
             content, refusal = message.get("content"), message.get("refusal")
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return Answer("failed", "retry", "the answer is no chat completion", reply=self._clean(text))
         reply = self._clean(content) if isinstance(content, str) else None
         invalid = partial(Answer, "invalid", "retry", reply=reply, usage=usage)
@@ -429,8 +415,7 @@ class _Asker:
 
     def _clean(self, text: str) -> str:
         """What may be stored: without the key, and as UTF-8 can hold it (JSON can spell half a surrogate pair)."""
-        text = text if self.secret is None else text.replace(self.secret, "[OPENAI_API_KEY]")
-        return text.encode("utf-8", "replace").decode()
+        return self.server.redact(text).encode("utf-8", "replace").decode()
 
     def _line(self, text: str) -> str:
         line = " ".join(self._clean(text).split())

@@ -9,13 +9,14 @@ is asked, of whom, and what a good reply is (questions.py); no line of this depe
 """
 
 import asyncio
+import contextlib
 import email.utils
 import heapq
 import random
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from decimal import Decimal
 from pathlib import Path
@@ -28,6 +29,8 @@ WINDOW_SECONDS = 60.0
 BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.5, 30.0
 # A server that asks for a longer pause has closed for the hour or the day; the job ends and says so.
 MAX_RETRY_AFTER_SECONDS = 300.0
+# After so many failures in a row one request at a time finds out whether the server is back.
+MAX_FAILURES_IN_A_ROW = 10
 # When the first answers of a run all say that the request itself is at fault, the others would say so too.
 MAX_SUSPECTS_AT_FIRST = 5
 
@@ -119,6 +122,8 @@ class Ledger:
                 self._open(record["request"], self._price(*tokens) if cost is None else _decimal(cost))
             except KeyError as error:
                 raise ValueError(f"{self.path} line {number}: has no {error}, is it a ledger?") from None
+            except (TypeError, ValueError, ArithmeticError):
+                raise ValueError(f"{self.path} line {number}: has a field of another kind, is it a ledger?") from None
         for record in outcomes:
             usage = record["usage"]
             tokens = None if usage is None else (usage["prompt_tokens"], usage["completion_tokens"])
@@ -256,6 +261,9 @@ def retry_after_seconds(headers: Mapping[str, str], now: float) -> float | None:
         date = email.utils.parsedate_to_datetime(headers.get("retry-after", ""))
     except (TypeError, ValueError):
         return None
+    with contextlib.suppress(TypeError, ValueError):
+        # The server's own time, when it says it: the clocks may differ.
+        now = email.utils.parsedate_to_datetime(headers.get("date", "")).timestamp()
     return max(date.replace(tzinfo=date.tzinfo or timezone.utc).timestamp() - now, 0.0)
 
 
@@ -286,6 +294,9 @@ async def send_all(
     Retries that are due go before jobs that were not asked for yet. A job between two attempts holds no place among
     the `concurrency` in flight. When a limit of the ledger leaves no room, those in flight may still make some.
 
+    While a server asks for a pause, nothing is sent. After MAX_FAILURES_IN_A_ROW one request at a time is, with growing
+    pauses between; when `max_attempts` of those have failed too, the job stops, because each might be paid for.
+
     Args:
         ask: sends one request. An exception is a bug and ends everything.
         record: called with the request's number and seconds the moment an answer is there; it settles the ledger.
@@ -294,7 +305,8 @@ async def send_all(
 
     Returns:
         None when every job had its attempts, the name of the ledger's limit that stopped it, or the answer that did:
-        one that says "stop", the fifth suspect when the first five are, or one that asks for too long a pause.
+        one that says "stop", the fifth suspect when the first five are, one that asks for too long a pause, or the last
+        of many failures in a row.
     """
     loop, wake, rate = asyncio.get_running_loop(), asyncio.Event(), rate or RateLimit()
     uniform = random.Random(seed).uniform
@@ -303,13 +315,27 @@ async def send_all(
     running: set[asyncio.Task] = set()
     ended: list[asyncio.Task] = []
     suspects, proven = 0, False  # proven: some request got a reply that was not suspect
+    hold_until, failures, failed_probes = 0.0, 0, 0  # failures: in a row
     stopped: Answer | str | None = None
 
     async def attempt(job: Job, number: int) -> None:
-        nonlocal suspects, proven, stopped
-        start = time.monotonic()
+        nonlocal suspects, proven, stopped, hold_until, failures, failed_probes
+        start, is_probe = time.monotonic(), failures >= MAX_FAILURES_IN_A_ROW
         answer = await ask(job)
         record(job, number, answer, time.monotonic() - start)
+        if answer.status != "failed":
+            failures = failed_probes = 0
+        elif answer.then == "retry":
+            failures += 1
+            failed_probes += is_probe
+            pause = answer.retry_after_seconds
+            if pause is None and failures >= MAX_FAILURES_IN_A_ROW:
+                pause = backoff_seconds(failed_probes + 1, None, uniform)
+            if pause is not None:
+                hold_until = max(hold_until, loop.time() + pause)
+            if failed_probes >= max_attempts:
+                reason = f"{failures} failures in a row, the last: {answer.reason}"
+                stopped = stopped or replace(answer, reason=reason)
         if answer.then == "again":
             heapq.heappush(again, (loop.time(), number, job))
         elif answer.then == "retry":
@@ -337,8 +363,13 @@ async def send_all(
     try:
         while True:
             pause = None
-            while stopped is None and (fresh or again) and len(running) < concurrency:
+            while stopped is None and (fresh or again):
+                if len(running) >= (concurrency if failures < MAX_FAILURES_IN_A_ROW else 1):
+                    break
                 now = loop.time()
+                if hold_until > now:
+                    pause = hold_until - now
+                    break
                 is_due = bool(again) and again[0][0] <= now
                 if not is_due and not fresh:
                     pause = again[0][0] - now

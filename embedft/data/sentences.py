@@ -8,7 +8,7 @@ Not here: other languages' abbreviations, and scripts that end sentences otherwi
 
 import re
 
-SENTENCE_END = re.compile(r"[.!?]+[\"'”’)\]]*\s+(?=[\"'“‘(\[$€£•]*[^\W_a-z])")
+SENTENCE_END = re.compile(r"(?<![.!?])[.!?]+[\"'”’)\]]*\s+(?=[\"'“‘(\[$€£•]*[^\W_a-z])")
 LAST_WORD = re.compile(r"[^\s\"'“‘(\[]*$")
 # Words whose period ends no sentence, beside single letters with periods ("U.S.", "J.", "e.g.").
 ABBREVIATIONS = re.compile(

@@ -7,7 +7,7 @@ The files themselves are read and written in folder.py.
 """
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ from .folder import (
     read_optional,
     read_pooling,
 )
-from .tokenization import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
+from .tokenization import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 
 # All that is ever downloaded: weights as safetensors, and small JSON files.
 HUB_FILES = [CONFIG_FILE, WEIGHTS_FILE, MODULES_FILE, TRANSFORMER_CONFIG_FILE, MODEL_CONFIG_FILE,
@@ -104,12 +104,24 @@ def load_embedder(
     return embedder.to(device).eval()
 
 
-def load_model_tokenizer(name: str | Path, *, revision: str | None = None) -> Tokenizer:
-    """The tokenizer of a model, without its weights: for counting tokens. `name` as for `load_embedder`."""
+class Reading(NamedTuple):
+    """How a model reads documents: `count_tokens` of texts alone; of its `max_length` tokens `num_around` are taken by
+    special tokens and the document prompt."""
+
+    count_tokens: Callable[[Sequence[str]], list[int]]
+    max_length: int
+    num_around: int
+
+
+def load_reading(name: str | Path, *, revision: str | None = None) -> Reading:
+    """How a model reads documents, without its weights: for cutting chunks. `name` as for `load_embedder`."""
     folder = find_folder(str(name), revision=revision)
     transformer = folder / read_modules(folder).get("Transformer", "")
     _, config, _ = read_config(transformer)
-    return load_tokenizer(transformer, config, None)
+    tokenizer = load_tokenizer(transformer, config, None)
+    prompt = (read_optional(folder / MODEL_CONFIG_FILE).get("prompts") or {}).get("document") or ""
+    num_around = len(tokenizer.encode([prompt])[0])
+    return Reading(lambda texts: [len(ids) for ids in tokenizer.words(texts)], tokenizer.max_length, num_around)
 
 
 def find_folder(name: str, *, revision: str | None = None) -> Path:

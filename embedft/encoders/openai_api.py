@@ -1,18 +1,19 @@
 """Embeddings from an OpenAI-compatible server, by the contract of `Embedder.encode`: for `evaluate`, not for training.
 
-Each call is paid for; nothing is kept here. The key comes from OPENAI_API_KEY, the server from `base_url` or
-OPENAI_BASE_URL.
+Each call is paid for, and nothing is kept here: keep what `encode` returns. Failed requests are tried again by the
+client. Server and key: see server.py.
 
     embedder = ApiEmbedder("text-embedding-3-small")
     evaluate(embedder, dataset)
 """
 
-import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
 from ..progress import progress_bar
+from ..server import Server
 
 # A request to api.openai.com may hold 2,048 texts and 300,000 tokens; a token is at least a byte.
 BATCH_TEXTS, BATCH_BYTES = 256, 300_000
@@ -29,7 +30,7 @@ class ApiEmbedder:
         timeout_seconds: of one request; a failed one is tried again, `MAX_RETRIES` times.
 
     Raises:
-        ValueError: there is no key for api.openai.com.
+        ValueError: no address of a server, or no key for api.openai.com.
     """
 
     similarity = "cosine"
@@ -44,13 +45,9 @@ class ApiEmbedder:
     ):
         import openai
 
-        base_url = base_url or os.environ.get("OPENAI_BASE_URL")
-        self.model, self.prompts = model, dict(prompts or {})
-        self._key = os.environ.get("OPENAI_API_KEY")
-        if not self._key and base_url is None:
-            raise ValueError("OPENAI_API_KEY is not set, and api.openai.com wants a key (another server: base_url)")
+        self.model, self.prompts, self.server = model, dict(prompts or {}), Server.find(base_url)
         self._client = openai.OpenAI(
-            api_key=self._key or "none", base_url=base_url, timeout=timeout_seconds, max_retries=MAX_RETRIES
+            api_key=self.server.key, base_url=self.server.url, timeout=timeout_seconds, max_retries=MAX_RETRIES
         )
 
     def encode(
@@ -78,12 +75,10 @@ class ApiEmbedder:
             for batch in _batches(texts):
                 try:
                     answer = self._client.embeddings.create(model=self.model, input=batch, **options)
-                except openai.OpenAIError as error:
-                    raise ValueError(f"{self._client.base_url} {self.model}: {self._redacted(error)}") from None
-                by_place = sorted(answer.data, key=lambda item: item.index)
-                if [item.index for item in by_place] != list(range(len(batch))):
-                    raise ValueError(f"{self.model}: {len(by_place)} vectors came back for {len(batch)} texts")
-                rows += [np.asarray(item.embedding, dtype=np.float32) for item in by_place]
+                except (openai.OpenAIError, ValueError) as error:  # ValueError: what came back is no JSON
+                    reason = " ".join(self.server.redact(str(error)).split())
+                    raise ValueError(f"{self.server.name}, {self.model}: {reason}") from None
+                rows += self._vectors(answer, len(batch))
                 bar.update(len(batch))
         if not rows:
             raise ValueError("no texts to encode")
@@ -93,10 +88,17 @@ class ApiEmbedder:
         lengths_N1 = np.linalg.norm(embeddings_ND, axis=1, keepdims=True)
         return embeddings_ND / np.maximum(lengths_N1, np.finfo(np.float32).tiny)
 
-    def _redacted(self, error: Exception) -> str:
-        """The error in one line; some servers quote the key that they did not like."""
-        text = " ".join(str(error).split())
-        return text.replace(self._key, "[key]") if self._key else text
+    def _vectors(self, answer: Any, num_texts: int) -> list[np.ndarray]:
+        """The vectors of one answer in the order of its texts. Raises `ValueError` for anything else."""
+        items = {getattr(item, "index", None): item for item in getattr(answer, "data", None) or ()}
+        if items.keys() != set(range(num_texts)):
+            raise ValueError(f"{self.server.name}, {self.model}: no {num_texts} vectors came back for as many texts")
+        vectors = [np.asarray(items[row].embedding, dtype=np.float32) for row in range(num_texts)]
+        if len({vector.shape for vector in vectors}) > 1 or vectors[0].ndim != 1 or not vectors[0].size:
+            raise ValueError(f"{self.server.name}, {self.model}: vectors of different sizes came back, or empty ones")
+        if not all(np.isfinite(vector).all() for vector in vectors):
+            raise ValueError(f"{self.server.name}, {self.model}: a vector came back that is not finite")
+        return vectors
 
 
 def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
