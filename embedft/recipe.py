@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -35,7 +35,12 @@ class FinetuneConfig(TrainConfig):
     """How to fine-tune: the settings of `TrainConfig`, and what a batch and a loss are."""
 
     batch_size: int = setting(32, "training pairs of a step")
+    batch_tokens: int | None = setting(None, "tokens of a step, instead of batch_size")
     num_negatives: int = setting(0, "hard negatives of each query, taken from the dataset")
+    examples: Literal["pairs", "queries", "scored"] = setting("pairs", "what a batch is made of, see data/batches.py")
+    target_scores: bool = setting(False, "hand the scores of the dataset to the loss")
+    no_duplicates: bool = setting(False, "no text twice in a batch")
+    length_window: int = setting(0, "examples among which batches are made by length; 0: at random")
     max_length: int | None = setting(None, "tokens a text is cut to; null: the model's own")
     attention_dropout: float = setting(0.0, "on attention weights; above 0 it costs the fast kernels")
     loss: dict[str, Any] = setting({"name": "in_batch_negatives"}, "name and options of the loss")
@@ -45,6 +50,9 @@ class FinetuneConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        for name in ("batch_tokens", "length_window"):
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}, expected at least 1")
         if self.num_negatives < 0:
@@ -89,7 +97,16 @@ def finetune(
     if out is not None:
         runs.check_run(out, existing)
     batches = Batches(
-        dataset, embedder.pack, batch_size=config.batch_size, seed=config.seed, num_negatives=config.num_negatives
+        dataset,
+        embedder.pack,
+        batch_size=None if config.batch_tokens else config.batch_size,
+        batch_tokens=config.batch_tokens,
+        seed=config.seed,
+        num_negatives=config.num_negatives,
+        examples=config.examples,
+        target_scores=config.target_scores,
+        no_duplicates=config.no_duplicates,
+        length_window=config.length_window,
     )
     cutoff = int(config.select.rpartition("@")[2]) if config.select.rpartition("@")[2].isdigit() else 10
     cutoffs = {"ks": sorted({1, 3, 5, 10, cutoff}), "depth": max(100, cutoff)}

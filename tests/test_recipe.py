@@ -13,6 +13,7 @@ from tiny import make_dataset, make_embedder
 from torch import nn
 
 from embedft import LOSSES, FinetuneConfig, Report, RetrievalDataset, evaluate, finetune, load_embedder, recipe
+from embedft.data.batches import Batches
 from embedft.files import read_json, read_jsonl, sha256_file
 from embedft.training import runs
 from embedft.training import train as train_module
@@ -489,3 +490,30 @@ def test_ids_that_a_report_cannot_hold_are_found_before_training(tmp_path):
     with pytest.raises(ValueError, match="no whitespace in ids: 'a question'"):
         finetune(make_embedder(tmp_path / "base"), make_dataset(), validation=validation, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_settings_of_batches_reach_them(tmp_path, monkeypatch):
+    seen = {}
+
+    class Spy(Batches):
+        def __init__(self, *arguments, **options):
+            seen.update(options)
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr("embedft.recipe.Batches", Spy)
+    given = {"batch_tokens": 60, "examples": "queries", "no_duplicates": True, "length_window": 8, "num_negatives": 1}
+    dataset = make_dataset(num_queries=8, negatives=1)
+    finetune(make_embedder(tmp_path / "base"), dataset, FinetuneConfig(epochs=1, **given))
+    assert seen == {**given, "batch_size": None, "target_scores": False, "seed": FinetuneConfig().seed}
+    for name in ("batch_tokens", "length_window"):
+        with pytest.raises(ValueError, match=f"{name} is -1, expected at least 0"):
+            FinetuneConfig(**{name: -1})
+
+
+def test_scored_pairs_train(tmp_path):
+    dataset = make_dataset(num_queries=8)
+    scores = {query: dict.fromkeys(by, 0.1 * i) for i, (query, by) in enumerate(dataset.qrels.items())}
+    config = FinetuneConfig(epochs=1, batch_size=4, lr=1e-2, examples="scored", loss={"name": "cosent"})
+    base, tuned = make_embedder(tmp_path / "base"), make_embedder(tmp_path / "base")
+    finetune(tuned, replace(dataset, scores=scores), config)
+    assert tuned.sha256() != base.sha256()
