@@ -394,7 +394,10 @@ def test_five_at_the_start_stop_it(tmp_path, fault):
 
 def test_a_chunk_that_is_refused_is_not_asked_for_again_in_this_run(tmp_path):
     chunks = some_chunks(20)
-    is_long = lambda prompt, attempt: "400-context" if "Passage 7 " in prompt else None  # noqa: E731
+
+    def is_long(prompt: str, attempt: int) -> str | None:
+        return "400-context" if "Passage 7 " in prompt else None
+
     with ApiServer(faults=is_long) as server:
         outcome = ask(server, chunks, tmp_path)
         assert outcome.questions == {id: found for id, found in expected(chunks).items() if id != "c7"}
