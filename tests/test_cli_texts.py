@@ -242,7 +242,7 @@ def test_an_id_with_two_texts_is_refused(place, capsys):
 
 
 def test_training_asks_nothing_that_validation_asks(place, capsys):
-    """The server's questions follow from the prompt: with a template that cuts them short, all are the same two."""
+    """The reply for one training chunk is made that of the validation chunk; nothing is asked again."""
     (place / "sides").mkdir()
     for name, texts in (("train", ["a b c", "d e f"]), ("validation", ["g h i"])):
         rows = [{"id": text[0], "text": text} for text in texts]
@@ -259,6 +259,16 @@ def test_training_asks_nothing_that_validation_asks(place, capsys):
     assert "train, held out: dropped 1 of 2 questions; 1: is a validation query too" in capsys.readouterr().out
     assert list(RetrievalDataset.load("out/train.json").queries) == ["d/q1"]
     assert list(RetrievalDataset.load("out/validation.json").queries) == ["g/q1"]
+
+
+def test_headings_that_validation_has_too_are_dropped_and_counted(place, capsys):
+    (place / "sides").mkdir()
+    for name, headings in (("train", ["Rules of the house", "Duties"]), ("validation", ["Rules of the house"])):
+        rows = [{"id": f"{name}{i}", "text": f"{heading}\n{NOTES[:300]}"} for i, heading in enumerate(headings)]
+        (place / "sides" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main(["questions", "sides", "--out", "out", "--method", "title"]) == 0
+    assert "train: dropped 1 questions that validation asks too" in capsys.readouterr().out
+    assert list(RetrievalDataset.load("out/train.json").queries.values()) == ["Duties"]
 
 
 def test_a_side_that_cleaning_empties_does_not_cost_the_other(place, capsys):

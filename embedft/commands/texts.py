@@ -174,7 +174,10 @@ def _questions(options: argparse.Namespace) -> int:
         if num_left_out:
             print(f"{name}: {num_left_out:,} of {len(chunks):,} chunks have nothing that asks for them")
     if datasets.keys() >= {TRAIN, VALIDATION}:
-        datasets[TRAIN] = drop_held_out(datasets[TRAIN], datasets[VALIDATION]).dataset
+        cleaned = drop_held_out(datasets[TRAIN], datasets[VALIDATION])
+        datasets[TRAIN] = cleaned.dataset
+        if cleaned.dropped:
+            print(f"{TRAIN}: dropped {len(cleaned.dropped):,} questions that validation asks too")
     for name, dataset in datasets.items():
         _save(dataset, out / f"{name}.json")
     return 0
