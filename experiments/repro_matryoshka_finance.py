@@ -22,13 +22,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from embedft import Embedder, RetrievalDataset, Targets, build_loss, evaluate, load_embedder
+from embedft import Embedder, RetrievalDataset, build_loss, evaluate, load_embedder
 from embedft.config import to_dict
 from embedft.data.batches import Batches
 from embedft.files import read_json, write_json
-from embedft.losses.registry import Loss
 from embedft.training.runs import DONE, ENVIRONMENT, EVAL, MODEL, close_run, open_run
 from embedft.training.train import TrainConfig, train
 
@@ -173,26 +171,6 @@ def measure(embedder: Embedder, dataset: RetrievalDataset, dims: Sequence[int]) 
 # Training.
 
 
-class MeanOverBlocks:
-    """Gradient accumulation as a loss: the mean of `inner` over blocks of `size` queries, each with its own documents.
-
-    A query's negatives are those of its block alone, so a step has the gradients of that many batches of `size`
-    accumulated, each loss divided by their number. For batches of pairs without duplicates: of the targets only `group`
-    is read.
-    """
-
-    def __init__(self, inner: Loss, size: int):
-        self.inner, self.size = inner, size
-
-    def __call__(self, Q: Tensor, D: Tensor, targets: Targets) -> Tensor:
-        losses = []
-        for first in range(0, len(Q), self.size):
-            rows = slice(first, first + self.size)
-            columns, group = targets.group[rows].unique(return_inverse=True)
-            losses.append(self.inner(Q[rows], D[columns], Targets(group=group)))
-        return torch.stack(losses).mean()
-
-
 def finetune_seed(
     options: argparse.Namespace,
     split: Split,
@@ -210,12 +188,13 @@ def finetune_seed(
         return {int(dim): value for dim, value in read_json(out / EVAL / RESULT).items()}
     embedder = load_embedder(options.base)
     spec = {"name": "matryoshka", "dims": list(dims), "inner": {"name": "in_batch_negatives"}}
-    loss = build_loss(spec) if batch == "true" else MeanOverBlocks(build_loss(spec), options.batch_size)
-    # The same pairs a step either way: what differs is the negatives alone.
-    size = options.batch_size * options.accumulate
+    # As many pairs a step either way: what differs is the negatives of each.
+    in_one = batch == "true"
+    size = options.batch_size * options.accumulate if in_one else options.batch_size
     batches = Batches(split.train, embedder.pack, batch_size=size, seed=seed, no_duplicates=True)
     config = TrainConfig(
         epochs=options.epochs,
+        accumulate=1 if in_one else options.accumulate,
         lr=2e-5,
         schedule="cosine",
         warmup=0.1,
@@ -223,15 +202,15 @@ def finetune_seed(
         mini_batch_tokens=options.mini_batch_tokens,
         select=f"{METRIC} at {pick_dim(dims)}",
     )
-    settings = {**to_dict(config), "loss": spec, "batch": batch, "pick": pick, "batch_size": options.batch_size}
-    settings |= {"accumulate": options.accumulate, "base": options.base, "max_length": embedder.max_length}
+    settings = {**to_dict(config), "loss": spec, "batch": batch, "pick": pick, "batch_size": size}
+    settings |= {"base": options.base, "max_length": embedder.max_length}
     hashes = {"model": embedder.sha256(), "train": split.train.sha256(), "test": split.test.sha256()}
     open_run(out, settings, hashes=hashes, device=embedder.device, existing="resume")
 
     def validate(embedder: Embedder) -> dict[str, float]:
         return {f"{METRIC} at {dim}": value for dim, value in measure(embedder, split.held_out, dims).items()}
 
-    train(embedder, batches, loss, config, out=out, evaluate=validate)
+    train(embedder, batches, build_loss(spec), config, out=out, evaluate=validate)
     embedder.save(out / MODEL)
     found = measure(embedder, split.test, dims)
     write_json(out / EVAL / RESULT, {str(dim): value for dim, value in found.items()})

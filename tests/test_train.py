@@ -82,11 +82,15 @@ def interrupted_at(step: int, function=in_batch_negatives):
 # Against a plain loop.
 
 
-def test_equals_a_plain_loop(tmp_path):
-    """In float64, no dropout: a text at a time, the loss by its formula, AdamW unfused, the schedule written out."""
+@pytest.mark.parametrize(("accumulate", "num_steps", "num_warmup"), [(1, 8, 2), (2, 4, 1), (3, 4, 1), (9, 2, 1)])
+def test_equals_a_plain_loop(tmp_path, accumulate, num_steps, num_warmup):
+    """In float64, no dropout: a text at a time, the loss by its formula, AdamW unfused, the schedule written out.
+
+    Of 4 batches an epoch, three at a time leave one alone; warmup is 20% of the steps, rounded up.
+    """
     embedder = make_embedder(tmp_path / "base", dropout=0.0, dtype=torch.float64)
     batches = make_batches(embedder, num_negatives=1)
-    train(embedder, batches, in_batch_negatives, CONFIG, out=tmp_path)
+    train(embedder, batches, in_batch_negatives, dataclasses.replace(CONFIG, accumulate=accumulate), out=tmp_path)
     ours = read_log(tmp_path)
 
     plain = make_embedder(tmp_path / "base", dtype=torch.float64)
@@ -95,24 +99,28 @@ def test_equals_a_plain_loop(tmp_path):
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": kept, "weight_decay": 0.0}])
     step = 0
     for epoch in range(2):
-        for batch in batches.epoch(epoch):
-            lr = 1e-3 * (step / 2 if step < 2 else (8 - step) / 6)  # 20% of 8 steps, rounded up: 2
+        order = list(batches.epoch(epoch))
+        for parts in (order[i : i + accumulate] for i in range(0, 4, accumulate)):
+            lr = 1e-3 * (step / num_warmup if step < num_warmup else (num_steps - step) / (num_steps - num_warmup))
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            queries = [batches.dataset.queries[query_id] for query_id in batch.query_ids]
-            documents = [batches.dataset.corpus[document_id] for document_id in batch.document_ids]
-            Q, D = (
-                torch.cat([plain.embed(plain.pack([text], role=role), role=role) for text in texts])
-                for role, texts in (("query", queries), ("document", documents))
-            )
-            losses = []
-            for i, (query_id, (positive, _)) in enumerate(
-                zip(batch.query_ids, batch.targets.group.tolist(), strict=True)
-            ):
-                relevant = batches.dataset.qrels[query_id]
-                columns = [j for j, d in enumerate(batch.document_ids) if j == positive or d not in relevant]
-                losses.append(F.cross_entropy(Q[i] @ D[columns].T / 0.05, torch.tensor(columns.index(positive))))
-            loss = torch.stack(losses).mean()
+            means = []
+            for batch in parts:
+                queries = [batches.dataset.queries[query_id] for query_id in batch.query_ids]
+                documents = [batches.dataset.corpus[document_id] for document_id in batch.document_ids]
+                Q, D = (
+                    torch.cat([plain.embed(plain.pack([text], role=role), role=role) for text in texts])
+                    for role, texts in (("query", queries), ("document", documents))
+                )
+                losses = []
+                for i, (query_id, (positive, _)) in enumerate(
+                    zip(batch.query_ids, batch.targets.group.tolist(), strict=True)
+                ):
+                    relevant = batches.dataset.qrels[query_id]
+                    columns = [j for j, d in enumerate(batch.document_ids) if j == positive or d not in relevant]
+                    losses.append(F.cross_entropy(Q[i] @ D[columns].T / 0.05, torch.tensor(columns.index(positive))))
+                means.append(torch.stack(losses).mean())
+            loss = torch.stack(means).mean()
             optimizer.zero_grad()
             loss.backward()
             norm = torch.stack([p.grad.square().sum() for p in plain.parameters()]).sum().sqrt()
@@ -125,7 +133,11 @@ def test_equals_a_plain_loop(tmp_path):
             assert record["lr"] == pytest.approx(lr, rel=1e-12)
             assert record["loss"] == pytest.approx(loss.item(), rel=1e-9)
             assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-9)
-    assert step == len(ours) == 8
+            assert record["queries"] == sum(len(batch.query_ids) for batch in parts)
+            assert record["tokens"] == sum(
+                len(t.input_ids) for batch in parts for t in (batch.queries, batch.documents)
+            )
+    assert step == len(ours) == num_steps
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(embedder.get_parameter(name), parameter, rtol=0, atol=1e-9)
 
@@ -431,14 +443,14 @@ def test_a_gradient_of_the_loss_that_is_not_finite_stops(tmp_path):
 SAMPLED = {"name": "matryoshka", "dims": [32, 8, 4], "inner": {"name": "in_batch_negatives"}, "dims_per_step": 1}
 
 
-@pytest.mark.parametrize("mini_batch_tokens", [None, 20])
+@pytest.mark.parametrize(("mini_batch_tokens", "accumulate"), [(None, 1), (20, 1), (20, 3)])
 @pytest.mark.parametrize("make_loss", [LearnedTemperature, Affine, functools.partial(build_loss, SAMPLED)])
-def test_a_module_is_resumed_bit_for_bit(tmp_path, make_loss, mini_batch_tokens):
-    """Its parameters, its buffers and its moments, dropout's draws and its own, interrupted in step 6."""
+def test_a_module_is_resumed_bit_for_bit(tmp_path, make_loss, mini_batch_tokens, accumulate):
+    """Its parameters, its buffers and its moments, dropout's draws and its own, interrupted in the sixth batch."""
 
     def run(name: str, step: int = 0) -> tuple[dict, dict, list]:
         embedder, loss = make_embedder(tmp_path / "base"), make_loss()
-        config = dataclasses.replace(CONFIG, loss_lr=0.1, mini_batch_tokens=mini_batch_tokens)
+        config = dataclasses.replace(CONFIG, loss_lr=0.1, mini_batch_tokens=mini_batch_tokens, accumulate=accumulate)
         (tmp_path / name).mkdir(exist_ok=True)
         loss.register_forward_pre_hook(interrupted_at(step, lambda module, arguments: None))
         train(embedder, make_batches(embedder), loss, config, out=tmp_path / name)
@@ -448,7 +460,8 @@ def test_a_module_is_resumed_bit_for_bit(tmp_path, make_loss, mini_batch_tokens)
     whole = run("whole")
     with pytest.raises(KeyboardInterrupt):
         run("cut", 6)
-    assert [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()] == ["step-000004"]
+    kept = "step-000004" if accumulate == 1 else "step-000002"  # either way, after the first epoch
+    assert [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()] == [kept]
     resumed = run("cut")
     assert_same(resumed[0], whole[0])
     assert_same(resumed[1], whole[1])
@@ -665,7 +678,7 @@ def test_what_is_not_finite_stops_with_step_and_ids(tmp_path, what):
 def test_many_ids_are_counted_in_the_message(tmp_path):
     embedder = make_embedder(tmp_path / "base")
     (batch,) = Batches(make_dataset(20, 5), embedder.pack, batch_size=20, seed=0).epoch(0)
-    error = NonFiniteError("loss is inf", 7, batch)
+    error = NonFiniteError("loss is inf", 7, batch.query_ids, batch.document_ids)
     named = ", ".join(batch.query_ids[:16])
     assert str(error) == f"step 7: loss is inf; queries {named} and 4 more; documents {', '.join(batch.document_ids)}"
     assert error.query_ids == batch.query_ids
@@ -681,6 +694,7 @@ def test_many_ids_are_counted_in_the_message(tmp_path):
         ("lr", math.inf, "lr is inf, expected above 0"),
         ("loss_lr", 0.0, "loss_lr is 0.0, expected above 0"),
         ("loss_lr", "fast", "loss_lr is 'fast', expected float or null"),
+        ("accumulate", 0, "accumulate is 0, expected at least 1"),
         ("mini_batch_tokens", 0, "mini_batch_tokens is 0, expected at least 1"),
         ("mini_batch_tokens", 1.5, "mini_batch_tokens is 1.5, expected int or null"),
         ("lr", "fast", "lr is 'fast', expected float"),

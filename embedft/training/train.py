@@ -9,6 +9,7 @@ Shapes: B queries, M documents, D dimensions.
 """
 
 import functools
+import itertools
 import json
 import math
 import time
@@ -55,6 +56,7 @@ class TrainConfig:
     precision: Literal["float32", "bfloat16"] = setting(
         "float32", "of the forward pass: float32, or bfloat16 (autocast)"
     )
+    accumulate: int = setting(1, "batches of a step, which takes the mean of their gradients")
     mini_batch_tokens: int | None = setting(
         None, "tokens embedded with gradient at a time (gradient caching); null: the whole batch at once"
     )
@@ -64,7 +66,7 @@ class TrainConfig:
 
     def __post_init__(self):
         check_types(self)
-        for name in ("epochs", "mini_batch_tokens", "eval_every", "checkpoint_every"):
+        for name in ("epochs", "accumulate", "mini_batch_tokens", "eval_every", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
@@ -80,14 +82,14 @@ class TrainConfig:
 class NonFiniteError(ValueError):
     """A loss or gradient that is not a number. `.step`, `.query_ids`, `.document_ids` say where."""
 
-    def __init__(self, what: str, step: int, batch: Batch):
-        self.step, self.query_ids, self.document_ids = step, batch.query_ids, batch.document_ids
+    def __init__(self, what: str, step: int, query_ids: list[str], document_ids: list[str]):
+        self.step, self.query_ids, self.document_ids = step, query_ids, document_ids
 
         def some(ids: list[str]) -> str:
             more = f" and {len(ids) - NAMED_IDS:,} more" if len(ids) > NAMED_IDS else ""
             return ", ".join(ids[:NAMED_IDS]) + more
 
-        super().__init__(f"step {step}: {what}; queries {some(batch.query_ids)}; documents {some(batch.document_ids)}")
+        super().__init__(f"step {step}: {what}; queries {some(query_ids)}; documents {some(document_ids)}")
 
 
 class BatchSource(Protocol):
@@ -111,9 +113,10 @@ def train(
     """Trains `embedder` in place and leaves it with its best weights (the last ones when there is no `evaluate`).
 
     One step: embed queries and documents together, loss, gradients, clip, AdamW. A batch with more tokens than
-    `config.mini_batch_tokens` is embedded in parts, with the same gradients (cached.py). The base is validated first,
-    so weights worse than the base are never kept. Same seed, same machine, same bits on the CPU; the caller's random
-    state is left as it was.
+    `config.mini_batch_tokens` is embedded in parts, with the same gradients (cached.py). With `config.accumulate` the
+    gradients of a step are the mean over so many batches (the last step of an epoch: over what is left), each with its
+    own negatives. The base is validated first, so weights worse than the base are never kept. Same seed, same machine,
+    same bits on the CPU; the caller's random state is left as it was.
 
     Args:
         batches: sized (batches of an epoch), and able to begin anywhere.
@@ -128,7 +131,8 @@ def train(
         NonFiniteError: a loss or gradient is not finite; nothing was stepped with it.
         ValueError: `config.select` is not among the metrics; a reference has too few vectors, or too many.
     """
-    device, num_steps = embedder.device, config.epochs * len(batches)
+    device, steps_an_epoch = embedder.device, -(-len(batches) // config.accumulate)
+    num_steps = config.epochs * steps_an_epoch
     factor = lr_factor(config.schedule, num_steps=num_steps, warmup=config.warmup)
     optimizer = build_optimizer(embedder.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     module = loss.to(device).train() if isinstance(loss, nn.Module) else None
@@ -158,20 +162,26 @@ def train(
             best_weights = {name: tensor.detach().clone().cpu() for name, tensor in embedder.state_dict().items()}
         state.evaluations.append((state.step, metrics))
 
-    def step_once(batch: Batch, epoch: int) -> None:
+    def step_once(parts: list[Batch], epoch: int) -> None:
         start = time.perf_counter()
         share = factor(state.step)
         for group, highest_lr in zip(optimizer.param_groups, highest_lrs, strict=True):
             group["lr"] = highest_lr * share
         embedder.train()
-        targets = targets_with(references or {}, batch).to(device)
-        loss_value = _backward(embedder, batch, targets, loss, config)
+        values = []
+        for batch in parts:
+            targets = targets_with(references or {}, batch).to(device)
+            values.append(_backward(embedder, batch, targets, loss, config, share=1 / len(parts)))
+        loss_value = sum(values)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         for what, value in (("loss", loss_value), ("gradient norm", grad_norm)):
             if not torch.isfinite(value):
-                ids = {"query_ids": batch.query_ids, "document_ids": batch.document_ids}
+                ids = {
+                    "query_ids": [i for batch in parts for i in batch.query_ids],
+                    "document_ids": [i for batch in parts for i in batch.document_ids],
+                }
                 log({"step": state.step + 1, "error": f"{what} is {value.item()}", **ids})
-                raise NonFiniteError(f"{what} is {value.item()}", state.step + 1, batch)
+                raise NonFiniteError(f"{what} is {value.item()}", state.step + 1, **ids)
         optimizer.step()
         optimizer.zero_grad()
         state.step += 1
@@ -181,8 +191,8 @@ def train(
             "loss": loss_value.item(),
             "lr": config.lr * share,
             "grad_norm": grad_norm.item(),
-            "queries": len(batch.query_ids),
-            "tokens": len(batch.queries.input_ids) + len(batch.documents.input_ids),
+            "queries": sum(len(batch.query_ids) for batch in parts),
+            "tokens": sum(map(_num_tokens, parts)),
             "seconds": time.perf_counter() - start,
         }
         log(record)
@@ -192,7 +202,7 @@ def train(
             devices.release_memory(device)
 
     def due(every: int | None) -> bool:
-        return state.step % (every or len(batches)) == 0 or state.step == num_steps
+        return state.step % (every or steps_an_epoch) == 0 or state.step == num_steps
 
     try:
         with devices.seeded(config.seed, device):
@@ -207,9 +217,10 @@ def train(
                 if evaluate is not None and not resumed:
                     validate()
                 while state.step < num_steps:
-                    epoch, batch_number = divmod(state.step, len(batches))
-                    for batch in batches.epoch(epoch, start=batch_number):
-                        step_once(batch, epoch)
+                    epoch, step_number = divmod(state.step, steps_an_epoch)
+                    left = batches.epoch(epoch, start=step_number * config.accumulate)
+                    while parts := list(itertools.islice(left, config.accumulate)):
+                        step_once(parts, epoch)
                         if evaluate is not None and due(config.eval_every):
                             validate()
                         if out is not None and due(config.checkpoint_every):
@@ -223,21 +234,31 @@ def train(
     return state
 
 
-def _backward(embedder: Embedder, batch: Batch, targets: Targets, loss: Loss, config: TrainConfig) -> Tensor:
-    """Loss of a batch, with its gradients added to the parameters'."""
+def _backward(
+    embedder: Embedder, batch: Batch, targets: Targets, loss: Loss, config: TrainConfig, *, share: float
+) -> Tensor:
+    """`share` of the loss of a batch, with its gradients added to the parameters'."""
     # The only autocast there is: the loss is always computed in float32.
     autocast = functools.partial(
         torch.autocast, embedder.device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16"
     )
-    num_tokens, at_once = len(batch.queries.input_ids) + len(batch.documents.input_ids), config.mini_batch_tokens
-    if at_once is not None and num_tokens > at_once:
+
+    def part(Q: Tensor, D: Tensor, targets: Targets) -> Tensor:
+        return loss(Q, D, targets) * share
+
+    at_once = config.mini_batch_tokens
+    if at_once is not None and _num_tokens(batch) > at_once:
         packed = batch.queries, batch.documents
-        return cached_backward(embedder, *packed, targets, loss, mini_batch_tokens=at_once, autocast=autocast)
+        return cached_backward(embedder, *packed, targets, part, mini_batch_tokens=at_once, autocast=autocast)
     with autocast():
         Q, D = embedder.embed_pair(batch.queries, batch.documents)
-    value = loss(Q, D, targets)
+    value = part(Q, D, targets)
     value.backward()
     return value.detach()
+
+
+def _num_tokens(batch: Batch) -> int:
+    return len(batch.queries.input_ids) + len(batch.documents.input_ids)
 
 
 def _forget_after(log: Path, step: int) -> None:
