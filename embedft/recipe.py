@@ -17,6 +17,7 @@ from torch import nn
 from .config import setting, to_dict
 from .data.batches import Batches
 from .data.dataset import RetrievalDataset
+from .data.mixture import Mixture
 from .encoders.embedder import Embedder
 from .encoders.loading import load_embedder
 from .losses.registry import LOSSES, Loss, build_loss
@@ -40,7 +41,12 @@ class FinetuneConfig(TrainConfig):
     examples: Literal["pairs", "queries", "scored"] = setting("pairs", "what a batch is made of, see data/batches.py")
     target_scores: bool = setting(False, "hand the scores of the dataset to the loss")
     no_duplicates: bool = setting(False, "no text twice in a batch")
-    length_window: int = setting(0, "examples among which batches are made by length; 0: at random")
+    length_window: int = setting(0, "batches among which examples are sorted by length; 0: at random")
+    sampling: Literal["proportional", "round_robin", "temperature"] = setting(
+        "proportional", "of several data sets, see data/mixture.py"
+    )
+    sampling_temperature: float = setting(2.0, "of sampling by temperature: 1 is proportional, infinity equal")
+    mixed: bool = setting(False, "batches with a share of every data set, not of one each")
     max_length: int | None = setting(None, "tokens a text is cut to; null: the model's own")
     attention_dropout: float = setting(0.0, "on attention weights; above 0 it costs the fast kernels")
     loss: dict[str, Any] = setting({"name": "in_batch_negatives"}, "name and options of the loss")
@@ -50,6 +56,8 @@ class FinetuneConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if not self.sampling_temperature >= 1:
+            raise ValueError(f"sampling_temperature is {self.sampling_temperature}, expected at least 1")
         for name in ("batch_tokens", "length_window"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
@@ -67,7 +75,7 @@ class FinetuneConfig(TrainConfig):
 
 def finetune(
     embedder: Embedder,
-    dataset: RetrievalDataset,
+    dataset: RetrievalDataset | Mapping[str, RetrievalDataset],
     config: FinetuneConfig | None = None,
     *,
     validation: RetrievalDataset | None = None,
@@ -81,6 +89,7 @@ def finetune(
     whose similarity is "dot" needs a loss that names its own, {"name": "in_batch_negatives", "similarity": "dot"}.
 
     Args:
+        dataset: to train on; several by name are sampled as `config.sampling` says, their ids get the name in front.
         validation: held-out questions by which the best weights are chosen (`config.select`); None: the last weights.
         references: what the loss compares with, by the name it asks for ("guide", "teacher", "base"): an Embedder,
             which encodes `dataset` once before training (`embedder` itself: the base), or a function of the batch.
@@ -96,18 +105,8 @@ def finetune(
     out = None if out is None else Path(out)
     if out is not None:
         runs.check_run(out, existing)
-    batches = Batches(
-        dataset,
-        embedder.pack,
-        batch_size=None if config.batch_tokens else config.batch_size,
-        batch_tokens=config.batch_tokens,
-        seed=config.seed,
-        num_negatives=config.num_negatives,
-        examples=config.examples,
-        target_scores=config.target_scores,
-        no_duplicates=config.no_duplicates,
-        length_window=config.length_window,
-    )
+    batches = _make_batches(embedder, dataset, config)
+    dataset = batches.dataset
     cutoff = int(config.select.rpartition("@")[2]) if config.select.rpartition("@")[2].isdigit() else 10
     cutoffs = {"ks": sorted({1, 3, 5, 10, cutoff}), "depth": max(100, cutoff)}
     if validation is not None:
@@ -151,6 +150,27 @@ def finetune(
     return embedder
 
 
+def _make_batches(
+    embedder: Embedder, dataset: RetrievalDataset | Mapping[str, RetrievalDataset], config: FinetuneConfig
+) -> Batches | Mixture:
+    options = {
+        "batch_size": None if config.batch_tokens else config.batch_size,
+        "batch_tokens": config.batch_tokens,
+        "seed": config.seed,
+        "num_negatives": config.num_negatives,
+        "examples": config.examples,
+        "target_scores": config.target_scores,
+        "no_duplicates": config.no_duplicates,
+        "length_window": config.length_window,
+    }
+    if isinstance(dataset, RetrievalDataset):
+        if config.sampling != "proportional" or config.mixed:
+            raise ValueError(f"sampling is {config.sampling!r}, mixed is {config.mixed}, but there is one data set")
+        return Batches(dataset, embedder.pack, **options)
+    sampling = {"sampling": config.sampling, "temperature": config.sampling_temperature, "mixed": config.mixed}
+    return Mixture(dataset, embedder.pack, **sampling, **options)
+
+
 def _build_loss(config: FinetuneConfig) -> Loss:
     """The loss of a configuration; what it draws at random follows from the seed, the caller's random state stays."""
     with torch.random.fork_rng(devices=[]):
@@ -188,7 +208,7 @@ def _frozen(
 
 
 def _try_loss(
-    embedder: Embedder, batches: Batches, config: FinetuneConfig, references: Mapping[str, Reference]
+    embedder: Embedder, batches: Batches | Mixture, config: FinetuneConfig, references: Mapping[str, Reference]
 ) -> None:
     """Computes the loss of the first batch with vectors of zeros: tells what it lacks before a run is begun.
 

@@ -6,6 +6,7 @@ Each command is a pair of functions: one adds its arguments to a parser, one run
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,13 @@ def _load_data(path: str, options: argparse.Namespace, *, merge: bool, split: st
 
 def _add_finetune(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
-    parser.add_argument("data", metavar="DATA", help="training data: QA JSON, BEIR folder, JSONL or CSV pairs")
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        nargs="+",
+        help="training data: QA JSON, BEIR folder, JSONL or CSV pairs; several are sampled (--sampling), each by the"
+        " name of its file, or as NAME=DATA",
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="run folder; DIR/model gets the model")
     parser.add_argument("--validation", metavar="DATA", help="held-out questions that choose the best weights")
     parser.add_argument("--split", metavar="NAME", help="of a BEIR folder DATA [train, or the only one]")
@@ -80,10 +87,8 @@ def _finetune(options: argparse.Namespace) -> None:
     out = Path(options.out)
     existing = "overwrite" if options.overwrite else "resume" if options.resume else "refuse"
     runs.check_run(out, existing)
-    split = options.split
-    if split is None and (Path(options.data) / "qrels" / "train.tsv").is_file():
-        split = "train"
-    dataset = _load_data(options.data, options, merge=True, split=split)
+    datasets = {name: _load_training(path, options) for name, path in _sources(options.data).items()}
+    dataset = datasets if len(datasets) > 1 else next(iter(datasets.values()))
     validation = None
     if options.validation:
         merge, split = not options.no_merge, options.validation_split
@@ -98,6 +103,26 @@ def _finetune(options: argparse.Namespace) -> None:
         print(compare(before, after, metric=config.select))
         print("these questions chose the weights; for a claim, run embedft evaluate on others")
     print(f"model: {out / runs.MODEL}")
+
+
+def _load_training(path: str, options: argparse.Namespace) -> RetrievalDataset:
+    split = options.split
+    if split is None and (Path(path) / "qrels" / "train.tsv").is_file():
+        split = "train"
+    return _load_data(path, options, merge=True, split=split)
+
+
+def _sources(given: Sequence[str]) -> dict[str, str]:
+    """{name: path} of NAME=PATH, or of a path by the name of its file without what follows the first dot."""
+    sources: dict[str, str] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals or Path(text).exists():
+            name, path = Path(text).resolve().name.partition(".")[0], text
+        if name in sources:
+            raise ValueError(f"{path} and {sources[name]} are both called {name!r}: name them, NAME=DATA")
+        sources[name] = path
+    return sources
 
 
 def _kept_step(log: Path, select: str) -> str:

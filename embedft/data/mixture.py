@@ -43,6 +43,8 @@ class Mixture:
         options: the others of `Batches`, for every source. `no_duplicates` looks across sources only where mixed
             batches are proportional; elsewhere within each.
 
+    `dataset` is all of them in one, with the ids of the batches.
+
     An epoch has as many batches as the sources have together; "round_robin" without `mixed`: as the shortest has times
     the number of sources.
     """
@@ -72,6 +74,7 @@ class Mixture:
             return Batches(dataset, pack, seed=seed, **sizes, **options)
 
         self.all = batches(join_datasets(datasets))
+        self.dataset = self.all.dataset
         whole = {name: batches(join_datasets({name: dataset})) for name, dataset in datasets.items()}
         num_examples = {name: len(source.examples) for name, source in whole.items()}
         power = {"proportional": 1.0, "round_robin": 0.0, "temperature": 1 / temperature}[sampling]

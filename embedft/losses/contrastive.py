@@ -82,7 +82,7 @@ def in_batch_negatives(
         decoupled: leaves the positive out of the partition. The loss may be below 0 then, and a positive without
             negatives counts nowhere.
         windows: "max" or "softmax" over the windows of a document, as in `scores`.
-        rows: queries at a time; None: as many as make two million scores.
+        rows: queries at a time; None: as many as make half a million scores.
 
     Returns:
         A scalar, at least 0 unless `decoupled`; 0 when no query has a positive.
@@ -226,7 +226,7 @@ def multi_positive(
         similarity: "cosine" or "dot".
         form: "out" or "in".
         windows: "max" or "softmax" over the windows of a document, as in `scores`.
-        rows: queries at a time; None: as many as make two million scores.
+        rows: queries at a time; None: as many as make half a million scores.
 
     Returns:
         A scalar, at least 0: the mean over queries.

@@ -62,7 +62,7 @@ def guided_in_batch_negatives(
         contrast_positives: whether positives are pushed from each other. With either of the two the loss is coupled:
             the batch is evaluated whole.
         windows: "max" or "softmax" over the windows of a document, as in `scores`, of the guide's too.
-        rows: queries at a time, when neither of the two is set; None: as many as make two million scores.
+        rows: queries at a time, when neither of the two is set; None: as many as make half a million scores.
 
     Returns:
         A scalar, at least 0; 0 when no query has a positive.

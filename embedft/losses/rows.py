@@ -19,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from .targets import SIMILARITIES, Targets, over_windows
 
-# Scores computed at a time when `rows` is None: 8 MB in float32, of which the backward pass holds a few.
-SCORES_AT_A_TIME = 2**21
+# Scores computed at a time when `rows` is None: 2 MB in float32, of which the backward pass holds a few. With 8 MB a
+# batch of 8,192 took 300 MB more: blocks of that size stay in the C library's hands, in pieces.
+SCORES_AT_A_TIME = 2**19
 
 
 def comparable(Q: Tensor, D: Tensor, similarity: str) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ def sigmoid(
         bias: makes up for there being far more negatives than positives.
         similarity: "cosine" or "dot".
         windows: "max" or "softmax" over the windows of a document, as in `scores`.
-        rows: queries at a time; None: as many as make two million scores.
+        rows: queries at a time; None: as many as make half a million scores.
 
     Returns:
         A scalar, at least 0.

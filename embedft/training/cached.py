@@ -57,9 +57,6 @@ def cached_backward(
     Source: Gao et al. 2021 (Scaling deep contrastive learning batch size under memory limited setup), section 3.2.
     """
     device = embedder.device
-    query_parts, query_place = mini_batches(queries, mini_batch_tokens)
-    document_parts, document_place = mini_batches(documents, mini_batch_tokens)
-    parts = [(part, "query") for part in query_parts] + [(part, "document") for part in document_parts]
 
     def embed(part: Packed, role: str) -> Tensor:
         # A context for each mini-batch: autocast keeps the weights it has cast, and those cast without gradient
@@ -67,22 +64,28 @@ def cached_backward(
         with autocast():
             return embedder.embed(part, role=role)
 
-    states, vectors = [], []
-    for part, role in parts:
-        states.append(devices.random_state(device))
-        with torch.no_grad():
-            vectors.append(embed(part, role).requires_grad_())
-    Q = torch.cat(vectors[: len(query_parts)])[query_place.to(device)]
-    D = torch.cat(vectors[len(query_parts) :])[document_place.to(device)]
-    value = loss(Q, D, targets)
+    sides, vectors = [], []
+    for packed, role in ((queries, "query"), (documents, "document")):
+        parts, place_B = mini_batches(packed, mini_batch_tokens)
+        states, embedded = [], []
+        for part in parts:
+            states.append(devices.random_state(device))
+            with torch.no_grad():
+                embedded.append(embed(part, role))
+        vectors.append(torch.cat(embedded)[place_B.to(device)].requires_grad_())
+        sides.append((role, parts, states, place_B.argsort().to(device)))
+    value = loss(*vectors, targets)
     value.backward()
-    del Q, D
+    gradients = [X.grad for X in vectors]
+    del vectors, embedded
     after = devices.random_state(device)
-    for (part, role), state, vectors_ND in zip(parts, states, vectors, strict=True):
-        if vectors_ND.grad is None:  # the loss does not look at queries, or not at documents
+    for (role, parts, states, order_B), gradient_BD in zip(sides, gradients, strict=True):
+        if gradient_BD is None:  # the loss does not look at queries, or not at documents
             continue
-        devices.set_random_state(state, device)
-        embed(part, role).backward(vectors_ND.grad)
+        of_parts = gradient_BD[order_B].split([part.num_sequences for part in parts])
+        for part, state, gradient_ND in zip(parts, states, of_parts, strict=True):
+            devices.set_random_state(state, device)
+            embed(part, role).backward(gradient_ND)
     devices.set_random_state(after, device)
     return value.detach()
 

@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,6 +196,8 @@ def train(
             "tokens": sum(map(_num_tokens, parts)),
             "seconds": time.perf_counter() - start,
         }
+        if parts[0].sources is not None:
+            record["sources"] = dict(Counter(source for batch in parts for source in batch.sources))
         log(record)
         bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
         bar.update()
