@@ -95,6 +95,11 @@ class OneValue(nn.Module):
 @pytest.mark.parametrize("num_negatives", [0, 1, 3])
 @pytest.mark.parametrize("name", INNER)
 def test_equals_sentence_transformers(name, num_negatives, weights, duplicates, dtype, tolerance):
+    """In float32 each result is the reference's, or nearer to what the reference gives in float64 on the same numbers.
+
+    Rounding alone takes the reference's gradients 6e-7 from the exact ones, so two that round differently may be 1.2e-6
+    apart.
+    """
     losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
     if name == "margin_mse":
         num_negatives = max(num_negatives, 1)
@@ -113,13 +118,16 @@ def test_equals_sentence_transformers(name, num_negatives, weights, duplicates, 
     labels = scores[:, 0] if name in SCORED else scores
     if name == "embedding_distillation":
         labels = torch.stack([teacher[0], *teacher[1].chunk(1 + num_negatives)], dim=1)
-    columns = [{"vectors": column} for column in (Q, *D.chunk(1 + num_negatives))]
-    value = reference(columns, None if name in ("in_batch_negatives", "global_orthogonal") else labels)
-    expected = value.detach(), *torch.autograd.grad(value, (Q, D))
+    expected = []
+    for precision in (dtype, torch.float64):
+        q, d = (x.detach().to(precision).requires_grad_() for x in (Q, D))
+        columns = [{"vectors": column} for column in (q, *d.chunk(1 + num_negatives))]
+        unlabelled = name in ("in_batch_negatives", "global_orthogonal")
+        value = reference(columns, None if unlabelled else labels.to(precision))
+        expected.append([x.to(dtype) for x in (value.detach(), *torch.autograd.grad(value, (q, d)))])
     targets = Targets(group, target_scores=scores, references={"teacher": teacher})
     found = loss_and_gradients(Matryoshka(dims=[5, 12, 8], inner=ours, weights=weights), Q, D, targets)
-    # In float32 the rounding of three losses and of normalising twice adds up, theirs as ours.
-    tolerance = tolerance if dtype is torch.float64 else 3 * tolerance
+    expected = [min(pair, key=lambda x: (x - our).abs().max()) for our, *pair in zip(found, *expected, strict=True)]
     assert_equal(found, expected, tolerance)
     mean = Matryoshka(dims=[5, 12, 8], inner=ours, weights=weights, reduction="mean")
     assert_equal(loss_and_gradients(mean, Q, D, targets), tuple(x / 3 for x in expected), tolerance)

@@ -36,7 +36,7 @@ from .optim import SCHEDULES, Schedule, build_optimizer, lr_factor
 from .references import Reference, targets_with
 from .runs import CHECKPOINTS, LOG
 
-# Steps between two calls of `device.release_memory`.
+# Backward passes between two calls of `device.release_memory`.
 RELEASE_EVERY = 8
 # Ids that an error about a batch names; all of them stand in train.jsonl.
 NAMED_IDS = 16
@@ -143,7 +143,7 @@ def train(
     highest_lrs = [group["lr"] for group in optimizer.param_groups]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     optimizer.zero_grad()  # an earlier training may have been stopped between its gradients and its step
-    state, best_weights = TrainState(), None
+    state, best_weights, num_passes = TrainState(), None, 0
 
     def log(record: dict) -> None:
         if out is not None:
@@ -164,6 +164,7 @@ def train(
         state.evaluations.append((state.step, metrics))
 
     def step_once(parts: list[Batch], epoch: int) -> None:
+        nonlocal num_passes
         start = time.perf_counter()
         share = factor(state.step)
         for group, highest_lr in zip(optimizer.param_groups, highest_lrs, strict=True):
@@ -173,6 +174,10 @@ def train(
         for batch in parts:
             targets = targets_with(references or {}, batch).to(device)
             values.append(_backward(embedder, batch, targets, loss, config, share=1 / len(parts)))
+            num_passes += -(-_num_tokens(batch) // (config.mini_batch_tokens or _num_tokens(batch)))
+            if num_passes >= RELEASE_EVERY:
+                devices.release_memory(device)
+                num_passes = 0
         loss_value = sum(values)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         for what, value in (("loss", loss_value), ("gradient norm", grad_norm)):
@@ -201,8 +206,6 @@ def train(
         log(record)
         bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
         bar.update()
-        if state.step % RELEASE_EVERY == 0:
-            devices.release_memory(device)
 
     def due(every: int | None) -> bool:
         return state.step % (every or steps_an_epoch) == 0 or state.step == num_steps
