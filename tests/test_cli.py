@@ -114,6 +114,16 @@ def test_finetune(place, capsys):
     assert capsys.readouterr().err == "new: no run to resume, a new one begins\n"
 
 
+def test_finetune_on_several_datasets(place, capsys):
+    """By the names of their files, or by the names given; a file whose name has an equals sign is a file."""
+    make_dataset(num_queries=5, seed=1).save("b=c.json")
+    arguments = ["finetune", "model", "pairs.jsonl", "more=pairs.json", "b=c.json", "--out", "run", "--epochs", "1"]
+    assert main([*arguments, "--batch-size", "4", "--sampling", "round_robin"]) == 0
+    log = [record for _, record in read_jsonl("run/train.jsonl")]
+    found = [(source, count) for record in log for source, count in record["sources"].items()]
+    assert found == [("pairs", 4), ("more", 4), ("b=c", 4), ("pairs", 4), ("more", 4), ("b=c", 1)]
+
+
 def test_settings_from_a_file(place, capsys):
     (place / "settings.json").write_text('{"epochs": 3, "batch_size": 12, "loss": {"name": "in_batch_negatives"}}')
     arguments = ["finetune", "model", "pairs.json", "--out", "run", "--config", "settings.json", "--epochs", "1"]
@@ -195,6 +205,12 @@ def test_in_a_process_of_its_own(place):
         ("finetune model pairs.json --out .", "embedft finetune: error: .: not empty; choose another folder"),
         ("finetune model pairs.json --out . --overwrite", "embedft finetune: error: .: holds files, but no run"),
         ("finetune model pairs.json --out r --overwrite --resume", "argument --resume: not allowed with argument"),
+        (
+            "finetune model pairs.json pairs.jsonl --out r",
+            "pairs.jsonl and pairs.json are both called 'pairs': name them",
+        ),
+        ("finetune model pairs.json no=missing.json --out r", "missing.json: no such file or folder"),
+        ("finetune model pairs.json --out r --sampling round_robin", "but there is one data set"),
         ("finetune model pairs.json --out r --epochs many", "command line: epochs is 'many', expected int"),
         ("finetune model pairs.json --out r --epochs 0", "command line: epochs is 0, expected at least 1"),
         ("finetune model pairs.json --out r --epoch 1", "embedft: error: unrecognized arguments: --epoch 1"),

@@ -14,6 +14,7 @@ from torch import nn
 
 from embedft import LOSSES, FinetuneConfig, Report, RetrievalDataset, evaluate, finetune, load_embedder, recipe
 from embedft.data.batches import Batches
+from embedft.data.mixture import Mixture, join_datasets
 from embedft.files import read_json, read_jsonl, sha256_file
 from embedft.training import runs
 from embedft.training import train as train_module
@@ -336,6 +337,8 @@ def test_an_unwritable_folder(tmp_path, monkeypatch):
         ({"loss": {"name": "in_batch_negatives", "temperature": -1}}, "temperature is -1, expected above 0"),
         ({"epochs": 0}, "epochs is 0, expected at least 1"),
         ({"max_length": 1.5}, "max_length is 1.5, expected int or null"),
+        ({"sampling": "random"}, "sampling is 'random', expected one of 'proportional', 'round_robin', 'temperature'"),
+        ({"sampling_temperature": 0.9}, "sampling_temperature is 0.9, expected at least 1"),
         ({"mini_batch_tokens": 0}, "mini_batch_tokens is 0, expected at least 1"),
         ({"references": {"guide": 3}}, "references: guide is 3, expected a model's folder or name, or null"),
     ],
@@ -508,6 +511,34 @@ def test_the_settings_of_batches_reach_them(tmp_path, monkeypatch):
     for name in ("batch_tokens", "length_window"):
         with pytest.raises(ValueError, match=f"{name} is -1, expected at least 0"):
             FinetuneConfig(**{name: -1})
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_several_datasets(tmp_path, mixed):
+    """As by hand with a Mixture; the ids, the references and the log know where a query is from."""
+    datasets = {"first": make_dataset(num_queries=9), "second": make_dataset(num_queries=5, seed=1)}
+    options = {"sampling": "temperature", "mixed": mixed}
+    config = replace(
+        CONFIG, sampling_temperature=3.0, loss={"name": "toward_base"}, references={"base": None}, **options
+    )
+    tuned, by_hand = make_embedder(tmp_path / "base"), make_embedder(tmp_path / "base")
+    finetune(tuned, datasets, config, out=tmp_path / "run")
+    batches = Mixture(datasets, by_hand.pack, batch_size=4, seed=config.seed, temperature=3.0, **options)
+    references = {"base": FrozenEmbeddings.encode(by_hand, join_datasets(datasets))}
+    train_module.train(by_hand, batches, LOSSES["toward_base"], config, references=references)
+    assert same(weights_of(tuned), weights_of(by_hand))
+    log = [record for _, record in read_jsonl(tmp_path / "run" / "train.jsonl")]
+    for record, batch in zip(log, [batch for epoch in (0, 1) for batch in batches.epoch(epoch)], strict=True):
+        assert record["sources"] == {name: batch.sources.count(name) for name in dict.fromkeys(batch.sources)}
+        assert len(record["sources"]) == (2 if mixed else 1)
+    environment = read_json(tmp_path / "run" / "environment.json")
+    assert environment["sha256"]["train"] == join_datasets(datasets).sha256()
+
+
+@pytest.mark.parametrize("options", [{"sampling": "round_robin"}, {"mixed": True}])
+def test_sampling_is_of_several_datasets(tmp_path, options):
+    with pytest.raises(ValueError, match="but there is one data set"):
+        finetune(make_embedder(tmp_path / "base"), make_dataset(), replace(CONFIG, **options))
 
 
 def test_scored_pairs_train(tmp_path):
