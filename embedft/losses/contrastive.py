@@ -297,18 +297,18 @@ def _in_batch_negatives(
     **options: str | bool | float | None,
 ) -> Tensor:
     Q, D = comparable(Q, D, similarity)
-    losses = partial(_in_batch_losses, temperature=temperature, directions=directions, **options)
+    losses = partial(_in_batch_losses, directions=directions, **options)
     if len(directions) > 1:
-        return mean_over_queries(*losses(Q, D, targets))
-    return mean_over_queries(*by_rows(losses, Q, D, targets, rows))
+        return mean_over_queries(*losses(Q, D, targets, temperature))
+    return mean_over_queries(*by_rows(losses, Q, D, targets, rows, temperature))
 
 
 def _in_batch_losses(
     Q: Tensor,
     D: Tensor,
     targets: Targets,
-    *,
     temperature: float | Tensor,
+    *,
     directions: Sequence[str],
     partition: str,
     in_batch: bool,

@@ -1,7 +1,7 @@
 """What losses over rows of scores share: rows at a time, means over positives and queries, checks of options.
 
     Q, D = comparable(Q, D, "cosine")
-    losses_B, counts_B = by_rows(losses, Q, D, targets, rows=None)
+    losses_B, counts_B = by_rows(losses, Q, D, targets, None)
     value = mean_over_queries(losses_B, counts_B)
 
 Not here: similarities (targets.py), and any loss.
@@ -15,12 +15,11 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from .targets import SIMILARITIES, Targets, over_windows
 
-# Scores computed at a time when `rows` is None: 2 MB in float32, of which the backward pass holds a few. With 8 MB a
-# batch of 8,192 took 300 MB more: blocks of that size stay in the C library's hands, in pieces.
+# Scores computed at a time when `rows` is None: 2 MB in float32, of which the backward pass holds a few.
 SCORES_AT_A_TIME = 2**19
 
 
@@ -42,25 +41,61 @@ def log_sum(logits_RN: Tensor, mask_RN: Tensor) -> Tensor:
 
 
 def by_rows(
-    losses: Callable[[Tensor, Tensor, Targets], tuple[Tensor, ...]],
+    losses: Callable[..., tuple[Tensor, ...]],
     Q: Tensor,
     D: Tensor,
     targets: Targets,
     rows: int | None,
+    *parameters: Tensor | float,
 ) -> tuple[Tensor, ...]:
-    """losses(Q, D, targets), tensors of [B], computed for `rows` queries at a time and again in the backward pass."""
+    """losses(Q, D, targets, *parameters), tensors of [B], computed for `rows` queries at a time and again in the
+    backward pass. What needs a gradient has to be among the arguments."""
     if rows is not None and rows < 1:
         raise ValueError(f"rows is {rows}, expected at least 1")
     rows = rows or max(1, SCORES_AT_A_TIME // max(1, len(D)))
     if len(Q) <= rows:
-        return losses(Q, D, targets)
-    parts = []
-    for start in range(0, len(Q), rows):
-        some = targets.of_queries(start, start + rows)
-        parts.append(
-            checkpoint(losses, Q[start : start + rows], D, some, use_reentrant=False, preserve_rng_state=False)
-        )
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+        return losses(Q, D, targets, *parameters)
+    parameters = [torch.as_tensor(value, dtype=Q.dtype, device=Q.device) for value in parameters]
+    return _ByRows.apply(losses, targets, rows, Q, D, *parameters)
+
+
+class _ByRows(torch.autograd.Function):
+    """`by_rows` with the parts computed in the backward pass.
+
+    Not torch.utils.checkpoint: what it keeps of each part comes to lie where the part's scores were freed, so that the
+    C library cannot give their place to the next part. 8,192 x 8,192 scores took 590 MB that way, and 120 this way.
+    """
+
+    @staticmethod
+    def forward(ctx, losses, targets, rows, Q, D, *parameters):
+        ctx.losses, ctx.targets, ctx.rows = losses, targets, rows
+        ctx.save_for_backward(Q, D, *parameters)
+        outputs: list[Tensor] = []
+        for first in range(0, len(Q), rows):
+            part = losses(Q[first : first + rows], D, targets.of_queries(first, first + rows), *parameters)
+            outputs = outputs or [x_R.new_empty(len(Q)) for x_R in part]
+            for x_B, x_R in zip(outputs, part, strict=True):
+                x_B[first : first + rows] = x_R
+        ctx.mark_non_differentiable(*(x_B for x_B in outputs if not x_B.is_floating_point()))
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients):
+        Q, *others = ctx.saved_tensors
+        needs_Q, *needs = ctx.needs_input_grad[3:]
+        others = [x.detach().requires_grad_(need) for x, need in zip(others, needs, strict=True)]
+        gradient_Q = torch.zeros_like(Q) if needs_Q else None
+        for first in range(0, len(Q), ctx.rows):
+            rows = slice(first, first + ctx.rows)
+            Q_R = Q[rows].detach().requires_grad_(needs_Q)
+            with torch.enable_grad():
+                part = ctx.losses(Q_R, others[0], ctx.targets.of_queries(rows.start, rows.stop), *others[1:])
+            differentiable = [(x_R, g_B[rows]) for x_R, g_B in zip(part, gradients, strict=True) if x_R.requires_grad]
+            torch.autograd.backward(*zip(*differentiable, strict=True))
+            if Q_R.grad is not None:
+                gradient_Q[rows] = Q_R.grad
+        return None, None, None, gradient_Q, *(x.grad for x in others)
 
 
 def mean_over_positives(losses_BG: Tensor, counts_BG: Tensor) -> tuple[Tensor, Tensor]:

@@ -104,9 +104,11 @@ def _sigmoid(
 ) -> Tensor:
     Q, D = comparable(Q, D, similarity)
 
-    def losses(Q_R: Tensor, D: Tensor, targets: Targets) -> tuple[Tensor]:
+    def losses(
+        Q_R: Tensor, D: Tensor, targets: Targets, temperature: float | Tensor, bias: float | Tensor
+    ) -> tuple[Tensor]:
         logits_RM = scores(Q_R, D, targets, similarity="dot", windows=windows) / temperature + bias
         positive_RM, _ = targets.masks(num_documents=logits_RM.shape[1])
         return (-F.logsigmoid(logits_RM.where(positive_RM, -logits_RM)).sum(dim=1),)
 
-    return by_rows(losses, Q, D, targets, rows)[0].mean()
+    return by_rows(losses, Q, D, targets, rows, temperature, bias)[0].mean()
