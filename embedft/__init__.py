@@ -10,6 +10,7 @@ print(compare(before, evaluate(embedder, held_out)))
 """
 
 from .data.dataset import RetrievalDataset
+from .encoders.adapter import Adapter
 from .encoders.embedder import Embedder
 from .encoders.loading import load_embedder
 from .losses.registry import LOSSES, build_loss
@@ -18,9 +19,12 @@ from .recipe import FinetuneConfig, finetune
 from .retrieval.evaluate import evaluate, evaluate_run
 from .retrieval.report import Comparison, Report, compare
 from .retrieval.run import Run
+from .training.fit_adapter import AdapterConfig, fit_adapter
 
 __all__ = [
     "LOSSES",
+    "Adapter",
+    "AdapterConfig",
     "Comparison",
     "Embedder",
     "FinetuneConfig",
@@ -33,5 +37,6 @@ __all__ = [
     "evaluate",
     "evaluate_run",
     "finetune",
+    "fit_adapter",
     "load_embedder",
 ]

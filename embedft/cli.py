@@ -11,10 +11,15 @@ import sys
 from collections.abc import Callable, Sequence
 
 from . import config as configs
-from .commands import models, texts
+from .commands import adapters, models, stores, texts
 
 # Name: (adds its arguments to a parser, runs it and may return an exit code, what it does).
-COMMANDS: dict[str, tuple[Callable, Callable, str]] = {**texts.COMMANDS, **models.COMMANDS}
+COMMANDS: dict[str, tuple[Callable, Callable, str]] = {
+    **texts.COMMANDS,
+    **models.COMMANDS,
+    **adapters.COMMANDS,
+    **stores.COMMANDS,
+}
 
 
 class Parser(argparse.ArgumentParser):

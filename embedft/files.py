@@ -15,7 +15,7 @@ import os
 import secrets
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -197,34 +197,51 @@ def _end_of_last_line(file: IO[bytes]) -> int:
 
 
 @contextlib.contextmanager
-def locked(path: str | Path) -> Iterator[None]:
+def locked(path: str | Path, *, wait: Callable[[str], object] | None = None) -> Iterator[None]:
     """Holds the lock file `path` while the block runs, so that one process writes at a time.
 
     The system frees the lock when the process ends, however it ends; the empty file stays.
+
+    Args:
+        wait: None: do not. Else, when the lock is held, it is told by whom ("process 17"), once, before the waiting.
 
     Raises:
         ValueError: another process, or another block of this one, holds it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab") as file:
+    with open(path, "ab+") as file:
         try:
             _lock(file.fileno())
         except OSError:
-            raise ValueError(f"{path.parent}: another process is writing there (it holds {path.name})") from None
-        yield
+            if wait is None:
+                raise ValueError(f"{path.parent}: another process is writing there (it holds {path.name})") from None
+            file.seek(0)
+            holder = file.read().decode(errors="replace")
+            wait(f"process {holder}" if holder else "another process")
+            _lock(file.fileno(), wait=True)
+        if wait is None:
+            yield
+            return
+        file.truncate(0)
+        file.write(str(os.getpid()).encode())
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
 
 
-def _lock(descriptor: int) -> None:
+def _lock(descriptor: int, *, wait: bool = False) -> None:
     if os.name == "nt":
         import msvcrt
 
         os.lseek(descriptor, 0, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        msvcrt.locking(descriptor, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
     else:
         import fcntl
 
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 def sha256_file(path: str | Path) -> str:

@@ -20,6 +20,7 @@ from .data.dataset import RetrievalDataset
 from .data.mixture import Mixture
 from .encoders.embedder import Embedder
 from .encoders.loading import load_embedder
+from .encoders.openai_api import ApiEmbedder
 from .losses.registry import LOSSES, Loss, build_loss
 from .retrieval.evaluate import evaluate, evaluate_run
 from .retrieval.report import Report
@@ -102,6 +103,8 @@ def finetune(
         ValueError: on any of the inputs; `NonFiniteError` when training diverges.
     """
     config = config or FinetuneConfig()
+    if isinstance(embedder, ApiEmbedder):
+        raise ValueError(f"{embedder.model} is behind an API, so its weights cannot be trained; an adapter on it can")
     out = None if out is None else Path(out)
     if out is not None:
         runs.check_run(out, existing)

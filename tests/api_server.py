@@ -49,6 +49,27 @@ CONTENT = ("truncated", "invalid-json", "refusal", "length", "empty", "fewer")
 RANDOM = ("429", "429-seconds", "429-date", "429-ms", "500", "502", "503", "drop", "drop-middle", "not-json", *CONTENT)
 # After these there is nothing to ask again.
 HARMLESS = ("preamble", "fenced", "more", "no-usage")
+# Of a reply with embeddings; those of one vector are of the last. "reversed" alone is none: clients go by the index.
+VECTORS = (
+    *("fewer-vectors", "more-vectors", "same-index", "index-from-1", "index-text", "no-index"),
+    *("nan", "null", "zero", "sizes", "no-values", "half", "words", "nested", "reversed"),
+)
+# How servers refuse a text that is too long: status, message.
+LENGTH_REFUSALS = {
+    "openai": (
+        400,
+        "This model's maximum context length is {limit} tokens, however you requested {found} tokens ({found} in your"
+        " prompt; 0 for the completion). Please reduce your prompt; or completion length.",
+    ),
+    "openai-input": (400, "Invalid 'input[{row}]': maximum input length is {limit} tokens."),
+    "vllm": (
+        400,
+        "This model's maximum context length is {limit} tokens. However, you requested {found} tokens in the input for"
+        " embedding generation. Please reduce the length of the input.",
+    ),
+    "tei": (413, "Input validation error: `inputs` must have less than {limit} tokens. Given: {found}"),
+    "ollama": (400, "the input length exceeds the context length"),
+}
 WORDS = ("revenue", "margin", "driver", "rider", "fleet", "lease", "insurance", "airport", "bonus", "warrant")
 
 Faults = float | Sequence[str | None] | Callable[[str, int], str | None]
@@ -83,6 +104,9 @@ class ApiServer:
         schema: whether response_format is taken; without, it is a 400 that names it.
         retry_after: in the answers to "429-seconds", "429-ms" (this many milliseconds) and "429-date".
 
+    Of embeddings: `dimensions` unless a request asks for others; `max_tokens` a text, counted by `count_tokens` and
+    refused in the words of `wording`; `max_texts` a request; `base64`: "given", "ignored" or "refused".
+
     `counts`: requests by path ("chat", "embeddings", "models"), by what came of them ("ok" or the fault), and
     "max_concurrent". `log`: (kind, headers, body) of each request, unless `keep_log` is false. `asked`: how often each
     prompt (or each list of texts) came in.
@@ -99,6 +123,11 @@ class ApiServer:
         schema: bool = True,
         retry_after: float = 0,
         dimensions: int = 16,
+        max_tokens: int | None = None,
+        wording: str = "openai",
+        max_texts: int | None = None,
+        count_tokens: Callable[[str], int] = lambda text: len(text.encode()) // 4,
+        base64: str = "given",
         keep_log: bool = True,
         port: int = 0,
     ):
@@ -109,6 +138,8 @@ class ApiServer:
             retry_after,
             dimensions,
         )
+        self.max_tokens, self.wording, self.max_texts = max_tokens, wording, max_texts
+        self.count_tokens, self.base64 = count_tokens, base64
         self.keep_log, self.port = keep_log, port
         self.counts: Counter[str] = Counter()
         self.asked: Counter[str] = Counter()
@@ -192,7 +223,8 @@ class ApiServer:
         fault = self.fault(prompt)
         if fault is None and "response_format" in request and not self.schema:
             fault = "400-format"
-        self.counts[fault or "ok"] += 1
+        refusal = self.refusal(request) if kind == "embeddings" and fault is None else None
+        self.counts[fault or ("refused" if refusal else "ok")] += 1
         self.concurrent += 1
         self.counts["max_concurrent"] = max(self.counts["max_concurrent"], self.concurrent)
         try:
@@ -201,6 +233,9 @@ class ApiServer:
             self.concurrent -= 1
         if fault == "drop":
             return None
+        if refusal is not None:
+            status, message = refusal
+            return status, {}, error_body(message, "invalid_request_error"), False
         if fault in STATUSES:
             return self.refuse(fault, headers)
         content = b"<html>busy" if fault == "not-json" else self.reply(kind, request, prompt, fault)
@@ -232,7 +267,7 @@ class ApiServer:
 
     def reply(self, kind: str, request: dict, prompt: str, fault: str | None) -> bytes:
         if kind == "embeddings":
-            return json.dumps(self.embed(request)).encode()
+            return json.dumps(self.embed(request, fault)).encode()
         num_questions = self.num_questions + {"fewer": -1, "more": 1}.get(fault, 0)
         questions = written_questions(prompt, num_questions)
         is_json = "response_format" in request
@@ -271,15 +306,57 @@ class ApiServer:
             del reply["usage"]
         return json.dumps(reply).encode()
 
-    def embed(self, request: dict) -> dict:
-        texts = [request["input"]] if isinstance(request["input"], str) else request["input"]
-        vectors = [unit_vector(str(text), request.get("dimensions", self.dimensions)) for text in texts]
-        if request.get("encoding_format") == "base64":
+    def refusal(self, request: dict) -> tuple[int, str] | None:
+        """Status and message for what this server does not take."""
+        texts = input_of(request)
+        if self.base64 == "refused" and request.get("encoding_format") == "base64":
+            return 400, "encoding_format 'base64' is not supported"
+        if self.max_texts is not None and len(texts) > self.max_texts:
+            return 413, f"batch size {len(texts)} > maximum allowed batch size {self.max_texts}"
+        for row, text in enumerate(texts):
+            found = self.count_tokens(text)
+            if self.max_tokens is not None and found > self.max_tokens:
+                status, message = LENGTH_REFUSALS[self.wording]
+                return status, message.format(limit=self.max_tokens, found=found, row=row)
+        return None
+
+    def embed(self, request: dict, fault: str | None = None) -> dict:
+        texts = input_of(request)
+        dimensions = request.get("dimensions", self.dimensions) // (2 if fault == "half" else 1)
+        vectors = [unit_vector(str(text), dimensions) for text in texts]
+        if fault in ("nan", "zero"):
+            vectors[-1] = [{"nan": math.nan, "zero": 0.0}[fault]] * dimensions
+        elif fault == "sizes":
+            vectors[-1] = vectors[-1][:-1]
+        elif fault == "no-values":
+            vectors = [[] for _ in texts]
+        if request.get("encoding_format") == "base64" and self.base64 == "given":
             vectors = [base64.b64encode(struct.pack(f"<{len(v)}f", *v)).decode() for v in vectors]
-        data = [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)]
-        num_tokens = sum(len(str(text).encode()) // 4 for text in texts)
+        if fault in ("words", "null", "nested"):
+            vectors[-1] = {"words": "not base64!", "null": [None] * dimensions, "nested": [[1.0] * dimensions]}[fault]
+        first = 1 if fault == "index-from-1" else 0
+        data = [{"object": "embedding", "index": first + i, "embedding": v} for i, v in enumerate(vectors)]
+        if fault == "fewer-vectors":
+            data.pop()
+        elif fault == "more-vectors":
+            data.append({**data[-1], "index": len(data)})
+        elif fault in ("same-index", "index-text"):
+            data[-1]["index"] = 0 if fault == "same-index" else str(len(data) - 1)
+        elif fault == "no-index":
+            del data[-1]["index"]
+        elif fault == "reversed":
+            data.reverse()
+        num_tokens = sum(self.count_tokens(text) for text in texts)
         usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
-        return {"object": "list", "data": data, "model": request["model"], "usage": usage}
+        reply = {"object": "list", "data": data, "model": request["model"], "usage": usage}
+        if fault == "no-usage":
+            del reply["usage"]
+        return reply
+
+
+def input_of(request: dict) -> list[str]:
+    """The texts of a request for embeddings, one or many."""
+    return [request["input"]] if isinstance(request["input"], str) else request["input"]
 
 
 def error_body(message: str, code: str) -> bytes:

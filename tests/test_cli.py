@@ -182,7 +182,7 @@ def test_in_a_process_of_its_own(place):
             "embedft encode: error: --out is x.bin, expected a name that ends in .npy",
         ),
         ("encode model texts.txt --out file/x.npy", "embedft encode: error: file: cannot be written to"),
-        ("encode model texts.txt", "embedft encode: error: the following arguments are required: --out"),
+        ("encode model texts.txt", "embedft encode: error: nowhere to put the vectors: give --out FILE.npy, --store"),
         ("encode model texts.txt --out x.npy --role judge", "embedft encode: error: argument --role: invalid choice"),
         ("encode model texts.txt --out x.npy --dim 33", "embedft encode: error: dim is 33, expected 1 to 32"),
         ("encode model texts.txt --out x.npy --max-length 49", "max_length is 49, expected at most the encoder's 48"),
@@ -304,7 +304,7 @@ def test_help_explains_every_option(capsys, monkeypatch, command):
     entries = [entry for section in sections for entry in re.split(r"\n  (?=\S)", section.rstrip())[1:]]
     explained = {re.split(r"[ ,]", entry)[0]: re.search(r"(?:  |\n)\s*(\S.*)", entry) for entry in entries}
     assert None not in explained.values(), explained
-    on_texts = {"chunk": {"PATH", "--out"}, "questions": {"SOURCE", "--out", "--method"}}
+    on_texts = {"chunk": {"PATH", "--out"}, "questions": {"SOURCE", "--out", "--method"}, "store": {"DIR", "--verify"}}
     assert {"--quiet", "-h"} | on_texts.get(command, {"MODEL", "--device"}) <= explained.keys()
     for config in {"finetune": [FinetuneConfig], "questions": [QuestionConfig]}.get(command, []):
         assert {f"--{field.name.replace('_', '-')}" for field in fields(config)} <= explained.keys()

@@ -222,3 +222,32 @@ def test_a_lock_is_held_by_one_at_a_time_and_dies_with_its_process(tmp_path):
     assert done.returncode == -9, done.stderr
     with locked(path):
         pass
+
+
+def test_a_lock_is_waited_for_and_its_holder_named(tmp_path):
+    path, told = tmp_path / "lock", []
+    script = (
+        "import sys; sys.path[0] = sys.argv[2]; from files import locked\n"  # the module alone is quick to import
+        "with locked(sys.argv[1], wait=print): print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", script, str(path), os.path.dirname(files.__file__)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        assert path.read_text() == str(process.pid)
+
+        def wait(holder):
+            told.append(holder)
+            process.stdin.close()  # which lets it go
+
+        with locked(path, wait=wait):
+            assert told == [f"process {process.pid}"]
+            assert path.read_text() == str(os.getpid())
+    assert path.read_text() == ""
+    # Held by one that does not say its number.
+    with locked(path), pytest.raises(ValueError, match="stop"), locked(path, wait=_stop):
+        raise AssertionError("never reached")
+
+
+def _stop(holder):
+    assert holder == "another process"
+    raise ValueError("stop")

@@ -1,14 +1,28 @@
-"""openai_api.py: vectors over HTTP from a real server on loopback; what goes wrong is one line without the key."""
+"""openai_api.py, endpoint.py: vectors over HTTP from a real server on loopback, each paid for once, whatever fails."""
 
-from types import SimpleNamespace
+import asyncio
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
-from api_server import ApiServer, unit_vector
+import torch
+from api_server import ApiServer, input_of, unit_vector
+from test_long_texts import save_words
 
-from embedft import RetrievalDataset, evaluate
-from embedft.encoders import openai_api
+from embedft import RetrievalDataset, cli, evaluate, finetune, load_embedder, sending
+from embedft.encoders import endpoint as endpoints
+from embedft.encoders.adapter import Adapter, Base
+from embedft.encoders.endpoint import ApiCosts
+from embedft.encoders.maps import Linear
 from embedft.encoders.openai_api import ApiEmbedder
+from embedft.encoders.store import Store
 
 KEY = "sk-secret-0123456789"
 
@@ -17,57 +31,212 @@ KEY = "sk-secret-0123456789"
 def key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    monkeypatch.setattr(sending, "BACKOFF_SECONDS", 0.01)
 
 
-def test_vectors_come_in_the_order_of_the_texts(monkeypatch):
-    monkeypatch.setattr(openai_api, "BATCH_TEXTS", 3)
-    texts = [f"text {i}" for i in range(8)]
-    with ApiServer(dimensions=16) as server:
-        embedder = ApiEmbedder("text-embedding-3-small", base_url=server.base_url)
-        found_ND = embedder.encode(texts, role="query")
-        sizes = [len(body["input"]) for kind, _, body in server.log if kind == "embeddings"]
-    assert sizes == [3, 3, 2]
+def some_texts(number: int) -> list[str]:
+    return [f"text {i}" for i in range(number)]
+
+
+def expected(texts, dimensions: int = 16, prompt: str = "") -> np.ndarray:
+    return np.array([unit_vector(prompt + text, dimensions) for text in texts], dtype=np.float64)
+
+
+def asked(server: ApiServer) -> list[list[str]]:
+    """The texts of each request, in the order they came."""
+    return [input_of(body) for _, _, body in server.log]
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def api(server: ApiServer, **options) -> ApiEmbedder:
+    return ApiEmbedder("m", base_url=server.base_url, **options)
+
+
+# Order, batches, what is sent.
+
+
+def test_vectors_come_in_the_order_of_the_texts():
+    texts = some_texts(8)
+    with ApiServer() as server:
+        found_ND = api(server, batch_texts=3).encode(texts, role="query")
+        assert sorted(len(batch) for batch in asked(server)) == [2, 3, 3]
     assert found_ND.dtype == np.float32
-    np.testing.assert_allclose(found_ND, [unit_vector(text, 16) for text in texts], atol=1e-6)
-    np.testing.assert_allclose(np.linalg.norm(found_ND, axis=1), 1.0, atol=1e-6)
+    np.testing.assert_allclose(found_ND, expected(texts), atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(found_ND.astype(np.float64), axis=1), 1.0, atol=1e-7)
+
+
+def test_requests_overlap_and_their_order_is_no_matter():
+    """The first batch is answered last; each reply is in reverse. Twelve batches, five in flight."""
+    texts = some_texts(36)
+    faults = ["late", *["reversed"] * 11]
+    with ApiServer(delay=0.03, late_seconds=0.3, faults=lambda *_: faults.pop(0)) as server:
+        # Late for the server is no fault: the reply comes, after all the others.
+        found_ND = api(server, batch_texts=3, concurrency=5).encode(texts)
+        assert server.counts["max_concurrent"] == 5
+        assert server.counts["embeddings"] == 12
+    np.testing.assert_allclose(found_ND, expected(texts), atol=1e-6)
+
+
+def test_one_at_a_time():
+    with ApiServer(delay=0.01) as server:
+        api(server, batch_texts=1, concurrency=1).encode(some_texts(4))
+        assert server.counts["max_concurrent"] == 1
+        assert asked(server) == [["text 0"], ["text 1"], ["text 2"], ["text 3"]]
+
+
+def test_a_text_that_stands_twice_is_asked_for_once():
+    texts = ["a", "b", "a", "c", "b", "a"]
+    with ApiServer() as server:
+        embedder = api(server)
+        found_ND = embedder.encode(texts)
+        assert asked(server) == [["a", "b", "c"]]
+    np.testing.assert_allclose(found_ND, expected(texts), atol=1e-6)
+    assert embedder.costs == ApiCosts(num_requests=1, num_computed=3)  # a quarter of a byte is no token
 
 
 def test_batches_hold_so_many_bytes(monkeypatch):
-    monkeypatch.setattr(openai_api, "BATCH_BYTES", 10)
-    batches = list(openai_api._batches(["aaaa", "äää", "b", "c" * 30, "d"]))
-    assert batches == [["aaaa", "äää"], ["b"], ["c" * 30], ["d"]]  # 4 + 6 bytes; one that is too long goes alone
-
-
-def test_dim_is_asked_of_the_server_and_prompts_go_in_front():
-    with ApiServer(dimensions=16) as server:
-        embedder = ApiEmbedder("m", base_url=server.base_url, prompts={"query": "query: "})
-        assert embedder.encode(["a"], role="query", dim=4).shape == (1, 4)
-        assert embedder.encode(["a"], role="document").shape == (1, 16)
-        bodies = [body for kind, _, body in server.log if kind == "embeddings"]
-    assert [(body["input"], body.get("dimensions")) for body in bodies] == [(["query: a"], 4), (["a"], None)]
-
-
-def test_it_can_be_evaluated():
-    corpus = {f"d{i}": f"text {i}" for i in range(6)}
-    queries = {f"q{i}": f"text {i}" for i in range(6)}  # the same text has the same vector
-    dataset = RetrievalDataset(queries, corpus, {f"q{i}": {f"d{i}": 1} for i in range(6)})
+    """4 + 6 bytes fit into ten; a text that is too long for any batch goes alone."""
+    monkeypatch.setattr(endpoints, "MAX_BATCH_TOKENS", 10)
     with ApiServer() as server:
-        report = evaluate(ApiEmbedder("m", base_url=server.base_url), dataset)
-    assert report.metrics["accuracy@1"] == 1.0
+        api(server, concurrency=1).encode(["aaaa", "äää", "b", "c" * 30, "d"])
+        assert asked(server) == [["aaaa", "äää"], ["b"], ["c" * 30], ["d"]]
 
 
-def test_faults_on_the_way_are_tried_again():
-    with ApiServer(faults=["429-ms", "500", None]) as server:
-        assert ApiEmbedder("m", base_url=server.base_url).encode(["a"]).shape == (1, 16)
-        assert server.counts["embeddings"] == 3
+def test_batches_hold_so_many_tokens(monkeypatch, tmp_path):
+    """<s> aaaa bbbb </s> are four tokens: with eight, two such texts fit, where their bytes would not."""
+    monkeypatch.setattr(endpoints, "MAX_BATCH_TOKENS", 8)
+    with ApiServer() as server:
+        api(server, tokenizer=save_words(tmp_path), concurrency=1).encode(["aaaa bbbb", "cccc dddd", "a"])
+        assert asked(server) == [["aaaa bbbb", "cccc dddd"], ["a"]]
 
 
-def test_what_the_server_says_is_one_line_without_the_key():
-    with ApiServer(faults=["401"]) as server, pytest.raises(ValueError, match=r"/v1, m: Error code: 401") as caught:
-        ApiEmbedder("m", base_url=server.base_url).encode(["a"])
-    assert KEY not in str(caught.value)
-    assert "[OPENAI_API_KEY]" in str(caught.value)
-    assert "\n" not in str(caught.value)
+def test_prompts_go_in_front():
+    with ApiServer() as server:
+        embedder = api(server, prompts={"query": "query: "})
+        query_ND, document_ND = embedder.encode(["a"], role="query"), embedder.encode(["a"], role="document")
+        assert asked(server) == [["query: a"], ["a"]]
+    np.testing.assert_allclose(query_ND, expected(["a"], prompt="query: "), atol=1e-6)
+    np.testing.assert_allclose(document_ND, expected(["a"]), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("base64", "formats"),
+    [("given", ["base64"] * 2), ("ignored", ["base64"] * 2), ("refused", ["base64", *["float"] * 2])],
+)
+def test_base64_numbers_or_neither(base64, formats):
+    """A server that refuses base64 is asked for numbers, from then on."""
+    with ApiServer(base64=base64) as server:
+        embedder = api(server)
+        for texts in (["a", "b"], ["c"]):
+            np.testing.assert_allclose(embedder.encode(texts), expected(texts), atol=1e-6)
+        assert [body["encoding_format"] for _, _, body in server.log] == formats
+
+
+def test_dimensions_are_asked_of_the_server():
+    with ApiServer(dimensions=16) as server:
+        embedder = api(server, dimensions=4)
+        assert embedder.dim == 4
+        np.testing.assert_allclose(embedder.encode(["a"]), expected(["a"], 4), atol=1e-6)
+        assert api(server).encode(["a"]).shape == (1, 16)
+        assert [body.get("dimensions") for _, _, body in server.log] == [4, None]
+
+
+def test_dim_is_cut_here():
+    """Of what came: the leading four features, of length one again. The server is asked for all, once."""
+    whole_ND = expected(["a", "b"])[:, :4]
+    with ApiServer() as server:
+        embedder = api(server)
+        assert embedder.dim == 0  # nobody knows yet
+        found_ND = embedder.encode(["a", "b"], dim=4)
+        assert embedder.dim == 16
+        assert "dimensions" not in server.log[0][2]
+        np.testing.assert_array_equal(embedder.encode(["a"], dim=16), embedder.encode(["a"]))
+        with pytest.raises(ValueError, match=r"^dim is 17, expected 1 to 16$"):
+            embedder.encode(["a"], dim=17)
+        num_asked = server.counts["embeddings"]
+        with pytest.raises(ValueError, match=r"^dim is 0, expected 1 to what the server gives$"):
+            api(server).encode(["a"], dim=0)
+        assert server.counts["embeddings"] == num_asked
+    np.testing.assert_allclose(found_ND, whole_ND / np.linalg.norm(whole_ND, axis=1, keepdims=True), atol=1e-6)
+
+
+def test_a_dim_that_no_answer_has_stops_after_the_first(tmp_path):
+    texts = some_texts(20)
+    with ApiServer() as server:
+        embedder = api(server, batch_texts=1, concurrency=1, store=Store(tmp_path))
+        with pytest.raises(
+            ValueError, match=r"vectors of 16 dimensions came back, dim is 17; 19 of 20 texts asked for have no"
+        ):
+            embedder.encode(texts, dim=17)
+        assert server.counts["embeddings"] == 1
+        with pytest.raises(ValueError, match=r"^dim is 17, expected 1 to 16$"):
+            embedder.encode(["a"], dim=17)
+
+
+def test_a_vector_with_nothing_in_front(monkeypatch):
+    monkeypatch.setattr("api_server.unit_vector", lambda text, dimensions: [0.0, 0.0, 1.0, 0.0])
+    with ApiServer() as server, pytest.raises(ValueError, match=r"^the first 2 features of texts\[0\] are all zero$"):
+        api(server).encode(["a"], dim=2)
+
+
+def test_no_texts():
+    with ApiServer() as server:
+        assert api(server, dimensions=4).encode([]).shape == (0, 4)
+        with pytest.raises(ValueError, match="no texts to encode"):
+            api(server).encode([])
+        assert server.counts["embeddings"] == 0
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["a", ""], r"^texts\[1\] is empty, which the API does not take$"),
+        (["a", 3], r"^texts\[1\] is a int, expected a str$"),
+        ("ab", r"^texts is a str, expected a list of str$"),
+        (["a", "b\ud800"], r"^texts\[1\] has a lone surrogate at character 1$"),
+    ],
+)
+def test_texts_that_cannot_be_sent(texts, message):
+    with ApiServer() as server, pytest.raises(ValueError, match=message):
+        api(server, prompts={"document": "p"}).encode(texts)
+    assert server.counts["embeddings"] == 0
+
+
+def test_a_role_that_is_none():
+    with (
+        ApiServer() as server,
+        pytest.raises(ValueError, match=r"^role is 'passage', expected one of query, document$"),
+    ):
+        api(server).encode(["a"], role="passage")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"dimensions": 0}, "dimensions is 0, expected more than 0"),
+        ({"max_tokens": -1}, "max_tokens is -1, expected more than 0"),
+        ({"concurrency": 0}, "concurrency is 0, expected more than 0"),
+        ({"requests_per_minute": 0}, "requests_per_minute is 0, expected more than 0"),
+        ({"tokens_per_minute": 0}, "tokens_per_minute is 0, expected more than 0"),
+        ({"price": 1.0, "max_cost": 0.0}, "max_cost is 0.0, expected more than 0"),
+        ({"max_attempts": 0}, "max_attempts is 0, expected more than 0"),
+        ({"timeout_seconds": float("inf")}, "timeout_seconds is inf, expected more than 0"),
+        ({"batch_texts": 2049}, "batch_texts is 2049, expected 1 to 2,048"),
+        ({"batch_texts": 0}, "batch_texts is 0, expected 1 to 2,048"),
+        ({"price": -0.1}, "price is -0.1, expected at least 0"),
+        ({"max_cost": 1.0}, "max_cost needs price, the money per million tokens"),
+        ({"too_long": "warn"}, "too_long is 'warn', expected one of refuse, cut"),
+        ({"base_url": "localhost"}, "the base URL 'localhost' is no address of a server, expected one like"),
+    ],
+)
+def test_settings_out_of_range(setting, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        ApiEmbedder("m", **setting)
+    with pytest.raises(ValueError, match=r"^model is empty"):
+        ApiEmbedder(" ")
 
 
 def test_a_key_is_asked_for_by_openai_alone(monkeypatch):
@@ -79,39 +248,684 @@ def test_a_key_is_asked_for_by_openai_alone(monkeypatch):
         assert ApiEmbedder("m").encode(["a"]).shape == (1, 16)
 
 
-@pytest.mark.parametrize(("texts", "message"), [(["a", ""], r"texts\[1\] is empty"), ([], "no texts")])
-def test_texts_that_cannot_be_sent(texts, message):
-    with ApiServer() as server, pytest.raises(ValueError, match=message):
-        ApiEmbedder("m", base_url=server.base_url).encode(texts)
+def test_it_can_be_evaluated():
+    corpus = {f"d{i}": f"text {i}" for i in range(6)}
+    queries = {f"q{i}": f"text {i}" for i in range(6)}  # the same text has the same vector
+    dataset = RetrievalDataset(queries, corpus, {f"q{i}": {f"d{i}": 1} for i in range(6)})
+    with ApiServer() as server:
+        report = evaluate(api(server), dataset)
+    assert report.metrics["accuracy@1"] == 1.0
+
+
+def test_where_a_loop_is_running():
+    async def notebook(server: ApiServer) -> np.ndarray:
+        return api(server).encode(["a"])
+
+    with ApiServer() as server:
+        np.testing.assert_allclose(asyncio.run(notebook(server)), expected(["a"]), atol=1e-6)
+
+
+# The store.
+
+
+def test_nothing_is_asked_for_twice(tmp_path):
+    """Of eight texts six are there; a new object needs no answer to know the dimension."""
+    texts = some_texts(8)
+    with ApiServer() as server:
+        store = Store(tmp_path)
+        first_ND = api(server, store=store).encode(texts[:6])
+        assert (store.hits, store.misses) == (0, 6)
+        again = api(server, store=Store(tmp_path))
+        assert again.dim == 16
+        np.testing.assert_array_equal(again.encode(texts[:6]), first_ND)
+        assert server.counts["embeddings"] == 1
+        found_ND = again.encode([*texts, "text 7"])
+        assert asked(server)[1:] == [["text 6", "text 7"]]
+        assert (again.store.hits, again.store.misses) == (6 + 7, 2)
+        np.testing.assert_array_equal(again.encode(texts, dim=8), again.encode(texts, dim=8, role="query"))
+        assert server.counts["embeddings"] == 2  # cutting is done here; without prompts the roles are one
+    np.testing.assert_allclose(found_ND, expected([*texts, "text 7"]), atol=1e-6)
+    assert again.costs == ApiCosts(num_requests=1, num_tokens=2, num_computed=2, num_stored=6 + 7 + 8 + 8)
+    assert str(again.costs) == "2 texts computed, 29 from the store: 1 requests, 2 tokens"
+
+
+def test_no_texts_of_a_store(tmp_path):
+    with ApiServer() as server:
+        embedder = api(server, store=Store(tmp_path))
+        embedder.encode(["a"])
+        assert embedder.encode([]).shape == (0, 16)
+
+
+def test_vectors_are_stored_as_they_come(tmp_path):
+    """Eight batches, one at a time; the fifth answer is that the key is wrong. Four are stored, four asked for then."""
+    texts = some_texts(16)
+    with ApiServer(faults=[None] * 4 + ["401"]) as server:
+        options = {"store": Store(tmp_path), "batch_texts": 2, "concurrency": 1}
+        with pytest.raises(ValueError, match=r"/v1, m: 401: Incorrect key .*; 8 of 16 texts asked for have no vector$"):
+            api(server, **options).encode(texts)
+        found_ND = api(server, **options).encode(texts)
+        assert [text for batch in asked(server)[5:] for text in batch] == texts[8:]
+    np.testing.assert_allclose(found_ND, expected(texts), atol=1e-6)
+
+
+def test_what_a_fingerprint_is_of(tmp_path):
+    (tmp_path / "other").mkdir()
+    words, other = save_words(tmp_path), tmp_path / "other"
+    save_words(other, truncation=7)
+    url = "http://user:password@host:1/v1"
+
+    def fingerprint(model="m", role="query", **options) -> str:
+        return ApiEmbedder(model, **{"base_url": url, **options}).space(role).fingerprint
+
+    base = fingerprint()
+    assert len(base) == 64
+    same = [
+        fingerprint(base_url="http://other:secret@host:1/v1/?key=abc"),
+        fingerprint(role="document"),
+        fingerprint(prompts={"document": "p"}),
+        fingerprint(batch_texts=3, concurrency=1, price=1.0, max_tokens=7, tokenizer=words),  # nothing is cut
+    ]
+    assert set(same) == {base}
+    cut = {"too_long": "cut"}
+    others = [
+        fingerprint("n"),
+        fingerprint(base_url="http://host:2/v1"),
+        fingerprint(base_url="https://host:1/v1"),
+        fingerprint(dimensions=8),
+        fingerprint(prompts={"query": "p"}),
+        fingerprint(**cut),
+        fingerprint(**cut, max_tokens=7),
+        fingerprint(**cut, max_tokens=8),
+        fingerprint(**cut, max_tokens=7, tokenizer=words),
+        fingerprint(**cut, max_tokens=7, tokenizer=other),
+    ]
+    assert len({base, *others}) == 1 + len(others)
+    assert fingerprint(base_url=None, **cut) == fingerprint(base_url=None, **cut, max_tokens=8191)  # OpenAI's own
+    space = ApiEmbedder("m", base_url=url, dimensions=8, prompts={"query": "p"}).space("query")
+    assert space.dim == 8
+    assert space.description == {
+        "server": "http://host:1/v1", "model": "m", "dimensions": 8, "prompt": "p", "too_long": "refuse",
+        "max_tokens": None, "tokenizer": None, "role": "query",
+    }  # fmt: skip
+
+
+def test_two_prompts_are_two_spaces(tmp_path):
+    with ApiServer() as server:
+        embedder = api(server, store=Store(tmp_path), prompts={"query": "q: "})
+        for _ in range(2):
+            np.testing.assert_allclose(embedder.encode(["a"], role="query"), expected(["a"], prompt="q: "), atol=1e-6)
+            np.testing.assert_allclose(embedder.encode(["a"]), expected(["a"]), atol=1e-6)
+        assert asked(server) == [["q: a"], ["a"]]
+
+
+# A process that is killed. It imports once and works in a child, so that a second run takes no seconds to start.
+HARNESS = """
+import os, sys
+import openai
+openai.AsyncOpenAI(api_key="none").embeddings
+from embedft.encoders.openai_api import ApiEmbedder
+from embedft.encoders.store import Store
+folder, base_url = sys.argv[1:]
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        embedder = ApiEmbedder(
+            "m", base_url=base_url, store=Store(folder + "/store"), ledger=folder + "/ledger.jsonl", price=1.0,
+            batch_texts=2, concurrency=3,
+        )
+        vectors = embedder.encode([f"text {i}" for i in range(60)])
+        vectors.tofile(folder + "/vectors")
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+def test_killed_and_run_again(tmp_path):
+    """Three kills. What was answered and stored is not asked for again; lost is at most what was in flight: 3 x 2."""
+    stored = tmp_path / "store"
+
+    def num_stored() -> int:
+        return sum(path.stat().st_size // 28 for path in stored.glob("*/keys.bin"))  # 24 bytes of key, 4 of checksum
+
+    with ApiServer(delay=0.02) as server:
+        command = [sys.executable, "-c", HARNESS, str(tmp_path), server.base_url]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        with subprocess.Popen(command, **pipes, text=True, bufsize=1) as process:
+            for wanted in (8, 20, 40, None):
+                process.stdin.write("\n")
+                child = int(process.stdout.readline())
+                if wanted is not None:
+                    while num_stored() < wanted:
+                        time.sleep(0.002)
+                    os.kill(child, signal.SIGKILL)
+                status = int(process.stdout.readline())
+            process.stdin.close()
+        assert status == 0
+        assert sum(len(batch) for batch in asked(server)) <= 60 + 3 * 6
+    vectors_ND = np.fromfile(tmp_path / "vectors", dtype=np.float32).reshape(60, 16)
+    np.testing.assert_allclose(vectors_ND, expected(some_texts(60)), atol=1e-6)
+    # A line for each request before it was sent, and one after it unless it was killed.
+    records = lines(tmp_path / "ledger.jsonl")
+    reserved = [record["request"] for record in records if "most_cost" in record]
+    settled = [record["request"] for record in records if "usage" in record]
+    assert reserved == list(range(1, len(reserved) + 1))
+    assert 0 <= len(reserved) - len(asked(server)) <= 9
+    assert set(settled) < set(reserved)
+    assert len(settled) >= 30 - 3  # a kill may come between storing and settling
+
+
+# Replies that do not fit.
+
+INDEX = "vectors came back with index"
+NEITHER = "a vector came back that is neither a list of numbers nor base64 of float32"
+REPLIES = {
+    "fewer-vectors": "3 vectors came back for 4 texts",
+    "more-vectors": "5 vectors came back for 4 texts",
+    "same-index": f"{INDEX} 0, expected each of 0 to 3 once",
+    "index-from-1": f"{INDEX} 4, expected each of 0 to 3 once",
+    "index-text": f"{INDEX} '3', expected each of 0 to 3 once",
+    "sizes": "vectors of 15 and of 16 dimensions came back, expected one size",
+    "no-values": "vectors without a value came back",
+    "words": NEITHER,
+    "nested": NEITHER,
+    "half": "vectors of 8 dimensions came back, those before had 16",
+}
+
+
+@pytest.mark.parametrize("fault", REPLIES)
+def test_a_reply_that_does_not_fit(tmp_path, fault):
+    """The second of three batches is at fault and not tried again; the others are stored, the next run asks for it."""
+    texts = some_texts(12)
+    with ApiServer(faults=[None, fault]) as server:
+        embedder = api(server, store=Store(tmp_path), batch_texts=4, concurrency=1)
+        line = f"{server.base_url}, m: {REPLIES[fault]}; 4 of 12 texts asked for have no vector"
+        with pytest.raises(ValueError, match=f"^{re.escape(line)}$"):
+            embedder.encode(texts)
+        assert server.counts["embeddings"] == 3
+        np.testing.assert_allclose(embedder.encode(texts), expected(texts), atol=1e-6)
+        assert asked(server)[3:] == [texts[4:8]]
 
 
 @pytest.mark.parametrize(
-    ("answer", "dim", "message"),
+    ("fault", "what"),
     [
-        ([(0, [1.0, 0.0]), (0, [1.0, 0.0])], None, "no 2 vectors came back for as many texts"),
-        ([(0, [1.0, 0.0])], None, "no 2 vectors"),
-        (None, None, "no 2 vectors"),
-        ([(0, [1.0, 0.0]), (1, [1.0, 0.0])], 5, "gives 2 dimensions, asked for 5"),
-        ([(0, [1.0, 0.0]), (1, [1.0])], None, "different sizes"),
-        ([(0, []), (1, [])], None, "or empty ones"),
-        ([(0, [1.0, 0.0]), (1, [1.0, float("nan")])], None, "not finite"),
+        ("nan", "with values that are not finite"),
+        ("null", "with values that are not finite"),
+        ("zero", "of length zero"),
     ],
 )
-def test_answers_that_do_not_fit(monkeypatch, answer, dim, message):
-    embedder = ApiEmbedder("m", base_url="http://127.0.0.1:1/v1")
-    items = answer and [SimpleNamespace(index=index, embedding=vector) for index, vector in answer]
-    monkeypatch.setattr(embedder._client.embeddings, "create", lambda **_: SimpleNamespace(data=items))
+@pytest.mark.parametrize("base64", ["given", "ignored"])
+def test_a_vector_without_a_direction(tmp_path, fault, what, base64):
+    """The others of its batch were paid for too, so they are stored; the text of the last is named by its row."""
+    texts = ["text 0", *some_texts(12)]
+    with ApiServer(faults=[None, fault], base64=base64) as server:
+        embedder = api(server, store=Store(tmp_path), batch_texts=4, concurrency=1)
+        line = f"{server.base_url}, m: a vector {what} came back for texts[8]; 1 of 12 texts asked for have no vector"
+        with pytest.raises(ValueError, match=f"^{re.escape(line)}$"):
+            embedder.encode(texts)
+        np.testing.assert_allclose(embedder.encode(texts), expected(texts), atol=1e-6)
+        assert asked(server)[3:] == [["text 7"]]
+
+
+def test_another_dimension_than_asked_for():
+    with (
+        ApiServer(faults=["half"]) as server,
+        pytest.raises(ValueError, match="of 4 dimensions came back, asked for 8;"),
+    ):
+        api(server, dimensions=8).encode(["a"])
+
+
+def test_another_dimension_than_stored(tmp_path):
+    """The server changed the model behind the name."""
+    with ApiServer(dimensions=16) as server:
+        api(server, store=Store(tmp_path)).encode(["a"])
+        server.dimensions = 12
+        with pytest.raises(ValueError, match="vectors of 12 dimensions came back, those before had 16; 1 of 1 texts"):
+            api(server, store=Store(tmp_path)).encode(["a", "b"])
+
+
+def test_a_run_that_begins_with_five_bad_replies_stops():
+    """They were paid for, and the others would be."""
+    with ApiServer(faults=["fewer-vectors"] * 100) as server:
+        with pytest.raises(
+            ValueError, match="0 vectors came back for 1 texts; 100 of 100 texts asked for have no vector"
+        ):
+            api(server, batch_texts=1, concurrency=1).encode(some_texts(100))
+        assert server.counts["embeddings"] == 5
+
+
+def test_one_bad_vector_in_each_of_the_first_batches_stops_nothing(tmp_path):
+    with ApiServer(faults=["nan"] * 6) as server:
+        with pytest.raises(ValueError, match=r"for texts\[1\]; 6 of 20 texts asked for have no vector"):
+            api(server, store=Store(tmp_path), batch_texts=2, concurrency=1).encode(some_texts(20))
+        assert server.counts["embeddings"] == 10
+
+
+# Failures on the way.
+
+
+def test_faults_on_the_way_are_tried_again():
+    texts = some_texts(12)
+    faults = ["429-ms", "500", "drop", "drop-middle", "not-json", "no-index", "503", "408", "409", "429"]
+    with ApiServer(faults=faults) as server:
+        np.testing.assert_allclose(api(server, batch_texts=3).encode(texts), expected(texts), atol=1e-6)
+        assert server.counts["embeddings"] == 4 + len(faults)
+
+
+def test_a_share_of_faults_changes_nothing(tmp_path):
+    texts = some_texts(120)
+    with ApiServer(faults=0.3, seed=1) as server:
+        found_ND = api(server, store=Store(tmp_path), batch_texts=3, max_attempts=12).encode(texts)
+        assert server.counts["embeddings"] > 45
+    np.testing.assert_allclose(found_ND, expected(texts), atol=1e-6)
+
+
+def test_a_pause_that_the_server_asks_for_is_kept():
+    with ApiServer(faults=["429-seconds"], retry_after=0.3) as server:
+        start = time.monotonic()
+        api(server).encode(["a"])
+        assert time.monotonic() - start >= 0.3
+        assert server.counts["embeddings"] == 2
+
+
+def test_attempts_have_an_end(tmp_path):
+    with ApiServer(faults=lambda prompt, attempt: "503" if "text 3" in prompt else None) as server:
+        with pytest.raises(ValueError, match=r"/v1, m: 503: fault 503; 2 of 6 texts asked for have no vector$"):
+            api(server, store=Store(tmp_path), batch_texts=2, max_attempts=3).encode(some_texts(6))
+        assert server.counts["503"] == 3
+
+
+def test_nobody_is_there():
+    embedder = ApiEmbedder("m", base_url="http://127.0.0.1:9/v1", max_attempts=2)
+    with pytest.raises(
+        ValueError, match=r"^http://127.0.0.1:9/v1, m: no connection .*; 1 of 1 texts asked for have no vector$"
+    ):
+        embedder.encode(["a"])
+
+
+def test_a_refusal_that_is_not_about_length(tmp_path):
+    """A request at fault is no reason to send it in halves; five in the beginning end it all."""
+    with ApiServer(faults=["400"] * 50) as server:
+        with pytest.raises(ValueError, match="400: fault 400; 100 of 100 texts asked for have no vector"):
+            api(server, batch_texts=2, concurrency=1).encode(some_texts(100))
+        assert server.counts["embeddings"] == 5
+
+
+def test_the_limit_of_requests_holds_over_calls(monkeypatch):
+    """Ten a minute, where a minute is a second: a tenth between two, also from one call to the next."""
+    monkeypatch.setattr(sending, "WINDOW_SECONDS", 1.0)
+    with ApiServer() as server:
+        embedder = api(server, batch_texts=1, requests_per_minute=10)
+        start = time.monotonic()
+        embedder.encode(["a", "b"])
+        embedder.encode(["c"])
+        assert time.monotonic() - start >= 0.2
+
+
+def test_the_limit_of_tokens_counts_likely_ones(tmp_path):
+    """Forty bytes are likely ten tokens, one byte is one; counted, both are <s>, a word and </s>: three."""
+    with ApiServer() as server:
+        for tokenizer, tokens in ((None, [10, 1]), (save_words(tmp_path), [3, 3])):
+            embedder = api(server, batch_texts=1, tokens_per_minute=1_000_000, tokenizer=tokenizer)
+            embedder.encode(["a" * 40, "b"])
+            assert [sizes for _, sizes in embedder.endpoint.rate.sent] == [(1, number) for number in tokens]
+
+
+# Texts that are too long.
+
+
+def words(number: int, word: str = "a") -> str:
+    return " ".join([word] * number)
+
+
+def test_counted_and_refused_before_anything_is_sent(tmp_path):
+    """<s> and </s> make six words eight tokens; the prompt counts."""
+    texts = [words(6), "b", words(7), words(8)]
+    with ApiServer() as server:
+        tokenizer = save_words(tmp_path)
+        with pytest.raises(ValueError, match=r"^m: texts\[2\] has 9 tokens, max_tokens is 8 \(too_long: cut\)$"):
+            api(server, tokenizer=tokenizer, max_tokens=8).encode(texts)
+        with pytest.raises(ValueError, match=r"^m: texts\[0\] has 9 tokens, max_tokens is 8"):
+            api(server, tokenizer=tokenizer, max_tokens=8, prompts={"query": "b "}).encode(texts, role="query")
+        assert server.counts["embeddings"] == 0
+        assert api(server, tokenizer=tokenizer, max_tokens=9).encode(texts[:3]).shape == (3, 16)
+        assert api(server, tokenizer=tokenizer).encode(texts).shape == (4, 16)  # no limit is known
+
+
+def test_counted_and_cut(tmp_path, capfd):
+    texts = [words(6), words(9, "b"), words(7), words(9, "b")]
+    with ApiServer() as server:
+        options = {
+            "tokenizer": save_words(tmp_path),
+            "max_tokens": 8,
+            "too_long": "cut",
+            "store": Store(tmp_path / "s"),
+        }
+        found_ND = api(server, **options).encode(texts)
+        # The two texts of a's are one for the server, and two here: keys are whole texts.
+        assert asked(server) == [[words(6), words(6, "b"), words(6)]]
+        assert capfd.readouterr().err == f"{server.base_url}, m: 2 of 3 texts asked for were cut\n"
+        api(server, **options).encode(texts)
+        assert server.counts["embeddings"] == 1
+        assert capfd.readouterr().err == ""
+    np.testing.assert_allclose(found_ND, expected([words(6), words(6, "b"), words(6), words(6, "b")]), atol=1e-6)
+
+
+def test_a_prompt_that_leaves_no_room(tmp_path):
+    embedder = ApiEmbedder(
+        "m", base_url="http://127.0.0.1:9/v1", tokenizer=save_words(tmp_path), max_tokens=4, too_long="cut",
+        prompts={"query": "a b "},
+    )  # fmt: skip
+    message = r"^m: texts\[0\] has 5 tokens, max_tokens is 4, and nothing is left of it behind the prompt$"
     with pytest.raises(ValueError, match=message):
-        embedder.encode(["a", "b"], dim=dim)
+        embedder.encode(["c"], role="query")
 
 
-def test_a_page_that_is_no_answer():
-    with ApiServer(faults=["not-json"] * 10) as server, pytest.raises(ValueError, match="/v1, m: "):
-        ApiEmbedder("m", base_url=server.base_url).encode(["a"])
+@pytest.mark.parametrize("wording", ["openai", "openai-input", "vllm", "tei", "ollama"])
+def test_the_server_refuses_a_text_for_its_length(tmp_path, wording):
+    """Two of sixteen texts are too long for it. They are named, the others are stored, and refusals cost nothing."""
+    texts = [f"{i:02} {'x' * (500 if i in (5, 11) else 5)}" for i in range(16)]
+    with ApiServer(max_tokens=100, wording=wording) as server:
+        embedder = api(server, store=Store(tmp_path), price=1e6)
+        message = r"/v1, m: texts\[5\] is refused for its length \(4.*\); 2 of 16 texts asked for have no vector$"
+        with pytest.raises(ValueError, match=message):
+            embedder.encode(texts)
+        assert embedder.costs.num_tokens == 14 * 2  # 8 bytes each
+        assert embedder.costs.cost == 28.0
+        # Sixteen in one, then halves: each of the two is found in four steps, and their sisters are taken.
+        assert server.counts["refused"] == 1 + 2 * 4
+        ok = sorted(text for batch in asked(server) if max(map(len, batch)) < 100 for text in batch)
+        assert ok == sorted(text for text in texts if len(text) < 100)
 
 
-def test_a_zero_vector_stays_zero(monkeypatch):
-    embedder = ApiEmbedder("m", base_url="http://127.0.0.1:1/v1")
-    answer = SimpleNamespace(data=[SimpleNamespace(index=0, embedding=[0.0, 0.0])])
-    monkeypatch.setattr(embedder._client.embeddings, "create", lambda **_: answer)
-    np.testing.assert_array_equal(embedder.encode(["a"]), [[0.0, 0.0]])
+def test_the_server_is_asked_until_it_takes_the_text(tmp_path, capfd):
+    """403 bytes are taken. Of 1,000 letters a tenth at a time leaves 900, 810, 729, ...: nine cuts. Alone at last."""
+    long, lengths = "y" * 1000, [1000]
+    while lengths[-1] > 403:
+        lengths.append(lengths[-1] * 9 // 10)
+    with ApiServer(max_tokens=100) as server:
+        store = Store(tmp_path)
+        found_ND = api(server, too_long="cut", store=store).encode([long, "b"])
+        sent = [batch for batch in asked(server) if "b" not in batch]
+        assert sent == [["y" * length] for length in lengths]
+        assert len(lengths) == 10
+        assert capfd.readouterr().err == f"{server.base_url}, m: 1 of 2 texts asked for were cut\n"
+        num_asked = server.counts["embeddings"]
+        np.testing.assert_array_equal(api(server, too_long="cut", store=store).encode([long]), found_ND[:1])
+        assert server.counts["embeddings"] == num_asked
+    np.testing.assert_allclose(found_ND, expected(["y" * lengths[-1], "b"]), atol=1e-6)
+
+
+def test_the_first_cut_is_at_eight_characters_a_token(capfd):
+    """Of 10,000 letters 800 are left at once, then 720, ... until 403 bytes or fewer: 382."""
+    long = "y" * 10_000
+    with ApiServer(max_tokens=100) as server:
+        api(server, too_long="cut", max_tokens=100).encode([long])
+        assert [len(batch[0]) for batch in asked(server)] == [10_000, 800, 720, 648, 583, 524, 471, 423, 380]
+
+
+def test_texts_with_fewer_bytes_than_tokens_are_taken_together():
+    """Eight texts of which two may be too long: the six go in one request, the two in one, then each alone."""
+    texts = [f"{i} {'x' * (500 if i in (2, 5) else 5)}" for i in range(8)]
+    with ApiServer(max_tokens=100) as server:
+        with pytest.raises(ValueError, match=r"texts\[2\] is refused for its length"):
+            api(server, max_tokens=100, concurrency=1).encode(texts)
+        assert [len(batch) for batch in asked(server)] == [8, 6, 2, 1, 1]
+
+
+def test_a_prompt_is_never_cut():
+    """Whatever is left of the text behind it, the server says no."""
+    prompt = "p" * 1000 + " "
+    with ApiServer(max_tokens=100) as server, pytest.raises(ValueError, match=r"texts\[0\] is refused for its length"):
+        api(server, too_long="cut", prompts={"document": prompt}).encode(["word " * 200])
+    assert all(batch[0].startswith(prompt) and len(batch[0]) > len(prompt) for batch in asked(server))
+
+
+def test_a_batch_that_is_too_large_goes_in_halves():
+    texts = some_texts(20)
+    with ApiServer(max_texts=6) as server:
+        np.testing.assert_allclose(api(server).encode(texts), expected(texts), atol=1e-6)
+        assert sorted(len(batch) for batch in asked(server)) == [5, 5, 5, 5, 10, 10, 20]
+
+
+# Money.
+
+
+def test_the_ledger_by_hand(tmp_path):
+    """8 and 4 bytes: with four more each, 16 tokens at most, at 2 a million; the server reports 2 + 1."""
+    path = tmp_path / "logs" / "ledger.jsonl"
+    with ApiServer() as server:
+        embedder = api(server, price=2.0, ledger=path)
+        embedder.encode(["aaaabbbb"])
+        embedder.encode(["cccc"])
+    assert embedder.costs == ApiCosts(num_requests=2, num_tokens=3, cost=6e-6, num_computed=2)
+    assert str(embedder.costs) == "2 texts computed, 0 from the store: 2 requests, 3 tokens, cost 0.000006"
+    first, second = lines(path)[:2]
+    del first["time"], second["time"], second["seconds"]
+    key = hashlib.sha256(json.dumps(["m", "aaaabbbb"]).encode()).hexdigest()
+    assert first == {"request": 1, "key": key, "most_prompt_tokens": 12, "most_reply_tokens": 0, "most_cost": 24e-6}
+    usage = {"prompt_tokens": 2, "completion_tokens": 0}
+    assert second == {"request": 1, "status": "ok", "reason": None, "usage": usage, "cost": 4e-6}
+    assert [record["request"] for record in lines(path)] == [1, 1, 2, 2]
+    assert embedder.endpoint.ledger.totals() == sending.Totals(2, 3, 0, 0, 6e-6, 0.0)
+
+
+def test_a_request_without_a_report_counts_as_it_was_reserved(tmp_path):
+    with ApiServer(faults=["no-usage"]) as server:
+        embedder = api(server, price=1e6, ledger=tmp_path / "ledger.jsonl")
+        embedder.encode(["aaaa"])
+        assert embedder.costs == ApiCosts(num_requests=1, num_unreported=1, cost=0.0, num_computed=1)
+        assert str(embedder.costs).endswith(": 1 requests (1 without a report), 0 tokens, cost 0")
+        embedder.encode(["aaaa"])
+        assert embedder.endpoint.ledger.totals() == sending.Totals(2, 1, 0, 1, 1.0, 8.0)
+
+
+@pytest.mark.parametrize("with_ledger", [True, False])
+def test_the_limit_is_never_passed(tmp_path, with_ledger):
+    """A text of 40 bytes may cost 44 and costs 10. Of 100, six fit: after the sixth 60 are spent and 44 would be 104.
+
+    Also over calls, and with a ledger over objects.
+    """
+    texts = [f"{i:040}" for i in range(20)]
+    ledger = tmp_path / "ledger.jsonl" if with_ledger else None
+    with ApiServer() as server:
+        options = {"price": 1e6, "max_cost": 100.0, "ledger": ledger, "batch_texts": 1, "store": Store(tmp_path / "s")}
+        embedder = api(server, **options)
+        embedder.encode(texts[:2])
+        with pytest.raises(
+            ValueError, match=r"/v1, m: stopped at --max-cost 100\.00; 14 of 18 texts asked for have no vector$"
+        ):
+            embedder.encode(texts)
+        assert embedder.costs.cost == 60.0
+        again = api(server, **options) if with_ledger else embedder
+        with pytest.raises(ValueError, match=r"stopped at --max-cost 100\.00; 14 of 14"):
+            again.encode(texts)
+        assert server.counts["embeddings"] == 6
+        assert again.encode(texts[:6]).shape == (6, 16)  # what is stored costs nothing
+        found = api(server, **{**options, "max_cost": 1000.0}).encode(texts)
+    np.testing.assert_allclose(found, expected(texts), atol=1e-6)
+
+
+def test_one_process_has_the_ledger(tmp_path):
+    from embedft.files import locked
+
+    path = tmp_path / "ledger.jsonl"
+    with ApiServer() as server, locked(tmp_path / "ledger.jsonl.lock"):
+        with pytest.raises(ValueError, match="another process is writing there"):
+            api(server, ledger=path).encode(["a"])
+        assert server.counts["embeddings"] == 0
+
+
+# The key.
+
+
+def test_the_key_is_nowhere(tmp_path, capfd, caplog):
+    """Not in what the server quotes, not on disk, not in what is printed or can be looked at."""
+    texts, options = [], {"store": Store(tmp_path / "s"), "price": 1.0, "ledger": tmp_path / "ledger.jsonl"}
+    with ApiServer(faults=["401", "400-context"]) as server:
+        embedder = api(server, too_long="cut", **options)
+        with pytest.raises(ValueError, match=r"/v1, m: 401: Incorrect key in Bearer \[OPENAI_API_KEY\]") as caught:
+            embedder.encode(["a b"])
+        assert "\n" not in str(caught.value)
+        embedder.encode(["a b", "b" * 10])
+        assert server.log[-1][1]["authorization"] == f"Bearer {KEY}"
+        texts += [str(caught.getrepr()), repr(embedder.space("query")), repr(embedder.base())]
+        texts += [repr(vars(embedder)), repr(vars(embedder.endpoint)), repr(embedder.endpoint.server)]
+        # An address with a password, of which a server may be behind.
+        url = server.base_url.replace("http://", "http://user:pass-word-123@") + "?key=abcdefgh"
+        other = ApiEmbedder("m", base_url=url, dimensions=4, **options)
+        texts += [repr(other.space("query")), repr(other.base())]
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"ledger.jsonl", "space.json", "keys.bin"}
+    texts += [path.read_bytes().decode("latin-1") for path in files]
+    texts += [*capfd.readouterr(), caplog.text]
+    assert [text for text in texts if KEY in text or "pass-word" in text or "abcdefgh" in text] == []
+
+
+# Adapters, loading, the command line.
+
+
+def test_an_adapter_maps_what_the_server_gave(tmp_path):
+    """A map that doubles the first feature: the store keeps the server's vectors, `dim` is cut behind the map."""
+    adapter = Adapter(query=Linear(16, bias=False))
+    with torch.no_grad():
+        adapter.query.weight[0, 0] = 2.0
+    texts = ["a", "b"]
+    with ApiServer() as server:
+        embedder = api(server, store=Store(tmp_path))
+        with pytest.warns(UserWarning, match="does not say which model"):
+            embedder.attach(adapter)
+        assert embedder.dim == 16
+        mapped_ND = expected(texts) * np.array([2.0] + [1.0] * 15)
+        for dim in (16, 4):
+            want_ND = mapped_ND[:, :dim] / np.linalg.norm(mapped_ND[:, :dim], axis=1, keepdims=True)
+            np.testing.assert_allclose(embedder.encode(texts, role="query", dim=dim), want_ND, atol=1e-6)
+        np.testing.assert_allclose(embedder.encode(texts), expected(texts), atol=1e-6)
+        assert server.counts["embeddings"] == 1
+        base = embedder.base()
+        assert base == Base(
+            f"{server.base_url}, m", 16, {role: embedder.space(role).fingerprint for role in ("query", "document")}
+        )
+        other = Adapter(query=Linear(16), base=base)
+        api(server).attach(other)
+        with pytest.raises(ValueError, match="the adapter is for"):
+            ApiEmbedder("n", base_url=server.base_url).attach(other)
+        with pytest.raises(ValueError, match="takes 8 features"):
+            embedder.attach(Adapter(query=Linear(8)))
+
+
+def test_load_embedder(tmp_path):
+    with ApiServer() as server:
+        embedder = load_embedder(
+            "openai:org/m", store=tmp_path / "s", base_url=server.base_url, dimensions=8, prompts={"query": "q: "}
+        )
+        assert isinstance(embedder, ApiEmbedder)
+        assert embedder.encode(["a"], role="query").shape == (1, 8)
+        assert server.log[0][2]["model"] == "org/m"
+        assert server.log[0][2]["input"] == ["q: a"]
+        base = embedder.base()
+        Adapter(query=Linear(8), base=base).save(tmp_path / "adapter")
+        options = {"base_url": server.base_url, "dimensions": 8, "prompts": {"query": "q: "}}
+        mapped = load_embedder("openai:org/m", adapter=tmp_path / "adapter", **options)
+        np.testing.assert_allclose(mapped.encode(["a"], role="query"), embedder.encode(["a"], role="query"), atol=1e-6)
+        assert mapped.adapter is not None
+    assert Store(tmp_path / "s").names() == [embedder.space("query").name]
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [("device", "cpu"), ("dtype", torch.bfloat16), ("max_length", 8), ("revision", "main")]
+)
+def test_arguments_that_an_api_has_no_use_for(argument, value):
+    with pytest.raises(ValueError, match=f"^openai:m: {argument} does not apply to a model behind an API$"):
+        load_embedder("openai:m", **{argument: value})
+
+
+def test_arguments_that_a_folder_has_no_use_for(tmp_path):
+    with pytest.raises(ValueError, match=r": price, max_cost: only for a model behind an API, openai:MODEL$"):
+        load_embedder(tmp_path, price=1.0, max_cost=2.0)
+
+
+def test_it_is_not_fine_tuned():
+    dataset = RetrievalDataset({"q": "a"}, {"d": "b"}, {"q": {"d": 1}})
+    embedder = ApiEmbedder("m", base_url="http://127.0.0.1:9/v1")
+    with pytest.raises(ValueError, match=r"^m is behind an API, so its weights cannot be trained"):
+        finetune(embedder, dataset)
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "data.json"
+    corpus = {f"d{i}": f"text {i}" for i in range(6)}
+    queries = {f"q{i}": f"text {i}" for i in range(6)}
+    relevant = {f"q{i}": [f"d{i}"] for i in range(6)}
+    path.write_text(json.dumps({"queries": queries, "corpus": corpus, "relevant_docs": relevant}))
+    return str(path)
+
+
+def test_evaluate_from_the_command_line(tmp_path, data, capsys):
+    with ApiServer() as server:
+        command = [
+            "evaluate",
+            "openai:m",
+            data,
+            "--json",
+            "--base-url",
+            server.base_url,
+            "--store",
+            str(tmp_path / "s"),
+        ]
+        command += ["--price", "1000000", "--max-cost", "60", "--ledger", str(tmp_path / "l"), "--too-long", "cut"]
+        assert cli.main(command) == 0
+        out, err = capsys.readouterr()
+        assert json.loads(out)["accuracy@1"] == 1.0
+        # Queries are the documents' texts, and there is no prompt: six texts are computed and six found.
+        costs = "6 texts computed, 6 from the store: 1 requests, 6 tokens, cost 6"
+        assert f"{server.base_url}, m: {costs}\n" in err
+        assert cli.main(command) == 0
+        assert "0 texts computed, 12 from the store: 0 requests, 0 tokens, cost 0\n" in capsys.readouterr().err
+        assert server.counts["embeddings"] == 1
+
+
+def test_encode_from_the_command_line(tmp_path, capsys):
+    (tmp_path / "texts.txt").write_text("a\nb\n")
+    with ApiServer() as server:
+        command = ["encode", "openai:m", str(tmp_path / "texts.txt"), "--out", str(tmp_path / "v.npy")]
+        assert cli.main([*command, "--base-url", server.base_url, "--dimensions", "8", "--dim", "4"]) == 0
+    assert np.load(tmp_path / "v.npy").shape == (2, 4)
+    assert (
+        f"{server.base_url}, m: 2 texts computed, 0 from the store: 1 requests, 0 tokens\n" in capsys.readouterr().err
+    )
+
+
+def test_errors_from_the_command_line(tmp_path, data, monkeypatch, capsys):
+    (tmp_path / "texts.txt").write_text("a\n")
+    encode = ["encode", "openai:m", str(tmp_path / "texts.txt"), "--store", str(tmp_path / "s")]
+    cases = {
+        "--max-cost 1": "max_cost needs price, the money per million tokens",
+        "--max-length 8": "openai:m: max_length does not apply to a model behind an API",
+        "--dtype bfloat16": "openai:m: dtype does not apply to a model behind an API",
+        "--base-url ftp://x": "the base URL 'ftp://x' is no address of a server",
+    }
+    for options, message in cases.items():
+        assert cli.main([*encode, *options.split()]) == 2
+        assert capsys.readouterr().err.startswith(f"embedft encode: error: {message}")
+    monkeypatch.delenv("OPENAI_API_KEY")
+    for command in (encode, ["info", "openai:m"]):
+        assert cli.main(command) == 2
+        assert "OPENAI_API_KEY is not set" in capsys.readouterr().err
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    assert cli.main(["finetune", "openai:m", data, "--out", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.startswith("embedft finetune: error: m is behind an API")
+    assert not (tmp_path / "run").exists()
+
+
+def test_info(monkeypatch, capsys):
+    assert cli.main(["info", "openai:text-embedding-3-small"]) == 0
+    assert capsys.readouterr().out == (
+        "text-embedding-3-small behind https://api.openai.com/v1: nothing is known of it but its name,\n"
+        "and that it takes 8,191 tokens\n"
+    )
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost:8000/v1")
+    assert cli.main(["info", "openai:m"]) == 0
+    assert capsys.readouterr().out.endswith("and that it takes as many tokens as its server says\n")

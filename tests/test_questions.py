@@ -22,7 +22,8 @@ from pathlib import Path
 import pytest
 from api_server import RANDOM, ApiServer, written_questions
 
-from embedft.data import questions, sending
+from embedft import sending
+from embedft.data import questions
 from embedft.data.chunks import Chunk
 from embedft.data.prompts import TEMPLATE, fill_template
 from embedft.data.questions import (
@@ -342,7 +343,7 @@ def test_the_timeout_holds_for_the_whole_reply(monkeypatch):
         await asyncio.sleep(2)
         raise AssertionError("nobody stopped waiting")
 
-    monkeypatch.setattr(asker.client.chat.completions.with_raw_response, "create", dribble)
+    monkeypatch.setattr(asker.client.openai.chat.completions.with_raw_response, "create", dribble)
     answer = asyncio.run(asker.ask(sending.Job("key", "text", 1, 1)))
     assert (answer.status, answer.then, answer.usage) == ("failed", "retry", None)
     assert answer.reason == "no reply within 0.05 s"
@@ -714,7 +715,7 @@ HARNESS = """
 import json, os, sys
 import openai
 openai.AsyncOpenAI(api_key="none").chat.completions
-from embedft.data import sending
+from embedft import sending
 from embedft.data.chunks import load_chunks
 from embedft.data.questions import QuestionConfig, write_questions
 sending.BACKOFF_SECONDS = 0.01

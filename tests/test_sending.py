@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from embedft.data import sending
-from embedft.data.sending import Answer, Job, Ledger, RateLimit, backoff_seconds, retry_after_seconds, send_all
+from embedft import sending
+from embedft.sending import Answer, Job, Ledger, RateLimit, backoff_seconds, retry_after_seconds, send_all
 
 OK = Answer("ok", "done", usage=(0, 0))
 RETRY = Answer("failed", "retry", "503", usage=(0, 0))
@@ -53,6 +53,35 @@ def test_the_arithmetic_by_hand(tmp_path):
         "most_reply_tokens": 500,
         "most_cost": 0.005,
     }
+
+
+def test_outcomes_in_the_ledger_itself(tmp_path):
+    """A request of 0.005 at most that came to 0.0022, one whose outcome nobody knows, one that was killed."""
+    path = tmp_path / "ledger.jsonl"
+    ledger, large = Ledger(path, prices=(2.0, 6.0)), job("a", 1000, 500)
+    for _ in range(3):
+        ledger.reserve(large)
+    usage = {"prompt_tokens": 800, "completion_tokens": 100}
+    with path.open("a") as file:
+        for record in ({"request": 2, "usage": usage, "cost": 0.0022}, {"request": 1, "usage": None, "cost": None}):
+            file.write(json.dumps(record) + "\n")
+    again = Ledger(path, prices=(2.0, 6.0))
+    assert again.totals() == sending.Totals(3, 800, 100, 2, 0.0022, 0.01)
+    assert again.reserve(large) == 4
+    with path.open("a") as file:
+        file.write('{"usage": null, "cost": null}\n')
+    with pytest.raises(ValueError, match=r"line 7: has no 'request', is it a ledger\?"):
+        Ledger(path)
+
+
+def test_a_ledger_without_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ledger = Ledger(None, prices=(2.0, 6.0), max_cost=0.01)
+    ledger.settle(ledger.reserve(job("a", 1000, 500)), (1000, 500))
+    ledger.reserve(job("b", 1000, 500))
+    assert ledger.full(job("c", 1, 0)) == "--max-cost 0.01"
+    assert ledger.totals() == sending.Totals(2, 1000, 500, 1, 0.005, 0.005)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_tenths_add_up(tmp_path):

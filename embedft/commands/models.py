@@ -15,8 +15,10 @@ import torch
 from .. import config as configs
 from ..data.dataset import RetrievalDataset
 from ..data.formats import FORMATS
-from ..encoders.embedder import ROLES, Embedder
+from ..encoders.embedder import ROLES, WINDOW_TEXTS, Embedder
 from ..encoders.loading import load_embedder
+from ..encoders.long_texts import TOO_LONG
+from ..encoders.openai_api import ApiEmbedder
 from ..files import atomic_write, check_writable, read_jsonl, read_lines
 from ..losses.registry import describe_losses
 from ..recipe import VALIDATION, VALIDATION_BASE, FinetuneConfig, finetune
@@ -24,24 +26,61 @@ from ..retrieval.evaluate import evaluate
 from ..retrieval.report import Report, compare
 from ..retrieval.run import check_trec_ids
 from ..training import runs
+from .stores import format_bytes
 
+API_OPTIONS = ("base_url", "dimensions", "too_long", "price", "max_cost", "ledger")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="folder, hub id, or name of a package with a model")
+    parser.add_argument("model", metavar="MODEL", help="folder, hub id, name of a package, or openai:MODEL")
     parser.add_argument("--device", help="cuda, cuda:1, mps, cpu [the best there is]")
     parser.add_argument("--revision", help="commit, tag or branch of a hub model")
 
 
-def _load_model(options: argparse.Namespace, **more) -> Embedder:
+def _load_model(options: argparse.Namespace, **more) -> Embedder | ApiEmbedder:
     return load_embedder(options.model, device=options.device, revision=options.revision, **more)
+
+
+def _load_encoding(options: argparse.Namespace, *, adapter: str | None = None) -> Embedder | ApiEmbedder:
+    """The model of a command with the options of `_add_encoding` and `_add_store`."""
+    given = {name: getattr(options, name) for name in API_OPTIONS if getattr(options, name) is not None}
+    dtype = DTYPES[options.dtype]
+    given |= {"max_length": options.max_length, "store": options.store, "adapter": adapter}
+    return _load_model(options, dtype=dtype, **given)
 
 
 def _add_encoding(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-length", type=int, metavar="N", help="tokens a text is cut to [the model's]")
     parser.add_argument("--dim", type=int, metavar="N", help="leading dimensions to keep [all]")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights [float32]")
+
+    api = parser.add_argument_group("openai:MODEL, a model behind an OpenAI-compatible API")
+    api.add_argument("--base-url", metavar="URL", help="of its server [OPENAI_BASE_URL, else api.openai.com]")
+    api.add_argument("--dimensions", type=int, metavar="N", help="asked of the server [all]")
+    api.add_argument("--too-long", choices=TOO_LONG, help="what becomes of texts that it does not take [refuse]")
+    api.add_argument("--price", type=float, metavar="X", help="money per million tokens")
+    api.add_argument(
+        "--max-cost", type=float, metavar="X", help="never spend more, over all runs of --ledger [no limit]"
+    )
+    api.add_argument("--ledger", metavar="FILE", help="JSONL with a line for each request and what it cost [none]")
+
+
+def _add_store(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--store", metavar="DIR", help="keep vectors here, and compute only those that it lacks")
+
+
+def _print_store(embedder: Embedder | ApiEmbedder) -> None:
+    """What came from where, and what it cost, on stderr."""
+    store = embedder.store
+    if isinstance(embedder, ApiEmbedder):
+        print(f"{embedder.endpoint.name}: {embedder.costs}", file=sys.stderr)
+    if store is not None:
+        print(
+            f"{store.folder}: {store.hits:,} texts were there, {store.misses:,} computed;"
+            f" {format_bytes(store.num_bytes())} on disk",
+            file=sys.stderr,
+        )
 
 
 def _add_loading(parser: argparse.ArgumentParser) -> None:
@@ -137,6 +176,8 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     parser.add_argument("data", metavar="DATA", help="QA JSON, BEIR folder, JSONL or CSV pairs")
     _add_encoding(parser)
+    _add_store(parser)
+    parser.add_argument("--adapter", metavar="DIR", help="have vectors go through the adapter in DIR")
     parser.add_argument("--ks", type=int, nargs="+", default=[1, 3, 5, 10], metavar="K", help="cutoffs [1 3 5 10]")
     parser.add_argument("--depth", type=int, default=100, metavar="K", help="documents retrieved a question [100]")
     parser.add_argument("--gain", choices=("binary", "graded"), default="binary", help="of nDCG [binary]")
@@ -153,33 +194,41 @@ def _evaluate(options: argparse.Namespace) -> None:
     dataset = _load_data(options.data, options, merge=not options.no_merge, split=options.split)
     if options.out:
         check_trec_ids([*dataset.queries, *dataset.corpus])
-    embedder = _load_model(options, max_length=options.max_length, dtype=DTYPES[options.dtype])
+    embedder = _load_encoding(options, adapter=options.adapter)
     report = evaluate(embedder, dataset, dim=options.dim, ks=options.ks, depth=options.depth, gain=options.gain)
     if options.out:
         report.save(options.out)
+    _print_store(embedder)
     print(json.dumps(report.metrics, indent=2) if options.json else report)
 
 
 def _add_encode(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     parser.add_argument("texts", metavar="FILE", help="a text a line; .jsonl: strings, or objects with `text`")
-    parser.add_argument(
-        "--out", required=True, metavar="FILE.npy", help="gets the vectors, [texts, dimensions] float32"
-    )
+    parser.add_argument("--out", metavar="FILE.npy", help="gets the vectors, [texts, dimensions] float32")
     parser.add_argument("--role", choices=ROLES, default="document", help="which prompt goes in front [document]")
     _add_encoding(parser)
+    _add_store(parser)
 
 
 def _encode(options: argparse.Namespace) -> None:
-    if not options.out.endswith(".npy"):
+    if not (options.out or options.store):
+        raise ValueError("nowhere to put the vectors: give --out FILE.npy, --store DIR, or both")
+    if options.out and not options.out.endswith(".npy"):
         raise ValueError(f"--out is {options.out}, expected a name that ends in .npy")
-    check_writable(Path(options.out).parent)
+    if options.out:
+        check_writable(Path(options.out).parent)
     texts = _read_texts(Path(options.texts))
-    embedder = _load_model(options, max_length=options.max_length, dtype=DTYPES[options.dtype])
-    embeddings_ND = embedder.encode(texts, role=options.role, dim=options.dim)
-    with atomic_write(options.out, "wb") as file:
-        np.save(file, embeddings_ND)
-    print(f"{options.out}: {len(texts):,} texts x {embeddings_ND.shape[1]} dimensions, float32")
+    embedder = _load_encoding(options)
+    if not options.out:
+        for start in range(0, len(texts), WINDOW_TEXTS):
+            embedder.encode(texts[start : start + WINDOW_TEXTS], role=options.role, dim=options.dim)
+    else:
+        embeddings_ND = embedder.encode(texts, role=options.role, dim=options.dim)
+        with atomic_write(options.out, "wb") as file:
+            np.save(file, embeddings_ND)
+        print(f"{options.out}: {len(texts):,} texts x {embeddings_ND.shape[1]} dimensions, float32")
+    _print_store(embedder)
 
 
 def _read_texts(path: Path) -> list[str]:
@@ -196,6 +245,11 @@ def _read_texts(path: Path) -> list[str]:
 
 def _info(options: argparse.Namespace) -> None:
     embedder = _load_model(options)
+    if isinstance(embedder, ApiEmbedder):
+        limit = embedder.endpoint.max_tokens
+        print(f"{embedder.model} behind {embedder.endpoint.server.name}: nothing is known of it but its name,")
+        print(f"and that it takes {f'{limit:,} tokens' if limit else 'as many tokens as its server says'}")
+        return
     rows = {
         "folder": embedder.source.folder,
         "family": embedder.source.config["model_type"],

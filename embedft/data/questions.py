@@ -1,36 +1,33 @@
 """Questions by a language model: asked for once, written down the moment they arrive, never paid for twice.
 
-Here: the settings, the client of the OpenAI protocol, what its answers mean, and the folder of replies that a later run
-takes up. Deliberately not here: the prompt and the parsing (prompts.py), when a request is sent and what it costs
-(sending.py), dropping bad questions (cleaning.py), questions without a language model (pseudo.py).
+Here: the settings, what a reply means, and the folder of replies that a later run takes up. Deliberately not here: the
+prompt and the parsing (prompts.py), the client (client.py), when a request is sent and what it costs (sending.py),
+dropping bad questions (cleaning.py), questions without a language model (pseudo.py).
 
     chunks, config = load_chunks("chunks.jsonl"), QuestionConfig(model="gpt-4o-mini", max_requests=1_000)
     outcome = write_questions(chunks, config, folder="questions")
     dataset = question_dataset(chunks, outcome.questions)
 """
 
-import asyncio
 import hashlib
 import json
 import math
 import re
-import time
-from collections.abc import Coroutine, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from ..client import Client, Refusal, run_to_end
 from ..config import check_types, setting
 from ..files import append_jsonl, locked, resume_jsonl
 from ..progress import progress_bar
-from ..server import Server
+from ..sending import Answer, Job, Ledger, RateLimit, Totals, now_text, price, send_all
 from .chunks import Chunk
 from .dataset import RetrievalDataset
 from .formats import check_distinct, check_text
 from .prompts import RESPONSE_FORMAT, TEMPLATE, fill_template, parse_reply
-from .sending import Answer, Job, Ledger, RateLimit, Totals, now_text, price, retry_after_seconds, send_all
 
 REPLIES, LEDGER, LOCK = "replies.jsonl", "ledger.jsonl", "lock"
 RECORD = {"request", "key", "status", "questions", "usage", "cost"}  # of a line of REPLIES: what is read back
@@ -47,18 +44,6 @@ REPLY_TOKENS_A_QUESTION = 128
 BYTES_A_TOKEN, TOKENS_A_QUESTION = 4, 32
 # A byte-level tokenizer makes at most one token of a byte; a server's chat template adds some of its own.
 TEMPLATE_TOKENS = 128
-# A server that answers so did no work that it charges for. A gateway's 502 or 504 and a 408 do not say.
-FREE_SERVER_ERRORS = (500, 503, 529)
-FREE = (0, 0)
-# Causes of a connection error after which no byte of the request had left: names, because openai picks the HTTP client.
-NEVER_SENT = ("ConnectError", "ConnectTimeout", "PoolTimeout")
-# Bad request, too large, unprocessable: about this one request, so asking again is no use.
-REFUSALS = (400, 413, 422)
-HINTS = {
-    401: " (is OPENAI_API_KEY right?)",
-    404: " (is the model's name right, and does the base URL end in /v1?)",
-}
-MAX_REASON_CHARACTERS = 300
 
 
 @dataclass(frozen=True)
@@ -172,29 +157,7 @@ def write_questions(
             of all requests (the key, the model, the quota, five refusals at the start).
     """
     coroutine = write_questions_async(chunks, config, folder=folder, template=template, base_url=base_url)
-    try:
-        run = _run_beside if asyncio.get_running_loop() else asyncio.run
-    except RuntimeError:  # there is none
-        run = asyncio.run
-    return run(coroutine)
-
-
-def _run_beside(coroutine: Coroutine[Any, Any, Outcome]) -> Outcome:
-    """Where a loop is running already, as in a notebook: in a thread with its own; an interrupt ends it there."""
-    started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task | None]] = Future()
-
-    async def main() -> Outcome:
-        started.set_result((asyncio.get_running_loop(), asyncio.current_task()))
-        return await coroutine
-
-    with ThreadPoolExecutor(1) as pool:
-        result = pool.submit(asyncio.run, main())
-        try:
-            return result.result()
-        except KeyboardInterrupt:
-            loop, task = started.result()
-            loop.call_soon_threadsafe(task.cancel)
-            raise
+    return run_to_end(coroutine)
 
 
 async def write_questions_async(
@@ -232,7 +195,7 @@ async def write_questions_async(
                 bar.set_postfix_str(f"cost {ledger.cost + ledger.open_cost:.2f}", refresh=False)
 
         with progress_bar(len(chunks), "questions", unit="chunk", initial=num_done) as bar:
-            async with asker.client:
+            async with asker.client.openai:
                 stopped = await send_all(
                     [job for key, (job, _) in jobs.items() if key not in questions],
                     asker.ask,
@@ -339,15 +302,11 @@ class _Asker:
     """The client, one request at a time: what is sent, and what an answer means."""
 
     def __init__(self, config: QuestionConfig, template: str, base_url: str | None):
-        import openai
-
-        self.openai, self.config, self.template = openai, config, template
+        self.config, self.template = config, template
         self.is_structured = config.structured != "lines"
-        self.server = Server.find(base_url)
+        self.client = Client(base_url, timeout_seconds=config.timeout_seconds)
+        self.server = self.client.server
         self.limit_name = LIMIT_NAMES[0 if self.server.is_openai else 1]
-        self.client = openai.AsyncOpenAI(
-            api_key=self.server.key, base_url=self.server.url, max_retries=0, timeout=config.timeout_seconds
-        )
 
     async def ask(self, job: Job) -> Answer:
         """Sends one request and says what came of it."""
@@ -355,40 +314,19 @@ class _Asker:
         prompt = fill_template(self.template, text=job.content, num_questions=self.config.num_questions)
         body = _body(self.config, prompt, self.limit_name, was_structured)
         # Everything goes through extra_body, so that a server's own parameters (top_k, say) are no error of the client.
-        request = self.client.chat.completions.with_raw_response.create(
+        request = self.client.openai.chat.completions.with_raw_response.create(
             model=body["model"], messages=body["messages"], extra_body=body
         )
-        try:
-            # The client's own timeout holds for each piece of a reply, this one for all of it.
-            response = await asyncio.wait_for(request, self.config.timeout_seconds)
-        except self.openai.APIStatusError as error:
-            return self._from_status(error, was_structured)
-        except (asyncio.TimeoutError, self.openai.APITimeoutError) as error:
-            usage = FREE if type(error.__cause__).__name__ in NEVER_SENT else None
-            return Answer("failed", "retry", f"no reply within {self.config.timeout_seconds:g} s", usage=usage)
-        except self.openai.APIConnectionError as error:
-            never_sent = type(error.__cause__).__name__ in NEVER_SENT
-            reason = self._line(f"no connection ({error.__cause__ or error})")
-            return Answer("failed", "retry", reason, usage=FREE if never_sent else None, suspect=never_sent)
-        return self._from_reply(response.text)
-
-    def _from_status(self, error: Any, was_structured: bool) -> Answer:
-        """An HTTP status that says no; `error` is openai's APIStatusError."""
-        status, text = error.status_code, error.response.text
-        message = error.body.get("message") if isinstance(error.body, dict) else None
-        reason = self._line(f"{status}: {message or text}")
-        is_free = (status < 500 and status != 408) or status in FREE_SERVER_ERRORS
-        usage = FREE if is_free else None
-        if status in REFUSALS:
-            if was_structured and self.config.structured == "auto" and re.search("response_format|json_schema", text):
-                self.is_structured = False
-                return Answer("failed", "again", reason, usage=usage)
-            return Answer("failed", "refused", reason, usage=usage, suspect=True)
-        is_spent = status == 429 and "insufficient_quota" in (error.code, error.type)
-        if (status < 500 and status not in (408, 409, 429)) or is_spent:
-            return Answer("failed", "stop", reason + HINTS.get(status, ""), usage=usage)
-        pause = retry_after_seconds(error.response.headers, time.time())
-        return Answer("failed", "retry", reason, usage=usage, retry_after_seconds=pause)
+        reply = await self.client.reply(request)
+        if isinstance(reply, str):
+            return self._from_reply(reply)
+        if not isinstance(reply.result, Refusal):
+            return reply
+        is_schema = re.search("response_format|json_schema", reply.result.text)
+        if was_structured and self.config.structured == "auto" and is_schema:
+            self.is_structured = False
+            return Answer("failed", "again", reply.reason, usage=reply.usage)
+        return replace(reply, result=None)
 
     def _from_reply(self, text: str) -> Answer:
         """An HTTP status that says yes, which does not mean that there are questions in it."""
@@ -398,28 +336,20 @@ class _Asker:
             message, finish = choice["message"], choice.get("finish_reason")
             content, refusal = message.get("content"), message.get("refusal")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            return Answer("failed", "retry", "the answer is no chat completion", reply=self._clean(text))
-        reply = self._clean(content) if isinstance(content, str) else None
+            return Answer("failed", "retry", "the answer is no chat completion", reply=self.client.clean(text))
+        reply = self.client.clean(content) if isinstance(content, str) else None
         invalid = partial(Answer, "invalid", "retry", reply=reply, usage=usage)
         if refusal:
-            return invalid(self._line(f"refusal: {refusal}"))
+            return invalid(self.client.line(f"refusal: {refusal}"))
         if finish == "length":
             return invalid(f"cut off at {self.config.reply_tokens:,} tokens (max_reply_tokens)", suspect=True)
         if not reply or not reply.strip():
-            return invalid(self._line(f"empty reply (finish_reason {finish})"))
+            return invalid(self.client.line(f"empty reply (finish_reason {finish})"))
         try:
             questions = parse_reply(reply, self.config.num_questions)
         except ValueError as error:
             return invalid(str(error))
         return Answer("ok", "done", result=questions, reply=reply, usage=usage)
-
-    def _clean(self, text: str) -> str:
-        """What may be stored: without the key, and as UTF-8 can hold it (JSON can spell half a surrogate pair)."""
-        return self.server.redact(text).encode("utf-8", "replace").decode()
-
-    def _line(self, text: str) -> str:
-        line = " ".join(self._clean(text).split())
-        return line if len(line) <= MAX_REASON_CHARACTERS else f"{line[:MAX_REASON_CHARACTERS]} ..."
 
 
 def _usage(reported: Any) -> tuple[int, int] | None:

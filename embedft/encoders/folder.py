@@ -9,6 +9,7 @@ Embedder made of it (loading.py).
 """
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 
 from ..files import read_json, read_object, write_json
 from . import bert
+from .adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
+from .adapter import ROLES, Adapter, Base
 from .pooling import POOLING_MODES
 from .tokenization import Tokenizer
 
@@ -28,6 +31,8 @@ TRANSFORMER_CONFIG_FILE, MODEL_CONFIG_FILE = "sentence_bert_config.json", "confi
 # The modules of modules.json that are understood, by class name and in this order.
 MODULES = ("Transformer", "Pooling", "Normalize")
 POOLING_FOLDER, NORMALIZE_FOLDER = "1_Pooling", "2_Normalize"
+# Behind them may stand an adapter: as our own files, and as a Router whose routes are queries and documents.
+ADAPTER_FOLDER, ROUTER, ROUTER_CONFIG_FILE = "adapter", "Router", "router_config.json"
 
 # Pooling mode -> its key in 1_Pooling/config.json of sentence-transformers before 6.
 LEGACY_POOLING_KEYS = {
@@ -74,7 +79,10 @@ def read_optional(path: Path) -> dict[str, Any]:
 
 
 def read_modules(folder: Path) -> dict[str, str]:
-    """{module's class name: its subfolder} of modules.json; a Hugging Face folder has none and gets mean pooling."""
+    """{module's class name: its subfolder} of modules.json; a Hugging Face folder has none and gets mean pooling.
+
+    A Router, with what stands behind it, is left out when it is that of an adapter, which is read from its own folder.
+    """
     if not folder.joinpath(MODULES_FILE).is_file():
         return {}
     modules = {}
@@ -82,6 +90,8 @@ def read_modules(folder: Path) -> dict[str, str]:
         if not isinstance(module, dict) or not {"type", "path"} <= module.keys():
             raise ValueError(f'{folder / MODULES_FILE}: a module is {module!r}, expected an object with "type", "path"')
         kind = module["type"].rsplit(".", 1)[-1]
+        if kind == ROUTER and (folder / ADAPTER_FOLDER / ADAPTER_CONFIG_FILE).is_file():
+            break
         if kind in modules:
             raise ValueError(f"{folder / MODULES_FILE}: two modules are a {kind}, expected one")
         modules[kind] = module["path"]
@@ -208,13 +218,17 @@ def write_folder(
     similarity: str,
     normalize: bool,
     truncate_dim: int | None,
+    adapter: Adapter | None = None,
+    base: Base | None = None,
 ) -> None:
-    """Writes a model in the sentence-transformers layout, each file atomically; see `Embedder.save`."""
+    """Writes a model in the sentence-transformers layout, each file atomically; see `Embedder.save`.
+
+    Raises `ValueError`, before anything is written, for an adapter that Dense modules cannot hold.
+    """
+    dense = {} if adapter is None else {role: part and part.dense() for role, part in _maps(adapter).items()}
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {**checkpoint_tensors(encoder, source.family), **source.carried}
-    temporary = folder / f".{WEIGHTS_FILE}.tmp"
-    save_file({name: tensor.clone() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
-    os.replace(temporary, folder / WEIGHTS_FILE)
+    _write_tensors(folder / WEIGHTS_FILE, tensors)
     # transformers loads in the type that config.json names, so the name has to be that of the weights.
     dtype = str(next(encoder.parameters()).dtype).removeprefix("torch.")
     write_json(folder / CONFIG_FILE, {**source.config, "torch_dtype": dtype, "dtype": dtype})
@@ -243,11 +257,69 @@ def write_folder(
             "truncate_dim": truncate_dim,
         },
     )
-    paths = ("", POOLING_FOLDER, NORMALIZE_FOLDER) if normalize else ("", POOLING_FOLDER)
+    modules = list(MODULES if normalize else MODULES[:2])
+    if adapter is None:
+        # A folder that is written again may have one, of a model that had an adapter.
+        if (folder / ADAPTER_FOLDER / ADAPTER_CONFIG_FILE).is_file():
+            shutil.rmtree(folder / ADAPTER_FOLDER)
+    else:
+        adapter.save(folder / ADAPTER_FOLDER, base=base)
+        _write_router(folder / f"{len(modules)}_{ROUTER}", dense)
+        modules += [ROUTER, *modules[2:]]
     write_json(
         folder / MODULES_FILE,
         [
-            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{MODULES[i]}"}
-            for i, path in enumerate(paths)
+            {
+                "idx": i,
+                "name": str(i),
+                "path": f"{i}_{module}" if i else "",
+                "type": f"sentence_transformers.models.{module}",
+            }
+            for i, module in enumerate(modules)
         ],
     )
+
+
+def _maps(adapter: Adapter) -> dict[str, Any]:
+    return {role: adapter.map_of(role) for role in ROLES}
+
+
+def _write_router(folder: Path, dense: dict[str, tuple[Tensor, Tensor | None] | None]) -> None:
+    """A Router with a route a role: a Dense module without activation, or nothing where there is no map.
+
+    `encode` of sentence-transformers, which knows no role, takes the documents' route.
+    """
+    types, structure = {}, {}
+    for role, layer in dense.items():
+        structure[role] = [] if layer is None else [f"{role}_0_Dense"]
+        if layer is None:
+            continue
+        weight, bias = layer
+        (name,) = structure[role]
+        types[name] = "sentence_transformers.models.Dense"
+        write_json(
+            folder / name / CONFIG_FILE,
+            {
+                "in_features": weight.shape[1],
+                "out_features": weight.shape[0],
+                "bias": bias is not None,
+                "activation_function": "torch.nn.modules.linear.Identity",
+            },
+        )
+        tensors = {"linear.weight": weight} if bias is None else {"linear.weight": weight, "linear.bias": bias}
+        _write_tensors(folder / name / WEIGHTS_FILE, tensors)
+    write_json(
+        folder / ROUTER_CONFIG_FILE,
+        {
+            "types": types,
+            "structure": structure,
+            "parameters": {"default_route": "document", "allow_empty_key": True},
+        },
+    )
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    # A copy of each, for the file holds no tensor that shares memory with another.
+    save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
+    os.replace(temporary, path)

@@ -9,14 +9,18 @@ The files themselves are read and written in folder.py.
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ..device import default_device, find_device
 from ..files import sha256_file
+from .adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
+from .adapter import WEIGHTS_FILE as ADAPTER_WEIGHTS_FILE
+from .adapter import Adapter
 from .embedder import Embedder
 from .folder import (
+    ADAPTER_FOLDER,
     CONFIG_FILE,
     MODEL_CONFIG_FILE,
     MODULES_FILE,
@@ -30,12 +34,18 @@ from .folder import (
     read_optional,
     read_pooling,
 )
+from .openai_api import ApiEmbedder
+from .store import Store
 from .tokenization import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 
 # All that is ever downloaded: weights as safetensors, and small JSON files.
 HUB_FILES = [CONFIG_FILE, WEIGHTS_FILE, MODULES_FILE, TRANSFORMER_CONFIG_FILE, MODEL_CONFIG_FILE,
              TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, "*_Pooling/config.json",
-             "0_*/*.json", "0_*/model.safetensors"]  # fmt: skip
+             "0_*/*.json", "0_*/model.safetensors",
+             f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG_FILE}", f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS_FILE}"]  # fmt: skip
+
+
+API_PREFIX = "openai:"
 
 
 class Package(NamedTuple):
@@ -61,8 +71,11 @@ def load_embedder(
     max_length: int | None = None,
     revision: str | None = None,
     prompts: Mapping[str, str] | None = None,
-) -> Embedder:
-    """An Embedder from a folder, the Hugging Face hub, or an installed package.
+    store: str | Path | Store | None = None,
+    adapter: str | Path | Adapter | None = None,
+    **options: Any,
+) -> Embedder | ApiEmbedder:
+    """An Embedder from a folder, the Hugging Face hub, or an installed package; of "openai:MODEL" an ApiEmbedder.
 
     Args:
         name: a folder (Hugging Face or sentence-transformers layout), a hub id, or the name of a package of `PACKAGES`.
@@ -72,10 +85,28 @@ def load_embedder(
         max_length: tokens a text is cut to; None: as the folder says.
         revision: commit, tag or branch on the hub; None: the default branch.
         prompts: {"query": ..., "document": ...}, in place of the folder's.
+        store: a folder, or the Store of one, that keeps vectors: `encode` computes what it does not hold.
+        adapter: a folder with one, or the Adapter itself, that vectors go through; None: the one saved with the model,
+            if there is one.
+        options: for "openai:MODEL" alone, which has no use for device, dtype, max_length and revision: base_url, price,
+            max_cost and the others of `Endpoint`.
 
     Raises:
-        ValueError: anything the folder lacks or has too much of, named.
+        ValueError: anything the folder lacks or has too much of, named; an argument that the model has no use for.
     """
+    store = store if store is None or isinstance(store, Store) else Store(store)
+    if str(name).startswith(API_PREFIX):
+        useless = {"device": device, "max_length": max_length, "revision": revision}
+        useless["dtype"] = None if dtype == torch.float32 else dtype
+        for argument, value in useless.items():
+            if value is not None:
+                raise ValueError(f"{name}: {argument} does not apply to a model behind an API")
+        api = ApiEmbedder(str(name).removeprefix(API_PREFIX), prompts=prompts, store=store, **options)
+        if adapter is not None:
+            api.attach(adapter if isinstance(adapter, Adapter) else Adapter.load(adapter))
+        return api
+    if options:
+        raise ValueError(f"{name}: {', '.join(options)}: only for a model behind an API, {API_PREFIX}MODEL")
     device = default_device() if device is None else find_device(str(device))
     folder = find_folder(str(name), revision=revision)
     modules = read_modules(folder)
@@ -101,7 +132,17 @@ def load_embedder(
         )
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
-    return embedder.to(device).eval()
+    embedder.store = store
+    own = folder / ADAPTER_FOLDER
+    if adapter is None and (own / ADAPTER_CONFIG_FILE).is_file():
+        adapter = Adapter.load(own)
+        if (max_length, prompts, dtype) != (None, None, torch.float32):
+            # Asked to be other than it was fitted on.
+            adapter.base = embedder.base()
+    embedder = embedder.to(device).eval()
+    if adapter is not None:
+        embedder.attach(adapter if isinstance(adapter, Adapter) else Adapter.load(adapter))
+    return embedder
 
 
 class Reading(NamedTuple):

@@ -1,7 +1,7 @@
 """Sending many paid requests: rate limits, retries, and a ledger that no killed process can cheat.
 
 Here: when a request may be sent, when it is tried again, what it may cost and what it did. Deliberately not here: what
-is asked, of whom, and what a good reply is (questions.py); no line of this depends on a client or a protocol.
+is asked, of whom, and what a good reply is (client.py and those who use it); no line of this depends on a protocol.
 
     ledger = Ledger("out/ledger.jsonl", prices=(0.15, 0.60), max_cost=5.0)
     ledger.settle(ledger.reserve(job), (812, 64))
@@ -22,7 +22,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
-from ..files import append_jsonl, resume_jsonl
+from .files import append_jsonl, resume_jsonl
 
 MILLION = 1_000_000
 WINDOW_SECONDS = 60.0
@@ -93,7 +93,8 @@ class Ledger:
     Amounts are decimal, so 0.1 + 0.2 is 0.3 and a limit is met to the last digit.
 
     Args:
-        path: ledger.jsonl; its lines are read back and new ones are appended.
+        path: ledger.jsonl; its lines are read back and new ones are appended. A line with `usage` is an outcome, where
+            these have no file of their own. None: nothing is on disk, and the limits are those of one process.
         outcomes: of earlier runs, records with `request`, `usage` and `cost` as `settle` was told and returned.
         prices: money per million tokens of prompts and of replies; requests of earlier runs keep the price they had.
         max_requests, max_cost: over all runs of the ledger.
@@ -104,20 +105,24 @@ class Ledger:
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | None,
         outcomes: Iterable[Mapping[str, Any]] = (),
         *,
         prices: tuple[float, float] | None = None,
         max_requests: int | None = None,
         max_cost: float | None = None,
     ):
-        self.path, self.prices, self.max_requests = Path(path), prices, max_requests
+        self.path, self.prices, self.max_requests = None if path is None else Path(path), prices, max_requests
         self.max_cost = None if max_cost is None else _decimal(max_cost)
         self.num_requests = self.last = self.prompt_tokens = self.completion_tokens = 0
         self.cost = self.open_cost = Decimal(0)
         self.open: dict[int, Decimal] = {}
-        for number, record in enumerate(resume_jsonl(self.path), start=1):
+        records = [] if self.path is None else resume_jsonl(self.path)
+        for number, record in enumerate(records, start=1):
             try:
+                if "usage" in record:
+                    self._settle_as_before(record)
+                    continue
                 tokens, cost = (record["most_prompt_tokens"], record["most_reply_tokens"]), record["most_cost"]
                 self._open(record["request"], self._price(*tokens) if cost is None else _decimal(cost))
             except KeyError as error:
@@ -125,9 +130,7 @@ class Ledger:
             except (TypeError, ValueError, ArithmeticError):
                 raise ValueError(f"{self.path} line {number}: has a field of another kind, is it a ledger?") from None
         for record in outcomes:
-            usage = record["usage"]
-            tokens = None if usage is None else (usage["prompt_tokens"], usage["completion_tokens"])
-            self.settle(record["request"], tokens, cost=record["cost"])
+            self._settle_as_before(record)
 
     def full(self, job: Job) -> str | None:
         """The limit that leaves no room for a request of `job`, as in "--max-cost 5.00"; None when there is room."""
@@ -150,7 +153,8 @@ class Ledger:
             "most_cost": None if self.prices is None else float(cost),
             "time": now_text(),
         }
-        append_jsonl(self.path, record)
+        if self.path is not None:
+            append_jsonl(self.path, record)
         self._open(self.last + 1, cost)
         return self.last
 
@@ -175,6 +179,11 @@ class Ledger:
         """All runs so far."""
         costs = (None, None) if self.prices is None else (float(self.cost), float(self.open_cost))
         return Totals(self.num_requests, self.prompt_tokens, self.completion_tokens, len(self.open), *costs)
+
+    def _settle_as_before(self, record: Mapping[str, Any]) -> None:
+        usage = record["usage"]
+        tokens = None if usage is None else (usage["prompt_tokens"], usage["completion_tokens"])
+        self.settle(record["request"], tokens, cost=record["cost"])
 
     def _open(self, number: int, cost: Decimal) -> None:
         self.open[number] = cost

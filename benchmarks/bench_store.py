@@ -1,0 +1,174 @@
+"""What a store costs: encoding texts of which a tenth is new against encoding that tenth alone; opening a large one.
+
+The texts are sentences of about ten tokens, made from a seed; with shorter texts, which are sooner encoded, the store
+weighs more. Vectors through the store and without it are asserted to agree to 1e-5 before any time is taken.
+
+    python -m benchmarks.bench_store --rounds 5
+"""
+
+import argparse
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from embedft import load_embedder
+from embedft.encoders.store import Space, Store
+from experiments.commandline import make_parser, run
+from experiments.report import format_table
+
+from .workers import Worker, machine, ratios, spread
+
+TOLERANCE, LIMIT = 1e-5, 1.15
+NEW_SHARE = 0.1
+WORDS = (
+    "the of a limit order fee revenue rider driver year market price growth question answer city trip cost share "
+    "report risk stock cash loss plan platform service quarter result period agreement"
+)
+DIM, NUM_LOOKED_UP = 384, 1000
+LARGE = Space("0" * 64, DIM, {"model": "random numbers"})
+
+
+class ThroughStore:
+    """Encodes all texts, of which a store holds all but the new ones."""
+
+    def __init__(self, model: str, texts: Sequence[str], num_new: int, folder: str):
+        self.embedder, self.texts = load_embedder(model, device="cpu"), texts
+        self.full, self.used = Path(folder, "full"), Path(folder, "used")
+        self.embedder.store = Store(self.full)
+        self.embedder.encode(texts[num_new:], progress=False)
+
+    def reset(self) -> None:
+        shutil.rmtree(self.used, ignore_errors=True)
+        shutil.copytree(self.full, self.used)
+
+    def encode(self) -> None:
+        self.embedder.store = Store(self.used)
+        self.embeddings = self.embedder.encode(self.texts, progress=False)
+
+    def result(self) -> tuple[np.ndarray, int]:
+        return self.embeddings, self.embedder.store.misses
+
+
+class Alone:
+    """Encodes the new texts, and keeps nothing."""
+
+    def __init__(self, model: str, texts: Sequence[str], num_new: int):
+        self.embedder, self.texts, self.num_new = load_embedder(model, device="cpu"), texts, num_new
+
+    def encode(self) -> None:
+        self.embedder.encode(self.texts[: self.num_new], progress=False)
+
+    def all(self) -> np.ndarray:
+        return self.embedder.encode(self.texts, progress=False)
+
+
+class Opened:
+    """Opens a large store, and looks texts up in it."""
+
+    def __init__(self, folder: str, num_rows: int):
+        self.folder = folder
+        self.texts = [f"text {row}" for row in random.Random(0).sample(range(num_rows), min(NUM_LOOKED_UP, num_rows))]
+
+    def open(self) -> None:
+        self.store = Store(self.folder)
+        self.store.open(LARGE)
+
+    def look_up(self) -> None:
+        rows_N = self.store.rows(LARGE, self.texts)
+        self.vectors_ND = self.store.read(LARGE, rows_N)
+
+    def result(self) -> tuple[np.ndarray, list[str]]:
+        return self.vectors_ND, self.texts
+
+    def anonymous_bytes(self) -> int:
+        """Memory of this process that is no file's (Linux)."""
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+
+
+def make_texts(number: int) -> list[str]:
+    generator, words = random.Random(0), WORDS.split()
+    texts: dict[str, None] = {}
+    while len(texts) < number:
+        texts[" ".join(generator.choices(words, k=generator.randint(6, 10)))] = None
+    return list(texts)
+
+
+def large_vectors(texts: Sequence[str]) -> np.ndarray:
+    """Of "text 17": row 17 of a sawtooth, so that any of them can be checked."""
+    numbers_N1 = np.array([[int(text.split()[1])] for text in texts])
+    return ((numbers_N1 * 31 + np.arange(DIM)) % 1009).astype(np.float32)
+
+
+def a_tenth_is_new(options: argparse.Namespace, folder: str) -> float:
+    """Prints a table, and gives the ratio of the medians."""
+    texts, num_new = make_texts(options.texts), max(1, round(options.texts * NEW_SHARE))
+    random.Random(1).shuffle(texts)
+    store = Worker(ThroughStore, options.base, texts, num_new, folder)
+    alone = Worker(Alone, options.base, texts, num_new)
+    store.call("reset")
+    store.call("encode")  # warms up as well
+    embeddings_ND, num_computed = store.call("result")
+    difference = float(np.abs(embeddings_ND - alone.call("all")).max())
+    if num_computed != num_new or not difference <= TOLERANCE:
+        raise ValueError(
+            f"{num_computed} texts were computed, expected {num_new}; the embeddings differ by {difference:.1e},"
+            f" expected at most {TOLERANCE:.0e}"
+        )
+    seconds: dict[str, list[float]] = {"store": [], "alone": []}
+    for _ in range(options.rounds):
+        store.call("reset")
+        for name, worker in (("store", store), ("alone", alone)):
+            worker.call("encode")
+            seconds[name].append(worker.seconds)
+    times = ratios(seconds["store"], seconds["alone"])
+    header = ["texts", "new", "largest difference", "all through the store, s", "the new alone, s", "store / alone"]
+    row = [f"{len(texts):,}", f"{num_new:,}", f"{difference:.1e}", *map(spread, seconds.values()), spread(times, 3)]
+    print(format_table(header, [row]))
+    store.close()
+    alone.close()
+    return float(np.median(times))
+
+
+def a_large_store(options: argparse.Namespace, folder: str) -> None:
+    start = time.perf_counter()
+    Store(folder).fill(LARGE, [f"text {row}" for row in range(options.rows)], large_vectors)
+    written = time.perf_counter() - start
+    opened, looked_up, again, memory = [], [], [], []
+    for _ in range(options.rounds):
+        worker = Worker(Opened, folder, options.rows)  # each a process of its own, that knows nothing of the store
+        before = worker.call("anonymous_bytes")
+        for method, seconds in (("open", opened), ("look_up", looked_up), ("look_up", again)):
+            worker.call(method)
+            seconds.append(worker.seconds)
+        memory.append((worker.call("anonymous_bytes") - before) / 2**20)
+        vectors_ND, texts = worker.call("result")
+        if not np.array_equal(vectors_ND, large_vectors(texts)):
+            raise ValueError("the vectors that were looked up are not those that were stored")
+        worker.close()
+    header = ["rows", "written, s", "opened, s", f"first {len(texts):,} texts, s", "again, s", "anonymous memory, MiB"]
+    times = (spread(seconds, 4) for seconds in (opened, looked_up, again))
+    print(format_table(header, [[f"{options.rows:,} x {DIM}", f"{written:.1f}", *times, spread(memory, 1)]]))
+
+
+def main(options: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        a_large_store(options, str(Path(folder, "large")))
+        print()
+        ratio = a_tenth_is_new(options, folder)
+    print(f"\nmedian [least, most] of {options.rounds} alternations, or processes; {options.base}; {machine()};")
+    print(f"files in the page cache; {ratio:.3f} is to be under {LIMIT}")
+
+
+if __name__ == "__main__":
+    parser = make_parser("benchmarks.bench_store", __doc__)
+    parser.add_argument("--texts", type=int, default=100_000, help="texts, of which a tenth is new [100000]")
+    parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the large store [1000000]")
+    parser.add_argument("--rounds", type=int, default=5, help="counted alternations [5]")
+    parser.add_argument("--folder", metavar="DIR", help="where the stores are put for the time [the system's]")
+    run(main, parser)

@@ -1,0 +1,299 @@
+"""Small maps on embeddings, for queries, for documents or for both: they improve a model without running it again.
+
+A map starts at the identity, so that training starts at the base. A query-side adapter leaves the documents' vectors
+as they are: nothing has to be embedded or indexed again, and the base may be any model, an API's too. Not here: the
+maps (maps.py), fitting (training/fit_adapter.py), and the vectors themselves (embedder.py, store.py).
+
+    adapter = Adapter(query=Linear(384))
+    adapter(queries_ND, role="query"), adapter(documents_MD, role="document")
+    adapter.save("adapter"); adapter = Adapter.load("adapter")
+
+Shapes: N vectors, D features in, E features out.
+"""
+
+import io
+import pickle
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from ..files import atomic_write, read_object, sha256_file, write_json
+from .maps import Linear, LowRank, Map, TwoLayer, build_map
+
+ROLES = ("query", "document")
+SIDES = ("query", "document", "both", "shared")
+CONFIG_FILE, WEIGHTS_FILE, FORMAT_VERSION = "adapter.json", "adapter.safetensors", 1
+LLAMAINDEX_CONFIG, LLAMAINDEX_WEIGHTS = "config.json", "pytorch_model.bin"
+FORMATS = ("embedft", "llamaindex")
+# Rows that `Adapter.transform` maps at a time: bounds what it holds beside its result.
+ROWS_AT_A_TIME = 16_384
+
+
+class Base(NamedTuple):
+    """The model whose vectors an adapter was fitted on."""
+
+    name: str
+    dim: int
+    fingerprints: dict[str, str]  # {role: SHA-256 of all that its vectors depend on besides the text}
+
+
+class Adapter(nn.Module):
+    """Maps on the vectors of queries and of documents; None: they pass as they are.
+
+    Args:
+        query, document: the same object for both is one shared map.
+        base: the model whose vectors they are for; None: not known.
+        normalize: `transform` gives vectors of length one, as models whose similarity is the cosine do.
+
+    Raises:
+        ValueError: no map at all, or maps whose outputs cannot be compared, such as queries of 128 features with
+            documents that keep their 384.
+    """
+
+    def __init__(
+        self,
+        query: Map | None = None,
+        document: Map | None = None,
+        *,
+        base: Base | None = None,
+        normalize: bool = True,
+    ):
+        super().__init__()
+        if query is None and document is None:
+            raise ValueError("an adapter without a map: expected one for queries, for documents or for both")
+        self.query, self.document, self.base, self.normalize = query, document, base, normalize
+        # What `fit_adapter` says of its work.
+        self.history: list[dict[str, Any]] = []
+        self.costs: dict[str, Any] = {}
+        some = query or document
+        self.in_features, self.out_features = some.in_features, some.out_features
+        for role, other in (("document", document), ("query", query)):
+            if other is None and self.in_features != self.out_features:
+                raise ValueError(
+                    f"the map makes {self.out_features} of {self.in_features} features, but a {role} has none and "
+                    f"keeps its {self.in_features}: expected a map of its own, or a shared one"
+                )
+        if query is not None and document is not None:
+            sizes = [(part.in_features, part.out_features) for part in (query, document)]
+            if sizes[0] != sizes[1]:
+                raise ValueError(f"features in and out are {sizes[0]} of queries and {sizes[1]} of documents")
+        if base is not None and base.dim != self.in_features:
+            raise ValueError(f"the base {base.name} has {base.dim} features, the adapter takes {self.in_features}")
+
+    @property
+    def side(self) -> str:
+        """ "query", "document", "both" (two maps) or "shared" (one)."""
+        if self.query is None or self.document is None:
+            return "document" if self.query is None else "query"
+        return "shared" if self.query is self.document else "both"
+
+    def map_of(self, role: str) -> Map | None:
+        """The map of a role; None: vectors pass as they are."""
+        if role not in ROLES:
+            raise ValueError(f"role is {role!r}, expected one of {', '.join(ROLES)}")
+        return self.query if role == "query" else self.document
+
+    def maps(self) -> list[Map]:
+        """The maps there are, a shared one once."""
+        return list(dict.fromkeys(part for part in (self.query, self.document) if part is not None))
+
+    def forward(self, x_ND: Tensor, role: str = "query") -> Tensor:
+        """The mapped vectors, [N, E]; float32 and float64 stay so. Nothing is normalised. With gradient."""
+        part = self.map_of(role)
+        if x_ND.ndim != 2 or x_ND.shape[1] != self.in_features:
+            raise ValueError(f"vectors are {list(x_ND.shape)}, the adapter takes [N, {self.in_features}]")
+        return x_ND if part is None else part(x_ND)
+
+    def departure(self) -> Tensor:
+        """How far the maps are from the identity: the sum of what theirs say. A scalar, with gradient."""
+        return sum(part.departure() for part in self.maps())
+
+    def transform(self, embeddings_ND: np.ndarray, role: str = "query") -> np.ndarray:
+        """The mapped vectors of an array, [N, E] float32, a slice at a time; unit rows with `normalize`."""
+        if embeddings_ND.ndim != 2:
+            raise ValueError(f"vectors are {list(embeddings_ND.shape)}, the adapter takes [N, {self.in_features}]")
+        mapped_NE = np.empty((len(embeddings_ND), self.out_features), dtype=np.float32)
+        device = next(self.parameters()).device
+        with torch.inference_mode():
+            for first in range(0, max(1, len(embeddings_ND)), ROWS_AT_A_TIME):
+                rows = slice(first, first + ROWS_AT_A_TIME)
+                part_ND = torch.from_numpy(np.array(embeddings_ND[rows], dtype=np.float32)).to(device)
+                part_NE = self(part_ND, role)
+                mapped_NE[rows] = (F.normalize(part_NE, dim=1) if self.normalize else part_NE).cpu().numpy()
+        return mapped_NE
+
+    def check_base(self, base: Base) -> None:
+        """Raises `ValueError` unless the adapter is for the vectors of `base`; warns when it does not say whose."""
+        if base.dim != self.in_features:
+            raise ValueError(f"the adapter takes {self.in_features} features, {base.name} has {base.dim}")
+        if self.base is None or not self.base.fingerprints:
+            warnings.warn(f"the adapter does not say which model it is for; used with {base.name}", stacklevel=2)
+            return
+        for role, found in base.fingerprints.items():
+            expected = self.base.fingerprints.get(role)
+            if expected is not None and expected != found:
+                raise ValueError(
+                    f"the adapter is for {self.base.name} ({role} {expected[:12]}), this is {base.name} "
+                    f"({role} {found[:12]}): other weights, lengths or prompts"
+                )
+
+    def save(self, folder: str | Path, *, format: str = "embedft", base: Base | None = None) -> None:
+        """Writes the adapter to a folder, each file atomically, adapter.json last; nothing is pickled but by request.
+
+        Args:
+            format: "embedft" (adapter.safetensors, adapter.json), or "llamaindex" (config.json, pytorch_model.bin),
+                which holds a linear or two-layer map of queries and says nothing of the base.
+            base: to note in place of the adapter's own.
+
+        Raises:
+            ValueError: an unknown format, or one that cannot hold this adapter.
+        """
+        if format not in FORMATS:
+            raise ValueError(f"format is {format!r}, expected one of {', '.join(FORMATS)}")
+        folder = Path(folder)
+        if format == "llamaindex":
+            config, tensors = _to_llamaindex(self)
+            buffer = io.BytesIO()
+            torch.save(tensors, buffer)
+            with atomic_write(folder / LLAMAINDEX_WEIGHTS, "wb") as file:
+                file.write(buffer.getvalue())
+            return write_json(folder / LLAMAINDEX_CONFIG, config)
+        skipped = "document." if self.side == "shared" else " "
+        tensors = {n: t.cpu().contiguous() for n, t in self.state_dict().items() if not n.startswith(skipped)}
+        with atomic_write(folder / WEIGHTS_FILE, "wb") as file:
+            file.write(save(tensors))
+        maps = {role: self.map_of(role) for role in ROLES}
+        write_json(
+            folder / CONFIG_FILE,
+            {
+                "format_version": FORMAT_VERSION,
+                "side": self.side,
+                **{role: part and {"kind": part.kind, **part.settings()} for role, part in maps.items()},
+                "normalize": self.normalize,
+                "base": base._asdict() if (base := base or self.base) else None,
+                "weights_sha256": sha256_file(folder / WEIGHTS_FILE),
+            },
+        )
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Adapter":
+        """The adapter in a folder, in either format of `save`; a pickle is read as plain tensors only.
+
+        Raises:
+            ValueError: no adapter there, or not a whole one, naming the file.
+        """
+        folder = Path(folder)
+        if (folder / CONFIG_FILE).is_file():
+            return _load(folder)
+        if (folder / LLAMAINDEX_CONFIG).is_file() and (folder / LLAMAINDEX_WEIGHTS).is_file():
+            return _from_llamaindex(folder)
+        raise ValueError(
+            f"{folder}: no adapter, expected {CONFIG_FILE} and {WEIGHTS_FILE}, "
+            f"or LlamaIndex's {LLAMAINDEX_CONFIG} and {LLAMAINDEX_WEIGHTS}"
+        )
+
+
+def _load(folder: Path) -> Adapter:
+    path, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    config = read_object(path)
+    if config.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{path}: format_version is {config.get('format_version')!r}, expected {FORMAT_VERSION}")
+    if not weights.is_file():
+        raise ValueError(f"{folder}: no {WEIGHTS_FILE}")
+    if sha256_file(weights) != config.get("weights_sha256"):
+        raise ValueError(f"{weights}: cut off, or of another adapter (its SHA-256 is not the one in {CONFIG_FILE})")
+    maps: dict[str, Map | None] = {}
+    try:
+        for role in ROLES:
+            maps[role] = None if config[role] is None else build_map(**config[role])
+        if config["side"] == "shared":
+            maps["document"] = maps["query"]
+        base = None if config["base"] is None else Base(**config["base"])
+        adapter = Adapter(**maps, base=base, normalize=config["normalize"])
+        tensors = load(weights.read_bytes())
+    except KeyError as error:
+        raise ValueError(f"{path}: no {error}") from None
+    except (ValueError, TypeError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    if adapter.side == "shared":
+        tensors |= {f"document.{name.partition('.')[2]}": tensor for name, tensor in tensors.items()}
+    return _filled(adapter, tensors, weights)
+
+
+def _filled(adapter: Adapter, tensors: Mapping[str, Tensor], path: Path) -> Adapter:
+    """The adapter with the tensors in place of its own. Raises `ValueError` naming one that does not fit."""
+    own = adapter.state_dict()
+    for name in sorted(own.keys() | tensors.keys()):
+        found, wanted = (list(part[name].shape) if name in part else "missing" for part in (tensors, own))
+        if found != wanted:
+            raise ValueError(f"{path}: {name} is {found}, expected {wanted if name in own else 'no such tensor'}")
+        if not tensors[name].isfinite().all():
+            raise ValueError(f"{path}: {name} has values that are not finite")
+    adapter.load_state_dict(tensors)
+    return adapter.eval()
+
+
+# LlamaIndex's name of a tensor -> ours, of a linear map and of one with two layers.
+LLAMAINDEX_LINEAR = {"linear.weight": "weight", "linear.bias": "bias"}
+LLAMAINDEX_TWO_LAYER = {
+    "linear1.weight": "weight1",
+    "linear1.bias": "bias1",
+    "linear2.weight": "weight2",
+    "linear2.bias": "bias2",
+    "residual_weight": "scale",
+}
+
+
+def _to_llamaindex(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    part = adapter.query
+    if adapter.side != "query" or isinstance(part, LowRank):
+        kind = part.kind if part is not None else adapter.document.kind
+        raise ValueError(f"the format 'llamaindex' holds a linear or two-layer map of queries, this is {kind} for "
+                         f"{adapter.side}")  # fmt: skip
+    config = {"in_features": part.in_features, "out_features": part.out_features, "bias": part.settings()["bias"]}
+    names = LLAMAINDEX_LINEAR if isinstance(part, Linear) else LLAMAINDEX_TWO_LAYER
+    state = {name: tensor.cpu().clone() for name, tensor in part.state_dict().items()}
+    if isinstance(part, TwoLayer):
+        config |= {"hidden_features": part.hidden, "activation_fn_str": part.activation, "add_residual": part.residual}
+        state.setdefault("scale", torch.zeros(1))  # theirs is always there
+    return config, {theirs: state[ours] for theirs, ours in names.items() if ours in state}
+
+
+def _from_llamaindex(folder: Path) -> Adapter:
+    path, weights = folder / LLAMAINDEX_CONFIG, folder / LLAMAINDEX_WEIGHTS
+    config = read_object(path)
+    two_layers = "hidden_features" in config
+    # Before it is opened: what is no archive at all can fail to be read in any way.
+    if not zipfile.is_zipfile(weights):
+        raise ValueError(f"{weights}: not a whole file of plain tensors")
+    try:
+        tensors = torch.load(weights, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError):
+        raise ValueError(f"{weights}: not a whole file of plain tensors") from None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{weights}: holds something else than tensors by name")
+    options = {}
+    try:
+        if two_layers:
+            options = {"hidden": config["hidden_features"], "activation": config["activation_fn_str"]}
+            options["residual"] = config["add_residual"]
+        kind = "two_layer" if two_layers else "linear"
+        part = build_map(kind, config["in_features"], config["out_features"], bias=config["bias"], **options)
+        adapter = Adapter(part)
+    except KeyError as error:
+        raise ValueError(f"{path}: no {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    names = LLAMAINDEX_TWO_LAYER if two_layers else LLAMAINDEX_LINEAR
+    if two_layers and not part.residual:
+        tensors.pop("residual_weight", None)
+    return _filled(adapter, {f"query.{names.get(name, name)}": tensor for name, tensor in tensors.items()}, weights)

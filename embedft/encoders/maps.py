@@ -1,0 +1,198 @@
+"""Maps from vectors to vectors that start at the identity: the parts of an adapter.
+
+    part = build_map("low_rank", 384, rank=16)
+    part(x_ND)                # [N, 384], x itself until it is trained
+    part.departure()          # how far it is from the identity
+
+Not here: whose vectors they map, and their files (adapter.py).
+
+Shapes: N vectors, D features in, E features out, R rank, H hidden features.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "leaky_relu": F.leaky_relu,
+    "elu": F.elu,
+    "selu": F.selu,
+}
+
+
+class Linear(nn.Module):
+    """W x + b. W [E, D] starts as the identity, with E other than D as the first E rows or columns of it; b as 0."""
+
+    kind = "linear"
+
+    def __init__(self, in_features: int, out_features: int | None = None, *, bias: bool = True):
+        super().__init__()
+        self.in_features, self.out_features = _sizes(in_features=in_features, out_features=out_features or in_features)
+        self.weight = nn.Parameter(torch.eye(self.out_features, self.in_features))
+        self.bias = nn.Parameter(torch.zeros(self.out_features)) if bias else None
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        return _linear(x_ND, self.weight, self.bias)
+
+    def departure(self) -> Tensor:
+        """(||W - I||^2 + ||b||^2) / E, a scalar: how far the map is from the identity."""
+        away = self.weight - torch.eye(*self.weight.shape, dtype=self.weight.dtype, device=self.weight.device)
+        return (away.square().sum() + _square(self.bias)) / self.out_features
+
+    def settings(self) -> dict[str, Any]:
+        """What `build_map` makes an untrained one from."""
+        return {"in_features": self.in_features, "out_features": self.out_features, "bias": self.bias is not None}
+
+    def dense(self) -> tuple[Tensor, Tensor | None]:
+        """(W, b) of the same map."""
+        return self.weight.detach(), None if self.bias is None else self.bias.detach()
+
+
+class LowRank(nn.Module):
+    """x + U V x + b, with U [E, R] and V [R, D]; x is cut, or filled with zeros, to E features.
+
+    U and b start as 0, V as normal numbers of variance 1 / D.
+
+    Source: Hu et al. 2022 (LoRA), section 4.1.
+    """
+
+    kind = "low_rank"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int | None = None,
+        *,
+        rank: int,
+        bias: bool = True,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        self.in_features, self.out_features, self.rank = _sizes(
+            in_features=in_features, out_features=out_features or in_features, rank=rank
+        )
+        self.up = nn.Parameter(torch.zeros(self.out_features, rank))
+        self.down = nn.Parameter(torch.randn(rank, in_features, generator=generator) / math.sqrt(in_features))
+        self.bias = nn.Parameter(torch.zeros(self.out_features)) if bias else None
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        return _resized(x_ND, self.out_features) + _linear(_linear(x_ND, self.down), self.up, self.bias)
+
+    def departure(self) -> Tensor:
+        """(||U V||^2 + ||b||^2) / E."""
+        # The trace of V^T U^T U V, without U V.
+        product = ((self.up.T @ self.up) * (self.down @ self.down.T)).sum()
+        return (product + _square(self.bias)) / self.out_features
+
+    def settings(self) -> dict[str, Any]:
+        """What `build_map` makes an untrained one from."""
+        sizes = {"in_features": self.in_features, "out_features": self.out_features}
+        return {**sizes, "rank": self.rank, "bias": self.bias is not None}
+
+    def dense(self) -> tuple[Tensor, Tensor | None]:
+        """(W, b) of the same map."""
+        with torch.no_grad():
+            weight = torch.eye(self.out_features, self.in_features).to(self.up) + self.up @ self.down
+        return weight, None if self.bias is None else self.bias.detach()
+
+
+class TwoLayer(nn.Module):
+    """x + s (W2 act(W1 x + b1) + b2), with W1 [H, D], W2 [E, H] and a learnable scalar s; x as in `LowRank`.
+
+    W2 and the biases start as 0 and s as 1, W1 as normal numbers of variance 1 / D. Without `residual` it is
+    W2 act(W1 x + b1) + b2, which does not start at the identity: such a one comes from LlamaIndex's folders.
+    """
+
+    kind = "two_layer"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int | None = None,
+        *,
+        hidden: int,
+        bias: bool = True,
+        activation: str = "relu",
+        residual: bool = True,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        self.in_features, self.out_features, self.hidden = _sizes(
+            in_features=in_features, out_features=out_features or in_features, hidden=hidden
+        )
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+        self.activation, self.residual = activation, residual
+        self.weight1 = nn.Parameter(torch.randn(hidden, in_features, generator=generator) / math.sqrt(in_features))
+        self.weight2 = nn.Parameter(torch.zeros(self.out_features, hidden))
+        self.bias1 = nn.Parameter(torch.zeros(hidden)) if bias else None
+        self.bias2 = nn.Parameter(torch.zeros(self.out_features)) if bias else None
+        self.scale = nn.Parameter(torch.ones(1)) if residual else None
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        hidden_NH = ACTIVATIONS[self.activation](_linear(x_ND, self.weight1, self.bias1))
+        mapped_NE = _linear(hidden_NH, self.weight2, self.bias2)
+        if self.scale is None:
+            return mapped_NE
+        return self.scale.to(x_ND.dtype) * mapped_NE + _resized(x_ND, self.out_features)
+
+    def departure(self) -> Tensor:
+        """s^2 (||W2||^2 + ||b2||^2) / E, s being 1 without `residual`."""
+        scale = 1.0 if self.scale is None else self.scale.square().sum()
+        return scale * (self.weight2.square().sum() + _square(self.bias2)) / self.out_features
+
+    def settings(self) -> dict[str, Any]:
+        """What `build_map` makes an untrained one from."""
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "hidden": self.hidden,
+            "bias": self.bias1 is not None,
+            "activation": self.activation,
+            "residual": self.residual,
+        }
+
+    def dense(self) -> tuple[Tensor, Tensor | None]:
+        """Raises `ValueError`: it is not linear."""
+        raise ValueError("a two-layer adapter is no linear map, so it cannot be written as one Dense module")
+
+
+Map = Linear | LowRank | TwoLayer
+KINDS: dict[str, type] = {kind.kind: kind for kind in (Linear, LowRank, TwoLayer)}
+
+
+def build_map(kind: str, in_features: int, out_features: int | None = None, **options: Any) -> Map:
+    """A map at the identity. Raises `ValueError` for an unknown kind, an option it has not, or sizes below 1."""
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
+    try:
+        return KINDS[kind](in_features, out_features, **options)
+    except TypeError as error:
+        raise ValueError(f"{kind}: {str(error).partition('() ')[2] or error}") from None
+
+
+def _linear(x_ND: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x_ND, weight.to(x_ND.dtype), None if bias is None else bias.to(x_ND.dtype))
+
+
+def _resized(x_ND: Tensor, features: int) -> Tensor:
+    return F.pad(x_ND, (0, features - x_ND.shape[1])) if features != x_ND.shape[1] else x_ND
+
+
+def _square(bias: Tensor | None) -> Tensor | float:
+    return 0.0 if bias is None else bias.square().sum()
+
+
+def _sizes(**sizes: int) -> list[int]:
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"{name} is {size!r}, expected a number of at least 1")
+    return list(sizes.values())

@@ -1,0 +1,216 @@
+"""The softmax over a whole corpus of frozen vectors: every document that does not answer a query is its negative.
+
+    documents = Documents(embeddings_MD, at_once=16_384)           # an array, or a memory map that is read in parts
+    loss = full_corpus_softmax(queries_BD, documents, Pairs.of(relevant, range(B), documents), temperature=0.05)
+    ranks_B = first_ranks(queries_BD, documents, pairs)
+
+[B, M] is never whole in memory: documents are scored some at a time, with a running maximum. Not here: the maps that
+learn from it (encoders/maps.py) and how (fit_adapter.py).
+
+Shapes: B queries, M documents, C of them at a time, P relevant pairs, D features (E after a map).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# The score of what is no negative: its exponential is 0, and unlike minus infinity it leaves no NaN in a gradient.
+NOTHING = -1e30
+DocumentMap = Callable[[Tensor], Tensor]
+
+
+class Documents:
+    """Frozen document vectors in the order of `rows`, read `at_once` rows at a time and never copied whole.
+
+    Args:
+        embeddings_MD: any floating-point array, a memory map too.
+        at_once: documents of one part.
+        dtype: to compute in.
+        rows: which of them, [M'] int64; None: all.
+
+    Raises:
+        ValueError: no documents; a row that is not finite, or zero.
+    """
+
+    def __init__(
+        self,
+        embeddings_MD: np.ndarray,
+        *,
+        at_once: int = 16_384,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        rows: np.ndarray | None = None,
+        lengths_M: np.ndarray | None = None,
+    ):
+        self.embeddings_MD, self.at_once, self.dtype, self.device = embeddings_MD, at_once, dtype, torch.device(device)
+        self.rows = rows
+        # One pass over everything; after it the lengths are all that is remembered.
+        self.lengths_M = checked_lengths(embeddings_MD, "document", at_once) if lengths_M is None else lengths_M
+        self._whole: dict[bool, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.embeddings_MD) if self.rows is None else len(self.rows)
+
+    def subset(self, rows: np.ndarray) -> "Documents":
+        """The documents of some rows alone; they are not checked again."""
+        options = {"at_once": self.at_once, "dtype": self.dtype, "device": self.device}
+        return Documents(self.embeddings_MD, rows=rows, lengths_M=self.lengths_M, **options)
+
+    def parts(self) -> Iterator[slice]:
+        """The places of one part after the other."""
+        for start in range(0, len(self), self.at_once):
+            yield slice(start, min(start + self.at_once, len(self)))
+
+    def vectors(self, places: slice, *, unit: bool = True) -> Tensor:
+        """Vectors of the documents in some places, [C, D]: of length one, or as they are."""
+        if len(self) > self.at_once:
+            return self._read(places, unit)
+        if unit not in self._whole:
+            self._whole[unit] = self._read(slice(0, len(self)), unit)
+        return self._whole[unit][places]
+
+    def take(self, places_P: Tensor, *, unit: bool = True) -> Tensor:
+        """The same for single places, [P, D]."""
+        if len(self) > self.at_once:
+            return self._read(places_P.cpu().numpy(), unit)
+        return self.vectors(slice(0, len(self)), unit=unit)[places_P]
+
+    def _read(self, places: slice | np.ndarray, unit: bool) -> Tensor:
+        where = places if self.rows is None else self.rows[places]
+        # A copy: a memory map is read-only, which a tensor cannot be.
+        part_CD = torch.from_numpy(np.array(self.embeddings_MD[where])).to(self.device, self.dtype)
+        return part_CD / torch.from_numpy(self.lengths_M[where]).to(part_CD)[:, None] if unit else part_CD
+
+
+class Pairs(NamedTuple):
+    """Which documents answer which queries, in the order of the documents' places."""
+
+    query_P: Tensor
+    place_P: Tensor
+    weight_P: Tensor  # 1 / (documents that answer the query x queries), so that the weights are 1 together
+
+    @classmethod
+    def of(cls, relevant: Mapping[int, Sequence[int]], queries: Sequence[int], documents: Documents) -> "Pairs":
+        """Of the queries given, numbered from 0; `relevant` has the places of the documents that answer each."""
+        listed = sorted((place, row) for row, query in enumerate(queries) for place in relevant[query])
+        weights = [1 / (len(relevant[queries[row]]) * len(queries)) for _, row in listed]
+        place_P, query_P = (torch.tensor(column, device=documents.device) for column in zip(*listed, strict=True))
+        return cls(query_P, place_P, torch.tensor(weights, dtype=documents.dtype, device=documents.device))
+
+    def within(self, places: slice) -> tuple[Tensor, Tensor]:
+        """(query, place counted from the first) of the pairs whose document is in a part."""
+        first, last = torch.searchsorted(self.place_P, self.place_P.new_tensor([places.start, places.stop])).tolist()
+        return self.query_P[first:last], self.place_P[first:last] - places.start
+
+
+def checked_lengths(embeddings_ND: np.ndarray, what: str, at_once: int) -> np.ndarray:
+    """The length of every row, [N]. Raises `ValueError` for a row that is not finite, or zero."""
+    kind = np.float64 if embeddings_ND.dtype == np.float64 else np.float32
+    lengths_N = np.empty(len(embeddings_ND), dtype=kind)
+    for start in range(0, len(embeddings_ND), at_once):
+        part_CD = np.asarray(embeddings_ND[start : start + at_once], dtype=kind)
+        lengths_N[start : start + len(part_CD)] = np.sqrt(np.einsum("nd,nd->n", part_CD, part_CD))
+    for fault, rows in (("not finite", ~np.isfinite(lengths_N)), ("zero", lengths_N == 0)):
+        if rows.any():
+            more = f" (and {rows.sum() - 1:,} more)" if rows.sum() > 1 else ""
+            raise ValueError(f"the embedding of {what} row {rows.argmax():,} is {fault}{more}")
+    return lengths_N
+
+
+def full_corpus_softmax(
+    Q: Tensor, documents: Documents, pairs: Pairs, *, temperature: float, document_map: DocumentMap | None = None
+) -> Tensor:
+    """Mean over queries of the mean over the documents p that answer them of
+
+        -log( exp(s_p) / (exp(s_p) + sum over all documents n that do not answer the query of exp(s_n)) )
+
+    with s = cosine / temperature. Every query has a document that answers it.
+
+    Args:
+        Q: query vectors, [B, D], of any length.
+        pairs: of these queries.
+        document_map: what documents go through; it gets gradients, by computing each part again in the backward pass.
+            None: documents are constants, and one pass over them gives the loss and its gradient.
+
+    Returns:
+        A scalar, differentiable once.
+
+    Source: the softmax of in-batch negatives (van den Oord et al. 2018, equation 4) with the corpus as the batch; the
+    running maximum is that of Milakov and Gimelshein 2018, section 3.
+    """
+    Q = F.normalize(Q, dim=1) / temperature
+    positives_PD = _mapped(documents.take(pairs.place_P, unit=document_map is None), document_map)
+    scores_P = (Q[pairs.query_P] * positives_PD).sum(dim=1)
+    if document_map is None:
+        log_sum_B = _FrozenLogSum.apply(Q, documents, pairs)
+    else:
+        parts = list(documents.parts())
+        again = {"use_reentrant": False, "preserve_rng_state": False}
+        log_sum_B = torch.stack(
+            [_log_sum(Q, documents, pairs, parts[0], document_map)]
+            if len(parts) == 1
+            else [checkpoint(_log_sum, Q, documents, pairs, part, document_map, **again) for part in parts]
+        ).logsumexp(dim=0)
+    return ((torch.logaddexp(log_sum_B[pairs.query_P], scores_P) - scores_P) * pairs.weight_P).sum()
+
+
+def first_ranks(Q: Tensor, documents: Documents, pairs: Pairs, *, document_map: DocumentMap | None = None) -> Tensor:
+    """The rank, from 1, of the best document that answers each query, by cosine among all documents. [B] int64.
+
+    It is 1 and the documents that score above it and do not answer the query: a tie is decided in its favour.
+    """
+    with torch.no_grad():
+        Q = F.normalize(Q, dim=1)
+        positives_PD = _mapped(documents.take(pairs.place_P, unit=document_map is None), document_map)
+        scores_P = (Q[pairs.query_P] * positives_PD).sum(dim=1)
+        best_B = scores_P.new_full((len(Q),), NOTHING).scatter_reduce(0, pairs.query_P, scores_P, "amax")
+        ranks_B = torch.ones(len(Q), dtype=torch.int64, device=Q.device)
+        for part in documents.parts():
+            ranks_B += (_scores(Q, documents, pairs, part, document_map) > best_B[:, None]).sum(dim=1)
+    return ranks_B
+
+
+class _FrozenLogSum(torch.autograd.Function):
+    """Log of the sum of exp(Q d) over the documents that do not answer a query, [B]; one pass, documents constant."""
+
+    @staticmethod
+    def forward(ctx, Q: Tensor, documents: Documents, pairs: Pairs) -> Tensor:
+        highest_B1 = Q.new_full((len(Q), 1), NOTHING)
+        sum_B1, mean_BD = torch.zeros_like(highest_B1), torch.zeros_like(Q)
+        for part in documents.parts():
+            D_CD = documents.vectors(part)
+            scores_BC = _scores(Q, documents, pairs, part, None)
+            higher_B1 = torch.maximum(highest_B1, scores_BC.amax(dim=1, keepdim=True))
+            weights_BC = scores_BC.sub_(higher_B1).exp_()
+            shrink_B1 = (highest_B1 - higher_B1).exp()
+            sum_B1 = sum_B1 * shrink_B1 + weights_BC.sum(dim=1, keepdim=True)
+            mean_BD = torch.addmm(mean_BD * shrink_B1, weights_BC, D_CD)
+            highest_B1 = higher_B1
+        # The gradient of the log-sum-exp is the mean of the documents under the softmax.
+        ctx.save_for_backward(mean_BD / sum_B1)
+        return (highest_B1 + sum_B1.log()).squeeze(1)
+
+    @staticmethod
+    def backward(ctx, grad_B: Tensor):
+        (mean_BD,) = ctx.saved_tensors
+        return grad_B[:, None] * mean_BD, None, None
+
+
+def _log_sum(Q: Tensor, documents: Documents, pairs: Pairs, part: slice, document_map: DocumentMap) -> Tensor:
+    return _scores(Q, documents, pairs, part, document_map).logsumexp(dim=1)
+
+
+def _scores(Q: Tensor, documents: Documents, pairs: Pairs, part: slice, document_map: DocumentMap | None) -> Tensor:
+    """Scores of one part, [B, C], with nothing where a document answers the query."""
+    scores_BC = Q @ _mapped(documents.vectors(part, unit=document_map is None), document_map).T
+    scores_BC[pairs.within(part)] = NOTHING
+    return scores_BC
+
+
+def _mapped(vectors_CD: Tensor, document_map: DocumentMap | None) -> Tensor:
+    return vectors_CD if document_map is None else F.normalize(document_map(vectors_CD), dim=1)

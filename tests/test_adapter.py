@@ -1,0 +1,611 @@
+"""adapter.py and maps.py: maps by hand, sides, files, LlamaIndex's folder, an Embedder that has an adapter."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from tiny import make_dataset, make_embedder
+from torch import nn
+
+from embedft import Adapter, evaluate, load_embedder
+from embedft.encoders.adapter import Base
+from embedft.encoders.maps import ACTIVATIONS, KINDS, Linear, LowRank, TwoLayer, build_map
+from embedft.files import read_json, write_json
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+OPTIONS = {"linear": {}, "low_rank": {"rank": 2}, "two_layer": {"hidden": 3}}
+
+
+def filled(part, seed=0):
+    """The map with every parameter drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in part.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    return part
+
+
+def make(kind, in_features=4, out_features=None, *, seed=0, **options):
+    return filled(build_map(kind, in_features, out_features, **OPTIONS[kind], **options), seed)
+
+
+def vectors(num=5, dim=4, dtype=torch.float32, seed=1):
+    return torch.randn(num, dim, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+# Maps, by hand.
+
+
+def test_linear_by_hand():
+    part = Linear(2)
+    part.weight.data, part.bias.data = torch.tensor([[1.0, 2.0], [0.0, 3.0]]), torch.tensor([10.0, 20.0])
+    assert part(torch.tensor([[1.0, 1.0], [0.0, 2.0]])).tolist() == [[13.0, 23.0], [14.0, 26.0]]
+    # ||W - I||^2 = 2^2 + 2^2, ||b||^2 = 100 + 400, two features.
+    assert part.departure().item() == (8 + 500) / 2
+
+
+def test_low_rank_by_hand():
+    part = LowRank(2, rank=1)
+    part.up.data, part.down.data = torch.tensor([[2.0], [3.0]]), torch.tensor([[1.0, -1.0]])
+    part.bias.data = torch.tensor([0.5, 0.0])
+    # V x = 3 - 1 = 2: x + (4, 6) + b.
+    assert part(torch.tensor([[3.0, 1.0]])).tolist() == [[7.5, 7.0]]
+    # U V = [[2, -2], [3, -3]]: 4 + 4 + 9 + 9.
+    assert part.departure().item() == pytest.approx((26 + 0.25) / 2)
+
+
+def test_two_layer_by_hand():
+    part = TwoLayer(2, hidden=2)
+    part.weight1.data, part.bias1.data = torch.tensor([[1.0, 0.0], [0.0, -1.0]]), torch.tensor([0.0, 1.0])
+    part.weight2.data, part.bias2.data = torch.tensor([[1.0, 1.0], [2.0, 0.0]]), torch.tensor([0.0, 1.0])
+    part.scale.data = torch.tensor([0.5])
+    # Hidden: relu(3, -5 + 1) = (3, 0); second layer (3, 6 + 1); half of it and x.
+    assert part(torch.tensor([[3.0, 5.0]])).tolist() == [[3 + 1.5, 5 + 3.5]]
+    # A quarter of 1 + 1 + 4 and 1, two features.
+    assert part.departure().item() == 0.25 * 7 / 2
+    bare = TwoLayer(2, hidden=2, residual=False)
+    bare.load_state_dict({name: t for name, t in part.state_dict().items() if name != "scale"})
+    assert bare(torch.tensor([[3.0, 5.0]])).tolist() == [[3.0, 7.0]]
+    assert bare.departure().item() == 7 / 2
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("out", "resized"), [(4, [1, 2, 3, 4]), (2, [1, 2]), (6, [1, 2, 3, 4, 0, 0])])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_map_starts_at_the_identity(kind, out, resized, bias):
+    part = build_map(kind, 4, out, bias=bias, **OPTIONS[kind])
+    assert part(torch.tensor([[1.0, 2.0, 3.0, 4.0]])).tolist() == [resized]
+    assert part.departure().item() == 0
+    assert (part.in_features, part.out_features) == (4, out)
+    assert [name for name, _ in part.named_parameters() if "bias" in name] == (
+        [] if not bias else ["bias1", "bias2"] if kind == "two_layer" else ["bias"]
+    )
+    # It can leave it: some gradient is not zero.
+    part(vectors()).square().sum().backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
+
+
+@pytest.mark.parametrize("out", [3, 4, 6])
+@pytest.mark.parametrize("kind", ["linear", "low_rank"])
+def test_dense_is_the_same_map(kind, out):
+    part = make(kind, 4, out)
+    weight, bias = part.dense()
+    torch.testing.assert_close(vectors() @ weight.T + bias, part(vectors()))
+    # The distance from the identity, of the matrix itself.
+    away = (weight - torch.eye(out, 4)).square().sum() + bias.square().sum()
+    torch.testing.assert_close(part.departure(), away / out)
+    assert make(kind, bias=False).dense()[1] is None
+
+
+def test_two_layers_are_not_dense():
+    with pytest.raises(ValueError, match="two-layer adapter is no linear map"):
+        make("two_layer").dense()
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "two_layer"])
+def test_random_weights_follow_the_generator(kind):
+    def draw(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return build_map(kind, 400, **OPTIONS[kind], generator=generator).state_dict()
+
+    name = "down" if kind == "low_rank" else "weight1"
+    assert torch.equal(draw(1)[name], draw(1)[name])
+    assert not torch.equal(draw(1)[name], draw(2)[name])
+    assert draw(1)[name].std().item() == pytest.approx(1 / 20, rel=0.1)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_are_those_of_torch(activation):
+    part = make("two_layer", activation=activation)
+    hidden = getattr(nn.functional, activation)(vectors() @ part.weight1.T + part.bias1)
+    expected = part.scale * (hidden @ part.weight2.T + part.bias2) + vectors()
+    torch.testing.assert_close(part(vectors()), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "fault"),
+    [
+        (("cubic", 4), {}, "kind is 'cubic', expected one of linear, low_rank, two_layer"),
+        (("linear", 0), {}, "in_features is 0, expected a number of at least 1"),
+        (("linear", 4, -1), {}, "out_features is -1"),
+        (("low_rank", 4), {"rank": 0}, "rank is 0"),
+        (("low_rank", 4), {"rank": True}, "rank is True"),
+        (("two_layer", 4), {"hidden": 2.5}, "hidden is 2.5"),
+        (("linear", 4), {"rank": 2}, "linear: got an unexpected keyword argument 'rank'"),
+        (("low_rank", 4), {}, "low_rank: missing 1 required keyword-only argument: 'rank'"),
+        (("two_layer", 4), {"hidden": 2, "activation": "cube"}, "activation is 'cube', expected one of relu"),
+    ],
+)
+def test_a_wrong_map_is_refused(arguments, options, fault):
+    with pytest.raises(ValueError, match=fault):
+        build_map(*arguments, **options)
+
+
+# The adapter.
+
+
+def test_sides():
+    q, d = make("linear", seed=1), make("low_rank", seed=2)
+    x = vectors()
+    assert Adapter(q).side == "query"
+    torch.testing.assert_close(Adapter(q)(x), q(x))
+    assert Adapter(q)(x, "document") is x
+    assert Adapter(document=d).side == "document"
+    assert Adapter(document=d)(x) is x
+    torch.testing.assert_close(Adapter(document=d)(x, role="document"), d(x))
+    both, shared = Adapter(q, d), Adapter(q, q)
+    assert (both.side, len(both.maps())) == ("both", 2)
+    assert (shared.side, len(shared.maps())) == ("shared", 1)
+    torch.testing.assert_close(both(x, "document"), d(x))
+    torch.testing.assert_close(shared(x, "document"), q(x))
+    torch.testing.assert_close(both.departure(), q.departure() + d.departure())
+    torch.testing.assert_close(shared.departure(), q.departure())
+    assert len(list(shared.parameters())) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float64_stays(kind):
+    adapter = Adapter(make(kind))
+    assert adapter(vectors()).dtype is torch.float32
+    found = adapter(vectors(dtype=torch.float64))
+    assert found.dtype is torch.float64
+    torch.testing.assert_close(found, adapter.double()(vectors(dtype=torch.float64)))
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_transform(monkeypatch, normalize):
+    monkeypatch.setattr("embedft.encoders.adapter.ROWS_AT_A_TIME", 2)
+    adapter = Adapter(make("linear"), normalize=normalize)
+    expected = adapter(vectors()).detach().numpy()
+    if normalize:
+        expected = expected / np.linalg.norm(expected, axis=1, keepdims=True)
+    found = adapter.transform(vectors().numpy())
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert found.dtype == np.float32
+    frozen = vectors().numpy().astype(np.float16)
+    frozen.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert adapter.transform(frozen, "document").shape == (5, 4)
+    assert adapter.transform(np.empty((0, 4), np.float32)).shape == (0, 4)
+
+
+def test_wrong_adapters_are_refused():
+    with pytest.raises(ValueError, match="an adapter without a map"):
+        Adapter()
+    with pytest.raises(ValueError, match="makes 2 of 4 features, but a document has none and keeps its 4"):
+        Adapter(make("linear", 4, 2))
+    with pytest.raises(ValueError, match="makes 2 of 4 features, but a query has none and keeps its 4"):
+        Adapter(document=make("linear", 4, 2))
+    with pytest.raises(ValueError, match=r"are \(4, 2\) of queries and \(4, 3\) of documents"):
+        Adapter(make("linear", 4, 2), make("linear", 4, 3))
+    with pytest.raises(ValueError, match="the base small has 3 features, the adapter takes 4"):
+        Adapter(make("linear"), base=Base("small", 3, {}))
+    adapter = Adapter(make("linear"))
+    with pytest.raises(ValueError, match="role is 'title', expected one of query, document"):
+        adapter(vectors(), "title")
+    for call in (adapter, lambda x: adapter.transform(x.numpy())):
+        for wrong in (torch.ones(4), torch.ones(2, 3)):
+            with pytest.raises(ValueError, match=r"vectors are \[.*\], the adapter takes \[N, 4\]"):
+                call(wrong)
+
+
+def test_check_base():
+    one = Base("model", 4, {"query": "a" * 64, "document": "b" * 64})
+    other = Base("other", 4, {"query": "a" * 64, "document": "c" * 64})
+    adapter = Adapter(make("linear"), base=one)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapter.check_base(one)
+    message = r"for model \(document bbbbbbbbbbbb\), this is other \(document cccccccccccc\)"
+    with pytest.raises(ValueError, match=message):
+        adapter.check_base(other)
+    with pytest.raises(ValueError, match="takes 4 features, small has 3"):
+        adapter.check_base(Base("small", 3, {}))
+    for base in (None, Base("model", 4, {})):
+        adapter.base = base
+        with pytest.warns(UserWarning, match="does not say which model it is for; used with other"):
+            adapter.check_base(other)
+
+
+# Files.
+
+SIDES = {
+    "query": lambda kind: {"query": make(kind)},
+    "document": lambda kind: {"document": make(kind)},
+    "both": lambda kind: {"query": make(kind, 4, 3), "document": make("linear", 4, 3, seed=5)},
+    "shared": lambda kind: dict.fromkeys(("query", "document"), make(kind, 4, 3)),
+}
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_and_loaded(tmp_path, kind, side):
+    base = Base("model", 4, {"query": "a" * 64})
+    adapter = Adapter(**SIDES[side](kind), base=base, normalize=side == "query")
+    adapter.save(tmp_path / "adapter")
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == ["adapter.json", "adapter.safetensors"]
+    found = Adapter.load(tmp_path / "adapter")
+    assert (found.side, found.base, found.normalize) == (side, base, side == "query")
+    for role in ("query", "document"):
+        assert torch.equal(found(vectors(), role), adapter(vectors(), role))
+    assert [part.settings() for part in found.maps()] == [part.settings() for part in adapter.maps()]
+
+
+def change(**values):
+    def write(folder):
+        write_json(folder / "adapter.json", {**read_json(folder / "adapter.json"), **values})
+
+    return write
+
+
+def cut(folder):
+    weights = folder / "adapter.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-3])
+
+
+def without(key):
+    def write(folder):
+        config = read_json(folder / "adapter.json")
+        del config[key]
+        write_json(folder / "adapter.json", config)
+
+    return write
+
+
+def foreign(content):
+    """Weights that are not ours, though the configuration has their hash."""
+
+    def write(folder):
+        from embedft.files import sha256_file
+
+        (folder / "adapter.safetensors").write_bytes(content)
+        change(weights_sha256=sha256_file(folder / "adapter.safetensors"))(folder)
+
+    return write
+
+
+LINEAR = {"kind": "linear", "in_features": 4, "out_features": 4, "bias": True}
+
+
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        (cut, "adapter.safetensors: cut off, or of another adapter"),
+        (lambda folder: (folder / "adapter.safetensors").unlink(), "no adapter.safetensors"),
+        (lambda folder: (folder / "adapter.json").unlink(), "no adapter, expected adapter.json"),
+        (lambda folder: (folder / "adapter.json").write_text("[]"), "holds a list, expected an object"),
+        (lambda folder: (folder / "adapter.json").write_text("{"), "invalid JSON"),
+        (change(format_version=2), "format_version is 2, expected 1"),
+        (change(query={**LINEAR, "kind": "cubic"}), "adapter.json: kind is 'cubic'"),
+        (change(query={**LINEAR, "rank": 2}), "unexpected keyword argument 'rank'"),
+        (change(query={"in_features": 4}), "adapter.json: .*'kind'"),
+        (change(query=None), "adapter.json: an adapter without a map"),
+        (change(query={**LINEAR, "bias": False}), r"query.bias is \[4\], expected no such tensor"),
+        (
+            change(query={**LINEAR, "out_features": 3}, document={**LINEAR, "out_features": 3}),
+            "document.bias is missing",
+        ),
+        (change(query={**LINEAR, "in_features": 3, "out_features": 3}), r"query.bias is \[4\], expected \[3\]"),
+        (change(base={"name": "model"}), "adapter.json: .*missing 2 required"),
+        (without("side"), "adapter.json: no 'side'"),
+        (foreign(b"not tensors"), "adapter.json: .*header"),
+    ],
+)
+def test_damaged_files_are_refused(tmp_path, damage, fault):
+    Adapter(make("linear")).save(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=fault):
+        Adapter.load(tmp_path)
+
+
+def test_values_that_are_not_finite_are_refused(tmp_path):
+    adapter = Adapter(make("linear"))
+    adapter.query.bias.data[1] = float("nan")
+    adapter.save(tmp_path)
+    with pytest.raises(ValueError, match="bias has values that are not finite"):
+        Adapter.load(tmp_path)
+
+
+def test_weights_of_another_save_are_refused(tmp_path):
+    """What a kill between the two files leaves."""
+    Adapter(make("linear")).save(tmp_path / "one")
+    Adapter(make("linear", seed=9)).save(tmp_path / "other")
+    (tmp_path / "other" / "adapter.safetensors").replace(tmp_path / "one" / "adapter.safetensors")
+    with pytest.raises(ValueError, match="of another adapter"):
+        Adapter.load(tmp_path / "one")
+
+
+# LlamaIndex's folder. Its two classes, as its files and PARITY.md describe them.
+
+
+class TheirLinear(nn.Module):
+    def __init__(self, in_features, out_features, bias):
+        super().__init__()
+        self.linear = nn.Linear(in_features, out_features, bias=bias)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+class TheirTwoLayer(nn.Module):
+    def __init__(self, in_features, hidden_features, out_features, bias, activation_fn_str, add_residual):
+        super().__init__()
+        self.linear1 = nn.Linear(in_features, hidden_features, bias=bias)
+        self.linear2 = nn.Linear(hidden_features, out_features, bias=bias)
+        self.residual_weight = nn.Parameter(torch.rand(1))
+        self.activation, self.add_residual = getattr(nn.functional, activation_fn_str), add_residual
+
+    def forward(self, x):
+        y = self.linear2(self.activation(self.linear1(x)))
+        return self.residual_weight * y + x if self.add_residual else y
+
+
+THEIRS = [
+    (TheirLinear, {"in_features": 4, "out_features": 4, "bias": True}),
+    (TheirLinear, {"in_features": 4, "out_features": 4, "bias": False}),
+    *(
+        (
+            TheirTwoLayer,
+            {
+                "in_features": 4,
+                "hidden_features": 3,
+                "out_features": 4,
+                "bias": bias,
+                "activation_fn_str": "tanh",
+                "add_residual": residual,
+            },
+        )
+        for bias in (True, False)
+        for residual in (True, False)
+    ),
+]
+
+
+@pytest.mark.parametrize(("cls", "config"), THEIRS)
+def test_llamaindex_both_ways(tmp_path, cls, config):
+    theirs = cls(**config)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(config))
+    torch.save(theirs.state_dict(), tmp_path / "theirs" / "pytorch_model.bin")
+    adapter = Adapter.load(tmp_path / "theirs")
+    assert (adapter.side, adapter.base) == ("query", None)
+    torch.testing.assert_close(adapter(vectors()), theirs(vectors()), rtol=0, atol=1e-7)
+    # And back: their class loads what is written, strictly.
+    adapter.save(tmp_path / "ours", format="llamaindex")
+    assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == ["config.json", "pytorch_model.bin"]
+    again = cls(**read_json(tmp_path / "ours" / "config.json"))
+    again.load_state_dict(torch.load(tmp_path / "ours" / "pytorch_model.bin", weights_only=True))
+    torch.testing.assert_close(again(vectors()), theirs(vectors()), rtol=0, atol=1e-7)
+
+
+def test_what_llamaindex_cannot_hold(tmp_path):
+    for adapter in (
+        Adapter(make("low_rank")),
+        Adapter(document=make("linear")),
+        Adapter(make("linear"), make("linear")),
+    ):
+        with pytest.raises(ValueError, match="'llamaindex' holds a linear or two-layer map of queries, this is"):
+            adapter.save(tmp_path / "out", format="llamaindex")
+    with pytest.raises(ValueError, match="format is 'onnx', expected one of embedft, llamaindex"):
+        adapter.save(tmp_path / "out", format="onnx")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "weights", "fault"),
+    [
+        ({"in_features": 4, "bias": True}, {}, "config.json: no 'out_features'"),
+        ({"in_features": 4, "out_features": 2, "bias": True}, {}, "config.json: the map makes 2 of 4"),
+        ({"in_features": 4, "out_features": 4, "hidden_features": 2, "bias": True}, {}, "no 'activation_fn_str'"),
+        ({"in_features": 4, "out_features": 4, "bias": True}, {}, "query.bias is missing"),
+        ({"in_features": 4, "out_features": 4, "bias": False}, {"linear.w": torch.ones(1)}, "query.linear.w is"),
+        ({"in_features": 4, "out_features": 4, "bias": False}, [1], "holds something else than tensors"),
+        ({"in_features": 4, "out_features": 4, "bias": False}, {"a": 1}, "holds something else than tensors"),
+        ({"in_features": 4, "out_features": 4, "bias": False}, nn.Linear(2, 2), "not a whole file of plain tensors"),
+        ({"in_features": 4, "out_features": 4, "bias": False}, b"", "not a whole file of plain tensors"),
+        ({"in_features": 4, "out_features": 4, "bias": False}, b"junk", "not a whole file of plain tensors"),
+    ],
+)
+def test_foreign_llamaindex_folders_are_refused(tmp_path, config, weights, fault):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if isinstance(weights, bytes):
+        (tmp_path / "pytorch_model.bin").write_bytes(weights)
+    else:
+        torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=fault):
+        Adapter.load(tmp_path)
+
+
+def test_a_cut_llamaindex_file_is_refused(tmp_path):
+    Adapter(make("linear")).save(tmp_path, format="llamaindex")
+    path = tmp_path / "pytorch_model.bin"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="not a whole file of plain tensors"):
+        Adapter.load(tmp_path)
+
+
+# An Embedder with an adapter.
+
+TEXTS = ["a b c", "d e f g", "7 8 9"]
+SIDES_32 = {
+    "query": lambda kind: {"query": make(kind, 32)},
+    "document": lambda kind: {"document": make(kind, 32)},
+    "both": lambda kind: {"query": make(kind, 32, 20), "document": make("linear", 32, 20, seed=5, bias=False)},
+    "shared": lambda kind: dict.fromkeys(("query", "document"), make(kind, 32, 20)),
+}
+
+
+@pytest.fixture
+def embedder(tmp_path):
+    return make_embedder(tmp_path / "base", prompts={"query": "q ", "document": ""})
+
+
+def adapted(embedder, side="query", kind="linear"):
+    embedder.attach(Adapter(**SIDES_32[side](kind), base=embedder.base()))
+    return embedder
+
+
+@pytest.mark.parametrize("side", SIDES_32)
+def test_encode_goes_through_the_adapter(embedder, side):
+    base = {role: embedder.encode(TEXTS, role=role) for role in ("query", "document")}
+    fingerprints = [embedder.space(role) for role in base]
+    adapted(embedder, side)
+    assert embedder.dim == embedder.full_dim == embedder.adapter.out_features
+    for role, vectors_ND in base.items():
+        whole = embedder.adapter.transform(vectors_ND, role)
+        np.testing.assert_allclose(embedder.encode(TEXTS, role=role), whole, atol=1e-6)
+        # Adapted whole, then cut, then of length one.
+        cut = whole[:, :5] / np.linalg.norm(whole[:, :5], axis=1, keepdims=True)
+        np.testing.assert_allclose(embedder.encode(TEXTS, role=role, dim=5), cut, atol=1e-6)
+        if embedder.adapter.map_of(role) is not None:
+            assert np.abs(embedder.encode(TEXTS, role=role)[:, :20] - vectors_ND[:, :20]).max() > 0.01
+    # What a store keeps are the vectors of the base, whatever adapter is on it.
+    assert [embedder.space(role) for role in base] == fingerprints
+
+
+def test_a_store_keeps_the_vectors_of_the_base(tmp_path):
+    base = make_embedder(tmp_path / "base", store=tmp_path / "store")
+    base.encode(TEXTS, role="query")
+    embedder = make_embedder(tmp_path / "base", store=tmp_path / "store")
+    adapted(embedder)
+    found = embedder.encode(TEXTS, role="query")
+    assert (embedder.store.hits, embedder.store.misses) == (3, 0)
+    np.testing.assert_allclose(found, embedder.adapter.transform(base.encode(TEXTS, role="query")), atol=1e-6)
+
+
+@pytest.mark.parametrize("side", SIDES_32)
+def test_training_goes_through_the_adapter(embedder, side):
+    adapted(embedder, side)
+    queries, documents = embedder.pack(TEXTS, role="query"), embedder.pack(TEXTS[:2], role="document")
+    Q, D = embedder.embed_pair(queries, documents)
+    torch.testing.assert_close(Q, embedder.embed(queries, role="query"))
+    torch.testing.assert_close(D, embedder.embed(documents, role="document"))
+    np.testing.assert_allclose(Q.detach(), embedder.encode(TEXTS, role="query"), atol=1e-6)
+    np.testing.assert_allclose(D.detach(), embedder.encode(TEXTS[:2], role="document"), atol=1e-6)
+    (Q.sum() + D.sum()).backward()
+    assert all(part.weight.grad is not None for part in embedder.adapter.maps())
+
+
+def test_hashes(embedder):
+    before = embedder.sha256(), embedder.base()
+    adapted(embedder)
+    assert embedder.sha256() != before[0]
+    assert embedder.base() == before[1]
+
+
+def test_attach_refuses(embedder, tmp_path):
+    with pytest.raises(ValueError, match=r"takes 4 features, .* has 32"):
+        embedder.attach(Adapter(make("linear")))
+    with pytest.warns(UserWarning, match="does not say which model"):
+        embedder.attach(Adapter(make("linear", 32)))
+    adapter = Adapter(make("linear", 32), base=embedder.base())
+    with torch.no_grad():
+        next(embedder.encoder.parameters())[0, 0] += 1
+    with pytest.raises(ValueError, match=r"the adapter is for .*base \(query [0-9a-f]{12}\), this is .*base \(query "):
+        embedder.attach(adapter)
+    embedder.adapter, embedder.truncate_dim = None, 30
+    with pytest.raises(ValueError, match="truncate_dim is 30, the adapter gives 20 features"):
+        adapted(embedder, "shared")
+
+
+def test_load_embedder_with_an_adapter(embedder, tmp_path):
+    adapted(embedder)
+    embedder.adapter.save(tmp_path / "adapter")
+    embedder.adapter.base = embedder.base()
+    for given in (embedder.adapter, tmp_path / "adapter"):
+        if given is not embedder.adapter:
+            Adapter(embedder.adapter.query, base=embedder.base()).save(given)
+        found = make_embedder(tmp_path / "base", prompts={"query": "q ", "document": ""}, adapter=given)
+        np.testing.assert_array_equal(found.encode(TEXTS, role="query"), embedder.encode(TEXTS, role="query"))
+    with pytest.raises(ValueError, match="other weights, lengths or prompts"):
+        make_embedder(tmp_path / "base", prompts={"query": "other "}, adapter=given)
+
+
+@pytest.mark.parametrize("side", SIDES_32)
+@pytest.mark.parametrize("kind", ["linear", "low_rank"])
+def test_saved_with_its_model(embedder, tmp_path, kind, side):
+    from sentence_transformers import SentenceTransformer
+
+    adapted(embedder, side, kind)
+    embedder.save(tmp_path / "saved")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = load_embedder(tmp_path / "saved", device="cpu")
+    theirs = SentenceTransformer(str(tmp_path / "saved"), device="cpu", local_files_only=True)
+    for role, encode in (("query", theirs.encode_query), ("document", theirs.encode_document)):
+        ours = embedder.encode(TEXTS, role=role)
+        np.testing.assert_array_equal(found.encode(TEXTS, role=role), ours)
+        np.testing.assert_allclose(encode(TEXTS), ours, atol=1e-6)
+    # Without a role they take the documents' route.
+    np.testing.assert_allclose(theirs.encode(TEXTS), embedder.encode(TEXTS, role="document"), atol=1e-6)
+    # What was saved is of a model of its own, and says so.
+    assert found.adapter.side == side
+    assert found.adapter.base.fingerprints == {role: found.space(role).fingerprint for role in ("query", "document")}
+
+
+def test_saved_again_without_its_adapter(embedder, tmp_path):
+    base = embedder.encode(TEXTS, role="query")
+    adapted(embedder).save(tmp_path / "saved")
+    embedder.adapter = None
+    embedder.save(tmp_path / "saved")
+    assert load_embedder(tmp_path / "saved", device="cpu").adapter is None
+    assert not (tmp_path / "saved" / "adapter").exists()
+    np.testing.assert_array_equal(load_embedder(tmp_path / "saved", device="cpu").encode(TEXTS, role="query"), base)
+
+
+def test_a_saved_adapter_goes_with_other_lengths_but_not_other_weights(embedder, tmp_path):
+    adapted(embedder).save(tmp_path / "saved")
+    assert load_embedder(tmp_path / "saved", device="cpu", max_length=16).adapter is not None
+    assert load_embedder(tmp_path / "saved", device="cpu", prompts={}).adapter is not None
+    other = make_embedder(tmp_path / "base")
+    with torch.no_grad():
+        next(other.encoder.parameters())[0, 0] += 1
+    other.save(tmp_path / "other")
+    (tmp_path / "other" / "model.safetensors").replace(tmp_path / "saved" / "model.safetensors")
+    with pytest.raises(ValueError, match="other weights, lengths or prompts"):
+        load_embedder(tmp_path / "saved", device="cpu")
+
+
+def test_two_layers_are_not_written_for_sentence_transformers(embedder, tmp_path):
+    adapted(embedder, "query", "two_layer")
+    with pytest.raises(ValueError, match="two-layer adapter is no linear map"):
+        embedder.save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_router_of_somebody_else_is_refused(embedder, tmp_path):
+    adapted(embedder).save(tmp_path / "saved")
+    (tmp_path / "saved" / "adapter" / "adapter.json").unlink()
+    with pytest.raises(ValueError, match="two modules are a Normalize, expected one"):
+        load_embedder(tmp_path / "saved", device="cpu")
+
+
+def test_evaluate_takes_an_embedder_with_an_adapter(embedder):
+    dataset = make_dataset()
+    plain = evaluate(embedder, dataset).metrics
+    embedder.attach(Adapter(Linear(32), base=embedder.base()))
+    assert evaluate(embedder, dataset).metrics == plain
+    embedder.adapter.query.weight.data *= -1
+    assert evaluate(embedder, dataset).metrics["mrr@10"] < plain["mrr@10"]

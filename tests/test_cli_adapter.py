@@ -1,0 +1,152 @@
+"""commands/adapters.py: `embedft adapter` and `embedft evaluate --adapter`, by `main` and once in a process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import make_dataset, make_embedder
+
+import embedft
+from embedft import Adapter, evaluate, load_embedder
+from embedft.cli import main
+from embedft.files import read_json, read_jsonl
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+FIT = ["adapter", "model", "pairs.json", "--epochs", "20", "--held_out", "0.2", "--seed", "1"]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working directory with a model, data to fit on and other data."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EMBEDFT_PROGRESS", "0")
+    monkeypatch.setattr("embedft.encoders.loading.default_device", lambda: torch.device("cpu"))
+    make_embedder(tmp_path / "model")
+    make_dataset(30, 20).save("pairs.json")
+    make_dataset(12, 9, seed=1).save("other.json")
+    return tmp_path
+
+
+def test_fits_measures_and_evaluates(place, capsys):
+    assert main([*FIT, "--out", "adapter", "--validation", "other.json"]) == 0
+    out = capsys.readouterr().out
+    assert "questions held out" in out
+    assert "mrr@10" in out
+    assert out.endswith("adapter: adapter\n")
+    assert sorted(p.name for p in (place / "adapter").iterdir()) == [
+        "adapter.json", "adapter.safetensors", "config.json", "train.jsonl"]  # fmt: skip
+    assert read_json("adapter/config.json")["epochs"] == 20
+    assert sum("loss" in record for _, record in read_jsonl("adapter/train.jsonl")) == 20
+    # The adapter is of this model, and evaluate goes through it.
+    adapter, embedder = Adapter.load("adapter"), load_embedder("model")
+    assert adapter.base == embedder.base()
+    embedder.attach(adapter)
+    expected = evaluate(embedder, make_dataset(12, 9, seed=1)).metrics
+    assert main(["evaluate", "model", "other.json", "--adapter", "adapter", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == pytest.approx(expected)
+
+
+def test_each_text_is_embedded_once(place, capsys, monkeypatch):
+    """With a measurement before and after, and no store asked for."""
+    embedded = []
+    pack = load_embedder("model").tokenizer.__class__.encode
+    monkeypatch.setattr(
+        "embedft.encoders.tokenization.Tokenizer.encode",
+        lambda self, texts: embedded.extend(texts) or pack(self, texts),
+    )
+    assert main([*FIT, "--out", "adapter", "--validation", "other.json"]) == 0
+    assert len(embedded) == len(set(embedded)) >= 60
+    assert "texts were there" not in capsys.readouterr().err
+
+
+def test_through_a_store(place, capsys):
+    assert main([*FIT, "--out", "one", "--store", "store"]) == 0
+    assert "0 texts were there, 50 computed" in capsys.readouterr().err
+    assert main([*FIT, "--out", "two", "--store", "store"]) == 0
+    assert "50 texts were there, 0 computed" in capsys.readouterr().err
+    one, two = Adapter.load("one"), Adapter.load("two")
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert (place / "one" / "train.jsonl").read_bytes() == (place / "two" / "train.jsonl").read_bytes()
+
+
+def test_without_held_out_documents(place, capsys):
+    assert main([*FIT, "--out", "adapter", "--held-out", "0"]) == 0
+    assert "weights of the last step, 20" in capsys.readouterr().out
+    assert main([*FIT, "--out", "far", "--lr", "1000"]) == 0
+    assert "no step: nothing that was fitted beat the start" in capsys.readouterr().out
+
+
+def test_start_and_overwrite(place, capsys):
+    assert main([*FIT, "--out", "adapter"]) == 0
+    assert main([*FIT, "--out", "adapter"]) == 2
+    assert "adapter: not empty; choose another folder, or overwrite" in capsys.readouterr().err
+    first = Adapter.load("adapter")
+    assert main([*FIT, "--out", "adapter", "--overwrite", "--start", "adapter", "--epochs", "1", "--lr", "1e-9"]) == 0
+    np.testing.assert_allclose(Adapter.load("adapter").query.weight.detach(), first.query.weight.detach(), atol=1e-6)
+    (place / "folder").mkdir()
+    (place / "folder" / "mine.txt").write_text("")
+    assert main([*FIT, "--out", "folder", "--overwrite"]) == 2
+    assert "folder: holds files, but no adapter" in capsys.readouterr().err
+
+
+def test_the_training_split_of_a_beir_folder(place, capsys):
+    make_dataset(30, 20).save("beir", format="beir")
+    (place / "beir" / "qrels" / "train.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td0\t1\nq1\td1\t1\n")
+    command = ["adapter", "model", "beir", "--out", "adapter", "--held-out", "0", "--epochs", "1"]
+    assert main(command) == 0
+    assert capsys.readouterr().out.startswith("2 questions, 20 documents")
+    assert main([*command, "--overwrite", "--split", "test"]) == 0
+    assert capsys.readouterr().out.startswith("30 questions, 20 documents")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (["--kind", "cubic"], "kind is 'cubic', expected one of 'linear', 'low_rank', 'two_layer'"),
+        (["--loss.name", "nothing"], "loss name is 'nothing'"),
+        (["--start", "model"], "model: no adapter, expected adapter.json"),
+        (["--validation", "missing.json"], "missing.json: no such file or folder"),
+        (["--held-out", "0.99"], "held_out is 0.99, which leaves no query to train on"),
+    ],
+)
+def test_errors_are_one_line(place, capsys, arguments, fault):
+    assert main([*FIT, "--out", "adapter", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert fault in error
+    assert error.count("\n") == 1
+    assert not (place / "adapter").exists()
+
+
+def test_an_adapter_of_another_model_is_refused(place, capsys):
+    assert main([*FIT, "--out", "adapter"]) == 0
+    other = make_embedder(place / "model")
+    with torch.no_grad():
+        next(other.encoder.parameters())[0, 0] += 1
+    other.save("other")
+    capsys.readouterr()
+    assert main(["evaluate", "other", "other.json", "--adapter", "adapter"]) == 2
+    assert "the adapter is for model (query " in capsys.readouterr().err
+    assert main(["adapter", "other", "pairs.json", "--out", "new", "--start", "adapter"]) == 2
+    assert "the adapter is for model (query " in capsys.readouterr().err
+
+
+def test_a_model_with_an_adapter_is_refused(place, capsys):
+    embedder = load_embedder("model")
+    assert main([*FIT, "--out", "adapter"]) == 0
+    embedder.attach(Adapter.load("adapter"))
+    embedder.save("adapted")
+    assert main(["adapter", "adapted", "pairs.json", "--out", "new"]) == 2
+    assert "adapted: has an adapter already" in capsys.readouterr().err
+
+
+def test_in_a_process(place):
+    command = [sys.executable, "-m", "embedft", *FIT, "--out", "adapter", "--device", "cpu", "--quiet"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(embedft.__file__).parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (place / "adapter" / "adapter.json").is_file()
