@@ -1,0 +1,174 @@
+"""Fitting an adapter with every text embedded once, against embedding inside the loop as LlamaIndex does.
+
+The published configuration on Lyft's 668 questions (experiments/repro_adapter_lyft_uber.py), by the same encoder:
+- loop: in every batch of every epoch each question and each chunk is embedded again, one call a text, as LlamaIndex's
+  trainer does
+- cold: embedft from nothing, embedding included
+- stored: embedft with the vectors in a store
+Each once, in turn; the weights that come out are asserted to be equal. Then the full-corpus fit from stored vectors,
+and its memory with a large corpus: steps of 64 queries against documents in a memory map, anonymous memory sampled.
+
+    python -m benchmarks.bench_adapter --corpus 1000000
+"""
+
+import argparse
+import dataclasses
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from embedft import AdapterConfig, RetrievalDataset, fit_adapter, load_embedder
+from experiments.commandline import make_parser, run
+from experiments.report import format_table
+from experiments.repro_adapter_lyft_uber import AS_PUBLISHED, MAX_LENGTH, embed, fit
+from experiments.sources import find_data
+
+from .workers import Worker, machine, spread
+
+TOLERANCE, STEPS, QUERIES, DIM = 1e-5, 20, 64, 384
+
+
+class Fitting:
+    """The ways to the published adapter; each gives its weights."""
+
+    def __init__(self, model: str, data: str, store: str):
+        self.embedder = load_embedder(model, device="cpu", max_length=MAX_LENGTH)
+        self.stored = load_embedder(model, device="cpu", max_length=MAX_LENGTH, store=store)
+        self.dataset = RetrievalDataset.load(Path(data) / "train_dataset.json")
+        self.pairs = [(q, d) for q, grades in self.dataset.qrels.items() for d in grades]
+
+    def loop(self) -> np.ndarray:
+        """The algorithm of LlamaIndex's adapter trainer, written plainly: one call of the encoder a text."""
+        weight = torch.eye(self.embedder.dim).requires_grad_()
+        size, epochs = AS_PUBLISHED.batch_size, AS_PUBLISHED.epochs
+        batches = [self.pairs[i : i + size] for i in range(0, len(self.pairs), size)]
+        num_steps, warmup = epochs * len(batches), int(AS_PUBLISHED.warmup)
+        optimizer = torch.optim.AdamW([weight], lr=AS_PUBLISHED.lr, weight_decay=AS_PUBLISHED.weight_decay)
+        for step in range(num_steps):
+            batch = batches[step % len(batches)]
+            Q = [self.embedder.encode([self.dataset.queries[q]], role="query")[0] for q, _ in batch]
+            D = [self.embedder.encode([self.dataset.corpus[d]])[0] for _, d in batch]
+            Q_BD, D_BD = (torch.from_numpy(np.stack(part)) for part in (Q, D))
+            scores_BB = F.normalize(Q_BD @ weight.T, dim=1) @ F.normalize(D_BD, dim=1).T / 0.05
+            loss = F.cross_entropy(scores_BB, torch.arange(len(batch)))
+            share = step / warmup if step < warmup else (num_steps - step) / (num_steps - warmup)
+            optimizer.param_groups[0]["lr"] = AS_PUBLISHED.lr * share
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_([weight], 1.0)
+            optimizer.step()
+        return weight.detach().numpy()
+
+    def cold(self) -> np.ndarray:
+        return fit(embed(self.embedder, self.dataset), AS_PUBLISHED).query.weight.detach().numpy()
+
+    def fill(self) -> None:
+        embed(self.stored, self.dataset)
+
+    def from_store(self) -> np.ndarray:
+        return fit(embed(self.stored, self.dataset), AS_PUBLISHED).query.weight.detach().numpy()
+
+    def full_corpus(self) -> float:
+        """From vectors in memory: the fit alone."""
+        vectors = embed(self.stored, self.dataset)
+        start = time.perf_counter()
+        fit(vectors, AdapterConfig())
+        return time.perf_counter() - start
+
+
+class LargeCorpus:
+    """A full-corpus fit against a memory map, and the anonymous memory that it took at most."""
+
+    def __init__(self, path: str, num_documents: int):
+        self.documents_ND = np.memmap(path, dtype=np.float32, mode="r", shape=(num_documents, DIM))
+        generator = np.random.default_rng(0)
+        rows = generator.choice(num_documents, QUERIES, replace=False)
+        noise_QD = 0.5 / DIM**0.5 * generator.standard_normal((QUERIES, DIM), dtype=np.float32)
+        self.queries_QD = self.documents_ND[rows] + noise_QD
+        self.qrels = {i: {int(row): 1} for i, row in enumerate(rows)}
+
+    def steps(self) -> tuple[float, int, int]:
+        """(seconds of all steps, anonymous bytes before, and at most)."""
+        before, most, done = anonymous_bytes(), [0], threading.Event()
+
+        def watch() -> None:
+            while not done.wait(0.02):
+                most[0] = max(most[0], anonymous_bytes())
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        start = time.perf_counter()
+        fit_adapter(self.queries_QD, self.documents_ND, self.qrels, dataclasses.replace(AdapterConfig(), epochs=STEPS))
+        seconds = time.perf_counter() - start
+        done.set()
+        watcher.join()
+        return seconds, before, max(most[0], before)
+
+
+def anonymous_bytes() -> int:
+    """Resident memory that no file stands behind (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    raise ValueError("/proc/self/status has no RssAnon")
+
+
+def write_corpus(path: Path, num_documents: int) -> None:
+    """Unit vectors around a thousand centres, a slice at a time."""
+    generator = np.random.default_rng(1)
+    centres = generator.standard_normal((1_000, DIM), dtype=np.float32)
+    documents_ND = np.memmap(path, dtype=np.float32, mode="w+", shape=(num_documents, DIM))
+    for first in range(0, num_documents, 16_384):
+        count = min(16_384, num_documents - first)
+        part = centres[generator.integers(0, 1_000, count)] + generator.standard_normal((count, DIM), dtype=np.float32)
+        documents_ND[first : first + count] = part / np.linalg.norm(part, axis=1, keepdims=True)
+    documents_ND.flush()
+
+
+def main(options: argparse.Namespace) -> None:
+    folder, data = (
+        str(load_embedder(options.base, device="cpu").source.folder),
+        str(find_data("lyft_uber", options.data)),
+    )
+    with tempfile.TemporaryDirectory() as place:
+        worker = Worker(Fitting, folder, data, f"{place}/store")
+        worker.call("fill")
+        seconds, weights = {}, {}
+        for name in ("from_store", "cold", "loop"):
+            weights[name] = worker.call(name)
+            seconds[name] = worker.seconds
+        for name in ("from_store", "cold"):
+            difference = float(np.abs(weights[name] - weights["loop"]).max())
+            if not difference <= TOLERANCE:
+                raise ValueError(
+                    f"weights of {name} and of the loop differ by {difference:.1e}, expected {TOLERANCE:.0e}"
+                )
+        rows = [[name, f"{seconds[name]:.2f}", f"{seconds['loop'] / seconds[name]:.1f}"] for name in seconds]
+        print(format_table(["published configuration, 4 epochs", "seconds", "loop / this"], rows))
+        fits = [worker.call("full_corpus") for _ in range(options.rounds)]
+        worker.close()
+        print(f"\nfull-corpus fit, {AdapterConfig().epochs} steps on 668 x 334: {spread(fits)} s")
+        if options.corpus:
+            path = Path(place) / "corpus.f32"
+            write_corpus(path, options.corpus)
+            large = Worker(LargeCorpus, str(path), options.corpus)
+            took, before, most = large.call("steps")
+            large.close()
+            print(
+                f"{STEPS} steps of {QUERIES} queries against {options.corpus:,} x {DIM} in a memory map: {took:.0f} s, "
+                f"at most {most / 2**20:,.0f} MiB of anonymous memory ({before / 2**20:,.0f} before)"
+            )
+    print(f"\n{options.base} at {MAX_LENGTH} tokens, float32; {machine()}")
+
+
+if __name__ == "__main__":
+    parser = make_parser("benchmarks.bench_adapter", __doc__)
+    parser.add_argument("--data", metavar="DIR", help="has train_dataset.json [beside the checkout]")
+    parser.add_argument("--rounds", type=int, default=5, help="full-corpus fits [5]")
+    parser.add_argument("--corpus", type=int, default=0, metavar="N", help="documents of the large fit [0: none]")
+    run(main, parser)
