@@ -29,7 +29,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**settings, allow_abbrev=False)
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, "" if told_by_rank_0() else f"{self.prog}: error: {message}\n")
+
+
+def told_by_rank_0() -> bool:
+    """Whether this is one of several processes that torchrun started, and not the one that tells their errors."""
+    return os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
 
 
 def one_line(error: Exception) -> str:
@@ -57,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[options.command][1](options) or 0
     except (ValueError, OSError) as error:
-        print(f"embedft {options.command}: error: {one_line(error)}", file=sys.stderr)
+        if not told_by_rank_0():
+            print(f"embedft {options.command}: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"embedft {options.command}: interrupted", file=sys.stderr)

@@ -25,7 +25,7 @@ from .losses.registry import LOSSES, Loss, build_loss
 from .retrieval.evaluate import evaluate, evaluate_run
 from .retrieval.report import Report
 from .retrieval.run import Run, check_trec_ids
-from .training import runs
+from .training import distributed, runs
 from .training.references import FrozenEmbeddings, Reference, targets_with
 from .training.train import TrainConfig, train
 
@@ -89,6 +89,9 @@ def finetune(
     Everything that can be found wrong without training is found before it. The loss does not follow the embedder: one
     whose similarity is "dot" needs a loss that names its own, {"name": "in_batch_negatives", "similarity": "dot"}.
 
+    Several ranks (training/distributed.py) each call this with the same arguments; `config.batch_size` counts all of
+    them, rank 0 alone writes to `out`, and all have the same weights in the end.
+
     Args:
         dataset: to train on; several by name are sampled as `config.sampling` says, their ids get the name in front.
         validation: held-out questions by which the best weights are chosen (`config.select`); None: the last weights.
@@ -100,14 +103,14 @@ def finetune(
         existing: what to do about a run in `out`: "refuse", "overwrite", or "resume" from its last checkpoint.
 
     Raises:
-        ValueError: on any of the inputs; `NonFiniteError` when training diverges.
+        ValueError: on any of the inputs, or where those of ranks differ; `NonFiniteError` when training diverges.
     """
     config = config or FinetuneConfig()
     if isinstance(embedder, ApiEmbedder):
         raise ValueError(f"{embedder.model} is behind an API, so its weights cannot be trained; an adapter on it can")
     out = None if out is None else Path(out)
     if out is not None:
-        runs.check_run(out, existing)
+        distributed.from_first(lambda: runs.check_run(out, existing))
     batches = _make_batches(embedder, dataset, config)
     dataset = batches.dataset
     cutoff = int(config.select.rpartition("@")[2]) if config.select.rpartition("@")[2].isdigit() else 10
@@ -130,7 +133,10 @@ def finetune(
         if validation is not None:
             hashes["validation"] = validation.sha256()
             check_trec_ids([*validation.queries, *validation.corpus])
-        runs.open_run(out, to_dict(config), hashes=hashes, device=embedder.device, existing=existing)
+        settings = to_dict(config)
+        distributed.check_same({**hashes, **settings})
+        opening = {"hashes": hashes, "device": embedder.device, "existing": existing}
+        distributed.from_first(lambda: runs.open_run(out, settings, **opening))
 
     def measure(embedder: Embedder) -> Report:
         return evaluate(embedder, validation, **cutoffs)
@@ -145,11 +151,15 @@ def finetune(
     evaluation = None if validation is None else validate
     loss = _build_loss(config)
     train(embedder, batches, loss, config, out=out, references=references, evaluate=evaluation)
-    if out is not None:
+
+    def close() -> None:
         embedder.save(out / runs.MODEL)
         if validation is not None:
             measure(embedder).save(out / runs.EVAL / VALIDATION)
         runs.close_run(out)
+
+    if out is not None:
+        distributed.from_first(close)
     return embedder
 
 

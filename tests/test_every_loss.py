@@ -5,13 +5,19 @@ Each is tried as it is and inside of a Matryoshka.
 
 import copy
 import dataclasses
+import itertools
 
 import pytest
 import torch
 from loss_checks import assert_equal, loss_and_gradients, random_vectors
+from ranks import run_ranks
+from tiny import make_embedder
 from torch import Tensor, nn
 
 from embedft import LOSSES, Targets, build_loss
+from embedft.training import distributed
+from embedft.training.distributed import Share
+from embedft.training.train import TrainConfig, _backward
 
 DIM, TEACHER_DIM = 8, 8
 # Options that a loss needs to run on `make_batch`, alone and cut to fewer dimensions.
@@ -224,3 +230,55 @@ def test_the_trial_of_a_specification_runs(name):
     make_loss(name), make_loss(name, "matryoshka")
     with pytest.raises(ValueError, match=f"{name} has no option 'nonsense', expected one of"):
         build_loss({"name": name, "nonsense": 1} | SPECS.get(name, {}))
+
+
+# Two ranks = one: every loss behind a small encoder, each text of the batch embedded by one of the ranks.
+
+MINI_BATCH_TOKENS = (None, 12)
+
+
+def step_of_every_loss(folder) -> dict[tuple, list[Tensor]]:
+    """{(loss, wrapper, mini_batch_tokens): value, gradients of the encoder and of the loss}, in float64, as `train`."""
+    embedder = make_embedder(folder, dropout=0.0, dtype=torch.float64)
+    words = itertools.cycle([*"abcdefghijklmnopqrstuvwxyz0123456789", "fee", "order", "hello"])
+    texts = [" ".join(itertools.islice(words, length)) for length in (3, 1, 8, 2, 5, 13, 2, 9, 1, 4, 16, 6, 11, 3, 5)]
+    queries, documents = embedder.pack(texts[:6], role="query"), embedder.pack(texts[6:], role="document")
+    targets, found = make_batch()[2], {}
+    for name, wrapper, tokens in itertools.product(LOSSES, WRAPPERS, MINI_BATCH_TOKENS):
+        loss = make_loss(name, wrapper)
+        own = list(loss.parameters()) if isinstance(loss, nn.Module) else []
+        embedder.zero_grad()
+        value = _backward(
+            embedder,
+            Share.of(queries, documents),
+            targets,
+            lambda Q, D, targets, loss=loss: loss(Q[:, :DIM], D[:, :DIM], targets),
+            TrainConfig(mini_batch_tokens=tokens),
+            share=0.5,
+            seeds=(0,),
+        )
+        distributed.sum_gradients(embedder.parameters(), of_first=own)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in (*embedder.parameters(), *own)]
+        found[name, wrapper, tokens] = [value, *(gradient.clone() for gradient in gradients)]
+    return found
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory) -> tuple[dict, list[dict]]:
+    """The same on one rank, and on each of two."""
+    folder = tmp_path_factory.mktemp("ranks")
+    one = step_of_every_loss(folder / "model")
+    return one, run_ranks(2, step_of_every_loss, folder / "model", folder=folder)
+
+
+@every_loss
+@every_wrapper
+@pytest.mark.parametrize("mini_batch_tokens", MINI_BATCH_TOKENS)
+def test_two_ranks_are_one(name, wrapper, mini_batch_tokens, steps):
+    one, two = steps
+    expected = one[name, wrapper, mini_batch_tokens]
+    assert any(gradient.abs().max() > 1e-6 for gradient in expected[1:])
+    scale = max(gradient.abs().max() for gradient in expected)
+    for rank in two:
+        for our, their in zip(rank[name, wrapper, mini_batch_tokens], expected, strict=True):
+            assert (our - their).abs().max() <= 1e-10 * scale

@@ -5,6 +5,7 @@ Each command is a pair of functions: one adds its arguments to a parser, one run
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from ..recipe import VALIDATION, VALIDATION_BASE, FinetuneConfig, finetune
 from ..retrieval.evaluate import evaluate
 from ..retrieval.report import Report, compare
 from ..retrieval.run import check_trec_ids
-from ..training import runs
+from ..training import distributed, runs
 from .stores import format_bytes
 
 API_OPTIONS = ("base_url", "dimensions", "too_long", "price", "max_cost", "ledger")
@@ -92,7 +93,7 @@ def _load_data(path: str, options: argparse.Namespace, *, merge: bool, split: st
     dataset = RetrievalDataset.load(
         path, format=options.format, merge=merge, skip_empty=options.skip_empty, split=split
     )
-    if dataset.num_skipped:
+    if dataset.num_skipped and distributed.rank_and_size()[0] == 0:
         print(f"{path}: dropped {dataset.num_skipped} rows with empty texts", file=sys.stderr)
     return dataset
 
@@ -122,26 +123,44 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
 
 
 def _finetune(options: argparse.Namespace) -> None:
+    with distributed.process_group():
+        _finetune_rank(options)
+
+
+def _finetune_rank(options: argparse.Namespace) -> None:
+    first = distributed.rank_and_size()[0] == 0
+    if not first:
+        os.environ["EMBEDFT_PROGRESS"] = "0"
     config = configs.config_from_options(FinetuneConfig, options)
     out = Path(options.out)
     existing = "overwrite" if options.overwrite else "resume" if options.resume else "refuse"
-    runs.check_run(out, existing)
-    datasets = {name: _load_training(path, options) for name, path in _sources(options.data).items()}
-    dataset = datasets if len(datasets) > 1 else next(iter(datasets.values()))
-    validation = None
-    if options.validation:
-        merge, split = not options.no_merge, options.validation_split
-        validation = _load_data(options.validation, options, merge=merge, split=split)
-    embedder = _load_model(options)
-    if existing == "resume" and not (out / runs.CONFIG).is_file():
+    distributed.from_first(lambda: runs.check_run(out, existing))
+    embedder, dataset, validation = distributed.together(lambda: _load_finetune(options))
+    if first and existing == "resume" and not (out / runs.CONFIG).is_file():
         print(f"{out}: no run to resume, a new one begins", file=sys.stderr)
     finetune(embedder, dataset, config, validation=validation, out=out, existing=existing)
+    if not first:
+        return
     if validation is not None:
         print(_kept_step(out / runs.LOG, config.select))
         before, after = (Report.load(out / runs.EVAL / name) for name in (VALIDATION_BASE, VALIDATION))
         print(compare(before, after, metric=config.select))
         print("these questions chose the weights; for a claim, run embedft evaluate on others")
     print(f"model: {out / runs.MODEL}")
+
+
+def _load_finetune(
+    options: argparse.Namespace,
+) -> tuple[Embedder, RetrievalDataset | dict[str, RetrievalDataset], RetrievalDataset | None]:
+    """Model, training data and validation data; the model on the rank's own device."""
+    datasets = {name: _load_training(path, options) for name, path in _sources(options.data).items()}
+    dataset = datasets if len(datasets) > 1 else next(iter(datasets.values()))
+    validation = None
+    if options.validation:
+        merge, split = not options.no_merge, options.validation_split
+        validation = _load_data(options.validation, options, merge=merge, split=split)
+    device = distributed.rank_device(options.device)
+    return load_embedder(options.model, device=device, revision=options.revision), dataset, validation
 
 
 def _load_training(path: str, options: argparse.Namespace) -> RetrievalDataset:

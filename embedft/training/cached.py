@@ -45,9 +45,10 @@ def cached_backward(
     their graphs kept and one backward pass. The random generators end as that pass would leave them.
 
     Args:
-        queries: packed texts, one a row of Q.
-        documents: packed texts, one a row of D.
+        queries: packed texts, one a row of Q; none where all of a batch's are with other ranks (distributed.py).
+        documents: packed texts, one a row of D; there may be none, too.
         targets: on the embedder's device.
+        loss: (Q, D, targets) -> scalar; with several ranks it gathers the vectors of the others by itself.
         mini_batch_tokens: tokens that are embedded with gradient at a time; a longer text goes alone.
         autocast: makes the context that texts are embedded in, the first time and the second.
 
@@ -72,12 +73,13 @@ def cached_backward(
             states.append(devices.random_state(device))
             with torch.no_grad():
                 embedded.append(embed(part, role))
-        vectors.append(torch.cat(embedded)[place_B.to(device)].requires_grad_())
+        in_order = torch.cat(embedded) if embedded else no_vectors(embedder)
+        vectors.append(in_order[place_B.to(device)].detach().requires_grad_())
         sides.append((role, parts, states, place_B.argsort().to(device)))
     value = loss(*vectors, targets)
     value.backward()
     gradients = [X.grad for X in vectors]
-    del vectors, embedded
+    del vectors, embedded, in_order
     after = devices.random_state(device)
     for (role, parts, states, order_B), gradient_BD in zip(sides, gradients, strict=True):
         if gradient_BD is None:  # the loss does not look at queries, or not at documents
@@ -88,6 +90,12 @@ def cached_backward(
             embed(part, role).backward(gradient_ND)
     devices.set_random_state(after, device)
     return value.detach()
+
+
+def no_vectors(embedder: Embedder) -> Tensor:
+    """The vectors of no text, [0, D], with gradient, so that a loss of them has a backward pass."""
+    weight = next(embedder.parameters())
+    return torch.zeros(0, embedder.full_dim, dtype=weight.dtype, device=weight.device, requires_grad=True)
 
 
 def mini_batches(packed: Packed, max_tokens: int) -> tuple[list[Packed], Tensor]:

@@ -3,7 +3,8 @@
     state = train(embedder, batches, loss, TrainConfig(epochs=2, lr=2e-5), out=Path("runs/first"))
 
 It knows nothing of files of text, metrics or indices: batches, loss, references and evaluation come in as they are.
-Not here: how a batch larger than memory is stepped (cached.py), hard-negative mining, several devices.
+Not here: how a batch larger than memory is stepped (cached.py), what ranks tell each other (distributed.py),
+hard-negative mining.
 
 Shapes: B queries, M documents, D dimensions.
 """
@@ -30,8 +31,10 @@ from ..files import append_jsonl, atomic_write
 from ..losses.registry import Loss
 from ..losses.targets import Targets
 from ..progress import progress_bar
-from .cached import cached_backward
+from . import distributed
+from .cached import cached_backward, no_vectors
 from .checkpoint import TrainState, load_checkpoint, save_checkpoint
+from .distributed import Share
 from .optim import SCHEDULES, Schedule, build_optimizer, lr_factor
 from .references import Reference, targets_with
 from .runs import CHECKPOINTS, LOG
@@ -119,6 +122,10 @@ def train(
     own negatives. The base is validated first, so weights worse than the base are never kept. Same seed, same machine,
     same bits on the CPU; the caller's random state is left as it was.
 
+    Where torch.distributed runs with several ranks, all of them call this with the same batches, and step together to
+    the weights of one rank, but for rounding and for dropout (distributed.py). Every rank returns the same state;
+    rank 0 alone validates, logs, shows the bar and writes to `out`, which the others read to resume.
+
     Args:
         batches: sized (batches of an epoch), and able to begin anywhere.
         loss: (Q [B, D], D [M, D], targets) -> scalar. A module is moved to the embedder's device, and its parameters
@@ -130,13 +137,16 @@ def train(
 
     Raises:
         NonFiniteError: a loss or gradient is not finite; nothing was stepped with it.
-        ValueError: `config.select` is not among the metrics; a reference has too few vectors, or too many.
+        ValueError: `config.select` is not among the metrics; a reference has too few vectors, or too many; ranks
+            differ in the number of batches or in the checkpoint that they find.
     """
     device, steps_an_epoch = embedder.device, -(-len(batches) // config.accumulate)
     num_steps = config.epochs * steps_an_epoch
     factor = lr_factor(config.schedule, num_steps=num_steps, warmup=config.warmup)
     optimizer = build_optimizer(embedder.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    first = distributed.rank_and_size()[0] == 0
     module = loss.to(device).train() if isinstance(loss, nn.Module) else None
+    own: list[nn.Parameter] = []
     if module is not None:
         own = [parameter for parameter in module.parameters() if parameter.requires_grad]
         optimizer.add_param_group({"params": own, "lr": config.loss_lr or config.lr, "weight_decay": 0.0})
@@ -146,14 +156,14 @@ def train(
     state, best_weights, num_passes = TrainState(), None, 0
 
     def log(record: dict) -> None:
-        if out is not None:
+        if out is not None and first:
             append_jsonl(out / LOG, record)
 
     def validate() -> None:
         nonlocal best_weights
         start = time.perf_counter()
         embedder.eval()
-        metrics = dict(evaluate(embedder))
+        metrics = distributed.from_first(lambda: dict(evaluate(embedder)))
         if config.select not in metrics:
             raise ValueError(f"select is {config.select!r}, expected one of {', '.join(metrics)}")
         log({"step": state.step, "metrics": metrics, "seconds": time.perf_counter() - start})
@@ -171,14 +181,17 @@ def train(
             group["lr"] = highest_lr * share
         embedder.train()
         values = []
-        for batch in parts:
+        for place, batch in enumerate(parts):
             targets = targets_with(references or {}, batch).to(device)
-            values.append(_backward(embedder, batch, targets, loss, config, share=1 / len(parts)))
-            num_passes += -(-_num_tokens(batch) // (config.mini_batch_tokens or _num_tokens(batch)))
+            mine, seeds = Share.of(batch.queries, batch.documents), (config.seed, state.step, place)
+            values.append(_backward(embedder, mine, targets, loss, config, share=1 / len(parts), seeds=seeds))
+            at_once = config.mini_batch_tokens
+            num_passes += 1 if at_once is None else -(-_num_tokens(mine) // at_once)
             if num_passes >= RELEASE_EVERY:
                 devices.release_memory(device)
                 num_passes = 0
         loss_value = sum(values)
+        distributed.sum_gradients(embedder.parameters(), of_first=own)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         for what, value in (("loss", loss_value), ("gradient norm", grad_norm)):
             if not torch.isfinite(value):
@@ -207,19 +220,25 @@ def train(
         bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
         bar.update()
 
+    def save() -> None:
+        save_checkpoint(out / CHECKPOINTS, embedder, optimizer, state, best_weights, device, loss=module)
+
     def due(every: int | None) -> bool:
         return state.step % (every or steps_an_epoch) == 0 or state.step == num_steps
 
     try:
         with devices.seeded(config.seed, device):
+            distributed.broadcast_weights(embedder, *([] if module is None else [module]))
             resumed = None
             if out is not None:
                 resumed = load_checkpoint(out / CHECKPOINTS, embedder, optimizer, device, loss=module)
             if resumed:
                 state, best_weights = resumed
-            if out is not None:
+            distributed.check_same({"number of batches": len(batches), "step of the checkpoint": state.step})
+            if out is not None and first:
                 _forget_after(out / LOG, state.step if resumed else -1)
-            with progress_bar(num_steps, "train", unit="step", initial=state.step) as bar:
+            hidden = {} if first else {"show": False}
+            with progress_bar(num_steps, "train", unit="step", initial=state.step, **hidden) as bar:
                 if evaluate is not None and not resumed:
                     validate()
                 while state.step < num_steps:
@@ -230,9 +249,7 @@ def train(
                         if evaluate is not None and due(config.eval_every):
                             validate()
                         if out is not None and due(config.checkpoint_every):
-                            save_checkpoint(
-                                out / CHECKPOINTS, embedder, optimizer, state, best_weights, device, loss=module
-                            )
+                            distributed.from_first(save)
     finally:
         embedder.eval()
     if best_weights is not None:
@@ -241,29 +258,41 @@ def train(
 
 
 def _backward(
-    embedder: Embedder, batch: Batch, targets: Targets, loss: Loss, config: TrainConfig, *, share: float
+    embedder: Embedder,
+    mine: Share,
+    targets: Targets,
+    loss: Loss,
+    config: TrainConfig,
+    *,
+    share: float,
+    seeds: tuple[int, ...],
 ) -> Tensor:
-    """`share` of the loss of a batch, with its gradients added to the parameters'."""
+    """`share` of the loss of a batch, with its gradients added to the parameters': those of this rank's texts."""
     # The only autocast there is: the loss is always computed in float32.
     autocast = functools.partial(
         torch.autocast, embedder.device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16"
     )
 
     def part(Q: Tensor, D: Tensor, targets: Targets) -> Tensor:
+        Q, D = mine.gather(Q, D)
+        distributed.reseed(*seeds, apart=False)
         return loss(Q, D, targets) * share
 
-    at_once = config.mini_batch_tokens
-    if at_once is not None and _num_tokens(batch) > at_once:
-        packed = batch.queries, batch.documents
+    distributed.reseed(*seeds, apart=True)
+    at_once, packed = config.mini_batch_tokens, (mine.queries, mine.documents)
+    if at_once is not None and _num_tokens(mine) > at_once:
         return cached_backward(embedder, *packed, targets, part, mini_batch_tokens=at_once, autocast=autocast)
-    with autocast():
-        Q, D = embedder.embed_pair(batch.queries, batch.documents)
+    if _num_tokens(mine) == 0:
+        Q = D = no_vectors(embedder)
+    else:
+        with autocast():
+            Q, D = embedder.embed_pair(*packed)
     value = part(Q, D, targets)
     value.backward()
     return value.detach()
 
 
-def _num_tokens(batch: Batch) -> int:
+def _num_tokens(batch: Batch | Share) -> int:
     return len(batch.queries.input_ids) + len(batch.documents.input_ids)
 
 

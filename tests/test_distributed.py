@@ -1,0 +1,580 @@
+"""distributed.py: by hand; two and three ranks = one; resumed = uninterrupted; errors reach all; under torchrun."""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from tiny import make_dataset, make_embedder
+from torch import nn
+from torch.nn import Parameter
+
+from embedft import FinetuneConfig, build_loss, finetune, load_embedder
+from embedft.cli import main
+from embedft.data.batches import Batches
+from embedft.encoders.packing import pack
+from embedft.files import read_json
+from embedft.losses.contrastive import in_batch_negatives
+from embedft.training import distributed
+from embedft.training.cached import mini_batches
+from embedft.training.distributed import OtherRankError, Share, gather, rank_and_size, select
+from embedft.training.references import FrozenEmbeddings
+from embedft.training.train import NonFiniteError, TrainConfig, _backward, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+METRIC = "ndcg@10"
+
+
+def rank() -> int:
+    return rank_and_size()[0]
+
+
+def token_ids(packed) -> list[list[int]]:
+    return [part.tolist() for part in packed.input_ids.split(packed.lengths().tolist())]
+
+
+# By hand.
+
+
+def test_select():
+    packed = pack([[5], [6, 7, 8], [9, 10]], prompt_length=1)._replace(token_types=torch.tensor([0, 1, 2, 3, 4, 5]))
+    kept = select(packed, torch.tensor([False, True, True]))
+    assert token_ids(kept) == [[6, 7, 8], [9, 10]]
+    assert (kept.positions.tolist(), kept.cu_seqlens.tolist(), kept.max_seqlen) == ([0, 1, 2, 0, 1], [0, 3, 5], 3)
+    assert (kept.token_types.tolist(), kept.prompt_lengths.tolist()) == ([1, 2, 3, 4, 5], [1, 1])
+    assert kept.cu_seqlens.dtype is torch.int32
+    assert select(packed, torch.tensor([True, False, True])).max_seqlen == 2
+    bare = select(pack([[5], [6, 7]]), torch.tensor([False, False]))
+    assert (bare.num_sequences, bare.max_seqlen, len(bare.input_ids)) == (0, 0, 0)
+    assert bare.token_types is bare.prompt_lengths is None
+
+
+def two_shares():
+    """Lengths 1, 4, 2, 3: in order of length rows 1, 3, 2, 0, of which rank 0 has the first and the third."""
+    queries, documents = pack([[1], [2, 2, 2, 2], [3, 3], [4, 4, 4]]), pack([[7, 7]])
+    share = Share.of(queries, documents)
+    Q, D = (
+        torch.tensor([ids[0] for ids in token_ids(part)], dtype=torch.float32).view(-1, 1)
+        for part in (share.queries, share.documents)
+    )
+    return token_ids(share.queries), token_ids(share.documents), [X.flatten().tolist() for X in share.gather(Q, D)]
+
+
+def test_the_shares_of_two_ranks(tmp_path):
+    """Rank 1 has no document; the vectors of all come back in the order of the batch."""
+    whole = [[1, 2, 3, 4], [7]]
+    assert run_ranks(2, two_shares, folder=tmp_path) == [
+        ([[2, 2, 2, 2], [3, 3]], [[7, 7]], whole),
+        ([[4, 4, 4], [1]], [], whole),
+    ]
+
+
+def test_one_rank_has_all_and_changes_nothing():
+    assert rank_and_size() == (0, 1)
+    queries, documents = pack([[1], [2, 2]]), pack([[7]])
+    share = Share.of(queries, documents)
+    assert share.queries is queries
+    assert share.documents is documents
+    Q, D = torch.ones(2, 3), torch.ones(1, 3)
+    assert share.gather(Q, D)[0] is Q
+    assert share.gather(Q, D)[1] is D
+    weight, state = Parameter(torch.ones(2)), torch.get_rng_state()
+    weight.grad = torch.tensor([3.0, 4.0])
+    distributed.sum_gradients([weight])
+    distributed.broadcast_weights(nn.Linear(1, 1))
+    state = torch.get_rng_state()
+    distributed.reseed(1, apart=True)
+    distributed.check_same({"seed": 1})
+    assert torch.equal(torch.get_rng_state(), state)
+    assert weight.grad.tolist() == [3.0, 4.0]
+    assert distributed.from_first(lambda: 5) == distributed.together(lambda: 5) == 5
+    assert distributed.rank_device(None) is None
+    assert distributed.rank_device("cuda") == "cuda"
+
+
+def gather_by_hand():
+    own = torch.tensor([[[30.0], [20.0]], [[5.0]]][rank()], dtype=torch.float64, requires_grad=True)
+    X = gather(own, torch.tensor([2, 0, 1]))
+    value = X[0, 0] * X[2, 0] + X[1, 0] ** 2
+    value.backward()
+    return X.tolist(), value.item(), own.grad.tolist()
+
+
+def test_gather_by_hand(tmp_path):
+    """Order 2, 0, 1: rank 0 has rows 2 and 1 (30 and 20), rank 1 row 0 (5), so x = (5, 20, 30).
+
+    L = x0 x2 + x1^2 = 150 + 400 = 550 on both. dL/dx = (x2, 2 x1, x0) = (30, 40, 5): rank 0 gets 5 for row 2 and 40 for
+    row 1, rank 1 gets 30 for row 0, each once.
+    """
+    whole = [[5.0], [20.0], [30.0]]
+    found = run_ranks(2, gather_by_hand, folder=tmp_path)
+    assert found == [(whole, 550.0, [[5.0], [40.0]]), (whole, 550.0, [[30.0]])]
+
+
+def gradients_by_hand(bucket_elements):
+    distributed.BUCKET_ELEMENTS = bucket_elements
+    both, first, second, none, of_loss, bare = (Parameter(torch.zeros(2, 1, dtype=torch.float64)) for _ in range(6))
+    of_loss.data = of_loss.data.float()
+    both.grad = torch.tensor([[1.0], [2.0]]).double() * (1 + rank())
+    if rank() == 0:
+        first.grad = torch.tensor([[5.0], [6.0]]).double()
+    else:
+        second.grad = torch.tensor([[7.0], [8.0]]).double()
+    of_loss.grad = torch.full((2, 1), 9.0 + rank())
+    distributed.sum_gradients([both, first, second, none], of_first=[of_loss, bare])
+    assert of_loss.grad.dtype is torch.float32
+    return [None if p.grad is None else p.grad.flatten().tolist() for p in (both, first, second, none, of_loss, bare)]
+
+
+def in_buckets():
+    return [gradients_by_hand(bucket_elements) for bucket_elements in (1, 3, 4, 100)]
+
+
+def test_gradients_by_hand(tmp_path):
+    """(1, 2) + 2 (1, 2) = (3, 6); what one rank has alone; none where none has; of the loss's own the first rank's."""
+    summed = [[3.0, 6.0], [5.0, 6.0], [7.0, 8.0], None, [9.0, 9.0], None]
+    assert run_ranks(2, in_buckets, folder=tmp_path) == [[summed] * 4] * 2
+
+
+def what_ranks_tell_each_other():
+    """Everything small that needs ranks, in one start."""
+    found = {}
+    module = nn.BatchNorm1d(2).double()  # parameters, and buffers of two types
+    with torch.no_grad():
+        for i, tensor in enumerate((*module.parameters(), *module.buffers())):
+            tensor.fill_(10 * rank() + i)
+    distributed.broadcast_weights(module, nn.Identity())
+    found["weights"] = [tensor.flatten()[0].item() for tensor in (*module.parameters(), *module.buffers())]
+
+    draws = []
+    for numbers, apart in (((1, 2), True), ((1, 2), True), ((1, 3), True), ((1, 2), False), ((1, 3), False)):
+        distributed.reseed(*numbers, apart=apart)
+        draws.append(torch.rand(()).item())
+    found["draws"] = draws
+
+    found["from_first"] = distributed.from_first(lambda: {"of": rank()})
+    found["together"] = distributed.together(rank)
+
+    def fails_on(where: int, error: Exception):
+        if rank() == where:
+            raise error
+        return "fine"
+
+    for name, call in {
+        "first fails": lambda: distributed.from_first(lambda: fails_on(0, KeyError("x"))),
+        "one of all fails": lambda: distributed.together(lambda: fails_on(1, OSError("gone"))),
+        "all fail": lambda: distributed.together(lambda: fails_on(rank(), ValueError(f"of {rank()}"))),
+        "the same": lambda: distributed.check_same({"lr": 1, "seed": [2]}),
+        "another": lambda: distributed.check_same({"lr": 1, "seed": rank()}),
+        "one more": lambda: distributed.check_same({"lr": 1} | ({"seed": 3} if rank() else {})),
+    }.items():
+        try:
+            found[name] = call()
+        except (ValueError, OSError, KeyError) as error:
+            found[name] = type(error), str(error)
+    found["devices"] = [distributed.rank_device(name) for name in ("cpu", "cuda", "cuda:5")]
+    distributed.devices.default_device = lambda: torch.device("mps")
+    found["devices"].append(distributed.rank_device(None))
+    distributed.devices.default_device = lambda: torch.device("cuda")
+    found["devices"].append(distributed.rank_device(None))
+    return found
+
+
+def test_what_ranks_tell_each_other(tmp_path):
+    first, second = run_ranks(2, what_ranks_tell_each_other, folder=tmp_path)
+    assert first["weights"] == second["weights"] == [0, 1, 2, 3, 4]
+    apart, again, next_batch, alike, alike_next = range(5)
+    assert [a == b for a, b in zip(first["draws"], second["draws"], strict=True)] == [False, False, False, True, True]
+    for draws in (first["draws"], second["draws"]):
+        assert draws[apart] == draws[again]
+        assert len({draws[i] for i in (apart, next_batch, alike, alike_next)}) == 4
+    assert first["from_first"] == second["from_first"] == {"of": 0}
+    assert (first["together"], second["together"]) == (0, 1)
+    assert first["first fails"] == (KeyError, "'x'")
+    assert second["first fails"] == (OtherRankError, "rank 0 has stopped; the error is told there")
+    assert first["one of all fails"] == (OtherRankError, "rank 1: gone")
+    assert second["one of all fails"] == (OSError, "gone")
+    assert (first["all fail"], second["all fail"]) == ((ValueError, "of 0"), (ValueError, "of 1"))
+    for found in (first, second):
+        assert found["the same"] is None
+        assert found["another"] == (ValueError, "seed is 0 on rank 0 and 1 on rank 1")
+        assert found["one more"] == (ValueError, "seed is None on rank 0 and 3 on rank 1")
+    assert first["devices"] == ["cpu", "cuda:0", "cuda:5", "cpu", "cuda:0"]
+    assert second["devices"] == ["cpu", "cuda:1", "cuda:5", "cpu", "cuda:1"]
+
+
+# A whole training.
+
+CONFIG = TrainConfig(
+    epochs=2, lr=1e-3, warmup=0.2, weight_decay=0.1, accumulate=2, eval_every=1, checkpoint_every=2, loss_lr=1e-2
+)
+LOSS = {
+    "name": "sum",
+    "losses": [{"name": "learnable_temperature"}, {"name": "toward_base", "distance": "similarities"}],
+    "weights": [1.0, 0.5],
+}
+
+
+class Drawing(nn.Module):
+    """In-batch negatives times a number drawn from torch's generator; its parameter gets a gradient of its own rank."""
+
+    def __init__(self):
+        super().__init__()
+        self.offset = Parameter(torch.zeros(()))
+
+    def forward(self, Q, D, targets):
+        return in_batch_negatives(Q, D, targets) * (0.5 + torch.rand(())) + self.offset * (1 + rank())
+
+
+def train_once(base: Path, out: Path, config: TrainConfig, make_loss, *, batch_size=5, dropout=0.0, die_at=None):
+    """Weights, the loss's own, state, and the losses of the steps; every rank but the first begins elsewhere."""
+    out.mkdir(exist_ok=True)
+    embedder = make_embedder(base, dropout=dropout, dtype=torch.float64)
+    dataset = make_dataset(11, 9, negatives=3)
+    references = {"base": FrozenEmbeddings.encode(embedder, dataset)}
+    loss, calls = make_loss(), itertools.count(1)
+    with torch.no_grad():
+        for parameter in (*embedder.parameters(), *loss.parameters()):
+            parameter += rank()
+
+    def die(module, arguments):
+        if next(calls) == die_at:
+            (base / f"reached-{rank()}").touch()
+            while len(list(base.glob("reached-*"))) < rank_and_size()[1]:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    loss.register_forward_pre_hook(die)
+
+    def evaluate(embedder):
+        assert rank() == 0
+        done = sum("metrics" in record for record in read_log(out)) if (out / "train.jsonl").exists() else 0
+        return {METRIC: (0.1, 0.3, 0.4, 0.2, 0.35)[done]}
+
+    batches = Batches(dataset, embedder.pack, batch_size=batch_size, seed=0, num_negatives=3)
+    state = train(embedder, batches, loss, config, out=out, references=references, evaluate=evaluate)
+    return embedder.state_dict(), loss.state_dict(), dataclasses.asdict(state)
+
+
+def make_sum():
+    return build_loss(LOSS)
+
+
+def read_log(out: Path) -> list[dict]:
+    records = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
+
+def assert_equal(ours, theirs, tolerance: float) -> None:
+    """Tensors and numbers of two nested things, each within `tolerance`; everything else the same."""
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys()
+        for key in theirs:
+            assert_equal(ours[key], theirs[key], tolerance)
+    elif isinstance(theirs, list | tuple):
+        assert len(ours) == len(theirs)
+        for our, their in zip(ours, theirs, strict=True):
+            assert_equal(our, their, tolerance)
+    elif isinstance(theirs, torch.Tensor | float):
+        our, their = torch.as_tensor(ours), torch.as_tensor(theirs)
+        assert our.dtype is their.dtype
+        assert (our - their).abs().max() <= tolerance
+    else:
+        assert ours == theirs
+
+
+@pytest.mark.parametrize(("size", "mini_batch_tokens"), [(2, None), (2, 8), (3, 8)])
+def test_several_ranks_are_one(tmp_path, size, mini_batch_tokens):
+    """Batches of 5, 5 and 1 pairs with 3 hard negatives each, so in the last of an epoch ranks have no query.
+
+    The base is a reference, the temperature is learned (in float32, whose rounding is allowed for), two batches make a
+    step, and the best weights are those of the second.
+    """
+    config = dataclasses.replace(CONFIG, mini_batch_tokens=mini_batch_tokens)
+    one = train_once(tmp_path / "base", tmp_path / "one", config, make_sum)
+    found = run_ranks(size, train_once, tmp_path / "base", tmp_path / "many", config, make_sum, folder=tmp_path)
+    for several in found:
+        assert_equal(several[0], one[0], 1e-9)
+        assert_equal(several[1], one[1], 1e-6)
+        assert several[2] == one[2]
+    assert one[2]["best_step"] == 2
+    assert [key for key, tensor in found[0][1].items() if not torch.equal(tensor, found[-1][1][key])] == []
+    assert_equal(read_log(tmp_path / "many"), read_log(tmp_path / "one"), 1e-9)
+    assert len(read_log(tmp_path / "one")) == 4 + 5
+
+
+def test_a_batch_of_one_pair_on_three_ranks(tmp_path):
+    """Two of them have nothing to embed in any batch, and are in step all the same."""
+    config = dataclasses.replace(CONFIG, epochs=1, accumulate=4)
+    arguments = (config, make_sum)
+    one = train_once(tmp_path / "base", tmp_path / "one", *arguments, batch_size=1)
+    place = {"folder": tmp_path}
+    for several in run_ranks(3, train_one_pair, tmp_path / "base", tmp_path / "many", config, **place):
+        assert_equal(several[0], one[0], 1e-9)
+        assert several[2] == one[2]
+
+
+def train_one_pair(base, out, config):
+    return train_once(base, out, config, make_sum, batch_size=1)
+
+
+def train_drawing(base, out, config, die_at=None):
+    return train_once(base, out, config, Drawing, dropout=0.1, die_at=die_at)
+
+
+@pytest.mark.parametrize("mini_batch_tokens", [None, 20])
+def test_resumed_after_sigkill(tmp_path, mini_batch_tokens):
+    """Both ranks killed in the third step, behind the checkpoint of the second; dropout on, and a loss that draws."""
+    make_embedder(tmp_path / "base", dropout=0.1)
+    config = dataclasses.replace(CONFIG, mini_batch_tokens=mini_batch_tokens)
+    place = {"folder": tmp_path}
+    whole = run_ranks(2, train_drawing, tmp_path / "base", tmp_path / "whole", config, **place)
+    assert run_ranks(2, train_drawing, tmp_path / "base", tmp_path / "cut", config, 5, **place) == [None, None]
+    assert [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()] == ["step-000002"]
+    assert len(read_log(tmp_path / "cut")) == 2 * 2 + 1
+    resumed = run_ranks(2, train_drawing, tmp_path / "base", tmp_path / "cut", config, **place)
+    assert_equal(resumed, [whole[0]] * 2, 0.0)
+    assert resumed[0][2]["step"] == 4
+    assert_equal(read_log(tmp_path / "cut")[5:], read_log(tmp_path / "whole")[5:], 0.0)
+
+
+class Spy(nn.Module):
+    """Keeps what it is called with, and a number drawn as a loss may draw one."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, Q, D, targets):
+        self.seen.append((Q.detach().clone(), D.detach().clone(), torch.rand(()).item()))
+        return in_batch_negatives(Q, D, targets)
+
+
+class SameBatch:
+    """One batch, of the same text as two queries and as two documents, twice an epoch."""
+
+    def __init__(self, embedder):
+        batch = next(Batches(make_dataset(2, 2), embedder.pack, batch_size=2, seed=0).epoch(0))
+        same = embedder.pack(["a b c"] * 2, role="query")
+        self.batch = batch._replace(queries=same, documents=same)
+
+    def __len__(self):
+        return 2
+
+    def epoch(self, number, *, start=0):
+        return iter([self.batch] * (2 - start))
+
+
+def see_dropout(base, mini_batch_tokens):
+    embedder = make_embedder(base, dropout=0.1)
+    spy, state = Spy(), torch.get_rng_state()
+    config = TrainConfig(epochs=2, lr=1e-12, accumulate=2, mini_batch_tokens=mini_batch_tokens)
+    train(embedder, SameBatch(embedder), spy, config)
+    assert torch.equal(torch.get_rng_state(), state)
+    return spy.seen
+
+
+@pytest.mark.parametrize("mini_batch_tokens", [None, 5])
+def test_ranks_draw_different_dropout(tmp_path, mini_batch_tokens):
+    """The same text, 4 batches with 4 vectors each, no two alike; what the loss gets and draws is alike on both."""
+    make_embedder(tmp_path / "base", dropout=0.1)
+    first, second = run_ranks(2, see_dropout, tmp_path / "base", mini_batch_tokens, folder=tmp_path)
+    assert_equal(first, second, 0.0)
+    vectors = [vector for Q, D, _ in first for vector in (*Q, *D)]
+    assert len(vectors) == 16
+    assert all((a - b).abs().max() > 1e-3 for a, b in itertools.combinations(vectors, 2))
+    assert len({number for _, _, number in first}) == 4
+
+
+def cached_and_direct(base):
+    """With dropout and a loss that draws: gradient caching, and the same mini-batches with their graphs kept."""
+    embedder = make_embedder(base, dropout=0.1, dtype=torch.float64).train()
+    batch = next(Batches(make_dataset(11, 9), embedder.pack, batch_size=11, seed=0).epoch(0))
+    mine, found = Share.of(batch.queries, batch.documents), []
+
+    def drawing(Q, D, targets):
+        return in_batch_negatives(Q, D, targets) * (0.5 + torch.rand((), dtype=Q.dtype))
+
+    for tokens in (20, None):
+        embedder.zero_grad()
+        if tokens is None:
+            distributed.reseed(7, apart=True)
+            vectors = []
+            for packed, role in ((mine.queries, "query"), (mine.documents, "document")):
+                parts, place = mini_batches(packed, 20)
+                vectors.append(torch.cat([embedder.embed(part, role=role) for part in parts])[place])
+            Q, D = mine.gather(*vectors)
+            distributed.reseed(7, apart=False)
+            value = drawing(Q, D, batch.targets)
+            value.backward()
+        else:
+            config = TrainConfig(mini_batch_tokens=tokens)
+            value = _backward(embedder, mine, batch.targets, drawing, config, share=1.0, seeds=(7,))
+        found.append([value.detach(), *(p.grad.clone() for p in embedder.parameters() if p.grad is not None)])
+    return found
+
+
+def test_cached_is_direct_on_each_rank(tmp_path):
+    make_embedder(tmp_path / "base", dropout=0.1)
+    for cached, direct in run_ranks(2, cached_and_direct, tmp_path / "base", folder=tmp_path):
+        assert_equal(cached, direct, 1e-10)
+
+
+# Errors.
+
+
+def errors_of_train(base, folder):
+    found = {}
+
+    def attempt(name, **changed):
+        embedder = make_embedder(base, dropout=0.0)
+        dataset = make_dataset(changed.pop("num_queries", 4), 4)
+        batches = Batches(dataset, embedder.pack, batch_size=2, seed=0)
+        loss = changed.pop("loss", in_batch_negatives)
+        try:
+            train(embedder, batches, loss, TrainConfig(epochs=1), **changed)
+        except ValueError as error:
+            found[name] = type(error), str(error).partition(";")[0]
+
+    attempt("not finite", loss=lambda Q, D, targets: in_batch_negatives(Q, D, targets) * float("nan"))
+    attempt("metric", evaluate=lambda embedder: {"mrr@10": 0.5})
+    attempt("evaluation", evaluate=lambda embedder: {}["nothing"] if rank() else int("x"))
+    attempt("batches", num_queries=4 + 2 * rank())
+    attempt("checkpoint", out=folder / f"of-{rank()}" if rank() else folder / "elsewhere")
+    return found
+
+
+def test_errors_of_training_come_on_all_ranks(tmp_path):
+    embedder = make_embedder(tmp_path / "base", dropout=0.0)
+    (tmp_path / "of-1").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    batches = Batches(make_dataset(4, 4), embedder.pack, batch_size=2, seed=0)
+    train(embedder, batches, in_batch_negatives, TrainConfig(epochs=1), out=tmp_path / "of-1")
+    first, second = run_ranks(2, errors_of_train, tmp_path / "base", tmp_path, folder=tmp_path)
+    expected = {
+        "not finite": (NonFiniteError, "step 1: loss is nan"),
+        "metric": (ValueError, "select is 'ndcg@10', expected one of mrr@10"),
+        "evaluation": (ValueError, "invalid literal for int() with base 10: 'x'"),
+        "batches": (ValueError, "number of batches is 2 on rank 0 and 3 on rank 1"),
+        "checkpoint": (ValueError, "step of the checkpoint is 0 on rank 0 and 2 on rank 1"),
+    }
+    assert first == expected
+    assert second == expected | {"evaluation": (OtherRankError, "rank 0 has stopped")}
+
+
+def refuse_to_finetune(base, out):
+    config = FinetuneConfig(epochs=1, lr=1e-3 * (1 + rank()))
+    with pytest.raises(ValueError, match=r"lr is 0\.001 on rank 0 and 0\.002 on rank 1"):
+        finetune(make_embedder(base), make_dataset(), config, out=out)
+    config = FinetuneConfig(epochs=1)
+    with pytest.raises(ValueError, match=r"train is '.*' on rank 0 and '.*' on rank 1"):
+        finetune(make_embedder(base), make_dataset(seed=rank()), config, out=out)
+    assert not (out / "config.json").exists()
+    out.mkdir(exist_ok=True)
+    (out / "file").touch()
+    with pytest.raises(ValueError, match="rank 0 has stopped" if rank() else "not empty"):
+        finetune(make_embedder(base), make_dataset(), config, out=out / ("new" if rank() else ""))
+
+
+def test_finetune_refuses_on_all_ranks(tmp_path):
+    make_embedder(tmp_path / "base")
+    run_ranks(2, refuse_to_finetune, tmp_path / "base", tmp_path / "run", folder=tmp_path)
+
+
+# The command line.
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def call_commands(folder: Path, port: int, commands: list[list[str]]) -> list[tuple]:
+    """(exit code, stdout, stderr) of each, in a process that looks like one of torchrun's."""
+    os.chdir(folder)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), EMBEDFT_PROGRESS="0")
+    found = []
+    for command in commands:
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                code = main(command)
+            except SystemExit as stopped:
+                code = stopped.code
+        assert not torch.distributed.is_initialized()
+        found.append((code, out.getvalue(), err.getvalue()))
+    return found
+
+
+FINETUNE = ["finetune", "model", "pairs.json", "--epochs", "1", "--batch_size", "5", "--seed", "3"]
+
+
+def test_the_command_line(tmp_path):
+    """A user's error is told once and ends all with 2; results are printed once."""
+    make_embedder(tmp_path / "model", dropout=0.0)
+    make_dataset().save(tmp_path / "pairs.json")
+    (tmp_path / "gap.csv").write_text("question,context\na,b\n,c\nb,d\n")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    commands = {
+        "out is missing": FINETUNE,
+        "is not one of": [*FINETUNE, "--out", "run", "--schedule", "sudden"],
+        "not empty": [*FINETUNE, "--out", "full"],
+        "nowhere.json": ["finetune", "model", "nowhere.json", "--out", "run"],
+    }
+    good = [*FINETUNE, "--out", "run", "--validation", "pairs.json", "--resume"]
+    gap = ["finetune", "model", "gap.csv", "--out", "gap", "--epochs", "1", "--skip-empty"]
+    every = [*commands.values(), good, gap]
+    first, second = run_ranks(2, call_commands, tmp_path, free_port(), every, folder=tmp_path, grouped=False)
+    for (code, out, err), other in zip(first[:4], second[:4], strict=True):
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith("embedft finetune: error: ")
+        assert other == (2, "", "")
+    assert "full: not empty" in first[2][2]
+    assert "nowhere.json" in first[3][2]
+    code, out, err = first[4]
+    assert (code, err) == (0, "run: no run to resume, a new one begins\n")
+    assert [line.partition(" ")[0] for line in out.splitlines()] == ["weights", "ndcg@10:", "these", "model:"]
+    assert first[5] == (0, "model: gap/model\n", "gap.csv: dropped 1 rows with empty texts\n")
+    assert second[4:] == [(0, "", ""), (0, "", "")]
+    assert (tmp_path / "run" / "DONE").is_file()
+
+
+def test_torchrun(tmp_path, monkeypatch, capsys):
+    """`torchrun --nproc-per-node 2` writes the model that one process writes, and prints what it prints."""
+    make_embedder(tmp_path / "model", dropout=0.0)
+    make_dataset().save(tmp_path / "pairs.json")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EMBEDFT_PROGRESS", "0")
+    options = ["--device", "cpu", "--out", "run"]
+    root = Path(distributed.__file__).parents[2]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "embedft"]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *FINETUNE, *options], env=environment, capture_output=True, text=True, timeout=240)
+    assert (done.returncode, done.stdout) == (0, "model: run/model\n"), done.stderr
+    shutil.move("run", "many")
+    assert main([*FINETUNE, *options]) == 0
+    assert capsys.readouterr().out == done.stdout
+    one, many, base = (
+        torch.from_numpy(load_embedder(folder, device="cpu").encode(list(make_dataset().corpus.values())))
+        for folder in ("run/model", "many/model", "model")
+    )
+    # Of the vectors, not of the weights: where a gradient is zero but for rounding, Adam makes steps of that.
+    assert_equal(many, one, 1e-6)
+    assert (one - base).abs().max() > 1e-4
+    assert read_json("many/config.json") == read_json("run/config.json")
+    assert sorted(path.name for path in Path("many").iterdir()) == sorted(path.name for path in Path("run").iterdir())
