@@ -54,8 +54,11 @@ PACKAGES = {
 }
 WITHOUT_TORCH = (
     "retrieval.metrics",
+    "retrieval.run",
     "retrieval.significance",
+    "retrieval.t_distribution",
     "retrieval.bm25",
+    "retrieval.fusion",
     "data.asking",
     "data.chunks",
     "data.cleaning",
