@@ -16,7 +16,9 @@ from .encoders.loading import load_embedder
 from .losses.registry import LOSSES, build_loss
 from .losses.targets import Targets
 from .recipe import FinetuneConfig, finetune
+from .retrieval.bm25 import bm25_run
 from .retrieval.evaluate import evaluate, evaluate_run
+from .retrieval.fusion import fuse
 from .retrieval.report import Comparison, Report, compare
 from .retrieval.run import Run
 from .training.fit_adapter import AdapterConfig, fit_adapter
@@ -32,11 +34,13 @@ __all__ = [
     "RetrievalDataset",
     "Run",
     "Targets",
+    "bm25_run",
     "build_loss",
     "compare",
     "evaluate",
     "evaluate_run",
     "finetune",
     "fit_adapter",
+    "fuse",
     "load_embedder",
 ]

@@ -10,7 +10,7 @@ import pytest
 from embedft.data.dataset import RetrievalDataset
 from embedft.retrieval import evaluate as evaluate_module
 from embedft.retrieval.evaluate import evaluate, evaluate_run, question_clusters
-from embedft.retrieval.report import Comparison, Report, compare
+from embedft.retrieval.report import Comparison, Report, compare, save_sentence_transformers_csv
 from embedft.retrieval.run import Run
 
 LYFT_UBER = Path(__file__).resolve().parents[2] / "shared" / "data" / "lyft_uber" / "val_dataset.json"
@@ -348,6 +348,77 @@ def test_a_report_that_does_not_fit_together_is_refused(report):
         dataclasses.replace(report, run=report.run.select(report.query_ids[::-1]))
 
 
+# The CSV of sentence-transformers.
+
+
+def test_csv_lines(tmp_path):
+    # Found at rank 2 of one question: precision@1 0 and @2 1/2, nDCG@2 1/log2(3), AP 1/2.
+    found = evaluate_run(Run.from_dict({"q": {"x": 2.0, "d": 1.0}}), {"q": {"d": 1}}, ks=(2, 1), depth=3)
+    found = dataclasses.replace(found, setting={**found.setting, "similarity": "dot"})
+    path = save_sentence_transformers_csv(tmp_path / "new", found, name="uber", epoch=2, steps=7)
+    assert path == tmp_path / "new" / "Information-Retrieval_evaluation_uber_results.csv"
+    lines = [
+        "epoch,steps,dot-Accuracy@1,dot-Accuracy@2,dot-Precision@1,dot-Recall@1,dot-Precision@2,dot-Recall@2,"
+        "dot-MRR@2,dot-NDCG@2,dot-MAP@3",
+        "2,7,0.0,1.0,0.0,0.0,0.5,1.0,0.5,0.6309297535714575,0.5",
+    ]
+    assert path.read_text().splitlines() == lines
+    # One that is there keeps its columns, in whatever order, and its lines.
+    path.write_text("steps,dot-MRR@1,dot-NDCG@1,epoch,dot-MRR@2\r\n1,2,3,4,5\r\n")
+    save_sentence_transformers_csv(tmp_path / "new", found, name="uber")
+    assert path.read_bytes() == b"steps,dot-MRR@1,dot-NDCG@1,epoch,dot-MRR@2\n1,2,3,4,5\n-1,0.0,0.0,-1,0.5\n"
+    path.write_text("")
+    save_sentence_transformers_csv(tmp_path / "new", found, name="uber", epoch=2, steps=7)
+    assert path.read_text().splitlines() == lines
+    assert [other.name for other in path.parent.iterdir()] == [path.name]
+
+
+def test_csv_refuses(tmp_path, report):
+    with pytest.raises(ValueError, match="the report names no similarity"):
+        save_sentence_transformers_csv(tmp_path, dataclasses.replace(report, setting={}))
+    graded = dataclasses.replace(report, setting={"similarity": "cosine", "gain": "graded"})
+    with pytest.raises(ValueError, match="the report's nDCG has graded gains, the evaluator's"):
+        save_sentence_transformers_csv(tmp_path, graded)
+    assert list(tmp_path.iterdir()) == []
+    path = tmp_path / "Information-Retrieval_evaluation_results.csv"
+    path.write_text("epoch,steps,dot-MRR@10\n")
+    with pytest.raises(
+        ValueError, match=r"_results\.csv line 1: the report has nothing for column 'dot-MRR@10'; it has"
+    ):
+        save_sentence_transformers_csv(tmp_path, report)
+    assert path.read_text() == "epoch,steps,dot-MRR@10\n"
+
+
+def test_csv_equals_the_evaluators(tmp_path):
+    evaluators = pytest.importorskip("sentence_transformers.sentence_transformer.evaluation")
+    dataset = toy_dataset()
+    embedder = toy_embedder(dataset, noise=2.0)
+    table = {text: vector / np.linalg.norm(vector) for text, vector in embedder.embeddings.items()}
+    report = evaluate(StoredEmbedder(table), dataset)
+    relevant = {query_id: set(grades) for query_id, grades in dataset.qrels.items()}
+    evaluator = evaluators.InformationRetrievalEvaluator(dataset.queries, dataset.corpus, relevant, name="toy")
+    stub = SentenceTransformersStub(table, "cosine")
+    for rows in (1, 2):  # a new file, then one that the evaluator has written
+        save_sentence_transformers_csv(tmp_path / "ours", report, name="toy")
+        evaluator(stub, output_path=str(tmp_path / "theirs"))
+        save_sentence_transformers_csv(tmp_path / "theirs", report, name="toy")
+        ours, theirs = (
+            next((tmp_path / folder).glob("*.csv")).read_text().splitlines() for folder in ("ours", "theirs")
+        )
+        assert ours[0] == theirs[0]
+        assert (len(ours), len(theirs)) == (1 + rows, 1 + 2 * rows)
+        values = [[float(value) for value in line.split(",")] for line in theirs[1:] + ours[1:]]
+        np.testing.assert_allclose(values, np.broadcast_to(values[0], np.shape(values)), rtol=0, atol=1e-12)
+
+
+def test_a_report_of_metrics_without_a_cutoff(report):
+    values = {**report.per_query, "rprec": np.full(12, 0.25), "judged@10": np.full(12, 0.5)}
+    lines = str(dataclasses.replace(report, per_query=values)).splitlines()
+    assert lines[1].split() == ["@1", "@3", "@5", "@10", "@100", "all"]
+    assert lines[-2].split() == ["rprec", "0.2500"]
+    assert len(lines[-2]) == len(lines[1])
+
+
 # Comparisons.
 
 
@@ -357,6 +428,27 @@ def test_compare_with_itself(report):
     assert comparison.interval == (0.0, 0.0)
     assert comparison.p_value == 1.0
     assert comparison.base == comparison.other == report.metrics["ndcg@10"]
+    assert (comparison.wins, comparison.ties, comparison.losses) == (0, 12, 0)
+    assert comparison.effect_size == 0.0
+    assert compare(report, report, method="bca").interval == (0.0, 0.0)
+
+
+def test_compare_by_hand():
+    # Reciprocal ranks 1, 1/2, 0, 1 and 1, 1, 1/2, 1/2: differences 0, 1/2, 1/2, -1/2, mean 1/8 and deviations -1/8,
+    # 3/8, 3/8, -5/8, so the variance is (1 + 9 + 9 + 25) / 64 / 3 = 0.229167 and d_z = 0.125 / 0.478714 = 0.261116.
+    qrels = {f"q{i}": {f"d{i}": 1} for i in range(4)}
+    base = {"q0": {"d0": 1}, "q1": {"x": 2, "d1": 1}, "q2": {"x": 1}, "q3": {"d3": 1}}
+    other = {"q0": {"d0": 1}, "q1": {"d1": 1}, "q2": {"x": 2, "d2": 1}, "q3": {"x": 2, "d3": 1}}
+    reports = [evaluate_run(Run.from_dict(results), qrels) for results in (base, other)]
+    comparison = compare(*reports, metric="mrr@10")
+    assert (comparison.base, comparison.other, comparison.difference) == (0.625, 0.75, 0.125)
+    assert (comparison.wins, comparison.ties, comparison.losses) == (2, 1, 1)
+    assert comparison.effect_size == pytest.approx(0.261116, abs=1e-6)
+    assert comparison.method == "percentile"
+    # Of the 8 sign patterns of three halves, all have at least one half left: p = 1.
+    assert comparison.p_value == 1.0
+    assert str(comparison).endswith("2 better, 1 equal, 1 worse of 4 questions in 4 clusters")
+    assert "\n" not in str(comparison)
 
 
 def random_reports(num_queries=200, num_clusters=100, lift=0.0) -> tuple[Report, Report]:
@@ -387,6 +479,13 @@ def test_compare_two():
     assert mirrored.difference == -comparison.difference
     assert mirrored.p_value == comparison.p_value
     json.dumps(dataclasses.asdict(comparison), allow_nan=False)
+    adjusted = compare(base, other, metric="mrr@10", method="bca")
+    assert adjusted.method == "bca"
+    assert adjusted.interval != comparison.interval
+    assert adjusted.interval == pytest.approx(comparison.interval, abs=0.02)
+    assert adjusted.p_value == comparison.p_value
+    with pytest.raises(ValueError, match="unknown method 'basic'; valid: percentile, bca"):
+        compare(base, other, method="basic")
 
 
 def test_compare_pairs_questions_by_id(report):

@@ -9,10 +9,13 @@ from embedft.retrieval.metrics import (
     average_precision,
     hit_rate,
     judge,
+    judged,
+    measure,
     mrr,
     ndcg,
     per_query_metrics,
     precision,
+    r_precision,
     recall,
 )
 from embedft.retrieval.run import Run
@@ -24,16 +27,19 @@ def ranked_run(rankings: dict[str, list[str]]) -> Run:
 
 
 def random_case(rng: np.random.Generator, num_queries: int):
-    """Results with many ties, and graded qrels: empty rankings, queries only in one of the two, none relevant."""
-    documents = [f"d{i:02d}" for i in range(25)]
+    """Results with many ties, some only as float32, and graded qrels, with grades of 0 and below.
+
+    Among them empty rankings, queries only in one of the two, with nothing relevant, with nothing judged.
+    """
+    documents = [f"d{i:02d}" for i in range(23)] + ["ü", "Z"]
     results, qrels = {}, {}
     for i in range(num_queries):
         if rng.random() < 0.95:
             retrieved = rng.choice(documents, size=rng.integers(0, 20), replace=False)
-            results[f"q{i}"] = {str(d): float(rng.integers(0, 6)) / 3 for d in retrieved}
+            results[f"q{i}"] = {str(d): rng.integers(0, 6) / 3 + rng.integers(0, 3) * 1e-10 for d in retrieved}
         if rng.random() < 0.95:
-            judged = rng.choice([*documents, "x1", "x2"], size=rng.integers(0, 15), replace=False)
-            qrels[f"q{i}"] = {str(d): int(rng.integers(0, 4)) for d in judged}
+            graded = rng.choice([*documents, "x1", "x2"], size=rng.integers(0, 15), replace=False)
+            qrels[f"q{i}"] = {str(d): int(rng.integers(-2, 4)) for d in graded}
     return results, qrels
 
 
@@ -54,15 +60,90 @@ HAND = judge(ranked_run({"q": list("abcde")}), {"q": {"b": 1, "d": 1, "z": 1, "a
         (mrr, 1, 0.0),
         (mrr, 5, 1 / 2),
         (average_precision, 2, (1 / 2) / 2),  # precision 1/2 at rank 2; min(2, 3 relevant) = 2
+        (average_precision, None, (1 / 2 + 2 / 4) / 3),
+        (mrr, None, 1 / 2),
+        (judged, 1, 1.0),  # a has grade 0
+        (judged, 3, 2 / 3),  # a and b
+        (judged, 10, 3 / 10),  # a, b, d of five retrieved: by k, as precision
         (average_precision, 100, (1 / 2 + 2 / 4) / 3),  # 1/2 at rank 2 and 2/4 at rank 4; min(100, 3) = 3
         # DCG@2 = 1/log2(3) = 0.6309; the ideal has hits at ranks 1 and 2: 1 + 0.6309 = 1.6309
         (ndcg, 2, 0.6309297535714575 / 1.6309297535714575),
         # DCG@5 = 1/log2(3) + 1/log2(5) = 0.6309 + 0.4307; ideal, three relevant: 1 + 0.6309 + 1/log2(4) = 2.1309
         (ndcg, 5, (0.6309297535714575 + 0.43067655807339306) / 2.1309297535714578),
+        (ndcg, None, (0.6309297535714575 + 0.43067655807339306) / 2.1309297535714578),
     ],
 )
 def test_by_hand(metric, k, expected):
     np.testing.assert_allclose(metric(HAND, k), [expected], atol=1e-12)
+
+
+def test_the_denominator_of_average_precision_by_hand():
+    # The hit at rank 2 alone counts, precision 1/2; of three relevant documents two could stand among the first 2.
+    np.testing.assert_allclose(average_precision(HAND, 2, denominator="cutoff"), [1 / 4])
+    np.testing.assert_allclose(average_precision(HAND, 2, denominator="relevant"), [1 / 6])
+    for k in (3, 100, None):  # no query with more than k relevant documents
+        np.testing.assert_array_equal(average_precision(HAND, k, denominator="relevant"), average_precision(HAND, k))
+    with pytest.raises(ValueError, match="unknown denominator 'k'; valid: cutoff, relevant"):
+        average_precision(HAND, 2, denominator="k")
+
+
+def test_r_precision_by_hand():
+    # Three relevant (b, d, z), b among the first three: 1/3. Were a ranking shorter than R, R still divides.
+    np.testing.assert_allclose(r_precision(HAND), [1 / 3])
+    short = judge(ranked_run({"q": ["b"], "p": ["a", "b"]}), {"q": {"b": 1, "c": 2, "d": 1}, "p": {"b": 1, "a": -1}})
+    np.testing.assert_allclose(r_precision(short), [1 / 3, 0.0])
+
+
+def test_judged_counts_every_grade():
+    run = ranked_run({"q": ["a", "b", "c"], "p": ["a"], "empty": []})
+    judgments = judge(run, {"q": {"a": -1, "b": 0, "z": 1}, "p": {"z": 1}, "empty": {"a": 1}})
+    np.testing.assert_allclose(judged(judgments, 3), [2 / 3, 0.0, 0.0])
+    np.testing.assert_array_equal(judgments.grades_QK, np.zeros((3, 3)))  # a grade below 0 is not relevant
+
+
+def test_metrics_by_name():
+    values = measure(HAND, ["ndcg@2", "rprec", "map", "map@2", "judged@3", "accuracy@3", "mrr", "ndcg"])
+    assert {name: value.tolist() for name, value in values.items()} == {
+        "ndcg@2": ndcg(HAND, 2).tolist(),
+        "rprec": [1 / 3],
+        "map": average_precision(HAND).tolist(),
+        "map@2": [1 / 4],
+        "judged@3": [2 / 3],
+        "accuracy@3": [1.0],
+        "mrr": [1 / 2],
+        "ndcg": ndcg(HAND).tolist(),
+    }
+    assert measure(HAND, []) == {}
+    judgments = judge(ranked_run({"q": ["a", "b"]}), {"q": {"a": 1, "b": 3}})
+    options = {"gain": "graded", "denominator": "relevant"}
+    values = measure(judgments, ["ndcg@2", "ndcg", "map@1", "recall@1"], **options)
+    assert values["ndcg@2"] == values["ndcg"] == ndcg(judgments, 2, gain="graded") != ndcg(judgments, 2)
+    assert values["map@1"].tolist() == values["recall@1"].tolist() == [1 / 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("ndgc@10", "unknown metric 'ndgc@10'; valid, with a cutoff as in ndcg@10: hit_rate, accuracy, precision, "),
+        ("", "unknown metric ''"),
+        ("precision", "metric 'precision' needs a cutoff, as in precision@10"),
+        ("judged", "metric 'judged' needs a cutoff"),
+        ("rprec@5", "metric 'rprec@5': rprec takes no cutoff"),
+        ("ndcg@0", "metric 'ndcg@0': the cutoff must be a whole number from 1 on, found '0'"),
+        ("map@", "metric 'map@': the cutoff must be a whole number from 1 on, found ''"),
+        ("map@1e2", "found '1e2'"),
+    ],
+)
+def test_wrong_names(name, message):
+    with pytest.raises(ValueError, match=message):
+        measure(HAND, ["map", name])
+
+
+def test_grades_that_are_no_numbers_are_refused():
+    run = ranked_run({"p": ["a"], "q": ["a"]})
+    for grade in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="qrels: query 'q' has a grade that is not a finite number"):
+            judge(run, {"p": {"a": 1}, "q": {"a": 1, "b": grade}})
 
 
 def test_graded_ndcg_by_hand():
@@ -135,43 +216,42 @@ def test_equals_a_naive_reimplementation(seed, gain):
         assert {name: value[row] for name, value in values.items()} == pytest.approx(expected, abs=1e-12)
 
 
-def trec_ordered_run(results: dict[str, dict[str, float]]) -> Run:
-    """A run in trec_eval's order: by score as float32, then by descending document id."""
-    rankings = {
-        q: sorted(scores, key=lambda d, scores=scores: (np.float32(scores[d]), d), reverse=True)
-        for q, scores in results.items()
-    }
-    return ranked_run(rankings)
-
-
 @pytest.mark.parametrize("gain", ["binary", "graded"])
 @pytest.mark.parametrize("seed", range(3))
 def test_equals_trec_eval(seed, gain):
     pytrec_eval = pytest.importorskip("pytrec_eval")
     results, qrels = random_case(np.random.default_rng(100 + seed), 1000)
-    judgments = judge(trec_ordered_run(results), qrels)
-    trec_qrels = {q: {d: int(g > 0) if gain == "binary" else g for d, g in row.items()} for q, row in qrels.items()}
-    ks = [1, 3, 5, 10]
+    judgments = judge(Run.from_dict(results).reordered(ties="descending", float32=True), qrels)
+    # Its C code may crash on grades below -1, and gives them the meaning of -1.
+    trec_qrels = {
+        q: {d: int(g > 0) if gain == "binary" else max(g, -1) for d, g in row.items()} for q, row in qrels.items()
+    }
+    ks = [1, 2, 3, 5, 10, 30]
     cuts = ",".join(map(str, ks))
-    measures = {f"{name}.{cuts}" for name in ("P", "recall", "success", "ndcg_cut", "map_cut")} | {"recip_rank"}
+    of_each = {"P": "precision", "recall": "recall", "success": "hit_rate", "ndcg_cut": "ndcg", "map_cut": "map"}
+    whole = {"recip_rank": "mrr", "map": "map", "ndcg": "ndcg", "Rprec": "rprec"}
+    measures = {f"{name}.{cuts}" for name in of_each} | whole.keys()
     expected = pytrec_eval.RelevanceEvaluator(trec_qrels, measures).evaluate(results)
     rows = [row for row, query_id in enumerate(judgments.query_ids) if results[query_id]]  # it has no empty rankings
-    query_ids = [judgments.query_ids[row] for row in rows]
     assert len(rows) > 700
 
-    def check(values, measure, scale=1.0):
-        ours = values[rows] * scale
-        np.testing.assert_allclose(ours, [expected[q][measure] for q in query_ids], rtol=0, atol=1e-9)
+    names = whole | {f"{theirs}_{k}": f"{ours}@{k}" for theirs, ours in of_each.items() for k in ks}
+    values = measure(judgments, list(names.values()), gain=gain, denominator="relevant")
+    for theirs, ours in names.items():
+        found = [expected[judgments.query_ids[row]][theirs] for row in rows]
+        np.testing.assert_allclose(values[ours][rows], found, rtol=0, atol=1e-9, err_msg=theirs)
+    # trec_eval has no cut for the reciprocal rank; where the first hit is behind the cut, ours is 0.
+    reciprocal = values["mrr"]
+    np.testing.assert_allclose(mrr(judgments, 3), np.where(reciprocal >= 1 / 3 - 1e-12, reciprocal, 0.0))
 
-    num_relevant = np.array([sum(g > 0 for g in qrels[q].values()) for q in query_ids])
-    for k in ks:
-        check(precision(judgments, k), f"P_{k}")
-        check(recall(judgments, k), f"recall_{k}")
-        check(hit_rate(judgments, k), f"success_{k}")
-        check(ndcg(judgments, k, gain=gain), f"ndcg_cut_{k}")
-        # trec_eval divides by all relevant documents, we by at most k of them: times min(k, R) / R.
-        check(average_precision(judgments, k), f"map_cut_{k}", np.minimum(num_relevant, k) / num_relevant)
-    check(mrr(judgments, 1000), "recip_rank")
-    # trec_eval has no cut for it; where the first hit is behind the cut, ours is 0.
-    whole = mrr(judgments, 1000)
-    np.testing.assert_allclose(mrr(judgments, 3), np.where(whole >= 1 / 3 - 1e-12, whole, 0.0))
+
+def test_trec_eval_orders_ties_as_said():
+    pytrec_eval = pytest.importorskip("pytrec_eval")
+    results, qrels = {"q": {"d1": 1.0, "d10": 1.0, "d2": 1.0 - 1e-10, "ü": 0.5, "z": 0.5}}, {"q": {"d1": 1, "z": 1}}
+    run = Run.from_dict(results)
+    expected = pytrec_eval.RelevanceEvaluator(qrels, {"map"}).evaluate(results)["q"]["map"]
+    # d2 d10 d1 ü z: 1/3 at rank 3 and 2/5 at rank 5. By ascending id as float64 d1 is first and z fourth.
+    assert expected == pytest.approx((1 / 3 + 2 / 5) / 2)
+    trec = run.reordered(ties="descending", float32=True)
+    assert measure(judge(trec, qrels), ["map"])["map"] == pytest.approx(expected)
+    assert measure(judge(run, qrels), ["map"])["map"] == pytest.approx((1 / 1 + 2 / 4) / 2)

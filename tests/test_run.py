@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from embedft.retrieval.run import Run
+from embedft.retrieval.run import Run, load_qrels, save_qrels
 
 
 def make(indices, scores, query_ids=("q1", "q2"), document_ids=("a", "b", "c")):
@@ -64,6 +64,69 @@ def test_from_dict_of_nothing():
     assert run.indices.shape == (0, 0)
     assert run.to_dict() == {}
     assert Run.from_dict({"q": {}}).indices.shape == (1, 0)
+
+
+def test_ties_by_descending_id():
+    results = {"q": {"b": 0.5, "c": 0.7, "a": 0.5, "ä": 0.5, "z": 0.1}}
+    assert list(Run.from_dict(results, ties="descending").to_dict()["q"]) == ["c", "ä", "b", "a", "z"]
+    assert list(Run.from_dict(results, ties="ascending").to_dict()["q"]) == ["c", "a", "b", "ä", "z"]
+    with pytest.raises(ValueError, match="unknown order of ties 'random'; valid: ascending, descending"):
+        Run.from_dict(results, ties="random")
+
+
+def test_reordered_by_hand():
+    # Ids are not in the order of their indices. q1: a and c tie behind b; q2: a place is empty; q3 has found nothing.
+    document_ids = ["c", "b", "a", "unused"]
+    run = make(
+        [[1, 2, 0], [0, 1, -1], [-1, -1, -1]],
+        [[3.0, 2.0, 2.0], [1.0, 1.0, -INF], [-INF] * 3],
+        ("q1", "q2", "q3"),
+        document_ids,
+    )
+    descending = run.reordered(ties="descending")
+    assert {q: list(row) for q, row in descending.to_dict().items()} == {"q1": list("bca"), "q2": list("cb"), "q3": []}
+    ascending = run.reordered(ties="ascending")
+    assert {q: list(row) for q, row in ascending.to_dict().items()} == {"q1": list("bac"), "q2": list("bc"), "q3": []}
+    assert ascending.document_ids == document_ids
+    np.testing.assert_array_equal(ascending.scores, run.scores)
+    assert run.to_dict() == {"q1": {"b": 3.0, "a": 2.0, "c": 2.0}, "q2": {"c": 1.0, "b": 1.0}, "q3": {}}  # as it was
+    with pytest.raises(ValueError, match="unknown order of ties 'id'; valid: ascending, descending"):
+        run.reordered(ties="id")
+
+
+def test_reordered_with_scores_as_float32():
+    # 1e-9 apart at 1 is one float32 and two float64; 1e-6 apart is two of either.
+    run = Run.from_dict({"q": {"a": 1.0 + 1e-9, "b": 1.0, "c": 1.0 - 1e-6}})
+    assert list(run.reordered(ties="descending").to_dict()["q"]) == ["a", "b", "c"]
+    rounded = run.reordered(ties="descending", float32=True)
+    assert rounded.to_dict()["q"] == {"b": 1.0, "a": 1.0, "c": float(np.float32(1.0 - 1e-6))}
+    assert list(rounded.to_dict()["q"]) == ["b", "a", "c"]
+    assert rounded.scores.dtype == np.float32
+    with pytest.raises(ValueError, match="'q' has a score that is not finite"):
+        Run.from_dict({"q": {"a": 1e39}}).reordered(ties="descending", float32=True)
+
+
+@pytest.mark.parametrize("ties", ["ascending", "descending"])
+def test_reordered_equals_from_dict(ties):
+    rng = np.random.default_rng(0)
+    documents = rng.permutation([f"d{i}" for i in range(30)]).tolist()
+    results = {
+        f"q{q}": {documents[d]: float(rng.integers(0, 4)) for d in rng.permutation(30)[: rng.integers(0, 30)]}
+        for q in range(100)
+    }
+    other = "ascending" if ties == "descending" else "descending"
+    run = Run.from_dict(results, document_ids=documents, ties=other).reordered(ties=ties)
+    expected = Run.from_dict(results, document_ids=documents, ties=ties)
+    np.testing.assert_array_equal(run.indices, expected.indices)
+    np.testing.assert_array_equal(run.scores, expected.scores)
+
+
+def test_reordered_of_nothing():
+    assert Run.from_dict({"q": {}}).reordered(ties="ascending").to_dict() == {"q": {}}
+    assert make([[-1], [-1]], [[-INF], [-INF]], document_ids=()).reordered(ties="descending").indices.tolist() == [
+        [-1],
+        [-1],
+    ]
 
 
 def test_select_reorders_and_adds_empty_rows():
@@ -127,6 +190,55 @@ def test_load_refuses_unknown_documents(tmp_path):
 
 @pytest.mark.parametrize(("query_id", "document_id"), [("q 1", "d"), ("q", "d\t1"), ("q", ""), ("q", "d\u2028")])
 def test_save_refuses_ids_with_whitespace(tmp_path, query_id, document_id):
-    with pytest.raises(ValueError, match="a TREC run file holds no empty id and no whitespace in ids"):
+    with pytest.raises(ValueError, match="a TREC file holds no empty id and no whitespace in ids"):
         Run.from_dict({query_id: {document_id: 1.0}}).save(tmp_path / "run.trec")
+    assert list(tmp_path.iterdir()) == []
+
+
+# Qrels.
+
+
+def test_qrels_lines(tmp_path):
+    path = tmp_path / "qrels.txt"
+    save_qrels(path, {"q2": {"d1": 2, "d0": 0}, "none": {}, "q1": {"d1": -1, "d2": 1.0}})
+    assert path.read_text() == "q2 0 d1 2\nq2 0 d0 0\nq1 0 d1 -1\nq1 0 d2 1\n"
+    assert load_qrels(path) == {"q2": {"d1": 2, "d0": 0}, "q1": {"d1": -1, "d2": 1}}
+
+
+def test_qrels_from_elsewhere(tmp_path):
+    path = tmp_path / "qrels.txt"
+    path.write_bytes(b"\xef\xbb\xbf1\tQ0\tFT-1  +1\r\n\n2 0 d\xc3\xbc 03\n1 7 FT-2 0")
+    assert load_qrels(path) == {"1": {"FT-1": 1, "FT-2": 0}, "2": {"dü": 3}}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("q1 0 d2", "line 2: 3 columns, expected qid 0 did grade"),
+        ("q1 0 d 2 1", "line 2: 5 columns, expected qid 0 did grade"),
+        ("q1 0 d2 high", "line 2: grade 'high' is not a whole number"),
+        ("q1 0 d2 0.5", "line 2: grade '0.5' is not a whole number"),
+        ("q1 0 d1 1", "line 2: query 'q1' grades document 'd1' twice"),
+    ],
+)
+def test_load_qrels_names_the_line(tmp_path, line, message):
+    path = tmp_path / "qrels.txt"
+    path.write_text(f"q1 0 d1 1\n{line}\n")
+    with pytest.raises(ValueError, match=f"qrels.txt {message}"):
+        load_qrels(path)
+
+
+@pytest.mark.parametrize(
+    ("qrels", "message"),
+    [
+        ({"q 1": {"d": 1}}, "no whitespace in ids: 'q 1'"),
+        ({"q1": {"d": 1}, "q2": {"": 1}}, "no empty id and no whitespace in ids: ''"),
+        ({"q1": {"d": 1, "e": 0.5}}, "query 'q1', document 'e': grade 0.5 is not a whole number"),
+        ({"q1": {"e": float("nan")}}, "grade nan is not"),
+        ({"q1": {"e": float("inf")}}, "grade inf is not"),
+    ],
+)
+def test_save_qrels_refuses(tmp_path, qrels, message):
+    with pytest.raises(ValueError, match=message):
+        save_qrels(tmp_path / "qrels.txt", qrels)
     assert list(tmp_path.iterdir()) == []

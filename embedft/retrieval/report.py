@@ -10,15 +10,23 @@ Shapes: Q questions, the queries that have a relevant document.
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from ..files import atomic_write, read_json, read_jsonl, write_json
+from ..files import atomic_write, read_json, read_jsonl, read_lines, write_json
 from .run import Run, check_trec_ids
-from .significance import holm, paired_bootstrap_interval, sign_flip_p_value
+from .significance import (
+    IntervalMethod,
+    effect_size,
+    holm,
+    paired_bootstrap_interval,
+    sign_flip_p_value,
+    wins_ties_losses,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,14 +69,18 @@ class Report:
         return {name: float(values.mean()) for name, values in self.per_query.items()}
 
     def __str__(self) -> str:
-        """A table, one row a metric and one column a cutoff; accuracy@k, which equals hit_rate@k, is left out."""
-        cells: dict[str, dict[int, float]] = {}
+        """A table, one row a metric and one column a cutoff ("all": the whole ranking).
+
+        accuracy@k, which equals hit_rate@k, is left out.
+        """
+        cells: dict[str, dict[float, float]] = {}
         for name, mean in self.metrics.items():
             metric, _, k = name.partition("@")
             if metric != "accuracy":
-                cells.setdefault(metric, {})[int(k)] = mean
+                cells.setdefault(metric, {})[int(k) if k else math.inf] = mean
         cutoffs = sorted({k for row in cells.values() for k in row})
-        lines = [f"{'':<10}" + "".join(f"{f'@{k}':>9}" for k in cutoffs)]
+        headings = ["all" if k == math.inf else f"@{k}" for k in cutoffs]
+        lines = [f"{'':<10}" + "".join(f"{heading:>9}" for heading in headings)]
         for metric, row in cells.items():
             lines.append(f"{metric:<10}" + "".join(f"{row[k]:9.4f}" if k in row else " " * 9 for k in cutoffs))
         title = f"{self.num_queries} queries"
@@ -136,14 +148,64 @@ class Report:
         return report
 
 
+def save_sentence_transformers_csv(
+    folder: str | Path, report: Report, *, name: str = "", epoch: int = -1, steps: int = -1
+) -> Path:
+    """Appends a report to the CSV of sentence-transformers' `InformationRetrievalEvaluator`; returns its path.
+
+    The file is `folder`/Information-Retrieval_evaluation_{name}_results.csv. A new one gets the evaluator's columns in
+    its order (epoch, steps, Accuracy, Precision and Recall at each cutoff, MRR and NDCG at the largest, MAP at the
+    depth, each behind the similarity as in cosine-MRR@10); one that is there keeps the columns it has.
+
+    Args:
+        epoch, steps: as the evaluator writes them: -1 when not during training.
+
+    Raises:
+        ValueError: when the report says no similarity or has graded gains, which the evaluator does not know, or when
+            the file has a column that the report cannot fill.
+
+    Source: sentence-transformers 6.2, `InformationRetrievalEvaluator.__call__`.
+    """
+    path = Path(folder) / f"Information-Retrieval_evaluation{f'_{name}' if name else ''}_results.csv"
+    similarity = report.setting.get("similarity")
+    if similarity is None:
+        raise ValueError(f"{path}: the report names no similarity, which stands in every column's name")
+    if report.setting.get("gain", "binary") != "binary":
+        raise ValueError(
+            f"{path}: the report's nDCG has {report.setting['gain']} gains, the evaluator's has binary ones"
+        )
+    means = report.metrics
+    cutoffs = sorted({int(key.partition("@")[2]) for key in means if key.startswith("accuracy@")})
+    depths = sorted({int(key.partition("@")[2]) for key in means if key.startswith("map@")})
+    columns = [f"Accuracy@{k}" for k in cutoffs] + [f"{part}@{k}" for k in cutoffs for part in ("Precision", "Recall")]
+    columns += [f"{part}@{k}" for part in ("MRR", "NDCG") for k in cutoffs[-1:]] + [f"MAP@{k}" for k in depths]
+    values = {f"{similarity}-{column}": means[column.lower()] for column in columns}
+    lines = [",".join(["epoch", "steps", *values])]
+    if path.exists():
+        lines = [line.rstrip("\r\n") for line in read_lines(path) if line.strip()] or lines
+        values |= {
+            f"{similarity}-{part}@{k}": means[f"{part.lower()}@{k}"] for part in ("MRR", "NDCG") for k in cutoffs
+        }
+    known = {"epoch": epoch, "steps": steps} | values
+    header = lines[0].split(",")
+    missing = [column for column in header if column not in known]
+    if missing:
+        raise ValueError(f"{path} line 1: the report has nothing for column {missing[0]!r}; it has: {', '.join(known)}")
+    with atomic_write(path) as file:
+        file.write("\n".join([*lines, ",".join(str(known[column]) for column in header)]) + "\n")
+    return path
+
+
 @dataclass(frozen=True)
 class Comparison:
     """The difference between two reports over the same questions: `difference` = `other` - `base`.
 
     Args:
         base, other: mean of `metric` in either report.
-        interval: bootstrap interval of the difference at `confidence`.
+        interval: bootstrap interval of the difference at `confidence`, made by `method`.
         p_value: of the sign-flip test; Holm-adjusted when `num_comparisons` is above 1.
+        effect_size: Cohen's d_z of the differences; None where they do not vary (`significance.effect_size`).
+        wins, ties, losses: questions on which `other` is better than, equal to and worse than `base`.
         num_clusters: independent groups among the questions: what the evidence rests on.
     """
 
@@ -154,6 +216,11 @@ class Comparison:
     interval: tuple[float, float]
     p_value: float
     confidence: float
+    method: IntervalMethod
+    effect_size: float | None
+    wins: int
+    ties: int
+    losses: int
     num_queries: int
     num_clusters: int
     num_comparisons: int = 1
@@ -164,7 +231,8 @@ class Comparison:
         return (
             f"{self.metric}: {self.base:.4f} -> {self.other:.4f}, difference {self.difference:+.4f} "
             f"[{low:+.4f}, {high:+.4f}] at {self.confidence:.0%}, p = {self.p_value:.4f}{adjusted}, "
-            f"{self.num_queries} questions in {self.num_clusters} clusters"
+            f"{self.wins} better, {self.ties} equal, {self.losses} worse of {self.num_queries} questions "
+            f"in {self.num_clusters} clusters"
         )
 
 
@@ -175,6 +243,7 @@ def compare(
     num_samples: int = 10_000,
     seed: int = 0,
     confidence: float = 0.95,
+    method: IntervalMethod = "percentile",
 ) -> Comparison | list[Comparison]:
     """Compares each of `others` with `base`, question by question: a Comparison for one, a list for several.
 
@@ -183,12 +252,15 @@ def compare(
     clusters=base.query_ids)` treats the questions as independent, knowingly. With a single cluster the interval of a
     difference is all that a metric in [0, 1] allows, (-1, 1).
 
+    Args:
+        method: of the interval, "percentile" or "bca" (`significance.paired_bootstrap_interval`).
+
     Raises:
         ValueError: on reports over different questions (counting and naming them) or a metric that one of them lacks.
     """
     if not others:
         raise ValueError("compare needs a base and at least one other report")
-    comparisons = [_compare_two(base, other, metric, num_samples, seed, confidence) for other in others]
+    comparisons = [_compare_two(base, other, metric, num_samples, seed, confidence, method) for other in others]
     if len(others) == 1:
         return comparisons[0]
     adjusted = holm([comparison.p_value for comparison in comparisons])
@@ -199,7 +271,13 @@ def compare(
 
 
 def _compare_two(
-    base: Report, other: Report, metric: str, num_samples: int, seed: int, confidence: float
+    base: Report,
+    other: Report,
+    metric: str,
+    num_samples: int,
+    seed: int,
+    confidence: float,
+    method: IntervalMethod,
 ) -> Comparison:
     for name, report in (("base", base), ("other", other)):
         if metric not in report.per_query:
@@ -221,12 +299,18 @@ def _compare_two(
     differences_Q = other_Q - base_Q
     generator = np.random.default_rng(seed)
     interval = paired_bootstrap_interval(
-        differences_Q, base.clusters, generator=generator, num_samples=num_samples, confidence=confidence
+        differences_Q,
+        base.clusters,
+        generator=generator,
+        num_samples=num_samples,
+        confidence=confidence,
+        method=method,
     )
     p_value = sign_flip_p_value(differences_Q, base.clusters, generator=generator, num_samples=num_samples)
     num_clusters = len(set(base.clusters))
     if num_clusters == 1 and differences_Q.any():
         interval = (-1.0, 1.0)
+    wins, ties, losses = wins_ties_losses(differences_Q)
     return Comparison(
         metric=metric,
         base=float(base_Q.mean()),
@@ -235,6 +319,11 @@ def _compare_two(
         interval=interval,
         p_value=p_value,
         confidence=confidence,
+        method=method,
+        effect_size=effect_size(differences_Q),
+        wins=wins,
+        ties=ties,
+        losses=losses,
         num_queries=len(differences_Q),
         num_clusters=num_clusters,
     )

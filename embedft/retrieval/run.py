@@ -1,6 +1,6 @@
-"""A run: the top documents of every query, as arrays inside and as dicts or TREC files at its edges.
+"""A run: the top documents of every query, as arrays inside and as dicts or TREC files at its edges; TREC qrels.
 
-No metric lives here (metrics.py) and no search (index.py).
+No metric lives here (metrics.py), no search (index.py), and no BEIR folder (RetrievalDataset reads it, qrels and all).
 
     run = Run.from_dict({"q1": {"d3": 0.9, "d7": 0.4}})
     run.save("run.trec")
@@ -9,13 +9,18 @@ No metric lives here (metrics.py) and no search (index.py).
 Shapes: Q queries, K ranks, N documents that indices point into.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from ..files import atomic_write, read_lines
+
+# How documents of equal score are ordered: by ascending or descending id. Ids compare by code point, as bytes of UTF-8.
+Ties = Literal["ascending", "descending"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,23 +78,32 @@ class Run:
 
     @classmethod
     def from_dict(
-        cls, results: Mapping[str, Mapping[str, float]], *, document_ids: Sequence[str] | None = None
+        cls,
+        results: Mapping[str, Mapping[str, float]],
+        *,
+        document_ids: Sequence[str] | None = None,
+        ties: Ties = "ascending",
     ) -> "Run":
-        """A run from {query id: {document id: score}}; equal scores are ordered by ascending document id.
+        """A run from {query id: {document id: score}}; equal scores are ordered by document id.
 
         Args:
             results: a query with an empty mapping keeps its (empty) row.
             document_ids: what indices point into; None: the retrieved documents, sorted.
+            ties: the order of ids, "ascending" (sentence-transformers) or "descending" (trec_eval, which rounds scores
+                to float32 before: see `reordered`).
 
         Raises:
             ValueError: on a NaN or infinite score, or a document that is not in `document_ids`.
         """
+        descending = _is_descending(ties)
         ranked = {}
         for query_id, row in results.items():
             for document_id, score in row.items():
                 if not np.isfinite(score):  # before sorting: NaN has no place in an order
                     raise ValueError(f"run: query {query_id!r}, document {document_id!r}: score {score} is not finite")
-            ranked[query_id] = sorted(row.items(), key=lambda item: (-item[1], item[0]))
+            # Two stable sorts: the second one keeps the order of ids among equal scores.
+            by_id = sorted(row.items(), key=lambda item: item[0], reverse=descending)
+            ranked[query_id] = sorted(by_id, key=lambda item: -item[1])
         return cls._from_ranked(ranked, document_ids)
 
     @classmethod
@@ -128,6 +142,32 @@ class Run:
         indices_QK[found_Q] = self.indices[rows_Q[found_Q]]
         scores_QK[found_Q] = self.scores[rows_Q[found_Q]]
         return Run(list(query_ids), self.document_ids, indices_QK, scores_QK)
+
+    def reordered(self, *, ties: Ties, float32: bool = False) -> "Run":
+        """The run with the documents of equal score in the order of their ids.
+
+        `run.reordered(ties="descending", float32=True)` is the order in which trec_eval sees a run. A document that was
+        cut off behind the last rank does not come back, whatever its score.
+
+        Args:
+            ties: "ascending" or "descending" ids.
+            float32: round the scores to float32 first, so that more of them tie; the new run has the rounded ones.
+
+        Raises:
+            ValueError: on a score beyond the range of float32.
+        """
+        sign = -1 if _is_descending(ties) else 1
+        scores_QK = self.scores
+        if float32:
+            with np.errstate(over="ignore"):  # what becomes infinite is refused by name below
+                scores_QK = scores_QK.astype(np.float32)
+        retrieved = np.unique(self.indices[self.indices >= 0]).tolist()  # to sort these alone: N may be millions
+        rank_N1 = np.zeros(len(self.document_ids) + 1, dtype=np.int64)  # index -1, an empty place, has the last one
+        rank_N1[sorted(retrieved, key=self.document_ids.__getitem__)] = np.arange(len(retrieved))
+        # Empty places stay last: no score is as low as theirs.
+        order_QK = np.lexsort((sign * rank_N1[self.indices], -scores_QK), axis=1)
+        indices_QK = np.take_along_axis(self.indices, order_QK, axis=1)
+        return Run(self.query_ids, self.document_ids, indices_QK, np.take_along_axis(scores_QK, order_QK, axis=1))
 
     def save(self, path: str | Path, *, tag: str = "embedft") -> None:
         """Writes a TREC run file, `query Q0 document rank score tag`, ranks from 1, atomically.
@@ -185,8 +225,56 @@ class Run:
         return run if query_ids is None else run.select(query_ids)
 
 
+def save_qrels(path: str | Path, qrels: Mapping[str, Mapping[str, int]]) -> None:
+    """Writes a TREC qrels file, `query 0 document grade`, atomically. The format has no line for a query without any.
+
+    Raises:
+        ValueError: on an id that is empty or contains whitespace, or a grade that is no whole number (trec_eval reads
+            no other), before anything is written.
+    """
+    for query_id, grades in qrels.items():
+        check_trec_ids((query_id, *grades))
+        for document_id, grade in grades.items():
+            if grade % 1 != 0:  # NaN and infinity too
+                where = f"qrels: query {query_id!r}, document {document_id!r}"
+                raise ValueError(f"{where}: grade {grade} is not a whole number, as a TREC file needs it")
+    with atomic_write(path) as file:
+        for query_id, grades in qrels.items():
+            file.writelines(f"{query_id} 0 {document_id} {int(grade)}\n" for document_id, grade in grades.items())
+
+
+def load_qrels(path: str | Path) -> dict[str, dict[str, int]]:
+    """Reads a TREC qrels file as {query id: {document id: grade}}, in its order; the second column has no meaning.
+
+    Raises:
+        ValueError: naming file and line of a wrong number of columns, a grade that is no whole number, or a document
+            that a query grades twice.
+    """
+    qrels: dict[str, dict[str, int]] = {}
+    for number, line in enumerate(read_lines(path), start=1):
+        columns = line.split()
+        if not columns:
+            continue
+        if len(columns) != 4:
+            raise ValueError(f"{path} line {number}: {len(columns)} columns, expected qid 0 did grade")
+        query_id, _, document_id, grade = columns
+        if not re.fullmatch("[+-]?[0-9]+", grade):
+            raise ValueError(f"{path} line {number}: grade {grade!r} is not a whole number")
+        grades = qrels.setdefault(query_id, {})
+        if document_id in grades:
+            raise ValueError(f"{path} line {number}: query {query_id!r} grades document {document_id!r} twice")
+        grades[document_id] = int(grade)
+    return qrels
+
+
 def check_trec_ids(ids: Iterable[str]) -> None:
     """Raises `ValueError` for the first id that a TREC file cannot hold: an empty one, or one with whitespace."""
     for i in ids:
         if i.split() != [i]:
-            raise ValueError(f"a TREC run file holds no empty id and no whitespace in ids: {i!r}")
+            raise ValueError(f"a TREC file holds no empty id and no whitespace in ids: {i!r}")
+
+
+def _is_descending(ties: str) -> bool:
+    if ties not in ("ascending", "descending"):
+        raise ValueError(f"unknown order of ties {ties!r}; valid: ascending, descending")
+    return ties == "descending"

@@ -1,0 +1,282 @@
+"""fusion.py: by hand, against plain dicts; ties, rows that are missing, the weight that is chosen, what is refused."""
+
+import math
+
+import numpy as np
+import pytest
+
+from embedft import RetrievalDataset, Run, evaluate_run, fuse
+from embedft.retrieval import fusion
+from embedft.retrieval.fusion import choose_weight
+
+
+def random_run(rng, *, queries=8, documents=15, depth=6, levels=4):
+    """Rows of any length up to `depth` with many ties, over some of the queries and documents."""
+    names = [f"d{j}" for j in rng.permutation(documents)]
+    results = {}
+    for i in rng.permutation(queries)[: queries - 2]:
+        chosen = rng.choice(names, size=rng.integers(0, depth + 1), replace=False)
+        results[f"q{i}"] = {str(name): float(rng.integers(levels)) - 1.5 for name in chosen}
+    return Run.from_dict(results, document_ids=names)
+
+
+def plain_fusion(runs, method, weights, k=60):
+    """{query: {document: score}} from dicts, one document at a time."""
+    fused = {}
+    for query in dict.fromkeys(query for run in runs for query in run.query_ids):
+        rows = [run.to_dict().get(query, {}) for run in runs]
+        fused[query] = {document: 0.0 for row in rows for document in row}
+        for row, weight in zip(rows, weights, strict=True):
+            if method == "rrf":
+                values = {document: 1 / (k + rank) for rank, document in enumerate(row, start=1)}
+                missing = 0.0
+            else:
+                mean, deviation = np.mean([*row.values(), 0][: len(row) or 1]), np.std([*row.values()] or [0])
+                equal = len(set(row.values())) < 2
+                values = {document: 0.0 if equal else (score - mean) / deviation for document, score in row.items()}
+                missing = min(values.values(), default=0.0)
+            for document in fused[query]:
+                fused[query][document] += weight * values.get(document, missing)
+    return fused
+
+
+FIRST = Run.from_dict({"q": {"a": 9.0, "b": 5.0, "c": 1.0}})
+SECOND = Run.from_dict({"q": {"c": 0.5, "d": 0.25}})
+
+
+# By hand.
+
+
+def test_reciprocal_ranks_by_hand():
+    # a: 1/61; b: 1/62; c: 1/63 + 1/61; d: 1/62, behind b by its id.
+    fused = fuse([FIRST, SECOND])
+    assert fused.to_dict() == {"q": pytest.approx({"c": 1 / 63 + 1 / 61, "a": 1 / 61, "b": 1 / 62, "d": 1 / 62})}
+    assert list(fused.to_dict()["q"]) == ["c", "a", "b", "d"]
+    # With weights 1 and 3 and k 0: a 1; b 1/2; c 1/3 + 3; d 3/2.
+    fused = fuse([FIRST, SECOND], method="rrf", weights=(1, 3), k=0)
+    assert fused.to_dict() == {"q": pytest.approx({"c": 10 / 3, "d": 1.5, "a": 1.0, "b": 0.5})}
+    assert list(fused.to_dict()["q"]) == ["c", "d", "a", "b"]
+
+
+def test_z_scores_by_hand():
+    # First: mean 5, deviations 4, 0, -4, standard deviation sqrt(32 / 3): z = sqrt(3/2), 0, -sqrt(3/2). Second: mean
+    # 0.375, deviations of 0.125: z = 1, -1. d takes the lowest of the first, a and b the lowest of the second.
+    z = math.sqrt(1.5)
+    fused = fuse([FIRST, SECOND], method="zscore")
+    assert fused.to_dict()["q"] == pytest.approx({"a": z - 1, "c": -z + 1, "b": -1, "d": -z - 1})
+    assert list(fused.to_dict()["q"]) == ["a", "c", "b", "d"]
+    fused = fuse([FIRST, SECOND], method="zscore", weights=[0.5, 2])
+    assert fused.to_dict()["q"] == pytest.approx({"c": -z / 2 + 2, "a": z / 2 - 2, "b": -2, "d": -z / 2 - 2})
+
+
+def test_equal_scores_say_nothing():
+    # 0.1 three times: their mean in floating point is not 0.1, and z is 0 all the same.
+    equal = Run.from_dict({"q": {"a": 0.1, "b": 0.1, "c": 0.1}, "alone": {"c": 7.0}, "none": {}})
+    other = Run.from_dict({"q": {"c": 2.0, "z": 1.0}, "alone": {"a": 3.0, "c": 1.0}, "none": {}})
+    assert fuse([equal], method="zscore").to_dict() == {
+        "q": {"a": 0.0, "b": 0.0, "c": 0.0},
+        "alone": {"c": 0.0},
+        "none": {},
+    }
+    fused = fuse([equal, other], method="zscore").to_dict()
+    assert fused["q"] == pytest.approx({"c": 1.0, "a": -1.0, "b": -1.0, "z": -1.0})
+    assert list(fused["q"]) == ["c", "a", "b", "z"]
+    assert fused["alone"] == pytest.approx({"a": 1.0, "c": -1.0})
+    # So close that the square of their distance is 0.
+    close = Run.from_dict({"q": {"a": 2e-200, "b": 1e-200}})
+    assert fuse([close], method="zscore").to_dict() == {"q": {"a": 0.0, "b": 0.0}}
+
+
+def test_queries_and_documents_are_united():
+    first = Run.from_dict({"q2": {"b": 1.0}, "q1": {"a": 1.0}}, document_ids=["b", "unused", "a"])
+    second = Run.from_dict({"q3": {"c": 1.0}, "q1": {"c": 1.0}, "empty": {}})
+    fused = fuse([first, second])
+    assert fused.query_ids == ["q2", "q1", "q3", "empty"]
+    assert fused.document_ids == ["a", "b", "c", "unused"]
+    assert fused.to_dict() == {"q2": {"b": 1 / 61}, "q1": {"a": 1 / 61, "c": 1 / 61}, "q3": {"c": 1 / 61}, "empty": {}}
+
+
+@pytest.mark.parametrize("method", ["rrf", "zscore"])
+def test_nothing_to_fuse(method):
+    nothing = Run.from_dict({})
+    assert fuse([nothing, nothing], method=method).to_dict() == {}
+    assert fuse([Run.from_dict({"q": {}}), nothing], method=method).to_dict() == {"q": {}}
+    assert fuse([nothing, SECOND], method=method).to_dict()["q"].keys() == {"c", "d"}
+
+
+def test_depth_cuts_after_fusion():
+    assert list(fuse([FIRST, SECOND], depth=2).to_dict()["q"]) == ["c", "a"]
+    assert fuse([FIRST, SECOND], depth=2).indices.shape == (1, 2)
+    assert fuse([FIRST, SECOND], depth=99).indices.shape == (1, 4)  # no wider than the longest row
+    assert fuse([FIRST, SECOND]).indices.shape == (1, 4)
+
+
+# Against dicts, and properties.
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("method", ["rrf", "zscore"])
+def test_equals_plain_dicts(monkeypatch, method, seed):
+    monkeypatch.setattr(fusion, "QUERY_BLOCK", 3)
+    rng = np.random.default_rng(seed)
+    runs = [random_run(rng) for _ in range(1 + seed % 4)]
+    weights = [1 + seed % 2, *rng.integers(0, 4, size=len(runs) - 1)]
+    k = [60, 0, 7.5][seed % 3]
+    fused = fuse(runs, method=method, weights=weights, k=k)
+    results = plain_fusion(runs, method, weights, k)
+    assert fused.query_ids == list(results)
+    for query, row in fused.to_dict().items():
+        assert row == pytest.approx(results[query], rel=1e-12, abs=1e-12)
+        assert list(row) == [document for document, _ in sorted(row.items(), key=lambda item: (-item[1], item[0]))]
+    cut = fuse(runs, method=method, weights=weights, k=k, depth=3).to_dict()
+    assert cut == {query: dict(list(row.items())[:3]) for query, row in fused.to_dict().items()}
+
+
+@pytest.mark.parametrize("method", ["rrf", "zscore"])
+def test_the_order_of_runs_and_the_scale_of_weights_change_no_ranking(method):
+    rng = np.random.default_rng(1)
+    runs = [random_run(rng) for _ in range(4)]
+    fused = fuse(runs, method=method).to_dict()
+    turned = fuse(runs[::-1], method=method).to_dict()
+    assert {query: list(row.items()) for query, row in turned.items()} == {q: list(r.items()) for q, r in fused.items()}
+    scaled = fuse(runs, method=method, weights=[8] * 4).to_dict()  # a power of two: exact
+    assert {query: list(row) for query, row in scaled.items()} == {query: list(row) for query, row in fused.items()}
+
+
+def test_documents_that_change_places_tie():
+    # Ranks 1, 2, 3 and 3, 1, 2 in three runs: the same three numbers, whatever the order they are added in.
+    runs = [Run.from_dict({"q": dict(zip(order, (3.0, 2.0, 1.0), strict=True))}) for order in ("zya", "ayz", "yza")]
+    (row,) = fuse(runs, k=2).to_dict().values()
+    assert row["a"] == pytest.approx(1 / 5 + 1 / 3 + 1 / 5)
+    orders = ["xyz", "yzx", "zxy"]
+    runs = [Run.from_dict({"q": dict(zip(order, (3.0, 2.0, 1.0), strict=True))}) for order in orders]
+    for k in range(40):
+        (row,) = fuse(runs, k=k).to_dict().values()
+        assert list(row) == ["x", "y", "z"]
+        assert len(set(row.values())) == 1
+
+
+def test_z_scores_take_no_notice_of_scale_and_place():
+    rng = np.random.default_rng(2)
+    first, second = random_run(rng), random_run(rng)
+    moved = Run(second.query_ids, second.document_ids, second.indices, second.scores * 1024 - 4096)
+    (plain, other) = (fuse([first, run], method="zscore").to_dict() for run in (second, moved))
+    for query, row in plain.items():
+        assert other[query] == pytest.approx(row, abs=1e-9)
+
+
+def test_runs_are_left_as_they_were_and_float32_is_fine():
+    scores = np.array([[0.75, 0.5]], dtype=np.float32)
+    run = Run(["q"], ["a", "b"], np.array([[1, 0]]), scores.copy())
+    fused = fuse([run, run], method="zscore")
+    assert fused.scores.dtype == np.float64
+    assert fused.to_dict() == {"q": {"b": 2.0, "a": -2.0}}
+    np.testing.assert_array_equal(run.scores, scores)
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("runs", "options", "message"),
+    [
+        ([], {}, "fusion: no runs"),
+        ([FIRST], {"method": "mean"}, "unknown fusion method 'mean'; valid: rrf, zscore"),
+        ([FIRST, SECOND], {"weights": [1.0]}, r"fusion: weights of shape \(1,\) for 2 runs"),
+        ([FIRST], {"weights": [[1.0]]}, r"fusion: weights of shape \(1, 1\) for 1 runs"),
+        ([FIRST, SECOND], {"weights": [1, -0.5]}, r"fusion: weights are \[1.0, -0.5\], expected numbers of at least 0"),
+        ([FIRST, SECOND], {"weights": [0, 0]}, "not all 0"),
+        ([FIRST, SECOND], {"weights": [1, math.nan]}, r"fusion: weights are \[1.0, nan\]"),
+        ([FIRST, SECOND], {"weights": [1, math.inf]}, r"fusion: weights are \[1.0, inf\]"),
+        ([FIRST], {"k": -1}, "fusion: k is -1, expected a number of at least 0"),
+        ([FIRST], {"k": math.nan}, "fusion: k is nan"),
+        ([FIRST], {"depth": 0}, "fusion: depth must be at least 1, not 0"),
+    ],
+)
+def test_refuses(runs, options, message):
+    with pytest.raises(ValueError, match=message):
+        fuse(runs, **options)
+
+
+# The weight of two runs.
+
+
+def test_the_weight_by_hand():
+    # q1's answer a leads in the first run, q2's answer d in the second; in the other run each is the last of two.
+    # z is 1 and -1, so the answer of q1 has w - (1 - w) = 2w - 1 and the other one 1 - 2w: q1 wants w > 1/2, and at
+    # 1/2 the tie goes to the smaller id, a. q2 wants w < 1/2, and at 1/2 its answer d loses to c.
+    first = Run.from_dict({"q1": {"a": 2.0, "b": 1.0}, "q2": {"c": 2.0, "d": 1.0}})
+    second = Run.from_dict({"q1": {"b": 2.0, "a": 1.0}, "q2": {"d": 2.0, "c": 1.0}})
+    # All of 0.5 to 1 are right for q1 alone: the nearest to one half.
+    assert choose_weight([first, second], {"q1": {"a": 1}}) == (0.5, 0.5)
+    assert choose_weight([first, second], {"q1": {"a": 1}}, grid=[1.0, 0.8, 0.9]) == (0.8, 0.2)
+    # All below one half for q2 alone.
+    assert choose_weight([first, second], {"q2": {"d": 1}}) == (0.4, 0.6)
+    assert choose_weight([first, second], {"q2": {"d": 1}}, grid=[0, 1]) == (0.0, 1.0)
+    # Of 0.4 and 0.6, equally near, the first.
+    qrels = {"q1": {"a": 1}, "q2": {"d": 1}}
+    assert choose_weight([first, second], qrels, grid=[0.6, 0.4]) == (0.6, 0.4)
+    assert choose_weight([first, second], qrels, grid=[0.4, 0.6]) == (0.4, 0.6)
+
+
+def test_the_weight_sees_as_deep_as_the_metric():
+    first = Run.from_dict({"q": {"x": 4.0, "y": 3.0, "z": 2.0, "a": 1.0}})  # 1/4
+    second = Run.from_dict({"q": {"x": 5.0, "y": 4.0, "z": 3.0, "v": 2.0, "a": 1.0}})  # 1/5
+    for metric in ("mrr@10", "map"):
+        assert choose_weight([first, second], {"q": {"a": 1}}, metric=metric, grid=[0, 1]) == (1.0, 0.0)
+    assert choose_weight([first, second], {"q": {"a": 1}}, metric="mrr@3", grid=[0, 1]) == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("method", ["rrf", "zscore"])
+@pytest.mark.parametrize("metric", ["mrr@10", "ndcg@3", "map", "hit_rate@1"])
+def test_the_weight_is_the_best_of_the_grid(method, metric):
+    rng = np.random.default_rng(3)
+    queries, documents = [f"q{i}" for i in range(60)], [f"d{j}" for j in range(20)]
+    qrels = {query: {documents[i % 20]: 1} for i, query in enumerate(queries)}
+
+    def noisy(noise, kept):
+        rows = {}
+        for i, query in enumerate(queries[:kept]):
+            scores = rng.standard_normal(20) * noise + (np.arange(20) == i % 20)
+            rows[query] = dict(zip(documents, scores.tolist(), strict=True))
+        return Run.from_dict(rows)
+
+    runs = [noisy(0.7, 60), noisy(0.8, 50)]
+    w, other = choose_weight(runs, qrels, metric=metric, method=method)
+    assert other == pytest.approx(1 - w, abs=1e-12)
+    name = {"map": "map@20"}.get(metric, metric)
+    means = {}
+    for i in range(11):
+        weights = (i / 10, 1 - i / 10)
+        report = evaluate_run(fuse(runs, method=method, weights=weights), qrels, ks=(1, 3, 10), depth=20)
+        means[i / 10] = report.metrics[name]
+    best = max(means.values())
+    assert means[w] == pytest.approx(best, abs=1e-12)
+    assert abs(w - 0.5) == min(abs(i - 0.5) for i, mean in means.items() if mean > best - 1e-12)
+    assert min(means.values()) < best - 1e-6
+    dataset = RetrievalDataset(dict.fromkeys(queries, "x"), dict.fromkeys(documents, "y"), qrels)
+    assert choose_weight(runs, dataset, metric=metric, method=method) == (w, other)
+
+
+def test_a_question_that_no_run_has_makes_no_difference():
+    run = Run.from_dict({"q1": {"a": 1.0}})
+    assert choose_weight([run, run], {"q1": {"a": 1}, "q2": {"a": 1}}) == (0.5, 0.5)
+    with pytest.raises(ValueError, match="has a relevant document"):
+        choose_weight([run, run], {"q1": {"a": 0}})
+
+
+@pytest.mark.parametrize(
+    ("runs", "options", "message"),
+    [
+        ([FIRST], {}, "fusion: 1 runs, expected two to choose a weight for"),
+        ([FIRST] * 3, {}, "fusion: 3 runs"),
+        ([FIRST] * 2, {"grid": []}, r"fusion: grid is \[\], expected weights of 0 to 1"),
+        ([FIRST] * 2, {"grid": [0.5, 1.1]}, r"fusion: grid is \[0.5, 1.1\]"),
+        ([FIRST] * 2, {"grid": [math.nan]}, r"fusion: grid is \[nan\]"),
+        ([FIRST] * 2, {"metric": "f1@3"}, "f1"),
+        ([FIRST] * 2, {"method": "mean"}, "unknown fusion method 'mean'"),
+    ],
+)
+def test_choosing_refuses(runs, options, message):
+    with pytest.raises(ValueError, match=message):
+        choose_weight(runs, {"q": {"a": 1}}, **options)
