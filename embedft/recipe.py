@@ -46,7 +46,9 @@ class FinetuneConfig(TrainConfig):
     sampling: Literal["proportional", "round_robin", "temperature"] = setting(
         "proportional", "of several data sets, see data/mixture.py"
     )
-    sampling_temperature: float = setting(2.0, "of sampling by temperature: 1 is proportional, infinity equal")
+    sampling_temperature: float = setting(
+        2.0, "of sampling by temperature: 1 is proportional, the higher the more equal"
+    )
     mixed: bool = setting(False, "batches with a share of every data set, not of one each")
     max_length: int | None = setting(None, "tokens a text is cut to; null: the model's own")
     attention_dropout: float = setting(0.0, "on attention weights; above 0 it costs the fast kernels")
@@ -59,9 +61,10 @@ class FinetuneConfig(TrainConfig):
         super().__post_init__()
         if not self.sampling_temperature >= 1:
             raise ValueError(f"sampling_temperature is {self.sampling_temperature}, expected at least 1")
-        for name in ("batch_tokens", "length_window"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
+        if self.batch_tokens is not None and self.batch_tokens < 1:
+            raise ValueError(f"batch_tokens is {self.batch_tokens}, expected at least 1")
+        if self.length_window < 0:
+            raise ValueError(f"length_window is {self.length_window}, expected at least 0")
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}, expected at least 1")
         if self.num_negatives < 0:

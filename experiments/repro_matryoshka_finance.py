@@ -27,7 +27,7 @@ from embedft import Embedder, RetrievalDataset, build_loss, evaluate, load_embed
 from embedft.config import to_dict
 from embedft.data.batches import Batches
 from embedft.files import read_json, write_json
-from embedft.training.runs import DONE, ENVIRONMENT, EVAL, MODEL, close_run, open_run
+from embedft.training.runs import EVAL, MODEL, close_run, is_done, open_run
 from embedft.training.train import TrainConfig, train
 
 from .commandline import make_parser, run
@@ -182,10 +182,6 @@ def finetune_seed(
     pick: str,
 ) -> dict[int, float]:
     """nDCG@10 on the test by dimension, of one seed; trains unless the run folder says that it is done."""
-    if (out / DONE).exists():
-        if read_json(out / ENVIRONMENT)["sha256"]["train"] != split.train.sha256():
-            raise ValueError(f"{out}: holds a run on other training data; name another --out")
-        return {int(dim): value for dim, value in read_json(out / EVAL / RESULT).items()}
     embedder = load_embedder(options.base)
     spec = {"name": "matryoshka", "dims": list(dims), "inner": {"name": "in_batch_negatives"}}
     # As many pairs a step either way: what differs is the negatives of each.
@@ -205,6 +201,8 @@ def finetune_seed(
     settings = {**to_dict(config), "loss": spec, "batch": batch, "pick": pick, "batch_size": size}
     settings |= {"base": options.base, "max_length": embedder.max_length}
     hashes = {"model": embedder.sha256(), "train": split.train.sha256(), "test": split.test.sha256()}
+    if is_done(out, settings, hashes=hashes):
+        return {int(dim): value for dim, value in read_json(out / EVAL / RESULT).items()}
     open_run(out, settings, hashes=hashes, device=embedder.device, existing="resume")
 
     def validate(embedder: Embedder) -> dict[str, float]:

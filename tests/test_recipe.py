@@ -508,9 +508,9 @@ def test_the_settings_of_batches_reach_them(tmp_path, monkeypatch):
     dataset = make_dataset(num_queries=8, negatives=1)
     finetune(make_embedder(tmp_path / "base"), dataset, FinetuneConfig(epochs=1, **given))
     assert seen == {**given, "batch_size": None, "target_scores": False, "seed": FinetuneConfig().seed}
-    for name in ("batch_tokens", "length_window"):
-        with pytest.raises(ValueError, match=f"{name} is -1, expected at least 0"):
-            FinetuneConfig(**{name: -1})
+    for name, value, least in (("batch_tokens", 0, 1), ("length_window", -1, 0)):
+        with pytest.raises(ValueError, match=f"{name} is {value}, expected at least {least}"):
+            FinetuneConfig(**{name: value})
 
 
 @pytest.mark.parametrize("mixed", [False, True])

@@ -346,6 +346,7 @@ def test_resumed_after_sigkill(tmp_path, uninterrupted):
 
 
 def test_the_bar_of_a_resumed_run_begins_where_the_run_was(tmp_path, monkeypatch):
+    table_after_six_steps()  # which trains too, once
     bars = []
     show = train_module.progress_bar
     monkeypatch.setattr(train_module, "progress_bar", lambda *a, **k: bars.append(show(*a, **k, show=True)) or bars[-1])
@@ -443,14 +444,20 @@ def test_a_gradient_of_the_loss_that_is_not_finite_stops(tmp_path):
 SAMPLED = {"name": "matryoshka", "dims": [32, 8, 4], "inner": {"name": "in_batch_negatives"}, "dims_per_step": 1}
 
 
-@pytest.mark.parametrize(("mini_batch_tokens", "accumulate"), [(None, 1), (20, 1), (20, 3)])
+@pytest.mark.parametrize(("mini_batch_tokens", "accumulate"), [(None, 1), (20, 1), (20, 3), (None, 3)])
 @pytest.mark.parametrize("make_loss", [LearnedTemperature, Affine, functools.partial(build_loss, SAMPLED)])
 def test_a_module_is_resumed_bit_for_bit(tmp_path, make_loss, mini_batch_tokens, accumulate):
-    """Its parameters, its buffers and its moments, dropout's draws and its own, interrupted in the sixth batch."""
+    """Its parameters, its buffers and its moments, dropout's draws and its own, interrupted in a batch."""
 
     def run(name: str, step: int = 0) -> tuple[dict, dict, list]:
         embedder, loss = make_embedder(tmp_path / "base"), make_loss()
-        config = dataclasses.replace(CONFIG, loss_lr=0.1, mini_batch_tokens=mini_batch_tokens, accumulate=accumulate)
+        config = dataclasses.replace(
+            CONFIG,
+            loss_lr=0.1,
+            mini_batch_tokens=mini_batch_tokens,
+            accumulate=accumulate,
+            checkpoint_every=1 if accumulate == 3 else 2,
+        )
         (tmp_path / name).mkdir(exist_ok=True)
         loss.register_forward_pre_hook(interrupted_at(step, lambda module, arguments: None))
         train(embedder, make_batches(embedder), loss, config, out=tmp_path / name)
@@ -459,8 +466,9 @@ def test_a_module_is_resumed_bit_for_bit(tmp_path, make_loss, mini_batch_tokens,
 
     whole = run("whole")
     with pytest.raises(KeyboardInterrupt):
-        run("cut", 6)
-    kept = "step-000004" if accumulate == 1 else "step-000002"  # either way, after the first epoch
+        run("cut", 6 if accumulate == 1 else 4)
+    # After the first epoch, or inside of it: the fourth batch is a step alone.
+    kept = "step-000004" if accumulate == 1 else "step-000001"
     assert [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()] == [kept]
     resumed = run("cut")
     assert_same(resumed[0], whole[0])
@@ -508,6 +516,29 @@ def test_a_batch_that_fits_is_taken_at_once(tmp_path, monkeypatch):
     assert_same(weights_of(embedder), weights_of(other))
     train(embedder, batches, in_batch_negatives, dataclasses.replace(config, mini_batch_tokens=sizes[-1] - 1))
     assert len(cut) == sizes.count(sizes[-1])
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_mini_batches_are_embedded_in_the_precision_asked_for(tmp_path, monkeypatch, precision):
+    embedder, seen = make_embedder(tmp_path / "base"), set()
+    embed = embedder.embed
+    monkeypatch.setattr(embedder, "embed", lambda *a, **k: seen.add(torch.is_autocast_enabled("cpu")) or embed(*a, **k))
+    config = dataclasses.replace(CONFIG, precision=precision, mini_batch_tokens=20)
+    train(embedder, make_batches(embedder), in_batch_negatives, config)
+    assert seen == {precision == "bfloat16"}
+
+
+def test_a_frozen_embedder_under_a_loss_that_learns(tmp_path):
+    """In mini-batches as at once: the temperature moves, the weights do not."""
+    values = []
+    for mini_batch_tokens in (None, 20):
+        embedder, loss = make_embedder(tmp_path / "base").requires_grad_(False), LearnedTemperature()
+        before = weights_of(embedder)
+        train(embedder, make_batches(embedder), loss, dataclasses.replace(CONFIG, mini_batch_tokens=mini_batch_tokens))
+        assert_same(weights_of(embedder), before)
+        values.append(loss.log_scale.item())
+    assert values[0] != 3.0
+    assert values[1] == pytest.approx(values[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -80,6 +80,8 @@ def cached_backward(
     value.backward()
     gradients = [X.grad for X in vectors]
     del vectors, embedded, in_order
+    if not any(parameter.requires_grad for parameter in embedder.parameters()):
+        return value.detach()
     after = devices.random_state(device)
     for (role, parts, states, order_B), gradient_BD in zip(sides, gradients, strict=True):
         if gradient_BD is None:  # the loss does not look at queries, or not at documents

@@ -52,6 +52,14 @@ def check_run(out: Path, existing: str = "refuse") -> None:
         raise ValueError(f"{out}: this run is done, there is nothing to resume")
 
 
+def is_done(out: Path, config: dict[str, Any], *, hashes: dict[str, str]) -> bool:
+    """Whether the run in `out` is done. Raises `ValueError` when it is one of other settings, or of other data."""
+    if not (out / DONE).exists():
+        return False
+    _check_same(out, config, hashes, "holds another run, name another folder")
+    return True
+
+
 def open_run(
     out: Path, config: dict[str, Any], *, hashes: dict[str, str], device: torch.device, existing: str = "refuse"
 ) -> None:
@@ -63,14 +71,7 @@ def open_run(
     """
     check_run(out, existing)
     if existing == "resume" and (out / CONFIG).is_file():
-        before, found = read_json(out / CONFIG), read_json(out / ENVIRONMENT)["sha256"]
-        changed = [key for key in {**before, **config} if before.get(key) != config.get(key)]
-        if changed:
-            key = changed[0]
-            raise ValueError(f"{out}: cannot resume, {key} was {before.get(key)!r} and is {config.get(key)!r}")
-        other = [name for name in {**found, **hashes} if found.get(name) != hashes.get(name)]
-        if other:
-            raise ValueError(f"{out}: cannot resume, {other[0]} is not what the run began with (another SHA-256)")
+        _check_same(out, config, hashes, "cannot resume")
         return
     for name in (DONE, CONFIG, ENVIRONMENT, DIFF, LOG):
         (out / name).unlink(missing_ok=True)
@@ -129,3 +130,15 @@ def _git_state() -> tuple[str | None, bytes]:
     commit = git("rev-parse", "HEAD")
     diff = git("diff", "--no-color", "--no-ext-diff", "HEAD", "--", str(package.parent))
     return (commit.decode().strip() if commit else None), diff or b""
+
+
+def _check_same(out: Path, config: dict[str, Any], hashes: dict[str, str], what: str) -> None:
+    """Raises `ValueError` with the first setting or hash in which the run in `out` differs."""
+    before, found = read_json(out / CONFIG), read_json(out / ENVIRONMENT)["sha256"]
+    changed = [key for key in {**before, **config} if before.get(key) != config.get(key)]
+    if changed:
+        key = changed[0]
+        raise ValueError(f"{out}: {what}, {key} was {before.get(key)!r} and is {config.get(key)!r}")
+    other = [name for name in {**found, **hashes} if found.get(name) != hashes.get(name)]
+    if other:
+        raise ValueError(f"{out}: {what}, {other[0]} is not what the run began with (another SHA-256)")

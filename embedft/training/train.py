@@ -163,7 +163,9 @@ def train(
         nonlocal best_weights
         start = time.perf_counter()
         embedder.eval()
+        devices.release_memory(device)  # before and after: encoding leaves as many pieces as training does
         metrics = distributed.from_first(lambda: dict(evaluate(embedder)))
+        devices.release_memory(device)
         if config.select not in metrics:
             raise ValueError(f"select is {config.select!r}, expected one of {', '.join(metrics)}")
         log({"step": state.step, "metrics": metrics, "seconds": time.perf_counter() - start})
