@@ -419,6 +419,22 @@ def test_scored_pairs_by_hand():
     assert len(negatives.examples) == 7
 
 
+def test_rows_of_one_query_say_so():
+    """Pairs and scored pairs; where every query has one row nothing is said."""
+    dataset = RetrievalDataset(**{**vars(JUDGED), "negatives": {}})
+    batches = make_batches(dataset, 7, examples="scored")
+    batch = batches.collate(batches.examples)
+    query = batch.targets.query
+    assert [(query == number).tolist() for number in query] == [
+        [other == query_id for other in batch.query_ids] for query_id in batch.query_ids
+    ]
+    assert query.dtype is torch.int64
+    assert batches.collate([("q", "a"), ("r", "c")]).targets.query is None
+    pairs = make_batches(dataset).collate([("q", "a"), ("r", "c"), ("q", "b")])
+    assert pairs.targets.query.tolist() == [0, 1, 0]
+    assert not pairs.targets.masks("query_query")[1][0, 2]
+
+
 def test_a_scored_hard_negative_is_listed_once():
     batches = make_batches(
         RetrievalDataset(**{**vars(JUDGED), "scores": {"q": JUDGED.scores["q"]}}), examples="scored", num_negatives=1

@@ -426,3 +426,30 @@ def test_options_of_the_table_are_those_of_losses():
     for name, options in NEEDED.items():
         if name in LOSSES:
             assert options.keys() <= inspect.signature(LOSSES[name]).parameters.keys()
+
+
+# What is otherwise elsewhere.
+
+
+def test_the_two_losses_of_sentence_transformers_differ_under_dropout(embedder, tmp_path, reference):
+    """With one column of documents they are one; with two the plain one embeds both at once, the cached one each alone.
+
+    Here it is one loss whatever the columns are, and whatever the mini-batches.
+    """
+    losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
+    model = reference(tmp_path / "base").train()
+    columns = [["a b c", "d e"], ["b a f", "e d g h"], ["i j", "k l m"]]
+    kinds = losses.MultipleNegativesRankingLoss, losses.CachedMultipleNegativesRankingLoss
+    for num_columns in (1, 2):
+        values = []
+        for kind in kinds:
+            torch.manual_seed(3)
+            values.append(kind(model)([model.preprocess(column) for column in columns[: 1 + num_columns]], None).item())
+        assert (abs(values[0] - values[1]) > 1e-3) == (num_columns == 2)
+        documents = [text for column in columns[1 : 1 + num_columns] for text in column]
+        targets = Targets(torch.arange(2 * num_columns).view(num_columns, 2).T)
+        batch = make_batch(embedder)._replace(
+            queries=embedder.pack(columns[0], role="query"), documents=embedder.pack(documents, role="document")
+        )
+        for tokens in (6, 1000):
+            assert_cached_is_direct(embedder, batch, lambda: in_batch_negatives, targets=targets, tokens=tokens)

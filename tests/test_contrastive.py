@@ -1,5 +1,6 @@
 """contrastive.py: by hand, against sentence-transformers, against a loop over queries and documents."""
 
+import functools
 import inspect
 import itertools
 import math
@@ -81,7 +82,6 @@ def test_options_by_hand():
     assert loss(hardness="hard_negatives", hardness_strength=2.0) == pytest.approx(loss(), rel=1e-6)
     # log(e^0.6) - 1.
     assert loss(decoupled=True) == pytest.approx(-0.4, rel=1e-6)
-    assert loss(in_batch=False) == 0.0
     hard = Targets(torch.tensor([[0, 1], [1, -1]]))
     assert in_batch_negatives(Q, D, hard, temperature=1.0, in_batch=False).item() == pytest.approx(
         0.513015 / 2, rel=1e-5
@@ -96,6 +96,9 @@ VARIANTS = [
     {"partition": "per_direction"},
     *({"hardness": name, "hardness_strength": 5.0} for name in HARDNESS),
     {"hardness": "all_negatives", "hardness_strength": 9.0, "directions": ALL, "temperature": 0.1},
+    {"hardness": "all_negatives", "hardness_strength": 9.0, "directions": ALL},
+    {"hardness": "in_batch_negatives", "hardness_strength": 9.0, "directions": ALL[:3]},
+    {"hardness": "hard_negatives", "hardness_strength": 9.0, "directions": (*ALL[:2], ALL[3])},
 ]
 
 
@@ -104,7 +107,11 @@ VARIANTS = [
 @pytest.mark.parametrize("num_negatives", [0, 1, 3])
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_equals_sentence_transformers(options, num_negatives, duplicates, dtype, tolerance):
-    """Equal texts under different ids are negatives of each other, here as there."""
+    """Equal texts under different ids are negatives of each other, here as there.
+
+    In float32 each result is the reference's, or nearer to what the reference gives in float64 on the same numbers:
+    with several directions rounding alone takes the reference's gradients 6e-7 from the exact ones.
+    """
     st_losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
     Q, D, group = random_pair(8, 1 + num_negatives, duplicates=duplicates, dtype=dtype)
     reference = st_losses.MultipleNegativesRankingLoss(
@@ -116,8 +123,13 @@ def test_equals_sentence_transformers(options, num_negatives, duplicates, dtype,
         hardness_strength=options.get("hardness_strength", 0.0),
     )
     ours = loss_and_gradients(in_batch_negatives, Q, D, Targets(group), **options)
-    theirs = reference_gradients(reference, Q, D, 1 + num_negatives, None)
-    assert_equal(ours, theirs, tolerance)
+    theirs = []
+    for precision in (dtype, torch.float64):
+        vectors = (x.detach().to(precision).requires_grad_() for x in (Q, D))
+        results = reference_gradients(reference, *vectors, 1 + num_negatives, None)
+        theirs.append([result.to(dtype) for result in results])
+    nearest = [min(pair, key=lambda x: (x - our).abs().max()) for our, *pair in zip(ours, *theirs, strict=True)]
+    assert_equal(ours, nearest, tolerance)
 
 
 @pytest.mark.parametrize("num_negatives", [0, 2])
@@ -194,7 +206,8 @@ def naive_in_batch_negatives(
                 pools = [[s for direction in directions for s in sums[direction]]]
             else:
                 pools = [sums[direction] for direction in directions]
-            if all(pools):
+            pools = [pool for pool in pools if pool]
+            if pools:
                 of_query.append(sum(torch.stack(pool).exp().sum().log() for pool in pools) / len(pools) - score)
         if of_query:
             losses.append(sum(of_query) / len(of_query))
@@ -220,6 +233,25 @@ def test_equals_a_loop(options, seed):
     options = {"temperature": 0.2} | options
     ours = loss_and_gradients(in_batch_negatives, Q, D, targets, **options)
     assert_equal(ours, loss_and_gradients(naive_in_batch_negatives, Q, D, targets, **options), 1e-9)
+
+
+def test_decoupled_directions_without_negatives_by_hand():
+    """Cosines s00 = 1, s01 = 0, s10 = 0.6, s11 = 0.8; query 0 is known to be answered by both documents.
+
+    Query 0 has no negative, and its document 0 has query 1: 0.6 - 1. Query 1 has document 0, and its document 1 has no
+    query: 0.6 - 0.8.
+    """
+    Q, D = torch.tensor([[1.0, 0.0], [0.6, 0.8]]), torch.eye(2)
+    targets = Targets(torch.tensor([[0], [1]]), known=torch.tensor([[0, 0], [0, 1], [1, 1]]))
+    options = {"temperature": 1.0, "directions": BOTH, "partition": "per_direction", "decoupled": True}
+    assert in_batch_negatives(Q, D, targets, **options).item() == pytest.approx((-0.4 - 0.2) / 2, rel=1e-6)
+
+
+def test_one_document_a_query_has_no_listed_negative():
+    Q, D, targets = torch.eye(2), torch.eye(2), Targets(torch.tensor([[0], [1]]), torch.ones(2, 1))
+    for loss in (functools.partial(in_batch_negatives, in_batch=False), LearnableTemperature(in_batch=False)):
+        with pytest.raises(ValueError, match="in_batch False compares the documents of a query, and only one is"):
+            loss(Q, D, targets)
 
 
 def test_a_known_positive_is_no_negative():
@@ -318,6 +350,11 @@ EDGES = {
 }
 
 
+def two_columns(targets: Targets) -> Targets:
+    """With columns of nothing behind those there are."""
+    return Targets(F.pad(targets.group, (0, 2), value=-1), known=targets.known)
+
+
 @pytest.mark.parametrize("fill", ["random", "equal", "zero", "tiny", "huge"])
 @pytest.mark.parametrize("edge", EDGES)
 @pytest.mark.parametrize(
@@ -325,7 +362,8 @@ EDGES = {
     [
         in_batch_negatives,
         lambda *given: in_batch_negatives(*given, directions=ALL),
-        lambda *given: in_batch_negatives(*given, in_batch=False, decoupled=True),
+        lambda Q, D, targets: in_batch_negatives(Q, D, two_columns(targets), in_batch=False, decoupled=True),
+        lambda *given: in_batch_negatives(*given, directions=BOTH, partition="per_direction", decoupled=True),
         lambda *given: in_batch_negatives(*given, directions=ALL, decoupled=True),
         lambda *given: in_batch_negatives(*given, hardness="all_negatives", hardness_strength=9.0),
         symmetric_in_batch_negatives,

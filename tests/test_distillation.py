@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from loss_checks import PRECISIONS, assert_equal, loss_and_gradients, random_pair, random_vectors, reference_gradients
 
 from embedft import Targets
+from embedft.losses import rows
 from embedft.losses.distillation import (
     DISTANCES,
     ProjectedDistillation,
@@ -219,7 +220,7 @@ def teacher_of(num_queries: int, num_documents: int, dim: int) -> Targets:
     return Targets(group, references={"teacher": reference, "base": reference})
 
 
-def test_similarities_equal_a_loop_at_any_width():
+def test_similarities_equal_a_loop_at_any_width(monkeypatch):
     Q, D, targets = random_vectors(3, 5), random_vectors(4, 5, seed=1), teacher_of(3, 4, 9)
     teacher_Q, teacher_D = targets.references["teacher"]
 
@@ -235,6 +236,10 @@ def test_similarities_equal_a_loop_at_any_width():
     assert_equal(ours, loss_and_gradients(loop, Q, D, targets), 1e-9)
     base = loss_and_gradients(toward_base, Q, D, targets, distance="similarities")
     assert_equal(base, ours, 0.0)
+    # Two queries at a time, then one.
+    monkeypatch.setattr(rows, "SCORES_AT_A_TIME", 8)
+    chunked = loss_and_gradients(embedding_distillation, Q, D, targets, distance="similarities")
+    assert_equal(chunked, ours, 1e-12)
 
 
 @pytest.mark.parametrize("distance", [distance for distance in DISTANCES if distance != "similarities"])

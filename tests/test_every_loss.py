@@ -15,6 +15,7 @@ from tiny import make_embedder
 from torch import Tensor, nn
 
 from embedft import LOSSES, Targets, build_loss
+from embedft.losses import rows
 from embedft.training import distributed
 from embedft.training.distributed import Share
 from embedft.training.train import TrainConfig, _backward
@@ -32,6 +33,9 @@ SPECS = {
     },
 }
 WRAPPERS = ("plain", "matryoshka")
+# Sums over queries, whose scores are computed some rows at a time; the second ones where documents have windows.
+SUMS = {"in_batch_negatives", "learnable_temperature", "multi_positive", "sigmoid", "learnable_sigmoid", "sum"}
+LISTED = {"triplet", "contrastive", "online_contrastive", "cosine_mse", "cosent", "angle", "margin_mse", "listwise_kl"}
 DEVICES = [
     "cpu",
     *(name for name, module in (("cuda", torch.cuda), ("mps", torch.backends.mps)) if module.is_available()),
@@ -193,6 +197,35 @@ def test_everything_stays_on_its_device(name, wrapper):
         found = loss_and_gradients(loss, Q, D, targets)
     assert all(result.device.type == "cpu" for result in found)
     assert_equal(found, expected, 0.0)
+
+
+@every_loss
+@every_wrapper
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("size", ["batch", "windows"])
+def test_a_few_rows_at_a_time_are_the_whole(name, wrapper, dtype, tolerance, size, monkeypatch):
+    """Two queries at a time, of losses that are sums over queries: nothing else is to be seen of it."""
+    Q, D, targets = degenerate(*make_batch(dtype=dtype), "random", size)
+    loss = make_loss(name, wrapper, dtype)
+    parameters = list(loss.parameters()) if isinstance(loss, nn.Module) else []
+
+    def results():
+        value = loss(Q, D, targets)
+        return value.detach(), *torch.autograd.grad(
+            value, (Q, D, *parameters), allow_unused=True, materialize_grads=True
+        )
+
+    expected = results()
+    sizes, apply = [], rows._ByRows.apply
+    monkeypatch.setattr(rows, "SCORES_AT_A_TIME", 18)
+    monkeypatch.setattr(rows._ByRows, "apply", lambda *given: sizes.append(given[2]) or apply(*given))
+    with torch.device("meta"):
+        found = results()
+    assert all(result.device.type == "cpu" for result in found)
+    assert_equal(found, expected, tolerance)
+    assert set(sizes) <= {2}
+    if name in SUMS or (size == "windows" and name in LISTED):
+        assert sizes
 
 
 @every_loss

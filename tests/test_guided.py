@@ -68,13 +68,16 @@ def reference_loss(Q, D, guide_Q, guide_D, num_columns, monkeypatch, **options):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
-@pytest.mark.parametrize("duplicates", [False, True])
+@pytest.mark.parametrize("fill", ["random", "duplicates", "some zero"])
 @pytest.mark.parametrize("num_negatives", [0, 1])
 @pytest.mark.parametrize("contrast", [(True, True), (True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("margin", [("absolute", 0.0), ("absolute", 0.2), ("relative", 0.1), ("relative", 0.6)])
-def test_equals_sentence_transformers(margin, contrast, num_negatives, duplicates, dtype, tolerance, monkeypatch):
+def test_equals_sentence_transformers(margin, contrast, num_negatives, fill, dtype, tolerance, monkeypatch):
     """The reference takes one hard negative a query at most. The temperature is one that float32 bears."""
-    Q, D, group = random_pair(8, 1 + num_negatives, duplicates=duplicates, dtype=dtype)
+    Q, D, group = random_pair(8, 1 + num_negatives, duplicates=fill == "duplicates", dtype=dtype)
+    if fill == "some zero":
+        with torch.no_grad():
+            Q[3], D[5] = 0, 0
     guide_Q = Q.detach()[:, :6] + random_vectors(8, 6, seed=5, dtype=dtype).detach()
     guide_D = D.detach()[:, :6] + random_vectors(len(D), 6, seed=6, dtype=dtype).detach()
     # The guide has to find something of what is relevant, or nothing is left.
@@ -158,6 +161,18 @@ def test_windows_are_one_document_to_the_guide_too():
     theirs = expected.detach(), *torch.autograd.grad(expected, (Q, D))
     assert 0 < (~kept).sum() < 6
     assert_equal(loss_and_gradients(guided_in_batch_negatives, Q, D, targets, temperature=0.1, **APART), theirs, 1e-9)
+
+
+def test_windows_of_the_guide_by_hand():
+    """The limit is 0.8. Document 1 has cosines 0.81 and 0.75 by the guide: the best is above it, the soft maximum
+    0.75 + 0.06 / (1 + e^-1.2) = 0.796 is not. The model finds 0.6 in both windows."""
+    Q, D = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, 0.8]])
+    guide_D = torch.tensor([[c, math.sqrt(1 - c * c)] for c in (0.8, 0.81, 0.75)])
+    targets = guided(Targets(torch.tensor([[0]]), document=torch.tensor([0, 1, 1])), Q, guide_D)
+    options = {"temperature": 1.0, **APART}
+    assert guided_in_batch_negatives(Q, D, targets, **options).item() == 0.0
+    soft = guided_in_batch_negatives(Q, D, targets, windows="softmax", **options).item()
+    assert soft == pytest.approx(math.log(1 + math.exp(-0.4)), rel=1e-6)
 
 
 def test_a_guide_that_finds_nothing_nearer_than_the_positive_changes_nothing():

@@ -4,7 +4,7 @@ from collections import Counter
 from itertools import islice
 
 import pytest
-from test_batches import keep_texts
+from test_batches import keep_texts, pack_letters
 
 from embedft import RetrievalDataset
 from embedft.data.mixture import SAMPLINGS, Mixture, apportion, join_datasets
@@ -127,6 +127,34 @@ def test_mixed_shares_by_hand(sampling, expected):
             positive, negative = batch.targets.masks()
             assert (positive.sum(dim=1) == 1).all()
             assert (negative.sum(dim=1) == len(batch.query_ids) - 1).all()  # of both sources
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "sampling", "expected"),
+    [
+        # 20 and 3 pairs. Equal parts of five are 3 : 2.
+        (5, "round_robin", (3, 2)),
+        # 20^(1/2) : 3^(1/2) = 2.58 : 1, of six 4.32 : 1.68.
+        (6, "temperature", (4, 2)),
+        # Of three 2.16 : 0.84.
+        (3, "temperature", (2, 1)),
+        # Of two 1.44 : 0.56, but at least one of each.
+        (2, "temperature", (1, 1)),
+    ],
+)
+def test_mixed_shares_are_those_of_a_batch(batch_size, sampling, expected):
+    datasets = {"large": pairs("large", 20), "small": pairs("small", 3)}
+    mixture = make_mixture(batch_size, datasets=datasets, mixed=True, sampling=sampling)
+    first = sources_of(mixture)[0]
+    assert (first["large"], first["small"]) == expected
+    assert mixture.shares() == {name: first[name] / batch_size for name in datasets}
+
+
+def test_mixed_shares_on_average():
+    """Where a batch takes what comes, or so many tokens, the weights: 16 : 4, and 4 : 2 by their roots."""
+    assert make_mixture(4, mixed=True).shares() == {"large": 0.8, "small": 0.2}
+    tokens = Mixture(SOURCES, pack_letters, batch_tokens=200, seed=0, mixed=True, sampling="temperature")
+    assert tokens.shares() == pytest.approx({"large": 2 / 3, "small": 1 / 3})
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)

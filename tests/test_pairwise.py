@@ -45,14 +45,25 @@ def test_online_contrastive_with_pairs_of_one_kind():
     assert online_contrastive(Q0, D0, negatives, **options).item() == pytest.approx(1 + 25, rel=1e-5)
 
 
+def make_pair(num_columns: int, fill: str, dtype: torch.dtype):
+    Q, D, group = random_pair(8, num_columns, duplicates=fill == "duplicates", dtype=dtype)
+    if fill == "some zero":
+        with torch.no_grad():
+            Q[3], D[5], D[-2] = 0, 0, 0
+    return Q, D, group
+
+
+every_fill = pytest.mark.parametrize("fill", ["random", "duplicates", "some zero"])
+
+
 @every_distance
-@pytest.mark.parametrize("duplicates", [False, True])
+@every_fill
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
 @pytest.mark.parametrize("margin", [0.5, 5.0])
-def test_triplet_equals_sentence_transformers(margin, dtype, tolerance, duplicates, distance):
+def test_triplet_equals_sentence_transformers(margin, dtype, tolerance, fill, distance):
     st_losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
     metric = getattr(st_losses.TripletDistanceMetric, distance.upper())
-    Q, D, group = random_pair(8, 2, duplicates=duplicates, dtype=dtype)
+    Q, D, group = make_pair(2, fill, dtype)
     reference = st_losses.TripletLoss(model=None, distance_metric=metric, triplet_margin=margin)
     value = reference.compute_loss_from_embeddings([Q, *D.chunk(2)], None)
     theirs = value.detach(), *torch.autograd.grad(value, (Q, D))
@@ -61,17 +72,17 @@ def test_triplet_equals_sentence_transformers(margin, dtype, tolerance, duplicat
 
 
 @every_distance
-@pytest.mark.parametrize("duplicates", [False, True])
+@every_fill
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
 @pytest.mark.parametrize("labels", ["both", "positive", "negative"])
 @pytest.mark.parametrize("num_negatives", [0, 1, 3])
-def test_contrastive_equals_sentence_transformers(num_negatives, labels, dtype, tolerance, duplicates, distance):
+def test_contrastive_equals_sentence_transformers(num_negatives, labels, dtype, tolerance, fill, distance):
     """Every listed document is a row of the reference; labels at random, or all of a kind."""
     st_losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
     siamese = pytest.importorskip("sentence_transformers.sentence_transformer.losses.contrastive")
     name = "COSINE_DISTANCE" if distance == "cosine" else distance.upper()
     metric = getattr(siamese.SiameseDistanceMetric, name)
-    Q, D, group = random_pair(8, 1 + num_negatives, duplicates=duplicates, dtype=dtype)
+    Q, D, group = make_pair(1 + num_negatives, fill, dtype)
     random = torch.randint(0, 2, group.shape, generator=torch.Generator().manual_seed(num_negatives))
     relevance = {"both": random, "positive": torch.ones_like(random), "negative": torch.zeros_like(random)}[labels]
     targets = Targets(group, relevance)
@@ -128,7 +139,7 @@ def test_what_is_not_listed_or_known_to_be_relevant_makes_no_pair(loss):
 @every_distance
 @pytest.mark.parametrize("fill", ["random", "equal", "zero", "tiny", "huge"])
 @pytest.mark.parametrize(
-    "group", [[[0]], [[0, 1]], [[0], [0]], [[-1], [-1]], [[0, 2], [1, -1]], [[0, 0], [0, 0]]], ids=str
+    "group", [[[0, -1]], [[0, 1]], [[0, -1], [0, -1]], [[-1, -1]] * 2, [[0, 2], [1, -1]], [[0, 0], [0, 0]]], ids=str
 )
 def test_value_and_gradients_are_finite(loss, group, fill, distance):
     Q, D = (random_vectors(n, 4, seed=n, dtype=torch.float32).detach() for n in (len(group), 3))
@@ -163,6 +174,21 @@ def test_gradient_check(loss, distance):
 def test_refuses(loss, options, message):
     with pytest.raises(ValueError, match=message):
         loss(Q0, D0, Targets(torch.tensor([[0, 1]])), **options)
+
+
+@every_loss
+@pytest.mark.parametrize("group", [torch.tensor([[0], [1]]), torch.zeros(2, 0, dtype=torch.int64)], ids=["one", "none"])
+def test_refuses_a_batch_that_lists_no_negative(loss, group):
+    """Unless relevance says of some of the single documents that they are negatives; a triplet has two."""
+    Q, D = random_vectors(2, 4), random_vectors(2, 4, seed=1)
+    with pytest.raises(ValueError, match=f"^{loss.__name__} compares the documents of a query, and only one is listed"):
+        loss(Q, D, Targets(group))
+    graded = Targets(group, torch.tensor([[0], [1]])[:, : group.shape[1]])
+    if loss is triplet:
+        with pytest.raises(ValueError, match="triplet compares the documents of a query"):
+            loss(Q, D, graded)
+    else:
+        assert (loss(Q, D, graded, margin=5.0) > 0) == (group.shape[1] > 0)
 
 
 def test_refuses_another_reduction():

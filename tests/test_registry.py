@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import warnings
 
 import pytest
@@ -137,6 +138,9 @@ NAMES = "expected one of in_batch_negatives, "
         ),
         ({"name": "sum", "losses": [IN_BATCH | {"temperature": -1}]}, "temperature is -1, expected above 0"),
         ({"name": "sum", "losses": IN_BATCH}, "sum: losses is .*, expected a list of losses"),
+        ({"name": "sum", "losses": [IN_BATCH], "weights": [math.inf]}, r"weights is \[inf\], .* 0 and finite"),
+        ({"name": "matryoshka", "dims": [4], "inner": IN_BATCH, "weights": [math.inf]}, "of at least 0 and finite"),
+        ({"name": "sigmoid", "bias": math.nan}, "bias is nan, expected a finite number"),
         ({"name": "sum", "losses": [IN_BATCH], "weights": [1, 2]}, "weights has 2 entries, expected 1"),
         ({"name": "projected_distillation"}, "projected_distillation needs student_dim, a whole number"),
     ],

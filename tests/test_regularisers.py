@@ -1,10 +1,14 @@
 """regularisers.py: by hand, against sentence-transformers, against loops. Distances: test_distillation.py."""
 
+import dataclasses
+import math
+
 import pytest
 import torch
 from loss_checks import PRECISIONS, assert_equal, loss_and_gradients, random_pair, random_vectors, reference_gradients
 
-from embedft import Targets
+from embedft import RetrievalDataset, Targets
+from embedft.data.batches import Batches
 from embedft.losses.regularisers import global_orthogonal, toward_base
 
 
@@ -68,9 +72,26 @@ def test_global_orthogonal_equals_a_loop():
     assert_equal(ours, loss_and_gradients(loop, Q, D, targets), 1e-9)
 
 
+def test_global_orthogonal_knows_a_query_that_is_there_twice():
+    """Scored pairs of one query: its two rows are equal and no unrelated texts. All distinct texts are orthogonal."""
+    dataset = RetrievalDataset(
+        {"q": "one", "r": "two"}, {d: d for d in "abc"}, {}, scores={"q": {"a": 1.0, "b": 0.0}, "r": {"c": 1.0}}
+    )
+    batches = Batches(dataset, lambda texts, *, role: texts, batch_size=3, seed=0, examples="scored")
+    batch = batches.collate(batches.examples)
+    vectors = dict(zip(["one", "two", *"abc"], torch.eye(8), strict=False))
+    Q, D = (torch.stack([vectors[text] for text in texts]) for texts in (batch.queries, batch.documents))
+    assert torch.equal(Q[0], Q[1])
+    assert global_orthogonal(Q, D, batch.targets).item() == 0.0
+    assert global_orthogonal(Q, D, dataclasses.replace(batch.targets, query=None)).item() > 0.01
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"mean_weight": math.inf}, "mean_weight is inf, expected at least 0 and finite"),
+        ({"second_moment_weight": math.inf}, "second_moment_weight is inf, expected at least 0 and finite"),
+        ({"second_moment_weight": math.nan}, "second_moment_weight is nan, expected at least 0 and finite"),
         ({"similarity": "l2"}, "similarity is 'l2', expected one of cosine, dot"),
         ({"aggregation": "max"}, "aggregation is 'max', expected one of mean, sum"),
         ({"mean_weight": -1.0}, "mean_weight is -1.0, expected at least 0"),

@@ -12,8 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from embedft import Targets
 from embedft.losses import rows as rows_module
 from embedft.losses.contrastive import LearnableTemperature, in_batch_negatives, multi_positive
+from embedft.losses.distillation import embedding_distillation, listwise_kl, margin_mse
 from embedft.losses.guided import guided_in_batch_negatives
+from embedft.losses.pairwise import contrastive, triplet
 from embedft.losses.rows import by_rows
+from embedft.losses.scored import angle, cosine_mse
 from embedft.losses.sigmoid import LearnableSigmoid, sigmoid
 
 SUMS = {
@@ -86,6 +89,158 @@ def test_scores_are_never_whole(loss):
     assert whole.largest >= 64 * 128
 
 
+@every_sum
+def test_scores_of_a_large_batch_are_never_whole(loss):
+    """A million scores, without being asked: half a million at a time."""
+    Q, D = random_vectors(1024, 2, dtype=torch.float32), random_vectors(1024, 2, seed=1, dtype=torch.float32)
+    targets = Targets(torch.arange(2048).view(2, 1024).T % 1024, references={"guide": (Q.detach(), D.detach())})
+    with LargestTensor() as largest:
+        loss(Q, D, targets).backward()
+    # With a column more where the positive stands beside the negatives.
+    assert 2**19 <= largest.largest <= 2**19 + 512
+
+
+WITHOUT_ROWS = {
+    "similarities": partial(embedding_distillation, distance="similarities"),
+    "margin_mse": margin_mse,
+    "soft windows": partial(margin_mse, windows="softmax", similarity="cosine"),
+    "listwise_kl": listwise_kl,
+    "cosine_mse": cosine_mse,
+    "angle": partial(angle, pairs="all"),
+    "triplet": triplet,
+    "manhattan": partial(triplet, distance="manhattan"),
+    "contrastive": contrastive,
+}
+
+
+@pytest.mark.parametrize("loss", WITHOUT_ROWS.values(), ids=WITHOUT_ROWS)
+def test_losses_of_listed_documents_take_windows_by_rows(loss, monkeypatch):
+    """64 queries and 128 windows of 64 documents, 4 rows at a time: the same, in less."""
+    Q, D = random_vectors(64, 8), random_vectors(128, 8, seed=1)
+    group = torch.arange(128).view(2, 64).T % 61
+    teacher = random_vectors(64, 2, seed=2).detach(), random_vectors(128, 2, seed=3).detach()
+    targets = Targets(
+        *(group, None, None, torch.arange(128) % 64), target_scores=teacher[0], references={"teacher": teacher}
+    )
+    with LargestTensor() as whole:
+        expected = loss_and_gradients(loss, Q, D, targets)
+    assert whole.largest >= 64 * 128
+    monkeypatch.setattr(rows_module, "SCORES_AT_A_TIME", 4 * 128)
+    with LargestTensor() as chunked:
+        found = loss_and_gradients(loss, Q, D, targets)
+    assert chunked.largest <= 128 * 8
+    assert_equal(found, expected, 1e-12)
+
+
+def test_every_positive_of_a_guide_takes_a_row(monkeypatch):
+    """Four positives a query, 2 queries at a time, hold what one and 8 do; hard negatives cost nothing."""
+    monkeypatch.setattr(rows_module, "SCORES_AT_A_TIME", 8 * 128)
+    Q, D = random_vectors(64, 8), random_vectors(128, 8, seed=1)
+    references = {"guide": (Q.detach(), D.detach())}
+    group = (torch.arange(64)[:, None] + torch.tensor([0, 31, 62, 93])) % 128
+
+    def most_kept(group: torch.Tensor, relevance: torch.Tensor | None) -> int:
+        """Entries that autograd keeps at its most."""
+        kept, most = 0, 0
+
+        class Kept:
+            def __init__(self, x):
+                nonlocal kept, most
+                self.x, kept = x, kept + x.numel()
+                most = max(most, kept)
+
+            def __del__(self):
+                nonlocal kept
+                kept -= self.x.numel()
+
+        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda handle: handle.x):
+            loss = SUMS["guided"](Q, D, Targets(group, relevance, references=references))
+            loss.backward()
+        return most
+
+    one = most_kept(group[:, :1], None)
+    assert one > 8 * 128
+    assert most_kept(group, torch.ones(64, 4)) <= 1.1 * one
+    assert most_kept(group, None) <= 1.1 * one
+
+
+def test_second_derivatives_are_refused():
+    """They would come out as if the first ones were constant."""
+    Q, D, targets = random_vectors(7, 5), random_vectors(9, 5, seed=1), with_everything(0)
+    (gradient,) = torch.autograd.grad(in_batch_negatives(Q, D, targets, rows=7), Q, create_graph=True)
+    assert torch.autograd.grad(gradient.square().sum(), Q)[0].any()
+    with pytest.raises(RuntimeError, match="first derivatives alone: for create_graph=True let `rows` be at least"):
+        torch.autograd.grad(in_batch_negatives(Q, D, targets, rows=2), Q, create_graph=True)
+
+
+def test_a_loss_of_constants_has_no_gradient():
+    """Nor a part that is one: the first two queries here."""
+    Q, D = random_vectors(5, 2), random_vectors(5, 2, seed=1)
+    targets = Targets(torch.zeros(5, 1, dtype=torch.int64))
+
+    def losses(Q, D, targets, factor):
+        return ((Q.detach() if Q[0, 0] == first else Q).sum(dim=1) * factor,)
+
+    first = Q[0, 0].item()
+    value = by_rows(losses, Q, D, targets, 2, 3.0)[0].sum()
+    grad_Q, grad_D = torch.autograd.grad(value, (Q, D), allow_unused=True)
+    assert grad_Q.tolist() == [[0.0] * 2] * 2 + [[3.0] * 2] * 3
+    assert grad_D is None
+
+
+@pytest.mark.parametrize("temperature", [0.05, torch.tensor(0.3, requires_grad=True)], ids=["number", "tensor"])
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_autocast_of_the_caller_is_the_same_both_times(similarity, temperature):
+    """Inner products in bfloat16, forward and backward, though the backward pass is outside. Of leaves too: nothing
+    that is cast without gradient is kept for the caller."""
+    Q, D = random_vectors(7, 5, dtype=torch.float32), random_vectors(9, 5, seed=1, dtype=torch.float32)
+    targets, results = with_everything(0), []
+    inputs = [Q, D, *([temperature] if isinstance(temperature, torch.Tensor) else [])]
+    for rows in (7, 2):
+        with torch.autocast("cpu", torch.bfloat16):
+            value = in_batch_negatives(Q, D, targets, rows=rows, similarity=similarity, temperature=temperature)
+            value = value + 0.01 * (Q @ D.T).sum()
+        results.append((value.detach(), *torch.autograd.grad(value, inputs)))
+    exact = in_batch_negatives(Q, D, targets, similarity=similarity, temperature=temperature)
+    assert abs(results[0][0] - exact) > 1e-4
+    assert_equal(results[1][:1], results[0][:1], 1e-6)
+    # A gradient on D is rounded to bfloat16 for every few rows.
+    assert_equal(results[1][1:], results[0][1:], 1e-2)
+    seen = []
+
+    def losses(Q, D, targets):
+        scores = Q @ D.T
+        seen.append(scores.dtype)
+        return (scores.float().sum(dim=1),)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        (sums,) = by_rows(losses, Q, D, targets, 4)
+    sums.sum().backward()
+    with torch.autocast("cpu", torch.float16):
+        sums = by_rows(losses, Q, D, targets, 4)[0].sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        sums.backward()
+    sums = by_rows(losses, Q, D, targets, 4)[0].sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        sums.backward()
+    assert seen == [torch.bfloat16] * 4 + [torch.float16] * 4 + [torch.float32] * 4
+
+
+@pytest.mark.parametrize("name", ["in_batch_negatives", "multi_positive", "sigmoid", "guided"])
+def test_a_temperature_may_be_a_tensor_that_learns(name):
+    """The gradient is that of the batch as a whole, and central differences."""
+    Q, D, targets, loss = random_vectors(7, 5), random_vectors(9, 5, seed=1), with_everything(0), SUMS[name]
+    temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    gradients = []
+    for rows in (7, 2):
+        value = loss(Q, D, targets, temperature=temperature, rows=rows)
+        gradients.append(torch.autograd.grad(value, (temperature, Q, D)))
+    assert_equal(gradients[1], gradients[0], 1e-12)
+    above, below = (loss(Q, D, targets, temperature=0.3 + step).item() for step in (1e-5, -1e-5))
+    assert gradients[0][0].item() == pytest.approx((above - below) / 2e-5, rel=1e-6)
+    assert abs(gradients[0][0]) > 0.01
+
+
 @pytest.mark.parametrize("make", [LearnableTemperature, LearnableSigmoid])
 def test_parameters_get_the_same_gradient(make):
     Q, D, targets = random_vectors(7, 5), random_vectors(9, 5, seed=1), with_everything(0)
@@ -97,7 +252,8 @@ def test_parameters_get_the_same_gradient(make):
 
 
 def test_rows_are_chosen_by_the_number_of_scores(monkeypatch):
-    """12 scores at a time and 5 documents: two queries, then two, then one; with 13 documents one at a time."""
+    """12 scores at a time and 5 documents: two queries, then two, then one; with 13 documents one at a time. With 2, of
+    which a query takes three rows of scores, two at a time again."""
     monkeypatch.setattr(rows_module, "SCORES_AT_A_TIME", 12)
     sizes = []
 
@@ -106,11 +262,11 @@ def test_rows_are_chosen_by_the_number_of_scores(monkeypatch):
         return (Q.sum(dim=1),)
 
     with torch.no_grad():
-        for num_documents in (5, 13):
+        for num_documents, width in ((5, 1), (13, 1), (2, 3)):
             Q, D = torch.ones(5, 2), torch.ones(num_documents, 2)
-            (sums,) = by_rows(losses, Q, D, Targets(torch.zeros(5, 1, dtype=torch.int64)), None)
+            (sums,) = by_rows(losses, Q, D, Targets(torch.zeros(5, 1, dtype=torch.int64)), None, width=width)
             assert sums.tolist() == [2.0] * 5
-    assert sizes == [(2, 2), (2, 2), (1, 1)] + [(1, 1)] * 5
+    assert sizes == [(2, 2), (2, 2), (1, 1)] + [(1, 1)] * 5 + [(2, 2), (2, 2), (1, 1)]
 
 
 def test_each_row_is_computed_again_in_the_backward_pass():

@@ -79,6 +79,15 @@ def test_value_and_gradients_are_finite(edge, fill):
         assert all(torch.isfinite(result).all() for result in results)
 
 
+@pytest.mark.parametrize("bias", [math.nan, math.inf, -math.inf])
+def test_refuses_a_bias_that_is_not_finite(bias):
+    Q = torch.ones(1, 2)
+    with pytest.raises(ValueError, match=f"bias is {bias}, expected a finite number"):
+        sigmoid(Q, Q, Targets(torch.tensor([[0]])), bias=bias)
+    with pytest.raises(ValueError, match=f"bias is {bias}, expected a finite number"):
+        LearnableSigmoid(bias=bias)
+
+
 def test_refuses_a_temperature_that_is_not_above_zero():
     Q = torch.ones(1, 2)
     with pytest.raises(ValueError, match=r"temperature is 0.0, expected above 0"):

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from embedft import Targets
+from embedft.losses.pairwise import triplet
+from embedft.losses.scored import listed_scores
 from embedft.losses.targets import scores
 
 
@@ -133,6 +135,7 @@ def test_masks_reach_to_the_documents_that_nobody_lists():
         ({"known": torch.zeros(1, 3, dtype=torch.int64)}, r"known has shape \(1, 3\), expected \[pairs, 2\]"),
         ({"document": torch.zeros(1, 3)}, r"document has shape \(1, 3\), expected \[document vectors\]"),
         ({"target_scores": torch.ones(2)}, r"target_scores has shape \(2,\), expected group's \(2, 1\)"),
+        ({"query": torch.tensor([0])}, r"query has shape \(1,\), expected \[queries\], as group has them"),
     ],
 )
 def test_refuses_wrong_shapes(fields, message):
@@ -140,15 +143,110 @@ def test_refuses_wrong_shapes(fields, message):
         Targets(**({"group": torch.tensor([[0], [1]])} | fields))
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"group": torch.tensor([[0], [-2]])}, "group has -2, expected documents from 0 and -1 for none"),
+        ({"known": torch.tensor([[0, 1], [-1, 0]])}, "known has -1, expected rows of queries and documents from 0"),
+        ({"known": torch.tensor([[0, 1], [0, -3]])}, "known has -3, expected rows of queries and documents from 0"),
+        ({"known": torch.tensor([[2, 0]])}, "known has query 2, expected 0 to 1 as group has them"),
+        ({"document": torch.tensor([0, 1, 3])}, "document lacks 2, expected every number from 0 to the last"),
+        ({"document": torch.tensor([1, 1])}, "document lacks 0, expected every number from 0 to the last"),
+        ({"document": torch.tensor([1, 0, -1])}, "document has -1, expected every number from 0 to the last"),
+        ({"document": torch.zeros(0, dtype=torch.int64)}, "document lacks 0, expected every number"),
+        ({"document": torch.tensor([0, 0])}, "group has document 1, there are 1"),
+        ({"document": torch.tensor([0, 1]), "known": torch.tensor([[0, 2]])}, "known has document 2, there are 2"),
+    ],
+)
+def test_refuses_numbers_of_nothing(fields, message):
+    fields = {"group": torch.tensor([[0], [1]])} | fields
+    with pytest.raises(ValueError, match=message):
+        Targets(**fields)
+    # A look at the numbers would make the CPU wait for another device.
+    Targets(**{name: x.to("meta") for name, x in fields.items()})
+
+
+def test_refuses_documents_that_there_are_not():
+    """As soon as somebody says how many there are."""
+    targets = Targets(torch.tensor([[0, 4], [1, -1]]), known=torch.tensor([[0, 5]]))
+    Q, D = torch.ones(2, 3), torch.ones(6, 3)
+    for ask in (
+        lambda num: targets.num_documents(num),
+        lambda num: targets.masks(num_documents=num),
+        lambda num: targets.masks("document_document", num_documents=num),
+        lambda num: scores(Q, D[:num], targets),
+        lambda num: listed_scores(Q, D[:num], targets),
+        lambda num: triplet(Q, D[:num], targets),
+    ):
+        ask(6)
+        with pytest.raises(ValueError, match="known has document 5, there are 5"):
+            ask(5)
+        with pytest.raises(ValueError, match="group has document 4, there are 4"):
+            ask(4)
+
+
+def test_rows_of_one_query_by_hand():
+    """Rows 0 and 2 are query 7, with documents 0 and 2; row 1 is query 3, with 1 and hard negative 2; row 3 is known to
+    be answered by 2, and lists nothing."""
+    group, known = torch.tensor([[0, -1], [1, 2], [2, 3], [-1, -1]]), torch.tensor([[3, 2]])
+    targets = Targets(group, known=known, query=torch.tensor([7, 3, 7, 5]))
+    positive, negative = targets.masks(num_documents=4)
+    assert torch.equal(positive, rows("1010", "0100", "1010", "0010"))
+    assert torch.equal(negative, ~positive)
+    assert all(torch.equal(x, y.T) for x, y in zip(targets.masks("document_query"), (positive, negative), strict=True))
+    # Row 3 shares document 2 with query 7: with row 0, which does not list it, too.
+    positive, negative = targets.masks("query_query")
+    assert torch.equal(positive, rows("0011", "0000", "1001", "1010"))
+    assert torch.equal(negative, rows("0100", "1011", "0100", "0100"))
+    # 0, 2 and hard negative 3 are listed for query 7; 1 and 2 for query 3.
+    positive, negative = targets.masks("document_document")
+    assert torch.equal(positive, rows("0010", "0000", "1000", "0000"))
+    assert torch.equal(negative, rows("0100", "1001", "0000", "0100"))
+    # Some of the rows know what the others list.
+    assert torch.equal(targets.of_queries(0, 2).masks(num_documents=4)[0], rows("1010", "0100"))
+    assert targets.of_queries(2, 4).query.tolist() == [7, 5]
+    # A document is no hard negative of a query that another row has it as a positive of.
+    twice = Targets(torch.tensor([[0, 1], [1, 2]]), query=torch.tensor([0, 0]))
+    assert torch.equal(twice.listed_negative, rows("00", "01"))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_query_of_several_rows_is_a_known_query(seed):
+    """The same masks as with every pair that is relevant to one of a query's rows known of all of them."""
+    generator = torch.Generator().manual_seed(seed)
+    group = torch.randint(-1, 9, (8, 2), generator=generator)
+    relevance = torch.randint(0, 2, group.shape, generator=generator)
+    query = torch.randint(0, 4, (8,), generator=generator)
+    targets = Targets(group, relevance, torch.tensor([[0, 3], [5, 8]]), query=query)
+    pairs = set(zip(*(x.tolist() for x in dataclasses.replace(targets, query=None)._relevant_pairs()), strict=True))
+    known = [(r, j) for i, j in pairs for r in range(8) if query[i] == query[r]]
+    spelt = Targets(group, relevance, torch.tensor(known))
+    same = query[:, None] == query
+    for direction in ("query_document", "document_query"):
+        for ours, theirs in zip(targets.masks(direction), spelt.masks(direction), strict=True):
+            assert torch.equal(ours, theirs)
+    positive = (spelt.masks("query_query")[0] | same).fill_diagonal_(False)
+    assert torch.equal(targets.masks("query_query")[0], positive)
+    assert torch.equal(targets.masks("query_query")[1], (~positive).fill_diagonal_(False))
+    for start in range(0, 8, 3):
+        part = targets.of_queries(start, start + 3).masks(num_documents=9)[0]
+        assert torch.equal(part, spelt.masks(num_documents=9)[0][start : start + 3])
+    different = Targets(group, relevance, targets.known, query=torch.arange(8).flip(0))
+    plain = Targets(group, relevance, targets.known)
+    for direction in ("query_document", "query_query", "document_document"):
+        assert all(torch.equal(*pair) for pair in zip(different.masks(direction), plain.masks(direction), strict=True))
+
+
 def test_to_moves_every_tensor():
     one = torch.tensor([[1]])
-    moved = Targets(torch.tensor([[0]]), one, torch.tensor([[0, 0]]), one[0], one, {"base": (one, one)}).to("meta")
+    zero = torch.zeros_like(one)
+    moved = Targets(zero, one, torch.tensor([[0, 0]]), zero[0], one, {"base": (one, one)}, one[0]).to("meta")
     for field in dataclasses.fields(Targets):
         value = getattr(moved, field.name)
         for tensor in value["base"] if field.name == "references" else [value]:
             assert tensor.device.type == "meta"
     moved = Targets(torch.tensor([[0]])).to("meta")
-    assert (moved.known, moved.document, moved.references) == (None, None, {})
+    assert (moved.known, moved.document, moved.query, moved.references) == (None, None, None, {})
 
 
 def test_cosine_and_dot_by_hand():

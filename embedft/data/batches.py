@@ -4,6 +4,7 @@ One example is one (query, relevant document) pair, or a query with all its rele
 An epoch is a permutation of them that follows from seed and epoch alone, so training resumes anywhere from two
 numbers: the plan of an epoch is made again, nothing is packed. In a batch a document is there once, however many of
 its queries are, and every pair that the data knows to be relevant is marked: no query's own document is its negative.
+Rows of one query are marked as such too.
 
     batches = Batches(dataset, embedder.pack, batch_size=64, seed=0)
     for batch in batches.epoch(0): ...
@@ -154,6 +155,9 @@ class Batches:
         ]
         width = max(map(len, listed))
         options = {}
+        if len(set(query_ids)) < len(query_ids):
+            first: dict[str, int] = {}
+            options["query"] = torch.tensor([first.setdefault(q, len(first)) for q in query_ids])
         if self.kind != "pairs":
             grades = [
                 [self.dataset.qrels.get(query_id, {}).get(document_id, 0) for document_id in documents]

@@ -33,7 +33,8 @@ class Mixture:
         pack: as in `Batches`.
         batch_size, batch_tokens: of a batch, one of the two.
         seed: of the order of sources, and of every source's own order.
-        sampling: what share of the batches (mixed: of a batch) each source has.
+        sampling: what share of the batches (mixed: of a batch) each source has. Batches, and examples of a mixed
+            batch, are whole and at least one of each source: `shares` says what comes of it.
             "proportional": its share of all examples; an epoch is every example once.
             "round_robin": the same for all, one after the other, until the shortest is through.
             "temperature": proportional to its number of examples to the power 1 / temperature.
@@ -80,6 +81,8 @@ class Mixture:
         power = {"proportional": 1.0, "round_robin": 0.0, "temperature": 1 / temperature}[sampling]
         weights = {name: number**power for name, number in num_examples.items()}
         self.weights = {name: weight / sum(weights.values()) for name, weight in weights.items()}
+        # Examples of each source in a batch, where that is a number.
+        self._dealt: dict[str, int] = {}
         if not mixed:
             self.sources = whole
         elif sampling == "proportional":
@@ -91,7 +94,8 @@ class Mixture:
                 )
             shares = self.weights.items()
             if batch_size is not None:
-                shares = [(name, n / batch_size) for name, n in apportion(batch_size, self.weights).items()]
+                self._dealt = apportion(batch_size, self.weights)
+                shares = [(name, n / batch_size) for name, n in self._dealt.items()]
             self.sources = {name: batches(join_datasets({name: datasets[name]}), share) for name, share in shares}
         self._counted: dict[str, int] | None = None
 
@@ -102,7 +106,13 @@ class Mixture:
         return sum(self._counts().values())
 
     def shares(self) -> dict[str, float]:
-        """The share of each source in the examples of an epoch: what it has of the batches, or of a batch."""
+        """The share of each source: in the batches of an epoch, or with `mixed` in the examples of a full batch.
+
+        Exact where these are counted, so "round_robin" of 4 examples of 3 sources is 2 : 1 : 1 and a source of any
+        size has at least one. Mixed and proportional, or of so many tokens, batches have their shares on average.
+        """
+        if self.mixed and self._dealt:
+            return {name: number / sum(self._dealt.values()) for name, number in self._dealt.items()}
         if self.mixed:
             return dict(self.weights)
         counts = self._counts()

@@ -23,6 +23,7 @@ from .rows import (
     by_rows,
     check_above_zero,
     check_one_of,
+    check_several,
     comparable,
     log_sum,
     mean_over_positives,
@@ -64,17 +65,19 @@ def in_batch_negatives(
     - query_query: other queries r, exp(s(q, r)); none that has a positive in common with q
     - document_document: other documents n, exp(s(p, n)); none that a query lists together with p
     `partition` "joint" adds them up in one partition (the positive is there twice with the first two); "per_direction"
-    has a partition each and the mean of the losses, for the first two directions only.
+    has a partition each and the mean of the losses (of those that are not empty), for the first two directions only.
 
     Args:
         Q: query vectors, [B, D].
         D: document vectors, [C, D].
         targets: what is relevant to whom.
-        temperature: above 0; 0.05 is the scale of 20 of sentence-transformers.
+        temperature: above 0; 0.05 is the scale of 20 of sentence-transformers. A tensor of one number gets its
+            gradient, here and in the other losses.
         similarity: "cosine" or "dot".
         directions: as above; any but query_document alone is coupled: the batch is evaluated whole.
         partition: "joint" or "per_direction".
-        in_batch: False: the only negatives of a query are those listed for it.
+        in_batch: False: the only negatives of a query are those listed for it; a batch that lists one document a
+            query is an error then.
         hardness: which negatives of query_document get hardness_strength * sim, held constant and not divided by the
             temperature, added to s_n: "in_batch_negatives" (not listed for the query), "hard_negatives" (listed for
             it) or "all_negatives".
@@ -238,7 +241,7 @@ def multi_positive(
     check_one_of("form", form, FORMS)
     Q, D = comparable(Q, D, similarity)
 
-    def losses(Q_R: Tensor, D: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+    def losses(Q_R: Tensor, D: Tensor, targets: Targets, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
         scores_RM = scores(Q_R, D, targets, similarity="dot", windows=windows) / temperature
         positive_RM, _ = targets.masks(num_documents=scores_RM.shape[1])
         num_positives_R = positive_RM.sum(dim=1)
@@ -249,7 +252,7 @@ def multi_positive(
         has_R = num_positives_R > 0
         return (scores_RM.logsumexp(dim=1) - gain_R).where(has_R, 0), has_R
 
-    return mean_over_queries(*by_rows(losses, Q, D, targets, rows))
+    return mean_over_queries(*by_rows(losses, Q, D, targets, rows, temperature))
 
 
 def _check_in_batch_options(
@@ -296,6 +299,8 @@ def _in_batch_negatives(
     rows: int | None,
     **options: str | bool | float | None,
 ) -> Tensor:
+    if not options["in_batch"]:
+        check_several(targets, "in_batch False")
     Q, D = comparable(Q, D, similarity)
     losses = partial(_in_batch_losses, directions=directions, **options)
     if len(directions) > 1:
@@ -349,5 +354,12 @@ def _in_batch_losses(
         logits_MM = between_documents(D, targets, windows) / temperature
         sums_BG["document_document"] = log_sum(logits_MM, negative_MM)[group_BG]
     sums_SBG = torch.stack(list(sums_BG.values()))
-    partition_BG = sums_SBG.logsumexp(dim=0) if partition == "joint" else sums_SBG.mean(dim=0)
+    if partition == "joint":
+        partition_BG = sums_SBG.logsumexp(dim=0)
+    else:
+        # Decoupled, a direction without negatives has minus infinity, and no say in the mean.
+        empty_SBG = sums_SBG.isneginf()
+        num_BG = (~empty_SBG).sum(dim=0)
+        partition_BG = sums_SBG.masked_fill(empty_SBG, 0).sum(dim=0) / num_BG.clamp(min=1)
+        partition_BG = partition_BG.masked_fill(num_BG == 0, float("-inf"))
     return mean_over_positives(partition_BG - positives_BG, targets.listed_positive & ~partition_BG.isneginf())

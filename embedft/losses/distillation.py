@@ -12,15 +12,15 @@ Shapes: B queries, C document vectors, G listed documents a query, N vectors, D 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .rows import check_above_zero, check_one_of
+from .rows import by_rows, check_above_zero, check_one_of, check_several, comparable
 from .scored import float32_or_64, listed_scores, listed_targets
-from .targets import Targets, scores
+from .targets import Targets
 
 DISTANCES = ("cosine", "mse", "l2", "squared", "similarities")
 
@@ -44,7 +44,7 @@ def margin_mse(Q: Tensor, D: Tensor, targets: Targets, *, similarity: str = "dot
 
     Source: Hofstätter et al. 2020, section 3 (Margin-MSE); the same as sentence-transformers' MarginMSELoss.
     """
-    _check_several(targets, "margin_mse")
+    check_several(targets, "margin_mse")
     scores_BG = listed_scores(Q, D, targets, similarity=similarity, windows=windows)
     positive_BG = targets.listed_positive
     negative_BG = (targets.group >= 0) & ~positive_BG
@@ -88,7 +88,7 @@ def listwise_kl(
     Source: Hinton et al. 2015, section 2 (softmax at a temperature, and the factor T^2); Lin et al. 2020 (TCT-ColBERT)
     for ranking; the same as sentence-transformers' DistillKLDivLoss.
     """
-    _check_several(targets, "listwise_kl")
+    check_several(targets, "listwise_kl")
     student = temperature if student_temperature is None else student_temperature
     teacher = temperature if teacher_temperature is None else teacher_temperature
     named = {"temperature": temperature, "student_temperature": student, "teacher_temperature": teacher}
@@ -115,8 +115,8 @@ def embedding_distillation(
     - mse: mean over features of (x - r)^2
     - l2: |x - r|
     - squared: |x - r|^2
-    - similarities: (cos(q, d) - cos(r_q, r_d))^2, mean over every query and document vector; r of any width.
-      Coupled: the batch is evaluated whole.
+    - similarities: (cos(q, d) - cos(r_q, r_d))^2, mean over every query and document vector; r of any width. A sum
+      over queries: it computes a few of them at a time, each again in the backward pass.
 
     Args:
         Q: query vectors, [B, D].
@@ -233,7 +233,13 @@ def distance_to_reference(
             f"the batch {len(Q)} and {len(D)}"
         )
     if distance == "similarities":
-        return (scores(Q, D) - scores(reference_Q, reference_D)).square().mean()
+        references = {reference: comparable(reference_Q, reference_D, "cosine")}
+
+        def distances(Q_R: Tensor, D: Tensor, targets: Targets) -> tuple[Tensor]:
+            reference_Q_R, reference_D = targets.references[reference]
+            return ((Q_R @ D.T - reference_Q_R @ reference_D.T).square().mean(dim=1),)
+
+        return by_rows(distances, *comparable(Q, D, "cosine"), replace(targets, references=references), None)[0].mean()
     width, reference_width = Q.shape[1], reference_Q.shape[1]
     if reference_width < width or (reference_width > width and not truncate):
         raise ValueError(
@@ -249,9 +255,3 @@ def distance_to_reference(
     else:
         distance_N = (X - reference_X).square().sum(dim=1) / (width if distance == "mse" else 1)
     return distance_N.mean()
-
-
-def _check_several(targets: Targets, loss: str) -> None:
-    """That a query lists several documents: with one there is nothing to learn, whatever the teacher says of it."""
-    if targets.group.shape[1] < 2:
-        raise ValueError(f"{loss} compares the documents of a query, and only one is listed: add hard negatives")

@@ -8,7 +8,7 @@ Not here: running the guide; its vectors are data.
 Shapes: B queries, M documents, C document vectors, G listed documents a query, D features, E features of the guide.
 """
 
-import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from .rows import (
     between_documents,
     by_rows,
     check_above_zero,
+    check_finite,
     check_one_of,
     comparable,
     mean_over_positives,
@@ -73,8 +74,7 @@ def guided_in_batch_negatives(
     """
     check_above_zero("temperature", temperature)
     check_one_of("margin_strategy", margin_strategy, MARGIN_STRATEGIES)
-    if not math.isfinite(margin):
-        raise ValueError(f"margin is {margin}, expected a finite number")
+    check_finite("margin", margin)
     if "guide" not in targets.references:
         found = ", ".join(targets.references) or "none"
         raise ValueError(f"guided_in_batch_negatives needs references['guide']; there are: {found}")
@@ -88,12 +88,15 @@ def guided_in_batch_negatives(
     if coupled and rows is not None:
         raise ValueError(f"rows is {rows}, but contrast_queries and contrast_positives evaluate the batch whole")
 
-    def losses(Q: Tensor, D: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
-        guide_Q, guide_D = comparable(*(x.detach() for x in targets.references["guide"]), "cosine")
+    # Only these columns can hold a positive, and each takes a row of scores a query.
+    width = targets.group.shape[1] if targets.relevance is not None else 1
+
+    def losses(Q: Tensor, D: Tensor, targets: Targets, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+        guide_Q, guide_D = targets.references["guide"]
         logits_BM = scores(Q, D, targets, similarity="dot", windows=windows) / temperature
         guide_BM = scores(guide_Q, guide_D, targets, similarity="dot", windows=windows)
         num_documents = logits_BM.shape[1]
-        group_BG = targets.group.clamp(min=0)
+        group_BG = targets.group[:, :width].clamp(min=0)
         positives_BG, guide_BG = logits_BM.gather(1, group_BG), guide_BM.gather(1, group_BG)
         limits_BG = guide_BG - (margin if margin_strategy == "absolute" else guide_BG.abs() * margin)
 
@@ -119,9 +122,13 @@ def guided_in_batch_negatives(
                 for logits, guide, negative in of_queries + picked
             ]
             partition_G.append(torch.cat([positive_B[:, None], *kept], dim=1).logsumexp(dim=1))
-        return mean_over_positives(torch.stack(partition_G, dim=1) - positives_BG, targets.listed_positive)
+        losses_BG = torch.stack(partition_G, dim=1) - positives_BG
+        return mean_over_positives(losses_BG, targets.listed_positive[:, :width])
 
-    Q, D = comparable(Q, D, "cosine")
+    # Shorter than 1e-8 is nothing, as in torch.cosine_similarity, which the reference uses here.
+    Q, D = comparable(Q, D, "cosine", shortest=1e-8)
+    guide = comparable(*(x.detach() for x in targets.references["guide"]), "cosine", shortest=1e-8)
+    targets = replace(targets, references={"guide": guide})
     if coupled:
-        return mean_over_queries(*losses(Q, D, targets))
-    return mean_over_queries(*by_rows(losses, Q, D, targets, rows))
+        return mean_over_queries(*losses(Q, D, targets, temperature))
+    return mean_over_queries(*by_rows(losses, Q, D, targets, rows, temperature, width=width))

@@ -139,5 +139,5 @@ def _checked_weights(weights: Sequence[float] | None, count: int, of: str) -> tu
     if len(weights) != count:
         raise ValueError(f"weights has {len(weights)} entries, expected {count}, one for each of {of}")
     if not all(weight >= 0 and math.isfinite(weight) for weight in weights) or not any(weights):
-        raise ValueError(f"weights is {list(weights)}, expected numbers of at least 0, not all of them 0")
+        raise ValueError(f"weights is {list(weights)}, expected numbers of at least 0 and finite, not all of them 0")
     return tuple(weights)

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rows import check_one_of
-from .targets import Targets, over_windows, scores
+from .rows import by_rows, check_one_of, check_several
+from .scored import listed_scores
+from .targets import Targets, over_windows
 
 DISTANCES = ("cosine", "euclidean", "manhattan")
 REDUCTIONS = ("mean", "sum")
@@ -36,10 +37,14 @@ def triplet(Q: Tensor, D: Tensor, targets: Targets, *, margin: float = 5.0, dist
     Returns:
         A scalar, at least 0; 0 when no query has both a positive and a hard negative.
 
+    Raises:
+        ValueError: a batch that lists one document a query.
+
     Source: Schroff et al. 2015 (FaceNet), section 3.1, of distances that are not squared as in Hermans et al. 2017;
     the same as sentence-transformers' TripletLoss.
     """
     _check(margin, distance)
+    check_several(targets, "triplet")
     distances_BG = _listed_distances(Q, D, targets, distance)
     is_triplet_BGG = targets.listed_positive[:, :, None] & targets.listed_negative[:, None, :]
     losses_BGG = F.relu(distances_BG[:, :, None] - distances_BG[:, None, :] + margin)
@@ -68,11 +73,14 @@ def contrastive(
     Returns:
         A scalar, at least 0; 0 without pairs.
 
+    Raises:
+        ValueError: a batch that lists one document a query, without `relevance`: all its pairs are positive.
+
     Source: Hadsell et al. 2006, equation 4; the same as sentence-transformers' ContrastiveLoss.
     """
     _check(margin, distance)
     check_one_of("reduction", reduction, REDUCTIONS)
-    positive_P, negative_P = _pair_distances(Q, D, targets, distance)
+    positive_P, negative_P = _pair_distances(Q, D, targets, distance, "contrastive")
     total = positive_P.square().sum() + F.relu(margin - negative_P).square().sum()
     num_pairs = len(positive_P) + len(negative_P)
     return total / 2 / (max(num_pairs, 1) if reduction == "mean" else 1)
@@ -97,10 +105,13 @@ def online_contrastive(
     Returns:
         A scalar, at least 0; 0 without hard pairs.
 
+    Raises:
+        ValueError: a batch that lists one document a query, without `relevance`: all its pairs are positive.
+
     Source: sentence-transformers' OnlineContrastiveLoss: Hadsell et al. 2006, equation 4, of the hard pairs.
     """
     _check(margin, distance)
-    positive_P, negative_P = _pair_distances(Q, D, targets, distance)
+    positive_P, negative_P = _pair_distances(Q, D, targets, distance, "online_contrastive")
     furthest_positive = positive_P.max() if len(positive_P) else negative_P.mean()
     nearest_negative = negative_P.min() if len(negative_P) else positive_P.mean()
     hard_positive_P = positive_P[positive_P > nearest_negative]
@@ -114,26 +125,31 @@ def _check(margin: float, distance: str) -> None:
     check_one_of("distance", distance, DISTANCES)
 
 
-def _pair_distances(Q: Tensor, D: Tensor, targets: Targets, distance: str) -> tuple[Tensor, Tensor]:
+def _pair_distances(Q: Tensor, D: Tensor, targets: Targets, distance: str, loss: str) -> tuple[Tensor, Tensor]:
     """Distances of the positive pairs and of the negative ones, each [P]."""
-    # 1e-6 is what torch.pairwise_distance, which the reference uses for pairs but not for triplets, adds to every
-    # difference.
-    distances_BG = _listed_distances(Q, D, targets, distance, added=1e-6)
+    if targets.relevance is None:
+        check_several(targets, loss)
+    # As the reference does it for pairs and not for triplets: torch.pairwise_distance adds 1e-6 to every difference,
+    # torch.cosine_similarity takes a vector shorter than 1e-8 for one of that length.
+    distances_BG = _listed_distances(Q, D, targets, distance, added=1e-6, shortest=1e-8)
     return distances_BG[targets.listed_positive], distances_BG[targets.listed_negative]
 
 
-def _listed_distances(Q: Tensor, D: Tensor, targets: Targets, distance: str, *, added: float = 0.0) -> Tensor:
+def _listed_distances(
+    Q: Tensor, D: Tensor, targets: Targets, distance: str, *, added: float = 0.0, shortest: float = 1e-12
+) -> Tensor:
     """Distance of every query from the documents listed for it, [B, G]; where none is listed, from any document."""
-    group_BG = targets.group.clamp(min=0)
-    Q, D = (x if x.dtype is torch.float64 else x.float() for x in (Q, D))
     if distance == "cosine":
-        Q, D = F.normalize(Q, dim=1), F.normalize(D, dim=1)
-        if targets.document is not None:
-            return 1 - scores(Q, D, targets, similarity="dot").gather(1, group_BG)
-        return 1 - (Q[:, None] * D[group_BG]).sum(dim=2)
+        return 1 - listed_scores(Q, D, targets, shortest=shortest)
+    Q, D = (x if x.dtype is torch.float64 else x.float() for x in (Q, D))
     order = 2 if distance == "euclidean" else 1
     Q = Q + added
-    if targets.document is not None:
-        distances_BC = torch.cdist(Q, D, p=order, compute_mode="donot_use_mm_for_euclid_dist")
-        return -over_windows(-distances_BC, targets).gather(1, group_BG)
-    return torch.linalg.vector_norm(Q[:, None] - D[group_BG], ord=order, dim=2)
+    if targets.document is None:
+        targets.num_documents(len(D))
+        return torch.linalg.vector_norm(Q[:, None] - D[targets.group.clamp(min=0)], ord=order, dim=2)
+
+    def nearest(Q_R: Tensor, D: Tensor, targets: Targets) -> tuple[Tensor]:
+        distances_RC = torch.cdist(Q_R, D, p=order, compute_mode="donot_use_mm_for_euclid_dist")
+        return (-over_windows(-distances_RC, targets).gather(1, targets.group.clamp(min=0)),)
+
+    return by_rows(nearest, Q, D, targets, None)[0]

@@ -6,6 +6,8 @@
 Shapes: B queries, C document vectors of M documents, G listed documents a query, N vectors, D features.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ def toward_base(Q: Tensor, D: Tensor, targets: Targets, *, distance: str = "cosi
 
     Distances are those of `embedding_distillation`: "squared" is |x - r|^2, for unit vectors twice the "cosine" one;
     "similarities" leaves the vectors free to turn together, and compares the similarities of queries and documents
-    with what they were (coupled: evaluated whole).
+    with what they were.
 
     Args:
         Q: query vectors, [B, D].
@@ -61,8 +63,8 @@ def global_orthogonal(
         D: document vectors, [C, D].
         targets: what is relevant to whom.
         similarity: "cosine" or "dot".
-        mean_weight: at least 0; None is 0.
-        second_moment_weight: at least 0; None is 0.
+        mean_weight: at least 0 and finite; None is 0.
+        second_moment_weight: at least 0 and finite; None is 0.
         aggregation: "mean" or "sum" over the sets.
 
     Returns:
@@ -75,8 +77,8 @@ def global_orthogonal(
     check_one_of("aggregation", aggregation, AGGREGATIONS)
     weights = {"mean_weight": mean_weight or 0.0, "second_moment_weight": second_moment_weight or 0.0}
     for name, weight in weights.items():
-        if not weight >= 0:
-            raise ValueError(f"{name} is {weight}, expected at least 0")
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{name} is {weight}, expected at least 0 and finite")
     if not any(weights.values()):
         raise ValueError("mean_weight and second_moment_weight are both 0, expected one of them above 0")
     Q, D = comparable(Q, D, similarity)

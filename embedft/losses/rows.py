@@ -11,11 +11,11 @@ Shapes: B queries, R rows of scores, N columns, M documents, C document vectors,
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .targets import SIMILARITIES, Targets, over_windows
 
@@ -23,11 +23,15 @@ from .targets import SIMILARITIES, Targets, over_windows
 SCORES_AT_A_TIME = 2**19
 
 
-def comparable(Q: Tensor, D: Tensor, similarity: str) -> tuple[Tensor, Tensor]:
-    """Vectors in float32 or float64 whose inner products are the similarities: once, not for every few rows."""
+def comparable(Q: Tensor, D: Tensor, similarity: str, *, shortest: float = 1e-12) -> tuple[Tensor, Tensor]:
+    """Vectors in float32 or float64 whose inner products are the similarities: once, not for every few rows.
+
+    "cosine" takes a vector shorter than `shortest` for one of that length. The losses that sentence-transformers
+    computes with torch.cosine_similarity have 1e-8 there: a vector of length zero has 10,000 times less gradient.
+    """
     check_one_of("similarity", similarity, SIMILARITIES)
     Q, D = (x if x.dtype is torch.float64 else x.float() for x in (Q, D))
-    return (F.normalize(Q, dim=1), F.normalize(D, dim=1)) if similarity == "cosine" else (Q, D)
+    return tuple(F.normalize(x, dim=1, eps=shortest) for x in (Q, D)) if similarity == "cosine" else (Q, D)
 
 
 def between_documents(D: Tensor, targets: Targets, windows: str) -> Tensor:
@@ -47,15 +51,20 @@ def by_rows(
     targets: Targets,
     rows: int | None,
     *parameters: Tensor | float,
+    width: int = 1,
 ) -> tuple[Tensor, ...]:
-    """losses(Q, D, targets, *parameters), tensors of [B], computed for `rows` queries at a time and again in the
-    backward pass. What needs a gradient has to be among the arguments."""
+    """losses(Q, D, targets, *parameters), tensors of [B, ...], computed for `rows` queries at a time and again in the
+    backward pass. What needs a gradient has to be among the arguments.
+
+    `width` is how many rows of scores a query takes; with `rows` None there are so many fewer queries at a time.
+    First derivatives alone: create_graph=True raises `RuntimeError` unless `rows` is at least B. Autocast is in the
+    backward pass what it was in the forward pass.
+    """
     if rows is not None and rows < 1:
         raise ValueError(f"rows is {rows}, expected at least 1")
-    rows = rows or max(1, SCORES_AT_A_TIME // max(1, len(D)))
+    rows = rows or max(1, SCORES_AT_A_TIME // max(1, len(D) * width))
     if len(Q) <= rows:
         return losses(Q, D, targets, *parameters)
-    parameters = [torch.as_tensor(value, dtype=Q.dtype, device=Q.device) for value in parameters]
     return _ByRows.apply(losses, targets, rows, Q, D, *parameters)
 
 
@@ -69,33 +78,55 @@ class _ByRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, losses, targets, rows, Q, D, *parameters):
         ctx.losses, ctx.targets, ctx.rows = losses, targets, rows
-        ctx.save_for_backward(Q, D, *parameters)
+        # Numbers stay numbers: as a tensor, a temperature would be rounded to bfloat16 under autocast.
+        ctx.numbers = [None if isinstance(x, Tensor) else x for x in parameters]
+        ctx.save_for_backward(Q, D, *(x if isinstance(x, Tensor) else None for x in parameters))
+        device = Q.device.type
+        # Nothing that autocast casts here is kept: the cast of a leaf would be without gradient, now and later.
+        ctx.autocast = partial(
+            torch.autocast,
+            device,
+            dtype=torch.get_autocast_dtype(device),
+            enabled=torch.is_autocast_enabled(device),
+            cache_enabled=False,
+        )
         outputs: list[Tensor] = []
         for first in range(0, len(Q), rows):
-            part = losses(Q[first : first + rows], D, targets.of_queries(first, first + rows), *parameters)
-            outputs = outputs or [x_R.new_empty(len(Q)) for x_R in part]
+            with ctx.autocast():
+                part = losses(Q[first : first + rows], D, targets.of_queries(first, first + rows), *parameters)
+            outputs = outputs or [x_R.new_empty(len(Q), *x_R.shape[1:]) for x_R in part]
             for x_B, x_R in zip(outputs, part, strict=True):
                 x_B[first : first + rows] = x_R
         ctx.mark_non_differentiable(*(x_B for x_B in outputs if not x_B.is_floating_point()))
         return tuple(outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *gradients):
-        Q, *others = ctx.saved_tensors
+        # Only then is the gradient mode on here. What follows has no graph, and would count as a constant.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a loss computed some rows at a time has first derivatives alone: "
+                "for create_graph=True let `rows` be at least the number of queries"
+            )
+        Q, D, *saved = ctx.saved_tensors
         needs_Q, *needs = ctx.needs_input_grad[3:]
-        others = [x.detach().requires_grad_(need) for x, need in zip(others, needs, strict=True)]
+        others = [number if x is None else x for x, number in zip(saved, ctx.numbers, strict=True)]
+        others = [
+            x.detach().requires_grad_(need) if isinstance(x, Tensor) else x
+            for x, need in zip([D, *others], needs, strict=True)
+        ]
         gradient_Q = torch.zeros_like(Q) if needs_Q else None
         for first in range(0, len(Q), ctx.rows):
             rows = slice(first, first + ctx.rows)
             Q_R = Q[rows].detach().requires_grad_(needs_Q)
-            with torch.enable_grad():
+            with torch.enable_grad(), ctx.autocast():
                 part = ctx.losses(Q_R, others[0], ctx.targets.of_queries(rows.start, rows.stop), *others[1:])
             differentiable = [(x_R, g_B[rows]) for x_R, g_B in zip(part, gradients, strict=True) if x_R.requires_grad]
-            torch.autograd.backward(*zip(*differentiable, strict=True))
+            if differentiable:
+                torch.autograd.backward(*zip(*differentiable, strict=True))
             if Q_R.grad is not None:
                 gradient_Q[rows] = Q_R.grad
-        return None, None, None, gradient_Q, *(x.grad for x in others)
+        return None, None, None, gradient_Q, *(x.grad if isinstance(x, Tensor) else None for x in others)
 
 
 def mean_over_positives(losses_BG: Tensor, counts_BG: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,6 +144,18 @@ def check_above_zero(name: str, value: float) -> None:
     """Raises `ValueError`."""
     if not 0 < value < math.inf:
         raise ValueError(f"{name} is {value}, expected above 0 and finite")
+
+
+def check_finite(name: str, value: float) -> None:
+    """Raises `ValueError`."""
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}, expected a finite number")
+
+
+def check_several(targets: Targets, loss: str) -> None:
+    """Raises `ValueError` unless a query may list several documents: with one there is nothing to compare it with."""
+    if targets.group.shape[1] < 2:
+        raise ValueError(f"{loss} compares the documents of a query, and only one is listed: add hard negatives")
 
 
 def check_one_of(name: str, value: str, valid: Sequence[str]) -> None:

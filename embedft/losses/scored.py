@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rows import check_above_zero, check_one_of, comparable
+from .rows import by_rows, check_above_zero, check_one_of, comparable
 from .targets import WINDOWS, Targets, over_windows
 
 PAIRS = ("first", "all")
@@ -38,9 +38,8 @@ def cosine_mse(Q: Tensor, D: Tensor, targets: Targets, *, pairs: str = "first", 
     Source: Reimers and Gurevych 2019 (Sentence-BERT), section 3, regression objective; the same as
     sentence-transformers' CosineSimilarityLoss.
     """
-    # Lengths are clamped at 1e-8, as in torch.cosine_similarity, which the reference uses here and nowhere else.
-    Q, D = (F.normalize(float32_or_64(x), dim=1, eps=1e-8) for x in (Q, D))
-    scores_P, gold_P = _scored_pairs(Q, D, targets, "cosine_mse", pairs=pairs, similarity="dot", windows=windows)
+    # Shorter than 1e-8 is nothing, as in torch.cosine_similarity, which the reference uses here.
+    scores_P, gold_P = _scored_pairs(Q, D, targets, "cosine_mse", pairs=pairs, windows=windows, shortest=1e-8)
     return (scores_P - gold_P).square().sum() / max(len(gold_P), 1)
 
 
@@ -115,26 +114,35 @@ def listed_scores(
     windows: str = "max",
     first: bool = False,
     absolute: bool = False,
+    shortest: float = 1e-12,
 ) -> Tensor:
     """Similarity of every query with the documents listed for it, [B, G]; where none is listed, of any document.
 
-    Only these pairs are computed, not [B, M], unless documents have windows.
+    Only these pairs are computed, not [B, M], unless documents have windows: then it is a few queries at a time.
 
     Args:
         similarity: "cosine" or "dot".
         windows: "max" or "softmax" over the windows of a document, as in `scores`.
         first: whether to leave out all but the first listed document of a query, [B, 1].
         absolute: whether a similarity below 0 loses its sign, that of each window before the best is taken.
+        shortest: of `comparable`.
     """
     check_one_of("windows", windows, WINDOWS)
-    group_BG = targets.group[:, :1] if first else targets.group
-    group_BG = group_BG.clamp(min=0)
-    Q, D = comparable(Q, D, similarity)
-    if targets.document is None:
-        scores_BG = (Q[:, None] * D[group_BG]).sum(dim=2)
-        return scores_BG.abs() if absolute else scores_BG
-    scores_BC = Q @ D.T
-    return over_windows(scores_BC.abs() if absolute else scores_BC, targets, windows=windows).gather(1, group_BG)
+    Q, D = comparable(Q, D, similarity, shortest=shortest)
+
+    def listed(targets: Targets) -> Tensor:
+        return (targets.group[:, :1] if first else targets.group).clamp(min=0)
+
+    def best(Q_R: Tensor, D: Tensor, targets: Targets) -> tuple[Tensor]:
+        scores_RC = Q_R @ D.T
+        scores_RM = over_windows(scores_RC.abs() if absolute else scores_RC, targets, windows=windows)
+        return (scores_RM.gather(1, listed(targets)),)
+
+    if targets.document is not None:
+        return by_rows(best, Q, D, targets, None)[0]
+    targets.num_documents(len(D))
+    scores_BG = (Q[:, None] * D[listed(targets)]).sum(dim=2)
+    return scores_BG.abs() if absolute else scores_BG
 
 
 def listed_targets(targets: Targets, loss: str, like: Tensor) -> Tensor:

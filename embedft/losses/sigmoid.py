@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .rows import by_rows, check_above_zero, comparable
+from .rows import by_rows, check_above_zero, check_finite, comparable
 from .targets import Targets, scores
 
 
@@ -41,7 +41,7 @@ def sigmoid(
         D: document vectors, [C, D].
         targets: what is relevant to whom.
         temperature: above 0.
-        bias: makes up for there being far more negatives than positives.
+        bias: finite; makes up for there being far more negatives than positives.
         similarity: "cosine" or "dot".
         windows: "max" or "softmax" over the windows of a document, as in `scores`.
         rows: queries at a time; None: as many as make half a million scores.
@@ -53,6 +53,7 @@ def sigmoid(
     them.
     """
     check_above_zero("temperature", temperature)
+    check_finite("bias", bias)
     return _sigmoid(Q, D, targets, temperature, bias, similarity=similarity, windows=windows, rows=rows)
 
 
@@ -65,7 +66,7 @@ class LearnableSigmoid(nn.Module):
 
     Args:
         temperature: to begin with, above 0.
-        bias: to begin with.
+        bias: to begin with, finite.
         similarity, windows, rows: as of `sigmoid`.
 
     Source: Zhai et al. 2023 (SigLIP), section 3.2 and algorithm 1.
@@ -82,6 +83,7 @@ class LearnableSigmoid(nn.Module):
     ):
         super().__init__()
         check_above_zero("temperature", temperature)
+        check_finite("bias", bias)
         self.options = {"similarity": similarity, "windows": windows, "rows": rows}
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
         self.bias = nn.Parameter(torch.tensor(float(bias)))

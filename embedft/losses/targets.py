@@ -35,10 +35,16 @@ class Targets:
         known: [K, 2] int64, (query row, document) pairs known to be relevant from elsewhere in the data. They are
             positives in `masks`, so never negatives.
         document: [C] int64, which document a row of a loss's D stands for, when documents have several vectors
-            (windows); every document has at least one. None: row j is document j.
+            (windows); 0 to M-1, every document has at least one. None: row j is document j.
+        query: [B] int64, which query a row stands for, by any number, when a query has several rows: what is relevant
+            to one of its rows is relevant to all. None: every row is a query of its own.
         target_scores: [B, G], a teacher's scores of the listed documents, or the gold score of a scored pair.
         references: vectors of the same queries and documents by other models, constant: (Q [B, E], D [C, E]) under
             "guide", "teacher" or "base".
+
+    Raises:
+        ValueError: a shape that does not fit; on the CPU, where that takes no waiting for the device, also a number
+            that is no query or document of the batch.
     """
 
     group: Tensor
@@ -47,6 +53,7 @@ class Targets:
     document: Tensor | None = None
     target_scores: Tensor | None = None
     references: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    query: Tensor | None = None
 
     def __post_init__(self):
         if self.group.ndim != 2:
@@ -61,6 +68,10 @@ class Targets:
             raise ValueError(f"known has shape {tuple(self.known.shape)}, expected [pairs, 2]")
         if self.document is not None and self.document.ndim != 1:
             raise ValueError(f"document has shape {tuple(self.document.shape)}, expected [document vectors]")
+        if self.query is not None and self.query.shape != self.group.shape[:1]:
+            raise ValueError(f"query has shape {tuple(self.query.shape)}, expected [queries], as group has them")
+        if self.group.device.type == "cpu":
+            self._check_numbers()
 
     @property
     def listed_positive(self) -> Tensor:
@@ -74,7 +85,7 @@ class Targets:
     @property
     def listed_negative(self) -> Tensor:
         """[B, G] bool: which documents of `group` are hard negatives of their query, and not known to be relevant."""
-        queries_P, documents_P = self._pairs(self.listed_positive)
+        queries_P, documents_P = self._relevant_pairs()
         row_B1 = torch.arange(len(self.group), device=self.group.device)[:, None]
         # A number for every (query, document) pair.
         stride = int(torch.cat([self.group.flatten(), documents_P]).max()) + 2 if self.group.numel() else 1
@@ -82,8 +93,11 @@ class Targets:
         return (self.group >= 0) & ~positive_BG
 
     def num_documents(self, num_columns: int) -> int:
-        """M, when D has `num_columns` rows. Raises `ValueError` when `document` is not about as many."""
+        """M, when D has `num_columns` rows. Raises `ValueError` when `document` is not about as many, and on the CPU
+        when more documents are listed or known than there are."""
         if self.document is None:
+            if self.group.device.type == "cpu":
+                self._check_documents(num_columns)
             return num_columns
         if len(self.document) != num_columns:
             raise ValueError(f"document says what {len(self.document)} vectors stand for, there are {num_columns}")
@@ -92,10 +106,11 @@ class Targets:
     def masks(self, direction: str = "query_document", *, num_documents: int | None = None) -> tuple[Tensor, Tensor]:
         """(positive, negative) between what scores (rows) and what is scored (columns), both bool.
 
-        - query_document, [B, M]: positive are the pairs listed as such or known; negative is everything else, the
-          hard negatives of this and of other queries among them.
+        - query_document, [B, M]: positive are the pairs listed as such or known, for this or another row of the query;
+          negative is everything else, the hard negatives of this and of other queries among them.
         - document_query, [M, B]: the same, transposed.
-        - query_query, [B, B]: positive are two queries with a positive document in common; all others are negative.
+        - query_query, [B, B]: positive are two rows of one query, and two queries with a positive document in common;
+          all others are negative.
         - document_document, [M, M]: positive are two documents that are positives of one query. Negative are two that
           no query lists, or is known for, together: a document and a hard negative chosen for it are neither.
 
@@ -103,18 +118,22 @@ class Targets:
         """
         if direction not in DIRECTIONS:
             raise ValueError(f"direction is {direction!r}, expected one of {', '.join(DIRECTIONS)}")
-        queries_P, documents_P = self._pairs(self.listed_positive)
+        queries_P, documents_P = self._relevant_pairs()
         if direction == "query_query":
             positive = _sharing(queries_P, documents_P, len(self.group))
+            if self.query is not None:
+                positive = (positive | (self.query[:, None] == self.query)).fill_diagonal_(False)
             return positive, (~positive).fill_diagonal_(False)
         if num_documents is None:
             named = [self.group.flatten()]
             named += [] if self.known is None else [self.known[:, 1]]
             named += [] if self.document is None else [self.document]
             num_documents = int(torch.cat(named).max()) + 1
+        elif self.group.device.type == "cpu":
+            self._check_documents(num_documents)
         if direction == "document_document":
             positive = _sharing(documents_P, queries_P, num_documents)
-            together = _sharing(*reversed(self._pairs(self.group >= 0)), num_documents)
+            together = _sharing(*reversed(self._of_all_rows(*self._pairs(self.group >= 0))), num_documents)
             return positive, (~together).fill_diagonal_(False)
         positive = torch.zeros(len(self.group), num_documents, dtype=torch.bool, device=self.group.device)
         positive[queries_P, documents_P] = True
@@ -123,7 +142,8 @@ class Targets:
     def of_queries(self, start: int, stop: int) -> "Targets":
         """The same for the queries `start` to `stop` alone, numbered from 0; the documents stay."""
         rows = slice(start, stop)
-        known = self.known
+        # What the other rows of a query list as a positive is known of those that stay.
+        known = self.known if self.query is None else torch.stack(self._relevant_pairs(), dim=1)
         if known is not None:
             known = known[(known[:, 0] >= start) & (known[:, 0] < stop)] - known.new_tensor([start, 0])
         return replace(
@@ -133,14 +153,56 @@ class Targets:
             known=known,
             target_scores=None if self.target_scores is None else self.target_scores[rows],
             references={name: (Q[rows], D) for name, (Q, D) in self.references.items()},
+            query=None if self.query is None else self.query[rows],
         )
 
     def to(self, device: torch.device | str) -> "Targets":
         """The same on another device."""
-        tensors = {name: getattr(self, name) for name in ("group", "relevance", "known", "document", "target_scores")}
+        names = ("group", "relevance", "known", "document", "target_scores", "query")
+        tensors = {name: getattr(self, name) for name in names}
         moved = {name: None if x is None else x.to(device) for name, x in tensors.items()}
         references = {name: (Q.to(device), D.to(device)) for name, (Q, D) in self.references.items()}
         return Targets(**moved, references=references)
+
+    def _relevant_pairs(self) -> tuple[Tensor, Tensor]:
+        """Row and document of what is listed as a positive or known, each [P]."""
+        return self._of_all_rows(*self._pairs(self.listed_positive))
+
+    def _of_all_rows(self, queries_P: Tensor, documents_P: Tensor) -> tuple[Tensor, Tensor]:
+        """The pairs of a row as pairs of all rows of its query."""
+        if self.query is None:
+            return queries_P, documents_P
+        _, number_B, count_N = self.query.unique(return_inverse=True, return_counts=True)
+        order_B, first_N = number_B.argsort(), count_N.cumsum(dim=0) - count_N
+        number_P, documents_P = torch.stack([number_B[queries_P], documents_P], dim=1).unique(dim=0).unbind(dim=1)
+        times_P = count_N[number_P]
+        end_P = times_P.cumsum(dim=0)
+        # Each pair once for every row of its query: the place of the row among these is the pair's own count.
+        place = torch.arange(int(times_P.sum()), device=end_P.device) - (end_P - times_P).repeat_interleave(times_P)
+        return order_B[first_N[number_P].repeat_interleave(times_P) + place], documents_P.repeat_interleave(times_P)
+
+    def _check_numbers(self) -> None:
+        """Raises `ValueError` for a number that is no query or document, as far as that is known without D."""
+        if (self.group < -1).any():
+            raise ValueError(f"group has {int(self.group.min())}, expected documents from 0 and -1 for none")
+        if self.known is not None and len(self.known) > 0:
+            lowest, (last, _) = int(self.known.min()), self.known.amax(dim=0).tolist()
+            if lowest < 0:
+                raise ValueError(f"known has {lowest}, expected rows of queries and documents from 0")
+            if last >= len(self.group):
+                raise ValueError(f"known has query {int(last)}, expected 0 to {len(self.group) - 1} as group has them")
+        if self.document is not None:
+            lowest = int(self.document.min()) if len(self.document) > 0 else 0
+            missing = [lowest] if lowest < 0 else (self.document.bincount(minlength=1) == 0).nonzero()[:1, 0].tolist()
+            if missing:
+                what = "has" if lowest < 0 else "lacks"
+                raise ValueError(f"document {what} {missing[0]}, expected every number from 0 to the last document's")
+            self._check_documents(int(self.document.max()) + 1)
+
+    def _check_documents(self, num_documents: int) -> None:
+        for name, documents in (("group", self.group), ("known", None if self.known is None else self.known[:, 1])):
+            if documents is not None and documents.numel() > 0 and documents.max() >= num_documents:
+                raise ValueError(f"{name} has document {int(documents.max())}, there are {num_documents}")
 
     def _pairs(self, of_listed_BG: Tensor) -> tuple[Tensor, Tensor]:
         """Query and document of the pairs of `group` where `of_listed_BG`, and of the known ones, each [P]."""
