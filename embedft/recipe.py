@@ -28,6 +28,7 @@ from .retrieval.run import Run, check_trec_ids
 from .training import distributed, runs
 from .training.references import FrozenEmbeddings, Reference, targets_with
 from .training.train import TrainConfig, train
+from .training.windows import best_windows
 
 VALIDATION, VALIDATION_BASE = "validation", "validation-base"
 
@@ -51,6 +52,12 @@ class FinetuneConfig(TrainConfig):
     )
     mixed: bool = setting(False, "batches with a share of every data set, not of one each")
     max_length: int | None = setting(None, "tokens a text is cut to; null: the model's own")
+    passages: list[int] | None = setting(
+        None, "[size, stride] in tokens: documents are windows, scored by the best one; null: one vector a document"
+    )
+    windows_per_document: int = setting(
+        4, "windows of a document in a step: its queries' best before training, others at random"
+    )
     attention_dropout: float = setting(0.0, "on attention weights; above 0 it costs the fast kernels")
     loss: dict[str, Any] = setting({"name": "in_batch_negatives"}, "name and options of the loss")
     references: dict[str, Any] = setting(
@@ -69,6 +76,13 @@ class FinetuneConfig(TrainConfig):
             raise ValueError(f"batch_size is {self.batch_size}, expected at least 1")
         if self.num_negatives < 0:
             raise ValueError(f"num_negatives is {self.num_negatives}, expected at least 0")
+        if self.windows_per_document < 1:
+            raise ValueError(f"windows_per_document is {self.windows_per_document}, expected at least 1")
+        if self.passages is not None:
+            if len(self.passages) != 2 or not all(type(number) is int for number in self.passages):
+                raise ValueError(f"passages is {self.passages}, expected [size, stride], two whole numbers of tokens")
+            if self.references:
+                raise ValueError("references have one vector a document, passages several: they do not go together")
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"attention_dropout is {self.attention_dropout}, expected at least 0 and below 1")
         for name, model in self.references.items():
@@ -129,6 +143,12 @@ def finetune(
         embedder.max_length = config.max_length
     embedder.encoder.attention_dropout = config.attention_dropout
     config = replace(config, max_length=embedder.max_length)  # so that the run's configuration says what it was
+    if config.passages is not None:
+        if references:
+            raise ValueError("references have one vector a document, passages several: they do not go together")
+        embedder.pack([""], role="document", passages=config.passages)  # tells whether they can be cut
+        whole = batches if isinstance(batches, Batches) else batches.all
+        whole.best_windows = best_windows(embedder, whole)
     references, reference_hashes = _frozen(embedder, dataset, config, references or {})
     _try_loss(embedder, batches, config, references)
     if out is not None:
@@ -142,7 +162,7 @@ def finetune(
         distributed.from_first(lambda: runs.open_run(out, settings, **opening))
 
     def measure(embedder: Embedder) -> Report:
-        return evaluate(embedder, validation, **cutoffs)
+        return evaluate(embedder, validation, passages=config.passages, **cutoffs)
 
     def validate(embedder: Embedder) -> dict[str, float]:
         report = measure(embedder)
@@ -178,6 +198,8 @@ def _make_batches(
         "target_scores": config.target_scores,
         "no_duplicates": config.no_duplicates,
         "length_window": config.length_window,
+        "passages": config.passages,
+        "windows_per_document": config.windows_per_document,
     }
     if isinstance(dataset, RetrievalDataset):
         if config.sampling != "proportional" or config.mixed:

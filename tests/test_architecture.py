@@ -47,7 +47,7 @@ PACKAGES = {
     "safetensors": Package(("encoders", "training")),
     "tokenizers": Package(("encoders.tokenization",)),
     "tqdm": Package(("progress",)),
-    "faiss": Package(("retrieval.index",), in_functions=True),
+    "faiss": Package(("retrieval.index", "retrieval.approximate", "retrieval.quantization"), in_functions=True),
     "huggingface_hub": Package(("encoders.loading",), in_functions=True),
     "openai": Package(("client",), in_functions=True),
     "pypdf": Package(("data.pdf",), in_functions=True),

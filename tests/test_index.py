@@ -2,9 +2,18 @@
 
 import numpy as np
 import pytest
+import torch
 
 from embedft.retrieval import index as index_module
-from embedft.retrieval.index import FlatIndex
+from embedft.retrieval.index import (
+    FlatIndex,
+    from_keys,
+    recall_against,
+    require_finite,
+    search_exact,
+    search_shortlist,
+    to_keys,
+)
 
 
 def brute_force(queries, documents, depth):
@@ -98,3 +107,200 @@ def test_misuse():
     index.add(np.zeros((1, 3)))
     with pytest.raises(ValueError, match="depth must be at least 1, not 0"):
         index.search(np.zeros((1, 3)), 0)
+
+
+# Keys.
+
+
+def test_keys_order_by_score_then_row_and_give_both_back():
+    """0.0 and -0.0 are one score, so row 1 comes before row 4; none (row -1) comes last."""
+    scores = np.array([-0.0, 0.0, 2.5, -1.5, -np.inf, np.inf, -1.5], dtype=np.float32)
+    rows = np.array([4, 1, 9, 2**32 - 2, -1, 0, 3])
+    found = from_keys(np.sort(to_keys(scores, rows)))
+    np.testing.assert_array_equal(found.rows, [0, 9, 1, 4, 3, 2**32 - 2, -1])
+    np.testing.assert_array_equal(found.scores, [np.inf, 2.5, 0, 0, -1.5, -1.5, -np.inf])
+    assert not np.signbit(found.scores[2:4]).any()
+
+
+def test_keys_order_as_sorting_by_two_keys_does():
+    rng = np.random.default_rng(0)
+    scores = np.concatenate([rng.standard_normal(500), rng.integers(-3, 4, 500) / 4, rng.standard_normal(99) * 1e-40])
+    scores = scores.astype(np.float32)
+    rows = rng.permutation(len(scores))
+    order = np.lexsort((rows, -scores))
+    found = from_keys(np.sort(to_keys(scores, rows)))
+    np.testing.assert_array_equal(found.rows, rows[order])
+    np.testing.assert_array_equal(found.scores, scores[order])
+
+
+# Search in slices.
+
+
+def search_on_cpu_torch(queries, documents, depth):
+    """The torch path, which `search_exact` takes on other devices only."""
+    return index_module._search_slices(index_module._nearest_torch(torch.device("cpu")), queries, documents, depth)
+
+
+SEARCHES = [search_exact, search_on_cpu_torch]
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_search_exact_by_hand(search):
+    """Query (1, 2) against (1, 0), (0, 1), (1, 1), (2, 0): scores 1, 2, 3, 2; the second and the fourth tie."""
+    documents = np.array([[1, 0], [0, 1], [1, 1], [2, 0]], dtype=np.float32)
+    scores, rows = search(np.array([[1.0, 2.0]]), [documents[:3], documents[3:]], 3)
+    np.testing.assert_array_equal(scores, [[3, 2, 2]])
+    np.testing.assert_array_equal(rows, [[2, 1, 3]])
+
+
+@pytest.mark.parametrize("depth", [1, 7, 100, 1500])
+@pytest.mark.parametrize("search", SEARCHES)
+def test_search_exact_orders_ties_across_slices_and_blocks(search, depth, monkeypatch):
+    rng = np.random.default_rng(depth)
+    documents = rng.integers(-2, 3, size=(1200, 5)).astype(np.float32)
+    queries = rng.integers(-2, 3, size=(9, 5)).astype(np.float32)
+    monkeypatch.setattr(index_module, "DOCUMENT_SLICE", 350)
+    monkeypatch.setattr(index_module, "QUERY_BLOCK", 4)
+    monkeypatch.setattr(index_module, "TORCH_QUERY_BLOCK", 3)
+    monkeypatch.setattr(index_module, "TIED_BLOCK", 2)
+    scores, rows = search(queries, documents, depth)
+    expected_scores, expected_rows = brute_force(queries, documents, depth)
+    assert (scores.dtype, rows.dtype) == (np.float32, np.int64)
+    np.testing.assert_array_equal(scores, expected_scores)
+    np.testing.assert_array_equal(rows, expected_rows)
+    for cuts in ([1, 400], [0, 3, 3, 1200]):
+        parts = np.split(documents, cuts)
+        np.testing.assert_array_equal(search(queries, iter(parts), depth).rows, expected_rows)
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_search_exact_of_a_memory_map_in_half_precision_equals_the_flat_index(search, tmp_path, monkeypatch):
+    rng = np.random.default_rng(2)
+    documents = rng.standard_normal((500, 24)).astype(np.float16)
+    np.save(tmp_path / "documents.npy", documents)
+    queries = rng.standard_normal((30, 24)).astype(np.float32)
+    monkeypatch.setattr(index_module, "DOCUMENT_SLICE", 128)
+    scores, rows = search(queries, np.load(tmp_path / "documents.npy", mmap_mode="r"), 20)
+    expected = filled(documents).search(queries, 20)
+    np.testing.assert_array_equal(rows, expected.rows)
+    np.testing.assert_allclose(scores, expected.scores, rtol=1e-5, atol=1e-5)
+
+
+def test_search_exact_holds_one_slice_at_a_time():
+    """A slice is dropped before the one after the next is asked for."""
+    alive = []
+
+    class Slice(np.ndarray):
+        def __del__(self):
+            if self.base is None:
+                alive.remove(self.shape)
+
+    def slices():
+        for number in range(1, 9):
+            alive.append((number, 4))
+            assert len(alive) <= 2, alive
+            made = Slice((number, 4), dtype=np.float32)
+            made[:] = number
+            yield made
+            del made
+
+    rows = search_exact(np.ones((2, 4)), slices(), 3).rows
+    np.testing.assert_array_equal(rows, [[28, 29, 30]] * 2)
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_search_exact_without_queries(search):
+    found = search(np.empty((0, 3)), np.eye(3), 2)
+    assert found.scores.shape == found.rows.shape == (0, 2)
+
+
+def test_search_exact_on_a_device_goes_through_torch(monkeypatch):
+    asked = []
+
+    def nearest_torch(device):
+        asked.append(device)
+        return index_module._nearest_faiss
+
+    monkeypatch.setattr(index_module, "_nearest_torch", nearest_torch)
+    for device in (None, "cpu", torch.device("cpu"), "meta", torch.device("cuda:1")):
+        search_exact(np.ones((1, 2)), np.ones((1, 2)), 1, device=device)
+    assert asked == [torch.device("meta"), torch.device("cuda:1")]
+
+
+def test_misuse_of_search_exact():
+    documents = np.ones((5, 3), dtype=np.float32)
+    with pytest.raises(ValueError, match="depth must be at least 1, not 0"):
+        search_exact(documents, documents, 0)
+    for none in ([], documents[:0], iter([documents[:0]])):
+        with pytest.raises(ValueError, match="search among no documents"):
+            search_exact(documents, none, 1)
+    with pytest.raises(ValueError, match=r"shape \(5, 2\), expected \[N, 3\]"):
+        search_exact(documents, [documents, documents[:, :2]], 1)
+    with pytest.raises(ValueError, match=r"shape \(3,\), expected \[N, D\]"):
+        search_exact(documents[0], documents, 1)
+    with pytest.raises(ValueError, match=r"shape \(5, 0\), expected \[N, D\]"):
+        search_exact(documents[:, :0], documents, 1)
+    damaged = documents.copy()
+    damaged[2, 1] = np.nan
+    with pytest.raises(ValueError, match="the embedding of row 7 has"):
+        search_exact(documents, [documents, damaged], 1)
+    with pytest.raises(ValueError, match="the embedding of row 2 has"):
+        search_exact(damaged, documents, 1)
+
+
+def test_a_value_that_is_not_finite_is_named_in_a_later_block(monkeypatch):
+    monkeypatch.setattr(index_module, "DOCUMENT_SLICE", 2)
+    embeddings = np.zeros((5, 2))
+    embeddings[3, 0] = np.inf
+    with pytest.raises(ValueError, match="the embedding of query 'd' has"):
+        require_finite(embeddings, "query", list("abcde"))
+
+
+# Shortlists and recall.
+
+
+def test_a_shortlist_by_hand():
+    """(1, 2) against rows 3, 0, 2 of the documents above: 2, 1, 3; nothing stands at -1."""
+    documents = np.array([[1, 0], [0, 1], [1, 1], [2, 0]], dtype=np.float32)
+    scores, rows = search_shortlist(np.array([[1.0, 2.0]]), np.array([[3, -1, 0, 2]]), documents.__getitem__, 4)
+    np.testing.assert_array_equal(rows, [[2, 3, 0, -1]])
+    np.testing.assert_array_equal(scores, [[3, 2, 1, -np.inf]])
+
+
+def test_a_shortlist_of_all_documents_is_exact_and_ties_equal_vectors(monkeypatch):
+    rng = np.random.default_rng(3)
+    documents = rng.standard_normal((40, 33)).astype(np.float32)[rng.integers(0, 40, 90)]
+    queries = rng.standard_normal((11, 33)).astype(np.float32)
+    shortlist = np.stack([rng.permutation(90) for _ in queries])
+    monkeypatch.setattr(index_module, "GATHERED_BLOCK", 200)
+    read = []
+
+    def vectors_of(rows):
+        read.append(rows)
+        return documents[rows]
+
+    scores, rows = search_shortlist(queries, shortlist, vectors_of, 90)
+    assert len(read) == 6  # two queries at a time
+    assert all((np.diff(rows) > 0).all() for rows in read)
+    np.testing.assert_array_equal(np.sort(rows, axis=1), [np.arange(90)] * 11)
+    for query, found_scores, found_rows in zip(queries, scores, rows, strict=True):
+        np.testing.assert_allclose(found_scores, documents[found_rows] @ query, atol=1e-5)
+        order = list(zip(-found_scores, found_rows, strict=True))
+        assert order == sorted(order)
+        for row in range(90):
+            equal = found_scores[(documents[found_rows] == documents[row]).all(axis=1)]
+            assert len(set(equal.tolist())) == 1
+
+
+def test_recall_by_hand():
+    """Of 1, 2, 3 are 3 and 1 found: 2/3. Of 4 and 5 (and no third): 5, 1/2. -1 is never found."""
+    recall = recall_against(np.array([[3, 9, 1, 7], [5, -1, -1, -1]]), np.array([[1, 2, 3], [4, 5, -1]]))
+    np.testing.assert_allclose(recall, [2 / 3, 1 / 2])
+    assert recall_against(np.empty((0, 3), dtype=np.int64), np.empty((0, 2), dtype=np.int64)).shape == (0,)
+
+
+def test_misuse_of_recall():
+    with pytest.raises(ValueError, match="results of 1 queries against exact results of 2"):
+        recall_against(np.zeros((1, 3)), np.zeros((2, 3)))
+    with pytest.raises(ValueError, match="query 1 has no exact results"):
+        recall_against(np.zeros((2, 3)), np.array([[0], [-1]]))

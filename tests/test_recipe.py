@@ -505,6 +505,7 @@ def test_the_settings_of_batches_reach_them(tmp_path, monkeypatch):
 
     monkeypatch.setattr("embedft.recipe.Batches", Spy)
     given = {"batch_tokens": 60, "examples": "queries", "no_duplicates": True, "length_window": 8, "num_negatives": 1}
+    given |= {"passages": [8, 4], "windows_per_document": 2}
     dataset = make_dataset(num_queries=8, negatives=1)
     finetune(make_embedder(tmp_path / "base"), dataset, FinetuneConfig(epochs=1, **given))
     assert seen == {**given, "batch_size": None, "target_scores": False, "seed": FinetuneConfig().seed}

@@ -11,26 +11,28 @@ Rows of one query are marked as such too.
 
 Not here: several datasets (mixture.py), and how a batch is cut for memory (training/cached.py).
 
-Shapes: P examples, N batches of an epoch, B queries of a batch, M documents, G listed documents a query, K known pairs.
+Shapes: P examples, N batches of an epoch, B queries of a batch, M documents, C columns of them
+(with passages: windows), G listed documents a query, K known pairs.
 """
 
 import functools
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
-from itertools import zip_longest
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..encoders.packing import Packed
+from ..encoders.packing import Packed, take
 from ..losses.targets import Targets
 from .dataset import RetrievalDataset
 
 ExampleKind = Literal["pairs", "queries", "scored"]
 EXAMPLES = get_args(ExampleKind)
-# Texts tokenised together when only their lengths are wanted.
-COUNTED_TEXTS = 16_384
+# Texts tokenised together when only their lengths are wanted: as passages, they may be long.
+COUNTED_TEXTS = 1_024
 # A row of a batch: a query and its document; None: all documents relevant to it.
 Example = tuple[str, str | None]
 
@@ -39,7 +41,7 @@ class Batch(NamedTuple):
     """What a training step gets: packed texts, what is relevant to whom, and the ids for messages."""
 
     queries: Packed  # B sequences
-    documents: Packed  # M sequences
+    documents: Packed  # M sequences; with passages C, and `source` says of which document each is
     targets: Targets
     query_ids: list[str]  # [B]
     document_ids: list[str]  # [M]
@@ -71,6 +73,11 @@ class Batches:
             anyway; this is for equal texts with different ids, and for losses that want a document a query. Where many
             rows share a text there are more and smaller batches than the size asks for; and a batch may be larger by
             the few that fit into no other.
+        passages: (size, stride) in tokens: documents become windows, as `pack(texts, role=..., passages=...)` cuts
+            them, and all windows of a document are columns with its number (`Targets.document`). None: one column.
+        windows_per_document: of a longer document so many windows are in a batch: the best for each of its queries
+            in the batch, as far as `best_windows` says, then others drawn at random, by seed, epoch and batch. With
+            `batch_tokens` a document counts as that many of its longest windows.
         length_window: batches' worth of the shuffled examples sorted by length together, then cut, and the batches
             shuffled over the epoch; 0: not sorted. Every example stays as likely at every step, but its in-batch
             negatives are of about its own length, closer to it than a sample of the corpus: a different task, easier
@@ -94,6 +101,8 @@ class Batches:
         target_scores: bool = False,
         no_duplicates: bool = False,
         length_window: int = 0,
+        passages: Sequence[int] | None = None,
+        windows_per_document: int = 4,
     ):
         if (batch_size is None) == (batch_tokens is None):
             raise ValueError(f"batch_size is {batch_size}, batch_tokens is {batch_tokens}: expected one of the two")
@@ -102,6 +111,7 @@ class Batches:
             ("batch_tokens", batch_tokens, 1),
             ("length_window", length_window, 0),
             ("num_negatives", num_negatives, 0),
+            ("windows_per_document", windows_per_document, 1),
         ):
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}, expected at least {least}")
@@ -110,6 +120,9 @@ class Batches:
         self.num_negatives, self.kind = num_negatives, examples
         self.target_scores = target_scores or examples == "scored"
         self.no_duplicates, self.length_window = no_duplicates, length_window
+        self.passages, self.windows_per_document = passages, windows_per_document
+        # {query id: {document id: the number of its window that is best for the query}}: see training/windows.py.
+        self.best_windows: Mapping[str, Mapping[str, int]] = {}
         self.texts = dict(zip(dataset.corpus, dataset.document_texts(), strict=True))
         self.examples = list_examples(dataset, examples)
         for query_id in dict.fromkeys(query_id for query_id, _ in self.examples) if num_negatives else ():
@@ -117,7 +130,7 @@ class Batches:
             if found < num_negatives:
                 raise ValueError(f"query {query_id!r} has {found} hard negatives, num_negatives is {num_negatives}")
         for example in self.examples if self.target_scores else ():
-            for document_id in self._listed(example):
+            for document_id in self.listed(example):
                 if document_id not in dataset.scores.get(example[0], {}):
                     raise ValueError(f"query {example[0]!r} has no score of document {document_id!r}")
         self._planned: tuple[int, list[list[int]]] | None = None
@@ -128,8 +141,8 @@ class Batches:
 
     def epoch(self, number: int, *, start: int = 0) -> Iterator[Batch]:
         """The batches of epoch `number` (from 0), from batch `start` on."""
-        for rows in self.plan(number)[start:]:
-            yield self.collate([self.examples[row] for row in rows])
+        for place, rows in enumerate(self.plan(number)[start:], start):
+            yield self.collate([self.examples[row] for row in rows], draw=(number, place))
 
     def plan(self, number: int) -> list[list[int]]:
         """The examples of each batch of an epoch, as places in `examples`; nothing is packed."""
@@ -137,13 +150,16 @@ class Batches:
             self._planned = number, self._plan(number)
         return self._planned[1]
 
-    def collate(self, examples: list[Example]) -> Batch:
-        """A batch of the examples given: their own documents first, then the hard negatives, each document once."""
+    def collate(self, examples: list[Example], *, draw: tuple[int, int] = (0, 0)) -> Batch:
+        """A batch of the examples given: their own documents first, then the hard negatives, each document once.
+
+        `draw`, epoch and batch, is what the windows that are drawn at random follow from, beside the seed.
+        """
         query_ids = [query_id for query_id, _ in examples]
-        listed = [self._listed(example) for example in examples]
+        listed = [self.listed(example) for example in examples]
         # Column by column: all first documents, then all second ones, and so on; None where a query has fewer.
         column: dict[str, int] = {}
-        for documents in zip_longest(*listed):
+        for documents in itertools.zip_longest(*listed):
             for document_id in documents:
                 if document_id is not None:
                     column.setdefault(document_id, len(column))
@@ -170,20 +186,57 @@ class Batches:
                 for query_id, documents in zip(query_ids, listed, strict=True)
             ]
             options["target_scores"] = torch.tensor([_filled(row, width, 0.0) for row in scores], dtype=torch.float32)
+        documents = self._pack_documents(column, query_ids, listed, draw)
         targets = Targets(
             group=torch.tensor([_filled([column[i] for i in documents], width, -1) for documents in listed]),
             known=torch.tensor(known, dtype=torch.int64).reshape(-1, 2),
+            document=None if self.passages is None else documents.source,
             **options,
         )
         return Batch(
             queries=self.pack([self.dataset.queries[query_id] for query_id in query_ids], role="query"),
-            documents=self.pack([self.texts[document_id] for document_id in column], role="document"),
+            documents=documents,
             targets=targets,
             query_ids=query_ids,
             document_ids=list(column),
         )
 
-    def _listed(self, example: Example) -> list[str]:
+    def _pack_documents(
+        self, column: Mapping[str, int], query_ids: list[str], listed: list[list[str]], draw: tuple[int, int]
+    ) -> Packed:
+        """The documents of a batch; as passages, at most `windows_per_document` windows of each, in their order."""
+        packed = self._packed([self.texts[document_id] for document_id in column], "document")
+        if self.passages is None:
+            return packed
+        best: dict[str, dict[int, None]] = {document_id: {} for document_id in column}
+        for query_id, documents in zip(query_ids, listed, strict=True):
+            for document_id in documents:
+                window = self.best_windows.get(query_id, {}).get(document_id)
+                if window is not None:
+                    best[document_id][window] = None
+        generator = np.random.default_rng([self.seed % 2**64, *draw])
+        kept, first = [], 0
+        for (document_id, windows), count in zip(best.items(), packed.source.bincount().tolist(), strict=True):
+            if count <= self.windows_per_document:
+                chosen = range(count)
+            else:
+                if windows and max(windows) >= count:
+                    raise ValueError(
+                        f"document {document_id!r} has {count} windows, the best one was to be window {max(windows)}"
+                    )
+                # Its queries' best windows, in the order of the batch, then all in an order at random.
+                order = dict.fromkeys([*windows, *generator.permutation(count).tolist()])
+                chosen = sorted(itertools.islice(order, self.windows_per_document))
+            kept += [first + window for window in chosen]
+            first += count
+        return take(packed, torch.tensor(kept))
+
+    def _packed(self, texts: list[str], role: str) -> Packed:
+        if role == "query" or self.passages is None:
+            return self.pack(texts, role=role)
+        return self.pack(texts, role=role, passages=self.passages)
+
+    def listed(self, example: Example) -> list[str]:
         """The documents listed for an example: its own, then its hard negatives."""
         query_id, document_id = example
         listed = relevant(self.dataset, query_id) if document_id is None else [document_id]
@@ -286,7 +339,7 @@ class Batches:
     def _tokens_P(self) -> Tensor:
         """Tokens of each example: its query and all documents listed for it."""
         queries = self._count("query", {query_id: self.dataset.queries[query_id] for query_id, _ in self.examples})
-        listed = [self._listed(example) for example in self.examples]
+        listed = [self.listed(example) for example in self.examples]
         used = dict.fromkeys(document_id for documents in listed for document_id in documents)
         documents = self._count("document", {document_id: self.texts[document_id] for document_id in used})
         return torch.tensor(
@@ -299,7 +352,12 @@ class Batches:
     def _count(self, role: str, texts: dict[str, str]) -> dict[str, int]:
         values, lengths = list(texts.values()), []
         for first in range(0, len(values), COUNTED_TEXTS):
-            lengths += self.pack(values[first : first + COUNTED_TEXTS], role=role).lengths().tolist()
+            packed = self._packed(values[first : first + COUNTED_TEXTS], role)
+            if role == "query" or self.passages is None:
+                lengths += packed.lengths().tolist()
+            else:
+                windows = packed.lengths().split(packed.source.bincount().tolist())
+                lengths += [int(part.sort(descending=True)[0][: self.windows_per_document].sum()) for part in windows]
         return dict(zip(texts, lengths, strict=True))
 
     @functools.cached_property
@@ -310,7 +368,7 @@ class Batches:
         number: dict[str, int] = {}
         texts_P = []
         for example in self.examples:
-            texts = [self.dataset.queries[example[0]], *(self.texts[i] for i in self._listed(example))]
+            texts = [self.dataset.queries[example[0]], *(self.texts[i] for i in self.listed(example))]
             texts_P.append({number.setdefault(text, len(number)) for text in texts})
         count = Counter(text for texts in texts_P for text in texts)
         shared = (tuple(text for text in texts if count[text] > 1) for texts in texts_P)

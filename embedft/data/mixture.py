@@ -120,8 +120,8 @@ class Mixture:
 
     def epoch(self, number: int, *, start: int = 0) -> Iterator[Batch]:
         """The batches of epoch `number` (from 0), from batch `start` on."""
-        for examples in self._examples(number, start):
-            batch = self.all.collate(examples)
+        for place, examples in enumerate(self._examples(number, start), start):
+            batch = self.all.collate(examples, draw=(number, place))
             yield batch._replace(sources=[query_id.partition("/")[0] for query_id in batch.query_ids])
 
     def _examples(self, number: int, start: int) -> Iterator[list[Example]]:

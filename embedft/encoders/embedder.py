@@ -5,10 +5,12 @@ here: where an Embedder comes from and how it is written (loading.py).
 
     embedder = load_embedder("sentence-transformers/all-MiniLM-L6-v2")
     embedder.encode(["what is a limit order?"], role="query")      # [1, 384] float32, unit length
+    vectors_WD, source_W = embedder.encode_passages(long_texts, (128, 64))    # windows of 128 tokens, one every 64
 
-Shapes: N texts, T tokens, B sequences, D features.
+Shapes: N texts, W windows of them, T tokens, B sequences, D features.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from .. import device as devices
 from ..progress import progress_bar
 from .adapter import Adapter, Base
+from .fingerprint import precision, weights_sha256
 from .folder import Source, write_folder
 from .packing import Packed, concatenate, pack, sort_by_length
 from .pooling import POOLING_MODES, pool
@@ -31,6 +34,8 @@ ROLES = ("query", "document")
 SIMILARITIES = ("cosine", "dot")
 # Texts tokenised and sorted by length together: bounds what `encode` holds beside its result.
 WINDOW_TEXTS = 16_384
+# Texts cut into windows together, as long as books perhaps, and windows encoded together, almost all of one length.
+CUT_TEXTS, CUT_WINDOWS = 64, 1_024
 
 
 class Embedder(nn.Module):
@@ -125,17 +130,33 @@ class Embedder(nn.Module):
         """Token ids ready for the encoder, and how many in front pooling leaves out (None: all count)."""
         prompt = self.prompt(role)
         token_ids = self.tokenizer.encode([prompt + text for text in texts] if prompt else texts)
-        if not prompt or self.include_prompt:
-            return token_ids, None
-        prompt_length = self.tokenizer.prompt_length(prompt)
-        if prompt_length >= self.max_length - 1:
-            raise ValueError(f"the {role} prompt has {prompt_length} tokens, max_length is {self.max_length}")
-        return token_ids, prompt_length
+        return token_ids, self._left_out(role, self.max_length)
 
-    def pack(self, texts: Sequence[str], *, role: str) -> Packed:
-        """Texts with their prompt as packed tokens, on the CPU, in the order given."""
-        token_ids, prompt_length = self._token_ids(texts, role)
-        return pack(token_ids, prompt_length=prompt_length)
+    def _left_out(self, role: str, length: int) -> int | None:
+        """The tokens in front that pooling leaves out (None: all count) of texts cut to `length`."""
+        prompt = self.prompt(role)
+        if not prompt or self.include_prompt:
+            return None
+        prompt_length = self.tokenizer.prompt_length(prompt)
+        if prompt_length >= length - 1:
+            raise ValueError(f"the {role} prompt has {prompt_length} tokens, max_length is {length}")
+        return prompt_length
+
+    def pack(self, texts: Sequence[str], *, role: str, passages: Sequence[int] | None = None) -> Packed:
+        """Texts with their prompt as packed tokens, on the CPU, in the order given.
+
+        With `passages` (size and stride, as in `encode_passages`) the sequences are windows of the texts, and `source`
+        [B] says which text each is from.
+        """
+        if passages is None:
+            token_ids, prompt_length = self._token_ids(texts, role)
+            return pack(token_ids, prompt_length=prompt_length)
+        windows, source = self._windows(texts, role, passages)
+        return pack(windows, prompt_length=self._left_out(role, passages[0]), source=source)
+
+    def _windows(self, texts: Sequence[str], role: str, passages: Sequence[int]) -> tuple[list[list[int]], list[int]]:
+        size, stride = _checked_passages(passages)
+        return self.tokenizer.windows(texts, size=size, stride=stride, prompt=self.prompt(role))
 
     def embed(self, packed: Packed, *, role: str) -> Tensor:
         """Vectors of packed texts, [B, D], with gradient; float32, or float64 when the weights are.
@@ -188,39 +209,119 @@ class Embedder(nn.Module):
         dim = self.dim if dim is None else self._checked_dim(dim)
         embeddings_ND = np.empty((len(texts), dim), dtype=np.float32)
         space = None if self.store is None else self.space(role)
+        with self._inference(), progress_bar(len(texts), f"encode ({role})", unit="text", show=progress) as bar:
+            if space is None:
+                for rows, whole_BD in self._computed(texts, role, batch_tokens, bar.update):
+                    embeddings_ND[rows] = self._finished(whole_BD, dim, role).float().cpu().numpy()
+            else:
+                rows_N = self.store.fill(space, texts, lambda new: self._whole(new, role, batch_tokens, bar.update))
+                bar.update(len(texts) - bar.n)
+                for first in range(0, len(texts), WINDOW_TEXTS):
+                    window = slice(first, first + WINDOW_TEXTS)
+                    embeddings_ND[window] = self._read(space, rows_N[window], dim, role)
+        return embeddings_ND
+
+    def encode_passages(
+        self,
+        texts: Sequence[str],
+        passages: Sequence[int],
+        *,
+        role: str = "document",
+        dim: int | None = None,
+        batch_tokens: int | None = None,
+        progress: bool | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Vectors of the windows of texts, [W, D] float32, and the row of `texts` that each is from, [W] int64 rising.
+
+        A window is what `Tokenizer.windows` cuts; its vector is that of a text of its own. With a `store` a window is
+        kept under its token ids, so once for all sizes and strides that have it. Memory beside the result: its rows a
+        second time while they are put together, and what `encode` holds.
+
+        Args:
+            texts: N texts; one that fits is one window, an empty one too.
+            passages: (size, stride): tokens of a window at most, special tokens and prompt included, and tokens of
+                text from the start of a window to that of the next.
+            role, dim, batch_tokens, progress: as in `encode`.
+
+        Raises:
+            ValueError: a size beyond `max_length` or without room for text; a stride below 1 or above the size.
+
+        Source: Dai and Callan 2019 (Deeper text understanding for IR with contextual neural language modeling),
+        section 3: passages of a window and a stride, scored each for itself.
+        """
+        dim = self.dim if dim is None else self._checked_dim(dim)
+        self._windows([], role, passages)  # tells what is wrong with `passages`, texts or not
+        prompt_length = self._left_out(role, passages[0])
+        space = None if self.store is None else self._window_space(role)
+        parts, sources = [np.empty((0, dim), dtype=np.float32)], [np.empty(0, dtype=np.int64)]
+
+        def compute(windows: Sequence[Sequence[int]], finish: Callable[[Tensor], Tensor], width: int) -> np.ndarray:
+            vectors = np.empty((len(windows), width), dtype=np.float32)
+            for rows, whole_BD in self._batched(windows, prompt_length, batch_tokens):
+                vectors[rows] = finish(whole_BD).float().cpu().numpy()
+            return vectors
+
+        def of_keys(keys: Sequence[str]) -> np.ndarray:
+            return compute([list(map(int, key.split())) for key in keys], lambda whole_BD: whole_BD, self.base_dim)
+
+        with self._inference(), progress_bar(len(texts), f"encode ({role})", unit="text", show=progress) as bar:
+            for windows, source in self._cut(texts, role, passages):
+                if space is None:
+                    parts.append(compute(windows, lambda whole_BD: self._finished(whole_BD, dim, role), dim))
+                else:
+                    rows_W = self.store.fill(space, [" ".join(map(str, ids)) for ids in windows], of_keys)
+                    parts.append(self._read(space, rows_W, dim, role))
+                sources.append(np.array(source))
+                bar.update(source[-1] + 1 - bar.n)
+        return np.concatenate(parts), np.concatenate(sources)
+
+    def _cut(
+        self, texts: Sequence[str], role: str, passages: Sequence[int]
+    ) -> Iterator[tuple[list[list[int]], list[int]]]:
+        """Windows of texts and their rows, about CUT_WINDOWS at a time."""
+        windows, source = [], []
+        for first in range(0, len(texts), CUT_TEXTS):
+            cut, rows = self._windows(texts[first : first + CUT_TEXTS], role, passages)
+            windows += cut
+            source += [first + row for row in rows]
+            if len(windows) >= CUT_WINDOWS or first + CUT_TEXTS >= len(texts):
+                yield windows, source
+                windows, source = [], []
+
+    @contextlib.contextmanager
+    def _inference(self) -> Iterator[None]:
+        """Without dropout and without gradient."""
         was_training = self.training
         self.eval()
         try:
-            with (
-                torch.inference_mode(),
-                progress_bar(len(texts), f"encode ({role})", unit="text", show=progress) as bar,
-            ):
-                if space is None:
-                    for rows, whole_BD in self._computed(texts, role, batch_tokens, bar.update):
-                        embeddings_ND[rows] = self._finished(whole_BD, dim, role).float().cpu().numpy()
-                else:
-                    rows_N = self.store.fill(space, texts, lambda new: self._whole(new, role, batch_tokens, bar.update))
-                    bar.update(len(texts) - bar.n)
-                    for first in range(0, len(texts), WINDOW_TEXTS):
-                        window = slice(first, first + WINDOW_TEXTS)
-                        whole_BD = torch.from_numpy(self.store.read(space, rows_N[window])).to(self.device)
-                        embeddings_ND[window] = self._finished(whole_BD, dim, role).cpu().numpy()
+            with torch.inference_mode():
+                yield
         finally:
             self.train(was_training)
-        return embeddings_ND
 
     def _computed(
         self, texts: Sequence[str], role: str, batch_tokens: int | None, done: Callable[[int], object]
     ) -> Iterator[tuple[np.ndarray, Tensor]]:
         """(rows of `texts`, their vectors [B, D]), batch by batch; `done` hears how many."""
-        if batch_tokens is None:
-            batch_tokens = devices.batch_tokens(self.device)
         for first in range(0, len(texts), WINDOW_TEXTS):
-            token_ids, prompt_length = self._token_ids(texts[first : first + WINDOW_TEXTS], role)
-            for rows in _batches([len(ids) for ids in token_ids], batch_tokens):
-                packed = pack([token_ids[row] for row in rows], prompt_length=prompt_length)
-                yield first + np.array(rows), self._embed(packed)
+            for rows, whole_BD in self._batched(
+                *self._token_ids(texts[first : first + WINDOW_TEXTS], role), batch_tokens
+            ):
+                yield first + rows, whole_BD
                 done(len(rows))
+
+    def _batched(
+        self, token_ids: Sequence[Sequence[int]], prompt_length: int | None, batch_tokens: int | None
+    ) -> Iterator[tuple[np.ndarray, Tensor]]:
+        """(rows of `token_ids`, their vectors [B, D]), batch by batch, longest first."""
+        batch_tokens = devices.batch_tokens(self.device) if batch_tokens is None else batch_tokens
+        for rows in _batches([len(ids) for ids in token_ids], batch_tokens):
+            yield np.array(rows), self._embed(pack([token_ids[row] for row in rows], prompt_length=prompt_length))
+
+    def _read(self, space: Space, rows: np.ndarray, dim: int, role: str) -> np.ndarray:
+        """Vectors of rows of the store, as `encode` gives them."""
+        whole_BD = torch.from_numpy(self.store.read(space, rows)).to(self.device)
+        return self._finished(whole_BD, dim, role).cpu().numpy()
 
     def _whole(
         self, texts: Sequence[str], role: str, batch_tokens: int | None, done: Callable[[int], object]
@@ -245,7 +346,7 @@ class Embedder(nn.Module):
         takes 0.08 s).
         """
         prompt = self.prompt(role)
-        weights = _weights_sha256(self.encoder)
+        weights = weights_sha256(self.encoder)
         settings = (
             type(self.encoder).__qualname__,
             self.encoder.config,
@@ -254,7 +355,7 @@ class Embedder(nn.Module):
             prompt,
             self.max_length,
             self.normalize,
-            _precision(self.device),
+            precision(self.device),
         )
         digest = hashlib.sha256(repr((weights, *settings, self.tokenizer.backend.to_str())).encode())
         description = {
@@ -268,6 +369,12 @@ class Embedder(nn.Module):
             "normalize": self.normalize,
         }
         return Space(digest.hexdigest(), self.base_dim, description)
+
+    def _window_space(self, role: str) -> Space:
+        """What the vectors of windows are of: the texts of this space are token ids, special tokens and all."""
+        space = self.space(role)
+        fingerprint = hashlib.sha256(f"token ids, {space.fingerprint}".encode()).hexdigest()
+        return space._replace(fingerprint=fingerprint, description={**space.description, "texts": "token ids"})
 
     def base(self) -> Base:
         """What an adapter notes of the model that it is for: this one, without the adapter that it may have."""
@@ -323,21 +430,11 @@ def _check_role(role: str) -> None:
         raise ValueError(f"role is {role!r}, expected one of {', '.join(ROLES)}")
 
 
-def _weights_sha256(module: nn.Module) -> str:
-    """Of every tensor's name, type, shape and bytes."""
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _precision(device: torch.device) -> tuple[str, ...]:
-    """Torch's settings that products of float32 depend on: autocast, and what else may take the place of float32."""
-    backends = torch.backends
-    cast = str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else "none"
-    places = (backends, backends.cuda.matmul, backends.mkldnn, backends.mkldnn.matmul)
-    return cast, *(place.fp32_precision for place in places)
+def _checked_passages(passages: Sequence[int]) -> tuple[int, int]:
+    numbers = tuple(passages) if isinstance(passages, Sequence) else ()
+    if len(numbers) != 2 or not all(isinstance(x, int | np.integer) and not isinstance(x, bool) for x in numbers):
+        raise ValueError(f"passages is {passages!r}, expected (size, stride), two whole numbers of tokens")
+    return numbers
 
 
 def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:

@@ -32,6 +32,7 @@ class Packed(NamedTuple):
     max_seqlen: int
     token_types: Tensor | None = None  # [T] int64, pairs only; None: all 0
     prompt_lengths: Tensor | None = None  # [B] int64, when pooling leaves the prompt out
+    source: Tensor | None = None  # [B] int64, when texts were cut into windows: which text a sequence is from
 
     @property
     def num_sequences(self) -> int:
@@ -46,12 +47,15 @@ class Packed(NamedTuple):
         return Packed(*(x.to(device) if isinstance(x, Tensor) else x for x in self))
 
 
-def pack(sequences: Sequence[Sequence[int]], *, prompt_length: int | None = None) -> Packed:
+def pack(
+    sequences: Sequence[Sequence[int]], *, prompt_length: int | None = None, source: Sequence[int] | None = None
+) -> Packed:
     """Lays token ids end to end.
 
     Args:
         sequences: token ids of each sequence, at least one token each.
         prompt_length: leading tokens of every sequence that pooling is to leave out; None: none.
+        source: the number of the text that each sequence is from; None: each is a text.
     """
     lengths = [len(sequence) for sequence in sequences]
     if not lengths:
@@ -66,11 +70,12 @@ def pack(sequences: Sequence[Sequence[int]], *, prompt_length: int | None = None
         cu_seqlens=cu_seqlens.to(torch.int32),
         max_seqlen=max(lengths),
         prompt_lengths=None if prompt_length is None else torch.full((len(lengths),), prompt_length),
+        source=None if source is None else torch.tensor(source, dtype=torch.int64),
     )
 
 
 def concatenate(first: Packed, second: Packed) -> Packed:
-    """The sequences of `first`, then those of `second`, as one batch."""
+    """The sequences of `first`, then those of `second`, as one batch; without `source`: each has texts of its own."""
 
     def both(name: str, absent: Callable[[Packed], Tensor]) -> Tensor | None:
         """An optional tensor of the two; where only one has it, `absent` stands for the other's."""
@@ -89,26 +94,30 @@ def concatenate(first: Packed, second: Packed) -> Packed:
     )
 
 
-def sort_by_length(packed: Packed) -> tuple[Packed, Tensor]:
-    """The sequences in order of length, longest first, and for each sequence its place in that order ([B] int64)."""
-    lengths = packed.lengths()
-    order = lengths.argsort(descending=True, stable=True)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=order.device)
-    starts = packed.cu_seqlens[:-1].long()
-    cu_seqlens = F.pad(lengths[order].cumsum(0), (1, 0))
-    # Token t of the sorted batch: its sequence's old start, plus how far it is behind its new one.
-    tokens = torch.arange(len(packed.input_ids), device=order.device)
-    tokens += (starts[order] - cu_seqlens[:-1]).repeat_interleave(lengths[order])
-    sorted_packed = Packed(
+def take(packed: Packed, sequences_N: Tensor) -> Packed:
+    """The sequences numbered in `sequences_N`, [N] int64 with at least one, in that order."""
+    lengths = packed.lengths()[sequences_N]
+    cu_seqlens = F.pad(lengths.cumsum(0), (1, 0))
+    # Token t of the new batch: its sequence's old start, plus how far it is behind its new one.
+    tokens = torch.arange(int(cu_seqlens[-1]), device=sequences_N.device)
+    tokens += (packed.cu_seqlens[:-1].long()[sequences_N] - cu_seqlens[:-1]).repeat_interleave(lengths)
+    return Packed(
         packed.input_ids[tokens],
         packed.positions[tokens],
         cu_seqlens.to(torch.int32),
-        packed.max_seqlen,
+        int(lengths.max()),
         None if packed.token_types is None else packed.token_types[tokens],
-        None if packed.prompt_lengths is None else packed.prompt_lengths[order],
+        None if packed.prompt_lengths is None else packed.prompt_lengths[sequences_N],
+        None if packed.source is None else packed.source[sequences_N],
     )
-    return sorted_packed, place
+
+
+def sort_by_length(packed: Packed) -> tuple[Packed, Tensor]:
+    """The sequences in order of length, longest first, and for each sequence its place in that order ([B] int64)."""
+    order = packed.lengths().argsort(descending=True, stable=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    return take(packed, order), place
 
 
 class Group(NamedTuple):

@@ -1,10 +1,12 @@
 """Texts to token ids, with the tokenizer that belongs to the weights.
 
-The `tokenizers` library does the splitting. Here: where its file is, what may not be wrong with it, and truncation.
-A text is taken as it is: not stripped, not normalised beyond what the tokenizer does.
+The `tokenizers` library does the splitting. Here: where its file is, what may not be wrong with it, truncation, and
+the windows of texts that are longer than that. A text is taken as it is: not stripped, not normalised beyond what the
+tokenizer does.
 
     tokenizer = Tokenizer.load(folder, max_length=256)
     tokenizer.encode(["a question"])      # [[101, 1037, 3160, 102]]
+    windows, source = tokenizer.windows(["a long text ..."], size=128, stride=64)
 """
 
 from collections.abc import Sequence
@@ -90,12 +92,52 @@ class Tokenizer:
 
     def words(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text whole: no special tokens, no truncation."""
+        return [encoding.ids for encoding in self._whole(texts, special=False)]
+
+    def windows(
+        self, texts: Sequence[str], *, size: int, stride: int, prompt: str = ""
+    ) -> tuple[list[list[int]], list[int]]:
+        """Token ids of texts in overlapping windows, in order, and the place in `texts` that each window is from.
+
+        A window is what `encode` makes of a text: special tokens, the prompt's tokens, then those of the text. The
+        next one begins `stride` tokens of the text later, and the last is the first that reaches the text's end. A
+        text that fits is one window, equal to what `encode` gives with the prompt in front; so is an empty one.
+
+        Args:
+            size: tokens of a window at most, special tokens and prompt included.
+            stride: tokens of the text from the start of a window to that of the next. Where a window holds fewer, the
+                next begins where it ends: every token is in a window.
+            prompt: in front of every window. Where its last token grows together with the beginning of a text, that
+                token counts as the text's.
+
+        Raises:
+            ValueError: a size beyond `max_length` or without room for a token of text; a stride below 1 or above size.
+        """
+        num_taken = self.backend.num_special_tokens_to_add(False)
+        (prompt_ids,) = self.words([prompt])
+        least = num_taken + len(prompt_ids) + 1
+        if not least <= size <= self.max_length:
+            raise ValueError(
+                f"passages of {size} tokens, expected {least} ({num_taken} special tokens, {len(prompt_ids)} of the"
+                f" prompt, one of text) to {self.max_length} (max_length)"
+            )
+        if not 1 <= stride <= size:
+            raise ValueError(f"passages start every {stride} tokens, expected 1 to their size, {size}")
+        windows, source, texts = [], [], self._prepare(texts)
+        for row, encoding in enumerate(self._whole([prompt + text for text in texts] if prompt else texts)):
+            ids = encoding.ids
+            cut = [ids] if len(ids) <= size else _cut(ids, encoding.special_tokens_mask, prompt_ids, size, stride)
+            windows += cut
+            source += [row] * len(cut)
+        return windows, source
+
+    def _whole(self, texts: Sequence[str], *, special: bool = True) -> list[tokenizers.Encoding]:
+        """Texts without truncation."""
         self.backend.no_truncation()
         try:
-            encodings = self.backend.encode_batch_fast(self._prepare(texts), add_special_tokens=False)
+            return self.backend.encode_batch_fast(self._prepare(texts), add_special_tokens=special)
         finally:
             self._truncate()
-        return [encoding.ids for encoding in encodings]
 
     def prompt_length(self, prompt: str) -> int:
         """Tokens of `prompt` alone with its special tokens, less the one behind it: what it puts before a text."""
@@ -107,6 +149,21 @@ class Tokenizer:
         with atomic_write(folder / TOKENIZER_FILE) as file:
             file.write(self.backend.to_str(pretty=True))
         write_json(folder / TOKENIZER_CONFIG_FILE, {**self.config, "model_max_length": self.max_length})
+
+
+def _cut(ids: list[int], special: list[int], prompt_ids: list[int], size: int, stride: int) -> list[list[int]]:
+    """The windows of a text longer than one; `special` has 1 for each token that the post-processor put around it."""
+    start, stop = special.index(0), len(special) - special[::-1].index(0)
+    while start < stop and prompt_ids and ids[start] == prompt_ids[0]:
+        start, prompt_ids = start + 1, prompt_ids[1:]
+    front, behind = ids[:start], ids[stop:]
+    room = size - len(front) - len(behind)
+    step = min(stride, room)
+    num_windows = 1 + -(-(stop - start - room) // step)
+    return [
+        front + ids[first : min(first + room, stop)] + behind
+        for first in range(start, start + num_windows * step, step)
+    ]
 
 
 def _lower_cases(normalizer: normalizers.Normalizer | None) -> bool:

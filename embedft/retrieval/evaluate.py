@@ -3,6 +3,7 @@
     before = evaluate(embedder, dataset)
     ...                                     # train
     print(compare(before, evaluate(embedder, dataset), metric="ndcg@10"))     # compare: report.py
+    evaluate(embedder, dataset, passages=(128, 64))       # documents by their best window of 128 tokens
 
 What is exact here: search is exhaustive; documents of equal score are ordered by ascending id, at the cut-off too, as
 sentence-transformers orders them; queries without a relevant document are left out of the means and counted.
@@ -21,11 +22,14 @@ import numpy as np
 from ..data.dataset import RetrievalDataset
 from .index import FlatIndex, require_finite
 from .metrics import Gain, Qrels, has_relevant, judge, per_query_metrics
+from .passages import PassageIndex, check_aggregate
 from .report import Report
 from .run import Run
 
 # Documents encoded at a time: only the index holds the embeddings of all of them.
 DOCUMENT_SLICE = 65_536
+# The same where they become windows: a document may have many.
+PASSAGES_SLICE = 4_096
 
 
 class SupportsEncode(Protocol):
@@ -41,6 +45,8 @@ def evaluate(
     dataset: RetrievalDataset,
     *,
     dim: int | None = None,
+    passages: Sequence[int] | None = None,
+    aggregate: str = "max",
     ks: Sequence[int] = (1, 3, 5, 10),
     depth: int = 100,
     gain: Gain = "binary",
@@ -49,15 +55,21 @@ def evaluate(
 
     Args:
         dim: leading dimensions to keep (Matryoshka); None: all.
+        passages: (size, stride) in tokens: documents are cut into windows as `Embedder.encode_passages` does, the title
+            part of the text, and score by them. None: a document is one vector, of as much as the model reads.
+        aggregate: how a document scores by its windows: max, mean, first or sum_top_M, see `aggregate_windows`.
         ks: cutoffs of the metrics.
         depth: documents retrieved a query, and the cutoff of MAP. May be larger than the corpus.
         gain: of nDCG, see `metrics.ndcg`.
 
     Raises:
-        ValueError: on a cutoff above `depth`, a dataset in which no query has a relevant document, or embeddings that
-            are not finite (naming the query or document).
+        ValueError: on a cutoff above `depth`, a dataset in which no query has a relevant document, embeddings that are
+            not finite (naming the query or document), or passages of an embedder that cannot cut any.
     """
     _check_cutoffs(ks, depth)
+    check_aggregate(aggregate)
+    if passages is not None and not hasattr(embedder, "encode_passages"):
+        raise ValueError(f"passages is {tuple(passages)}: {type(embedder).__name__} cannot cut documents into windows")
     query_ids = [query_id for query_id in dataset.queries if has_relevant(dataset.qrels.get(query_id, {}))]
     if not query_ids:
         raise ValueError(f"none of the {len(dataset.queries)} queries of the dataset has a relevant document")
@@ -68,13 +80,19 @@ def evaluate(
 
     # The index orders ties by row: with the documents in the order of their ids, that is by ascending id.
     document_ids, texts = zip(*sorted(zip(dataset.corpus, dataset.document_texts(), strict=True)), strict=True)
-    index = FlatIndex(queries_QD.shape[1])
-    for start in range(0, len(texts), DOCUMENT_SLICE):
-        part = slice(start, start + DOCUMENT_SLICE)
+    width = queries_QD.shape[1]
+    index = FlatIndex(width) if passages is None else PassageIndex(width, aggregate=aggregate)
+    at_once = DOCUMENT_SLICE if passages is None else PASSAGES_SLICE
+    for start in range(0, len(texts), at_once):
+        part = slice(start, start + at_once)
         with _timed(costs, "document_encoding_seconds"):
-            embeddings = _encode(embedder, list(texts[part]), document_ids[part], role="document", dim=dim)
+            if passages is None:
+                added = (_encode(embedder, list(texts[part]), document_ids[part], role="document", dim=dim),)
+            else:
+                added = embedder.encode_passages(list(texts[part]), passages, role="document", dim=dim)
+                require_finite(added[0], "a window of document", [document_ids[part][row] for row in added[1]])
         with _timed(costs, "search_seconds"):
-            index.add(embeddings)
+            index.add(*added)
     with _timed(costs, "search_seconds"):
         scores_QK, indices_QK = index.search(queries_QD, depth)
 
@@ -82,6 +100,10 @@ def evaluate(
     report = evaluate_run(run, dataset, ks=ks, depth=depth, gain=gain)
     setting = {"dim": index.dim, "similarity": embedder.similarity, **report.setting}
     costs = {**costs, **report.costs, "bytes_per_document": queries_QD.itemsize * index.dim}
+    if passages is not None:
+        setting |= {"passages": list(passages), "aggregate": aggregate}
+        costs["windows_per_document"] = index.num_windows / len(index)
+        costs["bytes_per_document"] *= costs["windows_per_document"]
     return dataclasses.replace(report, setting=setting, costs=costs)
 
 

@@ -128,4 +128,5 @@ def _slice(packed: Packed, first: int, last: int, ends: list[int]) -> Packed:
         max_seqlen=ends[first + 1] - ends[first],
         token_types=None if packed.token_types is None else packed.token_types[tokens],
         prompt_lengths=None if packed.prompt_lengths is None else packed.prompt_lengths[sequences],
+        source=None if packed.source is None else packed.source[sequences],
     )

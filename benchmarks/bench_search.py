@@ -1,0 +1,164 @@
+"""Exact search against FAISS's own flat search, and what approximate indices find, cost and save.
+
+The documents are the contexts of the finance questions, encoded, and their perturbations: document i is
+normalise(context vector i mod C + noise of a given length in a random direction). The queries are its questions,
+perturbed likewise; as many others tune the indices. The documents lie in a file, which exact search in slices reads.
+
+Results are asserted to be equal before any time is taken: the scores at each rank to 1e-5, the documents wherever
+scores differ by more.
+
+    python -m benchmarks.bench_search
+    python -m benchmarks.bench_search --documents 20000 --ivf 20000 --hnsw 20000 --queries 1000 --texts 1000
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import faiss
+import numpy as np
+
+from embedft import load_embedder
+from embedft.retrieval.approximate import build_index, unit_rows
+from embedft.retrieval.index import FlatIndex, Found, recall_against, search_exact
+from experiments.commandline import make_parser, run
+from experiments.report import format_table
+from experiments.repro_matryoshka_finance import read_rows
+from experiments.sources import find_data
+
+from .workers import machine, ratios, spread
+
+TOLERANCE, LIMIT = 1e-5, 1.3
+RECALL_DEPTH, TARGET, LEAST_TIMES = 10, 0.95, 10
+SLICE = 50_000
+
+
+def perturbed(vectors_CD: np.ndarray, rows: range, noise: float, seed: int) -> np.ndarray:
+    """normalise(vector row mod C + noise x a random unit vector), for rows of a slice, whose number seeds them."""
+    rng = np.random.default_rng([seed, rows.start])
+    directions = unit_rows(rng.standard_normal((len(rows), vectors_CD.shape[1]), dtype=np.float32))
+    return unit_rows(vectors_CD[np.arange(rows.start, rows.stop) % len(vectors_CD)] + noise * directions)
+
+
+def make_data(options: argparse.Namespace, folder: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Documents (a memory map), queries, and queries to tune on."""
+    dataset, _ = read_rows(find_data("finance_qa", options.data) / "Financial-QA-10k.csv")
+    embedder = load_embedder(options.base)
+    contexts = embedder.encode(dataset.document_texts()[: options.texts], role="document", dim=options.dim)
+    questions = embedder.encode(list(dataset.queries.values())[: options.texts], role="query", dim=options.dim)
+    number = max(options.documents, options.ivf, options.hnsw)
+    path = Path(folder, "documents.npy")
+    documents = np.lib.format.open_memmap(path, "w+", dtype=np.float32, shape=(number, contexts.shape[1]))
+    for start in range(0, number, SLICE):
+        rows = range(start, min(start + SLICE, number))
+        documents[rows.start : rows.stop] = perturbed(contexts, rows, options.noise, 0)
+    documents.flush()
+    queries, tuning = (perturbed(questions, range(options.queries), options.noise, seed) for seed in (1, 2))
+    return np.load(path, mmap_mode="r"), queries, tuning
+
+
+def require_equal(found: Found, expected: Found, name: str) -> None:
+    difference = np.abs(found.scores - expected.scores).max()
+    gaps = np.abs(np.diff(expected.scores, axis=1)) > 2 * TOLERANCE
+    ends = np.ones((len(gaps), 1), dtype=bool)
+    # The last rank may tie with what comes after it, so it is left out.
+    clear = np.hstack([ends, gaps]) & np.hstack([gaps, ~ends])
+    num_other = int((found.rows != expected.rows)[clear].sum())
+    if not difference <= TOLERANCE or num_other:
+        raise ValueError(f"{name}: scores differ by {difference:.1e}, {num_other} documents at clear ranks are others")
+
+
+def seconds_of(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """A B A B ..., all of them warm."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, work in contestants.items():
+            start = time.perf_counter()
+            work()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def exact(options: argparse.Namespace, documents: np.ndarray, queries: np.ndarray) -> None:
+    documents = documents[: options.documents]
+    peer, ours = faiss.IndexFlatIP(documents.shape[1]), FlatIndex(documents.shape[1])
+    peer.add(documents)
+    ours.add(documents)
+    contestants = {
+        "FAISS IndexFlatIP": lambda: Found(*peer.search(queries, options.depth)),
+        "FlatIndex": lambda: ours.search(queries, options.depth),
+        "search_exact, from a file": lambda: search_exact(queries, documents, options.depth),
+    }
+    expected, *found = (work() for work in contestants.values())
+    for name, results in zip(list(contestants)[1:], found, strict=True):
+        require_equal(results, expected, name)
+    seconds = seconds_of(contestants, options.rounds)
+    rows = [
+        [name, spread(times), spread(ratios(times, seconds["FAISS IndexFlatIP"]), 3)] for name, times in seconds.items()
+    ]
+    print(f"{len(documents):,} documents, {len(queries):,} queries, top {options.depth}\n")
+    print(format_table(["exact search", "seconds", f"times FAISS's (to be under {LIMIT})"], rows))
+
+
+def approximate(options: argparse.Namespace, documents: np.ndarray, queries: np.ndarray, tuning: np.ndarray) -> None:
+    rows = []
+    for preset, number in (("ivf", options.ivf), ("hnsw", options.hnsw)):
+        part = documents[:number]
+        flat = FlatIndex(part.shape[1])
+        flat.add(part)
+        start = time.perf_counter()
+        index = build_index(part, preset, queries=tuning, target_recall=TARGET)
+        build_seconds = time.perf_counter() - start
+        exact_rows_QK = flat.search(queries, RECALL_DEPTH).rows
+        recall = recall_against(index.search(queries, RECALL_DEPTH).rows, exact_rows_QK).mean()
+        contestants = {
+            "flat": lambda flat=flat: flat.search(queries, RECALL_DEPTH),
+            "index": lambda index=index: index.search(queries, RECALL_DEPTH),
+        }
+        seconds = seconds_of(contestants, options.rounds)
+        rates = [len(queries) / value for value in seconds["index"]]
+        rows.append(
+            [
+                f"{preset} ({index.factory}), effort {index.effort}",
+                f"{number:,}",
+                f"{build_seconds:.1f}",
+                f"{recall:.4f}",
+                spread(rates, 0),
+                spread(ratios(seconds["flat"], seconds["index"]), 1),
+                f"{index.bytes_per_document:,.0f}",
+            ]
+        )
+    header = ["index", "documents", "built, s", f"recall@{RECALL_DEPTH}", "queries a second", "times flat's"]
+    print(format_table([*header, "bytes a document"], rows))
+    print(f"\nto be: recall at least {TARGET} at {LEAST_TIMES} times flat's rate; built: trained, filled and tuned;")
+    print(f"all {len(queries):,} queries in one call")
+
+
+def main(options: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        documents, queries, tuning = make_data(options, folder)
+        exact(options, documents, queries)
+        print()
+        approximate(options, documents, queries, tuning)
+        print(
+            f"median [least, most] of {options.rounds} rounds in turn; {options.base}, {documents.shape[1]} dimensions,"
+        )
+        print(f"noise of length {options.noise}; FAISS {faiss.__version__}; {machine()}")
+
+
+if __name__ == "__main__":
+    parser = make_parser("benchmarks.bench_search", __doc__)
+    parser.add_argument("--documents", type=int, default=1_000_000, help="documents of exact search [1000000]")
+    parser.add_argument("--ivf", type=int, default=1_000_000, help="documents of the ivf index [1000000]")
+    parser.add_argument("--hnsw", type=int, default=200_000, help="documents of the hnsw index [200000]")
+    parser.add_argument("--queries", type=int, default=10_000, help="queries, and as many to tune on [10000]")
+    parser.add_argument("--depth", type=int, default=100, help="results of exact search [100]")
+    parser.add_argument("--dim", type=int, help="leading dimensions to keep [all]")
+    parser.add_argument("--noise", type=float, default=0.5, help="length of the noise on a unit vector [0.5]")
+    parser.add_argument("--texts", type=int, help="contexts and questions to encode [all]")
+    parser.add_argument("--rounds", type=int, default=3, help="counted rounds [3]")
+    parser.add_argument("--data", metavar="DIR", help="folder of Financial-QA-10k.csv [beside the checkout]")
+    parser.add_argument("--folder", metavar="DIR", help="where the documents are put for the time [the system's]")
+    run(main, parser)

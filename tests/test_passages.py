@@ -1,0 +1,537 @@
+"""Passages, from the cut to the report: windows by hand and against the tokenizer's own, MaxP against a double loop."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_VOCABULARY, write_tiny_folder
+
+from embedft import RetrievalDataset, load_embedder
+from embedft.encoders import embedder as embedder_module
+from embedft.encoders.adapter import Adapter
+from embedft.encoders.maps import Linear
+from embedft.encoders.packing import concatenate, pack, take
+from embedft.retrieval import evaluate as evaluate_module
+from embedft.retrieval import passages as passages_module
+from embedft.retrieval.evaluate import evaluate
+from embedft.retrieval.index import FlatIndex
+from embedft.retrieval.passages import PassageIndex, aggregate_windows
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LONG = "a b c d e f g h i j"  # ten tokens, a word each
+TEXTS = ["the fee", LONG, "", "k l m n", "query " * 40, "o p q r s"]
+AGGREGATES = ("max", "mean", "first", "sum_top_1", "sum_top_3")
+
+
+@pytest.fixture
+def tiny(tiny_bert):
+    return load_embedder(tiny_bert, device="cpu")
+
+
+def words(windows: list[list[int]]) -> list[str]:
+    return [" ".join(TINY_VOCABULARY[i] for i in ids) for ids in windows]
+
+
+# Cutting.
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "expected"),
+    [
+        # 6 tokens less [CLS] and [SEP] are 4 of text; from 0, 2, 4 and 6, where the window reaches the end.
+        (6, 2, ["a b c d", "c d e f", "e f g h", "g h i j"]),
+        # From 0, 3 and 6: the last one is not full less than it must be.
+        (6, 3, ["a b c d", "d e f g", "g h i j"]),
+        (6, 4, ["a b c d", "e f g h", "i j"]),
+        # Every 6 tokens would leave out two of every six: the next begins where the last one ended.
+        (6, 6, ["a b c d", "e f g h", "i j"]),
+        (6, 1, ["a b c d", "b c d e", "c d e f", "d e f g", "e f g h", "f g h i", "g h i j"]),
+        (11, 1, ["a b c d e f g h i", "b c d e f g h i j"]),
+        (11, 9, ["a b c d e f g h i", "j"]),
+        (12, 1, ["a b c d e f g h i j"]),
+        (48, 5, ["a b c d e f g h i j"]),
+        (3, 1, list("abcdefghij")),
+    ],
+)
+def test_windows_by_hand(tiny, size, stride, expected):
+    windows, source = tiny.tokenizer.windows(["", LONG, "a"], size=size, stride=stride)
+    assert words(windows) == ["[CLS] [SEP]", *(f"[CLS] {text} [SEP]" for text in expected), "[CLS] a [SEP]"]
+    assert source == [0, *[1] * len(expected), 2]
+
+
+def test_the_prompt_is_in_front_of_every_window(tiny):
+    windows, source = tiny.tokenizer.windows([LONG, ""], size=8, stride=2, prompt="query: ")
+    expected = ["a b c d", "c d e f", "e f g h", "g h i j"]
+    assert words(windows) == [*(f"[CLS] query : {text} [SEP]" for text in expected), "[CLS] query : [SEP]"]
+    assert source == [0, 0, 0, 0, 1]
+
+
+def test_a_prompt_that_grows_into_the_text(tiny):
+    """ "que" + "ry a b c d" is "query a b c d": the word is of the text, and not in front of the later windows."""
+    windows, _ = tiny.tokenizer.windows(["ry a b c d"], size=6, stride=3, prompt="que")
+    assert words(windows) == ["[CLS] query a b c [SEP]", "[CLS] c d [SEP]"]
+    # A text that begins as the prompt does keeps its own beginning.
+    windows, _ = tiny.tokenizer.windows(["the the the a"], size=5, stride=5, prompt="the ")
+    assert words(windows) == ["[CLS] the the the [SEP]", "[CLS] the the a [SEP]"]
+
+
+def test_special_tokens_written_in_a_text_are_text(tiny):
+    windows, _ = tiny.tokenizer.windows(["[SEP] a [CLS] b [SEP]"], size=5, stride=2)
+    assert words(windows) == ["[CLS] [SEP] a [CLS] [SEP]", "[CLS] [CLS] b [SEP] [SEP]"]
+
+
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (7, 2), (16, 14), (64, 31), (128, 64)])
+def test_windows_equal_those_of_the_library(minilm, size, stride):
+    """`tokenizers` gives the windows of a text as what overflows, for an overlap instead of a stride."""
+    texts = ["", "a", "naïve café 日本語 " * 20, "[SEP] order " * 60, "x" * 150, "one two three " * 90]
+    theirs = type(minilm.tokenizer.backend).from_str(minilm.tokenizer.backend.to_str())
+    theirs.enable_truncation(size, stride=size - 2 - stride)
+    expected, rows = [], []
+    for row, text in enumerate(texts):
+        encoding = theirs.encode(text)
+        cut = [encoding.ids, *(part.ids for part in encoding.overflowing)]
+        expected, rows = expected + cut, rows + [row] * len(cut)
+    before = minilm.tokenizer.encode(texts)
+    assert minilm.tokenizer.windows(texts, size=size, stride=stride) == (expected, rows)
+    assert minilm.tokenizer.encode(texts) == before  # truncation is as it was
+    fitting = [row for row in range(len(texts)) if rows.count(row) == 1]
+    assert {0, 1} <= set(fitting)
+    assert [expected[rows.index(row)] for row in fitting] == minilm.tokenizer.encode([texts[i] for i in fitting])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_side_of_truncation_changes_nothing(tmp_path, side):
+    folder = write_tiny_folder(tmp_path / "model", tokenizer_config={"truncation_side": side})
+    windows, _ = load_embedder(folder, device="cpu").tokenizer.windows([LONG], size=9, stride=7)
+    assert words(windows) == ["[CLS] a b c d e f g [SEP]", "[CLS] h i j [SEP]"]
+
+
+@pytest.mark.parametrize(
+    ("passages", "message"),
+    [
+        (
+            (49, 5),
+            r"passages of 49 tokens, expected 5 \(2 special tokens, 2 of the prompt, one of text\) to 48 ",
+        ),
+        ((4, 1), "passages of 4 tokens, expected 5 "),
+        ((6, 0), "passages start every 0 tokens, expected 1 to their size, 6"),
+        ((6, 7), "passages start every 7 tokens, expected 1 to their size, 6"),
+        ((6,), r"passages is \(6,\), expected \(size, stride\), two whole numbers of tokens"),
+        (("6", "2"), "expected \\(size, stride\\)"),
+        ((6, True), "expected \\(size, stride\\)"),
+        ((6.0, 2), "expected \\(size, stride\\)"),
+        (6, "passages is 6, expected \\(size, stride\\)"),
+    ],
+)
+def test_passages_that_cannot_be_cut(tiny, passages, message):
+    tiny.prompts = {"document": "the: "}
+    for call in (
+        lambda: tiny.pack([LONG], role="document", passages=passages),
+        lambda: tiny.encode_passages([LONG], passages),
+        lambda: tiny.encode_passages([], passages),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_what_is_not_a_text(tiny):
+    for texts, message in (("abc", "texts is a str"), (["a", None], r"texts\[1\] is a NoneType")):
+        for prompt in ("", "the "):
+            with pytest.raises(ValueError, match=message):
+                tiny.tokenizer.windows(texts, size=8, stride=4, prompt=prompt)
+
+
+# Packing and encoding.
+
+
+def test_packed_windows_say_their_source(tiny):
+    packed = tiny.pack(["a", LONG], role="document", passages=(6, 4))
+    assert packed.source.tolist() == [0, 1, 1, 1]
+    assert packed.lengths().tolist() == [3, 6, 6, 4]
+    assert tiny.pack(["a"], role="document").source is None
+    # Some of them, in another order.
+    some = take(packed, torch.tensor([3, 1]))
+    assert some.source.tolist() == [1, 1]
+    assert words([some.input_ids.tolist()]) == ["[CLS] i j [SEP] [CLS] a b c d [SEP]"]
+    assert (some.cu_seqlens.tolist(), some.max_seqlen) == ([0, 4, 10], 6)
+    assert some.positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5]
+    assert concatenate(packed, packed).source is None
+    assert pack([[1]], source=[7]).source.tolist() == [7]
+
+
+def test_a_windows_vector_is_that_of_its_text(tiny):
+    vectors, source = tiny.encode_passages([LONG, "a b", ""], (6, 2))
+    texts = ["a b c d", "c d e f", "e f g h", "g h i j", "a b", ""]
+    np.testing.assert_allclose(vectors, tiny.encode(texts), atol=1e-6)
+    assert (vectors.dtype, source.dtype) == (np.float32, np.int64)
+    assert source.tolist() == [0, 0, 0, 0, 1, 2]
+    embedded = tiny.embed(tiny.pack([LONG, "a b", ""], role="document", passages=(6, 2)), role="document")
+    np.testing.assert_allclose(embedded.detach().numpy(), vectors, atol=1e-6)
+    short, _ = tiny.encode_passages([LONG, "a b", ""], (6, 2), dim=5)
+    np.testing.assert_allclose(short, tiny.encode(texts, dim=5), atol=1e-6)
+    for texts in ([], ["a"]):
+        vectors, source = tiny.encode_passages(texts, (6, 2))
+        assert (vectors.shape, source.tolist()) == ((len(texts), 32), [0] * len(texts))
+
+
+@pytest.mark.parametrize("include_prompt", [True, False])
+def test_windows_with_a_prompt(tiny, include_prompt):
+    tiny.prompts, tiny.include_prompt = {"document": "the: "}, include_prompt
+    vectors, _ = tiny.encode_passages([LONG], (8, 4))
+    expected = tiny.encode(["a b c d", "e f g h", "i j"])
+    np.testing.assert_allclose(vectors, expected, atol=1e-6)
+    # A query has no prompt, so its windows have more room: 6 of text.
+    assert tiny.encode_passages([LONG], (8, 4), role="query")[1].tolist() == [0, 0]
+    if not include_prompt:
+        # [CLS] the : and [SEP] leave a window of five for one token.
+        for call in (
+            lambda: tiny.pack([""], role="document", passages=(4, 1)),
+            lambda: tiny.encode_passages([], (4, 1)),
+        ):
+            with pytest.raises(ValueError, match="passages of 4 tokens, expected 5 "):
+                call()
+
+
+def test_slices_of_texts_change_nothing(tiny, monkeypatch):
+    expected, source = tiny.encode_passages(TEXTS, (8, 3))
+    monkeypatch.setattr(embedder_module, "CUT_TEXTS", 2)
+    monkeypatch.setattr(embedder_module, "CUT_WINDOWS", 5)
+    calls = []
+    cut = tiny.tokenizer.windows
+
+    def counted(texts, **options):
+        calls.append(len(texts))
+        return cut(texts, **options)
+
+    monkeypatch.setattr(tiny.tokenizer, "windows", counted)
+    found, rows = tiny.encode_passages(TEXTS, (8, 3), batch_tokens=20)
+    assert calls == [0, 2, 2, 2]  # none first, to check the size
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_array_equal(rows, source)
+    assert (np.diff(rows) >= 0).all()
+
+
+def test_inference_leaves_the_mode_as_it_was(tiny):
+    tiny.train()
+    first, second = (tiny.encode_passages([LONG], (6, 2))[0] for _ in range(2))
+    np.testing.assert_array_equal(first, second)  # no dropout
+    assert tiny.training
+
+
+def test_a_store_keeps_a_window_once_for_all_sizes(tiny, tiny_bert, tmp_path, monkeypatch):
+    expected = {passages: tiny.encode_passages(TEXTS, passages) for passages in ((8, 3), (6, 3), (8, 6))}
+    whole = tiny.encode(TEXTS)
+    stored = load_embedder(tiny_bert, device="cpu", store=tmp_path / "store")
+    for passages, (vectors, source) in expected.items():
+        found, rows = stored.encode_passages(TEXTS, passages)
+        np.testing.assert_allclose(found, vectors, atol=1e-6)
+        np.testing.assert_array_equal(rows, source)
+    assert stored.store.hits > 0  # (8, 6) asks for windows that (8, 3) had
+    np.testing.assert_allclose(stored.encode(TEXTS), whole, atol=1e-6)  # texts are not taken for windows
+    assert len(stored.store.names()) == 2
+    misses = stored.store.misses
+    monkeypatch.setattr(stored, "_embed", None)  # nothing is computed again
+    for passages, (vectors, _) in expected.items():
+        np.testing.assert_allclose(stored.encode_passages(TEXTS, passages, dim=4)[0].shape, (len(vectors), 4))
+    assert stored.store.misses == misses
+
+
+def test_a_text_of_digits_is_not_a_window(tiny_bert, tmp_path):
+    stored = load_embedder(tiny_bert, device="cpu", store=tmp_path)
+    (window,), _ = stored.tokenizer.windows(["a"], size=6, stride=4)
+    digits = " ".join(map(str, window))
+    before = stored.encode([digits])
+    (vector,), _ = stored.encode_passages(["a"], (6, 4))
+    assert np.abs(stored.encode([digits]) - vector).max() > 1e-3
+    np.testing.assert_array_equal(stored.encode([digits]), before)
+
+
+# Scores of documents.
+
+
+def test_aggregates_by_hand():
+    scores = np.array([[1.0, 4.0, 2.0, 5.0, -3.0, -1.0]], dtype=np.float32)  # windows of three documents: 3, 1, 2
+    starts = np.array([0, 3, 4])
+    for aggregate, expected in {
+        "max": [4, 5, -1],
+        "mean": [7 / 3, 5, -2],
+        "first": [1, 5, -3],
+        "sum_top_1": [4, 5, -1],
+        "sum_top_2": [4 + 2, 5, -1 - 3],
+        "sum_top_3": [7, 5, -4],
+    }.items():
+        found = aggregate_windows(scores, starts, aggregate)
+        np.testing.assert_allclose(found, [expected], rtol=1e-6, err_msg=aggregate)
+        assert found.dtype == np.float32
+
+
+@pytest.mark.parametrize("name", ["best", "sum_top_0", "sum_top_", "sum_top_x", "sum_top_-1", "MAX", ""])
+def test_unknown_aggregates(name):
+    for call in (lambda: PassageIndex(3, aggregate=name), lambda: aggregate_windows(np.ones((1, 1)), [0], name)):
+        with pytest.raises(ValueError, match=f"aggregate is '{name}', expected max, mean, first or sum_top_M"):
+            call()
+
+
+def naive(queries, vectors, source, aggregate, depth):
+    """A double loop over queries and documents, in float64; the whole order by (-score, row)."""
+    rows, scores = [], []
+    for query in queries.astype(np.float64):
+        found = []
+        for document in range(source[-1] + 1):
+            windows = [float(query @ v) for v, s in zip(vectors, source, strict=True) if s == document]
+            best = sorted(windows, reverse=True)
+            value = {"max": best[0], "mean": sum(windows) / len(windows), "first": windows[0]}
+            value |= {f"sum_top_{m}": sum(best[:m]) for m in (1, 3)}
+            found.append((-value[aggregate], document))
+        found.sort()
+        scores.append([-score for score, _ in found[:depth]])
+        rows.append([row for _, row in found[:depth]])
+    return np.array(scores), np.array(rows)
+
+
+def random_windows(seed, num_documents=40, num_queries=7, dim=4, most=6):
+    """Whole numbers, so that inner products are exact and ties many."""
+    rng = np.random.default_rng(seed)
+    source = np.repeat(np.arange(num_documents), rng.integers(1, most + 1, num_documents))
+    vectors = rng.integers(-2, 3, size=(len(source), dim)).astype(np.float32)
+    return rng.integers(-2, 3, size=(num_queries, dim)).astype(np.float32), vectors, source
+
+
+def filled(vectors, source, aggregate="max", cuts=()):
+    """An index to which the documents were added in parts, cut before the documents `cuts`."""
+    index = PassageIndex(vectors.shape[1], aggregate=aggregate)
+    edges = [0, *cuts, source[-1] + 1]
+    for first, last in itertools.pairwise(edges):
+        part = (source >= first) & (source < last)
+        index.add(vectors[part], source[part] - first)
+    return index
+
+
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+@pytest.mark.parametrize("depth", [1, 7, 39, 40, 100])
+@pytest.mark.parametrize("block", [1, 60, 1 << 24])
+def test_equals_a_double_loop(monkeypatch, aggregate, depth, block):
+    monkeypatch.setattr(passages_module, "BLOCK_SCORES", block)
+    monkeypatch.setattr(passages_module, "QUERY_BLOCK", 3)
+    queries, vectors, source = random_windows(depth)
+    index = filled(vectors, source, aggregate, cuts=(1, 17, 30))
+    assert (len(index), index.num_windows) == (40, len(source))
+    scores, rows = index.search(queries, depth)
+    assert (scores.dtype, rows.dtype) == (np.float32, np.int64)
+    expected_scores, expected_rows = naive(queries, vectors, source, aggregate, depth)
+    np.testing.assert_allclose(scores, expected_scores, rtol=1e-6)
+    if aggregate != "mean":  # a third is not exact, so a tie may not be one
+        np.testing.assert_array_equal(rows, expected_rows)
+
+
+def test_one_window_a_document_is_flat_search():
+    queries, vectors, _ = random_windows(3, num_documents=200)
+    flat = FlatIndex(4)
+    flat.add(vectors)
+    index = filled(vectors, np.arange(len(vectors)))
+    for found, expected in zip(index.search(queries, 50), flat.search(queries, 50), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+# Approximate search.
+
+
+def windows_index(vectors):
+    index = FlatIndex(vectors.shape[1])
+    index.add(vectors)
+    return index
+
+
+class Truncating:
+    """An exact index that knows of some windows alone, as an inverted file whose other lists are not probed."""
+
+    def __init__(self, vectors, known):
+        self.known, self.size, self.widths = np.asarray(known), len(vectors), []
+        self.index = windows_index(vectors[self.known])
+
+    def __len__(self):
+        return self.size
+
+    def search(self, queries, depth):
+        self.widths.append((len(queries), depth))
+        scores, rows = self.index.search(queries, depth)
+        missing = depth - rows.shape[1]
+        rows = np.pad(self.known[rows], ((0, 0), (0, missing)), constant_values=-1)
+        return np.pad(scores, ((0, 0), (0, missing)), constant_values=-np.inf), rows
+
+
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+@pytest.mark.parametrize("depth", [40, 100])
+def test_candidates_that_hold_everything_give_the_exact_result(aggregate, depth):
+    queries, vectors, source = random_windows(5)
+    index = filled(vectors, source, aggregate, cuts=(9, 10))
+    for found, expected in zip(
+        index.search(queries, depth, candidates=windows_index(vectors)), index.search(queries, depth), strict=True
+    ):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_many_windows_of_one_document_on_top_widen_the_search():
+    """The 100 best windows are document 0's: 2 documents are found at a width of 128 (4, 8, ..., 64, then 128)."""
+    vectors = np.array([[200.0 - i] for i in range(100)] + [[50.0], [40.0], [30.0]] + [[-1.0]] * 60, dtype=np.float32)
+    source = np.concatenate([np.zeros(100, dtype=int), [1, 2, 3], np.arange(4, 64)])
+    index = filled(vectors, source, cuts=(2,))
+    candidates = Truncating(vectors, np.arange(len(vectors)))
+    # The second query is content at once: its best windows are all of different documents.
+    scores, rows = index.search(np.array([[1.0], [-1.0]]), 2, candidates=candidates)
+    assert candidates.widths == [(2, 4), *((1, width) for width in (8, 16, 32, 64, 128))]
+    np.testing.assert_array_equal(rows, [[0, 1], [4, 5]])
+    np.testing.assert_array_equal(scores, [[200, 50], [1, 1]])
+    np.testing.assert_array_equal(rows, index.search(np.array([[1.0], [-1.0]]), 2)[1])
+
+
+def test_all_windows_of_a_found_document_count():
+    """The candidates know one window of each, not the best: the score is the document's all the same."""
+    vectors = np.array([[1.0], [9.0], [2.0], [3.0], [8.0]], dtype=np.float32)
+    source = np.array([0, 0, 1, 2, 2])
+    candidates = Truncating(vectors, [0, 2])
+    index = filled(vectors, source)
+    scores, rows = index.search(np.array([[1.0]]), 3, candidates=candidates)
+    np.testing.assert_array_equal(rows, [[0, 1, -1]])  # document 2 is not to be found
+    np.testing.assert_array_equal(scores, [[9, 2, -np.inf]])
+    assert candidates.widths == [(1, 5)]  # all there is
+    scores, rows = filled(vectors, source, "sum_top_2").search(np.array([[1.0]]), 1, candidates=candidates)
+    np.testing.assert_array_equal((scores, rows), ([[10]], [[0]]))
+
+
+def test_an_index_that_gives_no_more_ends_the_search():
+    queries, vectors, source = random_windows(2)
+    candidates = Truncating(vectors, np.flatnonzero(source < 3))
+    scores, rows = filled(vectors, source).search(queries, 10, candidates=candidates)
+    assert ((rows >= 0).sum(axis=1) == 3).all()
+    assert np.isneginf(scores[:, 3:]).all()
+    assert candidates.widths == [(7, 20)]
+
+
+def test_misuse():
+    index = PassageIndex(3)
+    with pytest.raises(ValueError, match="empty index"):
+        index.search(np.zeros((1, 3)), 1)
+    index.add(np.zeros((0, 3)), np.zeros(0))
+    assert len(index) == index.num_windows == 0
+    with pytest.raises(ValueError, match=r"shape \(2, 4\), expected \[N, 3\]"):
+        index.add(np.zeros((2, 4)), [0, 1])
+    with pytest.raises(ValueError, match=r"2 windows, the documents of \(3,\) are told"):
+        index.add(np.zeros((2, 3)), [0, 1, 2])
+    for source in ([1, 2], [0, 2], [1, 0], [0, -1]):
+        with pytest.raises(ValueError, match="numbered from 0, rising, with none left out"):
+            index.add(np.zeros((2, 3)), source)
+    index.add(np.zeros((3, 3)), [0, 1, 1])
+    bad = np.zeros((2, 3))
+    bad[1, 2] = np.nan
+    with pytest.raises(ValueError, match="the embedding of a window of document 2 has values that are not finite"):
+        index.add(bad, [0, 0])
+    with pytest.raises(ValueError, match="the embedding of row 1 has values"):
+        index.search(bad, 1)
+    with pytest.raises(ValueError, match="depth must be at least 1, not 0"):
+        index.search(np.zeros((1, 3)), 0)
+    with pytest.raises(ValueError, match=r"shape \(3,\), expected \[N, 3\]"):
+        index.search(np.zeros(3), 1)
+    with pytest.raises(ValueError, match="candidates are from 2 windows, there are 3"):
+        index.search(np.zeros((1, 3)), 1, candidates=windows_index(np.zeros((2, 3), dtype=np.float32)))
+    assert (len(index), index.num_windows) == (2, 3)
+    assert index.search(np.empty((0, 3)), 2)[1].shape == (0, 2)
+
+
+# Evaluation.
+
+
+def long_dataset(**changes) -> RetrievalDataset:
+    """What a question asks for is at the end of its document, beyond the first 6 tokens."""
+    fields = {
+        "queries": {"q1": "revenue order limit", "q2": "hello world fee", "q3": "x y z"},
+        "corpus": {
+            "d2": "the of the of the of hello world fee hello",
+            "d1": "the of the of the of revenue order limit",
+            "d3": "x y z",
+        },
+        "qrels": {"q1": {"d1": 1}, "q2": {"d2": 1}, "q3": {"d3": 1}},
+    }
+    return RetrievalDataset(**(fields | changes))
+
+
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+def test_evaluate_over_passages(tiny, monkeypatch, aggregate):
+    dataset = long_dataset()
+    monkeypatch.setattr(evaluate_module, "PASSAGES_SLICE", 2)
+    report = evaluate(tiny, dataset, passages=(6, 3), aggregate=aggregate, ks=(1,))
+    assert (report.setting["passages"], report.setting["aggregate"]) == ([6, 3], aggregate)
+    # 10, 9 and 3 tokens of text in windows of 4 of it, one every 3: 3, 3 and 1 windows, 7 for 3 documents.
+    assert report.costs["windows_per_document"] == pytest.approx(7 / 3)
+    assert report.costs["bytes_per_document"] == pytest.approx(32 * 4 * 7 / 3)
+    vectors, source = tiny.encode_passages([dataset.corpus[i] for i in ("d1", "d2", "d3")], (6, 3))
+    queries = tiny.encode(list(dataset.queries.values()), role="query")
+    scores, rows = naive(queries, vectors, source, aggregate, 3)
+    assert report.run.document_ids == ["d1", "d2", "d3"]
+    np.testing.assert_array_equal(report.run.indices, rows)
+    np.testing.assert_allclose(report.run.scores, scores, atol=1e-5)
+
+
+def test_texts_that_fit_are_evaluated_as_ever(tiny):
+    dataset = long_dataset()
+    whole, cut = evaluate(tiny, dataset), evaluate(tiny, dataset, passages=(48, 40))
+    assert cut.metrics == whole.metrics
+    np.testing.assert_allclose(cut.run.scores, whole.run.scores, atol=1e-6)
+    assert "passages" not in whole.setting
+    assert "windows_per_document" not in whole.costs
+    assert cut.costs["bytes_per_document"] == whole.costs["bytes_per_document"] == 128
+
+
+def test_the_title_is_part_of_the_text(tiny):
+    with_title = long_dataset(corpus={"d": "c d e f"}, qrels={"q1": {"d": 1}}, titles={"d": "a b"})
+    report = evaluate(tiny, with_title, passages=(5, 3))
+    assert report.costs["windows_per_document"] == 2  # "a b c" and "d e f"
+    texts = ["a b c", "d e f"]
+    best = (tiny.encode(["revenue order limit"]) @ tiny.encode(texts).T).max()
+    assert report.run.scores[0, 0] == pytest.approx(best, abs=1e-5)
+
+
+def test_documents_of_equal_best_windows_are_ordered_by_id(tiny):
+    corpus = {"b": "a b c d x y", "c": "x y a b c d", "a": "a b c d x y"}
+    dataset = long_dataset(queries={"q": "a b c d"}, corpus=corpus, qrels={"q": {"a": 1}})
+    report = evaluate(tiny, dataset, passages=(6, 2))
+    assert [report.run.document_ids[i] for i in report.run.indices[0]] == ["a", "b", "c"]
+
+
+def test_an_adapter_and_a_store(tiny_bert, tmp_path):
+    reports = []
+    for store in (None, tmp_path / "store"):
+        embedder = load_embedder(tiny_bert, device="cpu", store=store)
+        adapter_map = Linear(32)
+        adapter_map.weight.data += torch.randn(32, 32, generator=torch.Generator().manual_seed(0)) * 0.2
+        embedder.attach(Adapter(document=adapter_map, base=embedder.base()))
+        reports.append(evaluate(embedder, long_dataset(), passages=(6, 3), dim=5))
+    np.testing.assert_allclose(reports[0].run.scores, reports[1].run.scores, atol=1e-6)
+    plain = evaluate(load_embedder(tiny_bert, device="cpu"), long_dataset(), passages=(6, 3), dim=5)
+    assert np.abs(plain.run.scores - reports[0].run.scores).max() > 1e-3
+
+
+def test_passages_of_an_embedder_without(tiny):
+    class Plain:
+        similarity = "cosine"
+
+        def encode(self, texts, *, role, dim):
+            return np.ones((len(texts), 2), dtype=np.float32)
+
+    with pytest.raises(ValueError, match=r"passages is \(6, 3\): Plain cannot cut documents into windows"):
+        evaluate(Plain(), long_dataset(), passages=(6, 3))
+    with pytest.raises(ValueError, match="aggregate is 'best'"):
+        evaluate(tiny, long_dataset(), passages=(6, 3), aggregate="best")
+
+
+def test_a_window_that_is_not_finite_names_its_document(tiny, monkeypatch):
+    monkeypatch.setattr(evaluate_module, "PASSAGES_SLICE", 1)
+    monkeypatch.setattr(
+        type(tiny),
+        "encode_passages",
+        lambda self, texts, *_, **__: (np.full((2, 32), np.nan if "fee" in texts[0] else 1.0), [0, 0]),
+    )
+    with pytest.raises(ValueError, match="a window of document 'd2' has values that are not finite"):
+        evaluate(tiny, long_dataset(), passages=(6, 3))
