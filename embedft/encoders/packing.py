@@ -95,7 +95,7 @@ def concatenate(first: Packed, second: Packed) -> Packed:
 
 
 def take(packed: Packed, sequences_N: Tensor) -> Packed:
-    """The sequences numbered in `sequences_N`, [N] int64 with at least one, in that order."""
+    """The sequences numbered in `sequences_N`, [N] int64, in that order."""
     lengths = packed.lengths()[sequences_N]
     cu_seqlens = F.pad(lengths.cumsum(0), (1, 0))
     # Token t of the new batch: its sequence's old start, plus how far it is behind its new one.
@@ -105,7 +105,7 @@ def take(packed: Packed, sequences_N: Tensor) -> Packed:
         packed.input_ids[tokens],
         packed.positions[tokens],
         cu_seqlens.to(torch.int32),
-        int(lengths.max()),
+        int(lengths.max()) if len(lengths) else 0,
         None if packed.token_types is None else packed.token_types[tokens],
         None if packed.prompt_lengths is None else packed.prompt_lengths[sequences_N],
         None if packed.source is None else packed.source[sequences_N],

@@ -61,6 +61,7 @@ def process_group() -> Iterator[None]:
     dist.init_process_group(timeout=TIMEOUT)
     try:
         yield
+        dist.barrier()  # none leaves while another still sends
     finally:
         dist.destroy_process_group()
 
