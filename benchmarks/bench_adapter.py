@@ -103,7 +103,12 @@ class LargeCorpus:
         watcher = threading.Thread(target=watch)
         watcher.start()
         start = time.perf_counter()
-        fit_adapter(self.queries_QD, self.documents_ND, self.qrels, dataclasses.replace(AdapterConfig(), epochs=STEPS))
+        fit_adapter(
+            self.queries_QD,
+            self.documents_ND,
+            self.qrels,
+            dataclasses.replace(AdapterConfig(), epochs=STEPS, batch_size=QUERIES),
+        )
         seconds = time.perf_counter() - start
         done.set()
         watcher.join()
@@ -152,7 +157,7 @@ def main(options: argparse.Namespace) -> None:
         print(format_table(["published configuration, 4 epochs", "seconds", "loop / this"], rows))
         fits = [worker.call("full_corpus") for _ in range(options.rounds)]
         worker.close()
-        print(f"\nfull-corpus fit, {AdapterConfig().epochs} steps on 668 x 334: {spread(fits)} s")
+        print(f"\nfull-corpus fit, {AdapterConfig().epochs} epochs on 668 x 334: {spread(fits)} s")
         if options.corpus:
             path = Path(place) / "corpus.f32"
             write_corpus(path, options.corpus)

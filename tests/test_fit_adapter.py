@@ -30,7 +30,9 @@ def problem(num_queries=24, num_documents=12, dim=6, *, seed=0, dtype=np.float32
     return Q.astype(dtype), D, {i: {i % num_documents: 1} for i in range(num_queries)}
 
 
-PLAIN = AdapterConfig(held_out=0, epochs=20, toward_identity=0, schedule="constant", lr=0.01)
+PLAIN = AdapterConfig(
+    bias=True, batch_size=None, held_out=0, epochs=20, toward_identity=0, schedule="constant", lr=0.01
+)
 
 
 # The softmax over a corpus.
