@@ -85,6 +85,15 @@ def test_evaluate_with_options(place, capsys):
     assert json.loads(capsys.readouterr().out) == report.metrics
 
 
+def test_evaluate_in_windows(place, capsys):
+    report = evaluate(make_embedder(place / "model"), make_dataset(), passages=(6, 2))
+    assert main(["evaluate", "model", "pairs.json", "--passages", "6", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == report.metrics
+    assert report.metrics != evaluate(make_embedder(place / "model"), make_dataset()).metrics
+    assert main(["evaluate", "model", "pairs.json", "--passages", "6", "8"]) == 2
+    assert "passages start every 8 tokens, expected 1 to their size, 6" in capsys.readouterr().err
+
+
 def test_finetune(place, capsys):
     options = ["--validation", "pairs.json", "--epochs", "1", "--batch_size", "4", "--loss.temperature=0.1", "--quiet"]
     assert main(["finetune", "--num_negatives", "1", "model", "pairs.jsonl", "--out", "run", *options]) == 0

@@ -197,6 +197,13 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     _add_encoding(parser)
     _add_store(parser)
     parser.add_argument("--adapter", metavar="DIR", help="have vectors go through the adapter in DIR")
+    parser.add_argument(
+        "--passages",
+        type=int,
+        nargs=2,
+        metavar=("SIZE", "STRIDE"),
+        help="cut documents into windows of SIZE tokens, one every STRIDE; the best one counts [whole]",
+    )
     parser.add_argument("--ks", type=int, nargs="+", default=[1, 3, 5, 10], metavar="K", help="cutoffs [1 3 5 10]")
     parser.add_argument("--depth", type=int, default=100, metavar="K", help="documents retrieved a question [100]")
     parser.add_argument("--gain", choices=("binary", "graded"), default="binary", help="of nDCG [binary]")
@@ -214,7 +221,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.out:
         check_trec_ids([*dataset.queries, *dataset.corpus])
     embedder = _load_encoding(options, adapter=options.adapter)
-    report = evaluate(embedder, dataset, dim=options.dim, ks=options.ks, depth=options.depth, gain=options.gain)
+    passages = None if options.passages is None else tuple(options.passages)
+    cutoffs = {"ks": options.ks, "depth": options.depth, "gain": options.gain}
+    report = evaluate(embedder, dataset, dim=options.dim, passages=passages, **cutoffs)
     if options.out:
         report.save(options.out)
     _print_store(embedder)
