@@ -173,7 +173,12 @@ def finetune(
 
     evaluation = None if validation is None else validate
     loss = _build_loss(config)
-    train(embedder, batches, loss, config, out=out, references=references, evaluate=evaluation)
+    # The vectors of weights on their way are asked for once: they are not kept.
+    store, embedder.store = embedder.store, None
+    try:
+        train(embedder, batches, loss, config, out=out, references=references, evaluate=evaluation)
+    finally:
+        embedder.store = store
 
     def close() -> None:
         embedder.save(out / runs.MODEL)

@@ -514,6 +514,14 @@ def test_the_settings_of_batches_reach_them(tmp_path, monkeypatch):
             FinetuneConfig(**{name: value})
 
 
+def test_a_store_keeps_no_vectors_of_weights_on_their_way(tmp_path):
+    embedder = make_embedder(tmp_path / "base", store=tmp_path / "store")
+    store = embedder.store
+    finetune(embedder, make_dataset(), CONFIG, validation=make_dataset(seed=1), out=tmp_path / "run")
+    assert embedder.store is store
+    assert len(store.names()) == 1  # the last report's
+
+
 @pytest.mark.parametrize("mixed", [False, True])
 def test_several_datasets(tmp_path, mixed):
     """As by hand with a Mixture; the ids, the references and the log know where a query is from."""
