@@ -96,56 +96,58 @@ class SentenceTransformers(Ours):
 CONTESTANTS = {"embedft": Ours, "sentence-transformers": SentenceTransformers}
 
 
-def time_rows(folder: str, sizes: list[int], rounds: int) -> list[list[str]]:
-    """A row a batch size: milliseconds a pair of either, their ratio, and ours over ours at the smallest size."""
-    workers = {name: Worker(make, folder) for name, make in CONTESTANTS.items()}
+def time_rows(folder: str, sizes: list[int], rounds: int, names: list[str]) -> list[list[str]]:
+    """A row a batch size: milliseconds a pair of ours, over those at the smallest size; of the peer, over ours."""
+    workers = {name: Worker(CONTESTANTS[name], folder) for name in names}
     for worker in workers.values():
         worker.call("prepare", sizes[0])
     outcomes = {name: worker.call("outcome") for name, worker in workers.items()}
-    for what, (ours, theirs) in zip(("losses", "gradient lengths"), zip(*outcomes.values(), strict=True), strict=True):
-        if not abs(ours - theirs) <= TOLERANCE * max(1, abs(theirs)):
-            raise ValueError(f"the first {what} are {ours} and {theirs}, expected a difference of {TOLERANCE:.0e}")
+    for what, (ours, *peer) in zip(("losses", "gradient lengths"), zip(*outcomes.values(), strict=True), strict=True):
+        for theirs in peer:
+            if not abs(ours - theirs) <= TOLERANCE * max(1, abs(theirs)):
+                raise ValueError(f"the first {what} are {ours} and {theirs}, expected a difference of {TOLERANCE:.0e}")
     rows, first = [], None
     for size in sizes:
         for worker in workers.values():
             worker.call("prepare", size)
         seconds = alternate(workers, "step", rounds=rounds)
-        ours, theirs = ([1_000 * s / size for s in seconds[name]] for name in CONTESTANTS)
+        ours, *peer = ([1_000 * s / size for s in seconds[name]] for name in names)
         first = first or sorted(ours)[len(ours) // 2]
-        rows.append(
-            [f"{size:,}", spread(ours), spread(theirs), spread(ratios(theirs, ours)), spread([x / first for x in ours])]
-        )
+        against = [cell for theirs in peer for cell in (spread(theirs), spread(ratios(theirs, ours)))]
+        rows.append([f"{size:,}", spread(ours), spread([x / first for x in ours]), *against])
     for worker in workers.values():
         worker.close()
     return rows
 
 
-def memory_rows(folder: str, sizes: list[int]) -> list[list[str]]:
+def memory_rows(folder: str, sizes: list[int], names: list[str]) -> list[list[str]]:
     """A row a batch size: peak memory of a step in a fresh process, less the vectors Q and D once; over the first's."""
     rows, first, width = [], {}, load_embedder(folder, device="cpu").full_dim
     for size in sizes:
         vectors, found = 2 * size * width * 4, {}
-        for name, make in CONTESTANTS.items():
-            worker = Worker(make, folder)
+        for name in names:
+            worker = Worker(CONTESTANTS[name], folder)
             worker.call("prepare", size)
             worker.call("step")
             found[name] = worker.peak_bytes - vectors
             worker.close()
         first = first or found
-        cells = [f"{found[name] / 2**20:,.0f} ({found[name] / first[name]:.2f})" for name in CONTESTANTS]
+        cells = [f"{found[name] / 2**20:,.0f} ({found[name] / first[name]:.2f})" for name in names]
         rows.append([f"{size:,}", f"{vectors / 2**20:,.0f}", *cells])
     return rows
 
 
 def main(options: argparse.Namespace) -> None:
     folder = str(load_embedder(options.base, device="cpu").source.folder)
+    names = ["embedft"] if options.alone else list(CONTESTANTS)
     if options.sizes:
-        header = ["batch", "embedft, ms a pair", "sentence-transformers", "peer / embedft", "over the smallest"]
-        print(format_table(header, time_rows(folder, sorted(options.sizes), options.rounds)))
+        header = ["batch", "embedft, ms a pair", "over the smallest"]
+        header += [] if options.alone else ["sentence-transformers", "peer / embedft"]
+        print(format_table(header, time_rows(folder, sorted(options.sizes), options.rounds, names)))
         print(f"\nmedian [least, most] of {options.rounds} steps in turn\n")
     if options.memory:
         header = ["batch", "Q and D, MiB", "embedft, MiB besides", "sentence-transformers"]
-        print(format_table(header, memory_rows(folder, sorted(options.memory))))
+        print(format_table(header[: 2 + len(names)], memory_rows(folder, sorted(options.memory), names)))
         print("\npeak memory of one step, and over that of the smallest batch\n")
     print(f"{options.base}, texts of {TEXT_TOKENS} tokens, mini-batches of {MINI_BATCH_TOKENS:,}, float32;")
     print(machine())
@@ -156,4 +158,5 @@ if __name__ == "__main__":
     parser.add_argument("--sizes", type=int, nargs="*", default=[64, 512, 2048], metavar="N", help="pairs, for time")
     parser.add_argument("--rounds", type=int, default=5, help="counted steps of each [5]")
     parser.add_argument("--memory", type=int, nargs="*", default=[512], metavar="N", help="pairs, for memory [512]")
+    parser.add_argument("--alone", action="store_true", help="embedft without the peer")
     run(main, parser)

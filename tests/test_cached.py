@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from tiny import make_dataset, make_embedder
 from torch import nn
 
-from embedft import LOSSES, Targets, build_loss
+from embedft import LOSSES, Targets, build_loss, device
 from embedft.data.batches import Batches
 from embedft.encoders.packing import pack
 from embedft.losses.contrastive import in_batch_negatives
@@ -419,6 +419,14 @@ def test_activations_of_one_mini_batch_at_a_time(embedder):
         return most
 
     assert most_kept(4) <= 1.01 * most_kept(1)
+
+
+def test_memory_is_given_back_after_every_mini_batch(embedder, monkeypatch):
+    released = []
+    monkeypatch.setattr(device, "release_memory", released.append)
+    batch = make_batch(embedder)
+    cached(embedder, batch, batch.targets, in_batch_negatives, mini_batch_tokens=20)
+    assert len(released) == sum(len(mini_batches(packed, 20)[0]) for packed in batch[:2]) > 2
 
 
 def test_options_of_the_table_are_those_of_losses():

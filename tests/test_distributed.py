@@ -29,7 +29,7 @@ from embedft.files import read_json
 from embedft.losses.contrastive import in_batch_negatives
 from embedft.training import distributed
 from embedft.training.cached import mini_batches
-from embedft.training.distributed import OtherRankError, Share, gather, rank_and_size, select
+from embedft.training.distributed import OtherRankError, Share, gather, rank_and_size
 from embedft.training.references import FrozenEmbeddings
 from embedft.training.train import NonFiniteError, TrainConfig, _backward, train
 
@@ -47,19 +47,6 @@ def token_ids(packed) -> list[list[int]]:
 
 
 # By hand.
-
-
-def test_select():
-    packed = pack([[5], [6, 7, 8], [9, 10]], prompt_length=1)._replace(token_types=torch.tensor([0, 1, 2, 3, 4, 5]))
-    kept = select(packed, torch.tensor([False, True, True]))
-    assert token_ids(kept) == [[6, 7, 8], [9, 10]]
-    assert (kept.positions.tolist(), kept.cu_seqlens.tolist(), kept.max_seqlen) == ([0, 1, 2, 0, 1], [0, 3, 5], 3)
-    assert (kept.token_types.tolist(), kept.prompt_lengths.tolist()) == ([1, 2, 3, 4, 5], [1, 1])
-    assert kept.cu_seqlens.dtype is torch.int32
-    assert select(packed, torch.tensor([True, False, True])).max_seqlen == 2
-    bare = select(pack([[5], [6, 7]]), torch.tensor([False, False]))
-    assert (bare.num_sequences, bare.max_seqlen, len(bare.input_ids)) == (0, 0, 0)
-    assert bare.token_types is bare.prompt_lengths is None
 
 
 def two_shares():
@@ -497,18 +484,22 @@ def test_finetune_refuses_on_all_ranks(tmp_path):
 # The command line.
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+def free_ports(count: int) -> list[int]:
+    """Different ones: a rank that is ahead must not join the meeting of a command that another is still leaving."""
+    with contextlib.ExitStack() as stack:
+        listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for listener in listeners:
+            listener.bind(("127.0.0.1", 0))
+        return [listener.getsockname()[1] for listener in listeners]
 
 
-def call_commands(folder: Path, port: int, commands: list[list[str]]) -> list[tuple]:
+def call_commands(folder: Path, ports: list[int], commands: list[list[str]]) -> list[tuple]:
     """(exit code, stdout, stderr) of each, in a process that looks like one of torchrun's."""
     os.chdir(folder)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), EMBEDFT_PROGRESS="0")
+    os.environ.update(MASTER_ADDR="127.0.0.1", EMBEDFT_PROGRESS="0")
     found = []
-    for command in commands:
+    for port, command in zip(ports, commands, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
@@ -539,7 +530,7 @@ def test_the_command_line(tmp_path):
     good = [*FINETUNE, "--out", "run", "--validation", "pairs.json", "--resume"]
     gap = ["finetune", "model", "gap.csv", "--out", "gap", "--epochs", "1", "--skip-empty"]
     every = [*commands.values(), good, gap]
-    first, second = run_ranks(2, call_commands, tmp_path, free_port(), every, folder=tmp_path, grouped=False)
+    first, second = run_ranks(2, call_commands, tmp_path, free_ports(len(every)), every, folder=tmp_path, grouped=False)
     for (code, out, err), other in zip(first[:4], second[:4], strict=True):
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert err.startswith("embedft finetune: error: ")

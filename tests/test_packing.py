@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from embedft.device import has_packed_attention
-from embedft.encoders.packing import Packed, Sequences, attention, concatenate, group_sequences, pack, sort_by_length
+from embedft.encoders.packing import (
+    Packed,
+    Sequences,
+    attention,
+    concatenate,
+    group_sequences,
+    pack,
+    sort_by_length,
+    take,
+)
 
 H, K = 3, 4
 
@@ -246,3 +255,17 @@ def test_the_packed_kernel_agrees(dtype):
     torch.testing.assert_close(
         found.float().cpu(), naive_attention(qkv.float().cpu(), [20, 9, 2, 1]), rtol=0, atol=0.02
     )
+
+
+def test_take():
+    packed = pack([[5], [6, 7, 8], [9, 10]], prompt_length=1)
+    packed = packed._replace(token_types=torch.tensor([0, 1, 2, 3, 4, 5]), source=torch.tensor([0, 0, 1]))
+    taken = take(packed, torch.tensor([2, 1]))
+    assert taken.input_ids.tolist() == [9, 10, 6, 7, 8]
+    assert (taken.positions.tolist(), taken.cu_seqlens.tolist(), taken.max_seqlen) == ([0, 1, 0, 1, 2], [0, 2, 5], 3)
+    assert (taken.token_types.tolist(), taken.prompt_lengths.tolist()) == ([4, 5, 1, 2, 3], [1, 1])
+    assert taken.source.tolist() == [1, 0]
+    assert taken.cu_seqlens.dtype is torch.int32
+    nothing = take(pack([[5], [6, 7]]), torch.tensor([], dtype=torch.int64))
+    assert (nothing.num_sequences, nothing.max_seqlen, len(nothing.input_ids)) == (0, 0, 0)
+    assert nothing.token_types is nothing.prompt_lengths is nothing.source is None

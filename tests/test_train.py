@@ -551,23 +551,16 @@ def test_learns_in_mini_batches(tmp_path, precision):
     assert losses[-1] < 0.1 * losses[0]
 
 
-@pytest.mark.parametrize(("accumulate", "tokens", "passes"), [(1, None, 16), (3, None, 16), (1, 30, 40)])
-def test_memory_is_given_back_every_eight_passes(tmp_path, monkeypatch, accumulate, tokens, passes):
-    """Not every eight steps: a step of many batches, or of a batch in parts, frees as often."""
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_memory_is_given_back_every_second_batch(tmp_path, monkeypatch, accumulate):
+    """Not every second step: a step of many batches frees as often."""
     embedder = make_embedder(tmp_path / "base")
     batches = make_batches(embedder)
-    config = dataclasses.replace(CONFIG, epochs=4, accumulate=accumulate, mini_batch_tokens=tokens)
     released = []
     monkeypatch.setattr(train_module.devices, "release_memory", released.append)
-    train(embedder, batches, in_batch_negatives, config)
-    counted, expected = 0, 0
-    for batch in (batch for epoch in range(4) for batch in batches.epoch(epoch)):
-        num_tokens = len(batch.queries.input_ids) + len(batch.documents.input_ids)
-        counted += math.ceil(num_tokens / tokens) if tokens else 1
-        if counted >= 8:
-            counted, expected = 0, expected + 1
-    assert len(released) == expected
-    assert expected >= passes // 8 - 1
+    train(embedder, batches, in_batch_negatives, dataclasses.replace(CONFIG, epochs=4, accumulate=accumulate))
+    assert len(released) == 4 * len(batches) // 2
+    assert len(batches) > 2
 
 
 # References.

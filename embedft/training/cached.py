@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import device as devices
 from ..encoders.embedder import Embedder
-from ..encoders.packing import Packed, sort_by_length
+from ..encoders.packing import Packed, sort_by_length, take
 from ..losses.registry import Loss
 from ..losses.targets import Targets
 
@@ -90,6 +90,7 @@ def cached_backward(
         for part, state, gradient_ND in zip(parts, states, of_parts, strict=True):
             devices.set_random_state(state, device)
             embed(part, role).backward(gradient_ND)
+            devices.release_memory(device)
     devices.set_random_state(after, device)
     return value.detach()
 
@@ -113,20 +114,6 @@ def mini_batches(packed: Packed, max_tokens: int) -> tuple[list[Packed], Tensor]
     parts, first = [], 0
     for last in range(1, len(ends)):
         if last + 1 == len(ends) or ends[last + 1] - ends[first] > max_tokens:
-            parts.append(_slice(in_order, first, last, ends))
+            parts.append(take(in_order, torch.arange(first, last, device=place_B.device)))
             first = last
     return parts, place_B
-
-
-def _slice(packed: Packed, first: int, last: int, ends: list[int]) -> Packed:
-    """Sequences `first` to `last` (exclusive) of a batch whose longest come first."""
-    tokens, sequences = slice(ends[first], ends[last]), slice(first, last)
-    return Packed(
-        input_ids=packed.input_ids[tokens],
-        positions=packed.positions[tokens],
-        cu_seqlens=packed.cu_seqlens[first : last + 1] - ends[first],
-        max_seqlen=ends[first + 1] - ends[first],
-        token_types=None if packed.token_types is None else packed.token_types[tokens],
-        prompt_lengths=None if packed.prompt_lengths is None else packed.prompt_lengths[sequences],
-        source=None if packed.source is None else packed.source[sequences],
-    )

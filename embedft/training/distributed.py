@@ -31,12 +31,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
 
 from .. import device as devices
-from ..encoders.packing import Packed, sort_by_length
+from ..encoders.packing import Packed, sort_by_length, take
 
 TIMEOUT = datetime.timedelta(hours=2)
 # Elements that are summed over ranks in one call: 64 MiB of float32.
@@ -106,7 +105,7 @@ class Share(NamedTuple):
         parts, orders = [], []
         for packed in (queries, documents):
             in_order, place_B = sort_by_length(packed)
-            parts.append(select(in_order, torch.arange(packed.num_sequences) % size == rank))
+            parts.append(take(in_order, torch.arange(packed.num_sequences)[rank::size]))
             orders.append(place_B.argsort())
         return cls(*parts, *orders)
 
@@ -115,20 +114,6 @@ class Share(NamedTuple):
         if self.query_order is None:
             return Q, D
         return gather(Q, self.query_order), gather(D, self.document_order)
-
-
-def select(packed: Packed, keep_B: Tensor) -> Packed:
-    """The sequences where `keep_B` [B] bool is true, in their order; there may be none."""
-    lengths = packed.lengths()
-    keep_T, kept_lengths = keep_B.repeat_interleave(lengths), lengths[keep_B]
-    return Packed(
-        input_ids=packed.input_ids[keep_T],
-        positions=packed.positions[keep_T],
-        cu_seqlens=F.pad(kept_lengths.cumsum(0), (1, 0)).to(torch.int32),
-        max_seqlen=max(kept_lengths.tolist(), default=0),
-        token_types=None if packed.token_types is None else packed.token_types[keep_T],
-        prompt_lengths=None if packed.prompt_lengths is None else packed.prompt_lengths[keep_B],
-    )
 
 
 def gather(own_ND: Tensor, order_B: Tensor) -> Tensor:
