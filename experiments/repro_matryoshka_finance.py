@@ -57,7 +57,8 @@ def main(options: argparse.Namespace) -> None:
     dataset, num_rows = read_rows(find_data("finance_qa", options.data) / "Financial-QA-10k.csv")
     embedder = load_embedder(options.base)
     dims = matryoshka_dims(embedder.full_dim)
-    base = measure(embedder, split_rows(dataset, num_rows, keep_back=False).test, dims)
+    known: dict[tuple[str, str], dict[int, float]] = {}
+    base = measure(embedder, split_rows(dataset, num_rows, keep_back=False).test, dims, known)
     print(format_dims({"base": [base]}, dims), flush=True)
     if options.base_only:
         return
@@ -67,7 +68,9 @@ def main(options: argparse.Namespace) -> None:
         for pick in options.pick:
             split = split_rows(dataset, num_rows, keep_back=pick == "held-out")
             columns[f"{batch}, picked on {pick}"] = [
-                finetune_seed(options, split, dims, seed, out / f"{batch}-{pick}-s{seed}", batch=batch, pick=pick)
+                finetune_seed(
+                    options, split, dims, seed, out / f"{batch}-{pick}-s{seed}", known, batch=batch, pick=pick
+                )
                 for seed in options.seeds
             ]
     print(f"\n{format_dims(columns, dims)}")
@@ -162,10 +165,15 @@ class EncodedOnce:
         return (F.normalize(vectors, dim=1) if self.embedder.normalize else vectors.contiguous()).numpy()
 
 
-def measure(embedder: Embedder, dataset: RetrievalDataset, dims: Sequence[int]) -> dict[int, float]:
-    """nDCG@10 by dimension, in one encoding."""
-    encoded = EncodedOnce(embedder)
-    return {dim: evaluate(encoded, dataset, dim=dim).metrics[METRIC] for dim in dims}
+def measure(
+    embedder: Embedder, dataset: RetrievalDataset, dims: Sequence[int], known: dict[tuple[str, str], dict[int, float]]
+) -> dict[int, float]:
+    """nDCG@10 by dimension, in one encoding; `known` keeps it by weights and data, and nothing is measured twice."""
+    key = embedder.sha256(), dataset.sha256()
+    if key not in known:
+        encoded = EncodedOnce(embedder)
+        known[key] = {dim: evaluate(encoded, dataset, dim=dim).metrics[METRIC] for dim in dims}
+    return known[key]
 
 
 # Training.
@@ -177,6 +185,7 @@ def finetune_seed(
     dims: Sequence[int],
     seed: int,
     out: Path,
+    known: dict[tuple[str, str], dict[int, float]],
     *,
     batch: str,
     pick: str,
@@ -206,11 +215,11 @@ def finetune_seed(
     open_run(out, settings, hashes=hashes, device=embedder.device, existing="resume")
 
     def validate(embedder: Embedder) -> dict[str, float]:
-        return {f"{METRIC} at {dim}": value for dim, value in measure(embedder, split.held_out, dims).items()}
+        return {f"{METRIC} at {dim}": value for dim, value in measure(embedder, split.held_out, dims, known).items()}
 
     train(embedder, batches, build_loss(spec), config, out=out, evaluate=validate)
     embedder.save(out / MODEL)
-    found = measure(embedder, split.test, dims)
+    found = measure(embedder, split.test, dims, known)
     write_json(out / EVAL / RESULT, {str(dim): value for dim, value in found.items()})
     close_run(out)
     return found

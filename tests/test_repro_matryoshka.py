@@ -95,7 +95,7 @@ def test_cut_vectors_are_those_of_the_embedder(tmp_path, monkeypatch):
         expected = embedder.encode(texts, role="query", dim=dim)
         np.testing.assert_allclose(encoded.encode(texts, role="query", dim=dim), expected, atol=1e-6)
     assert len(encoded.vectors) == 1
-    found = measure(embedder, test, dims)
+    found = measure(embedder, test, dims, {})
     assert list(found) == dims
     for dim in dims:
         assert found[dim] == pytest.approx(evaluate(embedder, test, dim=dim).metrics["ndcg@10"], abs=1e-9)
@@ -105,6 +105,18 @@ def test_cut_vectors_are_those_of_the_embedder(tmp_path, monkeypatch):
     same = encoded.encode(["a b", "hello world the of what", "a b"], role="document", dim=32)
     assert texts == [["a b", "hello world the of what"]]
     assert np.array_equal(same[0], same[2])
+
+
+def test_the_same_weights_are_measured_once(tmp_path, monkeypatch):
+    """Base for the table and for the run, best epoch and result: two encodings of queries and of documents, not four."""
+    write_file(tmp_path)
+    encoded = []
+    encode = experiment.Embedder.encode
+    monkeypatch.setattr(
+        experiment.Embedder, "encode", lambda *given, **options: encoded.append(0) or encode(*given, **options)
+    )
+    main(make_options(tmp_path, batch=["true"], pick=["test"], seeds=[0], epochs=1))
+    assert len(encoded) == 4
 
 
 def test_format_dims_by_hand():

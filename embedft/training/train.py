@@ -39,9 +39,9 @@ from .optim import SCHEDULES, Schedule, build_optimizer, lr_factor
 from .references import Reference, targets_with
 from .runs import CHECKPOINTS, LOG
 
-# Batches between two calls of `device.release_memory`. On finance pairs, 32 a batch, a call after every batch costs 6%
-# of the time, and the memory of 80 batches falls from 2.7 to 1.7 GiB (two cores of an AMD EPYC, 2026-11-21).
-RELEASE_EVERY = 2
+# Batches between two calls of `device.release_memory`. The fewer, the less memory stays in pieces: 80 batches of 32
+# finance pairs take 1.7 GiB with a call after each, at 6% of the time, and 2.7 GiB with one after every eighth.
+RELEASE_EVERY = 4
 # Ids that an error about a batch names; all of them stand in train.jsonl.
 NAMED_IDS = 16
 
