@@ -108,7 +108,7 @@ def test_cut_vectors_are_those_of_the_embedder(tmp_path, monkeypatch):
 
 
 def test_the_same_weights_are_measured_once(tmp_path, monkeypatch):
-    """Base for the table and for the run, best epoch and result: two encodings of queries and of documents, not four."""
+    """Base for the table and for the run, epoch and result: two encodings of queries and documents, not four."""
     write_file(tmp_path)
     encoded = []
     encode = experiment.Embedder.encode
