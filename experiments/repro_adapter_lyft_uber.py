@@ -5,8 +5,8 @@ is measured on 790 over Uber's. Rows of the table:
 - in-batch, as published: ten pairs a step in the order of the file, so that the two questions of a chunk are each
   other's negatives; AdamW at 2e-5, 4 epochs
 - full-corpus: every document of the corpus that does not answer a question is its negative. Bias or none,
-  temperature, pull toward the identity and epochs are chosen on Lyft alone: the best mean over five draws of a fifth of
-  its documents, with all their questions, that do not train. Uber chooses nothing
+  temperature, pull toward the identity and epochs are chosen on Lyft alone: the best hit@5 and MRR@10 together, over
+  ten draws of a fifth of its documents, with all their questions, that do not train. Uber chooses nothing
 - ridge and Procrustes: closed forms; the strength is chosen in the same way
 - with --tuned, the fine-tuned model of repro_finetune_lyft_uber, and an adapter fitted on top of it
 
@@ -41,11 +41,11 @@ from .sources import find_data
 # bge-small-en with the article's adapter: before, after; top 5 retrieved, so MRR is at 5.
 PUBLISHED = {"hit_rate@5": (0.7873, 0.7987), "mrr@5": (0.6430, 0.6622)}
 METRICS = ("hit_rate@5", "mrr@5", "mrr@10")
-CHOOSE = "mrr@10"
+CHOOSE = ("hit_rate@5", "mrr@10")  # by their mean
 MAX_LENGTH = 512
-DRAWS, SHARE = range(5), 0.2
+DRAWS, SHARE = range(10), 0.2
 BIASES = (False, True)
-TEMPERATURES, PULLS, STRENGTHS = (0.02, 0.03, 0.05), (3.0, 10.0, 30.0), (1.0, 10.0, 100.0, 1000.0)
+TEMPERATURES, PULLS, STRENGTHS = (0.01, 0.02, 0.03, 0.05), (3.0, 10.0, 30.0), (1.0, 10.0, 100.0, 1000.0)
 AS_PUBLISHED = AdapterConfig(
     objective="in_batch",
     merge_documents=False,
@@ -144,6 +144,11 @@ def fit(vectors: Vectors, config: AdapterConfig) -> Adapter:
 # Choosing, on the training questions alone.
 
 
+def quality(metrics: Mapping[str, float]) -> float:
+    """What is best when it is highest."""
+    return float(np.mean([metrics[name] for name in CHOOSE]))
+
+
 def choose_full_corpus(vectors: Vectors) -> AdapterConfig:
     """The bias, the temperature, the pull and the number of epochs with the best mean over the draws."""
     best_value, best = -1.0, FULL_CORPUS
@@ -153,7 +158,7 @@ def choose_full_corpus(vectors: Vectors) -> AdapterConfig:
         curves = []
         for draw in DRAWS:
             history = fit(vectors, dataclasses.replace(config, seed=draw)).history
-            values = [record["metrics"][CHOOSE] for record in history if "metrics" in record]
+            values = [quality(record["metrics"]) for record in history if "metrics" in record]
             curves.append(values[:: (len(values) - 1) // config.epochs])  # the base, then one an epoch
         mean = np.mean(curves, axis=0)[1:]
         if mean.max() > best_value:
@@ -176,7 +181,7 @@ def choose_strength(vectors: Vectors) -> float:
             adapter = ridge(*relevant_pairs(vectors.queries_QD, vectors.documents_ND, of_kept), strength=strength)
             asked = RetrievalDataset(held_out.queries, dataset.corpus, held_out.qrels)
             queries_QD = vectors.queries_QD[[row[q] for q in held_out.queries]]
-            values.append(measure(Vectors(asked, queries_QD, vectors.documents_ND), adapter).metrics[CHOOSE])
+            values.append(quality(measure(Vectors(asked, queries_QD, vectors.documents_ND), adapter).metrics))
         means.append(np.mean(values))
     return STRENGTHS[int(np.argmax(means))]
 

@@ -31,7 +31,7 @@ def problem(num_queries=24, num_documents=12, dim=6, *, seed=0, dtype=np.float32
 
 
 PLAIN = AdapterConfig(
-    bias=True, batch_size=None, held_out=0, epochs=20, toward_identity=0, schedule="constant", lr=0.01
+    temperature=0.02, bias=True, batch_size=None, held_out=0, epochs=20, toward_identity=0, schedule="constant", lr=0.01
 )
 
 

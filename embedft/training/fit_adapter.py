@@ -50,7 +50,7 @@ class AdapterConfig:
     hidden: int = setting(256, "features of the middle of a two-layer map")
     out_dim: int | None = setting(None, "features that maps give, for both or shared; null: as many as they take")
     objective: Literal["full_corpus", "in_batch"] = setting("full_corpus", f"one of {', '.join(OBJECTIVES)}")
-    temperature: float = setting(0.02, "of the full-corpus softmax")
+    temperature: float = setting(0.03, "of the full-corpus softmax")
     loss: dict[str, Any] = setting({"name": "in_batch_negatives"}, "name and options of the loss, for in_batch")
     merge_documents: bool = setting(True, "in_batch: a document once in a batch; false: a column a pair, each other's"
                                     " negatives though they be the same document")  # fmt: skip
@@ -61,7 +61,7 @@ class AdapterConfig:
     schedule: Schedule = setting("constant", f"of the learning rate after warmup: {', '.join(SCHEDULES)}")
     warmup: float = setting(0.0, "steps until the learning rate is at its highest; below 1: share of all steps")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this length")
-    epochs: int = setting(18, "passes over the training questions")
+    epochs: int = setting(10, "passes over the training questions")
     batch_size: int | None = setting(64, "questions of a step (in_batch: pairs); null: all of them")
     held_out: float = setting(0.0, "share of the answering documents that chooses the best step; 0: the last step")
     eval_every: int = setting(10, "steps between validations")
