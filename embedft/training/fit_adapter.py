@@ -45,7 +45,7 @@ class AdapterConfig:
 
     kind: Literal["linear", "low_rank", "two_layer"] = setting("linear", f"of map: {', '.join(KINDS)}")
     side: Literal["query", "document", "both", "shared"] = setting("query", f"what is mapped: {', '.join(SIDES)}")
-    bias: bool = setting(False, "whether maps have biases")
+    bias: bool = setting(True, "whether maps have biases")
     rank: int = setting(16, "of a low-rank map")
     hidden: int = setting(256, "features of the middle of a two-layer map")
     out_dim: int | None = setting(None, "features that maps give, for both or shared; null: as many as they take")
@@ -61,7 +61,7 @@ class AdapterConfig:
     schedule: Schedule = setting("constant", f"of the learning rate after warmup: {', '.join(SCHEDULES)}")
     warmup: float = setting(0.0, "steps until the learning rate is at its highest; below 1: share of all steps")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this length")
-    epochs: int = setting(10, "passes over the training questions")
+    epochs: int = setting(16, "passes over the training questions")
     batch_size: int | None = setting(64, "questions of a step (in_batch: pairs); null: all of them")
     held_out: float = setting(0.0, "share of the answering documents that chooses the best step; 0: the last step")
     eval_every: int = setting(10, "steps between validations")
