@@ -413,6 +413,18 @@ def test_what_llamaindex_cannot_hold(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_llamaindex_is_not_written_beside_an_adapter_that_would_be_loaded(tmp_path):
+    one, other = Adapter(make("linear")), Adapter(make("linear", seed=3))
+    one.save(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"adapter: has an adapter\.json, which would be loaded in place of this"):
+        other.save(tmp_path / "adapter", format="llamaindex")
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == ["adapter.json", "adapter.safetensors"]
+    # Over one of its own kind, as often as wanted.
+    for adapter in (one, other):
+        adapter.save(tmp_path / "theirs", format="llamaindex")
+        assert torch.equal(Adapter.load(tmp_path / "theirs").query.weight, adapter.query.weight)
+
+
 @pytest.mark.parametrize(
     ("config", "weights", "fault"),
     [
@@ -562,7 +574,7 @@ def test_saved_with_its_model(embedder, tmp_path, kind, side):
     np.testing.assert_allclose(theirs.encode(TEXTS), embedder.encode(TEXTS, role="document"), atol=1e-6)
     # What was saved is of a model of its own, and says so.
     assert found.adapter.side == side
-    assert found.adapter.base.fingerprints == {role: found.space(role).fingerprint for role in ("query", "document")}
+    assert found.adapter.base.fingerprints == found.base().fingerprints
 
 
 def test_saved_again_without_its_adapter(embedder, tmp_path):
@@ -586,6 +598,31 @@ def test_a_saved_adapter_goes_with_other_lengths_but_not_other_weights(embedder,
     (tmp_path / "other" / "model.safetensors").replace(tmp_path / "saved" / "model.safetensors")
     with pytest.raises(ValueError, match="other weights, lengths or prompts"):
         load_embedder(tmp_path / "saved", device="cpu")
+
+
+def test_an_adapter_goes_with_other_ways_to_multiply(embedder, tmp_path):
+    """Which a store tells apart; an adapter is of the same model."""
+    adapted(embedder).save(tmp_path / "saved")
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        found = load_embedder(tmp_path / "saved", device="cpu")
+        assert found.adapter is not None
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found.attach(Adapter(make("linear", 32), base=embedder.base()))
+        assert found.space("query").fingerprint != embedder.base().fingerprints["query"]
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_saved_in_half_precision(tmp_path):
+    """It loads in float32, which is how every model does, and in its own type."""
+    base = make_embedder(tmp_path / "base", dtype=torch.bfloat16)
+    base.attach(Adapter(Linear(32), base=base.base()))
+    base.save(tmp_path / "saved")
+    for dtype in (torch.float32, torch.bfloat16):
+        assert load_embedder(tmp_path / "saved", device="cpu", dtype=dtype).adapter is not None
 
 
 def test_two_layers_are_not_written_for_sentence_transformers(embedder, tmp_path):

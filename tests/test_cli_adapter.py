@@ -104,6 +104,16 @@ def test_the_training_split_of_a_beir_folder(place, capsys):
     assert capsys.readouterr().out.startswith("30 questions, 20 documents")
 
 
+def test_hard_negatives_of_the_data_train(place, capsys):
+    (place / "pairs.csv").write_text("query,document,negative\na b,c d,e f\ng h,i j,c d\n")
+    command = ["adapter", "model", "pairs.csv", "--objective", "in_batch", "--loss.name", "triplet", "--epochs", "2"]
+    assert main([*command, "--out", "adapter"]) == 0
+    assert capsys.readouterr().out.startswith("2 questions, 3 documents")
+    (place / "pairs.csv").write_text("query,document\na b,c d\ng h,i j\n")
+    assert main([*command, "--out", "other"]) == 2
+    assert "triplet compares the documents of a query, and only one is listed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "fault"),
     [

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -265,6 +266,17 @@ def test_where_a_loop_is_running():
         np.testing.assert_allclose(asyncio.run(notebook(server)), expected(["a"]), atol=1e-6)
 
 
+def test_the_server_is_that_of_the_fingerprint(monkeypatch):
+    """Vectors are kept under the address that was set when the embedder was made, so they are asked for there."""
+    with ApiServer() as server, ApiServer() as other:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
+        embedder = ApiEmbedder("m")
+        monkeypatch.setenv("OPENAI_BASE_URL", other.base_url)
+        assert embedder.space("query").description["server"] == server.base_url
+        embedder.encode(["a"])
+        assert (server.counts["embeddings"], other.counts["embeddings"]) == (1, 0)
+
+
 # The store.
 
 
@@ -287,6 +299,35 @@ def test_nothing_is_asked_for_twice(tmp_path):
     np.testing.assert_allclose(found_ND, expected([*texts, "text 7"]), atol=1e-6)
     assert again.costs == ApiCosts(num_requests=1, num_tokens=2, num_computed=2, num_stored=6 + 7 + 8 + 8)
     assert str(again.costs) == "2 texts computed, 29 from the store: 1 requests, 2 tokens"
+
+
+def test_two_at_once_pay_once(tmp_path, capfd):
+    """The second waits for the first, says so, and asks for what is missing then: two texts of its own."""
+    texts, found = some_texts(24), {}
+    with ApiServer(delay=0.02) as server:
+        embedders = [api(server, store=Store(tmp_path), batch_texts=2, concurrency=2) for _ in range(2)]
+
+        def encode(i: int, wanted: list[str]) -> None:
+            found[i] = embedders[i].encode(wanted)
+
+        threads = [threading.Thread(target=encode, args=(i, part)) for i, part in enumerate((texts[:22], texts[::-1]))]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.05)
+        for thread in threads:
+            thread.join()
+        assert sorted(text for batch in asked(server) for text in batch) == sorted(texts)
+    np.testing.assert_allclose(found[0], expected(texts[:22]), atol=1e-6)
+    np.testing.assert_allclose(found[1], expected(texts[::-1]), atol=1e-6)
+    assert [embedder.costs.num_computed for embedder in embedders] == [22, 2]
+    waiting = f"{tmp_path}: waiting for process {os.getpid()}, which is asking for vectors of the same model\n"
+    assert capfd.readouterr().err == waiting
+
+
+def test_other_models_do_not_wait(tmp_path):
+    with ApiServer() as server, Store(tmp_path).asking(api(server).space("query")):
+        ApiEmbedder("n", base_url=server.base_url, store=Store(tmp_path)).encode(["a"])
+        assert server.counts["embeddings"] == 1
 
 
 def test_no_texts_of_a_store(tmp_path):

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -25,6 +26,7 @@ from embedft.cli import main
 from embedft.commands.stores import format_bytes
 from embedft.encoders import embedder as embedder_module
 from embedft.encoders import space_files, store
+from embedft.encoders.fingerprint import weights_sha256
 from embedft.encoders.space_files import RECORD, Rows, text_keys
 from embedft.encoders.store import Space, Store
 from embedft.files import locked, read_json
@@ -333,6 +335,19 @@ def test_half_a_record_is_ignored_then_cut_off(filled, num_bytes):
     np.testing.assert_array_equal(Store(filled).encode(SPACE, numbered(12, 10), never), vectors_of(numbered(12, 10)))
 
 
+def test_vectors_are_on_disk_before_their_keys(filled, monkeypatch):
+    """Sizes of what is brought to the disk, and of keys.bin then: 12 vectors of 16 bytes, 12 records of 28."""
+    sizes, fsync = [], os.fsync
+
+    def spy(descriptor):
+        sizes.append((os.fstat(descriptor).st_size, (filled / NAME / "keys.bin").stat().st_size))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    Store(filled).encode(SPACE, numbered(10, 11), vectors_of)
+    assert sizes == [(192, 280), (336, 336)]
+
+
 @pytest.mark.parametrize("place", ["first", "second"])
 def test_a_full_disk_leaves_what_was_there(filled, monkeypatch, place):
     """The disk is full as the vectors are flushed, or as the keys are."""
@@ -486,6 +501,24 @@ def test_a_second_writer_waits_and_says_so_once(tmp_path):
         assert Store(tmp_path).rows(WIDE, ["t0"]).tolist() == [-1]  # readers do not
     assert (nursery.end(), nursery.told, nursery.close()) == (0, [90], "")
     check_wide(Store(tmp_path), range(90))
+
+
+@pytest.mark.parametrize("action", ["repair", "prune"])
+def test_who_repairs_or_removes_waits_for_a_writer(filled, capfd, action):
+    done = threading.Event()
+
+    def act():
+        getattr(Store(filled), action)(NAME)
+        done.set()
+
+    with locked(filled / "lock", wait=never):
+        thread = threading.Thread(target=act)
+        thread.start()
+        assert not done.wait(0.2)
+        assert Store(filled).names() == [NAME]
+    thread.join()
+    assert done.is_set()
+    assert capfd.readouterr().err == f"{filled}: waiting for process {os.getpid()}, which is writing\n"
 
 
 def test_it_is_said_once_a_store(tmp_path, capsys):
@@ -699,6 +732,15 @@ def test_prune_under_readers_and_writers(filled):
     np.testing.assert_array_equal(reader.encode(SPACE, numbered(7, 5), never), vectors_of(numbered(7, 5)))
 
 
+def test_what_a_killed_prune_left_is_no_hindrance(filled):
+    """Of the same space, by a process of the same number, as in a container that is started again."""
+    left = filled / f".{NAME}.{os.getpid()}.tmp"
+    left.mkdir()
+    (left / "vectors.f32").write_bytes(b"half of it")
+    Store(filled).prune(NAME)
+    assert sorted(os.listdir(filled)) == ["lock"]
+
+
 def test_a_space_begun_anew_is_never_mixed_with_the_old_one(filled):
     """As many rows as before, of other texts: told by the file, not by its length."""
     reader = Store(filled)
@@ -732,6 +774,20 @@ def test_last_use_is_noted_once_a_minute(filled):
         assert store_.describe(NAME).last_used == pytest.approx(used)
         store_.encode(SPACE, ["t1"], never)
         assert (store_.describe(NAME).last_used > time.time() - 10) == noted
+
+
+def test_a_space_that_is_being_filled_is_in_use(filled):
+    """However long ago its filling began: noted with every slice, so that nobody takes it for abandoned."""
+    path, store_, unused = filled / NAME / "space.json", Store(filled), []
+
+    def compute(texts):
+        unused.append(store_.unused(3600))
+        used = time.time() - 86_400
+        os.utime(path, (used, used))  # this slice takes a day
+        return vectors_of(texts)
+
+    store_.fill(SPACE, numbered(*range(10, 14)), compute, slice_texts=1)
+    assert unused == [[]] * 4
 
 
 def test_unused_spaces(filled, capsys):
@@ -969,6 +1025,21 @@ def test_all_that_vectors_depend_on_is_in_the_fingerprint(write_tiny, tmp_path):
     assert embedder.space("query").dim == 32
     with pytest.raises(ValueError, match="role is 'passage', expected one of query, document"):
         embedder.space("passage")
+
+
+def test_weights_are_told_apart_by_name_shape_and_type():
+    """24 bytes of zeros each."""
+    hashes = []
+    for name, shape, dtype in (
+        ("a", (2, 3), torch.float32),
+        ("b", (2, 3), torch.float32),
+        ("a", (3, 2), torch.float32),
+        ("a", (2, 3), torch.int32),
+    ):
+        module = torch.nn.Module()
+        module.register_buffer(name, torch.zeros(shape, dtype=dtype))
+        hashes.append(weights_sha256(module))
+    assert len(set(hashes)) == 4
 
 
 def test_a_space_says_what_it_is(write_tiny, tmp_path):

@@ -7,9 +7,11 @@ embedft evaluate sentence-transformers/all-MiniLM-L6-v2 held_out.csv --adapter a
 import argparse
 import contextlib
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from .. import config as configs
+from ..data.dataset import RetrievalDataset
 from ..encoders.adapter import CONFIG_FILE, Adapter
 from ..encoders.store import Store
 from ..retrieval.evaluate import evaluate
@@ -59,27 +61,30 @@ def _adapter(options: argparse.Namespace) -> None:
         dim = embedder.space("query").dim or None
         queries_ND = embedder.encode(list(dataset.queries.values()), role="query", dim=dim)
         documents_MD = embedder.encode(dataset.document_texts(), role="document", dim=dim)
-        base = embedder.base()
-        if start is not None:
-            start.check_base(base)
-        before = None if validation is None else evaluate(embedder, validation, dim=options.dim)
         adapter = fit_adapter(
             queries_ND,
             documents_MD,
-            dataset.qrels_by_row(),
+            _with_negatives(dataset).qrels_by_row(),
             config,
             start=start,
-            base=base,
+            base=embedder.base(),
             normalize=getattr(embedder, "normalize", True),  # an API's vectors always have length one
             out=out,
         )
         print(_summary(adapter, config))
-        if before is not None:
+        if validation is not None:
+            before = evaluate(embedder, validation, dim=options.dim)
             embedder.attach(adapter)
             print(compare(before, evaluate(embedder, validation, dim=options.dim), metric="mrr@10"))
         if options.store:
             _print_store(embedder)
     print(f"adapter: {out}")
+
+
+def _with_negatives(dataset: RetrievalDataset) -> RetrievalDataset:
+    """The data with its hard negatives as documents of grade 0."""
+    listed = {query_id: dict.fromkeys(dataset.negatives.get(query_id, ()), 0) for query_id in dataset.qrels}
+    return replace(dataset, qrels={query_id: listed[query_id] | grades for query_id, grades in dataset.qrels.items()})
 
 
 def _summary(adapter: Adapter, config: AdapterConfig) -> str:

@@ -155,13 +155,16 @@ class Adapter(nn.Module):
             base: to note in place of the adapter's own.
 
         Raises:
-            ValueError: an unknown format, or one that cannot hold this adapter.
+            ValueError: an unknown format, or one that cannot hold this adapter; LlamaIndex's, in a folder that has an
+                adapter.json, for `load` reads that one.
         """
         if format not in FORMATS:
             raise ValueError(f"format is {format!r}, expected one of {', '.join(FORMATS)}")
         folder = Path(folder)
         if format == "llamaindex":
             config, tensors = _to_llamaindex(self)
+            if (folder / CONFIG_FILE).exists():
+                raise ValueError(f"{folder}: has an {CONFIG_FILE}, which would be loaded in place of this")
             buffer = io.BytesIO()
             torch.save(tensors, buffer)
             with atomic_write(folder / LLAMAINDEX_WEIGHTS, "wb") as file:

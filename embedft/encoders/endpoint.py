@@ -126,7 +126,7 @@ class Endpoint:
             raise ValueError("max_cost needs price, the money per million tokens")
         if too_long not in TOO_LONG:
             raise ValueError(f"too_long is {too_long!r}, expected one of {', '.join(TOO_LONG)}")
-        self.model, self.base_url, self.server = model, base_url, Server.find(base_url)
+        self.model, self.server = model, Server.find(base_url)
         self.name = f"{self.server.name}, {model}"
         self.dimensions, self.dim = dimensions, dimensions or 0
         self.too_long, self.batch_texts = too_long, batch_texts
@@ -230,7 +230,7 @@ class _Fetch:
             if path is not None:
                 endpoint.ledger = Ledger(path, prices=endpoint.prices, max_cost=endpoint.max_cost)
             stopped, jobs = None, [self._job(batch) for batch in self._batches()]
-            client = Client(endpoint.base_url, timeout_seconds=endpoint.timeout_seconds)
+            client = Client(endpoint.server.url, timeout_seconds=endpoint.timeout_seconds)
 
             async def ask(job: Job) -> Answer:
                 return await self._ask(client, job)

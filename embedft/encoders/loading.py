@@ -136,7 +136,8 @@ def load_embedder(
     own = folder / ADAPTER_FOLDER
     if adapter is None and (own / ADAPTER_CONFIG_FILE).is_file():
         adapter = Adapter.load(own)
-        if (max_length, prompts, dtype) != (None, None, torch.float32):
+        stored_dtype = config_dict.get("dtype") or config_dict.get("torch_dtype") or "float32"
+        if (max_length, prompts, stored_dtype) != (None, None, str(dtype).removeprefix("torch.")):
             # Asked to be other than it was fitted on.
             adapter.base = embedder.base()
     embedder = embedder.to(device).eval()

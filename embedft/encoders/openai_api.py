@@ -13,6 +13,7 @@ Shapes: N texts, D features.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +33,8 @@ class ApiEmbedder:
     Args:
         model: the name that the server knows.
         prompts: {"query": ..., "document": ...}: text in front, for models that want it.
-        store: keeps every vector the moment it arrives, so that no text is paid for twice, however a run ends.
+        store: keeps every vector the moment it arrives, so that no text is paid for twice, however a run ends; of
+            several processes one asks, the others wait and look again.
         options: of the `Endpoint`: base_url, dimensions, too_long, max_tokens, tokenizer, batch_texts, concurrency,
             requests_per_minute, tokens_per_minute, price, max_cost, ledger, max_attempts, timeout_seconds.
 
@@ -134,7 +136,10 @@ class ApiEmbedder:
             else:
                 self.store.fill(self.space(role), list(new), lambda texts: np.stack([new[text] for text in texts]))
 
-        with progress_bar(len(rows), f"encode ({role}, {self.model})", unit="text", show=progress) as bar:
+        alone = self.store.asking(self._space(role)) if missing and self.store is not None else nullcontext()
+        name = f"encode ({role}, {self.model})"
+        with alone, progress_bar(len(rows), name, unit="text", show=progress) as bar:
+            missing = self._missing(role, missing)  # another process may have asked for some meanwhile
             bar.update(len(rows) - len(missing))
 
             def done(num_texts: int, cost: str) -> None:

@@ -119,6 +119,7 @@ class Store:
             rows = missing[start : start + slice_texts]
             self._append(space, keys_N3[rows], _checked(compute([texts[row] for row in rows]), space.dim, rows))
             self.misses += len(rows)
+            self._note_use(space)
         if missing:
             found_N = self._look(space).find(keys_N3)
             if (found_N < 0).any():
@@ -159,6 +160,16 @@ class Store:
         return self._open(space).vectors
 
     # What is in it.
+
+    def asking(self, space: Space) -> AbstractContextManager[None]:
+        """Held by whoever pays for vectors of a space, so that no two processes pay for the same; a second one waits.
+
+        It looks again then. Not needed to read, nor for `fill`.
+        """
+        return locked(
+            self.folder / f"{space.name}.asking",
+            wait=lambda holder: self._say_waiting(holder, "asking for vectors of the same model"),
+        )
 
     def names(self) -> list[str]:
         """The names of its spaces, in order."""
@@ -208,11 +219,13 @@ class Store:
         """
         folders = [self._named(name) for name in names]
         with self._locked():
-            for folder in folders:
-                # Out of the way first, so that a kill leaves no half of it under its name.
-                folder.rename(self.folder / f".{folder.name}.{os.getpid()}.tmp")
-            for gone in self.folder.glob(".*.tmp"):
-                shutil.rmtree(gone)
+            # What a killed process left comes first: it may have the name that is wanted.
+            for folder in (None, *folders):
+                if folder is not None:
+                    # Out of the way, so that a kill leaves no half of it under its name.
+                    folder.rename(self.folder / f".{folder.name}.{os.getpid()}.tmp")
+                for gone in self.folder.glob(".*.tmp"):
+                    shutil.rmtree(gone)
 
     def _named(self, name: str) -> Path:
         if name not in self.names():
@@ -259,9 +272,9 @@ class Store:
     def _locked(self) -> AbstractContextManager[None]:
         return locked(self.folder / LOCK_FILE, wait=self._say_waiting)
 
-    def _say_waiting(self, holder: str) -> None:
+    def _say_waiting(self, holder: str, doing: str = "writing") -> None:
         if not self._said_waiting:
-            print(f"{self.folder}: waiting for {holder}, which is writing", file=sys.stderr)
+            print(f"{self.folder}: waiting for {holder}, which is {doing}", file=sys.stderr)
         self._said_waiting = True
 
     def _note_use(self, space: Space) -> None:

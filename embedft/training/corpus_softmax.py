@@ -162,16 +162,25 @@ def full_corpus_softmax(
 def first_ranks(Q: Tensor, documents: Documents, pairs: Pairs, *, document_map: DocumentMap | None = None) -> Tensor:
     """The rank, from 1, of the best document that answers each query, by cosine among all documents. [B] int64.
 
-    It is 1 and the documents that score above it and do not answer the query: a tie is decided in its favour.
+    It is 1 and the documents in front of it that do not answer the query; of equal scores the first document is in
+    front, as in a search. So where all vectors become one, nothing is found. Two passes over the documents.
     """
     with torch.no_grad():
         Q = F.normalize(Q, dim=1)
-        positives_PD = _mapped(documents.take(pairs.place_P, unit=document_map is None), document_map)
-        scores_P = (Q[pairs.query_P] * positives_PD).sum(dim=1)
+        # By the same product as those of the other documents: another order of sums would decide between equals.
+        products = (_products(Q, documents, part, document_map)[pairs.within(part)] for part in documents.parts())
+        scores_P = torch.cat(list(products))
         best_B = scores_P.new_full((len(Q),), NOTHING).scatter_reduce(0, pairs.query_P, scores_P, "amax")
+        is_best_P = scores_P == best_B[pairs.query_P]
+        place_B = pairs.place_P.new_full((len(Q),), len(documents))
+        place_B.scatter_reduce_(0, pairs.query_P[is_best_P], pairs.place_P[is_best_P], "amin")
         ranks_B = torch.ones(len(Q), dtype=torch.int64, device=Q.device)
         for part in documents.parts():
-            ranks_B += (_scores(Q, documents, pairs, part, document_map) > best_B[:, None]).sum(dim=1)
+            scores_BC, best_B1 = _scores(Q, documents, pairs, part, document_map), best_B[:, None]
+            is_earlier_BC = torch.arange(part.start, part.stop, device=Q.device) < place_B[:, None]
+            # Counted by what is behind, which nothing is of a score that is not a number.
+            is_behind_BC = (scores_BC < best_B1) | ((scores_BC == best_B1) & ~is_earlier_BC)
+            ranks_B += (~is_behind_BC).sum(dim=1)
     return ranks_B
 
 
@@ -207,9 +216,13 @@ def _log_sum(Q: Tensor, documents: Documents, pairs: Pairs, part: slice, documen
 
 def _scores(Q: Tensor, documents: Documents, pairs: Pairs, part: slice, document_map: DocumentMap | None) -> Tensor:
     """Scores of one part, [B, C], with nothing where a document answers the query."""
-    scores_BC = Q @ _mapped(documents.vectors(part, unit=document_map is None), document_map).T
+    scores_BC = _products(Q, documents, part, document_map)
     scores_BC[pairs.within(part)] = NOTHING
     return scores_BC
+
+
+def _products(Q: Tensor, documents: Documents, part: slice, document_map: DocumentMap | None) -> Tensor:
+    return Q @ _mapped(documents.vectors(part, unit=document_map is None), document_map).T
 
 
 def _mapped(vectors_CD: Tensor, document_map: DocumentMap | None) -> Tensor:

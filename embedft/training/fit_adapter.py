@@ -121,14 +121,15 @@ def fit_adapter(
     the queries are. Same seed, same machine, same bits on the CPU; the caller's random state is left as it was.
 
     With `config.held_out`, that share of the documents that answer a query leaves training with all their questions
-    (and what hangs together with them), and comes back to choose the best step: these questions are ranked against
-    all documents. The start competes too, so nothing worse on them is kept.
+    (and what hangs together with them; where that is far more than the share, others are taken), and comes back to
+    choose the best step: these questions are ranked against all documents. The start competes too, so nothing worse on
+    them is kept.
 
     Args:
-        qrels: {query row: {document row: grade}}, above 0 = relevant.
+        qrels: {query row: {document row: grade}}, above 0 = relevant; 0 = for `in_batch` a hard negative of the query.
         validation: (queries, documents, qrels) to choose the best step by, in place of held-out documents.
         start: a fitted adapter to go on from, of the kind, side and sizes configured; it is not changed.
-        base: the model that the embeddings are of, noted in the adapter.
+        base: the model that the embeddings are of, noted in the adapter; `start` must be of the same.
         normalize: whether the adapter's `transform` gives unit vectors.
         out: folder for the adapter, config.json and train.jsonl; None: nothing is written.
 
@@ -146,7 +147,7 @@ def fit_adapter(
     options = {"at_once": config.documents_at_once, "dtype": dtype, "device": device}
     queries_ND, documents, relevant = _checked(query_embeddings_ND, document_embeddings_MD, qrels, **options)
     adapter = _start(start, config, queries_ND.shape[1], base=base, normalize=normalize).to(device, dtype)
-    held_out, judge = {}, None
+    held_out, judge, rows = {}, None, np.arange(len(documents))
     if validation is not None:
         theirs = _checked(*validation, **options)
         if theirs[0].shape[1] != adapter.in_features:
@@ -156,7 +157,7 @@ def fit_adapter(
         held_out = _held_out(relevant, config.held_out, config.seed)
         judge = _Judge(queries_ND, documents, held_out, config.select)
         gone = {place for places in held_out.values() for place in places}
-        rows = np.setdiff1d(np.arange(len(documents)), np.fromiter(gone, dtype=np.int64))
+        rows = np.setdiff1d(rows, np.fromiter(gone, dtype=np.int64))
         relevant = {q: np.searchsorted(rows, places).tolist() for q, places in relevant.items() if q not in held_out}
         documents = documents.subset(rows)
     generator = torch.Generator().manual_seed(config.seed)
@@ -166,8 +167,9 @@ def fit_adapter(
         with devices.seeded(config.seed, torch.device(device)):
             loss = build_loss(config.loss)
         module = loss.to(device, dtype).train() if isinstance(loss, nn.Module) else None
-        grades = {q: [qrels[q][d] for d in sorted(qrels[q]) if qrels[q][d] > 0] for q in relevant}
-        steps = _in_batch(adapter, queries_ND, documents, relevant, grades, loss, config, generator)
+        place_of = {row: place for place, row in enumerate(rows.tolist())}
+        graded = {q: {place_of[d]: grade for d, grade in qrels[q].items() if d in place_of} for q in relevant}
+        steps = _in_batch(adapter, queries_ND, documents, graded, loss, config, generator)
     with devices.seeded(config.seed, torch.device(device)):
         best_step = _fit(adapter, steps, module, judge, config)
     costs = {"queries": len(relevant), "documents": len(documents), "held_out_queries": len(held_out)}
@@ -229,31 +231,36 @@ def _in_batch(
     adapter: Adapter,
     queries_ND: Tensor,
     documents: Documents,
-    relevant: Mapping[int, list[int]],
-    grades: Mapping[int, list[int]],
+    graded: Qrels,
     loss: Loss,
     config: AdapterConfig,
     generator: torch.Generator,
 ) -> _Steps:
-    examples = [(q, *pair) for q in relevant for pair in zip(relevant[q], grades[q], strict=True)]
-    device = queries_ND.device
+    """A row a pair of a query and a document that answers it, which lists the query's hard negatives behind it."""
+    relevant = {q: sorted(place for place, grade in grades.items() if grade > 0) for q, grades in graded.items()}
+    negatives = {q: sorted(grades.keys() - relevant[q]) for q, grades in graded.items()}
+    examples = [(q, [place, *negatives[q]]) for q in relevant for place in relevant[q]]
+    num_listed, device = max(len(places) for _, places in examples), queries_ND.device
 
     def make(chosen: list[int]) -> Callable[[], Tensor]:
-        rows, places, scores = zip(*(examples[i] for i in chosen), strict=True)
-        columns: dict[Any, int] = {}
-        listed = [columns.setdefault(place if config.merge_documents else i, len(columns)) for i, place in
-                  enumerate(places)]  # fmt: skip
+        rows, lists = zip(*(examples[i] for i in chosen), strict=True)
+        columns: dict[tuple[int, int], int] = {}  # of a document (place), or of a row's own (row, place)
+        group_BG = torch.full((len(rows), num_listed), -1)
+        scores_BG = torch.zeros(len(rows), num_listed, dtype=queries_ND.dtype)
+        for b, (q, places) in enumerate(zip(rows, lists, strict=True)):
+            keys = [(0 if config.merge_documents else b, place) for place in places]
+            group_BG[b, : len(keys)] = torch.tensor([columns.setdefault(key, len(columns)) for key in keys])
+            scores_BG[b, : len(keys)] = torch.tensor([graded[q][place] for place in places])
         known = None
         if config.merge_documents:
-            known = [(b, columns[place]) for b, q in enumerate(rows) for place in relevant[q] if place in columns]
+            known = [(b, columns[0, p]) for b, q in enumerate(rows) for p in relevant[q] if (0, p) in columns]
             known = torch.tensor(known, device=device)
-        kept = list(columns) if config.merge_documents else list(places)
         Q_BD = queries_ND[list(rows)]
-        D_CD = documents.take(torch.tensor(kept, device=device), unit=False)
+        D_CD = documents.take(torch.tensor([place for _, place in columns], device=device), unit=False)
         targets = Targets(
-            group=torch.tensor(listed, device=device)[:, None],
+            group=group_BG.to(device),
             known=known,
-            target_scores=torch.tensor(scores, device=device, dtype=Q_BD.dtype)[:, None],
+            target_scores=scores_BG.to(device),
             references=dict.fromkeys(("base", "guide", "teacher"), (Q_BD, D_CD)),
         )
         return lambda: loss(adapter(Q_BD, "query"), adapter(D_CD, "document"), targets)
@@ -307,6 +314,8 @@ def _fit(
                     num_steps = step
                     break
     if best_weights is None:
+        if not all(parameter.isfinite().all() for parameter in adapter.parameters()):
+            raise ValueError(f"step {step}: the weights are not finite, at a learning rate of {config.lr:g}")
         return step
     adapter.load_state_dict(best_weights)
     return best_step
@@ -374,6 +383,8 @@ def _start(start: Adapter | None, config: AdapterConfig, dim: int, *, base: Base
     adapter = Adapter(**makes, base=base, normalize=normalize)
     if start is None:
         return adapter
+    if base is not None:
+        start.check_base(base)
     described = [
         (one.side, *((part.kind, *part.settings().items()) for part in one.maps())) for one in (start, adapter)
     ]
@@ -386,28 +397,30 @@ def _start(start: Adapter | None, config: AdapterConfig, dim: int, *, base: Base
 def _held_out(relevant: Mapping[int, Sequence[int]], share: float, seed: int) -> dict[int, list[int]]:
     """The queries, with what answers them, of about `share` of the answering documents.
 
-    Documents that answer one query stay together, and so on through their other queries.
+    Documents that answer one query stay together, and so on through their other queries. In the order drawn they are
+    taken where that brings their number nearer to the share; the fewest where none does.
     """
     asking: dict[int, list[int]] = {}
     for query, places in relevant.items():
         for place in places:
             asking.setdefault(place, []).append(query)
-    wanted, taken = max(1, round(share * len(asking))), set()
-    held_out: dict[int, list[int]] = {}
+    wanted, seen, taken, fewest = max(1, round(share * len(asking))), set(), set(), set(asking)
     for first in np.random.default_rng(seed).permutation(list(asking)).tolist():
-        if len(taken) >= wanted:
-            break
-        left = [first]
+        left, together = [first], set()
         while left:
             place = left.pop()
-            if place not in taken:
-                taken.add(place)
-                for query in asking[place]:
-                    held_out[query] = list(relevant[query])
-                    left += relevant[query]
+            if place not in seen:
+                seen.add(place)
+                together.add(place)
+                left += [other for query in asking[place] for other in relevant[query]]
+        if 2 * len(taken) + len(together) <= 2 * wanted:
+            taken |= together
+        if together and len(together) < len(fewest):
+            fewest = together
+    taken = taken or fewest
+    held_out = {query: list(places) for query, places in relevant.items() if taken.issuperset(places)}
     if len(held_out) == len(relevant):
         raise ValueError(
             f"held_out is {share}, which leaves no query to train on: {len(relevant):,} queries that hang together"
         )
-    # In the order of the rows, so that sums come out alike.
-    return {query: held_out[query] for query in relevant if query in held_out}
+    return held_out
