@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 
 from embedft import AdapterConfig, RetrievalDataset, fit_adapter, load_embedder
+from embedft.retrieval.tables import format_table
 from experiments.commandline import make_parser, run
-from experiments.report import format_table
 from experiments.repro_adapter_lyft_uber import AS_PUBLISHED, MAX_LENGTH, embed, fit
 from experiments.sources import find_data
 

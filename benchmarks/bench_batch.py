@@ -15,10 +15,10 @@ import torch
 
 from embedft import Embedder, Targets, build_loss, load_embedder
 from embedft.device import release_memory
+from embedft.retrieval.tables import format_table
 from embedft.training.cached import cached_backward
 from embedft.training.optim import build_optimizer
 from experiments.commandline import make_parser, run
-from experiments.report import format_table
 
 from .workers import Worker, alternate, machine, ratios, spread
 

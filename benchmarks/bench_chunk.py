@@ -13,8 +13,8 @@ from pathlib import Path
 from embedft import load_embedder
 from embedft.data.chunks import chunk_pages
 from embedft.data.documents import read_documents
+from embedft.retrieval.tables import format_table
 from experiments.commandline import make_parser, run
-from experiments.report import format_table
 from experiments.sources import SHARED
 
 from .workers import Worker, alternate, machine, ratios, spread

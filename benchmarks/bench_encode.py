@@ -11,8 +11,8 @@ import argparse
 import numpy as np
 
 from embedft import RetrievalDataset, load_embedder
+from embedft.retrieval.tables import format_table
 from experiments.commandline import make_parser, run
-from experiments.report import format_table
 from experiments.sources import find_data
 
 from .workers import Worker, alternate, machine, ratios, spread

@@ -15,9 +15,9 @@ from typing import Any
 
 from embedft import build_loss, load_embedder
 from embedft.data.batches import Batch, Batches
+from embedft.retrieval.tables import format_table
 from embedft.training.optim import build_optimizer
 from experiments.commandline import make_parser, run
-from experiments.report import format_table
 from experiments.repro_matryoshka_finance import BATCH_SIZE, matryoshka_dims, read_rows, split_rows
 from experiments.sources import find_data
 

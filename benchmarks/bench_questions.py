@@ -19,8 +19,8 @@ from pathlib import Path
 from embedft.data.chunks import Chunk
 from embedft.data.prompts import RESPONSE_FORMAT, TEMPLATE, fill_template, parse_reply
 from embedft.data.questions import QuestionConfig, write_questions
+from embedft.retrieval.tables import format_table
 from experiments.commandline import make_parser, run
-from experiments.report import format_table
 
 from .workers import Worker, alternate, machine, ratios, spread
 

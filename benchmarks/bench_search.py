@@ -21,25 +21,18 @@ import faiss
 import numpy as np
 
 from embedft import load_embedder
-from embedft.retrieval.approximate import build_index, unit_rows
+from embedft.retrieval.approximate import build_index
 from embedft.retrieval.index import FlatIndex, Found, recall_against, search_exact
+from embedft.retrieval.tables import format_table
 from experiments.commandline import make_parser, run
-from experiments.report import format_table
 from experiments.repro_matryoshka_finance import read_rows
 from experiments.sources import find_data
 
+from .vectors import perturbed, write_perturbed
 from .workers import machine, ratios, spread
 
 TOLERANCE, LIMIT = 1e-5, 1.3
 RECALL_DEPTH, TARGET, LEAST_TIMES = 10, 0.95, 10
-SLICE = 50_000
-
-
-def perturbed(vectors_CD: np.ndarray, rows: range, noise: float, seed: int) -> np.ndarray:
-    """normalise(vector row mod C + noise x a random unit vector), for rows of a slice, whose number seeds them."""
-    rng = np.random.default_rng([seed, rows.start])
-    directions = unit_rows(rng.standard_normal((len(rows), vectors_CD.shape[1]), dtype=np.float32))
-    return unit_rows(vectors_CD[np.arange(rows.start, rows.stop) % len(vectors_CD)] + noise * directions)
 
 
 def make_data(options: argparse.Namespace, folder: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -49,14 +42,9 @@ def make_data(options: argparse.Namespace, folder: str) -> tuple[np.ndarray, np.
     contexts = embedder.encode(dataset.document_texts()[: options.texts], role="document", dim=options.dim)
     questions = embedder.encode(list(dataset.queries.values())[: options.texts], role="query", dim=options.dim)
     number = max(options.documents, options.ivf, options.hnsw)
-    path = Path(folder, "documents.npy")
-    documents = np.lib.format.open_memmap(path, "w+", dtype=np.float32, shape=(number, contexts.shape[1]))
-    for start in range(0, number, SLICE):
-        rows = range(start, min(start + SLICE, number))
-        documents[rows.start : rows.stop] = perturbed(contexts, rows, options.noise, 0)
-    documents.flush()
+    documents = write_perturbed(Path(folder, "documents.npy"), contexts, number, noise=options.noise)
     queries, tuning = (perturbed(questions, range(options.queries), options.noise, seed) for seed in (1, 2))
-    return np.load(path, mmap_mode="r"), queries, tuning
+    return documents, queries, tuning
 
 
 def require_equal(found: Found, expected: Found, name: str) -> None:

@@ -18,8 +18,8 @@ import numpy as np
 
 from embedft import load_embedder
 from embedft.encoders.store import Space, Store
+from embedft.retrieval.tables import format_table
 from experiments.commandline import make_parser, run
-from experiments.report import format_table
 
 from .workers import Worker, machine, ratios, spread
 

@@ -15,10 +15,10 @@ import torch
 from embedft import RetrievalDataset, build_loss, load_embedder
 from embedft.data.batches import Batches
 from embedft.device import release_memory
+from embedft.retrieval.tables import format_table
 from embedft.training.optim import build_optimizer
 from embedft.training.train import RELEASE_EVERY
 from experiments.commandline import make_parser, run
-from experiments.report import format_table
 from experiments.sources import find_data
 
 from .workers import Worker, alternate, machine, ratios, spread

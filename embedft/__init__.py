@@ -17,10 +17,12 @@ from .losses.registry import LOSSES, build_loss
 from .losses.targets import Targets
 from .recipe import FinetuneConfig, finetune
 from .retrieval.bm25 import bm25_run
-from .retrieval.evaluate import evaluate, evaluate_run
+from .retrieval.evaluate import evaluate, evaluate_grid, evaluate_run
 from .retrieval.fusion import fuse
+from .retrieval.mining import mine
 from .retrieval.report import Comparison, Report, compare
 from .retrieval.run import Run
+from .retrieval.search import Searcher, search
 from .training.fit_adapter import AdapterConfig, fit_adapter
 
 __all__ = [
@@ -33,14 +35,18 @@ __all__ = [
     "Report",
     "RetrievalDataset",
     "Run",
+    "Searcher",
     "Targets",
     "bm25_run",
     "build_loss",
     "compare",
     "evaluate",
+    "evaluate_grid",
     "evaluate_run",
     "finetune",
     "fit_adapter",
     "fuse",
     "load_embedder",
+    "mine",
+    "search",
 ]

@@ -11,13 +11,16 @@ import sys
 from collections.abc import Callable, Sequence
 
 from . import config as configs
-from .commands import adapters, models, stores, texts
+from .commands import adapters, mining, models, retrieval, search, stores, texts
 
 # Name: (adds its arguments to a parser, runs it and may return an exit code, what it does).
 COMMANDS: dict[str, tuple[Callable, Callable, str]] = {
     **texts.COMMANDS,
     **models.COMMANDS,
+    **retrieval.COMMANDS,
+    **search.COMMANDS,
     **adapters.COMMANDS,
+    **mining.COMMANDS,
     **stores.COMMANDS,
 }
 

@@ -27,7 +27,7 @@ from .retrieval.report import Report
 from .retrieval.run import Run, check_trec_ids
 from .training import distributed, runs
 from .training.references import FrozenEmbeddings, Reference, targets_with
-from .training.train import TrainConfig, train
+from .training.train import Refresh, TrainConfig, train
 from .training.windows import best_windows
 
 VALIDATION, VALIDATION_BASE = "validation", "validation-base"
@@ -56,8 +56,9 @@ class FinetuneConfig(TrainConfig):
         None, "[size, stride] in tokens: documents are windows, scored by the best one; null: one vector a document"
     )
     windows_per_document: int = setting(
-        4, "windows of a document in a step: its queries' best before training, others at random"
+        4, "windows of a document in a step: its queries' best, found before training, others at random"
     )
+    refresh_windows: bool = setting(False, "find the best windows anew before every epoch, by the model as it then is")
     attention_dropout: float = setting(0.0, "on attention weights; above 0 it costs the fast kernels")
     loss: dict[str, Any] = setting({"name": "in_batch_negatives"}, "name and options of the loss")
     references: dict[str, Any] = setting(
@@ -78,6 +79,8 @@ class FinetuneConfig(TrainConfig):
             raise ValueError(f"num_negatives is {self.num_negatives}, expected at least 0")
         if self.windows_per_document < 1:
             raise ValueError(f"windows_per_document is {self.windows_per_document}, expected at least 1")
+        if self.refresh_windows and self.passages is None:
+            raise ValueError("refresh_windows is True, but there are no passages")
         if self.passages is not None:
             if len(self.passages) != 2 or not all(type(number) is int for number in self.passages):
                 raise ValueError(f"passages is {self.passages}, expected [size, stride], two whole numbers of tokens")
@@ -148,7 +151,8 @@ def finetune(
             raise ValueError("references have one vector a document, passages several: they do not go together")
         embedder.pack([""], role="document", passages=config.passages)  # tells whether they can be cut
         whole = batches if isinstance(batches, Batches) else batches.all
-        whole.best_windows = best_windows(embedder, whole)
+        # Of rank 0 for all: devices that round differently may differ in the best of nearly equal windows.
+        whole.best_windows = distributed.from_first(lambda: best_windows(embedder, whole))
     references, reference_hashes = _frozen(embedder, dataset, config, references or {})
     _try_loss(embedder, batches, config, references)
     if out is not None:
@@ -171,12 +175,17 @@ def finetune(
             report.save(out / runs.EVAL / VALIDATION_BASE)
         return report.metrics
 
+    def with_windows(found: dict[str, dict[str, int]]) -> Batches | Mixture:
+        whole.best_windows = found
+        return batches
+
+    refresh = Refresh(lambda embedder: best_windows(embedder, whole), with_windows) if config.refresh_windows else None
     evaluation = None if validation is None else validate
     loss = _build_loss(config)
     # The vectors of weights on their way are asked for once: they are not kept.
     store, embedder.store = embedder.store, None
     try:
-        train(embedder, batches, loss, config, out=out, references=references, evaluate=evaluation)
+        train(embedder, batches, loss, config, out=out, references=references, evaluate=evaluation, refresh=refresh)
     finally:
         embedder.store = store
 

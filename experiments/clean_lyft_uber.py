@@ -19,9 +19,9 @@ import numpy as np
 
 from embedft import Report, RetrievalDataset, compare, evaluate, evaluate_run, load_embedder
 from embedft.data.cleaning import Cleaned, clean
+from embedft.retrieval.tables import format_table
 
 from .commandline import make_parser, run
-from .report import format_table
 from .repro_finetune_lyft_uber import MAX_LENGTH, finetune_seed
 from .sources import find_data
 

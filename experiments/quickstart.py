@@ -24,10 +24,11 @@ from embedft.device import describe, peak_memory_bytes
 from embedft.encoders.loading import load_reading
 from embedft.files import write_json
 from embedft.retrieval.run import check_trec_ids
+from embedft.retrieval.tables import format_table
 from embedft.training.runs import check_run
 
 from .commandline import make_parser, run
-from .report import COMPARISON_HEADER, compare_metrics, comparison_rows, format_table
+from .report import COMPARISON_HEADER, compare_metrics, comparison_rows
 
 CONFIG = FinetuneConfig(epochs=1, batch_size=64, lr=5e-5, warmup=0.1, max_length=128)
 NUM_TRAIN, NUM_HELD_OUT = 2_000, 1_000

@@ -1,6 +1,6 @@
-"""Tables of experiments: before and after with interval and p-value, and Markdown.
+"""Before and after over several metrics, with interval and p-value, as the cells of a table.
 
-print(format_table(["metric", "before"], [["ndcg@10", "0.662"]]))
+print(format_table(COMPARISON_HEADER, comparison_rows(compare_metrics(before, after))))
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ def compare_metrics(before: Report, after: Report, metrics: Sequence[str] = METR
 
 
 def comparison_rows(comparisons: Sequence[Comparison]) -> list[list[str]]:
-    """Cells for `format_table`: metric, before, after, difference, interval, p-value."""
+    """Cells for `format_table`, below COMPARISON_HEADER: metric, before, after, difference, interval, p-value."""
     return [
         [
             c.metric,
@@ -31,16 +31,3 @@ def comparison_rows(comparisons: Sequence[Comparison]) -> list[list[str]]:
 
 
 COMPARISON_HEADER = ["metric", "before", "after", "difference", "95% interval", "p-value"]
-
-
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns line up in a terminal too: the first to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *rest = zip(cells, widths, strict=True)
-        padded = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]
-        return "| " + " | ".join(padded) + " |"
-
-    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])]) + "|"
-    return "\n".join([line(header), rule, *map(line, rows)])

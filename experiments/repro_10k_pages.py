@@ -21,9 +21,9 @@ from embedft.data.documents import read_documents
 from embedft.data.questions import QuestionConfig, question_dataset, write_questions
 from embedft.encoders.loading import load_reading
 from embedft.encoders.openai_api import ApiEmbedder
+from embedft.retrieval.tables import format_table
 
 from .commandline import make_parser, run
-from .report import format_table
 from .repro_finetune_lyft_uber import MAX_LENGTH, METRICS, finetune_seed, format_seeds
 from .sources import find_data
 

@@ -32,10 +32,10 @@ from embedft import (
     fit_adapter,
     load_embedder,
 )
+from embedft.retrieval.tables import format_table
 from embedft.training.closed_forms import procrustes, relevant_pairs, ridge
 
 from .commandline import make_parser, run
-from .report import format_table
 from .sources import find_data
 
 # bge-small-en with the article's adapter: before, after; top 5 retrieved, so MRR is at 5.

@@ -19,10 +19,10 @@ import numpy as np
 from embedft import FinetuneConfig, Report, RetrievalDataset, compare, evaluate, finetune, load_embedder
 from embedft.data.batches import Batches
 from embedft.files import read_json
+from embedft.retrieval.tables import format_table
 from embedft.training.runs import DONE, ENVIRONMENT
 
 from .commandline import make_parser, run
-from .report import format_table
 from .sources import find_data
 
 # bge-small-en, from the article's notebook (evaluate.ipynb): hit rate at 5, and sentence-transformers' evaluator.

@@ -21,17 +21,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from embedft import Embedder, RetrievalDataset, build_loss, evaluate, load_embedder
+from embedft import Embedder, RetrievalDataset, build_loss, evaluate_grid, load_embedder
 from embedft.config import to_dict
 from embedft.data.batches import Batches
 from embedft.files import read_json, write_json
+from embedft.retrieval.tables import format_table
 from embedft.training.runs import EVAL, MODEL, close_run, is_done, open_run
 from embedft.training.train import TrainConfig, train
 
 from .commandline import make_parser, run
-from .report import format_table
 from .sources import find_data
 
 # bge-base-en-v1.5: nDCG@10 at its 768 dimensions and the shares of them below, base and fine-tuned.
@@ -143,26 +142,20 @@ def pick_dim(dims: Sequence[int]) -> int:
     return min(dims, key=lambda dim: abs(dim - PICK_DIM))
 
 
-class EncodedOnce:
-    """An embedder for `evaluate` that encodes the texts of a role once and then cuts its vectors.
+class DistinctTexts:
+    """An embedder for `evaluate_grid` that encodes equal texts once.
 
-    Equal texts are encoded once too: in batches of different lengths their vectors would differ in the last bit, which
-    would order what is to be a tie.
+    In batches of different lengths their vectors would differ in the last bit, which would order what is to be a tie.
     """
 
     def __init__(self, embedder: Embedder):
         self.embedder, self.similarity = embedder, embedder.similarity
-        self.vectors: dict[tuple[str, int], np.ndarray] = {}
+        self.full_dim, self.normalize = embedder.full_dim, embedder.normalize
 
     def encode(self, texts: list[str], *, role: str, dim: int | None) -> np.ndarray:
-        """As `Embedder.encode`. The same texts are expected in every call of a role."""
-        key = role, len(texts)
-        if key not in self.vectors:
-            number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-            vectors = self.embedder.encode(list(number), role=role, dim=self.embedder.full_dim)
-            self.vectors[key] = vectors[[number[text] for text in texts]]
-        vectors = torch.from_numpy(self.vectors[key][:, :dim])
-        return (F.normalize(vectors, dim=1) if self.embedder.normalize else vectors.contiguous()).numpy()
+        """As `Embedder.encode`."""
+        number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        return self.embedder.encode(list(number), role=role, dim=dim)[[number[text] for text in texts]]
 
 
 def measure(
@@ -171,8 +164,8 @@ def measure(
     """nDCG@10 by dimension, in one encoding; `known` keeps it by weights and data, and nothing is measured twice."""
     key = embedder.sha256(), dataset.sha256()
     if key not in known:
-        encoded = EncodedOnce(embedder)
-        known[key] = {dim: evaluate(encoded, dataset, dim=dim).metrics[METRIC] for dim in dims}
+        reports = evaluate_grid(DistinctTexts(embedder), dataset, dims=dims)
+        known[key] = {dim: report.metrics[METRIC] for dim, report in zip(dims, reports, strict=True)}
     return known[key]
 
 

@@ -9,7 +9,7 @@ import pytest
 from embedft.files import write_json
 from embedft.retrieval import approximate
 from embedft.retrieval import index as index_module
-from embedft.retrieval.approximate import build_index, load_index, unit_rows
+from embedft.retrieval.approximate import build_index, check_index, load_index, unit_rows
 from embedft.retrieval.index import FlatIndex, recall_against, search_exact
 
 DIM = 16
@@ -257,6 +257,20 @@ def test_misuse_of_building():
 def test_too_few_documents_to_train_on(preset, needed, number):
     with pytest.raises(ValueError, match=f"'{preset}' is trained on at least {needed} documents, found {number}"):
         build_index(DOCUMENTS[:number], preset)
+    with pytest.raises(ValueError, match=f"'{preset}' is trained on at least {needed} documents, found {number}"):
+        check_index(preset, DIM, num_documents=number)
+    check_index(preset, DIM, num_documents=int(needed))
+    check_index(preset, DIM)
+
+
+def test_an_index_can_be_checked_before_there_are_vectors():
+    for preset in ("flat", "hnsw", "ivf", "SQ8", "IVF9,PQ4"):
+        check_index(preset, DIM, num_documents=300)
+    check_index("hnsw", DIM, num_documents=1)
+    with pytest.raises(ValueError, match="index 'hnws' at 16 dimensions: expected one of flat, hnsw, ivf, ivfpq, or a"):
+        check_index("hnws", DIM)
+    with pytest.raises(ValueError, match="index 'PQ5' at 16 dimensions"):
+        check_index("PQ5", DIM)
 
 
 def test_misuse_of_searching():

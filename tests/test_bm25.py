@@ -417,5 +417,7 @@ def test_options_of_a_run(monkeypatch):
     np.testing.assert_allclose(run.scores[3], best, rtol=1e-6)
     with pytest.raises(ValueError, match="BM25: tokenize gave 1 lists of tokens for 3 texts"):
         bm25_run(DATASET, tokenize=lambda texts: [["a"]])
-    with pytest.raises(ValueError, match="search depth must be at least 1"):
-        bm25_run(DATASET, depth=0)
+    calls.clear()
+    with pytest.raises(ValueError, match="search depth must be at least 1, not 0"):
+        bm25_run(DATASET, tokenize=tokenize, depth=0)
+    assert not calls  # before any work

@@ -68,32 +68,6 @@ def test_encode_with_options(place, capsys):
     np.testing.assert_array_equal(np.load("vectors.npy"), embedder.encode(TEXTS, role="query", dim=8))
 
 
-def test_evaluate(place, capsys):
-    report = evaluate(make_embedder(place / "model"), make_dataset())
-    assert main(["evaluate", "model", "pairs.json", "--out", "eval"]) == 0
-    assert capsys.readouterr().out == f"{report}\n"
-    assert Report.load("eval").metrics == report.metrics
-    assert main(["evaluate", "model", "pairs.json", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == report.metrics
-
-
-def test_evaluate_with_options(place, capsys):
-    options = ["--dim", "8", "--ks", "2", "7", "--depth", "7", "--gain", "graded", "--max-length", "6", "--json"]
-    assert main(["evaluate", "model", "pairs.json", *options]) == 0
-    embedder = load_embedder("model", device="cpu", max_length=6)
-    report = evaluate(embedder, make_dataset(), dim=8, ks=(2, 7), depth=7, gain="graded")
-    assert json.loads(capsys.readouterr().out) == report.metrics
-
-
-def test_evaluate_in_windows(place, capsys):
-    report = evaluate(make_embedder(place / "model"), make_dataset(), passages=(6, 2))
-    assert main(["evaluate", "model", "pairs.json", "--passages", "6", "2", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == report.metrics
-    assert report.metrics != evaluate(make_embedder(place / "model"), make_dataset()).metrics
-    assert main(["evaluate", "model", "pairs.json", "--passages", "6", "8"]) == 2
-    assert "passages start every 8 tokens, expected 1 to their size, 6" in capsys.readouterr().err
-
-
 def test_finetune(place, capsys):
     options = ["--validation", "pairs.json", "--epochs", "1", "--batch_size", "4", "--loss.temperature=0.1", "--quiet"]
     assert main(["finetune", "--num_negatives", "1", "model", "pairs.jsonl", "--out", "run", *options]) == 0
@@ -313,8 +287,9 @@ def test_help_explains_every_option(capsys, monkeypatch, command):
     entries = [entry for section in sections for entry in re.split(r"\n  (?=\S)", section.rstrip())[1:]]
     explained = {re.split(r"[ ,]", entry)[0]: re.search(r"(?:  |\n)\s*(\S.*)", entry) for entry in entries}
     assert None not in explained.values(), explained
-    on_texts = {"chunk": {"PATH", "--out"}, "questions": {"SOURCE", "--out", "--method"}, "store": {"DIR", "--verify"}}
-    assert {"--quiet", "-h"} | on_texts.get(command, {"MODEL", "--device"}) <= explained.keys()
+    others = {"chunk": {"PATH", "--out"}, "questions": {"SOURCE", "--out", "--method"}, "store": {"DIR", "--verify"}}
+    others["compare"] = {"REPORT", "--metric"}
+    assert {"--quiet", "-h"} | others.get(command, {"MODEL", "--device"}) <= explained.keys()
     for config in {"finetune": [FinetuneConfig], "questions": [QuestionConfig]}.get(command, []):
         assert {f"--{field.name.replace('_', '-')}" for field in fields(config)} <= explained.keys()
 
@@ -338,9 +313,3 @@ def test_a_beir_folder_trains_on_train_and_validates_on_test(place, capsys, monk
     assert main(["finetune", "model", "beir", "--validation", "beir", "--out", "run", *more]) == 2
     assert seen == {"train": list(dataset.queries)[8:], "validation": list(dataset.queries)[:8]}
     assert main(["evaluate", "model", "beir", "--split", "train", "--json"]) == 0
-
-
-def test_ids_that_a_run_file_cannot_hold_are_found_before_work(place, capsys):
-    (place / "odd.json").write_text('{"queries": {"a b": "x"}, "corpus": {"d": "y"}, "relevant_docs": {"a b": ["d"]}}')
-    assert main(["evaluate", "missing-model", "odd.json", "--out", "report"]) == 2
-    assert "no whitespace in ids: 'a b'" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from embedft.data.dataset import RetrievalDataset
-from embedft.retrieval import evaluate as evaluate_module
+from embedft.retrieval import search as search_module
 from embedft.retrieval.evaluate import evaluate, evaluate_run, question_clusters
 from embedft.retrieval.report import Comparison, Report, compare, save_sentence_transformers_csv
 from embedft.retrieval.run import Run
@@ -138,6 +138,9 @@ def test_report_of_a_toy_evaluation():
     assert report.metrics["precision@3"] == pytest.approx(1 / 3)
     assert report.setting == {
         "dim": 8,
+        "precision": "float32",
+        "index": "flat",
+        "passages": None,
         "similarity": "cosine",
         "depth": 100,
         "ks": [1, 3],
@@ -151,9 +154,13 @@ def test_report_of_a_toy_evaluation():
     assert {name for name in report.costs if name.endswith("_seconds")} == {
         "query_encoding_seconds",
         "document_encoding_seconds",
+        "build_seconds",
         "search_seconds",
         "metrics_seconds",
     }
+    assert report.costs["build_seconds"] == 0
+    assert report.costs["queries_per_second"] == pytest.approx(12 / report.costs["search_seconds"])
+    assert report.costs["recall@10_of_exact"] == 1
     assert embedder.calls == [("query", 12), ("document", 9)]
     text = str(report).splitlines()
     assert text[0] == "12 queries (1 without relevant documents left out)"
@@ -166,7 +173,7 @@ def test_report_of_a_toy_evaluation():
 def test_slices_of_the_corpus_change_nothing(monkeypatch):
     dataset = toy_dataset()
     whole = evaluate(toy_embedder(dataset, noise=1.0), dataset)
-    monkeypatch.setattr(evaluate_module, "DOCUMENT_SLICE", 4)
+    monkeypatch.setattr(search_module, "DOCUMENT_SLICE", 4)
     embedder = toy_embedder(dataset, noise=1.0)
     assert evaluate(embedder, dataset).run.to_dict() == whole.run.to_dict()
     assert embedder.calls == [("query", 12), ("document", 4), ("document", 4), ("document", 1)]

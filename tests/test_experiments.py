@@ -13,7 +13,6 @@ from api_server import ApiServer
 
 from benchmarks.workers import Worker, alternate, ratios, spread
 from embedft import RetrievalDataset, load_embedder
-from experiments.report import format_table
 from experiments.repro_10k_pages import first_and_rest
 from experiments.sources import find_data
 
@@ -140,15 +139,6 @@ def test_data_that_is_not_there(tmp_path):
     (tmp_path / "train_dataset.json").touch()
     with pytest.raises(FileNotFoundError, match=r"val_dataset.json is not there; get it from https://github.com"):
         find_data("lyft_uber", str(tmp_path))
-
-
-def test_format_table():
-    assert format_table(["metric", "a"], [["mrr@10", "0.5"], ["x", "0.25"]]).splitlines() == [
-        "| metric |    a |",
-        "|--------|-----:|",
-        "| mrr@10 |  0.5 |",
-        "| x      | 0.25 |",
-    ]
 
 
 class Sleeper:

@@ -12,8 +12,8 @@ from embedft.encoders import embedder as embedder_module
 from embedft.encoders.adapter import Adapter
 from embedft.encoders.maps import Linear
 from embedft.encoders.packing import concatenate, pack, take
-from embedft.retrieval import evaluate as evaluate_module
 from embedft.retrieval import passages as passages_module
+from embedft.retrieval import search as search_module
 from embedft.retrieval.evaluate import evaluate
 from embedft.retrieval.index import FlatIndex
 from embedft.retrieval.passages import PassageIndex, aggregate_windows
@@ -460,7 +460,7 @@ def long_dataset(**changes) -> RetrievalDataset:
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 def test_evaluate_over_passages(tiny, monkeypatch, aggregate):
     dataset = long_dataset()
-    monkeypatch.setattr(evaluate_module, "PASSAGES_SLICE", 2)
+    monkeypatch.setattr(search_module, "PASSAGES_SLICE", 2)
     report = evaluate(tiny, dataset, passages=(6, 3), aggregate=aggregate, ks=(1,))
     assert (report.setting["passages"], report.setting["aggregate"]) == ([6, 3], aggregate)
     # 10, 9 and 3 tokens of text in windows of 4 of it, one every 3: 3, 3 and 1 windows, 7 for 3 documents.
@@ -479,7 +479,8 @@ def test_texts_that_fit_are_evaluated_as_ever(tiny):
     whole, cut = evaluate(tiny, dataset), evaluate(tiny, dataset, passages=(48, 40))
     assert cut.metrics == whole.metrics
     np.testing.assert_allclose(cut.run.scores, whole.run.scores, atol=1e-6)
-    assert "passages" not in whole.setting
+    assert whole.setting["passages"] is None
+    assert "aggregate" not in whole.setting
     assert "windows_per_document" not in whole.costs
     assert cut.costs["bytes_per_document"] == whole.costs["bytes_per_document"] == 128
 
@@ -527,7 +528,7 @@ def test_passages_of_an_embedder_without(tiny):
 
 
 def test_a_window_that_is_not_finite_names_its_document(tiny, monkeypatch):
-    monkeypatch.setattr(evaluate_module, "PASSAGES_SLICE", 1)
+    monkeypatch.setattr(search_module, "PASSAGES_SLICE", 1)
     monkeypatch.setattr(
         type(tiny),
         "encode_passages",

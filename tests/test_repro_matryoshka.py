@@ -89,22 +89,20 @@ def test_cut_vectors_are_those_of_the_embedder(tmp_path, monkeypatch):
     dataset, num_rows = experiment.read_rows(write_file(tmp_path))
     test = experiment.split_rows(dataset, num_rows, keep_back=False).test
     dims = matryoshka_dims(32)
-    encoded = experiment.EncodedOnce(embedder)
-    for dim in dims:
-        texts = list(test.queries.values())
-        expected = embedder.encode(texts, role="query", dim=dim)
-        np.testing.assert_allclose(encoded.encode(texts, role="query", dim=dim), expected, atol=1e-6)
-    assert len(encoded.vectors) == 1
-    found = measure(embedder, test, dims, {})
-    assert list(found) == dims
-    for dim in dims:
-        assert found[dim] == pytest.approx(evaluate(embedder, test, dim=dim).metrics["ndcg@10"], abs=1e-9)
-    # Equal texts are encoded once, so that they tie.
+    expected = {dim: evaluate(embedder, test, dim=dim).metrics["ndcg@10"] for dim in dims}
     texts, encode = [], embedder.encode
     monkeypatch.setattr(embedder, "encode", lambda given, **options: texts.append(given) or encode(given, **options))
+    found = measure(embedder, test, dims, {})
+    assert list(found) == dims
+    assert found == pytest.approx(expected, abs=1e-9)
+    # Equal texts are encoded once, so that they tie.
+    assert [len(given) for given in texts] == [4, 38]  # of 4 questions and 39 contexts
+    texts.clear()
+    encoded = experiment.DistinctTexts(embedder)
     same = encoded.encode(["a b", "hello world the of what", "a b"], role="document", dim=32)
     assert texts == [["a b", "hello world the of what"]]
     assert np.array_equal(same[0], same[2])
+    np.testing.assert_allclose(same, encode(["a b", "hello world the of what", "a b"]), atol=1e-6)
 
 
 def test_the_same_weights_are_measured_once(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from embedft import build_loss
 from embedft.data.batches import Batches
 from embedft.losses.contrastive import in_batch_negatives
 from embedft.training import train as train_module
-from embedft.training.train import NonFiniteError, TrainConfig, train
+from embedft.training.train import NonFiniteError, Refresh, TrainConfig, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -355,6 +355,168 @@ def test_the_bar_of_a_resumed_run_begins_where_the_run_was(tmp_path, monkeypatch
     run(tmp_path, "run")
     assert [(bar.initial, bar.n, bar.total) for bar in bars] == [(0, 5, 8), (4, 8, 8)]
     assert "loss=" in bars[1].postfix
+
+
+# Batches made anew.
+
+
+REFRESHED = dataclasses.replace(CONFIG, epochs=3)
+
+
+def by_weights(embedder, seen: list | None = None, **changes) -> Refresh:
+    """Batches in an order that follows from the weights, to their last bit, when they are made."""
+
+    def find(model):
+        assert not model.training
+        if seen is not None:
+            seen.append(weights_of(model))
+        return {"norm": model.get_parameter(TABLE).double().norm().item(), "asked": (1, 2)}
+
+    def make(found):
+        assert found.keys() == {"norm", "asked"}
+        assert found["asked"] == [1, 2]  # as JSON has it, in the run that found it too
+        return make_batches(embedder, seed=int(found["norm"] * 1e12) % 2**31)
+
+    return Refresh(find, make)._replace(**changes)
+
+
+def run_refreshed(tmp_path, name: str, *, loss=in_batch_negatives, config=REFRESHED, **changes):
+    """As `run`, with a refresh."""
+    out = tmp_path / name
+    out.mkdir(exist_ok=True)
+    embedder = make_embedder(tmp_path / "base")
+    refresh = by_weights(embedder, **changes)
+    state = train(embedder, make_batches(embedder), loss, config, out=out, evaluate=nearness, refresh=refresh)
+    seconds = {"seconds": None, "refresh_seconds": None}
+    log = [{k: seconds.get(k, v) for k, v in record.items()} for record in read_log(out)]
+    return weights_of(embedder), state, log
+
+
+def test_a_refresh_sees_the_model_at_the_beginning_of_every_epoch_but_the_first(tmp_path):
+    """The second epoch is that of a plain loop over its batches, begun at the weights that `find` saw."""
+    seen, first, at_once = [], [], make_embedder(tmp_path / "base")
+    train(at_once, make_batches(at_once), in_batch_negatives, REFRESHED, refresh=by_weights(at_once, seen))
+    assert len(seen) == 2
+
+    def keep(embedder):
+        first.append(weights_of(embedder))
+        return {METRIC: 0.0}
+
+    plain = make_embedder(tmp_path / "base")
+    config = dataclasses.replace(REFRESHED, eval_every=4)
+    batches, refresh = make_batches(plain), by_weights(plain)
+    calls = []
+
+    class Scripted:
+        """What the refresh should come to, without one: the second epoch and the third are of other batches."""
+
+        def __len__(self):
+            return len(batches)
+
+        def epoch(self, number, *, start=0):
+            calls.append(number)
+            if number == 0:
+                return batches.epoch(0)
+            return refresh.make({**refresh.find(plain.eval()), "asked": [1, 2]}).epoch(number)
+
+    train(plain, Scripted(), in_batch_negatives, config, evaluate=keep)
+    assert calls == [0, 1, 2]
+    assert_same(first[1], seen[0])
+    assert_same(first[2], seen[1])
+    assert_same(first[3], weights_of(at_once))
+
+
+def test_the_batches_of_a_refresh_are_trained_on(tmp_path):
+    embedder, asked = make_embedder(tmp_path / "base"), []
+
+    def make(found):
+        asked.append(found)
+        return Batches(make_dataset(11, 9, seed=7), embedder.pack, batch_size=3, seed=found)
+
+    refresh = Refresh(lambda model: 5 + len(asked), make)
+    state = train(embedder, make_batches(embedder), in_batch_negatives, REFRESHED, out=tmp_path, refresh=refresh)
+    assert asked == [5, 6]
+    assert state.refreshed == 6
+    expected = list(make_batches(embedder).epoch(0))
+    for number, seed in ((1, 5), (2, 6)):
+        expected += Batches(make_dataset(11, 9, seed=7), embedder.pack, batch_size=3, seed=seed).epoch(number)
+    log = read_log(tmp_path)
+    assert [x["tokens"] for x in log] == [len(b.queries.input_ids) + len(b.documents.input_ids) for b in expected]
+    assert [x["step"] for x in log if "refresh_seconds" in x] == [5, 9]
+
+
+@pytest.mark.parametrize(("accumulate", "checkpoint_every"), [(1, 3), (3, 1)])
+def test_resumed_with_a_refresh(tmp_path, accumulate, checkpoint_every):
+    """Interrupted in the first epoch, at the beginning of a later one, and within it."""
+    config = dataclasses.replace(REFRESHED, accumulate=accumulate, checkpoint_every=checkpoint_every)
+    whole = run_refreshed(tmp_path, "whole", config=config)
+    assert len({x["tokens"] for x in whole[2] if "tokens" in x}) > 2
+    for batch in (2, 5, 7, 9, 12):
+        with pytest.raises(KeyboardInterrupt):
+            run_refreshed(tmp_path, f"cut{batch}", config=config, loss=interrupted_at(batch))
+        resumed = run_refreshed(tmp_path, f"cut{batch}", config=config)
+        assert resumed[1] == whole[1]
+        assert resumed[2] == whole[2]
+        assert_same(resumed[0], whole[0])
+
+
+def test_within_an_epoch_nothing_is_found_again(tmp_path):
+    """Interrupted in the seventh batch, with a checkpoint behind the sixth: the weights of step 4 are gone."""
+    with pytest.raises(KeyboardInterrupt):
+        run_refreshed(tmp_path, "run", loss=interrupted_at(7))
+    seen = []
+    _, state, _ = run_refreshed(tmp_path, "run", seen=seen)
+    assert len(seen) == 1  # at step 8
+    assert state.step == 12
+
+
+def test_resumed_after_an_interruption_in_a_refresh(tmp_path):
+    whole = run_refreshed(tmp_path, "whole")
+    for call in (1, 2):
+        name = f"cut{call}"
+        find = interrupted_at(call, by_weights(make_embedder(tmp_path / "base")).find)
+        with pytest.raises(KeyboardInterrupt):
+            run_refreshed(tmp_path, name, find=find)
+        resumed = run_refreshed(tmp_path, name)
+        assert resumed[1:] == whole[1:]
+        assert_same(resumed[0], whole[0])
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "message"),
+    [
+        (True, False, "step 6 has what a refresh found, so it is not of a training without one"),
+        (False, True, "step 6 lacks what a refresh found, so it is not of a training with one"),
+    ],
+)
+def test_a_refresh_is_there_in_both_or_in_none(tmp_path, first, then, message):
+    embedder = make_embedder(tmp_path / "base")
+    refresh = {True: by_weights(embedder), False: None}
+    with pytest.raises(KeyboardInterrupt):
+        train(embedder, make_batches(embedder), interrupted_at(7), REFRESHED, out=tmp_path, refresh=refresh[first])
+    with pytest.raises(ValueError, match=message):
+        train(embedder, make_batches(embedder), in_batch_negatives, REFRESHED, out=tmp_path, refresh=refresh[then])
+
+
+def test_a_refresh_that_will_not_do(tmp_path):
+    embedder = make_embedder(tmp_path / "base")
+    more = Batches(make_dataset(13, 9), embedder.pack, batch_size=3, seed=0)
+    with pytest.raises(ValueError, match="the refresh made 5 batches an epoch, expected 4 as before"):
+        train(
+            embedder,
+            make_batches(embedder),
+            in_batch_negatives,
+            REFRESHED,
+            refresh=by_weights(embedder, make=lambda found: more),
+        )
+    with pytest.raises(ValueError, match="JSON"):
+        train(
+            embedder,
+            make_batches(embedder),
+            in_batch_negatives,
+            REFRESHED,
+            refresh=by_weights(embedder, find=lambda model: math.nan),
+        )
 
 
 # A loss that is a module.

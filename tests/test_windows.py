@@ -1,8 +1,11 @@
 """Training on passages: the windows that a batch takes, its gradient against a naive maximum, and fine-tuning."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from ranks import run_ranks
 from tiny import make_dataset, make_embedder
 
 from embedft import FinetuneConfig, RetrievalDataset, evaluate, finetune, recipe
@@ -269,9 +272,137 @@ def test_resumed_bit_for_bit(tmp_path, monkeypatch, several):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+REFRESHED = replace(CONFIG, epochs=3, lr=1e-2, refresh_windows=True, checkpoint_every=2)  # 3 batches an epoch
+
+
+def vague_dataset(num_documents: int = 6) -> RetrievalDataset:
+    """As `long_dataset`, but what the queries say is in no window: which is best depends on the weights."""
+    data, generator = long_dataset(num_documents), np.random.default_rng(1)
+    queries = {query_id: " ".join(generator.choice(list("0123456789"), 4)) for query_id in data.queries}
+    return replace(data, queries=queries)
+
+
+def spied(monkeypatch):
+    """What every search for the best windows found, and by which weights."""
+    found, real = [], recipe.best_windows
+
+    def search(embedder, batches):
+        found.append((real(embedder, batches), weights_of(embedder)))
+        return found[-1][0]
+
+    monkeypatch.setattr(recipe, "best_windows", search)
+    return found
+
+
+def test_best_windows_follow_the_model(tmp_path, monkeypatch):
+    """Before each of three epochs those of the model as it is then, by a naive search; off, those of the base."""
+    data = vague_dataset()
+    pairs = [(query_id, document_id) for query_id, by in data.qrels.items() for document_id in by]
+    found = spied(monkeypatch)
+    finetune(make_embedder(tmp_path / "base"), data, REFRESHED, out=tmp_path / "run")
+    assert len(found) == 3
+    other = make_embedder(tmp_path / "base")
+    for windows, weights in found:
+        other.load_state_dict(weights)
+        assert windows == naive_best(other, data, pairs)
+    assert found[0][0] != found[1][0] != found[2][0]
+    steps = [x for _, x in read_jsonl(tmp_path / "run" / "train.jsonl")]
+    assert [x["step"] for x in steps if "refresh_seconds" in x] == [4, 7]
+    found.clear()
+    finetune(make_embedder(tmp_path / "base"), data, replace(REFRESHED, refresh_windows=False))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_batch_takes_the_windows_of_the_last_refresh(tmp_path, monkeypatch, several):
+    """One window a document, so the tokens and the loss of the second epoch are those of a training by hand."""
+    data = {name: vague_dataset(3) for name in ("one", "two")} if several else vague_dataset()
+    config, taken, real = replace(REFRESHED, windows_per_document=1), [], recipe.train
+    found = spied(monkeypatch)
+
+    def train(embedder, batches, loss, config, **options):
+        epoch = batches.epoch
+
+        def kept(number, *, start=0):
+            for batch in epoch(number, start=start):
+                taken.append((number, batch))
+                yield batch
+
+        monkeypatch.setattr(batches, "epoch", kept)
+        return real(embedder, batches, loss, config, **options)
+
+    monkeypatch.setattr(recipe, "train", train)
+    embedder = make_embedder(tmp_path / "base")
+    finetune(embedder, data, config)
+    assert [number for number, _ in taken] == sorted([0, 1, 2] * (len(taken) // 3))
+    texts = data["one"].corpus if several else data.corpus
+    for number, batch in taken:
+        windows = texts_of(embedder, batch.documents)
+        for document_id, window in zip(batch.document_ids, windows, strict=True):
+            words = texts[document_id.rpartition("/")[2]].split()
+            asking = [q for q in batch.query_ids if document_id in found[number][0].get(q, {})]
+            first = found[number][0][asking[0]][document_id]
+            assert window == " ".join(words[4 * first : 4 * first + 4])
+
+
+@pytest.mark.parametrize("call", [6, 9])
+@pytest.mark.parametrize("several", [False, True])
+def test_resumed_with_refreshed_windows(tmp_path, monkeypatch, several, call):
+    """Stopped in a step of the second epoch or the third; the checkpoints are behind every second step."""
+    data = {name: vague_dataset(3) for name in ("one", "two")} if several else vague_dataset()
+    whole = make_embedder(tmp_path / "base")
+    finetune(whole, data, REFRESHED, out=tmp_path / "whole")
+    real = recipe.train
+
+    def train(embedder, batches, loss, config, **options):
+        calls = iter(range(1, 100))
+
+        def stopped(*arguments):
+            if next(calls) == call:
+                raise KeyboardInterrupt
+            return loss(*arguments)
+
+        return real(embedder, batches, stopped, config, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "train", train)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(make_embedder(tmp_path / "base"), data, REFRESHED, out=tmp_path / "run")
+    resumed = make_embedder(tmp_path / "base")
+    finetune(resumed, data, REFRESHED, out=tmp_path / "run", existing="resume")
+    found, expected = weights_of(resumed), weights_of(whole)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    logs = [[x["loss"] for _, x in read_jsonl(tmp_path / name / "train.jsonl")] for name in ("whole", "run")]
+    assert logs[0] == logs[1]
+
+
+def finetuned_windows(folder):
+    """The losses of a run with refreshed windows, in float64 and without dropout; how often this rank searched."""
+    embedder = make_embedder(folder / "base", dropout=0.0, dtype=torch.float64)
+    searches, real = [], recipe.best_windows
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "best_windows", lambda *arguments: searches.append(1) or real(*arguments))
+        state_before = weights_of(embedder)
+        finetune(embedder, vague_dataset(), REFRESHED)
+    assert any(not torch.equal(tensor, state_before[name]) for name, tensor in embedder.state_dict().items())
+    return weights_of(embedder), len(searches)
+
+
+def test_two_ranks_refresh_as_one(tmp_path):
+    make_embedder(tmp_path / "base", dropout=0.0)
+    expected, searches = finetuned_windows(tmp_path)
+    assert searches == 3
+    results = run_ranks(2, finetuned_windows, tmp_path, folder=tmp_path)
+    assert [searches for _, searches in results] == [3, 0]  # rank 0 finds for all
+    for weights, _ in results:
+        for name, tensor in expected.items():
+            torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-8)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"refresh_windows": True}, "refresh_windows is True, but there are no passages"),
         ({"passages": [6]}, r"passages is \[6\], expected \[size, stride\], two whole numbers of tokens"),
         ({"passages": [6, 2.5]}, r"passages is \[6, 2.5\], expected"),
         ({"passages": [6, True]}, r"passages is \[6, True\], expected"),

@@ -1,10 +1,9 @@
-"""`embedft finetune | evaluate | encode | info`: what a model is, does and learns.
+"""`embedft finetune | encode | info`: what a model is, does and learns.
 
 Each command is a pair of functions: one adds its arguments to a parser, one runs it.
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -23,9 +22,7 @@ from ..encoders.openai_api import ApiEmbedder
 from ..files import atomic_write, check_writable, read_jsonl, read_lines
 from ..losses.registry import describe_losses
 from ..recipe import VALIDATION, VALIDATION_BASE, FinetuneConfig, finetune
-from ..retrieval.evaluate import evaluate
 from ..retrieval.report import Report, compare
-from ..retrieval.run import check_trec_ids
 from ..training import distributed, runs
 from .stores import format_bytes
 
@@ -191,45 +188,6 @@ def _kept_step(log: Path, select: str) -> str:
     return f"weights of {where} ({select} {values[step]:.4f})"
 
 
-def _add_evaluate(parser: argparse.ArgumentParser) -> None:
-    _add_model(parser)
-    parser.add_argument("data", metavar="DATA", help="QA JSON, BEIR folder, JSONL or CSV pairs")
-    _add_encoding(parser)
-    _add_store(parser)
-    parser.add_argument("--adapter", metavar="DIR", help="have vectors go through the adapter in DIR")
-    parser.add_argument(
-        "--passages",
-        type=int,
-        nargs=2,
-        metavar=("SIZE", "STRIDE"),
-        help="cut documents into windows of SIZE tokens, one every STRIDE; the best one counts [whole]",
-    )
-    parser.add_argument("--ks", type=int, nargs="+", default=[1, 3, 5, 10], metavar="K", help="cutoffs [1 3 5 10]")
-    parser.add_argument("--depth", type=int, default=100, metavar="K", help="documents retrieved a question [100]")
-    parser.add_argument("--gain", choices=("binary", "graded"), default="binary", help="of nDCG [binary]")
-    parser.add_argument("--out", metavar="DIR", help="write metrics.json, per_query.jsonl and run.trec")
-    parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
-    parser.add_argument("--split", metavar="NAME", help="of a BEIR folder [test, or the only one]")
-    parser.add_argument("--no-merge", action="store_true", help="a document a row, also where texts are equal")
-    _add_loading(parser)
-
-
-def _evaluate(options: argparse.Namespace) -> None:
-    if options.out:
-        check_writable(options.out)
-    dataset = _load_data(options.data, options, merge=not options.no_merge, split=options.split)
-    if options.out:
-        check_trec_ids([*dataset.queries, *dataset.corpus])
-    embedder = _load_encoding(options, adapter=options.adapter)
-    passages = None if options.passages is None else tuple(options.passages)
-    cutoffs = {"ks": options.ks, "depth": options.depth, "gain": options.gain}
-    report = evaluate(embedder, dataset, dim=options.dim, passages=passages, **cutoffs)
-    if options.out:
-        report.save(options.out)
-    _print_store(embedder)
-    print(json.dumps(report.metrics, indent=2) if options.json else report)
-
-
 def _add_encode(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     parser.add_argument("texts", metavar="FILE", help="a text a line; .jsonl: strings, or objects with `text`")
@@ -298,7 +256,6 @@ def _info(options: argparse.Namespace) -> None:
 # Name: (adds its arguments, runs it, what it does).
 COMMANDS = {
     "finetune": (_add_finetune, _finetune, "fine-tune a model on pairs of questions and documents"),
-    "evaluate": (_add_evaluate, _evaluate, "measure how well a model finds the right document"),
     "encode": (_add_encode, _encode, "turn texts into vectors"),
     "info": (_add_model, _info, "say what a model is"),
 }

@@ -205,8 +205,6 @@ def build_index(
     Source: HNSW: Malkov and Yashunin 2018; IVF and PQ: Jegou et al. 2011; the numbers: FAISS's wiki, "Guidelines to
     choose an index".
     """
-    import faiss
-
     if metric not in METRICS:
         raise ValueError(f"metric is {metric!r}, expected one of {', '.join(METRICS)}")
     if not 0 < target_recall <= 1:
@@ -216,16 +214,7 @@ def build_index(
     num_documents, dim = embeddings_ND.shape
     if ids is not None and len(ids) != num_documents:
         raise ValueError(f"{len(ids):,} ids for {num_documents:,} documents")
-    factory = _factory(preset, num_documents, dim)
-    try:
-        index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        known = ", ".join(PRESETS)
-        raise ValueError(
-            f"index {preset!r} at {dim} dimensions: expected one of {known}, or a string that FAISS's index_factory"
-            f" takes ({reason})"
-        ) from None
+    factory, index = _empty(preset, num_documents, dim)
     rng = np.random.default_rng(seed)
     _train(index, embeddings_ND, preset, metric, rng, seed)
     with progress_bar(num_documents, "indexing", unit="document") as bar:
@@ -240,6 +229,16 @@ def build_index(
     elif built.effort is not None:
         built.recall = _tune(built, embeddings_ND, queries, target_recall, rng)
     return built
+
+
+def check_index(preset: str, dim: int, *, num_documents: int | None = None) -> None:
+    """Raises the `ValueError` that `build_index` would, for a preset that is unknown or not for vectors of `dim`.
+
+    With `num_documents` also where these are too few to train on.
+    """
+    index = _empty(preset, num_documents or 1, dim)[1]
+    if num_documents is not None and not index.is_trained:
+        _trained_on(index, preset, num_documents)
 
 
 def load_index(folder: str | Path, *, dim: int | None = None, metric: Metric | None = None) -> Index:
@@ -278,6 +277,22 @@ def unit_rows(embeddings_ND: np.ndarray) -> np.ndarray:
     return embeddings_ND / np.where(lengths_N1 == 0, 1, lengths_N1)
 
 
+def _empty(preset: str, num_documents: int, dim: int) -> tuple[str, Any]:
+    """FAISS's description of a preset, and the index, nothing in it."""
+    import faiss
+
+    factory = _factory(preset, num_documents, dim)
+    try:
+        return factory, faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        known = ", ".join(PRESETS)
+        raise ValueError(
+            f"index {preset!r} at {dim} dimensions: expected one of {known}, or a string that FAISS's index_factory"
+            f" takes ({reason})"
+        ) from None
+
+
 def _factory(preset: str, num_documents: int, dim: int) -> str:
     num_lists = max(1, min(round(4 * math.sqrt(num_documents)), num_documents // LEAST_PER_LIST))
     # Product quantisation cuts a vector into equal parts.
@@ -296,24 +311,32 @@ def _train(
     index: Any, embeddings_ND: np.ndarray, preset: str, metric: Metric, rng: np.random.Generator, seed: int
 ) -> None:
     """Trains on a sample where the index needs it, and sets what FAISS's factory leaves open."""
-    import faiss
-
     owner, name = _knob(index)
     if name == "efSearch":
         owner.efConstruction = HNSW_CONSTRUCTION
     if index.is_trained:
         return
-    num_documents, least, most = len(embeddings_ND), LEAST_PQ, TRAINED_PQ
     if name == "nprobe":
         owner.cp.seed = seed
+    num_documents, most = len(embeddings_ND), _trained_on(index, preset, len(embeddings_ND))
+    rows = np.sort(rng.choice(num_documents, size=min(most, num_documents), replace=False))
+    sample = checked_embeddings(embeddings_ND[rows], None)
+    index.train(_prepared(sample, metric))
+
+
+def _trained_on(index: Any, preset: str, num_documents: int) -> int:
+    """How many documents at most an index is trained on. Raises `ValueError` where there are too few."""
+    import faiss
+
+    owner, name = _knob(index)
+    least, most = LEAST_PQ, TRAINED_PQ
+    if name == "nprobe":
         quantised = not isinstance(faiss.downcast_index(owner), faiss.IndexIVFFlat)
         least = max(owner.nlist, LEAST_PQ if quantised else 1)
         most = max(TRAINED_PER_LIST * owner.nlist, TRAINED_PQ if quantised else 1)
     if num_documents < least:
         raise ValueError(f"index {preset!r} is trained on at least {least:,} documents, found {num_documents:,}")
-    rows = np.sort(rng.choice(num_documents, size=min(most, num_documents), replace=False))
-    sample = checked_embeddings(embeddings_ND[rows], None)
-    index.train(_prepared(sample, metric))
+    return most
 
 
 def _tune(

@@ -160,8 +160,7 @@ class Bm25Index:
         Raises:
             ValueError: depth below 1, or a query that is a str.
         """
-        if depth < 1:
-            raise ValueError(f"search depth must be at least 1, not {depth}")
+        _check_depth(depth)
         depth = min(depth, len(self))
         scores_QK = np.full((len(queries), depth), -np.inf, dtype=np.float32)
         rows_QK = np.full((len(queries), depth), -1, dtype=np.int64)
@@ -276,6 +275,11 @@ def _first(scores_N: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
     return scores_C[order_K], rows_C[order_K]
 
 
+def _check_depth(depth: int) -> None:
+    if depth < 1:
+        raise ValueError(f"search depth must be at least 1, not {depth}")
+
+
 def _refuse_text(tokens: Sequence[Token], what: str) -> None:
     if isinstance(tokens, str):
         raise ValueError(f"BM25: {what} is a str, expected its tokens")
@@ -331,6 +335,7 @@ def bm25_run(
     Raises:
         ValueError: on a depth, k1 or b out of range, or when `tokenize` gives another number of texts.
     """
+    _check_depth(depth)
     tokenize = tokenize or words
     document_ids, texts = zip(*sorted(zip(dataset.corpus, dataset.document_texts(), strict=True)), strict=True)
     with progress_bar(len(texts), "indexing", unit="text") as bar:

@@ -1,43 +1,27 @@
-"""From an embedder and a dataset, or from a run, to a report.
+"""From an embedder and a dataset, or from a run, to a report; over a grid of settings in one encoding.
 
     before = evaluate(embedder, dataset)
     ...                                     # train
     print(compare(before, evaluate(embedder, dataset), metric="ndcg@10"))     # compare: report.py
     evaluate(embedder, dataset, passages=(128, 64))       # documents by their best window of 128 tokens
+    evaluate_grid(embedder, dataset, dims=(384, 128), precisions=("float32", "int8"), indices=("flat", "hnsw"))
 
-What is exact here: search is exhaustive; documents of equal score are ordered by ascending id, at the cut-off too, as
-sentence-transformers orders them; queries without a relevant document are left out of the means and counted.
-
-Shapes: Q queries, D dimensions.
+What is exact here: search is exhaustive unless a setting says otherwise; documents of equal score are ordered by
+ascending id, at the cut-off too, as sentence-transformers orders them; queries without a relevant document are left out
+of the means and counted. Not here: how documents are encoded and searched (search.py), and tables of reports
+(tables.py).
 """
 
-import contextlib
 import dataclasses
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, Protocol
-
-import numpy as np
+import itertools
+from collections.abc import Mapping, Sequence
 
 from ..data.dataset import RetrievalDataset
-from .index import FlatIndex, require_finite
 from .metrics import Gain, Qrels, has_relevant, judge, per_query_metrics
-from .passages import PassageIndex, check_aggregate
 from .report import Report
 from .run import Run
-
-# Documents encoded at a time: only the index holds the embeddings of all of them.
-DOCUMENT_SLICE = 65_536
-# The same where they become windows: a document may have many.
-PASSAGES_SLICE = 4_096
-
-
-class SupportsEncode(Protocol):
-    """What `evaluate` asks of an embedder. Rows are of unit length where similarity is "cosine"."""
-
-    similarity: Literal["cosine", "dot"]
-
-    def encode(self, texts: list[str], *, role: str, dim: int | None) -> np.ndarray: ...
+from .search import SupportsEncode, answers, encode, in_order_of_ids, timed
+from .settings import Setting, check_settings
 
 
 def evaluate(
@@ -47,64 +31,104 @@ def evaluate(
     dim: int | None = None,
     passages: Sequence[int] | None = None,
     aggregate: str = "max",
+    precision: str = "float32",
+    index: str = "flat",
     ks: Sequence[int] = (1, 3, 5, 10),
     depth: int = 100,
     gain: Gain = "binary",
 ) -> Report:
-    """Encodes queries and documents, searches exactly and measures.
+    """Encodes queries and documents, searches and measures: `evaluate_grid` of one setting.
+
+    Exact search (float32, flat) holds a slice of the corpus at a time: memory does not grow with the vectors.
 
     Args:
-        dim: leading dimensions to keep (Matryoshka); None: all.
+        dim: leading dimensions to keep (Matryoshka); None: as many as the embedder gives.
         passages: (size, stride) in tokens: documents are cut into windows as `Embedder.encode_passages` does, the title
             part of the text, and score by them. None: a document is one vector, of as much as the model reads.
         aggregate: how a document scores by its windows: max, mean, first or sum_top_M, see `aggregate_windows`.
+        precision: what vectors are stored as: float32, int8 or binary.
+        index: flat, hnsw, ivf, ivfpq, a string for FAISS's `index_factory`, or adaptive-DIM. Which go with which
+            precision, and what each does: settings.py.
         ks: cutoffs of the metrics.
         depth: documents retrieved a query, and the cutoff of MAP. May be larger than the corpus.
         gain: of nDCG, see `metrics.ndcg`.
 
     Raises:
-        ValueError: on a cutoff above `depth`, a dataset in which no query has a relevant document, embeddings that are
-            not finite (naming the query or document), or passages of an embedder that cannot cut any.
+        ValueError: as `evaluate_grid`.
+    """
+    grid = {"dims": (dim,), "precisions": (precision,), "indices": (index,), "passages": (passages,)}
+    return evaluate_grid(embedder, dataset, **grid, aggregate=aggregate, ks=ks, depth=depth, gain=gain)[0]
+
+
+def evaluate_grid(
+    embedder: SupportsEncode,
+    dataset: RetrievalDataset,
+    *,
+    dims: Sequence[int | None] = (None,),
+    precisions: Sequence[str] = ("float32",),
+    indices: Sequence[str] = ("flat",),
+    passages: Sequence[Sequence[int] | None] = (None,),
+    aggregate: str = "max",
+    ks: Sequence[int] = (1, 3, 5, 10),
+    depth: int = 100,
+    gain: Gain = "binary",
+) -> list[Report]:
+    """A report for every combination, in one encoding of the queries and one of the documents for each of `passages`.
+
+    Passages are outermost, then dims, precisions, indices. Each report is what `evaluate` gives for its setting; the
+    seconds of encoding are those of the encoding that they share.
+
+    Beside metrics a report has `setting` ("dim", "precision", "index", "passages", "similarity", "num_documents",
+    "aggregate" over passages, and the facts of `settings.build`) and `costs` (seconds of each part,
+    "queries_per_second", "bytes_per_document", "recall@10_of_exact", see `search.answers`).
+
+    Memory: with float32 and flat alone a slice of the corpus at a time, whatever the dims. Other settings need the
+    vectors: 4 bytes a dimension of the model a document or window, and one setting's own beside them: the vectors cut
+    to its dim, its codes and its index.
+
+    Args:
+        dims, precisions, indices, passages: lists of what `evaluate` takes. passages=(128, 64) is one setting too.
+        aggregate, ks, depth, gain: of all, see `evaluate`.
+
+    Raises:
+        ValueError: on an empty list, a cutoff above `depth`, a dataset in which no query has a relevant document,
+            combinations that do not exist (listing them; none is left out), a dim that the model does not have, an
+            index for which there are too few documents, passages of an embedder that cannot cut any: before documents
+            are encoded; and on embeddings that are not finite (naming the query or document).
+
+    Source: Kusupati et al. 2022, section 4 (dims, adaptive retrieval); Shakir et al. 2024 (precisions).
     """
     _check_cutoffs(ks, depth)
-    check_aggregate(aggregate)
-    if passages is not None and not hasattr(embedder, "encode_passages"):
-        raise ValueError(f"passages is {tuple(passages)}: {type(embedder).__name__} cannot cut documents into windows")
+    if passages is None or all(isinstance(number, int) for number in passages):
+        passages = [passages]
+    lists = {"dims": dims, "precisions": precisions, "indices": indices}
+    for name, values in lists.items():
+        if isinstance(values, str | int) or not values:
+            raise ValueError(f"{name} is {values!r}, expected a list of at least one")
+    settings = [Setting(*values) for values in itertools.product(*lists.values())]
+    check_settings(embedder, settings, passages, aggregate, num_documents=len(dataset.corpus))
     query_ids = [query_id for query_id in dataset.queries if has_relevant(dataset.qrels.get(query_id, {}))]
     if not query_ids:
         raise ValueError(f"none of the {len(dataset.queries)} queries of the dataset has a relevant document")
-    costs: dict[str, float] = {}
-    with _timed(costs, "query_encoding_seconds"):
-        query_texts = [dataset.queries[query_id] for query_id in query_ids]
-        queries_QD = _encode(embedder, query_texts, query_ids, role="query", dim=dim)
+    encoding: dict[str, float] = {}
+    with timed(encoding, "query_encoding_seconds"):
+        texts = [dataset.queries[query_id] for query_id in query_ids]
+        queries_QW = encode(embedder, texts, query_ids, role="query")
+    documents = in_order_of_ids(dataset)
 
-    # The index orders ties by row: with the documents in the order of their ids, that is by ascending id.
-    document_ids, texts = zip(*sorted(zip(dataset.corpus, dataset.document_texts(), strict=True)), strict=True)
-    width = queries_QD.shape[1]
-    index = FlatIndex(width) if passages is None else PassageIndex(width, aggregate=aggregate)
-    at_once = DOCUMENT_SLICE if passages is None else PASSAGES_SLICE
-    for start in range(0, len(texts), at_once):
-        part = slice(start, start + at_once)
-        with _timed(costs, "document_encoding_seconds"):
-            if passages is None:
-                added = (_encode(embedder, list(texts[part]), document_ids[part], role="document", dim=dim),)
-            else:
-                added = embedder.encode_passages(list(texts[part]), passages, role="document", dim=dim)
-                require_finite(added[0], "a window of document", [document_ids[part][row] for row in added[1]])
-        with _timed(costs, "search_seconds"):
-            index.add(*added)
-    with _timed(costs, "search_seconds"):
-        scores_QK, indices_QK = index.search(queries_QD, depth)
-
-    run = Run(query_ids, list(document_ids), indices_QK, scores_QK)
-    report = evaluate_run(run, dataset, ks=ks, depth=depth, gain=gain)
-    setting = {"dim": index.dim, "similarity": embedder.similarity, **report.setting}
-    costs = {**costs, **report.costs, "bytes_per_document": queries_QD.itemsize * index.dim}
-    if passages is not None:
-        setting |= {"passages": list(passages), "aggregate": aggregate}
-        costs["windows_per_document"] = index.num_windows / len(index)
-        costs["bytes_per_document"] *= costs["windows_per_document"]
-    return dataclasses.replace(report, setting=setting, costs=costs)
+    reports = []
+    for windows in passages:
+        options = {"passages": windows, "aggregate": aggregate, "depth": depth}
+        for answer in answers(embedder, documents, queries_QW, settings, **options):
+            run = Run(query_ids, documents.ids, answer.found.rows, answer.found.scores)
+            report = evaluate_run(run, dataset, ks=ks, depth=depth, gain=gain)
+            cut = None if windows is None else list(windows)
+            setting = {**answer.setting._asdict(), **answer.facts, "passages": cut, "similarity": embedder.similarity}
+            if windows is not None:
+                setting["aggregate"] = aggregate
+            costs = {**encoding, **answer.costs, **report.costs}
+            reports.append(dataclasses.replace(report, setting=setting | report.setting, costs=costs))
+    return reports
 
 
 def evaluate_run(
@@ -136,7 +160,7 @@ def evaluate_run(
         _check_known(run.document_ids, dataset_or_qrels.corpus, "document", "the corpus")
         setting["num_documents"] = len(dataset_or_qrels.corpus)
     costs: dict[str, float] = {}
-    with _timed(costs, "metrics_seconds"):
+    with timed(costs, "metrics_seconds"):
         judgments = judge(run.select(query_ids), qrels)
         per_query = per_query_metrics(judgments, ks=ks, depth=depth, gain=gain)
     return Report(
@@ -171,16 +195,6 @@ def question_clusters(query_ids: Sequence[str], qrels: Qrels) -> list[str]:
     return [root(document_ids[0]) for document_ids in relevant]
 
 
-def _encode(
-    embedder: SupportsEncode, texts: list[str], ids: Sequence[str], *, role: str, dim: int | None
-) -> np.ndarray:
-    embeddings = embedder.encode(texts, role=role, dim=dim)
-    if embeddings.ndim != 2 or len(embeddings) != len(texts):
-        raise ValueError(f"{len(texts)} texts were encoded as an array of shape {embeddings.shape}")
-    require_finite(embeddings, role, ids)
-    return embeddings
-
-
 def _check_cutoffs(ks: Sequence[int], depth: int) -> None:
     if not ks or min(ks) < 1 or max(ks) > depth:
         raise ValueError(f"cutoffs ks={tuple(ks)} must be at least 1 and at most depth={depth}")
@@ -190,10 +204,3 @@ def _check_known(ids: Sequence[str], known: Mapping[str, str], kind: str, where:
     unknown = [id_ for id_ in ids if id_ not in known]
     if unknown:
         raise ValueError(f"run: {kind} id {unknown[0]!r} is not in {where} ({len(unknown):,} such ids)")
-
-
-@contextlib.contextmanager
-def _timed(costs: dict[str, float], name: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    costs[name] = costs.get(name, 0.0) + time.perf_counter() - start

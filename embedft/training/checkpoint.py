@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -31,11 +32,13 @@ class TrainState:
         step: steps done; epoch and batch follow from it.
         evaluations: (step, {metric: value}) of every validation so far.
         best_step: the step whose weights did best on the selected metric, 0 = the base; None without validation.
+        refreshed: what the batches of the epoch follow from, as JSON can hold it; None before the first refresh.
     """
 
     step: int = 0
     evaluations: list[tuple[int, dict[str, float]]] = dataclasses.field(default_factory=list)
     best_step: int | None = None
+    refreshed: Any = dataclasses.field(default=None, repr=False)
 
 
 def save_checkpoint(

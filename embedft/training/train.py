@@ -2,7 +2,8 @@
 
     state = train(embedder, batches, loss, TrainConfig(epochs=2, lr=2e-5), out=Path("runs/first"))
 
-It knows nothing of files of text, metrics or indices: batches, loss, references and evaluation come in as they are.
+It knows nothing of files of text, metrics or indices: batches, loss, references, evaluation and what makes batches anew
+come in as they are.
 Not here: how a batch larger than memory is stepped (cached.py), what ranks tell each other (distributed.py),
 hard-negative mining.
 
@@ -18,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +106,21 @@ class BatchSource(Protocol):
     def epoch(self, number: int, *, start: int = 0): ...
 
 
+class Refresh(NamedTuple):
+    """How the batches of every epoch but the first follow from the model at its beginning.
+
+    Refresh(find=lambda embedder: mine(embedder, dataset).negatives, make=lambda found: Batches(...))
+
+    Attributes:
+        find: embedder -> what it finds, which is not None and which JSON can hold: checkpoints have it, so a run that
+            resumes within an epoch takes its batches from the model at its beginning too. Only rank 0 finds.
+        make: what was found -> batches, as many an epoch as before. Called on every rank, and when a run resumes.
+    """
+
+    find: Callable[[Embedder], Any]
+    make: Callable[[Any], BatchSource]
+
+
 def train(
     embedder: Embedder,
     batches: BatchSource,
@@ -114,6 +130,7 @@ def train(
     out: Path | None = None,
     references: Mapping[str, Reference] | None = None,
     evaluate: Callable[[Embedder], Mapping[str, float]] | None = None,
+    refresh: Refresh | None = None,
 ) -> TrainState:
     """Trains `embedder` in place and leaves it with its best weights (the last ones when there is no `evaluate`).
 
@@ -135,11 +152,13 @@ def train(
         references: {name: batch -> (Q [B, E], D [M, E])}, frozen vectors that the loss finds in `targets.references`;
             asked once a step.
         evaluate: validation, {metric: value, higher is better}.
+        refresh: makes the batches of every epoch but the first, by the model as it is when the epoch begins.
 
     Raises:
         NonFiniteError: a loss or gradient is not finite; nothing was stepped with it.
         ValueError: `config.select` is not among the metrics; a reference has too few vectors, or too many; ranks
-            differ in the number of batches or in the checkpoint that they find.
+            differ in the number of batches or in the checkpoint that they find; a refresh changes the number of
+            batches; a checkpoint of a training with a refresh is resumed without one, or the other way round.
     """
     device, steps_an_epoch = embedder.device, -(-len(batches) // config.accumulate)
     num_steps = config.epochs * steps_an_epoch
@@ -155,6 +174,7 @@ def train(
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     optimizer.zero_grad()  # an earlier training may have been stopped between its gradients and its step
     state, best_weights, num_batches = TrainState(), None, 0
+    refresh_seconds: float | None = None
 
     def log(record: dict) -> None:
         if out is not None and first:
@@ -176,8 +196,24 @@ def train(
             best_weights = {name: tensor.detach().clone().cpu() for name, tensor in embedder.state_dict().items()}
         state.evaluations.append((state.step, metrics))
 
+    def made_anew(*, found_before: bool) -> BatchSource:
+        nonlocal refresh_seconds
+        if not found_before:
+            start = time.perf_counter()
+            embedder.eval()
+            devices.release_memory(device)
+            # As JSON from the start: what it does not tell apart, a run that resumes could not either.
+            text = distributed.from_first(lambda: json.dumps(refresh.find(embedder), allow_nan=False))
+            state.refreshed = json.loads(text)
+            devices.release_memory(device)
+            refresh_seconds = time.perf_counter() - start
+        made = refresh.make(state.refreshed)
+        if len(made) != len(batches):
+            raise ValueError(f"the refresh made {len(made)} batches an epoch, expected {len(batches)} as before")
+        return made
+
     def step_once(parts: list[Batch], epoch: int) -> None:
-        nonlocal num_batches
+        nonlocal num_batches, refresh_seconds
         start = time.perf_counter()
         share = factor(state.step)
         for group, highest_lr in zip(optimizer.param_groups, highest_lrs, strict=True):
@@ -217,6 +253,8 @@ def train(
         }
         if parts[0].sources is not None:
             record["sources"] = dict(Counter(source for batch in parts for source in batch.sources))
+        if refresh_seconds is not None:
+            record["refresh_seconds"], refresh_seconds = refresh_seconds, None
         log(record)
         bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
         bar.update()
@@ -235,6 +273,10 @@ def train(
                 resumed = load_checkpoint(out / CHECKPOINTS, embedder, optimizer, device, loss=module)
             if resumed:
                 state, best_weights = resumed
+                if (state.refreshed is None) != (refresh is None or state.step <= steps_an_epoch):
+                    had, now = ("lacks", "with") if state.refreshed is None else ("has", "without")
+                    where = f"{out / CHECKPOINTS}: the checkpoint of step {state.step}"
+                    raise ValueError(f"{where} {had} what a refresh found, so it is not of a training {now} one")
             distributed.check_same({"number of batches": len(batches), "step of the checkpoint": state.step})
             if out is not None and first:
                 _forget_after(out / LOG, state.step if resumed else -1)
@@ -244,7 +286,10 @@ def train(
                     validate()
                 while state.step < num_steps:
                     epoch, step_number = divmod(state.step, steps_an_epoch)
-                    left = batches.epoch(epoch, start=step_number * config.accumulate)
+                    source = batches
+                    if refresh is not None and epoch > 0:
+                        source = made_anew(found_before=step_number > 0)
+                    left = source.epoch(epoch, start=step_number * config.accumulate)
                     while parts := list(itertools.islice(left, config.accumulate)):
                         step_once(parts, epoch)
                         if evaluate is not None and due(config.eval_every):

@@ -1,8 +1,8 @@
 """Which window of a long document answers a question: what training on passages takes of it.
 
 A document may have hundreds of windows, and a step has room for a few. Here the one that scores best for each query of
-the document is found once, before training, by the model as it then is: so a run resumes with the same windows, and
-no step waits for a corpus to be encoded. Not here: how a batch takes them (data/batches.py).
+the document is found, by the model as it then is: before training, and with `refresh_windows` (recipe.py) before every
+epoch, so no step waits for a corpus to be encoded. Not here: how a batch takes them (data/batches.py).
 
     batches = Batches(dataset, embedder.pack, batch_size=32, seed=0, passages=(128, 64), windows_per_document=4)
     batches.best_windows = best_windows(embedder, batches)

@@ -1,0 +1,349 @@
+"""Evaluating given embeddings against sentence-transformers' evaluator; metrics against trec_eval and ranx; statistics.
+
+The documents are perturbations of encoded contexts of the finance questions (vectors.py) in a file that is mapped to
+memory, the queries perturbations of documents. Relevant is the query's own document; for every fourth query so are up
+to three others of the same context. Values are multiples of 1/256, so that every inner product is exact in float32:
+scores are equal to the last bit, ties too, and no rounding decides who is right.
+
+Asserted before any time is taken: all metrics of evaluation equal sentence-transformers' to 1e-9; per query those of
+trec_eval to 1e-9 under its order of ties, and those of ranx, where it is installed, to 1e-6 on the ranks, as it settles
+no ties; the interval SciPy's within Monte-Carlo error.
+
+sentence-transformers works in Python, so it gets fewer documents and queries. What it would take for all of them is
+linear in documents x queries, and is marked as such: it holds up to its chunks of 50,000 documents.
+
+    python -m benchmarks.bench_evaluate
+    python -m benchmarks.bench_evaluate --documents 20000 --queries 500 --texts 1000
+"""
+
+import argparse
+import importlib.util
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytrec_eval
+import scipy.stats
+import torch
+
+from embedft import RetrievalDataset, Run, evaluate, evaluate_run, load_embedder
+from embedft.retrieval.metrics import Qrels, judge, measure
+from embedft.retrieval.significance import IntervalMethod, paired_bootstrap_interval, sign_flip_p_value
+from embedft.retrieval.tables import format_table
+from experiments.commandline import make_parser, run
+from experiments.repro_matryoshka_finance import read_rows
+from experiments.sources import find_data
+
+from .bench_adapter import anonymous_bytes
+from .bench_search import seconds_of
+from .vectors import perturbed, rounded, write_perturbed
+from .workers import Worker, alternate, machine, ratios, spread
+
+TOLERANCE, RANX_TOLERANCE = 1e-9, 1e-6
+MEMORY_LIMIT, METRICS_LIMIT, BOOTSTRAP_LIMIT = 1.5, 2, 3
+STEPS, QUERY_NOISE = 256, 2.0
+KS = (1, 3, 5, 10)
+NUM_SAMPLES, NUM_QUESTIONS = 10_000, 10_000
+# Standard errors of the mean by which an end of two intervals of 10,000 samples each may differ: 5 of its own.
+INTERVAL_TOLERANCE = 0.2
+
+
+class Task(NamedTuple):
+    """What both evaluate: the first documents of a file, queries, and the rows of the documents relevant to each."""
+
+    path: str
+    num_documents: int
+    queries_QD: np.ndarray
+    relevant: list[list[int]]
+
+    def size(self) -> str:
+        return f"{self.num_documents:,} x {len(self.relevant):,}"
+
+    def dataset(self) -> RetrievalDataset:
+        """The text of a document or query is its row."""
+        queries = {f"q{row:06d}": str(row) for row in range(len(self.relevant))}
+        corpus = {f"d{row:08d}": str(row) for row in range(self.num_documents)}
+        qrels = zip(queries, self.relevant, strict=True)
+        return RetrievalDataset(
+            queries, corpus, {query_id: {f"d{row:08d}": 1 for row in rows} for query_id, rows in qrels}
+        )
+
+
+class Watched:
+    """Whoever has a method `evaluate` that gives metrics."""
+
+    def watched(self) -> tuple[dict[str, float], int, int]:
+        """(metrics, anonymous bytes before, and at most)."""
+        before, most, done = anonymous_bytes(), [0], threading.Event()
+
+        def watch() -> None:
+            while not done.wait(0.02):
+                most[0] = max(most[0], anonymous_bytes())
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            metrics = self.evaluate()
+        finally:
+            done.set()
+            watcher.join()
+        return metrics, before, max(most[0], before)
+
+
+class Ours(Watched):
+    """embedft's evaluation of an embedder that returns given rows."""
+
+    similarity = "dot"
+
+    def __init__(self, task: Task, depth: int):
+        self.task, self.depth, self.dataset = task, depth, task.dataset()
+        self.documents_ND = np.load(task.path, mmap_mode="r")[: task.num_documents]
+
+    def encode(self, texts: list[str], *, role: str, dim: int | None) -> np.ndarray:
+        rows = np.fromiter(map(int, texts), dtype=np.int64, count=len(texts))
+        vectors = self.task.queries_QD if role == "query" else self.documents_ND
+        in_order = len(rows) > 0 and (np.diff(rows) == 1).all()
+        return vectors[rows[0] : rows[-1] + 1] if in_order else vectors[rows]
+
+    def evaluate(self) -> dict[str, float]:
+        self.report = evaluate(self, self.dataset, ks=KS, depth=self.depth)
+        return self.report.metrics
+
+    def found(self) -> tuple[Run, dict[str, float]]:
+        """The ranking, and the costs that the report names."""
+        return self.report.run, self.report.costs
+
+
+class Peer(Watched):
+    """sentence-transformers' evaluator, and the model that it asks: one that returns given rows."""
+
+    similarity_fn_name = "dot"
+
+    def __init__(self, task: Task, depth: int):
+        from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+        from sentence_transformers.util import dot_score
+
+        self.similarity, self.model_card_data = dot_score, self
+        self.queries_QD = torch.from_numpy(task.queries_QD)
+        # Copied on write: torch warns of arrays that may not be written to.
+        self.documents_ND = torch.from_numpy(np.load(task.path, mmap_mode="c"))
+        dataset = task.dataset()
+        relevant = {query_id: set(grades) for query_id, grades in dataset.qrels.items()}
+        self.evaluator = InformationRetrievalEvaluator(
+            dataset.queries, dataset.corpus, relevant, map_at_k=[depth], write_csv=False
+        )
+
+    def encode_query(self, texts: list[str], **options) -> torch.Tensor:
+        return self.queries_QD
+
+    def encode_document(self, texts: list[str], **options) -> torch.Tensor:
+        return self.documents_ND[int(texts[0]) : int(texts[-1]) + 1]
+
+    def set_evaluation_metrics(self, *arguments) -> None:
+        """The results, for a model's card."""
+
+    def evaluate(self) -> dict[str, float]:
+        return {name.removeprefix("dot_"): float(value) for name, value in self.evaluator(self).items()}
+
+
+def make_tasks(options: argparse.Namespace, folder: str) -> tuple[Task, Task]:
+    """All documents and queries, and as many as sentence-transformers gets."""
+    dataset, _ = read_rows(find_data("finance_qa", options.data) / "Financial-QA-10k.csv")
+    texts = dataset.document_texts()[: options.texts]
+    encoded_CD = load_embedder(options.base).encode(texts, role="document", dim=options.dim)
+    path = Path(folder, "documents.npy")
+    documents_ND = write_perturbed(path, encoded_CD, options.documents, noise=options.noise, steps=STEPS)
+
+    def task(num_documents: int, num_queries: int) -> Task:
+        rows = np.random.default_rng(1).choice(num_documents, num_queries, replace=num_queries > num_documents)
+        queries_QD = perturbed(documents_ND[rows], range(num_queries), QUERY_NOISE, 1)
+        # Every C-th document is of the same context.
+        relevant = [
+            [row, *range(row + len(texts), num_documents, len(texts))][: 1 if i % 4 else 4]
+            for i, row in enumerate(rows.tolist())
+        ]
+        return Task(str(path), num_documents, rounded(queries_QD, STEPS), relevant)
+
+    few = min(options.documents, options.peer_documents), min(options.queries, options.peer_queries)
+    return task(options.documents, options.queries), task(*few)
+
+
+def require_close(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], who: str, at_most: float) -> str:
+    """The largest difference over the names of `expected`, as text; a `ValueError` where it is above `at_most`."""
+    largest = 0.0
+    for name, value in expected.items():
+        difference = float(np.abs(np.subtract(found[name], value)).max())
+        if not difference <= at_most:
+            raise ValueError(f"{name} is not {who}'s: they differ by {difference:.1e}, expected {at_most:.0e} at most")
+        largest = max(largest, difference)
+    return f"{largest:.0e}"
+
+
+def whole(options: argparse.Namespace, folder: str) -> tuple[Run, RetrievalDataset]:
+    """The whole evaluation; gives what it found for all documents and queries."""
+    large, small = make_tasks(options, folder)
+    ours, peer = Worker(Ours, small, options.depth), Worker(Peer, small, options.depth)
+    memory = []
+    expected, *anonymous = peer.call("watched")  # warms up as well
+    memory.append(memory_row("sentence-transformers", small, *anonymous))
+    metrics, *anonymous = ours.call("watched")
+    memory.append(memory_row("embedft", small, *anonymous))
+    difference = require_close(metrics, expected, "sentence-transformers", TOLERANCE)
+    seconds = alternate({"ours": ours, "peer": peer}, "evaluate", rounds=options.rounds, warmup=0)
+    ours.close()
+    peer.close()
+
+    alone = Worker(Ours, large, options.depth)
+    metrics, *anonymous = alone.call("watched")
+    memory.append(memory_row("embedft", large, *anonymous))
+    (all_seconds,) = alternate({"ours": alone}, "evaluate", rounds=options.rounds, warmup=0).values()
+    found, costs = alone.call("found")
+    alone.close()
+
+    few, many = (task.num_documents * len(task.relevant) for task in (small, large))
+    rows = [comparison_row(small, "measured", seconds["ours"], seconds["peer"])]
+    if many > few:
+        linear = [value * many / few for value in seconds["peer"]]
+        rows.append(comparison_row(large, f"linear, x {many / few:g}", all_seconds, linear))
+    header = ["documents x queries", "embedft, s", "sentence-transformers, s", "", "times as fast"]
+    print(format_table(header, rows))
+    print(f"\ntop {options.depth}; metrics differ by {difference} at most; embedft is to be twice as fast; linear:")
+    print("not measured, but what the peer took for fewer, by documents x queries")
+    parts = ", ".join(f"{name.removesuffix('_seconds')} {s:.2f}" for name, s in costs.items() if "_seconds" in name)
+    means = ", ".join(f"{name} {metrics[name]:.3f}" for name in ("hit_rate@1", "ndcg@10"))
+    print(f"embedft's seconds in its last round: {parts}; found: {means}")
+    header = ["memory", "documents x queries", "embeddings, MiB", "beside them, MiB", "times"]
+    print(f"\n{format_table(header, memory)}")
+    print(f"\nanonymous memory, more than before; embedft's times to be under {MEMORY_LIMIT}; the embeddings are in a")
+    print("file that is mapped to memory, whose pages the system drops when it needs them")
+    return found, large.dataset()
+
+
+def comparison_row(task: Task, how: str, ours: list[float], peer: list[float]) -> list[str]:
+    return [task.size(), spread(ours), spread(peer), how, spread(ratios(peer, ours), 1)]
+
+
+def memory_row(who: str, task: Task, before: int, most: int) -> list[str]:
+    embeddings = task.num_documents * task.queries_QD.itemsize * task.queries_QD.shape[1]
+    beside = most - before
+    times = f"{beside / embeddings:.3f}"
+    return [who, task.size(), f"{embeddings / 2**20:,.0f}", f"{beside / 2**20:,.0f}", times]
+
+
+def metrics_alone(options: argparse.Namespace, found: Run, dataset: RetrievalDataset) -> None:
+    """The metrics of a run: ours from arrays and from dicts, trec_eval's from dicts, ranx's from its own types."""
+    qrels, results = dataset.qrels, found.to_dict()
+    depth = options.depth
+    cuts = ",".join(map(str, KS))
+    theirs = {"success": "hit_rate", "P": "precision", "recall": "recall", "ndcg_cut": "ndcg"}
+    measures = {f"{name}.{cuts}" for name in theirs} | {f"map_cut.{depth}", "recip_rank"}
+
+    def trec_eval() -> dict[str, dict[str, float]]:
+        return pytrec_eval.RelevanceEvaluator(qrels, measures).evaluate(results)
+
+    contestants = {
+        "embedft, from arrays": lambda: evaluate_run(found, dataset, ks=KS, depth=depth),
+        "embedft, from dicts": lambda: evaluate_run(Run.from_dict(results), qrels, ks=KS, depth=depth),
+        "trec_eval (pytrec_eval), from dicts": trec_eval,
+    }
+    names = {f"{name}_{k}": f"{ours}@{k}" for name, ours in theirs.items() for k in KS}
+    names |= {f"map_cut_{depth}": f"map@{depth}", "recip_rank": "mrr"}
+    by_query = trec_eval()
+    expected = {
+        ours: np.array([by_query[query_id][name] for query_id in found.query_ids]) for name, ours in names.items()
+    }
+    in_its_order = judge(found.reordered(ties="descending", float32=True), qrels)
+    ours = measure(in_its_order, list(expected), denominator="relevant")
+    differences = {"trec_eval (pytrec_eval), from dicts": require_close(ours, expected, "trec_eval", TOLERANCE)}
+    if importlib.util.find_spec("ranx"):
+        more, differences["ranx, from its own types"] = ranx_contestants(found, qrels, depth)
+        contestants |= more
+    seconds = seconds_of(contestants, options.rounds)
+    rows = [[name, spread(values, 3), differences.get(name, "")] for name, values in seconds.items()]
+    print(format_table([f"metrics of {len(results):,} x {depth}", "seconds", "largest difference"], rows))
+    print(f"\nembedft's are to take under {METRICS_LIMIT} s at 10,000 x 100")
+    if "ranx, from dicts" not in seconds:
+        print("ranx is not installed (pip install ranx), so it is left out")
+
+
+def ranx_contestants(found: Run, qrels: Qrels, depth: int) -> tuple[dict[str, Callable[[], object]], str]:
+    """ranx's ways to the metrics, compiled by a first call, and by how much they differ."""
+    import ranx
+
+    names = [f"{name}@{k}" for name in ("hit_rate", "precision", "recall", "mrr", "ndcg") for k in KS]
+    names.append(f"map@{depth}")
+    ranks = {query_id: {d: -float(i) for i, d in enumerate(row)} for query_id, row in found.to_dict().items()}
+    its_qrels, its_run = ranx.Qrels(qrels), ranx.Run(ranks)
+
+    def evaluate_with(its_qrels: object, its_run: object) -> dict[str, np.ndarray]:
+        return ranx.evaluate(its_qrels, its_run, names, return_mean=False, save_results_in_run=False)
+
+    judgments = judge(found.select(its_run.get_query_ids()), qrels)
+    ours, theirs = measure(judgments, names, denominator="relevant"), evaluate_with(its_qrels, its_run)
+    difference = require_close(ours, theirs, "ranx", RANX_TOLERANCE)
+    return {
+        "ranx, from its own types": lambda: evaluate_with(its_qrels, its_run),
+        "ranx, from dicts": lambda: evaluate_with(ranx.Qrels(qrels), ranx.Run(ranks)),
+    }, difference
+
+
+def resampling(options: argparse.Namespace) -> None:
+    """Intervals and a p-value of made-up differences between two systems."""
+    rng = np.random.default_rng(0)
+    differences_Q = rng.choice([-1.0, -0.5, 0.0, 0.5, 1.0], NUM_QUESTIONS, p=[0.05, 0.1, 0.6, 0.15, 0.1])
+    pairs = [str(i // 2) for i in range(NUM_QUESTIONS)]
+
+    def interval(clusters: list[str] | None = None, method: IntervalMethod = "percentile") -> tuple[float, float]:
+        generator = np.random.default_rng(1)
+        return paired_bootstrap_interval(
+            differences_Q, clusters, generator=generator, num_samples=NUM_SAMPLES, method=method
+        )
+
+    def scipy_interval() -> tuple[float, float]:
+        options = {"n_resamples": NUM_SAMPLES, "method": "percentile", "batch": 100}
+        return tuple(scipy.stats.bootstrap((differences_Q,), np.mean, **options).confidence_interval)
+
+    contestants = {
+        "bootstrap interval": interval,
+        "bootstrap interval, BCa": lambda: interval(method="bca"),
+        "bootstrap interval, two questions a document": lambda: interval(pairs),
+        "sign-flip p-value": lambda: sign_flip_p_value(
+            differences_Q, generator=np.random.default_rng(1), num_samples=NUM_SAMPLES
+        ),
+        "scipy.stats.bootstrap, percentile": scipy_interval,
+    }
+    error = differences_Q.std() / NUM_QUESTIONS**0.5
+    require_close({"interval": interval()}, {"interval": scipy_interval()}, "SciPy", INTERVAL_TOLERANCE * error)
+    seconds = seconds_of(contestants, options.rounds)
+    header = [f"{NUM_SAMPLES:,} samples over {NUM_QUESTIONS:,} questions", "seconds"]
+    print(format_table(header, [[name, spread(values)] for name, values in seconds.items()]))
+    print(f"\na bootstrap interval is to take under {BOOTSTRAP_LIMIT} s")
+
+
+def main(options: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        found, dataset = whole(options, folder)
+    print()
+    metrics_alone(options, found, dataset)
+    print()
+    resampling(options)
+    print(f"median [least, most] of {options.rounds} rounds in turn; {options.base}, {machine()}")
+
+
+if __name__ == "__main__":
+    parser = make_parser("benchmarks.bench_evaluate", __doc__)
+    parser.add_argument("--documents", type=int, default=1_000_000, help="documents [1000000]")
+    parser.add_argument("--queries", type=int, default=10_000, help="queries [10000]")
+    parser.add_argument("--peer-documents", type=int, default=100_000, help="those both evaluate at most [100000]")
+    parser.add_argument("--peer-queries", type=int, default=1_000, help="those both evaluate at most [1000]")
+    parser.add_argument("--depth", type=int, default=100, help="documents kept a query [100]")
+    parser.add_argument("--dim", type=int, help="leading dimensions to keep [all]")
+    parser.add_argument("--noise", type=float, default=0.5, help="length of the noise on a unit vector [0.5]")
+    parser.add_argument("--texts", type=int, help="contexts to encode [all]")
+    parser.add_argument("--rounds", type=int, default=3, help="counted rounds [3]")
+    parser.add_argument("--data", metavar="DIR", help="folder of Financial-QA-10k.csv [beside the checkout]")
+    parser.add_argument("--folder", metavar="DIR", help="where the documents are put for the time [the system's]")
+    run(main, parser)

@@ -1,0 +1,49 @@
+"""As many vectors as wanted with the structure of real text: encoded texts and their perturbations.
+
+Gaussian vectors alone have no neighbours that are nearer than others, so nothing finds them early. Here row i is
+normalise(vector i mod C + noise x a random unit vector), C texts having been encoded.
+
+    documents = write_perturbed("documents.npy", encoded_CD, 1_000_000, noise=0.5)    # a memory map
+    queries = perturbed(documents[rows], range(len(rows)), noise=2.0, seed=1)
+
+Shapes: C encoded texts, N rows, D dimensions.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from embedft.retrieval.approximate import unit_rows
+
+SLICE = 50_000
+
+
+def perturbed(vectors_CD: np.ndarray, rows: range, noise: float, seed: int) -> np.ndarray:
+    """normalise(vector row mod C + noise x a random unit vector), for rows of a slice, whose number seeds them."""
+    rng = np.random.default_rng([seed, rows.start])
+    directions = unit_rows(rng.standard_normal((len(rows), vectors_CD.shape[1]), dtype=np.float32))
+    return unit_rows(vectors_CD[np.arange(rows.start, rows.stop) % len(vectors_CD)] + noise * directions)
+
+
+def write_perturbed(
+    path: str | Path, vectors_CD: np.ndarray, number: int, *, noise: float, steps: int | None = None
+) -> np.ndarray:
+    """A memory map, for reading, of the first `number` perturbations, [N, D] float32; with `steps` `rounded`."""
+    path = Path(path)
+    documents_ND = np.lib.format.open_memmap(path, "w+", dtype=np.float32, shape=(number, vectors_CD.shape[1]))
+    for start in range(0, number, SLICE):
+        rows = range(start, min(start + SLICE, number))
+        part_ND = perturbed(vectors_CD, rows, noise, 0)
+        documents_ND[rows.start : rows.stop] = part_ND if steps is None else rounded(part_ND, steps)
+    documents_ND.flush()
+    return np.load(path, mmap_mode="r")
+
+
+def rounded(vectors_ND: np.ndarray, steps: int) -> np.ndarray:
+    """Every value rounded to a multiple of 1 / `steps`, a power of two.
+
+    Inner products of such vectors are multiples of 1 / steps^2, and sums of them, of any part of the dimensions, are at
+    most the product of the lengths: up to 2,048 steps and a length of about 1 float32 holds them all exactly. So every
+    matrix product gives the same scores, whatever the order in which it adds, and equal scores are equal everywhere.
+    """
+    return np.round(vectors_ND * steps) / np.float32(steps)

@@ -1,0 +1,111 @@
+"""What finds the right chunk on Lyft/Uber without training: one vector, windows, BM25 and their fusion.
+
+Measured on the 790 questions over Uber's 10-K, 395 chunks of about 660 tokens each. Rows of the tables:
+- published: two models with one vector a chunk (LlamaIndex, "Fine-Tuning Embeddings for RAG with Synthetic Data",
+  August 2023, untrained)
+- one vector: the base at 512 tokens, which is less than most chunks have; what every other row is compared with
+- windows: 128 tokens, one every 64, a chunk by its best one
+- BM25 over the tokens of the base, and over words
+- BM25 + either: z-score fusion with the weight that has the best MRR@10 on the 668 questions over Lyft's 10-K
+- with --tuned, fine-tuned models, one a seed: the mean of each question over them
+
+    python -m experiments.baselines_lyft_uber
+    python -m experiments.baselines_lyft_uber --tuned runs/repro_finetune_lyft_uber/*/s?/model
+
+Each text is embedded once: the vectors are kept, and a second run computes none.
+"""
+
+import argparse
+from collections.abc import Mapping
+
+from embedft import Report, RetrievalDataset, bm25_run, compare, evaluate, evaluate_run, fuse, load_embedder
+from embedft.retrieval.fusion import choose_weight
+from embedft.retrieval.tables import format_table
+
+from .clean_lyft_uber import mean_report
+from .commandline import make_parser, run
+from .repro_finetune_lyft_uber import ADA_HIT_RATE, MAX_LENGTH
+from .repro_finetune_lyft_uber import PUBLISHED as PUBLISHED_BGE
+from .sources import find_data
+
+PUBLISHED = {
+    "text-embedding-ada-002": {"hit_rate@5": ADA_HIT_RATE},
+    "bge-small-en": {metric: base for metric, (base, _) in PUBLISHED_BGE.items()},
+}
+METRICS = ("hit_rate@5", "accuracy@1", "mrr@10", "ndcg@10", "map@100")
+COMPARED = ("hit_rate@5", "mrr@10")
+PASSAGES = (128, 64)
+CHOOSE = "mrr@10"
+
+
+def main(options: argparse.Namespace) -> None:
+    folder = find_data("lyft_uber", options.data)
+    lyft, uber = (RetrievalDataset.load(folder / name) for name in ("train_dataset.json", "val_dataset.json"))
+    embedder, *tuned = (
+        load_embedder(name, max_length=MAX_LENGTH, store=options.store) for name in (options.base, *options.tuned)
+    )
+    # Runs on Lyft, to choose a weight by, and on Uber.
+    bm25 = [bm25_run(dataset, tokenize=embedder.tokenize) for dataset in (lyft, uber)]
+    one_vector = [evaluate(embedder, dataset).run for dataset in (lyft, uber)]
+    windows = [evaluate(embedder, dataset, passages=PASSAGES).run for dataset in (lyft, uber)]
+    runs = {
+        "one vector": one_vector[1],
+        "windows": windows[1],
+        "BM25, tokens": bm25[1],
+        "BM25, words": bm25_run(uber),
+    }
+    for name, dense in (("one vector", one_vector), ("windows", windows)):
+        weights = choose_weight([bm25[0], dense[0]], lyft, metric=CHOOSE)
+        fused = fuse([bm25[1], dense[1]], method="zscore", weights=weights)
+        runs[f"{weights[0]:g} BM25 + {weights[1]:g} {name}"] = fused
+    reports = {name: evaluate_run(run, uber) for name, run in runs.items()}
+    if tuned:
+        reports["fine-tuned, one vector"] = mean_report([evaluate(model, uber) for model in tuned])
+        reports["fine-tuned, windows"] = mean_report([evaluate(model, uber, passages=PASSAGES) for model in tuned])
+
+    print(format_values(reports))
+    print(f"\n{format_differences(reports)}")
+    size, stride = PASSAGES
+    print(
+        f"\n{len(uber.queries)} questions against {len(uber.corpus)} chunks; base: {options.base}, one vector of at "
+        f"most {MAX_LENGTH} tokens a chunk or\nwindows of {size}, one every {stride}; BM25 over the base's tokens "
+        f"where nothing else is said; z-scores, weights chosen on Lyft."
+    )
+    if tuned:
+        print(f"Fine-tuned: each question's mean over {len(tuned)} models.")
+    print(
+        "Published: untrained, LlamaIndex, August 2023. Intervals: questions resampled by document; p: Holm over the "
+        "rows.\nA model wrote these questions from the chunks and repeats their words, which favours word matching:\n"
+        "BM25 is stronger here than on users' questions."
+    )
+
+
+def format_values(reports: Mapping[str, Report]) -> str:
+    """A row of metrics a report, below the published ones."""
+    values = {f"{name}, published": row for name, row in PUBLISHED.items()}
+    values |= {name: report.metrics for name, report in reports.items()}
+    rows = [
+        [name, *(f"{row[metric]:.4f}" if metric in row else "" for metric in METRICS)] for name, row in values.items()
+    ]
+    return format_table(["Uber", *METRICS], rows)
+
+
+def format_differences(reports: Mapping[str, Report]) -> str:
+    """A row of differences to the first report for every other one, with interval and Holm's p-value."""
+    base, *names = reports
+    rows = {name: [name] for name in names}
+    for metric in COMPARED:
+        comparisons = compare(reports[base], *(reports[name] for name in names), metric=metric)
+        for row, found in zip(rows.values(), comparisons, strict=True):
+            low, high = found.interval
+            row += [f"{found.difference:+.4f}", f"[{low:+.4f}, {high:+.4f}]", f"{found.p_value:.4f}"]
+    header = [f"difference to {base}", *(cell for metric in COMPARED for cell in (metric, "95% interval", "p"))]
+    return format_table(header, list(rows.values()))
+
+
+if __name__ == "__main__":
+    parser = make_parser("experiments.baselines_lyft_uber", __doc__)
+    parser.add_argument("--data", metavar="DIR", help="has train_dataset.json, val_dataset.json [beside the checkout]")
+    parser.add_argument("--tuned", nargs="+", default=[], metavar="MODEL", help="fine-tuned, rows for their mean")
+    parser.add_argument("--store", default="runs/vectors", metavar="DIR", help="keeps the vectors [%(default)s]")
+    run(main, parser)

@@ -1,0 +1,372 @@
+"""commands/retrieval.py: `embedft evaluate` and `embedft compare` by `main`, beside the functions they stand for."""
+
+import csv
+import dataclasses
+import io
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from api_server import ApiServer
+from test_tables import make_report
+from tiny import make_dataset, make_embedder
+
+from embedft import Report, bm25_run, compare, evaluate, evaluate_run, fuse, load_embedder
+from embedft.cli import main
+from embedft.commands.retrieval import short_names
+from embedft.retrieval.evaluate import evaluate_grid
+from embedft.retrieval.tables import format_comparisons, format_grid, format_reports
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working directory with a model and data."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EMBEDFT_PROGRESS", "0")
+    monkeypatch.setattr("embedft.encoders.loading.default_device", lambda: torch.device("cpu"))
+    make_embedder(tmp_path / "model")
+    make_dataset().save("pairs.json")
+    return tmp_path
+
+
+def run(capsys, arguments: str) -> str:
+    """What a command that succeeds prints."""
+    assert main(arguments.split()) == 0
+    return capsys.readouterr().out
+
+
+def bm25_report(embedder, **cutoffs) -> Report:
+    return evaluate_run(
+        bm25_run(make_dataset(), tokenize=embedder.tokenize, depth=cutoffs.get("depth", 100)), make_dataset(), **cutoffs
+    )
+
+
+# evaluate: one setting.
+
+
+def test_evaluate(place, capsys):
+    embedder = make_embedder(place / "model")
+    report, bm25 = evaluate(embedder, make_dataset()), bm25_report(embedder)
+    table = format_reports({"model": report, "bm25": bm25}, style="text")
+    assert run(capsys, "evaluate model pairs.json --out eval") == f"{report}\n\n{table}\n"
+    assert [line.split()[0] for line in table.splitlines()] == ["report", "model", "bm25"]
+    assert Report.load("eval").metrics == report.metrics
+    saved = Report.load("eval/bm25")
+    assert (saved.metrics, saved.run.to_dict()) == (bm25.metrics, bm25.run.to_dict())
+    assert (saved.setting["index"], saved.setting["tokens"]) == ("bm25", "the encoder's")
+    assert {path.name for path in (place / "eval").iterdir()} == {"metrics.json", "per_query.jsonl", "run.trec", "bm25"}
+
+
+def test_evaluate_without_bm25(place, capsys):
+    report = evaluate(make_embedder(place / "model"), make_dataset())
+    assert run(capsys, "evaluate model pairs.json --no-bm25 --out eval") == f"{report}\n"
+    assert (
+        run(capsys, "evaluate model pairs.json --no-bm25 --style csv")
+        == f"{format_reports({'model': report}, style='csv')}\n"
+    )
+    assert json.loads(run(capsys, "evaluate model pairs.json --no-bm25 --json")) == report.metrics
+    assert not (place / "eval" / "bm25").exists()
+
+
+@pytest.mark.parametrize("weight", [None, 0.25, 0.0])
+def test_evaluate_fuses(place, capsys, weight):
+    embedder = make_embedder(place / "model")
+    bm25 = bm25_report(embedder)
+    dense = evaluate(embedder, make_dataset())
+    w = 0.5 if weight is None else weight
+    fused = evaluate_run(fuse([bm25.run, dense.run], method="zscore", weights=(w, 1 - w), depth=100), make_dataset())
+    option = "" if weight is None else f"--fuse-weight {weight}"
+    out = run(capsys, f"evaluate model pairs.json --fuse {option} --style markdown --out eval")
+    assert out == format_reports({"model": dense, "bm25": bm25, "fused": fused}) + "\n"
+    saved = Report.load("eval/fused")
+    assert saved.run.to_dict() == fused.run.to_dict()
+    assert (saved.setting["method"], saved.setting["bm25_weight"]) == ("zscore", w)
+    if weight is not None:  # the weight is bm25's: 0 leaves what the model found
+        assert (saved.metrics == dense.metrics) == (weight == 0)
+
+
+def test_evaluate_as_json(place, capsys):
+    embedder = make_embedder(place / "model")
+    dense, bm25 = evaluate(embedder, make_dataset()).metrics, bm25_report(embedder).metrics
+    assert json.loads(run(capsys, "evaluate model pairs.json --json")) == {**dense, "bm25": bm25}
+    found = json.loads(run(capsys, "evaluate model pairs.json --json --fuse"))
+    assert list(found)[-2:] == ["bm25", "fused"]
+    assert found["fused"].keys() == dense.keys()
+
+
+def test_evaluate_with_options(place, capsys):
+    options = "--dim 8 --ks 2 7 --depth 7 --gain graded --max-length 6 --json"
+    found = json.loads(run(capsys, f"evaluate model pairs.json {options}"))
+    embedder = load_embedder("model", device="cpu", max_length=6)
+    cutoffs = {"ks": (2, 7), "depth": 7, "gain": "graded"}
+    report = evaluate(embedder, make_dataset(), dim=8, **cutoffs)
+    assert found == {**report.metrics, "bm25": bm25_report(embedder, **cutoffs).metrics}
+
+
+def test_every_run_is_as_deep_as_asked(place, capsys):
+    run(capsys, "evaluate model pairs.json --depth 3 --ks 3 --fuse --out eval")
+    deepest = [int((Report.load(f"eval/{name}").run.indices >= 0).sum(axis=1).max()) for name in ("", "bm25", "fused")]
+    assert deepest == [3, 3, 3]
+
+
+def test_evaluate_in_windows(place, capsys):
+    report = evaluate(make_embedder(place / "model"), make_dataset(), passages=(6, 2))
+    found = json.loads(run(capsys, "evaluate model pairs.json --passages 6 2 --no-bm25 --json"))
+    assert found == report.metrics != evaluate(make_embedder(place / "model"), make_dataset()).metrics
+    message = "passages start every 8 tokens, expected 1 to their size, 6"
+    check_error(capsys, "evaluate model pairs.json --passages 6 8", message)
+
+
+@pytest.mark.parametrize("option", ["--precisions int8", "--indices hnsw", "--dims 8", "--precisions int8 int8"])
+def test_one_setting_is_no_grid(place, capsys, option):
+    name, value = option.split()[:2]
+    key = {"--precisions": "precision", "--indices": "index", "--dims": "dim"}[name]
+    expected = evaluate(make_embedder(place / "model"), make_dataset(), **{key: int(value) if key == "dim" else value})
+    assert run(capsys, f"evaluate model pairs.json --no-bm25 {option} --out eval") == f"{expected}\n"
+    assert Report.load("eval").setting[key] == expected.setting[key]
+
+
+def test_evaluate_an_api_says_that_bm25_is_over_words(place, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-0123456789")
+    with ApiServer() as server:
+        arguments = ["evaluate", "openai:vectors", "pairs.json", "--base-url", server.base_url, "--out", "eval"]
+        assert main(arguments) == 0
+    output = capsys.readouterr()
+    assert "bm25 is over words: which tokens the model reads is not known\n" in output.err
+    words = evaluate_run(bm25_run(make_dataset()), make_dataset())
+    saved = Report.load("eval/bm25")
+    assert (saved.setting["tokens"], saved.run.to_dict()) == ("words", words.run.to_dict())
+
+
+def test_ids_that_a_run_file_cannot_hold_are_found_before_work(place, capsys):
+    (place / "odd.json").write_text('{"queries": {"a b": "x"}, "corpus": {"d": "y"}, "relevant_docs": {"a b": ["d"]}}')
+    assert main(["evaluate", "missing-model", "odd.json", "--out", "report"]) == 2
+    assert "no whitespace in ids: 'a b'" in capsys.readouterr().err
+
+
+# evaluate: several.
+
+GRID = "--dims 32 8 --precisions float32 int8 --passages 6 2 --whole"
+SETTINGS = {"dims": (32, 8), "precisions": ("float32", "int8"), "passages": (None, (6, 2))}
+
+
+def test_evaluate_a_grid(place, capsys):
+    reports = evaluate_grid(make_embedder(place / "model"), make_dataset(), **SETTINGS)
+    out = run(capsys, f"evaluate model pairs.json {GRID} --out eval --no-bm25")
+    title, empty, *rows = out.splitlines()
+    assert (title, empty) == ("12 queries, ndcg@10; differences to dim32-float32-flat", "")
+
+    def without_costs(lines: list[str]) -> list[list[str]]:
+        return [re.split("  +", line)[:-3] for line in lines]
+
+    assert without_costs(rows) == without_costs(format_grid(reports, style="text").splitlines())
+    names = ["dim32-float32-flat", "dim32-int8-flat", "dim8-float32-flat", "dim8-int8-flat"]
+    names += [f"6-2-{name}" for name in names]
+    assert sorted(path.name for path in (place / "eval").iterdir()) == sorted(names)
+    for name, report in zip(names, reports, strict=True):
+        saved = Report.load(place / "eval" / name)
+        assert (saved.metrics, saved.setting) == (report.metrics, json.loads(json.dumps(report.setting)))
+
+
+def test_a_grid_has_a_row_of_bm25(place, capsys):
+    out = run(capsys, "evaluate model pairs.json --dims 32 8 --metric mrr@3 --style csv --out eval")
+    header, *rows = csv.reader(io.StringIO(out))
+    assert header[:4] == ["dim", "precision", "index", "mrr@3"]
+    assert [row[:3] for row in rows] == [["32", "float32", "flat"], ["8", "float32", "flat"], ["", "", "bm25"]]
+    assert rows[2][3] == str(bm25_report(make_embedder(place / "model")).metrics["mrr@3"])
+    assert Report.load("eval/bm25").metrics["mrr@3"] == float(rows[2][3])
+
+
+def test_a_grid_as_json(place, capsys):
+    found = json.loads(run(capsys, "evaluate model pairs.json --dims 32 8 --json"))
+    reports = evaluate_grid(make_embedder(place / "model"), make_dataset(), dims=(32, 8))
+    assert list(found) == ["settings", "bm25"]
+    assert [setting["metrics"] for setting in found["settings"]] == [report.metrics for report in reports]
+    assert [setting["setting"]["dim"] for setting in found["settings"]] == [32, 8]
+    assert found["settings"][0]["costs"].keys() == reports[0].costs.keys()
+
+
+def test_the_metric_of_a_grid(place, capsys):
+    assert "12 queries, ndcg@4;" in run(capsys, "evaluate model pairs.json --dims 32 8 --ks 2 4")
+    assert "12 queries, map@100;" in run(capsys, "evaluate model pairs.json --dims 32 8 --metric map@100")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--dim 8 --dims 8 4", "--dim is 8 and --dims [8, 4], expected one of the two"),
+        ("--whole", "--whole is for --passages, which is not given"),
+        ("--fuse-weight 0.5", "--fuse-weight is for --fuse, which is not given"),
+        ("--fuse --fuse-weight 1.5", "--fuse-weight is 1.5, expected 0 to 1"),
+        ("--fuse --fuse-weight nan", "--fuse-weight is nan, expected 0 to 1"),
+        ("--fuse --dims 8 4", "--fuse is for one setting, these are 2"),
+        ("--fuse --no-bm25", "argument --no-bm25: not allowed with argument --fuse"),
+        ("--json --style csv", "argument --style: not allowed with argument --json"),
+        ("--style html", "argument --style: invalid choice: 'html'"),
+        ("--metric mrr@3", "--metric is for several settings, this is one"),
+        ("--dims 8 4 --metric mrr@7", "--metric is 'mrr@7', expected one of hit_rate@1, "),
+        ("--dims 8 4 --ks 0", "cutoffs ks=(0,)"),
+        ("--dims 33 8", "dim is 33, expected 1 to 32"),
+        ("--precisions int4", "argument --precisions: invalid choice: 'int4'"),
+        ("--indices nothing", "nothing"),
+        ("--adapter missing", "missing: no adapter"),
+    ],
+)
+def test_errors_of_evaluate(place, capsys, arguments, message):
+    check_error(capsys, f"evaluate model pairs.json --out report {arguments}", message)
+    assert not (place / "report").exists()
+
+
+def check_error(capsys, arguments: str, message: str) -> None:
+    try:
+        code = main(arguments.split())
+    except SystemExit as error:  # argparse's own
+        code = error.code
+    output = capsys.readouterr()
+    assert (code, output.out) == (2, "")
+    assert message in output.err
+    assert output.err.count("\n") == 1
+
+
+# compare.
+
+
+@pytest.fixture
+def reports(place) -> dict[str, Report]:
+    """Three reports over the same 8 questions, saved as a run's are, and one over others."""
+    ranks = {"base": [1, 2, 4, 0, 1, 9, 3, 2], "tuned": [1, 1, 2, 3, 1, 4, 3, 1], "worse": [2, 4, 0, 0, 2, 9, 5, 0]}
+    found = {name: make_report(of_name) for name, of_name in ranks.items()}
+    for name, report in found.items():
+        report.save(place / "runs" / name / "eval" / "uber")
+    make_report([1] * 9).save(place / "runs" / "other" / "eval" / "uber")
+    return found
+
+
+def test_compare(reports, capsys):
+    out = run(capsys, "compare runs/base/eval/uber runs/tuned/eval/uber")
+    comparison = compare(reports["base"], reports["tuned"])
+    table = format_comparisons({"tuned": [comparison]}, base="base", style="text")
+    tail = (
+        "8 questions in 8 clusters (questions that share a document); differences to base;\n"
+        "intervals by bootstrap (percentile), p-values by sign flips"
+    )
+    assert out == f"{table}\n\n{tail}\n"
+    assert f"{comparison.difference:+.4f}" in table
+
+
+def test_compare_several_by_several_metrics(reports, capsys):
+    folders = " ".join(f"runs/{name}/eval/uber" for name in reports)
+    out = run(capsys, f"compare {folders} --metric mrr@10 hit_rate@1 mrr@10 --method bca --style latex")
+    by_metric = [
+        compare(reports["base"], reports["tuned"], reports["worse"], metric=metric, method="bca")
+        for metric in ("mrr@10", "hit_rate@1")
+    ]
+    assert by_metric[0][0].num_comparisons == 2
+    names = dict(zip(("tuned", "worse"), zip(*by_metric, strict=True), strict=True))
+    assert out == format_comparisons(names, base="base", style="latex") + "\n"
+
+
+def test_compare_a_report_with_itself(reports, capsys):
+    out = run(capsys, "compare runs/base/eval/uber runs/base/eval/uber --style csv")
+    header, _, row = csv.reader(io.StringIO(out))
+    found = dict(zip(header, row, strict=True))
+    assert found["report"] == "uber (2)"
+    assert [float(found[key]) for key in ("difference", "interval_low", "interval_high", "p_value")] == [0, 0, 0, 1]
+
+
+def test_compare_draws(reports, capsys, place):
+    run(capsys, "compare runs/base/eval/uber runs/tuned/eval/uber --metric mrr@10 ndcg@10 --save-plot figures/a.svg")
+    text = (place / "figures" / "a.svg").read_text()
+    assert "<!-- base, mrr@10 -->" in text
+    assert "<!-- tuned, mrr@10 -->" in text
+
+
+def test_compare_what_evaluate_wrote(place, capsys):
+    run(capsys, "evaluate model pairs.json --fuse --out eval/model")
+    out = run(capsys, "compare eval/model eval/model/bm25 eval/model/fused --style csv")
+    assert [row[1] for row in csv.reader(io.StringIO(out))][1:] == ["model", "model/bm25", "model/fused"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("runs/base/eval/uber", "one report, runs/base/eval/uber: expected a base and at least one other"),
+        ("", "the following arguments are required: REPORT"),
+        ("runs/base/eval/uber missing", "missing holds no report: metrics.json is missing"),
+        ("runs/base runs/tuned/eval/uber", "runs/base: is no report, but holds runs/base/eval/uber"),
+        ("runs/base/eval runs/tuned/eval/uber", "runs/base/eval: is no report, but holds runs/base/eval/uber"),
+        (
+            "runs/base/eval/uber runs/other/eval/uber",
+            "the reports are over different questions: 1 only in runs/other/eval/uber (q8)",
+        ),
+        (
+            "runs/other/eval/uber runs/tuned/eval/uber runs/few/eval",
+            "the reports are over different questions: 1 only in runs/other/eval/uber (q8)",
+        ),
+        ("runs/base/eval/uber runs/few", "5 only in runs/base/eval/uber (q3, q4, q5, ...)"),
+        (
+            "runs/base/eval/uber runs/tuned/eval/uber --metric ndcg@7",
+            "unknown metric 'ndcg@7' in the base report; it has",
+        ),
+        ("runs/base/eval/uber runs/damaged", "runs/damaged/per_query.jsonl line 3"),
+        ("runs/base/eval/uber runs/corpus", "the reports do not compare: num_documents is 7 in base"),
+        ("runs/base/eval/uber runs/tuned/eval/uber --method exact", "argument --method: invalid choice: 'exact'"),
+        ("runs/base/eval/uber runs/tuned/eval/uber --save-plot a.txt", "a.txt: no format of a figure by its suffix"),
+        (
+            "runs/base/eval/uber runs/tuned/eval/uber runs/worse/eval/uber --save-plot a.png",
+            "--save-plot is for two reports, these are 3",
+        ),
+    ],
+)
+def test_errors_of_compare(place, reports, capsys, arguments, message):
+    make_report([1, 2, 3]).save(place / "runs" / "few")
+    if "few/eval" in arguments:
+        make_report([1, 2, 3]).save(place / "runs" / "few" / "eval")
+    reports["base"].save(place / "runs" / "damaged")
+    lines = (place / "runs" / "damaged" / "per_query.jsonl").read_text().splitlines(keepends=True)
+    (place / "runs" / "damaged" / "per_query.jsonl").write_text("".join([*lines[:2], lines[2][:20]]))
+    if "corpus" in arguments:
+        for name, number in (("base/eval/uber", 7), ("corpus", 8)):
+            dataclasses.replace(reports["base"], setting={"num_documents": number}).save(place / "runs" / name)
+    check_error(capsys, f"compare {arguments}", message)
+
+
+def test_compare_without_matplotlib(reports, capsys, monkeypatch, place):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    arguments = "compare runs/base/eval/uber runs/tuned/eval/uber --save-plot a.png"
+    check_error(capsys, arguments, "plots need matplotlib: pip install 'embedft[plots]'")
+    assert not (place / "a.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["runs/a/eval/uber", "runs/b/eval/uber"], ["a", "b"]),
+        (["a", "b"], ["a", "b"]),
+        (["x/a", "y/a"], ["x", "y"]),
+        (["a", "a/bm25"], ["a", "a/bm25"]),
+        (["runs/a/eval/lyft", "runs/a/eval/uber", "runs/b/eval/uber"], ["a/eval/lyft", "a/eval/uber", "b/eval/uber"]),
+        (["a", "a", "./a", "b"], ["a", "a (2)", "a (3)", "b"]),
+        (["a/", "a/../b"], ["a", "b"]),
+        (["a (3)", "a", "a", "a"], ["a (3)", "a", "a (2)", "a (4)"]),
+    ],
+)
+def test_short_names(folders, names):
+    assert short_names(folders) == names
+
+
+def test_names_are_distinct_parts_of_any_folders():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        folders = ["/".join(rng.choice(["a", "b", "a (2)"], rng.integers(1, 4))) for _ in range(rng.integers(2, 6))]
+        names = short_names(folders)
+        assert len(set(names)) == len(names)
+        for name, folder in zip(names, folders, strict=True):
+            given_again = re.sub(r" \(\d+\)$", "", name)
+            assert any(f"/{part}/" in f"{Path(folder).resolve()}/" for part in (name, given_again))

@@ -1,0 +1,566 @@
+"""evaluate_grid, search.py and settings.py: by hand, against `evaluate` and naive search; what is held, and refused."""
+
+import itertools
+import json
+import re
+import time
+import weakref
+
+import faiss
+import numpy as np
+import pytest
+from tiny import make_dataset, make_embedder
+
+from embedft import RetrievalDataset, Searcher, evaluate, evaluate_grid, mine, search
+from embedft.retrieval import index as index_module
+from embedft.retrieval import search as search_module
+from embedft.retrieval import settings
+from embedft.retrieval.approximate import unit_rows
+from embedft.retrieval.index import search_exact
+from embedft.retrieval.passages import aggregate_windows
+from embedft.retrieval.quantization import calibrate, from_int8, to_int8
+from embedft.retrieval.report import Report
+
+EVERY = {"precisions": ("float32", "int8", "binary"), "indices": ("flat", "hnsw", "ivf")}
+
+
+@pytest.fixture(autouse=True)
+def one_faiss_thread():
+    """HNSW links documents in several threads at once: with one, twice the same index is twice the same graph."""
+    num_threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    yield
+    faiss.omp_set_num_threads(num_threads)
+
+
+class TableEmbedder:
+    """Vectors from a table {text: [windows, D]}, the first one standing for the whole text."""
+
+    def __init__(self, table: dict, similarity: str = "dot"):
+        self.table = {text: np.atleast_2d(np.array(vectors, dtype=np.float32)) for text, vectors in table.items()}
+        self.similarity = similarity
+        self.calls: list[tuple[str, int]] = []
+        self.alive: list[int] = []
+        self.made: list[weakref.ref] = []
+
+    def encode(self, texts, *, role, dim):
+        self.calls.append((role, len(texts)))
+        self._count()
+        vectors = np.stack([self.table[text][0] for text in texts])
+        if role == "document":
+            self.made.append(weakref.ref(vectors))
+        return vectors
+
+    def encode_passages(self, texts, passages, *, role, dim):
+        self.calls.append((f"{role} windows {tuple(passages)}", len(texts)))
+        self._count()
+        windows = [self.table[text] for text in texts]
+        vectors = np.concatenate(windows)
+        self.made.append(weakref.ref(vectors))
+        return vectors, np.repeat(np.arange(len(texts)), [len(vectors) for vectors in windows])
+
+    def _count(self):
+        """How many of the documents' slices made before are still held."""
+        self.alive.append(sum(made() is not None for made in self.made))
+
+
+def dataset_of(documents: dict, queries: dict, relevant: dict | None = None) -> RetrievalDataset:
+    """Texts are the ids; every query has the first document for relevant, unless told."""
+    first = next(iter(documents))
+    qrels = {query: {(relevant or {}).get(query, first): 1} for query in queries}
+    return RetrievalDataset({q: q for q in queries}, {d: d for d in documents}, qrels)
+
+
+def by_hand(documents: dict, queries: dict, similarity: str = "dot"):
+    return TableEmbedder({**documents, **queries}, similarity), dataset_of(documents, queries)
+
+
+def clustered(number: int, dim: int, seed: int) -> np.ndarray:
+    centres = np.random.default_rng(7).standard_normal((12, dim))
+    rng = np.random.default_rng(seed)
+    return unit_rows(centres[rng.integers(0, 12, number)] + 0.6 * rng.standard_normal((number, dim))).astype("f4")
+
+
+def random_data(num_documents=300, num_queries=20, dim=32, most_windows=1, similarity="cosine"):
+    counts = np.random.default_rng(3).integers(1, most_windows + 1, num_documents)
+    windows = np.split(clustered(counts.sum(), dim, 0), np.cumsum(counts)[:-1])
+    documents = {f"d{i:03d}": vectors for i, vectors in enumerate(windows)}
+    queries = dict(zip((f"q{i:02d}" for i in range(num_queries)), clustered(num_queries, dim, 1), strict=True))
+    relevant = {query: f"d{(7 * i) % num_documents:03d}" for i, query in enumerate(queries)}
+    return TableEmbedder({**documents, **queries}, similarity), dataset_of(documents, queries, relevant)
+
+
+def without_seconds(report: Report) -> dict:
+    return {n: v for n, v in report.costs.items() if not n.endswith("_seconds") and n != "queries_per_second"}
+
+
+def assert_same(report: Report, expected: Report):
+    assert report.setting == expected.setting
+    assert report.metrics == expected.metrics
+    assert without_seconds(report) == without_seconds(expected)
+    np.testing.assert_array_equal(report.run.indices, expected.run.indices)
+    np.testing.assert_array_equal(report.run.scores, expected.run.scores)  # to the bit
+
+
+# By hand.
+
+
+def test_binary_by_hand():
+    """Query (1, 3). a (9, -1): 6. b (-1, 1): 2. c (-5, -5): -20, so exact search finds a.
+
+    Signs: a (+, -) and b (-, +) differ in one from the query's, c in two. Rescored: a 1 - 3 = -2, b -1 + 3 = 2: b.
+    """
+    embedder, dataset = by_hand({"a": [9, -1], "b": [-1, 1], "c": [-5, -5]}, {"q": [1, 3]})
+    exact, binary = evaluate_grid(embedder, dataset, precisions=("float32", "binary"), depth=1, ks=(1,))
+    assert exact.run.to_dict() == {"q": {"a": 6.0}}
+    assert binary.run.to_dict() == {"q": {"b": 2.0}}
+    assert (exact.costs["recall@10_of_exact"], binary.costs["recall@10_of_exact"]) == (1.0, 0.0)
+    assert (exact.costs["bytes_per_document"], binary.costs["bytes_per_document"]) == (8, 1)
+    assert (exact.metrics["mrr@1"], binary.metrics["mrr@1"]) == (1.0, 0.0)
+    assert (binary.setting["precision"], binary.setting["rescore"]) == ("binary", "binary")
+    assert evaluate(embedder, dataset, precision="binary").costs["recall@10_of_exact"] == 1.0  # the first 3 of 3
+
+
+def test_int8_by_hand():
+    """Values from 0 to 255: steps of 1. a 254.2 and b 254.9 are both code 254, which stands for 254.5: a tie, a first.
+
+    Exact search finds b (254.9); of its first two, b and a, both are found.
+    """
+    embedder, dataset = by_hand({"a": [254.2], "b": [254.9], "c": [0.0], "d": [255.0]}, {"q": [1.0], "p": [-1.0]})
+    report = evaluate(embedder, dataset, precision="int8", depth=2, ks=(1,))
+    assert report.run.to_dict() == {"q": {"d": 255.5, "a": 254.5}, "p": {"c": -0.5, "a": -254.5}}
+    # Of q exact search finds d and b, of p c and a: 1/2 and 1.
+    assert report.costs["recall@10_of_exact"] == 0.75
+    assert report.costs["bytes_per_document"] == 1
+    assert report.setting["rescore"] is None
+
+
+def test_adaptive_by_hand():
+    """On one feature, at unit length, a to e are 1 and f is -1; a shortlist of 4 x depth = 4 is a to d.
+
+    Query (1, 1) in full: 1, 2, 3, 4, 10, 19: d of the shortlist, f of all. Query (1, -1): 1, 2, 3, 4, -8, -21: d.
+    """
+    documents = {"a": [1, 0], "b": [2, 0], "c": [3, 0], "d": [4, 0], "e": [1, 9], "f": [-1, 20]}
+    embedder, dataset = by_hand(documents, {"p": [1, 1], "q": [1, -1]})
+    report = evaluate(embedder, dataset, index="adaptive-1", depth=1, ks=(1,))
+    assert report.run.to_dict() == {"p": {"d": 4.0}, "q": {"d": 4.0}}
+    assert report.costs["recall@10_of_exact"] == 0.5
+    assert report.setting["shortlist"] == 4
+    assert report.costs["bytes_per_document"] == pytest.approx(4 * 1 + 4 * 2, abs=10)  # and FAISS's header over 6
+
+
+def test_windows_by_hand():
+    """Query (1, 0), of which one dimension is kept: a 3, b the larger of 1 and 7, c of 5 and 4; first windows: b 1."""
+    embedder, dataset = by_hand({"a": [[3, 9]], "b": [[1, 0], [7, 0]], "c": [[5, 1], [4, 0]]}, {"q": [1, 0]})
+    whole, cut = evaluate_grid(embedder, dataset, dims=(1,), passages=(None, (6, 3)))
+    assert whole.run.to_dict() == {"q": {"c": 5.0, "a": 3.0, "b": 1.0}}
+    assert cut.run.to_dict() == {"q": {"b": 7.0, "c": 5.0, "a": 3.0}}
+    assert (whole.setting["passages"], cut.setting["passages"]) == (None, [6, 3])
+    assert (cut.setting["aggregate"], cut.costs["windows_per_document"]) == ("max", pytest.approx(5 / 3))
+    assert cut.costs["bytes_per_document"] == pytest.approx(4 * 5 / 3)
+    assert "aggregate" not in whole.setting
+    assert "windows_per_document" not in whole.costs
+    assert embedder.calls == [("query", 1), ("document", 3), ("document windows (6, 3)", 3)]
+
+
+def test_codes_of_windows_by_hand():
+    """Signs of windows, query (1, 3): b's second window (+, +) has 4, a's (-, +) 2, c's best (+, -) -2."""
+    documents = {"a": [[-1, 1]], "b": [[-9, -9], [0.1, 0.1]], "c": [[9, -1], [-1, -1]]}
+    embedder, dataset = by_hand(documents, {"q": [1, 3]})
+    report = evaluate(embedder, dataset, passages=(6, 3), precision="binary")
+    assert report.run.to_dict() == {"q": {"b": 4.0, "a": 2.0, "c": -2.0}}
+    assert report.costs["bytes_per_document"] == pytest.approx(1 * 5 / 3)
+    # Sums of both: b -4 + 4 = 0, c -2 - 4 = -6.
+    report = evaluate(embedder, dataset, passages=(6, 3), precision="binary", aggregate="sum_top_2")
+    assert report.run.to_dict() == {"q": {"a": 2.0, "b": 0.0, "c": -6.0}}
+
+
+# The grid is `evaluate` of each setting.
+
+
+@pytest.mark.parametrize("passages", [(None,), ((6, 3),)])
+def test_a_grid_is_evaluate_of_each_setting_in_order(monkeypatch, passages):
+    monkeypatch.setattr(search_module, "DOCUMENT_SLICE", 128)
+    monkeypatch.setattr(search_module, "PASSAGES_SLICE", 100)
+    embedder, dataset = random_data(most_windows=1 if passages == (None,) else 4)
+    dims = (None, 16)
+    start = time.perf_counter()
+    reports = evaluate_grid(embedder, dataset, dims=dims, **EVERY, passages=passages, depth=20)
+    spent = sum(report.costs[f"{part}_seconds"] for report in reports for part in ("build", "search", "metrics"))
+    assert spent < time.perf_counter() - start
+    assert [role.split()[0] for role, _ in embedder.calls] == ["query", *["document"] * 3]  # one encoding
+    settings = list(itertools.product(passages, dims, EVERY["precisions"], EVERY["indices"]))
+    assert len(reports) == len(settings) == 18
+    for report, (windows, dim, precision, index) in zip(reports, settings, strict=True):
+        expected = {"dim": dim or 32, "precision": precision, "index": index}
+        assert {name: report.setting[name] for name in expected} == expected
+        options = {"precision": precision, "index": index, "passages": windows, "depth": 20}
+        assert_same(report, evaluate(embedder, dataset, dim=dim, **options))
+        assert report.setting["similarity"] == "cosine"
+        assert ("factory" in report.setting) == ("effort" in report.setting) == (index != "flat")
+        assert report.costs["queries_per_second"] == pytest.approx(20 / report.costs["search_seconds"])
+        assert (report.costs["build_seconds"] > 0) == (precision != "float32" or index != "flat")
+
+
+def test_dims_are_to_the_bit_what_the_embedder_gives(tmp_path):
+    embedder, dataset = make_embedder(tmp_path / "model"), make_dataset(40, 30)
+    ids = sorted(dataset.corpus)
+    reports = evaluate_grid(embedder, dataset, dims=(None, 16, 5))
+    for report, dim in zip(reports, (32, 16, 5), strict=True):
+        assert_same(report, evaluate(embedder, dataset, dim=dim))
+        queries = embedder.encode(list(dataset.queries.values()), role="query", dim=dim)
+        documents = embedder.encode([dataset.corpus[i] for i in ids], role="document", dim=dim)
+        expected = search_exact(queries, documents, 100)
+        np.testing.assert_array_equal(report.run.indices, expected.rows)
+        np.testing.assert_array_equal(report.run.scores, expected.scores)
+    windows = evaluate_grid(embedder, dataset, dims=(32, 16), passages=(8, 4))
+    embedder.truncate_dim = 16  # what None stands for then; more may be asked for all the same
+    cut, whole = evaluate_grid(embedder, dataset, dims=(None, 32))
+    assert_same(cut, reports[1])
+    assert_same(whole, reports[0])
+    for report, expected in zip(
+        evaluate_grid(embedder, dataset, dims=(32, None), passages=(8, 4)), windows, strict=True
+    ):
+        assert_same(report, expected)
+
+
+def test_exact_search_runs_where_the_embedder_is(tmp_path, monkeypatch):
+    embedder, dataset = make_embedder(tmp_path / "model"), make_dataset(8, 6)
+    devices = []
+
+    def searched(*arguments, device):
+        devices.append(device)
+        return search_exact(*arguments)
+
+    monkeypatch.setattr(settings, "search_exact", searched)
+    evaluate(embedder, dataset)
+    mine(embedder, dataset, ranks=(1, 6), num_negatives=1)
+    assert devices == [embedder.device, embedder.device]
+
+
+def test_dot_products_are_not_normalised_unless_the_model_does(tmp_path):
+    embedder, dataset = by_hand({"a": [3, 4], "b": [1, 0]}, {"q": [2, 0]})
+    assert evaluate(embedder, dataset, dim=1).run.to_dict() == {"q": {"a": 6.0, "b": 2.0}}
+    embedder.normalize = True
+    assert evaluate(embedder, dataset, dim=1).run.to_dict() == {"q": {"a": 1.0, "b": 1.0}}
+    embedder, dataset = by_hand({"a": [3, 4], "b": [1, 0]}, {"q": [2, 0]}, "cosine")
+    assert evaluate(embedder, dataset, dim=1).run.to_dict() == {"q": {"a": 1.0, "b": 1.0}}
+
+
+def test_graded_gain():
+    """b (grade 3) first, then a (grade 1) is the ideal order; a first: (1 + 3/log2(3)) / (3 + 1/log2(3))."""
+    documents = {"a": [2.0], "b": [1.0]}
+    embedder = TableEmbedder({**documents, "q": [1.0]})
+    dataset = RetrievalDataset({"q": "q"}, {"a": "a", "b": "b"}, {"q": {"a": 1, "b": 3}})
+    assert evaluate(embedder, dataset).metrics["ndcg@10"] == pytest.approx(1)
+    log = np.log2(3)
+    assert evaluate(embedder, dataset, gain="graded").metrics["ndcg@10"] == pytest.approx((1 + 3 / log) / (3 + 1 / log))
+
+
+def test_a_report_can_be_saved(tmp_path):
+    embedder, dataset = random_data()
+    for number, report in enumerate(evaluate_grid(embedder, dataset, indices=("hnsw", "adaptive-8"), depth=20)):
+        report.save(tmp_path / str(number))
+        loaded = Report.load(tmp_path / str(number))
+        assert (loaded.setting, loaded.costs) == (report.setting, report.costs)
+        json.dumps(report.setting)
+
+
+def test_one_pair_of_numbers_is_one_setting_of_passages():
+    embedder, dataset = random_data(most_windows=2)
+    for passages in ((6, 3), [6, 3], [(6, 3)]):
+        (report,) = evaluate_grid(embedder, dataset, passages=passages)
+        assert report.setting["passages"] == [6, 3]
+    (report,) = evaluate_grid(embedder, dataset, passages=None)
+    assert report.setting["passages"] is None
+
+
+# Against naive search.
+
+
+def naive_windows(queries, windows, aggregate, decode=lambda vectors: vectors):
+    """Scores [Q, N] of documents by all their windows, as they come back from their codes."""
+    starts = np.cumsum([0, *(len(w) for w in windows[:-1])])
+    return aggregate_windows(queries @ decode(np.concatenate(windows)).T, starts, aggregate)
+
+
+@pytest.mark.parametrize("aggregate", ["max", "mean"])
+@pytest.mark.parametrize("precision", ["float32", "int8", "binary"])
+@pytest.mark.parametrize("index", ["flat", "hnsw"])
+def test_windows_equal_naive_search(aggregate, precision, index):
+    """As deep as the corpus. A graph may miss a document, but what it finds has the score of all its windows."""
+    embedder, dataset = random_data(60, 9, 16, most_windows=5)
+    options = {"passages": (6, 3), "aggregate": aggregate, "depth": 60}
+    report = evaluate(embedder, dataset, precision=precision, index=index, **options)
+    decode = {
+        "float32": lambda vectors: vectors,
+        "int8": lambda vectors: from_int8(to_int8(vectors, calibrate(vectors)), calibrate(vectors)),
+        "binary": lambda vectors: np.where(vectors > 0, 1.0, -1.0),
+    }[precision]
+    queries = np.concatenate([embedder.table[text] for text in dataset.queries.values()])
+    scores = naive_windows(queries, [embedder.table[i] for i in sorted(dataset.corpus)], aggregate, decode)
+    found = report.run.indices >= 0
+    assert found[:, :20].all()
+    assert found.all() == (index == "flat")
+    own = np.take_along_axis(scores, report.run.indices, axis=1)
+    np.testing.assert_allclose(report.run.scores, np.where(found, own, -np.inf), atol=1e-5)
+    exact = naive_windows(queries, [embedder.table[i] for i in sorted(dataset.corpus)], aggregate)
+    first = zip(np.argsort(-exact, axis=1)[:, :10], report.run.indices[:, :10], strict=True)
+    recall = np.mean([len(set(a) & set(b)) / 10 for a, b in first])
+    assert report.costs["recall@10_of_exact"] == pytest.approx(recall)
+    assert recall < 1 if precision == "binary" else recall > 0.8
+
+
+@pytest.mark.parametrize("index", ["hnsw", "ivf"])
+@pytest.mark.parametrize("precision", ["int8", "binary"])
+def test_a_graph_and_lists_are_over_what_the_codes_stand_for(monkeypatch, index, precision):
+    monkeypatch.setattr(index_module, "DOCUMENT_SLICE", 33)
+    embedder, dataset = random_data(200, 9, 16)
+    report = evaluate(embedder, dataset, precision=precision, index=index, depth=20)
+    queries = np.concatenate([embedder.table[text] for text in dataset.queries.values()])
+    documents = np.concatenate([embedder.table[i] for i in sorted(dataset.corpus)])
+    ranges = calibrate(documents)
+    stored = (
+        from_int8(to_int8(documents, ranges), ranges) if precision == "int8" else np.where(documents > 0, 1.0, -1.0)
+    )
+    own = np.take_along_axis(queries @ stored.T, report.run.indices, axis=1)
+    np.testing.assert_allclose(report.run.scores, own, atol=1e-5)
+    assert report.setting["rescore"] is None
+
+
+def test_bytes_of_a_document():
+    """32 dimensions: 128, 32, 4. A graph costs the same whatever its vectors are; lists have 8 bytes of a row each."""
+    embedder, dataset = random_data(900)
+    reports = evaluate_grid(embedder, dataset, **EVERY, depth=20)
+    sizes = np.array([report.costs["bytes_per_document"] for report in reports]).reshape(3, 3)
+    np.testing.assert_array_equal(sizes[:, 0], [128, 32, 4])
+    np.testing.assert_allclose(sizes[:, 1] - sizes[:, 0], sizes[0, 1] - 128, atol=3)
+    np.testing.assert_allclose(sizes[:, 2] - sizes[:, 0], sizes[0, 2] - 128, atol=3)
+    assert 250 < sizes[0, 1] - 128 < 300
+    assert 8 < sizes[0, 2] - 128 < 24
+    quantised = evaluate(embedder, dataset, index="ivfpq", depth=20).costs["bytes_per_document"]
+    windows = evaluate(embedder, dataset, index="ivfpq", depth=20, passages=(6, 3)).costs["bytes_per_document"]
+    assert windows == pytest.approx(quantised + 128)  # whose windows are scored by their vectors
+
+
+def test_recall_is_of_the_first_ten():
+    embedder, dataset = random_data(900)
+    report = evaluate(embedder, dataset, index="IVF30,Flat", depth=50)
+    exact = evaluate(embedder, dataset, depth=50)
+    shares = [len(set(a[:10]) & set(b[:10])) / 10 for a, b in zip(report.run.indices, exact.run.indices, strict=True)]
+    assert report.costs["recall@10_of_exact"] == pytest.approx(np.mean(shares))
+    assert report.setting["factory"] == "IVF30,Flat"
+
+
+def test_an_approximate_index_is_set_on_the_queries():
+    """Reaching 0.95 of the exact results takes the questions more lists than it takes documents."""
+    embedder, dataset = random_data(900, 200)
+    for i, vector in enumerate(clustered(200, 32, 5)):
+        embedder.table[f"q{i:02d}"] = (vector + clustered(200, 32, 6)[-i])[None]
+    report = evaluate(embedder, dataset, index="ivf", depth=10)
+    assert report.costs["recall@10_of_exact"] >= 0.95
+    searcher = Searcher(embedder, dataset, index="ivf", depth=10)
+    assert searcher._built.facts["effort"] < report.setting["effort"]
+
+
+# What is held.
+
+
+@pytest.mark.parametrize("options", [{}, {"dims": (None, 16, 8)}, {"passages": [(6, 3)]}])
+def test_exact_search_holds_a_slice_at_a_time(monkeypatch, options):
+    embedder, dataset = random_data(50, most_windows=3)
+    whole = evaluate_grid(embedder, dataset, **options)
+    monkeypatch.setattr(search_module, "DOCUMENT_SLICE", 8)
+    monkeypatch.setattr(search_module, "PASSAGES_SLICE", 8)
+    embedder, _ = random_data(50, most_windows=3)
+    reports = evaluate_grid(embedder, dataset, **options)
+    assert [number for _, number in embedder.calls] == [20, *[8] * 6, 2]
+    assert embedder.alive == [0] * 8
+    for report, expected in zip(reports, whole, strict=True):
+        np.testing.assert_array_equal(report.run.indices, expected.run.indices)
+        np.testing.assert_allclose(report.run.scores, expected.run.scores, atol=1e-6)
+    assert search(embedder, dataset, dataset.queries).to_dict().keys() == dataset.queries.keys()
+    assert max(embedder.alive) == 0
+
+
+def test_other_settings_keep_the_vectors_until_they_are_one_array(monkeypatch):
+    monkeypatch.setattr(search_module, "DOCUMENT_SLICE", 8)
+    embedder, dataset = random_data(50)
+    evaluate_grid(embedder, dataset, precisions=("int8",))
+    assert embedder.alive == [0, *range(7)]
+    embedder._count()
+    assert embedder.alive[-1] == 0
+
+
+def test_slices_of_the_corpus_change_no_tie(monkeypatch):
+    """Whole numbers, so that inner products are exact and ties many; ids in another order than the corpus."""
+    rng = np.random.default_rng(0)
+    documents = {f"d{i:02d}": rng.integers(-2, 3, 3) for i in rng.permutation(70)}
+    queries = {f"q{i}": rng.integers(-2, 3, 3) for i in range(9)}
+    embedder, dataset = by_hand(documents, queries)
+    monkeypatch.setattr(search_module, "DOCUMENT_SLICE", 16)
+    for depth in (5, 16, 30, 70, 100):
+        report = evaluate(embedder, dataset, depth=depth, ks=(1,))
+        for query, vector in queries.items():
+            ranking = sorted((-float(vector @ documents[i]), i) for i in documents)[:depth]
+            assert list(report.run.to_dict()[query].items()) == [(i, -score) for score, i in ranking]
+
+
+# search.
+
+
+def test_search_orders_ties_by_id_and_takes_any_questions():
+    documents = {"c": [1, 0], "b": [2, 0], "a": [1, 0], "d": [0, 5]}
+    embedder = TableEmbedder({**documents, "first?": [1, 0], "second?": [0, 1]})
+    dataset = dataset_of(documents, {"unused": None})
+    run = search(embedder, dataset, {"y": "second?", "x": "first?"}, depth=3)
+    expected = {"y": {"d": 5.0, "a": 0.0, "b": 0.0}, "x": {"b": 2.0, "a": 1.0, "c": 1.0}}
+    assert run.to_dict() == expected
+    assert run.query_ids == ["y", "x"]
+    assert [list(row) for row in run.to_dict().values()] == [["d", "a", "b"], ["b", "a", "c"]]
+    by_place = search(embedder, dataset, ["second?", "first?", "second?"], depth=3)
+    assert by_place.to_dict() == {"0": expected["y"], "1": expected["x"], "2": expected["y"]}
+    assert search(embedder, dataset, ["first?"]).indices.shape == (1, 4)  # as many as there are
+    searcher = Searcher(embedder, dataset, depth=3)
+    embedder.calls.clear()
+    assert searcher.search({"y": "second?", "x": "first?"}).to_dict() == expected
+    assert searcher.search(["first?"]).to_dict() == {"0": expected["x"]}
+    assert embedder.calls == [("query", 2), ("query", 1)]
+
+
+@pytest.mark.parametrize("passages", [None, (6, 3)])
+@pytest.mark.parametrize(
+    ("precision", "index"), [*itertools.product(*EVERY.values()), ("float32", "adaptive-8"), ("float32", "SQ8")]
+)
+def test_search_is_the_run_of_evaluate(monkeypatch, passages, precision, index):
+    monkeypatch.setattr(search_module, "DOCUMENT_SLICE", 128)
+    monkeypatch.setattr(search_module, "PASSAGES_SLICE", 100)
+    if passages and index == "adaptive-8":
+        passages = None
+    embedder, dataset = random_data(most_windows=3)
+    options = {"dim": 16, "passages": passages, "precision": precision, "index": index, "depth": 20}
+    run = search(embedder, dataset, dataset.queries, **options)
+    expected = evaluate(embedder, dataset, **options)
+    assert run.query_ids == expected.query_ids
+    found = [len(set(a) & set(b)) / 20 for a, b in zip(run.indices, expected.run.indices, strict=True)]
+    # What is searched of an approximate index is set on documents there, on the queries here.
+    assert np.mean(found) == 1 if index in ("flat", "adaptive-8", "SQ8") else np.mean(found) > 0.8
+    again = Searcher(embedder, dataset, **options).search(dataset.queries)
+    np.testing.assert_array_equal(again.indices, run.indices)
+    np.testing.assert_allclose(again.scores, run.scores, atol=1e-6)
+
+
+def test_a_searcher_over_slices_of_windows(monkeypatch):
+    embedder, dataset = random_data(50, most_windows=4)
+    expected = Searcher(embedder, dataset, passages=(6, 3), depth=10).search(dataset.queries)
+    monkeypatch.setattr(search_module, "PASSAGES_SLICE", 7)
+    run = Searcher(embedder, dataset, passages=(6, 3), depth=10).search(dataset.queries)
+    np.testing.assert_array_equal(run.indices, expected.indices)
+
+
+def test_an_embedder_with_a_store(tmp_path):
+    """Nothing is computed twice, whatever is asked of it."""
+    dataset = make_dataset(20, 15)
+    plain = make_embedder(tmp_path / "model")
+    stored = make_embedder(tmp_path / "model", store=tmp_path / "store")
+    options = {"dims": (32, 8), "precisions": ("float32", "int8"), "passages": (None, (8, 4))}
+    reports, expected = (evaluate_grid(embedder, dataset, **options) for embedder in (stored, plain))
+    misses = stored.store.misses
+    again = evaluate_grid(stored, dataset, **options)
+    assert stored.store.misses == misses > 0
+    for report, same, other in zip(reports, again, expected, strict=True):
+        assert_same(report, same)
+        assert report.setting == other.setting
+        assert report.metrics["ndcg@10"] == pytest.approx(other.metrics["ndcg@10"], abs=0.05)
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precisions": ("float32", "int4")}, "precision is 'int4', expected one of float32, int8, binary"),
+        ({"indices": ("hnws",)}, "index 'hnws' at 32 dimensions: expected one of flat, hnsw, ivf, ivfpq, or a string"),
+        ({"indices": ("adaptive",)}, "index is 'adaptive', expected adaptive-DIM, as in adaptive-64"),
+        ({"indices": ("adaptive-08",)}, "index is 'adaptive-08', expected adaptive-DIM"),
+        (
+            {"precisions": ("float32", "int8", "binary"), "indices": ("flat", "ivfpq", "adaptive-8")},
+            "no such search: int8 with ivfpq (it goes with flat, hnsw, ivf); int8 with adaptive-8 (it goes with flat,"
+            " hnsw, ivf); binary with ivfpq (it goes with flat, hnsw, ivf); binary with adaptive-8 (it goes with",
+        ),
+        (
+            {"dims": (None, 32, 8), "indices": ("flat", "adaptive-8", "adaptive-16")},
+            "no such search: adaptive-8 at 8 dimensions; adaptive-16 at 8 dimensions",
+        ),
+        ({"indices": ("adaptive-8",), "passages": (None, (6, 3))}, "no such search: adaptive-8 with passages"),
+        ({"dims": (33,)}, "dim is 33, expected 1 to 32"),
+        ({"dims": (0,)}, "dim is 0, expected 1 to 32"),
+        ({"indices": ("ivfpq",)}, "index 'ivfpq' is trained on at least 256 documents, found 9"),
+        ({"dims": ()}, r"dims is (), expected a list of at least one"),
+        ({"dims": 8}, r"dims is 8, expected a list of at least one"),
+        ({"precisions": "int8"}, "precisions is 'int8', expected a list of at least one"),
+        ({"indices": []}, r"indices is [], expected a list of at least one"),
+        ({"aggregate": "best"}, "aggregate is 'best', expected max, mean, first"),
+        ({"ks": (5,), "depth": 4}, "cutoffs ks=(5,) must be at least 1 and at most depth=4"),
+    ],
+)
+def test_a_grid_refuses_before_anything_is_encoded(tmp_path, monkeypatch, options, message):
+    embedder = make_embedder(tmp_path / "model")
+    monkeypatch.setattr(embedder, "encode", None)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        evaluate_grid(embedder, make_dataset(), **options)
+
+
+def test_windows_may_be_enough_where_documents_are_too_few():
+    """PQ is trained on 256: there are 100 documents, of about 300 windows."""
+    embedder, dataset = random_data(100, most_windows=5)
+    embedder.full_dim = 32
+    with pytest.raises(ValueError, match="index 'ivfpq' is trained on at least 256 documents, found 100"):
+        evaluate(embedder, dataset, index="ivfpq")
+    assert embedder.calls == []
+    report = evaluate(embedder, dataset, index="ivfpq", passages=(6, 3), depth=10)
+    assert report.setting["factory"].endswith("PQ4x8np")
+    assert 2.56 < report.costs["windows_per_document"] < 3.5
+
+
+def test_a_width_that_is_not_known_is_checked_before_documents_are_encoded():
+    embedder, dataset = random_data(20)
+    for options, message in (
+        ({"dim": 33}, "dim is 33, expected 1 to 32"),
+        ({"index": "adaptive-32"}, "adaptive-32 at 32 dimensions"),
+        ({"index": "hnws"}, "index 'hnws' at 32 dimensions"),
+    ):
+        embedder.calls.clear()
+        with pytest.raises(ValueError, match=message):
+            evaluate(embedder, dataset, **options)
+        assert embedder.calls == [("query", 20)]
+
+
+def test_search_refuses():
+    embedder, dataset = random_data(20)
+    for call in (lambda *a, **o: search(embedder, dataset, *a, **o), Searcher(embedder, dataset).search):
+        with pytest.raises(ValueError, match="queries is the text 'q00', expected a list of texts or "):
+            call("q00")
+        for none in ([], {}):
+            with pytest.raises(ValueError, match="no queries to search for"):
+                call(none)
+    embedder.calls.clear()
+    for index in ("flat", "hnsw"):
+        with pytest.raises(ValueError, match="no queries to search for"):
+            search(embedder, dataset, [], index=index)
+        with pytest.raises(ValueError, match="search depth must be at least 1, not 0"):
+            search(embedder, dataset, ["q00"], depth=0, index=index)
+    with pytest.raises(ValueError, match="no such search: binary with ivfpq"):
+        search(embedder, dataset, ["q00"], index="ivfpq", precision="binary")
+    with pytest.raises(ValueError, match="dim is 40, expected 1 to 32"):
+        Searcher(embedder, dataset, dim=40)
+    assert {role for role, _ in embedder.calls} == {"document"}  # whose width was not known before
+    embedder.table["q01"][:] = np.nan
+    with pytest.raises(ValueError, match="the embedding of query '1' has values that are not finite"):
+        search(embedder, dataset, ["q00", "q01"])
+    embedder.encode_passages = lambda texts, *_, **__: (np.ones((3, 32), np.float32), [0, 0, 1])
+    with pytest.raises(ValueError, match="20 documents were cut into 3 windows of 2"):
+        search(embedder, dataset, ["q00"], passages=(6, 3))
+    with pytest.raises(ValueError, match=r"passages is \(6, 3\): object cannot cut"):
+        search_module.check_settings(object(), [search_module.Setting(None, "float32", "flat")], [(6, 3)], "max")
