@@ -1,6 +1,7 @@
 """device.py: seeds and random states; a device that is not there is a user's error. Kernels are tested where used."""
 
 import resource
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from embedft.device import (
 )
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
 
 
 def test_seeded_draws_the_same_and_gives_the_callers_state_back():
@@ -66,6 +68,14 @@ def test_what_a_report_says_of_the_machine():
     block = torch.ones(64 << 20, dtype=torch.uint8)
     assert 32 << 20 < peak_memory_bytes(CPU) < 1 << 40
     assert peak_memory_bytes(CPU) >= before
+
+
+def test_peak_memory_is_of_this_process_alone():
+    """One that a process of 1.5 GiB has started begins anew."""
+    held = torch.ones(3 << 29, dtype=torch.uint8)
+    code = "import torch; from embedft.device import *; print(peak_memory_bytes(torch.device('cpu')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert 100 << 20 < int(done.stdout) < len(held), done.stderr
     assert len(block) == 64 << 20
 
 
