@@ -128,6 +128,20 @@ def test_no_texts_and_no_rows(tmp_path):
     assert store_.encode(SPACE, [], never).shape == (0, 4)
 
 
+def test_a_space_is_there_only_with_its_description(tmp_path, monkeypatch):
+    """Others look without a lock, so between the folder and its space.json there must be nothing to see."""
+    seen, write = [], store.write_json
+
+    def watched(*arguments):
+        write(*arguments)
+        seen.append(Store(tmp_path).names())
+
+    monkeypatch.setattr(store, "write_json", watched)
+    Store(tmp_path).encode(SPACE, ["t1"], vectors_of)
+    assert seen == [[]]
+    assert Store(tmp_path).names() == [SPACE.name]
+
+
 def test_spaces_do_not_share_rows(tmp_path):
     store_, other = Store(tmp_path), Space("cd" * 32, 4, {})
     store_.encode(SPACE, ["t1"], vectors_of)

@@ -266,8 +266,15 @@ class Store:
             new_M = opened.find(keys_M3) < 0
             if new_M.any():
                 if not path.is_file():
-                    write_json(path, {"version": VERSION, **space._asdict()})
+                    self._begin(space)
                 opened.append(keys_M3[new_M], vectors_MD[new_M])
+
+    def _begin(self, space: Space) -> None:
+        """Writes space.json. A new folder is there only with it: others look without a lock."""
+        folder = self._path(space)
+        new = folder if folder.exists() else self.folder / f".{folder.name}.{os.getpid()}.tmp"
+        write_json(new / SPACE_FILE, {"version": VERSION, **space._asdict()})
+        new.rename(folder)
 
     def _locked(self) -> AbstractContextManager[None]:
         return locked(self.folder / LOCK_FILE, wait=self._say_waiting)
