@@ -6,11 +6,11 @@ import faiss
 import numpy as np
 import pytest
 
-from embedft.files import write_json
 from embedft.retrieval import approximate
 from embedft.retrieval import index as index_module
 from embedft.retrieval.approximate import build_index, check_index, load_index, unit_rows
 from embedft.retrieval.index import FlatIndex, recall_against, search_exact
+from embedft.retrieval.index_files import opened
 
 DIM = 16
 
@@ -211,13 +211,9 @@ def test_what_cannot_be_loaded(tmp_path):
         load_index(tmp_path, dim=384)
     with pytest.raises(ValueError, match="an index of metric 'dot', expected 'cosine'"):
         load_index(tmp_path, metric="cosine")
-    description = json.loads((tmp_path / "index.json").read_text())
-    write_json(tmp_path / "index.json", {**description, "num_documents": 99})
-    with pytest.raises(ValueError, match=r"100 x 16, which is not what index.json says"):
-        load_index(tmp_path)
     # Whole by its hash, and yet nothing that FAISS reads.
     foreign = approximate.write_hashed(tmp_path, "index", ".faiss", lambda file: file.write(b"not of FAISS" * 9))
-    write_json(tmp_path / "index.json", {**description, "files": {"faiss": foreign}})
+    approximate.finish(tmp_path, {**opened(tmp_path, kind="faiss")[0], "files": {"faiss": foreign}})
     with pytest.raises(ValueError, match=r"FAISS .* cannot read it \(.*\); written by"):
         load_index(tmp_path)
 
@@ -240,6 +236,12 @@ def test_misuse_of_building():
             build_index(wrong)
     with pytest.raises(ValueError, match="2 ids for 3,000 documents"):
         build_index(DOCUMENTS, ids=["a", "b"])
+    # Distances for inner products: the smallest would have to come first.
+    with pytest.raises(ValueError, match=r"'HNSW8_PQ4' at 16 dimensions: .* \(it does not search by inner product\)"):
+        check_index("HNSW8_PQ4", DIM)
+    for factory in ("PQ4x12", "IDMap,Flat", "IVF0,Flat"):  # FAISS finds out when it trains, fills or searches
+        with pytest.raises(ValueError, match=rf"'{factory}' at 16 dimensions: expected one of flat, hnsw, .* \(Error"):
+            build_index(DOCUMENTS[:300], factory)
     with pytest.raises(ValueError, match="no queries to tune on"):
         build_index(DOCUMENTS, "ivf", queries=QUERIES[:0])
     with pytest.raises(ValueError, match=r"shape \(400, 3\), expected \[N, 16\]"):

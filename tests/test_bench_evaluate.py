@@ -73,6 +73,14 @@ def test_products_of_rounded_vectors_are_exact(steps):
 # The benchmark.
 
 
+def write_questions(folder: Path) -> None:
+    """60 questions with contexts of ten words each."""
+    generator = random.Random(0)
+    with open(folder / "Financial-QA-10k.csv", "w", newline="", encoding="utf-8") as file:
+        rows = [[f"what is {i}", "no", " ".join(generator.choices(LETTERS, k=10)), "X", "2023"] for i in range(60)]
+        csv.writer(file).writerows([("question", "answer", "context", "ticker", "filing"), *rows])
+
+
 class InThisProcess:
     """Stands for a worker."""
 
@@ -90,16 +98,13 @@ class InThisProcess:
 
 @pytest.fixture
 def options(tmp_path, write_tiny, monkeypatch) -> Namespace:
-    """60 contexts of ten words each, and workers that are none."""
+    """60 questions and contexts, and workers that are none."""
     monkeypatch.setenv("EMBEDFT_PROGRESS", "0")
     monkeypatch.setattr(bench_evaluate, "Worker", InThisProcess)
     monkeypatch.setattr(bench_evaluate, "NUM_SAMPLES", 200)
     monkeypatch.setattr(bench_evaluate, "NUM_QUESTIONS", 50)
     monkeypatch.setattr(bench_evaluate, "INTERVAL_TOLERANCE", 1.0)
-    generator = random.Random(0)
-    with open(tmp_path / "Financial-QA-10k.csv", "w", newline="", encoding="utf-8") as file:
-        rows = [[f"what is {i}", "no", " ".join(generator.choices(LETTERS, k=10)), "X", "2023"] for i in range(60)]
-        csv.writer(file).writerows([("question", "answer", "context", "ticker", "filing"), *rows])
+    write_questions(tmp_path)
     sizes = {"documents": 600, "queries": 80, "peer_documents": 300, "peer_queries": 20, "depth": 100}
     base = str(write_tiny(tmp_path / "base"))
     rest = {"base": base, "data": str(tmp_path), "folder": str(tmp_path), "texts": 50, "dim": None}

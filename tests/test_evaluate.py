@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from embedft.data.dataset import RetrievalDataset
+from embedft.files import write_json
 from embedft.retrieval import search as search_module
 from embedft.retrieval.evaluate import evaluate, evaluate_run, question_clusters
 from embedft.retrieval.report import Comparison, Report, compare, save_sentence_transformers_csv
@@ -343,6 +344,16 @@ def test_load_refuses_damage(tmp_path, report):
     damaged("".join(lines)[:-20], "per_query.jsonl line 12 .*invalid JSON")
     damaged("".join(lines).replace('"cluster"', '"group"'), "damaged report: KeyError 'cluster'")
     damaged("[1]\n", "damaged report: TypeError")
+    line = json.loads(lines[0])
+    for part in ({"query_id": 3}, {"cluster": None}, {"metrics": {**line["metrics"], "mrr@10": "0.5"}}):
+        damaged(json.dumps(line | part) + "\n", r"damaged report: TypeError for the value (3|None|'0\.5')$")
+    (tmp_path / "per_query.jsonl").write_text("".join(lines))
+    summary = json.loads((tmp_path / "metrics.json").read_text())
+    for part in ({"setting": None}, {"costs": 3}, {"metrics": [1]}):
+        write_json(tmp_path / "metrics.json", summary | part)
+        damaged("".join(lines), "damaged report: TypeError .* is not a mapping")
+    write_json(tmp_path / "metrics.json", summary | {"metrics": {"mrr@10": "half"}})
+    damaged("".join(lines), r"mrr@10 is half in metrics\.json, 0\..* over per_query\.jsonl")
     (tmp_path / "per_query.jsonl").unlink()
     with pytest.raises(ValueError, match=r"holds no report: per_query\.jsonl is missing"):
         Report.load(tmp_path)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 
 import pytest
 
@@ -80,7 +81,19 @@ def test_what_cannot_be_opened(tmp_path):
     (tmp_path / "index.json").write_text(json.dumps({**description, "version": 2}))
     with pytest.raises(ValueError, match="kind 'test', version 2, expected 'test', 1"):
         opened(tmp_path, kind="test")
-    for files in (None, {"codes": {"name": "codes.npy"}}, {"codes": {"name": "../a", "bytes": 1, "sha256": ""}}):
-        (tmp_path / "index.json").write_text(json.dumps({**description, "files": files}))
-        with pytest.raises(ValueError, match=r"index.json: does not name its files"):
+
+
+def test_a_byte_of_the_description_that_changed_is_found(tmp_path):
+    save(tmp_path, b"content")
+    path = tmp_path / "index.json"
+    whole, expected = path.read_bytes(), opened(tmp_path, kind="test")
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            opened(tmp_path, kind="test")
+    path.write_bytes(whole)
+    assert opened(tmp_path, kind="test") == expected
+    for part in ("sha256", "files"):
+        path.write_text(json.dumps({name: value for name, value in json.loads(whole).items() if name != part}))
+        with pytest.raises(ValueError, match="its SHA-256 is not that of what it says: it is damaged"):
             opened(tmp_path, kind="test")

@@ -144,6 +144,8 @@ def test_grades_that_are_no_numbers_are_refused():
     for grade in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="qrels: query 'q' has a grade that is not a finite number"):
             judge(run, {"p": {"a": 1}, "q": {"a": 1, "b": grade}})
+        with pytest.raises(ValueError, match="qrels: query 'q' has a grade that is not a finite number"):
+            judge(run, {"p": {"a": 1}, "q": {"b": grade}})  # which is not a query without relevant documents
 
 
 def test_graded_ndcg_by_hand():

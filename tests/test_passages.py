@@ -335,6 +335,20 @@ def test_one_window_a_document_is_flat_search():
         np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize("num_queries", [1, 3, 200])
+def test_documents_of_equal_windows_tie_wherever_they_stand(num_queries):
+    """4,097 documents of five kinds, by real numbers, whose products a library may round by place."""
+    rng = np.random.default_rng(0)
+    kinds, kind = rng.standard_normal((5, 2, 33)).astype(np.float32), rng.integers(0, 5, 4097)
+    queries = rng.standard_normal((num_queries, 33)).astype(np.float32)
+    vectors = kinds[kind].reshape(-1, 33)
+    vectors.setflags(write=False)  # as those of a memory map
+    _, rows = filled(vectors, np.arange(len(vectors)) // 2).search(queries, 100)
+    for query, found in zip(queries, rows, strict=True):
+        best = (kinds @ query).max(axis=1).argmax()
+        np.testing.assert_array_equal(found, np.flatnonzero(kind == best)[:100])
+
+
 # Approximate search.
 
 

@@ -11,9 +11,10 @@ numbers, `ids` a list that is stored beside them.
 Shapes: Q queries, N documents, D dimensions, K = min(depth, N) results.
 """
 
+import contextlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +34,7 @@ from .index import (
     slices_of,
     to_keys,
 )
-from .index_files import INDEX_FILE, finish, opened, write_hashed
+from .index_files import finish, opened, write_hashed
 
 Metric = Literal["dot", "cosine"]
 METRICS = ("dot", "cosine")
@@ -199,8 +200,9 @@ def build_index(
         seed: draws the samples and starts k-means.
 
     Raises:
-        ValueError: on no documents, a wrong shape, NaN or inf, an unknown preset (listing them), ids of another number,
-            or fewer documents than the index can be trained on.
+        ValueError: on no documents, a wrong shape, NaN or inf, an unknown preset (listing them), a string of which
+            FAISS makes no index or one that does not search by inner product, ids of another number, or fewer documents
+            than the index can be trained on.
 
     Source: HNSW: Malkov and Yashunin 2018; IVF and PQ: Jegou et al. 2011; the numbers: FAISS's wiki, "Guidelines to
     choose an index".
@@ -216,18 +218,19 @@ def build_index(
         raise ValueError(f"{len(ids):,} ids for {num_documents:,} documents")
     factory, index = _empty(preset, num_documents, dim)
     rng = np.random.default_rng(seed)
-    _train(index, embeddings_ND, preset, metric, rng, seed)
-    with progress_bar(num_documents, "indexing", unit="document") as bar:
-        for _, slice_ND in slices_of(embeddings_ND, dim):
-            index.add(_prepared(slice_ND, metric))
-            bar.update(len(slice_ND))
-    built = Index(
-        index, preset=preset, factory=factory, metric=metric, ids=None if ids is None else list(ids), recall=None
-    )
-    if effort is not None:
-        built.effort = effort
-    elif built.effort is not None:
-        built.recall = _tune(built, embeddings_ND, queries, target_recall, rng)
+    with _refusals(preset, dim):
+        _train(index, embeddings_ND, preset, metric, rng, seed)
+        with progress_bar(num_documents, "indexing", unit="document") as bar:
+            for _, slice_ND in slices_of(embeddings_ND, dim):
+                index.add(_prepared(slice_ND, metric))
+                bar.update(len(slice_ND))
+        built = Index(
+            index, preset=preset, factory=factory, metric=metric, ids=None if ids is None else list(ids), recall=None
+        )
+        if effort is not None:
+            built.effort = effort
+        elif built.effort is not None:
+            built.recall = _tune(built, embeddings_ND, queries, target_recall, rng)
     return built
 
 
@@ -265,10 +268,7 @@ def load_index(folder: str | Path, *, dim: int | None = None, metric: Metric | N
         ) from None
     ids = read_json(paths["ids"]) if "ids" in paths else None
     names = ("preset", "factory", "metric", "recall")
-    loaded = Index(index, ids=ids, **{name: description[name] for name in names})
-    if (loaded.dim, len(loaded)) != (description["dim"], description["num_documents"]):
-        raise ValueError(f"{paths['faiss']}: {len(loaded)} x {loaded.dim}, which is not what {INDEX_FILE} says")
-    return loaded
+    return Index(index, ids=ids, **{name: description[name] for name in names})
 
 
 def unit_rows(embeddings_ND: np.ndarray) -> np.ndarray:
@@ -282,8 +282,18 @@ def _empty(preset: str, num_documents: int, dim: int) -> tuple[str, Any]:
     import faiss
 
     factory = _factory(preset, num_documents, dim)
+    with _refusals(preset, dim):
+        index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+        if index.metric_type != faiss.METRIC_INNER_PRODUCT:  # some do not heed it, and their smallest score is the best
+            raise RuntimeError("it does not search by inner product")
+    return factory, index
+
+
+@contextlib.contextmanager
+def _refusals(preset: str, dim: int) -> Iterator[None]:
+    """What FAISS raises about an index that it cannot make, train or fill, as a `ValueError`."""
     try:
-        return factory, faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+        yield
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         known = ", ".join(PRESETS)
@@ -392,7 +402,7 @@ def _knob(index: Any) -> tuple[Any, str | None]:
         return index.hnsw, "efSearch"
     if isinstance(index, faiss.IndexRefine):
         return _knob(index.base_index)
-    if isinstance(index, faiss.IndexPreTransform | faiss.IndexIDMap):
+    if isinstance(index, faiss.IndexPreTransform):
         return _knob(index.index)
     return None, None
 

@@ -1,13 +1,15 @@
-"""The folder of a saved index: large files that carry their hash, and `index.json`, which names them, written last.
+"""The folder of a saved index: large files, and `index.json`, which names them with their hashes, written last.
 
     files = {"codes": write_hashed(folder, "codes", ".npy", lambda file: np.save(file, codes))}
     finish(folder, {"kind": "quantized", "files": files})
     description, paths = opened(folder, kind="quantized")
 
-A reader finds the index that was there before or the new one, never a part of each.
+A reader finds the index that was there before or the new one, never a part of each, and `index.json` has a hash of
+what it says: a byte that changed anywhere is found.
 """
 
 import hashlib
+import json
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -55,7 +57,8 @@ def finish(folder: Path, description: Mapping[str, Any]) -> None:
     """Writes `index.json`, then takes away the files that an earlier one named and this one does not."""
     earlier = folder / INDEX_FILE
     names = set(_names(read_object(earlier))) if earlier.exists() else set()
-    write_json(earlier, {"version": VERSION, **description})
+    description = {"version": VERSION, **description}
+    write_json(earlier, {**description, "sha256": _digest(description)})
     for name in names - set(_names(description)):
         (folder / name).unlink(missing_ok=True)
 
@@ -74,8 +77,8 @@ def opened(folder: str | Path, *, kind: str) -> tuple[dict[str, Any], dict[str, 
     if description.get("version") != VERSION or description.get("kind") != kind:
         found = f"kind {description.get('kind')!r}, version {description.get('version')!r}"
         raise ValueError(f"{path}: an index of {found}, expected {kind!r}, {VERSION}")
-    if not _names(description) or len(_names(description)) != len(description["files"]):
-        raise ValueError(f"{path}: does not name its files with bytes and SHA-256")
+    if description.pop("sha256", None) != _digest(description):
+        raise ValueError(f"{path}: its SHA-256 is not that of what it says: it is damaged")
     paths = {}
     for what, file in description["files"].items():
         paths[what] = folder / file["name"]
@@ -87,6 +90,10 @@ def opened(folder: str | Path, *, kind: str) -> tuple[dict[str, Any], dict[str, 
         if sha256_file(paths[what]) != file["sha256"]:
             raise ValueError(f"{paths[what]}: its SHA-256 is not that in {INDEX_FILE}: it is damaged")
     return description, paths
+
+
+def _digest(description: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
 def _names(description: Mapping[str, Any]) -> list[str]:

@@ -54,8 +54,8 @@ class Judgments:
 
 
 def has_relevant(grades: Mapping[str, float]) -> bool:
-    """Whether any document of {document id: grade} is relevant."""
-    return any(grade > 0 for grade in grades.values())
+    """Whether any document of {document id: grade} is relevant; NaN counts as such, for `judge` to refuse."""
+    return any(not grade <= 0 for grade in grades.values())
 
 
 def judge(run: Run, qrels: Qrels) -> Judgments:

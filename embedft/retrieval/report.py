@@ -11,6 +11,7 @@ Shapes: Q questions, the queries that have a relevant document.
 import dataclasses
 import json
 import math
+import types
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -127,25 +128,34 @@ class Report:
         summary = read_json(folder / "metrics.json")
         lines = [line for _, line in read_jsonl(folder / "per_query.jsonl")]
         try:
-            num_queries, query_ids = summary["num_queries"], [line["query_id"] for line in lines]
+            num_queries, means = summary["num_queries"], {**summary["metrics"]}
+            query_ids = [_checked(line["query_id"], str) for line in lines]
             report = cls(
                 query_ids=query_ids,
-                per_query={name: np.array([line["metrics"][name] for line in lines]) for name in summary["metrics"]},
-                clusters=[line["cluster"] for line in lines],
+                per_query={
+                    name: np.array([_checked(line["metrics"][name], int | float) for line in lines]) for name in means
+                },
+                clusters=[_checked(line["cluster"], str) for line in lines],
                 num_without_relevant=summary["num_without_relevant"],
-                setting=summary["setting"],
-                costs=summary["costs"],
+                setting={**summary["setting"]},
+                costs={**summary["costs"]},
                 run=Run.load(folder / "run.trec", query_ids=query_ids),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"{folder} holds a damaged report: {type(error).__name__} {error}") from None
         if num_queries != report.num_queries:
             raise ValueError(f"{folder}: metrics.json is of {num_queries} queries, per_query.jsonl of {len(lines)}")
-        for name, mean in summary["metrics"].items():
+        for name, mean in means.items():
             found = report.metrics[name]
-            if not np.isclose(found, mean, rtol=0, atol=1e-12):
+            if not (isinstance(mean, int | float) and abs(found - mean) <= 1e-12):
                 raise ValueError(f"{folder}: {name} is {mean} in metrics.json, {found} over per_query.jsonl")
         return report
+
+
+def _checked(value: object, kind: type | types.UnionType) -> object:
+    if not isinstance(value, kind):
+        raise TypeError(f"for the value {value!r}")
+    return value
 
 
 def save_sentence_transformers_csv(

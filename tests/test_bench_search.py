@@ -1,0 +1,78 @@
+"""benchmarks/bench_search.py on a few vectors of the tiny BERT."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_bench_evaluate import write_questions
+
+from benchmarks import bench_search
+from benchmarks.bench_search import main, make_data, require_equal
+from benchmarks.vectors import perturbed
+from embedft import load_embedder
+from embedft.retrieval.index import Found
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def options(tmp_path, write_tiny, monkeypatch) -> Namespace:
+    monkeypatch.setenv("EMBEDFT_PROGRESS", "0")
+    write_questions(tmp_path)
+    sizes = {"documents": 300, "ivf": 600, "hnsw": 200, "queries": 80, "depth": 20, "texts": 50, "rounds": 2}
+    rest = {"base": str(write_tiny(tmp_path / "base")), "data": str(tmp_path), "folder": str(tmp_path), "dim": 16}
+    return Namespace(**sizes, **rest, noise=0.5)
+
+
+def test_the_benchmark(options, capsys):
+    main(options)
+    text = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    assert "300 documents, 80 queries, top 20" in text
+    assert [row[0] for row in rows[2:5]] == ["FAISS IndexFlatIP", "FlatIndex", "search_exact, from a file"]
+    assert rows[2][2] == "1.000 [1.000, 1.000]"
+    assert [row[:2] for row in rows[7:]] == [[rows[7][0], "600"], [rows[8][0], "200"]]
+    assert rows[7][0].startswith("ivf (IVF15,Flat), effort ")
+    assert rows[8][0].startswith("hnsw (HNSW32,Flat), effort ")
+    assert all(float(row[3]) >= 0.9 for row in rows[7:])
+    assert not list(Path(options.folder).rglob("*.npy"))
+
+
+def test_the_data(options, tmp_path):
+    documents, queries, tuning = make_data(options, str(tmp_path))
+    assert isinstance(documents, np.memmap)
+    assert (documents.shape, queries.shape, tuning.shape) == ((600, 16), (80, 16), (80, 16))
+    dataset, _ = bench_search.read_rows(tmp_path / "Financial-QA-10k.csv")
+    texts = [dataset.document_texts()[:50], list(dataset.queries.values())[:50]]
+    contexts, questions = (
+        load_embedder(options.base).encode(part, role=role, dim=16)
+        for part, role in zip(texts, ("document", "query"), strict=True)
+    )
+    np.testing.assert_array_equal(documents, perturbed(contexts, range(600), 0.5, 0))
+    np.testing.assert_array_equal(queries, perturbed(questions, range(80), 0.5, 1))
+    assert (queries != tuning).any(axis=1).all()  # what is measured is not what the index was set on
+
+
+def test_a_difference_is_found():
+    scores = np.array([[0.9, 0.5, 0.5, 0.2, 0.1]], dtype=np.float32)
+    expected = Found(scores, np.array([[4, 2, 7, 1, 3]]))
+    # Documents that tie may change places; what stands last may tie with what was cut off.
+    require_equal(Found(scores + np.float32(5e-6), np.array([[4, 7, 2, 1, 8]])), expected, "ours")
+    with pytest.raises(ValueError, match=r"ours: scores differ by 0.0e\+00, 2 documents at clear ranks are others"):
+        require_equal(Found(scores, np.array([[1, 2, 7, 4, 3]])), expected, "ours")
+    with pytest.raises(ValueError, match=r"ours: scores differ by 1.0e-02, 0 documents"):
+        require_equal(Found(scores + np.float32(0.01), expected.rows), expected, "ours")
+    with pytest.raises(ValueError, match="ours: scores differ by nan"):
+        require_equal(Found(scores * np.float32("nan"), expected.rows), expected, "ours")
+
+
+def test_unequal_results_stop_the_benchmark(options, monkeypatch, capsys):
+    search = bench_search.search_exact
+    monkeypatch.setattr(
+        bench_search, "search_exact", lambda *given: search(*given)._replace(rows=search(*given).rows + 1)
+    )
+    monkeypatch.setattr(bench_search, "seconds_of", None)  # no time is taken
+    with pytest.raises(ValueError, match=r"search_exact, from a file: scores differ by .* documents at clear ranks"):
+        main(options)
+    assert capsys.readouterr().out == ""
