@@ -288,7 +288,7 @@ def naive_windows(queries, windows, aggregate, decode=lambda vectors: vectors):
 @pytest.mark.parametrize("precision", ["float32", "int8", "binary"])
 @pytest.mark.parametrize("index", ["flat", "hnsw"])
 def test_windows_equal_naive_search(aggregate, precision, index):
-    """As deep as the corpus. A graph may miss a document, but what it finds has the score of all its windows."""
+    """As deep as the corpus: where a graph misses a document, all are scored. Scores are those of all windows."""
     embedder, dataset = random_data(60, 9, 16, most_windows=5)
     options = {"passages": (6, 3), "aggregate": aggregate, "depth": 60}
     report = evaluate(embedder, dataset, precision=precision, index=index, **options)
@@ -299,11 +299,9 @@ def test_windows_equal_naive_search(aggregate, precision, index):
     }[precision]
     queries = np.concatenate([embedder.table[text] for text in dataset.queries.values()])
     scores = naive_windows(queries, [embedder.table[i] for i in sorted(dataset.corpus)], aggregate, decode)
-    found = report.run.indices >= 0
-    assert found[:, :20].all()
-    assert found.all() == (index == "flat")
+    assert (report.run.indices >= 0).all()
     own = np.take_along_axis(scores, report.run.indices, axis=1)
-    np.testing.assert_allclose(report.run.scores, np.where(found, own, -np.inf), atol=1e-5)
+    np.testing.assert_allclose(report.run.scores, own, atol=1e-5)
     exact = naive_windows(queries, [embedder.table[i] for i in sorted(dataset.corpus)], aggregate)
     first = zip(np.argsort(-exact, axis=1)[:, :10], report.run.indices[:, :10], strict=True)
     recall = np.mean([len(set(a) & set(b)) / 10 for a, b in first])

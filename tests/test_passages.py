@@ -407,21 +407,23 @@ def test_all_windows_of_a_found_document_count():
     source = np.array([0, 0, 1, 2, 2])
     candidates = Truncating(vectors, [0, 2])
     index = filled(vectors, source)
-    scores, rows = index.search(np.array([[1.0]]), 3, candidates=candidates)
-    np.testing.assert_array_equal(rows, [[0, 1, -1]])  # document 2 is not to be found
-    np.testing.assert_array_equal(scores, [[9, 2, -np.inf]])
-    assert candidates.widths == [(1, 5)]  # all there is
+    scores, rows = index.search(np.array([[1.0]]), 2, candidates=candidates)
+    np.testing.assert_array_equal(rows, [[0, 1]])  # document 2, whose score is 8, is not among them
+    np.testing.assert_array_equal(scores, [[9, 2]])
+    assert candidates.widths == [(1, 4)]
     scores, rows = filled(vectors, source, "sum_top_2").search(np.array([[1.0]]), 1, candidates=candidates)
     np.testing.assert_array_equal((scores, rows), ([[10]], [[0]]))
 
 
-def test_an_index_that_gives_no_more_ends_the_search():
+def test_where_an_index_gives_no_more_every_document_is_scored():
+    """Three documents are known and ten asked for."""
     queries, vectors, source = random_windows(2)
     candidates = Truncating(vectors, np.flatnonzero(source < 3))
-    scores, rows = filled(vectors, source).search(queries, 10, candidates=candidates)
-    assert ((rows >= 0).sum(axis=1) == 3).all()
-    assert np.isneginf(scores[:, 3:]).all()
+    index = filled(vectors, source, cuts=(2,))
+    found, exact = index.search(queries, 10, candidates=candidates), index.search(queries, 10)
     assert candidates.widths == [(7, 20)]
+    np.testing.assert_array_equal(found[1], exact[1])
+    np.testing.assert_allclose(found[0], exact[0], rtol=1e-6)
 
 
 def test_misuse():

@@ -132,12 +132,12 @@ class PassageIndex:
 
         Args:
             candidates: an index over the windows, in the order they were added. Its results are widened by doubling
-                until `depth` documents are among them or it gives no more; all windows of these are then scored
-                exactly, so a score is always the document's own. None: every document is scored.
+                until `depth` documents are among them; all windows of these are then scored exactly, so a score is
+                always the document's own. A query for which it has no more before that (lists that are not probed) is
+                scored against every document. None: all are.
 
         Returns:
-            scores [Q, K] float32, never rising along a row, and rows [Q, K] int64, ascending among equal scores. Where
-            `candidates` gave fewer than K documents the rest is -1, with a score of -inf.
+            scores [Q, K] float32, never rising along a row, and rows [Q, K] int64, ascending among equal scores.
 
         Raises:
             ValueError: an empty index, a depth below 1, a wrong width, NaN or inf, `candidates` over another number of
@@ -179,8 +179,8 @@ class PassageIndex:
         return np.take_along_axis(scores_BK, order_BK, axis=1), np.take_along_axis(rows_BK, order_BK, axis=1)
 
     def _among(self, queries_BD: np.ndarray, depth: int, candidates: WindowIndex) -> tuple[np.ndarray, np.ndarray]:
-        scores_BK = np.full((len(queries_BD), depth), -np.inf, dtype=np.float32)
-        rows_BK = np.full((len(queries_BD), depth), -1, dtype=np.int64)
+        scores_BK = np.empty((len(queries_BD), depth), dtype=np.float32)
+        rows_BK = np.empty((len(queries_BD), depth), dtype=np.int64)
         document_W = np.concatenate(
             [block.first + np.repeat(np.arange(len(block.starts_P)), _counts(block)) for block in self._blocks]
         )
@@ -192,13 +192,16 @@ class PassageIndex:
             for query, windows_C in zip(left, windows, strict=True):
                 found_C = windows_C[windows_C >= 0]
                 documents = np.unique(document_W[found_C])
-                # Fewer than asked for: it has no more, however wide.
-                if len(documents) < depth and len(found_C) == width < self.num_windows:
-                    short.append(query)
+                if len(documents) < depth:
+                    if len(found_C) == width < self.num_windows:
+                        short.append(query)
+                    else:  # it has no more, however wide
+                        exact = self._exact(queries_BD[query : query + 1], depth)
+                        scores_BK[query], rows_BK[query] = exact[0][0], exact[1][0]
                     continue
                 scores = self._scores_of(queries_BD[query], documents)
                 order = np.argsort(-scores, kind="stable")[:depth]
-                scores_BK[query, : len(order)], rows_BK[query, : len(order)] = scores[order], documents[order]
+                scores_BK[query], rows_BK[query] = scores[order], documents[order]
             left = np.array(short, dtype=np.int64)
         return scores_BK, rows_BK
 
