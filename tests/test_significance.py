@@ -206,6 +206,20 @@ def test_t_test_equals_scipy():
 # How large, and how many.
 
 
+def test_equals_ranx():
+    """Student's t-test, and Fisher's randomisation test within four standard errors of 20,000 permutations."""
+    tests = pytest.importorskip("ranx.statistical_tests")
+    rng = generator(4)
+    base = rng.choice([0, 1 / 3, 1 / 2, 1], 60)
+    for shift in (0.0, 0.06, 0.12):
+        other = base + rng.normal(shift, 0.2, 60)
+        p_value, _ = tests.paired_student_t_test(base, other)
+        assert paired_t_test(other - base).p_value == pytest.approx(p_value, rel=1e-9)
+        p_value, _ = tests.fisher_randomization_test(base, other, n_permutations=20_000, random_seed=1)
+        ours = sign_flip_p_value(other - base, list(range(60)), generator=generator(), num_samples=20_000)
+        assert abs(ours - p_value) < 4 * math.sqrt(2 * p_value * (1 - p_value) / 20_000) + 1e-4
+
+
 def test_wins_and_effect_size_by_hand():
     assert wins_ties_losses(np.array([0.5, -0.1, 0.0, 0.2, 0.1 + 0.2 - 0.3, -1e-13])) == (2, 3, 1)
     # Mean 2, standard deviation 1
