@@ -102,16 +102,14 @@ class LargeCorpus:
 
         watcher = threading.Thread(target=watch)
         watcher.start()
+        config = dataclasses.replace(AdapterConfig(), epochs=STEPS, batch_size=QUERIES)
         start = time.perf_counter()
-        fit_adapter(
-            self.queries_QD,
-            self.documents_ND,
-            self.qrels,
-            dataclasses.replace(AdapterConfig(), epochs=STEPS, batch_size=QUERIES),
-        )
+        try:
+            fit_adapter(self.queries_QD, self.documents_ND, self.qrels, config)
+        finally:
+            done.set()
+            watcher.join()
         seconds = time.perf_counter() - start
-        done.set()
-        watcher.join()
         return seconds, before, max(most[0], before)
 
 
