@@ -12,7 +12,7 @@ import torch
 from tiny import make_dataset, make_embedder
 
 import embedft
-from embedft import Adapter, evaluate, load_embedder
+from embedft import Adapter, AdapterConfig, compare, evaluate, fit_adapter, load_embedder
 from embedft.cli import main
 from embedft.files import read_json, read_jsonl
 
@@ -104,6 +104,48 @@ def test_the_training_split_of_a_beir_folder(place, capsys):
     assert capsys.readouterr().out.startswith("30 questions, 20 documents")
 
 
+def test_over_passages(place, capsys):
+    """Windows of 6 tokens: what the library fits on them, measured over them too."""
+    dataset, other = make_dataset(30, 20), make_dataset(12, 9, seed=1)
+    fit = [*FIT, "--held-out", "0"]
+    assert main([*fit, "--out", "adapter", "--validation", "other.json", "--passages", "6", "2"]) == 0
+    out = capsys.readouterr().out
+    embedder, adapter = load_embedder("model"), Adapter.load("adapter")
+    vectors, source = embedder.encode_passages(dataset.document_texts(), (6, 2))
+    assert len(vectors) > source[-1] + 1 == 20
+    queries = embedder.encode(list(dataset.queries.values()), role="query")
+    config = AdapterConfig(epochs=20, seed=1)
+    expected = fit_adapter(queries, vectors, dataset.qrels_by_row(), config, source=source)
+    assert torch.equal(adapter.query.weight, expected.query.weight)
+    assert out.startswith("30 questions, 20 documents, ")
+    before = evaluate(embedder, other, passages=(6, 2))
+    embedder.attach(adapter)
+    assert str(compare(before, evaluate(embedder, other, passages=(6, 2)), metric="mrr@10")) in out
+    # Whole documents give another adapter.
+    assert main([*fit, "--out", "whole"]) == 0
+    assert not torch.equal(Adapter.load("whole").query.weight, adapter.query.weight)
+
+
+def test_passages_through_a_store(place, capsys):
+    command = [*FIT, "--passages", "6", "2", "--store", "store"]
+    assert main([*command, "--out", "one"]) == 0
+    assert " 0 computed" not in capsys.readouterr().err
+    assert main([*command, "--out", "two"]) == 0
+    assert " 0 computed" in capsys.readouterr().err
+    assert (place / "one" / "train.jsonl").read_bytes() == (place / "two" / "train.jsonl").read_bytes()
+
+
+def test_a_model_that_cuts_no_passages_is_refused(place, capsys, monkeypatch):
+    """As one behind an API; before anything is embedded."""
+
+    class Whole:
+        adapter = store = None
+
+    monkeypatch.setattr("embedft.commands.adapters._load_encoding", lambda options: Whole())
+    assert main([*FIT, "--out", "adapter", "--passages", "6", "2"]) == 2
+    assert "passages is (6, 2): Whole cannot cut documents into windows" in capsys.readouterr().err
+
+
 def test_hard_negatives_of_the_data_train(place, capsys):
     (place / "pairs.csv").write_text("query,document,negative\na b,c d,e f\ng h,i j,c d\n")
     command = ["adapter", "model", "pairs.csv", "--objective", "in_batch", "--loss.name", "triplet", "--epochs", "2"]
@@ -121,6 +163,8 @@ def test_hard_negatives_of_the_data_train(place, capsys):
         (["--loss.name", "nothing"], "loss name is 'nothing'"),
         (["--start", "model"], "model: no adapter, expected adapter.json"),
         (["--validation", "missing.json"], "missing.json: no such file or folder"),
+        (["--passages", "6", "8"], "passages start every 8 tokens, expected 1 to their size, 6"),
+        (["--passages", "600", "8"], "passages of 600 tokens, expected "),
         (["--held-out", "0.99"], "held_out is 0.99, which leaves no query to train on"),
     ],
 )

@@ -16,8 +16,10 @@ from ..encoders.adapter import CONFIG_FILE, Adapter
 from ..encoders.store import Store
 from ..retrieval.evaluate import evaluate
 from ..retrieval.report import compare
+from ..retrieval.settings import check_settings
 from ..training.fit_adapter import AdapterConfig, fit_adapter
 from .models import _add_encoding, _add_loading, _add_model, _add_store, _load_data, _load_encoding, _print_store
+from .retrieval import _add_passages
 
 
 def _add_adapter(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +31,7 @@ def _add_adapter(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an adapter that is already in DIR")
     parser.add_argument("--split", metavar="NAME", help="of a BEIR folder DATA [train, or the only one]")
     parser.add_argument("--validation-split", metavar="NAME", help="of a BEIR folder [test, or the only one]")
+    _add_passages(parser)
     _add_encoding(parser)
     _add_store(parser)
     _add_loading(parser)
@@ -52,6 +55,8 @@ def _adapter(options: argparse.Namespace) -> None:
     embedder = _load_encoding(options)
     if embedder.adapter is not None:
         raise ValueError(f"{options.model}: has an adapter already; fit on the model that it is of, with --start")
+    passages = options.passages
+    check_settings(embedder, [], [passages], "max")  # whether it cuts passages, before anything is embedded
     with contextlib.ExitStack() as stack:
         if embedder.store is None and validation is not None:
             # Before and after are of the same vectors: each text is embedded once.
@@ -59,13 +64,18 @@ def _adapter(options: argparse.Namespace) -> None:
             embedder.store = Store(stack.enter_context(folder))
         # Whole vectors, which an adapter stands behind, also of a model that cuts them (0: an API has yet to say).
         dim = embedder.space("query").dim or None
+        if passages is None:
+            documents_MD, source = embedder.encode(dataset.document_texts(), role="document", dim=dim), None
+        else:
+            texts = dataset.document_texts()
+            documents_MD, source = embedder.encode_passages(texts, passages, role="document", dim=dim)
         queries_ND = embedder.encode(list(dataset.queries.values()), role="query", dim=dim)
-        documents_MD = embedder.encode(dataset.document_texts(), role="document", dim=dim)
         adapter = fit_adapter(
             queries_ND,
             documents_MD,
             _with_negatives(dataset).qrels_by_row(),
             config,
+            source=source,
             start=start,
             base=embedder.base(),
             normalize=getattr(embedder, "normalize", True),  # an API's vectors always have length one
@@ -73,9 +83,10 @@ def _adapter(options: argparse.Namespace) -> None:
         )
         print(_summary(adapter, config))
         if validation is not None:
-            before = evaluate(embedder, validation, dim=options.dim)
+            before = evaluate(embedder, validation, dim=options.dim, passages=passages)
             embedder.attach(adapter)
-            print(compare(before, evaluate(embedder, validation, dim=options.dim), metric="mrr@10"))
+            after = evaluate(embedder, validation, dim=options.dim, passages=passages)
+            print(compare(before, after, metric="mrr@10"))
         if options.store:
             _print_store(embedder)
     print(f"adapter: {out}")

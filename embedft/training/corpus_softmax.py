@@ -4,10 +4,12 @@
     loss = full_corpus_softmax(queries_BD, documents, Pairs.of(relevant, range(B), documents), temperature=0.05)
     ranks_B = first_ranks(queries_BD, documents, pairs)
 
-[B, M] is never whole in memory: documents are scored some at a time, with a running maximum. Not here: the maps that
-learn from it (encoders/maps.py) and how (fit_adapter.py).
+[B, M] is never whole in memory: documents are scored some at a time, with a running maximum. A document may have
+several vectors, its windows, and counts by the best of them (MaxP). Not here: the maps that learn from it
+(encoders/maps.py) and how (fit_adapter.py).
 
-Shapes: B queries, M documents, C of them at a time, P relevant pairs, D features (E after a map).
+Shapes: B queries, M vectors (a document's, or its windows'), C of them at a time, A pairs of a query and a document
+that answers it, P pairs of a query and a vector of such a document, D features (E after a map).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,9 +31,10 @@ class Documents:
 
     Args:
         embeddings_MD: any floating-point array, a memory map too.
-        at_once: documents of one part.
+        at_once: vectors of one part.
         dtype: to compute in.
         rows: which of them, [M'] int64; None: all.
+        source: the document of each of these, as `checked_source` has it; None: each is a document.
 
     Raises:
         ValueError: no documents; a row that is not finite, or zero.
@@ -46,20 +49,40 @@ class Documents:
         device: torch.device | str = "cpu",
         rows: np.ndarray | None = None,
         lengths_M: np.ndarray | None = None,
+        source: np.ndarray | None = None,
     ):
         self.embeddings_MD, self.at_once, self.dtype, self.device = embeddings_MD, at_once, dtype, torch.device(device)
-        self.rows = rows
+        self.rows, self.source = rows, source
         # One pass over everything; after it the lengths are all that is remembered.
-        self.lengths_M = checked_lengths(embeddings_MD, "document", at_once) if lengths_M is None else lengths_M
+        what = "document" if source is None else "window"
+        self.lengths_M = checked_lengths(embeddings_MD, what, at_once) if lengths_M is None else lengths_M
         self._whole: dict[bool, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.embeddings_MD) if self.rows is None else len(self.rows)
 
-    def subset(self, rows: np.ndarray) -> "Documents":
-        """The documents of some rows alone; they are not checked again."""
+    @property
+    def num_documents(self) -> int:
+        return len(self) if self.source is None else int(self.source[-1]) + 1
+
+    def windows(self, document: int) -> range:
+        """The places of the vectors of a document."""
+        if self.source is None:
+            return range(document, document + 1)
+        return range(*np.searchsorted(self.source, [document, document + 1]).tolist())
+
+    def document_of(self, places_C: Tensor) -> Tensor:
+        """The document of each place, [C]."""
+        return places_C if self.source is None else torch.from_numpy(self.source[places_C.cpu().numpy()]).to(places_C)
+
+    def subset(self, kept: np.ndarray) -> "Documents":
+        """Some documents alone (their numbers, rising), numbered anew from 0; they are not checked again."""
         options = {"at_once": self.at_once, "dtype": self.dtype, "device": self.device}
-        return Documents(self.embeddings_MD, rows=rows, lengths_M=self.lengths_M, **options)
+        rows, source = kept, None
+        if self.source is not None:
+            rows = np.flatnonzero(np.isin(self.source, kept))
+            source = np.searchsorted(kept, self.source[rows])
+        return Documents(self.embeddings_MD, rows=rows, lengths_M=self.lengths_M, source=source, **options)
 
     def parts(self) -> Iterator[slice]:
         """The places of one part after the other."""
@@ -88,22 +111,27 @@ class Documents:
 
 
 class Pairs(NamedTuple):
-    """Which documents answer which queries, in the order of the documents' places."""
+    """Which documents answer which queries (A), and the vectors that these have, in the order of places (P)."""
 
+    query_A: Tensor
+    weight_A: Tensor  # 1 / (documents that answer the query x queries), so that the weights are 1 together
     query_P: Tensor
     place_P: Tensor
-    weight_P: Tensor  # 1 / (documents that answer the query x queries), so that the weights are 1 together
+    answer_P: Tensor  # which of A it is a vector of
 
     @classmethod
     def of(cls, relevant: Mapping[int, Sequence[int]], queries: Sequence[int], documents: Documents) -> "Pairs":
-        """Of the queries given, numbered from 0; `relevant` has the places of the documents that answer each."""
-        listed = sorted((place, row) for row, query in enumerate(queries) for place in relevant[query])
-        weights = [1 / (len(relevant[queries[row]]) * len(queries)) for _, row in listed]
-        place_P, query_P = (torch.tensor(column, device=documents.device) for column in zip(*listed, strict=True))
-        return cls(query_P, place_P, torch.tensor(weights, dtype=documents.dtype, device=documents.device))
+        """Of the queries given, numbered from 0; `relevant` has the numbers of the documents that answer each."""
+        answers = sorted((document, row) for row, query in enumerate(queries) for document in relevant[query])
+        weights = [1 / (len(relevant[queries[row]]) * len(queries)) for _, row in answers]
+        listed = sorted((place, a) for a, (document, _) in enumerate(answers) for place in documents.windows(document))
+        place_P, answer_P = (torch.tensor(column, device=documents.device) for column in zip(*listed, strict=True))
+        query_A = torch.tensor([row for _, row in answers], device=documents.device)
+        weight_A = torch.tensor(weights, dtype=documents.dtype, device=documents.device)
+        return cls(query_A, weight_A, query_A[answer_P], place_P, answer_P)
 
     def within(self, places: slice) -> tuple[Tensor, Tensor]:
-        """(query, place counted from the first) of the pairs whose document is in a part."""
+        """(query, place counted from the first) of the pairs whose vector is in a part."""
         first, last = torch.searchsorted(self.place_P, self.place_P.new_tensor([places.start, places.stop])).tolist()
         return self.query_P[first:last], self.place_P[first:last] - places.start
 
@@ -122,6 +150,22 @@ def checked_lengths(embeddings_ND: np.ndarray, what: str, at_once: int) -> np.nd
     return lengths_N
 
 
+def checked_source(source: np.ndarray, num_vectors: int) -> np.ndarray:
+    """The document of each vector, [M] int64. Raises `ValueError` unless numbered from 0, rising, none left out."""
+    source = np.asarray(source)
+    if source.shape != (num_vectors,) or not np.issubdtype(source.dtype, np.integer):
+        raise ValueError(f"source is {list(source.shape)} {source.dtype}, expected [{num_vectors:,}] whole numbers")
+    source = source.astype(np.int64)
+    steps = np.diff(source, prepend=-1)
+    wrong = np.flatnonzero((steps != 1) & ((steps != 0) | (source < 0)))
+    if wrong.size:
+        raise ValueError(
+            f"source: window row {wrong[0]:,} is of document {source[wrong[0]]:,}, expected that of the window before"
+            " or the next one, from 0"
+        )
+    return source
+
+
 def full_corpus_softmax(
     Q: Tensor, documents: Documents, pairs: Pairs, *, temperature: float, document_map: DocumentMap | None = None
 ) -> Tensor:
@@ -129,7 +173,9 @@ def full_corpus_softmax(
 
         -log( exp(s_p) / (exp(s_p) + sum over all documents n that do not answer the query of exp(s_n)) )
 
-    with s = cosine / temperature. Every query has a document that answers it.
+    with s = cosine / temperature. Every query has a document that answers it. Where documents have windows, s_p is the
+    score of p's best one under the maps as they are, and n runs over windows: those of the documents that do not answer
+    the query, each for itself. Memory: the windows of the documents that answer, once for each query.
 
     Args:
         Q: query vectors, [B, D], of any length.
@@ -146,6 +192,7 @@ def full_corpus_softmax(
     Q = F.normalize(Q, dim=1) / temperature
     positives_PD = _mapped(documents.take(pairs.place_P, unit=document_map is None), document_map)
     scores_P = (Q[pairs.query_P] * positives_PD).sum(dim=1)
+    scores_A = torch.full_like(pairs.weight_A, NOTHING).scatter_reduce(0, pairs.answer_P, scores_P, "amax")
     if document_map is None:
         log_sum_B = _FrozenLogSum.apply(Q, documents, pairs)
     else:
@@ -156,14 +203,15 @@ def full_corpus_softmax(
             if len(parts) == 1
             else [checkpoint(_log_sum, Q, documents, pairs, part, document_map, **again) for part in parts]
         ).logsumexp(dim=0)
-    return ((torch.logaddexp(log_sum_B[pairs.query_P], scores_P) - scores_P) * pairs.weight_P).sum()
+    return ((torch.logaddexp(log_sum_B[pairs.query_A], scores_A) - scores_A) * pairs.weight_A).sum()
 
 
 def first_ranks(Q: Tensor, documents: Documents, pairs: Pairs, *, document_map: DocumentMap | None = None) -> Tensor:
     """The rank, from 1, of the best document that answers each query, by cosine among all documents. [B] int64.
 
     It is 1 and the documents in front of it that do not answer the query; of equal scores the first document is in
-    front, as in a search. So where all vectors become one, nothing is found. Two passes over the documents.
+    front, as in a search. So where all vectors become one, nothing is found. A document is one, by its best window. Two
+    passes over the documents.
     """
     with torch.no_grad():
         Q = F.normalize(Q, dim=1)
@@ -172,16 +220,35 @@ def first_ranks(Q: Tensor, documents: Documents, pairs: Pairs, *, document_map: 
         scores_P = torch.cat(list(products))
         best_B = scores_P.new_full((len(Q),), NOTHING).scatter_reduce(0, pairs.query_P, scores_P, "amax")
         is_best_P = scores_P == best_B[pairs.query_P]
-        place_B = pairs.place_P.new_full((len(Q),), len(documents))
-        place_B.scatter_reduce_(0, pairs.query_P[is_best_P], pairs.place_P[is_best_P], "amin")
+        document_P = documents.document_of(pairs.place_P)
+        document_B = document_P.new_full((len(Q),), documents.num_documents)
+        document_B.scatter_reduce_(0, pairs.query_P[is_best_P], document_P[is_best_P], "amin")
         ranks_B = torch.ones(len(Q), dtype=torch.int64, device=Q.device)
+        last, is_counted_B = -1, None
         for part in documents.parts():
             scores_BC, best_B1 = _scores(Q, documents, pairs, part, document_map), best_B[:, None]
-            is_earlier_BC = torch.arange(part.start, part.stop, device=Q.device) < place_B[:, None]
+            document_C = documents.document_of(torch.arange(part.start, part.stop, device=Q.device))
+            is_earlier_BC = document_C < document_B[:, None]
             # Counted by what is behind, which nothing is of a score that is not a number.
             is_behind_BC = (scores_BC < best_B1) | ((scores_BC == best_B1) & ~is_earlier_BC)
-            ranks_B += (~is_behind_BC).sum(dim=1)
+            # A document is in front where one of its windows is. The first one of the part may have begun before it.
+            first, is_front_BN = int(document_C[0]), _any_window(~is_behind_BC, document_C)
+            if first == last:
+                ranks_B -= is_counted_B.long()
+                is_front_BN[:, 0] |= is_counted_B
+            ranks_B += is_front_BN.sum(dim=1)
+            last, is_counted_B = int(document_C[-1]), is_front_BN[:, -1]
     return ranks_B
+
+
+def _any_window(is_true_BC: Tensor, document_C: Tensor) -> Tensor:
+    """Whether it is so of any window of each document, [B, N] for the N documents of a part."""
+    column_C = document_C - document_C[0]
+    num_documents = int(column_C[-1]) + 1
+    if num_documents == len(column_C):
+        return is_true_BC
+    counts_BN = column_C.new_zeros(len(is_true_BC), num_documents)
+    return counts_BN.scatter_add_(1, column_C.expand_as(is_true_BC), is_true_BC.long()) > 0
 
 
 class _FrozenLogSum(torch.autograd.Function):

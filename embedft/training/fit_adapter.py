@@ -6,7 +6,8 @@
 Not here: the softmax over the corpus (corpus_softmax.py), adapters without training (closed_forms.py), and where the
 embeddings come from.
 
-Shapes: N queries, M documents, B queries or pairs of a step, C documents of a step, P relevant pairs, D features.
+Shapes: N queries, M documents (or windows of them), B queries or pairs of a step, C document vectors of a step, D
+features.
 """
 
 import json
@@ -29,7 +30,7 @@ from ..encoders.maps import KINDS, build_map
 from ..files import atomic_write, check_writable, write_json
 from ..losses.registry import Loss, build_loss
 from ..losses.targets import Targets
-from .corpus_softmax import Documents, Pairs, checked_lengths, first_ranks, full_corpus_softmax
+from .corpus_softmax import Documents, Pairs, checked_lengths, checked_source, first_ranks, full_corpus_softmax
 from .optim import SCHEDULES, Schedule, build_optimizer, lr_factor
 from .runs import CONFIG, LOG
 
@@ -67,7 +68,7 @@ class AdapterConfig:
     eval_every: int = setting(10, "steps between validations")
     patience: int | None = setting(None, "validations without a better value, then training stops; null: never")
     select: str = setting("mrr@10", "validation metric, mrr@K or hit_rate@K, by which the best step is kept")
-    documents_at_once: int = setting(16_384, "documents scored at a time")
+    documents_at_once: int = setting(16_384, "documents, or windows of them, scored at a time")
     seed: int = setting(42, "of the held-out documents, the order of the questions and random weights")
 
     def __post_init__(self):
@@ -106,7 +107,8 @@ def fit_adapter(
     qrels: Qrels,
     config: AdapterConfig | None = None,
     *,
-    validation: tuple[np.ndarray, np.ndarray, Qrels] | None = None,
+    source: np.ndarray | None = None,
+    validation: tuple[np.ndarray, np.ndarray, Qrels] | tuple[np.ndarray, np.ndarray, Qrels, np.ndarray] | None = None,
     start: Adapter | None = None,
     base: Base | None = None,
     normalize: bool = True,
@@ -125,9 +127,17 @@ def fit_adapter(
     choose the best step: these questions are ranked against all documents. The start competes too, so nothing worse on
     them is kept.
 
+    With `source` a document of several windows scores as its best one (MaxP), under the adapter as it is at each step.
+    Of `full_corpus` the denominator is over windows: all those of documents that answer the query are left out, every
+    other one is a negative of its own. `in_batch` gives losses the windows of a document as such
+    (`Targets.document`). Ranks, held-out documents and `costs` count documents.
+
     Args:
         qrels: {query row: {document row: grade}}, above 0 = relevant; 0 = for `in_batch` a hard negative of the query.
-        validation: (queries, documents, qrels) to choose the best step by, in place of held-out documents.
+        source: [M] int64, the document row of the qrels that each row of the matrix is a window of, from 0 and rising,
+            none left out, as `Embedder.encode_passages` gives it; None: each row is a document.
+        validation: (queries, documents, qrels) to choose the best step by, in place of held-out documents; of windows
+            (queries, windows, qrels, source).
         start: a fitted adapter to go on from, of the kind, side and sizes configured; it is not changed.
         base: the model that the embeddings are of, noted in the adapter; `start` must be of the same.
         normalize: whether the adapter's `transform` gives unit vectors.
@@ -145,9 +155,9 @@ def fit_adapter(
         check_writable(out)
     dtype = torch.float64 if query_embeddings_ND.dtype == np.float64 else torch.float32
     options = {"at_once": config.documents_at_once, "dtype": dtype, "device": device}
-    queries_ND, documents, relevant = _checked(query_embeddings_ND, document_embeddings_MD, qrels, **options)
+    queries_ND, documents, relevant = _checked(query_embeddings_ND, document_embeddings_MD, qrels, source, **options)
     adapter = _start(start, config, queries_ND.shape[1], base=base, normalize=normalize).to(device, dtype)
-    held_out, judge, rows = {}, None, np.arange(len(documents))
+    held_out, judge, rows = {}, None, np.arange(documents.num_documents)
     if validation is not None:
         theirs = _checked(*validation, **options)
         if theirs[0].shape[1] != adapter.in_features:
@@ -172,7 +182,7 @@ def fit_adapter(
         steps = _in_batch(adapter, queries_ND, documents, graded, loss, config, generator)
     with devices.seeded(config.seed, torch.device(device)):
         best_step = _fit(adapter, steps, module, judge, config)
-    costs = {"queries": len(relevant), "documents": len(documents), "held_out_queries": len(held_out)}
+    costs = {"queries": len(relevant), "documents": documents.num_documents, "held_out_queries": len(held_out)}
     adapter.costs = {"seconds": time.perf_counter() - began, **costs, "best_step": best_step}
     if out is not None:
         out = Path(out)
@@ -256,8 +266,11 @@ def _in_batch(
             known = [(b, columns[0, p]) for b, q in enumerate(rows) for p in relevant[q] if (0, p) in columns]
             known = torch.tensor(known, device=device)
         Q_BD = queries_ND[list(rows)]
-        D_CD = documents.take(torch.tensor([place for _, place in columns], device=device), unit=False)
+        windows = [documents.windows(place) for _, place in columns]
+        document_C = torch.tensor([column for column, places in enumerate(windows) for _ in places], device=device)
+        D_CD = documents.take(torch.tensor([w for places in windows for w in places], device=device), unit=False)
         targets = Targets(
+            document=None if documents.source is None else document_C,
             group=group_BG.to(device),
             known=known,
             target_scores=scores_BG.to(device),
@@ -338,7 +351,13 @@ class _Judge:
 
 
 def _checked(
-    query_embeddings_ND: np.ndarray, document_embeddings_MD: np.ndarray, qrels: Qrels, *, at_once: int, **options: Any
+    query_embeddings_ND: np.ndarray,
+    document_embeddings_MD: np.ndarray,
+    qrels: Qrels,
+    source: np.ndarray | None = None,
+    *,
+    at_once: int,
+    **options: Any,
 ) -> tuple[Tensor, Documents, dict[int, list[int]]]:
     """Queries, documents, and {query row: rows of the documents that answer it}. Raises `ValueError` on any of them."""
     for what, array in (("query", query_embeddings_ND), ("document", document_embeddings_MD)):
@@ -349,14 +368,16 @@ def _checked(
     widths = query_embeddings_ND.shape[1], document_embeddings_MD.shape[1]
     if widths[0] != widths[1]:
         raise ValueError(f"queries have {widths[0]} features, documents {widths[1]}: expected as many")
+    source = None if source is None else checked_source(source, len(document_embeddings_MD))
+    num_documents = len(document_embeddings_MD) if source is None else int(source[-1]) + 1
     relevant = {}
     for query, grades in qrels.items():
-        for row, what, array in (
-            (query, "query", query_embeddings_ND),
-            *((document, "document", document_embeddings_MD) for document in grades),
+        for row, what, number in (
+            (query, "query", len(query_embeddings_ND)),
+            *((document, "document", num_documents) for document in grades),
         ):
-            if not isinstance(row, (int, np.integer)) or not 0 <= row < len(array):
-                raise ValueError(f"qrels: {what} row is {row!r}, expected 0 to {len(array) - 1:,}")
+            if not isinstance(row, (int, np.integer)) or not 0 <= row < number:
+                raise ValueError(f"qrels: {what} row is {row!r}, expected 0 to {number - 1:,}")
         answers = sorted(document for document, grade in grades.items() if grade > 0)
         if answers:
             relevant[query] = answers
@@ -364,7 +385,7 @@ def _checked(
         raise ValueError(f"no query has a relevant document: none of {len(qrels):,} in the qrels has a grade above 0")
     checked_lengths(query_embeddings_ND, "query", at_once)
     queries_ND = torch.tensor(np.asarray(query_embeddings_ND), dtype=options["dtype"], device=options["device"])
-    return queries_ND, Documents(document_embeddings_MD, at_once=at_once, **options), relevant
+    return queries_ND, Documents(document_embeddings_MD, at_once=at_once, source=source, **options), relevant
 
 
 def _start(start: Adapter | None, config: AdapterConfig, dim: int, *, base: Base | None, normalize: bool) -> Adapter:
