@@ -14,7 +14,6 @@ and its memory with a large corpus: steps of 64 queries against documents in a m
 import argparse
 import dataclasses
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from experiments.commandline import make_parser, run
 from experiments.repro_adapter_lyft_uber import AS_PUBLISHED, MAX_LENGTH, embed, fit
 from experiments.sources import find_data
 
-from .workers import Worker, machine, spread
+from .workers import Worker, machine, most_anonymous, spread
 
 TOLERANCE, STEPS, QUERIES, DIM = 1e-5, 20, 64, 384
 
@@ -94,31 +93,10 @@ class LargeCorpus:
 
     def steps(self) -> tuple[float, int, int]:
         """(seconds of all steps, anonymous bytes before, and at most)."""
-        before, most, done = anonymous_bytes(), [0], threading.Event()
-
-        def watch() -> None:
-            while not done.wait(0.02):
-                most[0] = max(most[0], anonymous_bytes())
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
         config = dataclasses.replace(AdapterConfig(), epochs=STEPS, batch_size=QUERIES)
         start = time.perf_counter()
-        try:
-            fit_adapter(self.queries_QD, self.documents_ND, self.qrels, config)
-        finally:
-            done.set()
-            watcher.join()
-        seconds = time.perf_counter() - start
-        return seconds, before, max(most[0], before)
-
-
-def anonymous_bytes() -> int:
-    """Resident memory that no file stands behind (Linux)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-    raise ValueError("/proc/self/status has no RssAnon")
+        _, before, most = most_anonymous(lambda: fit_adapter(self.queries_QD, self.documents_ND, self.qrels, config))
+        return time.perf_counter() - start, before, most
 
 
 def write_corpus(path: Path, num_documents: int) -> None:

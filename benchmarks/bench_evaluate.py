@@ -19,7 +19,6 @@ linear in documents x queries, and is marked as such: it holds up to its chunks 
 import argparse
 import importlib.util
 import tempfile
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -37,10 +36,9 @@ from experiments.commandline import make_parser, run
 from experiments.repro_matryoshka_finance import read_rows
 from experiments.sources import find_data
 
-from .bench_adapter import anonymous_bytes
 from .bench_search import seconds_of
 from .vectors import perturbed, rounded, write_perturbed
-from .workers import Worker, alternate, machine, ratios, spread
+from .workers import Worker, alternate, machine, most_anonymous, ratios, spread
 
 TOLERANCE, RANX_TOLERANCE = 1e-9, 1e-6
 MEMORY_LIMIT, METRICS_LIMIT, BOOTSTRAP_LIMIT = 1.5, 2, 3
@@ -77,20 +75,7 @@ class Watched:
 
     def watched(self) -> tuple[dict[str, float], int, int]:
         """(metrics, anonymous bytes before, and at most)."""
-        before, most, done = anonymous_bytes(), [0], threading.Event()
-
-        def watch() -> None:
-            while not done.wait(0.02):
-                most[0] = max(most[0], anonymous_bytes())
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        try:
-            metrics = self.evaluate()
-        finally:
-            done.set()
-            watcher.join()
-        return metrics, before, max(most[0], before)
+        return most_anonymous(self.evaluate)
 
 
 class Ours(Watched):

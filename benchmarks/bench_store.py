@@ -21,7 +21,7 @@ from embedft.encoders.store import Space, Store
 from embedft.retrieval.tables import format_table
 from experiments.commandline import make_parser, run
 
-from .workers import Worker, machine, ratios, spread
+from .workers import Worker, anonymous_bytes, machine, ratios, spread
 
 TOLERANCE, LIMIT = 1e-5, 1.15
 NEW_SHARE = 0.1
@@ -86,9 +86,7 @@ class Opened:
         return self.vectors_ND, self.texts
 
     def anonymous_bytes(self) -> int:
-        """Memory of this process that is no file's (Linux)."""
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+        return anonymous_bytes()
 
 
 def make_texts(number: int) -> list[str]:

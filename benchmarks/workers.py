@@ -10,8 +10,10 @@ lets them work in turn; what is timed is the work alone, in the worker.
 import multiprocessing
 import platform
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,6 +59,32 @@ def _serve(connection, make: Callable[..., Any], arguments: tuple) -> None:
             result = error
         seconds = time.perf_counter() - start
         connection.send((result, seconds, peak_memory_bytes(torch.device("cpu"))))
+
+
+def most_anonymous(work: Callable[[], Any]) -> tuple[Any, int, int]:
+    """(what `work()` gives, anonymous bytes before it, and at most during it), looked at every 20 ms."""
+    before, most, done = anonymous_bytes(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            most[0] = max(most[0], anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        result = work()
+    finally:
+        done.set()
+        watcher.join()
+    return result, before, max(most[0], before)
+
+
+def anonymous_bytes() -> int:
+    """Resident memory that no file stands behind (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    raise ValueError("/proc/self/status has no RssAnon")
 
 
 def alternate(

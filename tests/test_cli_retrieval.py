@@ -340,7 +340,7 @@ def test_errors_of_compare(place, reports, capsys, arguments, message):
 def test_compare_without_matplotlib(reports, capsys, monkeypatch, place):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     arguments = "compare runs/base/eval/uber runs/tuned/eval/uber --save-plot a.png"
-    check_error(capsys, arguments, "plots need matplotlib: pip install 'embedft[plots]'")
+    check_error(capsys, arguments, "plots need matplotlib: pip install matplotlib")
     assert not (place / "a.png").exists()
 
 

@@ -189,7 +189,7 @@ def test_a_figure_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
 def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     report = make_report([1])
-    message = r"plots need matplotlib: pip install 'embedft\[plots\]'"
+    message = "plots need matplotlib: pip install matplotlib"
     for draw in (
         lambda: plot_dims(grid()),
         lambda: plot_questions(report, report),

@@ -18,7 +18,16 @@ from ..retrieval.evaluate import evaluate
 from ..retrieval.report import compare
 from ..retrieval.settings import check_settings
 from ..training.fit_adapter import AdapterConfig, fit_adapter
-from .models import _add_encoding, _add_loading, _add_model, _add_store, _load_data, _load_encoding, _print_store
+from .models import (
+    _add_encoding,
+    _add_loading,
+    _add_model,
+    _add_store,
+    _load_data,
+    _load_encoding,
+    _load_training,
+    _print_store,
+)
 from .retrieval import _add_passages
 
 
@@ -44,10 +53,7 @@ def _adapter(options: argparse.Namespace) -> None:
         raise ValueError(f"{out}: not empty; choose another folder, or overwrite the adapter that is there")
     if out.is_dir() and any(out.iterdir()) and not (out / CONFIG_FILE).is_file():
         raise ValueError(f"{out}: holds files, but no adapter ({CONFIG_FILE} is missing), so it is left alone")
-    split = options.split
-    if split is None and (Path(options.data) / "qrels" / "train.tsv").is_file():
-        split = "train"
-    dataset = _load_data(options.data, options, merge=True, split=split)
+    dataset = _load_training(options.data, options)
     validation = None
     if options.validation:
         validation = _load_data(options.validation, options, merge=True, split=options.validation_split)

@@ -12,7 +12,8 @@ from ..data.dataset import RetrievalDataset
 from ..files import check_writable
 from ..retrieval.metrics import has_relevant
 from ..retrieval.mining import SAMPLINGS, mine
-from .models import _add_encoding, _add_loading, _add_model, _add_store, _load_data, _load_encoding, _print_store
+from .models import _add_encoding, _add_loading, _add_model, _add_store, _load_encoding, _load_training, _print_store
+from .retrieval import _add_passages
 
 
 def _add_mine(parser: argparse.ArgumentParser) -> None:
@@ -37,13 +38,7 @@ def _add_mine(parser: argparse.ArgumentParser) -> None:
         "--sampling", choices=SAMPLINGS, default="random", help="drawn from what is found, or the first of it [random]"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draw [0]")
-    parser.add_argument(
-        "--passages",
-        type=int,
-        nargs=2,
-        metavar=("SIZE", "STRIDE"),
-        help="cut documents into windows of SIZE tokens, one every STRIDE; the best one counts [whole]",
-    )
+    _add_passages(parser)
     parser.add_argument("--adapter", metavar="DIR", help="have vectors go through the adapter in DIR")
     parser.add_argument("--replace", action="store_true", help="drop the negatives that DATA has; else they come first")
     parser.add_argument(
@@ -69,10 +64,7 @@ def _mine(options: argparse.Namespace) -> None:
     if out.suffix != ".jsonl":
         raise ValueError(f"--out is {out}, expected a name that ends in .jsonl: the format that holds negatives")
     check_writable(out.parent)
-    split = options.split
-    if split is None and (Path(options.data) / "qrels" / "train.tsv").is_file():
-        split = "train"
-    dataset = _load_data(options.data, options, merge=True, split=split)
+    dataset = _load_training(options.data, options)
     embedder = _load_encoding(options, adapter=options.adapter)
     mined = mine(
         embedder,

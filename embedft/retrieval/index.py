@@ -151,6 +151,13 @@ def search_exact(
     )
 
 
+def merge_keys(keys_QK: np.ndarray, found: Found, first_row: int, depth: int) -> np.ndarray:
+    """The first `depth` of what earlier slices gave (keys) and of what was found in one that begins at `first_row`."""
+    both_QK = np.concatenate([keys_QK, to_keys(found.scores, found.rows + first_row)], axis=1)
+    both_QK.sort(axis=1)
+    return both_QK[:, :depth].copy()
+
+
 def search_shortlist(queries_QD: np.ndarray, rows_QS: np.ndarray, vectors_of: Callable, depth: int) -> Found:
     """Scores the documents of each query's shortlist by inner product, and keeps the first `depth`.
 

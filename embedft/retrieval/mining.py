@@ -20,7 +20,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from ..data.dataset import RetrievalDataset
-from .index import Found, from_keys, to_keys
+from .index import Found, from_keys, merge_keys
 from .metrics import has_relevant
 from .passages import aggregate_windows
 from .search import Documents, SupportsEncode, cut, encode, encode_documents, in_order_of_ids
@@ -144,9 +144,7 @@ def _search(
     for part in encode_documents(embedder, documents, passages, {}):
         vectors_WD = cut(embedder, part.vectors, queries_QD.shape[1])
         found = search_of(vectors_WD, part.source, aggregate, device=device)(queries_QD, depth)
-        both_QK = np.hstack([keys_QK, to_keys(found.scores, found.rows + start)])
-        both_QK.sort(axis=1)
-        keys_QK = both_QK[:, :depth].copy()
+        keys_QK = merge_keys(keys_QK, found, start, depth)
         source_W = np.arange(len(vectors_WD)) if part.source is None else part.source
         num_documents = int(source_W[-1]) + 1
         edges = np.searchsorted(source_W, np.arange(num_documents + 1)).tolist()

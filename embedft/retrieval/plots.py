@@ -1,7 +1,7 @@
 """Reports as figures: quality over dimensions, two reports question by question, recall against speed.
 
-Needs matplotlib, the extra `plots`: pip install 'embedft[plots]'. Each function returns the Figure, to be changed or
-shown; nothing of matplotlib's own state is touched, so no window opens.
+Needs matplotlib, the extra `plots`. Each function returns the Figure, to be changed or shown; nothing of matplotlib's
+own state is touched, so no window opens.
 
     reports = evaluate_grid(embedder, dataset, dims=[384, 128, 32], precisions=["float32", "int8"])
     save_figure(plot_dims(reports, metric="ndcg@10"), "dims.pdf")
@@ -31,7 +31,7 @@ def _new_figure() -> tuple[Figure, Axes]:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("plots need matplotlib: pip install 'embedft[plots]'") from None
+        raise ValueError("plots need matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(WIDTH_INCHES, HEIGHT_INCHES), dpi=DOTS_PER_INCH, layout="constrained")
     axes = figure.add_subplot()
     axes.grid(alpha=0.3)

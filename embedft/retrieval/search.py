@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from ..data.dataset import RetrievalDataset
-from .index import Found, from_keys, recall_against, require_depth, require_finite, to_keys
+from .index import Found, from_keys, merge_keys, recall_against, require_depth, require_finite
 from .quantization import bytes_per_document
 from .run import Run
 from .settings import Setting, build, check_settings, resolved, search_of
@@ -320,9 +320,7 @@ def _exact_slices(
             vectors_ND = cut(embedder, part.vectors, dim)
             with timed(seconds, dim):
                 found = search_of(vectors_ND, part.source, aggregate, device=device)(queries_QD, depth)
-                both_QK = np.concatenate([keys[dim], to_keys(found.scores, found.rows + num_documents)], axis=1)
-                both_QK.sort(axis=1)
-                keys[dim] = both_QK[:, :depth].copy()
+                keys[dim] = merge_keys(keys[dim], found, num_documents, depth)
         num_vectors += len(part.vectors)
         num_documents += len(part.vectors) if part.source is None else int(part.source[-1]) + 1
         if kept is not None:
