@@ -219,13 +219,15 @@ class Store:
         """
         folders = [self._named(name) for name in names]
         with self._locked():
-            # What a killed process left comes first: it may have the name that is wanted.
-            for folder in (None, *folders):
-                if folder is not None:
-                    # Out of the way, so that a kill leaves no half of it under its name.
-                    folder.rename(self.folder / f".{folder.name}.{os.getpid()}.tmp")
-                for gone in self.folder.glob(".*.tmp"):
-                    shutil.rmtree(gone)
+            self._sweep()  # what a killed process left: it may have the name that is wanted
+            for folder in folders:
+                # Out of the way, so that a kill leaves no half of it under its name.
+                folder.rename(self.folder / f".{folder.name}.{os.getpid()}.tmp")
+            self._sweep()
+
+    def _sweep(self) -> None:
+        for gone in self.folder.glob(".*.tmp"):
+            shutil.rmtree(gone)
 
     def _named(self, name: str) -> Path:
         if name not in self.names():

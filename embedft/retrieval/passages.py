@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from ..progress import progress_bar
-from .index import require_finite
+from .index import require_depth, require_finite
 
 # Scores held at a time: 64 MB in float32.
 BLOCK_SCORES = 1 << 24
@@ -143,8 +143,7 @@ class PassageIndex:
             ValueError: an empty index, a depth below 1, a wrong width, NaN or inf, `candidates` over another number of
                 windows.
         """
-        if depth < 1:
-            raise ValueError(f"search depth must be at least 1, not {depth}")
+        require_depth(depth)
         if len(self) == 0:
             raise ValueError("search in an empty index: add documents first")
         queries_QD = _checked(queries_QD, self.dim)
