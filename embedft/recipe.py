@@ -39,7 +39,7 @@ class FinetuneConfig(TrainConfig):
 
     batch_size: int = setting(32, "training pairs of a step")
     batch_tokens: int | None = setting(None, "tokens of a step, instead of batch_size")
-    num_negatives: int = setting(0, "hard negatives of each query, taken from the dataset")
+    num_negatives: int = setting(0, "hard negatives of each query, at most: those that the dataset has for it")
     examples: Literal["pairs", "queries", "scored"] = setting("pairs", "what a batch is made of, see data/batches.py")
     target_scores: bool = setting(False, "hand the scores of the dataset to the loss")
     no_duplicates: bool = setting(False, "no text twice in a batch")

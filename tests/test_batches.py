@@ -2,6 +2,7 @@
 
 import random
 import time
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -135,11 +136,29 @@ def test_refuses_what_cannot_be_trained_on():
         make_batches(RetrievalDataset({"q": "a"}, {"d": "b"}, {"q": {"d": 0}}))
     with pytest.raises(ValueError, match="batch_size is 0, expected at least 1"):
         make_batches(dataset, 0)
-    with pytest.raises(ValueError, match="query 'r' has 0 hard negatives, num_negatives is 1"):
-        make_batches(dataset, num_negatives=1)
-    with pytest.raises(ValueError, match="query 'q' has 1 hard negatives, num_negatives is 2"):
+    with pytest.raises(ValueError, match="num_negatives is 2, the most hard negatives that a query has are 1"):
         make_batches(dataset, num_negatives=2)
+    with pytest.raises(ValueError, match="num_negatives is 1, the most hard negatives that a query has are 0"):
+        make_batches(replace(dataset, negatives={}), num_negatives=1)
     assert len(make_batches(dataset)) == 1
+
+
+def test_a_query_may_have_fewer_hard_negatives():
+    """Three, one and none: the list of every batch is as wide, and where nothing is listed there is no document."""
+    dataset = RetrievalDataset(
+        queries={"q": "a", "r": "b", "s": "c"},
+        corpus={d: f"text of {d}" for d in "defgh"},
+        qrels={"q": {"d": 1}, "r": {"e": 1}, "s": {"f": 1}},
+        negatives={"q": ["g", "e", "h"], "s": ["g"]},
+    )
+    batches = make_batches(dataset, num_negatives=2)
+    batch = batches.collate([("q", "d"), ("r", "e"), ("s", "f")])
+    assert batch.document_ids == ["d", "e", "f", "g"]
+    assert batch.targets.group.tolist() == [[0, 3, 1], [1, -1, -1], [2, 3, -1]]
+    assert batch.targets.listed_negative.tolist() == [[False, True, True], [False] * 3, [False, True, False]]
+    assert batches.collate([("r", "e")]).targets.group.tolist() == [[0, -1, -1]]
+    of_two = make_batches(dataset, 2, num_negatives=2, no_duplicates=True)
+    assert sorted(pair for batch in of_two.epoch(0) for pair in pairs_of(batch)) == sorted(relevant_pairs(dataset))
 
 
 def pack_letters(texts, *, role):
@@ -465,8 +484,6 @@ def test_refuses_options_that_cannot_be():
         make_batches(JUDGED, num_negatives=-1)
     with pytest.raises(ValueError, match="examples is 'rows', expected one of pairs, queries, scored"):
         make_batches(JUDGED, examples="rows")
-    with pytest.raises(ValueError, match="query 's' has 0 hard negatives, num_negatives is 1"):
-        make_batches(JUDGED, examples="scored", num_negatives=1)
     unscored = RetrievalDataset(**{**vars(JUDGED), "scores": {"q": {"a": 1.0}}})
     with pytest.raises(ValueError, match="query 'q' has no score of document 'b'"):
         make_batches(unscored, target_scores=True)

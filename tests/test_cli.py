@@ -211,7 +211,7 @@ def test_in_a_process_of_its_own(place):
             "finetune model pairs.json --out r --config file",
             "embedft finetune: error: file line 1 column 1: invalid JSON",
         ),
-        ("finetune model pairs.json --out r --num_negatives 1", "query 'q0' has 0 hard negatives, num_negatives is 1"),
+        ("finetune model pairs.json --out r --num_negatives 1", "num_negatives is 1, the most hard negatives"),
         ("finetune model pairs.json --out r --max_length 49", "max_length is 49, expected at most the encoder's 48"),
         (
             "finetune model pairs.json --out r --validation pairs.json --select ndcg@ten",

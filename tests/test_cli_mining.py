@@ -115,14 +115,15 @@ def test_questions_with_too_few_are_told_of(place, capsys):
     short = sum(count < 3 for count in counts)
     assert 0 < short < 12
     assert main(["mine", "model", "pairs.json", "--out", "m.jsonl", *options]) == 0
-    told = f"{short} of 12 questions have fewer than 3 negatives, the fewest {min(counts)}; finetune takes"
+    told = f"{short} of 12 questions have fewer than 3 negatives, {counts.count(0)} none: a later last rank"
     assert capsys.readouterr().err.startswith(told)
-    assert len(RetrievalDataset.load("m.jsonl").queries) == 12
-    assert main(["mine", "model", "pairs.json", "--out", "m.jsonl", "--skip-short", *options]) == 0
-    assert capsys.readouterr().err == f"{short} of 12 questions have fewer than 3 negatives: left out\n"
-    kept = RetrievalDataset.load("m.jsonl")
-    assert list(kept.queries) == [f"q{i}" for i, count in enumerate(counts) if count == 3]
-    assert {q: len(ids) for q, ids in kept.negatives.items()} == dict.fromkeys(kept.queries, 3)
+    pairs = RetrievalDataset.load("m.jsonl")
+    assert {query_id: len(pairs.negatives.get(query_id, ())) for query_id in pairs.queries} == dict(
+        zip(pairs.queries, counts, strict=True)
+    )
+    # And they train.
+    train = ["finetune", "model", "m.jsonl", "--out", "run", "--num-negatives", "3", "--epochs", "1", "--lr", "1e-4"]
+    assert main([*train, "--batch-size", "4", "--loss.name", "triplet"]) == 0
 
 
 def test_a_store_and_an_adapter(place, capsys):
@@ -146,7 +147,7 @@ def test_a_store_and_an_adapter(place, capsys):
         (["--out", "m.jsonl"], "ranks begin at 10, the corpus has 9 documents"),
         (["--out", "m.jsonl", "--ranks", "3", "2"], "ranks is [3, 2], expected first and last rank"),
         (["--out", "m.jsonl", *RANKS, "--relative-margin", "-1"], "relative_margin is -1.0, expected at least 0"),
-        (["--out", "m.jsonl", *RANKS, "--max-score", "-1", "--skip-short"], "no question has 4 negatives, nothing"),
+        (["--out", "m.jsonl", *RANKS, "--max-score", "-1"], "no question has a negative, nothing"),
     ],
 )
 def test_errors_are_one_line(place, capsys, options, message):

@@ -40,6 +40,7 @@ DEVICES = [
     "cpu",
     *(name for name, module in (("cuda", torch.cuda), ("mps", torch.backends.mps)) if module.is_available()),
 ]
+MORE = {"group": -1, "target_scores": 0.0}
 every_loss = pytest.mark.parametrize("name", LOSSES)
 every_wrapper = pytest.mark.parametrize("wrapper", WRAPPERS)
 # The wrapped Matryoshka has the full width of what it gets, 4, and the wrapper that of the batch.
@@ -128,6 +129,19 @@ def test_value_and_gradients_are_finite(name, wrapper, dtype, fill):
         assert value.shape == (), size
         assert value.dtype is dtype, size
         assert all(torch.isfinite(result).all() for result in (value, *gradients)), size
+
+
+@every_loss
+@every_wrapper
+def test_a_place_where_no_query_lists_a_document_changes_nothing(name, wrapper):
+    """Batches list as many documents for every query, none where it has fewer hard negatives."""
+    Q, D, targets = make_batch()
+    more = {part: torch.cat([getattr(targets, part), torch.full((6, 1), fill)], dim=1) for part, fill in MORE.items()}
+    found = [
+        loss_and_gradients(make_loss(name, wrapper), Q, D, given)
+        for given in (targets, dataclasses.replace(targets, **more))
+    ]
+    assert_equal(*found, 1e-12)
 
 
 @every_loss

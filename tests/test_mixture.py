@@ -1,6 +1,7 @@
 """mixture.py: shares of the sources by hand, every example once in a source's own epoch, resumed = uninterrupted."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -197,3 +198,22 @@ def test_refuses_what_cannot_be_mixed():
             make_mixture(datasets={name: SOURCES["small"]})
     with pytest.raises(ValueError, match="2 cannot be dealt out to 3 sources, at least one each"):
         apportion(2, {"a": 1, "b": 1, "c": 1})
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_a_source_may_have_no_hard_negatives(sampling, mixed):
+    hard = replace(SOURCES["small"], negatives={"q0": ["d1", "d2"], "q1": ["d3"]})
+    datasets = {"hard": hard, "plain": SOURCES["large"]}
+    options = {"sampling": sampling, "mixed": mixed, "batch_size": 4}
+    batches = list(make_mixture(datasets=datasets, num_negatives=2, **options).epoch(0))
+    assert [batch.query_ids for batch in batches] == [
+        batch.query_ids for batch in make_mixture(datasets=datasets, **options).epoch(0)
+    ]
+    for batch in batches:
+        assert batch.targets.group.shape[1] == 3
+        for query_id, listed in zip(batch.query_ids, batch.targets.group.tolist(), strict=True):
+            names = [batch.document_ids[place] for place in listed[1:] if place >= 0]
+            assert names == {"hard/q0": ["hard/d1", "hard/d2"], "hard/q1": ["hard/d3"]}.get(query_id, [])
+    with pytest.raises(ValueError, match="num_negatives is 3, the most hard negatives that a query has are 2"):
+        make_mixture(datasets=datasets, num_negatives=3, **options)

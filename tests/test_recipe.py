@@ -272,7 +272,7 @@ def test_an_empty_dataset(tmp_path, monkeypatch):
 
 def test_too_few_hard_negatives(tmp_path, monkeypatch):
     config = FinetuneConfig(num_negatives=1)
-    refused(tmp_path, monkeypatch, "query 'q0' has 0 hard negatives, num_negatives is 1", config=config)
+    refused(tmp_path, monkeypatch, "num_negatives is 1, the most hard negatives that a query has are 0", config=config)
 
 
 def test_a_length_beyond_the_encoders(tmp_path, monkeypatch):

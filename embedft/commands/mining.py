@@ -41,9 +41,6 @@ def _add_mine(parser: argparse.ArgumentParser) -> None:
     _add_passages(parser)
     parser.add_argument("--adapter", metavar="DIR", help="have vectors go through the adapter in DIR")
     parser.add_argument("--replace", action="store_true", help="drop the negatives that DATA has; else they come first")
-    parser.add_argument(
-        "--skip-short", action="store_true", help="leave out questions with fewer than --num-negatives negatives"
-    )
     parser.add_argument("--split", metavar="NAME", help="of a BEIR folder DATA [train, or the only one]")
     guards = parser.add_argument_group("against false negatives, documents that answer but are not known to")
     guards.add_argument(
@@ -82,16 +79,15 @@ def _mine(options: argparse.Namespace) -> None:
         passages=options.passages,
     )
     counts = {q: len(mined.negatives.get(q, ())) for q in mined.queries if has_relevant(mined.qrels.get(q, {}))}
-    short = [query_id for query_id, count in counts.items() if count < options.num_negatives]
-    told = f"{len(short):,} of {len(counts):,} questions have fewer than {options.num_negatives} negatives"
-    if short and options.skip_short:
-        print(f"{told}: left out", file=sys.stderr)
-        if len(short) == len(counts):
-            raise ValueError(f"no question has {options.num_negatives} negatives, nothing is written")
-        counts = {query_id: count for query_id, count in counts.items() if count >= options.num_negatives}
-    elif short:
-        least = f"the fewest {min(counts.values())}; finetune takes --num-negatives only as many as all have"
-        print(f"{told}, {least}: a later last rank finds more, --skip-short leaves them out", file=sys.stderr)
+    short = sum(count < options.num_negatives for count in counts.values())
+    if not any(counts.values()):
+        raise ValueError("no question has a negative, nothing is written: the margins or the ranks leave none")
+    if short:
+        print(
+            f"{short:,} of {len(counts):,} questions have fewer than {options.num_negatives} negatives,"
+            f" {sum(count == 0 for count in counts.values()):,} none: a later last rank finds more",
+            file=sys.stderr,
+        )
     pairs = _training_pairs(mined, list(counts))
     pairs.save(out)
     _print_store(embedder)

@@ -63,7 +63,8 @@ class Batches:
             tokenised once for it, when the first batch is asked for.
         seed: of the order; epoch e is `torch.randperm` from a generator seeded with seed + e, as in the trainer of
             sentence-transformers.
-        num_negatives: hard negatives listed for each query, the first ones that the dataset has for it.
+        num_negatives: hard negatives listed for each query, at most: the first ones that the dataset has for it. A
+            query with fewer, or none, lists those; `group` is as wide for every batch.
         examples: "pairs": one a (query, relevant document). "queries": one a query, all its relevant documents listed
             with their grades as relevance. "scored": one a (query, document) that `dataset.scores` has, relevant or
             not, its grade as relevance.
@@ -84,7 +85,7 @@ class Batches:
             or harder as length tells documents apart. Packed sequences have no padding, so there is little to gain.
 
     Raises:
-        ValueError: nothing to train on, a query with fewer than `num_negatives` hard negatives, a listed document
+        ValueError: nothing to train on, no query with as many as `num_negatives` hard negatives, a listed document
             without a score where scores are wanted.
     """
 
@@ -125,10 +126,9 @@ class Batches:
         self.best_windows: Mapping[str, Mapping[str, int]] = {}
         self.texts = dict(zip(dataset.corpus, dataset.document_texts(), strict=True))
         self.examples = list_examples(dataset, examples)
-        for query_id in dict.fromkeys(query_id for query_id, _ in self.examples) if num_negatives else ():
-            found = len(dataset.negatives.get(query_id, ()))
-            if found < num_negatives:
-                raise ValueError(f"query {query_id!r} has {found} hard negatives, num_negatives is {num_negatives}")
+        most = max(len(dataset.negatives.get(query_id, ())) for query_id, _ in self.examples)
+        if num_negatives > most:
+            raise ValueError(f"num_negatives is {num_negatives}, the most hard negatives that a query has are {most}")
         for example in self.examples if self.target_scores else ():
             for document_id in self.listed(example):
                 if document_id not in dataset.scores.get(example[0], {}):
@@ -169,7 +169,8 @@ class Batches:
             for document_id, grade in self.dataset.qrels.get(query_id, {}).items()
             if grade > 0 and document_id in column
         ]
-        width = max(map(len, listed))
+        # Also where no query of the batch has a hard negative: a loss that needs some is content with the data or not.
+        width = max(1 + self.num_negatives, *map(len, listed))
         options = {}
         if len(set(query_ids)) < len(query_ids):
             first: dict[str, int] = {}
@@ -242,7 +243,8 @@ class Batches:
         listed = relevant(self.dataset, query_id) if document_id is None else [document_id]
         if self.num_negatives:
             # A scored document may be a hard negative of its query too.
-            listed += [i for i in self.dataset.negatives[query_id][: self.num_negatives] if i != document_id]
+            negatives = self.dataset.negatives.get(query_id, ())[: self.num_negatives]
+            listed += [i for i in negatives if i != document_id]
         return listed
 
     def _plan(self, number: int) -> list[list[int]]:

@@ -69,14 +69,19 @@ class Mixture:
             raise ValueError(f"temperature is {temperature}, expected at least 1")
         self.seed, self.sampling, self.mixed = seed, sampling, mixed
 
-        def batches(dataset: RetrievalDataset, share: float = 1.0) -> Batches:
-            sizes = {"batch_size": batch_size, "batch_tokens": batch_tokens}
-            sizes = {name: size if size is None else max(1, round(size * share)) for name, size in sizes.items()}
-            return Batches(dataset, pack, seed=seed, **sizes, **options)
+        sizes = {"batch_size": batch_size, "batch_tokens": batch_tokens}
 
-        self.all = batches(join_datasets(datasets))
+        def of_source(name: str, share: float = 1.0) -> Batches:
+            dataset = join_datasets({name: datasets[name]})
+            changed = {name: size if size is None else max(1, round(size * share)) for name, size in sizes.items()}
+            # As many as are asked for have to be in one of the sources, not in all of them.
+            most = max(map(len, dataset.negatives.values()), default=0)
+            changed["num_negatives"] = min(most, options.get("num_negatives", 0))
+            return Batches(dataset, pack, seed=seed, **{**options, **changed})
+
+        self.all = Batches(join_datasets(datasets), pack, seed=seed, **sizes, **options)
         self.dataset = self.all.dataset
-        whole = {name: batches(join_datasets({name: dataset})) for name, dataset in datasets.items()}
+        whole = {name: of_source(name) for name in datasets}
         num_examples = {name: len(source.examples) for name, source in whole.items()}
         power = {"proportional": 1.0, "round_robin": 0.0, "temperature": 1 / temperature}[sampling]
         weights = {name: number**power for name, number in num_examples.items()}
@@ -96,7 +101,7 @@ class Mixture:
             if batch_size is not None:
                 self._dealt = apportion(batch_size, self.weights)
                 shares = [(name, n / batch_size) for name, n in self._dealt.items()]
-            self.sources = {name: batches(join_datasets({name: datasets[name]}), share) for name, share in shares}
+            self.sources = {name: of_source(name, share) for name, share in shares}
         self._counted: dict[str, int] | None = None
 
     def __len__(self) -> int:
