@@ -17,10 +17,13 @@ RESOLVE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<pa
 
 
 class Hub:
-    """A server thread from `with` to its end, or to `stop`. `log` holds (method, path) of every request."""
+    """A server thread from `with` to its end, or to `stop`. `log` holds (method, path) of every request.
+
+    A connection ends before the content of a file in `cut`, a set of (repository, path), is sent.
+    """
 
     def __init__(self, repositories: dict[str, dict[str, str | dict[str, bytes]]]):
-        self.repositories, self.log = repositories, []
+        self.repositories, self.log, self.cut = repositories, [], set()
         hub = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -33,7 +36,10 @@ class Hub:
                 for name, value in {**headers, "Content-Length": str(len(body))}.items():
                     self.send_header(name, value)
                 self.end_headers()
-                if self.command == "GET":
+                match = RESOLVE.fullmatch(self.path)
+                if self.command == "GET" and match and (match["repo"], match["path"]) in hub.cut:
+                    self.close_connection = True
+                elif self.command == "GET":
                     self.wfile.write(body)
 
             do_HEAD = do_GET

@@ -551,7 +551,9 @@ def story(write_tiny, tmp_path_factory):
         "tiny/bert": commits,
         "tiny/pickled": {"main": FIRST, FIRST: pickled},
         "tiny/packaged": {"main": FIRST, FIRST: commits[FIRST]},
+        "tiny/cut": {"main": FIRST, FIRST: commits[FIRST]},
     })  # fmt: skip
+    hub.cut.add(("tiny/cut", "model.safetensors"))
     digest = sha256_file(packaged / "model.safetensors")
     story = {"hub": hub, "home": tmp / "home", "packaged folder": packaged}
     for seed, folder in enumerate(folders):
@@ -570,6 +572,9 @@ def story(write_tiny, tmp_path_factory):
         story["unknown"] = child.load("tiny/none")
         story["not a name"] = child.load("tiny bert!")
         story["pickled"] = child.load("tiny/pickled")
+        story["cut"] = child.load("tiny/cut")
+        hub.cut.clear()
+        story["cut no more"] = child.load("tiny/cut")
         hub.log.clear()
         story["packaged"] = child.load("tiny/packaged")
         story["asked for the packaged"] = list(hub.log)
@@ -616,6 +621,7 @@ def test_without_the_hub_the_cache_serves(story):
         ("unknown", "^tiny/none: no such folder, and the hub shows no such model"),
         ("unknown revision", "^tiny/bert: the hub has no revision 'v2' of it$"),
         ("not a name", "tiny bert!: no such folder, and the hub says: .*tiny bert!"),
+        ("cut", "^tiny/cut: the hub was lost while downloading, try again: "),
         ("pickled", r"no model.safetensors \(weights found: none\)"),
         ("stopped, not cached", "tiny/other: no such folder, not in the hub's cache, and the hub cannot be reached"),
     ],
@@ -624,6 +630,10 @@ def test_what_the_hub_does_not_have_is_one_clear_line(story, step, message):
     assert story[step]["type"] == "ValueError"
     assert re.search(message, story[step]["error"]), story[step]["error"]
     assert "\n" not in story[step]["error"]
+
+
+def test_after_a_lost_connection_the_same_call_loads(story):
+    assert story["cut no more"]["vector"] == pytest.approx(story["vector 0"], abs=1e-6)
 
 
 def test_a_packaged_name_is_the_package_until_the_cache_has_it(story):

@@ -198,6 +198,7 @@ def _hub_folder(name: str, revision: str | None, *, local_files_only: bool) -> P
     """The snapshot's folder in the hub's cache. None when only the cache was asked and it has no such model."""
     # Imported here: it takes a third of a second, and a folder needs none of it.
     import huggingface_hub
+    from huggingface_hub import utils
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
@@ -206,6 +207,8 @@ def _hub_folder(name: str, revision: str | None, *, local_files_only: bool) -> P
         RevisionNotFoundError,
     )
 
+    # What versions from 1 on raise when a connection is lost for good; before, that was an OSError.
+    lost = (utils.httpx.HTTPError,) if hasattr(utils, "httpx") else ()
     try:
         folder = huggingface_hub.snapshot_download(
             name, revision=revision, allow_patterns=HUB_FILES, local_files_only=local_files_only
@@ -222,6 +225,8 @@ def _hub_folder(name: str, revision: str | None, *, local_files_only: bool) -> P
         raise ValueError(f"{name}: the hub has no revision {revision!r} of it") from None
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise ValueError(f"{name}: no such folder, and the hub says: {' '.join(str(error).split())}") from None
+    except lost as error:
+        raise ValueError(f"{name}: the hub was lost while downloading, try again: {error}") from None
     # A snapshot may hold only the files that some other program asked for.
     if local_files_only and not all((Path(folder) / name).is_file() for name in (WEIGHTS_FILE, TOKENIZER_FILE)):
         return None
