@@ -3,7 +3,8 @@
 One document a row, 700 rows measure and 6,300 train, all contexts are the corpus. Settings as published: Matryoshka
 over in-batch negatives from the full size to a twelfth, batches of 32 without duplicates, gradients of 16 of them a
 step, 4 epochs, AdamW at 2e-5 with a cosine schedule and a tenth of warmup. `--batch true` takes the 512 pairs of a step
-as one batch, each query with 511 negatives instead of 31; `train` embeds either in parts, with the same gradients.
+as one batch, each query with 511 negatives instead of 31, less those that answer it: equal texts are one query or
+document there, so that none has to be kept out. `train` embeds either in parts, with the same gradients.
 
 The article picks its best epoch on the test questions (`--pick test`): its figure has seen them. `--pick held-out`
 keeps a tenth of the training rows back, trains on the rest and picks on those.
@@ -129,6 +130,22 @@ def split_rows(dataset: RetrievalDataset, num_rows: int, *, keep_back: bool) -> 
     return Split(take(range(first_train, num_rows), whole_corpus=False), test, held_out)
 
 
+def merge_equal_texts(dataset: RetrievalDataset) -> RetrievalDataset:
+    """The pairs of a data set of rows, with equal questions one query and equal contexts one document: 6,289 of 6,298.
+
+    What is relevant to whom then follows from ids, in batches of any size.
+    """
+    query_id, document_id = (
+        {text: i for i, text in reversed(part.items())} for part in (dataset.queries, dataset.corpus)
+    )
+    qrels: dict[str, dict[str, int]] = {}
+    for query, documents in dataset.qrels.items():
+        grades = {document_id[dataset.corpus[document]]: grade for document, grade in documents.items()}
+        qrels.setdefault(query_id[dataset.queries[query]], {}).update(grades)
+    queries, corpus = ({i: text for text, i in reversed(ids.items())} for ids in (query_id, document_id))
+    return RetrievalDataset(queries, corpus, qrels)
+
+
 # Evaluation.
 
 
@@ -186,13 +203,18 @@ def finetune_seed(
     """nDCG@10 on the test by dimension, of one seed; trains unless the run folder says that it is done."""
     embedder = load_embedder(options.base)
     spec = {"name": "matryoshka", "dims": list(dims), "inner": {"name": "in_batch_negatives"}}
-    # As many pairs a step either way: what differs is the negatives of each.
     in_one = batch == "true"
-    size = options.batch_size * options.accumulate if in_one else options.batch_size
-    batches = Batches(split.train, embedder.pack, batch_size=size, seed=seed, no_duplicates=True)
+    training = merge_equal_texts(split.train) if in_one else split.train
+    pairs_a_step = options.batch_size * options.accumulate
+    size, accumulate = (pairs_a_step, 1) if in_one else (options.batch_size, options.accumulate)
+    batches = Batches(training, embedder.pack, batch_size=size, seed=seed, no_duplicates=not in_one)
+    # As many pairs a step either way: what differs is the negatives of each.
+    steps, expected = -(-len(batches) // accumulate), -(-len(split.train.queries) // pairs_a_step)
+    if steps != expected:
+        raise ValueError(f"an epoch of batches of {size} without duplicates is {steps} steps, expected {expected}")
     config = TrainConfig(
         epochs=options.epochs,
-        accumulate=1 if in_one else options.accumulate,
+        accumulate=accumulate,
         lr=2e-5,
         schedule="cosine",
         warmup=0.1,
@@ -202,7 +224,7 @@ def finetune_seed(
     )
     settings = {**to_dict(config), "loss": spec, "batch": batch, "pick": pick, "batch_size": size}
     settings |= {"base": options.base, "max_length": embedder.max_length}
-    hashes = {"model": embedder.sha256(), "train": split.train.sha256(), "test": split.test.sha256()}
+    hashes = {"model": embedder.sha256(), "train": training.sha256(), "test": split.test.sha256()}
     if is_done(out, settings, hashes=hashes):
         return {int(dim): value for dim, value in read_json(out / EVAL / RESULT).items()}
     open_run(out, settings, hashes=hashes, device=embedder.device, existing="resume")

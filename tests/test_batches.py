@@ -2,6 +2,7 @@
 
 import random
 import time
+import warnings
 from dataclasses import replace
 from itertools import islice
 
@@ -12,6 +13,8 @@ from tiny import make_dataset, make_embedder
 from embedft import RetrievalDataset
 from embedft.data.batches import Batches
 from embedft.encoders.packing import pack
+
+pytestmark = pytest.mark.filterwarnings("ignore:no_duplicates:UserWarning")
 
 
 def keep_texts(texts, *, role):
@@ -99,6 +102,20 @@ def test_does_not_draw_from_the_global_generator():
     before = torch.get_rng_state()
     list(make_batches(many_to_many(seed=0)).epoch(0))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_warns_when_one_text_makes_all_batches_smaller():
+    """A context of 5 rows out of 12: in batches of 4 the five need five batches."""
+    queries = {f"q{i}": f"question {i}" for i in range(12)}
+    corpus = {f"d{i}": "the same" if i < 5 else f"text {i}" for i in range(12)}
+    dataset = RetrievalDataset(queries, corpus, {f"q{i}": {f"d{i}": 1} for i in range(12)})
+    message = "texts are in so many rows that an epoch is 5 batches of about 2, not 3 of 4"
+    with pytest.warns(UserWarning, match=message):
+        assert len(make_batches(dataset, 4, no_duplicates=True)) == 5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(make_batches(dataset, 2, no_duplicates=True)) == 6
+        assert len(make_batches(dataset, 4)) == 3
 
 
 def test_columns_by_hand():

@@ -11,6 +11,9 @@ from embedft import RetrievalDataset
 from embedft.data.mixture import SAMPLINGS, Mixture, apportion, join_datasets
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:no_duplicates:UserWarning")
+
+
 def pairs(name: str, number: int) -> RetrievalDataset:
     queries = {f"q{i}": f"{name} question {i}" for i in range(number)}
     corpus = {f"d{i}": f"{name} text {i}" for i in range(number)}

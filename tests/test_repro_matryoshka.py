@@ -12,6 +12,7 @@ import torch
 from tiny import make_embedder
 
 from embedft import evaluate
+from embedft.data.batches import Batches
 from experiments import repro_matryoshka_finance as experiment
 from experiments.repro_matryoshka_finance import format_dims, main, matryoshka_dims, measure, pick_dim
 
@@ -75,6 +76,32 @@ def test_the_split_of_the_published_data(shared_data):
     assert len(kept_back.test.corpus) == len(kept_back.held_out.corpus) == 6998
     contexts = {rows[i]["context"] for i in order[:700]}
     assert sum(rows[i]["context"] in contexts for i in order[700:]) == 77
+
+
+def test_the_steps_of_the_published_data(shared_data):
+    """13 an epoch either way, of 512 pairs but for the last; nine rows are there twice."""
+    dataset, num_rows = experiment.read_rows(shared_data / "finance_qa" / "Financial-QA-10k.csv")
+    for keep_back, last_one, last_of_many in ((False, 145, 154), (True, 30, 36)):
+        split = experiment.split_rows(dataset, num_rows, keep_back=keep_back)
+        merged = experiment.merge_equal_texts(split.train)
+        (one, many) = (
+            Batches(data, None, batch_size=size, seed=0, no_duplicates=size == 32).plan(0)
+            for data, size in ((merged, 512), (split.train, 32))
+        )
+        assert [*map(len, one)] == [512] * (len(one) - 1) + [last_one]
+        steps = [sum(map(len, many[first : first + 16])) for first in range(0, len(many), 16)]
+        assert steps == [512] * (len(one) - 1) + [last_of_many]
+
+
+def test_equal_texts_are_one_by_hand():
+    rows = experiment.RetrievalDataset(
+        {"q0": "a", "q1": "b", "q2": "a", "q3": "b"},
+        {"d0": "x", "d1": "y", "d2": "z", "d3": "y"},
+        {f"q{i}": {f"d{i}": 1} for i in range(4)},
+    )
+    assert experiment.merge_equal_texts(rows) == experiment.RetrievalDataset(
+        {"q0": "a", "q1": "b"}, {"d0": "x", "d1": "y", "d2": "z"}, {"q0": {"d0": 1, "d2": 1}, "q1": {"d1": 1}}
+    )
 
 
 def test_dims_from_the_full_size_to_a_twelfth():

@@ -17,6 +17,7 @@ Shapes: P examples, N batches of an epoch, B queries of a batch, M documents, C 
 
 import functools
 import itertools
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
@@ -71,9 +72,9 @@ class Batches:
         target_scores: put `dataset.scores` of all listed documents into the targets; "scored" always does.
         no_duplicates: no text stands in two rows of a batch, be it query, document or hard negative: what the first
             such batch cannot take waits for the next that can. Documents of one id never are each other's negatives
-            anyway; this is for equal texts with different ids, and for losses that want a document a query. Where many
-            rows share a text there are more and smaller batches than the size asks for; and a batch may be larger by
-            the few that fit into no other.
+            anyway; this is for equal texts with different ids, and for losses that want a document a query. A text of
+            many rows makes all batches of an epoch more and smaller than the size asks for, which is warned of; and a
+            batch may be larger by the few that fit into no other.
         passages: (size, stride) in tokens: documents become windows, as `pack(texts, role=..., passages=...)` cuts
             them, and all windows of a document are columns with its number (`Targets.document`). None: one column.
         windows_per_document: of a longer document so many windows are in a batch: the best for each of its queries
@@ -321,7 +322,14 @@ class Batches:
             # At most `most` others keep an example out of a batch: with one batch more there is always one for it.
             count = Counter(text for texts in self._shared.values() for text in texts)
             most = max(sum(count[text] - 1 for text in texts) for texts in self._shared.values())
-            least = max(least, most + 1)
+            apart = min(most + 1, len(self.examples))
+            if apart > least:
+                warnings.warn(
+                    f"no_duplicates: texts are in so many rows that an epoch is {apart:,} batches of about "
+                    f"{total // apart:,}, not {least:,} of {size:,}",
+                    stacklevel=2,
+                )
+                return apart
         return min(least, len(self.examples))
 
     @functools.cached_property
