@@ -7,7 +7,7 @@
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,6 +79,19 @@ class FinetuneConfig(TrainConfig):
             raise ValueError(f"num_negatives is {self.num_negatives}, expected at least 0")
         if self.windows_per_document < 1:
             raise ValueError(f"windows_per_document is {self.windows_per_document}, expected at least 1")
+        # What would do nothing is an error, not ignored.
+        loss = _build_loss(self)
+        own = list(loss.parameters()) if isinstance(loss, nn.Module) else []
+        idle = {
+            "loss_lr": not own and "the loss has no parameters",
+            "batch_size": self.batch_tokens and f"batch_tokens is {self.batch_tokens}: expected one of the two",
+            "sampling_temperature": self.sampling != "temperature" and f"sampling is {self.sampling!r}",
+            "windows_per_document": self.passages is None and "there are no passages",
+        }
+        for field in fields(self):
+            value, why = getattr(self, field.name), idle.get(field.name)
+            if why and value != field.default:
+                raise ValueError(f"{field.name} is {value}, but {why}")
         if self.refresh_windows and self.passages is None:
             raise ValueError("refresh_windows is True, but there are no passages")
         if self.passages is not None:
@@ -91,7 +104,6 @@ class FinetuneConfig(TrainConfig):
         for name, model in self.references.items():
             if not isinstance(model, str | None):
                 raise ValueError(f"references: {name} is {model!r}, expected a model's folder or name, or null")
-        _build_loss(self)
 
 
 def finetune(

@@ -98,6 +98,12 @@ def test_start_goes_on_where_an_epoch_was_left(start):
         assert torch.equal(whole.targets.known, resumed.targets.known)
 
 
+@pytest.mark.parametrize("start", [-1, 10])
+def test_a_start_outside_of_the_epoch_is_refused(start):
+    with pytest.raises(ValueError, match=f"start is {start}, expected 0 to 9, the batches of an epoch"):
+        next(make_batches(many_to_many(seed=1)).epoch(2, start=start))
+
+
 def test_does_not_draw_from_the_global_generator():
     before = torch.get_rng_state()
     list(make_batches(many_to_many(seed=0)).epoch(0))

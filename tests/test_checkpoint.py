@@ -110,6 +110,18 @@ def test_a_loss_with_state_and_one_without_are_not_exchanged(tmp_path, had, has,
         load_checkpoint(tmp_path, model, optimizer, CPU, loss=make_loss(1.0) if has else None)
 
 
+def test_another_model_or_loss_is_refused_with_nothing_restored(tmp_path):
+    model, optimizer = make_model(seed=0)
+    save_checkpoint(tmp_path, model, optimizer, TrainState(1), None, CPU, loss=make_loss(1.0))
+    other, loss = nn.Linear(2, 9), make_loss(5.0)
+    before = [parameter.detach().clone() for parameter in (*other.parameters(), *loss.parameters())]
+    with pytest.raises(ValueError, match=r"step-000001/model.safetensors: \S+ is .*, expected .*: it is of another"):
+        load_checkpoint(tmp_path, other, optimizer, CPU, loss=loss)
+    with pytest.raises(ValueError, match=r"step-000001/loss.safetensors: \S+ is .*, expected .*: it is of another"):
+        load_checkpoint(tmp_path, make_model(seed=1)[0], optimizer, CPU, loss=nn.Linear(1, 2))
+    assert all(map(torch.equal, before, (*other.parameters(), *loss.parameters())))
+
+
 def test_a_loss_without_state(tmp_path):
     """A module may have none, like a sum of functions."""
     model, optimizer = make_model(seed=0)

@@ -247,6 +247,13 @@ def test_decoupled_directions_without_negatives_by_hand():
     assert in_batch_negatives(Q, D, targets, **options).item() == pytest.approx((-0.4 - 0.2) / 2, rel=1e-6)
 
 
+def test_a_pair_without_a_negative_in_any_direction_counts_nowhere():
+    """Decoupled, there is nothing to divide by: one pair of cosine 1 would be -1 / temperature."""
+    options = {"directions": BOTH, "partition": "per_direction", "decoupled": True}
+    targets = Targets(torch.tensor([[0]]))
+    assert in_batch_negatives(torch.ones(1, 2), torch.ones(1, 2), targets, **options).item() == 0.0
+
+
 def test_one_document_a_query_has_no_listed_negative():
     Q, D, targets = torch.eye(2), torch.eye(2), Targets(torch.tensor([[0], [1]]), torch.ones(2, 1))
     for loss in (functools.partial(in_batch_negatives, in_batch=False), LearnableTemperature(in_batch=False)):

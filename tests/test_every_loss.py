@@ -132,6 +132,16 @@ def test_value_and_gradients_are_finite(name, wrapper, dtype, fill):
 
 
 @every_loss
+def test_q_and_targets_of_different_lengths(name):
+    """A row of Q that nothing is listed for, or the other way round, is an error, not a wrong number."""
+    Q, D, targets = make_batch()
+    loss = make_loss(name)
+    for other in (Q[:5], Q[:1], torch.cat([Q, Q])):
+        with pytest.raises(ValueError, match=f"Q has {len(other)} rows, group lists documents of 6 queries"):
+            loss(other, D, targets)
+
+
+@every_loss
 @every_wrapper
 def test_a_place_where_no_query_lists_a_document_changes_nothing(name, wrapper):
     """Batches list as many documents for every query, none where it has fewer hard negatives."""

@@ -10,7 +10,6 @@ from test_batches import keep_texts, pack_letters
 from embedft import RetrievalDataset
 from embedft.data.mixture import SAMPLINGS, Mixture, apportion, join_datasets
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:no_duplicates:UserWarning")
 
 

@@ -215,9 +215,9 @@ def test_says_that_scores_are_missing(name):
         LOSSES[name](EYE, EYE, Targets(torch.tensor([[0], [1]])))
 
 
-@pytest.mark.parametrize("length", [0.0, 1.0])
+@pytest.mark.parametrize("length", [0.0, 1e-10, 1.0])
 def test_cosine_mse_of_vectors_of_no_length_equals_sentence_transformers(length):
-    """Which clamps lengths at 1e-8: the gradient there is a hundred million times the error."""
+    """Which clamps lengths at 1e-8, where the length has a gradient still: a hundred million times the error."""
     Q, D, group = random_pair(4, 1)
     Q = (Q.detach() * torch.tensor([length, 1, 1, 1])[:, None]).requires_grad_()
     gold = torch.tensor([1.0, 0.0, 0.5, 1.0], dtype=torch.float64)

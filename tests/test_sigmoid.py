@@ -79,6 +79,10 @@ def test_value_and_gradients_are_finite(edge, fill):
         assert all(torch.isfinite(result).all() for result in results)
 
 
+def test_no_query_is_zero():
+    assert sigmoid(torch.ones(0, 2), torch.eye(2), Targets(torch.zeros(0, 1, dtype=torch.int64))).item() == 0.0
+
+
 @pytest.mark.parametrize("bias", [math.nan, math.inf, -math.inf])
 def test_refuses_a_bias_that_is_not_finite(bias):
     Q = torch.ones(1, 2)

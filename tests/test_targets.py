@@ -265,6 +265,18 @@ def test_half_precision_becomes_float32(dtype):
     torch.testing.assert_close(result, torch.ones_like(result))
 
 
+def test_by_row_is_the_same_between_queries_and_documents():
+    targets = Targets(
+        torch.tensor([[0, 3], [1, -1], [2, 4]]), known=torch.tensor([[2, 3]]), query=torch.tensor([5, 5, 7])
+    )
+    by_row = targets.by_row()
+    assert by_row.query is None
+    for found, expected in zip(by_row.masks(num_documents=5), targets.masks(num_documents=5), strict=True):
+        assert torch.equal(found, expected)
+    assert torch.equal(by_row.listed_negative, targets.listed_negative)
+    assert by_row.by_row() is by_row
+
+
 def test_windows_by_hand():
     """Document 0 has windows of similarity 0.6 and 0.8, document 1 one of 0; then 8 and 6, and 10."""
     Q = torch.tensor([[1.0, 0.0], [0.0, 10.0]])
@@ -273,11 +285,11 @@ def test_windows_by_hand():
     found = scores(Q, D, targets, similarity="dot")
     torch.testing.assert_close(found, torch.tensor([[0.8, 0.0], [8.0, 10.0]]))
     # Weights of e^0.6 and e^0.8 at temperature 1; one window stays what it is.
-    found = scores(Q[:1], D, targets, similarity="dot", windows="softmax", window_temperature=1.0)
+    found = scores(Q[:1], D, targets.of_queries(0, 1), similarity="dot", windows="softmax", window_temperature=1.0)
     share = 1 / (1 + math.exp(0.8 - 0.6))
     torch.testing.assert_close(found, torch.tensor([[0.6 * share + 0.8 * (1 - share), 0.0]]))
     # At 0.05 the difference of 2 counts as 40.
-    found = scores(Q[1:], D, targets, similarity="dot", windows="softmax")
+    found = scores(Q[1:], D, targets.of_queries(1, 2), similarity="dot", windows="softmax")
     torch.testing.assert_close(found, torch.tensor([[8.0, 10.0]]))
     assert targets.num_documents(3) == 2
     assert Targets(torch.tensor([[0]])).num_documents(3) == 3
@@ -292,6 +304,6 @@ def test_windows_by_hand():
 @pytest.mark.parametrize("windows", ["max", "softmax"])
 def test_gradients_through_windows(windows):
     Q, D = (torch.randn(n, 3, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in (3, 6))
-    targets = Targets(torch.tensor([[0]]), document=torch.tensor([2, 0, 1, 0, 0, 2]))
+    targets = Targets(torch.tensor([[0]] * 3), document=torch.tensor([2, 0, 1, 0, 0, 2]))
     inputs = Q.requires_grad_(), D.requires_grad_()
     assert torch.autograd.gradcheck(lambda q, d: scores(q, d, targets, windows=windows), inputs)

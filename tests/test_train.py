@@ -838,6 +838,12 @@ def test_how_often_to_validate_and_to_keep_a_checkpoint(tmp_path, monkeypatch, e
     assert saved == steps
 
 
+def test_makes_the_folder(tmp_path):
+    embedder = make_embedder(tmp_path / "model")
+    train(embedder, make_batches(embedder), in_batch_negatives, TrainConfig(epochs=1), out=tmp_path / "runs" / "first")
+    assert (tmp_path / "runs" / "first" / "train.jsonl").is_file()
+
+
 def test_writes_nothing_without_a_folder(tmp_path, monkeypatch):
     embedder = make_embedder(tmp_path / "base")
     empty = tmp_path / "empty"

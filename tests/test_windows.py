@@ -122,6 +122,17 @@ def test_the_draw_changes_with_the_epoch_of_one_batch(embedder):
     assert len({str(ids_of(batches.epoch(number))) for number in range(8)}) > 4
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_the_draw_changes_with_the_batch_of_one_epoch(embedder, several):
+    """Twelve batches of one text, each with two of its five windows."""
+    options = {"batch_size": 1, "seed": 0, "passages": PASSAGES, "windows_per_document": 2}
+    text = long_dataset(1, 12).corpus["d0"]
+    queries = {f"q{i}": f"a b {i}" for i in range(12)}
+    data = RetrievalDataset(queries, {"d": text}, {query_id: {"d": 1} for query_id in queries})
+    batches = Mixture({"one": data}, embedder.pack, **options) if several else Batches(data, embedder.pack, **options)
+    assert len({str(drawn) for drawn in ids_of(batches.epoch(0))}) > 4
+
+
 def test_batches_by_tokens_count_the_windows(embedder):
     """A document of 18 tokens of text: windows of 6, 6, 6, 6 and 4 tokens, of which two are taken, 12; a query is 6."""
     corpus = {f"d{j}": " ".join("abcdefghijklmnopqr") for j in range(4)} | {"short": "a"}

@@ -141,7 +141,9 @@ class Batches:
         return self._num_batches
 
     def epoch(self, number: int, *, start: int = 0) -> Iterator[Batch]:
-        """The batches of epoch `number` (from 0), from batch `start` on."""
+        """The batches of epoch `number` (from 0), from batch `start` on, which may be the one behind the last."""
+        if not 0 <= start <= len(self):
+            raise ValueError(f"start is {start}, expected 0 to {len(self)}, the batches of an epoch")
         for place, rows in enumerate(self.plan(number)[start:], start):
             yield self.collate([self.examples[row] for row in rows], draw=(number, place))
 

@@ -124,7 +124,9 @@ class Mixture:
         return {name: count / sum(counts.values()) for name, count in counts.items()}
 
     def epoch(self, number: int, *, start: int = 0) -> Iterator[Batch]:
-        """The batches of epoch `number` (from 0), from batch `start` on."""
+        """The batches of epoch `number` (from 0), from batch `start` on, which may be the one behind the last."""
+        if not 0 <= start <= len(self):
+            raise ValueError(f"start is {start}, expected 0 to {len(self)}, the batches of an epoch")
         for place, examples in enumerate(self._examples(number, start), start):
             batch = self.all.collate(examples, draw=(number, place))
             yield batch._replace(sources=[query_id.partition("/")[0] for query_id in batch.query_ids])

@@ -30,7 +30,7 @@ def margin_mse(Q: Tensor, D: Tensor, targets: Targets, *, similarity: str = "dot
 
     s is the similarity, t the teacher's score (`target_scores`). A teacher's margins known without its scores go in
     as t_p = 0 and t_n = -margin. A margin is compared as it is, so the teacher's scores have to be in the unit of
-    the similarity.
+    the similarity. A hard negative that is known to be relevant stays: its score says how much.
 
     Args:
         Q: query vectors, [B, D].
@@ -225,6 +225,7 @@ def distance_to_reference(
     if reference not in targets.references:
         found = ", ".join(targets.references) or "none"
         raise ValueError(f"the loss needs references[{reference!r}], vectors of the same texts; there are: {found}")
+    targets.check_queries(Q)
     Q, D = float32_or_64(Q), float32_or_64(D)
     reference_Q, reference_D = (x.detach().to(Q) for x in targets.references[reference])
     if (len(reference_Q), len(reference_D)) != (len(Q), len(D)):

@@ -78,6 +78,7 @@ def guided_in_batch_negatives(
     if "guide" not in targets.references:
         found = ", ".join(targets.references) or "none"
         raise ValueError(f"guided_in_batch_negatives needs references['guide']; there are: {found}")
+    targets.check_queries(Q)
     if [len(x) for x in targets.references["guide"]] != [len(Q), len(D)]:
         guide_Q, guide_D = targets.references["guide"]
         raise ValueError(
@@ -125,9 +126,8 @@ def guided_in_batch_negatives(
         losses_BG = torch.stack(partition_G, dim=1) - positives_BG
         return mean_over_positives(losses_BG, targets.listed_positive[:, :width])
 
-    # Shorter than 1e-8 is nothing, as in torch.cosine_similarity, which the reference uses here.
-    Q, D = comparable(Q, D, "cosine", shortest=1e-8)
-    guide = comparable(*(x.detach() for x in targets.references["guide"]), "cosine", shortest=1e-8)
+    Q, D = comparable(Q, D, "cosine", as_pairs=True)
+    guide = comparable(*targets.references["guide"], "cosine", as_pairs=True)
     targets = replace(targets, references={"guide": guide})
     if coupled:
         return mean_over_queries(*losses(Q, D, targets, temperature))

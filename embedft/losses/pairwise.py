@@ -129,18 +129,18 @@ def _pair_distances(Q: Tensor, D: Tensor, targets: Targets, distance: str, loss:
     """Distances of the positive pairs and of the negative ones, each [P]."""
     if targets.relevance is None:
         check_several(targets, loss)
-    # As the reference does it for pairs and not for triplets: torch.pairwise_distance adds 1e-6 to every difference,
-    # torch.cosine_similarity takes a vector shorter than 1e-8 for one of that length.
-    distances_BG = _listed_distances(Q, D, targets, distance, added=1e-6, shortest=1e-8)
+    # As the reference does it for pairs and not for triplets; torch.pairwise_distance adds 1e-6 to every difference.
+    distances_BG = _listed_distances(Q, D, targets, distance, added=1e-6, as_pairs=True)
     return distances_BG[targets.listed_positive], distances_BG[targets.listed_negative]
 
 
 def _listed_distances(
-    Q: Tensor, D: Tensor, targets: Targets, distance: str, *, added: float = 0.0, shortest: float = 1e-12
+    Q: Tensor, D: Tensor, targets: Targets, distance: str, *, added: float = 0.0, as_pairs: bool = False
 ) -> Tensor:
     """Distance of every query from the documents listed for it, [B, G]; where none is listed, from any document."""
     if distance == "cosine":
-        return 1 - listed_scores(Q, D, targets, shortest=shortest)
+        return 1 - listed_scores(Q, D, targets, as_pairs=as_pairs)
+    targets.check_queries(Q)
     Q, D = (x if x.dtype is torch.float64 else x.float() for x in (Q, D))
     order = 2 if distance == "euclidean" else 1
     Q = Q + added

@@ -33,7 +33,8 @@ def toward_base(Q: Tensor, D: Tensor, targets: Targets, *, distance: str = "cosi
         truncate: whether to compare with the first D features of wider references, as Matryoshka needs it.
 
     Returns:
-        A scalar, at least 0; 0 before the first step when dropout is off.
+        A scalar, at least 0; 0 before the first step when dropout is off, but for the distances other than "cosine"
+        under Matryoshka: the vectors come with unit length after the cut, the references without.
 
     Source: Li and Hoiem 2016 (Learning without Forgetting), section 3: the old model's outputs on the new data as
     targets; here the outputs are vectors.
@@ -82,6 +83,7 @@ def global_orthogonal(
     if not any(weights.values()):
         raise ValueError("mean_weight and second_moment_weight are both 0, expected one of them above 0")
     Q, D = comparable(Q, D, similarity)
+    targets.check_queries(Q)
     num_documents = targets.num_documents(len(D))
     document_C = torch.arange(len(D), device=D.device) if targets.document is None else targets.document
     _, unrelated_BB = targets.masks("query_query", num_documents=num_documents)

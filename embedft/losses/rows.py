@@ -23,15 +23,23 @@ from .targets import SIMILARITIES, Targets, over_windows
 SCORES_AT_A_TIME = 2**19
 
 
-def comparable(Q: Tensor, D: Tensor, similarity: str, *, shortest: float = 1e-12) -> tuple[Tensor, Tensor]:
+def comparable(Q: Tensor, D: Tensor, similarity: str, *, as_pairs: bool = False) -> tuple[Tensor, Tensor]:
     """Vectors in float32 or float64 whose inner products are the similarities: once, not for every few rows.
 
-    "cosine" takes a vector shorter than `shortest` for one of that length. The losses that sentence-transformers
-    computes with torch.cosine_similarity have 1e-8 there: a vector of length zero has 10,000 times less gradient.
+    "cosine" takes a vector shorter than 1e-12 for one of that length, as F.normalize does. With `as_pairs` it is as
+    torch.cosine_similarity has it, which sentence-transformers takes for pairs: shorter than 1e-8, and the gradient
+    that of the length itself.
     """
     check_one_of("similarity", similarity, SIMILARITIES)
     Q, D = (x if x.dtype is torch.float64 else x.float() for x in (Q, D))
-    return tuple(F.normalize(x, dim=1, eps=shortest) for x in (Q, D)) if similarity == "cosine" else (Q, D)
+    if similarity == "dot":
+        return Q, D
+    return tuple(_unit_of_pair(x) if as_pairs else F.normalize(x, dim=1) for x in (Q, D))
+
+
+def _unit_of_pair(x: Tensor) -> Tensor:
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return x / (length + (1e-8 - length).clamp(min=0).detach())
 
 
 def between_documents(D: Tensor, targets: Targets, windows: str) -> Tensor:
@@ -63,9 +71,10 @@ def by_rows(
     if rows is not None and rows < 1:
         raise ValueError(f"rows is {rows}, expected at least 1")
     rows = rows or max(1, SCORES_AT_A_TIME // max(1, len(D) * width))
+    targets.check_queries(Q)
     if len(Q) <= rows:
         return losses(Q, D, targets, *parameters)
-    return _ByRows.apply(losses, targets, rows, Q, D, *parameters)
+    return _ByRows.apply(losses, targets.by_row(), rows, Q, D, *parameters)
 
 
 class _ByRows(torch.autograd.Function):

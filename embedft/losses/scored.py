@@ -38,8 +38,7 @@ def cosine_mse(Q: Tensor, D: Tensor, targets: Targets, *, pairs: str = "first", 
     Source: Reimers and Gurevych 2019 (Sentence-BERT), section 3, regression objective; the same as
     sentence-transformers' CosineSimilarityLoss.
     """
-    # Shorter than 1e-8 is nothing, as in torch.cosine_similarity, which the reference uses here.
-    scores_P, gold_P = _scored_pairs(Q, D, targets, "cosine_mse", pairs=pairs, windows=windows, shortest=1e-8)
+    scores_P, gold_P = _scored_pairs(Q, D, targets, "cosine_mse", pairs=pairs, windows=windows, as_pairs=True)
     return (scores_P - gold_P).square().sum() / max(len(gold_P), 1)
 
 
@@ -114,7 +113,7 @@ def listed_scores(
     windows: str = "max",
     first: bool = False,
     absolute: bool = False,
-    shortest: float = 1e-12,
+    as_pairs: bool = False,
 ) -> Tensor:
     """Similarity of every query with the documents listed for it, [B, G]; where none is listed, of any document.
 
@@ -125,10 +124,11 @@ def listed_scores(
         windows: "max" or "softmax" over the windows of a document, as in `scores`.
         first: whether to leave out all but the first listed document of a query, [B, 1].
         absolute: whether a similarity below 0 loses its sign, that of each window before the best is taken.
-        shortest: of `comparable`.
+        as_pairs: of `comparable`.
     """
     check_one_of("windows", windows, WINDOWS)
-    Q, D = comparable(Q, D, similarity, shortest=shortest)
+    targets.check_queries(Q)
+    Q, D = comparable(Q, D, similarity, as_pairs=as_pairs)
 
     def listed(targets: Targets) -> Tensor:
         return (targets.group[:, :1] if first else targets.group).clamp(min=0)

@@ -113,4 +113,4 @@ def _sigmoid(
         positive_RM, _ = targets.masks(num_documents=logits_RM.shape[1])
         return (-F.logsigmoid(logits_RM.where(positive_RM, -logits_RM)).sum(dim=1),)
 
-    return by_rows(losses, Q, D, targets, rows, temperature, bias)[0].mean()
+    return by_rows(losses, Q, D, targets, rows, temperature, bias)[0].sum() / max(len(Q), 1)

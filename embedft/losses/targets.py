@@ -88,7 +88,7 @@ class Targets:
         queries_P, documents_P = self._relevant_pairs()
         row_B1 = torch.arange(len(self.group), device=self.group.device)[:, None]
         # A number for every (query, document) pair.
-        stride = int(torch.cat([self.group.flatten(), documents_P]).max()) + 2 if self.group.numel() else 1
+        stride = int(torch.cat([self.group.flatten(), documents_P]).max()) + 1 if self.group.numel() else 1
         positive_BG = torch.isin(row_B1 * stride + self.group, queries_P * stride + documents_P)
         return (self.group >= 0) & ~positive_BG
 
@@ -139,11 +139,20 @@ class Targets:
         positive[queries_P, documents_P] = True
         return (positive, ~positive) if direction == "query_document" else (positive.T, ~positive.T)
 
+    def check_queries(self, Q: Tensor) -> None:
+        """Raises `ValueError` unless Q has a row for every query."""
+        if len(Q) != len(self.group):
+            raise ValueError(f"Q has {len(Q)} rows, group lists documents of {len(self.group)} queries")
+
+    def by_row(self) -> "Targets":
+        """The same between queries and documents with `query` None: what answers one row of a query is known of all."""
+        if self.query is None:
+            return self
+        return replace(self, known=torch.stack(self._relevant_pairs(), dim=1), query=None)
+
     def of_queries(self, start: int, stop: int) -> "Targets":
         """The same for the queries `start` to `stop` alone, numbered from 0; the documents stay."""
-        rows = slice(start, stop)
-        # What the other rows of a query list as a positive is known of those that stay.
-        known = self.known if self.query is None else torch.stack(self._relevant_pairs(), dim=1)
+        rows, known = slice(start, stop), self.by_row().known
         if known is not None:
             known = known[(known[:, 0] >= start) & (known[:, 0] < stop)] - known.new_tensor([start, 0])
         return replace(
@@ -258,6 +267,7 @@ def scores(
     scores_BC = Q @ D.T
     if targets is None:
         return scores_BC
+    targets.check_queries(Q)
     return over_windows(scores_BC, targets, windows=windows, window_temperature=window_temperature)
 
 

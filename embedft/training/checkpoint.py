@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .. import device as devices
 from ..files import read_json, write_json
 
-LOSS = "loss.safetensors"
+MODEL, LOSS = "model.safetensors", "loss.safetensors"
 
 
 @dataclasses.dataclass
@@ -60,7 +60,7 @@ def save_checkpoint(
     temporary = folder / f".{path.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file(model.state_dict(), temporary / "model.safetensors")
+    save_file(model.state_dict(), temporary / MODEL)
     if loss is not None:
         save_file(loss.state_dict(), temporary / LOSS)
     save_file(_optimizer_tensors(model, loss, optimizer), temporary / "optimizer.safetensors")
@@ -84,8 +84,8 @@ def load_checkpoint(
 ) -> tuple[TrainState, dict[str, Tensor] | None] | None:
     """Restores the newest checkpoint into model, loss, optimizer and torch's generators. None when there is none.
 
-    Returns the state, and the best weights so far (None without validation). Raises `ValueError` when the checkpoint
-    is of a training whose loss had state and this one's has none, or the other way round.
+    Returns the state, and the best weights so far (None without validation). Raises `ValueError`, with nothing
+    restored, when the checkpoint is of another model, or of a loss with other state than this one's.
     """
     found = _checkpoints(folder)
     if not found:
@@ -94,9 +94,10 @@ def load_checkpoint(
     if (path / LOSS).is_file() != (loss is not None):
         had = "has" if loss is None else "lacks"
         raise ValueError(f"{path}: {had} the state of a loss, so it is not of a training with this loss")
-    if loss is not None:
-        loss.load_state_dict(load_file(path / LOSS))
-    model.load_state_dict(load_file(path / "model.safetensors"))
+    parts = {MODEL: model} if loss is None else {MODEL: model, LOSS: loss}
+    tensors = {name: _checked(load_file(path / name), module, path / name) for name, module in parts.items()}
+    for name, module in parts.items():
+        module.load_state_dict(tensors[name])
     stored = load_file(path / "optimizer.safetensors")
     for name, parameter in _parameters(model, loss):
         keys = [key for key in stored if key.partition("/")[2] == name]
@@ -108,6 +109,18 @@ def load_checkpoint(
     state.evaluations = [(step, metrics) for step, metrics in state.evaluations]
     best = path / "best.safetensors"
     return state, load_file(best) if best.is_file() else None
+
+
+def _checked(tensors: dict[str, Tensor], module: nn.Module, path: Path) -> dict[str, Tensor]:
+    """The tensors, when they are those that the module has. Raises `ValueError` with the first that differs."""
+    found, expected = ({name: list(x.shape) for name, x in given.items()} for given in (tensors, module.state_dict()))
+    for name in {**expected, **found}:
+        if found.get(name) != expected.get(name):
+            raise ValueError(
+                f"{path}: {name} is {found.get(name, 'not there')}, expected {expected.get(name, 'none')}: "
+                "it is of another training"
+            )
+    return tensors
 
 
 def _parameters(model: nn.Module, loss: nn.Module | None) -> Iterator[tuple[str, nn.Parameter]]:

@@ -94,6 +94,8 @@ class AdapterConfig:
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"{name} is {value}, expected at least 0")
+        if not 0 <= self.seed < 2**62:
+            raise ValueError(f"seed is {self.seed}, expected 0 or more and less than 2**62")
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out is {self.held_out}, expected at least 0 and below 1")
         if not re.fullmatch(r"(mrr|hit_rate)@[1-9]\d*", self.select):

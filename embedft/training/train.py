@@ -53,7 +53,7 @@ class TrainConfig:
 
     epochs: int = setting(3, "passes over the training pairs")
     lr: float = setting(5e-5, "learning rate at its highest")
-    loss_lr: float | None = setting(None, "the same for the loss's own parameters, if it has any; null: as lr")
+    loss_lr: float | None = setting(None, "the same for the loss's own parameters; null: as lr")
     schedule: Schedule = setting("linear", f"of the learning rate after warmup: {', '.join(SCHEDULES)}")
     warmup: float = setting(0.0, "steps until the learning rate is at its highest; below 1: share of all steps")
     weight_decay: float = setting(0.0, "of matrices; biases and norms have none")
@@ -76,6 +76,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
+        if abs(self.seed) >= 2**62:
+            raise ValueError(f"seed is {self.seed}, expected less than 2**62")
         for name in ("lr", "loss_lr", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
@@ -172,6 +174,8 @@ def train(
         optimizer.add_param_group({"params": own, "lr": config.loss_lr or config.lr, "weight_decay": 0.0})
     highest_lrs = [group["lr"] for group in optimizer.param_groups]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if out is not None and first:
+        out.mkdir(parents=True, exist_ok=True)
     optimizer.zero_grad()  # an earlier training may have been stopped between its gradients and its step
     state, best_weights, num_batches = TrainState(), None, 0
     refresh_seconds: float | None = None
