@@ -219,3 +219,20 @@ def test_a_source_may_have_no_hard_negatives(sampling, mixed):
             assert names == {"hard/q0": ["hard/d1", "hard/d2"], "hard/q1": ["hard/d3"]}.get(query_id, [])
     with pytest.raises(ValueError, match="num_negatives is 3, the most hard negatives that a query has are 2"):
         make_mixture(datasets=datasets, num_negatives=3, **options)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_texts_are_counted_once_for_all_sources(sampling, mixed):
+    packed = []
+
+    def pack(texts, *, role):
+        packed.extend(texts)
+        return pack_letters(texts, role=role)
+
+    mixture = Mixture(SOURCES, pack, batch_tokens=200, seed=0, sampling=sampling, mixed=mixed)
+    assert len(mixture) >= 2
+    list(mixture._examples(0, 0))  # which plans the epoch and packs nothing
+    assert sorted(packed) == sorted(
+        text for source in SOURCES.values() for part in (source.queries, source.corpus) for text in part.values()
+    )

@@ -125,6 +125,8 @@ class Batches:
         self.passages, self.windows_per_document = passages, windows_per_document
         # {query id: {document id: the number of its window that is best for the query}}: see training/windows.py.
         self.best_windows: Mapping[str, Mapping[str, int]] = {}
+        # {(role, text): its tokens}, of texts counted so far.
+        self.lengths: dict[tuple[str, str], int] = {}
         self.texts = dict(zip(dataset.corpus, dataset.document_texts(), strict=True))
         self.examples = list_examples(dataset, examples)
         most = max(len(dataset.negatives.get(query_id, ())) for query_id, _ in self.examples)
@@ -362,15 +364,19 @@ class Batches:
         )
 
     def _count(self, role: str, texts: dict[str, str]) -> dict[str, int]:
-        values, lengths = list(texts.values()), []
-        for first in range(0, len(values), COUNTED_TEXTS):
-            packed = self._packed(values[first : first + COUNTED_TEXTS], role)
+        missing = [text for text in dict.fromkeys(texts.values()) if (role, text) not in self.lengths]
+        for first in range(0, len(missing), COUNTED_TEXTS):
+            part = missing[first : first + COUNTED_TEXTS]
+            packed = self._packed(part, role)
             if role == "query" or self.passages is None:
-                lengths += packed.lengths().tolist()
+                lengths = packed.lengths().tolist()
             else:
                 windows = packed.lengths().split(packed.source.bincount().tolist())
-                lengths += [int(part.sort(descending=True)[0][: self.windows_per_document].sum()) for part in windows]
-        return dict(zip(texts, lengths, strict=True))
+                lengths = [
+                    int(of_one.sort(descending=True)[0][: self.windows_per_document].sum()) for of_one in windows
+                ]
+            self.lengths.update(zip(((role, text) for text in part), lengths, strict=True))
+        return {id_: self.lengths[role, text] for id_, text in texts.items()}
 
     @functools.cached_property
     def _shared(self) -> dict[int, tuple[int, ...]]:

@@ -77,7 +77,9 @@ class Mixture:
             # As many as are asked for have to be in one of the sources, not in all of them.
             most = max(map(len, dataset.negatives.values()), default=0)
             changed["num_negatives"] = min(most, options.get("num_negatives", 0))
-            return Batches(dataset, pack, seed=seed, **{**options, **changed})
+            source = Batches(dataset, pack, seed=seed, **{**options, **changed})
+            source.lengths = self.all.lengths
+            return source
 
         self.all = Batches(join_datasets(datasets), pack, seed=seed, **sizes, **options)
         self.dataset = self.all.dataset
