@@ -8,6 +8,7 @@ A user's error is one line on stderr and exit code 2; progress goes to stderr, r
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 from . import config as configs
@@ -62,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join('--' + name for name in options.dotted)}")
     if options.quiet:
         os.environ["EMBEDFT_PROGRESS"] = "0"
+    format_warning = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"embedft {options.command}: warning: {message}\n"
     try:
         return COMMANDS[options.command][1](options) or 0
     except (ValueError, OSError) as error:
@@ -71,3 +74,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"embedft {options.command}: interrupted", file=sys.stderr)
         return 130
+    finally:
+        warnings.formatwarning = format_warning

@@ -32,7 +32,9 @@ def find_device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"device is {name!r}, expected one that is there: cuda, cuda:1, mps, cpu ({reason})") from None
+        there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        there += [other for other, is_there in (("mps", torch.backends.mps.is_available()), ("cpu", True)) if is_there]
+        raise ValueError(f"device is {name!r}, expected one that is there: {', '.join(there)} ({reason})") from None
 
 
 def has_packed_attention(device: torch.device, dtype: torch.dtype) -> bool:

@@ -6,6 +6,7 @@
 """
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -152,6 +153,8 @@ def finetune(
         metrics = evaluate_run(Run.from_dict({}), validation, **cutoffs).metrics
         if config.select not in metrics:
             raise ValueError(f"select is {config.select!r}, expected one of {', '.join(metrics)}")
+        if (shared := validation.shares_with(dataset)) and distributed.rank_and_size()[0] == 0:
+            warnings.warn(shared, stacklevel=2)
     if embedder.similarity == "dot" and not embedder.normalize and _lacks_similarity(config.loss):
         raise ValueError("the model's similarity is the dot product: loss.similarity has to say 'dot' or 'cosine'")
     if config.max_length is not None:

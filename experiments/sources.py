@@ -36,5 +36,6 @@ def find_data(name: str, given: str | None) -> Path:
     folder, source = Path(given) if given else SHARED / name, SOURCES[name]
     for file in source.files:
         if not (folder / file).is_file():
-            raise FileNotFoundError(f"{folder / file} is not there; get it from {source.origin} and name its folder")
+            where = f"get it from {source.origin}, and name its folder: --data DIR"
+            raise FileNotFoundError(f"{folder / file} is not there; {where}")
     return folder

@@ -95,6 +95,27 @@ def test_finetune(place, capsys):
     assert capsys.readouterr().out == "model: run/model\n"
     assert main(["finetune", "model", "pairs.json", "--out", "new", "--epochs", "1", "--resume"]) == 0
     assert capsys.readouterr().err == "new: no run to resume, a new one begins\n"
+    # Done: a job that is put into a queue again has nothing to do, unless it is another one.
+    assert main(["finetune", "model", "pairs.json", "--out", "new", "--epochs", "1", "--resume"]) == 0
+    assert capsys.readouterr() == ("", "new: this run is done, its model is new/model\n")
+    assert main(["finetune", "model", "pairs.json", "--out", "new", "--epochs", "2", "--resume"]) == 2
+    assert "new: this run is done, with epochs 1 and not 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["finetune", "adapter"])
+def test_validation_that_trains_too_is_told_in_one_line(place, command):
+    arguments = [command, "model", "pairs.json", "--validation", "pairs.json", "--out", "run", "--epochs", "1"]
+    done = subprocess.run([sys.executable, "-m", "embedft", *arguments], capture_output=True, text=True)
+    told = "12 of 12 validation questions and 9 of the 9 documents that answer them train too"
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"embedft {command}: warning: {told}")
+
+
+def test_an_api_cannot_be_trained(place, capsys, monkeypatch):
+    """Which is told without asking for a key."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert main(["finetune", "openai:x", "pairs.json", "--out", "run"]) == 2
+    assert "openai:x is behind an API, so its weights cannot be trained" in capsys.readouterr().err
 
 
 def test_finetune_on_several_datasets(place, capsys):

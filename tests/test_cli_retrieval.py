@@ -63,6 +63,21 @@ def test_evaluate(place, capsys):
     assert {path.name for path in (place / "eval").iterdir()} == {"metrics.json", "per_query.jsonl", "run.trec", "bm25"}
 
 
+def test_a_report_is_replaced_on_request_and_nothing_of_it_stays(place, capsys):
+    run(capsys, "evaluate model pairs.json --fuse --out eval")
+    (place / "eval" / "fused" / "notes.txt").write_text("mine")
+    check_error(
+        capsys, "evaluate missing-model pairs.json --no-bm25 --out eval", "eval: holds a report already; choose"
+    )
+    run(capsys, "evaluate model pairs.json --no-bm25 --overwrite --out eval")
+    found = sorted(str(path.relative_to(place / "eval")) for path in (place / "eval").rglob("*") if path.is_file())
+    assert found == ["fused/notes.txt", "metrics.json", "per_query.jsonl", "run.trec"]
+    assert not (place / "eval" / "bm25").exists()
+    run(capsys, "evaluate model pairs.json --dims 32 8 --out grid")
+    check_error(capsys, "evaluate model pairs.json --out grid", "grid/bm25: holds a report already")
+    check_error(capsys, "evaluate model pairs.json --overwrite", "--overwrite is for --out, which is not given")
+
+
 def test_evaluate_without_bm25(place, capsys):
     report = evaluate(make_embedder(place / "model"), make_dataset())
     assert run(capsys, "evaluate model pairs.json --no-bm25 --out eval") == f"{report}\n"

@@ -67,7 +67,9 @@ def test_chunk(place, capsys):
 
 def test_chunk_splits_and_leaves_no_file_of_an_earlier_split(place, capsys):
     assert chunk() == 0
+    capsys.readouterr()
     assert chunk("--train-files", "docs/notes.txt") == 0
+    assert capsys.readouterr().err.splitlines()[-1] == "chunks/chunks.jsonl: removed, it was of another split"
     assert sorted(path.name for path in (place / "chunks").iterdir()) == [
         "chunk-report.json",
         "train.jsonl",
@@ -338,7 +340,10 @@ def test_data_sets_load_in_llamaindex_and_in_sentence_transformers(place, capsys
         ("questions a b --out out", "2 sources, expected one file or folder of chunks"),
         ("questions docs/notes.txt --out out --method ict", "docs/notes.txt line 1 column 1: invalid JSON"),
         ("chunk nowhere --out out", "nowhere"),
-        ("chunk docs --out out --overlap 999", "overlap 999"),
+        (
+            "chunk docs --out out --overlap 999",
+            "--overlap is 999, expected 0 or more and less than the 254 tokens of text",
+        ),
         ("questions a --out out --method docstring", "'a' is not an installed top-level package"),
         (
             "questions docs/more.md --out out --method ict --dry-run",

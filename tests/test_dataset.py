@@ -795,3 +795,14 @@ def test_lyft_uber(tmp_path, name, num_queries, num_documents):
     for path in ("x.json", "x.jsonl", "beir"):
         dataset.save(tmp_path / path)
         assert RetrievalDataset.load(tmp_path / path) == dataset
+
+
+def test_what_trains_too_by_hand():
+    """By text: question "a" is on both sides, and the text "x", which answers another question there."""
+    held_out = RetrievalDataset({"q": "a", "r": "b", "s": "c"}, {"d": "x", "e": "y"}, {"q": {"d": 1}, "r": {"e": 1}})
+    training = RetrievalDataset({"1": "a", "2": "c"}, {"7": "z", "8": "x"}, {"1": {"7": 1}, "2": {"8": 1, "7": 0}})
+    told = "1 of 2 validation questions and 1 of the 2 documents that answer them train too"
+    assert held_out.shares_with(training).startswith(told)
+    # Question "c" is not judged here, "x" there answers nothing.
+    other = RetrievalDataset({"2": "c"}, {"7": "z", "8": "x"}, {"2": {"8": 0, "7": 1}})
+    assert held_out.shares_with(other) == ""

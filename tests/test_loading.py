@@ -224,6 +224,12 @@ def test_an_older_and_a_newer_name_of_one_tensor(folder):
     assert_refused(f"{name} is there twice", folder)
 
 
+def test_saved_weights_are_as_readable_as_the_umask_allows(tiny_bert, tmp_path):
+    load(tiny_bert).save(tmp_path / "saved")
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "saved").iterdir() if path.is_file()}
+    assert modes["model.safetensors"] == modes["config.json"] == modes["tokenizer.json"]
+
+
 def test_an_embedder_made_by_hand_is_not_saved(tiny_bert, tmp_path):
     found = load(tiny_bert)
     with pytest.raises(ValueError, match="was not loaded from a model folder"):

@@ -266,9 +266,15 @@ def test_all_pairs_can_be_used(package, counts):
     assert tuple(len(dataset.corpus) for dataset in datasets) == counts
 
 
+def test_where_there_are_fewer_pairs_all_are_taken(package):
+    write_modules(package, [2, 3])
+    datasets = docstring_datasets(num_train=9, num_held_out=4, seed=0, packages=["made"])
+    assert sorted(len(dataset.queries) for dataset in datasets) == [2, 3]
+
+
 def test_errors_say_what_was_found(package):
-    write_modules(package, [2, 2])
-    with pytest.raises(ValueError, match=r"3 training and 2 held-out pairs .* made give 2 and 2 \(2 modules\)"):
+    write_modules(package, [4])
+    with pytest.raises(ValueError, match=r"of made give 4 training and 0 held-out pairs \(1 modules\), expected some"):
         docstring_datasets(num_train=3, num_held_out=2, seed=0, packages=["made"])
     with pytest.raises(ValueError, match="must be at least 1, found 3 and 0"):
         docstring_datasets(num_train=3, num_held_out=0, seed=0, packages=["made"])

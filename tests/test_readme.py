@@ -36,16 +36,16 @@ def test_adding_a_loss(copy):
 
     contrastive, registry = (copy / "embedft" / "losses" / name for name in ("contrastive.py", "registry.py"))
     contrastive.write_text(f"{contrastive.read_text()}\n\n{function}")
-    imported, line = registration.splitlines(keepends=True)
+    name = registration.partition(": ")[2].strip(",\n")
     text = registry.read_text()
-    for before, added in (("from .contrastive import", imported), ('    "in_batch_negatives": in_batch', line)):
+    for before, added in (("in_batch_negatives, ", f"{name}, "), ('    "in_batch_negatives": in_batch', registration)):
         assert text.count(before) == 1
         text = text.replace(before, added + before)
     registry.write_text(text)
 
     test, finetune = (shlex.split(command) for command in commands.replace("\\\n", " ").splitlines())
-    assert test[0] == "pytest"
-    output = run([sys.executable, "-m", *test, "-q", "-p", "no:cacheprovider"], copy)
+    assert test[:3] == ["python", "-m", "pytest"]
+    output = run([sys.executable, *test[1:], "-q", "-p", "no:cacheprovider"], copy)
     assert re.search(r"(\d+) passed", output)
     assert int(re.search(r"(\d+) passed", output)[1]) > 20
 

@@ -7,6 +7,7 @@ embedft evaluate sentence-transformers/all-MiniLM-L6-v2 held_out.csv --adapter a
 import argparse
 import contextlib
 import tempfile
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,6 +58,8 @@ def _adapter(options: argparse.Namespace) -> None:
     validation = None
     if options.validation:
         validation = _load_data(options.validation, options, merge=True, split=options.validation_split)
+        if shared := validation.shares_with(dataset):
+            warnings.warn(shared, stacklevel=1)
     start = None if options.start is None else Adapter.load(options.start)
     embedder = _load_encoding(options)
     if embedder.adapter is not None:

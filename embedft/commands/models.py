@@ -16,10 +16,10 @@ from .. import config as configs
 from ..data.dataset import RetrievalDataset
 from ..data.formats import FORMATS
 from ..encoders.embedder import ROLES, WINDOW_TEXTS, Embedder
-from ..encoders.loading import load_embedder
+from ..encoders.loading import API_PREFIX, load_embedder
 from ..encoders.long_texts import TOO_LONG
 from ..encoders.openai_api import ApiEmbedder
-from ..files import atomic_write, check_writable, read_jsonl, read_lines
+from ..files import atomic_write, check_writable, read_json, read_jsonl, read_lines
 from ..losses.registry import describe_losses
 from ..recipe import VALIDATION, VALIDATION_BASE, FinetuneConfig, finetune
 from ..retrieval.report import Report, compare
@@ -30,8 +30,8 @@ API_OPTIONS = ("base_url", "dimensions", "too_long", "price", "max_cost", "ledge
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="folder, hub id, name of a package, or openai:MODEL")
+def _add_model(parser: argparse.ArgumentParser, *, more: str = ", or openai:MODEL") -> None:
+    parser.add_argument("model", metavar="MODEL", help=f"folder, hub id, name of a package{more}")
     parser.add_argument("--device", help="cuda, cuda:1, mps, cpu [the best there is]")
     parser.add_argument("--revision", help="commit, tag or branch of a hub model")
 
@@ -96,7 +96,7 @@ def _load_data(path: str, options: argparse.Namespace, *, merge: bool, split: st
 
 
 def _add_finetune(parser: argparse.ArgumentParser) -> None:
-    _add_model(parser)
+    _add_model(parser, more="")
     parser.add_argument(
         "data",
         metavar="DATA",
@@ -129,7 +129,14 @@ def _finetune_rank(options: argparse.Namespace) -> None:
     if not first:
         os.environ["EMBEDFT_PROGRESS"] = "0"
     config = configs.config_from_options(FinetuneConfig, options)
+    if options.model.startswith(API_PREFIX):
+        raise ValueError(f"{options.model} is behind an API, so its weights cannot be trained; an adapter on it can")
     out = Path(options.out)
+    if options.resume and (out / runs.DONE).exists():
+        _check_done(out, config)
+        if first:
+            print(f"{out}: this run is done, its model is {out / runs.MODEL}", file=sys.stderr)
+        return
     existing = "overwrite" if options.overwrite else "resume" if options.resume else "refuse"
     distributed.from_first(lambda: runs.check_run(out, existing))
     embedder, dataset, validation = distributed.together(lambda: _load_finetune(options))
@@ -144,6 +151,15 @@ def _finetune_rank(options: argparse.Namespace) -> None:
         print(compare(before, after, metric=config.select))
         print("these questions chose the weights; for a claim, run embedft evaluate on others")
     print(f"model: {out / runs.MODEL}")
+
+
+def _check_done(out: Path, config: FinetuneConfig) -> None:
+    """Raises `ValueError` when the run in `out` is done, but with another setting."""
+    done = read_json(out / runs.CONFIG)
+    for name, value in configs.to_dict(config).items():
+        # The run's configuration says which length the model had.
+        if done.get(name) != value and not (name == "max_length" and value is None):
+            raise ValueError(f"{out}: this run is done, with {name} {done.get(name)!r} and not {value!r}")
 
 
 def _load_finetune(

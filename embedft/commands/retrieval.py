@@ -22,7 +22,7 @@ from ..retrieval.bm25 import bm25_run
 from ..retrieval.evaluate import evaluate_grid, evaluate_run
 from ..retrieval.fusion import fuse
 from ..retrieval.plots import plot_questions, save_figure
-from ..retrieval.report import Report
+from ..retrieval.report import REPORT_FILES, Report
 from ..retrieval.run import Run, check_trec_ids
 from ..retrieval.settings import PRECISIONS
 from ..retrieval.tables import (
@@ -89,6 +89,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         help="write metrics.json, per_query.jsonl and run.trec; BM25's to DIR/bm25, those of several settings to"
         " DIR/<setting>",
     )
+    output.add_argument("--overwrite", action="store_true", help="replace the reports that are already in DIR")
     form = output.add_mutually_exclusive_group()
     form.add_argument("--style", choices=STYLES, default="text", help="of the tables [text]")
     form.add_argument("--json", action="store_true", help="print all metrics as JSON")
@@ -112,6 +113,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     cutoffs = {"ks": options.ks, "depth": options.depth, "gain": options.gain}
     if options.out:
         check_writable(options.out)
+        if not options.overwrite and (there := _saved_reports(Path(options.out))):
+            raise ValueError(f"{there[0]}: holds a report already; choose another --out, or --overwrite")
+    elif options.overwrite:
+        raise ValueError("--overwrite is for --out, which is not given")
     dataset = _load_data(options.data, options, merge=not options.no_merge, split=options.split)
     if options.out:
         check_trec_ids([*dataset.queries, *dataset.corpus])
@@ -203,7 +208,18 @@ def _with_setting(report: Report, setting: Mapping[str, Any]) -> Report:
     return dataclasses.replace(report, setting={**setting, **report.setting})
 
 
+def _saved_reports(out: Path) -> list[Path]:
+    """Folders of reports that an earlier evaluation may have written to `out`."""
+    return [folder for folder in (out, *sorted(out.glob("*/"))) if (folder / "metrics.json").is_file()]
+
+
 def _save(out: Path, reports: Sequence[Report], beside: Mapping[str, Report]) -> None:
+    # None stays of an evaluation of something else.
+    for folder in _saved_reports(out):
+        for name in REPORT_FILES:
+            (folder / name).unlink(missing_ok=True)
+        if folder != out and not any(folder.iterdir()):
+            folder.rmdir()
     for report in reports:
         report.save(out if len(reports) == 1 else out / setting_name(report.setting))
     for name, report in beside.items():

@@ -59,6 +59,9 @@ def _chunk(options: argparse.Namespace) -> None:
     if size < 1:
         around = f"{reading.num_around} tokens that the model puts around a text"
         raise ValueError(f"--size is {options.size}, expected more than the {around}")
+    if not 0 <= options.overlap < size:
+        room = f"the {size} tokens of text in a chunk of {limit}"
+        raise ValueError(f"--overlap is {options.overlap}, expected 0 or more and less than {room}")
     if limit > reading.max_length:
         most = f"{options.model} reads {reading.max_length}, unless its max_length is set"
         print(f"--size is {options.size} tokens, but {most}: the rest of a chunk would be cut off", file=sys.stderr)
@@ -105,7 +108,10 @@ def _chunk(options: argparse.Namespace) -> None:
     else:
         sides = {WHOLE: chunks}
     for name in {WHOLE, TRAIN, VALIDATION} - sides.keys():
-        (out / f"{name}.jsonl").unlink(missing_ok=True)  # of an earlier call with another split
+        earlier = out / f"{name}.jsonl"  # of a call with another split
+        if earlier.is_file():
+            earlier.unlink()
+            print(f"{earlier}: removed, it was of another split", file=sys.stderr)
     for name, side in sides.items():
         save_chunks(out / f"{name}.jsonl", side)
         print(f"{out / name}.jsonl: {len(side):,} chunks")

@@ -245,6 +245,24 @@ class RetrievalDataset:
             {i: find(node) for i, node in document_nodes.items()},
         )
 
+    def shares_with(self, training: "RetrievalDataset") -> str:
+        """What of these judged questions trains too, by text, for a message; empty when nothing does."""
+        (questions, documents), (asked, answering) = self._judged_texts(), training._judged_texts()
+        num_questions, num_documents = len(questions & asked), len(documents & answering)
+        if not num_questions and not num_documents:
+            return ""
+        return (
+            f"{num_questions:,} of {len(questions):,} validation questions and {num_documents:,} of the "
+            f"{len(documents):,} documents that answer them train too: what they show is in part what was learned"
+        )
+
+    def _judged_texts(self) -> tuple[set[str], set[str]]:
+        """The texts of the queries that have a relevant document, and of these documents."""
+        texts = dict(zip(self.corpus, self.document_texts(), strict=True))
+        relevant = {q: [d for d, grade in by.items() if grade > 0] for q, by in self.qrels.items()}
+        questions = {self.queries[query_id] for query_id, documents in relevant.items() if documents}
+        return questions, {texts[document_id] for documents in relevant.values() for document_id in documents}
+
     def sha256(self) -> str:
         """A hash of everything the dataset holds, order included: 64 hexadecimal digits."""
         digest = hashlib.sha256()

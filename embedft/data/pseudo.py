@@ -140,11 +140,11 @@ def docstring_datasets(
     are then drawn from its modules. Document ids are names ("json.loads"), query ids the same with "/q".
 
     Args:
-        num_train, num_held_out: pairs to draw, at least 1.
+        num_train, num_held_out: pairs to draw, at least 1; where there are fewer, all of a side.
         seed: of the deal and the draw.
 
     Raises:
-        ValueError: the packages have too few pairs.
+        ValueError: the packages have no pair for one of the sides.
     """
     wanted = np.array([num_train, num_held_out])
     if (wanted < 1).any():
@@ -160,10 +160,10 @@ def docstring_datasets(
         neediest = (found / wanted).argmin()
         sides[neediest] += modules[position]
         found[neediest] += len(modules[position])
-    if (found < wanted).any():
+    if not found.all():
         raise ValueError(
-            f"{num_train:,} training and {num_held_out:,} held-out pairs were asked for, but the docstrings of "
-            f"{', '.join(packages)} give {found[0]:,} and {found[1]:,} ({len(modules):,} modules)"
+            f"the docstrings of {', '.join(packages)} give {found[0]:,} training and {found[1]:,} held-out pairs "
+            f"({len(modules):,} modules), expected some of both"
         )
     train, held_out = (
         _dataset([side[row] for row in generator.permutation(len(side))[:count]])

@@ -320,6 +320,10 @@ def _write_router(folder: Path, dense: dict[str, tuple[Tensor, Tensor | None] | 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
+    # What the umask gives to a new file: safetensors makes one that its owner alone can read.
+    temporary.touch()
+    mode = temporary.stat().st_mode
     # A copy of each, for the file holds no tensor that shares memory with another.
     save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
+    temporary.chmod(mode)
     os.replace(temporary, path)

@@ -29,6 +29,9 @@ from .significance import (
     wins_ties_losses,
 )
 
+# What a saved report consists of; the last is written last, so its presence says that all is there.
+REPORT_FILES = ("run.trec", "per_query.jsonl", "metrics.json")
+
 
 @dataclass(frozen=True, eq=False)
 class Report:
@@ -97,7 +100,7 @@ class Report:
         """
         folder = Path(folder)
         check_trec_ids([*self.run.query_ids, *self.run.document_ids])
-        (folder / "metrics.json").unlink(missing_ok=True)  # written last, so its presence says that all is there
+        (folder / "metrics.json").unlink(missing_ok=True)
         self.run.save(folder / "run.trec")
         columns = {name: values.tolist() for name, values in self.per_query.items()}
         with atomic_write(folder / "per_query.jsonl") as file:
@@ -122,7 +125,7 @@ class Report:
             ValueError: when a file is missing or damaged, or the files are not of one report.
         """
         folder = Path(folder)
-        for name in ("metrics.json", "per_query.jsonl", "run.trec"):
+        for name in reversed(REPORT_FILES):
             if not (folder / name).is_file():
                 raise ValueError(f"{folder} holds no report: {name} is missing")
         summary = read_json(folder / "metrics.json")

@@ -12,6 +12,7 @@ Not here: how reports come about (evaluate.py), the statistics (report.py, signi
 
 import csv
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -21,6 +22,8 @@ from .report import Comparison, Report, compare
 Style = Literal["text", "markdown", "csv", "latex"]
 STYLES = ("text", "markdown", "csv", "latex")
 MAIN_METRICS = ("hit_rate@5", "mrr@10", "ndcg@10", "map@100")
+# A search that took less says nothing of its rate: "queries/s" is left empty.
+TIMED_SECONDS = 0.1
 # What LaTeX would read as a command; < > | come out as other signs in its default font encoding.
 LATEX = str.maketrans(
     {
@@ -198,8 +201,8 @@ def format_grid(reports: Sequence[Report], *, metric: str = "ndcg@10", style: St
     Columns: passages (size/stride in tokens, where some row has any), dim, precision, index; the mean of `metric`;
     difference, interval and p-value of `compare`, Holm over all rows but the base; the share of the first 10 documents
     of exact search over the same vectors that this search has among its first 10 ("of exact"); queries a second of
-    search alone; bytes a document; seconds to build the index. What a report does not say stays empty, as for one of
-    BM25.
+    search alone, empty where that took less than a tenth of a second (CSV has them all); bytes a document; seconds to
+    build the index. What a report does not say stays empty, as for one of BM25.
 
     Raises:
         ValueError: no reports, reports over different questions, a metric that one of them lacks, an unknown style.
@@ -233,6 +236,8 @@ def format_grid(reports: Sequence[Report], *, metric: str = "ndcg@10", style: St
         statistics = [found.difference, found.interval, found.p_value] if found else of_base
         settings = [report.setting.get(column.keys[0]) for column in columns[:3]]
         costs = [report.costs.get(column.keys[0]) for column in columns[-4:]]
+        if style != "csv" and report.costs.get("search_seconds", math.inf) < TIMED_SECONDS:
+            costs[1] = None
         rows.append([*settings, report.metrics[metric], *statistics, *costs])
     with_passages = any(report.setting.get("passages") for report in reports)
     if with_passages:
