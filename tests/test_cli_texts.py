@@ -338,7 +338,7 @@ def test_data_sets_load_in_llamaindex_and_in_sentence_transformers(place, capsys
         ("questions chunks --out out", "chunks: no such file or folder"),
         ("questions docs --out out", "docs: no chunks.jsonl and no train.jsonl in it"),
         ("questions a b --out out", "2 sources, expected one file or folder of chunks"),
-        ("questions docs/notes.txt --out out --method ict", "docs/notes.txt line 1 column 1: invalid JSON"),
+        ("questions docs/notes.txt --out out --method ict", "docs/notes.txt: a document, expected its chunks: cut it"),
         ("chunk nowhere --out out", "nowhere"),
         (
             "chunk docs --out out --overlap 999",

@@ -16,7 +16,7 @@ from ..data import pseudo
 from ..data.chunks import Chunk, chunk_pages, load_chunks, parse_pages, save_chunks, split_chunks
 from ..data.cleaning import Cleaned, clean, drop_held_out, round_trip
 from ..data.dataset import RetrievalDataset
-from ..data.documents import drop_repeated_lines, read_documents
+from ..data.documents import SUFFIXES, drop_repeated_lines, read_documents
 from ..data.prompts import TEMPLATE
 from ..data.questions import Estimate, Outcome, QuestionConfig, estimate, question_dataset, write_questions
 from ..encoders.loading import load_embedder, load_reading
@@ -214,6 +214,8 @@ def _load_sides(sources: Sequence[str]) -> dict[str, list[Chunk]]:
         return {name: load_chunks(file) for name, file in found.items()}
     if not path.is_file():
         raise ValueError(f"{path}: no such file or folder")
+    if path.suffix.lower() in SUFFIXES:
+        raise ValueError(f"{path}: a document, expected its chunks: cut it with `embedft chunk` first")
     return {path.stem: load_chunks(path)}
 
 
