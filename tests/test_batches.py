@@ -264,6 +264,19 @@ def test_no_text_stands_twice_in_a_batch(shape, batch_size, negatives):
             assert max(map(len, plan)) <= batch_size + 1
 
 
+def test_rows_that_share_texts_are_spread_over_the_epoch():
+    """Ten texts of two rows each among 100 rows: by chance about two of these 20 rows in each of ten batches."""
+    corpus = {f"d{i}": f"text {i // 2 if i < 20 else i}" for i in range(100)}
+    queries = {f"q{i}": f"question {i}" for i in range(100)}
+    batches = make_batches(
+        RetrievalDataset(queries, corpus, {f"q{i}": {f"d{i}": 1} for i in range(100)}), 10, no_duplicates=True
+    )
+    for epoch in range(5):
+        counts = [sum(row < 20 for row in rows) for rows in batches.plan(epoch)]
+        assert (sum(counts), len(counts)) == (20, 10)
+        assert max(counts) <= 6
+
+
 def test_a_query_and_another_querys_document_of_the_same_text_are_apart():
     queries, corpus = {"a": "how to", "b": "where to"}, {"c": "where to", "d": "there"}
     dataset = RetrievalDataset(queries, corpus, {"a": {"c": 1}, "b": {"d": 1}})
