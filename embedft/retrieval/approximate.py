@@ -14,6 +14,7 @@ Shapes: Q queries, N documents, D dimensions, K = min(depth, N) results.
 import contextlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -295,7 +296,8 @@ def _refusals(preset: str, dim: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
+        # Without the C++ function and line that it is from.
+        reason = re.sub(r"^Error in .* at \S+:\d+: ", "", str(error).strip().splitlines()[-1])
         known = ", ".join(PRESETS)
         raise ValueError(
             f"index {preset!r} at {dim} dimensions: expected one of {known}, or a string that FAISS's index_factory"
