@@ -40,7 +40,7 @@ DEVICES = [
     "cpu",
     *(name for name, module in (("cuda", torch.cuda), ("mps", torch.backends.mps)) if module.is_available()),
 ]
-MORE = {"group": -1, "target_scores": 0.0}
+MORE = {"group": -1, "relevance": 0.0, "target_scores": 0.0}
 every_loss = pytest.mark.parametrize("name", LOSSES)
 every_wrapper = pytest.mark.parametrize("wrapper", WRAPPERS)
 # The wrapped Matryoshka has the full width of what it gets, 4, and the wrapper that of the batch.
@@ -62,7 +62,8 @@ def make_loss(name: str, wrapper: str = "plain", dtype: torch.dtype = torch.floa
 def make_batch(
     num_queries: int = 6, num_documents: int = 9, *, seed: int = 0, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor, Targets]:
-    """Everything that data can hold: shared documents, documents that are not there, known pairs, every reference."""
+    """Everything that data can hold: shared documents, documents that are not there, known pairs, a query of two rows,
+    every reference, and with an even seed grades."""
     generator = torch.Generator().manual_seed(seed)
     group = torch.stack([torch.randperm(num_documents, generator=generator)[:3] for _ in range(num_queries)])
     if num_queries > 2:
@@ -76,7 +77,10 @@ def make_batch(
         for i, (reference, dim) in enumerate({"guide": 5, "teacher": TEACHER_DIM, "base": DIM}.items())
     }
     scores = random_vectors(num_queries, 3, seed=seed + 50, dtype=dtype).detach()
-    return Q, D, Targets(group, known=known, target_scores=scores, references=references)
+    query = torch.arange(num_queries)
+    query[-1] = query[0]
+    relevance = torch.tensor([1, 2, 0], dtype=dtype).repeat(num_queries, 1) if seed % 2 == 0 else None
+    return Q, D, Targets(group, relevance, known, target_scores=scores, references=references, query=query)
 
 
 def listed_alone(targets: Targets, num_queries: int, num_documents: int) -> Targets:
@@ -173,6 +177,8 @@ def test_the_order_of_documents_and_queries_is_no_matter(name, wrapper):
     moved = Targets(
         torch.where(targets.group < 0, -1, place_of_document[targets.group])[queries],
         known=torch.stack([place_of_query[targets.known[:, 0]], place_of_document[targets.known[:, 1]]], dim=1),
+        relevance=None if targets.relevance is None else targets.relevance[queries],
+        query=targets.query[queries],
         target_scores=targets.target_scores[queries],
         references={name: (q[queries], d[documents]) for name, (q, d) in targets.references.items()},
     )
@@ -275,7 +281,7 @@ def test_mutates_nothing(name, wrapper):
     loss_and_gradients(make_loss(name, wrapper), Q, D, targets)
     for old, new in zip(before[0], (Q, D), strict=True):
         assert torch.equal(old, new)
-    for field in ("group", "known", "target_scores"):
+    for field in ("group", "relevance", "known", "target_scores", "query"):
         assert torch.equal(getattr(before[1], field), getattr(targets, field))
     for reference, pair in before[1].references.items():
         assert all(torch.equal(old, new) for old, new in zip(pair, targets.references[reference], strict=True))
