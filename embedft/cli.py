@@ -64,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.quiet:
         os.environ["EMBEDFT_PROGRESS"] = "0"
     format_warning = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_, **__: f"embedft {options.command}: warning: {message}\n"
+    said = "" if told_by_rank_0() else f"embedft {options.command}: warning: "
+    warnings.formatwarning = lambda message, *_, **__: said and f"{said}{message}\n"
     try:
         return COMMANDS[options.command][1](options) or 0
     except (ValueError, OSError) as error:

@@ -957,7 +957,7 @@ def test_errors_from_the_command_line(tmp_path, data, monkeypatch, capsys):
         assert "OPENAI_API_KEY is not set" in capsys.readouterr().err
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     assert cli.main(["finetune", "openai:m", data, "--out", str(tmp_path / "run")]) == 2
-    assert capsys.readouterr().err.startswith("embedft finetune: error: m is behind an API")
+    assert capsys.readouterr().err.startswith("embedft finetune: error: openai:m is behind an API")
     assert not (tmp_path / "run").exists()
 
 
