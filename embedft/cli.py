@@ -49,7 +49,7 @@ def one_line(error: Exception) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one subcommand. Returns the exit code: 0, 1 when something is left to do, 2 for a user's error."""
+    """Runs one subcommand. Returns the exit code: 0; 1: something is left to do, or nobody reads; 2: an error."""
     parser = Parser(
         prog="embedft", description="Fine-tune text embedding models for retrieval, and measure what it brought."
     )
@@ -67,7 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     said = "" if told_by_rank_0() else f"embedft {options.command}: warning: "
     warnings.formatwarning = lambda message, *_, **__: said and f"{said}{message}\n"
     try:
-        return COMMANDS[options.command][1](options) or 0
+        code = COMMANDS[options.command][1](options) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Whoever read the output has had enough, as `head` does. What is left goes nowhere, at exit too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError) as error:
         if not told_by_rank_0():
             print(f"embedft {options.command}: error: {one_line(error)}", file=sys.stderr)

@@ -161,6 +161,17 @@ def test_in_a_process_of_its_own(place):
     assert (bad.returncode, bad.stdout, bad.stderr) == (2, "", "embedft info: error: ./missing: no such folder\n")
 
 
+def test_a_reader_that_goes_is_no_error(place):
+    """As with `embedft info model | head -1`: nothing on stderr, neither at once nor at exit."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "embedft", "info", "model"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 1
+    process.stderr.close()
+
+
 # Users' errors.
 
 
