@@ -95,11 +95,6 @@ def test_finetune(place, capsys):
     assert capsys.readouterr().out == "model: run/model\n"
     assert main(["finetune", "model", "pairs.json", "--out", "new", "--epochs", "1", "--resume"]) == 0
     assert capsys.readouterr().err == "new: no run to resume, a new one begins\n"
-    # Done: a job that is put into a queue again has nothing to do, unless it is another one.
-    assert main(["finetune", "model", "pairs.json", "--out", "new", "--epochs", "1", "--resume"]) == 0
-    assert capsys.readouterr() == ("", "new: this run is done, its model is new/model\n")
-    assert main(["finetune", "model", "pairs.json", "--out", "new", "--epochs", "2", "--resume"]) == 2
-    assert "new: this run is done, with epochs 1 and not 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["finetune", "adapter"])

@@ -19,7 +19,7 @@ from ..encoders.embedder import ROLES, WINDOW_TEXTS, Embedder
 from ..encoders.loading import API_PREFIX, load_embedder
 from ..encoders.long_texts import TOO_LONG
 from ..encoders.openai_api import ApiEmbedder
-from ..files import atomic_write, check_writable, read_json, read_jsonl, read_lines
+from ..files import atomic_write, check_writable, read_jsonl, read_lines
 from ..losses.registry import describe_losses
 from ..recipe import VALIDATION, VALIDATION_BASE, FinetuneConfig, finetune
 from ..retrieval.report import Report, compare
@@ -132,11 +132,6 @@ def _finetune_rank(options: argparse.Namespace) -> None:
     if options.model.startswith(API_PREFIX):
         raise ValueError(f"{options.model} is behind an API, so its weights cannot be trained; an adapter on it can")
     out = Path(options.out)
-    if options.resume and (out / runs.DONE).exists():
-        _check_done(out, config)
-        if first:
-            print(f"{out}: this run is done, its model is {out / runs.MODEL}", file=sys.stderr)
-        return
     existing = "overwrite" if options.overwrite else "resume" if options.resume else "refuse"
     distributed.from_first(lambda: runs.check_run(out, existing))
     embedder, dataset, validation = distributed.together(lambda: _load_finetune(options))
@@ -151,15 +146,6 @@ def _finetune_rank(options: argparse.Namespace) -> None:
         print(compare(before, after, metric=config.select))
         print("these questions chose the weights; for a claim, run embedft evaluate on others")
     print(f"model: {out / runs.MODEL}")
-
-
-def _check_done(out: Path, config: FinetuneConfig) -> None:
-    """Raises `ValueError` when the run in `out` is done, but with another setting."""
-    done = read_json(out / runs.CONFIG)
-    for name, value in configs.to_dict(config).items():
-        # The run's configuration says which length the model had.
-        if done.get(name) != value and not (name == "max_length" and value is None):
-            raise ValueError(f"{out}: this run is done, with {name} {done.get(name)!r} and not {value!r}")
 
 
 def _load_finetune(

@@ -129,9 +129,12 @@ class Batches:
         self.lengths: dict[tuple[str, str], int] = {}
         self.texts = dict(zip(dataset.corpus, dataset.document_texts(), strict=True))
         self.examples = list_examples(dataset, examples)
-        most = max(len(dataset.negatives.get(query_id, ())) for query_id, _ in self.examples)
-        if num_negatives > most:
-            raise ValueError(f"num_negatives is {num_negatives}, the most hard negatives that a query has are {most}")
+        if num_negatives:
+            most = max(len(dataset.negatives.get(query_id, ())) for query_id, _ in self.examples)
+            if num_negatives > most:
+                raise ValueError(
+                    f"num_negatives is {num_negatives}, the most hard negatives that a query has are {most}"
+                )
         for example in self.examples if self.target_scores else ():
             for document_id in self.listed(example):
                 if document_id not in dataset.scores.get(example[0], {}):
