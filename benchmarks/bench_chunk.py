@@ -11,8 +11,8 @@ from collections import Counter
 from pathlib import Path
 
 from embedft import load_embedder
-from embedft.data.chunks import chunk_pages
-from embedft.data.documents import read_documents
+from embedft.corpus.chunks import chunk_pages
+from embedft.corpus.documents import read_documents
 from embedft.retrieval.tables import format_table
 from experiments.commandline import make_parser, run
 from experiments.sources import SHARED

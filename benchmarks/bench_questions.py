@@ -16,9 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from embedft.data.chunks import Chunk
-from embedft.data.prompts import RESPONSE_FORMAT, TEMPLATE, fill_template, parse_reply
-from embedft.data.questions import QuestionConfig, write_questions
+from embedft.corpus.chunks import Chunk
+from embedft.corpus.prompts import RESPONSE_FORMAT, TEMPLATE, fill_template, parse_reply
+from embedft.corpus.questions import QuestionConfig, write_questions
 from embedft.retrieval.tables import format_table
 from experiments.commandline import make_parser, run
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from embedft import Report, RetrievalDataset, compare, evaluate, evaluate_run, load_embedder
-from embedft.data.cleaning import Cleaned, clean
+from embedft.corpus.cleaning import Cleaned, clean
 from embedft.retrieval.tables import format_table
 
 from .commandline import make_parser, run

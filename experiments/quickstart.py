@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 
 from embedft import FinetuneConfig, RetrievalDataset, evaluate, finetune, load_embedder
-from embedft.data.chunks import chunk_pages, split_chunks
-from embedft.data.documents import drop_repeated_lines, read_documents
-from embedft.data.pseudo import docstring_datasets, inverse_cloze
+from embedft.corpus.chunks import chunk_pages, split_chunks
+from embedft.corpus.documents import drop_repeated_lines, read_documents
+from embedft.corpus.pseudo import docstring_datasets, inverse_cloze
 from embedft.device import describe, peak_memory_bytes
 from embedft.encoders.loading import load_reading
 from embedft.files import write_json

@@ -15,10 +15,10 @@ import argparse
 from pathlib import Path
 
 from embedft import Report, RetrievalDataset, evaluate, load_embedder
-from embedft.data.chunks import Chunk, chunk_pages, parse_pages, split_chunks
-from embedft.data.cleaning import clean
-from embedft.data.documents import read_documents
-from embedft.data.questions import QuestionConfig, question_dataset, write_questions
+from embedft.corpus.chunks import Chunk, chunk_pages, parse_pages, split_chunks
+from embedft.corpus.cleaning import clean
+from embedft.corpus.documents import read_documents
+from embedft.corpus.questions import QuestionConfig, question_dataset, write_questions
 from embedft.encoders.loading import load_reading
 from embedft.encoders.openai_api import ApiEmbedder
 from embedft.retrieval.tables import format_table

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from embedft.data import chunks as module
-from embedft.data.chunks import (
+from embedft.corpus import chunks as module
+from embedft.corpus.chunks import (
     MAX_TOKEN_CHARACTERS,
     Chunk,
     Place,
@@ -17,9 +17,9 @@ from embedft.data.chunks import (
     save_chunks,
     split_chunks,
 )
-from embedft.data.copies import COPIED_SHARE, is_copied, near_copies, shingles, words
-from embedft.data.documents import Page
-from embedft.data.sentences import sentence_spans
+from embedft.corpus.copies import COPIED_SHARE, is_copied, near_copies, shingles, words
+from embedft.corpus.documents import Page
+from embedft.corpus.sentences import sentence_spans
 from embedft.encoders.loading import load_reading
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from embedft import Report, RetrievalDataset, evaluate_run
-from embedft.data.cleaning import clean
+from embedft.corpus.cleaning import clean
 from embedft.retrieval.run import Run
 from experiments.clean_lyft_uber import (
     format_groups,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from embedft import RetrievalDataset
-from embedft.data.cleaning import (
+from embedft.corpus.cleaning import (
     ASKS_NOTHING,
     COPIES_DOCUMENT,
     NO_RELEVANT_DOCUMENT,

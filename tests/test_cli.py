@@ -14,7 +14,7 @@ from tiny import make_dataset, make_embedder
 
 from embedft import FinetuneConfig, Report, evaluate, load_embedder
 from embedft.cli import COMMANDS, main
-from embedft.data.questions import QuestionConfig
+from embedft.corpus.questions import QuestionConfig
 from embedft.files import read_json, read_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -16,7 +16,7 @@ from tiny import make_dataset, make_embedder
 from embedft import RetrievalDataset, bm25_run, fuse, load_embedder
 from embedft.cli import main
 from embedft.commands.search import _Windows
-from embedft.data.chunks import Chunk, Place, save_chunks
+from embedft.corpus.chunks import Chunk, Place, save_chunks
 from embedft.retrieval.bm25 import words
 from embedft.retrieval.search import search
 

@@ -11,8 +11,8 @@ from tiny import make_embedder
 
 from embedft import RetrievalDataset, evaluate
 from embedft.cli import main
-from embedft.data.chunks import load_chunks
-from embedft.data.prompts import TEMPLATE, fill_template
+from embedft.corpus.chunks import load_chunks
+from embedft.corpus.prompts import TEMPLATE, fill_template
 from embedft.encoders.loading import load_embedder
 from embedft.files import read_json, read_jsonl
 

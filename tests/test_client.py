@@ -5,8 +5,8 @@ import asyncio
 import pytest
 from api_server import ApiServer
 
-from embedft.client import FREE, Client, Refusal, run_to_end
-from embedft.sending import Answer
+from embedft.api.client import FREE, Client, Refusal, run_to_end
+from embedft.api.sending import Answer
 
 KEY = "sk-secret-0123456789"
 

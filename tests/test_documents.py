@@ -7,10 +7,10 @@ from itertools import pairwise
 
 import pytest
 
-from embedft.data import documents
-from embedft.data.chunks import chunk_pages, split_chunks
-from embedft.data.copies import shingles
-from embedft.data.documents import (
+from embedft.corpus import documents
+from embedft.corpus.chunks import chunk_pages, split_chunks
+from embedft.corpus.copies import shingles
+from embedft.corpus.documents import (
     Documents,
     Page,
     Skipped,
@@ -19,8 +19,8 @@ from embedft.data.documents import (
     drop_repeated_lines,
     read_documents,
 )
-from embedft.data.pdf import PdfText, read_pdfs
-from embedft.data.sentences import sentence_spans
+from embedft.corpus.pdf import PdfText, read_pdfs
+from embedft.corpus.sentences import sentence_spans
 
 WIDE = "Words that fill this line up to its right edge, which is where the others end, too"
 

@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import pytest
 
-from embedft.encoders.embedding_reply import in_order, read_reply, unit_rows
+from embedft.api.embedding_reply import in_order, read_reply, unit_rows
 
 
 def packed(*values: float) -> str:

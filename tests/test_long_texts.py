@@ -5,7 +5,7 @@ import tokenizers
 from api_server import LENGTH_REFUSALS
 from tokenizers import models, pre_tokenizers, processors
 
-from embedft.encoders.long_texts import TokenCounter, is_about_length, shorten
+from embedft.api.long_texts import TokenCounter, is_about_length, shorten
 
 
 def save_words(folder, *, truncation: int | None = None) -> str:
@@ -51,7 +51,7 @@ def test_a_cut_is_counted_again(tmp_path):
 
 
 def test_more_texts_than_are_counted_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr("embedft.encoders.long_texts.TOKENIZED_AT_A_TIME", 2)
+    monkeypatch.setattr("embedft.api.long_texts.TOKENIZED_AT_A_TIME", 2)
     counter = TokenCounter(save_words(tmp_path))
     assert counter.count(["a", "a b", "a b c", "a b c a", ""]) == [3, 4, 5, 6, 2]
     assert counter.count([]) == []

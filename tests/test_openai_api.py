@@ -17,10 +17,11 @@ import torch
 from api_server import ApiServer, input_of, unit_vector
 from test_long_texts import save_words
 
-from embedft import RetrievalDataset, cli, evaluate, finetune, load_embedder, sending
-from embedft.encoders import endpoint as endpoints
+from embedft import RetrievalDataset, cli, evaluate, finetune, load_embedder
+from embedft.api import endpoint as endpoints
+from embedft.api import sending
+from embedft.api.endpoint import ApiCosts
 from embedft.encoders.adapter import Adapter, Base
-from embedft.encoders.endpoint import ApiCosts
 from embedft.encoders.maps import Linear
 from embedft.encoders.openai_api import ApiEmbedder
 from embedft.encoders.store import Store

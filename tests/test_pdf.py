@@ -12,8 +12,8 @@ import pytest
 from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject
 
 from embedft import progress
-from embedft.data import pdf
-from embedft.data.pdf import BLOCK_PAGES, PdfText, read_pdfs
+from embedft.corpus import pdf
+from embedft.corpus.pdf import BLOCK_PAGES, PdfText, read_pdfs
 
 FONT = "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>"
 
@@ -285,7 +285,7 @@ def test_an_interrupt_ends_the_processes(make, faulty, tmp_path):
     faulty(f"open({str(tmp_path / 'pid')!r} + str(os.getpid()), 'w').close(); time.sleep(60)")
     paths = [make(f"{i}.pdf", pdf_bytes(["slow"])) for i in range(8)]
     # A user's script without a `__main__` guard.
-    script = f"from embedft.data import pdf\npdf.SCRIPT = {pdf.SCRIPT!r}\npdf.read_pdfs({paths!r}, processes=2)\n"
+    script = f"from embedft.corpus import pdf\npdf.SCRIPT = {pdf.SCRIPT!r}\npdf.read_pdfs({paths!r}, processes=2)\n"
     options = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     process = subprocess.Popen([sys.executable, "-c", script], **options)
     deadline = time.monotonic() + 30

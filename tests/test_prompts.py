@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from embedft.data.prompts import TEMPLATE, fill_template, parse_reply, strip_numbering
+from embedft.corpus.prompts import TEMPLATE, fill_template, parse_reply, strip_numbering
 
 ONE, TWO = "What did Lyft earn in 2020?", "Who runs Uber?"
 LINES = f"{ONE}\n{TWO}"

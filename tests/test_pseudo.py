@@ -7,9 +7,9 @@ from textwrap import dedent
 
 import pytest
 
-from embedft.data import pseudo
-from embedft.data.chunks import Chunk
-from embedft.data.pseudo import docstring_datasets, docstring_pairs, inverse_cloze, split_docstring, titles
+from embedft.corpus import pseudo
+from embedft.corpus.chunks import Chunk
+from embedft.corpus.pseudo import docstring_datasets, docstring_pairs, inverse_cloze, split_docstring, titles
 
 
 def prose(topic: str, num_words: int = 24) -> str:

@@ -22,11 +22,11 @@ from pathlib import Path
 import pytest
 from api_server import RANDOM, ApiServer, written_questions
 
-from embedft import sending
-from embedft.data import questions
-from embedft.data.chunks import Chunk
-from embedft.data.prompts import TEMPLATE, fill_template
-from embedft.data.questions import (
+from embedft.api import sending
+from embedft.corpus import questions
+from embedft.corpus.chunks import Chunk
+from embedft.corpus.prompts import TEMPLATE, fill_template
+from embedft.corpus.questions import (
     QuestionConfig,
     estimate,
     question_dataset,
@@ -715,9 +715,9 @@ HARNESS = """
 import json, os, sys
 import openai
 openai.AsyncOpenAI(api_key="none").chat.completions
-from embedft import sending
-from embedft.data.chunks import load_chunks
-from embedft.data.questions import QuestionConfig, write_questions
+from embedft.api import sending
+from embedft.corpus.chunks import load_chunks
+from embedft.corpus.questions import QuestionConfig, write_questions
 sending.BACKOFF_SECONDS = 0.01
 folder, base_url, concurrency = sys.argv[1], sys.argv[2], int(sys.argv[3])
 chunks = load_chunks(folder + "/chunks.jsonl")

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from embedft import sending
-from embedft.sending import Answer, Job, Ledger, RateLimit, backoff_seconds, retry_after_seconds, send_all
+from embedft.api import sending
+from embedft.api.sending import Answer, Job, Ledger, RateLimit, backoff_seconds, retry_after_seconds, send_all
 
 OK = Answer("ok", "done", usage=(0, 0))
 RETRY = Answer("failed", "retry", "503", usage=(0, 0))

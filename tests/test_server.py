@@ -2,7 +2,7 @@
 
 import pytest
 
-from embedft.server import Server
+from embedft.api.server import Server
 
 KEY = "sk-secret-0123456789"
 

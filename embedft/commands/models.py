@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from .. import config as configs
+from ..api.long_texts import TOO_LONG
 from ..data.dataset import RetrievalDataset
 from ..data.formats import FORMATS
 from ..encoders.embedder import ROLES, WINDOW_TEXTS, Embedder
 from ..encoders.loading import API_PREFIX, load_embedder
-from ..encoders.long_texts import TOO_LONG
 from ..encoders.openai_api import ApiEmbedder
 from ..files import atomic_write, check_writable, read_jsonl, read_lines
 from ..losses.registry import describe_losses

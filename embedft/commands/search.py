@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.chunks import Chunk
+from ..corpus.chunks import Chunk
 from ..data.dataset import RetrievalDataset
 from ..encoders.embedder import Embedder
 from ..encoders.openai_api import ApiEmbedder

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from .. import config as configs
-from ..data import pseudo
-from ..data.chunks import Chunk, chunk_pages, load_chunks, parse_pages, save_chunks, split_chunks
-from ..data.cleaning import Cleaned, clean, drop_held_out, round_trip
+from ..corpus import pseudo
+from ..corpus.chunks import Chunk, chunk_pages, load_chunks, parse_pages, save_chunks, split_chunks
+from ..corpus.cleaning import Cleaned, clean, drop_held_out, round_trip
+from ..corpus.documents import SUFFIXES, drop_repeated_lines, read_documents
+from ..corpus.prompts import TEMPLATE
+from ..corpus.questions import Estimate, Outcome, QuestionConfig, estimate, question_dataset, write_questions
 from ..data.dataset import RetrievalDataset
-from ..data.documents import SUFFIXES, drop_repeated_lines, read_documents
-from ..data.prompts import TEMPLATE
-from ..data.questions import Estimate, Outcome, QuestionConfig, estimate, question_dataset, write_questions
 from ..encoders.loading import load_embedder, load_reading
 from ..files import check_writable, read_text, write_json
 

@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
+from ..api.embedding_reply import unit_rows
+from ..api.endpoint import ApiCosts, Endpoint
 from ..progress import progress_bar
 from .adapter import Adapter, Base
 from .embedder import ROLES
-from .embedding_reply import unit_rows
-from .endpoint import ApiCosts, Endpoint
 from .store import Space, Store
 
 

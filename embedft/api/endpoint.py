@@ -24,13 +24,13 @@ from typing import Any
 
 import numpy as np
 
-from ..client import Client, Refusal, run_to_end
 from ..files import append_jsonl, locked
-from ..sending import Answer, Job, Ledger, RateLimit, now_text, send_all
-from ..sending import price as price_of
-from ..server import Server
+from .client import Client, Refusal, run_to_end
 from .embedding_reply import in_order, read_reply, unit_rows
 from .long_texts import TOO_LONG, TokenCounter, is_about_length, shorten
+from .sending import Answer, Job, Ledger, RateLimit, now_text, send_all
+from .sending import price as price_of
+from .server import Server
 
 # A request to api.openai.com may hold 2,048 texts and 300,000 tokens; a token is at least a byte.
 MAX_BATCH_TEXTS, MAX_BATCH_TOKENS = 2_048, 300_000

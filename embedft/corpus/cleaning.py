@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..data.dataset import RetrievalDataset
 from .asking import asks
-from .dataset import RetrievalDataset
 from .prompts import strip_numbering
 
 ASKS_NOTHING = "asks nothing"

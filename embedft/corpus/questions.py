@@ -19,14 +19,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from ..client import Client, Refusal, run_to_end
+from ..api.client import Client, Refusal, run_to_end
+from ..api.sending import Answer, Job, Ledger, RateLimit, Totals, now_text, price, send_all
 from ..config import check_types, setting
+from ..data.dataset import RetrievalDataset
+from ..data.formats import check_distinct, check_text
 from ..files import append_jsonl, locked, resume_jsonl
 from ..progress import progress_bar
-from ..sending import Answer, Job, Ledger, RateLimit, Totals, now_text, price, send_all
 from .chunks import Chunk
-from .dataset import RetrievalDataset
-from .formats import check_distinct, check_text
 from .prompts import RESPONSE_FORMAT, TEMPLATE, fill_template, parse_reply
 
 REPLIES, LEDGER, LOCK = "replies.jsonl", "ledger.jsonl", "lock"

@@ -28,11 +28,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ..data.dataset import RetrievalDataset
+from ..data.formats import check_distinct
 from ..progress import progress_bar
 from .chunks import Chunk
 from .copies import is_copied, shingles
-from .dataset import RetrievalDataset
-from .formats import check_distinct
 from .sentences import sentence_spans
 
 PACKAGES = ("torch", "numpy", "stdlib")

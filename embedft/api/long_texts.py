@@ -11,8 +11,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..encoders.tokenization import TOKENIZER_FILE, Tokenizer
 from ..files import sha256_file
-from .tokenization import TOKENIZER_FILE, Tokenizer
 
 TOO_LONG = ("refuse", "cut")
 # How servers say that a text, or all of a batch, is too long: OpenAI, vLLM, text-embeddings-inference, Ollama, Mistral.

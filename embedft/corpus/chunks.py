@@ -20,9 +20,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from ..data.formats import check_text
 from ..files import atomic_write, read_jsonl
 from .copies import near_copies
-from .formats import check_text
 from .sentences import sentence_spans
 
 CountTokens = Callable[[Sequence[str]], list[int]]

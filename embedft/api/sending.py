@@ -22,7 +22,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
-from .files import append_jsonl, resume_jsonl
+from ..files import append_jsonl, resume_jsonl
 
 MILLION = 1_000_000
 WINDOW_SECONDS = 60.0

@@ -1,0 +1,1 @@
+"""OpenAI-compatible servers: one client, rate limits, a ledger; chat and embeddings."""

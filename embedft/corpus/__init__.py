@@ -1,0 +1,1 @@
+"""Documents in, a RetrievalDataset out: PDF, chunks, questions, cleaning."""
