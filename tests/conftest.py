@@ -5,6 +5,12 @@ The tiny BERT is written with nothing of embedft, in the names and shapes of Hug
 
 import json
 import os
+
+# One thread a process, the processes that tests start included: tiny matrices gain nothing from a second one, and
+# threads that wait for each other beside other workers take a hundred times longer than their work. Before torch.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import random
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -43,10 +49,24 @@ TINY_CONFIG = {
 }
 
 
-def pytest_configure() -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="run the tests in a random order")
+    parser.addoption("--no-onednn", action="store_true", help="run linear layers on torch's BLAS, as on other CPUs")
+
+
+def pytest_configure(config: pytest.Config) -> None:
     """An empty hub cache, and no hub: read when huggingface_hub is imported, so before any test module is."""
     os.environ["HF_HOME"] = str(HUB_HOME)
     os.environ["HF_HUB_OFFLINE"] = "1"
+    torch.set_num_threads(1)
+    if config.getoption("no_onednn"):
+        torch.backends.mkldnn.enabled = False
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    seed = config.getoption("shuffle")
+    if seed is not None:
+        random.Random(seed).shuffle(items)
 
 
 def pytest_unconfigure() -> None:

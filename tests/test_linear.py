@@ -26,6 +26,12 @@ def make_layer(*, bias: bool = True, dtype: torch.dtype = torch.float32) -> Line
     return layer
 
 
+@pytest.fixture(autouse=True)
+def onednn(monkeypatch) -> None:
+    """oneDNN on, also where the suite runs without it (`--no-onednn`)."""
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", True)
+
+
 @pytest.fixture
 def products(monkeypatch) -> list:
     """The shapes of the products that went to oneDNN."""
