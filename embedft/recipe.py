@@ -24,6 +24,7 @@ from .encoders.loading import load_embedder
 from .encoders.openai_api import ApiEmbedder
 from .losses.registry import LOSSES, Loss, build_loss
 from .retrieval.evaluate import evaluate, evaluate_run
+from .retrieval.metrics import select_metrics
 from .retrieval.report import Report
 from .retrieval.run import Run, check_trec_ids
 from .training import distributed, runs
@@ -146,13 +147,10 @@ def finetune(
         distributed.from_first(lambda: runs.check_run(out, existing))
     batches = _make_batches(embedder, dataset, config)
     dataset = batches.dataset
-    cutoff = int(config.select.rpartition("@")[2]) if config.select.rpartition("@")[2].isdigit() else 10
-    cutoffs = {"ks": sorted({1, 3, 5, 10, cutoff}), "depth": max(100, cutoff)}
     if validation is not None:
-        # A run that found nothing: tells, without encoding, whether there is something to find and what is measured.
-        metrics = evaluate_run(Run.from_dict({}), validation, **cutoffs).metrics
-        if config.select not in metrics:
-            raise ValueError(f"select is {config.select!r}, expected one of {', '.join(metrics)}")
+        measured = _metrics_with(config.select)
+        # A run that found nothing: tells, without encoding, whether there is something to find.
+        evaluate_run(Run.from_dict({}), validation, **measured)
         if (shared := validation.shares_with(dataset)) and distributed.rank_and_size()[0] == 0:
             warnings.warn(shared, stacklevel=2)
     if embedder.similarity == "dot" and not embedder.normalize and _lacks_similarity(config.loss):
@@ -181,7 +179,7 @@ def finetune(
         distributed.from_first(lambda: runs.open_run(out, settings, **opening))
 
     def measure(embedder: Embedder) -> Report:
-        return evaluate(embedder, validation, passages=config.passages, **cutoffs)
+        return evaluate(embedder, validation, passages=config.passages, **measured)
 
     def validate(embedder: Embedder) -> dict[str, float]:
         report = measure(embedder)
@@ -213,6 +211,18 @@ def finetune(
     if out is not None:
         distributed.from_first(close)
     return embedder
+
+
+def _metrics_with(select: str) -> dict[str, Any]:
+    """Arguments for `evaluate`: the default metrics and `select`, and a depth that is enough for both."""
+    _, _, k = select.partition("@")
+    cutoff = int(k) if k.isdigit() else 10
+    options = {"ks": sorted({1, 3, 5, 10, cutoff}), "depth": max(100, cutoff)}
+    try:
+        metrics = select_metrics([select], **options)
+    except ValueError as error:
+        raise ValueError(f"select is {select!r}: {error}") from None
+    return {"metrics": list(dict.fromkeys(select_metrics(**options) + metrics)), "depth": options["depth"]}
 
 
 def _make_batches(

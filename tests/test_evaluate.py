@@ -10,7 +10,7 @@ import pytest
 from embedft.data.dataset import RetrievalDataset
 from embedft.files import write_json
 from embedft.retrieval import search as search_module
-from embedft.retrieval.evaluate import evaluate, evaluate_run, question_clusters
+from embedft.retrieval.evaluate import evaluate, evaluate_grid, evaluate_run, question_clusters
 from embedft.retrieval.report import Comparison, Report, compare, save_sentence_transformers_csv
 from embedft.retrieval.run import Run
 
@@ -294,6 +294,32 @@ def test_clusters_equal_a_naive_merge(seed):
     for _ in groups:  # as often as the longest chain could need
         groups = [set().union(*(other for other in groups if other & group)) for group in groups]
     assert question_clusters(list(qrels), qrels) == [min(group) for group in groups]
+
+
+def first_grade(judgments, k=None):
+    return judgments.grades_QK[:, 0]
+
+
+def test_any_metrics_replace_the_default_ones(tmp_path):
+    dataset = toy_dataset()
+    metrics = ["ndcg@20", "rprec", "map@10", "success@5", "judged@10", first_grade]
+    options = {"metrics": metrics, "depth": 20}
+    report = evaluate(toy_embedder(dataset, noise=3.0), dataset, **options)
+    names = ["ndcg@20", "rprec", "map@10", "success@5", "judged@10", "first_grade"]
+    assert list(report.metrics) == names
+    default = evaluate(toy_embedder(dataset, noise=3.0), dataset, ks=(1, 5, 20), depth=20)
+    for name, other in (("ndcg@20", "ndcg@20"), ("success@5", "hit_rate@5"), ("first_grade", "precision@1")):
+        assert report.metrics[name] == default.metrics[other]
+    (grid,) = evaluate_grid(toy_embedder(dataset, noise=3.0), dataset, **options)
+    again = evaluate_run(report.run, dataset, **options)
+    report.save(tmp_path)
+    loaded = Report.load(tmp_path)
+    for other in (grid, again, loaded):
+        assert other.metrics == report.metrics
+        assert compare(report, other, metric="first_grade").difference == 0
+    assert "ks" not in report.setting
+    with pytest.raises(ValueError, match="'ndcg@20' needs a depth of at least 20, found depth=7"):
+        evaluate(None, dataset, metrics=metrics, depth=7)  # before anything is encoded
 
 
 # On disk.

@@ -176,8 +176,15 @@ def test_reports_by_hand():
 def test_main_metrics_are_those_that_there_are():
     assert main_metrics(make_report([1, 3], ks=(2, 30, 7))) == ["hit_rate@30", "mrr@30", "ndcg@30", "map@100"]
     assert main_metrics(make_report([1, 3], ks=(5,))) == ["hit_rate@5", "mrr@5", "ndcg@5", "map@100"]
-    other = dataclasses.replace(make_report([1]), per_query={"mrr": np.ones(1), "ndcg@20": np.ones(1)})
-    assert main_metrics(other) == ["ndcg@20"]
+    chosen = {
+        ("mrr", "ndcg@20", "accuracy@1"): ["mrr", "ndcg@20"],
+        ("judged@10", "map", "rprec", "precision@5"): ["map", "judged@10", "rprec"],
+        ("precision@5", "recall@3"): ["precision@5", "recall@3"],
+    }
+    for names, expected in chosen.items():
+        assert (
+            main_metrics(dataclasses.replace(make_report([1]), per_query=dict.fromkeys(names, np.ones(1)))) == expected
+        )
 
 
 def test_errors_of_reports():

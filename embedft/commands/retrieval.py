@@ -32,6 +32,7 @@ from ..retrieval.tables import (
     format_grid,
     format_reports,
     grid_base,
+    main_metrics,
     setting_name,
 )
 from .models import _add_encoding, _add_loading, _add_model, _add_store, _load_data, _load_encoding, _print_store
@@ -50,6 +51,9 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", metavar="DIR", help="have vectors go through the adapter in DIR")
     parser.add_argument("--ks", type=int, nargs="+", default=[1, 3, 5, 10], metavar="K", help="cutoffs [1 3 5 10]")
     parser.add_argument("--depth", type=int, default=100, metavar="K", help="documents retrieved a question [100]")
+    parser.add_argument(
+        "--metrics", nargs="+", metavar="NAME", help="measure these instead of --ks, such as ndcg@20 rprec judged@10"
+    )
     parser.add_argument("--gain", choices=("binary", "graded"), default="binary", help="of nDCG [binary]")
     parser.add_argument("--split", metavar="NAME", help="of a BEIR folder [test, or the only one]")
     parser.add_argument("--no-merge", action="store_true", help="a document a row, also where texts are equal")
@@ -110,7 +114,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     grid = _grid(options)
     num_settings = int(np.prod([len(values) for values in grid.values()]))
     weight = _fusion_weight(options, num_settings)
-    cutoffs = {"ks": options.ks, "depth": options.depth, "gain": options.gain}
+    cutoffs = {"ks": options.ks, "depth": options.depth, "metrics": options.metrics, "gain": options.gain}
     if options.out:
         check_writable(options.out)
         if not options.overwrite and (there := _saved_reports(Path(options.out))):
@@ -176,8 +180,9 @@ def _grid_metric(options: argparse.Namespace, num_settings: int, dataset: Retrie
             raise ValueError("--metric is for several settings, this is one")
         return ""
     # A run that finds nothing has the metrics that any other has.
-    names = evaluate_run(Run.from_dict({}), dataset, **cutoffs).per_query
-    metric = options.metric or ("ndcg@10" if "ndcg@10" in names else f"ndcg@{max(options.ks)}")
+    report = evaluate_run(Run.from_dict({}), dataset, **cutoffs)
+    names, main = report.per_query, main_metrics(report)
+    metric = options.metric or next((name for name in main if name.startswith("ndcg")), main[0])
     if metric not in names:
         raise ValueError(f"--metric is {metric!r}, expected one of {', '.join(names)}")
     return metric

@@ -17,7 +17,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 from ..data.dataset import RetrievalDataset
-from .metrics import Gain, Qrels, has_relevant, judge, per_query_metrics
+from .metrics import Gain, Metric, Qrels, has_relevant, judge, measure, select_metrics
 from .report import Report
 from .run import Run
 from .search import SupportsEncode, answers, encode, in_order_of_ids, timed
@@ -35,6 +35,7 @@ def evaluate(
     index: str = "flat",
     ks: Sequence[int] = (1, 3, 5, 10),
     depth: int = 100,
+    metrics: Sequence[Metric] | None = None,
     gain: Gain = "binary",
 ) -> Report:
     """Encodes queries and documents, searches and measures: `evaluate_grid` of one setting.
@@ -49,15 +50,19 @@ def evaluate(
         precision: what vectors are stored as: float32, int8 or binary.
         index: flat, hnsw, ivf, ivfpq, a string for FAISS's `index_factory`, or adaptive-DIM. Which go with which
             precision, and what each does: settings.py.
-        ks: cutoffs of the metrics.
+        ks: cutoffs of the default metrics.
         depth: documents retrieved a query, and the cutoff of MAP. May be larger than the corpus.
+        metrics: replace the default ones: names such as "ndcg@20", "rprec" or "judged@10", or functions (judgments,
+            k=None) -> [Q], see `metrics.measure`. Those without a cutoff are over the `depth` documents retrieved.
         gain: of nDCG, see `metrics.ndcg`.
 
     Raises:
         ValueError: as `evaluate_grid`.
     """
     grid = {"dims": (dim,), "precisions": (precision,), "indices": (index,), "passages": (passages,)}
-    return evaluate_grid(embedder, dataset, **grid, aggregate=aggregate, ks=ks, depth=depth, gain=gain)[0]
+    return evaluate_grid(
+        embedder, dataset, **grid, aggregate=aggregate, ks=ks, depth=depth, metrics=metrics, gain=gain
+    )[0]
 
 
 def evaluate_grid(
@@ -71,6 +76,7 @@ def evaluate_grid(
     aggregate: str = "max",
     ks: Sequence[int] = (1, 3, 5, 10),
     depth: int = 100,
+    metrics: Sequence[Metric] | None = None,
     gain: Gain = "binary",
 ) -> list[Report]:
     """A report for every combination, in one encoding of the queries and one of the documents for each of `passages`.
@@ -88,7 +94,7 @@ def evaluate_grid(
 
     Args:
         dims, precisions, indices, passages: lists of what `evaluate` takes. passages=(128, 64) is one setting too.
-        aggregate, ks, depth, gain: of all, see `evaluate`.
+        aggregate, ks, depth, metrics, gain: of all, see `evaluate`.
 
     Raises:
         ValueError: on an empty list, a cutoff above `depth`, a dataset in which no query has a relevant document,
@@ -98,7 +104,7 @@ def evaluate_grid(
 
     Source: Kusupati et al. 2022, section 4 (dims, adaptive retrieval); Shakir et al. 2024 (precisions).
     """
-    _check_cutoffs(ks, depth)
+    select_metrics(metrics, ks=ks, depth=depth)  # raises before anything is encoded
     if passages is None or all(isinstance(number, int) for number in passages):
         passages = [passages]
     lists = {"dims": dims, "precisions": precisions, "indices": indices}
@@ -121,7 +127,7 @@ def evaluate_grid(
         options = {"passages": windows, "aggregate": aggregate, "depth": depth}
         for answer in answers(embedder, documents, queries_QW, settings, **options):
             run = Run(query_ids, documents.ids, answer.found.rows, answer.found.scores)
-            report = evaluate_run(run, dataset, ks=ks, depth=depth, gain=gain)
+            report = evaluate_run(run, dataset, ks=ks, depth=depth, metrics=metrics, gain=gain)
             cut = None if windows is None else list(windows)
             setting = {**answer.setting._asdict(), **answer.facts, "passages": cut, "similarity": embedder.similarity}
             if windows is not None:
@@ -137,20 +143,24 @@ def evaluate_run(
     *,
     ks: Sequence[int] = (1, 3, 5, 10),
     depth: int = 100,
+    metrics: Sequence[Metric] | None = None,
     gain: Gain = "binary",
 ) -> Report:
     """Measures a run from anywhere. A query with relevant documents that the run lacks counts as found nothing.
 
     Args:
         dataset_or_qrels: qrels as {query id: {document id: grade}}, or a dataset, whose ids are then checked too.
-        depth: the cutoff of MAP and the largest allowed in `ks`.
+        depth: the cutoff of MAP, and the largest cutoff allowed.
+        ks, metrics, gain: see `evaluate`.
 
     Raises:
         ValueError: on a query or document that the dataset does not have, a cutoff above `depth`, or when no query has
             a relevant document.
     """
-    _check_cutoffs(ks, depth)
-    setting = {"depth": depth, "ks": list(ks), "gain": gain}
+    chosen = select_metrics(metrics, ks=ks, depth=depth)
+    setting = {"depth": depth, "gain": gain}
+    if metrics is None:
+        setting["ks"] = list(ks)
     if isinstance(dataset_or_qrels, Mapping):
         qrels = dataset_or_qrels
         query_ids = list(dict.fromkeys([*qrels, *run.query_ids]))
@@ -162,7 +172,7 @@ def evaluate_run(
     costs: dict[str, float] = {}
     with timed(costs, "metrics_seconds"):
         judgments = judge(run.select(query_ids), qrels)
-        per_query = per_query_metrics(judgments, ks=ks, depth=depth, gain=gain)
+        per_query = measure(judgments, chosen, gain=gain)
     return Report(
         query_ids=judgments.query_ids,
         per_query=per_query,
@@ -193,11 +203,6 @@ def question_clusters(query_ids: Sequence[str], qrels: Qrels) -> list[str]:
             smaller, larger = sorted((root(first), root(other)))
             parent[larger] = smaller
     return [root(document_ids[0]) for document_ids in relevant]
-
-
-def _check_cutoffs(ks: Sequence[int], depth: int) -> None:
-    if not ks or min(ks) < 1 or max(ks) > depth:
-        raise ValueError(f"cutoffs ks={tuple(ks)} must be at least 1 and at most depth={depth}")
 
 
 def _check_known(ids: Sequence[str], known: Mapping[str, str], kind: str, where: str) -> None:

@@ -1,23 +1,27 @@
-"""Retrieval metrics per query, in NumPy alone; means come last and elsewhere (evaluate.py).
-
-Conventions, for every metric here:
-- A document is relevant to a query when its grade is above 0. What the qrels do not mention is not relevant. For
-  metrics of "relevant from grade 2 on", set lower grades to 0.
-- Ranks count from 1 in the order of the run; ties were settled when the run was made (`Run.reordered` changes that).
-- A ranking shorter than k is taken as it is: what is missing is not relevant, precision still divides by k.
-- Queries without a relevant document have no value: `judge` drops and counts them.
+"""Retrieval metrics, one value per query, in NumPy. Averages are taken elsewhere (report.py).
 
     judgments = judge(run, {"q1": {"d3": 1}})
     values_Q = ndcg(judgments, 10)
     by_name = measure(judgments, ["ndcg@20", "rprec", "map", "judged@10"])
 
-Shapes: Q judged queries, K ranks of the run, J pairs of a query and a document that the qrels grade, P relevant ones.
+Conventions shared by all metrics:
+- A document is relevant if its grade is above 0. Documents missing from the qrels are not relevant. To count only
+  grades of 2 and more, set lower grades to 0.
+- Ranks start at 1 and follow the run; ties were broken when the run was made (see `Run.reordered`).
+- A ranking shorter than k is not padded: the missing documents are not relevant, and precision still divides by k.
+- Queries without a relevant document have no value: `judge` drops and counts them.
+
+To add a metric, write a function of `Judgments` that returns a [Q] array and add one line to METRICS. A parameter `k`
+makes it take a cutoff (optional if `k` has a default); functions with `gain` or `denominator` get those passed on.
+
+Shapes: Q judged queries, K ranks of the run, J graded (query, document) pairs, P relevant pairs.
 """
 
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
@@ -30,14 +34,14 @@ Denominator = Literal["cutoff", "relevant"]
 
 @dataclass(frozen=True, eq=False)
 class Judgments:
-    """What metrics need to know of a run and its qrels, as arrays.
+    """A run and its qrels as arrays: everything a metric needs.
 
     Args:
-        query_ids: Q queries of the run that have a relevant document, in the run's order.
-        num_without_relevant: how many queries of the run have none.
-        grades_QK: [Q, K] float64, the grade of the document at each rank, 0 where it is not relevant.
-        judged_QK: [Q, K] bool, whether the qrels grade the document at each rank, as 0 or less too.
-        pair_query_P: [P] int64, the row of the query of each relevant pair, ascending.
+        query_ids: the Q queries of the run that have a relevant document, in the run's order.
+        num_without_relevant: number of queries of the run that have none.
+        grades_QK: [Q, K] float64, grade of the document at each rank, 0 if it is not relevant.
+        judged_QK: [Q, K] bool, whether the qrels grade the document at each rank, including grades of 0 or less.
+        pair_query_P: [P] int64, query row of each relevant pair, ascending.
         pair_grade_P: [P] float64, its grade, descending within a query.
     """
 
@@ -54,39 +58,39 @@ class Judgments:
 
 
 def has_relevant(grades: Mapping[str, float]) -> bool:
-    """Whether any document of {document id: grade} is relevant; NaN counts as such, for `judge` to refuse."""
+    """Whether {document id: grade} has a relevant document. NaN counts as relevant, so that `judge` can reject it."""
     return any(not grade <= 0 for grade in grades.values())
 
 
 def judge(run: Run, qrels: Qrels) -> Judgments:
     """Looks up the grade of every retrieved document.
 
-    Queries of the qrels that the run lacks are not seen here; `Run.select` adds them as empty rows. Relevant documents
-    that the run does not know count as relevant and not retrieved.
+    Queries missing from the run are ignored; `Run.select` adds them as empty rows. Relevant documents unknown to the
+    run count as relevant but not retrieved.
 
     Raises:
-        ValueError: when no query of the run has a relevant document, or a grade is not a finite number.
+        ValueError: no query of the run has a relevant document, or a grade is not finite.
     """
     rows = [row for row, query_id in enumerate(run.query_ids) if has_relevant(qrels.get(query_id, {}))]
     kept = [run.query_ids[row] for row in rows]
     if not kept:
-        raise ValueError(f"none of the {len(run.query_ids)} queries has a relevant document: nothing can be measured")
+        raise ValueError(f"none of the {len(run.query_ids)} queries has a relevant document; nothing to measure")
     indices_QK = run.indices[rows]
     index_of = {document_id: index for index, document_id in enumerate(run.document_ids)}
-    unknown = len(index_of)  # no index of the run is this one
+    unknown = len(index_of)  # an index that the run does not use
     query_J = np.repeat(np.arange(len(kept)), [len(qrels[query_id]) for query_id in kept])
     document_J = np.array([index_of.get(document_id, unknown) for query_id in kept for document_id in qrels[query_id]])
     grade_J = np.array([grade for query_id in kept for grade in qrels[query_id].values()], dtype=np.float64)
     if not np.isfinite(grade_J).all():
         query_id = kept[query_J[~np.isfinite(grade_J)][0]]
-        raise ValueError(f"qrels: query {query_id!r} has a grade that is not a finite number")
+        raise ValueError(f"qrels: query {query_id!r} has a grade that is not finite")
 
-    # A pair as one integer: a binary search over the J judged ones then finds the grade of every [Q, K] at once.
+    # With each pair encoded as one integer, a single binary search over the J graded pairs looks up all [Q, K] grades.
     key_J = query_J * (unknown + 1) + document_J
     order_J = np.argsort(key_J)
     sorted_key_J, sorted_grade_J = key_J[order_J], np.maximum(grade_J[order_J], 0.0)
     key_QK = np.where(indices_QK < 0, -1, np.arange(len(kept))[:, None] * (unknown + 1) + indices_QK)
-    place_QK = np.searchsorted(sorted_key_J[:-1], key_QK)  # without the last one, so that every place exists
+    place_QK = np.searchsorted(sorted_key_J[:-1], key_QK)  # the last key is left out so that no index is out of range
     judged_QK = sorted_key_J[place_QK] == key_QK
     grades_QK = np.where(judged_QK, sorted_grade_J[place_QK], 0.0)
 
@@ -97,9 +101,9 @@ def judge(run: Run, qrels: Qrels) -> Judgments:
 
 
 def hit_rate(judgments: Judgments, k: int) -> np.ndarray:
-    """1 when any of the first k documents is relevant, else 0. [Q] float64.
+    """1 if any of the first k documents is relevant, else 0. [Q] float64.
 
-    Also called accuracy@k (sentence-transformers) and success@k (trec_eval).
+    Also known as accuracy@k (sentence-transformers) and success@k (trec_eval).
 
     Source: trec_eval `m_success.c`; sentence-transformers `InformationRetrievalEvaluator`, accuracy@k.
     """
@@ -107,7 +111,7 @@ def hit_rate(judgments: Judgments, k: int) -> np.ndarray:
 
 
 def precision(judgments: Judgments, k: int) -> np.ndarray:
-    """(relevant documents among the first k) / k, also where fewer than k were retrieved. [Q] float64.
+    """(relevant documents among the first k) / k, even if fewer than k were retrieved. [Q] float64.
 
     Source: trec_eval `m_P.c`.
     """
@@ -133,10 +137,10 @@ def r_precision(judgments: Judgments) -> np.ndarray:
 
 
 def judged(judgments: Judgments, k: int) -> np.ndarray:
-    """(documents among the first k that the qrels grade, as 0 or less too) / k, as precision divides. [Q] float64.
+    """(graded documents among the first k, whatever their grade) / k. [Q] float64.
 
-    How much of what was measured rests on a judgment; where it differs between two runs, so may their metrics by that
-    alone. For queries with a relevant document, as every metric here.
+    The share of the ranking that the qrels cover. Runs that differ in it may differ in every other metric for that
+    reason alone.
 
     Source: ir_measures, `Judged@k`.
     """
@@ -144,9 +148,9 @@ def judged(judgments: Judgments, k: int) -> np.ndarray:
 
 
 def mrr(judgments: Judgments, k: int | None = None) -> np.ndarray:
-    """Reciprocal rank: 1 / (rank of the first relevant document among the first k), 0 when there is none. [Q] float64.
+    """Reciprocal rank: 1 / (rank of the first relevant document), 0 if it is not among the first k. [Q] float64.
 
-    Without k over the whole ranking, trec_eval's recip_rank.
+    Without k, the whole ranking counts (trec_eval's recip_rank).
 
     Source: Voorhees, "The TREC-8 Question Answering Track Report", 1999.
     """
@@ -155,14 +159,14 @@ def mrr(judgments: Judgments, k: int | None = None) -> np.ndarray:
 
 
 def average_precision(judgments: Judgments, k: int | None = None, *, denominator: Denominator = "cutoff") -> np.ndarray:
-    """Sum of precision@i over the ranks i <= k of relevant documents, / a number of relevant documents. [Q] float64.
+    """(sum of precision@i over the ranks i <= k of relevant documents) / (number of relevant documents). [Q] float64.
 
-    Without k over the whole ranking and by all relevant documents, trec_eval's map.
+    Without k, the whole ranking counts (trec_eval's map).
 
     Args:
-        denominator: "cutoff": min(k, relevant documents), so that the best ranking has 1 (sentence-transformers).
-            "relevant": all of them, so that a query with more than k cannot reach 1 (trec_eval's map_cut). The two are
-            equal where no query has more than k.
+        denominator: "cutoff" divides by min(k, relevant documents), so a perfect ranking scores 1
+            (sentence-transformers). "relevant" divides by all of them, so a query with more than k relevant documents
+            cannot reach 1 (trec_eval's map_cut).
 
     Source: sentence-transformers `InformationRetrievalEvaluator`, map@k; trec_eval `m_map.c`, `m_map_cut.c`; Buckley &
     Voorhees, "Evaluating Evaluation Measure Stability", SIGIR 2000.
@@ -180,12 +184,12 @@ def average_precision(judgments: Judgments, k: int | None = None, *, denominator
 def ndcg(judgments: Judgments, k: int | None = None, *, gain: Gain = "binary") -> np.ndarray:
     """DCG@k / ideal DCG@k, where DCG@k = sum over ranks i <= k of gain_i / log2(i + 1). [Q] float64.
 
-    The ideal ranking holds the query's relevant documents by descending gain, retrieved or not, cut at k. Without k
-    both are whole, trec_eval's ndcg.
+    The ideal ranking lists all relevant documents by descending gain, cut at k. Without k, the whole ranking counts
+    (trec_eval's ndcg).
 
     Args:
-        gain: "binary": 1 for a relevant document (sentence-transformers). "graded": its grade (trec_eval's ndcg_cut,
-            BEIR), not 2^grade - 1.
+        gain: "binary": 1 for every relevant document (sentence-transformers). "graded": its grade, not 2^grade - 1
+            (trec_eval's ndcg_cut, BEIR).
 
     Source: Jarvelin & Kekalainen, "Cumulated Gain-Based Evaluation of IR Techniques", TOIS 2002; trec_eval
     `m_ndcg_cut.c`.
@@ -197,7 +201,7 @@ def ndcg(judgments: Judgments, k: int | None = None, *, gain: Gain = "binary") -
         grades_QK, grade_P = grades_QK > 0, grade_P > 0
     dcg_Q = (grades_QK / np.log2(_ranks(grades_QK) + 1)).sum(axis=1)
 
-    # Pairs are grouped by query, best first: a pair's ideal rank is its distance from where its query starts.
+    # Pairs are grouped by query, best first, so a pair's ideal rank is its offset within its query.
     num_relevant_Q = judgments.num_relevant_Q
     start_Q = np.cumsum(num_relevant_Q) - num_relevant_Q
     rank_P = np.arange(1, len(grade_P) + 1) - start_Q[judgments.pair_query_P]
@@ -207,76 +211,98 @@ def ndcg(judgments: Judgments, k: int | None = None, *, gain: Gain = "binary") -
     return dcg_Q / np.bincount(judgments.pair_query_P, weights=ideal_P, minlength=len(judgments.query_ids))
 
 
-class _Metric(NamedTuple):
-    function: Callable[..., np.ndarray]
-    cutoff: Literal["needed", "optional", "none"] = "needed"
-    options: tuple[str, ...] = ()  # those of `measure` that it takes
-
-
-METRICS = {
-    "hit_rate": _Metric(hit_rate),
-    "accuracy": _Metric(hit_rate),
-    "precision": _Metric(precision),
-    "recall": _Metric(recall),
-    "mrr": _Metric(mrr, "optional"),
-    "ndcg": _Metric(ndcg, "optional", ("gain",)),
-    "map": _Metric(average_precision, "optional", ("denominator",)),
-    "rprec": _Metric(r_precision, "none"),
-    "judged": _Metric(judged),
+# A metric with a cutoff is called "name@k". A function without the parameter `k` takes none.
+METRICS: dict[str, Callable[..., np.ndarray]] = {
+    "hit_rate": hit_rate,
+    "accuracy": hit_rate,
+    "success": hit_rate,
+    "precision": precision,
+    "recall": recall,
+    "mrr": mrr,
+    "ndcg": ndcg,
+    "map": average_precision,
+    "rprec": r_precision,
+    "judged": judged,
 }
+
+Metric = str | Callable[..., np.ndarray]  # "ndcg@20", or a function (judgments, k=None) -> [Q]
+
+
+def select_metrics(metrics: Sequence[Metric] | None = None, *, ks: Sequence[int], depth: int) -> list[Metric]:
+    """The metrics of an evaluation, checked: `metrics` as given, or by default all the usual ones at the cutoffs `ks`.
+
+    The default is hit_rate@k, accuracy@k (the same values), precision@k, recall@k, mrr@k and ndcg@k for each k, and
+    map@depth.
+
+    Raises:
+        ValueError: an empty list, an invalid name (see `measure`), or a cutoff below 1 or above `depth`.
+    """
+    if metrics is None:
+        if not ks or min(ks) < 1 or max(ks) > depth:
+            raise ValueError(f"cutoffs ks={tuple(ks)} must be at least 1 and at most depth={depth}")
+        names = ("hit_rate", "accuracy", "precision", "recall", "mrr", "ndcg")
+        return [*(f"{name}@{k}" for k in ks for name in names), f"map@{depth}"]
+    if isinstance(metrics, str) or not metrics:
+        raise ValueError(f"metrics is {metrics!r}, expected a list of at least one")
+    for metric in metrics:
+        name, _, k = _resolve(metric)
+        if k is not None and k > depth:
+            raise ValueError(f"metric {name!r} needs a depth of at least {k}, found depth={depth}")
+    return list(metrics)
 
 
 def measure(
-    judgments: Judgments, names: Sequence[str], *, gain: Gain = "binary", denominator: Denominator = "cutoff"
+    judgments: Judgments, metrics: Sequence[Metric], *, gain: Gain = "binary", denominator: Denominator = "cutoff"
 ) -> dict[str, np.ndarray]:
-    """The metrics of these names, as {"ndcg@20": [Q] float64, ...}.
-
-    A name is a metric (METRICS) and a cutoff, "ndcg@20". ndcg, map and mrr also stand without one for the whole
-    ranking, rprec always does. accuracy is another name of hit_rate.
+    """The values of several metrics, {"ndcg@20": [Q] float64, ...}.
 
     Args:
+        metrics: names of METRICS with a cutoff ("ndcg@20"), which is optional for ndcg, map and mrr (none: the whole
+            ranking) and not allowed for rprec; or functions (judgments, k=None) -> [Q], which get no cutoff and are
+            reported under their own name.
         gain: of ndcg.
         denominator: of map, see `average_precision`.
 
     Raises:
-        ValueError: on an unknown name (listing the valid ones), or a cutoff that is missing, not wanted or below 1.
+        ValueError: an unknown name, a cutoff that is missing, not allowed or below 1, two metrics of one name, or
+            values that are not Q finite numbers.
     """
     options = {"gain": gain, "denominator": denominator}
-    values = {}
-    for name in names:
-        function, k, taken = _parse_name(name)
-        arguments = () if k is None else (k,)
-        values[name] = function(judgments, *arguments, **{option: options[option] for option in taken})
+    functions, values = {}, {}
+    for metric in metrics:
+        name, function, k = _resolve(metric)
+        if functions.setdefault(name, function) is not function:
+            raise ValueError(f"two metrics are called {name!r}; rename the function")
+        parameters = inspect.signature(function).parameters
+        arguments = {key: value for key, value in options.items() if key in parameters}
+        if k is not None:
+            arguments["k"] = k
+        found_Q = np.asarray(function(judgments, **arguments), dtype=np.float64)
+        if found_Q.shape != (len(judgments.query_ids),) or not np.isfinite(found_Q).all():
+            expected = f"{len(judgments.query_ids)} finite numbers, one per query"
+            raise ValueError(f"metric {name!r} returned an array of shape {found_Q.shape}, expected {expected}")
+        values[name] = found_Q
     return values
 
 
-def per_query_metrics(
-    judgments: Judgments, *, ks: Sequence[int], depth: int, gain: Gain = "binary"
-) -> dict[str, np.ndarray]:
-    """The metrics of a report, as {"ndcg@10": [Q] float64, ...}.
-
-    Keys: hit_rate@k and accuracy@k (the same values under both names), precision@k, recall@k, mrr@k and ndcg@k for
-    each k of `ks`, and map@depth.
-    """
-    of_each = ("hit_rate", "accuracy", "precision", "recall", "mrr", "ndcg")
-    return measure(judgments, [*(f"{name}@{k}" for k in ks for name in of_each), f"map@{depth}"], gain=gain)
-
-
-def _parse_name(name: str) -> tuple[Callable[..., np.ndarray], int | None, tuple[str, ...]]:
-    """The function of a metric's name, its cutoff and the options it takes."""
-    metric, at, cutoff = name.partition("@")
-    if metric not in METRICS:
-        raise ValueError(f"unknown metric {name!r}; valid, with a cutoff as in ndcg@10: {', '.join(METRICS)}")
-    function, wanted, options = METRICS[metric]
-    if not at:
-        if wanted == "needed":
-            raise ValueError(f"metric {name!r} needs a cutoff, as in {metric}@10")
-        return function, None, options
-    if wanted == "none":
-        raise ValueError(f"metric {name!r}: {metric} takes no cutoff")
-    if not re.fullmatch("[1-9][0-9]*", cutoff):
-        raise ValueError(f"metric {name!r}: the cutoff must be a whole number from 1 on, found {cutoff!r}")
-    return function, int(cutoff), options
+def _resolve(metric: Metric) -> tuple[str, Callable[..., np.ndarray], int | None]:
+    """A metric's full name, its function and its cutoff."""
+    if not isinstance(metric, str):
+        name = getattr(metric, "__name__", "")
+        if not (callable(metric) and name.isidentifier()):
+            raise ValueError(f"metric {metric!r}: expected a name or a named function")
+        return name, metric, None
+    name, at, cutoff = metric.partition("@")
+    if name not in METRICS:
+        raise ValueError(f"unknown metric {metric!r}; valid, with a cutoff as in ndcg@10: {', '.join(METRICS)}")
+    parameter = inspect.signature(METRICS[name]).parameters.get("k")
+    if not at and parameter is not None and parameter.default is parameter.empty:
+        raise ValueError(f"metric {metric!r} needs a cutoff, as in {name}@10")
+    if at and parameter is None:
+        raise ValueError(f"metric {metric!r}: {name} takes no cutoff")
+    if at and not re.fullmatch("[1-9][0-9]*", cutoff):
+        raise ValueError(f"metric {metric!r}: the cutoff must be a whole number of at least 1, found {cutoff!r}")
+    return metric, METRICS[name], int(cutoff) if at else None
 
 
 def _ranks(array_QK: np.ndarray) -> np.ndarray:

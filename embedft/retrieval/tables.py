@@ -133,14 +133,18 @@ def _interval(interval: tuple[float, float]) -> str:
 
 
 def main_metrics(report: Report) -> list[str]:
-    """hit_rate@5, mrr@10, ndcg@10 and map@100; where the report lacks one, the same at its largest cutoff."""
-    chosen = []
-    for name in MAIN_METRICS:
-        cutoffs = [key.split("@") for key in report.per_query if key.startswith(f"{name.partition('@')[0]}@")]
-        if cutoffs:
-            metric, k = max(cutoffs, key=lambda part: int(part[1]))
-            chosen.append(name if name in report.per_query else f"{metric}@{k}")
-    return chosen
+    """hit_rate@5, mrr@10, ndcg@10 and map@100, or each at its largest cutoff, and all metrics beyond the default ones.
+
+    If the report has none of these, all of its metrics.
+    """
+    families: dict[str, dict[str, int]] = {}
+    for key in report.per_query:
+        name, _, k = key.partition("@")
+        families.setdefault(name, {})[key] = int(k or 0)
+    cutoffs = [(main, families.pop(main.partition("@")[0], None)) for main in MAIN_METRICS]
+    chosen = [main if main in keys else max(keys, key=keys.get) for main, keys in cutoffs if keys]
+    others = [key for name, keys in families.items() if name not in ("accuracy", "precision", "recall") for key in keys]
+    return chosen + others or list(report.per_query)
 
 
 def _require_metric(name: str, report: Report, metric: str) -> None:
