@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from embedft import build_loss, load_embedder
-from embedft.data.batches import Batch, Batches
+from embedft.data.batches import make_batches
+from embedft.data.collate import Batch
 from embedft.retrieval.tables import format_table
 from embedft.training.optim import build_optimizer
 from experiments.commandline import make_parser, run
@@ -60,7 +61,7 @@ class SentenceTransformers(Ours):
 
 def _batches(file: str, pack: Callable[..., Any]) -> Iterator[Batch]:
     train_set = split_rows(*read_rows(file), keep_back=False).train
-    batches = Batches(train_set, pack, batch_size=BATCH_SIZE, seed=SEED, no_duplicates=True)
+    batches = make_batches(train_set, pack, batch_size=BATCH_SIZE, seed=SEED, no_duplicates=True)
     return (batch for epoch in range(100) for batch in batches.epoch(epoch))
 
 

@@ -13,7 +13,7 @@ import argparse
 import torch
 
 from embedft import RetrievalDataset, build_loss, load_embedder
-from embedft.data.batches import Batches
+from embedft.data.batches import make_batches
 from embedft.device import release_memory
 from embedft.retrieval.tables import format_table
 from embedft.training.optim import build_optimizer
@@ -32,7 +32,7 @@ class Ours:
     def __init__(self, model: str, train_file: str):
         self.embedder = load_embedder(model, max_length=MAX_LENGTH, device="cpu")
         self.model, self.loss = self.embedder, build_loss({"name": "in_batch_negatives"})
-        batches = Batches(RetrievalDataset.load(train_file), self.embedder.pack, batch_size=BATCH_SIZE, seed=SEED)
+        batches = make_batches(RetrievalDataset.load(train_file), self.embedder.pack, batch_size=BATCH_SIZE, seed=SEED)
         self.batches = (batch for epoch in range(100) for batch in batches.epoch(epoch) if _distinct(batch))
         self.optimizer = build_optimizer(self.embedder.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
         self.batch, self.num_steps = next(self.batches), 0
@@ -70,7 +70,7 @@ class SentenceTransformers(Ours):
         self.model = SentenceTransformer(model, device="cpu")
         self.model.max_seq_length = MAX_LENGTH
         self.peer_loss = MultipleNegativesRankingLoss(self.model)
-        batches = Batches(self.dataset, lambda texts, *, role: texts, batch_size=BATCH_SIZE, seed=SEED)
+        batches = make_batches(self.dataset, lambda texts, *, role: texts, batch_size=BATCH_SIZE, seed=SEED)
         self.batches = (batch for epoch in range(100) for batch in batches.epoch(epoch) if _distinct(batch))
         self.optimizer = build_optimizer(self.model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
         self.batch, self.num_steps = next(self.batches), 0

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from .config import setting, to_dict
-from .data.batches import Batches
+from .data.batches import Batches, make_batches
 from .data.dataset import RetrievalDataset
-from .data.mixture import Mixture
+from .data.mixture import join_datasets, make_mixture
 from .encoders.embedder import Embedder
 from .encoders.loading import load_embedder
 from .encoders.openai_api import ApiEmbedder
@@ -30,7 +30,7 @@ from .retrieval.run import Run, check_trec_ids
 from .training import distributed, runs
 from .training.references import FrozenEmbeddings, Reference, targets_with
 from .training.train import Refresh, TrainConfig, train
-from .training.windows import best_windows
+from .training.windows import best_windows, with_best_windows
 
 VALIDATION, VALIDATION_BASE = "validation", "validation-base"
 
@@ -146,7 +146,7 @@ def finetune(
     if out is not None:
         distributed.from_first(lambda: runs.check_run(out, existing))
     batches = _make_batches(embedder, dataset, config)
-    dataset = batches.dataset
+    dataset = dataset if isinstance(dataset, RetrievalDataset) else join_datasets(dataset)
     if validation is not None:
         measured = _metrics_with(config.select)
         # A run that found nothing: tells, without encoding, whether there is something to find.
@@ -163,9 +163,8 @@ def finetune(
         if references:
             raise ValueError("references have one vector a document, passages several: they do not go together")
         embedder.pack([""], role="document", passages=config.passages)  # tells whether they can be cut
-        whole = batches if isinstance(batches, Batches) else batches.all
         # Of rank 0 for all: devices that round differently may differ in the best of nearly equal windows.
-        whole.best_windows = distributed.from_first(lambda: best_windows(embedder, whole))
+        batches = with_best_windows(batches, distributed.from_first(lambda: best_windows(embedder, batches)))
     references, reference_hashes = _frozen(embedder, dataset, config, references or {})
     _try_loss(embedder, batches, config, references)
     if out is not None:
@@ -188,11 +187,11 @@ def finetune(
             report.save(out / runs.EVAL / VALIDATION_BASE)
         return report.metrics
 
-    def with_windows(found: dict[str, dict[str, int]]) -> Batches | Mixture:
-        whole.best_windows = found
-        return batches
-
-    refresh = Refresh(lambda embedder: best_windows(embedder, whole), with_windows) if config.refresh_windows else None
+    refresh = None
+    if config.refresh_windows:
+        refresh = Refresh(
+            lambda embedder: best_windows(embedder, batches), lambda found: with_best_windows(batches, found)
+        )
     evaluation = None if validation is None else validate
     loss = _build_loss(config)
     # The vectors of weights on their way are asked for once: they are not kept.
@@ -227,7 +226,7 @@ def _metrics_with(select: str) -> dict[str, Any]:
 
 def _make_batches(
     embedder: Embedder, dataset: RetrievalDataset | Mapping[str, RetrievalDataset], config: FinetuneConfig
-) -> Batches | Mixture:
+) -> Batches:
     options = {
         "batch_size": None if config.batch_tokens else config.batch_size,
         "batch_tokens": config.batch_tokens,
@@ -243,9 +242,9 @@ def _make_batches(
     if isinstance(dataset, RetrievalDataset):
         if config.sampling != "proportional" or config.mixed:
             raise ValueError(f"sampling is {config.sampling!r}, mixed is {config.mixed}, but there is one data set")
-        return Batches(dataset, embedder.pack, **options)
+        return make_batches(dataset, embedder.pack, **options)
     sampling = {"sampling": config.sampling, "temperature": config.sampling_temperature, "mixed": config.mixed}
-    return Mixture(dataset, embedder.pack, **sampling, **options)
+    return make_mixture(dataset, embedder.pack, **sampling, **options)
 
 
 def _build_loss(config: FinetuneConfig) -> Loss:
@@ -285,7 +284,7 @@ def _frozen(
 
 
 def _try_loss(
-    embedder: Embedder, batches: Batches | Mixture, config: FinetuneConfig, references: Mapping[str, Reference]
+    embedder: Embedder, batches: Batches, config: FinetuneConfig, references: Mapping[str, Reference]
 ) -> None:
     """Computes the loss of the first batch with vectors of zeros: tells what it lacks before a run is begun.
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from embedft import FinetuneConfig, Report, RetrievalDataset, compare, evaluate, finetune, load_embedder
-from embedft.data.batches import Batches
+from embedft.data.batches import make_batches
 from embedft.files import read_json
 from embedft.retrieval.tables import format_table
 from embedft.training.runs import DONE, ENVIRONMENT
@@ -97,7 +97,7 @@ def finetune_seed(
         embedder = load_embedder(out / "model")
     else:
         embedder = load_embedder(base, max_length=MAX_LENGTH)
-        num_steps = EPOCHS * len(Batches(train_set, embedder.pack, batch_size=BATCH_SIZE, seed=seed))
+        num_steps = EPOCHS * len(make_batches(train_set, embedder.pack, batch_size=BATCH_SIZE, seed=seed))
         config = FinetuneConfig(
             epochs=EPOCHS,
             batch_size=BATCH_SIZE,

@@ -26,7 +26,7 @@ import torch
 
 from embedft import Embedder, RetrievalDataset, build_loss, evaluate_grid, load_embedder
 from embedft.config import to_dict
-from embedft.data.batches import Batches
+from embedft.data.batches import make_batches
 from embedft.device import peak_memory_bytes
 from embedft.files import read_json, write_json
 from embedft.retrieval.tables import format_table
@@ -211,7 +211,7 @@ def finetune_seed(
     training = merge_equal_texts(split.train) if in_one else split.train
     pairs_a_step = options.batch_size * options.accumulate
     size, accumulate = (pairs_a_step, 1) if in_one else (options.batch_size, options.accumulate)
-    batches = Batches(training, embedder.pack, batch_size=size, seed=seed, no_duplicates=not in_one)
+    batches = make_batches(training, embedder.pack, batch_size=size, seed=seed, no_duplicates=not in_one)
     # As many pairs a step either way: what differs is the negatives of each.
     steps, expected = -(-len(batches) // accumulate), -(-len(split.train.queries) // pairs_a_step)
     if steps != expected:

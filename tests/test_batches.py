@@ -12,6 +12,8 @@ from tiny import make_dataset, make_embedder
 
 from embedft import RetrievalDataset
 from embedft.data.batches import Batches
+from embedft.data.batches import make_batches as batches_of
+from embedft.data.sampler import Sampler
 from embedft.encoders.packing import pack
 
 pytestmark = pytest.mark.filterwarnings("ignore:no_duplicates:UserWarning")
@@ -23,7 +25,7 @@ def keep_texts(texts, *, role):
 
 
 def make_batches(dataset: RetrievalDataset, batch_size: int = 4, seed: int = 0, **options) -> Batches:
-    return Batches(dataset, keep_texts, batch_size=batch_size, seed=seed, **options)
+    return batches_of(dataset, keep_texts, batch_size=batch_size, seed=seed, **options)
 
 
 def many_to_many(seed: int, num_queries: int = 13, num_documents: int = 10) -> RetrievalDataset:
@@ -115,7 +117,7 @@ def test_warns_when_one_text_makes_all_batches_smaller():
     queries = {f"q{i}": f"question {i}" for i in range(12)}
     corpus = {f"d{i}": "the same" if i < 5 else f"text {i}" for i in range(12)}
     dataset = RetrievalDataset(queries, corpus, {f"q{i}": {f"d{i}": 1} for i in range(12)})
-    message = "texts are in so many rows that an epoch is 5 batches of about 2, not 3 of 4"
+    message = "some texts are in so many rows that an epoch has 5 batches of about 2, not 3 of 4"
     with pytest.warns(UserWarning, match=message):
         assert len(make_batches(dataset, 4, no_duplicates=True)) == 5
     with warnings.catch_warnings():
@@ -159,9 +161,9 @@ def test_refuses_what_cannot_be_trained_on():
         make_batches(RetrievalDataset({"q": "a"}, {"d": "b"}, {"q": {"d": 0}}))
     with pytest.raises(ValueError, match="batch_size is 0, expected at least 1"):
         make_batches(dataset, 0)
-    with pytest.raises(ValueError, match="num_negatives is 2, the most hard negatives that a query has are 1"):
+    with pytest.raises(ValueError, match="num_negatives is 2, but no query has more than 1"):
         make_batches(dataset, num_negatives=2)
-    with pytest.raises(ValueError, match="num_negatives is 1, the most hard negatives that a query has are 0"):
+    with pytest.raises(ValueError, match="num_negatives is 1, but no query has more than 0"):
         make_batches(replace(dataset, negatives={}), num_negatives=1)
     assert len(make_batches(dataset)) == 1
 
@@ -197,15 +199,15 @@ def letters(lengths: list[int]) -> RetrievalDataset:
 
 
 def plan_ids(batches: Batches, epoch: int = 0) -> list[list[str]]:
-    return [[batches.examples[row][0] for row in rows] for rows in batches.plan(epoch)]
+    return [[batches.examples[row][0] for row in rows] for rows in batches.sampler.plan(epoch)]
 
 
 def texts_of(batches: Batches, rows: list[int]) -> list[set[str]]:
     """What stands in each row of a batch."""
-    dataset, found = batches.dataset, []
+    dataset, found = batches.collate.dataset, []
     for query_id, document_id in (batches.examples[row] for row in rows):
-        documents = [document_id, *dataset.negatives.get(query_id, [])[: batches.num_negatives]]
-        found.append({dataset.queries[query_id], *(batches.texts[i] for i in documents)})
+        documents = [document_id, *dataset.negatives.get(query_id, [])[: batches.collate.num_negatives]]
+        found.append({dataset.queries[query_id], *(batches.collate.texts[i] for i in documents)})
     return found
 
 
@@ -253,7 +255,7 @@ def test_no_text_stands_twice_in_a_batch(shape, batch_size, negatives):
     dataset = with_doubles(1, *shape, negatives=negatives)
     batches = make_batches(dataset, batch_size, no_duplicates=True, num_negatives=negatives)
     for epoch in range(3):
-        plan = batches.plan(epoch)
+        plan = batches.sampler.plan(epoch)
         assert sorted(row for rows in plan for row in rows) == list(range(shape[0]))
         assert len(plan) == len(batches)
         assert min(map(len, plan)) >= 1
@@ -272,7 +274,7 @@ def test_rows_that_share_texts_are_spread_over_the_epoch():
         RetrievalDataset(queries, corpus, {f"q{i}": {f"d{i}": 1} for i in range(100)}), 10, no_duplicates=True
     )
     for epoch in range(5):
-        counts = [sum(row < 20 for row in rows) for rows in batches.plan(epoch)]
+        counts = [sum(row < 20 for row in rows) for rows in batches.sampler.plan(epoch)]
         assert (sum(counts), len(counts)) == (20, 10)
         assert max(counts) <= 6
 
@@ -295,7 +297,7 @@ def test_a_few_doubles_leave_full_batches():
     """130 pairs in 32s, of which 20 share their context with another: still five batches, the last of what is left."""
     corpus = {f"d{i}": f"context {i - 10 if 10 <= i < 20 else i}" for i in range(130)}
     queries, qrels = {f"q{i}": f"question {i}" for i in range(130)}, {f"q{i}": {f"d{i}": 1} for i in range(130)}
-    plan = make_batches(RetrievalDataset(queries, corpus, qrels), 32, no_duplicates=True).plan(0)
+    plan = make_batches(RetrievalDataset(queries, corpus, qrels), 32, no_duplicates=True).sampler.plan(0)
     sizes = sorted(map(len, plan))
     assert sizes[0] <= 4
     assert 30 <= sizes[1] <= sizes[-1] == 32
@@ -311,7 +313,7 @@ def test_no_duplicates_takes_linear_time(batch_size):
         dataset = RetrievalDataset(queries, corpus, {f"q{i}": {f"d{i // 10}": 1} for i in range(num_pairs)})
         batches = make_batches(dataset, batch_size, no_duplicates=True)
         start = time.process_time()
-        plan = batches.plan(0)
+        plan = batches.sampler.plan(0)
         seconds.append(time.process_time() - start)
         # 8,000 in 8,192s would be one batch, but ten questions of a context need ten.
         assert len(plan) == max(-(-num_pairs // batch_size), 10)
@@ -327,8 +329,8 @@ def test_tokens_by_hand():
 
     The pairs end at 10, 20 | 30, 40, 50 | 60, 70, 80.
     """
-    batches = Batches(letters([5] * 8), pack_letters, batch_tokens=30, seed=0)
-    assert [len(rows) for rows in batches.plan(0)] == [2, 3, 3]
+    batches = batches_of(letters([5] * 8), pack_letters, batch_tokens=30, seed=0)
+    assert [len(rows) for rows in batches.sampler.plan(0)] == [2, 3, 3]
     assert len(batches) == 3
 
 
@@ -337,14 +339,14 @@ def test_tokens_by_hand():
 def test_batches_by_tokens(batch_tokens, options):
     generator = random.Random(3)
     lengths = [generator.randint(1, 40) for _ in range(50)]
-    batches = Batches(letters(lengths), pack_letters, batch_tokens=batch_tokens, seed=1, **options)
+    batches = batches_of(letters(lengths), pack_letters, batch_tokens=batch_tokens, seed=1, **options)
     total, longest = sum(lengths) + 5 * 50, max(lengths) + 5
     if options.get("no_duplicates") and batch_tokens == 10_000:
         assert 2 <= len(batches) <= 6  # a text stands in up to four pairs, and some share two
     else:
         assert len(batches) == min(50, -(-total // batch_tokens))
     for epoch in range(3):
-        plan = batches.plan(epoch)
+        plan = batches.sampler.plan(epoch)
         assert sorted(row for rows in plan for row in rows) == list(range(50))
         assert len(plan) == len(batches)
         assert min(map(len, plan)) >= 1
@@ -356,23 +358,23 @@ def test_hard_negatives_count_as_tokens():
     dataset = letters([5] * 8)
     negatives = {f"q{i}": [f"d{(i + 1) % 8}"] for i in range(8)}  # 7 more tokens a pair: 136
     dataset = RetrievalDataset(dataset.queries, dataset.corpus, dataset.qrels, negatives)
-    assert len(Batches(dataset, pack_letters, batch_tokens=30, seed=0, num_negatives=1)) == 5
+    assert len(batches_of(dataset, pack_letters, batch_tokens=30, seed=0, num_negatives=1)) == 5
 
 
 def test_the_real_tokenizer_counts(tmp_path):
     embedder = make_embedder(tmp_path / "base")
     dataset = make_dataset(12, 9)
-    batches = Batches(dataset, embedder.pack, batch_tokens=60, seed=0)
+    batches = batches_of(dataset, embedder.pack, batch_tokens=60, seed=0)
     embedder.max_length = 8  # as late as this: the texts are counted with the first batch
     tokens = [
         len(b.queries.input_ids)
         + sum(
-            len(embedder.pack([batches.texts[b.document_ids[c]]], role="document").input_ids)
+            len(embedder.pack([batches.collate.texts[b.document_ids[c]]], role="document").input_ids)
             for c in b.targets.group[:, 0].tolist()
         )
         for b in batches.epoch(0)
     ]
-    assert sum(tokens) == int(batches._tokens_P.sum())
+    assert sum(tokens) == int(batches.sampler._tokens_P.sum())
     assert len(tokens) == -(-sum(tokens) // 60)
 
 
@@ -382,18 +384,18 @@ def test_the_real_tokenizer_counts(tmp_path):
 def test_length_window_by_hand():
     """Batches of 2 and a window of 2 batches: four pairs sorted at a time, then the batches shuffled."""
     lengths = [9, 1, 8, 2, 7, 3, 6, 4]
-    batches = Batches(letters(lengths), pack_letters, batch_size=2, seed=5, length_window=2)
+    batches = batches_of(letters(lengths), pack_letters, batch_size=2, seed=5, length_window=2)
     for epoch in range(4):
         order = torch.randperm(8, generator=torch.Generator().manual_seed(5 + epoch)).tolist()
         windows = [sorted(order[first : first + 4], key=lambda row: lengths[row]) for first in (0, 4)]
         expected = {tuple(window[first : first + 2]) for window in windows for first in (0, 2)}
-        assert {tuple(rows) for rows in batches.plan(epoch)} == expected
+        assert {tuple(rows) for rows in batches.sampler.plan(epoch)} == expected
 
 
 def test_no_step_of_an_epoch_is_for_short_or_for_long_texts():
     """Over 400 epochs every place of an epoch has the mean length of all, within five standard errors."""
-    batches = Batches(letters(list(range(1, 41))), pack_letters, batch_size=4, seed=0, length_window=10)
-    means = torch.tensor([[sum(rows) / len(rows) for rows in batches.plan(epoch)] for epoch in range(400)])
+    batches = batches_of(letters(list(range(1, 41))), pack_letters, batch_size=4, seed=0, length_window=10)
+    means = torch.tensor([[sum(rows) / len(rows) for rows in batches.sampler.plan(epoch)] for epoch in range(400)])
     error = means.std(dim=0) / 400**0.5
     assert ((means.mean(dim=0) - 19.5).abs() < 5 * error).all()
     assert means.std() > 8  # sorted: the batches differ by length
@@ -416,7 +418,7 @@ def test_resumes_with_every_option(options):
     options = {"batch_size": 4, **options}
 
     def make(seed: int = 3) -> Batches:
-        return Batches(many_to_many(seed=2), pack_letters, seed=seed, **options)
+        return batches_of(many_to_many(seed=2), pack_letters, seed=seed, **options)
 
     whole = list(make().epoch(1))
     assert len(whole) == len(make())
@@ -521,7 +523,89 @@ def test_refuses_options_that_cannot_be():
     with pytest.raises(ValueError, match="examples is 'rows', expected one of pairs, queries, scored"):
         make_batches(JUDGED, examples="rows")
     unscored = RetrievalDataset(**{**vars(JUDGED), "scores": {"q": {"a": 1.0}}})
-    with pytest.raises(ValueError, match="query 'q' has no score of document 'b'"):
+    with pytest.raises(ValueError, match="query 'q' has no score for document 'b'"):
         make_batches(unscored, target_scores=True)
     with pytest.raises(ValueError, match="no scored pair of a query and a document"):
         make_batches(RetrievalDataset(**{**vars(JUDGED), "scores": {}}), examples="scored")
+
+
+# Parts that can be replaced.
+
+
+class Backwards:
+    """A sampler of one's own: the examples from last to first."""
+
+    def __init__(self, num_examples: int, batch_size: int):
+        self.order, self.batch_size = list(range(num_examples))[::-1], batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // self.batch_size)
+
+    def plan(self, epoch: int) -> list[list[int]]:
+        return [self.order[first : first + self.batch_size] for first in range(0, len(self.order), self.batch_size)]
+
+
+def test_the_sampler_alone_can_be_replaced():
+    batches = make_batches(many_to_many(seed=0))
+    other = Batches(batches.examples, Backwards(len(batches.examples), 5), batches.collate)
+    pairs = [pair for batch in other.epoch(3) for pair in pairs_of(batch)]
+    assert pairs == relevant_pairs(many_to_many(seed=0))[::-1]
+    assert len(other) == len(list(other.epoch(0))) == -(-len(pairs) // 5)
+    assert [b.query_ids for b in other.epoch(0, start=2)] == [b.query_ids for b in other.epoch(0)][2:]
+
+
+def test_collate_alone_can_be_replaced():
+    batches = make_batches(many_to_many(seed=0))
+    drawn = []
+    other = Batches(batches.examples, batches.sampler, lambda examples, *, draw: drawn.append(draw) or examples)
+    rows = [rows for epoch in (0, 2) for rows in batches.sampler.plan(epoch)]
+    found = [examples for epoch in (0, 2) for examples in other.epoch(epoch)]
+    assert found == [[batches.examples[row] for row in batch] for batch in rows]
+    assert drawn == [(epoch, place) for epoch in (0, 2) for place in range(len(batches))]
+
+
+def test_the_examples_alone_can_be_replaced():
+    batches = make_batches(many_to_many(seed=0))
+    examples = batches.examples[::3]
+    other = Batches(examples, Sampler(len(examples), batch_size=4, seed=0), batches.collate)
+    assert sorted(pair for batch in other.epoch(1) for pair in pairs_of(batch)) == sorted(examples)
+
+
+# Documents of equal text.
+
+
+def test_documents_of_equal_text_are_one_document():
+    dataset = RetrievalDataset(
+        queries={"q1": "when?", "q2": "who?", "q3": "where?"},
+        corpus={"d1": "the mill", "d2": "the mill", "d3": "elsewhere", "d4": "mill", "d5": "the mill"},
+        qrels={"q1": {"d1": 1}, "q2": {"d2": 1, "d4": 1}, "q3": {"d3": 1, "d5": 1}},
+        negatives={"q2": ["d3", "d5"]},
+        titles={"d4": "the"},
+    )
+    examples = [("q1", "d1"), ("q2", "d2"), ("q3", "d3")]
+    batch = make_batches(dataset, 3, num_negatives=2).collate(examples)
+    assert batch.document_ids == ["d1", "d3"]
+    assert batch.documents == ("document", ["the mill", "elsewhere"])
+    assert batch.targets.group.tolist() == [[0, -1, -1], [0, 1, -1], [1, -1, -1]]
+    positive, negative = batch.targets.masks(num_documents=2)
+    assert positive.tolist() == [[True, False], [True, False], [True, True]]
+    assert negative.tolist() == [[False, True], [False, True], [False, False]]
+    # A title belongs to the text: "the" and "mill" are the same document, too.
+    assert make_batches(dataset).collate([("q1", "d1"), ("q2", "d4")]).document_ids == ["d1"]
+    apart = make_batches(dataset, 3, merge_equal_texts=False).collate(examples)
+    assert apart.document_ids == ["d1", "d2", "d3"]
+    assert apart.targets.masks(num_documents=3)[1].tolist()[0] == [False, True, True]
+
+
+def test_listed_documents_of_equal_text_are_listed_once():
+    dataset = RetrievalDataset(
+        queries={"q": "who?"},
+        corpus={"d1": "a", "d2": "a", "d3": "b"},
+        qrels={"q": {"d1": 3, "d2": 1, "d3": 2}},
+        scores={"q": {"d1": 0.5, "d2": 0.25, "d3": 0.125}},
+    )
+    (batch,) = make_batches(dataset, 1, examples="queries", target_scores=True).epoch(0)
+    assert batch.document_ids == ["d1", "d3"]
+    assert batch.targets.group.tolist() == [[0, 1]]
+    assert batch.targets.relevance.tolist() == [[3, 2]]
+    assert batch.targets.target_scores.tolist() == [[0.5, 0.125]]

@@ -16,7 +16,7 @@ from tiny import make_dataset, make_embedder
 from torch import nn
 
 from embedft import LOSSES, Targets, build_loss, device
-from embedft.data.batches import Batches
+from embedft.data.batches import make_batches
 from embedft.encoders.packing import pack
 from embedft.losses.contrastive import in_batch_negatives
 from embedft.training.cached import cached_backward, mini_batches
@@ -71,7 +71,7 @@ class OneRow(nn.Module):
 
 def make_batch(embedder, *, num_negatives: int = 2, batch_size: int = 11, seed: int = 0):
     """11 pairs over 9 documents, so two of them are there for two queries."""
-    batches = Batches(
+    batches = make_batches(
         make_dataset(11, 9, negatives=num_negatives),
         embedder.pack,
         batch_size=batch_size,

@@ -4,6 +4,7 @@ import functools
 import inspect
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -516,3 +517,17 @@ def test_multi_positive_with_one_positive_is_in_batch_negatives():
         assert_equal(loss_and_gradients(multi_positive, Q, D, Targets(group), form=form), expected, 1e-12)
     with pytest.raises(ValueError, match="form is 'log', expected one of out, in"):
         multi_positive(Q, D, Targets(group), form="log")
+
+
+@pytest.mark.parametrize("loss", [in_batch_negatives, multi_positive])
+def test_a_batch_of_one_document_is_warned_of(loss):
+    """Its loss is 0, and so is its gradient; with a hard negative it is not."""
+    Q, D = random_vectors(1, 4, seed=0), random_vectors(2, 4, seed=1)
+    with pytest.warns(UserWarning, match="one document"):
+        value = loss(Q, D[:1], Targets(torch.tensor([[0]])))
+    assert value.item() == 0
+    with pytest.warns(UserWarning, match="one document"):
+        loss(Q, D, Targets(torch.tensor([[0]]), document=torch.tensor([0, 0])))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert loss(Q, D, Targets(torch.tensor([[0, 1]]))) > 0

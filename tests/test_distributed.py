@@ -23,7 +23,7 @@ from torch.nn import Parameter
 
 from embedft import FinetuneConfig, build_loss, finetune, load_embedder
 from embedft.cli import main
-from embedft.data.batches import Batches
+from embedft.data.batches import make_batches
 from embedft.encoders.packing import pack
 from embedft.files import read_json
 from embedft.losses.contrastive import in_batch_negatives
@@ -251,7 +251,7 @@ def train_once(base: Path, out: Path, config: TrainConfig, make_loss, *, batch_s
         done = sum("metrics" in record for record in read_log(out)) if (out / "train.jsonl").exists() else 0
         return {METRIC: (0.1, 0.3, 0.4, 0.2, 0.35)[done]}
 
-    batches = Batches(dataset, embedder.pack, batch_size=batch_size, seed=0, num_negatives=3)
+    batches = make_batches(dataset, embedder.pack, batch_size=batch_size, seed=0, num_negatives=3)
     state = train(embedder, batches, loss, config, out=out, references=references, evaluate=evaluate)
     return embedder.state_dict(), loss.state_dict(), dataclasses.asdict(state)
 
@@ -354,7 +354,7 @@ class SameBatch:
     """One batch, of the same text as two queries and as two documents, twice an epoch."""
 
     def __init__(self, embedder):
-        batch = next(Batches(make_dataset(2, 2), embedder.pack, batch_size=2, seed=0).epoch(0))
+        batch = next(make_batches(make_dataset(2, 2), embedder.pack, batch_size=2, seed=0).epoch(0))
         same = embedder.pack(["a b c"] * 2, role="query")
         self.batch = batch._replace(queries=same, documents=same)
 
@@ -389,7 +389,7 @@ def test_ranks_draw_different_dropout(tmp_path, mini_batch_tokens):
 def cached_and_direct(base):
     """With dropout and a loss that draws: gradient caching, and the same mini-batches with their graphs kept."""
     embedder = make_embedder(base, dropout=0.1, dtype=torch.float64).train()
-    batch = next(Batches(make_dataset(11, 9), embedder.pack, batch_size=11, seed=0).epoch(0))
+    batch = next(make_batches(make_dataset(11, 9), embedder.pack, batch_size=11, seed=0).epoch(0))
     mine, found = Share.of(batch.queries, batch.documents), []
 
     def drawing(Q, D, targets):
@@ -429,7 +429,7 @@ def errors_of_train(base, folder):
     def attempt(name, **changed):
         embedder = make_embedder(base, dropout=0.0)
         dataset = make_dataset(changed.pop("num_queries", 4), 4)
-        batches = Batches(dataset, embedder.pack, batch_size=2, seed=0)
+        batches = make_batches(dataset, embedder.pack, batch_size=2, seed=0)
         loss = changed.pop("loss", in_batch_negatives)
         try:
             train(embedder, batches, loss, TrainConfig(epochs=1), **changed)
@@ -448,7 +448,7 @@ def test_errors_of_training_come_on_all_ranks(tmp_path):
     embedder = make_embedder(tmp_path / "base", dropout=0.0)
     (tmp_path / "of-1").mkdir()
     (tmp_path / "elsewhere").mkdir()
-    batches = Batches(make_dataset(4, 4), embedder.pack, batch_size=2, seed=0)
+    batches = make_batches(make_dataset(4, 4), embedder.pack, batch_size=2, seed=0)
     train(embedder, batches, in_batch_negatives, TrainConfig(epochs=1), out=tmp_path / "of-1")
     first, second = run_ranks(2, errors_of_train, tmp_path / "base", tmp_path, folder=tmp_path)
     expected = {

@@ -11,7 +11,7 @@ import pytest
 from tiny import make_dataset, make_embedder
 
 from embedft import FinetuneConfig, RetrievalDataset, finetune, mine, search
-from embedft.data.batches import Batches
+from embedft.data.batches import make_batches
 from embedft.losses.contrastive import in_batch_negatives
 from embedft.retrieval import mining
 from embedft.retrieval import search as search_module
@@ -356,7 +356,7 @@ def test_mined_anew_in_training(tmp_path):
     def make(negatives):
         assert negatives == mine(embedder, dataset, **options).negatives
         seen.append((negatives, embedder.sha256()))
-        return Batches(replace(dataset, negatives=negatives), embedder.pack, batch_size=4, seed=0, num_negatives=2)
+        return make_batches(replace(dataset, negatives=negatives), embedder.pack, batch_size=4, seed=0, num_negatives=2)
 
     refresh = Refresh(find=lambda model: mine(model, dataset, **options).negatives, make=make)
     config = TrainConfig(epochs=2, lr=1e-2)

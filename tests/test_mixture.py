@@ -8,7 +8,8 @@ import pytest
 from test_batches import keep_texts, pack_letters
 
 from embedft import RetrievalDataset
-from embedft.data.mixture import SAMPLINGS, Mixture, apportion, join_datasets
+from embedft.data.batches import Batches, make_batches
+from embedft.data.mixture import SAMPLINGS, apportion, join_datasets, make_mixture
 
 pytestmark = pytest.mark.filterwarnings("ignore:no_duplicates:UserWarning")
 
@@ -22,11 +23,11 @@ def pairs(name: str, number: int) -> RetrievalDataset:
 SOURCES = {"large": pairs("large", 16), "small": pairs("small", 4)}
 
 
-def make_mixture(batch_size: int = 2, seed: int = 0, datasets=SOURCES, **options) -> Mixture:
-    return Mixture(datasets, keep_texts, batch_size=batch_size, seed=seed, **options)
+def mixture_of(batch_size: int = 2, seed: int = 0, datasets=SOURCES, **options) -> Batches:
+    return make_mixture(datasets, keep_texts, batch_size=batch_size, seed=seed, **options)
 
 
-def sources_of(mixture: Mixture, epoch: int = 0) -> list[Counter]:
+def sources_of(mixture: Batches, epoch: int = 0) -> list[Counter]:
     return [Counter(batch.sources) for batch in mixture.epoch(epoch)]
 
 
@@ -61,22 +62,22 @@ def test_apportion_by_hand(total, weights, expected):
 
 
 def test_proportional_is_every_example_once():
-    mixture = make_mixture()
+    mixture = mixture_of()
     assert len(mixture) == 8 + 2
-    assert mixture.shares() == {"large": 0.8, "small": 0.2}
+    assert mixture.sampler.shares() == {"large": 0.8, "small": 0.2}
     for epoch in range(3):
         batches = list(mixture.epoch(epoch))
         assert len(batches) == 10
         assert all(len(set(batch.sources)) == 1 for batch in batches)
-        assert sorted(i for batch in batches for i in batch.query_ids) == sorted(mixture.all.dataset.queries)
+        assert sorted(i for batch in batches for i in batch.query_ids) == sorted(mixture.collate.dataset.queries)
     assert sources_of(mixture, 0) != sources_of(mixture, 1)  # the order of the sources is another
 
 
 def test_round_robin_by_hand():
     """Two batches of each an epoch, in turn; the large source goes on in the next epoch, through after four."""
-    mixture = make_mixture(sampling="round_robin")
+    mixture = mixture_of(sampling="round_robin")
     assert len(mixture) == 4
-    assert mixture.shares() == {"large": 0.5, "small": 0.5}
+    assert mixture.sampler.shares() == {"large": 0.5, "small": 0.5}
     assert sources_of(mixture) == [{"large": 2}, {"small": 2}] * 2
     seen = Counter(i for epoch in range(4) for batch in mixture.epoch(epoch) for i in batch.query_ids)
     assert {i: number for i, number in seen.items() if i.startswith("large/")} == {f"large/q{i}": 1 for i in range(16)}
@@ -89,9 +90,9 @@ def test_round_robin_by_hand():
     [(1, {"large": 8, "small": 2}), (2, {"large": 7, "small": 3}), (float("inf"), {"large": 5, "small": 5})],
 )
 def test_temperature_by_hand(temperature, expected):
-    mixture = make_mixture(sampling="temperature", temperature=temperature)
+    mixture = mixture_of(sampling="temperature", temperature=temperature)
     assert len(mixture) == 10
-    assert mixture.shares() == {name: number / 10 for name, number in expected.items()}
+    assert mixture.sampler.shares() == {name: number / 10 for name, number in expected.items()}
     for epoch in range(2):
         found = sources_of(mixture, epoch)
         assert all(len(batch) == 1 for batch in found)
@@ -105,13 +106,13 @@ def test_temperature_by_hand(temperature, expected):
 
 def test_mixed_and_proportional_is_the_union():
     """Its examples shuffled together, each once; doubles are found across sources."""
-    mixture = make_mixture(4, mixed=True)
+    mixture = mixture_of(4, mixed=True)
     assert len(mixture) == 5
     found = sources_of(mixture)
     assert sum(found, Counter()) == {"large": 16, "small": 4}
     assert any(len(batch) == 2 for batch in found)
     same = {"a": pairs("x", 3), "b": pairs("x", 3)}
-    for batch in make_mixture(6, datasets=same, mixed=True, no_duplicates=True).epoch(0):
+    for batch in mixture_of(6, datasets=same, mixed=True, no_duplicates=True).epoch(0):
         assert len(set(batch.queries[1])) == len(batch.queries[1])
 
 
@@ -120,7 +121,7 @@ def test_mixed_and_proportional_is_the_union():
 )
 def test_mixed_shares_by_hand(sampling, expected):
     """Of a batch of six: three each, or 4 : 2. Four batches an epoch, of 20 pairs."""
-    mixture = make_mixture(6, mixed=True, sampling=sampling)
+    mixture = mixture_of(6, mixed=True, sampling=sampling)
     assert len(mixture) == 4
     for epoch in range(3):
         for batch, counts in zip(mixture.epoch(epoch), sources_of(mixture, epoch), strict=True):
@@ -147,24 +148,23 @@ def test_mixed_shares_by_hand(sampling, expected):
 )
 def test_mixed_shares_are_those_of_a_batch(batch_size, sampling, expected):
     datasets = {"large": pairs("large", 20), "small": pairs("small", 3)}
-    mixture = make_mixture(batch_size, datasets=datasets, mixed=True, sampling=sampling)
+    mixture = mixture_of(batch_size, datasets=datasets, mixed=True, sampling=sampling)
     first = sources_of(mixture)[0]
     assert (first["large"], first["small"]) == expected
-    assert mixture.shares() == {name: first[name] / batch_size for name in datasets}
+    assert mixture.sampler.shares() == {name: first[name] / batch_size for name in datasets}
 
 
 def test_mixed_shares_on_average():
-    """Where a batch takes what comes, or so many tokens, the weights: 16 : 4, and 4 : 2 by their roots."""
-    assert make_mixture(4, mixed=True).shares() == {"large": 0.8, "small": 0.2}
-    tokens = Mixture(SOURCES, pack_letters, batch_tokens=200, seed=0, mixed=True, sampling="temperature")
-    assert tokens.shares() == pytest.approx({"large": 2 / 3, "small": 1 / 3})
+    """Batches measured in tokens have their shares on average: 16 : 4 becomes 4 : 2, by the roots."""
+    tokens = make_mixture(SOURCES, pack_letters, batch_tokens=200, seed=0, mixed=True, sampling="temperature")
+    assert tokens.sampler.shares() == pytest.approx({"large": 2 / 3, "small": 1 / 3})
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("mixed", [False, True])
 def test_resumes_anywhere(sampling, mixed):
-    def make(seed: int = 5) -> Mixture:
-        return make_mixture(3, seed, sampling=sampling, mixed=mixed, no_duplicates=True)
+    def make(seed: int = 5) -> Batches:
+        return mixture_of(3, seed, sampling=sampling, mixed=mixed, no_duplicates=True)
 
     def ids(batches) -> list:
         return [(batch.query_ids, batch.document_ids, batch.sources) for batch in batches]
@@ -180,25 +180,26 @@ def test_resumes_anywhere(sampling, mixed):
 
 
 def test_one_source_is_the_data_set_alone():
-    mixture = make_mixture(5, datasets={"only": SOURCES["large"]})
+    mixture = mixture_of(5, datasets={"only": SOURCES["large"]})
+    alone = make_batches(join_datasets({"only": SOURCES["large"]}), keep_texts, batch_size=5, seed=0)
     found = list(mixture.epoch(2))
-    assert [batch.query_ids for batch in found] == [batch.query_ids for batch in mixture.all.epoch(2)]
+    assert [batch.query_ids for batch in found] == [batch.query_ids for batch in alone.epoch(2)]
     assert [batch.sources for batch in found] == [["only"] * 5] * 3 + [["only"]]
 
 
 def test_refuses_what_cannot_be_mixed():
     with pytest.raises(ValueError, match="sampling is 'random', expected one of proportional, round_robin, temperat"):
-        make_mixture(sampling="random")
+        mixture_of(sampling="random")
     with pytest.raises(ValueError, match=r"temperature is 0\.5, expected at least 1"):
-        make_mixture(temperature=0.5)
+        mixture_of(temperature=0.5)
     with pytest.raises(ValueError, match="batch_size is 1, expected at least one of each of 2 sources"):
-        make_mixture(1, mixed=True, sampling="round_robin")
-    with pytest.raises(ValueError, match="there is no data set to join"):
-        make_mixture(datasets={})
+        mixture_of(1, mixed=True, sampling="round_robin")
+    with pytest.raises(ValueError, match="at least one dataset"):
+        mixture_of(datasets={})
     for name in ("", "a/b"):
-        with pytest.raises(ValueError, match=f"a source is called '{name}', expected a name without '/'"):
-            make_mixture(datasets={name: SOURCES["small"]})
-    with pytest.raises(ValueError, match="2 cannot be dealt out to 3 sources, at least one each"):
+        with pytest.raises(ValueError, match=f"source name '{name}'"):
+            mixture_of(datasets={name: SOURCES["small"]})
+    with pytest.raises(ValueError, match="2 cannot be divided among 3 sources"):
         apportion(2, {"a": 1, "b": 1, "c": 1})
 
 
@@ -208,17 +209,17 @@ def test_a_source_may_have_no_hard_negatives(sampling, mixed):
     hard = replace(SOURCES["small"], negatives={"q0": ["d1", "d2"], "q1": ["d3"]})
     datasets = {"hard": hard, "plain": SOURCES["large"]}
     options = {"sampling": sampling, "mixed": mixed, "batch_size": 4}
-    batches = list(make_mixture(datasets=datasets, num_negatives=2, **options).epoch(0))
+    batches = list(mixture_of(datasets=datasets, num_negatives=2, **options).epoch(0))
     assert [batch.query_ids for batch in batches] == [
-        batch.query_ids for batch in make_mixture(datasets=datasets, **options).epoch(0)
+        batch.query_ids for batch in mixture_of(datasets=datasets, **options).epoch(0)
     ]
     for batch in batches:
         assert batch.targets.group.shape[1] == 3
         for query_id, listed in zip(batch.query_ids, batch.targets.group.tolist(), strict=True):
             names = [batch.document_ids[place] for place in listed[1:] if place >= 0]
             assert names == {"hard/q0": ["hard/d1", "hard/d2"], "hard/q1": ["hard/d3"]}.get(query_id, [])
-    with pytest.raises(ValueError, match="num_negatives is 3, the most hard negatives that a query has are 2"):
-        make_mixture(datasets=datasets, num_negatives=3, **options)
+    with pytest.raises(ValueError, match="num_negatives is 3, but no query has more than 2"):
+        mixture_of(datasets=datasets, num_negatives=3, **options)
 
 
 @pytest.mark.parametrize("mixed", [False, True])
@@ -230,9 +231,9 @@ def test_texts_are_counted_once_for_all_sources(sampling, mixed):
         packed.extend(texts)
         return pack_letters(texts, role=role)
 
-    mixture = Mixture(SOURCES, pack, batch_tokens=200, seed=0, sampling=sampling, mixed=mixed)
+    mixture = make_mixture(SOURCES, pack, batch_tokens=200, seed=0, sampling=sampling, mixed=mixed)
     assert len(mixture) >= 2
-    list(mixture._examples(0, 0))  # which plans the epoch and packs nothing
+    mixture.sampler.plan(0)
     assert sorted(packed) == sorted(
         text for source in SOURCES.values() for part in (source.queries, source.corpus) for text in part.values()
     )

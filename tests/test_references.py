@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import make_dataset, make_embedder
 
-from embedft.data.batches import Batches
+from embedft.data.batches import make_batches
 from embedft.training.references import FrozenEmbeddings, targets_with
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -20,7 +20,7 @@ def embedder(tmp_path):
 
 def make_batch(embedder):
     dataset = make_dataset(11, 9, negatives=2)
-    return next(Batches(dataset, embedder.pack, batch_size=4, seed=0, num_negatives=2).epoch(0))
+    return next(make_batches(dataset, embedder.pack, batch_size=4, seed=0, num_negatives=2).epoch(0))
 
 
 def test_by_hand(embedder):

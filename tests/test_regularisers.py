@@ -8,7 +8,7 @@ import torch
 from loss_checks import PRECISIONS, assert_equal, loss_and_gradients, random_pair, random_vectors, reference_gradients
 
 from embedft import RetrievalDataset, Targets
-from embedft.data.batches import Batches
+from embedft.data.batches import make_batches
 from embedft.losses.regularisers import global_orthogonal, toward_base
 
 
@@ -77,7 +77,7 @@ def test_global_orthogonal_knows_a_query_that_is_there_twice():
     dataset = RetrievalDataset(
         {"q": "one", "r": "two"}, {d: d for d in "abc"}, {}, scores={"q": {"a": 1.0, "b": 0.0}, "r": {"c": 1.0}}
     )
-    batches = Batches(dataset, lambda texts, *, role: texts, batch_size=3, seed=0, examples="scored")
+    batches = make_batches(dataset, lambda texts, *, role: texts, batch_size=3, seed=0, examples="scored")
     batch = batches.collate(batches.examples)
     vectors = dict(zip(["one", "two", *"abc"], torch.eye(8), strict=False))
     Q, D = (torch.stack([vectors[text] for text in texts]) for texts in (batch.queries, batch.documents))

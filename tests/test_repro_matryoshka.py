@@ -12,7 +12,7 @@ import torch
 from tiny import make_embedder
 
 from embedft import evaluate
-from embedft.data.batches import Batches
+from embedft.data.batches import make_batches
 from experiments import repro_matryoshka_finance as experiment
 from experiments.repro_matryoshka_finance import format_dims, main, matryoshka_dims, measure, pick_dim
 
@@ -85,7 +85,7 @@ def test_the_steps_of_the_published_data(shared_data):
         split = experiment.split_rows(dataset, num_rows, keep_back=keep_back)
         merged = experiment.merge_equal_texts(split.train)
         (one, many) = (
-            Batches(data, None, batch_size=size, seed=0, no_duplicates=size == 32).plan(0)
+            make_batches(data, None, batch_size=size, seed=0, no_duplicates=size == 32).sampler.plan(0)
             for data, size in ((merged, 512), (split.train, 32))
         )
         assert [*map(len, one)] == [512] * (len(one) - 1) + [last_one]

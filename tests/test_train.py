@@ -20,6 +20,7 @@ from torch import nn
 
 from embedft import build_loss
 from embedft.data.batches import Batches
+from embedft.data.batches import make_batches as batches_of
 from embedft.losses.contrastive import in_batch_negatives
 from embedft.training import train as train_module
 from embedft.training.train import NonFiniteError, Refresh, TrainConfig, train
@@ -33,7 +34,7 @@ METRIC = "ndcg@10"
 def make_batches(embedder, seed: int = 0, num_negatives: int = 0) -> Batches:
     """4 batches an epoch, of 3, 3, 3 and 2 pairs."""
     dataset = make_dataset(11, 9, negatives=num_negatives)
-    return Batches(dataset, embedder.pack, batch_size=3, seed=seed, num_negatives=num_negatives)
+    return batches_of(dataset, embedder.pack, batch_size=3, seed=seed, num_negatives=num_negatives)
 
 
 def weights_of(embedder) -> dict[str, torch.Tensor]:
@@ -106,8 +107,8 @@ def test_equals_a_plain_loop(tmp_path, accumulate, num_steps, num_warmup):
                 group["lr"] = lr
             means = []
             for batch in parts:
-                queries = [batches.dataset.queries[query_id] for query_id in batch.query_ids]
-                documents = [batches.dataset.corpus[document_id] for document_id in batch.document_ids]
+                queries = [batches.collate.dataset.queries[query_id] for query_id in batch.query_ids]
+                documents = [batches.collate.dataset.corpus[document_id] for document_id in batch.document_ids]
                 Q, D = (
                     torch.cat([plain.embed(plain.pack([text], role=role), role=role) for text in texts])
                     for role, texts in (("query", queries), ("document", documents))
@@ -116,7 +117,7 @@ def test_equals_a_plain_loop(tmp_path, accumulate, num_steps, num_warmup):
                 for i, (query_id, (positive, _)) in enumerate(
                     zip(batch.query_ids, batch.targets.group.tolist(), strict=True)
                 ):
-                    relevant = batches.dataset.qrels[query_id]
+                    relevant = batches.collate.dataset.qrels[query_id]
                     columns = [j for j, d in enumerate(batch.document_ids) if j == positive or d not in relevant]
                     losses.append(F.cross_entropy(Q[i] @ D[columns].T / 0.05, torch.tensor(columns.index(positive))))
                 means.append(torch.stack(losses).mean())
@@ -163,7 +164,7 @@ def test_the_log_says_what_every_step_did(tmp_path):
 def test_learns(tmp_path, precision):
     """A few pairs, again and again: the loss falls to a tenth."""
     embedder = make_embedder(tmp_path / "base", dropout=0.0)
-    batches = Batches(make_dataset(6, 6), embedder.pack, batch_size=6, seed=0)
+    batches = batches_of(make_dataset(6, 6), embedder.pack, batch_size=6, seed=0)
     train(embedder, batches, in_batch_negatives, TrainConfig(epochs=30, lr=3e-3, precision=precision), out=tmp_path)
     losses = [record["loss"] for record in read_log(tmp_path)]
     assert losses[-1] < 0.1 * losses[0]
@@ -182,7 +183,7 @@ def test_bfloat16_is_of_the_encoder_alone(tmp_path):
     for precision in ("float32", "bfloat16"):
         embedder = make_embedder(tmp_path / "base", dropout=0.0)
         config = TrainConfig(epochs=1, precision=precision)
-        train(embedder, Batches(make_dataset(), embedder.pack, batch_size=12, seed=0), loss, config)
+        train(embedder, batches_of(make_dataset(), embedder.pack, batch_size=12, seed=0), loss, config)
     for exact, rounded in zip(*seen, strict=True):
         assert exact.dtype is rounded.dtype is torch.float32
         assert 1e-5 < (exact - rounded).abs().max() < 0.05
@@ -431,7 +432,7 @@ def test_the_batches_of_a_refresh_are_trained_on(tmp_path):
 
     def make(found):
         asked.append(found)
-        return Batches(make_dataset(11, 9, seed=7), embedder.pack, batch_size=3, seed=found)
+        return batches_of(make_dataset(11, 9, seed=7), embedder.pack, batch_size=3, seed=found)
 
     refresh = Refresh(lambda model: 5 + len(asked), make)
     state = train(embedder, make_batches(embedder), in_batch_negatives, REFRESHED, out=tmp_path, refresh=refresh)
@@ -439,7 +440,7 @@ def test_the_batches_of_a_refresh_are_trained_on(tmp_path):
     assert state.refreshed == 6
     expected = list(make_batches(embedder).epoch(0))
     for number, seed in ((1, 5), (2, 6)):
-        expected += Batches(make_dataset(11, 9, seed=7), embedder.pack, batch_size=3, seed=seed).epoch(number)
+        expected += batches_of(make_dataset(11, 9, seed=7), embedder.pack, batch_size=3, seed=seed).epoch(number)
     log = read_log(tmp_path)
     assert [x["tokens"] for x in log] == [len(b.queries.input_ids) + len(b.documents.input_ids) for b in expected]
     assert [x["step"] for x in log if "refresh_seconds" in x] == [5, 9]
@@ -500,7 +501,7 @@ def test_a_refresh_is_there_in_both_or_in_none(tmp_path, first, then, message):
 
 def test_a_refresh_that_will_not_do(tmp_path):
     embedder = make_embedder(tmp_path / "base")
-    more = Batches(make_dataset(13, 9), embedder.pack, batch_size=3, seed=0)
+    more = batches_of(make_dataset(13, 9), embedder.pack, batch_size=3, seed=0)
     with pytest.raises(ValueError, match="the refresh made 5 batches an epoch, expected 4 as before"):
         train(
             embedder,
@@ -553,7 +554,7 @@ def test_the_parameters_of_a_loss_are_trained(tmp_path, loss_lr):
     """AdamW's first step is lr * g / (|g| + eps), so nearly lr, here at its highest; without weight decay."""
     embedder, loss = make_embedder(tmp_path / "base", dropout=0.0), Affine().eval()
     config = TrainConfig(epochs=1, lr=1e-3, loss_lr=loss_lr, schedule="constant", weight_decay=0.5)
-    train(embedder, Batches(make_dataset(), embedder.pack, batch_size=12, seed=0), loss, config)
+    train(embedder, batches_of(make_dataset(), embedder.pack, batch_size=12, seed=0), loss, config)
     assert loss.offset.item() == pytest.approx(2.0 - (loss_lr or 1e-3), rel=1e-6)
     assert loss.num_calls.item() == 1
     assert loss.training
@@ -706,7 +707,7 @@ def test_a_frozen_embedder_under_a_loss_that_learns(tmp_path):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_learns_in_mini_batches(tmp_path, precision):
     embedder = make_embedder(tmp_path / "base", dropout=0.0)
-    batches = Batches(make_dataset(6, 6), embedder.pack, batch_size=6, seed=0)
+    batches = batches_of(make_dataset(6, 6), embedder.pack, batch_size=6, seed=0)
     config = TrainConfig(epochs=30, lr=3e-3, precision=precision, mini_batch_tokens=20)
     train(embedder, batches, in_batch_negatives, config, out=tmp_path)
     losses = [record["loss"] for record in read_log(tmp_path)]
@@ -888,7 +889,7 @@ def test_what_is_not_finite_stops_with_step_and_ids(tmp_path, what):
 
 def test_many_ids_are_counted_in_the_message(tmp_path):
     embedder = make_embedder(tmp_path / "base")
-    (batch,) = Batches(make_dataset(20, 5), embedder.pack, batch_size=20, seed=0).epoch(0)
+    (batch,) = batches_of(make_dataset(20, 5), embedder.pack, batch_size=20, seed=0).epoch(0)
     error = NonFiniteError("loss is inf", 7, batch.query_ids, batch.document_ids)
     named = ", ".join(batch.query_ids[:16])
     assert str(error) == f"step 7: loss is inf; queries {named} and 4 more; documents {', '.join(batch.document_ids)}"

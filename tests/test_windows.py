@@ -9,13 +9,12 @@ from ranks import run_ranks
 from tiny import make_dataset, make_embedder
 
 from embedft import FinetuneConfig, RetrievalDataset, evaluate, finetune, recipe
-from embedft.data.batches import Batches
-from embedft.data.mixture import Mixture
+from embedft.data.batches import Batches, make_batches
+from embedft.data.mixture import make_mixture
 from embedft.files import read_json, read_jsonl
 from embedft.losses.contrastive import in_batch_negatives
-from embedft.training import windows as windows_module
 from embedft.training.cached import cached_backward
-from embedft.training.windows import best_windows
+from embedft.training.windows import best_windows, with_best_windows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,14 +55,14 @@ def test_all_windows_where_there_is_room(embedder):
         {"q1": {"d1": 1}, "q2": {"d2": 1}},
         titles={"d2": "w"},
     )
-    batches = Batches(data, embedder.pack, batch_size=2, seed=0, passages=PASSAGES, windows_per_document=3)
+    batches = make_batches(data, embedder.pack, batch_size=2, seed=0, passages=PASSAGES, windows_per_document=3)
     batch = batches.collate([("q1", "d1"), ("q2", "d2")])
     assert texts_of(embedder, batch.documents) == ["a b c d", "e f g h", "i", "w x y"]
     assert batch.targets.document.tolist() == batch.documents.source.tolist() == [0, 0, 0, 1]
     assert batch.targets.group.tolist() == [[0], [1]]
     assert batch.document_ids == ["d1", "d2"]
     assert batch.queries.source is None
-    whole = Batches(data, embedder.pack, batch_size=2, seed=0).collate([("q1", "d1"), ("q2", "d2")])
+    whole = make_batches(data, embedder.pack, batch_size=2, seed=0).collate([("q1", "d1"), ("q2", "d2")])
     assert whole.targets.document is None
 
 
@@ -73,8 +72,9 @@ def test_the_best_of_every_query_then_others_at_random(embedder):
     examples = [("q0-1", "d0"), ("q0-4", "d0"), ("q1-1", "d1"), ("q2-4", "d2")]
     drawn = set()
     for epoch in range(20):
-        batches = Batches(data, embedder.pack, windows_per_document=3, **options)
-        batches.best_windows = {"q0-1": {"d0": 1}, "q0-4": {"d0": 4}, "q1-1": {"d1": 1, "d0": 3}}
+        batches = make_batches(data, embedder.pack, windows_per_document=3, **options)
+        found = {"q0-1": {"d0": 1}, "q0-4": {"d0": 4}, "q1-1": {"d1": 1, "d0": 3}}
+        batches = with_best_windows(batches, found)
         batch = batches.collate(examples, draw=(epoch, 0))
         assert batch.targets.document.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
         found = texts_of(embedder, batch.documents)
@@ -90,8 +90,8 @@ def test_the_best_of_every_query_then_others_at_random(embedder):
     assert {of_all[0] for of_all in drawn} == {(0, 1, 4), (1, 2, 4), (1, 3, 4)}
     assert {window for of_all in drawn for window in of_all[2]} == {0, 1, 2, 3, 4}
     # More best ones than room: those of the first queries.
-    batches = Batches(data, embedder.pack, windows_per_document=1, **options)
-    batches.best_windows = {"q0-1": {"d0": 1}, "q0-4": {"d0": 4}}
+    batches = make_batches(data, embedder.pack, windows_per_document=1, **options)
+    batches = with_best_windows(batches, {"q0-1": {"d0": 1}, "q0-4": {"d0": 4}})
     assert texts_of(embedder, batches.collate(examples[:2]).documents) == [data.queries["q0-1"]]
     assert texts_of(embedder, batches.collate(examples[1::-1]).documents) == [data.queries["q0-4"]]
 
@@ -106,8 +106,8 @@ def test_windows_follow_from_seed_epoch_and_batch(embedder, several):
         options = {"batch_size": 5, "seed": seed, "passages": PASSAGES, "windows_per_document": 2}
         if several:
             half = {name: long_dataset(3) for name in ("one", "two")}
-            return Mixture(half, embedder.pack, sampling="round_robin", **options)
-        return Batches(long_dataset(), embedder.pack, **options)
+            return make_mixture(half, embedder.pack, sampling="round_robin", **options)
+        return make_batches(long_dataset(), embedder.pack, **options)
 
     first, second = (ids_of(made(-1).epoch(number)) for number in (0, 1))
     assert ids_of(made(-1).epoch(1)) == second != first
@@ -118,7 +118,7 @@ def test_windows_follow_from_seed_epoch_and_batch(embedder, several):
 def test_the_draw_changes_with_the_epoch_of_one_batch(embedder):
     """One query: all batches are alike but for the windows that are drawn."""
     data = long_dataset(1, 12, qrels={"q0-1": {"d0": 1}})
-    batches = Batches(data, embedder.pack, batch_size=1, seed=0, passages=PASSAGES, windows_per_document=2)
+    batches = make_batches(data, embedder.pack, batch_size=1, seed=0, passages=PASSAGES, windows_per_document=2)
     assert len({str(ids_of(batches.epoch(number))) for number in range(8)}) > 4
 
 
@@ -129,7 +129,11 @@ def test_the_draw_changes_with_the_batch_of_one_epoch(embedder, several):
     text = long_dataset(1, 12).corpus["d0"]
     queries = {f"q{i}": f"a b {i}" for i in range(12)}
     data = RetrievalDataset(queries, {"d": text}, {query_id: {"d": 1} for query_id in queries})
-    batches = Mixture({"one": data}, embedder.pack, **options) if several else Batches(data, embedder.pack, **options)
+    batches = (
+        make_mixture({"one": data}, embedder.pack, **options)
+        if several
+        else make_batches(data, embedder.pack, **options)
+    )
     assert len({str(drawn) for drawn in ids_of(batches.epoch(0))}) > 4
 
 
@@ -139,19 +143,19 @@ def test_batches_by_tokens_count_the_windows(embedder):
     queries = {f"q{j}": "a b c d" for j in range(4)}
     data = RetrievalDataset(queries, corpus, {f"q{j}": {f"d{j}": 1} for j in range(4)})
     options = {"seed": 0, "passages": PASSAGES, "windows_per_document": 2}
-    assert len(Batches(data, embedder.pack, batch_tokens=36, **options)) == 2
-    assert len(Batches(data, embedder.pack, batch_tokens=35, **options)) == 3
-    assert len(Batches(data, embedder.pack, batch_tokens=72, **options)) == 1
-    assert len(Batches(data, embedder.pack, batch_tokens=36, **(options | {"windows_per_document": 9}))) == 4
+    assert len(make_batches(data, embedder.pack, batch_tokens=36, **options)) == 2
+    assert len(make_batches(data, embedder.pack, batch_tokens=35, **options)) == 3
+    assert len(make_batches(data, embedder.pack, batch_tokens=72, **options)) == 1
+    assert len(make_batches(data, embedder.pack, batch_tokens=36, **(options | {"windows_per_document": 9}))) == 4
 
 
 def test_a_best_window_that_is_not_there(embedder):
-    batches = Batches(long_dataset(), embedder.pack, batch_size=2, seed=0, passages=PASSAGES)
-    batches.best_windows = {"q0-1": {"d0": 5}}
-    with pytest.raises(ValueError, match="document 'd0' has 5 windows, the best one was to be window 5"):
+    batches = make_batches(long_dataset(), embedder.pack, batch_size=2, seed=0, passages=PASSAGES)
+    batches = with_best_windows(batches, {"q0-1": {"d0": 5}})
+    with pytest.raises(ValueError, match="document 'd0' has 5 windows, but window 5"):
         batches.collate([("q0-1", "d0")])
     with pytest.raises(ValueError, match="windows_per_document is 0, expected at least 1"):
-        Batches(long_dataset(), embedder.pack, batch_size=2, seed=0, passages=PASSAGES, windows_per_document=0)
+        make_batches(long_dataset(), embedder.pack, batch_size=2, seed=0, passages=PASSAGES, windows_per_document=0)
 
 
 # Gradients.
@@ -174,7 +178,9 @@ def gradients_of(embedder):
 
 
 def test_gradients_equal_those_of_the_naive_maximum(embedder):
-    batches = Batches(long_dataset(), embedder.pack, batch_size=12, seed=0, passages=PASSAGES, windows_per_document=3)
+    batches = make_batches(
+        long_dataset(), embedder.pack, batch_size=12, seed=0, passages=PASSAGES, windows_per_document=3
+    )
     batch = batches.collate([(f"q{j}-{i}", f"d{j}") for j, i in ((0, 1), (1, 4), (2, 1), (3, 4), (4, 1))])
     found = []
     for loss in (in_batch_negatives, naive_loss):
@@ -204,17 +210,16 @@ def naive_best(embedder, data, pairs):
     return best
 
 
-def test_the_best_windows_are_those_of_the_model(embedder, monkeypatch):
+def test_the_best_windows_are_those_of_the_model(embedder):
     data = long_dataset()
     negatives = {query_id: ["d5" if "d5" not in data.qrels[query_id] else "d0"] for query_id in data.queries}
     data = RetrievalDataset(data.queries, data.corpus, data.qrels, negatives)
     options = {"batch_size": 4, "seed": 0, "passages": PASSAGES}
     pairs = [(query_id, document_id) for query_id, by in data.qrels.items() for document_id in by]
-    assert best_windows(embedder, Batches(data, embedder.pack, **options)) == naive_best(embedder, data, pairs)
-    monkeypatch.setattr(windows_module, "DOCUMENT_SLICE", 2)
+    assert best_windows(embedder, make_batches(data, embedder.pack, **options)) == naive_best(embedder, data, pairs)
     pairs += [(query_id, document_id) for query_id, ids in negatives.items() for document_id in ids]
-    batches = Batches(data, embedder.pack, num_negatives=1, **options)
-    found = best_windows(embedder, batches)
+    batches = make_batches(data, embedder.pack, num_negatives=1, **options)
+    found = best_windows(embedder, batches, documents_at_a_time=2)
     assert found == naive_best(embedder, data, pairs)
     # The features that `encode` leaves out count: training moves them all.
     embedder.truncate_dim = 3
@@ -225,7 +230,7 @@ def test_the_best_windows_are_those_of_the_model(embedder, monkeypatch):
 
 def test_documents_of_one_window_leave_nothing_to_choose(embedder):
     short = make_dataset()
-    batches = Batches(short, embedder.pack, batch_size=4, seed=0, passages=(40, 20))
+    batches = make_batches(short, embedder.pack, batch_size=4, seed=0, passages=(40, 20))
     assert best_windows(embedder, batches) == {}
 
 
@@ -270,8 +275,7 @@ def test_resumed_bit_for_bit(tmp_path, monkeypatch, several):
                 raise KeyboardInterrupt
             return loss(Q, D, targets)
 
-        of = batches.all if several else batches
-        assert of.best_windows.keys() == of.dataset.queries.keys()
+        assert batches.collate.best_windows.keys() == batches.collate.dataset.queries.keys()
         return real(embedder, batches, stopped, config, **options)
 
     monkeypatch.setattr(recipe, "train", train)
@@ -331,16 +335,16 @@ def test_a_batch_takes_the_windows_of_the_last_refresh(tmp_path, monkeypatch, se
     config, taken, real = replace(REFRESHED, windows_per_document=1), [], recipe.train
     found = spied(monkeypatch)
 
-    def train(embedder, batches, loss, config, **options):
-        epoch = batches.epoch
+    epoch = Batches.epoch
 
-        def kept(number, *, start=0):
-            for batch in epoch(number, start=start):
-                taken.append((number, batch))
-                yield batch
+    def kept(batches, number, *, start=0):
+        for batch in epoch(batches, number, start=start):
+            taken.append((number, batch))
+            yield batch
 
-        monkeypatch.setattr(batches, "epoch", kept)
-        return real(embedder, batches, loss, config, **options)
+    def train(*arguments, **options):
+        monkeypatch.setattr(Batches, "epoch", kept)
+        return real(*arguments, **options)
 
     monkeypatch.setattr(recipe, "train", train)
     embedder = make_embedder(tmp_path / "base")

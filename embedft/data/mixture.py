@@ -1,187 +1,212 @@
-"""Several data sets in one training: batches of one source each, or mixed ones, by a share for each source.
+"""Several datasets in one training run: batches of one source each, or mixed batches, with a share for each source.
 
-    batches = Mixture({"finance": finance, "news": news}, embedder.pack, batch_size=64, seed=0, sampling="temperature")
-    for batch in batches.epoch(0): ...              # batch.sources says where each query is from
-    batches.shares()                                # {"finance": 0.61, "news": 0.39}
+    datasets = {"finance": finance, "news": news}
+    batches = make_mixture(datasets, embedder.pack, batch_size=64, seed=0, sampling="temperature")
+    for batch in batches.epoch(0): ...              # batch.sources says where each query comes from
+    batches.sampler.shares()                        # {"finance": 0.61, "news": 0.39}
 
-Every source is read in its own epochs, each of its examples once in each of them. Where an epoch of the mixture takes
-less of a source than all of it, the next one goes on there; where it takes more, the source begins anew. So all follows
-from seed, epoch and batch number, and resumes anywhere as `Batches` does.
-
-Ids are those of the data sets with the source in front ("news/q12"): one id never means two texts.
+Every source is read in epochs of its own, each of its examples once per epoch. Where an epoch of the mixture takes only
+a part of a source, the next epoch continues there; where it takes more, the source starts over. Everything follows from
+seed, epoch and batch number, so training resumes anywhere. Ids get the source in front ("news/q12").
 """
 
+import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
 
 from ..encoders.packing import Packed
-from .batches import Batch, Batches, Example
+from .batches import Batches, check_listed, make_sampler
+from .collate import Collate
 from .dataset import RetrievalDataset
+from .examples import Example, ExampleKind, TokenCounter, list_examples
+from .sampler import Sampler
 
 Sampling = Literal["proportional", "round_robin", "temperature"]
 SAMPLINGS = get_args(Sampling)
 
 
-class Mixture:
-    """Batches of several data sets, by epoch; `train` takes it as it takes `Batches`.
+def make_mixture(
+    datasets: Mapping[str, RetrievalDataset],
+    pack: Callable[..., Packed],
+    *,
+    batch_size: int | None = None,
+    batch_tokens: int | None = None,
+    seed: int,
+    sampling: Sampling = "proportional",
+    temperature: float = 2.0,
+    mixed: bool = False,
+    examples: ExampleKind = "pairs",
+    no_duplicates: bool = False,
+    length_window: int = 0,
+    target_scores: bool = False,
+    **options: Any,
+) -> Batches:
+    """Batches of several datasets.
 
     Args:
-        datasets: {source: data set}, at least one; a source's name is not empty and has no "/".
-        pack: as in `Batches`.
-        batch_size, batch_tokens: of a batch, one of the two.
-        seed: of the order of sources, and of every source's own order.
-        sampling: what share of the batches (mixed: of a batch) each source has. Batches, and examples of a mixed
-            batch, are whole and at least one of each source: `shares` says what comes of it.
+        datasets: {source: dataset}, at least one; the name of a source is not empty and has no "/".
+        sampling: the share of each source in the batches of an epoch (or, mixed, in the examples of a batch).
             "proportional": its share of all examples; an epoch is every example once.
-            "round_robin": the same for all, one after the other, until the shortest is through.
+            "round_robin": equal shares, in turn, until the shortest source is used up.
             "temperature": proportional to its number of examples to the power 1 / temperature.
-        temperature: 1 is proportional, infinity is equal.
-        mixed: False: a batch is of one source, so no query has a negative of another source. True: each batch has
+            Every source gets at least one; `batches.sampler.shares()` tells the exact shares.
+        temperature: 1 is proportional, infinity is equal shares.
+        mixed: False: each batch comes from one source, so no query has negatives from another. True: each batch has
             its share of every source.
-        options: the others of `Batches`, for every source. `no_duplicates` looks across sources only where mixed
-            batches are proportional; elsewhere within each.
+        pack, batch_size, batch_tokens, seed, examples, no_duplicates, length_window, target_scores, options: as in
+            `make_batches`. `no_duplicates` looks across sources only in mixed, proportional batches.
 
-    `dataset` is all of them in one, with the ids of the batches.
+    An epoch has as many batches as the sources have together; "round_robin" without `mixed`: as many as the shortest
+    source has, times the number of sources.
+    """
+    if sampling not in SAMPLINGS:
+        raise ValueError(f"sampling is {sampling!r}, expected one of {', '.join(SAMPLINGS)}")
+    if not temperature >= 1:
+        raise ValueError(f"temperature is {temperature}, expected at least 1")
+    dataset = join_datasets(datasets)
+    scores = {"relevance": examples != "pairs", "target_scores": target_scores or examples == "scored"}
+    collate = Collate(dataset, pack, seed=seed, with_sources=True, **scores, **options)
+    rows = list_examples(dataset, examples)
+    check_listed(rows, collate)
+    counter = TokenCounter(pack, passages=collate.passages, windows_per_document=collate.windows_per_document)
 
-    An epoch has as many batches as the sources have together; "round_robin" without `mixed`: as the shortest has times
-    the number of sources.
+    def sampler(part: Sequence[Example], share: float = 1.0) -> Sampler:
+        sizes = {"batch_size": batch_size, "batch_tokens": batch_tokens}
+        sizes = {name: None if size is None else max(1, round(size * share)) for name, size in sizes.items()}
+        common = {"seed": seed, "no_duplicates": no_duplicates, "length_window": length_window}
+        return make_sampler(part, collate, counter, **sizes, **common)
+
+    parts = _by_source(rows, datasets)
+    power = {"proportional": 1.0, "round_robin": 0.0, "temperature": 1 / temperature}[sampling]
+    weights = {name: len(part) ** power for name, part in parts.items()}
+    weights = {name: weight / sum(weights.values()) for name, weight in weights.items()}
+    if mixed and sampling == "proportional":
+        return Batches(rows, sampler(rows), collate)
+    if not mixed:
+        samplers = {name: sampler(part) for name, part in parts.items()}
+        return Batches(rows, SourceSampler(samplers, seed=seed, sampling=sampling, weights=weights), collate)
+    if batch_size is not None:
+        if batch_size < len(datasets):
+            raise ValueError(f"batch_size is {batch_size}, expected at least one of each of {len(datasets)} sources")
+        weights = {name: number / batch_size for name, number in apportion(batch_size, weights).items()}
+    samplers = {name: sampler(part, weights[name]) for name, part in parts.items()}
+    return Batches(rows, MixedSampler(samplers, num_batches=len(sampler(rows)), weights=weights), collate)
+
+
+def _by_source(rows: Sequence[Example], names: Iterable[str]) -> dict[str, list[Example]]:
+    """{source: its examples}; those of a source follow each other in `rows`."""
+    parts: dict[str, list[Example]] = {name: [] for name in names}
+    for row in rows:
+        parts[row[0].partition("/")[0]].append(row)
+    for name, part in parts.items():
+        if not part:
+            raise ValueError(f"source {name!r} has nothing to train on")
+    return parts
+
+
+class _OfSources:
+    """What both samplers share: batch after batch of every source, and where its examples begin in the whole list."""
+
+    def __init__(self, samplers: Mapping[str, Sampler], weights: Mapping[str, float]):
+        self.samplers, self.weights, self.first = dict(samplers), dict(weights), {}
+        num_examples = 0
+        for name, sampler in samplers.items():
+            self.first[name] = num_examples
+            num_examples += sampler.num_examples
+
+    def batch(self, source: str, place: int) -> list[int]:
+        """Batch `place` of a source, counted over all its epochs."""
+        epoch, batch = divmod(place, len(self.samplers[source]))
+        return [self.first[source] + row for row in self.samplers[source].plan(epoch)[batch]]
+
+
+class SourceSampler(_OfSources):
+    """Batches of one source each.
+
+    Args:
+        samplers: {source: its sampler}; the whole list of examples is that of the sources, one after another.
+        seed: seed of the order of sources.
+        sampling: as in `make_mixture`.
+        weights: {source: share}, for "temperature".
     """
 
-    def __init__(
-        self,
-        datasets: Mapping[str, RetrievalDataset],
-        pack: Callable[..., Packed],
-        *,
-        batch_size: int | None = None,
-        batch_tokens: int | None = None,
-        seed: int,
-        sampling: Sampling = "proportional",
-        temperature: float = 2.0,
-        mixed: bool = False,
-        **options: Any,
-    ):
-        if sampling not in SAMPLINGS:
-            raise ValueError(f"sampling is {sampling!r}, expected one of {', '.join(SAMPLINGS)}")
-        if not temperature >= 1:
-            raise ValueError(f"temperature is {temperature}, expected at least 1")
-        self.seed, self.sampling, self.mixed = seed, sampling, mixed
+    def __init__(self, samplers: Mapping[str, Sampler], *, seed: int, sampling: Sampling, weights: Mapping[str, float]):
+        super().__init__(samplers, weights)
+        self.seed, self.sampling = seed, sampling
 
-        sizes = {"batch_size": batch_size, "batch_tokens": batch_tokens}
-
-        def of_source(name: str, share: float = 1.0) -> Batches:
-            dataset = join_datasets({name: datasets[name]})
-            changed = {name: size if size is None else max(1, round(size * share)) for name, size in sizes.items()}
-            # As many as are asked for have to be in one of the sources, not in all of them.
-            most = max(map(len, dataset.negatives.values()), default=0)
-            changed["num_negatives"] = min(most, options.get("num_negatives", 0))
-            source = Batches(dataset, pack, seed=seed, **{**options, **changed})
-            source.lengths = self.all.lengths
-            return source
-
-        self.all = Batches(join_datasets(datasets), pack, seed=seed, **sizes, **options)
-        self.dataset = self.all.dataset
-        whole = {name: of_source(name) for name in datasets}
-        num_examples = {name: len(source.examples) for name, source in whole.items()}
-        power = {"proportional": 1.0, "round_robin": 0.0, "temperature": 1 / temperature}[sampling]
-        weights = {name: number**power for name, number in num_examples.items()}
-        self.weights = {name: weight / sum(weights.values()) for name, weight in weights.items()}
-        # Examples of each source in a batch, where that is a number.
-        self._dealt: dict[str, int] = {}
-        if not mixed:
-            self.sources = whole
-        elif sampling == "proportional":
-            self.sources = {}
-        else:
-            if batch_size is not None and batch_size < len(datasets):
-                raise ValueError(
-                    f"batch_size is {batch_size}, expected at least one of each of {len(datasets)} sources"
-                )
-            shares = self.weights.items()
-            if batch_size is not None:
-                self._dealt = apportion(batch_size, self.weights)
-                shares = [(name, n / batch_size) for name, n in self._dealt.items()]
-            self.sources = {name: of_source(name, share) for name, share in shares}
-        self._counted: dict[str, int] | None = None
+    @functools.cached_property
+    def counts(self) -> dict[str, int]:
+        """Batches of each source in an epoch."""
+        lengths = {name: len(sampler) for name, sampler in self.samplers.items()}
+        if self.sampling == "proportional":
+            return lengths
+        if self.sampling == "round_robin":
+            return dict.fromkeys(lengths, min(lengths.values()))
+        return apportion(sum(lengths.values()), self.weights)
 
     def __len__(self) -> int:
         """Batches of an epoch."""
-        if self.mixed:
-            return len(self.all)
-        return sum(self._counts().values())
+        return sum(self.counts.values())
 
     def shares(self) -> dict[str, float]:
-        """The share of each source: in the batches of an epoch, or with `mixed` in the examples of a full batch.
+        """The share of each source in the batches of an epoch."""
+        return {name: count / len(self) for name, count in self.counts.items()}
 
-        Exact where these are counted, so "round_robin" of 4 examples of 3 sources is 2 : 1 : 1 and a source of any
-        size has at least one. Mixed and proportional, or of so many tokens, batches have their shares on average.
-        """
-        if self.mixed and self._dealt:
-            return {name: number / sum(self._dealt.values()) for name, number in self._dealt.items()}
-        if self.mixed:
-            return dict(self.weights)
-        counts = self._counts()
-        return {name: count / sum(counts.values()) for name, count in counts.items()}
+    def plan(self, epoch: int) -> list[list[int]]:
+        """The examples of each batch of an epoch, as places in the list of examples."""
+        seen: Counter[str] = Counter()
+        plan = []
+        for name in self._schedule(epoch):
+            plan.append(self.batch(name, epoch * self.counts[name] + seen[name]))
+            seen[name] += 1
+        return plan
 
-    def epoch(self, number: int, *, start: int = 0) -> Iterator[Batch]:
-        """The batches of epoch `number` (from 0), from batch `start` on, which may be the one behind the last."""
-        if not 0 <= start <= len(self):
-            raise ValueError(f"start is {start}, expected 0 to {len(self)}, the batches of an epoch")
-        for place, examples in enumerate(self._examples(number, start), start):
-            batch = self.all.collate(examples, draw=(number, place))
-            yield batch._replace(sources=[query_id.partition("/")[0] for query_id in batch.query_ids])
-
-    def _examples(self, number: int, start: int) -> Iterator[list[Example]]:
-        if self.mixed and not self.sources:
-            for rows in self.all.plan(number)[start:]:
-                yield [self.all.examples[row] for row in rows]
-        elif self.mixed:
-            for place in range(number * len(self) + start, (number + 1) * len(self)):
-                yield [example for name in self.sources for example in self._batch(name, place)]
-        else:
-            counts, seen = self._counts(), Counter()
-            for place, name in enumerate(self._schedule(number)):
-                if place >= start:
-                    yield self._batch(name, number * counts[name] + seen[name])
-                seen[name] += 1
-
-    def _batch(self, name: str, place: int) -> list[Example]:
-        """Batch `place` of a source, counted over all its epochs."""
-        source = self.sources[name]
-        epoch, batch = divmod(place, len(source))
-        return [source.examples[row] for row in source.plan(epoch)[batch]]
-
-    def _counts(self) -> dict[str, int]:
-        """Batches of each source in an epoch, when they are of one source each."""
-        if self._counted is None:
-            lengths = {name: len(source) for name, source in self.sources.items()}
-            if self.sampling == "proportional":
-                self._counted = lengths
-            elif self.sampling == "round_robin":
-                self._counted = dict.fromkeys(lengths, min(lengths.values()))
-            else:
-                self._counted = apportion(sum(lengths.values()), self.weights)
-        return self._counted
-
-    def _schedule(self, number: int) -> list[str]:
+    def _schedule(self, epoch: int) -> list[str]:
         """The source of each batch of an epoch: in turn, or shuffled."""
-        counts = self._counts()
         if self.sampling == "round_robin":
-            return list(counts) * min(counts.values())
-        names = [name for name, count in counts.items() for _ in range(count)]
-        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(self.seed + number))
+            return list(self.counts) * min(self.counts.values())
+        names = [name for name, count in self.counts.items() for _ in range(count)]
+        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(self.seed + epoch))
         return [names[i] for i in order.tolist()]
 
 
-def apportion(total: int, weights: Mapping[str, float]) -> dict[str, int]:
-    """`total` dealt out by weight, at least 1 each: one for each, then the rest by largest remainder.
+class MixedSampler(_OfSources):
+    """Batches with a share of every source.
 
-    Raises `ValueError` when `total` is less than one each.
+    Args:
+        samplers: {source: its sampler}, whose batches are the source's part of a batch; as in `SourceSampler`.
+        num_batches: batches of an epoch.
+        weights: {source: its share of a full batch}; on average, if batches are measured in tokens.
+    """
+
+    def __init__(self, samplers: Mapping[str, Sampler], *, num_batches: int, weights: Mapping[str, float]):
+        super().__init__(samplers, weights)
+        self.num_batches = num_batches
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return self.num_batches
+
+    def shares(self) -> dict[str, float]:
+        """The share of each source in the examples of a full batch."""
+        return self.weights
+
+    def plan(self, epoch: int) -> list[list[int]]:
+        """The examples of each batch of an epoch, as places in the list of examples."""
+        places = range(epoch * len(self), (epoch + 1) * len(self))
+        return [[row for name in self.samplers for row in self.batch(name, place)] for place in places]
+
+
+def apportion(total: int, weights: Mapping[str, float]) -> dict[str, int]:
+    """`total` divided by weight into whole numbers of at least 1: one for each, the rest by largest remainder.
+
+    Raises `ValueError` when `total` is smaller than the number of weights.
     """
     if total < len(weights):
-        raise ValueError(f"{total} cannot be dealt out to {len(weights)} sources, at least one each")
+        raise ValueError(f"{total} cannot be divided among {len(weights)} sources, at least one for each")
     everything = sum(weights.values())
     exact = {name: max(0.0, total * weight / everything - 1) for name, weight in weights.items()}
     rest = total - len(weights)
@@ -194,15 +219,15 @@ def apportion(total: int, weights: Mapping[str, float]) -> dict[str, int]:
 
 
 def join_datasets(datasets: Mapping[str, RetrievalDataset]) -> RetrievalDataset:
-    """One data set of several, every id with its source in front: "news/q12".
+    """One dataset made of several; every id gets its source in front: "news/q12".
 
-    Raises `ValueError` when there is none, or a name is empty or has a "/".
+    Raises `ValueError` when there is none, or a name is empty or contains a "/".
     """
     if not datasets:
-        raise ValueError("there is no data set to join")
+        raise ValueError("expected at least one dataset, found none")
     for name in datasets:
         if not name or "/" in name:
-            raise ValueError(f"a source is called {name!r}, expected a name without '/'")
+            raise ValueError(f"source name {name!r}: expected a name without '/'")
     queries, corpus, qrels, negatives, scores, titles = {}, {}, {}, {}, {}, {}
     for name, dataset in datasets.items():
         for whole, part in ((queries, dataset.queries), (corpus, dataset.corpus), (titles, dataset.titles)):

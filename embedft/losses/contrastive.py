@@ -18,6 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from .components import record
 from .rows import (
     between_documents,
     by_rows,
@@ -28,6 +29,7 @@ from .rows import (
     log_sum,
     mean_over_positives,
     mean_over_queries,
+    warn_without_negatives,
 )
 from .targets import DIRECTIONS, Targets, scores
 
@@ -198,7 +200,9 @@ class LearnableTemperature(nn.Module):
         """A scalar."""
         with torch.no_grad():
             self.log_temperature.clamp_(min=self.log_minimum)
-        return _in_batch_negatives(Q, D, targets, temperature=self.log_temperature.exp(), **self.options)
+        temperature = self.log_temperature.exp()
+        record("temperature", temperature)
+        return _in_batch_negatives(Q, D, targets, temperature=temperature, **self.options)
 
 
 def multi_positive(
@@ -239,6 +243,7 @@ def multi_positive(
     """
     check_above_zero("temperature", temperature)
     check_one_of("form", form, FORMS)
+    warn_without_negatives(D, targets)
     Q, D = comparable(Q, D, similarity)
 
     def losses(Q_R: Tensor, D: Tensor, targets: Targets, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -301,6 +306,8 @@ def _in_batch_negatives(
 ) -> Tensor:
     if not options["in_batch"]:
         check_several(targets, "in_batch False")
+    if len(Q) == 1 or len(directions) == 1:
+        warn_without_negatives(D, targets)
     Q, D = comparable(Q, D, similarity)
     losses = partial(_in_batch_losses, directions=directions, **options)
     if len(directions) > 1:

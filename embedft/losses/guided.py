@@ -1,27 +1,31 @@
-"""In-batch negatives without those that a guide, another embedding model, takes for positives.
+"""In-batch negatives without those that a guide, another embedding model, considers positives.
 
     targets = Targets(group=group_BG, references={"guide": (guide_Q, guide_D)})
     loss = guided_in_batch_negatives(Q, D, targets, margin=0.05, margin_strategy="relative")
 
 Not here: running the guide; its vectors are data.
 
-Shapes: B queries, M documents, C document vectors, G listed documents a query, D features, E features of the guide.
+Shapes: B queries, R of them at a time, M documents, C document vectors, G listed documents per query, D features, E
+features of the guide, N negatives of any kind.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from .components import record
 from .rows import (
     between_documents,
     by_rows,
     check_above_zero,
     check_finite,
     check_one_of,
+    check_reference,
     comparable,
     mean_over_positives,
     mean_over_queries,
+    warn_without_negatives,
 )
 from .targets import Targets, scores
 
@@ -43,92 +47,105 @@ def guided_in_batch_negatives(
 ) -> Tensor:
     """-log( exp(s(q, p)) / (exp(s(q, p)) + sums of exp(s) over negatives) ), mean over queries, s = cos / temperature.
 
-    The sums are over
-    - s(q, n), n the other documents, hard negatives among them
+    The sums run over
+    - s(q, n), n the other documents, including hard negatives
     - s(q, r), r the other queries, with `contrast_queries`
     - s(p, n), n the positives of other queries, with `contrast_positives`
-    in each case negatives by `Targets.masks`, and without those whose cosine by the guide is above
+    in each case negatives according to `Targets.masks`, without those whose cosine according to the guide exceeds
     - absolute: g - margin
     - relative: g - |g| * margin
-    with g = the guide's cosine of q and p. A query with several listed positives has the mean over them.
+    with g = the guide's cosine of q and p. For several listed positives it is the mean over them. Records
+    `masked_negatives`, the share of negatives that the guide removes.
 
     Args:
-        Q: query vectors, [B, D].
-        D: document vectors, [C, D].
-        targets: `references["guide"]` are the guide's vectors of both, ([B, E], [C, E]).
+        Q, D, targets: [B, D], [C, D]; `references["guide"]` holds the guide's vectors, ([B, E], [C, E]).
         temperature: above 0.
         margin_strategy: "absolute" or "relative".
-        margin: 0 leaves out what the guide finds nearer than the positive; more leaves out more.
-        contrast_queries: whether queries are pushed from queries.
-        contrast_positives: whether positives are pushed from each other. With either of the two the loss is coupled:
-            the batch is evaluated whole.
-        windows: "max" or "softmax" over the windows of a document, as in `scores`, of the guide's too.
-        rows: queries at a time, when neither of the two is set; None: as many as make half a million scores.
+        margin: 0 removes what the guide finds closer than the positive; a larger margin removes more.
+        contrast_queries, contrast_positives: whether queries are pushed apart, and positives. Either of the two
+            couples the loss: the batch is evaluated as a whole.
+        windows: "max" or "softmax" over the windows of a document, the guide's too; see `scores`.
+        rows: queries at a time, if neither of the two is set; None: see `by_rows`.
 
     Returns:
         A scalar, at least 0; 0 when no query has a positive.
 
     Source: Solatorio 2024 (GISTEmbed), section 3; margins: Moreira et al. 2024 (NV-Retriever), section 3. With one
-    positive a query and no document listed twice it equals sentence-transformers' GISTEmbedLoss, which leaves out a
-    text's similarity with itself by the guide's 1 alone.
+    positive per query and no document listed twice it equals sentence-transformers' GISTEmbedLoss, which excludes the
+    similarity of a text with itself only because the guide gives it 1.
     """
     check_above_zero("temperature", temperature)
     check_one_of("margin_strategy", margin_strategy, MARGIN_STRATEGIES)
     check_finite("margin", margin)
-    if "guide" not in targets.references:
-        found = ", ".join(targets.references) or "none"
-        raise ValueError(f"guided_in_batch_negatives needs references['guide']; there are: {found}")
-    targets.check_queries(Q)
-    if [len(x) for x in targets.references["guide"]] != [len(Q), len(D)]:
-        guide_Q, guide_D = targets.references["guide"]
-        raise ValueError(
-            f"references['guide'] has {len(guide_Q)} queries and {len(guide_D)} documents, "
-            f"the batch {len(Q)} and {len(D)}"
-        )
+    check_reference(targets, "guide", Q, D)
     coupled = contrast_queries or contrast_positives
     if coupled and rows is not None:
-        raise ValueError(f"rows is {rows}, but contrast_queries and contrast_positives evaluate the batch whole")
-
-    # Only these columns can hold a positive, and each takes a row of scores a query.
-    width = targets.group.shape[1] if targets.relevance is not None else 1
-
-    def losses(Q: Tensor, D: Tensor, targets: Targets, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-        guide_Q, guide_D = targets.references["guide"]
-        logits_BM = scores(Q, D, targets, similarity="dot", windows=windows) / temperature
-        guide_BM = scores(guide_Q, guide_D, targets, similarity="dot", windows=windows)
-        num_documents = logits_BM.shape[1]
-        group_BG = targets.group[:, :width].clamp(min=0)
-        positives_BG, guide_BG = logits_BM.gather(1, group_BG), guide_BM.gather(1, group_BG)
-        limits_BG = guide_BG - (margin if margin_strategy == "absolute" else guide_BG.abs() * margin)
-
-        # (logits, what the guide says, negatives), with a row for each query; documents' rows are picked below.
-        of_queries = [(logits_BM, guide_BM, targets.masks(num_documents=num_documents)[1])]
-        if contrast_queries:
-            of_queries.append((Q @ Q.T / temperature, guide_Q @ guide_Q.T, targets.masks("query_query")[1]))
-        of_documents = []
-        if contrast_positives:
-            _, negative_MM = targets.masks("document_document", num_documents=num_documents)
-            is_positive_M = torch.zeros(num_documents, dtype=torch.bool, device=negative_MM.device)
-            is_positive_M[targets.group[targets.listed_positive]] = True
-            logits_MM, guide_MM = (between_documents(x, targets, windows) for x in (D, guide_D))
-            of_documents.append((logits_MM / temperature, guide_MM, negative_MM & is_positive_M))
-
-        partition_G = []
-        for column_B, limit_B, positive_B in zip(
-            group_BG.unbind(dim=1), limits_BG.unbind(dim=1), positives_BG.unbind(dim=1), strict=True
-        ):
-            picked = [tuple(x[column_B] for x in documents) for documents in of_documents]
-            kept = [
-                logits.masked_fill(~negative | (guide > limit_B[:, None]), float("-inf"))
-                for logits, guide, negative in of_queries + picked
-            ]
-            partition_G.append(torch.cat([positive_B[:, None], *kept], dim=1).logsumexp(dim=1))
-        losses_BG = torch.stack(partition_G, dim=1) - positives_BG
-        return mean_over_positives(losses_BG, targets.listed_positive[:, :width])
-
+        raise ValueError(f"rows is {rows}, but contrast_queries and contrast_positives need the whole batch")
+    if len(Q) == 1 or not contrast_queries:
+        warn_without_negatives(D, targets)
     Q, D = comparable(Q, D, "cosine", as_pairs=True)
     guide = comparable(*targets.references["guide"], "cosine", as_pairs=True)
     targets = replace(targets, references={"guide": guide})
+    losses = _Losses(margin_strategy, margin, contrast_queries, contrast_positives, windows, _width(targets))
     if coupled:
-        return mean_over_queries(*losses(Q, D, targets, temperature))
-    return mean_over_queries(*by_rows(losses, Q, D, targets, rows, temperature, width=width))
+        losses_B, counts_B, masked_B, negatives_B = losses(Q, D, targets, temperature)
+    else:
+        parts = by_rows(losses, Q, D, targets, rows, temperature, width=_width(targets))
+        losses_B, counts_B, masked_B, negatives_B = parts
+    record("masked_negatives", masked_B.sum() / negatives_B.sum().clamp(min=1))
+    return mean_over_queries(losses_B, counts_B)
+
+
+def _width(targets: Targets) -> int:
+    """How many columns of `group` can hold a positive; each takes a row of scores per query."""
+    return targets.group.shape[1] if targets.relevance is not None else 1
+
+
+@dataclass(frozen=True)
+class _Losses:
+    """(loss of each query, whether it counts, number of masked negatives, number of negatives), each [R]."""
+
+    margin_strategy: str
+    margin: float
+    contrast_queries: bool
+    contrast_positives: bool
+    windows: str
+    width: int
+
+    def __call__(
+        self, Q: Tensor, D: Tensor, targets: Targets, temperature: float | Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        guide_Q, guide_D = targets.references["guide"]
+        logits_RM = scores(Q, D, targets, similarity="dot", windows=self.windows) / temperature
+        guide_RM = scores(guide_Q, guide_D, targets, similarity="dot", windows=self.windows)
+        num_documents = logits_RM.shape[1]
+        group_RG = targets.group[:, : self.width].clamp(min=0)
+        positives_RG, guide_RG = logits_RM.gather(1, group_RG), guide_RM.gather(1, group_RG)
+        limits_RG = guide_RG - (self.margin if self.margin_strategy == "absolute" else guide_RG.abs() * self.margin)
+        is_positive_RG = targets.listed_positive[:, : self.width]
+
+        # (logits, the guide's opinion, negatives), with a row for each query; rows for documents are picked below.
+        of_queries = [(logits_RM, guide_RM, targets.masks(num_documents=num_documents)[1])]
+        if self.contrast_queries:
+            of_queries.append((Q @ Q.T / temperature, guide_Q @ guide_Q.T, targets.masks("query_query")[1]))
+        of_documents = []
+        if self.contrast_positives:
+            _, negative_MM = targets.masks("document_document", num_documents=num_documents)
+            is_positive_M = torch.zeros(num_documents, dtype=torch.bool, device=negative_MM.device)
+            is_positive_M[targets.group[targets.listed_positive]] = True
+            logits_MM, guide_MM = (between_documents(x, targets, self.windows) for x in (D, guide_D))
+            of_documents.append((logits_MM / temperature, guide_MM, negative_MM & is_positive_M))
+
+        partition_G, num_masked_R, num_R = [], 0, 0
+        for column_R, limit_R, positive_R, is_positive_R in zip(
+            *(x_RG.unbind(dim=1) for x_RG in (group_RG, limits_RG, positives_RG, is_positive_RG)), strict=True
+        ):
+            kinds = of_queries + [tuple(x[column_R] for x in documents) for documents in of_documents]
+            logits_RN, guide_RN, negative_RN = (torch.cat(x, dim=1) for x in zip(*kinds, strict=True))
+            masked_RN = negative_RN & (guide_RN > limit_R[:, None])
+            kept_RN = logits_RN.masked_fill(~negative_RN | masked_RN, float("-inf"))
+            partition_G.append(torch.cat([positive_R[:, None], kept_RN], dim=1).logsumexp(dim=1))
+            num_masked_R = num_masked_R + masked_RN.sum(dim=1) * is_positive_R
+            num_R = num_R + negative_RN.sum(dim=1) * is_positive_R
+        losses_RG = torch.stack(partition_G, dim=1) - positives_RG
+        return *mean_over_positives(losses_RG, is_positive_RG), num_masked_R, num_R

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from .components import loss_name, record, scope
 from .rows import check_one_of
 from .scored import float32_or_64
 from .targets import Targets
@@ -86,7 +87,11 @@ class Matryoshka(nn.Module):
         for i in places:
             # Each from the one before, as the reference does it; that way rounding is the same too.
             Q, D = (_unit(X[:, : self.dims[i]]) for X in (Q, D))
-            total = total + self.weights[i] * self.inner(Q, D, targets)
+            with scope("matryoshka"):
+                with scope(str(self.dims[i])):
+                    value = self.inner(Q, D, targets)
+                record(str(self.dims[i]), value)
+            total = total + self.weights[i] * value
         return total if self.reduction == "sum" else total / len(places)
 
     def _draw(self) -> list[int]:
@@ -118,12 +123,25 @@ class WeightedSum(nn.Module):
             raise ValueError("losses is empty, expected at least one loss")
         self.weights = _checked_weights(weights, len(losses), "losses")
         self.losses = tuple(losses)
-        # What makes the parameters of the parts known to the sum.
-        self.parts = nn.ModuleDict({str(i): loss for i, loss in enumerate(losses) if isinstance(loss, nn.Module)})
+        names = [loss_name(loss) for loss in losses]
+        self.names = [
+            name if (number := names[:i].count(name)) == 0 else f"{name}_{number + 1}" for i, name in enumerate(names)
+        ]
+        # What makes the parameters of the parts known to the sum; a module that is several parts is saved once.
+        modules = {
+            id(loss): (str(i), loss) for i, loss in reversed([*enumerate(losses)]) if isinstance(loss, nn.Module)
+        }
+        self.parts = nn.ModuleDict(dict(sorted(modules.values())))
 
     def forward(self, Q: Tensor, D: Tensor, targets: Targets) -> Tensor:
         """A scalar."""
-        return sum(weight * loss(Q, D, targets) for weight, loss in zip(self.weights, self.losses, strict=True))
+        total = 0.0
+        for name, weight, loss in zip(self.names, self.weights, self.losses, strict=True):
+            with scope(name):
+                value = loss(Q, D, targets)
+            record(name, value)
+            total = total + weight * value
+        return total
 
 
 def _unit(X: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .components import unrecorded
 from .contrastive import LearnableTemperature, in_batch_negatives, multi_positive, symmetric_in_batch_negatives
 from .distillation import ProjectedDistillation, embedding_distillation, listwise_kl, margin_mse
 from .guided import guided_in_batch_negatives
@@ -171,7 +172,7 @@ def _try(loss: Loss) -> None:
     training = isinstance(loss, nn.Module) and loss.training
     if training:
         loss.eval()
-    with torch.no_grad():
+    with torch.no_grad(), unrecorded():
         loss(Q, D, targets)
     if training:
         loss.train()

@@ -10,6 +10,7 @@ Shapes: B queries, R rows of scores, N columns, M documents, C document vectors,
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .components import unrecorded
 from .targets import SIMILARITIES, Targets, over_windows
 
 # Scores computed at a time when `rows` is None: 2 MB in float32, of which the backward pass holds a few.
@@ -101,7 +103,7 @@ class _ByRows(torch.autograd.Function):
         )
         outputs: list[Tensor] = []
         for first in range(0, len(Q), rows):
-            with ctx.autocast():
+            with ctx.autocast(), unrecorded():
                 part = losses(Q[first : first + rows], D, targets.of_queries(first, first + rows), *parameters)
             outputs = outputs or [x_R.new_empty(len(Q), *x_R.shape[1:]) for x_R in part]
             for x_B, x_R in zip(outputs, part, strict=True):
@@ -128,7 +130,7 @@ class _ByRows(torch.autograd.Function):
         for first in range(0, len(Q), ctx.rows):
             rows = slice(first, first + ctx.rows)
             Q_R = Q[rows].detach().requires_grad_(needs_Q)
-            with torch.enable_grad(), ctx.autocast():
+            with torch.enable_grad(), ctx.autocast(), unrecorded():
                 part = ctx.losses(Q_R, others[0], ctx.targets.of_queries(rows.start, rows.stop), *others[1:])
             differentiable = [(x_R, g_B[rows]) for x_R, g_B in zip(part, gradients, strict=True) if x_R.requires_grad]
             if differentiable:
@@ -159,6 +161,34 @@ def check_finite(name: str, value: float) -> None:
     """Raises `ValueError`."""
     if not math.isfinite(value):
         raise ValueError(f"{name} is {value}, expected a finite number")
+
+
+def check_reference(targets: Targets, name: str, Q: Tensor, D: Tensor) -> None:
+    """Raises `ValueError` unless `targets.references[name]` has a vector for every row of Q and D."""
+    targets.check_queries(Q)
+    if name not in targets.references:
+        found = ", ".join(targets.references) or "none"
+        raise ValueError(
+            f"the loss needs references[{name!r}], another model's vectors of the same texts; found {found}"
+        )
+    num_queries, num_documents = map(len, targets.references[name])
+    if (num_queries, num_documents) != (len(Q), len(D)):
+        raise ValueError(
+            f"references[{name!r}] has {num_queries} queries and {num_documents} documents, "
+            f"the batch {len(Q)} and {len(D)}"
+        )
+
+
+def warn_without_negatives(D: Tensor, targets: Targets) -> None:
+    """Warns when a batch consists of one document, so that no query has a negative (Python shows it once)."""
+    windows = targets.document is not None
+    # With windows, counting documents waits for the device: only for a batch of one query.
+    if (len(D) == 1 and not windows) or (windows and len(targets.group) == 1 and targets.num_documents(len(D)) == 1):
+        warnings.warn(
+            "a batch has one document and so no negatives: its loss is 0 and it trains nothing; "
+            "use larger batches or hard negatives",
+            stacklevel=3,
+        )
 
 
 def check_several(targets: Targets, loss: str) -> None:

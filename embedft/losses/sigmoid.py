@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .components import record
 from .rows import by_rows, check_above_zero, check_finite, comparable
 from .targets import Targets, scores
 
@@ -90,7 +91,10 @@ class LearnableSigmoid(nn.Module):
 
     def forward(self, Q: Tensor, D: Tensor, targets: Targets) -> Tensor:
         """A scalar, at least 0."""
-        return _sigmoid(Q, D, targets, self.log_temperature.exp(), self.bias, **self.options)
+        temperature = self.log_temperature.exp()
+        record("temperature", temperature)
+        record("bias", self.bias)
+        return _sigmoid(Q, D, targets, temperature, self.bias, **self.options)
 
 
 def _sigmoid(

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.batches import Batch
+from ..data.collate import Batch
 from ..data.dataset import RetrievalDataset
 from ..losses.targets import Targets
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .. import device as devices
 from ..config import check_types, setting
-from ..data.batches import Batch
+from ..data.collate import Batch
 from ..encoders.embedder import Embedder
 from ..files import append_jsonl, atomic_write
 from ..losses.registry import Loss

@@ -1,44 +1,46 @@
-"""Which window of a long document answers a question: what training on passages takes of it.
+"""The window of a long document that answers a query best: what training on passages takes of the document.
 
-A document may have hundreds of windows, and a step has room for a few. Here the one that scores best for each query of
-the document is found, by the model as it then is: before training, and with `refresh_windows` (recipe.py) before every
-epoch, so no step waits for a corpus to be encoded. Not here: how a batch takes them (data/batches.py).
+A document may have hundreds of windows, and a step has room for a few. The window that scores best for each query is
+found with the current weights: before training and, with `refresh_windows` (recipe.py), before every epoch, so that no
+step waits for a corpus to be encoded. How a batch uses them: data/collate.py.
 
-    batches = Batches(dataset, embedder.pack, batch_size=32, seed=0, passages=(128, 64), windows_per_document=4)
-    batches.best_windows = best_windows(embedder, batches)
+    batches = make_batches(dataset, embedder.pack, batch_size=32, seed=0, passages=(128, 64), windows_per_document=4)
+    batches = with_best_windows(batches, best_windows(embedder, batches))
 
 Shapes: W windows of some documents, D features.
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from ..data.batches import Batches
 from ..encoders.embedder import Embedder
 
-# Documents encoded at a time.
-DOCUMENT_SLICE = 4_096
 
+def best_windows(
+    embedder: Embedder, batches: Batches, *, documents_at_a_time: int = 4_096
+) -> dict[str, dict[str, int]]:
+    """{query id: {document id: number of its window with the largest similarity}}, for all documents of a query.
 
-def best_windows(embedder: Embedder, batches: Batches) -> dict[str, dict[str, int]]:
-    """{query id: {document id: number of its window with the largest similarity}}, of all documents listed for a query.
-
-    Of equal windows the first. A document of one window is left out: there is nothing to choose. Memory: the queries'
-    vectors and those of one slice of documents.
+    The first of equal windows. Documents of one window are left out: there is nothing to choose. Memory: the vectors of
+    the queries and of `documents_at_a_time` documents.
     """
+    collate = batches.collate
     queries_of: dict[str, dict[str, None]] = defaultdict(dict)
     for example in batches.examples:
-        for document_id in batches.listed(example):
+        for document_id in collate.listed(example):
             queries_of[document_id][example[0]] = None
     query_ids = list(dict.fromkeys(query_id for query_id, _ in batches.examples))
-    queries = embedder.encode([batches.dataset.queries[i] for i in query_ids], role="query", dim=embedder.full_dim)
+    queries = embedder.encode([collate.dataset.queries[i] for i in query_ids], role="query", dim=embedder.full_dim)
     row = {query_id: i for i, query_id in enumerate(query_ids)}
     document_ids, best = list(queries_of), defaultdict(dict)
-    for start in range(0, len(document_ids), DOCUMENT_SLICE):
-        part = document_ids[start : start + DOCUMENT_SLICE]
+    for start in range(0, len(document_ids), documents_at_a_time):
+        part = document_ids[start : start + documents_at_a_time]
         vectors_WD, source_W = embedder.encode_passages(
-            [batches.texts[i] for i in part], batches.passages, dim=embedder.full_dim
+            [collate.texts[i] for i in part], collate.passages, dim=embedder.full_dim
         )
         edges = np.searchsorted(source_W, np.arange(len(part) + 1)).tolist()
         for document_id, first, last in zip(part, edges, edges[1:], strict=False):
@@ -48,3 +50,8 @@ def best_windows(embedder: Embedder, batches: Batches) -> dict[str, dict[str, in
                 for query_id, window in zip(asking, scores.argmax(axis=1).tolist(), strict=True):
                     best[query_id][document_id] = window
     return dict(best)
+
+
+def with_best_windows(batches: Batches, found: Mapping[str, Mapping[str, int]]) -> Batches:
+    """The same batches, whose documents contribute the windows in `found`."""
+    return Batches(batches.examples, batches.sampler, replace(batches.collate, best_windows=found))

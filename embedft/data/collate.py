@@ -1,0 +1,196 @@
+"""Collating: from a few examples to a Batch of packed texts and Targets.
+
+    collate = Collate(dataset, embedder.pack, num_negatives=2)
+    batch = collate([("q1", "d1"), ("q2", "d2")])
+
+A document appears once in a batch, however many queries list it, and every pair that the data knows to be relevant is
+marked, so that no query's own document is its negative. Documents of equal text are one document, and rows of one
+query are marked as such.
+
+Shapes: B queries of a batch, M documents, C columns for them (their windows, with passages), G listed documents per
+query, K known pairs.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..encoders.packing import Packed, take
+from ..losses.targets import Targets
+from .dataset import RetrievalDataset
+from .examples import Example, relevant
+
+
+class Batch(NamedTuple):
+    """What a training step gets: packed texts, what is relevant to what, and the ids for messages."""
+
+    queries: Packed  # B sequences
+    documents: Packed  # M sequences; with passages C, and `source` says which document each belongs to
+    targets: Targets
+    query_ids: list[str]  # [B]
+    document_ids: list[str]  # [M]
+    sources: list[str] | None = None  # [B], the dataset that a query comes from; None: there is only one
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Turns examples into a Batch. `dataclasses.replace(collate, ...)` makes one with other settings.
+
+    Args:
+        dataset: where texts, grades, hard negatives and scores are looked up.
+        pack: (texts, role="query" | "document") -> Packed, as `Embedder.pack`.
+        num_negatives: hard negatives listed for each query, at most: the first ones in the dataset. A query with
+            fewer lists those it has; `group` has the same width in every batch.
+        relevance: put the grades of listed documents into the targets.
+        target_scores: put `dataset.scores` of listed documents into the targets.
+        merge_equal_texts: documents of equal text (title included) under several ids are one document of the batch,
+            under the first of these ids. False: only equal ids are one document, so equal texts are each other's
+            negatives.
+        passages: (size, stride) in tokens: documents become windows, cut by `pack(texts, role=..., passages=...)`, and
+            all windows of a document are columns with its number (`Targets.document`). None: one column per document.
+        windows_per_document: windows of a document in one batch: the best one for each of its queries in the batch
+            (`best_windows`), then others drawn at random, by seed and `draw`.
+        best_windows: {query id: {document id: number of the best window}}, see training/windows.py.
+        seed: seed of the random windows.
+        with_sources: fill `Batch.sources` with the part of each query id before its "/" (mixture.py).
+    """
+
+    dataset: RetrievalDataset
+    pack: Callable[..., Packed]
+    num_negatives: int = 0
+    relevance: bool = False
+    target_scores: bool = False
+    merge_equal_texts: bool = True
+    passages: Sequence[int] | None = None
+    windows_per_document: int = 4
+    best_windows: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    seed: int = 0
+    with_sources: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_negatives", 0), ("windows_per_document", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
+
+    @functools.cached_property
+    def texts(self) -> dict[str, str]:
+        """{document id: the text to embed, title included}."""
+        return dict(zip(self.dataset.corpus, self.dataset.document_texts(), strict=True))
+
+    def listed(self, example: Example) -> list[str]:
+        """The documents listed for an example: its own, then its hard negatives."""
+        query_id, document_id = example
+        listed = relevant(self.dataset, query_id) if document_id is None else [document_id]
+        if self.num_negatives:
+            # A scored document may be a hard negative of its query too.
+            negatives = self.dataset.negatives.get(query_id, ())[: self.num_negatives]
+            listed += [i for i in negatives if i != document_id]
+        return listed
+
+    def __call__(self, examples: Sequence[Example], *, draw: tuple[int, int] = (0, 0)) -> Batch:
+        """A batch of examples: all first listed documents, then all second ones, and so on, each document once.
+
+        `draw`, usually (epoch, batch), together with the seed decides which windows are drawn.
+        """
+        query_ids = [query_id for query_id, _ in examples]
+        # {text or id: document id}, for each row and for the batch.
+        rows = [self._distinct(self.listed(example)) for example in examples]
+        documents: dict[str, str] = {}
+        for column in itertools.zip_longest(*(row.items() for row in rows)):
+            for entry in column:
+                if entry is not None:
+                    documents.setdefault(*entry)
+        column_of = {key: column for column, key in enumerate(documents)}
+        packed = self._pack_documents(documents, query_ids, rows, draw)
+        width = max(1 + self.num_negatives, *map(len, rows))
+        columns = [[column_of[key] for key in row] for row in rows]
+        options = {}
+        if len(set(query_ids)) < len(query_ids):
+            first: dict[str, int] = {}
+            options["query"] = torch.tensor([first.setdefault(q, len(first)) for q in query_ids])
+        for name, wanted, known in (
+            ("relevance", self.relevance, self.dataset.qrels),
+            ("target_scores", self.target_scores, self.dataset.scores),
+        ):
+            if wanted:
+                values = [
+                    [float(known.get(query_id, {}).get(document_id, 0)) for document_id in row.values()]
+                    for query_id, row in zip(query_ids, rows, strict=True)
+                ]
+                options[name] = torch.tensor([_filled(row, width, 0.0) for row in values], dtype=torch.float32)
+        targets = Targets(
+            group=torch.tensor([_filled(row, width, -1) for row in columns]),
+            known=torch.tensor(self._known(query_ids, column_of), dtype=torch.int64).reshape(-1, 2),
+            document=None if self.passages is None else packed.source,
+            **options,
+        )
+        return Batch(
+            queries=self.pack([self.dataset.queries[query_id] for query_id in query_ids], role="query"),
+            documents=packed,
+            targets=targets,
+            query_ids=query_ids,
+            document_ids=list(documents.values()),
+            sources=[query_id.partition("/")[0] for query_id in query_ids] if self.with_sources else None,
+        )
+
+    def _key(self, document_id: str) -> str:
+        """What makes a document one and the same in a batch."""
+        return self.texts[document_id] if self.merge_equal_texts else document_id
+
+    def _distinct(self, document_ids: Sequence[str]) -> dict[str, str]:
+        distinct: dict[str, str] = {}
+        for document_id in document_ids:
+            distinct.setdefault(self._key(document_id), document_id)
+        return distinct
+
+    def _known(self, query_ids: Sequence[str], column_of: Mapping[str, int]) -> list[tuple[int, int]]:
+        """(row, column) of every pair of the batch that the qrels call relevant."""
+        known: dict[tuple[int, int], None] = {}
+        for row, query_id in enumerate(query_ids):
+            for document_id, grade in self.dataset.qrels.get(query_id, {}).items():
+                if grade > 0 and (column := column_of.get(self._key(document_id))) is not None:
+                    known[row, column] = None
+        return list(known)
+
+    def _pack_documents(
+        self,
+        documents: Mapping[str, str],
+        query_ids: Sequence[str],
+        rows: Sequence[Mapping[str, str]],
+        draw: tuple[int, int],
+    ) -> Packed:
+        """The packed documents of a batch; as passages, at most `windows_per_document` windows of each, in order."""
+        texts = [self.texts[document_id] for document_id in documents.values()]
+        if self.passages is None:
+            return self.pack(texts, role="document")
+        packed = self.pack(texts, role="document", passages=self.passages)
+        best: dict[str, dict[int, None]] = {key: {} for key in documents}
+        for query_id, row in zip(query_ids, rows, strict=True):
+            for key, document_id in row.items():
+                window = self.best_windows.get(query_id, {}).get(document_id)
+                if window is not None:
+                    best[key][window] = None
+        generator = np.random.default_rng([self.seed % 2**64, *draw])
+        kept, first = [], 0
+        for (key, windows), count in zip(best.items(), packed.source.bincount().tolist(), strict=True):
+            if windows and max(windows) >= count:
+                raise ValueError(
+                    f"document {documents[key]!r} has {count} windows, but window {max(windows)} should be the best"
+                )
+            chosen = range(count)
+            if count > self.windows_per_document:
+                # Its queries' best windows, in the order of the batch, then all in random order.
+                order = dict.fromkeys([*windows, *generator.permutation(count).tolist()])
+                chosen = sorted(itertools.islice(order, self.windows_per_document))
+            kept += [first + window for window in chosen]
+            first += count
+        return take(packed, torch.tensor(kept))
+
+
+def _filled(row: list, width: int, value: float) -> list:
+    return row + [value] * (width - len(row))

@@ -1,0 +1,203 @@
+"""Samplers: which examples are in which batch of an epoch.
+
+    sampler = Sampler(1_000, batch_size=32, seed=0)
+    sampler.plan(0)             # [[17, 803, ...], ...]: places in the list of examples, one list for each batch
+
+A sampler is any object with `len(sampler)`, the number of batches of every epoch, and `plan(epoch)`, which depends on
+nothing but the epoch, so that training can resume anywhere. Samplers never see texts, ids or vectors.
+
+Shapes: P examples, N batches of an epoch.
+"""
+
+import functools
+import warnings
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class PlansEpochs(Protocol):
+    """What `Batches` needs from a sampler."""
+
+    def __len__(self) -> int: ...
+
+    def plan(self, epoch: int) -> list[list[int]]: ...
+
+
+class Sampler:
+    """Shuffled batches in which every example appears once per epoch.
+
+    Epoch e is `torch.randperm` from a generator seeded with seed + e (as in the sentence-transformers trainer), cut
+    into batches. Every epoch has the same number of batches.
+
+    Args:
+        num_examples: P, at least 1.
+        batch_size: examples per batch; the last batch of an epoch may be smaller.
+        batch_tokens: tokens per batch, instead of batch_size. An epoch is cut into ceil(all tokens / batch_tokens)
+            batches of similar size: at most batch_tokens on average, and each less than one example above that average.
+        seed: seed of the order.
+        tokens: () -> the tokens of each example, [P]; called once, when first needed. Required by `batch_tokens` and
+            `length_window`.
+        apart: what each example contains (texts, for example). Examples that share something are put into different
+            batches: an example that does not fit waits for the next batch that can take it. Frequent items make
+            batches smaller and more numerous (with a warning); a batch may exceed its size by the few examples that
+            fit nowhere else. None: no such constraint.
+        length_window: sort the shuffled examples by length within windows of this many batches, then shuffle the
+            batches; 0: no sorting. Every example remains equally likely at every step, but its in-batch negatives are
+            about as long as its own document, which makes the task easier or harder depending on what length reveals.
+            Packed sequences have no padding, so there is little speed to gain.
+    """
+
+    def __init__(
+        self,
+        num_examples: int,
+        *,
+        batch_size: int | None = None,
+        batch_tokens: int | None = None,
+        seed: int,
+        tokens: Callable[[], Sequence[int]] | None = None,
+        apart: Iterable[Iterable[Hashable]] | None = None,
+        length_window: int = 0,
+    ):
+        if (batch_size is None) == (batch_tokens is None):
+            raise ValueError(f"batch_size is {batch_size}, batch_tokens is {batch_tokens}: expected one of the two")
+        for name, value, least in (
+            ("num_examples", num_examples, 1),
+            ("batch_size", batch_size, 1),
+            ("batch_tokens", batch_tokens, 1),
+            ("length_window", length_window, 0),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}, expected at least {least}")
+        self.num_examples, self.seed, self.length_window = num_examples, seed, length_window
+        self.batch_size, self.batch_tokens, self.tokens = batch_size, batch_tokens, tokens
+        self._shared = {} if apart is None else _find_shared(apart)
+        self._planned: tuple[int, list[list[int]]] | None = None
+
+    def __len__(self) -> int:
+        """Batches of an epoch, N."""
+        return self._num_batches
+
+    def plan(self, epoch: int) -> list[list[int]]:
+        """The examples of each batch of an epoch (from 0), as places in the list of examples."""
+        if self._planned is None or self._planned[0] != epoch:
+            self._planned = epoch, self._plan(epoch)
+        return self._planned[1]
+
+    def _plan(self, epoch: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        order_P = torch.randperm(self.num_examples, generator=generator)
+        if self.length_window:
+            window = -(-self.length_window * len(order_P) // len(self))
+            order_P = torch.cat([part[self._tokens_P[part].argsort(stable=True)] for part in order_P.split(window)])
+        place_P = self._place(order_P)
+        counts = place_P.bincount(minlength=len(self)).tolist()
+        plan = [part.tolist() for part in order_P[place_P.argsort(stable=True)].split(counts)]
+        # An example longer than a batch, or many that had to wait, can leave a batch empty.
+        for batch in plan:
+            if not batch:
+                batch.append(max(plan, key=len).pop())
+        if self.length_window:
+            plan = [plan[i] for i in torch.randperm(len(plan), generator=generator).tolist()]
+        return plan
+
+    def _place(self, order_P: Tensor) -> Tensor:
+        """The batch of each of the shuffled examples: the one in whose share its last unit (example or token) falls."""
+        sizes_P, bounds_N = self._sizes_P[order_P], self._bounds_N
+        place_P = torch.searchsorted(bounds_N, sizes_P.cumsum(0))
+        if not self._shared:
+            return place_P
+        rows = order_P.tolist()
+        waiting = [i for i, row in enumerate(rows) if row in self._shared]
+        # Spread evenly, to leave room for those that have to wait.
+        natural = [i * len(self) // len(rows) for i in waiting]
+        moved, loads_N = self._place_apart([rows[i] for i in waiting], natural)
+        # The others fill the rest of every share, in their order.
+        free_P = torch.ones(len(rows), dtype=torch.bool)
+        free_P[waiting] = False
+        room_N = (bounds_N.diff(prepend=bounds_N.new_zeros(1)) - torch.tensor(loads_N)).clamp(min=0)
+        place_P[free_P] = torch.searchsorted(room_N.cumsum(0), sizes_P[free_P].cumsum(0))
+        place_P[waiting] = torch.tensor(moved)
+        return place_P
+
+    def _place_apart(self, rows: list[int], natural: list[int]) -> tuple[list[int], list[int]]:
+        """The batches of examples that share items with others, and the resulting load of every batch.
+
+        Each example goes to its natural batch or to the first one after it (cyclically) that is not full and shares
+        nothing with it; if all of those are full, to the least loaded batch that shares nothing with it.
+        """
+        num_batches, full = len(self), self.batch_size or self.batch_tokens
+        held: list[set[int]] = [set() for _ in range(num_batches)]
+        loads, placed = [0] * num_batches, []
+        following = list(range(num_batches))  # the first batch to try from here: this one, or one behind a full one
+
+        def find(batch: int) -> int:
+            while following[batch] != batch:
+                following[batch] = following[following[batch]]
+                batch = following[batch]
+            return batch
+
+        for row, batch, size in zip(rows, natural, self._sizes_P[rows].tolist(), strict=True):
+            items, first = self._shared[row], find(batch)
+            batch = first
+            while loads[batch] >= full or not held[batch].isdisjoint(items):
+                batch = find((batch + 1) % num_batches)
+                if batch == first:
+                    batch = min((k for k in range(num_batches) if held[k].isdisjoint(items)), key=loads.__getitem__)
+                    break
+            held[batch].update(items)
+            loads[batch] += size
+            placed.append(batch)
+            # The last batch that is not full stays the end of the chain.
+            if loads[batch] >= full and find((batch + 1) % num_batches) != batch:
+                following[batch] = (batch + 1) % num_batches
+        return placed, loads
+
+    @functools.cached_property
+    def _num_batches(self) -> int:
+        size, total = self.batch_size or self.batch_tokens, int(self._sizes_P.sum())
+        least = -(-total // size)
+        if self._shared:
+            # At most `most` others keep an example out of a batch: with one batch more there is always one for it.
+            count = Counter(item for items in self._shared.values() for item in items)
+            most = max(sum(count[item] - 1 for item in items) for items in self._shared.values())
+            apart = min(most + 1, self.num_examples)
+            if apart > least:
+                warnings.warn(
+                    f"no_duplicates: some texts are in so many rows that an epoch has {apart:,} batches of about "
+                    f"{total // apart:,}, not {least:,} of {size:,}",
+                    stacklevel=2,
+                )
+                return apart
+        return min(least, self.num_examples)
+
+    @functools.cached_property
+    def _bounds_N(self) -> Tensor:
+        """Where the share of each batch ends, in examples or tokens of the epoch."""
+        ends_N, total = torch.arange(1, len(self) + 1), int(self._sizes_P.sum())
+        if self.batch_size and len(self) == -(-total // self.batch_size):
+            return ends_N * self.batch_size
+        return ends_N * total // len(self)
+
+    @functools.cached_property
+    def _sizes_P(self) -> Tensor:
+        """How much of a batch an example takes: 1, or its tokens."""
+        return self._tokens_P if self.batch_tokens else torch.ones(self.num_examples, dtype=torch.int64)
+
+    @functools.cached_property
+    def _tokens_P(self) -> Tensor:
+        if self.tokens is None:
+            raise ValueError("batch_tokens and length_window need the tokens of each example")
+        return torch.as_tensor(self.tokens())
+
+
+def _find_shared(apart: Iterable[Iterable[Hashable]]) -> dict[int, tuple[int, ...]]:
+    """{example: those of its items that another example has too, as numbers}."""
+    number: dict[Hashable, int] = {}
+    items_P = [{number.setdefault(item, len(number)) for item in items} for items in apart]
+    count = Counter(item for items in items_P for item in items)
+    shared = (tuple(item for item in items if count[item] > 1) for items in items_P)
+    return {row: items for row, items in enumerate(shared) if items}

@@ -1,0 +1,82 @@
+"""What a loss reports besides its value: its parts, a learned temperature, the share of masked negatives.
+
+    with collect() as found:
+        value = loss(Q, D, targets)
+    found                                   # {"in_batch_negatives": tensor(1.3), "toward_base": tensor(0.02)}
+
+A loss calls `record("masked_negatives", share)`, which does nothing unless someone collects, and wraps what it
+evaluates several times in `with scope("384")`, which puts "384/" in front of names. Recorded tensors are detached; no
+value is read, so a GPU is never waited for.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# What has been found so far, and the prefix of further names; None: nobody collects.
+_CURRENT: ContextVar[tuple[dict[str, Tensor], str] | None] = ContextVar("components", default=None)
+
+
+@contextmanager
+def collect() -> Iterator[dict[str, Tensor]]:
+    """Gives a dict that the losses called inside fill: {name: detached scalar}."""
+    found: dict[str, Tensor] = {}
+    token = _CURRENT.set((found, ""))
+    try:
+        yield found
+    finally:
+        _CURRENT.reset(token)
+
+
+@contextmanager
+def scope(name: str) -> Iterator[None]:
+    """Puts "name/" in front of what is recorded inside; not again directly inside a scope of the same name."""
+    if (current := _CURRENT.get()) is None:
+        yield
+        return
+    found, prefix = current
+    if prefix != f"{name}/" and not prefix.endswith(f"/{name}/"):
+        prefix = f"{prefix}{name}/"
+    token = _CURRENT.set((found, prefix))
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+def record(name: str, value: Tensor | float) -> None:
+    """Reports a scalar under a name; a name that is taken gets a number ("margin_2")."""
+    if (current := _CURRENT.get()) is None:
+        return
+    found, prefix = current
+    name, number = prefix + name, 1
+    unique = name
+    while unique in found:
+        number += 1
+        unique = f"{name}_{number}"
+    found[unique] = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value), device="cpu")
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Nothing is recorded inside: for what is computed piece by piece, or again in the backward pass."""
+    token = _CURRENT.set(None)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+def loss_name(loss: Callable[..., Any]) -> str:
+    """What a loss is called in reports: its function's name, or its class's in snake case."""
+    while isinstance(loss, functools.partial):
+        loss = loss.func
+    if isinstance(loss, nn.Module) or not hasattr(loss, "__name__"):
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(loss).__name__).lower()
+    return loss.__name__.strip("<>")
