@@ -20,6 +20,7 @@ import numpy as np
 
 from . import formats
 from .formats import FORMATS, WRITABLE, check_distinct, check_grade, check_id, check_text
+from .linked import connected_components
 
 
 @dataclass(frozen=True, repr=False)
@@ -221,28 +222,21 @@ class RetrievalDataset:
         return take(True), take(False)
 
     def _connected_components(self) -> tuple[dict[str, int], dict[str, int]]:
-        """{query id: component} and {document id: component} for `split`, by union-find."""
+        """{query id: component} and {document id: component} for `split`."""
         nodes: dict[tuple[str, str], int] = {}  # equal texts are one node
         query_nodes = {i: nodes.setdefault(("query", text), len(nodes)) for i, text in self.queries.items()}
         document_nodes = {
             i: nodes.setdefault(("document", text), len(nodes))
             for i, text in zip(self.corpus, self.document_texts(), strict=True)
         }
-        parents = list(range(len(nodes)))
-
-        def find(node: int) -> int:
-            while parents[node] != node:
-                parents[node] = parents[parents[node]]
-                node = parents[node]
-            return node
-
-        for query_id, grades in self.qrels.items():
-            for document_id, grade in grades.items():
-                if grade > 0:
-                    parents[find(document_nodes[document_id])] = find(query_nodes[query_id])
-        return (
-            {i: find(node) for i, node in query_nodes.items()},
-            {i: find(node) for i, node in document_nodes.items()},
+        component = connected_components(
+            (document_nodes[document_id], query_nodes[query_id])
+            for query_id, grades in self.qrels.items()
+            for document_id, grade in grades.items()
+            if grade > 0
+        )
+        return tuple(
+            {i: component.get(node, node) for i, node in of_ids.items()} for of_ids in (query_nodes, document_nodes)
         )
 
     def shares_with(self, training: "RetrievalDataset") -> str:

@@ -17,6 +17,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 from ..data.dataset import RetrievalDataset
+from ..data.linked import connected_components
 from .metrics import Gain, Metric, Qrels, has_relevant, judge, measure, select_metrics
 from .report import Report
 from .run import Run
@@ -189,20 +190,9 @@ def question_clusters(query_ids: Sequence[str], qrels: Qrels) -> list[str]:
 
     Its id is the smallest id among the relevant documents of the cluster's queries.
     """
-    parent: dict[str, str] = {}
-
-    def root(document_id: str) -> str:
-        while parent.setdefault(document_id, document_id) != document_id:
-            parent[document_id] = parent[parent[document_id]]
-            document_id = parent[document_id]
-        return document_id
-
     relevant = [[document_id for document_id, grade in qrels[query_id].items() if grade > 0] for query_id in query_ids]
-    for first, *others in relevant:
-        for other in others:
-            smaller, larger = sorted((root(first), root(other)))
-            parent[larger] = smaller
-    return [root(document_ids[0]) for document_ids in relevant]
+    smallest = connected_components((first, other) for first, *others in relevant for other in (first, *others))
+    return [smallest[document_ids[0]] for document_ids in relevant]
 
 
 def _check_known(ids: Sequence[str], known: Mapping[str, str], kind: str, where: str) -> None:
