@@ -106,6 +106,8 @@ class ApiServer:
 
     Of embeddings: `dimensions` unless a request asks for others; `max_tokens` a text, counted by `count_tokens` and
     refused in the words of `wording`; `max_texts` a request; `base64`: "given", "ignored" or "refused".
+    `refuses`: a function of a request -> None, or the status and JSON that it is answered with instead.
+    `redirect`: answer everything with a 307 to this address. `paths`: of all requests.
 
     `counts`: requests by path ("chat", "embeddings", "models"), by what came of them ("ok" or the fault), and
     "max_concurrent". `log`: (kind, headers, body) of each request, unless `keep_log` is false. `asked`: how often each
@@ -128,6 +130,8 @@ class ApiServer:
         max_texts: int | None = None,
         count_tokens: Callable[[str], int] = lambda text: len(text.encode()) // 4,
         base64: str = "given",
+        redirect: str | None = None,
+        refuses: Callable[[dict], tuple[int, object] | None] = lambda request: None,
         keep_log: bool = True,
         port: int = 0,
     ):
@@ -139,7 +143,9 @@ class ApiServer:
             dimensions,
         )
         self.max_tokens, self.wording, self.max_texts = max_tokens, wording, max_texts
-        self.count_tokens, self.base64 = count_tokens, base64
+        self.count_tokens, self.base64, self.redirect = count_tokens, base64, redirect
+        self.refuses = refuses
+        self.paths: list[str] = []
         self.keep_log, self.port = keep_log, port
         self.counts: Counter[str] = Counter()
         self.asked: Counter[str] = Counter()
@@ -204,7 +210,7 @@ class ApiServer:
 
     async def answer(self, path: str, headers: dict[str, str], body: bytes) -> tuple[int, dict, bytes, bool] | None:
         """(status, headers, content, whether it breaks off) of a request; None: the connection drops."""
-        kind = path.rstrip("/").rpartition("/")[2]
+        kind = path.partition("?")[0].rstrip("/").rpartition("/")[2]
         if kind == "counts":
             return 200, {}, json.dumps(self.counts).encode(), False
         if kind == "models":
@@ -216,6 +222,9 @@ class ApiServer:
             return 404, {}, error_body("no such path", "not_found"), False
         request = json.loads(body)
         self.counts[kind] += 1
+        self.paths.append(path)
+        if self.redirect is not None:
+            return 307, {"Location": self.redirect}, b"", False
         if self.keep_log:
             self.log.append((kind, headers, request))
         prompt = request["messages"][-1]["content"] if kind == "chat" else json.dumps(request["input"])
@@ -223,6 +232,10 @@ class ApiServer:
         fault = self.fault(prompt)
         if fault is None and "response_format" in request and not self.schema:
             fault = "400-format"
+        refused = self.refuses(request)
+        if refused is not None:
+            self.counts["refused"] += 1
+            return refused[0], {}, json.dumps(refused[1]).encode(), False
         refusal = self.refusal(request) if kind == "embeddings" and fault is None else None
         self.counts[fault or ("refused" if refusal else "ok")] += 1
         self.concurrent += 1

@@ -24,7 +24,7 @@ LEAVES = ("config", "files", "progress", "device")
 # Part of embedft, a folder or a module: what it may import of embedft beside itself.
 LAYERS = {
     "losses": (),
-    "api": (*LEAVES, "encoders.tokenization"),
+    "api": LEAVES,
     "encoders": (*LEAVES, "api"),
     "corpus": (*LEAVES, "api", "data", "encoders"),
     "data": (*LEAVES, "encoders.packing", "losses.targets"),
@@ -57,6 +57,7 @@ PACKAGES = {
 }
 WITHOUT_TORCH = (
     "api.client",
+    "api.endpoint",
     "api.sending",
     "retrieval.metrics",
     "retrieval.run",

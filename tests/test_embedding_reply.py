@@ -1,74 +1,86 @@
-"""embedding_reply.py: what a server sent, by hand: order, base64, length one; every reply that is none."""
+"""embedding_reply.py: vectors by index, from numbers and base64, by hand; every vector and reply that is none."""
 
 import base64
-import json
 import struct
 
 import numpy as np
 import pytest
 
-from embedft.api.embedding_reply import in_order, read_reply, unit_rows
+from embedft.api.embedding_reply import read_vectors, unit_rows
 
 
 def packed(*values: float) -> str:
     return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
 
 
+def read(*pairs) -> list:
+    """The vectors of a reply with these (index, embedding), as lists; "absent" leaves the index out."""
+    data = [
+        {"embedding": vector} if index == "absent" else {"index": index, "embedding": vector} for index, vector in pairs
+    ]
+    vectors = read_vectors({"data": data}, len(pairs))
+    return [vector if isinstance(vector, str) else vector.tolist() for vector in vectors]
+
+
 def test_a_reply_by_hand():
     """Two texts, the second first: numbers for one, base64 for the other."""
-    data = [{"index": 1, "embedding": [3.0, 4]}, {"index": 0, "embedding": packed(0.5, -2.0)}]
-    pairs, usage = read_reply(json.dumps({"data": data, "usage": {"prompt_tokens": 7, "total_tokens": 7}}))
-    assert usage == (7, 0)
-    vectors_MD = in_order(pairs, 2)
-    assert vectors_MD.dtype == np.float64
-    assert vectors_MD.tolist() == [[0.5, -2.0], [3.0, 4.0]]
+    assert read((1, [3.0, 4]), (0, packed(0.5, -2.0))) == [[0.5, -2.0], [3.0, 4.0]]
+    assert read_vectors({"data": [{"index": 0, "embedding": [1]}]}, 1)[0].dtype == np.float64
+
+
+@pytest.mark.parametrize("absent", ["absent", None])
+def test_an_index_that_is_left_out(absent):
+    """Everywhere: the order of the texts. Where it is 0: the one that is left, wherever it stands."""
+    assert read((absent, [1.0]), (absent, [2.0])) == [[1.0], [2.0]]
+    assert read((absent, [1.0]), (1, [2.0]), (2, [3.0])) == [[1.0], [2.0], [3.0]]
+    assert read((2, [3.0]), (1, [2.0]), (absent, [1.0])) == [[1.0], [2.0], [3.0]]
 
 
 @pytest.mark.parametrize(
-    "reported", [None, {}, [], {"prompt_tokens": -1}, {"prompt_tokens": True}, {"prompt_tokens": 1.5}]
-)
-def test_usage_that_is_no_report(reported):
-    assert read_reply(json.dumps({"data": [], "usage": reported}))[1] is None
-    assert read_reply('{"data": []}')[1] is None
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["<html>", "[]", "3", "{}", '{"data": null}', '{"data": 3}', '{"data": [3]}', '{"data": [{"index": 0}]}'
-     , '{"data": [{"embedding": [1]}]}', '{"error": {"message": "busy"}}', "[" * 100_000],
-)  # fmt: skip
-def test_what_is_no_list_of_embeddings(text):
-    with pytest.raises(ValueError, match=r"^the answer is no list of embeddings$"):
-        read_reply(text)
-
-
-@pytest.mark.parametrize(
-    ("pairs", "message"),
+    ("indices", "message"),
     [
-        ([(0, [1.0])], "1 vectors came back for 2 texts"),
-        ([(0, [1.0]), (1, [1.0]), (2, [1.0])], "3 vectors came back for 2 texts"),
-        ([], "0 vectors came back for 2 texts"),
-        ([(0, [1.0]), (0, [1.0])], "vectors came back with index 0, expected each of 0 to 1 once"),
-        ([(1, [1.0]), (2, [1.0])], "vectors came back with index 2, expected each of 0 to 1 once"),
-        ([(0, [1.0]), (-1, [1.0])], "vectors came back with index -1, expected each of 0 to 1 once"),
-        ([(0, [1.0]), ("1", [1.0])], "vectors came back with index '1', expected each of 0 to 1 once"),
-        ([(False, [1.0]), (True, [1.0])], "vectors came back with index False, expected each of 0 to 1 once"),
-        ([(0, [1.0]), (1, [1.0, 2.0])], "vectors of 1 and of 2 dimensions came back, expected one size"),
-        ([(0, []), (1, [])], "vectors without a value came back"),
-        ([(0, ""), (1, "")], "vectors without a value came back"),
-        ([(0, [1.0]), (1, [[1.0]])], "a vector came back that is neither a list of numbers nor base64 of float32"),
-        ([(0, [1.0]), (1, 1.0)], "a vector came back that is neither a list of numbers nor base64 of float32"),
-        ([(0, [1.0]), (1, None)], "a vector came back that is neither a list of numbers nor base64 of float32"),
-        ([(0, [1.0]), (1, ["a"])], "a vector came back that is neither a list of numbers nor base64 of float32"),
-        ([(0, [1.0]), (1, "AAA!AAAA")], "a vector came back that is neither a list of numbers nor base64 of float32"),
-        ([(0, [1.0]), (1, "AAAA")], "a vector came back that is neither a list of numbers nor base64 of float32"),
-        ([(0, [1.0]), (1, {"a": 1})], "a vector came back that is neither a list of numbers nor base64 of float32"),
-        ([(0, [1.0]), (1, [10**400])], "a vector came back that is neither a list of numbers nor base64 of float32"),
+        ((0, 0), "index '0' came back, expected each of 0 to 1 once"),
+        ((1, 2), "index '2'"),
+        ((0, -1), "index '-1'"),
+        ((0, "1"), "index '1'"),
+        ((0, 1.0), "index '1.0'"),
+        ((False, True), "index 'False'"),
+        ((0, [1]), r"index '\[1\]'"),
+        ((1, None, None), "index '1'"),
     ],
 )
-def test_vectors_that_are_not_one_for_each_text(pairs, message):
-    with pytest.raises(ValueError, match="^" + message.replace("(", r"\(") + "$"):
-        in_order(pairs, 2)
+def test_indices_that_are_not_one_per_text(indices, message):
+    with pytest.raises(ValueError, match=message):
+        read(*((index, [1.0]) for index in indices))
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_another_number_of_vectors(number):
+    with pytest.raises(ValueError, match=f"{number} vectors came back for 2 texts"):
+        read_vectors({"data": [{"index": i, "embedding": [1.0]} for i in range(number)]}, 2)
+
+
+@pytest.mark.parametrize("reply", [{}, {"data": None}, {"data": 3}, {"data": [3]}, {"data": [{}]}, {"data": {"0": {}}}])
+def test_what_is_no_list_of_embeddings(reply):
+    with pytest.raises((TypeError, LookupError, AttributeError)):
+        read_vectors(reply, 1)
+
+
+NEITHER = "a vector that is neither a list of numbers nor base64 of float32"
+INFINITE, ZERO = "a vector with values that are not finite", "a vector of length zero"
+
+
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [
+        *((value, NEITHER) for value in ([], "", [[1.0]], 1.0, ["a"], "AAA!AAAA", "AAAA", {"a": 1}, [10**400])),
+        (None, NEITHER),
+        *((value, INFINITE) for value in ([None, 1.0], [float("nan")], [1.0, float("inf")], packed(float("nan")))),
+        *((value, ZERO) for value in ([0.0, 0.0], [-0.0], packed(0.0, 0.0))),
+    ],
+)
+def test_a_bad_vector_spoils_no_other(value, fault):
+    assert read((0, [1.0]), (1, value), (2, [3.0])) == [[1.0], fault, [3.0]]
 
 
 def test_length_one_by_hand():
@@ -85,8 +97,3 @@ def test_rows_that_have_no_direction():
     unit_MD, is_good_M = unit_rows(rows)
     assert is_good_M.tolist() == [False, False, True, False, False, False]
     assert unit_MD[2].tolist() == [1.0, 0.0]
-
-
-def test_null_is_not_finite():
-    """JSON has no NaN; servers write null instead."""
-    assert unit_rows(in_order([(0, [None, 1.0])], 1))[1].tolist() == [False]

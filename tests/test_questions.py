@@ -23,6 +23,7 @@ import pytest
 from api_server import RANDOM, ApiServer, written_questions
 
 from embedft.api import sending
+from embedft.api.ledger import Totals
 from embedft.corpus import questions
 from embedft.corpus.chunks import Chunk
 from embedft.corpus.prompts import TEMPLATE, fill_template
@@ -76,6 +77,13 @@ def ask(server: ApiServer, chunks: list[Chunk], folder: Path, template: str = TE
     return write_questions(
         chunks, QuestionConfig(**settings), folder=folder, base_url=server.base_url, template=template
     )
+
+
+def read_reply(body: str, url: str | None = None) -> sending.Response:
+    """What comes of a reply with this body."""
+    asker = questions._Asker(QuestionConfig(), TEMPLATE, url)
+    reply = asker.client.parse(body)
+    return asker._from_reply(reply) if isinstance(reply, dict) else reply
 
 
 # Settings.
@@ -139,15 +147,13 @@ def test_a_template_without_text_is_refused_before_anything_is_sent(tmp_path):
 def test_openai_wants_a_key(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "  ")
     for url in (None, "https://eu.api.openai.com/v1"):
-        with pytest.raises(
-            ValueError, match=r"^OPENAI_API_KEY is not set, and https://.*openai\.com/v1 asks for a key"
-        ):
+        with pytest.raises(ValueError, match=r"^OPENAI_API_KEY is not set.*https://.*openai\.com/v1"):
             write_questions(some_chunks(1), QuestionConfig(), folder=tmp_path, base_url=url)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-tëst-secret")
-    with pytest.raises(ValueError, match=r"^OPENAI_API_KEY holds a character that no key has$"):
+    with pytest.raises(ValueError, match=r"^OPENAI_API_KEY contains a character"):
         write_questions(some_chunks(1), QuestionConfig(), folder=tmp_path)
     for url in ("localhost:8000/v1", "ftp://localhost", "http:///v1"):
-        with pytest.raises(ValueError, match=r"is no address of a server"):
+        with pytest.raises(ValueError, match=r"^base_url is"):
             write_questions(some_chunks(1), QuestionConfig(), folder=tmp_path, base_url=url)
 
 
@@ -155,7 +161,7 @@ def test_openai_and_other_servers_know_the_limit_by_other_names(monkeypatch):
     bodies = []
     for url in (None, "http://localhost:1/v1"):
         asker = questions._Asker(QuestionConfig(), TEMPLATE, url)
-        bodies.append(questions._body(asker.config, "prompt", asker.limit_name, True))
+        bodies.append(questions._body(asker.config, "prompt", *asker.forms.forms[0]))
     assert [sorted(body.keys() - {"model", "messages", "response_format"}) for body in bodies] == [
         ["max_completion_tokens"],
         ["max_tokens"],
@@ -203,7 +209,7 @@ def test_what_is_sent_and_what_is_kept(tmp_path, monkeypatch):
     num_bytes = len(sent.encode()) - len('"max_tokens": 256, ')
     assert (reserved["most_prompt_tokens"], reserved["most_reply_tokens"]) == (num_bytes + 128, 256)
     assert reserved["most_cost"] == pytest.approx(((num_bytes + 128) * 2.0 + 256 * 6.0) / 1e6)
-    assert outcome.totals == sending.Totals(1, *usage.values(), 0, reply["cost"], 0.0)
+    assert outcome.totals == Totals(1, *usage.values(), 0, reply["cost"], 0.0)
 
 
 RETRIED = {
@@ -219,7 +225,7 @@ RETRIED = {
     "drop": ("failed", "no connection (Server disconnected without sending a response.)", False),
     "drop-middle": ("failed", "no connection (", False),
     "late": ("failed", "no reply within 0.3 s", False),
-    "not-json": ("failed", "the answer is no chat completion", False),
+    "not-json": ("failed", "the reply is not a JSON object", False),
     "truncated": ("invalid", "invalid JSON in the reply", None),
     "invalid-json": ("invalid", "the JSON of the reply is no list of strings", None),
     "refusal": ("invalid", "refusal: I cannot help with that.", None),
@@ -277,7 +283,7 @@ def test_a_server_that_is_not_there_costs_nothing(tmp_path):
     outcome = ask(server, some_chunks(1), tmp_path, max_attempts=2, price_in=1.0, price_out=1.0)
     assert outcome.questions == {}
     assert outcome.missing["c0"].startswith("no connection (")
-    assert outcome.totals == sending.Totals(2, 0, 0, 0, 0.0, 0.0)
+    assert outcome.totals == Totals(2, 0, 0, 0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -294,8 +300,9 @@ def test_a_server_that_is_not_there_costs_nothing(tmp_path):
     ],
 )
 def test_an_answer_of_another_shape_is_none(body):
-    answer = questions._Asker(QuestionConfig(), TEMPLATE, None)._from_reply(body)
-    assert (answer.status, answer.then, answer.reason) == ("failed", "retry", "the answer is no chat completion")
+    answer = read_reply(body)
+    assert (answer.status, answer.action) == ("failed", "retry")
+    assert answer.reason.startswith("the reply is not a")
     assert (answer.reply, answer.usage) == (body, None)
 
 
@@ -303,7 +310,7 @@ def test_an_answer_of_another_shape_is_none(body):
     ("message", "finish", "reason"),
     [
         ({"content": None}, "content_filter", "empty reply (finish_reason content_filter)"),
-        ({"content": [{"text": "What?"}]}, None, "empty reply (finish_reason None)"),
+        ({"content": [{"type": "thinking", "thinking": "What?"}]}, None, "empty reply (finish_reason None)"),
         ({}, "stop", "empty reply (finish_reason stop)"),
         ({"content": "What?\nWho?", "refusal": "x" * 400}, "stop", f"refusal: {'x' * 291} ..."),
         ({"content": "What?\nWho?"}, "length", "cut off at 256 tokens (max_reply_tokens)"),
@@ -311,47 +318,42 @@ def test_an_answer_of_another_shape_is_none(body):
 )
 def test_a_message_of_no_use_is_invalid(message, finish, reason):
     body = json.dumps({"choices": [{"message": message, "finish_reason": finish}]})
-    answer = questions._Asker(QuestionConfig(), TEMPLATE, None)._from_reply(body)
-    assert (answer.status, answer.then, answer.reason) == ("invalid", "retry", reason)
+    answer = read_reply(body)
+    assert (answer.status, answer.action, answer.reason) == ("invalid", "retry", reason)
     assert answer.suspect == (finish == "length")
 
 
-@pytest.mark.parametrize(
-    ("reported", "usage"),
-    [
-        ({"prompt_tokens": 3, "completion_tokens": 4}, (3, 4)),
-        ({"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 9}, (0, 0)),
-        ({"prompt_tokens": 3}, None),
-        ({"prompt_tokens": 3, "completion_tokens": -4}, None),
-        ({"prompt_tokens": 3, "completion_tokens": "4"}, None),
-        ({"prompt_tokens": True, "completion_tokens": 4}, None),
-        (None, None),
-        ([3, 4], None),
-    ],
-)
-def test_a_report_is_believed_when_it_is_one(reported, usage):
-    body = json.dumps({"choices": [{"message": {"content": "What?\nWho?"}}], "usage": reported})
-    answer = questions._Asker(QuestionConfig(), TEMPLATE, None)._from_reply(body)
-    assert (answer.status, answer.result, answer.usage) == ("ok", ["What?", "Who?"], usage)
+def test_absurd_usage_is_no_report(tmp_path):
+    body = {"choices": [{"message": {"content": "What?\nWho?"}}], "usage": {"prompt_tokens": 3, "completion_tokens": 4}}
+    answer = read_reply(json.dumps(body))
+    assert (answer.status, answer.result, answer.usage) == ("ok", ["What?", "Who?"], (3, 4))
+    body["usage"]["completion_tokens"] = 10**400
+    answer = read_reply(json.dumps(body))
+    assert (answer.status, answer.result, answer.usage) == ("ok", ["What?", "Who?"], None)
+
+
+def test_content_in_parts():
+    parts = [{"type": "thinking", "thinking": "Hm?"}, {"type": "text", "text": "What?\nWho?"}]
+    assert read_reply(json.dumps({"choices": [{"message": {"content": parts}}]})).result == ["What?", "Who?"]
 
 
 def test_the_timeout_holds_for_the_whole_reply(monkeypatch):
     """The client's own starts anew with every piece that arrives, so a server that dribbles would never meet it."""
     asker = questions._Asker(QuestionConfig(timeout_seconds=0.05), TEMPLATE, None)
 
-    async def dribble(**request) -> None:
+    async def dribble(*request, **more) -> None:
         await asyncio.sleep(2)
         raise AssertionError("nobody stopped waiting")
 
-    monkeypatch.setattr(asker.client.openai.chat.completions.with_raw_response, "create", dribble)
+    monkeypatch.setattr(asker.client.openai, "post", dribble)
     answer = asyncio.run(asker.ask(sending.Job("key", "text", 1, 1)))
-    assert (answer.status, answer.then, answer.usage) == ("failed", "retry", None)
+    assert (answer.status, answer.action, answer.usage) == ("failed", "retry", None)
     assert answer.reason == "no reply within 0.05 s"
 
 
 def test_half_a_surrogate_pair_is_stored_as_a_question_mark(tmp_path):
     body = r'{"choices": [{"message": {"content": "What \ud83d is it?\nWho?"}}]}'
-    answer = questions._Asker(QuestionConfig(), TEMPLATE, None)._from_reply(body)
+    answer = read_reply(body)
     assert answer.result == ["What ? is it?", "Who?"]
     assert answer.reply.encode()
 
@@ -362,7 +364,7 @@ def test_half_a_surrogate_pair_is_stored_as_a_question_mark(tmp_path):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("401", r"401: Incorrect key in Bearer \[OPENAI_API_KEY\] \(is OPENAI_API_KEY right\?\)"),
+        ("401", r"401: Incorrect key in Bearer \[secret\] \(is OPENAI_API_KEY right\?\)"),
         ("402", "402: fault 402"),
         ("403", "403: fault 403"),
         ("404", r"404: fault 404 \(is the model's name right, and does the base URL end in /v1\?\)"),
@@ -390,7 +392,8 @@ def test_five_at_the_start_stop_it(tmp_path, fault):
     match = r"; stopped: 0 of 50 chunks have questions$"
     with ApiServer(faults=lambda prompt, attempt: fault) as server, pytest.raises(ValueError, match=match):
         ask(server, some_chunks(50), tmp_path, concurrency=1)
-    assert server.counts["chat"] == 5
+    # With a schema and without, each with either name of the longest reply.
+    assert server.counts["chat"] == (5 if fault == "length" else 5 * 4)
 
 
 def test_a_chunk_that_is_refused_is_not_asked_for_again_in_this_run(tmp_path):
@@ -427,12 +430,13 @@ def test_a_server_without_schemas_gets_lines(tmp_path):
     with ApiServer(schema=False, delay=0.01) as server:
         outcome = ask(server, chunks, tmp_path, concurrency=4, max_attempts=1)
         assert outcome.questions == expected(chunks)
-        assert server.counts["400-format"] == 4
-        assert server.counts["chat"] == 34
-        assert outcome.totals.num_requests == 34
+        # The first four are refused with the schema, and with the other name of the limit; the rest are not asked so.
+        assert server.counts["400-format"] <= 8
+        num_asked = 30 + server.counts["400-format"]
+        assert server.counts["chat"] == outcome.totals.num_requests == num_asked
         # What has a reply has one, however it was asked for.
         assert ask(server, chunks, tmp_path, structured="schema").questions == outcome.questions
-        assert server.counts["chat"] == 34
+        assert server.counts["chat"] == num_asked
         with pytest.raises(ValueError, match=r"400: 'response_format' of type .*; stopped: 0 of 5 chunks"):
             ask(server, some_chunks(5), tmp_path / "other", structured="schema")
 
@@ -681,15 +685,17 @@ def test_the_key_is_nowhere(tmp_path, monkeypatch, capfd, caplog):
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("EMBEDFT_PROGRESS", "1")
     echo = [{"choices": [{"message": {"content": f"What is {KEY}?\nWho {KEY}?"}}]}, {"error": {"message": f"<{KEY}>"}}]
-    asker = questions._Asker(QuestionConfig(), TEMPLATE, f"http://user:{KEY}@localhost:1/v1?key={KEY}")
-    answers = [asker._from_reply(json.dumps(body)) for body in echo]
-    assert answers[0].result == ["What is [OPENAI_API_KEY]?", "Who [OPENAI_API_KEY]?"]
+    url = f"http://user:{KEY}@localhost:1/v1?key={KEY}"
+    asker = questions._Asker(QuestionConfig(), TEMPLATE, url)
+    answers = [read_reply(json.dumps(body), url) for body in echo]
+    assert answers[0].result == ["What is [secret]?", "Who [secret]?"]
     texts = [repr(answers), repr(asker), repr(asker.server), asker.server.name]
     with ApiServer(faults=["drop", "401"]) as server:
         with pytest.raises(ValueError, match="401") as caught:
             ask(server, some_chunks(1), tmp_path)
         texts += [str(caught.value), str(caught.getrepr())]
-        frames = [entry.frame for entry in caught.traceback if "embedft" in str(entry.path)]
+        library = Path(questions.__file__).parents[1]  # not by its name, which a folder of the tests may have
+        frames = [entry.frame for entry in caught.traceback if library in Path(entry.path).parents]
         texts += [repr(frame.f_locals) for frame in frames]
         assert len(frames) >= 2
     assert server.log[0][1]["authorization"] == f"Bearer {KEY}"
@@ -818,4 +824,5 @@ def test_an_interrupt_is_quiet_and_keeps_what_is_on_disk(tmp_path, harness, sign
         assert noise not in errors
     records = lines(replies)
     assert 8 <= len(records) < 100
-    assert len(lines(tmp_path / "out" / "ledger.jsonl")) - len(records) in range(1, 5)
+    # Reserved and not recorded: at most what was in flight, and nothing when the signal came between two requests.
+    assert 0 <= len(lines(tmp_path / "out" / "ledger.jsonl")) - len(records) <= 4

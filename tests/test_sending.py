@@ -1,4 +1,4 @@
-"""Sending: the ledger's arithmetic by hand, limits that are never passed, rates in every window, retries in order."""
+"""sending.py: limits that are never exceeded, rates in every window, retries, other forms, parts, and when it stops."""
 
 import asyncio
 import email.utils
@@ -9,10 +9,11 @@ import time
 import pytest
 
 from embedft.api import sending
-from embedft.api.sending import Answer, Job, Ledger, RateLimit, backoff_seconds, retry_after_seconds, send_all
+from embedft.api.ledger import Ledger
+from embedft.api.sending import Forms, Job, RateLimit, Response, Sender, backoff_seconds, retry_after_seconds
 
-OK = Answer("ok", "done", usage=(0, 0))
-RETRY = Answer("failed", "retry", "503", usage=(0, 0))
+OK = Response("ok", "done", usage=(0, 0))
+RETRY = Response("failed", "retry", "503", usage=(0, 0))
 
 
 def job(key: str, prompt_tokens: int = 100, reply_tokens: int = 50, expected_tokens: int = 0) -> Job:
@@ -21,126 +22,6 @@ def job(key: str, prompt_tokens: int = 100, reply_tokens: int = 50, expected_tok
 
 def lines(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-# The ledger.
-
-
-def test_the_arithmetic_by_hand(tmp_path):
-    """1,000 of prompt and 500 of reply at 2 and 6 a million: 0.002 + 0.003 = 0.005. Twice that fits into 0.01."""
-    path = tmp_path / "ledger.jsonl"
-    ledger = Ledger(path, prices=(2.0, 6.0), max_cost=0.01)
-    large = job("a", 1000, 500)
-    assert ledger.full(large) is None
-    assert ledger.reserve(large) == 1
-    assert ledger.reserve(large) == 2
-    assert ledger.full(large) == "--max-cost 0.01"
-    assert ledger.totals() == sending.Totals(2, 0, 0, 2, 0.0, 0.01)
-    # 800 and 100 were used: 0.0016 + 0.0006 = 0.0022 instead of 0.005, so 0.0028 are free.
-    assert ledger.settle(1, (800, 100)) == 0.0022
-    assert ledger.totals() == sending.Totals(2, 800, 100, 1, 0.0022, 0.005)
-    assert ledger.full(job("b", 1400, 0)) is None  # exactly 0.0028
-    assert ledger.full(job("b", 1401, 0)) == "--max-cost 0.01"
-    assert ledger.settle(2, None) is None
-    assert ledger.full(job("b", 1401, 0)) == "--max-cost 0.01"
-    assert ledger.settle(2, (0, 0)) == 0.0
-    assert ledger.totals() == sending.Totals(2, 800, 100, 0, 0.0022, 0.0)
-    first, second = lines(path)
-    assert (first["request"], second["request"]) == (1, 2)
-    assert {key: first[key] for key in ("key", "most_prompt_tokens", "most_reply_tokens", "most_cost")} == {
-        "key": "a",
-        "most_prompt_tokens": 1000,
-        "most_reply_tokens": 500,
-        "most_cost": 0.005,
-    }
-
-
-def test_outcomes_in_the_ledger_itself(tmp_path):
-    """A request of 0.005 at most that came to 0.0022, one whose outcome nobody knows, one that was killed."""
-    path = tmp_path / "ledger.jsonl"
-    ledger, large = Ledger(path, prices=(2.0, 6.0)), job("a", 1000, 500)
-    for _ in range(3):
-        ledger.reserve(large)
-    usage = {"prompt_tokens": 800, "completion_tokens": 100}
-    with path.open("a") as file:
-        for record in ({"request": 2, "usage": usage, "cost": 0.0022}, {"request": 1, "usage": None, "cost": None}):
-            file.write(json.dumps(record) + "\n")
-    again = Ledger(path, prices=(2.0, 6.0))
-    assert again.totals() == sending.Totals(3, 800, 100, 2, 0.0022, 0.01)
-    assert again.reserve(large) == 4
-    with path.open("a") as file:
-        file.write('{"usage": null, "cost": null}\n')
-    with pytest.raises(ValueError, match=r"line 7: has no 'request', is it a ledger\?"):
-        Ledger(path)
-
-
-def test_a_ledger_without_a_file(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    ledger = Ledger(None, prices=(2.0, 6.0), max_cost=0.01)
-    ledger.settle(ledger.reserve(job("a", 1000, 500)), (1000, 500))
-    ledger.reserve(job("b", 1000, 500))
-    assert ledger.full(job("c", 1, 0)) == "--max-cost 0.01"
-    assert ledger.totals() == sending.Totals(2, 1000, 500, 1, 0.005, 0.005)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_tenths_add_up(tmp_path):
-    ledger = Ledger(tmp_path / "ledger.jsonl", prices=(100_000.0, 0.0), max_cost=0.3)
-    for _ in range(3):
-        assert ledger.full(job("a", 1, 50)) is None
-        ledger.reserve(job("a", 1, 50))
-    assert ledger.full(job("a", 1, 50)) == "--max-cost 0.30"
-    assert ledger.totals().unreported_cost == 0.3
-
-
-def test_what_an_earlier_run_left_counts(tmp_path):
-    """Three requests: one was reported, one got no outcome, one has an outcome that says nothing of its cost."""
-    path = tmp_path / "ledger.jsonl"
-    first = Ledger(path, prices=(1.0, 1.0))
-    for key in "abc":
-        first.reserve(job(key, 600_000, 400_000))
-    outcomes = [
-        {"request": 3, "usage": None, "cost": None},
-        {"request": 1, "usage": {"prompt_tokens": 20_000, "completion_tokens": 5_000}, "cost": 0.025},
-    ]
-    with open(path, "ab") as file:
-        file.write(b'{"request": 4, "key"')  # killed while it was writing: not sent, so it does not count
-    ledger = Ledger(path, outcomes, prices=(10.0, 10.0), max_requests=4, max_cost=2.025 + 10.0)
-    assert ledger.totals() == sending.Totals(3, 20_000, 5_000, 2, 0.025, 2.0)
-    assert ledger.full(job("d", 600_000, 400_000)) is None
-    assert ledger.full(job("d", 600_000, 400_001)) == "--max-cost 12.025"
-    assert ledger.reserve(job("d", 0, 0)) == 4
-    assert ledger.full(job("d", 0, 0)) == "--max-requests 4"
-    assert [line["request"] for line in lines(path)] == [1, 2, 3, 4]
-
-
-def test_without_prices_there_is_no_cost_and_later_ones_price_it(tmp_path):
-    path = tmp_path / "ledger.jsonl"
-    ledger = Ledger(path)
-    ledger.reserve(job("a", 1000, 500))
-    ledger.reserve(job("b", 1000, 500))
-    assert ledger.settle(1, (10, 20)) is None
-    assert ledger.totals() == sending.Totals(2, 10, 20, 1, None, None)
-    assert lines(path)[0]["most_cost"] is None
-    outcomes = [{"request": 1, "usage": {"prompt_tokens": 10, "completion_tokens": 20}, "cost": None}]
-    priced = Ledger(path, outcomes, prices=(2.0, 6.0))
-    assert priced.totals() == sending.Totals(2, 10, 20, 1, 0.00014, 0.005)
-
-
-def test_a_deleted_ledger_does_not_give_numbers_twice(tmp_path):
-    outcomes = [{"request": 7, "usage": {"prompt_tokens": 10, "completion_tokens": 20}, "cost": 0.5}]
-    ledger = Ledger(tmp_path / "ledger.jsonl", outcomes, prices=(1.0, 1.0))
-    assert ledger.totals() == sending.Totals(1, 10, 20, 0, 0.5, 0.0)
-    assert ledger.reserve(job("a")) == 8
-
-
-def test_a_file_that_is_no_ledger_is_refused(tmp_path):
-    path = tmp_path / "ledger.jsonl"
-    Ledger(path).reserve(job("a"))
-    with open(path, "a") as file:
-        file.write('{"request": 2, "most_prompt_tokens": 3, "most_cost": null}\n')
-    with pytest.raises(ValueError, match=r"ledger\.jsonl line 2: has no 'most_reply_tokens', is it a ledger\?"):
-        Ledger(path)
 
 
 # Rates.
@@ -232,12 +113,12 @@ def test_pauses_grow_to_a_cap_and_never_undercut_the_server():
 class Sent:
     """`ask` and `record` of a run by a script: {key: answers, the last for ever}; what was sent, when, how many."""
 
-    def __init__(self, ledger: Ledger, script: dict[str, list[Answer]], delay: float = 0.001):
+    def __init__(self, ledger: Ledger, script: dict[str, list[Response]], delay: float = 0.001):
         self.ledger, self.script, self.delay = ledger, {key: list(answers) for key, answers in script.items()}, delay
         self.order, self.times, self.recorded = [], [], []
         self.in_flight = self.most_in_flight = 0
 
-    async def ask(self, job: Job) -> Answer:
+    async def ask(self, job: Job) -> Response:
         self.order.append(job.key)
         self.times.append(time.monotonic())
         self.in_flight += 1
@@ -247,14 +128,14 @@ class Sent:
         answers = self.script.get(job.key, [OK])
         return answers.pop(0) if len(answers) > 1 else answers[0]
 
-    def record(self, job: Job, number: int, answer: Answer, seconds: float) -> None:
+    def record(self, job: Job, number: int, answer: Response, seconds: float) -> None:
         assert seconds >= self.delay
         self.ledger.settle(number, answer.usage)
         self.recorded.append((number, job.key, answer.status))
 
-    def run(self, jobs: list[Job], **options) -> Answer | str | None:
+    def run(self, jobs: list[Job], **options) -> Response | str | None:
         options = {"concurrency": 1, "max_attempts": 3, "seed": 0, **options}
-        return asyncio.run(send_all(jobs, self.ask, ledger=self.ledger, record=self.record, **options))
+        return asyncio.run(Sender(self.ask, self.record, ledger=self.ledger, **options).run(jobs))
 
 
 @pytest.fixture
@@ -270,7 +151,7 @@ def short_pauses(request, monkeypatch):
 
 def test_jobs_are_asked_for_in_order_and_attempts_end(ledger):
     """b fails twice and gets its third, c fails three times and is given up; d is never asked for again."""
-    refused = Answer("failed", "refused", "400", usage=(0, 0), suspect=True)
+    refused = Response("failed", "drop", "400", usage=(0, 0), suspect=True)
     sent = Sent(ledger, {"b": [RETRY, RETRY, OK], "c": [RETRY], "d": [refused]})
     assert sent.run([job(key) for key in "abcd"]) is None
     assert sorted(sent.order) == list("abbbcccd")
@@ -299,7 +180,7 @@ def test_a_waiting_job_holds_no_place_and_goes_first_when_it_is_due(ledger, monk
 
 
 def test_nothing_is_sent_while_the_server_asks_for_a_pause(ledger):
-    pause = Answer("failed", "retry", "429", usage=(0, 0), retry_after_seconds=0.2)
+    pause = Response("failed", "retry", "429", usage=(0, 0), retry_after_seconds=0.2)
     sent = Sent(ledger, {"a": [pause, OK]}, delay=0.01)
     assert sent.run([job(str(key)) for key in ["a", *range(8)]], concurrency=2) is None
     # Two were on their way, and one went out while the first was.
@@ -311,10 +192,10 @@ def test_nothing_is_sent_while_the_server_asks_for_a_pause(ledger):
 def test_an_outage_is_probed_with_one_request_at_a_time_and_ends_the_job(ledger, monkeypatch):
     """Eight in flight fail together, two probes later the pauses grow; after four probes the job stops."""
     monkeypatch.setattr(sending, "backoff_seconds", lambda attempt, *_: 0.01 * attempt)
-    down = Answer("failed", "retry", "503")
+    down = Response("failed", "retry", "503")
     sent = Sent(ledger, {str(i): [down] for i in range(10, 500)}, delay=0.01)
     stopped = sent.run([job(str(i)) for i in range(500)], concurrency=8, max_attempts=4)
-    assert stopped.then == "retry"
+    assert stopped.action == "retry"
     assert stopped.reason.endswith("failures in a row, the last: 503")
     assert ledger.totals().num_requests <= 10 + sending.MAX_FAILURES_IN_A_ROW + 8 + 4
     in_order = sorted(sent.times)
@@ -332,15 +213,113 @@ def test_a_server_that_comes_back_is_used_as_before(ledger, monkeypatch):
 
 def test_a_reply_of_no_use_is_asked_for_again_at_once(ledger, monkeypatch):
     monkeypatch.setattr(sending, "BACKOFF_SECONDS", 1000.0)
-    sent = Sent(ledger, {"a": [Answer("invalid", "retry", "empty", usage=(1, 0)), OK]})
+    sent = Sent(ledger, {"a": [Response("invalid", "retry", "empty", usage=(1, 0)), OK]})
     assert sent.run([job("a"), job("b")]) is None
     assert sent.order == ["a", "a", "b"]
 
 
-def test_an_answer_may_not_count_as_an_attempt(ledger):
-    sent = Sent(ledger, {"a": [Answer("failed", "again", "400", usage=(0, 0)), OK]})
-    assert sent.run([job("a")], max_attempts=1) is None
-    assert sent.order == ["a", "a"]
+REFUSED = Response("failed", "drop", "400", usage=(0, 0), suspect=True)
+DOUBTFUL = Response("failed", "retry", "500", usage=(0, 0), may_be_refusal=True)
+
+
+class Server:
+    """Accepts one of the forms "a" to "c", and jobs of at most `most` letters without an "x"."""
+
+    def __init__(self, ledger: Ledger, form: str = "a", most: int = 99, refusal: Response = REFUSED):
+        self.ledger, self.form, self.most, self.refusal = ledger, form, most, refusal
+        self.forms, self.sent, self.dropped = Forms("abc"), [], []
+
+    async def ask(self, job: Job) -> Response:
+        form = self.forms.take(job)
+        self.sent.append((form, job.content))
+        await asyncio.sleep(0.001)
+        if form != self.form or len(job.content) > self.most or "x" in job.content:
+            return self.refusal
+        self.forms.accept(job)
+        return OK
+
+    def split(self, job: Job, response: Response) -> list[Job]:
+        if len(job.content) == 1:
+            self.dropped.append(job.content)
+            return []
+        middle = len(job.content) // 2
+        return [Job(half, half, 1, 0) for half in (job.content[:middle], job.content[middle:])]
+
+    def run(self, contents: list[str], **options) -> Response | str | None:
+        options = {"concurrency": 1, "max_attempts": 3, "seed": 0, "split": self.split, "forms": self.forms, **options}
+        sender = Sender(self.ask, lambda *response: None, ledger=self.ledger, **options)
+        return asyncio.run(sender.run(Job(content, content, 1, 0) for content in contents))
+
+
+def test_the_form_that_is_accepted_is_kept(ledger):
+    """Refusals do not count as attempts; what was in flight in another form is sent again in the one that works."""
+    server = Server(ledger, form="c")
+    assert server.run(["1", "2", "3"], max_attempts=1) is None
+    assert server.sent == [("a", "1"), ("b", "1"), ("c", "1"), ("c", "2"), ("c", "3")]
+    assert server.run(["4", "5"], concurrency=2) is None
+    assert server.sent[5:] == [("c", "4"), ("c", "5")]
+    server = Server(ledger, form="b")
+    assert server.run(["1", "2", "3"], concurrency=3) is None
+    assert sorted(server.sent) == [*(("a", i) for i in "123"), *(("b", i) for i in "123")]
+
+
+def test_a_second_500_is_a_refusal_and_the_first_is_not(ledger):
+    server = Server(ledger, form="b", refusal=DOUBTFUL)
+    assert server.run(["1"]) is None
+    assert server.sent == [("a", "1"), ("a", "1"), ("b", "1")]
+
+
+def test_a_refused_job_is_sent_in_parts(ledger):
+    """Every part goes before the next job, and the one that is refused alone is dropped."""
+    server = Server(ledger)
+    assert server.run(["abcx", "ef"]) is None
+    contents = [content for form, content in server.sent if form == "a"]
+    assert contents == ["abcx", "ab", "cx", "c", "x", "ef"]
+    assert server.dropped == ["x"]
+
+
+def test_forms_and_parts_together(ledger):
+    """Neither the first form nor the first size is accepted: every size is tried in every form until one works."""
+    server = Server(ledger, form="b", most=2)
+    assert server.run(["12345678", "90"]) is None
+    accepted = [content for form, content in server.sent if form == "b" and len(content) <= 2]
+    assert accepted == ["12", "34", "56", "78", "90"]
+    assert server.dropped == []
+
+
+@pytest.mark.parametrize("last", [DOUBTFUL, RETRY])
+def test_a_batch_that_fails_to_the_last_attempt_is_sent_in_parts(ledger, last):
+    server = Server(ledger, refusal=last)
+    server.forms = Forms("a")
+    assert server.run(["1234", "x6"], max_attempts=2) is None
+    # A part of what was refused with a 500 has no first 500 of its own.
+    contents = ["1234", "x6", "x6", "x", "6"] + ["x"] * (last is RETRY)
+    assert [content for _, content in server.sent] == contents
+    assert server.dropped == ["x"]
+
+
+@pytest.mark.parametrize("refusal", [DOUBTFUL, RETRY])
+def test_a_server_that_is_down_is_left_alone(ledger, refusal):
+    """Ten failures in a row, three probes, and for a 500 one job down to its parts."""
+    server = Server(ledger, form="none", refusal=refusal)
+    server.forms = Forms("a")
+    stopped = server.run(["abcdefgh"] * 50, concurrency=8)
+    assert stopped.reason.startswith("1")
+    assert stopped.reason.endswith(f"failures in a row, the last: {refusal.reason}")
+    assert len(server.sent) < 50
+
+
+def test_jobs_are_taken_when_there_is_room(ledger):
+    taken, sent = [], Sent(ledger, {})
+
+    def jobs():
+        for key in "abcdef":
+            taken.append((key, len(sent.recorded)))
+            yield job(key)
+
+    sender = Sender(sent.ask, sent.record, ledger=ledger, concurrency=2, max_attempts=1)
+    assert asyncio.run(sender.run(jobs())) is None
+    assert all(place - number_done <= 2 for place, (_, number_done) in enumerate(taken))
 
 
 def test_concurrency_is_used_and_not_passed(ledger):
@@ -361,8 +340,8 @@ def test_the_rate_holds_in_the_loop(ledger):
 @pytest.mark.parametrize(
     "stop",
     [
-        Answer("failed", "stop", "401", usage=(0, 0)),
-        Answer("failed", "retry", "429", usage=(0, 0), retry_after_seconds=301.0),
+        Response("failed", "stop", "401", usage=(0, 0)),
+        Response("failed", "retry", "429", usage=(0, 0), retry_after_seconds=301.0),
     ],
     ids=["stop", "a long pause"],
 )
@@ -373,8 +352,8 @@ def test_a_stop_lets_the_others_finish(ledger, stop):
 
 
 def test_five_suspects_at_the_start_stop_it(ledger):
-    refused = Answer("failed", "refused", "400", usage=(0, 0), suspect=True)
-    cut = Answer("invalid", "retry", "cut off", usage=(1, 1), suspect=True)
+    refused = Response("failed", "drop", "400", usage=(0, 0), suspect=True)
+    cut = Response("invalid", "retry", "cut off", usage=(1, 1), suspect=True)
     bad = {"0": [refused], "1": [RETRY], "2": [cut], **{str(i): [refused] for i in range(3, 20)}}
     sent = Sent(ledger, bad)
     assert sent.run([job(str(i)) for i in range(20)]) is refused
@@ -384,8 +363,8 @@ def test_five_suspects_at_the_start_stop_it(ledger):
 
 @pytest.mark.parametrize("status", ["ok", "invalid"])
 def test_four_suspects_and_a_reply_do_not(ledger, status):
-    refused = Answer("failed", "refused", "400", usage=(0, 0), suspect=True)
-    good = Answer(status, "done", usage=(0, 0))
+    refused = Response("failed", "drop", "400", usage=(0, 0), suspect=True)
+    good = Response(status, "done", usage=(0, 0))
     sent = Sent(ledger, {str(i): [good if i == 4 else refused] for i in range(20)})
     assert sent.run([job(str(i)) for i in range(20)]) is None
     assert len(sent.recorded) == 20
@@ -402,7 +381,7 @@ def test_limits_of_requests_stop_it(tmp_path):
 def test_no_room_waits_for_those_in_flight(tmp_path):
     """Room for two reservations of 1.5; each costs 0.3 in the end: 0.3 n + 1.5 <= 3 lets six of seven be asked for."""
     ledger = Ledger(tmp_path / "ledger.jsonl", prices=(10_000.0, 10_000.0), max_cost=3.0)
-    used = Answer("ok", "done", usage=(20, 10))
+    used = Response("ok", "done", usage=(20, 10))
     sent = Sent(ledger, {str(i): [used] for i in range(7)})
     assert sent.run([job(str(i)) for i in range(7)], concurrency=4) == "--max-cost 3.00"
     assert len(sent.recorded) == 6
@@ -419,7 +398,7 @@ def test_the_limit_is_never_passed(tmp_path, seed):
     for _ in range(3):
         ledger = Ledger(tmp_path / "ledger.jsonl", outcomes, prices=(3.0, 7.0), max_cost=limit, max_requests=70)
 
-        async def ask(job: Job) -> Answer:
+        async def ask(job: Job) -> Response:
             nonlocal charged
             await asyncio.sleep(generator.uniform(0, 0.003))
             kind = generator.choice(["ok", "ok", "invalid", "free", "unknown"])
@@ -428,10 +407,10 @@ def test_the_limit_is_never_passed(tmp_path, seed):
             usage = (generator.randint(0, job.prompt_tokens), generator.randint(0, job.reply_tokens))
             charged += (usage[0] * 3.0 + usage[1] * 7.0) / 1e6
             if kind == "unknown":
-                return Answer("failed", "retry")
-            return Answer(kind, "done" if kind == "ok" else "retry", usage=usage)
+                return Response("failed", "retry")
+            return Response(kind, "done" if kind == "ok" else "retry", usage=usage)
 
-        def record(job: Job, number: int, answer: Answer, seconds: float, ledger=ledger) -> None:
+        def record(job: Job, number: int, answer: Response, seconds: float, ledger=ledger) -> None:
             cost = ledger.settle(number, answer.usage)
             totals = ledger.totals()
             assert totals.cost + totals.unreported_cost <= limit + 1e-12
@@ -440,22 +419,20 @@ def test_the_limit_is_never_passed(tmp_path, seed):
 
         jobs = [job(str(i), generator.randint(1, 300), generator.randint(1, 60)) for i in range(30)]
         options = {"concurrency": generator.randint(1, 9), "max_attempts": 3, "seed": seed}
-        asyncio.run(send_all(jobs, ask, ledger=ledger, record=record, **options))
+        asyncio.run(Sender(ask, record, ledger=ledger, **options).run(jobs))
         assert charged <= limit
         assert ledger.totals().num_requests == len(lines(tmp_path / "ledger.jsonl")) <= 70
     assert charged > 0
 
 
 def test_what_ask_raises_ends_it_and_leaves_the_others_reserved(ledger):
-    async def ask(job: Job) -> Answer:
+    async def ask(job: Job) -> Response:
         if job.key == "b":
             raise OSError("disk full")
         await asyncio.sleep(3)
 
     start = time.monotonic()
     with pytest.raises(OSError, match="disk full"):
-        asyncio.run(
-            send_all([job(key) for key in "abc"], ask, ledger=ledger, record=None, concurrency=3, max_attempts=1)
-        )
+        asyncio.run(Sender(ask, None, ledger=ledger, concurrency=3, max_attempts=1).run([job(key) for key in "abc"]))
     assert ledger.totals().num_unreported == 3
     assert time.monotonic() - start < 2

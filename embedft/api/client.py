@@ -1,29 +1,32 @@
-"""A client of the OpenAI protocol: one request at a time, and what an answer that is no reply means.
+"""Sends one request of the OpenAI protocol and classifies what comes back. The only file that imports openai.
 
-The only file that imports openai. Deliberately not here: what is asked and what a good reply is (data/questions.py,
-encoders/openai_api.py), when a request is sent and what it may cost (sending.py).
+Not here: what is asked and what a good reply is (corpus/questions.py, endpoint.py); when to send (sending.py).
 
-    client = Client("http://localhost:8000/v1", timeout_seconds=60)
+    client = Client(Server.find("http://localhost:8000/v1"), timeout_seconds=60)
     async with client.openai:
-        reply = await client.reply(client.openai.embeddings.with_raw_response.create(model="m", input=["a"]))
+        reply = await client.post("/embeddings", {"model": "m", "input": ["a"]})   # a dict, or a failed Response
 """
 
 import asyncio
+import json
 import time
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Coroutine, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
-from .sending import Answer, retry_after_seconds
+from .ledger import MAX_TOKENS, USAGE
+from .sending import Response, retry_after_seconds
 from .server import Server
 
-# A server that answers so did no work that it charges for. A gateway's 502 or 504 and a 408 do not say.
+# With these statuses a server did no work that it charges for. A gateway's 502 or 504 and a 408 do not say.
 FREE_SERVER_ERRORS = (500, 503, 529)
 FREE = (0, 0)
-# Causes of a connection error after which no byte of the request had left: names, because openai picks the HTTP client.
+# Connection errors before a byte of the request was sent: by name, because openai chooses the HTTP library.
 NEVER_SENT = ("ConnectError", "ConnectTimeout", "PoolTimeout")
-# Bad request, too large, unprocessable: about this one request, so asking again is no use.
-REFUSALS = (400, 413, 422)
+# Wrong for every request: key, money, permission, address. Other 4xx are about this one request.
+STOP = (401, 402, 403, 404, 405, 407)
+RETRY = (408, 409, 425, 429)
+OVERLOADED = (502, 503, 504, 529)  # another 5xx may be a refusal: llama.cpp, Ollama and LiteLLM refuse with 500
 HINTS = {
     401: " (is OPENAI_API_KEY right?)",
     404: " (is the model's name right, and does the base URL end in /v1?)",
@@ -31,89 +34,132 @@ HINTS = {
 MAX_REASON_CHARACTERS = 300
 
 
-class Refusal(NamedTuple):
-    """What a server said of a request that it will not serve, whole: the `result` of an `Answer` that is "refused"."""
-
-    status: int
-    text: str
-
-
 class Client:
-    """`openai` is the AsyncOpenAI client, which tries nothing again by itself.
+    """`openai` is an AsyncOpenAI that neither retries nor follows redirects. `timeout_seconds`: for a whole reply."""
 
-    Args:
-        base_url: see server.py. timeout_seconds: for a whole reply.
-
-    Raises:
-        ValueError: no address of a server, or no key for api.openai.com.
-    """
-
-    def __init__(self, base_url: str | None, *, timeout_seconds: float):
+    def __init__(self, server: Server, *, timeout_seconds: float):
         import openai
 
-        self.server, self.timeout_seconds = Server.find(base_url), timeout_seconds
+        self.server, self.timeout_seconds = server, timeout_seconds
         self.openai = openai.AsyncOpenAI(
-            api_key=self.server.key, base_url=self.server.url, max_retries=0, timeout=timeout_seconds
+            api_key=self.server.key,
+            base_url=self.server.url,
+            default_query=self.server.query,
+            # Azure's deployments, which are addressed with a version, look for the key here.
+            default_headers={"api-key": self.server.key} if "api-version" in self.server.query else None,
+            max_retries=0,
+            timeout=timeout_seconds,
+            http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False),
         )
 
-    async def reply(self, request: Awaitable[Any]) -> str | Answer:
-        """The text of a reply, or the failed `Answer` that came instead; its result is a `Refusal` for a refusal.
-
-        Args:
-            request: what a `with_raw_response.create` of the client returns.
-        """
+    async def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any] | Response:
+        """The JSON object that the server replies to `body`, or the failed `Response`."""
         import openai
 
+        # The generic `post` sends the body as it is; `create` of a resource adds fields that some servers refuse.
+        request = self.openai.post(path, body=body, cast_to=openai.HttpxBinaryResponseContent)
         try:
-            # The client's own timeout holds for each piece of a reply, this one for all of it.
+            # The client's own timeout starts anew with each piece of a reply.
             response = await asyncio.wait_for(request, self.timeout_seconds)
         except openai.APIStatusError as error:
-            return self._from_status(error)
+            return self._failed(error.status_code, error.response.text, error.response.headers)
         except (asyncio.TimeoutError, openai.APITimeoutError) as error:
             usage = FREE if type(error.__cause__).__name__ in NEVER_SENT else None
-            return Answer("failed", "retry", f"no reply within {self.timeout_seconds:g} s", usage=usage)
+            return Response("failed", "retry", f"no reply within {self.timeout_seconds:g} s", usage=usage)
         except openai.APIConnectionError as error:
-            never_sent = type(error.__cause__).__name__ in NEVER_SENT
+            was_sent = type(error.__cause__).__name__ not in NEVER_SENT
             reason = self.line(f"no connection ({error.__cause__ or error})")
-            return Answer("failed", "retry", reason, usage=FREE if never_sent else None, suspect=never_sent)
-        return response.text
+            return Response("failed", "retry", reason, usage=None if was_sent else FREE, suspect=not was_sent)
+        return self.parse(response.text)
 
-    def _from_status(self, error: Any) -> Answer:
-        """An HTTP status that says no; `error` is openai's APIStatusError."""
-        status, text = error.status_code, error.response.text
-        message = error.body.get("message") if isinstance(error.body, dict) else None
-        reason = self.line(f"{status}: {message or text}")
-        is_free = (status < 500 and status != 408) or status in FREE_SERVER_ERRORS
-        usage = FREE if is_free else None
-        if status in REFUSALS:
-            return Answer("failed", "refused", reason, result=Refusal(status, text), usage=usage, suspect=True)
-        is_spent = status == 429 and "insufficient_quota" in (error.code, error.type)
-        if (status < 500 and status not in (408, 409, 429)) or is_spent:
-            return Answer("failed", "stop", reason + HINTS.get(status, ""), usage=usage)
-        pause = retry_after_seconds(error.response.headers, time.time())
-        return Answer("failed", "retry", reason, usage=usage, retry_after_seconds=pause)
+    def parse(self, text: str) -> dict[str, Any] | Response:
+        """The JSON object in the body of a 200, or the failed `Response` when it is none, or reports an error."""
+        reply = _parse(text)
+        if not isinstance(reply, dict):
+            return self.unexpected("JSON object", text)
+        if reply.get("error") and not (reply.get("data") or reply.get("choices")):
+            code = reply["error"].get("code") if isinstance(reply["error"], dict) else None
+            return self._failed(code if type(code) is int and 400 <= code < 600 else 200, text, {})
+        return reply
+
+    def unexpected(self, expected: str, text: str) -> Response:
+        """A reply that is not the `expected` kind of thing. What it cost is not known."""
+        return Response("failed", "retry", self.line(f"the reply is not a {expected}: {text}"), reply=self.clean(text))
+
+    def _failed(self, status: int, text: str, headers: Mapping[str, str]) -> Response:
+        """A response with an HTTP status other than 200, or an error inside a 200."""
+        message, codes = _read_error(text)
+        reason = self.line(f"{status}: {message}")
+        usage = FREE if (300 <= status < 500 and status != 408) or status in FREE_SERVER_ERRORS else None
+        if 300 <= status < 400:
+            target = headers.get("location", "").partition("?")[0] or "nowhere"
+            reason = self.line(f"{status}: redirects to {target}, which is not followed (set base_url to it)")
+        if status in STOP or 300 <= status < 400 or (status == 429 and "insufficient_quota" in codes):
+            return Response("failed", "stop", reason + HINTS.get(status, ""), usage=usage)
+        if status in RETRY or status >= 500:
+            pause = retry_after_seconds(headers, time.time())
+            may_be_refusal = status >= 500 and status not in OVERLOADED and pause is None
+            return Response(
+                "failed", "retry", reason, usage=usage, retry_after_seconds=pause, may_be_refusal=may_be_refusal
+            )
+        return Response("failed", "drop", reason, usage=usage, suspect=True)
 
     def clean(self, text: str) -> str:
-        """What may be stored: without the key, and as UTF-8 can hold it (JSON can spell half a surrogate pair)."""
+        """Text that may be stored: without secrets, and without unpaired surrogates, which JSON can spell."""
         return self.server.redact(text).encode("utf-8", "replace").decode()
 
     def line(self, text: str) -> str:
-        """What may be shown: clean, one line, its first 300 characters."""
-        line = " ".join(self.clean(text).split())
+        """Text that may be shown: clean, one printable line, at most its first 300 characters."""
+        line = " ".join("".join(c if c.isprintable() else " " for c in self.clean(text)).split())
         return line if len(line) <= MAX_REASON_CHARACTERS else f"{line[:MAX_REASON_CHARACTERS]} ..."
 
 
-def run_to_end(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """What a coroutine returns: `asyncio.run`, also where a loop is running already, as in a notebook."""
+def _parse(text: str) -> Any:
     try:
-        run = _run_beside if asyncio.get_running_loop() else asyncio.run
-    except RuntimeError:  # there is none
-        run = asyncio.run
-    return run(coroutine)
+        return json.loads(text)
+    except (ValueError, RecursionError):  # also a number with too many digits
+        return None
 
 
-def _run_beside(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """In a thread with a loop of its own; an interrupt ends it there."""
+def _read_error(text: str) -> tuple[str, tuple[Any, Any]]:
+    """The message in the body of an error, or the body itself, and its code and type."""
+    body = _parse(text)
+    error = body.get("error", body) if isinstance(body, dict) else None
+    if not isinstance(error, dict):
+        return error if isinstance(error, str) else text, (None, None)
+    message = error.get("message")
+    return message if isinstance(message, str) and message else text, (error.get("code"), error.get("type"))
+
+
+def reported_usage(reply: Mapping[str, Any], *, writes: bool) -> tuple[int, int] | None:
+    """Tokens of prompt and reply that a reply reports; None for no report, or an absurd one.
+
+    Args:
+        writes: a chat completion reports both, embeddings only the prompt.
+    """
+    usage = reply.get("usage")
+    counts = tuple(usage.get(name) for name in USAGE[: 1 + writes]) if isinstance(usage, dict) else (None,)
+    if not all(type(count) is int and 0 <= count <= MAX_TOKENS for count in counts):
+        return None
+    return counts if writes else (*counts, 0)
+
+
+def message_text(content: Any) -> str:
+    """The text of a chat message; of a list of parts those of type "text", without thinking, images and the like."""
+    if isinstance(content, str):
+        return content
+    parts = [part for part in content or () if isinstance(part, dict) and part.get("type", "text") == "text"]
+    return "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
+
+
+def run_to_end(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """What a coroutine returns: `asyncio.run`, also inside a running loop, as in a notebook; an interrupt ends it."""
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        loop = None
+    if loop is None:  # outside of `except`, so that errors do not have that one as their context
+        return asyncio.run(coroutine)
     started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task | None]] = Future()
 
     async def main() -> Any:

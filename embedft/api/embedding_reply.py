@@ -1,79 +1,64 @@
-"""The reply to POST /embeddings: one vector for each text, by its index, as numbers or as base64, or a clear error.
+"""The reply to POST /embeddings: one vector per text, as numbers or base64.
 
-    pairs, usage = read_reply(text)
-    vectors_MD = in_order(pairs, num_texts=256)
-    unit_MD, is_good_M = unit_rows(vectors_MD)
+    vectors = read_vectors(reply, num_texts=256)      # each an array [D], or a sentence that says what is wrong
+    unit_MD, is_good_M = unit_rows(np.stack(vectors))
 
 Shapes: M texts of a request, D features.
 """
 
 import base64
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 
-def read_reply(text: str) -> tuple[list[tuple[Any, Any]], tuple[int, int] | None]:
-    """[(index, embedding)] as they came, and the tokens read (with 0 written); None: not reported, or nonsense.
+def read_vectors(reply: Mapping[str, Any], num_texts: int) -> list[np.ndarray | str]:
+    """For each text its vector [D] float64, or what is wrong with it, by `index`.
+
+    Servers leave `index` out where it is 0, or everywhere: then vectors come in the order of the texts.
 
     Raises:
-        ValueError: it is something else.
+        TypeError, LookupError: the reply is not a list of embeddings.
+        ValueError: it does not have exactly one vector per text.
     """
-    try:
-        reply = json.loads(text)
-        pairs = [(item["index"], item["embedding"]) for item in reply["data"]]
-        return pairs, _usage(reply.get("usage"))
-    except (ValueError, LookupError, TypeError, RecursionError):
-        raise ValueError("the answer is no list of embeddings") from None
+    items = list(reply["data"])
+    if len(items) != num_texts:
+        raise ValueError(f"{len(items):,} vectors came back for {num_texts:,} texts")
+    indices = [item.get("index") for item in items]
+    unused = sorted(set(range(num_texts)) - {index for index in indices if type(index) is int})
+    if indices.count(None) == len(unused) == 1:
+        indices[indices.index(None)] = unused[0]
+    vectors: dict[int, np.ndarray | str] = {}
+    for place, (index, item) in enumerate(zip(indices, items, strict=True)):
+        row = place if index is None else index
+        if type(row) is not int or not 0 <= row < num_texts or row in vectors:
+            raise ValueError(f"index {str(row)[:40]!r} came back, expected each of 0 to {num_texts - 1:,} once")
+        vectors[row] = _decode(item["embedding"])
+    return [vectors[row] for row in range(num_texts)]
 
 
-def _usage(reported: Any) -> tuple[int, int] | None:
-    """Tokens that were read, or None when a server reports none, or nonsense."""
-    count = reported.get("prompt_tokens") if isinstance(reported, dict) else None
-    return (count, 0) if type(count) is int and count >= 0 else None
-
-
-def in_order(pairs: Sequence[tuple[Any, Any]], num_texts: int) -> np.ndarray:
-    """Vectors by their index, [M, D] float64. Raises `ValueError` when they are not one for each text, of one size."""
-    if len(pairs) != num_texts:
-        raise ValueError(f"{len(pairs):,} vectors came back for {num_texts:,} texts")
-    by_index = {index: vector for index, vector in pairs if type(index) is int}
-    if by_index.keys() != set(range(num_texts)):
-        wrong = next(index for i, (index, _) in enumerate(pairs) if _is_wrong(index, pairs[:i], num_texts))
-        raise ValueError(f"vectors came back with index {wrong!r}, expected each of 0 to {num_texts - 1:,} once")
-    vectors = [_decoded(by_index[row]) for row in range(num_texts)]
-    sizes = sorted({len(vector) for vector in vectors})
-    if len(sizes) > 1:
-        raise ValueError(f"vectors of {sizes[0]} and of {sizes[-1]} dimensions came back, expected one size")
-    if sizes == [0]:
-        raise ValueError("vectors without a value came back")
-    return np.stack(vectors)
-
-
-def _is_wrong(index: Any, before: Sequence[tuple[Any, Any]], num_texts: int) -> bool:
-    return type(index) is not int or not 0 <= index < num_texts or any(index == other for other, _ in before)
-
-
-def _decoded(value: Any) -> np.ndarray:
-    """A list of numbers, or base64 of little-endian float32, as [D] float64."""
+def _decode(value: Any) -> np.ndarray | str:
+    """A list of numbers, or base64 of little-endian float32, as [D] float64; what is wrong when it is neither."""
     try:
         if isinstance(value, str):
-            return np.frombuffer(base64.b64decode(value, validate=True), dtype="<f4").astype(np.float64)
-        vector = np.asarray(value, dtype=np.float64)  # null, as JSON has a NaN, becomes one
+            vector = np.frombuffer(base64.b64decode(value, validate=True), dtype="<f4").astype(np.float64)
+        else:
+            vector = np.asarray(value, dtype=np.float64)  # null, as JSON writes a NaN, becomes one
     except (ValueError, TypeError, OverflowError):
         vector = None
-    if vector is None or vector.ndim != 1:
-        raise ValueError("a vector came back that is neither a list of numbers nor base64 of float32")
-    return vector
+    if vector is None or vector.ndim != 1 or not len(vector):
+        return "a vector that is neither a list of numbers nor base64 of float32"
+    if not np.isfinite(vector).all():
+        return "a vector with values that are not finite"
+    return vector if vector.any() else "a vector of length zero"
 
 
 def unit_rows(vectors_MD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """float64 rows at length one, as float32, and which could be: those that are finite and not all zero."""
+    """float64 rows scaled to length one, as float32, and which could be: those that are finite and not all zero."""
     peak_M1 = np.abs(vectors_MD).max(axis=1, keepdims=True)
     is_good_M = np.isfinite(peak_M1[:, 0]) & (peak_M1[:, 0] > 0)
-    # By the largest first: squares of very large or small values leave the range of a float64.
+    # By the largest value first: squares of very large or small values leave the range of float64.
     scaled_MD = np.divide(vectors_MD, peak_M1, out=np.zeros_like(vectors_MD), where=is_good_M[:, None])
     lengths_M1 = np.linalg.norm(scaled_MD, axis=1, keepdims=True)
     unit_MD = np.divide(scaled_MD, lengths_M1, out=scaled_MD, where=is_good_M[:, None])

@@ -1,60 +1,80 @@
-"""An OpenAI-compatible server: its address, its key, and what may be said of them. Knows no client and sends nothing.
+"""The address and key of an OpenAI-compatible server, and text without its secrets. Sends nothing.
 
 server = Server.find("http://localhost:8000/v1")   # None: OPENAI_BASE_URL, else OpenAI itself
 raise ValueError(f"{server.name}: {server.redact(message)}")
 """
 
 import os
+import re
+from base64 import b64encode
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, quote, urlsplit
 
 OPENAI_HOST = "api.openai.com"
 OPENAI_URL = f"https://{OPENAI_HOST}/v1"
-# A shorter key is a placeholder such as "ollama", and may well be a word of the texts.
-MIN_SECRET_CHARACTERS = 12
+# Anything shorter may be an ordinary word: a placeholder key such as "ollama", a query such as ?version=beta.
+MIN_KEY_CHARACTERS, MIN_PASSWORD_CHARACTERS, MIN_QUERY_CHARACTERS = 12, 4, 8
+BREAK = r"(?:\\[nrt]|[^\x21-\x7e])"  # line breaks and whatever else may split a secret that is quoted
+SECRET = "[secret]"
 
 
 @dataclass(frozen=True)
 class Server:
-    """Where requests go. `name` may be shown: the address without user, password and query, which may be secrets.
+    """Where requests go. Only `name` may be shown: the address without user, password and query.
 
-    `url` and `key` are for the client alone; the key comes from OPENAI_API_KEY, "none" where there is none.
+    `url` (without its query), `query` and `key` are for the client. The key comes from OPENAI_API_KEY; "none" without.
     """
 
     name: str
     is_openai: bool
     url: str = field(repr=False)
     key: str = field(repr=False)
+    query: dict[str, str] = field(repr=False, default_factory=dict)
 
     @classmethod
     def find(cls, base_url: str | None = None) -> "Server":
         """The server at `base_url`, else at OPENAI_BASE_URL, else OpenAI itself.
 
         Raises:
-            ValueError: no address of a server, a key with characters that none has, or no key for OpenAI itself.
+            ValueError: not the address of a server, a key with an impossible character, or no key for OpenAI itself.
         """
-        url = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
-        parts = urlsplit(url)
+        url = (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL).strip()
         try:
+            parts = urlsplit(url)
             is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-        except ValueError:  # a port that is no number
+        except ValueError:  # the port is not a number, or an IPv6 address lacks a bracket
             is_address = False
-        if not is_address:
-            # Not the address itself, in which a password may stand.
-            shown = url.rpartition("@")[2].partition("?")[0]
-            raise ValueError(f"the base URL {shown!r} is no address of a server, expected one like {OPENAI_URL}")
+        if not is_address or not url.isprintable():
+            shown = url.rpartition("@")[2].partition("?")[0]  # without what may be a password or key
+            raise ValueError(f"base_url is {shown!r}, expected the address of a server, like {OPENAI_URL}")
         name = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
         is_openai = parts.hostname == OPENAI_HOST or parts.hostname.endswith(f".{OPENAI_HOST}")
         key = os.environ.get("OPENAI_API_KEY", "").strip()
         if is_openai and not key:
-            raise ValueError(f"OPENAI_API_KEY is not set, and {name} asks for a key (another server: base_url)")
+            raise ValueError(f"OPENAI_API_KEY is not set, and {name} needs a key (for another server, set base_url)")
         if not (key.isascii() and key.isprintable()):
-            raise ValueError("OPENAI_API_KEY holds a character that no key has")
-        return cls(name, is_openai, url, key or "none")
+            raise ValueError("OPENAI_API_KEY contains a character that is not printable ASCII")
+        query = dict(parse_qsl(parts.query, keep_blank_values=True))
+        return cls(name, is_openai, parts._replace(query="", fragment="").geturl(), key or "none", query)
 
     def redact(self, text: str) -> str:
-        """A text without the key, which some servers quote, and without the password of the address."""
-        secrets = (self.key if len(self.key) >= MIN_SECRET_CHARACTERS else None, urlsplit(self.url).password)
-        for secret in filter(None, secrets):
-            text = text.replace(secret, "[OPENAI_API_KEY]" if secret == self.key else "[password]")
+        """Hides the key, the password and the query's values, in either case, encoded, or split across lines."""
+        # Most texts hold no secret, and a plain search is a hundred times as fast as the pattern.
+        unbroken = re.sub(f"{BREAK}+", "", text).lower()
+        for form in self._forms():
+            if form.lower() in unbroken:
+                text = re.sub(f"{BREAK}*".join(map(re.escape, form)), SECRET, text, flags=re.IGNORECASE)
         return text
+
+    def _forms(self) -> Iterator[str]:
+        """Each secret as it is, percent-encoded, hexadecimal and in base64 (also of a longer text around it)."""
+        secrets = [(self.key, MIN_KEY_CHARACTERS), (urlsplit(self.url).password or "", MIN_PASSWORD_CHARACTERS)]
+        secrets += [(value, MIN_QUERY_CHARACTERS) for name, value in self.query.items() if name != "api-version"]
+        for secret in (secret for secret, min_characters in secrets if len(secret) >= min_characters):
+            data = secret.encode()
+            yield from {secret, quote(secret, safe=""), quote(secret), data.hex()}
+            for before in range(3):  # bytes in front of it in the first group of three; only whole characters count
+                start, end = -(-8 * before // 6), 8 * (before + len(data)) // 6
+                code = b64encode(b"\0" * before + data).decode()[start:end]
+                yield from {code, code.replace("+", "-").replace("/", "_")}

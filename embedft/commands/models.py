@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .. import config as configs
-from ..api.long_texts import TOO_LONG
+from ..api.endpoint import TOO_LONG
 from ..data.dataset import RetrievalDataset
 from ..data.formats import FORMATS
 from ..encoders.embedder import ROLES, WINDOW_TEXTS, Embedder

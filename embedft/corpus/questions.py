@@ -12,15 +12,16 @@ dropping bad questions (cleaning.py), questions without a language model (pseudo
 import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from ..api.client import Client, Refusal, run_to_end
-from ..api.sending import Answer, Job, Ledger, RateLimit, Totals, now_text, price, send_all
+from ..api.client import Client, message_text, reported_usage, run_to_end
+from ..api.ledger import USAGE, Ledger, Totals, check_outcome, now_text, price_of
+from ..api.sending import Forms, Job, RateLimit, Response, Sender
+from ..api.server import Server
 from ..config import check_types, setting
 from ..data.dataset import RetrievalDataset
 from ..data.formats import check_distinct, check_text
@@ -31,7 +32,6 @@ from .prompts import RESPONSE_FORMAT, TEMPLATE, fill_template, parse_reply
 
 REPLIES, LEDGER, LOCK = "replies.jsonl", "ledger.jsonl", "lock"
 RECORD = {"request", "key", "status", "questions", "usage", "cost"}  # of a line of REPLIES: what is read back
-USAGE = ("prompt_tokens", "completion_tokens")
 # OpenAI refuses the old name for its newer models; other servers know only that one.
 LIMIT_NAMES = ("max_completion_tokens", "max_tokens")
 # The request's own: another value would change what is parsed, counted or paid for.
@@ -180,7 +180,7 @@ async def write_questions_async(
         first_ids = {key: ids[0] for key, (_, ids) in jobs.items()}
         num_done = sum(len(ids) for key, (_, ids) in jobs.items() if key in questions)
 
-        def record(job: Job, number: int, answer: Answer, seconds: float) -> None:
+        def record(job: Job, number: int, answer: Response, seconds: float) -> None:
             cost = ledger.settle(number, answer.usage)
             usage = None if answer.usage is None else dict(zip(USAGE, answer.usage, strict=True))
             line = {"request": number, "key": job.key, "chunk": first_ids[job.key], "status": answer.status}
@@ -196,21 +196,22 @@ async def write_questions_async(
 
         with progress_bar(len(chunks), "questions", unit="chunk", initial=num_done) as bar:
             async with asker.client.openai:
-                stopped = await send_all(
-                    [job for key, (job, _) in jobs.items() if key not in questions],
+                sender = Sender(
                     asker.ask,
+                    record,
                     ledger=ledger,
-                    record=record,
                     concurrency=config.concurrency,
                     max_attempts=config.max_attempts,
+                    forms=asker.forms,
                     rate=RateLimit(
                         requests_per_minute=config.requests_per_minute, tokens_per_minute=config.tokens_per_minute
                     ),
                 )
+                stopped = await sender.run([job for key, (job, _) in jobs.items() if key not in questions])
     keys = {id: key for key, (_, ids) in jobs.items() for id in ids}
     found = {chunk.id: questions[keys[chunk.id]] for chunk in chunks if keys[chunk.id] in questions}
     so_far = f"{len(found):,} of {len(chunks):,} chunks have questions"
-    if isinstance(stopped, Answer):
+    if isinstance(stopped, Response):
         raise ValueError(f"{asker.server.name}: {stopped.reason}; stopped: {so_far}")
     missing = {
         chunk.id: reasons.get(keys[chunk.id], f"not asked: stopped at {stopped}")
@@ -232,7 +233,7 @@ def estimate(
     left = [job for key, (job, _) in jobs.items() if key not in questions]
     tokens = (sum(job.expected_tokens - job.reply_tokens for job in left), _likely_reply_tokens(config) * len(left))
     most = (sum(job.prompt_tokens for job in left), sum(job.reply_tokens for job in left))
-    costs = (None if config.prices is None else float(price(config.prices, *counts)) for counts in (tokens, most))
+    costs = (None if config.prices is None else float(price_of(config.prices, *counts)) for counts in (tokens, most))
     return Estimate(len(chunks), len(left), *tokens, *costs)
 
 
@@ -290,6 +291,7 @@ def _read_replies(folder: Path, *, repair: bool) -> list[dict[str, Any]]:
         if not record.keys() >= RECORD:
             lacks = ", ".join(sorted(RECORD - record.keys()))
             raise ValueError(f"{folder / REPLIES} line {number}: has no {lacks}, is it a file of replies?")
+        check_outcome(record, f"{folder / REPLIES} line {number}")
         records.append({name: record[name] for name in RECORD})  # not the reply itself
     return records
 
@@ -299,60 +301,47 @@ def _valid_questions(records: Sequence[Mapping[str, Any]]) -> dict[str, list[str
 
 
 class _Asker:
-    """The client, one request at a time: what is sent, and what an answer means."""
+    """The client, one request at a time: what is sent, and what a reply means."""
 
     def __init__(self, config: QuestionConfig, template: str, base_url: str | None):
         self.config, self.template = config, template
-        self.is_structured = config.structured != "lines"
-        self.client = Client(base_url, timeout_seconds=config.timeout_seconds)
-        self.server = self.client.server
-        self.limit_name = LIMIT_NAMES[0 if self.server.is_openai else 1]
+        self.server = Server.find(base_url)
+        self.client = Client(self.server, timeout_seconds=config.timeout_seconds)
+        names = LIMIT_NAMES if self.server.is_openai else LIMIT_NAMES[::-1]
+        kinds = {"auto": (True, False), "schema": (True,), "lines": (False,)}[config.structured]
+        self.forms = Forms([(name, is_structured) for is_structured in kinds for name in names])
 
-    async def ask(self, job: Job) -> Answer:
+    async def ask(self, job: Job) -> Response:
         """Sends one request and says what came of it."""
-        was_structured = self.is_structured
         prompt = fill_template(self.template, text=job.content, num_questions=self.config.num_questions)
-        body = _body(self.config, prompt, self.limit_name, was_structured)
-        # Everything goes through extra_body, so that a server's own parameters (top_k, say) are no error of the client.
-        request = self.client.openai.chat.completions.with_raw_response.create(
-            model=body["model"], messages=body["messages"], extra_body=body
-        )
-        reply = await self.client.reply(request)
-        if isinstance(reply, str):
-            return self._from_reply(reply)
-        if not isinstance(reply.result, Refusal):
+        body = _body(self.config, prompt, *self.forms.take(job))
+        reply = await self.client.post("/chat/completions", body)
+        if isinstance(reply, Response):
             return reply
-        is_schema = re.search("response_format|json_schema", reply.result.text)
-        if was_structured and self.config.structured == "auto" and is_schema:
-            self.is_structured = False
-            return Answer("failed", "again", reply.reason, usage=reply.usage)
-        return replace(reply, result=None)
+        self.forms.accept(job)
+        return self._from_reply(reply)
 
-    def _from_reply(self, text: str) -> Answer:
-        """An HTTP status that says yes, which does not mean that there are questions in it."""
+    def _from_reply(self, completion: dict[str, Any]) -> Response:
+        """A reply to a request, which does not mean that there are questions in it."""
         try:
-            completion = json.loads(text)
-            choice, usage = completion["choices"][0], _usage(completion.get("usage"))
+            choice = completion["choices"][0]
             message, finish = choice["message"], choice.get("finish_reason")
-            content, refusal = message.get("content"), message.get("refusal")
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            return Answer("failed", "retry", "the answer is no chat completion", reply=self.client.clean(text))
-        reply = self.client.clean(content) if isinstance(content, str) else None
-        invalid = partial(Answer, "invalid", "retry", reply=reply, usage=usage)
+            content, refusal = message_text(message.get("content")), message.get("refusal")
+        except (LookupError, TypeError, AttributeError):
+            return self.client.unexpected("chat completion", json.dumps(completion))
+        reply, usage = self.client.clean(content), reported_usage(completion, writes=True)
+        invalid = partial(Response, "invalid", "retry", reply=reply, usage=usage)
         if refusal:
             return invalid(self.client.line(f"refusal: {refusal}"))
         if finish == "length":
             return invalid(f"cut off at {self.config.reply_tokens:,} tokens (max_reply_tokens)", suspect=True)
-        if not reply or not reply.strip():
+        if not reply.strip():
             return invalid(self.client.line(f"empty reply (finish_reason {finish})"))
         try:
             questions = parse_reply(reply, self.config.num_questions)
+            json.dumps(questions, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return invalid("unpaired surrogates in the reply")
         except ValueError as error:
-            return invalid(str(error))
-        return Answer("ok", "done", result=questions, reply=reply, usage=usage)
-
-
-def _usage(reported: Any) -> tuple[int, int] | None:
-    """Tokens of prompt and reply, or None when a server reports none, or nonsense."""
-    counts = tuple(reported.get(name) for name in USAGE) if isinstance(reported, dict) else ()
-    return counts if counts and all(type(count) is int and count >= 0 for count in counts) else None
+            return invalid(self.client.line(str(error)))
+        return Response("ok", "done", result=questions, reply=reply, usage=usage)

@@ -14,7 +14,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,7 @@ class ApiEmbedder:
         prompts: {"query": ..., "document": ...}: text in front, for models that want it.
         store: keeps every vector the moment it arrives, so that no text is paid for twice, however a run ends; of
             several processes one asks, the others wait and look again.
-        options: of the `Endpoint`: base_url, dimensions, too_long, max_tokens, tokenizer, batch_texts, concurrency,
+        options: of the `Endpoint`: base_url, dimensions, parameters, too_long, max_tokens, batch_texts, concurrency,
             requests_per_minute, tokens_per_minute, price, max_cost, ledger, max_attempts, timeout_seconds.
 
     `store` may be set. `adapter` (None unless attached): what the server's vectors go through.
@@ -156,7 +155,7 @@ class ApiEmbedder:
             whole_ND = self.store.read(self.space(role), self.store.rows(self.space(role), texts))
             num_stored = len(texts) - len(missing)
             self.store.hits += num_stored
-            self.endpoint.costs = replace(self.costs, num_stored=self.costs.num_stored + num_stored)
+            self.costs.num_stored += num_stored
         mapped_ND = whole_ND if self.adapter is None else self.adapter.transform(whole_ND, role)
         return mapped_ND if dim is None else _shortened(mapped_ND, dim)
 
