@@ -330,11 +330,12 @@ def test_concurrency_is_used_and_not_passed(ledger):
 
 
 def test_the_rate_holds_in_the_loop(ledger):
-    sent = Sent(ledger, {})
-    sent.run([job(str(i)) for i in range(6)], concurrency=6, rate=RateLimit(requests_per_minute=2000))
-    gaps = [late - early for early, late in zip(sent.times, sent.times[1:], strict=False)]
-    assert min(gaps) >= 0.029  # a tick of the clock less than 60 / 2000
-    assert len(gaps) == 5
+    """By the sender's clock, not by when a busy machine gets to run the request."""
+    rate = RateLimit(requests_per_minute=2000)
+    Sent(ledger, {}).run([job(str(i)) for i in range(6)], concurrency=6, rate=rate)
+    times = [sent_at for sent_at, _ in rate.sent]
+    assert len(times) == 6
+    assert min(late - early for early, late in zip(times, times[1:], strict=False)) >= 0.03 - 1e-9
 
 
 @pytest.mark.parametrize(
