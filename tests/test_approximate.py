@@ -1,25 +1,20 @@
-"""approximate.py: presets against exact search, on clustered vectors; what is tuned, kept, and refused."""
-
-import json
+"""approximate.py: FAISS's indices against exact search on clustered vectors; adaptive retrieval by hand."""
 
 import faiss
 import numpy as np
 import pytest
 
-from embedft.retrieval import approximate
-from embedft.retrieval import index as index_module
-from embedft.retrieval.approximate import build_index, check_index, load_index, unit_rows
-from embedft.retrieval.index import FlatIndex, recall_against, search_exact
-from embedft.retrieval.index_files import opened
+from embedft.retrieval.approximate import AdaptiveIndex, FaissIndex, check_index, split_name, unit_rows
+from embedft.retrieval.index import recall_against, search_exact
 
 DIM = 16
 
 
 def clustered(number, seed, *, dim=DIM, clusters=60):
-    """Unit vectors around the same centres whatever the seed."""
-    centres = np.random.default_rng(99).standard_normal((clusters, dim))
+    """Unit vectors around the same centers whatever the seed."""
+    centers = np.random.default_rng(99).standard_normal((clusters, dim))
     rng = np.random.default_rng(seed)
-    return unit_rows(centres[rng.integers(0, clusters, number)] + 0.5 * rng.standard_normal((number, dim))).astype("f4")
+    return unit_rows(centers[rng.integers(0, clusters, number)] + 0.5 * rng.standard_normal((number, dim))).astype("f4")
 
 
 DOCUMENTS, QUERIES = clustered(3000, 0), clustered(400, 1)
@@ -35,257 +30,232 @@ def test_unit_rows_by_hand():
         np.testing.assert_allclose(unit_rows(np.array([[3.0, 4.0], [0.0, 0.0]])), [[0.6, 0.8], [0, 0]])
 
 
-# Presets.
+# Names.
 
 
-@pytest.mark.parametrize("depth", [1, 20, 150, 5000])
-def test_flat_is_the_flat_index_ties_included(depth):
-    rng = np.random.default_rng(depth)
-    documents, queries = (rng.integers(-2, 3, size=(n, 5)).astype(np.float32) for n in (900, 20))
-    flat = FlatIndex(5)
-    flat.add(documents)
-    for ours, theirs in zip(build_index(documents).search(queries, depth), flat.search(queries, depth), strict=True):
-        assert ours.dtype == theirs.dtype
-        np.testing.assert_array_equal(ours, theirs)
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("hnsw", ("hnsw", "")),
+        ("hnsw,efSearch=128", ("hnsw", "efSearch=128")),
+        ("IVF16(HNSW8),Flat,nprobe=4,quantizer_efSearch=20", ("IVF16(HNSW8),Flat", "nprobe=4,quantizer_efSearch=20")),
+    ],
+)
+def test_search_parameters_are_the_parts_with_an_equals_sign(name, expected):
+    assert split_name(name) == expected
+    FaissIndex(DOCUMENTS[:100], name)
 
 
-@pytest.mark.parametrize("preset", ["hnsw", "ivf"])
-@pytest.mark.parametrize("target", [0.7, 0.95])
-def test_the_target_is_reached_on_other_queries_with_no_more_than_needed(preset, target):
-    index = build_index(DOCUMENTS, preset, queries=clustered(1000, 2), target_recall=target)
-    assert index.recall >= target
-    assert mean_recall(index) >= target
-    assert mean_recall(index) == pytest.approx(index.recall, abs=0.03)
-    if index.effort > (1 if preset == "ivf" else 10):
-        reached = index.effort
-        index.effort = reached // 2
-        assert mean_recall(index) < target + 0.02
+def test_search_parameters_reach_faiss():
+    for name, parameters, nprobe in (("ivf", "nprobe=16", 16), ("ivf,nprobe=5", "nprobe=5", 5)):
+        index = FaissIndex(DOCUMENTS, name)
+        assert (index.factory, index.parameters) == ("IVF76,Flat", parameters)
+        assert faiss.extract_index_ivf(index._index).nprobe == nprobe
+    graph = FaissIndex(DOCUMENTS[:100], "hnsw,efSearch=99")._index.hnsw
+    assert (graph.efSearch, graph.efConstruction) == (99, 200)
+    assert FaissIndex(DOCUMENTS[:100], "hnsw")._index.hnsw.efSearch == 64
 
 
-def test_without_queries_documents_are_the_queries_and_do_not_count_as_found():
-    """With one list probed every document finds itself; its neighbours in the next list it does not."""
-    index = build_index(DOCUMENTS, "ivf", target_recall=0.3)
-    first = index.recall
-    exact = search_exact(DOCUMENTS, DOCUMENTS, 11).rows
-    found = index.search(DOCUMENTS, 11).rows
-    others = [
-        len(set(a) & set(b) - {row}) / len(set(b) - {row}) for row, (a, b) in enumerate(zip(found, exact, strict=True))
-    ]
-    assert first == pytest.approx(np.mean(others), abs=0.01)
-    with_themselves = recall_against(found, exact).mean()
-    assert with_themselves == pytest.approx((10 * np.mean(others) + 1) / 11)
-    assert first < with_themselves
+def test_lists_follow_the_number_of_documents():
+    """4 sqrt(3,000) is 219; 3,000 / 39 documents train 76. Below 78 documents there is one list."""
+
+    def factory(name, number, dim):
+        return FaissIndex(clustered(number, 0, dim=dim, clusters=2), name).factory
+
+    assert FaissIndex(DOCUMENTS, "ivf").factory == "IVF76,Flat"
+    assert factory("ivf", 77, DIM) == "IVF1,Flat"
+    assert factory("ivfpq", 300, 24) == "IVF7,PQ3x8np"
+    assert factory("ivfpq", 300, 50) == "IVF7,PQ5x8np"  # parts of equal width
+    assert factory("ivfpq", 300, 5) == "IVF7,PQ1x8np"
+    assert factory("hnsw", 5, 5) == "HNSW32,Flat"
+    assert factory("ivf", 30_000, 2) == "IVF693,Flat"  # 4 sqrt(30,000)
+
+
+# Search.
+
+
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [
+        *(("hnsw", 0.98), ("ivf", 0.95), ("ivf,nprobe=76", 1.0), ("ivfpq", 0.1), ("IVF16,Flat,nprobe=8", 0.9)),
+        *(("PCA8,IVF16,PQ4x4np,nprobe=8", 0.2), ("IVF16,PQ4x4np,RFlat", 0.3), ("HNSW8,Flat", 0.7), ("PCA8,Flat", 0.2)),
+    ],
+)
+def test_presets_and_factory_strings_find_their_share(name, least):
+    assert mean_recall(FaissIndex(DOCUMENTS, name)) >= least
 
 
 def test_scores_are_inner_products_in_order():
-    for preset in ("hnsw", "ivf", "IVF16,SQ8"):
-        scores, rows = build_index(DOCUMENTS, preset).search(QUERIES, 10)
+    for name in ("hnsw", "ivf", "IVF16,SQ8"):
+        scores, rows = FaissIndex(DOCUMENTS, name).search(QUERIES, 10)
         assert (scores.dtype, rows.dtype) == (np.float32, np.int64)
         assert (np.diff(scores, axis=1) <= 0).all()
         expected = np.einsum("qd,qkd->qk", QUERIES, DOCUMENTS[rows])
-        np.testing.assert_allclose(scores, expected, atol=0.02 if "SQ8" in preset else 1e-5)
+        np.testing.assert_allclose(scores, expected, atol=0.02 if "SQ8" in name else 1e-5)
 
 
 def test_equal_documents_are_ordered_by_row():
     documents = np.repeat(DOCUMENTS[:50], 6, axis=0)
-    for preset in ("ivf", "hnsw"):
-        rows = build_index(documents, preset, effort=7).search(DOCUMENTS[:50], 6).rows
+    for name in ("ivf", "hnsw"):
+        rows = FaissIndex(documents, name).search(DOCUMENTS[:50], 6).rows
         np.testing.assert_array_equal(rows, np.arange(300).reshape(50, 6))
 
 
-def test_lists_follow_the_number_of_documents():
-    """4 sqrt(3,000) is 219; 3,000 / 39 documents train 76. One list stands for fewer than 78."""
-    assert build_index(DOCUMENTS, "ivf").factory == "IVF76,Flat"
-    assert build_index(DOCUMENTS[:77], "ivf").factory == "IVF1,Flat"
-    assert approximate._factory("ivf", 1_000_000, 384) == "IVF4000,Flat"
-    assert approximate._factory("ivfpq", 1_000_000, 384) == "IVF4000,PQ48x8np"
-    assert approximate._factory("ivfpq", 1_000_000, 100) == "IVF4000,PQ10x8np"
-    assert approximate._factory("ivfpq", 1_000_000, 5) == "IVF4000,PQ1x8np"
-    assert approximate._factory("hnsw", 5, 5) == "HNSW32,Flat"
-
-
-def test_product_quantisation_stops_where_more_probing_adds_nothing():
-    index = build_index(DOCUMENTS, "ivfpq", queries=QUERIES)
-    assert index.factory == "IVF76,PQ2x8np"
-    assert 0.05 < index.recall < 0.95
-    assert index.effort < 76
-    assert mean_recall(index) == pytest.approx(index.recall)
-    index.effort = 76
-    assert mean_recall(index) == pytest.approx(index.recall, abs=0.02)
-
-
-@pytest.mark.parametrize(
-    "factory", ["IVF16,Flat", "PCA8,IVF16,PQ4x4np", "IVF16,PQ4x4np,RFlat", "HNSW8,Flat", "PCA8,Flat"]
-)
-def test_any_factory_string(factory):
-    index = build_index(DOCUMENTS, factory, queries=QUERIES)
-    assert index.factory == index.preset == factory
-    assert (index.effort is None) == (factory == "PCA8,Flat") == (index.recall is None)
-    assert mean_recall(index) > 0.2
-    if index.effort is not None:
-        index.effort = 3
-        assert index.effort == 3
-
-
-def test_an_effort_that_is_given_is_not_tuned():
-    index = build_index(DOCUMENTS, "ivf", effort=5)
-    assert (index.effort, index.recall) == (5, None)
-    assert faiss.extract_index_ivf(index._index).nprobe == 5
-
-
-# Documents.
-
-
-def test_a_memory_map_in_slices_gives_the_same_index(tmp_path, monkeypatch):
-    np.save(tmp_path / "documents.npy", DOCUMENTS)
-    expected = build_index(DOCUMENTS, "ivf", seed=4).search(QUERIES, 10)
-    monkeypatch.setattr(index_module, "DOCUMENT_SLICE", 700)
-    monkeypatch.setattr(approximate, "QUERY_BLOCK", 90)
-    found = build_index(np.load(tmp_path / "documents.npy", mmap_mode="r"), "ivf", seed=4).search(QUERIES, 10)
-    for ours, theirs in zip(found, expected, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-
-
-def test_the_seed_decides():
-    indices = [build_index(DOCUMENTS, "ivf", seed=seed, effort=1) for seed in (0, 0, 1)]
-    centroids = [index._index.quantizer.reconstruct_n(0, 76) for index in indices]
-    np.testing.assert_array_equal(centroids[0], centroids[1])
-    assert not np.array_equal(centroids[0], centroids[2])
-
-
-def test_cosine_is_dot_of_unit_rows():
-    lengths = np.random.default_rng(5).uniform(0.1, 10, (3000, 1)).astype(np.float32)
-    for preset in ("flat", "ivf"):
-        index = build_index(DOCUMENTS * lengths, preset, metric="cosine", queries=QUERIES * 3)
-        assert mean_recall(index) > 0.94
-        scores, rows = index.search(QUERIES * 7, 10)
-        np.testing.assert_allclose(scores, np.einsum("qd,qkd->qk", QUERIES, DOCUMENTS[rows]), atol=1e-5)
-    assert mean_recall(build_index(DOCUMENTS * lengths)) < 0.5
-
-
 def test_missing_results_and_a_depth_beyond_the_corpus():
-    index = build_index(DOCUMENTS, "ivf", effort=1)
-    scores, rows = index.search(QUERIES, 5000)
+    scores, rows = FaissIndex(DOCUMENTS, "ivf,nprobe=1").search(QUERIES, 5000)
     assert rows.shape == (400, 3000)
     missing = rows == -1
     assert missing[:, -1].all()
     assert (np.diff(missing.astype(int), axis=1) >= 0).all()
     np.testing.assert_array_equal(scores == -np.inf, missing)
-    index.effort = 76
-    np.testing.assert_array_equal(np.sort(index.search(QUERIES[:3], 5000).rows, axis=1), [np.arange(3000)] * 3)
-    one = build_index(DOCUMENTS[:1], "hnsw")
+    all_rows = FaissIndex(DOCUMENTS, "ivf,nprobe=76").search(QUERIES[:3], 5000).rows
+    np.testing.assert_array_equal(np.sort(all_rows, axis=1), [np.arange(3000)] * 3)
+    one = FaissIndex(DOCUMENTS[:1], "hnsw")
     np.testing.assert_array_equal(one.search(QUERIES[:2], 3).rows, [[0], [0]])
     assert one.search(QUERIES[:0], 3).rows.shape == (0, 1)
 
 
-def test_size_is_that_of_the_file(tmp_path):
-    for preset, least in (("flat", 4 * DIM), ("hnsw", 4 * DIM + 256), ("ivf", 4 * DIM + 8), ("IVF16,PQ4x4np", 2 + 8)):
-        index = build_index(DOCUMENTS, preset)
-        faiss.write_index(index._index, str(tmp_path / "index"))
-        assert index.bytes_per_document == (tmp_path / "index").stat().st_size / 3000
-        assert least <= index.bytes_per_document < least + 30
-
-
-# Files.
-
-
-@pytest.mark.parametrize("preset", ["flat", "hnsw", "ivf", "PCA8,IVF16,PQ4x4np"])
-def test_saved_and_loaded(tmp_path, preset):
-    ids = [f"document\n{row} ä" for row in range(3000)]
-    index = build_index(DOCUMENTS, preset, metric="cosine", ids=ids, queries=QUERIES)
-    index.save(tmp_path / "a" / "index")
-    loaded = load_index(tmp_path / "a" / "index", dim=DIM, metric="cosine")
-    for name in ("preset", "factory", "metric", "dim", "ids", "recall", "effort", "bytes_per_document"):
-        assert getattr(loaded, name) == getattr(index, name), name
-    assert len(loaded) == 3000
-    for ours, theirs in zip(index.search(QUERIES, 7), loaded.search(QUERIES, 7), strict=True):
+def test_a_memory_map_gives_the_same_index(tmp_path):
+    np.save(tmp_path / "documents.npy", DOCUMENTS)
+    expected = FaissIndex(DOCUMENTS, "ivf", seed=4).search(QUERIES, 10)
+    found = FaissIndex(np.load(tmp_path / "documents.npy", mmap_mode="r"), "ivf", seed=4).search(QUERIES, 10)
+    for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    description = json.loads((tmp_path / "a" / "index" / "index.json").read_text())
-    assert description["num_documents"] == 3000
-    assert description["faiss_version"] == faiss.__version__
 
 
-def test_what_cannot_be_loaded(tmp_path):
-    build_index(DOCUMENTS[:100]).save(tmp_path)
-    with pytest.raises(ValueError, match="an index of dim 16, expected 384"):
-        load_index(tmp_path, dim=384)
-    with pytest.raises(ValueError, match="an index of metric 'dot', expected 'cosine'"):
-        load_index(tmp_path, metric="cosine")
-    # Whole by its hash, and yet nothing that FAISS reads.
-    foreign = approximate.write_hashed(tmp_path, "index", ".faiss", lambda file: file.write(b"not of FAISS" * 9))
-    approximate.finish(tmp_path, {**opened(tmp_path, kind="faiss")[0], "files": {"faiss": foreign}})
-    with pytest.raises(ValueError, match=r"FAISS .* cannot read it \(.*\); written by"):
-        load_index(tmp_path)
+def test_the_seed_decides():
+    indices = [FaissIndex(DOCUMENTS, "ivf", seed=seed) for seed in (0, 0, 1)]
+    centroids = [index._index.quantizer.reconstruct_n(0, 76) for index in indices]
+    np.testing.assert_array_equal(centroids[0], centroids[1])
+    assert not np.array_equal(centroids[0], centroids[2])
+
+
+def test_size_is_that_of_the_file(tmp_path):
+    for name, least in (("hnsw", 4 * DIM + 256), ("ivf", 4 * DIM + 8), ("IVF16,PQ4x4np", 2 + 8)):
+        index = FaissIndex(DOCUMENTS, name)
+        faiss.write_index(index._index, str(tmp_path / "index"))
+        assert index.bytes_per_vector == (tmp_path / "index").stat().st_size / 3000
+        assert least <= index.bytes_per_vector < least + 30
 
 
 # Misuse.
 
 
-def test_misuse_of_building():
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("annoy", r"\w"),
+        ("hnws", r"\w"),
+        ("PQ5", r"\w"),
+        ("HNSW8_PQ4", "it does not search by inner product"),  # distances: the smallest would have to come first
+        ("hnsw,nprobe=3", "could not set parameter nprobe"),
+        ("ivf,efSearch=3", "could not set parameter efSearch"),
+        ("ivf,nprobe=many", "could not interpret"),
+    ],
+)
+def test_a_name_is_refused_before_there_are_vectors(name, reason):
     with pytest.raises(
-        ValueError, match="'annoy' at 16 dimensions: expected one of flat, hnsw, ivf, ivfpq, or a string"
+        ValueError, match=rf"'{name}' at 16 dimensions: expected one of flat, hnsw, ivf, ivfpq.*{reason}"
     ):
-        build_index(DOCUMENTS, "annoy")
-    with pytest.raises(ValueError, match="metric is 'l2', expected one of dot, cosine"):
-        build_index(DOCUMENTS, metric="l2")
-    for target in (0, 1.01):
-        with pytest.raises(ValueError, match=r"target recall is .*, expected above 0 and at most 1"):
-            build_index(DOCUMENTS, target_recall=target)
+        check_index(name, DIM)
+
+
+@pytest.mark.parametrize("name", ["PQ4x12", "IVF0,Flat", "IVF4,Flat,nprobe=0"])
+def test_a_name_is_refused_when_faiss_trains_or_searches(name):
+    with pytest.raises(ValueError, match=rf"'{name}' at 16 dimensions: expected one of .* \(\w.*\)") as caught:
+        FaissIndex(DOCUMENTS[:300], name).search(QUERIES, 1)
+    assert ".cpp" not in str(caught.value)
+
+
+def test_known_names_are_accepted_before_there_are_vectors():
+    for name in ("hnsw", "ivf", "SQ8", "IVF9,PQ4", "ivf,nprobe=3"):
+        check_index(name, DIM, num_documents=300)
+    check_index("hnsw", DIM, num_documents=1)
+
+
+def test_embeddings_that_cannot_be_indexed():
     for wrong in (DOCUMENTS[:0], DOCUMENTS[:, :0], DOCUMENTS[0]):
-        with pytest.raises(ValueError, match=r"embeddings of shape .*, expected \[N, D\] with documents to index"):
-            build_index(wrong)
-    with pytest.raises(ValueError, match="2 ids for 3,000 documents"):
-        build_index(DOCUMENTS, ids=["a", "b"])
-    # Distances for inner products: the smallest would have to come first.
-    with pytest.raises(ValueError, match=r"'HNSW8_PQ4' at 16 dimensions: .* \(it does not search by inner product\)"):
-        check_index("HNSW8_PQ4", DIM)
-    for factory in ("PQ4x12", "IDMap,Flat", "IVF0,Flat"):  # FAISS finds out when it trains, fills or searches
-        message = rf"'{factory}' at 16 dimensions: expected one of flat, hnsw, .* \(\w.*\)"
-        with pytest.raises(ValueError, match=message) as caught:
-            build_index(DOCUMENTS[:300], factory)
-        assert ".cpp" not in str(caught.value)
-    with pytest.raises(ValueError, match="no queries to tune on"):
-        build_index(DOCUMENTS, "ivf", queries=QUERIES[:0])
-    with pytest.raises(ValueError, match=r"shape \(400, 3\), expected \[N, 16\]"):
-        build_index(DOCUMENTS, "ivf", queries=QUERIES[:, :3])
+        with pytest.raises(ValueError, match=r"embeddings of shape .*, expected \[N, D\] with documents"):
+            FaissIndex(wrong)
     damaged = DOCUMENTS.copy()
     damaged[2999, 0] = np.nan
-    for preset in ("flat", "hnsw", "ivf"):
+    for name in ("hnsw", "ivf"):
         with pytest.raises(ValueError, match="the embedding of row 2999 has"):
-            build_index(damaged, preset)
+            FaissIndex(damaged, name)
 
 
 @pytest.mark.parametrize(
-    ("preset", "needed", "number"), [("ivfpq", "256", 255), ("IVF40,Flat", "40", 39), ("PQ4", "256", 100)]
+    ("name", "needed", "number"), [("ivfpq", "256", 255), ("IVF40,Flat", "40", 39), ("PQ4", "256", 100)]
 )
-def test_too_few_documents_to_train_on(preset, needed, number):
-    with pytest.raises(ValueError, match=f"'{preset}' is trained on at least {needed} documents, found {number}"):
-        build_index(DOCUMENTS[:number], preset)
-    with pytest.raises(ValueError, match=f"'{preset}' is trained on at least {needed} documents, found {number}"):
-        check_index(preset, DIM, num_documents=number)
-    check_index(preset, DIM, num_documents=int(needed))
-    check_index(preset, DIM)
+def test_too_few_documents_to_train_on(name, needed, number):
+    for call in (
+        lambda: FaissIndex(DOCUMENTS[:number], name),
+        lambda: check_index(name, DIM, num_documents=number),
+    ):
+        with pytest.raises(ValueError, match=f"'{name}' needs at least {needed} documents.* {number}"):
+            call()
+    check_index(name, DIM, num_documents=int(needed))
+    check_index(name, DIM)
 
 
-def test_an_index_can_be_checked_before_there_are_vectors():
-    for preset in ("flat", "hnsw", "ivf", "SQ8", "IVF9,PQ4"):
-        check_index(preset, DIM, num_documents=300)
-    check_index("hnsw", DIM, num_documents=1)
-    with pytest.raises(ValueError, match="index 'hnws' at 16 dimensions: expected one of flat, hnsw, ivf, ivfpq, or a"):
-        check_index("hnws", DIM)
-    with pytest.raises(ValueError, match="index 'PQ5' at 16 dimensions"):
-        check_index("PQ5", DIM)
-
-
-def test_misuse_of_searching():
-    index = build_index(DOCUMENTS)
-    with pytest.raises(ValueError, match="depth must be at least 1, not 0"):
+@pytest.mark.parametrize("index", [FaissIndex(DOCUMENTS, "ivf"), AdaptiveIndex(DOCUMENTS, 4)])
+def test_misuse_of_searching(index):
+    with pytest.raises(ValueError, match=r"depth.* 0"):
         index.search(QUERIES, 0)
     with pytest.raises(ValueError, match=r"shape \(400, 3\), expected \[N, 16\]"):
         index.search(QUERIES[:, :3], 1)
     with pytest.raises(ValueError, match="the embedding of row 0 has"):
         index.search(QUERIES * np.inf, 1)
-    with pytest.raises(ValueError, match="'Flat' has no effort to be set"):
-        index.effort = 3
-    with pytest.raises(ValueError, match=r"effort \(nprobe\) must be at least 1, not 0"):
-        build_index(DOCUMENTS, "ivf", effort=0)
+
+
+# Adaptive retrieval.
+
+
+def test_adaptive_retrieval_by_hand_misses_what_short_vectors_miss():
+    """Query (0.6, 0, 0.8). In full: 0.36, 0.796, 0.96, 0.936.
+
+    On two dimensions, at unit length, the query is (1, 0) and the documents are (0.6, 0.8), (0, 1), (1, 0), (1, 0):
+    0.6, 0, 1, 1. A shortlist of two is rows 2 and 3. On the first two dimensions of (0, 0.6, 0.8) all but row 1 lie
+    behind: (0, 1) has 0.8, 1, 0, 0, so a shortlist of two is 1 and 0, though in full (0.48, 0.856, 0.48, 0.768) row 3
+    is second.
+    """
+    documents = np.array([[0.6, 0.8, 0], [0, 0.1, 0.995], [0.8, 0, 0.6], [0.28, 0, 0.96]], dtype=np.float32)
+    queries = np.array([[0.6, 0, 0.8], [0, 0.6, 0.8]])
+    scores, rows = AdaptiveIndex(documents, 2, shortlist_factor=1).search(queries, 2)
+    np.testing.assert_array_equal(rows, [[2, 3], [1, 0]])
+    np.testing.assert_allclose(scores, [[0.96, 0.936], [0.856, 0.48]], rtol=1e-6)
+    np.testing.assert_array_equal(search_exact(queries[1:], documents, 2).rows, [[1, 3]])
+
+
+@pytest.mark.parametrize(("short_dim", "factor", "depth"), [(4, 4, 10), (15, 1, 10), (1, 2, 3), (8, 500, 10)])
+def test_adaptive_retrieval_equals_a_naive_one(short_dim, factor, depth, tmp_path):
+    documents = DOCUMENTS[:300] * 2
+    np.save(tmp_path / "documents.npy", documents)
+    index = AdaptiveIndex(np.load(tmp_path / "documents.npy", mmap_mode="r"), short_dim, shortlist_factor=factor)
+    assert len(index) == 300
+    assert index.bytes_per_vector == 4 * short_dim + 4 * DIM
+    scores, rows = index.search(QUERIES[:20], depth)
+    assert (scores.dtype, rows.dtype) == (np.float32, np.int64)
+    short = unit_rows(documents[:, :short_dim].astype(np.float64))
+    for query, found_scores, found_rows in zip(QUERIES[:20].astype(np.float64), scores, rows, strict=True):
+        shortlist = np.lexsort((np.arange(300), -(short @ query[:short_dim]).round(6)))[: factor * depth]
+        full = documents.astype(np.float64) @ query
+        expected = sorted(shortlist.tolist(), key=lambda row: (-full[row], row))[:depth]
+        if short_dim > 1:  # one dimension is a sign: many tie, and the float64 shortlist above is not ours
+            np.testing.assert_array_equal(found_rows, expected)
+        np.testing.assert_allclose(found_scores, full[found_rows], atol=1e-5)
+
+
+def test_a_shortlist_of_all_documents_is_exact_at_any_depth():
+    for depth in (1, 40, 500):
+        index = AdaptiveIndex(DOCUMENTS[:120], 2, shortlist_factor=120)
+        expected = search_exact(QUERIES[:9], DOCUMENTS[:120], depth).rows
+        np.testing.assert_array_equal(index.search(QUERIES[:9], depth).rows, expected)
+
+
+def test_misuse_of_adaptive_retrieval():
+    for short_dim in (0, DIM, -1):
+        with pytest.raises(ValueError, match=f"short_dim is {short_dim}, expected at least 1 and below"):
+            AdaptiveIndex(DOCUMENTS, short_dim)
+    with pytest.raises(ValueError, match=r"short_dim is 1.* \(16,\)"):
+        AdaptiveIndex(DOCUMENTS[0], 1)

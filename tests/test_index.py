@@ -1,4 +1,6 @@
-"""index.py against brute force. Whole-number embeddings make inner products exact, so ties are exact too."""
+"""index.py against brute force. Integer embeddings make inner products exact, so ties are exact too."""
+
+import functools
 
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import torch
 from embedft.retrieval import index as index_module
 from embedft.retrieval.index import (
     FlatIndex,
+    first_keys,
     from_keys,
     recall_against,
     require_finite,
@@ -23,17 +26,19 @@ def brute_force(queries, documents, depth):
     return np.take_along_axis(scores, rows, axis=1), rows
 
 
-def filled(documents):
-    index = FlatIndex(documents.shape[1])
-    index.add(documents)
-    return index
+@pytest.fixture(params=["faiss", "torch"], autouse=True)
+def backend(request, monkeypatch):
+    """Both ways to compute products, on the CPU; torch's is otherwise for other devices."""
+    if request.param == "torch":
+        nearest = functools.partial(index_module._nearest_torch, device=torch.device("cpu"), block_queries=3)
+        monkeypatch.setattr(index_module, "_nearest_faiss", nearest)
+    return request.param
 
 
-def check(queries, documents, depth):
-    scores, rows = filled(documents).search(queries, depth)
+def check(queries, documents, depth, **options):
+    scores, rows = search_exact(queries, documents, depth, **options)
     expected_scores, expected_rows = brute_force(queries, documents, depth)
-    assert scores.dtype == np.float32
-    assert rows.dtype == np.int64
+    assert (scores.dtype, rows.dtype) == (np.float32, np.int64)
     np.testing.assert_array_equal(scores, expected_scores)
     np.testing.assert_array_equal(rows, expected_rows)
 
@@ -52,20 +57,19 @@ def test_a_corpus_of_equal_documents(depth):
     check(np.ones((40, 4), dtype=np.float32), np.ones((2500, 4), dtype=np.float32), depth)
 
 
-def test_blocks_of_queries(monkeypatch):
+def test_queries_with_ties_are_searched_in_blocks():
     rng = np.random.default_rng(0)
     queries, documents = (rng.integers(-3, 4, size=(n, 5)).astype(np.float32) for n in (23, 300))
-    monkeypatch.setattr(index_module, "QUERY_BLOCK", 7)
-    monkeypatch.setattr(index_module, "TIED_BLOCK", 2)
-    check(queries, documents, 20)
+    check(queries, documents, 20, block_queries=7)
+    nearest = index_module._nearest_faiss(documents)
+    found = from_keys(first_keys(nearest, queries, 20, 300, block_tied=2))
+    np.testing.assert_array_equal(found.rows, brute_force(queries, documents, 20)[1])
 
 
-def test_real_valued_embeddings_added_in_parts():
+def test_real_valued_embeddings():
     rng = np.random.default_rng(1)
     documents, queries = (rng.standard_normal((n, 24)).astype(np.float32) for n in (1000, 50))
-    index = FlatIndex(24)
-    for part in np.array_split(documents, 7):
-        index.add(part)
+    index = FlatIndex(documents)
     assert len(index) == 1000
     scores, rows = index.search(queries, 10)
     expected_scores, expected_rows = brute_force(queries, documents, 10)
@@ -74,39 +78,9 @@ def test_real_valued_embeddings_added_in_parts():
 
 
 def test_a_corpus_of_one_and_a_depth_beyond_it():
-    scores, rows = filled(np.array([[0.6, 0.8]], dtype=np.float32)).search(np.array([[1.0, 0.0], [0.0, -1.0]]), 100)
+    scores, rows = search_exact(np.array([[1.0, 0.0], [0.0, -1.0]]), np.array([[0.6, 0.8]]), 100)
     np.testing.assert_array_equal(rows, [[0], [0]])
     np.testing.assert_allclose(scores, [[0.6], [-0.8]], atol=1e-7)
-
-
-def test_no_queries():
-    scores, rows = filled(np.eye(3, dtype=np.float32)).search(np.empty((0, 3), dtype=np.float32), 2)
-    assert scores.shape == rows.shape == (0, 2)
-
-
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_values_that_are_not_finite_are_named(bad):
-    index = filled(np.zeros((5, 3), dtype=np.float32))
-    embeddings = np.zeros((4, 3), dtype=np.float32)
-    embeddings[2, 1] = bad
-    with pytest.raises(ValueError, match="the embedding of row 7 has values that are not finite"):
-        index.add(embeddings)
-    with pytest.raises(ValueError, match="the embedding of row 2 has"):
-        index.search(embeddings, 1)
-    assert len(index) == 5
-
-
-def test_misuse():
-    index = FlatIndex(3)
-    with pytest.raises(ValueError, match="empty index"):
-        index.search(np.zeros((1, 3)), 1)
-    with pytest.raises(ValueError, match=r"shape \(2, 4\), expected \[N, 3\]"):
-        index.add(np.zeros((2, 4)))
-    with pytest.raises(ValueError, match=r"shape \(3,\), expected \[N, 3\]"):
-        index.add(np.zeros(3))
-    index.add(np.zeros((1, 3)))
-    with pytest.raises(ValueError, match="depth must be at least 1, not 0"):
-        index.search(np.zeros((1, 3)), 0)
 
 
 # Keys.
@@ -136,54 +110,37 @@ def test_keys_order_as_sorting_by_two_keys_does():
 # Search in slices.
 
 
-def search_on_cpu_torch(queries, documents, depth):
-    """The torch path, which `search_exact` takes on other devices only."""
-    return index_module._search_slices(index_module._nearest_torch(torch.device("cpu")), queries, documents, depth)
-
-
-SEARCHES = [search_exact, search_on_cpu_torch]
-
-
-@pytest.mark.parametrize("search", SEARCHES)
-def test_search_exact_by_hand(search):
+def test_search_exact_by_hand():
     """Query (1, 2) against (1, 0), (0, 1), (1, 1), (2, 0): scores 1, 2, 3, 2; the second and the fourth tie."""
     documents = np.array([[1, 0], [0, 1], [1, 1], [2, 0]], dtype=np.float32)
-    scores, rows = search(np.array([[1.0, 2.0]]), [documents[:3], documents[3:]], 3)
+    scores, rows = search_exact(np.array([[1.0, 2.0]]), [documents[:3], documents[3:]], 3)
     np.testing.assert_array_equal(scores, [[3, 2, 2]])
     np.testing.assert_array_equal(rows, [[2, 1, 3]])
 
 
 @pytest.mark.parametrize("depth", [1, 7, 100, 1500])
-@pytest.mark.parametrize("search", SEARCHES)
-def test_search_exact_orders_ties_across_slices_and_blocks(search, depth, monkeypatch):
+def test_search_exact_orders_ties_across_slices_and_blocks(depth):
     rng = np.random.default_rng(depth)
     documents = rng.integers(-2, 3, size=(1200, 5)).astype(np.float32)
     queries = rng.integers(-2, 3, size=(9, 5)).astype(np.float32)
-    monkeypatch.setattr(index_module, "DOCUMENT_SLICE", 350)
-    monkeypatch.setattr(index_module, "QUERY_BLOCK", 4)
-    monkeypatch.setattr(index_module, "TORCH_QUERY_BLOCK", 3)
-    monkeypatch.setattr(index_module, "TIED_BLOCK", 2)
-    scores, rows = search(queries, documents, depth)
-    expected_scores, expected_rows = brute_force(queries, documents, depth)
-    assert (scores.dtype, rows.dtype) == (np.float32, np.int64)
-    np.testing.assert_array_equal(scores, expected_scores)
-    np.testing.assert_array_equal(rows, expected_rows)
+    options = {"slice_documents": 350, "block_queries": 4}
+    check(queries, documents, depth, **options)
+    expected = brute_force(queries, documents, depth)[1]
     for cuts in ([1, 400], [0, 3, 3, 1200]):
         parts = np.split(documents, cuts)
-        np.testing.assert_array_equal(search(queries, iter(parts), depth).rows, expected_rows)
+        np.testing.assert_array_equal(search_exact(queries, iter(parts), depth, **options).rows, expected)
 
 
-@pytest.mark.parametrize("search", SEARCHES)
-def test_search_exact_of_a_memory_map_in_half_precision_equals_the_flat_index(search, tmp_path, monkeypatch):
+def test_search_exact_of_a_memory_map_in_half_precision(tmp_path):
     rng = np.random.default_rng(2)
     documents = rng.standard_normal((500, 24)).astype(np.float16)
     np.save(tmp_path / "documents.npy", documents)
     queries = rng.standard_normal((30, 24)).astype(np.float32)
-    monkeypatch.setattr(index_module, "DOCUMENT_SLICE", 128)
-    scores, rows = search(queries, np.load(tmp_path / "documents.npy", mmap_mode="r"), 20)
-    expected = filled(documents).search(queries, 20)
-    np.testing.assert_array_equal(rows, expected.rows)
-    np.testing.assert_allclose(scores, expected.scores, rtol=1e-5, atol=1e-5)
+    mapped = np.load(tmp_path / "documents.npy", mmap_mode="r")
+    scores, rows = search_exact(queries, mapped, 20, slice_documents=128)
+    expected_scores, expected_rows = brute_force(queries, documents, 20)
+    np.testing.assert_array_equal(rows, expected_rows)
+    np.testing.assert_allclose(scores, expected_scores, rtol=1e-5, atol=1e-5)
 
 
 def test_search_exact_holds_one_slice_at_a_time():
@@ -208,18 +165,17 @@ def test_search_exact_holds_one_slice_at_a_time():
     np.testing.assert_array_equal(rows, [[28, 29, 30]] * 2)
 
 
-@pytest.mark.parametrize("search", SEARCHES)
-def test_search_exact_without_queries(search):
-    found = search(np.empty((0, 3)), np.eye(3), 2)
+def test_search_exact_without_queries():
+    found = search_exact(np.empty((0, 3)), np.eye(3), 2)
     assert found.scores.shape == found.rows.shape == (0, 2)
 
 
 def test_search_exact_on_a_device_goes_through_torch(monkeypatch):
     asked = []
 
-    def nearest_torch(device):
+    def nearest_torch(documents, device):
         asked.append(device)
-        return index_module._nearest_faiss
+        return index_module._nearest_faiss(documents)
 
     monkeypatch.setattr(index_module, "_nearest_torch", nearest_torch)
     for device in (None, "cpu", torch.device("cpu"), "meta", torch.device("cuda:1")):
@@ -227,12 +183,13 @@ def test_search_exact_on_a_device_goes_through_torch(monkeypatch):
     assert asked == [torch.device("meta"), torch.device("cuda:1")]
 
 
-def test_misuse_of_search_exact():
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_misuse_of_search_exact(bad):
     documents = np.ones((5, 3), dtype=np.float32)
-    with pytest.raises(ValueError, match="depth must be at least 1, not 0"):
+    with pytest.raises(ValueError, match=r"depth.* 0"):
         search_exact(documents, documents, 0)
     for none in ([], documents[:0], iter([documents[:0]])):
-        with pytest.raises(ValueError, match="search among no documents"):
+        with pytest.raises(ValueError, match="no documents"):
             search_exact(documents, none, 1)
     with pytest.raises(ValueError, match=r"shape \(5, 2\), expected \[N, 3\]"):
         search_exact(documents, [documents, documents[:, :2]], 1)
@@ -241,19 +198,18 @@ def test_misuse_of_search_exact():
     with pytest.raises(ValueError, match=r"shape \(5, 0\), expected \[N, D\]"):
         search_exact(documents[:, :0], documents, 1)
     damaged = documents.copy()
-    damaged[2, 1] = np.nan
+    damaged[2, 1] = bad
     with pytest.raises(ValueError, match="the embedding of row 7 has"):
         search_exact(documents, [documents, damaged], 1)
     with pytest.raises(ValueError, match="the embedding of row 2 has"):
         search_exact(damaged, documents, 1)
 
 
-def test_a_value_that_is_not_finite_is_named_in_a_later_block(monkeypatch):
-    monkeypatch.setattr(index_module, "DOCUMENT_SLICE", 2)
+def test_a_value_that_is_not_finite_is_named_in_a_later_slice():
     embeddings = np.zeros((5, 2))
     embeddings[3, 0] = np.inf
     with pytest.raises(ValueError, match="the embedding of query 'd' has"):
-        require_finite(embeddings, "query", list("abcde"))
+        require_finite(embeddings, "query", list("abcde"), slice_rows=2)
 
 
 # Shortlists and recall.
@@ -267,19 +223,18 @@ def test_a_shortlist_by_hand():
     np.testing.assert_array_equal(scores, [[3, 2, 1, -np.inf]])
 
 
-def test_a_shortlist_of_all_documents_is_exact_and_ties_equal_vectors(monkeypatch):
+def test_a_shortlist_of_all_documents_is_exact_and_ties_equal_vectors():
     rng = np.random.default_rng(3)
     documents = rng.standard_normal((40, 33)).astype(np.float32)[rng.integers(0, 40, 90)]
     queries = rng.standard_normal((11, 33)).astype(np.float32)
     shortlist = np.stack([rng.permutation(90) for _ in queries])
-    monkeypatch.setattr(index_module, "GATHERED_BLOCK", 200)
     read = []
 
     def vectors_of(rows):
         read.append(rows)
         return documents[rows]
 
-    scores, rows = search_shortlist(queries, shortlist, vectors_of, 90)
+    scores, rows = search_shortlist(queries, shortlist, vectors_of, 90, block_vectors=200)
     assert len(read) == 6  # two queries at a time
     assert all((np.diff(rows) > 0).all() for rows in read)
     np.testing.assert_array_equal(np.sort(rows, axis=1), [np.arange(90)] * 11)
@@ -300,7 +255,7 @@ def test_recall_by_hand():
 
 
 def test_misuse_of_recall():
-    with pytest.raises(ValueError, match="results of 1 queries against exact results of 2"):
+    with pytest.raises(ValueError, match="results of 1 queries, but exact results of 2"):
         recall_against(np.zeros((1, 3)), np.zeros((2, 3)))
     with pytest.raises(ValueError, match="query 1 has no exact results"):
         recall_against(np.zeros((2, 3)), np.array([[0], [-1]]))

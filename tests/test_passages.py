@@ -1,7 +1,5 @@
 """Passages, from the cut to the report: windows by hand and against the tokenizer's own, MaxP against a double loop."""
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -12,11 +10,9 @@ from embedft.encoders import embedder as embedder_module
 from embedft.encoders.adapter import Adapter
 from embedft.encoders.maps import Linear
 from embedft.encoders.packing import concatenate, pack, take
-from embedft.retrieval import passages as passages_module
-from embedft.retrieval import search as search_module
 from embedft.retrieval.evaluate import evaluate
-from embedft.retrieval.index import FlatIndex
-from embedft.retrieval.passages import PassageIndex, aggregate_windows
+from embedft.retrieval.index import FlatIndex, Found, search_exact
+from embedft.retrieval.passages import WindowIndex, aggregate_windows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -269,7 +265,8 @@ def test_aggregates_by_hand():
 
 @pytest.mark.parametrize("name", ["best", "sum_top_0", "sum_top_", "sum_top_x", "sum_top_-1", "MAX", ""])
 def test_unknown_aggregates(name):
-    for call in (lambda: PassageIndex(3, aggregate=name), lambda: aggregate_windows(np.ones((1, 1)), [0], name)):
+    one = np.ones((1, 1), dtype=np.float32)
+    for call in (lambda: WindowIndex(one, [0], aggregate=name), lambda: aggregate_windows(one, [0], name)):
         with pytest.raises(ValueError, match=f"aggregate is '{name}', expected max, mean, first or sum_top_M"):
             call()
 
@@ -299,25 +296,13 @@ def random_windows(seed, num_documents=40, num_queries=7, dim=4, most=6):
     return rng.integers(-2, 3, size=(num_queries, dim)).astype(np.float32), vectors, source
 
 
-def filled(vectors, source, aggregate="max", cuts=()):
-    """An index to which the documents were added in parts, cut before the documents `cuts`."""
-    index = PassageIndex(vectors.shape[1], aggregate=aggregate)
-    edges = [0, *cuts, source[-1] + 1]
-    for first, last in itertools.pairwise(edges):
-        part = (source >= first) & (source < last)
-        index.add(vectors[part], source[part] - first)
-    return index
-
-
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 @pytest.mark.parametrize("depth", [1, 7, 39, 40, 100])
 @pytest.mark.parametrize("block", [1, 60, 1 << 24])
-def test_equals_a_double_loop(monkeypatch, aggregate, depth, block):
-    monkeypatch.setattr(passages_module, "BLOCK_SCORES", block)
-    monkeypatch.setattr(passages_module, "QUERY_BLOCK", 3)
+def test_equals_a_double_loop(aggregate, depth, block):
     queries, vectors, source = random_windows(depth)
-    index = filled(vectors, source, aggregate, cuts=(1, 17, 30))
-    assert (len(index), index.num_windows) == (40, len(source))
+    index = WindowIndex(vectors, source, aggregate=aggregate, block_scores=block, block_queries=3)
+    assert len(index) == 40
     scores, rows = index.search(queries, depth)
     assert (scores.dtype, rows.dtype) == (np.float32, np.int64)
     expected_scores, expected_rows = naive(queries, vectors, source, aggregate, depth)
@@ -328,10 +313,8 @@ def test_equals_a_double_loop(monkeypatch, aggregate, depth, block):
 
 def test_one_window_a_document_is_flat_search():
     queries, vectors, _ = random_windows(3, num_documents=200)
-    flat = FlatIndex(4)
-    flat.add(vectors)
-    index = filled(vectors, np.arange(len(vectors)))
-    for found, expected in zip(index.search(queries, 50), flat.search(queries, 50), strict=True):
+    index = WindowIndex(vectors, np.arange(len(vectors)))
+    for found, expected in zip(index.search(queries, 50), search_exact(queries, vectors, 50), strict=True):
         np.testing.assert_array_equal(found, expected)
 
 
@@ -343,7 +326,7 @@ def test_documents_of_equal_windows_tie_wherever_they_stand(num_queries):
     queries = rng.standard_normal((num_queries, 33)).astype(np.float32)
     vectors = kinds[kind].reshape(-1, 33)
     vectors.setflags(write=False)  # as those of a memory map
-    _, rows = filled(vectors, np.arange(len(vectors)) // 2).search(queries, 100)
+    _, rows = WindowIndex(vectors, np.arange(len(vectors)) // 2).search(queries, 100)
     for query, found in zip(queries, rows, strict=True):
         best = (kinds @ query).max(axis=1).argmax()
         np.testing.assert_array_equal(found, np.flatnonzero(kind == best)[:100])
@@ -352,18 +335,12 @@ def test_documents_of_equal_windows_tie_wherever_they_stand(num_queries):
 # Approximate search.
 
 
-def windows_index(vectors):
-    index = FlatIndex(vectors.shape[1])
-    index.add(vectors)
-    return index
-
-
 class Truncating:
-    """An exact index that knows of some windows alone, as an inverted file whose other lists are not probed."""
+    """An exact index that knows only some windows, like an inverted file whose other lists are not probed."""
 
     def __init__(self, vectors, known):
         self.known, self.size, self.widths = np.asarray(known), len(vectors), []
-        self.index = windows_index(vectors[self.known])
+        self.index = FlatIndex(vectors[self.known])
 
     def __len__(self):
         return self.size
@@ -373,32 +350,33 @@ class Truncating:
         scores, rows = self.index.search(queries, depth)
         missing = depth - rows.shape[1]
         rows = np.pad(self.known[rows], ((0, 0), (0, missing)), constant_values=-1)
-        return np.pad(scores, ((0, 0), (0, missing)), constant_values=-np.inf), rows
+        return Found(np.pad(scores, ((0, 0), (0, missing)), constant_values=-np.inf), rows)
 
 
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 @pytest.mark.parametrize("depth", [40, 100])
 def test_candidates_that_hold_everything_give_the_exact_result(aggregate, depth):
     queries, vectors, source = random_windows(5)
-    index = filled(vectors, source, aggregate, cuts=(9, 10))
-    for found, expected in zip(
-        index.search(queries, depth, candidates=windows_index(vectors)), index.search(queries, depth), strict=True
-    ):
-        np.testing.assert_array_equal(found, expected)
+    found, expected = (
+        WindowIndex(vectors, source, aggregate=aggregate, candidates=candidates).search(queries, depth)
+        for candidates in (FlatIndex(vectors), None)
+    )
+    np.testing.assert_array_equal(found.scores, expected.scores)
+    np.testing.assert_array_equal(found.rows, expected.rows)
 
 
 def test_many_windows_of_one_document_on_top_widen_the_search():
     """The 100 best windows are document 0's: 2 documents are found at a width of 128 (4, 8, ..., 64, then 128)."""
     vectors = np.array([[200.0 - i] for i in range(100)] + [[50.0], [40.0], [30.0]] + [[-1.0]] * 60, dtype=np.float32)
     source = np.concatenate([np.zeros(100, dtype=int), [1, 2, 3], np.arange(4, 64)])
-    index = filled(vectors, source, cuts=(2,))
     candidates = Truncating(vectors, np.arange(len(vectors)))
-    # The second query is content at once: its best windows are all of different documents.
-    scores, rows = index.search(np.array([[1.0], [-1.0]]), 2, candidates=candidates)
+    # The second query is satisfied at once: its best windows are all of different documents.
+    queries = np.array([[1.0], [-1.0]])
+    scores, rows = WindowIndex(vectors, source, candidates=candidates).search(queries, 2)
     assert candidates.widths == [(2, 4), *((1, width) for width in (8, 16, 32, 64, 128))]
     np.testing.assert_array_equal(rows, [[0, 1], [4, 5]])
     np.testing.assert_array_equal(scores, [[200, 50], [1, 1]])
-    np.testing.assert_array_equal(rows, index.search(np.array([[1.0], [-1.0]]), 2)[1])
+    np.testing.assert_array_equal(rows, WindowIndex(vectors, source).search(queries, 2).rows)
 
 
 def test_all_windows_of_a_found_document_count():
@@ -406,54 +384,46 @@ def test_all_windows_of_a_found_document_count():
     vectors = np.array([[1.0], [9.0], [2.0], [3.0], [8.0]], dtype=np.float32)
     source = np.array([0, 0, 1, 2, 2])
     candidates = Truncating(vectors, [0, 2])
-    index = filled(vectors, source)
-    scores, rows = index.search(np.array([[1.0]]), 2, candidates=candidates)
+    scores, rows = WindowIndex(vectors, source, candidates=candidates).search(np.array([[1.0]]), 2)
     np.testing.assert_array_equal(rows, [[0, 1]])  # document 2, whose score is 8, is not among them
     np.testing.assert_array_equal(scores, [[9, 2]])
     assert candidates.widths == [(1, 4)]
-    scores, rows = filled(vectors, source, "sum_top_2").search(np.array([[1.0]]), 1, candidates=candidates)
-    np.testing.assert_array_equal((scores, rows), ([[10]], [[0]]))
+    index = WindowIndex(vectors, source, aggregate="sum_top_2", candidates=candidates)
+    np.testing.assert_array_equal(index.search(np.array([[1.0]]), 1), ([[10]], [[0]]))
 
 
 def test_where_an_index_gives_no_more_every_document_is_scored():
     """Three documents are known and ten asked for."""
     queries, vectors, source = random_windows(2)
     candidates = Truncating(vectors, np.flatnonzero(source < 3))
-    index = filled(vectors, source, cuts=(2,))
-    found, exact = index.search(queries, 10, candidates=candidates), index.search(queries, 10)
+    found = WindowIndex(vectors, source, candidates=candidates).search(queries, 10)
+    exact = WindowIndex(vectors, source).search(queries, 10)
     assert candidates.widths == [(7, 20)]
-    np.testing.assert_array_equal(found[1], exact[1])
-    np.testing.assert_allclose(found[0], exact[0], rtol=1e-6)
+    np.testing.assert_array_equal(found.rows, exact.rows)
+    np.testing.assert_allclose(found.scores, exact.scores, rtol=1e-6)
 
 
 def test_misuse():
-    index = PassageIndex(3)
-    with pytest.raises(ValueError, match="empty index"):
-        index.search(np.zeros((1, 3)), 1)
-    index.add(np.zeros((0, 3)), np.zeros(0))
-    assert len(index) == index.num_windows == 0
-    with pytest.raises(ValueError, match=r"shape \(2, 4\), expected \[N, 3\]"):
-        index.add(np.zeros((2, 4)), [0, 1])
-    with pytest.raises(ValueError, match=r"2 windows, the documents of \(3,\) are told"):
-        index.add(np.zeros((2, 3)), [0, 1, 2])
-    for source in ([1, 2], [0, 2], [1, 0], [0, -1]):
-        with pytest.raises(ValueError, match="numbered from 0, rising, with none left out"):
-            index.add(np.zeros((2, 3)), source)
-    index.add(np.zeros((3, 3)), [0, 1, 1])
-    bad = np.zeros((2, 3))
-    bad[1, 2] = np.nan
-    with pytest.raises(ValueError, match="the embedding of a window of document 2 has values that are not finite"):
-        index.add(bad, [0, 0])
-    with pytest.raises(ValueError, match="the embedding of row 1 has values"):
+    for source in ([0, 1, 2], [1, 2], [0, 2], [1, 0], [0, -1]):
+        with pytest.raises(ValueError, match="source of 2 windows"):
+            WindowIndex(np.zeros((2, 3)), source)
+    with pytest.raises(ValueError, match="source of 0 windows"):
+        WindowIndex(np.zeros((0, 3)), [])
+    bad = np.zeros((3, 3))
+    bad[2, 2] = np.nan
+    with pytest.raises(ValueError, match="the embedding of a window of document 1 has values that are not finite"):
+        WindowIndex(bad, [0, 1, 1])
+    with pytest.raises(ValueError, match="candidates has 2 windows, expected 3"):
+        WindowIndex(np.zeros((3, 3)), [0, 1, 1], candidates=FlatIndex(np.zeros((2, 3))))
+    index = WindowIndex(np.zeros((3, 3)), [0, 1, 1])
+    assert len(index) == 2
+    with pytest.raises(ValueError, match="the embedding of row 2 has values"):
         index.search(bad, 1)
-    with pytest.raises(ValueError, match="depth must be at least 1, not 0"):
+    with pytest.raises(ValueError, match=r"depth.* 0"):
         index.search(np.zeros((1, 3)), 0)
     with pytest.raises(ValueError, match=r"shape \(3,\), expected \[N, 3\]"):
         index.search(np.zeros(3), 1)
-    with pytest.raises(ValueError, match="candidates are from 2 windows, there are 3"):
-        index.search(np.zeros((1, 3)), 1, candidates=windows_index(np.zeros((2, 3), dtype=np.float32)))
-    assert (len(index), index.num_windows) == (2, 3)
-    assert index.search(np.empty((0, 3)), 2)[1].shape == (0, 2)
+    assert index.search(np.empty((0, 3)), 2).rows.shape == (0, 2)
 
 
 # Evaluation.
@@ -474,10 +444,9 @@ def long_dataset(**changes) -> RetrievalDataset:
 
 
 @pytest.mark.parametrize("aggregate", AGGREGATES)
-def test_evaluate_over_passages(tiny, monkeypatch, aggregate):
+def test_evaluate_over_passages(tiny, aggregate):
     dataset = long_dataset()
-    monkeypatch.setattr(search_module, "PASSAGES_SLICE", 2)
-    report = evaluate(tiny, dataset, passages=(6, 3), aggregate=aggregate, ks=(1,))
+    report = evaluate(tiny, dataset, passages=(6, 3), aggregate=aggregate, ks=(1,), slice_documents=2)
     assert (report.setting["passages"], report.setting["aggregate"]) == ([6, 3], aggregate)
     # 10, 9 and 3 tokens of text in windows of 4 of it, one every 3: 3, 3 and 1 windows, 7 for 3 documents.
     assert report.costs["windows_per_document"] == pytest.approx(7 / 3)
@@ -544,11 +513,10 @@ def test_passages_of_an_embedder_without(tiny):
 
 
 def test_a_window_that_is_not_finite_names_its_document(tiny, monkeypatch):
-    monkeypatch.setattr(search_module, "PASSAGES_SLICE", 1)
     monkeypatch.setattr(
         type(tiny),
         "encode_passages",
         lambda self, texts, *_, **__: (np.full((2, 32), np.nan if "fee" in texts[0] else 1.0), [0, 0]),
     )
     with pytest.raises(ValueError, match="a window of document 'd2' has values that are not finite"):
-        evaluate(tiny, long_dataset(), passages=(6, 3))
+        evaluate(tiny, long_dataset(), passages=(6, 3), slice_documents=1)

@@ -17,7 +17,7 @@ from ..encoders.adapter import CONFIG_FILE, Adapter
 from ..encoders.store import Store
 from ..retrieval.evaluate import evaluate
 from ..retrieval.report import compare
-from ..retrieval.settings import check_settings
+from ..retrieval.settings import Setting, check_settings
 from ..training.fit_adapter import AdapterConfig, fit_adapter
 from .models import (
     _add_encoding,
@@ -65,7 +65,7 @@ def _adapter(options: argparse.Namespace) -> None:
     if embedder.adapter is not None:
         raise ValueError(f"{options.model}: has an adapter already; fit on the model that it is of, with --start")
     passages = options.passages
-    check_settings(embedder, [], [passages], "max")  # whether it cuts passages, before anything is embedded
+    check_settings(embedder, [Setting(passages=passages)])  # whether it cuts passages, before anything is embedded
     with contextlib.ExitStack() as stack:
         if embedder.store is None and validation is not None:
             # Before and after are of the same vectors: each text is embedded once.

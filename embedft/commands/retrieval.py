@@ -22,9 +22,9 @@ from ..retrieval.bm25 import bm25_run
 from ..retrieval.evaluate import evaluate_grid, evaluate_run
 from ..retrieval.fusion import fuse
 from ..retrieval.plots import plot_questions, save_figure
+from ..retrieval.quantization import PRECISIONS
 from ..retrieval.report import REPORT_FILES, Report
 from ..retrieval.run import Run, check_trec_ids
-from ..retrieval.settings import PRECISIONS
 from ..retrieval.tables import (
     STYLES,
     compare_all,

@@ -20,9 +20,10 @@ from ..encoders.embedder import Embedder
 from ..encoders.openai_api import ApiEmbedder
 from ..files import read_jsonl
 from ..retrieval.bm25 import Bm25Index, words
+from ..retrieval.encoding import sorted_corpus
 from ..retrieval.fusion import fuse
 from ..retrieval.run import Run
-from ..retrieval.search import Searcher, in_order_of_ids
+from ..retrieval.search import Searcher
 from .models import _add_encoding, _add_loading, _add_model, _add_store, _load_data, _load_encoding, _print_store
 from .retrieval import _add_passages
 from .texts import TRAIN, VALIDATION, WHOLE, _load_sides
@@ -136,7 +137,7 @@ class _Bm25:
 
     @classmethod
     def of(cls, embedder: Embedder | ApiEmbedder, dataset: RetrievalDataset) -> "_Bm25":
-        document_ids, texts = in_order_of_ids(dataset)
+        document_ids, texts = sorted_corpus(dataset)
         tokenize = getattr(embedder, "tokenize", words)
         return cls(Bm25Index.build(tokenize(texts), document_ids=document_ids), tokenize)
 

@@ -1,4 +1,4 @@
-"""From an embedder and a dataset, or from a run, to a report; over a grid of settings in one encoding.
+"""An embedder and a dataset, or a run, to a report; a grid of settings over one encoding.
 
     before = evaluate(embedder, dataset)
     ...                                     # train
@@ -6,10 +6,9 @@
     evaluate(embedder, dataset, passages=(128, 64))       # documents by their best window of 128 tokens
     evaluate_grid(embedder, dataset, dims=(384, 128), precisions=("float32", "int8"), indices=("flat", "hnsw"))
 
-What is exact here: search is exhaustive unless a setting says otherwise; documents of equal score are ordered by
-ascending id, at the cut-off too, as sentence-transformers orders them; queries without a relevant document are left out
-of the means and counted. Not here: how documents are encoded and searched (search.py), and tables of reports
-(tables.py).
+Search is exhaustive unless a setting says otherwise. Documents with equal scores are ordered by ascending id, at the
+cutoff too, as in sentence-transformers. Queries without a relevant document are left out of the means and counted. How
+documents are encoded and searched is in search.py, tables of reports are in tables.py.
 """
 
 import dataclasses
@@ -18,10 +17,11 @@ from collections.abc import Mapping, Sequence
 
 from ..data.dataset import RetrievalDataset
 from ..data.linked import connected_components
+from .encoding import SupportsEncode, timed
 from .metrics import Gain, Metric, Qrels, has_relevant, judge, measure, select_metrics
 from .report import Report
 from .run import Run
-from .search import SupportsEncode, answers, encode, in_order_of_ids, timed
+from .search import search_grid
 from .settings import Setting, check_settings
 
 
@@ -38,32 +38,35 @@ def evaluate(
     depth: int = 100,
     metrics: Sequence[Metric] | None = None,
     gain: Gain = "binary",
+    slice_documents: int | None = None,
 ) -> Report:
-    """Encodes queries and documents, searches and measures: `evaluate_grid` of one setting.
+    """Encodes queries and documents, searches and measures: `evaluate_grid` with one setting.
 
-    Exact search (float32, flat) holds a slice of the corpus at a time: memory does not grow with the vectors.
+    Exact search (float32, flat) holds one slice of the corpus at a time: memory does not grow with its size.
 
     Args:
         dim: leading dimensions to keep (Matryoshka); None: as many as the embedder gives.
-        passages: (size, stride) in tokens: documents are cut into windows as `Embedder.encode_passages` does, the title
-            part of the text, and score by them. None: a document is one vector, of as much as the model reads.
-        aggregate: how a document scores by its windows: max, mean, first or sum_top_M, see `aggregate_windows`.
-        precision: what vectors are stored as: float32, int8 or binary.
-        index: flat, hnsw, ivf, ivfpq, a string for FAISS's `index_factory`, or adaptive-DIM. Which go with which
-            precision, and what each does: settings.py.
+        passages: (size, stride) in tokens: documents, title included, are cut into windows as
+            `Embedder.encode_passages` does, and scored by them. None: one vector per document, of as much as the model
+            reads.
+        aggregate: how windows make a document's score: max, mean, first or sum_top_M, see `aggregate_windows`.
+        precision: as what vectors are stored: float32, int8 or binary.
+        index: flat, hnsw, ivf, ivfpq, a string for FAISS's `index_factory`, or adaptive-DIM. settings.py says what each
+            does and which go with which precision.
         ks: cutoffs of the default metrics.
-        depth: documents retrieved a query, and the cutoff of MAP. May be larger than the corpus.
+        depth: documents retrieved per query, and the cutoff of MAP. May be larger than the corpus.
         metrics: replace the default ones: names such as "ndcg@20", "rprec" or "judged@10", or functions (judgments,
-            k=None) -> [Q], see `metrics.measure`. Those without a cutoff are over the `depth` documents retrieved.
+            k=None) -> [Q], see `metrics.measure`. Those without a cutoff cover the `depth` documents retrieved.
         gain: of nDCG, see `metrics.ndcg`.
+        slice_documents: documents encoded at a time; None: 65,536, or 4,096 with passages.
 
     Raises:
         ValueError: as `evaluate_grid`.
     """
     grid = {"dims": (dim,), "precisions": (precision,), "indices": (index,), "passages": (passages,)}
-    return evaluate_grid(
-        embedder, dataset, **grid, aggregate=aggregate, ks=ks, depth=depth, metrics=metrics, gain=gain
-    )[0]
+    measured = {"aggregate": aggregate, "ks": ks, "depth": depth, "metrics": metrics, "gain": gain}
+    options = {"slice_documents": slice_documents}
+    return evaluate_grid(embedder, dataset, **grid, **measured, **options)[0]
 
 
 def evaluate_grid(
@@ -73,35 +76,35 @@ def evaluate_grid(
     dims: Sequence[int | None] = (None,),
     precisions: Sequence[str] = ("float32",),
     indices: Sequence[str] = ("flat",),
-    passages: Sequence[Sequence[int] | None] = (None,),
+    passages: Sequence[Sequence[int] | None] | Sequence[int] | None = (None,),
     aggregate: str = "max",
     ks: Sequence[int] = (1, 3, 5, 10),
     depth: int = 100,
     metrics: Sequence[Metric] | None = None,
     gain: Gain = "binary",
+    slice_documents: int | None = None,
 ) -> list[Report]:
-    """A report for every combination, in one encoding of the queries and one of the documents for each of `passages`.
+    """A report for every combination; queries are encoded once, documents once for each of `passages`.
 
-    Passages are outermost, then dims, precisions, indices. Each report is what `evaluate` gives for its setting; the
-    seconds of encoding are those of the encoding that they share.
+    Passages vary slowest, then dims, precisions and indices. Each report is what `evaluate` gives for its setting; its
+    seconds of encoding are those of the shared encoding.
 
-    Beside metrics a report has `setting` ("dim", "precision", "index", "passages", "similarity", "num_documents",
-    "aggregate" over passages, and the facts of `settings.build`) and `costs` (seconds of each part,
-    "queries_per_second", "bytes_per_document", "recall@10_of_exact", see `search.answers`).
+    Besides metrics, a report has `setting` ("dim", "precision", "index", "passages", "similarity", "num_documents",
+    "aggregate" with passages, and the facts of `settings.build`) and `costs` (see `search.search_grid`).
 
-    Memory: with float32 and flat alone a slice of the corpus at a time, whatever the dims. Other settings need the
-    vectors: 4 bytes a dimension of the model a document or window, and one setting's own beside them: the vectors cut
-    to its dim, its codes and its index.
+    Memory: with float32 and flat alone one slice of the corpus at a time, whatever the dims. Other settings need all
+    vectors, 4 bytes per dimension of the model and document or window, and, one setting at a time, the vectors cut to
+    its dim, its codes and its index.
 
     Args:
         dims, precisions, indices, passages: lists of what `evaluate` takes. passages=(128, 64) is one setting too.
-        aggregate, ks, depth, metrics, gain: of all, see `evaluate`.
+        aggregate, ks, depth, metrics, gain, slice_documents: for all of them, see `evaluate`.
 
     Raises:
-        ValueError: on an empty list, a cutoff above `depth`, a dataset in which no query has a relevant document,
-            combinations that do not exist (listing them; none is left out), a dim that the model does not have, an
-            index for which there are too few documents, passages of an embedder that cannot cut any: before documents
-            are encoded; and on embeddings that are not finite (naming the query or document).
+        ValueError: before documents are encoded: for an empty list, a cutoff above `depth`, a dataset in which no query
+            has a relevant document, unsupported combinations (all of them are listed, none is skipped), a dim beyond
+            the model's, too few documents for an index, passages with an embedder that cannot cut any. Later: for
+            embeddings that are not finite (naming the query or document).
 
     Source: Kusupati et al. 2022, section 4 (dims, adaptive retrieval); Shakir et al. 2024 (precisions).
     """
@@ -112,29 +115,23 @@ def evaluate_grid(
     for name, values in lists.items():
         if isinstance(values, str | int) or not values:
             raise ValueError(f"{name} is {values!r}, expected a list of at least one")
-    settings = [Setting(*values) for values in itertools.product(*lists.values())]
-    check_settings(embedder, settings, passages, aggregate, num_documents=len(dataset.corpus))
-    query_ids = [query_id for query_id in dataset.queries if has_relevant(dataset.qrels.get(query_id, {}))]
-    if not query_ids:
+    settings = [Setting(*rest, windows, aggregate) for windows, *rest in itertools.product(passages, *lists.values())]
+    check_settings(embedder, settings, num_documents=len(dataset.corpus))
+    relevant = [query_id for query_id in dataset.queries if has_relevant(dataset.qrels.get(query_id, {}))]
+    if not relevant:
         raise ValueError(f"none of the {len(dataset.queries)} queries of the dataset has a relevant document")
-    encoding: dict[str, float] = {}
-    with timed(encoding, "query_encoding_seconds"):
-        texts = [dataset.queries[query_id] for query_id in query_ids]
-        queries_QW = encode(embedder, texts, query_ids, role="query")
-    documents = in_order_of_ids(dataset)
-
+    queries = {query_id: dataset.queries[query_id] for query_id in relevant}
+    options = {"slice_documents": slice_documents}
     reports = []
-    for windows in passages:
-        options = {"passages": windows, "aggregate": aggregate, "depth": depth}
-        for answer in answers(embedder, documents, queries_QW, settings, **options):
-            run = Run(query_ids, documents.ids, answer.found.rows, answer.found.scores)
-            report = evaluate_run(run, dataset, ks=ks, depth=depth, metrics=metrics, gain=gain)
-            cut = None if windows is None else list(windows)
-            setting = {**answer.setting._asdict(), **answer.facts, "passages": cut, "similarity": embedder.similarity}
-            if windows is not None:
-                setting["aggregate"] = aggregate
-            costs = {**encoding, **answer.costs, **report.costs}
-            reports.append(dataclasses.replace(report, setting=setting | report.setting, costs=costs))
+    for searched in search_grid(embedder, dataset, queries, settings, depth=depth, **options):
+        report = evaluate_run(searched.run, dataset, ks=ks, depth=depth, metrics=metrics, gain=gain)
+        setting = {**searched.setting._asdict(), **searched.facts, "similarity": embedder.similarity}
+        if searched.setting.passages is None:
+            del setting["aggregate"]
+        else:
+            setting["passages"] = list(searched.setting.passages)
+        costs = {**searched.costs, **report.costs}
+        reports.append(dataclasses.replace(report, setting=setting | report.setting, costs=costs))
     return reports
 
 

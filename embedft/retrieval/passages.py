@@ -1,59 +1,35 @@
-"""Search over documents of several vectors, the windows of a long text: a document scores by its windows.
+"""Search over windows: each document is several vectors, and its score comes from those of its windows.
 
     vectors_WD, source_W = embedder.encode_passages(texts, (128, 64))
-    index = PassageIndex(384, aggregate="max")
-    index.add(vectors_WD, source_W)
-    scores, rows = index.search(query_embeddings, depth=100)      # rows of documents, not of windows
+    index = WindowIndex(vectors_WD, source_W, aggregate="max")
+    scores, rows = index.search(query_embeddings, depth=100)      # rows are documents, not windows
 
-Exact unless asked otherwise: of every block of documents the windows are scored, and reduced to one score a document
-before anything is dropped, so many good windows of one document push out no other. There is never a [Q, N] matrix.
-Not here: how texts are cut (encoders/tokenization.py), and approximate indices (index.py), which `search` takes.
+Exact unless `candidates` is given. In every block of documents the windows are scored and reduced to one score per
+document before anything is dropped, so many good windows of one document never displace another document. There is
+never a [Q, N] matrix. Texts are cut into windows elsewhere (encoders/tokenization.py).
 
 Shapes: Q queries, W windows of N documents (rows, numbered from 0), D dimensions, K = min(depth, N) results; B queries
-of a block, P documents of a block, C candidates of a query.
+in a block, P documents in a block, C candidates of a query.
 """
 
 import re
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from ..progress import progress_bar
-from .index import require_depth, require_finite
-
-# Scores held at a time: 64 MB in float32.
-BLOCK_SCORES = 1 << 24
-QUERY_BLOCK = 1024
-QUERY_ROWS = 8
-
-
-class WindowIndex(Protocol):
-    """An index, exact or not, over the windows of a `PassageIndex` in their order."""
-
-    def __len__(self) -> int: ...
-
-    def search(self, queries_QD: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and rows [Q, K] of windows, best first; a row of -1 is none."""
-        ...
-
-
-class Block(NamedTuple):
-    """Windows of documents `first`, `first` + 1, ...; document p's begin at starts_P[p]."""
-
-    first: int
-    windows_WD: np.ndarray
-    starts_P: np.ndarray
+from .index import Found, Index, checked_embeddings, require_depth, require_finite
 
 
 def aggregate_windows(scores_BW: np.ndarray, starts_P: np.ndarray, aggregate: str = "max") -> np.ndarray:
-    """Scores of documents [B, P] from those of their windows [B, W]; document p's begin at column starts_P[p].
+    """Document scores [B, P] from window scores [B, W]; the windows of document p start at column starts_P[p].
 
     - "max": the best window (MaxP).
     - "mean": the mean over its windows.
-    - "first": the first window (FirstP), what truncation to one window gives.
-    - "sum_top_m", as in "sum_top_3": the sum of its m best windows, of all where it has fewer.
+    - "first": the first window (FirstP), the same as truncating to one window.
+    - "sum_top_m", e.g. "sum_top_3": the sum of its m best windows, or of all if it has fewer.
 
     Raises `ValueError` for another name. Source: Dai and Callan 2019, section 3 (FirstP, MaxP and SumP).
     """
@@ -73,183 +49,156 @@ def aggregate_windows(scores_BW: np.ndarray, starts_P: np.ndarray, aggregate: st
 
 
 def check_aggregate(aggregate: str) -> int:
-    """The m of "sum_top_m", 0 for the others. Raises `ValueError` for a name that is none of them."""
+    """The m of "sum_top_m", 0 for the others. Raises `ValueError` for an unknown name."""
     found = re.fullmatch(r"sum_top_([1-9]\d*)", aggregate)
     if not found and aggregate not in ("max", "mean", "first"):
-        raise ValueError(f"aggregate is {aggregate!r}, expected max, mean, first or sum_top_M, as in sum_top_3")
+        raise ValueError(f"aggregate is {aggregate!r}, expected max, mean, first or sum_top_M, e.g. sum_top_3")
     return int(found[1]) if found else 0
 
 
-class PassageIndex:
-    """Every query against every window, by inner product, in float32; results are documents.
+class Block(NamedTuple):
+    """Windows of the documents from `first` on; those of its document p start at starts_P[p]."""
 
-    Results are the first `depth` under the order (score descending, row ascending), as `FlatIndex` has it.
+    first: int
+    windows_WD: np.ndarray
+    starts_P: np.ndarray
+
+
+class WindowIndex:
+    """Scores every query against every window by inner product, in float32, and returns documents.
 
     Args:
-        dim: D, the width of the vectors.
-        aggregate: how a document scores by its windows, see `aggregate_windows`.
+        windows_WD: not copied if a writable float32 array.
+        source_W: the document of each window: from 0, ascending, none left out.
+        aggregate: how windows make a document's score, see `aggregate_windows`.
+        candidates: an index over the same windows. Its results are widened, by doubling, until they contain `depth`
+            documents; all windows of these are then scored exactly, so a score is always the document's own. If it has
+            no more results before that (lists that are not probed), the query is scored against every document.
+        block_scores: window scores held at a time: 64 MB in float32.
+        block_queries: queries searched at a time.
+
+    Raises:
+        ValueError: for NaN or infinity (naming the document), a wrong `source_W`, or `candidates` of another length.
     """
 
-    def __init__(self, dim: int, *, aggregate: str = "max"):
+    def __init__(
+        self,
+        windows_WD: np.ndarray,
+        source_W: np.ndarray,
+        *,
+        aggregate: str = "max",
+        candidates: Index | None = None,
+        block_scores: int = 1 << 24,
+        block_queries: int = 1024,
+    ):
         check_aggregate(aggregate)
-        self.dim, self.aggregate = dim, aggregate
-        self.num_windows = 0
-        self._blocks: list[Block] = []
-        self._num_documents = 0
+        source_W = np.asarray(source_W)
+        steps = np.diff(source_W, prepend=-1)
+        if source_W.shape != (len(windows_WD),) or not len(steps) or steps[0] != 1 or not np.isin(steps, (0, 1)).all():
+            raise ValueError(
+                f"source of {len(windows_WD)} windows: expected their documents, ascending from 0, no gaps"
+            )
+        require_finite(windows_WD, "a window of document", source_W.tolist())
+        if candidates is not None and len(candidates) != len(windows_WD):
+            raise ValueError(f"candidates has {len(candidates):,} windows, expected {len(windows_WD):,}")
+        self.windows_WD = np.require(windows_WD, np.float32, ["C", "W"])  # torch warns about read-only arrays
+        self.source_W, self.starts_N = source_W, np.flatnonzero(steps)
+        self.aggregate, self.candidates = aggregate, candidates
+        self.block_scores, self.block_queries = block_scores, block_queries
 
     def __len__(self) -> int:
         """Documents, N."""
-        return self._num_documents
+        return len(self.starts_N)
 
-    def add(self, vectors_WD: np.ndarray, source_W: np.ndarray) -> None:
-        """Adds documents with all their windows; their rows follow those added before.
-
-        Float32 arrays that may be written to are not copied.
-
-        Args:
-            source_W: the document of each window, from 0 in each call: rising, none left out.
-
-        Raises:
-            ValueError: a wrong width, NaN or inf (naming the document), a `source_W` that is not as said.
-        """
-        vectors_WD, source_W = _checked(vectors_WD, self.dim), np.asarray(source_W)
-        if source_W.shape != (len(vectors_WD),):
-            raise ValueError(f"{len(vectors_WD)} windows, the documents of {source_W.shape} are told")
-        if not len(source_W):
-            return
-        steps = np.diff(source_W, prepend=-1)
-        if steps[0] != 1 or not np.isin(steps, (0, 1)).all():
-            raise ValueError("the windows' documents have to be numbered from 0, rising, with none left out")
-        require_finite(vectors_WD, "a window of document", (source_W + len(self)).tolist())
-        self._blocks.append(Block(len(self), vectors_WD, np.flatnonzero(steps)))
-        self._num_documents += int(source_W[-1]) + 1
-        self.num_windows += len(vectors_WD)
-
-    def search(
-        self, queries_QD: np.ndarray, depth: int, *, candidates: WindowIndex | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The `depth` best documents of each query, or all of them when there are fewer.
-
-        Args:
-            candidates: an index over the windows, in the order they were added. Its results are widened by doubling
-                until `depth` documents are among them; all windows of these are then scored exactly, so a score is
-                always the document's own. A query for which it has no more before that (lists that are not probed) is
-                scored against every document. None: all are.
+    def search(self, queries_QD: np.ndarray, depth: int) -> Found:
+        """The `depth` best documents for each query, or all of them if there are fewer.
 
         Returns:
-            scores [Q, K] float32, never rising along a row, and rows [Q, K] int64, ascending among equal scores.
+            scores [Q, K] float32, descending, and rows [Q, K] int64, ascending among equal scores.
 
         Raises:
-            ValueError: an empty index, a depth below 1, a wrong width, NaN or inf, `candidates` over another number of
-                windows.
+            ValueError: for a depth below 1, a wrong width, NaN or infinity.
         """
         require_depth(depth)
-        if len(self) == 0:
-            raise ValueError("search in an empty index: add documents first")
-        queries_QD = _checked(queries_QD, self.dim)
-        require_finite(queries_QD, "row", range(len(queries_QD)))
-        if candidates is not None and len(candidates) != self.num_windows:
-            raise ValueError(f"candidates are from {len(candidates):,} windows, there are {self.num_windows:,}")
+        queries_QD = checked_embeddings(queries_QD, self.windows_WD.shape[1])
         depth = min(depth, len(self))
-        scores_QK = np.empty((len(queries_QD), depth), dtype=np.float32)
-        rows_QK = np.empty((len(queries_QD), depth), dtype=np.int64)
+        found = Found(np.empty((len(queries_QD), depth), np.float32), np.empty((len(queries_QD), depth), np.int64))
+        search = self._exact if self.candidates is None else self._among
         with progress_bar(len(queries_QD), "searching", unit="query") as bar:
-            for start in range(0, len(queries_QD), QUERY_BLOCK):
-                part = slice(start, start + QUERY_BLOCK)
-                if candidates is None:
-                    scores_QK[part], rows_QK[part] = self._exact(queries_QD[part], depth)
-                else:
-                    scores_QK[part], rows_QK[part] = self._among(queries_QD[part], depth, candidates)
+            for start in range(0, len(queries_QD), self.block_queries):
+                part = slice(start, start + self.block_queries)
+                found.scores[part], found.rows[part] = search(queries_QD[part], depth)
                 bar.update(len(queries_QD[part]))
-        return scores_QK, rows_QK
+        return found
 
-    def _exact(self, queries_BD: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
+    def _exact(self, queries_BD: np.ndarray, depth: int) -> Found:
         scores_BK = np.empty((len(queries_BD), 0), dtype=np.float32)
         rows_BK = np.empty((len(queries_BD), 0), dtype=np.int64)
-        for block in self._blocks:
-            for part in _parts(block, max(1, BLOCK_SCORES // max(1, len(queries_BD)))):
-                scores_BP = aggregate_windows(_products(queries_BD, part.windows_WD), part.starts_P, self.aggregate)
-                rows_BP = np.broadcast_to(part.first + np.arange(scores_BP.shape[1]), scores_BP.shape)
-                # Rows rise along both, so the first of those that tie is the one with the smaller row.
-                both = np.hstack([scores_BK, scores_BP]), np.hstack([rows_BK, rows_BP])
-                keep_BK = _first_largest(both[0], depth)
-                scores_BK, rows_BK = (np.take_along_axis(x, keep_BK, axis=1) for x in both)
+        for block in self._blocks(max(1, self.block_scores // max(1, len(queries_BD)))):
+            scores_BP = aggregate_windows(_products(queries_BD, block.windows_WD), block.starts_P, self.aggregate)
+            rows_BP = np.broadcast_to(block.first + np.arange(scores_BP.shape[1]), scores_BP.shape)
+            # Rows ascend in both, so the first of several that tie has the smallest row.
+            both = np.hstack([scores_BK, scores_BP]), np.hstack([rows_BK, rows_BP])
+            keep_BK = _first_largest(both[0], depth)
+            scores_BK, rows_BK = (np.take_along_axis(x, keep_BK, axis=1) for x in both)
         order_BK = np.argsort(-scores_BK, axis=1, kind="stable")
-        return np.take_along_axis(scores_BK, order_BK, axis=1), np.take_along_axis(rows_BK, order_BK, axis=1)
+        return Found(*(np.take_along_axis(x, order_BK, axis=1) for x in (scores_BK, rows_BK)))
 
-    def _among(self, queries_BD: np.ndarray, depth: int, candidates: WindowIndex) -> tuple[np.ndarray, np.ndarray]:
+    def _among(self, queries_BD: np.ndarray, depth: int) -> Found:
         scores_BK = np.empty((len(queries_BD), depth), dtype=np.float32)
         rows_BK = np.empty((len(queries_BD), depth), dtype=np.int64)
-        document_W = np.concatenate(
-            [block.first + np.repeat(np.arange(len(block.starts_P)), _counts(block)) for block in self._blocks]
-        )
         left, width = np.arange(len(queries_BD)), depth
         while len(left):
-            width = min(2 * width, self.num_windows)
-            _, windows = candidates.search(queries_BD[left], width)
-            short = []
-            for query, windows_C in zip(left, windows, strict=True):
+            width = min(2 * width, len(self.source_W))
+            too_few = []
+            windows_QC = self.candidates.search(queries_BD[left], width).rows
+            for query, windows_C in zip(left, windows_QC, strict=True):
                 found_C = windows_C[windows_C >= 0]
-                documents = np.unique(document_W[found_C])
-                if len(documents) < depth:
-                    if len(found_C) == width < self.num_windows:
-                        short.append(query)
-                    else:  # it has no more, however wide
-                        exact = self._exact(queries_BD[query : query + 1], depth)
-                        scores_BK[query], rows_BK[query] = exact[0][0], exact[1][0]
-                    continue
-                scores = self._scores_of(queries_BD[query], documents)
-                order = np.argsort(-scores, kind="stable")[:depth]
-                scores_BK[query], rows_BK[query] = scores[order], documents[order]
-            left = np.array(short, dtype=np.int64)
-        return scores_BK, rows_BK
+                documents = np.unique(self.source_W[found_C])
+                if len(documents) >= depth:
+                    scores = self._scores_of(queries_BD[query], documents)
+                    order = np.argsort(-scores, kind="stable")[:depth]
+                    scores_BK[query], rows_BK[query] = scores[order], documents[order]
+                elif len(found_C) == width < len(self.source_W):
+                    too_few.append(query)
+                else:  # a wider search would find no more
+                    (scores_BK[query],), (rows_BK[query],) = self._exact(queries_BD[query : query + 1], depth)
+            left = np.array(too_few, dtype=np.int64)
+        return Found(scores_BK, rows_BK)
 
     def _scores_of(self, query_D: np.ndarray, documents: np.ndarray) -> np.ndarray:
-        """Scores of some documents, their rows rising."""
-        ends = np.searchsorted(documents, [block.first + len(block.starts_P) for block in self._blocks])
-        scores = [np.empty(0, dtype=np.float32)]
-        for block, here in zip(self._blocks, np.split(documents, ends[:-1]), strict=True):
-            if len(here):
-                counts = _counts(block)[here - block.first]
-                new_starts = np.cumsum(counts) - counts
-                rows = np.repeat(block.starts_P[here - block.first] - new_starts, counts) + np.arange(counts.sum())
-                scores_1W = _products(query_D[None], block.windows_WD[rows])
-                scores.append(aggregate_windows(scores_1W, new_starts, self.aggregate)[0])
-        return np.concatenate(scores)
+        """Scores of some documents, whose rows ascend."""
+        ends_N = np.append(self.starts_N[1:], len(self.windows_WD))
+        counts = (ends_N - self.starts_N)[documents]
+        starts = np.cumsum(counts) - counts
+        rows = np.repeat(self.starts_N[documents] - starts, counts) + np.arange(counts.sum())
+        return aggregate_windows(_products(query_D[None], self.windows_WD[rows]), starts, self.aggregate)[0]
+
+    def _blocks(self, num_windows: int) -> Iterator[Block]:
+        """Blocks of whole documents with at most `num_windows` windows; a document with more is a block of its own."""
+        ends_N = np.append(self.starts_N[1:], len(self.windows_WD))
+        first = 0
+        while first < len(ends_N):
+            offset = self.starts_N[first]
+            stop = max(first + 1, int(np.searchsorted(ends_N, offset + num_windows, side="right")))
+            yield Block(first, self.windows_WD[offset : ends_N[stop - 1]], self.starts_N[first:stop] - offset)
+            first = stop
 
 
 def _products(queries_BD: np.ndarray, windows_WD: np.ndarray) -> np.ndarray:
     """Inner products, [B, W]: equal windows get equal scores, wherever they stand.
 
-    So it is by torch, and of a multiple of 8 queries. Of random cases with equal windows NumPy's product gave some of
-    them several scores in 47%, torch's of any number of queries in 1.4%, this in none of 8,309 (one core of an AMD
-    EPYC, 2026-11-21).
+    That is why torch computes them, for a multiple of 8 queries. Among random cases with equal windows, NumPy's product
+    scored some of them differently in 47%, torch's with any number of queries in 1.4%, this one in none of 8,309 (one
+    core of an AMD EPYC, 2026-11-21).
     """
-    padded_BD = np.zeros((-(-len(queries_BD) // QUERY_ROWS) * QUERY_ROWS, queries_BD.shape[1]), dtype=np.float32)
+    padded_BD = np.zeros((-(-len(queries_BD) // 8) * 8, queries_BD.shape[1]), dtype=np.float32)
     padded_BD[: len(queries_BD)] = queries_BD
     return (torch.from_numpy(padded_BD) @ torch.from_numpy(windows_WD).T).numpy()[: len(queries_BD)]
 
 
-def _counts(block: Block) -> np.ndarray:
-    """Windows of each document, [P]."""
-    return np.diff(block.starts_P, append=len(block.windows_WD))
-
-
-def _parts(block: Block, num_windows: int) -> Iterator[Block]:
-    """The block in parts of whole documents with at most `num_windows` windows; a document with more goes alone."""
-    ends_P = np.append(block.starts_P[1:], len(block.windows_WD))
-    start = 0
-    while start < len(ends_P):
-        offset = block.starts_P[start]
-        stop = max(start + 1, int(np.searchsorted(ends_P, offset + num_windows, side="right")))
-        yield Block(
-            block.first + start, block.windows_WD[offset : ends_P[stop - 1]], block.starts_P[start:stop] - offset
-        )
-        start = stop
-
-
 def _first_largest(scores_BP: np.ndarray, depth: int) -> np.ndarray:
-    """The columns of the `depth` largest of each row, rising; of those that tie at the end, the first ones."""
+    """The columns of the `depth` largest scores in each row, ascending; the first ones of those tied at the cutoff."""
     if scores_BP.shape[1] <= depth:
         return np.broadcast_to(np.arange(scores_BP.shape[1]), scores_BP.shape)
     last_B1 = -np.partition(-scores_BP, depth - 1, axis=1)[:, depth - 1 : depth]
@@ -257,10 +206,3 @@ def _first_largest(scores_BP: np.ndarray, depth: int) -> np.ndarray:
     room_B1 = depth - (scores_BP > last_B1).sum(axis=1, keepdims=True)
     kept_BP = (scores_BP > last_B1) | (tied_BP & (tied_BP.cumsum(axis=1) <= room_B1))
     return np.nonzero(kept_BP)[1].reshape(len(scores_BP), depth)
-
-
-def _checked(embeddings: np.ndarray, dim: int) -> np.ndarray:
-    embeddings = np.asarray(embeddings)
-    if embeddings.ndim != 2 or embeddings.shape[1] != dim:
-        raise ValueError(f"embeddings of shape {embeddings.shape}, expected [N, {dim}]")
-    return np.require(embeddings, np.float32, ["C", "W"])  # torch warns of arrays that may not be written to
