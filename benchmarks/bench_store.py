@@ -76,10 +76,10 @@ class Opened:
 
     def open(self) -> None:
         self.store = Store(self.folder)
-        self.store.open(LARGE)
+        self.store.spaces()
 
     def look_up(self) -> None:
-        rows_N = self.store.rows(LARGE, self.texts)
+        rows_N = self.store.find(LARGE, self.texts)
         self.vectors_ND = self.store.read(LARGE, rows_N)
 
     def result(self) -> tuple[np.ndarray, list[str]]:

@@ -79,7 +79,6 @@ WITHOUT_TORCH = (
     "corpus.prompts",
     "corpus.questions",
     "corpus.sentences",
-    "encoders.space_files",
     "encoders.store",
 )
 # Slow to import, or another's: not there after `import embedft`.

@@ -314,12 +314,12 @@ def test_two_at_once_pay_once(tmp_path, capfd):
     np.testing.assert_allclose(found[0], expected(texts[:22]), atol=1e-6)
     np.testing.assert_allclose(found[1], expected(texts[::-1]), atol=1e-6)
     assert [embedder.costs.num_computed for embedder in embedders] == [22, 2]
-    waiting = f"{tmp_path}: waiting for process {os.getpid()}, which is asking for vectors of the same model\n"
+    waiting = f"{tmp_path}: waiting for process {os.getpid()}, which computes vectors of the same model\n"
     assert capfd.readouterr().err == waiting
 
 
 def test_other_models_do_not_wait(tmp_path):
-    with ApiServer() as server, Store(tmp_path).asking(api(server).space("query")):
+    with ApiServer() as server, Store(tmp_path).turn(api(server).space("query")):
         ApiEmbedder("n", base_url=server.base_url, store=Store(tmp_path)).encode(["a"])
         assert server.counts["embeddings"] == 1
 
@@ -912,7 +912,7 @@ def test_load_embedder(tmp_path):
         mapped = load_embedder("openai:org/m", adapter=tmp_path / "adapter", **options)
         np.testing.assert_allclose(mapped.encode(["a"], role="query"), embedder.encode(["a"], role="query"), atol=1e-6)
         assert mapped.adapter is not None
-    assert Store(tmp_path / "s").names() == [embedder.space("query").name]
+    assert list(Store(tmp_path / "s").spaces()) == [embedder.space("query").name]
 
 
 @pytest.mark.parametrize(

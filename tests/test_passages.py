@@ -226,7 +226,7 @@ def test_a_store_keeps_a_window_once_for_all_sizes(tiny, tiny_bert, tmp_path, mo
         np.testing.assert_array_equal(rows, source)
     assert stored.store.hits > 0  # (8, 6) asks for windows that (8, 3) had
     np.testing.assert_allclose(stored.encode(TEXTS), whole, atol=1e-6)  # texts are not taken for windows
-    assert len(stored.store.names()) == 2
+    assert len(stored.store.spaces()) == 2
     misses = stored.store.misses
     monkeypatch.setattr(stored, "_embed", None)  # nothing is computed again
     for passages, (vectors, _) in expected.items():

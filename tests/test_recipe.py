@@ -521,7 +521,7 @@ def test_a_store_keeps_no_vectors_of_weights_on_their_way(tmp_path):
     store = embedder.store
     finetune(embedder, make_dataset(), CONFIG, validation=make_dataset(seed=1), out=tmp_path / "run")
     assert embedder.store is store
-    assert len(store.names()) == 1  # the last report's
+    assert len(store.spaces()) == 1  # the last report's
 
 
 @pytest.mark.parametrize("mixed", [False, True])

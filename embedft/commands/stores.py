@@ -46,10 +46,11 @@ def _store(options: argparse.Namespace) -> int:
     if options.prune_unused is not None:
         if not options.prune_unused >= 0:
             raise ValueError(f"--prune-unused is {options.prune_unused:g}, expected 0 days or more")
-        _prune(store, store.unused(options.prune_unused * DAY_SECONDS))
+        latest = time.time() - options.prune_unused * DAY_SECONDS
+        _prune(store, [name for name, found in store.spaces().items() if found.last_used < latest])
         return 0
     if options.verify or options.repair:
-        return max([_verify(store, name, repair=options.repair) for name in store.names()], default=0)
+        return max([_verify(store, name, repair=options.repair) for name in store.spaces()], default=0)
     return _list(store)
 
 
@@ -62,7 +63,7 @@ def _prune(store: Store, names: list[str]) -> None:
 def _verify(store: Store, name: str, *, repair: bool) -> int:
     """Prints how a space is, and gives the exit code that it asks for."""
     try:
-        num_rows, damaged = store.repair(name) if repair else store.verify(name)
+        num_rows, damaged = store.verify(name, repair=repair)
     except ValueError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 1
@@ -76,23 +77,17 @@ def _verify(store: Store, name: str, *, repair: bool) -> int:
 
 
 def _list(store: Store) -> int:
-    rows, code = [("space", "rows", "dim", "size", "last use", "role", "max_length", "model")], 0
-    for name in store.names():
-        try:
-            found = store.describe(name)
-        except ValueError as error:
-            print(f"{name}: {error}", file=sys.stderr)
-            code = 1
-            continue
+    rows = [("space", "texts", "dim", "size", "last use", "role", "max_length", "model")]
+    for name, found in store.spaces().items():
         words = found.space.description
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(found.last_used))
         told = (str(words.get(key, "")) for key in ("role", "max_length", "model"))
-        rows.append((name, f"{found.num_rows:,}", str(found.space.dim), format_bytes(found.num_bytes), used, *told))
+        rows.append((name, f"{found.num_texts:,}", str(found.space.dim), format_bytes(found.num_bytes), used, *told))
     widths = np.array([[len(cell) for cell in row] for row in rows]).max(axis=0)
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print(f"\n{store.folder}: {len(rows) - 1} spaces, {format_bytes(store.num_bytes())}")
-    return code
+    return 0
 
 
 # Name: (adds its arguments, runs it, what it does).

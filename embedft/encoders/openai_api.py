@@ -65,11 +65,9 @@ class ApiEmbedder:
     def _whole_dim(self) -> int:
         """Features of the server's vectors; 0: not known yet."""
         if not self.endpoint.dim and self.store is not None:
-            stored = set(self.store.names())
+            stored = self.store.spaces()
             names = [self._space(role).name for role in ROLES]
-            name = next((name for name in names if name in stored), None)
-            if name is not None:
-                self.endpoint.dim = self.store.describe(name).space.dim
+            self.endpoint.dim = next((stored[name].space.dim for name in names if name in stored), 0)
         return self.endpoint.dim
 
     def prompt(self, role: str) -> str:
@@ -135,7 +133,7 @@ class ApiEmbedder:
             else:
                 self.store.fill(self.space(role), list(new), lambda texts: np.stack([new[text] for text in texts]))
 
-        alone = self.store.asking(self._space(role)) if missing and self.store is not None else nullcontext()
+        alone = self.store.turn(self._space(role)) if missing and self.store is not None else nullcontext()
         name = f"encode ({role}, {self.model})"
         with alone, progress_bar(len(rows), name, unit="text", show=progress) as bar:
             missing = self._missing(role, missing)  # another process may have asked for some meanwhile
@@ -152,7 +150,7 @@ class ApiEmbedder:
             for row, text in enumerate(texts):
                 whole_ND[row] = vectors[text]
         else:
-            whole_ND = self.store.read(self.space(role), self.store.rows(self.space(role), texts))
+            whole_ND = self.store.read(self.space(role), self.store.find(self.space(role), texts))
             num_stored = len(texts) - len(missing)
             self.store.hits += num_stored
             self.costs.num_stored += num_stored
@@ -164,7 +162,7 @@ class ApiEmbedder:
         space = self.space(role)
         if self.store is None or not space.dim:
             return rows
-        found = self.store.rows(space, list(rows))
+        found = self.store.find(space, list(rows))
         return {text: row for (text, row), place in zip(rows.items(), found, strict=True) if place < 0}
 
 

@@ -1,94 +1,145 @@
-"""Embeddings on disk, found by what they are of: a space (model, prompt, length, ...) and a text.
-
-A folder holds any number of spaces, each in a folder named by the first 16 digits of its fingerprint; what is in there:
-space_files.py. Any number of processes may read while one writes; a second writer waits.
+"""Embeddings on disk, found by what they were computed from: a space (model, prompt, length, ...) and a text.
 
     store = Store("embeddings")
-    vectors_ND = store.encode(embedder.space("document"), texts, compute)     # compute(texts) -> [M, D], of what is new
+    rows_N = store.fill(space, texts, compute)      # compute(new texts) -> [M, D]
+    vectors_ND = store.read(space, rows_N)
 
-Not here: what a fingerprint is made of (`Embedder.space`). A `Store` is for one thread.
+A store is a folder with a SQLite database and one file of vectors per space:
+
+    store.sqlite       the spaces; for each batch of rows, the keys of its texts and the CRC-32 of each vector
+    NAME.ID.f32        rows of dim float32, little-endian
+
+Vectors reach the disk before the transaction that adds their keys, so a row exists only when it is complete; whatever
+a killed process left behind the last row is overwritten. Not here: what a fingerprint covers (fingerprint.py). A
+`Store` is for one thread at a time.
 
 Shapes: N texts, M of them, R rows of a space, D features.
 """
 
+import contextlib
+import json
 import os
 import re
 import shutil
+import sqlite3
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..files import locked, write_json
-from .space_files import (
-    NAME_DIGITS,
-    SPACE_FILE,
-    VECTOR_TYPE,
-    VECTORS_FILE,
-    VERSION,
-    Rows,
-    Space,
-    Verified,
-    advice,
-    checksums,
-    forget,
-    read_space,
-    text_keys,
-    verify,
-)
+from ..files import locked, read_object
+from .tokenization import check_texts
 
-LOCK_FILE = "lock"
-# Texts computed between two appends: what a kill can lose, and what `encode` holds beside its result.
-SLICE_TEXTS = 16_384
-# The last use is noted no more often.
-USE_SECONDS = 60
+DATABASE, VERSION, VECTOR_TYPE, NAME_DIGITS = "store.sqlite", 2, np.dtype("<f4"), 16
+RECORD = np.dtype([("key", "<u8", 2), ("checksum", "<u4")])  # of one row; all zeros: it was dropped as damaged
+ROW_BITS = np.uint64(2**32 - 1)
+SCHEMA = """
+CREATE TABLE spaces (id INTEGER PRIMARY KEY AUTOINCREMENT, fingerprint TEXT NOT NULL UNIQUE, dim INTEGER NOT NULL,
+    description TEXT NOT NULL, last_used REAL NOT NULL, num_repairs INTEGER NOT NULL DEFAULT 0);
+CREATE TABLE batches (space INTEGER NOT NULL, first_row INTEGER NOT NULL, num_texts INTEGER NOT NULL,
+    records BLOB NOT NULL, PRIMARY KEY (space, first_row));
+"""
+ADD_SPACE = """INSERT INTO spaces (fingerprint, dim, description, last_used) VALUES (?, ?, ?, ?)
+    ON CONFLICT (fingerprint) DO UPDATE SET last_used = excluded.last_used RETURNING id, dim"""
+
+
+class Space(NamedTuple):
+    """Everything a vector depends on besides its text.
+
+    `fingerprint`: a SHA-256 over all of it, 64 hexadecimal digits. `dim`: D. `description`: the same for people to
+    read (model, role, prompt, max_length, ...), as JSON can hold it.
+    """
+
+    fingerprint: str
+    dim: int
+    description: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.fingerprint[:NAME_DIGITS]
 
 
 class StoredSpace(NamedTuple):
-    """A space as it is on disk. `num_rows` counts texts; `last_used` is in seconds since 1970."""
+    """A space on disk: how many texts and bytes, and when it was last used, in seconds since 1970."""
 
     space: Space
-    num_rows: int
+    num_texts: int
     num_bytes: int
     last_used: float
 
 
+class Rows:
+    """The rows of a space as last read from the database: where each key is, and the mapped vectors."""
+
+    def __init__(self, path: Path, dim: int, version: tuple[int, int] | None):
+        self.path, self.dim, self.version = path, dim, version  # version: (id, num_repairs); None: not on disk
+        self.last_used, self.vectors = 0.0, np.empty((0, dim), VECTOR_TYPE)
+        self.second_R, self.checksums_R = np.empty(0, "<u8"), np.empty(0, "<u4")  # second halves of the keys
+        self.sorted_R = np.empty(0, "<u8")  # the first 32 bits of each key, then its row, ascending
+
+    def __len__(self) -> int:
+        return len(self.checksums_R)
+
+    def add(self, records_M: np.ndarray) -> None:
+        rows_M = np.arange(len(self), len(self) + len(records_M), dtype="<u8")
+        self.sorted_R = np.concatenate([self.sorted_R, records_M["key"][:, 0] & ~ROW_BITS | rows_M])
+        self.sorted_R.sort()  # 6 times faster than argsort
+        self.second_R = np.concatenate([self.second_R, records_M["key"][:, 1]])
+        self.checksums_R = np.concatenate([self.checksums_R, records_M["checksum"]])
+
+    def map(self) -> None:
+        """Maps the vectors. Raises `ValueError` when the file has fewer of them than there are rows."""
+        needed, found = len(self) * self.dim * VECTOR_TYPE.itemsize, _size(self.path)
+        if found < needed:
+            rows = f"{found:,} bytes, expected at least {needed:,} for {len(self):,} rows"
+            raise ValueError(f"{self.path}: {rows}; {_advice(self.path.parent)}")
+        if len(self.vectors) < len(self):
+            self.vectors = np.memmap(self.path, VECTOR_TYPE, "r", shape=(len(self), self.dim))
+
+    def find(self, keys_N2: np.ndarray) -> np.ndarray:
+        """The row of each key, [N] int64; -1: none."""
+        found_N = np.full(len(keys_N2), -1, dtype=np.int64)
+        pending_M = np.argsort(keys_N2[:, 0])  # sorted keys search neighbouring places
+        place_M = np.searchsorted(self.sorted_R, keys_N2[pending_M, 0] & ~ROW_BITS, side="left")
+        end_M = np.searchsorted(self.sorted_R, keys_N2[pending_M, 0] | ROW_BITS, side="right")
+        while True:
+            left_M = place_M < end_M
+            pending_M, place_M, end_M = pending_M[left_M], place_M[left_M], end_M[left_M]
+            if not len(pending_M):
+                return found_N
+            row_M = (self.sorted_R[place_M] & ROW_BITS).astype(np.int64)
+            same_M = self.second_R[row_M] == keys_N2[pending_M, 1]
+            found_N[pending_M[same_M]] = row_M[same_M]
+            # The others share 32 bits with another key.
+            pending_M, place_M, end_M = pending_M[~same_M], place_M[~same_M] + 1, end_M[~same_M]
+
+
 class Store:
-    """A folder of embeddings; it is made when missing, and nothing in it is read before it is asked for.
+    """A folder of embeddings, created if missing; one of an earlier version is converted when it is first used.
 
-    `hits` and `misses` count texts asked of this object: those that were there (or stood twice), those computed.
-
-    Raises:
-        ValueError: `folder` is a file.
+    `hits` and `misses` count the texts this object was asked for: those found (or asked for twice), those computed.
+    `timeout_seconds`: how long to wait while another process writes to the database. Raises `ValueError` when the
+    folder is a file.
     """
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Path, *, timeout_seconds: float = 600.0):
+        self.folder, self.timeout_seconds = Path(folder), timeout_seconds
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{folder}: is a file, expected the folder of a store")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.hits = self.misses = 0
         self._opened: dict[str, Rows] = {}
+        self._turns: set[str] = set()
         self._said_waiting = False
 
     def __reduce__(self):
-        # Copies and other processes open the folder for themselves; a copy of a map would be the vectors themselves.
+        # Copies and other processes open the folder themselves: a copied map would be all the vectors.
         return Store, (self.folder,)
-
-    def encode(
-        self,
-        space: Space,
-        texts: Sequence[str],
-        compute: Callable[[list[str]], np.ndarray],
-        *,
-        slice_texts: int = SLICE_TEXTS,
-    ) -> np.ndarray:
-        """Vectors of N texts, [N, D] float32, in the order given: `fill`, then `read`."""
-        return self.read(space, self.fill(space, texts, compute, slice_texts=slice_texts))
 
     def fill(
         self,
@@ -96,211 +147,298 @@ class Store:
         texts: Sequence[str],
         compute: Callable[[list[str]], np.ndarray],
         *,
-        slice_texts: int = SLICE_TEXTS,
+        slice_texts: int = 16_384,
     ) -> np.ndarray:
-        """Computes and stores what is missing, and gives the rows of N texts, [N] int64. Memory: one slice.
+        """Computes and stores what is missing; returns the row of each text, [N] int64.
+
+        Processes that fill the same space take turns, a slice each, so no text is computed twice.
 
         Args:
-            compute: M texts -> [M, D], finite; called with each missing text once, in slices of `slice_texts`. A slice
-                is on disk before the next one is computed, and the lock is held for that alone.
+            compute: M texts -> [M, D], finite; called once with each missing text.
+            slice_texts: texts computed at once: what a kill can lose, and the memory used.
 
         Raises:
-            ValueError: a text that is no str or cannot be UTF-8, vectors of another shape or not finite (naming the
-                row of `texts`), files that are damaged. What was stored before stays.
+            ValueError: a text that is not a str or not valid UTF-8, vectors of the wrong shape or not finite (naming
+                the row of `texts`), damaged files. What was stored before stays.
         """
-        keys_N3 = text_keys(texts)
-        found_N = self._look(space).find(keys_N3)
-        first_rows: dict[str, int] = {}
+        keys_N2 = text_keys(texts)
+        opened = self._look(space)
+        found_N, missing = opened.find(keys_N2), {}
         for row in np.flatnonzero(found_N < 0).tolist():
-            first_rows.setdefault(texts[row], row)
-        missing = list(first_rows.values())
-        self.hits += len(texts) - len(missing)
+            missing.setdefault(texts[row], row)
+        first_rows, computed = np.array(list(missing.values()), dtype=np.int64), 0
         for start in range(0, len(missing), slice_texts):
-            rows = missing[start : start + slice_texts]
-            self._append(space, keys_N3[rows], _checked(compute([texts[row] for row in rows]), space.dim, rows))
+            with self.turn(space):
+                rows = first_rows[start : start + slice_texts]
+                rows = rows[self._look(space).find(keys_N2[rows]) < 0]  # another process may have added some
+                if len(rows):
+                    vectors_MD = _checked(compute([texts[row] for row in rows.tolist()]), space.dim, rows)
+                    self._append(space, keys_N2[rows], vectors_MD)
+            computed += len(rows)
             self.misses += len(rows)
-            self._note_use(space)
+        self.hits += len(texts) - computed
         if missing:
-            found_N = self._look(space).find(keys_N3)
+            found_N = self._look(space).find(keys_N2)
             if (found_N < 0).any():
-                raise ValueError(f"{self._path(space)}: texts were removed by another process while others were added")
-        self._note_use(space)
+                raise ValueError(f"{self.folder}: another process removed texts of {space.name} while it was filled")
+        elif opened.version and time.time() - opened.last_used > 60:
+            with contextlib.suppress(ValueError), self._transaction(write=True) as database:  # unless it is read-only
+                database.execute("UPDATE spaces SET last_used = ? WHERE id = ?", (time.time(), opened.version[0]))
         return found_N
 
     def read(self, space: Space, rows: np.ndarray) -> np.ndarray:
-        """Vectors of rows that `rows` or `fill` gave, [len(rows), D] float32, each checked against its CRC-32.
+        """Vectors of the rows that `find` or `fill` returned, [len(rows), D] float32, each checked against its CRC-32.
 
-        Raises:
-            ValueError: a row that is not there, or whose bytes are not those that were stored.
+        Raises `ValueError` for a row that does not exist, or whose bytes are not those that were stored.
         """
-        opened, rows = self._open(space), np.asarray(rows, dtype=np.int64)
+        opened, rows = self._opened.get(space.fingerprint) or self._look(space), np.asarray(rows, dtype=np.int64)
         if rows.size and not 0 <= rows.min() <= rows.max() < len(opened):
-            raise ValueError(
-                f"{self._path(space)}: rows {rows.min()} to {rows.max()} were asked for, there are {len(opened):,}"
-            )
-        vectors_ND, records_N = np.asarray(opened.vectors)[rows], np.asarray(opened.records)[rows]
-        damaged_N = checksums(records_N["key"], vectors_ND) != records_N["checksum"]
+            raise ValueError(f"{self.folder}: rows are {rows.min()} to {rows.max()}, expected 0 to {len(opened) - 1}")
+        vectors_ND = np.asarray(opened.vectors)[rows]
+        damaged_N = _checksums(vectors_ND) != opened.checksums_R[rows]
         if damaged_N.any():
-            raise ValueError(
-                f"{self._path(space) / VECTORS_FILE}: row {rows[damaged_N.argmax()]} is damaged"
-                f" ({damaged_N.sum():,} of {len(rows):,} rows read); {advice(self.folder)}"
-            )
+            which = f"row {rows[damaged_N.argmax()]} is damaged ({damaged_N.sum():,} of {len(rows):,} rows read)"
+            raise ValueError(f"{opened.path}: {which}; {_advice(self.folder)}")
         return vectors_ND.astype(np.float32, copy=False)
 
-    def rows(self, space: Space, texts: Sequence[str]) -> np.ndarray:
+    def find(self, space: Space, texts: Sequence[str]) -> np.ndarray:
         """The row of each text, [N] int64, -1 where it is not stored. Sees what other processes have added."""
         return self._look(space).find(text_keys(texts))
 
-    def open(self, space: Space) -> np.ndarray:
-        """All rows of a space, [R, D] float32, as a read-only memory map; no checksum is looked at.
+    @contextlib.contextmanager
+    def turn(self, space: Space) -> Iterator[None]:
+        """Held while vectors of a space are computed (or paid for), so that no two processes do the same work.
 
-        With `rows`, or `fill`, a way to work through a corpus that does not fit in memory: the rows that these gave
-        last are all there. Rows that were repaired away are there as well, and no text's.
+        Others wait, then look again; reading needs no turn. Whoever has the turn may take it again.
         """
-        return self._open(space).vectors
+        if space.name in self._turns:
+            yield
+            return
+        with locked(self.folder / f"{space.name}.lock", wait=self._say_waiting):
+            self._turns.add(space.name)
+            try:
+                yield
+            finally:
+                self._turns.discard(space.name)
 
-    # What is in it.
+    def _say_waiting(self, holder: str) -> None:
+        if not self._said_waiting:
+            print(f"{self.folder}: waiting for {holder}, which computes vectors of the same model", file=sys.stderr)
+        self._said_waiting = True
 
-    def asking(self, space: Space) -> AbstractContextManager[None]:
-        """Held by whoever pays for vectors of a space, so that no two processes pay for the same; a second one waits.
-
-        It looks again then. Not needed to read, nor for `fill`.
-        """
-        return locked(
-            self.folder / f"{space.name}.asking",
-            wait=lambda holder: self._say_waiting(holder, "asking for vectors of the same model"),
-        )
-
-    def names(self) -> list[str]:
-        """The names of its spaces, in order."""
-        pattern = re.compile(rf"[0-9a-f]{{{NAME_DIGITS}}}")
-        return sorted(path.name for path in self.folder.iterdir() if pattern.fullmatch(path.name) and path.is_dir())
-
-    def describe(self, name: str) -> StoredSpace:
-        """The space of a name. Raises `ValueError` for a name that is not there, or files that are damaged."""
-        folder = self._named(name)
-        space, last_used = read_space(folder), (folder / SPACE_FILE).stat().st_mtime
-        rows = Rows(folder, space.dim)
-        rows.refresh()
-        num_bytes = sum(path.stat().st_size for path in folder.iterdir())
-        return StoredSpace(space, int(rows.records["key"].any(axis=1).sum()), num_bytes, last_used)
-
-    def unused(self, seconds: float) -> list[str]:
-        """The names of the spaces whose last use is longer ago, those that lack their space.json among them."""
-        latest = time.time() - seconds
-        files = {name: self.folder / name / SPACE_FILE for name in self.names()}
-        return [name for name, file in files.items() if not file.is_file() or file.stat().st_mtime < latest]
-
-    def num_bytes(self) -> int:
-        """Of all its files."""
-        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
-
-    def verify(self, name: str) -> Verified:
-        """Reads all of a space. Raises `ValueError` for a name that is not there, or a damaged space.json."""
-        folder = self._named(name)
-        return verify(folder, read_space(folder).dim)
-
-    def repair(self, name: str) -> Verified:
-        """Forgets the rows that `verify` finds; their texts are computed again when asked for.
-
-        Other rows keep their numbers: the record of a forgotten one becomes zeros, which is no text's.
-        """
-        folder = self._named(name)
-        with self._locked():
-            dim = read_space(folder).dim
-            found = verify(folder, dim)
-            forget(folder, dim, found.damaged)
-        return found
-
-    def prune(self, *names: str) -> None:
-        """Removes spaces, all or, when a name is not there, none.
-
-        A process that has one open reads on; one that writes to it begins it anew.
-        """
-        folders = [self._named(name) for name in names]
-        with self._locked():
-            self._sweep()  # what a killed process left: it may have the name that is wanted
-            for folder in folders:
-                # Out of the way, so that a kill leaves no half of it under its name.
-                folder.rename(self.folder / f".{folder.name}.{os.getpid()}.tmp")
-            self._sweep()
-
-    def _sweep(self) -> None:
-        for gone in self.folder.glob(".*.tmp"):
-            shutil.rmtree(gone)
-
-    def _named(self, name: str) -> Path:
-        if name not in self.names():
-            raise ValueError(f"{self.folder}: no space {name!r}, expected one of {', '.join(self.names()) or '(none)'}")
-        return self.folder / name
-
-    # Reading and writing.
-
-    def _path(self, space: Space) -> Path:
-        return self.folder / space.name
-
-    def _open(self, space: Space) -> "Rows":
-        """The rows as they were last looked at."""
-        return self._opened[space.fingerprint] if space.fingerprint in self._opened else self._look(space)
-
-    def _look(self, space: Space) -> "Rows":
-        """The rows as they are now."""
-        opened = self._opened.get(space.fingerprint)
-        if opened is None:
+    def _look(self, space: Space, database: sqlite3.Connection | None = None) -> Rows:
+        """The rows of a space as they are now."""
+        if database is None:
             if not re.fullmatch("[0-9a-f]{64}", space.fingerprint) or space.dim < 1:
-                raise ValueError(f"{space!r} is no space: expected a SHA-256 in hexadecimal and a dim of at least 1")
-            opened = Rows(self._path(space), space.dim)
-        if opened.refresh() and (len(opened) or (self._path(space) / SPACE_FILE).exists()):
-            found = read_space(self._path(space))
-            if (found.fingerprint, found.dim) != (space.fingerprint, space.dim):
-                raise ValueError(
-                    f"{self._path(space) / SPACE_FILE}: is of fingerprint {found.fingerprint} and dim {found.dim},"
-                    f" expected {space.fingerprint} and {space.dim}"
-                )
+                raise ValueError(f"{space!r}: expected a SHA-256 in hexadecimal and a dim of at least 1")
+            with self._transaction() as database:
+                return self._look(space, database)
+        sql = "SELECT id, num_repairs, dim, last_used FROM spaces WHERE fingerprint = ?"
+        *version, dim, last_used = database.execute(sql, (space.fingerprint,)).fetchone() or (space.dim, 0.0)
+        version = tuple(version) or None
+        if dim != space.dim:
+            raise ValueError(f"{self.folder}: {space.name} has dim {dim}, expected {space.dim}")
+        opened = self._opened.get(space.fingerprint)
+        if opened is None or opened.version != version:
+            opened = Rows(self._path(space.fingerprint, version[0] if version else 0), space.dim, version)
+        if version:
+            sql = "SELECT records FROM batches WHERE space = ? AND first_row >= ? ORDER BY first_row"
+            content = b"".join(row[0] for row in database.execute(sql, (version[0], len(opened))))
+            if content:
+                opened.add(np.frombuffer(content, RECORD))
+            opened.map()
+        opened.last_used = last_used
         self._opened[space.fingerprint] = opened
         return opened
 
-    def _append(self, space: Space, keys_M3: np.ndarray, vectors_MD: np.ndarray) -> None:
-        path = self._path(space) / SPACE_FILE
-        with self._locked():
-            opened = self._look(space)
-            # Another process may have added them since.
-            new_M = opened.find(keys_M3) < 0
-            if new_M.any():
-                if not path.is_file():
-                    self._begin(space)
-                opened.append(keys_M3[new_M], vectors_MD[new_M])
+    def _append(self, space: Space, keys_M2: np.ndarray, vectors_MD: np.ndarray) -> None:
+        with self._transaction(write=True) as database:
+            row = (space.fingerprint, space.dim, json.dumps(space.description), time.time())
+            database.execute(ADD_SPACE, row).fetchall()
+            opened = self._look(space, database)
+            records_M = np.empty(len(keys_M2), RECORD)
+            records_M["key"], records_M["checksum"] = keys_M2, _checksums(vectors_MD)
+            with open(opened.path, "r+b" if opened.path.is_file() else "xb") as file:
+                place = len(opened) * space.dim * VECTOR_TYPE.itemsize
+                file.truncate(place)
+                file.seek(place)
+                file.write(memoryview(vectors_MD).cast("B"))
+                file.flush()
+                os.fsync(file.fileno())
+            _write_records(database, opened.version[0], len(opened), records_M)
 
-    def _begin(self, space: Space) -> None:
-        """Writes space.json. A new folder is there only with it: others look without a lock."""
-        folder = self._path(space)
-        new = folder if folder.exists() else self.folder / f".{folder.name}.{os.getpid()}.tmp"
-        write_json(new / SPACE_FILE, {"version": VERSION, **space._asdict()})
-        new.rename(folder)
+    # Spaces.
 
-    def _locked(self) -> AbstractContextManager[None]:
-        return locked(self.folder / LOCK_FILE, wait=self._say_waiting)
+    def spaces(self) -> dict[str, StoredSpace]:
+        """The spaces by name, in order of their names."""
+        sql = """SELECT id, fingerprint, dim, description, last_used, coalesce(sum(num_texts), 0),
+            coalesce(sum(length(records)), 0) FROM spaces LEFT JOIN batches ON space = id GROUP BY id"""
+        with self._transaction() as database:
+            rows = database.execute(sql).fetchall()
+        found = {}
+        for identity, fingerprint, dim, description, last_used, num_texts, num_bytes in rows:
+            space = Space(fingerprint, dim, json.loads(description))
+            num_bytes += _size(self._path(fingerprint, identity))
+            found[space.name] = StoredSpace(space, num_texts, num_bytes, last_used)
+        return dict(sorted(found.items()))
 
-    def _say_waiting(self, holder: str, doing: str = "writing") -> None:
-        if not self._said_waiting:
-            print(f"{self.folder}: waiting for {holder}, which is {doing}", file=sys.stderr)
-        self._said_waiting = True
+    def num_bytes(self) -> int:
+        """The size of all files."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
 
-    def _note_use(self, space: Space) -> None:
-        # What may only be read, or was just removed, is no error.
-        with suppress(OSError):
-            path = self._path(space) / SPACE_FILE
-            if time.time() - path.stat().st_mtime > USE_SECONDS:
-                os.utime(path)
+    def verify(self, name: str, *, repair: bool = False) -> tuple[int, np.ndarray]:
+        """Reads all of a space; returns its number of texts and the rows whose vectors are damaged, ascending.
+
+        `repair` also drops these rows, so that their texts are computed again; the others keep their numbers. Raises
+        `ValueError` for an unknown name or a damaged database.
+        """
+        with self._transaction(write=repair) as database:
+            (state,) = database.execute("PRAGMA quick_check(1)").fetchone()
+            if state != "ok":
+                raise ValueError(f"{self.folder / DATABASE}: {' '.join(state.split())}")
+            identity, fingerprint, dim = self._named(database, name)
+            path, damaged, num_texts, end = self._path(fingerprint, identity), [np.empty(0, np.int64)], 0, 0
+            sql = "SELECT first_row, records FROM batches WHERE space = ? ORDER BY first_row"
+            for first_row, content in database.execute(sql, (identity,)).fetchall():
+                records = np.frombuffer(content, RECORD).copy()
+                is_text_M = records["key"].any(axis=1)
+                wrong_M = is_text_M & _wrong(path, first_row, records["checksum"], dim)
+                damaged.append(first_row + np.flatnonzero(wrong_M))
+                num_texts, end = num_texts + int(is_text_M.sum()), first_row + len(records)
+                if repair and wrong_M.any():
+                    records[wrong_M] = 0
+                    _write_records(database, identity, first_row, records)
+            damaged = np.concatenate(damaged)
+            if repair and len(damaged):
+                database.execute("UPDATE spaces SET num_repairs = num_repairs + 1 WHERE id = ?", (identity,))
+                path.touch()
+                os.truncate(path, max(_size(path), end * dim * VECTOR_TYPE.itemsize))
+        return num_texts, damaged
+
+    def prune(self, *names: str) -> None:
+        """Removes spaces: all of them or, when a name is unknown, none.
+
+        A process that reads one continues; one that fills it starts it again.
+        """
+        with self._transaction(write=True) as database:
+            for identity, *_ in [self._named(database, name) for name in dict.fromkeys(names)]:
+                database.execute("DELETE FROM batches WHERE space = ?", (identity,))
+                database.execute("DELETE FROM spaces WHERE id = ?", (identity,))
+        with self._transaction(write=True) as database:  # files that no space has, of a killed process too
+            known = {self._path(*row) for row in database.execute("SELECT fingerprint, id FROM spaces")}
+            for path in set(self.folder.glob("*.f32")) - known:
+                path.unlink()
+
+    def _named(self, database: sqlite3.Connection, name: str) -> tuple[int, str, int]:
+        rows = {row[1][:NAME_DIGITS]: row for row in database.execute("SELECT id, fingerprint, dim FROM spaces")}
+        if name not in rows:
+            raise ValueError(f"{self.folder}: no space {name!r}, expected one of {', '.join(sorted(rows)) or '(none)'}")
+        return rows[name]
+
+    def _path(self, fingerprint: str, identity: int) -> Path:
+        return self.folder / f"{fingerprint[:NAME_DIGITS]}.{identity}.f32"
+
+    @contextlib.contextmanager
+    def _transaction(self, *, write: bool = False) -> Iterator[sqlite3.Connection]:
+        """A transaction on a connection of its own: all of it happens or, after an error or a kill, nothing."""
+        path = self.folder / DATABASE
+        try:
+            connection = sqlite3.connect(path, timeout=self.timeout_seconds, isolation_level=None)
+            with contextlib.closing(connection):
+                (version,) = connection.execute("PRAGMA user_version").fetchone()
+                if not version:
+                    self._create(connection)
+                elif version != VERSION:
+                    raise ValueError(f"{path}: version is {version}, expected {VERSION}: a newer embedft wrote it")
+                connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+                with connection:  # commits, or rolls back after an error
+                    yield connection
+        except sqlite3.Error as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def _create(self, connection: sqlite3.Connection) -> None:
+        connection.execute("PRAGMA auto_vacuum = FULL")  # the file shrinks when a space is removed
+        connection.execute("BEGIN IMMEDIATE")
+        with connection:
+            if connection.execute("PRAGMA user_version").fetchone()[0]:
+                return  # another process was faster
+            for statement in SCHEMA.split(";"):
+                connection.execute(statement)
+            old = sorted(path.parent for path in self.folder.glob("[0-9a-f]" * NAME_DIGITS + "/space.json"))
+            for folder in old:
+                self._convert(connection, folder)
+            connection.execute(f"PRAGMA user_version = {VERSION}")
+        for folder in old:
+            shutil.rmtree(folder)
+
+    def _convert(self, connection: sqlite3.Connection, folder: Path) -> None:
+        """Takes over a space of version 1, a folder with space.json, vectors.f32 and keys.bin, after a kill again."""
+        values, keys = read_object(folder / "space.json"), folder / "keys.bin"
+        if values.get("version") != 1 or str(values.get("fingerprint"))[:NAME_DIGITS] != folder.name:
+            raise ValueError(f"{folder / 'space.json'}: not what embedft writes; delete {folder}")
+        used = (folder / "space.json").stat().st_mtime
+        row = (values["fingerprint"], values["dim"], json.dumps(values["description"]), used)
+        ((identity, dim),) = connection.execute(ADD_SPACE, row).fetchall()
+        path = self._path(values["fingerprint"], identity)
+        if (folder / "vectors.f32").is_file():
+            os.replace(folder / "vectors.f32", path)
+        record = np.dtype([("key", "<u8", 3), ("checksum", "<u4")])  # the checksum covers key and vector
+        num_rows = min(_size(keys) // record.itemsize, _size(path) // (dim * VECTOR_TYPE.itemsize))
+        if num_rows:
+            old, vectors = np.fromfile(keys, record, num_rows), np.memmap(path, VECTOR_TYPE, "r", shape=(num_rows, dim))
+            records = np.zeros(num_rows, RECORD)
+            records["key"], records["checksum"] = old["key"][:, :2], _checksums(vectors)
+            starts = (zlib.crc32(key.tobytes()) for key in old["key"])
+            records[_checksums(vectors, starts) != old["checksum"]] = 0
+            _write_records(connection, identity, 0, records)
 
 
-def _checked(vectors: np.ndarray, dim: int, rows: Sequence[int]) -> np.ndarray:
-    """What `compute` gave for `rows` of the texts, ready to be written."""
+def text_keys(texts: Sequence[str]) -> np.ndarray:
+    """The key of each text, [N, 2] little-endian 64-bit words: 16 bytes of its BLAKE2b. Raises as `check_texts`."""
+    # 16 of the 24 that version 1 stored; `Rows` compares 12: two of 10^9 texts share them with a probability of 10^-11.
+    digests = (blake2b(text.encode(), digest_size=24).digest()[:16] for text in check_texts(texts))
+    return np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2)
+
+
+def _write_records(database: sqlite3.Connection, space: int, first_row: int, records_M: np.ndarray) -> None:
+    num_texts = int(records_M["key"].any(axis=1).sum())
+    values = (space, first_row, num_texts, records_M.tobytes())
+    database.execute("INSERT OR REPLACE INTO batches VALUES (?, ?, ?, ?)", values)
+
+
+def _checksums(vectors_MD: np.ndarray, *starts: Iterator[int]) -> np.ndarray:
+    """The CRC-32 of each vector's bytes, [M] uint32; of version 1, continued from `starts`."""
+    content = memoryview(np.ascontiguousarray(vectors_MD).reshape(-1).view(np.uint8))
+    step, num_rows = vectors_MD.shape[1] * VECTOR_TYPE.itemsize, len(vectors_MD)
+    rows = (content[place : place + step] for place in range(0, num_rows * step, step))
+    return np.fromiter(map(zlib.crc32, rows, *starts), dtype=np.uint32, count=num_rows)
+
+
+def _wrong(path: Path, first_row: int, checksums_M: np.ndarray, dim: int) -> np.ndarray:
+    """Which vectors, from a row of the file on, are missing or do not have these checksums, [M] bool."""
+    wrong_M, step = np.ones(len(checksums_M), dtype=bool), dim * VECTOR_TYPE.itemsize
+    num_whole = min(len(checksums_M), max(0, _size(path) // step - first_row))
+    if num_whole:
+        vectors = np.memmap(path, VECTOR_TYPE, "r", offset=first_row * step, shape=(num_whole, dim))
+        wrong_M[:num_whole] = _checksums(vectors) != checksums_M[:num_whole]
+    return wrong_M
+
+
+def _checked(vectors: np.ndarray, dim: int, rows: np.ndarray) -> np.ndarray:
+    """What `compute` returned for these rows of the texts, ready to be written."""
     vectors = np.asarray(vectors)
     if vectors.shape != (len(rows), dim):
-        raise ValueError(f"{len(rows)} texts were computed as an array of shape {vectors.shape}, expected [N, {dim}]")
+        raise ValueError(f"compute returned shape {vectors.shape} for {len(rows)} texts, expected [N, {dim}]")
     vectors_MD = np.ascontiguousarray(vectors, dtype=VECTOR_TYPE)
     finite_M = np.isfinite(vectors_MD).all(axis=1)
     if not finite_M.all():
-        raise ValueError(f"the vector of texts[{rows[finite_M.argmin()]}] has values that are not finite: not stored")
+        raise ValueError(f"the vector of texts[{rows[finite_M.argmin()]}] has values that are not finite")
     return vectors_MD
+
+
+def _advice(folder: Path) -> str:
+    return f"see `embedft store {folder} --verify`, drop such rows with --repair"
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0

@@ -74,21 +74,9 @@ class Tokenizer:
         """The largest token id it can give."""
         return max(self.backend.get_vocab(with_added_tokens=True).values())
 
-    def _prepare(self, texts: Sequence[str]) -> list[str]:
-        if isinstance(texts, str):
-            raise ValueError("texts is a str, expected a list of str")
-        for row, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise ValueError(f"texts[{row}] is a {type(text).__name__}, expected a str")
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(f"texts[{row}] has a lone surrogate at character {error.start}") from None
-        return list(texts)
-
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text with its special tokens, cut to `max_length`."""
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(self._prepare(texts))]
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(check_texts(texts))]
 
     def words(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text whole: no special tokens, no truncation."""
@@ -123,7 +111,7 @@ class Tokenizer:
             )
         if not 1 <= stride <= size:
             raise ValueError(f"passages start every {stride} tokens, expected 1 to their size, {size}")
-        windows, source, texts = [], [], self._prepare(texts)
+        windows, source, texts = [], [], check_texts(texts)
         for row, encoding in enumerate(self._whole([prompt + text for text in texts] if prompt else texts)):
             ids = encoding.ids
             cut = [ids] if len(ids) <= size else _cut(ids, encoding.special_tokens_mask, prompt_ids, size, stride)
@@ -135,7 +123,7 @@ class Tokenizer:
         """Texts without truncation."""
         self.backend.no_truncation()
         try:
-            return self.backend.encode_batch_fast(self._prepare(texts), add_special_tokens=special)
+            return self.backend.encode_batch_fast(check_texts(texts), add_special_tokens=special)
         finally:
             self._truncate()
 
@@ -149,6 +137,20 @@ class Tokenizer:
         with atomic_write(folder / TOKENIZER_FILE) as file:
             file.write(self.backend.to_str(pretty=True))
         write_json(folder / TOKENIZER_CONFIG_FILE, {**self.config, "model_max_length": self.max_length})
+
+
+def check_texts(texts: Sequence[str]) -> list[str]:
+    """The texts as a list. Raises `ValueError` naming one that is not a str, or that UTF-8 cannot hold."""
+    if isinstance(texts, str):
+        raise ValueError("texts is a str, expected a list of str")
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"texts[{row}] is a {type(text).__name__}, expected a str")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"texts[{row}] has a lone surrogate at character {error.start}") from None
+    return list(texts)
 
 
 def _cut(ids: list[int], special: list[int], prompt_ids: list[int], size: int, stride: int) -> list[list[int]]:
