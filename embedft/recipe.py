@@ -26,7 +26,7 @@ from .losses.registry import LOSSES, Loss, build_loss
 from .retrieval.evaluate import evaluate, evaluate_run
 from .retrieval.metrics import select_metrics
 from .retrieval.report import Report
-from .retrieval.run import Run, check_trec_ids
+from .retrieval.run import Run
 from .training import distributed, runs
 from .training.references import FrozenEmbeddings, Reference, targets_with
 from .training.train import Refresh, TrainConfig, train
@@ -171,7 +171,6 @@ def finetune(
         hashes = {"model": embedder.sha256(), "train": dataset.sha256(), **reference_hashes}
         if validation is not None:
             hashes["validation"] = validation.sha256()
-            check_trec_ids([*validation.queries, *validation.corpus])
         settings = to_dict(config)
         distributed.check_same({**hashes, **settings})
         opening = {"hashes": hashes, "device": embedder.device, "existing": existing}

@@ -7,7 +7,7 @@ Measured on the 790 questions over Uber's 10-K, 395 chunks of about 660 tokens e
 - windows: 128 tokens, one every 64, a chunk by its best one
 - BM25 over the tokens of the base, and over words
 - BM25 + either: z-score fusion with the weight that has the best MRR@10 on the 668 questions over Lyft's 10-K
-- with --tuned, fine-tuned models, one a seed: the mean of each question over them
+- with --tuned, fine-tuned models, one per seed: their mean
 
     python -m experiments.baselines_lyft_uber
     python -m experiments.baselines_lyft_uber --tuned runs/repro_finetune_lyft_uber/*/s?/model
@@ -16,14 +16,18 @@ Each text is embedded once: the vectors are kept, and a second run computes none
 """
 
 import argparse
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 
-from embedft import Report, RetrievalDataset, bm25_run, compare, evaluate, evaluate_run, fuse, load_embedder
+import numpy as np
+
+from embedft import Report, RetrievalDataset, bm25_run, evaluate, evaluate_run, fuse, load_embedder
 from embedft.retrieval.fusion import choose_weight
+from embedft.retrieval.significance import holm
 from embedft.retrieval.tables import format_table
 
-from .clean_lyft_uber import mean_report
 from .commandline import make_parser, run
+from .report import compare_recipes, difference_cells
 from .repro_finetune_lyft_uber import ADA_HIT_RATE, MAX_LENGTH
 from .repro_finetune_lyft_uber import PUBLISHED as PUBLISHED_BGE
 from .sources import find_data
@@ -58,10 +62,10 @@ def main(options: argparse.Namespace) -> None:
         weights = choose_weight([bm25[0], dense[0]], lyft, metric=CHOOSE)
         fused = fuse([bm25[1], dense[1]], method="zscore", weights=weights)
         runs[f"{weights[0]:g} BM25 + {weights[1]:g} {name}"] = fused
-    reports = {name: evaluate_run(run, uber) for name, run in runs.items()}
+    reports = {name: [evaluate_run(run, uber)] for name, run in runs.items()}
     if tuned:
-        reports["fine-tuned, one vector"] = mean_report([evaluate(model, uber) for model in tuned])
-        reports["fine-tuned, windows"] = mean_report([evaluate(model, uber, passages=PASSAGES) for model in tuned])
+        reports["fine-tuned, one vector"] = [evaluate(model, uber) for model in tuned]
+        reports["fine-tuned, windows"] = [evaluate(model, uber, passages=PASSAGES) for model in tuned]
 
     print(format_values(reports))
     print(f"\n{format_differences(reports)}")
@@ -72,33 +76,34 @@ def main(options: argparse.Namespace) -> None:
         f"where nothing else is said; z-scores, weights chosen on Lyft."
     )
     if tuned:
-        print(f"Fine-tuned: each question's mean over {len(tuned)} models.")
+        print(f"Fine-tuned: mean over {len(tuned)} seeds, intervals and p-values for new seeds and new questions.")
     print(
-        "Published: untrained, LlamaIndex, August 2023. Intervals: questions resampled by document; p: Holm over the "
+        "Published: untrained, LlamaIndex, August 2023. Intervals: questions clustered by document; p: Holm over the "
         "rows.\nA model wrote these questions from the chunks and repeats their words, which favours word matching:\n"
         "BM25 is stronger here than on users' questions."
     )
 
 
-def format_values(reports: Mapping[str, Report]) -> str:
-    """A row of metrics a report, below the published ones."""
+def format_values(reports: Mapping[str, Sequence[Report]]) -> str:
+    """A row of metrics per name, their mean over its reports, below the published ones."""
     values = {f"{name}, published": row for name, row in PUBLISHED.items()}
-    values |= {name: report.metrics for name, report in reports.items()}
+    for name, found in reports.items():
+        values[name] = {metric: np.mean([report.metrics[metric] for report in found]) for metric in METRICS}
     rows = [
         [name, *(f"{row[metric]:.4f}" if metric in row else "" for metric in METRICS)] for name, row in values.items()
     ]
     return format_table(["Uber", *METRICS], rows)
 
 
-def format_differences(reports: Mapping[str, Report]) -> str:
-    """A row of differences to the first report for every other one, with interval and Holm's p-value."""
+def format_differences(reports: Mapping[str, Sequence[Report]]) -> str:
+    """A row of differences from the first name for each other one, with interval and Holm-adjusted p-value."""
     base, *names = reports
     rows = {name: [name] for name in names}
     for metric in COMPARED:
-        comparisons = compare(reports[base], *(reports[name] for name in names), metric=metric)
-        for row, found in zip(rows.values(), comparisons, strict=True):
-            low, high = found.interval
-            row += [f"{found.difference:+.4f}", f"[{low:+.4f}, {high:+.4f}]", f"{found.p_value:.4f}"]
+        comparisons = [compare_recipes(reports[base], reports[name], metric=metric) for name in names]
+        adjusted = holm([comparison.p_value for comparison in comparisons])
+        for row, comparison, p_value in zip(rows.values(), comparisons, adjusted, strict=True):
+            row += difference_cells(dataclasses.replace(comparison, p_value=p_value))
     header = [f"difference to {base}", *(cell for metric in COMPARED for cell in (metric, "95% interval", "p"))]
     return format_table(header, list(rows.values()))
 

@@ -12,16 +12,15 @@ A seed that is done is not trained again, and one that was killed is resumed: th
 
 import argparse
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
-from embedft import Report, RetrievalDataset, compare, evaluate, evaluate_run, load_embedder
+from embedft import Report, RetrievalDataset, evaluate, evaluate_run, load_embedder
 from embedft.corpus.cleaning import Cleaned, clean
 from embedft.retrieval.tables import format_table
 
 from .commandline import make_parser, run
+from .report import compare_recipes, difference_cells
 from .repro_finetune_lyft_uber import MAX_LENGTH, finetune_seed
 from .sources import find_data
 
@@ -44,18 +43,18 @@ def main(options: argparse.Namespace) -> None:
         return
     out = Path(options.out) / options.base.strip("/").replace("/", "--")
     tuned = {
-        name: mean_report(
+        name: [
             finetune_seed(options.base, train_set, uber, seed, out / name / f"s{seed}", name="uber")
             for seed in options.seeds
-        )
+        ]
         for name, train_set in (("all", lyft), ("cleaned", cleaned_lyft.dataset))
     }
     print(f"\n{format_training(base, tuned['all'], tuned['cleaned'], cleaned_uber.dataset)}")
     seeds = ", ".join(map(str, options.seeds))
     print(
         f"\ntrained on all {len(lyft.queries)} or the {len(cleaned_lyft.dataset.queries)} kept questions over Lyft, "
-        f"each question's mean over seeds {seeds}.\nDifference, interval and p-value: kept against all, questions "
-        "resampled by document."
+        f"mean over seeds {seeds}.\nDifference, interval and p-value: kept against all, for new seeds and new "
+        "questions, clustered by document."
     )
 
 
@@ -98,16 +97,6 @@ def format_groups(report: Report, dataset: RetrievalDataset, cleaned: Cleaned) -
     return format_table(["Uber", "questions", *METRICS], rows)
 
 
-def mean_report(reports: Iterable[Report]) -> Report:
-    """The first report with each question's values averaged over all of them."""
-    first, *others = reports
-    per_query = {
-        metric: np.mean([values, *(report.per_query[metric] for report in others)], axis=0)
-        for metric, values in first.per_query.items()
-    }
-    return dataclasses.replace(first, per_query=per_query)
-
-
 def select_queries(report: Report, kept: RetrievalDataset) -> Report:
     """The report on those of its queries that are in `kept`."""
     places = [place for place, query_id in enumerate(report.query_ids) if query_id in kept.queries]
@@ -121,23 +110,18 @@ def select_queries(report: Report, kept: RetrievalDataset) -> Report:
     )
 
 
-def format_training(base: Report, on_all: Report, on_cleaned: Report, kept: RetrievalDataset) -> str:
-    """A table of base and both trainings, on all queries and on the kept ones."""
+def format_training(
+    base: Report, on_all: Sequence[Report], on_cleaned: Sequence[Report], kept: RetrievalDataset
+) -> str:
+    """A table of base and both trainings, a report per seed each, on all queries and on the kept ones."""
     rows = []
-    reports = (base, on_all, on_cleaned)
-    for name, parts in (("all", reports), ("kept", [select_queries(report, kept) for report in reports])):
+    reports = ([base], on_all, on_cleaned)
+    selected = [[select_queries(report, kept) for report in of_seeds] for of_seeds in reports]
+    for name, (before, first, second) in (("all", reports), ("kept", selected)):
         for metric in METRICS:
-            comparison = compare(parts[1], parts[2], metric=metric)
-            low, high = comparison.interval
-            rows.append(
-                [
-                    f"{name}, {metric}",
-                    *(f"{part.metrics[metric]:.4f}" for part in parts),
-                    f"{comparison.difference:+.4f}",
-                    f"[{low:+.4f}, {high:+.4f}]",
-                    f"{comparison.p_value:.4f}",
-                ]
-            )
+            comparison = compare_recipes(first, second, metric=metric)
+            values = (before[0].metrics[metric], comparison.base, comparison.other)
+            rows.append([f"{name}, {metric}", *(f"{value:.4f}" for value in values), *difference_cells(comparison)])
     header = ["Uber", "base", "on all of Lyft", "on kept Lyft", "difference", "95% interval", "p-value"]
     return format_table(header, rows)
 

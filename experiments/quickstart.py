@@ -23,7 +23,6 @@ from embedft.corpus.pseudo import docstring_datasets, inverse_cloze
 from embedft.device import describe, peak_memory_bytes
 from embedft.encoders.loading import load_reading
 from embedft.files import write_json
-from embedft.retrieval.run import check_trec_ids
 from embedft.retrieval.tables import format_table
 from embedft.training.runs import check_run
 
@@ -44,7 +43,6 @@ def main(options: argparse.Namespace) -> None:
         train_set, held_out = cloze_datasets(options.pdf, options.base)
     elif options.data:
         dataset = RetrievalDataset.load(options.data, skip_empty=True)
-        check_trec_ids([*dataset.queries, *dataset.corpus])
         if dataset.num_skipped:
             print(f"{options.data}: dropped {dataset.num_skipped} rows with empty texts")
         train_set, held_out = dataset.split(0.8, seed=CONFIG.seed)

@@ -1,33 +1,40 @@
-"""Before and after over several metrics, with interval and p-value, as the cells of a table.
+"""Differences between reports, with interval and p-value, as the cells of a table.
 
 print(format_table(COMPARISON_HEADER, comparison_rows(compare_metrics(before, after))))
+compare_recipes([base], [report_of_seed_0, report_of_seed_1], metric="ndcg@10")
 """
 
 from collections.abc import Sequence
 
 from embedft import Comparison, Report, compare
+from embedft.retrieval.report import compare_seeds
 
 METRICS = ("hit_rate@1", "hit_rate@5", "hit_rate@10", "mrr@10", "ndcg@10", "map@100")
+COMPARISON_HEADER = ["metric", "before", "after", "difference", "95% interval", "p-value"]
 
 
 def compare_metrics(before: Report, after: Report, metrics: Sequence[str] = METRICS) -> list[Comparison]:
-    """One comparison a metric. The p-values are each of one test: read the metric you chose beforehand."""
+    """One comparison per metric. Each p-value is that of a single test: read the metric you chose beforehand."""
     return [compare(before, after, metric=metric) for metric in metrics]
 
 
+def compare_recipes(bases: Sequence[Report], others: Sequence[Report], *, metric: str) -> Comparison:
+    """A recipe's reports, one per seed, against one base or as many: `compare_seeds`, or `compare` for a single seed.
+
+    With several seeds, interval and p-value are for new seeds and new questions.
+    """
+    if len(others) > 1:
+        return compare_seeds(bases, others, metric=metric)
+    return compare(bases[0], others[0], metric=metric)
+
+
 def comparison_rows(comparisons: Sequence[Comparison]) -> list[list[str]]:
-    """Cells for `format_table`, below COMPARISON_HEADER: metric, before, after, difference, interval, p-value."""
-    return [
-        [
-            c.metric,
-            f"{c.base:.4f}",
-            f"{c.other:.4f}",
-            f"{c.difference:+.4f}",
-            f"[{c.interval[0]:+.4f}, {c.interval[1]:+.4f}]",
-            f"{c.p_value:.4f}",
-        ]
-        for c in comparisons
-    ]
+    """Cells for `format_table`, below COMPARISON_HEADER."""
+    return [[c.metric, f"{c.base:.4f}", f"{c.other:.4f}", *difference_cells(c)] for c in comparisons]
 
 
-COMPARISON_HEADER = ["metric", "before", "after", "difference", "95% interval", "p-value"]
+def difference_cells(comparison: Comparison) -> list[str]:
+    """Difference, interval and p-value."""
+    low, high = comparison.interval
+    p_value = f"{comparison.p_value:.4f}" if comparison.p_value >= 0.00005 else "<0.0001"
+    return [f"{comparison.difference:+.4f}", f"[{low:+.4f}, {high:+.4f}]", p_value]

@@ -27,7 +27,6 @@ from embedft import (
     Embedder,
     Report,
     RetrievalDataset,
-    compare,
     evaluate,
     fit_adapter,
     load_embedder,
@@ -36,6 +35,7 @@ from embedft.retrieval.tables import format_table
 from embedft.training.closed_forms import procrustes, relevant_pairs, ridge
 
 from .commandline import make_parser, run
+from .report import compare_recipes, difference_cells
 from .sources import find_data
 
 # bge-small-en with the article's adapter: before, after; top 5 retrieved, so MRR is at 5.
@@ -114,8 +114,9 @@ def main(options: argparse.Namespace) -> None:
     print(
         f"\nUber's {base.num_queries} questions against {len(uber.dataset.corpus)} chunks; base: {options.base} at "
         f"{MAX_LENGTH} tokens, one vector a chunk.\nMean ± standard deviation over seeds "
-        f"{', '.join(map(str, options.seeds))} where there are several; interval and p-value: each question's mean "
-        f"over the\nseeds against the base, questions resampled by document. Chosen on Lyft: {describe(setting)}.\n"
+        f"{', '.join(map(str, options.seeds))} where there are several; interval and p-value: for new questions, "
+        f"and for new\nseeds where there are several; questions clustered by document. Chosen on Lyft: "
+        f"{describe(setting)}.\n"
         f"Published, bge-small-en: {published}."
     )
 
@@ -195,23 +196,17 @@ def describe(config: AdapterConfig) -> str:
 def format_columns(base: Report, columns: Mapping[str, Sequence[Report]]) -> str:
     """A row a model and metric: mean over its reports, difference to the base, interval, p-value."""
     rows = [["base", metric, f"{base.metrics[metric]:.4f}", "", "", ""] for metric in METRICS]
-    base = dataclasses.replace(base)
     for name, reports in columns.items():
-        per_query = {metric: np.mean([report.per_query[metric] for report in reports], axis=0) for metric in METRICS}
-        mean = dataclasses.replace(reports[0], per_query=per_query)
         for metric in METRICS:
-            comparison = compare(base, mean, metric=metric)
+            comparison = compare_recipes([base], reports, metric=metric)
             values = [report.metrics[metric] for report in reports]
             spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
-            low, high = comparison.interval
             rows.append(
                 [
                     name,
                     metric,
                     f"{comparison.other:.4f}{spread}",
-                    f"{comparison.difference:+.4f}",
-                    f"[{low:+.4f}, {high:+.4f}]",
-                    f"{comparison.p_value:.4f}",
+                    *difference_cells(comparison),
                 ]
             )
     return format_table(["Uber", "metric", "value", "difference", "95% interval", "p-value"], rows)

@@ -62,7 +62,6 @@ WITHOUT_TORCH = (
     "retrieval.metrics",
     "retrieval.run",
     "retrieval.significance",
-    "retrieval.t_distribution",
     "retrieval.bm25",
     "retrieval.fusion",
     "retrieval.plots",

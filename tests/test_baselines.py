@@ -43,7 +43,7 @@ def report(*ranks: int) -> Report:
 def test_values():
     # Ranks 1, 2, 6 and 8: two of four in the first five, one first; 1/1 + 1/2 + 1/6 + 1/8 = 43/24, over four 0.4479;
     # 1/log2 of 2, 3, 7 and 9: 1 + 0.6309 + 0.3562 + 0.3155 = 2.3026, over four 0.5757.
-    table = cells(format_values({"mine": report(1, 2, 6, 8)}))
+    table = cells(format_values({"mine": [report(1, 2, 6, 8)]}))
     assert table == {
         "Uber": ["hit_rate@5", "accuracy@1", "mrr@10", "ndcg@10", "map@100"],
         "text-embedding-ada-002, published": ["0.8709", "", "", "", ""],
@@ -56,11 +56,11 @@ def test_differences():
     base = report(*[2] * NUM_DOCUMENTS)
     # All from 1/2 to 1: no other sample is as far from 0 but the one with every sign flipped, 2 of 2^8 = 0.0078. The
     # other row has no difference. Holm: twice the smaller p; the larger as it is.
-    reports = {"base": base, "all first": report(*[1] * NUM_DOCUMENTS), "the same": base}
-    table = cells(format_differences(reports))
+    first = report(*[1] * NUM_DOCUMENTS)
+    table = cells(format_differences({"base": [base], "all first": [first], "the same": [base]}))
     assert table["difference to base"] == ["hit_rate@5", "95% interval", "p", "mrr@10", "95% interval", "p"]
     assert table["the same"] == ["+0.0000", "[+0.0000, +0.0000]", "1.0000"] * 2
-    single = compare(base, reports["all first"], metric="mrr@10")
+    single = compare(base, first, metric="mrr@10")
     assert single.p_value == pytest.approx(2 / 2**8, abs=0.004)
     assert len(table) == 3
     assert table["all first"] == [
@@ -131,10 +131,11 @@ def test_the_command(tmp_path, write_tiny, capsys, monkeypatch):
         assert (w, rest) != choose_weight([tokens[1], dense[1].run], uber)  # so that choosing on Uber would show
         fused = fuse([tokens[1], dense[1].run], method="zscore", weights=(w, rest))
         expected[f"{w:g} BM25 + {rest:g} {name}"] = evaluate_run(fused, uber)
+    expected = {name: [found] for name, found in expected.items()}
     first, second = text.split("\n\n")[:2]
     assert first == format_values(expected)
     assert second == format_differences(expected)
-    values = [row.metrics["mrr@10"] for row in expected.values()]
+    values = [found.metrics["mrr@10"] for (found,) in expected.values()]
     assert len(set(values)) == len(values)  # no row stands for another
     assert "20 questions against 10 chunks" in text
     assert "repeats their words, which favours word matching" in text
@@ -147,11 +148,11 @@ def test_the_command(tmp_path, write_tiny, capsys, monkeypatch):
     assert modified(tmp_path / "vectors") == written
 
     tuned = output(tuned=[base, other])
-    assert "mean over 2 models" in tuned
+    assert "mean over 2 seeds" in tuned
     tables = cells(tuned.split("\n\n")[0])
     model = load_embedder(other, max_length=512)
     for name, passages in (("one vector", None), ("windows", (128, 64))):
-        found = [expected[name], evaluate(model, uber, passages=passages)]
+        found = [*expected[name], evaluate(model, uber, passages=passages)]
         means = [sum(row.metrics[metric] for row in found) / 2 for metric in experiment.METRICS]
         assert [float(cell) for cell in tables[f"fine-tuned, {name}"]] == pytest.approx(means, abs=5.1e-5)
         assert tables[name] == cells(first)[name]

@@ -1,16 +1,13 @@
 """bm25.py: by hand, against a double loop and bm25s; ties, empty things, what is saved, and what is refused."""
 
-import json
 import math
-import zipfile
-from collections import Counter
 
 import numpy as np
 import pytest
 
 from embedft import RetrievalDataset, bm25_run, evaluate_run
 from embedft.retrieval import bm25
-from embedft.retrieval.bm25 import Bm25Index, words
+from embedft.retrieval.bm25 import Bm25Index, split_words
 
 INF = np.inf
 
@@ -104,12 +101,11 @@ def test_documents_without_any_token_are_never_found():
 
 @pytest.mark.parametrize(("k1", "b"), [(1.5, 0.75), (0.0, 0.75), (1.2, 0.0), (0.9, 1.0)])
 @pytest.mark.parametrize("depth", [1, 3, 500])
-def test_equals_a_double_loop(monkeypatch, k1, b, depth):
-    monkeypatch.setattr(bm25, "SLICE_TOKENS", 97)  # many slices
+def test_equals_a_double_loop(k1, b, depth):
     rng = np.random.default_rng(depth)
     documents = random_documents(rng, 90)
     queries = random_documents(rng, 12, longest=8)
-    scores_QK, rows_QK = Bm25Index.build(documents, k1=k1, b=b).search(queries, depth)
+    scores_QK, rows_QK = Bm25Index.build(documents, k1=k1, b=b, slice_tokens=97).search(queries, depth)
     assert scores_QK.shape == (12, min(depth, 90))
     for query, scores_K, rows_K in zip(queries, scores_QK, rows_QK, strict=True):
         all_scores = double_loop(documents, query, k1=k1, b=b)
@@ -141,12 +137,11 @@ def test_equals_bm25s(k1, b):
 
 @pytest.mark.parametrize("depth", [1, 7, 40])
 def test_the_shortcut_over_blocks_equals_sorting_everything(depth):
-    # Enough documents for blocks, few lengths and terms: many ties, at the cut-off too; frequent terms kept densely.
+    # Enough documents for blocks, few lengths and terms: many ties, at the cutoff too.
     rng = np.random.default_rng(1)
     share = np.array([8, 8, *[1] * 10]) / 26
     documents = [rng.choice(12, size=rng.choice([2, 3]), p=share).tolist() for _ in range(3000)]
     index = Bm25Index.build(documents)
-    assert set(index._dense) == {index.terms[0], index.terms[1]}
     queries = [[0], [1, 2], [3, 3, 4, 5], [6, 7, 8, 9, 10, 11], [99]]
     scores_QK, rows_QK = index.search(queries, depth)
     all_scores_QN, all_rows_QN = index.search(queries, 3000)
@@ -162,7 +157,7 @@ def test_scores_equal_in_float32_go_by_row_at_the_cut_off():
     # In float64 the later row is ahead by less than float32 can say; alone in its block it sets the bound.
     scores_N = np.zeros(64)
     scores_N[3], scores_N[40] = 1.0, 1.0 + 1e-9
-    scores_K, rows_K = bm25._first(scores_N, 1)
+    scores_K, rows_K = bm25._top(scores_N, 1)
     assert (scores_K.tolist(), rows_K.tolist()) == ([1.0], [3])
 
 
@@ -174,26 +169,11 @@ def test_fewer_documents_found_than_asked_for_among_many():
 # Properties.
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_dense_rows_change_nothing(monkeypatch, share):
-    rng = np.random.default_rng(2)
-    documents, queries = random_documents(rng, 200), random_documents(rng, 20, longest=9)
-    expected_scores, expected_rows = Bm25Index.build(documents).search(queries, 30)
-    monkeypatch.setattr(bm25, "DENSE_SHARE", share)
-    index = Bm25Index.build(documents)
-    scores_QK, rows_QK = index.search(queries, 30)
-    frequency = Counter(token for document in documents for token in set(document))
-    assert len(index._dense) == sum(count > share * 200 for count in frequency.values())
-    np.testing.assert_array_equal(scores_QK, expected_scores)
-    np.testing.assert_array_equal(rows_QK, expected_rows)
-
-
 @pytest.mark.parametrize("tokens", [1, 50, 1 << 20])
-def test_slices_change_nothing(monkeypatch, tokens):
+def test_slices_change_nothing(tokens):
     documents = random_documents(np.random.default_rng(3), 80)
     whole = Bm25Index.build(documents)
-    monkeypatch.setattr(bm25, "SLICE_TOKENS", tokens)
-    sliced = Bm25Index.build(iter(documents))
+    sliced = Bm25Index.build(iter(documents), slice_tokens=tokens)
     assert sliced.terms == whole.terms
     for name in ("starts_V", "rows_P", "weights_P"):
         np.testing.assert_array_equal(getattr(sliced, name), getattr(whole, name))
@@ -239,78 +219,8 @@ def test_numpy_tokens_are_tokens():
     np.testing.assert_array_equal(of_arrays.search([np.array([5, 3])], 3), plain.search([[5, 3]], 3))
 
 
-# What is saved.
-
-
-@pytest.mark.parametrize(
-    "documents",
-    [[[3, 5], [5], []], [["cat", "Żółw\n\"'"], ["cat\ud800"], []], [[], [], []], [np.array([3, 5]), [5], []]],
-)
-def test_save_and_load(tmp_path, documents):
-    index = Bm25Index.build(documents, document_ids=["a", "ü b", ""], k1=1.2, b=0.3, tokenization="words-1")
-    path = tmp_path / "deeper" / "index.bm25"
-    index.save(path)
-    assert [file.name for file in path.parent.iterdir()] == ["index.bm25"]
-    loaded = Bm25Index.load(str(path))
-    assert loaded.terms == index.terms
-    assert (loaded.document_ids, loaded.k1, loaded.b) == (["a", "ü b", ""], 1.2, 0.3)
-    assert loaded.tokenization == "words-1"
-    for name in ("starts_V", "rows_P", "weights_P"):
-        assert getattr(loaded, name).dtype == getattr(index, name).dtype
-        np.testing.assert_array_equal(getattr(loaded, name), getattr(index, name))
-    queries = [[5, 3], ["cat"]]
-    np.testing.assert_array_equal(loaded.search(queries, 3), index.search(queries, 3))
-
-
 def test_rows_are_the_ids_unless_given():
     assert Bm25Index.build([["a"], ["b"]]).document_ids == ["0", "1"]
-
-
-def test_a_damaged_file_is_refused_or_as_good_as_whole(tmp_path):
-    path = tmp_path / "index.npz"
-    index = Bm25Index.build([["a", "b"], ["b"]])
-    index.save(path)
-    whole = path.read_bytes()
-    messages = []
-    for place in range(0, len(whole), 11):
-        for changed in (whole[:place], whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :]):
-            path.write_bytes(changed)
-            try:
-                loaded = Bm25Index.load(path)
-            except ValueError as error:
-                messages.append(str(error))
-            else:  # a date of the archive, say
-                assert loaded.terms == index.terms
-                np.testing.assert_array_equal(loaded.search([["b", "a"]], 2), index.search([["b", "a"]], 2))
-    assert len(messages) > 1.5 * len(whole) / 11  # all that are cut short, and most of the others
-    assert all(message.startswith(f"{path}: not a BM25 index, or damaged (") for message in messages)
-
-
-def test_another_file_is_refused(tmp_path):
-    path = tmp_path / "index.npz"
-
-    def refused(reason):
-        with pytest.raises(ValueError, match=rf"index\.npz: not a BM25 index, or damaged \(.*{reason}"):
-            Bm25Index.load(path)
-
-    for content in (b"", b"question,context\n"):
-        path.write_bytes(content)
-        refused("not a zip file")
-    np.savez(path, vectors=np.zeros(3))
-    refused("header")
-    for header in (3, {"format": "mine"}, {}):
-        np.savez(path, header=np.frombuffer(json.dumps(header).encode(), dtype=np.uint8), starts=0, rows=0, weights=0)
-        refused("another format")
-    np.savez(path, header=np.frombuffer(b'{"format"', dtype=np.uint8), starts=0, rows=0, weights=0)
-    refused("delimiter")
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("header.npy", b"0" * 99)
-    refused("it is compressed")
-
-
-def test_a_missing_file_is_missing(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        Bm25Index.load(tmp_path / "index.npz")
 
 
 # What is refused.
@@ -319,18 +229,16 @@ def test_a_missing_file_is_missing(tmp_path):
 @pytest.mark.parametrize(
     ("documents", "options", "message"),
     [
-        ([], {}, "BM25: no documents to index"),
-        ([["a"], "text"], {}, "BM25: document 1 is a str, expected its tokens"),
-        ([["a"], ["b"]], {"document_ids": ["x"]}, "BM25: 1 document ids for 2 documents"),
+        ([], {}, "BM25: found 0 document ids and 0 documents"),
+        ([["a"], "text"], {}, "BM25: document 1 is a str"),
+        ([["a"], ["b"]], {"document_ids": ["x"]}, "BM25: found 1 document ids and 2 documents"),
         ([["a"]] * 3, {"document_ids": ["x", "y", "x"]}, "BM25: document id 'x' appears twice"),
-        ([["a"], [1]], {}, "BM25: tokens are of type int, str, expected all int or all str"),
-        ([[0.5], [2.5]], {}, "BM25: tokens are of type float, expected all int or all str"),
-        ([["a"]], {"k1": -0.1}, "BM25's k1 is -0.1, expected a number of at least 0"),
-        ([["a"]], {"k1": math.nan}, "BM25's k1 is nan"),
-        ([["a"]], {"k1": math.inf}, "BM25's k1 is inf"),
-        ([["a"]], {"b": 1.01}, "BM25's b is 1.01, expected 0 to 1"),
-        ([["a"]], {"b": -0.01}, "BM25's b is -0.01"),
-        ([["a"]], {"b": math.nan}, "BM25's b is nan"),
+        ([["a"]], {"k1": -0.1}, "BM25: k1 is -0.1, expected a number of at least 0"),
+        ([["a"]], {"k1": math.nan}, "BM25: k1 is nan"),
+        ([["a"]], {"k1": math.inf}, "BM25: k1 is inf"),
+        ([["a"]], {"b": 1.01}, "BM25: b is 1.01, expected 0 to 1"),
+        ([["a"]], {"b": -0.01}, "BM25: b is -0.01"),
+        ([["a"]], {"b": math.nan}, "BM25: b is nan"),
     ],
 )
 def test_build_refuses(documents, options, message):
@@ -340,9 +248,9 @@ def test_build_refuses(documents, options, message):
 
 def test_search_refuses():
     index = Bm25Index.build([["a"]])
-    with pytest.raises(ValueError, match="search depth must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="depth is 0, expected at least 1"):
         index.search([["a"]], 0)
-    with pytest.raises(ValueError, match="BM25: query 1 is a str, expected its tokens"):
+    with pytest.raises(ValueError, match="BM25: query 1 is a str"):
         index.search([["a"], "a question"], 1)
 
 
@@ -363,14 +271,14 @@ def test_search_refuses():
         ("", []),
     ],
 )
-def test_words(text, found):
-    assert words([text]) == [found]
+def test_split_words(text, found):
+    assert split_words([text]) == [found]
 
 
 def test_words_refuses_a_text():
     with pytest.raises(ValueError, match="texts is a str, expected a list of str"):
-        words("what is this")
-    assert words([]) == []
+        split_words("what is this")
+    assert split_words([]) == []
 
 
 DATASET = RetrievalDataset(
@@ -391,7 +299,7 @@ def test_a_run_of_a_dataset():
     assert results["q1"]["d1"] == results["q1"]["d2"]
     assert list(results["unjudged"]) == ["d1", "d2", "d3"]
     assert results["nothing"] == {}
-    texts = dict(zip(DATASET.corpus, words(DATASET.document_texts()), strict=True))
+    texts = dict(zip(DATASET.corpus, split_words(DATASET.document_texts()), strict=True))
     scores = double_loop([texts[document_id] for document_id in run.document_ids], ["a", "dog"])
     assert results["q2"] == pytest.approx({"d10": scores[1], "d3": scores[3]}, rel=1e-6)
     report = evaluate_run(run, DATASET)
@@ -399,15 +307,14 @@ def test_a_run_of_a_dataset():
     assert report.per_query["mrr@10"].tolist() == [1 / 2, 1.0, 0.0]
 
 
-def test_options_of_a_run(monkeypatch):
-    monkeypatch.setattr(bm25, "SLICE_TEXTS", 3)
+def test_options_of_a_run():
     calls = []
 
     def tokenize(texts):
         calls.append(len(texts))
         return [[ord(c) for c in text] for text in texts]
 
-    run = bm25_run(DATASET, tokenize=tokenize, depth=2, k1=0.5, b=0.1)
+    run = bm25_run(DATASET, tokenize=tokenize, depth=2, k1=0.5, b=0.1, slice_texts=3)
     assert calls == [3, 1, 3, 1]
     assert run.indices.shape == (4, 2)
     texts = dict(zip(DATASET.corpus, DATASET.document_texts(), strict=True))
@@ -415,9 +322,18 @@ def test_options_of_a_run(monkeypatch):
     rows, best = expected(scores, 2)
     assert run.indices[3].tolist() == rows
     np.testing.assert_allclose(run.scores[3], best, rtol=1e-6)
-    with pytest.raises(ValueError, match="BM25: tokenize gave 1 lists of tokens for 3 texts"):
+    with pytest.raises(ValueError, match="BM25: tokenize returned 1 lists of tokens for 4 texts"):
         bm25_run(DATASET, tokenize=lambda texts: [["a"]])
     calls.clear()
-    with pytest.raises(ValueError, match="search depth must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="depth is 0, expected at least 1"):
         bm25_run(DATASET, tokenize=tokenize, depth=0)
     assert not calls  # before any work
+
+
+def test_a_query_does_not_find_itself():
+    queries, corpus = {"a": "cat"}, {"a": "cat", "b": "cat dog", "c": "cat dog mouse"}
+    dataset = RetrievalDataset(queries, corpus, {"a": {"b": 1}})
+    assert list(bm25_run(dataset, depth=2).to_dict()["a"]) == ["b", "c"]
+    assert list(bm25_run(dataset, depth=2, exclude_identical_ids=False).to_dict()["a"]) == ["a", "b"]
+    relevant = RetrievalDataset(queries, corpus, {"a": {"a": 1}})
+    assert list(bm25_run(relevant, depth=2).to_dict()["a"]) == ["a", "b"]

@@ -17,7 +17,7 @@ from embedft import RetrievalDataset, bm25_run, fuse, load_embedder
 from embedft.cli import main
 from embedft.commands.search import _Windows
 from embedft.corpus.chunks import Chunk, Place, save_chunks
-from embedft.retrieval.bm25 import words
+from embedft.retrieval.bm25 import split_words
 from embedft.retrieval.search import search
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -134,7 +134,7 @@ def test_hybrid_of_a_model_that_shows_no_tokens(place, capsys, monkeypatch):
     (place / "two.jsonl").write_text('{"id": "x", "text": "abc a"}\n{"id": "y", "text": "ab c a"}\n')
     (_, _, first), (_, _, second) = rows_of(run(capsys, "two.jsonl", "abc", "--hybrid"))
     assert (first, second) == ("x", "y")
-    assert words(["abc a"]) == [["abc", "a"]]
+    assert split_words(["abc a"]) == [["abc", "a"]]
     assert main(["search", "model", "two.jsonl", "abc", "--passages", "6", "2"]) == 2
     assert "passages is (6, 2): Silent cannot cut documents into windows" in capsys.readouterr().err
 

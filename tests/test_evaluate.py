@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +12,9 @@ import pytest
 from embedft.data.dataset import RetrievalDataset
 from embedft.files import write_json
 from embedft.retrieval.evaluate import evaluate, evaluate_grid, evaluate_run, question_clusters
-from embedft.retrieval.report import Comparison, Report, compare, save_sentence_transformers_csv
+from embedft.retrieval.report import Comparison, Report, compare, compare_seeds
 from embedft.retrieval.run import Run
+from embedft.retrieval.significance import recipe_interval
 
 LYFT_UBER = Path(__file__).resolve().parents[2] / "shared" / "data" / "lyft_uber" / "val_dataset.json"
 
@@ -143,6 +146,7 @@ def test_report_of_a_toy_evaluation():
         "ks": [1, 3],
         "gain": "binary",
         "num_documents": 9,
+        "data_sha256": dataset.sha256(),
         "num_queries": 12,
     }
     assert report.run.indices.shape == (12, 9)  # fewer documents than the depth
@@ -359,7 +363,7 @@ def test_load_refuses_damage(tmp_path, report):
         with pytest.raises(ValueError, match=message):
             Report.load(tmp_path)
 
-    damaged("".join(lines[:-1]), r"metrics\.json is of 12 queries, per_query\.jsonl of 11")
+    damaged("".join(lines[:-1]), r"metrics\.json has 12 queries, per_query\.jsonl 11")
     better = "".join(lines).replace('"mrr@10": 0.', '"mrr@10": 1.')
     damaged(better, r"mrr@10 is 0\..* in metrics\.json, 1\..* over per_query\.jsonl")  # a file of another report
     damaged("".join(lines)[:-20], "per_query.jsonl line 12 .*invalid JSON")
@@ -383,71 +387,8 @@ def test_load_refuses_damage(tmp_path, report):
 def test_a_report_that_does_not_fit_together_is_refused(report):
     with pytest.raises(ValueError, match="12 query ids, but 11 clusters"):
         dataclasses.replace(report, clusters=report.clusters[1:])
-    with pytest.raises(ValueError, match="12 query ids, but a run over others"):
+    with pytest.raises(ValueError, match="12 query ids, but a run over other queries"):
         dataclasses.replace(report, run=report.run.select(report.query_ids[::-1]))
-
-
-# The CSV of sentence-transformers.
-
-
-def test_csv_lines(tmp_path):
-    # Found at rank 2 of one question: precision@1 0 and @2 1/2, nDCG@2 1/log2(3), AP 1/2.
-    found = evaluate_run(Run.from_dict({"q": {"x": 2.0, "d": 1.0}}), {"q": {"d": 1}}, ks=(2, 1), depth=3)
-    found = dataclasses.replace(found, setting={**found.setting, "similarity": "dot"})
-    path = save_sentence_transformers_csv(tmp_path / "new", found, name="uber", epoch=2, steps=7)
-    assert path == tmp_path / "new" / "Information-Retrieval_evaluation_uber_results.csv"
-    lines = [
-        "epoch,steps,dot-Accuracy@1,dot-Accuracy@2,dot-Precision@1,dot-Recall@1,dot-Precision@2,dot-Recall@2,"
-        "dot-MRR@2,dot-NDCG@2,dot-MAP@3",
-        "2,7,0.0,1.0,0.0,0.0,0.5,1.0,0.5,0.6309297535714575,0.5",
-    ]
-    assert path.read_text().splitlines() == lines
-    # One that is there keeps its columns, in whatever order, and its lines.
-    path.write_text("steps,dot-MRR@1,dot-NDCG@1,epoch,dot-MRR@2\r\n1,2,3,4,5\r\n")
-    save_sentence_transformers_csv(tmp_path / "new", found, name="uber")
-    assert path.read_bytes() == b"steps,dot-MRR@1,dot-NDCG@1,epoch,dot-MRR@2\n1,2,3,4,5\n-1,0.0,0.0,-1,0.5\n"
-    path.write_text("")
-    save_sentence_transformers_csv(tmp_path / "new", found, name="uber", epoch=2, steps=7)
-    assert path.read_text().splitlines() == lines
-    assert [other.name for other in path.parent.iterdir()] == [path.name]
-
-
-def test_csv_refuses(tmp_path, report):
-    with pytest.raises(ValueError, match="the report names no similarity"):
-        save_sentence_transformers_csv(tmp_path, dataclasses.replace(report, setting={}))
-    graded = dataclasses.replace(report, setting={"similarity": "cosine", "gain": "graded"})
-    with pytest.raises(ValueError, match="the report's nDCG has graded gains, the evaluator's"):
-        save_sentence_transformers_csv(tmp_path, graded)
-    assert list(tmp_path.iterdir()) == []
-    path = tmp_path / "Information-Retrieval_evaluation_results.csv"
-    path.write_text("epoch,steps,dot-MRR@10\n")
-    with pytest.raises(
-        ValueError, match=r"_results\.csv line 1: the report has nothing for column 'dot-MRR@10'; it has"
-    ):
-        save_sentence_transformers_csv(tmp_path, report)
-    assert path.read_text() == "epoch,steps,dot-MRR@10\n"
-
-
-def test_csv_equals_the_evaluators(tmp_path):
-    evaluators = pytest.importorskip("sentence_transformers.sentence_transformer.evaluation")
-    dataset = toy_dataset()
-    embedder = toy_embedder(dataset, noise=2.0)
-    table = {text: vector / np.linalg.norm(vector) for text, vector in embedder.embeddings.items()}
-    report = evaluate(StoredEmbedder(table), dataset)
-    relevant = {query_id: set(grades) for query_id, grades in dataset.qrels.items()}
-    evaluator = evaluators.InformationRetrievalEvaluator(dataset.queries, dataset.corpus, relevant, name="toy")
-    stub = SentenceTransformersStub(table, "cosine")
-    for rows in (1, 2):  # a new file, then one that the evaluator has written
-        save_sentence_transformers_csv(tmp_path / "ours", report, name="toy")
-        evaluator(stub, output_path=str(tmp_path / "theirs"))
-        save_sentence_transformers_csv(tmp_path / "theirs", report, name="toy")
-        ours, theirs = (
-            next((tmp_path / folder).glob("*.csv")).read_text().splitlines() for folder in ("ours", "theirs")
-        )
-        assert ours[0] == theirs[0]
-        assert (len(ours), len(theirs)) == (1 + rows, 1 + 2 * rows)
-        values = [[float(value) for value in line.split(",")] for line in theirs[1:] + ours[1:]]
-        np.testing.assert_allclose(values, np.broadcast_to(values[0], np.shape(values)), rtol=0, atol=1e-12)
 
 
 def test_a_report_of_metrics_without_a_cutoff(report):
@@ -468,13 +409,11 @@ def test_compare_with_itself(report):
     assert comparison.p_value == 1.0
     assert comparison.base == comparison.other == report.metrics["ndcg@10"]
     assert (comparison.wins, comparison.ties, comparison.losses) == (0, 12, 0)
-    assert comparison.effect_size == 0.0
     assert compare(report, report, method="bca").interval == (0.0, 0.0)
 
 
 def test_compare_by_hand():
-    # Reciprocal ranks 1, 1/2, 0, 1 and 1, 1, 1/2, 1/2: differences 0, 1/2, 1/2, -1/2, mean 1/8 and deviations -1/8,
-    # 3/8, 3/8, -5/8, so the variance is (1 + 9 + 9 + 25) / 64 / 3 = 0.229167 and d_z = 0.125 / 0.478714 = 0.261116.
+    # Reciprocal ranks 1, 1/2, 0, 1 and 1, 1, 1/2, 1/2: differences 0, 1/2, 1/2, -1/2, mean 1/8.
     qrels = {f"q{i}": {f"d{i}": 1} for i in range(4)}
     base = {"q0": {"d0": 1}, "q1": {"x": 2, "d1": 1}, "q2": {"x": 1}, "q3": {"d3": 1}}
     other = {"q0": {"d0": 1}, "q1": {"d1": 1}, "q2": {"x": 2, "d2": 1}, "q3": {"x": 2, "d3": 1}}
@@ -482,7 +421,6 @@ def test_compare_by_hand():
     comparison = compare(*reports, metric="mrr@10")
     assert (comparison.base, comparison.other, comparison.difference) == (0.625, 0.75, 0.125)
     assert (comparison.wins, comparison.ties, comparison.losses) == (2, 1, 1)
-    assert comparison.effect_size == pytest.approx(0.261116, abs=1e-6)
     assert comparison.method == "percentile"
     # Of the 8 sign patterns of three halves, all have at least one half left: p = 1.
     assert comparison.p_value == 1.0
@@ -568,11 +506,127 @@ def test_compare_refuses(report):
     other = evaluate_run(Run.from_dict({"q4": {"d0": 1.0}}), qrels)
     with pytest.raises(ValueError, match=r"4 only in base \['q0', 'q1', 'q2'\], 2 only in other \['q12', 'q13'\]"):
         compare(report, other)
-    with pytest.raises(ValueError, match="unknown metric 'ndcg@7' in the base report; it has: hit_rate@1, "):
+    with pytest.raises(ValueError, match="metric 'ndcg@7'; the reports share: hit_rate@1, "):
         compare(report, report, metric="ndcg@7")
     with pytest.raises(ValueError, match="at least one other"):
         compare(report)
+    with pytest.raises(ValueError, match=r"metric 'mrr@10'; the reports share: ndcg@10$"):
+        compare(
+            report, dataclasses.replace(report, per_query={"ndcg@10": report.per_query["ndcg@10"]}), metric="mrr@10"
+        )
     for key, value in (("gain", "graded"), ("num_documents", 7)):
         first, second = (dataclasses.replace(report, setting={**report.setting, key: v}) for v in ("binary", value))
         with pytest.raises(ValueError, match=f"do not compare: {key} is binary in base and {value} in other"):
             compare(first, second)
+
+
+# What was evaluated.
+
+
+class NamedEmbedder(StoredEmbedder):
+    """With what an `Embedder` says of itself."""
+
+    max_length = 256
+
+    def __init__(self, embeddings):
+        super().__init__(embeddings)
+        self.source, self.prompts = SimpleNamespace(name="org/my model"), {"query": "q: "}
+
+    def sha256(self):
+        return "ab12"
+
+
+def test_a_report_names_its_model_and_data(tmp_path):
+    dataset = toy_dataset()
+    embeddings = toy_embedder(dataset, noise=1.0).embeddings
+    report = evaluate(NamedEmbedder(embeddings), dataset)
+    expected = {
+        "model": "org/my model",
+        "model_sha256": "ab12",
+        "max_length": 256,
+        "prompts": {"query": "q: "},
+        "data_sha256": dataset.sha256(),
+    }
+    assert {name: report.setting[name] for name in expected} == expected
+    report.save(tmp_path)
+    assert (tmp_path / "run.trec").read_text().splitlines()[0].split()[-1] == "org/my-model"
+    assert Report.load(tmp_path).setting == report.setting
+    assert report.name == "org/my model"
+    plain = evaluate(StoredEmbedder(embeddings), dataset)
+    assert not {"model", "model_sha256", "max_length", "prompts"} & plain.setting.keys()
+    assert dataclasses.replace(plain, setting={}).name == "model"
+    assert dataclasses.replace(plain, setting={"index": "bm25"}).name == "bm25"
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("max_length", (256, 128)),
+        ("data_sha256", ("ab", "cd")),
+        ("prompts", ({"query": "q: "}, None)),
+    ],
+)
+def test_compare_warns_of_other_differences(report, key, values):
+    first, second = (dataclasses.replace(report, setting={"model": "m", key: value}) for value in values)
+    with pytest.warns(UserWarning, match=f"{key} is .* in base and .* in other"):
+        compare(first, second)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compare(first, first)
+        compare(first, dataclasses.replace(report, setting={}))  # saved by an earlier version
+        for other in ({"dim": 7}, {"model": "n", "prompts": {"query": "other"}}):  # meant to differ
+            compare(first, dataclasses.replace(first, setting={**first.setting, **other}))
+
+
+# Seeds.
+
+
+def of_values(values, clusters=None) -> Report:
+    query_ids = [f"q{i}" for i in range(len(values))]
+    run = Run.from_dict({query_id: {} for query_id in query_ids})
+    return Report(query_ids, {"mrr": np.array(values)}, clusters or query_ids, 0, {}, {}, run)
+
+
+def test_compare_seeds_by_hand():
+    # Differences 0, 2 and 2, 4: test_recipe_by_hand in test_significance.py.
+    base, seeds = of_values([1.0, 1.0]), [of_values([1.0, 3.0]), of_values([3.0, 5.0])]
+    found = compare_seeds([base], seeds, metric="mrr")
+    reach = 4.302653 * np.sqrt(2)
+    assert (found.base, found.other, found.difference) == (1.0, 3.0, 2.0)
+    assert found.interval == pytest.approx((2 - reach, 2 + reach), abs=1e-5)
+    assert found.p_value == pytest.approx(1 - np.sqrt(2) / 2)
+    assert (found.question_error, found.seed_error) == pytest.approx((1.0, 1.0))
+    assert (found.method, found.num_seeds, found.wins, found.ties, found.losses) == ("seeds", 2, 2, 0, 0)
+    assert str(found).endswith("in 2 clusters, 2 seeds")
+    # A base for each seed, with which half of the difference of the seeds goes.
+    paired = compare_seeds([base, of_values([2.0, 2.0])], seeds, metric="mrr")
+    assert (paired.base, paired.difference, paired.seed_error) == (1.5, 1.5, 0.5)
+
+
+def test_compare_seeds_pairs_questions_by_id_and_uses_clusters():
+    base = of_values([0.0, 0.5, 0.5, 1.0], ["a", "a", "b", "c"])
+    first, second = of_values([0.5, 0.5, 1.0, 1.0]), of_values([0.0, 1.0, 1.0, 0.5])
+    order = [3, 1, 0, 2]
+    turned = dataclasses.replace(
+        second,
+        query_ids=[f"q{i}" for i in order],
+        per_query={"mrr": second.per_query["mrr"][order]},
+        run=second.run.select([f"q{i}" for i in order]),
+    )
+    found = compare_seeds([base], [first, turned], metric="mrr")
+    assert found == compare_seeds([base], [first, second], metric="mrr")
+    assert found.num_clusters == 3
+    differences = [report.per_query["mrr"] - base.per_query["mrr"] for report in (first, second)]
+    assert found.interval == recipe_interval(np.stack(differences), base.clusters).interval
+
+
+def test_compare_seeds_refuses():
+    base, seeds = of_values([1.0, 1.0]), [of_values([1.0, 3.0]), of_values([3.0, 5.0]), of_values([1.0, 2.0])]
+    with pytest.raises(ValueError, match="found 2 base reports for 3 seeds"):
+        compare_seeds([base] * 2, seeds, metric="mrr")
+    with pytest.raises(ValueError, match="expected a row for each of 2 or more seeds"):
+        compare_seeds([base], seeds[:1], metric="mrr")
+    with pytest.raises(ValueError, match="metric 'ndcg@10'; the reports share: mrr"):
+        compare_seeds([base], seeds)
+    with pytest.raises(ValueError, match="found 1 cluster"):
+        compare_seeds([of_values([1.0, 1.0], ["a", "a"])], seeds, metric="mrr")

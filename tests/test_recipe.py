@@ -490,12 +490,14 @@ def test_half_precision_weights_are_not_trained(tmp_path):
         finetune(make_embedder(tmp_path / "base").bfloat16(), make_dataset(), CONFIG)
 
 
-def test_ids_that_a_report_cannot_hold_are_found_before_training(tmp_path):
-    queries, corpus = {"a question": "a b c"}, {"d": "d e f"}
-    validation = RetrievalDataset(queries, corpus, {"a question": {"d": 1}})
-    with pytest.raises(ValueError, match="no whitespace in ids: 'a question'"):
-        finetune(make_embedder(tmp_path / "base"), make_dataset(), validation=validation, out=tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+def test_validation_ids_with_whitespace(tmp_path):
+    queries, corpus = {"a question": "a b c"}, {"my file.txt": "d e f"}
+    validation = RetrievalDataset(queries, corpus, {"a question": {"my file.txt": 1}})
+    embedder, config = make_embedder(tmp_path / "base"), replace(CONFIG, epochs=1)
+    finetune(embedder, make_dataset(), config, validation=validation, out=tmp_path / "run")
+    report = Report.load(tmp_path / "run" / "eval" / "validation")
+    assert report.metrics["mrr@1"] == 1.0
+    assert list(report.run.to_dict()["a question"]) == ["my file.txt"]
 
 
 def test_the_settings_of_batches_reach_them(tmp_path, monkeypatch):

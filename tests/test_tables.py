@@ -50,7 +50,6 @@ def make_comparison(**changes) -> Comparison:
         "p_value": 0.24997,
         "confidence": 0.95,
         "method": "percentile",
-        "effect_size": 0.5,
         "wins": 2,
         "ties": 1,
         "losses": 1,
@@ -363,12 +362,20 @@ def test_comparisons_in_a_spreadsheet():
     header, base, other = read_csv(format_comparisons({"tuned": [make_comparison()]}, style="csv"))
     assert dict(zip(header, other, strict=True)) == {
         "metric": "mrr@10", "report": "tuned", "mean": "0.625", "difference": "0.1875", "interval_low": "-0.0125",
-        "interval_high": "0.375", "p_value": "0.24997", "better": "2", "equal": "1", "worse": "1", "effect_size": "0.5",
-        "num_queries": "4", "num_clusters": "3",
+        "interval_high": "0.375", "p_value": "0.24997", "better": "2", "equal": "1", "worse": "1",
+        "num_queries": "4", "num_clusters": "3", "num_seeds": "1",
     }  # fmt: skip
     assert base == ["mrr@10", "base", "0.4375", *[""] * 10]
-    without = read_csv(format_comparisons({"tuned": [make_comparison(effect_size=None)]}, style="csv"))
-    assert without[2][10] == ""
+
+
+def test_a_p_value_is_never_shown_as_zero():
+    table = format_comparisons({"tuned": [make_comparison(p_value=4.9e-5)]}, style="text")
+    assert table.splitlines()[2].split()[6] == "<0.0001"
+    assert (
+        format_comparisons({"tuned": [make_comparison(p_value=5e-5)]}, style="text").splitlines()[2].split()[6]
+        == "0.0001"
+    )
+    assert "4.9e-05" in format_comparisons({"tuned": [make_comparison(p_value=4.9e-5)]}, style="csv")
 
 
 def test_a_report_compared_with_itself():

@@ -24,7 +24,7 @@ from ..retrieval.fusion import fuse
 from ..retrieval.plots import plot_questions, save_figure
 from ..retrieval.quantization import PRECISIONS
 from ..retrieval.report import REPORT_FILES, Report
-from ..retrieval.run import Run, check_trec_ids
+from ..retrieval.run import Run
 from ..retrieval.tables import (
     STYLES,
     compare_all,
@@ -122,8 +122,6 @@ def _evaluate(options: argparse.Namespace) -> None:
     elif options.overwrite:
         raise ValueError("--overwrite is for --out, which is not given")
     dataset = _load_data(options.data, options, merge=not options.no_merge, split=options.split)
-    if options.out:
-        check_trec_ids([*dataset.queries, *dataset.corpus])
     metric = _grid_metric(options, num_settings, dataset, cutoffs)
     embedder = _load_encoding(options, adapter=options.adapter)
     reports = evaluate_grid(embedder, dataset, **grid, **cutoffs)
@@ -244,7 +242,7 @@ def _print_report(report: Report, beside: Mapping[str, Report], style: str) -> N
         if not beside:
             return
         print()
-    print(format_reports({"model": report, **beside}, style=style))
+    print(format_reports({report.name: report, **beside}, style=style))
 
 
 def _title(report: Report) -> str:

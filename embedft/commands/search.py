@@ -19,7 +19,7 @@ from ..data.dataset import RetrievalDataset
 from ..encoders.embedder import Embedder
 from ..encoders.openai_api import ApiEmbedder
 from ..files import read_jsonl
-from ..retrieval.bm25 import Bm25Index, words
+from ..retrieval.bm25 import Bm25Index, split_words
 from ..retrieval.encoding import sorted_corpus
 from ..retrieval.fusion import fuse
 from ..retrieval.run import Run
@@ -138,7 +138,7 @@ class _Bm25:
     @classmethod
     def of(cls, embedder: Embedder | ApiEmbedder, dataset: RetrievalDataset) -> "_Bm25":
         document_ids, texts = sorted_corpus(dataset)
-        tokenize = getattr(embedder, "tokenize", words)
+        tokenize = getattr(embedder, "tokenize", split_words)
         return cls(Bm25Index.build(tokenize(texts), document_ids=document_ids), tokenize)
 
     def search(self, question: str, depth: int) -> Run:

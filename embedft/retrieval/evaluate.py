@@ -19,7 +19,7 @@ from ..data.dataset import RetrievalDataset
 from ..data.linked import connected_components
 from .encoding import SupportsEncode, timed
 from .metrics import Gain, Metric, Qrels, has_relevant, judge, measure, select_metrics
-from .report import Report
+from .report import Report, model_setting
 from .run import Run
 from .search import search_grid
 from .settings import Setting, check_settings
@@ -122,7 +122,7 @@ def evaluate_grid(
         raise ValueError(f"none of the {len(dataset.queries)} queries of the dataset has a relevant document")
     queries = {query_id: dataset.queries[query_id] for query_id in relevant}
     options = {"slice_documents": slice_documents}
-    reports = []
+    model, reports = model_setting(embedder), []
     for searched in search_grid(embedder, dataset, queries, settings, depth=depth, **options):
         report = evaluate_run(searched.run, dataset, ks=ks, depth=depth, metrics=metrics, gain=gain)
         setting = {**searched.setting._asdict(), **searched.facts, "similarity": embedder.similarity}
@@ -131,7 +131,7 @@ def evaluate_grid(
         else:
             setting["passages"] = list(searched.setting.passages)
         costs = {**searched.costs, **report.costs}
-        reports.append(dataclasses.replace(report, setting=setting | report.setting, costs=costs))
+        reports.append(dataclasses.replace(report, setting=model | setting | report.setting, costs=costs))
     return reports
 
 
@@ -167,6 +167,7 @@ def evaluate_run(
         _check_known(run.query_ids, dataset_or_qrels.queries, "query", "the dataset")
         _check_known(run.document_ids, dataset_or_qrels.corpus, "document", "the corpus")
         setting["num_documents"] = len(dataset_or_qrels.corpus)
+        setting["data_sha256"] = dataset_or_qrels.sha256()
     costs: dict[str, float] = {}
     with timed(costs, "metrics_seconds"):
         judgments = judge(run.select(query_ids), qrels)

@@ -1,35 +1,39 @@
-"""What an evaluation found, question by question, and whether two of them differ.
-
-Deliberately not here: how a report comes about (evaluate.py) and the tests themselves (significance.py).
+"""The result of an evaluation, question by question, and comparisons between results.
 
     report.save("runs/lyft/eval/uber")
     print(compare(Report.load("runs/lyft/eval/uber"), other, metric="ndcg@10"))
+    print(compare_seeds([base], [report_of_seed_0, report_of_seed_1, report_of_seed_2]))
 
-Shapes: Q questions, the queries that have a relevant document.
+Reports are made in evaluate.py; the statistics are in significance.py.
+
+Shapes: Q questions, the queries that have a relevant document; S training seeds.
 """
 
 import dataclasses
 import json
 import math
 import types
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ..files import atomic_write, read_json, read_jsonl, read_lines, write_json
-from .run import Run, check_trec_ids
+from ..files import atomic_write, read_json, read_jsonl, write_json
+from .run import Run
 from .significance import (
     IntervalMethod,
-    effect_size,
     holm,
     paired_bootstrap_interval,
+    recipe_interval,
     sign_flip_p_value,
     wins_ties_losses,
 )
 
-# What a saved report consists of; the last is written last, so its presence says that all is there.
+# The files of a saved report. The last one is written last: if it exists, the report is complete.
 REPORT_FILES = ("run.trec", "per_query.jsonl", "metrics.json")
 
 
@@ -39,12 +43,13 @@ class Report:
 
     Args:
         query_ids: the Q queries that have a relevant document.
-        per_query: {"ndcg@10": [Q] float64, ...}; `per_query_metrics` lists the keys.
-        clusters: for each query the id of its cluster (`question_clusters`), for the statistics.
-        num_without_relevant: queries left out because they have no relevant document.
-        setting: what was evaluated: dim, depth, ks, gain, similarity, num_documents, ... as far as known.
+        per_query: {"ndcg@10": [Q] float64, ...}, see metrics.py.
+        clusters: the cluster id of each query (`question_clusters`), for the statistics.
+        num_without_relevant: number of queries left out because they have no relevant document.
+        setting: what was evaluated and how, as far as known: model, model_sha256, max_length, prompts, data_sha256,
+            dim, precision, index, passages, depth, gain, similarity, num_documents, ...
         costs: seconds of each part and bytes_per_document, as far as known.
-        run: the ranking of each of query_ids, in that order.
+        run: the ranking of each query, in the order of query_ids.
     """
 
     query_ids: list[str]
@@ -60,48 +65,49 @@ class Report:
         lengths["clusters"] = len(self.clusters)
         wrong = {name: length for name, length in lengths.items() if length != len(self.query_ids)}
         if wrong or not self.query_ids or self.run.query_ids != self.query_ids:
-            found = ", ".join(f"{length} {name}" for name, length in wrong.items()) or "a run over others"
+            found = ", ".join(f"{length} {name}" for name, length in wrong.items()) or "a run over other queries"
             raise ValueError(f"report: {len(self.query_ids)} query ids, but {found}")
 
     @property
     def num_queries(self) -> int:
         return len(self.query_ids)
 
+    @property
+    def name(self) -> str:
+        """What was evaluated, for tables and TREC files: the model's name, or the index ("bm25"), or "model"."""
+        return self.setting.get("model") or self.setting.get("index") or "model"
+
     @cached_property
     def metrics(self) -> dict[str, float]:
-        """The mean of every metric over the queries."""
+        """The mean of each metric over the questions."""
         return {name: float(values.mean()) for name, values in self.per_query.items()}
 
     def __str__(self) -> str:
-        """A table, one row a metric and one column a cutoff ("all": the whole ranking).
+        """A table with a row per metric and a column per cutoff ("all": the whole ranking).
 
-        accuracy@k, which equals hit_rate@k, is left out.
+        accuracy@k is left out if hit_rate@k, which equals it, is there.
         """
         cells: dict[str, dict[float, float]] = {}
         for name, mean in self.metrics.items():
             metric, _, k = name.partition("@")
-            if metric != "accuracy":
+            if metric != "accuracy" or f"hit_rate@{k}" not in self.metrics:
                 cells.setdefault(metric, {})[int(k) if k else math.inf] = mean
         cutoffs = sorted({k for row in cells.values() for k in row})
+        width = max(10, *(len(metric) + 1 for metric in cells))
         headings = ["all" if k == math.inf else f"@{k}" for k in cutoffs]
-        lines = [f"{'':<10}" + "".join(f"{heading:>9}" for heading in headings)]
+        lines = [" " * width + "".join(f"{heading:>9}" for heading in headings)]
         for metric, row in cells.items():
-            lines.append(f"{metric:<10}" + "".join(f"{row[k]:9.4f}" if k in row else " " * 9 for k in cutoffs))
+            lines.append(f"{metric:<{width}}" + "".join(f"{row[k]:9.4f}" if k in row else " " * 9 for k in cutoffs))
         title = f"{self.num_queries} queries"
         if self.num_without_relevant:
             title += f" ({self.num_without_relevant} without relevant documents left out)"
         return "\n".join([title, *(line.rstrip() for line in lines)])
 
     def save(self, folder: str | Path) -> None:
-        """Writes run.trec, per_query.jsonl and, last, metrics.json into `folder`; floats read back exactly.
-
-        Raises:
-            ValueError: when an id cannot stand in a TREC file (`Run.save`), before anything is written.
-        """
+        """Writes run.trec, per_query.jsonl and, last, metrics.json into `folder`; floats read back exactly."""
         folder = Path(folder)
-        check_trec_ids([*self.run.query_ids, *self.run.document_ids])
         (folder / "metrics.json").unlink(missing_ok=True)
-        self.run.save(folder / "run.trec")
+        self.run.save(folder / "run.trec", tag=self.name)
         columns = {name: values.tolist() for name, values in self.per_query.items()}
         with atomic_write(folder / "per_query.jsonl") as file:
             for row, (query_id, cluster) in enumerate(zip(self.query_ids, self.clusters, strict=True)):
@@ -122,7 +128,7 @@ class Report:
         """Reads what `save` wrote. The run's document_ids are the retrieved documents only.
 
         Raises:
-            ValueError: when a file is missing or damaged, or the files are not of one report.
+            ValueError: a file is missing or damaged, or the files do not belong together.
         """
         folder = Path(folder)
         for name in reversed(REPORT_FILES):
@@ -147,7 +153,7 @@ class Report:
         except (KeyError, TypeError) as error:
             raise ValueError(f"{folder} holds a damaged report: {type(error).__name__} {error}") from None
         if num_queries != report.num_queries:
-            raise ValueError(f"{folder}: metrics.json is of {num_queries} queries, per_query.jsonl of {len(lines)}")
+            raise ValueError(f"{folder}: metrics.json has {num_queries} queries, per_query.jsonl {len(lines)}")
         for name, mean in means.items():
             found = report.metrics[name]
             if not (isinstance(mean, int | float) and abs(found - mean) <= 1e-12):
@@ -161,65 +167,31 @@ def _checked(value: object, kind: type | types.UnionType) -> object:
     return value
 
 
-def save_sentence_transformers_csv(
-    folder: str | Path, report: Report, *, name: str = "", epoch: int = -1, steps: int = -1
-) -> Path:
-    """Appends a report to the CSV of sentence-transformers' `InformationRetrievalEvaluator`; returns its path.
-
-    The file is `folder`/Information-Retrieval_evaluation_{name}_results.csv. A new one gets the evaluator's columns in
-    its order (epoch, steps, Accuracy, Precision and Recall at each cutoff, MRR and NDCG at the largest, MAP at the
-    depth, each behind the similarity as in cosine-MRR@10); one that is there keeps the columns it has.
-
-    Args:
-        epoch, steps: as the evaluator writes them: -1 when not during training.
-
-    Raises:
-        ValueError: when the report says no similarity or has graded gains, which the evaluator does not know, or when
-            the file has a column that the report cannot fill.
-
-    Source: sentence-transformers 6.2, `InformationRetrievalEvaluator.__call__`.
-    """
-    path = Path(folder) / f"Information-Retrieval_evaluation{f'_{name}' if name else ''}_results.csv"
-    similarity = report.setting.get("similarity")
-    if similarity is None:
-        raise ValueError(f"{path}: the report names no similarity, which stands in every column's name")
-    if report.setting.get("gain", "binary") != "binary":
-        raise ValueError(
-            f"{path}: the report's nDCG has {report.setting['gain']} gains, the evaluator's has binary ones"
-        )
-    means = report.metrics
-    cutoffs = sorted({int(key.partition("@")[2]) for key in means if key.startswith("accuracy@")})
-    depths = sorted({int(key.partition("@")[2]) for key in means if key.startswith("map@")})
-    columns = [f"Accuracy@{k}" for k in cutoffs] + [f"{part}@{k}" for k in cutoffs for part in ("Precision", "Recall")]
-    columns += [f"{part}@{k}" for part in ("MRR", "NDCG") for k in cutoffs[-1:]] + [f"MAP@{k}" for k in depths]
-    values = {f"{similarity}-{column}": means[column.lower()] for column in columns}
-    lines = [",".join(["epoch", "steps", *values])]
-    if path.exists():
-        lines = [line.rstrip("\r\n") for line in read_lines(path) if line.strip()] or lines
-        values |= {
-            f"{similarity}-{part}@{k}": means[f"{part.lower()}@{k}"] for part in ("MRR", "NDCG") for k in cutoffs
-        }
-    known = {"epoch": epoch, "steps": steps} | values
-    header = lines[0].split(",")
-    missing = [column for column in header if column not in known]
-    if missing:
-        raise ValueError(f"{path} line 1: the report has nothing for column {missing[0]!r}; it has: {', '.join(known)}")
-    with atomic_write(path) as file:
-        file.write("\n".join([*lines, ",".join(str(known[column]) for column in header)]) + "\n")
-    return path
+def model_setting(embedder: Any) -> dict[str, Any]:
+    """What a report's setting records of its model: model, model_sha256, max_length and prompts, if it has them."""
+    found = {
+        "model": getattr(getattr(embedder, "source", None), "name", None) or getattr(embedder, "model", None),
+        "model_sha256": embedder.sha256() if hasattr(embedder, "sha256") else None,
+        "max_length": getattr(embedder, "max_length", None),
+        "prompts": dict(getattr(embedder, "prompts", None) or {}) or None,
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The difference between two reports over the same questions: `difference` = `other` - `base`.
+    """The difference between two reports, or two sets of them, over the same questions: `other` - `base`.
 
     Args:
-        base, other: mean of `metric` in either report.
-        interval: bootstrap interval of the difference at `confidence`, made by `method`.
-        p_value: of the sign-flip test; Holm-adjusted when `num_comparisons` is above 1.
-        effect_size: Cohen's d_z of the differences; None where they do not vary (`significance.effect_size`).
-        wins, ties, losses: questions on which `other` is better than, equal to and worse than `base`.
-        num_clusters: independent groups among the questions: what the evidence rests on.
+        base, other: means of `metric`.
+        interval: of the difference, at `confidence`.
+        p_value: two-sided; Holm-adjusted if `num_comparisons` is above 1.
+        method: how `interval` and `p_value` were made: "percentile" or "bca" bootstrap and a sign-flip test, or
+            "seeds": an interval and t test over seeds and questions (`recipe_interval`).
+        wins, ties, losses: number of questions on which `other` is better than, equal to and worse than `base`.
+        num_clusters: number of independent groups of questions.
+        num_seeds: number of reports on the other side.
+        question_error, seed_error: standard errors for new questions and for new seeds; None for one seed.
     """
 
     metric: str
@@ -229,23 +201,26 @@ class Comparison:
     interval: tuple[float, float]
     p_value: float
     confidence: float
-    method: IntervalMethod
-    effect_size: float | None
+    method: str
     wins: int
     ties: int
     losses: int
     num_queries: int
     num_clusters: int
     num_comparisons: int = 1
+    num_seeds: int = 1
+    question_error: float | None = None
+    seed_error: float | None = None
 
     def __str__(self) -> str:
         low, high = self.interval
         adjusted = f" (Holm over {self.num_comparisons})" if self.num_comparisons > 1 else ""
+        seeds = f", {self.num_seeds} seeds" if self.num_seeds > 1 else ""
         return (
             f"{self.metric}: {self.base:.4f} -> {self.other:.4f}, difference {self.difference:+.4f} "
             f"[{low:+.4f}, {high:+.4f}] at {self.confidence:.0%}, p = {self.p_value:.4f}{adjusted}, "
             f"{self.wins} better, {self.ties} equal, {self.losses} worse of {self.num_queries} questions "
-            f"in {self.num_clusters} clusters"
+            f"in {self.num_clusters} clusters{seeds}"
         )
 
 
@@ -258,85 +233,122 @@ def compare(
     confidence: float = 0.95,
     method: IntervalMethod = "percentile",
 ) -> Comparison | list[Comparison]:
-    """Compares each of `others` with `base`, question by question: a Comparison for one, a list for several.
+    """Compares each of `others` with `base`, question by question: one Comparison, or a list of them for several.
 
-    The clusters are those of `base`. Where nearly all questions hang together (many relevant documents a question, as
-    in NFCorpus), one or few clusters remain and no difference can be shown; `dataclasses.replace(base,
-    clusters=base.query_ids)` treats the questions as independent, knowingly. With a single cluster the interval of a
-    difference is all that a metric in [0, 1] allows, (-1, 1).
+    Warns of differences in data, maximum length or prompts. Clusters are those of `base`. If nearly all questions are
+    connected (many relevant documents per question, as in NFCorpus), few clusters remain and no difference can be
+    shown; `dataclasses.replace(base, clusters=base.query_ids)` treats the questions as independent. With one cluster
+    the interval of a difference is (-1, 1), all that a metric in [0, 1] allows.
 
     Args:
-        method: of the interval, "percentile" or "bca" (`significance.paired_bootstrap_interval`).
+        method: of the bootstrap interval, "percentile" or "bca" (`significance.paired_bootstrap_interval`).
 
     Raises:
-        ValueError: on reports over different questions (counting and naming them) or a metric that one of them lacks.
+        ValueError: the reports are over different questions or corpora (naming some), or one lacks the metric.
     """
     if not others:
         raise ValueError("compare needs a base and at least one other report")
-    comparisons = [_compare_two(base, other, metric, num_samples, seed, confidence, method) for other in others]
+    comparisons = []
+    for other in others:
+        base_Q, other_Q = paired_values(base, [base, other], metric)
+        generator = np.random.default_rng(seed)
+        options = {"generator": generator, "num_samples": num_samples}
+        interval = paired_bootstrap_interval(
+            other_Q - base_Q, base.clusters, confidence=confidence, method=method, **options
+        )
+        p_value = sign_flip_p_value(other_Q - base_Q, base.clusters, **options)
+        if len(set(base.clusters)) == 1 and (other_Q - base_Q).any():
+            interval = (-1.0, 1.0)
+        found = {"interval": interval, "p_value": p_value, "confidence": confidence, "method": method}
+        comparisons.append(_comparison(base, metric, base_Q, other_Q, num_comparisons=len(others), **found))
     if len(others) == 1:
         return comparisons[0]
     adjusted = holm([comparison.p_value for comparison in comparisons])
-    return [
-        dataclasses.replace(comparison, p_value=p_value, num_comparisons=len(others))
-        for comparison, p_value in zip(comparisons, adjusted, strict=True)
-    ]
+    return [dataclasses.replace(c, p_value=p_value) for c, p_value in zip(comparisons, adjusted, strict=True)]
 
 
-def _compare_two(
-    base: Report,
-    other: Report,
-    metric: str,
-    num_samples: int,
-    seed: int,
-    confidence: float,
-    method: IntervalMethod,
+def compare_seeds(
+    bases: Sequence[Report], others: Sequence[Report], *, metric: str = "ndcg@10", confidence: float = 0.95
 ) -> Comparison:
-    for name, report in (("base", base), ("other", other)):
-        if metric not in report.per_query:
-            raise ValueError(f"unknown metric {metric!r} in the {name} report; it has: {', '.join(report.per_query)}")
-    for key in ("num_documents", "gain"):
-        found = [report.setting.get(key) for report in (base, other)]
-        if None not in found and found[0] != found[1]:
-            raise ValueError(f"the reports do not compare: {key} is {found[0]} in base and {found[1]} in other")
-    row_of = {query_id: row for row, query_id in enumerate(other.query_ids)}
-    only_base = [query_id for query_id in base.query_ids if query_id not in row_of]
-    only_other = sorted(row_of.keys() - set(base.query_ids))
-    if only_base or only_other:
-        raise ValueError(
-            f"the reports are over different questions: {len(only_base)} only in base {only_base[:3]}, "
-            f"{len(only_other)} only in other {only_other[:3]}"
-        )
-    base_Q = base.per_query[metric]
-    other_Q = other.per_query[metric][[row_of[query_id] for query_id in base.query_ids]]
-    differences_Q = other_Q - base_Q
-    generator = np.random.default_rng(seed)
-    interval = paired_bootstrap_interval(
-        differences_Q,
-        base.clusters,
-        generator=generator,
-        num_samples=num_samples,
+    """Compares a recipe trained with several seeds with a base, for new seeds as well as new questions.
+
+    For `embedft compare --seeds BASE SEED SEED ...`: pass [BASE] and the reports of the seeds, once per metric; the
+    result goes into `format_comparisons` like those of `compare`.
+
+    Args:
+        bases: one report, or as many as `others`: the base trained with the same seeds, in the same order.
+        others: reports of the recipe, one per seed, at least 2.
+
+    Raises:
+        ValueError: as `compare`; another number of bases; or fewer than 2 seeds or clusters of questions.
+
+    Source: see `significance.recipe_interval`.
+    """
+    if len(bases) not in (1, len(others)):
+        raise ValueError(f"found {len(bases)} base reports for {len(others)} seeds, expected 1 or {len(others)}")
+    base_SQ, other_SQ = paired_values(bases[0], bases, metric), paired_values(bases[0], others, metric)
+    found = recipe_interval(other_SQ - base_SQ, bases[0].clusters, confidence=confidence)
+    return _comparison(
+        bases[0],
+        metric,
+        base_SQ.mean(axis=0),
+        other_SQ.mean(axis=0),
+        interval=found.interval,
+        p_value=found.p_value,
         confidence=confidence,
-        method=method,
+        method="seeds",
+        num_seeds=len(others),
+        question_error=found.question_error,
+        seed_error=found.seed_error,
     )
-    p_value = sign_flip_p_value(differences_Q, base.clusters, generator=generator, num_samples=num_samples)
-    num_clusters = len(set(base.clusters))
-    if num_clusters == 1 and differences_Q.any():
-        interval = (-1.0, 1.0)
-    wins, ties, losses = wins_ties_losses(differences_Q)
+
+
+def _comparison(base: Report, metric: str, base_Q: np.ndarray, other_Q: np.ndarray, **found: Any) -> Comparison:
+    wins, ties, losses = wins_ties_losses(other_Q - base_Q)
     return Comparison(
         metric=metric,
         base=float(base_Q.mean()),
         other=float(other_Q.mean()),
-        difference=float(differences_Q.mean()),
-        interval=interval,
-        p_value=p_value,
-        confidence=confidence,
-        method=method,
-        effect_size=effect_size(differences_Q),
+        difference=float((other_Q - base_Q).mean()),
         wins=wins,
         ties=ties,
         losses=losses,
-        num_queries=len(differences_Q),
-        num_clusters=num_clusters,
+        num_queries=len(base_Q),
+        num_clusters=len(set(base.clusters)),
+        **found,
     )
+
+
+def paired_values(base: Report, reports: Sequence[Report], metric: str) -> np.ndarray:
+    """A metric's values in each of `reports`, [S, Q], with questions in the order of `base`.
+
+    Raises:
+        ValueError: the reports are over different questions, numbers of documents or gains, or lack the metric.
+    """
+    shared = [name for name in base.per_query if all(name in report.per_query for report in reports)]
+    if metric not in shared:
+        raise ValueError(f"unknown metric {metric!r}; the reports share: {', '.join(shared) or 'none'}")
+    rows = []
+    for report in reports:
+        _check_comparable(base, report)
+        row_of = {query_id: row for row, query_id in enumerate(report.query_ids)}
+        rows.append(report.per_query[metric][[row_of[query_id] for query_id in base.query_ids]])
+    return np.stack(rows)
+
+
+def _check_comparable(base: Report, other: Report) -> None:
+    only = [sorted(set(a.query_ids) - set(b.query_ids)) for a, b in ((base, other), (other, base))]
+    if only[0] or only[1]:
+        raise ValueError(
+            f"the reports are over different questions: {len(only[0]):,} only in base {only[0][:3]}, "
+            f"{len(only[1]):,} only in other {only[1][:3]}"
+        )
+    same_model = base.setting.get("model") == other.setting.get("model")
+    for key in ("num_documents", "gain", "data_sha256", "max_length", *(["prompts"] if same_model else [])):
+        found = [report.setting.get(key) for report in (base, other)]
+        if found[0] == found[1] or (None in found and key != "prompts"):
+            continue
+        message = f"{key} is {found[0]} in base and {found[1]} in other"
+        if key in ("num_documents", "gain"):
+            raise ValueError(f"the reports do not compare: {message}")
+        warnings.warn(f"the reports may not compare: {message}", stacklevel=4)

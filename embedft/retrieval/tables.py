@@ -4,17 +4,15 @@
     print(format_grid(evaluate_grid(embedder, dataset, dims=[384, 128], precisions=["float32", "int8"])))
     print(format_comparisons({"tuned": [compare(base, tuned, metric="mrr@10")]}, style="latex"))
 
-"text" and "markdown" line up in a terminal. "csv" has every digit, an interval as two columns, and names without blanks
-for its columns. "latex" is a tabular with the rules of the package booktabs.
-
-Not here: how reports come about (evaluate.py), the statistics (report.py, significance.py), and figures (plots.py).
+"text" and "markdown" line up in a terminal. "csv" has every digit, an interval as two columns, and column names without
+blanks. "latex" is a tabular that needs the package booktabs.
 """
 
 import csv
 import io
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from .report import Comparison, Report, compare
@@ -22,9 +20,7 @@ from .report import Comparison, Report, compare
 Style = Literal["text", "markdown", "csv", "latex"]
 STYLES = ("text", "markdown", "csv", "latex")
 MAIN_METRICS = ("hit_rate@5", "mrr@10", "ndcg@10", "map@100")
-# A search that took less says nothing of its rate: "queries/s" is left empty.
-TIMED_SECONDS = 0.1
-# What LaTeX would read as a command; < > | come out as other signs in its default font encoding.
+# Characters that are commands in LaTeX, and < > |, which its default font encoding replaces.
 LATEX = str.maketrans(
     {
         **{character: f"\\{character}" for character in "&%$#_{}"},
@@ -42,13 +38,13 @@ LATEX = str.maketrans(
 def format_table(
     header: Sequence[str], rows: Sequence[Sequence[str]], *, style: Style = "markdown", num_left: int = 1
 ) -> str:
-    """A table of cells that are text already.
+    """A table of cells that are strings already.
 
     Args:
-        num_left: columns aligned to the left; those behind them to the right.
+        num_left: number of left-aligned columns; the others are right-aligned.
 
     Raises:
-        ValueError: an unknown style, or a row with another number of cells than the header.
+        ValueError: an unknown style, or a row whose number of cells differs from the header's.
     """
     if style not in STYLES:
         raise ValueError(f"style is {style!r}, expected one of {', '.join(STYLES)}")
@@ -69,7 +65,8 @@ def format_table(
         return "\n".join("  ".join(line).rstrip() for line in (first, *others))
     if style == "markdown":
         rules = ["-" * (w + 2) if i < num_left else "-" * (w + 1) + ":" for i, w in enumerate(widths)]
-        return "\n".join([_markdown_line(first), f"|{'|'.join(rules)}|", *map(_markdown_line, others)])
+        body = [f"| {' | '.join(line)} |" for line in (first, *others)]
+        return "\n".join([body[0], f"|{'|'.join(rules)}|", *body[1:]])
     columns = "l" * num_left + "r" * (len(header) - num_left)
     body = [r"\toprule", _latex_line(first), r"\midrule", *map(_latex_line, others), r"\bottomrule"]
     return "\n".join([rf"\begin{{tabular}}{{{columns}}}", *body, r"\end{tabular}"])
@@ -79,57 +76,46 @@ def _escape(cell: str, style: Style) -> str:
     if style == "markdown":
         return cell.replace("|", r"\|")
     if style == "latex":
-        # A hyphen is shorter than a minus sign; one within a name stays.
+        # A minus sign is longer than a hyphen; hyphens within names stay.
         return re.sub(r"(?<![\w.)])-(?=\.?\d)", "$-$", cell.translate(LATEX))
     return cell
 
 
-def _markdown_line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def _latex_line(cells: Sequence[str]) -> str:
     line = rf"{' & '.join(cells)} \\"
-    # Behind the \\ of the line before, these would be its argument.
+    # After the \\ of the previous line, [ or * would be read as its argument.
     return f"{{}}{line}" if line.startswith(("[", "*")) else line
 
 
 class _Column(NamedTuple):
-    """A column of values, or None where there is none."""
+    """A column of values, None where there is none. CSV writes values as they are, other styles by `spec`."""
 
-    keys: tuple[str, ...]  # what CSV calls it; several: a value is a tuple of as many, in columns of their own
-    title: str | None  # what the other styles call it; None: it is not in them
-    show: Callable[[Any], str] = str
+    keys: tuple[str, ...]  # names in CSV; with two, a value is an interval and takes two columns there
+    title: str | None = None  # name in the other styles; None: in CSV only
+    spec: str = ""
+
+    def show(self, value: Any) -> str:
+        if value is None or isinstance(value, str):
+            return value or ""
+        if len(self.keys) == 2:
+            return f"[{value[0]:{self.spec}}, {value[1]:{self.spec}}]"
+        return "<0.0001" if self.keys == ("p_value",) and value < 0.00005 else f"{value:{self.spec}}"
 
 
 def _format(columns: Sequence[_Column], rows: Sequence[Sequence[Any]], *, style: Style, num_left: int) -> str:
     if style == "csv":
-        spread = [
-            [part for column, value in zip(columns, row, strict=True) for part in _parts(value, len(column.keys))]
-            for row in rows
-        ]
-        return format_table([key for column in columns for key in column.keys], spread, style="csv")
+        header = [key for column in columns for key in column.keys]
+        return format_table(header, [_csv_cells(columns, row) for row in rows], style="csv")
     shown = [i for i, column in enumerate(columns) if column.title is not None]
-    cells = [["" if row[i] is None else columns[i].show(row[i]) for i in shown] for row in rows]
+    cells = [[columns[i].show(row[i]) for i in shown] for row in rows]
     return format_table([columns[i].title for i in shown], cells, style=style, num_left=num_left)
 
 
-def _parts(value: Any, number: int) -> list[str]:
-    if value is None:
-        return [""] * number
-    return [str(part) for part in (value if number > 1 else (value,))]
-
-
-def _mean(value: float) -> str:
-    return f"{value:.4f}"
-
-
-def _difference(value: float) -> str:
-    return f"{value:+.4f}"
-
-
-def _interval(interval: tuple[float, float]) -> str:
-    return f"[{interval[0]:+.4f}, {interval[1]:+.4f}]"
+def _csv_cells(columns: Sequence[_Column], row: Sequence[Any]) -> list[str]:
+    spread = [
+        value if isinstance(value, tuple) else [value] * len(c.keys) for c, value in zip(columns, row, strict=True)
+    ]
+    return ["" if part is None else str(part) for value in spread for part in value]
 
 
 def main_metrics(report: Report) -> list[str]:
@@ -155,10 +141,10 @@ def _require_metric(name: str, report: Report, metric: str) -> None:
 def format_reports(
     reports: Mapping[str, Report], *, metrics: Sequence[str] | None = None, style: Style = "markdown"
 ) -> str:
-    """A row a report, a column a metric: its mean over the questions.
+    """A row per report and a column per metric, with its mean over the questions.
 
     Args:
-        reports: {name: report}; they may be over different questions.
+        reports: {name: report}, possibly over different questions.
         metrics: None: `main_metrics` of the first report.
 
     Raises:
@@ -170,20 +156,20 @@ def format_reports(
     for name, report in reports.items():
         for metric in metrics:
             _require_metric(f"report {name!r}", report, metric)
-    columns = [_Column(("report",), "report"), *(_Column((metric,), metric, _mean) for metric in metrics)]
+    columns = [_Column(("report",), "report"), *(_Column((metric,), metric, ".4f") for metric in metrics)]
     rows = [[name, *(report.metrics[metric] for metric in metrics)] for name, report in reports.items()]
     return _format(columns, rows, style=style, num_left=1)
 
 
 def setting_name(setting: Mapping[str, Any]) -> str:
-    """What `Report.setting` says of the search, for a file's name or a label: "128-64-dim384-int8-hnsw"."""
+    """What `Report.setting` says of the search, as a file name or label: "128-64-dim384-int8-hnsw"."""
     parts = [_passages(setting, "-"), setting.get("dim") and f"dim{setting['dim']}"]
     parts += [setting.get("precision"), setting.get("index")]
     return re.sub(r"[^\w.,-]", "-", "-".join(part for part in parts if part))
 
 
 def _passages(setting: Mapping[str, Any], between: str) -> str | None:
-    """Size and stride of the windows, and how a document scores by them unless it is by the best; None: no windows."""
+    """Size and stride of the windows, and their aggregate unless it is "max"; None without windows."""
     if not setting.get("passages"):
         return None
     aggregate = setting.get("aggregate") or "max"
@@ -191,22 +177,23 @@ def _passages(setting: Mapping[str, Any], between: str) -> str | None:
 
 
 def grid_base(reports: Sequence[Report]) -> Report:
-    """The report of a grid that the others are compared with.
-
-    The first of the largest dim among those of exact search in float32; where there is none, the first of all.
-    """
+    """The report of a grid to compare the others with: exact float32 search at the largest dim, else the first one."""
     exact = [r for r in reports if (r.setting.get("precision"), r.setting.get("index")) == ("float32", "flat")]
     return max(exact, key=lambda report: report.setting.get("dim") or 0) if exact else reports[0]
 
 
-def format_grid(reports: Sequence[Report], *, metric: str = "ndcg@10", style: Style = "markdown") -> str:
-    """A row a setting: quality, its difference to `grid_base`, and what it costs.
+def format_grid(
+    reports: Sequence[Report], *, metric: str = "ndcg@10", style: Style = "markdown", timed_seconds: float = 0.1
+) -> str:
+    """A row per setting: quality, its difference from `grid_base`, and cost.
 
-    Columns: passages (size/stride in tokens, where some row has any), dim, precision, index; the mean of `metric`;
-    difference, interval and p-value of `compare`, Holm over all rows but the base; the share of the first 10 documents
-    of exact search over the same vectors that this search has among its first 10 ("of exact"); queries a second of
-    search alone, empty where that took less than a tenth of a second (CSV has them all); bytes a document; seconds to
-    build the index. What a report does not say stays empty, as for one of BM25.
+    Columns: passages (size/stride in tokens, if any row has them), dim, precision, index; the mean of `metric`;
+    difference, interval and p-value of `compare` (Holm over all rows but the base); the share of the first 10 documents
+    of exact search that this search finds too ("of exact"); queries per second of search alone; bytes per document;
+    seconds to build the index. Cells that a report says nothing about stay empty, as for BM25.
+
+    Args:
+        timed_seconds: searches that took less say little about speed, so their queries/s are shown in CSV only.
 
     Raises:
         ValueError: no reports, reports over different questions, a metric that one of them lacks, an unknown style.
@@ -218,64 +205,62 @@ def format_grid(reports: Sequence[Report], *, metric: str = "ndcg@10", style: St
     base = grid_base(reports)
     others = [report for report in reports if report is not base]
     comparisons = dict(zip(map(id, others), compare_all(base, others, metric=metric), strict=True))
-    heading = f"{100 * next(iter(comparisons.values())).confidence:g}% interval" if comparisons else "interval"
-    holm = f" (Holm, {len(others)})" if len(others) > 1 else ""
-    columns = [
-        _Column(("dim",), "dim"),
-        _Column(("precision",), "precision"),
-        _Column(("index",), "index"),
-        _Column((metric,), metric, _mean),
-        _Column(("difference",), "difference", lambda value: value if isinstance(value, str) else _difference(value)),
-        _Column(("interval_low", "interval_high"), heading, _interval),
-        _Column(("p_value",), f"p-value{holm}", _mean),
-        _Column(("recall@10_of_exact",), "of exact", lambda value: f"{value:.3f}"),
-        _Column(("queries_per_second",), "queries/s", lambda value: f"{value:,.0f}"),
-        _Column(("bytes_per_document",), "bytes/doc", lambda value: f"{value:,.0f}"),
-        _Column(("build_seconds",), "build, s", lambda value: f"{value:.2f}"),
+    settings = [_Column((key,), key) for key in ("dim", "precision", "index")]
+    costs = [
+        _Column(("recall@10_of_exact",), "of exact", ".3f"),
+        _Column(("queries_per_second",), "queries/s", ",.0f"),
+        _Column(("bytes_per_document",), "bytes/doc", ",.0f"),
+        _Column(("build_seconds",), "build, s", ".2f"),
     ]
     rows = []
     for report in reports:
         found = comparisons.get(id(report))
-        of_base = [None if style == "csv" else "base", None, None]
-        statistics = [found.difference, found.interval, found.p_value] if found else of_base
-        settings = [report.setting.get(column.keys[0]) for column in columns[:3]]
-        costs = [report.costs.get(column.keys[0]) for column in columns[-4:]]
-        if style != "csv" and report.costs.get("search_seconds", math.inf) < TIMED_SECONDS:
-            costs[1] = None
-        rows.append([*settings, report.metrics[metric], *statistics, *costs])
-    with_passages = any(report.setting.get("passages") for report in reports)
-    if with_passages:
-        columns = [_Column(("passages",), "passages"), *columns]
-        rows = [
-            [_passages(report.setting, "/") or (report.setting.get("dim") and "whole"), *row]
-            for report, row in zip(reports, rows, strict=True)
-        ]
-    return _format(columns, rows, style=style, num_left=3 + with_passages)
+        statistics = [found.difference, found.interval, found.p_value] if found else ["base", None, None]
+        if style == "csv" and not found:
+            statistics[0] = None
+        cost = [report.costs.get(column.keys[0]) for column in costs]
+        if style != "csv" and report.costs.get("search_seconds", math.inf) < timed_seconds:
+            cost[1] = None
+        setting = [report.setting.get(column.keys[0]) for column in settings]
+        passages = _passages(report.setting, "/") or (report.setting.get("dim") and "whole")
+        rows.append([passages, *setting, report.metrics[metric], *statistics, *cost])
+    statistics = _statistics(next(iter(comparisons.values()), None), len(others))
+    columns = [_Column(("passages",), "passages"), *settings, _Column((metric,), metric, ".4f"), *statistics, *costs]
+    start = 0 if any(report.setting.get("passages") for report in reports) else 1
+    return _format(columns[start:], [row[start:] for row in rows], style=style, num_left=4 - start)
+
+
+def _statistics(one: Comparison | None, num_comparisons: int) -> list[_Column]:
+    """Columns for difference, interval and p-value."""
+    heading = "interval" if one is None else f"{100 * one.confidence:g}% interval"
+    holm = f" (Holm, {num_comparisons})" if num_comparisons > 1 else ""
+    return [
+        _Column(("difference",), "difference", "+.4f"),
+        _Column(("interval_low", "interval_high"), heading, "+.4f"),
+        _Column(("p_value",), f"p-value{holm}", ".4f"),
+    ]
 
 
 def compare_all(base: Report, others: Sequence[Report], *, metric: str, **options: Any) -> list[Comparison]:
-    """`compare`, as a list for one other report too, and an empty one for none."""
-    if not others:
-        return []
-    found = compare(base, *others, metric=metric, **options)
+    """`compare` as a list, for any number of other reports, including one and none."""
+    found = compare(base, *others, metric=metric, **options) if others else []
     return found if isinstance(found, list) else [found]
 
 
 def format_comparisons(
     comparisons: Mapping[str, Sequence[Comparison]], *, base: str = "base", style: Style = "markdown"
 ) -> str:
-    """For each metric a row of the base and one of each other report: its mean, and how it differs from the base.
+    """For each metric, a row for the base and one for each other report: its mean and how it differs from the base.
 
-    Columns: metric, report, mean; difference, interval and p-value (Holm over the other reports, where there are
-    several); questions on which the report is better than the base, equal, and worse. CSV has more: effect size,
-    questions, clusters.
+    Columns: metric, report, mean; difference, interval and p-value (Holm over the other reports, if several); number of
+    questions on which the report is better than the base, equal, and worse. CSV adds questions, clusters and seeds.
 
     Args:
-        comparisons: {name of the other report: its comparisons with one base, a metric each}.
+        comparisons: {name of the other report: its comparisons with one base, one per metric}.
         base: the name of the base.
 
     Raises:
-        ValueError: nothing to show, comparisons of different metrics or of another number, an unknown style.
+        ValueError: nothing to show, comparisons by different metrics, an unknown style.
     """
     by_metric = {name: {c.metric: c for c in found} for name, found in comparisons.items()}
     metrics = list(next(iter(by_metric.values()), {}))
@@ -286,26 +271,15 @@ def format_comparisons(
             have = ", ".join(c.metric for c in comparisons[name])
             raise ValueError(f"{name!r} is compared by {have or 'nothing'}, expected {', '.join(metrics)}")
     one = next(iter(comparisons.values()))[0]
-    holm = f" (Holm, {one.num_comparisons})" if one.num_comparisons > 1 else ""
-    columns = [
-        _Column(("metric",), "metric"),
-        _Column(("report",), "report"),
-        _Column(("mean",), "mean", _mean),
-        _Column(("difference",), "difference", _difference),
-        _Column(("interval_low", "interval_high"), f"{100 * one.confidence:g}% interval", _interval),
-        _Column(("p_value",), f"p-value{holm}", _mean),
-        _Column(("better",), "better"),
-        _Column(("equal",), "equal"),
-        _Column(("worse",), "worse"),
-        _Column(("effect_size",), None),
-        _Column(("num_queries",), None),
-        _Column(("num_clusters",), None),
-    ]
+    columns = [_Column((key,), key) for key in ("metric", "report")]
+    columns += [_Column(("mean",), "mean", ".4f"), *_statistics(one, one.num_comparisons)]
+    columns += [_Column((key,), key) for key in ("better", "equal", "worse")]
+    columns += [_Column((key,)) for key in ("num_queries", "num_clusters", "num_seeds")]
     rows: list[list[Any]] = []
     for metric in metrics:
         rows.append([metric, base, next(iter(by_metric.values()))[metric].base, *[None] * (len(columns) - 3)])
         for name, found in by_metric.items():
             c = found[metric]
-            counts = [c.wins, c.ties, c.losses, c.effect_size, c.num_queries, c.num_clusters]
+            counts = [c.wins, c.ties, c.losses, c.num_queries, c.num_clusters, c.num_seeds]
             rows.append([metric, name, c.other, c.difference, c.interval, c.p_value, *counts])
     return _format(columns, rows, style=style, num_left=2)
