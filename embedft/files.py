@@ -9,11 +9,13 @@ keeps a second process from writing to the same place.
 """
 
 import contextlib
+import gzip
 import hashlib
 import json
 import os
 import secrets
 import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -65,10 +67,15 @@ def write_json(path: str | Path, value: Any) -> None:
 def read_lines(path: str | Path) -> Iterator[str]:
     """Yields the lines of a UTF-8 file with their ends; only a line feed ends a line, a byte order mark is dropped.
 
-    Memory does not grow with the file. Raises `ValueError` naming the line of a bad byte.
+    A file that ends in .gz is decompressed. Memory does not grow with the file.
+
+    Raises:
+        ValueError: naming the line of a bad byte; a damaged .gz file, or a Git LFS pointer instead of a file.
     """
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, start=1):
+    with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
+        for number, raw in enumerate(_lines_of(file, path), start=1):
+            if number == 1 and raw.startswith(b"version https://git-lfs.github.com/spec/"):
+                raise ValueError(f"{path}: is a Git LFS pointer, not the data; download it with `git lfs pull`")
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -76,6 +83,13 @@ def read_lines(path: str | Path) -> Iterator[str]:
                 byte = error.object[error.start]
                 raise ValueError(f"{path} line {number}: invalid UTF-8 (byte {byte:#04x})") from None
             yield line
+
+
+def _lines_of(file: IO[bytes], path: str | Path) -> Iterator[bytes]:
+    try:
+        yield from file
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: damaged gzip file ({error})") from None
 
 
 def read_text(path: str | Path) -> str:

@@ -74,6 +74,7 @@ WITHOUT_TORCH = (
     "data.dataset",
     "corpus.documents",
     "data.formats",
+    "data.pairs",
     "corpus.pdf",
     "corpus.prompts",
     "corpus.questions",

@@ -1,15 +1,20 @@
 """RetrievalDataset: what it refuses, what each format reads and writes, and that no split leaks."""
 
 import csv
+import gzip
 import json
 import random
 import re
+import warnings
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from embedft.data.dataset import RetrievalDataset
+from embedft.retrieval.evaluate import evaluate_run
+from embedft.retrieval.run import Run
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 FINANCE = SHARED_DATA / "finance_qa" / "Financial-QA-10k.csv"
@@ -53,8 +58,8 @@ def write_beir(folder: Path, *, corpus: list | None = None, queries: list | None
 
 
 def refusal(message: str) -> str:
-    """The message, whole, as a pattern for pytest.raises."""
-    return f"^{re.escape(message)}$"
+    """A part of a message, as a pattern for pytest.raises."""
+    return re.escape(message)
 
 
 # The container
@@ -80,7 +85,10 @@ def test_number_skipped_is_no_part_of_equality():
         ({"queries": ["who?"]}, "queries must be a dict, found ['who?']"),
         ({"qrels": None}, "qrels must be a dict, found None"),
         ({"queries": {"q1": " \n"}}, "the text of query 'q1' is empty"),
-        ({"corpus": {"d1": ""}}, "the text of document 'd1' is empty"),
+        ({"corpus": {"d1": " "}}, "the text of document 'd1' is empty"),
+        ({"missing": {"q9": {"x": 1}}}, "missing: query id 'q9' is not in the queries (2 queries)"),
+        ({"missing": {"q1": {"d1": 1}}}, "missing of query 'q1': document id 'd1' is in the corpus"),
+        ({"missing": {"q1": {"x": 0.5}}}, "missing of query 'q1': the grade of document 'x'"),
         ({"queries": {"q1": None}}, "the text of query 'q1' is empty"),
         ({"corpus": {"d1": b"me"}}, "the text of document 'd1' must be a string, found b'me'"),
         ({"corpus": {"d1": "ab\ud83d"}}, "the text of document 'd1' has a lone surrogate at character 2"),
@@ -93,9 +101,9 @@ def test_number_skipped_is_no_part_of_equality():
         *(
             (
                 {"qrels": {"q1": {"d1": grade}}},
-                f"qrels of query 'q1': the grade of document 'd1' must be an integer of 0 or more, found {grade!r}",
+                "qrels of query 'q1': the grade of document 'd1' must be a whole number, below",
             )
-            for grade in (True, "1", 1.0, -1, None)
+            for grade in (True, "1", 1.0, 2**31, None)
         ),
         ({"negatives": {"q9": []}}, "negatives: query id 'q9' is not in the queries (2 queries)"),
         ({"negatives": {"q1": "d3"}}, "negatives of query 'q1' must be a list, found 'd3'"),
@@ -104,10 +112,10 @@ def test_number_skipped_is_no_part_of_equality():
             {"negatives": {"q1": [["d3"]]}},
             "negatives of query 'q1': document id ['d3'] is not in the corpus (3 documents)",
         ),
-        ({"negatives": {"q1": ["d3", "d3"]}}, "negatives of query 'q1': document id 'd3' stands twice"),
+        ({"negatives": {"q1": ["d3", "d3"]}}, "negatives of query 'q1': document id 'd3'"),
         (
             {"negatives": {"q1": ["d3", "d1"]}},
-            "negatives of query 'q1': document id 'd1' is a positive of the query too",
+            "negatives of query 'q1': document id 'd1'",
         ),
         ({"scores": {"q9": {}}}, "scores: query id 'q9' is not in the queries (2 queries)"),
         ({"scores": {"q1": {"x": 0.5}}}, "scores of query 'q1': document id 'x' is not in the corpus (3 documents)"),
@@ -150,19 +158,19 @@ def test_document_texts_have_the_title_in_front():
 
 def test_format_is_recognised_or_named(tmp_path):
     rows = write_rows(tmp_path / "pairs.txt", [{"query": "who?", "positive": "me"}])
-    message = f"{rows}: the suffix is none of .json, .jsonl, .csv, .tsv; name the format: llamaindex, beir, jsonl, csv"
+    message = f"{rows}: suffix is none of .json, .jsonl, .csv, .tsv; name the format: llamaindex, beir, jsonl, csv"
     with pytest.raises(ValueError, match=refusal(message)):
         RetrievalDataset.load(rows)
     assert RetrievalDataset.load(rows, format="jsonl").queries == {"q0": "who?"}
     with pytest.raises(ValueError, match=refusal(f"{rows}: format 'xml' is not one of llamaindex, beir, jsonl, csv")):
         RetrievalDataset.load(rows, format="xml")
-    with pytest.raises(ValueError, match=r"pairs\.txt: not a 'beir' data set; the format 'beir' is a folder"):
+    with pytest.raises(ValueError, match=r"pairs\.txt: not a 'beir' dataset; the format 'beir' is a folder"):
         RetrievalDataset.load(rows, format="beir")
-    with pytest.raises(ValueError, match=r"not a 'csv' data set"):
+    with pytest.raises(ValueError, match=r"not a 'csv' dataset"):
         RetrievalDataset.load(tmp_path, format="csv")
     with pytest.raises(ValueError, match=refusal(f"{tmp_path / 'none.json'}: no such file or folder")):
         RetrievalDataset.load(tmp_path / "none.json")
-    with pytest.raises(ValueError, match="only the format 'beir' has splits, this is 'jsonl'; found split='dev'"):
+    with pytest.raises(ValueError, match="split is 'dev', but only the format 'beir'"):
         RetrievalDataset.load(rows, format="jsonl", split="dev")
 
 
@@ -179,7 +187,7 @@ def test_llamaindex(tmp_path):
     ("content", "message"),
     [
         ('{"queries": {"q1": "wh', "PATH line 1 column 20: invalid JSON (Unterminated string starting at)"),
-        ('{\n"queries": {"a": "b",\n"a": "c"}}', "PATH: invalid JSON (key 'a' stands twice in one object)"),
+        ('{\n"queries": {"a": "b",\n"a": "c"}}', "PATH: invalid JSON (key 'a'"),
         ("[" * 100_000, "PATH: invalid JSON (maximum recursion depth exceeded"),
         ("1" * 5000, "PATH: invalid JSON (Exceeds the limit"),
         # The byte order mark is cut before decoding; the line and the byte are those of the file all the same.
@@ -193,20 +201,12 @@ def test_llamaindex(tmp_path):
             "PATH: the text of query 'q1' must be a string, found 5",
         ),
         (
-            '{"queries": {"q1": "x"}, "corpus": {"d1": "me"}, "relevant_docs": {"q1": ["d2"]}}',
-            "PATH: relevant_docs of query 'q1': document id 'd2' is not in the corpus (1 documents)",
-        ),
-        (
-            '{"queries": {"q1": "x"}, "corpus": {"d1": "me"}, "relevant_docs": {"q2": ["d1"]}}',
-            "PATH: relevant_docs: query id 'q2' is not in the queries (1 queries)",
-        ),
-        (
             '{"queries": {"q1": "x"}, "corpus": {"d1": "me"}, "relevant_docs": {"q1": ["d1", "d1"]}}',
-            "PATH: relevant_docs of query 'q1': document id 'd1' stands twice",
+            "PATH: relevant_docs of query 'q1': document id 'd1'",
         ),
         (
             '{"queries": {"q1": "x"}, "corpus": {"d1": "me"}, "relevant_docs": {"q1": "d1"}}',
-            "PATH: relevant_docs of query 'q1' must be a list, found 'd1'",
+            "PATH: relevant_docs of query 'q1' must be a list of document ids, found 'd1'",
         ),
         (
             '{"queries": {}, "corpus": {}, "relevant_docs": {}, "mode": "image"}',
@@ -269,30 +269,24 @@ def test_beir_keeps_the_queries_of_its_split(tmp_path):
 @pytest.mark.parametrize("name", ["corpus.jsonl", "queries.jsonl"])
 def test_beir_refuses_a_missing_file(tmp_path, name):
     (write_beir(tmp_path) / name).unlink()
-    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}: no {name}; expected corpus.jsonl, queries.jsonl and")):
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}: no {name}")):
         RetrievalDataset.load(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (
-            {"qrels": "q1\td1\t1\nq1\t88\t1\n"},
-            "qrels/test.tsv line 3: document id '88' is not in the corpus (1 documents)",
-        ),
-        ({"qrels": "q9\td1\t1\n"}, "qrels/test.tsv line 2: query id 'q9' is not in the queries (1 queries)"),
-        ({"qrels": "q1\td1\t1\nq1\td1\t1\n"}, "test.tsv line 3: query id 'q1' with document id 'd1' stands twice"),
-        ({"qrels": "q1\td1\t1.0\n"}, "test.tsv line 2: the grade must be an integer of 0 or more, found '1.0'"),
-        ({"qrels": "q1\td1\t-1\n"}, "test.tsv line 2: the grade must be an integer of 0 or more, found '-1'"),
-        ({"qrels": "q1\td1\n"}, "test.tsv line 2: 2 columns, the header has 3"),
+        ({"qrels": "q1\td1\t1\nq1\td1\t1\n"}, "test.tsv line 3: query id 'q1' with document id 'd1'"),
+        ({"qrels": "q1\td1\t1.5\n"}, "test.tsv line 2: the grade must be a whole number, below 2^31, found '1.5'"),
+        ({"qrels": "q1\td1\t99999999999\n"}, "test.tsv line 2: the grade must be a whole number, below 2^31, found 9"),
+        ({"qrels": "q1\td1\n"}, "test.tsv line 2: 2 columns, expected 3"),
         ({"qrels": ""}, "the dataset is empty: no entry in queries"),
         (
             {"corpus": [{"_id": "d1", "text": "a"}, {"_id": "d1", "text": "b"}]},
-            "corpus.jsonl line 2: _id 'd1' stands twice",
+            "corpus.jsonl line 2: _id 'd1'",
         ),
         ({"corpus": [{"_id": 1, "text": "a"}]}, "corpus.jsonl line 1: _id must be a string, found 1"),
         ({"corpus": [{"text": "a"}]}, "corpus.jsonl line 1: _id is empty"),
-        ({"corpus": [{"_id": "d1", "text": " "}]}, "corpus.jsonl line 1: the text of 'd1' is empty"),
         ({"corpus": [{"_id": "d1", "text": 3}]}, "corpus.jsonl line 1: the text of 'd1' must be a string, found 3"),
         ({"corpus": [{"_id": "d1", "text": "a", "title": 3}]}, "line 1: the title of 'd1' must be a string, found 3"),
         ({"corpus": [["d1", "a"]]}, "corpus.jsonl line 1: expected an object, found ['d1', 'a']"),
@@ -301,13 +295,13 @@ def test_beir_refuses_a_missing_file(tmp_path, name):
 )
 def test_beir_refuses(tmp_path, content, message):
     folder = write_beir(tmp_path, **content)
-    with pytest.raises(ValueError, match=re.escape(message) + "$"):
+    with pytest.raises(ValueError, match=re.escape(message)):
         RetrievalDataset.load(folder)
 
 
 def test_beir_refuses_another_header(tmp_path):
-    write(write_beir(tmp_path) / "qrels" / "test.tsv", "q1\t0\td1\t1\nq1\t0\td1\t1\n")
-    message = "test.tsv line 2: expected the columns query-id, corpus-id, score; found q1, 0, d1, 1"
+    write(write_beir(tmp_path) / "qrels" / "test.tsv", "query\tdocument\tgrade\nq1\td1\t1\n")
+    message = "test.tsv line 1: expected the columns query-id, corpus-id, score; found query, document, grade"
     with pytest.raises(ValueError, match=message):
         RetrievalDataset.load(tmp_path)
 
@@ -401,20 +395,18 @@ def test_negatives_of_csv_may_be_fewer_in_some_rows(tmp_path):
 @pytest.mark.parametrize("merge", [True, False])
 def test_a_negative_equal_to_its_positive_is_refused(tmp_path, merge):
     path = write_rows(tmp_path / "x.jsonl", [ROWS[1], {"query": "a?", "positive": "A", "negative": "A"}])
-    with pytest.raises(
-        ValueError, match=r"x.jsonl line 2: negative 'd\w+' of query 'q1' is a positive of the query too"
-    ):
+    with pytest.raises(ValueError, match=r"x.jsonl line 2: negative 'd\w+' of query 'q1' is also a positive"):
         RetrievalDataset.load(path, merge=merge)
 
 
 def test_a_negative_that_another_row_calls_positive_is_refused(tmp_path):
     first, second = {"query": "a?", "positive": "A", "negative": "B"}, {"query": "a?", "positive": "B"}
     path = write_rows(tmp_path / "x.jsonl", [first, second])
-    message = f"{path} line 2: document 'd0n0' of query 'q0' is a negative on a line before"
+    message = f"{path} line 2: document 'd0n0' of query 'q0' is a negative"
     with pytest.raises(ValueError, match=refusal(message)):
         RetrievalDataset.load(path)
     path = write_rows(tmp_path / "y.jsonl", [second, first])
-    message = f"{path} line 2: negative 'd0' of query 'q0' is a positive of the query too"
+    message = f"{path} line 2: negative 'd0' of query 'q0' is also a positive"
     with pytest.raises(ValueError, match=refusal(message)):
         RetrievalDataset.load(path)
     assert RetrievalDataset.load(path, merge=False).negatives == {"q1": ["d1n0"]}
@@ -467,21 +459,23 @@ PAIR = {"query": "a?", "positive": "A"}
         ),
         ([PAIR | {"query_id": 3}], "line 1: query_id must be a string, found 3"),
         ([PAIR | {"document_id": None}], "line 1: document_id is empty"),
-        ([PAIR | {"grade": True}], "line 1: the grade must be an integer of 0 or more, found True"),
+        ([PAIR | {"grade": True}], "line 1: the grade must be a whole number, below 2^31, found True"),
+        ([PAIR, PAIR | {"grade": 10**400}], "line 2: the grade must be a whole number, below 2^31, found 1000"),
+        ([PAIR | {"grade": float("inf")}], "line 1: the grade must be a whole number, below 2^31, found inf"),
         (
             [PAIR, PAIR | {"grade": 2}],
-            "line 2: document 'd0' of query 'q0' has the grade 2, on a line before 1",
+            "line 2: document 'd0' of query 'q0' has the grade 2, but 1",
         ),
         (
             [PAIR | {"document_id": "1"}, PAIR | {"positive": "B", "document_id": "1"}],
-            "line 2: document id '1' has another text on a line before",
+            "line 2: document id '1' has another text",
         ),
         ([], "x.jsonl: the dataset is empty: no entry in queries"),
     ],
 )
 def test_rows_refused(tmp_path, rows, message):
     path = write_rows(tmp_path / "x.jsonl", rows)
-    with pytest.raises(ValueError, match=re.escape(message) + "$"):
+    with pytest.raises(ValueError, match=re.escape(message)):
         RetrievalDataset.load(path)
 
 
@@ -493,7 +487,7 @@ def test_rows_refused(tmp_path, rows, message):
         ('query,positive\n"a\nb?","A\r\nB"\n\nc?,\n', "line 6: the document is empty"),
         ('query,positive\na?,A\nb?,"B\nand no end\n', "line 3: invalid CSV (unexpected end of data)"),
         ('query,positive\n"a"?,A\n', "line 2: invalid CSV ("),
-        ("query,query,positive\na?,b?,A\n", "line 1: column 'query' stands twice"),
+        ("query,query,positive\na?,b?,A\n", "line 1: column 'query'"),
         ("query;positive\na?;A\n", "line 1: no column for the query; found query;positive; expected one of anchor"),
         (b"query,positive\na?,A\nb?,\xe9\n", "line 3: invalid UTF-8 (byte 0xe9)"),
         ("query,positive\n", "x.csv: the dataset is empty: no entry in queries"),
@@ -540,6 +534,176 @@ def test_skip_empty_counts_rows(tmp_path):
         {"q1": "a?", "q4": "c?"}, {"d1": "A", "d4": "C"}, {"q1": {"d1": 1}, "q4": {"d4": 1}}
     )
     assert dataset.num_skipped == 3
+
+
+# Data as it is published
+
+
+def load_with_warnings(path: Path, **options) -> tuple[RetrievalDataset, list[str]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        return RetrievalDataset.load(path, **options), [str(x.message) for x in caught]
+
+
+def test_beir_grades_may_be_negative_or_written_as_floats(tmp_path):
+    folder = write_beir(
+        tmp_path,
+        corpus=[{"_id": f"d{i}", "text": f"text {i}"} for i in range(1, 5)],
+        qrels="q1\td1\t2\nq1\td2\t-1\nq1\td3\t2.0\nq1\td4\t0.0\n",
+    )
+    dataset = RetrievalDataset.load(folder)
+    assert dataset.qrels == {"q1": {"d1": 2, "d2": -1, "d3": 2, "d4": 0}}
+    dataset.save(tmp_path / "copy")
+    assert RetrievalDataset.load(tmp_path / "copy") == dataset
+
+
+def test_beir_judgements_of_what_is_missing_are_counted(tmp_path):
+    """Two judgements of documents that are not there, one of a query that is not; strict refuses each."""
+    qrels = "q1\td1\t1\nq1\tgone\t2\nq1\tlost\t0\nq9\td1\t1\n"
+    folder = write_beir(tmp_path, qrels=qrels)
+    dataset, told = load_with_warnings(folder)
+    assert (dataset.qrels, dataset.missing) == ({"q1": {"d1": 1}}, {"q1": {"gone": 2, "lost": 0}})
+    assert dataset.all_qrels() == {"q1": {"d1": 1, "gone": 2, "lost": 0}}
+    assert ["test.tsv line 5: query id 'q9'" in told[0], "1 like it" in told[0]] == [True, True]
+    assert ["test.tsv line 3: document id 'gone'" in told[1], "2 like it" in told[1]] == [True, True]
+    dataset.save(tmp_path / "copy")
+    assert load_with_warnings(tmp_path / "copy")[0] == dataset
+    with pytest.raises(ValueError, match=r"test.tsv line 3: document id 'gone' is not in the corpus \(1 documents\)"):
+        RetrievalDataset.load(folder, strict=True)
+    write_beir(tmp_path, qrels="q9\td1\t1\n")
+    with pytest.raises(ValueError, match=r"test.tsv line 2: query id 'q9' is not in the queries \(1 queries\)"):
+        RetrievalDataset.load(folder, strict=True)
+
+
+def test_a_missing_document_counts_as_relevant_and_not_found(tmp_path):
+    """One of two relevant documents is found: recall 0.5, as trec_eval has it."""
+    folder = write_beir(tmp_path, qrels="q1\td1\t1\nq1\tgone\t1\n")
+    dataset, _ = load_with_warnings(folder)
+    report = evaluate_run(Run.from_dict({"q1": {"d1": 1.0}}), dataset)
+    assert report.metrics["recall@10"] == 0.5
+    assert report.metrics["mrr@10"] == 1.0
+
+
+def test_llamaindex_files_may_refer_to_what_is_missing(tmp_path):
+    content = {"queries": QUERIES, "corpus": CORPUS, "relevant_docs": {"q1": ["d1", "gone"], "q2": ["gone"], "q9": []}}
+    path = write(tmp_path / "qa.json", json.dumps(content))
+    dataset, told = load_with_warnings(path)
+    missing = {"q1": {"gone": 1}, "q2": {"gone": 1}}
+    assert dataset == RetrievalDataset(QUERIES, CORPUS, {"q1": {"d1": 1}, "q2": {}}, missing=missing)
+    assert len(told) == 1
+    assert "relevant_docs: document id 'gone' is not in the corpus (3 documents)" in told[0]
+    dataset.save(tmp_path / "copy.json")
+    assert load_with_warnings(tmp_path / "copy.json")[0] == dataset
+    with pytest.raises(ValueError, match=f"{path}: relevant_docs: document id 'gone'"):
+        RetrievalDataset.load(path, strict=True)
+    with pytest.raises(ValueError, match="cannot hold missing"):
+        dataset.save(tmp_path / "copy.jsonl")
+    assert dataset.sha256() != replace(dataset, missing={}).sha256()
+
+
+def test_beir_keeps_empty_documents(tmp_path):
+    rows = [{"_id": "d1", "text": "me"}, {"_id": "d2", "title": "", "text": "", "metadata": {}}]
+    folder = write_beir(tmp_path, corpus=rows)
+    assert RetrievalDataset.load(folder).corpus == {"d1": "me", "d2": ""}
+    skipped = RetrievalDataset.load(folder, skip_empty=True)
+    assert (skipped.corpus, skipped.num_skipped) == ({"d1": "me"}, 1)
+    with pytest.raises(ValueError, match="document 'd2', which is empty"):
+        RetrievalDataset.load(folder).save(tmp_path / "copy.json")
+
+
+def test_what_refuses_an_empty_text_names_the_option(tmp_path):
+    rows = write_rows(tmp_path / "x.jsonl", [PAIR, {"query": "b?", "positive": ""}])
+    content = {"queries": QUERIES, "corpus": {"d1": ""}, "relevant_docs": {}}
+    folder = write_beir(tmp_path / "beir", queries=[{"_id": "q1", "text": ""}])
+    for path, where in (
+        (rows, "x.jsonl line 2: the document"),
+        (write(tmp_path / "qa.json", json.dumps(content)), "qa.json: the text of document 'd1'"),
+        (folder, "queries.jsonl line 1: the text of 'q1'"),
+    ):
+        with pytest.raises(ValueError, match=rf"{where} is empty; .*--skip-empty"):
+            RetrievalDataset.load(path)
+
+
+def gzipped(path: Path) -> Path:
+    packed = path.with_name(path.name + ".gz")
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    return packed
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl"])
+def test_compressed_files(tmp_path, name):
+    dataset = make_random(0)
+    dataset.save(tmp_path / name)
+    path = gzipped(tmp_path / name)
+    assert RetrievalDataset.load(path) == dataset
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=f"{path}: damaged gzip file"):
+        RetrievalDataset.load(path)
+
+
+def test_compressed_beir_and_tables(tmp_path):
+    dataset = make_random(0, titles=True, num_loose=2)
+    dataset.save(tmp_path / "beir")
+    for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv"):
+        gzipped(tmp_path / "beir" / name)
+    assert RetrievalDataset.load(tmp_path / "beir") == dataset
+    for name, delimiter in (("x.csv", ","), ("x.tsv", "\t")):
+        path = gzipped(write(tmp_path / name, f"query{delimiter}positive\na?{delimiter}A\n"))
+        assert RetrievalDataset.load(path).corpus == {"d0": "A"}
+
+
+def test_a_git_lfs_pointer_is_named(tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    for path in (write(tmp_path / "x.json", pointer), write(tmp_path / "x.csv", pointer)):
+        with pytest.raises(ValueError, match=f"{path}: is a Git LFS pointer.*git lfs pull"):
+            RetrievalDataset.load(path)
+
+
+def test_tsv_has_no_quoting(tmp_path):
+    """A cell that begins with a quote and a later one that ends with one: two rows, not one."""
+    content = 'query\tpositive\n"who\tme\nwhat?\tsaid "that"\n"a ""b"""\tc, d\r\n'
+    dataset = RetrievalDataset.load(write(tmp_path / "x.tsv", content))
+    assert list(dataset.queries.values()) == ['"who', "what?", '"a ""b"""']
+    assert list(dataset.corpus.values()) == ["me", 'said "that"', "c, d"]
+
+
+OLD_TOPICS = """<top>
+<num> Number: 301
+<title> International Organized Crime
+
+<desc> Description:
+Identify organizations.
+</top>
+<top><num>302<title>Topic: poliomyelitis
+ and post-polio</title></top>
+"""
+NEW_TOPICS = '<topics><topic number="1">\n<query>coronavirus origin</query><question>what?</question></topic></topics>'
+
+
+def test_trec_topics_and_qrels(tmp_path):
+    write_rows(tmp_path / "corpus.jsonl", [{"_id": "FT 1", "text": "a"}, {"_id": "FT2", "text": "b"}])
+    write(tmp_path / "topics.301-302.txt", OLD_TOPICS)
+    write(tmp_path / "qrels.txt", "301 0 FT2 1\n301 0 FT3 -2\n\n302\t0\tFT 1\t2\n")
+    dataset, told = load_with_warnings(tmp_path)
+    assert dataset.queries == {"301": "International Organized Crime", "302": "poliomyelitis and post-polio"}
+    assert dataset.qrels == {"301": {"FT2": 1}, "302": {"FT 1": 2}}
+    assert dataset.missing == {"301": {"FT3": -2}}
+    assert "qrels.txt line 2: document id 'FT3'" in told[0]
+    (tmp_path / "topics.301-302.txt").unlink()
+    write(tmp_path / "topics.xml", NEW_TOPICS)
+    write(tmp_path / "qrels.txt", "1 0 FT2 1\n")
+    assert RetrievalDataset.load(tmp_path).queries == {"1": "coronavirus origin"}
+    write(tmp_path / "topics.xml", "nothing")
+    with pytest.raises(ValueError, match=r"topics\.xml: no topic found"):
+        RetrievalDataset.load(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ""])
+def test_ids_may_have_spaces(tmp_path, suffix):
+    dataset = RetrievalDataset({"a query.txt": "who?"}, {"my file.pdf 3": "me"}, {"a query.txt": {"my file.pdf 3": 1}})
+    dataset.save(tmp_path / f"x{suffix}")
+    assert RetrievalDataset.load(tmp_path / f"x{suffix}") == dataset
 
 
 # Round trips
@@ -644,7 +808,7 @@ def test_save_chooses_the_format_and_minds_what_is_there(tmp_path):
     dataset = RetrievalDataset(QUERIES, CORPUS, QRELS)
     for path, message in [
         ("x.csv", "format 'csv' is not one of llamaindex, beir, jsonl"),
-        ("x.txt", "the suffix is none of .json, .jsonl, .csv, .tsv; name the format: llamaindex, beir, jsonl"),
+        ("x.txt", "suffix is none of .json, .jsonl, .csv, .tsv; name the format: llamaindex, beir, jsonl"),
     ]:
         with pytest.raises(ValueError, match=refusal(f"{tmp_path / path}: {message}")):
             dataset.save(tmp_path / path)
@@ -748,7 +912,7 @@ def test_split_does_not_join_by_grade_0():
 
 @pytest.mark.parametrize("share", [0, 1, -0.5, 1.5, float("nan")])
 def test_split_refuses_a_share(share):
-    with pytest.raises(ValueError, match=f"share must lie strictly between 0 and 1, found {share}"):
+    with pytest.raises(ValueError, match=f"share must be strictly between 0 and 1, found {share}"):
         RetrievalDataset(QUERIES, CORPUS, QRELS).split(share, seed=0)
 
 
@@ -801,7 +965,7 @@ def test_what_trains_too_by_hand():
     """By text: question "a" is on both sides, and the text "x", which answers another question there."""
     held_out = RetrievalDataset({"q": "a", "r": "b", "s": "c"}, {"d": "x", "e": "y"}, {"q": {"d": 1}, "r": {"e": 1}})
     training = RetrievalDataset({"1": "a", "2": "c"}, {"7": "z", "8": "x"}, {"1": {"7": 1}, "2": {"8": 1, "7": 0}})
-    told = "1 of 2 validation questions and 1 of the 2 documents that answer them train too"
+    told = "1 of 2 validation questions and 1 of the 2 documents that answer them are in the training set too"
     assert held_out.shares_with(training).startswith(told)
     # Question "c" is not judged here, "x" there answers nothing.
     other = RetrievalDataset({"2": "c"}, {"7": "z", "8": "x"}, {"2": {"8": 0, "7": 1}})

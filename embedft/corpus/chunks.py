@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from ..data.formats import check_text
+from ..data.checks import check_text
 from ..files import atomic_write, read_jsonl
 from .copies import near_copies
 from .sentences import sentence_spans

@@ -28,8 +28,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..data.checks import check_distinct
 from ..data.dataset import RetrievalDataset
-from ..data.formats import check_distinct
 from ..progress import progress_bar
 from .chunks import Chunk
 from .copies import is_copied, shingles

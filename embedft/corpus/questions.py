@@ -23,8 +23,8 @@ from ..api.ledger import USAGE, Ledger, Totals, check_outcome, now_text, price_o
 from ..api.sending import Forms, Job, RateLimit, Response, Sender
 from ..api.server import Server
 from ..config import check_types, setting
+from ..data.checks import check_distinct, check_text
 from ..data.dataset import RetrievalDataset
-from ..data.formats import check_distinct, check_text
 from ..files import append_jsonl, locked, resume_jsonl
 from ..progress import progress_bar
 from .chunks import Chunk

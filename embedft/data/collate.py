@@ -13,6 +13,7 @@ query, K known pairs.
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -113,13 +114,13 @@ class Collate:
         if len(set(query_ids)) < len(query_ids):
             first: dict[str, int] = {}
             options["query"] = torch.tensor([first.setdefault(q, len(first)) for q in query_ids])
-        for name, wanted, known in (
-            ("relevance", self.relevance, self.dataset.qrels),
-            ("target_scores", self.target_scores, self.dataset.scores),
+        for name, wanted, given, least in (
+            ("relevance", self.relevance, self.dataset.qrels, 0.0),
+            ("target_scores", self.target_scores, self.dataset.scores, -math.inf),
         ):
             if wanted:
                 values = [
-                    [float(known.get(query_id, {}).get(document_id, 0)) for document_id in row.values()]
+                    [max(least, given.get(query_id, {}).get(document_id, 0.0)) for document_id in row.values()]
                     for query_id, row in zip(query_ids, rows, strict=True)
                 ]
                 options[name] = torch.tensor([_filled(row, width, 0.0) for row in values], dtype=torch.float32)

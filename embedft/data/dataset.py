@@ -1,7 +1,6 @@
 """What retrieval is trained and measured on: queries, documents, and which document answers which query.
 
-Here: the container, which checks itself; its readers and writers; the leak-free split. Deliberately not here: cutting
-documents and writing questions (documents.py, questions.py), tokens and batches (batches.py), mining of negatives.
+The container checks itself; it loads and saves files (formats.py, pairs.py) and splits without leaks.
 
     dataset = RetrievalDataset.load("pairs.csv", skip_empty=True)
     train, held_out = dataset.split(0.9, seed=0)
@@ -18,26 +17,30 @@ from pathlib import Path
 
 import numpy as np
 
-from . import formats
-from .formats import FORMATS, WRITABLE, check_distinct, check_grade, check_id, check_text
+from . import formats, pairs
+from .checks import check_distinct, check_grade, check_id, check_text
+from .formats import FORMATS, WRITABLE
 from .linked import connected_components
 
 
 @dataclass(frozen=True, repr=False)
 class RetrievalDataset:
-    """Queries, a corpus and graded judgements; checked when made, and not to be changed afterwards.
+    """Queries, a corpus and graded judgements; checked when created, and not to be changed afterwards.
 
     Args:
         queries: {query id: text}. A query may lack qrels.
-        corpus: {document id: text}. A text may be empty ("") only where the document has a title.
-        qrels: {query id: {document id: grade}}; grade an integer, > 0 relevant, 0 judged not relevant.
+        corpus: {document id: text}; a text may be "".
+        qrels: {query id: {document id: grade}}; grades are whole numbers, above 0 relevant, otherwise judged not
+            relevant.
         negatives: {query id: [document id]}, hard negatives; never a document that is relevant to the query.
         scores: {query id: {document id: score}}, a teacher's; finite.
         titles: {document id: title}.
-        num_skipped: how much `load(skip_empty=True)` dropped; no part of equality.
+        missing: {query id: {document id: grade}}, judgements of documents that the corpus lacks: they count in
+            evaluation (`all_qrels`), where they cannot be found, and nowhere else.
+        num_skipped: how much `load(skip_empty=True)` dropped; not part of equality.
 
     Raises:
-        ValueError: no queries, no corpus, an empty text, a wrong type, an unknown or doubled id.
+        ValueError: no queries, no corpus, an empty text, a wrong type, an unknown or repeated id.
     """
 
     queries: dict[str, str]
@@ -46,10 +49,11 @@ class RetrievalDataset:
     negatives: dict[str, list[str]] = field(default_factory=dict)
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     titles: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, dict[str, int]] = field(default_factory=dict)
     num_skipped: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("queries", "corpus", "qrels", "negatives", "scores", "titles"):
+        for name in ("queries", "corpus", "qrels", "negatives", "scores", "titles", "missing"):
             value = getattr(self, name)
             if not isinstance(value, dict):
                 raise ValueError(f"{name} must be a dict, found {reprlib.repr(value)}")
@@ -60,28 +64,35 @@ class RetrievalDataset:
             check_text(text, f"the text of query {query_id!r}")
         for document_id, text in self.corpus.items():
             check_text(document_id, "a document id")
-            if text != "" or document_id not in self.titles:
+            if text != "":
                 check_text(text, f"the text of document {document_id!r}")
         for document_id, title in self.titles.items():
             check_id("document", document_id, self.corpus, "titles: ")
             check_text(title, f"the title of document {document_id!r}")
-        for name, kind in (("qrels", dict), ("negatives", list), ("scores", dict)):
+        for name, kind in (("qrels", dict), ("negatives", list), ("scores", dict), ("missing", dict)):
             for query_id, listed in getattr(self, name).items():
                 check_id("query", query_id, self.queries, f"{name}: ")
                 where = f"{name} of query {query_id!r}"
                 if not isinstance(listed, kind):
                     raise ValueError(f"{where} must be a {kind.__name__}, found {reprlib.repr(listed)}")
                 for document_id in listed:
-                    check_id("document", document_id, self.corpus, f"{where}: ")
-        for query_id, grades in self.qrels.items():
-            for document_id, grade in grades.items():
-                check_grade(grade, f"qrels of query {query_id!r}: the grade of document {document_id!r}")
+                    if name != "missing":
+                        check_id("document", document_id, self.corpus, f"{where}: ")
+                    elif document_id in self.corpus:
+                        raise ValueError(f"{where}: document id {document_id!r} is in the corpus")
+        self._check_values()
+
+    def _check_values(self) -> None:
+        for name in ("qrels", "missing"):
+            for query_id, grades in getattr(self, name).items():
+                for document_id, grade in grades.items():
+                    check_grade(grade, f"{name} of query {query_id!r}: the grade of document {document_id!r}")
         for query_id, document_ids in self.negatives.items():
             where = f"negatives of query {query_id!r}"
             check_distinct(document_ids, f"{where}: document id")
             for document_id in document_ids:
                 if self.qrels.get(query_id, {}).get(document_id, 0) > 0:
-                    raise ValueError(f"{where}: document id {document_id!r} is a positive of the query too")
+                    raise ValueError(f"{where}: document id {document_id!r} is also a positive of the query")
         for query_id, scores in self.scores.items():
             for document_id, score in scores.items():
                 if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
@@ -104,19 +115,22 @@ class RetrievalDataset:
         format: str | None = None,
         merge: bool = True,
         skip_empty: bool = False,
+        strict: bool = False,
         split: str | None = None,
     ) -> "RetrievalDataset":
-        """The dataset in a file or folder; the module's docstring describes the formats.
+        """The dataset in a file or folder; formats.py and pairs.py describe the formats.
 
         Args:
-            path: a file, or the folder of the format "beir".
+            path: a file, which may end in .gz, or the folder of the format "beir".
             format: one of FORMATS; None: by the suffix (SUFFIXES), a folder is "beir".
             merge: for rows without ids of their own. True: equal query texts are one query, which may then have
-                several positives, and equal document texts one document; a pair given twice counts once. False: each
+                several positives, and equal document texts one document; a repeated pair counts once. False: each
                 row has its own query and document.
-            skip_empty: drop the rows (jsonl, csv), or the queries and documents with their qrels (llamaindex, beir),
-                that have a null or blank text, and count them in `num_skipped`, instead of refusing them.
-            split: "beir" only: which qrels; None: "test", or the only split there is.
+            skip_empty: instead of refusing null or blank texts, drop the rows (jsonl, csv), or the queries and
+                documents with their qrels (llamaindex, beir), and count them in `num_skipped`. BEIR's empty documents
+                are kept otherwise.
+            strict: refuse judgements of unknown queries and documents instead of warning of them.
+            split: "beir" only: which qrels; None: "test", or the only split.
 
         Raises:
             ValueError: anything wrong with the data, naming file, line (where the format has lines) and id.
@@ -126,68 +140,77 @@ class RetrievalDataset:
             raise ValueError(f"{path}: no such file or folder")
         format = formats.choose_format(path, format, FORMATS, folder=path.is_dir())
         if path.is_dir() != (format == "beir"):
-            raise ValueError(f"{path}: not a {format!r} data set; the format 'beir' is a folder, the others are files")
+            raise ValueError(f"{path}: not a {format!r} dataset; the format 'beir' is a folder, the others are files")
         if split is not None and format != "beir":
-            raise ValueError(f"{path}: only the format 'beir' has splits, this is {format!r}; found split={split!r}")
+            raise ValueError(f"{path}: split is {split!r}, but only the format 'beir' has splits, this is {format!r}")
         if format == "llamaindex":
-            fields = formats.read_llamaindex(path, skip_empty)
+            fields = formats.read_llamaindex(path, skip_empty=skip_empty, strict=strict)
         elif format == "beir":
-            fields = formats.read_beir(path, split, skip_empty)
+            fields = formats.read_beir(path, split, skip_empty=skip_empty, strict=strict)
         else:
-            rows = formats.read_jsonl(path) if format == "jsonl" else formats.read_csv(path, formats.find_columns)
-            fields = formats.read_pairs(path, rows, merge, skip_empty)
+            fields = pairs.read_pairs(path, format, merge=merge, skip_empty=skip_empty)
         try:
             return cls(**fields)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
     def save(self, path: str | Path, *, format: str | None = None) -> None:
-        """Writes the dataset so that `load` gives an equal one; each file appears whole or not at all.
+        """Writes the dataset so that `load` returns an equal one; each file appears whole or not at all.
 
-        The order of queries and documents is kept, but in "jsonl" that of documents is the one in which rows name them.
+        The order of queries and documents is kept, except that "jsonl" orders documents as its rows name them.
 
         Args:
-            path: the file to make or replace; for "beir" the folder to make, which must be empty if it exists (its
-                qrels are called "test" and are written last).
+            path: the file to create or replace; for "beir" the folder to create, which must be empty if it exists
+                (its qrels are called "test" and are written last).
             format: one of WRITABLE; None: by the suffix (SUFFIXES), a path without one is "beir".
 
         Raises:
             ValueError: before anything is written, when the format cannot hold what is here: negatives, scores,
-                titles (see WRITABLE); grades other than 1 (llamaindex); queries without qrels (beir, jsonl); ids with
-                tabs, quotes or line breaks (beir); documents that no query names (jsonl).
+                titles, missing (see WRITABLE); grades other than 1 (llamaindex); queries without qrels (beir, jsonl);
+                ids with tabs, quotes or line breaks (beir); documents that no query names, or empty ones (jsonl).
         """
         path = Path(path)
         format = formats.choose_format(path, format, tuple(WRITABLE), folder=not path.suffix)
         refusal = f"{path}: the format {format!r} cannot hold"
-        for name in ("negatives", "scores", "titles"):
+        for name in ("negatives", "scores", "titles", "missing"):
             if getattr(self, name) and name not in WRITABLE[format]:
                 able = [other for other, fields in WRITABLE.items() if name in fields]
                 raise ValueError(f"{refusal} {name} ({', '.join(able) or 'no format'} can)")
+        judged = self.all_qrels()
         for query_id in self.queries:
-            if format != "llamaindex" and not self.qrels.get(query_id):
+            if format != "llamaindex" and not judged.get(query_id):
                 raise ValueError(f"{refusal} query {query_id!r}, which has no qrels")
+        for document_id, text in self.corpus.items():
+            if format != "beir" and not text and document_id not in self.titles:
+                raise ValueError(f"{refusal} document {document_id!r}, which is empty")
         if format != "beir" and path.is_dir():
             raise ValueError(f"{path}: is a folder, the format {format!r} is a file")
         formats.WRITERS[format](self, path, refusal)
 
+    def all_qrels(self) -> dict[str, dict[str, int]]:
+        """`qrels` together with `missing`: what evaluation counts."""
+        if not self.missing:
+            return self.qrels
+        return {q: {**self.qrels.get(q, {}), **self.missing.get(q, {})} for q in {**self.qrels, **self.missing}}
+
     def split(self, share: float, *, seed: int) -> tuple["RetrievalDataset", "RetrievalDataset"]:
         """Two datasets without a common query or document, the first with about `share` of the queries.
 
-        Queries and documents hang together where a grade > 0 links them or where their texts are equal (a document's
-        with its title; so `merge=False` leaks nothing). Connected components are dealt whole, in random order, each
-        to the first part where that brings it nearer to `share`. Documents that no grade > 0 reaches go with the
-        first query that names them (grade 0, negatives, scores); the rest are dealt by the same share. A grade 0,
-        negative or score of a document on the other side is dropped. Order is kept within each part.
+        A grade above 0 links a query with a document, and equal texts are linked (a document's with its title; so
+        `merge=False` leaks nothing). Connected components stay together; in random order, each goes to the first part
+        if that brings the part closer to `share`. Documents without a grade above 0 go with the first query that names
+        them (other grades, negatives, scores); the rest are divided by the same share. A grade of 0, negative or score
+        of a document on the other side is dropped. Order is kept within each part.
 
         Args:
             share: strictly between 0 and 1.
-            seed: of the NumPy generator that shuffles.
+            seed: seed of the NumPy generator that shuffles.
 
         Raises:
             ValueError: `share` out of range, or a part would have no query or no document.
         """
         if not 0 < share < 1:
-            raise ValueError(f"share must lie strictly between 0 and 1, found {share!r}")
+            raise ValueError(f"share must be strictly between 0 and 1, found {share!r}")
         generator = np.random.default_rng(seed)
         query_components, document_components = self._connected_components()
         sizes = Counter(query_components.values())
@@ -217,7 +240,8 @@ class RetrievalDataset:
 
             negatives = {q: [d for d in ids if d in corpus] for q, ids in self.negatives.items() if q in queries}
             titles = {d: title for d, title in self.titles.items() if d in corpus}
-            return RetrievalDataset(queries, corpus, keep(self.qrels), negatives, keep(self.scores), titles)
+            missing = {q: grades for q, grades in self.missing.items() if q in queries}
+            return RetrievalDataset(queries, corpus, keep(self.qrels), negatives, keep(self.scores), titles, missing)
 
         return take(True), take(False)
 
@@ -240,14 +264,15 @@ class RetrievalDataset:
         )
 
     def shares_with(self, training: "RetrievalDataset") -> str:
-        """What of these judged questions trains too, by text, for a message; empty when nothing does."""
+        """A warning about judged queries and documents that the training set has too, by text; "" if there are none."""
         (questions, documents), (asked, answering) = self._judged_texts(), training._judged_texts()
         num_questions, num_documents = len(questions & asked), len(documents & answering)
         if not num_questions and not num_documents:
             return ""
         return (
             f"{num_questions:,} of {len(questions):,} validation questions and {num_documents:,} of the "
-            f"{len(documents):,} documents that answer them train too: what they show is in part what was learned"
+            f"{len(documents):,} documents that answer them are in the training set too: "
+            "results on them show in part what was memorised"
         )
 
     def _judged_texts(self) -> tuple[set[str], set[str]]:
@@ -260,7 +285,8 @@ class RetrievalDataset:
     def sha256(self) -> str:
         """A hash of everything the dataset holds, order included: 64 hexadecimal digits."""
         digest = hashlib.sha256()
-        for name in ("queries", "corpus", "qrels", "negatives", "scores", "titles"):
+        names = ["queries", "corpus", "qrels", "negatives", "scores", "titles", *(["missing"] if self.missing else [])]
+        for name in names:
             for item in (name, *getattr(self, name).items()):
                 digest.update(json.dumps(item).encode())
         return digest.hexdigest()

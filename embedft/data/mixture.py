@@ -228,11 +228,11 @@ def join_datasets(datasets: Mapping[str, RetrievalDataset]) -> RetrievalDataset:
     for name in datasets:
         if not name or "/" in name:
             raise ValueError(f"source name {name!r}: expected a name without '/'")
-    queries, corpus, qrels, negatives, scores, titles = {}, {}, {}, {}, {}, {}
+    queries, corpus, qrels, negatives, scores, titles, missing = {}, {}, {}, {}, {}, {}, {}
     for name, dataset in datasets.items():
         for whole, part in ((queries, dataset.queries), (corpus, dataset.corpus), (titles, dataset.titles)):
             whole.update({f"{name}/{i}": text for i, text in part.items()})
-        for whole, part in ((qrels, dataset.qrels), (scores, dataset.scores)):
+        for whole, part in ((qrels, dataset.qrels), (scores, dataset.scores), (missing, dataset.missing)):
             whole.update({f"{name}/{q}": {f"{name}/{d}": x for d, x in by.items()} for q, by in part.items()})
         negatives.update({f"{name}/{q}": [f"{name}/{d}" for d in ids] for q, ids in dataset.negatives.items()})
-    return RetrievalDataset(queries, corpus, qrels, negatives, scores, titles)
+    return RetrievalDataset(queries, corpus, qrels, negatives, scores, titles, missing)

@@ -117,7 +117,8 @@ def evaluate_grid(
             raise ValueError(f"{name} is {values!r}, expected a list of at least one")
     settings = [Setting(*rest, windows, aggregate) for windows, *rest in itertools.product(passages, *lists.values())]
     check_settings(embedder, settings, num_documents=len(dataset.corpus))
-    relevant = [query_id for query_id in dataset.queries if has_relevant(dataset.qrels.get(query_id, {}))]
+    qrels = dataset.all_qrels()
+    relevant = [query_id for query_id in dataset.queries if has_relevant(qrels.get(query_id, {}))]
     if not relevant:
         raise ValueError(f"none of the {len(dataset.queries)} queries of the dataset has a relevant document")
     queries = {query_id: dataset.queries[query_id] for query_id in relevant}
@@ -163,7 +164,7 @@ def evaluate_run(
         qrels = dataset_or_qrels
         query_ids = list(dict.fromkeys([*qrels, *run.query_ids]))
     else:
-        qrels, query_ids = dataset_or_qrels.qrels, list(dataset_or_qrels.queries)
+        qrels, query_ids = dataset_or_qrels.all_qrels(), list(dataset_or_qrels.queries)
         _check_known(run.query_ids, dataset_or_qrels.queries, "query", "the dataset")
         _check_known(run.document_ids, dataset_or_qrels.corpus, "document", "the corpus")
         setting["num_documents"] = len(dataset_or_qrels.corpus)

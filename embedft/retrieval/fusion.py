@@ -170,7 +170,7 @@ def choose_weight(
         raise ValueError(f"fusion: {len(runs)} runs, expected 2 to choose a weight for")
     if not len(grid) or not all(0 <= weight <= 1 for weight in grid):
         raise ValueError(f"fusion: grid is {list(grid)}, expected weights of 0 to 1")
-    qrels = dataset_or_qrels.qrels if isinstance(dataset_or_qrels, RetrievalDataset) else dataset_or_qrels
+    qrels = dataset_or_qrels.all_qrels() if isinstance(dataset_or_qrels, RetrievalDataset) else dataset_or_qrels
     cutoff = re.search(r"@(\d+)$", metric)
     found = {}
     for weight in grid:

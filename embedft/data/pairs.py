@@ -1,0 +1,218 @@
+"""Pairs and triplets, one per row of a JSONL, CSV or TSV file: the formats "jsonl" and "csv".
+
+Columns are found by name (COLUMN_ROLES, any case); others are ignored. Negatives are `negative`, `negative_1`,
+`negative_2`, ... (null, absent, or in CSV an empty cell: none) or, in JSONL, a list `negatives`. Rows are counted from
+0, dropped ones included, blank lines not: row 7 brings query "q7", document "d7" and negatives "d7n0", "d7n1", ...
+Where equal texts are merged, the id is that of the row with the text's first appearance.
+
+`query_id`, `document_id` and `negative_ids` (a list next to `negatives`) set ids instead; then equal ids, not equal
+texts, say what is the same. `grade` is the relevance, 1 if absent. `write_jsonl` writes all of these.
+
+TSV has no quoting: a cell is what is between two tabs.
+"""
+
+import csv
+import functools
+import json
+import re
+import reprlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..files import atomic_write, read_jsonl, read_lines
+from .checks import SKIP_EMPTY, check_distinct, check_grade, check_text, is_blank
+
+COLUMN_ROLES = {
+    "anchor": "query",
+    "query": "query",
+    "question": "query",
+    "positive": "document",
+    "context": "document",
+    "document": "document",
+    "query_id": "query_id",
+    "document_id": "document_id",
+    "grade": "grade",
+    "negatives": "negatives",
+    "negative_ids": "negative_ids",
+}
+
+
+def read_pairs(path: Path, format: str, *, merge: bool, skip_empty: bool) -> dict[str, Any]:
+    """The arguments of RetrievalDataset for a file of the format "jsonl" or "csv"."""
+    queries, documents = _Texts("query", merge), _Texts("document", merge)
+    qrels: dict[str, dict[str, int]] = {}
+    negatives: dict[str, dict[str, None]] = {}  # the inner dict is an ordered set
+    num_skipped = 0
+    for index, (line, row) in enumerate(read_jsonl(path) if format == "jsonl" else read_csv(path)):
+        try:
+            check_object(row)
+            values = {role: row[column] for role, column in _find_columns(tuple(row)).items()}
+            of_row = _find_negatives(values)
+            if skip_empty and any(map(is_blank, (values["query"], values["document"], *(text for text, _ in of_row)))):
+                num_skipped += 1
+                continue
+            for role in values.keys() & {"query_id", "document_id"}:
+                check_text(values[role], role)
+            query_id = queries.add(values["query"], values.get("query_id"), f"q{index}")
+            document_id = documents.add(values["document"], values.get("document_id"), f"d{index}")
+            grade, grades = parse_grade(values.get("grade", 1)), qrels.setdefault(query_id, {})
+            pair = f"document {document_id!r} of query {query_id!r}"
+            if grades.setdefault(document_id, grade) != grade:
+                raise ValueError(f"{pair} has the grade {grade}, but {grades[document_id]} on an earlier line")
+            if grade > 0 and document_id in negatives.get(query_id, ()):
+                raise ValueError(f"{pair} is a negative on an earlier line")
+            if of_row or values.get("negatives") is not None:
+                negatives.setdefault(query_id, {})
+            for place, (text, own_id) in enumerate(of_row):
+                check_text(text, "a negative", SKIP_EMPTY)
+                negative_id = documents.add(text, own_id, f"d{index}n{place}")
+                if grades.get(negative_id, 0) > 0 or (grade > 0 and own_id is None and text == values["document"]):
+                    raise ValueError(f"negative {negative_id!r} of query {query_id!r} is also a positive of it")
+                negatives[query_id][negative_id] = None
+        except ValueError as error:
+            raise ValueError(f"{path} line {line}: {error}") from None
+    return {
+        "queries": queries.texts,
+        "corpus": documents.texts,
+        "qrels": qrels,
+        "negatives": {query_id: list(ids) for query_id, ids in negatives.items()},
+        "num_skipped": num_skipped,
+    }
+
+
+class _Texts:
+    """{id: text} as rows bring them; when merging, a text without its own id gets that of an equal, earlier text."""
+
+    def __init__(self, kind: str, merge: bool) -> None:
+        self.kind, self.merge = kind, merge
+        self.texts: dict[str, str] = {}
+        self.ids: dict[str, str] = {}
+
+    def add(self, text: Any, own_id: str | None, row_id: str) -> str:
+        """Adds a text and returns its id."""
+        check_text(text, f"the {self.kind}", SKIP_EMPTY)
+        i = own_id or (self.ids.get(text, row_id) if self.merge else row_id)
+        if self.texts.setdefault(i, text) != text:
+            raise ValueError(f"{self.kind} id {i!r} has another text on an earlier line")
+        self.ids.setdefault(text, i)
+        return i
+
+
+def check_object(row: Any) -> None:
+    """A row of a JSONL file is an object."""
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, found {reprlib.repr(row)}")
+
+
+def parse_grade(grade: Any) -> int:
+    """A grade in a file: a whole number, which may be text and may be written as 2.0."""
+    if isinstance(grade, str) and re.fullmatch(r"[+-]?[0-9]{1,20}(\.0*)?", grade.strip()):
+        grade = int(grade.partition(".")[0])
+    elif isinstance(grade, float) and grade.is_integer():
+        grade = int(grade)
+    check_grade(grade, "the grade")
+    return grade
+
+
+@functools.lru_cache
+def _find_columns(columns: tuple[str, ...]) -> dict[str, str]:
+    """{role: column}: the roles of COLUMN_ROLES, and "negative 0", "negative 1", ... for numbered ones."""
+    found: dict[str, str] = {}
+    for column in columns:
+        name = column.strip().lower()
+        numbered = re.fullmatch(r"negative(?:_([0-9]+))?", name)
+        role = f"negative {int(numbered[1] or 0)}" if numbered else COLUMN_ROLES.get(name)
+        if role in found:
+            raise ValueError(f"columns {found[role]!r} and {column!r} are both the {role}; rename or remove one")
+        if role:
+            found[role] = column
+    for role in ("query", "document"):
+        if role not in found:
+            expected = ", ".join(name for name, other in COLUMN_ROLES.items() if other == role)
+            raise ValueError(f"no column for the {role}; found {', '.join(columns)}; expected one of {expected}")
+    return found
+
+
+def _find_negatives(values: dict[str, Any]) -> list[tuple[Any, str | None]]:
+    """(text, its own id or None) of each negative of a row."""
+    texts = [] if values.get("negatives") is None else values["negatives"]
+    if not isinstance(texts, list):
+        raise ValueError(f"negatives must be a list, found {reprlib.repr(texts)}")
+    ids = values.get("negative_ids")
+    if ids is None:
+        ids = [None] * len(texts)
+    elif not isinstance(ids, list) or len(ids) != len(texts) or not all(isinstance(i, str) and i for i in ids):
+        raise ValueError(f"negative_ids must be a list of {len(texts)} strings, found {reprlib.repr(ids)}")
+    numbered = [text for role, text in values.items() if role.startswith("negative ") and text is not None]
+    return [*zip(texts, ids, strict=True), *((text, None) for text in numbered)]
+
+
+def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str | None]]]:
+    """Yields (the line on which a row begins, {column: cell}); an empty cell is None, blank lines are skipped."""
+    header: list[str] = []
+    for line, cells in _tsv_cells(path) if ".tsv" in path.suffixes else _csv_cells(path):
+        if cells and not header:
+            header = cells
+            check_distinct([column for column in header if column], f"{path} line {line}: column")
+            try:
+                _find_columns(tuple(header))
+            except ValueError as error:
+                raise ValueError(f"{path} line {line}: {error}") from None
+        elif cells:
+            if len(cells) != len(header):
+                raise ValueError(f"{path} line {line}: {len(cells)} columns, the header has {len(header)}")
+            yield line, {column: cell or None for column, cell in zip(header, cells, strict=True)}
+
+
+def _tsv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
+    for number, line in enumerate(read_lines(path), start=1):
+        yield number, line.rstrip("\r\n").split("\t") if line.strip("\r\n") else []
+
+
+def _csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
+    reader = csv.reader(read_lines(path), strict=True)
+    while True:
+        line = reader.line_num + 1
+        # The limit on a cell (131,072 characters) belongs to the whole process: lifted for one row at a time.
+        limit = csv.field_size_limit(2**31 - 1)
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(f"{path} line {line}: invalid CSV ({error})") from None
+        finally:
+            csv.field_size_limit(limit)
+        if cells is None:
+            return
+        yield line, cells
+
+
+def write_jsonl(dataset: Any, path: Path, refusal: str) -> None:
+    """The format "jsonl": one row per judgement; every document must be named by a query."""
+    named = {i for ids in (*dataset.qrels.values(), *dataset.negatives.values()) for i in ids}
+    for document_id in dataset.corpus:
+        if document_id not in named:
+            raise ValueError(f"{refusal} document {document_id!r}, which no query names")
+    write_rows(path, _rows(dataset))
+
+
+def _rows(dataset: Any) -> Iterator[dict[str, Any]]:
+    """The first row of a query carries its negatives."""
+    for query_id, query in dataset.queries.items():
+        negative_ids = dataset.negatives.get(query_id)
+        for document_id, grade in dataset.qrels[query_id].items():
+            document = dataset.corpus[document_id]
+            row = {"query_id": query_id, "query": query, "document_id": document_id, "document": document}
+            if grade != 1:
+                row["grade"] = grade
+            if negative_ids is not None:
+                row["negatives"] = [dataset.corpus[i] for i in negative_ids]
+                row["negative_ids"] = negative_ids
+                negative_ids = None
+            yield row
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Writes a JSONL file, atomically."""
+    with atomic_write(path) as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
