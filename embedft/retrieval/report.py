@@ -4,15 +4,12 @@
     print(compare(Report.load("runs/lyft/eval/uber"), other, metric="ndcg@10"))
     print(compare_seeds([base], [report_of_seed_0, report_of_seed_1, report_of_seed_2]))
 
-Reports are made in evaluate.py; the statistics are in significance.py.
-
 Shapes: Q questions, the queries that have a relevant document; S training seeds.
 """
 
 import dataclasses
 import json
 import math
-import types
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +30,7 @@ from .significance import (
     wins_ties_losses,
 )
 
-# The files of a saved report. The last one is written last: if it exists, the report is complete.
+# Files of a saved report, in the order in which they are written: with the last one it is complete.
 REPORT_FILES = ("run.trec", "per_query.jsonl", "metrics.json")
 
 
@@ -83,10 +80,7 @@ class Report:
         return {name: float(values.mean()) for name, values in self.per_query.items()}
 
     def __str__(self) -> str:
-        """A table with a row per metric and a column per cutoff ("all": the whole ranking).
-
-        accuracy@k is left out if hit_rate@k, which equals it, is there.
-        """
+        """A row per metric, a column per cutoff ("all": none). accuracy@k is left out beside hit_rate@k, its equal."""
         cells: dict[str, dict[float, float]] = {}
         for name, mean in self.metrics.items():
             metric, _, k = name.partition("@")
@@ -94,8 +88,7 @@ class Report:
                 cells.setdefault(metric, {})[int(k) if k else math.inf] = mean
         cutoffs = sorted({k for row in cells.values() for k in row})
         width = max(10, *(len(metric) + 1 for metric in cells))
-        headings = ["all" if k == math.inf else f"@{k}" for k in cutoffs]
-        lines = [" " * width + "".join(f"{heading:>9}" for heading in headings)]
+        lines = [" " * width + "".join(f"{'all' if k == math.inf else f'@{k}':>9}" for k in cutoffs)]
         for metric, row in cells.items():
             lines.append(f"{metric:<{width}}" + "".join(f"{row[k]:9.4f}" if k in row else " " * 9 for k in cutoffs))
         title = f"{self.num_queries} queries"
@@ -137,34 +130,24 @@ class Report:
         summary = read_json(folder / "metrics.json")
         lines = [line for _, line in read_jsonl(folder / "per_query.jsonl")]
         try:
-            num_queries, means = summary["num_queries"], {**summary["metrics"]}
-            query_ids = [_checked(line["query_id"], str) for line in lines]
+            query_ids, means = [line["query_id"] for line in lines], {**summary["metrics"]}
             report = cls(
                 query_ids=query_ids,
                 per_query={
-                    name: np.array([_checked(line["metrics"][name], int | float) for line in lines]) for name in means
+                    name: np.array([line["metrics"][name] for line in lines], dtype=np.float64) for name in means
                 },
-                clusters=[_checked(line["cluster"], str) for line in lines],
+                clusters=[line["cluster"] for line in lines],
                 num_without_relevant=summary["num_without_relevant"],
                 setting={**summary["setting"]},
                 costs={**summary["costs"]},
                 run=Run.load(folder / "run.trec", query_ids=query_ids),
             )
-        except (KeyError, TypeError) as error:
+            wrong = [name for name, mean in means.items() if not abs(report.metrics[name] - mean) <= 1e-12]
+            if summary["num_queries"] != report.num_queries or wrong:
+                raise ValueError(f"metrics.json and per_query.jsonl differ in {', '.join(wrong) or 'num_queries'}")
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{folder} holds a damaged report: {type(error).__name__} {error}") from None
-        if num_queries != report.num_queries:
-            raise ValueError(f"{folder}: metrics.json has {num_queries} queries, per_query.jsonl {len(lines)}")
-        for name, mean in means.items():
-            found = report.metrics[name]
-            if not (isinstance(mean, int | float) and abs(found - mean) <= 1e-12):
-                raise ValueError(f"{folder}: {name} is {mean} in metrics.json, {found} over per_query.jsonl")
         return report
-
-
-def _checked(value: object, kind: type | types.UnionType) -> object:
-    if not isinstance(value, kind):
-        raise TypeError(f"for the value {value!r}")
-    return value
 
 
 def model_setting(embedder: Any) -> dict[str, Any]:
@@ -186,8 +169,7 @@ class Comparison:
         base, other: means of `metric`.
         interval: of the difference, at `confidence`.
         p_value: two-sided; Holm-adjusted if `num_comparisons` is above 1.
-        method: how `interval` and `p_value` were made: "percentile" or "bca" bootstrap and a sign-flip test, or
-            "seeds": an interval and t test over seeds and questions (`recipe_interval`).
+        method: "percentile" or "bca" (bootstrap, with a sign-flip test), or "seeds" (`recipe_interval`).
         wins, ties, losses: number of questions on which `other` is better than, equal to and worse than `base`.
         num_clusters: number of independent groups of questions.
         num_seeds: number of reports on the other side.
@@ -235,10 +217,10 @@ def compare(
 ) -> Comparison | list[Comparison]:
     """Compares each of `others` with `base`, question by question: one Comparison, or a list of them for several.
 
-    Warns of differences in data, maximum length or prompts. Clusters are those of `base`. If nearly all questions are
-    connected (many relevant documents per question, as in NFCorpus), few clusters remain and no difference can be
-    shown; `dataclasses.replace(base, clusters=base.query_ids)` treats the questions as independent. With one cluster
-    the interval of a difference is (-1, 1), all that a metric in [0, 1] allows.
+    Warns of differences in data, maximum length or prompts. Clusters are those of `base`. Where nearly all questions
+    are connected (many relevant documents each, as in NFCorpus), few clusters remain and no difference can be shown;
+    `dataclasses.replace(base, clusters=base.query_ids)` treats the questions as independent. With one cluster the
+    interval of a difference is (-1, 1), all that a metric in [0, 1] allows.
 
     Args:
         method: of the bootstrap interval, "percentile" or "bca" (`significance.paired_bootstrap_interval`).
@@ -251,20 +233,18 @@ def compare(
     comparisons = []
     for other in others:
         base_Q, other_Q = paired_values(base, [base, other], metric)
-        generator = np.random.default_rng(seed)
-        options = {"generator": generator, "num_samples": num_samples}
-        interval = paired_bootstrap_interval(
-            other_Q - base_Q, base.clusters, confidence=confidence, method=method, **options
-        )
-        p_value = sign_flip_p_value(other_Q - base_Q, base.clusters, **options)
-        if len(set(base.clusters)) == 1 and (other_Q - base_Q).any():
+        differences = other_Q - base_Q, base.clusters
+        sampling = {"generator": np.random.default_rng(seed), "num_samples": num_samples}
+        method_options = {"confidence": confidence, "method": method}
+        interval = paired_bootstrap_interval(*differences, **sampling, **method_options)
+        p_value = sign_flip_p_value(*differences, **sampling)
+        if len(set(base.clusters)) == 1 and (other_Q != base_Q).any():
             interval = (-1.0, 1.0)
-        found = {"interval": interval, "p_value": p_value, "confidence": confidence, "method": method}
-        comparisons.append(_comparison(base, metric, base_Q, other_Q, num_comparisons=len(others), **found))
-    if len(others) == 1:
-        return comparisons[0]
+        found = {"interval": interval, "p_value": p_value, "num_comparisons": len(others), **method_options}
+        comparisons.append(_comparison(base, metric, base_Q, other_Q, **found))
     adjusted = holm([comparison.p_value for comparison in comparisons])
-    return [dataclasses.replace(c, p_value=p_value) for c, p_value in zip(comparisons, adjusted, strict=True)]
+    comparisons = [dataclasses.replace(c, p_value=p_value) for c, p_value in zip(comparisons, adjusted, strict=True)]
+    return comparisons[0] if len(others) == 1 else comparisons
 
 
 def compare_seeds(
@@ -281,42 +261,21 @@ def compare_seeds(
 
     Raises:
         ValueError: as `compare`; another number of bases; or fewer than 2 seeds or clusters of questions.
-
-    Source: see `significance.recipe_interval`.
     """
     if len(bases) not in (1, len(others)):
         raise ValueError(f"found {len(bases)} base reports for {len(others)} seeds, expected 1 or {len(others)}")
     base_SQ, other_SQ = paired_values(bases[0], bases, metric), paired_values(bases[0], others, metric)
     found = recipe_interval(other_SQ - base_SQ, bases[0].clusters, confidence=confidence)
-    return _comparison(
-        bases[0],
-        metric,
-        base_SQ.mean(axis=0),
-        other_SQ.mean(axis=0),
-        interval=found.interval,
-        p_value=found.p_value,
-        confidence=confidence,
-        method="seeds",
-        num_seeds=len(others),
-        question_error=found.question_error,
-        seed_error=found.seed_error,
-    )
+    options = {name: getattr(found, name) for name in ("interval", "p_value", "question_error", "seed_error")}
+    options |= {"confidence": confidence, "method": "seeds", "num_seeds": len(others)}
+    return _comparison(bases[0], metric, base_SQ.mean(axis=0), other_SQ.mean(axis=0), **options)
 
 
 def _comparison(base: Report, metric: str, base_Q: np.ndarray, other_Q: np.ndarray, **found: Any) -> Comparison:
-    wins, ties, losses = wins_ties_losses(other_Q - base_Q)
-    return Comparison(
-        metric=metric,
-        base=float(base_Q.mean()),
-        other=float(other_Q.mean()),
-        difference=float((other_Q - base_Q).mean()),
-        wins=wins,
-        ties=ties,
-        losses=losses,
-        num_queries=len(base_Q),
-        num_clusters=len(set(base.clusters)),
-        **found,
-    )
+    means = {"base": base_Q, "other": other_Q, "difference": other_Q - base_Q}
+    found |= {name: float(values_Q.mean()) for name, values_Q in means.items()}
+    found |= dict(zip(("wins", "ties", "losses"), wins_ties_losses(other_Q - base_Q), strict=True))
+    return Comparison(metric, num_queries=len(base_Q), num_clusters=len(set(base.clusters)), **found)
 
 
 def paired_values(base: Report, reports: Sequence[Report], metric: str) -> np.ndarray:
@@ -339,10 +298,8 @@ def paired_values(base: Report, reports: Sequence[Report], metric: str) -> np.nd
 def _check_comparable(base: Report, other: Report) -> None:
     only = [sorted(set(a.query_ids) - set(b.query_ids)) for a, b in ((base, other), (other, base))]
     if only[0] or only[1]:
-        raise ValueError(
-            f"the reports are over different questions: {len(only[0]):,} only in base {only[0][:3]}, "
-            f"{len(only[1]):,} only in other {only[1][:3]}"
-        )
+        told = [f"{len(ids):,} only in {name} {ids[:3]}" for ids, name in zip(only, ("base", "other"), strict=True)]
+        raise ValueError(f"the reports are over different questions: {', '.join(told)}")
     same_model = base.setting.get("model") == other.setting.get("model")
     for key in ("num_documents", "gain", "data_sha256", "max_length", *(["prompts"] if same_model else [])):
         found = [report.setting.get(key) for report in (base, other)]
