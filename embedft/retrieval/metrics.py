@@ -37,8 +37,8 @@ class Judgments:
     """A run and its qrels as arrays: everything a metric needs.
 
     Args:
-        query_ids: the Q queries of the run that have a relevant document, in the run's order.
-        num_without_relevant: number of queries of the run that have none.
+        query_ids: Q queries of the run that have a relevant document, in the run's order; num_without_relevant: the
+            number of those that have none.
         grades_QK: [Q, K] float64, grade of the document at each rank, 0 if it is not relevant.
         judged_QK: [Q, K] bool, whether the qrels grade the document at each rank, including grades of 0 or less.
         pair_query_P: [P] int64, query row of each relevant pair, ascending.
@@ -65,11 +65,8 @@ def has_relevant(grades: Mapping[str, float]) -> bool:
 def judge(run: Run, qrels: Qrels) -> Judgments:
     """Looks up the grade of every retrieved document.
 
-    Queries missing from the run are ignored; `Run.select` adds them as empty rows. Relevant documents unknown to the
-    run count as relevant but not retrieved.
-
-    Raises:
-        ValueError: no query of the run has a relevant document, or a grade is not finite.
+    Queries missing from the run are ignored (`Run.select` adds them); relevant documents unknown to it are not
+    retrieved. Raises `ValueError` if no query of the run has a relevant document, or a grade is not finite.
     """
     rows = [row for row, query_id in enumerate(run.query_ids) if has_relevant(qrels.get(query_id, {}))]
     kept = [run.query_ids[row] for row in rows]
@@ -103,9 +100,7 @@ def judge(run: Run, qrels: Qrels) -> Judgments:
 def hit_rate(judgments: Judgments, k: int) -> np.ndarray:
     """1 if any of the first k documents is relevant, else 0. [Q] float64.
 
-    Also known as accuracy@k (sentence-transformers) and success@k (trec_eval).
-
-    Source: trec_eval `m_success.c`; sentence-transformers `InformationRetrievalEvaluator`, accuracy@k.
+    Source: trec_eval `m_success.c`, success@k; sentence-transformers `InformationRetrievalEvaluator`, accuracy@k.
     """
     return (judgments.grades_QK[:, :k] > 0).any(axis=1).astype(np.float64)
 
@@ -137,10 +132,7 @@ def r_precision(judgments: Judgments) -> np.ndarray:
 
 
 def judged(judgments: Judgments, k: int) -> np.ndarray:
-    """(graded documents among the first k, whatever their grade) / k. [Q] float64.
-
-    The share of the ranking that the qrels cover. Runs that differ in it may differ in every other metric for that
-    reason alone.
+    """(graded documents among the first k, whatever their grade) / k: the share that the qrels cover. [Q] float64.
 
     Source: ir_measures, `Judged@k`.
     """
@@ -150,9 +142,7 @@ def judged(judgments: Judgments, k: int) -> np.ndarray:
 def mrr(judgments: Judgments, k: int | None = None) -> np.ndarray:
     """Reciprocal rank: 1 / (rank of the first relevant document), 0 if it is not among the first k. [Q] float64.
 
-    Without k, the whole ranking counts (trec_eval's recip_rank).
-
-    Source: Voorhees, "The TREC-8 Question Answering Track Report", 1999.
+    Source: Voorhees, "The TREC-8 Question Answering Track Report", 1999; without k, trec_eval's recip_rank.
     """
     relevant_QK = judgments.grades_QK[:, :k] > 0
     return (relevant_QK / _ranks(relevant_QK)).max(axis=1, initial=0.0)
@@ -161,15 +151,11 @@ def mrr(judgments: Judgments, k: int | None = None) -> np.ndarray:
 def average_precision(judgments: Judgments, k: int | None = None, *, denominator: Denominator = "cutoff") -> np.ndarray:
     """(sum of precision@i over the ranks i <= k of relevant documents) / (number of relevant documents). [Q] float64.
 
-    Without k, the whole ranking counts (trec_eval's map).
+    The number is min(k, relevant documents) with denominator "cutoff", so a perfect ranking scores 1; all of them with
+    "relevant", so a query with more than k cannot reach 1.
 
-    Args:
-        denominator: "cutoff" divides by min(k, relevant documents), so a perfect ranking scores 1
-            (sentence-transformers). "relevant" divides by all of them, so a query with more than k relevant documents
-            cannot reach 1 (trec_eval's map_cut).
-
-    Source: sentence-transformers `InformationRetrievalEvaluator`, map@k; trec_eval `m_map.c`, `m_map_cut.c`; Buckley &
-    Voorhees, "Evaluating Evaluation Measure Stability", SIGIR 2000.
+    Source: sentence-transformers `InformationRetrievalEvaluator`, map@k ("cutoff"); trec_eval `m_map_cut.c`
+    ("relevant"), without k `m_map.c`; Buckley & Voorhees, "Evaluating Evaluation Measure Stability", SIGIR 2000.
     """
     if denominator not in ("cutoff", "relevant"):
         raise ValueError(f"unknown denominator {denominator!r}; valid: cutoff, relevant")
@@ -184,15 +170,11 @@ def average_precision(judgments: Judgments, k: int | None = None, *, denominator
 def ndcg(judgments: Judgments, k: int | None = None, *, gain: Gain = "binary") -> np.ndarray:
     """DCG@k / ideal DCG@k, where DCG@k = sum over ranks i <= k of gain_i / log2(i + 1). [Q] float64.
 
-    The ideal ranking lists all relevant documents by descending gain, cut at k. Without k, the whole ranking counts
-    (trec_eval's ndcg).
-
-    Args:
-        gain: "binary": 1 for every relevant document (sentence-transformers). "graded": its grade, not 2^grade - 1
-            (trec_eval's ndcg_cut, BEIR).
+    The ideal ranking lists all relevant documents by descending gain, cut at k. The gain of a relevant document is 1
+    ("binary", as in sentence-transformers) or its grade, not 2^grade - 1 ("graded", as in trec_eval and BEIR).
 
     Source: Jarvelin & Kekalainen, "Cumulated Gain-Based Evaluation of IR Techniques", TOIS 2002; trec_eval
-    `m_ndcg_cut.c`.
+    `m_ndcg_cut.c`, without k `m_ndcg.c`.
     """
     if gain not in ("binary", "graded"):
         raise ValueError(f"unknown gain {gain!r}; valid: binary, graded")
@@ -229,18 +211,14 @@ Metric = str | Callable[..., np.ndarray]  # "ndcg@20", or a function (judgments,
 
 
 def select_metrics(metrics: Sequence[Metric] | None = None, *, ks: Sequence[int], depth: int) -> list[Metric]:
-    """The metrics of an evaluation, checked: `metrics` as given, or by default all the usual ones at the cutoffs `ks`.
+    """The metrics of an evaluation: `metrics`, checked, or by default those below for each k, and map@depth.
 
-    The default is hit_rate@k, accuracy@k (the same values), precision@k, recall@k, mrr@k and ndcg@k for each k, and
-    map@depth.
-
-    Raises:
-        ValueError: an empty list, an invalid name (see `measure`), or a cutoff below 1 or above `depth`.
+    Raises `ValueError` for an empty list, an invalid name (see `measure`), or a cutoff below 1 or above `depth`.
     """
     if metrics is None:
         if not ks or min(ks) < 1 or max(ks) > depth:
             raise ValueError(f"cutoffs ks={tuple(ks)} must be at least 1 and at most depth={depth}")
-        names = ("hit_rate", "accuracy", "precision", "recall", "mrr", "ndcg")
+        names = ("hit_rate", "accuracy", "precision", "recall", "mrr", "ndcg")  # accuracy: hit_rate's other name
         return [*(f"{name}@{k}" for k in ks for name in names), f"map@{depth}"]
     if isinstance(metrics, str) or not metrics:
         raise ValueError(f"metrics is {metrics!r}, expected a list of at least one")
@@ -260,23 +238,20 @@ def measure(
         metrics: names of METRICS with a cutoff ("ndcg@20"), which is optional for ndcg, map and mrr (none: the whole
             ranking) and not allowed for rprec; or functions (judgments, k=None) -> [Q], which get no cutoff and are
             reported under their own name.
-        gain: of ndcg.
-        denominator: of map, see `average_precision`.
+        gain, denominator: of ndcg and of map.
 
     Raises:
         ValueError: an unknown name, a cutoff that is missing, not allowed or below 1, two metrics of one name, or
             values that are not Q finite numbers.
     """
-    options = {"gain": gain, "denominator": denominator}
     functions, values = {}, {}
     for metric in metrics:
         name, function, k = _resolve(metric)
         if functions.setdefault(name, function) is not function:
             raise ValueError(f"two metrics are called {name!r}; rename the function")
         parameters = inspect.signature(function).parameters
+        options = {"gain": gain, "denominator": denominator} | ({} if k is None else {"k": k})
         arguments = {key: value for key, value in options.items() if key in parameters}
-        if k is not None:
-            arguments["k"] = k
         found_Q = np.asarray(function(judgments, **arguments), dtype=np.float64)
         if found_Q.shape != (len(judgments.query_ids),) or not np.isfinite(found_Q).all():
             expected = f"{len(judgments.query_ids)} finite numbers, one per query"

@@ -83,12 +83,8 @@ class Run:
     ) -> "Run":
         """A run from {query id: {document id: score}}; documents with equal scores are ordered by ascending id.
 
-        Args:
-            results: a query with an empty mapping keeps its empty row.
-            document_ids: what indices point into; None: the retrieved documents, sorted.
-
-        Raises:
-            ValueError: a NaN or infinite score, or a document that is not in `document_ids`.
+        `document_ids` is what indices point into; None: the retrieved documents, sorted. Raises `ValueError` for a NaN
+        or infinite score, or a document that is not in `document_ids`.
         """
         ranked = {}
         for query_id, row in results.items():
@@ -137,15 +133,8 @@ class Run:
     def reordered(self, *, ties: Ties, float32: bool = False) -> "Run":
         """The run with documents of equal score ordered by id.
 
-        `run.reordered(ties="descending", float32=True)` is how trec_eval orders a run. Documents that were cut off at
-        the last rank do not come back.
-
-        Args:
-            ties: "ascending" or "descending" ids.
-            float32: round scores to float32 first, which makes more of them tie.
-
-        Raises:
-            ValueError: an unknown `ties`, or a score beyond the range of float32.
+        `run.reordered(ties="descending", float32=True)` is how trec_eval orders a run: scores are rounded to float32
+        first, which makes more of them tie. Documents that were cut off at the last rank do not come back.
         """
         if ties not in ("ascending", "descending"):
             raise ValueError(f"ties is {ties!r}, expected ascending or descending")
@@ -165,12 +154,9 @@ class Run:
     def without_identical_ids(
         self, qrels: Mapping[str, Mapping[str, float]] | None = None, *, depth: int | None = None
     ) -> "Run":
-        """The run without documents that have their query's id, for data whose queries are part of the corpus.
+        """The first `depth` ranks without documents that have their query's id, if queries are part of the corpus.
 
-        The documents behind them move up. A document that `qrels` grades above 0 for its query stays.
-
-        Args:
-            depth: number of ranks to keep; None: all.
+        A document that `qrels` grades above 0 for its query stays: the ids are equal by coincidence.
 
         Source: BEIR, `EvaluateRetrieval.evaluate`, ignore_identical_ids.
         """
@@ -216,8 +202,7 @@ class Run:
             document_ids: what indices point into; None: the retrieved documents, sorted.
 
         Raises:
-            ValueError: naming file and line: not six columns, a score that is not a finite number, or a document
-                listed twice for a query.
+            ValueError: naming file and line, not six columns, a score that is not finite, or a document listed twice.
         """
         results: dict[str, dict[str, float]] = {}
         for number, line in enumerate(read_lines(path), start=1):

@@ -8,8 +8,6 @@ Such questions form a cluster, and every function here resamples or sign-flips w
     p_value = sign_flip_p_value(differences_Q, clusters, generator=generator)
     recipe = recipe_interval(differences_SQ, clusters)       # a row per training seed
 
-Which reports may be compared is decided in report.py.
-
 Shapes: Q questions, C clusters, S seeds, B random samples of one block.
 """
 
@@ -137,12 +135,8 @@ def wins_ties_losses(differences_Q: np.ndarray) -> tuple[int, int, int]:
 class RecipeInterval:
     """A recipe's mean difference and its uncertainty, see `recipe_interval`.
 
-    Args:
-        difference: mean over seeds and questions.
-        interval, p_value: for new seeds and new questions; `p_value` is two-sided, of a difference of 0.
-        error: standard error for new seeds and new questions, on `degrees_of_freedom`.
-        question_error: standard error for new questions, with these seeds.
-        seed_error: standard error for new seeds, on these questions.
+    `interval`, the two-sided `p_value` and the standard error `error` (on `degrees_of_freedom`) are for new seeds and
+    new questions; `question_error` for new questions with these seeds, `seed_error` for new seeds on these questions.
     """
 
     difference: float
@@ -173,12 +167,9 @@ def recipe_interval(
     two to three times too narrow.
 
     Args:
-        differences_SQ: [S, Q] per-question differences, one row per seed: recipe minus base, where the base is either
-            the same in every row or trained with the same seed.
-        clusters: Q cluster ids; None: every question is its own cluster.
-
-    Raises:
-        ValueError: fewer than two seeds or two clusters.
+        differences_SQ: [S, Q], one row per seed (at least two): recipe minus base, where the base is either the same in
+            every row or trained with the same seed.
+        clusters: Q cluster ids, at least two different ones; None: every question is its own cluster.
 
     Source: Hillis, "A comparison of denominator degrees of freedom methods for multiple observer ROC analysis",
     Statistics in Medicine 2007 (readers are seeds, cases are questions); Satterthwaite, "An approximate distribution of
@@ -210,15 +201,8 @@ def recipe_interval(
     degrees = (by_seed + more) ** 2 / spread if spread > 0 else float(num_seeds - 1)
     reach = _t_quantile(confidence, degrees) * error
     p_value = _t_p_value(mean / error, degrees) if error > 0 else float(mean == 0)
-    return RecipeInterval(
-        difference=mean,
-        interval=(mean - reach, mean + reach),
-        p_value=p_value,
-        error=error,
-        question_error=math.sqrt(by_question),
-        seed_error=math.sqrt(by_seed),
-        degrees_of_freedom=degrees,
-    )
+    errors = error, math.sqrt(by_question), math.sqrt(by_seed)
+    return RecipeInterval(mean, (mean - reach, mean + reach), p_value, *errors, degrees)
 
 
 _NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(64)
