@@ -229,16 +229,16 @@ def test_rows_are_the_ids_unless_given():
 @pytest.mark.parametrize(
     ("documents", "options", "message"),
     [
-        ([], {}, "BM25: found 0 document ids and 0 documents"),
+        ([], {}, "BM25: 0 ids"),
         ([["a"], "text"], {}, "BM25: document 1 is a str"),
-        ([["a"], ["b"]], {"document_ids": ["x"]}, "BM25: found 1 document ids and 2 documents"),
-        ([["a"]] * 3, {"document_ids": ["x", "y", "x"]}, "BM25: document id 'x' appears twice"),
-        ([["a"]], {"k1": -0.1}, "BM25: k1 is -0.1, expected a number of at least 0"),
+        ([["a"], ["b"]], {"document_ids": ["x"]}, "BM25: 1 ids, .* for 2 documents"),
+        ([["a"]] * 3, {"document_ids": ["x", "y", "x"]}, "BM25: 3 ids, 2 of them different"),
+        ([["a"]], {"k1": -0.1}, "BM25: k1 is -0.1"),
         ([["a"]], {"k1": math.nan}, "BM25: k1 is nan"),
         ([["a"]], {"k1": math.inf}, "BM25: k1 is inf"),
-        ([["a"]], {"b": 1.01}, "BM25: b is 1.01, expected 0 to 1"),
-        ([["a"]], {"b": -0.01}, "BM25: b is -0.01"),
-        ([["a"]], {"b": math.nan}, "BM25: b is nan"),
+        ([["a"]], {"b": 1.01}, "BM25: .* b is 1.01"),
+        ([["a"]], {"b": -0.01}, "BM25: .* b is -0.01"),
+        ([["a"]], {"b": math.nan}, "BM25: .* b is nan"),
     ],
 )
 def test_build_refuses(documents, options, message):

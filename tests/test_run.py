@@ -55,7 +55,7 @@ def test_from_dict_with_given_documents():
     assert run.indices.tolist() == [[1]]
     with pytest.raises(ValueError, match="query 'q': document id 'x' is not among the 2 given"):
         Run.from_dict({"q": {"x": 1.0}}, document_ids=["z", "b"])
-    with pytest.raises(ValueError, match="query 'q', document 'b': score nan is not finite"):
+    with pytest.raises(ValueError, match="query 'q' has a score that is not finite"):
         Run.from_dict({"q": {"a": 1.0, "b": float("nan")}})
 
 

@@ -1,7 +1,6 @@
 """BM25 in NumPy: the word-matching baseline to show beside every dense run.
 
-An inverted index over tokens of any kind: the encoder's own (`embedder.tokenize`) or words. No stemming, no stop words:
-a word that occurs in every document has almost no weight.
+An inverted index over tokens of any kind: the encoder's own (`embedder.tokenize`) or words. No stemming, no stop words.
 
     run = bm25_run(dataset, tokenize=embedder.tokenize)
     index = Bm25Index.build(embedder.tokenize(documents))
@@ -11,7 +10,6 @@ Shapes: N documents, V terms, P postings (a term in a document), Q queries, K = 
 """
 
 import functools
-import itertools
 import math
 import re
 import unicodedata
@@ -74,17 +72,13 @@ class Bm25Index:
         """Indexes documents given as tokens, in one pass, so that a generator works too.
 
         Args:
-            documents: the tokens of each document. A document without tokens is never found.
             document_ids: None: the row numbers.
             k1: how fast further occurrences of a term stop counting; 0: only its presence counts.
             b: how much long documents are penalised, 0 (not at all) to 1.
             slice_tokens: tokens sorted at a time; bounds memory.
-
-        Raises:
-            ValueError: no documents, duplicate ids or a wrong number of them, a document that is a str, or k1 or b out
-                of range.
         """
-        _check_parameters(k1, b)
+        if not (math.isfinite(k1) and k1 >= 0 and 0 <= b <= 1):
+            raise ValueError(f"BM25: k1 is {k1} and b is {b}, expected k1 of at least 0 and b of 0 to 1")
         terms: defaultdict[Token, int] = defaultdict()
         terms.default_factory = terms.__len__
         lengths, tokens, parts, first_row = array("q"), array("q"), [], 0
@@ -99,11 +93,8 @@ class Bm25Index:
         parts.append(_postings(tokens, lengths, first_row))
         num_documents, lengths_N = len(lengths), np.array(lengths)
         ids = list(map(str, range(num_documents))) if document_ids is None else list(document_ids)
-        if not num_documents or len(ids) != num_documents:
-            raise ValueError(f"BM25: found {len(ids)} document ids and {num_documents} documents")
-        if len(set(ids)) < num_documents:
-            twice = next(i for i, j in itertools.pairwise(sorted(ids)) if i == j)
-            raise ValueError(f"BM25: document id {twice!r} appears twice")
+        if not num_documents or not len(ids) == len(set(ids)) == num_documents:
+            raise ValueError(f"BM25: {len(ids)} ids, {len(set(ids))} of them different, for {num_documents} documents")
 
         term_P, rows_P, counts_P = (np.concatenate(columns) for columns in zip(*parts, strict=True))
         order_P = np.argsort(term_P, kind="stable")  # rows are ascending already
@@ -125,9 +116,6 @@ class Bm25Index:
         Returns:
             scores [Q, K] float32 and rows [Q, K] int64, padded with -inf and -1 after the documents that share a term
             with the query.
-
-        Raises:
-            ValueError: a depth below 1, or a query that is a str.
         """
         _check_depth(depth)
         depth = min(depth, len(self))
@@ -186,13 +174,6 @@ def _check_depth(depth: int) -> None:
         raise ValueError(f"depth is {depth}, expected at least 1")
 
 
-def _check_parameters(k1: float, b: float) -> None:
-    if not (math.isfinite(k1) and k1 >= 0):
-        raise ValueError(f"BM25: k1 is {k1}, expected a number of at least 0")
-    if not 0 <= b <= 1:
-        raise ValueError(f"BM25: b is {b}, expected 0 to 1")
-
-
 @functools.cache
 def _word_pattern() -> re.Pattern[str]:
     # \w excludes combining marks such as Hindi vowel signs, at which words would fall apart.
@@ -230,9 +211,6 @@ def bm25_run(
         k1, b: see `Bm25Index.build`.
         exclude_identical_ids: leave out a query's own document, see `Run.without_identical_ids`.
         slice_texts: texts tokenized at a time.
-
-    Raises:
-        ValueError: depth, k1 or b out of range, or `tokenize` returns a wrong number of lists.
     """
     _check_depth(depth)
     tokenize = tokenize or split_words

@@ -38,18 +38,14 @@ def fuse(
     nothing retrieved, all get 0. Mean and deviation depend on a run's depth, so fuse runs of the same depth.
 
     Args:
-        runs: their queries and documents are united; a query missing from a run is an empty row there.
+        runs: their queries, in order of first appearance, and documents are united.
         weights: one per run, at least 0; None: 1 each.
         k: of "rrf"; larger values make the first ranks stand out less.
         depth: documents to keep per query; None: all that any run retrieves.
         block_queries: queries fused at a time; bounds memory.
 
     Returns:
-        A run over the queries in order of first appearance, ties by ascending document id. Scores are float64 and do
-        not depend on the order of runs with equal weights.
-
-    Raises:
-        ValueError: no runs, an unknown method, invalid weights, k below 0, or depth below 1.
+        A run with float64 scores that do not depend on the order of runs of equal weight; ties by ascending id.
 
     Source: Cormack, Clarke & Buettcher, "Reciprocal Rank Fusion Outperforms Condorcet and Individual Rank Learning
     Methods", SIGIR 2009 ("rrf", k 60); Montague & Aslam, "Relevance Score Normalization for Metasearch", CIKM 2001
@@ -89,10 +85,10 @@ def _checked_weights(
     if depth is not None and depth < 1:
         raise ValueError(f"fusion: depth is {depth}, expected at least 1")
     weights_R = np.ones(len(runs)) if weights is None else np.array(weights, dtype=np.float64)
-    if weights_R.shape != (len(runs),):
-        raise ValueError(f"fusion: weights of shape {weights_R.shape} for {len(runs)} runs")
-    if not np.isfinite(weights_R).all() or (weights_R < 0).any() or not weights_R.any():
-        raise ValueError(f"fusion: weights are {weights_R.tolist()}, expected numbers of at least 0, not all 0")
+    valid = weights_R.shape == (len(runs),) and np.isfinite(weights_R).all() and weights_R.min() >= 0
+    if not (valid and weights_R.any()):
+        expected = f"one number of at least 0 for each of {len(runs)} runs, not all 0"
+        raise ValueError(f"fusion: weights are {weights_R.tolist()}, expected {expected}")
     return weights_R
 
 
@@ -161,10 +157,6 @@ def choose_weight(
             no difference.
         metric: a name, see `metrics.measure`.
         grid: values of w to try, 0 to 1.
-
-    Raises:
-        ValueError: not two runs, an empty grid or one outside 0 to 1, an unknown metric, or no query of the runs with a
-            relevant document.
     """
     if len(runs) != 2:
         raise ValueError(f"fusion: {len(runs)} runs, expected 2 to choose a weight for")

@@ -86,12 +86,7 @@ class Run:
         `document_ids` is what indices point into; None: the retrieved documents, sorted. Raises `ValueError` for a NaN
         or infinite score, or a document that is not in `document_ids`.
         """
-        ranked = {}
-        for query_id, row in results.items():
-            for document_id, score in row.items():
-                if not np.isfinite(score):  # checked before sorting, because NaN has no place in an order
-                    raise ValueError(f"run: query {query_id!r}, document {document_id!r}: score {score} is not finite")
-            ranked[query_id] = sorted(row.items(), key=lambda item: (-item[1], item[0]))
+        ranked = {q: sorted(row.items(), key=lambda item: (-item[1], item[0])) for q, row in results.items()}
         return cls._from_ranked(ranked, document_ids)
 
     @classmethod

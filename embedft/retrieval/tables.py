@@ -24,13 +24,8 @@ MAIN_METRICS = ("hit_rate@5", "mrr@10", "ndcg@10", "map@100")
 LATEX = str.maketrans(
     {
         **{character: f"\\{character}" for character in "&%$#_{}"},
-        "\\": r"\textbackslash{}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "<": r"\textless{}",
-        ">": r"\textgreater{}",
-        "|": r"\textbar{}",
-        "±": r"$\pm$",
+        **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
+        **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$"},
     }
 )
 
@@ -38,14 +33,7 @@ LATEX = str.maketrans(
 def format_table(
     header: Sequence[str], rows: Sequence[Sequence[str]], *, style: Style = "markdown", num_left: int = 1
 ) -> str:
-    """A table of cells that are strings already.
-
-    Args:
-        num_left: number of left-aligned columns; the others are right-aligned.
-
-    Raises:
-        ValueError: an unknown style, or a row whose number of cells differs from the header's.
-    """
+    """A table of cells that are strings already; the first `num_left` columns are left-aligned, the others right."""
     if style not in STYLES:
         raise ValueError(f"style is {style!r}, expected one of {', '.join(STYLES)}")
     for number, row in enumerate(rows, start=1):
@@ -146,9 +134,6 @@ def format_reports(
     Args:
         reports: {name: report}, possibly over different questions.
         metrics: None: `main_metrics` of the first report.
-
-    Raises:
-        ValueError: no reports, a metric that one of them lacks, or an unknown style.
     """
     if not reports:
         raise ValueError("no reports for a table")
@@ -194,9 +179,6 @@ def format_grid(
 
     Args:
         timed_seconds: searches that took less say little about speed, so their queries/s are shown in CSV only.
-
-    Raises:
-        ValueError: no reports, reports over different questions, a metric that one of them lacks, an unknown style.
     """
     if not reports:
         raise ValueError("no reports for a table")
@@ -258,9 +240,6 @@ def format_comparisons(
     Args:
         comparisons: {name of the other report: its comparisons with one base, one per metric}.
         base: the name of the base.
-
-    Raises:
-        ValueError: nothing to show, comparisons by different metrics, an unknown style.
     """
     by_metric = {name: {c.metric: c for c in found} for name, found in comparisons.items()}
     metrics = list(next(iter(by_metric.values()), {}))
