@@ -10,6 +10,7 @@ the JSON key follow from it. A field that is a dict takes dotted options: --loss
 """
 
 import argparse
+import copy
 import dataclasses
 import json
 import sys
@@ -25,8 +26,8 @@ Config = TypeVar("Config")
 
 def setting(default: Any, meaning: str) -> Any:
     """A dataclass field with a default and a line that says what it means."""
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=lambda: dict(default), metadata={"meaning": meaning})
+    if isinstance(default, dict | list):
+        return dataclasses.field(default_factory=lambda: copy.copy(default), metadata={"meaning": meaning})
     return dataclasses.field(default=default, metadata={"meaning": meaning})
 
 

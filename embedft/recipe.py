@@ -1,14 +1,19 @@
-"""Fine-tuning from start to end: training and retrieval put together.
-
-`training` knows nothing of retrieval and retrieval nothing of training; here one is handed to the other.
+"""Fine-tuning from start to end: joins training and retrieval, which know nothing of each other.
 
     finetune(embedder, train_set, FinetuneConfig(epochs=2, batch_size=64), validation=held_out, out="runs/first")
+
+Objects replace settings where you want your own code:
+
+    finetune(embedder, train_set, config, loss=my_loss, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1))
 """
 
+import contextlib
+import copy
 import inspect
+import shutil
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,196 +28,306 @@ from .encoders.embedder import Embedder
 from .encoders.loading import load_embedder
 from .encoders.openai_api import ApiEmbedder
 from .losses.registry import LOSSES, Loss, build_loss
-from .retrieval.evaluate import evaluate, evaluate_run
+from .retrieval.evaluate import evaluate as evaluate_embedder
+from .retrieval.evaluate import evaluate_run
 from .retrieval.metrics import select_metrics
+from .retrieval.mining import Sampling, mine
 from .retrieval.report import Report
 from .retrieval.run import Run
 from .training import distributed, runs
+from .training.loggers import check_logger
+from .training.objects import describe_object
+from .training.optim import MakeOptimizer
 from .training.references import FrozenEmbeddings, Reference, targets_with
-from .training.train import Refresh, TrainConfig, train
+from .training.train import BatchSource, Evaluate, OnStep, Refresh, TrainConfig, train
 from .training.windows import best_windows, with_best_windows
 
 VALIDATION, VALIDATION_BASE = "validation", "validation-base"
+Data = RetrievalDataset | Mapping[str, RetrievalDataset]
+MINING = ("mine_ranks", "mine_sampling", "mine_relative_margin", "mine_absolute_margin")
+BATCHING = (
+    "batch_size", "batch_tokens", "num_negatives", "examples", "target_scores", "no_duplicates", "length_window",
+    "sampling", "sampling_temperature", "mixed", "windows_per_document",
+)  # fmt: skip
+REFRESHING = ("refresh_windows", "mine_every")
+# Settings that have no effect when an object is given.
+REPLACED = {
+    "loss": ("loss",),
+    "batches": (*BATCHING, *REFRESHING),
+    "optimizer": ("lr", "loss_lr", "weight_decay"),
+    "refresh": REFRESHING,
+}
 
 
 @dataclass(frozen=True)
 class FinetuneConfig(TrainConfig):
-    """How to fine-tune: the settings of `TrainConfig`, and what a batch and a loss are."""
+    """How to fine-tune: the settings of `TrainConfig`, and those of batches, loss and mining."""
 
-    batch_size: int = setting(32, "training pairs of a step")
-    batch_tokens: int | None = setting(None, "tokens of a step, instead of batch_size")
-    num_negatives: int = setting(0, "hard negatives of each query, at most: those that the dataset has for it")
-    examples: Literal["pairs", "queries", "scored"] = setting("pairs", "what a batch is made of, see data/batches.py")
-    target_scores: bool = setting(False, "hand the scores of the dataset to the loss")
+    batch_size: int = setting(32, "training pairs per batch")
+    batch_tokens: int | None = setting(None, "tokens per batch, instead of batch_size")
+    num_negatives: int = setting(0, "hard negatives per query, at most; fewer if the dataset has fewer")
+    examples: Literal["pairs", "queries", "scored"] = setting("pairs", "what a batch consists of, see embedft/data")
+    target_scores: bool = setting(False, "give the dataset's scores to the loss")
     no_duplicates: bool = setting(False, "no text twice in a batch")
-    length_window: int = setting(0, "batches among which examples are sorted by length; 0: at random")
+    length_window: int = setting(0, "sort examples by length within this many batches; 0: random order")
     sampling: Literal["proportional", "round_robin", "temperature"] = setting(
-        "proportional", "of several data sets, see data/mixture.py"
+        "proportional", "how to sample several datasets, see embedft/data/mixture.py"
     )
-    sampling_temperature: float = setting(
-        2.0, "of sampling by temperature: 1 is proportional, the higher the more equal"
-    )
-    mixed: bool = setting(False, "batches with a share of every data set, not of one each")
-    max_length: int | None = setting(None, "tokens a text is cut to; null: the model's own")
+    sampling_temperature: float = setting(2.0, "for sampling by temperature: 1 is proportional, higher is more even")
+    mixed: bool = setting(False, "mix all datasets in each batch, instead of one dataset per batch")
+    max_length: int | None = setting(None, "truncate texts to this many tokens; null: the model's own")
     passages: list[int] | None = setting(
-        None, "[size, stride] in tokens: documents are windows, scored by the best one; null: one vector a document"
+        None, "[size, stride] in tokens: split documents into windows, the best one counts; null: one vector each"
     )
-    windows_per_document: int = setting(
-        4, "windows of a document in a step: its queries' best, found before training, others at random"
+    windows_per_document: int = setting(4, "windows of a document per batch: its queries' best ones, then random ones")
+    refresh_windows: bool = setting(False, "find the best windows anew before each epoch, with the current model")
+    mine_every: int | None = setting(None, "mine num_negatives hard negatives before training and every so many epochs")
+    mine_ranks: list[int] = setting([10, 100], "[first, last] rank of mined negatives")
+    mine_sampling: Sampling = setting("random", "mined negatives: a random draw from these ranks, or the top ones")
+    mine_relative_margin: float | None = setting(
+        None, "0.05: mined negatives score at most 95% of the query's lowest positive"
     )
-    refresh_windows: bool = setting(False, "find the best windows anew before every epoch, by the model as it then is")
-    attention_dropout: float = setting(0.0, "on attention weights; above 0 it costs the fast kernels")
+    mine_absolute_margin: float | None = setting(
+        None, "mined negatives score at least this much below the query's lowest positive"
+    )
+    attention_dropout: float = setting(0.0, "dropout on attention weights; above 0, the fast kernels cannot be used")
     loss: dict[str, Any] = setting({"name": "in_batch_negatives"}, "name and options of the loss")
     references: dict[str, Any] = setting(
-        {}, "frozen models by what the loss calls them: guide, teacher or base; null: MODEL before training"
+        {}, "frozen models by the name the loss uses: guide, teacher or base; null: MODEL before training"
     )
 
     def __post_init__(self):
         super().__post_init__()
+        _build_loss(self)
         if not self.sampling_temperature >= 1:
             raise ValueError(f"sampling_temperature is {self.sampling_temperature}, expected at least 1")
-        if self.batch_tokens is not None and self.batch_tokens < 1:
-            raise ValueError(f"batch_tokens is {self.batch_tokens}, expected at least 1")
-        if self.length_window < 0:
-            raise ValueError(f"length_window is {self.length_window}, expected at least 0")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}, expected at least 1")
-        if self.num_negatives < 0:
-            raise ValueError(f"num_negatives is {self.num_negatives}, expected at least 0")
-        if self.windows_per_document < 1:
-            raise ValueError(f"windows_per_document is {self.windows_per_document}, expected at least 1")
-        # What would do nothing is an error, not ignored.
-        loss = _build_loss(self)
-        own = list(loss.parameters()) if isinstance(loss, nn.Module) else []
-        idle = {
-            "loss_lr": not own and "the loss has no parameters",
-            "batch_size": self.batch_tokens and f"batch_tokens is {self.batch_tokens}: expected one of the two",
-            "sampling_temperature": self.sampling != "temperature" and f"sampling is {self.sampling!r}",
-            "windows_per_document": self.passages is None and "there are no passages",
-        }
-        for field in fields(self):
-            value, why = getattr(self, field.name), idle.get(field.name)
-            if why and value != field.default:
-                raise ValueError(f"{field.name} is {value}, but {why}")
-        if self.refresh_windows and self.passages is None:
-            raise ValueError("refresh_windows is True, but there are no passages")
-        if self.passages is not None:
-            if len(self.passages) != 2 or not all(type(number) is int for number in self.passages):
-                raise ValueError(f"passages is {self.passages}, expected [size, stride], two whole numbers of tokens")
-            if self.references:
-                raise ValueError("references have one vector a document, passages several: they do not go together")
+        for name, least in (
+            ("batch_size", 1), ("batch_tokens", 1), ("windows_per_document", 1), ("mine_every", 1),
+            ("length_window", 0), ("num_negatives", 0),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}, expected at least {least}")
         if not 0 <= self.attention_dropout < 1:
             raise ValueError(f"attention_dropout is {self.attention_dropout}, expected at least 0 and below 1")
         for name, model in self.references.items():
             if not isinstance(model, str | None):
                 raise ValueError(f"references: {name} is {model!r}, expected a model's folder or name, or null")
+        # Settings that would have no effect are errors.
+        if self.batch_tokens:
+            self.check_unused(("batch_size",), f"batch_tokens is {self.batch_tokens}: expected one of the two")
+        if self.sampling != "temperature":
+            self.check_unused(("sampling_temperature",), f"sampling is {self.sampling!r}")
+        if self.passages is None:
+            self.check_unused(("windows_per_document", "refresh_windows"), "there are no passages")
+        elif len(self.passages) != 2 or not all(type(number) is int for number in self.passages):
+            raise ValueError(f"passages is {self.passages}, expected [size, stride], two whole numbers of tokens")
+        elif self.references:
+            raise ValueError("references cannot be combined with passages")
+        if self.mine_every is None:
+            self.check_unused(MINING, "mine_every is null")
+            return
+        if self.num_negatives == 0:
+            raise ValueError(f"num_negatives is 0, but mine_every is {self.mine_every}: expected at least 1")
+        self.check_unused(("batch_tokens", "no_duplicates"), "mining would change the number of batches")
+        if self.mine_every > 1:
+            self.check_unused(("refresh_windows",), f"with mine_every {self.mine_every} windows follow the mining")
+
+
+@dataclass
+class _Job:
+    """A fine-tuning in the making."""
+
+    embedder: Embedder
+    dataset: Data
+    config: FinetuneConfig
+    given: dict[str, Any]  # the objects passed to `finetune`
+    validation: RetrievalDataset | None
+    references: Mapping[str, Embedder | Reference]
+    out: Path | None
+    own_length: int  # of the embedder, before config.max_length
+    batches: BatchSource | None = None
+    loss: Loss | None = None
+    hashes: dict[str, str] | None = None
 
 
 def finetune(
     embedder: Embedder,
-    dataset: RetrievalDataset | Mapping[str, RetrievalDataset],
+    dataset: Data,
     config: FinetuneConfig | None = None,
     *,
     validation: RetrievalDataset | None = None,
     references: Mapping[str, Embedder | Reference] | None = None,
     out: str | Path | None = None,
     existing: str = "refuse",
+    allow_changed_code: bool = False,
+    loss: Loss | None = None,
+    batches: BatchSource | None = None,
+    optimizer: MakeOptimizer | None = None,
+    evaluate: Evaluate | None = None,
+    refresh: Refresh | None = None,
+    on_step: OnStep | None = None,
 ) -> Embedder:
-    """Fine-tunes `embedder` on the pairs of `dataset`; gives the same object back, with its best weights.
+    """Fine-tunes `embedder` on `dataset` and returns the same object with its best weights.
 
-    Everything that can be found wrong without training is found before it. The loss does not follow the embedder: one
-    whose similarity is "dot" needs a loss that names its own, {"name": "in_batch_negatives", "similarity": "dot"}.
-
-    Several ranks (training/distributed.py) each call this with the same arguments; `config.batch_size` counts all of
-    them, rank 0 alone writes to `out`, and all have the same weights in the end.
+    Errors that can be found without training are raised before it, and leave the embedder and `out` as they were.
+    With several ranks (training/distributed.py), each calls this with the same arguments; rank 0 writes to `out`.
 
     Args:
-        dataset: to train on; several by name are sampled as `config.sampling` says, their ids get the name in front.
-        validation: held-out questions by which the best weights are chosen (`config.select`); None: the last weights.
-        references: what the loss compares with, by the name it asks for ("guide", "teacher", "base"): an Embedder,
-            which encodes `dataset` once before training (`embedder` itself: the base), or a function of the batch.
-            Added to those of `config.references`.
-        out: run folder, see training/runs.py; `out/model` gets the model, `out/eval` the reports on `validation`
-            before and after. None: nothing is written.
-        existing: what to do about a run in `out`: "refuse", "overwrite", or "resume" from its last checkpoint.
+        dataset: several by name are sampled as `config.sampling` says; their ids get the name as a prefix.
+        validation: held-out questions that choose the best weights, by `config.select`; None: the last weights.
+        references: {"guide" | "teacher" | "base": what the loss compares with}: an Embedder, which encodes `dataset`
+            once (`embedder` itself: the base), or a function of the batch. Added to `config.references`.
+        out: run folder, see training/runs.py; `out/eval` gets reports on `validation` before and after.
+        existing: what to do with a run in `out`: "refuse", "overwrite", or "resume" from its last checkpoint.
+        allow_changed_code: resume even if the objects below are not those the run began with.
+        loss, batches, optimizer, evaluate, refresh, on_step: as in `training.train.train`, in place of settings, which
+            then must be at their defaults. config.json records their names, source hashes and values.
 
     Raises:
-        ValueError: on any of the inputs, or where those of ranks differ; `NonFiniteError` when training diverges.
+        ValueError: an input is invalid, or differs between ranks; `NonFiniteError` when training diverges.
     """
-    config = config or FinetuneConfig()
-    if isinstance(embedder, ApiEmbedder):
-        raise ValueError(f"{embedder.model} is behind an API, so its weights cannot be trained; an adapter on it can")
+    given = {"loss": loss, "batches": batches, "optimizer": optimizer}
+    given |= {"evaluate": evaluate, "refresh": refresh, "on_step": on_step}
+    given = {name: value for name, value in given.items() if value is not None}
     out = None if out is None else Path(out)
-    if out is not None:
-        distributed.from_first(lambda: runs.check_run(out, existing))
-    batches = _make_batches(embedder, dataset, config)
-    dataset = dataset if isinstance(dataset, RetrievalDataset) else join_datasets(dataset)
-    if validation is not None:
-        measured = _metrics_with(config.select)
-        # A run that found nothing: tells, without encoding, whether there is something to find.
-        evaluate_run(Run.from_dict({}), validation, **measured)
-        if (shared := validation.shares_with(dataset)) and distributed.rank_and_size()[0] == 0:
-            warnings.warn(shared, stacklevel=2)
-    if embedder.similarity == "dot" and not embedder.normalize and _lacks_similarity(config.loss):
-        raise ValueError("the model's similarity is the dot product: loss.similarity has to say 'dot' or 'cosine'")
-    if config.max_length is not None:
-        embedder.max_length = config.max_length
-    embedder.encoder.attention_dropout = config.attention_dropout
-    config = replace(config, max_length=embedder.max_length)  # so that the run's configuration says what it was
-    if config.passages is not None:
-        if references:
-            raise ValueError("references have one vector a document, passages several: they do not go together")
-        embedder.pack([""], role="document", passages=config.passages)  # tells whether they can be cut
-        # Of rank 0 for all: devices that round differently may differ in the best of nearly equal windows.
-        batches = with_best_windows(batches, distributed.from_first(lambda: best_windows(embedder, batches)))
-    references, reference_hashes = _frozen(embedder, dataset, config, references or {})
-    _try_loss(embedder, batches, config, references)
-    if out is not None:
-        hashes = {"model": embedder.sha256(), "train": dataset.sha256(), **reference_hashes}
-        if validation is not None:
-            hashes["validation"] = validation.sha256()
-        settings = to_dict(config)
-        distributed.check_same({**hashes, **settings})
-        opening = {"hashes": hashes, "device": embedder.device, "existing": existing}
-        distributed.from_first(lambda: runs.open_run(out, settings, **opening))
-
-    def measure(embedder: Embedder) -> Report:
-        return evaluate(embedder, validation, passages=config.passages, **measured)
-
-    def validate(embedder: Embedder) -> dict[str, float]:
-        report = measure(embedder)
-        # The first validation of a run is of the base. A report is whole when it has its metrics.json.
-        if out is not None and not (out / runs.EVAL / VALIDATION_BASE / "metrics.json").exists():
-            report.save(out / runs.EVAL / VALIDATION_BASE)
-        return report.metrics
-
-    refresh = None
-    if config.refresh_windows:
-        refresh = Refresh(
-            lambda embedder: best_windows(embedder, batches), lambda found: with_best_windows(batches, found)
-        )
-    evaluation = None if validation is None else validate
-    loss = _build_loss(config)
-    # The vectors of weights on their way are asked for once: they are not kept.
-    store, embedder.store = embedder.store, None
-    try:
-        train(embedder, batches, loss, config, out=out, references=references, evaluate=evaluation, refresh=refresh)
-    finally:
-        embedder.store = store
-
-    def close() -> None:
-        embedder.save(out / runs.MODEL)
-        if validation is not None:
-            measure(embedder).save(out / runs.EVAL / VALIDATION)
-        runs.close_run(out)
-
-    if out is not None:
-        distributed.from_first(close)
+    with contextlib.ExitStack() as stack:
+        accepted = stack.enter_context(_restored_unless_accepted(embedder))
+        job = _Job(embedder, dataset, config or FinetuneConfig(), given, validation, references or {}, out, 0)
+        _prepare(job, existing)
+        if out is not None:
+            _open(job, existing, allow_changed_code, stack)
+        accepted()
+        _train(job)
+        if out is not None:
+            distributed.from_first(lambda: _close(job))
     return embedder
 
 
-def _metrics_with(select: str) -> dict[str, Any]:
+@contextlib.contextmanager
+def _restored_unless_accepted(embedder: Embedder) -> Iterator[Callable[[], None]]:
+    """Gives the embedder its settings back on an error, unless the function yielded was called before."""
+    encoder, accepted = getattr(embedder, "encoder", None), []
+    before = getattr(embedder, "max_length", None), getattr(encoder, "attention_dropout", None)
+    try:
+        yield lambda: accepted.append(True)
+    except BaseException:
+        if not accepted and encoder is not None:
+            embedder.max_length, encoder.attention_dropout = before
+        raise
+
+
+def _prepare(job: _Job, existing: str) -> None:
+    """Checks everything, applies the settings of the embedder, and makes batches, loss and references."""
+    embedder, config = job.embedder, job.config
+    if isinstance(embedder, ApiEmbedder):
+        raise ValueError(f"{embedder.model} is behind an API, so its weights cannot be trained; an adapter on it can")
+    if job.out is not None:
+        distributed.from_first(lambda: runs.check_run(job.out, existing))
+    check_logger(config.log, job.out)
+    for name in job.given.keys() & REPLACED.keys():
+        config.check_unused(REPLACED[name], f"{name} is given as an object, which replaces it")
+    job.loss = job.given.get("loss") or _build_loss(config)
+    if not (isinstance(job.loss, nn.Module) and any(True for _ in job.loss.parameters())):
+        config.check_unused(("loss_lr",), "the loss has no parameters")
+    data = job.dataset if isinstance(job.dataset, RetrievalDataset) else join_datasets(job.dataset)
+    batches = job.given.get("batches")
+    if batches is None and config.mine_every is None:
+        batches = _make_batches(embedder, job.dataset, config)
+    if job.validation is not None:
+        # A run that found nothing: an error, without encoding, if there is nothing to find.
+        evaluate_run(Run.from_dict({}), job.validation, **_measured(job))
+        if (shared := job.validation.shares_with(data)) and distributed.rank_and_size()[0] == 0:
+            warnings.warn(shared, stacklevel=3)
+    is_unsaid = "loss" not in job.given and _lacks_similarity(config.loss)
+    if embedder.similarity == "dot" and not embedder.normalize and is_unsaid:
+        raise ValueError("the model's similarity is the dot product: loss.similarity has to say 'dot' or 'cosine'")
+    job.own_length = embedder.max_length
+    if config.max_length is not None:
+        embedder.max_length = config.max_length
+    embedder.encoder.attention_dropout = config.attention_dropout
+    job.config = replace(config, max_length=embedder.max_length)  # so that config.json says what it was
+    if config.passages is not None:
+        if job.references:
+            raise ValueError("references cannot be combined with passages")
+        embedder.pack([""], role="document", passages=config.passages)  # raises if they cannot be cut
+    job.batches = _renewed(job, batches)
+    job.hashes = {"model": embedder.sha256(), "train": data.sha256()}
+    if job.validation is not None:
+        job.hashes["validation"] = job.validation.sha256()
+    job.references = _frozen(job, data)
+    _try_loss(job)
+
+
+def _open(job: _Job, existing: str, allow_changed_code: bool, stack: contextlib.ExitStack) -> None:
+    """Locks the run folder, proves that the model can be saved, and opens the run."""
+    settings, objects = to_dict(job.config), {name: describe_object(value) for name, value in job.given.items()}
+    for name, reference in job.references.items():
+        if f"reference {name}" not in job.hashes:
+            objects[f"reference {name}"] = describe_object(reference)
+    if objects:
+        settings["objects"] = objects
+    distributed.check_same({**job.hashes, **settings})
+
+    def begin() -> None:
+        stack.enter_context(runs.lock(job.out))
+        job.embedder.save(job.out / runs.TRIAL)
+        shutil.rmtree(job.out / runs.TRIAL)
+        opening = {"device": job.embedder.device, "existing": existing, "allow_changed_code": allow_changed_code}
+        runs.open_run(job.out, settings, hashes=job.hashes, **opening)
+        # The base as it is, not truncated. Otherwise the first validation is of the base.
+        is_first = not (job.out / runs.EVAL / VALIDATION_BASE / "metrics.json").exists()
+        if (
+            job.validation is not None
+            and is_first
+            and ("evaluate" in job.given or job.own_length != job.embedder.max_length)
+        ):
+            job.embedder.max_length = job.own_length
+            _report(job).save(job.out / runs.EVAL / VALIDATION_BASE)
+            job.embedder.max_length = job.config.max_length
+
+    distributed.from_first(begin)
+
+
+def _train(job: _Job) -> None:
+    def validate(embedder: Embedder) -> dict[str, float]:
+        report = _report(job)
+        # A report is whole when it has its metrics.json.
+        if job.out is not None and not (job.out / runs.EVAL / VALIDATION_BASE / "metrics.json").exists():
+            report.save(job.out / runs.EVAL / VALIDATION_BASE)
+        return report.metrics
+
+    refreshes = job.config.refresh_windows or job.config.mine_every is not None
+    options = {
+        "evaluate": None if job.validation is None else validate,
+        "refresh": (lambda embedder: _renewed(job, job.batches)) if refreshes else None,
+        "refresh_every": job.config.mine_every or 1,
+        **{name: job.given[name] for name in ("optimizer", "evaluate", "refresh", "on_step") if name in job.given},
+    }
+    # The store does not keep vectors of weights that will change.
+    store, job.embedder.store = job.embedder.store, None
+    try:
+        train(job.embedder, job.batches, job.loss, job.config, out=job.out, references=job.references, **options)
+    finally:
+        job.embedder.store = store
+
+
+def _close(job: _Job) -> None:
+    job.embedder.save(job.out / runs.MODEL)
+    if job.validation is not None:
+        _report(job).save(job.out / runs.EVAL / VALIDATION)
+    runs.close_run(job.out)
+
+
+def _report(job: _Job) -> Report:
+    return evaluate_embedder(job.embedder, job.validation, passages=job.config.passages, **_measured(job))
+
+
+def _measured(job: _Job) -> dict[str, Any]:
     """Arguments for `evaluate`: the default metrics and `select`, and a depth that is enough for both."""
+    select = job.config.select
+    if "evaluate" in job.given:
+        return {}
     _, _, k = select.partition("@")
     cutoff = int(k) if k.isdigit() else 10
     options = {"ks": sorted({1, 3, 5, 10, cutoff}), "depth": max(100, cutoff)}
@@ -223,22 +338,47 @@ def _metrics_with(select: str) -> dict[str, Any]:
     return {"metrics": list(dict.fromkeys(select_metrics(**options) + metrics)), "depth": options["depth"]}
 
 
-def _make_batches(
-    embedder: Embedder, dataset: RetrievalDataset | Mapping[str, RetrievalDataset], config: FinetuneConfig
-) -> Batches:
-    options = {
-        "batch_size": None if config.batch_tokens else config.batch_size,
-        "batch_tokens": config.batch_tokens,
-        "seed": config.seed,
-        "num_negatives": config.num_negatives,
-        "examples": config.examples,
-        "target_scores": config.target_scores,
-        "no_duplicates": config.no_duplicates,
-        "length_window": config.length_window,
-        "passages": config.passages,
-        "windows_per_document": config.windows_per_document,
-    }
-    if isinstance(dataset, RetrievalDataset):
+def _renewed(job: _Job, batches: BatchSource | None) -> BatchSource:
+    """The batches, with negatives and windows found by the model as it is; rank 0 searches for all ranks.
+
+    Devices that round differently may differ in the best of nearly equal documents.
+    """
+    embedder, config = job.embedder, job.config
+    if config.mine_every is not None:
+        batches = _make_batches(embedder, _mined(job), config)
+    if config.passages is not None and "batches" not in job.given:
+        batches = with_best_windows(batches, distributed.from_first(lambda: best_windows(embedder, batches)))
+    return batches
+
+
+def _mined(job: _Job) -> Data:
+    """The dataset, or each of several, with mined negatives in place of its own."""
+    config, single = job.config, isinstance(job.dataset, RetrievalDataset)
+    datasets = {"": job.dataset} if single else job.dataset
+
+    def find() -> dict[str, dict[str, list[str]]]:
+        options = {name.removeprefix("mine_"): getattr(config, name) for name in MINING}
+        options |= {"num_negatives": config.num_negatives, "seed": config.seed, "passages": config.passages}
+        found = {name: mine(job.embedder, part, replace=True, **options).negatives for name, part in datasets.items()}
+        if not any(found.values()):
+            raise ValueError("no query has a hard negative: mine_ranks or the margins leave none")
+        return found
+
+    found = distributed.from_first(find)
+    mined = {name: replace(part, negatives=found[name]) for name, part in datasets.items()}
+    return mined[""] if single else mined
+
+
+def _make_batches(embedder: Embedder, dataset: Data, config: FinetuneConfig) -> Batches:
+    same = ("seed", "batch_tokens", "num_negatives", "examples", "target_scores", "no_duplicates", "length_window")
+    options = {name: getattr(config, name) for name in (*same, "passages", "windows_per_document")}
+    options["batch_size"] = None if config.batch_tokens else config.batch_size
+    single = isinstance(dataset, RetrievalDataset)
+    if config.mine_every is not None:  # mining may find fewer
+        datasets = [dataset] if single else dataset.values()
+        most = max(len(ids) for part in datasets for ids in part.negatives.values())
+        options["num_negatives"] = min(config.num_negatives, most)
+    if single:
         if config.sampling != "proportional" or config.mixed:
             raise ValueError(f"sampling is {config.sampling!r}, mixed is {config.mixed}, but there is one data set")
         return make_batches(dataset, embedder.pack, **options)
@@ -247,14 +387,14 @@ def _make_batches(
 
 
 def _build_loss(config: FinetuneConfig) -> Loss:
-    """The loss of a configuration; what it draws at random follows from the seed, the caller's random state stays."""
+    """The configured loss, initialised from the seed; the caller's random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         return build_loss(config.loss)
 
 
 def _lacks_similarity(spec: Any) -> bool:
-    """Whether a loss that has an option `similarity`, or one inside it, leaves that to its default."""
+    """Whether a loss with an option `similarity`, or one inside it, leaves that at its default."""
     if isinstance(spec, list):
         return any(map(_lacks_similarity, spec))
     if not isinstance(spec, dict):
@@ -263,37 +403,32 @@ def _lacks_similarity(spec: Any) -> bool:
     return (takes and "similarity" not in spec) or any(map(_lacks_similarity, spec.values()))
 
 
-def _frozen(
-    embedder: Embedder, dataset: RetrievalDataset, config: FinetuneConfig, given: Mapping[str, Embedder | Reference]
-) -> tuple[dict[str, Reference], dict[str, str]]:
-    """Every reference as a function of the batch, and the hashes of the models among them."""
-    twice = config.references.keys() & given.keys()
-    if twice:
+def _frozen(job: _Job, dataset: RetrievalDataset) -> dict[str, Reference]:
+    """Every reference as a function of the batch; notes the hashes of the models among them."""
+    if twice := job.config.references.keys() & job.references.keys():
         raise ValueError(f"reference {min(twice)!r} is given twice, in the configuration and beside it")
-    found, hashes = dict(given), {}
-    for name, model in config.references.items():
-        found[name] = embedder if model is None else load_embedder(model, device=embedder.device)
+    found = dict(job.references)
+    for name, model in job.config.references.items():
+        found[name] = job.embedder if model is None else load_embedder(model, device=job.embedder.device)
     for name, reference in found.items():
         if isinstance(reference, Embedder):
-            hashes[f"reference {name}"] = reference.sha256()
-            # Training moves all dimensions of the embedder, also where `encode` gives fewer.
-            dim = embedder.full_dim if reference is embedder else None
+            job.hashes[f"reference {name}"] = reference.sha256()
+            # Training moves all dimensions of the embedder, even if `encode` truncates them.
+            dim = job.embedder.full_dim if reference is job.embedder else None
             found[name] = FrozenEmbeddings.encode(reference, dataset, dim=dim)
-    return found, hashes
+    return found
 
 
-def _try_loss(
-    embedder: Embedder, batches: Batches, config: FinetuneConfig, references: Mapping[str, Reference]
-) -> None:
-    """Computes the loss of the first batch with vectors of zeros: tells what it lacks before a run is begun.
+def _try_loss(job: _Job) -> None:
+    """Computes the loss of the first batch on vectors of zeros, to find what it lacks before a run begins.
 
-    A missing reference or teacher's score, a dimension beyond the model's, a teacher of another width.
+    A missing reference or score, a dimension beyond the model's, a teacher of another width.
     """
-    batch = next(batches.epoch(0))
-    targets = targets_with(references, batch)
-    Q, D = (torch.zeros(part.num_sequences, embedder.full_dim) for part in (batch.queries, batch.documents))
-    loss = _build_loss(config)
+    batch = next(iter(job.batches.epoch(0)))
+    targets = targets_with(job.references, batch)
+    Q, D = (torch.zeros(part.num_sequences, job.embedder.full_dim) for part in (batch.queries, batch.documents))
+    loss = job.loss
     if isinstance(loss, nn.Module):
-        loss.eval()  # draws nothing, and warns of nothing: that is for the training
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        loss(Q, D, targets)
+        loss = copy.deepcopy(loss).cpu().eval()  # draws nothing, counts nothing, warns of nothing
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        loss(Q.requires_grad_(), D.requires_grad_(), targets)

@@ -29,13 +29,14 @@ from embedft.files import read_json
 from embedft.losses.contrastive import in_batch_negatives
 from embedft.training import distributed
 from embedft.training.cached import mini_batches
-from embedft.training.distributed import OtherRankError, Share, gather, rank_and_size
+from embedft.training.distributed import LocalBatch, OtherRankError, gather, rank_and_size
 from embedft.training.references import FrozenEmbeddings
-from embedft.training.train import NonFiniteError, TrainConfig, _backward, train
+from embedft.training.train import NonFiniteError, TrainConfig, backward, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 METRIC = "ndcg@10"
+STATE = ("step", "stopped", "evaluations", "best_step")
 
 
 def rank() -> int:
@@ -49,21 +50,21 @@ def token_ids(packed) -> list[list[int]]:
 # By hand.
 
 
-def two_shares():
+def two_parts():
     """Lengths 1, 4, 2, 3: in order of length rows 1, 3, 2, 0, of which rank 0 has the first and the third."""
     queries, documents = pack([[1], [2, 2, 2, 2], [3, 3], [4, 4, 4]]), pack([[7, 7]])
-    share = Share.of(queries, documents)
+    local = LocalBatch.of(queries, documents)
     Q, D = (
         torch.tensor([ids[0] for ids in token_ids(part)], dtype=torch.float32).view(-1, 1)
-        for part in (share.queries, share.documents)
+        for part in (local.queries, local.documents)
     )
-    return token_ids(share.queries), token_ids(share.documents), [X.flatten().tolist() for X in share.gather(Q, D)]
+    return token_ids(local.queries), token_ids(local.documents), [X.flatten().tolist() for X in local.gather(Q, D)]
 
 
-def test_the_shares_of_two_ranks(tmp_path):
+def test_the_parts_of_two_ranks(tmp_path):
     """Rank 1 has no document; the vectors of all come back in the order of the batch."""
     whole = [[1, 2, 3, 4], [7]]
-    assert run_ranks(2, two_shares, folder=tmp_path) == [
+    assert run_ranks(2, two_parts, folder=tmp_path) == [
         ([[2, 2, 2, 2], [3, 3]], [[7, 7]], whole),
         ([[4, 4, 4], [1]], [], whole),
     ]
@@ -72,12 +73,12 @@ def test_the_shares_of_two_ranks(tmp_path):
 def test_one_rank_has_all_and_changes_nothing():
     assert rank_and_size() == (0, 1)
     queries, documents = pack([[1], [2, 2]]), pack([[7]])
-    share = Share.of(queries, documents)
-    assert share.queries is queries
-    assert share.documents is documents
+    local = LocalBatch.of(queries, documents)
+    assert local.queries is queries
+    assert local.documents is documents
     Q, D = torch.ones(2, 3), torch.ones(1, 3)
-    assert share.gather(Q, D)[0] is Q
-    assert share.gather(Q, D)[1] is D
+    assert local.gather(Q, D)[0] is Q
+    assert local.gather(Q, D)[1] is D
     weight, state = Parameter(torch.ones(2)), torch.get_rng_state()
     weight.grad = torch.tensor([3.0, 4.0])
     distributed.sum_gradients([weight])
@@ -112,7 +113,6 @@ def test_gather_by_hand(tmp_path):
 
 
 def gradients_by_hand(bucket_elements):
-    distributed.BUCKET_ELEMENTS = bucket_elements
     both, first, second, none, of_loss, bare = (Parameter(torch.zeros(2, 1, dtype=torch.float64)) for _ in range(6))
     of_loss.data = of_loss.data.float()
     both.grad = torch.tensor([[1.0], [2.0]]).double() * (1 + rank())
@@ -121,7 +121,7 @@ def gradients_by_hand(bucket_elements):
     else:
         second.grad = torch.tensor([[7.0], [8.0]]).double()
     of_loss.grad = torch.full((2, 1), 9.0 + rank())
-    distributed.sum_gradients([both, first, second, none], of_first=[of_loss, bare])
+    distributed.sum_gradients([both, first, second, none], of_first=[of_loss, bare], bucket_elements=bucket_elements)
     assert of_loss.grad.dtype is torch.float32
     return [None if p.grad is None else p.grad.flatten().tolist() for p in (both, first, second, none, of_loss, bare)]
 
@@ -191,7 +191,7 @@ def test_what_ranks_tell_each_other(tmp_path):
     assert first["from_first"] == second["from_first"] == {"of": 0}
     assert (first["together"], second["together"]) == (0, 1)
     assert first["first fails"] == (KeyError, "'x'")
-    assert second["first fails"] == (OtherRankError, "rank 0 has stopped; the error is told there")
+    assert second["first fails"] == (OtherRankError, "rank 0 failed; its own message says why")
     assert first["one of all fails"] == (OtherRankError, "rank 1: gone")
     assert second["one of all fails"] == (OSError, "gone")
     assert (first["all fail"], second["all fail"]) == ((ValueError, "of 0"), (ValueError, "of 1"))
@@ -253,7 +253,7 @@ def train_once(base: Path, out: Path, config: TrainConfig, make_loss, *, batch_s
 
     batches = make_batches(dataset, embedder.pack, batch_size=batch_size, seed=0, num_negatives=3)
     state = train(embedder, batches, loss, config, out=out, references=references, evaluate=evaluate)
-    return embedder.state_dict(), loss.state_dict(), dataclasses.asdict(state)
+    return embedder.state_dict(), loss.state_dict(), {name: getattr(state, name) for name in STATE}
 
 
 def make_sum():
@@ -390,7 +390,7 @@ def cached_and_direct(base):
     """With dropout and a loss that draws: gradient caching, and the same mini-batches with their graphs kept."""
     embedder = make_embedder(base, dropout=0.1, dtype=torch.float64).train()
     batch = next(make_batches(make_dataset(11, 9), embedder.pack, batch_size=11, seed=0).epoch(0))
-    mine, found = Share.of(batch.queries, batch.documents), []
+    local, found = LocalBatch.of(batch.queries, batch.documents), []
 
     def drawing(Q, D, targets):
         return in_batch_negatives(Q, D, targets) * (0.5 + torch.rand((), dtype=Q.dtype))
@@ -400,16 +400,16 @@ def cached_and_direct(base):
         if tokens is None:
             distributed.reseed(7, apart=True)
             vectors = []
-            for packed, role in ((mine.queries, "query"), (mine.documents, "document")):
+            for packed, role in ((local.queries, "query"), (local.documents, "document")):
                 parts, place = mini_batches(packed, 20)
                 vectors.append(torch.cat([embedder.embed(part, role=role) for part in parts])[place])
-            Q, D = mine.gather(*vectors)
+            Q, D = local.gather(*vectors)
             distributed.reseed(7, apart=False)
             value = drawing(Q, D, batch.targets)
             value.backward()
         else:
             config = TrainConfig(mini_batch_tokens=tokens)
-            value = _backward(embedder, mine, batch.targets, drawing, config, share=1.0, seeds=(7,))
+            value, _ = backward(embedder, local, batch.targets, drawing, config, weight=1.0, seeds=(7,))
         found.append([value.detach(), *(p.grad.clone() for p in embedder.parameters() if p.grad is not None)])
     return found
 
@@ -459,7 +459,7 @@ def test_errors_of_training_come_on_all_ranks(tmp_path):
         "checkpoint": (ValueError, "step of the checkpoint is 0 on rank 0 and 2 on rank 1"),
     }
     assert first == expected
-    assert second == expected | {"evaluation": (OtherRankError, "rank 0 has stopped")}
+    assert second == expected | {"evaluation": (OtherRankError, "rank 0 failed")}
 
 
 def refuse_to_finetune(base, out):
@@ -472,7 +472,7 @@ def refuse_to_finetune(base, out):
     assert not (out / "config.json").exists()
     out.mkdir(exist_ok=True)
     (out / "file").touch()
-    with pytest.raises(ValueError, match="rank 0 has stopped" if rank() else "not empty"):
+    with pytest.raises(ValueError, match="rank 0 failed" if rank() else "not empty"):
         finetune(make_embedder(base), make_dataset(), config, out=out / ("new" if rank() else ""))
 
 

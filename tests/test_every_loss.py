@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from embedft import LOSSES, Targets, build_loss
 from embedft.losses import rows
 from embedft.training import distributed
-from embedft.training.distributed import Share
-from embedft.training.train import TrainConfig, _backward
+from embedft.training.distributed import LocalBatch
+from embedft.training.train import TrainConfig, backward
 
 DIM, TEACHER_DIM = 8, 8
 # Options that a loss needs to run on `make_batch`, alone and cut to fewer dimensions.
@@ -311,13 +311,13 @@ def step_of_every_loss(folder) -> dict[tuple, list[Tensor]]:
         loss = make_loss(name, wrapper)
         own = list(loss.parameters()) if isinstance(loss, nn.Module) else []
         embedder.zero_grad()
-        value = _backward(
+        value, _ = backward(
             embedder,
-            Share.of(queries, documents),
+            LocalBatch.of(queries, documents),
             targets,
             lambda Q, D, targets, loss=loss: loss(Q[:, :DIM], D[:, :DIM], targets),
             TrainConfig(mini_batch_tokens=tokens),
-            share=0.5,
+            weight=0.5,
             seeds=(0,),
         )
         distributed.sum_gradients(embedder.parameters(), of_first=own)

@@ -15,7 +15,7 @@ from embedft.data.batches import make_batches
 from embedft.losses.contrastive import in_batch_negatives
 from embedft.retrieval import mining
 from embedft.retrieval.passages import aggregate_windows
-from embedft.training.train import Refresh, TrainConfig, train
+from embedft.training.train import TrainConfig, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -370,7 +370,9 @@ def test_mined_anew_in_training(tmp_path):
         seen.append((negatives, embedder.sha256()))
         return make_batches(replace(dataset, negatives=negatives), embedder.pack, batch_size=4, seed=0, num_negatives=2)
 
-    refresh = Refresh(find=lambda model: mine(model, dataset, **options).negatives, make=make)
+    def refresh(model):
+        return make(mine(model, dataset, **options).negatives)
+
     config = TrainConfig(epochs=2, lr=1e-2)
     train(embedder, make(mine(embedder, dataset, **options).negatives), in_batch_negatives, config, refresh=refresh)
     (first, base), (second, after_one) = seen

@@ -21,9 +21,10 @@ from torch import nn
 from embedft import build_loss
 from embedft.data.batches import Batches
 from embedft.data.batches import make_batches as batches_of
+from embedft.losses import components
 from embedft.losses.contrastive import in_batch_negatives
 from embedft.training import train as train_module
-from embedft.training.train import NonFiniteError, Refresh, TrainConfig, train
+from embedft.training.train import NonFiniteError, TrainConfig, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -342,7 +343,7 @@ def test_resumed_after_sigkill(tmp_path, uninterrupted):
         capture_output=True,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000004"]
+    assert max(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == "step-000004"
     assert_resumes_to(tmp_path, uninterrupted)
 
 
@@ -364,110 +365,91 @@ def test_the_bar_of_a_resumed_run_begins_where_the_run_was(tmp_path, monkeypatch
 REFRESHED = dataclasses.replace(CONFIG, epochs=3)
 
 
-def by_weights(embedder, seen: list | None = None, **changes) -> Refresh:
-    """Batches in an order that follows from the weights, to their last bit, when they are made."""
+def by_weights(seen: list | None = None):
+    """Batches in an order that follows from the weights, to their last bit, and from torch's random numbers."""
 
-    def find(model):
+    def refresh(model):
         assert not model.training
         if seen is not None:
             seen.append(weights_of(model))
-        return {"norm": model.get_parameter(TABLE).double().norm().item(), "asked": (1, 2)}
+        norm = model.get_parameter(TABLE).double().norm().item()
+        return make_batches(model, seed=int(norm * 1e12 + 1e6 * torch.rand(()).item()) % 2**31)
 
-    def make(found):
-        assert found.keys() == {"norm", "asked"}
-        assert found["asked"] == [1, 2]  # as JSON has it, in the run that found it too
-        return make_batches(embedder, seed=int(found["norm"] * 1e12) % 2**31)
-
-    return Refresh(find, make)._replace(**changes)
+    return refresh
 
 
-def run_refreshed(tmp_path, name: str, *, loss=in_batch_negatives, config=REFRESHED, **changes):
+def run_refreshed(tmp_path, name: str, *, loss=in_batch_negatives, config=REFRESHED, refresh=None, **options):
     """As `run`, with a refresh."""
     out = tmp_path / name
     out.mkdir(exist_ok=True)
     embedder = make_embedder(tmp_path / "base")
-    refresh = by_weights(embedder, **changes)
-    state = train(embedder, make_batches(embedder), loss, config, out=out, evaluate=nearness, refresh=refresh)
+    options |= {"evaluate": nearness, "refresh": refresh or by_weights()}
+    state = train(embedder, make_batches(embedder), loss, config, out=out, **options)
     seconds = {"seconds": None, "refresh_seconds": None}
     log = [{k: seconds.get(k, v) for k, v in record.items()} for record in read_log(out)]
     return weights_of(embedder), state, log
 
 
-def test_a_refresh_sees_the_model_at_the_beginning_of_every_epoch_but_the_first(tmp_path):
-    """The second epoch is that of a plain loop over its batches, begun at the weights that `find` saw."""
-    seen, first, at_once = [], [], make_embedder(tmp_path / "base")
-    train(at_once, make_batches(at_once), in_batch_negatives, REFRESHED, refresh=by_weights(at_once, seen))
-    assert len(seen) == 2
+@pytest.mark.parametrize(("every", "epochs"), [(1, [1, 2]), (2, [2])])
+def test_a_refresh_sees_the_model_at_the_beginning_of_an_epoch(tmp_path, every, epochs):
+    """Of every epoch but the first, or every second one."""
+    seen, at_epochs = [], []
 
     def keep(embedder):
-        first.append(weights_of(embedder))
+        at_epochs.append(weights_of(embedder))
         return {METRIC: 0.0}
 
-    plain = make_embedder(tmp_path / "base")
-    config = dataclasses.replace(REFRESHED, eval_every=4)
-    batches, refresh = make_batches(plain), by_weights(plain)
-    calls = []
-
-    class Scripted:
-        """What the refresh should come to, without one: the second epoch and the third are of other batches."""
-
-        def __len__(self):
-            return len(batches)
-
-        def epoch(self, number, *, start=0):
-            calls.append(number)
-            if number == 0:
-                return batches.epoch(0)
-            return refresh.make({**refresh.find(plain.eval()), "asked": [1, 2]}).epoch(number)
-
-    train(plain, Scripted(), in_batch_negatives, config, evaluate=keep)
-    assert calls == [0, 1, 2]
-    assert_same(first[1], seen[0])
-    assert_same(first[2], seen[1])
-    assert_same(first[3], weights_of(at_once))
+    embedder = make_embedder(tmp_path / "base")
+    options = {"refresh": by_weights(seen), "refresh_every": every, "evaluate": keep}
+    train(embedder, make_batches(embedder), in_batch_negatives, dataclasses.replace(REFRESHED, eval_every=4), **options)
+    assert len(seen) == len(epochs)
+    for epoch, weights in zip(epochs, seen, strict=True):
+        assert_same(weights, at_epochs[epoch])
 
 
-def test_the_batches_of_a_refresh_are_trained_on(tmp_path):
-    embedder, asked = make_embedder(tmp_path / "base"), []
+@pytest.mark.parametrize("every", [1, 2])
+def test_the_batches_of_a_refresh_are_trained_on(tmp_path, every):
+    embedder, calls = make_embedder(tmp_path / "base"), []
 
-    def make(found):
-        asked.append(found)
-        return batches_of(make_dataset(11, 9, seed=7), embedder.pack, batch_size=3, seed=found)
+    def refresh(model):
+        calls.append(1)
+        return batches_of(make_dataset(11, 9, seed=7), model.pack, batch_size=3, seed=len(calls))
 
-    refresh = Refresh(lambda model: 5 + len(asked), make)
-    state = train(embedder, make_batches(embedder), in_batch_negatives, REFRESHED, out=tmp_path, refresh=refresh)
-    assert asked == [5, 6]
-    assert state.refreshed == 6
-    expected = list(make_batches(embedder).epoch(0))
-    for number, seed in ((1, 5), (2, 6)):
-        expected += batches_of(make_dataset(11, 9, seed=7), embedder.pack, batch_size=3, seed=seed).epoch(number)
+    config = dataclasses.replace(REFRESHED, epochs=4)
+    options = {"refresh": refresh, "refresh_every": every}
+    train(embedder, make_batches(embedder), in_batch_negatives, config, out=tmp_path, **options)
+    expected = []
+    for epoch, seed in enumerate([0, 1, 2, 3] if every == 1 else [0, 0, 1, 1]):
+        other = batches_of(make_dataset(11, 9, seed=7), embedder.pack, batch_size=3, seed=seed)
+        expected += (other if seed else make_batches(embedder)).epoch(epoch)
     log = read_log(tmp_path)
     assert [x["tokens"] for x in log] == [len(b.queries.input_ids) + len(b.documents.input_ids) for b in expected]
-    assert [x["step"] for x in log if "refresh_seconds" in x] == [5, 9]
+    assert [x["step"] for x in log if "refresh_seconds" in x] == ([5, 9, 13] if every == 1 else [9])
 
 
-@pytest.mark.parametrize(("accumulate", "checkpoint_every"), [(1, 3), (3, 1)])
-def test_resumed_with_a_refresh(tmp_path, accumulate, checkpoint_every):
+@pytest.mark.parametrize(("accumulate", "checkpoint_every", "every"), [(1, 3, 1), (3, 1, 1), (1, 3, 2)])
+def test_resumed_with_a_refresh(tmp_path, accumulate, checkpoint_every, every):
     """Interrupted in the first epoch, at the beginning of a later one, and within it."""
-    config = dataclasses.replace(REFRESHED, accumulate=accumulate, checkpoint_every=checkpoint_every)
-    whole = run_refreshed(tmp_path, "whole", config=config)
+    config = dataclasses.replace(REFRESHED, epochs=4, accumulate=accumulate, checkpoint_every=checkpoint_every)
+    options = {"config": config, "refresh_every": every}
+    whole = run_refreshed(tmp_path, "whole", **options)
     assert len({x["tokens"] for x in whole[2] if "tokens" in x}) > 2
-    for batch in (2, 5, 7, 9, 12):
+    for batch in (2, 5, 7, 9, 12, 15):
         with pytest.raises(KeyboardInterrupt):
-            run_refreshed(tmp_path, f"cut{batch}", config=config, loss=interrupted_at(batch))
-        resumed = run_refreshed(tmp_path, f"cut{batch}", config=config)
-        assert resumed[1] == whole[1]
-        assert resumed[2] == whole[2]
+            run_refreshed(tmp_path, f"cut{batch}", loss=interrupted_at(batch), **options)
+        resumed = run_refreshed(tmp_path, f"cut{batch}", **options)
+        assert resumed[1:] == whole[1:]
         assert_same(resumed[0], whole[0])
 
 
-def test_within_an_epoch_nothing_is_found_again(tmp_path):
-    """Interrupted in the seventh batch, with a checkpoint behind the sixth: the weights of step 4 are gone."""
+def test_within_an_epoch_a_refresh_sees_its_beginning_again(tmp_path):
+    """Interrupted in the seventh batch, with a checkpoint after the sixth."""
+    before, after = [], []
     with pytest.raises(KeyboardInterrupt):
-        run_refreshed(tmp_path, "run", loss=interrupted_at(7))
-    seen = []
-    _, state, _ = run_refreshed(tmp_path, "run", seen=seen)
-    assert len(seen) == 1  # at step 8
+        run_refreshed(tmp_path, "run", loss=interrupted_at(7), refresh=by_weights(before))
+    _, state, _ = run_refreshed(tmp_path, "run", refresh=by_weights(after))
+    assert (len(before), len(after)) == (1, 2)  # at step 4; at step 4 again, and at step 8
+    assert_same(after[0], before[0])
     assert state.step == 12
 
 
@@ -475,49 +457,135 @@ def test_resumed_after_an_interruption_in_a_refresh(tmp_path):
     whole = run_refreshed(tmp_path, "whole")
     for call in (1, 2):
         name = f"cut{call}"
-        find = interrupted_at(call, by_weights(make_embedder(tmp_path / "base")).find)
         with pytest.raises(KeyboardInterrupt):
-            run_refreshed(tmp_path, name, find=find)
+            run_refreshed(tmp_path, name, refresh=interrupted_at(call, by_weights()))
         resumed = run_refreshed(tmp_path, name)
         assert resumed[1:] == whole[1:]
         assert_same(resumed[0], whole[0])
 
 
-@pytest.mark.parametrize(
-    ("first", "then", "message"),
-    [
-        (True, False, "step 6 has what a refresh found, so it is not of a training without one"),
-        (False, True, "step 6 lacks what a refresh found, so it is not of a training with one"),
-    ],
-)
-def test_a_refresh_is_there_in_both_or_in_none(tmp_path, first, then, message):
+@pytest.mark.parametrize(("first", "then", "had"), [(True, False, "has"), (False, True, "lacks")])
+def test_a_refresh_is_there_in_both_or_in_none(tmp_path, first, then, had):
     embedder = make_embedder(tmp_path / "base")
-    refresh = {True: by_weights(embedder), False: None}
+    refresh = {True: by_weights(), False: None}
     with pytest.raises(KeyboardInterrupt):
         train(embedder, make_batches(embedder), interrupted_at(7), REFRESHED, out=tmp_path, refresh=refresh[first])
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"step 6 {had} the weights of a refresh"):
         train(embedder, make_batches(embedder), in_batch_negatives, REFRESHED, out=tmp_path, refresh=refresh[then])
 
 
-def test_a_refresh_that_will_not_do(tmp_path):
+def test_a_refresh_with_another_number_of_batches(tmp_path):
     embedder = make_embedder(tmp_path / "base")
     more = batches_of(make_dataset(13, 9), embedder.pack, batch_size=3, seed=0)
-    with pytest.raises(ValueError, match="the refresh made 5 batches an epoch, expected 4 as before"):
-        train(
-            embedder,
-            make_batches(embedder),
-            in_batch_negatives,
-            REFRESHED,
-            refresh=by_weights(embedder, make=lambda found: more),
-        )
-    with pytest.raises(ValueError, match="JSON"):
-        train(
-            embedder,
-            make_batches(embedder),
-            in_batch_negatives,
-            REFRESHED,
-            refresh=by_weights(embedder, find=lambda model: math.nan),
-        )
+    with pytest.raises(ValueError, match=r"refresh made 5 batches.*expected 4"):
+        train(embedder, make_batches(embedder), in_batch_negatives, REFRESHED, refresh=lambda model: more)
+
+
+# Objects in place of settings: an optimizer, what happens after a step, components of the loss.
+
+
+def sgd(groups):
+    return torch.optim.SGD(groups, lr=0.5, momentum=0.9, weight_decay=0.1)
+
+
+def test_an_optimizer_of_ones_own(tmp_path):
+    """SGD with momentum by hand: v = 0.9 v + g + 0.1 w, w -= lr v; the schedule scales its learning rate."""
+    embedder, plain = (make_embedder(tmp_path / "base", dropout=0.0, dtype=torch.float64) for _ in range(2))
+    config = TrainConfig(epochs=1, warmup=2, max_grad_norm=1e6)
+    batches = make_batches(embedder)
+    train(embedder, batches, in_batch_negatives, config, out=tmp_path, optimizer=sgd)
+    assert [record["lr"] for record in read_log(tmp_path)] == pytest.approx([0.0, 0.25, 0.5, 0.25])
+    velocity = {name: torch.zeros_like(p) for name, p in plain.named_parameters()}
+    for batch, lr in zip(batches.epoch(0), [0.0, 0.25, 0.5, 0.25], strict=True):
+        plain.zero_grad()
+        in_batch_negatives(*plain.embed_pair(batch.queries, batch.documents), batch.targets).backward()
+        with torch.no_grad():
+            for name, p in plain.named_parameters():
+                gradient = torch.zeros_like(p) if p.grad is None else p.grad
+                if p.grad is not None:
+                    velocity[name] = 0.9 * velocity[name] + gradient + (0.1 * p if p.ndim > 1 else 0)
+                    p -= lr * velocity[name]
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(embedder.get_parameter(name), p, rtol=0, atol=1e-9)
+
+
+class Counting(torch.optim.SGD):
+    """An optimizer with a number in its state and in its groups that every step depends on."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["factor"] = group.get("factor", 1.0) * 0.9
+            for p in group["params"]:
+                if p.grad is not None:
+                    count = self.state[p]["count"] = self.state[p].get("count", 0) + 1
+                    p.data -= group["lr"] * group["factor"] * p.grad / count
+
+
+@pytest.mark.parametrize("optimizer", [sgd, lambda groups: Counting(groups, lr=0.5)])
+def test_resumed_with_an_optimizer_of_ones_own(tmp_path, optimizer):
+    def run(name, loss=in_batch_negatives):
+        embedder = make_embedder(tmp_path / "base")
+        (tmp_path / name).mkdir(exist_ok=True)
+        module = Affine()
+        module.forward = lambda Q, D, targets: loss(Q, D, targets) + 0.1 * module.offset.sum()
+        config = dataclasses.replace(CONFIG, lr=5e-5, weight_decay=0.0)
+        train(embedder, make_batches(embedder), module, config, out=tmp_path / name, optimizer=optimizer)
+        return {**weights_of(embedder), "loss": module.offset.detach()}
+
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", interrupted_at(6))
+    assert_same(run("cut"), run("whole"))
+
+
+def test_settings_that_an_optimizer_replaces(tmp_path):
+    embedder = make_embedder(tmp_path / "base")
+    for field in ("lr", "loss_lr", "weight_decay"):
+        config = TrainConfig(**{field: 0.125})
+        with pytest.raises(ValueError, match=f"{field} is 0.125, but the optimizer"):
+            train(embedder, make_batches(embedder), in_batch_negatives, config, optimizer=sgd)
+    with pytest.raises(ValueError, match="optimizer returned list"):
+        train(embedder, make_batches(embedder), in_batch_negatives, TrainConfig(), optimizer=list)
+
+
+def test_on_step_sees_every_step_and_may_stop(tmp_path):
+    """Stopped after step 6, which is validated and saved as the last; a resumed run stays stopped."""
+    embedder, seen = make_embedder(tmp_path / "base"), []
+
+    def on_step(state, record):
+        seen.append(record)
+        assert state.step == record["step"]
+        assert state.embedder is embedder
+        return "stop" if state.step == 6 else None
+
+    options = {"out": tmp_path, "evaluate": lambda _: {METRIC: 0.5}, "on_step": on_step}
+    state = train(embedder, make_batches(embedder), in_batch_negatives, TrainConfig(epochs=2), **options)
+    assert (state.step, state.stopped) == (6, True)
+    assert [step for step, _ in state.evaluations] == [0, 4, 6]
+    assert seen == [record for record in read_log(tmp_path) if "loss" in record]
+    again = train(embedder, make_batches(embedder), in_batch_negatives, TrainConfig(epochs=2), **options)
+    assert again == state
+    assert len(seen) == 6
+
+
+@pytest.mark.parametrize(("accumulate", "mini_batch_tokens"), [(1, None), (3, None), (1, 20)])
+def test_components_of_the_loss_are_logged(tmp_path, accumulate, mini_batch_tokens):
+    """The mean over the batches of a step."""
+
+    def loss(Q, D, targets):
+        value = in_batch_negatives(Q, D, targets)
+        with components.scope("part"):
+            components.record("value", value)
+        components.record("queries", float(len(Q)))
+        return 2 * value
+
+    embedder = make_embedder(tmp_path / "base")
+    config = TrainConfig(epochs=1, accumulate=accumulate, mini_batch_tokens=mini_batch_tokens)
+    train(embedder, make_batches(embedder), loss, config, out=tmp_path)
+    log = read_log(tmp_path)
+    for line in log:
+        assert line["components"]["part/value"] == pytest.approx(line["loss"] / 2, rel=1e-6)
+    means = [3, 3, 3, 2] if accumulate == 1 else [3, 2]
+    assert [line["components"]["queries"] for line in log] == pytest.approx(means)
 
 
 # A loss that is a module.
@@ -632,7 +700,7 @@ def test_a_module_is_resumed_bit_for_bit(tmp_path, make_loss, mini_batch_tokens,
         run("cut", 6 if accumulate == 1 else 4)
     # After the first epoch, or inside of it: the fourth batch is a step alone.
     kept = "step-000004" if accumulate == 1 else "step-000001"
-    assert [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()] == [kept]
+    assert max(path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()) == kept
     resumed = run("cut")
     assert_same(resumed[0], whole[0])
     assert_same(resumed[1], whole[1])
@@ -828,9 +896,7 @@ def test_an_unknown_metric_is_refused_before_the_first_step(tmp_path):
 @pytest.mark.parametrize(("every", "steps"), [(None, [4, 8]), (3, [3, 6, 8]), (4, [4, 8]), (100, [8])])
 def test_how_often_to_validate_and_to_keep_a_checkpoint(tmp_path, monkeypatch, every, steps):
     saved = []
-    monkeypatch.setattr(
-        train_module, "save_checkpoint", lambda folder, model, optimizer, state, *_, **__: saved.append(state.step)
-    )
+    monkeypatch.setattr(train_module, "save_checkpoint", lambda folder, state: saved.append(state.step))
     embedder = make_embedder(tmp_path / "base")
     config = dataclasses.replace(CONFIG, eval_every=every, checkpoint_every=every)
     evaluate = scripted([0.1] * 4)

@@ -424,7 +424,7 @@ def test_two_ranks_refresh_as_one(tmp_path):
         ({"windows_per_document": 0}, "windows_per_document is 0, expected at least 1"),
         (
             {"passages": [6, 4], "references": {"guide": None}, "loss": {"name": "guided_in_batch_negatives"}},
-            "references have one vector a document, passages several",
+            "references cannot be combined with passages",
         ),
     ],
 )
@@ -442,6 +442,6 @@ def test_what_cannot_be_cut_is_found_before_training(tmp_path):
         config = FinetuneConfig(epochs=1, batch_size=4, passages=passages)
         with pytest.raises(ValueError, match=message):
             finetune(embedder, long_dataset(), config, out=tmp_path / "run")
-    with pytest.raises(ValueError, match="references have one vector a document, passages several"):
+    with pytest.raises(ValueError, match="references cannot be combined with passages"):
         finetune(embedder, long_dataset(), CONFIG, references={"guide": embedder}, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()

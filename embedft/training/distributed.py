@@ -1,22 +1,21 @@
-"""One training on several devices: a process for each, a rank, all of them in one torch.distributed process group.
+"""Data-parallel training, one process (rank) per device, in a torch.distributed process group.
 
-Every rank iterates the same batches and embeds only its own share of their texts. The vectors of all ranks are
-gathered, and each rank computes the loss once, on the whole batch: as much a batch as on one device, so the number of
-ranks changes neither negatives nor gradients. After the backward pass the gradients of the encoder are summed.
-`train` calls all of this; with one rank, or without a process group, every function here does nothing.
+Every rank iterates over the same batches and embeds its part of their texts. The vectors are gathered, and each rank
+computes the loss once, on the whole batch, so the number of ranks changes neither negatives nor gradients. After the
+backward pass the encoder's gradients are summed. `train` does all this; with one rank, or without a process group,
+every function here does nothing.
 
     torchrun --nproc-per-node 2 -m embedft finetune MODEL pairs.csv --out runs/first
 
 or from Python, in each process:
 
     with process_group():                              # or torch.distributed.init_process_group(...), nccl or gloo
+        embedder = load_embedder("BAAI/bge-base-en-v1.5", device=rank_device())
         finetune(embedder, dataset, config, out="runs/first")
 
-Not here: weights or optimizer state cut over devices; a model has to fit on each.
-
-A rank that waits for another waits as long as the process group's timeout and then stops with an error: set it
-above the time that rank 0 takes to validate (`process_group` allows two hours). What stops one rank stops the others:
-an error of rank 0 in what it does alone is told to them, and when a process ends torchrun ends the rest.
+The model has to fit on each device; neither weights nor optimizer state are sharded. A rank that waits for another
+fails after the process group's timeout, which has to be longer than a validation on rank 0 (`process_group`: two
+hours). An error on rank 0 in work it does for all is raised on the others too.
 
 Shapes: B sequences of a batch, N sequences of one rank, S ranks, T tokens, D features.
 """
@@ -26,6 +25,7 @@ import datetime
 import hashlib
 import itertools
 import os
+import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -38,44 +38,44 @@ from .. import device as devices
 from ..encoders.packing import Packed, sort_by_length, take
 
 TIMEOUT = datetime.timedelta(hours=2)
-# Elements that are summed over ranks in one call: 64 MiB of float32.
-BUCKET_ELEMENTS = 2**24
 
 T = TypeVar("T")
 
 
 class OtherRankError(ValueError):
-    """Another rank stopped, and this one with it."""
+    """Another rank failed, so this one stops."""
 
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """The process group that torchrun describes in the environment, for the block; nothing when it is of one process.
+    """Joins the process group that torchrun describes in the environment; does nothing for a single process.
 
-    Tensors on CUDA are sent by nccl, those on the CPU by gloo.
+    CUDA tensors are sent by nccl, CPU tensors by gloo. "cuda" then means this rank's own device, cuda:LOCAL_RANK.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     dist.init_process_group(timeout=TIMEOUT)
     try:
         yield
-        dist.barrier()  # none leaves while another still sends
+        dist.barrier()  # no rank leaves while another is still sending
     finally:
         dist.destroy_process_group()
 
 
 def rank_and_size() -> tuple[int, int]:
-    """This process's rank, from 0, and how many ranks there are; (0, 1) without a process group."""
+    """This process's rank, from 0, and the number of ranks; (0, 1) without a process group."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
 
 
 def rank_device(name: str | None = None) -> str | None:
-    """Where this rank computes: on the device of that name, "cuda" being its own of the machine's, cuda:LOCAL_RANK.
+    """The device of this rank: for "cuda" its own, cuda:LOCAL_RANK; for None CUDA or else the CPU (gloo lacks MPS).
 
-    None is CUDA, else the CPU (gloo does not send from MPS). With one rank the name as it is.
+    With one rank, `name` unchanged.
     """
     if rank_and_size()[1] == 1:
         return name
@@ -84,21 +84,32 @@ def rank_device(name: str | None = None) -> str | None:
     return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" else name
 
 
-class Share(NamedTuple):
-    """What one rank embeds of a batch: of the queries, and of the documents, in order of length every S-th.
+def check_devices(device: torch.device) -> None:
+    """Raises `ValueError`, on every rank, when two ranks use the same CUDA device."""
+    if rank_and_size()[1] == 1:
+        return
+    ranks: dict[tuple[str, str], int] = {}
+    for rank, place in enumerate(_from_each((socket.gethostname(), str(device)))):
+        other = ranks.setdefault(place, rank)
+        if other != rank and place[1].startswith("cuda"):
+            raise ValueError(f"ranks {other} and {rank} are both on {place[1]}: load with device=rank_device()")
 
-    share = Share.of(batch.queries, batch.documents)
-    Q, D = share.gather(*embedder.embed_pair(share.queries, share.documents))      # those of the whole batch
+
+class LocalBatch(NamedTuple):
+    """The texts of a batch that this rank embeds: every S-th query and document, in order of length.
+
+    local = LocalBatch.of(batch.queries, batch.documents)
+    Q, D = local.gather(*embedder.embed_pair(local.queries, local.documents))      # of the whole batch
     """
 
     queries: Packed
     documents: Packed
-    query_order: Tensor | None  # [B] int64, rows in order of length, longest first; None: one rank, which has them all
+    query_order: Tensor | None  # [B] int64, rows in order of length, longest first; None: a single rank
     document_order: Tensor | None
 
     @classmethod
-    def of(cls, queries: Packed, documents: Packed) -> "Share":
-        """The share of this rank; may be without queries, without documents, or without both."""
+    def of(cls, queries: Packed, documents: Packed) -> "LocalBatch":
+        """This rank's part; it may have no queries, no documents, or neither."""
         rank, size = rank_and_size()
         if size == 1:
             return cls(queries, documents, None, None)
@@ -110,7 +121,7 @@ class Share(NamedTuple):
         return cls(*parts, *orders)
 
     def gather(self, Q: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
-        """The vectors of the whole batch, in its order, from those of this rank's queries and documents."""
+        """The vectors of the whole batch, in its order, from those of this rank's texts."""
         if self.query_order is None:
             return Q, D
         return gather(Q, self.query_order), gather(D, self.document_order)
@@ -119,16 +130,16 @@ class Share(NamedTuple):
 def gather(own_ND: Tensor, order_B: Tensor) -> Tensor:
     """The vectors of all ranks in the batch's order, [B, D]: this rank's with gradient, the others' without.
 
-    A gradient of the loss on [B, D] comes back as its rows of this rank, once: the other ranks compute the same loss,
-    but each takes the gradient on into its own texts only.
+    The gradient on [B, D] comes back as this rank's rows, once: every rank computes the same loss but backpropagates
+    only into its own texts.
 
     Args:
-        own_ND: of rows order_B[rank], order_B[rank + S], ... of the batch; may have no row.
+        own_ND: rows order_B[rank], order_B[rank + S], ... of the batch; may be empty.
         order_B: int64, the same on every rank, on any device.
     """
     rank, size = rank_and_size()
     order_B = order_B.to(own_ND.device)
-    # Blocks of one size, as the collective wants them; which rows are padding every rank knows.
+    # The collective wants blocks of equal size; every rank knows which rows are padding.
     block = own_ND.new_zeros(-(-len(order_B) // size), own_ND.shape[1])
     block[: len(own_ND)] = own_ND.detach()
     blocks = [torch.empty_like(block) for _ in range(size)]
@@ -138,34 +149,39 @@ def gather(own_ND: Tensor, order_B: Tensor) -> Tensor:
     return others_BD.index_copy(0, order_B[rank::size], own_ND)
 
 
-def sum_gradients(parameters: Iterable[Parameter], of_first: Iterable[Parameter] = ()) -> None:
+def sum_gradients(
+    parameters: Iterable[Parameter], of_first: Iterable[Parameter] = (), *, bucket_elements: int = 2**24
+) -> None:
     """Replaces each gradient by its sum over ranks; one that is missing on some ranks counts as zero there.
 
-    A parameter without gradient on every rank stays without, so the optimizer leaves it alone as on one device.
+    A parameter without a gradient on any rank stays without, so the optimizer skips it as on one device.
 
     Args:
-        of_first: parameters of which every rank has the whole gradient, those of the loss: rank 0's is taken, so that
-            devices that round differently do not come apart.
+        of_first: parameters whose whole gradient every rank has, those of the loss: rank 0's is used, so that devices
+            that round differently stay together.
+        bucket_elements: elements summed in one call (2**24: 64 MiB of float32).
     """
     rank, size = rank_and_size()
     if size == 1:
         return
     gradients = {p: p.grad for p in parameters} | {p: p.grad if rank == 0 else None for p in of_first}
-    there = torch.tensor([grad is not None for grad in gradients.values()], device=next(iter(gradients)).device).int()
-    dist.all_reduce(there)
-    for bucket in _buckets(itertools.compress(gradients.items(), there.tolist())):
+    exists = torch.tensor([grad is not None for grad in gradients.values()], device=next(iter(gradients)).device).int()
+    dist.all_reduce(exists)
+    for bucket in _buckets(itertools.compress(gradients.items(), exists.tolist()), bucket_elements):
         flat = torch.cat([(torch.zeros_like(p) if grad is None else grad).flatten() for p, grad in bucket])
         dist.all_reduce(flat)
         for (p, _), part in zip(bucket, flat.split([p.numel() for p, _ in bucket]), strict=True):
-            # The loss's own parameters may be in float32 where the weights are in float64.
+            # The loss's own parameters may be float32 where the weights are float64.
             p.grad = part.view_as(p).to(p.dtype)
 
 
-def _buckets(pairs: Iterable[tuple[Parameter, Tensor | None]]) -> Iterator[list[tuple[Parameter, Tensor | None]]]:
-    """The parameters with their gradients, as many at a time as have `BUCKET_ELEMENTS`; a larger one goes alone."""
+def _buckets(
+    pairs: Iterable[tuple[Parameter, Tensor | None]], most: int
+) -> Iterator[list[tuple[Parameter, Tensor | None]]]:
+    """Parameters with their gradients, up to `most` elements at a time; a larger one alone."""
     bucket, num_elements = [], 0
     for pair in pairs:
-        if bucket and num_elements + pair[0].numel() > BUCKET_ELEMENTS:
+        if bucket and num_elements + pair[0].numel() > most:
             yield bucket
             bucket, num_elements = [], 0
         bucket.append(pair)
@@ -175,7 +191,7 @@ def _buckets(pairs: Iterable[tuple[Parameter, Tensor | None]]) -> Iterator[list[
 
 
 def broadcast_weights(*modules: nn.Module) -> None:
-    """Gives the parameters and buffers of every rank the values of rank 0."""
+    """Copies the parameters and buffers of rank 0 to every rank."""
     if rank_and_size()[1] == 1:
         return
     for module in modules:
@@ -184,10 +200,10 @@ def broadcast_weights(*modules: nn.Module) -> None:
 
 
 def reseed(*numbers: int, apart: bool) -> None:
-    """Seeds torch's generators from `numbers` and, with `apart`, from the rank; leaves them as they are on one rank.
+    """Seeds torch's generators from `numbers` and, with `apart`, the rank. Does nothing on a single rank.
 
-    Apart, ranks draw different dropout; not apart, a loss that draws from torch's generators draws alike on all of
-    them. A run that resumes on as many ranks needs the state of none.
+    `apart` gives ranks different dropout; without it, a loss that draws random numbers draws the same on all of them.
+    A run that resumes on as many ranks needs no generator states.
     """
     rank, size = rank_and_size()
     if size == 1:
@@ -197,9 +213,9 @@ def reseed(*numbers: int, apart: bool) -> None:
 
 
 def from_first(compute: Callable[[], T]) -> T:
-    """compute() of rank 0, on every rank: what is done once, such as writing a file. The others wait for it.
+    """compute() of rank 0, on every rank, for what is done once, such as writing a file. The others wait.
 
-    Raises on rank 0 what `compute` raises, and `OtherRankError` on the others then.
+    Raises what `compute` raises on rank 0, and `OtherRankError` on the others.
     """
     rank, size = rank_and_size()
     if size == 1:
@@ -211,17 +227,16 @@ def from_first(compute: Callable[[], T]) -> T:
     finally:
         dist.broadcast_object_list(found, src=0)
     if found[0] is None:
-        raise OtherRankError("rank 0 has stopped; the error is told there")
+        raise OtherRankError("rank 0 failed; its own message says why")
     return found[0][0]
 
 
 def together(compute: Callable[[], T]) -> T:
-    """compute() of each rank, when it succeeds on all of them.
+    """compute() of each rank, once it has succeeded on all of them.
 
-    Raises what `compute` raises if that is a ValueError or an OSError, and `OtherRankError` on the other ranks then.
+    Raises what `compute` raises, if that is a ValueError or OSError, and `OtherRankError` on the other ranks.
     """
-    rank, size = rank_and_size()
-    if size == 1:
+    if rank_and_size()[1] == 1:
         return compute()
     result = error = None
     try:

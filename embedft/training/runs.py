@@ -1,23 +1,34 @@
-"""A run's folder on disk: what was asked, where it ran, what happened.
+"""A run's folder: what was asked, where it ran, what happened.
 
 runs/<experiment>/<name>-s<seed>/
-  config.json        every setting, defaults included
+  config.json        every setting, defaults included; under "objects" the code that was passed in
   environment.json   commit, arguments, versions, device, SHA-256 of model and data
-  diff.patch         what the working tree had beyond the commit, when it had
-  train.jsonl        one line a step, one a validation
-  checkpoints/       the last one; gone when the run is done
+  diff.patch         changes of the working tree since the commit, if any
+  train.jsonl        one line per step and per validation
+  checkpoints/       the two newest; deleted when the run is done
   model/             the fine-tuned model, in the sentence-transformers layout
   eval/<dataset>/    metrics.json, per_query.jsonl, run.trec
-  DONE               written last
+  DONE               written when everything else is
+  .lock              held by the process that writes
+  .replaced/         a finished run that this one overwrites; deleted when this one is done
 
-open_run(out, config, hashes={"train": dataset.sha256()}, device=embedder.device)
+with lock(out):
+    open_run(out, config, hashes={"train": dataset.sha256()}, device=embedder.device)
+    ...
+    close_run(out)
+
+A process killed at any point leaves a folder that can be resumed or overwritten.
 """
 
+import contextlib
 import importlib.metadata
+import json
+import os
 import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -25,76 +36,152 @@ from typing import Any
 import torch
 
 from .. import device as devices
-from ..files import atomic_write, check_writable, read_json, write_json
+from ..files import append_jsonl, atomic_write, check_writable, locked, read_json, write_json
+from .loggers import open_logger
 
 CONFIG, ENVIRONMENT, DIFF, LOG = "config.json", "environment.json", "diff.patch", "train.jsonl"
 CHECKPOINTS, MODEL, EVAL, DONE = "checkpoints", "model", "eval", "DONE"
+LOCK, REPLACED, TRIAL = ".lock", ".replaced", ".trial"
 PACKAGES = ("embedft", "torch", "numpy", "faiss-cpu", "tokenizers", "safetensors")
 EXISTING = ("refuse", "overwrite", "resume")
 
 
 def check_run(out: Path, existing: str = "refuse") -> None:
-    """Whether a run may be written to `out`: raises `ValueError` if not. Changes nothing; call it before any work.
+    """Raises `ValueError` if a run may not be written to `out`. Changes nothing; call it before any work.
 
     Args:
-        existing: what to do about a run that is already there: "refuse" it, "overwrite" it, or "resume" it.
+        existing: what to do with a run that is already there: "refuse", "overwrite" or "resume".
     """
     if existing not in EXISTING:
         raise ValueError(f"existing is {existing!r}, expected one of {', '.join(EXISTING)}")
     check_writable(out)
-    if not out.is_dir() or not any(out.iterdir()):
+    if not out.is_dir() or ((out / CONFIG).is_file() and existing == "overwrite"):
+        return
+    # A process killed while it opened a run leaves these.
+    opening = {LOCK, TRIAL, REPLACED} if existing == "refuse" else {LOCK, TRIAL, REPLACED, ENVIRONMENT, DIFF}
+    names = [path.name for path in out.iterdir()]
+    if all(name in opening or (name.startswith(".") and name.endswith(".tmp")) for name in names):
         return
     if existing == "refuse":
-        raise ValueError(f"{out}: not empty; choose another folder, or overwrite or resume the run that is there")
+        raise ValueError(f"{out}: not empty; choose another folder, or overwrite or resume the run in it")
     if not (out / CONFIG).is_file():
-        raise ValueError(f"{out}: holds files, but no run ({CONFIG} is missing), so it is left alone")
-    if existing == "resume" and (out / DONE).exists():
+        raise ValueError(f"{out}: has files but no run ({CONFIG} is missing), so it is left alone")
+    if (out / DONE).exists():
         raise ValueError(f"{out}: this run is done, there is nothing to resume")
 
 
+@contextlib.contextmanager
+def lock(out: Path) -> Iterator[None]:
+    """Locks the run folder; a folder in which nothing was begun is removed. Raises `ValueError` when it is locked."""
+    with locked(out / LOCK):
+        try:
+            yield
+        finally:
+            shutil.rmtree(out / TRIAL, ignore_errors=True)
+            if os.listdir(out) == [LOCK]:
+                (out / LOCK).unlink()
+                out.rmdir()
+
+
 def is_done(out: Path, config: dict[str, Any], *, hashes: dict[str, str]) -> bool:
-    """Whether the run in `out` is done. Raises `ValueError` when it is one of other settings, or of other data."""
+    """Whether the run in `out` is done. Raises `ValueError` if it has other settings or other data."""
     if not (out / DONE).exists():
         return False
-    _check_same(out, config, hashes, "holds another run, name another folder")
+    _check_same(out, {**read_json(out / CONFIG), **config}, hashes, "holds another run, name another folder")
     return True
 
 
 def open_run(
-    out: Path, config: dict[str, Any], *, hashes: dict[str, str], device: torch.device, existing: str = "refuse"
+    out: Path,
+    config: dict[str, Any],
+    *,
+    hashes: dict[str, str],
+    device: torch.device,
+    existing: str = "refuse",
+    allow_changed_code: bool = False,
 ) -> None:
-    """Makes the folder with its configuration and environment; under "resume" checks that they are the same.
+    """Writes configuration and environment; to "resume", checks that they are the same.
 
     Args:
-        config: every setting, as JSON can hold it.
-        hashes: {name: SHA-256} of what the run starts from: model and data sets.
+        config: every setting as JSON; "objects": {name: `describe_object`} of the code that was passed in.
+        hashes: {name: SHA-256} of what the run starts from: model and datasets.
+        allow_changed_code: resume though "objects" differ, and record the new ones.
     """
     check_run(out, existing)
     if existing == "resume" and (out / CONFIG).is_file():
+        if allow_changed_code and config.get("objects") != read_json(out / CONFIG).get("objects"):
+            _check_same(out, {**config, "objects": read_json(out / CONFIG).get("objects")}, hashes, "cannot resume")
+            write_json(out / CONFIG, config)
         _check_same(out, config, hashes, "cannot resume")
         return
-    for name in (DONE, CONFIG, ENVIRONMENT, DIFF, LOG):
-        (out / name).unlink(missing_ok=True)
-    for name in (CHECKPOINTS, MODEL, EVAL):
-        shutil.rmtree(out / name, ignore_errors=True)
+    _set_aside(out)
     commit, diff = _git_state()
     write_json(out / ENVIRONMENT, environment(device) | {"commit": commit, "dirty": bool(diff), "sha256": hashes})
+    (out / DIFF).unlink(missing_ok=True)
     if diff:
         with atomic_write(out / DIFF, "wb") as file:
             file.write(diff)
-    # Last, because it is what makes the folder a run.
-    write_json(out / CONFIG, config)
+    write_json(out / CONFIG, config)  # last: it makes the folder a run
 
 
 def close_run(out: Path) -> None:
-    """Marks the run as done and drops its checkpoints."""
-    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+    """Marks the run as done, then deletes its checkpoints and the run it replaces."""
     with atomic_write(out / DONE) as file:
         file.write(datetime.now(timezone.utc).isoformat(timespec="seconds") + "\n")
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+    shutil.rmtree(out / REPLACED, ignore_errors=True)
+
+
+def _set_aside(out: Path) -> None:
+    """Moves a finished run to .replaced until the new one is done, and deletes an unfinished one."""
+    for unfinished in out.glob(".*.tmp"):
+        unfinished.unlink()
+    finished, aside = (out / DONE).exists(), out / REPLACED
+    if finished:
+        if (aside / DONE).exists():
+            shutil.rmtree(aside)
+        aside.mkdir(exist_ok=True)
+        for name in (CONFIG, ENVIRONMENT, DIFF):
+            if (out / name).exists():
+                shutil.copy(out / name, aside / name)
+    # Checkpoints first: without them a resumed run begins at the beginning. DONE last: it makes the old run whole.
+    for name in (CHECKPOINTS, LOG, "tensorboard", EVAL, MODEL, DONE):
+        if (out / name).exists() and finished:
+            os.replace(out / name, aside / name)
+        elif (out / name).is_dir():
+            shutil.rmtree(out / name)
+        else:
+            (out / name).unlink(missing_ok=True)
+
+
+def open_log(out: Path | None, step: int, logger: str | None = None) -> Callable[[dict[str, Any]], None]:
+    """A function that appends a record to train.jsonl, and to `logger`; does nothing if `out` is None.
+
+    Drops what the log says about steps after `step`, which will be done again, and an incomplete last line.
+    """
+    if out is None:
+        return lambda record: None
+    out.mkdir(parents=True, exist_ok=True)
+    log, kept = out / LOG, []
+    for line in log.read_bytes().splitlines(keepends=True) if log.is_file() else ():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:  # cut off: not JSON, or not even UTF-8
+            break
+    with atomic_write(log, "wb") as file:
+        file.writelines(kept)
+    also = open_logger(logger, out, resumed_at=step)
+
+    def append(record: dict[str, Any]) -> None:
+        append_jsonl(log, record)
+        also(record)
+
+    return append
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a figure depends on besides code and data."""
+    """What figures depend on besides code and data."""
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "arguments": sys.argv,
@@ -115,7 +202,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_state() -> tuple[str | None, bytes]:
-    """(commit, diff against it) of the checkout that this code runs from; (None, b"") when it is not one."""
+    """(commit, diff against it) of the checkout this code runs from; (None, b"") outside of one."""
     package = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> bytes | None:
@@ -133,12 +220,17 @@ def _git_state() -> tuple[str | None, bytes]:
 
 
 def _check_same(out: Path, config: dict[str, Any], hashes: dict[str, str], what: str) -> None:
-    """Raises `ValueError` with the first setting or hash in which the run in `out` differs."""
+    """Raises `ValueError` naming the first setting, object or hash in which the run in `out` differs."""
     before, found = read_json(out / CONFIG), read_json(out / ENVIRONMENT)["sha256"]
-    changed = [key for key in {**before, **config} if before.get(key) != config.get(key)]
-    if changed:
-        key = changed[0]
-        raise ValueError(f"{out}: {what}, {key} was {before.get(key)!r} and is {config.get(key)!r}")
-    other = [name for name in {**found, **hashes} if found.get(name) != hashes.get(name)]
-    if other:
-        raise ValueError(f"{out}: {what}, {other[0]} is not what the run began with (another SHA-256)")
+    then, now = before.pop("objects", None) or {}, (config := dict(config)).pop("objects", None) or {}
+    for key in {**before, **config}:
+        if before.get(key) != config.get(key):
+            raise ValueError(f"{out}: {what}, {key} was {before.get(key)!r} and is {config.get(key)!r}")
+    for name in {**found, **hashes}:
+        if found.get(name) != hashes.get(name):
+            raise ValueError(f"{out}: {what}, {name} is not what the run began with (another SHA-256)")
+    for name in {**then, **now}:
+        if then.get(name) != now.get(name):
+            names = [(part.get(name) or {}).get("name", "not given") for part in (then, now)]
+            change = f"the code or settings of {names[0]} changed" if names[0] == names[1] else " became ".join(names)
+            raise ValueError(f"{out}: {what}, {name}: {change}; allow_changed_code=True resumes anyway")

@@ -1,25 +1,25 @@
-"""The training loop, one function.
+"""The training loop.
 
-    state = train(embedder, batches, loss, TrainConfig(epochs=2, lr=2e-5), out=Path("runs/first"))
+    state = train(embedder, batches, in_batch_negatives, TrainConfig(epochs=2, lr=2e-5), out=Path("runs/first"))
 
-It knows nothing of files of text, metrics or indices: batches, loss, references, evaluation and what makes batches anew
-come in as they are.
-Not here: how a batch larger than memory is stepped (cached.py), what ranks tell each other (distributed.py),
-hard-negative mining.
+Read `train` for the loop, `training_step` for one step, and `backward` for the forward and backward pass of one batch;
+they contain everything that happens to the weights. The loop knows nothing of datasets or metrics: batches, loss,
+optimizer, references, validation and refreshes are objects and callables handed in (recipe.py builds them from
+settings). Gradient caching is in cached.py, communication between ranks in distributed.py.
 
 Shapes: B queries, M documents, D dimensions.
 """
 
+import contextlib
 import functools
 import itertools
-import json
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,47 +28,49 @@ from .. import device as devices
 from ..config import check_types, setting
 from ..data.collate import Batch
 from ..encoders.embedder import Embedder
-from ..files import append_jsonl, atomic_write
+from ..losses.components import collect
 from ..losses.registry import Loss
 from ..losses.targets import Targets
 from ..progress import progress_bar
 from . import distributed
 from .cached import cached_backward, no_vectors
-from .checkpoint import TrainState, load_checkpoint, save_checkpoint
-from .distributed import Share
-from .optim import SCHEDULES, Schedule, build_optimizer, lr_factor
+from .checkpoint import TrainState, copy_weights, load_checkpoint, save_checkpoint
+from .distributed import LocalBatch
+from .loggers import LOGGERS, Logger
+from .optim import SCHEDULES, MakeOptimizer, Schedule, build_optimizer, lr_factor, parameter_groups
 from .references import Reference, targets_with
-from .runs import CHECKPOINTS, LOG
+from .runs import CHECKPOINTS, open_log
 
-# Batches between two calls of `device.release_memory`. The fewer, the less memory stays in pieces: 80 batches of 32
-# finance pairs take 1.7 GiB with a call after each, at 6% of the time, and 2.7 GiB with one after every eighth.
+# Batches between two calls of `device.release_memory`. 80 batches of 32 finance pairs take 1.7 GiB with a call after
+# each, at 6% of the time, and 2.7 GiB with one after every eighth.
 RELEASE_EVERY = 4
-# Ids that an error about a batch names; all of them stand in train.jsonl.
-NAMED_IDS = 16
+NAMED_IDS = 16  # in an error about a batch; train.jsonl has all of them
+STOP = "stop"
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to step. Defaults are those of sentence-transformers' trainer where it has them (lr 5e-5, no warmup, ...)."""
+    """How to train. Defaults follow sentence-transformers' trainer where it has them (lr 5e-5, no warmup, ...)."""
 
     epochs: int = setting(3, "passes over the training pairs")
-    lr: float = setting(5e-5, "learning rate at its highest")
-    loss_lr: float | None = setting(None, "the same for the loss's own parameters; null: as lr")
-    schedule: Schedule = setting("linear", f"of the learning rate after warmup: {', '.join(SCHEDULES)}")
-    warmup: float = setting(0.0, "steps until the learning rate is at its highest; below 1: share of all steps")
-    weight_decay: float = setting(0.0, "of matrices; biases and norms have none")
-    max_grad_norm: float = setting(1.0, "gradients are scaled down to this length")
-    seed: int = setting(42, "of the order of the pairs and of dropout")
+    lr: float = setting(5e-5, "peak learning rate")
+    loss_lr: float | None = setting(None, "peak learning rate of the loss's own parameters; null: lr")
+    schedule: Schedule = setting("linear", f"learning rate after warmup: {', '.join(SCHEDULES)}")
+    warmup: float = setting(0.0, "warmup steps; below 1: fraction of all steps")
+    weight_decay: float = setting(0.0, "weight decay of matrices; biases and norms have none")
+    max_grad_norm: float = setting(1.0, "clip gradients to this norm")
+    seed: int = setting(42, "random seed of the batch order and dropout")
     precision: Literal["float32", "bfloat16"] = setting(
-        "float32", "of the forward pass: float32, or bfloat16 (autocast)"
+        "float32", "precision of the forward pass: float32, or bfloat16 (autocast)"
     )
-    accumulate: int = setting(1, "batches of a step, which takes the mean of their gradients")
+    accumulate: int = setting(1, "batches per step; their gradients are averaged")
     mini_batch_tokens: int | None = setting(
         None, "tokens embedded with gradient at a time (gradient caching); null: the whole batch at once"
     )
-    eval_every: int | None = setting(None, "steps between validations; null: at the end of every epoch")
-    checkpoint_every: int | None = setting(None, "steps between checkpoints; null: at the end of every epoch")
-    select: str = setting("ndcg@10", "validation metric by which the best weights are kept")
+    eval_every: int | None = setting(None, "steps between validations; null: one per epoch")
+    checkpoint_every: int | None = setting(None, "steps between checkpoints; null: one per epoch")
+    select: str = setting("ndcg@10", "validation metric that chooses the best weights")
+    log: Logger | None = setting(None, f"also log to {' or '.join(LOGGERS)}, which must be installed")
 
     def __post_init__(self):
         check_types(self)
@@ -86,12 +88,19 @@ class TrainConfig:
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
 
+    def check_unused(self, names: tuple[str, ...], why: str) -> None:
+        """Raises `ValueError` for the first of these settings that is not at its default: it has no effect."""
+        for field in fields(self):
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            if field.name in names and getattr(self, field.name) != default:
+                raise ValueError(f"{field.name} is {getattr(self, field.name)!r}, but {why}")
+
 
 class NonFiniteError(ValueError):
-    """A loss or gradient that is not a number. `.step`, `.query_ids`, `.document_ids` say where."""
+    """A loss or gradient is not finite. `.step`, `.query_ids`, `.document_ids` say where."""
 
     def __init__(self, what: str, step: int, query_ids: list[str], document_ids: list[str]):
-        self.step, self.query_ids, self.document_ids = step, query_ids, document_ids
+        self.what, self.step, self.query_ids, self.document_ids = what, step, query_ids, document_ids
 
         def some(ids: list[str]) -> str:
             more = f" and {len(ids) - NAMED_IDS:,} more" if len(ids) > NAMED_IDS else ""
@@ -101,26 +110,17 @@ class NonFiniteError(ValueError):
 
 
 class BatchSource(Protocol):
-    """What `train` asks of batches; data/batches.py has the one to use."""
+    """What `train` needs of batches: how many an epoch has, and the batches of an epoch from any of them on."""
 
     def __len__(self) -> int: ...
 
-    def epoch(self, number: int, *, start: int = 0): ...
+    def epoch(self, number: int, *, start: int = 0) -> Iterator[Batch]: ...
 
 
-class Refresh(NamedTuple):
-    """How the batches of every epoch but the first follow from the model at its beginning.
-
-    Refresh(find=lambda embedder: mine(embedder, dataset).negatives, make=lambda found: Batches(...))
-
-    Attributes:
-        find: embedder -> what it finds, which is not None and which JSON can hold: checkpoints have it, so a run that
-            resumes within an epoch takes its batches from the model at its beginning too. Only rank 0 finds.
-        make: what was found -> batches, as many an epoch as before. Called on every rank, and when a run resumes.
-    """
-
-    find: Callable[[Embedder], Any]
-    make: Callable[[Any], BatchSource]
+Evaluate = Callable[[Embedder], Mapping[str, float]]
+Refresh = Callable[[Embedder], BatchSource]
+# Called with the state and the step's record; returns "stop" to end the training.
+OnStep = Callable[[TrainState, dict[str, Any]], Any]
 
 
 def train(
@@ -130,233 +130,262 @@ def train(
     config: TrainConfig,
     *,
     out: Path | None = None,
+    optimizer: MakeOptimizer | None = None,
     references: Mapping[str, Reference] | None = None,
-    evaluate: Callable[[Embedder], Mapping[str, float]] | None = None,
+    evaluate: Evaluate | None = None,
     refresh: Refresh | None = None,
+    refresh_every: int = 1,
+    on_step: OnStep | None = None,
 ) -> TrainState:
-    """Trains `embedder` in place and leaves it with its best weights (the last ones when there is no `evaluate`).
+    """Trains `embedder` in place and leaves it with its best weights (without `evaluate`: the last ones).
 
-    One step: embed queries and documents together, loss, gradients, clip, AdamW. A batch with more tokens than
-    `config.mini_batch_tokens` is embedded in parts, with the same gradients (cached.py). With `config.accumulate` the
-    gradients of a step are the mean over so many batches (the last step of an epoch: over what is left), each with its
-    own negatives. The base is validated first, so weights worse than the base are never kept. Same seed, same machine,
-    same bits on the CPU; the caller's random state is left as it was.
-
-    Where torch.distributed runs with several ranks, all of them call this with the same batches, and step together to
-    the weights of one rank, but for rounding and for dropout (distributed.py). Every rank returns the same state;
-    rank 0 alone validates, logs, shows the bar and writes to `out`, which the others read to resume.
+    The weights before training are validated too, so weights worse than the base are never kept. The same seed on the
+    same machine gives the same bits on the CPU; the caller's random state is left as it was. With several ranks, each
+    calls this with the same arguments and returns the same state (distributed.py).
 
     Args:
-        batches: sized (batches of an epoch), and able to begin anywhere.
-        loss: (Q [B, D], D [M, D], targets) -> scalar. A module is moved to the embedder's device, and its parameters
-            are trained too, without weight decay; they end as the last step left them.
-        out: run folder for train.jsonl and checkpoints; a checkpoint that is there is resumed. None: nothing written.
-        references: {name: batch -> (Q [B, E], D [M, E])}, frozen vectors that the loss finds in `targets.references`;
-            asked once a step.
-        evaluate: validation, {metric: value, higher is better}.
-        refresh: makes the batches of every epoch but the first, by the model as it is when the epoch begins.
+        batches: as many per epoch as `len` says; able to begin an epoch at any batch.
+        loss: (Q [B, D], D [M, D], targets) -> scalar. A module is trained too, without weight decay.
+        out: run folder for train.jsonl and checkpoints; training resumes from a checkpoint in it. None: no files.
+        optimizer: makes the optimizer from named parameter groups (`optim.parameter_groups`); config.schedule scales
+            the learning rate of each group. None: AdamW.
+        references: {name: batch -> (Q [B, E], D [M, E])}, frozen vectors for `targets.references`.
+        evaluate: validation, {metric: value, higher is better}; called on rank 0.
+        refresh: makes the batches anew, as many as before, when every `refresh_every`-th epoch but the first begins.
+            Called on every rank; a run that resumes calls it again with the weights it saw.
+        on_step: called on every rank after each step with the state and the record for train.jsonl (step, epoch, loss,
+            components, ...); "stop" from rank 0 makes the step the last. What it keeps itself is not in checkpoints.
 
     Raises:
-        NonFiniteError: a loss or gradient is not finite; nothing was stepped with it.
-        ValueError: `config.select` is not among the metrics; a reference has too few vectors, or too many; ranks
-            differ in the number of batches or in the checkpoint that they find; a refresh changes the number of
-            batches; a checkpoint of a training with a refresh is resumed without one, or the other way round.
+        NonFiniteError: a loss or gradient is not finite; no step was taken with it.
+        ValueError: `config.select` is not among the metrics; a reference or refresh gives the wrong number of vectors
+            or batches; ranks differ; a checkpoint is damaged or belongs to another run.
     """
-    device, steps_an_epoch = embedder.device, -(-len(batches) // config.accumulate)
-    num_steps = config.epochs * steps_an_epoch
-    factor = lr_factor(config.schedule, num_steps=num_steps, warmup=config.warmup)
-    optimizer = build_optimizer(embedder.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    first = distributed.rank_and_size()[0] == 0
-    module = loss.to(device).train() if isinstance(loss, nn.Module) else None
-    own: list[nn.Parameter] = []
-    if module is not None:
-        own = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        optimizer.add_param_group({"params": own, "lr": config.loss_lr or config.lr, "weight_decay": 0.0})
-    highest_lrs = [group["lr"] for group in optimizer.param_groups]
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if out is not None and first:
-        out.mkdir(parents=True, exist_ok=True)
-    optimizer.zero_grad()  # an earlier training may have been stopped between its gradients and its step
-    state, best_weights, num_batches = TrainState(), None, 0
-    refresh_seconds: float | None = None
-
-    def log(record: dict) -> None:
-        if out is not None and first:
-            append_jsonl(out / LOG, record)
-
-    def validate() -> None:
-        nonlocal best_weights
-        start = time.perf_counter()
-        embedder.eval()
-        devices.release_memory(device)  # before and after: encoding leaves as many pieces as training does
-        metrics = distributed.from_first(lambda: dict(evaluate(embedder)))
-        devices.release_memory(device)
-        if config.select not in metrics:
-            raise ValueError(f"select is {config.select!r}, expected one of {', '.join(metrics)}")
-        log({"step": state.step, "metrics": metrics, "seconds": time.perf_counter() - start})
-        bests = dict(state.evaluations).get(state.best_step)
-        if bests is None or metrics[config.select] > bests[config.select]:
-            state.best_step = state.step
-            best_weights = {name: tensor.detach().clone().cpu() for name, tensor in embedder.state_dict().items()}
-        state.evaluations.append((state.step, metrics))
-
-    def made_anew(*, found_before: bool) -> BatchSource:
-        nonlocal refresh_seconds
-        if not found_before:
-            start = time.perf_counter()
-            embedder.eval()
-            devices.release_memory(device)
-            # As JSON from the start: what it does not tell apart, a run that resumes could not either.
-            text = distributed.from_first(lambda: json.dumps(refresh.find(embedder), allow_nan=False))
-            state.refreshed = json.loads(text)
-            devices.release_memory(device)
-            refresh_seconds = time.perf_counter() - start
-        made = refresh.make(state.refreshed)
-        if len(made) != len(batches):
-            raise ValueError(f"the refresh made {len(made)} batches an epoch, expected {len(batches)} as before")
-        return made
-
-    def step_once(parts: list[Batch], epoch: int) -> None:
-        nonlocal num_batches, refresh_seconds
-        start = time.perf_counter()
-        share = factor(state.step)
-        for group, highest_lr in zip(optimizer.param_groups, highest_lrs, strict=True):
-            group["lr"] = highest_lr * share
-        embedder.train()
-        values = []
-        for place, batch in enumerate(parts):
-            targets = targets_with(references or {}, batch).to(device)
-            mine, seeds = Share.of(batch.queries, batch.documents), (config.seed, state.step, place)
-            values.append(_backward(embedder, mine, targets, loss, config, share=1 / len(parts), seeds=seeds))
-            num_batches += 1
-            if num_batches % RELEASE_EVERY == 0:
-                devices.release_memory(device)
-        loss_value = sum(values)
-        distributed.sum_gradients(embedder.parameters(), of_first=own)
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        for what, value in (("loss", loss_value), ("gradient norm", grad_norm)):
-            if not torch.isfinite(value):
-                ids = {
-                    "query_ids": [i for batch in parts for i in batch.query_ids],
-                    "document_ids": [i for batch in parts for i in batch.document_ids],
-                }
-                log({"step": state.step + 1, "error": f"{what} is {value.item()}", **ids})
-                raise NonFiniteError(f"{what} is {value.item()}", state.step + 1, **ids)
-        optimizer.step()
-        optimizer.zero_grad()
-        state.step += 1
-        record = {
-            "step": state.step,
-            "epoch": epoch,
-            "loss": loss_value.item(),
-            "lr": config.lr * share,
-            "grad_norm": grad_norm.item(),
-            "queries": sum(len(batch.query_ids) for batch in parts),
-            "tokens": sum(map(_num_tokens, parts)),
-            "seconds": time.perf_counter() - start,
-        }
-        if parts[0].sources is not None:
-            record["sources"] = dict(Counter(source for batch in parts for source in batch.sources))
-        if refresh_seconds is not None:
-            record["refresh_seconds"], refresh_seconds = refresh_seconds, None
-        log(record)
-        bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
-        bar.update()
-
-    def save() -> None:
-        save_checkpoint(out / CHECKPOINTS, embedder, optimizer, state, best_weights, device, loss=module)
-
-    def due(every: int | None) -> bool:
-        return state.step % (every or steps_an_epoch) == 0 or state.step == num_steps
-
-    try:
-        with devices.seeded(config.seed, device):
-            distributed.broadcast_weights(embedder, *([] if module is None else [module]))
-            resumed = None
-            if out is not None:
-                resumed = load_checkpoint(out / CHECKPOINTS, embedder, optimizer, device, loss=module)
-            if resumed:
-                state, best_weights = resumed
-                if (state.refreshed is None) != (refresh is None or state.step <= steps_an_epoch):
-                    had, now = ("lacks", "with") if state.refreshed is None else ("has", "without")
-                    where = f"{out / CHECKPOINTS}: the checkpoint of step {state.step}"
-                    raise ValueError(f"{where} {had} what a refresh found, so it is not of a training {now} one")
-            distributed.check_same({"number of batches": len(batches), "step of the checkpoint": state.step})
-            if out is not None and first:
-                _forget_after(out / LOG, state.step if resumed else -1)
-            hidden = {} if first else {"show": False}
-            with progress_bar(num_steps, "train", unit="step", initial=state.step, **hidden) as bar:
-                if evaluate is not None and not resumed:
-                    validate()
-                while state.step < num_steps:
-                    epoch, step_number = divmod(state.step, steps_an_epoch)
-                    source = batches
-                    if refresh is not None and epoch > 0:
-                        source = made_anew(found_before=step_number > 0)
-                    left = source.epoch(epoch, start=step_number * config.accumulate)
-                    while parts := list(itertools.islice(left, config.accumulate)):
-                        step_once(parts, epoch)
-                        if evaluate is not None and due(config.eval_every):
-                            validate()
-                        if out is not None and due(config.checkpoint_every):
-                            distributed.from_first(save)
-    finally:
-        embedder.eval()
-    if best_weights is not None:
-        embedder.load_state_dict(best_weights)
+    state = TrainState(embedder, loss, _make_optimizer(embedder, loss, config, optimizer))
+    steps_per_epoch = -(-len(batches) // config.accumulate)
+    num_steps = config.epochs * steps_per_epoch
+    with _session(state, batches, config, out, refresh, num_steps, refresh_every) as (log, resumed, bar):
+        if evaluate is not None and not resumed:
+            validate(state, evaluate, config, log)
+        for epoch, parts, extra in _steps(state, batches, config, refresh, refresh_every):
+            record = training_step(state, parts, config, num_steps, references or {})
+            record = {"step": state.step, "epoch": epoch, **record, **extra}
+            log(record)
+            if on_step is not None:
+                answer = on_step(state, record)
+                state.stopped = distributed.from_first(lambda answer=answer: answer == STOP)
+            last = state.stopped or state.step == num_steps
+            if evaluate is not None and (last or state.step % (config.eval_every or steps_per_epoch) == 0):
+                validate(state, evaluate, config, log)
+            if out is not None and (last or state.step % (config.checkpoint_every or steps_per_epoch) == 0):
+                distributed.from_first(lambda: save_checkpoint(out / CHECKPOINTS, state))
+            bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
+            bar.update()
+    if state.best_weights is not None:
+        embedder.load_state_dict(state.best_weights)
     return state
 
 
-def _backward(
+def training_step(
+    state: TrainState, parts: list[Batch], config: TrainConfig, num_steps: int, references: Mapping[str, Reference]
+) -> dict[str, Any]:
+    """One of `num_steps` steps, on the mean loss of the batches `parts`. Returns what train.jsonl says about it."""
+    start = time.perf_counter()
+    embedder, optimizer = state.embedder, state.optimizer
+    factor = lr_factor(config.schedule, num_steps=num_steps, warmup=config.warmup)(state.step)
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+    embedder.train()
+    losses, components = [], {}
+    for place, batch in enumerate(parts):
+        targets = targets_with(references, batch).to(embedder.device)
+        local, seeds = LocalBatch.of(batch.queries, batch.documents), (config.seed, state.step, place)
+        value, found = backward(embedder, local, targets, state.loss, config, weight=1 / len(parts), seeds=seeds)
+        losses.append(value)
+        for name, component in found.items():
+            components[name] = components.get(name, 0.0) + component / len(parts)
+        if (state.step * config.accumulate + place + 1) % RELEASE_EVERY == 0:
+            devices.release_memory(embedder.device)
+    loss, of_loss = sum(losses), state.loss.parameters() if isinstance(state.loss, nn.Module) else ()
+    distributed.sum_gradients(embedder.parameters(), of_first=[p for p in of_loss if p.requires_grad])
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+    for what, value in (("loss", loss), ("gradient norm", grad_norm)):
+        if not torch.isfinite(value):
+            ids = ([i for part in parts for i in getattr(part, name)] for name in ("query_ids", "document_ids"))
+            raise NonFiniteError(f"{what} is {value.item()}", state.step + 1, *ids)
+    optimizer.step()
+    optimizer.zero_grad()
+    state.step += 1
+    record = {
+        "loss": loss.item(),
+        "lr": float(optimizer.param_groups[0]["lr"]),
+        "grad_norm": grad_norm.item(),
+        "queries": sum(len(batch.query_ids) for batch in parts),
+        "tokens": sum(map(_num_tokens, parts)),
+        "seconds": time.perf_counter() - start,
+    }
+    if components:
+        record["components"] = {name: float(value) for name, value in components.items()}
+    if parts[0].sources is not None:
+        record["sources"] = dict(Counter(source for batch in parts for source in batch.sources))
+    return record
+
+
+def backward(
     embedder: Embedder,
-    mine: Share,
+    local: LocalBatch,
     targets: Targets,
     loss: Loss,
     config: TrainConfig,
     *,
-    share: float,
+    weight: float,
     seeds: tuple[int, ...],
-) -> Tensor:
-    """`share` of the loss of a batch, with its gradients added to the parameters': those of this rank's texts."""
-    # The only autocast there is: the loss is always computed in float32.
+) -> tuple[Tensor, dict[str, Any]]:
+    """`weight` times the loss of a batch, whose gradients through this rank's texts are added to the parameters'.
+
+    Returns the value, without gradient, and the components that the loss recorded.
+    """
+    # The only autocast in embedft: losses are always computed in float32.
     autocast = functools.partial(
         torch.autocast, embedder.device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16"
     )
+    components: dict[str, Any] = {}
 
-    def part(Q: Tensor, D: Tensor, targets: Targets) -> Tensor:
-        Q, D = mine.gather(Q, D)
+    def weighted_loss(Q: Tensor, D: Tensor, targets: Targets) -> Tensor:
+        Q, D = local.gather(Q, D)
         distributed.reseed(*seeds, apart=False)
-        return loss(Q, D, targets) * share
+        with collect() as found:
+            value = loss(Q, D, targets)
+        components.update(found)
+        return value * weight
 
     distributed.reseed(*seeds, apart=True)
-    at_once, packed = config.mini_batch_tokens, (mine.queries, mine.documents)
-    if at_once is not None and _num_tokens(mine) > at_once:
-        return cached_backward(embedder, *packed, targets, part, mini_batch_tokens=at_once, autocast=autocast)
-    if _num_tokens(mine) == 0:
+    at_once, packed = config.mini_batch_tokens, (local.queries, local.documents)
+    if at_once is not None and _num_tokens(local) > at_once:
+        value = cached_backward(embedder, *packed, targets, weighted_loss, mini_batch_tokens=at_once, autocast=autocast)
+        return value, components
+    if _num_tokens(local) == 0:
         Q = D = no_vectors(embedder)
     else:
         with autocast():
             Q, D = embedder.embed_pair(*packed)
-    value = part(Q, D, targets)
+    value = weighted_loss(Q, D, targets)
     value.backward()
-    return value.detach()
+    return value.detach(), components
 
 
-def _num_tokens(batch: Batch | Share) -> int:
+def validate(state: TrainState, evaluate: Evaluate, config: TrainConfig, log: Callable[[dict], None]) -> None:
+    """Evaluates on rank 0, and keeps the weights if they are the best so far."""
+    start, device = time.perf_counter(), state.embedder.device
+    state.embedder.eval()
+    devices.release_memory(device)  # before and after: encoding fragments memory as much as training does
+    metrics = distributed.from_first(lambda: dict(evaluate(state.embedder)))
+    devices.release_memory(device)
+    if config.select not in metrics:
+        raise ValueError(f"select is {config.select!r}, expected one of {', '.join(metrics)}")
+    log({"step": state.step, "metrics": metrics, "seconds": time.perf_counter() - start})
+    best = dict(state.evaluations).get(state.best_step)
+    if best is None or metrics[config.select] > best[config.select]:
+        state.best_step, state.best_weights = state.step, copy_weights(state.embedder)
+    state.evaluations.append((state.step, metrics))
+
+
+def _make_optimizer(
+    embedder: Embedder, loss: Loss, config: TrainConfig, make: MakeOptimizer | None
+) -> torch.optim.Optimizer:
+    """AdamW as configured, or what `make` returns; each group notes its peak learning rate as "initial_lr"."""
+    own = []
+    if isinstance(loss, nn.Module):
+        own = [parameter for parameter in loss.to(embedder.device).train().parameters() if parameter.requires_grad]
+    if make is not None:
+        config.check_unused(("lr", "loss_lr", "weight_decay"), "the optimizer is given, which decides it")
+        optimizer = make(parameter_groups(embedder, loss))
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError(f"optimizer returned {type(optimizer).__name__}, expected a torch.optim.Optimizer")
+    else:
+        optimizer = build_optimizer(embedder.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        if own:
+            optimizer.add_param_group({"params": own, "lr": config.loss_lr or config.lr, "weight_decay": 0.0})
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
+
+
+@contextlib.contextmanager
+def _session(
+    state: TrainState,
+    batches: BatchSource,
+    config: TrainConfig,
+    out: Path | None,
+    refresh: Refresh | None,
+    num_steps: int,
+    refresh_every: int,
+) -> Iterator[tuple[Callable[[dict], None], bool, Any]]:
+    """Seeds, loads the checkpoint if there is one, opens the log and the progress bar.
+
+    Yields (log, whether the run is resumed, bar), and leaves the embedder in inference mode.
+    """
+    device, is_first = state.embedder.device, distributed.rank_and_size()[0] == 0
+    state.optimizer.zero_grad()  # an earlier training may have been interrupted between backward and step
+    try:
+        with devices.seeded(config.seed, device):
+            distributed.check_devices(device)
+            distributed.broadcast_weights(*state.modules().values())
+            resumed = out is not None and load_checkpoint(out / CHECKPOINTS, state)
+            first_refresh = num_steps // config.epochs * refresh_every
+            if resumed and (state.refresh_weights is not None) != (refresh is not None and state.step > first_refresh):
+                had, now = ("lacks", "with") if state.refresh_weights is None else ("has", "without")
+                where = f"{out / CHECKPOINTS}: the checkpoint of step {state.step}"
+                raise ValueError(f"{where} {had} the weights of a refresh, so it belongs to a run {now} one")
+            distributed.check_same({"number of batches": len(batches), "step of the checkpoint": state.step})
+            log = open_log(out if is_first else None, state.step if resumed else -1, config.log)
+            shown = {} if is_first else {"show": False}
+            with progress_bar(num_steps, "train", unit="step", initial=state.step, **shown) as bar:
+                try:
+                    yield log, resumed, bar
+                except NonFiniteError as error:
+                    ids = {"query_ids": error.query_ids, "document_ids": error.document_ids}
+                    log({"step": error.step, "error": error.what, **ids})
+                    raise
+    finally:
+        state.embedder.eval()
+
+
+def _steps(
+    state: TrainState, batches: BatchSource, config: TrainConfig, refresh: Refresh | None, refresh_every: int
+) -> Iterator[tuple[int, list[Batch], dict[str, float]]]:
+    """(epoch, the batches of a step, what else its record gets), from the state's step to the end."""
+    steps_per_epoch, refreshed = -(-len(batches) // config.accumulate), None
+    while state.step < config.epochs * steps_per_epoch and not state.stopped:
+        epoch, first = divmod(state.step, steps_per_epoch)
+        extra, due = {}, first == 0 and epoch % refresh_every == 0
+        if refresh is not None and epoch >= refresh_every and (due or refreshed is None):
+            refreshed, seconds = _refresh(state, refresh, len(batches), config.seed + epoch // refresh_every, due)
+            extra = {"refresh_seconds": seconds} if due else {}
+        source = (batches if refreshed is None else refreshed).epoch(epoch, start=first * config.accumulate)
+        while not state.stopped and (parts := list(itertools.islice(source, config.accumulate))):
+            yield epoch, parts, extra
+            extra = {}
+
+
+def _refresh(state: TrainState, refresh: Refresh, num_batches: int, seed: int, due: bool) -> tuple[BatchSource, float]:
+    """The batches from now on, and the seconds it took. Unless `due`, it is the latest refresh, repeated."""
+    start, embedder = time.perf_counter(), state.embedder
+    weights = copy_weights(embedder)
+    if due:
+        state.refresh_weights = weights
+    embedder.eval()
+    embedder.load_state_dict(state.refresh_weights)
+    devices.release_memory(embedder.device)
+    with devices.seeded(seed, embedder.device):
+        batches = refresh(embedder)
+    devices.release_memory(embedder.device)
+    embedder.load_state_dict(weights)
+    if len(batches) != num_batches:
+        raise ValueError(f"the refresh made {len(batches)} batches per epoch, expected {num_batches} as before")
+    return batches, time.perf_counter() - start
+
+
+def _num_tokens(batch: Batch | LocalBatch) -> int:
     return len(batch.queries.input_ids) + len(batch.documents.input_ids)
-
-
-def _forget_after(log: Path, step: int) -> None:
-    """Drops what the log says of steps behind the checkpoint, about to be done again, and a half last line."""
-    if not log.is_file():
-        return
-    kept = []
-    for line in log.read_bytes().splitlines(keepends=True):
-        try:
-            if json.loads(line)["step"] > step:
-                continue
-        except ValueError:  # cut off: no JSON, or not even UTF-8
-            break
-        kept.append(line)
-    with atomic_write(log, "wb") as file:
-        file.writelines(kept)
