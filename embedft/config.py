@@ -147,7 +147,7 @@ def _has_type(value: Any, wanted: Any) -> bool:
 
 
 def _type_name(wanted: Any) -> str:
-    if isinstance(wanted, types.UnionType):
+    if isinstance(wanted, types.UnionType) or typing.get_origin(wanted) is typing.Union:
         return " or ".join(_type_name(option) for option in typing.get_args(wanted))
     if typing.get_origin(wanted) is typing.Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(wanted)))

@@ -9,13 +9,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_tiny_folder
+from ranks import run_ranks
 from tiny import make_dataset, make_embedder
 from torch import nn
 
 from embedft import LOSSES, FinetuneConfig, Report, RetrievalDataset, evaluate, finetune, load_embedder, recipe
 from embedft.data.batches import make_batches
 from embedft.data.mixture import join_datasets, make_mixture
+from embedft.encoders.adapter import Adapter
+from embedft.encoders.maps import Linear
 from embedft.files import read_json, read_jsonl, sha256_file
+from embedft.losses.contrastive import in_batch_negatives
+from embedft.losses.registry import build_loss
 from embedft.training import runs
 from embedft.training import train as train_module
 from embedft.training.references import FrozenEmbeddings
@@ -563,3 +568,284 @@ def test_scored_pairs_train(tmp_path):
     base, tuned = make_embedder(tmp_path / "base"), make_embedder(tmp_path / "base")
     finetune(tuned, replace(dataset, scores=scores), config)
     assert tuned.sha256() != base.sha256()
+
+
+# Objects in place of settings.
+
+
+def two_sided(Q, D, targets):
+    """A loss of one's own."""
+    return in_batch_negatives(Q, D, targets) + 0.1 * (Q.square().mean() + D.square().mean())
+
+
+def momentum(groups):
+    return torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+
+
+class Scaled(nn.Module):
+    def __init__(self, start: float):
+        super().__init__()
+        self.start, self.scale = start, nn.Parameter(torch.tensor(start))
+
+    def forward(self, Q, D, targets):
+        return two_sided(Q, D, targets) * self.scale.exp()
+
+
+def cutoff_by_letters(embedder):
+    """A metric of one's own, of the weights alone."""
+    return {"size": embedder.get_parameter("encoder.embeddings.token.weight").norm().item(), "other": 0.0}
+
+
+OWN = replace(CONFIG, lr=5e-5, select="size")
+
+
+def own_objects(embedder, *, loss=two_sided, batch_size: int = 3) -> dict:
+    batches = make_batches(make_dataset(11, 9), embedder.pack, batch_size=batch_size, seed=5)
+
+    def refresh(model):
+        seed = int(model.get_parameter("encoder.embeddings.token.weight").norm().item() * 1e6) % 1000
+        return make_batches(make_dataset(11, 9), model.pack, batch_size=batch_size, seed=seed)
+
+    return {
+        "loss": loss, "batches": batches, "optimizer": momentum, "evaluate": cutoff_by_letters, "refresh": refresh,
+        "on_step": lambda state, record: "stop" if state.step == 7 else None,
+    }  # fmt: skip
+
+
+def run_own(base: Path, out: Path, *, loss=two_sided, **options):
+    embedder = make_embedder(base, dropout=0.0)
+    config = replace(OWN, batch_size=32)
+    finetune(embedder, make_dataset(11, 9), config, out=out, **own_objects(embedder, loss=loss), **options)
+    return weights_of(embedder), [{**x, "seconds": 0, "refresh_seconds": 0} for _, x in read_jsonl(out / "train.jsonl")]
+
+
+def test_a_run_of_objects_is_a_run_like_any_other(tmp_path, monkeypatch):
+    """It writes its folder, validates, stops, resumes to the same bits, and says what it was given."""
+    whole = run_own(tmp_path / "base", tmp_path / "whole")
+    assert [x["step"] for x in whole[1]] == [0, 1, 2, 3, 4, 4, 5, 6, 7, 7]
+    assert (tmp_path / "whole" / "DONE").exists()
+    assert same(weights_of(load_embedder(tmp_path / "whole" / "model", device="cpu")), whole[0])
+    objects = read_json(tmp_path / "whole" / "config.json")["objects"]
+    assert objects.keys() == {"loss", "batches", "optimizer", "evaluate", "refresh", "on_step"}
+    assert objects["loss"]["name"] == "test_recipe.two_sided"
+    assert objects["batches"]["values"]["sampler"]["values"]["seed"] == 5
+    for call in (2, 6):
+        with monkeypatch.context() as patch:
+            interrupt(patch, train_module, "backward", call)
+            with pytest.raises(KeyboardInterrupt):
+                run_own(tmp_path / "base", tmp_path / f"cut{call}")
+        resumed = run_own(tmp_path / "base", tmp_path / f"cut{call}", existing="resume")
+        assert same(resumed[0], whole[0])
+        assert resumed[1] == whole[1]
+
+
+def test_two_ranks_with_objects_are_one(tmp_path):
+    one = run_own(tmp_path / "base", tmp_path / "one")
+    for weights, log in run_ranks(2, run_own, tmp_path / "base", tmp_path / "two", folder=tmp_path):
+        for name, tensor in one[0].items():
+            torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-4)
+        assert [x["step"] for x in log] == [x["step"] for x in one[1]]
+
+
+def test_a_loss_that_is_a_module(tmp_path):
+    """Tried on a copy before training; its parameters are trained, and `loss_lr` is about them."""
+    embedder, loss = make_embedder(tmp_path / "base"), Scaled(0.5)
+    finetune(embedder, make_dataset(), replace(CONFIG, loss_lr=0.1), loss=loss, out=tmp_path / "run")
+    assert loss.scale.item() != 0.5
+    assert read_json(tmp_path / "run" / "config.json")["objects"]["loss"]["values"]["start"] == 0.5
+
+
+def test_changed_code_is_not_resumed_unless_allowed(tmp_path, monkeypatch):
+    def start(**options):
+        embedder = make_embedder(tmp_path / "base")
+        finetune(embedder, make_dataset(), CONFIG, out=tmp_path / "run", **options)
+
+    with monkeypatch.context() as patch:
+        interrupt(patch, train_module, "backward", 4)
+        with pytest.raises(KeyboardInterrupt):
+            start(loss=Scaled(0.5))
+    for options, message in (
+        ({"loss": Scaled(0.25)}, "loss: the code or settings of test_recipe.Scaled changed"),
+        ({}, "loss: test_recipe.Scaled became not given"),
+        ({"loss": Scaled(0.5), "optimizer": momentum}, "optimizer: not given became test_recipe.momentum"),
+    ):
+        config = replace(CONFIG, lr=5e-5) if "optimizer" in options else CONFIG
+        expected = "lr was" if "optimizer" in options else message
+        with pytest.raises(ValueError, match=f"cannot resume, {expected}"):
+            finetune(make_embedder(tmp_path / "base"), make_dataset(), config, out=tmp_path / "run",
+                     existing="resume", **options)  # fmt: skip
+    start(loss=Scaled(0.25), existing="resume", allow_changed_code=True)
+    assert (tmp_path / "run" / "DONE").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "field"),
+    [
+        ("loss", {"loss": {"name": "multi_positive"}}, "loss"),
+        ("batches", {"batch_size": 7}, "batch_size"),
+        ("batches", {"num_negatives": 1}, "num_negatives"),
+        ("batches", {"passages": [8, 4], "refresh_windows": True}, "refresh_windows"),
+        ("optimizer", {"lr": 0.25}, "lr"),
+        ("optimizer", {"weight_decay": 0.25}, "weight_decay"),
+        ("refresh", {"mine_every": 1, "num_negatives": 1}, "mine_every"),
+    ],
+)
+def test_settings_that_an_object_replaces_are_not_ignored(tmp_path, monkeypatch, name, changes, field):
+    options = {name: own_objects(make_embedder(tmp_path / "base"))[name]}
+    refused(tmp_path, monkeypatch, f"{field} is .*, but {name} is given", config=FinetuneConfig(**changes), **options)
+
+
+def test_a_loss_lr_without_parameters(tmp_path, monkeypatch):
+    refused(tmp_path, monkeypatch, "loss_lr is 0.1, but the loss has no", config=FinetuneConfig(loss_lr=0.1))
+
+
+# Hard negatives mined in training.
+
+MINED = replace(CONFIG, epochs=4, lr=1e-2, num_negatives=2, mine_every=2, mine_ranks=[1, 6], mine_sampling="top")
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_negatives_are_mined_by_the_model_as_it_is(tmp_path, monkeypatch, several):
+    """Before the first epoch and the third, with the settings given, and trained on; resumed to the same bits."""
+    data = {"a": make_dataset(), "b": make_dataset(seed=1)} if several else make_dataset(negatives=2)
+    mined, real = [], recipe.mine
+
+    def spy(embedder, dataset, **options):
+        mined.append((embedder.sha256(), options, real(embedder, dataset, **options)))
+        return mined[-1][2]
+
+    monkeypatch.setattr(recipe, "mine", spy)
+
+    def run(name: str, **options):
+        embedder = make_embedder(tmp_path / "base")
+        finetune(embedder, data, MINED, out=tmp_path / name, **options)
+        return weights_of(embedder)
+
+    whole = run("whole")
+    assert len(mined) == (4 if several else 2)
+    assert len({weights for weights, _, _ in mined}) == 2
+    assert mined[0][0] == make_embedder(tmp_path / "base").sha256()
+    expected = {"ranks": [1, 6], "sampling": "top", "num_negatives": 2, "seed": 42, "replace": True, "passages": None}
+    assert mined[0][1] == expected | {"relative_margin": None, "absolute_margin": None}
+    assert mined[0][2].negatives != mined[-1][2].negatives
+    log = [record for _, record in read_jsonl(tmp_path / "whole" / "train.jsonl")]
+    steps = 6 if several else 3
+    assert [x["step"] for x in log if "refresh_seconds" in x] == [2 * steps + 1]
+    for call in (steps + 2, 3 * steps + 2):
+        with monkeypatch.context() as patch:
+            interrupt(patch, train_module, "backward", call)
+            with pytest.raises(KeyboardInterrupt):
+                run(f"cut{call}")
+        assert same(run(f"cut{call}", existing="resume"), whole)
+
+
+def mine_on_two(base: Path):
+    searches, real = [], recipe.mine
+    embedder = make_embedder(base, dropout=0.0, dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "mine", lambda *a, **k: searches.append(1) or real(*a, **k))
+        finetune(embedder, make_dataset(), replace(MINED, epochs=3))
+    return weights_of(embedder), len(searches)
+
+
+def test_rank_0_mines_for_all(tmp_path):
+    make_embedder(tmp_path / "base", dropout=0.0)
+    one, searches = mine_on_two(tmp_path / "base")
+    assert searches == 2
+    results = run_ranks(2, mine_on_two, tmp_path / "base", folder=tmp_path)
+    assert [searches for _, searches in results] == [2, 0]
+    for weights, _ in results:
+        for name, tensor in one.items():
+            torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mine_every": 0, "num_negatives": 1}, "mine_every is 0, expected at least 1"),
+        ({"mine_every": 1}, "num_negatives is 0, but mine_every is 1"),
+        ({"mine_ranks": [1, 5]}, r"mine_ranks is \[1, 5\], but mine_every is null"),
+        ({"mine_relative_margin": 0.1}, "mine_relative_margin is 0.1, but mine_every is null"),
+        ({"mine_every": 1, "num_negatives": 1, "batch_tokens": 99}, "batch_tokens is 99, but mining"),
+        ({"mine_every": 1, "num_negatives": 1, "no_duplicates": True}, "no_duplicates is True, but mining"),
+        (
+            {"mine_every": 2, "num_negatives": 1, "passages": [8, 4], "refresh_windows": True},
+            "refresh_windows is True, but with mine_every 2",
+        ),
+    ],
+)
+def test_settings_of_mining_are_checked_when_made(changes, message):
+    with pytest.raises(ValueError, match=message):
+        FinetuneConfig(**changes)
+
+
+def test_ranks_that_hold_too_few(tmp_path, monkeypatch):
+    config = FinetuneConfig(num_negatives=3, mine_every=1, mine_ranks=[1, 2])
+    refused(tmp_path, monkeypatch, "num_negatives is 3, ranks 1 to 2 hold 2", config=config)
+
+
+# What is refused leaves everything as it was; what is begun can be saved.
+
+
+def test_a_refused_finetune_leaves_the_embedder_and_a_finished_run(tmp_path, monkeypatch):
+    finetune(make_embedder(tmp_path / "base"), make_dataset(), CONFIG, out=tmp_path / "run")
+    embedder = make_embedder(tmp_path / "base")
+    embedder.encoder.attention_dropout = 0.25
+    before = {path: (tmp_path / "run" / path).read_bytes() for path in tree(tmp_path / "run")}
+    monkeypatch.setattr(embedder, "save", lambda folder: Path(folder).mkdir() or fail_to_save())
+    config = replace(CONFIG, max_length=7, attention_dropout=0.5)
+    with pytest.raises(ValueError, match="this adapter cannot be saved"):
+        finetune(embedder, make_dataset(), config, out=tmp_path / "run", existing="overwrite")
+    assert (embedder.max_length, embedder.encoder.attention_dropout) == (48, 0.25)
+    assert {path: (tmp_path / "run" / path).read_bytes() for path in tree(tmp_path / "run")} == before
+    with pytest.raises(ValueError, match="this adapter cannot be saved"):
+        finetune(embedder, make_dataset(), config, out=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def fail_to_save():
+    raise ValueError("this adapter cannot be saved")
+
+
+@pytest.mark.parametrize("module", ["a sum of one module twice", "a shared adapter"])
+def test_a_module_that_is_used_twice(tmp_path, module):
+    """Its weights are one tensor under two names; checkpoints hold it, and it resumes."""
+    embedder, options = make_embedder(tmp_path / "base"), {}
+    if module == "a shared adapter":
+        part = Linear(32, 32)
+        embedder.attach(Adapter(query=part, document=part))
+    else:
+        scaled = Scaled(0.5)
+        options["loss"] = build_loss({"name": "sum", "losses": [scaled, scaled]})
+    finetune(embedder, make_dataset(), CONFIG, out=tmp_path / "run", **options)
+    assert (tmp_path / "run" / "DONE").exists()
+
+
+def test_the_report_on_the_base_is_not_truncated(tmp_path):
+    """`max_length` is about training: the base is measured as it is."""
+    embedder, data, out = make_embedder(tmp_path / "base"), make_dataset(), tmp_path / "run"
+    whole = evaluate(embedder, data).metrics
+    embedder.max_length = 4
+    truncated = evaluate(embedder, data).metrics
+    embedder.max_length = 48
+    finetune(embedder, data, replace(CONFIG, max_length=4), validation=data, out=out)
+    assert Report.load(out / "eval" / "validation-base").metrics == whole != truncated
+    log = [record for _, record in read_jsonl(out / "train.jsonl")]
+    assert log[0]["metrics"] == truncated
+
+
+def test_two_at_once(tmp_path):
+    """The second one is refused while the first one trains."""
+    embedder, data = make_embedder(tmp_path / "base"), make_dataset()
+    errors = []
+
+    def on_step(state, record):
+        for existing in ("resume", "overwrite"):
+            with pytest.raises(ValueError, match="another process is writing there") as caught:
+                finetune(make_embedder(tmp_path / "base"), data, CONFIG, out=tmp_path / "run", existing=existing)
+            errors.append(str(caught.value))
+        return "stop"
+
+    finetune(embedder, data, CONFIG, out=tmp_path / "run", on_step=on_step)
+    assert len(errors) == 2
+    assert (tmp_path / "run" / "DONE").exists()

@@ -1,6 +1,7 @@
 """runs.py: a run's folder is made once, found unwritable before work starts, resumed only as it was, closed last."""
 
 import json
+import os
 import secrets
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import torch
 
 from embedft.files import read_json
 from embedft.training import runs
-from embedft.training.runs import check_run, close_run, open_run
+from embedft.training.runs import check_run, close_run, is_done, lock, open_log, open_run
 
 CONFIG = {"epochs": 2, "loss": {"name": "in_batch_negatives"}}
 DATA = {"train": "0" * 64}
@@ -65,20 +66,113 @@ def test_an_existing_run_is_refused(tmp_path):
     assert files_in(tmp_path) == before
 
 
-def test_overwriting_leaves_nothing_of_the_old_run_and_everything_else(tmp_path):
+@pytest.mark.parametrize("done", [False, True])
+def test_overwriting_leaves_nothing_of_the_old_run_and_everything_else(tmp_path, done):
+    """A finished run is kept aside until the new one is done."""
     open_(tmp_path)
     fill(tmp_path)
-    (tmp_path / "diff.patch").write_text("an old patch")
-    close_run(tmp_path)
+    (tmp_path / "diff.patch").write_text(patch := secrets.token_hex(8))
     (tmp_path / "notes.md").write_text("mine")
+    old = files_in(tmp_path)
+    if done:
+        close_run(tmp_path)
+        old = files_in(tmp_path)
     open_(tmp_path, {"epochs": 3}, existing="overwrite")
     assert read_json(tmp_path / "config.json") == {"epochs": 3}
-    assert {path.name for path in tmp_path.iterdir()} - {"diff.patch"} == {
-        "config.json",
-        "environment.json",
-        "notes.md",
-    }
-    assert "an old patch" not in "".join(path.read_text() for path in tmp_path.iterdir())
+    visible = {path.name for path in tmp_path.iterdir()} - {"diff.patch", ".replaced"}
+    assert visible == {"config.json", "environment.json", "notes.md"}
+    assert (tmp_path / ".replaced").exists() == done
+    if done:
+        aside = files_in(tmp_path / ".replaced")
+        assert aside == {name: content for name, content in old.items() if name != "notes.md"}
+    (tmp_path / "train.jsonl").write_text("new")
+    open_(tmp_path, {"epochs": 4}, existing="overwrite")  # the second one was not done: the first one is still there
+    assert (tmp_path / ".replaced" / "DONE").exists() == done
+    close_run(tmp_path)
+    assert not (tmp_path / ".replaced").exists()
+    assert files_in(tmp_path).keys() - {"diff.patch"} == {"config.json", "environment.json", "notes.md", "DONE"}
+    assert patch not in "".join(path.read_text() for path in tmp_path.iterdir())
+
+
+class Killed(BaseException):
+    """In place of SIGKILL: no cleaning up follows it, see `killed_at`."""
+
+
+def killed_at(patch, place: int) -> None:
+    """The process ends before its `place`-th change of the disk: nothing is changed from then on."""
+    changes = []
+
+    def guard(owner, name):
+        function = getattr(owner, name)
+
+        def wrapped(*arguments, **options):
+            changes.append(name)
+            if len(changes) >= place:
+                raise Killed
+            return function(*arguments, **options)
+
+        patch.setattr(owner, name, wrapped)
+
+    for name in ("replace", "unlink", "rmdir", "mkdir", "fsync"):
+        guard(os, name)
+
+
+@pytest.mark.parametrize("before", ["nothing", "unfinished", "finished"])
+@pytest.mark.parametrize("place", range(1, 30))
+def test_killed_at_any_point_of_opening_and_closing(tmp_path, before, place):
+    """What is left is resumed or overwritten; a finished run is whole somewhere until the new one is done."""
+    out = tmp_path / "run"
+    if before != "nothing":
+        open_(out)
+        fill(out)
+    if before == "finished":
+        close_run(out)
+    existing = "refuse" if before == "nothing" else "overwrite"
+    with pytest.MonkeyPatch.context() as patch:
+        killed_at(patch, place)
+        try:
+            with lock(out):
+                open_(out, {"epochs": 3}, existing=existing)
+                if before != "finished":
+                    (out / "model").mkdir(exist_ok=True)
+                    (out / "checkpoints" / "step-000001").mkdir(parents=True)
+                    for name in ("a", "b"):
+                        (out / "checkpoints" / "step-000001" / name).write_text("x")
+                    close_run(out)
+        except Killed:
+            pass
+    if (out / "DONE").exists() or (out / ".replaced" / "DONE").exists():
+        whole = out if (out / "DONE").exists() else out / ".replaced"
+        assert (whole / "config.json").is_file()
+    for option in ("resume", "overwrite"):
+        try:
+            with lock(out):
+                open_(out, {"epochs": 3}, existing=option)
+            break
+        except ValueError as error:
+            if option == "overwrite" or not any(reason in str(error) for reason in ("is done", "cannot resume")):
+                raise
+    close_run(out)
+    assert not (out / ".replaced").exists()
+    assert read_json(out / "config.json") == {"epochs": 3}
+
+
+def test_only_one_process_writes(tmp_path):
+    with (
+        lock(tmp_path),
+        pytest.raises(ValueError, match=f"{tmp_path}: another process is writing there"),
+        lock(tmp_path),
+    ):
+        pass
+    with lock(tmp_path):
+        open_(tmp_path)
+    assert (tmp_path / ".lock").exists()
+
+
+def test_a_folder_in_which_nothing_began_is_removed(tmp_path):
+    with pytest.raises(KeyError), lock(tmp_path / "run"):
+        raise KeyError
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("existing", ["refuse", "overwrite", "resume"])
@@ -87,7 +181,7 @@ def test_foreign_files_are_left_alone(tmp_path, existing):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights.bin").write_text("precious")
     before = files_in(tmp_path)
-    with pytest.raises(ValueError, match=f"{tmp_path}: (not empty|holds files, but no run)"):
+    with pytest.raises(ValueError, match=f"{tmp_path}: (not empty|has files but no run)"):
         open_(tmp_path, existing=existing)
     assert files_in(tmp_path) == before
 
@@ -159,21 +253,61 @@ def test_a_run_that_is_done_is_not_resumed(tmp_path):
 # What is written.
 
 
-def test_done_comes_last_and_checkpoints_go(tmp_path, monkeypatch):
+def test_checkpoints_go_once_the_run_is_done(tmp_path, monkeypatch):
     open_(tmp_path)
     fill(tmp_path)
     assert not (tmp_path / "DONE").exists()
     remove = runs.shutil.rmtree
 
-    def remove_first(path, **options):
-        assert not (tmp_path / "DONE").exists()
+    def remove_after(path, **options):
+        assert (tmp_path / "DONE").exists()
         remove(path, **options)
 
-    monkeypatch.setattr(runs.shutil, "rmtree", remove_first)
+    monkeypatch.setattr(runs.shutil, "rmtree", remove_after)
     close_run(tmp_path)
-    assert (tmp_path / "DONE").is_file()
     assert not (tmp_path / "checkpoints").exists()
     assert (tmp_path / "model" / "config.json").is_file()
+
+
+OBJECTS = {"loss": {"name": "mine.loss", "sha256": "0", "values": {}}}
+
+
+@pytest.mark.parametrize(
+    ("objects", "message"),
+    [
+        ({"loss": {**OBJECTS["loss"], "sha256": "1"}}, "loss: the code or settings of mine.loss changed"),
+        ({"loss": {**OBJECTS["loss"], "values": {"a": 1}}}, "loss: the code or settings of mine.loss changed"),
+        ({"loss": {**OBJECTS["loss"], "name": "mine.other"}}, "loss: mine.loss became mine.other"),
+        ({}, "loss: mine.loss became not given"),
+        ({**OBJECTS, "on_step": OBJECTS["loss"]}, "on_step: not given became mine.loss"),
+    ],
+)
+def test_changed_code_is_named_and_may_be_allowed(tmp_path, objects, message):
+    open_(tmp_path, {**CONFIG, "objects": OBJECTS})
+    config = {**CONFIG, **({"objects": objects} if objects else {})}
+    with pytest.raises(ValueError, match=f"cannot resume, {message}; allow_changed_code=True"):
+        open_(tmp_path, config, existing="resume")
+    options = {"hashes": DATA, "device": CPU, "existing": "resume", "allow_changed_code": True}
+    with pytest.raises(ValueError, match="epochs was 2 and is 3"):
+        open_run(tmp_path, {**config, "epochs": 3}, **options)
+    assert read_json(tmp_path / "config.json") == {**CONFIG, "objects": OBJECTS}
+    open_run(tmp_path, config, **options)
+    assert read_json(tmp_path / "config.json") == config
+    close_run(tmp_path)
+    assert is_done(tmp_path, CONFIG, hashes=DATA)
+
+
+def test_the_log_of_a_resumed_run(tmp_path):
+    """What it says of later steps is dropped, and the half line of a killed process."""
+    log = open_log(tmp_path, -1)
+    for step in (0, 1, 2, 3):
+        log({"step": step})
+    with open(tmp_path / "train.jsonl", "ab") as file:
+        file.write(b'{"step": 1, "\xc3')
+    open_log(tmp_path, 2)({"step": 3, "again": True})
+    found = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert found == [{"step": 0}, {"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+    open_log(None, 0)({"step": 0})
 
 
 def test_the_configuration_is_what_makes_a_folder_a_run(tmp_path, monkeypatch):
