@@ -1,4 +1,4 @@
-"""embedft: fine-tune text embedding models for retrieval, and measure what it brought.
+"""embedft: fine-tune text embedding models for retrieval, and measure the difference.
 
 from embedft import RetrievalDataset, compare, evaluate, finetune, load_embedder
 
@@ -7,46 +7,46 @@ embedder = load_embedder("sentence-transformers/all-MiniLM-L6-v2")
 before = evaluate(embedder, held_out)
 finetune(embedder, train_set, out="runs/first")
 print(compare(before, evaluate(embedder, held_out)))
+
+Each name is imported when it is first used, so `import embedft` and `embedft --help` load neither torch nor NumPy.
 """
 
-from .data.dataset import RetrievalDataset
-from .encoders.adapter import Adapter
-from .encoders.embedder import Embedder
-from .encoders.loading import load_embedder
-from .losses.registry import LOSSES, build_loss
-from .losses.targets import Targets
-from .recipe import FinetuneConfig, finetune
-from .retrieval.bm25 import bm25_run
-from .retrieval.evaluate import evaluate, evaluate_grid, evaluate_run
-from .retrieval.fusion import fuse
-from .retrieval.mining import mine
-from .retrieval.report import Comparison, Report, compare
-from .retrieval.run import Run
-from .retrieval.search import Searcher, search
-from .training.fit_adapter import AdapterConfig, fit_adapter
+import importlib
 
-__all__ = [
-    "LOSSES",
-    "Adapter",
-    "AdapterConfig",
-    "Comparison",
-    "Embedder",
-    "FinetuneConfig",
-    "Report",
-    "RetrievalDataset",
-    "Run",
-    "Searcher",
-    "Targets",
-    "bm25_run",
-    "build_loss",
-    "compare",
-    "evaluate",
-    "evaluate_grid",
-    "evaluate_run",
-    "finetune",
-    "fit_adapter",
-    "fuse",
-    "load_embedder",
-    "mine",
-    "search",
-]
+_MODULES = {
+    "LOSSES": "losses.registry",
+    "Adapter": "encoders.adapter",
+    "AdapterConfig": "training.fit_adapter",
+    "Comparison": "retrieval.report",
+    "Embedder": "encoders.embedder",
+    "FinetuneConfig": "recipe",
+    "Report": "retrieval.report",
+    "RetrievalDataset": "data.dataset",
+    "Run": "retrieval.run",
+    "Searcher": "retrieval.search",
+    "Targets": "losses.targets",
+    "bm25_run": "retrieval.bm25",
+    "build_loss": "losses.registry",
+    "compare": "retrieval.report",
+    "evaluate": "retrieval.evaluate",
+    "evaluate_grid": "retrieval.evaluate",
+    "evaluate_run": "retrieval.evaluate",
+    "finetune": "recipe",
+    "fit_adapter": "training.fit_adapter",
+    "fuse": "retrieval.fusion",
+    "load_embedder": "encoders.loading",
+    "mine": "retrieval.mining",
+    "search": "retrieval.search",
+}
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,85 +1,112 @@
-"""The command `embedft`: the library's functions, one subcommand each.
-
-A user's error is one line on stderr and exit code 2; progress goes to stderr, results to stdout.
+"""The command `embedft`. Results go to stdout, progress to stderr; an error is one line on stderr and exit code 2.
 
     embedft finetune sentence-transformers/all-MiniLM-L6-v2 pairs.csv --out runs/first --epochs 1
+
+A command is a module of `commands` with a dataclass `Options` and a function `run(options)`, which may return an exit
+code, and a line in `COMMANDS`. Only the module of the command that was asked for is imported, once Ctrl-C is handled.
 """
 
-import argparse
 import os
 import sys
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from . import config as configs
-from .commands import adapters, mining, models, retrieval, search, stores, texts
-
-# Name: (adds its arguments to a parser, runs it and may return an exit code, what it does).
-COMMANDS: dict[str, tuple[Callable, Callable, str]] = {
-    **texts.COMMANDS,
-    **models.COMMANDS,
-    **retrieval.COMMANDS,
-    **search.COMMANDS,
-    **adapters.COMMANDS,
-    **mining.COMMANDS,
-    **stores.COMMANDS,
+COMMANDS = {
+    "chunk": "cut PDF, text and Markdown files into chunks",
+    "questions": "write questions about chunks, with or without a language model",
+    "finetune": "fine-tune a model on questions and the documents that answer them",
+    "adapter": "fit an adapter on the embeddings of a model, which stays as it is",
+    "mine": "find hard negatives for the questions of a dataset",
+    "encode": "turn texts into vectors",
+    "search": "find the passages that answer a question",
+    "evaluate": "measure how well a model finds the right document",
+    "compare": "test whether reports differ, question by question",
+    "store": "list, verify, repair or prune stored embeddings",
+    "info": "describe a model",
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` whose errors are one line, without the usage, and that takes no shortened options."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns the exit code: 0; 1: something is left to do, or nobody reads on; 2: an error."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    program = f"embedft {words[0]}" if words and words[0] in COMMANDS else "embedft"
+    try:
+        _prepare_streams()
+        code = _run(words, program)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return _fail(program, "interrupted", code=130)
+    except OSError as error:
+        named = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        if error.filename or not _stdout_failed():
+            return _fail(program, f"error: {named}")
+        if isinstance(error, BrokenPipeError):  # whoever read the output has read enough, as `head` does
+            return 1
+        return _fail(program, f"error: standard output: {error.strerror}")
+    except ValueError as error:
+        return _fail(program, f"error: {error}")
 
-    def __init__(self, **settings):
-        super().__init__(**settings, allow_abbrev=False)
 
-    def error(self, message: str):
-        self.exit(2, "" if told_by_rank_0() else f"{self.prog}: error: {message}\n")
+def _run(words: list[str], program: str) -> int:
+    import importlib
+    import warnings
+
+    from . import config
+
+    name = words[0] if words else ""
+    if name in ("-h", "--help"):
+        lines = (f"  {command:<10} {meaning}" for command, meaning in COMMANDS.items())
+        print("usage: embedft COMMAND [options]\n\nFine-tune text embedding models for retrieval.\n\ncommands:")
+        print(*lines, "\nembedft COMMAND --help lists the options of a command.", sep="\n")
+        return 0
+    if name not in COMMANDS:
+        problem = f"unknown command {name!r}{config.suggestion(name, COMMANDS)}" if words else "missing COMMAND"
+        raise ValueError(f"{problem}; expected one of {', '.join(COMMANDS)}")
+    format_warning = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: "" if _is_silent() else f"{program}: warning: {message}\n"
+    try:
+        module = importlib.import_module(f".commands.{name}", __package__)
+        if "-h" in words or "--help" in words:
+            description = f"{COMMANDS[name][0].upper()}{COMMANDS[name][1:]}."
+            epilog = module.epilog() if hasattr(module, "epilog") else ""
+            print(config.format_help(module.Options, program=program, description=description, epilog=epilog))
+            return 0
+        options = config.parse(module.Options, words[1:])
+        if options.quiet:
+            os.environ["EMBEDFT_PROGRESS"] = "0"
+        return module.run(options) or 0
+    finally:
+        warnings.formatwarning = format_warning
 
 
-def told_by_rank_0() -> bool:
-    """Whether this is one of several processes that torchrun started, and not the one that tells their errors."""
+def _fail(program: str, message: str, *, code: int = 2) -> int:
+    if not _is_silent():
+        print(f"{program}: {message}", file=sys.stderr)
+    return code
+
+
+def _is_silent() -> bool:
+    """Whether torchrun started this process, and another one, rank 0, reports errors."""
     return os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
 
 
-def one_line(error: Exception) -> str:
-    """What an error says: of a file that cannot be opened its name and why."""
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
+def _prepare_streams() -> None:
+    """Replaces characters that an output's encoding lacks, and refuses a closed stdout before work begins."""
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    if sys.stdout is None:
+        raise ValueError("standard output is closed; send it to a file or to /dev/null")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one subcommand. Returns the exit code: 0; 1: something is left to do, or nobody reads; 2: an error."""
-    parser = Parser(
-        prog="embedft", description="Fine-tune text embedding models for retrieval, and measure what it brought."
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (add_arguments, _, meaning) in COMMANDS.items():
-        command = commands.add_parser(name, help=meaning, description=meaning[0].upper() + meaning[1:] + ".")
-        add_arguments(command)
-        command.add_argument("--quiet", action="store_true", help="no progress bars")
-    options = configs.parse(parser, arguments)
-    if options.dotted and not hasattr(options, "config"):  # which `configs.add_options` gives a command
-        parser.error(f"unrecognized arguments: {' '.join('--' + name for name in options.dotted)}")
-    if options.quiet:
-        os.environ["EMBEDFT_PROGRESS"] = "0"
-    format_warning = warnings.formatwarning
-    said = "" if told_by_rank_0() else f"embedft {options.command}: warning: "
-    warnings.formatwarning = lambda message, *_, **__: said and f"{said}{message}\n"
+def _stdout_failed() -> bool:
+    """Whether stdout is what cannot be written to; then it is silenced, also for what Python flushes at exit."""
     try:
-        code = COMMANDS[options.command][1](options) or 0
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        # Whoever read the output has had enough, as `head` does. What is left goes nowhere, at exit too.
+        print(flush=True)
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (ValueError, OSError) as error:
-        if not told_by_rank_0():
-            print(f"embedft {options.command}: error: {one_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"embedft {options.command}: interrupted", file=sys.stderr)
-        return 130
-    finally:
-        warnings.formatwarning = format_warning
+        return True
+    return False

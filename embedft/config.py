@@ -1,34 +1,53 @@
-"""Frozen dataclasses <-> the command line and JSON. Strict: an unknown key is an error that lists the valid ones.
+"""Frozen dataclasses <-> the command line and JSON, by one strict path: an unknown key or a wrong type is an error.
 
-A field is written once, with its default and what it means (`setting`); the option on the command line, its help and
-the JSON key follow from it. A field that is a dict takes dotted options: --loss.temperature 0.05.
+A field is written once, with its type, its default and what it means; the option, its help, its parsing and the JSON
+key follow from it. Classes that inherit from each other share options.
 
-    @dataclass(frozen=True)
-    class Config:
-        epochs: int = setting(3, "passes over the training pairs")
-    add_options(parser, Config); config = config_from_options(Config, parser.parse_args())
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        data: str = setting(REQUIRED, "what to read", metavar="DATA", positional=True)
+        epochs: int = setting(3, "passes over the data")          # --epochs 3
+        passages: tuple[int, int] | None = setting(None, "...")   # --passages 128 64
+        dims: list[int] | None = setting(None, "...")             # --dims 384 128
+        fuse: bool = setting(False, "...")                        # --fuse, --no-fuse, --fuse true
+        loss: dict[str, Any] = setting({"name": "x"}, "...")      # --loss.name x, --loss name=x, --loss '{"name": "x"}'
+
+    options = parse(Options, ["pairs.csv", "--epochs", "1"])
 """
 
-import argparse
 import copy
 import dataclasses
+import difflib
 import json
-import sys
+import re
+import shutil
+import textwrap
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
-from .files import read_json
+from .files import read_object
 
 Config = TypeVar("Config")
+REQUIRED = dataclasses.MISSING
+METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH", bool: ""}
+HELP_COLUMN = 26
 
 
-def setting(default: Any, meaning: str) -> Any:
-    """A dataclass field with a default and a line that says what it means."""
+def setting(default: Any, meaning: str, *, metavar: str | None = None, positional: bool = False) -> Any:
+    """A dataclass field that is an option, or an argument known by its position.
+
+    Args:
+        default: REQUIRED when there is none.
+        meaning: for the help, which adds the default unless this ends with one in brackets.
+        metavar: what stands for the value in the help.
+    """
+    metadata = {"meaning": meaning, "metavar": metavar, "positional": positional}
     if isinstance(default, dict | list):
-        return dataclasses.field(default_factory=lambda: copy.copy(default), metadata={"meaning": meaning})
-    return dataclasses.field(default=default, metadata={"meaning": meaning})
+        return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -38,117 +57,285 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def from_dict(cls: type[Config], values: dict[str, Any], *, where: str = "configuration") -> Config:
     """The inverse of `to_dict`. Raises `ValueError` for an unknown key, or a value of the wrong type or range."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{where}: {type(values).__name__} found, expected an object")
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    for key, value in values.items():
-        if key not in fields:
-            raise ValueError(f"{where}: unknown key {key!r}, expected one of {', '.join(fields)}")
-        if not _has_type(value, fields[key].type):
-            raise ValueError(f"{where}: {key} is {value!r}, expected {_type_name(fields[key].type)}")
+    converted = _checked(cls, values, where)
     try:
-        return cls(**values)
+        return cls(**converted)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise ValueError(f"{where}: {error}" if where else str(error)) from None
 
 
 def check_types(config: Any) -> None:
     """Raises `ValueError` for the first field of a dataclass whose value is not of its annotated type."""
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if not _has_type(value, field.type):
-            raise ValueError(f"{field.name} is {value!r}, expected {_type_name(field.type)}")
+        _convert(getattr(config, field.name), field.type, field.name)
 
 
-def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
-    """One option a field: --batch-size 64, --loss.temperature 0.05; --config FILE reads a JSON file first."""
-    parser.add_argument("--config", metavar="FILE", help="JSON file with any of the settings; options override it")
-    group = parser.add_argument_group("settings")
-    defaults = to_dict(cls())
-    for field in dataclasses.fields(cls):
-        dotted = isinstance(defaults[field.name], dict)
-        more = f" (or --{field.name}.NAME VALUE, e.g. --{field.name}.name)" if dotted else ""
-        meaning = f"{field.metadata['meaning']}{more} [{json.dumps(defaults[field.name])}]"
-        group.add_argument(
-            f"--{field.name.replace('_', '-')}",
-            dest=f"setting.{field.name}",
-            metavar="JSON" if dotted else "VALUE",
-            default=argparse.SUPPRESS,
-            help=meaning.replace("%", "%%"),  # argparse formats it
-        )
+def changed(config: Any, names: Iterable[str]) -> list[str]:
+    """The options of those fields whose value is not the default: ["--batch-size", "--no-merge"]."""
+    defaults = {field.name: _default(field) for field in dataclasses.fields(config)}
+    given = [name for name in names if getattr(config, name) != defaults[name]]
+    return [option_name(f"no_{name}" if defaults[name] is True else name) for name in given]
 
 
-def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """`parse_args`, with dotted options (--loss.temperature 0.05 or =0.05) gathered for `config_from_options`."""
-    plain, dotted = [], {}
-    given = iter(sys.argv[1:] if arguments is None else arguments)
-    # Taken out before argparse looks, which would take the value of an option it does not know for a positional.
-    for argument in given:
-        name, equals, value = argument.partition("=")
-        if not name.startswith("--") or "." not in name:
-            # --batch_size, as the setting is called, and --batch-size, as options are written, are the same.
-            plain.append(name.replace("_", "-") + equals + value if name.startswith("--") else argument)
-            continue
-        if not equals:
-            value = next(given, "--")
-            if value.startswith("--"):
-                parser.error(f"argument {name}: expected one argument")
-        dotted[name[2:]] = value
-    namespace = parser.parse_args(plain)
-    namespace.dotted = dotted
-    return namespace
+def check_at_most_one(config: Any, *names: str) -> None:
+    """Raises `ValueError` when more than one of the fields differs from its default."""
+    if len(given := changed(config, names)) > 1:
+        raise ValueError(f"{' and '.join(given)} cannot be combined")
 
 
-def config_from_options(cls: type[Config], namespace: argparse.Namespace) -> Config:
-    """The dataclass that the options of `parse` describe: defaults, then --config, then the options."""
-    values = {}
-    if namespace.config:
-        values = read_json(namespace.config)
-        from_dict(cls, values, where=namespace.config)
+def option_name(field_name: str) -> str:
+    """The option of a field: "batch_size" -> "--batch-size"."""
+    return f"--{field_name.replace('_', '-')}"
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """What to add to an error about an unknown word: "; did you mean --epochs?", or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+# The command line.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Every command."""
+
+    config: Path | None = setting(None, "JSON file with any of these options; the command line wins", metavar="FILE")
+    quiet: bool = setting(False, "show no progress")
+
+
+def parse(cls: type[Config], arguments: Sequence[str]) -> Config:
+    """The dataclass (an `Options`) that a command line describes: defaults, then the file of --config, then the rest.
+
+    Raises `ValueError` for what is unknown, missing, or of the wrong type or range.
+    """
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    given = {key.partition(".")[2]: text for key, text in vars(namespace).items() if key.startswith("setting.")}
-    for name, text in given.items():
-        values[name] = _parsed(text, fields[name].type)
-    for key, text in namespace.dotted.items():
-        name, *inner = key.split(".")
-        if name not in fields or not isinstance(values.get(name, to_dict(cls())[name]), dict):
-            dicts = ", ".join(n for n, v in to_dict(cls()).items() if isinstance(v, dict))
-            raise ValueError(f"command line: unknown option --{key}, expected --NAME.KEY with NAME one of {dicts}")
-        target = values.setdefault(name, to_dict(cls())[name])
-        for part in inner[:-1]:
-            target = target.setdefault(part, {})
+    given, dotted = _read(fields, list(arguments))
+    values, where = {}, ""
+    if path := given.get("config"):
+        values, where = read_object(path), f"{path} and command line"
+        _checked(cls, values, path)
+    values |= given
+    for (name, *keys, last), text in dotted:
+        target = values.setdefault(name, _default(fields[name]))
+        for key in keys:
+            target = target.setdefault(key, {})
             if not isinstance(target, dict):
-                raise ValueError(f"command line: --{key}: {part} is {target!r}, which has no keys of its own")
-        target[inner[-1]] = _parsed(text, Any)
-    return from_dict(cls, values, where="command line")
+                raise ValueError(f"--{'.'.join([name, *keys, last])}: {key} is {target!r}, which has no keys")
+        target[last] = _from_text([text], Any)
+    if missing := [field for name, field in fields.items() if name not in values and _default(field) is REQUIRED]:
+        names = (f.metadata["metavar"] if f.metadata["positional"] else option_name(f.name) for f in missing)
+        raise ValueError(f"missing {' and '.join(names)}")
+    return from_dict(cls, values, where=where)
 
 
-def _parsed(text: str, wanted: Any) -> Any:
-    """A command line's text as a value: JSON where it is JSON, else the text itself."""
-    if wanted is str:
-        return text
+def _read(fields: dict[str, dataclasses.Field], words: list[str]) -> tuple[dict[str, Any], list[tuple[list, str]]]:
+    """Splits a command line into {field: value} and the dotted options, [([field, key, ...], text of the value)]."""
+    given, dotted, positions = {}, [], []
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            positions.append(word)
+            continue
+        option, equals, text = word.partition("=")
+        words[:0] = [text] if equals else []
+        first, *keys = option[2:].split(".")
+        name = first.replace("-", "_")  # --batch_size, as the field is called, is the same as --batch-size
+        negated = name not in fields and name.startswith("no_") and _is(fields.get(name[3:]), bool)
+        name = name[3:] if negated else name
+        if name not in fields or fields[name].metadata["positional"] or (keys and not _is(fields[name], dict)):
+            raise ValueError(f"unknown option {option}{suggestion(f'--{first}', map(option_name, fields))}")
+        kind = _without_none(fields[name].type)
+        if kind is bool:
+            word = words.pop(0) if equals or (words and words[0].lower() in ("true", "false")) else "true"
+            given[name] = {"true": not negated, "false": negated}.get(word.lower(), word)
+            continue
+        texts = _take(words, kind, option)
+        if _is(fields[name], dict):
+            key, equals, value = texts[0].partition("=")
+            if keys or (equals and not key.lstrip().startswith("{")):
+                dotted.append(([name, *(keys or [key])], texts[0] if keys else value))
+                continue
+        value = _from_text(texts, fields[name].type)
+        given[name] = [*given.get(name, ()), *value] if _repeated(kind) else value
+    for field in (field for field in fields.values() if field.metadata["positional"]):
+        count = len(positions) if _is(field, list) else 1
+        if taken := positions[:count]:
+            given[field.name] = _from_text(taken, field.type)
+        positions = positions[count:]
+    if positions:
+        raise ValueError(f"unexpected argument {positions[0]!r}")
+    return given, dotted
+
+
+def _take(words: list[str], kind: Any, option: str) -> list[str]:
+    """Takes the words that belong to one option off the front."""
+    count = 1
+    if typing.get_origin(kind) is tuple or _repeated(kind):
+        count = len(typing.get_args(typing.get_args(kind)[0] if _repeated(kind) else kind))
+    elif typing.get_origin(kind) is list:
+        numbers = typing.get_args(kind)[0] in (int, float)
+        ends = (i for i, word in enumerate(words) if word.startswith("--") or (numbers and not _is_number(word)))
+        count = max(1, next(ends, len(words)))
+    taken = words[:count]
+    if len(taken) < count or any(word.startswith("--") for word in taken):
+        raise ValueError(f"{option} expects {count} value{'s' * (count > 1)}")
+    del words[:count]
+    return taken
+
+
+def _repeated(kind: Any) -> bool:
+    """Whether an option may be given again and again, each time with the same number of values: list[tuple[...]]."""
+    return typing.get_origin(kind) is list and typing.get_origin(typing.get_args(kind)[0]) is tuple
+
+
+def _is_number(word: str) -> bool:
+    return not isinstance(_from_text([word], float), str)
+
+
+def _from_text(texts: list[str], wanted: Any) -> Any:
+    """What the words of an option give for a type, as JSON would hold it; a word that does not fit stays a word."""
+    kind = _without_none(wanted)
+    origin, inside = typing.get_origin(kind), typing.get_args(kind)
+    if kind is not wanted and texts in (["null"], ["None"]):
+        return None
+    if _repeated(kind):
+        return [_from_text(texts, inside[0])]
+    if origin in (list, tuple):
+        return [_from_text([text], item) for text, item in zip(texts, inside * len(texts), strict=False)]
+    (text,) = texts
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
+        if kind in (int, float):
+            return kind(text)
+        return text if kind in (str, Path) or origin is typing.Literal else json.loads(text)
+    except ValueError:
         return {"True": True, "False": False, "None": None}.get(text, text)
 
 
-def _has_type(value: Any, wanted: Any) -> bool:
-    if wanted is Any:
-        return True
-    if isinstance(wanted, types.UnionType) or typing.get_origin(wanted) is typing.Union:
-        return any(_has_type(value, option) for option in typing.get_args(wanted))
-    if typing.get_origin(wanted) is typing.Literal:
-        return value in typing.get_args(wanted)
-    wanted = typing.get_origin(wanted) or wanted
-    if wanted in (int, float) and isinstance(value, bool):
-        return False
-    return isinstance(value, (int, float) if wanted is float else wanted)
+def format_help(cls: type, *, program: str, description: str, epilog: str = "") -> str:
+    """What --help prints: positional arguments, the options of `cls`, then those of the classes that it inherits from,
+    each under the beginning of its docstring."""
+    classes = [owner for owner in cls.__mro__ if dataclasses.is_dataclass(owner)]
+    groups: dict[str, list[str]] = {"Arguments": []} | {
+        _title(owner, cls): [] for owner in sorted(classes, key=lambda owner: owner is Options)
+    }
+    for field in dataclasses.fields(cls):
+        positional, kind = field.metadata["positional"], _without_none(field.type)
+        owner = next(owner for owner in classes if field.name in owner.__annotations__)
+        metavar = field.metadata["metavar"] or _metavar(kind)
+        name = f"{option_name(field.name)} {metavar}".rstrip()
+        if positional:
+            name = f"{metavar} ..." if _is(field, list) else metavar
+        if field.default is True:
+            name = f"--[no-]{name[2:]}"
+        groups["Arguments" if positional else _title(owner, cls)].append(_entry(name, _meaning(field)))
+    usage = " ".join(["usage:", program, *(re.split(r"  +", entry)[1] for entry in groups["Arguments"]), "[options]"])
+    sections = [f"{title}:\n" + "\n".join(entries) for title, entries in groups.items() if entries]
+    return "\n\n".join([usage, description, *sections, *([epilog] if epilog else [])])
+
+
+def _title(owner: type, cls: type) -> str:
+    return "Options" if owner is cls else re.split(r"[.:]\s|\.?$", owner.__doc__, maxsplit=1)[0]
+
+
+def _entry(name: str, meaning: str) -> str:
+    """A line of the help; the name has a line of its own when it is long."""
+    width = max(shutil.get_terminal_size().columns, 60) - 2
+    lines = textwrap.wrap(meaning, width - HELP_COLUMN, break_on_hyphens=False)
+    head = f"  {name}"
+    first = head.ljust(HELP_COLUMN) if len(head) < HELP_COLUMN - 1 else f"{head}\n{' ' * HELP_COLUMN}"
+    return first + f"\n{' ' * HELP_COLUMN}".join(lines)
+
+
+def _meaning(field: dataclasses.Field) -> str:
+    meaning, default = field.metadata["meaning"], _default(field)
+    if _is(field, dict):
+        meaning += f" (or --{field.name}.KEY VALUE)"
+    if meaning.endswith("]") or default is False or default in (None, REQUIRED, {}, []):
+        return meaning
+    shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else default
+    return f"{meaning} [{shown if isinstance(shown, str) else json.dumps(shown)}]"
+
+
+def _metavar(kind: Any) -> str:
+    origin, inside = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return "|".join(map(str, inside))
+    if origin is tuple:
+        return " ".join(map(_metavar, inside))
+    if origin is list:
+        return _metavar(inside[0]) if _repeated(kind) else f"{_metavar(inside[0])} ..."
+    return "KEY=VALUE" if (origin or kind) is dict else METAVARS.get(kind, "VALUE")
+
+
+# Types.
+
+
+def _checked(cls: type, values: Any, where: str | Path) -> dict[str, Any]:
+    """The values, every key known and every value of its field's type."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: {type(values).__name__} found, expected an object")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            raise ValueError(f"{where}: unknown key {key!r}, expected one of {', '.join(fields)}")
+    names = {key: f"{where}: {key}" if where else option_name(key) for key in values}
+    return {key: _convert(value, fields[key].type, names[key]) for key, value in values.items()}
+
+
+def _convert(value: Any, wanted: Any, name: str) -> Any:
+    """A value as its annotated type holds it: JSON's lists as tuples, its strings as paths. Else `ValueError`."""
+    fits, converted = _fit(value, wanted)
+    if not fits:
+        raise ValueError(f"{name} is {value!r}, expected {_type_name(wanted)}")
+    return converted
+
+
+def _fit(value: Any, wanted: Any) -> tuple[bool, Any]:
+    """(Whether a value is of a type, the value as that type holds it.)"""
+    origin, inside = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (types.UnionType, typing.Union):
+        return next((found for option in inside if (found := _fit(value, option))[0]), (False, value))
+    if origin in (list, tuple):
+        if not isinstance(value, list | tuple) or (origin is tuple and len(value) != len(inside)):
+            return False, value
+        found = [_fit(item, kind) for item, kind in zip(value, inside * len(value), strict=False)]
+        return all(fits for fits, _ in found), origin(item for _, item in found)
+    if origin is typing.Literal:
+        return value in inside, value
+    if wanted is Path:
+        return isinstance(value, str | Path), Path(value) if isinstance(value, str) else value
+    if wanted is Any or (wanted is float and type(value) is int):
+        return True, value
+    return isinstance(value, origin or wanted) and not (wanted in (int, float) and isinstance(value, bool)), value
 
 
 def _type_name(wanted: Any) -> str:
-    if isinstance(wanted, types.UnionType) or typing.get_origin(wanted) is typing.Union:
-        return " or ".join(_type_name(option) for option in typing.get_args(wanted))
-    if typing.get_origin(wanted) is typing.Literal:
-        return "one of " + ", ".join(map(repr, typing.get_args(wanted)))
-    return "null" if wanted is type(None) else getattr(wanted, "__name__", str(wanted))
+    origin, inside = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(map(_type_name, inside))
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(repr, inside))
+    if origin is tuple:
+        return f"{len(inside)} values ({', '.join(map(_type_name, inside))})"
+    if origin is list:
+        return f"a list of {_type_name(inside[0])}"
+    return "null" if wanted is types.NoneType else getattr(wanted, "__name__", str(wanted))
+
+
+def _without_none(wanted: Any) -> Any:
+    """X of the annotation X | None."""
+    options = [option for option in typing.get_args(wanted) if option is not types.NoneType]
+    is_union = typing.get_origin(wanted) in (types.UnionType, typing.Union)
+    return options[0] if is_union and len(options) == 1 else wanted
+
+
+def _is(field: dataclasses.Field | None, kind: type) -> bool:
+    """Whether a field holds a bool, dict or list."""
+    plain = None if field is None else _without_none(field.type)
+    return (typing.get_origin(plain) or plain) is kind
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is REQUIRED else field.default_factory()

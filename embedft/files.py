@@ -1,8 +1,9 @@
-"""Files that are whole or not there: atomic writes, JSON and JSONL with errors that name the line, hashes.
+"""Files that are whole or absent: atomic writes, JSON and JSONL with errors that name the line, locks, hashes.
 
-A reader never sees half a file: everything is written beside its place and renamed into it. Appending is for logs
-only, one JSON object a line; `resume_jsonl` takes off the half line that a killed process may have left, and `locked`
-keeps a second process from writing to the same place.
+A reader never sees half a file: everything is written beside its place and renamed into it. Only logs are appended to,
+one JSON object per line; `resume_jsonl` removes the half line that a killed process may have left. When a write fails,
+on a full disk for example, the `OSError` names the file, earlier files stay as they were, and nothing half-written is
+left.
 
     with atomic_write("metrics.json") as file:
         file.write("{}")
@@ -11,25 +12,41 @@ keeps a second process from writing to the same place.
 import contextlib
 import gzip
 import hashlib
+import io
 import json
 import os
+import re
 import secrets
+import shutil
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-BLOCK_BYTES = 1 << 20
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Makes the `OSError` of a failed write name `path`; Python and safetensors leave the name out."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or not (error.filename is None or str(error.filename).endswith(".tmp")):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    except Exception as error:
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
+        raise
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
-    """Opens a temporary file beside `path` and renames it to `path` when the block ends; on an error nothing changes.
+    """Opens a temporary file beside `path` and renames it to `path` when the block ends; an error changes nothing.
 
     Args:
-        path: the file to make or replace; its folder is made when missing.
+        path: the file to create or replace; its folder is created when missing.
         mode: "w" (UTF-8 text, newlines as given) or "wb".
     """
     path = Path(path)
@@ -37,7 +54,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
-        with open(temporary, mode, **text) as file:
+        with naming(path), open(temporary, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -46,10 +63,46 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
         temporary.unlink(missing_ok=True)
 
 
-def check_writable(path: str | Path) -> None:
-    """Raises `ValueError` unless `path`, which need not be there, can be a folder with new files. Changes nothing."""
+@contextlib.contextmanager
+def replace_files(folder: str | Path, *, stale: Collection[str] = ()) -> Iterator[Path]:
+    """Yields an empty folder, whose files move into `folder` when the block ends; then the stale ones are removed.
+
+    Until everything is written, or when an error ends the block, nothing in `folder` changes.
+
+    Args:
+        stale: paths within `folder` to remove unless they were written, and then their folders when those are empty.
+    """
+    folder = Path(folder)
+    created = not folder.exists()
+    new = folder / f".{secrets.token_hex(4)}.tmp"
+    new.mkdir(parents=True)
+    try:
+        yield new
+        written = [path.relative_to(new) for path in sorted(new.rglob("*")) if path.is_file()]
+        for path in written:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(new / path, folder / path)
+        for path in (Path(name) for name in stale if Path(name) not in written):
+            (folder / path).unlink(missing_ok=True)
+            if path.parent != Path() and (folder / path.parent).is_dir() and not any((folder / path.parent).iterdir()):
+                (folder / path.parent).rmdir()
+    except OSError as error:
+        if error.filename and Path(error.filename).is_relative_to(new):
+            error.filename = str(folder / Path(error.filename).relative_to(new))
+        raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        if created and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def check_writable(path: str | Path, *, file: bool = False) -> None:
+    """Raises `ValueError` unless `path` can be a folder with new files or, if `file`, a new file. Changes nothing."""
     path = Path(path)
-    parent = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if file and path.is_dir():
+        raise ValueError(f"{path}: is a folder, expected the name of a file")
+    parents = path.absolute().parents
+    parent = next(place for place in ((path, *parents) if not file else parents) if place.exists())
     try:
         with tempfile.TemporaryFile(dir=parent):
             pass
@@ -70,39 +123,36 @@ def read_lines(path: str | Path) -> Iterator[str]:
     A file that ends in .gz is decompressed. Memory does not grow with the file.
 
     Raises:
-        ValueError: naming the line of a bad byte; a damaged .gz file, or a Git LFS pointer instead of a file.
+        ValueError: naming the line of an invalid byte; a damaged .gz file, or a Git LFS pointer instead of a file.
     """
     with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
-        for number, raw in enumerate(_lines_of(file, path), start=1):
+        yield from _decoded(file, path)
+
+
+def _decoded(lines: Iterable[bytes], path: str | Path) -> Iterator[str]:
+    try:
+        for number, raw in enumerate(lines, start=1):
             if number == 1 and raw.startswith(b"version https://git-lfs.github.com/spec/"):
                 raise ValueError(f"{path}: is a Git LFS pointer, not the data; download it with `git lfs pull`")
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                # error.object: what the codec saw, which is `raw` without the byte order mark.
-                byte = error.object[error.start]
-                raise ValueError(f"{path} line {number}: invalid UTF-8 (byte {byte:#04x})") from None
-            yield line
-
-
-def _lines_of(file: IO[bytes], path: str | Path) -> Iterator[bytes]:
-    try:
-        yield from file
+            yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]  # of what the codec saw: `raw` without the byte order mark
+        raise ValueError(f"{path} line {number}: invalid UTF-8 (byte {byte:#04x})") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: damaged gzip file ({error})") from None
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file (a byte order mark is dropped). Raises `ValueError` naming the line of a bad byte."""
+    """The text of a UTF-8 file, without a byte order mark. Raises `ValueError` naming the line of an invalid byte."""
     return "".join(read_lines(path))
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object as a dict; a key that stands twice is refused, where `json` would silently keep the last."""
+    """A JSON object as a dict. Refuses a repeated key, of which `json` would silently keep the last."""
     value = dict(pairs)
     if len(value) < len(pairs):
         counts = Counter(key for key, _ in pairs)
-        raise ValueError(f"key {counts.most_common(1)[0][0]!r} stands twice in one object")
+        raise ValueError(f"key {counts.most_common(1)[0][0]!r} occurs twice in one object")
     return value
 
 
@@ -116,18 +166,18 @@ def _parse_json(text: str, path: str | Path, line: int | None = None) -> Any:
     except json.JSONDecodeError as error:
         where = f"{path} line {error.lineno if line is None else line} column {error.colno}"
         raise ValueError(f"{where}: invalid JSON ({error.msg})") from None
-    except (ValueError, RecursionError) as error:  # a doubled key, a number beyond Python's limit, too deep a nesting
+    except (ValueError, RecursionError) as error:  # repeated key, too many digits, too deep
         where = f"{path}" if line is None else f"{path} line {line}"
         raise ValueError(f"{where}: invalid JSON ({error})") from None
 
 
 def read_json(path: str | Path) -> Any:
-    """The value in a JSON file. Raises `ValueError` that names the file and, as far as known, line and column."""
+    """The value in a JSON file. Raises `ValueError` naming the file and, when known, line and column."""
     return _parse_json(read_text(path), path)
 
 
 def read_object(path: str | Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises `ValueError` as `read_json` does, and when it holds something else."""
+    """The object in a JSON file. Raises `ValueError` as `read_json` does, and for any other value."""
     value = read_json(path)
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds a {type(value).__name__}, expected an object")
@@ -135,9 +185,9 @@ def read_object(path: str | Path) -> dict[str, Any]:
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, Any]]:
-    """Yields (line number from 1, value) of a JSON-lines file; blank lines are passed over.
+    """Yields (line number from 1, value) of a JSON Lines file, without its blank lines.
 
-    Reads line by line, so memory does not grow with the file. Raises `ValueError` that names file and line.
+    Memory does not grow with the file. Raises `ValueError` naming file and line.
     """
     for number, line in enumerate(read_lines(path), start=1):
         if line.strip():
@@ -145,82 +195,66 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, Any]]:
 
 
 def append_jsonl(path: str | Path, record: dict) -> None:
-    """Appends one JSON object as a line. One write call, so a killed process leaves at most its last line short."""
-    line = json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
-    with open(path, "ab") as file:
-        file.write(line.encode("utf-8"))
+    """Appends one JSON object as a line. A killed process leaves at most its last line short, an error nothing."""
+    line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+    with naming(path), open(path, "ab", buffering=0) as file:
+        start = file.seek(0, os.SEEK_END)
+        try:
+            written = file.write(line)
+            while written < len(line):  # a disk that is nearly full takes a part, then none
+                written += file.write(line[written:])
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(start)
+            raise
 
 
 def resume_jsonl(path: str | Path, *, repair: bool = True) -> Iterator[dict]:
-    """Yields the objects of an append-only log; what a killed process left of its last line is passed over.
+    """Yields the objects of an append-only log, without the half line that a killed process may have left at its end.
 
     A last line that lacks only its line feed counts. A missing file is an empty log.
 
     Args:
-        repair: make the file ready for more, before anything is yielded: the half line is cut off, the line feed added.
+        repair: before yielding anything, make the file ready to append to: cut off the half line, add the line feed.
 
     Raises:
-        ValueError: a line is whole and no JSON object, naming it, or the last one is not the beginning of one.
+        ValueError: naming a whole line that is no JSON object; the last line is not the beginning of one.
     """
     path = Path(path)
-    if not path.exists():
-        return
-    with open(path, "rb+" if repair else "rb") as file:
-        end = _end_of_last_line(file)
-        file.seek(end)
-        tail = file.read()
-        if tail.strip() and not tail.startswith(b"{"):
-            raise ValueError(f"{path}: its last line does not begin as a JSON object, so it is left alone")
-        if _is_json(tail):
-            end += len(tail)
-            if repair:
-                file.write(b"\n")
-        elif repair:
+    data = path.read_bytes() if path.exists() else b""
+    end = data.rfind(b"\n") + 1
+    tail = data[end:]
+    if tail.strip() and not tail.startswith(b"{"):
+        raise ValueError(f"{path}: the last line is not the beginning of a JSON object, so it is left alone")
+    try:
+        json.loads(tail)
+        end, tail = len(data), b"\n"
+    except (ValueError, RecursionError):
+        tail = b""
+    if repair and data[end:] != tail:
+        with naming(path), open(path, "rb+") as file:
             file.truncate(end)
-    place = 0
-    for number, line in enumerate(read_lines(path) if end else (), start=1):
+            file.seek(end)
+            file.write(tail)
+    for number, line in enumerate(_decoded(io.BytesIO(data[:end]), path), start=1):
         if line.strip():
             record = _parse_json(line.rstrip("\r\n"), path, number)
             if not isinstance(record, dict):
                 raise ValueError(f"{path} line {number}: holds a {type(record).__name__}, expected an object")
             yield record
-        place += len(line.encode())
-        if place >= end:  # before the half line is read
-            return
-
-
-def _is_json(tail: bytes) -> bool:
-    try:
-        json.loads(tail)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _end_of_last_line(file: IO[bytes]) -> int:
-    """The place behind the last line feed of a file, read from its end; 0 when there is none."""
-    place = file.seek(0, os.SEEK_END)
-    while place:
-        start = max(place - BLOCK_BYTES, 0)
-        file.seek(start)
-        found = file.read(place - start).rfind(b"\n")
-        if found >= 0:
-            return start + found + 1
-        place = start
-    return 0
 
 
 @contextlib.contextmanager
 def locked(path: str | Path, *, wait: Callable[[str], object] | None = None) -> Iterator[None]:
     """Holds the lock file `path` while the block runs, so that one process writes at a time.
 
-    The system frees the lock when the process ends, however it ends; the empty file stays.
+    The system releases the lock when the process ends, however it ends; the empty file stays.
 
     Args:
-        wait: None: do not. Else, when the lock is held, it is told by whom ("process 17"), once, before the waiting.
+        wait: called once with the holder ("process 17") before waiting for it. None: do not wait.
 
     Raises:
-        ValueError: another process, or another block of this one, holds it.
+        ValueError: another process, or another block of this one, holds the lock.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -262,6 +296,6 @@ def sha256_file(path: str | Path) -> str:
     """The SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(BLOCK_BYTES):
+        while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -1,6 +1,6 @@
-"""One progress bar for all long work: what is done, rate, time left, on stderr.
+"""Progress of long work, on stderr: a bar on a terminal, elsewhere a line every half minute; rate and time left.
 
-Shown when stderr is a terminal. EMBEDFT_PROGRESS=0 silences it and EMBEDFT_PROGRESS=1 forces it, so does `show`.
+EMBEDFT_PROGRESS=0 silences it, EMBEDFT_PROGRESS=1 forces the bar, and so does `show`.
 
     with progress_bar(len(texts), "encoding", unit="text") as bar:
         bar.update(32)
@@ -12,19 +12,36 @@ import sys
 from tqdm import tqdm
 
 
-def progress_bar(total: int | None, description: str, *, unit: str, show: bool | None = None, initial: int = 0) -> tqdm:
-    """A tqdm bar on stderr. `show` None: as EMBEDFT_PROGRESS says, else whether stderr is a terminal."""
-    if show is None:
-        asked = os.environ.get("EMBEDFT_PROGRESS")
-        show = sys.stderr.isatty() if asked is None else asked != "0"
-    return tqdm(
-        total=total,
-        desc=description,
-        unit=unit,
-        initial=initial,
-        file=sys.stderr,
-        disable=not show,
-        dynamic_ncols=True,
-        mininterval=0.2,
-        leave=False,
-    )
+class _Lines(tqdm):
+    """A bar that writes a new line each time, for logs."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if msg is None:  # tqdm's "" would clear the bar
+            print(self, file=self.fp, flush=True)
+
+
+def progress_bar(
+    total: int | None,
+    description: str,
+    *,
+    unit: str,
+    show: bool | None = None,
+    initial: int = 0,
+    line_seconds: float = 30,
+) -> tqdm:
+    """A tqdm bar on stderr.
+
+    Args:
+        show: None: as EMBEDFT_PROGRESS says; when it is unset, a bar on a terminal, else lines.
+        initial: how much was done before.
+        line_seconds: time between two lines; work that takes less shows none.
+    """
+    asked = os.environ.get("EMBEDFT_PROGRESS")
+    lines = show is None and asked is None and not sys.stderr.isatty()
+    disable = not show if show is not None else asked == "0"
+    common = {"total": total, "desc": description, "unit": unit, "initial": initial, "file": sys.stderr}
+    if lines and not disable:
+        form = "{desc}: {n_fmt} of {total_fmt} ({unit}), {rate_fmt}, {remaining} left{postfix}"
+        every = {"delay": line_seconds, "mininterval": line_seconds, "maxinterval": 2 * line_seconds, "miniters": 1}
+        return _Lines(**common, **every, bar_format=form, leave=False)
+    return tqdm(**common, disable=disable, dynamic_ncols=True, mininterval=0.2, leave=False)

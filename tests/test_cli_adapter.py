@@ -1,4 +1,4 @@
-"""commands/adapters.py: `embedft adapter` and `embedft evaluate --adapter`, by `main` and once in a process."""
+"""commands/adapter.py: `embedft adapter` and `embedft evaluate --adapter`, by `main` and once in a process."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def place(tmp_path, monkeypatch):
 def test_fits_measures_and_evaluates(place, capsys):
     assert main([*FIT, "--out", "adapter", "--validation", "other.json"]) == 0
     out = capsys.readouterr().out
-    assert "questions held out" in out
+    assert "held-out questions" in out
     assert "mrr@10" in out
     assert out.endswith("adapter: adapter\n")
     assert sorted(p.name for p in (place / "adapter").iterdir()) == [
@@ -66,9 +66,9 @@ def test_each_text_is_embedded_once(place, capsys, monkeypatch):
 
 def test_through_a_store(place, capsys):
     assert main([*FIT, "--out", "one", "--store", "store"]) == 0
-    assert "0 texts were there, 50 computed" in capsys.readouterr().err
+    assert "0 texts found, 50 computed" in capsys.readouterr().err
     assert main([*FIT, "--out", "two", "--store", "store"]) == 0
-    assert "50 texts were there, 0 computed" in capsys.readouterr().err
+    assert "50 texts found, 0 computed" in capsys.readouterr().err
     one, two = Adapter.load("one"), Adapter.load("two")
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     assert (place / "one" / "train.jsonl").read_bytes() == (place / "two" / "train.jsonl").read_bytes()
@@ -78,13 +78,13 @@ def test_without_held_out_documents(place, capsys):
     assert main([*FIT, "--out", "adapter", "--held-out", "0"]) == 0
     assert "weights of the last step, 20" in capsys.readouterr().out
     assert main([*FIT, "--out", "far", "--lr", "1000"]) == 0
-    assert "no step: nothing that was fitted beat the start" in capsys.readouterr().out
+    assert "kept the start: no step improved on it" in capsys.readouterr().out
 
 
 def test_start_and_overwrite(place, capsys):
     assert main([*FIT, "--out", "adapter"]) == 0
     assert main([*FIT, "--out", "adapter"]) == 2
-    assert "adapter: not empty; choose another folder, or overwrite" in capsys.readouterr().err
+    assert "adapter: not empty; choose another folder, or --overwrite" in capsys.readouterr().err
     first = Adapter.load("adapter")
     assert main([*FIT, "--out", "adapter", "--overwrite", "--start", "adapter", "--epochs", "1", "--lr", "1e-9"]) == 0
     np.testing.assert_allclose(Adapter.load("adapter").query.weight.detach(), first.query.weight.detach(), atol=1e-6)
@@ -141,7 +141,7 @@ def test_a_model_that_cuts_no_passages_is_refused(place, capsys, monkeypatch):
     class Whole:
         adapter = store = None
 
-    monkeypatch.setattr("embedft.commands.adapters._load_encoding", lambda options: Whole())
+    monkeypatch.setattr("embedft.commands.adapter.load_encoder", lambda options: Whole())
     assert main([*FIT, "--out", "adapter", "--passages", "6", "2"]) == 2
     assert "passages is (6, 2): Whole cannot cut documents into windows" in capsys.readouterr().err
 

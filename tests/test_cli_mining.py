@@ -1,4 +1,4 @@
-"""commands/mining.py: `embedft mine` by `main`, what it writes and says, and that it trains."""
+"""commands/mine.py: `embedft mine` by `main`, what it writes and says, and that it trains."""
 
 import json
 from dataclasses import replace
@@ -115,7 +115,7 @@ def test_questions_with_too_few_are_told_of(place, capsys):
     short = sum(count < 3 for count in counts)
     assert 0 < short < 12
     assert main(["mine", "model", "pairs.json", "--out", "m.jsonl", *options]) == 0
-    told = f"{short} of 12 questions have fewer than 3 negatives, {counts.count(0)} none: a later last rank"
+    told = f"{short} of 12 questions have fewer than 3 negatives, {counts.count(0)} have none; a later last rank"
     assert capsys.readouterr().err.startswith(told)
     pairs = RetrievalDataset.load("m.jsonl")
     assert {query_id: len(pairs.negatives.get(query_id, ())) for query_id in pairs.queries} == dict(
@@ -129,23 +129,23 @@ def test_questions_with_too_few_are_told_of(place, capsys):
 def test_a_store_and_an_adapter(place, capsys):
     options = ["--out", "m.jsonl", *RANKS, "--store", "vectors"]
     assert main(["mine", "model", "pairs.json", *options]) == 0
-    assert "0 texts were there, 21 computed" in capsys.readouterr().err
+    assert "0 texts found, 21 computed" in capsys.readouterr().err
     plain = (place / "m.jsonl").read_text()
     fit = ["adapter", "model", "pairs.json", "--out", "adapter", "--epochs", "30", "--lr", "0.1", "--store", "vectors"]
     assert main(fit) == 0
     capsys.readouterr()
     assert main(["mine", "model", "pairs.json", *options, "--adapter", "adapter"]) == 0
-    assert "21 texts were there, 0 computed" in capsys.readouterr().err
+    assert "21 texts found, 0 computed" in capsys.readouterr().err
     assert (place / "m.jsonl").read_text() != plain
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--out", "mined.csv"], "--out is mined.csv, expected a name that ends in .jsonl: the format that holds"),
-        (["--out", "pairs.json/m.jsonl"], "pairs.json: cannot be written to"),
+        (["--out", "mined.csv"], "--out is mined.csv, expected a name that ends in .jsonl, which holds"),
+        (["--out", "pairs.json/m.jsonl"], "pairs.json/m.jsonl: cannot be written to"),
         (["--out", "m.jsonl"], "ranks start at 10, but the corpus has 9 documents"),
-        (["--out", "m.jsonl", "--ranks", "3", "2"], "ranks is [3, 2], expected the first and last rank"),
+        (["--out", "m.jsonl", "--ranks", "3", "2"], "ranks is (3, 2), expected the first and last rank"),
         (["--out", "m.jsonl", *RANKS, "--relative-margin", "-1"], "relative_margin is -1.0, expected at least 0"),
         (["--out", "m.jsonl", *RANKS, "--max-score", "-1"], "no question has a negative, nothing"),
     ],
@@ -159,5 +159,5 @@ def test_errors_are_one_line(place, capsys, options, message):
 
 
 def test_nothing_is_computed_before_the_settings_are_checked(place, capsys, monkeypatch):
-    monkeypatch.setattr("embedft.commands.mining._load_encoding", lambda *_, **__: pytest.fail("work has begun"))
+    monkeypatch.setattr("embedft.commands.mine.load_encoder", lambda *_, **__: pytest.fail("work has begun"))
     assert main(["mine", "model", "pairs.json", "--out", "mined"]) == 2

@@ -1,4 +1,4 @@
-"""commands/retrieval.py: `embedft evaluate` and `embedft compare` by `main`, beside the functions they stand for."""
+"""`embedft evaluate` and `embedft compare` by `main`, beside the functions they stand for."""
 
 import csv
 import dataclasses
@@ -17,7 +17,7 @@ from tiny import make_dataset, make_embedder
 
 from embedft import Report, bm25_run, compare, evaluate, evaluate_run, fuse, load_embedder
 from embedft.cli import main
-from embedft.commands.retrieval import short_names
+from embedft.commands.options import short_names
 from embedft.retrieval.evaluate import evaluate_grid
 from embedft.retrieval.tables import format_comparisons, format_grid, format_reports
 
@@ -54,7 +54,7 @@ def test_evaluate(place, capsys):
     embedder = make_embedder(place / "model")
     report, bm25 = evaluate(embedder, make_dataset()), bm25_report(embedder)
     table = format_reports({"model": report, "bm25": bm25}, style="text")
-    assert run(capsys, "evaluate model pairs.json --out eval") == f"{report}\n\n{table}\n"
+    assert run(capsys, "evaluate model pairs.json --out eval") == f"model: {report}\n\n{table}\n"
     assert [line.split()[0] for line in table.splitlines()] == ["report", "model", "bm25"]
     assert Report.load("eval").metrics == report.metrics
     saved = Report.load("eval/bm25")
@@ -80,7 +80,7 @@ def test_a_report_is_replaced_on_request_and_nothing_of_it_stays(place, capsys):
 
 def test_evaluate_without_bm25(place, capsys):
     report = evaluate(make_embedder(place / "model"), make_dataset())
-    assert run(capsys, "evaluate model pairs.json --no-bm25 --out eval") == f"{report}\n"
+    assert run(capsys, "evaluate model pairs.json --no-bm25 --out eval") == f"model: {report}\n"
     assert (
         run(capsys, "evaluate model pairs.json --no-bm25 --style csv")
         == f"{format_reports({'model': report}, style='csv')}\n"
@@ -143,7 +143,7 @@ def test_one_setting_is_no_grid(place, capsys, option):
     name, value = option.split()[:2]
     key = {"--precisions": "precision", "--indices": "index", "--dims": "dim"}[name]
     expected = evaluate(make_embedder(place / "model"), make_dataset(), **{key: int(value) if key == "dim" else value})
-    assert run(capsys, f"evaluate model pairs.json --no-bm25 {option} --out eval") == f"{expected}\n"
+    assert run(capsys, f"evaluate model pairs.json --no-bm25 {option} --out eval") == f"model: {expected}\n"
     assert Report.load("eval").setting[key] == expected.setting[key]
 
 
@@ -153,7 +153,7 @@ def test_evaluate_an_api_says_that_bm25_is_over_words(place, capsys, monkeypatch
         arguments = ["evaluate", "openai:vectors", "pairs.json", "--base-url", server.base_url, "--out", "eval"]
         assert main(arguments) == 0
     output = capsys.readouterr()
-    assert "bm25 is over words: which tokens the model reads is not known\n" in output.err
+    assert "bm25 is over words: the model's tokens are not known\n" in output.err
     words = evaluate_run(bm25_run(make_dataset()), make_dataset())
     saved = Report.load("eval/bm25")
     assert (saved.setting["tokens"], saved.run.to_dict()) == ("words", words.run.to_dict())
@@ -185,7 +185,7 @@ def test_evaluate_a_grid(place, capsys):
     reports = evaluate_grid(make_embedder(place / "model"), make_dataset(), **SETTINGS)
     out = run(capsys, f"evaluate model pairs.json {GRID} --out eval --no-bm25")
     title, empty, *rows = out.splitlines()
-    assert (title, empty) == ("12 queries, ndcg@10; differences to dim32-float32-flat", "")
+    assert (title, empty) == ("model: 12 queries, ndcg@10; differences to dim32-float32-flat", "")
 
     def without_costs(lines: list[str]) -> list[list[str]]:
         return [re.split("  +", line)[:-3] for line in lines]
@@ -226,20 +226,20 @@ def test_the_metric_of_a_grid(place, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--dim 8 --dims 8 4", "--dim is 8 and --dims [8, 4], expected one of the two"),
+        ("--dim 8 --dims 8 4", "--dim and --dims cannot be combined"),
         ("--whole", "--whole is for --passages, which is not given"),
-        ("--fuse-weight 0.5", "--fuse-weight is for --fuse, which is not given"),
+        ("--fuse-weight 0.4", "--fuse-weight is for --fuse, which is not given"),
         ("--fuse --fuse-weight 1.5", "--fuse-weight is 1.5, expected 0 to 1"),
         ("--fuse --fuse-weight nan", "--fuse-weight is nan, expected 0 to 1"),
         ("--fuse --dims 8 4", "--fuse is for one setting, these are 2"),
-        ("--fuse --no-bm25", "argument --no-bm25: not allowed with argument --fuse"),
-        ("--json --style csv", "argument --style: not allowed with argument --json"),
-        ("--style html", "argument --style: invalid choice: 'html'"),
+        ("--fuse --no-bm25", "--no-bm25 and --fuse cannot be combined"),
+        ("--json --style csv", "--style and --json cannot be combined"),
+        ("--style html", "style is 'html', expected one of"),
         ("--metric mrr@3", "--metric is for several settings, this is one"),
         ("--dims 8 4 --metric mrr@7", "--metric is 'mrr@7', expected one of hit_rate@1, "),
         ("--dims 8 4 --ks 0", "cutoffs ks=(0,)"),
         ("--dims 33 8", "dim is 33, expected 1 to 32"),
-        ("--precisions int4", "argument --precisions: invalid choice: 'int4'"),
+        ("--precisions int4", "precisions is ['int4'], expected a list of one of"),
         ("--indices nothing", "nothing"),
         ("--adapter missing", "missing: no adapter"),
     ],
@@ -250,11 +250,7 @@ def test_errors_of_evaluate(place, capsys, arguments, message):
 
 
 def check_error(capsys, arguments: str, message: str) -> None:
-    try:
-        code = main(arguments.split())
-    except SystemExit as error:  # argparse's own
-        code = error.code
-    output = capsys.readouterr()
+    code, output = main(arguments.split()), capsys.readouterr()
     assert (code, output.out) == (2, "")
     assert message in output.err
     assert output.err.count("\n") == 1
@@ -323,7 +319,7 @@ def test_compare_what_evaluate_wrote(place, capsys):
     ("arguments", "message"),
     [
         ("runs/base/eval/uber", "one report, runs/base/eval/uber: expected a base and at least one other"),
-        ("", "the following arguments are required: REPORT"),
+        ("", "missing REPORT"),
         ("runs/base/eval/uber missing", "missing holds no report: metrics.json is missing"),
         ("runs/base runs/tuned/eval/uber", "runs/base: is no report, but holds runs/base/eval/uber"),
         ("runs/base/eval runs/tuned/eval/uber", "runs/base/eval: is no report, but holds runs/base/eval/uber"),
@@ -342,7 +338,7 @@ def test_compare_what_evaluate_wrote(place, capsys):
         ),
         ("runs/base/eval/uber runs/damaged", "runs/damaged/per_query.jsonl line 3"),
         ("runs/base/eval/uber runs/corpus", "the reports do not compare: num_documents is 7 in base"),
-        ("runs/base/eval/uber runs/tuned/eval/uber --method exact", "argument --method: invalid choice: 'exact'"),
+        ("runs/base/eval/uber runs/tuned/eval/uber --method exact", "method is 'exact', expected one of"),
         ("runs/base/eval/uber runs/tuned/eval/uber --save-plot a.txt", "a.txt: suffix is 'txt'"),
         (
             "runs/base/eval/uber runs/tuned/eval/uber runs/worse/eval/uber --save-plot a.png",

@@ -130,7 +130,7 @@ def test_hybrid_of_a_model_that_shows_no_tokens(place, capsys, monkeypatch):
         similarity, store = "cosine", None
         encode = staticmethod(make_embedder(place / "model").encode)
 
-    monkeypatch.setattr("embedft.commands.search._load_encoding", lambda options, adapter: Silent())
+    monkeypatch.setattr("embedft.commands.search.load_encoder", lambda options, adapter: Silent())
     (place / "two.jsonl").write_text('{"id": "x", "text": "abc a"}\n{"id": "y", "text": "ab c a"}\n')
     (_, _, first), (_, _, second) = rows_of(run(capsys, "two.jsonl", "abc", "--hybrid"))
     assert (first, second) == ("x", "y")
@@ -142,9 +142,9 @@ def test_hybrid_of_a_model_that_shows_no_tokens(place, capsys, monkeypatch):
 def test_through_a_store(place, capsys):
     arguments = ["search", "model", "chunks", QUESTION, "--store", "vectors"]
     assert main(arguments) == 0
-    assert "0 texts were there, 10 computed" in capsys.readouterr().err
+    assert "0 texts found, 10 computed" in capsys.readouterr().err
     assert main(arguments) == 0
-    assert "10 texts were there, 0 computed" in capsys.readouterr().err
+    assert "10 texts found, 0 computed" in capsys.readouterr().err
 
 
 # The window that answers best.
@@ -259,7 +259,7 @@ def test_questions_are_typed_until_an_empty_line(place, capsys, monkeypatch):
         (["empty.jsonl", QUESTION], "empty.jsonl"),
         (["bad.jsonl", QUESTION], "bad.jsonl line 2: expected an object with `id` and `text`"),
         (["chunks", QUESTION, "--split", "test"], "chunks"),
-        (["chunks", QUESTION, "--format", "csv"], "chunks: not a 'csv' data set"),
+        (["chunks", QUESTION, "--format", "csv"], "chunks: not a 'csv' dataset"),
         (["chunks", " "], "the question is empty"),
         (["chunks", QUESTION, "--depth", "0"], "--depth is 0, expected at least 1"),
         (["chunks", QUESTION, "--dim", "33"], "dim is 33, expected 1 to 32"),

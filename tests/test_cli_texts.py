@@ -1,4 +1,4 @@
-"""commands/texts.py: from files to data sets by `main`, with a real server on loopback and without one."""
+"""commands/chunk.py, questions.py: from files to data sets by `main`, with a server on loopback and without."""
 
 import json
 
@@ -69,7 +69,7 @@ def test_chunk_splits_and_leaves_no_file_of_an_earlier_split(place, capsys):
     assert chunk() == 0
     capsys.readouterr()
     assert chunk("--train-files", "docs/notes.txt") == 0
-    assert capsys.readouterr().err.splitlines()[-1] == "chunks/chunks.jsonl: removed, it was of another split"
+    assert capsys.readouterr().err.splitlines()[-1] == "chunks/chunks.jsonl: removed, it belonged to another split"
     assert sorted(path.name for path in (place / "chunks").iterdir()) == [
         "chunk-report.json",
         "train.jsonl",
@@ -85,7 +85,9 @@ def test_chunk_splits_and_leaves_no_file_of_an_earlier_split(place, capsys):
     assert capsys.readouterr().err.splitlines()[-1].startswith("embedft chunk: error: no chunk is left for training")
     assert chunk("--train-pages", "two") == 2
     assert chunk("--size", "2") == 2
-    assert "--size is 2, expected more than the 2 tokens that the model puts around a text" in capsys.readouterr().err
+    assert (
+        "--size is 2, expected more than the 2 special tokens that the model adds to a text" in capsys.readouterr().err
+    )
 
 
 def test_repeated_lines_go_on_request(place, capsys):
@@ -121,9 +123,8 @@ def test_titles(place, capsys):
     assert list(RetrievalDataset.load("out/chunks.json").queries.values()) == ["Rules of the house"]
 
 
-def test_docstrings(place, capsys, monkeypatch):
-    monkeypatch.setattr("embedft.commands.texts.NUM_DOCSTRINGS", (20, 10))
-    assert main(["questions", "numpy", "--out", "out", "--method", "docstring"]) == 0
+def test_docstrings(place, capsys):
+    assert main(["questions", "numpy", "--out", "out", "--method", "docstring", "--num-docstrings", "20", "10"]) == 0
     assert [len(RetrievalDataset.load(f"out/{name}.json").queries) for name in ("train", "validation")] == [20, 10]
 
 
@@ -139,7 +140,7 @@ def test_an_llm_is_asked_once(place, capsys):
         assert ask(server, "--dry-run", *prices) == 0
         assert server.counts["chat"] == 0
         assert not (place / "out").exists()
-        assert f"{num_chunks} of {num_chunks} chunks are to be asked for" in capsys.readouterr().out
+        assert f"{num_chunks} of {num_chunks} chunks have no questions yet" in capsys.readouterr().out
         assert ask(server, "--parameters.temperature", "0.5", *prices) == 0
         assert server.counts["chat"] == num_chunks
         assert {body["temperature"] for _, _, body in server.log} == {0.5}
@@ -240,7 +241,7 @@ def test_an_id_with_two_texts_is_refused(place, capsys):
     with ApiServer() as server:
         assert main(["questions", "sides", "--out", "out", "--base-url", server.base_url]) == 2
         assert server.counts["chat"] == 0
-    assert "sides: chunk id '0' has one text in training, one in validation" in capsys.readouterr().err
+    assert "sides: chunk '0' has one text in training, one in validation" in capsys.readouterr().err
 
 
 def test_training_asks_nothing_that_validation_asks(place, capsys):
@@ -350,12 +351,12 @@ def test_data_sets_load_in_llamaindex_and_in_sentence_transformers(place, capsys
             "--dry-run is for --method llm, this is --method ict",
         ),
         ("questions docs/more.md --out out --method title --max-cost 3", "--max-cost is for --method llm, this is"),
-        ("questions docs/more.md --out out --method ict --parameters.seed 3", "--parameters.seed is for --method llm"),
+        ("questions docs/more.md --out out --method ict --parameters.seed 3", "--parameters is for --method llm"),
         ("questions docs/more.md --out out --method title --validation", "--validation is for --method ict or llm"),
         ("questions docs/more.md --out out --round-trip 0", "--round-trip is 0, expected at least 1"),
         ("chunk docs --out out --train-pages=", "'' is not a list of pages"),
-        ("chunk docs --out out --size 0", "--size is 0, expected more than the 2 tokens"),
-        ("chunk docs --out out --no.such 1", "unrecognized arguments: --no.such"),
+        ("chunk docs --out out --size 0", "--size is 0, expected more than the 2 special tokens"),
+        ("chunk docs --out out --no.such 1", "unknown option --no.such"),
     ],
 )
 def test_errors_are_one_line(place, capsys, arguments, message):

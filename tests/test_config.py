@@ -1,17 +1,21 @@
-"""config.py: one dataclass, its options and its JSON; what is not in it is refused."""
+"""config.py: one dataclass, its options, its help and its JSON; anything else is refused."""
 
-import argparse
 import json
+import re
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
 from embedft import FinetuneConfig
 from embedft.config import (
-    add_options,
+    REQUIRED,
+    Options,
+    changed,
+    check_at_most_one,
     check_types,
-    config_from_options,
+    format_help,
     from_dict,
     parse,
     setting,
@@ -21,12 +25,20 @@ from embedft.config import (
 
 @dataclass(frozen=True)
 class Config:
+    """How to do it. And more."""
+
     epochs: int = setting(3, "passes over the data")
     lr: float = setting(5e-5, "at its highest, 100% of it")
-    schedule: Literal["linear", "cosine"] = setting("linear", "of the learning rate")
-    eval_every: int | None = setting(None, "steps")
+    schedule: Literal["linear", "cosine"] | None = setting("linear", "of the learning rate")
+    eval_every: int | None = setting(None, "steps [every epoch]")
     fused: bool = setting(False, "one kernel")
+    bias: bool = setting(True, "add one")
+    no_duplicates: bool = setting(False, "each text once")
     select: str = setting("ndcg@10", "the metric")
+    dims: list[int] | None = setting(None, "to keep")
+    names: list[str] = setting(["a"], "of something")
+    window: tuple[int, int] | None = setting(None, "size and stride")
+    sizes: list[tuple[int, float]] = setting([], "again and again")
     loss: dict[str, Any] = setting({"name": "plain", "inner": {"depth": 1}}, "name and options")
 
     def __post_init__(self):
@@ -35,19 +47,28 @@ class Config:
             raise ValueError(f"epochs is {self.epochs}, expected at least 1")
 
 
-def parsed(*arguments: str) -> Config:
-    """The configuration of a command line with a positional and an option of its own."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("data")
-    parser.add_argument("--out")
-    add_options(parser, Config)
-    return config_from_options(Config, parse(parser, arguments))
+@dataclass(frozen=True, kw_only=True)
+class Command(Config, Options):
+    """A command."""
+
+    data: list[str] = setting(REQUIRED, "what to read", metavar="DATA", positional=True)
+    out: Path = setting(REQUIRED, "where to write", metavar="DIR")
+
+
+def parsed(*arguments: str) -> Command:
+    return parse(Command, arguments)
+
+
+def expected(**changes: Any) -> Command:
+    return Command(**{"data": ["d.csv"], "out": Path("o"), **changes})
 
 
 # Dictionaries and JSON.
 
 
-@pytest.mark.parametrize("config", [Config(), Config(7, 1, "cosine", 10, True, "a", {"name": "x"})])
+@pytest.mark.parametrize(
+    "config", [Config(), Config(7, 1, "cosine", 10, True, False, True, "a", [1], ["b"], (1, 2), [(1, 2.0)], {"x": 1})]
+)
 def test_round_trip(config):
     assert from_dict(Config, json.loads(json.dumps(to_dict(config)))) == config
     assert list(to_dict(config)) == [field.name for field in fields(Config)]  # defaults included
@@ -58,48 +79,52 @@ def test_round_trip_of_the_real_one():
     assert from_dict(FinetuneConfig, json.loads(json.dumps(to_dict(config)))) == config
 
 
-def test_what_is_missing_keeps_its_default():
+def test_missing_keys_keep_their_default():
     assert from_dict(Config, {"lr": 1.0}) == Config(lr=1.0)
 
 
-def test_a_default_that_is_a_dict_is_nobodys_to_change():
+def test_a_default_that_is_a_dict_or_list_is_not_shared():
     Config().loss["name"] = "changed"
+    Config().names.append("b")
     to_dict(Config())["loss"]["inner"]["depth"] = 9
-    assert Config().loss["name"] == "plain"
-    assert Config().loss["inner"]["depth"] == 1
+    assert (Config().loss["name"], Config().loss["inner"]["depth"], Config().names) == ("plain", 1, ["a"])
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (
-            {"epoch": 1},
-            "run.json: unknown key 'epoch', expected one of epochs, lr, schedule, eval_every, fused, select",
-        ),
-        ({"epochs": 1.0}, "run.json: epochs is 1.0, expected int"),
-        ({"epochs": "1"}, "run.json: epochs is '1', expected int"),
-        ({"epochs": True}, "run.json: epochs is True, expected int"),
-        ({"epochs": None}, "run.json: epochs is None, expected int"),
-        ({"epochs": 0}, "run.json: epochs is 0, expected at least 1"),
-        ({"lr": False}, "run.json: lr is False, expected float"),
-        ({"lr": "1"}, "run.json: lr is '1', expected float"),
-        ({"schedule": "step"}, "run.json: schedule is 'step', expected one of 'linear', 'cosine'"),
-        ({"schedule": ["linear"]}, r"run.json: schedule is \['linear'\], expected one of 'linear', 'cosine'"),
-        ({"eval_every": "no"}, "run.json: eval_every is 'no', expected int or null"),
-        ({"fused": 1}, "run.json: fused is 1, expected bool"),
-        ({"select": 10}, "run.json: select is 10, expected str"),
-        ({"loss": "plain"}, "run.json: loss is 'plain', expected dict"),
-        ([1], "run.json: list found, expected an object"),
+        ({"epoch": 1}, "unknown key 'epoch', expected one of epochs, lr, schedule"),
+        ({"epochs": 1.0}, "epochs is 1.0, expected int"),
+        ({"epochs": "1"}, "epochs is '1', expected int"),
+        ({"epochs": True}, "epochs is True, expected int"),
+        ({"epochs": None}, "epochs is None, expected int"),
+        ({"epochs": 0}, "epochs is 0, expected at least 1"),
+        ({"lr": False}, "lr is False, expected float"),
+        ({"lr": "1"}, "lr is '1', expected float"),
+        ({"schedule": "step"}, "schedule is 'step', expected one of 'linear', 'cosine'"),
+        ({"schedule": ["linear"]}, r"schedule is \['linear'\], expected one of 'linear', 'cosine'"),
+        ({"eval_every": "no"}, "eval_every is 'no', expected int or null"),
+        ({"fused": 1}, "fused is 1, expected bool"),
+        ({"select": 10}, "select is 10, expected str"),
+        ({"loss": "plain"}, "loss is 'plain', expected dict"),
+        ({"dims": 3}, "dims is 3, expected a list of int or null"),
+        ({"dims": [1, "2"]}, "dims is .*, expected a list of int"),
+        ({"dims": [1, True]}, "dims is .*, expected a list of int"),
+        ({"window": [1]}, r"window is \[1\], expected 2 values \(int, int\) or null"),
+        ({"window": [1, 2, 3]}, r"window is \[1, 2, 3\], expected 2 values"),
+        ({"sizes": [[1, 2], [3]]}, "sizes is .*, expected a list of 2 values"),
+        ([1], "list found, expected an object"),
     ],
 )
 def test_refuses_what_is_not_in_it(values, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"run.json: {message}"):
         from_dict(Config, values, where="run.json")
 
 
 def test_check_types():
     with pytest.raises(ValueError, match="select is 5, expected str"):
         Config(select=5)
+    assert Config(window=[1, 2]).window == [1, 2]  # Python's own arguments are checked, not converted
 
 
 # The command line.
@@ -108,118 +133,162 @@ def test_check_types():
 @pytest.mark.parametrize(
     ("arguments", "changes"),
     [
-        ((), {}),
-        (("--epochs", "7", "--lr=1"), {"epochs": 7, "lr": 1}),
-        (("--lr", "2e-5"), {"lr": 2e-5}),
-        (("--eval_every", "null"), {"eval_every": None}),
-        (("--eval_every", "None"), {"eval_every": None}),
-        (("--fused", "true"), {"fused": True}),
-        (("--fused", "True"), {"fused": True}),
-        (("--schedule", "cosine"), {"schedule": "cosine"}),
-        (("--select", "10"), {"select": "10"}),  # a text stays one
-        (("--loss.temperature", "0.05"), {"loss": {"name": "plain", "inner": {"depth": 1}, "temperature": 0.05}}),
-        (("--loss.temperature=0.05",), {"loss": {"name": "plain", "inner": {"depth": 1}, "temperature": 0.05}}),
-        (("--loss.margin", "-0.5"), {"loss": {"name": "plain", "inner": {"depth": 1}, "margin": -0.5}}),
-        (("--loss.inner.depth", "2"), {"loss": {"name": "plain", "inner": {"depth": 2}}}),
-        (("--loss.new.deep", "x=y"), {"loss": {"name": "plain", "inner": {"depth": 1}, "new": {"deep": "x=y"}}}),
-        (("--loss.name", "other", "--loss.x=[1, 2]"), {"loss": {"name": "other", "inner": {"depth": 1}, "x": [1, 2]}}),
-        (("--loss", '{"name": "y"}', "--loss.z", "1"), {"loss": {"name": "y", "z": 1}}),
-        (("--loss.a", "1", "--loss.a", "2"), {"loss": {"name": "plain", "inner": {"depth": 1}, "a": 2}}),
+        ("", {}),
+        ("--epochs 7 --lr=1", {"epochs": 7, "lr": 1.0}),
+        ("--lr 2e-5", {"lr": 2e-5}),
+        ("--lr .5", {"lr": 0.5}),
+        ("--eval_every 5", {"eval_every": 5}),
+        ("--eval-every null", {"eval_every": None}),
+        ("--eval-every None", {"eval_every": None}),
+        ("--fused", {"fused": True}),
+        ("--fused True", {"fused": True}),
+        ("--fused=false", {}),
+        ("--fused --no-fused", {}),
+        ("--no-bias", {"bias": False}),
+        ("--bias false", {"bias": False}),
+        ("--no-duplicates", {"no_duplicates": True}),
+        ("--no-duplicates false", {}),
+        ("--schedule cosine", {"schedule": "cosine"}),
+        ("--schedule null", {"schedule": None}),
+        ("--select 10", {"select": "10"}),  # a text stays one
+        ("--dims 3 -1", {"dims": [3, -1]}),
+        ("--names x y --epochs 1", {"names": ["x", "y"], "epochs": 1}),
+        ("--window 128 64", {"window": (128, 64)}),
+        ("--sizes 1 2 --sizes 3 4.5", {"sizes": [(1, 2.0), (3, 4.5)]}),
+        ("--loss.temperature 0.05", {"loss": {"name": "plain", "inner": {"depth": 1}, "temperature": 0.05}}),
+        ("--loss.temperature=0.05", {"loss": {"name": "plain", "inner": {"depth": 1}, "temperature": 0.05}}),
+        ("--loss temperature=0.05", {"loss": {"name": "plain", "inner": {"depth": 1}, "temperature": 0.05}}),
+        ("--loss.margin -0.5", {"loss": {"name": "plain", "inner": {"depth": 1}, "margin": -0.5}}),
+        ("--loss.inner.depth 2", {"loss": {"name": "plain", "inner": {"depth": 2}}}),
+        ("--loss.new.deep x=y", {"loss": {"name": "plain", "inner": {"depth": 1}, "new": {"deep": "x=y"}}}),
+        ("--loss.name other --loss.x=[1,2]", {"loss": {"name": "other", "inner": {"depth": 1}, "x": [1, 2]}}),
+        ("--loss.on True --loss.off null", {"loss": {"name": "plain", "inner": {"depth": 1}, "on": True, "off": None}}),
+        ('--loss {"name":"y=z"} --loss.z 1', {"loss": {"name": "y=z", "z": 1}}),
+        ("--loss.a 1 --loss.a 2", {"loss": {"name": "plain", "inner": {"depth": 1}, "a": 2}}),
     ],
-)  # fmt: skip
-@pytest.mark.parametrize("before", [True, False])
-def test_options(arguments, changes, before):
-    """Wherever they stand: before the positional argument, or behind it."""
-    assert parsed(*((*arguments, "d.csv") if before else ("d.csv", *arguments))) == Config(**changes)
+)
+def test_options(arguments, changes):
+    assert parsed("d.csv", "--out", "o", *arguments.split()) == expected(**changes)
+
+
+def test_options_may_precede_arguments():
+    found = parsed("--out", "o", "--dims", "3", "4", "d.csv", "--fused", "e.csv", "--loss.a", "1", "f.csv")
+    changes = {"dims": [3, 4], "fused": True, "loss": {**Config().loss, "a": 1}}
+    assert found == expected(data=["d.csv", "e.csv", "f.csv"], **changes)
+
+
+def test_arguments_fill_their_places_in_order():
+    @dataclass(frozen=True, kw_only=True)
+    class Search(Options):
+        model: str = setting(REQUIRED, "", metavar="MODEL", positional=True)
+        question: str | None = setting(None, "", metavar="[QUESTION]", positional=True)
+
+    assert parse(Search, ["m"]) == Search(model="m")
+    assert parse(Search, ["m", "q"]) == Search(model="m", question="q")
+    with pytest.raises(ValueError, match="unexpected argument 'r'"):
+        parse(Search, ["m", "q", "r"])
+    with pytest.raises(ValueError, match="missing MODEL"):
+        parse(Search, [])
+    with pytest.raises(ValueError, match="unknown option --model"):
+        parse(Search, ["--model", "m"])
 
 
 def test_a_file_and_options_that_override_it(tmp_path):
     path = tmp_path / "run.json"
-    path.write_text(json.dumps({"epochs": 5, "lr": 1.0, "loss": {"name": "other", "a": 1, "b": 2}}))
-    config = parsed("d.csv", "--config", str(path), "--epochs", "6", "--loss.b", "3")
-    assert config == Config(epochs=6, lr=1.0, loss={"name": "other", "a": 1, "b": 3})
-    # What to_dict wrote is such a file.
-    path.write_text(json.dumps(to_dict(config)))
-    assert parsed("d.csv", "--config", str(path)) == config
+    path.write_text(json.dumps({"epochs": 5, "lr": 1.0, "loss": {"name": "other", "a": 1, "b": 2}, "window": [1, 2]}))
+    config = parsed("d.csv", "--out", "o", "--config", str(path), "--epochs", "6", "--loss.b", "3")
+    changes = {"epochs": 6, "lr": 1.0, "loss": {"name": "other", "a": 1, "b": 3}, "window": (1, 2)}
+    assert config == expected(config=path, **changes)
+    # to_dict writes such a file, and required options may come from it.
+    path.write_text(json.dumps({**to_dict(Config(epochs=2)), "out": "there"}))
+    assert parsed("d.csv", "--config", str(path)) == expected(config=path, epochs=2, out=Path("there"))
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"epoch": 5}', "run.json: unknown key 'epoch', expected one of epochs"),
-        ('{"epochs": 0}', "run.json: epochs is 0, expected at least 1"),
+        ('{"epoch": 5}', "run.json: unknown key 'epoch', expected one of .*, epochs, "),
+        ('{"epochs": "5"}', "run.json: epochs is '5', expected int"),
+        ('{"lr": 1, "epochs": 0}', "run.json and command line: epochs is 0, expected at least 1"),
         ('{"epochs": ', "run.json line 1 column 12: invalid JSON"),
-        ("[]", "run.json: list found, expected an object"),
+        ("[]", "run.json: holds a list, expected an object"),
     ],
 )
 def test_a_wrong_file_is_named(tmp_path, content, message):
     path = tmp_path / "run.json"
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
-        parsed("d.csv", "--config", str(path), "--epochs", "6")
+        parsed("d.csv", "--out", "o", "--config", str(path))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--epochs", "many"), "command line: epochs is 'many', expected int"),
-        (("--epochs", "0"), "command line: epochs is 0, expected at least 1"),
-        (("--loss", "other"), "command line: loss is 'other', expected dict"),
-        (("--lss.name", "x"), "command line: unknown option --lss.name, expected --NAME.KEY with NAME one of loss"),
-        (("--lr.x", "1"), "command line: unknown option --lr.x, expected --NAME.KEY with NAME one of loss"),
-        (("--loss.name.x", "1"), "command line: --loss.name.x: name is 'plain', which has no keys of its own"),
-        (("--.x", "1"), "command line: unknown option --.x"),
+        ("--epochs many", "--epochs is 'many', expected int"),
+        ("--epochs 1.5", "--epochs is '1.5', expected int"),
+        ("--epochs 0", "epochs is 0, expected at least 1"),
+        ("--epochs", "--epochs expects 1 value$"),
+        ("--epochs --fused", "--epochs expects 1 value$"),
+        ("--epoch 1", r"unknown option --epoch; did you mean --epochs\?"),
+        ("--no-epochs", "unknown option --no-epochs"),
+        ("--fused=maybe", "--fused is 'maybe', expected bool"),
+        ("--dims", "--dims expects 1 value"),
+        ("--dims two", r"--dims is \['two'\], expected a list of int"),
+        ("--window 1", "--window expects 2 values"),
+        ("--window 1 two", r"--window is \[1, 'two'\], expected 2 values"),
+        ("--schedule step", "--schedule is 'step', expected one of 'linear', 'cosine' or null"),
+        ("--loss other", "--loss is 'other', expected dict"),
+        ("--loss.temperature", "--loss.temperature expects 1 value"),
+        ("--loss.temperature --epochs 3", "--loss.temperature expects 1 value"),
+        ("--lss.name x", r"unknown option --lss.name; did you mean --loss\?"),
+        ("--lr.x 1", "unknown option --lr.x"),
+        ("--loss.name.x 1", "--loss.name.x: name is 'plain', which has no keys"),
+        ("--.x 1", "unknown option --.x"),
+        ("--config missing.json", "missing.json"),
     ],
 )
 def test_a_wrong_option_is_named(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        parsed("d.csv", *arguments)
+    with pytest.raises((ValueError, OSError), match=message):
+        parsed("d.csv", "--out", "o", *arguments.split())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--loss.temperature",), "argument --loss.temperature: expected one argument"),
-        (("--loss.temperature", "--epochs", "3"), "argument --loss.temperature: expected one argument"),
-        (("--nonsense", "3"), "unrecognized arguments: --nonsense 3"),
-        (("more",), "unrecognized arguments: more"),
-    ],
-)
-def test_what_no_option_is_ends_the_program(capsys, arguments, message):
-    with pytest.raises(SystemExit) as caught:
-        parsed("d.csv", *arguments)
-    assert caught.value.code == 2
-    assert message in capsys.readouterr().err
+def test_missing_options_are_named():
+    with pytest.raises(ValueError, match="missing DATA and --out"):
+        parsed()
 
 
-def test_values_of_other_options_are_left_alone():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("data")
-    parser.add_argument("--out")
-    add_options(parser, Config)
-    options = parse(parser, ["./a.b.csv", "--out=x.y", "--loss.a", "1", "--epochs", "2"])
-    assert (options.data, options.out, options.dotted) == ("./a.b.csv", "x.y", {"loss.a": "1"})
+def test_changed_and_combined():
+    options = expected(epochs=4, bias=False, dims=[1])
+    assert changed(options, ["epochs", "lr", "bias", "dims", "loss"]) == ["--epochs", "--no-bias", "--dims"]
+    check_at_most_one(options, "epochs", "lr")
+    with pytest.raises(ValueError, match="--no-bias and --dims cannot be combined"):
+        check_at_most_one(options, "lr", "bias", "dims")
 
 
-def test_the_command_line_of_the_process_is_the_default(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["program", "d.csv", "--loss.a", "1"])
-    parser = argparse.ArgumentParser()
-    parser.add_argument("data")
-    add_options(parser, Config)
-    assert config_from_options(Config, parse(parser)).loss["a"] == 1
-
-
-@pytest.mark.parametrize("cls", [Config, FinetuneConfig])
-def test_help_has_every_setting_with_meaning_and_default(monkeypatch, cls):
+@pytest.mark.parametrize("cls", [Command, FinetuneConfig])
+def test_help_has_every_option_with_meaning_and_default(monkeypatch, cls):
     monkeypatch.setenv("COLUMNS", "200")
-    parser = argparse.ArgumentParser()
-    add_options(parser, cls)
-    text = " ".join(parser.format_help().split())
-    for name, default in to_dict(cls()).items():
-        if isinstance(default, dict):
-            head, more = f"--{name} JSON", f" (or --{name}.NAME VALUE, e.g. --{name}.name)"
-        else:
-            head, more = f"--{name.replace('_', '-')} VALUE", ""
-        (meaning,) = (field.metadata["meaning"] for field in fields(cls) if field.name == name)
-        assert f" {head} {meaning}{more} [{json.dumps(default)}]" in text
-    assert "--config FILE JSON file" in text
+    text = format_help(cls, program="embedft command", description="Does it.")
+    assert text.startswith(
+        "usage: embedft command" + (" DATA ..." if cls is Command else "") + " [options]\n\nDoes it."
+    )
+    words = " ".join(text.split())
+    for field in fields(cls):
+        assert field.metadata["meaning"] in words
+    if cls is Command:
+        for line in (
+            "--epochs N passes over the data [3]",
+            "--schedule linear|cosine of the learning rate [linear]",
+            "--eval-every N steps [every epoch]",
+            "--[no-]bias add one [true]",
+            "--no-duplicates each text once --",
+            "--dims N ... to keep --",
+            "--names TEXT ... of something [a]",
+            "--window N N size and stride",
+            "--loss KEY=VALUE name and options (or --loss.KEY VALUE) [{",
+            "Options: --out DIR where to write How to do it: --epochs",
+            "Every command: --config FILE JSON file",
+        ):
+            assert line in words
+    assert all(len(line) <= 200 for line in text.splitlines())
+    assert not re.search(r"\[(null|None|false|False)\]", text)

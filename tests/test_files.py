@@ -1,8 +1,11 @@
 """files.py: a file is whole or not there, and what cannot be read is named by file and line."""
 
+import errno
 import hashlib
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 
@@ -14,10 +17,12 @@ from embedft.files import (
     atomic_write,
     check_writable,
     locked,
+    naming,
     read_json,
     read_jsonl,
     read_lines,
     read_text,
+    replace_files,
     resume_jsonl,
     sha256_file,
     write_json,
@@ -118,7 +123,7 @@ def test_lines_end_with_a_line_feed_and_nothing_else(tmp_path):
         (b'{"a": 1', "file.json line 1 column 8: invalid JSON"),
         (b'"\n\xff"', r"file.json line 2: invalid UTF-8 \(byte 0xff\)"),
         (b'\xef\xbb\xbf"\xe9"', r"file.json line 1: invalid UTF-8 \(byte 0xe9\)"),
-        (b'{"a": 1, "b": 2, "a": 3}', r"file.json: invalid JSON \(key 'a' stands twice in one object\)"),
+        (b'{"a": 1, "b": 2, "a": 3}', r"file.json: invalid JSON \(key 'a' occurs twice in one object\)"),
         (b"[" * 100_000, "file.json: invalid JSON"),
         (b"9" * 10_000, "file.json: invalid JSON"),
     ],
@@ -134,7 +139,7 @@ def test_a_line_that_cannot_be_read_is_named(tmp_path):
     path = tmp_path / "file.jsonl"
     for bad, message in (
         (b"{", r"file.jsonl line 3 column 2: invalid JSON"),
-        (b'{"a": 1, "a": 1}', r"file.jsonl line 3: invalid JSON \(key 'a' stands twice"),
+        (b'{"a": 1, "a": 1}', r"file.jsonl line 3: invalid JSON \(key 'a' occurs twice"),
         (b"\x80", r"file.jsonl line 3: invalid UTF-8 \(byte 0x80\)"),
     ):
         path.write_bytes(b"{}\n\n" + bad + b"\n{}\n")
@@ -144,10 +149,9 @@ def test_a_line_that_cannot_be_read_is_named(tmp_path):
             next(lines)
 
 
-def test_sha256(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "BLOCK_BYTES", 7)
+def test_sha256(tmp_path):
     path = tmp_path / "file.bin"
-    for content in (b"", b"abc", bytes(range(256)) * 3):
+    for content in (b"", b"abc", bytes(range(256)) * 5_000):
         path.write_bytes(content)
         assert sha256_file(path) == hashlib.sha256(content).hexdigest()
     # FIPS 180-2, appendix B.1.
@@ -165,7 +169,83 @@ def test_check_writable(tmp_path):
     for path in (file, file / "below" / "it", "/proc/embedft"):
         with pytest.raises(ValueError, match=f"{path}: cannot be written to"):
             check_writable(path)
+    check_writable(file, file=True)
+    check_writable(tmp_path / "new" / "file.npy", file=True)
+    for path, message in ((tmp_path, "is a folder"), (file / "below.npy", "cannot be written to")):
+        with pytest.raises(ValueError, match=f"{path}: {message}"):
+            check_writable(path, file=True)
     assert json.dumps(os.listdir(tmp_path)) == '["file"]'
+
+
+# Full disks: /dev/full takes no byte.
+
+
+def full_disk(monkeypatch):
+    """Every flush of a temporary file fails as on a full disk."""
+
+    def fsync(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+def test_a_full_disk_names_the_file_and_changes_nothing(tmp_path, monkeypatch):
+    (tmp_path / "a.json").write_text("old")
+    full_disk(monkeypatch)
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_json(tmp_path / "a.json", {})
+    assert caught.value.filename == str(tmp_path / "a.json")
+    with pytest.raises(OSError, match="No space left") as caught, replace_files(tmp_path, stale=["a.json"]) as new:
+        write_json(new / "b" / "c.json", {})
+    assert caught.value.filename == str(tmp_path / "b" / "c.json")
+    with pytest.raises(OSError, match="No space left"), replace_files(tmp_path / "made") as new:
+        write_json(new / "a.json", {})
+    assert [path.name for path in tmp_path.rglob("*")] == ["a.json"]
+    assert (tmp_path / "a.json").read_text() == "old"
+
+
+def test_a_log_on_a_full_disk_keeps_no_half_line(tmp_path):
+    with pytest.raises(OSError, match="No space left") as caught:
+        append_jsonl("/dev/full", {})
+    assert caught.value.filename == "/dev/full"
+    path = tmp_path / "log.jsonl"
+    append_jsonl(path, {"a": 1})
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, limit[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            append_jsonl(path, {"b": "x" * 100})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_text() == '{"a": 1}\n'
+
+
+def test_an_error_without_a_name_gets_one():
+    """safetensors raises an exception of its own, with the number of the system's error in its text."""
+    with pytest.raises(OSError, match="No space left") as caught, naming("model.safetensors"):
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    assert caught.value.filename == "model.safetensors"
+    with pytest.raises(RuntimeError, match="another"), naming("model.safetensors"):
+        raise RuntimeError("another")
+    with pytest.raises(FileNotFoundError) as caught, naming("model.safetensors"):
+        read_json("missing")
+    assert caught.value.filename == "missing"
+
+
+def test_files_are_replaced_together(tmp_path):
+    for name in ("a", "b/old", "c/old", "c/kept"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    with replace_files(tmp_path, stale=["a", "b/old", "c/old", "d/missing"]) as new:
+        (new / "a").write_text("new")
+        (new / "e").mkdir()
+        (new / "e" / "f").write_text("new")
+        assert (tmp_path / "a").read_text() == "a"
+        assert (tmp_path / "b" / "old").exists()
+    found = {str(path.relative_to(tmp_path)): path.is_file() and path.read_text() for path in tmp_path.rglob("*")}
+    assert found == {"a": "new", "c": False, "c/kept": "c/kept", "e": False, "e/f": "new"}
 
 
 @pytest.mark.parametrize(
@@ -180,9 +260,7 @@ def test_check_writable(tmp_path):
         (b"", b""),
     ],
 )
-@pytest.mark.parametrize("block", [1, 4, 1 << 20])
-def test_a_log_is_resumed_behind_its_last_whole_line(tmp_path, monkeypatch, found, kept, block):
-    monkeypatch.setattr(files, "BLOCK_BYTES", block)
+def test_a_log_is_resumed_after_its_last_whole_line(tmp_path, found, kept):
     path = tmp_path / "log.jsonl"
     path.write_bytes(found)
     assert list(resume_jsonl(path, repair=False)) == [json.loads(line) for line in kept.splitlines()]
@@ -202,7 +280,7 @@ def test_a_missing_log_is_empty_and_a_damaged_one_is_refused(tmp_path):
         list(resume_jsonl(path))
     for foreign in (b"one line", b'{}\n"half', b"\xff\xfe"):
         path.write_bytes(foreign)
-        with pytest.raises(ValueError, match=r"log\.jsonl: its last line does not begin as a JSON object"):
+        with pytest.raises(ValueError, match=r"log\.jsonl: the last line is not the beginning of a JSON object"):
             list(resume_jsonl(path))
         assert path.read_bytes() == foreign
     path.write_bytes(b"{}\n[1]\n")

@@ -1,7 +1,9 @@
-"""progress.py: on stderr, for people; silent elsewhere."""
+"""progress.py: a bar on a terminal, lines elsewhere, on stderr."""
 
 import io
+import re
 import sys
+import time
 
 import pytest
 
@@ -49,3 +51,17 @@ def test_begins_where_the_work_was_left(monkeypatch):
         bar.update(6)
     assert (bar.n, bar.initial) == (10, 4)
     assert "4/10" in sys.stderr.getvalue()
+
+
+def test_without_a_terminal_a_line_shows_now_and_then(monkeypatch):
+    monkeypatch.delenv("EMBEDFT_PROGRESS", raising=False)
+    for line_seconds, num_lines in ((30, 0), (1e-9, 3)):
+        monkeypatch.setattr(sys, "stderr", io.StringIO())
+        with progress_bar(3, "encode", unit="text", line_seconds=line_seconds) as bar:
+            for _ in range(3):
+                time.sleep(0.001)
+                bar.set_postfix(loss="0.1", refresh=False)
+                bar.update()
+        lines = sys.stderr.getvalue().splitlines()
+        assert len(lines) == num_lines
+    assert re.fullmatch(r"encode: 2 of 3 \(text\), .*text/s, 00:00 left, loss=0.1", lines[1])

@@ -24,7 +24,7 @@ from tiny import make_dataset, make_embedder
 
 from embedft import evaluate
 from embedft.cli import main
-from embedft.commands.stores import format_bytes
+from embedft.commands.options import format_bytes
 from embedft.encoders import embedder as embedder_module
 from embedft.encoders import store
 from embedft.encoders.store import Rows, Space, Store, text_keys
@@ -825,11 +825,11 @@ def test_encode_and_evaluate_through_a_store(place, capsys):
     assert main(["encode", "model", "texts.txt", "--store", "store"]) == 0
     output = capsys.readouterr()
     size = format_bytes(Store("store").num_bytes())
-    assert (output.out, output.err) == ("", f"store: 1 texts were there, 3 computed; {size} on disk\n")
+    assert (output.out, output.err) == ("", f"store: 1 texts found, 3 computed; {size} on disk\n")
     assert main(["encode", "model", "texts.txt", "--store", "store", "--out", "v.npy", "--dim", "8"]) == 0
     output = capsys.readouterr()
     assert output.out == "v.npy: 4 texts x 8 dimensions, float32\n"
-    assert output.err.startswith("store: 4 texts were there, 0 computed; ")
+    assert output.err.startswith("store: 4 texts found, 0 computed; ")
     expected = make_embedder(place / "model").encode(texts, dim=8)
     np.testing.assert_allclose(np.load("v.npy"), expected, rtol=0, atol=1e-6)
 
@@ -837,7 +837,7 @@ def test_encode_and_evaluate_through_a_store(place, capsys):
     for computed in (21, 0):  # 12 questions and 9 documents
         assert main(["evaluate", "model", "pairs.json", "--store", "store", "--json", "--no-bm25"]) == 0
         output = capsys.readouterr()
-        assert f"{21 - computed} texts were there, {computed} computed" in output.err
+        assert f"{21 - computed} texts found, {computed} computed" in output.err
         assert json.loads(output.out) == report.metrics
     (place / "file").write_text("")
     assert main(["encode", "model", "texts.txt", "--store", "file"]) == 2

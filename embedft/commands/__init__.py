@@ -1,1 +1,1 @@
-"""The subcommands of `embedft`, each a thin layer over a function of the library."""
+"""The commands of `embedft`, one a module: a dataclass `Options` and `run(options)`. Shared options: options.py."""

@@ -3,99 +3,112 @@
 embedft search sentence-transformers/all-MiniLM-L6-v2 chunks "who audits the books?" --passages 128 64 --hybrid
 """
 
-import argparse
+import contextlib
 import copy
+import json
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+import embedft
+
+from ..config import REQUIRED, check_at_most_one, setting
 from ..corpus.chunks import Chunk
 from ..data.dataset import RetrievalDataset
-from ..encoders.embedder import Embedder
-from ..encoders.openai_api import ApiEmbedder
 from ..files import read_jsonl
 from ..retrieval.bm25 import Bm25Index, split_words
-from ..retrieval.encoding import sorted_corpus
-from ..retrieval.fusion import fuse
 from ..retrieval.run import Run
-from ..retrieval.search import Searcher
-from .models import _add_encoding, _add_loading, _add_model, _add_store, _load_data, _load_encoding, _print_store
-from .retrieval import _add_passages
-from .texts import TRAIN, VALIDATION, WHOLE, _load_sides
+from .options import (
+    TRAIN,
+    VALIDATION,
+    WHOLE,
+    Data,
+    Encoder,
+    Windows,
+    load_chunk_files,
+    load_data,
+    load_encoder,
+    print_costs,
+)
 
-# Documents of either run that are fused: what z-scores are taken over.
-FUSED_DEPTH = 100
-# Lines shown of a document, unless it is the window that answers best; and how wide they get.
-SHOWN_LINES, WIDEST = 4, 100
+FUSED_DEPTH = 100  # documents of either run that are fused, whose scores make the z-scores
+SHOWN_LINES, WIDEST = 4, 100  # of a document's beginning; windows and --full are shown whole
 
 
-def _add_search(parser: argparse.ArgumentParser) -> None:
-    _add_model(parser)
-    parser.add_argument(
-        "data", metavar="DATA", help="what to search: what `embedft chunk` wrote, or the documents of a data set"
+@dataclass(frozen=True, kw_only=True)
+class Options(Encoder, Windows, Data):
+    """Options of `embedft search`."""
+
+    data: str = setting(
+        REQUIRED, "what `embedft chunk` wrote, or a dataset, whose documents are searched", metavar="DATA",
+        positional=True,
+    )  # fmt: skip
+    question: str | None = setting(
+        None, "what to ask; without it, questions are read, one a line", metavar="[QUESTION]", positional=True
     )
-    parser.add_argument(
-        "question", nargs="?", metavar="QUESTION", help="without one they are read, a line each, until an empty one"
-    )
-    parser.add_argument("--depth", type=int, default=5, metavar="K", help="documents shown [5]")
-    _add_passages(parser)
-    parser.add_argument("--hybrid", action="store_true", help="fused with BM25 by z-scores, one half each")
-    _add_encoding(parser)
-    _add_store(parser)
-    parser.add_argument("--adapter", metavar="DIR", help="have vectors go through the adapter in DIR")
-    parser.add_argument("--split", metavar="NAME", help="of a BEIR folder [test, or the only one]")
-    _add_loading(parser)
+    depth: int = setting(5, "documents to show")
+    hybrid: bool = setting(False, "fuse with BM25 by z-scores, half each")
+    adapter: Path | None = setting(None, "adapter that vectors go through", metavar="DIR")
+    full: bool = setting(False, "show texts in full")
+    json: bool = setting(False, "print an object per question, with the full texts")
+
+    def __post_init__(self):
+        check_at_most_one(self, "full", "json")
+        if self.depth < 1:
+            raise ValueError(f"--depth is {self.depth}, expected at least 1")
+        if self.question is not None and not self.question.strip():
+            raise ValueError("the question is empty")
 
 
-def _search(options: argparse.Namespace) -> None:
-    if options.depth < 1:
-        raise ValueError(f"--depth is {options.depth}, expected at least 1")
-    if options.question is not None and not options.question.strip():
-        raise ValueError("the question is empty")
+def run(options: Options) -> None:
+    """Answers the question, or each one that is read."""
     dataset, places = _load_documents(options)
-    embedder = _load_encoding(options, adapter=options.adapter)
+    embedder = load_encoder(options, adapter=options.adapter)
     depth = max(options.depth, FUSED_DEPTH) if options.hybrid else options.depth
-    searcher = Searcher(embedder, dataset, depth=depth, dim=options.dim, passages=options.passages)
-    bm25 = _Bm25.of(embedder, dataset) if options.hybrid else None
+    searcher = embedft.Searcher(embedder, dataset, depth=depth, dim=options.dim, passages=options.passages)
+    bm25 = _bm25(embedder, dataset) if options.hybrid else None
     texts = dict(zip(dataset.corpus, dataset.document_texts(), strict=True))
-    windows = _Windows(embedder, tuple(options.passages)) if options.passages else None
-    width = min(shutil.get_terminal_size().columns, WIDEST)
+    windows = _Windows(embedder, options.passages) if options.passages else None
     for number, question in enumerate(_questions(options)):
-        run = searcher.search([question])
+        found = searcher.search([question])
         if bm25 is not None:
-            run = fuse([run, bm25.search(question, depth)], method="zscore", depth=options.depth)
-        if options.question is None and not sys.stdin.isatty():
-            print("\n" * (number > 0) + question)
+            found = embedft.fuse([found, bm25(question, depth)], method="zscore", depth=options.depth)
+        query_D = None
         if windows is not None:
             (query_D,) = embedder.encode([question], role="query", dim=options.dim, progress=False)
-        (found,) = run.to_dict().values()
-        for rank, (document_id, score) in enumerate(found.items(), start=1):
+        (ranked,) = found.to_dict().values()
+        hits = []
+        for document_id, score in ranked.items():
             text = texts[document_id]
-            passage = None if windows is None else windows.best(text, query_D)
-            place = places.get(document_id)
-            print(f"{rank:>3}  {score:.4f}  {f'{place}  ' if place else ''}{document_id}")
-            print(_wrapped(text if passage is None else passage, width, whole=passage is not None))
+            hit = {"id": document_id, "score": score, "place": places.get(document_id), "text": text}
+            hits.append(hit if windows is None else {**hit, "passage": windows.best(text, query_D)})
+        if options.json:
+            print(json.dumps({"question": question, "documents": hits}))
+        else:
+            if options.question is None and not sys.stdin.isatty():
+                print("\n" * (number > 0) + question)
+            _print_hits(hits, full=options.full)
         sys.stdout.flush()  # whoever asks through a pipe may wait for the answer
-    _print_store(embedder)
+    print_costs(embedder)
 
 
-def _load_documents(options: argparse.Namespace) -> tuple[RetrievalDataset, dict[str, str]]:
-    """What is searched, and {id: file and pages} of chunks. Of a dataset of chunks the one query plays no part."""
+def _load_documents(options: Options) -> tuple[RetrievalDataset, dict[str, str]]:
+    """What is searched, and {id: file and pages} of chunks."""
     if options.format or options.split or not _holds_chunks(Path(options.data)):
-        return _load_data(options.data, options, merge=True, split=options.split), {}
-    chunks = {chunk.id: chunk for side in _load_sides([options.data]).values() for chunk in side}
+        return load_data(options.data, options), {}
+    chunks = {chunk.id: chunk for side in load_chunk_files(Path(options.data)).values() for chunk in side}
     corpus = {chunk.id: chunk.text for chunk in chunks.values()}
-    places = {chunk.id: _places(chunk) for chunk in chunks.values() if chunk.places}
-    return RetrievalDataset({"question": "?"}, corpus, {}), places
+    places = {chunk.id: _place(chunk) for chunk in chunks.values() if chunk.places}
+    return RetrievalDataset({"question": "?"}, corpus, {}), places  # a dataset has a query; this one is not used
 
 
 def _holds_chunks(path: Path) -> bool:
-    """Whether a folder or file is of `embedft chunk`, or of objects with `id` and `text`, which no dataset has."""
+    """Whether `embedft chunk` wrote it, or it has objects with `id` and `text`, which no dataset has."""
     if path.is_dir():
         return any((path / f"{name}.jsonl").is_file() for name in (WHOLE, TRAIN, VALIDATION))
     if path.suffix != ".jsonl" or not path.is_file():
@@ -104,7 +117,7 @@ def _holds_chunks(path: Path) -> bool:
     return isinstance(first, dict) and {"id", "text"} <= first.keys()
 
 
-def _places(chunk: Chunk) -> str:
+def _place(chunk: Chunk) -> str:
     """The first place of a chunk, and how many more there are."""
     first, *others = chunk.places
     pages = f"page {first.first_page}" if first.first_page == first.last_page else ""
@@ -112,62 +125,64 @@ def _places(chunk: Chunk) -> str:
     return f"{first.file}, {pages}" + (f" (and {len(others)} more)" if others else "")
 
 
-def _questions(options: argparse.Namespace) -> Iterator[str]:
-    """The one question, or those that are typed, until an empty line; from a pipe, one a line."""
+def _questions(options: Options) -> Iterator[str]:
+    """The one question, or those that are typed until an empty line, or those in a pipe, one per line."""
     if options.question is not None:
         yield options.question
-        return
-    typed = sys.stdin.isatty()
-    while True:
-        if typed:
-            print("question: ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line or (typed and not line.strip()):
-            return
-        if line.strip():
-            yield line.strip()
+    elif not sys.stdin.isatty():
+        yield from (line.strip() for line in iter(sys.stdin.readline, "") if line.strip())
+    else:
+        with contextlib.suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401, gives `input` line editing and history
+
+        with contextlib.suppress(EOFError):
+            while question := _ask():
+                yield question
 
 
-@dataclass(frozen=True)
-class _Bm25:
-    """An index over the documents of a dataset, for questions one by one."""
+def _ask() -> str:
+    if sys.stdout.isatty():
+        return input("question: ").strip()
+    print("question: ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip()
 
-    index: Bm25Index
-    tokenize: Callable[[list[str]], Sequence[Sequence[int | str]]]
 
-    @classmethod
-    def of(cls, embedder: Embedder | ApiEmbedder, dataset: RetrievalDataset) -> "_Bm25":
-        document_ids, texts = sorted_corpus(dataset)
-        tokenize = getattr(embedder, "tokenize", split_words)
-        return cls(Bm25Index.build(tokenize(texts), document_ids=document_ids), tokenize)
+def _bm25(embedder, dataset: RetrievalDataset):
+    """A function (question, depth) -> Run over the documents of a dataset."""
+    from ..retrieval.encoding import sorted_corpus
 
-    def search(self, question: str, depth: int) -> Run:
-        scores_QK, rows_QK = self.index.search(self.tokenize([question]), depth)
-        return Run(["0"], self.index.document_ids, rows_QK, scores_QK)
+    document_ids, texts = sorted_corpus(dataset)
+    tokenize = getattr(embedder, "tokenize", split_words)
+    index = Bm25Index.build(tokenize(texts), document_ids=document_ids)
+
+    def search(question: str, depth: int) -> Run:
+        scores_QK, rows_QK = index.search(tokenize([question]), depth)
+        return Run(["0"], index.document_ids, rows_QK, scores_QK)
+
+    return search
 
 
 class _Windows:
-    """Finds the window of a document that answers a question best, and what stands in it.
+    """Finds the window of a document that answers a question best, and its text.
 
     Shapes: W windows, D dimensions.
     """
 
-    def __init__(self, embedder: Embedder, passages: tuple[int, int]):
+    def __init__(self, embedder, passages: tuple[int, int]):
         self.embedder, self.passages = embedder, passages
-        # Its own, for that of the embedder cuts texts off.
-        self.backend = copy.deepcopy(embedder.tokenizer.backend)
+        self.backend = copy.deepcopy(embedder.tokenizer.backend)  # a copy, for the embedder's own cuts texts off
         self.backend.no_truncation()
         prompt = embedder.prompt("document")
         around = self.backend.num_special_tokens_to_add(False) + len(embedder.tokenize([prompt])[0])
         self.room = passages[0] - around
 
     def best(self, text: str, query_D: np.ndarray) -> str:
-        """What stands in the window whose vector has the largest inner product with a query's."""
+        """The text of the window whose vector has the largest inner product with a query's."""
         vectors_WD, _ = self.embedder.encode_passages([text], self.passages, dim=len(query_D), progress=False)
         return self.text_of(text, int((vectors_WD @ query_D).argmax()))
 
     def text_of(self, text: str, window: int) -> str:
-        """The part of a text that its window with this number holds, with dots where the text goes on."""
+        """The part of a text in its window of this number, with dots where the text goes on."""
         spans = self.backend.encode(text, add_special_tokens=False).offsets
         first = window * min(self.passages[1], self.room)
         inside = spans[first : first + self.room]
@@ -176,18 +191,14 @@ class _Windows:
         return f"{'... ' * (first > 0)}{text[inside[0][0] : inside[-1][1]]}{' ...' * (first + self.room < len(spans))}"
 
 
-def _wrapped(text: str, width: int, *, whole: bool) -> str:
-    """A text in lines under its heading; the beginning of it, or the whole."""
-    indent, lines = " " * 5, None if whole else SHOWN_LINES
-    return textwrap.fill(
-        " ".join(text.split()),
-        max(width, len(indent) + 20),
-        initial_indent=indent,
-        subsequent_indent=indent,
-        max_lines=lines,
-        placeholder=" ...",
-    )
-
-
-# Name: (adds its arguments, runs it, what it does).
-COMMANDS = {"search": (_add_search, _search, "find the passages that answer a question")}
+def _print_hits(hits: list[dict], *, full: bool) -> None:
+    indent, width = " " * 5, max(min(shutil.get_terminal_size().columns, WIDEST), 25)
+    for rank, hit in enumerate(hits, start=1):
+        place = f"{hit['place']}  " if hit["place"] else ""
+        print(f"{rank:>3}  {hit['score']:.4f}  {place}{hit['id']}")
+        if full:
+            print(textwrap.indent(hit["text"], indent))
+            continue
+        lines = {} if "passage" in hit else {"max_lines": SHOWN_LINES, "placeholder": " ..."}
+        text = " ".join(hit.get("passage", hit["text"]).split())
+        print(textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent, **lines))

@@ -1,0 +1,111 @@
+"""`embedft adapter`: fits an adapter on the embeddings of a model, which stays as it is.
+
+embedft adapter sentence-transformers/all-MiniLM-L6-v2 pairs.csv --out adapter --validation held_out.csv
+embedft evaluate sentence-transformers/all-MiniLM-L6-v2 held_out.csv --adapter adapter
+"""
+
+import contextlib
+import tempfile
+import warnings
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import embedft
+
+from ..config import REQUIRED, setting
+from ..data.dataset import RetrievalDataset
+from ..encoders.adapter import CONFIG_FILE
+from ..encoders.store import Store
+from ..files import check_writable
+from ..retrieval.settings import Setting, check_settings
+from ..training.fit_adapter import AdapterConfig
+from .options import Data, Encoder, Windows, load_data, load_encoder, load_training_data, print_costs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(AdapterConfig, Encoder, Windows, Data):
+    """Options of `embedft adapter`."""
+
+    data: str = setting(
+        REQUIRED, "to fit on: QA JSON, BEIR folder, JSONL or CSV pairs", metavar="DATA", positional=True
+    )
+    out: Path = setting(REQUIRED, "gets the adapter, its settings and its log", metavar="DIR")
+    validation: str | None = setting(None, "questions to measure before and after; they choose nothing", metavar="DATA")
+    validation_split: str | None = setting(None, "of a BEIR folder [test, or the only one]")
+    start: Path | None = setting(None, "adapter to continue from", metavar="DIR")
+    overwrite: bool = setting(False, "replace the adapter in DIR")
+
+
+def run(options: Options) -> None:
+    """Fits, and compares before with after when there is validation data."""
+    out = options.out
+    check_writable(out)
+    if out.is_dir() and any(out.iterdir()):
+        if not options.overwrite:
+            raise ValueError(f"{out}: not empty; choose another folder, or --overwrite the adapter that is there")
+        if not (out / CONFIG_FILE).is_file():
+            raise ValueError(f"{out}: holds files, but no adapter ({CONFIG_FILE} is missing), so it is left alone")
+    dataset, validation = load_training_data(options.data, options), None
+    if options.validation:
+        validation = load_data(options.validation, options, split=options.validation_split)
+        if shared := validation.shares_with(dataset):
+            warnings.warn(shared, stacklevel=1)
+    start = None if options.start is None else embedft.Adapter.load(options.start)
+    embedder = load_encoder(options)
+    if embedder.adapter is not None:
+        raise ValueError(f"{options.model}: has an adapter already; fit on its base model, with --start")
+    check_settings(
+        embedder, [Setting(passages=options.passages)]
+    )  # whether it cuts passages, before anything is embedded
+    with contextlib.ExitStack() as stack:
+        if embedder.store is None and validation is not None:
+            # Before and after use the same vectors: each text is embedded once.
+            embedder.store = Store(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
+        adapter = _fit(options, embedder, dataset, start)
+        print(_summary(adapter, options.select))
+        if validation is not None:
+            settings = {"dim": options.dim, "passages": options.passages}
+            before = embedft.evaluate(embedder, validation, **settings)
+            embedder.attach(adapter)
+            print(embedft.compare(before, embedft.evaluate(embedder, validation, **settings), metric="mrr@10"))
+        if options.store:
+            print_costs(embedder)
+    print(f"adapter: {out}")
+
+
+def _fit(options: Options, embedder, dataset: RetrievalDataset, start) -> "embedft.Adapter":
+    """Embeds the data, whole vectors (an adapter comes before --dim cuts them), and fits."""
+    dim = embedder.space("query").dim or None  # 0: a server has yet to tell
+    texts, source = dataset.document_texts(), None
+    if options.passages is None:
+        documents_MD = embedder.encode(texts, role="document", dim=dim)
+    else:
+        documents_MD, source = embedder.encode_passages(texts, options.passages, role="document", dim=dim)
+    queries_ND = embedder.encode(list(dataset.queries.values()), role="query", dim=dim)
+    # Hard negatives are documents of grade 0.
+    listed = {query_id: dict.fromkeys(dataset.negatives.get(query_id, ()), 0) for query_id in dataset.qrels}
+    graded = {query_id: listed[query_id] | grades for query_id, grades in dataset.qrels.items()}
+    return embedft.fit_adapter(
+        queries_ND,
+        documents_MD,
+        replace(dataset, qrels=graded).qrels_by_row(),
+        AdapterConfig(**{field.name: getattr(options, field.name) for field in fields(AdapterConfig)}),
+        source=source,
+        start=start,
+        base=embedder.base(),
+        normalize=getattr(embedder, "normalize", True),  # vectors from an API always have length one
+        out=options.out,
+    )
+
+
+def _summary(adapter: "embedft.Adapter", select: str) -> str:
+    """How long it took, and which step's weights were kept."""
+    costs = adapter.costs
+    lines = f"{costs['queries']:,} questions, {costs['documents']:,} documents, {costs['seconds']:.1f} s"
+    values = {record["step"]: record["metrics"][select] for record in adapter.history if "metrics" in record}
+    best = costs["best_step"]
+    if not values:
+        return f"{lines}; kept the weights of the last step, {best:,}"
+    kept = f"kept the weights of step {best:,} of {max(values):,}" if best else "kept the start: no step improved on it"
+    on = f"{costs['held_out_queries']:,} held-out questions"
+    return f"{lines}; {kept} ({select} {values[0]:.4f} -> {values[best]:.4f} on {on})"

@@ -1,0 +1,119 @@
+"""`embedft chunk`: cuts documents into chunks, in one file or split into training and validation.
+
+embedft chunk report.pdf --out chunks --drop-repeated --train-pages 1-90
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import config
+from ..config import REQUIRED, changed, check_at_most_one, setting
+from ..corpus.chunks import chunk_pages, parse_pages, save_chunks, split_chunks
+from ..corpus.documents import drop_repeated_lines, read_documents
+from ..files import check_writable, replace_files, write_json
+from .options import DEFAULT_MODEL, TRAIN, VALIDATION, WHOLE
+
+REPORT = "chunk-report.json"
+WAYS = ("train_pages", "train_files", "train_share")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """A split: train.jsonl and validation.jsonl instead of chunks.jsonl."""
+
+    train_pages: str | None = setting(None, "pages for training, such as 1-90 or 1-40,80-100", metavar="RANGES")
+    train_files: list[str] | None = setting(None, "files for training, as the chunks name them", metavar="PATH ...")
+    train_share: float | None = setting(None, "share of the chunks for training, drawn at random")
+    seed: int = setting(0, "of the draw")
+
+    def __post_init__(self):
+        check_at_most_one(self, *WAYS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Split, config.Options):
+    """Options of `embedft chunk`."""
+
+    paths: list[str] = setting(
+        REQUIRED, "PDF, text or Markdown files, and folders of them", metavar="PATH", positional=True
+    )
+    out: Path = setting(REQUIRED, "gets chunks.jsonl, or the two files of a split", metavar="DIR")
+    model: str = setting(DEFAULT_MODEL, "whose tokenizer counts")
+    revision: str | None = setting(None, "commit, tag or branch on the hub [the default branch]")
+    size: int | None = setting(None, "most tokens of a chunk [all that the model reads]")
+    overlap: int = setting(0, "tokens that two chunks may share")
+    by_page: bool = setting(False, "end chunks at page ends")
+    drop_repeated: bool = setting(False, "drop page numbers and running headers")
+
+
+def run(options: Options) -> None:
+    """Reads, cuts, splits; nothing in the folder changes until everything is written."""
+    check_writable(options.out)
+    ranges = None if options.train_pages is None else parse_pages(options.train_pages)
+    size, count_tokens = _size(options)
+    documents = read_documents(options.paths)
+    for skipped in documents.skipped:
+        print(skipped, file=sys.stderr)
+    pages, repeated = drop_repeated_lines(documents.pages) if options.drop_repeated else (documents.pages, {})
+    chunks = chunk_pages(pages, count_tokens=count_tokens, size=size, overlap=options.overlap, by_page=options.by_page)
+    report = {
+        "files": len({page.file for page in documents.pages}),
+        "pages": len(documents.pages),
+        "skipped": [skipped._asdict() for skipped in documents.skipped],
+        "repeated_lines": dict(repeated),
+        "chunks": len(chunks),
+        "tokens": sum(chunk.num_tokens for chunk in chunks),
+        "size": size,
+        "overlap": options.overlap,
+        "tokenizer": options.model,
+    }
+    print(
+        f"{report['pages']:,} pages with text in {report['files']:,} file(s) -> {len(chunks):,} chunks of at most "
+        f"{size} tokens ({report['tokens']:,} in all), without the special tokens that the model adds"
+    )
+    if options.drop_repeated:
+        print(f"dropped {sum(repeated.values()):,} repeated headers and footers")
+    sides = {WHOLE: chunks}
+    if changed(options, WAYS):
+        ways = {"train_pages": ranges, "train_files": options.train_files, "train_share": options.train_share}
+        split = split_chunks(chunks, **ways, seed=options.seed)
+        sides = {TRAIN: split.train, VALIDATION: split.validation}
+        report |= {name: len(side) for name, side in sides.items()} | {"dropped": split.num_dropped}
+        if split.num_dropped:
+            print(f"dropped {split.num_dropped:,} chunks that cross the boundary or repeat validation text in training")
+    _save(options.out, sides, report)
+    if documents.skipped:
+        print(f"skipped {len(documents.skipped):,} files or pages, see {options.out / REPORT}")
+
+
+def _size(options: Options) -> tuple:
+    """The tokens of text in a chunk, and what counts them."""
+    from ..encoders.loading import load_reading
+
+    reading = load_reading(options.model, revision=options.revision)
+    limit = reading.max_length if options.size is None else options.size
+    size = limit - reading.num_around
+    if size < 1:
+        special = f"{reading.num_around} special tokens that the model adds to a text"
+        raise ValueError(f"--size is {options.size}, expected more than the {special}")
+    if not 0 <= options.overlap < size:
+        room = f"the {size} tokens of text in a chunk of {limit}"
+        raise ValueError(f"--overlap is {options.overlap}, expected 0 or more and less than {room}")
+    if limit > reading.max_length:
+        most = f"{options.model} reads {reading.max_length} unless its max_length is set"
+        print(f"--size is {options.size} tokens, but {most}: it would ignore the end of a chunk", file=sys.stderr)
+    return size, reading.count_tokens
+
+
+def _save(out: Path, sides: dict, report: dict) -> None:
+    other_split = [f"{name}.jsonl" for name in (WHOLE, TRAIN, VALIDATION) if name not in sides]
+    removed = [out / name for name in other_split if (out / name).is_file()]
+    with replace_files(out, stale=other_split) as new:
+        for name, side in sides.items():
+            save_chunks(new / f"{name}.jsonl", side)
+        write_json(new / REPORT, report)
+    for path in removed:
+        print(f"{path}: removed, it belonged to another split", file=sys.stderr)
+    for name, side in sides.items():
+        print(f"{out / name}.jsonl: {len(side):,} chunks")

@@ -1,0 +1,63 @@
+"""`embedft encode`: a file of texts to a file or a store of vectors.
+
+embedft encode sentence-transformers/all-MiniLM-L6-v2 texts.txt --out vectors.npy
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from ..config import REQUIRED, setting
+from ..files import atomic_write, check_writable, read_jsonl, read_lines
+from .options import Encoder, load_encoder, print_costs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Encoder):
+    """Options of `embedft encode`."""
+
+    texts: Path = setting(
+        REQUIRED, "a text per line; in .jsonl a string, or an object with `text`", metavar="FILE", positional=True
+    )
+    out: Path | None = setting(None, "gets the vectors, [texts, dimensions] float32", metavar="FILE.npy")
+    role: Literal["query", "document"] = setting("document", "whose prompt is put before each text")
+
+    def __post_init__(self):
+        if not (self.out or self.store):
+            raise ValueError("nowhere to put the vectors: give --out FILE.npy, --store DIR, or both")
+        if self.out and self.out.suffix != ".npy":
+            raise ValueError(f"--out is {self.out}, expected a name that ends in .npy")
+
+
+def run(options: Options) -> None:
+    """Encodes the texts."""
+    if options.out:
+        check_writable(options.out, file=True)
+    texts = read_texts(options.texts)
+    embedder = load_encoder(options)
+    if options.out:
+        embeddings_ND = embedder.encode(texts, role=options.role, dim=options.dim)
+        with atomic_write(options.out, "wb") as file:
+            np.save(file, embeddings_ND)
+        print(f"{options.out}: {len(texts):,} texts x {embeddings_ND.shape[1]} dimensions, float32")
+    else:
+        from ..encoders.embedder import WINDOW_TEXTS
+
+        for start in range(0, len(texts), WINDOW_TEXTS):  # the store gets the vectors: memory need not hold all
+            embedder.encode(texts[start : start + WINDOW_TEXTS], role=options.role, dim=options.dim)
+    print_costs(embedder)
+
+
+def read_texts(path: Path) -> list[str]:
+    """The texts of a file, a line each. Raises `ValueError` naming the line that holds none."""
+    if path.suffix != ".jsonl":
+        return [line.rstrip("\r\n") for line in read_lines(path)]
+    texts = []
+    for number, value in read_jsonl(path):
+        text = value.get("text") if isinstance(value, dict) else value
+        if not isinstance(text, str):
+            raise ValueError(f"{path} line {number}: expected a string, or an object with a string `text`")
+        texts.append(text)
+    return texts

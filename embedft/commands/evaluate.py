@@ -1,0 +1,190 @@
+"""`embedft evaluate`: how well a model finds the right document, beside BM25 and their fusion, in many settings.
+
+embedft evaluate sentence-transformers/all-MiniLM-L6-v2 held_out.csv --passages 128 64 --fuse --out eval/windows
+"""
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import embedft
+
+from ..config import REQUIRED, check_at_most_one, setting
+from ..data.dataset import RetrievalDataset
+from ..files import check_writable, replace_files
+from ..retrieval.report import REPORT_FILES, Report
+from ..retrieval.run import Run
+from ..retrieval.tables import Style, format_grid, format_reports, grid_base, main_metrics, setting_name
+from .options import Data, Encoder, load_data, load_encoder, print_costs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Settings: every combination is evaluated, from one encoding."""
+
+    passages: list[tuple[int, int]] = setting(
+        [], "cut documents into windows of SIZE tokens, one every STRIDE, and score each by its best one; repeat for"
+        " other sizes [whole documents]", metavar="SIZE STRIDE",
+    )  # fmt: skip
+    whole: bool = setting(False, "evaluate whole documents too, besides --passages")
+    dims: list[int] | None = setting(None, "leading dimensions to keep [all]")
+    precisions: list[Literal["float32", "int8", "binary"]] = setting(["float32"], "of the document vectors")
+    indices: list[str] = setting(
+        ["flat"], "flat, hnsw, ivf, ivfpq, adaptive-DIM, or a factory string of FAISS", metavar="INDEX ..."
+    )
+    metric: str | None = setting(None, "shown in the table of several settings [ndcg@10]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hybrid:
+    """BM25 beside the model, over its own tokens (over words for a model behind an API)."""
+
+    bm25: bool = setting(True, "evaluate BM25 too")
+    fuse: bool = setting(False, "evaluate the z-score fusion of both too")
+    fuse_weight: float = setting(0.5, "of BM25 in the fusion, the model's is 1 - W; choose it on other questions")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """Output."""
+
+    out: Path | None = setting(
+        None, "write metrics.json, per_query.jsonl and run.trec; BM25's to DIR/bm25, those of several settings to"
+        " DIR/<setting>", metavar="DIR",
+    )  # fmt: skip
+    overwrite: bool = setting(False, "replace the reports in DIR")
+    style: Style = setting("text", "of the tables")
+    json: bool = setting(False, "print all metrics as JSON")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Encoder, Grid, Hybrid, Output, Data):
+    """Options of `embedft evaluate`."""
+
+    data: str = setting(REQUIRED, "QA JSON, BEIR folder, JSONL or CSV pairs", metavar="DATA", positional=True)
+    adapter: Path | None = setting(None, "adapter that vectors go through", metavar="DIR")
+    metrics: list[str] | None = setting(
+        None, "measure these, such as ndcg@20 rprec success@5 [all at the cutoffs --ks]", metavar="NAME ..."
+    )
+    ks: list[int] = setting([1, 3, 5, 10], "cutoffs")
+    depth: int = setting(100, "documents to retrieve per question")
+    gain: Literal["binary", "graded"] = setting("binary", "of nDCG")
+    merge: bool = setting(True, "treat documents of equal text as one")
+
+    def __post_init__(self):
+        check_at_most_one(self, "dim", "dims")
+        check_at_most_one(self, "bm25", "fuse")
+        check_at_most_one(self, "style", "json")
+        if self.whole and not self.passages:
+            raise ValueError("--whole is for --passages, which is not given")
+        if self.overwrite and not self.out:
+            raise ValueError("--overwrite is for --out, which is not given")
+        if self.fuse_weight != 0.5 and not self.fuse:
+            raise ValueError("--fuse-weight is for --fuse, which is not given")
+        if not 0 <= self.fuse_weight <= 1:
+            raise ValueError(f"--fuse-weight is {self.fuse_weight}, expected 0 to 1")
+        if self.fuse and self.num_settings > 1:
+            raise ValueError(f"--fuse is for one setting, these are {self.num_settings}")
+        if self.metric and self.num_settings == 1:
+            raise ValueError("--metric is for several settings, this is one; --metrics names what to measure")
+
+    @property
+    def grid(self) -> dict[str, tuple]:
+        """Arguments for `evaluate_grid`, each value once."""
+        passages = [None, *self.passages] if self.whole or not self.passages else self.passages
+        lists = {"dims": self.dims or [self.dim], "precisions": self.precisions, "indices": self.indices}
+        return {name: tuple(dict.fromkeys(values)) for name, values in {**lists, "passages": passages}.items()}
+
+    @property
+    def num_settings(self) -> int:
+        """How many combinations there are."""
+        return math.prod(map(len, self.grid.values()))
+
+    @property
+    def measures(self) -> dict[str, Any]:
+        """What to measure, as `evaluate_run` takes it."""
+        return {"ks": self.ks, "depth": self.depth, "metrics": self.metrics, "gain": self.gain}
+
+
+def run(options: Options) -> None:
+    """Evaluates, saves, prints."""
+    if options.out:
+        check_writable(options.out)
+        if not options.overwrite and (there := _saved_reports(options.out)):
+            raise ValueError(f"{there[0]}: holds a report already; choose another --out, or --overwrite")
+    dataset = load_data(options.data, options, merge=options.merge)
+    metric = _table_metric(options, dataset)
+    embedder = load_encoder(options, adapter=options.adapter)
+    reports = embedft.evaluate_grid(embedder, dataset, **options.grid, **options.measures)
+    beside = _baselines(options, embedder, dataset, reports[0]) if options.bm25 else {}
+    if options.out:
+        _save(options.out, reports, beside)
+    print_costs(embedder)
+    if options.json:
+        print(json.dumps(_as_json(reports, beside), indent=2))
+    elif len(reports) > 1:
+        if options.style == "text":
+            first, _, _ = str(reports[0]).partition("\n")
+            print(f"{reports[0].name}: {first}, {metric}; differences to {setting_name(grid_base(reports).setting)}\n")
+        print(format_grid([*reports, *beside.values()], metric=metric, style=options.style))
+    else:
+        if options.style == "text":
+            print(f"{reports[0].name}: {reports[0]}", end="\n\n" if beside else "\n")
+        if beside or options.style != "text":
+            print(format_reports({reports[0].name: reports[0], **beside}, style=options.style))
+
+
+def _table_metric(options: Options, dataset: RetrievalDataset) -> str:
+    """The metric of the table of several settings; raises before anything is encoded."""
+    # A run that finds nothing has the metrics that any other has.
+    report = embedft.evaluate_run(Run.from_dict({}), dataset, **options.measures)
+    main = main_metrics(report)
+    metric = options.metric or next((name for name in main if name.startswith("ndcg")), main[0])
+    if metric not in report.per_query:
+        raise ValueError(f"--metric is {metric!r}, expected one of {', '.join(report.per_query)}")
+    return metric
+
+
+def _baselines(options: Options, embedder, dataset: RetrievalDataset, report: Report) -> dict[str, Report]:
+    """BM25's report and, if wanted, that of the fusion."""
+    tokenize = getattr(embedder, "tokenize", None)
+    if tokenize is None:
+        print("bm25 is over words: the model's tokens are not known", file=sys.stderr)
+    run = embedft.bm25_run(dataset, tokenize=tokenize, depth=options.depth)
+    runs = {"bm25": (run, {"index": "bm25", "tokens": "words" if tokenize is None else "the encoder's"})}
+    if options.fuse:
+        weight = options.fuse_weight
+        fused = embedft.fuse([run, report.run], method="zscore", weights=(weight, 1 - weight), depth=options.depth)
+        runs["fused"] = fused, {"index": "fused", "method": "zscore", "bm25_weight": weight}
+    reports = {}
+    for name, (found, how) in runs.items():
+        measured = embedft.evaluate_run(found, dataset, **options.measures)
+        reports[name] = dataclasses.replace(measured, setting={**how, **measured.setting})
+    return reports
+
+
+def _saved_reports(out: Path) -> list[Path]:
+    """The folders of reports that an earlier evaluation may have written to `out`."""
+    return [folder for folder in (out, *sorted(out.glob("*/"))) if (folder / "metrics.json").is_file()]
+
+
+def _save(out: Path, reports: Sequence[Report], beside: Mapping[str, Report]) -> None:
+    """All reports together in place of those of an earlier evaluation."""
+    stale = [str((folder / name).relative_to(out)) for folder in _saved_reports(out) for name in REPORT_FILES]
+    with replace_files(out, stale=stale) as new:
+        for report in reports:
+            report.save(new if len(reports) == 1 else new / setting_name(report.setting))
+        for name, report in beside.items():
+            report.save(new / name)
+
+
+def _as_json(reports: Sequence[Report], beside: Mapping[str, Report]) -> dict[str, Any]:
+    """One setting's metrics as they are, several under "settings"; beside them those of BM25 and the fusion."""
+    settings = [{"setting": r.setting, "metrics": r.metrics, "costs": r.costs} for r in reports]
+    found = reports[0].metrics if len(reports) == 1 else {"settings": settings}
+    return {**found, **{name: report.metrics for name, report in beside.items()}}

@@ -1,0 +1,109 @@
+"""`embedft finetune`: trains a model, on one device or, started by torchrun, on several.
+
+embedft finetune sentence-transformers/all-MiniLM-L6-v2 train.csv --validation held_out.csv --out runs/first
+torchrun --nproc-per-node 2 -m embedft finetune sentence-transformers/all-MiniLM-L6-v2 train.csv --out runs/first
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import embedft
+
+from ..config import REQUIRED, check_at_most_one, setting
+from ..encoders.loading import API_PREFIX
+from ..files import read_jsonl
+from ..losses.registry import describe_losses
+from ..recipe import VALIDATION, VALIDATION_BASE, FinetuneConfig
+from ..training import distributed, runs
+from .options import Data, Model, load_data, load_model, load_training_data
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(FinetuneConfig, Model, Data):
+    """Options of `embedft finetune`."""
+
+    data: list[str] = setting(
+        REQUIRED,
+        "training data: QA JSON, BEIR folder, JSONL or CSV pairs; several are mixed (--sampling), each under the name"
+        " of its file or as NAME=DATA",
+        metavar="DATA",
+        positional=True,
+    )
+    out: Path = setting(REQUIRED, "run folder; DIR/model gets the model", metavar="DIR")
+    validation: str | None = setting(None, "held-out questions that choose the best weights", metavar="DATA")
+    validation_split: str | None = setting(None, "of a BEIR folder [test, or the only one]")
+    merge: bool = setting(True, "treat validation documents of equal text as one")
+    overwrite: bool = setting(False, "replace the run in DIR")
+    resume: bool = setting(False, "continue from the last checkpoint in DIR, if there is one")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_most_one(self, "overwrite", "resume")
+        if self.model.startswith(API_PREFIX):
+            raise ValueError(f"{self.model} is behind an API: its weights cannot be trained; fit an adapter instead")
+
+
+def epilog() -> str:
+    """The losses, for --help."""
+    return f"losses (--loss.name) and their options (--loss.OPTION):\n{describe_losses()}"
+
+
+def run(options: Options) -> None:
+    """Trains, and compares before with after when there is validation data."""
+    with distributed.process_group():
+        first = distributed.rank_and_size()[0] == 0
+        if not first:
+            os.environ["EMBEDFT_PROGRESS"] = "0"
+        config = FinetuneConfig(**{field.name: getattr(options, field.name) for field in fields(FinetuneConfig)})
+        existing = "overwrite" if options.overwrite else "resume" if options.resume else "refuse"
+        distributed.from_first(lambda: runs.check_run(options.out, existing))
+        embedder, dataset, validation = distributed.together(lambda: _load(options))
+        if first and existing == "resume" and not (options.out / runs.CONFIG).is_file():
+            print(f"{options.out}: no run to resume, starting a new one", file=sys.stderr)
+        embedft.finetune(embedder, dataset, config, validation=validation, out=options.out, existing=existing)
+        if first:
+            _print_summary(options, has_validation=validation is not None)
+
+
+def _load(options: Options) -> tuple:
+    """Model (on the rank's own device), training data and validation data."""
+    datasets = {name: load_training_data(path, options) for name, path in _sources(options.data).items()}
+    dataset = datasets if len(datasets) > 1 else next(iter(datasets.values()))
+    validation = None
+    if options.validation:
+        validation = load_data(options.validation, options, split=options.validation_split, merge=options.merge)
+    return load_model(options, device=distributed.rank_device(options.device)), dataset, validation
+
+
+def _sources(given: Sequence[str]) -> dict[str, str]:
+    """{name: path} of NAME=PATH, or of a path under its file's name up to the first dot."""
+    sources: dict[str, str] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals or Path(text).exists():
+            name, path = Path(text).resolve().name.partition(".")[0], text
+        if name in sources:
+            raise ValueError(f"{path} and {sources[name]} are both called {name!r}: name them, NAME=DATA")
+        sources[name] = path
+    return sources
+
+
+def _print_summary(options: Options, *, has_validation: bool) -> None:
+    """How long it was trained, whose weights were kept, what they gain, and where they are."""
+    records = [record for _, record in read_jsonl(options.out / runs.LOG)]
+    losses = [(record["step"], record["loss"]) for record in records if "loss" in record]
+    if losses:
+        print(f"{losses[-1][0]:,} steps, loss {losses[0][1]:.4f} -> {losses[-1][1]:.4f}")
+    if has_validation:
+        values = {record["step"]: record["metrics"][options.select] for record in records if "metrics" in record}
+        best = max(values, key=values.__getitem__)  # the first of equals
+        kept = f"kept the weights of step {best:,} of {max(values):,}"
+        kept = kept if best else "kept the base weights: no checkpoint improved on them"
+        print(f"{kept} ({options.select} {values[best]:.4f})")
+        before, after = (embedft.Report.load(options.out / runs.EVAL / name) for name in (VALIDATION_BASE, VALIDATION))
+        print(embedft.compare(before, after, metric=options.select))
+        print("these questions chose the weights; to report a result, run embedft evaluate on others")
+    print(f"model: {options.out / runs.MODEL}")

@@ -1,0 +1,41 @@
+"""`embedft info`: what a model is.
+
+embedft info sentence-transformers/all-MiniLM-L6-v2
+"""
+
+from dataclasses import dataclass
+
+from .options import Model, load_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Model):
+    """Options of `embedft info`."""
+
+
+def run(options: Options) -> None:
+    """Prints a line for each fact."""
+    embedder = load_model(options)
+    if hasattr(embedder, "endpoint"):
+        limit = embedder.endpoint.max_tokens
+        print(f"{embedder.model} at {embedder.endpoint.server.name}: only the name is known,")
+        print(f"and that it reads {f'{limit:,} tokens' if limit else 'as many tokens as its server allows'}")
+        return
+    used = {role: embedder.prompt(role) for role in ("query", "document") if embedder.prompt(role)}
+    rows = {
+        "folder": embedder.source.folder,
+        "family": embedder.source.config["model_type"],
+        "parameters": f"{sum(p.numel() for p in embedder.parameters()):,}",
+        "layers": embedder.encoder.config.num_hidden_layers,
+        "dimensions": embedder.dim,
+        "max_length": f"{embedder.max_length} tokens (the encoder has {embedder.encoder.config.max_length} positions)",
+        "pooling": " + ".join(embedder.pooling) + ("" if embedder.include_prompt else ", prompt left out"),
+        "similarity": embedder.similarity,
+        "prompts": ", ".join(f"{role}: {text!r}" for role, text in used.items()) or "none",
+        "unused prompts": ", ".join(f"{n}: {text!r}" for n, text in embedder.prompts.items() if n not in used and text),
+        "carried along": ", ".join(embedder.source.carried) or "nothing",
+        "device": embedder.device,
+    }
+    for name, value in rows.items():
+        if value != "":
+            print(f"{name:<14} {value}")

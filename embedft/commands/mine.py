@@ -1,0 +1,85 @@
+"""`embedft mine`: finds hard negatives for the questions of a dataset, and writes pairs to train on.
+
+embedft mine sentence-transformers/all-MiniLM-L6-v2 train.csv --out mined.jsonl --relative-margin 0.05
+embedft finetune sentence-transformers/all-MiniLM-L6-v2 mined.jsonl --num-negatives 4 --out runs/mined
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import embedft
+
+from ..config import REQUIRED, setting
+from ..data.dataset import RetrievalDataset
+from ..files import check_writable
+from ..retrieval.metrics import has_relevant
+from .options import Data, Encoder, Windows, load_encoder, load_training_data, print_costs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guards:
+    """Against false negatives, documents that answer a question but are not known to."""
+
+    relative_margin: float | None = setting(None, "0.05: at most 95% of the score of a known answer [none]")
+    absolute_margin: float | None = setting(None, "at least this much below the score of a known answer [none]")
+    max_score: float | None = setting(None, "highest score of a negative [none]")
+    min_score: float | None = setting(None, "lowest score of a negative [none]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Encoder, Guards, Windows, Data):
+    """Options of `embedft mine`."""
+
+    data: str = setting(
+        REQUIRED, "QA JSON, BEIR folder, JSONL or CSV pairs; its corpus is searched", metavar="DATA", positional=True
+    )
+    out: Path = setting(
+        REQUIRED, "gets the questions with their documents and negatives, without the other documents",
+        metavar="FILE.jsonl",
+    )  # fmt: skip
+    ranks: tuple[int, int] = setting((10, 100), "ranks of the documents to take negatives from", metavar="FIRST LAST")
+    num_negatives: int = setting(4, "negatives per question")
+    sampling: Literal["random", "top"] = setting("random", "draw negatives from the ranks, or take the first")
+    seed: int = setting(0, "of the draw")
+    adapter: Path | None = setting(None, "adapter that vectors go through", metavar="DIR")
+    replace: bool = setting(False, "drop the negatives that DATA has; otherwise they come first")
+
+    def __post_init__(self):
+        if self.out.suffix != ".jsonl":
+            raise ValueError(f"--out is {self.out}, expected a name that ends in .jsonl, which holds negatives")
+
+
+def run(options: Options) -> None:
+    """Mines, and writes the pairs."""
+    check_writable(options.out, file=True)
+    dataset = load_training_data(options.data, options)
+    embedder = load_encoder(options, adapter=options.adapter)
+    names = ("ranks", "num_negatives", "seed", "sampling", "replace", "dim", "passages", *Guards.__annotations__)
+    mined = embedft.mine(embedder, dataset, **{name: getattr(options, name) for name in names})
+    counts = {q: len(mined.negatives.get(q, ())) for q in mined.queries if has_relevant(mined.qrels.get(q, {}))}
+    short = sum(count < options.num_negatives for count in counts.values())
+    if not any(counts.values()):
+        raise ValueError("no question has a negative, nothing is written: the margins or the ranks leave none")
+    if short:
+        print(
+            f"{short:,} of {len(counts):,} questions have fewer than {options.num_negatives} negatives,"
+            f" {sum(count == 0 for count in counts.values()):,} have none; a later last rank finds more",
+            file=sys.stderr,
+        )
+    pairs = _training_pairs(mined, list(counts))
+    pairs.save(options.out)
+    print_costs(embedder)
+    sizes = f"{len(counts):,} questions, {len(pairs.corpus):,} documents, {sum(counts.values()):,} negatives"
+    print(f"{options.out}: {sizes}")
+
+
+def _training_pairs(dataset: RetrievalDataset, query_ids: list[str]) -> RetrievalDataset:
+    """Some queries with the documents that they name, each with its title in its text, as JSONL holds them."""
+    qrels = {query_id: dataset.qrels[query_id] for query_id in query_ids}
+    negatives = {query_id: dataset.negatives[query_id] for query_id in query_ids if query_id in dataset.negatives}
+    named = {i for ids in (*qrels.values(), *negatives.values()) for i in ids}
+    texts = zip(dataset.corpus, dataset.document_texts(), strict=True)
+    corpus = {document_id: text for document_id, text in texts if document_id in named}
+    return RetrievalDataset({i: dataset.queries[i] for i in query_ids}, corpus, qrels, negatives)

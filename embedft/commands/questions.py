@@ -1,0 +1,205 @@
+"""`embedft questions`: questions about chunks, by a language model or without one.
+
+embedft questions chunks --out questions --model gpt-4o-mini --price-in 0.15 --price-out 0.60 --max-cost 1.00
+embedft questions chunks --out questions --method ict
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import embedft
+
+from .. import config
+from ..config import REQUIRED, changed, setting
+from ..corpus import pseudo
+from ..corpus.chunks import Chunk
+from ..corpus.cleaning import Cleaned, clean, drop_held_out, round_trip
+from ..corpus.prompts import TEMPLATE
+from ..corpus.questions import Estimate, Outcome, QuestionConfig, estimate, question_dataset, write_questions
+from ..data.dataset import RetrievalDataset
+from ..files import check_writable, read_text, replace_files, write_json
+from .options import DEFAULT_MODEL, TRAIN, VALIDATION, load_chunk_files
+
+REPORT = "question-report.json"
+MAX_REASONS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModel(QuestionConfig):
+    """A language model (--method llm; the key comes from OPENAI_API_KEY)."""
+
+    base_url: str | None = setting(None, "of an OpenAI-compatible server [api.openai.com]", metavar="URL")
+    template: Path | None = setting(None, "prompt with {text} and {num_questions} [the project's own]", metavar="FILE")
+    dry_run: bool = setting(False, "print what it would cost, and send nothing")
+    clean: bool = setting(True, "drop questions that ask nothing, point at their source, copy it or repeat another")
+    round_trip: int | None = setting(
+        None, "keep training questions whose chunk the base ranks among its first K [all]", metavar="K"
+    )
+    base: str = setting(DEFAULT_MODEL, "model for --round-trip")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(LanguageModel, config.Options):
+    """Options of `embedft questions`."""
+
+    sources: list[str] = setting(
+        REQUIRED, "what `embedft chunk` wrote, or JSONL of objects with `id` and `text`; for docstring: packages",
+        metavar="SOURCE", positional=True,
+    )  # fmt: skip
+    out: Path = setting(REQUIRED, "gets the datasets, the replies and a report", metavar="DIR")
+    method: Literal["llm", "ict", "title", "docstring"] = setting(
+        "llm", "a language model; a sentence of each chunk; its heading; docstrings of packages"
+    )
+    seed: int = setting(0, "of ict and docstring")
+    validation: bool = setting(
+        False, "SOURCE is for validation: ict takes every sentence out of its chunk; no round trip"
+    )
+    num_docstrings: tuple[int, int] = setting(
+        (2_000, 1_000), "docstrings for training and validation", metavar="TRAIN VALIDATION"
+    )
+
+    def __post_init__(self):
+        if self.round_trip is not None and self.round_trip < 1:
+            raise ValueError(f"--round-trip is {self.round_trip}, expected at least 1")
+        llm = [name for cls in (LanguageModel, QuestionConfig) for name in cls.__annotations__]
+        if self.method != "llm" and (given := changed(self, llm)):
+            raise ValueError(f"{given[0]} is for --method llm, this is --method {self.method}")
+        if self.method not in ("ict", "llm") and self.validation:
+            raise ValueError(f"--validation is for --method ict or llm, this is --method {self.method}")
+        if self.method != "docstring" and len(self.sources) != 1:
+            raise ValueError(f"{len(self.sources)} sources, expected one file or folder of chunks")
+        super().__post_init__()
+
+
+def run(options: Options) -> int:
+    """Writes the datasets. Returns 1 when a chunk has no questions yet, or a dataset would be empty."""
+    check_writable(options.out)
+    if options.method == "docstring":
+        train, held_out = options.num_docstrings
+        numbers = {"num_train": train, "num_held_out": held_out, "seed": options.seed}
+        sides = pseudo.docstring_datasets(**numbers, packages=options.sources)
+        _save(options.out, dict(zip((TRAIN, VALIDATION), sides, strict=True)))
+        return 0
+    sides = load_chunk_files(Path(options.sources[0]))
+    texts: dict[str, str] = {}
+    for chunk in (chunk for side in sides.values() for chunk in side):
+        if texts.setdefault(chunk.id, chunk.text) != chunk.text:
+            raise ValueError(f"{options.sources[0]}: chunk {chunk.id!r} has one text in training, one in validation")
+    return _ask(options, sides) if options.method == "llm" else _pseudo(options, sides)
+
+
+def _pseudo(options: Options, sides: dict[str, list[Chunk]]) -> int:
+    """Questions without a language model."""
+    datasets = {}
+    for name, chunks in sides.items():
+        if options.method == "ict":
+            keep_share = 0.0 if options.validation or name == VALIDATION else 0.1
+            datasets[name], num_left_out = pseudo.inverse_cloze(chunks, seed=options.seed, keep_share=keep_share)
+        else:
+            datasets[name], num_left_out = pseudo.titles(chunks)
+        if num_left_out:
+            print(f"{name}: {num_left_out:,} of {len(chunks):,} chunks have nothing to ask with")
+    if datasets.keys() >= {TRAIN, VALIDATION}:
+        cleaned = drop_held_out(datasets[TRAIN], datasets[VALIDATION])
+        datasets[TRAIN] = cleaned.dataset
+        if cleaned.dropped:
+            print(f"{TRAIN}: dropped {len(cleaned.dropped):,} questions that validation asks too")
+    _save(options.out, datasets)
+    return 0
+
+
+def _ask(options: Options, sides: dict[str, list[Chunk]]) -> int:
+    """Questions by a language model."""
+    settings = QuestionConfig(**{field.name: getattr(options, field.name) for field in fields(QuestionConfig)})
+    template = read_text(options.template) if options.template else TEMPLATE
+    # One job, so that the sides share a budget, and in turn, so that each has its part when it runs out.
+    turns = [((i + 0.5) / len(side), chunk) for side in sides.values() for i, chunk in enumerate(side)]
+    chunks = list({chunk.id: chunk for _, chunk in sorted(turns, key=lambda turn: turn[0])}.values())
+    if options.dry_run:
+        print(_format_estimate(estimate(chunks, settings, folder=options.out, template=template)))
+        return 0
+    outcome = write_questions(chunks, settings, folder=options.out, template=template, base_url=options.base_url)
+    print(_format_totals(outcome))
+    report: dict[str, Any] = {}
+    datasets: dict[str, RetrievalDataset] = {}
+    # Validation first: training may not ask what it asks.
+    for name, side in sorted(sides.items(), key=lambda item: item[0] != VALIDATION):
+        questions = {chunk.id: outcome.questions[chunk.id] for chunk in side if chunk.id in outcome.questions}
+        try:
+            if not questions:
+                raise ValueError("no questions yet")
+            dataset = question_dataset(side, questions)
+            for step, function in _cleaning(options, name, datasets.get(VALIDATION)).items():
+                before, cleaned = len(dataset.queries), function(dataset)
+                dataset = cleaned.dataset
+                report[f"{name}: {step}"] = cleaned.report()
+                reasons = "".join(f"; {count:,}: {reason}" for reason, count in cleaned.counts().items())
+                print(f"{name}, {step}: dropped {len(cleaned.dropped):,} of {before:,} questions{reasons}")
+            datasets[name] = dataset
+        except ValueError as error:  # a side without a question does not spoil the other
+            report[name] = str(error)
+            print(f"{name}: {error}", file=sys.stderr)
+    empty = [f"{name}.json" for name in sides if name not in datasets]
+    _save(options.out, datasets, stale=empty, report={**report, "missing": outcome.missing})
+    if not outcome.missing:
+        return 0 if len(datasets) == len(sides) else 1
+    for reason, count in Counter(outcome.missing.values()).most_common(MAX_REASONS):
+        print(f"{count:,} without questions: {reason}", file=sys.stderr)
+    print(
+        f"{len(outcome.missing):,} of {len(chunks):,} chunks have no questions; the same command asks for those alone "
+        f"(all reasons: {options.out / REPORT})",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def _cleaning(options: Options, name: str, validation: RetrievalDataset | None) -> dict[str, Callable[..., Cleaned]]:
+    """What to clean the questions of a side with, by name."""
+    steps: dict[str, Callable[..., Cleaned]] = {"cleaning": clean} if options.clean else {}
+    if validation is not None:
+        steps["held out"] = partial(drop_held_out, validation=validation)
+    if options.round_trip is not None and name != VALIDATION and not options.validation:
+        encode = embedft.load_embedder(options.base).encode
+        steps["round trip"] = partial(round_trip, encode=encode, k=options.round_trip)
+    return steps
+
+
+def _format_estimate(found: Estimate) -> str:
+    text = (
+        f"{found.num_requests:,} of {found.num_chunks:,} chunks have no questions yet and take a request each\n"
+        f"estimated from bytes (4 per token): {found.prompt_tokens:,} prompt tokens, {found.completion_tokens:,} reply "
+        "tokens"
+    )
+    if found.cost is None:
+        return f"{text}\nfor the cost, give --price-in and --price-out, money per million tokens"
+    return f"{text}\nestimated cost {found.cost:.4f}, at most {found.most_cost:.4f} without repeated requests"
+
+
+def _format_totals(outcome: Outcome) -> str:
+    totals, num_chunks = outcome.totals, len(outcome.questions) + len(outcome.missing)
+    text = (
+        f"{len(outcome.questions):,} of {num_chunks:,} chunks have questions; all runs together: "
+        f"{totals.num_requests:,} requests, {totals.prompt_tokens:,} prompt tokens, {totals.completion_tokens:,} reply "
+        "tokens"
+    )
+    if totals.cost is not None:
+        text += f", cost {totals.cost:.4f}"
+    if totals.num_unreported:
+        most = "" if totals.cost is None else f", which cost at most {totals.unreported_cost:.4f} more"
+        text += f"; {totals.num_unreported:,} requests never got a reply{most}"
+    return f"{text}\n{outcome.stopped}" if outcome.stopped else text
+
+
+def _save(out: Path, datasets: Mapping[str, RetrievalDataset], *, stale=(), report: dict | None = None) -> None:
+    with replace_files(out, stale=stale) as new:
+        for name, dataset in datasets.items():
+            dataset.save(new / f"{name}.json", format="llamaindex")
+        if report is not None:
+            write_json(new / REPORT, report)
+    for name, dataset in datasets.items():
+        print(f"{out / name}.json: {len(dataset.queries):,} questions over {len(dataset.corpus):,} chunks")
