@@ -255,7 +255,7 @@ def test_recall_by_hand():
 
 
 def test_misuse_of_recall():
-    with pytest.raises(ValueError, match="results of 1 queries, but exact results of 2"):
+    with pytest.raises(ValueError, match="results of 1 queries, expected 2"):
         recall_against(np.zeros((1, 3)), np.zeros((2, 3)))
-    with pytest.raises(ValueError, match="query 1 has no exact results"):
+    with pytest.raises(ValueError, match="results of 2 queries, expected 1 with exact results"):
         recall_against(np.zeros((2, 3)), np.array([[0], [-1]]))

@@ -5,7 +5,6 @@ import pytest
 from sentence_transformers.util.quantization import quantize_embeddings
 
 from embedft.retrieval.quantization import (
-    Codes,
     QuantizedIndex,
     bytes_per_vector,
     calibrate,
@@ -96,15 +95,15 @@ def test_sizes():
 def test_codes_of_a_memory_map_in_slices(precision, tmp_path):
     documents = random_embeddings(100, 20, 1)
     np.save(tmp_path / "documents.npy", documents)
-    codes = Codes.of(np.load(tmp_path / "documents.npy", mmap_mode="r"), precision, slice_documents=33)
+    index = QuantizedIndex(np.load(tmp_path / "documents.npy", mmap_mode="r"), precision, slice_documents=33)
     ranges = calibrate(documents)
     if precision == "int8":
         expected, decoded = to_int8(documents, ranges), from_int8(to_int8(documents, ranges), ranges)
     else:
         expected, decoded = to_binary(documents), np.where(documents > 0, np.float32(1), np.float32(-1))
-    np.testing.assert_array_equal(codes.array, expected)
-    np.testing.assert_array_equal(codes.decode(slice_documents=7), decoded)
-    np.testing.assert_array_equal(codes.rows(np.array([3, 90])), decoded[[3, 90]])
+    np.testing.assert_array_equal(index.codes, expected)
+    np.testing.assert_array_equal(index.decode(), decoded)
+    np.testing.assert_array_equal(index.vectors(np.array([3, 90])), decoded[[3, 90]])
 
 
 # Search.
@@ -115,7 +114,7 @@ QUERY_BY_HAND = np.array([[0.5, 0.1, -2]])
 
 def test_hamming_search_by_hand():
     """Query signs + + -. Distances: + + - 0, - + - 1, - - + 3, + + + 1. Rows 1 and 3 tie at 1."""
-    scores, rows = QuantizedIndex(Codes.of(BY_HAND, "binary")).search_hamming(QUERY_BY_HAND, 3)
+    scores, rows = QuantizedIndex(BY_HAND, "binary").search_hamming(QUERY_BY_HAND, 3)
     np.testing.assert_array_equal(rows, [[0, 1, 3]])
     np.testing.assert_array_equal(scores, [[0, -1, -1]])
     assert not np.signbit(scores[0, 0])
@@ -126,7 +125,7 @@ def test_rescoring_by_hand():
 
     Row 2, at distance 3, would have -0.5 - 0.1 - 2: it is not in the shortlist, and not missed.
     """
-    scores, rows = QuantizedIndex(Codes.of(BY_HAND, "binary"), shortlist_factor=1).search(QUERY_BY_HAND, 3)
+    scores, rows = QuantizedIndex(BY_HAND, "binary", shortlist_factor=1).search(QUERY_BY_HAND, 3)
     np.testing.assert_array_equal(rows, [[0, 1, 3]])
     np.testing.assert_allclose(scores, [[2.6, 1.6, -1.4]], rtol=1e-6)
 
@@ -134,7 +133,7 @@ def test_rescoring_by_hand():
 @pytest.mark.parametrize("depth", [1, 10, 150, 1000])
 def test_hamming_ties_are_ordered_by_row_and_at_the_cutoff_too(depth):
     documents, queries = random_embeddings(700, 12, 3), random_embeddings(25, 12, 4)
-    scores, rows = QuantizedIndex(Codes.of(documents, "binary"), block_queries=8).search_hamming(queries, depth)
+    scores, rows = QuantizedIndex(documents, "binary", block_queries=8).search_hamming(queries, depth)
     distances = ((queries[:, None] > 0) != (documents > 0)).sum(axis=2)
     expected = first_rows(-distances, depth)
     np.testing.assert_array_equal(rows, expected)
@@ -144,7 +143,7 @@ def test_hamming_ties_are_ordered_by_row_and_at_the_cutoff_too(depth):
 
 def test_int8_search_is_exact_over_the_codes():
     documents, queries = random_embeddings(700, 24, 5), random_embeddings(25, 24, 6)
-    scores, rows = QuantizedIndex(Codes.of(documents, "int8"), slice_documents=128).search(queries, 20)
+    scores, rows = QuantizedIndex(documents, "int8", slice_documents=128).search(queries, 20)
     ranges = calibrate(documents)
     expected = queries.astype(np.float64) @ from_int8(to_int8(documents, ranges), ranges).T
     np.testing.assert_array_equal(rows, first_rows(expected, 20))
@@ -155,7 +154,7 @@ def test_int8_search_is_exact_over_the_codes():
 
 def test_rescoring_orders_the_shortlist():
     documents, queries = random_embeddings(600, 40, 7), random_embeddings(20, 40, 8)
-    index = QuantizedIndex(Codes.of(documents, "binary"), shortlist_factor=3)
+    index = QuantizedIndex(documents, "binary", shortlist_factor=3)
     scores, rows = index.search(queries, 10)
     vectors = np.where(documents > 0, 1.0, -1.0)
     shortlist = index.search_hamming(queries, 30).rows
@@ -169,14 +168,14 @@ def test_rescoring_orders_the_shortlist():
 def test_a_constant_dimension_divides_nothing_by_zero():
     documents = np.array([[0.5, 1], [0.5, 2], [0.5, 3]], dtype=np.float32)
     with np.errstate(all="raise"):
-        scores, rows = QuantizedIndex(Codes.of(documents, "int8")).search(np.array([[10.0, 1.0]]), 3)
+        scores, rows = QuantizedIndex(documents, "int8").search(np.array([[10.0, 1.0]]), 3)
     np.testing.assert_array_equal(rows, [[2, 1, 0]])
     np.testing.assert_allclose(scores, [[8, 7, 6]], atol=0.01)
 
 
 @pytest.mark.parametrize("precision", ["int8", "binary"])
 def test_edges_and_misuse(precision):
-    index = QuantizedIndex(Codes.of(np.array([[0.6, -0.8]]), precision))
+    index = QuantizedIndex(np.array([[0.6, -0.8]]), precision)
     assert len(index) == 1
     np.testing.assert_array_equal(index.search(np.ones((2, 2)), 9).rows, [[0], [0]])
     assert index.search(np.empty((0, 2)), 3).rows.shape == (0, 1)
@@ -187,7 +186,7 @@ def test_edges_and_misuse(precision):
     documents = np.ones((3, 4), dtype=np.float32)
     for wrong in (documents[:0], documents[:, :0], documents[0]):
         with pytest.raises(ValueError, match=r"embeddings of shape \(.*\), expected \[N, D\]"):
-            Codes.of(wrong, precision)
+            QuantizedIndex(wrong, precision)
     documents[1, 2] = np.inf
     with pytest.raises(ValueError, match="the embedding of row 1 has"):
-        Codes.of(documents, precision)
+        QuantizedIndex(documents, precision)

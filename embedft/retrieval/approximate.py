@@ -1,13 +1,13 @@
 """Indices that find most of the nearest neighbors sooner than exact search: FAISS's, and adaptive retrieval.
 
     index = FaissIndex(np.load("documents.npy", mmap_mode="r"), "hnsw")
-    index = FaissIndex(documents, "hnsw,efSearch=128")         # a preset, with a search parameter of your own
+    index = FaissIndex(documents, "hnsw,efSearch=128")         # a preset with your own search parameter
     index = FaissIndex(documents, "IVF1024,SQ8,nprobe=32")     # any string for FAISS's index_factory
     index = AdaptiveIndex(document_embeddings, 64)             # 64 of 384 dimensions find, all dimensions order
     scores, rows = index.search(query_embeddings, depth=10)
 
-In the name of an index the parts with "=" are search parameters, in the syntax of `faiss.ParameterSpace`; the rest is a
-preset or a factory string:
+In the name of an index the parts with "=" are parameters in the syntax of `faiss.ParameterSpace`; the rest is a preset
+or a factory string:
 
 | preset | FAISS's index | searched with | bytes per vector, about |
 |--------|---------------|---------------|-------------------------|
@@ -16,8 +16,7 @@ preset or a factory string:
 | ivfpq  | IVF, residuals in one byte for at least 8 dimensions | nprobe=16 | D / 8 + 8, and the same |
 
 IVF has 4 sqrt(N) lists, or fewer where that would leave less than 39 documents to train each. How much of the exact
-result that finds depends on the data: `evaluate` reports it as "recall@10_of_exact". At 1,000,000 perturbed contexts
-of the finance questions (benchmarks/bench_search.py) 5 lists are enough for 0.966.
+result is found depends on the data: `evaluate` reports it as "recall@10_of_exact".
 
 Source: HNSW: Malkov and Yashunin 2018; IVF and PQ: Jegou et al. 2011; sizes: FAISS's wiki, "Guidelines to choose an
 index"; adaptive retrieval: Kusupati et al. 2022, section 4.3.1.
@@ -39,12 +38,12 @@ from .index import (
     BLOCK_QUERIES,
     Found,
     checked_embeddings,
+    first_of,
     from_keys,
     require_depth,
     search_exact,
     search_shortlist,
     slices_of,
-    to_keys,
 )
 from .quantization import SHORTLIST_FACTOR
 
@@ -58,37 +57,33 @@ LEAST_PQ, TRAINED_PQ = 256, 65_536
 class FaissIndex:
     """A FAISS index over embeddings, by inner product. HNSW and IVF do best if vectors have similar lengths.
 
-    It is trained on a sample and filled in slices of 65,536 documents, which is the memory it needs besides itself.
-    The same seed gives the same index on the same machine, FAISS version and number of threads; but HNSW links
-    documents from several threads at once, so with more than one thread no two graphs are quite alike.
+    It is trained on a sample and filled in slices, which is the memory it needs besides itself. The seed draws the
+    sample and starts k-means; it decides the index on one machine, except that HNSW links documents from several
+    threads at once, so with more than one thread no two graphs are quite alike.
 
     Attributes:
-        factory, parameters: FAISS's description, e.g. "IVF4000,Flat", and the search parameters, e.g. "nprobe=16".
+        factory, parameters: FAISS's description, e.g. "IVF4000,Flat" and "nprobe=16".
 
     Args:
         embeddings_ND: an array or a memory map of any float type.
-        name: see above.
-        seed: draws the training sample and starts k-means.
 
     Raises:
         ValueError: for no documents, a wrong shape, NaN or infinity; for a name that FAISS does not accept or whose
             index does not search by inner product; for fewer documents than the index must be trained on.
     """
 
-    def __init__(self, embeddings_ND: np.ndarray, name: str = "hnsw", *, seed: int = 0):
+    def __init__(self, embeddings_ND: np.ndarray, name: str, *, seed: int = 0):
         if embeddings_ND.ndim != 2 or 0 in embeddings_ND.shape:
             raise ValueError(f"embeddings of shape {embeddings_ND.shape}, expected [N, D] with documents to index")
-        self.name = name
-        num_documents, self.dim = embeddings_ND.shape
-        self.factory, self.parameters, self._index = _empty(name, num_documents, self.dim)
-        with self._refusals():
+        self.name, (num_documents, self.dim) = name, embeddings_ND.shape
+        self._index, self.factory, self.parameters, at_most = check_index(name, self.dim, num_documents=num_documents)
+        with _refusals(name, self.dim):
             if not self._index.is_trained:
                 rng = np.random.default_rng(seed)
-                number = min(_training_size(self._index, name, num_documents), num_documents)
-                rows = np.sort(rng.choice(num_documents, size=number, replace=False))
+                rows = np.sort(rng.choice(num_documents, size=min(at_most, num_documents), replace=False))
                 if (ivf := _ivf(self._index)) is not None:
                     ivf.cp.seed = seed
-                self._index.train(checked_embeddings(embeddings_ND[rows], None))
+                self._index.train(checked_embeddings(embeddings_ND[rows]))
             with progress_bar(num_documents, "indexing", unit="document") as bar:
                 for _, slice_ND in slices_of(embeddings_ND, self.dim):
                     self._index.add(slice_ND)
@@ -96,9 +91,6 @@ class FaissIndex:
 
     def __len__(self) -> int:
         return self._index.ntotal
-
-    def _refusals(self) -> contextlib.AbstractContextManager[None]:
-        return _refusals(self.name, self.dim)
 
     @cached_property
     def bytes_per_vector(self) -> float:
@@ -113,43 +105,33 @@ class FaissIndex:
         """The first `depth` documents found for each query: scores [Q, K] float32 and rows [Q, K] int64.
 
         Some may be missed. Where fewer than K are found, as when the lists probed hold fewer, the rest is -inf and -1.
-
-        Raises `ValueError` for a depth below 1, a wrong width, NaN or infinity.
         """
         require_depth(depth)
         queries_QD = checked_embeddings(queries_QD, self.dim)
         keys_QK = np.empty((len(queries_QD), min(depth, len(self))), dtype=np.uint64)
-        with progress_bar(len(queries_QD), "searching", unit="query") as bar, self._refusals():
+        with progress_bar(len(queries_QD), "searching", unit="query") as bar, _refusals(self.name, self.dim):
             for start in range(0, len(queries_QD), BLOCK_QUERIES):
                 block = slice(start, start + BLOCK_QUERIES)
-                scores, rows = self._index.search(queries_QD[block], keys_QK.shape[1])
-                keys_QK[block] = np.sort(to_keys(np.where(rows < 0, np.float32(-np.inf), scores), rows), axis=1)
-                bar.update(len(scores))
+                keys_QK[block] = first_of(*self._index.search(queries_QD[block], keys_QK.shape[1]), depth)
+                bar.update(len(queries_QD[block]))
         return from_keys(keys_QK)
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """The preset or factory string in the name of an index, and its search parameters ("" if none)."""
+    """The preset or factory string in the name of an index, and its parameters ("" if none)."""
     parts = name.split(",")
-    return (",".join(part for part in parts if "=" not in part), ",".join(part for part in parts if "=" in part))
+    return ",".join(part for part in parts if "=" not in part), ",".join(part for part in parts if "=" in part)
 
 
-def check_index(name: str, dim: int, *, num_documents: int | None = None) -> None:
-    """Raises the `ValueError` that `FaissIndex` would for this name at D = `dim`, before there are any vectors.
+def check_index(name: str, dim: int, *, num_documents: int | None = None) -> tuple[Any, str, str, int]:
+    """An empty index for vectors [N, dim], its factory string and parameters, and how many documents train it at most.
 
-    With `num_documents`, also if these are too few to train on.
+    Raises the `ValueError` that `FaissIndex` would; with None, not for too few documents to train on.
     """
-    index = _empty(name, num_documents or 1, dim)[2]
-    if num_documents is not None and not index.is_trained:
-        _training_size(index, name, num_documents)
-
-
-def _empty(name: str, num_documents: int, dim: int) -> tuple[str, str, Any]:
-    """Factory string, search parameters, and the index with nothing in it."""
     import faiss
 
     preset, parameters = split_name(name)
-    num_lists = max(1, min(round(4 * math.sqrt(num_documents)), num_documents // LEAST_PER_LIST))
+    num_lists = max(1, min(round(4 * math.sqrt(num_documents or 1)), (num_documents or 1) // LEAST_PER_LIST))
     # Product quantization cuts a vector into parts of equal width.
     num_parts = max(parts for parts in range(1, max(dim // 8, 1) + 1) if dim % parts == 0)
     presets = {
@@ -167,7 +149,14 @@ def _empty(name: str, num_documents: int, dim: int) -> tuple[str, str, Any]:
             raise RuntimeError("it does not search by inner product")
         if parameters:
             faiss.ParameterSpace().set_index_parameters(index, parameters)
-    return factory, parameters, index
+    least, at_most = LEAST_PQ, TRAINED_PQ
+    if (ivf := _ivf(index)) is not None:
+        is_flat = isinstance(faiss.downcast_index(ivf), faiss.IndexIVFFlat)
+        least = max(ivf.nlist, 1 if is_flat else LEAST_PQ)
+        at_most = max(TRAINED_PER_LIST * ivf.nlist, 1 if is_flat else TRAINED_PQ)
+    if num_documents is not None and num_documents < least and not index.is_trained:
+        raise ValueError(f"index {name!r} needs at least {least:,} documents to train on, found {num_documents:,}")
+    return index, factory, parameters, at_most
 
 
 @contextlib.contextmanager
@@ -180,7 +169,7 @@ def _refusals(name: str, dim: int) -> Iterator[None]:
         reason = re.sub(r"^Error in .* at \S+:\d+: ", "", str(error).strip().splitlines()[-1])
         raise ValueError(
             f"index {name!r} at {dim} dimensions: expected one of {', '.join(PRESETS)}, or a string for FAISS's"
-            f" index_factory, with search parameters as in hnsw,efSearch=128 ({reason})"
+            f" index_factory, with parameters as in hnsw,efSearch=128 ({reason})"
         ) from None
 
 
@@ -193,20 +182,6 @@ def _ivf(index: Any) -> Any:
     return None
 
 
-def _training_size(index: Any, name: str, num_documents: int) -> int:
-    """How many documents an index is trained on at most. Raises `ValueError` if there are too few."""
-    import faiss
-
-    least, most = LEAST_PQ, TRAINED_PQ
-    if (ivf := _ivf(index)) is not None:
-        flat = isinstance(faiss.downcast_index(ivf), faiss.IndexIVFFlat)
-        least = max(ivf.nlist, 1 if flat else LEAST_PQ)
-        most = max(TRAINED_PER_LIST * ivf.nlist, 1 if flat else TRAINED_PQ)
-    if num_documents < least:
-        raise ValueError(f"index {name!r} needs at least {least:,} documents to train on, found {num_documents:,}")
-    return most
-
-
 class AdaptiveIndex:
     """The first `short_dim` dimensions, normalized again, find a shortlist, which the full vectors order.
 
@@ -214,19 +189,15 @@ class AdaptiveIndex:
     are inner products of the full vectors as given. Meant for Matryoshka embeddings (losses/matryoshka.py).
 
     Args:
-        embeddings_ND: an array or a memory map; not copied, rows are read for every shortlist. The short vectors are
-            held in memory.
-        short_dim: at least 1 and below D.
-
-    Raises:
-        ValueError: for a wrong shape or short_dim; while searching also for NaN or infinity.
+        embeddings_ND: an array or a memory map; rows are read from it for every shortlist.
+        short_dim: at least 1 and below D. The short vectors are held in memory.
     """
 
     def __init__(self, embeddings_ND: np.ndarray, short_dim: int, *, shortlist_factor: int = SHORTLIST_FACTOR):
         if embeddings_ND.ndim != 2 or not 1 <= short_dim < embeddings_ND.shape[1]:
             raise ValueError(f"short_dim is {short_dim}, expected at least 1 and below D of {embeddings_ND.shape}")
         self.embeddings_ND, self.short_dim, self.shortlist_factor = embeddings_ND, short_dim, shortlist_factor
-        self._short_ND = unit_rows(checked_embeddings(embeddings_ND[:, :short_dim], short_dim))
+        self._short_ND = unit_rows(checked_embeddings(embeddings_ND[:, :short_dim]))
 
     def __len__(self) -> int:
         return len(self.embeddings_ND)
@@ -237,10 +208,7 @@ class AdaptiveIndex:
         return self.short_dim * 4 + self.embeddings_ND.shape[1] * self.embeddings_ND.itemsize
 
     def search(self, queries_QD: np.ndarray, depth: int) -> Found:
-        """The first `depth` of shortlist_factor x `depth` documents: scores [Q, K] float32 and rows [Q, K] int64.
-
-        Raises `ValueError` for a depth below 1, a wrong width, NaN or infinity.
-        """
+        """The first `depth` of shortlist_factor x `depth` documents: scores [Q, K] float32 and rows [Q, K] int64."""
         require_depth(depth)
         queries_QD = checked_embeddings(queries_QD, self.embeddings_ND.shape[1])
         short_QD = unit_rows(queries_QD[:, : self.short_dim])

@@ -8,8 +8,7 @@ Embeddings of a cosine model are unit rows, so the inner product serves cosine a
 Results are ordered by (computed score descending, row ascending). This order is total, so no library decides which of
 several documents tied at the cutoff are returned. Equal vectors tie as far as the matrix product scores them equally.
 
-Every index of this package has `search(queries_QD, depth) -> Found`: windows are in passages.py, codes of one byte or
-bit per dimension in quantization.py, FAISS's approximate indices in approximate.py.
+Windows are in passages.py, codes of a byte or bit per dimension in quantization.py, FAISS's indices in approximate.py.
 
 Shapes: Q queries, N documents (rows, numbered from 0), D dimensions, K = min(depth, N) results, W >= K.
 """
@@ -40,6 +39,8 @@ class Found(NamedTuple):
 class Index(Protocol):
     """Anything that finds rows for queries."""
 
+    def __len__(self) -> int: ...
+
     def search(self, queries_QD: np.ndarray, depth: int) -> Found: ...
 
 
@@ -53,24 +54,18 @@ def require_finite(embeddings_ND: np.ndarray, kind: str, names: Sequence, *, sli
 
 
 def require_depth(depth: int) -> None:
-    """Raises `ValueError` for a depth below 1."""
     if depth < 1:
         raise ValueError(f"search depth must be at least 1, not {depth}")
 
 
-def checked_embeddings(embeddings_ND: np.ndarray, dim: int | None, *, first_row: int = 0) -> np.ndarray:
+def checked_embeddings(embeddings_ND: np.ndarray, dim: int | None = None, *, first_row: int = 0) -> np.ndarray:
     """The embeddings as contiguous float32, copied only if they are not that already.
 
-    Args:
-        dim: the expected D; None: any from 1.
-        first_row: number of the first row, for the error.
-
-    Raises:
-        ValueError: for a shape other than [N, D], NaN or infinity.
+    Raises `ValueError` for a shape other than [N, dim] (None: any D from 1), and for NaN or infinity, naming the row,
+    counted from `first_row`.
     """
     if embeddings_ND.ndim != 2 or embeddings_ND.shape[1] != (dim or max(embeddings_ND.shape[1], 1)):
-        expected = "D" if dim is None else dim
-        raise ValueError(f"embeddings of shape {embeddings_ND.shape}, expected [N, {expected}]")
+        raise ValueError(f"embeddings of shape {embeddings_ND.shape}, expected [N, {dim or 'D'}]")
     embeddings_ND = np.ascontiguousarray(embeddings_ND, dtype=np.float32)
     require_finite(embeddings_ND, "row", range(first_row, first_row + len(embeddings_ND)))
     return embeddings_ND
@@ -79,10 +74,7 @@ def checked_embeddings(embeddings_ND: np.ndarray, dim: int | None, *, first_row:
 def slices_of(
     documents: np.ndarray | Iterable[np.ndarray], dim: int, *, slice_documents: int = SLICE_DOCUMENTS
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (first row, contiguous float32 [n, D]) for at most `slice_documents` documents at a time.
-
-    Raises `ValueError` for a wrong width, NaN or infinity, naming the row.
-    """
+    """Yields (first row, float32 [n, D]) for at most `slice_documents` documents at a time, as `checked_embeddings`."""
     first_row = 0
     for part in [documents] if isinstance(documents, np.ndarray) else documents:
         for start in range(0, len(part), slice_documents):
@@ -106,10 +98,10 @@ def search_exact(
     scores of 1,024 queries; never [Q, N].
 
     Args:
-        documents: [N, D], an array or a memory map of any float type; or an iterable of such arrays, [n, D] each, whose
-            rows are numbered consecutively. Each slice is searched once and dropped.
-        device: where products are computed: by FAISS on the CPU (or None), by torch elsewhere. On CUDA they are as
-            exact as `torch.get_float32_matmul_precision()` says.
+        documents: [N, D], an array or a memory map of any float type; or an iterable of such arrays, whose rows are
+            numbered consecutively. Each slice is searched once and dropped.
+        device: FAISS computes products on the CPU (or None), torch elsewhere. On CUDA they are as exact as
+            `torch.get_float32_matmul_precision()` says.
 
     Returns:
         scores [Q, K] float32, descending, and rows [Q, K] int64, ascending among equal scores.
@@ -119,7 +111,7 @@ def search_exact(
     """
     require_depth(depth)
     device = torch.device(device or "cpu")
-    queries_QD = checked_embeddings(queries_QD, None)
+    queries_QD = checked_embeddings(queries_QD)
     keys_QK = np.empty((len(queries_QD), 0), dtype=np.uint64)
     num_documents = len(documents) if isinstance(documents, np.ndarray) else None
     with progress_bar(num_documents, "searching", unit="document") as bar:
@@ -158,17 +150,13 @@ def search_shortlist(
     *,
     block_vectors: int = 16_384,
 ) -> Found:
-    """Scores the documents of each query's shortlist by inner product and keeps the first `depth`.
+    """The first `depth` of each query's shortlist by inner product: scores and rows [Q, min(depth, S)].
 
     Equal vectors get equal scores, wherever they stand in the shortlist.
 
     Args:
         rows_QS: [Q, S] rows, distinct within a query; -1: none.
-        vectors_of: rows [M] ascending -> their vectors [M, D].
-        block_vectors: vectors gathered at a time.
-
-    Returns:
-        scores and rows [Q, min(depth, S)].
+        vectors_of: rows [M] ascending -> their vectors [M, D], at most `block_vectors` at a time.
     """
     keys_QK = np.empty((len(queries_QD), min(depth, rows_QS.shape[1])), dtype=np.uint64)
     block_size = max(1, block_vectors // max(rows_QS.shape[1], 1))
@@ -180,29 +168,25 @@ def search_shortlist(
         gathered_QSD = vectors_MD[place.reshape(rows_QS[block].shape)]
         # Not by BLAS: its kernels round differently by position, so equal vectors would not tie.
         scores_QS = np.einsum("qsd,qd->qs", gathered_QSD, queries_QD[block].astype(np.float32, copy=False))
-        keys_QS = to_keys(np.where(rows_QS[block] < 0, -np.inf, scores_QS).astype(np.float32), rows_QS[block])
-        keys_QS.sort(axis=1)
-        keys_QK[block] = keys_QS[:, :depth]
+        keys_QK[block] = first_of(scores_QS, rows_QS[block], depth)
     return from_keys(keys_QK)
 
 
 def recall_against(rows_QK: np.ndarray, exact_rows_QK: np.ndarray) -> np.ndarray:
     """The share of the exact results that were found, per query: |found & exact| / |exact|, [Q] float64.
 
-    Args:
-        rows_QK: rows found, distinct within a query; -1: none. K may differ from that of `exact_rows_QK`, whose width
-            is the k of recall@k.
-
-    Raises:
-        ValueError: for different numbers of queries, or a query without exact results.
+    Rows are distinct within a query; -1: none. The two K may differ: that of the exact rows is the k of recall@k.
+    Raises `ValueError` for different numbers of queries, or a query without exact results.
     """
-    if len(rows_QK) != len(exact_rows_QK):
-        raise ValueError(f"results of {len(rows_QK)} queries, but exact results of {len(exact_rows_QK)}")
     wanted_QK = exact_rows_QK >= 0
-    if not wanted_QK.any(axis=1).all():
-        raise ValueError(f"query {int(wanted_QK.any(axis=1).argmin())} has no exact results")
-    found_QK = np.array([np.isin(exact, rows) for rows, exact in zip(rows_QK, exact_rows_QK, strict=True)], dtype=bool)
-    return (found_QK.reshape(wanted_QK.shape) & wanted_QK).sum(axis=1) / wanted_QK.sum(axis=1)
+    if len(rows_QK) != len(exact_rows_QK) or not wanted_QK.any(axis=1).all():
+        raise ValueError(
+            f"results of {len(rows_QK)} queries, expected {wanted_QK.any(axis=1).sum()} with exact results"
+        )
+    found = [
+        np.isin(exact, rows).sum() for rows, exact in zip(rows_QK, np.where(wanted_QK, exact_rows_QK, -2), strict=True)
+    ]
+    return np.array(found, dtype=np.float64) / wanted_QK.sum(axis=1)
 
 
 # The score and row of a result in one integer, whose ascending order is (score descending, row ascending): NumPy sorts
@@ -223,6 +207,11 @@ def from_keys(keys: np.ndarray) -> Found:
     scores = np.where(descending >> 31, descending, descending ^ np.uint32(0x7FFFFFFF)).view(np.float32)
     rows = (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
     return Found(scores, np.where(rows == 0xFFFFFFFF, -1, rows))
+
+
+def first_of(scores: np.ndarray, rows: np.ndarray, depth: int) -> np.ndarray:
+    """The first `depth` keys of [Q, W] scores and rows, sorted. Where the row is -1 there is no result."""
+    return np.sort(to_keys(np.where(rows < 0, np.float32(-np.inf), scores), rows), axis=1)[:, :depth]
 
 
 def merge_keys(keys_QK: np.ndarray, new_QK: np.ndarray, depth: int) -> np.ndarray:

@@ -14,13 +14,12 @@ in a block, P documents in a block, C candidates of a query.
 
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from ..progress import progress_bar
-from .index import Found, Index, checked_embeddings, require_depth, require_finite
+from .index import Found, Index, checked_embeddings, from_keys, merge_keys, require_depth, require_finite, to_keys
 
 
 def aggregate_windows(scores_BW: np.ndarray, starts_P: np.ndarray, aggregate: str = "max") -> np.ndarray:
@@ -54,14 +53,6 @@ def check_aggregate(aggregate: str) -> int:
     if not found and aggregate not in ("max", "mean", "first"):
         raise ValueError(f"aggregate is {aggregate!r}, expected max, mean, first or sum_top_M, e.g. sum_top_3")
     return int(found[1]) if found else 0
-
-
-class Block(NamedTuple):
-    """Windows of the documents from `first` on; those of its document p start at starts_P[p]."""
-
-    first: int
-    windows_WD: np.ndarray
-    starts_P: np.ndarray
 
 
 class WindowIndex:
@@ -132,17 +123,14 @@ class WindowIndex:
         return found
 
     def _exact(self, queries_BD: np.ndarray, depth: int) -> Found:
-        scores_BK = np.empty((len(queries_BD), 0), dtype=np.float32)
-        rows_BK = np.empty((len(queries_BD), 0), dtype=np.int64)
-        for block in self._blocks(max(1, self.block_scores // max(1, len(queries_BD)))):
-            scores_BP = aggregate_windows(_products(queries_BD, block.windows_WD), block.starts_P, self.aggregate)
-            rows_BP = np.broadcast_to(block.first + np.arange(scores_BP.shape[1]), scores_BP.shape)
-            # Rows ascend in both, so the first of several that tie has the smallest row.
-            both = np.hstack([scores_BK, scores_BP]), np.hstack([rows_BK, rows_BP])
-            keep_BK = _first_largest(both[0], depth)
-            scores_BK, rows_BK = (np.take_along_axis(x, keep_BK, axis=1) for x in both)
-        order_BK = np.argsort(-scores_BK, axis=1, kind="stable")
-        return Found(*(np.take_along_axis(x, order_BK, axis=1) for x in (scores_BK, rows_BK)))
+        keys_BK = np.empty((len(queries_BD), 0), dtype=np.uint64)
+        for first, windows_WD, starts_P in self._blocks(max(1, self.block_scores // max(1, len(queries_BD)))):
+            scores_BP = aggregate_windows(_products(queries_BD, windows_WD), starts_P, self.aggregate)
+            keys_BP = to_keys(scores_BP, np.broadcast_to(first + np.arange(scores_BP.shape[1]), scores_BP.shape))
+            if keys_BP.shape[1] > depth:  # keys are distinct, so there are no ties to settle
+                keys_BP = np.partition(keys_BP, depth - 1, axis=1)[:, :depth]
+            keys_BK = merge_keys(keys_BK, keys_BP, depth)
+        return from_keys(keys_BK)
 
     def _among(self, queries_BD: np.ndarray, depth: int) -> Found:
         scores_BK = np.empty((len(queries_BD), depth), dtype=np.float32)
@@ -174,14 +162,15 @@ class WindowIndex:
         rows = np.repeat(self.starts_N[documents] - starts, counts) + np.arange(counts.sum())
         return aggregate_windows(_products(query_D[None], self.windows_WD[rows]), starts, self.aggregate)[0]
 
-    def _blocks(self, num_windows: int) -> Iterator[Block]:
-        """Blocks of whole documents with at most `num_windows` windows; a document with more is a block of its own."""
+    def _blocks(self, num_windows: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Whole documents with at most `num_windows` windows, or one document with more: (the first document, windows
+        [W, D], the first window of each document [P])."""
         ends_N = np.append(self.starts_N[1:], len(self.windows_WD))
         first = 0
         while first < len(ends_N):
             offset = self.starts_N[first]
             stop = max(first + 1, int(np.searchsorted(ends_N, offset + num_windows, side="right")))
-            yield Block(first, self.windows_WD[offset : ends_N[stop - 1]], self.starts_N[first:stop] - offset)
+            yield first, self.windows_WD[offset : ends_N[stop - 1]], self.starts_N[first:stop] - offset
             first = stop
 
 
@@ -195,14 +184,3 @@ def _products(queries_BD: np.ndarray, windows_WD: np.ndarray) -> np.ndarray:
     padded_BD = np.zeros((-(-len(queries_BD) // 8) * 8, queries_BD.shape[1]), dtype=np.float32)
     padded_BD[: len(queries_BD)] = queries_BD
     return (torch.from_numpy(padded_BD) @ torch.from_numpy(windows_WD).T).numpy()[: len(queries_BD)]
-
-
-def _first_largest(scores_BP: np.ndarray, depth: int) -> np.ndarray:
-    """The columns of the `depth` largest scores in each row, ascending; the first ones of those tied at the cutoff."""
-    if scores_BP.shape[1] <= depth:
-        return np.broadcast_to(np.arange(scores_BP.shape[1]), scores_BP.shape)
-    last_B1 = -np.partition(-scores_BP, depth - 1, axis=1)[:, depth - 1 : depth]
-    tied_BP = scores_BP == last_B1
-    room_B1 = depth - (scores_BP > last_B1).sum(axis=1, keepdims=True)
-    kept_BP = (scores_BP > last_B1) | (tied_BP & (tied_BP.cumsum(axis=1) <= room_B1))
-    return np.nonzero(kept_BP)[1].reshape(len(scores_BP), depth)

@@ -1,23 +1,24 @@
-"""Vectors as codes of one byte or one bit per dimension: int8 with calibrated ranges, binary signs; exhaustive search.
+"""Vectors as codes of one byte or one bit per dimension, and exhaustive search over them.
 
-    codes = Codes.of(document_embeddings, "int8")
-    scores, rows = QuantizedIndex(codes).search(query_embeddings, depth=100)
-    vectors_ND = codes.decode()               # what the codes stand for, float32
+    index = QuantizedIndex(document_embeddings, "int8")
+    scores, rows = index.search(query_embeddings, depth=100)
+    vectors_ND = index.decode()               # what the codes stand for, float32
 
 | precision | bytes per vector | score |
 |-----------|------------------|-------|
 | float32 | 4 D | query . vector |
 | int8 | D | query . decoded vector, the ranges taken from the documents |
-| binary | ceil(D / 8) | Hamming distance selects 4 x depth documents; query . signs (+1, -1) orders them |
+| binary | ceil(D / 8) | Hamming distance selects 4 x depth documents, query . signs (+1, -1) orders them |
 
-Queries stay float32 wherever a product is computed ("asymmetric"); only Hamming distances use their signs alone.
-Nothing is rescored with vectors finer than the stored ones. Product quantization is FAISS's (approximate.py).
+Queries stay float32 wherever a product is computed; only Hamming distances use their signs. Nothing is rescored with
+vectors finer than the stored ones. Product quantization is FAISS's (approximate.py).
+
+Source: Shakir et al. 2024, "Binary and Scalar Embedding Quantization"; Yamada et al. 2021, section 3 (rescored binary).
 
 Shapes: Q queries, N documents, D dimensions, B = ceil(D / 8) bytes, K = min(depth, N) results.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 
@@ -27,12 +28,12 @@ from .index import (
     SLICE_DOCUMENTS,
     Found,
     checked_embeddings,
+    first_of,
     from_keys,
     require_depth,
     search_exact,
     search_shortlist,
     slices_of,
-    to_keys,
 )
 
 PRECISIONS = ("float32", "int8", "binary")
@@ -41,7 +42,6 @@ SHORTLIST_FACTOR = 4
 
 
 def bytes_per_vector(dim: int, precision: str) -> int:
-    """Bytes of one vector: 4 D, D, ceil(D / 8)."""
     return {"float32": 4 * dim, "int8": dim, "binary": -(-dim // 8)}[precision]
 
 
@@ -90,67 +90,55 @@ def from_binary(codes_NB: np.ndarray, dim: int) -> np.ndarray:
     return np.unpackbits(codes_NB, axis=-1, count=dim).astype(np.float32) * 2 - 1
 
 
-class Codes(NamedTuple):
-    """Vectors in one precision, int8 or binary. array: [N, D] int8 or [N, B] uint8; ranges: [2, D], int8 only."""
-
-    array: np.ndarray
-    dim: int
-    ranges: np.ndarray | None
-
-    @classmethod
-    def of(
-        cls, embeddings_ND: np.ndarray, precision: str, *, seed: int = 0, slice_documents: int = SLICE_DOCUMENTS
-    ) -> "Codes":
-        """Encodes an array or a memory map of any float type, in slices; `seed` draws what ranges are taken from.
-
-        Raises `ValueError` for no documents, a wrong shape, NaN or infinity.
-        """
-        if embeddings_ND.ndim != 2 or 0 in embeddings_ND.shape:
-            raise ValueError(f"embeddings of shape {embeddings_ND.shape}, expected [N, D] with documents to quantize")
-        num_documents, dim = embeddings_ND.shape
-        ranges_2D = calibrate(embeddings_ND, seed=seed) if precision == "int8" else None
-        array = np.empty((num_documents, bytes_per_vector(dim, precision)), np.uint8 if ranges_2D is None else np.int8)
-        for first, part in slices_of(embeddings_ND, dim, slice_documents=slice_documents):
-            array[first : first + len(part)] = to_binary(part) if ranges_2D is None else to_int8(part, ranges_2D)
-        return cls(array, dim, ranges_2D)
-
-    def rows(self, rows: np.ndarray | slice) -> np.ndarray:
-        """The vectors that some of the codes stand for, float32."""
-        part = self.array[rows]
-        return from_binary(part, self.dim) if self.ranges is None else from_int8(part, self.ranges)
-
-    def slices(self, slice_documents: int) -> Iterator[np.ndarray]:
-        """All of them, a slice at a time."""
-        return (self.rows(slice(s, s + slice_documents)) for s in range(0, len(self.array), slice_documents))
-
-    def decode(self, *, slice_documents: int = SLICE_DOCUMENTS) -> np.ndarray:
-        """All of them, [N, D] float32."""
-        decoded_ND = np.empty((len(self.array), self.dim), dtype=np.float32)
-        for number, part in enumerate(self.slices(slice_documents)):
-            decoded_ND[number * slice_documents :][: len(part)] = part
-        return decoded_ND
-
-
 class QuantizedIndex:
     """Exhaustive search over codes: see the table above. Order: score descending, row ascending.
 
-    Source: Shakir et al. 2024, "Binary and Scalar Embedding Quantization"; rescoring of binary: Yamada et al. 2021,
-    section 3.
+    Args:
+        embeddings_ND: an array or a memory map of any float type, encoded in slices.
+        precision: int8 or binary.
+
+    Raises:
+        ValueError: for no documents, a wrong shape, NaN or infinity.
     """
 
     def __init__(
         self,
-        codes: Codes,
+        embeddings_ND: np.ndarray,
+        precision: str,
         *,
         shortlist_factor: int = SHORTLIST_FACTOR,
         slice_documents: int = SLICE_DOCUMENTS,
         block_queries: int = BLOCK_QUERIES,
     ):
-        self.codes, self.shortlist_factor = codes, shortlist_factor
-        self.slice_documents, self.block_queries = slice_documents, block_queries
+        if embeddings_ND.ndim != 2 or 0 in embeddings_ND.shape:
+            raise ValueError(f"embeddings of shape {embeddings_ND.shape}, expected [N, D] with documents to quantize")
+        self.shortlist_factor, self.slice_documents = shortlist_factor, slice_documents
+        self.block_queries, (num_documents, self.dim) = block_queries, embeddings_ND.shape
+        self.ranges = calibrate(embeddings_ND) if precision == "int8" else None
+        codes_type = np.uint8 if self.ranges is None else np.int8
+        self.codes = np.empty((num_documents, bytes_per_vector(self.dim, precision)), codes_type)
+        for first, part in slices_of(embeddings_ND, self.dim, slice_documents=slice_documents):
+            codes = to_binary(part) if self.ranges is None else to_int8(part, self.ranges)
+            self.codes[first : first + len(part)] = codes
 
     def __len__(self) -> int:
-        return len(self.codes.array)
+        return len(self.codes)
+
+    def vectors(self, rows: np.ndarray | slice) -> np.ndarray:
+        """What some of the codes stand for, float32."""
+        codes = self.codes[rows]
+        return from_binary(codes, self.dim) if self.ranges is None else from_int8(codes, self.ranges)
+
+    def decode(self) -> np.ndarray:
+        """What all of the codes stand for, [N, D] float32."""
+        decoded_ND = np.empty((len(self), self.dim), dtype=np.float32)
+        for number, part in enumerate(self._slices()):
+            decoded_ND[number * self.slice_documents :][: len(part)] = part
+        return decoded_ND
+
+    def _slices(self) -> Iterator[np.ndarray]:
+        step = self.slice_documents
+        return (self.vectors(slice(start, start + step)) for start in range(0, len(self), step))
 
     def search(self, queries_QD: np.ndarray, depth: int) -> Found:
         """The first `depth` documents for each query: scores [Q, K] float32 and rows [Q, K] int64.
@@ -158,26 +146,26 @@ class QuantizedIndex:
         Raises `ValueError` for a depth below 1, a wrong width, NaN or infinity.
         """
         require_depth(depth)
-        queries_QD = checked_embeddings(queries_QD, self.codes.dim)
-        if self.codes.ranges is not None:
-            return search_exact(queries_QD, self.codes.slices(self.slice_documents), depth)
+        queries_QD = checked_embeddings(queries_QD, self.dim)
+        if self.ranges is not None:
+            return search_exact(queries_QD, self._slices(), depth)
         shortlist = self.search_hamming(queries_QD, depth * self.shortlist_factor)
-        return search_shortlist(queries_QD, shortlist.rows, self.codes.rows, min(depth, len(self)))
+        return search_shortlist(queries_QD, shortlist.rows, self.vectors, min(depth, len(self)))
 
     def search_hamming(self, queries_QD: np.ndarray, depth: int) -> Found:
         """The first `depth` documents by the Hamming distance of signs, whose negative is the score."""
         import faiss
 
-        depth = min(depth, len(self))
-        keys_QK = np.empty((len(queries_QD), depth), dtype=np.uint64)
+        keys_QK = np.empty((len(queries_QD), min(depth, len(self))), dtype=np.uint64)
         with progress_bar(len(queries_QD), "searching", unit="query") as bar:
             for start in range(0, len(queries_QD), self.block_queries):
                 block = slice(start, start + self.block_queries)
-                queries_QB = to_binary(queries_QD[block])
                 # FAISS's heap ("hc") keeps the lowest rows among equal distances; its counting sort does not.
-                distances, rows = faiss.knn_hamming(queries_QB, self.codes.array, depth, variant="hc")
-                keys_QK[block] = np.sort(to_keys(-distances.astype(np.float32), rows), axis=1)
-                bar.update(len(queries_QB))
+                distances, rows = faiss.knn_hamming(
+                    to_binary(queries_QD[block]), self.codes, keys_QK.shape[1], variant="hc"
+                )
+                keys_QK[block] = first_of(-distances.astype(np.float32), rows, depth)
+                bar.update(len(rows))
         return from_keys(keys_QK)
 
 

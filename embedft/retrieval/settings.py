@@ -25,7 +25,7 @@ import numpy as np
 from .approximate import AdaptiveIndex, FaissIndex, check_index, split_name
 from .index import FlatIndex, Index
 from .passages import WindowIndex, check_aggregate
-from .quantization import PRECISIONS, SHORTLIST_FACTOR, Codes, QuantizedIndex, bytes_per_vector
+from .quantization import PRECISIONS, SHORTLIST_FACTOR, QuantizedIndex, bytes_per_vector
 
 # FAISS indices that hold every vector as it is, so they can hold what codes stand for.
 HOLD_VECTORS = ("hnsw", "ivf")
@@ -117,30 +117,25 @@ def build(vectors_ND: np.ndarray, source_N: np.ndarray | None, setting: Setting,
     Args:
         source_N: the document of each window, ascending; None: each vector is a document.
     """
-    precision, size = setting.precision, bytes_per_vector(setting.dim, setting.precision)
-    windows, is_flat = source_N is not None, setting.index == "flat"
-    codes = None if precision == "float32" else Codes.of(vectors_ND, precision)
-    # int8 windows are scored all at once, so they need no candidates.
-    searches_codes = is_flat and (precision == "binary" or (precision == "int8" and not windows))
-    if codes is not None and (windows or not searches_codes):
-        vectors_ND = codes.decode()
-    num_bytes = size
-    facts = {} if codes is None else {"rescore": "binary" if precision == "binary" and is_flat else None}
+    precision, is_flat, windows = setting.precision, setting.index == "flat", source_N is not None
+    num_bytes, facts, index = bytes_per_vector(setting.dim, precision), {}, None
+    if precision != "float32":
+        codes = QuantizedIndex(vectors_ND, precision)
+        facts["rescore"] = "binary" if precision == "binary" and is_flat else None
+        if is_flat and not (windows and precision == "int8"):  # int8 windows are all scored, without candidates
+            index = codes
+        if not is_flat or windows:
+            vectors_ND = codes.decode()
     if setting.short_dim:
-        index = AdaptiveIndex(vectors_ND, setting.short_dim)
-        num_bytes, facts = index.bytes_per_vector, {"shortlist": SHORTLIST_FACTOR * depth}
-    elif searches_codes:
-        index = QuantizedIndex(codes)
-    elif is_flat:
-        index = None if windows else FlatIndex(vectors_ND)
-    else:
+        index, facts["shortlist"] = AdaptiveIndex(vectors_ND, setting.short_dim), SHORTLIST_FACTOR * depth
+        num_bytes = index.bytes_per_vector
+    elif not is_flat:
         index = FaissIndex(vectors_ND, setting.index)
         facts |= {"factory": index.factory, "parameters": index.parameters}
-        num_bytes = index.bytes_per_vector
-        if split_name(setting.index)[0] in HOLD_VECTORS:
-            num_bytes += size - bytes_per_vector(setting.dim, "float32")
-        elif windows:
-            num_bytes += size  # all windows of a document that is found are scored by their vectors
+        if split_name(setting.index)[0] in HOLD_VECTORS:  # of codes, their bytes in the place of float32's
+            num_bytes += index.bytes_per_vector - bytes_per_vector(setting.dim, "float32")
+        else:  # all windows of a document that is found are scored by their vectors
+            num_bytes = index.bytes_per_vector + (num_bytes if windows else 0)
     if windows:
         index = WindowIndex(vectors_ND, source_N, aggregate=setting.aggregate, candidates=index)
-    return Built(index, num_bytes, facts)
+    return Built(FlatIndex(vectors_ND) if index is None else index, num_bytes, facts)
