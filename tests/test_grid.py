@@ -462,6 +462,61 @@ def test_an_embedder_with_a_store(tmp_path):
         assert report.metrics["ndcg@10"] == pytest.approx(other.metrics["ndcg@10"], abs=0.05)
 
 
+# Queries that are documents of the corpus.
+
+
+def own_documents(**changes) -> tuple[TableEmbedder, RetrievalDataset]:
+    """As in ArguAna: the claims a and b are documents too; the answer to each is the next nearest."""
+    vectors = {"claim a": [1, 0, 0, 0], "to a": [0.8, 0.6, 0, 0], "claim b": [0, 0, 1, 0], "to b": [0, 0, 0.8, 0.6]}
+    claims, answers = {"a": "claim a", "b": "claim b"}, {"ra": "to a", "rb": "to b"}
+    fields = {"queries": claims, "corpus": claims | answers, "qrels": {"a": {"ra": 1}, "b": {"rb": 1}}}
+    return TableEmbedder(vectors, "cosine"), RetrievalDataset(**(fields | changes))
+
+
+@pytest.mark.parametrize(
+    "setting", [{}, {"index": "hnsw"}, {"index": "adaptive-3"}, {"precision": "binary"}, {"passages": (6, 3)}]
+)
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_a_query_does_not_find_itself(setting, depth):
+    """Without its own document a query has its answer first, at any depth; with it second, which is 1 / log2(3)."""
+    embedder, dataset = own_documents()
+    options = {**setting, "depth": depth, "ks": (1,)}
+    with pytest.warns(UserWarning, match="2 queries have the id of a document .'a', ....*exclude_identical_ids=False"):
+        report = evaluate(embedder, dataset, **options)
+    assert report.metrics["ndcg@1"] == 1
+    found = report.run.to_dict()["a"]
+    assert "a" not in found
+    assert len(found) == min(depth, 3)
+    if setting not in ({"precision": "binary"}, {"index": "hnsw"}):  # which choose among ties as they like
+        assert report.costs["recall@10_of_exact"] == 1
+    kept = evaluate(embedder, dataset, exclude_identical_ids=False, **(options | {"depth": 2, "ks": (1, 2)}))
+    assert kept.metrics["hit_rate@1"] == 0
+    assert kept.metrics["ndcg@2"] == pytest.approx(1 / np.log2(3))
+    with pytest.warns(UserWarning, match="2 queries"):
+        run = search(embedder, dataset, dataset.queries, depth=depth, **setting)
+    np.testing.assert_array_equal(run.indices, report.run.indices)
+    with pytest.warns(UserWarning, match="1 queries"):
+        one = Searcher(embedder, dataset, depth=depth, **setting).search({"b": "claim b"})
+    assert one.to_dict() == {"b": report.run.to_dict()["b"]}
+
+
+def test_a_query_finds_its_own_document_if_that_is_judged_relevant():
+    embedder, dataset = own_documents(qrels={"a": {"a": 1}, "b": {"b": 0, "rb": 1}})
+    with pytest.warns(UserWarning, match="2 queries"):
+        found = evaluate(embedder, dataset).run.to_dict()
+    assert list(found["a"])[:2] == ["a", "ra"]
+    assert next(iter(found["b"])) == "rb"
+
+
+def test_other_questions_under_the_id_of_a_document_find_it(recwarn):
+    embedder, dataset = own_documents()
+    embedder.table["other"] = embedder.table["claim b"]
+    assert list(search(embedder, dataset, {"b": "other"}).to_dict()["b"])[:2] == ["b", "rb"]
+    renamed = own_documents(queries={"qa": "claim a"}, qrels={"qa": {"ra": 1}})[1]
+    assert list(evaluate(embedder, renamed).run.to_dict()["qa"])[:2] == ["a", "ra"]
+    assert not recwarn.list
+
+
 # What is refused.
 
 

@@ -14,6 +14,7 @@ documents are encoded and searched is in search.py, tables of reports are in tab
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..data.dataset import RetrievalDataset
 from ..data.linked import connected_components
@@ -31,42 +32,22 @@ def evaluate(
     *,
     dim: int | None = None,
     passages: Sequence[int] | None = None,
-    aggregate: str = "max",
     precision: str = "float32",
     index: str = "flat",
-    ks: Sequence[int] = (1, 3, 5, 10),
-    depth: int = 100,
-    metrics: Sequence[Metric] | None = None,
-    gain: Gain = "binary",
-    slice_documents: int | None = None,
+    **options: Any,
 ) -> Report:
     """Encodes queries and documents, searches and measures: `evaluate_grid` with one setting.
 
-    Exact search (float32, flat) holds one slice of the corpus at a time: memory does not grow with its size.
-
     Args:
         dim: leading dimensions to keep (Matryoshka); None: as many as the embedder gives.
-        passages: (size, stride) in tokens: documents, title included, are cut into windows as
-            `Embedder.encode_passages` does, and scored by them. None: one vector per document, of as much as the model
-            reads.
-        aggregate: how windows make a document's score: max, mean, first or sum_top_M, see `aggregate_windows`.
+        passages: (size, stride) in tokens: documents, title included, are cut into windows and scored by them. None:
+            one vector per document, of as much as the model reads.
         precision: as what vectors are stored: float32, int8 or binary.
-        index: flat, hnsw, ivf, ivfpq, a string for FAISS's `index_factory`, or adaptive-DIM. settings.py says what each
-            does and which go with which precision.
-        ks: cutoffs of the default metrics.
-        depth: documents retrieved per query, and the cutoff of MAP. May be larger than the corpus.
-        metrics: replace the default ones: names such as "ndcg@20", "rprec" or "judged@10", or functions (judgments,
-            k=None) -> [Q], see `metrics.measure`. Those without a cutoff cover the `depth` documents retrieved.
-        gain: of nDCG, see `metrics.ndcg`.
-        slice_documents: documents encoded at a time; None: 65,536, or 4,096 with passages.
-
-    Raises:
-        ValueError: as `evaluate_grid`.
+        index: flat, hnsw, ivf, ivfpq, a string for FAISS's `index_factory`, or adaptive-DIM, see settings.py.
+        options: aggregate, ks, depth, metrics, gain and the others of `evaluate_grid`.
     """
     grid = {"dims": (dim,), "precisions": (precision,), "indices": (index,), "passages": (passages,)}
-    measured = {"aggregate": aggregate, "ks": ks, "depth": depth, "metrics": metrics, "gain": gain}
-    options = {"slice_documents": slice_documents}
-    return evaluate_grid(embedder, dataset, **grid, **measured, **options)[0]
+    return evaluate_grid(embedder, dataset, **grid, **options)[0]
 
 
 def evaluate_grid(
@@ -82,58 +63,57 @@ def evaluate_grid(
     depth: int = 100,
     metrics: Sequence[Metric] | None = None,
     gain: Gain = "binary",
+    exclude_identical_ids: bool = True,
     slice_documents: int | None = None,
 ) -> list[Report]:
     """A report for every combination; queries are encoded once, documents once for each of `passages`.
 
-    Passages vary slowest, then dims, precisions and indices. Each report is what `evaluate` gives for its setting; its
-    seconds of encoding are those of the shared encoding.
-
-    Besides metrics, a report has `setting` ("dim", "precision", "index", "passages", "similarity", "num_documents",
-    "aggregate" with passages, and the facts of `settings.build`) and `costs` (see `search.search_grid`).
-
-    Memory: with float32 and flat alone one slice of the corpus at a time, whatever the dims. Other settings need all
-    vectors, 4 bytes per dimension of the model and document or window, and, one setting at a time, the vectors cut to
-    its dim, its codes and its index.
+    Passages vary slowest, then dims, precisions and indices. `Report.costs` are those of `search_grid`; the seconds of
+    encoding are those of the shared encoding. Memory: with float32 and flat one slice of the corpus at a time, whatever
+    the dims; other settings need all vectors, 4 bytes per dimension of the model and document or window, and one
+    setting's own at a time: vectors cut to its dim, codes, index.
 
     Args:
         dims, precisions, indices, passages: lists of what `evaluate` takes. passages=(128, 64) is one setting too.
-        aggregate, ks, depth, metrics, gain, slice_documents: for all of them, see `evaluate`.
+        aggregate: how windows make a document's score: max, mean, first or sum_top_M, see `aggregate_windows`.
+        ks: cutoffs of the default metrics.
+        depth: documents retrieved per query, and the cutoff of MAP. May be larger than the corpus.
+        metrics: replace the default ones: names such as "ndcg@20", "rprec" or "judged@10", or functions (judgments,
+            k=None) -> [Q], see `metrics.measure`. Those without a cutoff cover the `depth` documents retrieved.
+        gain: of nDCG, see `metrics.ndcg`.
+        exclude_identical_ids, slice_documents: see `search`.
 
     Raises:
-        ValueError: before documents are encoded: for an empty list, a cutoff above `depth`, a dataset in which no query
-            has a relevant document, unsupported combinations (all of them are listed, none is skipped), a dim beyond
-            the model's, too few documents for an index, passages with an embedder that cannot cut any. Later: for
-            embeddings that are not finite (naming the query or document).
+        ValueError: before documents are encoded, for anything about the arguments that cannot work: unsupported
+            combinations are all listed, none is skipped. Later, for embeddings that are not finite, naming the text.
 
     Source: Kusupati et al. 2022, section 4 (dims, adaptive retrieval); Shakir et al. 2024 (precisions).
     """
     select_metrics(metrics, ks=ks, depth=depth)  # raises before anything is encoded
-    if passages is None or all(isinstance(number, int) for number in passages):
-        passages = [passages]
-    lists = {"dims": dims, "precisions": precisions, "indices": indices}
-    for name, values in lists.items():
-        if isinstance(values, str | int) or not values:
-            raise ValueError(f"{name} is {values!r}, expected a list of at least one")
-    settings = [Setting(*rest, windows, aggregate) for windows, *rest in itertools.product(passages, *lists.values())]
+    settings = _settings(dims, precisions, indices, passages, aggregate)
     check_settings(embedder, settings, num_documents=len(dataset.corpus))
     qrels = dataset.all_qrels()
-    relevant = [query_id for query_id in dataset.queries if has_relevant(qrels.get(query_id, {}))]
-    if not relevant:
+    queries = {query_id: text for query_id, text in dataset.queries.items() if has_relevant(qrels.get(query_id, {}))}
+    if not queries:
         raise ValueError(f"none of the {len(dataset.queries)} queries of the dataset has a relevant document")
-    queries = {query_id: dataset.queries[query_id] for query_id in relevant}
-    options = {"slice_documents": slice_documents}
-    model, reports = model_setting(embedder), []
-    for searched in search_grid(embedder, dataset, queries, settings, depth=depth, **options):
-        report = evaluate_run(searched.run, dataset, ks=ks, depth=depth, metrics=metrics, gain=gain)
-        setting = {**searched.setting._asdict(), **searched.facts, "similarity": embedder.similarity}
-        if searched.setting.passages is None:
-            del setting["aggregate"]
-        else:
-            setting["passages"] = list(searched.setting.passages)
-        costs = {**searched.costs, **report.costs}
-        reports.append(dataclasses.replace(report, setting=model | setting | report.setting, costs=costs))
+    options = {"exclude_identical_ids": exclude_identical_ids, "slice_documents": slice_documents}
+    common = model_setting(embedder) | _data_setting(dataset) | {"similarity": embedder.similarity}
+    reports = []
+    for setting, run, facts, costs in search_grid(embedder, dataset, queries, settings, depth=depth, **options):
+        report = _measured(run, qrels, list(dataset.queries), ks, depth, metrics, gain)
+        setting = {**common, **setting.describe(), **facts, **report.setting}
+        reports.append(dataclasses.replace(report, setting=setting, costs={**costs, **report.costs}))
     return reports
+
+
+def _settings(dims: object, precisions: object, indices: object, passages: object, aggregate: str) -> list[Setting]:
+    if passages is None or all(isinstance(number, int) for number in passages):
+        passages = [passages]
+    for name, values in (("dims", dims), ("precisions", precisions), ("indices", indices)):
+        if isinstance(values, str | int) or not values:
+            raise ValueError(f"{name} is {values!r}, expected a list of at least one")
+    grid = itertools.product(passages, dims, precisions, indices)
+    return [Setting(dim, precision, index, windows, aggregate) for windows, dim, precision, index in grid]
 
 
 def evaluate_run(
@@ -150,35 +130,48 @@ def evaluate_run(
     Args:
         dataset_or_qrels: qrels as {query id: {document id: grade}}, or a dataset, whose ids are then checked too.
         depth: the cutoff of MAP, and the largest cutoff allowed.
-        ks, metrics, gain: see `evaluate`.
+        ks, metrics, gain: see `evaluate_grid`.
 
     Raises:
-        ValueError: on a query or document that the dataset does not have, a cutoff above `depth`, or when no query has
-            a relevant document.
+        ValueError: for a query or document that the dataset does not have, a cutoff above `depth`, or if no query has a
+            relevant document.
     """
-    chosen = select_metrics(metrics, ks=ks, depth=depth)
-    setting = {"depth": depth, "gain": gain}
-    if metrics is None:
-        setting["ks"] = list(ks)
     if isinstance(dataset_or_qrels, Mapping):
-        qrels = dataset_or_qrels
-        query_ids = list(dict.fromkeys([*qrels, *run.query_ids]))
+        qrels, query_ids, setting = dataset_or_qrels, list(dict.fromkeys([*dataset_or_qrels, *run.query_ids])), {}
     else:
         qrels, query_ids = dataset_or_qrels.all_qrels(), list(dataset_or_qrels.queries)
         _check_known(run.query_ids, dataset_or_qrels.queries, "query", "the dataset")
         _check_known(run.document_ids, dataset_or_qrels.corpus, "document", "the corpus")
-        setting["num_documents"] = len(dataset_or_qrels.corpus)
-        setting["data_sha256"] = dataset_or_qrels.sha256()
+        setting = _data_setting(dataset_or_qrels)
+    report = _measured(run, qrels, query_ids, ks, depth, metrics, gain)
+    return dataclasses.replace(report, setting={**setting, **report.setting})
+
+
+def _data_setting(dataset: RetrievalDataset) -> dict[str, Any]:
+    return {"num_documents": len(dataset.corpus), "data_sha256": dataset.sha256()}
+
+
+def _measured(
+    run: Run,
+    qrels: Qrels,
+    query_ids: Sequence[str],
+    ks: Sequence[int],
+    depth: int,
+    metrics: Sequence[Metric] | None,
+    gain: Gain,
+) -> Report:
     costs: dict[str, float] = {}
+    chosen = select_metrics(metrics, ks=ks, depth=depth)
     with timed(costs, "metrics_seconds"):
         judgments = judge(run.select(query_ids), qrels)
         per_query = measure(judgments, chosen, gain=gain)
+    setting = {"depth": depth, "gain": gain, "num_queries": len(judgments.query_ids)}
     return Report(
         query_ids=judgments.query_ids,
         per_query=per_query,
         clusters=question_clusters(judgments.query_ids, qrels),
         num_without_relevant=judgments.num_without_relevant,
-        setting={**setting, "num_queries": len(judgments.query_ids)},
+        setting=setting if metrics is not None else {**setting, "ks": list(ks)},
         costs=costs,
         run=run.select(judgments.query_ids),
     )

@@ -54,6 +54,7 @@ def require_finite(embeddings_ND: np.ndarray, kind: str, names: Sequence, *, sli
 
 
 def require_depth(depth: int) -> None:
+    """Raises `ValueError` for a depth below 1."""
     if depth < 1:
         raise ValueError(f"search depth must be at least 1, not {depth}")
 

@@ -42,6 +42,7 @@ SHORTLIST_FACTOR = 4
 
 
 def bytes_per_vector(dim: int, precision: str) -> int:
+    """See the table above."""
     return {"float32": 4 * dim, "int8": dim, "binary": -(-dim // 8)}[precision]
 
 

@@ -13,8 +13,9 @@ Shapes: Q queries, N documents or windows, W dimensions of the model, D of them 
 """
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -58,6 +59,7 @@ def search(
     aggregate: str = "max",
     precision: str = "float32",
     index: str = "flat",
+    exclude_identical_ids: bool = True,
     slice_documents: int | None = None,
 ) -> Run:
     """The first `depth` documents of the dataset for any queries.
@@ -72,6 +74,8 @@ def search(
         passages: (size, stride) in tokens: documents are cut into windows as `Embedder.encode_passages` does.
         aggregate: how windows make a document's score, see `aggregate_windows`.
         precision, index: see settings.py.
+        exclude_identical_ids: a query of the dataset that is also a document, under the same id, does not find itself
+            (ArguAna, Quora) unless it is judged relevant; a warning says so.
         slice_documents: documents encoded at a time; None: 65,536, or 4,096 with passages.
 
     Returns:
@@ -83,7 +87,7 @@ def search(
             or passages with an embedder that cannot cut any.
     """
     setting = Setting(dim, precision, index, passages, aggregate)
-    options = {"slice_documents": slice_documents}
+    options = {"exclude_identical_ids": exclude_identical_ids, "slice_documents": slice_documents}
     if not setting.is_exact:
         queries = _named(queries)  # no queries: refused before documents are encoded
         return Searcher(embedder, dataset, depth=depth, **setting._asdict(), **options).search(queries)
@@ -109,10 +113,12 @@ class Searcher:
         dataset: RetrievalDataset,
         *,
         depth: int = 100,
+        exclude_identical_ids: bool = True,
         slice_documents: int | None = None,
-        **setting,
+        **setting: Any,
     ):
         require_depth(depth)
+        self.exclude_identical_ids = exclude_identical_ids
         settings = [Setting(**setting)]
         check_settings(embedder, settings, num_documents=len(dataset.corpus))
         self.embedder, self.dataset, self.depth = embedder, dataset, depth
@@ -127,8 +133,22 @@ class Searcher:
         queries = _named(queries)
         queries_QW = encode(self.embedder, list(queries.values()), list(queries), role="query")
         queries_QD = truncate(self.embedder, queries_QW, self.setting.dim)
-        found = self.built.index.search(queries_QD, self.depth)
-        return Run(list(queries), self.document_ids, found.rows, found.scores)
+        exclude = self.exclude_identical_ids and shares_ids(self.dataset, queries)
+        found = self.built.index.search(queries_QD, self.depth + exclude)
+        run = Run(list(queries), self.document_ids, found.rows, found.scores)
+        return run.without_identical_ids(self.dataset.qrels, depth=self.depth) if exclude else run
+
+
+def shares_ids(dataset: RetrievalDataset, queries: Mapping[str, str]) -> bool:
+    """Whether any of the dataset's own queries is a document of it too, under the same id; warns if so."""
+    shared = [i for i, text in queries.items() if i in dataset.corpus and dataset.queries.get(i) == text]
+    if shared:
+        warnings.warn(
+            f"{len(shared):,} queries have the id of a document ({shared[0]!r}, ...): these documents are excluded from"
+            " their own query's ranking unless judged relevant; exclude_identical_ids=False keeps them",
+            stacklevel=3,
+        )
+    return bool(shared)
 
 
 def search_grid(
@@ -138,6 +158,7 @@ def search_grid(
     settings: Sequence[Setting],
     *,
     depth: int,
+    exclude_identical_ids: bool = True,
     slice_documents: int | None = None,
 ) -> Iterator[Searched]:
     """The run of each setting, in order; settings with the same passages in a row share one encoding of the corpus.
@@ -157,10 +178,15 @@ def search_grid(
         queries_QW = encode(embedder, list(queries.values()), list(queries), role="query")
     settings = check_settings(embedder, settings, width=queries_QW.shape[1])
     ids, texts = sorted_corpus(dataset)
-    options = {"depth": depth, "encoding": encoding, "slice_documents": slice_documents}
+    exclude = exclude_identical_ids and shares_ids(dataset, queries)
+
+    def rank(found: Found) -> Run:
+        run = Run(list(queries), ids, found.rows, found.scores)
+        return run.without_identical_ids(dataset.qrels, depth=depth) if exclude else run
+
+    options = {"depth": depth + exclude, "rank": rank, "encoding": encoding, "slice_documents": slice_documents}
     for _, group in itertools.groupby(settings, key=lambda setting: (setting.passages, setting.aggregate)):
-        for setting, found, facts, costs in _search_group(embedder, ids, texts, queries_QW, list(group), **options):
-            yield Searched(setting, Run(list(queries), ids, found.rows, found.scores), facts, costs)
+        yield from _search_group(embedder, ids, texts, queries_QW, list(group), **options)
 
 
 def _search_group(
@@ -171,9 +197,10 @@ def _search_group(
     settings: list[Setting],
     *,
     depth: int,
+    rank: Callable[[Found], Run],
     encoding: Mapping[str, float],
     slice_documents: int | None,
-) -> Iterator[tuple[Setting, Found, dict, dict[str, float]]]:
+) -> Iterator[Searched]:
     """`search_grid` of settings with the same passages, in one encoding of the corpus."""
     passages, aggregate, encoding = settings[0].passages, settings[0].aggregate, dict(encoding)
     queries = {setting.dim: truncate(embedder, queries_QW, setting.dim) for setting in settings}
@@ -182,13 +209,14 @@ def _search_group(
     exact, seconds, num_vectors = search_slices(
         embedder, parts, queries, depth, aggregate=aggregate, visit=None if kept is None else kept.append
     )
+    exact_runs = {dim: rank(found) for dim, found in exact.items()}
     vectors_NW, source_N = (None, None) if kept is None else join_slices(kept)
     per_document = num_vectors / len(ids)
     for dim, group in itertools.groupby(settings, key=lambda setting: setting.dim):
         vectors_ND = None if vectors_NW is None else truncate(embedder, vectors_NW, dim)
         for setting in group:
             costs = {**encoding, "build_seconds": 0.0}
-            found, facts, num_bytes = exact[dim], {}, bytes_per_vector(dim, "float32")
+            run, facts, num_bytes = exact_runs[dim], {}, bytes_per_vector(dim, "float32")
             if setting.is_exact:
                 costs["search_seconds"] = seconds[dim]
             else:
@@ -196,15 +224,16 @@ def _search_group(
                     built = build(vectors_ND, source_N, setting, depth=depth)
                 with timed(costs, "search_seconds"):
                     found = built.index.search(queries[dim], depth)
+                run = rank(found)
                 facts, num_bytes = built.facts, built.bytes_per_vector
                 del built
             costs["queries_per_second"] = len(queries_QW) / costs["search_seconds"]
             costs["bytes_per_document"] = num_bytes * per_document
-            first, exact_first = (rows[:, :RECALL_DEPTH] for rows in (found.rows, exact[dim].rows))
+            first, exact_first = (run.indices[:, :RECALL_DEPTH] for run in (run, exact_runs[dim]))
             costs[f"recall@{RECALL_DEPTH}_of_exact"] = float(recall_against(first, exact_first).mean())
             if passages is not None:
                 costs["windows_per_document"] = per_document
-            yield setting, found, facts, costs
+            yield Searched(setting, run, facts, costs)
 
 
 def search_slices(

@@ -50,6 +50,13 @@ class Setting(NamedTuple):
         found = re.fullmatch(r"adaptive-([1-9]\d*)", self.index)
         return int(found[1]) if found else 0
 
+    def describe(self) -> dict:
+        """What a report says of it."""
+        values = self._asdict()
+        if self.passages is None:
+            del values["aggregate"]
+        return values if self.passages is None else values | {"passages": list(self.passages)}
+
 
 class Built(NamedTuple):
     """An index, the bytes of each vector in it, and what else a report should say of it."""
