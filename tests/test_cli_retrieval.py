@@ -19,6 +19,7 @@ from embedft import Report, bm25_run, compare, evaluate, evaluate_run, fuse, loa
 from embedft.cli import main
 from embedft.commands.options import short_names
 from embedft.retrieval.evaluate import evaluate_grid
+from embedft.retrieval.report import compare_seeds
 from embedft.retrieval.tables import format_comparisons, format_grid, format_reports
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -294,6 +295,16 @@ def test_compare_several_by_several_metrics(reports, capsys):
     assert out == format_comparisons(names, base="base", style="latex") + "\n"
 
 
+def test_compare_seeds(reports, capsys):
+    folders = " ".join(f"runs/{name}/eval/uber" for name in reports)
+    out = run(capsys, f"compare {folders} --seeds --metric mrr@10 hit_rate@1")
+    seeds = [reports["tuned"], reports["worse"]]
+    expected = [compare_seeds([reports["base"]], seeds, metric=metric) for metric in ("mrr@10", "hit_rate@1")]
+    table = format_comparisons({"2 seeds": expected}, base="base", style="text")
+    assert out.startswith(f"{table}\n\n8 questions in 8 clusters")
+    assert "for new seeds and new questions" in out
+
+
 def test_compare_a_report_with_itself(reports, capsys):
     out = run(capsys, "compare runs/base/eval/uber runs/base/eval/uber --style csv")
     header, _, row = csv.reader(io.StringIO(out))
@@ -340,6 +351,7 @@ def test_compare_what_evaluate_wrote(place, capsys):
         ("runs/base/eval/uber runs/corpus", "the reports do not compare: num_documents is 7 in base"),
         ("runs/base/eval/uber runs/tuned/eval/uber --method exact", "method is 'exact', expected one of"),
         ("runs/base/eval/uber runs/tuned/eval/uber --save-plot a.txt", "a.txt: suffix is 'txt'"),
+        ("runs/base/eval/uber runs/tuned/eval/uber --seeds", "--seeds needs a base and the reports of at least two"),
         (
             "runs/base/eval/uber runs/tuned/eval/uber runs/worse/eval/uber --save-plot a.png",
             "--save-plot is for two reports, these are 3",

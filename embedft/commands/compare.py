@@ -1,6 +1,7 @@
 """`embedft compare`: whether saved reports differ, question by question.
 
 embedft compare eval/base eval/windows --metric mrr@10 hit_rate@5
+embedft compare eval/base runs/mine-s?/eval/uber --seeds
 """
 
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Literal
 from .. import config
 from ..config import REQUIRED, setting
 from ..files import check_writable
-from ..retrieval.report import Report
+from ..retrieval.report import Report, compare_seeds
 from ..retrieval.tables import Style, compare_all, format_comparisons
 from .options import short_names
 
@@ -25,6 +26,9 @@ class Options(config.Options):
     )  # fmt: skip
     metric: list[str] = setting(["ndcg@10"], "metrics, any that all reports have", metavar="NAME ...")
     method: Literal["percentile", "bca"] = setting("percentile", "of the bootstrap interval")
+    seeds: bool = setting(
+        False, "the other reports are one recipe with several seeds: one row, for new seeds and new questions"
+    )
     style: Style = setting("text", "of the table")
     save_plot: Path | None = setting(
         None, "draw two reports question by question, by the first metric (.png, .pdf, .svg; needs matplotlib)",
@@ -36,6 +40,8 @@ class Options(config.Options):
             raise ValueError(f"one report, {self.reports[0]}: expected a base and at least one other")
         if self.save_plot and len(self.reports) > 2:
             raise ValueError(f"--save-plot is for two reports, these are {len(self.reports)}")
+        if self.seeds and (len(self.reports) < 3 or self.method != "percentile"):
+            raise ValueError("--seeds needs a base and the reports of at least two seeds, and has no --method")
 
 
 def run(options: Options) -> None:
@@ -46,9 +52,14 @@ def run(options: Options) -> None:
     for folder, other in zip(options.reports[1:], others, strict=True):
         _check_same_questions(base, other, options.reports[0], folder)
     base_name, *names = short_names(options.reports)
+    if options.seeds:
+        names = [f"{len(others)} seeds"]
     comparisons: dict[str, list] = {name: [] for name in names}
     for metric in dict.fromkeys(options.metric):
-        found = compare_all(base, others, metric=metric, method=options.method)
+        if options.seeds:
+            found = [compare_seeds([base], others, metric=metric)]
+        else:
+            found = compare_all(base, others, metric=metric, method=options.method)
         for name, comparison in zip(names, found, strict=True):
             comparisons[name].append(comparison)
     if options.save_plot:
@@ -59,9 +70,12 @@ def run(options: Options) -> None:
     print(format_comparisons(comparisons, base=base_name, style=options.style))
     if options.style == "text":
         one = comparisons[names[0]][0]
+        how = f"intervals by bootstrap ({one.method}), p-values by sign flips"
+        if options.seeds:
+            how = "intervals and p-values by a t distribution, for new seeds and new questions"
         print(
             f"\n{one.num_queries:,} questions in {one.num_clusters:,} clusters (questions that share a document);"
-            f" differences to {base_name};\nintervals by bootstrap ({one.method}), p-values by sign flips"
+            f" differences to {base_name};\n{how}"
         )
 
 
