@@ -9,7 +9,6 @@ Objects replace settings where you want your own code:
 
 import contextlib
 import copy
-import inspect
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +26,7 @@ from .data.mixture import join_datasets, make_mixture
 from .encoders.embedder import Embedder
 from .encoders.loading import load_embedder
 from .encoders.openai_api import ApiEmbedder
-from .losses.registry import LOSSES, Loss, build_loss
+from .losses.registry import LOSSES, Loss, build_loss, loss_options
 from .retrieval.evaluate import evaluate as evaluate_embedder
 from .retrieval.evaluate import evaluate_run
 from .retrieval.metrics import select_metrics
@@ -399,7 +398,7 @@ def _lacks_similarity(spec: Any) -> bool:
         return any(map(_lacks_similarity, spec))
     if not isinstance(spec, dict):
         return False
-    takes = "name" in spec and "similarity" in inspect.signature(LOSSES[spec["name"]]).parameters
+    takes = "name" in spec and "similarity" in loss_options(LOSSES[spec["name"]])
     return (takes and "similarity" not in spec) or any(map(_lacks_similarity, spec.values()))
 
 

@@ -13,7 +13,6 @@ from embedft.losses.distillation import (
     DISTANCES,
     ProjectedDistillation,
     embedding_distillation,
-    fit_pca,
     listwise_kl,
     margin_mse,
 )
@@ -200,7 +199,7 @@ def test_nothing_listed_is_zero():
 @pytest.mark.parametrize("loss", [margin_mse, listwise_kl])
 def test_one_document_a_query_is_refused(loss):
     targets = Targets(torch.tensor([[0], [1]]), target_scores=torch.ones(2, 1))
-    with pytest.raises(ValueError, match=f"{loss.__name__} compares the documents of a query, and only one is listed"):
+    with pytest.raises(ValueError, match=f"{loss.__name__} compares the documents of a query"):
         loss(QUERIES, DOCUMENTS, targets)
     with pytest.raises(ValueError, match=f"{loss.__name__} needs target_scores"):
         loss(QUERIES, DOCUMENTS, Targets(torch.tensor([[0, 1], [1, 0]])))
@@ -248,19 +247,19 @@ def test_a_wider_teacher_is_cut_when_asked(distance):
     cut = Targets(targets.group, references={"teacher": tuple(x[:, :5] for x in targets.references["teacher"])})
     ours = embedding_distillation(Q, D, targets, distance=distance, truncate=True)
     assert ours == embedding_distillation(Q, D, cut, distance=distance)
-    with pytest.raises(ValueError, match=r"references\['teacher'\] has 9 features, the vectors have 5: project"):
+    with pytest.raises(ValueError, match=r"references\['teacher'\] has 9 features, the vectors have 5"):
         embedding_distillation(Q, D, targets, distance=distance)
     narrow = teacher_of(3, 4, 4)
-    with pytest.raises(ValueError, match=r"references\['teacher'\] has 4 features, the vectors have 5: project"):
+    with pytest.raises(ValueError, match=r"references\['teacher'\] has 4 features, the vectors have 5"):
         embedding_distillation(Q, D, narrow, distance=distance, truncate=True)
 
 
 def test_says_what_is_missing():
     Q = torch.ones(1, 2)
     base = Targets(torch.tensor([[0]]), references={"base": (Q, Q)})
-    with pytest.raises(ValueError, match=r"needs references\['teacher'\], vectors of the same texts; there are: base"):
+    with pytest.raises(ValueError, match=r"references\['teacher'\].*base"):
         embedding_distillation(Q, Q, base)
-    with pytest.raises(ValueError, match=r"needs references\['base'\], vectors of the same texts; there are: none"):
+    with pytest.raises(ValueError, match=r"references\['base'\].*none"):
         toward_base(Q, Q, Targets(torch.tensor([[0]])))
     with pytest.raises(
         ValueError, match="distance is 'euclid', expected one of cosine, mse, l2, squared, similarities"
@@ -310,31 +309,3 @@ def test_a_projection_of_narrower_vectors_is_that_of_vectors_filled_up_with_zero
         loss(torch.ones(3, 6), torch.ones(4, 6), targets)
     with pytest.raises(ValueError, match="teacher_dim is 0, expected at least 1"):
         ProjectedDistillation(student_dim=5, teacher_dim=0)
-
-
-def test_pca_by_hand():
-    """Points on the line (0, 1) + t (3, 4) / 5, t = -2, -1, 1, 2, and a little across it: along it they keep t."""
-    t, across = torch.tensor([-2.0, -1.0, 1.0, 2.0]), torch.tensor([0.1, -0.2, 0.2, -0.1])
-    points = (
-        torch.tensor([0.0, 1.0]) + t[:, None] * torch.tensor([0.6, 0.8]) + across[:, None] * torch.tensor([0.8, -0.6])
-    )
-    pca = fit_pca(points, dim=1)
-    # Variances 10 and 0.1, covariance t.across = -0.2 + 0.2 + 0.2 - 0.2 = 0: the direction is exactly (0.6, 0.8).
-    torch.testing.assert_close(pca.components, torch.tensor([[0.6], [0.8]]))
-    torch.testing.assert_close(pca.mean, torch.tensor([0.0, 1.0]))
-    torch.testing.assert_close(pca(points), t[:, None])
-
-
-def test_pca_keeps_all_at_full_width_and_the_most_below():
-    X = random_vectors(20, 6).detach() + 3
-    centered = fit_pca(X, dim=6)(X)
-    torch.testing.assert_close(torch.cdist(centered, centered), torch.cdist(X, X))
-    kept = fit_pca(X, dim=6, center=False)(X)
-    torch.testing.assert_close(kept @ kept.T, X @ X.T)
-    # The error of the inner products is the sum of the squares of the singular values left out, squared.
-    kept = fit_pca(X, dim=2, center=False)(X)
-    left_out = torch.linalg.svdvals(X)[2:] ** 4
-    torch.testing.assert_close((kept @ kept.T - X @ X.T).square().sum(), left_out.sum())
-    assert fit_pca(X.float(), dim=3)(X.float()).dtype is torch.float32
-    with pytest.raises(ValueError, match=r"dim is 7, expected 1 to 6 for embeddings of \(20, 6\)"):
-        fit_pca(X, dim=7)

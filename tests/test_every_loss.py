@@ -141,7 +141,7 @@ def test_q_and_targets_of_different_lengths(name):
     Q, D, targets = make_batch()
     loss = make_loss(name)
     for other in (Q[:5], Q[:1], torch.cat([Q, Q])):
-        with pytest.raises(ValueError, match=f"Q has {len(other)} rows, group lists documents of 6 queries"):
+        with pytest.raises(ValueError, match=f"Q has {len(other)} rows, group has 6 queries"):
             loss(other, D, targets)
 
 

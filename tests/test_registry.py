@@ -11,8 +11,9 @@ from torch import nn
 
 from embedft import LOSSES, Targets, build_loss
 from embedft.losses import registry
+from embedft.losses.components import collect
 from embedft.losses.matryoshka import Matryoshka, WeightedSum
-from embedft.losses.registry import describe_losses
+from embedft.losses.registry import describe_losses, loss_options
 
 IN_BATCH = {"name": "in_batch_negatives"}
 # What has no default.
@@ -30,7 +31,7 @@ def test_every_loss_keeps_the_contract(name):
     called = LOSSES[name].forward if is_module else LOSSES[name]
     parameters = list(inspect.signature(called).parameters.values())[1 if is_module else 0 :]
     assert [parameter.name for parameter in parameters[:3]] == ["Q", "D", "targets"]
-    options = list(inspect.signature(LOSSES[name]).parameters.values()) if is_module else parameters[3:]
+    options = list(loss_options(LOSSES[name]).values()) if is_module else parameters[3:]
     for option in options:
         assert option.kind is inspect.Parameter.KEYWORD_ONLY
         assert option.annotation is not inspect.Parameter.empty
@@ -177,3 +178,39 @@ def test_a_loss_of_ones_own_is_a_function_and_a_line(monkeypatch):
     assert "pull: power=2 name_of_it=null" in describe_losses()
     with pytest.raises(ValueError, match="power is 0, expected at least 1"):
         build_loss({"name": "pull", "power": 0})
+
+
+# Objects in place of names.
+
+
+def mine(Q, D, targets):
+    return (Q[:, None] - D[targets.group[:, :1]]).square().mean()
+
+
+class NeedsWidth(nn.Module):
+    """A loss that a trial on two features would break."""
+
+    def __init__(self):
+        super().__init__()
+        self.map = nn.Linear(8, 8, bias=False)
+
+    def forward(self, Q, D, targets):
+        return mine(self.map(Q), self.map(D), targets)
+
+
+@pytest.mark.parametrize("loss", [mine, NeedsWidth()])
+def test_a_loss_of_ones_own_needs_no_name(loss):
+    """As it is, inside Matryoshka (at its full width) and in a sum."""
+    Q, D, targets = torch.randn(2, 8), torch.randn(2, 8), Targets(torch.tensor([[0], [1]]))
+    assert build_loss(loss) is loss
+    summed = build_loss({"name": "sum", "losses": [loss, IN_BATCH], "weights": [2.0, 1.0]})
+    expected = 2 * loss(Q, D, targets) + build_loss(IN_BATCH)(Q, D, targets)
+    torch.testing.assert_close(summed(Q, D, targets), expected)
+    nested = build_loss({"name": "matryoshka", "dims": [8], "inner": loss})
+    unit = [torch.nn.functional.normalize(x, dim=1) for x in (Q, D)]
+    torch.testing.assert_close(nested(Q, D, targets), loss(*unit, targets))
+    with collect() as found:
+        summed(Q, D, targets)
+    assert list(found) == ["mine" if loss is mine else "needs_width", "in_batch_negatives"]
+    if loss is not mine:
+        assert list(summed.state_dict()) == ["parts.0.map.weight"]

@@ -293,7 +293,7 @@ def test_windows_by_hand():
     torch.testing.assert_close(found, torch.tensor([[8.0, 10.0]]))
     assert targets.num_documents(3) == 2
     assert Targets(torch.tensor([[0]])).num_documents(3) == 3
-    with pytest.raises(ValueError, match="document says what 3 vectors stand for, there are 2"):
+    with pytest.raises(ValueError, match="document has 3 entries, but D has 2 rows"):
         scores(Q, D[:2], targets)
     with pytest.raises(ValueError, match="windows is 'mean', expected one of max, softmax"):
         scores(Q, D, targets, windows="mean")

@@ -1,25 +1,33 @@
-"""Distillation: a query's documents, or the vectors themselves, as a teacher sees them.
+"""Distillation: match a teacher's scores of a query's documents, or the teacher's vectors.
 
     targets = Targets(group=torch.tensor([[0, 2], [1, 3]]), target_scores=teacher_scores_BG)
     loss = margin_mse(Q, D, targets)
     loss = embedding_distillation(Q, D, Targets(group, references={"teacher": (teacher_Q, teacher_D)}))
 
-A teacher whose vectors have another width: `ProjectedDistillation` learns a map to it, `fit_pca` brings the teacher
-to the width of Q before training, and distance="similarities" compares what has no width. Not here: running a
-teacher; its scores and vectors are data.
+For a teacher of another width, `ProjectedDistillation` learns a map to it, and distance="similarities" needs none.
+Every loss takes Q [B, D] and D [C, D] and returns a scalar, at least 0; `similarity` and `windows` are as in `scores`.
+Not here: running a teacher; its scores and vectors are data.
 
-Shapes: B queries, C document vectors, G listed documents a query, N vectors, D features, E features of the reference.
+Shapes: B queries, C document vectors, G listed documents per query, N vectors, D features, E features of the reference.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .rows import by_rows, check_above_zero, check_one_of, check_several, comparable
-from .scored import float32_or_64, listed_scores, listed_targets
+from .rows import (
+    by_rows,
+    check_above_zero,
+    check_one_of,
+    check_reference,
+    check_several,
+    comparable,
+    float32_or_64,
+)
+from .scored import listed_scores, listed_targets
 from .targets import Targets
 
 DISTANCES = ("cosine", "mse", "l2", "squared", "similarities")
@@ -28,27 +36,18 @@ DISTANCES = ("cosine", "mse", "l2", "squared", "similarities")
 def margin_mse(Q: Tensor, D: Tensor, targets: Targets, *, similarity: str = "dot", windows: str = "max") -> Tensor:
     """Mean of ((s_p - s_n) - (t_p - t_n))^2 over every listed positive p and hard negative n of a query.
 
-    s is the similarity, t the teacher's score (`target_scores`). A teacher's margins known without its scores go in
-    as t_p = 0 and t_n = -margin. A margin is compared as it is, so the teacher's scores have to be in the unit of
-    the similarity. A hard negative that is known to be relevant stays: its score says how much.
+    s is the similarity, t the teacher's score (`target_scores`). Margins are compared as they are, so the teacher's
+    scores need the unit of the similarity; margins known without scores go in as t_p = 0 and t_n = -margin. A hard
+    negative that is known to be relevant stays: its score says how relevant. Without a pair of a positive and a hard
+    negative the loss is 0.
 
-    Args:
-        Q: query vectors, [B, D].
-        D: document vectors, [C, D].
-        targets: lists a positive and at least one hard negative a query, with `target_scores`.
-        similarity: "dot" or "cosine".
-        windows: "max" or "softmax" over the windows of a document, as in `scores`.
-
-    Returns:
-        A scalar, at least 0; 0 when no query has both a positive and a hard negative.
-
-    Source: Hofstätter et al. 2020, section 3 (Margin-MSE); the same as sentence-transformers' MarginMSELoss.
+    Source: Hofstätter et al. 2020, section 3 (Margin-MSE); equals sentence-transformers' MarginMSELoss.
     """
     check_several(targets, "margin_mse")
     scores_BG = listed_scores(Q, D, targets, similarity=similarity, windows=windows)
     positive_BG = targets.listed_positive
     negative_BG = (targets.group >= 0) & ~positive_BG
-    # Where nothing is listed the teacher's score may be anything, NaN too.
+    # Where nothing is listed the teacher's score may be anything, even NaN.
     teacher_BG = listed_targets(targets, "margin_mse", scores_BG).where(targets.group >= 0, 0)
     error_BG = scores_BG - teacher_BG
     is_margin_BGG = positive_BG[:, :, None] & negative_BG[:, None, :]
@@ -69,24 +68,15 @@ def listwise_kl(
 ) -> Tensor:
     """T_s^2 times the mean over queries of KL(softmax(t / T_t), softmax(s / T_s)) over the listed documents.
 
-    s is the similarity, t the teacher's score (`target_scores`). A query that lists fewer than two documents counts
-    nowhere.
+    s is the similarity, t the teacher's score (`target_scores`). Queries with fewer than two listed are skipped.
 
     Args:
-        Q: query vectors, [B, D].
-        D: document vectors, [C, D].
-        targets: lists at least two documents a query, with `target_scores`.
         temperature: of both, above 0.
         student_temperature: T_s; None: `temperature`.
         teacher_temperature: T_t; None: `temperature`.
-        similarity: "dot" or "cosine".
-        windows: "max" or "softmax" over the windows of a document, as in `scores`.
-
-    Returns:
-        A scalar, at least 0.
 
     Source: Hinton et al. 2015, section 2 (softmax at a temperature, and the factor T^2); Lin et al. 2020 (TCT-ColBERT)
-    for ranking; the same as sentence-transformers' DistillKLDivLoss.
+    for ranking; equals sentence-transformers' DistillKLDivLoss.
     """
     check_several(targets, "listwise_kl")
     student = temperature if student_temperature is None else student_temperature
@@ -96,7 +86,7 @@ def listwise_kl(
         check_above_zero(name, value)
     scores_BG = listed_scores(Q, D, targets, similarity=similarity, windows=windows)
     is_listed_BG = targets.group >= 0
-    # Not minus infinity: a row that lists nothing would be NaN.
+    # Not minus infinity, with which a row that lists nothing would be NaN.
     lowest = torch.finfo(scores_BG.dtype).min / 2
     teacher_BG = listed_targets(targets, "listwise_kl", scores_BG) / teacher
     teacher_BG = teacher_BG.masked_fill(~is_listed_BG, lowest).log_softmax(dim=1)
@@ -116,20 +106,14 @@ def embedding_distillation(
     - l2: |x - r|
     - squared: |x - r|^2
     - similarities: (cos(q, d) - cos(r_q, r_d))^2, mean over every query and document vector; r of any width. A sum
-      over queries: it computes a few of them at a time, each again in the backward pass.
+      over queries, computed some rows at a time (`by_rows`).
 
     Args:
-        Q: query vectors, [B, D].
-        D: document vectors, [C, D].
-        targets: `references["teacher"]` are the teacher's vectors of both, ([B, E], [C, E]).
-        distance: one of the above.
-        truncate: whether the vectors are compared with the first D features of wider ones; under Matryoshka they
-            have to be, unless the distance is "similarities". Other widths are an error.
+        targets: `references["teacher"]` holds the teacher's vectors, ([B, E], [C, E]).
+        truncate: compare with the first D features of wider vectors, as needed under Matryoshka (unless the distance is
+            "similarities"). Otherwise different widths are an error.
 
-    Returns:
-        A scalar, at least 0.
-
-    Source: Kim et al. 2023 (EmbedDistill), embedding matching; with one document a query and column the same as
+    Source: Kim et al. 2023 (EmbedDistill), embedding matching; with one document per query and column it equals
     sentence-transformers' EmbedDistillLoss. "similarities": Tung and Mori 2019, section 3, between queries and
     documents.
     """
@@ -139,16 +123,14 @@ def embedding_distillation(
 class ProjectedDistillation(nn.Module):
     """`embedding_distillation` of W x + b, a learned map of the vectors x to the teacher's width.
 
-    loss = ProjectedDistillation(student_dim=384, teacher_dim=1024)
-
-    The map serves training alone; it is dropped with the loss. Vectors narrower than `student_dim`, as under
+    The map is for training only and is dropped with the loss. Vectors narrower than `student_dim`, as under
     Matryoshka, use the first columns of W.
 
     Args:
         student_dim: features of Q and D.
         teacher_dim: features of `references["teacher"]`.
-        distance: as of `embedding_distillation`.
-        seed: of W, uniform in +-1/sqrt(student_dim); b begins at 0.
+        distance: as in `embedding_distillation`.
+        seed: seed of W, uniform in +-1/sqrt(student_dim); b starts at 0.
 
     Source: Kim et al. 2023 (EmbedDistill), embedding matching with a projection; sentence-transformers'
     EmbedDistillLoss with `projection_dim`.
@@ -177,62 +159,14 @@ class ProjectedDistillation(nn.Module):
         return F.linear(X, self.weight[:, : X.shape[1]].to(X.dtype), self.bias.to(X.dtype))
 
 
-@dataclass(frozen=True)
-class PCA:
-    """A fixed linear map to fewer features: (x - mean) components. `fit_pca` makes it."""
-
-    mean: Tensor  # [E]
-    components: Tensor  # [E, D], orthonormal columns, the direction of most variance first
-
-    def __call__(self, X: Tensor) -> Tensor:
-        """[N, E] -> [N, D]."""
-        return (X - self.mean.to(X)) @ self.components.to(X)
-
-
-def fit_pca(embeddings: Tensor, *, dim: int, center: bool = True) -> PCA:
-    """The `dim` directions in which `embeddings`, [N, E], vary most.
-
-    A teacher's vectors brought to the width of the student once, before training:
-
-        pca = fit_pca(teacher_D, dim=384)
-        references = {"teacher": (pca(teacher_Q), pca(teacher_D))}
-
-    `center` False leaves the mean in, which keeps inner products (and so cosines) as well as `dim` features can. Of
-    the two signs of a direction the one is taken whose largest entry is positive.
-
-    Source: Pearson 1901; Eckart and Young 1936.
-    """
-    if not 1 <= dim <= min(embeddings.shape):
-        raise ValueError(
-            f"dim is {dim}, expected 1 to {min(embeddings.shape)} for embeddings of {tuple(embeddings.shape)}"
-        )
-    # On the CPU, because not every device has float64.
-    X = embeddings.detach().cpu().double()
-    mean = X.mean(dim=0) if center else torch.zeros_like(X[0])
-    _, vectors = torch.linalg.eigh((X - mean).T @ (X - mean))
-    components = vectors.flip(1)[:, :dim]
-    largest = components.gather(0, components.abs().argmax(dim=0, keepdim=True))
-    dtype = float32_or_64(embeddings).dtype
-    mean, components = (x.to(dtype).to(embeddings.device) for x in (mean, components * largest.sign()))
-    return PCA(mean, components)
-
-
 def distance_to_reference(
     Q: Tensor, D: Tensor, targets: Targets, *, reference: str, distance: str, truncate: bool = False
 ) -> Tensor:
-    """Mean distance of the vectors from `targets.references[reference]`, as `embedding_distillation` says it."""
+    """Mean distance of the vectors from `targets.references[reference]`, see `embedding_distillation`."""
     check_one_of("distance", distance, DISTANCES)
-    if reference not in targets.references:
-        found = ", ".join(targets.references) or "none"
-        raise ValueError(f"the loss needs references[{reference!r}], vectors of the same texts; there are: {found}")
-    targets.check_queries(Q)
+    check_reference(targets, reference, Q, D)
     Q, D = float32_or_64(Q), float32_or_64(D)
     reference_Q, reference_D = (x.detach().to(Q) for x in targets.references[reference])
-    if (len(reference_Q), len(reference_D)) != (len(Q), len(D)):
-        raise ValueError(
-            f"references[{reference!r}] has {len(reference_Q)} queries and {len(reference_D)} documents, "
-            f"the batch {len(Q)} and {len(D)}"
-        )
     if distance == "similarities":
         references = {reference: comparable(reference_Q, reference_D, "cosine")}
 
@@ -245,7 +179,7 @@ def distance_to_reference(
     if reference_width < width or (reference_width > width and not truncate):
         raise ValueError(
             f"references[{reference!r}] has {reference_width} features, the vectors have {width}: "
-            "project the one or the other, set truncate (Matryoshka), or distance 'similarities'"
+            "use projected_distillation, truncate (Matryoshka), or distance 'similarities'"
         )
     X = torch.cat([Q, D])
     reference_X = torch.cat([reference_Q, reference_D])[:, :width]

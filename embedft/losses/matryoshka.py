@@ -1,10 +1,10 @@
 """Losses made of other losses: at several dimensions (Matryoshka), and a weighted sum.
 
     loss = Matryoshka(dims=[384, 128, 64], inner=in_batch_negatives)
-    loss = WeightedSum(losses=[in_batch_negatives, toward_base], weights=[1.0, 0.1])
+    loss = WeightedSum(losses=[in_batch_negatives, my_loss], weights=[1.0, 0.1])
     value = loss(Q, D, targets)
 
-The parts are any losses, modules and other compositions among them. `build_loss` makes these from names and options.
+The parts are any functions of (Q, D, targets) or modules of that call; `build_loss` makes them from names and options.
 
 Shapes: B queries, C document vectors, D features.
 """
@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .components import loss_name, record, scope
-from .rows import check_one_of
-from .scored import float32_or_64
+from .rows import check_one_of, float32_or_64
 from .targets import Targets
 
 Loss = Callable[[Tensor, Tensor, Targets], Tensor]
@@ -27,28 +26,27 @@ REDUCTIONS = ("sum", "mean")
 
 
 class Matryoshka(nn.Module):
-    """Sum over dimensions d of weight_d * inner(the first d features of Q and D, made unit length).
+    """Sum over dimensions d of weight_d * inner(the first d features of Q and D, scaled to unit length).
 
-    loss = Matryoshka(dims=[384, 128], inner=in_batch_negatives)
+    Trains vectors whose prefixes are embeddings too. `targets` go to `inner` as they are: a guide or teacher is not
+    truncated. A loss that compares vectors with a reference feature by feature has an option `truncate` for that.
+    Records the value at each dimension as "matryoshka/384".
 
-    Trains vectors whose beginnings are embeddings too. `targets` go to `inner` as they are: a guide or a teacher is
-    not cut. A loss that compares vectors with a reference feature by feature has an option `truncate` for it.
-
-    With `dims_per_step` each call draws that many of the dimensions, without replacement, from a generator seeded
-    with `seed` and the number of calls so far. That number is the module's only state, `num_calls` in its
-    state_dict: every rank draws alike, and a run that resumes with the state draws on where it stopped, whatever
-    else uses random numbers. In evaluation mode nothing is drawn and nothing counted: all dimensions are used.
+    With `dims_per_step`, each call draws that many dimensions, without replacement, from a generator seeded with `seed`
+    and the number of calls so far. That number, `num_calls`, is the module's only state: every rank draws the same
+    dimensions, and a resumed run continues the draws, whatever else uses random numbers. In evaluation mode all
+    dimensions are used and nothing is counted.
 
     Args:
-        dims: each at least 1 and at most D, none twice, in any order; the largest is computed first.
+        dims: each at least 1 and at most D, without repetition, in any order; the largest is computed first.
         inner: the loss at each dimension.
         weights: one for each of `dims`, in the same order; None: 1 each.
-        dims_per_step: how many to draw a call; -1: all of them, every time.
+        dims_per_step: dimensions drawn per call; -1: all of them.
         reduction: "sum" of the weighted losses, or their "mean" over the dimensions of the call.
-        seed: of the draws.
+        seed: seed of the draws.
 
     Source: Kusupati et al. 2022, section 3, equation 1; sentence-transformers' MatryoshkaLoss, which draws with
-    Python's global generator and cuts a teacher's vectors of width D.
+    Python's global generator and truncates a teacher's vectors of width D.
     """
 
     def __init__(
@@ -85,12 +83,13 @@ class Matryoshka(nn.Module):
         Q, D = float32_or_64(Q), float32_or_64(D)
         total, places = 0.0, self._draw()
         for i in places:
-            # Each from the one before, as the reference does it; that way rounding is the same too.
+            # Each from the one before, as in the reference; that way rounding is the same too.
             Q, D = (_unit(X[:, : self.dims[i]]) for X in (Q, D))
+            name = str(self.dims[i])
             with scope("matryoshka"):
-                with scope(str(self.dims[i])):
+                with scope(name):
                     value = self.inner(Q, D, targets)
-                record(str(self.dims[i]), value)
+                record(name, value)
             total = total + self.weights[i] * value
         return total if self.reduction == "sum" else total / len(places)
 
@@ -98,7 +97,7 @@ class Matryoshka(nn.Module):
         """Which of `dims` this call uses, largest first."""
         if not self.training or self.dims_per_step in (-1, len(self.dims)):
             return list(range(len(self.dims)))
-        # The generator takes 32 bits; the factor keeps neighbouring seeds from drawing the same, a call apart.
+        # The generator takes 32 bits; the factor keeps neighbouring seeds from drawing the same, one call apart.
         generator = torch.Generator("cpu").manual_seed((self.seed * 1_000_003 + int(self.num_calls)) % 2**32)
         self.num_calls += 1
         drawn = torch.randperm(len(self.dims), generator=generator, device="cpu")
@@ -108,10 +107,11 @@ class Matryoshka(nn.Module):
 class WeightedSum(nn.Module):
     """weight_1 * loss_1(Q, D, targets) + weight_2 * loss_2(Q, D, targets) + ...
 
-    loss = WeightedSum(losses=[in_batch_negatives, toward_base], weights=[1.0, 0.1])
+    Records the unweighted value of each part under its name; the second part of one name is "name_2".
 
     Args:
-        losses: at least one; the parameters and the state of those that are modules are the sum's own.
+        losses: at least one; parameters and state of those that are modules belong to the sum. A module that is several
+            of the parts is saved once.
         weights: one for each of `losses`, at least 0; None: 1 each.
 
     Source: Caruana 1997 (Multitask Learning): several losses on one representation.
@@ -122,16 +122,14 @@ class WeightedSum(nn.Module):
         if not losses:
             raise ValueError("losses is empty, expected at least one loss")
         self.weights = _checked_weights(weights, len(losses), "losses")
-        self.losses = tuple(losses)
-        names = [loss_name(loss) for loss in losses]
-        self.names = [
-            name if (number := names[:i].count(name)) == 0 else f"{name}_{number + 1}" for i, name in enumerate(names)
-        ]
-        # What makes the parameters of the parts known to the sum; a module that is several parts is saved once.
-        modules = {
-            id(loss): (str(i), loss) for i, loss in reversed([*enumerate(losses)]) if isinstance(loss, nn.Module)
-        }
-        self.parts = nn.ModuleDict(dict(sorted(modules.values())))
+        self.losses, self.names, self.parts = tuple(losses), [], nn.ModuleDict()
+        for i, loss in enumerate(losses):
+            name = loss_name(loss)
+            number = 1 + sum(loss_name(other) == name for other in losses[:i])
+            self.names.append(name if number == 1 else f"{name}_{number}")
+            # Registers the parameters of the parts.
+            if isinstance(loss, nn.Module) and not any(loss is part for part in self.parts.values()):
+                self.parts[str(i)] = loss
 
     def forward(self, Q: Tensor, D: Tensor, targets: Targets) -> Tensor:
         """A scalar."""
@@ -145,9 +143,9 @@ class WeightedSum(nn.Module):
 
 
 def _unit(X: Tensor) -> Tensor:
-    """The vectors made unit length; those of (nearly) no length stay as they are."""
+    """The vectors scaled to unit length; those of (nearly) zero length stay as they are."""
     length = torch.linalg.vector_norm(X, dim=1, keepdim=True)
-    # Not F.normalize: a zero vector's gradient grows by 1e12 there, and beyond float32 after a few dimensions.
+    # Not F.normalize: there, a zero vector's gradient grows by 1e12, and beyond float32 after a few dimensions.
     return X / length.where(length > 1e-12, 1)
 
 

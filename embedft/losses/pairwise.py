@@ -1,13 +1,16 @@
-"""Losses of listed documents alone: pairs near or apart by a distance, without the rest of the batch.
+"""Losses over listed documents only: pairs pulled together or pushed apart, without the rest of the batch.
 
     loss = triplet(Q, D, targets, margin=0.5, distance="cosine")
     loss = contrastive(Q, D, targets, margin=0.5)
     loss = online_contrastive(Q, D, targets, margin=0.5)
 
-A listed document that is a positive of its query makes a positive pair, a hard negative a negative one; a document
-listed as a hard negative that is known to be relevant makes none. Not here: softmax over negatives (contrastive.py).
+A positive listed for a query is a positive pair, a hard negative a negative one; a document listed as a hard negative
+that is known to be relevant is neither. Every loss takes Q [B, D] and D [C, D], where the distance to a document of
+several windows is that to the nearest, and returns a scalar, at least 0, which is 0 when there is nothing to compare. A
+batch that lists one document per query raises `ValueError`. Distances: "cosine" (1 - cos), "euclidean" or "manhattan",
+the last two of the vectors as they are. Not here: softmax over negatives (contrastive.py).
 
-Shapes: B queries, M documents, C document vectors, G listed documents a query, P pairs, D features.
+Shapes: B queries, M documents, C document vectors, G listed documents per query, P pairs, D features.
 """
 
 import math
@@ -16,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rows import by_rows, check_one_of, check_several
+from .rows import by_rows, check_one_of, check_several, float32_or_64
 from .scored import listed_scores
 from .targets import Targets, over_windows
 
@@ -28,20 +31,11 @@ def triplet(Q: Tensor, D: Tensor, targets: Targets, *, margin: float = 5.0, dist
     """Mean of max(0, d(q, p) - d(q, n) + margin) over every listed positive p and hard negative n of a query.
 
     Args:
-        Q: query vectors, [B, D].
-        D: document vectors, [C, D]; d to a document of several windows is that to the nearest.
-        targets: lists a positive and at least one hard negative a query.
-        margin: at least 0, in the unit of the distance; for "cosine" at most 2 makes sense.
-        distance: "cosine" (1 - cos), "euclidean" or "manhattan"; the last two are of the vectors as they are.
+        margin: at least 0, in the unit of the distance; more than 2 makes no sense for "cosine".
+        distance: see above.
 
-    Returns:
-        A scalar, at least 0; 0 when no query has both a positive and a hard negative.
-
-    Raises:
-        ValueError: a batch that lists one document a query.
-
-    Source: Schroff et al. 2015 (FaceNet), section 3.1, of distances that are not squared as in Hermans et al. 2017;
-    the same as sentence-transformers' TripletLoss.
+    Source: Schroff et al. 2015 (FaceNet), section 3.1, with distances not squared, as in Hermans et al. 2017; equals
+    sentence-transformers' TripletLoss.
     """
     _check(margin, distance)
     check_several(targets, "triplet")
@@ -62,21 +56,14 @@ def contrastive(
 ) -> Tensor:
     """Mean over pairs of d^2 / 2 if the pair is positive, max(0, margin - d)^2 / 2 if it is negative.
 
+    Without `relevance`, a query lists a positive first and then hard negatives; with it, grades decide.
+
     Args:
-        Q: query vectors, [B, D].
-        D: document vectors, [C, D]; d to a document of several windows is that to the nearest.
-        targets: each listed document makes a pair with its query; `relevance` says which are positive.
-        margin: at least 0; from there on a negative pair is far enough apart.
-        distance: "cosine" (1 - cos), "euclidean" or "manhattan".
+        margin: at least 0; a negative pair that far apart has loss 0.
+        distance: see above.
         reduction: "mean" or "sum" over the pairs.
 
-    Returns:
-        A scalar, at least 0; 0 without pairs.
-
-    Raises:
-        ValueError: a batch that lists one document a query, without `relevance`: all its pairs are positive.
-
-    Source: Hadsell et al. 2006, equation 4; the same as sentence-transformers' ContrastiveLoss.
+    Source: Hadsell et al. 2006, equation 4; equals sentence-transformers' ContrastiveLoss.
     """
     _check(margin, distance)
     check_one_of("reduction", reduction, REDUCTIONS)
@@ -91,24 +78,14 @@ def online_contrastive(
 ) -> Tensor:
     """Sum over hard pairs of d^2 if the pair is positive, max(0, margin - d)^2 if it is negative.
 
-    A positive pair is hard when it is further apart than the nearest negative pair of the batch, a negative pair when
-    it is nearer than the furthest positive pair. Without any pair of the other kind the hard ones are those worse
-    than the mean. Coupled: the batch is evaluated whole.
+    A positive pair is hard when it is farther apart than the closest negative pair of the batch, a negative pair when
+    it is closer than the farthest positive pair. Without any pair of the other kind, those worse than the mean are
+    hard. Coupled: the batch is evaluated as a whole.
 
     Args:
-        Q: query vectors, [B, D].
-        D: document vectors, [C, D]; d to a document of several windows is that to the nearest.
-        targets: each listed document makes a pair with its query; `relevance` says which are positive.
-        margin: at least 0; from there on a negative pair is far enough apart.
-        distance: "cosine" (1 - cos), "euclidean" or "manhattan".
+        margin, distance: as in `contrastive`.
 
-    Returns:
-        A scalar, at least 0; 0 without hard pairs.
-
-    Raises:
-        ValueError: a batch that lists one document a query, without `relevance`: all its pairs are positive.
-
-    Source: sentence-transformers' OnlineContrastiveLoss: Hadsell et al. 2006, equation 4, of the hard pairs.
+    Source: sentence-transformers' OnlineContrastiveLoss: Hadsell et al. 2006, equation 4, over the hard pairs.
     """
     _check(margin, distance)
     positive_P, negative_P = _pair_distances(Q, D, targets, distance, "online_contrastive")
@@ -126,10 +103,10 @@ def _check(margin: float, distance: str) -> None:
 
 
 def _pair_distances(Q: Tensor, D: Tensor, targets: Targets, distance: str, loss: str) -> tuple[Tensor, Tensor]:
-    """Distances of the positive pairs and of the negative ones, each [P]."""
+    """Distances of the positive and of the negative pairs, each [P]."""
     if targets.relevance is None:
         check_several(targets, loss)
-    # As the reference does it for pairs and not for triplets; torch.pairwise_distance adds 1e-6 to every difference.
+    # The reference does this for pairs but not for triplets: torch.pairwise_distance adds 1e-6 to every difference.
     distances_BG = _listed_distances(Q, D, targets, distance, added=1e-6, as_pairs=True)
     return distances_BG[targets.listed_positive], distances_BG[targets.listed_negative]
 
@@ -137,11 +114,11 @@ def _pair_distances(Q: Tensor, D: Tensor, targets: Targets, distance: str, loss:
 def _listed_distances(
     Q: Tensor, D: Tensor, targets: Targets, distance: str, *, added: float = 0.0, as_pairs: bool = False
 ) -> Tensor:
-    """Distance of every query from the documents listed for it, [B, G]; where none is listed, from any document."""
+    """Distance of every query from the documents listed for it, [B, G]; arbitrary where none is listed."""
     if distance == "cosine":
         return 1 - listed_scores(Q, D, targets, as_pairs=as_pairs)
     targets.check_queries(Q)
-    Q, D = (x if x.dtype is torch.float64 else x.float() for x in (Q, D))
+    Q, D = float32_or_64(Q), float32_or_64(D)
     order = 2 if distance == "euclidean" else 1
     Q = Q + added
     if targets.document is None:

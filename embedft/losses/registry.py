@@ -1,8 +1,11 @@
 """Losses by name, for configurations and the command line. A new loss is one function and one line in `LOSSES`.
 
-loss = build_loss({"name": "matryoshka", "dims": [384, 128], "inner": {"name": "in_batch_negatives"}})
-loss(Q, D, targets)
-print(describe_losses())
+    loss = build_loss({"name": "matryoshka", "dims": [384, 128], "inner": {"name": "in_batch_negatives"}})
+    loss(Q, D, targets)
+    print(describe_losses())
+
+A loss of your own, a function of (Q, D, targets) or an nn.Module of that call, needs no name: `build_loss` and every
+option that takes a loss accept the object.
 """
 
 import functools
@@ -52,7 +55,7 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "sum": WeightedSum,
 }
 
-# What an option's annotation is called in a message: (one of them, several of them).
+# What messages call an option's type: (one of them, several of them).
 KINDS = {
     float: ("a number", "numbers"),
     int: ("a whole number", "whole numbers"),
@@ -63,46 +66,54 @@ KINDS = {
 }
 
 
-def build_loss(spec: Mapping[str, Any]) -> Loss:
+def build_loss(spec: Mapping[str, Any] | Loss) -> Loss:
     """A loss from its name and options, e.g. {"name": "in_batch_negatives", "temperature": 0.05}.
 
-    Options that are losses are specs of their own: `inner` of "matryoshka", `losses` of "sum". A loss that is a
-    module comes back as one, so that its parameters can be optimised; any other as a function.
+    Options that are losses are specs of their own: `inner` of "matryoshka", `losses` of "sum". A loss with parameters
+    or state comes back as an nn.Module, any other as a function. A function or module is used as it is.
 
-    Raises `ValueError` that lists the valid names, or the valid options of the named loss, or says what is wrong with
-    an option's value: the loss is tried on two queries and four documents, not at the first step of a run.
+    Raises `ValueError` that lists the valid names or options, or says what is wrong with a value: a loss made of names
+    alone is tried on two queries and four documents, so that errors appear before training.
     """
-    loss = _built(spec)
-    _try(loss)
+    loss = _build(spec)
+    if not _has_object(spec):
+        _try(loss)
     return loss
 
 
 def describe_losses() -> str:
-    """Every loss on a line, with its options and their defaults; those without a default have to be given."""
+    """One line per loss, with its options and their defaults; options without a default are required."""
     lines = []
     for name, loss in LOSSES.items():
         options = [
             option.name if option.default is option.empty else f"{option.name}={json.dumps(option.default)}"
-            for option in _options(loss).values()
+            for option in loss_options(loss).values()
         ]
         lines.append(" ".join([f"{name}:", *options]))
     return "\n".join(lines)
 
 
-def _options(loss: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """What is keyword-only: of a function behind (Q, D, targets), of a module all of its constructor."""
-    parameters = inspect.signature(loss).parameters
-    return {name: option for name, option in parameters.items() if option.kind is option.KEYWORD_ONLY}
+def loss_options(loss: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The keyword-only parameters of a loss; **options stands for those of the function it names in `options_of`."""
+    options = {}
+    for name, parameter in inspect.signature(loss).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            options[name] = parameter
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            options = {**loss_options(loss.options_of), **options}
+    return options
 
 
-def _built(spec: Any) -> Loss:
+def _build(spec: Any) -> Loss:
+    if callable(spec):
+        return spec
     if not isinstance(spec, Mapping):
         raise ValueError(f"loss is {spec!r}, expected a name with options, like {{'name': 'in_batch_negatives'}}")
     given = dict(spec)
     name = given.pop("name", None)
     if not isinstance(name, str) or name not in LOSSES:
         raise ValueError(f"loss name is {name!r}, expected one of {', '.join(LOSSES)}")
-    valid = _options(LOSSES[name])
+    valid = loss_options(LOSSES[name])
     for option in given:
         if option not in valid:
             raise ValueError(f"{name} has no option {option!r}, expected one of {', '.join(valid) or 'none'}")
@@ -115,19 +126,22 @@ def _built(spec: Any) -> Loss:
         if not _fits(value, wanted):
             raise ValueError(f"{name}: {option} is {value!r}, expected {_kind(wanted)}")
         if wanted == Loss:
-            value = _part(value)
+            value = _build(value)
         elif wanted == Sequence[Loss]:
-            value = [_part(part) for part in value]
+            value = [_build(part) for part in value]
         options[option] = value
     return LOSSES[name](**options) if isinstance(LOSSES[name], type) else functools.partial(LOSSES[name], **options)
 
 
-def _part(loss: Any) -> Loss:
-    return _built(loss) if isinstance(loss, Mapping) else loss
+def _has_object(spec: Any) -> bool:
+    """Whether a spec contains a function or module: it may need other data than a trial has."""
+    if isinstance(spec, Mapping):
+        return any(map(_has_object, spec.values()))
+    return any(map(_has_object, spec)) if isinstance(spec, (list, tuple)) else callable(spec)
 
 
 def _fits(value: Any, wanted: Any) -> bool:
-    """Whether a value is of the annotated type. What is not in KINDS, or has no annotation, is the loss's to judge."""
+    """Whether a value is of the annotated type. Other types than those in KINDS are for the loss to judge."""
     if isinstance(wanted, types.UnionType):
         return any(_fits(value, kind) for kind in typing.get_args(wanted))
     if wanted == Loss:
@@ -152,7 +166,7 @@ def _kind(wanted: Any) -> str:
 
 
 def _try(loss: Loss) -> None:
-    """One call, on data that has what any loss may ask for and vectors as wide as the spec says they are."""
+    """One call on data that has everything a loss may ask for, with vectors as wide as the spec says."""
     modules = list(loss.modules()) if isinstance(loss, nn.Module) else []
     projections = [module for module in modules if isinstance(module, ProjectedDistillation)]
     widths = [module.dims[0] for module in modules if isinstance(module, Matryoshka)]
@@ -168,7 +182,7 @@ def _try(loss: Loss) -> None:
             "teacher": (torch.zeros(2, teacher_width), torch.zeros(4, teacher_width)),
         },
     )
-    # Training mode counts calls, and has to count from 0 at the first step.
+    # In training mode the loss would count the call, but the first step has to be number 0.
     training = isinstance(loss, nn.Module) and loss.training
     if training:
         loss.eval()

@@ -1,12 +1,10 @@
-"""Regularisers: terms beside a loss, added to it by `sum`, that say where vectors should not go.
+"""Regularisers: terms added to a loss by `sum` that say where vectors should not go.
 
     loss = build_loss({"name": "sum", "losses": [{"name": "in_batch_negatives"}, {"name": "toward_base"}],
                        "weights": [1.0, 0.1]})
 
-Shapes: B queries, C document vectors of M documents, G listed documents a query, N vectors, D features.
+Shapes: B queries, C document vectors of M documents, G listed documents per query, N vectors, D features.
 """
-
-import math
 
 import torch
 from torch import Tensor
@@ -19,22 +17,18 @@ AGGREGATIONS = ("mean", "sum")
 
 
 def toward_base(Q: Tensor, D: Tensor, targets: Targets, *, distance: str = "cosine", truncate: bool = False) -> Tensor:
-    """Mean distance of the vectors from those that the model gave before training: keeps what the base knew.
+    """Mean distance of the vectors from those of the model before training, which preserves what the base knew.
 
-    Distances are those of `embedding_distillation`: "squared" is |x - r|^2, for unit vectors twice the "cosine" one;
-    "similarities" leaves the vectors free to turn together, and compares the similarities of queries and documents
-    with what they were.
+    Distances are those of `embedding_distillation`: "squared" is |x - r|^2, twice the "cosine" distance for unit
+    vectors; "similarities" lets the vectors rotate together and preserves the similarities of queries and documents.
 
     Args:
-        Q: query vectors, [B, D].
-        D: document vectors, [C, D].
-        targets: `references["base"]` are the base model's vectors of both, ([B, E], [C, E]).
-        distance: "cosine", "mse", "l2", "squared" or "similarities".
-        truncate: whether to compare with the first D features of wider references, as Matryoshka needs it.
+        Q, D, targets: [B, D], [C, D]; `references["base"]` holds the base model's vectors, ([B, E], [C, E]).
+        truncate: compare with the first D features of wider references, as needed under Matryoshka.
 
     Returns:
-        A scalar, at least 0; 0 before the first step when dropout is off, but for the distances other than "cosine"
-        under Matryoshka: the vectors come with unit length after the cut, the references without.
+        A scalar, at least 0. Before the first step, without dropout, it is 0; under Matryoshka only for "cosine", as
+        vectors are scaled to unit length after truncation and references are not.
 
     Source: Li and Hoiem 2016 (Learning without Forgetting), section 3: the old model's outputs on the new data as
     targets; here the outputs are vectors.
@@ -56,29 +50,26 @@ def global_orthogonal(
 
     m1 and m2 are the means of sim(x, y) and of its square over the unrelated pairs of a set; both terms are near 0
     for vectors spread evenly over the sphere. The sets are the queries, the first listed documents, the second listed
-    ones, and so on, each document once; their terms are averaged or summed. Unrelated are pairs that `Targets.masks`
-    calls negatives: queries that share a document are not, nor are windows of one document. Coupled: evaluated whole.
+    ones, and so on, each document once. Unrelated are pairs that `Targets.masks` calls negatives: neither queries that
+    share a document nor windows of one document. Coupled: the batch is evaluated as a whole.
 
     Args:
-        Q: query vectors, [B, D].
-        D: document vectors, [C, D].
-        targets: what is relevant to whom.
+        Q, D, targets: [B, D], [C, D], and what is relevant to what.
         similarity: "cosine" or "dot".
-        mean_weight: at least 0 and finite; None is 0.
-        second_moment_weight: at least 0 and finite; None is 0.
+        mean_weight, second_moment_weight: at least 0 and finite, one of them above 0; None is 0.
         aggregation: "mean" or "sum" over the sets.
 
     Returns:
         A scalar, at least 0; a set without an unrelated pair has 0.
 
     Source: Zhang et al. 2017 (Learning Spread-out Local Feature Descriptors), the global orthogonal regularization;
-    Vera et al. 2025 (EmbeddingGemma) for its use beside a contrastive loss. Where all texts of a batch differ it is
+    Vera et al. 2025 (EmbeddingGemma) for its use beside a contrastive loss. If all texts of a batch differ it equals
     the sum of the terms of sentence-transformers' GlobalOrthogonalRegularizationLoss.
     """
     check_one_of("aggregation", aggregation, AGGREGATIONS)
     weights = {"mean_weight": mean_weight or 0.0, "second_moment_weight": second_moment_weight or 0.0}
     for name, weight in weights.items():
-        if not 0 <= weight < math.inf:
+        if not 0 <= weight < float("inf"):
             raise ValueError(f"{name} is {weight}, expected at least 0 and finite")
     if not any(weights.values()):
         raise ValueError("mean_weight and second_moment_weight are both 0, expected one of them above 0")

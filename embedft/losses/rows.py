@@ -1,12 +1,12 @@
-"""What losses over rows of scores share: rows at a time, means over positives and queries, checks of options.
+"""What losses over rows of scores share: a few rows at a time, means over positives and queries, checks of options.
 
     Q, D = comparable(Q, D, "cosine")
     losses_B, counts_B = by_rows(losses, Q, D, targets, None)
     value = mean_over_queries(losses_B, counts_B)
 
-Not here: similarities (targets.py), and any loss.
+Not here: similarities (targets.py), and losses.
 
-Shapes: B queries, R rows of scores, N columns, M documents, C document vectors, G listed documents a query.
+Shapes: B queries, R rows of scores, N columns, M documents, C document vectors, G listed documents per query.
 """
 
 import math
@@ -26,17 +26,21 @@ SCORES_AT_A_TIME = 2**19
 
 
 def comparable(Q: Tensor, D: Tensor, similarity: str, *, as_pairs: bool = False) -> tuple[Tensor, Tensor]:
-    """Vectors in float32 or float64 whose inner products are the similarities: once, not for every few rows.
+    """Vectors in float32 or float64 whose inner products are the similarities.
 
-    "cosine" takes a vector shorter than 1e-12 for one of that length, as F.normalize does. With `as_pairs` it is as
-    torch.cosine_similarity has it, which sentence-transformers takes for pairs: shorter than 1e-8, and the gradient
-    that of the length itself.
+    "cosine" clamps lengths at 1e-12, as F.normalize does. With `as_pairs` it follows torch.cosine_similarity, which
+    sentence-transformers uses for pairs: lengths are clamped at 1e-8, and their gradient is that of the length itself.
     """
     check_one_of("similarity", similarity, SIMILARITIES)
-    Q, D = (x if x.dtype is torch.float64 else x.float() for x in (Q, D))
+    Q, D = float32_or_64(Q), float32_or_64(D)
     if similarity == "dot":
         return Q, D
     return tuple(_unit_of_pair(x) if as_pairs else F.normalize(x, dim=1) for x in (Q, D))
+
+
+def float32_or_64(X: Tensor) -> Tensor:
+    """Half precision becomes float32; float64 stays as it is."""
+    return X if X.dtype is torch.float64 else X.float()
 
 
 def _unit_of_pair(x: Tensor) -> Tensor:
@@ -50,7 +54,7 @@ def between_documents(D: Tensor, targets: Targets, windows: str) -> Tensor:
 
 
 def log_sum(logits_RN: Tensor, mask_RN: Tensor) -> Tensor:
-    """Log of the sum of exp(logits) over each row where `mask_RN`; minus infinity where that is nowhere. [R]."""
+    """Log of the sum of exp(logits) over each row where `mask_RN`; minus infinity for an empty mask. [R]."""
     return logits_RN.masked_fill(~mask_RN, float("-inf")).logsumexp(dim=1)
 
 
@@ -63,12 +67,15 @@ def by_rows(
     *parameters: Tensor | float,
     width: int = 1,
 ) -> tuple[Tensor, ...]:
-    """losses(Q, D, targets, *parameters), tensors of [B, ...], computed for `rows` queries at a time and again in the
-    backward pass. What needs a gradient has to be among the arguments.
+    """losses(Q, D, targets, *parameters), tensors of [B, ...], computed `rows` queries at a time.
 
-    `width` is how many rows of scores a query takes; with `rows` None there are so many fewer queries at a time.
-    First derivatives alone: create_graph=True raises `RuntimeError` unless `rows` is at least B. Autocast is in the
-    backward pass what it was in the forward pass.
+    The backward pass computes them again, so that [B, M] is never whole in memory; whatever needs a gradient has to be
+    among the arguments. Second derivatives (create_graph=True) raise `RuntimeError` unless `rows` is at least B. The
+    backward pass uses the autocast state of the forward pass. Components are not recorded inside.
+
+    Args:
+        rows: at least 1; None: about 500,000 scores at a time.
+        width: rows of scores that one query takes.
     """
     if rows is not None and rows < 1:
         raise ValueError(f"rows is {rows}, expected at least 1")
@@ -82,8 +89,8 @@ def by_rows(
 class _ByRows(torch.autograd.Function):
     """`by_rows` with the parts computed in the backward pass.
 
-    Not torch.utils.checkpoint: what it keeps of each part comes to lie where the part's scores were freed, so that the
-    C library cannot give their place to the next part. 8,192 x 8,192 scores took 590 MB that way, and 120 this way.
+    Not torch.utils.checkpoint: what it keeps of each part is allocated where the part's scores were freed, so that the
+    C library cannot reuse the space. 8,192 x 8,192 scores took 590 MB that way, and 120 MB this way.
     """
 
     @staticmethod
@@ -93,7 +100,7 @@ class _ByRows(torch.autograd.Function):
         ctx.numbers = [None if isinstance(x, Tensor) else x for x in parameters]
         ctx.save_for_backward(Q, D, *(x if isinstance(x, Tensor) else None for x in parameters))
         device = Q.device.type
-        # Nothing that autocast casts here is kept: the cast of a leaf would be without gradient, now and later.
+        # Without the cache: it would keep the cast of a leaf without its gradient.
         ctx.autocast = partial(
             torch.autocast,
             device,
@@ -113,10 +120,10 @@ class _ByRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        # Only then is the gradient mode on here. What follows has no graph, and would count as a constant.
+        # Enabled only by create_graph. What follows has no graph and would be taken for a constant.
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "a loss computed some rows at a time has first derivatives alone: "
+                "a loss computed some rows at a time has first derivatives only: "
                 "for create_graph=True let `rows` be at least the number of queries"
             )
         Q, D, *saved = ctx.saved_tensors
@@ -151,20 +158,23 @@ def mean_over_queries(losses_B: Tensor, counts_B: Tensor) -> Tensor:
     return losses_B.where(counts_B, 0).sum() / counts_B.sum().clamp(min=1)
 
 
-def check_above_zero(name: str, value: float) -> None:
-    """Raises `ValueError`."""
-    if not 0 < value < math.inf:
+# Checks: each raises ValueError. Learned values (tensors) are not read, which would wait for the device.
+
+
+def check_above_zero(name: str, value: float | Tensor) -> None:
+    """A number is above 0 and finite."""
+    if not isinstance(value, Tensor) and not 0 < value < math.inf:
         raise ValueError(f"{name} is {value}, expected above 0 and finite")
 
 
-def check_finite(name: str, value: float) -> None:
-    """Raises `ValueError`."""
-    if not math.isfinite(value):
+def check_finite(name: str, value: float | Tensor) -> None:
+    """A number is finite."""
+    if not isinstance(value, Tensor) and not math.isfinite(value):
         raise ValueError(f"{name} is {value}, expected a finite number")
 
 
 def check_reference(targets: Targets, name: str, Q: Tensor, D: Tensor) -> None:
-    """Raises `ValueError` unless `targets.references[name]` has a vector for every row of Q and D."""
+    """`targets.references[name]` has a vector for every row of Q and D."""
     targets.check_queries(Q)
     if name not in targets.references:
         found = ", ".join(targets.references) or "none"
@@ -179,6 +189,18 @@ def check_reference(targets: Targets, name: str, Q: Tensor, D: Tensor) -> None:
         )
 
 
+def check_several(targets: Targets, loss: str) -> None:
+    """A query may list several documents: a single one cannot be compared with anything."""
+    if targets.group.shape[1] < 2:
+        raise ValueError(f"{loss} compares the documents of a query, but only one is listed: add hard negatives")
+
+
+def check_one_of(name: str, value: str, valid: Sequence[str]) -> None:
+    """An option has one of its values."""
+    if value not in valid:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(valid)}")
+
+
 def warn_without_negatives(D: Tensor, targets: Targets) -> None:
     """Warns when a batch consists of one document, so that no query has a negative (Python shows it once)."""
     windows = targets.document is not None
@@ -189,15 +211,3 @@ def warn_without_negatives(D: Tensor, targets: Targets) -> None:
             "use larger batches or hard negatives",
             stacklevel=3,
         )
-
-
-def check_several(targets: Targets, loss: str) -> None:
-    """Raises `ValueError` unless a query may list several documents: with one there is nothing to compare it with."""
-    if targets.group.shape[1] < 2:
-        raise ValueError(f"{loss} compares the documents of a query, and only one is listed: add hard negatives")
-
-
-def check_one_of(name: str, value: str, valid: Sequence[str]) -> None:
-    """Raises `ValueError`."""
-    if value not in valid:
-        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(valid)}")

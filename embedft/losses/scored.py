@@ -1,13 +1,14 @@
-"""Losses of scored pairs: a query, a document, and how similar people (or a teacher) say they are.
+"""Losses of scored pairs: a query, a document, and how similar people or a teacher find them.
 
     targets = Targets(group=torch.tensor([[0], [1]]), target_scores=torch.tensor([[0.9], [0.2]]))
     loss = cosent(Q, D, targets)
 
 A pair is a query and the first document listed for it, with the first of its `target_scores` as gold score;
-pairs="all" takes every listed document with the score of its own. Pairs that list no document (-1) count nowhere.
-Not here: lists of documents with a teacher's scores (distillation.py).
+pairs="all" takes every listed document with its own score. Pairs without a document (-1) are skipped. Every loss takes
+Q [B, D] and D [C, D] and returns a scalar, at least 0, which is 0 when there is nothing to compare; `similarity` and
+`windows` are those of `scores`. Not here: lists of documents with a teacher's scores (distillation.py).
 
-Shapes: B queries, C document vectors, G listed documents a query, P pairs, D features.
+Shapes: B queries, C document vectors, G listed documents per query, P pairs, D features.
 """
 
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rows import by_rows, check_above_zero, check_one_of, comparable
+from .rows import by_rows, check_above_zero, check_one_of, comparable, float32_or_64
 from .targets import WINDOWS, Targets, over_windows
 
 PAIRS = ("first", "all")
@@ -26,14 +27,8 @@ def cosine_mse(Q: Tensor, D: Tensor, targets: Targets, *, pairs: str = "first", 
     """Mean over pairs of (cos(q, d) - gold)^2.
 
     Args:
-        Q: query vectors, [B, D].
-        D: document vectors, [C, D].
         targets: `target_scores` are the gold cosines, from -1 to 1.
         pairs: "first" or "all" of the listed documents.
-        windows: "max" or "softmax" over the windows of a document, as in `scores`.
-
-    Returns:
-        A scalar, at least 0; 0 without pairs.
 
     Source: Reimers and Gurevych 2019 (Sentence-BERT), section 3, regression objective; the same as
     sentence-transformers' CosineSimilarityLoss.
@@ -52,24 +47,16 @@ def cosent(
     pairs: str = "first",
     windows: str = "max",
 ) -> Tensor:
-    """log(1 + sum over pairs a, b with gold_a < gold_b of exp(scale * (s_a - s_b))): the order of the scores counts.
+    """log(1 + sum over pairs a, b with gold_a < gold_b of exp(scale * (s_a - s_b))): the order of scores counts.
 
-    Coupled: every pair is compared with every other one, so the batch is evaluated whole. Time and memory are
-    those of a sort.
+    Coupled: every pair is compared with every other one, in the time and memory of a sort.
 
     Args:
-        Q: query vectors, [B, D].
-        D: document vectors, [C, D].
         targets: `target_scores` are the gold scores, in any unit; equal ones are not compared.
         scale: above 0.
-        similarity: "cosine" or "dot".
         pairs: "first" or "all" of the listed documents.
-        windows: "max" or "softmax" over the windows of a document, as in `scores`.
 
-    Returns:
-        A scalar, at least 0; 0 when no two gold scores differ.
-
-    Source: Huang et al. 2024 (CoSENT), its ranking loss; the same as sentence-transformers' CoSENTLoss.
+    Source: Huang et al. 2024 (CoSENT), its ranking loss; equals sentence-transformers' CoSENTLoss.
     """
     return _cosent(*_scored_pairs(Q, D, targets, "cosent", pairs=pairs, similarity=similarity, windows=windows), scale)
 
@@ -79,23 +66,17 @@ def angle(
 ) -> Tensor:
     """`cosent` with s = |q1.d1 + q2.d2 + q2.d1 - q1.d2|, the halves of unit vectors read as complex numbers.
 
-    The gradient of a cosine vanishes where it is near 1 or -1, that of the angle does not. An odd number of features
-    is filled up with a zero. Coupled, as `cosent` is.
+    The gradient of a cosine vanishes near 1 and -1, that of the angle does not. An odd number of features is padded
+    with a zero. Coupled, as `cosent` is.
 
     Args:
-        Q: query vectors, [B, D].
-        D: document vectors, [C, D].
         targets: `target_scores` are the gold scores, in any unit.
         scale: above 0.
-        pairs: "first" or "all" of the listed documents. For queries with a positive scored y and negatives, scores of
-            1 - y for the negatives and "all" are what sentence-transformers makes of such rows.
-        windows: "max" or "softmax" over the windows of a document, as in `scores`.
+        pairs: "first" or "all" of the listed documents. For queries with a positive scored y and negatives,
+            sentence-transformers uses "all" with scores of 1 - y for the negatives.
 
-    Returns:
-        A scalar, at least 0; 0 when no two gold scores differ.
-
-    Source: Li and Li 2023 (AnglE), angle objective; the same as sentence-transformers' AnglELoss, which follows the
-    authors' code in the sign of the imaginary part and in the absolute value.
+    Source: Li and Li 2023 (AnglE), angle objective; equals sentence-transformers' AnglELoss, which follows the
+    authors' code in the sign of the imaginary part and the absolute value.
     """
     Q, D = (F.normalize(F.pad(float32_or_64(x), (0, x.shape[1] % 2)), dim=1) for x in (Q, D))
     first, second = D.chunk(2, dim=1)
@@ -115,16 +96,14 @@ def listed_scores(
     absolute: bool = False,
     as_pairs: bool = False,
 ) -> Tensor:
-    """Similarity of every query with the documents listed for it, [B, G]; where none is listed, of any document.
+    """Similarity of every query with the documents listed for it, [B, G]; arbitrary where none is listed.
 
-    Only these pairs are computed, not [B, M], unless documents have windows: then it is a few queries at a time.
+    Computes only these pairs, not [B, M]; if documents have windows, a few queries at a time.
 
     Args:
-        similarity: "cosine" or "dot".
-        windows: "max" or "softmax" over the windows of a document, as in `scores`.
-        first: whether to leave out all but the first listed document of a query, [B, 1].
-        absolute: whether a similarity below 0 loses its sign, that of each window before the best is taken.
-        as_pairs: of `comparable`.
+        first: only the first listed document of each query, [B, 1].
+        absolute: take absolute similarities, for each window before the best one is chosen.
+        as_pairs: as in `comparable`.
     """
     check_one_of("windows", windows, WINDOWS)
     targets.check_queries(Q)
@@ -146,15 +125,10 @@ def listed_scores(
 
 
 def listed_targets(targets: Targets, loss: str, like: Tensor) -> Tensor:
-    """`target_scores`, [B, G], constant, with dtype and device of `like`. Raises `ValueError` when there are none."""
+    """`target_scores`, [B, G], constant, with dtype and device of `like`. Raises `ValueError` if there are none."""
     if targets.target_scores is None:
-        raise ValueError(f"{loss} needs target_scores: a score for every listed document, which this data lacks")
+        raise ValueError(f"{loss} needs target_scores: a score for every listed document, which the data lacks")
     return targets.target_scores.detach().to(like)
-
-
-def float32_or_64(X: Tensor) -> Tensor:
-    """Half precision becomes float32; float64 stays as it is."""
-    return X if X.dtype is torch.float64 else X.float()
 
 
 def _scored_pairs(

@@ -1,15 +1,15 @@
-"""What is a positive for whom, and what may be a negative: the third argument of every loss.
+"""What is relevant to what, and what may be a negative: the third argument of every loss.
 
-Identity is data. A loss never compares texts and never guesses from similarity; it asks `masks`.
+Identity is data. Losses never compare texts and never guess from similarity; they ask `masks`.
 
     targets = Targets(group=torch.tensor([[0], [1]]))        # query i's positive is document i
     positive_BM, negative_BM = targets.masks()
     positive_BB, negative_BB = targets.masks("query_query")
 
-Not here: where the numbers come from (data/batches.py), and what a loss makes of them.
+Not here: where the numbers come from (data/collate.py), and what a loss does with them.
 
-Shapes: B queries, M documents, C document vectors (as many as documents, unless these have windows), G listed
-documents a query, K known pairs, P pairs, D and E features.
+Shapes: B queries, M documents, C document vectors (C = M unless documents have windows), G listed documents per query,
+K known pairs, P pairs, D and E features.
 """
 
 from collections.abc import Mapping
@@ -26,25 +26,25 @@ WINDOWS = ("max", "softmax")
 
 @dataclass(frozen=True)
 class Targets:
-    """Relevance between the B queries and the M documents of a batch, and what is known of them besides.
+    """Relevance between the B queries and the M documents of a batch, and other knowledge about them.
 
     Args:
         group: [B, G] int64, the documents listed for each query, -1 = none. The first is its positive unless
-            `relevance` says otherwise; the rest are its hard negatives.
-        relevance: [B, G], above 0 = positive, 0 = hard negative; None: as `group` says.
+            `relevance` is given; the others are its hard negatives.
+        relevance: [B, G], above 0 = positive, 0 = hard negative; None: see `group`.
         known: [K, 2] int64, (query row, document) pairs known to be relevant from elsewhere in the data. They are
             positives in `masks`, so never negatives.
-        document: [C] int64, which document a row of a loss's D stands for, when documents have several vectors
-            (windows); 0 to M-1, every document has at least one. None: row j is document j.
-        query: [B] int64, which query a row stands for, by any number, when a query has several rows: what is relevant
+        document: [C] int64, which document each row of D belongs to when documents have several vectors (windows);
+            0 to M-1, every document has at least one. None: row j is document j.
+        query: [B] int64, any number that identifies the query of a row, when a query has several rows: what is relevant
             to one of its rows is relevant to all. None: every row is a query of its own.
         target_scores: [B, G], a teacher's scores of the listed documents, or the gold score of a scored pair.
-        references: vectors of the same queries and documents by other models, constant: (Q [B, E], D [C, E]) under
+        references: constant vectors of the same queries and documents by other models: (Q [B, E], D [C, E]) under
             "guide", "teacher" or "base".
 
     Raises:
-        ValueError: a shape that does not fit; on the CPU, where that takes no waiting for the device, also a number
-            that is no query or document of the batch.
+        ValueError: a shape that does not fit; on the CPU also a number that is no query or document of the batch (on
+            other devices that would wait for the device).
     """
 
     group: Tensor
@@ -84,7 +84,7 @@ class Targets:
 
     @property
     def listed_negative(self) -> Tensor:
-        """[B, G] bool: which documents of `group` are hard negatives of their query, and not known to be relevant."""
+        """[B, G] bool: which documents of `group` are hard negatives of their query and not known to be relevant."""
         queries_P, documents_P = self._relevant_pairs()
         row_B1 = torch.arange(len(self.group), device=self.group.device)[:, None]
         # A number for every (query, document) pair.
@@ -93,28 +93,28 @@ class Targets:
         return (self.group >= 0) & ~positive_BG
 
     def num_documents(self, num_columns: int) -> int:
-        """M, when D has `num_columns` rows. Raises `ValueError` when `document` is not about as many, and on the CPU
-        when more documents are listed or known than there are."""
+        """M, when D has `num_columns` rows. Raises `ValueError` if `document` has another length or, on the CPU, if
+        other documents are listed or known."""
         if self.document is None:
             if self.group.device.type == "cpu":
                 self._check_documents(num_columns)
             return num_columns
         if len(self.document) != num_columns:
-            raise ValueError(f"document says what {len(self.document)} vectors stand for, there are {num_columns}")
+            raise ValueError(f"document has {len(self.document)} entries, but D has {num_columns} rows")
         return int(self.document.max()) + 1
 
     def masks(self, direction: str = "query_document", *, num_documents: int | None = None) -> tuple[Tensor, Tensor]:
-        """(positive, negative) between what scores (rows) and what is scored (columns), both bool.
+        """(positive, negative) pairs of what scores (rows) and what is scored (columns), both bool.
 
-        - query_document, [B, M]: positive are the pairs listed as such or known, for this or another row of the query;
-          negative is everything else, the hard negatives of this and of other queries among them.
+        - query_document, [B, M]: positive if listed as such or known, for any row of the query; otherwise negative,
+          which includes hard negatives of this and other queries.
         - document_query, [M, B]: the same, transposed.
-        - query_query, [B, B]: positive are two rows of one query, and two queries with a positive document in common;
-          all others are negative.
-        - document_document, [M, M]: positive are two documents that are positives of one query. Negative are two that
-          no query lists, or is known for, together: a document and a hard negative chosen for it are neither.
+        - query_query, [B, B]: two rows of one query, or two queries that share a positive document, are positive; all
+          others are negative.
+        - document_document, [M, M]: two positives of one query are positive. Two that no query lists or knows together
+          are negative: a document and a hard negative chosen for it are neither.
 
-        Nothing is positive or negative of itself. `num_documents` is M; None: up to the largest document there is.
+        Nothing is positive or negative to itself. `num_documents` is M; None: the largest document number plus 1.
         """
         if direction not in DIRECTIONS:
             raise ValueError(f"direction is {direction!r}, expected one of {', '.join(DIRECTIONS)}")
@@ -140,18 +140,18 @@ class Targets:
         return (positive, ~positive) if direction == "query_document" else (positive.T, ~positive.T)
 
     def check_queries(self, Q: Tensor) -> None:
-        """Raises `ValueError` unless Q has a row for every query."""
+        """Raises `ValueError` unless Q has one row per query."""
         if len(Q) != len(self.group):
-            raise ValueError(f"Q has {len(Q)} rows, group lists documents of {len(self.group)} queries")
+            raise ValueError(f"Q has {len(Q)} rows, group has {len(self.group)} queries")
 
     def by_row(self) -> "Targets":
-        """The same between queries and documents with `query` None: what answers one row of a query is known of all."""
+        """Equal query-document masks with `query` None: positives of a row are known for all its rows."""
         if self.query is None:
             return self
         return replace(self, known=torch.stack(self._relevant_pairs(), dim=1), query=None)
 
     def of_queries(self, start: int, stop: int) -> "Targets":
-        """The same for the queries `start` to `stop` alone, numbered from 0; the documents stay."""
+        """Only the queries `start` to `stop`, numbered from 0; the documents stay."""
         rows, known = slice(start, stop), self.by_row().known
         if known is not None:
             known = known[(known[:, 0] >= start) & (known[:, 0] < stop)] - known.new_tensor([start, 0])
@@ -174,11 +174,11 @@ class Targets:
         return Targets(**moved, references=references)
 
     def _relevant_pairs(self) -> tuple[Tensor, Tensor]:
-        """Row and document of what is listed as a positive or known, each [P]."""
+        """Row and document of all pairs listed as positive or known, each [P]."""
         return self._of_all_rows(*self._pairs(self.listed_positive))
 
     def _of_all_rows(self, queries_P: Tensor, documents_P: Tensor) -> tuple[Tensor, Tensor]:
-        """The pairs of a row as pairs of all rows of its query."""
+        """The pairs of each row, repeated for all rows of its query."""
         if self.query is None:
             return queries_P, documents_P
         _, number_B, count_N = self.query.unique(return_inverse=True, return_counts=True)
@@ -186,12 +186,12 @@ class Targets:
         number_P, documents_P = torch.stack([number_B[queries_P], documents_P], dim=1).unique(dim=0).unbind(dim=1)
         times_P = count_N[number_P]
         end_P = times_P.cumsum(dim=0)
-        # Each pair once for every row of its query: the place of the row among these is the pair's own count.
+        # Each pair once for every row of its query: a running count within the pair gives the place of the row.
         place = torch.arange(int(times_P.sum()), device=end_P.device) - (end_P - times_P).repeat_interleave(times_P)
         return order_B[first_N[number_P].repeat_interleave(times_P) + place], documents_P.repeat_interleave(times_P)
 
     def _check_numbers(self) -> None:
-        """Raises `ValueError` for a number that is no query or document, as far as that is known without D."""
+        """Raises `ValueError` for a number that is no query or document, as far as known without D."""
         if (self.group < -1).any():
             raise ValueError(f"group has {int(self.group.min())}, expected documents from 0 and -1 for none")
         if self.known is not None and len(self.known) > 0:
@@ -214,22 +214,22 @@ class Targets:
                 raise ValueError(f"{name} has document {int(documents.max())}, there are {num_documents}")
 
     def _pairs(self, of_listed_BG: Tensor) -> tuple[Tensor, Tensor]:
-        """Query and document of the pairs of `group` where `of_listed_BG`, and of the known ones, each [P]."""
+        """Query and document of the pairs of `group` selected by `of_listed_BG`, and of the known ones, each [P]."""
         queries, places = of_listed_BG.nonzero(as_tuple=True)
         documents = self.group[queries, places]
         if self.known is None:
             return queries, documents
-        # A list without entries is a float tensor to PyTorch.
+        # torch.tensor([]) is a float tensor.
         known = self.known.to(self.group)
         return torch.cat([queries, known[:, 0]]), torch.cat([documents, known[:, 1]])
 
 
 def _sharing(item_P: Tensor, key_P: Tensor, num_items: int) -> Tensor:
-    """[N, N] bool: which two different items have a key in common, given (item, key) pairs."""
+    """[N, N] bool: which two different items share a key, given (item, key) pairs."""
     shared = torch.zeros(num_items, num_items, dtype=torch.bool, device=item_P.device)
     key_P, order_P = key_P.sort()
     item_P = item_P[order_P]
-    # Pairs of one key now lie together: compare neighbours, then those two apart, up to the most pairs of a key.
+    # Pairs of one key are now adjacent: compare neighbours, then those two apart, up to the largest group.
     apart = 1
     while (same := key_P[apart:] == key_P[:-apart]).any():
         one, other = item_P[apart:][same], item_P[:-apart][same]
@@ -250,12 +250,12 @@ def scores(
 ) -> Tensor:
     """Similarity of every query with every document, [B, M]; half precision becomes float32.
 
-    "cosine" normalises itself, a vector of length zero has cosine 0 with everything (lengths are clamped at 1e-12);
-    "dot" is the inner product.
+    `similarity` "cosine" normalises the vectors, with lengths clamped at 1e-12, so that a zero vector has cosine 0 with
+    everything; "dot" is the inner product.
 
-    A document of several vectors (`targets.document`) has the similarity s_w of its best window (MaxP), or with
-    `windows` "softmax" the soft maximum: sum over its windows w of s_w * exp(s_w / t) / sum over v of exp(s_v / t),
-    t = `window_temperature`, which lets all of them learn and, unlike a log-sum-exp, does not grow with their number.
+    A document of several vectors (`targets.document`) gets, with `windows` "max", the similarity s_w of its best window
+    (MaxP), with "softmax" the soft maximum: sum over its windows w of s_w * exp(s_w / t) / sum over v of exp(s_v / t),
+    t = `window_temperature`, which trains all of them and, unlike a log-sum-exp, does not grow with their number.
 
     Source: Dai and Callan 2019 (MaxP), section 3.
     """
@@ -274,7 +274,7 @@ def scores(
 def over_windows(
     scores_BC: Tensor, targets: Targets, *, windows: str = "max", window_temperature: float = 0.05
 ) -> Tensor:
-    """What `scores` makes of the similarities of document vectors: those of documents, [B, M]. B may be any rows."""
+    """Similarities with documents, [B, M], from those with document vectors, [B, C]; see `scores`."""
     if windows not in WINDOWS:
         raise ValueError(f"windows is {windows!r}, expected one of {', '.join(WINDOWS)}")
     num_documents = targets.num_documents(scores_BC.shape[1])
