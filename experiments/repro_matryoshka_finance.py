@@ -4,7 +4,7 @@ One document a row, 700 rows measure and 6,300 train, all contexts are the corpu
 over in-batch negatives from the full size to a twelfth, batches of 32 without duplicates, gradients of 16 of them a
 step, 4 epochs, AdamW at 2e-5 with a cosine schedule and a tenth of warmup. `--batch true` takes the 512 pairs of a step
 as one batch, each query with 511 negatives instead of 31, less those that answer it: equal texts are one query or
-document there, so that none has to be kept out. `train` embeds either in parts, with the same gradients.
+document there, so that none has to be kept out. `finetune` embeds either in parts, with the same gradients.
 
 The article picks its best epoch on the test questions (`--pick test`): its figure has seen them. `--pick held-out`
 keeps a tenth of the training rows back, trains on the rest and picks on those.
@@ -24,14 +24,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from embedft import Embedder, RetrievalDataset, build_loss, evaluate_grid, load_embedder
+from embedft import Embedder, FinetuneConfig, RetrievalDataset, evaluate_grid, finetune, load_embedder
 from embedft.config import to_dict
 from embedft.data.batches import make_batches
 from embedft.device import peak_memory_bytes
 from embedft.files import read_json, write_json
 from embedft.retrieval.tables import format_table
-from embedft.training.runs import EVAL, MODEL, close_run, is_done, open_run
-from embedft.training.train import TrainConfig, train
+from embedft.training.runs import EVAL, MODEL, is_done
 
 from .commandline import make_parser, run
 from .sources import find_data
@@ -206,7 +205,6 @@ def finetune_seed(
 ) -> dict[int, float]:
     """nDCG@10 on the test by dimension, of one seed; trains unless the run folder says that it is done."""
     embedder = load_embedder(options.base)
-    spec = {"name": "matryoshka", "dims": list(dims), "inner": {"name": "in_batch_negatives"}}
     in_one = batch == "true"
     training = merge_equal_texts(split.train) if in_one else split.train
     pairs_a_step = options.batch_size * options.accumulate
@@ -216,7 +214,7 @@ def finetune_seed(
     steps, expected = -(-len(batches) // accumulate), -(-len(split.train.queries) // pairs_a_step)
     if steps != expected:
         raise ValueError(f"an epoch in batches of {size} is {steps} steps, expected {expected}: texts are in many rows")
-    config = TrainConfig(
+    config = FinetuneConfig(
         epochs=options.epochs,
         accumulate=accumulate,
         lr=2e-5,
@@ -224,24 +222,24 @@ def finetune_seed(
         warmup=0.1,
         seed=seed,
         mini_batch_tokens=options.mini_batch_tokens,
+        max_length=embedder.max_length,
+        loss={"name": "matryoshka", "dims": list(dims), "inner": {"name": "in_batch_negatives"}},
         select=f"{METRIC} at {pick_dim(dims)}",
     )
-    settings = {**to_dict(config), "loss": spec, "batch": batch, "pick": pick, "batch_size": size}
-    settings |= {"base": options.base, "max_length": embedder.max_length}
-    hashes = {"model": embedder.sha256(), "train": training.sha256(), "test": split.test.sha256()}
-    if is_done(out, settings, hashes=hashes):
-        return {int(dim): value for dim, value in read_json(out / EVAL / RESULT).items()}
-    open_run(out, settings, hashes=hashes, device=embedder.device, existing="resume")
 
     def validate(embedder: Embedder) -> dict[str, float]:
         return {f"{METRIC} at {dim}": value for dim, value in measure(embedder, split.held_out, dims, known).items()}
 
-    train(embedder, batches, build_loss(spec), config, out=out, evaluate=validate)
-    embedder.save(out / MODEL)
-    found = measure(embedder, split.test, dims, known)
-    write_json(out / EVAL / RESULT, {str(dim): value for dim, value in found.items()})
-    close_run(out)
-    return found
+    hashes = {"model": embedder.sha256(), "train": training.sha256()}
+    if is_done(out, to_dict(config), hashes=hashes):
+        embedder = load_embedder(out / MODEL)
+    else:
+        finetune(embedder, training, config, batches=batches, evaluate=validate, out=out, existing="resume")
+    result = out / EVAL / RESULT
+    if not result.is_file():
+        found = measure(embedder, split.test, dims, known)
+        write_json(result, {str(dim): value for dim, value in found.items()})
+    return {int(dim): value for dim, value in read_json(result).items()}
 
 
 def format_dims(columns: Mapping[str, Sequence[Mapping[int, float]]], dims: Sequence[int]) -> str:
