@@ -128,8 +128,10 @@ def close_run(out: Path) -> None:
     """Marks the run as done, then deletes its checkpoints and the run it replaces."""
     with atomic_write(out / DONE) as file:
         file.write(datetime.now(timezone.utc).isoformat(timespec="seconds") + "\n")
-    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
-    shutil.rmtree(out / REPLACED, ignore_errors=True)
+    for name in (CHECKPOINTS, REPLACED):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for unfinished in out.glob(".*.tmp"):  # of processes that were killed
+        unfinished.unlink()
 
 
 def _set_aside(out: Path) -> None:
