@@ -297,7 +297,7 @@ LINEAR = {"kind": "linear", "in_features": 4, "out_features": 4, "bias": True}
         (lambda folder: (folder / "adapter.json").unlink(), "no adapter, expected adapter.json"),
         (lambda folder: (folder / "adapter.json").write_text("[]"), "holds a list, expected an object"),
         (lambda folder: (folder / "adapter.json").write_text("{"), "invalid JSON"),
-        (change(format_version=2), "format_version is 2, expected 1"),
+        (change(format_version=3), "format_version is 3, expected 2"),
         (change(query={**LINEAR, "kind": "cubic"}), "adapter.json: kind is 'cubic'"),
         (change(query={**LINEAR, "rank": 2}), "unexpected keyword argument 'rank'"),
         (change(query={"in_features": 4}), "adapter.json: .*'kind'"),
@@ -614,6 +614,15 @@ def test_an_adapter_goes_with_other_ways_to_multiply(embedder, tmp_path):
         assert found.space("query").fingerprint != embedder.base().fingerprints["query"]
     finally:
         matmul.fp32_precision = before
+
+
+def test_an_adapter_of_version_1_loads_with_a_warning(embedder, tmp_path):
+    """Its fingerprints were taken in another way, so whose it is cannot be checked."""
+    Adapter(make("linear", 32), base=embedder.base()).save(tmp_path / "adapter")
+    config = read_json(tmp_path / "adapter" / "adapter.json")
+    write_json(tmp_path / "adapter" / "adapter.json", {**config, "format_version": 1})
+    with pytest.warns(UserWarning, match="does not say which model"):
+        embedder.attach(Adapter.load(tmp_path / "adapter"))
 
 
 def test_saved_in_half_precision(tmp_path):

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from embedft import Targets, load_embedder
-from embedft.encoders import embedder as embedder_module
 from embedft.encoders.bert import key_map
 from embedft.encoders.embedder import Embedder
 from embedft.encoders.packing import Packed
+from embedft.encoders.pooling import Pooling
 from embedft.losses.contrastive import in_batch_negatives
 
 TEXTS = [
@@ -150,24 +150,13 @@ def test_a_text_alone_is_as_in_a_crowd(minilm):
     assert difference(alone, minilm.encode(texts)) <= 1e-6
 
 
-def test_windows_of_texts(minilm, monkeypatch):
+def test_windows_of_texts(minilm):
     expected = minilm.encode(TEXTS[:12])
-    monkeypatch.setattr(embedder_module, "WINDOW_TEXTS", 5)
-    assert difference(minilm.encode(TEXTS[:12]), expected) <= 1e-6
+    assert difference(minilm.encode(TEXTS[:12], window_texts=5), expected) <= 1e-6
 
 
 def test_same_bits_every_time(minilm):
     assert np.array_equal(minilm.encode(TEXTS), minilm.encode(TEXTS))
-
-
-def test_batches_hold_what_they_may():
-    lengths = [5, 1, 9, 2, 2, 30, 4]
-    batches = list(embedder_module._batches(lengths, 10))
-    assert sorted(row for rows in batches for row in rows) == list(range(len(lengths)))
-    in_order = [lengths[row] for rows in batches for row in rows]
-    assert in_order == sorted(lengths, reverse=True)
-    assert [[lengths[row] for row in rows] for rows in batches] == [[30], [9], [5, 4], [2, 2, 1]]
-    assert list(embedder_module._batches([], 10)) == []
 
 
 def test_no_texts(minilm):
@@ -247,12 +236,28 @@ def test_the_hash_changes_with_whatever_changes_the_vectors(tiny_bert):
         changed(nudge),
         changed(lambda e: setattr(e, "max_length", 9)),
         changed(lambda e: e.prompts.update(query="q")),
-        changed(lambda e: setattr(e, "pooling", ("cls",))),
+        changed(lambda e: setattr(e, "pooling", Pooling(("cls",), 32))),
         changed(lambda e: setattr(e, "normalize", False)),
         changed(lambda e: e.half()),
     ]
     assert len(set(hashes)) == len(hashes)
     assert changed(lambda e: None) == hashes[0]
+
+
+@pytest.mark.parametrize("passages", [None, (8, 4)])
+@pytest.mark.parametrize("with_store", [False, True])
+def test_a_vector_that_is_not_finite_names_its_text(tiny_bert, tmp_path, passages, with_store):
+    embedder = load_embedder(tiny_bert, device="cpu", store=tmp_path / "store" if with_store else None)
+    (token,) = embedder.tokenize(["world"])[0]
+    with torch.no_grad():
+        embedder.encoder.embeddings.token.weight[token, 0] = float("nan")
+    encode = embedder.encode if passages is None else lambda texts: embedder.encode_passages(texts, passages)
+    encode(["hello", "a"])
+    with pytest.raises(ValueError, match="not finite") as caught:
+        encode(["hello", "hello world", "a"])
+    if passages is None:
+        assert "'hello world'" in str(caught.value)
+    encode(["hello", "a"])
 
 
 def test_a_prompt_that_leaves_no_room(write_tiny, tmp_path):

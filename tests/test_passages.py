@@ -6,7 +6,6 @@ import torch
 from conftest import TINY_VOCABULARY, write_tiny_folder
 
 from embedft import RetrievalDataset, load_embedder
-from embedft.encoders import embedder as embedder_module
 from embedft.encoders.adapter import Adapter
 from embedft.encoders.maps import Linear
 from embedft.encoders.packing import concatenate, pack, take
@@ -192,8 +191,6 @@ def test_windows_with_a_prompt(tiny, include_prompt):
 
 def test_slices_of_texts_change_nothing(tiny, monkeypatch):
     expected, source = tiny.encode_passages(TEXTS, (8, 3))
-    monkeypatch.setattr(embedder_module, "CUT_TEXTS", 2)
-    monkeypatch.setattr(embedder_module, "CUT_WINDOWS", 5)
     calls = []
     cut = tiny.tokenizer.windows
 
@@ -202,7 +199,7 @@ def test_slices_of_texts_change_nothing(tiny, monkeypatch):
         return cut(texts, **options)
 
     monkeypatch.setattr(tiny.tokenizer, "windows", counted)
-    found, rows = tiny.encode_passages(TEXTS, (8, 3), batch_tokens=20)
+    found, rows = tiny.encode_passages(TEXTS, (8, 3), batch_tokens=20, cut_texts=2, cut_windows=5)
     assert calls == [0, 2, 2, 2]  # none first, to check the size
     np.testing.assert_allclose(found, expected, atol=1e-6)
     np.testing.assert_array_equal(rows, source)

@@ -6,10 +6,16 @@ import pytest
 import torch
 
 from embedft.encoders.packing import pack
-from embedft.encoders.pooling import POOLING_MODES, pool
+from embedft.encoders.pooling import POOLINGS, Pooling
 
 D = 5
+# Those of sentence-transformers, without weights.
+POOLING_MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 LENGTHS = {"mixed": [4, 9, 4, 6, 12], "one": [5], "equal": [4, 4]}
+
+
+def pool(hidden_TD, packed, names):
+    return Pooling(names, hidden_TD.shape[1])(hidden_TD, packed)
 
 
 def packed_batch(lengths, prompt_length=None):
@@ -57,7 +63,7 @@ BY_HAND_PROMPT = {
 
 
 def test_every_mode_has_its_example():
-    assert list(BY_HAND) == list(BY_HAND_PROMPT) == list(POOLING_MODES)
+    assert [*BY_HAND, "attention"] == [*BY_HAND_PROMPT, "attention"] == list(POOLINGS)
 
 
 @pytest.mark.parametrize("mode", POOLING_MODES)
@@ -131,3 +137,53 @@ def test_the_maximum_shares_its_gradient_among_ties():
     hidden = torch.tensor([[2.0], [2.0], [1.0]], requires_grad=True)
     pool(hidden, packed_batch([3]), ("max",)).sum().backward()
     assert hidden.grad.tolist() == [[0.5], [0.5], [0.0]]
+
+
+# Attention pooling.
+
+
+def attention(seed: int = 0) -> Pooling:
+    pooling = Pooling(("attention",), D).double()
+    generator = torch.Generator().manual_seed(seed)
+    torch.nn.init.normal_(pooling.trained["attention"].query, generator=generator)
+    return pooling
+
+
+@pytest.mark.parametrize("prompt_length", [None, 2])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_attention_against_a_loop(lengths, prompt_length):
+    pooling, hidden = attention(), random_hidden(sum(lengths))
+    query = pooling.trained["attention"].query
+    found = pooling(hidden, packed_batch(lengths, prompt_length))
+    rows = []
+    for part in hidden.split(lengths):
+        tokens = part[prompt_length or 0 :]
+        rows.append(((tokens @ query).softmax(0)[:, None] * tokens).sum(0))
+    expected = torch.stack(rows)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    weight = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for ours, theirs in zip(
+        *(torch.autograd.grad((out * weight).sum(), [hidden, query], retain_graph=True) for out in (found, expected)),
+        strict=True,
+    ):
+        assert ours.abs().max() > 1e-3
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_attention_starts_as_the_mean_and_takes_any_score():
+    hidden, packed = random_hidden(8), packed_batch([3, 5])
+    pooling = Pooling(("attention",), D)
+    torch.testing.assert_close(pooling(hidden, packed), pool(hidden, packed, ("mean",)))
+    with torch.no_grad():
+        pooling.trained["attention"].query.fill_(1e4)
+    best = [part[part.sum(1).argmax()] for part in hidden.split([3, 5])]
+    torch.testing.assert_close(pooling(hidden, packed), torch.stack(best))
+
+
+def test_a_pooling_with_weights_beside_one_without():
+    hidden, packed = random_hidden(8), packed_batch([3, 5])
+    pooling = Pooling(("lasttoken", "attention", "cls"), D)
+    assert [name for name, _ in pooling.named_parameters()] == ["trained.attention.query"]
+    assert pooling.out_features == 3 * D
+    expected = [pool(hidden, packed, (name,)) for name in pooling.names]
+    torch.testing.assert_close(pooling(hidden, packed), torch.cat(expected, dim=1))

@@ -849,16 +849,15 @@ def test_encode_and_evaluate_through_a_store(place, capsys):
 TEXTS = ["a b c", "", "the revenue", "what order of the world", "a b c", "x" * 30, "7 8 9 hello hello world"]
 
 
-def test_the_same_vectors_with_and_without(write_tiny, tmp_path, monkeypatch):
+def test_the_same_vectors_with_and_without(write_tiny, tmp_path):
     """Bit for bit when whole; cut, to 1e-6. Over windows of two texts."""
     folder = write_tiny(tmp_path / "model", modules=True, settings={"truncate_dim": 8})
     plain, kept = make_embedder(folder), make_embedder(folder, store=tmp_path / "store")
     whole = plain.encode(TEXTS, dim=32)
     np.testing.assert_array_equal(kept.encode(TEXTS, dim=32), whole)
     assert (kept.store.hits, kept.store.misses) == (1, 6)
-    monkeypatch.setattr(embedder_module, "WINDOW_TEXTS", 2)
     for dim in (1, 8, 31, 32, None):
-        found = kept.encode(TEXTS, dim=dim)
+        found = kept.encode(TEXTS, dim=dim, window_texts=2)
         assert found.dtype == np.float32
         assert found.flags.c_contiguous
         np.testing.assert_allclose(found, plain.encode(TEXTS, dim=dim), rtol=0, atol=1e-6)

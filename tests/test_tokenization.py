@@ -2,6 +2,8 @@
 
 import json
 import random
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -114,6 +116,55 @@ def test_lower_case_survives_saving_and_does_not_pile_up(write_tiny, reference, 
         assert (tmp_path / "once" / name).read_text() == (tmp_path / "twice" / name).read_text()
 
 
+CONFIGS = {
+    "as published": {},
+    "cased": {"do_lower_case": False},
+    "accents kept": {"strip_accents": False},
+    "accents stripped": {"do_lower_case": False, "strip_accents": True},
+    "CJK kept together": {"tokenize_chinese_chars": False},
+    "another class": {"tokenizer_class": "PreTrainedTokenizerFast", "do_lower_case": False},
+    "special tokens": {"additional_special_tokens": ["[ENT]", "hello"]},
+    "added tokens": {
+        "added_tokens_decoder": {
+            "30523": {"content": "limitorder", "special": False, "normalized": True, "single_word": False,
+                      "lstrip": False, "rstrip": False},
+            "30522": {"content": "[NEW]", "special": True, "normalized": False, "single_word": False,
+                      "lstrip": False, "rstrip": True},
+        }
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("json_lowercase", [True, False])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_tokenizer_config_is_applied_as_transformers_does(minilm_folder, tmp_path, config, json_lowercase):
+    transformers = pytest.importorskip("transformers", minversion="5")
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        shutil.copy(Path(minilm_folder) / name, tmp_path)
+    stored = json.loads((tmp_path / "tokenizer.json").read_text())
+    stored["normalizer"]["lowercase"] = json_lowercase
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
+    settings = {**json.loads((tmp_path / "tokenizer_config.json").read_text()), **config}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    texts = [*NASTY, "What IS the café called?", "東京 is large", "[ENT] opens", "a LimitOrder [NEW] limitorder [new]"]
+    expected = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path, settings, max_length=64)
+    assert tokenizer.encode(texts) == expected(texts, truncation=True, max_length=64)["input_ids"]
+    # And after saving.
+    tokenizer.save(tmp_path / "saved")
+    shutil.copy(tmp_path / "config.json", tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+    assert Tokenizer.load(tmp_path / "saved", saved, max_length=64).encode(texts) == tokenizer.encode(texts)
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert again(texts, truncation=True, max_length=64)["input_ids"] == tokenizer.encode(texts)
+
+
+@pytest.mark.parametrize("tokens", [{"x": {"content": "a"}}, {"5": 3}, {"5": {"content": 3}}, {"5": {"colour": "red"}}])
+def test_malformed_added_tokens(minilm_folder, tokens):
+    with pytest.raises(ValueError, match="added token"):
+        Tokenizer.load(Path(minilm_folder), {"added_tokens_decoder": tokens}, max_length=64)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_truncation_side(write_tiny, reference, tmp_path, side):
     folder = write_tiny(tmp_path / "model", modules=True, tokenizer_config={"truncation_side": side})
@@ -200,7 +251,7 @@ def test_a_maximum_beyond_the_positions_is_refused(tiny_bert):
 
 def test_a_maximum_that_is_no_number(write_tiny, tmp_path):
     folder = write_tiny(tmp_path / "model", modules=True, max_seq_length="256")
-    with pytest.raises(ValueError, match="the maximum length is '256', expected a number of tokens"):
+    with pytest.raises(ValueError, match="max_seq_length is '256', expected a number of tokens"):
         load_embedder(folder, device="cpu")
 
 
@@ -225,7 +276,8 @@ def test_what_is_not_a_text(minilm, call, texts, message):
 
 def test_save_and_load(minilm, tmp_path):
     minilm.tokenizer.save(tmp_path)
-    loaded = Tokenizer.load(tmp_path, max_length=minilm.max_length)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    loaded = Tokenizer.load(tmp_path, config, max_length=minilm.max_length)
     assert loaded.encode(NASTY) == minilm.tokenizer.encode(NASTY)
     assert loaded.config == {**minilm.tokenizer.config, "model_max_length": 256}
     assert loaded.largest_id == minilm.tokenizer.largest_id == 30521

@@ -13,6 +13,8 @@ from ..config import REQUIRED, setting
 from ..files import atomic_write, check_writable, read_jsonl, read_lines
 from .options import Encoder, load_encoder, print_costs
 
+SLICE_TEXTS = 16_384  # texts encoded at once when only a store gets the vectors
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Encoder):
@@ -43,10 +45,8 @@ def run(options: Options) -> None:
             np.save(file, embeddings_ND)
         print(f"{options.out}: {len(texts):,} texts x {embeddings_ND.shape[1]} dimensions, float32")
     else:
-        from ..encoders.embedder import WINDOW_TEXTS
-
-        for start in range(0, len(texts), WINDOW_TEXTS):  # the store gets the vectors: memory need not hold all
-            embedder.encode(texts[start : start + WINDOW_TEXTS], role=options.role, dim=options.dim)
+        for start in range(0, len(texts), SLICE_TEXTS):  # the store gets the vectors: memory need not hold all
+            embedder.encode(texts[start : start + SLICE_TEXTS], role=options.role, dim=options.dim)
     print_costs(embedder)
 
 

@@ -21,6 +21,7 @@ def run(options: Options) -> None:
         print(f"{embedder.model} at {embedder.endpoint.server.name}: only the name is known,")
         print(f"and that it reads {f'{limit:,} tokens' if limit else 'as many tokens as its server allows'}")
         return
+    pooling = embedder.pooling
     used = {role: embedder.prompt(role) for role in ("query", "document") if embedder.prompt(role)}
     rows = {
         "folder": embedder.source.folder,
@@ -29,7 +30,7 @@ def run(options: Options) -> None:
         "layers": embedder.encoder.config.num_hidden_layers,
         "dimensions": embedder.dim,
         "max_length": f"{embedder.max_length} tokens (the encoder has {embedder.encoder.config.max_length} positions)",
-        "pooling": " + ".join(embedder.pooling) + ("" if embedder.include_prompt else ", prompt left out"),
+        "pooling": " + ".join(pooling.names) + ("" if pooling.include_prompt else ", prompt left out"),
         "similarity": embedder.similarity,
         "prompts": ", ".join(f"{role}: {text!r}" for role, text in used.items()) or "none",
         "unused prompts": ", ".join(f"{n}: {text!r}" for n, text in embedder.prompts.items() if n not in used and text),

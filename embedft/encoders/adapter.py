@@ -31,7 +31,7 @@ from .maps import Linear, LowRank, Map, TwoLayer, build_map
 
 ROLES = ("query", "document")
 SIDES = ("query", "document", "both", "shared")
-CONFIG_FILE, WEIGHTS_FILE, FORMAT_VERSION = "adapter.json", "adapter.safetensors", 1
+CONFIG_FILE, WEIGHTS_FILE, FORMAT_VERSION = "adapter.json", "adapter.safetensors", 2
 LLAMAINDEX_CONFIG, LLAMAINDEX_WEIGHTS = "config.json", "pytorch_model.bin"
 FORMATS = ("embedft", "llamaindex")
 # Rows that `Adapter.transform` maps at a time: bounds what it holds beside its result.
@@ -208,7 +208,7 @@ class Adapter(nn.Module):
 def _load(folder: Path) -> Adapter:
     path, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
     config = read_object(path)
-    if config.get("format_version") != FORMAT_VERSION:
+    if config.get("format_version") not in (1, FORMAT_VERSION):
         raise ValueError(f"{path}: format_version is {config.get('format_version')!r}, expected {FORMAT_VERSION}")
     if not weights.is_file():
         raise ValueError(f"{folder}: no {WEIGHTS_FILE}")
@@ -221,6 +221,8 @@ def _load(folder: Path) -> Adapter:
         if config["side"] == "shared":
             maps["document"] = maps["query"]
         base = None if config["base"] is None else Base(**config["base"])
+        if base and config["format_version"] == 1:
+            base = base._replace(fingerprints={})  # hashed differently, so they cannot be compared
         adapter = Adapter(**maps, base=base, normalize=config["normalize"])
         tensors = load(weights.read_bytes())
     except KeyError as error:

@@ -1,8 +1,8 @@
 """The files of a model folder: config.json, model.safetensors, the tokenizer, sentence-transformers' module files.
 
-Read strictly: what the family does not know, or misses, is an error that names it. Written in the form that versions
-of sentence-transformers before 6 read too. Nothing is ever unpickled. Not here: where a folder comes from, and the
-Embedder made of it (loading.py).
+Reading is strict: a field of the wrong type, or anything the encoder family does not know or misses, is an error that
+names it. Folders are written in the form that sentence-transformers before version 6 reads too. Nothing is unpickled.
+Not here: where a folder comes from, and the Embedder made of it (loading.py).
 
     family, config, _ = read_config(folder)
     carried = load_weights(family.encoder(config), folder / WEIGHTS_FILE, family, torch.float32)
@@ -10,8 +10,11 @@ Embedder made of it (loading.py).
 
 import os
 import shutil
-from collections.abc import Callable
-from pathlib import Path
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import safetensors
@@ -23,15 +26,15 @@ from ..files import read_json, read_object, write_json
 from . import bert
 from .adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from .adapter import ROLES, Adapter, Base
-from .pooling import POOLING_MODES
-from .tokenization import Tokenizer
+from .pooling import Pooling
+from .tokenization import TOKENIZER_CONFIG_FILE, Tokenizer
 
 CONFIG_FILE, WEIGHTS_FILE, MODULES_FILE = "config.json", "model.safetensors", "modules.json"
 TRANSFORMER_CONFIG_FILE, MODEL_CONFIG_FILE = "sentence_bert_config.json", "config_sentence_transformers.json"
 # The modules of modules.json that are understood, by class name and in this order.
 MODULES = ("Transformer", "Pooling", "Normalize")
 POOLING_FOLDER, NORMALIZE_FOLDER = "1_Pooling", "2_Normalize"
-# Behind them may stand an adapter: as our own files, and as a Router whose routes are queries and documents.
+# An adapter may follow: as our own files, and as a Router whose routes are queries and documents.
 ADAPTER_FOLDER, ROUTER, ROUTER_CONFIG_FILE = "adapter", "Router", "router_config.json"
 
 # Pooling mode -> its key in 1_Pooling/config.json of sentence-transformers before 6.
@@ -45,8 +48,50 @@ LEGACY_POOLING_KEYS = {
 }
 
 
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(text is None or isinstance(text, str) for text in value.values())
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+def _is_length(value: Any) -> bool:
+    return type(value) in (int, float) and value >= 1
+
+
+# The fields that are read: {field: (what it should be, whether a value is that)}. null stands for an absent field.
+BOOL = ("true or false", lambda value: isinstance(value, bool))
+TEXT = ("a string", lambda value: isinstance(value, str))
+LENGTH = ("a number of tokens", _is_length)
+SCHEMA = {
+    CONFIG_FILE: {"model_type": TEXT, "dtype": TEXT, "torch_dtype": TEXT},
+    POOLING_FOLDER: {
+        "pooling_mode": ("a name or a list of names", _is_names),
+        "include_prompt": BOOL,
+        **dict.fromkeys(LEGACY_POOLING_KEYS.values(), BOOL),
+    },
+    TRANSFORMER_CONFIG_FILE: {"max_seq_length": LENGTH, "do_lower_case": BOOL},
+    MODEL_CONFIG_FILE: {
+        "prompts": ("an object of strings", _is_texts),
+        "default_prompt_name": TEXT,
+        "similarity_fn_name": TEXT,
+        "truncate_dim": ("a whole number", lambda value: type(value) is int),
+    },
+    TOKENIZER_CONFIG_FILE: {
+        "model_max_length": LENGTH,
+        "truncation_side": ("left or right", lambda value: value in ("left", "right")),
+        "tokenizer_class": TEXT,
+        **dict.fromkeys(("do_lower_case", "strip_accents", "tokenize_chinese_chars"), BOOL),
+        "added_tokens_decoder": ("an object", lambda value: isinstance(value, dict)),
+        "additional_special_tokens": ("a list", lambda value: isinstance(value, list)),
+        "extra_special_tokens": ("a list or an object", lambda value: isinstance(value, list | dict)),
+    },
+}
+
+
 class Family(NamedTuple):
-    """What loading needs to know of an encoder family; the values live in the family's own file."""
+    """What loading needs to know about an encoder family; the values are in the family's own file."""
 
     config: Callable[[dict[str, Any]], Any]
     encoder: Callable[..., nn.Module]
@@ -63,137 +108,189 @@ FAMILIES = {
 
 
 class Source(NamedTuple):
-    """Where an Embedder came from, and what goes back into its folder as it was."""
+    """Where an Embedder came from, and what goes back into its folder unchanged."""
 
     name: str
     folder: Path
     family: Family
     config: dict[str, Any]  # config.json
     carried: dict[str, Tensor]  # tensors of the checkpoint that the encoder does not use
-    default_prompt: str | None  # of sentence-transformers' plain `encode`; here every text has a role
+    default_prompt: str | None  # for sentence-transformers' plain `encode`; here every text has a role
 
 
-def read_optional(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} when there is none."""
-    return read_object(path) if path.is_file() else {}
-
-
-def read_modules(folder: Path) -> dict[str, str]:
-    """{module's class name: its subfolder} of modules.json; a Hugging Face folder has none and gets mean pooling.
-
-    A Router, with what stands behind it, is left out when it is that of an adapter, which is read from its own folder.
-    """
-    if not folder.joinpath(MODULES_FILE).is_file():
-        return {}
-    modules = {}
-    for module in read_json(folder / MODULES_FILE):
-        if not isinstance(module, dict) or not {"type", "path"} <= module.keys():
-            raise ValueError(f'{folder / MODULES_FILE}: a module is {module!r}, expected an object with "type", "path"')
-        kind = module["type"].rsplit(".", 1)[-1]
-        if kind == ROUTER and (folder / ADAPTER_FOLDER / ADAPTER_CONFIG_FILE).is_file():
-            break
-        if kind in modules:
-            raise ValueError(f"{folder / MODULES_FILE}: two modules are a {kind}, expected one")
-        modules[kind] = module["path"]
-    if tuple(modules) not in (MODULES[:2], MODULES):
-        found, wanted = ", ".join(modules), ", ".join(MODULES)
-        raise ValueError(f"{folder / MODULES_FILE}: modules are {found}, expected {wanted} (the last may be absent)")
-    return modules
-
-
-def read_pooling(folder: Path) -> tuple[tuple[str, ...], bool]:
-    """(modes, include_prompt) of a pooling config, new or legacy."""
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise ValueError(f"{folder}: no {CONFIG_FILE}, which says how tokens are pooled")
-    config = read_object(path)
-    modes = config.get("pooling_mode")
-    if modes is None:
-        modes = [mode for mode, key in LEGACY_POOLING_KEYS.items() if config.get(key)] or ["mean"]
-    modes = (modes,) if isinstance(modes, str) else tuple(modes)
-    for mode in modes:
-        if mode not in POOLING_MODES:
-            raise ValueError(f"{path}: pooling mode is {mode!r}, expected one of {', '.join(POOLING_MODES)}")
-    return modes, config.get("include_prompt", True)
-
-
-def read_config(folder: Path) -> tuple[Family, Any, dict[str, Any]]:
-    """The family that config.json names, the family's own configuration, and all of the file."""
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise ValueError(f"{folder}: no {CONFIG_FILE}, so this is no model folder")
-    values = read_object(path)
-    family = FAMILIES.get(values.get("model_type"))
-    if family is None:
-        known = ", ".join(FAMILIES)
-        raise ValueError(f"{path}: model_type is {values.get('model_type')!r}, expected one of {known}")
+@contextmanager
+def naming(path: Path):
+    """Puts the file in front of a `ValueError`."""
     try:
-        return family, family.config(values), values
+        yield
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
+def read_fields(path: Path, schema: str | None = None) -> dict[str, Any]:
+    """The object in a JSON file without its nulls; {} if there is none. Raises `ValueError` naming a bad field."""
+    values = {key: value for key, value in read_object(path).items() if value is not None} if path.is_file() else {}
+    for field, (expected, is_right) in SCHEMA[schema or path.name].items():
+        if field in values and not is_right(values[field]):
+            raise ValueError(f"{path}: {field} is {str(values[field])[:60]!r}, expected {expected}")
+    return values
+
+
+def read_modules(folder: Path) -> dict[str, str]:
+    """{module's class name: its subfolder} of modules.json; {} for a Hugging Face folder, which has none.
+
+    A Router and what follows it are left out if they are those of an adapter, which is read from its own folder.
+    """
+    path, modules = folder / MODULES_FILE, {}
+    if not path.is_file():
+        return {}
+    found = read_json(path)
+    for module in found if isinstance(found, list) else [found]:
+        kind, place = (module.get("type"), module.get("path")) if isinstance(module, dict) else (None, None)
+        if not (isinstance(kind, str) and isinstance(place, str)):
+            raise ValueError(f'{path}: a module is {str(module)[:60]!r}, expected an object with "type" and "path"')
+        if PurePosixPath(place).is_absolute() or ".." in PurePosixPath(place).parts or "\0" in place:
+            raise ValueError(f"{path}: path is {place[:60]!r}, expected one inside the folder")
+        kind = kind.rsplit(".", 1)[-1]
+        if kind == ROUTER and (folder / ADAPTER_FOLDER / ADAPTER_CONFIG_FILE).is_file():
+            break
+        if kind in modules:
+            raise ValueError(f"{path}: two modules are a {kind}, expected one")
+        modules[kind] = place
+    if tuple(modules) not in (MODULES[:2], MODULES):
+        found, wanted = ", ".join(modules), ", ".join(MODULES)
+        raise ValueError(f"{path}: modules are {found}, expected {wanted} (the last is optional)")
+    return modules
+
+
+def read_pooling(folder: Path, hidden_size: int) -> Pooling:
+    """The pooling in a folder, with its weights if it has any."""
+    path, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder}: no {CONFIG_FILE}, which says how tokens are pooled")
+    values = read_fields(path, POOLING_FOLDER)
+    legacy = [mode for mode, key in LEGACY_POOLING_KEYS.items() if values.get(key)] or ["mean"]
+    names = values.get("pooling_mode", legacy)
+    with naming(path):
+        names = [names] if isinstance(names, str) else names
+        pooling = Pooling(names, hidden_size, include_prompt=values.get("include_prompt", True))
+    if pooling.state_dict():
+        expected = {name: (name,) for name in pooling.state_dict()}
+        pooling.load_state_dict(_read_state(weights, pooling, expected, lambda name: name, ())[0])
+    return pooling
+
+
+def read_config(folder: Path) -> tuple[Family, Any, dict[str, Any]]:
+    """The family that config.json names, the family's own configuration, and the whole file."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder}: no {CONFIG_FILE}, so this is not a model folder")
+    values = read_fields(path)
+    family = FAMILIES.get(values.get("model_type"))
+    if family is None:
+        raise ValueError(f"{path}: model_type is {values.get('model_type')!r}, expected one of {', '.join(FAMILIES)}")
+    with naming(path):
+        return family, family.config(values), values
+
+
 def load_tokenizer(folder: Path, config: Any, max_length: int | None) -> Tokenizer:
-    """The tokenizer with its maximum length: asked for, else the folder's; never above the encoder's positions."""
-    settings = read_optional(folder / TRANSFORMER_CONFIG_FILE)
-    limit = config.max_length
-    lower_case = bool(settings.get("do_lower_case"))
-    tokenizer = Tokenizer.load(folder, max_length=limit if max_length is None else max_length, lower_case=lower_case)
+    """The tokenizer, with the maximum length asked for, else the folder's, but no more than the encoder's positions."""
+    settings, limit = read_fields(folder / TRANSFORMER_CONFIG_FILE), config.max_length
+    tokenizer = Tokenizer.load(
+        folder,
+        read_fields(folder / TOKENIZER_CONFIG_FILE),
+        max_length=limit if max_length is None else max_length,
+        lower_case=settings.get("do_lower_case", False),
+    )
     if max_length is None:
         folder_length = settings.get("max_seq_length") or tokenizer.config.get("model_max_length") or limit
-        if not isinstance(folder_length, (int, float)):
-            raise ValueError(f"{folder}: the maximum length is {folder_length!r}, expected a number of tokens")
-        tokenizer.max_length = int(min(folder_length, limit))
+        with naming(folder):
+            tokenizer.max_length = int(min(folder_length, limit))
     if tokenizer.largest_id >= config.vocab_size:
-        raise ValueError(
-            f"{folder}: the tokenizer gives ids up to {tokenizer.largest_id}, "
-            f"the encoder's vocab_size is {config.vocab_size}"
-        )
+        ids = f"ids up to {tokenizer.largest_id}, the encoder's vocab_size is {config.vocab_size}"
+        raise ValueError(f"{folder}: the tokenizer gives {ids}")
     return tokenizer
 
 
-def load_weights(encoder: nn.Module, path: Path, family: Family, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Fills an encoder (on the meta device) from a safetensors file; gives the tensors that it carries along.
+def check_sizes(folder: Path, config: Any) -> None:
+    """Raises `ValueError` for a size in config.json that no tensor of the checkpoint has, before a module is built."""
+    with _opened(folder / WEIGHTS_FILE) as file:
+        names = list(file.keys())
+        largest = max((max(file.get_slice(name).get_shape(), default=0) for name in names[:10_000]), default=0)
+    for field in fields(config):
+        value = getattr(config, field.name)
+        limit, what = (len(names), "tensors") if field.name.startswith("num_") else (largest, "rows or columns at most")
+        if field.type is int and value > limit:
+            where = f"{WEIGHTS_FILE} has {limit} {what}"
+            raise ValueError(f"{folder / CONFIG_FILE}: {field.name} is {str(value)[:60]}, but {where}")
 
-    Raises `ValueError` naming the keys that are missing, unexpected, or of the wrong shape.
-    """
+
+@contextmanager
+def _opened(path: Path):
+    """A safetensors file, without reading its tensors."""
     if not path.is_file():
         found = sorted(file.name for file in path.parent.iterdir() if file.suffix in (".bin", ".pt", ".safetensors"))
         raise ValueError(f"{path.parent}: no {WEIGHTS_FILE} (weights found: {', '.join(found) or 'none'})")
     try:
-        stored = load_file(path)
+        with safetensors.safe_open(path, "pt") as file:
+            yield file
     except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
-    tensors = {}
-    for name, tensor in stored.items():
+        raise ValueError(f"{path}: not a complete safetensors file ({' '.join(str(error).split())[:200]})") from None
+
+
+def load_weights(encoder: nn.Module, path: Path, family: Family, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Fills an encoder (on the meta device) from a safetensors file; returns the tensors that it only carries along.
+
+    Raises `ValueError` naming the keys that are missing, unexpected, or of the wrong shape or type.
+    """
+
+    def rename(name: str) -> str:
         name = name.removeprefix(family.prefix)
         for old, new in family.renamed.items():
             name = name.replace(old, new)
-        if name in tensors:
-            raise ValueError(f"{path}: {name} is there twice, under this name and an older one")
-        tensors[name] = tensor
-    carried = {name: tensors.pop(name) for name in list(tensors) if name.startswith(family.carried)}
+        return name
 
-    keys = family.key_map(encoder.config)
-    wanted = {name for theirs in keys.values() for name in theirs}
-    faults = [f"missing {name}" for name in sorted(wanted - tensors.keys())]
-    faults += [f"unexpected {name}" for name in sorted(tensors.keys() - wanted)]
-    state = {}
-    for ours, parameter in encoder.state_dict().items():
-        theirs = [name for name in keys[ours] if name in tensors]
-        shape = (parameter.shape[0] // len(keys[ours]), *parameter.shape[1:])
-        faults += [
-            f"{name} has shape {tuple(tensors[name].shape)}, expected {shape}"
-            for name in theirs
-            if tensors[name].shape != shape
-        ]
-        if not faults:
-            state[ours] = torch.cat([tensors.pop(name) for name in theirs]).to(dtype)
-    if faults:
-        more = f", and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise ValueError(f"{path}: {', '.join(faults[:5])}{more}")
-    encoder.load_state_dict(state, assign=True)
+    state, carried = _read_state(path, encoder, family.key_map(encoder.config), rename, family.carried)
+    encoder.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
     return carried
+
+
+def _read_state(
+    path: Path,
+    module: nn.Module,
+    keys: Mapping[str, tuple[str, ...]],
+    rename: Callable[[str], str],
+    carried: tuple[str, ...],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(the state of a module, the tensors carried along) from a file; `keys`: ours -> the file's, stacked in order."""
+    own, wanted = module.state_dict(), {name for theirs in keys.values() for name in theirs}
+    with _opened(path) as file:
+        stored: dict[str, str] = {}
+        for name in file.keys():  # noqa: SIM118 (not a dict)
+            if rename(name) in stored:
+                raise ValueError(f"{path}: {rename(name)} is there twice, under this name and an older one")
+            stored[rename(name)] = name
+        extra = sorted(name for name in stored.keys() - wanted if not (carried and name.startswith(carried)))
+        faults = [f"missing {name}" for name in sorted(wanted - stored.keys())] + [
+            f"unexpected {name}" for name in extra
+        ]
+        for ours, theirs in keys.items():
+            shape = (own[ours].shape[0] // len(theirs), *own[ours].shape[1:])
+            for name in theirs if not extra else ():
+                found = file.get_slice(stored[name]) if name in stored else None
+                if found and tuple(found.get_shape()) != shape:
+                    faults.append(f"{name} has shape {tuple(found.get_shape())}, expected {shape}")
+                elif found and found.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                    faults.append(f"{name} has type {found.get_dtype()}, expected a floating-point one")
+        if faults:
+            more = f", and {len(faults) - 5} more" if len(faults) > 5 else ""
+            raise ValueError(f"{path}: {', '.join(faults[:5])}{more}")
+    try:
+        tensors = load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
+    state = {ours: torch.cat([tensors.pop(stored[name]) for name in theirs]) for ours, theirs in keys.items()}
+    return state, {rename(name): tensor for name, tensor in tensors.items()}
 
 
 def checkpoint_tensors(encoder: nn.Module, family: Family) -> dict[str, Tensor]:
@@ -212,8 +309,7 @@ def write_folder(
     encoder: nn.Module,
     tokenizer: Tokenizer,
     *,
-    pooling: tuple[str, ...],
-    include_prompt: bool,
+    pooling: Pooling,
     prompts: dict[str, str],
     similarity: str,
     normalize: bool,
@@ -225,105 +321,71 @@ def write_folder(
 
     Raises `ValueError`, before anything is written, for an adapter that Dense modules cannot hold.
     """
-    dense = {} if adapter is None else {role: part and part.dense() for role, part in _maps(adapter).items()}
+    dense = {role: part and part.dense() for role in ROLES if adapter for part in [adapter.map_of(role)]}
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {**checkpoint_tensors(encoder, source.family), **source.carried}
-    _write_tensors(folder / WEIGHTS_FILE, tensors)
-    # transformers loads in the type that config.json names, so the name has to be that of the weights.
+    _write_tensors(folder / WEIGHTS_FILE, {**checkpoint_tensors(encoder, source.family), **source.carried})
+    # transformers loads in the type that config.json names, so it has to be that of the weights.
     dtype = str(next(encoder.parameters()).dtype).removeprefix("torch.")
     write_json(folder / CONFIG_FILE, {**source.config, "torch_dtype": dtype, "dtype": dtype})
     tokenizer.save(folder)
-    write_json(
-        folder / TRANSFORMER_CONFIG_FILE,
-        {"max_seq_length": tokenizer.max_length, "do_lower_case": tokenizer.lower_case},
-    )
-    pooling_config = {key: mode in pooling for mode, key in LEGACY_POOLING_KEYS.items()}
-    if tuple(mode for mode in LEGACY_POOLING_KEYS if mode in pooling) != pooling:
-        pooling_config = {"pooling_mode": pooling}  # an order that the old form cannot tell
-    write_json(
-        folder / POOLING_FOLDER / CONFIG_FILE,
-        {
-            "word_embedding_dimension": encoder.config.hidden_size,
-            **pooling_config,
-            "include_prompt": include_prompt,
-        },
-    )
-    write_json(
-        folder / MODEL_CONFIG_FILE,
-        {
-            "prompts": prompts,
-            "default_prompt_name": source.default_prompt if source.default_prompt in prompts else None,
-            "similarity_fn_name": similarity,
-            "truncate_dim": truncate_dim,
-        },
-    )
+    lengths = {"max_seq_length": tokenizer.max_length, "do_lower_case": tokenizer.lower_case}
+    write_json(folder / TRANSFORMER_CONFIG_FILE, lengths)
+    _write_pooling(folder / POOLING_FOLDER, pooling, encoder.config.hidden_size)
+    settings = {"similarity_fn_name": similarity, "truncate_dim": truncate_dim}
+    default = source.default_prompt if source.default_prompt in prompts else None
+    write_json(folder / MODEL_CONFIG_FILE, {"prompts": prompts, "default_prompt_name": default, **settings})
     modules = list(MODULES if normalize else MODULES[:2])
-    if adapter is None:
-        # A folder that is written again may have one, of a model that had an adapter.
-        if (folder / ADAPTER_FOLDER / ADAPTER_CONFIG_FILE).is_file():
-            shutil.rmtree(folder / ADAPTER_FOLDER)
-    else:
+    if adapter is not None:
         adapter.save(folder / ADAPTER_FOLDER, base=base)
         _write_router(folder / f"{len(modules)}_{ROUTER}", dense)
         modules += [ROUTER, *modules[2:]]
-    write_json(
-        folder / MODULES_FILE,
-        [
-            {
-                "idx": i,
-                "name": str(i),
-                "path": f"{i}_{module}" if i else "",
-                "type": f"sentence_transformers.models.{module}",
-            }
-            for i, module in enumerate(modules)
-        ],
-    )
+    elif (folder / ADAPTER_FOLDER / ADAPTER_CONFIG_FILE).is_file():  # of a model that was saved here before
+        shutil.rmtree(folder / ADAPTER_FOLDER)
+    paths = ["", *(f"{i}_{module}" for i, module in enumerate(modules) if i)]
+    types = [f"sentence_transformers.models.{module}" for module in modules]
+    entries = enumerate(zip(paths, types, strict=True))
+    modules = [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in entries]
+    write_json(folder / MODULES_FILE, modules)
 
 
-def _maps(adapter: Adapter) -> dict[str, Any]:
-    return {role: adapter.map_of(role) for role in ROLES}
+def _write_pooling(folder: Path, pooling: Pooling, hidden_size: int) -> None:
+    config: dict[str, Any] = {key: mode in pooling.names for mode, key in LEGACY_POOLING_KEYS.items()}
+    if tuple(mode for mode in LEGACY_POOLING_KEYS if mode in pooling.names) != pooling.names:
+        config = {"pooling_mode": pooling.names}  # another order or another mode than the old form can express
+    theirs = {"word_embedding_dimension": hidden_size, **config, "include_prompt": pooling.include_prompt}
+    write_json(folder / CONFIG_FILE, theirs)
+    if pooling.state_dict():
+        _write_tensors(folder / WEIGHTS_FILE, pooling.state_dict())
+    if not set(pooling.names) <= LEGACY_POOLING_KEYS.keys():
+        warnings.warn(f"{folder}: sentence-transformers cannot load {' + '.join(pooling.names)} pooling", stacklevel=4)
 
 
 def _write_router(folder: Path, dense: dict[str, tuple[Tensor, Tensor | None] | None]) -> None:
-    """A Router with a route a role: a Dense module without activation, or nothing where there is no map.
+    """A Router with one route per role: a Dense module without activation, or nothing if the role has no map.
 
-    `encode` of sentence-transformers, which knows no role, takes the documents' route.
+    `encode` of sentence-transformers, which has no role, takes the documents' route.
     """
-    types, structure = {}, {}
+    structure = {role: [] if layer is None else [f"{role}_0_Dense"] for role, layer in dense.items()}
     for role, layer in dense.items():
-        structure[role] = [] if layer is None else [f"{role}_0_Dense"]
         if layer is None:
             continue
         weight, bias = layer
-        (name,) = structure[role]
-        types[name] = "sentence_transformers.models.Dense"
-        write_json(
-            folder / name / CONFIG_FILE,
-            {
-                "in_features": weight.shape[1],
-                "out_features": weight.shape[0],
-                "bias": bias is not None,
-                "activation_function": "torch.nn.modules.linear.Identity",
-            },
-        )
+        place = folder / structure[role][0]
+        sizes = {"in_features": weight.shape[1], "out_features": weight.shape[0], "bias": bias is not None}
+        write_json(place / CONFIG_FILE, {**sizes, "activation_function": "torch.nn.modules.linear.Identity"})
         tensors = {"linear.weight": weight} if bias is None else {"linear.weight": weight, "linear.bias": bias}
-        _write_tensors(folder / name / WEIGHTS_FILE, tensors)
-    write_json(
-        folder / ROUTER_CONFIG_FILE,
-        {
-            "types": types,
-            "structure": structure,
-            "parameters": {"default_route": "document", "allow_empty_key": True},
-        },
-    )
+        _write_tensors(place / WEIGHTS_FILE, tensors)
+    types = {name: "sentence_transformers.models.Dense" for names in structure.values() for name in names}
+    parameters = {"default_route": "document", "allow_empty_key": True}
+    write_json(folder / ROUTER_CONFIG_FILE, {"types": types, "structure": structure, "parameters": parameters})
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    # What the umask gives to a new file: safetensors makes one that its owner alone can read.
+    # safetensors makes a file that only its owner can read; this one gets the permissions of any new file.
     temporary.touch()
     mode = temporary.stat().st_mode
-    # A copy of each, for the file holds no tensor that shares memory with another.
+    # Cloned, because a safetensors file cannot hold tensors that share memory.
     save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
     temporary.chmod(mode)
     os.replace(temporary, path)

@@ -7,6 +7,7 @@ The files themselves are read and written in folder.py.
 """
 
 import importlib.util
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +17,8 @@ import torch
 from ..device import default_device, find_device
 from ..files import sha256_file
 from .adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
+from .adapter import ROLES, Adapter
 from .adapter import WEIGHTS_FILE as ADAPTER_WEIGHTS_FILE
-from .adapter import Adapter
 from .embedder import Embedder
 from .folder import (
     ADAPTER_FOLDER,
@@ -27,11 +28,13 @@ from .folder import (
     TRANSFORMER_CONFIG_FILE,
     WEIGHTS_FILE,
     Source,
+    check_sizes,
     load_tokenizer,
     load_weights,
+    naming,
     read_config,
+    read_fields,
     read_modules,
-    read_optional,
     read_pooling,
 )
 from .openai_api import ApiEmbedder
@@ -40,7 +43,7 @@ from .tokenization import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 
 # All that is ever downloaded: weights as safetensors, and small JSON files.
 HUB_FILES = [CONFIG_FILE, WEIGHTS_FILE, MODULES_FILE, TRANSFORMER_CONFIG_FILE, MODEL_CONFIG_FILE,
-             TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, "*_Pooling/config.json",
+             TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, "*_Pooling/config.json", f"*_Pooling/{WEIGHTS_FILE}",
              "0_*/*.json", "0_*/model.safetensors",
              f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG_FILE}", f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS_FILE}"]  # fmt: skip
 
@@ -75,24 +78,23 @@ def load_embedder(
     adapter: str | Path | Adapter | None = None,
     **options: Any,
 ) -> Embedder | ApiEmbedder:
-    """An Embedder from a folder, the Hugging Face hub, or an installed package; of "openai:MODEL" an ApiEmbedder.
+    """An Embedder from a folder, the Hugging Face hub, or an installed package; for "openai:MODEL" an ApiEmbedder.
 
     Args:
-        name: a folder (Hugging Face or sentence-transformers layout), a hub id, or the name of a package of `PACKAGES`.
-            A hub id that `PACKAGES` lists comes from the hub's cache, else from the package, else from the hub.
+        name: a folder (Hugging Face or sentence-transformers layout), a hub id, or the name of a package in `PACKAGES`.
+            A hub id that `PACKAGES` lists is looked for in the hub's cache, then in the package, then on the hub.
         device: None: CUDA, else MPS, else the CPU.
-        dtype: of the weights. Training wants float32 (and autocast), inference on a GPU may use bfloat16.
+        dtype: of the weights. Use float32 (and autocast) for training; inference on a GPU may use bfloat16.
         max_length: tokens a text is cut to; None: as the folder says.
         revision: commit, tag or branch on the hub; None: the default branch.
         prompts: {"query": ..., "document": ...}, in place of the folder's.
-        store: a folder, or the Store of one, that keeps vectors: `encode` computes what it does not hold.
-        adapter: a folder with one, or the Adapter itself, that vectors go through; None: the one saved with the model,
-            if there is one.
-        options: for "openai:MODEL" alone, which has no use for device, dtype, max_length and revision: base_url, price,
-            max_cost and the others of `Endpoint`.
+        store: a Store or its folder, where `encode` keeps vectors.
+        adapter: an Adapter or its folder; None: the one saved with the model, if any.
+        options: for "openai:MODEL" only, which takes no device, dtype, max_length or revision: base_url, price,
+            max_cost and the other options of `Endpoint`.
 
     Raises:
-        ValueError: anything the folder lacks or has too much of, named; an argument that the model has no use for.
+        ValueError: anything missing from the folder or unknown in it, by name; an argument the model cannot use.
     """
     store = store if store is None or isinstance(store, Store) else Store(store)
     if str(name).startswith(API_PREFIX):
@@ -101,49 +103,55 @@ def load_embedder(
         for argument, value in useless.items():
             if value is not None:
                 raise ValueError(f"{name}: {argument} does not apply to a model behind an API")
-        api = ApiEmbedder(str(name).removeprefix(API_PREFIX), prompts=prompts, store=store, **options)
-        if adapter is not None:
-            api.attach(adapter if isinstance(adapter, Adapter) else Adapter.load(adapter))
-        return api
-    if options:
-        raise ValueError(f"{name}: {', '.join(options)}: only for a model behind an API, {API_PREFIX}MODEL")
-    device = default_device() if device is None else find_device(str(device))
-    folder = find_folder(str(name), revision=revision)
-    modules = read_modules(folder)
-    transformer = folder / modules.get("Transformer", "")
-    pooling, include_prompt = read_pooling(folder / modules["Pooling"]) if "Pooling" in modules else (("mean",), True)
-    settings = read_optional(folder / MODEL_CONFIG_FILE)
-    family, config, config_dict = read_config(transformer)
-    tokenizer = load_tokenizer(transformer, config, max_length)
-    with torch.device("meta"):
-        encoder = family.encoder(config)
-    carried = load_weights(encoder, transformer / WEIGHTS_FILE, family, dtype)
-    try:
-        embedder = Embedder(
-            encoder,
-            tokenizer,
-            pooling=pooling,
-            include_prompt=include_prompt,
-            prompts=settings.get("prompts") if prompts is None else prompts,
-            similarity=settings.get("similarity_fn_name") or "cosine",
-            normalize="Normalize" in modules,
-            truncate_dim=settings.get("truncate_dim"),
-            source=Source(str(name), folder, family, config_dict, carried, settings.get("default_prompt_name")),
-        )
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
-    embedder.store = store
-    own = folder / ADAPTER_FOLDER
-    if adapter is None and (own / ADAPTER_CONFIG_FILE).is_file():
-        adapter = Adapter.load(own)
-        stored_dtype = config_dict.get("dtype") or config_dict.get("torch_dtype") or "float32"
-        if (max_length, prompts, stored_dtype) != (None, None, str(dtype).removeprefix("torch.")):
-            # Asked to be other than it was fitted on.
-            adapter.base = embedder.base()
-    embedder = embedder.to(device).eval()
+        embedder = ApiEmbedder(str(name).removeprefix(API_PREFIX), prompts=prompts, store=store, **options)
+    else:
+        if options:
+            raise ValueError(f"{name}: {', '.join(options)}: only for a model behind an API, {API_PREFIX}MODEL")
+        device = default_device() if device is None else find_device(str(device))
+        folder = find_folder(str(name), revision=revision)
+        embedder = _load_folder(str(name), folder, dtype, max_length, prompts).to(device).eval()
+        embedder.store = store
+        if adapter is None and (folder / ADAPTER_FOLDER / ADAPTER_CONFIG_FILE).is_file():
+            adapter = Adapter.load(folder / ADAPTER_FOLDER)
+            stored = embedder.source.config.get("dtype") or embedder.source.config.get("torch_dtype") or "float32"
+            if (max_length, prompts, stored) != (None, None, str(dtype).removeprefix("torch.")):
+                adapter.base = embedder.base()  # the caller asked for something else than it was fitted on
     if adapter is not None:
         embedder.attach(adapter if isinstance(adapter, Adapter) else Adapter.load(adapter))
     return embedder
+
+
+def _load_folder(
+    name: str, folder: Path, dtype: torch.dtype, max_length: int | None, prompts: Mapping[str, str] | None
+) -> Embedder:
+    modules = read_modules(folder)
+    transformer, settings = folder / modules.get("Transformer", ""), read_fields(folder / MODEL_CONFIG_FILE)
+    family, config, config_dict = read_config(transformer)
+    check_sizes(transformer, config)
+    pooling = read_pooling(folder / modules["Pooling"], config.hidden_size) if "Pooling" in modules else ("mean",)
+    tokenizer = load_tokenizer(transformer, config, max_length)
+    with torch.device("meta"):
+        encoder = family.encoder(config)
+    carried, default = (
+        load_weights(encoder, transformer / WEIGHTS_FILE, family, dtype),
+        settings.get("default_prompt_name"),
+    )
+    if prompts is None:
+        prompts = settings.get("prompts", {})
+        for unused in (key for key, text in prompts.items() if text and key not in ROLES):
+            roles = ", ".join(f"{role}: {prompts.get(role) or ''!r}" for role in ROLES)
+            warnings.warn(f"{folder}: no role uses the prompt {unused!r} ({roles})", stacklevel=3)
+    with naming(folder):
+        return Embedder(
+            encoder,
+            tokenizer,
+            pooling=pooling,
+            prompts=prompts,
+            similarity=settings.get("similarity_fn_name", "cosine"),
+            normalize="Normalize" in modules,
+            truncate_dim=settings.get("truncate_dim"),
+            source=Source(name, folder, family, config_dict, carried, default),
+        )
 
 
 class Reading(NamedTuple):
@@ -161,7 +169,7 @@ def load_reading(name: str | Path, *, revision: str | None = None) -> Reading:
     transformer = folder / read_modules(folder).get("Transformer", "")
     _, config, _ = read_config(transformer)
     tokenizer = load_tokenizer(transformer, config, None)
-    prompt = (read_optional(folder / MODEL_CONFIG_FILE).get("prompts") or {}).get("document") or ""
+    prompt = read_fields(folder / MODEL_CONFIG_FILE).get("prompts", {}).get("document") or ""
     num_around = len(tokenizer.encode([prompt])[0])
     return Reading(lambda texts: [len(ids) for ids in tokenizer.words(texts)], tokenizer.max_length, num_around)
 

@@ -120,6 +120,19 @@ def sort_by_length(packed: Packed) -> tuple[Packed, Tensor]:
     return take(packed, order), place
 
 
+def cut_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[range]:
+    """Ranges of neighbouring sequences, as long as possible, of at most `max_tokens` each; a longer one goes alone."""
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens}, expected at least 1")
+    ranges, first, num_tokens = [], 0, 0
+    for row, length in enumerate(lengths):
+        if row > first and num_tokens + length > max_tokens:
+            ranges.append(range(first, row))
+            first, num_tokens = row, 0
+        num_tokens += length
+    return [*ranges, range(first, len(lengths))] if lengths else []
+
+
 class Group(NamedTuple):
     """N neighbouring sequences that attend in one call, each to itself."""
 

@@ -1,62 +1,144 @@
-"""From a vector a token to a vector a sequence.
+"""Pools token vectors into one vector per sequence.
 
-All modes of sentence-transformers, over packed tokens. Sums accumulate in float32 (float64 stays float64), one
-sequence after the other, so a text's vector does not depend on its neighbours in the batch.
+All modes of sentence-transformers and attention pooling, over packed tokens. Sums accumulate in float32 (float64 stays
+float64), sequence by sequence, so a text's vector does not depend on its neighbours in the batch.
 
-    embedding_BD = pool(hidden_TD, packed, ("mean",))
+    pooling = Pooling(("mean",), hidden_size=384)
+    embedding_BD = pooling(hidden_TD, packed)
+
+To add one, write a function of `Tokens`, or a module of it that takes the hidden size, and name it in `POOLINGS`. The
+weights of a module train, are saved and count in every fingerprint.
 
 Shapes: T tokens, B sequences, D features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .packing import Packed
 
-POOLING_MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 
+class Tokens:
+    """The token vectors of a batch, in float32 or float64, and which sequence each belongs to.
 
-def pool(hidden_TD: Tensor, packed: Packed, modes: Sequence[str]) -> Tensor:
-    """The pooled vectors, [B, D * number of modes], side by side as `modes` lists them; float32, or float64 as given.
-
-    - cls: the first token; lasttoken: the last
-    - mean: sum / n; mean_sqrt_len_tokens: sum / sqrt(n); max: element by element
-    - weightedmean: sum of p * x_p / sum of p, positions p from 1 (SGPT, Muennighoff 2022, section 4.1)
-
-    With `packed.prompt_lengths` the prompt's tokens are left out: of sums, counts and maxima, and "the first token" is
-    the first behind the prompt. Positions keep counting from the sequence's start.
-
-    Source: sentence-transformers 6.2, `sentence_transformer/modules/pooling.py`.
+    `vectors_TD`, `sequence_T` and `position_T` (from 0 at the sequence's start) leave the prompt out where
+    `packed.prompt_lengths` says so. `all_TD`, `first_B` and `last_B`: all vectors, and which are the first (after the
+    prompt, unless nothing follows) and the last of each sequence.
     """
-    if hidden_TD.dtype is not torch.float64:
-        hidden_TD = hidden_TD.float()
-    starts_B, ends_B = packed.cu_seqlens[:-1].long(), packed.cu_seqlens[1:].long()
-    sequence_T = torch.repeat_interleave(torch.arange(len(starts_B), device=starts_B.device), packed.lengths())
-    position_T, pooled_TD = packed.positions, hidden_TD
-    if packed.prompt_lengths is not None:
-        prompt_B = packed.prompt_lengths.to(starts_B)
-        starts_B = torch.where(starts_B + prompt_B < ends_B, starts_B + prompt_B, starts_B)
-        kept_T = position_T >= prompt_B[sequence_T]
-        pooled_TD, sequence_T, position_T = hidden_TD[kept_T], sequence_T[kept_T], position_T[kept_T]
 
-    def segment_sum(values_TX: Tensor) -> Tensor:
-        return values_TX.new_zeros(len(starts_B), values_TX.shape[1]).index_add(0, sequence_T, values_TX)
+    def __init__(self, hidden_TD: Tensor, packed: Packed):
+        self.all_TD = hidden_TD if hidden_TD.dtype is torch.float64 else hidden_TD.float()
+        self.first_B, end_B = packed.cu_seqlens[:-1].long(), packed.cu_seqlens[1:].long()
+        self.last_B, self.num_sequences = end_B - 1, len(end_B)
+        numbers_B = torch.arange(self.num_sequences, device=end_B.device)
+        self.sequence_T = torch.repeat_interleave(numbers_B, packed.lengths())
+        self.vectors_TD, self.position_T = self.all_TD, packed.positions
+        if packed.prompt_lengths is not None:
+            prompt_B = packed.prompt_lengths.to(self.first_B)
+            kept_T = self.position_T >= prompt_B[self.sequence_T]
+            self.first_B = torch.where(self.first_B + prompt_B < end_B, self.first_B + prompt_B, self.first_B)
+            self.vectors_TD, self.sequence_T = self.all_TD[kept_T], self.sequence_T[kept_T]
+            self.position_T = self.position_T[kept_T]
 
-    def one(mode: str) -> Tensor:
-        if mode == "cls":
-            return hidden_TD[starts_B]
-        if mode == "lasttoken":
-            return hidden_TD[ends_B - 1]
-        if mode == "max":
-            lowest_BD = pooled_TD.new_full((len(starts_B), pooled_TD.shape[1]), float("-inf"))
-            return lowest_BD.scatter_reduce(0, sequence_T[:, None].expand_as(pooled_TD), pooled_TD, "amax")
-        weight_T1 = torch.ones_like(pooled_TD[:, :1])
-        if mode == "weightedmean":
-            weight_T1 = weight_T1 * (position_T[:, None] + 1)
-            return segment_sum(pooled_TD * weight_T1) / segment_sum(weight_T1).clamp(min=1e-9)
-        count_B1 = segment_sum(weight_T1).clamp(min=1e-9)
-        return segment_sum(pooled_TD) / (count_B1 if mode == "mean" else count_B1.sqrt())
+    def sum(self, values_TX: Tensor) -> Tensor:
+        """The sum over each sequence, [B, X]."""
+        return values_TX.new_zeros(self.num_sequences, values_TX.shape[1]).index_add(0, self.sequence_T, values_TX)
 
-    return torch.cat([one(mode) for mode in modes], dim=1)
+    def max(self, values_TX: Tensor) -> Tensor:
+        """The largest of each sequence, element by element, [B, X]."""
+        lowest_BX = values_TX.new_full((self.num_sequences, values_TX.shape[1]), float("-inf"))
+        return lowest_BX.scatter_reduce(0, self.sequence_T[:, None].expand_as(values_TX), values_TX, "amax")
+
+    def mean(self, weight_T1: Tensor) -> Tensor:
+        """The mean of each sequence's vectors with these weights, [B, D]."""
+        return self.sum(self.vectors_TD * weight_T1) / self.sum(weight_T1).clamp(min=1e-9)
+
+
+def first(tokens: Tokens) -> Tensor:
+    """The first token."""
+    return tokens.all_TD[tokens.first_B]
+
+
+def last(tokens: Tokens) -> Tensor:
+    """The last token."""
+    return tokens.all_TD[tokens.last_B]
+
+
+def largest(tokens: Tokens) -> Tensor:
+    """The largest, element by element."""
+    return tokens.max(tokens.vectors_TD)
+
+
+def _count(tokens: Tokens) -> Tensor:
+    return tokens.sum(torch.ones_like(tokens.vectors_TD[:, :1])).clamp(min=1e-9)
+
+
+def mean(tokens: Tokens) -> Tensor:
+    """The sum over the number of tokens."""
+    return tokens.sum(tokens.vectors_TD) / _count(tokens)
+
+
+def mean_sqrt_len(tokens: Tokens) -> Tensor:
+    """The sum over the root of the number of tokens."""
+    return tokens.sum(tokens.vectors_TD) / _count(tokens).sqrt()
+
+
+def weighted_mean(tokens: Tokens) -> Tensor:
+    """The sum of p x_p over the sum of p, positions p from 1. Source: SGPT (Muennighoff 2022), section 4.1."""
+    return tokens.mean(torch.ones_like(tokens.vectors_TD[:, :1]) * (tokens.position_T[:, None] + 1))
+
+
+class Attention(nn.Module):
+    """The mean weighted by softmax(x q), with a learned q [D]; q starts as 0, which is the plain mean.
+
+    Source: Yang et al. 2016 (Hierarchical attention networks), section 2.2, without the hidden layer.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.query = nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        score_T1 = tokens.vectors_TD @ self.query.to(tokens.vectors_TD.dtype)[:, None]
+        # Any shift leaves the softmax as it is; this one keeps exp within range.
+        shift_T1 = tokens.max(score_T1.detach())[tokens.sequence_T]
+        return tokens.mean((score_T1 - shift_T1).exp())
+
+
+# Name: a function, or a class of nn.Module that is built from the hidden size. The first six, and their numerics, are
+# sentence-transformers' (6.2, sentence_transformer/modules/pooling.py).
+POOLINGS: dict[str, Callable[[Tokens], Tensor] | type[nn.Module]] = {
+    "cls": first,
+    "max": largest,
+    "mean": mean,
+    "mean_sqrt_len_tokens": mean_sqrt_len,
+    "weightedmean": weighted_mean,
+    "lasttoken": last,
+    "attention": Attention,
+}
+
+
+class Pooling(nn.Module):
+    """The poolings of these names side by side: hidden states [T, D] -> [B, D * number of names].
+
+    `include_prompt`: whether pooling counts the prompt's tokens. Raises `ValueError` for an unknown name.
+    """
+
+    def __init__(self, names: Sequence[str], hidden_size: int, *, include_prompt: bool = True):
+        super().__init__()
+        for name in names:
+            if name not in POOLINGS:
+                raise ValueError(f"pooling mode is {name!r}, expected one of {', '.join(POOLINGS)}")
+        self.names, self.include_prompt = tuple(names), include_prompt
+        self.out_features = hidden_size * len(self.names)
+        self.functions = [POOLINGS[name] for name in self.names if not isinstance(POOLINGS[name], type)]
+        self.trained = nn.ModuleDict({
+            name: POOLINGS[name](hidden_size) for name in self.names if isinstance(POOLINGS[name], type)
+        })  # fmt: skip
+
+    def forward(self, hidden_TD: Tensor, packed: Packed) -> Tensor:
+        tokens, functions = Tokens(hidden_TD, packed), iter(self.functions)
+        parts = [(self.trained[name] if name in self.trained else next(functions))(tokens) for name in self.names]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import normalizers
 from tokenizers.normalizers import Lowercase
 
-from ..files import atomic_write, read_object, write_json
+from ..files import atomic_write, write_json
 
 TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 
@@ -34,6 +34,7 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, config: dict, *, max_length: int, lower_case: bool = False):
         self.backend, self.config, self.lower_case = backend, config, lower_case
         self.backend.no_padding()
+        _configure(backend, config)
         # In the tokenizer, not by str.lower: special tokens written in a text keep their case and so their meaning.
         if lower_case and not _lower_cases(backend.normalizer):
             steps = [Lowercase(), *([backend.normalizer] if backend.normalizer else [])]
@@ -41,17 +42,15 @@ class Tokenizer:
         self.max_length = max_length
 
     @classmethod
-    def load(cls, folder: Path, *, max_length: int, lower_case: bool = False) -> "Tokenizer":
-        """Reads tokenizer.json and, when it is there, tokenizer_config.json."""
+    def load(cls, folder: Path, config: dict, *, max_length: int, lower_case: bool = False) -> "Tokenizer":
+        """Reads tokenizer.json; `config`: the content of tokenizer_config.json."""
         path = folder / TOKENIZER_FILE
         if not path.is_file():
-            raise ValueError(f"{folder}: no {TOKENIZER_FILE} (the tokenizer in the format of Hugging Face tokenizers)")
+            raise ValueError(f"{folder}: no {TOKENIZER_FILE} (the format of Hugging Face tokenizers)")
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"{path}: not a tokenizer ({error})") from None
-        config_path = folder / TOKENIZER_CONFIG_FILE
-        config = read_object(config_path) if config_path.is_file() else {}
+            raise ValueError(f"{path}: not a tokenizer ({' '.join(str(error).split())[:200]})") from None
         return cls(backend, config, max_length=max_length, lower_case=lower_case)
 
     @property
@@ -166,6 +165,32 @@ def _cut(ids: list[int], special: list[int], prompt_ids: list[int], size: int, s
         front + ids[first : min(first + room, stop)] + behind
         for first in range(start, start + num_windows * step, step)
     ]
+
+
+def _configure(backend: tokenizers.Tokenizer, config: dict) -> None:
+    """Applies tokenizer_config.json as transformers 5 does, behind which the weights were trained.
+
+    Its BERT tokenizers take lower case, accents and CJK from there, and not from tokenizer.json; tokens that it lists
+    and the vocabulary lacks are added. Source: transformers 5.23, `models/bert/tokenization_bert.py`.
+    """
+    if config.get("tokenizer_class", "BertTokenizer").startswith("BertTokenizer"):
+        backend.normalizer = normalizers.BertNormalizer(
+            clean_text=True,
+            handle_chinese_chars=config.get("tokenize_chinese_chars", True),
+            strip_accents=config.get("strip_accents"),
+            lowercase=config.get("do_lower_case", True),
+        )
+    numbered = config.get("added_tokens_decoder", {})
+    extra = [*config.get("additional_special_tokens", []), *config.get("extra_special_tokens", [])]
+    try:
+        tokens = [numbered[number] for number in sorted(numbered, key=int)]
+        tokens += [{"content": token, "special": True} if isinstance(token, str) else dict(token) for token in extra]
+        for token in tokens:
+            options = {key: token[key] for key in ("single_word", "lstrip", "rstrip", "special") if key in token}
+            options["normalized"] = token.get("normalized", not token.get("special", False))
+            backend.add_tokens([tokenizers.AddedToken(token["content"], **options)])
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        raise ValueError(f"{TOKENIZER_CONFIG_FILE}: an added token is malformed ({error})") from None
 
 
 def _lower_cases(normalizer: normalizers.Normalizer | None) -> bool:

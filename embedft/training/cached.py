@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import device as devices
 from ..encoders.embedder import Embedder
-from ..encoders.packing import Packed, sort_by_length, take
+from ..encoders.packing import Packed, cut_by_tokens, sort_by_length, take
 from ..losses.registry import Loss
 from ..losses.targets import Targets
 
@@ -107,13 +107,7 @@ def mini_batches(packed: Packed, max_tokens: int) -> tuple[list[Packed], Tensor]
     A sequence with more goes alone. Returns the mini-batches, and place_B [B] int64: sequence b of `packed` is
     sequence place_B[b] of the mini-batches end to end.
     """
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens is {max_tokens}, expected at least 1")
     in_order, place_B = sort_by_length(packed)
-    ends = in_order.cu_seqlens.tolist()
-    parts, first = [], 0
-    for last in range(1, len(ends)):
-        if last + 1 == len(ends) or ends[last + 1] - ends[first] > max_tokens:
-            parts.append(take(in_order, torch.arange(first, last, device=place_B.device)))
-            first = last
+    ranges = cut_by_tokens(in_order.lengths().tolist(), max_tokens)
+    parts = [take(in_order, torch.tensor(rows, device=place_B.device)) for rows in ranges]
     return parts, place_B
