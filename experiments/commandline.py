@@ -7,9 +7,17 @@ run(main, parser)
 import argparse
 from collections.abc import Callable
 
-from embedft.cli import Parser, one_line
-
 BASE = "sentence-transformers/all-MiniLM-L6-v2"
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` that reports errors in one line, without the usage, and takes no abbreviated options."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings, allow_abbrev=False)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def make_parser(name: str, doc: str) -> argparse.ArgumentParser:
@@ -20,9 +28,10 @@ def make_parser(name: str, doc: str) -> argparse.ArgumentParser:
 
 
 def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
-    """Runs `main(options)`; what a user can mend becomes one line on stderr and exit code 2."""
+    """Runs `main(options)`; an error that the user can fix becomes one line on stderr and exit code 2."""
     options = parser.parse_args()
     try:
         main(options)
     except (ValueError, OSError) as error:
-        parser.error(one_line(error))
+        of_file = isinstance(error, OSError) and error.filename and error.strerror
+        parser.error(f"{error.filename}: {error.strerror}" if of_file else str(error))

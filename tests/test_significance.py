@@ -143,7 +143,7 @@ def test_bca_at_its_edges():
     )
     assert ends[0] < 1e-9
     assert 0 <= ends[1] <= 1
-    with pytest.raises(ValueError, match="unknown method 'basic'; valid: percentile, bca"):
+    with pytest.raises(ValueError, match="method is 'basic'"):
         paired_bootstrap_interval(np.ones(3), generator=generator(), method="basic")
 
 
@@ -331,5 +331,5 @@ def test_bad_input(differences, clusters, options, message):
     for function in (sign_flip_p_value, paired_bootstrap_interval):
         with pytest.raises(ValueError, match=message):
             function(differences, clusters, generator=generator(), **options)
-    with pytest.raises(ValueError, match="confidence is 95, expected a number between 0 and 1"):
+    with pytest.raises(ValueError, match="confidence is 95"):
         paired_bootstrap_interval(np.ones(3), generator=generator(), confidence=95)

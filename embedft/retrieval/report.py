@@ -71,8 +71,8 @@ class Report:
 
     @property
     def name(self) -> str:
-        """What was evaluated, for tables and TREC files: the model's name, or the index ("bm25"), or "model"."""
-        return self.setting.get("model") or self.setting.get("index") or "model"
+        """What was evaluated, for tables and TREC files: the model's name, "model" if unknown, or "bm25"."""
+        return self.setting.get("model") or ("model" if "dim" in self.setting else self.setting.get("index", "model"))
 
     @cached_property
     def metrics(self) -> dict[str, float]:
@@ -87,7 +87,7 @@ class Report:
             if metric != "accuracy" or f"hit_rate@{k}" not in self.metrics:
                 cells.setdefault(metric, {})[int(k) if k else math.inf] = mean
         cutoffs = sorted({k for row in cells.values() for k in row})
-        width = max(10, *(len(metric) + 1 for metric in cells))
+        width = max([10, *(len(metric) + 1 for metric in cells)])
         lines = [" " * width + "".join(f"{'all' if k == math.inf else f'@{k}':>9}" for k in cutoffs)]
         for metric, row in cells.items():
             lines.append(f"{metric:<{width}}" + "".join(f"{row[k]:9.4f}" if k in row else " " * 9 for k in cutoffs))
@@ -107,21 +107,14 @@ class Report:
                 values = {name: column[row] for name, column in columns.items()}
                 line = {"query_id": query_id, "cluster": cluster, "metrics": values}
                 file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-        summary = {
-            "metrics": self.metrics,
-            "num_queries": self.num_queries,
-            "num_without_relevant": self.num_without_relevant,
-            "setting": self.setting,
-            "costs": self.costs,
-        }
-        write_json(folder / "metrics.json", summary)
+        summary = ("metrics", "num_queries", "num_without_relevant", "setting", "costs")
+        write_json(folder / "metrics.json", {name: getattr(self, name) for name in summary})
 
     @classmethod
     def load(cls, folder: str | Path) -> "Report":
         """Reads what `save` wrote. The run's document_ids are the retrieved documents only.
 
-        Raises:
-            ValueError: a file is missing or damaged, or the files do not belong together.
+        Raises `ValueError` if a file is missing or damaged, or the files do not belong together.
         """
         folder = Path(folder)
         for name in reversed(REPORT_FILES):
@@ -131,11 +124,10 @@ class Report:
         lines = [line for _, line in read_jsonl(folder / "per_query.jsonl")]
         try:
             query_ids, means = [line["query_id"] for line in lines], {**summary["metrics"]}
+            values = {name: [line["metrics"][name] for line in lines] for name in means}
             report = cls(
                 query_ids=query_ids,
-                per_query={
-                    name: np.array([line["metrics"][name] for line in lines], dtype=np.float64) for name in means
-                },
+                per_query={name: np.array(column, dtype=np.float64) for name, column in values.items()},
                 clusters=[line["cluster"] for line in lines],
                 num_without_relevant=summary["num_without_relevant"],
                 setting={**summary["setting"]},

@@ -54,17 +54,13 @@ class Run:
                 raise ValueError(f"run: {name} id {twice!r} appears twice")
         indices_QK, scores_QK = self.indices, self.scores
         if indices_QK.ndim != 2 or indices_QK.shape != scores_QK.shape or len(indices_QK) != len(self.query_ids):
-            raise ValueError(
-                f"run: indices {indices_QK.shape} and scores {scores_QK.shape} must both be "
-                f"[{len(self.query_ids)} queries, K]"
-            )
+            expected = f"[{len(self.query_ids)} queries, K]"
+            raise ValueError(f"run: indices {indices_QK.shape} and scores {scores_QK.shape} must both be {expected}")
         if indices_QK.dtype != np.int64 or scores_QK.dtype.kind != "f":
-            raise ValueError(
-                f"run: indices must be int64 and scores float, not {indices_QK.dtype} and {scores_QK.dtype}"
-            )
-        empty_QK = indices_QK == -1
-        num_documents = len(self.document_ids)
-        self._refuse((indices_QK < -1) | (indices_QK >= num_documents), f"an index outside {num_documents} documents")
+            found = f"{indices_QK.dtype} and {scores_QK.dtype}"
+            raise ValueError(f"run: indices must be int64 and scores float, not {found}")
+        empty_QK, number = indices_QK == -1, len(self.document_ids)
+        self._refuse((indices_QK < -1) | (indices_QK >= number), f"an index outside {number} documents")
         self._refuse(empty_QK[:, :-1] & ~empty_QK[:, 1:], "a document after an empty place")
         self._refuse(~empty_QK & ~np.isfinite(scores_QK), "a score that is not finite")
         self._refuse(empty_QK & (scores_QK != -np.inf), "an empty place whose score is not -inf")

@@ -37,11 +37,11 @@ def paired_bootstrap_interval(
 ) -> tuple[float, float]:
     """Bootstrap interval of the mean difference, with whole clusters drawn with replacement.
 
-    Each sample draws C clusters; its mean is (sum of their differences) / (number of their questions). "percentile"
-    takes the (1 - confidence) / 2 and (1 + confidence) / 2 quantiles of these means. "bca" corrects for bias and skew,
-    which appear when a few questions change a lot: it takes the quantiles Phi(z0 + (z0 + z) / (1 - a (z0 + z))), where
-    z is the normal quantile of either end, z0 that of the share of samples below the observed mean (ties count half),
-    and a = sum d^3 / (6 (sum d^2)^1.5), d being the average leave-one-cluster-out mean minus each such mean. With few
+    A sample's mean is (sum of the differences in its C clusters) / (number of their questions). "percentile" takes the
+    (1 - confidence) / 2 and (1 + confidence) / 2 quantiles of these means. "bca" corrects for bias and skew, which
+    appear when a few questions change a lot: it takes the quantiles Phi(z0 + (z0 + z) / (1 - a (z0 + z))), where z is
+    the normal quantile of either end, z0 that of the share of samples below the observed mean (ties count half), and
+    a = sum d^3 / (6 (sum d^2)^1.5), d being the average leave-one-cluster-out mean minus each such mean. With few
     clusters both intervals are too narrow; with one they are a point.
 
     Args:
@@ -53,9 +53,9 @@ def paired_bootstrap_interval(
     evaluation metrics based on the bootstrap", SIGIR 2006. Clusters: Field & Welsh, "Bootstrapping clustered data",
     JRSS B 2007.
     """
-    _check_confidence(confidence)
-    if method not in ("percentile", "bca"):
-        raise ValueError(f"unknown method {method!r}; valid: percentile, bca")
+    if not 0 < confidence < 1 or method not in ("percentile", "bca"):
+        found = f"confidence is {confidence}, method is {method!r}"
+        raise ValueError(f"{found}; expected a confidence between 0 and 1, and percentile or bca")
     sums_C, sizes_C = _cluster_sums(differences_Q, clusters)
     num_clusters, one_size = len(sums_C), bool((sizes_C == sizes_C[0]).all())
     means = []
@@ -126,7 +126,6 @@ def sign_flip_p_value(
 
 def wins_ties_losses(differences_Q: np.ndarray) -> tuple[int, int, int]:
     """Number of questions with a difference above, equal to and below 0, up to rounding (1e-12)."""
-    differences_Q, _ = _cluster_sums(differences_Q, None)
     wins, losses = int((differences_Q > ROUNDING).sum()), int((differences_Q < -ROUNDING).sum())
     return wins, len(differences_Q) - wins - losses, losses
 
@@ -176,7 +175,8 @@ def recipe_interval(
     estimates of variance components", 1946; clusters: Cameron, Gelbach & Miller, "Robust inference with multiway
     clustering", JBES 2011.
     """
-    _check_confidence(confidence)
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}, expected a number between 0 and 1")
     differences_SQ = np.asarray(differences_SQ, dtype=np.float64)
     if differences_SQ.ndim != 2 or len(differences_SQ) < 2:
         raise ValueError(
@@ -254,11 +254,6 @@ def _cluster_sums(differences_Q: np.ndarray, clusters: Sequence[str] | None) -> 
         raise ValueError(f"{len(clusters)} cluster ids for {len(differences_Q)} questions")
     _, cluster_Q = np.unique(np.asarray(clusters), return_inverse=True)
     return np.bincount(cluster_Q, weights=differences_Q), np.bincount(cluster_Q).astype(np.float64)
-
-
-def _check_confidence(confidence: float) -> None:
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}, expected a number between 0 and 1")
 
 
 def _blocks(num_samples: int, num_clusters: int, block_values: int) -> Iterator[int]:

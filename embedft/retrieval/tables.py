@@ -89,21 +89,21 @@ class _Column(NamedTuple):
             return f"[{value[0]:{self.spec}}, {value[1]:{self.spec}}]"
         return "<0.0001" if self.keys == ("p_value",) and value < 0.00005 else f"{value:{self.spec}}"
 
+    def csv(self, value: Any) -> list[str]:
+        values = value if isinstance(value, tuple) else [value] * len(self.keys)
+        return ["" if value is None else str(value) for value in values]
+
 
 def _format(columns: Sequence[_Column], rows: Sequence[Sequence[Any]], *, style: Style, num_left: int) -> str:
     if style == "csv":
         header = [key for column in columns for key in column.keys]
-        return format_table(header, [_csv_cells(columns, row) for row in rows], style="csv")
+        spread = [
+            [cell for column, value in zip(columns, row, strict=True) for cell in column.csv(value)] for row in rows
+        ]
+        return format_table(header, spread, style=style)
     shown = [i for i, column in enumerate(columns) if column.title is not None]
     cells = [[columns[i].show(row[i]) for i in shown] for row in rows]
     return format_table([columns[i].title for i in shown], cells, style=style, num_left=num_left)
-
-
-def _csv_cells(columns: Sequence[_Column], row: Sequence[Any]) -> list[str]:
-    spread = [
-        value if isinstance(value, tuple) else [value] * len(c.keys) for c, value in zip(columns, row, strict=True)
-    ]
-    return ["" if part is None else str(part) for value in spread for part in value]
 
 
 def main_metrics(report: Report) -> list[str]:
