@@ -3,12 +3,10 @@
     before = evaluate(embedder, dataset)
     ...                                     # train
     print(compare(before, evaluate(embedder, dataset), metric="ndcg@10"))     # compare: report.py
-    evaluate(embedder, dataset, passages=(128, 64))       # documents by their best window of 128 tokens
     evaluate_grid(embedder, dataset, dims=(384, 128), precisions=("float32", "int8"), indices=("flat", "hnsw"))
 
 Search is exhaustive unless a setting says otherwise. Documents with equal scores are ordered by ascending id, at the
-cutoff too, as in sentence-transformers. Queries without a relevant document are left out of the means and counted. How
-documents are encoded and searched is in search.py, tables of reports are in tables.py.
+cutoff too, as in sentence-transformers. Queries without a relevant document are left out of the means and counted.
 """
 
 import dataclasses
@@ -23,7 +21,7 @@ from .metrics import Gain, Metric, Qrels, has_relevant, judge, measure, select_m
 from .report import Report, model_setting
 from .run import Run
 from .search import search_grid
-from .settings import Setting, check_settings
+from .settings import Setting
 
 
 def evaluate(
@@ -90,30 +88,26 @@ def evaluate_grid(
     Source: Kusupati et al. 2022, section 4 (dims, adaptive retrieval); Shakir et al. 2024 (precisions).
     """
     select_metrics(metrics, ks=ks, depth=depth)  # raises before anything is encoded
-    settings = _settings(dims, precisions, indices, passages, aggregate)
-    check_settings(embedder, settings, num_documents=len(dataset.corpus))
-    qrels = dataset.all_qrels()
-    queries = {query_id: text for query_id, text in dataset.queries.items() if has_relevant(qrels.get(query_id, {}))}
-    if not queries:
-        raise ValueError(f"none of the {len(dataset.queries)} queries of the dataset has a relevant document")
-    options = {"exclude_identical_ids": exclude_identical_ids, "slice_documents": slice_documents}
-    common = model_setting(embedder) | _data_setting(dataset) | {"similarity": embedder.similarity}
-    reports = []
-    for setting, run, facts, costs in search_grid(embedder, dataset, queries, settings, depth=depth, **options):
-        report = _measured(run, qrels, list(dataset.queries), ks, depth, metrics, gain)
-        setting = {**common, **setting.describe(), **facts, **report.setting}
-        reports.append(dataclasses.replace(report, setting=setting, costs={**costs, **report.costs}))
-    return reports
-
-
-def _settings(dims: object, precisions: object, indices: object, passages: object, aggregate: str) -> list[Setting]:
     if passages is None or all(isinstance(number, int) for number in passages):
         passages = [passages]
     for name, values in (("dims", dims), ("precisions", precisions), ("indices", indices)):
         if isinstance(values, str | int) or not values:
             raise ValueError(f"{name} is {values!r}, expected a list of at least one")
     grid = itertools.product(passages, dims, precisions, indices)
-    return [Setting(dim, precision, index, windows, aggregate) for windows, dim, precision, index in grid]
+    settings = [Setting(dim, precision, index, windows, aggregate) for windows, dim, precision, index in grid]
+    all_qrels = dataset.all_qrels()
+    qrels = {query_id: all_qrels.get(query_id, {}) for query_id in dataset.queries}
+    queries = {query_id: text for query_id, text in dataset.queries.items() if has_relevant(qrels[query_id])}
+    if not queries:
+        raise ValueError(f"none of the {len(dataset.queries)} queries of the dataset has a relevant document")
+    options = {"exclude_identical_ids": exclude_identical_ids, "slice_documents": slice_documents}
+    reports = []
+    for setting, run, facts, costs in search_grid(embedder, dataset, queries, settings, depth=depth, **options):
+        report = evaluate_run(run, qrels, ks=ks, depth=depth, metrics=metrics, gain=gain)
+        setting = {"similarity": embedder.similarity, **setting.describe(), **facts, **report.setting}
+        reports.append(dataclasses.replace(report, setting=setting, costs={**costs, **report.costs}))
+    common = model_setting(embedder) | _data_setting(dataset)  # hashed once
+    return [dataclasses.replace(report, setting={**common, **report.setting}) for report in reports]
 
 
 def evaluate_run(
@@ -136,45 +130,32 @@ def evaluate_run(
         ValueError: for a query or document that the dataset does not have, a cutoff above `depth`, or if no query has a
             relevant document.
     """
+    chosen = select_metrics(metrics, ks=ks, depth=depth)
+    setting = {"depth": depth, "gain": gain, **({} if metrics is not None else {"ks": list(ks)})}
     if isinstance(dataset_or_qrels, Mapping):
-        qrels, query_ids, setting = dataset_or_qrels, list(dict.fromkeys([*dataset_or_qrels, *run.query_ids])), {}
+        qrels, query_ids = dataset_or_qrels, list(dict.fromkeys([*dataset_or_qrels, *run.query_ids]))
     else:
         qrels, query_ids = dataset_or_qrels.all_qrels(), list(dataset_or_qrels.queries)
         _check_known(run.query_ids, dataset_or_qrels.queries, "query", "the dataset")
         _check_known(run.document_ids, dataset_or_qrels.corpus, "document", "the corpus")
-        setting = _data_setting(dataset_or_qrels)
-    report = _measured(run, qrels, query_ids, ks, depth, metrics, gain)
-    return dataclasses.replace(report, setting={**setting, **report.setting})
-
-
-def _data_setting(dataset: RetrievalDataset) -> dict[str, Any]:
-    return {"num_documents": len(dataset.corpus), "data_sha256": dataset.sha256()}
-
-
-def _measured(
-    run: Run,
-    qrels: Qrels,
-    query_ids: Sequence[str],
-    ks: Sequence[int],
-    depth: int,
-    metrics: Sequence[Metric] | None,
-    gain: Gain,
-) -> Report:
+        setting |= _data_setting(dataset_or_qrels)
     costs: dict[str, float] = {}
-    chosen = select_metrics(metrics, ks=ks, depth=depth)
     with timed(costs, "metrics_seconds"):
         judgments = judge(run.select(query_ids), qrels)
         per_query = measure(judgments, chosen, gain=gain)
-    setting = {"depth": depth, "gain": gain, "num_queries": len(judgments.query_ids)}
     return Report(
         query_ids=judgments.query_ids,
         per_query=per_query,
         clusters=question_clusters(judgments.query_ids, qrels),
         num_without_relevant=judgments.num_without_relevant,
-        setting=setting if metrics is not None else {**setting, "ks": list(ks)},
+        setting={**setting, "num_queries": len(judgments.query_ids)},
         costs=costs,
         run=run.select(judgments.query_ids),
     )
+
+
+def _data_setting(dataset: RetrievalDataset) -> dict[str, Any]:
+    return {"num_documents": len(dataset.corpus), "data_sha256": dataset.sha256()}
 
 
 def question_clusters(query_ids: Sequence[str], qrels: Qrels) -> list[str]:

@@ -126,7 +126,7 @@ class Searcher:
         options = {"passages": settings[0].passages, "slice_documents": slice_documents}
         vectors_NW, source_N = join_slices(list(encode_documents(embedder, self.document_ids, texts, **options)))
         (self.setting,) = check_settings(embedder, settings, width=vectors_NW.shape[1])
-        self.built = build(truncate(embedder, vectors_NW, self.setting.dim), source_N, self.setting, depth=depth)
+        self.built = build(truncate(embedder, vectors_NW, self.setting.dim), source_N, self.setting)
 
     def search(self, queries: Mapping[str, str] | Sequence[str]) -> Run:
         """The first `depth` documents for each query: {query id: text}, or texts with the ids "0", "1", ..."""
@@ -221,7 +221,7 @@ def _search_group(
                 costs["search_seconds"] = seconds[dim]
             else:
                 with timed(costs, "build_seconds"):
-                    built = build(vectors_ND, source_N, setting, depth=depth)
+                    built = build(vectors_ND, source_N, setting)
                 with timed(costs, "search_seconds"):
                     found = built.index.search(queries[dim], depth)
                 run = rank(found)

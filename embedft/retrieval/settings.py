@@ -1,13 +1,11 @@
 """How a corpus is searched, and the index that does it: dim, precision, index, passages and aggregate.
 
-    settings = check_settings(embedder, [Setting(128, "int8", "hnsw")])       # before anything is encoded
-    built = build(vectors_ND, None, settings[0], depth=100)
-    scores, rows = built.index.search(queries_QD, 100)
+    (setting,) = check_settings(embedder, [Setting(128, "int8", "hnsw")])       # before anything is encoded
+    scores, rows = build(vectors_ND, None, setting).index.search(queries_QD, 100)
 
 - precision: float32, int8 or binary, as what vectors are stored (quantization.py).
-- index: "flat" (every document); hnsw, ivf, ivfpq or a factory string of FAISS, with search parameters if you like, as
-  in "hnsw,efSearch=128" (approximate.py); or "adaptive-64": 64 dimensions find 4 x `depth` documents, which all
-  dimensions order.
+- index: "flat" (every document); hnsw, ivf, ivfpq or a factory string of FAISS, with parameters as in
+  "hnsw,efSearch=128" (approximate.py); or "adaptive-64": 64 dimensions find 4 x `depth` documents, all order them.
 - int8 and binary work with flat, hnsw and ivf. hnsw and ivf then search what the codes stand for, in float32: quality
   and bytes are those of the codes, speed is not.
 - With passages an index other than flat finds windows; all windows of their documents are then scored (passages.py).
@@ -25,7 +23,7 @@ import numpy as np
 from .approximate import AdaptiveIndex, FaissIndex, check_index, split_name
 from .index import FlatIndex, Index
 from .passages import WindowIndex, check_aggregate
-from .quantization import PRECISIONS, SHORTLIST_FACTOR, QuantizedIndex, bytes_per_vector
+from .quantization import PRECISIONS, QuantizedIndex, bytes_per_vector
 
 # FAISS indices that hold every vector as it is, so they can hold what codes stand for.
 HOLD_VECTORS = ("hnsw", "ivf")
@@ -82,25 +80,24 @@ def check_settings(
     found, unsupported = [], []
     for setting in settings:
         _check_values(embedder, setting)
-        precision, index = setting.precision, setting.index
-        if precision != "float32" and split_name(index)[0] not in ("flat", *HOLD_VECTORS):
-            unsupported.append(f"{precision} with {index} (it works with flat, {', '.join(HOLD_VECTORS)})")
-        if setting.short_dim and setting.passages is not None:
+        index, short_dim = setting.index, setting.short_dim
+        if setting.precision != "float32" and split_name(index)[0] not in ("flat", *HOLD_VECTORS):
+            unsupported.append(f"{setting.precision} with {index} (it works with flat, {', '.join(HOLD_VECTORS)})")
+        if short_dim and setting.passages is not None:
             unsupported.append(f"{index} with passages")
         if width is not None:
-            dim = (getattr(embedder, "truncate_dim", None) or width) if setting.dim is None else setting.dim
-            if not 1 <= dim <= width:
-                raise ValueError(f"dim is {dim}, expected 1 to {width}")
-            if setting.short_dim >= dim:
-                unsupported.append(f"{index} at {dim} dimensions")
-            setting = setting._replace(dim=dim)
+            if setting.dim is None:
+                setting = setting._replace(dim=getattr(embedder, "truncate_dim", None) or width)
+            if not 1 <= setting.dim <= width:
+                raise ValueError(f"dim is {setting.dim}, expected 1 to {width}")
+            if short_dim >= setting.dim:
+                unsupported.append(f"{index} at {setting.dim} dimensions")
         found.append(setting)
     if unsupported:
         raise ValueError(f"unsupported search: {'; '.join(dict.fromkeys(unsupported))}")
     for setting in found:
         if width is not None and setting.index != "flat" and not setting.short_dim:
-            enough = num_documents if setting.passages is None else None
-            check_index(setting.index, setting.dim, num_documents=enough)
+            check_index(setting.index, setting.dim, num_documents=None if setting.passages else num_documents)
     return found
 
 
@@ -115,31 +112,27 @@ def _check_values(embedder: object, setting: Setting) -> None:
         raise ValueError(f"index is {setting.index!r}, expected adaptive-DIM, e.g. adaptive-64")
 
 
-def build(vectors_ND: np.ndarray, source_N: np.ndarray | None, setting: Setting, *, depth: int) -> Built:
-    """An index over vectors of `setting.dim` dimensions.
-
-    Facts: `factory` and `parameters` of a FAISS index; the `shortlist` that "adaptive" orders for `depth` results; of
-    codes `rescore`, the precision that orders a shortlist (None: there is none).
+def build(vectors_ND: np.ndarray, source_N: np.ndarray | None, setting: Setting) -> Built:
+    """An index over vectors of `setting.dim` dimensions; of FAISS's, the facts are `factory` and `parameters`.
 
     Args:
         source_N: the document of each window, ascending; None: each vector is a document.
     """
-    precision, is_flat, windows = setting.precision, setting.index == "flat", source_N is not None
-    num_bytes, facts, index = bytes_per_vector(setting.dim, precision), {}, None
-    if precision != "float32":
-        codes = QuantizedIndex(vectors_ND, precision)
-        facts["rescore"] = "binary" if precision == "binary" and is_flat else None
-        if is_flat and not (windows and precision == "int8"):  # int8 windows are all scored, without candidates
+    index, facts, is_flat, windows = None, {}, setting.index == "flat", source_N is not None
+    num_bytes = bytes_per_vector(setting.dim, setting.precision)
+    if setting.precision != "float32":
+        codes = QuantizedIndex(vectors_ND, setting.precision)
+        if is_flat and not (windows and setting.precision == "int8"):  # int8 windows are all scored: no candidates
             index = codes
         if not is_flat or windows:
             vectors_ND = codes.decode()
     if setting.short_dim:
-        index, facts["shortlist"] = AdaptiveIndex(vectors_ND, setting.short_dim), SHORTLIST_FACTOR * depth
+        index = AdaptiveIndex(vectors_ND, setting.short_dim)
         num_bytes = index.bytes_per_vector
     elif not is_flat:
         index = FaissIndex(vectors_ND, setting.index)
-        facts |= {"factory": index.factory, "parameters": index.parameters}
-        if split_name(setting.index)[0] in HOLD_VECTORS:  # of codes, their bytes in the place of float32's
+        facts = {"factory": index.factory, "parameters": index.parameters}
+        if split_name(setting.index)[0] in HOLD_VECTORS:  # the bytes of codes in place of those of float32
             num_bytes += index.bytes_per_vector - bytes_per_vector(setting.dim, "float32")
         else:  # all windows of a document that is found are scored by their vectors
             num_bytes = index.bytes_per_vector + (num_bytes if windows else 0)
