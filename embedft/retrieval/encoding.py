@@ -4,8 +4,6 @@
     for part in encode_documents(embedder, ids, texts, passages=(128, 64)):
         ...                                          # part.vectors, part.source; dropped before the next one is made
 
-Nothing here is searched: index.py and passages.py take the vectors from here.
-
 Shapes: N documents or windows, W dimensions of the model, D <= W of them kept.
 """
 
@@ -38,11 +36,7 @@ class Slice(NamedTuple):
 
     first: int
     vectors: np.ndarray
-    source: np.ndarray | None
-
-    @property
-    def num_documents(self) -> int:
-        return len(self.vectors) if self.source is None else int(self.source[-1]) + 1
+    source: np.ndarray | None = None
 
 
 def sorted_corpus(dataset: RetrievalDataset) -> tuple[list[str], list[str]]:
@@ -80,28 +74,22 @@ def encode_documents(
         slice_documents: documents per slice; None: 65,536, or 4,096 with passages, for a document may have many.
         costs: the seconds are added to its "document_encoding_seconds".
     """
-    step = slice_documents or (65_536 if passages is None else 4_096)
+    step, width = slice_documents or (65_536 if passages is None else 4_096), getattr(embedder, "full_dim", None)
     for first in range(0, len(ids), step):
         part_ids, part_texts = ids[first : first + step], texts[first : first + step]
         with timed({} if costs is None else costs, "document_encoding_seconds"):
             if passages is None:
-                part = Slice(first, encode(embedder, part_texts, part_ids, role="document"), None)
+                part = Slice(first, encode(embedder, part_texts, part_ids, role="document"))
             else:
-                part = Slice(first, *_encode_windows(embedder, part_texts, part_ids, passages))
+                vectors, source = embedder.encode_passages(part_texts, passages, role="document", dim=width)
+                if len(source) != len(vectors) or len(np.unique(source)) != len(part_ids):
+                    found = f"{len(vectors)} windows of {len(np.unique(source))} documents"
+                    raise ValueError(f"{len(part_ids)} documents gave {found}")
+                require_finite(vectors, "a window of document", [part_ids[row] for row in source])
+                part = Slice(first, np.asarray(vectors, dtype=np.float32), np.asarray(source))
+                del vectors
         yield part
         del part
-
-
-def _encode_windows(
-    embedder: SupportsEncode, texts: list[str], ids: Sequence[str], passages: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    width = getattr(embedder, "full_dim", None)
-    vectors, source = embedder.encode_passages(texts, passages, role="document", dim=width)
-    num_sources = len(np.unique(source))
-    if len(source) != len(vectors) or num_sources != len(texts):
-        raise ValueError(f"{len(texts)} documents gave {len(vectors)} windows of {num_sources} documents")
-    require_finite(vectors, "a window of document", [ids[row] for row in source])
-    return np.asarray(vectors, dtype=np.float32), np.asarray(source)
 
 
 def truncate(embedder: SupportsEncode, vectors_NW: np.ndarray, dim: int) -> np.ndarray:
@@ -118,10 +106,8 @@ def truncate(embedder: SupportsEncode, vectors_NW: np.ndarray, dim: int) -> np.n
 
 
 def join_slices(slices: list[Slice]) -> tuple[np.ndarray, np.ndarray | None]:
-    """All vectors in one array, and the document of each window. Empties the list.
-
-    Each slice is dropped once it is copied, so the vectors are never held twice.
-    """
+    """All vectors in one array, and the document of each window. Each slice is taken from the list and dropped once it
+    is copied, so the vectors are never held twice."""
     source_N = None
     if slices[0].source is not None:
         source_N = np.concatenate([part.source + part.first for part in slices])
@@ -130,9 +116,9 @@ def join_slices(slices: list[Slice]) -> tuple[np.ndarray, np.ndarray | None]:
     vectors_NW = np.empty((sum(len(part.vectors) for part in slices), slices[0].vectors.shape[1]), dtype=np.float32)
     row = 0
     while slices:
-        part = slices.pop(0)
-        vectors_NW[row : row + len(part.vectors)] = part.vectors
-        row += len(part.vectors)
+        part = slices.pop(0).vectors
+        vectors_NW[row : row + len(part)] = part
+        row += len(part)
     return vectors_NW, source_N
 
 

@@ -3,9 +3,8 @@
     dataset = mine(embedder, dataset, ranks=(10, 100), num_negatives=4, seed=0)
     finetune(embedder, dataset, FinetuneConfig(num_negatives=4), out="runs/mined")
 
-Judgments are incomplete, and unjudged answers rank highest; training on such false negatives does harm. `ranks` skips
-the first documents, the margins require a negative to score clearly below the known answers, and a text that answers,
-or is the query itself, is no negative under another id either. Not here: second opinions from a cross-encoder.
+Judgments are incomplete, and unjudged answers rank highest; training on such false negatives does harm. So `ranks`
+skips the first documents, and the margins require a negative to score clearly below the known answers.
 
 Candidates for a query are the documents at `ranks` in an exact search of the corpus, ordered as in `search`, except the
 query's own id and those whose text is the query's, that of a relevant document, of a negative that the query keeps, or
@@ -65,50 +64,37 @@ def mine(
 
     Args:
         ranks: first and last rank of candidates, from 1, both included. All documents count, relevant ones too.
-        num_negatives: mined for each query.
         seed: of the draw, which depends on seed, query id and candidates alone, not on other queries.
         sampling: "random": drawn uniformly from the candidates; "top": the first ones.
         relative_margin: 0.05 keeps what scores at most 95% of p, for p above 0.
         replace: drop the negatives that the dataset has. False: they stay, in front of the mined ones and not counted.
-        dim, passages, aggregate, slice_documents: as in `evaluate`.
+        dim, passages, aggregate, slice_documents: as in `evaluate_grid`.
 
-    Raises:
-        ValueError: for an option out of range, no query with a relevant document, a corpus that ends before the first
-            rank, vectors that are not finite, or passages with an embedder that cannot cut any.
+    Raises `ValueError` for an option out of range, no query with a relevant document, or a corpus that ends before the
+    first rank.
     """
-    first, last = _check_options(ranks, num_negatives, len(dataset.corpus), sampling)
-    _check_bounds(relative_margin, absolute_margin, min_score, max_score)
-    relevant = {
-        query_id: [document_id for document_id, grade in dataset.qrels[query_id].items() if grade > 0]
-        for query_id in dataset.queries
-        if has_relevant(dataset.qrels.get(query_id, {}))
-    }
+    first, last = _checked_ranks(ranks, num_negatives, len(dataset.corpus), sampling)
+    margins = {"absolute_margin": absolute_margin, "relative_margin": relative_margin}
+    _check_bounds(margins, {"min_score": min_score, "max_score": max_score})
     setting = Setting(dim, passages=passages, aggregate=aggregate)
-    ids, (scores_QK, rows_QK), lowest_Q = _search(embedder, dataset, relevant, last, setting, slice_documents)
-    highest_Q = np.full(len(relevant), math.inf if max_score is None else max_score)
-    if absolute_margin is not None:
-        highest_Q = np.minimum(highest_Q, lowest_Q - absolute_margin)
-    if relative_margin is not None:
-        highest_Q = np.minimum(highest_Q, lowest_Q - relative_margin * np.abs(lowest_Q))
-    fits_QK = (scores_QK <= highest_Q[:, None]) & (scores_QK >= (-math.inf if min_score is None else min_score))
-    fits_QK[:, : first - 1] = False
-
+    relevant, ids, found, lowest_Q = _search(embedder, dataset, last, setting, slice_documents)
+    limits_Q = [lowest_Q - margin for margin in (absolute_margin,) if margin is not None]
+    limits_Q += [lowest_Q - margin * np.abs(lowest_Q) for margin in (relative_margin,) if margin is not None]
+    limits_Q += [np.full(len(relevant), math.inf if max_score is None else max_score)]
+    scores_QK = found.scores.astype(np.float64)
+    fits_QK = (scores_QK <= np.min(limits_Q, axis=0)[:, None]) & (np.arange(scores_QK.shape[1]) >= first - 1)
+    if min_score is not None:
+        fits_QK &= scores_QK >= min_score
     text_of = dict(zip(dataset.corpus, dataset.document_texts(), strict=True))
     negatives = {} if replace else dict(dataset.negatives)
-    for (query_id, answers), rows_K, fits_K in zip(relevant.items(), rows_QK, fits_QK, strict=True):
+    for (query_id, answers), rows_K, fits_K in zip(relevant.items(), found.rows, fits_QK, strict=True):
         kept = negatives.get(query_id, [])
         barred = {dataset.queries[query_id], *(text_of[document_id] for document_id in (*answers, *kept))}
         candidates: dict[str, str] = {}  # {text: the first document that has it}
-        for document_id in (ids[row] for row in rows_K[fits_K].tolist()):
-            text = text_of[document_id]
-            if (
-                document_id != query_id
-                and text not in barred
-                and dataset.corpus[document_id] != dataset.queries[query_id]
-            ):
-                candidates.setdefault(text, document_id)
-        chosen = _chosen(list(candidates.values()), num_negatives, sampling, seed, query_id)
-        if chosen:
+        for document_id in (ids[row] for row in rows_K[fits_K].tolist() if ids[row] != query_id):
+            if barred.isdisjoint((text_of[document_id], dataset.corpus[document_id])):
+                candidates.setdefault(text_of[document_id], document_id)
+        if chosen := _chosen(list(candidates.values()), num_negatives, sampling, seed, query_id):
             negatives[query_id] = [*kept, *chosen]
     in_order = {query_id: negatives[query_id] for query_id in dataset.queries if query_id in negatives}
     return dataclasses.replace(dataset, negatives=in_order)
@@ -117,14 +103,15 @@ def mine(
 def _search(
     embedder: SupportsEncode,
     dataset: RetrievalDataset,
-    relevant: Mapping[str, Sequence[str]],
     depth: int,
     setting: Setting,
     slice_documents: int | None,
-) -> tuple[list[str], Found, np.ndarray]:
-    """Document ids, the first documents of each query in `relevant` as rows of these, and the lowest score among its
-    relevant documents, [Q]."""
+) -> tuple[dict[str, list[str]], list[str], Found, np.ndarray]:
+    """The relevant documents of each query that has any, all document ids, the first documents of each query as rows of
+    these, and the lowest score among its relevant documents, [Q]."""
     check_settings(embedder, [setting])
+    judged = {i: dataset.qrels[i] for i in dataset.queries if has_relevant(dataset.qrels.get(i, {}))}
+    relevant = {i: [document_id for document_id, grade in grades.items() if grade > 0] for i, grades in judged.items()}
     if not relevant:
         raise ValueError(f"none of the {len(dataset.queries)} queries of the dataset has a relevant document")
     queries_QW = encode(embedder, [dataset.queries[i] for i in relevant], list(relevant), role="query")
@@ -149,7 +136,7 @@ def _search(
     parts = encode_documents(embedder, ids, texts, passages=setting.passages, slice_documents=slice_documents)
     options = {"aggregate": setting.aggregate, "visit": score_relevant}
     found = search_slices(embedder, parts, {setting.dim: queries_QD}, depth, **options)[0]
-    return ids, found[setting.dim], lowest_Q
+    return relevant, ids, found[setting.dim], lowest_Q
 
 
 def _chosen(candidates: list[str], number: int, sampling: str, seed: int, query_id: str) -> list[str]:
@@ -162,8 +149,7 @@ def _chosen(candidates: list[str], number: int, sampling: str, seed: int, query_
     return [candidates[place] for place in sorted(places.tolist())]
 
 
-def _check_options(ranks: Sequence[int], num_negatives: int, num_documents: int, sampling: str) -> tuple[int, int]:
-    """The first and last rank."""
+def _checked_ranks(ranks: Sequence[int], num_negatives: int, num_documents: int, sampling: str) -> tuple[int, int]:
     first, last = ranks if isinstance(ranks, Sequence) and len(ranks) == 2 else (0, 0)
     if not all(type(rank) is int for rank in (first, last)) or not 1 <= first <= last:
         raise ValueError(f"ranks is {ranks!r}, expected the first and last rank, whole numbers from 1")
@@ -176,14 +162,9 @@ def _check_options(ranks: Sequence[int], num_negatives: int, num_documents: int,
     return first, last
 
 
-def _check_bounds(
-    relative_margin: float | None, absolute_margin: float | None, min_score: float | None, max_score: float | None
-) -> None:
-    for name, value in (("relative_margin", relative_margin), ("absolute_margin", absolute_margin)):
-        if value is not None and not 0 <= value < math.inf:
-            raise ValueError(f"{name} is {value}, expected at least 0 and finite")
-    for name, value in (("min_score", min_score), ("max_score", max_score)):
-        if value is not None and not math.isfinite(value):
-            raise ValueError(f"{name} is {value}, expected a finite number")
-    if min_score is not None and max_score is not None and min_score > max_score:
-        raise ValueError(f"min_score is {min_score}, above max_score, {max_score}")
+def _check_bounds(margins: Mapping[str, float | None], scores: Mapping[str, float | None]) -> None:
+    for name, value in (margins | scores).items():
+        if value is not None and (not math.isfinite(value) or (name in margins and value < 0)):
+            raise ValueError(f"{name} is {value}, expected {'at least 0' if name in margins else 'a finite number'}")
+    if None not in scores.values() and scores["min_score"] > scores["max_score"]:
+        raise ValueError(f"min_score is {scores['min_score']}, above max_score, {scores['max_score']}")

@@ -4,12 +4,10 @@
     searcher = Searcher(embedder, dataset, depth=5, passages=(128, 64), index="hnsw")     # encodes and indexes once
     run = searcher.search({"q1": "what is a limit order?"})                               # as often as you like
 
-Scores flow one way: encoding.py makes vectors, an index finds rows (settings.py builds it), here they become a Run, and
+Scores flow one way: encoding.py makes vectors, an index built by settings.py finds rows, they become a Run here, and
 evaluate.py turns it into a Report.
 
-Not here: which settings there are (settings.py), and how good the results are (evaluate.py).
-
-Shapes: Q queries, N documents or windows, W dimensions of the model, D of them kept, K = min(depth, documents).
+Shapes: Q queries, N documents or windows, W dimensions of the model, D of them kept.
 """
 
 import itertools
@@ -20,16 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..data.dataset import RetrievalDataset
-from .encoding import (
-    Slice,
-    SupportsEncode,
-    encode,
-    encode_documents,
-    join_slices,
-    sorted_corpus,
-    timed,
-    truncate,
-)
+from .encoding import Slice, SupportsEncode, encode, encode_documents, join_slices, sorted_corpus, timed, truncate
 from .index import FlatIndex, Found, from_keys, merge_keys, recall_against, require_depth, to_keys
 from .passages import WindowIndex
 from .quantization import bytes_per_vector
@@ -54,13 +43,9 @@ def search(
     queries: Mapping[str, str] | Sequence[str],
     *,
     depth: int = 100,
-    dim: int | None = None,
-    passages: Sequence[int] | None = None,
-    aggregate: str = "max",
-    precision: str = "float32",
-    index: str = "flat",
     exclude_identical_ids: bool = True,
     slice_documents: int | None = None,
+    **setting: Any,
 ) -> Run:
     """The first `depth` documents of the dataset for any queries.
 
@@ -70,41 +55,30 @@ def search(
     Args:
         queries: {query id: text}, or texts, whose ids are then "0", "1", ...
         depth: documents per query; all of them if there are fewer.
-        dim: leading dimensions to keep (Matryoshka); None: as many as the embedder gives.
-        passages: (size, stride) in tokens: documents are cut into windows as `Embedder.encode_passages` does.
-        aggregate: how windows make a document's score, see `aggregate_windows`.
-        precision, index: see settings.py.
         exclude_identical_ids: a query of the dataset that is also a document, under the same id, does not find itself
             (ArguAna, Quora) unless it is judged relevant; a warning says so.
         slice_documents: documents encoded at a time; None: 65,536, or 4,096 with passages.
+        setting: dim, precision, index, passages, aggregate: see settings.py.
 
     Returns:
         A run with rows in the order of `queries`; documents with equal scores by ascending id.
 
     Raises:
-        ValueError: for no queries, a depth below 1, an unknown precision, index or aggregate (listing the known ones),
-            an unsupported combination, a dim beyond the model's, embeddings that are not finite (naming the text's id),
-            or passages with an embedder that cannot cut any.
+        ValueError: for no queries, a depth below 1, a setting that cannot work (naming what can), or embeddings that
+            are not finite (naming the text's id).
     """
-    setting = Setting(dim, precision, index, passages, aggregate)
+    queries, how = _named(queries), Setting(**setting)
     options = {"exclude_identical_ids": exclude_identical_ids, "slice_documents": slice_documents}
-    if not setting.is_exact:
-        queries = _named(queries)  # no queries: refused before documents are encoded
-        return Searcher(embedder, dataset, depth=depth, **setting._asdict(), **options).search(queries)
-    (searched,) = search_grid(embedder, dataset, _named(queries), [setting], depth=depth, **options)
-    return searched.run
+    if not how.is_exact:
+        return Searcher(embedder, dataset, depth=depth, **setting, **options).search(queries)
+    return next(search_grid(embedder, dataset, queries, [how], depth=depth, **options)).run
 
 
 class Searcher:
     """A corpus encoded and indexed once, for queries that come one after another.
 
-    Memory: all vectors in the dimensions kept, and the index; while it is built, also the vectors in all dimensions.
-
-    Attributes:
-        document_ids: those of the corpus, ascending.
-        setting: with the number of dimensions in use.
-
-    Args: see `search`. Raises: as `search`.
+    `document_ids` are the corpus's, ascending; `setting` says how many dimensions are used. Memory: all vectors in
+    these, and the index; while it is built, also the vectors in all dimensions. Arguments and errors: see `search`.
     """
 
     def __init__(
@@ -118,10 +92,9 @@ class Searcher:
         **setting: Any,
     ):
         require_depth(depth)
-        self.exclude_identical_ids = exclude_identical_ids
-        settings = [Setting(**setting)]
-        check_settings(embedder, settings, num_documents=len(dataset.corpus))
+        settings = check_settings(embedder, [Setting(**setting)], num_documents=len(dataset.corpus))
         self.embedder, self.dataset, self.depth = embedder, dataset, depth
+        self.exclude_identical_ids = exclude_identical_ids
         self.document_ids, texts = sorted_corpus(dataset)
         options = {"passages": settings[0].passages, "slice_documents": slice_documents}
         vectors_NW, source_N = join_slices(list(encode_documents(embedder, self.document_ids, texts, **options)))
@@ -163,11 +136,9 @@ def search_grid(
 ) -> Iterator[Searched]:
     """The run of each setting, in order; settings with the same passages in a row share one encoding of the corpus.
 
-    Exact search goes slice by slice, as documents are encoded, at every dim that is asked for; the other settings are
-    measured against it. Vectors are kept only if there are others.
-
-    Costs: query_encoding_seconds and document_encoding_seconds (of the shared encodings), build_seconds (codes and
-    index; 0 without), search_seconds, queries_per_second (of search alone), bytes_per_document, recall@10_of_exact (the
+    Exact search goes slice by slice, as documents are encoded, at every dim; other settings are measured against it.
+    Vectors are kept only for them. Costs: query_encoding_seconds and document_encoding_seconds (shared), build_seconds
+    (codes and index), search_seconds, queries_per_second (of search alone), bytes_per_document, recall@10_of_exact (the
     mean share of the first 10 documents of exact search among the first 10 found; of `depth` if that is less), and with
     passages windows_per_document.
     """
@@ -245,13 +216,10 @@ def search_slices(
     aggregate: str,
     visit: Callable[[Slice], None] | None = None,
 ) -> tuple[dict[int, Found], dict[int, float], int]:
-    """Exact search of slices at every dim of `queries` ({dim: [Q, dim]}), on the embedder's device.
+    """Exact search of slices with queries {dim: [Q, dim]} on the embedder's device: results and search seconds by dim,
+    and the number of vectors.
 
-    Each slice is searched, handed to `visit` and dropped. The best results are kept; since the order of keys is total,
-    where one slice ends and the next begins changes nothing.
-
-    Returns:
-        results and search seconds by dim, and the number of vectors.
+    Each slice is searched, handed to `visit` and dropped. The order of keys is total, so slices change no result.
     """
     device = getattr(embedder, "device", None)
     keys = {dim: np.empty((len(queries_QD), 0), dtype=np.uint64) for dim, queries_QD in queries.items()}
