@@ -60,7 +60,7 @@ def test_a_corpus_of_equal_documents(depth):
 def test_queries_with_ties_are_searched_in_blocks():
     rng = np.random.default_rng(0)
     queries, documents = (rng.integers(-3, 4, size=(n, 5)).astype(np.float32) for n in (23, 300))
-    check(queries, documents, 20, block_queries=7)
+    check(queries, documents, 20)
     nearest = index_module._nearest_faiss(documents)
     found = from_keys(first_keys(nearest, queries, 20, 300, block_tied=2))
     np.testing.assert_array_equal(found.rows, brute_force(queries, documents, 20)[1])
@@ -123,7 +123,7 @@ def test_search_exact_orders_ties_across_slices_and_blocks(depth):
     rng = np.random.default_rng(depth)
     documents = rng.integers(-2, 3, size=(1200, 5)).astype(np.float32)
     queries = rng.integers(-2, 3, size=(9, 5)).astype(np.float32)
-    options = {"slice_documents": 350, "block_queries": 4}
+    options = {"slice_documents": 350}
     check(queries, documents, depth, **options)
     expected = brute_force(queries, documents, depth)[1]
     for cuts in ([1, 400], [0, 3, 3, 1200]):

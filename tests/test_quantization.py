@@ -133,7 +133,7 @@ def test_rescoring_by_hand():
 @pytest.mark.parametrize("depth", [1, 10, 150, 1000])
 def test_hamming_ties_are_ordered_by_row_and_at_the_cutoff_too(depth):
     documents, queries = random_embeddings(700, 12, 3), random_embeddings(25, 12, 4)
-    scores, rows = QuantizedIndex(documents, "binary", block_queries=8).search_hamming(queries, depth)
+    scores, rows = QuantizedIndex(documents, "binary").search_hamming(queries, depth)
     distances = ((queries[:, None] > 0) != (documents > 0)).sum(axis=2)
     expected = first_rows(-distances, depth)
     np.testing.assert_array_equal(rows, expected)

@@ -35,7 +35,6 @@ import numpy as np
 
 from ..progress import progress_bar
 from .index import (
-    BLOCK_QUERIES,
     Found,
     checked_embeddings,
     first_of,
@@ -108,13 +107,8 @@ class FaissIndex:
         """
         require_depth(depth)
         queries_QD = checked_embeddings(queries_QD, self.dim)
-        keys_QK = np.empty((len(queries_QD), min(depth, len(self))), dtype=np.uint64)
-        with progress_bar(len(queries_QD), "searching", unit="query") as bar, _refusals(self.name, self.dim):
-            for start in range(0, len(queries_QD), BLOCK_QUERIES):
-                block = slice(start, start + BLOCK_QUERIES)
-                keys_QK[block] = first_of(*self._index.search(queries_QD[block], keys_QK.shape[1]), depth)
-                bar.update(len(queries_QD[block]))
-        return from_keys(keys_QK)
+        with _refusals(self.name, self.dim):
+            return from_keys(first_of(*self._index.search(queries_QD, min(depth, len(self))), depth))
 
 
 def split_name(name: str) -> tuple[str, str]:

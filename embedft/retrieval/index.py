@@ -25,8 +25,6 @@ from ..progress import progress_bar
 Nearest = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 # Documents per slice: 100 MB at 384 dimensions.
 SLICE_DOCUMENTS = 65_536
-# FAISS itself processes 4,096 queries at a time; blocks of this size cost nothing and let the progress bar move.
-BLOCK_QUERIES = 4096
 
 
 class Found(NamedTuple):
@@ -91,12 +89,11 @@ def search_exact(
     *,
     device: torch.device | str | None = None,
     slice_documents: int = SLICE_DOCUMENTS,
-    block_queries: int = BLOCK_QUERIES,
 ) -> Found:
     """The `depth` documents with the largest inner product for each query, or all of them if there are fewer.
 
-    Memory besides the arguments: one slice in float32, 8 bytes for each of the Q x K results and, with torch, the
-    scores of 1,024 queries; never [Q, N].
+    Memory besides the arguments: one slice in float32, three times the results and, with torch, the scores of 1,024
+    queries; never [Q, N].
 
     Args:
         documents: [N, D], an array or a memory map of any float type; or an iterable of such arrays, whose rows are
@@ -118,12 +115,8 @@ def search_exact(
     with progress_bar(num_documents, "searching", unit="document") as bar:
         for first_row, slice_ND in slices_of(documents, queries_QD.shape[1], slice_documents=slice_documents):
             nearest = _nearest_faiss(slice_ND) if device.type == "cpu" else _nearest_torch(slice_ND, device)
-            merged_QK = np.empty((len(queries_QD), min(depth, first_row + len(slice_ND))), dtype=np.uint64)
-            for start in range(0, len(queries_QD), block_queries):
-                block = slice(start, start + block_queries)
-                new = first_keys(nearest, queries_QD[block], depth, len(slice_ND)) + np.uint64(first_row)
-                merged_QK[block] = merge_keys(keys_QK[block], new, depth)
-            keys_QK = merged_QK
+            new_QK = first_keys(nearest, queries_QD, depth, len(slice_ND)) + np.uint64(first_row)
+            keys_QK = merge_keys(keys_QK, new_QK, depth)
             bar.update(len(slice_ND))
     if keys_QK.shape[1] == 0:
         raise ValueError("search among no documents")
@@ -179,15 +172,11 @@ def recall_against(rows_QK: np.ndarray, exact_rows_QK: np.ndarray) -> np.ndarray
     Rows are distinct within a query; -1: none. The two K may differ: that of the exact rows is the k of recall@k.
     Raises `ValueError` for different numbers of queries, or a query without exact results.
     """
-    wanted_QK = exact_rows_QK >= 0
-    if len(rows_QK) != len(exact_rows_QK) or not wanted_QK.any(axis=1).all():
-        raise ValueError(
-            f"results of {len(rows_QK)} queries, expected {wanted_QK.any(axis=1).sum()} with exact results"
-        )
-    found = [
-        np.isin(exact, rows).sum() for rows, exact in zip(rows_QK, np.where(wanted_QK, exact_rows_QK, -2), strict=True)
-    ]
-    return np.array(found, dtype=np.float64) / wanted_QK.sum(axis=1)
+    num_wanted_Q = (exact_rows_QK >= 0).sum(axis=1)
+    if len(rows_QK) != len(exact_rows_QK) or (num_wanted_Q == 0).any():
+        raise ValueError(f"results of {len(rows_QK)} queries, expected {(num_wanted_Q > 0).sum()} with exact results")
+    pairs = zip(rows_QK, np.where(exact_rows_QK < 0, -2, exact_rows_QK), strict=True)
+    return np.array([np.isin(exact, rows).sum() for rows, exact in pairs], dtype=np.float64) / num_wanted_Q
 
 
 # The score and row of a result in one integer, whose ascending order is (score descending, row ascending): NumPy sorts
@@ -243,9 +232,8 @@ def first_keys(
         tied = np.flatnonzero(keys_QW[:, -1] >> np.uint64(32) == keys_QK[:, -1] >> np.uint64(32))
         for start in range(0, len(tied), block_tied):
             block = tied[start : start + block_tied]
-            keys_QK[block] = first_keys(
-                nearest, queries_QD[block], depth, total, width=2 * width, block_tied=block_tied
-            )
+            options = {"width": 2 * width, "block_tied": block_tied}
+            keys_QK[block] = first_keys(nearest, queries_QD[block], depth, total, **options)
     return keys_QK
 
 

@@ -18,13 +18,9 @@ Source: Shakir et al. 2024, "Binary and Scalar Embedding Quantization"; Yamada e
 Shapes: Q queries, N documents, D dimensions, B = ceil(D / 8) bytes, K = min(depth, N) results.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 
-from ..progress import progress_bar
 from .index import (
-    BLOCK_QUERIES,
     SLICE_DOCUMENTS,
     Found,
     checked_embeddings,
@@ -59,9 +55,7 @@ def calibrate(embeddings_ND: np.ndarray, *, seed: int = 0, num_documents: int = 
 def to_int8(embeddings_ND: np.ndarray, ranges_2D: np.ndarray) -> np.ndarray:
     """floor((x - smallest) / step) - 128, clipped to [-128, 127], with step = (largest - smallest) / 255; [N, D] int8.
 
-    A dimension with an empty range gets step 1, so its values within the range become -128.
-
-    Source: sentence-transformers, `quantize_embeddings` with precision "int8": the same codes from the same ranges.
+    A dimension with an empty range gets step 1. Source: sentence-transformers, `quantize_embeddings`, "int8".
     """
     smallest_D, step_D = _scale(ranges_2D)
     return (np.clip(np.floor((embeddings_ND - smallest_D) / step_D), 0, 255) - 128).astype(np.int8)
@@ -70,8 +64,7 @@ def to_int8(embeddings_ND: np.ndarray, ranges_2D: np.ndarray) -> np.ndarray:
 def from_int8(codes_ND: np.ndarray, ranges_2D: np.ndarray) -> np.ndarray:
     """smallest + (code + 128 + 1/2) step, [N, D] float32: the middle of the interval that a code stands for.
 
-    So a value within the ranges comes back within half a step. The half shifts all scores of a query alike and changes
-    no ranking. A dimension with an empty range comes back exactly.
+    The half shifts all scores of a query alike. A dimension with an empty range comes back exactly.
     """
     smallest_D, step_D = _scale(ranges_2D)
     half_D = np.where(ranges_2D[0] == ranges_2D[1], np.float32(0), step_D / 2)
@@ -81,7 +74,7 @@ def from_int8(codes_ND: np.ndarray, ranges_2D: np.ndarray) -> np.ndarray:
 def to_binary(embeddings_ND: np.ndarray) -> np.ndarray:
     """One bit per dimension, 1 if it is above 0; eight to a byte, the first the highest; [N, B] uint8.
 
-    Source: sentence-transformers, `quantize_embeddings` with precision "ubinary": the same bytes.
+    Source: sentence-transformers, `quantize_embeddings`, "ubinary".
     """
     return np.packbits(embeddings_ND > 0, axis=-1)
 
@@ -109,12 +102,11 @@ class QuantizedIndex:
         *,
         shortlist_factor: int = SHORTLIST_FACTOR,
         slice_documents: int = SLICE_DOCUMENTS,
-        block_queries: int = BLOCK_QUERIES,
     ):
         if embeddings_ND.ndim != 2 or 0 in embeddings_ND.shape:
             raise ValueError(f"embeddings of shape {embeddings_ND.shape}, expected [N, D] with documents to quantize")
         self.shortlist_factor, self.slice_documents = shortlist_factor, slice_documents
-        self.block_queries, (num_documents, self.dim) = block_queries, embeddings_ND.shape
+        num_documents, self.dim = embeddings_ND.shape
         self.ranges = calibrate(embeddings_ND) if precision == "int8" else None
         codes_type = np.uint8 if self.ranges is None else np.int8
         self.codes = np.empty((num_documents, bytes_per_vector(self.dim, precision)), codes_type)
@@ -133,13 +125,12 @@ class QuantizedIndex:
     def decode(self) -> np.ndarray:
         """What all of the codes stand for, [N, D] float32."""
         decoded_ND = np.empty((len(self), self.dim), dtype=np.float32)
-        for number, part in enumerate(self._slices()):
-            decoded_ND[number * self.slice_documents :][: len(part)] = part
+        for part in self._slices():
+            decoded_ND[part] = self.vectors(part)
         return decoded_ND
 
-    def _slices(self) -> Iterator[np.ndarray]:
-        step = self.slice_documents
-        return (self.vectors(slice(start, start + step)) for start in range(0, len(self), step))
+    def _slices(self) -> list[slice]:
+        return [slice(start, start + self.slice_documents) for start in range(0, len(self), self.slice_documents)]
 
     def search(self, queries_QD: np.ndarray, depth: int) -> Found:
         """The first `depth` documents for each query: scores [Q, K] float32 and rows [Q, K] int64.
@@ -149,7 +140,7 @@ class QuantizedIndex:
         require_depth(depth)
         queries_QD = checked_embeddings(queries_QD, self.dim)
         if self.ranges is not None:
-            return search_exact(queries_QD, self._slices(), depth)
+            return search_exact(queries_QD, map(self.vectors, self._slices()), depth)
         shortlist = self.search_hamming(queries_QD, depth * self.shortlist_factor)
         return search_shortlist(queries_QD, shortlist.rows, self.vectors, min(depth, len(self)))
 
@@ -157,17 +148,10 @@ class QuantizedIndex:
         """The first `depth` documents by the Hamming distance of signs, whose negative is the score."""
         import faiss
 
-        keys_QK = np.empty((len(queries_QD), min(depth, len(self))), dtype=np.uint64)
-        with progress_bar(len(queries_QD), "searching", unit="query") as bar:
-            for start in range(0, len(queries_QD), self.block_queries):
-                block = slice(start, start + self.block_queries)
-                # FAISS's heap ("hc") keeps the lowest rows among equal distances; its counting sort does not.
-                distances, rows = faiss.knn_hamming(
-                    to_binary(queries_QD[block]), self.codes, keys_QK.shape[1], variant="hc"
-                )
-                keys_QK[block] = first_of(-distances.astype(np.float32), rows, depth)
-                bar.update(len(rows))
-        return from_keys(keys_QK)
+        # FAISS's heap ("hc") keeps the lowest rows among equal distances; its counting sort does not.
+        options = {"k": min(depth, len(self)), "variant": "hc"}
+        distances, rows = faiss.knn_hamming(to_binary(queries_QD), self.codes, **options)
+        return from_keys(first_of(-distances.astype(np.float32), rows, depth))
 
 
 def _scale(ranges_2D: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

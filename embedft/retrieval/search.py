@@ -99,7 +99,7 @@ class Searcher:
         options = {"passages": settings[0].passages, "slice_documents": slice_documents}
         vectors_NW, source_N = join_slices(list(encode_documents(embedder, self.document_ids, texts, **options)))
         (self.setting,) = check_settings(embedder, settings, width=vectors_NW.shape[1])
-        self.built = build(truncate(embedder, vectors_NW, self.setting.dim), source_N, self.setting)
+        self.index, *_ = build(truncate(embedder, vectors_NW, self.setting.dim), source_N, self.setting)
 
     def search(self, queries: Mapping[str, str] | Sequence[str]) -> Run:
         """The first `depth` documents for each query: {query id: text}, or texts with the ids "0", "1", ..."""
@@ -107,7 +107,7 @@ class Searcher:
         queries_QW = encode(self.embedder, list(queries.values()), list(queries), role="query")
         queries_QD = truncate(self.embedder, queries_QW, self.setting.dim)
         exclude = self.exclude_identical_ids and shares_ids(self.dataset, queries)
-        found = self.built.index.search(queries_QD, self.depth + exclude)
+        found = self.index.search(queries_QD, self.depth + exclude)
         run = Run(list(queries), self.document_ids, found.rows, found.scores)
         return run.without_identical_ids(self.dataset.qrels, depth=self.depth) if exclude else run
 
@@ -192,12 +192,11 @@ def _search_group(
                 costs["search_seconds"] = seconds[dim]
             else:
                 with timed(costs, "build_seconds"):
-                    built = build(vectors_ND, source_N, setting)
+                    index, num_bytes, facts = build(vectors_ND, source_N, setting)
                 with timed(costs, "search_seconds"):
-                    found = built.index.search(queries[dim], depth)
+                    found = index.search(queries[dim], depth)
                 run = rank(found)
-                facts, num_bytes = built.facts, built.bytes_per_vector
-                del built
+                del index
             costs["queries_per_second"] = len(queries_QW) / costs["search_seconds"]
             costs["bytes_per_document"] = num_bytes * per_document
             first, exact_first = (run.indices[:, :RECALL_DEPTH] for run in (run, exact_runs[dim]))

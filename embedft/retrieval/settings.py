@@ -1,7 +1,7 @@
 """How a corpus is searched, and the index that does it: dim, precision, index, passages and aggregate.
 
     (setting,) = check_settings(embedder, [Setting(128, "int8", "hnsw")])       # before anything is encoded
-    scores, rows = build(vectors_ND, None, setting).index.search(queries_QD, 100)
+    scores, rows = build(vectors_ND, None, setting)[0].search(queries_QD, 100)
 
 - precision: float32, int8 or binary, as what vectors are stored (quantization.py).
 - index: "flat" (every document); hnsw, ivf, ivfpq or a factory string of FAISS, with parameters as in
@@ -56,14 +56,6 @@ class Setting(NamedTuple):
         return values if self.passages is None else values | {"passages": list(self.passages)}
 
 
-class Built(NamedTuple):
-    """An index, the bytes of each vector in it, and what else a report should say of it."""
-
-    index: Index
-    bytes_per_vector: float
-    facts: dict
-
-
 def check_settings(
     embedder: object, settings: Sequence[Setting], *, width: int | None = None, num_documents: int | None = None
 ) -> list[Setting]:
@@ -112,8 +104,9 @@ def _check_values(embedder: object, setting: Setting) -> None:
         raise ValueError(f"index is {setting.index!r}, expected adaptive-DIM, e.g. adaptive-64")
 
 
-def build(vectors_ND: np.ndarray, source_N: np.ndarray | None, setting: Setting) -> Built:
-    """An index over vectors of `setting.dim` dimensions; of FAISS's, the facts are `factory` and `parameters`.
+def build(vectors_ND: np.ndarray, source_N: np.ndarray | None, setting: Setting) -> tuple[Index, float, dict]:
+    """An index over vectors of `setting.dim` dimensions, the bytes of each vector in it, and its facts for a report: of
+    FAISS's, `factory` and `parameters`.
 
     Args:
         source_N: the document of each window, ascending; None: each vector is a document.
@@ -138,4 +131,4 @@ def build(vectors_ND: np.ndarray, source_N: np.ndarray | None, setting: Setting)
             num_bytes = index.bytes_per_vector + (num_bytes if windows else 0)
     if windows:
         index = WindowIndex(vectors_ND, source_N, aggregate=setting.aggregate, candidates=index)
-    return Built(FlatIndex(vectors_ND) if index is None else index, num_bytes, facts)
+    return FlatIndex(vectors_ND) if index is None else index, num_bytes, facts
