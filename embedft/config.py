@@ -1,18 +1,16 @@
 """Frozen dataclasses <-> the command line and JSON, by one strict path: an unknown key or a wrong type is an error.
 
-A field is written once, with its type, its default and what it means; the option, its help, its parsing and the JSON
-key follow from it. Classes that inherit from each other share options.
+A field is written once, with its type, default and meaning; the option, its help, its parsing and the JSON key follow.
+Classes that inherit from each other share options.
 
     @dataclass(frozen=True, kw_only=True)
-    class Options:
+    class MyOptions(Options):
         data: str = setting(REQUIRED, "what to read", metavar="DATA", positional=True)
-        epochs: int = setting(3, "passes over the data")          # --epochs 3
-        passages: tuple[int, int] | None = setting(None, "...")   # --passages 128 64
-        dims: list[int] | None = setting(None, "...")             # --dims 384 128
-        fuse: bool = setting(False, "...")                        # --fuse, --no-fuse, --fuse true
-        loss: dict[str, Any] = setting({"name": "x"}, "...")      # --loss.name x, --loss name=x, --loss '{"name": "x"}'
+        dims: list[int] | None = setting(None, "...")         # --dims 384 128
+        fuse: bool = setting(False, "...")                    # --fuse, --no-fuse, --fuse true
+        loss: dict[str, Any] = setting({"name": "x"}, "...")  # --loss.name x, --loss name=x, --loss '{"name": "x"}'
 
-    options = parse(Options, ["pairs.csv", "--epochs", "1"])
+    options = parse(MyOptions, ["pairs.csv", "--dims", "384", "128"])
 """
 
 import copy
@@ -25,15 +23,13 @@ import textwrap
 import types
 import typing
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from .files import read_object
 
 Config = TypeVar("Config")
 REQUIRED = dataclasses.MISSING
-METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH", bool: ""}
-HELP_COLUMN = 26
+METAVARS = {int: "N", float: "X", str: "TEXT", bool: "", dict: "KEY=VALUE"}
 
 
 def setting(default: Any, meaning: str, *, metavar: str | None = None, positional: bool = False) -> Any:
@@ -57,17 +53,22 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def from_dict(cls: type[Config], values: dict[str, Any], *, where: str = "configuration") -> Config:
     """The inverse of `to_dict`. Raises `ValueError` for an unknown key, or a value of the wrong type or range."""
-    converted = _checked(cls, values, where)
+    _check(cls, values, where)
     try:
-        return cls(**converted)
+        return cls(**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}" if where else str(error)) from None
+
+
+def part(options: Any, cls: type[Config]) -> Config:
+    """The configuration among the options of a class that inherits from it."""
+    return cls(**{field.name: getattr(options, field.name) for field in dataclasses.fields(cls)})
 
 
 def check_types(config: Any) -> None:
     """Raises `ValueError` for the first field of a dataclass whose value is not of its annotated type."""
     for field in dataclasses.fields(config):
-        _convert(getattr(config, field.name), field.type, field.name)
+        _check_type(getattr(config, field.name), field.type, field.name)
 
 
 def changed(config: Any, names: Iterable[str]) -> list[str]:
@@ -101,7 +102,7 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 class Options:
     """Every command."""
 
-    config: Path | None = setting(None, "JSON file with any of these options; the command line wins", metavar="FILE")
+    config: str | None = setting(None, "JSON file with any of these options; the command line wins", metavar="FILE")
     quiet: bool = setting(False, "show no progress")
 
 
@@ -111,19 +112,19 @@ def parse(cls: type[Config], arguments: Sequence[str]) -> Config:
     Raises `ValueError` for what is unknown, missing, or of the wrong type or range.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    given, dotted = _read(fields, list(arguments))
+    given, inner = _read(fields, list(arguments))
     values, where = {}, ""
     if path := given.get("config"):
         values, where = read_object(path), f"{path} and command line"
-        _checked(cls, values, path)
+        _check(cls, values, path)
     values |= given
-    for (name, *keys, last), text in dotted:
+    for (name, *keys, last), text in inner:
         target = values.setdefault(name, _default(fields[name]))
         for key in keys:
             target = target.setdefault(key, {})
             if not isinstance(target, dict):
                 raise ValueError(f"--{'.'.join([name, *keys, last])}: {key} is {target!r}, which has no keys")
-        target[last] = _from_text([text], Any)
+        target[last] = _from_text(text, Any)
     if missing := [field for name, field in fields.items() if name not in values and _default(field) is REQUIRED]:
         names = (f.metadata["metavar"] if f.metadata["positional"] else option_name(f.name) for f in missing)
         raise ValueError(f"missing {' and '.join(names)}")
@@ -131,8 +132,8 @@ def parse(cls: type[Config], arguments: Sequence[str]) -> Config:
 
 
 def _read(fields: dict[str, dataclasses.Field], words: list[str]) -> tuple[dict[str, Any], list[tuple[list, str]]]:
-    """Splits a command line into {field: value} and the dotted options, [([field, key, ...], text of the value)]."""
-    given, dotted, positions = {}, [], []
+    """Splits a command line into {field: value}, and [([field, key, ...], text)] of what is set inside of dicts."""
+    given, inner, positions = {}, [], []
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
@@ -142,73 +143,63 @@ def _read(fields: dict[str, dataclasses.Field], words: list[str]) -> tuple[dict[
         words[:0] = [text] if equals else []
         first, *keys = option[2:].split(".")
         name = first.replace("-", "_")  # --batch_size, as the field is called, is the same as --batch-size
-        negated = name not in fields and name.startswith("no_") and _is(fields.get(name[3:]), bool)
-        name = name[3:] if negated else name
-        if name not in fields or fields[name].metadata["positional"] or (keys and not _is(fields[name], dict)):
+        negated = name not in fields and name.startswith("no_") and name[3:] in fields
+        field = fields.get(name[3:] if negated else name)
+        kind, item = (None, None) if field is None else _kind(field)
+        if (
+            kind is None
+            or field.metadata["positional"]
+            or (keys and kind is not dict)
+            or (negated and kind is not bool)
+        ):
             raise ValueError(f"unknown option {option}{suggestion(f'--{first}', map(option_name, fields))}")
-        kind = _without_none(fields[name].type)
         if kind is bool:
             word = words.pop(0) if equals or (words and words[0].lower() in ("true", "false")) else "true"
-            given[name] = {"true": not negated, "false": negated}.get(word.lower(), word)
+            given[field.name] = {"true": not negated, "false": negated}.get(word.lower(), word)
             continue
-        texts = _take(words, kind, option)
-        if _is(fields[name], dict):
-            key, equals, value = texts[0].partition("=")
-            if keys or (equals and not key.lstrip().startswith("{")):
-                dotted.append(([name, *(keys or [key])], texts[0] if keys else value))
-                continue
-        value = _from_text(texts, fields[name].type)
-        given[name] = [*given.get(name, ()), *value] if _repeated(kind) else value
+        texts = _take(words, option, many=kind is list, numbers=item in (int, float))
+        key, equals, text = texts[0].partition("=")
+        if keys:
+            inner.append(([name, *keys], texts[0]))
+        elif kind is dict and equals and not key.lstrip().startswith("{"):
+            inner.append(([name, key], text))
+        elif kind is list and texts != ["null"]:
+            given[name] = [*given.get(name, ()), *(_from_text(text, item) for text in texts)]
+        else:
+            given[name] = _from_text(texts[0], field.type)
     for field in (field for field in fields.values() if field.metadata["positional"]):
-        count = len(positions) if _is(field, list) else 1
-        if taken := positions[:count]:
-            given[field.name] = _from_text(taken, field.type)
-        positions = positions[count:]
+        many = _kind(field)[0] is list
+        if positions:
+            given[field.name] = positions if many else positions.pop(0)
+            positions = [] if many else positions
     if positions:
         raise ValueError(f"unexpected argument {positions[0]!r}")
-    return given, dotted
+    return given, inner
 
 
-def _take(words: list[str], kind: Any, option: str) -> list[str]:
-    """Takes the words that belong to one option off the front."""
+def _take(words: list[str], option: str, *, many: bool, numbers: bool) -> list[str]:
+    """Takes the values of an option off the front of the words: one, or all up to the next option or non-number."""
     count = 1
-    if typing.get_origin(kind) is tuple or _repeated(kind):
-        count = len(typing.get_args(typing.get_args(kind)[0] if _repeated(kind) else kind))
-    elif typing.get_origin(kind) is list:
-        numbers = typing.get_args(kind)[0] in (int, float)
-        ends = (i for i, word in enumerate(words) if word.startswith("--") or (numbers and not _is_number(word)))
-        count = max(1, next(ends, len(words)))
+    while many and count < len(words) and not words[count].startswith("--"):
+        if numbers and isinstance(_from_text(words[count], float), str):
+            break
+        count += 1
+    if not words or words[0].startswith("--"):
+        raise ValueError(f"{option} expects a value")
     taken = words[:count]
-    if len(taken) < count or any(word.startswith("--") for word in taken):
-        raise ValueError(f"{option} expects {count} value{'s' * (count > 1)}")
     del words[:count]
     return taken
 
 
-def _repeated(kind: Any) -> bool:
-    """Whether an option may be given again and again, each time with the same number of values: list[tuple[...]]."""
-    return typing.get_origin(kind) is list and typing.get_origin(typing.get_args(kind)[0]) is tuple
-
-
-def _is_number(word: str) -> bool:
-    return not isinstance(_from_text([word], float), str)
-
-
-def _from_text(texts: list[str], wanted: Any) -> Any:
-    """What the words of an option give for a type, as JSON would hold it; a word that does not fit stays a word."""
+def _from_text(text: str, wanted: Any) -> Any:
+    """What a word of the command line gives for a type, as JSON would hold it; if it does not fit, the word."""
     kind = _without_none(wanted)
-    origin, inside = typing.get_origin(kind), typing.get_args(kind)
-    if kind is not wanted and texts in (["null"], ["None"]):
+    if kind is not wanted and text in ("null", "None"):
         return None
-    if _repeated(kind):
-        return [_from_text(texts, inside[0])]
-    if origin in (list, tuple):
-        return [_from_text([text], item) for text, item in zip(texts, inside * len(texts), strict=False)]
-    (text,) = texts
     try:
         if kind in (int, float):
             return kind(text)
-        return text if kind in (str, Path) or origin is typing.Literal else json.loads(text)
+        return text if kind is str or typing.get_origin(kind) is typing.Literal else json.loads(text)
     except ValueError:
         return {"True": True, "False": False, "None": None}.get(text, text)
 
@@ -216,99 +207,68 @@ def _from_text(texts: list[str], wanted: Any) -> Any:
 def format_help(cls: type, *, program: str, description: str, epilog: str = "") -> str:
     """What --help prints: positional arguments, the options of `cls`, then those of the classes that it inherits from,
     each under the beginning of its docstring."""
-    classes = [owner for owner in cls.__mro__ if dataclasses.is_dataclass(owner)]
-    groups: dict[str, list[str]] = {"Arguments": []} | {
-        _title(owner, cls): [] for owner in sorted(classes, key=lambda owner: owner is Options)
-    }
+    owners = [owner for owner in cls.__mro__ if dataclasses.is_dataclass(owner)]
+    titles = {owner: re.split(r"[.:]\s|\.?$", owner.__doc__, maxsplit=1)[0] for owner in owners} | {cls: "Options"}
+    groups = {"Arguments": [], **{titles[owner]: [] for owner in sorted(owners, key=lambda owner: owner is Options)}}
+    usage = ["usage:", program]
     for field in dataclasses.fields(cls):
-        positional, kind = field.metadata["positional"], _without_none(field.type)
-        owner = next(owner for owner in classes if field.name in owner.__annotations__)
-        metavar = field.metadata["metavar"] or _metavar(kind)
-        name = f"{option_name(field.name)} {metavar}".rstrip()
-        if positional:
-            name = f"{metavar} ..." if _is(field, list) else metavar
-        if field.default is True:
-            name = f"--[no-]{name[2:]}"
-        groups["Arguments" if positional else _title(owner, cls)].append(_entry(name, _meaning(field)))
-    usage = " ".join(["usage:", program, *(re.split(r"  +", entry)[1] for entry in groups["Arguments"]), "[options]"])
+        owner = next(owner for owner in owners if field.name in owner.__annotations__)
+        kind, item = _kind(field)
+        choices = "|".join(typing.get_args(item)) if typing.get_origin(item) is typing.Literal else None
+        value = field.metadata["metavar"] or choices or METAVARS.get(item, "VALUE")
+        value += " ..." * (kind is list and (field.metadata["positional"] or not field.metadata["metavar"]))
+        if field.metadata["positional"]:
+            usage.append(value)
+            groups["Arguments"].append(_entry(value, field))
+        else:
+            name = option_name(field.name) if field.default is not True else f"--[no-]{option_name(field.name)[2:]}"
+            groups[titles[owner]].append(_entry(f"{name} {value}".rstrip(), field))
     sections = [f"{title}:\n" + "\n".join(entries) for title, entries in groups.items() if entries]
-    return "\n\n".join([usage, description, *sections, *([epilog] if epilog else [])])
+    return "\n\n".join([" ".join([*usage, "[options]"]), description, *sections, *([epilog] if epilog else [])])
 
 
-def _title(owner: type, cls: type) -> str:
-    return "Options" if owner is cls else re.split(r"[.:]\s|\.?$", owner.__doc__, maxsplit=1)[0]
-
-
-def _entry(name: str, meaning: str) -> str:
-    """A line of the help; the name has a line of its own when it is long."""
-    width = max(shutil.get_terminal_size().columns, 60) - 2
-    lines = textwrap.wrap(meaning, width - HELP_COLUMN, break_on_hyphens=False)
-    head = f"  {name}"
-    first = head.ljust(HELP_COLUMN) if len(head) < HELP_COLUMN - 1 else f"{head}\n{' ' * HELP_COLUMN}"
-    return first + f"\n{' ' * HELP_COLUMN}".join(lines)
-
-
-def _meaning(field: dataclasses.Field) -> str:
+def _entry(name: str, field: dataclasses.Field, *, column: int = 26) -> str:
+    """A name and its meaning, from a column on; a long name has a line of its own."""
     meaning, default = field.metadata["meaning"], _default(field)
-    if _is(field, dict):
-        meaning += f" (or --{field.name}.KEY VALUE)"
-    if meaning.endswith("]") or default is False or default in (None, REQUIRED, {}, []):
-        return meaning
-    shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else default
-    return f"{meaning} [{shown if isinstance(shown, str) else json.dumps(shown)}]"
-
-
-def _metavar(kind: Any) -> str:
-    origin, inside = typing.get_origin(kind), typing.get_args(kind)
-    if origin is typing.Literal:
-        return "|".join(map(str, inside))
-    if origin is tuple:
-        return " ".join(map(_metavar, inside))
-    if origin is list:
-        return _metavar(inside[0]) if _repeated(kind) else f"{_metavar(inside[0])} ..."
-    return "KEY=VALUE" if (origin or kind) is dict else METAVARS.get(kind, "VALUE")
+    meaning += f" (or --{field.name}.KEY VALUE)" if _kind(field)[0] is dict else ""
+    if not (meaning.endswith("]") or default is False or default in (None, REQUIRED, {}, [])):
+        shown = " ".join(map(str, default)) if isinstance(default, list) else default
+        meaning += f" [{shown if isinstance(shown, str) else json.dumps(shown)}]"
+    width = max(shutil.get_terminal_size().columns, 60) - 2 - column
+    first = f"  {name}".ljust(column) if len(name) < column - 3 else f"  {name}\n{' ' * column}"
+    return first + f"\n{' ' * column}".join(textwrap.wrap(meaning, width, break_on_hyphens=False))
 
 
 # Types.
 
 
-def _checked(cls: type, values: Any, where: str | Path) -> dict[str, Any]:
-    """The values, every key known and every value of its field's type."""
+def _check(cls: type, values: Any, where: str) -> None:
+    """Raises `ValueError` unless every key is a field, and every value of its type."""
     if not isinstance(values, dict):
         raise ValueError(f"{where}: {type(values).__name__} found, expected an object")
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    for key in values:
+    for key, value in values.items():
         if key not in fields:
             raise ValueError(f"{where}: unknown key {key!r}, expected one of {', '.join(fields)}")
-    names = {key: f"{where}: {key}" if where else option_name(key) for key in values}
-    return {key: _convert(value, fields[key].type, names[key]) for key, value in values.items()}
+        _check_type(value, fields[key].type, f"{where}: {key}" if where else option_name(key))
 
 
-def _convert(value: Any, wanted: Any, name: str) -> Any:
-    """A value as its annotated type holds it: JSON's lists as tuples, its strings as paths. Else `ValueError`."""
-    fits, converted = _fit(value, wanted)
-    if not fits:
+def _check_type(value: Any, wanted: Any, name: str) -> None:
+    if not _has_type(value, wanted):
         raise ValueError(f"{name} is {value!r}, expected {_type_name(wanted)}")
-    return converted
 
 
-def _fit(value: Any, wanted: Any) -> tuple[bool, Any]:
-    """(Whether a value is of a type, the value as that type holds it.)"""
+def _has_type(value: Any, wanted: Any) -> bool:
     origin, inside = typing.get_origin(wanted), typing.get_args(wanted)
     if origin in (types.UnionType, typing.Union):
-        return next((found for option in inside if (found := _fit(value, option))[0]), (False, value))
-    if origin in (list, tuple):
-        if not isinstance(value, list | tuple) or (origin is tuple and len(value) != len(inside)):
-            return False, value
-        found = [_fit(item, kind) for item, kind in zip(value, inside * len(value), strict=False)]
-        return all(fits for fits, _ in found), origin(item for _, item in found)
+        return any(_has_type(value, option) for option in inside)
     if origin is typing.Literal:
-        return value in inside, value
-    if wanted is Path:
-        return isinstance(value, str | Path), Path(value) if isinstance(value, str) else value
-    if wanted is Any or (wanted is float and type(value) is int):
-        return True, value
-    return isinstance(value, origin or wanted) and not (wanted in (int, float) and isinstance(value, bool)), value
+        return value in inside
+    if origin is list:
+        return isinstance(value, list | tuple) and all(_has_type(item, inside[0]) for item in value)
+    if wanted is Any or (wanted in (int, float) and isinstance(value, bool)):
+        return wanted is Any
+    return isinstance(value, (int, float) if wanted is float else origin or wanted)
 
 
 def _type_name(wanted: Any) -> str:
@@ -317,8 +277,6 @@ def _type_name(wanted: Any) -> str:
         return " or ".join(map(_type_name, inside))
     if origin is typing.Literal:
         return "one of " + ", ".join(map(repr, inside))
-    if origin is tuple:
-        return f"{len(inside)} values ({', '.join(map(_type_name, inside))})"
     if origin is list:
         return f"a list of {_type_name(inside[0])}"
     return "null" if wanted is types.NoneType else getattr(wanted, "__name__", str(wanted))
@@ -331,10 +289,13 @@ def _without_none(wanted: Any) -> Any:
     return options[0] if is_union and len(options) == 1 else wanted
 
 
-def _is(field: dataclasses.Field | None, kind: type) -> bool:
-    """Whether a field holds a bool, dict or list."""
-    plain = None if field is None else _without_none(field.type)
-    return (typing.get_origin(plain) or plain) is kind
+def _kind(field: dataclasses.Field) -> tuple[Any, Any]:
+    """(list, X) of a list[X]; else a type twice, of dict[str, X] dict."""
+    plain = _without_none(field.type)
+    if typing.get_origin(plain) is list:
+        return list, typing.get_args(plain)[0]
+    plain = dict if typing.get_origin(plain) is dict else plain
+    return plain, plain
 
 
 def _default(field: dataclasses.Field) -> Any:

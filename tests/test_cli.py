@@ -218,7 +218,7 @@ def test_a_reader_that_goes_is_no_error(place):
         ("finetune model pairs.json --out r --validation no.json", "embedft finetune: error: no.json: no such file"),
         ("finetune model pairs.json --out file/r", "embedft finetune: error: file/r: cannot be written to"),
         ("finetune model pairs.json --out .", "embedft finetune: error: .: not empty; choose another folder"),
-        ("finetune model pairs.json --out . --overwrite", "embedft finetune: error: .: holds files, but no run"),
+        ("finetune model pairs.json --out . --overwrite", "embedft finetune: error: .: has files but no run"),
         ("finetune model pairs.json --out r --overwrite --resume", "--overwrite and --resume cannot be combined"),
         (
             "finetune model pairs.json pairs.jsonl --out r",
@@ -234,7 +234,7 @@ def test_a_reader_that_goes_is_no_error(place):
         ),
         ("finetune model pairs.json --out r --lr nan", "lr is nan, expected above 0"),
         ("finetune model pairs.json --out r --lr NaN", "lr is nan, expected above 0"),
-        ("finetune model pairs.json --out r --loss.temperature", "--loss.temperature expects 1 value"),
+        ("finetune model pairs.json --out r --loss.temperature", "--loss.temperature expects a value"),
         ("finetune model pairs.json --out r --loss.temperature 0", "temperature is 0, expected above 0"),
         ("finetune model pairs.json --out r --loss.temp 1", "in_batch_negatives has no option 'temp', expected one of"),
         (

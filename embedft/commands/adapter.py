@@ -7,38 +7,36 @@ embedft evaluate sentence-transformers/all-MiniLM-L6-v2 held_out.csv --adapter a
 import contextlib
 import tempfile
 import warnings
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import embedft
 
-from ..config import REQUIRED, setting
+from ..config import REQUIRED, part, setting
 from ..data.dataset import RetrievalDataset
 from ..encoders.adapter import CONFIG_FILE
 from ..encoders.store import Store
 from ..files import check_writable
 from ..retrieval.settings import Setting, check_settings
 from ..training.fit_adapter import AdapterConfig
-from .options import Data, Encoder, Windows, load_data, load_encoder, load_training_data, print_costs
+from .options import DATASETS, Data, Encoder, Windows, load_data, load_encoder, load_training_data, print_costs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(AdapterConfig, Encoder, Windows, Data):
     """Options of `embedft adapter`."""
 
-    data: str = setting(
-        REQUIRED, "to fit on: QA JSON, BEIR folder, JSONL or CSV pairs", metavar="DATA", positional=True
-    )
-    out: Path = setting(REQUIRED, "gets the adapter, its settings and its log", metavar="DIR")
+    data: str = setting(REQUIRED, f"to fit on: {DATASETS}", metavar="DATA", positional=True)
+    out: str = setting(REQUIRED, "gets the adapter, its settings and its log", metavar="DIR")
     validation: str | None = setting(None, "questions to measure before and after; they choose nothing", metavar="DATA")
     validation_split: str | None = setting(None, "of a BEIR folder [test, or the only one]")
-    start: Path | None = setting(None, "adapter to continue from", metavar="DIR")
+    start: str | None = setting(None, "adapter to continue from", metavar="DIR")
     overwrite: bool = setting(False, "replace the adapter in DIR")
 
 
 def run(options: Options) -> None:
     """Fits, and compares before with after when there is validation data."""
-    out = options.out
+    out = Path(options.out)
     check_writable(out)
     if out.is_dir() and any(out.iterdir()):
         if not options.overwrite:
@@ -54,9 +52,7 @@ def run(options: Options) -> None:
     embedder = load_encoder(options)
     if embedder.adapter is not None:
         raise ValueError(f"{options.model}: has an adapter already; fit on its base model, with --start")
-    check_settings(
-        embedder, [Setting(passages=options.passages)]
-    )  # whether it cuts passages, before anything is embedded
+    check_settings(embedder, [Setting(passages=options.passages)])  # before anything is embedded: can it cut windows?
     with contextlib.ExitStack() as stack:
         if embedder.store is None and validation is not None:
             # Before and after use the same vectors: each text is embedded once.
@@ -89,7 +85,7 @@ def _fit(options: Options, embedder, dataset: RetrievalDataset, start) -> "embed
         queries_ND,
         documents_MD,
         replace(dataset, qrels=graded).qrels_by_row(),
-        AdapterConfig(**{field.name: getattr(options, field.name) for field in fields(AdapterConfig)}),
+        part(options, AdapterConfig),
         source=source,
         start=start,
         base=embedder.base(),

@@ -4,6 +4,7 @@ embedft chunk report.pdf --out chunks --drop-repeated --train-pages 1-90
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,18 +28,13 @@ class Split:
     train_share: float | None = setting(None, "share of the chunks for training, drawn at random")
     seed: int = setting(0, "of the draw")
 
-    def __post_init__(self):
-        check_at_most_one(self, *WAYS)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Split, config.Options):
     """Options of `embedft chunk`."""
 
-    paths: list[str] = setting(
-        REQUIRED, "PDF, text or Markdown files, and folders of them", metavar="PATH", positional=True
-    )
-    out: Path = setting(REQUIRED, "gets chunks.jsonl, or the two files of a split", metavar="DIR")
+    paths: list[str] = setting(REQUIRED, "PDF, text or Markdown files, or folders", metavar="PATH", positional=True)
+    out: str = setting(REQUIRED, "gets chunks.jsonl, or the two files of a split", metavar="DIR")
     model: str = setting(DEFAULT_MODEL, "whose tokenizer counts")
     revision: str | None = setting(None, "commit, tag or branch on the hub [the default branch]")
     size: int | None = setting(None, "most tokens of a chunk [all that the model reads]")
@@ -46,11 +42,15 @@ class Options(Split, config.Options):
     by_page: bool = setting(False, "end chunks at page ends")
     drop_repeated: bool = setting(False, "drop page numbers and running headers")
 
+    def __post_init__(self):
+        check_at_most_one(self, *WAYS)
+
 
 def run(options: Options) -> None:
     """Reads, cuts, splits; nothing in the folder changes until everything is written."""
     check_writable(options.out)
-    ranges = None if options.train_pages is None else parse_pages(options.train_pages)
+    ways = {name: getattr(options, name) for name in WAYS}
+    ways["train_pages"] = None if options.train_pages is None else parse_pages(options.train_pages)
     size, count_tokens = _size(options)
     documents = read_documents(options.paths)
     for skipped in documents.skipped:
@@ -76,26 +76,24 @@ def run(options: Options) -> None:
         print(f"dropped {sum(repeated.values()):,} repeated headers and footers")
     sides = {WHOLE: chunks}
     if changed(options, WAYS):
-        ways = {"train_pages": ranges, "train_files": options.train_files, "train_share": options.train_share}
         split = split_chunks(chunks, **ways, seed=options.seed)
         sides = {TRAIN: split.train, VALIDATION: split.validation}
         report |= {name: len(side) for name, side in sides.items()} | {"dropped": split.num_dropped}
         if split.num_dropped:
             print(f"dropped {split.num_dropped:,} chunks that cross the boundary or repeat validation text in training")
-    _save(options.out, sides, report)
+    _save(Path(options.out), sides, report)
     if documents.skipped:
-        print(f"skipped {len(documents.skipped):,} files or pages, see {options.out / REPORT}")
+        print(f"skipped {len(documents.skipped):,} files or pages, see {Path(options.out) / REPORT}")
 
 
-def _size(options: Options) -> tuple:
+def _size(options: Options) -> tuple[int, Callable]:
     """The tokens of text in a chunk, and what counts them."""
     from ..encoders.loading import load_reading
 
     reading = load_reading(options.model, revision=options.revision)
     limit = reading.max_length if options.size is None else options.size
-    size = limit - reading.num_around
+    size, special = limit - reading.num_around, f"{reading.num_around} special tokens that the model adds to a text"
     if size < 1:
-        special = f"{reading.num_around} special tokens that the model adds to a text"
         raise ValueError(f"--size is {options.size}, expected more than the {special}")
     if not 0 <= options.overlap < size:
         room = f"the {size} tokens of text in a chunk of {limit}"

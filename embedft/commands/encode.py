@@ -4,7 +4,6 @@ embedft encode sentence-transformers/all-MiniLM-L6-v2 texts.txt --out vectors.np
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -13,23 +12,21 @@ from ..config import REQUIRED, setting
 from ..files import atomic_write, check_writable, read_jsonl, read_lines
 from .options import Encoder, load_encoder, print_costs
 
-SLICE_TEXTS = 16_384  # texts encoded at once when only a store gets the vectors
+SLICE_TEXTS = 16_384  # encoded at once when only the store gets the vectors
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Encoder):
     """Options of `embedft encode`."""
 
-    texts: Path = setting(
-        REQUIRED, "a text per line; in .jsonl a string, or an object with `text`", metavar="FILE", positional=True
-    )
-    out: Path | None = setting(None, "gets the vectors, [texts, dimensions] float32", metavar="FILE.npy")
+    texts: str = setting(REQUIRED, "a text per line, or .jsonl of strings or `text`", metavar="FILE", positional=True)
+    out: str | None = setting(None, "gets the vectors, [texts, dimensions] float32", metavar="FILE.npy")
     role: Literal["query", "document"] = setting("document", "whose prompt is put before each text")
 
     def __post_init__(self):
         if not (self.out or self.store):
             raise ValueError("nowhere to put the vectors: give --out FILE.npy, --store DIR, or both")
-        if self.out and self.out.suffix != ".npy":
+        if self.out and not self.out.endswith(".npy"):
             raise ValueError(f"--out is {self.out}, expected a name that ends in .npy")
 
 
@@ -45,14 +42,14 @@ def run(options: Options) -> None:
             np.save(file, embeddings_ND)
         print(f"{options.out}: {len(texts):,} texts x {embeddings_ND.shape[1]} dimensions, float32")
     else:
-        for start in range(0, len(texts), SLICE_TEXTS):  # the store gets the vectors: memory need not hold all
+        for start in range(0, len(texts), SLICE_TEXTS):
             embedder.encode(texts[start : start + SLICE_TEXTS], role=options.role, dim=options.dim)
     print_costs(embedder)
 
 
-def read_texts(path: Path) -> list[str]:
+def read_texts(path: str) -> list[str]:
     """The texts of a file, a line each. Raises `ValueError` naming the line that holds none."""
-    if path.suffix != ".jsonl":
+    if not path.endswith(".jsonl"):
         return [line.rstrip("\r\n") for line in read_lines(path)]
     texts = []
     for number, value in read_jsonl(path):

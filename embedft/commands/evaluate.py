@@ -20,23 +20,21 @@ from ..files import check_writable, replace_files
 from ..retrieval.report import REPORT_FILES, Report
 from ..retrieval.run import Run
 from ..retrieval.tables import Style, format_grid, format_reports, grid_base, main_metrics, setting_name
-from .options import Data, Encoder, load_data, load_encoder, print_costs
+from .options import DATASETS, Adapted, Data, load_data, load_encoder, print_costs
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
     """Settings: every combination is evaluated, from one encoding."""
 
-    passages: list[tuple[int, int]] = setting(
-        [], "cut documents into windows of SIZE tokens, one every STRIDE, and score each by its best one; repeat for"
-        " other sizes [whole documents]", metavar="SIZE STRIDE",
+    passages: list[int] = setting(
+        [], "score by the best window of SIZE tokens, one every STRIDE; more pairs: more settings [whole]",
+        metavar="SIZE STRIDE ...",
     )  # fmt: skip
     whole: bool = setting(False, "evaluate whole documents too, besides --passages")
     dims: list[int] | None = setting(None, "leading dimensions to keep [all]")
     precisions: list[Literal["float32", "int8", "binary"]] = setting(["float32"], "of the document vectors")
-    indices: list[str] = setting(
-        ["flat"], "flat, hnsw, ivf, ivfpq, adaptive-DIM, or a factory string of FAISS", metavar="INDEX ..."
-    )
+    indices: list[str] = setting(["flat"], "flat, hnsw, ivf, ivfpq, adaptive-DIM, or any FAISS factory string")
     metric: str | None = setting(None, "shown in the table of several settings [ndcg@10]")
 
 
@@ -53,28 +51,23 @@ class Hybrid:
 class Output:
     """Output."""
 
-    out: Path | None = setting(
-        None, "write metrics.json, per_query.jsonl and run.trec; BM25's to DIR/bm25, those of several settings to"
-        " DIR/<setting>", metavar="DIR",
-    )  # fmt: skip
+    out: str | None = setting(None, "save reports: BM25's in DIR/bm25, of several settings in DIR/NAME", metavar="DIR")
     overwrite: bool = setting(False, "replace the reports in DIR")
     style: Style = setting("text", "of the tables")
     json: bool = setting(False, "print all metrics as JSON")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Encoder, Grid, Hybrid, Output, Data):
+class Options(Adapted, Grid, Hybrid, Output, Data):
     """Options of `embedft evaluate`."""
 
-    data: str = setting(REQUIRED, "QA JSON, BEIR folder, JSONL or CSV pairs", metavar="DATA", positional=True)
-    adapter: Path | None = setting(None, "adapter that vectors go through", metavar="DIR")
-    metrics: list[str] | None = setting(
-        None, "measure these, such as ndcg@20 rprec success@5 [all at the cutoffs --ks]", metavar="NAME ..."
-    )
+    data: str = setting(REQUIRED, DATASETS, metavar="DATA", positional=True)
+    metrics: list[str] | None = setting(None, "such as ndcg@20 rprec success@5 [all at --ks]", metavar="NAME ...")
     ks: list[int] = setting([1, 3, 5, 10], "cutoffs")
     depth: int = setting(100, "documents to retrieve per question")
     gain: Literal["binary", "graded"] = setting("binary", "of nDCG")
     merge: bool = setting(True, "treat documents of equal text as one")
+    keep_identical_ids: bool = setting(False, "rank the document that has the query's own id too")
 
     def __post_init__(self):
         check_at_most_one(self, "dim", "dims")
@@ -96,7 +89,10 @@ class Options(Encoder, Grid, Hybrid, Output, Data):
     @property
     def grid(self) -> dict[str, tuple]:
         """Arguments for `evaluate_grid`, each value once."""
-        passages = [None, *self.passages] if self.whole or not self.passages else self.passages
+        if len(self.passages) % 2:
+            raise ValueError(f"--passages is {self.passages}, expected pairs of size and stride")
+        passages = list(zip(self.passages[::2], self.passages[1::2], strict=True))
+        passages = [None, *passages] if self.whole or not passages else passages
         lists = {"dims": self.dims or [self.dim], "precisions": self.precisions, "indices": self.indices}
         return {name: tuple(dict.fromkeys(values)) for name, values in {**lists, "passages": passages}.items()}
 
@@ -115,15 +111,16 @@ def run(options: Options) -> None:
     """Evaluates, saves, prints."""
     if options.out:
         check_writable(options.out)
-        if not options.overwrite and (there := _saved_reports(options.out)):
+        if not options.overwrite and (there := _saved_reports(Path(options.out))):
             raise ValueError(f"{there[0]}: holds a report already; choose another --out, or --overwrite")
     dataset = load_data(options.data, options, merge=options.merge)
     metric = _table_metric(options, dataset)
-    embedder = load_encoder(options, adapter=options.adapter)
-    reports = embedft.evaluate_grid(embedder, dataset, **options.grid, **options.measures)
+    embedder = load_encoder(options)
+    exclude = {"exclude_identical_ids": not options.keep_identical_ids}
+    reports = embedft.evaluate_grid(embedder, dataset, **options.grid, **options.measures, **exclude)
     beside = _baselines(options, embedder, dataset, reports[0]) if options.bm25 else {}
     if options.out:
-        _save(options.out, reports, beside)
+        _save(Path(options.out), reports, beside)
     print_costs(embedder)
     if options.json:
         print(json.dumps(_as_json(reports, beside), indent=2))
@@ -155,7 +152,8 @@ def _baselines(options: Options, embedder, dataset: RetrievalDataset, report: Re
     tokenize = getattr(embedder, "tokenize", None)
     if tokenize is None:
         print("bm25 is over words: the model's tokens are not known", file=sys.stderr)
-    run = embedft.bm25_run(dataset, tokenize=tokenize, depth=options.depth)
+    exclude = not options.keep_identical_ids
+    run = embedft.bm25_run(dataset, tokenize=tokenize, depth=options.depth, exclude_identical_ids=exclude)
     runs = {"bm25": (run, {"index": "bm25", "tokens": "words" if tokenize is None else "the encoder's"})}
     if options.fuse:
         weight = options.fuse_weight

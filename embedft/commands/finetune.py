@@ -7,18 +7,18 @@ torchrun --nproc-per-node 2 -m embedft finetune sentence-transformers/all-MiniLM
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import embedft
 
-from ..config import REQUIRED, check_at_most_one, setting
+from ..config import REQUIRED, check_at_most_one, part, setting
 from ..encoders.loading import API_PREFIX
 from ..files import read_jsonl
 from ..losses.registry import describe_losses
 from ..recipe import VALIDATION, VALIDATION_BASE, FinetuneConfig
 from ..training import distributed, runs
-from .options import Data, Model, load_data, load_model, load_training_data
+from .options import DATASETS, Data, Model, load_data, load_model, load_training_data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +26,9 @@ class Options(FinetuneConfig, Model, Data):
     """Options of `embedft finetune`."""
 
     data: list[str] = setting(
-        REQUIRED,
-        "training data: QA JSON, BEIR folder, JSONL or CSV pairs; several are mixed (--sampling), each under the name"
-        " of its file or as NAME=DATA",
-        metavar="DATA",
-        positional=True,
+        REQUIRED, f"{DATASETS}; several are mixed, each as NAME=DATA or by file name", metavar="DATA", positional=True
     )
-    out: Path = setting(REQUIRED, "run folder; DIR/model gets the model", metavar="DIR")
+    out: str = setting(REQUIRED, "run folder; DIR/model gets the model", metavar="DIR")
     validation: str | None = setting(None, "held-out questions that choose the best weights", metavar="DATA")
     validation_split: str | None = setting(None, "of a BEIR folder [test, or the only one]")
     merge: bool = setting(True, "treat validation documents of equal text as one")
@@ -57,15 +53,15 @@ def run(options: Options) -> None:
         first = distributed.rank_and_size()[0] == 0
         if not first:
             os.environ["EMBEDFT_PROGRESS"] = "0"
-        config = FinetuneConfig(**{field.name: getattr(options, field.name) for field in fields(FinetuneConfig)})
         existing = "overwrite" if options.overwrite else "resume" if options.resume else "refuse"
-        distributed.from_first(lambda: runs.check_run(options.out, existing))
+        out, config = Path(options.out), part(options, FinetuneConfig)
+        distributed.from_first(lambda: runs.check_run(out, existing))
         embedder, dataset, validation = distributed.together(lambda: _load(options))
-        if first and existing == "resume" and not (options.out / runs.CONFIG).is_file():
+        if first and existing == "resume" and not (out / runs.CONFIG).is_file():
             print(f"{options.out}: no run to resume, starting a new one", file=sys.stderr)
-        embedft.finetune(embedder, dataset, config, validation=validation, out=options.out, existing=existing)
+        embedft.finetune(embedder, dataset, config, validation=validation, out=out, existing=existing)
         if first:
-            _print_summary(options, has_validation=validation is not None)
+            _print_summary(out, config.select, has_validation=validation is not None)
 
 
 def _load(options: Options) -> tuple:
@@ -91,19 +87,19 @@ def _sources(given: Sequence[str]) -> dict[str, str]:
     return sources
 
 
-def _print_summary(options: Options, *, has_validation: bool) -> None:
+def _print_summary(out: Path, select: str, *, has_validation: bool) -> None:
     """How long it was trained, whose weights were kept, what they gain, and where they are."""
-    records = [record for _, record in read_jsonl(options.out / runs.LOG)]
+    records = [record for _, record in read_jsonl(out / runs.LOG)]
     losses = [(record["step"], record["loss"]) for record in records if "loss" in record]
     if losses:
         print(f"{losses[-1][0]:,} steps, loss {losses[0][1]:.4f} -> {losses[-1][1]:.4f}")
     if has_validation:
-        values = {record["step"]: record["metrics"][options.select] for record in records if "metrics" in record}
+        values = {record["step"]: record["metrics"][select] for record in records if "metrics" in record}
         best = max(values, key=values.__getitem__)  # the first of equals
         kept = f"kept the weights of step {best:,} of {max(values):,}"
         kept = kept if best else "kept the base weights: no checkpoint improved on them"
-        print(f"{kept} ({options.select} {values[best]:.4f})")
-        before, after = (embedft.Report.load(options.out / runs.EVAL / name) for name in (VALIDATION_BASE, VALIDATION))
-        print(embedft.compare(before, after, metric=options.select))
+        print(f"{kept} ({select} {values[best]:.4f})")
+        before, after = (embedft.Report.load(out / runs.EVAL / name) for name in (VALIDATION_BASE, VALIDATION))
+        print(embedft.compare(before, after, metric=select))
         print("these questions chose the weights; to report a result, run embedft evaluate on others")
-    print(f"model: {options.out / runs.MODEL}")
+    print(f"model: {out / runs.MODEL}")

@@ -6,7 +6,6 @@ embedft finetune sentence-transformers/all-MiniLM-L6-v2 mined.jsonl --num-negati
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import embedft
@@ -15,7 +14,7 @@ from ..config import REQUIRED, setting
 from ..data.dataset import RetrievalDataset
 from ..files import check_writable
 from ..retrieval.metrics import has_relevant
-from .options import Data, Encoder, Windows, load_encoder, load_training_data, print_costs
+from .options import DATASETS, Adapted, Data, Windows, load_encoder, load_training_data, print_costs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,25 +28,19 @@ class Guards:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Encoder, Guards, Windows, Data):
+class Options(Adapted, Guards, Windows, Data):
     """Options of `embedft mine`."""
 
-    data: str = setting(
-        REQUIRED, "QA JSON, BEIR folder, JSONL or CSV pairs; its corpus is searched", metavar="DATA", positional=True
-    )
-    out: Path = setting(
-        REQUIRED, "gets the questions with their documents and negatives, without the other documents",
-        metavar="FILE.jsonl",
-    )  # fmt: skip
-    ranks: tuple[int, int] = setting((10, 100), "ranks of the documents to take negatives from", metavar="FIRST LAST")
+    data: str = setting(REQUIRED, f"{DATASETS}; its corpus is searched", metavar="DATA", positional=True)
+    out: str = setting(REQUIRED, "gets the questions, their documents and their negatives", metavar="FILE.jsonl")
+    ranks: list[int] = setting([10, 100], "ranks of the documents to take negatives from", metavar="FIRST LAST")
     num_negatives: int = setting(4, "negatives per question")
     sampling: Literal["random", "top"] = setting("random", "draw negatives from the ranks, or take the first")
     seed: int = setting(0, "of the draw")
-    adapter: Path | None = setting(None, "adapter that vectors go through", metavar="DIR")
     replace: bool = setting(False, "drop the negatives that DATA has; otherwise they come first")
 
     def __post_init__(self):
-        if self.out.suffix != ".jsonl":
+        if not self.out.endswith(".jsonl"):
             raise ValueError(f"--out is {self.out}, expected a name that ends in .jsonl, which holds negatives")
 
 
@@ -55,17 +48,16 @@ def run(options: Options) -> None:
     """Mines, and writes the pairs."""
     check_writable(options.out, file=True)
     dataset = load_training_data(options.data, options)
-    embedder = load_encoder(options, adapter=options.adapter)
+    embedder = load_encoder(options)
     names = ("ranks", "num_negatives", "seed", "sampling", "replace", "dim", "passages", *Guards.__annotations__)
     mined = embedft.mine(embedder, dataset, **{name: getattr(options, name) for name in names})
     counts = {q: len(mined.negatives.get(q, ())) for q in mined.queries if has_relevant(mined.qrels.get(q, {}))}
-    short = sum(count < options.num_negatives for count in counts.values())
     if not any(counts.values()):
         raise ValueError("no question has a negative, nothing is written: the margins or the ranks leave none")
-    if short:
+    if short := sum(count < options.num_negatives for count in counts.values()):
         print(
             f"{short:,} of {len(counts):,} questions have fewer than {options.num_negatives} negatives,"
-            f" {sum(count == 0 for count in counts.values()):,} have none; a later last rank finds more",
+            f" {list(counts.values()).count(0):,} have none; a later last rank finds more",
             file=sys.stderr,
         )
     pairs = _training_pairs(mined, list(counts))

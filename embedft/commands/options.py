@@ -18,26 +18,24 @@ import embedft
 
 from .. import config
 from ..config import REQUIRED, setting
-from ..corpus.chunks import Chunk, load_chunks
-from ..corpus.documents import SUFFIXES
 from ..data.dataset import RetrievalDataset
 
 if TYPE_CHECKING:
+    from ..corpus.chunks import Chunk
     from ..encoders.embedder import Embedder
     from ..encoders.openai_api import ApiEmbedder
 
+DATASETS = "QA JSON, BEIR folder, JSONL or CSV pairs"
+DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 # What `embedft chunk` writes and other commands read: one file, or two.
 WHOLE, TRAIN, VALIDATION = "chunks", "train", "validation"
-DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model(config.Options):
     """The model."""
 
-    model: str = setting(
-        REQUIRED, "folder, hub id, name of an installed package, or openai:MODEL", metavar="MODEL", positional=True
-    )
+    model: str = setting(REQUIRED, "folder, hub id, package, or openai:MODEL", metavar="MODEL", positional=True)
     device: str | None = setting(None, "cuda, cuda:1, mps or cpu [the best available]")
     revision: str | None = setting(None, "commit, tag or branch on the hub [the default branch]")
     query_prompt: str | None = setting(None, "text before each query, or the name of a prompt [the model's]")
@@ -50,10 +48,12 @@ class Api:
 
     base_url: str | None = setting(None, "of the server [OPENAI_BASE_URL, else api.openai.com]", metavar="URL")
     dimensions: int | None = setting(None, "dimensions to request [all]")
+    api_batch_size: int | None = setting(None, "texts per request [256, fewer if the server refuses]")
+    request: dict[str, Any] = setting({}, "more parameters to send with each request")
     too_long: Literal["refuse", "cut"] | None = setting(None, "what to do with texts that are too long [refuse]")
     price: float | None = setting(None, "money per million tokens")
     max_cost: float | None = setting(None, "never spend more, over all runs with this --ledger [no limit]")
-    ledger: Path | None = setting(None, "JSONL file with a line per request and its cost", metavar="FILE")
+    ledger: str | None = setting(None, "JSONL file with a line per request and its cost", metavar="FILE")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,14 @@ class Encoder(Model, Api):
     max_length: int | None = setting(None, "tokens after which a text is cut off [the model's]")
     dim: int | None = setting(None, "leading dimensions to keep [all]")
     dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "of the weights")
-    store: Path | None = setting(None, "keep vectors here, and compute only what is missing", metavar="DIR")
+    store: str | None = setting(None, "keep vectors here, and compute only what is missing", metavar="DIR")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapted(Encoder):
+    """An adapter."""
+
+    adapter: str | None = setting(None, "adapter that vectors go through", metavar="DIR")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +86,8 @@ class Data:
 class Windows:
     """Long documents."""
 
-    passages: tuple[int, int] | None = setting(
-        None,
-        "cut documents into windows of SIZE tokens, one every STRIDE, and score each by its best one [whole documents]",
-        metavar="SIZE STRIDE",
+    passages: list[int] | None = setting(
+        None, "score documents by the best window of SIZE tokens, one every STRIDE [whole]", metavar="SIZE STRIDE"
     )
 
 
@@ -90,20 +95,29 @@ def load_model(options: Model, **more: Any) -> "Embedder | ApiEmbedder":
     """The model of a command, on its device and with its prompts."""
     given = {"query": options.query_prompt, "document": options.document_prompt}
     prompts = {role: text for role, text in given.items() if text is not None} or None
+    if prompts and not options.model.startswith("openai:"):
+        from ..encoders.folder import MODEL_CONFIG_FILE, read_optional
+        from ..encoders.loading import find_folder
+
+        folder = find_folder(options.model, revision=options.revision)
+        named = read_optional(folder / MODEL_CONFIG_FILE).get("prompts") or {}
+        prompts = {**named, **{role: named.get(text, text) for role, text in prompts.items()}}
     settings = {"device": options.device, "revision": options.revision, "prompts": prompts}
     return embedft.load_embedder(options.model, **settings | more)
 
 
-def load_encoder(options: Encoder, **more: Any) -> "Embedder | ApiEmbedder":
+def load_encoder(options: Encoder) -> "Embedder | ApiEmbedder":
     """The model of a command that encodes: with its store, and its adapter when the command has such an option."""
     import torch
 
-    more |= {name: getattr(options, name) for name in Api.__annotations__ if getattr(options, name) is not None}
+    names = {"api_batch_size": "batch_texts", "request": "parameters"}
+    given = {name: getattr(options, name) for name in Api.__annotations__}
+    more = {names.get(name, name): value for name, value in given.items() if value not in (None, {})}
     more |= {"max_length": options.max_length, "dtype": getattr(torch, options.dtype), "store": options.store}
-    return load_model(options, **more)
+    return load_model(options, adapter=getattr(options, "adapter", None), **more)
 
 
-def load_data(path: str | Path, options: Data, *, split: str | None = None, merge: bool = True) -> RetrievalDataset:
+def load_data(path: str, options: Data, *, split: str | None = None, merge: bool = True) -> RetrievalDataset:
     """A dataset, with a note on stderr of the rows that --skip-empty dropped."""
     skip, split = options.skip_empty, split or options.split
     dataset = RetrievalDataset.load(path, format=options.format, merge=merge, skip_empty=skip, split=split)
@@ -112,10 +126,27 @@ def load_data(path: str | Path, options: Data, *, split: str | None = None, merg
     return dataset
 
 
-def load_training_data(path: str | Path, options: Data) -> RetrievalDataset:
+def load_training_data(path: str, options: Data) -> RetrievalDataset:
     """The training split of a dataset."""
     has_train = options.split is None and (Path(path) / "qrels" / "train.tsv").is_file()
     return load_data(path, options, split="train" if has_train else None)
+
+
+def load_chunk_files(path: Path) -> "dict[str, list[Chunk]]":
+    """{name of the file: its chunks}, of one file or of a folder that `embedft chunk` wrote."""
+    from ..corpus.chunks import load_chunks
+    from ..corpus.documents import SUFFIXES
+
+    if path.is_dir():
+        found = [file for name in (WHOLE, TRAIN, VALIDATION) if (file := path / f"{name}.jsonl").is_file()]
+        if not found:
+            raise ValueError(f"{path}: no {WHOLE}.jsonl and no {TRAIN}.jsonl in it")
+        return {file.stem: load_chunks(file) for file in found}
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file or folder")
+    if path.suffix.lower() in SUFFIXES:
+        raise ValueError(f"{path}: a document, expected its chunks: cut it with `embedft chunk` first")
+    return {path.stem: load_chunks(path)}
 
 
 def print_costs(embedder: "Embedder | ApiEmbedder") -> None:
@@ -138,29 +169,8 @@ def format_bytes(number: int) -> str:
     return f"{value:.3g} {units[0]}"
 
 
-def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Rows of cells, aligned to the left in columns two blanks apart."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def load_chunk_files(path: Path) -> dict[str, list[Chunk]]:
-    """{name of the file: its chunks}, of one file or of a folder that `embedft chunk` wrote."""
-    if path.is_dir():
-        found = [file for name in (WHOLE, TRAIN, VALIDATION) if (file := path / f"{name}.jsonl").is_file()]
-        if not found:
-            raise ValueError(f"{path}: no {WHOLE}.jsonl and no {TRAIN}.jsonl in it")
-        return {file.stem: load_chunks(file) for file in found}
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file or folder")
-    if path.suffix.lower() in SUFFIXES:
-        raise ValueError(f"{path}: a document, expected its chunks: cut it with `embedft chunk` first")
-    return {path.stem: load_chunks(path)}
-
-
-def short_names(folders: Sequence[str | Path]) -> list[str]:
-    """Each path without what all of them begin and end with; of one path its last part; repeated ones get a number."""
+def short_names(folders: Sequence[str]) -> list[str]:
+    """Each path without what all of them begin and end with; one given again gets a number."""
     parts = [Path(folder).resolve().parts for folder in folders]
     for step in (0, -1):  # from the front, then from the back
         while min(map(len, parts)) > 1 and len({path[step] for path in parts}) == 1:

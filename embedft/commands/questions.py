@@ -7,7 +7,7 @@ embedft questions chunks --out questions --method ict
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from typing import Any, Literal
 import embedft
 
 from .. import config
-from ..config import REQUIRED, changed, setting
+from ..config import REQUIRED, changed, part, setting
 from ..corpus import pseudo
 from ..corpus.chunks import Chunk
 from ..corpus.cleaning import Cleaned, clean, drop_held_out, round_trip
@@ -34,12 +34,10 @@ class LanguageModel(QuestionConfig):
     """A language model (--method llm; the key comes from OPENAI_API_KEY)."""
 
     base_url: str | None = setting(None, "of an OpenAI-compatible server [api.openai.com]", metavar="URL")
-    template: Path | None = setting(None, "prompt with {text} and {num_questions} [the project's own]", metavar="FILE")
+    template: str | None = setting(None, "prompt with {text} and {num_questions} [the project's own]", metavar="FILE")
     dry_run: bool = setting(False, "print what it would cost, and send nothing")
     clean: bool = setting(True, "drop questions that ask nothing, point at their source, copy it or repeat another")
-    round_trip: int | None = setting(
-        None, "keep training questions whose chunk the base ranks among its first K [all]", metavar="K"
-    )
+    round_trip: int | None = setting(None, "keep questions whose chunk the base ranks in its top K [all]", metavar="K")
     base: str = setting(DEFAULT_MODEL, "model for --round-trip")
 
 
@@ -48,20 +46,15 @@ class Options(LanguageModel, config.Options):
     """Options of `embedft questions`."""
 
     sources: list[str] = setting(
-        REQUIRED, "what `embedft chunk` wrote, or JSONL of objects with `id` and `text`; for docstring: packages",
-        metavar="SOURCE", positional=True,
-    )  # fmt: skip
-    out: Path = setting(REQUIRED, "gets the datasets, the replies and a report", metavar="DIR")
+        REQUIRED, "chunks, or JSONL with `id` and `text`; docstring: packages", metavar="SOURCE", positional=True
+    )
+    out: str = setting(REQUIRED, "gets the datasets, the replies and a report", metavar="DIR")
     method: Literal["llm", "ict", "title", "docstring"] = setting(
-        "llm", "a language model; a sentence of each chunk; its heading; docstrings of packages"
+        "llm", "ict: a sentence of each chunk; title: heading"
     )
     seed: int = setting(0, "of ict and docstring")
-    validation: bool = setting(
-        False, "SOURCE is for validation: ict takes every sentence out of its chunk; no round trip"
-    )
-    num_docstrings: tuple[int, int] = setting(
-        (2_000, 1_000), "docstrings for training and validation", metavar="TRAIN VALIDATION"
-    )
+    validation: bool = setting(False, "SOURCE is for validation: ict takes sentences out of chunks; no round trip")
+    num_docstrings: list[int] = setting([2_000, 1_000], "docstrings for training and validation", metavar="N N")
 
     def __post_init__(self):
         if self.round_trip is not None and self.round_trip < 1:
@@ -115,15 +108,15 @@ def _pseudo(options: Options, sides: dict[str, list[Chunk]]) -> int:
 
 def _ask(options: Options, sides: dict[str, list[Chunk]]) -> int:
     """Questions by a language model."""
-    settings = QuestionConfig(**{field.name: getattr(options, field.name) for field in fields(QuestionConfig)})
+    settings, out = part(options, QuestionConfig), Path(options.out)
     template = read_text(options.template) if options.template else TEMPLATE
     # One job, so that the sides share a budget, and in turn, so that each has its part when it runs out.
     turns = [((i + 0.5) / len(side), chunk) for side in sides.values() for i, chunk in enumerate(side)]
     chunks = list({chunk.id: chunk for _, chunk in sorted(turns, key=lambda turn: turn[0])}.values())
     if options.dry_run:
-        print(_format_estimate(estimate(chunks, settings, folder=options.out, template=template)))
+        print(_format_estimate(estimate(chunks, settings, folder=out, template=template)))
         return 0
-    outcome = write_questions(chunks, settings, folder=options.out, template=template, base_url=options.base_url)
+    outcome = write_questions(chunks, settings, folder=out, template=template, base_url=options.base_url)
     print(_format_totals(outcome))
     report: dict[str, Any] = {}
     datasets: dict[str, RetrievalDataset] = {}
@@ -152,7 +145,7 @@ def _ask(options: Options, sides: dict[str, list[Chunk]]) -> int:
         print(f"{count:,} without questions: {reason}", file=sys.stderr)
     print(
         f"{len(outcome.missing):,} of {len(chunks):,} chunks have no questions; the same command asks for those alone "
-        f"(all reasons: {options.out / REPORT})",
+        f"(all reasons: {out / REPORT})",
         file=sys.stderr,
     )
     return 1
@@ -195,7 +188,8 @@ def _format_totals(outcome: Outcome) -> str:
     return f"{text}\n{outcome.stopped}" if outcome.stopped else text
 
 
-def _save(out: Path, datasets: Mapping[str, RetrievalDataset], *, stale=(), report: dict | None = None) -> None:
+def _save(folder: str, datasets: Mapping[str, RetrievalDataset], *, stale=(), report: dict | None = None) -> None:
+    out = Path(folder)
     with replace_files(out, stale=stale) as new:
         for name, dataset in datasets.items():
             dataset.save(new / f"{name}.json", format="llamaindex")

@@ -27,8 +27,8 @@ from .options import (
     TRAIN,
     VALIDATION,
     WHOLE,
+    Adapted,
     Data,
-    Encoder,
     Windows,
     load_chunk_files,
     load_data,
@@ -41,19 +41,13 @@ SHOWN_LINES, WIDEST = 4, 100  # of a document's beginning; windows and --full ar
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Encoder, Windows, Data):
+class Options(Adapted, Windows, Data):
     """Options of `embedft search`."""
 
-    data: str = setting(
-        REQUIRED, "what `embedft chunk` wrote, or a dataset, whose documents are searched", metavar="DATA",
-        positional=True,
-    )  # fmt: skip
-    question: str | None = setting(
-        None, "what to ask; without it, questions are read, one a line", metavar="[QUESTION]", positional=True
-    )
+    data: str = setting(REQUIRED, "what `embedft chunk` wrote, or a dataset", metavar="DATA", positional=True)
+    question: str | None = setting(None, "else questions are read, one a line", metavar="[QUESTION]", positional=True)
     depth: int = setting(5, "documents to show")
     hybrid: bool = setting(False, "fuse with BM25 by z-scores, half each")
-    adapter: Path | None = setting(None, "adapter that vectors go through", metavar="DIR")
     full: bool = setting(False, "show texts in full")
     json: bool = setting(False, "print an object per question, with the full texts")
 
@@ -68,7 +62,7 @@ class Options(Encoder, Windows, Data):
 def run(options: Options) -> None:
     """Answers the question, or each one that is read."""
     dataset, places = _load_documents(options)
-    embedder = load_encoder(options, adapter=options.adapter)
+    embedder = load_encoder(options)
     depth = max(options.depth, FUSED_DEPTH) if options.hybrid else options.depth
     searcher = embedft.Searcher(embedder, dataset, depth=depth, dim=options.dim, passages=options.passages)
     bm25 = _bm25(embedder, dataset) if options.hybrid else None

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from .. import config
 from ..config import REQUIRED, check_at_most_one, setting
-from ..encoders.store import Store
-from .options import format_bytes, print_table
+from .options import format_bytes
 
 DAY_SECONDS = 86_400
 SHOWN_ROWS = 5  # damaged rows that --verify names of each space
@@ -21,7 +20,7 @@ SHOWN_ROWS = 5  # damaged rows that --verify names of each space
 class Options(config.Options):
     """Options of `embedft store`."""
 
-    store: Path = setting(REQUIRED, "folder that --store of another command made", metavar="DIR", positional=True)
+    store: str = setting(REQUIRED, "folder that --store of another command made", metavar="DIR", positional=True)
     verify: bool = setting(False, "read everything; exit code 1 when a row is damaged")
     repair: bool = setting(False, "drop damaged rows; their texts are encoded again when next needed")
     prune: list[str] | None = setting(None, "remove these spaces, by the names that are listed", metavar="SPACE ...")
@@ -35,23 +34,34 @@ class Options(config.Options):
 
 def run(options: Options) -> int:
     """Does what was asked for; lists the spaces when nothing was."""
-    if not options.store.is_dir():
+    from ..encoders.store import Store
+
+    if not Path(options.store).is_dir():
         raise ValueError(f"{options.store}: no such folder")
     store = Store(options.store)
+    spaces = store.spaces()
     if options.prune or options.prune_unused is not None:
         latest = time.time() - (options.prune_unused or 0) * DAY_SECONDS
-        unused = (name for name, found in store.spaces().items() if found.last_used < latest)
-        names = list(dict.fromkeys(options.prune or unused))
-        before = store.num_bytes()
+        unused = (name for name, found in spaces.items() if found.last_used < latest)
+        names, before = list(dict.fromkeys(options.prune or unused)), store.num_bytes()
         store.prune(*names)
         print(f"{store.folder}: removed {len(names)} spaces, {format_bytes(before - store.num_bytes())}")
         return 0
     if options.verify or options.repair:
-        return max([_verify(store, name, repair=options.repair) for name in store.spaces()], default=0)
-    return _list(store)
+        return max([_verify(store, name, repair=options.repair) for name in spaces], default=0)
+    rows = [("space", "texts", "dim", "size", "last use", "role", "max_length", "model")]
+    for name, found in spaces.items():
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(found.last_used))
+        more = (str(found.space.description.get(key, "")) for key in ("role", "max_length", "model"))
+        rows.append((name, f"{found.num_texts:,}", str(found.space.dim), format_bytes(found.num_bytes), used, *more))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(f"\n{store.folder}: {len(spaces)} spaces, {format_bytes(store.num_bytes())}")
+    return 0
 
 
-def _verify(store: Store, name: str, *, repair: bool) -> int:
+def _verify(store, name: str, *, repair: bool) -> int:
     """Prints the state of a space, and returns the exit code."""
     try:
         num_rows, damaged = store.verify(name, repair=repair)
@@ -65,14 +75,3 @@ def _verify(store: Store, name: str, *, repair: bool) -> int:
     state = "damaged and dropped" if repair else "damaged"
     print(f"{name}: {len(damaged):,} of {num_rows:,} rows {state}: {shown}")
     return 0 if repair else 1
-
-
-def _list(store: Store) -> int:
-    rows = [("space", "texts", "dim", "size", "last use", "role", "max_length", "model")]
-    for name, found in store.spaces().items():
-        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(found.last_used))
-        more = (str(found.space.description.get(key, "")) for key in ("role", "max_length", "model"))
-        rows.append((name, f"{found.num_texts:,}", str(found.space.dim), format_bytes(found.num_bytes), used, *more))
-    print_table(rows)
-    print(f"\n{store.folder}: {len(rows) - 1} spaces, {format_bytes(store.num_bytes())}")
-    return 0
