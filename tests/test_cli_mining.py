@@ -145,7 +145,7 @@ def test_a_store_and_an_adapter(place, capsys):
         (["--out", "mined.csv"], "--out is mined.csv, expected a name that ends in .jsonl, which holds"),
         (["--out", "pairs.json/m.jsonl"], "pairs.json/m.jsonl: cannot be written to"),
         (["--out", "m.jsonl"], "ranks start at 10, but the corpus has 9 documents"),
-        (["--out", "m.jsonl", "--ranks", "3", "2"], "ranks is (3, 2), expected the first and last rank"),
+        (["--out", "m.jsonl", "--ranks", "3", "2"], "ranks is [3, 2], expected the first and last rank"),
         (["--out", "m.jsonl", *RANKS, "--relative-margin", "-1"], "relative_margin is -1.0, expected at least 0"),
         (["--out", "m.jsonl", *RANKS, "--max-score", "-1"], "no question has a negative, nothing"),
     ],

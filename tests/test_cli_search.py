@@ -130,7 +130,7 @@ def test_hybrid_of_a_model_that_shows_no_tokens(place, capsys, monkeypatch):
         similarity, store = "cosine", None
         encode = staticmethod(make_embedder(place / "model").encode)
 
-    monkeypatch.setattr("embedft.commands.search.load_encoder", lambda options, adapter: Silent())
+    monkeypatch.setattr("embedft.commands.search.load_encoder", lambda options: Silent())
     (place / "two.jsonl").write_text('{"id": "x", "text": "abc a"}\n{"id": "y", "text": "ab c a"}\n')
     (_, _, first), (_, _, second) = rows_of(run(capsys, "two.jsonl", "abc", "--hybrid"))
     assert (first, second) == ("x", "y")

@@ -11,7 +11,7 @@ from typing import Literal
 from .. import config
 from ..config import REQUIRED, setting
 from ..files import check_writable
-from ..retrieval.report import Report, compare_seeds
+from ..retrieval.report import Report, compare_seeds, paired_values
 from ..retrieval.tables import Style, compare_all, format_comparisons
 from .options import short_names
 
@@ -46,8 +46,13 @@ def run(options: Options) -> None:
     if options.save_plot:
         check_writable(options.save_plot, file=True)
     reports = [_load(Path(folder)) for folder in options.reports]
-    models = [f" ({model})" if (model := report.setting.get("model")) else "" for report in reports]
-    base_name, *names = [name + model for name, model in zip(short_names(options.reports), models, strict=True)]
+    named = zip(short_names(options.reports), (report.setting.get("model") for report in reports), strict=True)
+    base_name, *names = [name if model in (None, name) else f"{name} ({model})" for name, model in named]
+    for folder, report in zip(options.reports[1:], reports[1:], strict=True):
+        try:
+            paired_values(reports[0], [report], options.metric[0])
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
     bases, others = reports[: options.bases], reports[options.bases :]
     comparisons: dict[str, list] = {f"{len(others)} seeds": []} if options.seeds else {name: [] for name in names}
     for metric in dict.fromkeys(options.metric):
