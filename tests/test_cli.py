@@ -181,7 +181,7 @@ def test_a_reader_that_goes_is_no_error(place):
         ("info model more", "embedft info: error: unexpected argument 'more'"),
         ("info model --loss.temperature 1", "embedft info: error: unknown option --loss.temperature"),
         ("info ./missing", "embedft info: error: ./missing: no such folder"),
-        ("info .", "embedft info: error: .: no config.json, so this is no model folder"),
+        ("info .", "embedft info: error: .: no config.json"),
         ("info model --device toaster", "embedft info: error: device is 'toaster', expected one that is there"),
         ("info model --device cuda:99", "embedft info: error: device is 'cuda:99', expected one that is there"),
         ("encode model missing.txt --out x.npy", "embedft encode: error: missing.txt: No such file or directory"),
