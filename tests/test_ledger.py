@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from embedft.api.ledger import Ledger, Totals
+from embedft.api.ledger import Ledger, Totals, check_outcome
 from embedft.api.sending import Job
 
 
@@ -60,7 +60,7 @@ def test_outcomes_in_the_ledger_itself(tmp_path):
     assert again.reserve(large) == 4
     with path.open("a") as file:
         file.write('{"usage": null, "cost": null}\n')
-    with pytest.raises(ValueError, match=r"line 7: has no 'request', is it a ledger\?"):
+    with pytest.raises(ValueError, match=r"line 7: request is 'missing'"):
         Ledger(path)
 
 
@@ -129,5 +129,48 @@ def test_a_file_that_is_no_ledger_is_refused(tmp_path):
     Ledger(path).reserve(job("a"))
     with open(path, "a") as file:
         file.write('{"request": 2, "most_prompt_tokens": 3, "most_cost": null}\n')
-    with pytest.raises(ValueError, match=r"ledger\.jsonl line 2: has no 'most_reply_tokens', is it a ledger\?"):
+    with pytest.raises(ValueError, match=r"ledger\.jsonl line 2: most_reply_tokens is 'missing'"):
         Ledger(path)
+
+
+def reservation(**changed) -> dict:
+    return {"request": 1, "key": "a", "most_prompt_tokens": 1, "most_reply_tokens": 1, "most_cost": None, **changed}
+
+
+def outcome(**changed) -> dict:
+    return {"request": 1, "usage": {"prompt_tokens": 1, "completion_tokens": 2}, "cost": 0.5, **changed}
+
+
+@pytest.mark.parametrize(
+    ("record", "field"),
+    [
+        (reservation(request="1"), "request is '1'"),
+        (reservation(request=-1), "request is '-1'"),
+        (reservation(request=True), "request is 'True'"),
+        (reservation(most_prompt_tokens=None), "most_prompt_tokens is 'None'"),
+        (reservation(most_cost="1"), "most_cost is '1'"),
+        (reservation(most_cost=float("nan")), "most_cost is 'nan'"),
+        (outcome(request=None), "request is 'None'"),
+        (outcome(usage=3), "usage is '3'"),
+        (outcome(usage={"prompt_tokens": 1}), "usage is "),
+        (outcome(usage={"prompt_tokens": 1, "completion_tokens": 10**400}), "usage is "),
+        (outcome(cost=float("inf")), "cost is 'inf'"),
+        (outcome(cost=-1), "cost is '-1'"),
+        (outcome(cost=10**400), "cost is '1000"),
+    ],
+)
+def test_malformed_lines_are_named(tmp_path, record, field):
+    path = tmp_path / "ledger.jsonl"
+    path.write_text(json.dumps(reservation()) + "\n" + json.dumps(record) + "\n")
+    with pytest.raises(ValueError, match=rf"ledger\.jsonl line 2: {field}"):
+        Ledger(path)
+    if "usage" in record:
+        with pytest.raises(ValueError, match=rf"replies\.jsonl line 7: {field}"):
+            check_outcome(record, "replies.jsonl line 7")
+
+
+def test_lines_that_are_as_they_should_be(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    records = [reservation(), outcome(), reservation(request=2, most_cost=3), outcome(request=2, usage=None, cost=None)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert Ledger(path, prices=(1.0, 1.0)).totals() == Totals(2, 1, 2, 1, 0.5, 3.0)

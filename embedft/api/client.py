@@ -1,4 +1,4 @@
-"""Sends one request of the OpenAI protocol and classifies what comes back. The only file that imports openai.
+"""One request of the OpenAI protocol, and what comes back classified. The only file that imports openai.
 
 Not here: what is asked and what a good reply is (corpus/questions.py, endpoint.py); when to send (sending.py).
 
@@ -14,7 +14,7 @@ from collections.abc import Coroutine, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from .ledger import MAX_TOKENS, USAGE
+from .ledger import USAGE, is_count
 from .sending import Response, retry_after_seconds
 from .server import Server
 
@@ -23,8 +23,8 @@ FREE_SERVER_ERRORS = (500, 503, 529)
 FREE = (0, 0)
 # Connection errors before a byte of the request was sent: by name, because openai chooses the HTTP library.
 NEVER_SENT = ("ConnectError", "ConnectTimeout", "PoolTimeout")
-# Wrong for every request: key, money, permission, address. Other 4xx are about this one request.
-STOP = (401, 402, 403, 404, 405, 407)
+# Redirects, and what is wrong with every request: key, money, permission, address. Other 4xx are about this request.
+STOP = (*range(300, 400), 401, 402, 403, 404, 405, 407)
 RETRY = (408, 409, 425, 429)
 OVERLOADED = (502, 503, 504, 529)  # another 5xx may be a refusal: llama.cpp, Ollama and LiteLLM refuse with 500
 HINTS = {
@@ -42,11 +42,11 @@ class Client:
 
         self.server, self.timeout_seconds = server, timeout_seconds
         self.openai = openai.AsyncOpenAI(
-            api_key=self.server.key,
-            base_url=self.server.url,
-            default_query=self.server.query,
+            api_key=server.key,
+            base_url=server.url,
+            default_query=server.query,
             # Azure's deployments, which are addressed with a version, look for the key here.
-            default_headers={"api-key": self.server.key} if "api-version" in self.server.query else None,
+            default_headers={"api-key": server.key} if "api-version" in server.query else None,
             max_retries=0,
             timeout=timeout_seconds,
             http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False),
@@ -89,20 +89,23 @@ class Client:
     def _failed(self, status: int, text: str, headers: Mapping[str, str]) -> Response:
         """A response with an HTTP status other than 200, or an error inside a 200."""
         message, codes = _read_error(text)
-        reason = self.line(f"{status}: {message}")
-        usage = FREE if (300 <= status < 500 and status != 408) or status in FREE_SERVER_ERRORS else None
         if 300 <= status < 400:
             target = headers.get("location", "").partition("?")[0] or "nowhere"
-            reason = self.line(f"{status}: redirects to {target}, which is not followed (set base_url to it)")
-        if status in STOP or 300 <= status < 400 or (status == 429 and "insufficient_quota" in codes):
-            return Response("failed", "stop", reason + HINTS.get(status, ""), usage=usage)
-        if status in RETRY or status >= 500:
-            pause = retry_after_seconds(headers, time.time())
-            may_be_refusal = status >= 500 and status not in OVERLOADED and pause is None
-            return Response(
-                "failed", "retry", reason, usage=usage, retry_after_seconds=pause, may_be_refusal=may_be_refusal
-            )
-        return Response("failed", "drop", reason, usage=usage, suspect=True)
+            message = f"redirects to {target}, which is not followed (set base_url to it)"
+        reason, action, pause = self.line(f"{status}: {message}"), "drop", None
+        if status in STOP or (status == 429 and "insufficient_quota" in codes):
+            action, reason = "stop", reason + HINTS.get(status, "")
+        elif status in RETRY or status >= 500:
+            action, pause = "retry", retry_after_seconds(headers, time.time())
+        return Response(
+            "failed",
+            action,
+            reason,
+            usage=FREE if (300 <= status < 500 and status != 408) or status in FREE_SERVER_ERRORS else None,
+            retry_after_seconds=pause,
+            may_be_refusal=status >= 500 and status not in OVERLOADED and pause is None,
+            suspect=action == "drop",
+        )
 
     def clean(self, text: str) -> str:
         """Text that may be stored: without secrets, and without unpaired surrogates, which JSON can spell."""
@@ -122,26 +125,19 @@ def _parse(text: str) -> Any:
 
 
 def _read_error(text: str) -> tuple[str, tuple[Any, Any]]:
-    """The message in the body of an error, or the body itself, and its code and type."""
+    """The message in the body of an error, or else the body itself, and its code and type."""
     body = _parse(text)
     error = body.get("error", body) if isinstance(body, dict) else None
-    if not isinstance(error, dict):
-        return error if isinstance(error, str) else text, (None, None)
+    error = error if isinstance(error, dict) else {"message": error}
     message = error.get("message")
     return message if isinstance(message, str) and message else text, (error.get("code"), error.get("type"))
 
 
 def reported_usage(reply: Mapping[str, Any], *, writes: bool) -> tuple[int, int] | None:
-    """Tokens of prompt and reply that a reply reports; None for no report, or an absurd one.
-
-    Args:
-        writes: a chat completion reports both, embeddings only the prompt.
-    """
+    """Tokens of prompt and reply that a reply reports (embeddings: `writes` false, no reply); None for no report."""
     usage = reply.get("usage")
-    counts = tuple(usage.get(name) for name in USAGE[: 1 + writes]) if isinstance(usage, dict) else (None,)
-    if not all(type(count) is int and 0 <= count <= MAX_TOKENS for count in counts):
-        return None
-    return counts if writes else (*counts, 0)
+    counts = [usage.get(name) for name in USAGE[: 1 + writes]] if isinstance(usage, dict) else [None]
+    return (*counts, 0)[:2] if all(map(is_count, counts)) else None
 
 
 def message_text(content: Any) -> str:

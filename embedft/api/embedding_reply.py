@@ -1,9 +1,7 @@
 """The reply to POST /embeddings: one vector per text, as numbers or base64.
 
-    vectors = read_vectors(reply, num_texts=256)      # each an array [D], or a sentence that says what is wrong
-    unit_MD, is_good_M = unit_rows(np.stack(vectors))
-
-Shapes: M texts of a request, D features.
+vectors = read_vectors(reply, num_texts=256)      # each an array [D], or what is wrong with it
+unit_MD = unit_rows(np.stack(vectors))
 """
 
 import base64
@@ -54,12 +52,9 @@ def _decode(value: Any) -> np.ndarray | str:
     return vector if vector.any() else "a vector of length zero"
 
 
-def unit_rows(vectors_MD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """float64 rows scaled to length one, as float32, and which could be: those that are finite and not all zero."""
-    peak_M1 = np.abs(vectors_MD).max(axis=1, keepdims=True)
-    is_good_M = np.isfinite(peak_M1[:, 0]) & (peak_M1[:, 0] > 0)
+def unit_rows(vectors_MD: np.ndarray) -> np.ndarray:
+    """Rows scaled to length one, as float32; NaN where a row is all zero."""
     # By the largest value first: squares of very large or small values leave the range of float64.
-    scaled_MD = np.divide(vectors_MD, peak_M1, out=np.zeros_like(vectors_MD), where=is_good_M[:, None])
-    lengths_M1 = np.linalg.norm(scaled_MD, axis=1, keepdims=True)
-    unit_MD = np.divide(scaled_MD, lengths_M1, out=scaled_MD, where=is_good_M[:, None])
-    return unit_MD.astype(np.float32), is_good_M
+    with np.errstate(invalid="ignore"):
+        scaled_MD = vectors_MD / np.abs(vectors_MD).max(axis=1, keepdims=True)
+        return (scaled_MD / np.linalg.norm(scaled_MD, axis=1, keepdims=True)).astype(np.float32)

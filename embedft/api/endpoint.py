@@ -1,12 +1,10 @@
 """Embeddings of many texts from one server and model: batches, cuts, faults and costs.
 
-Not here: which texts are needed and where vectors go (encoders/openai_api.py), replies (embedding_reply.py), a request
-(client.py), rates, retries and splitting (sending.py).
+Not here: which texts are needed and where vectors go (encoders/openai_api.py), what a reply contains
+(embedding_reply.py), one request (client.py), rates, retries and other forms of what is refused (sending.py).
 
     endpoint = Endpoint("text-embedding-3-small", price=0.02, max_cost=1.00)
     endpoint.fetch({"a text": 0}, prompt="", keep=vectors.update)
-
-Shapes: M texts of one request, D features.
 """
 
 import hashlib
@@ -16,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +40,8 @@ ENCODING_FORMATS = ("base64", "float", None)  # base64 is a third of the size; N
 class ApiCosts:
     """What an `ApiEmbedder` did so far, without earlier runs of its ledger.
 
-    `cost` is that of the `num_tokens` the server reported (None without a price); `num_unreported` requests had no
-    report. `num_computed` texts were paid for and `num_stored` came from the store.
+    `cost` is that of the `num_tokens` reported (None without a price); `num_unreported` requests had no report.
+    `num_computed` texts were paid for and `num_stored` came from the store.
     """
 
     num_requests: int = 0
@@ -56,17 +54,15 @@ class ApiCosts:
     def __str__(self) -> str:
         cost = "" if self.cost is None else f", cost {self.cost:.6f}".rstrip("0").rstrip(".")
         unreported = f" ({self.num_unreported:,} without a report)" if self.num_unreported else ""
-        return (
-            f"{self.num_computed:,} texts computed, {self.num_stored:,} from the store: {self.num_requests:,} requests"
-            f"{unreported}, {self.num_tokens:,} tokens{cost}"
-        )
+        texts = f"{self.num_computed:,} texts computed, {self.num_stored:,} from the store"
+        return f"{texts}: {self.num_requests:,} requests{unreported}, {self.num_tokens:,} tokens{cost}"
 
 
 @dataclass(eq=False)
 class Batch:
-    """Texts of one request. `whole`: the refused batch that it is half of; `parts`: how many halves are not done.
+    """Texts of one request, perhaps a half of the refused batch `whole`, of which `parts` were not taken yet.
 
-    `num_failures`: of the sender, when it was refused.
+    `num_failures`: those of the sender when the batch was refused.
     """
 
     texts: list[str]
@@ -75,6 +71,7 @@ class Batch:
     num_failures: int = 0
 
 
+@dataclass
 class Endpoint:
     """POST /embeddings of a server, for one model. `dim`: features, 0 until known. `costs`: so far.
 
@@ -83,72 +80,66 @@ class Endpoint:
         base_url: such as http://localhost:8000/v1; None: OPENAI_BASE_URL, else api.openai.com.
         dimensions: features to ask the server for; None: all.
         parameters: sent with each request as they are, such as {"input_type": "query"}.
-        too_long: what to do with a text that the server refuses alone. "refuse": an error that names it. "cut": it is
-            cut at 8 characters per token of `max_tokens`, then by a tenth at a time, at whitespace, until it is taken.
+        too_long: what to do with a text that the server refuses alone. "refuse": an error that names it. "cut": cut it
+            at 8 characters per token of `max_tokens`, then by a tenth at a time, at whitespace, until it is taken.
         max_tokens: of a text, prompt included; None: 8,191 at api.openai.com, elsewhere unknown.
         batch_texts: texts per request, at most 2,048. A refused batch is sent in halves; if both are taken, later
             batches have that size.
-        concurrency: requests in flight at once.
+        concurrency: requests in flight at once. max_attempts: requests for a batch. timeout_seconds: of a request.
         requests_per_minute, tokens_per_minute: never more in 60 seconds.
         price: money per million tokens. max_cost: never spend more, over all runs of the ledger (without one, of this
             object). Until the server reports, a byte counts as a token.
         ledger: a JSONL file with a line before and after each request; one process at a time.
-        max_attempts: requests for a batch. timeout_seconds: of one request.
 
     Raises:
         ValueError: no address of a server, no key for api.openai.com, or a setting out of range.
     """
 
-    def __init__(
-        self,
-        model: str,
-        *,
-        base_url: str | None = None,
-        dimensions: int | None = None,
-        parameters: Mapping[str, Any] | None = None,
-        too_long: str = "refuse",
-        max_tokens: int | None = None,
-        batch_texts: int = 256,
-        concurrency: int = 8,
-        requests_per_minute: int | None = None,
-        tokens_per_minute: int | None = None,
-        price: float | None = None,
-        max_cost: float | None = None,
-        ledger: str | Path | None = None,
-        max_attempts: int = 6,
-        timeout_seconds: float = 60.0,
-    ):
-        if not model.strip():
+    model: str
+    _: KW_ONLY
+    base_url: str | None = None
+    dimensions: int | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    too_long: str = "refuse"
+    max_tokens: int | None = None
+    batch_texts: int = 256
+    concurrency: int = 8
+    max_attempts: int = 6
+    timeout_seconds: float = 60.0
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    price: float | None = None
+    max_cost: float | None = None
+    ledger: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if not self.model.strip():
             raise ValueError("model is empty, expected a name that the server knows")
-        positive = {"dimensions": dimensions, "max_tokens": max_tokens, "concurrency": concurrency}
-        positive |= {"requests_per_minute": requests_per_minute, "tokens_per_minute": tokens_per_minute}
-        positive |= {"max_cost": max_cost, "max_attempts": max_attempts, "timeout_seconds": timeout_seconds}
-        for name, value in positive.items():
+        positive = ("dimensions", "max_tokens", "concurrency", "requests_per_minute", "tokens_per_minute", "max_cost")
+        for name in (*positive, "max_attempts", "timeout_seconds"):
+            value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}, expected more than 0")
-        if not 1 <= batch_texts <= MAX_BATCH_TEXTS:
-            raise ValueError(f"batch_texts is {batch_texts}, expected 1 to {MAX_BATCH_TEXTS:,}")
-        if price is not None and not 0 <= price < math.inf:
-            raise ValueError(f"price is {price}, expected at least 0")
-        if max_cost is not None and price is None:
+        if not 1 <= self.batch_texts <= MAX_BATCH_TEXTS:
+            raise ValueError(f"batch_texts is {self.batch_texts}, expected 1 to {MAX_BATCH_TEXTS:,}")
+        if self.price is not None and not 0 <= self.price < math.inf:
+            raise ValueError(f"price is {self.price}, expected at least 0")
+        if self.max_cost is not None and self.price is None:
             raise ValueError("max_cost needs price, the money per million tokens")
-        if too_long not in TOO_LONG:
-            raise ValueError(f"too_long is {too_long!r}, expected one of {', '.join(TOO_LONG)}")
-        for name in {"model", "input", "dimensions"} & (parameters or {}).keys():
+        if self.too_long not in TOO_LONG:
+            raise ValueError(f"too_long is {self.too_long!r}, expected one of {', '.join(TOO_LONG)}")
+        for name in {"model", "input", "dimensions"} & self.parameters.keys():
             raise ValueError(f"parameters: {name!r} is set by embedft itself and cannot be sent as a parameter")
-        self.model, self.server = model, Server.find(base_url)
-        self.name = f"{self.server.name}, {model}"
-        self.dimensions, self.dim, self.parameters = dimensions, dimensions or 0, dict(parameters or {})
-        self.too_long, self.batch_texts = too_long, batch_texts
-        self.max_tokens = OPENAI_MAX_TOKENS if max_tokens is None and self.server.is_openai else max_tokens
-        self.concurrency, self.max_attempts, self.timeout_seconds = concurrency, max_attempts, timeout_seconds
+        self.server, self.dim = Server.find(self.base_url), self.dimensions or 0
+        self.name, self.base_url = f"{self.server.name}, {self.model}", self.server.name  # without its secrets
+        if self.server.is_openai and self.max_tokens is None:
+            self.max_tokens = OPENAI_MAX_TOKENS
         # These outlast a call: a minute does not start anew with each, and what the server accepts stays accepted.
-        self.rate = RateLimit(requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute)
+        self.rate = RateLimit(requests_per_minute=self.requests_per_minute, tokens_per_minute=self.tokens_per_minute)
         self.forms = Forms([None] if "encoding_format" in self.parameters else ENCODING_FORMATS)
-        self.prices, self.max_cost = None if price is None else (price, 0.0), max_cost
-        self.ledger_path = None if ledger is None else Path(ledger)
-        self.ledger = Ledger(None, prices=self.prices, max_cost=max_cost)
-        self.costs = ApiCosts(cost=None if price is None else 0.0)
+        self.prices = None if self.price is None else (self.price, 0.0)
+        self.spent = Ledger(None, prices=self.prices, max_cost=self.max_cost)
+        self.costs = ApiCosts(cost=None if self.price is None else 0.0)
 
     def settings(self, prompt: str) -> dict[str, Any]:
         """All that the vector of a text behind this prompt depends on, as far as anyone here can know."""
@@ -156,76 +147,63 @@ class Endpoint:
         settings |= {"prompt": prompt, "too_long": self.too_long}
         # A text that is not cut has the same vector whatever the limit.
         settings |= {"max_tokens": self.max_tokens if self.too_long == "cut" else None, "tokenizer": None}
-        return settings | ({"parameters": self.parameters} if self.parameters else {})
+        return settings | ({"parameters": dict(self.parameters)} if self.parameters else {})
 
-    def fetch(
-        self,
-        rows: Mapping[str, int],
-        *,
-        prompt: str,
-        keep: Callable[[dict[str, np.ndarray]], object],
-        done: Callable[[int, str], object] = lambda num_texts, cost: None,
-        least_dim: int = 1,
-    ) -> None:
-        """Asks for the vector of every text, several batches at once.
-
-        Args:
-            rows: {text: its position in what the caller was given, for errors}.
-            prompt: goes in front of every text.
-            keep: gets {text: [D] float32 of length one} as soon as a reply is there.
-            done: is told how many texts came, and what all requests cost ("" without a price).
-            least_dim: vectors with fewer features are useless: after the first nothing more is asked for.
+    def fetch(self, rows: Mapping[str, int], **options: Any) -> None:
+        """Asks for the vector of every text, several batches at once; `options`: of `_Fetch`.
 
         Raises:
             ValueError: a text that the server refuses, a limit reached, or what the server said, in one line without
                 secrets. What came by then was given to `keep`.
         """
         if rows:
-            run_to_end(_Fetch(self, rows, prompt, keep, done, least_dim).run())
+            run_to_end(_Fetch(self, rows, **options).run())
 
 
+@dataclass
 class _Fetch:
-    """One `fetch`. `sent`: each text as it goes to the server; `faults`: why one has no vector."""
+    """One `fetch`.
 
-    def __init__(self, endpoint: Endpoint, rows: Mapping[str, int], prompt: str, keep: Any, done: Any, least_dim: int):
-        self.endpoint, self.rows, self.prompt, self.least_dim = endpoint, rows, prompt, least_dim
-        self.keep, self.tell = keep, done
-        self.sent = {text: prompt + text for text in rows}
-        self.faults: dict[str, str] = {}
-        self.cut: dict[str, str] = {}  # the server's words by text
-        self.done: set[str] = set()
+    Args:
+        rows: {text: its position in what the caller was given, for errors}.
+        prompt: goes in front of every text.
+        keep: gets {text: [D] float32 of length one} as soon as a reply is there.
+        done: is told how many texts came, and what all requests cost ("" without a price).
+        least_dim: vectors with fewer features are useless: after the first nothing more is asked for.
+    """
+
+    endpoint: Endpoint
+    rows: Mapping[str, int]
+    prompt: str
+    keep: Callable[[dict[str, np.ndarray]], object]
+    done: Callable[[int, str], object] = lambda num_texts, cost: None
+    least_dim: int = 1
+
+    def __post_init__(self) -> None:
+        self.sent = {text: self.prompt + text for text in self.rows}  # as it goes to the server
+        self.missing = dict.fromkeys(self.rows, "not asked for")  # {text: why it has no vector}
+        self.cut: dict[str, str] = {}  # {text: the server's words}
 
     async def run(self) -> None:
         """Asks for all; raises `ValueError` when a text has no vector in the end."""
-        endpoint, path = self.endpoint, self.endpoint.ledger_path
-        with nullcontext() if path is None else locked(path.with_name(f"{path.name}.lock")):
-            if path is not None:
-                endpoint.ledger = Ledger(path, prices=endpoint.prices, max_cost=endpoint.max_cost)
+        endpoint, path = self.endpoint, self.endpoint.ledger and Path(self.endpoint.ledger)
+        with locked(path.with_name(f"{path.name}.lock")) if path else nullcontext():
+            if path:
+                endpoint.spent = Ledger(path, prices=endpoint.prices, max_cost=endpoint.max_cost)
             self.client = Client(endpoint.server, timeout_seconds=endpoint.timeout_seconds)
-            self.sender = Sender(
-                self._ask,
-                self._record,
-                ledger=endpoint.ledger,
-                concurrency=endpoint.concurrency,
-                max_attempts=endpoint.max_attempts,
-                forms=endpoint.forms,
-                split=self._split,
-                rate=endpoint.rate,
-            )
+            options = {name: getattr(endpoint, name) for name in ("concurrency", "max_attempts", "forms", "rate")}
+            self.sender = Sender(self._ask, self._record, endpoint.spent, split=self._split, **options)
             async with self.client.openai:
                 stopped = await self.sender.run(self._jobs())
+        of_all = f"of {len(self.rows):,} texts asked for"
         if self.cut:
-            reason = (
-                f"{len(self.cut):,} of {len(self.rows):,} texts asked for were cut ({next(iter(self.cut.values()))})"
-            )
-            print(f"{endpoint.name}: {reason}", file=sys.stderr)
-        missing = [text for text in self.rows if text not in self.done]
-        if missing:
-            reason = next((self.faults[text] for text in missing if text in self.faults), "not asked for")
+            words = next(iter(self.cut.values()))
+            print(f"{endpoint.name}: {len(self.cut):,} {of_all} were cut ({words})", file=sys.stderr)
+        if self.missing:
+            reason = next(iter(self.missing.values()))
             if stopped is not None:
                 reason = stopped.reason if isinstance(stopped, Response) else f"stopped at {stopped}"
-            count = f"{len(missing):,} of {len(self.rows):,} texts asked for"
-            raise ValueError(f"{endpoint.name}: {reason}; {count} have no vector")
+            raise ValueError(f"{endpoint.name}: {reason}; {len(self.missing):,} {of_all} have no vector")
 
     def _jobs(self) -> Iterator[Job]:
         """Batches of the texts in order, each made when it can be sent, so that it has the size that works by then."""
@@ -263,7 +241,7 @@ class _Fetch:
                 self.sent[text], self.cut[text] = shorter, response.reason
                 return [self._job(batch)]
         if response.action == "drop" or response.may_be_refusal:
-            self.faults[text] = f"texts[{self.rows[text]}] is refused ({response.reason})"
+            self.missing[text] = f"texts[{self.rows[text]}] is refused ({response.reason})"
         self.cut.pop(text, None)
         return []
 
@@ -289,7 +267,7 @@ class _Fetch:
             if not isinstance(vector, str):
                 endpoint.dim = endpoint.dim or len(vector)
                 if len(vector) == endpoint.dim:
-                    good[text] = unit_rows(vector[None])[0][0]
+                    good[text] = unit_rows(vector[None])[0]
                     continue
                 vector = f"a vector of {len(vector)} dimensions, not {endpoint.dim},"
             reason = reason or f"{vector} came back for texts[{self.rows[text]}]"
@@ -302,22 +280,24 @@ class _Fetch:
 
     def _record(self, job: Job, number: int, response: Response, seconds: float) -> None:
         """Stores what is good, then settles: a kill between the two counts a request as dearer, never as free."""
-        endpoint, good = self.endpoint, response.result or {}
+        endpoint, good, whole = self.endpoint, response.result or {}, job.content.whole
         if good:
             self.keep(good)
-        self.done |= good.keys()
-        self.faults |= {text: response.reason for text in job.content.texts if text not in good and response.reason}
-        whole = job.content.whole
+        for text in job.content.texts:
+            if text in good:
+                del self.missing[text]
+            else:
+                self.missing[text] = response.reason
         if response.action == "done" and whole is not None:
             whole.parts -= 1
             # Both halves were taken, and the server did not fail meanwhile: the whole was too large.
             if whole.parts == 0 and whole.num_failures == self.sender.num_failures:
                 endpoint.batch_texts = min(endpoint.batch_texts, len(job.content.texts))
-        paid = endpoint.ledger.settle(number, response.usage)
-        if endpoint.ledger_path is not None:
+        paid = endpoint.spent.settle(number, response.usage)
+        if endpoint.ledger:
             usage = response.usage and dict(zip(USAGE, response.usage, strict=True))
             line = {"request": number, "status": response.status, "reason": response.reason, "usage": usage}
-            append_jsonl(endpoint.ledger_path, line | {"cost": paid, "time": now_text(), "seconds": round(seconds, 3)})
+            append_jsonl(endpoint.ledger, line | {"cost": paid, "time": now_text(), "seconds": round(seconds, 3)})
         costs = endpoint.costs
         costs.num_requests += 1
         costs.num_tokens += (response.usage or (0, 0))[0]
@@ -325,8 +305,8 @@ class _Fetch:
         costs.num_computed += len(good)
         if endpoint.prices is not None:
             costs.cost = float(price_of(endpoint.prices, costs.num_tokens, 0))
-        spent = "" if endpoint.prices is None else f"{endpoint.ledger.cost + endpoint.ledger.open_cost:.4f}"
-        self.tell(len(good), spent)
+        spent = "" if endpoint.prices is None else f"{endpoint.spent.cost + endpoint.spent.open_cost:.4f}"
+        self.done(len(good), spent)
 
 
 def shorten(text: str, max_tokens: int | None) -> str:

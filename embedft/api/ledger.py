@@ -1,14 +1,12 @@
-"""What requests cost: a line on disk before each is sent, so that a killed process cannot exceed the budget either.
+"""What requests cost. Each is written down before it is sent, so even a killed process cannot exceed the budget.
 
-    ledger = Ledger("out/ledger.jsonl", prices=(0.15, 0.60), max_cost=5.0)
-    number = ledger.reserve(job)          # unless ledger.full(job)
-    ledger.settle(number, (812, 64))      # tokens of prompt and reply
-
-Amounts are decimal, so 0.1 + 0.2 is 0.3 and a limit is met to the last digit.
+ledger = Ledger("out/ledger.jsonl", prices=(0.15, 0.60), max_cost=5.0)
+number = ledger.reserve(job)          # unless ledger.full(job)
+ledger.settle(number, (812, 64))      # tokens of prompt and reply
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, InitVar, dataclass
 from datetime import datetime, timezone
 from decimal import Decimal
 from pathlib import Path
@@ -20,16 +18,13 @@ if TYPE_CHECKING:
     from .sending import Job
 
 USAGE = ("prompt_tokens", "completion_tokens")
+OUTCOME, RESERVATION = ("request", "usage", "cost"), ("request", "most_prompt_tokens", "most_reply_tokens", "most_cost")
 MAX_TOKENS = 10**9  # no request has as many: a server that reports more is not believed
 
 
 @dataclass(frozen=True)
 class Totals:
-    """What all requests of a ledger came to, over all runs.
-
-    `cost` is that of the reported tokens; `unreported_cost` is the most that the `num_unreported` requests without a
-    report may have cost. `max_cost` limits their sum. Both are None without prices.
-    """
+    """All runs of a ledger: what was reported, and what the `num_unreported` other requests may have cost at most."""
 
     num_requests: int
     prompt_tokens: int
@@ -39,46 +34,38 @@ class Totals:
     unreported_cost: float | None
 
 
+@dataclass
 class Ledger:
-    """Counts requests and money. A reservation counts in full until `settle` replaces it by what was used.
-
-    What an earlier run reserved and never settled counts for good.
+    """Counts requests and money, in decimal. A reservation counts in full until `settle` replaces it, if ever.
 
     Args:
-        path: a JSONL file that is read back and appended to. Lines with `usage` are outcomes. None: nothing on disk.
-        outcomes: of earlier runs, when they are kept elsewhere; checked by `check_outcome`.
-        prices: money per million tokens of prompts and of replies; what is settled keeps the price it had.
+        path: a JSONL file to read back and append to; lines with `usage` are outcomes. None: nothing on disk.
+        outcomes: of earlier runs, when they are kept elsewhere; see `check_outcome`.
+        prices: money per million tokens of prompts and of replies; what is settled keeps its cost.
         max_requests, max_cost: over all runs.
 
     Raises:
         ValueError: a malformed line of the file.
     """
 
-    def __init__(
-        self,
-        path: str | Path | None,
-        outcomes: Iterable[Mapping[str, Any]] = (),
-        *,
-        prices: tuple[float, float] | None = None,
-        max_requests: int | None = None,
-        max_cost: float | None = None,
-    ):
-        self.path, self.prices, self.max_requests = None if path is None else Path(path), prices, max_requests
-        self.max_cost = None if max_cost is None else _decimal(max_cost)
+    path: str | Path | None
+    outcomes: InitVar[Iterable[Mapping[str, Any]]] = ()
+    _: KW_ONLY
+    prices: tuple[float, float] | None = None
+    max_requests: int | None = None
+    max_cost: float | None = None
+
+    def __post_init__(self, outcomes: Iterable[Mapping[str, Any]]) -> None:
         self.num_requests = self.last = self.prompt_tokens = self.completion_tokens = 0
         self.cost = self.open_cost = Decimal(0)
         self.open: dict[int, Decimal] = {}
-        outcomes = list(outcomes)
-        for line, record in enumerate(() if self.path is None else resume_jsonl(self.path), start=1):
+        for line, record in enumerate(resume_jsonl(self.path) if self.path else (), start=1):
+            _check(record, OUTCOME if "usage" in record else RESERVATION, f"{self.path} line {line}")
             if "usage" in record:
-                check_outcome(record, f"{self.path} line {line}")
                 self._settle_again(record)
-                continue
-            fields = {"request": _is_count, "most_prompt_tokens": _is_count, "most_reply_tokens": _is_count}
-            _check(record, fields | {"most_cost": _is_cost}, f"{self.path} line {line}")
-            cost = record["most_cost"]
-            tokens = record["most_prompt_tokens"], record["most_reply_tokens"]
-            self._open(record["request"], self._price(*tokens) if cost is None else _decimal(cost))
+            else:
+                number, *tokens, cost = (record[name] for name in RESERVATION)
+                self._open(number, self._price(*tokens) if cost is None else _decimal(cost))
         for record in outcomes:
             self._settle_again(record)
 
@@ -86,16 +73,16 @@ class Ledger:
         """The limit that leaves no room for a request of `job`, as in "--max-cost 5.00"; None when there is room."""
         if self.max_requests is not None and self.num_requests >= self.max_requests:
             return f"--max-requests {self.max_requests:,}"
-        cost = self._price(job.prompt_tokens, job.reply_tokens)
-        if self.max_cost is not None and self.cost + self.open_cost + cost > self.max_cost:
-            text = f"{self.max_cost:.2f}"
-            return f"--max-cost {text if Decimal(text) == self.max_cost else format(self.max_cost, 'f')}"
-        return None
+        cost = self.cost + self.open_cost + self._price(job.prompt_tokens, job.reply_tokens)
+        if self.max_cost is None or cost <= _decimal(self.max_cost):
+            return None
+        text = f"{self.max_cost:.2f}"
+        return f"--max-cost {text if float(text) == self.max_cost else format(_decimal(self.max_cost), 'f')}"
 
     def reserve(self, job: "Job") -> int:
         """The number of a request that may now be sent; its line is on disk."""
         cost, number = self._price(job.prompt_tokens, job.reply_tokens), self.last + 1
-        if self.path is not None:
+        if self.path:
             record = {"request": number, "key": job.key, "most_prompt_tokens": job.prompt_tokens}
             record |= {"most_reply_tokens": job.reply_tokens, "most_cost": None if self.prices is None else float(cost)}
             append_jsonl(self.path, record | {"time": now_text()})
@@ -105,8 +92,7 @@ class Ledger:
     def settle(self, number: int, usage: tuple[int, int] | None, *, cost: float | None = None) -> float | None:
         """Replaces a reservation by the reported tokens, or keeps it for `usage` None. Returns the cost, if known.
 
-        Args:
-            cost: None: by the prices of this run.
+        `cost`: None: by the prices of this run.
         """
         if number not in self.open:  # the ledger was deleted, the outcomes were not
             self._open(number, Decimal(0))
@@ -125,9 +111,8 @@ class Ledger:
         return Totals(self.num_requests, self.prompt_tokens, self.completion_tokens, len(self.open), *costs)
 
     def _settle_again(self, record: Mapping[str, Any]) -> None:
-        usage = record["usage"]
-        tokens = None if usage is None else (usage["prompt_tokens"], usage["completion_tokens"])
-        self.settle(record["request"], tokens, cost=record["cost"])
+        usage = record["usage"] and tuple(record["usage"][name] for name in USAGE)
+        self.settle(record["request"], usage, cost=record["cost"])
 
     def _open(self, number: int, cost: Decimal) -> None:
         self.open[number] = cost
@@ -140,36 +125,32 @@ class Ledger:
 
 
 def check_outcome(record: Mapping[str, Any], where: str) -> None:
-    """Raises `ValueError` naming `where` ("ledger.jsonl line 3") and the field of an outcome that is malformed."""
-    _check(
-        record,
-        {"request": _is_count, "usage": lambda value: value is None or _is_usage(value), "cost": _is_cost},
-        where,
-    )
+    """Raises `ValueError` naming `where` ("replies.jsonl line 3") and the malformed field of an outcome."""
+    _check(record, OUTCOME, where)
 
 
-def _check(record: Mapping[str, Any], fields: Mapping[str, Any], where: str) -> None:
-    for name, is_valid in fields.items():
-        if name not in record:
-            raise ValueError(f"{where}: has no {name!r}, is it a ledger?")
-        if not is_valid(record[name]):
-            raise ValueError(f"{where}: {name} is {str(record[name])[:40]!r}, is it a ledger?")
-
-
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Whether a value is a credible number of tokens."""
     return type(value) is int and 0 <= value <= MAX_TOKENS
 
 
-def _is_cost(value: Any) -> bool:
-    return value is None or (type(value) in (int, float) and abs(value) < 1e300 and value >= 0)
-
-
-def _is_usage(value: Any) -> bool:
-    return isinstance(value, dict) and all(_is_count(value.get(name)) for name in USAGE)
+def _check(record: Mapping[str, Any], names: Sequence[str], where: str) -> None:
+    for name in names:
+        value = record.get(name, "missing")
+        if name == "usage" and isinstance(value, dict):
+            is_valid = all(is_count(value.get(part)) for part in USAGE)
+        elif name in ("usage", "cost", "most_cost") and value is None:
+            is_valid = True
+        elif name in ("cost", "most_cost"):
+            is_valid = type(value) in (int, float) and 0 <= value < 1e18
+        else:
+            is_valid = name != "usage" and is_count(value)
+        if not is_valid:
+            raise ValueError(f"{where}: {name} is {str(value)[:40]!r}, is it a ledger?")
 
 
 def price_of(prices: tuple[float, float], prompt_tokens: int, reply_tokens: int) -> Decimal:
-    """What tokens cost at `prices` per million of prompts and of replies: exact."""
+    """What tokens cost at `prices` per million of prompts and of replies, exactly."""
     return (prompt_tokens * _decimal(prices[0]) + reply_tokens * _decimal(prices[1])) / 1_000_000
 
 

@@ -1,15 +1,15 @@
-"""Sends many paid requests: rate limits, retries, other wordings of what a server refuses, and when to stop.
+"""Sends many paid requests: rate limits, retries, other forms of what a server refuses, and when to stop.
 
 Knows no protocol: client.py sends one request and classifies the response, ledger.py counts the money.
 
-    sender = Sender(ask, record, ledger=ledger, concurrency=16, max_attempts=6)
-    stopped = await sender.run(jobs)
+    stopped = await Sender(ask, record, ledger, concurrency=16, max_attempts=6).run(jobs)
 """
 
 import asyncio
 import contextlib
 import email.utils
 import heapq
+import math
 import random
 import time
 from collections import deque
@@ -22,7 +22,7 @@ from typing import Any, Literal
 from .ledger import Ledger
 
 BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.5, 30.0
-# A server that asks for a longer pause has closed for the hour or the day; the run ends and says so.
+# A server that asks for a longer pause has closed for the hour or the day.
 MAX_RETRY_AFTER_SECONDS = 300.0
 # After so many failures in a row, one request at a time finds out whether the server is back.
 MAX_FAILURES_IN_A_ROW = 10
@@ -34,8 +34,8 @@ MAX_SUSPECTS_AT_FIRST = 5
 class Job:
     """One thing to ask for. `key` names it on disk; `content` is for whoever asks.
 
-    `prompt_tokens` and `reply_tokens` are upper bounds, and what is reserved; `expected_tokens`, the likely sum, counts
-    toward the limit of tokens a minute. `attempts` and `forms` are the sender's: failures, and how it was worded.
+    `prompt_tokens` and `reply_tokens` are upper bounds, which are reserved; `expected_tokens`, the likely sum, counts
+    toward the limit of tokens a minute. `attempts` and `forms` are the sender's: failures, and how it was put.
     """
 
     key: str
@@ -52,9 +52,9 @@ class Response:
     """What came of one request.
 
     `status`: "ok", "invalid" (a useless reply) or "failed" (no reply). `action`: "done"; "retry" while attempts are
-    left; "drop" this job, unless it can be reworded or split; "stop" everything. `usage`: reported tokens of prompt and
-    reply, (0, 0) when it was certainly free, None when nobody knows. `may_be_refusal`: "retry", but a second one counts
-    as refused. `suspect`: the request rather than its text may be wrong; a run that begins with five of these stops.
+    left; "drop" this job, unless it can be put otherwise or split; "stop" everything. `usage`: tokens of prompt and
+    reply as reported, (0, 0) if certainly free, None if unknown. `may_be_refusal`: "retry", and the second time "drop".
+    `suspect`: the request rather than its text may be wrong; a run that begins with five of these stops.
     """
 
     status: Literal["ok", "invalid", "failed"]
@@ -69,7 +69,7 @@ class Response:
 
 
 class Forms:
-    """Ways to word the same request, the preferred one first. The first that the server accepts is used from then on.
+    """Ways to put the same request, the preferred one first. The first that the server accepts is used from then on.
 
     Servers refuse parameters in words of their own, so a refusal is not parsed: the next form is tried.
     """
@@ -87,7 +87,7 @@ class Forms:
         self.index, self.is_accepted = job.forms[-1], True
 
     def has_other(self, job: Job) -> bool:
-        """Whether a refused `job` should be sent again, in another form."""
+        """Whether to send a refused `job` in another form."""
         if self.is_accepted:
             return job.forms[-1] != self.index
         left = [index for index in range(len(self.forms)) if index not in job.forms]
@@ -95,120 +95,112 @@ class Forms:
         return bool(left)
 
 
+@dataclass
 class RateLimit:
     """Spaces requests so that no `window_seconds` hold more requests, or more tokens, than a minute may.
 
-    A request waits until the share of a minute that the one before it took is over, and until the last minute leaves
-    room, which the first rule alone misses when sizes differ. One larger than a whole minute's tokens goes alone.
+    A request waits for the share of a minute that the one before it took, and until the last minute leaves room, as the
+    shares alone do not suffice when sizes differ. One larger than a whole minute's tokens goes alone.
     """
 
-    def __init__(
-        self,
-        *,
-        requests_per_minute: int | None = None,
-        tokens_per_minute: int | None = None,
-        window_seconds: float = 60.0,
-    ):
-        self.limits, self.window_seconds = (requests_per_minute, tokens_per_minute), window_seconds
-        self.sent: deque[tuple[float, tuple[int, int]]] = deque()
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+    window_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        self.limits = (self.requests_per_minute or math.inf, self.tokens_per_minute or math.inf)
+        self.sent: deque[tuple[float, int]] = deque()  # when, tokens
         self.next = 0.0
 
     def wait_seconds(self, now: float, tokens: int) -> float:
         """How long a request of so many tokens has to wait from `now`; 0 when it may go."""
         while self.sent and self.sent[0][0] + self.window_seconds <= now:
             self.sent.popleft()
-        ready = self.next
-        for limit, size, which in zip(self.limits, (1, tokens), (0, 1), strict=True):
-            if limit is None:
-                continue
-            room = limit - min(size, limit)
-            for sent_at, sizes in reversed(self.sent):
-                room -= sizes[which]
-                if room < 0:  # it has to leave the window
-                    ready = max(ready, sent_at + self.window_seconds)
-                    break
+        ready, requests, room = self.next, self.limits[0] - 1, max(self.limits[1] - tokens, 0)
+        for sent_at, size in reversed(self.sent):
+            requests, room = requests - 1, room - size
+            if min(requests, room) < 0:  # this one has to leave the window first
+                ready = max(ready, sent_at + self.window_seconds)
+                break
         return max(ready - now, 0.0)
 
     def count(self, now: float, tokens: int) -> None:
         """A request of so many tokens is sent at `now`."""
-        shares = [size / limit for size, limit in zip((1, tokens), self.limits, strict=True) if limit is not None]
-        if shares:
-            self.sent.append((now, (1, tokens)))
-            self.next = now + self.window_seconds * min(max(shares), 1.0)
+        share = min(max(1 / self.limits[0], tokens / self.limits[1]), 1.0)
+        if share > 0:
+            self.sent.append((now, tokens))
+            self.next = now + self.window_seconds * share
 
 
 def retry_after_seconds(headers: Mapping[str, str], now: float) -> float | None:
     """What `retry-after-ms` or `Retry-After` (seconds, or a date) ask for; None without either, or for nonsense.
 
-    Args:
-        headers: with lower-case names, or a mapping that ignores case.
-        now: Unix time, which a date is compared with unless the server sends its own.
+    `now`: Unix time, which a date is compared with unless the server sends its own.
     """
     for name, seconds_a_unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         with contextlib.suppress(ValueError):
             seconds = float(headers.get(name, "")) * seconds_a_unit
-            if 0 <= seconds < float("inf"):
+            if 0 <= seconds < math.inf:
                 return seconds
+    until, date = _unix_time(headers.get("retry-after")), _unix_time(headers.get("date"))
+    return None if until is None else max(until - (now if date is None else date), 0.0)
+
+
+def _unix_time(date: str | None) -> float | None:
     try:
-        date = email.utils.parsedate_to_datetime(headers.get("retry-after", ""))
+        parsed = email.utils.parsedate_to_datetime(date or "")
+        return parsed.replace(tzinfo=parsed.tzinfo or timezone.utc).timestamp()
     except (TypeError, ValueError):
         return None
-    with contextlib.suppress(TypeError, ValueError):
-        now = email.utils.parsedate_to_datetime(headers.get("date", "")).timestamp()
-    return max(date.replace(tzinfo=date.tzinfo or timezone.utc).timestamp() - now, 0.0)
 
 
 def backoff_seconds(attempt: int, retry_after: float | None, uniform: Callable[[float, float], float]) -> float:
-    """The pause after attempt number `attempt` (from 1) of a job failed.
+    """The pause after attempt number `attempt` (from 1) failed: the server's own figure and up to BACKOFF_SECONDS more.
 
-    Anything up to BACKOFF_SECONDS * 2^(attempt - 1), at most MAX_BACKOFF_SECONDS ("full jitter": jobs that failed
-    together do not come back together). After a server's own figure, that and up to BACKOFF_SECONDS more.
+    Without one, up to BACKOFF_SECONDS * 2^(attempt - 1), at most MAX_BACKOFF_SECONDS. The jitter keeps jobs that failed
+    together from coming back together.
     """
     if retry_after is not None:
         return retry_after + uniform(0.0, BACKOFF_SECONDS)
     return uniform(0.0, min(BACKOFF_SECONDS * 2.0 ** min(attempt - 1, 60), MAX_BACKOFF_SECONDS))
 
 
+@dataclass(eq=False)
 class Sender:
     """Sends jobs until each is done, dropped or out of attempts.
 
-    What the server refuses is sent in another of `forms`, then in the parts that `split` gives; a batch that failed to
-    the last attempt is split too. While a server asks for a pause nothing is sent. After MAX_FAILURES_IN_A_ROW one
-    request at a time is, with growing pauses; when `max_attempts` of those fail, it stops, as each may have to be paid.
+    What the server refuses is sent in another of `forms`, then in the parts that `split` gives, as is what failed to
+    the last attempt. While a server asks for a pause nothing is sent. After MAX_FAILURES_IN_A_ROW one request at a
+    time is, with growing pauses; when `max_attempts` of those fail, it stops, as each may have to be paid for.
 
     Args:
         ask: sends one request. An exception is a bug and ends the run.
-        record: called with job, request number, response and seconds as soon as one arrives; it settles the ledger.
+        record: gets job, request number, response and seconds as soon as one arrives, and settles the ledger.
         split: (a refused job, its response) -> jobs to send instead; none: it is dropped.
         seed: of the jitter.
     """
 
-    def __init__(
-        self,
-        ask: Callable[[Job], Awaitable[Response]],
-        record: Callable[[Job, int, Response, float], None],
-        *,
-        ledger: Ledger,
-        concurrency: int,
-        max_attempts: int,
-        forms: Forms | None = None,
-        split: Callable[[Job, Response], Sequence[Job]] = lambda job, response: (),
-        rate: RateLimit | None = None,
-        seed: int | None = None,
-    ):
-        self.ask, self.record, self.ledger, self.rate = ask, record, ledger, rate or RateLimit()
-        self.concurrency, self.max_attempts, self.forms, self.split = concurrency, max_attempts, forms, split
-        self.uniform = random.Random(seed).uniform
+    ask: Callable[[Job], Awaitable[Response]]
+    record: Callable[[Job, int, Response, float], None]
+    ledger: Ledger
+    concurrency: int
+    max_attempts: int
+    forms: Forms | None = None
+    split: Callable[[Job, Response], Sequence[Job]] = lambda job, response: ()
+    rate: RateLimit = field(default_factory=RateLimit)
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        self.uniform = random.Random(self.seed).uniform
         self.queue: deque[Job] = deque()
         self.later: list[tuple[float, int, Job]] = []  # a heap: when to retry, request number, job
         self.failures = self.failed_probes = 0  # in a row
         self.num_failures = self.suspects = 0  # in all
-        self.is_proven = False  # some reply was not suspect
-        self.hold_until = 0.0
+        self.is_proven, self.hold_until = False, 0.0  # is_proven: some reply was not suspect
         self.stopped: Response | str | None = None
 
     async def run(self, jobs: Iterable[Job]) -> Response | str | None:
-        """Sends all jobs, which are taken from the iterable only when there is room for them.
+        """Sends all jobs, each taken from the iterable when there is room for it.
 
         Returns:
             None, the name of the ledger's limit that stopped it, or the response that did: one that says "stop", the
@@ -219,8 +211,7 @@ class Sender:
             while True:
                 pause = self._start(fresh, running)
                 if running:
-                    done, _ = await asyncio.wait(running, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
-                    running -= done
+                    done, running = await asyncio.wait(running, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
                     for task in done:
                         task.result()  # raises what `ask` or `record` raised
                 elif pause is None:
@@ -264,15 +255,13 @@ class Sender:
         if response.status != "failed":
             self.failures = self.failed_probes = 0
             self.is_proven = self.is_proven or not response.suspect
-        if response.action == "stop":
+        if response.action == "done" or (response.action != "stop" and self._send_otherwise(job, response)):
+            return
+        if response.action == "retry":
+            self._send_later(job, number, response, is_probe)
+        self.suspects += response.suspect and not self.is_proven
+        if response.action == "stop" or self.suspects >= MAX_SUSPECTS_AT_FIRST:
             self.stopped = self.stopped or response
-        elif response.action != "done" and not self._send_otherwise(job, response):
-            if response.action == "retry":
-                self._send_later(job, number, response, is_probe)
-            if response.suspect and not self.is_proven:
-                self.suspects += 1
-                if self.suspects == MAX_SUSPECTS_AT_FIRST:
-                    self.stopped = self.stopped or response
 
     def _send_otherwise(self, job: Job, response: Response) -> bool:
         """Queues a refused job in another form or in parts, if there are any."""
@@ -286,9 +275,8 @@ class Sender:
             self.queue.appendleft(job)
             return True
         # While the server is away, the size of a batch is not what is wrong.
-        parts = ()
-        if is_refused or (is_last and self.failures < MAX_FAILURES_IN_A_ROW):
-            parts = self.split(job, response)
+        is_to_split = is_refused or (is_last and self.failures < MAX_FAILURES_IN_A_ROW)
+        parts = self.split(job, response) if is_to_split else ()
         for part in reversed(parts):
             part.attempts = int(response.may_be_refusal)
             self.queue.appendleft(part)
@@ -298,18 +286,18 @@ class Sender:
         """Retries a job after a pause, if attempts are left; after a failure, holds or stops all others if need be."""
         now, pause = asyncio.get_running_loop().time(), 0.0  # a server that sends a useless reply is not overloaded
         if response.status == "failed":
-            pause = backoff_seconds(job.attempts, response.retry_after_seconds, self.uniform)
-            self.failures += 1
-            self.num_failures += 1
+            pause, hold = backoff_seconds(job.attempts, response.retry_after_seconds, self.uniform), 0.0
+            self.failures, self.num_failures = self.failures + 1, self.num_failures + 1
             self.failed_probes += is_probe
-            hold = response.retry_after_seconds
-            if hold is None and self.failures >= MAX_FAILURES_IN_A_ROW:
+            if response.retry_after_seconds is not None:
+                hold = response.retry_after_seconds
+            elif self.failures >= MAX_FAILURES_IN_A_ROW:
                 hold = backoff_seconds(self.failed_probes + 1, None, self.uniform)
-            self.hold_until = max(self.hold_until, now + (hold or 0.0))
+            self.hold_until = max(self.hold_until, now + hold)
             if self.failed_probes >= self.max_attempts:
                 reason = f"{self.failures} failures in a row, the last: {response.reason}"
                 self.stopped = self.stopped or replace(response, reason=reason)
-            elif (hold or 0.0) > MAX_RETRY_AFTER_SECONDS:
+            elif hold > MAX_RETRY_AFTER_SECONDS:
                 self.stopped = self.stopped or response
         if job.attempts < self.max_attempts:
             heapq.heappush(self.later, (now + pause, number, job))

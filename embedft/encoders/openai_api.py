@@ -1,7 +1,6 @@
-"""Embeddings of an OpenAI-compatible server, by the contract of `Embedder.encode`; with a store nothing is paid twice.
+"""Embeddings from an OpenAI-compatible server, by the interface of `Embedder.encode`; a store keeps what was paid for.
 
-Here: which texts are asked for, and what is kept of the answers. Deliberately not here: the asking (endpoint.py),
-vectors on disk (store.py); and no training, for the weights are elsewhere. Server and key: see server.py.
+Not here: asking the server (api/endpoint.py), vectors on disk (store.py). The weights are elsewhere: no training.
 
     embedder = ApiEmbedder("text-embedding-3-small", store=Store("embeddings"), price=0.02, max_cost=1.00)
     evaluate(embedder, dataset)
@@ -27,17 +26,16 @@ from .store import Space, Store
 
 
 class ApiEmbedder:
-    """A model behind POST /embeddings. Vectors are scaled to length one.
+    """A model behind POST /embeddings. Vectors have length one.
 
     Args:
         model: the name that the server knows.
-        prompts: {"query": ..., "document": ...}: text in front, for models that want it.
-        store: keeps every vector the moment it arrives, so that no text is paid for twice, however a run ends; of
-            several processes one asks, the others wait and look again.
-        options: of the `Endpoint`: base_url, dimensions, parameters, too_long, max_tokens, batch_texts, concurrency,
-            requests_per_minute, tokens_per_minute, price, max_cost, ledger, max_attempts, timeout_seconds.
+        prompts: {"query": ..., "document": ...}: text to put in front, for models that expect it.
+        store: keeps every vector as soon as it arrives, so that no text is paid for twice, however a run ends. Of
+            several processes one asks; the others wait and look again.
+        options: of the `Endpoint`, such as base_url, dimensions, parameters, batch_texts, price and max_cost.
 
-    `store` may be set. `adapter` (None unless attached): what the server's vectors go through.
+    `store` may be set. `adapter`: what the server's vectors go through; see `attach`.
 
     Raises:
         ValueError: no address of a server, no key for api.openai.com, or a setting out of range.
@@ -54,19 +52,17 @@ class ApiEmbedder:
 
     @property
     def costs(self) -> ApiCosts:
-        """What was asked for and paid so far, by this object."""
+        """What this object asked for and paid so far."""
         return self.endpoint.costs
 
     @property
     def dim(self) -> int:
-        """Features of a vector that `encode` gives; 0 while neither `dimensions`, an answer, nor the store says."""
-        return self._whole_dim() if self.adapter is None else self.adapter.out_features
+        """Features of `encode`'s vectors; 0 while neither `dimensions`, a reply, nor the store says."""
+        return self._server_dim() if self.adapter is None else self.adapter.out_features
 
-    def _whole_dim(self) -> int:
-        """Features of the server's vectors; 0: not known yet."""
+    def _server_dim(self) -> int:
         if not self.endpoint.dim and self.store is not None:
-            stored = self.store.spaces()
-            names = [self._space(role).name for role in ROLES]
+            stored, names = self.store.spaces(), [self._space(role).name for role in ROLES]
             self.endpoint.dim = next((stored[name].space.dim for name in names if name in stored), 0)
         return self.endpoint.dim
 
@@ -77,13 +73,12 @@ class ApiEmbedder:
         return self.prompts.get(role) or ""
 
     def space(self, role: str) -> Space:
-        """What the vectors of a role are of, for a `Store`: the server's, before they are cut or mapped.
+        """What a role's vectors depend on, for a `Store`: the server's vectors, before they are cut or mapped.
 
-        The fingerprint is over the server's address without credentials, the model's name, `dimensions`, the role's
-        prompt, and what becomes of long texts; where they are cut, `max_tokens` and the tokenizer too. Its `dim` is 0
-        while nothing says what it is (see `dim`). A server that changes the model behind a name shows in nothing else.
+        That is the server's address without credentials, the model's name, `dimensions`, `parameters`, the prompt and
+        what happens to long texts. A server that changes the model behind a name does not show. `dim` 0: not known yet.
         """
-        return self._space(role)._replace(dim=self._whole_dim())
+        return self._space(role)._replace(dim=self._server_dim())
 
     def _space(self, role: str) -> Space:
         prompt = self.prompt(role)
@@ -93,14 +88,14 @@ class ApiEmbedder:
         return Space(fingerprint, self.endpoint.dim, {**settings, "role": roles})
 
     def base(self) -> Base:
-        """What an adapter notes of the model that it is for: this one, without the adapter that it may have."""
-        return Base(self.endpoint.name, self._whole_dim(), {role: self._space(role).fingerprint for role in ROLES})
+        """What an adapter records of the model that it is for: this one, without its adapter."""
+        return Base(self.endpoint.name, self._server_dim(), {role: self._space(role).fingerprint for role in ROLES})
 
     def attach(self, adapter: Adapter) -> None:
-        """Has vectors go through `adapter`, before they are cut.
+        """Sends vectors through `adapter`, before they are cut.
 
-        Raises `ValueError` for an adapter of another model or, where it is known already, another width; warns when it
-        does not say which model it is for.
+        Raises `ValueError` for an adapter of another model or, if that is known, another width; warns when it does not
+        say which model it is for.
         """
         base = self.base()
         adapter.check_base(base._replace(dim=base.dim or adapter.in_features))
@@ -109,23 +104,22 @@ class ApiEmbedder:
     def encode(
         self, texts: Sequence[str], *, role: str = "document", dim: int | None = None, progress: bool | None = None
     ) -> np.ndarray:
-        """Vectors of N texts, [N, D] float32 of unit length, in the order given. Each distinct text is asked for once.
+        """Vectors of N texts, [N, D] float32 of length one, in the order given. Each distinct text is asked for once.
 
         Args:
             role: "query" or "document": which prompt goes in front.
-            dim: leading features to keep, of length one again; cut here, of what the store keeps whole. None: all.
+            dim: leading features to keep, of length one again; the store keeps all of them. None: all.
             progress: show a bar; None: when stderr is a terminal.
 
         Raises:
-            ValueError: a text that is empty, no string or too long; a limit reached; or what the server answered, in
-                one line without the key. What came by then is in the store.
+            ValueError: a text that is empty, not a str or refused; a limit reached; or what the server said, in one
+                line without secrets. What came by then is in the store.
         """
-        rows, prompt = _first_rows(texts), self.prompt(role)
+        rows, vectors = _first_rows(texts), {}
         if dim is not None and not 1 <= dim <= (self.dim or dim):
             raise ValueError(f"dim is {dim}, expected 1 to {self.dim or 'what the server gives'}")
         if not rows and not self.dim:
             raise ValueError("no texts to encode")
-        missing, vectors = self._missing(role, rows), {}
 
         def keep(new: dict[str, np.ndarray]) -> None:
             if self.store is None:
@@ -133,6 +127,7 @@ class ApiEmbedder:
             else:
                 self.store.fill(self.space(role), list(new), lambda texts: np.stack([new[text] for text in texts]))
 
+        missing = self._missing(role, rows)
         alone = self.store.turn(self._space(role)) if missing and self.store is not None else nullcontext()
         name = f"encode ({role}, {self.model})"
         with alone, progress_bar(len(rows), name, unit="text", show=progress) as bar:
@@ -144,21 +139,18 @@ class ApiEmbedder:
                 bar.set_postfix_str(cost and f"cost {cost}", refresh=False)
 
             least_dim = 1 if dim is None or self.adapter is not None else dim
-            self.endpoint.fetch(missing, prompt=prompt, keep=keep, done=done, least_dim=least_dim)
+            self.endpoint.fetch(missing, prompt=self.prompt(role), keep=keep, done=done, least_dim=least_dim)
         if self.store is None:
-            whole_ND = np.empty((len(texts), self.endpoint.dim), dtype=np.float32)
-            for row, text in enumerate(texts):
-                whole_ND[row] = vectors[text]
+            whole_ND = np.array([vectors[text] for text in texts], np.float32).reshape(-1, self.endpoint.dim)
         else:
             whole_ND = self.store.read(self.space(role), self.store.find(self.space(role), texts))
-            num_stored = len(texts) - len(missing)
-            self.store.hits += num_stored
-            self.costs.num_stored += num_stored
+            self.store.hits += len(texts) - len(missing)
+            self.costs.num_stored += len(texts) - len(missing)
         mapped_ND = whole_ND if self.adapter is None else self.adapter.transform(whole_ND, role)
         return mapped_ND if dim is None else _shortened(mapped_ND, dim)
 
     def _missing(self, role: str, rows: Mapping[str, int]) -> Mapping[str, int]:
-        """What is not stored."""
+        """Those that are not stored."""
         space = self.space(role)
         if self.store is None or not space.dim:
             return rows
@@ -167,7 +159,7 @@ class ApiEmbedder:
 
 
 def _first_rows(texts: Sequence[str]) -> dict[str, int]:
-    """{text: where it first stands}. Raises `ValueError` for what cannot be sent."""
+    """{text: its first row}. Raises `ValueError` for what cannot be sent."""
     if isinstance(texts, str):
         raise ValueError("texts is a str, expected a list of str")
     rows: dict[str, int] = {}
@@ -176,12 +168,11 @@ def _first_rows(texts: Sequence[str]) -> dict[str, int]:
             raise ValueError(f"texts[{row}] is a {type(text).__name__}, expected a str")
         if not text:
             raise ValueError(f"texts[{row}] is empty, which the API does not take")
-        if text not in rows:
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(f"texts[{row}] has a lone surrogate at character {error.start}") from None
-            rows[text] = row
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"texts[{row}] has a lone surrogate at character {error.start}") from None
+        rows.setdefault(text, row)
     return rows
 
 
@@ -191,7 +182,8 @@ def _shortened(embeddings_ND: np.ndarray, dim: int) -> np.ndarray:
         return embeddings_ND
     if dim > embeddings_ND.shape[1]:
         raise ValueError(f"dim is {dim}, expected 1 to {embeddings_ND.shape[1]}")
-    unit_ND, is_good_N = unit_rows(embeddings_ND[:, :dim].astype(np.float64))
-    if not is_good_N.all():
-        raise ValueError(f"the first {dim} features of texts[{int(is_good_N.argmin())}] are all zero")
+    unit_ND = unit_rows(embeddings_ND[:, :dim].astype(np.float64))
+    if not np.isfinite(unit_ND).all():
+        row = int(np.isnan(unit_ND).any(axis=1).argmax())
+        raise ValueError(f"the first {dim} features of texts[{row}] are all zero")
     return unit_ND
