@@ -322,9 +322,6 @@ class _Asker:
             return invalid(self.client.line(f"empty reply (finish_reason {finish})"))
         try:
             questions = parse_reply(reply, self.config.num_questions)
-            json.dumps(questions, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            return invalid("unpaired surrogates in the reply")
         except ValueError as error:
             return invalid(self.client.line(str(error)))
         return Response("ok", "done", result=questions, reply=reply, usage=usage)
