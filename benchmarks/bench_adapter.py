@@ -1,12 +1,11 @@
 """Fitting an adapter with every text embedded once, against embedding inside the loop as LlamaIndex does.
 
-The published configuration on Lyft's 668 questions (experiments/repro_adapter_lyft_uber.py), by the same encoder:
-- loop: in every batch of every epoch each question and each chunk is embedded again, one call a text, as LlamaIndex's
-  trainer does
+The published configuration on Lyft's 668 questions (experiments/repro_adapter_lyft_uber.py), with the same encoder:
+- loop: embeds every question and chunk again in every batch of every epoch, one call per text, as LlamaIndex does
 - cold: embedft from nothing, embedding included
 - stored: embedft with the vectors in a store
-Each once, in turn; the weights that come out are asserted to be equal. Then the full-corpus fit from stored vectors,
-and its memory with a large corpus: steps of 64 queries against documents in a memory map, anonymous memory sampled.
+Each runs once and must give equal weights. Then the full-corpus fit from stored vectors, and its memory with a large
+corpus: steps of 64 queries against documents in a memory map.
 
     python -m benchmarks.bench_adapter --corpus 1000000
 """
@@ -33,7 +32,7 @@ TOLERANCE, STEPS, QUERIES, DIM = 1e-5, 20, 64, 384
 
 
 class Fitting:
-    """The ways to the published adapter; each gives its weights."""
+    """Three ways to fit the published adapter; each returns its weights."""
 
     def __init__(self, model: str, data: str, store: str):
         self.embedder = load_embedder(model, device="cpu", max_length=MAX_LENGTH)
@@ -42,7 +41,7 @@ class Fitting:
         self.pairs = [(q, d) for q, grades in self.dataset.qrels.items() for d in grades]
 
     def loop(self) -> np.ndarray:
-        """The algorithm of LlamaIndex's adapter trainer, written plainly: one call of the encoder a text."""
+        """The algorithm of LlamaIndex's adapter trainer, written plainly: one encoder call per text."""
         weight = torch.eye(self.embedder.dim).requires_grad_()
         size, epochs = AS_PUBLISHED.batch_size, AS_PUBLISHED.epochs
         batches = [self.pairs[i : i + size] for i in range(0, len(self.pairs), size)]
@@ -73,7 +72,7 @@ class Fitting:
         return fit(embed(self.stored, self.dataset), AS_PUBLISHED).query.weight.detach().numpy()
 
     def full_corpus(self) -> float:
-        """From vectors in memory: the fit alone."""
+        """Seconds of the fit alone, from vectors in memory."""
         vectors = embed(self.stored, self.dataset)
         start = time.perf_counter()
         fit(vectors, AdapterConfig())
@@ -81,7 +80,7 @@ class Fitting:
 
 
 class LargeCorpus:
-    """A full-corpus fit against a memory map, and the anonymous memory that it took at most."""
+    """A full-corpus fit against a memory map, and its peak anonymous memory."""
 
     def __init__(self, path: str, num_documents: int):
         self.documents_ND = np.memmap(path, dtype=np.float32, mode="r", shape=(num_documents, DIM))
@@ -92,7 +91,7 @@ class LargeCorpus:
         self.qrels = {i: {int(row): 1} for i, row in enumerate(rows)}
 
     def steps(self) -> tuple[float, int, int]:
-        """(seconds of all steps, anonymous bytes before, and at most)."""
+        """Returns (seconds of all steps, anonymous bytes before, peak anonymous bytes)."""
         config = dataclasses.replace(AdapterConfig(), epochs=STEPS, batch_size=QUERIES)
         start = time.perf_counter()
         _, before, most = most_anonymous(lambda: fit_adapter(self.queries_QD, self.documents_ND, self.qrels, config))
@@ -100,7 +99,7 @@ class LargeCorpus:
 
 
 def write_corpus(path: Path, num_documents: int) -> None:
-    """Unit vectors around a thousand centres, a slice at a time."""
+    """Writes unit vectors around a thousand centres, one slice at a time."""
     generator = np.random.default_rng(1)
     centres = generator.standard_normal((1_000, DIM), dtype=np.float32)
     documents_ND = np.memmap(path, dtype=np.float32, mode="w+", shape=(num_documents, DIM))

@@ -1,9 +1,8 @@
 """Large batches by gradient caching, against sentence-transformers' CachedMultipleNegativesRankingLoss.
 
-Time a pair over batch sizes, with the same mini-batches whatever the batch: pairs of texts of 32 tokens, drawn from
-the model's own words. The peer takes as many texts into a mini-batch, under the same optimizer and clipping, without
-its trainer. Before any time is taken, the loss of the first batch and the length of its gradient are asserted to be
-equal (dropout off). Then the peak memory of one step, each in a process of its own.
+Time per pair over batch sizes, with mini-batches of constant size: pairs of texts of 32 tokens, drawn from the model's
+vocabulary. The peer uses mini-batches of as many texts, the same optimizer and clipping, and no trainer. Before timing,
+the first losses and gradient norms must agree (dropout off). Then the peak memory of one step, in fresh processes.
 
     python -m benchmarks.bench_batch --rounds 5 --memory 512 8192
 """
@@ -26,7 +25,7 @@ TEXT_TOKENS, MINI_BATCH_TOKENS, LR, WEIGHT_DECAY, TOLERANCE = 32, 2_048, 2e-5, 0
 
 
 def make_texts(embedder: Embedder, count: int, seed: int) -> list[str]:
-    """Texts of 32 tokens with the special ones: 30 words that are one token each."""
+    """Texts of 32 tokens, special tokens included: 30 words of one token each."""
     vocabulary = embedder.tokenizer.backend.get_vocab()
     words = sorted(word for word in vocabulary if word.isascii() and word.isalpha() and len(word) > 2)
     generator = random.Random(seed)
@@ -42,7 +41,7 @@ class Ours:
         self.optimizer = build_optimizer(self.model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
 
     def prepare(self, size: int) -> None:
-        """The batch of the calls that follow; query i's document is document i."""
+        """Makes the batch for the calls that follow; query i's document is document i."""
         texts = make_texts(self.embedder, 2 * size, seed=size)
         packed = [self.embedder.pack(part, role="document") for part in (texts[:size], texts[size:])]
         if any((part.lengths() != TEXT_TOKENS).any() for part in packed):
@@ -53,7 +52,7 @@ class Ours:
         return cached_backward(self.embedder, *self.batch, self.loss, mini_batch_tokens=MINI_BATCH_TOKENS)
 
     def outcome(self) -> tuple[float, float]:
-        """Loss, and the length of its gradient, without dropout."""
+        """Loss and gradient norm, without dropout."""
         self.model.eval()
         value = self.backward().item()
         length = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]).item()
@@ -70,7 +69,7 @@ class Ours:
 
 
 class SentenceTransformers(Ours):
-    """The same step with the peer's model and loss, on the same texts; memory is given back for it too."""
+    """The same step with the peer's model and loss on the same texts; memory is released for it too."""
 
     def __init__(self, model: str):
         from sentence_transformers import SentenceTransformer
@@ -87,7 +86,7 @@ class SentenceTransformers(Ours):
         self.batch = tuple(self.model.preprocess(part) for part in (texts[:size], texts[size:]))
 
     def backward(self) -> torch.Tensor:
-        # It adds to the features that it is given.
+        # The loss adds keys to the features it gets.
         value = self.loss([dict(features) for features in self.batch], None)
         value.backward()
         return value.detach()
@@ -97,7 +96,7 @@ CONTESTANTS = {"embedft": Ours, "sentence-transformers": SentenceTransformers}
 
 
 def time_rows(folder: str, sizes: list[int], rounds: int, names: list[str]) -> list[list[str]]:
-    """A row a batch size: milliseconds a pair of ours, over those at the smallest size; of the peer, over ours."""
+    """One row per batch size: our milliseconds per pair and their ratio to the first row; the peer's, and to ours."""
     workers = {name: Worker(CONTESTANTS[name], folder) for name in names}
     for worker in workers.values():
         worker.call("prepare", sizes[0])
@@ -121,7 +120,7 @@ def time_rows(folder: str, sizes: list[int], rounds: int, names: list[str]) -> l
 
 
 def memory_rows(folder: str, sizes: list[int], names: list[str]) -> list[list[str]]:
-    """A row a batch size: peak memory of a step in a fresh process, less the vectors Q and D once; over the first's."""
+    """One row per batch size: peak memory of a step in a fresh process, less Q and D; its ratio to the first row."""
     rows, first, width = [], {}, load_embedder(folder, device="cpu").full_dim
     for size in sizes:
         vectors, found = 2 * size * width * 4, {}
@@ -148,7 +147,7 @@ def main(options: argparse.Namespace) -> None:
     if options.memory:
         header = ["batch", "Q and D, MiB", "embedft, MiB besides", "sentence-transformers"]
         print(format_table(header[: 2 + len(names)], memory_rows(folder, sorted(options.memory), names)))
-        print("\npeak memory of one step, and over that of the smallest batch\n")
+        print("\npeak memory of one step, and its ratio to the smallest batch\n")
     print(f"{options.base}, texts of {TEXT_TOKENS} tokens, mini-batches of {MINI_BATCH_TOKENS:,}, float32;")
     print(machine())
 

@@ -1,6 +1,6 @@
-"""Reading and chunking PDF files against pypdf's own plain extraction in one process.
+"""Reading and chunking PDF files against pypdf's plain text extraction in one process.
 
-Every page's characters, blanks and hyphens aside, are asserted to be the same before any time is taken.
+Before timing, every page must have the same characters, whitespace and hyphens aside.
 
     python -m benchmarks.bench_chunk --rounds 3 report.pdf
 """
@@ -28,15 +28,15 @@ class Ours:
         self.tokenizer = load_embedder(model, device="cpu").tokenizer
 
     def read(self) -> None:
-        self.read_pages, _ = read_documents(self.paths, processes=self.processes)
+        self.documents = read_documents(self.paths, processes=self.processes)
         count = self.count_tokens
-        self.chunks = chunk_pages(self.read_pages, count_tokens=count, size=SIZE, overlap=OVERLAP)
+        self.chunks = chunk_pages(self.documents.pages, count_tokens=count, size=SIZE, overlap=OVERLAP)
 
     def count_tokens(self, texts: list[str]) -> list[int]:
         return [len(ids) for ids in self.tokenizer.words(texts)]
 
     def pages(self) -> dict[tuple[str, int], str]:
-        return {(page.file, page.number): page.text for page in self.read_pages}
+        return {(page.file, page.number): page.text for page in self.documents.pages}
 
     def num_chunks(self) -> int:
         return len(self.chunks)
@@ -57,7 +57,7 @@ class Pypdf:
 
 
 def characters(text: str) -> Counter[str]:
-    """The two modes of pypdf give them in different orders, so they are counted."""
+    """Counts characters, since pypdf's modes return them in different orders."""
     return Counter("".join(text.split()).replace("-", ""))
 
 

@@ -1,7 +1,7 @@
-"""Texts a second of `Embedder.encode` against sentence-transformers' `SentenceTransformer.encode`.
+"""`Embedder.encode` against `SentenceTransformer.encode`.
 
-Same weights, float32, same maximum length, each with its own default batches. Largest absolute difference of the
-vectors is asserted to be at most 1e-5 before any time is taken.
+Same weights, float32, same maximum length, each with its default batches. Before timing, the vectors must agree to
+1e-5.
 
     python -m benchmarks.bench_encode --rounds 5
 """

@@ -1,10 +1,7 @@
-"""A Matryoshka step against sentence-transformers': the same batches of 32 finance pairs at their real lengths.
+"""A Matryoshka step against sentence-transformers': batches of 32 finance pairs at their real lengths.
 
-Matryoshka over in-batch negatives from the full size to a twelfth; the peer is its model under its MatryoshkaLoss over
-MultipleNegativesRankingLoss, with the same optimizer, clipping and precision and without its trainer, whose overhead is
-not counted. Before any time is taken the loss of the first batch is asserted to be equal (dropout off); then both train
-with the dropout that the model's configuration says (the peer's on the attention weights too, ours in the hidden
-layers: the default of either).
+Matryoshka over in-batch negatives, from the full width to a twelfth of it. The peer is its model with MatryoshkaLoss
+over MultipleNegativesRankingLoss, compared as in bench_train.py.
 
     python -m benchmarks.bench_matryoshka --rounds 20
 """
@@ -39,7 +36,7 @@ class Ours(bench_train.Ours):
         self.start(_batches(file, self.embedder.pack))
 
     def start(self, batches: Iterator[Batch]) -> None:
-        """Takes the first batch, and makes the optimizer."""
+        """Takes the first batch and builds the optimizer."""
         self.optimizer = build_optimizer(self.model.parameters(), lr=LR, weight_decay=0.0)
         self.batches, self.batch, self.num_steps = batches, next(batches), 0
 

@@ -1,8 +1,8 @@
-"""Seconds for the questions of 1,000 chunks at 64 requests in flight, against a bare AsyncOpenAI loop.
+"""Writing questions for 1,000 chunks with 64 requests in flight, against a bare AsyncOpenAI loop.
 
-The server is a process of its own that takes 200 ms a reply, once without faults and once with a fifth of them. The
-peer is what one would write: a semaphore, `gather`, the client's own retries, the same prompts and parsing, nothing
-on disk. Equal questions are asserted first.
+The server, a process of its own, takes 200 ms per reply, once without faults and once with 20% of them. The peer is
+what one would write by hand: a semaphore, `gather`, simple retries, the same prompts and parsing, nothing on disk. Both
+must return equal questions before timing.
 
     python -m benchmarks.bench_questions --rounds 5
 """
@@ -81,7 +81,7 @@ class Bare:
 
 
 def make_chunks(number: int) -> list[Chunk]:
-    """Of the size of a page of a filing, about 3,000 bytes."""
+    """Chunks the size of a page of a filing, about 3,000 bytes."""
     return [Chunk(f"c{i}", f"Passage {i}. " + "The revenue of the year rose. " * 100) for i in range(number)]
 
 

@@ -1,7 +1,7 @@
-"""What a store costs: encoding texts of which a tenth is new against encoding that tenth alone; opening a large one.
+"""What the store costs: encoding texts of which a tenth is new, against encoding that tenth; opening a large store.
 
-The texts are sentences of about ten tokens, made from a seed; with shorter texts, which are sooner encoded, the store
-weighs more. Vectors through the store and without it are asserted to agree to 1e-5 before any time is taken.
+The texts are random sentences of about ten tokens: the shorter the text, the larger the store's share of the time.
+Before timing, vectors with and without the store must agree to 1e-5.
 
     python -m benchmarks.bench_store --rounds 5
 """
@@ -34,7 +34,7 @@ LARGE = Space("0" * 64, DIM, {"model": "random numbers"})
 
 
 class ThroughStore:
-    """Encodes all texts, of which a store holds all but the new ones."""
+    """Encodes all texts through a store that lacks only the new ones."""
 
     def __init__(self, model: str, texts: Sequence[str], num_new: int, folder: str):
         self.embedder, self.texts = load_embedder(model, device="cpu"), texts
@@ -55,7 +55,7 @@ class ThroughStore:
 
 
 class Alone:
-    """Encodes the new texts, and keeps nothing."""
+    """Encodes the new texts without a store."""
 
     def __init__(self, model: str, texts: Sequence[str], num_new: int):
         self.embedder, self.texts, self.num_new = load_embedder(model, device="cpu"), texts, num_new
@@ -68,7 +68,7 @@ class Alone:
 
 
 class Opened:
-    """Opens a large store, and looks texts up in it."""
+    """Opens a large store and looks texts up in it."""
 
     def __init__(self, folder: str, num_rows: int):
         self.folder = folder
@@ -98,13 +98,13 @@ def make_texts(number: int) -> list[str]:
 
 
 def large_vectors(texts: Sequence[str]) -> np.ndarray:
-    """Of "text 17": row 17 of a sawtooth, so that any of them can be checked."""
+    """Row 17 of a sawtooth for "text 17", so that any row can be checked."""
     numbers_N1 = np.array([[int(text.split()[1])] for text in texts])
     return ((numbers_N1 * 31 + np.arange(DIM)) % 1009).astype(np.float32)
 
 
 def a_tenth_is_new(options: argparse.Namespace, folder: str) -> float:
-    """Prints a table, and gives the ratio of the medians."""
+    """Prints a table and returns the median ratio."""
     texts, num_new = make_texts(options.texts), max(1, round(options.texts * NEW_SHARE))
     random.Random(1).shuffle(texts)
     store = Worker(ThroughStore, options.base, texts, num_new, folder)
@@ -139,7 +139,7 @@ def a_large_store(options: argparse.Namespace, folder: str) -> None:
     written = time.perf_counter() - start
     opened, looked_up, again, memory = [], [], [], []
     for _ in range(options.rounds):
-        worker = Worker(Opened, folder, options.rows)  # each a process of its own, that knows nothing of the store
+        worker = Worker(Opened, folder, options.rows)  # a fresh process each time
         before = worker.call("anonymous_bytes")
         for method, seconds in (("open", opened), ("look_up", looked_up), ("look_up", again)):
             worker.call(method)

@@ -1,9 +1,8 @@
-"""A training step against sentence-transformers': the same batches of Lyft, in-batch negatives, 512 tokens, batch 10.
+"""A training step against sentence-transformers': Lyft's questions, in-batch negatives, 512 tokens, batch 10.
 
-The peer is its model and its MultipleNegativesRankingLoss under the same optimizer, clipping and precision, without
-its trainer, whose overhead is not counted. Before any time is taken the loss of the first batch is asserted to be
-equal (dropout off); then both train with the dropout that the model's configuration says (the peer's on the attention
-weights too, ours in the hidden layers: the default of either).
+The peer is its model with MultipleNegativesRankingLoss under the same optimizer, clipping and precision, without the
+overhead of its trainer. Before timing, the losses of the first batch must agree (dropout off); then both train with
+their own default dropout (the peer also drops attention weights, embedft only hidden activations).
 
     python -m benchmarks.bench_train --rounds 20
 """
@@ -27,7 +26,7 @@ MAX_LENGTH, BATCH_SIZE, LR, WEIGHT_DECAY, SEED, TOLERANCE = 512, 10, 2e-5, 0.01,
 
 
 class Ours:
-    """One step as in training/train.py, giving memory back as often as it does."""
+    """One step as in training/train.py, which also releases memory as often."""
 
     def __init__(self, model: str, train_file: str):
         self.embedder = load_embedder(model, max_length=MAX_LENGTH, device="cpu")
@@ -60,7 +59,7 @@ class Ours:
 
 
 class SentenceTransformers(Ours):
-    """The same step with the peer's model and loss, on the same texts; memory is given back for it too."""
+    """The same step with the peer's model and loss on the same texts; memory is released for it too."""
 
     def __init__(self, model: str, train_file: str):
         from sentence_transformers import SentenceTransformer
@@ -81,7 +80,7 @@ class SentenceTransformers(Ours):
 
 
 def _distinct(batch) -> bool:
-    """Whether no document is in the batch twice: the peer would make it a negative of its own question."""
+    """Whether the batch holds no document twice, which the peer would use as a negative of its own question."""
     return len(batch.document_ids) == BATCH_SIZE
 
 

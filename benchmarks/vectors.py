@@ -1,7 +1,7 @@
-"""As many vectors as wanted with the structure of real text: encoded texts and their perturbations.
+"""Any number of vectors with the structure of real text: C encoded texts and perturbations of them.
 
-Gaussian vectors alone have no neighbours that are nearer than others, so nothing finds them early. Here row i is
-normalise(vector i mod C + noise x a random unit vector), C texts having been encoded.
+Gaussian vectors have no near neighbours, so no approximate index can find any early. Here row i is
+normalise(vector i mod C + noise * a random unit vector).
 
     documents = write_perturbed("documents.npy", encoded_CD, 1_000_000, noise=0.5)    # a memory map
     queries = perturbed(documents[rows], range(len(rows)), noise=2.0, seed=1)
@@ -19,7 +19,7 @@ SLICE = 50_000
 
 
 def perturbed(vectors_CD: np.ndarray, rows: range, noise: float, seed: int) -> np.ndarray:
-    """normalise(vector row mod C + noise x a random unit vector), for rows of a slice, whose number seeds them."""
+    """normalise(vector row mod C + noise * a random unit vector) for a slice of rows; the first row seeds them."""
     rng = np.random.default_rng([seed, rows.start])
     directions = unit_rows(rng.standard_normal((len(rows), vectors_CD.shape[1]), dtype=np.float32))
     return unit_rows(vectors_CD[np.arange(rows.start, rows.stop) % len(vectors_CD)] + noise * directions)
@@ -28,7 +28,7 @@ def perturbed(vectors_CD: np.ndarray, rows: range, noise: float, seed: int) -> n
 def write_perturbed(
     path: str | Path, vectors_CD: np.ndarray, number: int, *, noise: float, steps: int | None = None
 ) -> np.ndarray:
-    """A memory map, for reading, of the first `number` perturbations, [N, D] float32; with `steps` `rounded`."""
+    """Writes the first `number` perturbations, `rounded` if `steps` is given; returns a read-only memory map [N, D]."""
     path = Path(path)
     documents_ND = np.lib.format.open_memmap(path, "w+", dtype=np.float32, shape=(number, vectors_CD.shape[1]))
     for start in range(0, number, SLICE):
@@ -40,10 +40,9 @@ def write_perturbed(
 
 
 def rounded(vectors_ND: np.ndarray, steps: int) -> np.ndarray:
-    """Every value rounded to a multiple of 1 / `steps`, a power of two.
+    """Rounds every value to a multiple of 1 / `steps`, a power of two.
 
-    Inner products of such vectors are multiples of 1 / steps^2, and sums of them, of any part of the dimensions, are at
-    most the product of the lengths: up to 2,048 steps and a length of about 1 float32 holds them all exactly. So every
-    matrix product gives the same scores, whatever the order in which it adds, and equal scores are equal everywhere.
+    Inner products of such unit vectors are multiples of 1 / steps^2, and float32 holds them and all their partial sums
+    exactly for up to 2,048 steps. So every matrix product gives the same scores whatever its order of addition.
     """
     return np.round(vectors_ND * steps) / np.float32(steps)

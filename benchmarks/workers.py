@@ -1,7 +1,7 @@
-"""Two contestants in two processes, one at work at a time, their times and peak memory.
+"""Runs two contestants in processes of their own, in turn, and measures their time and peak memory.
 
-Each lives in a fresh process of its own, so that its peak memory is its own and neither warms up the other. The parent
-lets them work in turn; what is timed is the work alone, in the worker.
+A fresh process per contestant keeps peak memory separate and prevents one from warming up the other. Only the work
+itself is timed, inside the worker.
 
     ours, peer = Worker(Ours, folder), Worker(Peer, folder)
     seconds = alternate({"ours": ours, "peer": peer}, "step", rounds=20, warmup=2)
@@ -33,7 +33,7 @@ class Worker:
         self.seconds, self.peak_bytes = 0.0, 0
 
     def call(self, method: str, *arguments: Any) -> Any:
-        """The method's result; `seconds` and `peak_bytes` then say what it took."""
+        """Runs a method and returns its result; updates `seconds` and `peak_bytes`."""
         self.connection.send((method, arguments))
         result, self.seconds, self.peak_bytes = self.connection.recv()
         if isinstance(result, Exception):
@@ -62,7 +62,7 @@ def _serve(connection, make: Callable[..., Any], arguments: tuple) -> None:
 
 
 def most_anonymous(work: Callable[[], Any]) -> tuple[Any, int, int]:
-    """(what `work()` gives, anonymous bytes before it, and at most during it), looked at every 20 ms."""
+    """Returns (result of `work()`, anonymous bytes before it, peak anonymous bytes), sampled every 20 ms."""
     before, most, done = anonymous_bytes(), [0], threading.Event()
 
     def watch() -> None:
@@ -80,7 +80,7 @@ def most_anonymous(work: Callable[[], Any]) -> tuple[Any, int, int]:
 
 
 def anonymous_bytes() -> int:
-    """Resident memory that no file stands behind (Linux)."""
+    """Resident memory not backed by a file (Linux)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1]) * 1024
@@ -90,7 +90,7 @@ def anonymous_bytes() -> int:
 def alternate(
     workers: Mapping[str, Worker], method: str, *arguments: Any, rounds: int, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of every counted call, by contestant: A B A B ..., after `warmup` uncounted rounds."""
+    """Seconds of each counted call by contestant, in the order A B A B ..., after `warmup` uncounted rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in workers}
     for i in range(warmup + rounds):
         for name, worker in workers.items():
@@ -101,7 +101,7 @@ def alternate(
 
 
 def machine() -> str:
-    """What the figures were taken on."""
+    """One line that describes the machine."""
     return f"{describe(torch.device('cpu'))}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
@@ -111,5 +111,5 @@ def spread(values: list[float], digits: int = 2) -> str:
 
 
 def ratios(slower: list[float], faster: list[float]) -> list[float]:
-    """How many times as long one took as the other, pair by pair."""
+    """Ratios of two lists of times, pair by pair."""
     return [a / b for a, b in zip(slower, faster, strict=True)]

@@ -27,7 +27,7 @@ def run(options: Options) -> None:
         "folder": embedder.source.folder,
         "family": embedder.source.config["model_type"],
         "parameters": f"{sum(p.numel() for p in embedder.parameters()):,}",
-        "layers": embedder.encoder.config.num_hidden_layers,
+        "layers": getattr(embedder.encoder.config, "num_hidden_layers", 0),
         "dimensions": embedder.dim,
         "max_length": f"{embedder.max_length} tokens (the encoder has {embedder.encoder.config.max_length} positions)",
         "pooling": " + ".join(pooling.names) + ("" if pooling.include_prompt else ", prompt left out"),

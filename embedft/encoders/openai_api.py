@@ -73,9 +73,10 @@ class ApiEmbedder:
         return self.prompts.get(role) or ""
 
     def space(self, role: str) -> Space:
-        """What the server's vectors for a role depend on, for a `Store`; `dim` 0: not known yet.
+        """What a role's vectors depend on, for a `Store`: the server's vectors, before they are cut or mapped.
 
-        A server that changes the model behind a name does not show.
+        That is the server's address without credentials, the model's name, `dimensions`, `parameters`, the prompt and
+        what happens to long texts. A server that changes the model behind a name does not show. `dim` 0: not known yet.
         """
         return self._space(role)._replace(dim=self._server_dim())
 
@@ -91,7 +92,11 @@ class ApiEmbedder:
         return Base(self.endpoint.name, self._server_dim(), {role: self._space(role).fingerprint for role in ROLES})
 
     def attach(self, adapter: Adapter) -> None:
-        """Sends vectors through `adapter`. Raises `ValueError` when it is for another model or, if known, width."""
+        """Sends vectors through `adapter`, before they are cut.
+
+        Raises `ValueError` for an adapter of another model or, if that is known, another width; warns when it does not
+        say which model it is for.
+        """
         base = self.base()
         adapter.check_base(base._replace(dim=base.dim or adapter.in_features))
         self.adapter = adapter
