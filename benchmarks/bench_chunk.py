@@ -28,15 +28,15 @@ class Ours:
         self.tokenizer = load_embedder(model, device="cpu").tokenizer
 
     def read(self) -> None:
-        self.documents = read_documents(self.paths, processes=self.processes)
+        self.read_pages, _ = read_documents(self.paths, processes=self.processes)
         count = self.count_tokens
-        self.chunks = chunk_pages(self.documents.pages, count_tokens=count, size=SIZE, overlap=OVERLAP)
+        self.chunks = chunk_pages(self.read_pages, count_tokens=count, size=SIZE, overlap=OVERLAP)
 
     def count_tokens(self, texts: list[str]) -> list[int]:
         return [len(ids) for ids in self.tokenizer.words(texts)]
 
     def pages(self) -> dict[tuple[str, int], str]:
-        return {(page.file, page.number): page.text for page in self.documents.pages}
+        return {(page.file, page.number): page.text for page in self.read_pages}
 
     def num_chunks(self) -> int:
         return len(self.chunks)

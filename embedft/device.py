@@ -1,4 +1,4 @@
-"""What each device can do. Nothing else in embedft asks a device what it is.
+"""What each device can do: the only module that checks a device's type.
 
 Not here: moving tensors, and precision under autocast (training/train.py).
 
@@ -18,7 +18,7 @@ import torch
 
 
 def default_device() -> torch.device:
-    """CUDA when there is one, else MPS, else the CPU."""
+    """CUDA if available, else MPS, else the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     if torch.backends.mps.is_available():
@@ -27,14 +27,14 @@ def default_device() -> torch.device:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a name such as "cuda:1". Raises `ValueError` when this machine, or this torch, has none such."""
+    """The device of a name such as "cuda:1". Raises `ValueError` if this machine, or this build of torch, lacks it."""
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
         there += [other for other, is_there in (("mps", torch.backends.mps.is_available()), ("cpu", True)) if is_there]
-        raise ValueError(f"device is {name!r}, expected one that is there: {', '.join(there)} ({reason})") from None
+        raise ValueError(f"device is {name!r}, expected one of {', '.join(there)} ({reason})") from None
 
 
 def has_packed_attention(device: torch.device, dtype: torch.dtype) -> bool:
@@ -45,10 +45,10 @@ def has_packed_attention(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def has_onednn_linear(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether float32 matrix products on the CPU can go to oneDNN instead of the BLAS that torch was built with.
+    """Whether float32 matrix products on the CPU can use oneDNN instead of the BLAS that torch was built with.
 
-    MKL, the BLAS of torch's x86 wheels, leaves AVX-512 unused on AMD: 186 GFLOP/s where oneDNN reaches 370 for a
-    [5400, 384] x [384, 1536] product (two cores of an EPYC of family 26, torch 2.13.0, 2026-11-21).
+    MKL, the BLAS of torch's x86 wheels, does not use AVX-512 on AMD: 186 GFLOP/s, while oneDNN reaches 370 for
+    [5400, 384] x [384, 1536] (two cores of an EPYC of family 26, torch 2.13.0, 2026-11-21).
     """
     return (
         device.type == "cpu"
@@ -59,7 +59,7 @@ def has_onednn_linear(device: torch.device, dtype: torch.dtype) -> bool:
     )
 
 
-# The operator behind torch.compile's own CPU linear layers; private, so its absence must be harmless.
+# The operator behind torch.compile's CPU linear layers. It is private, so its absence must be harmless.
 _ONEDNN_LINEAR = (
     platform.machine() in ("x86_64", "AMD64")
     and torch.backends.mkldnn.is_available()
@@ -68,26 +68,26 @@ _ONEDNN_LINEAR = (
 
 
 def has_slow_dropout(device: torch.device) -> bool:
-    """Whether torch draws its dropout mask here one number after the other: on the CPU."""
+    """Whether torch draws its dropout mask one number at a time: on the CPU."""
     return device.type == "cpu"
 
 
 def batch_tokens(device: torch.device) -> int:
-    """Tokens in one forward pass of inference. On the CPU the activations of a layer should stay in the cache."""
+    """Tokens in one forward pass of inference. On the CPU a layer's activations should fit the cache."""
     return 4_096 if device.type == "cpu" else 65_536
 
 
 def length_slack(device: torch.device) -> float:
-    """How much shorter than its longest a sequence of an attention group may be, as a share.
+    """How much shorter than its longest a sequence of an attention group may be, as a fraction.
 
-    Padding inside attention buys fewer kernel launches; the CPU has none to save, so its groups are of equal length.
+    Padding inside attention saves kernel launches; the CPU has none, so its groups are of equal length.
     """
     return 0.0 if device.type == "cpu" else 0.125
 
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seeds torch's generators (CPU and `device`) for the block and gives the caller's state back after it."""
+    """Seeds torch's generators (CPU and `device`) for the block, and restores the caller's state afterwards."""
     state = random_state(device)
     try:
         torch.manual_seed(seed)
@@ -97,7 +97,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """The state of torch's generators that dropout draws from: the CPU's and `device`'s."""
+    """The state of the generators that dropout draws from: the CPU's and `device`'s."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -107,7 +107,7 @@ def random_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Restores what `random_state` gave."""
+    """Restores what `random_state` returned."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
@@ -116,10 +116,10 @@ def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> No
 
 
 def release_memory(device: torch.device) -> None:
-    """Gives what was freed on the CPU back to the system, where the C library can (glibc); elsewhere does nothing.
+    """Returns freed CPU memory to the system where the C library can (glibc); elsewhere does nothing.
 
-    glibc keeps freed blocks, in pieces that tensors of other lengths cannot reuse: without this a process that trained
-    on batches of 7,000 tokens grew from 2.2 to 3.2 GB in 18 steps, and on. It costs a tenth of a second.
+    glibc keeps freed blocks in pieces that tensors of other lengths cannot reuse: without this, a process that trained
+    on batches of 7,000 tokens grew from 2.2 to 3.2 GB in 18 steps, and kept growing. It costs a tenth of a second.
     """
     if device.type == "cpu" and sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -128,10 +128,10 @@ def release_memory(device: torch.device) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory used so far: allocated on a CUDA device, else the resident set of this process."""
+    """The peak memory so far: allocated on a CUDA device, else the resident set of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":  # getrusage counts what the process that started this one had
+    if sys.platform == "linux":  # getrusage includes what the parent process had
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return int(status["VmHWM"].split()[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -139,7 +139,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def describe(device: torch.device) -> str:
-    """A line about the machine: device name, and for the CPU its threads."""
+    """The device's name and, for the CPU, its threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()

@@ -17,9 +17,11 @@ import time
 from pathlib import Path
 
 from embedft import FinetuneConfig, RetrievalDataset, evaluate, finetune, load_embedder
-from embedft.corpus.chunks import chunk_pages, split_chunks
+from embedft.corpus.chunks import chunk_pages
+from embedft.corpus.docstrings import docstring_datasets
 from embedft.corpus.documents import drop_repeated_lines, read_documents
-from embedft.corpus.pseudo import docstring_datasets, inverse_cloze
+from embedft.corpus.pseudo import inverse_cloze
+from embedft.corpus.splits import split_chunks
 from embedft.device import describe, peak_memory_bytes
 from embedft.encoders.loading import load_reading
 from embedft.files import write_json
@@ -96,10 +98,10 @@ The same on your own documents, and on questions that you have (QA JSON, BEIR fo
 
 def cloze_datasets(paths: list[str], base: str) -> tuple[RetrievalDataset, RetrievalDataset]:
     """Chunks of documents, each asked for by one of its own sentences: four fifths train, the rest is held out."""
-    documents = read_documents(paths)
-    for skipped in documents.skipped:
-        print(skipped)
-    pages, _ = drop_repeated_lines(documents.pages)
+    pages, skipped = read_documents(paths)
+    for line in skipped:
+        print(line)
+    pages, _ = drop_repeated_lines(pages)
     reading = load_reading(base)
     chunks = chunk_pages(pages, count_tokens=reading.count_tokens, size=CONFIG.max_length - reading.num_around)
     split = split_chunks(chunks, train_share=0.8, seed=CONFIG.seed)

@@ -15,10 +15,11 @@ import argparse
 from pathlib import Path
 
 from embedft import Report, RetrievalDataset, evaluate, load_embedder
-from embedft.corpus.chunks import Chunk, chunk_pages, parse_pages, split_chunks
+from embedft.corpus.chunks import Chunk, chunk_pages
 from embedft.corpus.cleaning import clean
 from embedft.corpus.documents import read_documents
 from embedft.corpus.questions import QuestionConfig, question_dataset, write_questions
+from embedft.corpus.splits import parse_pages, split_chunks
 from embedft.encoders.loading import load_reading
 from embedft.encoders.openai_api import ApiEmbedder
 from embedft.retrieval.tables import format_table
@@ -74,11 +75,11 @@ def first_and_rest(dataset: RetrievalDataset, num_first: int) -> tuple[Retrieval
 
 def questions_of_filing(options: argparse.Namespace, folder: Path) -> tuple[RetrievalDataset, RetrievalDataset]:
     """Reads the PDF, a chunk a page, splits it by pages and has questions written for both sides."""
-    documents = read_documents([options.pdf])
-    for skipped in documents.skipped:
-        print(skipped)
+    pages, skipped = read_documents([options.pdf])
+    for line in skipped:
+        print(line)
     count_tokens = load_reading(options.base).count_tokens
-    chunks = chunk_pages(documents.pages, count_tokens=count_tokens, size=CHUNK_TOKENS, by_page=True)
+    chunks = chunk_pages(pages, count_tokens=count_tokens, size=CHUNK_TOKENS, by_page=True)
     split = split_chunks(chunks, train_pages=parse_pages(options.train_pages))
     config = QuestionConfig(
         model=options.model,

@@ -45,7 +45,7 @@ STATUSES = {
     "422": 422,
 }
 CONNECTION = ("drop", "drop-middle", "late")
-CONTENT = ("truncated", "invalid-json", "refusal", "length", "empty", "fewer")
+CONTENT = ("truncated", "invalid-json", "refusal", "length", "empty", "none")
 RANDOM = ("429", "429-seconds", "429-date", "429-ms", "500", "502", "503", "drop", "drop-middle", "not-json", *CONTENT)
 # After these there is nothing to ask again.
 HARMLESS = ("preamble", "fenced", "more", "no-usage")
@@ -281,7 +281,7 @@ class ApiServer:
     def reply(self, kind: str, request: dict, prompt: str, fault: str | None) -> bytes:
         if kind == "embeddings":
             return json.dumps(self.embed(request, fault)).encode()
-        num_questions = self.num_questions + {"fewer": -1, "more": 1}.get(fault, 0)
+        num_questions = self.num_questions + {"none": -self.num_questions, "fewer": -1, "more": 1}.get(fault, 0)
         questions = written_questions(prompt, num_questions)
         is_json = "response_format" in request
         content = json.dumps({"questions": questions}) if is_json else "\n".join(questions)
@@ -291,7 +291,7 @@ class ApiServer:
         elif fault == "fenced":
             content = f"```json\n{json.dumps({'questions': questions})}\n```"
         elif fault == "truncated":
-            content = json.dumps({"questions": questions})[:-20]
+            content = json.dumps({"questions": questions})[:30]
         elif fault == "invalid-json":
             content = json.dumps({"questions": 3})
         elif fault == "length":

@@ -54,7 +54,7 @@ PACKAGES = {
     "huggingface_hub": Package(("encoders.loading",), in_functions=True),
     "matplotlib": Package(("retrieval.plots",), in_functions=True),
     "openai": Package(("api.client",), in_functions=True),
-    "pypdf": Package(("corpus.pdf",), in_functions=True),
+    "pypdf": Package(("corpus.pdf_page",), in_functions=True),
 }
 WITHOUT_TORCH = (
     "api.client",
@@ -72,6 +72,12 @@ WITHOUT_TORCH = (
     "corpus.chunks",
     "corpus.cleaning",
     "corpus.copies",
+    "corpus.docstrings",
+    "corpus.layout",
+    "corpus.markdown",
+    "corpus.pdf_page",
+    "corpus.pseudo",
+    "corpus.splits",
     "data.dataset",
     "corpus.documents",
     "data.formats",

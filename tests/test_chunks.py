@@ -5,21 +5,11 @@ import re
 
 import pytest
 
-from embedft.corpus import chunks as module
-from embedft.corpus.chunks import (
-    MAX_TOKEN_CHARACTERS,
-    Chunk,
-    Place,
-    Split,
-    chunk_pages,
-    load_chunks,
-    parse_pages,
-    save_chunks,
-    split_chunks,
-)
+from embedft.corpus.chunks import Chunk, Place, chunk_pages, load_chunks, save_chunks
 from embedft.corpus.copies import COPIED_SHARE, is_copied, near_copies, shingles, words
 from embedft.corpus.documents import Page
 from embedft.corpus.sentences import sentence_spans
+from embedft.corpus.splits import Split, parse_pages, split_chunks
 from embedft.encoders.loading import load_reading
 
 
@@ -189,15 +179,14 @@ def test_places_are_exact():
     assert chunk_pages(pages[1:2], count_tokens=count_words, size=5) == []
 
 
-def test_the_id_is_of_the_text_and_equal_texts_are_one_chunk(monkeypatch):
+def test_the_id_is_of_the_text_and_equal_texts_are_one_chunk():
     pages = [*report("Same.", "Other.", "Same."), *report("Same.", file="b.txt")]
     cut = chunk_pages(pages, count_tokens=count_words, size=9, by_page=True)
     # printf 'Same.' | sha256sum
     assert cut[0] == Chunk(SAME_ID, "Same.", 1, (Place("a.txt", 1, 1), Place("a.txt", 3, 3), Place("b.txt", 1, 1)))
     assert len(cut) == 2
-    monkeypatch.setattr(module, "ID_DIGITS", 1)
     pages = report(*(f"text{i}" for i in range(40)))
-    many = chunk_pages([*pages, *pages], count_tokens=count_words, size=9, by_page=True)
+    many = chunk_pages([*pages, *pages], count_tokens=count_words, size=9, by_page=True, id_digits=1)
     assert len({chunk.id for chunk in many}) == len(many) == 40
     assert all(len(chunk.places) == 1 for chunk in many)
     assert {len(chunk.id) for chunk in many} >= {1, 2}
@@ -317,14 +306,14 @@ def test_page_ranges(text, ranges):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "'' is not a list of pages: found '', expected such as '1-90,120'"),
+        ("", "'' is not a list of pages: found '', expected e.g. '1-90,120'"),
         ("1-90,", "found ''"),
         ("1-90,x", "'1-90,x' is not a list of pages: found 'x'"),
         ("1-", "found '1-'"),
         ("-5", "found '-5'"),
         ("1-2-3", "found '1-2-3'"),
-        ("9-1", "'9-1': pages 9-1 are none, expected from 1 up"),
-        ("0-3", "pages 0-3 are none"),
+        ("9-1", "'9-1': found pages 9-1, expected a range from 1 up"),
+        ("0-3", "found pages 0-3"),
     ],
 )
 def test_page_ranges_that_are_none(text, message):
@@ -465,7 +454,7 @@ def test_chunks_come_back_as_they_were(tmp_path):
     chunks = [
         Chunk("a", "text ä\nmore", 3, (Place("x.pdf", 1, 2), Place("y.pdf", 4, 4))),
         Chunk("b", "elsewhere"),
-        Chunk("c", "no token", 0),
+        Chunk("c", "no token", 0, headings=("Mill", "Owner")),
     ]
     save_chunks(tmp_path / "chunks.jsonl", chunks)
     assert load_chunks(tmp_path / "chunks.jsonl") == chunks
@@ -488,7 +477,7 @@ def test_any_lines_with_id_and_text_are_chunks(tmp_path):
         ('{"id": "a", "text": " "}', "line 1: `text` is empty"),
         ('{"id": true, "text": "x"}', "line 1: `id` must be a string"),
         ('{"id": "a", "text": 1}', "line 1: `text` must be a string"),
-        ('{"id": "1", "text": "x"}\n{"id": 1, "text": "y"}', "line 2: id '1' stands in an earlier line too"),
+        ('{"id": "1", "text": "x"}\n{"id": 1, "text": "y"}', "line 2: id '1' is already in an earlier line"),
         ('{"id": "a", "text": "x", "places": [{"page": 1}]}', "line 1: `places` is not a list of file, first_page"),
         ('{"id": "a", "text": "x", "places": [1]}', "line 1: `places` is not a list of file, first_page"),
     ],
@@ -505,5 +494,5 @@ def test_a_blob_that_is_one_unknown_token_is_cut():
     blob = "".join(random.Random(0).choices("abcdefghij", k=300_000))
     assert count_tokens([blob]) == [1]
     chunks = chunk_pages([Page("a.txt", 1, f"One sentence. {blob} Another one.")], count_tokens=count_tokens, size=50)
-    assert max(len(chunk.text) for chunk in chunks) <= 51 * MAX_TOKEN_CHARACTERS
+    assert max(len(chunk.text) for chunk in chunks) <= 51 * 100
     assert "".join(chunk.text for chunk in chunks).replace(" ", "") == f"Onesentence.{blob}Anotherone."

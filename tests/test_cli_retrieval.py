@@ -295,6 +295,13 @@ def test_compare_several_by_several_metrics(reports, capsys):
     assert out == format_comparisons(names, base="base", style="latex") + "\n"
 
 
+def test_compare_names_the_models(place, capsys):
+    for place_of, length in (("eval/a", 6), ("eval/b", 5)):
+        run(capsys, f"evaluate model pairs.json --no-bm25 --max-length {length} --out {place_of}")
+    with pytest.warns(UserWarning, match="max_length is 6 in base and 5 in other"):
+        assert "a (model)" in run(capsys, "compare eval/a eval/b")
+
+
 def test_compare_seeds(reports, capsys):
     folders = " ".join(f"runs/{name}/eval/uber" for name in reports)
     out = run(capsys, f"compare {folders} --seeds --metric mrr@10 hit_rate@1")

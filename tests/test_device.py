@@ -47,7 +47,7 @@ def test_random_state_is_a_place_to_come_back_to():
 def test_find_device():
     assert find_device("cpu") == CPU
     for name in ("toaster", "", "cpu:x", "cuda:99"):
-        with pytest.raises(ValueError, match=f"device is '{name}', expected one that is there: .*cpu \\(") as caught:
+        with pytest.raises(ValueError, match=f"device is '{name}', expected one of .*cpu \\(") as caught:
             find_device(name)
         assert "\n" not in str(caught.value)
 

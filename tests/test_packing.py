@@ -83,7 +83,7 @@ def test_pack_holds_every_sequence(count):
 
 
 def test_pack_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="there is no sequence to pack"):
+    with pytest.raises(ValueError, match="no sequences to pack"):
         pack([])
 
 

@@ -1,6 +1,8 @@
 """Prompts and replies: filling in what has braces of its own, and reading what language models make of a request."""
 
+import contextlib
 import json
+import time
 
 import pytest
 
@@ -69,6 +71,42 @@ def test_the_default_template_holds_the_passage_and_the_number():
         f"Here is the JSON:\n```json\n{JSON}\n```\nI hope it helps.",
         f"```json\n{JSON}",
         f"<think>{{</think>{JSON}",
+        # Thoughts, whatever opens and closes them.
+        f"Two questions are wanted.\nShould I ask for the year?\n</think>\n\n{LINES}",
+        f"What is there to ask?\n</think>\n{JSON}",
+        f"<thinking>\nWhat else?\n</thinking>\n{LINES}",
+        f"<reasoning>Hm? What?</reasoning>{JSON}",
+        f"<THINK>Hm?\nWhat?</THINK>{LINES}",
+        f"<seed:think>Hm?</seed:think>{LINES}",
+        f"[THINK]What to ask?[/THINK]{LINES}",
+        f"<|channel|>analysis<|message|>What is it?\nHm?<|end|><|channel|>final<|message|>{JSON}<|return|>",
+        f"{LINES}\n<think>\nIs that all?",
+        # Headers of roles.
+        f"assistant\n\n{JSON}",
+        f"assistant\n{LINES}",
+        f"Assistant: {LINES}",
+        f"<|im_start|>assistant\n{LINES}<|im_end|>",
+        f"<|start_header_id|>assistant<|end_header_id|>\n\n{LINES}<|eot_id|>",
+        f"json\n{JSON}",
+        # JSON wherever it is.
+        f"Let me think about the passage.\nIs it about money?\n\n{JSON}",
+        f"{JSON}\n\nI hope this helps! Do you want more?",
+        f"{JSON}\n{JSON}",
+        f'As {{"questions": ["...", "..."]}} then: {JSON}',
+        f"\ufeff{JSON}",
+        f"```json{JSON}```",
+        f"```json\r\n{JSON}\r\n```",
+        JSON.replace("questions", "Questions"),
+        json.dumps([[ONE], [TWO]]),
+        json.dumps([{"question": ONE, "answer": "Billions."}, {"question": TWO, "answer": "Who knows?"}]),
+        f'{{"question": "{ONE}"}}\n{{"question": "{TWO}"}}',
+        json.dumps({"questions": [ONE, 3, TWO]}),
+        json.dumps({"answers": [ONE, TWO]}),
+        # Broken JSON: the whole strings that ask.
+        JSON[:-2] + ",]}",
+        JSON[:-1],
+        JSON.replace('"', "'"),
+        f'{JSON[:-2]}, "What is cut',
     ],
 )
 def test_both_questions_are_found(reply):
@@ -76,28 +114,40 @@ def test_both_questions_are_found(reply):
 
 
 @pytest.mark.parametrize(
-    ("reply", "reason"),
+    "reply",
     [
-        ("", "0 of 2 questions"),
-        (" \n\n", "0 of 2 questions"),
-        (ONE, "1 of 2 questions"),
-        (f"{ONE}\n1. {ONE.lower()}", "1 of 2 questions"),
-        (f"Here are they:\n{ONE}\n---", "1 of 2 questions"),
-        (f"<think>\n{LINES}", "0 of 2 questions"),
-        (json.dumps({"questions": [ONE]}), "1 of 2 questions"),
-        (json.dumps({"questions": [ONE, ONE, "?"]}), "1 of 2 questions"),
-        ("[]", "0 of 2 questions"),
-        (JSON[:-10], r"invalid JSON in the reply \(Unterminated string .* of \d+\)"),
-        ("{", r"invalid JSON .* character 1 of 1"),
-        (f"```json\n{JSON[:-1]}", "invalid JSON"),
-        (json.dumps({"questions": 3}), 'no list of strings under "questions"'),
-        (json.dumps({"answers": [ONE, TWO]}), "no list of strings"),
-        (json.dumps({"questions": [ONE, 3]}), "no list of strings"),
-        (json.dumps([{"question": ONE}]), "no list of strings"),
+        ONE,
+        f"{ONE}\n1. {ONE.lower()}",
+        f"Here they are:\n{ONE}\n---",
+        f"{ONE}\nThe company earned more in 2021.",
+        f"1. {ONE}\n2. \ud83d what is it?",  # half of an emoji cannot be stored
+        f"{ONE}\n{'What of it, ' * 100}?",
+        json.dumps({"questions": [ONE]}),
+        json.dumps({"questions": [ONE, ONE, "?"]}),
+        json.dumps({"questions": [ONE, 3]}),
+        json.dumps([{"question": ONE}]),
+        JSON[:-10],
+        f"```json\n{JSON[:-10]}",
     ],
 )
-def test_a_reply_of_no_use_says_why(reply, reason):
-    with pytest.raises(ValueError, match=reason):
+def test_one_good_question_of_two_is_kept(reply):
+    assert parse_reply(reply, 2) == [ONE]
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        *("", " \n\n", "[]", "{", "{}", "---", "I cannot help with that.", "uber revenue 2021\nlyft drivers' pay"),
+        f"<think>\n{LINES}",
+        f"{LINES}\n</think>",
+        '{"questions": 3}',
+        '{"questions": ["What did Lyft earn in',
+        '{\n "questions": [\n  "What did Lyft earn in',
+        json.dumps({"questions": ["\ud83d what is it?"]}),
+    ],
+)
+def test_a_reply_without_questions_is_an_error(reply):
+    with pytest.raises(ValueError, match="no question"):
         parse_reply(reply, 2)
 
 
@@ -150,10 +200,47 @@ def test_what_does_not_ask_gives_way(reply):
     assert parse_reply(reply, 2) == ["What is A?", "What is B?"]
 
 
-def test_search_terms_of_a_template_that_wants_them_are_kept():
-    assert parse_reply("uber revenue 2021\nlyft drivers' pay", 2) == ["uber revenue 2021", "lyft drivers' pay"]
+def test_what_json_lists_as_questions_need_not_ask():
+    terms = ["uber revenue 2021", "lyft drivers' pay"]
+    assert parse_reply(json.dumps({"questions": terms}), 2) == terms
 
 
-def test_json_that_is_nested_too_deep():
-    with pytest.raises(ValueError, match="nested too deep"):
-        parse_reply('{"questions": ' + "[" * 100_000, 2)
+def test_json_in_a_question_is_no_reply_in_json():
+    question = 'What does {"retries": 3} set in the configuration file?'
+    assert parse_reply(f"1. {question}", 2) == [question]
+    tag = json.dumps({"questions": ["What does </think> close?", "What does <think> open?"]})
+    assert parse_reply(tag, 2) == json.loads(tag)["questions"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "1. ",
+        "- ",
+        "**",
+        '""',
+        "<think>",
+        "</think>",
+        "[{",
+        "[",
+        '{"a":',
+        '["',
+        "```",
+        "# ",
+        "a: ",
+        " ",
+        "\n",
+        "'a",
+        "</",
+        "<|",
+    ],
+)
+def test_time_is_linear_in_the_reply(piece):
+    """400 KB of anything takes a second or so; quadratic code takes minutes."""
+    reply = piece * (400_000 // len(piece))
+    for text in (reply, f"{reply}\nWhat?\nHow is it?", f"What?\n{reply}"):
+        start = time.process_time()
+        with contextlib.suppress(ValueError):
+            parse_reply(text, 2)
+        assert time.process_time() - start < 5

@@ -226,13 +226,22 @@ RETRIED = {
     "drop-middle": ("failed", "no connection (", False),
     "late": ("failed", "no reply within 0.3 s", False),
     "not-json": ("failed", "the reply is not a JSON object", False),
-    "truncated": ("invalid", "invalid JSON in the reply", None),
-    "invalid-json": ("invalid", "the JSON of the reply is no list of strings", None),
+    "truncated": ("invalid", "no question in the reply", None),
+    "invalid-json": ("invalid", "no question in the reply", None),
     "refusal": ("invalid", "refusal: I cannot help with that.", None),
     "length": ("invalid", "cut off at 256 tokens (max_reply_tokens)", None),
     "empty": ("invalid", "empty reply (finish_reason stop)", None),
-    "fewer": ("invalid", "1 of 2 questions in the reply", None),
+    "none": ("invalid", "no question in the reply", None),
 }
+
+
+def test_one_good_question_of_two_is_kept_and_not_asked_for_again(tmp_path):
+    chunks = some_chunks(1)
+    with ApiServer(faults=["fewer"]) as server:
+        for _ in range(2):
+            outcome = ask(server, chunks, tmp_path)
+            assert outcome.questions == {id: two[:1] for id, two in expected(chunks).items()}
+    assert server.counts["chat"] == 1
 
 
 def test_every_random_fault_is_among_those_tried_here():

@@ -9,8 +9,9 @@ Not here: what is asked and what a good reply is (corpus/questions.py, endpoint.
 
 import asyncio
 import json
+import math
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Collection, Coroutine, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -146,6 +147,23 @@ def message_text(content: Any) -> str:
         return content
     parts = [part for part in content or () if isinstance(part, dict) and part.get("type", "text") == "text"]
     return "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
+
+
+def check_settings(settings: Any, *, own_parameters: Collection[str]) -> None:
+    """Raises `ValueError` for a number out of range, or for one of `parameters` that cannot be sent, of a dataclass."""
+    if not settings.model.strip():
+        raise ValueError("model is empty, expected a name that the server knows")
+    for name, value in vars(settings).items():
+        is_price = name.startswith("price")
+        if type(value) in (int, float) and not (0 < value < math.inf or (is_price and value == 0)):
+            raise ValueError(f"{name} is {value}, expected {'at least 0' if is_price else 'more than 0'}")
+    for name in settings.parameters:
+        if name in own_parameters:
+            raise ValueError(f"parameters: {name!r} is set by embedft itself and cannot be sent as a parameter")
+    try:
+        json.dumps(settings.parameters, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"parameters cannot be sent as JSON: {error}") from None
 
 
 def run_to_end(coroutine: Coroutine[Any, Any, Any]) -> Any:

@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 
 from ..files import append_jsonl, locked
-from .client import Client, reported_usage, run_to_end
+from .client import Client, check_settings, reported_usage, run_to_end
 from .embedding_reply import read_vectors, unit_rows
 from .ledger import USAGE, Ledger, now_text, price_of
 from .sending import Forms, Job, RateLimit, Response, Sender
 from .server import Server
 
 TOO_LONG = ("refuse", "cut")
-# A request to api.openai.com may hold 2,048 texts and 300,000 tokens; a token is at least a byte.
+# Of api.openai.com: 2,048 texts and 300,000 tokens per request; a token is at least a byte.
 MAX_BATCH_TEXTS, MAX_BATCH_BYTES, OPENAI_MAX_TOKENS = 2_048, 300_000, 8_191
 SPECIAL_TOKENS = 4  # that a tokenizer may add to a text, for the most that a request may cost
 BYTES_A_TOKEN = 4  # on average, for the limit of tokens a minute
@@ -38,11 +38,7 @@ ENCODING_FORMATS = ("base64", "float", None)  # base64 is a third of the size; N
 
 @dataclass
 class ApiCosts:
-    """What an `ApiEmbedder` did so far, without earlier runs of its ledger.
-
-    `cost` is that of the `num_tokens` reported (None without a price); `num_unreported` requests had no report.
-    `num_computed` texts were paid for and `num_stored` came from the store.
-    """
+    """What an `ApiEmbedder` did so far, without earlier runs of its ledger; `cost` is None without a price."""
 
     num_requests: int = 0
     num_tokens: int = 0
@@ -60,15 +56,12 @@ class ApiCosts:
 
 @dataclass(eq=False)
 class Batch:
-    """Texts of one request, perhaps a half of the refused batch `whole`, of which `parts` were not taken yet.
-
-    `num_failures`: those of the sender when the batch was refused.
-    """
+    """Texts of one request, perhaps a half of the refused batch `whole`."""
 
     texts: list[str]
     whole: "Batch | None" = None
-    parts: int = 2
-    num_failures: int = 0
+    parts: int = 2  # halves that were not taken yet, if it was refused
+    num_failures: int = 0  # the sender's, when it was refused
 
 
 @dataclass
@@ -80,13 +73,11 @@ class Endpoint:
         base_url: such as http://localhost:8000/v1; None: OPENAI_BASE_URL, else api.openai.com.
         dimensions: features to ask the server for; None: all.
         parameters: sent with each request as they are, such as {"input_type": "query"}.
-        too_long: what to do with a text that the server refuses alone. "refuse": an error that names it. "cut": cut it
-            at 8 characters per token of `max_tokens`, then by a tenth at a time, at whitespace, until it is taken.
-        max_tokens: of a text, prompt included; None: 8,191 at api.openai.com, elsewhere unknown.
+        too_long: "refuse" reports a text that the server refuses. "cut" shortens it, to 8 characters per token of
+            `max_tokens` (None: OpenAI's 8,191, elsewhere unknown), then by a tenth at a time, until it is taken.
         batch_texts: texts per request, at most 2,048. A refused batch is sent in halves; if both are taken, later
             batches have that size.
         concurrency: requests in flight at once. max_attempts: requests for a batch. timeout_seconds: of a request.
-        requests_per_minute, tokens_per_minute: never more in 60 seconds.
         price: money per million tokens. max_cost: never spend more, over all runs of the ledger (without one, of this
             object). Until the server reports, a byte counts as a token.
         ledger: a JSONL file with a line before and after each request; one process at a time.
@@ -113,23 +104,13 @@ class Endpoint:
     ledger: str | Path | None = None
 
     def __post_init__(self) -> None:
-        if not self.model.strip():
-            raise ValueError("model is empty, expected a name that the server knows")
-        positive = ("dimensions", "max_tokens", "concurrency", "requests_per_minute", "tokens_per_minute", "max_cost")
-        for name in (*positive, "max_attempts", "timeout_seconds"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value}, expected more than 0")
-        if not 1 <= self.batch_texts <= MAX_BATCH_TEXTS:
+        check_settings(self, own_parameters=("model", "input", "dimensions"))
+        if self.batch_texts > MAX_BATCH_TEXTS:
             raise ValueError(f"batch_texts is {self.batch_texts}, expected 1 to {MAX_BATCH_TEXTS:,}")
-        if self.price is not None and not 0 <= self.price < math.inf:
-            raise ValueError(f"price is {self.price}, expected at least 0")
         if self.max_cost is not None and self.price is None:
             raise ValueError("max_cost needs price, the money per million tokens")
         if self.too_long not in TOO_LONG:
             raise ValueError(f"too_long is {self.too_long!r}, expected one of {', '.join(TOO_LONG)}")
-        for name in {"model", "input", "dimensions"} & self.parameters.keys():
-            raise ValueError(f"parameters: {name!r} is set by embedft itself and cannot be sent as a parameter")
         self.server, self.dim = Server.find(self.base_url), self.dimensions or 0
         self.name, self.base_url = f"{self.server.name}, {self.model}", self.server.name  # without its secrets
         if self.server.is_openai and self.max_tokens is None:
@@ -150,7 +131,14 @@ class Endpoint:
         return settings | ({"parameters": dict(self.parameters)} if self.parameters else {})
 
     def fetch(self, rows: Mapping[str, int], **options: Any) -> None:
-        """Asks for the vector of every text, several batches at once; `options`: of `_Fetch`.
+        """Asks for the vector of every text, several batches at once.
+
+        Args:
+            rows: {text: its position in what the caller was given, for errors}.
+            prompt: goes in front of every text.
+            keep: gets {text: [D] float32 of length one} as soon as a reply is there.
+            done: is told how many texts came, and what all requests cost ("" without a price).
+            least_dim: vectors with fewer features are useless: after the first nothing more is asked for.
 
         Raises:
             ValueError: a text that the server refuses, a limit reached, or what the server said, in one line without
@@ -162,15 +150,7 @@ class Endpoint:
 
 @dataclass
 class _Fetch:
-    """One `fetch`.
-
-    Args:
-        rows: {text: its position in what the caller was given, for errors}.
-        prompt: goes in front of every text.
-        keep: gets {text: [D] float32 of length one} as soon as a reply is there.
-        done: is told how many texts came, and what all requests cost ("" without a price).
-        least_dim: vectors with fewer features are useless: after the first nothing more is asked for.
-    """
+    """One `fetch`, with its state."""
 
     endpoint: Endpoint
     rows: Mapping[str, int]
@@ -310,15 +290,11 @@ class _Fetch:
 
 
 def shorten(text: str, max_tokens: int | None) -> str:
-    """A refused text without its last tenth, with at most 8 characters per token, cut at whitespace if there is any.
+    """A refused text without its last tenth, and with at most 8 characters per token.
 
-    Where the last tenth before the cut has no whitespace, the cut is inside a word.
+    Cut at whitespace, or inside a word where the last tenth of what is kept has none.
     """
-    num_kept = len(text) * 9 // 10
-    if max_tokens is not None:
-        num_kept = min(num_kept, CHARACTERS_A_TOKEN * max_tokens)
-    if not text[num_kept].isspace():
-        earliest = num_kept * 9 // 10
-        found = re.search(r"\s\S*\Z", text[earliest:num_kept])
-        num_kept = num_kept if found is None else earliest + found.start()
-    return text[:num_kept].rstrip()
+    num_kept = min(len(text) * 9 // 10, CHARACTERS_A_TOKEN * (max_tokens or len(text)))
+    earliest = num_kept * 9 // 10
+    found = None if text[num_kept].isspace() else re.search(r"\s\S*\Z", text[earliest:num_kept])
+    return text[: earliest + found.start() if found else num_kept].rstrip()

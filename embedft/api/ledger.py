@@ -90,10 +90,7 @@ class Ledger:
         return number
 
     def settle(self, number: int, usage: tuple[int, int] | None, *, cost: float | None = None) -> float | None:
-        """Replaces a reservation by the reported tokens, or keeps it for `usage` None. Returns the cost, if known.
-
-        `cost`: None: by the prices of this run.
-        """
+        """Replaces a reservation by the tokens reported, if any. Returns the cost: by price, unless it is given."""
         if number not in self.open:  # the ledger was deleted, the outcomes were not
             self._open(number, Decimal(0))
         if usage is None:

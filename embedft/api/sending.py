@@ -69,10 +69,7 @@ class Response:
 
 
 class Forms:
-    """Ways to put the same request, the preferred one first. The first that the server accepts is used from then on.
-
-    Servers refuse parameters in words of their own, so a refusal is not parsed: the next form is tried.
-    """
+    """Ways to put the same request, best first. Refusals are not parsed; the first form that is accepted is kept."""
 
     def __init__(self, forms: Sequence[Any]):
         self.forms, self.index, self.is_accepted = list(forms), 0, False
@@ -97,10 +94,9 @@ class Forms:
 
 @dataclass
 class RateLimit:
-    """Spaces requests so that no `window_seconds` hold more requests, or more tokens, than a minute may.
+    """Spaces requests evenly, and so that no `window_seconds` hold more requests or tokens than a minute may.
 
-    A request waits for the share of a minute that the one before it took, and until the last minute leaves room, as the
-    shares alone do not suffice when sizes differ. One larger than a whole minute's tokens goes alone.
+    A request larger than a whole minute's tokens goes alone.
     """
 
     requests_per_minute: float | None = None
@@ -202,9 +198,7 @@ class Sender:
     async def run(self, jobs: Iterable[Job]) -> Response | str | None:
         """Sends all jobs, each taken from the iterable when there is room for it.
 
-        Returns:
-            None, the name of the ledger's limit that stopped it, or the response that did: one that says "stop", the
-            fifth suspect when the first five are, one that asks for too long a pause, or the last of many failures.
+        Returns what stopped it: nothing (None), the name of a limit of the ledger, or a response.
         """
         fresh, running = iter(jobs), set()
         try:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from .. import config
 from ..config import REQUIRED, changed, check_at_most_one, setting
-from ..corpus.chunks import chunk_pages, parse_pages, save_chunks, split_chunks
+from ..corpus.chunks import chunk_pages, save_chunks
 from ..corpus.documents import drop_repeated_lines, read_documents
+from ..corpus.splits import parse_pages, split_chunks
 from ..files import check_writable, replace_files, write_json
 from .options import DEFAULT_MODEL, TRAIN, VALIDATION, WHOLE
 
@@ -40,7 +41,8 @@ class Options(Split, config.Options):
     size: int | None = setting(None, "most tokens of a chunk [all that the model reads]")
     overlap: int = setting(0, "tokens that two chunks may share")
     by_page: bool = setting(False, "end chunks at page ends")
-    drop_repeated: bool = setting(False, "drop page numbers and running headers")
+    drop_repeated: bool = setting(False, "drop page numbers, and running headers after the first")
+    headings_in_text: bool = setting(False, "begin chunks of Markdown with the headings above them")
 
     def __post_init__(self):
         check_at_most_one(self, *WAYS)
@@ -56,10 +58,11 @@ def run(options: Options) -> None:
     for skipped in documents.skipped:
         print(skipped, file=sys.stderr)
     pages, repeated = drop_repeated_lines(documents.pages) if options.drop_repeated else (documents.pages, {})
-    chunks = chunk_pages(pages, count_tokens=count_tokens, size=size, overlap=options.overlap, by_page=options.by_page)
+    how = {name: getattr(options, name) for name in ("overlap", "by_page", "headings_in_text")}
+    chunks = chunk_pages(pages, count_tokens=count_tokens, size=size, **how)
     report = {
         "files": len({page.file for page in documents.pages}),
-        "pages": len(documents.pages),
+        "pages": len({page[:2] for page in documents.pages}),
         "skipped": [skipped._asdict() for skipped in documents.skipped],
         "repeated_lines": dict(repeated),
         "chunks": len(chunks),

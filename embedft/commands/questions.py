@@ -16,10 +16,11 @@ import embedft
 
 from .. import config
 from ..config import REQUIRED, changed, part, setting
-from ..corpus import pseudo
 from ..corpus.chunks import Chunk
 from ..corpus.cleaning import Cleaned, clean, drop_held_out, round_trip
+from ..corpus.docstrings import docstring_datasets
 from ..corpus.prompts import TEMPLATE
+from ..corpus.pseudo import inverse_cloze, titles
 from ..corpus.questions import Estimate, Outcome, QuestionConfig, estimate, question_dataset, write_questions
 from ..data.dataset import RetrievalDataset
 from ..files import check_writable, read_text, replace_files, write_json
@@ -75,7 +76,7 @@ def run(options: Options) -> int:
     if options.method == "docstring":
         train, held_out = options.num_docstrings
         numbers = {"num_train": train, "num_held_out": held_out, "seed": options.seed}
-        sides = pseudo.docstring_datasets(**numbers, packages=options.sources)
+        sides = docstring_datasets(**numbers, packages=options.sources)
         _save(options.out, dict(zip((TRAIN, VALIDATION), sides, strict=True)))
         return 0
     sides = load_chunk_files(Path(options.sources[0]))
@@ -92,9 +93,9 @@ def _pseudo(options: Options, sides: dict[str, list[Chunk]]) -> int:
     for name, chunks in sides.items():
         if options.method == "ict":
             keep_share = 0.0 if options.validation or name == VALIDATION else 0.1
-            datasets[name], num_left_out = pseudo.inverse_cloze(chunks, seed=options.seed, keep_share=keep_share)
+            datasets[name], num_left_out = inverse_cloze(chunks, seed=options.seed, keep_share=keep_share)
         else:
-            datasets[name], num_left_out = pseudo.titles(chunks)
+            datasets[name], num_left_out = titles(chunks)
         if num_left_out:
             print(f"{name}: {num_left_out:,} of {len(chunks):,} chunks have nothing to ask with")
     if datasets.keys() >= {TRAIN, VALIDATION}:

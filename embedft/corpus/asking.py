@@ -8,7 +8,7 @@ Not here: whether the question is any good (cleaning.py).
 
 import re
 
-QUESTION_MARK = re.compile("[?？؟\u037e]")
+QUESTION_MARK = re.compile("[?？؟\u037e՞፧⁇¿]")
 AUXILIARY = r"(?:is|are|was|were|do|does|did|can|could|will|would|should|shall|has|have|had|must|might)"
 INTERROGATIVE = rf"""(?: (?:what|why|who|whose|whom|which|how)\b | (?:when|where)\s+{AUXILIARY}\b
     | (?:in|on|at|to|for|from|by|under|with|of|during|through)\s+(?:what|which|whose|whom)\b

@@ -1,9 +1,7 @@
-"""Near-copies: texts that for the most part say the same words in the same order.
+"""Near-copies: texts that mostly say the same words in the same order. Not here: copies in other words.
 
-    is_copied(shingles("The fee is due ..."), seen=shingles("As agreed, the fee is due ..."))
-    near_copies(training_texts, validation_texts)   # a flag for each training text
-
-Compared are runs of eight words, "shingles", as hashes. Not here: copies in other words.
+is_copied(shingles("The fee is due ..."), seen=shingles("As agreed, the fee is due ..."))
+near_copies(training_texts, validation_texts)   # a flag for each training text
 """
 
 import re
@@ -11,11 +9,8 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 
-# Two texts are near-copies when more than this share of the runs of eight words of one stands in the other.
-SHINGLE_WORDS = 8
+# Two texts are near-copies when more than this share of the shingles of one is in the other.
 COPIED_SHARE = 0.5
-# A run that more texts share, a footer's say, tells nothing of any two; so time stays linear.
-MAX_HOLDERS = 100
 
 
 def words(text: str) -> list[str]:
@@ -23,13 +18,13 @@ def words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-def shingles(text: str) -> set[int]:
-    """Hashes of the runs of eight words of a text, the same in every process; of a shorter text, of all its words.
+def shingles(text: str, *, num_words: int = 8) -> set[int]:
+    """Hashes of the runs of eight words of a text, the same in every process; of all its words if it is shorter.
 
-    A text without a word has the hash of its characters.
+    A text without words has the hash of its characters.
     """
     codes = [zlib.crc32(word.encode()) for word in words(text)] or [zlib.crc32("".join(text.split()).encode())]
-    runs = zip(*(codes[start:] for start in range(SHINGLE_WORDS)), strict=False)
+    runs = zip(*(codes[start:] for start in range(num_words)), strict=False)
     return {hash(run) for run in runs} or {hash((len(codes), *codes))}
 
 
@@ -38,12 +33,12 @@ def is_copied(own: set[int], seen: set[int]) -> bool:
     return len(own & seen) > COPIED_SHARE * len(own)
 
 
-def near_copies(texts: Sequence[str], others: Sequence[str]) -> list[bool]:
+def near_copies(texts: Sequence[str], others: Sequence[str], *, max_holders: int = 100) -> list[bool]:
     """For each of `texts`, whether it is a near-copy of `others`.
 
-    It is when more than half of its shingles stand in `others` taken together, or more than half of those of one of
-    `others` stand in it. A text in which one word in eight is another, last year's report with this year's figures, is
-    none.
+    It is if more than half of its shingles are in `others` taken together, or more than half of those of one of
+    `others` are in it; there, shingles that more than `max_holders` texts share (a footer's, say) do not count, which
+    keeps the time linear. Last year's report with this year's figures, one word in eight, is no near-copy.
     """
     other_shingles = [shingles(other) for other in others]
     holders: dict[int, list[int]] = {}
@@ -54,7 +49,7 @@ def near_copies(texts: Sequence[str], others: Sequence[str]) -> list[bool]:
     for text in texts:
         own = shingles(text)
         shared = [holders[shingle] for shingle in own if shingle in holders]
-        covered = Counter(row for rows in shared if len(rows) <= MAX_HOLDERS for row in rows)
+        covered = Counter(row for rows in shared if len(rows) <= max_holders for row in rows)
         copies.append(
             len(shared) > COPIED_SHARE * len(own)
             or any(count > COPIED_SHARE * len(other_shingles[row]) for row, count in covered.items())

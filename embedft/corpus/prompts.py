@@ -1,14 +1,15 @@
 """What a language model is asked, and how its reply is read.
 
-Here: the default prompt, filling in a template, the JSON schema, and the parsing of replies, which takes JSON and plain
-lines alike. Deliberately not here: sending (questions.py), judging whether a question is good (cleaning.py).
-
     prompt = fill_template(TEMPLATE, text=chunk.text, num_questions=2)
     parse_reply("1. Who founded Lyft?\n2. When was Lyft founded?", 2)
+
+Not here: sending (questions.py), judging whether a question is good (cleaning.py).
 """
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from .asking import asks
@@ -36,10 +37,24 @@ SCHEMA = {
 }
 RESPONSE_FORMAT = {"type": "json_schema", "json_schema": {"name": "questions", "strict": True, "schema": SCHEMA}}
 
-THOUGHT = re.compile(r"\s*<think>.*?(?:</think>|\Z)", re.DOTALL)
-FENCE = re.compile(r"```\w*\s*\n(.*?)(?:```|\Z)", re.DOTALL)
-# A list of strings or objects, but not the numbering in "[1] What is ...?".
-JSON_START = re.compile(r"""\{ | \[\s*["{\]]""", re.VERBOSE)
+# Everything before the last of these is thought, or the header of a role.
+END_OF_THOUGHT = re.compile(
+    r"</(?:\w+:)?(?:think|thinking|thoughts?|reason|reasoning|reflection|scratchpad)\s*>|\[/THINK\]|◁/think▷"
+    r"|<\|(?:message|end_header_id)\|>",
+    re.IGNORECASE,
+)
+# Everything behind the first of these is a thought that never ends, or markup that a server left in.
+END_OF_REPLY = re.compile(
+    r"<(?:\w+:)?(?:think|thinking|reasoning)\s*>|\[THINK\]|◁think▷|(?<=\S)\s*<\|\w+\|>", re.IGNORECASE
+)
+ROLE = re.compile(
+    r"(?:<\|\w+\|>)?[#*\s]*(?:assistant|model|ai|final answer|answer|output|response)[*\s]*(?::[*\s]*|\n)",
+    re.IGNORECASE,
+)
+FENCE = re.compile(r"```(?:\w*[^\S\n]*\n)?(.*?)(?:```|\Z)", re.DOTALL)
+JSON_START = re.compile(r"""\{\s*["'}] | \[\s*["'{\[]""", re.VERBOSE)
+MAX_CHARACTERS = 1_000  # of a question
+STRING = re.compile(rf"""(["'])(.{{1,{MAX_CHARACTERS}}}?)(?<!\\)\1(?=\s*(?:[,:\]}}]|\Z))""", re.DOTALL)
 NUMBERING = re.compile(
     r"""(?: [-*+•‣–—]\s+                                   # - What ...
           | \#+\s+                                         # ## What ...
@@ -70,43 +85,101 @@ def fill_template(template: str, *, text: str, num_questions: int) -> str:
 
 
 def parse_reply(text: str, num_questions: int) -> list[str]:
-    """The first `num_questions` distinct questions of a reply.
+    """The first `num_questions` distinct questions of a reply, or as many as it has.
 
-    JSON (a list of strings, or an object with one under "questions"; also inside a ``` fence) is read as such, all else
-    line by line without numbering, bullets and quotes; empty lines, preambles ("Here are two questions:", "Sure!"),
-    bare headings ("Question 1") and answers ("A1: ...") are passed over, and where enough lines ask, so are those that
-    do not. What a model thinks aloud between <think> and </think> is no part of the reply. Questions that differ in
-    case or white space alone are the same.
+    Thoughts go first: everything before a closing tag such as </think>, and behind an opening one that is not closed.
+    What is left is searched for JSON: an object with strings under "questions", else objects and lists with strings
+    that ask; of broken JSON, the whole strings that ask. Without JSON, a line counts if it asks and is no preamble
+    ("Here are two questions:") or answer ("A1: ..."). Numbering, bullets and quotes are stripped. Questions that differ
+    in case or white space alone are the same. The time is linear in the length of the reply.
 
     Raises:
-        ValueError: JSON that is cut short or holds something else, or fewer questions.
+        ValueError: the reply has no question.
     """
-    text = THOUGHT.sub("", text, count=1).strip() if THOUGHT.match(text) else text.strip()
-    fence = FENCE.search(text)
-    inner = fence[1].strip() if fence else text
-    if JSON_START.match(inner):
-        found = _json_questions(inner)
-    else:
-        found = [line for line in inner.splitlines() if not _is_preamble(line.strip())]
+    text = _without_thoughts(text.strip("\ufeff \n"))
+    found = _json_questions(text, num_questions)
+    if not found and not any(JSON_START.match(line.lstrip("`json \t")) for line in text.splitlines()):
+        found = _line_questions(text)
     distinct: dict[str, str] = {}
     for line in found:
-        question = strip_numbering(line)
-        if any(map(str.isalnum, question)) and not NO_QUESTION.fullmatch(question):
+        question = strip_numbering(line) if len(line) <= MAX_CHARACTERS else ""
+        is_whole = not any("\ud800" <= character <= "\udfff" for character in question)  # no half of a surrogate pair
+        if is_whole and any(map(str.isalnum, question)) and not NO_QUESTION.fullmatch(question):
             distinct.setdefault(question.casefold(), question)
-    asking = {key: question for key, question in distinct.items() if asks(question)}
-    distinct = asking if len(asking) >= num_questions else distinct
-    if len(distinct) < num_questions:
-        raise ValueError(f"{len(distinct)} of {num_questions} questions in the reply")
+    if not distinct:
+        raise ValueError("no question in the reply")
     return list(distinct.values())[:num_questions]
 
 
-def strip_numbering(line: str) -> str:
-    """A line without the numbering, bullets, bold marks and quotes around it, and with single spaces inside.
+def _without_thoughts(text: str) -> str:
+    with contextlib.suppress(ValueError, RecursionError):
+        json.loads(text)
+        return text  # JSON as a whole, whatever its questions mention
+    thoughts = [match.end() for match in END_OF_THOUGHT.finditer(text)]
+    text = text[thoughts[-1] if thoughts else 0 :].lstrip()
+    role = ROLE.match(text)
+    text = text[role.end() if role else 0 :]
+    end = END_OF_REPLY.search(text)
+    return text[: end.start()] if end else text
 
-    Quotes and marks go only when they hold the whole line: `"Cost" or "price"?` stays as it is.
+
+def _line_questions(text: str) -> list[str]:
+    """The lines that ask: those inside a ``` fence, or all if none of those does."""
+    fence = FENCE.search(text)
+    questions = []
+    for part in (fence[1] if fence else "", text):
+        lines = [line.strip() for line in part.splitlines()]
+        questions = questions or [
+            question
+            for line in lines
+            if len(line) <= MAX_CHARACTERS and not line.rstrip("*_ ").endswith(":") and not PREAMBLE.fullmatch(line)
+            if asks(question := strip_numbering(line)) and not NO_QUESTION.fullmatch(question)
+        ]
+    return questions
+
+
+def _json_questions(text: str, num_questions: int, *, max_attempts: int = 1_000) -> list[str]:
+    """The strings of the last JSON value with enough questions, else those of all; of broken JSON, what asks."""
+    values, position = [], 0
+    for _ in range(max_attempts):
+        start = JSON_START.search(text, position)
+        if start is None:
+            break
+        try:
+            value, position = json.JSONDecoder().raw_decode(text, start.start())
+            strings = list(_strings(value))
+        except (ValueError, RecursionError):
+            position = start.start() + 1
+            continue
+        listed = [string for string, is_listed in strings if is_listed]
+        values.append(listed or [string for string, _ in strings if asks(string[:MAX_CHARACTERS])])
+    if not any(values):
+        begin = JSON_START.search(text)
+        broken = text[begin.start() : begin.start() + 20 * MAX_CHARACTERS] if begin else ""
+        return [string for _, string in STRING.findall(broken) if asks(string)]
+    enough = [value for value in values if len(value) >= num_questions]
+    return enough[-1] if enough else [string for value in values for string in value]
+
+
+def _strings(value: Any, is_listed: bool = False) -> Iterator[tuple[str, bool]]:
+    """Yields every string of a JSON value, and whether it is listed under "questions"."""
+    if isinstance(value, str):
+        yield value, is_listed
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _strings(inner, key.casefold() in ("question", "questions"))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings(inner, is_listed)
+
+
+def strip_numbering(line: str, *, max_layers: int = 8) -> str:
+    """Strips numbering, bullets, bold marks and quotes around a line, and collapses its blanks.
+
+    Quotes and marks go only if they enclose the whole line: `"Cost" or "price"?` stays as it is.
     """
     line = " ".join(line.split())
-    while True:
+    for _ in range(max_layers):
         before = line
         line = line.removesuffix(",") if line[:1] == '"' else line
         for pair in QUOTES:
@@ -121,22 +194,5 @@ def strip_numbering(line: str) -> str:
             rest = line[match.end() :].strip()
             line = rest.removesuffix("**") if bold and not match[0].endswith("**") else rest
         if line == before:
-            return line
-
-
-def _is_preamble(line: str) -> bool:
-    return line.rstrip("*_ ").endswith(":") or PREAMBLE.fullmatch(line) is not None
-
-
-def _json_questions(text: str) -> list[str]:
-    try:
-        value: Any = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"invalid JSON in the reply ({error.msg}, character {error.pos} of {len(text)})") from None
-    except RecursionError:
-        raise ValueError("invalid JSON in the reply (nested too deep)") from None
-    if isinstance(value, dict):
-        value = value.get("questions")
-    if not isinstance(value, list) or not all(isinstance(question, str) for question in value):
-        raise ValueError('the JSON of the reply is no list of strings under "questions"')
-    return value
+            break
+    return line

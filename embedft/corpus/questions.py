@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from ..api.client import Client, message_text, reported_usage, run_to_end
+from ..api.client import Client, check_settings, message_text, reported_usage, run_to_end
 from ..api.ledger import USAGE, Ledger, Totals, check_outcome, now_text, price_of
 from ..api.sending import Forms, Job, RateLimit, Response, Sender
 from ..api.server import Server
@@ -67,28 +67,11 @@ class QuestionConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if not self.model.strip():
-            raise ValueError("model is empty, expected a name that the server knows")
-        positive = ("num_questions", "max_reply_tokens", "concurrency", "max_attempts", "max_requests", "max_cost")
-        for name in (*positive, "requests_per_minute", "tokens_per_minute", "timeout_seconds"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value}, expected more than 0")
-        for name in ("price_in", "price_out"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"{name} is {value}, expected at least 0")
+        check_settings(self, own_parameters=OWN_PARAMETERS)
         if (self.price_in is None) != (self.price_out is None):
             raise ValueError("one of price_in and price_out is missing, expected both or neither")
         if self.max_cost is not None and self.price_in is None:
             raise ValueError("max_cost needs price_in and price_out, the money per million tokens")
-        for name in self.parameters:
-            if name in OWN_PARAMETERS:
-                raise ValueError(f"parameters: {name!r} is set by embedft itself and cannot be sent as a parameter")
-        try:
-            json.dumps(self.parameters, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"parameters cannot be sent as JSON: {error}") from None
 
     @property
     def reply_tokens(self) -> int:
@@ -339,9 +322,6 @@ class _Asker:
             return invalid(self.client.line(f"empty reply (finish_reason {finish})"))
         try:
             questions = parse_reply(reply, self.config.num_questions)
-            json.dumps(questions, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            return invalid("unpaired surrogates in the reply")
         except ValueError as error:
             return invalid(self.client.line(str(error)))
         return Response("ok", "done", result=questions, reply=reply, usage=usage)

@@ -1,18 +1,24 @@
-"""Where the sentences of a text begin and end, by its marks, line ends and a list of English abbreviations.
+"""Finds where the sentences of a text begin and end, from punctuation, line ends and a list of English abbreviations.
 
     text = "Lyft, Inc. was founded in 2012. It has no factories."
     [text[start:stop] for start, stop in sentence_spans(text)]   # two sentences
 
-Not here: other languages' abbreviations, and scripts that end sentences otherwise; their lines still end sentences.
+Not here: abbreviations of other languages, and scripts without marks at sentence ends (Thai, Lao).
 """
 
 import re
 
-SENTENCE_END = re.compile(r"(?<![.!?])[.!?]+[\"'”’)\]]*\s+(?=[\"'“‘(\[$€£•]*[^\W_a-z])")
+CLOSING = r"[\"'”’)\]」』）】》〉］]*"
+# Before a blank and anything that can begin a sentence; marks of other scripts end one wherever they stand.
+SENTENCE_END = re.compile(
+    rf"(?<![.!?])[.!?]+[\"'”’)\]]*\s+(?=[\"'“‘(\[$€£•]*[^\W_a-z])|[。！？｡．।॥۔؟።፧။។]+{CLOSING}\s*"
+)
+FENCED_BLOCK = r"^[ \t]*(?P<fence>`{3,}|~{3,})[^\n]*(?:\n.*?^[ \t]*(?P=fence)[`~]*[ \t]*$|.*\Z)"
+LINE_OR_BLOCK = re.compile(rf"{FENCED_BLOCK}|[^\n]+", re.MULTILINE | re.DOTALL)
 LAST_WORD = re.compile(r"[^\s\"'“‘(\[]*$")
-# Words whose period ends no sentence, beside single letters with periods ("U.S.", "J.", "e.g.").
+# Words whose period ends no sentence, besides single letters with periods ("U.S.", "J.", "e.g.").
 ABBREVIATIONS = re.compile(
-    r"approx|art|co|corp|cf|dept|dr|etc|figs?|inc|jr|ltd|messrs|mr|mrs|ms|mt|nos?|prof|pp|sec|sr|st|vol|vs"
+    r"approx|art|co|corp|cf|dept|dr|est|etc|figs?|inc|jr|ltd|messrs|mr|mrs|ms|mt|nos?|prof|pp|sec|sr|st|vol|vs"
     r"|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec",
     re.IGNORECASE,
 )
@@ -22,18 +28,19 @@ NUMBERED = re.compile(r"(?:^|\b(?:item|note|section|article|exhibit|part)\s+)(?:
 
 
 def sentence_spans(text: str) -> list[tuple[int, int]]:
-    """(start, stop) of every sentence, blanks around it left out; each other character is in exactly one.
+    """Returns (start, stop) of each sentence, without surrounding blanks; every other character is in exactly one.
 
-    A sentence ends at the end of its line, and at a period, exclamation or question mark (with closing quotes and
-    brackets) before a blank and something that can begin a sentence: anything but a lower-case letter. It does not end
-    after abbreviations, single letters with periods ("U.S.") and numbers of items ("1." at the beginning of a line,
-    "Item 1A.").
+    A sentence ends at a line end, and at a period, exclamation or question mark (with closing quotes and brackets)
+    that is followed by a blank and anything but a lower-case letter. It does not end after abbreviations, single
+    letters with periods ("U.S.") and item numbers ("1." at the beginning of a line, "Item 1A."). Chinese, Japanese,
+    Indic, Arabic, Ethiopic, Burmese and Khmer marks end a sentence with or without a blank behind them. A fenced code
+    block counts as one sentence.
     """
     spans = []
-    for line in re.finditer(r"[^\n]+", text):
+    for line in LINE_OR_BLOCK.finditer(text):
         start, stop = line.span()
-        for end in SENTENCE_END.finditer(text, start, stop):
-            if not _ends_nothing(text, start, end.start()):
+        for end in () if line["fence"] else SENTENCE_END.finditer(text, start, stop):
+            if not _is_abbreviation(text, start, end.start()):
                 spans.append(_stripped(text, start, end.end()))
                 start = end.end()
         spans.append(_stripped(text, start, stop))
@@ -46,8 +53,8 @@ def _stripped(text: str, start: int, stop: int) -> tuple[int, int]:
     return start, max(start, start + len(piece.strip()))
 
 
-def _ends_nothing(text: str, start: int, period: int) -> bool:
-    """Whether the mark at `period` belongs to the word before it; `start`: of the sentence."""
+def _is_abbreviation(text: str, start: int, period: int) -> bool:
+    """Whether the mark at `period` belongs to the word before it, in a sentence that begins at `start`."""
     if text[period] != "." or not text[period + 1].isspace():
         return False
     before = text[max(start, period - 24) : period]

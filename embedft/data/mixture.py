@@ -22,7 +22,7 @@ from .batches import Batches, check_listed, make_sampler
 from .collate import Collate
 from .dataset import RetrievalDataset
 from .examples import Example, ExampleKind, TokenCounter, list_examples
-from .sampler import Sampler
+from .sampler import PlansEpochs, Sampler
 
 Sampling = Literal["proportional", "round_robin", "temperature"]
 SAMPLINGS = get_args(Sampling)
@@ -66,10 +66,9 @@ def make_mixture(
         raise ValueError(f"sampling is {sampling!r}, expected one of {', '.join(SAMPLINGS)}")
     if not temperature >= 1:
         raise ValueError(f"temperature is {temperature}, expected at least 1")
-    dataset = join_datasets(datasets)
     scores = {"relevance": examples != "pairs", "target_scores": target_scores or examples == "scored"}
-    collate = Collate(dataset, pack, seed=seed, with_sources=True, **scores, **options)
-    rows = list_examples(dataset, examples)
+    collate = Collate(join_datasets(datasets), pack, seed=seed, with_sources=True, **scores, **options)
+    rows = list_examples(collate.dataset, examples)
     check_listed(rows, collate)
     counter = TokenCounter(pack, passages=collate.passages, windows_per_document=collate.windows_per_document)
 
@@ -83,17 +82,29 @@ def make_mixture(
     power = {"proportional": 1.0, "round_robin": 0.0, "temperature": 1 / temperature}[sampling]
     weights = {name: len(part) ** power for name, part in parts.items()}
     weights = {name: weight / sum(weights.values()) for name, weight in weights.items()}
-    if mixed and sampling == "proportional":
-        return Batches(rows, sampler(rows), collate)
-    if not mixed:
-        samplers = {name: sampler(part) for name, part in parts.items()}
-        return Batches(rows, SourceSampler(samplers, seed=seed, sampling=sampling, weights=weights), collate)
+    if mixed:
+        return Batches(rows, _mix(rows, parts, weights, sampler, sampling, batch_size), collate)
+    samplers = {name: sampler(part) for name, part in parts.items()}
+    return Batches(rows, SourceSampler(samplers, seed=seed, sampling=sampling, weights=weights), collate)
+
+
+def _mix(
+    rows: Sequence[Example],
+    parts: Mapping[str, Sequence[Example]],
+    weights: Mapping[str, float],
+    sampler: Callable[..., Sampler],
+    sampling: Sampling,
+    batch_size: int | None,
+) -> PlansEpochs:
+    """The sampler of mixed batches."""
+    if sampling == "proportional":
+        return sampler(rows)
     if batch_size is not None:
-        if batch_size < len(datasets):
-            raise ValueError(f"batch_size is {batch_size}, expected at least one of each of {len(datasets)} sources")
+        if batch_size < len(parts):
+            raise ValueError(f"batch_size is {batch_size}, expected at least one of each of {len(parts)} sources")
         weights = {name: number / batch_size for name, number in apportion(batch_size, weights).items()}
     samplers = {name: sampler(part, weights[name]) for name, part in parts.items()}
-    return Batches(rows, MixedSampler(samplers, num_batches=len(sampler(rows)), weights=weights), collate)
+    return MixedSampler(samplers, num_batches=len(sampler(rows)), weights=weights)
 
 
 def _by_source(rows: Sequence[Example], names: Iterable[str]) -> dict[str, list[Example]]:

@@ -1,8 +1,8 @@
-"""Small maps on embeddings, for queries, for documents or for both: they improve a model without running it again.
+"""Small maps on embeddings, for queries, documents or both, which improve a model without running it again.
 
-A map starts at the identity, so that training starts at the base. A query-side adapter leaves the documents' vectors
-as they are: nothing has to be embedded or indexed again, and the base may be any model, an API's too. Not here: the
-maps (maps.py), fitting (training/fit_adapter.py), and the vectors themselves (embedder.py, store.py).
+A map starts at the identity, so training starts from the base model. A query-side adapter leaves the documents' vectors
+alone: nothing is embedded or indexed again, and the base may be any model, even one behind an API. Not here: the maps
+(maps.py), fitting (training/fit_adapter.py), and the vectors themselves (embedder.py, store.py).
 
     adapter = Adapter(query=Linear(384))
     adapter(queries_ND, role="query"), adapter(documents_MD, role="document")
@@ -34,8 +34,6 @@ SIDES = ("query", "document", "both", "shared")
 CONFIG_FILE, WEIGHTS_FILE, FORMAT_VERSION = "adapter.json", "adapter.safetensors", 2
 LLAMAINDEX_CONFIG, LLAMAINDEX_WEIGHTS = "config.json", "pytorch_model.bin"
 FORMATS = ("embedft", "llamaindex")
-# Rows that `Adapter.transform` maps at a time: bounds what it holds beside its result.
-ROWS_AT_A_TIME = 16_384
 
 
 class Base(NamedTuple):
@@ -43,16 +41,16 @@ class Base(NamedTuple):
 
     name: str
     dim: int
-    fingerprints: dict[str, str]  # {role: SHA-256 of all that its vectors depend on besides the text}
+    fingerprints: dict[str, str]  # {role: SHA-256 of everything its vectors depend on besides the text}
 
 
 class Adapter(nn.Module):
-    """Maps on the vectors of queries and of documents; None: they pass as they are.
+    """Maps on the vectors of queries and documents; None leaves them unchanged.
 
     Args:
-        query, document: the same object for both is one shared map.
-        base: the model whose vectors they are for; None: not known.
-        normalize: `transform` gives vectors of length one, as models whose similarity is the cosine do.
+        query, document: pass the same object twice for one shared map.
+        base: the model whose vectors they are for; None: unknown.
+        normalize: `transform` returns unit vectors, as models with cosine similarity do.
 
     Raises:
         ValueError: no map at all, or maps whose outputs cannot be compared, such as queries of 128 features with
@@ -69,9 +67,9 @@ class Adapter(nn.Module):
     ):
         super().__init__()
         if query is None and document is None:
-            raise ValueError("an adapter without a map: expected one for queries, for documents or for both")
+            raise ValueError("an adapter without a map: expected one for queries, documents or both")
         self.query, self.document, self.base, self.normalize = query, document, base, normalize
-        # What `fit_adapter` says of its work.
+        # Filled in by `fit_adapter`.
         self.history: list[dict[str, Any]] = []
         self.costs: dict[str, Any] = {}
         some = query or document
@@ -97,42 +95,42 @@ class Adapter(nn.Module):
         return "shared" if self.query is self.document else "both"
 
     def map_of(self, role: str) -> Map | None:
-        """The map of a role; None: vectors pass as they are."""
+        """The map of a role; None: its vectors are left unchanged."""
         if role not in ROLES:
             raise ValueError(f"role is {role!r}, expected one of {', '.join(ROLES)}")
         return self.query if role == "query" else self.document
 
     def maps(self) -> list[Map]:
-        """The maps there are, a shared one once."""
+        """The maps, a shared one once."""
         return list(dict.fromkeys(part for part in (self.query, self.document) if part is not None))
 
     def forward(self, x_ND: Tensor, role: str = "query") -> Tensor:
-        """The mapped vectors, [N, E]; float32 and float64 stay so. Nothing is normalised. With gradient."""
+        """The mapped vectors, [N, E], with gradient; float32 and float64 are kept, nothing is normalized."""
         part = self.map_of(role)
         if x_ND.ndim != 2 or x_ND.shape[1] != self.in_features:
             raise ValueError(f"vectors are {list(x_ND.shape)}, the adapter takes [N, {self.in_features}]")
         return x_ND if part is None else part(x_ND)
 
     def departure(self) -> Tensor:
-        """How far the maps are from the identity: the sum of what theirs say. A scalar, with gradient."""
+        """How far the maps are from the identity, summed over them: a scalar, with gradient."""
         return sum(part.departure() for part in self.maps())
 
-    def transform(self, embeddings_ND: np.ndarray, role: str = "query") -> np.ndarray:
-        """The mapped vectors of an array, [N, E] float32, a slice at a time; unit rows with `normalize`."""
+    def transform(self, embeddings_ND: np.ndarray, role: str = "query", *, slice_rows: int = 16_384) -> np.ndarray:
+        """The mapped vectors of an array, [N, E] float32, `slice_rows` at a time; unit rows with `normalize`."""
         if embeddings_ND.ndim != 2:
             raise ValueError(f"vectors are {list(embeddings_ND.shape)}, the adapter takes [N, {self.in_features}]")
         mapped_NE = np.empty((len(embeddings_ND), self.out_features), dtype=np.float32)
         device = next(self.parameters()).device
         with torch.inference_mode():
-            for first in range(0, max(1, len(embeddings_ND)), ROWS_AT_A_TIME):
-                rows = slice(first, first + ROWS_AT_A_TIME)
+            for first in range(0, max(1, len(embeddings_ND)), slice_rows):
+                rows = slice(first, first + slice_rows)
                 part_ND = torch.from_numpy(np.array(embeddings_ND[rows], dtype=np.float32)).to(device)
                 part_NE = self(part_ND, role)
                 mapped_NE[rows] = (F.normalize(part_NE, dim=1) if self.normalize else part_NE).cpu().numpy()
         return mapped_NE
 
     def check_base(self, base: Base) -> None:
-        """Raises `ValueError` unless the adapter is for the vectors of `base`; warns when it does not say whose."""
+        """Raises `ValueError` unless the adapter is for `base`; warns if it does not say which model it is for."""
         if base.dim != self.in_features:
             raise ValueError(f"the adapter takes {self.in_features} features, {base.name} has {base.dim}")
         if self.base is None or not self.base.fingerprints:
@@ -147,16 +145,16 @@ class Adapter(nn.Module):
                 )
 
     def save(self, folder: str | Path, *, format: str = "embedft", base: Base | None = None) -> None:
-        """Writes the adapter to a folder, each file atomically, adapter.json last; nothing is pickled but by request.
+        """Writes the adapter to a folder, each file atomically, adapter.json last.
 
         Args:
-            format: "embedft" (adapter.safetensors, adapter.json), or "llamaindex" (config.json, pytorch_model.bin),
-                which holds a linear or two-layer map of queries and says nothing of the base.
-            base: to note in place of the adapter's own.
+            format: "embedft" (adapter.safetensors, adapter.json), or "llamaindex" (config.json and a pickled
+                pytorch_model.bin), which holds a linear or two-layer map of queries and does not name the base.
+            base: replaces the adapter's own.
 
         Raises:
-            ValueError: an unknown format, or one that cannot hold this adapter; LlamaIndex's, in a folder that has an
-                adapter.json, for `load` reads that one.
+            ValueError: an unknown format, or one that cannot hold this adapter; LlamaIndex's in a folder with an
+                adapter.json, which `load` would prefer.
         """
         if format not in FORMATS:
             raise ValueError(f"format is {format!r}, expected one of {', '.join(FORMATS)}")
@@ -189,10 +187,9 @@ class Adapter(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> "Adapter":
-        """The adapter in a folder, in either format of `save`; a pickle is read as plain tensors only.
+        """The adapter in a folder, in either format of `save`; a pickle may hold nothing but tensors.
 
-        Raises:
-            ValueError: no adapter there, or not a whole one, naming the file.
+        Raises `ValueError` naming a file that is missing or damaged.
         """
         folder = Path(folder)
         if (folder / CONFIG_FILE).is_file():
@@ -235,7 +232,7 @@ def _load(folder: Path) -> Adapter:
 
 
 def _filled(adapter: Adapter, tensors: Mapping[str, Tensor], path: Path) -> Adapter:
-    """The adapter with the tensors in place of its own. Raises `ValueError` naming one that does not fit."""
+    """The adapter with these tensors. Raises `ValueError` naming one that does not fit."""
     own = adapter.state_dict()
     for name in sorted(own.keys() | tensors.keys()):
         found, wanted = (list(part[name].shape) if name in part else "missing" for part in (tensors, own))
@@ -277,15 +274,15 @@ def _from_llamaindex(folder: Path) -> Adapter:
     path, weights = folder / LLAMAINDEX_CONFIG, folder / LLAMAINDEX_WEIGHTS
     config = read_object(path)
     two_layers = "hidden_features" in config
-    # Before it is opened: what is no archive at all can fail to be read in any way.
+    # Checked first, because torch may fail in any way on something that is not an archive.
     if not zipfile.is_zipfile(weights):
-        raise ValueError(f"{weights}: not a whole file of plain tensors")
+        raise ValueError(f"{weights}: not a complete file of plain tensors")
     try:
         tensors = torch.load(weights, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError):
-        raise ValueError(f"{weights}: not a whole file of plain tensors") from None
+        raise ValueError(f"{weights}: not a complete file of plain tensors") from None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{weights}: holds something else than tensors by name")
+        raise ValueError(f"{weights}: holds something other than named tensors")
     options = {}
     try:
         if two_layers:

@@ -1,8 +1,8 @@
 """BERT (Devlin et al. 2019): token, position and segment embeddings, then post-norm transformer layers.
 
-The encoder alone: no pooler, no heads. What a checkpoint holds beyond that is carried along by loading.py (`CARRIED`
-says what may be there). Dropout works in the hidden layers as the config says; on the attention weights it is 0 unless
-asked for, because with it torch's CPU kernel, and every packed CUDA kernel, gives way to one that builds all of them.
+The encoder only: no pooler, no heads. Whatever else a checkpoint of the family holds (`CARRIED`) is kept for saving.
+Dropout of the hidden layers follows the config. Dropout of the attention weights is 0 unless set, because it rules out
+torch's fused CPU kernel and every packed CUDA kernel.
 
     config = BertConfig.from_dict(json.load(open("config.json")))
     hidden_TD = Bert(config)(packed)
@@ -29,7 +29,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
 }
 
-# Ours -> the checkpoint's; several stand for one matrix whose rows they make up, in this order.
+# Ours -> the checkpoint's; several are stacked into one matrix, in this order.
 KEYS = {
     "embeddings.token.weight": ("embeddings.word_embeddings.weight",),
     "embeddings.position.weight": ("embeddings.position_embeddings.weight",),
@@ -45,16 +45,16 @@ LAYER_KEYS = {
     "feed_forward_out": ("output.dense",),
     "feed_forward_norm": ("output.LayerNorm",),
 }
-# In checkpoints of the family, but not in the encoder: kept, and written back.
+# In checkpoints of the family but not in the encoder: kept and saved again.
 CARRIED = ("pooler.", "embeddings.position_ids", "cls.")
-# Names of older checkpoints, and of those saved from a model with a head on top.
+# Names in older checkpoints, and in those saved from a model with a head.
 PREFIX = "bert."
 RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
 @dataclass(frozen=True)
 class BertConfig:
-    """The fields of config.json that the encoder needs; `from_dict` takes the file's content."""
+    """The fields of config.json that the encoder uses; `from_dict` takes the content of the file."""
 
     vocab_size: int
     hidden_size: int
@@ -81,7 +81,7 @@ class BertConfig:
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "BertConfig":
-        """Raises `ValueError` naming the field that is missing, of the wrong type or out of range."""
+        """Raises `ValueError` naming a field that is missing, of the wrong type or out of range."""
         values = {}
         for field in fields(cls):
             if field.name in config:
@@ -95,7 +95,7 @@ class BertConfig:
 
     @property
     def max_length(self) -> int:
-        """Tokens that a sequence may have."""
+        """The most tokens a sequence may have."""
         return self.max_position_embeddings
 
 
@@ -142,7 +142,7 @@ class Layer(nn.Module):
 class Bert(nn.Module):
     """Packed tokens -> hidden states [T, D].
 
-    `attention_dropout`, the probability on attention weights in training, is 0 and may be set.
+    `attention_dropout`: the probability on attention weights in training; 0 unless set.
     """
 
     def __init__(self, config: BertConfig):
@@ -160,7 +160,7 @@ class Bert(nn.Module):
 
 
 def key_map(config: BertConfig) -> dict[str, tuple[str, ...]]:
-    """Every parameter of `Bert` -> the checkpoint's tensors that make it up, stacked along the first dimension."""
+    """Every parameter of `Bert` -> the checkpoint's tensors that are stacked into it along the first dimension."""
     keys = dict(KEYS)
     for i in range(config.num_hidden_layers):
         for ours, theirs in LAYER_KEYS.items():

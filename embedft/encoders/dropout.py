@@ -1,7 +1,7 @@
-"""Dropout of the hidden layers: on the CPU with cheap random bits and a mask of one byte, elsewhere PyTorch's own.
+"""Dropout of the hidden layers: cheap random bits and a one-byte mask on the CPU, PyTorch's own elsewhere.
 
-torch draws its CPU mask one number at a time: 10.5 ms for [5400, 384], where 16 random bits an element take 1.5 ms
-(two cores of an EPYC of family 26, torch 2.13.0, 2026-11-21), and it keeps the mask in float32 until the backward pass.
+torch draws its CPU mask one number at a time: 10.5 ms for [5400, 384], while 16 random bits per element take 1.5 ms
+(two cores of an EPYC of family 26, torch 2.13.0, 2026-11-21); and it keeps the mask in float32 for the backward pass.
 
     x_TD = Dropout(0.1)(x_TD)
 
@@ -19,9 +19,9 @@ LEVELS = 2**16
 
 
 class Dropout(nn.Dropout):
-    """Zeroes an element with probability p and divides the rest by 1 - p, in training only.
+    """Zeroes elements with probability p and divides the rest by 1 - p, in training only.
 
-    On the CPU p is rounded to a multiple of 2^-16, and the division is by one minus the rounded p: the mean is exact.
+    The CPU rounds p to a multiple of 2^-16 and divides by one minus the rounded p, so the mean is exact.
     """
 
     def forward(self, x_TD: Tensor) -> Tensor:
@@ -50,5 +50,5 @@ class _Dropout(torch.autograd.Function):
 
 
 def _scaled(x_TD: Tensor, kept_TD: Tensor, scale: float) -> Tensor:
-    # Converted first: a product of float and uint8 converts element by element, ten times slower.
+    # Converted first: multiplying float by uint8 converts element by element, ten times slower.
     return kept_TD.to(x_TD.dtype).mul_(x_TD).mul_(scale)

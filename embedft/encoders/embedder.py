@@ -1,7 +1,8 @@
 """Tokenizer, encoder and pooling: texts in, vectors out, for training (`embed`) and for inference (`encode`).
 
 Vectors have unit length unless the similarity is "dot", so an inner product is always the similarity. Not here: where
-an Embedder comes from and how it is saved (loading.py, folder.py).
+an Embedder comes from (loading.py) and how it is saved (saving.py). Longer than most modules: it is one class, and a
+third of it says what its public methods take and return.
 
     embedder = load_embedder("sentence-transformers/all-MiniLM-L6-v2")
     embedder.encode(["what is a limit order?"], role="query")      # [1, 384] float32
@@ -25,9 +26,10 @@ from .. import device as devices
 from ..progress import progress_bar
 from .adapter import ROLES, Adapter, Base
 from .fingerprint import fingerprint, precision
-from .folder import Source, write_folder
+from .folder import Source
 from .packing import Packed, concatenate, cut_by_tokens, pack, sort_by_length
 from .pooling import Pooling
+from .saving import write_folder
 from .store import Space, Store
 from .tokenization import Tokenizer
 
@@ -213,20 +215,19 @@ class Embedder(nn.Module):
         Raises:
             ValueError: a bad argument, or a vector that is not finite, naming its text.
         """
-        dim, prompt_length = self._checked_dim(dim), self._prompt_length(role, self.max_length)
+        dim, space = self._checked_dim(dim), None if self.store is None else self.space(role)
+        prompt_length = self._prompt_length(role, self.max_length)
         embeddings_ND = np.empty((len(texts), dim), dtype=np.float32)
-        space = None if self.store is None else self.space(role)
         with self._inference(), progress_bar(len(texts), f"encode ({role})", unit="text", show=progress) as bar:
-
-            def whole(new: Sequence[str]) -> Iterator[tuple[list[int], Tensor]]:
-                for rows, whole_BD in self._batches(self._token_ids(new, role), prompt_length, batch_tokens):
-                    _check_finite(whole_BD, rows, new)
-                    yield rows, whole_BD
-                    bar.update(len(rows))
-
-            for start in range(0, len(texts), window_texts) if len(texts) else [0]:
-                window = texts[start : start + window_texts]
-                embeddings_ND[start : start + len(window)] = self._finished(whole, window, space, dim, role)
+            for start in range(0, max(1, len(texts)), window_texts):
+                window = slice(start, start + window_texts)
+                embeddings_ND[window] = self._vectors(
+                    texts[window],
+                    lambda new: self._token_ids(new, role),
+                    **{"role": role, "dim": dim, "space": space, "prompt_length": prompt_length},
+                    batch_tokens=batch_tokens,
+                    done=bar.update,
+                )
                 bar.update(min(start + window_texts, len(texts)) - bar.n)
         return embeddings_ND
 
@@ -260,24 +261,19 @@ class Embedder(nn.Module):
         Source: Dai and Callan 2019 (Deeper text understanding for IR with contextual neural language modeling),
         section 3: passages of a window and a stride, each scored by itself.
         """
-        dim = self._checked_dim(dim)
+        dim, space = self._checked_dim(dim), None if self.store is None else self.space(role, texts="token ids")
         self._windows([], role, passages)  # reports bad `passages` even if there are no texts
-        prompt_length, space = self._prompt_length(role, passages[0]), None
-        if self.store is not None:
-            space = self.space(role, texts="token ids")
+        prompt_length = self._prompt_length(role, passages[0])
         parts, sources = [np.empty((0, dim), dtype=np.float32)], [np.empty(0, dtype=np.int64)]
-
-        def whole(new: Sequence[str]) -> Iterator[tuple[list[int], Tensor]]:
-            for rows, whole_BD in self._batches(
-                [list(map(int, key.split())) for key in new], prompt_length, batch_tokens
-            ):
-                _check_finite(whole_BD, rows, new)
-                yield rows, whole_BD
-
         with self._inference(), progress_bar(len(texts), f"encode ({role})", unit="text", show=progress) as bar:
             for windows, source in self._cut(texts, role, passages, cut_texts, cut_windows):
-                keys = [" ".join(map(str, ids)) for ids in windows]
-                parts.append(self._finished(whole, keys, space, dim, role))
+                part_WD = self._vectors(
+                    [" ".join(map(str, ids)) for ids in windows],
+                    lambda new: [list(map(int, key.split())) for key in new],
+                    **{"role": role, "dim": dim, "space": space, "prompt_length": prompt_length},
+                    batch_tokens=batch_tokens,
+                )
+                parts.append(part_WD)
                 sources.append(np.array(source))
                 bar.update(source[-1] + 1 - bar.n)
         return np.concatenate(parts), np.concatenate(sources)
@@ -306,43 +302,53 @@ class Embedder(nn.Module):
         finally:
             self.train(was_training)
 
-    def _batches(
-        self, token_ids: Sequence[Sequence[int]], prompt_length: int | None, batch_tokens: int | None
-    ) -> Iterator[tuple[list[int], Tensor]]:
-        """(rows of `token_ids`, the encoder's vectors of them [B, D]), longest first."""
-        limit = devices.batch_tokens(self.device) if batch_tokens is None else batch_tokens
-        order = sorted(range(len(token_ids)), key=lambda row: -len(token_ids[row]))
-        for places in cut_by_tokens([len(token_ids[row]) for row in order], limit):
-            rows = order[places.start : places.stop]
-            yield rows, self._embed(pack([token_ids[row] for row in rows], prompt_length=prompt_length))
-
-    def _finished(
+    def _vectors(
         self,
-        whole: Callable[[Sequence[str]], Iterator[tuple[list[int], Tensor]]],
         keys: Sequence[str],
-        space: Space | None,
-        dim: int,
+        tokens: Callable[[Sequence[str]], list[list[int]]],
+        *,
         role: str,
+        dim: int,
+        space: Space | None,
+        prompt_length: int | None,
+        batch_tokens: int | None,
+        done: Callable[[int], object] = lambda num_texts: None,
     ) -> np.ndarray:
-        """Vectors of texts (or of windows' token ids) as `encode` returns them: adapted, cut, of unit length again.
+        """Vectors as `encode` returns them, [N, dim], of texts or of windows (`keys`, turned into ids by `tokens`).
 
-        `whole` yields the encoder's vectors; with a space it is asked only for those that the store does not have.
+        With a space, the encoder runs only for those that the store does not have; `done` is told how many.
         """
 
         def finish(whole_BD: Tensor) -> Tensor:
             cut_BD = self._adapted(whole_BD, role)[:, :dim]
             return F.normalize(cut_BD, dim=1) if dim < self.full_dim and self.normalize else cut_BD
 
+        def compute(keys: Sequence[str], finish: Callable[[Tensor], Tensor], dim: int) -> np.ndarray:
+            token_ids, vectors_ND = tokens(keys), np.empty((len(keys), dim), dtype=np.float32)
+            order = sorted(range(len(keys)), key=lambda row: -len(token_ids[row]))
+            limit = devices.batch_tokens(self.device) if batch_tokens is None else batch_tokens
+            for places in cut_by_tokens([len(token_ids[row]) for row in order], limit):
+                rows = order[places.start : places.stop]
+                whole_BD = self._embed(pack([token_ids[row] for row in rows], prompt_length=prompt_length))
+                finite_B = whole_BD.isfinite().all(dim=1)
+                if not finite_B.all():
+                    text = keys[rows[int(finite_B.int().argmin())]][:60]
+                    raise ValueError(
+                        f"the vector of {text!r} has values that are not finite: check the model's weights"
+                    )
+                vectors_ND[rows] = finish(whole_BD).float().cpu().numpy()
+                done(len(rows))
+            return vectors_ND
+
         if space is None:
-            return _gather(whole(keys), len(keys), dim, finish)
-        rows = self.store.fill(space, keys, lambda new: _gather(whole(new), len(new), self.base_dim))
-        whole_ND = torch.from_numpy(self.store.read(space, rows)).to(self.device)
-        return finish(whole_ND).cpu().numpy()
+            return compute(keys, finish, dim)
+        rows = self.store.fill(space, keys, lambda new: compute(new, lambda whole_BD: whole_BD, self.base_dim))
+        return finish(torch.from_numpy(self.store.read(space, rows)).to(self.device)).cpu().numpy()
 
     # What vectors depend on.
 
-    def _settings(self, role: str) -> dict[str, Any]:
-        return {
+    def _fingerprint(self, role: str, *, library: bool = True, **more: Any) -> str:
+        settings = {
             "config": sorted(vars(self.encoder.config).items()),
             "include_prompt": self.pooling.include_prompt,
             "max_length": self.max_length,
@@ -350,12 +356,10 @@ class Embedder(nn.Module):
             "pooling": self.pooling.names,
             "prompt": self.prompt(role),
             "tokenizer": self.tokenizer.backend.to_str(),
+            **more,
         }
-
-    def _fingerprint(self, role: str, *, library: bool = True, **more: Any) -> str:
         functions = [*self.pooling.functions, Tokenizer]
-        modules = [self.encoder, self.pooling]
-        return fingerprint(modules, {**self._settings(role), **more}, functions=functions, library=library)
+        return fingerprint([self.encoder, self.pooling], settings, functions=functions, library=library)
 
     def space(self, role: str, *, texts: str = "texts") -> Space:
         """The space, in a `Store`, of the encoder's full vectors: before an adapter maps them and before they are cut.
@@ -364,14 +368,15 @@ class Embedder(nn.Module):
         maximum length, torch's precision, and the source code. It is taken anew each time, so no training step is
         missed; weights that look the same are not hashed again. `texts`: "token ids" for the windows of passages.
         """
-        settings, prompt = self._settings(role), self.prompt(role)
-        del settings["config"], settings["tokenizer"], settings["include_prompt"]
+        prompt = self.prompt(role)
         description = {
             "model": "" if self.source is None else self.source.name,
             "dtype": str(next(self.parameters()).dtype).removeprefix("torch."),
             "role": " and ".join(other for other in ROLES if self.prompt(other) == prompt),
-            **settings,
+            "prompt": prompt,
+            "max_length": self.max_length,
             "pooling": list(self.pooling.names),
+            "normalize": self.normalize,
             **({} if texts == "texts" else {"texts": texts}),
         }
         found = self._fingerprint(role, precision=precision(self.device), texts=texts)
@@ -415,26 +420,6 @@ class Embedder(nn.Module):
         base = None if self.adapter is None else self.base()
         parts = {"pooling": self.pooling, "adapter": self.adapter, "base": base}
         write_folder(Path(folder), self.source, self.encoder, self.tokenizer, **settings, **parts)
-
-
-def _gather(
-    batches: Iterator[tuple[list[int], Tensor]],
-    num_rows: int,
-    dim: int,
-    finish: Callable[[Tensor], Tensor] = lambda whole_BD: whole_BD,
-) -> np.ndarray:
-    """The finished vectors of all batches in one array, [N, dim] float32."""
-    vectors_ND = np.empty((num_rows, dim), dtype=np.float32)
-    for rows, whole_BD in batches:
-        vectors_ND[rows] = finish(whole_BD).float().cpu().numpy()
-    return vectors_ND
-
-
-def _check_finite(vectors_BD: Tensor, rows: Sequence[int], texts: Sequence[str]) -> None:
-    finite_B = vectors_BD.isfinite().all(dim=1)
-    if not finite_B.all():
-        text = texts[rows[int(finite_B.int().argmin())]]
-        raise ValueError(f"the vector of {text[:60]!r} has values that are not finite: check the model's weights")
 
 
 def _check_role(role: str) -> None:

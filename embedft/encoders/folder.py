@@ -1,16 +1,13 @@
 """The files of a model folder: config.json, model.safetensors, the tokenizer, sentence-transformers' module files.
 
 Reading is strict: a field of the wrong type, or anything the encoder family does not know or misses, is an error that
-names it. Folders are written in the form that sentence-transformers before version 6 reads too. Nothing is unpickled.
-Not here: where a folder comes from, and the Embedder made of it (loading.py).
+names it. Nothing is unpickled. Not here: where a folder comes from, and the Embedder made of it (loading.py); writing
+(saving.py).
 
     family, config, _ = read_config(folder)
     carried = load_weights(family.encoder(config), folder / WEIGHTS_FILE, family, torch.float32)
 """
 
-import os
-import shutil
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -19,13 +16,12 @@ from typing import Any, NamedTuple
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..files import read_json, read_object, write_json
+from ..files import read_json, read_object
 from . import bert
 from .adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
-from .adapter import ROLES, Adapter, Base
 from .pooling import Pooling
 from .tokenization import TOKENIZER_CONFIG_FILE, Tokenizer
 
@@ -33,9 +29,9 @@ CONFIG_FILE, WEIGHTS_FILE, MODULES_FILE = "config.json", "model.safetensors", "m
 TRANSFORMER_CONFIG_FILE, MODEL_CONFIG_FILE = "sentence_bert_config.json", "config_sentence_transformers.json"
 # The modules of modules.json that are understood, by class name and in this order.
 MODULES = ("Transformer", "Pooling", "Normalize")
-POOLING_FOLDER, NORMALIZE_FOLDER = "1_Pooling", "2_Normalize"
+POOLING_FOLDER = "1_Pooling"
 # An adapter may follow: as our own files, and as a Router whose routes are queries and documents.
-ADAPTER_FOLDER, ROUTER, ROUTER_CONFIG_FILE = "adapter", "Router", "router_config.json"
+ADAPTER_FOLDER, ROUTER = "adapter", "Router"
 
 # Pooling mode -> its key in 1_Pooling/config.json of sentence-transformers before 6.
 LEGACY_POOLING_KEYS = {
@@ -291,101 +287,3 @@ def _read_state(
         raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
     state = {ours: torch.cat([tensors.pop(stored[name]) for name in theirs]) for ours, theirs in keys.items()}
     return state, {rename(name): tensor for name, tensor in tensors.items()}
-
-
-def checkpoint_tensors(encoder: nn.Module, family: Family) -> dict[str, Tensor]:
-    """The encoder's weights under the checkpoint's names: the inverse of `load_weights`."""
-    keys = family.key_map(encoder.config)
-    return {
-        name: part.contiguous()
-        for ours, parameter in encoder.state_dict().items()
-        for name, part in zip(keys[ours], parameter.cpu().chunk(len(keys[ours])), strict=True)
-    }
-
-
-def write_folder(
-    folder: Path,
-    source: Source,
-    encoder: nn.Module,
-    tokenizer: Tokenizer,
-    *,
-    pooling: Pooling,
-    prompts: dict[str, str],
-    similarity: str,
-    normalize: bool,
-    truncate_dim: int | None,
-    adapter: Adapter | None = None,
-    base: Base | None = None,
-) -> None:
-    """Writes a model in the sentence-transformers layout, each file atomically; see `Embedder.save`.
-
-    Raises `ValueError`, before anything is written, for an adapter that Dense modules cannot hold.
-    """
-    dense = {role: part and part.dense() for role in ROLES if adapter for part in [adapter.map_of(role)]}
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_tensors(folder / WEIGHTS_FILE, {**checkpoint_tensors(encoder, source.family), **source.carried})
-    # transformers loads in the type that config.json names, so it has to be that of the weights.
-    dtype = str(next(encoder.parameters()).dtype).removeprefix("torch.")
-    write_json(folder / CONFIG_FILE, {**source.config, "torch_dtype": dtype, "dtype": dtype})
-    tokenizer.save(folder)
-    lengths = {"max_seq_length": tokenizer.max_length, "do_lower_case": tokenizer.lower_case}
-    write_json(folder / TRANSFORMER_CONFIG_FILE, lengths)
-    _write_pooling(folder / POOLING_FOLDER, pooling, encoder.config.hidden_size)
-    settings = {"similarity_fn_name": similarity, "truncate_dim": truncate_dim}
-    default = source.default_prompt if source.default_prompt in prompts else None
-    write_json(folder / MODEL_CONFIG_FILE, {"prompts": prompts, "default_prompt_name": default, **settings})
-    modules = list(MODULES if normalize else MODULES[:2])
-    if adapter is not None:
-        adapter.save(folder / ADAPTER_FOLDER, base=base)
-        _write_router(folder / f"{len(modules)}_{ROUTER}", dense)
-        modules += [ROUTER, *modules[2:]]
-    elif (folder / ADAPTER_FOLDER / ADAPTER_CONFIG_FILE).is_file():  # of a model that was saved here before
-        shutil.rmtree(folder / ADAPTER_FOLDER)
-    paths = ["", *(f"{i}_{module}" for i, module in enumerate(modules) if i)]
-    types = [f"sentence_transformers.models.{module}" for module in modules]
-    entries = enumerate(zip(paths, types, strict=True))
-    modules = [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in entries]
-    write_json(folder / MODULES_FILE, modules)
-
-
-def _write_pooling(folder: Path, pooling: Pooling, hidden_size: int) -> None:
-    config: dict[str, Any] = {key: mode in pooling.names for mode, key in LEGACY_POOLING_KEYS.items()}
-    if tuple(mode for mode in LEGACY_POOLING_KEYS if mode in pooling.names) != pooling.names:
-        config = {"pooling_mode": pooling.names}  # another order or another mode than the old form can express
-    theirs = {"word_embedding_dimension": hidden_size, **config, "include_prompt": pooling.include_prompt}
-    write_json(folder / CONFIG_FILE, theirs)
-    if pooling.state_dict():
-        _write_tensors(folder / WEIGHTS_FILE, pooling.state_dict())
-    if not set(pooling.names) <= LEGACY_POOLING_KEYS.keys():
-        warnings.warn(f"{folder}: sentence-transformers cannot load {' + '.join(pooling.names)} pooling", stacklevel=4)
-
-
-def _write_router(folder: Path, dense: dict[str, tuple[Tensor, Tensor | None] | None]) -> None:
-    """A Router with one route per role: a Dense module without activation, or nothing if the role has no map.
-
-    `encode` of sentence-transformers, which has no role, takes the documents' route.
-    """
-    structure = {role: [] if layer is None else [f"{role}_0_Dense"] for role, layer in dense.items()}
-    for role, layer in dense.items():
-        if layer is None:
-            continue
-        weight, bias = layer
-        place = folder / structure[role][0]
-        sizes = {"in_features": weight.shape[1], "out_features": weight.shape[0], "bias": bias is not None}
-        write_json(place / CONFIG_FILE, {**sizes, "activation_function": "torch.nn.modules.linear.Identity"})
-        tensors = {"linear.weight": weight} if bias is None else {"linear.weight": weight, "linear.bias": bias}
-        _write_tensors(place / WEIGHTS_FILE, tensors)
-    types = {name: "sentence_transformers.models.Dense" for names in structure.values() for name in names}
-    parameters = {"default_route": "document", "allow_empty_key": True}
-    write_json(folder / ROUTER_CONFIG_FILE, {"types": types, "structure": structure, "parameters": parameters})
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    # safetensors makes a file that only its owner can read; this one gets the permissions of any new file.
-    temporary.touch()
-    mode = temporary.stat().st_mode
-    # Cloned, because a safetensors file cannot hold tensors that share memory.
-    save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
-    temporary.chmod(mode)
-    os.replace(temporary, path)

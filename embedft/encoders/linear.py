@@ -1,7 +1,7 @@
-"""The linear layer of every encoder: on the CPU in float32 it goes to oneDNN, elsewhere it is PyTorch's own.
+"""The linear layer of every encoder: oneDNN's kernel on the CPU in float32, PyTorch's own elsewhere.
 
-Same weights, same formula, other kernel; what it is worth is in `device.has_onednn_linear`. The derivative is written
-out because the operator has none. Not differentiable twice.
+`device.has_onednn_linear` says what it gains. The derivative is written out because the operator has none; it cannot be
+differentiated twice.
 
     layer = Linear(384, 1536)
     y_TE = layer(x_TD)

@@ -1,6 +1,6 @@
-"""Where a model comes from: a folder, the Hugging Face hub, or an installed package; and the Embedder made of it.
+"""Loads an Embedder from a folder, the Hugging Face hub, or an installed package.
 
-The files themselves are read and written in folder.py.
+The files themselves are read in folder.py.
 
     embedder = load_embedder("sentence-transformers/all-MiniLM-L6-v2")
     embedder.save("model")
@@ -41,7 +41,7 @@ from .openai_api import ApiEmbedder
 from .store import Store
 from .tokenization import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 
-# All that is ever downloaded: weights as safetensors, and small JSON files.
+# All that is ever downloaded: weights in safetensors, and small JSON files.
 HUB_FILES = [CONFIG_FILE, WEIGHTS_FILE, MODULES_FILE, TRANSFORMER_CONFIG_FILE, MODEL_CONFIG_FILE,
              TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, "*_Pooling/config.json", f"*_Pooling/{WEIGHTS_FILE}",
              "0_*/*.json", "0_*/model.safetensors",
@@ -52,10 +52,10 @@ API_PREFIX = "openai:"
 
 
 class Package(NamedTuple):
-    """A model that an installed Python package carries."""
+    """A model that comes with an installed Python package."""
 
-    module: str  # the package's import name; it is found, never imported
-    folder: str  # inside it
+    module: str  # the package's import name; it is located, never imported
+    folder: str  # inside the package
     sha256: str  # of model.safetensors, as published on the hub
 
 
@@ -155,8 +155,8 @@ def _load_folder(
 
 
 class Reading(NamedTuple):
-    """How a model reads documents: `count_tokens` of texts alone; of its `max_length` tokens `num_around` are taken by
-    special tokens and the document prompt."""
+    """How a model reads documents: `count_tokens` of bare texts, and its `max_length`, of which special tokens and the
+    document prompt take `num_around`."""
 
     count_tokens: Callable[[Sequence[str]], list[int]]
     max_length: int
@@ -164,7 +164,7 @@ class Reading(NamedTuple):
 
 
 def load_reading(name: str | Path, *, revision: str | None = None) -> Reading:
-    """How a model reads documents, without its weights: for cutting chunks. `name` as for `load_embedder`."""
+    """How a model reads documents, without loading its weights; for chunking. `name` as in `load_embedder`."""
     folder = find_folder(str(name), revision=revision)
     transformer = folder / read_modules(folder).get("Transformer", "")
     _, config, _ = read_config(transformer)
@@ -175,7 +175,7 @@ def load_reading(name: str | Path, *, revision: str | None = None) -> Reading:
 
 
 def find_folder(name: str, *, revision: str | None = None) -> Path:
-    """The folder of a model's files, downloaded first when it must be; see `load_embedder` for what a name may be."""
+    """The folder of a model's files, downloaded if need be; for names see `load_embedder`."""
     if Path(name).is_dir():
         return Path(name)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -203,8 +203,8 @@ def _packaged_folder(package: Package) -> Path | None:
 
 
 def _hub_folder(name: str, revision: str | None, *, local_files_only: bool) -> Path | None:
-    """The snapshot's folder in the hub's cache. None when only the cache was asked and it has no such model."""
-    # Imported here: it takes a third of a second, and a folder needs none of it.
+    """The snapshot's folder in the hub's cache; None if only the cache was asked and it lacks the model."""
+    # Imported here because it takes a third of a second that a local folder does not need.
     import huggingface_hub
     from huggingface_hub import utils
     from huggingface_hub.errors import (
@@ -215,7 +215,7 @@ def _hub_folder(name: str, revision: str | None, *, local_files_only: bool) -> P
         RevisionNotFoundError,
     )
 
-    # What versions from 1 on raise when a connection is lost for good; before, that was an OSError.
+    # Raised since version 1 when a connection is lost for good; before that, an OSError.
     lost = (utils.httpx.HTTPError,) if hasattr(utils, "httpx") else ()
     try:
         folder = huggingface_hub.snapshot_download(
@@ -235,7 +235,7 @@ def _hub_folder(name: str, revision: str | None, *, local_files_only: bool) -> P
         raise ValueError(f"{name}: no such folder, and the hub says: {' '.join(str(error).split())}") from None
     except lost as error:
         raise ValueError(f"{name}: the hub was lost while downloading, try again: {error}") from None
-    # A snapshot may hold only the files that some other program asked for.
+    # A snapshot may hold only the files that another program asked for.
     if local_files_only and not all((Path(folder) / name).is_file() for name in (WEIGHTS_FILE, TOKENIZER_FILE)):
         return None
     return Path(folder)

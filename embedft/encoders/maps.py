@@ -1,10 +1,10 @@
 """Maps from vectors to vectors that start at the identity: the parts of an adapter.
 
     part = build_map("low_rank", 384, rank=16)
-    part(x_ND)                # [N, 384], x itself until it is trained
+    part(x_ND)                # [N, 384], equal to x before training
     part.departure()          # how far it is from the identity
 
-Not here: whose vectors they map, and their files (adapter.py).
+Not here: which vectors they map, and their files (adapter.py).
 
 Shapes: N vectors, D features in, E features out, R rank, H hidden features.
 """
@@ -29,7 +29,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Linear(nn.Module):
-    """W x + b. W [E, D] starts as the identity, with E other than D as the first E rows or columns of it; b as 0."""
+    """W x + b. W [E, D] starts as the identity (its first rows or columns if E is not D), b as 0."""
 
     kind = "linear"
 
@@ -43,23 +43,23 @@ class Linear(nn.Module):
         return _linear(x_ND, self.weight, self.bias)
 
     def departure(self) -> Tensor:
-        """(||W - I||^2 + ||b||^2) / E, a scalar: how far the map is from the identity."""
+        """(||W - I||^2 + ||b||^2) / E: how far the map is from the identity."""
         away = self.weight - torch.eye(*self.weight.shape, dtype=self.weight.dtype, device=self.weight.device)
         return (away.square().sum() + _square(self.bias)) / self.out_features
 
     def settings(self) -> dict[str, Any]:
-        """What `build_map` makes an untrained one from."""
+        """The arguments of `build_map` for an untrained one."""
         return {"in_features": self.in_features, "out_features": self.out_features, "bias": self.bias is not None}
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
-        """(W, b) of the same map."""
+        """(W, b) of the map."""
         return self.weight.detach(), None if self.bias is None else self.bias.detach()
 
 
 class LowRank(nn.Module):
-    """x + U V x + b, with U [E, R] and V [R, D]; x is cut, or filled with zeros, to E features.
+    """x + U V x + b, with U [E, R] and V [R, D]; the first x is cut, or padded with zeros, to E features.
 
-    U and b start as 0, V as normal numbers of variance 1 / D.
+    U and b start as 0, V as normal with variance 1 / D.
 
     Source: Hu et al. 2022 (LoRA), section 4.1.
     """
@@ -93,12 +93,12 @@ class LowRank(nn.Module):
         return (product + _square(self.bias)) / self.out_features
 
     def settings(self) -> dict[str, Any]:
-        """What `build_map` makes an untrained one from."""
+        """The arguments of `build_map` for an untrained one."""
         sizes = {"in_features": self.in_features, "out_features": self.out_features}
         return {**sizes, "rank": self.rank, "bias": self.bias is not None}
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
-        """(W, b) of the same map."""
+        """(W, b) of the map."""
         with torch.no_grad():
             weight = torch.eye(self.out_features, self.in_features).to(self.up) + self.up @ self.down
         return weight, None if self.bias is None else self.bias.detach()
@@ -107,8 +107,8 @@ class LowRank(nn.Module):
 class TwoLayer(nn.Module):
     """x + s (W2 act(W1 x + b1) + b2), with W1 [H, D], W2 [E, H] and a learnable scalar s; x as in `LowRank`.
 
-    W2 and the biases start as 0 and s as 1, W1 as normal numbers of variance 1 / D. Without `residual` it is
-    W2 act(W1 x + b1) + b2, which does not start at the identity: such a one comes from LlamaIndex's folders.
+    W2 and the biases start as 0, s as 1, W1 as normal with variance 1 / D. Without `residual` it is
+    W2 act(W1 x + b1) + b2, which does not start at the identity: only LlamaIndex's folders hold such a map.
     """
 
     kind = "two_layer"
@@ -145,12 +145,12 @@ class TwoLayer(nn.Module):
         return self.scale.to(x_ND.dtype) * mapped_NE + _resized(x_ND, self.out_features)
 
     def departure(self) -> Tensor:
-        """s^2 (||W2||^2 + ||b2||^2) / E, s being 1 without `residual`."""
+        """s^2 (||W2||^2 + ||b2||^2) / E; s is 1 without `residual`."""
         scale = 1.0 if self.scale is None else self.scale.square().sum()
         return scale * (self.weight2.square().sum() + _square(self.bias2)) / self.out_features
 
     def settings(self) -> dict[str, Any]:
-        """What `build_map` makes an untrained one from."""
+        """The arguments of `build_map` for an untrained one."""
         return {
             "in_features": self.in_features,
             "out_features": self.out_features,
@@ -161,8 +161,8 @@ class TwoLayer(nn.Module):
         }
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
-        """Raises `ValueError`: it is not linear."""
-        raise ValueError("a two-layer adapter is no linear map, so it cannot be written as one Dense module")
+        """Raises `ValueError`, because it is not linear."""
+        raise ValueError("a two-layer adapter is not a linear map, so it cannot be written as a Dense module")
 
 
 Map = Linear | LowRank | TwoLayer
@@ -170,7 +170,7 @@ KINDS: dict[str, type] = {kind.kind: kind for kind in (Linear, LowRank, TwoLayer
 
 
 def build_map(kind: str, in_features: int, out_features: int | None = None, **options: Any) -> Map:
-    """A map at the identity. Raises `ValueError` for an unknown kind, an option it has not, or sizes below 1."""
+    """A map at the identity. Raises `ValueError` for an unknown kind or option, or sizes below 1."""
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
     try:

@@ -73,10 +73,9 @@ class ApiEmbedder:
         return self.prompts.get(role) or ""
 
     def space(self, role: str) -> Space:
-        """What a role's vectors depend on, for a `Store`: the server's vectors, before they are cut or mapped.
+        """What the server's vectors for a role depend on, for a `Store`; `dim` 0: not known yet.
 
-        That is the server's address without credentials, the model's name, `dimensions`, `parameters`, the prompt and
-        what happens to long texts. A server that changes the model behind a name does not show. `dim` 0: not known yet.
+        A server that changes the model behind a name does not show.
         """
         return self._space(role)._replace(dim=self._server_dim())
 
@@ -92,11 +91,7 @@ class ApiEmbedder:
         return Base(self.endpoint.name, self._server_dim(), {role: self._space(role).fingerprint for role in ROLES})
 
     def attach(self, adapter: Adapter) -> None:
-        """Sends vectors through `adapter`, before they are cut.
-
-        Raises `ValueError` for an adapter of another model or, if that is known, another width; warns when it does not
-        say which model it is for.
-        """
+        """Sends vectors through `adapter`. Raises `ValueError` when it is for another model or, if known, width."""
         base = self.base()
         adapter.check_base(base._replace(dim=base.dim or adapter.in_features))
         self.adapter = adapter

@@ -1,9 +1,9 @@
-"""Packed tokens, and attention over them: the sequences of a batch end to end, with no padding between.
+"""Packed tokens and attention over them: the sequences of a batch laid end to end, without padding.
 
-Linear layers, norms and embeddings work on one [T, D] matrix and never see a padding token. Only attention needs to
-know where a sequence ends; `Sequences` tells it, in the way that the device's kernel wants.
+Linear layers, norms and embeddings work on one [T, D] matrix. Only attention needs to know where a sequence ends;
+`Sequences` tells it in the form that the device's kernel takes.
 
-Not here: where texts are cut (tokenization.py) and how they become one vector (pooling.py).
+Not here: truncation (tokenization.py) and pooling (pooling.py).
 
     packed = pack([[101, 7592, 102], [101, 102]])
     packed.cu_seqlens       # tensor([0, 3, 5])
@@ -31,8 +31,8 @@ class Packed(NamedTuple):
     cu_seqlens: Tensor  # [B + 1] int32: sequence b is tokens cu_seqlens[b] to cu_seqlens[b + 1]
     max_seqlen: int
     token_types: Tensor | None = None  # [T] int64, pairs only; None: all 0
-    prompt_lengths: Tensor | None = None  # [B] int64, when pooling leaves the prompt out
-    source: Tensor | None = None  # [B] int64, when texts were cut into windows: which text a sequence is from
+    prompt_lengths: Tensor | None = None  # [B] int64, if pooling leaves the prompt out
+    source: Tensor | None = None  # [B] int64, if texts were cut into windows: the text each sequence comes from
 
     @property
     def num_sequences(self) -> int:
@@ -54,12 +54,12 @@ def pack(
 
     Args:
         sequences: token ids of each sequence, at least one token each.
-        prompt_length: leading tokens of every sequence that pooling is to leave out; None: none.
-        source: the number of the text that each sequence is from; None: each is a text.
+        prompt_length: leading tokens of every sequence that pooling leaves out; None: none.
+        source: the text that each sequence comes from; None: each is a text of its own.
     """
     lengths = [len(sequence) for sequence in sequences]
     if not lengths:
-        raise ValueError("there is no sequence to pack")
+        raise ValueError("there are no sequences to pack")
     if 0 in lengths:
         raise ValueError(f"sequence {lengths.index(0)} of {len(lengths)} has no token")
     cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int64)
@@ -75,10 +75,10 @@ def pack(
 
 
 def concatenate(first: Packed, second: Packed) -> Packed:
-    """The sequences of `first`, then those of `second`, as one batch; without `source`: each has texts of its own."""
+    """The sequences of `first`, then those of `second`, as one batch without `source`."""
 
     def both(name: str, absent: Callable[[Packed], Tensor]) -> Tensor | None:
-        """An optional tensor of the two; where only one has it, `absent` stands for the other's."""
+        """An optional tensor of both; `absent` replaces a missing one if the other has it."""
         parts = [getattr(packed, name) for packed in (first, second)]
         if parts == [None, None]:
             return None
@@ -95,10 +95,10 @@ def concatenate(first: Packed, second: Packed) -> Packed:
 
 
 def take(packed: Packed, sequences_N: Tensor) -> Packed:
-    """The sequences numbered in `sequences_N`, [N] int64, in that order."""
+    """The sequences at `sequences_N`, [N] int64, in that order."""
     lengths = packed.lengths()[sequences_N]
     cu_seqlens = F.pad(lengths.cumsum(0), (1, 0))
-    # Token t of the new batch: its sequence's old start, plus how far it is behind its new one.
+    # Token t of the new batch: its sequence's old start, plus its distance from the new start.
     tokens = torch.arange(int(cu_seqlens[-1]), device=sequences_N.device)
     tokens += (packed.cu_seqlens[:-1].long()[sequences_N] - cu_seqlens[:-1]).repeat_interleave(lengths)
     return Packed(
@@ -113,7 +113,7 @@ def take(packed: Packed, sequences_N: Tensor) -> Packed:
 
 
 def sort_by_length(packed: Packed) -> tuple[Packed, Tensor]:
-    """The sequences in order of length, longest first, and for each sequence its place in that order ([B] int64)."""
+    """The sequences by length, longest first, and the place of each in that order, [B] int64."""
     order = packed.lengths().argsort(descending=True, stable=True)
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=order.device)
@@ -134,19 +134,19 @@ def cut_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[range]:
 
 
 class Group(NamedTuple):
-    """N neighbouring sequences that attend in one call, each to itself."""
+    """N neighbouring sequences that share one attention call, each attending to itself."""
 
     num_tokens: int
     num_sequences: int
     length: int  # L: tokens of the longest
-    rows: Tensor | None  # [N * L] int64, the group's token for each padded place; None: all have length L
-    mask: Tensor | None  # [N, 1, 1, L] bool, True where there is a token
+    rows: Tensor | None  # [N * L] int64, the group's token at each padded place; None: all have length L
+    mask: Tensor | None  # [N, 1, 1, L] bool, True at tokens
 
 
 def group_sequences(lengths: Sequence[int], slack: float, device: torch.device) -> list[Group]:
-    """Cuts neighbouring sequences into groups whose shortest has at least (1 - slack) times the longest's tokens.
+    """Groups neighbouring sequences so that the shortest has at least (1 - slack) times the longest's tokens.
 
-    Sorted input gives the fewest groups; any order is right. With slack 0 a group has one length and no padding.
+    Sorted input gives the fewest groups, but any order works. With slack 0 there is no padding.
     """
     groups, first = [], 0
     while first < len(lengths):
@@ -161,7 +161,7 @@ def group_sequences(lengths: Sequence[int], slack: float, device: torch.device) 
         rows = mask = None
         if num_tokens < len(members) * length:
             mask_NL = torch.arange(length) < members[:, None]
-            # Padded places read the group's first token; the mask keeps it from being attended to.
+            # Padded places read the group's first token, which the mask hides.
             rows = torch.zeros(mask_NL.shape, dtype=torch.int64)
             rows[mask_NL] = torch.arange(num_tokens)
             rows, mask = rows.flatten().to(device), mask_NL[:, None, None].to(device)
@@ -171,7 +171,7 @@ def group_sequences(lengths: Sequence[int], slack: float, device: torch.device) 
 
 
 class Sequences:
-    """Where the sequences of a packed batch begin and end; made once a forward pass, handed to every layer."""
+    """Where the sequences of a packed batch start and end; made once per forward pass and passed to every layer."""
 
     def __init__(self, packed: Packed, *, slack: float | None = None):
         self.cu_seqlens, self.max_seqlen = packed.cu_seqlens, packed.max_seqlen
@@ -186,14 +186,14 @@ class Sequences:
 def attention(qkv_T3HK: Tensor, sequences: Sequences, *, dropout: float = 0.0) -> Tensor:
     """softmax(Q K^T / sqrt(K)) V within each sequence -> [T, H * K].
 
-    CUDA in half precision without dropout takes the packed kernel; everything else takes
-    `scaled_dot_product_attention`, one call for each group of neighbouring sequences of like length.
+    CUDA in half precision without dropout uses the packed kernel; everything else uses `scaled_dot_product_attention`,
+    one call per group of neighbouring sequences of similar length.
 
     Args:
         qkv_T3HK: queries, keys and values, [T, 3, H, K].
         sequences: of the same batch.
-        dropout: probability on the attention weights. On the CPU anything above 0 leaves torch's fused kernel and
-            builds the whole [N, H, L, L] matrix.
+        dropout: probability on the attention weights. Above 0, the CPU leaves torch's fused kernel and builds the
+            whole [N, H, L, L] matrix.
     """
     T, _, H, K = qkv_T3HK.shape
     if dropout == 0 and devices.has_packed_attention(qkv_T3HK.device, qkv_T3HK.dtype):
@@ -203,7 +203,7 @@ def attention(qkv_T3HK: Tensor, sequences: Sequences, *, dropout: float = 0.0) -
         cu_seqlens, longest = sequences.cu_seqlens, sequences.max_seqlen
         return varlen_attn(q_THK, k_THK, v_THK, cu_seqlens, cu_seqlens, longest, longest).reshape(T, H * K)
     outputs = []
-    # One split, not a slice a group: each slice's backward would fill a gradient of all T tokens.
+    # One split rather than a slice per group: the backward of each slice would fill a gradient of all T tokens.
     sizes = [group.num_tokens for group in sequences.groups]
     for group, tokens in zip(sequences.groups, qkv_T3HK.split(sizes), strict=True):
         if group.rows is not None:

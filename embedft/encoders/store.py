@@ -24,20 +24,16 @@ import shutil
 import sqlite3
 import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..files import locked, read_object
-from .tokenization import check_texts
+from .rows import RECORD, VECTOR_TYPE, Rows, advice, checked, checksums, convert_records, size_of, text_keys, wrong_rows
 
-DATABASE, VERSION, VECTOR_TYPE, NAME_DIGITS = "store.sqlite", 2, np.dtype("<f4"), 16
-RECORD = np.dtype([("key", "<u8", 2), ("checksum", "<u4")])  # of one row; all zeros: it was dropped as damaged
-ROW_BITS = np.uint64(2**32 - 1)
+DATABASE, VERSION, NAME_DIGITS = "store.sqlite", 2, 16
 SCHEMA = """
 CREATE TABLE spaces (id INTEGER PRIMARY KEY AUTOINCREMENT, fingerprint TEXT NOT NULL UNIQUE, dim INTEGER NOT NULL,
     description TEXT NOT NULL, last_used REAL NOT NULL, num_repairs INTEGER NOT NULL DEFAULT 0);
@@ -71,52 +67,6 @@ class StoredSpace(NamedTuple):
     num_texts: int
     num_bytes: int
     last_used: float
-
-
-class Rows:
-    """The rows of a space as last read from the database: where each key is, and the mapped vectors."""
-
-    def __init__(self, path: Path, dim: int, version: tuple[int, int] | None):
-        self.path, self.dim, self.version = path, dim, version  # version: (id, num_repairs); None: not on disk
-        self.last_used, self.vectors = 0.0, np.empty((0, dim), VECTOR_TYPE)
-        self.second_R, self.checksums_R = np.empty(0, "<u8"), np.empty(0, "<u4")  # second halves of the keys
-        self.sorted_R = np.empty(0, "<u8")  # the first 32 bits of each key, then its row, ascending
-
-    def __len__(self) -> int:
-        return len(self.checksums_R)
-
-    def add(self, records_M: np.ndarray) -> None:
-        rows_M = np.arange(len(self), len(self) + len(records_M), dtype="<u8")
-        self.sorted_R = np.concatenate([self.sorted_R, records_M["key"][:, 0] & ~ROW_BITS | rows_M])
-        self.sorted_R.sort()  # 6 times faster than argsort
-        self.second_R = np.concatenate([self.second_R, records_M["key"][:, 1]])
-        self.checksums_R = np.concatenate([self.checksums_R, records_M["checksum"]])
-
-    def map(self) -> None:
-        """Maps the vectors. Raises `ValueError` when the file has fewer of them than there are rows."""
-        needed, found = len(self) * self.dim * VECTOR_TYPE.itemsize, _size(self.path)
-        if found < needed:
-            rows = f"{found:,} bytes, expected at least {needed:,} for {len(self):,} rows"
-            raise ValueError(f"{self.path}: {rows}; {_advice(self.path.parent)}")
-        if len(self.vectors) < len(self):
-            self.vectors = np.memmap(self.path, VECTOR_TYPE, "r", shape=(len(self), self.dim))
-
-    def find(self, keys_N2: np.ndarray) -> np.ndarray:
-        """The row of each key, [N] int64; -1: none."""
-        found_N = np.full(len(keys_N2), -1, dtype=np.int64)
-        pending_M = np.argsort(keys_N2[:, 0])  # sorted keys search neighbouring places
-        place_M = np.searchsorted(self.sorted_R, keys_N2[pending_M, 0] & ~ROW_BITS, side="left")
-        end_M = np.searchsorted(self.sorted_R, keys_N2[pending_M, 0] | ROW_BITS, side="right")
-        while True:
-            left_M = place_M < end_M
-            pending_M, place_M, end_M = pending_M[left_M], place_M[left_M], end_M[left_M]
-            if not len(pending_M):
-                return found_N
-            row_M = (self.sorted_R[place_M] & ROW_BITS).astype(np.int64)
-            same_M = self.second_R[row_M] == keys_N2[pending_M, 1]
-            found_N[pending_M[same_M]] = row_M[same_M]
-            # The others share 32 bits with another key.
-            pending_M, place_M, end_M = pending_M[~same_M], place_M[~same_M] + 1, end_M[~same_M]
 
 
 class Store:
@@ -172,7 +122,7 @@ class Store:
                 rows = first_rows[start : start + slice_texts]
                 rows = rows[self._look(space).find(keys_N2[rows]) < 0]  # another process may have added some
                 if len(rows):
-                    vectors_MD = _checked(compute([texts[row] for row in rows.tolist()]), space.dim, rows)
+                    vectors_MD = checked(compute([texts[row] for row in rows.tolist()]), space.dim, rows)
                     self._append(space, keys_N2[rows], vectors_MD)
             computed += len(rows)
             self.misses += len(rows)
@@ -195,10 +145,10 @@ class Store:
         if rows.size and not 0 <= rows.min() <= rows.max() < len(opened):
             raise ValueError(f"{self.folder}: rows are {rows.min()} to {rows.max()}, expected 0 to {len(opened) - 1}")
         vectors_ND = np.asarray(opened.vectors)[rows]
-        damaged_N = _checksums(vectors_ND) != opened.checksums_R[rows]
+        damaged_N = checksums(vectors_ND) != opened.checksums_R[rows]
         if damaged_N.any():
             which = f"row {rows[damaged_N.argmax()]} is damaged ({damaged_N.sum():,} of {len(rows):,} rows read)"
-            raise ValueError(f"{opened.path}: {which}; {_advice(self.folder)}")
+            raise ValueError(f"{opened.path}: {which}; {advice(self.folder)}")
         return vectors_ND.astype(np.float32, copy=False)
 
     def find(self, space: Space, texts: Sequence[str]) -> np.ndarray:
@@ -257,7 +207,7 @@ class Store:
             database.execute(ADD_SPACE, row).fetchall()
             opened = self._look(space, database)
             records_M = np.empty(len(keys_M2), RECORD)
-            records_M["key"], records_M["checksum"] = keys_M2, _checksums(vectors_MD)
+            records_M["key"], records_M["checksum"] = keys_M2, checksums(vectors_MD)
             with open(opened.path, "r+b" if opened.path.is_file() else "xb") as file:
                 place = len(opened) * space.dim * VECTOR_TYPE.itemsize
                 file.truncate(place)
@@ -278,7 +228,7 @@ class Store:
         found = {}
         for identity, fingerprint, dim, description, last_used, num_texts, num_bytes in rows:
             space = Space(fingerprint, dim, json.loads(description))
-            num_bytes += _size(self._path(fingerprint, identity))
+            num_bytes += size_of(self._path(fingerprint, identity))
             found[space.name] = StoredSpace(space, num_texts, num_bytes, last_used)
         return dict(sorted(found.items()))
 
@@ -302,7 +252,7 @@ class Store:
             for first_row, content in database.execute(sql, (identity,)).fetchall():
                 records = np.frombuffer(content, RECORD).copy()
                 is_text_M = records["key"].any(axis=1)
-                wrong_M = is_text_M & _wrong(path, first_row, records["checksum"], dim)
+                wrong_M = is_text_M & wrong_rows(path, first_row, records["checksum"], dim)
                 damaged.append(first_row + np.flatnonzero(wrong_M))
                 num_texts, end = num_texts + int(is_text_M.sum()), first_row + len(records)
                 if repair and wrong_M.any():
@@ -312,7 +262,7 @@ class Store:
             if repair and len(damaged):
                 database.execute("UPDATE spaces SET num_repairs = num_repairs + 1 WHERE id = ?", (identity,))
                 path.touch()
-                os.truncate(path, max(_size(path), end * dim * VECTOR_TYPE.itemsize))
+                os.truncate(path, max(size_of(path), end * dim * VECTOR_TYPE.itemsize))
         return num_texts, damaged
 
     def prune(self, *names: str) -> None:
@@ -373,7 +323,7 @@ class Store:
 
     def _convert(self, connection: sqlite3.Connection, folder: Path) -> None:
         """Takes over a space of version 1, a folder with space.json, vectors.f32 and keys.bin, after a kill again."""
-        values, keys = read_object(folder / "space.json"), folder / "keys.bin"
+        values = read_object(folder / "space.json")
         if values.get("version") != 1 or str(values.get("fingerprint"))[:NAME_DIGITS] != folder.name:
             raise ValueError(f"{folder / 'space.json'}: not what embedft writes; delete {folder}")
         used = (folder / "space.json").stat().st_mtime
@@ -382,63 +332,10 @@ class Store:
         path = self._path(values["fingerprint"], identity)
         if (folder / "vectors.f32").is_file():
             os.replace(folder / "vectors.f32", path)
-        record = np.dtype([("key", "<u8", 3), ("checksum", "<u4")])  # the checksum covers key and vector
-        num_rows = min(_size(keys) // record.itemsize, _size(path) // (dim * VECTOR_TYPE.itemsize))
-        if num_rows:
-            old, vectors = np.fromfile(keys, record, num_rows), np.memmap(path, VECTOR_TYPE, "r", shape=(num_rows, dim))
-            records = np.zeros(num_rows, RECORD)
-            records["key"], records["checksum"] = old["key"][:, :2], _checksums(vectors)
-            starts = (zlib.crc32(key.tobytes()) for key in old["key"])
-            records[_checksums(vectors, starts) != old["checksum"]] = 0
-            _write_records(connection, identity, 0, records)
-
-
-def text_keys(texts: Sequence[str]) -> np.ndarray:
-    """The key of each text, [N, 2] little-endian 64-bit words: 16 bytes of its BLAKE2b. Raises as `check_texts`."""
-    # 16 of the 24 that version 1 stored; `Rows` compares 12: two of 10^9 texts share them with a probability of 10^-11.
-    digests = (blake2b(text.encode(), digest_size=24).digest()[:16] for text in check_texts(texts))
-    return np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2)
+        _write_records(connection, identity, 0, convert_records(folder / "keys.bin", path, dim))
 
 
 def _write_records(database: sqlite3.Connection, space: int, first_row: int, records_M: np.ndarray) -> None:
     num_texts = int(records_M["key"].any(axis=1).sum())
     values = (space, first_row, num_texts, records_M.tobytes())
     database.execute("INSERT OR REPLACE INTO batches VALUES (?, ?, ?, ?)", values)
-
-
-def _checksums(vectors_MD: np.ndarray, *starts: Iterator[int]) -> np.ndarray:
-    """The CRC-32 of each vector's bytes, [M] uint32; of version 1, continued from `starts`."""
-    content = memoryview(np.ascontiguousarray(vectors_MD).reshape(-1).view(np.uint8))
-    step, num_rows = vectors_MD.shape[1] * VECTOR_TYPE.itemsize, len(vectors_MD)
-    rows = (content[place : place + step] for place in range(0, num_rows * step, step))
-    return np.fromiter(map(zlib.crc32, rows, *starts), dtype=np.uint32, count=num_rows)
-
-
-def _wrong(path: Path, first_row: int, checksums_M: np.ndarray, dim: int) -> np.ndarray:
-    """Which vectors, from a row of the file on, are missing or do not have these checksums, [M] bool."""
-    wrong_M, step = np.ones(len(checksums_M), dtype=bool), dim * VECTOR_TYPE.itemsize
-    num_whole = min(len(checksums_M), max(0, _size(path) // step - first_row))
-    if num_whole:
-        vectors = np.memmap(path, VECTOR_TYPE, "r", offset=first_row * step, shape=(num_whole, dim))
-        wrong_M[:num_whole] = _checksums(vectors) != checksums_M[:num_whole]
-    return wrong_M
-
-
-def _checked(vectors: np.ndarray, dim: int, rows: np.ndarray) -> np.ndarray:
-    """What `compute` returned for these rows of the texts, ready to be written."""
-    vectors = np.asarray(vectors)
-    if vectors.shape != (len(rows), dim):
-        raise ValueError(f"compute returned shape {vectors.shape} for {len(rows)} texts, expected [N, {dim}]")
-    vectors_MD = np.ascontiguousarray(vectors, dtype=VECTOR_TYPE)
-    finite_M = np.isfinite(vectors_MD).all(axis=1)
-    if not finite_M.all():
-        raise ValueError(f"the vector of texts[{rows[finite_M.argmin()]}] has values that are not finite")
-    return vectors_MD
-
-
-def _advice(folder: Path) -> str:
-    return f"see `embedft store {folder} --verify`, drop such rows with --repair"
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0

@@ -1,10 +1,9 @@
 """Texts to token ids, with the tokenizer that belongs to the weights.
 
-The `tokenizers` library does the splitting. Here: where its file is, what may not be wrong with it, truncation, and
-the windows of texts that are longer than that. A text is taken as it is: not stripped, not normalised beyond what the
-tokenizer does.
+The `tokenizers` library splits them; this module loads its files, truncates, and cuts long texts into windows. Texts
+are not stripped or otherwise changed first.
 
-    tokenizer = Tokenizer.load(folder, max_length=256)
+    tokenizer = Tokenizer.load(folder, config, max_length=256)
     tokenizer.encode(["a question"])      # [[101, 1037, 3160, 102]]
     windows, source = tokenizer.windows(["a long text ..."], size=128, stride=64)
 """
@@ -26,7 +25,7 @@ class Tokenizer:
 
     Args:
         backend: the tokenizer; its padding and truncation settings are replaced.
-        config: tokenizer_config.json, kept for writing back.
+        config: the content of tokenizer_config.json, which is applied and saved again.
         max_length: tokens a text is cut to, special tokens included.
         lower_case: lower-case texts first (`do_lower_case` of sentence_bert_config.json).
     """
@@ -70,7 +69,7 @@ class Tokenizer:
 
     @property
     def largest_id(self) -> int:
-        """The largest token id it can give."""
+        """The largest token id."""
         return max(self.backend.get_vocab(with_added_tokens=True).values())
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -84,18 +83,18 @@ class Tokenizer:
     def windows(
         self, texts: Sequence[str], *, size: int, stride: int, prompt: str = ""
     ) -> tuple[list[list[int]], list[int]]:
-        """Token ids of texts in overlapping windows, in order, and the place in `texts` that each window is from.
+        """Token ids of overlapping windows of texts, in order, and the row of `texts` each window comes from.
 
-        A window is what `encode` makes of a text: special tokens, the prompt's tokens, then those of the text. The
-        next one begins `stride` tokens of the text later, and the last is the first that reaches the text's end. A
-        text that fits is one window, equal to what `encode` gives with the prompt in front; so is an empty one.
+        A window looks like what `encode` returns: special tokens, the prompt's tokens, then those of the text. The next
+        one starts `stride` tokens of text later, and the last is the first that reaches the text's end. A text that
+        fits is one window, the same as `encode` returns with the prompt in front; so is an empty one.
 
         Args:
-            size: tokens of a window at most, special tokens and prompt included.
-            stride: tokens of the text from the start of a window to that of the next. Where a window holds fewer, the
-                next begins where it ends: every token is in a window.
-            prompt: in front of every window. Where its last token grows together with the beginning of a text, that
-                token counts as the text's.
+            size: the most tokens of a window, special tokens and prompt included.
+            stride: tokens of text from the start of one window to the next. If a window holds fewer, the next starts
+                where it ends, so every token is in a window.
+            prompt: put in front of every window. If its last token merges with the start of a text, that token counts
+                as the text's.
 
         Raises:
             ValueError: a size beyond `max_length` or without room for a token of text; a stride below 1 or above size.
@@ -127,7 +126,7 @@ class Tokenizer:
             self._truncate()
 
     def prompt_length(self, prompt: str) -> int:
-        """Tokens of `prompt` alone with its special tokens, less the one behind it: what it puts before a text."""
+        """The number of tokens in front of a text: those of `prompt` and the special tokens before it."""
         special_T = self.backend.encode(prompt).special_tokens_mask
         return len(special_T) - (special_T[-1] if special_T else 0)
 
@@ -153,7 +152,7 @@ def check_texts(texts: Sequence[str]) -> list[str]:
 
 
 def _cut(ids: list[int], special: list[int], prompt_ids: list[int], size: int, stride: int) -> list[list[int]]:
-    """The windows of a text longer than one; `special` has 1 for each token that the post-processor put around it."""
+    """The windows of a longer text; `special` has 1 for each token that the post-processor added."""
     start, stop = special.index(0), len(special) - special[::-1].index(0)
     while start < stop and prompt_ids and ids[start] == prompt_ids[0]:
         start, prompt_ids = start + 1, prompt_ids[1:]
@@ -194,6 +193,6 @@ def _configure(backend: tokenizers.Tokenizer, config: dict) -> None:
 
 
 def _lower_cases(normalizer: normalizers.Normalizer | None) -> bool:
-    """Whether a `Lowercase` step is there already, as in a tokenizer.json that `Tokenizer.save` wrote."""
+    """Whether there is a `Lowercase` step already, as in a tokenizer.json that `Tokenizer.save` wrote."""
     steps = normalizer if isinstance(normalizer, normalizers.Sequence) else [normalizer]
     return any(isinstance(step, Lowercase) for step in steps)

@@ -87,11 +87,9 @@ def guided_in_batch_negatives(
     guide = comparable(*targets.references["guide"], "cosine", as_pairs=True)
     targets = replace(targets, references={"guide": guide})
     losses = _Losses(margin_strategy, margin, contrast_queries, contrast_positives, windows, _width(targets))
-    if coupled:
-        losses_B, counts_B, masked_B, negatives_B = losses(Q, D, targets, temperature)
-    else:
-        parts = by_rows(losses, Q, D, targets, rows, temperature, width=_width(targets))
-        losses_B, counts_B, masked_B, negatives_B = parts
+    rows = max(1, len(Q)) if coupled else rows
+    found = by_rows(losses, Q, D, targets, rows, temperature, width=_width(targets))
+    losses_B, counts_B, masked_B, negatives_B = found
     record("masked_negatives", masked_B.sum() / negatives_B.sum().clamp(min=1))
     return mean_over_queries(losses_B, counts_B)
 

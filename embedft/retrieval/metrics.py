@@ -211,14 +211,14 @@ Metric = str | Callable[..., np.ndarray]  # "ndcg@20", or a function (judgments,
 
 
 def select_metrics(metrics: Sequence[Metric] | None = None, *, ks: Sequence[int], depth: int) -> list[Metric]:
-    """The metrics of an evaluation: `metrics`, checked, or by default those below for each k, and map@depth.
+    """The metrics of an evaluation, checked; by default hit rate, precision, recall, MRR and nDCG at `ks`, map@depth.
 
     Raises `ValueError` for an empty list, an invalid name (see `measure`), or a cutoff below 1 or above `depth`.
     """
     if metrics is None:
         if not ks or min(ks) < 1 or max(ks) > depth:
             raise ValueError(f"cutoffs ks={tuple(ks)} must be at least 1 and at most depth={depth}")
-        names = ("hit_rate", "accuracy", "precision", "recall", "mrr", "ndcg")  # accuracy: hit_rate's other name
+        names = ("hit_rate", "accuracy", "precision", "recall", "mrr", "ndcg")
         return [*(f"{name}@{k}" for k in ks for name in names), f"map@{depth}"]
     if isinstance(metrics, str) or not metrics:
         raise ValueError(f"metrics is {metrics!r}, expected a list of at least one")

@@ -300,4 +300,4 @@ def _check_comparable(base: Report, other: Report) -> None:
         message = f"{key} is {found[0]} in base and {found[1]} in other"
         if key in ("num_documents", "gain"):
             raise ValueError(f"the reports do not compare: {message}")
-        warnings.warn(f"the reports may not compare: {message}", stacklevel=4)
+        warnings.warn(f"the reports may not compare: {message}", stacklevel=2)

@@ -1,0 +1,243 @@
+"""Turns the lines of PDF pages back into paragraphs, and finds the headers and footers that repeat.
+
+clean_layout(["Fees are due on re-\nceipt of the invoice.\n    1"])   # ["Fees are due on receipt of the invoice.\n1"]
+"""
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+# A header or footer is among this many lines at the top or the bottom of a page ...
+EDGE_LINES = 3
+# ... of at least three pages and this share of the file's; a page number needs the three pages alone.
+MIN_REPEATED_PAGES, REPEATED_SHARE = 3, 0.2
+
+# A line is full, so that the next one may continue it, when the next word would have gone beyond this share of a full
+# line: the characters of a line of given width vary by a tenth in proportional type. A full line of a page is the
+# median of its lines that are not shorter than LONG_SHARE of the document's.
+FULL_SHARE, LONG_SHARE = 0.85, 0.6
+HEADING_SHARE = 0.6
+
+CLEANING = {
+    **{i: None for i in range(0x110000) if unicodedata.category(chr(i)) in ("Cc", "Cs")},
+    **{ord(blank): " " for blank in "\t\v\f\x1c\x1d\x1e\x1f\x85"},
+    **{i: unicodedata.normalize("NFKC", chr(i)) for i in range(0xFB00, 0xFB07)},
+    ord("\n"): "\n",
+}
+
+BULLET = r"[•●◦○▪■□‣⁃∙·–—*-]"
+NUMBERING = (
+    r"(?:(?:Section|Article|Item|Note|Part|Exhibit) )?\(?(?:\d{1,3}(?:\.\d{1,3})*[A-Z]?|[A-Za-z]|[ivxlcIVXLC]+)[.)]*"
+)
+MARKER = re.compile(rf"(?:(?:{BULLET} +|{NUMBERING} {{2,}})(?=\S))+")
+PAGE_NUMBER = re.compile(r"\W*(?:page\s+)?(?:[a-z]-)?(?:\d{1,4}|[ivxlc]{1,7})(?:\s*(?:of|/)\s*\d{1,4})?\W*", re.I)
+SENTENCE_STOP = re.compile(r"[.:;!?。！？][\"'”’)\]」』）]*$")
+
+LETTERS = r"[^\W\d_]"
+WORD = re.compile(rf"{LETTERS}+(?:-{LETTERS}+)*")
+# "-\n" inside a word: the word's beginning and its end on the next line.
+BROKEN_WORD = re.compile(rf"(?<![^\W\d_])(?<![^\W\d_]-){WORD.pattern}-\n[ \t]*{WORD.pattern}")
+LAST_PART = re.compile(r"[^\W_]+(?:-[^\W_]+)*$")
+FIRST_PART = re.compile(r"[^\W_]+(?:-[^\W_]+)*")
+# What follows a hyphen that stands for a word to come: "pre- and post-closing".
+SUSPENDED = ("and", "or", "to")
+# Chinese and Japanese: no blanks between words.
+UNSPACED = (
+    "\u3001-\u303f\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff01-\uff60\U00020000-\U0003ffff"
+)
+UNSPACED_JOIN = re.compile(f"[{UNSPACED}]\n[{UNSPACED}]")
+FIRST_WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+|\s")
+
+
+def is_unspaced(before: str, after: str) -> bool:
+    """Whether two lines join without a blank: Chinese or Japanese on both sides."""
+    return UNSPACED_JOIN.fullmatch(f"{before[-1:]}\n{after[:1]}") is not None
+
+
+class _Words:
+    """How often each word stands in a document; the halves of words broken at line ends do not count."""
+
+    def __init__(self, lines: Iterable[str]):
+        self.counts = Counter(WORD.findall(BROKEN_WORD.sub(" ", "\n".join(lines)).lower()))
+
+    def join(self, left: str, right: str) -> str:
+        """Joins two lines of a paragraph.
+
+        A hyphen between them stays when the document has the word with a hyphen at least as often as without. When it
+        has neither, it stays if the halves are words of their own, not mere letters, or hold a hyphen or a capital.
+        """
+        if left.endswith("\u00ad"):
+            return left[:-1] + right
+        beginning = LAST_PART.search(left[:-1]) if left.endswith(("-", "\u2010")) else None
+        end = FIRST_PART.match(right)
+        if beginning is None or end is None:
+            # A dash or a slash that is set tight stays so.
+            is_tight = left.endswith(("—", "/")) and not left[:-1].endswith(" ") and len(left) > 1
+            return left + right if is_tight or is_unspaced(left, right) else f"{left} {right}"
+        first, second = beginning[0].lower(), end[0].lower()
+        kept, joined = self.counts[f"{first}-{second}"], self.counts[first + second]
+        if kept == joined == 0:
+            if end[0] in SUSPENDED:
+                return f"{left} {right}"
+            of_letters = f"{first}{second}".isalpha() and not end[0][:1].isupper()
+            kept = not of_letters or bool(self.counts[first] and self.counts[second])
+            joined = not kept
+        return left + right if kept >= joined else left[:-1] + right
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One line of a page; `indent`: where it begins; `column`: where its text does, behind a bullet or number."""
+
+    text: str
+    indent: int
+    column: int
+    num_characters: int  # behind the column, blanks between words counted once
+    is_row: bool  # of a table: has gaps between columns
+    after_gap: bool  # more space than between lines comes before it
+    apart: bool = False  # a header, a footer or a page number
+
+    @property
+    def is_marked(self) -> bool:
+        return self.column > self.indent
+
+    @property
+    def width(self) -> int:
+        return self.column + self.num_characters
+
+
+def clean_layout(texts: Sequence[str], *, plain: Collection[int] = ()) -> list[str]:
+    """Turns the pages of one PDF file into running text.
+
+    Blanks are collapsed and the wrapped lines of a paragraph joined; paragraphs, headings, bullets and rows of tables
+    get a line each. A hyphen at a line end goes, unless the document has the word with it elsewhere. Ligatures are
+    spelt out, control characters and soft hyphens at line ends removed. All other characters stay, in order.
+
+    Args:
+        texts: the pages, blanks for distances.
+        plain: numbers (from 1) of pages without layout: columns, say, whose lines are narrower than the others'.
+    """
+    pages = [_lines(text.translate(CLEANING)) for text in texts]
+    repeated = repeated_lines([[line.text for line in lines] for lines in pages], range(1, len(pages) + 1))
+    words = _Words(line.text for lines in pages for line in lines)
+    usual = _usual_width(line for number, lines in enumerate(pages, start=1) if number not in plain for line in lines)
+    return [
+        _paragraphs(lines, apart, words, _usual_width(lines) if number in plain else usual)
+        for number, (lines, apart) in enumerate(zip(pages, repeated, strict=True), start=1)
+    ]
+
+
+def _usual_width(lines: Iterable[_Line]) -> int:
+    widths = sorted(line.width for line in lines if not line.is_row)
+    return widths[len(widths) * 3 // 4] if widths else 0
+
+
+def _lines(text: str) -> list[_Line]:
+    lines, gap = [], False
+    raw_lines = text.split("\n")
+    # On a page in double spacing an empty line says nothing.
+    spaced = 2 * sum(not line.strip() for line in raw_lines) > len(raw_lines) * 0.8
+    for raw in raw_lines:
+        body = raw.strip()
+        if not body:
+            gap = not spaced
+            continue
+        indent = len(raw) - len(raw.lstrip())
+        marker = MARKER.match(body)
+        start = marker.end() if marker else 0
+        gaps = [len(blanks) for blanks in re.findall(r"\s+", body[start:])]
+        widest = max(gaps, default=0)
+        # Justified text has wide blanks too, but about as wide as each other.
+        is_row = widest > 3 or (widest == 3 and median(gaps) == 1)
+        num_characters = len(" ".join(body[start:].split()))
+        lines.append(_Line(" ".join(body.split()), indent, indent + start, num_characters, is_row, gap))
+        gap = False
+    return lines
+
+
+def _paragraphs(lines: list[_Line], repeated: Collection[int], words: _Words, usual: int) -> str:
+    """Joins the lines of a page where one continues the other; `usual`: the width of the document's full lines."""
+    edges = {*range(EDGE_LINES), *range(len(lines) - EDGE_LINES, len(lines))}
+    lines = [
+        replace(line, apart=i in repeated or (i in edges and PAGE_NUMBER.fullmatch(line.text) is not None))
+        for i, line in enumerate(lines)
+    ]
+    long = [line.width for line in lines if not line.is_row and line.width >= LONG_SHARE * usual]
+    edge = median(long) if long else usual
+    paragraphs: list[str] = []
+    members: list[_Line] = []
+    for i, line in enumerate(lines):
+        following = lines[i + 1] if i + 1 < len(lines) else None
+        if members and _goes_on(members, line, following, edge):
+            paragraphs[-1] = words.join(paragraphs[-1], line.text)
+            members.append(line)
+        else:
+            paragraphs.append(line.text)
+            members = [line]
+    return "\n".join(paragraph.removesuffix("\u00ad") for paragraph in paragraphs)
+
+
+def _goes_on(members: list[_Line], line: _Line, following: _Line | None, edge: float) -> bool:
+    """Whether `line` belongs to the paragraph whose lines so far are `members`; `edge`: the page's right edge."""
+    first, last = members[0], members[-1]
+    if line.after_gap or line.is_marked or last.is_row or line.apart or last.apart:
+        return False
+    is_full = last.width + 1 + len(FIRST_WORD.match(line.text)[0]) >= FULL_SHARE * edge
+    if line.is_row:  # or a line of prose with a hole in it
+        return is_full and line.text[0].islower() and abs(line.indent - last.indent) <= 1
+    has_ended = SENTENCE_STOP.search(last.text) is not None
+    if len(members) > 1:
+        aligned = abs(line.indent - last.indent) <= 1
+    else:  # the first line may be indented, or stand out to the left by its bullet
+        aligned = line.indent <= first.indent + 1 or (first.is_marked and abs(line.indent - first.column) <= 2)
+        # Two first lines of paragraphs, the earlier one of a single line.
+        if has_ended and following is not None and following.indent + 1 < min(line.indent, first.indent + 1):
+            return False
+    if not aligned:
+        return False
+    if line.text[0].islower():
+        return True
+    is_heading = (
+        has_ended and line.width < HEADING_SHARE * edge and not line.text.endswith((".", ",", ";", ":", "!", "?", ")"))
+    )
+    return is_full and not is_heading
+
+
+def repeated_lines(pages: Sequence[Sequence[str]], numbers: Sequence[int]) -> list[dict[int, tuple | None]]:
+    """For each page of a file, {row: kind} of its lines that are headers or footers; None: a page number alone.
+
+    Args:
+        pages: the lines of each.
+        numbers: the page's numbers.
+    """
+    stands: dict[tuple[bool, str], list[tuple[int, int, list[int]]]] = {}  # (at the top, line) -> (page, row, numbers)
+    for p, lines in enumerate(pages):
+        filled = [i for i, line in enumerate(lines) if line.strip()]
+        edges = [(True, i) for i in filled[:EDGE_LINES]] + [(False, i) for i in filled[-EDGE_LINES:]]
+        for at_top, i in edges:
+            line = " ".join(lines[i].split()).casefold()
+            found = [int(number) for number in re.findall(r"[0-9]{1,9}", line)]
+            stands.setdefault((at_top, re.sub(r"[0-9]{1,9}", "#", line)), []).append((p, i, found))
+    repeated: list[dict[int, tuple | None]] = [{} for _ in pages]
+    for (_, line), places in stands.items():
+        is_number = "#" in line and PAGE_NUMBER.fullmatch(line.replace("#", "1")) is not None
+        share = 0 if is_number else REPEATED_SHARE * len(pages)
+        # For each number of the line: how many pages have the very same, and how many have one that rises with them.
+        same = Counter((slot, value) for *_, found in places for slot, value in enumerate(found))
+        rising = Counter((slot, value - numbers[p]) for p, _, found in places for slot, value in enumerate(found))
+        accepted = {}
+        for p, i, found in places:
+            rises = [rising[slot, value - numbers[p]] >= MIN_REPEATED_PAGES for slot, value in enumerate(found)]
+            stays = [same[slot, value] >= MIN_REPEATED_PAGES for slot, value in enumerate(found)]
+            if is_number:
+                stays[0] = False
+            if all(map(max, rises, stays)):
+                fixed = tuple(None if up else value for up, value in zip(rises, found, strict=True))
+                accepted[p, i] = None if is_number else (line, fixed)
+        if len({p for p, _ in accepted}) >= max(MIN_REPEATED_PAGES, share):
+            for (p, i), kind in accepted.items():
+                repeated[p].setdefault(i, kind)
+    return repeated
