@@ -1,4 +1,4 @@
-"""Fine-tuning from start to end: joins training and retrieval, which know nothing of each other.
+"""Fine-tuning from start to end: joins training and retrieval, which do not know each other.
 
     finetune(embedder, train_set, FinetuneConfig(epochs=2, batch_size=64), validation=held_out, out="runs/first")
 
@@ -14,23 +14,23 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-from .config import setting, to_dict
+from .config import to_dict
 from .data.batches import Batches, make_batches
 from .data.dataset import RetrievalDataset
 from .data.mixture import join_datasets, make_mixture
 from .encoders.embedder import Embedder
 from .encoders.loading import load_embedder
 from .encoders.openai_api import ApiEmbedder
-from .losses.registry import LOSSES, Loss, build_loss, loss_options
+from .losses.registry import LOSSES, Loss, loss_options
 from .retrieval.evaluate import evaluate as evaluate_embedder
 from .retrieval.evaluate import evaluate_run
 from .retrieval.metrics import select_metrics
-from .retrieval.mining import Sampling, mine
+from .retrieval.mining import mine
 from .retrieval.report import Report
 from .retrieval.run import Run
 from .training import distributed, runs
@@ -38,12 +38,12 @@ from .training.loggers import check_logger
 from .training.objects import describe_object
 from .training.optim import MakeOptimizer
 from .training.references import FrozenEmbeddings, Reference, targets_with
-from .training.train import BatchSource, Evaluate, OnStep, Refresh, TrainConfig, train
+from .training.settings import MINING, FinetuneConfig, configured_loss
+from .training.train import BatchSource, Evaluate, OnStep, Refresh, train
 from .training.windows import best_windows, with_best_windows
 
 VALIDATION, VALIDATION_BASE = "validation", "validation-base"
 Data = RetrievalDataset | Mapping[str, RetrievalDataset]
-MINING = ("mine_ranks", "mine_sampling", "mine_relative_margin", "mine_absolute_margin")
 BATCHING = (
     "batch_size", "batch_tokens", "num_negatives", "examples", "target_scores", "no_duplicates", "length_window",
     "sampling", "sampling_temperature", "mixed", "windows_per_document",
@@ -56,81 +56,6 @@ REPLACED = {
     "optimizer": ("lr", "loss_lr", "weight_decay"),
     "refresh": REFRESHING,
 }
-
-
-@dataclass(frozen=True)
-class FinetuneConfig(TrainConfig):
-    """How to fine-tune: the settings of `TrainConfig`, and those of batches, loss and mining."""
-
-    batch_size: int = setting(32, "training pairs per batch")
-    batch_tokens: int | None = setting(None, "tokens per batch, instead of batch_size")
-    num_negatives: int = setting(0, "hard negatives per query, at most; fewer if the dataset has fewer")
-    examples: Literal["pairs", "queries", "scored"] = setting("pairs", "what a batch consists of, see embedft/data")
-    target_scores: bool = setting(False, "give the dataset's scores to the loss")
-    no_duplicates: bool = setting(False, "no text twice in a batch")
-    length_window: int = setting(0, "sort examples by length within this many batches; 0: random order")
-    sampling: Literal["proportional", "round_robin", "temperature"] = setting(
-        "proportional", "how to sample several datasets, see embedft/data/mixture.py"
-    )
-    sampling_temperature: float = setting(2.0, "for sampling by temperature: 1 is proportional, higher is more even")
-    mixed: bool = setting(False, "mix all datasets in each batch, instead of one dataset per batch")
-    max_length: int | None = setting(None, "truncate texts to this many tokens; null: the model's own")
-    passages: list[int] | None = setting(
-        None, "[size, stride] in tokens: split documents into windows, the best one counts; null: one vector each"
-    )
-    windows_per_document: int = setting(4, "windows of a document per batch: its queries' best ones, then random ones")
-    refresh_windows: bool = setting(False, "find the best windows anew before each epoch, with the current model")
-    mine_every: int | None = setting(None, "mine num_negatives hard negatives before training and every so many epochs")
-    mine_ranks: list[int] = setting([10, 100], "[first, last] rank of mined negatives")
-    mine_sampling: Sampling = setting("random", "mined negatives: a random draw from these ranks, or the top ones")
-    mine_relative_margin: float | None = setting(
-        None, "0.05: mined negatives score at most 95% of the query's lowest positive"
-    )
-    mine_absolute_margin: float | None = setting(
-        None, "mined negatives score at least this much below the query's lowest positive"
-    )
-    attention_dropout: float = setting(0.0, "dropout on attention weights; above 0, the fast kernels cannot be used")
-    loss: dict[str, Any] = setting({"name": "in_batch_negatives"}, "name and options of the loss")
-    references: dict[str, Any] = setting(
-        {}, "frozen models by the name the loss uses: guide, teacher or base; null: MODEL before training"
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        _build_loss(self)
-        if not self.sampling_temperature >= 1:
-            raise ValueError(f"sampling_temperature is {self.sampling_temperature}, expected at least 1")
-        for name, least in (
-            ("batch_size", 1), ("batch_tokens", 1), ("windows_per_document", 1), ("mine_every", 1),
-            ("length_window", 0), ("num_negatives", 0),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} is {value}, expected at least {least}")
-        if not 0 <= self.attention_dropout < 1:
-            raise ValueError(f"attention_dropout is {self.attention_dropout}, expected at least 0 and below 1")
-        for name, model in self.references.items():
-            if not isinstance(model, str | None):
-                raise ValueError(f"references: {name} is {model!r}, expected a model's folder or name, or null")
-        # Settings that would have no effect are errors.
-        if self.batch_tokens:
-            self.check_unused(("batch_size",), f"batch_tokens is {self.batch_tokens}: expected one of the two")
-        if self.sampling != "temperature":
-            self.check_unused(("sampling_temperature",), f"sampling is {self.sampling!r}")
-        if self.passages is None:
-            self.check_unused(("windows_per_document", "refresh_windows"), "there are no passages")
-        elif len(self.passages) != 2 or not all(type(number) is int for number in self.passages):
-            raise ValueError(f"passages is {self.passages}, expected [size, stride], two whole numbers of tokens")
-        elif self.references:
-            raise ValueError("references cannot be combined with passages")
-        if self.mine_every is None:
-            self.check_unused(MINING, "mine_every is null")
-            return
-        if self.num_negatives == 0:
-            raise ValueError(f"num_negatives is 0, but mine_every is {self.mine_every}: expected at least 1")
-        self.check_unused(("batch_tokens", "no_duplicates"), "mining would change the number of batches")
-        if self.mine_every > 1:
-            self.check_unused(("refresh_windows",), f"with mine_every {self.mine_every} windows follow the mining")
 
 
 @dataclass
@@ -205,7 +130,7 @@ def finetune(
 
 @contextlib.contextmanager
 def _restored_unless_accepted(embedder: Embedder) -> Iterator[Callable[[], None]]:
-    """Gives the embedder its settings back on an error, unless the function yielded was called before."""
+    """Restores the embedder's settings on an error, until the yielded function is called."""
     encoder, accepted = getattr(embedder, "encoder", None), []
     before = getattr(embedder, "max_length", None), getattr(encoder, "attention_dropout", None)
     try:
@@ -226,7 +151,7 @@ def _prepare(job: _Job, existing: str) -> None:
     check_logger(config.log, job.out)
     for name in job.given.keys() & REPLACED.keys():
         config.check_unused(REPLACED[name], f"{name} is given as an object, which replaces it")
-    job.loss = job.given.get("loss") or _build_loss(config)
+    job.loss = job.given.get("loss") or configured_loss(config)
     if not (isinstance(job.loss, nn.Module) and any(True for _ in job.loss.parameters())):
         config.check_unused(("loss_lr",), "the loss has no parameters")
     data = job.dataset if isinstance(job.dataset, RetrievalDataset) else join_datasets(job.dataset)
@@ -324,9 +249,9 @@ def _report(job: _Job) -> Report:
 
 def _measured(job: _Job) -> dict[str, Any]:
     """Arguments for `evaluate`: the default metrics and `select`, and a depth that is enough for both."""
-    select = job.config.select
     if "evaluate" in job.given:
         return {}
+    select = job.config.select
     _, _, k = select.partition("@")
     cutoff = int(k) if k.isdigit() else 10
     options = {"ks": sorted({1, 3, 5, 10, cutoff}), "depth": max(100, cutoff)}
@@ -383,13 +308,6 @@ def _make_batches(embedder: Embedder, dataset: Data, config: FinetuneConfig) -> 
         return make_batches(dataset, embedder.pack, **options)
     sampling = {"sampling": config.sampling, "temperature": config.sampling_temperature, "mixed": config.mixed}
     return make_mixture(dataset, embedder.pack, **sampling, **options)
-
-
-def _build_loss(config: FinetuneConfig) -> Loss:
-    """The configured loss, initialised from the seed; the caller's random state is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.seed)
-        return build_loss(config.loss)
 
 
 def _lacks_similarity(spec: Any) -> bool:

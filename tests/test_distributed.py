@@ -166,6 +166,9 @@ def what_ranks_tell_each_other():
         "all fail": lambda: distributed.together(lambda: fails_on(rank(), ValueError(f"of {rank()}"))),
         "the same": lambda: distributed.check_same({"lr": 1, "seed": [2]}),
         "another": lambda: distributed.check_same({"lr": 1, "seed": rank()}),
+        "one device": lambda: distributed.check_devices(torch.device("cuda:0")),
+        "two devices": lambda: distributed.check_devices(torch.device(f"cuda:{rank()}")),
+        "the CPU": lambda: distributed.check_devices(torch.device("cpu")),
         "one more": lambda: distributed.check_same({"lr": 1} | ({"seed": 3} if rank() else {})),
     }.items():
         try:
@@ -198,6 +201,8 @@ def test_what_ranks_tell_each_other(tmp_path):
     for found in (first, second):
         assert found["the same"] is None
         assert found["another"] == (ValueError, "seed is 0 on rank 0 and 1 on rank 1")
+        assert found["two devices"] is found["the CPU"] is None
+        assert found["one device"] == (ValueError, "ranks 0 and 1 are both on cuda:0: load with device=rank_device()")
         assert found["one more"] == (ValueError, "seed is None on rank 0 and 3 on rank 1")
     assert first["devices"] == ["cpu", "cuda:0", "cuda:5", "cpu", "cuda:0"]
     assert second["devices"] == ["cpu", "cuda:1", "cuda:5", "cpu", "cuda:1"]

@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 
 from embedft import LOSSES, Adapter, AdapterConfig, fit_adapter
+from embedft import device as devices
 from embedft.encoders.adapter import Base
 from embedft.encoders.maps import Linear, build_map
 from embedft.training.closed_forms import procrustes, relevant_pairs, ridge
 from embedft.training.corpus_softmax import Documents, Pairs, first_ranks, full_corpus_softmax
+from embedft.training.fit_adapter import _Judge
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -601,7 +603,7 @@ Q0, D0, R0 = problem()
 @pytest.mark.parametrize(
     ("arguments", "config", "fault"),
     [
-        ((Q0, D0[:, :4], R0), {}, "queries have 6 features, documents 4: expected as many"),
+        ((Q0, D0[:, :4], R0), {}, "queries have 6 features, documents 4: expected the same"),
         ((Q0[0], D0, R0), {}, r"query embeddings are \[6\] float32, expected \[rows, features\] of floats"),
         ((Q0, D0.astype(int), R0), {}, r"document embeddings are \[12, 6\] int64"),
         ((Q0, D0[:0], R0), {}, r"document embeddings are \[0, 6\]"),
@@ -722,3 +724,21 @@ def test_closed_forms_refuse():
 def test_build_map_and_adapter_agree_on_kinds():
     assert AdapterConfig.__annotations__["kind"].__args__ == ("linear", "low_rank", "two_layer")
     assert build_map("linear", 3).settings() == {"in_features": 3, "out_features": 3, "bias": True}
+
+
+def test_queries_are_ranked_some_at_a_time():
+    """In slices of five as at once, whatever the documents of a part."""
+    Q, D, qrels = problem(dtype=np.float64)
+    relevant = {query: sorted(grades) for query, grades in qrels.items()}
+    adapter = fit_adapter(Q, D, qrels, replace(PLAIN, side="both"))
+    documents = Documents(D, at_once=7, dtype=torch.float64)
+    judges = [_Judge(torch.from_numpy(Q), documents, relevant, "mrr@3", at_once=n) for n in (5, 24, 4_096)]
+    found = [judge(adapter) for judge in judges]
+    assert found[0] == found[1] == found[2]
+    assert len(judges[0].slices) == 5
+
+
+def test_float64_is_not_asked_of_a_device_without_it(monkeypatch):
+    monkeypatch.setattr(devices, "has_float64", lambda device: False)
+    Q, D, qrels = problem(dtype=np.float64)
+    assert fit_adapter(Q, D, qrels, PLAIN).query.weight.dtype is torch.float32

@@ -66,7 +66,7 @@ def test_an_unknown_id_is_named(embedder):
     [
         (["a", "b"], (3, 2), r"query embeddings have shape \(3, 2\), expected \[2 ids, features\]"),
         (["a", "b"], (2,), r"query embeddings have shape \(2,\), expected \[2 ids, features\]"),
-        (["a", "a"], (2, 2), "2 query ids, of which 1 differ: expected each once"),
+        (["a", "a"], (2, 2), "2 query ids, but only 1 different"),
     ],
 )
 def test_arrays_are_checked_when_given(ids, shape, message):

@@ -1,8 +1,8 @@
-"""Gradient caching: forward and backward of a batch at the memory of a mini-batch, for any loss.
+"""Gradient caching: forward and backward of a batch with the memory of a mini-batch, for any loss.
 
-The vectors come first, without their graph; the loss is computed once on all of them; then each mini-batch is embedded
-again, with the same dropout, and takes its gradient on into the weights. A third more work than the batch at once, and
-the same gradients. Not here: the memory of the loss itself (losses that are sums over queries chunk their score rows).
+All texts are embedded first, without their graph; the loss is computed once on all vectors; then each mini-batch is
+embedded again, with the same dropout, and backpropagates its part of the gradient. This costs a third more computation
+than the whole batch at once and gives the same gradients. It does not reduce the memory of the loss itself.
 
     value = cached_backward(embedder, batch.queries, batch.documents, batch.targets, loss, mini_batch_tokens=4_096)
     optimizer.step()
@@ -33,23 +33,22 @@ def cached_backward(
     mini_batch_tokens: int,
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> Tensor:
-    """loss(Q, D, targets), its gradients added to those of the embedder's and of the loss's own parameters.
+    """Computes loss(Q, D, targets) and adds its gradients to those of the embedder and of the loss's own parameters.
 
     With L the loss and v_N the vectors of a mini-batch, dL/dweights is the sum over mini-batches of
     (dL/dv_N)(dv_N/dweights):
-    1. every v_N without gradient, and the state of the random generators before each;
+    1. every v_N without gradient, noting the state of the random generators before each;
     2. L once on all vectors, and its gradient on each v_N (and on the loss's own parameters);
     3. every v_N again from its random state, with gradient, and dL/dv_N backward through it.
 
-    Exact for any loss, any number of columns and under dropout: the gradients are those of the same mini-batches with
-    their graphs kept and one backward pass. The random generators end as that pass would leave them.
+    Exact for any loss, any number of columns and under dropout: the gradients are those of one backward pass over the
+    same mini-batches. The random generators end as that pass would leave them.
 
     Args:
-        queries: packed texts, one a row of Q; none where all of a batch's are with other ranks (distributed.py).
-        documents: packed texts, one a row of D; there may be none, too.
+        queries, documents: packed texts, one per row of Q and D; either may be empty (distributed.py).
         targets: on the embedder's device.
-        loss: (Q, D, targets) -> scalar; with several ranks it gathers the vectors of the others by itself.
-        mini_batch_tokens: tokens that are embedded with gradient at a time; a longer text goes alone.
+        loss: (Q, D, targets) -> scalar; with several ranks it gathers the vectors of the others itself.
+        mini_batch_tokens: tokens embedded with gradient at a time; a longer text goes alone.
         autocast: makes the context that texts are embedded in, the first time and the second.
 
     Returns:
@@ -60,8 +59,7 @@ def cached_backward(
     device = embedder.device
 
     def embed(part: Packed, role: str) -> Tensor:
-        # A context for each mini-batch: autocast keeps the weights it has cast, and those cast without gradient
-        # would get none the second time.
+        # One context per mini-batch: autocast caches cast weights, and those cast without gradient would get none.
         with autocast():
             return embedder.embed(part, role=role)
 
@@ -78,34 +76,44 @@ def cached_backward(
         sides.append((role, parts, states, place_B.argsort().to(device)))
     value = loss(*vectors, targets)
     value.backward()
-    gradients = [X.grad for X in vectors]
-    del vectors, embedded, in_order
-    if not any(parameter.requires_grad for parameter in embedder.parameters()):
-        return value.detach()
-    after = devices.random_state(device)
-    for (role, parts, states, order_B), gradient_BD in zip(sides, gradients, strict=True):
-        if gradient_BD is None:  # the loss does not look at queries, or not at documents
-            continue
-        of_parts = gradient_BD[order_B].split([part.num_sequences for part in parts])
-        for part, state, gradient_ND in zip(parts, states, of_parts, strict=True):
-            devices.set_random_state(state, device)
-            embed(part, role).backward(gradient_ND)
-            devices.release_memory(device)
-    devices.set_random_state(after, device)
+    if any(parameter.requires_grad for parameter in embedder.parameters()):
+        after = devices.random_state(device)
+        for side, X in zip(sides, vectors, strict=True):
+            _backward_again(*side, X.grad, embed, device)
+        devices.set_random_state(after, device)
     return value.detach()
 
 
+def _backward_again(
+    role: str,
+    parts: list[Packed],
+    states: list[dict[str, Tensor]],
+    order_B: Tensor,
+    gradient_BD: Tensor | None,
+    embed: Callable[[Packed, str], Tensor],
+    device: torch.device,
+) -> None:
+    """Embeds each mini-batch again from its random state and backpropagates its rows of the gradient."""
+    if gradient_BD is None:  # the loss does not look at queries, or not at documents
+        return
+    gradients = gradient_BD[order_B].split([part.num_sequences for part in parts])
+    for part, state, gradient_ND in zip(parts, states, gradients, strict=True):
+        devices.set_random_state(state, device)
+        embed(part, role).backward(gradient_ND)
+        devices.release_memory(device)
+
+
 def no_vectors(embedder: Embedder) -> Tensor:
-    """The vectors of no text, [0, D], with gradient, so that a loss of them has a backward pass."""
+    """The vectors of no texts, [0, D], with gradient, so that a loss on them has a backward pass."""
     weight = next(embedder.parameters())
     return torch.zeros(0, embedder.full_dim, dtype=weight.dtype, device=weight.device, requires_grad=True)
 
 
 def mini_batches(packed: Packed, max_tokens: int) -> tuple[list[Packed], Tensor]:
-    """The sequences in order of length, longest first, cut where the tokens would exceed `max_tokens`.
+    """Splits the sequences, longest first, into mini-batches of at most `max_tokens`; a longer sequence goes alone.
 
-    A sequence with more goes alone. Returns the mini-batches, and place_B [B] int64: sequence b of `packed` is
-    sequence place_B[b] of the mini-batches end to end.
+    Returns the mini-batches, and place_B [B] int64: sequence b of `packed` is sequence place_B[b] of the mini-batches
+    put end to end.
     """
     in_order, place_B = sort_by_length(packed)
     ranges = cut_by_tokens(in_order.lengths().tolist(), max_tokens)

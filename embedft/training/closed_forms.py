@@ -1,10 +1,10 @@
-"""Adapters in one step, without training: the baselines of a trained one.
+"""Adapters in closed form, without training: baselines for a fitted one.
 
     adapter = ridge(queries_PD, positives_PD, strength=1.0)
     adapter = procrustes(queries_PD, positives_PD)
     queries_PD, positives_PD = relevant_pairs(queries_ND, documents_MD, qrels)
 
-Both look at a query and a document that answers it, and at no negative. Not here: fit_adapter.py.
+Both use queries and documents that answer them, and no negatives.
 
 Shapes: P pairs of a query and a document that answers it, N queries, M documents, D features.
 """
@@ -21,13 +21,13 @@ from ..encoders.maps import Linear
 def ridge(queries_PD: np.ndarray, positives_PD: np.ndarray, *, strength: float) -> Adapter:
     """The linear map of queries, without bias, W = argmin of sum over pairs of ||W q - d||^2 + strength ||W - I||^2.
 
-    With the rows q and d in Q and X: W = (X^T Q + strength I) (Q^T Q + strength I)^-1. 0 is least squares, which needs
-    Q of full rank; a large strength leaves the identity. Computed in float64, on vectors as they come.
+    With the rows q and d in Q and X: W = (X^T Q + strength I) (Q^T Q + strength I)^-1. Strength 0 is least squares,
+    which needs Q of full rank; a large strength leaves the identity. Computed in float64, on the vectors as given.
 
     Raises:
         ValueError: pairs that do not match, a strength below 0, or 0 with queries of less than full rank.
 
-    Source: Hoerl and Kennard 1970, about the identity in place of 0.
+    Source: Hoerl and Kennard 1970, toward the identity instead of 0.
     """
     Q, X = _pairs(queries_PD, positives_PD)
     if not 0 <= strength < np.inf:
@@ -41,9 +41,8 @@ def ridge(queries_PD: np.ndarray, positives_PD: np.ndarray, *, strength: float) 
 def procrustes(queries_PD: np.ndarray, positives_PD: np.ndarray) -> Adapter:
     """The orthogonal map of queries, W = argmin over W^T W = I of sum over pairs of ||W q - d||^2.
 
-    With the rows q and d in Q and X: W = U V^T, of the singular value decomposition X^T Q = U S V^T. It keeps lengths
-    and angles between queries; a reflection is allowed. Where pairs span less than all dimensions the rest of W is
-    one of several that are as good.
+    With the rows q and d in Q and X: W = U V^T, from the singular value decomposition X^T Q = U S V^T. It keeps lengths
+    and angles between queries; reflections are allowed. W is not unique if the pairs span less than all dimensions.
 
     Raises:
         ValueError: pairs that do not match.

@@ -1,12 +1,11 @@
-"""The softmax over a whole corpus of frozen vectors: every document that does not answer a query is its negative.
+"""The softmax over a whole corpus of frozen vectors: every document that does not answer a query is a negative.
 
     documents = Documents(embeddings_MD, at_once=16_384)           # an array, or a memory map that is read in parts
     loss = full_corpus_softmax(queries_BD, documents, Pairs.of(relevant, range(B), documents), temperature=0.05)
     ranks_B = first_ranks(queries_BD, documents, pairs)
 
-[B, M] is never whole in memory: documents are scored some at a time, with a running maximum. A document may have
-several vectors, its windows, and counts by the best of them (MaxP). Not here: the maps that learn from it
-(encoders/maps.py) and how (fit_adapter.py).
+[B, M] is never held in memory: documents are scored some at a time, with a running maximum. A document may have
+several vectors, its windows, and scores as the best of them (MaxP).
 
 Shapes: B queries, M vectors (a document's, or its windows'), C of them at a time, A pairs of a query and a document
 that answers it, P pairs of a query and a vector of such a document, D features (E after a map).
@@ -21,23 +20,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# The score of what is no negative: its exponential is 0, and unlike minus infinity it leaves no NaN in a gradient.
+# The score of what is not a negative: its exponential is 0 and, unlike minus infinity, it causes no NaN gradients.
 NOTHING = -1e30
 DocumentMap = Callable[[Tensor], Tensor]
 
 
 class Documents:
-    """Frozen document vectors in the order of `rows`, read `at_once` rows at a time and never copied whole.
+    """Frozen document vectors, read `at_once` rows at a time and never copied whole.
 
     Args:
-        embeddings_MD: any floating-point array, a memory map too.
-        at_once: vectors of one part.
+        embeddings_MD: a floating-point array or memory map.
         dtype: to compute in.
-        rows: which of them, [M'] int64; None: all.
-        source: the document of each of these, as `checked_source` has it; None: each is a document.
+        rows: the rows used, [M'] int64; None: all.
+        source: the document of each of these rows, from `checked_source`; None: each is a document.
 
     Raises:
-        ValueError: no documents; a row that is not finite, or zero.
+        ValueError: a row is not finite, or zero.
     """
 
     def __init__(
@@ -53,7 +51,6 @@ class Documents:
     ):
         self.embeddings_MD, self.at_once, self.dtype, self.device = embeddings_MD, at_once, dtype, torch.device(device)
         self.rows, self.source = rows, source
-        # One pass over everything; after it the lengths are all that is remembered.
         what = "document" if source is None else "window"
         self.lengths_M = checked_lengths(embeddings_MD, what, at_once) if lengths_M is None else lengths_M
         self._whole: dict[bool, Tensor] = {}
@@ -66,7 +63,7 @@ class Documents:
         return len(self) if self.source is None else int(self.source[-1]) + 1
 
     def windows(self, document: int) -> range:
-        """The places of the vectors of a document."""
+        """The places of a document's vectors."""
         if self.source is None:
             return range(document, document + 1)
         return range(*np.searchsorted(self.source, [document, document + 1]).tolist())
@@ -76,7 +73,7 @@ class Documents:
         return places_C if self.source is None else torch.from_numpy(self.source[places_C.cpu().numpy()]).to(places_C)
 
     def subset(self, kept: np.ndarray) -> "Documents":
-        """Some documents alone (their numbers, rising), numbered anew from 0; they are not checked again."""
+        """Only the documents `kept` (rising numbers), renumbered from 0."""
         options = {"at_once": self.at_once, "dtype": self.dtype, "device": self.device}
         rows, source = kept, None
         if self.source is not None:
@@ -85,12 +82,12 @@ class Documents:
         return Documents(self.embeddings_MD, rows=rows, lengths_M=self.lengths_M, source=source, **options)
 
     def parts(self) -> Iterator[slice]:
-        """The places of one part after the other."""
+        """The places of each part in turn."""
         for start in range(0, len(self), self.at_once):
             yield slice(start, min(start + self.at_once, len(self)))
 
     def vectors(self, places: slice, *, unit: bool = True) -> Tensor:
-        """Vectors of the documents in some places, [C, D]: of length one, or as they are."""
+        """The vectors at some places, [C, D], normalised or as they are."""
         if len(self) > self.at_once:
             return self._read(places, unit)
         if unit not in self._whole:
@@ -98,30 +95,30 @@ class Documents:
         return self._whole[unit][places]
 
     def take(self, places_P: Tensor, *, unit: bool = True) -> Tensor:
-        """The same for single places, [P, D]."""
+        """The same for a list of places, [P, D]."""
         if len(self) > self.at_once:
             return self._read(places_P.cpu().numpy(), unit)
         return self.vectors(slice(0, len(self)), unit=unit)[places_P]
 
     def _read(self, places: slice | np.ndarray, unit: bool) -> Tensor:
         where = places if self.rows is None else self.rows[places]
-        # A copy: a memory map is read-only, which a tensor cannot be.
+        # A copy, because a memory map is read-only and a tensor cannot be.
         part_CD = torch.from_numpy(np.array(self.embeddings_MD[where])).to(self.device, self.dtype)
         return part_CD / torch.from_numpy(self.lengths_M[where]).to(part_CD)[:, None] if unit else part_CD
 
 
 class Pairs(NamedTuple):
-    """Which documents answer which queries (A), and the vectors that these have, in the order of places (P)."""
+    """Which documents answer which queries (A), and the vectors of these documents in order of place (P)."""
 
     query_A: Tensor
-    weight_A: Tensor  # 1 / (documents that answer the query x queries), so that the weights are 1 together
+    weight_A: Tensor  # 1 / (documents that answer the query x queries): the weights sum to 1
     query_P: Tensor
     place_P: Tensor
-    answer_P: Tensor  # which of A it is a vector of
+    answer_P: Tensor  # the entry of A it belongs to
 
     @classmethod
     def of(cls, relevant: Mapping[int, Sequence[int]], queries: Sequence[int], documents: Documents) -> "Pairs":
-        """Of the queries given, numbered from 0; `relevant` has the numbers of the documents that answer each."""
+        """For `queries`, renumbered from 0; `relevant` lists the documents that answer each."""
         answers = sorted((document, row) for row, query in enumerate(queries) for document in relevant[query])
         weights = [1 / (len(relevant[queries[row]]) * len(queries)) for _, row in answers]
         listed = sorted((place, a) for a, (document, _) in enumerate(answers) for place in documents.windows(document))
@@ -131,13 +128,13 @@ class Pairs(NamedTuple):
         return cls(query_A, weight_A, query_A[answer_P], place_P, answer_P)
 
     def within(self, places: slice) -> tuple[Tensor, Tensor]:
-        """(query, place counted from the first) of the pairs whose vector is in a part."""
+        """(query, place within the part) of the pairs whose vector is in a part."""
         first, last = torch.searchsorted(self.place_P, self.place_P.new_tensor([places.start, places.stop])).tolist()
         return self.query_P[first:last], self.place_P[first:last] - places.start
 
 
 def checked_lengths(embeddings_ND: np.ndarray, what: str, at_once: int) -> np.ndarray:
-    """The length of every row, [N]. Raises `ValueError` for a row that is not finite, or zero."""
+    """The norm of every row, [N]. Raises `ValueError` for a row that is not finite, or zero."""
     kind = np.float64 if embeddings_ND.dtype == np.float64 else np.float32
     lengths_N = np.empty(len(embeddings_ND), dtype=kind)
     for start in range(0, len(embeddings_ND), at_once):
@@ -151,7 +148,7 @@ def checked_lengths(embeddings_ND: np.ndarray, what: str, at_once: int) -> np.nd
 
 
 def checked_source(source: np.ndarray, num_vectors: int) -> np.ndarray:
-    """The document of each vector, [M] int64. Raises `ValueError` unless numbered from 0, rising, none left out."""
+    """The document of each vector, [M] int64. Raises `ValueError` unless they rise from 0 without gaps."""
     source = np.asarray(source)
     if source.shape != (num_vectors,) or not np.issubdtype(source.dtype, np.integer):
         raise ValueError(f"source is {list(source.shape)} {source.dtype}, expected [{num_vectors:,}] whole numbers")
@@ -161,7 +158,7 @@ def checked_source(source: np.ndarray, num_vectors: int) -> np.ndarray:
     if wrong.size:
         raise ValueError(
             f"source: window row {wrong[0]:,} is of document {source[wrong[0]]:,}, expected that of the window before"
-            " or the next one, from 0"
+            " or the next, from 0"
         )
     return source
 
@@ -173,15 +170,15 @@ def full_corpus_softmax(
 
         -log( exp(s_p) / (exp(s_p) + sum over all documents n that do not answer the query of exp(s_n)) )
 
-    with s = cosine / temperature. Every query has a document that answers it. Where documents have windows, s_p is the
-    score of p's best one under the maps as they are, and n runs over windows: those of the documents that do not answer
-    the query, each for itself. Memory: the windows of the documents that answer, once for each query.
+    with s = cosine / temperature. Every query has a document that answers it. If documents have windows, s_p is the
+    score of p's best window under the current maps, and n runs over all windows of documents that do not answer the
+    query. Memory: the windows of the documents that answer, once per query.
 
     Args:
         Q: query vectors, [B, D], of any length.
         pairs: of these queries.
-        document_map: what documents go through; it gets gradients, by computing each part again in the backward pass.
-            None: documents are constants, and one pass over them gives the loss and its gradient.
+        document_map: a trainable map of documents; each part is computed again in the backward pass. None: documents
+            are constants, and one pass over them gives the loss and its gradient.
 
     Returns:
         A scalar, differentiable once.
@@ -209,13 +206,12 @@ def full_corpus_softmax(
 def first_ranks(Q: Tensor, documents: Documents, pairs: Pairs, *, document_map: DocumentMap | None = None) -> Tensor:
     """The rank, from 1, of the best document that answers each query, by cosine among all documents. [B] int64.
 
-    It is 1 and the documents in front of it that do not answer the query; of equal scores the first document is in
-    front, as in a search. So where all vectors become one, nothing is found. A document is one, by its best window. Two
-    passes over the documents.
+    That is 1 + the documents ahead of it that do not answer the query; of equal scores the first document is ahead, as
+    in a search. So nothing is found if all vectors collapse into one. Makes two passes over the documents.
     """
     with torch.no_grad():
         Q = F.normalize(Q, dim=1)
-        # By the same product as those of the other documents: another order of sums would decide between equals.
+        # The same product as for the other documents: another order of summation would break ties.
         products = (_products(Q, documents, part, document_map)[pairs.within(part)] for part in documents.parts())
         scores_P = torch.cat(list(products))
         best_B = scores_P.new_full((len(Q),), NOTHING).scatter_reduce(0, pairs.query_P, scores_P, "amax")
@@ -229,9 +225,9 @@ def first_ranks(Q: Tensor, documents: Documents, pairs: Pairs, *, document_map: 
             scores_BC, best_B1 = _scores(Q, documents, pairs, part, document_map), best_B[:, None]
             document_C = documents.document_of(torch.arange(part.start, part.stop, device=Q.device))
             is_earlier_BC = document_C < document_B[:, None]
-            # Counted by what is behind, which nothing is of a score that is not a number.
+            # Counts what is not behind, so that NaN scores count as ahead.
             is_behind_BC = (scores_BC < best_B1) | ((scores_BC == best_B1) & ~is_earlier_BC)
-            # A document is in front where one of its windows is. The first one of the part may have begun before it.
+            # A document is ahead if one of its windows is. The first one may have begun in the part before.
             first, is_front_BN = int(document_C[0]), _any_window(~is_behind_BC, document_C)
             if first == last:
                 ranks_B -= is_counted_B.long()
@@ -242,7 +238,7 @@ def first_ranks(Q: Tensor, documents: Documents, pairs: Pairs, *, document_map: 
 
 
 def _any_window(is_true_BC: Tensor, document_C: Tensor) -> Tensor:
-    """Whether it is so of any window of each document, [B, N] for the N documents of a part."""
+    """Whether any window of each document is true, [B, N] for the N documents of a part."""
     column_C = document_C - document_C[0]
     num_documents = int(column_C[-1]) + 1
     if num_documents == len(column_C):
@@ -252,7 +248,7 @@ def _any_window(is_true_BC: Tensor, document_C: Tensor) -> Tensor:
 
 
 class _FrozenLogSum(torch.autograd.Function):
-    """Log of the sum of exp(Q d) over the documents that do not answer a query, [B]; one pass, documents constant."""
+    """Log of the sum of exp(Q d) over the documents d that do not answer a query, [B], in one pass."""
 
     @staticmethod
     def forward(ctx, Q: Tensor, documents: Documents, pairs: Pairs) -> Tensor:
@@ -282,7 +278,7 @@ def _log_sum(Q: Tensor, documents: Documents, pairs: Pairs, part: slice, documen
 
 
 def _scores(Q: Tensor, documents: Documents, pairs: Pairs, part: slice, document_map: DocumentMap | None) -> Tensor:
-    """Scores of one part, [B, C], with nothing where a document answers the query."""
+    """Scores of one part, [B, C]; NOTHING where the document answers the query."""
     scores_BC = _products(Q, documents, part, document_map)
     scores_BC[pairs.within(part)] = NOTHING
     return scores_BC

@@ -1,6 +1,6 @@
-"""Vectors that do not change in training, looked up by id: those of a guide, of a teacher, of the base model.
+"""Vectors that stay fixed in training, looked up by id: those of a guide, a teacher or the base model.
 
-Each text is encoded once, before the first step. Not here: what a loss does with them (Targets.references).
+Each text is encoded once, before the first step. Losses find them in `Targets.references`.
 
     guide = FrozenEmbeddings.encode(load_embedder("BAAI/bge-base-en-v1.5"), dataset)
     train(embedder, batches, loss, config, references={"guide": guide})
@@ -24,13 +24,9 @@ Reference = Callable[[Batch], tuple[Tensor, Tensor]]
 
 
 class FrozenEmbeddings:
-    """Batch -> (Q [B, D], D [M, D]): the rows of two arrays that belong to the batch's ids.
+    """Batch -> (Q [B, D], D [M, D]): the rows of two arrays [queries, D] and [documents, D] for the batch's ids.
 
-    Args:
-        query_ids: of the rows of `query_embeddings`, each once.
-        query_embeddings: [queries, D].
-        document_ids: of the rows of `document_embeddings`, each once.
-        document_embeddings: [documents, D].
+    Each id occurs once.
     """
 
     def __init__(
@@ -45,11 +41,9 @@ class FrozenEmbeddings:
 
     @classmethod
     def encode(cls, embedder: Any, dataset: RetrievalDataset, *, dim: int | None = None) -> "FrozenEmbeddings":
-        """The vectors that `embedder.encode` gives to the queries and documents of `dataset`.
+        """Encodes the queries and documents of `dataset` with an `Embedder`, or anything with its `encode`.
 
-        Args:
-            embedder: an `Embedder`, or anything with its `encode`.
-            dim: leading features to keep; None: as many as `encode` gives.
+        Keeps `dim` leading features; None: as many as `encode` returns.
         """
         options = {} if dim is None else {"dim": dim}
         return cls(
@@ -73,7 +67,7 @@ class _Rows:
         self.kind, self.embeddings = kind, embeddings
         self.row = {id_: row for row, id_ in enumerate(ids)}
         if len(self.row) < len(ids):
-            raise ValueError(f"{len(ids):,} {kind} ids, of which {len(self.row):,} differ: expected each once")
+            raise ValueError(f"{len(ids):,} {kind} ids, but only {len(self.row):,} different ones: expected each once")
 
     def of(self, ids: Sequence[str]) -> Tensor:
         missing = [id_ for id_ in ids if id_ not in self.row]
@@ -94,7 +88,7 @@ def targets_with(references: Mapping[str, Reference], batch: Batch) -> Targets:
         if [len(Q), len(D)] != expected:
             raise ValueError(
                 f"reference {name!r} gave {len(Q)} and {len(D)} vectors, expected {expected[0]} and {expected[1]}:"
-                " one a query and one a document of the batch"
+                " one per query and one per document of the batch"
             )
         found[name] = Q, D
     return replace(batch.targets, references=found)

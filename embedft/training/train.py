@@ -13,19 +13,16 @@ Shapes: B queries, M documents, D dimensions.
 import contextlib
 import functools
 import itertools
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .. import device as devices
-from ..config import check_types, setting
 from ..data.collate import Batch
 from ..encoders.embedder import Embedder
 from ..losses.components import collect
@@ -36,64 +33,16 @@ from . import distributed
 from .cached import cached_backward, no_vectors
 from .checkpoint import TrainState, copy_weights, load_checkpoint, save_checkpoint
 from .distributed import LocalBatch
-from .loggers import LOGGERS, Logger
-from .optim import SCHEDULES, MakeOptimizer, Schedule, build_optimizer, lr_factor, parameter_groups
+from .optim import MakeOptimizer, build_optimizer, lr_factor, parameter_groups
 from .references import Reference, targets_with
 from .runs import CHECKPOINTS, open_log
+from .settings import TrainConfig
 
 # Batches between two calls of `device.release_memory`. 80 batches of 32 finance pairs take 1.7 GiB with a call after
 # each, at 6% of the time, and 2.7 GiB with one after every eighth.
 RELEASE_EVERY = 4
 NAMED_IDS = 16  # in an error about a batch; train.jsonl has all of them
 STOP = "stop"
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train. Defaults follow sentence-transformers' trainer where it has them (lr 5e-5, no warmup, ...)."""
-
-    epochs: int = setting(3, "passes over the training pairs")
-    lr: float = setting(5e-5, "peak learning rate")
-    loss_lr: float | None = setting(None, "peak learning rate of the loss's own parameters; null: lr")
-    schedule: Schedule = setting("linear", f"learning rate after warmup: {', '.join(SCHEDULES)}")
-    warmup: float = setting(0.0, "warmup steps; below 1: fraction of all steps")
-    weight_decay: float = setting(0.0, "weight decay of matrices; biases and norms have none")
-    max_grad_norm: float = setting(1.0, "clip gradients to this norm")
-    seed: int = setting(42, "random seed of the batch order and dropout")
-    precision: Literal["float32", "bfloat16"] = setting(
-        "float32", "precision of the forward pass: float32, or bfloat16 (autocast)"
-    )
-    accumulate: int = setting(1, "batches per step; their gradients are averaged")
-    mini_batch_tokens: int | None = setting(
-        None, "tokens embedded with gradient at a time (gradient caching); null: the whole batch at once"
-    )
-    eval_every: int | None = setting(None, "steps between validations; null: one per epoch")
-    checkpoint_every: int | None = setting(None, "steps between checkpoints; null: one per epoch")
-    select: str = setting("ndcg@10", "validation metric that chooses the best weights")
-    log: Logger | None = setting(None, f"also log to {' or '.join(LOGGERS)}, which must be installed")
-
-    def __post_init__(self):
-        check_types(self)
-        for name in ("epochs", "accumulate", "mini_batch_tokens", "eval_every", "checkpoint_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, expected at least 1")
-        if abs(self.seed) >= 2**62:
-            raise ValueError(f"seed is {self.seed}, expected less than 2**62")
-        for name in ("lr", "loss_lr", "max_grad_norm"):
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{name} is {value}, expected above 0")
-        for name in ("warmup", "weight_decay"):
-            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
-
-    def check_unused(self, names: tuple[str, ...], why: str) -> None:
-        """Raises `ValueError` for the first of these settings that is not at its default: it has no effect."""
-        for field in fields(self):
-            default = field.default if field.default_factory is MISSING else field.default_factory()
-            if field.name in names and getattr(self, field.name) != default:
-                raise ValueError(f"{field.name} is {getattr(self, field.name)!r}, but {why}")
 
 
 class NonFiniteError(ValueError):
@@ -139,9 +88,8 @@ def train(
 ) -> TrainState:
     """Trains `embedder` in place and leaves it with its best weights (without `evaluate`: the last ones).
 
-    The weights before training are validated too, so weights worse than the base are never kept. The same seed on the
-    same machine gives the same bits on the CPU; the caller's random state is left as it was. With several ranks, each
-    calls this with the same arguments and returns the same state (distributed.py).
+    The base is validated too, so weights worse than it are never kept. The same seed on the same machine gives the same
+    bits on the CPU; the caller's random state is left as it was. Several ranks call this alike (distributed.py).
 
     Args:
         batches: as many per epoch as `len` says; able to begin an epoch at any batch.
