@@ -7,6 +7,7 @@ code, and a line in `COMMANDS`. Only the module of the command that was asked fo
 """
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -29,7 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0; 1: something is left to do, or nobody reads on; 2: an error."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     program = f"embedft {words[0]}" if words and words[0] in COMMANDS else "embedft"
+    handler = signal.getsignal(signal.SIGINT)
     try:
+        if handler is signal.default_int_handler:
+            signal.signal(signal.SIGINT, lambda _, frame: _interrupt(frame, program))
         _prepare_streams()
         code = _run(words, program)
         sys.stdout.flush()
@@ -45,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(program, f"error: standard output: {error.strerror}")
     except ValueError as error:
         return _fail(program, f"error: {error}")
+    finally:
+        if handler is signal.default_int_handler:
+            signal.signal(signal.SIGINT, handler)
 
 
 def _run(words: list[str], program: str) -> int:
@@ -83,6 +90,15 @@ def _fail(program: str, message: str, *, code: int = 2) -> int:
     if not _is_silent():
         print(f"{program}: {message}", file=sys.stderr)
     return code
+
+
+def _interrupt(frame, program: str) -> None:
+    """Raises KeyboardInterrupt, but ends the process during imports, where NumPy and torch would print and abort."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os._exit(_fail(program, "interrupted", code=130))
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def _is_silent() -> bool:

@@ -169,6 +169,71 @@ def test_a_reader_that_goes_is_no_error(place):
     process.stderr.close()
 
 
+@pytest.mark.parametrize(
+    ("redirect", "message"), [(">&-", "standard output is closed"), ("> /dev/full", "standard output: No space left")]
+)
+def test_an_output_that_takes_nothing_is_an_error_of_one_line(place, redirect, message):
+    done = subprocess.run(f"{sys.executable} -m embedft info model {redirect}", shell=True, capture_output=True)
+    assert done.returncode == 2
+    assert re.fullmatch(rf"embedft info: error: {message}.*\n", done.stderr.decode())
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_characters_that_the_output_lacks_are_replaced(place, encoding):
+    write_prompts(place / "model", {"query": "検索: ", "document": "≥ "})
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    command = [sys.executable, "-m", "embedft", "info", "model"]
+    done = subprocess.run(command, env=environment, capture_output=True, check=True)
+    lines = dict(line.split(maxsplit=1) for line in done.stdout.decode(encoding).splitlines())
+    assert lines["prompts"] == r"query: '\u691c\u7d22: ', document: '\u2265 '"
+    assert "device" in lines  # which is the last one
+
+
+def test_interrupted_during_an_import(place):
+    """NumPy and torch would print a page of advice, or abort."""
+    script = """
+import os, signal, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Finder())
+from embedft.cli import main
+sys.exit(main(["info", "model"]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "embedft info: interrupted\n")
+
+
+# Prompts.
+
+
+def write_prompts(folder, prompts: dict[str, str]) -> None:
+    (folder / "config_sentence_transformers.json").write_text(json.dumps({"prompts": prompts}))
+
+
+def test_prompts_by_text_or_by_name(place, capsys):
+    write_prompts(place / "model", {"passage": "the ", "query": "what "})
+    shown = {}
+    for options in ([], ["--document-prompt", "passage"], ["--query-prompt", "order ", "--document-prompt", ""]):
+        assert main(["info", "model", *options]) == 0
+        rows = dict(re.split("  +", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
+        shown[" ".join(options)] = (rows["prompts"], rows.get("other prompts"))
+    assert list(shown.values()) == [
+        ("query: 'what '", "passage: 'the '"),
+        ("query: 'what ', document: 'the '", "passage: 'the '"),
+        ("query: 'order '", "passage: 'the '"),
+    ]
+    main(["encode", "model", "texts.txt", "--out", "a.npy", "--document-prompt", "passage"])
+    expected = load_embedder("model", device="cpu", prompts={"document": "the "}).encode(TEXTS)
+    np.testing.assert_array_equal(np.load("a.npy"), expected)
+    main(["finetune", "model", "pairs.json", "--out", "run", "--epochs", "1", "--document-prompt", "passage"])
+    assert load_embedder("run/model", device="cpu").prompt("document") == "the "
+
+
 # Users' errors.
 
 

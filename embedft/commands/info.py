@@ -33,7 +33,7 @@ def run(options: Options) -> None:
         "pooling": " + ".join(pooling.names) + ("" if pooling.include_prompt else ", prompt left out"),
         "similarity": embedder.similarity,
         "prompts": ", ".join(f"{role}: {text!r}" for role, text in used.items()) or "none",
-        "unused prompts": ", ".join(f"{n}: {text!r}" for n, text in embedder.prompts.items() if n not in used and text),
+        "other prompts": ", ".join(f"{n}: {text!r}" for n, text in embedder.prompts.items() if n not in used and text),
         "carried along": ", ".join(embedder.source.carried) or "nothing",
         "device": embedder.device,
     }
