@@ -244,9 +244,6 @@ def compare_seeds(
 ) -> Comparison:
     """Compares a recipe trained with several seeds with a base, for new seeds as well as new questions.
 
-    For `embedft compare --seeds BASE SEED SEED ...`: pass [BASE] and the reports of the seeds, once per metric; the
-    result goes into `format_comparisons` like those of `compare`.
-
     Args:
         bases: one report, or as many as `others`: the base trained with the same seeds, in the same order.
         others: reports of the recipe, one per seed, at least 2.
