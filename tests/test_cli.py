@@ -16,6 +16,7 @@ from tiny import make_dataset, make_embedder
 import embedft
 from embedft import Report, evaluate, load_embedder
 from embedft.cli import COMMANDS, main
+from embedft.commands.options import Data, load_data
 from embedft.files import read_json, read_jsonl
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -407,3 +408,14 @@ def test_a_beir_folder_trains_on_train_and_validates_on_test(place, capsys, monk
     assert main(["finetune", "model", "beir", "--validation", "beir", "--out", "run", *more]) == 2
     assert seen == {"train": list(dataset.queries)[8:], "validation": list(dataset.queries)[:8]}
     assert main(["evaluate", "model", "beir", "--split", "train", "--json"]) == 0
+
+
+def test_strict_refuses_judgements_of_what_is_missing(tmp_path):
+    path = tmp_path / "qa.json"
+    path.write_text(
+        json.dumps({"queries": {"q": "who?"}, "corpus": {"d": "me"}, "relevant_docs": {"q": ["d", "gone"]}})
+    )
+    with pytest.warns(UserWarning, match="document id 'gone'"):
+        assert load_data(str(path), Data()).missing == {"q": {"gone": 1}}
+    with pytest.raises(ValueError, match="document id 'gone'"):
+        load_data(str(path), Data(strict=True))

@@ -80,6 +80,7 @@ class Data:
     format: Literal["llamaindex", "beir", "jsonl", "csv"] | None = setting(None, "of the data [recognised]")
     split: str | None = setting(None, "of a BEIR folder [train for training, else test, or the only one]")
     skip_empty: bool = setting(False, "drop rows with an empty text instead of refusing them")
+    strict: bool = setting(False, "refuse judgements of unknown queries and documents instead of warning")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +120,8 @@ def load_encoder(options: Encoder) -> "Embedder | ApiEmbedder":
 
 def load_data(path: str, options: Data, *, split: str | None = None, merge: bool = True) -> RetrievalDataset:
     """A dataset, with a note on stderr of the rows that --skip-empty dropped."""
-    skip, split = options.skip_empty, split or options.split
-    dataset = RetrievalDataset.load(path, format=options.format, merge=merge, skip_empty=skip, split=split)
+    given = {"format": options.format, "skip_empty": options.skip_empty, "strict": options.strict}
+    dataset = RetrievalDataset.load(path, merge=merge, split=split or options.split, **given)
     if dataset.num_skipped and os.environ.get("RANK", "0") == "0":
         print(f"{path}: dropped {dataset.num_skipped} rows with empty texts", file=sys.stderr)
     return dataset
@@ -128,7 +129,7 @@ def load_data(path: str, options: Data, *, split: str | None = None, merge: bool
 
 def load_training_data(path: str, options: Data) -> RetrievalDataset:
     """The training split of a dataset."""
-    has_train = options.split is None and (Path(path) / "qrels" / "train.tsv").is_file()
+    has_train = options.split is None and any((Path(path) / "qrels").glob("train.*"))
     return load_data(path, options, split="train" if has_train else None)
 
 

@@ -38,7 +38,7 @@ class Batch(NamedTuple):
     sources: list[str] | None = None  # [B], the dataset that a query comes from; None: there is only one
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Collate:
     """Turns examples into a Batch. `dataclasses.replace(collate, ...)` makes one with other settings.
 

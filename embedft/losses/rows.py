@@ -202,12 +202,12 @@ def check_one_of(name: str, value: str, valid: Sequence[str]) -> None:
 
 
 def warn_without_negatives(D: Tensor, targets: Targets) -> None:
-    """Warns when a batch consists of one document, so that no query has a negative (Python shows it once)."""
+    """Warns when a batch consists of one document, so that no query has a negative."""
     windows = targets.document is not None
     # With windows, counting documents waits for the device: only for a batch of one query.
     if (len(D) == 1 and not windows) or (windows and len(targets.group) == 1 and targets.num_documents(len(D)) == 1):
         warnings.warn(
             "a batch has one document and so no negatives: its loss is 0 and it trains nothing; "
             "use larger batches or hard negatives",
-            stacklevel=3,
+            stacklevel=1,  # one place for all losses, so that Python shows it once
         )
