@@ -47,28 +47,20 @@ from .index import (
 from .quantization import SHORTLIST_FACTOR
 
 PRESETS = ("flat", "hnsw", "ivf", "ivfpq")
-# Training documents per list of an IVF: FAISS warns below 39 and uses at most 256.
-LEAST_PER_LIST, TRAINED_PER_LIST = 39, 64
-# Training documents for product quantization: at least one per centroid.
-LEAST_PQ, TRAINED_PQ = 256, 65_536
+# Documents to train on, at least and at most: per list of an IVF (FAISS warns below 39), for product quantization.
+LEAST_PER_LIST, TRAINED_PER_LIST, LEAST_PQ, TRAINED_PQ = 39, 64, 256, 65_536
 
 
 class FaissIndex:
-    """A FAISS index over embeddings, by inner product. HNSW and IVF do best if vectors have similar lengths.
+    """A FAISS index over an array or memory map of any float type, by inner product.
 
     It is trained on a sample and filled in slices, which is the memory it needs besides itself. The seed draws the
-    sample and starts k-means; it decides the index on one machine, except that HNSW links documents from several
-    threads at once, so with more than one thread no two graphs are quite alike.
+    sample and starts k-means. It decides the index, except that HNSW links documents from several threads at once, so
+    with more than one thread no two graphs are quite alike. `factory` and `parameters` are FAISS's description, e.g.
+    "IVF4000,Flat" and "nprobe=16".
 
-    Attributes:
-        factory, parameters: FAISS's description, e.g. "IVF4000,Flat" and "nprobe=16".
-
-    Args:
-        embeddings_ND: an array or a memory map of any float type.
-
-    Raises:
-        ValueError: for no documents, a wrong shape, NaN or infinity; for a name that FAISS does not accept or whose
-            index does not search by inner product; for fewer documents than the index must be trained on.
+    Raises `ValueError` for no documents, a wrong shape, NaN or infinity; for a name that FAISS does not accept or whose
+    index does not search by inner product; for fewer documents than the index must be trained on.
     """
 
     def __init__(self, embeddings_ND: np.ndarray, name: str, *, seed: int = 0):
@@ -101,10 +93,7 @@ class FaissIndex:
         return sum(sizes) / len(self)
 
     def search(self, queries_QD: np.ndarray, depth: int) -> Found:
-        """The first `depth` documents found for each query: scores [Q, K] float32 and rows [Q, K] int64.
-
-        Some may be missed. Where fewer than K are found, as when the lists probed hold fewer, the rest is -inf and -1.
-        """
+        """The first `depth` documents found. Some may be missed; where fewer are found, the rest is -inf and -1."""
         require_depth(depth)
         queries_QD = checked_embeddings(queries_QD, self.dim)
         with _refusals(self.name, self.dim):
@@ -179,12 +168,8 @@ def _ivf(index: Any) -> Any:
 class AdaptiveIndex:
     """The first `short_dim` dimensions, normalized again, find a shortlist, which the full vectors order.
 
-    What the short vectors miss stays missed; if the shortlist holds all documents, results are the exact ones. Scores
-    are inner products of the full vectors as given. Meant for Matryoshka embeddings (losses/matryoshka.py).
-
-    Args:
-        embeddings_ND: an array or a memory map; rows are read from it for every shortlist.
-        short_dim: at least 1 and below D. The short vectors are held in memory.
+    What the short vectors miss stays missed. Scores are inner products of the full vectors as given, an array or a
+    memory map from which the rows of every shortlist are read. Meant for Matryoshka embeddings (losses/matryoshka.py).
     """
 
     def __init__(self, embeddings_ND: np.ndarray, short_dim: int, *, shortlist_factor: int = SHORTLIST_FACTOR):
@@ -202,7 +187,7 @@ class AdaptiveIndex:
         return self.short_dim * 4 + self.embeddings_ND.shape[1] * self.embeddings_ND.itemsize
 
     def search(self, queries_QD: np.ndarray, depth: int) -> Found:
-        """The first `depth` of shortlist_factor x `depth` documents: scores [Q, K] float32 and rows [Q, K] int64."""
+        """The first `depth` of shortlist_factor x `depth` documents."""
         require_depth(depth)
         queries_QD = checked_embeddings(queries_QD, self.embeddings_ND.shape[1])
         short_QD = unit_rows(queries_QD[:, : self.short_dim])

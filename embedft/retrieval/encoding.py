@@ -47,10 +47,8 @@ def sorted_corpus(dataset: RetrievalDataset) -> tuple[list[str], list[str]]:
 
 
 def encode(embedder: SupportsEncode, texts: list[str], ids: Sequence[str], *, role: str) -> np.ndarray:
-    """Vectors of texts in all dimensions of the model, [N, W] float32; copied only if they have another type.
-
-    Raises `ValueError` if there are not as many vectors as texts, or if a value is not finite (naming the text's id).
-    """
+    """Vectors of texts in all dimensions of the model, [N, W] float32. Raises `ValueError` if there are not as many as
+    texts, or if a value is not finite (naming the text's id)."""
     embeddings = embedder.encode(texts, role=role, dim=getattr(embedder, "full_dim", None))
     if embeddings.ndim != 2 or len(embeddings) != len(texts):
         raise ValueError(f"encoding {len(texts)} texts returned an array of shape {embeddings.shape}")
@@ -93,10 +91,8 @@ def encode_documents(
 
 
 def truncate(embedder: SupportsEncode, vectors_NW: np.ndarray, dim: int) -> np.ndarray:
-    """The first `dim` dimensions, normalized again if the model's vectors are; with all dimensions the array itself.
-
-    Bit for bit what `Embedder.encode(dim=)` returns on the CPU.
-    """
+    """The first `dim` dimensions, normalized again if the model's vectors are: what `Embedder.encode(dim=)` returns on
+    the CPU, bit for bit; with all dimensions the array itself."""
     if dim == vectors_NW.shape[1]:
         return vectors_NW
     vectors_ND = np.ascontiguousarray(vectors_NW[:, :dim])

@@ -123,12 +123,9 @@ def evaluate_run(
 
     Args:
         dataset_or_qrels: qrels as {query id: {document id: grade}}, or a dataset, whose ids are then checked too.
-        depth: the cutoff of MAP, and the largest cutoff allowed.
-        ks, metrics, gain: see `evaluate_grid`.
+        ks, depth, metrics, gain: see `evaluate_grid`; no cutoff may be above `depth`.
 
-    Raises:
-        ValueError: for a query or document that the dataset does not have, a cutoff above `depth`, or if no query has a
-            relevant document.
+    Raises `ValueError` for a query or document that the dataset does not have, or if no query has a relevant document.
     """
     chosen = select_metrics(metrics, ks=ks, depth=depth)
     setting = {"depth": depth, "gain": gain, **({} if metrics is not None else {"ks": list(ks)})}

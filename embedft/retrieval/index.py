@@ -21,7 +21,7 @@ import torch
 
 from ..progress import progress_bar
 
-# (queries [Q, D], width W) -> scores [Q, W] and rows [Q, W]: the best W in any order, with any choice among ties.
+# (queries, width W) -> scores [Q, W] and rows [Q, W]: the best W in any order, with any choice among ties.
 Nearest = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 # Documents per slice: 100 MB at 384 dimensions.
 SLICE_DOCUMENTS = 65_536
@@ -35,7 +35,7 @@ class Found(NamedTuple):
 
 
 class Index(Protocol):
-    """Anything that finds rows for queries."""
+    """What every index has; `search` raises `ValueError` for a depth below 1, a wrong width, NaN or infinity."""
 
     def __len__(self) -> int: ...
 
@@ -58,11 +58,8 @@ def require_depth(depth: int) -> None:
 
 
 def checked_embeddings(embeddings_ND: np.ndarray, dim: int | None = None, *, first_row: int = 0) -> np.ndarray:
-    """The embeddings as contiguous float32, copied only if they are not that already.
-
-    Raises `ValueError` for a shape other than [N, dim] (None: any D from 1), and for NaN or infinity, naming the row,
-    counted from `first_row`.
-    """
+    """The embeddings as contiguous float32, copied only if they are not that already. Raises `ValueError` for a shape
+    other than [N, dim] (None: any D from 1), and for NaN or infinity, naming the row, counted from `first_row`."""
     if embeddings_ND.ndim != 2 or embeddings_ND.shape[1] != (dim or max(embeddings_ND.shape[1], 1)):
         raise ValueError(f"embeddings of shape {embeddings_ND.shape}, expected [N, {dim or 'D'}]")
     embeddings_ND = np.ascontiguousarray(embeddings_ND, dtype=np.float32)
@@ -101,11 +98,7 @@ def search_exact(
         device: FAISS computes products on the CPU (or None), torch elsewhere. On CUDA they are as exact as
             `torch.get_float32_matmul_precision()` says.
 
-    Returns:
-        scores [Q, K] float32, descending, and rows [Q, K] int64, ascending among equal scores.
-
-    Raises:
-        ValueError: for no documents, a depth below 1, a wrong width, NaN or infinity.
+    Raises `ValueError` for no documents, a depth below 1, a wrong width, NaN or infinity.
     """
     require_depth(depth)
     device = torch.device(device or "cpu")
@@ -144,9 +137,7 @@ def search_shortlist(
     *,
     block_vectors: int = 16_384,
 ) -> Found:
-    """The first `depth` of each query's shortlist by inner product: scores and rows [Q, min(depth, S)].
-
-    Equal vectors get equal scores, wherever they stand in the shortlist.
+    """The first `depth` of each query's shortlist by inner product. Equal vectors get equal scores.
 
     Args:
         rows_QS: [Q, S] rows, distinct within a query; -1: none.

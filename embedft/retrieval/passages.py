@@ -65,11 +65,9 @@ class WindowIndex:
         candidates: an index over the same windows. Its results are widened, by doubling, until they contain `depth`
             documents; all windows of these are then scored exactly, so a score is always the document's own. If it has
             no more results before that (lists that are not probed), the query is scored against every document.
-        block_scores: window scores held at a time: 64 MB in float32.
-        block_queries: queries searched at a time.
+        block_scores, block_queries: window scores held (64 MB in float32), and queries searched, at a time.
 
-    Raises:
-        ValueError: for NaN or infinity (naming the document), a wrong `source_W`, or `candidates` of another length.
+    Raises `ValueError` for NaN or infinity (naming the document), a wrong `source_W`, `candidates` of another length.
     """
 
     def __init__(
@@ -86,14 +84,13 @@ class WindowIndex:
         source_W = np.asarray(source_W)
         steps = np.diff(source_W, prepend=-1)
         if source_W.shape != (len(windows_WD),) or not len(steps) or steps[0] != 1 or not np.isin(steps, (0, 1)).all():
-            raise ValueError(
-                f"source of {len(windows_WD)} windows: expected their documents, ascending from 0, no gaps"
-            )
+            raise ValueError(f"source of {len(windows_WD)} windows: expected documents ascending from 0, without gaps")
         require_finite(windows_WD, "a window of document", source_W.tolist())
         if candidates is not None and len(candidates) != len(windows_WD):
             raise ValueError(f"candidates has {len(candidates):,} windows, expected {len(windows_WD):,}")
         self.windows_WD = np.require(windows_WD, np.float32, ["C", "W"])  # torch warns about read-only arrays
         self.source_W, self.starts_N = source_W, np.flatnonzero(steps)
+        self.ends_N = np.append(self.starts_N[1:], len(source_W))
         self.aggregate, self.candidates = aggregate, candidates
         self.block_scores, self.block_queries = block_scores, block_queries
 
@@ -102,14 +99,7 @@ class WindowIndex:
         return len(self.starts_N)
 
     def search(self, queries_QD: np.ndarray, depth: int) -> Found:
-        """The `depth` best documents for each query, or all of them if there are fewer.
-
-        Returns:
-            scores [Q, K] float32, descending, and rows [Q, K] int64, ascending among equal scores.
-
-        Raises:
-            ValueError: for a depth below 1, a wrong width, NaN or infinity.
-        """
+        """The first `depth` documents by (score descending, row ascending)."""
         require_depth(depth)
         queries_QD = checked_embeddings(queries_QD, self.windows_WD.shape[1])
         depth = min(depth, len(self))
@@ -156,8 +146,7 @@ class WindowIndex:
 
     def _scores_of(self, query_D: np.ndarray, documents: np.ndarray) -> np.ndarray:
         """Scores of some documents, whose rows ascend."""
-        ends_N = np.append(self.starts_N[1:], len(self.windows_WD))
-        counts = (ends_N - self.starts_N)[documents]
+        counts = (self.ends_N - self.starts_N)[documents]
         starts = np.cumsum(counts) - counts
         rows = np.repeat(self.starts_N[documents] - starts, counts) + np.arange(counts.sum())
         return aggregate_windows(_products(query_D[None], self.windows_WD[rows]), starts, self.aggregate)[0]
@@ -165,12 +154,11 @@ class WindowIndex:
     def _blocks(self, num_windows: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Whole documents with at most `num_windows` windows, or one document with more: (the first document, windows
         [W, D], the first window of each document [P])."""
-        ends_N = np.append(self.starts_N[1:], len(self.windows_WD))
         first = 0
-        while first < len(ends_N):
+        while first < len(self):
             offset = self.starts_N[first]
-            stop = max(first + 1, int(np.searchsorted(ends_N, offset + num_windows, side="right")))
-            yield first, self.windows_WD[offset : ends_N[stop - 1]], self.starts_N[first:stop] - offset
+            stop = max(first + 1, int(np.searchsorted(self.ends_N, offset + num_windows, side="right")))
+            yield first, self.windows_WD[offset : self.ends_N[stop - 1]], self.starts_N[first:stop] - offset
             first = stop
 
 

@@ -43,7 +43,7 @@ def bytes_per_vector(dim: int, precision: str) -> int:
 
 
 def calibrate(embeddings_ND: np.ndarray, *, seed: int = 0, num_documents: int = 100_000) -> np.ndarray:
-    """The smallest and largest value of each dimension, [2, D] float32, over at most `num_documents` drawn by seed."""
+    """Smallest and largest value of each dimension, [2, D] float32, over at most `num_documents` drawn by seed."""
     if len(embeddings_ND) > num_documents:
         rng = np.random.default_rng(seed)
         embeddings_ND = embeddings_ND[np.sort(rng.choice(len(embeddings_ND), num_documents, replace=False))]
@@ -85,14 +85,9 @@ def from_binary(codes_NB: np.ndarray, dim: int) -> np.ndarray:
 
 
 class QuantizedIndex:
-    """Exhaustive search over codes: see the table above. Order: score descending, row ascending.
+    """Exhaustive search over the int8 or binary codes of an array or memory map of any float type: see the table above.
 
-    Args:
-        embeddings_ND: an array or a memory map of any float type, encoded in slices.
-        precision: int8 or binary.
-
-    Raises:
-        ValueError: for no documents, a wrong shape, NaN or infinity.
+    Raises `ValueError` for no documents, a wrong shape, NaN or infinity.
     """
 
     def __init__(
@@ -133,10 +128,7 @@ class QuantizedIndex:
         return [slice(start, start + self.slice_documents) for start in range(0, len(self), self.slice_documents)]
 
     def search(self, queries_QD: np.ndarray, depth: int) -> Found:
-        """The first `depth` documents for each query: scores [Q, K] float32 and rows [Q, K] int64.
-
-        Raises `ValueError` for a depth below 1, a wrong width, NaN or infinity.
-        """
+        """The first `depth` documents by (score descending, row ascending)."""
         require_depth(depth)
         queries_QD = checked_embeddings(queries_QD, self.dim)
         if self.ranges is not None:

@@ -25,8 +25,6 @@ from .quantization import bytes_per_vector
 from .run import Run
 from .settings import Setting, build, check_settings
 
-RECALL_DEPTH = 10
-
 
 class Searched(NamedTuple):
     """The run of one setting, what there is to know about its index, and what it cost (see `search_grid`)."""
@@ -60,12 +58,8 @@ def search(
         slice_documents: documents encoded at a time; None: 65,536, or 4,096 with passages.
         setting: dim, precision, index, passages, aggregate: see settings.py.
 
-    Returns:
-        A run with rows in the order of `queries`; documents with equal scores by ascending id.
-
-    Raises:
-        ValueError: for no queries, a depth below 1, a setting that cannot work (naming what can), or embeddings that
-            are not finite (naming the text's id).
+    Returns a run with rows in the order of `queries`; documents with equal scores by ascending id. Raises `ValueError`
+    for no queries, a setting that cannot work (naming what can), or embeddings that are not finite (naming the text).
     """
     queries, how = _named(queries), Setting(**setting)
     options = {"exclude_identical_ids": exclude_identical_ids, "slice_documents": slice_documents}
@@ -199,11 +193,14 @@ def _search_group(
                 del index
             costs["queries_per_second"] = len(queries_QW) / costs["search_seconds"]
             costs["bytes_per_document"] = num_bytes * per_document
-            first, exact_first = (run.indices[:, :RECALL_DEPTH] for run in (run, exact_runs[dim]))
-            costs[f"recall@{RECALL_DEPTH}_of_exact"] = float(recall_against(first, exact_first).mean())
+            costs["recall@10_of_exact"] = 1.0 if setting.is_exact else _recall(run, exact_runs[dim])
             if passages is not None:
                 costs["windows_per_document"] = per_document
             yield Searched(setting, run, facts, costs)
+
+
+def _recall(run: Run, exact: Run, depth: int = 10) -> float:
+    return float(recall_against(run.indices[:, :depth], exact.indices[:, :depth]).mean())
 
 
 def search_slices(

@@ -59,14 +59,11 @@ class Setting(NamedTuple):
 def check_settings(
     embedder: object, settings: Sequence[Setting], *, width: int | None = None, num_documents: int | None = None
 ) -> list[Setting]:
-    """The settings with their number of dimensions, as far as it is known before anything is encoded.
+    """The settings with their number of dimensions, if `width`, that of the model's vectors, is given or the embedder
+    has a `full_dim`.
 
-    Args:
-        width: of the model's vectors; None: the embedder's `full_dim`, or unknown if it has none.
-        num_documents: to check that there are enough to train an index on.
-
-    Raises:
-        ValueError: for what cannot work; combinations that are not supported are all listed.
+    Raises `ValueError` for what cannot work, too few documents to train an index on (None: not checked) included;
+    combinations that are not supported are all listed.
     """
     width = getattr(embedder, "full_dim", None) if width is None else width
     found, unsupported = [], []
@@ -105,12 +102,8 @@ def _check_values(embedder: object, setting: Setting) -> None:
 
 
 def build(vectors_ND: np.ndarray, source_N: np.ndarray | None, setting: Setting) -> tuple[Index, float, dict]:
-    """An index over vectors of `setting.dim` dimensions, the bytes of each vector in it, and its facts for a report: of
-    FAISS's, `factory` and `parameters`.
-
-    Args:
-        source_N: the document of each window, ascending; None: each vector is a document.
-    """
+    """An index over vectors of `setting.dim` dimensions, the bytes of each vector in it, and what a report says of it:
+    `factory` and `parameters` of FAISS's. source_N: the document of each window; None: each vector is a document."""
     index, facts, is_flat, windows = None, {}, setting.index == "flat", source_N is not None
     num_bytes = bytes_per_vector(setting.dim, setting.precision)
     if setting.precision != "float32":
