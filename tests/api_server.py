@@ -372,6 +372,39 @@ def input_of(request: dict) -> list[str]:
     return [request["input"]] if isinstance(request["input"], str) else request["input"]
 
 
+def mutated(value: object, generator: random.Random) -> object:
+    """A copy of a JSON value in which one part is replaced by junk, dropped or doubled."""
+    if isinstance(value, (dict, list)) and value and generator.random() < 0.8:
+        copy = dict(value) if isinstance(value, dict) else list(value)
+        place = generator.choice(list(copy) if isinstance(copy, dict) else range(len(copy)))
+        if generator.random() < 0.15:
+            del copy[place]
+        elif isinstance(copy, list) and generator.random() < 0.15:
+            copy.append(copy[place])
+        else:
+            copy[place] = mutated(copy[place], generator)
+        return copy
+    junk = [
+        None,
+        True,
+        -1,
+        0,
+        0.5,
+        10**30,
+        10**400,
+        float("nan"),
+        float("inf"),
+        1e-320,
+        1e308,
+        "",
+        "a",
+        "\ud83d",
+        "\x00",
+    ]
+    junk += ["AAAA", "AACAPw==", [], {}, [[]], [1], {"a": 1}, [None], "\x1b[31m\n", "x" * 2000]
+    return generator.choice(junk)
+
+
 def error_body(message: str, code: str) -> bytes:
     return json.dumps({"error": {"message": message, "type": code, "param": None, "code": code}}).encode()
 

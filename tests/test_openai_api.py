@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -14,11 +15,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from api_server import ApiServer, input_of, unit_vector
+from api_server import ApiServer, input_of, mutated, unit_vector
 
 from embedft import RetrievalDataset, cli, evaluate, finetune, load_embedder
 from embedft.api import endpoint as endpoints
 from embedft.api import sending
+from embedft.api.client import Client
 from embedft.api.endpoint import ApiCosts, shorten
 from embedft.api.ledger import Totals
 from embedft.encoders.adapter import Adapter, Base
@@ -747,6 +749,33 @@ def test_one_bad_text_spoils_no_other(tmp_path, status):
         others = [text for text in texts if text != "poison"]
         np.testing.assert_allclose(embedder.encode(others), expected(others), atol=1e-6)
         assert server.counts["embeddings"] == num_asked
+
+
+@pytest.mark.slow
+def test_no_reply_is_taken_amiss():
+    """Thousands of replies with a random part replaced, dropped or doubled: right vectors, or a reason in one line."""
+    texts = some_texts(3)
+    good = ApiServer(dimensions=4).embed({"input": texts, "model": "m"})
+    endpoint = endpoints.Endpoint("m", base_url="http://localhost:1/v1")
+    fetch = endpoints._Fetch(endpoint, dict.fromkeys(texts, 0), "", None)
+    fetch.client = Client(endpoint.server, timeout_seconds=1)
+
+    async def read(reply: object) -> sending.Response:
+        async def post(*request) -> dict | sending.Response:
+            return fetch.client.parse(json.dumps(reply))
+
+        endpoint.dim, fetch.client.post = 0, post
+        return await fetch._ask(sending.Job("key", endpoints.Batch(texts), 1, 0))
+
+    async def read_all() -> list[sending.Response]:
+        return [await read(mutated(good, random.Random(seed))) for seed in range(4000)]
+
+    for response in asyncio.run(read_all()):
+        assert response.action == "done" or (response.reason and "\n" not in response.reason)
+        json.dumps([response.reason, response.usage], ensure_ascii=False).encode()
+        for vector in (response.result or {}).values():
+            assert vector.dtype == np.float32
+            np.testing.assert_allclose(np.linalg.norm(vector.astype(np.float64)), 1.0, atol=1e-6)
 
 
 def test_a_request_that_is_wrong_ends_soon():

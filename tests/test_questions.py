@@ -20,7 +20,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from api_server import RANDOM, ApiServer, written_questions
+from api_server import RANDOM, ApiServer, mutated, written_questions
 
 from embedft.api import sending
 from embedft.api.ledger import Totals
@@ -448,6 +448,58 @@ def test_a_server_without_schemas_gets_lines(tmp_path):
         assert server.counts["chat"] == num_asked
         with pytest.raises(ValueError, match=r"400: 'response_format' of type .*; stopped: 0 of 5 chunks"):
             ask(server, some_chunks(5), tmp_path / "other", structured="schema")
+
+
+def refuse(field: str, message: str, status: int = 400):
+    """Refuses requests with this field, in these words."""
+    return lambda request: (status, {"error": {"message": message}}) if field in request else None
+
+
+OTHER_NAME = refuse("max_tokens", "Unsupported parameter: use 'max_completion_tokens' instead.")
+WORDS = {
+    "the name of the limit": (OTHER_NAME, {"max_completion_tokens", "response_format"}),
+    "the schema, Gemini": (refuse("response_format", "Unknown name at 'generation_config'"), {"max_tokens"}),
+    "the schema, in other words": (refuse("response_format", "结构化输出不受支持", 422), {"max_tokens"}),
+    "the schema, with 500": (refuse("response_format", "internal error", 500), {"max_tokens"}),
+    "the schema, in a 200": (refuse("response_format", "not supported", 200), {"max_tokens"}),
+    "both": (
+        lambda request: (
+            OTHER_NAME(request) or refuse("response_format", "Structured outputs are not supported")(request)
+        ),
+        {"max_completion_tokens"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_what_a_server_refuses_is_asked_for_otherwise(tmp_path, name):
+    """In whatever words it refuses a parameter, another form is tried, and the one that works is kept."""
+    refuses, fields = WORDS[name]
+    chunks = some_chunks(8)
+    with ApiServer(refuses=refuses) as server:
+        outcome = ask(server, chunks, tmp_path, concurrency=2)
+        assert outcome.questions == expected(chunks)
+        num_refused = server.counts["refused"]
+        assert server.log[-1][2].keys() - {"model", "messages"} == fields
+        assert server.counts["chat"] == 8 + num_refused
+        assert num_refused <= 2 * 4
+
+
+@pytest.mark.slow
+def test_no_reply_is_taken_amiss():
+    """Thousands of replies with a random part replaced, dropped or doubled: questions, or a reason in one line."""
+    good = {
+        "choices": [{"message": {"content": "What?\nWho?", "refusal": None}, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 4},
+    }
+    asker = questions._Asker(QuestionConfig(), TEMPLATE, "http://localhost:1/v1")
+    for seed in range(4000):
+        reply = asker.client.parse(json.dumps(mutated(good, random.Random(seed))))
+        answer = reply if isinstance(reply, sending.Response) else asker._from_reply(reply)
+        assert answer.status == "ok" or (answer.reason and "\n" not in answer.reason)
+        json.dumps([answer.reason, answer.result, answer.reply], ensure_ascii=False).encode()
+        if answer.status == "ok":
+            assert len(answer.result) == 2
 
 
 # Limits.
