@@ -33,6 +33,7 @@ HINTS = {
     404: " (is the model's name right, and does the base URL end in /v1?)",
 }
 MAX_REASON_CHARACTERS = 300
+POSITIVE = ("concurrency", "requests_per_minute", "tokens_per_minute", "max_cost", "max_attempts", "timeout_seconds")
 
 
 class Client:
@@ -149,13 +150,17 @@ def message_text(content: Any) -> str:
     return "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
 
 
-def check_settings(settings: Any, *, own_parameters: Collection[str]) -> None:
-    """Raises `ValueError` for a number out of range, or for one of `parameters` that cannot be sent, of a dataclass."""
+def check_settings(settings: Any, *, positive: Collection[str], own_parameters: Collection[str]) -> None:
+    """Raises `ValueError` for a setting of requests that is out of range, or a parameter that cannot be sent.
+
+    Args:
+        settings: has the attributes `positive`, `model`, `parameters`, and prices.
+    """
     if not settings.model.strip():
         raise ValueError("model is empty, expected a name that the server knows")
-    for name, value in vars(settings).items():
-        is_price = name.startswith("price")
-        if type(value) in (int, float) and not (0 < value < math.inf or (is_price and value == 0)):
+    for name in ("price", "price_in", "price_out", *positive, *POSITIVE):
+        value, is_price = getattr(settings, name, None), name.startswith("price")
+        if value is not None and not (0 < value < math.inf or (is_price and value == 0)):
             raise ValueError(f"{name} is {value}, expected {'at least 0' if is_price else 'more than 0'}")
     for name in settings.parameters:
         if name in own_parameters:

@@ -104,7 +104,8 @@ class Endpoint:
     ledger: str | Path | None = None
 
     def __post_init__(self) -> None:
-        check_settings(self, own_parameters=("model", "input", "dimensions"))
+        positive = ("dimensions", "max_tokens", "batch_texts")
+        check_settings(self, positive=positive, own_parameters=("model", "input", "dimensions"))
         if self.batch_texts > MAX_BATCH_TEXTS:
             raise ValueError(f"batch_texts is {self.batch_texts}, expected 1 to {MAX_BATCH_TEXTS:,}")
         if self.max_cost is not None and self.price is None:

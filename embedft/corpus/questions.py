@@ -67,7 +67,8 @@ class QuestionConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_settings(self, own_parameters=OWN_PARAMETERS)
+        positive = ("num_questions", "max_reply_tokens", "max_requests")
+        check_settings(self, positive=positive, own_parameters=OWN_PARAMETERS)
         if (self.price_in is None) != (self.price_out is None):
             raise ValueError("one of price_in and price_out is missing, expected both or neither")
         if self.max_cost is not None and self.price_in is None:
