@@ -4,7 +4,6 @@
     index = FaissIndex(documents, "hnsw,efSearch=128")         # a preset with your own search parameter
     index = FaissIndex(documents, "IVF1024,SQ8,nprobe=32")     # any string for FAISS's index_factory
     index = AdaptiveIndex(document_embeddings, 64)             # 64 of 384 dimensions find, all dimensions order
-    scores, rows = index.search(query_embeddings, depth=10)
 
 In the name of an index the parts with "=" are parameters in the syntax of `faiss.ParameterSpace`; the rest is a preset
 or a factory string:
@@ -18,10 +17,8 @@ or a factory string:
 IVF has 4 sqrt(N) lists, or fewer where that would leave less than 39 documents to train each. How much of the exact
 result is found depends on the data: `evaluate` reports it as "recall@10_of_exact".
 
-Source: HNSW: Malkov and Yashunin 2018; IVF and PQ: Jegou et al. 2011; sizes: FAISS's wiki, "Guidelines to choose an
-index"; adaptive retrieval: Kusupati et al. 2022, section 4.3.1.
-
-Shapes: Q queries, N documents, D dimensions, K = min(depth, N) results.
+Source: Malkov and Yashunin 2018 (HNSW); Jegou et al. 2011 (IVF, PQ); FAISS's wiki, "Guidelines to choose an index";
+Kusupati et al. 2022, section 4.3.1 (adaptive). Shapes: Q queries, N documents, D dimensions, K = min(depth, N) results.
 """
 
 import contextlib

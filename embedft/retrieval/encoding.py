@@ -4,7 +4,7 @@
     for part in encode_documents(embedder, ids, texts, passages=(128, 64)):
         ...                                          # part.vectors, part.source; dropped before the next one is made
 
-Shapes: N documents or windows, W dimensions of the model, D <= W of them kept.
+Shapes: N documents or windows, W dimensions of the model, D of them kept.
 """
 
 import contextlib
@@ -80,9 +80,9 @@ def encode_documents(
                 part = Slice(first, encode(embedder, part_texts, part_ids, role="document"))
             else:
                 vectors, source = embedder.encode_passages(part_texts, passages, role="document", dim=width)
-                if len(source) != len(vectors) or len(np.unique(source)) != len(part_ids):
-                    found = f"{len(vectors)} windows of {len(np.unique(source))} documents"
-                    raise ValueError(f"{len(part_ids)} documents gave {found}")
+                found = len(np.unique(source))
+                if (len(source), found) != (len(vectors), len(part_ids)):
+                    raise ValueError(f"{len(part_ids)} documents gave {len(vectors)} windows of {found} documents")
                 require_finite(vectors, "a window of document", [part_ids[row] for row in source])
                 part = Slice(first, np.asarray(vectors, dtype=np.float32), np.asarray(source))
                 del vectors

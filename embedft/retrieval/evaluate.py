@@ -1,7 +1,6 @@
 """An embedder and a dataset, or a run, to a report; a grid of settings over one encoding.
 
-    before = evaluate(embedder, dataset)
-    ...                                     # train
+    before = evaluate(embedder, dataset)      # then train
     print(compare(before, evaluate(embedder, dataset), metric="ndcg@10"))     # compare: report.py
     evaluate_grid(embedder, dataset, dims=(384, 128), precisions=("float32", "int8"), indices=("flat", "hnsw"))
 
@@ -101,13 +100,13 @@ def evaluate_grid(
     if not queries:
         raise ValueError(f"none of the {len(dataset.queries)} queries of the dataset has a relevant document")
     options = {"exclude_identical_ids": exclude_identical_ids, "slice_documents": slice_documents}
+    common = model_setting(embedder) | _data_setting(dataset) | {"similarity": embedder.similarity}  # hashed once
     reports = []
     for setting, run, facts, costs in search_grid(embedder, dataset, queries, settings, depth=depth, **options):
         report = evaluate_run(run, qrels, ks=ks, depth=depth, metrics=metrics, gain=gain)
-        setting = {"similarity": embedder.similarity, **setting.describe(), **facts, **report.setting}
+        setting = {**common, **setting.describe(), **facts, **report.setting}
         reports.append(dataclasses.replace(report, setting=setting, costs={**costs, **report.costs}))
-    common = model_setting(embedder) | _data_setting(dataset)  # hashed once
-    return [dataclasses.replace(report, setting={**common, **report.setting}) for report in reports]
+    return reports
 
 
 def evaluate_run(

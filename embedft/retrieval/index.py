@@ -8,8 +8,6 @@ Embeddings of a cosine model are unit rows, so the inner product serves cosine a
 Results are ordered by (computed score descending, row ascending). This order is total, so no library decides which of
 several documents tied at the cutoff are returned. Equal vectors tie as far as the matrix product scores them equally.
 
-Windows are in passages.py, codes of a byte or bit per dimension in quantization.py, FAISS's indices in approximate.py.
-
 Shapes: Q queries, N documents (rows, numbered from 0), D dimensions, K = min(depth, N) results, W >= K.
 """
 

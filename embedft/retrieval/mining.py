@@ -14,7 +14,6 @@ satisfy those of these conditions that are set:
     s <= p - absolute_margin,   s <= p - relative_margin * |p|,   min_score <= s <= max_score
 
 Source: Moreira et al. 2024 (NV-Retriever), positive-aware mining: TopK-MarginPos and TopK-PercPos.
-
 Shapes: Q queries, W windows of a document (one without passages), D dimensions, K = last rank.
 """
 

@@ -4,9 +4,8 @@
     index = WindowIndex(vectors_WD, source_W, aggregate="max")
     scores, rows = index.search(query_embeddings, depth=100)      # rows are documents, not windows
 
-Exact unless `candidates` is given. In every block of documents the windows are scored and reduced to one score per
-document before anything is dropped, so many good windows of one document never displace another document. There is
-never a [Q, N] matrix. Texts are cut into windows elsewhere (encoders/tokenization.py).
+Exact unless `candidates` is given: windows are reduced to one score per document before anything is dropped, so many
+good windows of one document never displace another document.
 
 Shapes: Q queries, W windows of N documents (rows, numbered from 0), D dimensions, K = min(depth, N) results; B queries
 in a block, P documents in a block, C candidates of a query.

@@ -2,7 +2,6 @@
 
     index = QuantizedIndex(document_embeddings, "int8")
     scores, rows = index.search(query_embeddings, depth=100)
-    vectors_ND = index.decode()               # what the codes stand for, float32
 
 | precision | bytes per vector | score |
 |-----------|------------------|-------|
@@ -14,7 +13,6 @@ Queries stay float32 wherever a product is computed; only Hamming distances use 
 vectors finer than the stored ones. Product quantization is FAISS's (approximate.py).
 
 Source: Shakir et al. 2024, "Binary and Scalar Embedding Quantization"; Yamada et al. 2021, section 3 (rescored binary).
-
 Shapes: Q queries, N documents, D dimensions, B = ceil(D / 8) bytes, K = min(depth, N) results.
 """
 

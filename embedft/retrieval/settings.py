@@ -8,10 +8,7 @@
   "hnsw,efSearch=128" (approximate.py); or "adaptive-64": 64 dimensions find 4 x `depth` documents, all order them.
 - int8 and binary work with flat, hnsw and ivf. hnsw and ivf then search what the codes stand for, in float32: quality
   and bytes are those of the codes, speed is not.
-- With passages an index other than flat finds windows; all windows of their documents are then scored (passages.py).
-  This works with all but adaptive.
-
-Shapes: N documents or windows, D dimensions.
+- With passages an index other than flat finds windows, and all windows of their documents are scored (not adaptive).
 """
 
 import re
@@ -50,10 +47,8 @@ class Setting(NamedTuple):
 
     def describe(self) -> dict:
         """What a report says of it."""
-        values = self._asdict()
-        if self.passages is None:
-            del values["aggregate"]
-        return values if self.passages is None else values | {"passages": list(self.passages)}
+        values = {**self._asdict(), "passages": self.passages and list(self.passages)}
+        return {name: value for name, value in values.items() if name != "aggregate" or self.passages}
 
 
 def check_settings(
