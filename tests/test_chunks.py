@@ -496,3 +496,50 @@ def test_a_blob_that_is_one_unknown_token_is_cut():
     chunks = chunk_pages([Page("a.txt", 1, f"One sentence. {blob} Another one.")], count_tokens=count_tokens, size=50)
     assert max(len(chunk.text) for chunk in chunks) <= 51 * 100
     assert "".join(chunk.text for chunk in chunks).replace(" ", "") == f"Onesentence.{blob}Anotherone."
+
+
+@pytest.mark.parametrize(
+    ("text", "num_sentences"),
+    [
+        ("磨坊建于一八二〇年。镇上拥有它！谁在里面工作？面包店早上六点开门。", 4),
+        ("製粉所は町のものです。「誰がそこで働きますか？」パン屋は朝六時に開きます。", 3),
+        ("चक्की 1820 में बनी थी। शहर इसका मालिक है। बेकरी सुबह छह बजे खुलती है।", 3),
+        ("متى بنيت المطحنة؟ بنيت قديما.", 2),
+        ("The firm (est. 1820) is owned by the town. It bakes.", 2),
+    ],
+)
+def test_sentence_ends_of_other_scripts(text, num_sentences):
+    spans = sentence_spans(text)
+    assert len(spans) == num_sentences
+    assert "".join("".join(text[slice(*span)].split()) for span in spans) == "".join(text.split())
+
+
+def test_a_code_block_is_one_sentence():
+    text = "Before. It runs.\n```\na. B\n\nc\n```\nAfter."
+    assert [text[slice(*span)] for span in sentence_spans(text)] == [
+        "Before.",
+        "It runs.",
+        "```\na. B\n\nc\n```",
+        "After.",
+    ]
+
+
+def test_chinese_pages_join_without_a_blank():
+    pages = report("磨坊建于一八二〇年并且从那时起一直属于这个位于北方山脚的镇", "所有。它很大。")
+    (chunk,) = chunk_pages(pages, count_tokens=count_characters, size=99)
+    assert chunk.text == pages[0].text + pages[1].text
+
+
+def test_a_long_word_takes_linear_time():
+    """Each of the texts that are counted costs its length: the sum stays within a small multiple of the text."""
+    total = 0
+
+    def count(texts):
+        nonlocal total
+        total += sum(map(len, texts))
+        return [len(text.split()) for text in texts]  # one token for the blob, however long
+
+    for length in (25_000, 100_000):
+        total = 0
+        chunk_pages([Page("a.txt", 1, f"First. {'ab' * (length // 2)} Last.")], count_tokens=count, size=50)
+        assert total < 80 * length

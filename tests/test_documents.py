@@ -1,5 +1,6 @@
 """documents.py: the text of pages by hand, then the two real filings, each read once, through to chunks."""
 
+import os
 import re
 import unicodedata
 from collections import Counter
@@ -466,3 +467,45 @@ def test_no_validation_text_of_the_filings_is_in_training(filing_chunks, way):
     )
     whole = "".join("".join(page.text.split()) for page in pages)
     assert [sentence for sentence in train & validation if whole.count(sentence) < 2] == []
+
+
+def test_what_is_no_regular_file_is_left_out(tmp_path):
+    (tmp_path / "good.txt").write_text("Some words.")
+    os.mkfifo(tmp_path / "pipe.txt")
+    os.mkfifo(tmp_path / "pipe.pdf")
+    pages, skipped = read_documents([tmp_path])
+    assert [page.text for page in pages] == ["Some words."]
+    assert {(line.file, line.reason) for line in skipped} == {
+        (str(tmp_path / name), "is not a regular file") for name in ("pipe.txt", "pipe.pdf")
+    }
+    with pytest.raises(ValueError, match=r"pipe\.txt: expected a folder or a file"):
+        read_documents([tmp_path / "pipe.txt"])
+
+
+def test_a_name_that_is_no_utf8_is_escaped(tmp_path):
+    name = os.path.join(os.fsencode(tmp_path), b"r\xe9sum\xe9.txt")
+    try:
+        with open(name, "wb") as file:
+            file.write(b"Words.")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names alone")
+    ((page,), _) = read_documents([tmp_path])
+    assert page.file == str(tmp_path / r"r\xe9sum\xe9.txt")
+    ((again,), _) = read_documents([os.fsdecode(name)])
+    assert again == page
+
+
+@pytest.mark.parametrize(
+    "lines", [["磨坊建于一八二〇年并且从那时起一直", "属于镇上。"], ["製粉所は町のものですが、", "誰も働きません。"]]
+)
+def test_wrapped_chinese_and_japanese_lines_join_without_a_blank(lines):
+    assert clean_layout(["\n".join([lines[0], *lines])])[0] == lines[0] + "".join(lines)
+
+
+def test_one_header_per_form_stays():
+    """Headers whose numbers differ otherwise than by the page are of two kinds, and the first of each stays."""
+    forms = [f"Form 1099-{3 if i < 4 else 7}" for i in range(8)]
+    pages = report(["\n".join([forms[i], *body(i)]) for i in range(8)])
+    found, dropped = drop_repeated_lines(pages)
+    assert [page.text.split("\n")[0] for page in found if "Form" in page.text] == ["Form 1099-3", "Form 1099-7"]
+    assert dropped == {"Form #-#": 6}

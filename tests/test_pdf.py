@@ -12,6 +12,7 @@ import pytest
 from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject
 
 from embedft.corpus import pdf, pdf_page
+from embedft.corpus.documents import read_documents
 from embedft.corpus.pdf import PdfText, read_pdfs
 from embedft.progress import progress_bar as make_bar
 
@@ -339,3 +340,113 @@ def test_pypdf_still_has_the_place_that_keeps_lines_apart():
     finally:
         _layout_mode.y_coordinate_groups = merge_lines
     assert [group["font_height"] for group in groups] == [10.3, 10.3]
+
+
+# The order in which a page is read.
+
+HILLS = [
+    *(
+        "Rain falls on the northern hills for",
+        "most of the year, and the rivers that",
+        "leave them are short and fast. Mills",
+    ),
+    *("were built along their banks before", "the railway came, and many of them", "still stand."),
+]
+BREAD = [
+    *(
+        "Bread in the southern valleys is made",
+        "with chestnut flour, which keeps for",
+        "longer than wheat. Families dry the",
+    ),
+    *("nuts over a slow fire in a hut of two", "floors. The smoke gives the flour its", "taste."),
+]
+
+
+def drawn(*blocks: tuple[list[str], str], rotate: int = 0) -> bytes:
+    """One page of blocks of lines, each set by the text matrix given."""
+    content = ") Tj T* ET BT /F1 10 Tf 12 TL ".join(
+        f"{matrix} Tm ({') Tj T* ('.join(lines)}" for lines, matrix in blocks
+    )
+    page = pdf_bytes(["x"])
+    begin, end = page.index(b"BT /F1 10 Tf"), page.index(b"\nendstream")
+    stream = f"BT /F1 10 Tf 12 TL {content}) Tj T* ET".encode()
+    # pypdf finds the objects again when the table of their places is wrong.
+    page = page[:begin] + stream + page[end:]
+    page = page.replace(f"/Length {end - begin}".encode(), f"/Length {len(stream)}".encode())
+    return page.replace(b"/Type /Page ", f"/Type /Page /Rotate {rotate} ".encode())
+
+
+def upright(x: int, y: int) -> str:
+    return f"1 0 0 1 {x} {y}"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        drawn((HILLS, upright(60, 700)), (BREAD, upright(320, 700))),
+        drawn((HILLS, upright(60, 700)), (BREAD, upright(320, 694))),  # half a line lower
+        drawn((HILLS, upright(60, 700)), (BREAD, upright(320, 700)), (HILLS, upright(60, 500))),
+        drawn((HILLS, "0 1 -1 0 100 60"), rotate=90),
+        drawn((HILLS, "0 -1 1 0 500 700"), rotate=270),
+        drawn((HILLS, "-1 0 0 -1 500 100"), rotate=180),
+        drawn((HILLS, "0 1 -1 0 100 60")),
+    ],
+    ids=["columns", "columns half a line apart", "columns and a block", "90", "270", "180", "sideways"],
+)
+def test_columns_and_rotated_text_are_read_in_the_order_of_the_file(make, content):
+    path = make("a.pdf", content)
+    (text,) = read_pdfs([path])
+    assert text.plain == {1}
+    paragraphs = [" ".join(lines) for lines in (HILLS, BREAD) if lines[0].encode() in content]
+    found = read_documents([path]).pages[0].text.split("\n")
+    assert found[: len(paragraphs)] == paragraphs
+
+
+def test_single_columns_and_tables_keep_their_layout(make):
+    rows = (["Rent of offices", "Wages and salaries", "Insurance of vehicles", "All other costs"], upright(60, 500))
+    amounts = (["1,000", "2,500", "300", "47"], upright(320, 500))
+    (text,) = read_pdfs([make("a.pdf", drawn((HILLS, upright(60, 700)), rows, amounts))])
+    assert text.plain == set()
+    assert "Wages and salaries 2,500" in [" ".join(line.split()) for line in text.pages[0].split("\n")]
+
+
+def test_which_layouts_are_scrambled():
+    """Against the plain text: lines that go on elsewhere, words glued; not words that the plain mode breaks."""
+    wide = "\n".join(f"{left}     {right}" for left, right in zip(HILLS, BREAD, strict=True))
+    assert pdf_page.broken_lines(wide, "\n".join(HILLS + BREAD)) == (8, 8)
+    assert pdf_page.broken_lines("\n".join(HILLS + BREAD), "\n".join(HILLS + BREAD)) == (0, 8)
+    table = "Issuance of common stock under   2,770\nthe Employee Stock Purchase Plan"
+    assert pdf_page.broken_lines(table, "Issuance of common stock under\nthe Employee Stock Purchase Plan") == (0, 1)
+    assert pdf_page.glued_words("for the mostpart most of the part", "for the most part most of the part") == (1, 8)
+    assert pdf_page.glued_words("that is a fact", "tha t is a fac t") == (0, 6)
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("Plain text, naïve: 10% of §3 (a/b) /s/ John Smith", 0.0),
+        ("/g12/g7 /g33", 1.0),
+        ("(cid:12)(cid:7)", 1.0),
+        ("ab\ufffd\ue000", 0.5),
+        ("7KH\x03FR\x03", 2 / 7),
+        ("", 0.0),
+    ],
+)
+def test_what_of_a_text_is_unreadable(text, share):
+    assert pdf_page.unreadable_share(text) == pytest.approx(share)
+
+
+def test_a_page_of_glyph_codes_is_named(make):
+    path = make("a.pdf", pdf_bytes(["/g12/g7/g33 /g4/g5/g6", "words", "/g1 and many more words than that"]))
+    (text,) = read_pdfs([path])
+    assert text.failures == {1: pdf_page.UNREADABLE, 3: pdf_page.INCOMPLETE}
+    pages, skipped = read_documents([path])
+    assert [page.number for page in pages] == [2, 3]
+    assert [(line.page, line.reason) for line in skipped] == [(1, pdf_page.UNREADABLE), (3, pdf_page.INCOMPLETE)]
+
+
+def test_a_page_that_never_finishes_costs_its_time_alone(make, faulty):
+    faulty("while 'endless' in text: pass")
+    (text,) = read_pdfs([make("a.pdf", pdf_bytes(["one", "endless", "three"]))], page_seconds=3)
+    assert stripped(text) == ["one", "", "three"]
+    assert text.failures == {2: "took longer than 3 seconds"}
