@@ -88,7 +88,7 @@ def test_the_key_is_hidden_in_every_form(monkeypatch, key):
     monkeypatch.setenv("OPENAI_API_KEY", key)
     server = Server.find("http://localhost:1/v1")
     for place in range(1, len(key)):
-        for gap in ("\n", " ", "\\n", "\r\n\t", "\u200b"):
+        for gap in ("\n", " ", "\\n", "\r\n\t", "\u200b", "\\u200b"):
             assert server.redact(f"<{key[:place]}{gap}{key[place:]}>") == "<[secret]>"
     assert server.redact(f"{key} {key.upper()} x{key.lower()}y") == "[secret] [secret] x[secret]y"
     for before in ("", "B", "Be", "Bearer ", "x-api-key: "):

@@ -15,7 +15,7 @@ OPENAI_HOST = "api.openai.com"
 OPENAI_URL = f"https://{OPENAI_HOST}/v1"
 # Anything shorter may be an ordinary word: a placeholder key such as "ollama", a query such as ?version=beta.
 MIN_KEY_CHARACTERS, MIN_PASSWORD_CHARACTERS, MIN_QUERY_CHARACTERS = 12, 4, 8
-BREAK = r"(?:\\[nrt]|[^\x21-\x7e])"  # line breaks and whatever else may split a secret that is quoted
+BREAK = r"(?:\\[nrt]|\\u[0-9a-fA-F]{4}|[^\x21-\x7e])"  # line breaks and whatever else may split a quoted secret
 SECRET = "[secret]"
 
 
