@@ -227,6 +227,9 @@ def _check_same(out: Path, config: dict[str, Any], hashes: dict[str, str], what:
     then, now = before.pop("objects", None) or {}, (config := dict(config)).pop("objects", None) or {}
     for key in {**before, **config}:
         if before.get(key) != config.get(key):
+            if key not in before:
+                version = "an earlier version began this run, finish it there or overwrite it"
+                raise ValueError(f"{out}: {what}, {key} is {config[key]!r} and was no setting then: {version}")
             raise ValueError(f"{out}: {what}, {key} was {before.get(key)!r} and is {config.get(key)!r}")
     for name in {**found, **hashes}:
         if found.get(name) != hashes.get(name):
