@@ -301,7 +301,7 @@ def test_nothing_is_asked_for_twice(tmp_path):
 def test_two_at_once_pay_once(tmp_path, capfd):
     """The second waits for the first, says so, and asks for what is missing then: two texts of its own."""
     texts, found = some_texts(24), {}
-    with ApiServer(delay=0.02) as server:
+    with ApiServer(delay=0.2) as server:
         embedders = [api(server, store=Store(tmp_path), batch_texts=2, concurrency=2) for _ in range(2)]
 
         def encode(i: int, wanted: list[str]) -> None:
@@ -310,7 +310,8 @@ def test_two_at_once_pay_once(tmp_path, capfd):
         threads = [threading.Thread(target=encode, args=(i, part)) for i, part in enumerate((texts[:22], texts[::-1]))]
         for thread in threads:
             thread.start()
-            time.sleep(0.05)
+            while not server.counts["embeddings"]:  # the first one asks, and has eleven batches to go
+                time.sleep(0.002)
         for thread in threads:
             thread.join()
         assert sorted(text for batch in asked(server) for text in batch) == sorted(texts)
