@@ -11,7 +11,7 @@ from torch import nn
 
 from embedft import Adapter, evaluate, load_embedder
 from embedft.encoders.adapter import Base
-from embedft.encoders.maps import ACTIVATIONS, KINDS, Linear, LowRank, TwoLayer, build_map
+from embedft.encoders.maps import ACTIVATIONS, KINDS, LinearMap, LowRank, TwoLayer, build_map
 from embedft.files import read_json, write_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,7 +38,7 @@ def vectors(num=5, dim=4, dtype=torch.float32, seed=1):
 
 
 def test_linear_by_hand():
-    part = Linear(2)
+    part = LinearMap(2)
     part.weight.data, part.bias.data = torch.tensor([[1.0, 2.0], [0.0, 3.0]]), torch.tensor([10.0, 20.0])
     assert part(torch.tensor([[1.0, 1.0], [0.0, 2.0]])).tolist() == [[13.0, 23.0], [14.0, 26.0]]
     # ||W - I||^2 = 2^2 + 2^2, ||b||^2 = 100 + 400, two features.
@@ -627,7 +627,7 @@ def test_an_adapter_of_version_1_loads_with_a_warning(embedder, tmp_path):
 def test_saved_in_half_precision(tmp_path):
     """It loads in float32, which is how every model does, and in its own type."""
     base = make_embedder(tmp_path / "base", dtype=torch.bfloat16)
-    base.attach(Adapter(Linear(32), base=base.base()))
+    base.attach(Adapter(LinearMap(32), base=base.base()))
     base.save(tmp_path / "saved")
     for dtype in (torch.float32, torch.bfloat16):
         assert load_embedder(tmp_path / "saved", device="cpu", dtype=dtype).adapter is not None
@@ -650,7 +650,7 @@ def test_a_router_of_somebody_else_is_refused(embedder, tmp_path):
 def test_evaluate_takes_an_embedder_with_an_adapter(embedder):
     dataset = make_dataset()
     plain = evaluate(embedder, dataset).metrics
-    embedder.attach(Adapter(Linear(32), base=embedder.base()))
+    embedder.attach(Adapter(LinearMap(32), base=embedder.base()))
     assert evaluate(embedder, dataset).metrics == plain
     embedder.adapter.query.weight.data *= -1
     assert evaluate(embedder, dataset).metrics["mrr@10"] < plain["mrr@10"]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from embedft import LOSSES, Adapter, AdapterConfig, fit_adapter
 from embedft import device as devices
 from embedft.encoders.adapter import Base
-from embedft.encoders.maps import Linear, build_map
+from embedft.encoders.maps import LinearMap, build_map
 from embedft.training.closed_forms import procrustes, relevant_pairs, ridge
 from embedft.training.corpus_softmax import Documents, Pairs, first_ranks, full_corpus_softmax
 from embedft.training.fit_adapter import _Judge
@@ -80,7 +80,7 @@ RELEVANT = [[0], [3, 7], [3], [10], [1, 2, 4], list(range(11))]  # the last: eve
 @pytest.mark.parametrize(("at_once", "temperature"), [(1, 0.05), (3, 1.0), (11, 0.05), (100, 1.0)])
 def test_softmax_in_parts_is_the_dense_one(at_once, mapped, temperature):
     Q, D = torch.from_numpy(draw(6)).requires_grad_(), draw(11, seed=1) * 5
-    document_map = Linear(6).double() if mapped else None
+    document_map = LinearMap(6).double() if mapped else None
     if mapped:
         document_map.weight.data += 0.3 * torch.from_numpy(draw(6, seed=2))
     documents = Documents(D, at_once=at_once, dtype=torch.float64)
@@ -158,7 +158,7 @@ def accuracy(adapter, Q, D, qrels):
 @pytest.mark.parametrize("kind", ["linear", "low_rank", "two_layer"])
 def test_it_learns(kind, side, objective):
     Q, D, qrels = problem(noise=0.3)
-    before = accuracy(Adapter(Linear(6)), Q, D, qrels)
+    before = accuracy(Adapter(LinearMap(6)), Q, D, qrels)
     config = replace(PLAIN, kind=kind, side=side, objective=objective, epochs=60, lr=0.02, rank=6, hidden=32)
     adapter = fit_adapter(Q, D, qrels, config)
     losses = [record["loss"] for record in adapter.history]
@@ -527,7 +527,7 @@ def test_validation_in_place_of_held_out_documents():
     adapter = fit_adapter(Q, D, qrels, replace(PLAIN, held_out=0.5, epochs=10, select="hit_rate@1"), validation=other)
     assert (adapter.costs["queries"], adapter.costs["documents"]) == (24, 12)
     first = adapter.history[0]["metrics"]
-    assert first["hit_rate@1"] == accuracy(Adapter(Linear(6)), *other)
+    assert first["hit_rate@1"] == accuracy(Adapter(LinearMap(6)), *other)
     with pytest.raises(ValueError, match="validation has 5 features, expected 6"):
         fit_adapter(Q, D, qrels, PLAIN, validation=problem(4, 4, 5))
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from test_fit_adapter import PLAIN, draw
 
 from embedft import LOSSES, fit_adapter
-from embedft.encoders.maps import Linear
+from embedft.encoders.maps import LinearMap
 from embedft.training.corpus_softmax import Documents, Pairs, checked_source, first_ranks, full_corpus_softmax
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -83,7 +83,7 @@ def test_by_hand(at_once):
 def test_softmax_is_that_of_loops(at_once, mapped, temperature):
     """Values and gradients; parts of 1, 3 and 4 cut through documents."""
     Q, D = torch.from_numpy(draw(6)).requires_grad_(), draw(13, seed=1) * 5
-    document_map = Linear(6).double() if mapped else None
+    document_map = LinearMap(6).double() if mapped else None
     if mapped:
         document_map.weight.data += 0.3 * torch.from_numpy(draw(6, seed=2))
     documents = Documents(D, at_once=at_once, dtype=torch.float64, source=SOURCE)

@@ -24,7 +24,7 @@ from embedft.api.client import Client
 from embedft.api.endpoint import ApiCosts, shorten
 from embedft.api.ledger import Totals
 from embedft.encoders.adapter import Adapter, Base
-from embedft.encoders.maps import Linear
+from embedft.encoders.maps import LinearMap
 from embedft.encoders.openai_api import ApiEmbedder
 from embedft.encoders.store import Store
 
@@ -903,7 +903,7 @@ def test_the_key_is_nowhere(tmp_path, capfd, caplog):
 
 def test_an_adapter_maps_what_the_server_gave(tmp_path):
     """A map that doubles the first feature: the store keeps the server's vectors, `dim` is cut behind the map."""
-    adapter = Adapter(query=Linear(16, bias=False))
+    adapter = Adapter(query=LinearMap(16, bias=False))
     with torch.no_grad():
         adapter.query.weight[0, 0] = 2.0
     texts = ["a", "b"]
@@ -922,12 +922,12 @@ def test_an_adapter_maps_what_the_server_gave(tmp_path):
         assert base == Base(
             f"{server.base_url}, m", 16, {role: embedder.space(role).fingerprint for role in ("query", "document")}
         )
-        other = Adapter(query=Linear(16), base=base)
+        other = Adapter(query=LinearMap(16), base=base)
         api(server).attach(other)
         with pytest.raises(ValueError, match="the adapter is for"):
             ApiEmbedder("n", base_url=server.base_url).attach(other)
         with pytest.raises(ValueError, match="takes 8 features"):
-            embedder.attach(Adapter(query=Linear(8)))
+            embedder.attach(Adapter(query=LinearMap(8)))
 
 
 def test_load_embedder(tmp_path):
@@ -940,7 +940,7 @@ def test_load_embedder(tmp_path):
         assert server.log[0][2]["model"] == "org/m"
         assert server.log[0][2]["input"] == ["q: a"]
         base = embedder.base()
-        Adapter(query=Linear(8), base=base).save(tmp_path / "adapter")
+        Adapter(query=LinearMap(8), base=base).save(tmp_path / "adapter")
         options = {"base_url": server.base_url, "dimensions": 8, "prompts": {"query": "q: "}}
         mapped = load_embedder("openai:org/m", adapter=tmp_path / "adapter", **options)
         np.testing.assert_allclose(mapped.encode(["a"], role="query"), embedder.encode(["a"], role="query"), atol=1e-6)

@@ -7,7 +7,7 @@ from conftest import TINY_VOCABULARY, write_tiny_folder
 
 from embedft import RetrievalDataset, load_embedder
 from embedft.encoders.adapter import Adapter
-from embedft.encoders.maps import Linear
+from embedft.encoders.maps import LinearMap
 from embedft.encoders.packing import concatenate, pack, take
 from embedft.retrieval.evaluate import evaluate
 from embedft.retrieval.index import FlatIndex, Found, search_exact
@@ -487,7 +487,7 @@ def test_an_adapter_and_a_store(tiny_bert, tmp_path):
     reports = []
     for store in (None, tmp_path / "store"):
         embedder = load_embedder(tiny_bert, device="cpu", store=store)
-        adapter_map = Linear(32)
+        adapter_map = LinearMap(32)
         adapter_map.weight.data += torch.randn(32, 32, generator=torch.Generator().manual_seed(0)) * 0.2
         embedder.attach(Adapter(document=adapter_map, base=embedder.base()))
         reports.append(evaluate(embedder, long_dataset(), passages=(6, 3), dim=5))

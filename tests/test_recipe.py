@@ -17,7 +17,7 @@ from embedft import LOSSES, FinetuneConfig, Report, RetrievalDataset, evaluate, 
 from embedft.data.batches import make_batches
 from embedft.data.mixture import join_datasets, make_mixture
 from embedft.encoders.adapter import Adapter
-from embedft.encoders.maps import Linear
+from embedft.encoders.maps import LinearMap
 from embedft.files import read_json, read_jsonl, sha256_file
 from embedft.losses.contrastive import in_batch_negatives
 from embedft.losses.registry import build_loss
@@ -812,7 +812,7 @@ def test_a_module_that_is_used_twice(tmp_path, module):
     """Its weights are one tensor under two names; checkpoints hold it, and it resumes."""
     embedder, options = make_embedder(tmp_path / "base"), {}
     if module == "a shared adapter":
-        part = Linear(32, 32)
+        part = LinearMap(32, 32)
         embedder.attach(Adapter(query=part, document=part))
     else:
         scaled = Scaled(0.5)

@@ -4,7 +4,7 @@ A map starts at the identity, so training starts from the base model. A query-si
 alone: nothing is embedded or indexed again, and the base may be any model, even one behind an API. Not here: the maps
 (maps.py), fitting (training/fit_adapter.py), and the vectors themselves (embedder.py, store.py).
 
-    adapter = Adapter(query=Linear(384))
+    adapter = Adapter(query=LinearMap(384))
     adapter(queries_ND, role="query"), adapter(documents_MD, role="document")
     adapter.save("adapter"); adapter = Adapter.load("adapter")
 
@@ -27,7 +27,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from ..files import atomic_write, read_object, sha256_file, write_json
-from .maps import Linear, LowRank, Map, TwoLayer, build_map
+from .maps import LinearMap, LowRank, Map, TwoLayer, build_map
 
 ROLES = ("query", "document")
 SIDES = ("query", "document", "both", "shared")
@@ -262,7 +262,7 @@ def _to_llamaindex(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]
         raise ValueError(f"the format 'llamaindex' holds a linear or two-layer map of queries, this is {kind} for "
                          f"{adapter.side}")  # fmt: skip
     config = {"in_features": part.in_features, "out_features": part.out_features, "bias": part.settings()["bias"]}
-    names = LLAMAINDEX_LINEAR if isinstance(part, Linear) else LLAMAINDEX_TWO_LAYER
+    names = LLAMAINDEX_LINEAR if isinstance(part, LinearMap) else LLAMAINDEX_TWO_LAYER
     state = {name: tensor.cpu().clone() for name, tensor in part.state_dict().items()}
     if isinstance(part, TwoLayer):
         config |= {"hidden_features": part.hidden, "activation_fn_str": part.activation, "add_residual": part.residual}

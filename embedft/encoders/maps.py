@@ -28,7 +28,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Linear(nn.Module):
+class LinearMap(nn.Module):
     """W x + b. W [E, D] starts as the identity (its first rows or columns if E is not D), b as 0."""
 
     kind = "linear"
@@ -165,8 +165,8 @@ class TwoLayer(nn.Module):
         raise ValueError("a two-layer adapter is not a linear map, so it cannot be written as a Dense module")
 
 
-Map = Linear | LowRank | TwoLayer
-KINDS: dict[str, type] = {kind.kind: kind for kind in (Linear, LowRank, TwoLayer)}
+Map = LinearMap | LowRank | TwoLayer
+KINDS: dict[str, type] = {kind.kind: kind for kind in (LinearMap, LowRank, TwoLayer)}
 
 
 def build_map(kind: str, in_features: int, out_features: int | None = None, **options: Any) -> Map:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..encoders.adapter import Adapter
-from ..encoders.maps import Linear
+from ..encoders.maps import LinearMap
 
 
 def ridge(queries_PD: np.ndarray, positives_PD: np.ndarray, *, strength: float) -> Adapter:
@@ -77,7 +77,7 @@ def _pairs(queries_PD: np.ndarray, positives_PD: np.ndarray) -> tuple[np.ndarray
 
 
 def _adapter(weight_DD: np.ndarray) -> Adapter:
-    part = Linear(weight_DD.shape[1], weight_DD.shape[0], bias=False)
+    part = LinearMap(weight_DD.shape[1], weight_DD.shape[0], bias=False)
     with torch.no_grad():
         part.weight.copy_(torch.from_numpy(weight_DD))
     return Adapter(query=part)
