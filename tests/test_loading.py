@@ -445,6 +445,7 @@ def test_modules_that_are_not_known(write_tiny, tmp_path):
     refused([modules[0], modules[2], modules[1]], f"modules are Transformer, Normalize, Pooling, {expected}")
     refused([], f"modules are , {expected}")
     refused([*modules, modules[2]], "two modules are a Normalize, expected one")
+    refused([modules[0], {**modules[1], "type": "9" * 5000}], f"modules are Transformer, {'9' * 187}, expected")
     refused([{"idx": 0}], "a module is .*idx.*, expected an object")
     refused({"idx": 0}, "a module is .*idx.*, expected an object")
 

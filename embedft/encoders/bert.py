@@ -75,9 +75,9 @@ class BertConfig:
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} does not divide by {self.num_attention_heads} heads")
         if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act is {self.hidden_act!r}, expected one of {', '.join(ACTIVATIONS)}")
+            raise ValueError(f"hidden_act is {self.hidden_act[:60]!r}, expected one of {', '.join(ACTIVATIONS)}")
         if self.position_embedding_type != "absolute":
-            raise ValueError(f"position_embedding_type is {self.position_embedding_type!r}, expected 'absolute'")
+            raise ValueError(f"position_embedding_type is {self.position_embedding_type[:60]!r}, expected 'absolute'")
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "BertConfig":
@@ -87,7 +87,7 @@ class BertConfig:
             if field.name in config:
                 wanted = (int, float) if field.type is float else field.type
                 if not isinstance(config[field.name], wanted) or isinstance(config[field.name], bool):
-                    raise ValueError(f"{field.name} is {config[field.name]!r}, expected {field.type.__name__}")
+                    raise ValueError(f"{field.name} is {repr(config[field.name])[:60]}, expected {field.type.__name__}")
                 values[field.name] = config[field.name]
             elif field.default is MISSING:
                 raise ValueError(f"{field.name} is missing")

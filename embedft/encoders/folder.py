@@ -128,7 +128,7 @@ def read_fields(path: Path, schema: str | None = None) -> dict[str, Any]:
     values = {key: value for key, value in read_object(path).items() if value is not None} if path.is_file() else {}
     for field, (expected, is_right) in SCHEMA[schema or path.name].items():
         if field in values and not is_right(values[field]):
-            raise ValueError(f"{path}: {field} is {str(values[field])[:60]!r}, expected {expected}")
+            raise ValueError(f"{path}: {field} is {repr(values[field])[:60]}, expected {expected}")
     return values
 
 
@@ -144,17 +144,17 @@ def read_modules(folder: Path) -> dict[str, str]:
     for module in found if isinstance(found, list) else [found]:
         kind, place = (module.get("type"), module.get("path")) if isinstance(module, dict) else (None, None)
         if not (isinstance(kind, str) and isinstance(place, str)):
-            raise ValueError(f'{path}: a module is {str(module)[:60]!r}, expected an object with "type" and "path"')
+            raise ValueError(f'{path}: a module is {repr(module)[:60]}, expected an object with "type" and "path"')
         if PurePosixPath(place).is_absolute() or ".." in PurePosixPath(place).parts or "\0" in place:
             raise ValueError(f"{path}: path is {place[:60]!r}, expected one inside the folder")
         kind = kind.rsplit(".", 1)[-1]
         if kind == ROUTER and (folder / ADAPTER_FOLDER / ADAPTER_CONFIG_FILE).is_file():
             break
         if kind in modules:
-            raise ValueError(f"{path}: two modules are a {kind}, expected one")
+            raise ValueError(f"{path}: two modules are a {kind[:60]}, expected one")
         modules[kind] = place
     if tuple(modules) not in (MODULES[:2], MODULES):
-        found, wanted = ", ".join(modules), ", ".join(MODULES)
+        found, wanted = ", ".join(modules)[:200], ", ".join(MODULES)
         raise ValueError(f"{path}: modules are {found}, expected {wanted} (the last is optional)")
     return modules
 
@@ -184,7 +184,8 @@ def read_config(folder: Path) -> tuple[Family, Any, dict[str, Any]]:
     values = read_fields(path)
     family = FAMILIES.get(values.get("model_type"))
     if family is None:
-        raise ValueError(f"{path}: model_type is {values.get('model_type')!r}, expected one of {', '.join(FAMILIES)}")
+        found = values.get("model_type") and values["model_type"][:60]
+        raise ValueError(f"{path}: model_type is {found!r}, expected one of {', '.join(FAMILIES)}")
     with naming(path):
         return family, family.config(values), values
 
