@@ -1,13 +1,14 @@
-"""Cleaning the questions of a dataset: what asks nothing, leans on a hidden text or repeats goes, and is reported.
+"""Cleaning: drops questions that ask nothing, depend on a hidden text or repeat others, and reports which and why.
 
-Written questions, an LLM's above all, hold preambles, words of the prompt, questions that only make sense beside
-their chunk ("according to the passage above"), copied sentences and the same question twice. Each rule is a small
-function of texts; the word lists are English. The corpus is kept whole: what no question asks for still has to be
-ranked. Deliberately not here: writing questions (questions.py), parsing replies.
+Written questions, an LLM's above all, include preambles, words of the prompt, questions that only make sense beside
+their chunk ("according to the passage above"), copied sentences and duplicates. Each rule is a small function of
+texts; the word lists are English. The corpus stays whole, since unasked documents still have to be ranked.
 
     cleaned = clean(RetrievalDataset.load("questions.json"))
     cleaned.dataset.save("cleaned.json")
     write_json("cleaning.json", cleaned.report())
+
+Not here: writing questions (questions.py), parsing replies (prompts.py).
 
 Shapes: Q queries, C distinct document texts, D dimensions.
 """
@@ -34,10 +35,9 @@ NO_RELEVANT_DOCUMENT = "has no relevant document"
 OUT_OF_REACH = "document is not in the top k"
 HELD_OUT = "is a validation query too"
 
-NUM_EXAMPLES = 5
-# A question copies when this share of its words stands in one run of the document, so many plain ones among them. The
-# highest shares among the 1,458 questions of Lyft and Uber are 0.94, a line of the form with "Has" before it, then 0.79
-# and 0.71, which ask.
+# A question copies if this share of its words is in one run of the document, with so many plain words. The highest
+# shares among the 1,458 questions of Lyft and Uber are 0.94, a line of the form with "Has" before it, then 0.79 and
+# 0.71, which ask.
 COPIED_SHARE, MIN_COPIED_WORDS = 0.8, 5
 
 PREAMBLE = re.compile(
@@ -57,7 +57,7 @@ PROMPT = re.compile(
 
 TEXT = r"(?:text|passage|document|excerpt|article|paragraph|snippet|chunk|context)"
 SHOWN = r"(?:information|data|details|tables?|schedules?|statements?|figures?|definitions?|list|examples?|content)"
-# What follows makes another thing of it: the text of the law, the text messages, the document retention policy,
+# What follows gives it another meaning: the text of the law, the text messages, the document retention policy,
 # paragraph (d); the context of revenue recognition; information provided to investors.
 OTHER_THING = r"""(?! \ of\b | \ \(?(?:\d|[a-z]\)|[ivx]+\b) | -\w
     | \ (?:messages?|fields?|editor|box|format|retention|management|review|requests?|production|holder|types?|titles?)\b
@@ -89,7 +89,7 @@ SOURCE = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 
-# Of the marks in a question, these carry meaning: separators in numbers, a sign before one, percent, C#, R&D.
+# The marks in a question that carry meaning: separators in numbers, a sign before one, percent, C#, R&D.
 MARK = re.compile(r"(?<=\d)[.,:/](?=\d)|(?<!\S)-(?=[\d$€£])|[%#&@]|([^\w\s])")
 # Not a capital A, which names things (Class A stock), unless it comes first.
 ARTICLE = re.compile(r"^A\b|\b(?:a|an|An|the|The)\b")
@@ -97,10 +97,9 @@ ARTICLE = re.compile(r"^A\b|\b(?:a|an|An|the|The)\b")
 
 @dataclass(frozen=True)
 class Dropped:
-    """A query that went: its text as it came, one of the reasons above, and what shows it.
+    """A dropped query: its original text, one of the reasons above, and the evidence.
 
-    `detail` is the phrase that was found, the id of the document that is copied, of the query that is repeated, or the
-    document's rank; "" where there is nothing to add.
+    `detail` is the phrase found, the id of the copied document or repeated query, or the document's rank; else "".
     """
 
     query_id: str
@@ -111,7 +110,7 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Changed:
-    """A query that stayed with other words: numbering, quotes, line breaks or a preamble were taken off."""
+    """A query that lost numbering, quotes, line breaks or a preamble."""
 
     query_id: str
     before: str
@@ -120,7 +119,7 @@ class Changed:
 
 @dataclass(frozen=True)
 class Cleaned:
-    """What is left, and everything that went or was changed, in the order of the queries."""
+    """The dataset that is left, and every query that was dropped or changed, in their order."""
 
     dataset: RetrievalDataset
     dropped: tuple[Dropped, ...] = ()
@@ -130,69 +129,59 @@ class Cleaned:
         """{reason: dropped queries}, the most frequent first."""
         return dict(Counter(drop.reason for drop in self.dropped).most_common())
 
-    def report(self) -> dict:
-        """Counts with up to five examples of each kind, for `write_json`; `dropped` and `changed` hold all of them."""
-        examples: dict[str, list[dict[str, str]]] = {reason: [] for reason in self.counts()}
+    def report(self, *, num_examples: int = 5) -> dict:
+        """Counts with a few examples of each kind, for `write_json`."""
+        dropped: dict[str, dict] = {reason: {"count": count, "examples": []} for reason, count in self.counts().items()}
         for drop in self.dropped:
-            if len(examples[drop.reason]) < NUM_EXAMPLES:
-                examples[drop.reason].append({"id": drop.query_id, "text": drop.text, "detail": drop.detail})
+            if len(dropped[drop.reason]["examples"]) < num_examples:
+                dropped[drop.reason]["examples"].append({"id": drop.query_id, "text": drop.text, "detail": drop.detail})
+        changed = [{"id": c.query_id, "before": c.before, "after": c.after} for c in self.changed[:num_examples]]
         return {
             "num_queries": len(self.dataset.queries) + len(self.dropped),
             "num_kept": len(self.dataset.queries),
-            "dropped": {
-                reason: {"count": count, "examples": examples[reason]} for reason, count in self.counts().items()
-            },
-            "changed": {
-                "count": len(self.changed),
-                "examples": [
-                    {"id": change.query_id, "before": change.before, "after": change.after}
-                    for change in self.changed[:NUM_EXAMPLES]
-                ],
-            },
+            "dropped": dropped,
+            "changed": {"count": len(self.changed), "examples": changed},
         }
 
 
 def clean(dataset: RetrievalDataset) -> Cleaned:
-    """The dataset without the queries that no searcher would write.
+    """Drops the queries that no searcher would write.
 
-    A query is tidied first (`tidy`), then the first reason that holds drops it: it asks nothing (`asks`), shows the
-    prompt (`shows_prompt`), points at its source (`points_at_source`), copies a document relevant to it (`copies`).
-    Of those left, queries with equal `question_key` become one: the first keeps its id and wording and gets the qrels
-    (the higher grade where both have one), negatives and scores (its own first) of the others; a negative that is now
-    relevant goes. Documents, titles and order stay. Each query is looked at once: time grows with the texts' length.
+    A query is tidied (`tidy`), then dropped if it asks nothing (`asks`), shows the prompt (`shows_prompt`), points at
+    its source (`points_at_source`) or copies a relevant document (`copies`); the first reason counts. Of the rest,
+    queries with equal `question_key` become one: the first keeps its id and wording and takes over the others' qrels
+    (the higher grade), negatives and scores (its own first); a negative that becomes relevant goes. Documents, titles
+    and order stay. The time is linear in the length of the texts.
 
     Raises:
         ValueError: no query is left; counts the reasons.
     """
     documents = dict(zip(dataset.corpus, dataset.document_texts(), strict=True))
-    queries: dict[str, str] = {}
+    tidied = {query_id: tidy(text) for query_id, text in dataset.queries.items()}
     first_of: dict[str, str] = {}  # question key: the query that stays
     merged: dict[str, list[str]] = {}
-    dropped, changed = [], []
-    for query_id, text in dataset.queries.items():
-        question = tidy(text)
+
+    def fault(query_id: str) -> tuple[str, str]:
+        question = tidied[query_id]
         relevant = [d for d, grade in dataset.qrels.get(query_id, {}).items() if grade > 0]
         reason, detail = _fault(question, {document_id: documents[document_id] for document_id in relevant})
-        if not reason:
-            kept = first_of.setdefault(question_key(question), query_id)
-            merged.setdefault(kept, []).append(query_id)
-            reason, detail = ("", "") if kept == query_id else (REPEATS, kept)
         if reason:
-            dropped.append(Dropped(query_id, text, reason, detail))
-            continue
-        queries[query_id] = question
-        if question != text:
-            changed.append(Changed(query_id, text, question))
-    return Cleaned(_take(dataset, queries, merged, dropped), tuple(dropped), tuple(changed))
+            return reason, detail
+        kept = first_of.setdefault(question_key(question), query_id)
+        merged.setdefault(kept, []).append(query_id)
+        return ("", "") if kept == query_id else (REPEATS, kept)
+
+    cleaned = _drop(dataset, fault, merged, tidied)
+    changed = [Changed(i, dataset.queries[i], text) for i, text in cleaned.dataset.queries.items()]
+    return replace(cleaned, changed=tuple(change for change in changed if change.before != change.after))
 
 
 def round_trip(dataset: RetrievalDataset, *, encode: Callable[..., np.ndarray], k: int, block: int = 1024) -> Cleaned:
-    """The queries one of whose relevant documents an encoder ranks among the top k of the whole corpus.
+    """Drops the queries whose relevant documents an encoder ranks below the top k of the whole corpus.
 
     Rank = 1 + number of documents with a strictly higher cosine; the best relevant document (grade > 0) counts. A
-    query that another document answers better than its own chunk is a wrong label more often than a hard question.
-    For training questions only: a validation set filtered by a model flatters that model, and hides from every other
-    what the filter found too hard.
+    query that another document answers better than its own chunk is more often a wrong label than a hard question.
+    For training questions only: a validation set filtered by a model flatters that model.
 
     Source: Alberti et al. 2019, "Synthetic QA Corpora Generation with Roundtrip Consistency", section 2; Dai et al.
     2022, "Promptagator: Few-shot Dense Retrieval From 8 Examples", section 3.2 (there k = 1).
@@ -200,7 +189,7 @@ def round_trip(dataset: RetrievalDataset, *, encode: Callable[..., np.ndarray], 
     Args:
         encode: (texts, role="query" | "document") -> [N, D], as `Embedder.encode`. Equal documents are encoded once.
         k: at least 1.
-        block: queries scored at a time; bounds the memory to `block` rows of scores.
+        block: queries scored at a time; memory is `block` rows of scores.
 
     Raises:
         ValueError: `k` or `block` below 1, vectors of a wrong shape or not finite, or no query is left.
@@ -213,11 +202,11 @@ def round_trip(dataset: RetrievalDataset, *, encode: Callable[..., np.ndarray], 
         d: columns.setdefault(t, len(columns)) for d, t in zip(dataset.corpus, dataset.document_texts(), strict=True)
     }
     copies_C = np.bincount(list(column_of.values()))
-    asked = {
+    relevant = {
         query_id: [column_of[d] for d, grade in dataset.qrels.get(query_id, {}).items() if grade > 0]
         for query_id in dataset.queries
     }
-    judged = [query_id for query_id, relevant in asked.items() if relevant]
+    judged = [query_id for query_id, columns_of_query in relevant.items() if columns_of_query]
     ranks: dict[str, int] = {}
     if judged:
         documents_CD = _unit_rows(encode(list(columns), role="document"), len(columns), "documents")
@@ -227,36 +216,28 @@ def round_trip(dataset: RetrievalDataset, *, encode: Callable[..., np.ndarray], 
         for start in range(0, len(judged), block):
             scores_QC = queries_QD[start : start + block] @ documents_CD.T
             for scores_C, query_id in zip(scores_QC, judged[start : start + block], strict=True):
-                ranks[query_id] = 1 + int(copies_C[scores_C > scores_C[asked[query_id]].max()].sum())
-    queries, dropped = {}, []
-    for query_id, text in dataset.queries.items():
+                ranks[query_id] = 1 + int(copies_C[scores_C > scores_C[relevant[query_id]].max()].sum())
+
+    def fault(query_id: str) -> tuple[str, str]:
         if query_id not in ranks:
-            dropped.append(Dropped(query_id, text, NO_RELEVANT_DOCUMENT))
-        elif ranks[query_id] > k:
-            dropped.append(Dropped(query_id, text, OUT_OF_REACH, f"rank {ranks[query_id]}"))
-        else:
-            queries[query_id] = text
-    return Cleaned(_take(dataset, queries, {i: [i] for i in queries}, dropped), tuple(dropped))
+            return NO_RELEVANT_DOCUMENT, ""
+        return (OUT_OF_REACH, f"rank {ranks[query_id]}") if ranks[query_id] > k else ("", "")
+
+    return _drop(dataset, fault)
 
 
 def drop_held_out(dataset: RetrievalDataset, validation: RetrievalDataset) -> Cleaned:
-    """The training queries that `validation` does not ask as well, by `question_key`.
+    """Drops the training queries that `validation` asks too, by `question_key`.
 
     Raises:
         ValueError: no query is left.
     """
     keys = {question_key(text) for text in validation.queries.values()}
-    queries, dropped = {}, []
-    for query_id, text in dataset.queries.items():
-        if question_key(text) in keys:
-            dropped.append(Dropped(query_id, text, HELD_OUT))
-        else:
-            queries[query_id] = text
-    return Cleaned(_take(dataset, queries, {i: [i] for i in queries}, dropped), tuple(dropped))
+    return _drop(dataset, lambda query_id: (HELD_OUT if question_key(dataset.queries[query_id]) in keys else "", ""))
 
 
 def tidy(text: str) -> str:
-    """The question on one line, without a preamble ("Here is a question: ...") and what `strip_numbering` takes off."""
+    """The question on one line, without a preamble ("Here is a question: ...") and what `strip_numbering` strips."""
     question = strip_numbering(text)
     preamble = PREAMBLE.match(question)
     rest = strip_numbering(question[preamble.end() :]) if preamble else ""
@@ -264,34 +245,33 @@ def tidy(text: str) -> str:
 
 
 def shows_prompt(text: str) -> str | None:
-    """The words with which the prompt's role or task shows ("as a teacher", "diverse questions"); None: it does not."""
+    """The words that show the prompt's role or task ("as a teacher", "diverse questions"), or None."""
     found = PROMPT.search(text)
     return found and found[0]
 
 
 def points_at_source(text: str) -> str | None:
-    """The words that point at a text which whoever asks would not have before them; None: there are none.
+    """The words that point at a text which a searcher does not see, or None.
 
-    "According to the document", "the given information", "the table above" point; what has a name or an address of its
-    own does not: "the agreement", "Section 409A", "mentioned in the offer letter", "in the context of leases".
+    "According to the document", "the given information", "the table above" point; things with a name of their own do
+    not: "the agreement", "Section 409A", "mentioned in the offer letter", "in the context of leases".
     """
     found = SOURCE.search(text)
     return found and found[0]
 
 
 def copies(question: str, document: str) -> bool:
-    """Whether most of a question is one run of its document: a statement with a question mark behind it.
+    """Whether a question mostly copies one run of words of its document: a statement with a question mark.
 
-    At least 80% of its words, and as much of its plain ones, at least five, must stand in one run of words that the
-    document has too; case and punctuation aside. Plain are words without a capital or a digit: long names are repeated
-    for good reasons.
+    The run must hold at least 80% of its words, and 80% (at least five) of its plain ones: those without a capital or
+    a digit, since long names are repeated for good reasons. Case and punctuation do not count.
     """
     words = re.findall(r"\w+", question)
     plain = [place for place, word in enumerate(words) if word.isalpha() and (word.islower() or place == 0)]
     length = _at_least(COPIED_SHARE, len(words))
     num_plain = max(_at_least(COPIED_SHARE, len(plain)), MIN_COPIED_WORDS)
     document = _run(re.findall(r"\w+", document))
-    # The shortest runs that are long enough: between two plain words, or longer.
+    # The shortest runs that suffice.
     ends = (
         (first, max(plain[i + num_plain - 1] + 1, first + length))
         for i in range(len(plain) - num_plain + 1)
@@ -301,14 +281,14 @@ def copies(question: str, document: str) -> bool:
 
 
 def question_key(text: str) -> str:
-    """What equal questions have in common: their words in order; case, punctuation, articles and spacing aside.
+    """What equal questions share: their words in order, without case, punctuation, articles and spacing.
 
-    Every other word counts, so "2020" and "2021", "is" and "is not", "Class A" and "Class B" are kept apart; so are
-    "2.5" and "25", "5%" and "5".
+    Everything else counts: "2020" and "2021", "is" and "is not", "Class A" and "Class B", "2.5" and "25", "5%" and "5"
+    differ.
     """
 
     def keep(mark: re.Match) -> str:
-        other = mark[1]  # None: one that counts; vowel signs and the like are no punctuation
+        other = mark[1]  # None: it carries meaning; vowel signs and the like are no punctuation
         return " " if other and unicodedata.category(other).startswith("P") else mark[0]
 
     without_articles = unicodedata.normalize("NFKC", ARTICLE.sub(" ", text.strip()))
@@ -316,7 +296,7 @@ def question_key(text: str) -> str:
 
 
 def _fault(question: str, documents: dict[str, str]) -> tuple[str, str]:
-    """(reason, detail) of the first rule that a question breaks on its own; ("", "") for a good one."""
+    """(reason, detail) of the first rule that a question breaks; ("", "") if none."""
     if not asks(question):
         return ASKS_NOTHING, ""
     if phrase := shows_prompt(question):
@@ -335,10 +315,19 @@ def _run(words: list[str]) -> str:
     return f" {' '.join(words).lower()} "
 
 
-def _take(
-    dataset: RetrievalDataset, queries: dict[str, str], merged: dict[str, list[str]], dropped: list[Dropped]
-) -> RetrievalDataset:
-    """The dataset with `queries` in place of its own; `merged` lists whose qrels, negatives and scores a query gets."""
+def _drop(
+    dataset: RetrievalDataset,
+    fault: Callable[[str], tuple[str, str]],
+    merged: dict[str, list[str]] | None = None,
+    texts: dict[str, str] | None = None,
+) -> Cleaned:
+    """Drops the queries whose id `fault` gives a (reason, detail) for; ("", "") keeps one.
+
+    A kept query gets the qrels, negatives and scores of those that `merged` lists for it, and its text from `texts`.
+    """
+    faults = {query_id: fault(query_id) for query_id in dataset.queries}
+    dropped = [Dropped(i, dataset.queries[i], *found) for i, found in faults.items() if found[0]]
+    queries = {i: (texts or dataset.queries)[i] for i, (reason, _) in faults.items() if not reason}
     if not queries:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in Counter(d.reason for d in dropped).most_common())
         raise ValueError(f"cleaning leaves none of the {len(dropped):,} queries: {reasons}")
@@ -346,7 +335,7 @@ def _take(
     negatives: dict[str, list[str]] = {}
     scores: dict[str, dict[str, float]] = {}
     for query_id in queries:
-        for source in merged[query_id]:
+        for source in merged[query_id] if merged else [query_id]:
             if source in dataset.qrels:
                 grades = qrels.setdefault(query_id, {})
                 for document_id, grade in dataset.qrels[source].items():
@@ -358,7 +347,8 @@ def _take(
         if query_id in negatives:
             grades = qrels.get(query_id, {})
             negatives[query_id] = [d for d in dict.fromkeys(negatives[query_id]) if grades.get(d, 0) <= 0]
-    return replace(dataset, queries=queries, qrels=qrels, negatives=negatives, scores=scores)
+    kept = replace(dataset, queries=queries, qrels=qrels, negatives=negatives, scores=scores)
+    return Cleaned(kept, tuple(dropped))
 
 
 def _unit_rows(vectors: np.ndarray, num_texts: int, what: str) -> np.ndarray:

@@ -1,8 +1,8 @@
-"""Questions by a language model: asked for once, written down the moment they arrive, never paid for twice.
+"""Questions by an LLM: every reply is saved when it arrives, and nothing is paid for twice.
 
-Here: the settings, what a reply means, and the folder of replies that a later run takes up. Deliberately not here: the
-prompt and the parsing (prompts.py), the client (client.py), when a request is sent and what it costs (sending.py),
-dropping bad questions (cleaning.py), questions without a language model (pseudo.py).
+Here: the settings, what a reply means, and the folder of replies that a later run continues. Not here: the prompt and
+the parsing (prompts.py), the client, when requests are sent and what they cost (api/), dropping bad questions
+(cleaning.py), questions without an LLM (pseudo.py, docstrings.py).
 
     chunks, config = load_chunks("chunks.jsonl"), QuestionConfig(model="gpt-4o-mini", max_requests=1_000)
     outcome = write_questions(chunks, config, folder="questions")
@@ -34,13 +34,13 @@ REPLIES, LEDGER, LOCK = "replies.jsonl", "ledger.jsonl", "lock"
 RECORD = {"request", "key", "status", "questions", "usage", "cost"}  # of a line of REPLIES: what is read back
 # OpenAI refuses the old name for its newer models; other servers know only that one.
 LIMIT_NAMES = ("max_completion_tokens", "max_tokens")
-# The request's own: another value would change what is parsed, counted or paid for.
+# Set by embedft: another value would change what is parsed, counted or paid for.
 OWN_PARAMETERS = (
     *("model", "messages", "n", "stream", "stream_options", "response_format"),
     *("max_tokens", "max_completion_tokens"),
 )
 REPLY_TOKENS_A_QUESTION = 128
-# For the estimates alone, which say so: English text, and a question of a filing.
+# Only for estimates: English text, and a question on a filing.
 BYTES_A_TOKEN, TOKENS_A_QUESTION = 4, 32
 # A byte-level tokenizer makes at most one token of a byte; a server's chat template adds some of its own.
 TEMPLATE_TOKENS = 128
@@ -48,22 +48,22 @@ TEMPLATE_TOKENS = 128
 
 @dataclass(frozen=True)
 class QuestionConfig:
-    """What is asked of whom, how fast, and for how much. Raises `ValueError` for a value out of range."""
+    """Which model is asked, how fast, and for how much. Raises `ValueError` for a value out of range."""
 
-    model: str = setting("gpt-4o-mini", "the language model, as its server calls it")
-    num_questions: int = setting(2, "questions a chunk")
-    max_reply_tokens: int | None = setting(None, "longest reply; null: 128 a question; a reasoning model needs more")
-    parameters: dict = setting({}, "sent as they are: temperature, seed, reasoning_effort and the like")
+    model: str = setting("gpt-4o-mini", "the LLM, by the name its server knows")
+    num_questions: int = setting(2, "questions per chunk")
+    max_reply_tokens: int | None = setting(None, "longest reply; null: 128 per question; a reasoning model needs more")
+    parameters: dict = setting({}, "sent unchanged: temperature, seed, reasoning_effort, ...")
     structured: Literal["auto", "schema", "lines"] = setting("auto", "JSON by a schema, plain lines, or what works")
     concurrency: int = setting(16, "requests in flight at once")
-    requests_per_minute: int | None = setting(None, "never more requests in 60 seconds")
-    tokens_per_minute: int | None = setting(None, "never more tokens in 60 seconds (4 bytes each, longest reply)")
-    timeout_seconds: float = setting(60.0, "a reply that takes longer is given up")
-    max_attempts: int = setting(6, "requests for a chunk in one run")
-    max_requests: int | None = setting(None, "never more requests, over all runs of the folder")
-    max_cost: float | None = setting(None, "never spend more, over all runs of the folder")
-    price_in: float | None = setting(None, "money per million tokens of prompts")
-    price_out: float | None = setting(None, "money per million tokens of replies")
+    requests_per_minute: int | None = setting(None, "most requests in 60 seconds")
+    tokens_per_minute: int | None = setting(None, "most tokens in 60 seconds (4 bytes each, longest reply)")
+    timeout_seconds: float = setting(60.0, "limit for each reply")
+    max_attempts: int = setting(6, "requests per chunk and run")
+    max_requests: int | None = setting(None, "most requests, over all runs of the folder")
+    max_cost: float | None = setting(None, "most money, over all runs of the folder")
+    price_in: float | None = setting(None, "price per million prompt tokens")
+    price_out: float | None = setting(None, "price per million reply tokens")
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -72,7 +72,7 @@ class QuestionConfig:
         if (self.price_in is None) != (self.price_out is None):
             raise ValueError("one of price_in and price_out is missing, expected both or neither")
         if self.max_cost is not None and self.price_in is None:
-            raise ValueError("max_cost needs price_in and price_out, the money per million tokens")
+            raise ValueError("max_cost needs price_in and price_out, the prices per million tokens")
 
     @property
     def reply_tokens(self) -> int:
@@ -81,15 +81,15 @@ class QuestionConfig:
 
     @property
     def prices(self) -> tuple[float, float] | None:
-        """Money per million tokens of prompts and of replies; None when they are not known."""
+        """Prices per million prompt and reply tokens; None if unknown."""
         return None if self.price_in is None or self.price_out is None else (self.price_in, self.price_out)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Questions by chunk id in the order of the chunks, and why the others have none.
+    """Questions by chunk id in the order of the chunks, and why other chunks have none.
 
-    `totals` counts all runs of the folder; `stopped` says which limit ended the job, None when none did.
+    `totals` counts all runs of the folder; `stopped` says which limit ended the job, if one did.
     """
 
     questions: dict[str, list[str]]
@@ -100,11 +100,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a job would take: the requests that remain when each is answered at once.
+    """What the remaining requests would take if each succeeds at once.
 
-    Tokens are estimated (a token for four bytes of a prompt, 32 for a question), and `cost` follows from them. With
-    as many tokens as there are bytes, and the longest replies, it would be `most_cost`; requests that have to be
-    repeated come on top. Both are None without prices.
+    `cost` assumes one token per four bytes of a prompt and 32 per question; `most_cost` one per byte and the longest
+    replies. Repeated requests are extra. Both are None without prices.
     """
 
     num_chunks: int
@@ -123,22 +122,21 @@ def write_questions(
     template: str = TEMPLATE,
     base_url: str | None = None,
 ) -> Outcome:
-    """Asks for the questions of every chunk that has no valid reply in `folder`, and returns all there are.
+    """Requests questions for every chunk without a valid reply in `folder`, and returns all questions there are.
 
-    Every request and every reply is on disk at once (`ledger.jsonl`, `replies.jsonl`), so a run that is interrupted or
-    killed loses at most the requests in flight. The limits count all runs of the folder and are never passed, unless a
-    server reports more tokens than it was allowed, or charges for an answer of 4xx, 500 or 503. The key comes from
-    OPENAI_API_KEY and is written nowhere.
+    Every request and reply is saved at once (`ledger.jsonl`, `replies.jsonl`), so a killed run loses at most the
+    requests in flight. The limits count all runs of the folder and are never exceeded, unless a server reports more
+    tokens than it was allowed or charges for a 4xx, 500 or 503. The key comes from OPENAI_API_KEY and is never saved.
 
     Args:
-        chunks: with distinct ids; chunks with the same text are asked for once.
-        folder: made when missing; one process at a time.
-        template: the prompt; {text} and {num_questions} are filled in, other braces stand as they are.
-        base_url: of a server that speaks the protocol, usually ending in /v1; None: OPENAI_BASE_URL, or OpenAI itself.
+        chunks: with distinct ids; chunks with the same text share one request.
+        folder: created if missing; one process at a time.
+        template: the prompt; {text} and {num_questions} are filled in, other braces stay.
+        base_url: of an OpenAI-compatible server, usually ending in /v1; None: OPENAI_BASE_URL, or OpenAI.
 
     Raises:
-        ValueError: something that has to be mended first: the chunks, the template, the key, or what the server says
-            of all requests (the key, the model, the quota, five refusals at the start).
+        ValueError: the chunks, the template or the key are at fault, or the server refuses all requests (key, model,
+            quota, five refusals at the start).
     """
     coroutine = write_questions_async(chunks, config, folder=folder, template=template, base_url=base_url)
     return run_to_end(coroutine)
@@ -152,7 +150,7 @@ async def write_questions_async(
     template: str = TEMPLATE,
     base_url: str | None = None,
 ) -> Outcome:
-    """`write_questions`, to be awaited where an event loop is running."""
+    """`write_questions` for a running event loop."""
     folder, jobs = Path(folder), _jobs(chunks, config, template)
     asker = _Asker(config, template, base_url)
     with locked(folder / LOCK):
@@ -192,26 +190,38 @@ async def write_questions_async(
                     ),
                 )
                 stopped = await sender.run([job for key, (job, _) in jobs.items() if key not in questions])
+    return _outcome(chunks, jobs, questions, reasons, ledger.totals(), stopped, asker.server.name)
+
+
+def _outcome(
+    chunks: Sequence[Chunk],
+    jobs: Mapping[str, tuple[Job, list[str]]],
+    questions: Mapping[str, list[str]],
+    reasons: Mapping[str, str],
+    totals: Totals,
+    stopped: Response | str | None,
+    server: str,
+) -> Outcome:
     keys = {id: key for key, (_, ids) in jobs.items() for id in ids}
     found = {chunk.id: questions[keys[chunk.id]] for chunk in chunks if keys[chunk.id] in questions}
     so_far = f"{len(found):,} of {len(chunks):,} chunks have questions"
     if isinstance(stopped, Response):
-        raise ValueError(f"{asker.server.name}: {stopped.reason}; stopped: {so_far}")
+        raise ValueError(f"{server}: {stopped.reason}; stopped: {so_far}")
     missing = {
         chunk.id: reasons.get(keys[chunk.id], f"not asked: stopped at {stopped}")
         for chunk in chunks
         if chunk.id not in found
     }
-    return Outcome(found, missing, ledger.totals(), stopped and f"stopped at {stopped}: {so_far}")
+    return Outcome(found, missing, totals, stopped and f"stopped at {stopped}: {so_far}")
 
 
 def estimate(
     chunks: Sequence[Chunk], config: QuestionConfig, *, folder: str | Path, template: str = TEMPLATE
 ) -> Estimate:
-    """What `write_questions` would still have to ask for. Sends nothing and needs no key.
+    """Estimates what `write_questions` would still request. Sends nothing and needs no key.
 
     Raises:
-        ValueError: the chunks or the template are at fault, or the folder's file of replies.
+        ValueError: the chunks, the template or the folder's replies are at fault.
     """
     jobs, questions = _jobs(chunks, config, template), _valid_questions(_read_replies(Path(folder), repair=False))
     left = [job for key, (job, _) in jobs.items() if key not in questions]
@@ -226,12 +236,12 @@ def _likely_reply_tokens(config: QuestionConfig) -> int:
 
 
 def question_dataset(chunks: Sequence[Chunk], questions: Mapping[str, Sequence[str]]) -> RetrievalDataset:
-    """Every question with the chunk it was written for; query ids are `CHUNK/q1`, `CHUNK/q2`, ...
+    """Makes each question a query whose chunk is relevant; query ids are `CHUNK/q1`, `CHUNK/q2`, ...
 
-    All chunks are in the corpus, those without questions too: a search would meet them as well.
+    All chunks are in the corpus, also those without questions, since a search would meet them too.
 
     Raises:
-        ValueError: no question at all, or questions of a chunk that is not there.
+        ValueError: no questions, or questions of an unknown chunk.
     """
     corpus = {chunk.id: chunk.text for chunk in chunks}
     for id in questions:
@@ -243,9 +253,9 @@ def question_dataset(chunks: Sequence[Chunk], questions: Mapping[str, Sequence[s
 
 
 def _jobs(chunks: Sequence[Chunk], config: QuestionConfig, template: str) -> dict[str, tuple[Job, list[str]]]:
-    """{key: (what to ask for, the ids of the chunks with that very text)}."""
+    """{key: (job, ids of the chunks with this text)}."""
     if not chunks:
-        raise ValueError("there is no chunk to write questions for")
+        raise ValueError("there are no chunks to write questions for")
     check_distinct([chunk.id for chunk in chunks], "chunk id")
     asked = [template, config.model, config.parameters, config.num_questions, config.reply_tokens]
     jobs: dict[str, tuple[Job, list[str]]] = {}
@@ -269,7 +279,7 @@ def _body(config: QuestionConfig, prompt: str, limit_name: str, is_structured: b
 
 
 def _read_replies(folder: Path, *, repair: bool) -> list[dict[str, Any]]:
-    """What is needed of every reply and failure on disk. `repair`: the file is about to grow; the lock is held."""
+    """The fields needed of every saved reply. `repair`: cut off a half-written line (only while the lock is held)."""
     records = []
     for number, record in enumerate(resume_jsonl(folder / REPLIES, repair=repair), start=1):
         if not record.keys() >= RECORD:
@@ -285,7 +295,7 @@ def _valid_questions(records: Sequence[Mapping[str, Any]]) -> dict[str, list[str
 
 
 class _Asker:
-    """The client, one request at a time: what is sent, and what a reply means."""
+    """What one request sends, and what its reply means."""
 
     def __init__(self, config: QuestionConfig, template: str, base_url: str | None):
         self.config, self.template = config, template
@@ -296,7 +306,7 @@ class _Asker:
         self.forms = Forms([(name, is_structured) for is_structured in kinds for name in names])
 
     async def ask(self, job: Job) -> Response:
-        """Sends one request and says what came of it."""
+        """Sends one request and returns its outcome."""
         prompt = fill_template(self.template, text=job.content, num_questions=self.config.num_questions)
         body = _body(self.config, prompt, *self.forms.take(job))
         reply = await self.client.post("/chat/completions", body)
@@ -306,7 +316,7 @@ class _Asker:
         return self._from_reply(reply)
 
     def _from_reply(self, completion: dict[str, Any]) -> Response:
-        """A reply to a request, which does not mean that there are questions in it."""
+        """The outcome of a completion, which may hold no questions."""
         try:
             choice = completion["choices"][0]
             message, finish = choice["message"], choice.get("finish_reason")
