@@ -126,7 +126,7 @@ def test_the_longest_reply_follows_the_number_of_questions():
 @pytest.mark.parametrize(
     ("chunks", "fault"),
     [
-        ([], "there is no chunk"),
+        ([], "there are no chunks"),
         ([Chunk("a", "x"), Chunk("a", "y")], "chunk id 'a'"),
         ([Chunk("a", " ")], "the text of chunk 'a' is empty"),
         ([Chunk("a", "\ud83d")], "the text of chunk 'a' has a lone surrogate"),
