@@ -97,11 +97,11 @@ def load_model(options: Model, **more: Any) -> "Embedder | ApiEmbedder":
     given = {"query": options.query_prompt, "document": options.document_prompt}
     prompts = {role: text for role, text in given.items() if text is not None} or None
     if prompts and not options.model.startswith("openai:"):
-        from ..encoders.folder import MODEL_CONFIG_FILE, read_optional
+        from ..encoders.folder import MODEL_CONFIG_FILE, read_fields
         from ..encoders.loading import find_folder
 
         folder = find_folder(options.model, revision=options.revision)
-        named = read_optional(folder / MODEL_CONFIG_FILE).get("prompts") or {}
+        named = read_fields(folder / MODEL_CONFIG_FILE).get("prompts") or {}
         prompts = {**named, **{role: named.get(text, text) for role, text in prompts.items()}}
     settings = {"device": options.device, "revision": options.revision, "prompts": prompts}
     return embedft.load_embedder(options.model, **settings | more)
