@@ -27,12 +27,14 @@ from typing import IO, Any
 
 
 @contextlib.contextmanager
-def naming(path: str | Path) -> Iterator[None]:
+def named_errors(path: str | Path) -> Iterator[None]:
     """Makes the `OSError` of a failed write name `path`; Python and safetensors leave the name out."""
     try:
         yield
     except OSError as error:
-        if error.errno is None or not (error.filename is None or str(error.filename).endswith(".tmp")):
+        if error.errno is None:
+            raise OSError(f"{path}: {error}") from None  # NumPy's: "153600 requested and 224 written"
+        if error.filename is not None and not str(error.filename).endswith(".tmp"):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from None
     except Exception as error:
@@ -54,7 +56,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
-        with naming(path), open(temporary, mode, **text) as file:
+        with named_errors(path), open(temporary, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -197,7 +199,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, Any]]:
 def append_jsonl(path: str | Path, record: dict) -> None:
     """Appends one JSON object as a line. A killed process leaves at most its last line short, an error nothing."""
     line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
-    with naming(path), open(path, "ab", buffering=0) as file:
+    with named_errors(path), open(path, "ab", buffering=0) as file:
         start = file.seek(0, os.SEEK_END)
         try:
             written = file.write(line)
@@ -232,7 +234,7 @@ def resume_jsonl(path: str | Path, *, repair: bool = True) -> Iterator[dict]:
     except (ValueError, RecursionError):
         tail = b""
     if repair and data[end:] != tail:
-        with naming(path), open(path, "rb+") as file:
+        with named_errors(path), open(path, "rb+") as file:
             file.truncate(end)
             file.seek(end)
             file.write(tail)

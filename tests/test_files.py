@@ -17,7 +17,7 @@ from embedft.files import (
     atomic_write,
     check_writable,
     locked,
-    naming,
+    named_errors,
     read_json,
     read_jsonl,
     read_lines,
@@ -224,12 +224,12 @@ def test_a_log_on_a_full_disk_keeps_no_half_line(tmp_path):
 
 def test_an_error_without_a_name_gets_one():
     """safetensors raises an exception of its own, with the number of the system's error in its text."""
-    with pytest.raises(OSError, match="No space left") as caught, naming("model.safetensors"):
+    with pytest.raises(OSError, match="No space left") as caught, named_errors("model.safetensors"):
         raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
     assert caught.value.filename == "model.safetensors"
-    with pytest.raises(RuntimeError, match="another"), naming("model.safetensors"):
+    with pytest.raises(RuntimeError, match="another"), named_errors("model.safetensors"):
         raise RuntimeError("another")
-    with pytest.raises(FileNotFoundError) as caught, naming("model.safetensors"):
+    with pytest.raises(FileNotFoundError) as caught, named_errors("model.safetensors"):
         read_json("missing")
     assert caught.value.filename == "missing"
 

@@ -33,6 +33,9 @@ class Options(AdapterConfig, Encoder, Windows, Data):
     start: str | None = setting(None, "adapter to continue from", metavar="DIR")
     overwrite: bool = setting(False, "replace the adapter in DIR")
 
+    def __post_init__(self):
+        part(self, AdapterConfig)  # raises for what is out of range
+
 
 def run(options: Options) -> None:
     """Fits, and compares before with after when there is validation data."""

@@ -67,7 +67,7 @@ class Options(LanguageModel, config.Options):
             raise ValueError(f"--validation is for --method ict or llm, this is --method {self.method}")
         if self.method != "docstring" and len(self.sources) != 1:
             raise ValueError(f"{len(self.sources)} sources, expected one file or folder of chunks")
-        super().__post_init__()
+        part(self, QuestionConfig)  # raises for what is out of range
 
 
 def run(options: Options) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..files import write_json
+from ..files import named_errors, write_json
 from .adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from .adapter import ROLES, Adapter, Base
 from .folder import (
@@ -128,6 +128,11 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     temporary.touch()
     mode = temporary.stat().st_mode
     # Cloned, because a safetensors file cannot hold tensors that share memory.
-    save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
-    temporary.chmod(mode)
-    os.replace(temporary, path)
+    separate = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
+    try:
+        with named_errors(path):
+            save_file(separate, temporary, metadata={"format": "pt"})
+        temporary.chmod(mode)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .. import device as devices
-from ..files import read_object, sha256_file, write_json
+from ..files import named_errors, read_object, sha256_file, write_json
 
 MODEL, LOSS, OPTIMIZER, RANDOM = "model.safetensors", "loss.safetensors", "optimizer.safetensors", "random.safetensors"
 BEST, REFRESH, STATE, FILES = "best.safetensors", "refresh.safetensors", "state.json", "files.json"
@@ -80,14 +80,18 @@ def save_checkpoint(folder: Path, state: TrainState) -> None:
     weights = {file: module.state_dict() for file, module in state.modules().items()}
     weights |= {OPTIMIZER: tensors, RANDOM: devices.random_state(state.embedder.device)}
     weights |= {BEST: state.best_weights, REFRESH: state.refresh_weights}
-    for name, found in weights.items():
-        if found is not None:
-            save_file(_separate(found), temporary / name)
     plain = {name: getattr(state, name) for name in ("step", "stopped", "evaluations", "best_step")}
-    write_json(temporary / STATE, {**plain, "optimizer": values})
-    write_json(temporary / FILES, {file.name: sha256_file(file) for file in sorted(temporary.iterdir())})
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(temporary, path)
+    try:
+        for name, found in weights.items():
+            if found is not None:
+                with named_errors(path / name):
+                    save_file(_separate(found), temporary / name)
+        write_json(temporary / STATE, {**plain, "optimizer": values})
+        write_json(temporary / FILES, {file.name: sha256_file(file) for file in sorted(temporary.iterdir())})
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     for older in _checkpoints(folder)[:-KEPT]:
         shutil.rmtree(older)
 
