@@ -26,7 +26,7 @@ from ..config import to_dict
 from ..data.linked import connected_components
 from ..encoders.adapter import Adapter, Base
 from ..encoders.maps import build_map
-from ..files import atomic_write, check_writable, write_json
+from ..files import atomic_write, check_writable, replace_files, write_json
 from ..losses.registry import build_loss
 from .adapter_losses import Epochs, full_corpus_losses, in_batch_losses
 from .corpus_softmax import Documents, Pairs, checked_lengths, checked_source, first_ranks
@@ -105,10 +105,11 @@ def fit_adapter(
 
 
 def _save(adapter: Adapter, config: AdapterConfig, out: Path) -> None:
-    with atomic_write(out / LOG) as file:
-        file.writelines(json.dumps(record) + "\n" for record in adapter.history)
-    write_json(out / CONFIG, to_dict(config))
-    adapter.save(out)
+    with replace_files(out) as new:
+        with atomic_write(new / LOG) as file:
+            file.writelines(json.dumps(record) + "\n" for record in adapter.history)
+        write_json(new / CONFIG, to_dict(config))
+        adapter.save(new)
 
 
 def _split(data: _Data, validation: _Data | None, config: AdapterConfig) -> tuple[_Data, np.ndarray, "_Judge | None"]:
