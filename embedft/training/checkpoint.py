@@ -90,8 +90,9 @@ def save_checkpoint(folder: Path, state: TrainState) -> None:
         write_json(temporary / FILES, {file.name: sha256_file(file) for file in sorted(temporary.iterdir())})
         shutil.rmtree(path, ignore_errors=True)
         os.replace(temporary, path)
-    finally:
+    except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
     for older in _checkpoints(folder)[:-KEPT]:
         shutil.rmtree(older)
 
