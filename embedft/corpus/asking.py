@@ -1,9 +1,10 @@
-"""Whether a text asks something: by its question mark, or by how an English sentence opens.
+"""What the words of a question show: whether it asks, repeats the prompt or points at a text that is not there.
 
-    asks("Explain how drivers are paid.")   # True
-    asks("Here are two questions:")         # False
+    asks("Explain how drivers are paid.")                  # True
+    asks("Here are two questions:")                        # False
+    points_at_source("What does the table above show?")    # "the table above"
 
-Not here: whether the question is any good (cleaning.py).
+The word lists are English. Not here: what is done with such questions (cleaning.py).
 """
 
 import re
@@ -13,7 +14,7 @@ AUXILIARY = r"(?:is|are|was|were|do|does|did|can|could|will|would|should|shall|h
 INTERROGATIVE = rf"""(?: (?:what|why|who|whose|whom|which|how)\b | (?:when|where)\s+{AUXILIARY}\b
     | (?:in|on|at|to|for|from|by|under|with|of|during|through)\s+(?:what|which|whose|whom)\b
     | {AUXILIARY}\s+(?!not\b)\w )"""
-# The second group are nouns and adjectives as well ("List of subsidiaries", "State law"): what follows decides.
+# The second group are nouns and adjectives too ("List of subsidiaries", "State law"): what follows decides.
 IMPERATIVE = r"""(?: (?:explain|discuss|describe|define|compare|identify|calculate|compute|analy[sz]e|summari[sz]e|
         evaluate|assess|illustrate|elaborate|enumerate|clarify|distinguish|differentiate|justify|interpret)\b
     | (?:list|name|outline|provide|give|tell|state|show|find|mention|specify|determine|estimate|highlight|examine|
@@ -30,9 +31,52 @@ ASKS = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 
+PROMPT = re.compile(
+    r"""\b(?: as\ an?\ (?:teacher|professor|instructor|educator|lecturer)\b
+      | (?:teacher|professor)s?\ ?(?:/|or)\ ?(?:teacher|professor)
+      | your\ students?\b | quiz(?:zes)?\b | diverse\ questions?\b
+      | (?:exam|examination|test)\ questions?\b | questions?\ in\ an?\ exam | (?:upcoming|next)\ exam(?:ination)?\b
+      | (?:would\ you\ like|do\ you\ want|let\ me\ know)\b.*\bquestions?\b )""",
+    re.IGNORECASE | re.VERBOSE,
+)
+
+TEXT = r"(?:text|passage|document|excerpt|article|paragraph|snippet|chunk|context)"
+SHOWN = r"(?:information|data|details|tables?|schedules?|statements?|figures?|definitions?|list|examples?|content)"
+# What follows gives it another meaning: the text of the law, the text messages, the document retention policy,
+# paragraph (d); the context of revenue recognition; information provided to investors.
+OTHER_THING = r"""(?! \ of\b | \ \(?(?:\d|[a-z]\)|[ivx]+\b) | -\w
+    | \ (?:messages?|fields?|editor|box|format|retention|management|review|requests?|production|holder|types?|titles?)\b
+    )"""
+OTHER_CONTEXT = rf"""(?! \ (?:of|for|in\ which|within\ which|surrounding|behind|around|where|when)\b
+    (?!\ (?:the|this|an?)\ (?:given\ |provided\ )?{TEXT}\b) )"""
+NOT_TO_SOMEBODY = (
+    r"(?!\ (?:to|by|in|under|on|with|for|at|through|during|pursuant|within|that|as)\b"
+    rf"(?!\ (?:the|this)\ {TEXT}\b))"
+)
+SOURCE = re.compile(
+    rf"""\b(?: context\ information\b
+      | (?:the|this)\ (?!context\b){TEXT}\b {OTHER_THING}
+      | (?:the|from|per)\ context(?:\ information)?\b {OTHER_CONTEXT}
+      | (?:the|this|these|from|in|on|under|to|per|using)\ (?:given|provided|above)
+        \ (?:[\w-]+\ ){{0,3}}? (?:{TEXT}|{SHOWN}|information)s?\b
+      | the\ following\ (?:text|passage|excerpt|paragraph|table|snippet)s?\b
+      | {TEXT}\ (?:provided|given|above|below)\b
+      | (?:{SHOWN}|information)\ (?:provided|given|presented|mentioned)\b {NOT_TO_SOMEBODY}
+      | the\ above\b
+      | (?:information|table|statement|section|figure|list)s?\ (?:above|below)\b
+      | (?:as\ )?(?:mentioned|described|discussed|stated|listed|shown|outlined|presented|noted)\ (?:above|earlier|below|
+          previously|here)\b
+      | (?<!be\ )(?:mentioned|described|discussed)(?=[.,;?!]|$)
+      | (?:in|from|on|according\ to|per)\ the\ (?:table|chart|figure|graph)s?\b (?!\ of\ (?!contents))
+      | (?:the|this)\ authors?\b (?=['’,]|\ (?:say|state|argue|mention|suggest|mean|of\ (?:the|this)\ {TEXT}))
+      | according\ to\ the\ author\b
+      | (?:the|a)\ previous\ question\b )""",
+    re.IGNORECASE | re.VERBOSE,
+)
+
 
 def asks(text: str) -> bool:
-    """Whether a text asks: a question mark, or a sentence that opens with an interrogative or asking imperative.
+    """Whether a text has a question mark, or a sentence that opens with an interrogative or an asking imperative.
 
     The imperative may follow an opening clause ("In the context of revenue recognition, explain ..."). A text that
     ends with a colon announces; one without a letter asks nothing.
@@ -40,3 +84,19 @@ def asks(text: str) -> bool:
     if not any(character.isalpha() for character in text):
         return False
     return bool(QUESTION_MARK.search(text) or (not text.endswith(":") and ASKS.search(text)))
+
+
+def shows_prompt(text: str) -> str | None:
+    """The words that show the prompt's role or task ("as a teacher", "diverse questions"), or None."""
+    found = PROMPT.search(text)
+    return found and found[0]
+
+
+def points_at_source(text: str) -> str | None:
+    """The words that point at a text which a searcher does not see, or None.
+
+    "According to the document", "the given information", "the table above" point; things with a name of their own do
+    not: "the agreement", "Section 409A", "mentioned in the offer letter", "in the context of leases".
+    """
+    found = SOURCE.search(text)
+    return found and found[0]

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..data.dataset import RetrievalDataset
-from .asking import asks
+from .asking import asks, points_at_source, shows_prompt
 from .prompts import strip_numbering
 
 ASKS_NOTHING = "asks nothing"
@@ -44,49 +44,6 @@ PREAMBLE = re.compile(
     r"(?:(?:sure|certainly|of course|okay|absolutely)\b[^:?]{0,40}?[!,.:]\s*)?"
     r"(?:here (?:are|is)|below (?:are|is)|the following (?:are|is))\b[^:?]{0,120}\bquestions?\b[^:?]{0,120}:\s*",
     re.IGNORECASE,
-)
-
-PROMPT = re.compile(
-    r"""\b(?: as\ an?\ (?:teacher|professor|instructor|educator|lecturer)\b
-      | (?:teacher|professor)s?\ ?(?:/|or)\ ?(?:teacher|professor)
-      | your\ students?\b | quiz(?:zes)?\b | diverse\ questions?\b
-      | (?:exam|examination|test)\ questions?\b | questions?\ in\ an?\ exam | (?:upcoming|next)\ exam(?:ination)?\b
-      | (?:would\ you\ like|do\ you\ want|let\ me\ know)\b.*\bquestions?\b )""",
-    re.IGNORECASE | re.VERBOSE,
-)
-
-TEXT = r"(?:text|passage|document|excerpt|article|paragraph|snippet|chunk|context)"
-SHOWN = r"(?:information|data|details|tables?|schedules?|statements?|figures?|definitions?|list|examples?|content)"
-# What follows gives it another meaning: the text of the law, the text messages, the document retention policy,
-# paragraph (d); the context of revenue recognition; information provided to investors.
-OTHER_THING = r"""(?! \ of\b | \ \(?(?:\d|[a-z]\)|[ivx]+\b) | -\w
-    | \ (?:messages?|fields?|editor|box|format|retention|management|review|requests?|production|holder|types?|titles?)\b
-    )"""
-OTHER_CONTEXT = rf"""(?! \ (?:of|for|in\ which|within\ which|surrounding|behind|around|where|when)\b
-    (?!\ (?:the|this|an?)\ (?:given\ |provided\ )?{TEXT}\b) )"""
-NOT_TO_SOMEBODY = (
-    r"(?!\ (?:to|by|in|under|on|with|for|at|through|during|pursuant|within|that|as)\b"
-    rf"(?!\ (?:the|this)\ {TEXT}\b))"
-)
-SOURCE = re.compile(
-    rf"""\b(?: context\ information\b
-      | (?:the|this)\ (?!context\b){TEXT}\b {OTHER_THING}
-      | (?:the|from|per)\ context(?:\ information)?\b {OTHER_CONTEXT}
-      | (?:the|this|these|from|in|on|under|to|per|using)\ (?:given|provided|above)
-        \ (?:[\w-]+\ ){{0,3}}? (?:{TEXT}|{SHOWN}|information)s?\b
-      | the\ following\ (?:text|passage|excerpt|paragraph|table|snippet)s?\b
-      | {TEXT}\ (?:provided|given|above|below)\b
-      | (?:{SHOWN}|information)\ (?:provided|given|presented|mentioned)\b {NOT_TO_SOMEBODY}
-      | the\ above\b
-      | (?:information|table|statement|section|figure|list)s?\ (?:above|below)\b
-      | (?:as\ )?(?:mentioned|described|discussed|stated|listed|shown|outlined|presented|noted)\ (?:above|earlier|below|
-          previously|here)\b
-      | (?<!be\ )(?:mentioned|described|discussed)(?=[.,;?!]|$)
-      | (?:in|from|on|according\ to|per)\ the\ (?:table|chart|figure|graph)s?\b (?!\ of\ (?!contents))
-      | (?:the|this)\ authors?\b (?=['’,]|\ (?:say|state|argue|mention|suggest|mean|of\ (?:the|this)\ {TEXT}))
-      | according\ to\ the\ author\b
-      | (?:the|a)\ previous\ question\b )""",
-    re.IGNORECASE | re.VERBOSE,
 )
 
 # The marks in a question that carry meaning: separators in numbers, a sign before one, percent, C#, R&D.
@@ -242,22 +199,6 @@ def tidy(text: str) -> str:
     preamble = PREAMBLE.match(question)
     rest = strip_numbering(question[preamble.end() :]) if preamble else ""
     return rest or question
-
-
-def shows_prompt(text: str) -> str | None:
-    """The words that show the prompt's role or task ("as a teacher", "diverse questions"), or None."""
-    found = PROMPT.search(text)
-    return found and found[0]
-
-
-def points_at_source(text: str) -> str | None:
-    """The words that point at a text which a searcher does not see, or None.
-
-    "According to the document", "the given information", "the table above" point; things with a name of their own do
-    not: "the agreement", "Section 409A", "mentioned in the offer letter", "in the context of leases".
-    """
-    found = SOURCE.search(text)
-    return found and found[0]
 
 
 def copies(question: str, document: str) -> bool:
