@@ -11,6 +11,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
+from api_server import ApiServer
 from tiny import make_dataset, make_embedder
 
 import embedft
@@ -207,6 +208,17 @@ sys.exit(main(["info", "model"]))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "embedft info: interrupted\n")
+
+
+def test_batch_size_and_parameters_of_an_api(place):
+    with ApiServer() as server:
+        options = ["--api-batch-size", "3", "--request", "user=x", "--request.truncate", "true"]
+        arguments = ["encode", "openai:m", "words.txt", "--out", "a.npy", "--base-url", server.base_url, *options]
+        (place / "words.txt").write_text("a\nb\nc\nd")
+        assert main(arguments) == 0
+        sent = [request for kind, _, request in server.log if kind == "embeddings"]
+    assert sorted(len(request["input"]) for request in sent) == [1, 3]
+    assert {(request["user"], request["truncate"]) for request in sent} == {("x", True)}
 
 
 # Prompts.

@@ -257,6 +257,16 @@ def check_error(capsys, arguments: str, message: str) -> None:
     assert output.err.count("\n") == 1
 
 
+def test_identical_ids_are_kept_on_request(place, capsys):
+    """A query that is in the corpus under its own id finds itself."""
+    (place / "own.json").write_text(
+        json.dumps({"queries": {"a": "x y"}, "corpus": {"a": "x y", "b": "z"}, "relevant_docs": {"a": ["b"]}})
+    )
+    arguments = "evaluate model own.json --metrics mrr@10 --json --no-bm25"
+    assert json.loads(run(capsys, arguments)) == {"mrr@10": 1.0}
+    assert json.loads(run(capsys, f"{arguments} --keep-identical-ids")) == {"mrr@10": 0.5}
+
+
 # compare.
 
 
