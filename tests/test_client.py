@@ -211,7 +211,7 @@ def test_to_the_end_with_and_without_a_loop():
 def test_only_settings_of_requests_are_checked():
     """A command has more of them: a seed of 0 is fine."""
     settings = SimpleNamespace(model="m", parameters={}, seed=0, concurrency=1, price_in=0.0, num_questions=2)
-    check_settings(settings, positive=["num_questions"], own_parameters=["model"])
+    check_settings(settings, own_parameters=["model"])
     settings.num_questions = 0
     with pytest.raises(ValueError, match="num_questions is 0"):
-        check_settings(settings, positive=["num_questions"], own_parameters=["model"])
+        check_settings(settings, own_parameters=["model"])

@@ -46,7 +46,7 @@ def test_an_index_that_is_left_out(absent):
         ((0, 1.0), "index '1.0'"),
         ((False, True), "index 'False'"),
         ((0, [1]), r"index '\[1\]'"),
-        ((1, None, None), "index '1'"),
+        ((1, None, None), "index '0'"),
     ],
 )
 def test_indices_that_are_not_one_per_text(indices, message):

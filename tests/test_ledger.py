@@ -79,7 +79,7 @@ def test_tenths_add_up(tmp_path):
     for _ in range(3):
         assert ledger.full(job("a", 1, 50)) is None
         ledger.reserve(job("a", 1, 50))
-    assert ledger.full(job("a", 1, 50)) == "--max-cost 0.30"
+    assert ledger.full(job("a", 1, 50)) == "--max-cost 0.3"
     assert ledger.totals().unreported_cost == 0.3
 
 

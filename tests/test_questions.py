@@ -355,7 +355,7 @@ def test_the_timeout_holds_for_the_whole_reply(monkeypatch):
         raise AssertionError("nobody stopped waiting")
 
     monkeypatch.setattr(asker.client.openai, "post", dribble)
-    answer = asyncio.run(asker.ask(sending.Job("key", "text", 1, 1)))
+    answer = asyncio.run(asker.ask(sending.Job("key", "text", 1, 1), ("max_tokens", False)))
     assert (answer.status, answer.action, answer.usage) == ("failed", "retry", None)
     assert answer.reason == "no reply within 0.05 s"
 
@@ -482,7 +482,7 @@ def test_what_a_server_refuses_is_asked_for_otherwise(tmp_path, name):
         num_refused = server.counts["refused"]
         assert server.log[-1][2].keys() - {"model", "messages"} == fields
         assert server.counts["chat"] == 8 + num_refused
-        assert num_refused <= 2 * 4
+        assert num_refused <= 2 * 8  # pauses are random: some chunks go out in the first form meanwhile
 
 
 @pytest.mark.slow

@@ -88,7 +88,6 @@ def test_no_window_of_a_minute_holds_more(seed):
         ({"retry-after-ms": "250", "retry-after": "9"}, 0.25),
         ({"retry-after-ms": "soon", "retry-after": "9"}, 9.0),
         ({"retry-after": email.utils.formatdate(1_000_012, usegmt=True)}, 12.0),
-        ({"retry-after": "Mon, 12 Jan 1970 13:46:52 -0000"}, 12.0),
         ({"retry-after": email.utils.formatdate(999_000, usegmt=True)}, 0.0),
         ({"retry-after": "soon"}, None),
         ({"retry-after": "-1"}, None),
@@ -97,15 +96,17 @@ def test_no_window_of_a_minute_holds_more(seed):
     ],
 )
 def test_what_a_server_asks_for(headers, seconds):
-    assert retry_after_seconds(headers, 1_000_000.0) == seconds
+    assert retry_after_seconds({"date": email.utils.formatdate(1_000_000, usegmt=True), **headers}) == seconds
 
 
-def test_pauses_grow_to_a_cap_and_never_undercut_the_server():
-    most = [backoff_seconds(attempt, None, lambda low, high: high) for attempt in (1, 2, 3, 5, 6, 7, 5000)]
+def test_pauses_grow_to_a_cap_and_never_undercut_the_server(monkeypatch):
+    monkeypatch.setattr(random, "uniform", lambda low, high: high)
+    most = [backoff_seconds(attempt) for attempt in (1, 2, 3, 5, 6, 7, 5000)]
     assert most == [0.5, 1.0, 2.0, 8.0, 16.0, 30.0, 30.0]
-    assert backoff_seconds(3, None, lambda low, high: low) == 0.0
-    assert backoff_seconds(1, 7.0, lambda low, high: low) == 7.0
-    assert backoff_seconds(9, 0.5, lambda low, high: high) == 1.0
+    assert backoff_seconds(9, 0.5) == 1.0
+    monkeypatch.setattr(random, "uniform", lambda low, high: low)
+    assert backoff_seconds(3) == 0.0
+    assert backoff_seconds(1, 7.0) == 7.0
 
 
 # The loop.
@@ -119,7 +120,7 @@ class Sent:
         self.order, self.times, self.recorded = [], [], []
         self.in_flight = self.most_in_flight = 0
 
-    async def ask(self, job: Job) -> Response:
+    async def ask(self, job: Job, form: None) -> Response:
         self.order.append(job.key)
         self.times.append(time.monotonic())
         self.in_flight += 1
@@ -135,7 +136,7 @@ class Sent:
         self.recorded.append((number, job.key, answer.status))
 
     def run(self, jobs: list[Job], **options) -> Response | str | None:
-        options = {"concurrency": 1, "max_attempts": 3, "seed": 0, **options}
+        options = {"concurrency": 1, "max_attempts": 3, **options}
         return asyncio.run(Sender(self.ask, self.record, ledger=self.ledger, **options).run(jobs))
 
 
@@ -161,10 +162,9 @@ def test_jobs_are_asked_for_in_order_and_attempts_end(ledger):
     assert ledger.totals().num_requests == 8
 
 
-def test_a_pause_until_a_date_is_measured_on_the_servers_clock():
-    headers = {"retry-after": "Sat, 21 Nov 2026 12:00:12 GMT", "date": "Sat, 21 Nov 2026 12:00:10 GMT"}
-    assert retry_after_seconds(headers, now=0.0) == 2.0
-    assert retry_after_seconds({**headers, "date": "no date"}, now=1_795_262_400.0) == pytest.approx(12.0)
+def test_a_pause_until_a_date_without_the_servers_clock():
+    in_a_minute = email.utils.formatdate(time.time() + 60, usegmt=True)
+    assert 55 <= retry_after_seconds({"retry-after": in_a_minute}) <= 61
 
 
 def test_nothing_to_ask_for(ledger):
@@ -230,13 +230,11 @@ class Server:
         self.ledger, self.form, self.most, self.refusal = ledger, form, most, refusal
         self.forms, self.sent, self.dropped = Forms("abc"), [], []
 
-    async def ask(self, job: Job) -> Response:
-        form = self.forms.take(job)
+    async def ask(self, job: Job, form: str) -> Response:
         self.sent.append((form, job.content))
         await asyncio.sleep(0.001)
         if form != self.form or len(job.content) > self.most or "x" in job.content:
             return self.refusal
-        self.forms.accept(job)
         return OK
 
     def split(self, job: Job, response: Response) -> list[Job]:
@@ -247,7 +245,7 @@ class Server:
         return [Job(half, half, 1, 0) for half in (job.content[:middle], job.content[middle:])]
 
     def run(self, contents: list[str], **options) -> Response | str | None:
-        options = {"concurrency": 1, "max_attempts": 3, "seed": 0, "split": self.split, "forms": self.forms, **options}
+        options = {"concurrency": 1, "max_attempts": 3, "split": self.split, "forms": self.forms, **options}
         sender = Sender(self.ask, lambda *response: None, ledger=self.ledger, **options)
         return asyncio.run(sender.run(Job(content, content, 1, 0) for content in contents))
 
@@ -385,7 +383,7 @@ def test_no_room_waits_for_those_in_flight(tmp_path):
     ledger = Ledger(tmp_path / "ledger.jsonl", prices=(10_000.0, 10_000.0), max_cost=3.0)
     used = Response("ok", "done", usage=(20, 10))
     sent = Sent(ledger, {str(i): [used] for i in range(7)})
-    assert sent.run([job(str(i)) for i in range(7)], concurrency=4) == "--max-cost 3.00"
+    assert sent.run([job(str(i)) for i in range(7)], concurrency=4) == "--max-cost 3.0"
     assert len(sent.recorded) == 6
     assert sent.most_in_flight == 2
     assert ledger.totals().cost == 1.8
@@ -400,7 +398,7 @@ def test_the_limit_is_never_passed(tmp_path, seed):
     for _ in range(3):
         ledger = Ledger(tmp_path / "ledger.jsonl", outcomes, prices=(3.0, 7.0), max_cost=limit, max_requests=70)
 
-        async def ask(job: Job) -> Response:
+        async def ask(job: Job, form: None) -> Response:
             nonlocal charged
             await asyncio.sleep(generator.uniform(0, 0.003))
             kind = generator.choice(["ok", "ok", "invalid", "free", "unknown"])
@@ -420,7 +418,7 @@ def test_the_limit_is_never_passed(tmp_path, seed):
             outcomes.append({"request": number, "usage": usage, "cost": cost})
 
         jobs = [job(str(i), generator.randint(1, 300), generator.randint(1, 60)) for i in range(30)]
-        options = {"concurrency": generator.randint(1, 9), "max_attempts": 3, "seed": seed}
+        options = {"concurrency": generator.randint(1, 9), "max_attempts": 3}
         asyncio.run(Sender(ask, record, ledger=ledger, **options).run(jobs))
         assert charged <= limit
         assert ledger.totals().num_requests == len(lines(tmp_path / "ledger.jsonl")) <= 70
@@ -428,7 +426,7 @@ def test_the_limit_is_never_passed(tmp_path, seed):
 
 
 def test_what_ask_raises_ends_it_and_leaves_the_others_reserved(ledger):
-    async def ask(job: Job) -> Response:
+    async def ask(job: Job, form: None) -> Response:
         if job.key == "b":
             raise OSError("disk full")
         await asyncio.sleep(3)

@@ -8,11 +8,11 @@ Not here: what is asked and what a good reply is (corpus/questions.py, endpoint.
 """
 
 import asyncio
+import contextlib
 import json
 import math
-import time
 from collections.abc import Collection, Coroutine, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from .ledger import USAGE, is_count
@@ -33,11 +33,16 @@ HINTS = {
     404: " (is the model's name right, and does the base URL end in /v1?)",
 }
 MAX_REASON_CHARACTERS = 300
-POSITIVE = ("concurrency", "requests_per_minute", "tokens_per_minute", "max_cost", "max_attempts", "timeout_seconds")
+# Settings that `check_settings` knows.
+PRICES = ("price", "price_in", "price_out")
+POSITIVE = (
+    *("concurrency", "requests_per_minute", "tokens_per_minute", "max_cost", "max_attempts", "timeout_seconds"),
+    *("dimensions", "max_tokens", "batch_texts", "num_questions", "max_reply_tokens", "max_requests"),
+)
 
 
 class Client:
-    """`openai` is an AsyncOpenAI that neither retries nor follows redirects. `timeout_seconds`: for a whole reply."""
+    """`openai` neither retries nor follows redirects. `timeout_seconds`: for a whole reply."""
 
     def __init__(self, server: Server, *, timeout_seconds: float):
         import openai
@@ -65,12 +70,11 @@ class Client:
             response = await asyncio.wait_for(request, self.timeout_seconds)
         except openai.APIStatusError as error:
             return self._failed(error.status_code, error.response.text, error.response.headers)
-        except (asyncio.TimeoutError, openai.APITimeoutError) as error:
-            usage = FREE if type(error.__cause__).__name__ in NEVER_SENT else None
-            return Response("failed", "retry", f"no reply within {self.timeout_seconds:g} s", usage=usage)
-        except openai.APIConnectionError as error:
+        except (asyncio.TimeoutError, openai.APIConnectionError) as error:
             was_sent = type(error.__cause__).__name__ not in NEVER_SENT
             reason = self.line(f"no connection ({error.__cause__ or error})")
+            if isinstance(error, (asyncio.TimeoutError, openai.APITimeoutError)):
+                reason = f"no reply within {self.timeout_seconds:g} s"
             return Response("failed", "retry", reason, usage=None if was_sent else FREE, suspect=not was_sent)
         return self.parse(response.text)
 
@@ -98,7 +102,7 @@ class Client:
         if status in STOP or (status == 429 and "insufficient_quota" in codes):
             action, reason = "stop", reason + HINTS.get(status, "")
         elif status in RETRY or status >= 500:
-            action, pause = "retry", retry_after_seconds(headers, time.time())
+            action, pause = "retry", retry_after_seconds(headers)
         return Response(
             "failed",
             action,
@@ -150,18 +154,14 @@ def message_text(content: Any) -> str:
     return "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
 
 
-def check_settings(settings: Any, *, positive: Collection[str], own_parameters: Collection[str]) -> None:
-    """Raises `ValueError` for a setting of requests that is out of range, or a parameter that cannot be sent.
-
-    Args:
-        settings: has the attributes `positive`, `model`, `parameters`, and prices.
-    """
+def check_settings(settings: Any, *, own_parameters: Collection[str]) -> None:
+    """Raises `ValueError` for a setting of requests that is out of range, or a parameter that cannot be sent."""
     if not settings.model.strip():
         raise ValueError("model is empty, expected a name that the server knows")
-    for name in ("price", "price_in", "price_out", *positive, *POSITIVE):
-        value, is_price = getattr(settings, name, None), name.startswith("price")
-        if value is not None and not (0 < value < math.inf or (is_price and value == 0)):
-            raise ValueError(f"{name} is {value}, expected {'at least 0' if is_price else 'more than 0'}")
+    for name in (*PRICES, *POSITIVE):
+        value = getattr(settings, name, None)
+        if value is not None and not (0 < value < math.inf or (name in PRICES and value == 0)):
+            raise ValueError(f"{name} is {value}, expected {'at least 0' if name in PRICES else 'more than 0'}")
     for name in settings.parameters:
         if name in own_parameters:
             raise ValueError(f"parameters: {name!r} is set by embedft itself and cannot be sent as a parameter")
@@ -172,24 +172,12 @@ def check_settings(settings: Any, *, positive: Collection[str], own_parameters: 
 
 
 def run_to_end(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """What a coroutine returns: `asyncio.run`, also inside a running loop, as in a notebook; an interrupt ends it."""
-    try:
-        loop = asyncio.get_running_loop()
-    except RuntimeError:
-        loop = None
-    if loop is None:  # outside of `except`, so that errors do not have that one as their context
-        return asyncio.run(coroutine)
-    started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task | None]] = Future()
-
-    async def main() -> Any:
-        started.set_result((asyncio.get_running_loop(), asyncio.current_task()))
-        return await coroutine
-
-    with ThreadPoolExecutor(1) as pool:
-        result = pool.submit(asyncio.run, main())
+    """What a coroutine returns, in a thread: a notebook's has a running loop. An interrupt cancels it."""
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(coroutine)
+    with contextlib.closing(loop), ThreadPoolExecutor(1) as pool:
         try:
-            return result.result()
+            return pool.submit(loop.run_until_complete, task).result()
         except KeyboardInterrupt:
-            loop, task = started.result()
             loop.call_soon_threadsafe(task.cancel)
             raise

@@ -14,22 +14,19 @@ import numpy as np
 def read_vectors(reply: Mapping[str, Any], num_texts: int) -> list[np.ndarray | str]:
     """For each text its vector [D] float64, or what is wrong with it, by `index`.
 
-    Servers leave `index` out where it is 0, or everywhere: then vectors come in the order of the texts.
-
     Raises:
-        TypeError, LookupError: the reply is not a list of embeddings.
+        TypeError, LookupError, AttributeError: the reply is not a list of embeddings.
         ValueError: it does not have exactly one vector per text.
     """
     items = list(reply["data"])
     if len(items) != num_texts:
         raise ValueError(f"{len(items):,} vectors came back for {num_texts:,} texts")
     indices = [item.get("index") for item in items]
-    unused = sorted(set(range(num_texts)) - {index for index in indices if type(index) is int})
-    if indices.count(None) == len(unused) == 1:
-        indices[indices.index(None)] = unused[0]
+    if all(index is None for index in indices):  # some servers leave it out everywhere, some where it is 0
+        indices = list(range(num_texts))
     vectors: dict[int, np.ndarray | str] = {}
-    for place, (index, item) in enumerate(zip(indices, items, strict=True)):
-        row = place if index is None else index
+    for index, item in zip(indices, items, strict=True):
+        row = 0 if index is None else index
         if type(row) is not int or not 0 <= row < num_texts or row in vectors:
             raise ValueError(f"index {str(row)[:40]!r} came back, expected each of 0 to {num_texts - 1:,} once")
         vectors[row] = _decode(item["embedding"])
@@ -40,12 +37,11 @@ def _decode(value: Any) -> np.ndarray | str:
     """A list of numbers, or base64 of little-endian float32, as [D] float64; what is wrong when it is neither."""
     try:
         if isinstance(value, str):
-            vector = np.frombuffer(base64.b64decode(value, validate=True), dtype="<f4").astype(np.float64)
-        else:
-            vector = np.asarray(value, dtype=np.float64)  # null, as JSON writes a NaN, becomes one
+            value = np.frombuffer(base64.b64decode(value, validate=True), dtype="<f4")
+        vector = np.asarray(value, dtype=np.float64)  # null, as JSON writes a NaN, becomes one
     except (ValueError, TypeError, OverflowError):
-        vector = None
-    if vector is None or vector.ndim != 1 or not len(vector):
+        vector = np.empty(0)
+    if vector.ndim != 1 or not len(vector):
         return "a vector that is neither a list of numbers nor base64 of float32"
     if not np.isfinite(vector).all():
         return "a vector with values that are not finite"

@@ -1,7 +1,6 @@
 """Embeddings of many texts from one server and model: batches, cuts, faults and costs.
 
-Not here: which texts are needed and where vectors go (encoders/openai_api.py), what a reply contains
-(embedding_reply.py), one request (client.py), rates, retries and other forms of what is refused (sending.py).
+Which texts are needed and where vectors go, encoders/openai_api.py knows; what a reply contains, embedding_reply.py.
 
     endpoint = Endpoint("text-embedding-3-small", price=0.02, max_cost=1.00)
     endpoint.fetch({"a text": 0}, prompt="", keep=vectors.update)
@@ -56,12 +55,11 @@ class ApiCosts:
 
 @dataclass(eq=False)
 class Batch:
-    """Texts of one request, perhaps a half of the refused batch `whole`."""
+    """Texts of one request, perhaps a half of the batch `whole` that was refused."""
 
     texts: list[str]
     whole: "Batch | None" = None
-    parts: int = 2  # halves that were not taken yet, if it was refused
-    num_failures: int = 0  # the sender's, when it was refused
+    num_waiting: int = 2  # halves that were not taken yet, if it was refused
 
 
 @dataclass
@@ -104,8 +102,7 @@ class Endpoint:
     ledger: str | Path | None = None
 
     def __post_init__(self) -> None:
-        positive = ("dimensions", "max_tokens", "batch_texts")
-        check_settings(self, positive=positive, own_parameters=("model", "input", "dimensions"))
+        check_settings(self, own_parameters=("model", "input", "dimensions"))
         if self.batch_texts > MAX_BATCH_TEXTS:
             raise ValueError(f"batch_texts is {self.batch_texts}, expected 1 to {MAX_BATCH_TEXTS:,}")
         if self.max_cost is not None and self.price is None:
@@ -131,39 +128,31 @@ class Endpoint:
         settings |= {"max_tokens": self.max_tokens if self.too_long == "cut" else None, "tokenizer": None}
         return settings | ({"parameters": dict(self.parameters)} if self.parameters else {})
 
-    def fetch(self, rows: Mapping[str, int], **options: Any) -> None:
+    def fetch(self, rows: Mapping[str, int], *, prompt: str, keep: Callable[[dict[str, np.ndarray]], object]) -> None:
         """Asks for the vector of every text, several batches at once.
 
         Args:
             rows: {text: its position in what the caller was given, for errors}.
             prompt: goes in front of every text.
             keep: gets {text: [D] float32 of length one} as soon as a reply is there.
-            done: is told how many texts came, and what all requests cost ("" without a price).
-            least_dim: vectors with fewer features are useless: after the first nothing more is asked for.
 
         Raises:
             ValueError: a text that the server refuses, a limit reached, or what the server said, in one line without
                 secrets. What came by then was given to `keep`.
         """
         if rows:
-            run_to_end(_Fetch(self, rows, **options).run())
+            run_to_end(_Fetch(self, rows, prompt, keep).run())
 
 
-@dataclass
 class _Fetch:
     """One `fetch`, with its state."""
 
-    endpoint: Endpoint
-    rows: Mapping[str, int]
-    prompt: str
-    keep: Callable[[dict[str, np.ndarray]], object]
-    done: Callable[[int, str], object] = lambda num_texts, cost: None
-    least_dim: int = 1
-
-    def __post_init__(self) -> None:
-        self.sent = {text: self.prompt + text for text in self.rows}  # as it goes to the server
-        self.missing = dict.fromkeys(self.rows, "not asked for")  # {text: why it has no vector}
-        self.cut: dict[str, str] = {}  # {text: the server's words}
+    def __init__(self, endpoint: Endpoint, rows: Mapping[str, int], prompt: str, keep: Callable):
+        self.endpoint, self.rows, self.prompt, self.keep = endpoint, rows, prompt, keep
+        self.client = Client(endpoint.server, timeout_seconds=endpoint.timeout_seconds)
+        self.sent = {text: prompt + text for text in rows}  # as it goes to the server
+        self.missing = dict.fromkeys(rows, "not asked for")  # {text: why it has no vector}
+        self.cut: set[str] = set()
 
     async def run(self) -> None:
         """Asks for all; raises `ValueError` when a text has no vector in the end."""
@@ -171,19 +160,16 @@ class _Fetch:
         with locked(path.with_name(f"{path.name}.lock")) if path else nullcontext():
             if path:
                 endpoint.spent = Ledger(path, prices=endpoint.prices, max_cost=endpoint.max_cost)
-            self.client = Client(endpoint.server, timeout_seconds=endpoint.timeout_seconds)
             options = {name: getattr(endpoint, name) for name in ("concurrency", "max_attempts", "forms", "rate")}
-            self.sender = Sender(self._ask, self._record, endpoint.spent, split=self._split, **options)
+            sender = Sender(self._ask, self._record, endpoint.spent, split=self._split, **options)
             async with self.client.openai:
-                stopped = await self.sender.run(self._jobs())
+                stopped = await sender.run(self._jobs())
         of_all = f"of {len(self.rows):,} texts asked for"
         if self.cut:
-            words = next(iter(self.cut.values()))
-            print(f"{endpoint.name}: {len(self.cut):,} {of_all} were cut ({words})", file=sys.stderr)
+            print(f"{endpoint.name}: {len(self.cut):,} {of_all} were too long and cut", file=sys.stderr)
         if self.missing:
-            reason = next(iter(self.missing.values()))
-            if stopped is not None:
-                reason = stopped.reason if isinstance(stopped, Response) else f"stopped at {stopped}"
+            reason = next(iter(self.missing.values())) if stopped is None else f"stopped at {stopped}"
+            reason = stopped.reason if isinstance(stopped, Response) else reason
             raise ValueError(f"{endpoint.name}: {reason}; {len(self.missing):,} {of_all} have no vector")
 
     def _jobs(self) -> Iterator[Job]:
@@ -196,8 +182,7 @@ class _Fetch:
                 batch, num_bytes = [], 0
             batch.append(text)
             num_bytes += size
-        if batch:
-            yield self._job(Batch(batch))
+        yield self._job(Batch(batch))
 
     def _job(self, batch: Batch) -> Job:
         sent = [self.sent[text] for text in batch.texts]
@@ -207,35 +192,35 @@ class _Fetch:
 
     def _split(self, job: Job, response: Response) -> list[Job]:
         """What to send instead of a refused batch: its halves, or its only text cut shorter."""
-        batch = job.content
+        batch, limit = job.content, self.endpoint.max_tokens
+        is_refused = response.action == "drop" or response.may_be_refusal
         if batch.whole is not None:
-            batch.whole.parts = -1  # its size was not what was wrong, or not alone
+            batch.whole.num_waiting = -1  # its size was not what was wrong, or not alone
         if len(batch.texts) > 1:
-            middle, batch.num_failures = len(batch.texts) // 2, self.sender.num_failures
-            return [self._job(Batch(half, batch)) for half in (batch.texts[:middle], batch.texts[middle:])]
+            middle, whole = len(batch.texts) // 2, batch if is_refused else None
+            return [self._job(Batch(half, whole)) for half in (batch.texts[:middle], batch.texts[middle:])]
         (text,) = batch.texts
-        limit = self.endpoint.max_tokens
         # A token is at least a byte, so a text with so few bytes is not too long.
         if self.endpoint.too_long == "cut" and len(self.sent[text].encode()) > (limit or 0):
             shorter = shorten(self.sent[text], limit)
             if len(shorter) > len(self.prompt):
-                self.sent[text], self.cut[text] = shorter, response.reason
+                self.sent[text] = shorter
+                self.cut.add(text)
                 return [self._job(batch)]
-        if response.action == "drop" or response.may_be_refusal:
+        if is_refused:
             self.missing[text] = f"texts[{self.rows[text]}] is refused ({response.reason})"
-        self.cut.pop(text, None)
+        self.cut.discard(text)
         return []
 
-    async def _ask(self, job: Job) -> Response:
+    async def _ask(self, job: Job, form: str | None) -> Response:
         """Sends one batch. `Response.result` is {text: its vector [D] float32} of those that are good."""
         endpoint, texts = self.endpoint, job.content.texts
         body = {"model": endpoint.model, "input": [self.sent[text] for text in texts], **endpoint.parameters}
-        optional = {"encoding_format": endpoint.forms.take(job), "dimensions": endpoint.dimensions}
+        optional = {"encoding_format": form, "dimensions": endpoint.dimensions}
         body |= {name: value for name, value in optional.items() if value is not None}
         reply = await self.client.post("/embeddings", body)
         if isinstance(reply, Response):
             return reply
-        endpoint.forms.accept(job)
         usage = reported_usage(reply, writes=False)
         try:
             vectors = read_vectors(reply, len(texts))
@@ -243,7 +228,7 @@ class _Fetch:
             return self.client.unexpected("list of embeddings", json.dumps(reply))
         except ValueError as error:
             return Response("invalid", "drop", str(error), usage=usage, suspect=True)
-        good, reason = {}, None
+        good, faults = {}, []
         for text, vector in zip(texts, vectors, strict=True):
             if not isinstance(vector, str):
                 endpoint.dim = endpoint.dim or len(vector)
@@ -251,43 +236,34 @@ class _Fetch:
                     good[text] = unit_rows(vector[None])[0]
                     continue
                 vector = f"a vector of {len(vector)} dimensions, not {endpoint.dim},"
-            reason = reason or f"{vector} came back for texts[{self.rows[text]}]"
-        if reason is not None:
-            return Response("invalid", "drop", reason, result=good, usage=usage, suspect=not good)
-        if endpoint.dim < self.least_dim:
-            reason = f"vectors of {endpoint.dim} dimensions came back, dim is {self.least_dim}"
-            return Response("ok", "stop", reason, result=good, usage=usage)
+            faults.append(f"{vector} came back for texts[{self.rows[text]}]")
+        if faults:
+            return Response("invalid", "drop", faults[0], result=good, usage=usage, suspect=not good)
         return Response("ok", "done", result=good, usage=usage)
 
     def _record(self, job: Job, number: int, response: Response, seconds: float) -> None:
         """Stores what is good, then settles: a kill between the two counts a request as dearer, never as free."""
-        endpoint, good, whole = self.endpoint, response.result or {}, job.content.whole
+        endpoint, costs, good, whole = self.endpoint, self.endpoint.costs, response.result or {}, job.content.whole
         if good:
             self.keep(good)
-        for text in job.content.texts:
-            if text in good:
-                del self.missing[text]
-            else:
-                self.missing[text] = response.reason
+        self.missing |= dict.fromkeys(job.content.texts, response.reason)
+        for text in good:
+            del self.missing[text]
         if response.action == "done" and whole is not None:
-            whole.parts -= 1
-            # Both halves were taken, and the server did not fail meanwhile: the whole was too large.
-            if whole.parts == 0 and whole.num_failures == self.sender.num_failures:
+            whole.num_waiting -= 1
+            if whole.num_waiting == 0:  # both halves were taken: the whole was too large
                 endpoint.batch_texts = min(endpoint.batch_texts, len(job.content.texts))
         paid = endpoint.spent.settle(number, response.usage)
         if endpoint.ledger:
             usage = response.usage and dict(zip(USAGE, response.usage, strict=True))
             line = {"request": number, "status": response.status, "reason": response.reason, "usage": usage}
             append_jsonl(endpoint.ledger, line | {"cost": paid, "time": now_text(), "seconds": round(seconds, 3)})
-        costs = endpoint.costs
         costs.num_requests += 1
         costs.num_tokens += (response.usage or (0, 0))[0]
         costs.num_unreported += response.usage is None
         costs.num_computed += len(good)
         if endpoint.prices is not None:
             costs.cost = float(price_of(endpoint.prices, costs.num_tokens, 0))
-        spent = "" if endpoint.prices is None else f"{endpoint.spent.cost + endpoint.spent.open_cost:.4f}"
-        self.done(len(good), spent)
 
 
 def shorten(text: str, max_tokens: int | None) -> str:

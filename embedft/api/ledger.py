@@ -5,7 +5,7 @@ number = ledger.reserve(job)          # unless ledger.full(job)
 ledger.settle(number, (812, 64))      # tokens of prompt and reply
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, InitVar, dataclass
 from datetime import datetime, timezone
 from decimal import Decimal
@@ -43,9 +43,6 @@ class Ledger:
         outcomes: of earlier runs, when they are kept elsewhere; see `check_outcome`.
         prices: money per million tokens of prompts and of replies; what is settled keeps its cost.
         max_requests, max_cost: over all runs.
-
-    Raises:
-        ValueError: a malformed line of the file.
     """
 
     path: str | Path | None
@@ -60,28 +57,28 @@ class Ledger:
         self.cost = self.open_cost = Decimal(0)
         self.open: dict[int, Decimal] = {}
         for line, record in enumerate(resume_jsonl(self.path) if self.path else (), start=1):
-            _check(record, OUTCOME if "usage" in record else RESERVATION, f"{self.path} line {line}")
-            if "usage" in record:
+            names = OUTCOME if "usage" in record else RESERVATION
+            check_outcome(record, f"{self.path} line {line}", names)
+            if names is OUTCOME:
                 self._settle_again(record)
             else:
-                number, *tokens, cost = (record[name] for name in RESERVATION)
-                self._open(number, self._price(*tokens) if cost is None else _decimal(cost))
+                number, *tokens, cost = (record[name] for name in names)
+                self._open(number, price_of(self.prices, *tokens) if cost is None else _decimal(cost))
         for record in outcomes:
             self._settle_again(record)
 
     def full(self, job: "Job") -> str | None:
-        """The limit that leaves no room for a request of `job`, as in "--max-cost 5.00"; None when there is room."""
+        """The limit that leaves no room for a request of `job`, as in "--max-cost 5.0"; None when there is room."""
         if self.max_requests is not None and self.num_requests >= self.max_requests:
             return f"--max-requests {self.max_requests:,}"
-        cost = self.cost + self.open_cost + self._price(job.prompt_tokens, job.reply_tokens)
-        if self.max_cost is None or cost <= _decimal(self.max_cost):
-            return None
-        text = f"{self.max_cost:.2f}"
-        return f"--max-cost {text if float(text) == self.max_cost else format(_decimal(self.max_cost), 'f')}"
+        cost = self.cost + self.open_cost + price_of(self.prices, job.prompt_tokens, job.reply_tokens)
+        if self.max_cost is not None and cost > (limit := _decimal(self.max_cost)):
+            return f"--max-cost {limit:f}"
+        return None
 
     def reserve(self, job: "Job") -> int:
         """The number of a request that may now be sent; its line is on disk."""
-        cost, number = self._price(job.prompt_tokens, job.reply_tokens), self.last + 1
+        cost, number = price_of(self.prices, job.prompt_tokens, job.reply_tokens), self.last + 1
         if self.path:
             record = {"request": number, "key": job.key, "most_prompt_tokens": job.prompt_tokens}
             record |= {"most_reply_tokens": job.reply_tokens, "most_cost": None if self.prices is None else float(cost)}
@@ -96,7 +93,7 @@ class Ledger:
         if usage is None:
             return None
         self.open_cost -= self.open.pop(number)
-        exact = self._price(*usage) if cost is None else _decimal(cost)
+        exact = price_of(self.prices, *usage) if cost is None else _decimal(cost)
         self.prompt_tokens += usage[0]
         self.completion_tokens += usage[1]
         self.cost += exact
@@ -117,38 +114,34 @@ class Ledger:
         self.num_requests += 1
         self.last = max(self.last, number)
 
-    def _price(self, prompt_tokens: int, reply_tokens: int) -> Decimal:
-        return Decimal(0) if self.prices is None else price_of(self.prices, prompt_tokens, reply_tokens)
-
-
-def check_outcome(record: Mapping[str, Any], where: str) -> None:
-    """Raises `ValueError` naming `where` ("replies.jsonl line 3") and the malformed field of an outcome."""
-    _check(record, OUTCOME, where)
-
 
 def is_count(value: Any) -> bool:
     """Whether a value is a credible number of tokens."""
     return type(value) is int and 0 <= value <= MAX_TOKENS
 
 
-def _check(record: Mapping[str, Any], names: Sequence[str], where: str) -> None:
+def _is_usage(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and all(is_count(value.get(name)) for name in USAGE))
+
+
+def _is_cost(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and 0 <= value < 1e18)
+
+
+FIELDS: dict[str, Callable[[Any], bool]] = {"usage": _is_usage, "cost": _is_cost, "most_cost": _is_cost}
+
+
+def check_outcome(record: Mapping[str, Any], where: str, names: Iterable[str] = OUTCOME) -> None:
+    """Raises `ValueError` naming `where` ("replies.jsonl line 3") and the malformed field of a record."""
     for name in names:
-        value = record.get(name, "missing")
-        if name == "usage" and isinstance(value, dict):
-            is_valid = all(is_count(value.get(part)) for part in USAGE)
-        elif name in ("usage", "cost", "most_cost") and value is None:
-            is_valid = True
-        elif name in ("cost", "most_cost"):
-            is_valid = type(value) in (int, float) and 0 <= value < 1e18
-        else:
-            is_valid = name != "usage" and is_count(value)
-        if not is_valid:
+        if not FIELDS.get(name, is_count)(value := record.get(name, "missing")):
             raise ValueError(f"{where}: {name} is {str(value)[:40]!r}, is it a ledger?")
 
 
-def price_of(prices: tuple[float, float], prompt_tokens: int, reply_tokens: int) -> Decimal:
-    """What tokens cost at `prices` per million of prompts and of replies, exactly."""
-    return (prompt_tokens * _decimal(prices[0]) + reply_tokens * _decimal(prices[1])) / 1_000_000
+def price_of(prices: tuple[float, float] | None, prompt_tokens: int, reply_tokens: int) -> Decimal:
+    """What tokens cost at `prices` per million of prompts and of replies, exactly; 0 without prices."""
+    price_in, price_out = map(_decimal, prices or (0.0, 0.0))
+    return (prompt_tokens * price_in + reply_tokens * price_out) / 1_000_000
 
 
 def _decimal(value: float) -> Decimal:

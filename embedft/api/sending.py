@@ -7,15 +7,14 @@ Knows no protocol: client.py sends one request and classifies the response, ledg
 
 import asyncio
 import contextlib
-import email.utils
 import heapq
 import math
 import random
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import timezone
+from email.utils import formatdate, parsedate_to_datetime
 from itertools import islice
 from typing import Any, Literal
 
@@ -32,29 +31,25 @@ MAX_SUSPECTS_AT_FIRST = 5
 
 @dataclass(eq=False)
 class Job:
-    """One thing to ask for. `key` names it on disk; `content` is for whoever asks.
+    """One thing to ask for. The numbers of tokens are upper bounds, which are reserved, and the likely sum."""
 
-    `prompt_tokens` and `reply_tokens` are upper bounds, which are reserved; `expected_tokens`, the likely sum, counts
-    toward the limit of tokens a minute. `attempts` and `forms` are the sender's: failures, and how it was put.
-    """
-
-    key: str
-    content: Any
+    key: str  # its name on disk
+    content: Any  # for whoever asks
     prompt_tokens: int
     reply_tokens: int
     expected_tokens: int = 0
-    attempts: int = 0
-    forms: list[int] = field(default_factory=list)
+    attempts: int = 0  # failures so far
+    forms: list[int] = field(default_factory=list)  # in which it was sent
 
 
 @dataclass(frozen=True)
 class Response:
     """What came of one request.
 
-    `status`: "ok", "invalid" (a useless reply) or "failed" (no reply). `action`: "done"; "retry" while attempts are
-    left; "drop" this job, unless it can be put otherwise or split; "stop" everything. `usage`: tokens of prompt and
-    reply as reported, (0, 0) if certainly free, None if unknown. `may_be_refusal`: "retry", and the second time "drop".
-    `suspect`: the request rather than its text may be wrong; a run that begins with five of these stops.
+    `status`: "invalid" is a useless reply, "failed" none at all. `action`: "retry" while attempts are left; "drop" this
+    job, unless it can be put otherwise or split; "stop" everything. `usage`: tokens of prompt and reply as reported,
+    (0, 0) if certainly free, None if unknown. `may_be_refusal`: "retry", and the second time "drop". `suspect`: the
+    request rather than its text may be wrong.
     """
 
     status: Literal["ok", "invalid", "failed"]
@@ -71,7 +66,7 @@ class Response:
 class Forms:
     """Ways to put the same request, best first. Refusals are not parsed; the first form that is accepted is kept."""
 
-    def __init__(self, forms: Sequence[Any]):
+    def __init__(self, forms: Sequence[Any] = (None,)):
         self.forms, self.index, self.is_accepted = list(forms), 0, False
 
     def take(self, job: Job) -> Any:
@@ -128,37 +123,25 @@ class RateLimit:
             self.next = now + self.window_seconds * share
 
 
-def retry_after_seconds(headers: Mapping[str, str], now: float) -> float | None:
-    """What `retry-after-ms` or `Retry-After` (seconds, or a date) ask for; None without either, or for nonsense.
-
-    `now`: Unix time, which a date is compared with unless the server sends its own.
-    """
+def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
+    """What `retry-after-ms` or `Retry-After` (seconds, or a date) ask for; None without either, or for nonsense."""
     for name, seconds_a_unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         with contextlib.suppress(ValueError):
             seconds = float(headers.get(name, "")) * seconds_a_unit
             if 0 <= seconds < math.inf:
                 return seconds
-    until, date = _unix_time(headers.get("retry-after")), _unix_time(headers.get("date"))
-    return None if until is None else max(until - (now if date is None else date), 0.0)
+    with contextlib.suppress(TypeError, ValueError):
+        dates = headers.get("retry-after"), headers.get("date") or formatdate(usegmt=True)
+        until, now = map(parsedate_to_datetime, dates)
+        return max((until - now).total_seconds(), 0.0)
+    return None
 
 
-def _unix_time(date: str | None) -> float | None:
-    try:
-        parsed = email.utils.parsedate_to_datetime(date or "")
-        return parsed.replace(tzinfo=parsed.tzinfo or timezone.utc).timestamp()
-    except (TypeError, ValueError):
-        return None
-
-
-def backoff_seconds(attempt: int, retry_after: float | None, uniform: Callable[[float, float], float]) -> float:
-    """The pause after attempt number `attempt` (from 1) failed: the server's own figure and up to BACKOFF_SECONDS more.
-
-    Without one, up to BACKOFF_SECONDS * 2^(attempt - 1), at most MAX_BACKOFF_SECONDS. The jitter keeps jobs that failed
-    together from coming back together.
-    """
+def backoff_seconds(attempt: int, retry_after: float | None = None) -> float:
+    """The pause after attempt `attempt` (from 1) failed; jitter keeps jobs that failed together apart."""
     if retry_after is not None:
-        return retry_after + uniform(0.0, BACKOFF_SECONDS)
-    return uniform(0.0, min(BACKOFF_SECONDS * 2.0 ** min(attempt - 1, 60), MAX_BACKOFF_SECONDS))
+        return retry_after + random.uniform(0.0, BACKOFF_SECONDS)
+    return random.uniform(0.0, min(BACKOFF_SECONDS * 2.0 ** min(attempt - 1, 60), MAX_BACKOFF_SECONDS))
 
 
 @dataclass(eq=False)
@@ -170,29 +153,26 @@ class Sender:
     time is, with growing pauses; when `max_attempts` of those fail, it stops, as each may have to be paid for.
 
     Args:
-        ask: sends one request. An exception is a bug and ends the run.
+        ask: sends one job in one of the forms. An exception is a bug and ends the run.
         record: gets job, request number, response and seconds as soon as one arrives, and settles the ledger.
         split: (a refused job, its response) -> jobs to send instead; none: it is dropped.
-        seed: of the jitter.
     """
 
-    ask: Callable[[Job], Awaitable[Response]]
+    ask: Callable[[Job, Any], Awaitable[Response]]
     record: Callable[[Job, int, Response, float], None]
     ledger: Ledger
     concurrency: int
     max_attempts: int
-    forms: Forms | None = None
+    forms: Forms = field(default_factory=Forms)
     split: Callable[[Job, Response], Sequence[Job]] = lambda job, response: ()
     rate: RateLimit = field(default_factory=RateLimit)
-    seed: int | None = None
 
     def __post_init__(self) -> None:
-        self.uniform = random.Random(self.seed).uniform
         self.queue: deque[Job] = deque()
         self.later: list[tuple[float, int, Job]] = []  # a heap: when to retry, request number, job
         self.failures = self.failed_probes = 0  # in a row
-        self.num_failures = self.suspects = 0  # in all
-        self.is_proven, self.hold_until = False, 0.0  # is_proven: some reply was not suspect
+        self.suspects, self.is_proven = 0, False  # is_proven: some reply was not suspect
+        self.hold_until = 0.0
         self.stopped: Response | str | None = None
 
     async def run(self, jobs: Iterable[Job]) -> Response | str | None:
@@ -217,11 +197,9 @@ class Sender:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
 
-    def _start(self, fresh: Iterable[Job], running: set[asyncio.Task]) -> float | None:
+    def _start(self, fresh: Iterator[Job], running: set[asyncio.Task]) -> float | None:
         """Starts what may be sent now. Returns seconds until the next may be; None: not before another one ends."""
-        while self.stopped is None:
-            if len(running) >= (self.concurrency if self.failures < MAX_FAILURES_IN_A_ROW else 1):
-                break
+        while not self.stopped and len(running) < (1 if self.failures >= MAX_FAILURES_IN_A_ROW else self.concurrency):
             now = asyncio.get_running_loop().time()
             if self.later and self.later[0][0] <= now:
                 self.queue.appendleft(heapq.heappop(self.later)[2])
@@ -230,8 +208,7 @@ class Sender:
             if not self.queue:
                 return self.later[0][0] - now if self.later else None
             job = self.queue[0]
-            limit = self.ledger.full(job)
-            if limit is not None:  # requests in flight may turn out cheaper than reserved
+            if limit := self.ledger.full(job):  # requests in flight may turn out cheaper than reserved
                 self.stopped = None if running else limit
                 break
             pause = max(self.hold_until - now, self.rate.wait_seconds(now, job.expected_tokens))
@@ -244,12 +221,14 @@ class Sender:
 
     async def _send(self, job: Job, number: int) -> None:
         start, is_probe = time.monotonic(), self.failures >= MAX_FAILURES_IN_A_ROW
-        response = await self.ask(job)
+        response = await self.ask(job, self.forms.take(job))
         self.record(job, number, response, time.monotonic() - start)
+        job.attempts += 1
         if response.status != "failed":
+            self.forms.accept(job)
             self.failures = self.failed_probes = 0
             self.is_proven = self.is_proven or not response.suspect
-        if response.action == "done" or (response.action != "stop" and self._send_otherwise(job, response)):
+        elif response.action != "stop" and self._send_otherwise(job, response):
             return
         if response.action == "retry":
             self._send_later(job, number, response, is_probe)
@@ -259,34 +238,28 @@ class Sender:
 
     def _send_otherwise(self, job: Job, response: Response) -> bool:
         """Queues a refused job in another form or in parts, if there are any."""
-        job.attempts += 1
-        if response.status != "failed":
-            return False
         is_last = job.attempts >= self.max_attempts
         is_refused = response.action == "drop" or (response.may_be_refusal and (is_last or job.attempts > 1))
-        if is_refused and self.forms is not None and self.forms.has_other(job):
+        parts: Sequence[Job] = ()
+        if is_refused and self.forms.has_other(job):
             job.attempts -= 1
-            self.queue.appendleft(job)
-            return True
-        # While the server is away, the size of a batch is not what is wrong.
-        is_to_split = is_refused or (is_last and self.failures < MAX_FAILURES_IN_A_ROW)
-        parts = self.split(job, response) if is_to_split else ()
-        for part in reversed(parts):
-            part.attempts = int(response.may_be_refusal)
-            self.queue.appendleft(part)
+            parts = [job]
+        elif is_refused or (is_last and self.failures < MAX_FAILURES_IN_A_ROW):  # else the server is away
+            parts = self.split(job, response)
+            for part in parts:
+                part.attempts = int(response.may_be_refusal)
+        self.queue.extendleft(reversed(parts))
         return bool(parts)
 
     def _send_later(self, job: Job, number: int, response: Response, is_probe: bool) -> None:
         """Retries a job after a pause, if attempts are left; after a failure, holds or stops all others if need be."""
         now, pause = asyncio.get_running_loop().time(), 0.0  # a server that sends a useless reply is not overloaded
         if response.status == "failed":
-            pause, hold = backoff_seconds(job.attempts, response.retry_after_seconds, self.uniform), 0.0
-            self.failures, self.num_failures = self.failures + 1, self.num_failures + 1
-            self.failed_probes += is_probe
-            if response.retry_after_seconds is not None:
-                hold = response.retry_after_seconds
-            elif self.failures >= MAX_FAILURES_IN_A_ROW:
-                hold = backoff_seconds(self.failed_probes + 1, None, self.uniform)
+            self.failures, self.failed_probes = self.failures + 1, self.failed_probes + is_probe
+            asked = response.retry_after_seconds
+            pause, hold = backoff_seconds(job.attempts, asked), asked or 0.0
+            if asked is None and self.failures >= MAX_FAILURES_IN_A_ROW:
+                hold = backoff_seconds(self.failed_probes + 1)
             self.hold_until = max(self.hold_until, now + hold)
             if self.failed_probes >= self.max_attempts:
                 reason = f"{self.failures} failures in a row, the last: {response.reason}"

@@ -16,20 +16,16 @@ OPENAI_URL = f"https://{OPENAI_HOST}/v1"
 # Anything shorter may be an ordinary word: a placeholder key such as "ollama", a query such as ?version=beta.
 MIN_KEY_CHARACTERS, MIN_PASSWORD_CHARACTERS, MIN_QUERY_CHARACTERS = 12, 4, 8
 BREAK = r"(?:\\[nrt]|\\u[0-9a-fA-F]{4}|[^\x21-\x7e])"  # line breaks and whatever else may split a quoted secret
-SECRET = "[secret]"
 
 
 @dataclass(frozen=True)
 class Server:
-    """Where requests go. Only `name` may be shown: the address without user, password and query.
-
-    `url` (without its query), `query` and `key` are for the client. The key comes from OPENAI_API_KEY; "none" without.
-    """
+    """Where requests go. Only `name` may be shown: the address without user, password and query."""
 
     name: str
     is_openai: bool
-    url: str = field(repr=False)
-    key: str = field(repr=False)
+    url: str = field(repr=False)  # without its query
+    key: str = field(repr=False)  # OPENAI_API_KEY, or "none"
     query: dict[str, str] = field(repr=False, default_factory=dict)
 
     @classmethod
@@ -42,14 +38,14 @@ class Server:
         url = (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL).strip()
         try:
             parts = urlsplit(url)
-            is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+            is_address = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and url.isprintable()
         except ValueError:  # the port is not a number, or an IPv6 address lacks a bracket
             is_address = False
-        if not is_address or not url.isprintable():
+        if not is_address:
             shown = url.rpartition("@")[2].partition("?")[0]  # without what may be a password or key
             raise ValueError(f"base_url is {shown!r}, expected the address of a server, like {OPENAI_URL}")
         name = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-        is_openai = parts.hostname == OPENAI_HOST or parts.hostname.endswith(f".{OPENAI_HOST}")
+        is_openai = f".{parts.hostname}".endswith(f".{OPENAI_HOST}")
         key = os.environ.get("OPENAI_API_KEY", "").strip()
         if is_openai and not key:
             raise ValueError(f"OPENAI_API_KEY is not set, and {name} needs a key (for another server, set base_url)")
@@ -64,7 +60,7 @@ class Server:
         unbroken = re.sub(f"{BREAK}+", "", text).lower()
         for form in self._forms():
             if form.lower() in unbroken:
-                text = re.sub(f"{BREAK}*".join(map(re.escape, form)), SECRET, text, flags=re.IGNORECASE)
+                text = re.sub(f"{BREAK}*".join(map(re.escape, form)), "[secret]", text, flags=re.IGNORECASE)
         return text
 
     def _forms(self) -> Iterator[str]:

@@ -67,8 +67,7 @@ class QuestionConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        positive = ("num_questions", "max_reply_tokens", "max_requests")
-        check_settings(self, positive=positive, own_parameters=OWN_PARAMETERS)
+        check_settings(self, own_parameters=OWN_PARAMETERS)
         if (self.price_in is None) != (self.price_out is None):
             raise ValueError("one of price_in and price_out is missing, expected both or neither")
         if self.max_cost is not None and self.price_in is None:
@@ -305,15 +304,11 @@ class _Asker:
         kinds = {"auto": (True, False), "schema": (True,), "lines": (False,)}[config.structured]
         self.forms = Forms([(name, is_structured) for is_structured in kinds for name in names])
 
-    async def ask(self, job: Job) -> Response:
+    async def ask(self, job: Job, form: tuple[str, bool]) -> Response:
         """Sends one request and returns its outcome."""
         prompt = fill_template(self.template, text=job.content, num_questions=self.config.num_questions)
-        body = _body(self.config, prompt, *self.forms.take(job))
-        reply = await self.client.post("/chat/completions", body)
-        if isinstance(reply, Response):
-            return reply
-        self.forms.accept(job)
-        return self._from_reply(reply)
+        reply = await self.client.post("/chat/completions", _body(self.config, prompt, *form))
+        return reply if isinstance(reply, Response) else self._from_reply(reply)
 
     def _from_reply(self, completion: dict[str, Any]) -> Response:
         """The outcome of a completion, which may hold no questions."""

@@ -1,6 +1,6 @@
 """Embeddings from an OpenAI-compatible server, by the interface of `Embedder.encode`; a store keeps what was paid for.
 
-Not here: asking the server (api/endpoint.py), vectors on disk (store.py). The weights are elsewhere: no training.
+Asking the server is in api/endpoint.py, vectors on disk in store.py. The weights are elsewhere: no training.
 
     embedder = ApiEmbedder("text-embedding-3-small", store=Store("embeddings"), price=0.02, max_cost=1.00)
     evaluate(embedder, dataset)
@@ -23,6 +23,7 @@ from ..progress import progress_bar
 from .adapter import Adapter, Base
 from .embedder import ROLES
 from .store import Space, Store
+from .tokenization import check_texts
 
 
 class ApiEmbedder:
@@ -58,13 +59,7 @@ class ApiEmbedder:
     @property
     def dim(self) -> int:
         """Features of `encode`'s vectors; 0 while neither `dimensions`, a reply, nor the store says."""
-        return self._server_dim() if self.adapter is None else self.adapter.out_features
-
-    def _server_dim(self) -> int:
-        if not self.endpoint.dim and self.store is not None:
-            stored, names = self.store.spaces(), [self._space(role).name for role in ROLES]
-            self.endpoint.dim = next((stored[name].space.dim for name in names if name in stored), 0)
-        return self.endpoint.dim
+        return max(self.space(role).dim for role in ROLES) if self.adapter is None else self.adapter.out_features
 
     def prompt(self, role: str) -> str:
         """The text put in front of every text of a role ("query" or "document"); "" when there is none."""
@@ -77,18 +72,20 @@ class ApiEmbedder:
 
         A server that changes the model behind a name does not show.
         """
-        return self._space(role)._replace(dim=self._server_dim())
-
-    def _space(self, role: str) -> Space:
         prompt = self.prompt(role)
         settings = self.endpoint.settings(prompt)
         fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         roles = " and ".join(other for other in ROLES if self.prompt(other) == prompt)
-        return Space(fingerprint, self.endpoint.dim, {**settings, "role": roles})
+        space = Space(fingerprint, 0, {**settings, "role": roles})
+        if not self.endpoint.dim and self.store is not None:
+            stored = self.store.spaces().get(space.name)
+            self.endpoint.dim = stored.space.dim if stored else 0
+        return space._replace(dim=self.endpoint.dim)
 
     def base(self) -> Base:
         """What an adapter records of the model that it is for: this one, without its adapter."""
-        return Base(self.endpoint.name, self._server_dim(), {role: self._space(role).fingerprint for role in ROLES})
+        fingerprints = {role: self.space(role).fingerprint for role in ROLES}
+        return Base(self.endpoint.name, self.endpoint.dim, fingerprints)
 
     def attach(self, adapter: Adapter) -> None:
         """Sends vectors through `adapter`. Raises `ValueError` when it is for another model or, if known, width."""
@@ -110,39 +107,44 @@ class ApiEmbedder:
             ValueError: a text that is empty, not a str or refused; a limit reached; or what the server said, in one
                 line without secrets. What came by then is in the store.
         """
-        rows, vectors = _first_rows(texts), {}
-        if dim is not None and not 1 <= dim <= (self.dim or dim):
-            raise ValueError(f"dim is {dim}, expected 1 to {self.dim or 'what the server gives'}")
+        rows, vectors = {}, {}
+        for row, text in enumerate(check_texts(texts)):
+            rows.setdefault(text, row)
+        if "" in rows:
+            raise ValueError(f"texts[{rows['']}] is empty, which the API does not take")
+        self._check_dim(dim)
         if not rows and not self.dim:
             raise ValueError("no texts to encode")
-
-        def keep(new: dict[str, np.ndarray]) -> None:
-            if self.store is None:
-                vectors.update(new)
-            else:
-                self.store.fill(self.space(role), list(new), lambda texts: np.stack([new[text] for text in texts]))
-
-        missing = self._missing(role, rows)
-        alone = self.store.turn(self._space(role)) if missing and self.store is not None else nullcontext()
+        missing, endpoint, store = self._missing(role, rows), self.endpoint, self.store
+        alone = store.turn(self.space(role)) if missing and store is not None else nullcontext()
         name = f"encode ({role}, {self.model})"
         with alone, progress_bar(len(rows), name, unit="text", show=progress) as bar:
             missing = self._missing(role, missing)  # another process may have asked for some meanwhile
             bar.update(len(rows) - len(missing))
 
-            def done(num_texts: int, cost: str) -> None:
-                bar.update(num_texts)
-                bar.set_postfix_str(cost and f"cost {cost}", refresh=False)
+            def keep(new: dict[str, np.ndarray]) -> None:
+                if store is None:
+                    vectors.update(new)
+                else:
+                    store.fill(self.space(role), list(new), lambda texts: np.stack([new[text] for text in texts]))
+                self._check_dim(dim)
+                bar.update(len(new))
+                if endpoint.prices is not None:
+                    bar.set_postfix_str(f"cost {endpoint.spent.cost + endpoint.spent.open_cost:.4f}", refresh=False)
 
-            least_dim = 1 if dim is None or self.adapter is not None else dim
-            self.endpoint.fetch(missing, prompt=self.prompt(role), keep=keep, done=done, least_dim=least_dim)
-        if self.store is None:
-            whole_ND = np.array([vectors[text] for text in texts], np.float32).reshape(-1, self.endpoint.dim)
+            endpoint.fetch(missing, prompt=self.prompt(role), keep=keep)
+        if store is None:
+            whole_ND = np.array([vectors[text] for text in texts], np.float32).reshape(-1, endpoint.dim)
         else:
-            whole_ND = self.store.read(self.space(role), self.store.find(self.space(role), texts))
-            self.store.hits += len(texts) - len(missing)
+            whole_ND = store.read(self.space(role), store.find(self.space(role), texts))
+            store.hits += len(texts) - len(missing)
             self.costs.num_stored += len(texts) - len(missing)
         mapped_ND = whole_ND if self.adapter is None else self.adapter.transform(whole_ND, role)
         return mapped_ND if dim is None else _shortened(mapped_ND, dim)
+
+    def _check_dim(self, dim: int | None) -> None:
+        if dim is not None and not 1 <= dim <= (self.dim or dim):
+            raise ValueError(f"dim is {dim}, expected 1 to {self.dim or 'what the server gives'}")
 
     def _missing(self, role: str, rows: Mapping[str, int]) -> Mapping[str, int]:
         """Those that are not stored."""
@@ -153,30 +155,10 @@ class ApiEmbedder:
         return {text: row for (text, row), place in zip(rows.items(), found, strict=True) if place < 0}
 
 
-def _first_rows(texts: Sequence[str]) -> dict[str, int]:
-    """{text: its first row}. Raises `ValueError` for what cannot be sent."""
-    if isinstance(texts, str):
-        raise ValueError("texts is a str, expected a list of str")
-    rows: dict[str, int] = {}
-    for row, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise ValueError(f"texts[{row}] is a {type(text).__name__}, expected a str")
-        if not text:
-            raise ValueError(f"texts[{row}] is empty, which the API does not take")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"texts[{row}] has a lone surrogate at character {error.start}") from None
-        rows.setdefault(text, row)
-    return rows
-
-
 def _shortened(embeddings_ND: np.ndarray, dim: int) -> np.ndarray:
     """The leading features, of length one again. Raises `ValueError` for a vector that has nothing there."""
     if dim == embeddings_ND.shape[1]:
         return embeddings_ND
-    if dim > embeddings_ND.shape[1]:
-        raise ValueError(f"dim is {dim}, expected 1 to {embeddings_ND.shape[1]}")
     unit_ND = unit_rows(embeddings_ND[:, :dim].astype(np.float64))
     if not np.isfinite(unit_ND).all():
         row = int(np.isnan(unit_ND).any(axis=1).argmax())
