@@ -17,6 +17,8 @@ import copy
 import dataclasses
 import difflib
 import json
+import math
+import operator
 import re
 import shutil
 import textwrap
@@ -29,18 +31,30 @@ from .files import read_object
 
 Config = TypeVar("Config")
 REQUIRED = dataclasses.MISSING
+BOUNDS = {"at least": operator.ge, "above": operator.gt, "below": operator.lt}
 METAVARS = {int: "N", float: "X", str: "TEXT", bool: "", dict: "KEY=VALUE"}
 
 
-def setting(default: Any, meaning: str, *, metavar: str | None = None, positional: bool = False) -> Any:
+def setting(
+    default: Any,
+    meaning: str,
+    *,
+    metavar: str | None = None,
+    positional: bool = False,
+    least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
     """A dataclass field that is an option, or an argument known by its position.
 
     Args:
         default: REQUIRED when there is none.
         meaning: for the help, which adds the default unless this ends with one in brackets.
         metavar: what stands for the value in the help.
+        least, above, below: the range of a number; with any of them it also has to be finite.
     """
-    metadata = {"meaning": meaning, "metavar": metavar, "positional": positional}
+    bounds = {name: bound for name, bound in zip(BOUNDS, (least, above, below), strict=True) if bound is not None}
+    metadata = {"meaning": meaning, "metavar": metavar, "positional": positional, "bounds": bounds}
     if isinstance(default, dict | list):
         return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -66,9 +80,15 @@ def part(options: Any, cls: type[Config]) -> Config:
 
 
 def check_types(config: Any) -> None:
-    """Raises `ValueError` for the first field of a dataclass whose value is not of its annotated type."""
+    """Raises `ValueError` for the first field of a dataclass whose value is not of its type or not in its range."""
     for field in dataclasses.fields(config):
-        _check_type(getattr(config, field.name), field.type, field.name)
+        value, bounds = getattr(config, field.name), field.metadata.get("bounds")
+        _check_type(value, field.type, field.name)
+        if not bounds or value is None:
+            continue
+        if not (abs(value) < math.inf and all(BOUNDS[name](value, bound) for name, bound in bounds.items())):
+            expected = " and ".join(f"{name} {bound}" for name, bound in bounds.items())
+            raise ValueError(f"{field.name} is {value}, expected {expected}")
 
 
 def changed(config: Any, names: Iterable[str]) -> list[str]:

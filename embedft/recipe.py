@@ -1,18 +1,15 @@
 """Fine-tuning from start to end: joins training and retrieval, which do not know each other.
 
-    finetune(embedder, train_set, FinetuneConfig(epochs=2, batch_size=64), validation=held_out, out="runs/first")
-
-Objects replace settings where you want your own code:
-
-    finetune(embedder, train_set, config, loss=my_loss, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1))
+finetune(embedder, train_set, FinetuneConfig(epochs=2, batch_size=64), validation=held_out, out="runs/first")
+finetune(embedder, train_set, config, loss=my_loss, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1))
 """
 
 import contextlib
 import copy
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +43,13 @@ VALIDATION, VALIDATION_BASE = "validation", "validation-base"
 Data = RetrievalDataset | Mapping[str, RetrievalDataset]
 BATCHING = (
     "batch_size", "batch_tokens", "num_negatives", "examples", "target_scores", "no_duplicates", "length_window",
-    "sampling", "sampling_temperature", "mixed", "windows_per_document",
+    "windows_per_document",
 )  # fmt: skip
 REFRESHING = ("refresh_windows", "mine_every")
 # Settings that have no effect when an object is given.
 REPLACED = {
     "loss": ("loss",),
-    "batches": (*BATCHING, *REFRESHING),
+    "batches": (*BATCHING, "sampling", "sampling_temperature", "mixed", *REFRESHING),
     "optimizer": ("lr", "loss_lr", "weight_decay"),
     "refresh": REFRESHING,
 }
@@ -60,19 +57,41 @@ REPLACED = {
 
 @dataclass
 class _Job:
-    """A fine-tuning in the making."""
+    """A fine-tuning in the making: what `finetune` was given, then what `_prepare` made of it."""
 
     embedder: Embedder
     dataset: Data
     config: FinetuneConfig
-    given: dict[str, Any]  # the objects passed to `finetune`
+    given: dict[str, Any]  # the objects
     validation: RetrievalDataset | None
     references: Mapping[str, Embedder | Reference]
     out: Path | None
-    own_length: int  # of the embedder, before config.max_length
-    batches: BatchSource | None = None
     loss: Loss | None = None
-    hashes: dict[str, str] | None = None
+    batches: BatchSource | None = None
+    hashes: dict[str, str] = field(default_factory=dict)
+
+    def lacks_base(self) -> bool:
+        """Whether a report on the base is yet to be saved; a whole one has its metrics.json."""
+        if self.out is None or self.validation is None:
+            return False
+        return not (self.out / runs.EVAL / VALIDATION_BASE / "metrics.json").exists()
+
+    def report(self) -> Report:
+        """On `validation`, with the weights as they are."""
+        return evaluate_embedder(self.embedder, self.validation, passages=self.config.passages, **self.measured())
+
+    def measured(self) -> dict[str, Any]:
+        """Arguments for `evaluate`: the default metrics and `select`, and a depth that is enough for both."""
+        if "evaluate" in self.given:
+            return {}
+        select, k = self.config.select, self.config.select.partition("@")[2]
+        ks = sorted({1, 3, 5, 10, int(k) if k.isdigit() else 10})
+        options = {"ks": ks, "depth": max(100, ks[-1])}
+        try:
+            chosen = select_metrics([select], **options)
+        except ValueError as error:
+            raise ValueError(f"select is {select!r}: {error}") from None
+        return {"metrics": list(dict.fromkeys(select_metrics(**options) + chosen)), "depth": options["depth"]}
 
 
 def finetune(
@@ -111,41 +130,31 @@ def finetune(
     Raises:
         ValueError: an input is invalid, or differs between ranks; `NonFiniteError` when training diverges.
     """
+    if isinstance(embedder, ApiEmbedder):
+        raise ValueError(f"{embedder.model} is behind an API, so its weights cannot be trained; an adapter on it can")
     given = {"loss": loss, "batches": batches, "optimizer": optimizer}
     given |= {"evaluate": evaluate, "refresh": refresh, "on_step": on_step}
     given = {name: value for name, value in given.items() if value is not None}
     out = None if out is None else Path(out)
+    job = _Job(embedder, dataset, config or FinetuneConfig(), given, validation, references or {}, out)
+    before = embedder.max_length, embedder.encoder.attention_dropout
     with contextlib.ExitStack() as stack:
-        accepted = stack.enter_context(_restored_unless_accepted(embedder))
-        job = _Job(embedder, dataset, config or FinetuneConfig(), given, validation, references or {}, out, 0)
-        _prepare(job, existing)
-        if out is not None:
-            _open(job, existing, allow_changed_code, stack)
-        accepted()
+        try:
+            _prepare(job, existing)
+            if out is not None:
+                _open(job, existing, allow_changed_code, before[0], stack)
+        except BaseException:
+            embedder.max_length, embedder.encoder.attention_dropout = before
+            raise
         _train(job)
         if out is not None:
             distributed.from_first(lambda: _close(job))
     return embedder
 
 
-@contextlib.contextmanager
-def _restored_unless_accepted(embedder: Embedder) -> Iterator[Callable[[], None]]:
-    """Restores the embedder's settings on an error, until the yielded function is called."""
-    encoder, accepted = getattr(embedder, "encoder", None), []
-    before = getattr(embedder, "max_length", None), getattr(encoder, "attention_dropout", None)
-    try:
-        yield lambda: accepted.append(True)
-    except BaseException:
-        if not accepted and encoder is not None:
-            embedder.max_length, encoder.attention_dropout = before
-        raise
-
-
 def _prepare(job: _Job, existing: str) -> None:
     """Checks everything, applies the settings of the embedder, and makes batches, loss and references."""
-    embedder, config = job.embedder, job.config
-    if isinstance(embedder, ApiEmbedder):
-        raise ValueError(f"{embedder.model} is behind an API, so its weights cannot be trained; an adapter on it can")
+    embedder, config, batches = job.embedder, job.config, job.given.get("batches")
     if job.out is not None:
         distributed.from_first(lambda: runs.check_run(job.out, existing))
     check_logger(config.log, job.out)
@@ -154,19 +163,16 @@ def _prepare(job: _Job, existing: str) -> None:
     job.loss = job.given.get("loss") or configured_loss(config)
     if not (isinstance(job.loss, nn.Module) and any(True for _ in job.loss.parameters())):
         config.check_unused(("loss_lr",), "the loss has no parameters")
-    data = job.dataset if isinstance(job.dataset, RetrievalDataset) else join_datasets(job.dataset)
-    batches = job.given.get("batches")
-    if batches is None and config.mine_every is None:
-        batches = _make_batches(embedder, job.dataset, config)
-    if job.validation is not None:
-        # A run that found nothing: an error, without encoding, if there is nothing to find.
-        evaluate_run(Run.from_dict({}), job.validation, **_measured(job))
-        if (shared := job.validation.shares_with(data)) and distributed.rank_and_size()[0] == 0:
-            warnings.warn(shared, stacklevel=3)
     is_unsaid = "loss" not in job.given and _lacks_similarity(config.loss)
     if embedder.similarity == "dot" and not embedder.normalize and is_unsaid:
         raise ValueError("the model's similarity is the dot product: loss.similarity has to say 'dot' or 'cosine'")
-    job.own_length = embedder.max_length
+    data = job.dataset if isinstance(job.dataset, RetrievalDataset) else join_datasets(job.dataset)
+    if batches is None and config.mine_every is None:
+        batches = _make_batches(embedder, job.dataset, config)
+    if job.validation is not None:
+        evaluate_run(Run.from_dict({}), job.validation, **job.measured())  # an error if there is nothing to find
+        if (shared := job.validation.shares_with(data)) and distributed.rank_and_size()[0] == 0:
+            warnings.warn(shared, stacklevel=3)
     if config.max_length is not None:
         embedder.max_length = config.max_length
     embedder.encoder.attention_dropout = config.attention_dropout
@@ -183,7 +189,7 @@ def _prepare(job: _Job, existing: str) -> None:
     _try_loss(job)
 
 
-def _open(job: _Job, existing: str, allow_changed_code: bool, stack: contextlib.ExitStack) -> None:
+def _open(job: _Job, existing: str, allow_changed_code: bool, own_length: int, stack: contextlib.ExitStack) -> None:
     """Locks the run folder, proves that the model can be saved, and opens the run."""
     settings, objects = to_dict(job.config), {name: describe_object(value) for name, value in job.given.items()}
     for name, reference in job.references.items():
@@ -200,14 +206,9 @@ def _open(job: _Job, existing: str, allow_changed_code: bool, stack: contextlib.
         opening = {"device": job.embedder.device, "existing": existing, "allow_changed_code": allow_changed_code}
         runs.open_run(job.out, settings, hashes=job.hashes, **opening)
         # The base as it is, not truncated. Otherwise the first validation is of the base.
-        is_first = not (job.out / runs.EVAL / VALIDATION_BASE / "metrics.json").exists()
-        if (
-            job.validation is not None
-            and is_first
-            and ("evaluate" in job.given or job.own_length != job.embedder.max_length)
-        ):
-            job.embedder.max_length = job.own_length
-            _report(job).save(job.out / runs.EVAL / VALIDATION_BASE)
+        if job.lacks_base() and ("evaluate" in job.given or own_length != job.config.max_length):
+            job.embedder.max_length = own_length
+            job.report().save(job.out / runs.EVAL / VALIDATION_BASE)
             job.embedder.max_length = job.config.max_length
 
     distributed.from_first(begin)
@@ -215,19 +216,17 @@ def _open(job: _Job, existing: str, allow_changed_code: bool, stack: contextlib.
 
 def _train(job: _Job) -> None:
     def validate(embedder: Embedder) -> dict[str, float]:
-        report = _report(job)
-        # A report is whole when it has its metrics.json.
-        if job.out is not None and not (job.out / runs.EVAL / VALIDATION_BASE / "metrics.json").exists():
+        report = job.report()
+        if job.lacks_base():
             report.save(job.out / runs.EVAL / VALIDATION_BASE)
         return report.metrics
 
-    refreshes = job.config.refresh_windows or job.config.mine_every is not None
-    options = {
-        "evaluate": None if job.validation is None else validate,
-        "refresh": (lambda embedder: _renewed(job, job.batches)) if refreshes else None,
-        "refresh_every": job.config.mine_every or 1,
-        **{name: job.given[name] for name in ("optimizer", "evaluate", "refresh", "on_step") if name in job.given},
-    }
+    options = {"refresh_every": job.config.mine_every or 1}
+    if job.validation is not None:
+        options["evaluate"] = validate
+    if job.config.refresh_windows or job.config.mine_every is not None:
+        options["refresh"] = lambda embedder: _renewed(job, job.batches)
+    options |= {name: value for name, value in job.given.items() if name not in ("loss", "batches")}
     # The store does not keep vectors of weights that will change.
     store, job.embedder.store = job.embedder.store, None
     try:
@@ -239,27 +238,8 @@ def _train(job: _Job) -> None:
 def _close(job: _Job) -> None:
     job.embedder.save(job.out / runs.MODEL)
     if job.validation is not None:
-        _report(job).save(job.out / runs.EVAL / VALIDATION)
+        job.report().save(job.out / runs.EVAL / VALIDATION)
     runs.close_run(job.out)
-
-
-def _report(job: _Job) -> Report:
-    return evaluate_embedder(job.embedder, job.validation, passages=job.config.passages, **_measured(job))
-
-
-def _measured(job: _Job) -> dict[str, Any]:
-    """Arguments for `evaluate`: the default metrics and `select`, and a depth that is enough for both."""
-    if "evaluate" in job.given:
-        return {}
-    select = job.config.select
-    _, _, k = select.partition("@")
-    cutoff = int(k) if k.isdigit() else 10
-    options = {"ks": sorted({1, 3, 5, 10, cutoff}), "depth": max(100, cutoff)}
-    try:
-        metrics = select_metrics([select], **options)
-    except ValueError as error:
-        raise ValueError(f"select is {select!r}: {error}") from None
-    return {"metrics": list(dict.fromkeys(select_metrics(**options) + metrics)), "depth": options["depth"]}
 
 
 def _renewed(job: _Job, batches: BatchSource | None) -> BatchSource:
@@ -294,17 +274,15 @@ def _mined(job: _Job) -> Data:
 
 
 def _make_batches(embedder: Embedder, dataset: Data, config: FinetuneConfig) -> Batches:
-    same = ("seed", "batch_tokens", "num_negatives", "examples", "target_scores", "no_duplicates", "length_window")
-    options = {name: getattr(config, name) for name in (*same, "passages", "windows_per_document")}
+    options = {name: getattr(config, name) for name in (*BATCHING, "passages", "seed")}
     options["batch_size"] = None if config.batch_tokens else config.batch_size
     single = isinstance(dataset, RetrievalDataset)
     if config.mine_every is not None:  # mining may find fewer
-        datasets = [dataset] if single else dataset.values()
-        most = max(len(ids) for part in datasets for ids in part.negatives.values())
+        parts = [dataset] if single else dataset.values()
+        most = max(len(ids) for part in parts for ids in part.negatives.values())
         options["num_negatives"] = min(config.num_negatives, most)
     if single:
-        if config.sampling != "proportional" or config.mixed:
-            raise ValueError(f"sampling is {config.sampling!r}, mixed is {config.mixed}, but there is one data set")
+        config.check_unused(("sampling", "mixed"), "there is one data set")
         return make_batches(dataset, embedder.pack, **options)
     sampling = {"sampling": config.sampling, "temperature": config.sampling_temperature, "mixed": config.mixed}
     return make_mixture(dataset, embedder.pack, **sampling, **options)
@@ -337,10 +315,7 @@ def _frozen(job: _Job, dataset: RetrievalDataset) -> dict[str, Reference]:
 
 
 def _try_loss(job: _Job) -> None:
-    """Computes the loss of the first batch on vectors of zeros, to find what it lacks before a run begins.
-
-    A missing reference or score, a dimension beyond the model's, a teacher of another width.
-    """
+    """Computes the loss of the first batch on zeros, to find a missing reference or score, or a wrong width, early."""
     batch = next(iter(job.batches.epoch(0)))
     targets = targets_with(job.references, batch)
     Q, D = (torch.zeros(part.num_sequences, job.embedder.full_dim) for part in (batch.queries, batch.documents))

@@ -71,10 +71,13 @@ def test_encode_with_options(place, capsys):
     np.testing.assert_array_equal(np.load("vectors.npy"), embedder.encode(TEXTS, role="query", dim=8))
 
 
-def test_finetune(place, capsys):
+def test_finetune(place, capsys, recwarn):
     options = ["--validation", "pairs.json", "--epochs", "1", "--batch_size", "4", "--loss.temperature=0.1", "--quiet"]
+    options += ["--max-length", "40"]  # differs from the base, which is meant and needs no warning
     assert main(["finetune", "--num_negatives", "1", "model", "pairs.jsonl", "--out", "run", *options]) == 0
-    trained, kept, table, caution, where = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    assert "max_length" not in printed.err + "".join(str(warning.message) for warning in recwarn)
+    trained, kept, table, caution, where = printed.out.splitlines()
     log = [record for _, record in read_jsonl("run/train.jsonl") if "metrics" in record]
     best = max(log, key=lambda record: record["metrics"]["ndcg@10"])  # the first of equals
     step = f"kept the weights of step {best['step']} of {log[-1]['step']}"

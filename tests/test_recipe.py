@@ -346,7 +346,7 @@ def test_an_unwritable_folder(tmp_path, monkeypatch):
         ({"sampling": "random"}, "sampling is 'random', expected one of 'proportional', 'round_robin', 'temperature'"),
         ({"sampling_temperature": 0.9}, "sampling_temperature is 0.9, expected at least 1"),
         ({"mini_batch_tokens": 0}, "mini_batch_tokens is 0, expected at least 1"),
-        ({"seed": 2**70}, f"seed is {2**70}, expected less than 2\\*\\*62"),
+        ({"seed": 2**70}, f"seed is {2**70}, expected above"),
         ({"sampling_temperature": 7.0}, "sampling_temperature is 7.0, but sampling is 'proportional'"),
         ({"windows_per_document": 9}, "windows_per_document is 9, but there are no passages"),
         ({"batch_size": 4, "batch_tokens": 99}, "batch_size is 4, but batch_tokens is 99: expected one of the two"),

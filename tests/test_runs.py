@@ -206,11 +206,12 @@ def test_what_to_do_about_a_run_is_one_of_three(tmp_path):
 
 
 def test_resuming_changes_nothing(tmp_path):
-    open_(tmp_path)
+    config = {**CONFIG, "passages": (8, 4)}
+    open_(tmp_path, config)
     fill(tmp_path)
     before = files_in(tmp_path)
     check_run(tmp_path, "resume")
-    open_(tmp_path, existing="resume")
+    open_(tmp_path, config, existing="resume")
     assert files_in(tmp_path) == before
 
 

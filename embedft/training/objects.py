@@ -6,14 +6,11 @@ A run resumes only if these are the same (runs.py). Not recorded: tensors, dicts
 code that the object's own code calls.
 """
 
-import contextlib
 import functools
 import hashlib
 import inspect
 import types
 from typing import Any
-
-LONGEST = 200  # characters of a value written out; of a longer one, its SHA-256
 
 
 def describe_object(value: Any, *, depth: int = 3) -> Any:
@@ -26,45 +23,35 @@ def describe_object(value: Any, *, depth: int = 3) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return _short(value)
     if isinstance(value, list | tuple):
-        described = [describe_object(entry, depth=depth) for entry in value]
-        return described if len(repr(described)) <= LONGEST else _short(described)
+        return _short([describe_object(entry, depth=depth) for entry in value])
+    code, values = value, {}
     if isinstance(value, functools.partial):
-        return describe_object(value.func, depth=depth) | {
-            "values": _values({"args": value.args, **value.keywords}, depth)
-        }
-    if isinstance(value, types.MethodType):
-        return describe_object(value.__func__, depth=depth) | {"values": _values({"self": value.__self__}, depth)}
-    if isinstance(value, types.FunctionType):
-        found = {}
-        for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
-            with contextlib.suppress(ValueError):  # a variable without a value yet
-                found[name] = cell.cell_contents
-        defaults = {n: p.default for n, p in inspect.signature(value).parameters.items() if p.default is not p.empty}
-        return {"name": _name(value), "sha256": _sha256(value), "values": _values(found | defaults, depth)}
-    if isinstance(value, type) or inspect.isroutine(value):
-        return {"name": _name(value), "sha256": _sha256(value), "values": {}}
-    described = {"name": _name(type(value))}
-    if callable(getattr(value, "sha256", None)):
-        return described | {"sha256": value.sha256(), "values": {}}
-    attributes = vars(value) if hasattr(value, "__dict__") else {}
-    attributes = {**attributes, **getattr(value, "_modules", {})}
-    return described | {"sha256": _sha256(type(value)), "values": _values(attributes, depth)}
+        code, values = value.func, {"func": value.func, "args": value.args, **value.keywords}
+    elif isinstance(value, types.MethodType):
+        code, values = value.__func__, {"self": value.__self__}
+    elif isinstance(value, types.FunctionType):
+        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+        values = {name: cell.cell_contents for name, cell in cells if cell != types.CellType()}  # has a value already
+        values |= {name: p.default for name, p in inspect.signature(value).parameters.items()}
+    elif not isinstance(value, type) and not inspect.isroutine(value):
+        code = type(value)
+        if callable(getattr(value, "sha256", None)):
+            return {"name": _name(code), "sha256": value.sha256(), "values": {}}
+        values = {**getattr(value, "__dict__", {}), **getattr(value, "_modules", {})}
+    kept = {name: describe_object(x, depth=depth - 1) for name, x in values.items() if depth and _counts(name, x)}
+    return {"name": _name(code), "sha256": _sha256(code), "values": kept}
 
 
-def _values(found: dict[str, Any], depth: int) -> dict[str, Any]:
-    if depth == 0:
-        return {}
-    kept = {}
-    for name, value in found.items():
-        skipped = isinstance(value, dict) or type(value).__module__.partition(".")[0] in ("torch", "numpy")
-        if not name.startswith("_") and not skipped and not isinstance(value, types.ModuleType):
-            kept[name] = describe_object(value, depth=depth - 1)
-    return kept
+def _counts(name: str, value: Any) -> bool:
+    is_tensor = type(value).__module__.partition(".")[0] in ("torch", "numpy")
+    is_private = name.startswith("_") or value is inspect.Parameter.empty
+    return not (is_tensor or is_private or isinstance(value, dict | types.ModuleType))
 
 
-def _short(value: Any) -> Any:
+def _short(value: Any, *, longest: int = 200) -> Any:
+    """The value as JSON can hold it; if it is long to write, its SHA-256."""
     text = repr(value)
-    if len(text) > LONGEST:
+    if len(text) > longest:
         return f"sha256 {hashlib.sha256(text.encode()).hexdigest()}"
     return text if isinstance(value, float) and value - value != 0 else value  # JSON has no NaN or infinity
 
@@ -79,6 +66,6 @@ def _sha256(code: Any) -> str:
         text = inspect.getsource(code)
     except (OSError, TypeError):
         compiled = getattr(code, "__code__", None)
-        constants = [c for c in compiled.co_consts if not isinstance(c, types.CodeType)] if compiled else []
+        constants = [c for c in getattr(compiled, "co_consts", ()) if not isinstance(c, types.CodeType)]
         text = repr((compiled.co_code, compiled.co_names, constants)) if compiled else _name(code)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -12,11 +12,6 @@ runs/<experiment>/<name>-s<seed>/
   .lock              held by the process that writes
   .replaced/         a finished run that this one overwrites; deleted when this one is done
 
-with lock(out):
-    open_run(out, config, hashes={"train": dataset.sha256()}, device=embedder.device)
-    ...
-    close_run(out)
-
 A process killed at any point leaves a folder that can be resumed or overwritten.
 """
 
@@ -47,10 +42,10 @@ EXISTING = ("refuse", "overwrite", "resume")
 
 
 def check_run(out: Path, existing: str = "refuse") -> None:
-    """Raises `ValueError` if a run may not be written to `out`. Changes nothing; call it before any work.
+    """Raises `ValueError` if a run may not be written to `out`. Changes nothing.
 
     Args:
-        existing: what to do with a run that is already there: "refuse", "overwrite" or "resume".
+        existing: what to do with a run that is already there, one of EXISTING.
     """
     if existing not in EXISTING:
         raise ValueError(f"existing is {existing!r}, expected one of {', '.join(EXISTING)}")
@@ -58,9 +53,8 @@ def check_run(out: Path, existing: str = "refuse") -> None:
     if not out.is_dir() or ((out / CONFIG).is_file() and existing == "overwrite"):
         return
     # A process killed while it opened a run leaves these.
-    opening = {LOCK, TRIAL, REPLACED} if existing == "refuse" else {LOCK, TRIAL, REPLACED, ENVIRONMENT, DIFF}
-    names = [path.name for path in out.iterdir()]
-    if all(name in opening or (name.startswith(".") and name.endswith(".tmp")) for name in names):
+    opening = {LOCK, TRIAL, REPLACED, *(() if existing == "refuse" else (ENVIRONMENT, DIFF))}
+    if all(path.name in opening or path.match(".*.tmp") for path in out.iterdir()):
         return
     if existing == "refuse":
         raise ValueError(f"{out}: not empty; choose another folder, or overwrite or resume the run in it")
@@ -108,11 +102,11 @@ def open_run(
         allow_changed_code: resume though "objects" differ, and record the new ones.
     """
     check_run(out, existing)
+    config = json.loads(json.dumps(config))  # as it is read back: tuples are lists
     if existing == "resume" and (out / CONFIG).is_file():
-        if allow_changed_code and config.get("objects") != read_json(out / CONFIG).get("objects"):
-            _check_same(out, {**config, "objects": read_json(out / CONFIG).get("objects")}, hashes, "cannot resume")
+        _check_same(out, config, hashes, "cannot resume", code=not allow_changed_code)
+        if config != read_json(out / CONFIG):
             write_json(out / CONFIG, config)
-        _check_same(out, config, hashes, "cannot resume")
         return
     _set_aside(out)
     commit, diff = _git_state()
@@ -125,35 +119,36 @@ def open_run(
 
 
 def close_run(out: Path) -> None:
-    """Marks the run as done, then deletes its checkpoints and the run it replaces."""
+    """Marks the run as done, then deletes its checkpoints, the run it replaces, and what killed processes left."""
     with atomic_write(out / DONE) as file:
-        file.write(datetime.now(timezone.utc).isoformat(timespec="seconds") + "\n")
-    for name in (CHECKPOINTS, REPLACED):
-        shutil.rmtree(out / name, ignore_errors=True)
-    for unfinished in out.glob(".*.tmp"):  # of processes that were killed
-        unfinished.unlink()
+        file.write(_now() + "\n")
+    for path in (out / CHECKPOINTS, out / REPLACED, *out.glob(".*.tmp")):
+        _remove(path)
 
 
 def _set_aside(out: Path) -> None:
     """Moves a finished run to .replaced until the new one is done, and deletes an unfinished one."""
-    for unfinished in out.glob(".*.tmp"):
-        unfinished.unlink()
     finished, aside = (out / DONE).exists(), out / REPLACED
     if finished:
         if (aside / DONE).exists():
-            shutil.rmtree(aside)
+            _remove(aside)
         aside.mkdir(exist_ok=True)
         for name in (CONFIG, ENVIRONMENT, DIFF):
             if (out / name).exists():
                 shutil.copy(out / name, aside / name)
     # Checkpoints first: without them a resumed run begins at the beginning. DONE last: it makes the old run whole.
-    for name in (CHECKPOINTS, LOG, "tensorboard", EVAL, MODEL, DONE):
-        if (out / name).exists() and finished:
-            os.replace(out / name, aside / name)
-        elif (out / name).is_dir():
-            shutil.rmtree(out / name)
+    for path in (*out.glob(".*.tmp"), *(out / name for name in (CHECKPOINTS, LOG, "tensorboard", EVAL, MODEL, DONE))):
+        if finished and path.exists():
+            os.replace(path, aside / path.name)
         else:
-            (out / name).unlink(missing_ok=True)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def open_log(out: Path | None, step: int, logger: str | None = None) -> Callable[[dict[str, Any]], None]:
@@ -185,7 +180,7 @@ def open_log(out: Path | None, step: int, logger: str | None = None) -> Callable
 def environment(device: torch.device) -> dict[str, Any]:
     """What figures depend on besides code and data."""
     return {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": _now(),
         "arguments": sys.argv,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -197,10 +192,12 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def _git_state() -> tuple[str | None, bytes]:
@@ -221,21 +218,22 @@ def _git_state() -> tuple[str | None, bytes]:
     return (commit.decode().strip() if commit else None), diff or b""
 
 
-def _check_same(out: Path, config: dict[str, Any], hashes: dict[str, str], what: str) -> None:
-    """Raises `ValueError` naming the first setting, object or hash in which the run in `out` differs."""
-    before, found = read_json(out / CONFIG), read_json(out / ENVIRONMENT)["sha256"]
-    then, now = before.pop("objects", None) or {}, (config := dict(config)).pop("objects", None) or {}
-    for key in {**before, **config}:
-        if before.get(key) != config.get(key):
-            if key not in before:
-                version = "an earlier version began this run, finish it there or overwrite it"
-                raise ValueError(f"{out}: {what}, {key} is {config[key]!r} and was no setting then: {version}")
-            raise ValueError(f"{out}: {what}, {key} was {before.get(key)!r} and is {config.get(key)!r}")
-    for name in {**found, **hashes}:
-        if found.get(name) != hashes.get(name):
-            raise ValueError(f"{out}: {what}, {name} is not what the run began with (another SHA-256)")
-    for name in {**then, **now}:
-        if then.get(name) != now.get(name):
-            names = [(part.get(name) or {}).get("name", "not given") for part in (then, now)]
-            change = f"the code or settings of {names[0]} changed" if names[0] == names[1] else " became ".join(names)
-            raise ValueError(f"{out}: {what}, {name}: {change}; allow_changed_code=True resumes anyway")
+def _check_same(out: Path, config: dict[str, Any], hashes: dict[str, str], what: str, *, code: bool = True) -> None:
+    """Raises `ValueError` naming the first setting, hash or, if `code`, object in which the run in `out` differs."""
+    before, config, found = read_json(out / CONFIG), dict(config), read_json(out / ENVIRONMENT)["sha256"]
+    then, now = (settings.pop("objects", {}) for settings in (before, config))
+    for key in _differing(before, config):
+        if key not in before:
+            version = "an earlier version began this run, finish it there or overwrite it"
+            raise ValueError(f"{out}: {what}, {key} is {config[key]!r} and was no setting then: {version}")
+        raise ValueError(f"{out}: {what}, {key} was {before[key]!r} and is {config.get(key)!r}")
+    for name in _differing(found, hashes):
+        raise ValueError(f"{out}: {what}, {name} is not what the run began with (another SHA-256)")
+    for name in _differing(then, now) if code else ():
+        names = [part.get(name, {}).get("name", "not given") for part in (then, now)]
+        change = f"the code or settings of {names[0]} changed" if names[0] == names[1] else " became ".join(names)
+        raise ValueError(f"{out}: {what}, {name}: {change}; allow_changed_code=True resumes anyway")
+
+
+def _differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    return [key for key in {**first, **second} if first.get(key) != second.get(key)]
