@@ -9,14 +9,13 @@ import copy
 import shutil
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .config import to_dict
 from .data.batches import Batches, make_batches
 from .data.dataset import RetrievalDataset
 from .data.mixture import join_datasets, make_mixture
@@ -191,7 +190,7 @@ def _prepare(job: _Job, existing: str) -> None:
 
 def _open(job: _Job, existing: str, allow_changed_code: bool, own_length: int, stack: contextlib.ExitStack) -> None:
     """Locks the run folder, proves that the model can be saved, and opens the run."""
-    settings, objects = to_dict(job.config), {name: describe_object(value) for name, value in job.given.items()}
+    settings, objects = asdict(job.config), {name: describe_object(value) for name, value in job.given.items()}
     for name, reference in job.references.items():
         if f"reference {name}" not in job.hashes:
             objects[f"reference {name}"] = describe_object(reference)

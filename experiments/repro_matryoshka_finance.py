@@ -18,6 +18,7 @@ A run that is done is not trained again, and one that was killed is resumed: the
 import argparse
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,6 @@ import numpy as np
 import torch
 
 from embedft import Embedder, FinetuneConfig, RetrievalDataset, evaluate_grid, finetune, load_embedder
-from embedft.config import to_dict
 from embedft.data.batches import make_batches
 from embedft.device import peak_memory_bytes
 from embedft.files import read_json, write_json
@@ -231,7 +231,7 @@ def finetune_seed(
         return {f"{METRIC} at {dim}": value for dim, value in measure(embedder, split.held_out, dims, known).items()}
 
     hashes = {"model": embedder.sha256(), "train": training.sha256()}
-    if is_done(out, to_dict(config), hashes=hashes):
+    if is_done(out, asdict(config), hashes=hashes):
         embedder = load_embedder(out / MODEL)
     else:
         finetune(embedder, training, config, batches=batches, evaluate=validate, out=out, existing="resume")

@@ -278,7 +278,7 @@ def test_prompts_by_text_or_by_name(place, capsys):
         ("encode model texts.txt", "embedft encode: error: nowhere to put the vectors: give --out FILE.npy, --store"),
         (
             "encode model texts.txt --out x.npy --role judge",
-            "embedft encode: error: --role is 'judge', expected one of",
+            "embedft encode: error: role is 'judge', expected one of",
         ),
         ("encode model texts.txt --out x.npy --dim 33", "embedft encode: error: dim is 33, expected 1 to 32"),
         ("encode model texts.txt --out x.npy --max-length 49", "max_length is 49, expected at most the encoder's 48"),
@@ -289,7 +289,7 @@ def test_prompts_by_text_or_by_name(place, capsys):
         ("evaluate model missing.json", "embedft evaluate: error: missing.json: no such file or folder"),
         ("evaluate model file", "embedft evaluate: error: file: suffix is none of .json, .jsonl"),
         ("evaluate model pairs.json --ks 0", "embedft evaluate: error: cutoffs ks=(0,)"),
-        ("evaluate model pairs.json --ks five", "embedft evaluate: error: --ks is ['five'], expected a list of int"),
+        ("evaluate model pairs.json --ks five", "embedft evaluate: error: ks is ['five'], expected a list of int"),
         ("evaluate model pairs.json --depth 5", "embedft evaluate: error: cutoffs ks=(1, 3, 5, 10)"),
         ("evaluate model pairs.json --out file/eval", "embedft evaluate: error: file/eval: cannot be written to"),
         ("evaluate model pairs.json --out=file", "embedft evaluate: error: file: cannot be written to"),
@@ -307,7 +307,7 @@ def test_prompts_by_text_or_by_name(place, capsys):
         ),
         ("finetune model pairs.json no=missing.json --out r", "missing.json: no such file or folder"),
         ("finetune model pairs.json --out r --sampling round_robin", "but there is one data set"),
-        ("finetune model pairs.json --out r --epochs many", "--epochs is 'many', expected int"),
+        ("finetune model pairs.json --out r --epochs many", "epochs is 'many', expected int"),
         ("finetune model pairs.json --out r --epochs 0", "epochs is 0, expected at least 1"),
         (
             "finetune model pairs.json --out r --epoch 1",
@@ -315,7 +315,7 @@ def test_prompts_by_text_or_by_name(place, capsys):
         ),
         ("finetune model pairs.json --out r --lr nan", "lr is nan, expected above 0"),
         ("finetune model pairs.json --out r --lr NaN", "lr is nan, expected above 0"),
-        ("finetune model pairs.json --out r --loss.temperature", "--loss.temperature expects a value"),
+        ("finetune model pairs.json --out r --loss.temperature", "--loss.temperature: expected one argument"),
         ("finetune model pairs.json --out r --loss.temperature 0", "temperature is 0, expected above 0"),
         ("finetune model pairs.json --out r --loss.temp 1", "in_batch_negatives has no option 'temp', expected one of"),
         (

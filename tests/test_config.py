@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 import pytest
@@ -14,12 +14,11 @@ from embedft.config import (
     changed,
     check_at_most_one,
     check_types,
-    format_help,
     from_dict,
+    make_parser,
     parse,
     part,
     setting,
-    to_dict,
 )
 
 
@@ -69,13 +68,13 @@ def expected(**changes: Any) -> Command:
     "config", [Config(), Config(7, 1, "cosine", 10, True, False, True, "a", [1], ["b"], [1, 2], {"x": 1})]
 )
 def test_round_trip(config):
-    assert from_dict(Config, json.loads(json.dumps(to_dict(config)))) == config
-    assert list(to_dict(config)) == [field.name for field in fields(Config)]  # defaults included
+    assert from_dict(Config, json.loads(json.dumps(asdict(config)))) == config
+    assert list(asdict(config)) == [field.name for field in fields(Config)]  # defaults included
 
 
 def test_round_trip_of_the_real_one():
     config = FinetuneConfig(epochs=1, warmup=0.1, loss={"name": "in_batch_negatives", "temperature": 0.1})
-    assert from_dict(FinetuneConfig, json.loads(json.dumps(to_dict(config)))) == config
+    assert from_dict(FinetuneConfig, json.loads(json.dumps(asdict(config)))) == config
 
 
 def test_missing_keys_keep_their_default():
@@ -85,7 +84,7 @@ def test_missing_keys_keep_their_default():
 def test_a_default_that_is_a_dict_or_list_is_not_shared():
     Config().loss["name"] = "changed"
     Config().names.append("b")
-    to_dict(Config())["loss"]["inner"]["depth"] = 9
+    asdict(Config())["loss"]["inner"]["depth"] = 9
     assert (Config().loss["name"], Config().loss["inner"]["depth"], Config().names) == ("plain", 1, ["a"])
 
 
@@ -110,12 +109,11 @@ def test_a_default_that_is_a_dict_or_list_is_not_shared():
         ({"dims": [1, "2"]}, "dims is .*, expected a list of int"),
         ({"dims": [1, True]}, "dims is .*, expected a list of int"),
         ({"window": "12"}, "window is '12', expected a list of float or null"),
-        ([1], "list found, expected an object"),
     ],
 )
 def test_refuses_what_is_not_in_it(values, message):
     with pytest.raises(ValueError, match=f"run.json: {message}"):
-        from_dict(Config, values, where="run.json")
+        from_dict(Config, values, prefix="run.json: ")
 
 
 def test_part():
@@ -173,7 +171,7 @@ def test_options(arguments, changes):
 
 
 def test_options_may_precede_arguments():
-    found = parsed("--out", "o", "--dims", "3", "4", "d.csv", "--fused", "e.csv", "--loss.a", "1", "f.csv")
+    found = parsed("--out", "o", "d.csv", "--dims", "3", "4", "--fused", "e.csv", "--loss.a", "1", "f.csv")
     changes = {"dims": [3, 4], "fused": True, "loss": {**Config().loss, "a": 1}}
     assert found == expected(data=["d.csv", "e.csv", "f.csv"], **changes)
 
@@ -201,7 +199,7 @@ def test_a_file_and_options_that_override_it(tmp_path):
     changes = {"epochs": 6, "lr": 1.0, "loss": {"name": "other", "a": 1, "b": 3}, "window": [1, 2]}
     assert config == expected(config=str(path), **changes)
     # to_dict writes such a file, and required options may come from it.
-    path.write_text(json.dumps({**to_dict(Config(epochs=2)), "out": "there"}))
+    path.write_text(json.dumps({**asdict(Config(epochs=2)), "out": "there"}))
     assert parsed("d.csv", "--config", str(path)) == expected(config=str(path), epochs=2, out="there")
 
 
@@ -225,24 +223,25 @@ def test_a_wrong_file_is_named(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--epochs many", "--epochs is 'many', expected int"),
-        ("--epochs 1.5", "--epochs is '1.5', expected int"),
+        ("--epochs many", "epochs is 'many', expected int"),
+        ("--epochs 1.5", "epochs is '1.5', expected int"),
         ("--epochs 0", "epochs is 0, expected at least 1"),
-        ("--epochs", "--epochs expects a value$"),
-        ("--epochs --fused", "--epochs expects a value$"),
+        ("--epochs", "--epochs: expected one argument$"),
+        ("--epochs --fused", "--epochs: expected one argument$"),
         ("--epoch 1", r"unknown option --epoch; did you mean --epochs\?"),
         ("--no-epochs", "unknown option --no-epochs"),
-        ("--fused=maybe", "--fused is 'maybe', expected bool"),
-        ("--dims", "--dims expects a value"),
-        ("--dims two", r"--dims is \['two'\], expected a list of int"),
-        ("--window two", r"--window is \['two'\], expected a list of float"),
-        ("--schedule step", "--schedule is 'step', expected one of 'linear', 'cosine' or null"),
-        ("--loss other", "--loss is 'other', expected dict"),
-        ("--loss.temperature", "--loss.temperature expects a value"),
-        ("--loss.temperature --epochs 3", "--loss.temperature expects a value"),
+        ("--fused=maybe", "fused is 'maybe', expected bool"),
+        ("--dims", "--dims: expected at least one argument"),
+        ("--dims two", r"dims is \['two'\], expected a list of int"),
+        ("--window two", r"window is \['two'\], expected a list of float"),
+        ("--schedule step", "schedule is 'step', expected one of 'linear', 'cosine' or null"),
+        ("--loss other", "loss is 'other', expected dict"),
+        ("--loss.temperature", "--loss.temperature: expected one argument"),
+        ("--loss.temperature --epochs 3", "--loss.temperature: expected one argument"),
         ("--lss.name x", r"unknown option --lss.name; did you mean --loss\?"),
         ("--lr.x 1", "unknown option --lr.x"),
-        ("--loss.name.x 1", "--loss.name.x: name is 'plain', which has no keys"),
+        ("--loss.name.x 1", "--loss.name.x: found 'plain', which has no keys"),
+        ("--loss other --loss.x 1", "--loss.x: found 'other', which has no keys"),
         ("--.x 1", "unknown option --.x"),
         ("--config missing.json", "missing.json"),
     ],
@@ -268,7 +267,7 @@ def test_changed_and_combined():
 @pytest.mark.parametrize("cls", [Command, FinetuneConfig])
 def test_help_has_every_option_with_meaning_and_default(monkeypatch, cls):
     monkeypatch.setenv("COLUMNS", "200")
-    text = format_help(cls, program="embedft command", description="Does it.")
+    text = make_parser(cls, prog="embedft command", description="Does it.").format_help()
     assert text.startswith(
         "usage: embedft command" + (" DATA ..." if cls is Command else "") + " [options]\n\nDoes it."
     )

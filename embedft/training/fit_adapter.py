@@ -14,6 +14,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import device as devices
-from ..config import to_dict
 from ..data.linked import connected_components
 from ..encoders.adapter import Adapter, Base
 from ..encoders.maps import build_map
@@ -108,7 +108,7 @@ def _save(adapter: Adapter, config: AdapterConfig, out: Path) -> None:
     with replace_files(out) as new:
         with atomic_write(new / LOG) as file:
             file.writelines(json.dumps(record) + "\n" for record in adapter.history)
-        write_json(new / CONFIG, to_dict(config))
+        write_json(new / CONFIG, asdict(config))
         adapter.save(new)
 
 
