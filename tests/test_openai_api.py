@@ -222,7 +222,7 @@ def test_a_role_that_is_none():
         ({"parameters": {"seed": float("nan")}}, "parameters cannot be sent as JSON"),
         ({"price": -0.1}, "price is -0.1, expected at least 0"),
         ({"max_cost": 1.0}, "max_cost needs price, the money per million tokens"),
-        ({"too_long": "warn"}, "too_long is 'warn', expected one of refuse, cut"),
+        ({"too_long": "warn"}, "too_long is 'warn', expected refuse or cut"),
         ({"base_url": "localhost"}, "base_url is 'localhost'"),
         ({"parameters": {"input": "a"}}, "parameters: 'input' is set by embedft itself"),
     ],
@@ -752,7 +752,7 @@ def test_no_reply_is_taken_amiss():
     texts = some_texts(3)
     good = ApiServer(dimensions=4).embed({"input": texts, "model": "m"})
     endpoint = endpoints.Endpoint("m", base_url="http://localhost:1/v1")
-    fetch = endpoints._Fetch(endpoint, dict.fromkeys(texts, 0), "", None)
+    fetch = endpoints.Fetch(endpoint, dict.fromkeys(texts, 0), "", None)
 
     async def read(reply: object) -> sending.Response:
         async def post(*request) -> dict | sending.Response:

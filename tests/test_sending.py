@@ -176,7 +176,7 @@ def test_a_waiting_job_holds_no_place_and_goes_first_when_it_is_due(ledger, monk
     sent = Sent(ledger, {"a": [RETRY, OK]}, delay=0.02)
     sent.run([job(str(key)) for key in ["a", *range(8)]])
     again = sent.order.index("a", 1)
-    assert 3 <= again <= 6
+    assert 2 <= again <= 6  # on a busy machine the others take longer
     assert sent.times[again] - sent.times[0] >= 0.07
 
 
@@ -191,7 +191,7 @@ def test_nothing_is_sent_while_the_server_asks_for_a_pause(ledger):
 
 
 def test_an_outage_is_probed_with_one_request_at_a_time_and_ends_the_job(ledger, monkeypatch):
-    """Eight in flight fail together, two probes later the pauses grow; after four probes the job stops."""
+    """After ten failures one request is sent at a time, with growing pauses; after twelve more the job stops."""
     monkeypatch.setattr(sending, "backoff_seconds", lambda attempt, *_: 0.01 * attempt)
     down = Response("failed", "retry", "503")
     sent = Sent(ledger, {str(i): [down] for i in range(10, 500)}, delay=0.01)
@@ -299,11 +299,11 @@ def test_a_batch_that_fails_to_the_last_attempt_is_sent_in_parts(ledger, last):
 
 @pytest.mark.parametrize("refusal", [DOUBTFUL, RETRY])
 def test_a_server_that_is_down_is_left_alone(ledger, refusal):
-    """Ten failures in a row, three probes, and for a 500 one job down to its parts."""
+    """Ten failures in a row, eleven more, and for a 500 one job down to its parts."""
     server = Server(ledger, form="none", refusal=refusal)
     server.forms = Forms("a")
     stopped = server.run(["abcdefgh"] * 50, concurrency=8)
-    assert stopped.reason.startswith("1")
+    assert stopped.reason.startswith("21 failures")
     assert stopped.reason.endswith(f"failures in a row, the last: {refusal.reason}")
     assert len(server.sent) < 50
 

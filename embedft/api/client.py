@@ -1,10 +1,8 @@
 """One request of the OpenAI protocol, and what comes back classified. The only file that imports openai.
 
-Not here: what is asked and what a good reply is (corpus/questions.py, endpoint.py); when to send (sending.py).
-
-    client = Client(Server.find("http://localhost:8000/v1"), timeout_seconds=60)
-    async with client.openai:
-        reply = await client.post("/embeddings", {"model": "m", "input": ["a"]})   # a dict, or a failed Response
+client = Client(Server.find("http://localhost:8000/v1"), timeout_seconds=60)
+async with client.openai:
+    reply = await client.post("/embeddings", {"model": "m", "input": ["a"]})   # a dict, or a failed Response
 """
 
 import asyncio
@@ -19,25 +17,19 @@ from .ledger import USAGE, is_count
 from .sending import Response, retry_after_seconds
 from .server import Server
 
-# With these statuses a server did no work that it charges for. A gateway's 502 or 504 and a 408 do not say.
-FREE_SERVER_ERRORS = (500, 503, 529)
 FREE = (0, 0)
+FREE_SERVER_ERRORS = (500, 503, 529)  # no work that is charged for; a gateway's 502 or 504 and a 408 do not say
 # Connection errors before a byte of the request was sent: by name, because openai chooses the HTTP library.
 NEVER_SENT = ("ConnectError", "ConnectTimeout", "PoolTimeout")
 # Redirects, and what is wrong with every request: key, money, permission, address. Other 4xx are about this request.
 STOP = (*range(300, 400), 401, 402, 403, 404, 405, 407)
 RETRY = (408, 409, 425, 429)
 OVERLOADED = (502, 503, 504, 529)  # another 5xx may be a refusal: llama.cpp, Ollama and LiteLLM refuse with 500
-HINTS = {
-    401: " (is OPENAI_API_KEY right?)",
-    404: " (is the model's name right, and does the base URL end in /v1?)",
-}
-MAX_REASON_CHARACTERS = 300
-# Settings that `check_settings` knows.
-PRICES = ("price", "price_in", "price_out")
-POSITIVE = (
+HINTS = {401: " (is OPENAI_API_KEY right?)", 404: " (is the model's name right, and does the base URL end in /v1?)"}
+SETTINGS = (  # that have to be positive; a price may be 0
     *("concurrency", "requests_per_minute", "tokens_per_minute", "max_cost", "max_attempts", "timeout_seconds"),
     *("dimensions", "max_tokens", "batch_texts", "num_questions", "max_reply_tokens", "max_requests"),
+    *("price", "price_in", "price_out"),
 )
 
 
@@ -48,16 +40,11 @@ class Client:
         import openai
 
         self.server, self.timeout_seconds = server, timeout_seconds
-        self.openai = openai.AsyncOpenAI(
-            api_key=server.key,
-            base_url=server.url,
-            default_query=server.query,
-            # Azure's deployments, which are addressed with a version, look for the key here.
-            default_headers={"api-key": server.key} if "api-version" in server.query else None,
-            max_retries=0,
-            timeout=timeout_seconds,
-            http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False),
-        )
+        # Azure's deployments, which are addressed with a version, look for the key in a header of its own.
+        headers = {"api-key": server.key} if "api-version" in server.query else None
+        options = {"default_query": server.query, "default_headers": headers, "timeout": timeout_seconds}
+        options |= {"max_retries": 0, "http_client": openai.DefaultAsyncHttpxClient(follow_redirects=False)}
+        self.openai = openai.AsyncOpenAI(api_key=server.key, base_url=server.url, **options)
 
     async def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any] | Response:
         """The JSON object that the server replies to `body`, or the failed `Response`."""
@@ -71,11 +58,11 @@ class Client:
         except openai.APIStatusError as error:
             return self._failed(error.status_code, error.response.text, error.response.headers)
         except (asyncio.TimeoutError, openai.APIConnectionError) as error:
-            was_sent = type(error.__cause__).__name__ not in NEVER_SENT
-            reason = self.line(f"no connection ({error.__cause__ or error})")
-            if isinstance(error, (asyncio.TimeoutError, openai.APITimeoutError)):
-                reason = f"no reply within {self.timeout_seconds:g} s"
-            return Response("failed", "retry", reason, usage=None if was_sent else FREE, suspect=not was_sent)
+            is_late = isinstance(error, (asyncio.TimeoutError, openai.APITimeoutError))
+            cause = error.__cause__ or error
+            reason = f"no reply within {self.timeout_seconds:g} s" if is_late else f"no connection ({cause})"
+            usage = FREE if type(cause).__name__ in NEVER_SENT else None
+            return Response("failed", "retry", self.line(reason), usage=usage, suspect=usage == FREE)
         return self.parse(response.text)
 
     def parse(self, text: str) -> dict[str, Any] | Response:
@@ -89,29 +76,27 @@ class Client:
         return reply
 
     def unexpected(self, expected: str, text: str) -> Response:
-        """A reply that is not the `expected` kind of thing. What it cost is not known."""
+        """A reply that is not the `expected` kind of thing."""
         return Response("failed", "retry", self.line(f"the reply is not a {expected}: {text}"), reply=self.clean(text))
 
     def _failed(self, status: int, text: str, headers: Mapping[str, str]) -> Response:
         """A response with an HTTP status other than 200, or an error inside a 200."""
-        message, codes = _read_error(text)
+        body = _parse(text)
+        error = body.get("error", body) if isinstance(body, dict) else None
+        error = error if isinstance(error, dict) else {"message": error}
+        message = error["message"] if error.get("message") and isinstance(error["message"], str) else text
         if 300 <= status < 400:
             target = headers.get("location", "").partition("?")[0] or "nowhere"
             message = f"redirects to {target}, which is not followed (set base_url to it)"
-        reason, action, pause = self.line(f"{status}: {message}"), "drop", None
-        if status in STOP or (status == 429 and "insufficient_quota" in codes):
-            action, reason = "stop", reason + HINTS.get(status, "")
-        elif status in RETRY or status >= 500:
-            action, pause = "retry", retry_after_seconds(headers)
-        return Response(
-            "failed",
-            action,
-            reason,
-            usage=FREE if (300 <= status < 500 and status != 408) or status in FREE_SERVER_ERRORS else None,
-            retry_after_seconds=pause,
-            may_be_refusal=status >= 500 and status not in OVERLOADED and pause is None,
-            suspect=action == "drop",
-        )
+        reason = self.line(f"{status}: {message}") + HINTS.get(status, "")
+        usage = FREE if (300 <= status < 500 and status != 408) or status in FREE_SERVER_ERRORS else None
+        if status in STOP or (status == 429 and "insufficient_quota" in (error.get("code"), error.get("type"))):
+            return Response("failed", "stop", reason, usage=usage)
+        if status not in RETRY and status < 500:
+            return Response("failed", "drop", reason, usage=usage, suspect=True)
+        pause = retry_after_seconds(headers)
+        is_doubtful = status >= 500 and status not in OVERLOADED and pause is None
+        return Response("failed", "retry", reason, usage=usage, retry_after_seconds=pause, may_be_refusal=is_doubtful)
 
     def clean(self, text: str) -> str:
         """Text that may be stored: without secrets, and without unpaired surrogates, which JSON can spell."""
@@ -120,7 +105,7 @@ class Client:
     def line(self, text: str) -> str:
         """Text that may be shown: clean, one printable line, at most its first 300 characters."""
         line = " ".join("".join(c if c.isprintable() else " " for c in self.clean(text)).split())
-        return line if len(line) <= MAX_REASON_CHARACTERS else f"{line[:MAX_REASON_CHARACTERS]} ..."
+        return line if len(line) <= 300 else f"{line[:300]} ..."
 
 
 def _parse(text: str) -> Any:
@@ -128,15 +113,6 @@ def _parse(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):  # also a number with too many digits
         return None
-
-
-def _read_error(text: str) -> tuple[str, tuple[Any, Any]]:
-    """The message in the body of an error, or else the body itself, and its code and type."""
-    body = _parse(text)
-    error = body.get("error", body) if isinstance(body, dict) else None
-    error = error if isinstance(error, dict) else {"message": error}
-    message = error.get("message")
-    return message if isinstance(message, str) and message else text, (error.get("code"), error.get("type"))
 
 
 def reported_usage(reply: Mapping[str, Any], *, writes: bool) -> tuple[int, int] | None:
@@ -158,12 +134,12 @@ def check_settings(settings: Any, *, own_parameters: Collection[str]) -> None:
     """Raises `ValueError` for a setting of requests that is out of range, or a parameter that cannot be sent."""
     if not settings.model.strip():
         raise ValueError("model is empty, expected a name that the server knows")
-    for name in (*PRICES, *POSITIVE):
-        value = getattr(settings, name, None)
-        if value is not None and not (0 < value < math.inf or (name in PRICES and value == 0)):
-            raise ValueError(f"{name} is {value}, expected {'at least 0' if name in PRICES else 'more than 0'}")
-    for name in settings.parameters:
-        if name in own_parameters:
+    for name in SETTINGS:
+        value, is_price = getattr(settings, name, None), name.startswith("price")
+        if value is not None and not (0 < value < math.inf or (is_price and value == 0)):
+            raise ValueError(f"{name} is {value}, expected {'at least 0' if is_price else 'more than 0'}")
+    for name in own_parameters:
+        if name in settings.parameters:
             raise ValueError(f"parameters: {name!r} is set by embedft itself and cannot be sent as a parameter")
     try:
         json.dumps(settings.parameters, allow_nan=False)

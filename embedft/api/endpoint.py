@@ -1,11 +1,10 @@
 """Embeddings of many texts from one server and model: batches, cuts, faults and costs.
 
-Which texts are needed and where vectors go, encoders/openai_api.py knows; what a reply contains, embedding_reply.py.
-
-    endpoint = Endpoint("text-embedding-3-small", price=0.02, max_cost=1.00)
-    endpoint.fetch({"a text": 0}, prompt="", keep=vectors.update)
+endpoint = Endpoint("text-embedding-3-small", price=0.02, max_cost=1.00)
+Fetch(endpoint, {"a text": 0}, prompt="", keep=vectors.update).run()
 """
 
+import base64
 import hashlib
 import json
 import math
@@ -21,12 +20,10 @@ import numpy as np
 
 from ..files import append_jsonl, locked
 from .client import Client, check_settings, reported_usage, run_to_end
-from .embedding_reply import read_vectors, unit_rows
 from .ledger import USAGE, Ledger, now_text, price_of
 from .sending import Forms, Job, RateLimit, Response, Sender
 from .server import Server
 
-TOO_LONG = ("refuse", "cut")
 # Of api.openai.com: 2,048 texts and 300,000 tokens per request; a token is at least a byte.
 MAX_BATCH_TEXTS, MAX_BATCH_BYTES, OPENAI_MAX_TOKENS = 2_048, 300_000, 8_191
 SPECIAL_TOKENS = 4  # that a tokenizer may add to a text, for the most that a request may cost
@@ -64,42 +61,24 @@ class Batch:
 
 @dataclass
 class Endpoint:
-    """POST /embeddings of a server, for one model. `dim`: features, 0 until known. `costs`: so far.
+    """POST /embeddings of a server, for one model. `dim`: features, 0 until known. `costs`: so far."""
 
-    Args:
-        model: the name that the server knows.
-        base_url: such as http://localhost:8000/v1; None: OPENAI_BASE_URL, else api.openai.com.
-        dimensions: features to ask the server for; None: all.
-        parameters: sent with each request as they are, such as {"input_type": "query"}.
-        too_long: "refuse" reports a text that the server refuses. "cut" shortens it, to 8 characters per token of
-            `max_tokens` (None: OpenAI's 8,191, elsewhere unknown), then by a tenth at a time, until it is taken.
-        batch_texts: texts per request, at most 2,048. A refused batch is sent in halves; if both are taken, later
-            batches have that size.
-        concurrency: requests in flight at once. max_attempts: requests for a batch. timeout_seconds: of a request.
-        price: money per million tokens. max_cost: never spend more, over all runs of the ledger (without one, of this
-            object). Until the server reports, a byte counts as a token.
-        ledger: a JSONL file with a line before and after each request; one process at a time.
-
-    Raises:
-        ValueError: no address of a server, no key for api.openai.com, or a setting out of range.
-    """
-
-    model: str
+    model: str  # as the server calls it
     _: KW_ONLY
-    base_url: str | None = None
-    dimensions: int | None = None
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    too_long: str = "refuse"
-    max_tokens: int | None = None
-    batch_texts: int = 256
-    concurrency: int = 8
-    max_attempts: int = 6
-    timeout_seconds: float = 60.0
+    base_url: str | None = None  # such as http://localhost:8000/v1; None: OPENAI_BASE_URL, else api.openai.com
+    dimensions: int | None = None  # features to ask the server for; None: all
+    parameters: Mapping[str, Any] = field(default_factory=dict)  # sent as they are, such as {"input_type": "query"}
+    too_long: str = "refuse"  # what to do with a text that the server refuses; "cut": `shorten` it until it is taken
+    max_tokens: int | None = None  # for the first cut; None: OpenAI's 8,191, elsewhere unknown
+    batch_texts: int = 256  # texts per request, at most 2,048; fewer once both halves of a refused batch are taken
+    concurrency: int = 8  # requests in flight at once
+    max_attempts: int = 6  # requests for a batch
+    timeout_seconds: float = 60.0  # of a request
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
-    price: float | None = None
-    max_cost: float | None = None
-    ledger: str | Path | None = None
+    price: float | None = None  # money per million tokens; until the server reports, a byte counts as one
+    max_cost: float | None = None  # never spend more, over all runs of the ledger (without one, of this object)
+    ledger: str | Path | None = None  # a JSONL file with a line before and after each request; one process at a time
 
     def __post_init__(self) -> None:
         check_settings(self, own_parameters=("model", "input", "dimensions"))
@@ -107,8 +86,8 @@ class Endpoint:
             raise ValueError(f"batch_texts is {self.batch_texts}, expected 1 to {MAX_BATCH_TEXTS:,}")
         if self.max_cost is not None and self.price is None:
             raise ValueError("max_cost needs price, the money per million tokens")
-        if self.too_long not in TOO_LONG:
-            raise ValueError(f"too_long is {self.too_long!r}, expected one of {', '.join(TOO_LONG)}")
+        if self.too_long not in ("refuse", "cut"):
+            raise ValueError(f"too_long is {self.too_long!r}, expected refuse or cut")
         self.server, self.dim = Server.find(self.base_url), self.dimensions or 0
         self.name, self.base_url = f"{self.server.name}, {self.model}", self.server.name  # without its secrets
         if self.server.is_openai and self.max_tokens is None:
@@ -122,40 +101,33 @@ class Endpoint:
 
     def settings(self, prompt: str) -> dict[str, Any]:
         """All that the vector of a text behind this prompt depends on, as far as anyone here can know."""
+        max_tokens = self.max_tokens if self.too_long == "cut" else None  # when nothing is cut, it changes nothing
         settings = {"server": self.server.name.rstrip("/"), "model": self.model, "dimensions": self.dimensions}
-        settings |= {"prompt": prompt, "too_long": self.too_long}
-        # A text that is not cut has the same vector whatever the limit.
-        settings |= {"max_tokens": self.max_tokens if self.too_long == "cut" else None, "tokenizer": None}
+        settings |= {"prompt": prompt, "too_long": self.too_long, "max_tokens": max_tokens, "tokenizer": None}
         return settings | ({"parameters": dict(self.parameters)} if self.parameters else {})
 
-    def fetch(self, rows: Mapping[str, int], *, prompt: str, keep: Callable[[dict[str, np.ndarray]], object]) -> None:
-        """Asks for the vector of every text, several batches at once.
 
-        Args:
-            rows: {text: its position in what the caller was given, for errors}.
-            prompt: goes in front of every text.
-            keep: gets {text: [D] float32 of length one} as soon as a reply is there.
+@dataclass
+class Fetch:
+    """Asks for the vector of every text, several batches at once."""
 
-        Raises:
-            ValueError: a text that the server refuses, a limit reached, or what the server said, in one line without
-                secrets. What came by then was given to `keep`.
-        """
-        if rows:
-            run_to_end(_Fetch(self, rows, prompt, keep).run())
+    endpoint: Endpoint
+    rows: Mapping[str, int]  # {text: its position in what the caller was given, for errors}
+    prompt: str  # goes in front of every text
+    keep: Callable[[dict[str, np.ndarray]], object]  # gets {text: [D] float32 of length one} as soon as they are there
 
-
-class _Fetch:
-    """One `fetch`, with its state."""
-
-    def __init__(self, endpoint: Endpoint, rows: Mapping[str, int], prompt: str, keep: Callable):
-        self.endpoint, self.rows, self.prompt, self.keep = endpoint, rows, prompt, keep
-        self.client = Client(endpoint.server, timeout_seconds=endpoint.timeout_seconds)
-        self.sent = {text: prompt + text for text in rows}  # as it goes to the server
-        self.missing = dict.fromkeys(rows, "not asked for")  # {text: why it has no vector}
+    def __post_init__(self) -> None:
+        self.client = Client(self.endpoint.server, timeout_seconds=self.endpoint.timeout_seconds)
+        self.sent = {text: self.prompt + text for text in self.rows}  # as it goes to the server
+        self.missing = dict.fromkeys(self.rows, "not asked for")  # {text: why it has no vector}
         self.cut: set[str] = set()
 
-    async def run(self) -> None:
-        """Asks for all; raises `ValueError` when a text has no vector in the end."""
+    def run(self) -> None:
+        """Raises `ValueError` when a text has no vector in the end, with the reason in one line without secrets."""
+        if self.rows:
+            run_to_end(self._run())
+
+    async def _run(self) -> None:
         endpoint, path = self.endpoint, self.endpoint.ledger and Path(self.endpoint.ledger)
         with locked(path.with_name(f"{path.name}.lock")) if path else nullcontext():
             if path:
@@ -168,8 +140,9 @@ class _Fetch:
         if self.cut:
             print(f"{endpoint.name}: {len(self.cut):,} {of_all} were too long and cut", file=sys.stderr)
         if self.missing:
-            reason = next(iter(self.missing.values())) if stopped is None else f"stopped at {stopped}"
-            reason = stopped.reason if isinstance(stopped, Response) else reason
+            reason = next(iter(self.missing.values()))
+            if stopped is not None:
+                reason = stopped.reason if isinstance(stopped, Response) else f"stopped at {stopped}"
             raise ValueError(f"{endpoint.name}: {reason}; {len(self.missing):,} {of_all} have no vector")
 
     def _jobs(self) -> Iterator[Job]:
@@ -215,28 +188,29 @@ class _Fetch:
     async def _ask(self, job: Job, form: str | None) -> Response:
         """Sends one batch. `Response.result` is {text: its vector [D] float32} of those that are good."""
         endpoint, texts = self.endpoint, job.content.texts
-        body = {"model": endpoint.model, "input": [self.sent[text] for text in texts], **endpoint.parameters}
-        optional = {"encoding_format": form, "dimensions": endpoint.dimensions}
-        body |= {name: value for name, value in optional.items() if value is not None}
-        reply = await self.client.post("/embeddings", body)
+        body = {"model": endpoint.model, "input": [self.sent[text] for text in texts]}
+        body |= {"encoding_format": form} if form else {}
+        body |= {"dimensions": endpoint.dimensions} if endpoint.dimensions else {}
+        reply = await self.client.post("/embeddings", body | dict(endpoint.parameters))
         if isinstance(reply, Response):
             return reply
         usage = reported_usage(reply, writes=False)
         try:
-            vectors = read_vectors(reply, len(texts))
+            values = embeddings_in_order(reply, len(texts))
         except (TypeError, LookupError, AttributeError):
             return self.client.unexpected("list of embeddings", json.dumps(reply))
         except ValueError as error:
             return Response("invalid", "drop", str(error), usage=usage, suspect=True)
         good, faults = {}, []
-        for text, vector in zip(texts, vectors, strict=True):
-            if not isinstance(vector, str):
+        for text, value in zip(texts, values, strict=True):
+            try:
+                vector = decode(value)
                 endpoint.dim = endpoint.dim or len(vector)
-                if len(vector) == endpoint.dim:
-                    good[text] = unit_rows(vector[None])[0]
-                    continue
-                vector = f"a vector of {len(vector)} dimensions, not {endpoint.dim},"
-            faults.append(f"{vector} came back for texts[{self.rows[text]}]")
+                if len(vector) != endpoint.dim:
+                    raise ValueError(f"a vector of {len(vector)} dimensions, not {endpoint.dim},")
+                good[text] = unit_rows(vector[None])[0]
+            except ValueError as error:
+                faults.append(f"{error} came back for texts[{self.rows[text]}]")
         if faults:
             return Response("invalid", "drop", faults[0], result=good, usage=usage, suspect=not good)
         return Response("ok", "done", result=good, usage=usage)
@@ -251,7 +225,7 @@ class _Fetch:
             del self.missing[text]
         if response.action == "done" and whole is not None:
             whole.num_waiting -= 1
-            if whole.num_waiting == 0:  # both halves were taken: the whole was too large
+            if not whole.num_waiting:  # both halves were taken: the whole was too large
                 endpoint.batch_texts = min(endpoint.batch_texts, len(job.content.texts))
         paid = endpoint.spent.settle(number, response.usage)
         if endpoint.ledger:
@@ -267,11 +241,50 @@ class _Fetch:
 
 
 def shorten(text: str, max_tokens: int | None) -> str:
-    """A refused text without its last tenth, and with at most 8 characters per token.
-
-    Cut at whitespace, or inside a word where the last tenth of what is kept has none.
-    """
+    """A refused text without its last tenth, of at most 8 characters per token, cut at whitespace if any is near."""
     num_kept = min(len(text) * 9 // 10, CHARACTERS_A_TOKEN * (max_tokens or len(text)))
     earliest = num_kept * 9 // 10
     found = None if text[num_kept].isspace() else re.search(r"\s\S*\Z", text[earliest:num_kept])
     return text[: earliest + found.start() if found else num_kept].rstrip()
+
+
+def embeddings_in_order(reply: Mapping[str, Any], num_texts: int) -> list[Any]:
+    """The embedding of each text, by `index`, as it came. Raises `ValueError` unless there is one per text."""
+    items = list(reply["data"])
+    if len(items) != num_texts:
+        raise ValueError(f"{len(items):,} vectors came back for {num_texts:,} texts")
+    indices = [item.get("index") for item in items]
+    if all(index is None for index in indices):  # some servers leave it out everywhere, some where it is 0
+        indices = list(range(num_texts))
+    found: dict[int, Any] = {}
+    for index, item in zip(indices, items, strict=True):
+        row = 0 if index is None else index
+        if type(row) is not int or not 0 <= row < num_texts or row in found:
+            raise ValueError(f"index {str(row)[:40]!r} came back, expected each of 0 to {num_texts - 1:,} once")
+        found[row] = item["embedding"]
+    return [found[row] for row in range(num_texts)]
+
+
+def decode(value: Any) -> np.ndarray:
+    """A list of numbers, or base64 of little-endian float32, as [D] float64; `ValueError` when it is neither."""
+    try:
+        if isinstance(value, str):
+            value = np.frombuffer(base64.b64decode(value, validate=True), dtype="<f4")
+        vector = np.asarray(value, dtype=np.float64)  # null, as JSON writes a NaN, becomes one
+    except (ValueError, TypeError, OverflowError):
+        vector = np.empty(0)
+    if vector.ndim != 1 or not len(vector):
+        raise ValueError("a vector that is neither a list of numbers nor base64 of float32")
+    if not np.isfinite(vector).all():
+        raise ValueError("a vector with values that are not finite")
+    if not vector.any():
+        raise ValueError("a vector of length zero")
+    return vector
+
+
+def unit_rows(vectors_MD: np.ndarray) -> np.ndarray:
+    """Rows scaled to length one, as float32; NaN where a row is all zero."""
+    # By the largest value first: squares of very large or small values leave the range of float64.
+    with np.errstate(invalid="ignore"):
+        scaled_MD = vectors_MD / np.abs(vectors_MD).max(axis=1, keepdims=True)
+        return (scaled_MD / np.linalg.norm(scaled_MD, axis=1, keepdims=True)).astype(np.float32)

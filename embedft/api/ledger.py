@@ -5,7 +5,7 @@ number = ledger.reserve(job)          # unless ledger.full(job)
 ledger.settle(number, (812, 64))      # tokens of prompt and reply
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, InitVar, dataclass
 from datetime import datetime, timezone
 from decimal import Decimal
@@ -36,36 +36,31 @@ class Totals:
 
 @dataclass
 class Ledger:
-    """Counts requests and money, in decimal. A reservation counts in full until `settle` replaces it, if ever.
+    """Counts requests and money, in decimal. A reservation counts in full until `settle` replaces it, if ever."""
 
-    Args:
-        path: a JSONL file to read back and append to; lines with `usage` are outcomes. None: nothing on disk.
-        outcomes: of earlier runs, when they are kept elsewhere; see `check_outcome`.
-        prices: money per million tokens of prompts and of replies; what is settled keeps its cost.
-        max_requests, max_cost: over all runs.
-    """
-
-    path: str | Path | None
-    outcomes: InitVar[Iterable[Mapping[str, Any]]] = ()
+    path: str | Path | None  # a JSONL file to read back and append to; lines with `usage` are outcomes
+    outcomes: InitVar[Iterable[Mapping[str, Any]]] = ()  # of earlier runs, when they are kept elsewhere
     _: KW_ONLY
-    prices: tuple[float, float] | None = None
-    max_requests: int | None = None
+    prices: tuple[float, float] | None = None  # money per million tokens of prompts and of replies
+    max_requests: int | None = None  # this and the next over all runs
     max_cost: float | None = None
 
     def __post_init__(self, outcomes: Iterable[Mapping[str, Any]]) -> None:
         self.num_requests = self.last = self.prompt_tokens = self.completion_tokens = 0
         self.cost = self.open_cost = Decimal(0)
         self.open: dict[int, Decimal] = {}
+        outcomes = list(outcomes)
         for line, record in enumerate(resume_jsonl(self.path) if self.path else (), start=1):
             names = OUTCOME if "usage" in record else RESERVATION
             check_outcome(record, f"{self.path} line {line}", names)
             if names is OUTCOME:
-                self._settle_again(record)
+                outcomes.append(record)
             else:
                 number, *tokens, cost = (record[name] for name in names)
                 self._open(number, price_of(self.prices, *tokens) if cost is None else _decimal(cost))
         for record in outcomes:
-            self._settle_again(record)
+            usage = record["usage"] and tuple(record["usage"][name] for name in USAGE)
+            self.settle(record["request"], usage, cost=record["cost"])
 
     def full(self, job: "Job") -> str | None:
         """The limit that leaves no room for a request of `job`, as in "--max-cost 5.0"; None when there is room."""
@@ -104,10 +99,6 @@ class Ledger:
         costs = (None, None) if self.prices is None else (float(self.cost), float(self.open_cost))
         return Totals(self.num_requests, self.prompt_tokens, self.completion_tokens, len(self.open), *costs)
 
-    def _settle_again(self, record: Mapping[str, Any]) -> None:
-        usage = record["usage"] and tuple(record["usage"][name] for name in USAGE)
-        self.settle(record["request"], usage, cost=record["cost"])
-
     def _open(self, number: int, cost: Decimal) -> None:
         self.open[number] = cost
         self.open_cost += cost
@@ -120,21 +111,17 @@ def is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value <= MAX_TOKENS
 
 
-def _is_usage(value: Any) -> bool:
-    return value is None or (isinstance(value, dict) and all(is_count(value.get(name)) for name in USAGE))
-
-
-def _is_cost(value: Any) -> bool:
-    return value is None or (type(value) in (int, float) and 0 <= value < 1e18)
-
-
-FIELDS: dict[str, Callable[[Any], bool]] = {"usage": _is_usage, "cost": _is_cost, "most_cost": _is_cost}
-
-
 def check_outcome(record: Mapping[str, Any], where: str, names: Iterable[str] = OUTCOME) -> None:
     """Raises `ValueError` naming `where` ("replies.jsonl line 3") and the malformed field of a record."""
     for name in names:
-        if not FIELDS.get(name, is_count)(value := record.get(name, "missing")):
+        value = record.get(name, "missing")
+        if name == "usage":
+            is_valid = value is None or (isinstance(value, dict) and all(is_count(value.get(part)) for part in USAGE))
+        elif name.endswith("cost"):
+            is_valid = value is None or (type(value) in (int, float) and 0 <= value < 1e18)
+        else:
+            is_valid = is_count(value)
+        if not is_valid:
             raise ValueError(f"{where}: {name} is {str(value)[:40]!r}, is it a ledger?")
 
 

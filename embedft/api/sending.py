@@ -1,8 +1,6 @@
-"""Sends many paid requests: rate limits, retries, other forms of what a server refuses, and when to stop.
+"""Sends many paid requests of any protocol: rate limits, retries, other forms of what is refused, when to stop.
 
-Knows no protocol: client.py sends one request and classifies the response, ledger.py counts the money.
-
-    stopped = await Sender(ask, record, ledger, concurrency=16, max_attempts=6).run(jobs)
+stopped = await Sender(ask, record, ledger, concurrency=16, max_attempts=6).run(jobs)
 """
 
 import asyncio
@@ -21,17 +19,14 @@ from typing import Any, Literal
 from .ledger import Ledger
 
 BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.5, 30.0
-# A server that asks for a longer pause has closed for the hour or the day.
-MAX_RETRY_AFTER_SECONDS = 300.0
-# After so many failures in a row, one request at a time finds out whether the server is back.
-MAX_FAILURES_IN_A_ROW = 10
-# When the first responses of a run all suggest that the request itself is wrong, the rest would too.
-MAX_SUSPECTS_AT_FIRST = 5
+MAX_RETRY_AFTER_SECONDS = 300.0  # a server that asks for a longer pause has closed for the hour or the day
+MAX_FAILURES_IN_A_ROW = 10  # then one request at a time finds out whether the server is back
+MAX_SUSPECTS_AT_FIRST = 5  # when all first responses suggest that the request itself is wrong, the rest would too
 
 
 @dataclass(eq=False)
 class Job:
-    """One thing to ask for. The numbers of tokens are upper bounds, which are reserved, and the likely sum."""
+    """One thing to ask for. The ledger reserves the most tokens; the likely sum counts toward tokens a minute."""
 
     key: str  # its name on disk
     content: Any  # for whoever asks
@@ -44,55 +39,39 @@ class Job:
 
 @dataclass(frozen=True)
 class Response:
-    """What came of one request.
+    """What came of one request."""
 
-    `status`: "invalid" is a useless reply, "failed" none at all. `action`: "retry" while attempts are left; "drop" this
-    job, unless it can be put otherwise or split; "stop" everything. `usage`: tokens of prompt and reply as reported,
-    (0, 0) if certainly free, None if unknown. `may_be_refusal`: "retry", and the second time "drop". `suspect`: the
-    request rather than its text may be wrong.
-    """
-
-    status: Literal["ok", "invalid", "failed"]
-    action: Literal["done", "retry", "drop", "stop"]
+    status: Literal["ok", "invalid", "failed"]  # "invalid": a useless reply; "failed": none
+    action: Literal["done", "retry", "drop", "stop"]  # "drop" a job that cannot be put otherwise or split
     reason: str | None = None
     result: Any = None
     reply: str | None = None
-    usage: tuple[int, int] | None = None
+    usage: tuple[int, int] | None = None  # tokens of prompt and reply; (0, 0): certainly free; None: unknown
     retry_after_seconds: float | None = None
-    may_be_refusal: bool = False
-    suspect: bool = False
+    may_be_refusal: bool = False  # "retry", and the second time "drop"
+    suspect: bool = False  # the request rather than its text may be wrong
 
 
+@dataclass
 class Forms:
-    """Ways to put the same request, best first. Refusals are not parsed; the first form that is accepted is kept."""
+    """Ways to put the same request, best first. The first that is accepted is kept; refusals are not parsed."""
 
-    def __init__(self, forms: Sequence[Any] = (None,)):
-        self.forms, self.index, self.is_accepted = list(forms), 0, False
-
-    def take(self, job: Job) -> Any:
-        """The form in which to send `job` now."""
-        job.forms.append(self.index)
-        return self.forms[self.index]
-
-    def accept(self, job: Job) -> None:
-        """The server took `job` as it was last sent."""
-        self.index, self.is_accepted = job.forms[-1], True
+    forms: Sequence[Any] = (None,)
+    index: int = 0  # of the form to send now
+    is_accepted: bool = False
 
     def has_other(self, job: Job) -> bool:
         """Whether to send a refused `job` in another form."""
         if self.is_accepted:
             return job.forms[-1] != self.index
         left = [index for index in range(len(self.forms)) if index not in job.forms]
-        self.index = left[0] if left else 0
+        self.index = min(left, default=0)
         return bool(left)
 
 
 @dataclass
 class RateLimit:
-    """Spaces requests evenly, and so that no `window_seconds` hold more requests or tokens than a minute may.
-
-    A request larger than a whole minute's tokens goes alone.
-    """
+    """Spaces requests evenly, so that no 60 seconds hold too many; one larger than a minute's tokens goes alone."""
 
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
@@ -107,13 +86,12 @@ class RateLimit:
         """How long a request of so many tokens has to wait from `now`; 0 when it may go."""
         while self.sent and self.sent[0][0] + self.window_seconds <= now:
             self.sent.popleft()
-        ready, requests, room = self.next, self.limits[0] - 1, max(self.limits[1] - tokens, 0)
+        ready, requests, room = max(self.next, now), self.limits[0] - 1, max(self.limits[1] - tokens, 0)
         for sent_at, size in reversed(self.sent):
             requests, room = requests - 1, room - size
             if min(requests, room) < 0:  # this one has to leave the window first
-                ready = max(ready, sent_at + self.window_seconds)
-                break
-        return max(ready - now, 0.0)
+                return max(ready, sent_at + self.window_seconds) - now
+        return ready - now
 
     def count(self, now: float, tokens: int) -> None:
         """A request of so many tokens is sent at `now`."""
@@ -150,36 +128,28 @@ class Sender:
 
     What the server refuses is sent in another of `forms`, then in the parts that `split` gives, as is what failed to
     the last attempt. While a server asks for a pause nothing is sent. After MAX_FAILURES_IN_A_ROW one request at a
-    time is, with growing pauses; when `max_attempts` of those fail, it stops, as each may have to be paid for.
-
-    Args:
-        ask: sends one job in one of the forms. An exception is a bug and ends the run.
-        record: gets job, request number, response and seconds as soon as one arrives, and settles the ledger.
-        split: (a refused job, its response) -> jobs to send instead; none: it is dropped.
+    time is, with growing pauses; after `concurrency` and `max_attempts` more it stops: each may have to be paid for.
     """
 
-    ask: Callable[[Job, Any], Awaitable[Response]]
-    record: Callable[[Job, int, Response, float], None]
+    ask: Callable[[Job, Any], Awaitable[Response]]  # sends one job in one of the forms; what it raises ends the run
+    record: Callable[[Job, int, Response, float], None]  # gets request number and seconds too, and settles the ledger
     ledger: Ledger
     concurrency: int
     max_attempts: int
     forms: Forms = field(default_factory=Forms)
-    split: Callable[[Job, Response], Sequence[Job]] = lambda job, response: ()
+    split: Callable[[Job, Response], Sequence[Job]] = lambda job, response: ()  # jobs in place of a refused one
     rate: RateLimit = field(default_factory=RateLimit)
 
     def __post_init__(self) -> None:
         self.queue: deque[Job] = deque()
         self.later: list[tuple[float, int, Job]] = []  # a heap: when to retry, request number, job
-        self.failures = self.failed_probes = 0  # in a row
+        self.failures = 0  # in a row
         self.suspects, self.is_proven = 0, False  # is_proven: some reply was not suspect
         self.hold_until = 0.0
         self.stopped: Response | str | None = None
 
     async def run(self, jobs: Iterable[Job]) -> Response | str | None:
-        """Sends all jobs, each taken from the iterable when there is room for it.
-
-        Returns what stopped it: nothing (None), the name of a limit of the ledger, or a response.
-        """
+        """Sends all jobs, each taken when there is room for it. Returns the limit or the response that stopped it."""
         fresh, running = iter(jobs), set()
         try:
             while True:
@@ -220,18 +190,19 @@ class Sender:
         return None
 
     async def _send(self, job: Job, number: int) -> None:
-        start, is_probe = time.monotonic(), self.failures >= MAX_FAILURES_IN_A_ROW
-        response = await self.ask(job, self.forms.take(job))
+        start = time.monotonic()
+        job.forms.append(self.forms.index)
+        response = await self.ask(job, self.forms.forms[self.forms.index])
         self.record(job, number, response, time.monotonic() - start)
         job.attempts += 1
         if response.status != "failed":
-            self.forms.accept(job)
-            self.failures = self.failed_probes = 0
+            self.forms.index, self.forms.is_accepted = job.forms[-1], True
+            self.failures = 0
             self.is_proven = self.is_proven or not response.suspect
         elif response.action != "stop" and self._send_otherwise(job, response):
             return
         if response.action == "retry":
-            self._send_later(job, number, response, is_probe)
+            self._send_later(job, number, response)
         self.suspects += response.suspect and not self.is_proven
         if response.action == "stop" or self.suspects >= MAX_SUSPECTS_AT_FIRST:
             self.stopped = self.stopped or response
@@ -251,20 +222,19 @@ class Sender:
         self.queue.extendleft(reversed(parts))
         return bool(parts)
 
-    def _send_later(self, job: Job, number: int, response: Response, is_probe: bool) -> None:
+    def _send_later(self, job: Job, number: int, response: Response) -> None:
         """Retries a job after a pause, if attempts are left; after a failure, holds or stops all others if need be."""
         now, pause = asyncio.get_running_loop().time(), 0.0  # a server that sends a useless reply is not overloaded
         if response.status == "failed":
-            self.failures, self.failed_probes = self.failures + 1, self.failed_probes + is_probe
-            asked = response.retry_after_seconds
-            pause, hold = backoff_seconds(job.attempts, asked), asked or 0.0
-            if asked is None and self.failures >= MAX_FAILURES_IN_A_ROW:
-                hold = backoff_seconds(self.failed_probes + 1)
+            self.failures += 1
+            probes, hold = self.failures - MAX_FAILURES_IN_A_ROW, response.retry_after_seconds
+            pause = backoff_seconds(job.attempts, hold)
+            if hold is None:
+                hold = backoff_seconds(probes + 1) if probes >= 0 else 0.0
             self.hold_until = max(self.hold_until, now + hold)
-            if self.failed_probes >= self.max_attempts:
-                reason = f"{self.failures} failures in a row, the last: {response.reason}"
-                self.stopped = self.stopped or replace(response, reason=reason)
-            elif hold > MAX_RETRY_AFTER_SECONDS:
+            if probes >= self.concurrency + self.max_attempts:
+                response = replace(response, reason=f"{self.failures} failures in a row, the last: {response.reason}")
+            if hold > MAX_RETRY_AFTER_SECONDS or probes >= self.concurrency + self.max_attempts:
                 self.stopped = self.stopped or response
         if job.attempts < self.max_attempts:
             heapq.heappush(self.later, (now + pause, number, job))

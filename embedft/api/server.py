@@ -13,8 +13,6 @@ from urllib.parse import parse_qsl, quote, urlsplit
 
 OPENAI_HOST = "api.openai.com"
 OPENAI_URL = f"https://{OPENAI_HOST}/v1"
-# Anything shorter may be an ordinary word: a placeholder key such as "ollama", a query such as ?version=beta.
-MIN_KEY_CHARACTERS, MIN_PASSWORD_CHARACTERS, MIN_QUERY_CHARACTERS = 12, 4, 8
 BREAK = r"(?:\\[nrt]|\\u[0-9a-fA-F]{4}|[^\x21-\x7e])"  # line breaks and whatever else may split a quoted secret
 
 
@@ -30,11 +28,7 @@ class Server:
 
     @classmethod
     def find(cls, base_url: str | None = None) -> "Server":
-        """The server at `base_url`, else at OPENAI_BASE_URL, else OpenAI itself.
-
-        Raises:
-            ValueError: not the address of a server, a key with an impossible character, or no key for OpenAI itself.
-        """
+        """The server at `base_url`, else at OPENAI_BASE_URL, else OpenAI. `ValueError`: a bad address or key."""
         url = (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL).strip()
         try:
             parts = urlsplit(url)
@@ -65,8 +59,9 @@ class Server:
 
     def _forms(self) -> Iterator[str]:
         """Each secret as it is, percent-encoded, hexadecimal and in base64 (also of a longer text around it)."""
-        secrets = [(self.key, MIN_KEY_CHARACTERS), (urlsplit(self.url).password or "", MIN_PASSWORD_CHARACTERS)]
-        secrets += [(value, MIN_QUERY_CHARACTERS) for name, value in self.query.items() if name != "api-version"]
+        # Anything shorter may be an ordinary word: a placeholder key such as "ollama", a query such as ?version=beta.
+        secrets = [(self.key, 12), (urlsplit(self.url).password or "", 4)]
+        secrets += [(value, 8) for name, value in self.query.items() if name != "api-version"]
         for secret in (secret for secret, min_characters in secrets if len(secret) >= min_characters):
             data = secret.encode()
             yield from {secret, quote(secret, safe=""), quote(secret), data.hex()}

@@ -1,7 +1,5 @@
 """Embeddings from an OpenAI-compatible server, by the interface of `Embedder.encode`; a store keeps what was paid for.
 
-Asking the server is in api/endpoint.py, vectors on disk in store.py. The weights are elsewhere: no training.
-
     embedder = ApiEmbedder("text-embedding-3-small", store=Store("embeddings"), price=0.02, max_cost=1.00)
     evaluate(embedder, dataset)
     print(embedder.costs)
@@ -17,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..api.embedding_reply import unit_rows
-from ..api.endpoint import ApiCosts, Endpoint
+from ..api.endpoint import Endpoint, Fetch, unit_rows
 from ..progress import progress_bar
 from .adapter import Adapter, Base
 from .embedder import ROLES
@@ -27,19 +24,13 @@ from .tokenization import check_texts
 
 
 class ApiEmbedder:
-    """A model behind POST /embeddings. Vectors have length one.
+    """A model behind POST /embeddings. Vectors have length one; the weights are elsewhere, so it is not trained.
 
     Args:
-        model: the name that the server knows.
         prompts: {"query": ..., "document": ...}: text to put in front, for models that expect it.
         store: keeps every vector as soon as it arrives, so that no text is paid for twice, however a run ends. Of
             several processes one asks; the others wait and look again.
         options: of the `Endpoint`, such as base_url, dimensions, parameters, batch_texts, price and max_cost.
-
-    `store` may be set. `adapter`: what the server's vectors go through; see `attach`.
-
-    Raises:
-        ValueError: no address of a server, no key for api.openai.com, or a setting out of range.
     """
 
     similarity = "cosine"
@@ -47,14 +38,10 @@ class ApiEmbedder:
     def __init__(
         self, model: str, *, prompts: Mapping[str, str] | None = None, store: Store | None = None, **options: Any
     ):
-        self.endpoint = Endpoint(model, **options)
         self.model, self.prompts, self.store = model, dict(prompts or {}), store
+        self.endpoint = Endpoint(model, **options)
+        self.costs = self.endpoint.costs
         self.adapter: Adapter | None = None
-
-    @property
-    def costs(self) -> ApiCosts:
-        """What this object asked for and paid so far."""
-        return self.endpoint.costs
 
     @property
     def dim(self) -> int:
@@ -68,18 +55,13 @@ class ApiEmbedder:
         return self.prompts.get(role) or ""
 
     def space(self, role: str) -> Space:
-        """What the server's vectors for a role depend on, for a `Store`; `dim` 0: not known yet.
-
-        A server that changes the model behind a name does not show.
-        """
-        prompt = self.prompt(role)
-        settings = self.endpoint.settings(prompt)
+        """What the server's vectors for a role depend on, as far as anyone here can know; `dim` 0: not known yet."""
+        settings = self.endpoint.settings(self.prompt(role))
         fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-        roles = " and ".join(other for other in ROLES if self.prompt(other) == prompt)
-        space = Space(fingerprint, 0, {**settings, "role": roles})
-        if not self.endpoint.dim and self.store is not None:
-            stored = self.store.spaces().get(space.name)
-            self.endpoint.dim = stored.space.dim if stored else 0
+        roles = " and ".join(other for other in ROLES if self.prompt(other) == self.prompt(role))
+        space = Space(fingerprint, self.endpoint.dim, {**settings, "role": roles})
+        if not space.dim and self.store is not None and (stored := self.store.spaces().get(space.name)):
+            self.endpoint.dim = stored.space.dim
         return space._replace(dim=self.endpoint.dim)
 
     def base(self) -> Base:
@@ -104,8 +86,7 @@ class ApiEmbedder:
             progress: show a bar; None: when stderr is a terminal.
 
         Raises:
-            ValueError: a text that is empty, not a str or refused; a limit reached; or what the server said, in one
-                line without secrets. What came by then is in the store.
+            ValueError: a text that is empty or refused, a limit reached, or what the server said, without secrets.
         """
         rows, vectors = {}, {}
         for row, text in enumerate(check_texts(texts)):
@@ -116,9 +97,8 @@ class ApiEmbedder:
         if not rows and not self.dim:
             raise ValueError("no texts to encode")
         missing, endpoint, store = self._missing(role, rows), self.endpoint, self.store
-        alone = store.turn(self.space(role)) if missing and store is not None else nullcontext()
-        name = f"encode ({role}, {self.model})"
-        with alone, progress_bar(len(rows), name, unit="text", show=progress) as bar:
+        turn = store.turn(self.space(role)) if missing and store is not None else nullcontext()
+        with turn, progress_bar(len(rows), f"encode ({role}, {self.model})", unit="text", show=progress) as bar:
             missing = self._missing(role, missing)  # another process may have asked for some meanwhile
             bar.update(len(rows) - len(missing))
 
@@ -132,7 +112,7 @@ class ApiEmbedder:
                 if endpoint.prices is not None:
                     bar.set_postfix_str(f"cost {endpoint.spent.cost + endpoint.spent.open_cost:.4f}", refresh=False)
 
-            endpoint.fetch(missing, prompt=self.prompt(role), keep=keep)
+            Fetch(endpoint, missing, self.prompt(role), keep).run()
         if store is None:
             whole_ND = np.array([vectors[text] for text in texts], np.float32).reshape(-1, endpoint.dim)
         else:
@@ -159,8 +139,7 @@ def _shortened(embeddings_ND: np.ndarray, dim: int) -> np.ndarray:
     """The leading features, of length one again. Raises `ValueError` for a vector that has nothing there."""
     if dim == embeddings_ND.shape[1]:
         return embeddings_ND
-    unit_ND = unit_rows(embeddings_ND[:, :dim].astype(np.float64))
-    if not np.isfinite(unit_ND).all():
-        row = int(np.isnan(unit_ND).any(axis=1).argmax())
-        raise ValueError(f"the first {dim} features of texts[{row}] are all zero")
-    return unit_ND
+    is_zero_N = ~embeddings_ND[:, :dim].any(axis=1)
+    if is_zero_N.any():
+        raise ValueError(f"the first {dim} features of texts[{is_zero_N.argmax()}] are all zero")
+    return unit_rows(embeddings_ND[:, :dim].astype(np.float64))

@@ -1,4 +1,4 @@
-"""embedding_reply.py: vectors by index, from numbers and base64, by hand; every vector and reply that is none."""
+"""endpoint.py: vectors by index, from numbers and base64, by hand; every vector and reply that is none."""
 
 import base64
 import struct
@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import pytest
 
-from embedft.api.embedding_reply import read_vectors, unit_rows
+from embedft.api.endpoint import decode, embeddings_in_order, unit_rows
 
 
 def packed(*values: float) -> str:
@@ -18,14 +18,20 @@ def read(*pairs) -> list:
     data = [
         {"embedding": vector} if index == "absent" else {"index": index, "embedding": vector} for index, vector in pairs
     ]
-    vectors = read_vectors({"data": data}, len(pairs))
-    return [vector if isinstance(vector, str) else vector.tolist() for vector in vectors]
+    return [decoded(value) for value in embeddings_in_order({"data": data}, len(pairs))]
+
+
+def decoded(value) -> list[float] | str:
+    try:
+        return decode(value).tolist()
+    except ValueError as error:
+        return str(error)
 
 
 def test_a_reply_by_hand():
     """Two texts, the second first: numbers for one, base64 for the other."""
     assert read((1, [3.0, 4]), (0, packed(0.5, -2.0))) == [[0.5, -2.0], [3.0, 4.0]]
-    assert read_vectors({"data": [{"index": 0, "embedding": [1]}]}, 1)[0].dtype == np.float64
+    assert decode([1]).dtype == np.float64
 
 
 @pytest.mark.parametrize("absent", ["absent", None])
@@ -57,13 +63,13 @@ def test_indices_that_are_not_one_per_text(indices, message):
 @pytest.mark.parametrize("number", [0, 1, 3])
 def test_another_number_of_vectors(number):
     with pytest.raises(ValueError, match=f"{number} vectors came back for 2 texts"):
-        read_vectors({"data": [{"index": i, "embedding": [1.0]} for i in range(number)]}, 2)
+        embeddings_in_order({"data": [{"index": i, "embedding": [1.0]} for i in range(number)]}, 2)
 
 
 @pytest.mark.parametrize("reply", [{}, {"data": None}, {"data": 3}, {"data": [3]}, {"data": [{}]}, {"data": {"0": {}}}])
 def test_what_is_no_list_of_embeddings(reply):
     with pytest.raises((TypeError, LookupError, AttributeError)):
-        read_vectors(reply, 1)
+        embeddings_in_order(reply, 1)
 
 
 NEITHER = "a vector that is neither a list of numbers nor base64 of float32"
