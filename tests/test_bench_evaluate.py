@@ -129,7 +129,6 @@ def test_the_benchmark(options, capsys):
     assert ("ranx is not installed" in text) != any(row[0].startswith("ranx") for row in rows)
     assert [row[0] for row in rows[-5:]] == [
         "bootstrap interval",
-        "bootstrap interval, BCa",
         "bootstrap interval, two questions a document",
         "sign-flip p-value",
         "scipy.stats.bootstrap, percentile",

@@ -79,16 +79,6 @@ def test_by_hand(metric, k, expected):
     np.testing.assert_allclose(metric(HAND, k), [expected], atol=1e-12)
 
 
-def test_the_denominator_of_average_precision_by_hand():
-    # The hit at rank 2 alone counts, precision 1/2; of three relevant documents two could stand among the first 2.
-    np.testing.assert_allclose(average_precision(HAND, 2, denominator="cutoff"), [1 / 4])
-    np.testing.assert_allclose(average_precision(HAND, 2, denominator="relevant"), [1 / 6])
-    for k in (3, 100, None):  # no query with more than k relevant documents
-        np.testing.assert_array_equal(average_precision(HAND, k, denominator="relevant"), average_precision(HAND, k))
-    with pytest.raises(ValueError, match="unknown denominator 'k'; valid: cutoff, relevant"):
-        average_precision(HAND, 2, denominator="k")
-
-
 def test_r_precision_by_hand():
     # Three relevant (b, d, z), b among the first three: 1/3. Were a ranking shorter than R, R still divides.
     np.testing.assert_allclose(r_precision(HAND), [1 / 3])
@@ -117,10 +107,8 @@ def test_metrics_by_name():
     }
     assert measure(HAND, []) == {}
     judgments = judge(ranked_run({"q": ["a", "b"]}), {"q": {"a": 1, "b": 3}})
-    options = {"gain": "graded", "denominator": "relevant"}
-    values = measure(judgments, ["ndcg@2", "ndcg", "map@1", "recall@1"], **options)
+    values = measure(judgments, ["ndcg@2", "ndcg"], gain="graded")
     assert values["ndcg@2"] == values["ndcg"] == ndcg(judgments, 2, gain="graded") != ndcg(judgments, 2)
-    assert values["map@1"].tolist() == values["recall@1"].tolist() == [1 / 2]
 
 
 @pytest.mark.parametrize(
@@ -289,23 +277,28 @@ def test_equals_a_naive_reimplementation(seed, gain):
 def test_equals_trec_eval(seed, gain):
     pytrec_eval = pytest.importorskip("pytrec_eval")
     results, qrels = random_case(np.random.default_rng(100 + seed), 1000)
-    judgments = judge(Run.from_dict(results).reordered(ties="descending", float32=True), qrels)
+    run = Run.from_dict(results).reordered(ties="descending", float32=True)
+    judgments = judge(run, qrels)
     # Its C code may crash on grades below -1, and gives them the meaning of -1.
     trec_qrels = {
         q: {d: int(g > 0) if gain == "binary" else max(g, -1) for d, g in row.items()} for q, row in qrels.items()
     }
     ks = [1, 2, 3, 5, 10, 30]
     cuts = ",".join(map(str, ks))
-    of_each = {"P": "precision", "recall": "recall", "success": "hit_rate", "ndcg_cut": "ndcg", "map_cut": "map"}
+    of_each = {"P": "precision", "recall": "recall", "success": "hit_rate", "ndcg_cut": "ndcg"}
     whole = {"recip_rank": "mrr", "map": "map", "ndcg": "ndcg", "Rprec": "rprec"}
-    measures = {f"{name}.{cuts}" for name in of_each} | whole.keys()
+    measures = {f"{name}.{cuts}" for name in (*of_each, "map_cut")} | whole.keys()
     expected = pytrec_eval.RelevanceEvaluator(trec_qrels, measures).evaluate(results)
     rows = [row for row, query_id in enumerate(judgments.query_ids) if results[query_id]]  # it has no empty rankings
     assert len(rows) > 700
 
     names = whole | {f"{theirs}_{k}": f"{ours}@{k}" for theirs, ours in of_each.items() for k in ks}
-    values = measure(judgments, list(names.values()), gain=gain, denominator="relevant")
-    for theirs, ours in names.items():
+    values = measure(judgments, list(names.values()), gain=gain)
+    # Its map_cut divides by all relevant documents, as does map without a cutoff over a run that is cut.
+    for k in ks:
+        cut = Run(run.query_ids, run.document_ids, run.indices[:, :k], run.scores[:, :k])
+        values[f"map_cut_{k}"] = average_precision(judge(cut, qrels))
+    for theirs, ours in {**names, **{f"map_cut_{k}": f"map_cut_{k}" for k in ks}}.items():
         found = [expected[judgments.query_ids[row]][theirs] for row in rows]
         np.testing.assert_allclose(values[ours][rows], found, rtol=0, atol=1e-9, err_msg=theirs)
     # trec_eval has no cut for the reciprocal rank; where the first hit is behind the cut, ours is 0.

@@ -1,4 +1,4 @@
-"""tables.py: tables worked out by hand, every style, and what a spreadsheet or LaTeX must not trip over."""
+"""tables.py: tables worked out by hand, every style, and what a spreadsheet must not trip over."""
 
 import csv
 import dataclasses
@@ -13,7 +13,6 @@ from embedft.retrieval.evaluate import evaluate_run
 from embedft.retrieval.report import Comparison, Report, compare
 from embedft.retrieval.run import Run
 from embedft.retrieval.tables import (
-    STYLES,
     compare_all,
     format_comparisons,
     format_grid,
@@ -49,7 +48,6 @@ def make_comparison(**changes) -> Comparison:
         "interval": (-0.0125, 0.375),
         "p_value": 0.24997,
         "confidence": 0.95,
-        "method": "percentile",
         "wins": 2,
         "ties": 1,
         "losses": 1,
@@ -88,51 +86,10 @@ def test_markdown():
     ]
 
 
-def test_latex():
-    assert format_table(["metric", "a"], [["hit_rate@5", "-0.5"]], style="latex").splitlines() == [
-        r"\begin{tabular}{lr}",
-        r"\toprule",
-        r"metric      &      a \\",
-        r"\midrule",
-        r"hit\_rate@5 & $-$0.5 \\",
-        r"\bottomrule",
-        r"\end{tabular}",
-    ]
-
-
 def test_csv():
     text = format_table(["metric", "a"], [['he said "x", then', "1\n2"], ["", "0.5"]], style="csv")
     assert text == 'metric,a\n"he said ""x"", then","1\n2"\n,0.5'
     assert read_csv(text) == [["metric", "a"], ['he said "x", then', "1\n2"], ["", "0.5"]]
-
-
-def test_latex_is_escaped():
-    (line,) = format_table([NASTY], [], style="latex").splitlines()[2:3]
-    assert line == (
-        r"a\textbar{}b\_50\% \& \{x\} \textbackslash{} \textasciitilde{} \textasciicircum{} \textless{}y\textgreater{}"
-        r" \#1 \$2 $\pm$3 \\"
-    )
-
-
-@pytest.mark.parametrize(
-    ("cell", "expected"),
-    [
-        ("-0.0100", "$-$0.0100"),
-        ("[-0.0100, +0.0200]", "[$-$0.0100, +0.0200]"),
-        ("[-.5, -.25]", "[$-$.5, $-$.25]"),
-        ("all-MiniLM-L6-v2", "all-MiniLM-L6-v2"),  # hyphens of names
-        ("pages 3-5", "pages 3-5"),
-        ("2-1", "2-1"),
-    ],
-)
-def test_a_minus_of_latex_is_no_hyphen(cell, expected):
-    assert format_table(["x", "y"], [["n", cell]], style="latex").splitlines()[4].split("&")[1] == f" {expected} \\\\"
-
-
-@pytest.mark.parametrize("first", ["[0, 1]", "*"])
-def test_no_line_of_latex_begins_as_an_argument_of_the_one_before(first):
-    line = format_table(["x", "y"], [[first, "1"]], style="latex").splitlines()[4]
-    assert line.startswith("{}" + first)
 
 
 def test_markdown_and_line_ends():
@@ -140,12 +97,6 @@ def test_markdown_and_line_ends():
     assert table.splitlines()[2] == r"| one\|two three | 1 |"
     assert len({len(line) for line in table.splitlines()}) == 1
     assert format_table(["name"], [["one\ntwo"]], style="text") == "name\none two"
-
-
-@pytest.mark.parametrize("style", STYLES)
-def test_errors_of_a_table(style):
-    with pytest.raises(ValueError, match="row 2 has 1 cells, the header 2"):
-        format_table(["a", "b"], [["1", "2"], ["3"]], style=style)
 
 
 # Reports.
@@ -192,7 +143,7 @@ def test_errors_of_reports():
         format_reports({})
     with pytest.raises(ValueError, match=r"report 'b' has no metric 'hit_rate@5'; it has: hit_rate@3, "):
         format_reports({"a": report, "b": make_report([1], ks=(3,))})
-    with pytest.raises(ValueError, match="style is 'html', expected one of text, markdown, csv, latex"):
+    with pytest.raises(ValueError, match="style is 'html', expected one of text, markdown, csv"):
         format_reports({"a": report}, style="html")
 
 
@@ -270,8 +221,10 @@ def test_grid_over_passages():
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["whole", "128/64", "128/64/mean"]
     assert format_grid([*reports, grid()[-1]]).splitlines()[-1].startswith("|          |     |  ")  # BM25 has none
     assert read_csv(format_grid(reports, metric="mrr@10", style="csv"))[2][0] == "128/64"
-    assert format_grid(reports, style="latex").splitlines()[0] == r"\begin{tabular}{llllrrrrrrrr}"
-    assert format_grid(reports[:1], style="latex").splitlines()[0] == r"\begin{tabular}{lllrrrrrrrr}"
+    dashes = "".join(
+        "r" if rule.endswith(":") else "l" for rule in format_grid(reports).splitlines()[1].split("|")[1:-1]
+    )
+    assert dashes == "llllrrrrrrrr"
 
 
 def test_the_base_of_a_grid():
@@ -387,15 +340,9 @@ def test_a_report_compared_with_itself():
 
 def test_errors_of_comparisons():
     one = make_comparison()
-    for nothing in ({}, {"a": []}):
-        with pytest.raises(ValueError, match="no comparisons"):
-            format_comparisons(nothing)
-    with pytest.raises(ValueError, match=r"'b' is compared by ndcg@10, expected mrr@10"):
-        format_comparisons({"a": [one], "b": [make_comparison(metric="ndcg@10")]})
-    with pytest.raises(ValueError, match=r"'b' is compared by nothing, expected mrr@10"):
-        format_comparisons({"a": [one], "b": []})
-    with pytest.raises(ValueError, match=r"'a' is compared by mrr@10, mrr@10, expected mrr@10"):
-        format_comparisons({"a": [one, one]})
+    for wrong in ({}, {"a": []}, {"a": [one], "b": [make_comparison(metric="ndcg@10")]}, {"a": [one], "b": []}):
+        with pytest.raises(ValueError, match=r"same metrics for every name, found \{"):
+            format_comparisons(wrong)
     with pytest.raises(ValueError, match="style is 'x'"):
         format_comparisons({"a": [one]}, style="x")
 
@@ -414,6 +361,3 @@ def test_every_style_has_every_row(make):
     markdown = make("markdown").splitlines()
     assert len(markdown) == num_rows + 1
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in markdown}) == 1
-    _, _, *lines, _, _ = make("latex").splitlines()
-    assert len(lines) == num_rows + 1  # with the rule below the header
-    assert len({len(re.findall(r"(?<!\\)&", line)) for line in lines if line != r"\midrule"}) == 1

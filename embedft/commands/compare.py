@@ -6,7 +6,6 @@ embedft compare eval/base eval/seed0 eval/seed1 eval/seed2 --seeds
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from .. import config
 from ..config import REQUIRED, setting
@@ -26,7 +25,6 @@ class Options(config.Options):
     metric: list[str] = setting(["ndcg@10"], "metrics, any that all reports have", metavar="NAME ...")
     seeds: bool = setting(False, "the others are one recipe, trained with several seeds")
     bases: int = setting(1, "with --seeds: how many of the first reports are the base, trained with the same seeds")
-    method: Literal["percentile", "bca"] = setting("percentile", "of the bootstrap interval")
     style: Style = setting("text", "of the table")
     save_plot: str | None = setting(None, "draw two reports question by question (.png, .pdf, .svg)", metavar="FILE")
 
@@ -35,8 +33,8 @@ class Options(config.Options):
             raise ValueError(f"one report, {self.reports[0]}: expected a base and at least one other")
         if self.save_plot and len(self.reports) > 2:
             raise ValueError(f"--save-plot is for two reports, these are {len(self.reports)}")
-        if self.seeds and (len(self.reports) - self.bases < 2 or self.method != "percentile"):
-            raise ValueError("--seeds needs a base and the reports of at least two seeds, and has no --method")
+        if self.seeds and len(self.reports) - self.bases < 2:
+            raise ValueError("--seeds needs a base and the reports of at least two seeds")
         if not 1 <= self.bases < len(self.reports) or (self.bases > 1 and not self.seeds):
             raise ValueError(f"--bases is {self.bases}, expected 1, or with --seeds fewer than the reports")
 
@@ -59,7 +57,7 @@ def run(options: Options) -> None:
         if options.seeds:
             found = [compare_seeds(bases, others, metric=metric)]
         else:
-            found = compare_all(bases[0], others, metric=metric, method=options.method)
+            found = compare_all(bases[0], others, metric=metric)
         for of_name, comparison in zip(comparisons.values(), found, strict=True):
             of_name.append(comparison)
     if options.save_plot:
@@ -70,7 +68,7 @@ def run(options: Options) -> None:
     print(format_comparisons(comparisons, base=base_name, style=options.style))
     if options.style == "text":
         one = next(iter(comparisons.values()))[0]
-        how = f"intervals by bootstrap ({one.method}), p-values by sign flips"
+        how = "intervals by bootstrap, p-values by sign flips"
         if options.seeds:
             how = "intervals and p-values by a t distribution, for new seeds and new questions"
         print(

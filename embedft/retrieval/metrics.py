@@ -1,18 +1,15 @@
-"""Retrieval metrics, one value per query, in NumPy. Averages are taken elsewhere (report.py).
+"""Retrieval metrics, one float64 value per query [Q], in NumPy. Averages are taken elsewhere (report.py).
 
     judgments = judge(run, {"q1": {"d3": 1}})
     values_Q = ndcg(judgments, 10)
     by_name = measure(judgments, ["ndcg@20", "rprec", "map", "judged@10"])
 
-Conventions shared by all metrics:
-- A document is relevant if its grade is above 0. Documents missing from the qrels are not relevant. To count only
-  grades of 2 and more, set lower grades to 0.
-- Ranks start at 1 and follow the run; ties were broken when the run was made (see `Run.reordered`).
-- A ranking shorter than k is not padded: the missing documents are not relevant, and precision still divides by k.
-- Queries without a relevant document have no value: `judge` drops and counts them.
-
-To add a metric, write a function of `Judgments` that returns a [Q] array and add one line to METRICS. A parameter `k`
-makes it take a cutoff (optional if `k` has a default); functions with `gain` or `denominator` get those passed on.
+- A document is relevant if its grade is above 0; documents missing from the qrels are not. To count only grades of 2
+  and more, set lower grades to 0. Queries without a relevant document have no value: `judge` drops and counts them.
+- Ranks start at 1 and follow the run; ties were broken when the run was made. A ranking shorter than k is not padded:
+  the missing documents are not relevant, and precision still divides by k.
+- To add a metric, write a function of `Judgments` that returns [Q] values and add one line to METRICS. A parameter `k`
+  makes it take a cutoff (optional if `k` has a default); a parameter `gain` gets that of the evaluation.
 
 Shapes: Q judged queries, K ranks of the run, J graded (query, document) pairs, P relevant pairs.
 """
@@ -21,7 +18,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -29,7 +26,6 @@ from .run import Run
 
 Qrels = Mapping[str, Mapping[str, float]]
 Gain = Literal["binary", "graded"]
-Denominator = Literal["cutoff", "relevant"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +33,8 @@ class Judgments:
     """A run and its qrels as arrays: everything a metric needs.
 
     Args:
-        query_ids: Q queries of the run that have a relevant document, in the run's order; num_without_relevant: the
-            number of those that have none.
+        query_ids: Q queries of the run that have a relevant document, in the run's order.
+        num_without_relevant: the number of those that have none.
         grades_QK: [Q, K] float64, grade of the document at each rank, 0 if it is not relevant.
         judged_QK: [Q, K] bool, whether the qrels grade the document at each rank, including grades of 0 or less.
         pair_query_P: [P] int64, query row of each relevant pair, ascending.
@@ -65,8 +61,8 @@ def has_relevant(grades: Mapping[str, float]) -> bool:
 def judge(run: Run, qrels: Qrels) -> Judgments:
     """Looks up the grade of every retrieved document.
 
-    Queries missing from the run are ignored (`Run.select` adds them); relevant documents unknown to it are not
-    retrieved. Raises `ValueError` if no query of the run has a relevant document, or a grade is not finite.
+    Queries missing from the run are ignored (`Run.select` adds them). Raises `ValueError` if no query of the run has a
+    relevant document, or a grade is not finite.
     """
     rows = [row for row, query_id in enumerate(run.query_ids) if has_relevant(qrels.get(query_id, {}))]
     kept = [run.query_ids[row] for row in rows]
@@ -93,36 +89,27 @@ def judge(run: Run, qrels: Qrels) -> Judgments:
 
     query_P, grade_P = query_J[grade_J > 0], grade_J[grade_J > 0]
     best_first_P = np.lexsort((-grade_P, query_P))
-    num_without_relevant = len(run.query_ids) - len(kept)
-    return Judgments(kept, num_without_relevant, grades_QK, judged_QK, query_P[best_first_P], grade_P[best_first_P])
+    dropped = len(run.query_ids) - len(kept)
+    return Judgments(kept, dropped, grades_QK, judged_QK, query_P[best_first_P], grade_P[best_first_P])
 
 
 def hit_rate(judgments: Judgments, k: int) -> np.ndarray:
-    """1 if any of the first k documents is relevant, else 0. [Q] float64.
-
-    Source: trec_eval `m_success.c`, success@k; sentence-transformers `InformationRetrievalEvaluator`, accuracy@k.
-    """
+    """1 if any of the first k documents is relevant, else 0. Source: trec_eval `m_success.c`."""
     return (judgments.grades_QK[:, :k] > 0).any(axis=1).astype(np.float64)
 
 
 def precision(judgments: Judgments, k: int) -> np.ndarray:
-    """(relevant documents among the first k) / k, even if fewer than k were retrieved. [Q] float64.
-
-    Source: trec_eval `m_P.c`.
-    """
+    """(relevant documents among the first k) / k, even if fewer than k were retrieved. Source: trec_eval `m_P.c`."""
     return (judgments.grades_QK[:, :k] > 0).sum(axis=1) / k
 
 
 def recall(judgments: Judgments, k: int) -> np.ndarray:
-    """(relevant documents among the first k) / (all relevant documents of the query). [Q] float64.
-
-    Source: trec_eval `m_recall.c`.
-    """
+    """(relevant documents among the first k) / (all relevant documents). Source: trec_eval `m_recall.c`."""
     return (judgments.grades_QK[:, :k] > 0).sum(axis=1) / judgments.num_relevant_Q
 
 
 def r_precision(judgments: Judgments) -> np.ndarray:
-    """(relevant documents among the first R) / R, R the query's number of relevant documents. [Q] float64.
+    """(relevant documents among the first R) / R, R the query's number of relevant documents.
 
     Source: trec_eval `m_Rprec.c`; Buckley & Voorhees, "Evaluating Evaluation Measure Stability", SIGIR 2000.
     """
@@ -132,15 +119,12 @@ def r_precision(judgments: Judgments) -> np.ndarray:
 
 
 def judged(judgments: Judgments, k: int) -> np.ndarray:
-    """(graded documents among the first k, whatever their grade) / k: the share that the qrels cover. [Q] float64.
-
-    Source: ir_measures, `Judged@k`.
-    """
+    """(graded documents among the first k, whatever their grade) / k. Source: ir_measures, `Judged@k`."""
     return judgments.judged_QK[:, :k].sum(axis=1) / k
 
 
 def mrr(judgments: Judgments, k: int | None = None) -> np.ndarray:
-    """Reciprocal rank: 1 / (rank of the first relevant document), 0 if it is not among the first k. [Q] float64.
+    """Reciprocal rank: 1 / (rank of the first relevant document), 0 if it is not among the first k.
 
     Source: Voorhees, "The TREC-8 Question Answering Track Report", 1999; without k, trec_eval's recip_rank.
     """
@@ -148,27 +132,23 @@ def mrr(judgments: Judgments, k: int | None = None) -> np.ndarray:
     return (relevant_QK / _ranks(relevant_QK)).max(axis=1, initial=0.0)
 
 
-def average_precision(judgments: Judgments, k: int | None = None, *, denominator: Denominator = "cutoff") -> np.ndarray:
-    """(sum of precision@i over the ranks i <= k of relevant documents) / (number of relevant documents). [Q] float64.
+def average_precision(judgments: Judgments, k: int | None = None) -> np.ndarray:
+    """(sum of precision@i over the ranks i <= k of relevant documents) / min(k, number of relevant documents).
 
-    The number is min(k, relevant documents) with denominator "cutoff", so a perfect ranking scores 1; all of them with
-    "relevant", so a query with more than k cannot reach 1.
+    A perfect ranking scores 1 at every k. trec_eval's map_cut divides by all relevant documents instead: for that
+    value, measure without k a run that is cut at k.
 
-    Source: sentence-transformers `InformationRetrievalEvaluator`, map@k ("cutoff"); trec_eval `m_map_cut.c`
-    ("relevant"), without k `m_map.c`; Buckley & Voorhees, "Evaluating Evaluation Measure Stability", SIGIR 2000.
+    Source: sentence-transformers `InformationRetrievalEvaluator`, map@k; without k, trec_eval `m_map.c`; Buckley &
+    Voorhees, "Evaluating Evaluation Measure Stability", SIGIR 2000.
     """
-    if denominator not in ("cutoff", "relevant"):
-        raise ValueError(f"unknown denominator {denominator!r}; valid: cutoff, relevant")
     relevant_QK = judgments.grades_QK[:, :k] > 0
     precision_QK = np.cumsum(relevant_QK, axis=1) / _ranks(relevant_QK)
-    best_Q = judgments.num_relevant_Q
-    if k is not None and denominator == "cutoff":
-        best_Q = np.minimum(best_Q, k)
+    best_Q = judgments.num_relevant_Q if k is None else np.minimum(judgments.num_relevant_Q, k)
     return (precision_QK * relevant_QK).sum(axis=1) / best_Q
 
 
 def ndcg(judgments: Judgments, k: int | None = None, *, gain: Gain = "binary") -> np.ndarray:
-    """DCG@k / ideal DCG@k, where DCG@k = sum over ranks i <= k of gain_i / log2(i + 1). [Q] float64.
+    """DCG@k / ideal DCG@k, where DCG@k = sum over ranks i <= k of gain_i / log2(i + 1).
 
     The ideal ranking lists all relevant documents by descending gain, cut at k. The gain of a relevant document is 1
     ("binary", as in sentence-transformers) or its grade, not 2^grade - 1 ("graded", as in trec_eval and BEIR).
@@ -191,6 +171,10 @@ def ndcg(judgments: Judgments, k: int | None = None, *, gain: Gain = "binary") -
     if k is not None:
         ideal_P = np.where(rank_P <= k, ideal_P, 0.0)
     return dcg_Q / np.bincount(judgments.pair_query_P, weights=ideal_P, minlength=len(judgments.query_ids))
+
+
+def _ranks(array_QK: np.ndarray) -> np.ndarray:
+    return np.arange(1, array_QK.shape[1] + 1)
 
 
 # A metric with a cutoff is called "name@k". A function without the parameter `k` takes none.
@@ -223,22 +207,19 @@ def select_metrics(metrics: Sequence[Metric] | None = None, *, ks: Sequence[int]
     if isinstance(metrics, str) or not metrics:
         raise ValueError(f"metrics is {metrics!r}, expected a list of at least one")
     for metric in metrics:
-        name, _, k = _resolve(metric)
-        if k is not None and k > depth:
+        name, _, options = _resolve(metric)
+        if (k := options.get("k", 0)) > depth:
             raise ValueError(f"metric {name!r} needs a depth of at least {k}, found depth={depth}")
     return list(metrics)
 
 
-def measure(
-    judgments: Judgments, metrics: Sequence[Metric], *, gain: Gain = "binary", denominator: Denominator = "cutoff"
-) -> dict[str, np.ndarray]:
+def measure(judgments: Judgments, metrics: Sequence[Metric], *, gain: Gain = "binary") -> dict[str, np.ndarray]:
     """The values of several metrics, {"ndcg@20": [Q] float64, ...}.
 
     Args:
         metrics: names of METRICS with a cutoff ("ndcg@20"), which is optional for ndcg, map and mrr (none: the whole
             ranking) and not allowed for rprec; or functions (judgments, k=None) -> [Q], which get no cutoff and are
             reported under their own name.
-        gain, denominator: of ndcg and of map.
 
     Raises:
         ValueError: an unknown name, a cutoff that is missing, not allowed or below 1, two metrics of one name, or
@@ -246,13 +227,12 @@ def measure(
     """
     functions, values = {}, {}
     for metric in metrics:
-        name, function, k = _resolve(metric)
+        name, function, options = _resolve(metric)
         if functions.setdefault(name, function) is not function:
             raise ValueError(f"two metrics are called {name!r}; rename the function")
-        parameters = inspect.signature(function).parameters
-        options = {"gain": gain, "denominator": denominator} | ({} if k is None else {"k": k})
-        arguments = {key: value for key, value in options.items() if key in parameters}
-        found_Q = np.asarray(function(judgments, **arguments), dtype=np.float64)
+        if "gain" in inspect.signature(function).parameters:
+            options["gain"] = gain
+        found_Q = np.asarray(function(judgments, **options), dtype=np.float64)
         if found_Q.shape != (len(judgments.query_ids),) or not np.isfinite(found_Q).all():
             expected = f"{len(judgments.query_ids)} finite numbers, one per query"
             raise ValueError(f"metric {name!r} returned an array of shape {found_Q.shape}, expected {expected}")
@@ -260,13 +240,13 @@ def measure(
     return values
 
 
-def _resolve(metric: Metric) -> tuple[str, Callable[..., np.ndarray], int | None]:
-    """A metric's full name, its function and its cutoff."""
+def _resolve(metric: Metric) -> tuple[str, Callable[..., np.ndarray], dict[str, Any]]:
+    """A metric's full name, its function and {"k": its cutoff}."""
     if not isinstance(metric, str):
         name = getattr(metric, "__name__", "")
         if not (callable(metric) and name.isidentifier()):
             raise ValueError(f"metric {metric!r}: expected a name or a named function")
-        return name, metric, None
+        return name, metric, {}
     name, at, cutoff = metric.partition("@")
     if name not in METRICS:
         raise ValueError(f"unknown metric {metric!r}; valid, with a cutoff as in ndcg@10: {', '.join(METRICS)}")
@@ -277,8 +257,4 @@ def _resolve(metric: Metric) -> tuple[str, Callable[..., np.ndarray], int | None
         raise ValueError(f"metric {metric!r}: {name} takes no cutoff")
     if at and not re.fullmatch("[1-9][0-9]*", cutoff):
         raise ValueError(f"metric {metric!r}: the cutoff must be a whole number of at least 1, found {cutoff!r}")
-    return metric, METRICS[name], int(cutoff) if at else None
-
-
-def _ranks(array_QK: np.ndarray) -> np.ndarray:
-    return np.arange(1, array_QK.shape[1] + 1)
+    return metric, METRICS[name], {"k": int(cutoff)} if at else {}

@@ -1,7 +1,7 @@
 """The result of an evaluation, question by question, and comparisons between results.
 
     report.save("runs/lyft/eval/uber")
-    print(compare(Report.load("runs/lyft/eval/uber"), other, metric="ndcg@10"))
+    print(compare(Report.load("runs/lyft/eval/uber"), other, metric="mrr@10"))
     print(compare_seeds([base], [report_of_seed_0, report_of_seed_1, report_of_seed_2]))
 
 Shapes: Q questions, the queries that have a relevant document; S training seeds.
@@ -21,16 +21,9 @@ import numpy as np
 
 from ..files import atomic_write, read_json, read_jsonl, write_json
 from .run import Run
-from .significance import (
-    IntervalMethod,
-    holm,
-    paired_bootstrap_interval,
-    recipe_interval,
-    sign_flip_p_value,
-    wins_ties_losses,
-)
+from .significance import holm, paired_bootstrap_interval, recipe_interval, sign_flip_p_value, wins_ties_losses
 
-# Files of a saved report, in the order in which they are written: with the last one it is complete.
+# In the order in which they are written: with the last one a saved report is complete.
 REPORT_FILES = ("run.trec", "per_query.jsonl", "metrics.json")
 
 
@@ -81,20 +74,22 @@ class Report:
 
     def __str__(self) -> str:
         """A row per metric, a column per cutoff ("all": none). accuracy@k is left out beside hit_rate@k, its equal."""
-        cells: dict[str, dict[float, float]] = {}
+        cells: dict[str, dict[str, str]] = {}
         for name, mean in self.metrics.items():
             metric, _, k = name.partition("@")
             if metric != "accuracy" or f"hit_rate@{k}" not in self.metrics:
-                cells.setdefault(metric, {})[int(k) if k else math.inf] = mean
-        cutoffs = sorted({k for row in cells.values() for k in row})
+                cells.setdefault(metric, {})[f"@{k}" if k else "all"] = f"{mean:.4f}"
+        cutoffs = sorted(
+            {k for row in cells.values() for k in row}, key=lambda k: math.inf if k == "all" else int(k[1:])
+        )
         width = max([10, *(len(metric) + 1 for metric in cells)])
-        lines = [" " * width + "".join(f"{'all' if k == math.inf else f'@{k}':>9}" for k in cutoffs)]
-        for metric, row in cells.items():
-            lines.append(f"{metric:<{width}}" + "".join(f"{row[k]:9.4f}" if k in row else " " * 9 for k in cutoffs))
         title = f"{self.num_queries} queries"
         if self.num_without_relevant:
             title += f" ({self.num_without_relevant} without relevant documents left out)"
-        return "\n".join([title, *(line.rstrip() for line in lines)])
+        lines = [title]
+        for metric, row in {"": dict(zip(cutoffs, cutoffs, strict=True)), **cells}.items():
+            lines.append((f"{metric:<{width}}" + "".join(f"{row.get(k, ''):>9}" for k in cutoffs)).rstrip())
+        return "\n".join(lines)
 
     def save(self, folder: str | Path) -> None:
         """Writes run.trec, per_query.jsonl and, last, metrics.json into `folder`; floats read back exactly."""
@@ -161,10 +156,9 @@ class Comparison:
         base, other: means of `metric`.
         interval: of the difference, at `confidence`.
         p_value: two-sided; Holm-adjusted if `num_comparisons` is above 1.
-        method: "percentile" or "bca" (bootstrap, with a sign-flip test), or "seeds" (`recipe_interval`).
         wins, ties, losses: number of questions on which `other` is better than, equal to and worse than `base`.
         num_clusters: number of independent groups of questions.
-        num_seeds: number of reports on the other side.
+        num_seeds: number of reports on the other side; above 1, interval and p-value are for new seeds too.
         question_error, seed_error: standard errors for new questions and for new seeds; None for one seed.
     """
 
@@ -175,7 +169,6 @@ class Comparison:
     interval: tuple[float, float]
     p_value: float
     confidence: float
-    method: str
     wins: int
     ties: int
     losses: int
@@ -205,17 +198,14 @@ def compare(
     num_samples: int = 10_000,
     seed: int = 0,
     confidence: float = 0.95,
-    method: IntervalMethod = "percentile",
 ) -> Comparison | list[Comparison]:
     """Compares each of `others` with `base`, question by question: one Comparison, or a list of them for several.
 
-    Warns of differences in data, maximum length or prompts. Clusters are those of `base`. Where nearly all questions
-    are connected (many relevant documents each, as in NFCorpus), few clusters remain and no difference can be shown;
-    `dataclasses.replace(base, clusters=base.query_ids)` treats the questions as independent. With one cluster the
-    interval of a difference is (-1, 1), all that a metric in [0, 1] allows.
-
-    Args:
-        method: of the bootstrap interval, "percentile" or "bca" (`significance.paired_bootstrap_interval`).
+    The interval is by bootstrap, the p-value by sign flips. Warns of differences in data, maximum length or prompts.
+    Clusters are those of `base`. Where nearly all questions are connected (many relevant documents each, as in
+    NFCorpus), few clusters remain and no difference can be shown; `dataclasses.replace(base, clusters=base.query_ids)`
+    treats the questions as independent. With one cluster the interval of a difference is (-1, 1), all that a metric in
+    [0, 1] allows.
 
     Raises:
         ValueError: the reports are over different questions or corpora (naming some), or one lacks the metric.
@@ -227,12 +217,11 @@ def compare(
         base_Q, other_Q = paired_values(base, [base, other], metric)
         differences = other_Q - base_Q, base.clusters
         sampling = {"generator": np.random.default_rng(seed), "num_samples": num_samples}
-        method_options = {"confidence": confidence, "method": method}
-        interval = paired_bootstrap_interval(*differences, **sampling, **method_options)
+        interval = paired_bootstrap_interval(*differences, confidence=confidence, **sampling)
         p_value = sign_flip_p_value(*differences, **sampling)
         if len(set(base.clusters)) == 1 and (other_Q != base_Q).any():
             interval = (-1.0, 1.0)
-        found = {"interval": interval, "p_value": p_value, "num_comparisons": len(others), **method_options}
+        found = {"interval": interval, "p_value": p_value, "confidence": confidence, "num_comparisons": len(others)}
         comparisons.append(_comparison(base, metric, base_Q, other_Q, **found))
     adjusted = holm([comparison.p_value for comparison in comparisons])
     comparisons = [dataclasses.replace(c, p_value=p_value) for c, p_value in zip(comparisons, adjusted, strict=True)]
@@ -256,7 +245,7 @@ def compare_seeds(
     base_SQ, other_SQ = paired_values(bases[0], bases, metric), paired_values(bases[0], others, metric)
     found = recipe_interval(other_SQ - base_SQ, bases[0].clusters, confidence=confidence)
     options = {name: getattr(found, name) for name in ("interval", "p_value", "question_error", "seed_error")}
-    options |= {"confidence": confidence, "method": "seeds", "num_seeds": len(others)}
+    options |= {"confidence": confidence, "num_seeds": len(others)}
     return _comparison(bases[0], metric, base_SQ.mean(axis=0), other_SQ.mean(axis=0), **options)
 
 

@@ -1,11 +1,10 @@
-"""Is a difference real? Paired bootstrap intervals, permutation tests, seed-and-question intervals, Holm; NumPy only.
+"""Is a difference real? Paired bootstrap intervals, permutation tests, intervals over seeds and questions, Holm.
 
 Questions that share a document are not independent evidence: a model that embeds the document well answers all of them.
-Such questions form a cluster, and every function here resamples or sign-flips whole clusters.
+They form a cluster, and every function here resamples or sign-flips whole clusters.
 
-    generator = np.random.default_rng(0)
-    low, high = paired_bootstrap_interval(differences_Q, clusters, generator=generator)
-    p_value = sign_flip_p_value(differences_Q, clusters, generator=generator)
+    low, high = paired_bootstrap_interval(differences_Q, clusters, generator=np.random.default_rng(0))
+    p_value = sign_flip_p_value(differences_Q, clusters, generator=np.random.default_rng(0))
     recipe = recipe_interval(differences_SQ, clusters)       # a row per training seed
 
 Shapes: Q questions, C clusters, S seeds, B random samples of one block.
@@ -14,12 +13,8 @@ Shapes: Q questions, C clusters, S seeds, B random samples of one block.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
-from typing import Literal
 
 import numpy as np
-
-IntervalMethod = Literal["percentile", "bca"]
 
 # Smaller differences are rounding errors: the same values summed in another order.
 ROUNDING = 1e-12
@@ -32,65 +27,33 @@ def paired_bootstrap_interval(
     generator: np.random.Generator,
     num_samples: int = 10_000,
     confidence: float = 0.95,
-    method: IntervalMethod = "percentile",
     block_values: int = 1 << 20,
 ) -> tuple[float, float]:
-    """Bootstrap interval of the mean difference, with whole clusters drawn with replacement.
+    """Percentile bootstrap interval of the mean difference, with whole clusters drawn with replacement.
 
-    A sample's mean is (sum of the differences in its C clusters) / (number of their questions). "percentile" takes the
-    (1 - confidence) / 2 and (1 + confidence) / 2 quantiles of these means. "bca" corrects for bias and skew, which
-    appear when a few questions change a lot: it takes the quantiles Phi(z0 + (z0 + z) / (1 - a (z0 + z))), where z is
-    the normal quantile of either end, z0 that of the share of samples below the observed mean (ties count half), and
-    a = sum d^3 / (6 (sum d^2)^1.5), d being the average leave-one-cluster-out mean minus each such mean. With few
-    clusters both intervals are too narrow; with one they are a point.
+    A sample's mean is (sum of the differences in its C clusters) / (number of their questions). With few clusters the
+    interval is too narrow; with one it is a point.
 
     Args:
         differences_Q: [Q] per-question differences between two systems on the same questions.
         clusters: Q cluster ids; None: every question is its own cluster.
         block_values: random values drawn at a time; bounds memory.
 
-    Source: Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, chapters 13 and 14; Sakai, "Evaluating
-    evaluation metrics based on the bootstrap", SIGIR 2006. Clusters: Field & Welsh, "Bootstrapping clustered data",
-    JRSS B 2007.
+    Source: Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13; Sakai, "Evaluating evaluation
+    metrics based on the bootstrap", SIGIR 2006; clusters: Field & Welsh, "Bootstrapping clustered data", JRSS B 2007.
     """
-    if not 0 < confidence < 1 or method not in ("percentile", "bca"):
-        found = f"confidence is {confidence}, method is {method!r}"
-        raise ValueError(f"{found}; expected a confidence between 0 and 1, and percentile or bca")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}, expected a number between 0 and 1")
     sums_C, sizes_C = _cluster_sums(differences_Q, clusters)
     num_clusters, one_size = len(sums_C), bool((sizes_C == sizes_C[0]).all())
     means = []
     for num_rows in _blocks(num_samples, num_clusters, block_values):
         drawn_BC = generator.integers(0, num_clusters, size=(num_rows, num_clusters))
-        num_questions = sizes_C.sum() if one_size else _sums_of(sizes_C, drawn_BC)
-        means.append(_sums_of(sums_C, drawn_BC) / num_questions)
-    means = np.concatenate(means)
-    shares = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
-    if method == "bca" and num_clusters > 1:
-        shares = _bca_shares(shares, means, sums_C, sizes_C)
-    low, high = np.quantile(means, shares)
+        # "clip" skips the bounds check.
+        num_questions = sizes_C.sum() if one_size else sizes_C.take(drawn_BC, mode="clip").sum(axis=1)
+        means.append(sums_C.take(drawn_BC, mode="clip").sum(axis=1) / num_questions)
+    low, high = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
-
-
-def _sums_of(values_C: np.ndarray, drawn_BC: np.ndarray) -> np.ndarray:
-    return np.take(values_C, drawn_BC, mode="clip").sum(axis=1)  # "clip" skips the bounds check
-
-
-def _bca_shares(shares: np.ndarray, means: np.ndarray, sums_C: np.ndarray, sizes_C: np.ndarray) -> np.ndarray:
-    """Moves the percentile interval's two shares to where BCa takes the quantiles of `means`."""
-    total, num_questions = sums_C.sum(), sizes_C.sum()
-    slack = ROUNDING * np.abs(sums_C).sum() / num_questions
-    observed = total / num_questions
-    below = ((means < observed - slack).mean() + (means <= observed + slack).mean()) / 2
-    normal = NormalDist()
-    # Without any sample on one side of the observed mean, assume half a sample there rather than none.
-    bias = normal.inv_cdf(min(max(below, 0.5 / len(means)), 1 - 0.5 / len(means)))
-    jackknife_C = (total - sums_C) / (num_questions - sizes_C)
-    deviations_C = jackknife_C.mean() - jackknife_C
-    spread = (deviations_C**2).sum() ** 1.5
-    acceleration = (deviations_C**3).sum() / (6 * spread) if spread > 0 else 0.0
-    shifted = [bias + normal.inv_cdf(share) for share in shares]
-    # The divisor is at or below 0 only far outside the range of the samples; that end is then the extreme sample.
-    return np.array([normal.cdf(bias + z / max(1 - acceleration * z, 1e-9)) for z in shifted])
 
 
 def sign_flip_p_value(
@@ -103,10 +66,8 @@ def sign_flip_p_value(
 ) -> float:
     """Two-sided p-value of a paired permutation test: under the null hypothesis the two systems can be swapped.
 
-    Swapping flips the sign of a difference; questions of a cluster are swapped together. p = (1 + hits) /
-    (1 + num_samples), where a hit is a sample whose |mean| is at least the observed one.
-
-    Args: see `paired_bootstrap_interval`.
+    Swapping flips the signs of all differences in a cluster. p = (1 + hits) / (1 + num_samples), where a hit is a
+    sample whose |mean| is at least the observed one. Arguments as for `paired_bootstrap_interval`.
 
     Source: Smucker, Allan & Carterette, "A comparison of statistical significance tests for information retrieval
     evaluation", CIKM 2007; the added 1: Phipson & Smyth, "Permutation p-values should never be zero", 2010.
@@ -132,10 +93,9 @@ def wins_ties_losses(differences_Q: np.ndarray) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class RecipeInterval:
-    """A recipe's mean difference and its uncertainty, see `recipe_interval`.
+    """A mean difference whose `interval`, two-sided `p_value` and standard `error` are for new seeds and new questions.
 
-    `interval`, the two-sided `p_value` and the standard error `error` (on `degrees_of_freedom`) are for new seeds and
-    new questions; `question_error` for new questions with these seeds, `seed_error` for new seeds on these questions.
+    `question_error` is for new questions with these seeds, `seed_error` for new seeds on these questions.
     """
 
     difference: float
@@ -152,18 +112,17 @@ def recipe_interval(
 ) -> RecipeInterval:
     """Interval of a training recipe's mean difference that covers new seeds as well as new questions.
 
-    Seeds and clusters of questions are crossed random effects. With m the overall mean, m_s the mean of seed s, and
-    r_cs the sum over cluster c under seed s minus its number of questions times m:
+    Seeds and clusters of questions are crossed random effects. With m the overall mean, m_s that of seed s, n_c the
+    questions of cluster c, and r_cs the sum of its differences under seed s minus n_c m:
 
         seeds       V_S = sum over s of (m_s - m)^2 / (S (S - 1))
         questions   V_C = C / (C - 1) * sum over c of (mean over s of r_cs)^2 / Q^2
+        noise       V_SC = S C / ((S - 1) (C - 1)) * sum over c, s of (r_cs - mean over s - n_c (m_s - m))^2 / (S Q)^2
         both        V = V_S + max(V_C - min(V_SC, V_S), 0)
 
-    V_SC = S C / ((S - 1) (C - 1)) * sum over c, s of e_cs^2 / (S Q)^2 is the noise of a question under a seed, where
-    e_cs is r_cs minus its mean over s and minus the cluster's number of questions times (m_s - m). Both V_S and V_C
-    contain it, so it is subtracted once; V is never below either of them. The interval is difference +- t * sqrt(V)
-    with V^2 / (V_S^2 / (S - 1) + (V - V_S)^2 / (C - 1)) degrees of freedom. With three seeds that vary, a bootstrap is
-    two to three times too narrow.
+    V_S and V_C both contain the noise of a question under a seed, so it is subtracted once. The interval is
+    m +- t sqrt(V) with V^2 / (V_S^2 / (S - 1) + (V - V_S)^2 / (C - 1)) degrees of freedom. With three seeds that vary,
+    a bootstrap is two to three times too narrow.
 
     Args:
         differences_SQ: [S, Q], one row per seed (at least two): recipe minus base, where the base is either the same in
@@ -177,14 +136,12 @@ def recipe_interval(
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}, expected a number between 0 and 1")
-    differences_SQ = np.asarray(differences_SQ, dtype=np.float64)
-    if differences_SQ.ndim != 2 or len(differences_SQ) < 2:
-        raise ValueError(
-            f"found differences of shape {differences_SQ.shape}, expected a row for each of 2 or more seeds"
-        )
-    rows = [_cluster_sums(row, clusters) for row in differences_SQ]
-    sums_SC, sizes_C = np.stack([sums_C for sums_C, _ in rows]), rows[0][1]
-    (num_seeds, num_clusters), num_queries = sums_SC.shape, differences_SQ.shape[1]
+    shape = np.shape(differences_SQ)
+    if len(shape) != 2 or shape[0] < 2:
+        raise ValueError(f"found differences of shape {shape}, expected a row for each of 2 or more seeds")
+    rows, sizes = zip(*(_cluster_sums(row, clusters) for row in differences_SQ), strict=True)
+    sums_SC, sizes_C = np.stack(rows), sizes[0]
+    (num_seeds, num_clusters), num_queries = sums_SC.shape, shape[1]
     if num_clusters < 2:
         raise ValueError("found 1 cluster of questions, expected at least 2")
     seed_means_S = sums_SC.sum(axis=1) / num_queries

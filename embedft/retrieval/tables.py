@@ -1,11 +1,10 @@
-"""Reports as tables: several by name, a grid of settings, comparisons; as text, Markdown, CSV or LaTeX.
+"""Reports as tables: several by name, a grid of settings, comparisons; as text, Markdown or CSV.
 
     print(format_reports({"model": report, "bm25": bm25}))
     print(format_grid(evaluate_grid(embedder, dataset, dims=[384, 128], precisions=["float32", "int8"])))
-    print(format_comparisons({"tuned": [compare(base, tuned, metric="mrr@10")]}, style="latex"))
+    print(format_comparisons({"tuned": [compare(base, tuned, metric="mrr@10")]}, style="csv"))
 
-"text" and "markdown" line up in a terminal. "csv" has every digit, an interval as two columns, and column names without
-blanks. "latex" is a tabular that needs the package booktabs.
+CSV has every digit, an interval as two columns, and column names without blanks.
 """
 
 import csv
@@ -13,97 +12,63 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from .report import Comparison, Report, compare
 
-Style = Literal["text", "markdown", "csv", "latex"]
-STYLES = ("text", "markdown", "csv", "latex")
+Style = Literal["text", "markdown", "csv"]
 MAIN_METRICS = ("hit_rate@5", "mrr@10", "ndcg@10", "map@100")
-# Characters that are commands in LaTeX, and < > |, which its default font encoding replaces.
-LATEX = str.maketrans(
-    {
-        **{character: f"\\{character}" for character in "&%$#_{}"},
-        **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
-        **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$"},
-    }
-)
 
 
 def format_table(
     header: Sequence[str], rows: Sequence[Sequence[str]], *, style: Style = "markdown", num_left: int = 1
 ) -> str:
     """A table of cells that are strings already; the first `num_left` columns are left-aligned, the others right."""
-    if style not in STYLES:
-        raise ValueError(f"style is {style!r}, expected one of {', '.join(STYLES)}")
-    for number, row in enumerate(rows, start=1):
-        if len(row) != len(header):
-            raise ValueError(f"table: row {number} has {len(row)} cells, the header {len(header)}")
+    if style not in get_args(Style):
+        raise ValueError(f"style is {style!r}, expected one of {', '.join(get_args(Style))}")
     if style == "csv":
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([header, *rows])
         return text.getvalue().rstrip("\n")
-    lines = [[_escape(" ".join(cell.split("\n")), style) for cell in row] for row in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    first, *others = [
-        [cell.ljust(widths[i]) if i < num_left else cell.rjust(widths[i]) for i, cell in enumerate(line)]
-        for line in lines
-    ]
+    bar = r"\|" if style == "markdown" else "|"
+    columns = [[c.replace("\n", " ").replace("|", bar) for c in column] for column in zip(header, *rows, strict=True)]
+    widths = [max(map(len, column)) for column in columns]
+    for i, (column, width) in enumerate(zip(columns, widths, strict=True)):
+        column[:] = [cell.ljust(width) if i < num_left else cell.rjust(width) for cell in column]
+    lines = list(zip(*columns, strict=True))
     if style == "text":
-        return "\n".join("  ".join(line).rstrip() for line in (first, *others))
-    if style == "markdown":
-        rules = ["-" * (w + 2) if i < num_left else "-" * (w + 1) + ":" for i, w in enumerate(widths)]
-        body = [f"| {' | '.join(line)} |" for line in (first, *others)]
-        return "\n".join([body[0], f"|{'|'.join(rules)}|", *body[1:]])
-    columns = "l" * num_left + "r" * (len(header) - num_left)
-    body = [r"\toprule", _latex_line(first), r"\midrule", *map(_latex_line, others), r"\bottomrule"]
-    return "\n".join([rf"\begin{{tabular}}{{{columns}}}", *body, r"\end{tabular}"])
-
-
-def _escape(cell: str, style: Style) -> str:
-    if style == "markdown":
-        return cell.replace("|", r"\|")
-    if style == "latex":
-        # A minus sign is longer than a hyphen; hyphens within names stay.
-        return re.sub(r"(?<![\w.)])-(?=\.?\d)", "$-$", cell.translate(LATEX))
-    return cell
-
-
-def _latex_line(cells: Sequence[str]) -> str:
-    line = rf"{' & '.join(cells)} \\"
-    # After the \\ of the previous line, [ or * would be read as its argument.
-    return f"{{}}{line}" if line.startswith(("[", "*")) else line
+        return "\n".join("  ".join(line).rstrip() for line in lines)
+    first, *others = [f"| {' | '.join(line)} |" for line in lines]
+    rules = ["-" * (width + 1) + ("-" if i < num_left else ":") for i, width in enumerate(widths)]
+    return "\n".join([first, f"|{'|'.join(rules)}|", *others])
 
 
 class _Column(NamedTuple):
     """A column of values, None where there is none. CSV writes values as they are, other styles by `spec`."""
 
-    keys: tuple[str, ...]  # names in CSV; with two, a value is an interval and takes two columns there
-    title: str | None = None  # name in the other styles; None: in CSV only
+    title: str  # "": in CSV only
+    values: Sequence[Any]
     spec: str = ""
+    keys: tuple[str, ...] = ()  # names in CSV, by default the title; two for intervals
+    missing: str = ""  # what is shown for None, except in CSV
 
     def show(self, value: Any) -> str:
-        if value is None or isinstance(value, str):
-            return value or ""
-        if len(self.keys) == 2:
+        if value is None:
+            return self.missing
+        if isinstance(value, tuple):
             return f"[{value[0]:{self.spec}}, {value[1]:{self.spec}}]"
         return "<0.0001" if self.keys == ("p_value",) and value < 0.00005 else f"{value:{self.spec}}"
 
-    def csv(self, value: Any) -> list[str]:
-        values = value if isinstance(value, tuple) else [value] * len(self.keys)
-        return ["" if value is None else str(value) for value in values]
 
-
-def _format(columns: Sequence[_Column], rows: Sequence[Sequence[Any]], *, style: Style, num_left: int) -> str:
-    if style == "csv":
-        header = [key for column in columns for key in column.keys]
-        spread = [
-            [cell for column, value in zip(columns, row, strict=True) for cell in column.csv(value)] for row in rows
-        ]
-        return format_table(header, spread, style=style)
-    shown = [i for i, column in enumerate(columns) if column.title is not None]
-    cells = [[columns[i].show(row[i]) for i in shown] for row in rows]
-    return format_table([columns[i].title for i in shown], cells, style=style, num_left=num_left)
+def _format(columns: Sequence[_Column], *, style: Style, num_left: int) -> str:
+    cells: dict[str, list[str]] = {}
+    for column in columns:
+        if style != "csv" and column.title:
+            cells[column.title] = list(map(column.show, column.values))
+        for i, key in enumerate(column.keys or [column.title] if style == "csv" else []):
+            values = [value[i] if isinstance(value, tuple) else value for value in column.values]
+            cells[key] = ["" if value is None else str(value) for value in values]
+    return format_table(list(cells), list(zip(*cells.values(), strict=True)), style=style, num_left=num_left)
 
 
 def main_metrics(report: Report) -> list[str]:
@@ -121,29 +86,22 @@ def main_metrics(report: Report) -> list[str]:
     return chosen + others or list(report.per_query)
 
 
-def _require_metric(name: str, report: Report, metric: str) -> None:
-    if metric not in report.per_query:
-        raise ValueError(f"{name} has no metric {metric!r}; it has: {', '.join(report.per_query)}")
+def _means(name: str, report: Report, metrics: Sequence[str]) -> list[float]:
+    if missing := [metric for metric in metrics if metric not in report.metrics]:
+        raise ValueError(f"{name} has no metric {missing[0]!r}; it has: {', '.join(report.metrics)}")
+    return [report.metrics[metric] for metric in metrics]
 
 
 def format_reports(
     reports: Mapping[str, Report], *, metrics: Sequence[str] | None = None, style: Style = "markdown"
 ) -> str:
-    """A row per report and a column per metric, with its mean over the questions.
-
-    Args:
-        reports: {name: report}, possibly over different questions.
-        metrics: None: `main_metrics` of the first report.
-    """
+    """A row per report, possibly over different questions, and a column per metric [`main_metrics` of the first]."""
     if not reports:
         raise ValueError("no reports for a table")
     metrics = main_metrics(next(iter(reports.values()))) if metrics is None else metrics
-    for name, report in reports.items():
-        for metric in metrics:
-            _require_metric(f"report {name!r}", report, metric)
-    columns = [_Column(("report",), "report"), *(_Column((metric,), metric, ".4f") for metric in metrics)]
-    rows = [[name, *(report.metrics[metric] for metric in metrics)] for name, report in reports.items()]
-    return _format(columns, rows, style=style, num_left=1)
+    rows = [_means(f"report {name!r}", report, metrics) for name, report in reports.items()]
+    measured = [_Column(metric, column, ".4f") for metric, column in zip(metrics, zip(*rows, strict=True), strict=True)]
+    return _format([_Column("report", list(reports)), *measured], style=style, num_left=1)
 
 
 def setting_name(setting: Mapping[str, Any]) -> str:
@@ -175,57 +133,54 @@ def format_grid(
     Columns: passages (size/stride in tokens, if any row has them), dim, precision, index; the mean of `metric`;
     difference, interval and p-value of `compare` (Holm over all rows but the base); the share of the first 10 documents
     of exact search that this search finds too ("of exact"); queries per second of search alone; bytes per document;
-    seconds to build the index. Cells that a report says nothing about stay empty, as for BM25.
-
-    Args:
-        timed_seconds: searches that took less say little about speed, so their queries/s are shown in CSV only.
+    seconds to build the index. Cells that a report says nothing about stay empty, as for BM25. Searches that took less
+    than `timed_seconds` say little about speed: their queries/s are shown in CSV only.
     """
     if not reports:
         raise ValueError("no reports for a table")
-    for report in reports:
-        _require_metric(f"the report of {setting_name(report.setting) or 'an unnamed setting'}", report, metric)
+    settings, costs = [report.setting for report in reports], [dict(report.costs) for report in reports]
+    names = [f"the report of {setting_name(setting) or 'an unnamed setting'}" for setting in settings]
+    means = [_means(name, report, [metric])[0] for name, report in zip(names, reports, strict=True)]
     base = grid_base(reports)
-    others = [report for report in reports if report is not base]
-    comparisons = dict(zip(map(id, others), compare_all(base, others, metric=metric), strict=True))
-    settings = [_Column((key,), key) for key in ("dim", "precision", "index")]
-    costs = [
-        _Column(("recall@10_of_exact",), "of exact", ".3f"),
-        _Column(("queries_per_second",), "queries/s", ",.0f"),
-        _Column(("bytes_per_document",), "bytes/doc", ",.0f"),
-        _Column(("build_seconds",), "build, s", ".2f"),
-    ]
-    rows = []
-    for report in reports:
-        found = comparisons.get(id(report))
-        statistics = [found.difference, found.interval, found.p_value] if found else ["base", None, None]
-        if style == "csv" and not found:
-            statistics[0] = None
-        cost = [report.costs.get(column.keys[0]) for column in costs]
-        if style != "csv" and report.costs.get("search_seconds", math.inf) < timed_seconds:
-            cost[1] = None
-        setting = [report.setting.get(column.keys[0]) for column in settings]
-        passages = _passages(report.setting, "/") or (report.setting.get("dim") and "whole")
-        rows.append([passages, *setting, report.metrics[metric], *statistics, *cost])
-    statistics = _statistics(next(iter(comparisons.values()), None), len(others))
-    columns = [_Column(("passages",), "passages"), *settings, _Column((metric,), metric, ".4f"), *statistics, *costs]
-    start = 0 if any(report.setting.get("passages") for report in reports) else 1
-    return _format(columns[start:], [row[start:] for row in rows], style=style, num_left=4 - start)
+    found = iter(compare_all(base, [report for report in reports if report is not base], metric=metric))
+    comparisons = [None if report is base else next(found) for report in reports]
+    for cost in costs:
+        if style != "csv" and cost.get("search_seconds", math.inf) < timed_seconds:
+            cost["queries_per_second"] = None
+    passages = [_passages(setting, "/") or (setting.get("dim") and "whole") for setting in settings]
+    columns = [_Column("passages", passages)] if any(setting.get("passages") for setting in settings) else []
+    columns += [_Column(key, [setting.get(key) for setting in settings]) for key in ("dim", "precision", "index")]
+    num_left = len(columns)
+    columns += [_Column(metric, means, ".4f"), *_statistics(comparisons, missing="base")]
+    for title, key, spec in (
+        ("of exact", "recall@10_of_exact", ".3f"),
+        ("queries/s", "queries_per_second", ",.0f"),
+        ("bytes/doc", "bytes_per_document", ",.0f"),
+        ("build, s", "build_seconds", ".2f"),
+    ):
+        columns.append(_Column(title, [cost.get(key) for cost in costs], spec, (key,)))
+    return _format(columns, style=style, num_left=num_left)
 
 
-def _statistics(one: Comparison | None, num_comparisons: int) -> list[_Column]:
-    """Columns for difference, interval and p-value."""
-    heading = "interval" if one is None else f"{100 * one.confidence:g}% interval"
-    holm = f" (Holm, {num_comparisons})" if num_comparisons > 1 else ""
+def _statistics(comparisons: Sequence[Comparison | None], *, missing: str = "") -> list[_Column]:
+    """Columns for difference, interval and p-value; in a row without a comparison the difference is `missing`."""
+    one = next(filter(None, comparisons), None)
+    interval = f"{100 * one.confidence:g}% interval" if one else "interval"
+    holm = f" (Holm, {one.num_comparisons})" if one and one.num_comparisons > 1 else ""
+
+    def column(title: str, name: str, spec: str, *keys: str, missing: str = "") -> _Column:
+        return _Column(title, [getattr(found, name, None) for found in comparisons], spec, keys, missing)
+
     return [
-        _Column(("difference",), "difference", "+.4f"),
-        _Column(("interval_low", "interval_high"), heading, "+.4f"),
-        _Column(("p_value",), f"p-value{holm}", ".4f"),
+        column("difference", "difference", "+.4f", "difference", missing=missing),
+        column(interval, "interval", "+.4f", "interval_low", "interval_high"),
+        column(f"p-value{holm}", "p_value", ".4f", "p_value"),
     ]
 
 
-def compare_all(base: Report, others: Sequence[Report], *, metric: str, **options: Any) -> list[Comparison]:
+def compare_all(base: Report, others: Sequence[Report], *, metric: str) -> list[Comparison]:
     """`compare` as a list, for any number of other reports, including one and none."""
-    found = compare(base, *others, metric=metric, **options) if others else []
+    found = compare(base, *others, metric=metric) if others else []
     return found if isinstance(found, list) else [found]
 
 
@@ -241,24 +196,24 @@ def format_comparisons(
         comparisons: {name of the other report: its comparisons with one base, one per metric}.
         base: the name of the base.
     """
-    by_metric = {name: {c.metric: c for c in found} for name, found in comparisons.items()}
-    metrics = list(next(iter(by_metric.values()), {}))
-    if not metrics:
-        raise ValueError("no comparisons for a table")
-    for name, found in by_metric.items():
-        if list(found) != metrics or len(comparisons[name]) != len(metrics):
-            have = ", ".join(c.metric for c in comparisons[name])
-            raise ValueError(f"{name!r} is compared by {have or 'nothing'}, expected {', '.join(metrics)}")
-    one = next(iter(comparisons.values()))[0]
-    columns = [_Column((key,), key) for key in ("metric", "report")]
-    columns += [_Column(("mean",), "mean", ".4f"), *_statistics(one, one.num_comparisons)]
-    columns += [_Column((key,), key) for key in ("better", "equal", "worse")]
-    columns += [_Column((key,)) for key in ("num_queries", "num_clusters", "num_seeds")]
-    rows: list[list[Any]] = []
-    for metric in metrics:
-        rows.append([metric, base, next(iter(by_metric.values()))[metric].base, *[None] * (len(columns) - 3)])
-        for name, found in by_metric.items():
-            c = found[metric]
-            counts = [c.wins, c.ties, c.losses, c.num_queries, c.num_clusters, c.num_seeds]
-            rows.append([metric, name, c.other, c.difference, c.interval, c.p_value, *counts])
-    return _format(columns, rows, style=style, num_left=2)
+    metrics = {name: [found.metric for found in of_name] for name, of_name in comparisons.items()}
+    if len(set(map(tuple, metrics.values()))) != 1 or not all(metrics.values()):
+        raise ValueError(f"expected comparisons by the same metrics for every name, found {metrics}")
+    rows: list[tuple[str, str, float, Comparison | None]] = []
+    for by_metric in zip(*comparisons.values(), strict=True):
+        rows.append((by_metric[0].metric, base, by_metric[0].base, None))
+        rows += [(found.metric, name, found.other, found) for name, found in zip(comparisons, by_metric, strict=True)]
+    by, names, means, found = zip(*rows, strict=True)
+    columns = [_Column("metric", by), _Column("report", names), _Column("mean", means, ".4f"), *_statistics(found)]
+    shown = {
+        "wins": "better",
+        "ties": "equal",
+        "losses": "worse",
+        "num_queries": "",
+        "num_clusters": "",
+        "num_seeds": "",
+    }
+    columns += [
+        _Column(title, [getattr(one, key, None) for one in found], keys=(title or key,)) for key, title in shown.items()
+    ]
+    return _format(columns, style=style, num_left=2)
