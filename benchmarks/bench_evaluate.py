@@ -240,7 +240,7 @@ def metrics_alone(options: argparse.Namespace, found: Run, dataset: RetrievalDat
     expected = {
         ours: np.array([by_query[query_id][name] for query_id in found.query_ids]) for name, ours in names.items()
     }
-    in_its_order = judge(found.reordered(ties="descending", float32=True), qrels)
+    in_its_order = judge(found.in_trec_eval_order(), qrels)
     ours = measure(in_its_order, list(expected))
     differences = {"trec_eval (pytrec_eval), from dicts": require_close(ours, expected, "trec_eval", TOLERANCE)}
     if importlib.util.find_spec("ranx"):

@@ -127,7 +127,7 @@ def test_the_benchmark(options, capsys):
     ]
     assert [row[0] for row in rows if row[0].startswith("trec_eval")]
     assert ("ranx is not installed" in text) != any(row[0].startswith("ranx") for row in rows)
-    assert [row[0] for row in rows[-5:]] == [
+    assert [row[0] for row in rows[-4:]] == [
         "bootstrap interval",
         "bootstrap interval, two questions a document",
         "sign-flip p-value",

@@ -16,7 +16,9 @@ def random_run(rng, *, queries=8, documents=15, depth=6, levels=4):
     for i in rng.permutation(queries)[: queries - 2]:
         chosen = rng.choice(names, size=rng.integers(0, depth + 1), replace=False)
         results[f"q{i}"] = {str(name): float(rng.integers(levels)) - 1.5 for name in chosen}
-    return Run.from_dict(results, document_ids=names)
+    run = Run.from_dict(results)
+    place = np.array([*map(names.index, run.document_ids), -1])  # documents in any order, some never retrieved
+    return Run(run.query_ids, names, place[run.indices], run.scores)
 
 
 def plain_fusion(runs, method, weights, k=60):
@@ -87,7 +89,7 @@ def test_equal_scores_say_nothing():
 
 
 def test_queries_and_documents_are_united():
-    first = Run.from_dict({"q2": {"b": 1.0}, "q1": {"a": 1.0}}, document_ids=["b", "unused", "a"])
+    first = Run(["q2", "q1"], ["b", "unused", "a"], np.array([[0], [2]]), np.ones((2, 1)))
     second = Run.from_dict({"q3": {"c": 1.0}, "q1": {"c": 1.0}, "empty": {}})
     fused = fuse([first, second])
     assert fused.query_ids == ["q2", "q1", "q3", "empty"]

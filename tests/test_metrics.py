@@ -277,7 +277,7 @@ def test_equals_a_naive_reimplementation(seed, gain):
 def test_equals_trec_eval(seed, gain):
     pytrec_eval = pytest.importorskip("pytrec_eval")
     results, qrels = random_case(np.random.default_rng(100 + seed), 1000)
-    run = Run.from_dict(results).reordered(ties="descending", float32=True)
+    run = Run.from_dict(results).in_trec_eval_order()
     judgments = judge(run, qrels)
     # Its C code may crash on grades below -1, and gives them the meaning of -1.
     trec_qrels = {
@@ -313,6 +313,6 @@ def test_trec_eval_orders_ties_as_said():
     expected = pytrec_eval.RelevanceEvaluator(qrels, {"map"}).evaluate(results)["q"]["map"]
     # d2 d10 d1 ü z: 1/3 at rank 3 and 2/5 at rank 5. By ascending id as float64 d1 is first and z fourth.
     assert expected == pytest.approx((1 / 3 + 2 / 5) / 2)
-    trec = run.reordered(ties="descending", float32=True)
+    trec = run.in_trec_eval_order()
     assert measure(judge(trec, qrels), ["map"])["map"] == pytest.approx(expected)
     assert measure(judge(run, qrels), ["map"])["map"] == pytest.approx((1 / 1 + 2 / 4) / 2)

@@ -36,8 +36,7 @@ class Bm25Index:
     idf(t) * tf / (tf + k1 * (1 - b + b * length / mean length)), where idf(t) = ln(1 + (N - n + 0.5) / (n + 0.5)).
 
     tf: occurrences of t in the document; n: how many of the N documents contain t; length: the document's tokens. This
-    is Lucene's form: scores are never negative, and the constant factor k1 + 1 is left out. Unlike Lucene's, lengths
-    are exact.
+    is Lucene's form, without the constant factor k1 + 1 and with exact lengths: scores are never negative.
 
     Args:
         terms: {token: term number}.
@@ -111,7 +110,7 @@ class Bm25Index:
         """The `depth` highest-scoring documents for each query, given as tokens; unknown tokens are ignored.
 
         Scores are float64 sums of float32 weights, rounded to float32 before ranking, so equal documents have equal
-        scores. Order: score descending, then row ascending, at the cutoff too.
+        scores; ties by ascending row, at the cutoff too.
 
         Returns:
             scores [Q, K] float32 and rows [Q, K] int64, padded with -inf and -1 after the documents that share a term
@@ -126,13 +125,12 @@ class Bm25Index:
             for i, query in enumerate(queries):
                 if isinstance(query, str):
                     raise ValueError(f"BM25: query {i} is a str, expected a list of tokens")
-                numbers = [self.terms[token] for token in query if token in self.terms]
+                numbers = np.array([self.terms[token] for token in query if token in self.terms], dtype=np.int64)
                 scores_N.fill(0)
                 # Added in order of term numbers, so that the order of words does not change a bit of the score.
-                terms_U, counts_U = np.unique(np.array(numbers, dtype=np.int64), return_counts=True)
-                for term, count in zip(terms_U.tolist(), counts_U.tolist(), strict=True):
+                for term, count in zip(*np.unique(numbers, return_counts=True), strict=True):
                     postings = slice(self.starts_V[term], self.starts_V[term + 1])
-                    scores_N[self.rows_P[postings]] += count * self.weights_P[postings]
+                    scores_N[self.rows_P[postings]] += int(count) * self.weights_P[postings]
                 best_K, best_rows_K = _top(scores_N, depth)
                 scores_QK[i, : len(best_K)], rows_QK[i, : len(best_K)] = best_K, best_rows_K
                 bar.update()
@@ -218,14 +216,14 @@ def bm25_run(
     with progress_bar(len(texts), "indexing", unit="text") as bar:
         documents = _tokens(tokenize, texts, slice_texts, bar.update)
         index = Bm25Index.build(documents, document_ids=document_ids, k1=k1, b=b)
-    queries = list(_tokens(tokenize, list(dataset.queries.values()), slice_texts, lambda number: None))
+    queries = list(_tokens(tokenize, list(dataset.queries.values()), slice_texts))
     scores_QK, rows_QK = index.search(queries, depth + exclude_identical_ids)
     run = Run(list(dataset.queries), index.document_ids, rows_QK, scores_QK)
     return run.without_identical_ids(dataset.qrels, depth=depth) if exclude_identical_ids else run
 
 
 def _tokens(
-    tokenize: Tokenize, texts: Sequence[str], slice_texts: int, update: Callable[[int], object]
+    tokenize: Tokenize, texts: Sequence[str], slice_texts: int, update: Callable[[int], object] = int
 ) -> Iterator[Sequence[Token]]:
     for start in range(0, len(texts), slice_texts):
         part = list(texts[start : start + slice_texts])

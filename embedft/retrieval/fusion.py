@@ -7,7 +7,6 @@
 Shapes: R runs, Q queries, K ranks, P pairs of a query and a document that some run retrieves for it.
 """
 
-import re
 from collections.abc import Sequence
 from typing import Literal
 
@@ -51,7 +50,8 @@ def fuse(
     Methods", SIGIR 2009 ("rrf", k 60); Montague & Aslam, "Relevance Score Normalization for Metasearch", CIKM 2001
     ("zscore", their zero-mean, unit-variance norm).
     """
-    weights_R = _checked_weights(runs, method, weights, k, depth)
+    weights_R = np.ones(len(runs)) if weights is None else np.array(weights, dtype=np.float64)
+    _check(runs, method, weights_R, k, depth)
     query_ids = list(dict.fromkeys(query_id for run in runs for query_id in run.query_ids))
     document_ids = sorted({document_id for run in runs for document_id in run.document_ids})
     aligned = [_align(run, query_ids, document_ids) for run in runs]
@@ -73,23 +73,18 @@ def fuse(
     return Run(query_ids, document_ids, indices_QK[:, :used], scores_QK[:, :used])
 
 
-def _checked_weights(
-    runs: Sequence[Run], method: str, weights: Sequence[float] | None, k: float, depth: int | None
-) -> np.ndarray:
-    if not runs:
-        raise ValueError("fusion: no runs")
-    if method not in ("rrf", "zscore"):
-        raise ValueError(f"fusion: method is {method!r}, expected rrf or zscore")
-    if not (np.isfinite(k) and k >= 0):
-        raise ValueError(f"fusion: k is {k}, expected a number of at least 0")
-    if depth is not None and depth < 1:
-        raise ValueError(f"fusion: depth is {depth}, expected at least 1")
-    weights_R = np.ones(len(runs)) if weights is None else np.array(weights, dtype=np.float64)
-    valid = weights_R.shape == (len(runs),) and np.isfinite(weights_R).all() and weights_R.min() >= 0
-    if not (valid and weights_R.any()):
-        expected = f"one number of at least 0 for each of {len(runs)} runs, not all 0"
-        raise ValueError(f"fusion: weights are {weights_R.tolist()}, expected {expected}")
-    return weights_R
+def _check(runs: Sequence[Run], method: str, weights_R: np.ndarray, k: float, depth: int | None) -> None:
+    weighted = weights_R.shape == (len(runs),) and np.isfinite(weights_R).all() and (weights_R >= 0).all()
+    one_each = f"one number of at least 0 for each of {len(runs)} runs, not all 0"
+    for valid, found, expected in (
+        (len(runs) > 0, "no runs", "at least one"),
+        (method in ("rrf", "zscore"), f"method is {method!r}", "rrf or zscore"),
+        (np.isfinite(k) and k >= 0, f"k is {k}", "a number of at least 0"),
+        (depth is None or depth >= 1, f"depth is {depth}", "at least 1"),
+        (weighted and weights_R.any(), f"weights are {weights_R.tolist()}", one_each),
+    ):
+        if not valid:
+            raise ValueError(f"fusion: {found}, expected {expected}")
 
 
 def _align(run: Run, query_ids: list[str], document_ids: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -150,11 +145,10 @@ def choose_weight(
     """The weights (w, 1 - w) with which the fusion of two runs has the best mean of a metric.
 
     Choose weights on training questions: on the questions that are measured they would flatter. Of several best values
-    of w, the one nearest to one half is returned.
+    of w, the one nearest to one half is returned. Queries missing from both runs make no difference.
 
     Args:
-        dataset_or_qrels: a dataset, or qrels as {query id: {document id: grade}}; queries missing from both runs make
-            no difference.
+        dataset_or_qrels: a dataset, or qrels as {query id: {document id: grade}}.
         metric: a name, see `metrics.measure`.
         grid: values of w to try, 0 to 1.
     """
@@ -163,10 +157,11 @@ def choose_weight(
     if not len(grid) or not all(0 <= weight <= 1 for weight in grid):
         raise ValueError(f"fusion: grid is {list(grid)}, expected weights of 0 to 1")
     qrels = dataset_or_qrels.all_qrels() if isinstance(dataset_or_qrels, RetrievalDataset) else dataset_or_qrels
-    cutoff = re.search(r"@(\d+)$", metric)
+    _, _, cutoff = metric.partition("@")
+    depth = int(cutoff) if cutoff.isdecimal() else None
     found = {}
     for weight in grid:
-        fused = fuse(runs, method=method, weights=(weight, 1 - weight), depth=int(cutoff[1]) if cutoff else None)
+        fused = fuse(runs, method=method, weights=(weight, 1 - weight), depth=depth)
         (values_Q,) = measure(judge(fused, qrels), [metric]).values()
         found[weight] = round(float(values_Q.mean()), 12)  # equal means may differ in their last bits
     best = min(found, key=lambda weight: (-found[weight], abs(weight - 0.5)))

@@ -18,8 +18,7 @@ Figure = Any  # matplotlib's, which is imported only where a figure is made
 
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Writes a figure atomically, in the format of the suffix, such as .png, .pdf or .svg."""
-    formats = figure.canvas.get_supported_filetypes()
-    suffix = Path(path).suffix.lower().removeprefix(".")
+    formats, suffix = figure.canvas.get_supported_filetypes(), Path(path).suffix.lower().removeprefix(".")
     if suffix not in formats:
         raise ValueError(f"{path}: suffix is {suffix!r}, expected one of {', '.join(sorted(formats))}")
     with atomic_write(path, "wb") as file:
@@ -32,9 +31,6 @@ def plot_questions(
     """Each question's value in two reports: a point at (base, other), above the diagonal where the other is better.
 
     Many questions share a few values, so a point's area shows how many it stands for.
-
-    Raises:
-        ValueError: as `compare`, or matplotlib is missing.
     """
     try:
         from matplotlib.figure import Figure

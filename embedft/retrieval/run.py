@@ -8,18 +8,16 @@ Shapes: Q queries, K ranks, N documents that indices point into.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 from urllib.parse import quote, unquote
 
 import numpy as np
 
 from ..files import atomic_write, read_lines
 
-# Order of documents with equal scores: ascending or descending id, compared by code point.
-Ties = Literal["ascending", "descending"]
 # Ends the tag of a TREC file whose ids are percent-encoded because one of them contains whitespace.
 ENCODED = "+percent-encoded"
 
@@ -49,8 +47,7 @@ class Run:
     def __post_init__(self):
         for name, ids in (("query", self.query_ids), ("document", self.document_ids)):
             if len(set(ids)) < len(ids):
-                seen = set()
-                twice = next(i for i in ids if i in seen or seen.add(i))
+                twice, _ = Counter(ids).most_common(1)[0]
                 raise ValueError(f"run: {name} id {twice!r} appears twice")
         indices_QK, scores_QK = self.indices, self.scores
         if indices_QK.ndim != 2 or indices_QK.shape != scores_QK.shape or len(indices_QK) != len(self.query_ids):
@@ -74,33 +71,22 @@ class Run:
             raise ValueError(f"run: query {self.query_ids[row]!r} has {what}")
 
     @classmethod
-    def from_dict(
-        cls, results: Mapping[str, Mapping[str, float]], *, document_ids: Sequence[str] | None = None
-    ) -> "Run":
-        """A run from {query id: {document id: score}}; documents with equal scores are ordered by ascending id.
-
-        `document_ids` is what indices point into; None: the retrieved documents, sorted. Raises `ValueError` for a NaN
-        or infinite score, or a document that is not in `document_ids`.
-        """
-        ranked = {q: sorted(row.items(), key=lambda item: (-item[1], item[0])) for q, row in results.items()}
-        return cls._from_ranked(ranked, document_ids)
+    def from_dict(cls, results: Mapping[str, Mapping[str, float]]) -> "Run":
+        """A run from {query id: {document id: score}}; documents with equal scores are ordered by ascending id."""
+        return cls._by_score((query_id, sorted(row.items())) for query_id, row in results.items())
 
     @classmethod
-    def _from_ranked(cls, ranked: Mapping[str, list[tuple[str, float]]], document_ids: Sequence[str] | None) -> "Run":
-        if document_ids is None:
-            document_ids = sorted({document_id for row in ranked.values() for document_id, _ in row})
+    def _by_score(cls, results: Iterable[tuple[str, Iterable[tuple[str, float]]]]) -> "Run":
+        """Sorts each row by score; equal scores stay in order."""
+        ranked = {query_id: sorted(row, key=lambda item: -item[1]) for query_id, row in results}
+        document_ids = sorted({document_id for row in ranked.values() for document_id, _ in row})
         index_of = {document_id: index for index, document_id in enumerate(document_ids)}
-        depth = max((len(row) for row in ranked.values()), default=0)
-        indices_QK = np.full((len(ranked), depth), -1, dtype=np.int64)
-        scores_QK = np.full((len(ranked), depth), -np.inf)
-        for i, (query_id, row) in enumerate(ranked.items()):
-            for rank, (document_id, score) in enumerate(row):
-                if document_id not in index_of:
-                    given = f"not among the {len(index_of)} given"
-                    raise ValueError(f"run: query {query_id!r}: document id {document_id!r} is {given}")
-                indices_QK[i, rank] = index_of[document_id]
-                scores_QK[i, rank] = score
-        return cls(list(ranked), list(document_ids), indices_QK, scores_QK)
+        shape = len(ranked), max(map(len, ranked.values()), default=0)
+        indices_QK, scores_QK = np.full(shape, -1, dtype=np.int64), np.full(shape, -np.inf)
+        for i, row in enumerate(ranked.values()):
+            indices_QK[i, : len(row)] = [index_of[document_id] for document_id, _ in row]
+            scores_QK[i, : len(row)] = [score for _, score in row]
+        return cls(list(ranked), document_ids, indices_QK, scores_QK)
 
     def to_dict(self) -> dict[str, dict[str, float]]:
         """{query id: {document id: score}}, documents in rank order."""
@@ -113,32 +99,23 @@ class Run:
         """The rows of these queries, in this order; a query missing from the run gets an empty row."""
         row_of = {query_id: row for row, query_id in enumerate(self.query_ids)}
         rows_Q = np.array([row_of.get(query_id, -1) for query_id in query_ids], dtype=np.int64)
-        found_Q = rows_Q >= 0
-        shape = (len(rows_Q), self.indices.shape[1])
-        indices_QK = np.full(shape, -1, dtype=np.int64)
-        scores_QK = np.full(shape, -np.inf, dtype=self.scores.dtype)
-        indices_QK[found_Q] = self.indices[rows_Q[found_Q]]
-        scores_QK[found_Q] = self.scores[rows_Q[found_Q]]
+        # Row -1 (no such query) is the empty one at the end.
+        indices_QK = np.pad(self.indices, ((0, 1), (0, 0)), constant_values=-1)[rows_Q]
+        scores_QK = np.pad(self.scores, ((0, 1), (0, 0)), constant_values=-np.inf)[rows_Q]
         return Run(list(query_ids), self.document_ids, indices_QK, scores_QK)
 
-    def reordered(self, *, ties: Ties, float32: bool = False) -> "Run":
-        """The run with documents of equal score ordered by id.
+    def in_trec_eval_order(self) -> "Run":
+        """The run as trec_eval orders it: scores rounded to float32, equal ones by descending document id.
 
-        `run.reordered(ties="descending", float32=True)` is how trec_eval orders a run: scores are rounded to float32
-        first, which makes more of them tie. Documents that were cut off at the last rank do not come back.
+        Documents that were cut off at the last rank do not come back.
         """
-        if ties not in ("ascending", "descending"):
-            raise ValueError(f"ties is {ties!r}, expected ascending or descending")
-        sign = -1 if ties == "descending" else 1
-        scores_QK = self.scores
-        if float32:
-            with np.errstate(over="ignore"):  # Run rejects infinite scores below and names the query
-                scores_QK = scores_QK.astype(np.float32)
+        with np.errstate(over="ignore"):  # Run rejects infinite scores below and names the query
+            scores_QK = self.scores.astype(np.float32)
         retrieved = np.unique(self.indices[self.indices >= 0]).tolist()  # only these need sorting: N may be millions
         rank_N1 = np.zeros(len(self.document_ids) + 1, dtype=np.int64)  # the last entry is for index -1
         rank_N1[sorted(retrieved, key=self.document_ids.__getitem__)] = np.arange(len(retrieved))
         # Empty places stay last: no other score is as low.
-        order_QK = np.lexsort((sign * rank_N1[self.indices], -scores_QK), axis=1)
+        order_QK = np.lexsort((-rank_N1[self.indices], -scores_QK), axis=1)
         indices_QK = np.take_along_axis(self.indices, order_QK, axis=1)
         return Run(self.query_ids, self.document_ids, indices_QK, np.take_along_axis(scores_QK, order_QK, axis=1))
 
@@ -165,9 +142,8 @@ class Run:
     def save(self, path: str | Path, *, tag: str = "embedft") -> None:
         """Writes a TREC run file, `query Q0 document rank score tag`, with ranks from 1, atomically.
 
-        Scores are written as the shortest decimal that reads back exactly. The format has no line for a query without
-        results and no room for whitespace: blanks in the tag become hyphens, and if an id contains any or is empty, all
-        ids are percent-encoded (a blank as %20, % as %25, an empty id as %). The tag then says so, and `load` decodes.
+        Scores read back exactly; a query without results has no line. Blanks in the tag become hyphens. If an id
+        contains a blank or is empty, all ids are percent-encoded (an empty one as %); the tag tells `load` to decode.
         """
         results = self.to_dict()
         ids = {*results, *(document_id for row in results.values() for document_id in row)}
@@ -177,20 +153,15 @@ class Run:
             tag += ENCODED
         with atomic_write(path) as file:
             for query_id, row in results.items():
-                file.writelines(
-                    f"{encoded[query_id]} Q0 {encoded[document_id]} {rank} {score!r} {tag}\n"
-                    for rank, (document_id, score) in enumerate(row.items(), start=1)
-                )
+                for rank, (document_id, score) in enumerate(row.items(), start=1):
+                    file.write(f"{encoded[query_id]} Q0 {encoded[document_id]} {rank} {score!r} {tag}\n")
 
     @classmethod
-    def load(
-        cls, path: str | Path, *, query_ids: Sequence[str] | None = None, document_ids: Sequence[str] | None = None
-    ) -> "Run":
+    def load(cls, path: str | Path, *, query_ids: Sequence[str] | None = None) -> "Run":
         """Reads a TREC run file. Rows are ordered by score; equal scores keep the file's order.
 
         Args:
             query_ids: rows to return, as `select` does; None: the queries of the file, in its order.
-            document_ids: what indices point into; None: the retrieved documents, sorted.
 
         Raises:
             ValueError: naming file and line, not six columns, a score that is not finite, or a document listed twice.
@@ -215,6 +186,5 @@ class Run:
             if document_id in row:
                 raise ValueError(f"{path} line {number}: query {query_id!r} lists document {document_id!r} twice")
             row[document_id] = score
-        ranked = {query_id: sorted(row.items(), key=lambda item: -item[1]) for query_id, row in results.items()}
-        run = cls._from_ranked(ranked, document_ids)
+        run = cls._by_score((query_id, row.items()) for query_id, row in results.items())
         return run if query_ids is None else run.select(query_ids)
