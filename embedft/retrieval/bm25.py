@@ -38,25 +38,15 @@ class Bm25Index:
     tf: occurrences of t in the document; n: how many of the N documents contain t; length: the document's tokens. This
     is Lucene's form, without the constant factor k1 + 1 and with exact lengths: scores are never negative.
 
-    Args:
-        terms: {token: term number}.
-        starts_V: [V + 1] int64; the postings of term v are starts_V[v] to starts_V[v + 1].
-        rows_P: [P] int32, the document of each posting, ascending within a term.
-        weights_P: [P] float32, what the term adds to the document's score.
-        document_ids: N distinct ids.
-
     Source: Robertson et al., "Okapi at TREC-3", 1994; Kamphuis et al., "Which BM25 Do You Mean?", ECIR 2020, "Lucene
     (accurate)".
     """
 
     terms: Mapping[Token, int]
-    starts_V: np.ndarray
-    rows_P: np.ndarray
-    weights_P: np.ndarray
-    document_ids: list[str]
-
-    def __len__(self) -> int:
-        return len(self.document_ids)
+    starts_V: np.ndarray  # [V + 1] int64; the postings of term v are starts_V[v] to starts_V[v + 1]
+    rows_P: np.ndarray  # [P] int32, the document of each posting, ascending within a term
+    weights_P: np.ndarray  # [P] float32, what the term adds to the document's score
+    document_ids: list[str]  # N distinct ids
 
     @classmethod
     def build(
@@ -82,8 +72,6 @@ class Bm25Index:
         terms.default_factory = terms.__len__
         lengths, tokens, parts, first_row = array("q"), array("q"), [], 0
         for row, document in enumerate(documents):
-            if isinstance(document, str):
-                raise ValueError(f"BM25: document {row} is a str, expected a list of tokens")
             tokens.extend(map(terms.__getitem__, document))
             lengths.append(len(document))
             if len(tokens) >= slice_tokens:
@@ -110,21 +98,16 @@ class Bm25Index:
         """The `depth` highest-scoring documents for each query, given as tokens; unknown tokens are ignored.
 
         Scores are float64 sums of float32 weights, rounded to float32 before ranking, so equal documents have equal
-        scores; ties by ascending row, at the cutoff too.
-
-        Returns:
-            scores [Q, K] float32 and rows [Q, K] int64, padded with -inf and -1 after the documents that share a term
-            with the query.
+        scores; ties by ascending row, at the cutoff too. Returns scores [Q, K] float32 and rows [Q, K] int64, padded
+        with -inf and -1 after the documents that share a term with the query.
         """
-        _check_depth(depth)
-        depth = min(depth, len(self))
+        num_documents = len(self.document_ids)
+        depth = min(depth, num_documents)
         scores_QK = np.full((len(queries), depth), -np.inf, dtype=np.float32)
         rows_QK = np.full((len(queries), depth), -1, dtype=np.int64)
-        scores_N = np.empty(len(self))
+        scores_N = np.empty(num_documents)
         with progress_bar(len(queries), "searching", unit="query") as bar:
             for i, query in enumerate(queries):
-                if isinstance(query, str):
-                    raise ValueError(f"BM25: query {i} is a str, expected a list of tokens")
                 numbers = np.array([self.terms[token] for token in query if token in self.terms], dtype=np.int64)
                 scores_N.fill(0)
                 # Added in order of term numbers, so that the order of words does not change a bit of the score.
@@ -167,11 +150,6 @@ def _top(scores_N: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
     return scores_C[order_K], rows_C[order_K]
 
 
-def _check_depth(depth: int) -> None:
-    if depth < 1:
-        raise ValueError(f"depth is {depth}, expected at least 1")
-
-
 @functools.cache
 def _word_pattern() -> re.Pattern[str]:
     # \w excludes combining marks such as Hindi vowel signs, at which words would fall apart.
@@ -210,7 +188,8 @@ def bm25_run(
         exclude_identical_ids: leave out a query's own document, see `Run.without_identical_ids`.
         slice_texts: texts tokenized at a time.
     """
-    _check_depth(depth)
+    if depth < 1:
+        raise ValueError(f"depth is {depth}, expected at least 1")
     tokenize = tokenize or split_words
     document_ids, texts = zip(*sorted(zip(dataset.corpus, dataset.document_texts(), strict=True)), strict=True)
     with progress_bar(len(texts), "indexing", unit="text") as bar:
@@ -228,7 +207,7 @@ def _tokens(
     for start in range(0, len(texts), slice_texts):
         part = list(texts[start : start + slice_texts])
         tokens = tokenize(part)
-        if len(tokens) != len(part):
-            raise ValueError(f"BM25: tokenize returned {len(tokens)} lists of tokens for {len(part)} texts")
+        if len(tokens) != len(part) or any(isinstance(text, str) for text in tokens):
+            raise ValueError(f"BM25: tokenize returned no list of tokens for each of {len(part)} texts")
         yield from tokens
         update(len(part))

@@ -36,15 +36,14 @@ def fuse(
     scores are equal. A document that the run does not retrieve gets the lowest value of the query, an upper bound; with
     nothing retrieved, all get 0. Mean and deviation depend on a run's depth, so fuse runs of the same depth.
 
+    The run has the queries and documents of all; its float64 scores do not depend on the order of runs of equal weight;
+    ties go by ascending id.
+
     Args:
-        runs: their queries, in order of first appearance, and documents are united.
         weights: one per run, at least 0; None: 1 each.
         k: of "rrf"; larger values make the first ranks stand out less.
         depth: documents to keep per query; None: all that any run retrieves.
         block_queries: queries fused at a time; bounds memory.
-
-    Returns:
-        A run with float64 scores that do not depend on the order of runs of equal weight; ties by ascending id.
 
     Source: Cormack, Clarke & Buettcher, "Reciprocal Rank Fusion Outperforms Condorcet and Individual Rank Learning
     Methods", SIGIR 2009 ("rrf", k 60); Montague & Aslam, "Relevance Score Normalization for Metasearch", CIKM 2001
@@ -54,7 +53,8 @@ def fuse(
     _check(runs, method, weights_R, k, depth)
     query_ids = list(dict.fromkeys(query_id for run in runs for query_id in run.query_ids))
     document_ids = sorted({document_id for run in runs for document_id in run.document_ids})
-    aligned = [_align(run, query_ids, document_ids) for run in runs]
+    number = {document_id: index for index, document_id in enumerate(document_ids)}
+    aligned = [_align(run, query_ids, number) for run in runs]
     width = sum(run.indices.shape[1] for run in runs)
     width = width if depth is None else min(width, depth)
     indices_QK = np.full((len(query_ids), width), -1, dtype=np.int64)
@@ -87,9 +87,8 @@ def _check(runs: Sequence[Run], method: str, weights_R: np.ndarray, k: float, de
             raise ValueError(f"fusion: {found}, expected {expected}")
 
 
-def _align(run: Run, query_ids: list[str], document_ids: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The run's indices into `document_ids` and its scores as float64, [Q, K] for `query_ids`."""
-    number = {document_id: index for index, document_id in enumerate(document_ids)}
+def _align(run: Run, query_ids: list[str], number: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
+    """The documents' numbers and scores as float64, [Q, K] for `query_ids`."""
     # Index -1 (no document) looks up the -1 at the end.
     new_N = np.array([*(number[document_id] for document_id in run.document_ids), -1], dtype=np.int64)
     selected = run.select(query_ids)
@@ -145,12 +144,7 @@ def choose_weight(
     """The weights (w, 1 - w) with which the fusion of two runs has the best mean of a metric.
 
     Choose weights on training questions: on the questions that are measured they would flatter. Of several best values
-    of w, the one nearest to one half is returned. Queries missing from both runs make no difference.
-
-    Args:
-        dataset_or_qrels: a dataset, or qrels as {query id: {document id: grade}}.
-        metric: a name, see `metrics.measure`.
-        grid: values of w to try, 0 to 1.
+    of w in `grid`, the one nearest to one half is returned. Queries missing from both runs make no difference.
     """
     if len(runs) != 2:
         raise ValueError(f"fusion: {len(runs)} runs, expected 2 to choose a weight for")

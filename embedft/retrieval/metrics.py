@@ -33,8 +33,7 @@ class Judgments:
     """A run and its qrels as arrays: everything a metric needs.
 
     Args:
-        query_ids: Q queries of the run that have a relevant document, in the run's order.
-        num_without_relevant: the number of those that have none.
+        query_ids: Q queries of the run that have a relevant document; num_without_relevant: number of the others.
         grades_QK: [Q, K] float64, grade of the document at each rank, 0 if it is not relevant.
         judged_QK: [Q, K] bool, whether the qrels grade the document at each rank, including grades of 0 or less.
         pair_query_P: [P] int64, query row of each relevant pair, ascending.
@@ -195,10 +194,7 @@ Metric = str | Callable[..., np.ndarray]  # "ndcg@20", or a function (judgments,
 
 
 def select_metrics(metrics: Sequence[Metric] | None = None, *, ks: Sequence[int], depth: int) -> list[Metric]:
-    """The metrics of an evaluation, checked; by default hit rate, precision, recall, MRR and nDCG at `ks`, map@depth.
-
-    Raises `ValueError` for an empty list, an invalid name (see `measure`), or a cutoff below 1 or above `depth`.
-    """
+    """The metrics of an evaluation, checked; by default six at each of `ks` (hit rate to nDCG), and map@depth."""
     if metrics is None:
         if not ks or min(ks) < 1 or max(ks) > depth:
             raise ValueError(f"cutoffs ks={tuple(ks)} must be at least 1 and at most depth={depth}")
@@ -216,14 +212,9 @@ def select_metrics(metrics: Sequence[Metric] | None = None, *, ks: Sequence[int]
 def measure(judgments: Judgments, metrics: Sequence[Metric], *, gain: Gain = "binary") -> dict[str, np.ndarray]:
     """The values of several metrics, {"ndcg@20": [Q] float64, ...}.
 
-    Args:
-        metrics: names of METRICS with a cutoff ("ndcg@20"), which is optional for ndcg, map and mrr (none: the whole
-            ranking) and not allowed for rprec; or functions (judgments, k=None) -> [Q], which get no cutoff and are
-            reported under their own name.
-
-    Raises:
-        ValueError: an unknown name, a cutoff that is missing, not allowed or below 1, two metrics of one name, or
-            values that are not Q finite numbers.
+    A metric is a name of METRICS with a cutoff, which is optional for ndcg, map and mrr (none: the whole ranking) and
+    not allowed for rprec; or a function (judgments, k=None) -> [Q], which gets no cutoff and goes by its own name.
+    Raises `ValueError` for an invalid name or cutoff, two metrics of one name, or values that are not Q finite numbers.
     """
     functions, values = {}, {}
     for metric in metrics:

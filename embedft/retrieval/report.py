@@ -36,8 +36,7 @@ class Report:
         per_query: {"ndcg@10": [Q] float64, ...}, see metrics.py.
         clusters: the cluster id of each query (`question_clusters`), for the statistics.
         num_without_relevant: number of queries left out because they have no relevant document.
-        setting: what was evaluated and how, as far as known: model, model_sha256, max_length, prompts, data_sha256,
-            dim, precision, index, passages, depth, gain, similarity, num_documents, ...
+        setting: what was evaluated and how, as far as known: model, data_sha256, dim, precision, index, passages, ...
         costs: seconds of each part and bytes_per_document, as far as known.
         run: the ranking of each query, in the order of query_ids.
     """
@@ -51,12 +50,10 @@ class Report:
     run: Run
 
     def __post_init__(self):
-        lengths = {name: len(values) for name, values in self.per_query.items()}
-        lengths["clusters"] = len(self.clusters)
-        wrong = {name: length for name, length in lengths.items() if length != len(self.query_ids)}
-        if wrong or not self.query_ids or self.run.query_ids != self.query_ids:
-            found = ", ".join(f"{length} {name}" for name, length in wrong.items()) or "a run over other queries"
-            raise ValueError(f"report: {len(self.query_ids)} query ids, but {found}")
+        number, columns = len(self.query_ids), {**self.per_query, "clusters": self.clusters}
+        wrong = [f"{len(values)} {name}" for name, values in columns.items() if len(values) != number]
+        if wrong or not number or self.run.query_ids != self.query_ids:
+            raise ValueError(f"report: {number} query ids, but {', '.join(wrong) or 'a run over other queries'}")
 
     @property
     def num_queries(self) -> int:
@@ -107,10 +104,7 @@ class Report:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Report":
-        """Reads what `save` wrote. The run's document_ids are the retrieved documents only.
-
-        Raises `ValueError` if a file is missing or damaged, or the files do not belong together.
-        """
+        """Reads what `save` wrote; raises `ValueError` if files are missing, damaged or do not belong together."""
         folder = Path(folder)
         for name in reversed(REPORT_FILES):
             if not (folder / name).is_file():
@@ -192,23 +186,17 @@ class Comparison:
 
 
 def compare(
-    base: Report,
-    *others: Report,
-    metric: str = "ndcg@10",
-    num_samples: int = 10_000,
-    seed: int = 0,
-    confidence: float = 0.95,
+    base: Report, *others: Report, metric: str = "ndcg@10", seed: int = 0, confidence: float = 0.95
 ) -> Comparison | list[Comparison]:
     """Compares each of `others` with `base`, question by question: one Comparison, or a list of them for several.
 
-    The interval is by bootstrap, the p-value by sign flips. Warns of differences in data, maximum length or prompts.
-    Clusters are those of `base`. Where nearly all questions are connected (many relevant documents each, as in
-    NFCorpus), few clusters remain and no difference can be shown; `dataclasses.replace(base, clusters=base.query_ids)`
-    treats the questions as independent. With one cluster the interval of a difference is (-1, 1), all that a metric in
-    [0, 1] allows.
+    The interval is by bootstrap, the p-value by sign flips, over the clusters of `base`. Where nearly all questions are
+    connected (many relevant documents each, as in NFCorpus), few clusters remain and no difference can be shown;
+    `dataclasses.replace(base, clusters=base.query_ids)` treats the questions as independent. With one cluster the
+    interval of a difference is (-1, 1), all that a metric in [0, 1] allows.
 
-    Raises:
-        ValueError: the reports are over different questions or corpora (naming some), or one lacks the metric.
+    Raises `ValueError` for different questions, corpora or gains, or a metric that one lacks; warns if data, maximum
+    length or prompts differ.
     """
     if not others:
         raise ValueError("compare needs a base and at least one other report")
@@ -216,9 +204,9 @@ def compare(
     for other in others:
         base_Q, other_Q = paired_values(base, [base, other], metric)
         differences = other_Q - base_Q, base.clusters
-        sampling = {"generator": np.random.default_rng(seed), "num_samples": num_samples}
-        interval = paired_bootstrap_interval(*differences, confidence=confidence, **sampling)
-        p_value = sign_flip_p_value(*differences, **sampling)
+        generator = np.random.default_rng(seed)
+        interval = paired_bootstrap_interval(*differences, confidence=confidence, generator=generator)
+        p_value = sign_flip_p_value(*differences, generator=generator)
         if len(set(base.clusters)) == 1 and (other_Q != base_Q).any():
             interval = (-1.0, 1.0)
         found = {"interval": interval, "p_value": p_value, "confidence": confidence, "num_comparisons": len(others)}
@@ -236,9 +224,6 @@ def compare_seeds(
     Args:
         bases: one report, or as many as `others`: the base trained with the same seeds, in the same order.
         others: reports of the recipe, one per seed, at least 2.
-
-    Raises:
-        ValueError: as `compare`; another number of bases; or fewer than 2 seeds or clusters of questions.
     """
     if len(bases) not in (1, len(others)):
         raise ValueError(f"found {len(bases)} base reports for {len(others)} seeds, expected 1 or {len(others)}")
@@ -257,11 +242,7 @@ def _comparison(base: Report, metric: str, base_Q: np.ndarray, other_Q: np.ndarr
 
 
 def paired_values(base: Report, reports: Sequence[Report], metric: str) -> np.ndarray:
-    """A metric's values in each of `reports`, [S, Q], with questions in the order of `base`.
-
-    Raises:
-        ValueError: the reports are over different questions, numbers of documents or gains, or lack the metric.
-    """
+    """A metric's values in each of `reports`, [S, Q], with questions in the order of `base`, if they compare."""
     shared = [name for name in base.per_query if all(name in report.per_query for report in reports)]
     if metric not in shared:
         raise ValueError(f"unknown metric {metric!r}; the reports share: {', '.join(shared) or 'none'}")

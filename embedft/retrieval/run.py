@@ -27,16 +27,13 @@ class Run:
     """The ranking of each query: row i lists the documents of query_ids[i], best first.
 
     Scores in a row never increase; the order among equal scores is part of the run, and metrics use it. Rows shorter
-    than K are padded with index -1 and score -inf.
+    than K are padded with index -1 and score -inf. A `ValueError` names the first query whose row breaks a rule.
 
     Args:
         query_ids: Q distinct ids.
         document_ids: N distinct ids, which may include documents that no row retrieves.
         indices: [Q, K] int64 into document_ids, -1 = none.
         scores: [Q, K] float, finite where there is a document.
-
-    Raises:
-        ValueError: naming the first query whose row breaks one of these rules.
     """
 
     query_ids: list[str]
@@ -51,11 +48,12 @@ class Run:
                 raise ValueError(f"run: {name} id {twice!r} appears twice")
         indices_QK, scores_QK = self.indices, self.scores
         if indices_QK.ndim != 2 or indices_QK.shape != scores_QK.shape or len(indices_QK) != len(self.query_ids):
-            expected = f"[{len(self.query_ids)} queries, K]"
-            raise ValueError(f"run: indices {indices_QK.shape} and scores {scores_QK.shape} must both be {expected}")
+            found, expected = f"{indices_QK.shape} and scores {scores_QK.shape}", f"[{len(self.query_ids)} queries, K]"
+            raise ValueError(f"run: indices {found} must both be {expected}")
         if indices_QK.dtype != np.int64 or scores_QK.dtype.kind != "f":
-            found = f"{indices_QK.dtype} and {scores_QK.dtype}"
-            raise ValueError(f"run: indices must be int64 and scores float, not {found}")
+            raise ValueError(
+                f"run: indices must be int64 and scores float, not {indices_QK.dtype} and {scores_QK.dtype}"
+            )
         empty_QK, number = indices_QK == -1, len(self.document_ids)
         self._refuse((indices_QK < -1) | (indices_QK >= number), f"an index outside {number} documents")
         self._refuse(empty_QK[:, :-1] & ~empty_QK[:, 1:], "a document after an empty place")
@@ -158,13 +156,10 @@ class Run:
 
     @classmethod
     def load(cls, path: str | Path, *, query_ids: Sequence[str] | None = None) -> "Run":
-        """Reads a TREC run file. Rows are ordered by score; equal scores keep the file's order.
+        """Reads a TREC run file, and selects `query_ids` if given. Equal scores keep the file's order.
 
-        Args:
-            query_ids: rows to return, as `select` does; None: the queries of the file, in its order.
-
-        Raises:
-            ValueError: naming file and line, not six columns, a score that is not finite, or a document listed twice.
+        Raises `ValueError`, naming file and line, for other than six columns, a score that is not finite, or a document
+        listed twice.
         """
         results: dict[str, dict[str, float]] = {}
         for number, line in enumerate(read_lines(path), start=1):
