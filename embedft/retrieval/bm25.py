@@ -184,9 +184,7 @@ def bm25_run(
     Args:
         tokenize: maps texts to lists of tokens, such as `embedder.tokenize`; None: `split_words`.
         depth: maximum number of documents per query; those that share no term with it are not retrieved.
-        k1, b: see `Bm25Index.build`.
         exclude_identical_ids: leave out a query's own document, see `Run.without_identical_ids`.
-        slice_texts: texts tokenized at a time.
     """
     if depth < 1:
         raise ValueError(f"depth is {depth}, expected at least 1")

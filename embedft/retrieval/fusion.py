@@ -43,7 +43,6 @@ def fuse(
         weights: one per run, at least 0; None: 1 each.
         k: of "rrf"; larger values make the first ranks stand out less.
         depth: documents to keep per query; None: all that any run retrieves.
-        block_queries: queries fused at a time; bounds memory.
 
     Source: Cormack, Clarke & Buettcher, "Reciprocal Rank Fusion Outperforms Condorcet and Individual Rank Learning
     Methods", SIGIR 2009 ("rrf", k 60); Montague & Aslam, "Relevance Score Normalization for Metasearch", CIKM 2001

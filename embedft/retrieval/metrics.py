@@ -30,22 +30,14 @@ Gain = Literal["binary", "graded"]
 
 @dataclass(frozen=True, eq=False)
 class Judgments:
-    """A run and its qrels as arrays: everything a metric needs.
+    """A run and its qrels as arrays: everything a metric needs."""
 
-    Args:
-        query_ids: Q queries of the run that have a relevant document; num_without_relevant: number of the others.
-        grades_QK: [Q, K] float64, grade of the document at each rank, 0 if it is not relevant.
-        judged_QK: [Q, K] bool, whether the qrels grade the document at each rank, including grades of 0 or less.
-        pair_query_P: [P] int64, query row of each relevant pair, ascending.
-        pair_grade_P: [P] float64, its grade, descending within a query.
-    """
-
-    query_ids: list[str]
-    num_without_relevant: int
-    grades_QK: np.ndarray
-    judged_QK: np.ndarray
-    pair_query_P: np.ndarray
-    pair_grade_P: np.ndarray
+    query_ids: list[str]  # the Q queries of the run that have a relevant document
+    num_without_relevant: int  # number of the others
+    grades_QK: np.ndarray  # float64, grade of the document at each rank, 0 if it is not relevant
+    judged_QK: np.ndarray  # bool, whether the qrels grade the document at each rank, also with 0 or less
+    pair_query_P: np.ndarray  # int64, query row of each relevant pair, ascending
+    pair_grade_P: np.ndarray  # float64, its grade, descending within a query
 
     @property
     def num_relevant_Q(self) -> np.ndarray:

@@ -29,25 +29,17 @@ REPORT_FILES = ("run.trec", "per_query.jsonl", "metrics.json")
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """The result of an evaluation, per question.
+    """The result of an evaluation, per question."""
 
-    Args:
-        query_ids: the Q queries that have a relevant document.
-        per_query: {"ndcg@10": [Q] float64, ...}, see metrics.py.
-        clusters: the cluster id of each query (`question_clusters`), for the statistics.
-        num_without_relevant: number of queries left out because they have no relevant document.
-        setting: what was evaluated and how, as far as known: model, data_sha256, dim, precision, index, passages, ...
-        costs: seconds of each part and bytes_per_document, as far as known.
-        run: the ranking of each query, in the order of query_ids.
-    """
-
-    query_ids: list[str]
-    per_query: dict[str, np.ndarray]
-    clusters: list[str]
-    num_without_relevant: int
-    setting: dict
-    costs: dict[str, float]
-    run: Run
+    query_ids: list[str]  # the Q queries that have a relevant document
+    per_query: dict[str, np.ndarray]  # {"ndcg@10": [Q] float64, ...}, see metrics.py
+    clusters: list[str]  # the cluster id of each query (`question_clusters`), for the statistics
+    num_without_relevant: int  # queries left out because they have no relevant document
+    setting: (
+        dict  # what was evaluated and how, as far as known: model, data_sha256, dim, precision, index, passages, ...
+    )
+    costs: dict[str, float]  # seconds of each part and bytes_per_document, as far as known
+    run: Run  # the ranking of each query, in the order of query_ids
 
     def __post_init__(self):
         number, columns = len(self.query_ids), {**self.per_query, "clusters": self.clusters}
@@ -76,9 +68,8 @@ class Report:
             metric, _, k = name.partition("@")
             if metric != "accuracy" or f"hit_rate@{k}" not in self.metrics:
                 cells.setdefault(metric, {})[f"@{k}" if k else "all"] = f"{mean:.4f}"
-        cutoffs = sorted(
-            {k for row in cells.values() for k in row}, key=lambda k: math.inf if k == "all" else int(k[1:])
-        )
+        found = {k for row in cells.values() for k in row}
+        cutoffs = sorted(found, key=lambda k: math.inf if k == "all" else int(k[1:]))
         width = max([10, *(len(metric) + 1 for metric in cells)])
         title = f"{self.num_queries} queries"
         if self.num_without_relevant:
@@ -144,34 +135,24 @@ def model_setting(embedder: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The difference between two reports, or two sets of them, over the same questions: `other` - `base`.
-
-    Args:
-        base, other: means of `metric`.
-        interval: of the difference, at `confidence`.
-        p_value: two-sided; Holm-adjusted if `num_comparisons` is above 1.
-        wins, ties, losses: number of questions on which `other` is better than, equal to and worse than `base`.
-        num_clusters: number of independent groups of questions.
-        num_seeds: number of reports on the other side; above 1, interval and p-value are for new seeds too.
-        question_error, seed_error: standard errors for new questions and for new seeds; None for one seed.
-    """
+    """The difference between two reports, or two sets of them, over the same questions: `other` - `base`."""
 
     metric: str
-    base: float
+    base: float  # mean of the metric, as `other`
     other: float
     difference: float
-    interval: tuple[float, float]
-    p_value: float
+    interval: tuple[float, float]  # of the difference, at `confidence`
+    p_value: float  # two-sided; Holm-adjusted if `num_comparisons` is above 1
     confidence: float
-    wins: int
+    wins: int  # questions on which `other` is better than `base`; `ties`: equal to it; `losses`: worse
     ties: int
     losses: int
     num_queries: int
-    num_clusters: int
+    num_clusters: int  # independent groups of questions
     num_comparisons: int = 1
-    num_seeds: int = 1
-    question_error: float | None = None
-    seed_error: float | None = None
+    num_seeds: int = 1  # reports on the other side; above 1, interval and p-value are for new seeds too
+    question_error: float | None = None  # standard error for new questions, with several seeds
+    seed_error: float | None = None  # standard error for new seeds
 
     def __str__(self) -> str:
         low, high = self.interval

@@ -28,18 +28,12 @@ class Run:
 
     Scores in a row never increase; the order among equal scores is part of the run, and metrics use it. Rows shorter
     than K are padded with index -1 and score -inf. A `ValueError` names the first query whose row breaks a rule.
-
-    Args:
-        query_ids: Q distinct ids.
-        document_ids: N distinct ids, which may include documents that no row retrieves.
-        indices: [Q, K] int64 into document_ids, -1 = none.
-        scores: [Q, K] float, finite where there is a document.
     """
 
-    query_ids: list[str]
-    document_ids: list[str]
-    indices: np.ndarray
-    scores: np.ndarray
+    query_ids: list[str]  # Q distinct ids
+    document_ids: list[str]  # N distinct ids, which may include documents that no row retrieves
+    indices: np.ndarray  # [Q, K] int64 into document_ids, -1 = none
+    scores: np.ndarray  # [Q, K] float, finite where there is a document
 
     def __post_init__(self):
         for name, ids in (("query", self.query_ids), ("document", self.document_ids)):

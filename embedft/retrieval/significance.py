@@ -93,18 +93,15 @@ def wins_ties_losses(differences_Q: np.ndarray) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class RecipeInterval:
-    """A mean difference whose `interval`, two-sided `p_value` and standard `error` are for new seeds and new questions.
-
-    `question_error` is for new questions with these seeds, `seed_error` for new seeds on these questions.
-    """
+    """A recipe's mean difference and its uncertainty; errors are standard errors."""
 
     difference: float
-    interval: tuple[float, float]
-    p_value: float
+    interval: tuple[float, float]  # for new seeds and new questions, as the next two
+    p_value: float  # two-sided
     error: float
-    question_error: float
-    seed_error: float
-    degrees_of_freedom: float
+    question_error: float  # for new questions with these seeds
+    seed_error: float  # for new seeds on these questions
+    degrees_of_freedom: float  # of `error`
 
 
 def recipe_interval(

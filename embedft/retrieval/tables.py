@@ -168,13 +168,13 @@ def _statistics(comparisons: Sequence[Comparison | None], *, missing: str = "") 
     interval = f"{100 * one.confidence:g}% interval" if one else "interval"
     holm = f" (Holm, {one.num_comparisons})" if one and one.num_comparisons > 1 else ""
 
-    def column(title: str, name: str, spec: str, *keys: str, missing: str = "") -> _Column:
-        return _Column(title, [getattr(found, name, None) for found in comparisons], spec, keys, missing)
+    def values(name: str) -> list[Any]:
+        return [getattr(found, name, None) for found in comparisons]
 
     return [
-        column("difference", "difference", "+.4f", "difference", missing=missing),
-        column(interval, "interval", "+.4f", "interval_low", "interval_high"),
-        column(f"p-value{holm}", "p_value", ".4f", "p_value"),
+        _Column("difference", values("difference"), "+.4f", missing=missing),
+        _Column(interval, values("interval"), "+.4f", ("interval_low", "interval_high")),
+        _Column(f"p-value{holm}", values("p_value"), ".4f", ("p_value",)),
     ]
 
 
@@ -191,10 +191,7 @@ def format_comparisons(
 
     Columns: metric, report, mean; difference, interval and p-value (Holm over the other reports, if several); number of
     questions on which the report is better than the base, equal, and worse. CSV adds questions, clusters and seeds.
-
-    Args:
-        comparisons: {name of the other report: its comparisons with one base, one per metric}.
-        base: the name of the base.
+    `comparisons` is {name of the other report: its comparisons with one base, one per metric}.
     """
     metrics = {name: [found.metric for found in of_name] for name, of_name in comparisons.items()}
     if len(set(map(tuple, metrics.values()))) != 1 or not all(metrics.values()):
