@@ -186,7 +186,7 @@ Metric = str | Callable[..., np.ndarray]  # "ndcg@20", or a function (judgments,
 
 
 def select_metrics(metrics: Sequence[Metric] | None = None, *, ks: Sequence[int], depth: int) -> list[Metric]:
-    """The metrics of an evaluation, checked; by default six at each of `ks` (hit rate to nDCG), and map@depth."""
+    """The metrics of an evaluation, checked. Default: hit rate, precision, recall, MRR and nDCG at `ks`, map@depth."""
     if metrics is None:
         if not ks or min(ks) < 1 or max(ks) > depth:
             raise ValueError(f"cutoffs ks={tuple(ks)} must be at least 1 and at most depth={depth}")
