@@ -1,10 +1,10 @@
 """What finds the right chunk on Lyft/Uber without training: one vector, windows, BM25 and their fusion.
 
-Measured on the 790 questions over Uber's 10-K, 395 chunks of about 660 tokens each. Rows of the tables:
-- published: two models with one vector a chunk (LlamaIndex, "Fine-Tuning Embeddings for RAG with Synthetic Data",
-  August 2023, untrained)
-- one vector: the base at 512 tokens, which is less than most chunks have; what every other row is compared with
-- windows: 128 tokens, one every 64, a chunk by its best one
+Measured on the 790 questions over Uber's 10-K, 395 chunks of about 660 tokens. Rows of the tables:
+- published: two models with one vector per chunk, untrained (LlamaIndex, "Fine-Tuning Embeddings for RAG with Synthetic
+  Data", August 2023)
+- one vector: the base at 512 tokens, fewer than most chunks have; every other row is compared with it
+- windows: 128 tokens, one every 64; a chunk scores as its best window
 - BM25 over the tokens of the base, and over words
 - BM25 + either: z-score fusion with the weight that has the best MRR@10 on the 668 questions over Lyft's 10-K
 - with --tuned, fine-tuned models, one per seed: their mean
@@ -12,7 +12,7 @@ Measured on the 790 questions over Uber's 10-K, 395 chunks of about 660 tokens e
     python -m experiments.baselines_lyft_uber
     python -m experiments.baselines_lyft_uber --tuned runs/repro_finetune_lyft_uber/*/s?/model
 
-Each text is embedded once: the vectors are kept, and a second run computes none.
+Each text is embedded once; a second run reads all vectors from the store.
 """
 
 import argparse

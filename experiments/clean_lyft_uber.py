@@ -1,13 +1,13 @@
-"""What is wrong with LlamaIndex's published questions, and what retrieval and training become without it.
+"""What is wrong with LlamaIndex's published questions, and how much it matters for retrieval and training.
 
-gpt-3.5-turbo wrote the questions over Lyft's and Uber's 10-K (see repro_finetune_lyft_uber.py). The cleaning drops them
-by reason; the base model then shows on Uber how each group fares. Every group is ranked against all documents, in one
-encoding. With --train it is fine-tuned on all of Lyft and on the cleaned Lyft, with the published settings.
+Cleans the questions that gpt-3.5-turbo wrote over Lyft's and Uber's 10-K (see repro_finetune_lyft_uber.py), and
+measures how the base model does on each group of dropped questions, ranked against all documents. With --train,
+fine-tunes on all of Lyft and on the cleaned Lyft, with the published settings.
 
     python -m experiments.clean_lyft_uber
     python -m experiments.clean_lyft_uber --train --seeds 0 1 2
 
-A seed that is done is not trained again, and one that was killed is resumed: the run folders remember.
+Finished seeds are not trained again, and killed ones resume.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 def format_reasons(cleaned: Mapping[str, Cleaned]) -> str:
-    """A table of the reasons with their counts, and an example of each below."""
+    """A table of counts by reason, followed by an example of each."""
     reports = {name: found.report() for name, found in cleaned.items()}
     reasons = dict.fromkeys(reason for report in reports.values() for reason in report["dropped"])
     counts = {
@@ -78,7 +78,7 @@ def format_reasons(cleaned: Mapping[str, Cleaned]) -> str:
 
 
 def _shorten(example: dict[str, str]) -> str:
-    """The part of a question around what was found in it."""
+    """The part of a question around the match."""
     text, found = example["text"], example["detail"]
     start = max(0, min(text.find(found) - EXAMPLE_CHARACTERS // 2, len(text) - EXAMPLE_CHARACTERS))
     part = text[start : start + EXAMPLE_CHARACTERS]
@@ -86,7 +86,7 @@ def _shorten(example: dict[str, str]) -> str:
 
 
 def format_groups(report: Report, dataset: RetrievalDataset, cleaned: Cleaned) -> str:
-    """A table of the metrics over all queries, the kept ones and those that each reason drops."""
+    """A table of metrics over all queries, the kept ones, and those dropped for each reason."""
     groups = {"all": dataset.qrels, "kept": cleaned.dataset.qrels}
     for drop in cleaned.dropped:
         groups.setdefault(drop.reason, {})[drop.query_id] = dataset.qrels[drop.query_id]

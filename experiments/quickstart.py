@@ -1,11 +1,11 @@
-"""A real encoder gets better at real retrieval, in a few minutes on a CPU: no key, no download beyond the packages.
+"""Fine-tunes a real encoder on a real retrieval task in a few minutes on a CPU, with no key and no download.
 
-The text is what every machine has: the docstrings of the installed torch, NumPy and standard library. A question is a
-docstring's summary sentence, its document the rest of the docstring; no module is in both training and test.
+The texts are the docstrings of the installed torch, NumPy and standard library. A question is a docstring's summary
+sentence, its document the rest; no module is in both training and test.
 
-The same with your own text: --pdf FILE ... cuts PDFs (or text, Markdown, folders) into chunks, of which a sentence each
-becomes a question (inverse cloze); --data FILE takes questions and documents (any format that RetrievalDataset.load
-reads). Both are split without a common document.
+With your own text: --pdf FILE ... cuts PDFs (or text, Markdown, folders) into chunks, and a sentence of each becomes a
+question (inverse cloze); --data FILE takes questions and documents in any format that RetrievalDataset.load reads. Both
+are split so that no document is on both sides.
 
     python -m experiments.quickstart
     python -m experiments.quickstart --pdf report.pdf --out runs/report
@@ -97,7 +97,7 @@ The same on your own documents, and on questions that you have (QA JSON, BEIR fo
 
 
 def cloze_datasets(paths: list[str], base: str) -> tuple[RetrievalDataset, RetrievalDataset]:
-    """Chunks of documents, each asked for by one of its own sentences: four fifths train, the rest is held out."""
+    """Chunks of documents, each with one of its own sentences as the question: 80% for training, 20% held out."""
     pages, skipped = read_documents(paths)
     for line in skipped:
         print(line)

@@ -1,14 +1,14 @@
-"""One filing, its first pages against the rest: train on questions over the former, measure on the latter.
+"""One filing: trains on questions over its first pages and measures on the rest.
 
-After an article in Better Programming (September 2023): NVIDIA's 10-K of 2022, pages 1 to 90 train, the rest
-measures, a chunk a page, two questions a chunk by gpt-3.5-turbo, bge-small-en, batch 10, 2 epochs.
-Any filing and any OpenAI-compatible server will do; what was paid for stays in --out and is not asked for again:
+After an article in Better Programming (September 2023): NVIDIA's 10-K of 2022, pages 1 to 90 for training, a chunk per
+page, two questions per chunk by gpt-3.5-turbo, bge-small-en, batch 10, 2 epochs. Use any filing and any
+OpenAI-compatible server; paid replies stay in --out and are not requested again:
 
     python -m experiments.repro_10k_pages --pdf 10k.pdf --train-pages 1-90 --model gpt-4o-mini --max-cost 1.00 \\
         --price-in 0.15 --price-out 0.60 --embedding-model text-embedding-3-small
 
-Without --pdf it needs no key: of the published chunks and questions over Uber's 10-K the first 197 chunks train, the
-other 198 measure.
+Without --pdf it needs no key: it trains on the first 197 of the published chunks of Uber's 10-K and measures on the
+other 198.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def first_and_rest(dataset: RetrievalDataset, num_first: int) -> tuple[Retrieval
 
 
 def questions_of_filing(options: argparse.Namespace, folder: Path) -> tuple[RetrievalDataset, RetrievalDataset]:
-    """Reads the PDF, a chunk a page, splits it by pages and has questions written for both sides."""
+    """Reads the PDF into one chunk per page, splits it by pages and writes questions for both sides."""
     pages, skipped = read_documents([options.pdf])
     for line in skipped:
         print(line)
@@ -100,7 +100,7 @@ def ask(chunks: list[Chunk], config: QuestionConfig, folder: Path, url: str | No
 
 
 def measured_once(api: ApiEmbedder, held_out: RetrievalDataset, out: Path) -> Report:
-    """The report of an API's model, from disk when it is there: the embeddings are paid for once."""
+    """The report on an API's model, read from disk if it exists, so that embeddings are paid for once."""
     folder = out / f"{api.model.replace('/', '--')}-{held_out.sha256()[:8]}"
     if not (folder / "metrics.json").is_file():
         evaluate(api, held_out).save(folder)

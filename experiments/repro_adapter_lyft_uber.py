@@ -1,14 +1,14 @@
-"""LlamaIndex, "Fine-Tuning a Linear Adapter for Any Embedding Model" (September 2023): fit on Lyft, measure on Uber.
+"""Reproduces LlamaIndex, "Fine-Tuning a Linear Adapter for Any Embedding Model" (September 2023): Lyft to Uber.
 
-The documents' vectors stay as they are; a linear map of the questions learns from 668 questions over Lyft's 10-K and
-is measured on 790 over Uber's. Rows of the table:
-- in-batch, as published: ten pairs a step in the order of the file, so that the two questions of a chunk are each
-  other's negatives; AdamW at 2e-5, 4 epochs
-- full-corpus: every document of the corpus that does not answer a question is its negative. Bias or none,
-  temperature, pull toward the identity and epochs are chosen on Lyft alone: the best hit@5 and MRR@10 together, over
-  ten draws of a fifth of its documents, with all their questions, that do not train. Uber chooses nothing
-- ridge and Procrustes: closed forms; the strength is chosen in the same way
-- with --tuned, the fine-tuned model of repro_finetune_lyft_uber, and an adapter fitted on top of it
+Document vectors stay fixed; a linear map of the question vectors is fitted on 668 questions over Lyft's 10-K and
+measured on 790 over Uber's. Rows of the table:
+- in-batch, as published: ten pairs per step in file order, so that the two questions of a chunk are each other's
+  negatives; AdamW at 2e-5, 4 epochs
+- full-corpus: every document of the corpus that does not answer a question is its negative. Bias, temperature, pull
+  toward the identity and epochs are chosen on Lyft alone: best mean of hit@5 and MRR@10 over ten draws of a fifth of
+  its documents, held out with their questions. Uber chooses nothing
+- ridge and Procrustes: closed forms; the strength is chosen likewise
+- with --tuned, the fine-tuned models of repro_finetune_lyft_uber, and an adapter fitted on top of each
 
     python -m experiments.repro_adapter_lyft_uber --seeds 0 1 2 3 4
 """
@@ -59,12 +59,12 @@ AS_PUBLISHED = AdapterConfig(
     epochs=4,
     batch_size=10,
 )
-# What the draws choose of: some of the questions a step, so that a seed is an order; validated after every epoch.
+# The grid's base: fewer questions per step than there are, so that the seed matters; validated after every epoch.
 FULL_CORPUS = AdapterConfig(batch_size=64, epochs=20, eval_every=1)
 
 
 class Vectors(NamedTuple):
-    """A data set with its vectors, each text embedded once."""
+    """A dataset with its vectors, each text embedded once."""
 
     dataset: RetrievalDataset
     queries_QD: np.ndarray
@@ -72,7 +72,7 @@ class Vectors(NamedTuple):
 
 
 class Stored:
-    """What `evaluate` asks of an embedder, from vectors that are there already; queries through an adapter."""
+    """Serves `evaluate` with precomputed vectors; query vectors go through the adapter."""
 
     similarity = "cosine"
 
@@ -122,23 +122,23 @@ def main(options: argparse.Namespace) -> None:
 
 
 def embed(embedder: Embedder, dataset: RetrievalDataset) -> Vectors:
-    """Questions and documents of a data set."""
+    """Embeds the questions and documents of a dataset."""
     queries_QD = embedder.encode(list(dataset.queries.values()), role="query")
     return Vectors(dataset, queries_QD, embedder.encode(dataset.document_texts(), role="document"))
 
 
 def measure(vectors: Vectors, adapter: Adapter | None = None) -> Report:
-    """The report of a model, or of one with an adapter."""
+    """The report for a model, with or without an adapter."""
     return evaluate(Stored(vectors, adapter), vectors.dataset)
 
 
 def pairs(vectors: Vectors) -> tuple[np.ndarray, np.ndarray]:
-    """Questions and the documents that answer them, row by row."""
+    """Vectors of questions and of the documents that answer them, row by row."""
     return relevant_pairs(vectors.queries_QD, vectors.documents_ND, vectors.dataset.qrels_by_row())
 
 
 def fit(vectors: Vectors, config: AdapterConfig) -> Adapter:
-    """An adapter of a data set's vectors."""
+    """Fits an adapter on a dataset's vectors."""
     return fit_adapter(vectors.queries_QD, vectors.documents_ND, vectors.dataset.qrels_by_row(), config)
 
 
@@ -146,12 +146,12 @@ def fit(vectors: Vectors, config: AdapterConfig) -> Adapter:
 
 
 def quality(metrics: Mapping[str, float]) -> float:
-    """What is best when it is highest."""
+    """The criterion to maximise."""
     return float(np.mean([metrics[name] for name in CHOOSE]))
 
 
 def choose_full_corpus(vectors: Vectors) -> AdapterConfig:
-    """The bias, the temperature, the pull and the number of epochs with the best mean over the draws."""
+    """The bias, temperature, pull and number of epochs with the best mean over the draws."""
     best_value, best = -1.0, FULL_CORPUS
     for bias, temperature, pull in itertools.product(BIASES, TEMPERATURES, PULLS):
         options = {"bias": bias, "temperature": temperature, "toward_identity": pull}
@@ -188,7 +188,7 @@ def choose_strength(vectors: Vectors) -> float:
 
 
 def describe(config: AdapterConfig) -> str:
-    """What was chosen, in words."""
+    """The chosen settings in words."""
     bias = "a bias" if config.bias else "no bias"
     return f"{bias}, temperature {config.temperature:g}, pull {config.toward_identity:g}, {config.epochs} epochs"
 

@@ -1,12 +1,12 @@
-"""LlamaIndex, "Fine-Tuning Embeddings for RAG with Synthetic Data" (August 2023): train on Lyft, measure on Uber.
+"""Reproduces LlamaIndex, "Fine-Tuning Embeddings for RAG with Synthetic Data" (August 2023): Lyft to Uber.
 
-668 questions over Lyft's 10-K of 2021 train, 790 over Uber's measure; gpt-3.5-turbo wrote both, two a chunk. Settings
-as published: in-batch negatives at scale 20, batch 10, 2 epochs, AdamW at 2e-5 with weight decay 0.01, linear warmup
-over 10% of the steps, clipping at 1, 512 tokens. The last weights count; Uber chooses nothing.
+Trains on 668 questions over Lyft's 10-K of 2021 and measures on 790 over Uber's, two per chunk, all by gpt-3.5-turbo.
+Settings as published: in-batch negatives at scale 20, batch 10, 2 epochs, AdamW at 2e-5 with weight decay 0.01, linear
+warmup over 10% of the steps, clipping at 1, 512 tokens. The last weights count; Uber chooses nothing.
 
     python -m experiments.repro_finetune_lyft_uber --seeds 0 1 2
 
-A seed that is done is not trained again, and one that was killed is resumed: the run folders remember.
+Finished seeds are not trained again, and killed ones resume.
 """
 
 import argparse

@@ -1,18 +1,18 @@
-"""Schmid, "Fine-tune Embedding models for Retrieval Augmented Generation" (2024): Matryoshka on 7,000 finance pairs.
+"""Reproduces Schmid, "Fine-tune Embedding models for Retrieval Augmented Generation" (2024): 7,000 finance pairs.
 
-One document a row, 700 rows measure and 6,300 train, all contexts are the corpus. Settings as published: Matryoshka
-over in-batch negatives from the full size to a twelfth, batches of 32 without duplicates, gradients of 16 of them a
-step, 4 epochs, AdamW at 2e-5 with a cosine schedule and a tenth of warmup. `--batch true` takes the 512 pairs of a step
-as one batch, each query with 511 negatives instead of 31, less those that answer it: equal texts are one query or
-document there, so that none has to be kept out. `finetune` embeds either in parts, with the same gradients.
+One document per row, 700 rows for testing and 6,300 for training, all contexts in the corpus. Settings as published:
+Matryoshka over in-batch negatives from the full width to a twelfth, batches of 32 without duplicates, 16 of them
+accumulated per step, 4 epochs, AdamW at 2e-5, cosine schedule, 10% warmup. `--batch true` makes the 512 pairs of a step
+one batch, with 511 in-batch negatives per query instead of 31; equal texts are one query or document there. Gradient
+caching embeds either in parts.
 
-The article picks its best epoch on the test questions (`--pick test`): its figure has seen them. `--pick held-out`
-keeps a tenth of the training rows back, trains on the rest and picks on those.
+The article picks its best epoch on the test questions (`--pick test`), so its figure has seen them. `--pick held-out`
+holds out a tenth of the training rows and picks on those.
 
     python -m experiments.repro_matryoshka_finance --seeds 0 1 2
     python -m experiments.repro_matryoshka_finance --seeds 0 1 2 --batch accumulated true --pick test held-out
 
-A run that is done is not trained again, and one that was killed is resumed: the run folders remember.
+Finished runs are not trained again, and killed ones resume.
 """
 
 import argparse
@@ -47,7 +47,7 @@ RESULT = "by_dim.json"
 
 
 class Split(NamedTuple):
-    """Pairs to train on; questions to measure on and to pick by, each against all contexts of the file."""
+    """Training pairs; test questions, and questions that pick the epoch, each against all contexts of the file."""
 
     train: RetrievalDataset
     test: RetrievalDataset
@@ -89,15 +89,14 @@ def main(options: argparse.Namespace) -> None:
 
 
 def read_rows(path: str | Path) -> tuple[RetrievalDataset, int]:
-    """The pairs of the file, a query and a document a row, in the order of the split; and the number of rows.
+    """The pairs of the file, one query and one document per row, in the order of the split; and the number of rows.
 
-    Ids are places in that order ("q0012", "d0012"): the test's contexts come first. Contexts repeat over rows, and only
-    the question's own row counts as found; `evaluate` orders equal scores by id, so that a test row comes before the
-    rows to train on that have the same context, as in a corpus that begins with the test. In the order of the file the
-    base has 0.004 less at every dimension.
+    Ids are positions in that order ("q0012", "d0012"), so the test's contexts come first. Contexts repeat, and only the
+    question's own row counts as relevant; `evaluate` breaks ties by id, so a test row ranks before training rows with
+    the same context, as in a corpus that begins with the test set. In file order the base scores 0.004 less.
 
-    Two of the 7,000 rows lack a question, one of them the context too. Both are among those to train on; they are left
-    out, of the corpus too, which moves no figure at four digits.
+    Two of the 7,000 rows lack a question, and one of them its context. Both are training rows and are dropped, from the
+    corpus too, which changes no figure at four digits.
     """
     dataset = RetrievalDataset.load(path, merge=False, skip_empty=True)
     num_rows = len(dataset.queries) + dataset.num_skipped
@@ -112,10 +111,9 @@ def read_rows(path: str | Path) -> tuple[RetrievalDataset, int]:
 
 
 def split_rows(dataset: RetrievalDataset, num_rows: int, *, keep_back: bool) -> Split:
-    """Test: the first tenth of the places. With `keep_back` the next tenth of the rest picks the epoch and does not
-    train; without, the test picks and all the rest trains.
+    """Splits off the first tenth as the test set and, with `keep_back`, the next tenth of the rest to pick the epoch.
 
-    77 of the rows that train have a context that a test row has too, as in the article.
+    Without `keep_back` the test set picks. As in the article, 77 training rows share their context with a test row.
     """
     num_test = num_rows * TEST_ROWS // ROWS
     num_held_out = (num_rows - num_test) // 10 if keep_back else 0
@@ -134,9 +132,9 @@ def split_rows(dataset: RetrievalDataset, num_rows: int, *, keep_back: bool) -> 
 
 
 def merge_equal_texts(dataset: RetrievalDataset) -> RetrievalDataset:
-    """The pairs of a data set of rows, with equal questions one query and equal contexts one document: 6,289 of 6,298.
+    """Merges equal questions into one query and equal contexts into one document: 6,289 pairs of 6,298.
 
-    What is relevant to whom then follows from ids, in batches of any size.
+    Relevance then follows from ids, in batches of any size.
     """
     query_id, document_id = (
         {text: i for i, text in reversed(part.items())} for part in (dataset.queries, dataset.corpus)
@@ -153,19 +151,19 @@ def merge_equal_texts(dataset: RetrievalDataset) -> RetrievalDataset:
 
 
 def matryoshka_dims(full_dim: int) -> list[int]:
-    """From the full size to a twelfth of it: 768, 512, 256, 128, 64 of 768."""
+    """Dimensions from the full width to a twelfth of it: 768, 512, 256, 128, 64 for 768."""
     return [int(full_dim / share) for share in SHARES]
 
 
 def pick_dim(dims: Sequence[int]) -> int:
-    """The dimension by which the best epoch is picked: 128, or what is nearest to it."""
+    """The dimension that picks the best epoch: the one nearest to 128."""
     return min(dims, key=lambda dim: abs(dim - PICK_DIM))
 
 
 class DistinctTexts:
-    """An embedder for `evaluate_grid` that encodes equal texts once.
+    """An embedder for `evaluate_grid` that encodes equal texts once, so that their scores tie exactly.
 
-    In batches of different lengths their vectors would differ in the last bit, which would order what is to be a tie.
+    In batches of different lengths their vectors would differ in the last bit.
     """
 
     def __init__(self, embedder: Embedder):
@@ -181,7 +179,7 @@ class DistinctTexts:
 def measure(
     embedder: Embedder, dataset: RetrievalDataset, dims: Sequence[int], known: dict[tuple[str, str], dict[int, float]]
 ) -> dict[int, float]:
-    """nDCG@10 by dimension, in one encoding; `known` keeps it by weights and data, and nothing is measured twice."""
+    """nDCG@10 by dimension from one encoding; `known` caches it by weights and data."""
     key = embedder.sha256(), dataset.sha256()
     if key not in known:
         reports = evaluate_grid(DistinctTexts(embedder), dataset, dims=dims)
@@ -203,17 +201,19 @@ def finetune_seed(
     batch: str,
     pick: str,
 ) -> dict[int, float]:
-    """nDCG@10 on the test by dimension, of one seed; trains unless the run folder says that it is done."""
+    """nDCG@10 on the test set by dimension for one seed; trains unless the run is done."""
     embedder = load_embedder(options.base)
     in_one = batch == "true"
     training = merge_equal_texts(split.train) if in_one else split.train
     pairs_a_step = options.batch_size * options.accumulate
     size, accumulate = (pairs_a_step, 1) if in_one else (options.batch_size, options.accumulate)
     batches = make_batches(training, embedder.pack, batch_size=size, seed=seed, no_duplicates=not in_one)
-    # As many pairs a step either way: what differs is the negatives of each.
+    # Both ways take as many pairs per step; only the number of negatives differs.
     steps, expected = -(-len(batches) // accumulate), -(-len(split.train.queries) // pairs_a_step)
     if steps != expected:
-        raise ValueError(f"an epoch in batches of {size} is {steps} steps, expected {expected}: texts are in many rows")
+        raise ValueError(
+            f"an epoch in batches of {size} has {steps} steps, expected {expected}: some texts repeat too often"
+        )
     config = FinetuneConfig(
         epochs=options.epochs,
         accumulate=accumulate,
@@ -243,7 +243,7 @@ def finetune_seed(
 
 
 def format_dims(columns: Mapping[str, Sequence[Mapping[int, float]]], dims: Sequence[int]) -> str:
-    """A table by dimension: published, then every column's mean over its seeds, with the lift over the first."""
+    """A table by dimension: published figures, then each column's mean over seeds and its lift over the first."""
     names = list(columns)
     header = ["dimension", "published base", "published tuned", names[0]]
     header += [text for name in names[1:] for text in (name, "lift")]

@@ -1,4 +1,4 @@
-"""Where the published data sets lie on this disk, and where to get them.
+"""Where published datasets are on this disk, and where to get them.
 
 folder = find_data("lyft_uber", given=None)
 """
@@ -6,7 +6,7 @@ folder = find_data("lyft_uber", given=None)
 from pathlib import Path
 from typing import NamedTuple
 
-# Beside the checkout, when somebody put it there.
+# Optional: a folder beside the checkout.
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -28,7 +28,7 @@ SOURCES = {
 
 
 def find_data(name: str, given: str | None) -> Path:
-    """The folder of a data set: the one given, else the one beside the checkout.
+    """The folder of a dataset: the one given, else the one beside the checkout.
 
     Raises:
         FileNotFoundError: says which file is missing and where it is published.
@@ -36,6 +36,6 @@ def find_data(name: str, given: str | None) -> Path:
     folder, source = Path(given) if given else SHARED / name, SOURCES[name]
     for file in source.files:
         if not (folder / file).is_file():
-            where = f"get it from {source.origin}, and name its folder: --data DIR"
+            where = f"get it from {source.origin} and pass its folder with --data DIR"
             raise FileNotFoundError(f"{folder / file} is not there; {where}")
     return folder
