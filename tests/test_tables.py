@@ -86,6 +86,21 @@ def test_markdown():
     ]
 
 
+def test_latex():
+    rows = [["hit_rate@5", "-0.5", "[-.1, +.2]"], ["[0, 1]", "<0.0001", "a|b~^\\{c} 3-5 ±1"]]
+    assert format_table(["metric", "a", "b"], rows, style="latex").splitlines() == [
+        r"\begin{tabular}{lrr}",
+        r"\toprule",
+        r"{}metric & a & b \\",
+        r"\midrule",
+        r"{}hit\_rate@5 & $-$0.5 & [$-$.1, +.2] \\",
+        r"{}[0, 1] & \textless{}0.0001 & "
+        r"a\textbar{}b\textasciitilde{}\textasciicircum{}\textbackslash{}\{c\} 3-5 $\pm$1 \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+
+
 def test_csv():
     text = format_table(["metric", "a"], [['he said "x", then', "1\n2"], ["", "0.5"]], style="csv")
     assert text == 'metric,a\n"he said ""x"", then","1\n2"\n,0.5'

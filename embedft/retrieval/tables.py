@@ -1,10 +1,10 @@
-"""Reports as tables: several by name, a grid of settings, comparisons; as text, Markdown or CSV.
+"""Reports as tables: several by name, a grid of settings, comparisons; as text, Markdown, CSV or LaTeX.
 
     print(format_reports({"model": report, "bm25": bm25}))
     print(format_grid(evaluate_grid(embedder, dataset, dims=[384, 128], precisions=["float32", "int8"])))
     print(format_comparisons({"tuned": [compare(base, tuned, metric="mrr@10")]}, style="csv"))
 
-CSV has every digit, an interval as two columns, and column names without blanks.
+CSV has every digit, an interval as two columns, and column names without blanks; LaTeX needs the package booktabs.
 """
 
 import csv
@@ -16,7 +16,12 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from .report import Comparison, Report, compare
 
-Style = Literal["text", "markdown", "csv"]
+Style = Literal["text", "markdown", "csv", "latex"]
+LATEX = str.maketrans(
+    {character: f"\\{character}" for character in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
+    | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
+)
 MAIN_METRICS = ("hit_rate@5", "mrr@10", "ndcg@10", "map@100")
 
 
@@ -30,6 +35,8 @@ def format_table(
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([header, *rows])
         return text.getvalue().rstrip("\n")
+    if style == "latex":
+        return _latex([header, *rows], num_left)
     bar = r"\|" if style == "markdown" else "|"
     columns = [[c.replace("\n", " ").replace("|", bar) for c in column] for column in zip(header, *rows, strict=True)]
     widths = [max(map(len, column)) for column in columns]
@@ -41,6 +48,15 @@ def format_table(
     first, *others = [f"| {' | '.join(line)} |" for line in lines]
     rules = ["-" * (width + 1) + ("-" if i < num_left else ":") for i, width in enumerate(widths)]
     return "\n".join([first, f"|{'|'.join(rules)}|", *others])
+
+
+def _latex(rows: Sequence[Sequence[str]], num_left: int) -> str:
+    # A minus is not a hyphen; {} keeps a cell like "[0, 1]" from being read as an argument of the line break before it.
+    cells = [[re.sub(r"(?<![\w.)])-(?=\.?\d)", "$-$", cell.translate(LATEX)) for cell in row] for row in rows]
+    first, *others = [rf"{{}}{' & '.join(row)} \\" for row in cells]
+    columns = "l" * num_left + "r" * (len(rows[0]) - num_left)
+    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", first, r"\midrule", *others, r"\bottomrule"]
+    return "\n".join([*lines, r"\end{tabular}"])
 
 
 class _Column(NamedTuple):
