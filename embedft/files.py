@@ -2,11 +2,7 @@
 
 A reader never sees half a file: everything is written beside its place and renamed into it. Only logs are appended to,
 one JSON object per line; `resume_jsonl` removes the half line that a killed process may have left. When a write fails,
-on a full disk for example, the `OSError` names the file, earlier files stay as they were, and nothing half-written is
-left.
-
-    with atomic_write("metrics.json") as file:
-        file.write("{}")
+the `OSError` names the file, earlier files stay as they were, and nothing half-written is left.
 """
 
 import contextlib
@@ -47,9 +43,7 @@ def named_errors(path: str | Path) -> Iterator[None]:
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
     """Opens a temporary file beside `path` and renames it to `path` when the block ends; an error changes nothing.
 
-    Args:
-        path: the file to create or replace; its folder is created when missing.
-        mode: "w" (UTF-8 text, newlines as given) or "wb".
+    `mode` is "w" (UTF-8 text, newlines as given) or "wb". A missing folder is created.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,10 +63,8 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
 def replace_files(folder: str | Path, *, stale: Collection[str] = ()) -> Iterator[Path]:
     """Yields an empty folder, whose files move into `folder` when the block ends; then the stale ones are removed.
 
-    Until everything is written, or when an error ends the block, nothing in `folder` changes.
-
-    Args:
-        stale: paths within `folder` to remove unless they were written, and then their folders when those are empty.
+    Until everything is written, or when an error ends the block, nothing in `folder` changes. `stale` paths within it
+    that were not written are removed, and then their folders when those are empty.
     """
     folder = Path(folder)
     created = not folder.exists()
@@ -122,10 +114,8 @@ def write_json(path: str | Path, value: Any) -> None:
 def read_lines(path: str | Path) -> Iterator[str]:
     """Yields the lines of a UTF-8 file with their ends; only a line feed ends a line, a byte order mark is dropped.
 
-    A file that ends in .gz is decompressed. Memory does not grow with the file.
-
-    Raises:
-        ValueError: naming the line of an invalid byte; a damaged .gz file, or a Git LFS pointer instead of a file.
+    A file that ends in .gz is decompressed. Memory does not grow with the file. Raises `ValueError` naming the line of
+    an invalid byte, and for a damaged .gz file or a Git LFS pointer.
     """
     with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
         yield from _decoded(file, path)
@@ -214,13 +204,9 @@ def append_jsonl(path: str | Path, record: dict) -> None:
 def resume_jsonl(path: str | Path, *, repair: bool = True) -> Iterator[dict]:
     """Yields the objects of an append-only log, without the half line that a killed process may have left at its end.
 
-    A last line that lacks only its line feed counts. A missing file is an empty log.
-
-    Args:
-        repair: before yielding anything, make the file ready to append to: cut off the half line, add the line feed.
-
-    Raises:
-        ValueError: naming a whole line that is no JSON object; the last line is not the beginning of one.
+    A last line that lacks only its line feed counts. A missing file is an empty log. With `repair` the file is first
+    made ready to append to: without the half line, with the line feed. Raises `ValueError` naming a whole line that is
+    no JSON object, and when the last line is not the beginning of one.
     """
     path = Path(path)
     data = path.read_bytes() if path.exists() else b""
@@ -250,13 +236,8 @@ def resume_jsonl(path: str | Path, *, repair: bool = True) -> Iterator[dict]:
 def locked(path: str | Path, *, wait: Callable[[str], object] | None = None) -> Iterator[None]:
     """Holds the lock file `path` while the block runs, so that one process writes at a time.
 
-    The system releases the lock when the process ends, however it ends; the empty file stays.
-
-    Args:
-        wait: called once with the holder ("process 17") before waiting for it. None: do not wait.
-
-    Raises:
-        ValueError: another process, or another block of this one, holds the lock.
+    The system releases the lock when the process ends, however it ends; the empty file stays. While another process, or
+    another block of this one, holds it: raises `ValueError`, or calls `wait("process 17")` once and waits.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -21,21 +21,9 @@ class _Lines(tqdm):
 
 
 def progress_bar(
-    total: int | None,
-    description: str,
-    *,
-    unit: str,
-    show: bool | None = None,
-    initial: int = 0,
-    line_seconds: float = 30,
+    total: int | None, description: str, *, unit: str, show: bool | None = None, initial: int = 0, line_seconds=30.0
 ) -> tqdm:
-    """A tqdm bar on stderr.
-
-    Args:
-        show: None: as EMBEDFT_PROGRESS says; when it is unset, a bar on a terminal, else lines.
-        initial: how much was done before.
-        line_seconds: time between two lines; work that takes less shows none.
-    """
+    """A tqdm bar on stderr, of which `initial` was done before; or lines, the first after `line_seconds`."""
     asked = os.environ.get("EMBEDFT_PROGRESS")
     lines = show is None and asked is None and not sys.stderr.isatty()
     disable = not show if show is not None else asked == "0"

@@ -14,7 +14,7 @@ from ..corpus.chunks import chunk_pages, save_chunks
 from ..corpus.documents import drop_repeated_lines, read_documents
 from ..corpus.splits import parse_pages, split_chunks
 from ..files import check_writable, replace_files, write_json
-from .options import DEFAULT_MODEL, TRAIN, VALIDATION, WHOLE
+from .options import CHUNK_FILES, DEFAULT_MODEL, TRAIN, VALIDATION, WHOLE
 
 REPORT = "chunk-report.json"
 WAYS = ("train_pages", "train_files", "train_share")
@@ -108,7 +108,7 @@ def _size(options: Options) -> tuple[int, Callable]:
 
 
 def _save(out: Path, sides: dict, report: dict) -> None:
-    other_split = [f"{name}.jsonl" for name in (WHOLE, TRAIN, VALIDATION) if name not in sides]
+    other_split = [f"{name}.jsonl" for name in CHUNK_FILES if name not in sides]
     removed = [out / name for name in other_split if (out / name).is_file()]
     with replace_files(out, stale=other_split) as new:
         for name, side in sides.items():

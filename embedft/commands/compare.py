@@ -71,10 +71,8 @@ def run(options: Options) -> None:
         how = "intervals by bootstrap, p-values by sign flips"
         if options.seeds:
             how = "intervals and p-values by a t distribution, for new seeds and new questions"
-        print(
-            f"\n{one.num_queries:,} questions in {one.num_clusters:,} clusters (questions that share a document);"
-            f" differences to {base_name};\n{how}"
-        )
+        size = f"{one.num_queries:,} questions in {one.num_clusters:,} clusters (questions that share a document)"
+        print(f"\n{size}; differences to {base_name};\n{how}")
 
 
 def _load(folder: Path) -> Report:

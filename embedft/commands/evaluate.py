@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import embedft
 
-from ..config import REQUIRED, check_at_most_one, setting
+from ..config import REQUIRED, changed, check_at_most_one, setting
 from ..data.dataset import RetrievalDataset
 from ..files import check_writable, replace_files
 from ..retrieval.report import REPORT_FILES, Report
@@ -28,9 +28,8 @@ class Grid:
     """Settings: every combination is evaluated, from one encoding."""
 
     passages: list[int] = setting(
-        [], "score by the best window of SIZE tokens, one every STRIDE; more pairs: more settings [whole]",
-        metavar="SIZE STRIDE ...",
-    )  # fmt: skip
+        [], "score by the best window of SIZE tokens, one every STRIDE; may repeat [whole]", metavar="SIZE STRIDE ..."
+    )
     whole: bool = setting(False, "evaluate whole documents too, besides --passages")
     dims: list[int] | None = setting(None, "leading dimensions to keep [all]")
     precisions: list[Literal["float32", "int8", "binary"]] = setting(["float32"], "of the document vectors")
@@ -73,12 +72,9 @@ class Options(Adapted, Grid, Hybrid, Output, Data):
         check_at_most_one(self, "dim", "dims")
         check_at_most_one(self, "bm25", "fuse")
         check_at_most_one(self, "style", "json")
-        if self.whole and not self.passages:
-            raise ValueError("--whole is for --passages, which is not given")
-        if self.overwrite and not self.out:
-            raise ValueError("--overwrite is for --out, which is not given")
-        if self.fuse_weight != 0.5 and not self.fuse:
-            raise ValueError("--fuse-weight is for --fuse, which is not given")
+        for name, needed in (("whole", "passages"), ("overwrite", "out"), ("fuse_weight", "fuse")):
+            if not getattr(self, needed) and (given := changed(self, [name])):
+                raise ValueError(f"{given[0]} is for --{needed}, which is not given")
         if not 0 <= self.fuse_weight <= 1:
             raise ValueError(f"--fuse-weight is {self.fuse_weight}, expected 0 to 1")
         if self.fuse and self.num_settings > 1:

@@ -55,16 +55,14 @@ def run(options: Options) -> None:
     if not any(counts.values()):
         raise ValueError("no question has a negative, nothing is written: the margins or the ranks leave none")
     if short := sum(count < options.num_negatives for count in counts.values()):
-        print(
-            f"{short:,} of {len(counts):,} questions have fewer than {options.num_negatives} negatives,"
-            f" {list(counts.values()).count(0):,} have none; a later last rank finds more",
-            file=sys.stderr,
-        )
+        few = f"{short:,} of {len(counts):,} questions have fewer than {options.num_negatives} negatives"
+        none = f"{list(counts.values()).count(0):,} have none"
+        print(f"{few}, {none}; a later last rank finds more", file=sys.stderr)
     pairs = _training_pairs(mined, list(counts))
     pairs.save(options.out)
     print_costs(embedder)
-    sizes = f"{len(counts):,} questions, {len(pairs.corpus):,} documents, {sum(counts.values()):,} negatives"
-    print(f"{options.out}: {sizes}")
+    numbers = f"{len(counts):,} questions, {len(pairs.corpus):,} documents, {sum(counts.values()):,} negatives"
+    print(f"{options.out}: {numbers}")
 
 
 def _training_pairs(dataset: RetrievalDataset, query_ids: list[str]) -> RetrievalDataset:

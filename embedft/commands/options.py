@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 DATASETS = "QA JSON, BEIR folder, JSONL or CSV pairs"
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
-# What `embedft chunk` writes and other commands read: one file, or two.
-WHOLE, TRAIN, VALIDATION = "chunks", "train", "validation"
+# What `embedft chunk` writes and other commands read: the first alone, or the two of a split.
+CHUNK_FILES = WHOLE, TRAIN, VALIDATION = "chunks", "train", "validation"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ def load_encoder(options: Encoder) -> "Embedder | ApiEmbedder":
 
 def load_data(path: str, options: Data, *, split: str | None = None, merge: bool = True) -> RetrievalDataset:
     """A dataset, with a note on stderr of the rows that --skip-empty dropped."""
-    given = {"format": options.format, "skip_empty": options.skip_empty, "strict": options.strict}
+    given = {name: getattr(options, name) for name in ("format", "skip_empty", "strict")}
     dataset = RetrievalDataset.load(path, merge=merge, split=split or options.split, **given)
     if dataset.num_skipped and os.environ.get("RANK", "0") == "0":
         print(f"{path}: dropped {dataset.num_skipped} rows with empty texts", file=sys.stderr)
@@ -139,7 +139,7 @@ def load_chunk_files(path: Path) -> "dict[str, list[Chunk]]":
     from ..corpus.documents import SUFFIXES
 
     if path.is_dir():
-        found = [file for name in (WHOLE, TRAIN, VALIDATION) if (file := path / f"{name}.jsonl").is_file()]
+        found = [file for name in CHUNK_FILES if (file := path / f"{name}.jsonl").is_file()]
         if not found:
             raise ValueError(f"{path}: no {WHOLE}.jsonl and no {TRAIN}.jsonl in it")
         return {file.stem: load_chunks(file) for file in found}
@@ -152,22 +152,20 @@ def load_chunk_files(path: Path) -> "dict[str, list[Chunk]]":
 
 def print_costs(embedder: "Embedder | ApiEmbedder") -> None:
     """What was stored, what was computed, and what it cost, on stderr."""
-    store = embedder.store
     if hasattr(embedder, "endpoint"):
         print(f"{embedder.endpoint.name}: {embedder.costs}", file=sys.stderr)
-    if store is not None:
+    if (store := embedder.store) is not None:
         size = format_bytes(store.num_bytes())
         print(f"{store.folder}: {store.hits:,} texts found, {store.misses:,} computed; {size} on disk", file=sys.stderr)
 
 
 def format_bytes(number: int) -> str:
     """A number of bytes with three digits, in powers of 1024: "1.46 GiB"."""
-    if number < 1000:
-        return f"{number} bytes"
-    value, units = number / 1024, ["KiB", "MiB", "GiB", "TiB"]
-    while value >= 1000 and len(units) > 1:
-        value, units = value / 1024, units[1:]
-    return f"{value:.3g} {units[0]}"
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1024
+    return f"{number:.3g} TiB"
 
 
 def short_names(folders: Sequence[str]) -> list[str]:

@@ -50,9 +50,7 @@ class Options(LanguageModel, config.Options):
         REQUIRED, "chunks, or JSONL with `id` and `text`; docstring: packages", metavar="SOURCE", positional=True
     )
     out: str = setting(REQUIRED, "gets the datasets, the replies and a report", metavar="DIR")
-    method: Literal["llm", "ict", "title", "docstring"] = setting(
-        "llm", "ict: a sentence of each chunk; title: heading"
-    )
+    method: Literal["llm", "ict", "title", "docstring"] = setting("llm", "ict: a sentence of a chunk; title: heading")
     seed: int = setting(0, "of ict and docstring")
     validation: bool = setting(False, "SOURCE is for validation: ict takes sentences out of chunks; no round trip")
     num_docstrings: list[int] = setting([2_000, 1_000], "docstrings for training and validation", metavar="N N")
@@ -75,9 +73,8 @@ def run(options: Options) -> int:
     check_writable(options.out)
     if options.method == "docstring":
         train, held_out = options.num_docstrings
-        numbers = {"num_train": train, "num_held_out": held_out, "seed": options.seed}
-        sides = docstring_datasets(**numbers, packages=options.sources)
-        _save(options.out, dict(zip((TRAIN, VALIDATION), sides, strict=True)))
+        sides = docstring_datasets(num_train=train, num_held_out=held_out, seed=options.seed, packages=options.sources)
+        _save(Path(options.out), dict(zip((TRAIN, VALIDATION), sides, strict=True)))
         return 0
     sides = load_chunk_files(Path(options.sources[0]))
     texts: dict[str, str] = {}
@@ -103,7 +100,7 @@ def _pseudo(options: Options, sides: dict[str, list[Chunk]]) -> int:
         datasets[TRAIN] = cleaned.dataset
         if cleaned.dropped:
             print(f"{TRAIN}: dropped {len(cleaned.dropped):,} questions that validation asks too")
-    _save(options.out, datasets)
+    _save(Path(options.out), datasets)
     return 0
 
 
@@ -139,16 +136,13 @@ def _ask(options: Options, sides: dict[str, list[Chunk]]) -> int:
             report[name] = str(error)
             print(f"{name}: {error}", file=sys.stderr)
     empty = [f"{name}.json" for name in sides if name not in datasets]
-    _save(options.out, datasets, stale=empty, report={**report, "missing": outcome.missing})
+    _save(out, datasets, stale=empty, report={**report, "missing": outcome.missing})
     if not outcome.missing:
         return 0 if len(datasets) == len(sides) else 1
     for reason, count in Counter(outcome.missing.values()).most_common(MAX_REASONS):
         print(f"{count:,} without questions: {reason}", file=sys.stderr)
-    print(
-        f"{len(outcome.missing):,} of {len(chunks):,} chunks have no questions; the same command asks for those alone "
-        f"(all reasons: {out / REPORT})",
-        file=sys.stderr,
-    )
+    left = f"{len(outcome.missing):,} of {len(chunks):,} chunks have no questions"
+    print(f"{left}; the same command asks for those alone (all reasons: {out / REPORT})", file=sys.stderr)
     return 1
 
 
@@ -164,10 +158,10 @@ def _cleaning(options: Options, name: str, validation: RetrievalDataset | None) 
 
 
 def _format_estimate(found: Estimate) -> str:
+    tokens = f"{found.prompt_tokens:,} prompt tokens, {found.completion_tokens:,} reply tokens"
     text = (
         f"{found.num_requests:,} of {found.num_chunks:,} chunks have no questions yet and take a request each\n"
-        f"estimated from bytes (4 per token): {found.prompt_tokens:,} prompt tokens, {found.completion_tokens:,} reply "
-        "tokens"
+        f"estimated from bytes (4 per token): {tokens}"
     )
     if found.cost is None:
         return f"{text}\nfor the cost, give --price-in and --price-out, money per million tokens"
@@ -176,11 +170,9 @@ def _format_estimate(found: Estimate) -> str:
 
 def _format_totals(outcome: Outcome) -> str:
     totals, num_chunks = outcome.totals, len(outcome.questions) + len(outcome.missing)
-    text = (
-        f"{len(outcome.questions):,} of {num_chunks:,} chunks have questions; all runs together: "
-        f"{totals.num_requests:,} requests, {totals.prompt_tokens:,} prompt tokens, {totals.completion_tokens:,} reply "
-        "tokens"
-    )
+    text = f"{len(outcome.questions):,} of {num_chunks:,} chunks have questions; all runs together: "
+    text += f"{totals.num_requests:,} requests, {totals.prompt_tokens:,} prompt tokens, "
+    text += f"{totals.completion_tokens:,} reply tokens"
     if totals.cost is not None:
         text += f", cost {totals.cost:.4f}"
     if totals.num_unreported:
@@ -189,8 +181,7 @@ def _format_totals(outcome: Outcome) -> str:
     return f"{text}\n{outcome.stopped}" if outcome.stopped else text
 
 
-def _save(folder: str, datasets: Mapping[str, RetrievalDataset], *, stale=(), report: dict | None = None) -> None:
-    out = Path(folder)
+def _save(out: Path, datasets: Mapping[str, RetrievalDataset], *, stale=(), report: dict | None = None) -> None:
     with replace_files(out, stale=stale) as new:
         for name, dataset in datasets.items():
             dataset.save(new / f"{name}.json", format="llamaindex")

@@ -23,18 +23,7 @@ from ..data.dataset import RetrievalDataset
 from ..files import read_jsonl
 from ..retrieval.bm25 import Bm25Index, split_words
 from ..retrieval.run import Run
-from .options import (
-    TRAIN,
-    VALIDATION,
-    WHOLE,
-    Adapted,
-    Data,
-    Windows,
-    load_chunk_files,
-    load_data,
-    load_encoder,
-    print_costs,
-)
+from .options import CHUNK_FILES, Adapted, Data, Windows, load_chunk_files, load_data, load_encoder, print_costs
 
 FUSED_DEPTH = 100  # documents of either run that are fused, whose scores make the z-scores
 SHOWN_LINES, WIDEST = 4, 100  # of a document's beginning; windows and --full are shown whole
@@ -72,15 +61,11 @@ def run(options: Options) -> None:
         found = searcher.search([question])
         if bm25 is not None:
             found = embedft.fuse([found, bm25(question, depth)], method="zscore", depth=options.depth)
-        query_D = None
+        (ranked,) = found.to_dict().values()
+        hits = [{"id": i, "score": score, "place": places.get(i), "text": texts[i]} for i, score in ranked.items()]
         if windows is not None:
             (query_D,) = embedder.encode([question], role="query", dim=options.dim, progress=False)
-        (ranked,) = found.to_dict().values()
-        hits = []
-        for document_id, score in ranked.items():
-            text = texts[document_id]
-            hit = {"id": document_id, "score": score, "place": places.get(document_id), "text": text}
-            hits.append(hit if windows is None else {**hit, "passage": windows.best(text, query_D)})
+            hits = [{**hit, "passage": windows.best(hit["text"], query_D)} for hit in hits]
         if options.json:
             print(json.dumps({"question": question, "documents": hits}))
         else:
@@ -104,7 +89,7 @@ def _load_documents(options: Options) -> tuple[RetrievalDataset, dict[str, str]]
 def _holds_chunks(path: Path) -> bool:
     """Whether `embedft chunk` wrote it, or it has objects with `id` and `text`, which no dataset has."""
     if path.is_dir():
-        return any((path / f"{name}.jsonl").is_file() for name in (WHOLE, TRAIN, VALIDATION))
+        return any((path / f"{name}.jsonl").is_file() for name in CHUNK_FILES)
     if path.suffix != ".jsonl" or not path.is_file():
         return False
     _, first = next(read_jsonl(path), (0, None))
@@ -113,10 +98,10 @@ def _holds_chunks(path: Path) -> bool:
 
 def _place(chunk: Chunk) -> str:
     """The first place of a chunk, and how many more there are."""
-    first, *others = chunk.places
-    pages = f"page {first.first_page}" if first.first_page == first.last_page else ""
-    pages = pages or f"pages {first.first_page}-{first.last_page}"
-    return f"{first.file}, {pages}" + (f" (and {len(others)} more)" if others else "")
+    place, *others = chunk.places
+    first, last = place.first_page, place.last_page
+    pages = f"page {first}" if first == last else f"pages {first}-{last}"
+    return f"{place.file}, {pages}" + (f" (and {len(others)} more)" if others else "")
 
 
 def _questions(options: Options) -> Iterator[str]:
@@ -157,18 +142,14 @@ def _bm25(embedder, dataset: RetrievalDataset):
 
 
 class _Windows:
-    """Finds the window of a document that answers a question best, and its text.
-
-    Shapes: W windows, D dimensions.
-    """
+    """Finds the window of a document that answers a question best, and its text. W windows, D dimensions."""
 
     def __init__(self, embedder, passages: tuple[int, int]):
         self.embedder, self.passages = embedder, passages
         self.backend = copy.deepcopy(embedder.tokenizer.backend)  # a copy, for the embedder's own cuts texts off
         self.backend.no_truncation()
-        prompt = embedder.prompt("document")
-        around = self.backend.num_special_tokens_to_add(False) + len(embedder.tokenize([prompt])[0])
-        self.room = passages[0] - around
+        num_prompt = len(embedder.tokenize([embedder.prompt("document")])[0])
+        self.room = passages[0] - self.backend.num_special_tokens_to_add(False) - num_prompt
 
     def best(self, text: str, query_D: np.ndarray) -> str:
         """The text of the window whose vector has the largest inner product with a query's."""

@@ -52,7 +52,7 @@ class QuestionConfig:
 
     model: str = setting("gpt-4o-mini", "the LLM, by the name its server knows")
     num_questions: int = setting(2, "questions per chunk")
-    max_reply_tokens: int | None = setting(None, "longest reply; null: 128 per question; a reasoning model needs more")
+    max_reply_tokens: int | None = setting(None, "longest reply; a reasoning model needs more [128 per question]")
     parameters: dict = setting({}, "sent unchanged: temperature, seed, reasoning_effort, ...")
     structured: Literal["auto", "schema", "lines"] = setting("auto", "JSON by a schema, plain lines, or what works")
     concurrency: int = setting(16, "requests in flight at once")

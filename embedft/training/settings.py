@@ -21,7 +21,7 @@ class TrainConfig:
 
     epochs: int = setting(3, "passes over the training pairs", least=1)
     lr: float = setting(5e-5, "peak learning rate", above=0)
-    loss_lr: float | None = setting(None, "peak learning rate of the loss's own parameters; null: lr", above=0)
+    loss_lr: float | None = setting(None, "peak learning rate of the loss's own parameters [lr]", above=0)
     schedule: Schedule = setting("linear", "learning rate after warmup")
     warmup: float = setting(0.0, "warmup steps; below 1: fraction of all steps", least=0)
     weight_decay: float = setting(0.0, "weight decay of matrices; biases and norms have none", least=0)
@@ -30,10 +30,10 @@ class TrainConfig:
     precision: Literal["float32", "bfloat16"] = setting("float32", "precision of the forward pass; bfloat16: autocast")
     accumulate: int = setting(1, "batches per step; their gradients are averaged", least=1)
     mini_batch_tokens: int | None = setting(
-        None, "tokens embedded with gradient at a time (gradient caching); null: the whole batch at once", least=1
+        None, "tokens embedded with gradient at a time (gradient caching) [the whole batch at once]", least=1
     )
-    eval_every: int | None = setting(None, "steps between validations; null: one per epoch", least=1)
-    checkpoint_every: int | None = setting(None, "steps between checkpoints; null: one per epoch", least=1)
+    eval_every: int | None = setting(None, "steps between validations [one per epoch]", least=1)
+    checkpoint_every: int | None = setting(None, "steps between checkpoints [one per epoch]", least=1)
     select: str = setting("ndcg@10", "validation metric that chooses the best weights")
     log: Logger | None = setting(None, "also log to tensorboard or wandb, which must be installed")
 
@@ -66,9 +66,9 @@ class FinetuneConfig(TrainConfig):
         2.0, "for sampling by temperature: 1 is proportional, higher more even", least=1
     )
     mixed: bool = setting(False, "mix all datasets in each batch, instead of one dataset per batch")
-    max_length: int | None = setting(None, "truncate texts to this many tokens; null: the model's own")
+    max_length: int | None = setting(None, "truncate texts to this many tokens [the model's own]")
     passages: list[int] | None = setting(
-        None, "[size, stride] in tokens: split documents into windows, the best one counts; null: one vector each"
+        None, "[size, stride] in tokens: split documents into windows, the best one counts [one vector each]"
     )
     windows_per_document: int = setting(4, "windows of a document per batch: the best ones, then random ones", least=1)
     refresh_windows: bool = setting(False, "find the best windows anew before each epoch, with the current model")
@@ -129,7 +129,7 @@ class AdapterConfig:
     bias: bool = setting(True, "give maps a bias")
     rank: int = setting(16, "rank of a low-rank map", least=1)
     hidden: int = setting(256, "hidden features of a two-layer map", least=1)
-    out_dim: int | None = setting(None, "output features, for both or shared; null: as many as the input", least=1)
+    out_dim: int | None = setting(None, "output features, for both or shared [as many as the input]", least=1)
     objective: Literal["full_corpus", "in_batch"] = setting("full_corpus", "what the loss compares a question with")
     temperature: float = setting(0.03, "temperature of the full-corpus softmax", above=0)
     loss: dict[str, Any] = setting({"name": "in_batch_negatives"}, "name and options of the loss, for in_batch")
@@ -151,7 +151,7 @@ class AdapterConfig:
         0.0, "fraction of the answering documents that chooses the best step; 0: the last step", least=0, below=1
     )
     eval_every: int = setting(10, "steps between validations", least=1)
-    patience: int | None = setting(None, "stop after this many validations without improvement; null: never", least=1)
+    patience: int | None = setting(None, "stop after this many validations without improvement [never]", least=1)
     select: str = setting("mrr@10", "validation metric that chooses the best step, mrr@K or hit_rate@K")
     documents_at_once: int = setting(16_384, "documents, or windows of them, scored at a time", least=1)
     seed: int = setting(
