@@ -202,7 +202,7 @@ def test_llamaindex(tmp_path):
         ),
         (
             '{"queries": {"q1": "x"}, "corpus": {"d1": "me"}, "relevant_docs": {"q1": ["d1", "d1"]}}',
-            "PATH: relevant_docs of query 'q1': document id 'd1'",
+            "PATH: relevant_docs: query id 'q1' with document id 'd1' appears twice",
         ),
         (
             '{"queries": {"q1": "x"}, "corpus": {"d1": "me"}, "relevant_docs": {"q1": "d1"}}',

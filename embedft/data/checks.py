@@ -1,5 +1,6 @@
 """Checks of what a dataset holds. Each raises `ValueError`; `where` begins its message."""
 
+import math
 import reprlib
 from collections import Counter
 from typing import Any
@@ -28,13 +29,8 @@ def check_text(text: Any, where: str, advice: str = "") -> None:
 def check_id(kind: str, i: Any, texts: dict[str, str], where: str) -> None:
     """An id is one of `texts`; `kind` is "query" or "document"."""
     if not isinstance(i, str) or i not in texts:
-        raise ValueError(f"{where}{unknown_id(kind, i, texts)}")
-
-
-def unknown_id(kind: str, i: Any, texts: dict[str, str]) -> str:
-    """What to say of an id that is not one of `texts`."""
-    place, unit = {"query": ("queries", "queries"), "document": ("corpus", "documents")}[kind]
-    return f"{kind} id {i!r} is not in the {place} ({len(texts):,} {unit})"
+        place, unit = {"query": ("queries", "queries"), "document": ("corpus", "documents")}[kind]
+        raise ValueError(f"{where}{kind} id {i!r} is not in the {place} ({len(texts):,} {unit})")
 
 
 def check_distinct(values: list[str], where: str) -> None:
@@ -47,3 +43,9 @@ def check_grade(grade: Any, where: str) -> None:
     """A grade is a whole number of at most 32 bits; above 0 is relevant."""
     if type(grade) is not int or abs(grade) >= 2**31:
         raise ValueError(f"{where} must be a whole number, below 2^31, found {reprlib.repr(grade)}")
+
+
+def check_score(score: Any, where: str) -> None:
+    """A score is a finite number."""
+    if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
+        raise ValueError(f"{where} must be a finite number, found {reprlib.repr(score)}")

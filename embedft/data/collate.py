@@ -4,8 +4,7 @@
     batch = collate([("q1", "d1"), ("q2", "d2")])
 
 A document appears once in a batch, however many queries list it, and every pair that the data knows to be relevant is
-marked, so that no query's own document is its negative. Documents of equal text are one document, and rows of one
-query are marked as such.
+marked, so that no query's own document is its negative; rows of one query are marked as such too.
 
 Shapes: B queries of a batch, M documents, C columns for them (their windows, with passages), G listed documents per
 query, K known pairs.
@@ -14,7 +13,7 @@ query, K known pairs.
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -49,9 +48,8 @@ class Collate:
             fewer lists those it has; `group` has the same width in every batch.
         relevance: put the grades of listed documents into the targets.
         target_scores: put `dataset.scores` of listed documents into the targets.
-        merge_equal_texts: documents of equal text (title included) under several ids are one document of the batch,
-            under the first of these ids. False: only equal ids are one document, so equal texts are each other's
-            negatives.
+        merge_equal_texts: documents of equal text (title included) are one document of the batch, under the first of
+            their ids. False: only equal ids are one document, so equal texts are each other's negatives.
         passages: (size, stride) in tokens: documents become windows, cut by `pack(texts, role=..., passages=...)`, and
             all windows of a document are columns with its number (`Targets.document`). None: one column per document.
         windows_per_document: windows of a document in one batch: the best one for each of its queries in the batch
@@ -87,11 +85,26 @@ class Collate:
         """The documents listed for an example: its own, then its hard negatives."""
         query_id, document_id = example
         listed = relevant(self.dataset, query_id) if document_id is None else [document_id]
-        if self.num_negatives:
-            # A scored document may be a hard negative of its query too.
-            negatives = self.dataset.negatives.get(query_id, ())[: self.num_negatives]
-            listed += [i for i in negatives if i != document_id]
-        return listed
+        # A scored document may be a hard negative of its query too.
+        negatives = self.dataset.negatives.get(query_id, ())[: self.num_negatives]
+        return listed + [i for i in negatives if i != document_id]
+
+    def count_tokens(self, texts: Sequence[str], *, role: str, texts_at_a_time: int = 1_024) -> list[int]:
+        """Tokens of each text as packed; with passages, those of a document's `windows_per_document` longest windows.
+
+        Equal texts are tokenized once.
+        """
+        distinct, counts = list(dict.fromkeys(texts)), []
+        for first in range(0, len(distinct), texts_at_a_time):
+            part = distinct[first : first + texts_at_a_time]
+            if role == "query" or self.passages is None:
+                counts += self.pack(part, role=role).lengths().tolist()
+            else:
+                packed = self.pack(part, role=role, passages=self.passages)
+                windows = packed.lengths().split(packed.source.bincount().tolist())
+                counts += [int(x.sort(descending=True)[0][: self.windows_per_document].sum()) for x in windows]
+        of_text = dict(zip(distinct, counts, strict=True))
+        return [of_text[text] for text in texts]
 
     def __call__(self, examples: Sequence[Example], *, draw: tuple[int, int] = (0, 0)) -> Batch:
         """A batch of examples: all first listed documents, then all second ones, and so on, each document once.
@@ -101,11 +114,8 @@ class Collate:
         query_ids = [query_id for query_id, _ in examples]
         # {text or id: document id}, for each row and for the batch.
         rows = [self._distinct(self.listed(example)) for example in examples]
-        documents: dict[str, str] = {}
-        for column in itertools.zip_longest(*(row.items() for row in rows)):
-            for entry in column:
-                if entry is not None:
-                    documents.setdefault(*entry)
+        in_order = itertools.chain(*itertools.zip_longest(*(row.values() for row in rows)))
+        documents = self._distinct(i for i in in_order if i is not None)
         column_of = {key: column for column, key in enumerate(documents)}
         packed = self._pack_documents(documents, query_ids, rows, draw)
         width = max(1 + self.num_negatives, *map(len, rows))
@@ -119,9 +129,10 @@ class Collate:
             ("target_scores", self.target_scores, self.dataset.scores, -math.inf),
         ):
             if wanted:
+                by_query = [given.get(query_id, {}) for query_id in query_ids]
                 values = [
-                    [max(least, given.get(query_id, {}).get(document_id, 0.0)) for document_id in row.values()]
-                    for query_id, row in zip(query_ids, rows, strict=True)
+                    [max(least, of_query.get(document_id, 0.0)) for document_id in row.values()]
+                    for of_query, row in zip(by_query, rows, strict=True)
                 ]
                 options[name] = torch.tensor([_filled(row, width, 0.0) for row in values], dtype=torch.float32)
         targets = Targets(
@@ -130,20 +141,16 @@ class Collate:
             document=None if self.passages is None else packed.source,
             **options,
         )
-        return Batch(
-            queries=self.pack([self.dataset.queries[query_id] for query_id in query_ids], role="query"),
-            documents=packed,
-            targets=targets,
-            query_ids=query_ids,
-            document_ids=list(documents.values()),
-            sources=[query_id.partition("/")[0] for query_id in query_ids] if self.with_sources else None,
-        )
+        queries = self.pack([self.dataset.queries[query_id] for query_id in query_ids], role="query")
+        sources = [query_id.partition("/")[0] for query_id in query_ids] if self.with_sources else None
+        return Batch(queries, packed, targets, query_ids, list(documents.values()), sources)
 
     def _key(self, document_id: str) -> str:
         """What makes a document one and the same in a batch."""
         return self.texts[document_id] if self.merge_equal_texts else document_id
 
-    def _distinct(self, document_ids: Sequence[str]) -> dict[str, str]:
+    def _distinct(self, document_ids: Iterable[str]) -> dict[str, str]:
+        """{text or id: the first document id that has it}."""
         distinct: dict[str, str] = {}
         for document_id in document_ids:
             distinct.setdefault(self._key(document_id), document_id)
@@ -151,38 +158,32 @@ class Collate:
 
     def _known(self, query_ids: Sequence[str], column_of: Mapping[str, int]) -> list[tuple[int, int]]:
         """(row, column) of every pair of the batch that the qrels call relevant."""
-        known: dict[tuple[int, int], None] = {}
-        for row, query_id in enumerate(query_ids):
-            for document_id, grade in self.dataset.qrels.get(query_id, {}).items():
-                if grade > 0 and (column := column_of.get(self._key(document_id))) is not None:
-                    known[row, column] = None
-        return list(known)
+        pairs = (
+            (row, column_of.get(self._key(document_id)))
+            for row, query_id in enumerate(query_ids)
+            for document_id, grade in self.dataset.qrels.get(query_id, {}).items()
+            if grade > 0
+        )
+        return [pair for pair in dict.fromkeys(pairs) if pair[1] is not None]
 
     def _pack_documents(
-        self,
-        documents: Mapping[str, str],
-        query_ids: Sequence[str],
-        rows: Sequence[Mapping[str, str]],
-        draw: tuple[int, int],
+        self, documents: Mapping[str, str], query_ids: list[str], rows: list[dict[str, str]], draw: tuple[int, int]
     ) -> Packed:
         """The packed documents of a batch; as passages, at most `windows_per_document` windows of each, in order."""
         texts = [self.texts[document_id] for document_id in documents.values()]
         if self.passages is None:
             return self.pack(texts, role="document")
         packed = self.pack(texts, role="document", passages=self.passages)
-        best: dict[str, dict[int, None]] = {key: {} for key in documents}
+        best: dict[str, list[int]] = {key: [] for key in documents}
         for query_id, row in zip(query_ids, rows, strict=True):
+            of_query = self.best_windows.get(query_id, {})
             for key, document_id in row.items():
-                window = self.best_windows.get(query_id, {}).get(document_id)
-                if window is not None:
-                    best[key][window] = None
+                best[key] += [of_query[document_id]] if document_id in of_query else []
         generator = np.random.default_rng([self.seed % 2**64, *draw])
         kept, first = [], 0
         for (key, windows), count in zip(best.items(), packed.source.bincount().tolist(), strict=True):
-            if windows and max(windows) >= count:
-                raise ValueError(
-                    f"document {documents[key]!r} has {count} windows, but window {max(windows)} should be the best"
-                )
+            if (last := max(windows, default=0)) >= count:
+                raise ValueError(f"document {documents[key]!r} has {count} windows, but window {last} is its best")
             chosen = range(count)
             if count > self.windows_per_document:
                 # Its queries' best windows, in the order of the batch, then all in random order.

@@ -9,7 +9,6 @@ The container checks itself; it loads and saves files (formats.py, pairs.py) and
 
 import hashlib
 import json
-import math
 import reprlib
 from collections import Counter
 from dataclasses import dataclass, field
@@ -18,42 +17,32 @@ from pathlib import Path
 import numpy as np
 
 from . import formats, pairs
-from .checks import check_distinct, check_grade, check_id, check_text
+from .checks import check_distinct, check_grade, check_id, check_score, check_text
 from .formats import FORMATS, WRITABLE
 from .linked import connected_components
+
+FIELDS = ("queries", "corpus", "qrels", "negatives", "scores", "titles", "missing")
 
 
 @dataclass(frozen=True, repr=False)
 class RetrievalDataset:
     """Queries, a corpus and graded judgements; checked when created, and not to be changed afterwards.
 
-    Args:
-        queries: {query id: text}. A query may lack qrels.
-        corpus: {document id: text}; a text may be "".
-        qrels: {query id: {document id: grade}}; grades are whole numbers, above 0 relevant, otherwise judged not
-            relevant.
-        negatives: {query id: [document id]}, hard negatives; never a document that is relevant to the query.
-        scores: {query id: {document id: score}}, a teacher's; finite.
-        titles: {document id: title}.
-        missing: {query id: {document id: grade}}, judgements of documents that the corpus lacks: they count in
-            evaluation (`all_qrels`), where they cannot be found, and nowhere else.
-        num_skipped: how much `load(skip_empty=True)` dropped; not part of equality.
-
-    Raises:
-        ValueError: no queries, no corpus, an empty text, a wrong type, an unknown or repeated id.
+    Raises `ValueError` for no queries, no corpus, an empty text, a wrong type, an unknown or repeated id.
     """
 
-    queries: dict[str, str]
-    corpus: dict[str, str]
-    qrels: dict[str, dict[str, int]]
-    negatives: dict[str, list[str]] = field(default_factory=dict)
-    scores: dict[str, dict[str, float]] = field(default_factory=dict)
-    titles: dict[str, str] = field(default_factory=dict)
+    queries: dict[str, str]  # {query id: text}
+    corpus: dict[str, str]  # {document id: text}; a text may be ""
+    qrels: dict[str, dict[str, int]]  # {query id: {document id: grade}}, above 0 relevant; a query may have none
+    negatives: dict[str, list[str]] = field(default_factory=dict)  # {query id: [document id]}, never a relevant one
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)  # {query id: {document id: a teacher's score}}
+    titles: dict[str, str] = field(default_factory=dict)  # {document id: title}
+    # Judgements of documents that the corpus lacks: they count in evaluation (`all_qrels`), where they cannot be found.
     missing: dict[str, dict[str, int]] = field(default_factory=dict)
-    num_skipped: int = field(default=0, compare=False)
+    num_skipped: int = field(default=0, compare=False)  # how much `load(skip_empty=True)` dropped
 
     def __post_init__(self) -> None:
-        for name in ("queries", "corpus", "qrels", "negatives", "scores", "titles", "missing"):
+        for name in FIELDS:
             value = getattr(self, name)
             if not isinstance(value, dict):
                 raise ValueError(f"{name} must be a dict, found {reprlib.repr(value)}")
@@ -80,32 +69,25 @@ class RetrievalDataset:
                         check_id("document", document_id, self.corpus, f"{where}: ")
                     elif document_id in self.corpus:
                         raise ValueError(f"{where}: document id {document_id!r} is in the corpus")
-        self._check_values()
+                if name == "negatives":
+                    self._check_negatives(query_id, f"{where}: document id")
+                    continue
+                for document_id, value in listed.items():
+                    if name == "scores":
+                        check_score(value, f"{where}: the score of document {document_id!r}")
+                    else:
+                        check_grade(value, f"{where}: the grade of document {document_id!r}")
 
-    def _check_values(self) -> None:
-        for name in ("qrels", "missing"):
-            for query_id, grades in getattr(self, name).items():
-                for document_id, grade in grades.items():
-                    check_grade(grade, f"{name} of query {query_id!r}: the grade of document {document_id!r}")
-        for query_id, document_ids in self.negatives.items():
-            where = f"negatives of query {query_id!r}"
-            check_distinct(document_ids, f"{where}: document id")
-            for document_id in document_ids:
-                if self.qrels.get(query_id, {}).get(document_id, 0) > 0:
-                    raise ValueError(f"{where}: document id {document_id!r} is also a positive of the query")
-        for query_id, scores in self.scores.items():
-            for document_id, score in scores.items():
-                if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
-                    where = f"scores of query {query_id!r}: the score of document {document_id!r}"
-                    raise ValueError(f"{where} must be a finite number, found {reprlib.repr(score)}")
+    def _check_negatives(self, query_id: str, where: str) -> None:
+        check_distinct(self.negatives[query_id], where)
+        for document_id in self.negatives[query_id]:
+            if self.qrels.get(query_id, {}).get(document_id, 0) > 0:
+                raise ValueError(f"{where} {document_id!r} is also a positive of the query")
 
     def __repr__(self) -> str:
-        num_judgements = sum(map(len, self.qrels.values()))
-        num_negatives = sum(map(len, self.negatives.values()))
-        return (
-            f"RetrievalDataset({len(self.queries):,} queries, {len(self.corpus):,} documents, "
-            f"{num_judgements:,} judgements, {num_negatives:,} negatives)"
-        )
+        judgements, negatives = (sum(map(len, x.values())) for x in (self.qrels, self.negatives))
+        texts = f"{len(self.queries):,} queries, {len(self.corpus):,} documents"
+        return f"RetrievalDataset({texts}, {judgements:,} judgements, {negatives:,} negatives)"
 
     @classmethod
     def load(
@@ -123,12 +105,10 @@ class RetrievalDataset:
         Args:
             path: a file, which may end in .gz, or the folder of the format "beir".
             format: one of FORMATS; None: by the suffix (SUFFIXES), a folder is "beir".
-            merge: for rows without ids of their own. True: equal query texts are one query, which may then have
-                several positives, and equal document texts one document; a repeated pair counts once. False: each
-                row has its own query and document.
+            merge: for rows without ids of their own. True: equal query texts are one query, and equal document texts
+                one document; a repeated pair counts once. False: each row has its own query and document.
             skip_empty: instead of refusing null or blank texts, drop the rows (jsonl, csv), or the queries and
-                documents with their qrels (llamaindex, beir), and count them in `num_skipped`. BEIR's empty documents
-                are kept otherwise.
+                documents with their qrels (llamaindex, beir). BEIR's empty documents are kept otherwise.
             strict: refuse judgements of unknown queries and documents instead of warning of them.
             split: "beir" only: which qrels; None: "test", or the only split.
 
@@ -143,12 +123,10 @@ class RetrievalDataset:
             raise ValueError(f"{path}: not a {format!r} dataset; the format 'beir' is a folder, the others are files")
         if split is not None and format != "beir":
             raise ValueError(f"{path}: split is {split!r}, but only the format 'beir' has splits, this is {format!r}")
-        if format == "llamaindex":
-            fields = formats.read_llamaindex(path, skip_empty=skip_empty, strict=strict)
-        elif format == "beir":
-            fields = formats.read_beir(path, split, skip_empty=skip_empty, strict=strict)
-        else:
+        if format in ("jsonl", "csv"):
             fields = pairs.read_pairs(path, format, merge=merge, skip_empty=skip_empty)
+        else:
+            fields = formats.read_published(path, split, skip_empty=skip_empty, strict=strict)
         try:
             return cls(**fields)
         except ValueError as error:
@@ -161,13 +139,11 @@ class RetrievalDataset:
 
         Args:
             path: the file to create or replace; for "beir" the folder to create, which must be empty if it exists
-                (its qrels are called "test" and are written last).
+                (its qrels are called "test").
             format: one of WRITABLE; None: by the suffix (SUFFIXES), a path without one is "beir".
 
         Raises:
-            ValueError: before anything is written, when the format cannot hold what is here: negatives, scores,
-                titles, missing (see WRITABLE); grades other than 1 (llamaindex); queries without qrels (beir, jsonl);
-                ids with tabs, quotes or line breaks (beir); documents that no query names, or empty ones (jsonl).
+            ValueError: before anything is written, when the format cannot hold what is here.
         """
         path = Path(path)
         format = formats.choose_format(path, format, tuple(WRITABLE), folder=not path.suffix)
@@ -177,14 +153,16 @@ class RetrievalDataset:
                 able = [other for other, fields in WRITABLE.items() if name in fields]
                 raise ValueError(f"{refusal} {name} ({', '.join(able) or 'no format'} can)")
         judged = self.all_qrels()
-        for query_id in self.queries:
-            if format != "llamaindex" and not judged.get(query_id):
-                raise ValueError(f"{refusal} query {query_id!r}, which has no qrels")
-        for document_id, text in self.corpus.items():
-            if format != "beir" and not text and document_id not in self.titles:
-                raise ValueError(f"{refusal} document {document_id!r}, which is empty")
-        if format != "beir" and path.is_dir():
-            raise ValueError(f"{path}: is a folder, the format {format!r} is a file")
+        if format != "llamaindex":
+            for query_id in self.queries:
+                if not judged.get(query_id):
+                    raise ValueError(f"{refusal} query {query_id!r}, which has no qrels")
+        if format != "beir":
+            for document_id, text in self.corpus.items():
+                if not text:
+                    raise ValueError(f"{refusal} document {document_id!r}, which is empty")
+            if path.is_dir():
+                raise ValueError(f"{path}: is a folder, the format {format!r} is a file")
         formats.WRITERS[format](self, path, refusal)
 
     def all_qrels(self) -> dict[str, dict[str, int]]:
@@ -196,26 +174,20 @@ class RetrievalDataset:
     def split(self, share: float, *, seed: int) -> tuple["RetrievalDataset", "RetrievalDataset"]:
         """Two datasets without a common query or document, the first with about `share` of the queries.
 
-        A grade above 0 links a query with a document, and equal texts are linked (a document's with its title; so
-        `merge=False` leaks nothing). Connected components stay together; in random order, each goes to the first part
-        if that brings the part closer to `share`. Documents without a grade above 0 go with the first query that names
-        them (other grades, negatives, scores); the rest are divided by the same share. A grade of 0, negative or score
-        of a document on the other side is dropped. Order is kept within each part.
+        A grade above 0 links a query with a document, and equal texts are linked (a document's with its title).
+        Connected components stay together; in random order, each goes to the first part if that brings the part closer
+        to `share`. Documents without a grade above 0 go with the first query that names them (other grades, negatives,
+        scores); the rest are divided by the same share. A grade of 0, negative or score of a document on the other side
+        is dropped. Order is kept within each part.
 
-        Args:
-            share: strictly between 0 and 1.
-            seed: seed of the NumPy generator that shuffles.
-
-        Raises:
-            ValueError: `share` out of range, or a part would have no query or no document.
+        Raises `ValueError` when `share` is not strictly between 0 and 1, or a part would have no query or no document.
         """
         if not 0 < share < 1:
             raise ValueError(f"share must be strictly between 0 and 1, found {share!r}")
         generator = np.random.default_rng(seed)
         query_components, document_components = self._connected_components()
         sizes = Counter(query_components.values())
-        in_first: dict[int, bool] = {}
-        num_first = 0
+        in_first, num_first = {}, 0
         for component in generator.permutation(list(sizes)).tolist():
             in_first[component] = num_first + sizes[component] / 2 <= share * len(self.queries)
             num_first += sizes[component] * in_first[component]
@@ -234,44 +206,35 @@ class RetrievalDataset:
         def take(first: bool) -> RetrievalDataset:
             queries = {i: text for i, text in self.queries.items() if in_first[query_components[i]] == first}
             corpus = {i: text for i, text in self.corpus.items() if in_first[document_components[i]] == first}
-
-            def keep(named: dict[str, dict]) -> dict[str, dict]:
-                return {q: {d: x for d, x in by.items() if d in corpus} for q, by in named.items() if q in queries}
-
+            qrels, scores = (
+                {q: {d: x for d, x in by.items() if d in corpus} for q, by in named.items() if q in queries}
+                for named in (self.qrels, self.scores)
+            )
             negatives = {q: [d for d in ids if d in corpus] for q, ids in self.negatives.items() if q in queries}
             titles = {d: title for d, title in self.titles.items() if d in corpus}
             missing = {q: grades for q, grades in self.missing.items() if q in queries}
-            return RetrievalDataset(queries, corpus, keep(self.qrels), negatives, keep(self.scores), titles, missing)
+            return RetrievalDataset(queries, corpus, qrels, negatives, scores, titles, missing)
 
         return take(True), take(False)
 
     def _connected_components(self) -> tuple[dict[str, int], dict[str, int]]:
         """{query id: component} and {document id: component} for `split`."""
         nodes: dict[tuple[str, str], int] = {}  # equal texts are one node
-        query_nodes = {i: nodes.setdefault(("query", text), len(nodes)) for i, text in self.queries.items()}
-        document_nodes = {
-            i: nodes.setdefault(("document", text), len(nodes))
-            for i, text in zip(self.corpus, self.document_texts(), strict=True)
-        }
-        component = connected_components(
-            (document_nodes[document_id], query_nodes[query_id])
-            for query_id, grades in self.qrels.items()
-            for document_id, grade in grades.items()
-            if grade > 0
-        )
-        return tuple(
-            {i: component.get(node, node) for i, node in of_ids.items()} for of_ids in (query_nodes, document_nodes)
-        )
+        texts = zip(self.corpus, self.document_texts(), strict=True)
+        of_query = {i: nodes.setdefault(("query", text), len(nodes)) for i, text in self.queries.items()}
+        of_document = {i: nodes.setdefault(("document", text), len(nodes)) for i, text in texts}
+        relevant = ((q, d) for q, grades in self.qrels.items() for d, grade in grades.items() if grade > 0)
+        component = connected_components((of_document[d], of_query[q]) for q, d in relevant)
+        return tuple({i: component.get(node, node) for i, node in x.items()} for x in (of_query, of_document))
 
     def shares_with(self, training: "RetrievalDataset") -> str:
         """A warning about judged queries and documents that the training set has too, by text; "" if there are none."""
         (questions, documents), (asked, answering) = self._judged_texts(), training._judged_texts()
-        num_questions, num_documents = len(questions & asked), len(documents & answering)
-        if not num_questions and not num_documents:
+        if questions.isdisjoint(asked) and documents.isdisjoint(answering):
             return ""
         return (
-            f"{num_questions:,} of {len(questions):,} validation questions and {num_documents:,} of the "
-            f"{len(documents):,} documents that answer them are in the training set too: "
+            f"{len(questions & asked):,} of {len(questions):,} validation questions and {len(documents & answering):,} "
+            f"of the {len(documents):,} documents that answer them are in the training set too: "
             "results on them show in part what was memorised"
         )
 
@@ -285,20 +248,16 @@ class RetrievalDataset:
     def sha256(self) -> str:
         """A hash of everything the dataset holds, order included: 64 hexadecimal digits."""
         digest = hashlib.sha256()
-        names = ["queries", "corpus", "qrels", "negatives", "scores", "titles", *(["missing"] if self.missing else [])]
-        for name in names:
-            for item in (name, *getattr(self, name).items()):
+        for name in FIELDS:
+            # Without judgements of missing documents, the hash is that of a dataset from before there were any.
+            for item in (name, *getattr(self, name).items()) if name != "missing" or self.missing else ():
                 digest.update(json.dumps(item).encode())
         return digest.hexdigest()
 
     def qrels_by_row(self) -> dict[int, dict[int, int]]:
         """{query row: {document row: grade}}: `qrels`, with places in `queries` and `corpus` for ids."""
-        query_rows = {query_id: row for row, query_id in enumerate(self.queries)}
-        document_rows = {document_id: row for row, document_id in enumerate(self.corpus)}
-        return {
-            query_rows[query_id]: {document_rows[document_id]: grade for document_id, grade in grades.items()}
-            for query_id, grades in self.qrels.items()
-        }
+        query_rows, document_rows = ({i: row for row, i in enumerate(texts)} for texts in (self.queries, self.corpus))
+        return {query_rows[q]: {document_rows[d]: x for d, x in grades.items()} for q, grades in self.qrels.items()}
 
     def document_texts(self) -> list[str]:
         """The texts to embed, in the order of `corpus`: title, a space and text where there is a title.

@@ -3,10 +3,9 @@
 llamaindex  `*.json`: {"queries": {id: text}, "corpus": {id: text}, "relevant_docs": {query id: [document id]}, "mode":
             "text"}; `mode` may be absent.
 beir        a folder: corpus.jsonl (`_id`, `title`, `text`), queries.jsonl (`_id`, `text`), qrels/<split>.tsv with the
-            header `query-id corpus-id score`. queries.jsonl holds the queries of all splits; those of one split are
-            the ones that its qrels name. Source: beir/datasets/data_loader.py, `GenericDataLoader.load`. TREC's files
-            are read in their place: topics.* (<top> or <topic>) for the queries, qrels.* or qrels/<split>.* with the
-            columns query, 0, document, grade.
+            header `query-id corpus-id score`; only queries that the split's qrels name are read, as in
+            beir/datasets/data_loader.py. TREC's files are read in their place: topics.* (<top> or <topic>) for the
+            queries, qrels.* or qrels/<split>.* with the columns query, 0, document, grade.
 jsonl, csv  pairs or triplets, one per row: see pairs.py.
 
 Judgements of unknown queries are dropped, those of unknown documents kept apart, both with a warning (strict: refused).
@@ -21,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from ..files import atomic_write, read_json, read_jsonl, read_lines, read_text, write_json
-from .checks import SKIP_EMPTY, check_distinct, check_text, is_blank, unknown_id
+from .checks import SKIP_EMPTY, check_id, check_text, is_blank
 from .pairs import check_object, parse_grade, write_jsonl, write_rows
 
 FORMATS = ("llamaindex", "beir", "jsonl", "csv")
 SUFFIXES = {".json": "llamaindex", ".jsonl": "jsonl", ".csv": "csv", ".tsv": "csv"}
 # The formats that can be written, with the optional fields that each can hold.
 WRITABLE = {"llamaindex": ("missing",), "beir": ("titles", "missing"), "jsonl": ("negatives",)}
+Texts = dict[str, str]
 # (where in the file, query id, document id, grade)
 Judgement = tuple[str, str, str, int]
 
@@ -44,8 +44,59 @@ def choose_format(path: Path, format: str | None, formats: tuple[str, ...], *, f
     return format
 
 
-def read_llamaindex(path: Path, *, skip_empty: bool, strict: bool) -> dict[str, Any]:
-    """The arguments of RetrievalDataset for the format "llamaindex"."""
+def read_published(path: Path, split: str | None, *, skip_empty: bool, strict: bool) -> dict[str, Any]:
+    """The arguments of RetrievalDataset for a file of the format "llamaindex" or a folder of the format "beir"."""
+    titles: Texts = {}
+    if path.is_dir():
+        queries, corpus, titles, judgements = _read_beir(path, split, skip_empty)
+        qrels, missing = _sort(judgements, queries, corpus, strict)
+        queries = {query_id: text for query_id, text in queries.items() if query_id in qrels or query_id in missing}
+    else:
+        queries, corpus, relevant_docs = _read_llamaindex(path, skip_empty)
+        judgements = ((f"{path}: relevant_docs", q, d, 1) for q, ids in relevant_docs.items() for d in ids)
+        qrels, missing = _sort(judgements, queries, corpus, strict)
+        qrels = {query_id: qrels.get(query_id, {}) for query_id in relevant_docs if query_id in queries}
+    num_read = len(queries) + len(corpus)
+    if skip_empty:
+        queries = {i: text for i, text in queries.items() if not is_blank(text)}
+        corpus = {i: text for i, text in corpus.items() if not is_blank(text) or i in titles}
+        qrels = {q: {d: x for d, x in grades.items() if d in corpus} for q, grades in qrels.items() if q in queries}
+        missing = {q: grades for q, grades in missing.items() if q in queries}
+    num_skipped = num_read - len(queries) - len(corpus)
+    fields = {"queries": queries, "corpus": corpus, "qrels": qrels, "missing": missing, "titles": titles}
+    return {**fields, "num_skipped": num_skipped}
+
+
+def _sort(
+    judgements: Iterable[Judgement], queries: Texts, corpus: Texts, strict: bool
+) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, int]]]:
+    """Judgements of known documents and of unknown ones; the latter, and unknown queries, are refused or warned of."""
+    qrels, missing, ignored, counted = {}, {}, [], []
+    for where, query_id, document_id, grade in judgements:
+        by_query = qrels
+        try:
+            check_id("query", query_id, queries, f"{where}: ")
+            check_id("document", document_id, corpus, f"{where}: ")
+        except ValueError as error:
+            if strict:
+                raise
+            if query_id not in queries:
+                ignored.append(error)
+                continue
+            counted.append(error)
+            by_query = missing
+        grades = by_query.setdefault(query_id, {})
+        if document_id in grades:
+            raise ValueError(f"{where}: query id {query_id!r} with document id {document_id!r} appears twice")
+        grades[document_id] = grade
+    for errors, what in ((ignored, "is ignored"), (counted, "counts, but the document cannot be found")):
+        if errors:
+            warnings.warn(f"{errors[0]}: the judgement {what} ({len(errors):,} like it)", stacklevel=4)
+    return qrels, missing
+
+
+def _read_llamaindex(path: Path, skip_empty: bool) -> tuple[Texts, Texts, dict[str, list[str]]]:
+    """Queries, corpus and relevant_docs."""
     content = read_json(path)
     names = ("queries", "corpus", "relevant_docs")
     if not isinstance(content, dict) or not all(isinstance(content.get(name), dict) for name in names):
@@ -62,57 +113,12 @@ def read_llamaindex(path: Path, *, skip_empty: bool, strict: bool) -> dict[str, 
         where = f"{path}: relevant_docs of query {query_id!r}"
         if not isinstance(document_ids, list) or not all(isinstance(i, str) for i in document_ids):
             raise ValueError(f"{where} must be a list of document ids, found {reprlib.repr(document_ids)}")
-        check_distinct(document_ids, f"{where}: document id")
-    judgements = ((f"{path}: relevant_docs", q, d, 1) for q, ids in relevant_docs.items() for d in ids)
-    qrels, missing = _sort(judgements, queries, corpus, strict)
-    qrels = {query_id: qrels.get(query_id, {}) for query_id in relevant_docs if query_id in queries}
-    return _without_blank(queries, corpus, qrels, missing, {}, skip_empty)
+    return queries, corpus, relevant_docs
 
 
-def _sort(
-    judgements: Iterable[Judgement], queries: dict[str, str], corpus: dict[str, str], strict: bool
-) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, int]]]:
-    """Judgements of known documents and of unknown ones; the latter, and unknown queries, are refused or warned of."""
-    qrels: dict[str, dict[str, int]] = {}
-    missing: dict[str, dict[str, int]] = {}
-    unknown: dict[str, list[str]] = {"query": [], "document": []}
-    for where, query_id, document_id, grade in judgements:
-        kind = "query" if query_id not in queries else "document" if document_id not in corpus else None
-        if kind:
-            error = unknown_id(kind, *((query_id, queries) if kind == "query" else (document_id, corpus)))
-            if strict:
-                raise ValueError(f"{where}: {error}")
-            unknown[kind].append(f"{where}: {error}")
-        if kind != "query":
-            grades = (missing if kind else qrels).setdefault(query_id, {})
-            if document_id in grades:
-                raise ValueError(f"{where}: query id {query_id!r} with document id {document_id!r} appears twice")
-            grades[document_id] = grade
-    for kind, what in (("query", "is ignored"), ("document", "counts, but the document cannot be found")):
-        if errors := unknown[kind]:
-            warnings.warn(f"{errors[0]}: the judgement {what} ({len(errors):,} like it)", stacklevel=4)
-    return qrels, missing
-
-
-def _without_blank(
-    queries: dict, corpus: dict, qrels: dict, missing: dict, titles: dict, skip_empty: bool
-) -> dict[str, Any]:
-    """The arguments of RetrievalDataset; with `skip_empty` without blank queries and documents and their qrels."""
-    num_read = len(queries) + len(corpus)
-    if skip_empty:
-        queries = {i: text for i, text in queries.items() if not is_blank(text)}
-        corpus = {i: text for i, text in corpus.items() if not is_blank(text) or i in titles}
-        qrels = {q: {d: x for d, x in grades.items() if d in corpus} for q, grades in qrels.items() if q in queries}
-        missing = {q: grades for q, grades in missing.items() if q in queries}
-    num_skipped = num_read - len(queries) - len(corpus)
-    fields = {"queries": queries, "corpus": corpus, "qrels": qrels, "missing": missing, "titles": titles}
-    return {**fields, "num_skipped": num_skipped}
-
-
-def read_beir(folder: Path, split: str | None, *, skip_empty: bool, strict: bool) -> dict[str, Any]:
-    """The arguments of RetrievalDataset for one split of the format "beir"; None: "test", or the only one."""
-    corpus_file = _find(folder, "corpus.jsonl")
-    queries_file = _find(folder, "queries.jsonl", "topics.*")
+def _read_beir(folder: Path, split: str | None, skip_empty: bool) -> tuple[Texts, Texts, Texts, Iterator[Judgement]]:
+    """Queries, corpus, titles and the judgements of one split; None: "test", or the only one."""
+    corpus_file, queries_file = _find(folder, "corpus.jsonl"), _find(folder, "queries.jsonl", "topics.*")
     files = [*(folder / "qrels").glob("[!.]*.*"), *(file for file in folder.glob("qrels.*") if file.is_file())]
     splits = {file.name.removesuffix(".gz").rpartition(".")[0]: file for file in sorted(files)}
     if split is None:
@@ -124,23 +130,19 @@ def read_beir(folder: Path, split: str | None, *, skip_empty: bool, strict: bool
         queries, _ = _read_texts(queries_file, allow_empty=skip_empty)
     else:
         queries = _read_topics(queries_file)
-    qrels, missing = _sort(_read_qrels(splits[split]), queries, corpus, strict)
-    queries = {query_id: text for query_id, text in queries.items() if query_id in qrels or query_id in missing}
-    return _without_blank(queries, corpus, qrels, missing, titles, skip_empty)
+    return queries, corpus, titles, _read_qrels(splits[split])
 
 
 def _find(folder: Path, *patterns: str) -> Path:
     for pattern in patterns:
         for found in sorted([*folder.glob(pattern), *folder.glob(f"{pattern}.gz")]):
             return found
-    expected = "expected corpus.jsonl, queries.jsonl and qrels/<split>.tsv"
-    raise ValueError(f"{folder}: no {' or '.join(patterns)}; {expected}")
+    raise ValueError(f"{folder}: no {' or '.join(patterns)}; a dataset has corpus.jsonl, queries.jsonl and qrels/")
 
 
-def _read_texts(path: Path, *, allow_empty: bool) -> tuple[dict[str, str], dict[str, str]]:
+def _read_texts(path: Path, *, allow_empty: bool) -> tuple[Texts, Texts]:
     """{id: text} and {id: title} of corpus.jsonl or queries.jsonl; a blank title is none."""
-    texts: dict[str, str] = {}
-    titles: dict[str, str] = {}
+    texts, titles = {}, {}
     for line, row in read_jsonl(path):
         try:
             check_object(row)
@@ -166,7 +168,8 @@ def _read_topics(path: Path) -> dict[str, str]:
     new = re.findall(r"<topic\s+number=\"([^\"]+)\".*?<(?:query|title)>([^<]*)", text, re.DOTALL)
     for number, title in old + new:
         check_text(title, f"{path}: the title of topic {number!r}")
-        if topics.setdefault(number, " ".join(title.split())) != " ".join(title.split()):
+        title = " ".join(title.split())
+        if topics.setdefault(number, title) != title:
             raise ValueError(f"{path}: topic {number!r} appears twice")
     if not topics:
         raise ValueError(f"{path}: no topic found, expected <top> with <num> and <title>, or <topic number=...>")
@@ -175,20 +178,20 @@ def _read_topics(path: Path) -> dict[str, str]:
 
 def _read_qrels(path: Path) -> Iterator[Judgement]:
     """Judgements of a file with BEIR's header, or of one with TREC's four columns and no header."""
-    names: tuple[str, ...] = ()
-    expected = ("query-id", "corpus-id", "score")
+    names: list[str] = []
+    expected = {"query-id", "corpus-id", "score"}
     for number, line in enumerate(read_lines(path), start=1):
         line = line.rstrip("\r\n")
         cells = line.split("\t") if "\t" in line else line.split()
         where = f"{path} line {number}"
         if not line.strip():
             continue
-        if not names:
-            names = tuple(cells) if set(expected) <= set(cells) else ("query-id", "", "corpus-id", "score")
-            if names[1]:
-                continue
-            if len(cells) != 4:
-                raise ValueError(f"{where}: expected the columns {', '.join(expected)}; found {', '.join(cells)}")
+        if not names and expected <= set(cells):
+            names = cells
+            continue
+        if not names and len(cells) != 4:
+            raise ValueError(f"{where}: expected the columns query-id, corpus-id, score; found {', '.join(cells)}")
+        names = names or ["query-id", "", "corpus-id", "score"]
         if len(cells) != len(names):
             raise ValueError(f"{where}: {len(cells)} columns, expected {len(names)}")
         row = dict(zip(names, cells, strict=True))
@@ -201,19 +204,17 @@ def _read_qrels(path: Path) -> Iterator[Judgement]:
 def write_llamaindex(dataset: Any, path: Path, refusal: str) -> None:
     """The format "llamaindex", in which all grades are 1."""
     qrels = dataset.all_qrels()
-    for query_id, grades in qrels.items():
-        for document_id, grade in grades.items():
-            if grade != 1:
-                raise ValueError(f"{refusal} grade {grade} (query {query_id!r}, document {document_id!r}), only 1")
+    for query_id, document_id, grade in _flat(qrels):
+        if grade != 1:
+            raise ValueError(f"{refusal} grade {grade} (query {query_id!r}, document {document_id!r}), only 1")
     relevant = {query_id: list(grades) for query_id, grades in qrels.items()}
-    content = {"queries": dataset.queries, "corpus": dataset.corpus, "relevant_docs": relevant, "mode": "text"}
-    write_json(path, content)
+    write_json(path, {"queries": dataset.queries, "corpus": dataset.corpus, "relevant_docs": relevant, "mode": "text"})
 
 
 def write_beir(dataset: Any, folder: Path, refusal: str) -> None:
     """The format "beir" in a new or empty folder; ids must fit into lines of tab-separated values."""
     qrels = dataset.all_qrels()
-    for i in (*dataset.queries, *dataset.corpus, *(i for grades in qrels.values() for i in grades)):
+    for i in (*dataset.queries, *dataset.corpus, *(document_id for _, document_id, _ in _flat(qrels))):
         if re.search(r'[\0\t\r\n"]', i):
             raise ValueError(f"{refusal} id {i!r} (tab, quote, line break or NUL)")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -224,8 +225,11 @@ def write_beir(dataset: Any, folder: Path, refusal: str) -> None:
     write_rows(folder / "queries.jsonl", ({"_id": i, "text": text} for i, text in dataset.queries.items()))
     with atomic_write(folder / "qrels" / "test.tsv") as file:
         file.write("query-id\tcorpus-id\tscore\n")
-        for query_id, grades in qrels.items():
-            file.writelines(f"{query_id}\t{document_id}\t{grade}\n" for document_id, grade in grades.items())
+        file.writelines(f"{query_id}\t{document_id}\t{grade}\n" for query_id, document_id, grade in _flat(qrels))
+
+
+def _flat(qrels: dict[str, dict[str, int]]) -> Iterator[tuple[str, str, int]]:
+    return ((q, d, grade) for q, grades in qrels.items() for d, grade in grades.items())
 
 
 WRITERS = {"llamaindex": write_llamaindex, "beir": write_beir, "jsonl": write_jsonl}

@@ -5,24 +5,22 @@
     for batch in batches.epoch(0): ...              # batch.sources says where each query comes from
     batches.sampler.shares()                        # {"finance": 0.61, "news": 0.39}
 
-Every source is read in epochs of its own, each of its examples once per epoch. Where an epoch of the mixture takes only
-a part of a source, the next epoch continues there; where it takes more, the source starts over. Everything follows from
-seed, epoch and batch number, so training resumes anywhere. Ids get the source in front ("news/q12").
+Every source is read in epochs of its own: where an epoch of the mixture takes only a part of a source, the next one
+continues there; where it takes more, the source starts over. Ids get the source in front ("news/q12").
 """
 
 import functools
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
 
 from ..encoders.packing import Packed
-from .batches import Batches, check_listed, make_sampler
-from .collate import Collate
-from .dataset import RetrievalDataset
-from .examples import Example, ExampleKind, TokenCounter, list_examples
-from .sampler import PlansEpochs, Sampler
+from .batches import Batches, prepare
+from .dataset import FIELDS, RetrievalDataset
+from .sampler import Sampler
 
 Sampling = Literal["proportional", "round_robin", "temperature"]
 SAMPLINGS = get_args(Sampling)
@@ -38,13 +36,12 @@ def make_mixture(
     sampling: Sampling = "proportional",
     temperature: float = 2.0,
     mixed: bool = False,
-    examples: ExampleKind = "pairs",
-    no_duplicates: bool = False,
-    length_window: int = 0,
-    target_scores: bool = False,
     **options: Any,
 ) -> Batches:
     """Batches of several datasets.
+
+    An epoch has as many batches as the sources have together; "round_robin" without `mixed`: as many as the shortest
+    source has, times the number of sources.
 
     Args:
         datasets: {source: dataset}, at least one; the name of a source is not empty and has no "/".
@@ -56,77 +53,55 @@ def make_mixture(
         temperature: 1 is proportional, infinity is equal shares.
         mixed: False: each batch comes from one source, so no query has negatives from another. True: each batch has
             its share of every source.
-        pack, batch_size, batch_tokens, seed, examples, no_duplicates, length_window, target_scores, options: as in
-            `make_batches`. `no_duplicates` looks across sources only in mixed, proportional batches.
-
-    An epoch has as many batches as the sources have together; "round_robin" without `mixed`: as many as the shortest
-    source has, times the number of sources.
+        pack, batch_size, batch_tokens, seed, options: as in `make_batches`. `no_duplicates` looks across sources only
+            in mixed, proportional batches.
     """
     if sampling not in SAMPLINGS:
         raise ValueError(f"sampling is {sampling!r}, expected one of {', '.join(SAMPLINGS)}")
     if not temperature >= 1:
         raise ValueError(f"temperature is {temperature}, expected at least 1")
-    scores = {"relevance": examples != "pairs", "target_scores": target_scores or examples == "scored"}
-    collate = Collate(join_datasets(datasets), pack, seed=seed, with_sources=True, **scores, **options)
-    rows = list_examples(collate.dataset, examples)
-    check_listed(rows, collate)
-    counter = TokenCounter(pack, passages=collate.passages, windows_per_document=collate.windows_per_document)
+    rows, collate, make_sampler = prepare(join_datasets(datasets), pack, seed=seed, with_sources=True, **options)
+    counts = Counter(query_id.partition("/")[0] for query_id, _ in rows)
+    for name in datasets:
+        if not counts[name]:
+            raise ValueError(f"source {name!r} has nothing to train on")
+    power = {"proportional": 1.0, "round_robin": 0.0, "temperature": 1 / temperature}[sampling]
+    weights = {name: counts[name] ** power for name in datasets}
+    weights = {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
-    def sampler(part: Sequence[Example], share: float = 1.0) -> Sampler:
+    def sampler(share: float = 1.0, **part: int) -> Sampler:
         sizes = {"batch_size": batch_size, "batch_tokens": batch_tokens}
         sizes = {name: None if size is None else max(1, round(size * share)) for name, size in sizes.items()}
-        common = {"seed": seed, "no_duplicates": no_duplicates, "length_window": length_window}
-        return make_sampler(part, collate, counter, **sizes, **common)
+        return make_sampler(**part, **sizes)
 
-    parts = _by_source(rows, datasets)
-    power = {"proportional": 1.0, "round_robin": 0.0, "temperature": 1 / temperature}[sampling]
-    weights = {name: len(part) ** power for name, part in parts.items()}
-    weights = {name: weight / sum(weights.values()) for name, weight in weights.items()}
+    if mixed and sampling == "proportional":
+        return Batches(rows, sampler(), collate)
+    if mixed and batch_size is not None:
+        if batch_size < len(datasets):
+            raise ValueError(f"batch_size is {batch_size}, expected at least one of each of {len(datasets)} sources")
+        weights = {name: number / batch_size for name, number in apportion(batch_size, weights).items()}
+    samplers, start = {}, 0
+    for name in datasets:
+        stop = start + counts[name]
+        samplers[name] = sampler(weights[name] if mixed else 1.0, start=start, stop=stop)
+        start = stop
     if mixed:
-        return Batches(rows, _mix(rows, parts, weights, sampler, sampling, batch_size), collate)
-    samplers = {name: sampler(part) for name, part in parts.items()}
+        return Batches(rows, MixedSampler(samplers, num_batches=len(sampler()), weights=weights), collate)
     return Batches(rows, SourceSampler(samplers, seed=seed, sampling=sampling, weights=weights), collate)
 
 
-def _mix(
-    rows: Sequence[Example],
-    parts: Mapping[str, Sequence[Example]],
-    weights: Mapping[str, float],
-    sampler: Callable[..., Sampler],
-    sampling: Sampling,
-    batch_size: int | None,
-) -> PlansEpochs:
-    """The sampler of mixed batches."""
-    if sampling == "proportional":
-        return sampler(rows)
-    if batch_size is not None:
-        if batch_size < len(parts):
-            raise ValueError(f"batch_size is {batch_size}, expected at least one of each of {len(parts)} sources")
-        weights = {name: number / batch_size for name, number in apportion(batch_size, weights).items()}
-    samplers = {name: sampler(part, weights[name]) for name, part in parts.items()}
-    return MixedSampler(samplers, num_batches=len(sampler(rows)), weights=weights)
-
-
-def _by_source(rows: Sequence[Example], names: Iterable[str]) -> dict[str, list[Example]]:
-    """{source: its examples}; those of a source follow each other in `rows`."""
-    parts: dict[str, list[Example]] = {name: [] for name in names}
-    for row in rows:
-        parts[row[0].partition("/")[0]].append(row)
-    for name, part in parts.items():
-        if not part:
-            raise ValueError(f"source {name!r} has nothing to train on")
-    return parts
-
-
 class _OfSources:
-    """What both samplers share: batch after batch of every source, and where its examples begin in the whole list."""
+    """Batch after batch of every source.
+
+    Args:
+        samplers: {source: its sampler}; the whole list of examples is that of the sources, one after another.
+        weights: {source: share}.
+    """
 
     def __init__(self, samplers: Mapping[str, Sampler], weights: Mapping[str, float]):
-        self.samplers, self.weights, self.first = dict(samplers), dict(weights), {}
-        num_examples = 0
-        for name, sampler in samplers.items():
-            self.first[name] = num_examples
-            num_examples += sampler.num_examples
+        self.samplers, self.weights = dict(samplers), dict(weights)
+        sizes = [sampler.num_examples for sampler in samplers.values()]
+        self.first = dict(zip(samplers, itertools.accumulate(sizes, initial=0), strict=False))
 
     def batch(self, source: str, place: int) -> list[int]:
         """Batch `place` of a source, counted over all its epochs."""
@@ -135,14 +110,7 @@ class _OfSources:
 
 
 class SourceSampler(_OfSources):
-    """Batches of one source each.
-
-    Args:
-        samplers: {source: its sampler}; the whole list of examples is that of the sources, one after another.
-        seed: seed of the order of sources.
-        sampling: as in `make_mixture`.
-        weights: {source: share}, for "temperature".
-    """
+    """Batches of one source each, in turn or in an order shuffled by `seed`; `sampling` as in `make_mixture`."""
 
     def __init__(self, samplers: Mapping[str, Sampler], *, seed: int, sampling: Sampling, weights: Mapping[str, float]):
         super().__init__(samplers, weights)
@@ -159,7 +127,6 @@ class SourceSampler(_OfSources):
         return apportion(sum(lengths.values()), self.weights)
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
         return sum(self.counts.values())
 
     def shares(self) -> dict[str, float]:
@@ -167,46 +134,31 @@ class SourceSampler(_OfSources):
         return {name: count / len(self) for name, count in self.counts.items()}
 
     def plan(self, epoch: int) -> list[list[int]]:
-        """The examples of each batch of an epoch, as places in the list of examples."""
-        seen: Counter[str] = Counter()
-        plan = []
-        for name in self._schedule(epoch):
-            plan.append(self.batch(name, epoch * self.counts[name] + seen[name]))
-            seen[name] += 1
-        return plan
-
-    def _schedule(self, epoch: int) -> list[str]:
-        """The source of each batch of an epoch: in turn, or shuffled."""
         if self.sampling == "round_robin":
-            return list(self.counts) * min(self.counts.values())
-        names = [name for name, count in self.counts.items() for _ in range(count)]
-        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(self.seed + epoch))
-        return [names[i] for i in order.tolist()]
+            schedule = list(self.counts) * min(self.counts.values())
+        else:
+            names = [name for name, count in self.counts.items() for _ in range(count)]
+            order = torch.randperm(len(names), generator=torch.Generator().manual_seed(self.seed + epoch))
+            schedule = [names[i] for i in order.tolist()]
+        places = {name: itertools.count(epoch * count) for name, count in self.counts.items()}
+        return [self.batch(name, next(places[name])) for name in schedule]
 
 
 class MixedSampler(_OfSources):
-    """Batches with a share of every source.
-
-    Args:
-        samplers: {source: its sampler}, whose batches are the source's part of a batch; as in `SourceSampler`.
-        num_batches: batches of an epoch.
-        weights: {source: its share of a full batch}; on average, if batches are measured in tokens.
-    """
+    """Batches with a share of every source: `samplers` make the source's part of each of `num_batches`."""
 
     def __init__(self, samplers: Mapping[str, Sampler], *, num_batches: int, weights: Mapping[str, float]):
         super().__init__(samplers, weights)
         self.num_batches = num_batches
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
         return self.num_batches
 
     def shares(self) -> dict[str, float]:
-        """The share of each source in the examples of a full batch."""
+        """The share of each source in the examples of a full batch; on average, if batches are measured in tokens."""
         return self.weights
 
     def plan(self, epoch: int) -> list[list[int]]:
-        """The examples of each batch of an epoch, as places in the list of examples."""
         places = range(epoch * len(self), (epoch + 1) * len(self))
         return [[row for name in self.samplers for row in self.batch(name, place)] for place in places]
 
@@ -239,11 +191,13 @@ def join_datasets(datasets: Mapping[str, RetrievalDataset]) -> RetrievalDataset:
     for name in datasets:
         if not name or "/" in name:
             raise ValueError(f"source name {name!r}: expected a name without '/'")
-    queries, corpus, qrels, negatives, scores, titles, missing = {}, {}, {}, {}, {}, {}, {}
-    for name, dataset in datasets.items():
-        for whole, part in ((queries, dataset.queries), (corpus, dataset.corpus), (titles, dataset.titles)):
-            whole.update({f"{name}/{i}": text for i, text in part.items()})
-        for whole, part in ((qrels, dataset.qrels), (scores, dataset.scores), (missing, dataset.missing)):
-            whole.update({f"{name}/{q}": {f"{name}/{d}": x for d, x in by.items()} for q, by in part.items()})
-        negatives.update({f"{name}/{q}": [f"{name}/{d}" for d in ids] for q, ids in dataset.negatives.items()})
-    return RetrievalDataset(queries, corpus, qrels, negatives, scores, titles, missing)
+    fields: dict[str, dict] = {name: {} for name in FIELDS}
+    for source, dataset in datasets.items():
+        for name, joined in fields.items():
+            for i, value in getattr(dataset, name).items():
+                if isinstance(value, dict):
+                    value = {f"{source}/{d}": x for d, x in value.items()}
+                elif isinstance(value, list):
+                    value = [f"{source}/{d}" for d in value]
+                joined[f"{source}/{i}"] = value
+    return RetrievalDataset(**fields)

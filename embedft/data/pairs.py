@@ -2,13 +2,11 @@
 
 Columns are found by name (COLUMN_ROLES, any case); others are ignored. Negatives are `negative`, `negative_1`,
 `negative_2`, ... (null, absent, or in CSV an empty cell: none) or, in JSONL, a list `negatives`. Rows are counted from
-0, dropped ones included, blank lines not: row 7 brings query "q7", document "d7" and negatives "d7n0", "d7n1", ...
-Where equal texts are merged, the id is that of the row with the text's first appearance.
+0, dropped ones included: row 7 brings query "q7", document "d7" and negatives "d7n0", "d7n1", ... Where equal texts are
+merged, the first id stands.
 
 `query_id`, `document_id` and `negative_ids` (a list next to `negatives`) set ids instead; then equal ids, not equal
 texts, say what is the same. `grade` is the relevance, 1 if absent. `write_jsonl` writes all of these.
-
-TSV has no quoting: a cell is what is between two tabs.
 """
 
 import csv
@@ -24,26 +22,17 @@ from ..files import atomic_write, read_jsonl, read_lines
 from .checks import SKIP_EMPTY, check_distinct, check_grade, check_text, is_blank
 
 COLUMN_ROLES = {
-    "anchor": "query",
-    "query": "query",
-    "question": "query",
-    "positive": "document",
-    "context": "document",
-    "document": "document",
-    "query_id": "query_id",
-    "document_id": "document_id",
-    "grade": "grade",
-    "negatives": "negatives",
-    "negative_ids": "negative_ids",
+    **dict.fromkeys(("anchor", "query", "question"), "query"),
+    **dict.fromkeys(("positive", "context", "document"), "document"),
+    **{role: role for role in ("query_id", "document_id", "grade", "negatives", "negative_ids")},
 }
 
 
 def read_pairs(path: Path, format: str, *, merge: bool, skip_empty: bool) -> dict[str, Any]:
     """The arguments of RetrievalDataset for a file of the format "jsonl" or "csv"."""
-    queries, documents = _Texts("query", merge), _Texts("document", merge)
+    queries, documents, num_skipped = _Texts("query", merge), _Texts("document", merge), 0
     qrels: dict[str, dict[str, int]] = {}
     negatives: dict[str, dict[str, None]] = {}  # the inner dict is an ordered set
-    num_skipped = 0
     for index, (line, row) in enumerate(read_jsonl(path) if format == "jsonl" else read_csv(path)):
         try:
             check_object(row)
@@ -72,13 +61,8 @@ def read_pairs(path: Path, format: str, *, merge: bool, skip_empty: bool) -> dic
                 negatives[query_id][negative_id] = None
         except ValueError as error:
             raise ValueError(f"{path} line {line}: {error}") from None
-    return {
-        "queries": queries.texts,
-        "corpus": documents.texts,
-        "qrels": qrels,
-        "negatives": {query_id: list(ids) for query_id, ids in negatives.items()},
-        "num_skipped": num_skipped,
-    }
+    fields = {"queries": queries.texts, "corpus": documents.texts, "qrels": qrels, "num_skipped": num_skipped}
+    return {**fields, "negatives": {query_id: list(ids) for query_id, ids in negatives.items()}}
 
 
 class _Texts:
@@ -151,7 +135,7 @@ def _find_negatives(values: dict[str, Any]) -> list[tuple[Any, str | None]]:
 def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str | None]]]:
     """Yields (the line on which a row begins, {column: cell}); an empty cell is None, blank lines are skipped."""
     header: list[str] = []
-    for line, cells in _tsv_cells(path) if ".tsv" in path.suffixes else _csv_cells(path):
+    for line, cells in _cells(path):
         if cells and not header:
             header = cells
             check_distinct([column for column in header if column], f"{path} line {line}: column")
@@ -165,12 +149,12 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str | None]]]:
             yield line, {column: cell or None for column, cell in zip(header, cells, strict=True)}
 
 
-def _tsv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
-    for number, line in enumerate(read_lines(path), start=1):
-        yield number, line.rstrip("\r\n").split("\t") if line.strip("\r\n") else []
-
-
-def _csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
+def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(line, cells) of every row; TSV has no quoting."""
+    if ".tsv" in path.suffixes:
+        for number, line in enumerate(read_lines(path), start=1):
+            yield number, line.rstrip("\r\n").split("\t") if line.strip("\r\n") else []
+        return
     reader = csv.reader(read_lines(path), strict=True)
     while True:
         line = reader.line_num + 1
@@ -190,9 +174,8 @@ def _csv_cells(path: Path) -> Iterator[tuple[int, list[str]]]:
 def write_jsonl(dataset: Any, path: Path, refusal: str) -> None:
     """The format "jsonl": one row per judgement; every document must be named by a query."""
     named = {i for ids in (*dataset.qrels.values(), *dataset.negatives.values()) for i in ids}
-    for document_id in dataset.corpus:
-        if document_id not in named:
-            raise ValueError(f"{refusal} document {document_id!r}, which no query names")
+    if unnamed := [document_id for document_id in dataset.corpus if document_id not in named]:
+        raise ValueError(f"{refusal} document {unnamed[0]!r}, which no query names")
     write_rows(path, _rows(dataset))
 
 

@@ -3,8 +3,8 @@
     sampler = Sampler(1_000, batch_size=32, seed=0)
     sampler.plan(0)             # [[17, 803, ...], ...]: places in the list of examples, one list for each batch
 
-A sampler is any object with `len(sampler)`, the number of batches of every epoch, and `plan(epoch)`, which depends on
-nothing but the epoch, so that training can resume anywhere. Samplers never see texts, ids or vectors.
+A sampler is any object with `len(sampler)`, the batches of every epoch, and `plan(epoch)`, which depends on nothing but
+the epoch, so that training can resume anywhere.
 
 Shapes: P examples, N batches of an epoch.
 """
@@ -13,18 +13,9 @@ import functools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
-
-
-class PlansEpochs(Protocol):
-    """What `Batches` needs from a sampler."""
-
-    def __len__(self) -> int: ...
-
-    def plan(self, epoch: int) -> list[list[int]]: ...
 
 
 class Sampler:
@@ -42,13 +33,11 @@ class Sampler:
         tokens: () -> the tokens of each example, [P]; called once, when first needed. Required by `batch_tokens` and
             `length_window`.
         apart: what each example contains (texts, for example). Examples that share something are put into different
-            batches: an example that does not fit waits for the next batch that can take it. Frequent items make
-            batches smaller and more numerous (with a warning); a batch may exceed its size by the few examples that
-            fit nowhere else. None: no such constraint.
+            batches: one that does not fit waits for the next batch that can take it. Frequent items make batches
+            smaller and more numerous (with a warning); a batch may exceed its size by the few that fit nowhere else.
         length_window: sort the shuffled examples by length within windows of this many batches, then shuffle the
-            batches; 0: no sorting. Every example remains equally likely at every step, but its in-batch negatives are
-            about as long as its own document, which makes the task easier or harder depending on what length reveals.
-            Packed sequences have no padding, so there is little speed to gain.
+            batches; 0: no sorting. In-batch negatives are then about as long as a query's own document. Packed
+            sequences have no padding, so there is little speed to gain.
     """
 
     def __init__(
@@ -64,12 +53,9 @@ class Sampler:
     ):
         if (batch_size is None) == (batch_tokens is None):
             raise ValueError(f"batch_size is {batch_size}, batch_tokens is {batch_tokens}: expected one of the two")
-        for name, value, least in (
-            ("num_examples", num_examples, 1),
-            ("batch_size", batch_size, 1),
-            ("batch_tokens", batch_tokens, 1),
-            ("length_window", length_window, 0),
-        ):
+        sizes = {"num_examples": num_examples, "batch_size": batch_size, "batch_tokens": batch_tokens}
+        for name, value in {**sizes, "length_window": length_window}.items():
+            least = int(name in sizes)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}, expected at least {least}")
         self.num_examples, self.seed, self.length_window = num_examples, seed, length_window
@@ -78,7 +64,6 @@ class Sampler:
         self._planned: tuple[int, list[list[int]]] | None = None
 
     def __len__(self) -> int:
-        """Batches of an epoch, N."""
         return self._num_batches
 
     def plan(self, epoch: int) -> list[list[int]]:
