@@ -236,7 +236,7 @@ def test_similarities_equal_a_loop_at_any_width(monkeypatch):
     base = loss_and_gradients(toward_base, Q, D, targets, distance="similarities")
     assert_equal(base, ours, 0.0)
     # Two queries at a time, then one.
-    monkeypatch.setattr(rows, "SCORES_AT_A_TIME", 8)
+    monkeypatch.setitem(rows.by_rows.__kwdefaults__, "scores_at_a_time", 8)
     chunked = loss_and_gradients(embedding_distillation, Q, D, targets, distance="similarities")
     assert_equal(chunked, ours, 1e-12)
 
@@ -265,7 +265,7 @@ def test_says_what_is_missing():
         ValueError, match="distance is 'euclid', expected one of cosine, mse, l2, squared, similarities"
     ):
         toward_base(Q, Q, base, distance="euclid")
-    with pytest.raises(ValueError, match=r"references\['base'\] has 1 queries and 1 documents, the batch 2 and 1"):
+    with pytest.raises(ValueError, match=r"references\['base'\] has \(1, 1\).*\(2, 1\)"):
         toward_base(torch.ones(2, 2), Q, Targets(torch.tensor([[0], [0]]), references={"base": (Q, Q)}))
 
 

@@ -545,7 +545,7 @@ def test_the_command_line(tmp_path):
     assert "nowhere.json" in first[3][2]
     code, out, err = first[4]
     began, warned = err.splitlines()
-    assert (code, began) == (0, "run: no run to resume, a new one begins")
+    assert (code, began) == (0, "run: no run to resume, starting a new one")
     assert warned.startswith("embedft finetune: warning: 12 of 12 validation questions")
     assert [line.partition(" ")[0] for line in out.splitlines()] == ["weights", "ndcg@10:", "these", "model:"]
     assert first[5] == (0, "model: gap/model\n", "gap.csv: dropped 1 rows with empty texts\n")

@@ -247,7 +247,7 @@ def test_a_few_rows_at_a_time_are_the_whole(name, wrapper, dtype, tolerance, siz
 
     expected = results()
     sizes, apply = [], rows._ByRows.apply
-    monkeypatch.setattr(rows, "SCORES_AT_A_TIME", 18)
+    monkeypatch.setitem(rows.by_rows.__kwdefaults__, "scores_at_a_time", 18)
     monkeypatch.setattr(rows._ByRows, "apply", lambda *given: sizes.append(given[2]) or apply(*given))
     with torch.device("meta"):
         found = results()

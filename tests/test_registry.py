@@ -31,7 +31,7 @@ def test_every_loss_keeps_the_contract(name):
     called = LOSSES[name].forward if is_module else LOSSES[name]
     parameters = list(inspect.signature(called).parameters.values())[1 if is_module else 0 :]
     assert [parameter.name for parameter in parameters[:3]] == ["Q", "D", "targets"]
-    options = list(loss_options(LOSSES[name]).values()) if is_module else parameters[3:]
+    options = list(loss_options(LOSSES[name]).values())
     for option in options:
         assert option.kind is inspect.Parameter.KEYWORD_ONLY
         assert option.annotation is not inspect.Parameter.empty

@@ -10,7 +10,6 @@ from test_contrastive import random_targets
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from embedft import Targets
-from embedft.losses import rows as rows_module
 from embedft.losses.contrastive import LearnableTemperature, in_batch_negatives, multi_positive
 from embedft.losses.distillation import embedding_distillation, listwise_kl, margin_mse
 from embedft.losses.guided import guided_in_batch_negatives
@@ -125,7 +124,7 @@ def test_losses_of_listed_documents_take_windows_by_rows(loss, monkeypatch):
     with LargestTensor() as whole:
         expected = loss_and_gradients(loss, Q, D, targets)
     assert whole.largest >= 64 * 128
-    monkeypatch.setattr(rows_module, "SCORES_AT_A_TIME", 4 * 128)
+    monkeypatch.setitem(by_rows.__kwdefaults__, "scores_at_a_time", 4 * 128)
     with LargestTensor() as chunked:
         found = loss_and_gradients(loss, Q, D, targets)
     assert chunked.largest <= 128 * 8
@@ -134,7 +133,7 @@ def test_losses_of_listed_documents_take_windows_by_rows(loss, monkeypatch):
 
 def test_every_positive_of_a_guide_takes_a_row(monkeypatch):
     """Four positives a query, 2 queries at a time, hold what one and 8 do; hard negatives cost nothing."""
-    monkeypatch.setattr(rows_module, "SCORES_AT_A_TIME", 8 * 128)
+    monkeypatch.setitem(by_rows.__kwdefaults__, "scores_at_a_time", 8 * 128)
     Q, D = random_vectors(64, 8), random_vectors(128, 8, seed=1)
     references = {"guide": (Q.detach(), D.detach())}
     group = (torch.arange(64)[:, None] + torch.tensor([0, 31, 62, 93])) % 128
@@ -169,7 +168,7 @@ def test_second_derivatives_are_refused():
     Q, D, targets = random_vectors(7, 5), random_vectors(9, 5, seed=1), with_everything(0)
     (gradient,) = torch.autograd.grad(in_batch_negatives(Q, D, targets, rows=7), Q, create_graph=True)
     assert torch.autograd.grad(gradient.square().sum(), Q)[0].any()
-    with pytest.raises(RuntimeError, match="first derivatives only: for create_graph=True let `rows` be at least"):
+    with pytest.raises(RuntimeError, match="first derivatives only: for create_graph=True use rows"):
         torch.autograd.grad(in_batch_negatives(Q, D, targets, rows=2), Q, create_graph=True)
 
 
@@ -251,10 +250,9 @@ def test_parameters_get_the_same_gradient(make):
     assert_equal(gradients[1], gradients[0], 1e-12)
 
 
-def test_rows_are_chosen_by_the_number_of_scores(monkeypatch):
+def test_rows_are_chosen_by_the_number_of_scores():
     """12 scores at a time and 5 documents: two queries, then two, then one; with 13 documents one at a time. With 2, of
     which a query takes three rows of scores, two at a time again."""
-    monkeypatch.setattr(rows_module, "SCORES_AT_A_TIME", 12)
     sizes = []
 
     def losses(Q, D, targets):
@@ -264,7 +262,8 @@ def test_rows_are_chosen_by_the_number_of_scores(monkeypatch):
     with torch.no_grad():
         for num_documents, width in ((5, 1), (13, 1), (2, 3)):
             Q, D = torch.ones(5, 2), torch.ones(num_documents, 2)
-            (sums,) = by_rows(losses, Q, D, Targets(torch.zeros(5, 1, dtype=torch.int64)), None, width=width)
+            targets, sizes_of = Targets(torch.zeros(5, 1, dtype=torch.int64)), {"width": width, "scores_at_a_time": 12}
+            (sums,) = by_rows(losses, Q, D, targets, None, **sizes_of)
             assert sums.tolist() == [2.0] * 5
     assert sizes == [(2, 2), (2, 2), (1, 1)] + [(1, 1)] * 5 + [(2, 2), (2, 2), (1, 1)]
 

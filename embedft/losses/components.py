@@ -5,14 +5,13 @@
     found                                   # {"in_batch_negatives": tensor(1.3), "toward_base": tensor(0.02)}
 
 A loss calls `record("masked_negatives", share)`, which does nothing unless someone collects, and wraps what it
-evaluates several times in `with scope("384")`, which puts "384/" in front of names. Recorded tensors are detached; no
-value is read, so a GPU is never waited for.
+evaluates several times in `with scope("384")`, which puts "384/" in front of names.
 """
 
 import functools
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -24,30 +23,29 @@ _CURRENT: ContextVar[tuple[dict[str, Tensor], str] | None] = ContextVar("compone
 
 
 @contextmanager
-def collect() -> Iterator[dict[str, Tensor]]:
-    """Gives a dict that the losses called inside fill: {name: detached scalar}."""
-    found: dict[str, Tensor] = {}
-    token = _CURRENT.set((found, ""))
+def _setting(current: tuple[dict[str, Tensor], str] | None) -> Iterator[None]:
+    token = _CURRENT.set(current)
     try:
-        yield found
+        yield
     finally:
         _CURRENT.reset(token)
 
 
 @contextmanager
+def collect() -> Iterator[dict[str, Tensor]]:
+    """Gives a dict that the losses called inside fill: {name: detached scalar}."""
+    found: dict[str, Tensor] = {}
+    with _setting((found, "")):
+        yield found
+
+
+@contextmanager
 def scope(name: str) -> Iterator[None]:
     """Puts "name/" in front of what is recorded inside; not again directly inside a scope of the same name."""
-    if (current := _CURRENT.get()) is None:
+    if (current := _CURRENT.get()) and not f"/{current[1]}".endswith(f"/{name}/"):
+        current = current[0], f"{current[1]}{name}/"
+    with _setting(current):
         yield
-        return
-    found, prefix = current
-    if prefix != f"{name}/" and not prefix.endswith(f"/{name}/"):
-        prefix = f"{prefix}{name}/"
-    token = _CURRENT.set((found, prefix))
-    try:
-        yield
-    finally:
-        _CURRENT.reset(token)
 
 
 def record(name: str, value: Tensor | float) -> None:
@@ -63,14 +61,9 @@ def record(name: str, value: Tensor | float) -> None:
     found[unique] = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value), device="cpu")
 
 
-@contextmanager
-def unrecorded() -> Iterator[None]:
+def unrecorded() -> AbstractContextManager[None]:
     """Nothing is recorded inside: for what is computed piece by piece, or again in the backward pass."""
-    token = _CURRENT.set(None)
-    try:
-        yield
-    finally:
-        _CURRENT.reset(token)
+    return _setting(None)
 
 
 def loss_name(loss: Callable[..., Any]) -> str:

@@ -5,33 +5,22 @@
     loss = LearnableTemperature(temperature=0.07)
 
 Every loss takes Q [B, D] and D [C, D] and returns a scalar; `similarity` and `windows` are as in `scores`, `rows` as in
-`by_rows`. Losses with `rows` are sums over queries and never hold all of [B, M] in memory. Not here: losses over
-listed documents only (pairwise.py), and negatives filtered by a guide (guided.py).
+`by_rows`. Losses with `rows` are sums over queries and never hold all of [B, M] in memory.
 
 Shapes: B queries, R of them at a time, M documents, C document vectors, G listed documents per query, D features.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .checks import check_above_zero, check_one_of
 from .components import record
-from .rows import (
-    between_documents,
-    by_rows,
-    check_above_zero,
-    check_one_of,
-    check_several,
-    comparable,
-    log_sum,
-    mean_over_positives,
-    mean_over_queries,
-    warn_without_negatives,
-)
+from .rows import between_documents, by_rows, comparable, log_sum, mean_over_positives, mean_over_queries
 from .targets import DIRECTIONS, Targets, scores
 
 PARTITIONS = ("joint", "per_direction")
@@ -39,151 +28,9 @@ HARDNESS = ("in_batch_negatives", "hard_negatives", "all_negatives")
 FORMS = ("out", "in")
 
 
-def in_batch_negatives(
-    Q: Tensor,
-    D: Tensor,
-    targets: Targets,
-    *,
-    temperature: float = 0.05,
-    similarity: str = "cosine",
-    directions: Sequence[str] = ("query_document",),
-    partition: str = "joint",
-    in_batch: bool = True,
-    hardness: str | None = None,
-    hardness_strength: float = 0.0,
-    decoupled: bool = False,
-    windows: str = "max",
-    rows: int | None = None,
-) -> Tensor:
-    """Mean over queries of -log( exp(s_p) / (exp(s_p) + sum over negatives n of exp(s_n)) ), s = sim / temperature.
-
-    Negatives are all documents of the batch not known to be relevant to the query: other queries' documents and
-    everyone's hard negatives. For several listed positives it is the mean over them; none is a negative of another.
-    Queries without a listed positive are skipped; if there are only those, the loss is 0. `_InBatch` explains the
-    options other than these:
-
-    Args:
-        temperature: above 0; 0.05 is the scale of 20 in sentence-transformers. A scalar tensor gets its gradient, here
-            and in the other losses.
-
-    Source: van den Oord et al. 2018 (InfoNCE), equation 4; Henderson et al. 2017, section 4.4. Directions: Li et al.
-    2023 (GTE), section 3.3. Hardness: Lan et al. 2025 (LLaVE), equation 5; of hard negatives, Vera et al. 2025
-    (EmbeddingGemma). Decoupled: Yeh et al. 2022 (DCL), equation 6. With one positive per query and no document listed
-    twice it equals sentence-transformers' MultipleNegativesRankingLoss.
-    """
-    check_above_zero("temperature", temperature)
-    options = _InBatch(
-        similarity=similarity,
-        directions=directions,
-        partition=partition,
-        in_batch=in_batch,
-        hardness=hardness,
-        hardness_strength=hardness_strength,
-        decoupled=decoupled,
-        windows=windows,
-        rows=rows,
-    )
-    return options.loss(Q, D, targets, temperature)
-
-
-def symmetric_in_batch_negatives(
-    Q: Tensor, D: Tensor, targets: Targets, *, temperature: float = 0.05, similarity: str = "cosine"
-) -> Tensor:
-    """`in_batch_negatives` from queries to documents and from documents to queries: the mean of the two losses.
-
-    Coupled: the batch is evaluated as a whole.
-
-    Source: Günther et al. 2023 (Jina Embeddings 2), section 4; equals sentence-transformers'
-    MultipleNegativesSymmetricRankingLoss.
-    """
-    options = {"directions": ("query_document", "document_query"), "partition": "per_direction"}
-    return in_batch_negatives(Q, D, targets, temperature=temperature, similarity=similarity, **options)
-
-
-class LearnableTemperature(nn.Module):
-    """`in_batch_negatives` with a temperature that is learned together with the vectors.
-
-    The parameter is `log_temperature`; it is clamped to `minimum` before every call, so that its gradient keeps
-    counting. Records `temperature`.
-
-    Args:
-        temperature: initial value, at least `minimum`.
-        minimum: above 0.
-        options: the other options of `in_batch_negatives`.
-
-    Source: Radford et al. 2021 (CLIP), section 2.5: it starts at 0.07 and is kept at 0.01 or above.
-    """
-
-    options_of = in_batch_negatives
-
-    def __init__(self, *, temperature: float = 0.05, minimum: float = 0.01, **options: Any):
-        super().__init__()
-        check_above_zero("minimum", minimum)
-        if not minimum <= temperature < math.inf:
-            raise ValueError(f"temperature is {temperature}, expected at least the minimum of {minimum}, and finite")
-        self.in_batch = _InBatch(**options)
-        self.log_minimum = math.log(minimum)
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The options of `in_batch_negatives` beside the temperature."""
-        return asdict(self.in_batch)
-
-    def forward(self, Q: Tensor, D: Tensor, targets: Targets) -> Tensor:
-        """A scalar."""
-        with torch.no_grad():
-            self.log_temperature.clamp_(min=self.log_minimum)
-        temperature = self.log_temperature.exp()
-        record("temperature", temperature)
-        return self.in_batch.loss(Q, D, targets, temperature)
-
-
-def multi_positive(
-    Q: Tensor,
-    D: Tensor,
-    targets: Targets,
-    *,
-    temperature: float = 0.05,
-    similarity: str = "cosine",
-    form: str = "out",
-    windows: str = "max",
-    rows: int | None = None,
-) -> Tensor:
-    """One softmax over all documents of the batch for all P positives of a query, listed or known.
-
-    With Z = sum over all documents d of exp(s_d), including the other positives, the loss of a query is
-    - out: mean over positives p of -log( exp(s_p) / Z ), which wants all of them close
-    - in: -log( mean over positives p of exp(s_p) / Z ), which is satisfied by one
-
-    Positives count alike: `relevance` only matters as above 0 or not. The loss is at least log P for P positives.
-    Queries without a positive are skipped. With one positive per query both forms equal `in_batch_negatives`.
-
-    Source: Khosla et al. 2020 (Supervised Contrastive Learning), equation 2 (out) and 3 (in), between queries and
-    documents.
-    """
-    check_above_zero("temperature", temperature)
-    check_one_of("form", form, FORMS)
-    warn_without_negatives(D, targets)
-    Q, D = comparable(Q, D, similarity)
-
-    def losses(Q_R: Tensor, D: Tensor, targets: Targets, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-        scores_RM = scores(Q_R, D, targets, similarity="dot", windows=windows) / temperature
-        positive_RM, _ = targets.masks(num_documents=scores_RM.shape[1])
-        num_positives_R = positive_RM.sum(dim=1)
-        if form == "out":
-            gain_R = scores_RM.where(positive_RM, 0).sum(dim=1) / num_positives_R.clamp(min=1)
-        else:
-            gain_R = log_sum(scores_RM, positive_RM) - num_positives_R.clamp(min=1).to(scores_RM).log()
-        has_R = num_positives_R > 0
-        return (scores_RM.logsumexp(dim=1) - gain_R).where(has_R, 0), has_R
-
-    return mean_over_queries(*by_rows(losses, Q, D, targets, rows, temperature))
-
-
 @dataclass(frozen=True, kw_only=True)
-class _InBatch:
-    """`in_batch_negatives` at any temperature. Options that contradict each other are an error.
+class InBatch:
+    """The options of `in_batch_negatives`. Those that contradict each other are an error.
 
     Each of the `directions` adds a sum to the partition of query q and positive p, over the negatives that
     `Targets.masks` gives for that direction:
@@ -223,10 +70,8 @@ class _InBatch:
         if "query_document" not in self.directions or len(set(self.directions)) < len(self.directions):
             raise ValueError(f"directions is {list(self.directions)}, expected query_document and others, each once")
         check_one_of("partition", self.partition, PARTITIONS)
-        if self.partition == "per_direction":
-            for direction in self.directions:
-                if direction in ("query_query", "document_document"):
-                    raise ValueError(f"partition is per_direction, but {direction} has no positive of its own")
+        if self.partition == "per_direction" and not {"query_query", "document_document"}.isdisjoint(self.directions):
+            raise ValueError("partition is per_direction, but query_query and document_document have no positives")
         coupled = len(self.directions) > 1
         if coupled and not self.in_batch:
             raise ValueError("in_batch is False, but only query_document has listed negatives")
@@ -236,19 +81,17 @@ class _InBatch:
             check_one_of("hardness", self.hardness, HARDNESS)
             check_above_zero("hardness_strength", self.hardness_strength)
         elif self.hardness_strength != 0:
-            strength = self.hardness_strength
-            raise ValueError(f"hardness_strength is {strength} without hardness, one of {', '.join(HARDNESS)}")
+            raise ValueError(f"hardness_strength is {self.hardness_strength} without hardness")
 
     def loss(self, Q: Tensor, D: Tensor, targets: Targets, temperature: float | Tensor) -> Tensor:
-        """A scalar."""
+        """`in_batch_negatives` at a temperature."""
         if not self.in_batch:
-            check_several(targets, "in_batch False")
+            targets.check_several("in_batch False")
         if len(Q) == 1 or len(self.directions) == 1:
-            warn_without_negatives(D, targets)
+            targets.warn_without_negatives(D)
         Q, D = comparable(Q, D, self.similarity)
-        if len(self.directions) > 1:
-            return mean_over_queries(*self.losses(Q, D, targets, temperature))
-        return mean_over_queries(*by_rows(self.losses, Q, D, targets, self.rows, temperature))
+        rows = self.rows if len(self.directions) == 1 else max(1, len(Q))
+        return mean_over_queries(*by_rows(self.losses, Q, D, targets, rows, temperature))
 
     def losses(self, Q: Tensor, D: Tensor, targets: Targets, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
         """(loss of each query, whether it counts), each [B]."""
@@ -257,7 +100,6 @@ class _InBatch:
         _, negative_BM = targets.masks(num_documents=logits_BM.shape[1])
         group_BG = targets.group.clamp(min=0)
         positives_BG = logits_BM.gather(1, group_BG)
-
         weighed_BM, negative_BM = self._weigh(similarity_BM, logits_BM, negative_BM, targets)
         # Log of each direction's sum, for every query and listed document.
         sums_BG = {"query_document": log_sum(weighed_BM, negative_BM)[:, None].expand_as(positives_BG)}
@@ -298,3 +140,110 @@ class _InBatch:
         chosen_BM = {"hard_negatives": hard_BM, "in_batch_negatives": negative_BM & ~hard_BM}
         penalty_BM = self.hardness_strength * similarity_BM.detach()
         return logits_BM + penalty_BM.where(chosen_BM.get(self.hardness, negative_BM), 0), negative_BM
+
+
+def in_batch_negatives(Q: Tensor, D: Tensor, targets: Targets, *, temperature: float = 0.05, **options: Any) -> Tensor:
+    """Mean over queries of -log( exp(s_p) / (exp(s_p) + sum over negatives n of exp(s_n)) ), s = sim / temperature.
+
+    Negatives are all documents of the batch not known to be relevant to the query: other queries' documents and
+    everyone's hard negatives. For several listed positives it is the mean over them; none is a negative of another.
+    Queries without a listed positive are skipped; if there are only those, the loss is 0.
+
+    Args:
+        temperature: above 0; 0.05 is the scale of 20 in sentence-transformers. A scalar tensor gets its gradient, here
+            and in the other losses.
+        options: those of `InBatch`.
+
+    Source: van den Oord et al. 2018 (InfoNCE), equation 4; Henderson et al. 2017, section 4.4. Directions: Li et al.
+    2023 (GTE), section 3.3. Hardness: Lan et al. 2025 (LLaVE), equation 5; of hard negatives, Vera et al. 2025
+    (EmbeddingGemma). Decoupled: Yeh et al. 2022 (DCL), equation 6. With one positive per query and no document listed
+    twice it equals sentence-transformers' MultipleNegativesRankingLoss.
+    """
+    check_above_zero("temperature", temperature)
+    return InBatch(**options).loss(Q, D, targets, temperature)
+
+
+in_batch_negatives.options_of = InBatch
+
+
+def symmetric_in_batch_negatives(
+    Q: Tensor, D: Tensor, targets: Targets, *, temperature: float = 0.05, similarity: str = "cosine"
+) -> Tensor:
+    """`in_batch_negatives` from queries to documents and from documents to queries: the mean of the two losses.
+
+    Coupled: the batch is evaluated as a whole.
+
+    Source: Günther et al. 2023 (Jina Embeddings 2), section 4; equals sentence-transformers'
+    MultipleNegativesSymmetricRankingLoss.
+    """
+    options = {"directions": ("query_document", "document_query"), "partition": "per_direction"}
+    return in_batch_negatives(Q, D, targets, temperature=temperature, similarity=similarity, **options)
+
+
+class LearnableTemperature(nn.Module):
+    """`in_batch_negatives` with a temperature that is learned together with the vectors.
+
+    The parameter is `log_temperature`; it is clamped to `minimum`, above 0, before every call, so that its gradient
+    keeps counting. Records `temperature`. `options` are those of `InBatch`.
+
+    Source: Radford et al. 2021 (CLIP), section 2.5: it starts at 0.07 and is kept at 0.01 or above.
+    """
+
+    options_of = in_batch_negatives
+
+    def __init__(self, *, temperature: float = 0.05, minimum: float = 0.01, **options: Any):
+        super().__init__()
+        check_above_zero("minimum", minimum)
+        if not minimum <= temperature < math.inf:
+            raise ValueError(f"temperature is {temperature}, expected at least the minimum of {minimum}, and finite")
+        self.in_batch = InBatch(**options)
+        self.log_minimum = math.log(minimum)
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+
+    def forward(self, Q: Tensor, D: Tensor, targets: Targets) -> Tensor:
+        with torch.no_grad():
+            self.log_temperature.clamp_(min=self.log_minimum)
+        temperature = self.log_temperature.exp()
+        record("temperature", temperature)
+        return self.in_batch.loss(Q, D, targets, temperature)
+
+
+def multi_positive(
+    Q: Tensor,
+    D: Tensor,
+    targets: Targets,
+    *,
+    temperature: float = 0.05,
+    similarity: str = "cosine",
+    form: str = "out",
+    windows: str = "max",
+    rows: int | None = None,
+) -> Tensor:
+    """One softmax over all documents of the batch for all P positives of a query, listed or known.
+
+    With Z = sum over all documents d of exp(s_d), including the other positives, the loss of a query is
+    - out: mean over positives p of -log( exp(s_p) / Z ), which wants all of them close
+    - in: -log( mean over positives p of exp(s_p) / Z ), which is satisfied by one
+
+    The loss is at least log P. Queries without a positive are skipped. With one positive per query both forms equal
+    `in_batch_negatives`.
+
+    Source: Khosla et al. 2020 (Supervised Contrastive Learning), equation 2 (out) and 3 (in).
+    """
+    check_above_zero("temperature", temperature)
+    check_one_of("form", form, FORMS)
+    targets.warn_without_negatives(D)
+    Q, D = comparable(Q, D, similarity)
+
+    def losses(Q_R: Tensor, D: Tensor, targets: Targets, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+        scores_RM = scores(Q_R, D, targets, similarity="dot", windows=windows) / temperature
+        positive_RM, _ = targets.masks(num_documents=scores_RM.shape[1])
+        num_positives_R = positive_RM.sum(dim=1)
+        if form == "out":
+            gain_R = scores_RM.where(positive_RM, 0).sum(dim=1) / num_positives_R.clamp(min=1)
+        else:
+            gain_R = log_sum(scores_RM, positive_RM) - num_positives_R.clamp(min=1).to(scores_RM).log()
+        has_R = num_positives_R > 0
+        return (scores_RM.logsumexp(dim=1) - gain_R).where(has_R, 0), has_R
+
+    return mean_over_queries(*by_rows(losses, Q, D, targets, rows, temperature))

@@ -6,7 +6,6 @@
 
 For a teacher of another width, `ProjectedDistillation` learns a map to it, and distance="similarities" needs none.
 Every loss takes Q [B, D] and D [C, D] and returns a scalar, at least 0; `similarity` and `windows` are as in `scores`.
-Not here: running a teacher; its scores and vectors are data.
 
 Shapes: B queries, C document vectors, G listed documents per query, N vectors, D features, E features of the reference.
 """
@@ -18,15 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .rows import (
-    by_rows,
-    check_above_zero,
-    check_one_of,
-    check_reference,
-    check_several,
-    comparable,
-    float32_or_64,
-)
+from .checks import check_above_zero, check_one_of
+from .rows import by_rows, comparable, float32_or_64
 from .scored import listed_scores, listed_targets
 from .targets import Targets
 
@@ -36,14 +28,12 @@ DISTANCES = ("cosine", "mse", "l2", "squared", "similarities")
 def margin_mse(Q: Tensor, D: Tensor, targets: Targets, *, similarity: str = "dot", windows: str = "max") -> Tensor:
     """Mean of ((s_p - s_n) - (t_p - t_n))^2 over every listed positive p and hard negative n of a query.
 
-    s is the similarity, t the teacher's score (`target_scores`). Margins are compared as they are, so the teacher's
-    scores need the unit of the similarity; margins known without scores go in as t_p = 0 and t_n = -margin. A hard
-    negative that is known to be relevant stays: its score says how relevant. Without a pair of a positive and a hard
-    negative the loss is 0.
+    s is the similarity, t the teacher's score (`target_scores`), in the same unit; margins known without scores go in
+    as t_p = 0 and t_n = -margin. A hard negative that is known to be relevant stays: its score says how relevant.
 
     Source: Hofstätter et al. 2020, section 3 (Margin-MSE); equals sentence-transformers' MarginMSELoss.
     """
-    check_several(targets, "margin_mse")
+    targets.check_several("margin_mse")
     scores_BG = listed_scores(Q, D, targets, similarity=similarity, windows=windows)
     positive_BG = targets.listed_positive
     negative_BG = (targets.group >= 0) & ~positive_BG
@@ -68,22 +58,18 @@ def listwise_kl(
 ) -> Tensor:
     """T_s^2 times the mean over queries of KL(softmax(t / T_t), softmax(s / T_s)) over the listed documents.
 
-    s is the similarity, t the teacher's score (`target_scores`). Queries with fewer than two listed are skipped.
-
-    Args:
-        temperature: of both, above 0.
-        student_temperature: T_s; None: `temperature`.
-        teacher_temperature: T_t; None: `temperature`.
+    s is the similarity, t the teacher's score (`target_scores`), T_s and T_t the temperatures of student and teacher,
+    each above 0; None: `temperature`. Queries with fewer than two listed are skipped.
 
     Source: Hinton et al. 2015, section 2 (softmax at a temperature, and the factor T^2); Lin et al. 2020 (TCT-ColBERT)
     for ranking; equals sentence-transformers' DistillKLDivLoss.
     """
-    check_several(targets, "listwise_kl")
+    targets.check_several("listwise_kl")
     student = temperature if student_temperature is None else student_temperature
     teacher = temperature if teacher_temperature is None else teacher_temperature
     named = {"temperature": temperature, "student_temperature": student, "teacher_temperature": teacher}
-    for name, value in named.items():
-        check_above_zero(name, value)
+    for item in named.items():
+        check_above_zero(*item)
     scores_BG = listed_scores(Q, D, targets, similarity=similarity, windows=windows)
     is_listed_BG = targets.group >= 0
     # Not minus infinity, with which a row that lists nothing would be NaN.
@@ -108,14 +94,11 @@ def embedding_distillation(
     - similarities: (cos(q, d) - cos(r_q, r_d))^2, mean over every query and document vector; r of any width. A sum
       over queries, computed some rows at a time (`by_rows`).
 
-    Args:
-        targets: `references["teacher"]` holds the teacher's vectors, ([B, E], [C, E]).
-        truncate: compare with the first D features of wider vectors, as needed under Matryoshka (unless the distance is
-            "similarities"). Otherwise different widths are an error.
+    The teacher's vectors are `references["teacher"]`, ([B, E], [C, E]). With `truncate`, only the first D features of
+    wider ones count, as needed under Matryoshka; otherwise other widths are an error, except for "similarities".
 
     Source: Kim et al. 2023 (EmbedDistill), embedding matching; with one document per query and column it equals
-    sentence-transformers' EmbedDistillLoss. "similarities": Tung and Mori 2019, section 3, between queries and
-    documents.
+    sentence-transformers' EmbedDistillLoss. "similarities": Tung and Mori 2019, section 3.
     """
     return distance_to_reference(Q, D, targets, reference="teacher", distance=distance, truncate=truncate)
 
@@ -124,13 +107,7 @@ class ProjectedDistillation(nn.Module):
     """`embedding_distillation` of W x + b, a learned map of the vectors x to the teacher's width.
 
     The map is for training only and is dropped with the loss. Vectors narrower than `student_dim`, as under
-    Matryoshka, use the first columns of W.
-
-    Args:
-        student_dim: features of Q and D.
-        teacher_dim: features of `references["teacher"]`.
-        distance: as in `embedding_distillation`.
-        seed: seed of W, uniform in +-1/sqrt(student_dim); b starts at 0.
+    Matryoshka, use the first columns of W. W starts uniform in +-1/sqrt(student_dim), by `seed`, b at 0.
 
     Source: Kim et al. 2023 (EmbedDistill), embedding matching with a projection; sentence-transformers'
     EmbedDistillLoss with `projection_dim`.
@@ -148,15 +125,12 @@ class ProjectedDistillation(nn.Module):
         self.bias = nn.Parameter(torch.zeros(teacher_dim))
 
     def forward(self, Q: Tensor, D: Tensor, targets: Targets) -> Tensor:
-        """A scalar, at least 0."""
         if Q.shape[1] > self.student_dim:
             raise ValueError(f"student_dim is {self.student_dim}, but the vectors have {Q.shape[1]} features")
-        Q, D = (self._project(x) for x in (Q, D))
+        Q, D = float32_or_64(Q), float32_or_64(D)
+        weight_ED = self.weight[:, : Q.shape[1]]
+        Q, D = (F.linear(X, weight_ED.to(X.dtype), self.bias.to(X.dtype)) for X in (Q, D))
         return distance_to_reference(Q, D, targets, reference="teacher", distance=self.distance)
-
-    def _project(self, X: Tensor) -> Tensor:
-        X = float32_or_64(X)
-        return F.linear(X, self.weight[:, : X.shape[1]].to(X.dtype), self.bias.to(X.dtype))
 
 
 def distance_to_reference(
@@ -164,9 +138,8 @@ def distance_to_reference(
 ) -> Tensor:
     """Mean distance of the vectors from `targets.references[reference]`, see `embedding_distillation`."""
     check_one_of("distance", distance, DISTANCES)
-    check_reference(targets, reference, Q, D)
     Q, D = float32_or_64(Q), float32_or_64(D)
-    reference_Q, reference_D = (x.detach().to(Q) for x in targets.references[reference])
+    reference_Q, reference_D = (x.detach().to(Q) for x in targets.reference(reference, Q, D))
     if distance == "similarities":
         references = {reference: comparable(reference_Q, reference_D, "cosine")}
 

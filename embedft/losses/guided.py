@@ -3,8 +3,6 @@
     targets = Targets(group=group_BG, references={"guide": (guide_Q, guide_D)})
     loss = guided_in_batch_negatives(Q, D, targets, margin=0.05, margin_strategy="relative")
 
-Not here: running the guide; its vectors are data.
-
 Shapes: B queries, R of them at a time, M documents, C document vectors, G listed documents per query, D features, E
 features of the guide, N negatives of any kind.
 """
@@ -14,19 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .checks import check_above_zero, check_finite, check_one_of
 from .components import record
-from .rows import (
-    between_documents,
-    by_rows,
-    check_above_zero,
-    check_finite,
-    check_one_of,
-    check_reference,
-    comparable,
-    mean_over_positives,
-    mean_over_queries,
-    warn_without_negatives,
-)
+from .rows import between_documents, by_rows, comparable, mean_over_positives, mean_over_queries
 from .targets import Targets, scores
 
 MARGIN_STRATEGIES = ("absolute", "relative")
@@ -59,16 +47,10 @@ def guided_in_batch_negatives(
 
     Args:
         Q, D, targets: [B, D], [C, D]; `references["guide"]` holds the guide's vectors, ([B, E], [C, E]).
-        temperature: above 0.
-        margin_strategy: "absolute" or "relative".
         margin: 0 removes what the guide finds closer than the positive; a larger margin removes more.
-        contrast_queries, contrast_positives: whether queries are pushed apart, and positives. Either of the two
-            couples the loss: the batch is evaluated as a whole.
-        windows: "max" or "softmax" over the windows of a document, the guide's too; see `scores`.
-        rows: queries at a time, if neither of the two is set; None: see `by_rows`.
-
-    Returns:
-        A scalar, at least 0; 0 when no query has a positive.
+        contrast_queries, contrast_positives: either of the two couples the loss: the batch is evaluated as a whole.
+        windows: see `scores`; of the guide too.
+        rows: as in `by_rows`, if neither of the two is set.
 
     Source: Solatorio 2024 (GISTEmbed), section 3; margins: Moreira et al. 2024 (NV-Retriever), section 3. With one
     positive per query and no document listed twice it equals sentence-transformers' GISTEmbedLoss, which excludes the
@@ -77,14 +59,13 @@ def guided_in_batch_negatives(
     check_above_zero("temperature", temperature)
     check_one_of("margin_strategy", margin_strategy, MARGIN_STRATEGIES)
     check_finite("margin", margin)
-    check_reference(targets, "guide", Q, D)
     coupled = contrast_queries or contrast_positives
     if coupled and rows is not None:
         raise ValueError(f"rows is {rows}, but contrast_queries and contrast_positives need the whole batch")
     if len(Q) == 1 or not contrast_queries:
-        warn_without_negatives(D, targets)
+        targets.warn_without_negatives(D)
+    guide = comparable(*targets.reference("guide", Q, D), "cosine", as_pairs=True)
     Q, D = comparable(Q, D, "cosine", as_pairs=True)
-    guide = comparable(*targets.references["guide"], "cosine", as_pairs=True)
     targets = replace(targets, references={"guide": guide})
     losses = _Losses(margin_strategy, margin, contrast_queries, contrast_positives, windows, _width(targets))
     rows = max(1, len(Q)) if coupled else rows

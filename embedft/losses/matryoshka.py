@@ -4,7 +4,7 @@
     loss = WeightedSum(losses=[in_batch_negatives, my_loss], weights=[1.0, 0.1])
     value = loss(Q, D, targets)
 
-The parts are any functions of (Q, D, targets) or modules of that call; `build_loss` makes them from names and options.
+The parts are any functions of (Q, D, targets) or modules of that call.
 
 Shapes: B queries, C document vectors, D features.
 """
@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from .checks import check_one_of
 from .components import loss_name, record, scope
-from .rows import check_one_of, float32_or_64
+from .rows import float32_or_64
 from .targets import Targets
 
 Loss = Callable[[Tensor, Tensor, Targets], Tensor]
@@ -28,22 +29,17 @@ REDUCTIONS = ("sum", "mean")
 class Matryoshka(nn.Module):
     """Sum over dimensions d of weight_d * inner(the first d features of Q and D, scaled to unit length).
 
-    Trains vectors whose prefixes are embeddings too. `targets` go to `inner` as they are: a guide or teacher is not
-    truncated. A loss that compares vectors with a reference feature by feature has an option `truncate` for that.
-    Records the value at each dimension as "matryoshka/384".
-
-    With `dims_per_step`, each call draws that many dimensions, without replacement, from a generator seeded with `seed`
-    and the number of calls so far. That number, `num_calls`, is the module's only state: every rank draws the same
-    dimensions, and a resumed run continues the draws, whatever else uses random numbers. In evaluation mode all
-    dimensions are used and nothing is counted.
+    Trains vectors whose prefixes are embeddings too. A guide or teacher is not truncated; a loss that compares vectors
+    with a reference feature by feature has an option `truncate` for that. Records each value as "matryoshka/384".
 
     Args:
         dims: each at least 1 and at most D, without repetition, in any order; the largest is computed first.
         inner: the loss at each dimension.
         weights: one for each of `dims`, in the same order; None: 1 each.
-        dims_per_step: dimensions drawn per call; -1: all of them.
+        dims_per_step: dimensions drawn per call, without replacement; -1, and in evaluation mode: all of them.
         reduction: "sum" of the weighted losses, or their "mean" over the dimensions of the call.
-        seed: seed of the draws.
+        seed: of the draws, together with the number of calls so far (`num_calls`, the module's only state): every rank
+            draws the same, and a resumed run continues.
 
     Source: Kusupati et al. 2022, section 3, equation 1; sentence-transformers' MatryoshkaLoss, which draws with
     Python's global generator and truncates a teacher's vectors of width D.
@@ -73,7 +69,6 @@ class Matryoshka(nn.Module):
         self._warned = False
 
     def forward(self, Q: Tensor, D: Tensor, targets: Targets) -> Tensor:
-        """A scalar; the gradient is that of the sum (or mean) over the dimensions."""
         width = Q.shape[1]
         if self.dims[0] > width:
             raise ValueError(f"dims has {self.dims[0]}, but the vectors have {width} features")
@@ -109,10 +104,8 @@ class WeightedSum(nn.Module):
 
     Records the unweighted value of each part under its name; the second part of one name is "name_2".
 
-    Args:
-        losses: at least one; parameters and state of those that are modules belong to the sum. A module that is several
-            of the parts is saved once.
-        weights: one for each of `losses`, at least 0; None: 1 each.
+    Parameters and state of parts that are modules belong to the sum; a module that is several parts is saved once.
+    `weights` are at least 0, one for each of `losses`; None: 1 each.
 
     Source: Caruana 1997 (Multitask Learning): several losses on one representation.
     """
@@ -132,7 +125,6 @@ class WeightedSum(nn.Module):
                 self.parts[str(i)] = loss
 
     def forward(self, Q: Tensor, D: Tensor, targets: Targets) -> Tensor:
-        """A scalar."""
         total = 0.0
         for name, weight, loss in zip(self.names, self.weights, self.losses, strict=True):
             with scope(name):

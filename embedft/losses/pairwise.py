@@ -5,21 +5,19 @@
     loss = online_contrastive(Q, D, targets, margin=0.5)
 
 A positive listed for a query is a positive pair, a hard negative a negative one; a document listed as a hard negative
-that is known to be relevant is neither. Every loss takes Q [B, D] and D [C, D], where the distance to a document of
-several windows is that to the nearest, and returns a scalar, at least 0, which is 0 when there is nothing to compare. A
-batch that lists one document per query raises `ValueError`. Distances: "cosine" (1 - cos), "euclidean" or "manhattan",
-the last two of the vectors as they are. Not here: softmax over negatives (contrastive.py).
+that is known to be relevant is neither. Distances: "cosine" (1 - cos), "euclidean" or "manhattan", the last two of the
+vectors as they are; of several windows the nearest counts. `margin` is at least 0, in the unit of the distance. Losses
+are 0 when there is nothing to compare; a batch that lists one document per query raises `ValueError`.
 
 Shapes: B queries, M documents, C document vectors, G listed documents per query, P pairs, D features.
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rows import by_rows, check_one_of, check_several, float32_or_64
+from .checks import check_finite, check_one_of
+from .rows import by_rows, float32_or_64
 from .scored import listed_scores
 from .targets import Targets, over_windows
 
@@ -30,15 +28,11 @@ REDUCTIONS = ("mean", "sum")
 def triplet(Q: Tensor, D: Tensor, targets: Targets, *, margin: float = 5.0, distance: str = "euclidean") -> Tensor:
     """Mean of max(0, d(q, p) - d(q, n) + margin) over every listed positive p and hard negative n of a query.
 
-    Args:
-        margin: at least 0, in the unit of the distance; more than 2 makes no sense for "cosine".
-        distance: see above.
-
     Source: Schroff et al. 2015 (FaceNet), section 3.1, with distances not squared, as in Hermans et al. 2017; equals
     sentence-transformers' TripletLoss.
     """
     _check(margin, distance)
-    check_several(targets, "triplet")
+    targets.check_several("triplet")
     distances_BG = _listed_distances(Q, D, targets, distance)
     is_triplet_BGG = targets.listed_positive[:, :, None] & targets.listed_negative[:, None, :]
     losses_BGG = F.relu(distances_BG[:, :, None] - distances_BG[:, None, :] + margin)
@@ -46,22 +40,11 @@ def triplet(Q: Tensor, D: Tensor, targets: Targets, *, margin: float = 5.0, dist
 
 
 def contrastive(
-    Q: Tensor,
-    D: Tensor,
-    targets: Targets,
-    *,
-    margin: float = 0.5,
-    distance: str = "cosine",
-    reduction: str = "mean",
+    Q: Tensor, D: Tensor, targets: Targets, *, margin: float = 0.5, distance: str = "cosine", reduction: str = "mean"
 ) -> Tensor:
     """Mean over pairs of d^2 / 2 if the pair is positive, max(0, margin - d)^2 / 2 if it is negative.
 
     Without `relevance`, a query lists a positive first and then hard negatives; with it, grades decide.
-
-    Args:
-        margin: at least 0; a negative pair that far apart has loss 0.
-        distance: see above.
-        reduction: "mean" or "sum" over the pairs.
 
     Source: Hadsell et al. 2006, equation 4; equals sentence-transformers' ContrastiveLoss.
     """
@@ -82,9 +65,6 @@ def online_contrastive(
     it is closer than the farthest positive pair. Without any pair of the other kind, those worse than the mean are
     hard. Coupled: the batch is evaluated as a whole.
 
-    Args:
-        margin, distance: as in `contrastive`.
-
     Source: sentence-transformers' OnlineContrastiveLoss: Hadsell et al. 2006, equation 4, over the hard pairs.
     """
     _check(margin, distance)
@@ -97,15 +77,14 @@ def online_contrastive(
 
 
 def _check(margin: float, distance: str) -> None:
-    if not 0 <= margin < math.inf:
-        raise ValueError(f"margin is {margin}, expected at least 0 and finite")
+    check_finite("margin", margin, least=0)
     check_one_of("distance", distance, DISTANCES)
 
 
 def _pair_distances(Q: Tensor, D: Tensor, targets: Targets, distance: str, loss: str) -> tuple[Tensor, Tensor]:
     """Distances of the positive and of the negative pairs, each [P]."""
     if targets.relevance is None:
-        check_several(targets, loss)
+        targets.check_several(loss)
     # The reference does this for pairs but not for triplets: torch.pairwise_distance adds 1e-6 to every difference.
     distances_BG = _listed_distances(Q, D, targets, distance, added=1e-6, as_pairs=True)
     return distances_BG[targets.listed_positive], distances_BG[targets.listed_negative]

@@ -69,11 +69,9 @@ KINDS = {
 def build_loss(spec: Mapping[str, Any] | Loss) -> Loss:
     """A loss from its name and options, e.g. {"name": "in_batch_negatives", "temperature": 0.05}.
 
-    Options that are losses are specs of their own: `inner` of "matryoshka", `losses` of "sum". A loss with parameters
-    or state comes back as an nn.Module, any other as a function. A function or module is used as it is.
-
-    Raises `ValueError` that lists the valid names or options, or says what is wrong with a value: a loss made of names
-    alone is tried on two queries and four documents, so that errors appear before training.
+    Options that are losses are specs of their own: `inner` of "matryoshka", `losses` of "sum". A function or module is
+    used as it is. Raises `ValueError` for an unknown name, option or value: a loss made of names alone is tried on two
+    queries and four documents, so that errors appear before training.
     """
     loss = _build(spec)
     if not _has_object(spec):
@@ -85,10 +83,8 @@ def describe_losses() -> str:
     """One line per loss, with its options and their defaults; options without a default are required."""
     lines = []
     for name, loss in LOSSES.items():
-        options = [
-            option.name if option.default is option.empty else f"{option.name}={json.dumps(option.default)}"
-            for option in loss_options(loss).values()
-        ]
+        defaults = {option.name: option.default for option in loss_options(loss).values()}
+        options = (k if x is inspect.Parameter.empty else f"{k}={json.dumps(x)}" for k, x in defaults.items())
         lines.append(" ".join([f"{name}:", *options]))
     return "\n".join(lines)
 
@@ -100,7 +96,8 @@ def loss_options(loss: Callable[..., Any]) -> dict[str, inspect.Parameter]:
         if parameter.kind is parameter.KEYWORD_ONLY:
             options[name] = parameter
         elif parameter.kind is parameter.VAR_KEYWORD:
-            options = {**loss_options(loss.options_of), **options}
+            for own, option in loss_options(loss.options_of).items():
+                options.setdefault(own, option)
     return options
 
 
@@ -173,20 +170,16 @@ def _try(loss: Loss) -> None:
     width = max([*widths, *(module.student_dim for module in projections)], default=2)
     teacher_width = projections[0].teacher_dim if projections else width
     Q, D = torch.zeros(2, width), torch.zeros(4, width)
+    teacher = torch.zeros(2, teacher_width), torch.zeros(4, teacher_width)
     targets = Targets(
         group=torch.tensor([[0, 2], [1, 3]]),
         target_scores=torch.tensor([[1.0, 0.0], [0.5, 0.0]]),
-        references={
-            "guide": (Q, D),
-            "base": (Q, D),
-            "teacher": (torch.zeros(2, teacher_width), torch.zeros(4, teacher_width)),
-        },
+        references={"guide": (Q, D), "base": (Q, D), "teacher": teacher},
     )
     # In training mode the loss would count the call, but the first step has to be number 0.
-    training = isinstance(loss, nn.Module) and loss.training
-    if training:
-        loss.eval()
+    for module in modules:
+        module.eval()
     with torch.no_grad(), unrecorded():
         loss(Q, D, targets)
-    if training:
-        loss.train()
+    for module in modules:
+        module.train()

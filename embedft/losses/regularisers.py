@@ -9,8 +9,9 @@ Shapes: B queries, C document vectors of M documents, G listed documents per que
 import torch
 from torch import Tensor
 
+from .checks import check_finite, check_one_of
 from .distillation import distance_to_reference
-from .rows import check_one_of, comparable
+from .rows import comparable
 from .targets import Targets
 
 AGGREGATIONS = ("mean", "sum")
@@ -19,19 +20,11 @@ AGGREGATIONS = ("mean", "sum")
 def toward_base(Q: Tensor, D: Tensor, targets: Targets, *, distance: str = "cosine", truncate: bool = False) -> Tensor:
     """Mean distance of the vectors from those of the model before training, which preserves what the base knew.
 
-    Distances are those of `embedding_distillation`: "squared" is |x - r|^2, twice the "cosine" distance for unit
-    vectors; "similarities" lets the vectors rotate together and preserves the similarities of queries and documents.
+    The base model's vectors are `references["base"]`, ([B, E], [C, E]); options are those of `embedding_distillation`.
+    Before the first step, without dropout, it is 0; under Matryoshka only for "cosine", as vectors are scaled to unit
+    length after truncation and references are not.
 
-    Args:
-        Q, D, targets: [B, D], [C, D]; `references["base"]` holds the base model's vectors, ([B, E], [C, E]).
-        truncate: compare with the first D features of wider references, as needed under Matryoshka.
-
-    Returns:
-        A scalar, at least 0. Before the first step, without dropout, it is 0; under Matryoshka only for "cosine", as
-        vectors are scaled to unit length after truncation and references are not.
-
-    Source: Li and Hoiem 2016 (Learning without Forgetting), section 3: the old model's outputs on the new data as
-    targets; here the outputs are vectors.
+    Source: Li and Hoiem 2016 (Learning without Forgetting), section 3, with vectors as the outputs.
     """
     return distance_to_reference(Q, D, targets, reference="base", distance=distance, truncate=truncate)
 
@@ -54,13 +47,8 @@ def global_orthogonal(
     share a document nor windows of one document. Coupled: the batch is evaluated as a whole.
 
     Args:
-        Q, D, targets: [B, D], [C, D], and what is relevant to what.
-        similarity: "cosine" or "dot".
         mean_weight, second_moment_weight: at least 0 and finite, one of them above 0; None is 0.
-        aggregation: "mean" or "sum" over the sets.
-
-    Returns:
-        A scalar, at least 0; a set without an unrelated pair has 0.
+        aggregation: "mean" or "sum" over the sets; one without an unrelated pair has 0.
 
     Source: Zhang et al. 2017 (Learning Spread-out Local Feature Descriptors), the global orthogonal regularization;
     Vera et al. 2025 (EmbeddingGemma) for its use beside a contrastive loss. If all texts of a batch differ it equals
@@ -68,9 +56,8 @@ def global_orthogonal(
     """
     check_one_of("aggregation", aggregation, AGGREGATIONS)
     weights = {"mean_weight": mean_weight or 0.0, "second_moment_weight": second_moment_weight or 0.0}
-    for name, weight in weights.items():
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"{name} is {weight}, expected at least 0 and finite")
+    for item in weights.items():
+        check_finite(*item, least=0)
     if not any(weights.values()):
         raise ValueError("mean_weight and second_moment_weight are both 0, expected one of them above 0")
     Q, D = comparable(Q, D, similarity)

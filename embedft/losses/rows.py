@@ -1,28 +1,22 @@
-"""What losses over rows of scores share: a few rows at a time, means over positives and queries, checks of options.
+"""What losses over rows of scores share: a few rows at a time, means over positives and queries.
 
     Q, D = comparable(Q, D, "cosine")
     losses_B, counts_B = by_rows(losses, Q, D, targets, None)
     value = mean_over_queries(losses_B, counts_B)
 
-Not here: similarities (targets.py), and losses.
-
 Shapes: B queries, R rows of scores, N columns, M documents, C document vectors, G listed documents per query.
 """
 
-import math
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import check_one_of
 from .components import unrecorded
 from .targets import SIMILARITIES, Targets, over_windows
-
-# Scores computed at a time when `rows` is None: 2 MB in float32, of which the backward pass holds a few.
-SCORES_AT_A_TIME = 2**19
 
 
 def comparable(Q: Tensor, D: Tensor, similarity: str, *, as_pairs: bool = False) -> tuple[Tensor, Tensor]:
@@ -66,20 +60,22 @@ def by_rows(
     rows: int | None,
     *parameters: Tensor | float,
     width: int = 1,
+    scores_at_a_time: int = 2**19,
 ) -> tuple[Tensor, ...]:
     """losses(Q, D, targets, *parameters), tensors of [B, ...], computed `rows` queries at a time.
 
     The backward pass computes them again, so that [B, M] is never whole in memory; whatever needs a gradient has to be
-    among the arguments. Second derivatives (create_graph=True) raise `RuntimeError` unless `rows` is at least B. The
-    backward pass uses the autocast state of the forward pass. Components are not recorded inside.
+    among the arguments. Second derivatives (create_graph=True) raise `RuntimeError` unless `rows` is at least B.
+    Components are not recorded inside.
 
     Args:
-        rows: at least 1; None: about 500,000 scores at a time.
+        rows: at least 1; None: as many as `scores_at_a_time` allows, by default 2 MB of them in float32, of which the
+            backward pass holds a few.
         width: rows of scores that one query takes.
     """
     if rows is not None and rows < 1:
         raise ValueError(f"rows is {rows}, expected at least 1")
-    rows = rows or max(1, SCORES_AT_A_TIME // max(1, len(D) * width))
+    rows = rows or max(1, scores_at_a_time // max(1, len(D) * width))
     targets.check_queries(Q)
     if len(Q) <= rows:
         return losses(Q, D, targets, *parameters)
@@ -100,14 +96,9 @@ class _ByRows(torch.autograd.Function):
         ctx.numbers = [None if isinstance(x, Tensor) else x for x in parameters]
         ctx.save_for_backward(Q, D, *(x if isinstance(x, Tensor) else None for x in parameters))
         device = Q.device.type
+        state = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
         # Without the cache: it would keep the cast of a leaf without its gradient.
-        ctx.autocast = partial(
-            torch.autocast,
-            device,
-            dtype=torch.get_autocast_dtype(device),
-            enabled=torch.is_autocast_enabled(device),
-            cache_enabled=False,
-        )
+        ctx.autocast = partial(torch.autocast, device, **state, cache_enabled=False)
         outputs: list[Tensor] = []
         for first in range(0, len(Q), rows):
             with ctx.autocast(), unrecorded():
@@ -122,16 +113,13 @@ class _ByRows(torch.autograd.Function):
     def backward(ctx, *gradients):
         # Enabled only by create_graph. What follows has no graph and would be taken for a constant.
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "a loss computed some rows at a time has first derivatives only: "
-                "for create_graph=True let `rows` be at least the number of queries"
-            )
+            raise RuntimeError("a loss by rows has first derivatives only: for create_graph=True use rows=B or more")
         Q, D, *saved = ctx.saved_tensors
         needs_Q, *needs = ctx.needs_input_grad[3:]
-        others = [number if x is None else x for x, number in zip(saved, ctx.numbers, strict=True)]
+        parameters = [number if x is None else x for x, number in zip(saved, ctx.numbers, strict=True)]
         others = [
             x.detach().requires_grad_(need) if isinstance(x, Tensor) else x
-            for x, need in zip([D, *others], needs, strict=True)
+            for x, need in zip([D, *parameters], needs, strict=True)
         ]
         gradient_Q = torch.zeros_like(Q) if needs_Q else None
         for first in range(0, len(Q), ctx.rows):
@@ -156,58 +144,3 @@ def mean_over_positives(losses_BG: Tensor, counts_BG: Tensor) -> tuple[Tensor, T
 def mean_over_queries(losses_B: Tensor, counts_B: Tensor) -> Tensor:
     """Mean over the queries that count; 0 when none does."""
     return losses_B.where(counts_B, 0).sum() / counts_B.sum().clamp(min=1)
-
-
-# Checks: each raises ValueError. Learned values (tensors) are not read, which would wait for the device.
-
-
-def check_above_zero(name: str, value: float | Tensor) -> None:
-    """A number is above 0 and finite."""
-    if not isinstance(value, Tensor) and not 0 < value < math.inf:
-        raise ValueError(f"{name} is {value}, expected above 0 and finite")
-
-
-def check_finite(name: str, value: float | Tensor) -> None:
-    """A number is finite."""
-    if not isinstance(value, Tensor) and not math.isfinite(value):
-        raise ValueError(f"{name} is {value}, expected a finite number")
-
-
-def check_reference(targets: Targets, name: str, Q: Tensor, D: Tensor) -> None:
-    """`targets.references[name]` has a vector for every row of Q and D."""
-    targets.check_queries(Q)
-    if name not in targets.references:
-        found = ", ".join(targets.references) or "none"
-        raise ValueError(
-            f"the loss needs references[{name!r}], another model's vectors of the same texts; found {found}"
-        )
-    num_queries, num_documents = map(len, targets.references[name])
-    if (num_queries, num_documents) != (len(Q), len(D)):
-        raise ValueError(
-            f"references[{name!r}] has {num_queries} queries and {num_documents} documents, "
-            f"the batch {len(Q)} and {len(D)}"
-        )
-
-
-def check_several(targets: Targets, loss: str) -> None:
-    """A query may list several documents: a single one cannot be compared with anything."""
-    if targets.group.shape[1] < 2:
-        raise ValueError(f"{loss} compares the documents of a query, but only one is listed: add hard negatives")
-
-
-def check_one_of(name: str, value: str, valid: Sequence[str]) -> None:
-    """An option has one of its values."""
-    if value not in valid:
-        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(valid)}")
-
-
-def warn_without_negatives(D: Tensor, targets: Targets) -> None:
-    """Warns when a batch consists of one document, so that no query has a negative."""
-    windows = targets.document is not None
-    # With windows, counting documents waits for the device: only for a batch of one query.
-    if (len(D) == 1 and not windows) or (windows and len(targets.group) == 1 and targets.num_documents(len(D)) == 1):
-        warnings.warn(
-            "a batch has one document and so no negatives: its loss is 0 and it trains nothing; "
-            "use larger batches or hard negatives",
-            stacklevel=1,  # one place for all losses, so that Python shows it once
-        )

@@ -4,9 +4,8 @@
     loss = cosent(Q, D, targets)
 
 A pair is a query and the first document listed for it, with the first of its `target_scores` as gold score;
-pairs="all" takes every listed document with its own score. Pairs without a document (-1) are skipped. Every loss takes
-Q [B, D] and D [C, D] and returns a scalar, at least 0, which is 0 when there is nothing to compare; `similarity` and
-`windows` are those of `scores`. Not here: lists of documents with a teacher's scores (distillation.py).
+pairs="all" takes every listed document with its own score. Pairs without a document (-1) are skipped. `similarity` and
+`windows` are those of `scores`; losses are 0 when there is nothing to compare.
 
 Shapes: B queries, C document vectors, G listed documents per query, P pairs, D features.
 """
@@ -17,18 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rows import by_rows, check_above_zero, check_one_of, comparable, float32_or_64
+from .checks import check_above_zero, check_one_of
+from .rows import by_rows, comparable, float32_or_64
 from .targets import WINDOWS, Targets, over_windows
 
 PAIRS = ("first", "all")
 
 
 def cosine_mse(Q: Tensor, D: Tensor, targets: Targets, *, pairs: str = "first", windows: str = "max") -> Tensor:
-    """Mean over pairs of (cos(q, d) - gold)^2.
-
-    Args:
-        targets: `target_scores` are the gold cosines, from -1 to 1.
-        pairs: "first" or "all" of the listed documents.
+    """Mean over pairs of (cos(q, d) - gold)^2, gold from -1 to 1.
 
     Source: Reimers and Gurevych 2019 (Sentence-BERT), section 3, regression objective; the same as
     sentence-transformers' CosineSimilarityLoss.
@@ -49,12 +45,7 @@ def cosent(
 ) -> Tensor:
     """log(1 + sum over pairs a, b with gold_a < gold_b of exp(scale * (s_a - s_b))): the order of scores counts.
 
-    Coupled: every pair is compared with every other one, in the time and memory of a sort.
-
-    Args:
-        targets: `target_scores` are the gold scores, in any unit; equal ones are not compared.
-        scale: above 0.
-        pairs: "first" or "all" of the listed documents.
+    Coupled: every pair is compared with every other one of another gold score, in the time and memory of a sort.
 
     Source: Huang et al. 2024 (CoSENT), its ranking loss; equals sentence-transformers' CoSENTLoss.
     """
@@ -67,13 +58,8 @@ def angle(
     """`cosent` with s = |q1.d1 + q2.d2 + q2.d1 - q1.d2|, the halves of unit vectors read as complex numbers.
 
     The gradient of a cosine vanishes near 1 and -1, that of the angle does not. An odd number of features is padded
-    with a zero. Coupled, as `cosent` is.
-
-    Args:
-        targets: `target_scores` are the gold scores, in any unit.
-        scale: above 0.
-        pairs: "first" or "all" of the listed documents. For queries with a positive scored y and negatives,
-            sentence-transformers uses "all" with scores of 1 - y for the negatives.
+    with a zero. Coupled, as `cosent` is. For queries with a positive scored y and negatives, sentence-transformers
+    takes all pairs, with scores of 1 - y for the negatives.
 
     Source: Li and Li 2023 (AnglE), angle objective; equals sentence-transformers' AnglELoss, which follows the
     authors' code in the sign of the imaginary part and the absolute value.
@@ -98,12 +84,9 @@ def listed_scores(
 ) -> Tensor:
     """Similarity of every query with the documents listed for it, [B, G]; arbitrary where none is listed.
 
-    Computes only these pairs, not [B, M]; if documents have windows, a few queries at a time.
-
-    Args:
-        first: only the first listed document of each query, [B, 1].
-        absolute: take absolute similarities, for each window before the best one is chosen.
-        as_pairs: as in `comparable`.
+    Computes only these pairs, not [B, M]; if documents have windows, a few queries at a time. `first` takes only the
+    first listed document of each query, [B, 1]; `absolute` the absolute similarity of each window; `as_pairs` is that
+    of `comparable`.
     """
     check_one_of("windows", windows, WINDOWS)
     targets.check_queries(Q)

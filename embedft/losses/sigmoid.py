@@ -3,8 +3,6 @@
     loss = sigmoid(Q, D, targets, temperature=0.1, bias=-10.0)
     loss = LearnableSigmoid(temperature=0.1, bias=-10.0)
 
-Sums over queries, computed some `rows` at a time (see `by_rows`). Not here: softmax losses (contrastive.py).
-
 Shapes: B queries, R of them at a time, M documents, C document vectors, D features.
 """
 
@@ -15,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import check_above_zero, check_finite
 from .components import record
-from .rows import by_rows, check_above_zero, check_finite, comparable
+from .rows import by_rows, comparable
 from .targets import Targets, scores
 
 
@@ -36,15 +35,8 @@ def sigmoid(
     z is 1 where d is listed as a positive of q or known to be one, and -1 elsewhere. Without a softmax, batches may
     have any size and queries several positives; a query without a positive counts by its negatives.
 
-    Args:
-        Q, D, targets: [B, D], [C, D], and what is relevant to what.
-        temperature: above 0.
-        bias: finite; compensates for negatives being far more frequent than positives.
-        similarity, windows: as in `scores`.
-        rows: as in `by_rows`.
-
-    Returns:
-        A scalar, at least 0.
+    The bias compensates for negatives being far more frequent. `similarity` and `windows` are as in `scores`, `rows` as
+    in `by_rows`.
 
     Source: Zhai et al. 2023 (SigLIP), section 3.2, with its initial temperature and bias.
     """
@@ -52,9 +44,7 @@ def sigmoid(
     check_finite("bias", bias)
     Q, D = comparable(Q, D, similarity)
 
-    def losses(
-        Q_R: Tensor, D: Tensor, targets: Targets, temperature: float | Tensor, bias: float | Tensor
-    ) -> tuple[Tensor]:
+    def losses(Q_R: Tensor, D: Tensor, targets: Targets, temperature: float, bias: float) -> tuple[Tensor]:
         logits_RM = scores(Q_R, D, targets, similarity="dot", windows=windows) / temperature + bias
         positive_RM, _ = targets.masks(num_documents=logits_RM.shape[1])
         return (-F.logsigmoid(logits_RM.where(positive_RM, -logits_RM)).sum(dim=1),)
@@ -65,12 +55,7 @@ def sigmoid(
 class LearnableSigmoid(nn.Module):
     """`sigmoid` with a temperature and a bias that are learned together with the vectors.
 
-    The parameters are `log_temperature` and `bias`. Records `temperature` and `bias`.
-
-    Args:
-        temperature: initial value, above 0.
-        bias: initial value, finite.
-        options: the other options of `sigmoid`.
+    The parameters are `log_temperature` and `bias`. Records `temperature` and `bias`. `options` are those of `sigmoid`.
 
     Source: Zhai et al. 2023 (SigLIP), section 3.2 and algorithm 1.
     """
@@ -86,7 +71,6 @@ class LearnableSigmoid(nn.Module):
         self.bias = nn.Parameter(torch.tensor(float(bias)))
 
     def forward(self, Q: Tensor, D: Tensor, targets: Targets) -> Tensor:
-        """A scalar, at least 0."""
         temperature = self.log_temperature.exp()
         record("temperature", temperature)
         record("bias", self.bias)

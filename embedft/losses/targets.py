@@ -6,18 +6,19 @@ Identity is data. Losses never compare texts and never guess from similarity; th
     positive_BM, negative_BM = targets.masks()
     positive_BB, negative_BB = targets.masks("query_query")
 
-Not here: where the numbers come from (data/collate.py), and what a loss does with them.
-
 Shapes: B queries, M documents, C document vectors (C = M unless documents have windows), G listed documents per query,
 K known pairs, P pairs, D and E features.
 """
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .checks import check_above_zero, check_one_of
 
 SIMILARITIES = ("cosine", "dot")
 DIRECTIONS = ("query_document", "document_query", "query_query", "document_document")
@@ -56,20 +57,17 @@ class Targets:
     query: Tensor | None = None
 
     def __post_init__(self):
-        if self.group.ndim != 2:
-            raise ValueError(
-                f"group has shape {tuple(self.group.shape)}, expected [queries, documents listed for each]"
-            )
-        for name in ("relevance", "target_scores"):
-            value = getattr(self, name)
-            if value is not None and value.shape != self.group.shape:
-                raise ValueError(f"{name} has shape {tuple(value.shape)}, expected group's {tuple(self.group.shape)}")
-        if self.known is not None and (self.known.ndim != 2 or self.known.shape[1] != 2):
-            raise ValueError(f"known has shape {tuple(self.known.shape)}, expected [pairs, 2]")
-        if self.document is not None and self.document.ndim != 1:
-            raise ValueError(f"document has shape {tuple(self.document.shape)}, expected [document vectors]")
-        if self.query is not None and self.query.shape != self.group.shape[:1]:
-            raise ValueError(f"query has shape {tuple(self.query.shape)}, expected [queries], as group has them")
+        group, pairs = tuple(self.group.shape), (0 if self.known is None else len(self.known), 2)
+        for name, fits, expected in (
+            ("group", len(group) == 2, "[queries, documents listed for each]"),
+            ("relevance", self.relevance is None or self.relevance.shape == group, f"group's {group}"),
+            ("target_scores", self.target_scores is None or self.target_scores.shape == group, f"group's {group}"),
+            ("known", self.known is None or self.known.shape == pairs, "[pairs, 2]"),
+            ("document", self.document is None or self.document.ndim == 1, "[document vectors]"),
+            ("query", self.query is None or self.query.shape == group[:1], "[queries], as group has them"),
+        ):
+            if not fits:
+                raise ValueError(f"{name} has shape {tuple(getattr(self, name).shape)}, expected {expected}")
         if self.group.device.type == "cpu":
             self._check_numbers()
 
@@ -116,8 +114,7 @@ class Targets:
 
         Nothing is positive or negative to itself. `num_documents` is M; None: the largest document number plus 1.
         """
-        if direction not in DIRECTIONS:
-            raise ValueError(f"direction is {direction!r}, expected one of {', '.join(DIRECTIONS)}")
+        check_one_of("direction", direction, DIRECTIONS)
         queries_P, documents_P = self._relevant_pairs()
         if direction == "query_query":
             positive = _sharing(queries_P, documents_P, len(self.group))
@@ -125,10 +122,8 @@ class Targets:
                 positive = (positive | (self.query[:, None] == self.query)).fill_diagonal_(False)
             return positive, (~positive).fill_diagonal_(False)
         if num_documents is None:
-            named = [self.group.flatten()]
-            named += [] if self.known is None else [self.known[:, 1]]
-            named += [] if self.document is None else [self.document]
-            num_documents = int(torch.cat(named).max()) + 1
+            named = [self.group.flatten(), self.document, None if self.known is None else self.known[:, 1]]
+            num_documents = int(torch.cat([x for x in named if x is not None]).max()) + 1
         elif self.group.device.type == "cpu":
             self._check_documents(num_documents)
         if direction == "document_document":
@@ -144,6 +139,32 @@ class Targets:
         if len(Q) != len(self.group):
             raise ValueError(f"Q has {len(Q)} rows, group has {len(self.group)} queries")
 
+    def check_several(self, loss: str) -> None:
+        """Raises `ValueError` if a query can list one document only, which cannot be compared with anything."""
+        if self.group.shape[1] < 2:
+            raise ValueError(f"{loss} compares the documents of a query, but only one is listed: add hard negatives")
+
+    def warn_without_negatives(self, D: Tensor) -> None:
+        """Warns when a batch consists of one document, so that no query has a negative."""
+        alone = len(D) == 1
+        if self.document is not None:
+            # Counting documents waits for the device: only for a batch of one query.
+            alone = len(self.group) == 1 and self.num_documents(len(D)) == 1
+        if alone:
+            message = "a batch has one document, so no negatives, and trains nothing: use larger ones or hard negatives"
+            warnings.warn(message, stacklevel=1)  # one place for all losses, so that Python shows it once
+
+    def reference(self, name: str, Q: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
+        """`references[name]`. Raises `ValueError` unless it has a vector for every row of Q and D."""
+        self.check_queries(Q)
+        if name not in self.references:
+            found = ", ".join(self.references) or "none"
+            raise ValueError(f"the loss needs references[{name!r}], vectors of the batch by that model; found {found}")
+        found, expected = tuple(map(len, self.references[name])), (len(Q), len(D))
+        if found != expected:
+            raise ValueError(f"references[{name!r}] has {found} queries and documents, the batch {expected}")
+        return self.references[name]
+
     def by_row(self) -> "Targets":
         """Equal query-document masks with `query` None: positives of a row are known for all its rows."""
         if self.query is None:
@@ -152,24 +173,16 @@ class Targets:
 
     def of_queries(self, start: int, stop: int) -> "Targets":
         """Only the queries `start` to `stop`, numbered from 0; the documents stay."""
-        rows, known = slice(start, stop), self.by_row().known
+        of_rows, known = ("group", "relevance", "target_scores", "query"), self.by_row().known
+        parts = {name: x[start:stop] for name in of_rows if (x := getattr(self, name)) is not None}
         if known is not None:
             known = known[(known[:, 0] >= start) & (known[:, 0] < stop)] - known.new_tensor([start, 0])
-        return replace(
-            self,
-            group=self.group[rows],
-            relevance=None if self.relevance is None else self.relevance[rows],
-            known=known,
-            target_scores=None if self.target_scores is None else self.target_scores[rows],
-            references={name: (Q[rows], D) for name, (Q, D) in self.references.items()},
-            query=None if self.query is None else self.query[rows],
-        )
+        references = {name: (Q[start:stop], D) for name, (Q, D) in self.references.items()}
+        return replace(self, **parts, known=known, references=references)
 
     def to(self, device: torch.device | str) -> "Targets":
         """The same on another device."""
-        names = ("group", "relevance", "known", "document", "target_scores", "query")
-        tensors = {name: getattr(self, name) for name in names}
-        moved = {name: None if x is None else x.to(device) for name, x in tensors.items()}
+        moved = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
         references = {name: (Q.to(device), D.to(device)) for name, (Q, D) in self.references.items()}
         return Targets(**moved, references=references)
 
@@ -192,20 +205,16 @@ class Targets:
 
     def _check_numbers(self) -> None:
         """Raises `ValueError` for a number that is no query or document, as far as known without D."""
-        if (self.group < -1).any():
-            raise ValueError(f"group has {int(self.group.min())}, expected documents from 0 and -1 for none")
-        if self.known is not None and len(self.known) > 0:
-            lowest, (last, _) = int(self.known.min()), self.known.amax(dim=0).tolist()
-            if lowest < 0:
-                raise ValueError(f"known has {lowest}, expected rows of queries and documents from 0")
-            if last >= len(self.group):
-                raise ValueError(f"known has query {int(last)}, expected 0 to {len(self.group) - 1} as group has them")
+        for name, least in (("group", -1), ("known", 0), ("document", 0)):
+            numbers = getattr(self, name)
+            if numbers is not None and numbers.numel() and numbers.min() < least:
+                raise ValueError(f"{name} has {int(numbers.min())}, expected at least {least}")
+        if self.known is not None and len(self.known) and (last := self.known[:, 0].max()) >= len(self.group):
+            raise ValueError(f"known has query {int(last)}, expected 0 to {len(self.group) - 1} as group has them")
         if self.document is not None:
-            lowest = int(self.document.min()) if len(self.document) > 0 else 0
-            missing = [lowest] if lowest < 0 else (self.document.bincount(minlength=1) == 0).nonzero()[:1, 0].tolist()
+            missing = (self.document.bincount(minlength=1) == 0).nonzero()[:1, 0].tolist()
             if missing:
-                what = "has" if lowest < 0 else "lacks"
-                raise ValueError(f"document {what} {missing[0]}, expected every number from 0 to the last document's")
+                raise ValueError(f"document lacks {missing[0]}, expected every number from 0 to the last document's")
             self._check_documents(int(self.document.max()) + 1)
 
     def _check_documents(self, num_documents: int) -> None:
@@ -259,8 +268,7 @@ def scores(
 
     Source: Dai and Callan 2019 (MaxP), section 3.
     """
-    if similarity not in SIMILARITIES:
-        raise ValueError(f"similarity is {similarity!r}, expected one of {', '.join(SIMILARITIES)}")
+    check_one_of("similarity", similarity, SIMILARITIES)
     Q, D = (x if x.dtype is torch.float64 else x.float() for x in (Q, D))
     if similarity == "cosine":
         Q, D = F.normalize(Q, dim=1), F.normalize(D, dim=1)
@@ -275,16 +283,14 @@ def over_windows(
     scores_BC: Tensor, targets: Targets, *, windows: str = "max", window_temperature: float = 0.05
 ) -> Tensor:
     """Similarities with documents, [B, M], from those with document vectors, [B, C]; see `scores`."""
-    if windows not in WINDOWS:
-        raise ValueError(f"windows is {windows!r}, expected one of {', '.join(WINDOWS)}")
+    check_one_of("windows", windows, WINDOWS)
     num_documents = targets.num_documents(scores_BC.shape[1])
     if targets.document is None:
         return scores_BC
     nothing_BM = scores_BC.new_zeros(len(scores_BC), num_documents)
     if windows == "max":
         return _best_window(nothing_BM, targets.document, scores_BC)
-    if not window_temperature > 0:
-        raise ValueError(f"window_temperature is {window_temperature}, expected above 0")
+    check_above_zero("window_temperature", window_temperature)
     best_BM = _best_window(nothing_BM, targets.document, scores_BC.detach())
     weights_BC = ((scores_BC - best_BM[:, targets.document]) / window_temperature).exp()
     total_BM = nothing_BM.index_add(1, targets.document, weights_BC)
