@@ -10,13 +10,18 @@ from test_contrastive import random_targets
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from embedft import Targets
-from embedft.losses.contrastive import LearnableTemperature, in_batch_negatives, multi_positive
+from embedft.losses.contrastive import (
+    LearnableSigmoid,
+    LearnableTemperature,
+    in_batch_negatives,
+    multi_positive,
+    sigmoid,
+)
 from embedft.losses.distillation import embedding_distillation, listwise_kl, margin_mse
 from embedft.losses.guided import guided_in_batch_negatives
 from embedft.losses.pairwise import contrastive, triplet
 from embedft.losses.rows import by_rows
 from embedft.losses.scored import angle, cosine_mse
-from embedft.losses.sigmoid import LearnableSigmoid, sigmoid
 
 SUMS = {
     "in_batch_negatives": in_batch_negatives,

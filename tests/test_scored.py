@@ -191,7 +191,6 @@ def test_listed_scores():
     targets = Targets(torch.tensor([[2, 1], [0, 0]]))
     torch.testing.assert_close(listed_scores(EYE, D, targets), torch.tensor([[1.0, 0.0], [0.8, 0.8]]))
     torch.testing.assert_close(listed_scores(EYE, D, targets, similarity="dot"), torch.tensor([[1.0, 0.0], [4.0, 4.0]]))
-    torch.testing.assert_close(listed_scores(EYE, D, targets, first=True), torch.tensor([[1.0], [0.8]]))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""sigmoid.py: by hand, against a loop over pairs, and the gradients of what is learned."""
+"""Sigmoid losses: by hand, against a loop over pairs, and the gradients of what is learned."""
 
 import math
 
@@ -9,7 +9,7 @@ from loss_checks import assert_equal, loss_and_gradients, random_vectors
 from test_contrastive import EDGES, identities, random_targets
 
 from embedft import Targets
-from embedft.losses.sigmoid import LearnableSigmoid, sigmoid
+from embedft.losses.contrastive import LearnableSigmoid, sigmoid
 
 
 def test_by_hand():

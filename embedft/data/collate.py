@@ -41,35 +41,26 @@ class Batch(NamedTuple):
 class Collate:
     """Turns examples into a Batch. `dataclasses.replace(collate, ...)` makes one with other settings.
 
-    Args:
-        dataset: where texts, grades, hard negatives and scores are looked up.
-        pack: (texts, role="query" | "document") -> Packed, as `Embedder.pack`.
-        num_negatives: hard negatives listed for each query, at most: the first ones in the dataset. A query with
-            fewer lists those it has; `group` has the same width in every batch.
-        relevance: put the grades of listed documents into the targets.
-        target_scores: put `dataset.scores` of listed documents into the targets.
-        merge_equal_texts: documents of equal text (title included) are one document of the batch, under the first of
-            their ids. False: only equal ids are one document, so equal texts are each other's negatives.
-        passages: (size, stride) in tokens: documents become windows, cut by `pack(texts, role=..., passages=...)`, and
-            all windows of a document are columns with its number (`Targets.document`). None: one column per document.
-        windows_per_document: windows of a document in one batch: the best one for each of its queries in the batch
-            (`best_windows`), then others drawn at random, by seed and `draw`.
-        best_windows: {query id: {document id: number of the best window}}, see training/windows.py.
-        seed: seed of the random windows.
-        with_sources: fill `Batch.sources` with the part of each query id before its "/" (mixture.py).
+    Documents of equal text (title included) are one document of the batch, under the first of their ids, unless
+    `merge_equal_texts` is off: then only equal ids are one, and equal texts are each other's negatives.
+
+    With `passages`, (size, stride) in tokens, documents become windows, cut by `pack(texts, role=..., passages=...)`,
+    and all windows of a document are columns with its number (`Targets.document`): at most `windows_per_document`, the
+    best one for each of its queries in the batch, then others drawn at random.
     """
 
     dataset: RetrievalDataset
-    pack: Callable[..., Packed]
-    num_negatives: int = 0
-    relevance: bool = False
-    target_scores: bool = False
+    pack: Callable[..., Packed]  # (texts, role="query" | "document") -> Packed, as Embedder.pack
+    num_negatives: int = 0  # hard negatives of each query, at most: the first ones in the dataset
+    relevance: bool = False  # put the grades of listed documents into the targets
+    target_scores: bool = False  # put `dataset.scores` of listed documents into the targets
     merge_equal_texts: bool = True
     passages: Sequence[int] | None = None
     windows_per_document: int = 4
+    # {query id: {document id: number of the best window}}, see training/windows.py
     best_windows: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    seed: int = 0
-    with_sources: bool = False
+    seed: int = 0  # of the random windows
+    with_sources: bool = False  # fill `Batch.sources` with the part of each query id before its "/" (mixture.py)
 
     def __post_init__(self) -> None:
         for name, least in (("num_negatives", 0), ("windows_per_document", 1)):
@@ -118,9 +109,7 @@ class Collate:
         documents = self._distinct(i for i in in_order if i is not None)
         column_of = {key: column for column, key in enumerate(documents)}
         packed = self._pack_documents(documents, query_ids, rows, draw)
-        width = max(1 + self.num_negatives, *map(len, rows))
-        columns = [[column_of[key] for key in row] for row in rows]
-        options = {}
+        width, options = max(1 + self.num_negatives, *map(len, rows)), {}
         if len(set(query_ids)) < len(query_ids):
             first: dict[str, int] = {}
             options["query"] = torch.tensor([first.setdefault(q, len(first)) for q in query_ids])
@@ -136,7 +125,7 @@ class Collate:
                 ]
                 options[name] = torch.tensor([_filled(row, width, 0.0) for row in values], dtype=torch.float32)
         targets = Targets(
-            group=torch.tensor([_filled(row, width, -1) for row in columns]),
+            group=torch.tensor([_filled([column_of[key] for key in row], width, -1) for row in rows]),
             known=torch.tensor(self._known(query_ids, column_of), dtype=torch.int64).reshape(-1, 2),
             document=None if self.passages is None else packed.source,
             **options,

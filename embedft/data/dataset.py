@@ -1,10 +1,8 @@
 """What retrieval is trained and measured on: queries, documents, and which document answers which query.
 
-The container checks itself; it loads and saves files (formats.py, pairs.py) and splits without leaks.
-
-    dataset = RetrievalDataset.load("pairs.csv", skip_empty=True)
-    train, held_out = dataset.split(0.9, seed=0)
-    held_out.save("held_out.json")
+dataset = RetrievalDataset.load("pairs.csv", skip_empty=True)
+train, held_out = dataset.split(0.9, seed=0)
+held_out.save("held_out.json")
 """
 
 import hashlib
@@ -46,15 +44,13 @@ class RetrievalDataset:
             value = getattr(self, name)
             if not isinstance(value, dict):
                 raise ValueError(f"{name} must be a dict, found {reprlib.repr(value)}")
-            if not value and name in ("queries", "corpus"):
+        for name, texts, kind in (("queries", self.queries, "query"), ("corpus", self.corpus, "document")):
+            if not texts:
                 raise ValueError(f"the dataset is empty: no entry in {name}")
-        for query_id, text in self.queries.items():
-            check_text(query_id, "a query id")
-            check_text(text, f"the text of query {query_id!r}")
-        for document_id, text in self.corpus.items():
-            check_text(document_id, "a document id")
-            if text != "":
-                check_text(text, f"the text of document {document_id!r}")
+            for i, text in texts.items():
+                check_text(i, f"a {kind} id")
+                if text != "" or kind == "query":
+                    check_text(text, f"the text of {kind} {i!r}")
         for document_id, title in self.titles.items():
             check_id("document", document_id, self.corpus, "titles: ")
             check_text(title, f"the title of document {document_id!r}")
@@ -69,20 +65,14 @@ class RetrievalDataset:
                         check_id("document", document_id, self.corpus, f"{where}: ")
                     elif document_id in self.corpus:
                         raise ValueError(f"{where}: document id {document_id!r} is in the corpus")
-                if name == "negatives":
-                    self._check_negatives(query_id, f"{where}: document id")
-                    continue
-                for document_id, value in listed.items():
                     if name == "scores":
-                        check_score(value, f"{where}: the score of document {document_id!r}")
-                    else:
-                        check_grade(value, f"{where}: the grade of document {document_id!r}")
-
-    def _check_negatives(self, query_id: str, where: str) -> None:
-        check_distinct(self.negatives[query_id], where)
-        for document_id in self.negatives[query_id]:
-            if self.qrels.get(query_id, {}).get(document_id, 0) > 0:
-                raise ValueError(f"{where} {document_id!r} is also a positive of the query")
+                        check_score(listed[document_id], f"{where}: the score of document {document_id!r}")
+                    elif name != "negatives":
+                        check_grade(listed[document_id], f"{where}: the grade of document {document_id!r}")
+                    elif self.qrels.get(query_id, {}).get(document_id, 0) > 0:
+                        raise ValueError(f"{where}: document id {document_id!r} is also a positive of the query")
+                if name == "negatives":
+                    check_distinct(listed, f"{where}: document id")
 
     def __repr__(self) -> str:
         judgements, negatives = (sum(map(len, x.values())) for x in (self.qrels, self.negatives))
@@ -100,10 +90,9 @@ class RetrievalDataset:
         strict: bool = False,
         split: str | None = None,
     ) -> "RetrievalDataset":
-        """The dataset in a file or folder; formats.py and pairs.py describe the formats.
+        """The dataset in a file (which may end in .gz) or folder; formats.py and pairs.py describe the formats.
 
         Args:
-            path: a file, which may end in .gz, or the folder of the format "beir".
             format: one of FORMATS; None: by the suffix (SUFFIXES), a folder is "beir".
             merge: for rows without ids of their own. True: equal query texts are one query, and equal document texts
                 one document; a repeated pair counts once. False: each row has its own query and document.
@@ -112,8 +101,7 @@ class RetrievalDataset:
             strict: refuse judgements of unknown queries and documents instead of warning of them.
             split: "beir" only: which qrels; None: "test", or the only split.
 
-        Raises:
-            ValueError: anything wrong with the data, naming file, line (where the format has lines) and id.
+        Raises `ValueError` for anything wrong with the data, naming file, line and id.
         """
         path = Path(path)
         if not path.exists():
@@ -133,17 +121,10 @@ class RetrievalDataset:
             raise ValueError(f"{path}: {error}") from None
 
     def save(self, path: str | Path, *, format: str | None = None) -> None:
-        """Writes the dataset so that `load` returns an equal one; each file appears whole or not at all.
+        """Writes the dataset so that `load` returns an equal one; "jsonl" orders documents as its rows name them.
 
-        The order of queries and documents is kept, except that "jsonl" orders documents as its rows name them.
-
-        Args:
-            path: the file to create or replace; for "beir" the folder to create, which must be empty if it exists
-                (its qrels are called "test").
-            format: one of WRITABLE; None: by the suffix (SUFFIXES), a path without one is "beir".
-
-        Raises:
-            ValueError: before anything is written, when the format cannot hold what is here.
+        `path` is the file to create or replace, or for "beir" a new or empty folder; `format` is one of WRITABLE, by
+        default that of the suffix. Raises `ValueError`, before anything is written, when it cannot hold what is here.
         """
         path = Path(path)
         format = formats.choose_format(path, format, tuple(WRITABLE), folder=not path.suffix)
@@ -260,9 +241,8 @@ class RetrievalDataset:
         return {query_rows[q]: {document_rows[d]: x for d, x in grades.items()} for q, grades in self.qrels.items()}
 
     def document_texts(self) -> list[str]:
-        """The texts to embed, in the order of `corpus`: title, a space and text where there is a title.
+        """The texts to embed, in the order of `corpus`: title, a space and text; either alone where it is.
 
-        Source: beir/retrieval/models/sentence_bert.py, `encode_corpus`. It strips the result; here a title without
-        text stands alone and nothing else is stripped.
+        Source: beir/retrieval/models/sentence_bert.py, `encode_corpus`, which strips the result too.
         """
         return [" ".join(filter(None, (self.titles.get(i), text))) for i, text in self.corpus.items()]

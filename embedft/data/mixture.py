@@ -13,6 +13,7 @@ import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -45,11 +46,10 @@ def make_mixture(
 
     Args:
         datasets: {source: dataset}, at least one; the name of a source is not empty and has no "/".
-        sampling: the share of each source in the batches of an epoch (or, mixed, in the examples of a batch).
-            "proportional": its share of all examples; an epoch is every example once.
-            "round_robin": equal shares, in turn, until the shortest source is used up.
-            "temperature": proportional to its number of examples to the power 1 / temperature.
-            Every source gets at least one; `batches.sampler.shares()` tells the exact shares.
+        sampling: the share of each source in the batches of an epoch (or, mixed, in the examples of a batch), at least
+            one. "proportional": its share of all examples; an epoch is every example once. "round_robin": equal shares,
+            in turn, until the shortest source is used up. "temperature": proportional to its number of examples to the
+            power 1 / temperature.
         temperature: 1 is proportional, infinity is equal shares.
         mixed: False: each batch comes from one source, so no query has negatives from another. True: each batch has
             its share of every source.
@@ -85,89 +85,75 @@ def make_mixture(
         stop = start + counts[name]
         samplers[name] = sampler(weights[name] if mixed else 1.0, start=start, stop=stop)
         start = stop
-    if mixed:
-        return Batches(rows, MixedSampler(samplers, num_batches=len(sampler()), weights=weights), collate)
-    return Batches(rows, SourceSampler(samplers, seed=seed, sampling=sampling, weights=weights), collate)
+    num_mixed = len(sampler()) if mixed else None
+    return Batches(rows, MixtureSampler(samplers, seed, sampling, weights, num_mixed), collate)
 
 
-class _OfSources:
-    """Batch after batch of every source.
+@dataclass(frozen=True)
+class MixtureSampler:
+    """Batches of one source each or, mixed, with a part of every source.
 
     Args:
         samplers: {source: its sampler}; the whole list of examples is that of the sources, one after another.
-        weights: {source: share}.
+        seed: of the order of sources.
+        weights: {source: share}, for "temperature" and mixed batches.
+        num_mixed: mixed batches of an epoch; None: batches of one source each.
     """
 
-    def __init__(self, samplers: Mapping[str, Sampler], weights: Mapping[str, float]):
-        self.samplers, self.weights = dict(samplers), dict(weights)
-        sizes = [sampler.num_examples for sampler in samplers.values()]
-        self.first = dict(zip(samplers, itertools.accumulate(sizes, initial=0), strict=False))
-
-    def batch(self, source: str, place: int) -> list[int]:
-        """Batch `place` of a source, counted over all its epochs."""
-        epoch, batch = divmod(place, len(self.samplers[source]))
-        return [self.first[source] + row for row in self.samplers[source].plan(epoch)[batch]]
-
-
-class SourceSampler(_OfSources):
-    """Batches of one source each, in turn or in an order shuffled by `seed`; `sampling` as in `make_mixture`."""
-
-    def __init__(self, samplers: Mapping[str, Sampler], *, seed: int, sampling: Sampling, weights: Mapping[str, float]):
-        super().__init__(samplers, weights)
-        self.seed, self.sampling = seed, sampling
+    samplers: Mapping[str, Sampler]
+    seed: int
+    sampling: Sampling
+    weights: Mapping[str, float]
+    num_mixed: int | None = None
 
     @functools.cached_property
     def counts(self) -> dict[str, int]:
-        """Batches of each source in an epoch."""
+        """Batches of an epoch that each source is in."""
         lengths = {name: len(sampler) for name, sampler in self.samplers.items()}
+        if self.num_mixed is not None:
+            return dict.fromkeys(lengths, self.num_mixed)
         if self.sampling == "proportional":
             return lengths
         if self.sampling == "round_robin":
             return dict.fromkeys(lengths, min(lengths.values()))
         return apportion(sum(lengths.values()), self.weights)
 
+    @functools.cached_property
+    def _first(self) -> dict[str, int]:
+        """Where the examples of each source begin in the whole list."""
+        sizes = [sampler.num_examples for sampler in self.samplers.values()]
+        return dict(zip(self.samplers, itertools.accumulate(sizes, initial=0), strict=False))
+
     def __len__(self) -> int:
-        return sum(self.counts.values())
+        return sum(self.counts.values()) if self.num_mixed is None else self.num_mixed
 
     def shares(self) -> dict[str, float]:
-        """The share of each source in the batches of an epoch."""
+        """The share of each source in the batches of an epoch; mixed, in the examples (or tokens) of a full batch."""
+        if self.num_mixed is not None:
+            return self.weights
         return {name: count / len(self) for name, count in self.counts.items()}
 
     def plan(self, epoch: int) -> list[list[int]]:
-        if self.sampling == "round_robin":
-            schedule = list(self.counts) * min(self.counts.values())
+        """The examples of each batch of an epoch, as places in the list of examples."""
+        names = [[name] for name, count in self.counts.items() for _ in range(count)]
+        if self.num_mixed is not None:
+            names = [list(self.samplers)] * self.num_mixed
+        elif self.sampling == "round_robin":
+            names = [[name] for name in self.counts] * min(self.counts.values())
         else:
-            names = [name for name, count in self.counts.items() for _ in range(count)]
             order = torch.randperm(len(names), generator=torch.Generator().manual_seed(self.seed + epoch))
-            schedule = [names[i] for i in order.tolist()]
+            names = [names[i] for i in order.tolist()]
         places = {name: itertools.count(epoch * count) for name, count in self.counts.items()}
-        return [self.batch(name, next(places[name])) for name in schedule]
+        return [[row for name in of_batch for row in self._batch(name, next(places[name]))] for of_batch in names]
 
-
-class MixedSampler(_OfSources):
-    """Batches with a share of every source: `samplers` make the source's part of each of `num_batches`."""
-
-    def __init__(self, samplers: Mapping[str, Sampler], *, num_batches: int, weights: Mapping[str, float]):
-        super().__init__(samplers, weights)
-        self.num_batches = num_batches
-
-    def __len__(self) -> int:
-        return self.num_batches
-
-    def shares(self) -> dict[str, float]:
-        """The share of each source in the examples of a full batch; on average, if batches are measured in tokens."""
-        return self.weights
-
-    def plan(self, epoch: int) -> list[list[int]]:
-        places = range(epoch * len(self), (epoch + 1) * len(self))
-        return [[row for name in self.samplers for row in self.batch(name, place)] for place in places]
+    def _batch(self, source: str, place: int) -> list[int]:
+        """Batch `place` of a source, counted over all its epochs."""
+        epoch, batch = divmod(place, len(self.samplers[source]))
+        return [self._first[source] + row for row in self.samplers[source].plan(epoch)[batch]]
 
 
 def apportion(total: int, weights: Mapping[str, float]) -> dict[str, int]:
-    """`total` divided by weight into whole numbers of at least 1: one for each, the rest by largest remainder.
-
-    Raises `ValueError` when `total` is smaller than the number of weights.
-    """
+    """`total` divided by weight into whole numbers of at least 1: one for each, the rest by largest remainder."""
     if total < len(weights):
         raise ValueError(f"{total} cannot be divided among {len(weights)} sources, at least one for each")
     everything = sum(weights.values())
@@ -182,10 +168,7 @@ def apportion(total: int, weights: Mapping[str, float]) -> dict[str, int]:
 
 
 def join_datasets(datasets: Mapping[str, RetrievalDataset]) -> RetrievalDataset:
-    """One dataset made of several; every id gets its source in front: "news/q12".
-
-    Raises `ValueError` when there is none, or a name is empty or contains a "/".
-    """
+    """One dataset made of several; every id gets its source in front: "news/q12"."""
     if not datasets:
         raise ValueError("expected at least one dataset, found none")
     for name in datasets:

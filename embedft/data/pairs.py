@@ -74,7 +74,6 @@ class _Texts:
         self.ids: dict[str, str] = {}
 
     def add(self, text: Any, own_id: str | None, row_id: str) -> str:
-        """Adds a text and returns its id."""
         check_text(text, f"the {self.kind}", SKIP_EMPTY)
         i = own_id or (self.ids.get(text, row_id) if self.merge else row_id)
         if self.texts.setdefault(i, text) != text:
@@ -120,10 +119,10 @@ def _find_columns(columns: tuple[str, ...]) -> dict[str, str]:
 
 def _find_negatives(values: dict[str, Any]) -> list[tuple[Any, str | None]]:
     """(text, its own id or None) of each negative of a row."""
-    texts = [] if values.get("negatives") is None else values["negatives"]
+    texts, ids = values.get("negatives"), values.get("negative_ids")
+    texts = [] if texts is None else texts
     if not isinstance(texts, list):
         raise ValueError(f"negatives must be a list, found {reprlib.repr(texts)}")
-    ids = values.get("negative_ids")
     if ids is None:
         ids = [None] * len(texts)
     elif not isinstance(ids, list) or len(ids) != len(texts) or not all(isinstance(i, str) and i for i in ids):
@@ -181,17 +180,16 @@ def write_jsonl(dataset: Any, path: Path, refusal: str) -> None:
 
 def _rows(dataset: Any) -> Iterator[dict[str, Any]]:
     """The first row of a query carries its negatives."""
+    negatives = dict(dataset.negatives)
     for query_id, query in dataset.queries.items():
-        negative_ids = dataset.negatives.get(query_id)
         for document_id, grade in dataset.qrels[query_id].items():
             document = dataset.corpus[document_id]
             row = {"query_id": query_id, "query": query, "document_id": document_id, "document": document}
             if grade != 1:
                 row["grade"] = grade
-            if negative_ids is not None:
-                row["negatives"] = [dataset.corpus[i] for i in negative_ids]
-                row["negative_ids"] = negative_ids
-                negative_ids = None
+            if query_id in negatives:
+                row["negatives"] = [dataset.corpus[i] for i in negatives[query_id]]
+                row["negative_ids"] = negatives.pop(query_id)
             yield row
 
 

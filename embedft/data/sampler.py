@@ -25,13 +25,10 @@ class Sampler:
     into batches. Every epoch has the same number of batches.
 
     Args:
-        num_examples: P, at least 1.
         batch_size: examples per batch; the last batch of an epoch may be smaller.
         batch_tokens: tokens per batch, instead of batch_size. An epoch is cut into ceil(all tokens / batch_tokens)
             batches of similar size: at most batch_tokens on average, and each less than one example above that average.
-        seed: seed of the order.
-        tokens: () -> the tokens of each example, [P]; called once, when first needed. Required by `batch_tokens` and
-            `length_window`.
+        tokens: () -> the tokens of each example, [P]; called once, when first needed.
         apart: what each example contains (texts, for example). Examples that share something are put into different
             batches: one that does not fit waits for the next batch that can take it. Frequent items make batches
             smaller and more numerous (with a warning); a batch may exceed its size by the few that fit nowhere else.
@@ -61,14 +58,14 @@ class Sampler:
         self.num_examples, self.seed, self.length_window = num_examples, seed, length_window
         self.batch_size, self.batch_tokens, self.tokens = batch_size, batch_tokens, tokens
         self._shared = {} if apart is None else _find_shared(apart)
-        self._planned: tuple[int, list[list[int]]] | None = None
+        self._planned: tuple[int, list[list[int]]] = -1, []
 
     def __len__(self) -> int:
         return self._num_batches
 
     def plan(self, epoch: int) -> list[list[int]]:
         """The examples of each batch of an epoch (from 0), as places in the list of examples."""
-        if self._planned is None or self._planned[0] != epoch:
+        if self._planned[0] != epoch:
             self._planned = epoch, self._plan(epoch)
         return self._planned[1]
 
@@ -111,8 +108,8 @@ class Sampler:
     def _place_apart(self, rows: list[int], natural: list[int]) -> tuple[list[int], list[int]]:
         """The batches of examples that share items with others, and the resulting load of every batch.
 
-        Each example goes to its natural batch or to the first one after it (cyclically) that is not full and shares
-        nothing with it; if all of those are full, to the least loaded batch that shares nothing with it.
+        Each goes to its natural batch or the first one after it (cyclically) that is not full and shares nothing with
+        it; if all of those are full, to the least loaded one that shares nothing with it.
         """
         num_batches, full = len(self), self.batch_size or self.batch_tokens
         held: list[set[int]] = [set() for _ in range(num_batches)]
@@ -145,19 +142,15 @@ class Sampler:
     def _num_batches(self) -> int:
         size, total = self.batch_size or self.batch_tokens, int(self._sizes_P.sum())
         least = -(-total // size)
-        if self._shared:
-            # At most `most` others keep an example out of a batch: with one batch more there is always one for it.
-            count = Counter(item for items in self._shared.values() for item in items)
-            most = max(sum(count[item] - 1 for item in items) for items in self._shared.values())
-            apart = min(most + 1, self.num_examples)
-            if apart > least:
-                warnings.warn(
-                    f"no_duplicates: some texts are in so many rows that an epoch has {apart:,} batches of about "
-                    f"{total // apart:,}, not {least:,} of {size:,}",
-                    stacklevel=2,
-                )
-                return apart
-        return min(least, self.num_examples)
+        # At most this many others keep an example out of a batch: with one batch more there is always one for it.
+        count = Counter(item for items in self._shared.values() for item in items)
+        most = max((sum(count[item] - 1 for item in items) for items in self._shared.values()), default=0)
+        apart = min(most + 1, self.num_examples)
+        if apart <= least:
+            return min(least, self.num_examples)
+        found = f"{apart:,} batches of about {total // apart:,}, not {least:,} of {size:,}"
+        warnings.warn(f"no_duplicates: some texts are in so many rows that an epoch has {found}", stacklevel=2)
+        return apart
 
     @functools.cached_property
     def _bounds_N(self) -> Tensor:

@@ -3,6 +3,7 @@
     loss = in_batch_negatives(Q, D, targets, temperature=0.05)
     loss = in_batch_negatives(Q, D, targets, directions=("query_document", "document_query"))
     loss = LearnableTemperature(temperature=0.07)
+    loss = sigmoid(Q, D, targets)                       # every pair on its own instead of a softmax
 
 Every loss takes Q [B, D] and D [C, D] and returns a scalar; `similarity` and `windows` are as in `scores`, `rows` as in
 `by_rows`. Losses with `rows` are sums over queries and never hold all of [B, M] in memory.
@@ -16,12 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check_above_zero, check_one_of
+from .checks import check_above_zero, check_finite, check_one_of
 from .components import record
-from .rows import between_documents, by_rows, comparable, log_sum, mean_over_positives, mean_over_queries
-from .targets import DIRECTIONS, Targets, scores
+from .rows import between_documents, by_rows, log_sum, mean_over_positives, mean_over_queries
+from .targets import DIRECTIONS, Targets, comparable, scores
 
 PARTITIONS = ("joint", "per_direction")
 HARDNESS = ("in_batch_negatives", "hard_negatives", "all_negatives")
@@ -40,26 +42,19 @@ class InBatch:
     - document_document: other documents n that no query lists together with p, exp(s(p, n))
     Any direction beyond query_document couples the loss: the batch is evaluated as a whole.
 
-    Args:
-        partition: "joint": one partition, the sum of all (the first two directions both bring the positive).
-            "per_direction": a partition for each and the mean of the losses (of those that are not empty), for the
-            first two directions only.
-        in_batch: False: the only negatives of a query are those listed for it; a batch that lists one document per
-            query is then an error.
-        hardness: which negatives of query_document get hardness_strength * sim, held constant and not divided by the
-            temperature, added to s_n: "in_batch_negatives" (not listed for the query), "hard_negatives" (listed) or
-            "all_negatives".
-        hardness_strength: above 0 with `hardness`.
-        decoupled: leave the positive out of the partition. The loss may then be below 0, and positives without
-            negatives are skipped.
     """
 
     similarity: str = "cosine"
     directions: Sequence[str] = ("query_document",)
+    # "joint": one partition, the sum of all (the first two directions both bring the positive). "per_direction", for
+    # the first two only: a partition for each, and the mean of the losses of those that are not empty.
     partition: str = "joint"
-    in_batch: bool = True
+    in_batch: bool = True  # False: the only negatives of a query are those listed for it
+    # Which negatives of query_document get hardness_strength * sim, held constant and not divided by the temperature,
+    # added to s_n: "in_batch_negatives" (not listed for the query), "hard_negatives" (listed) or "all_negatives".
     hardness: str | None = None
     hardness_strength: float = 0.0
+    # Leave the positive out of the partition: the loss may be below 0, and positives without negatives are skipped.
     decoupled: bool = False
     windows: str = "max"
     rows: int | None = None
@@ -247,3 +242,61 @@ def multi_positive(
         return (scores_RM.logsumexp(dim=1) - gain_R).where(has_R, 0), has_R
 
     return mean_over_queries(*by_rows(losses, Q, D, targets, rows, temperature))
+
+
+def sigmoid(
+    Q: Tensor,
+    D: Tensor,
+    targets: Targets,
+    *,
+    temperature: float = 0.1,
+    bias: float = -10.0,
+    similarity: str = "cosine",
+    windows: str = "max",
+    rows: int | None = None,
+) -> Tensor:
+    """-1/B times the sum over queries q and documents d of log sigmoid( z (sim(q, d) / temperature + bias) ).
+
+    z is 1 where d is listed as a positive of q or known to be one, and -1 elsewhere. Without a softmax, batches may
+    have any size and queries several positives; a query without a positive counts by its negatives.
+
+    The bias compensates for negatives being far more frequent. `similarity` and `windows` are as in `scores`, `rows` as
+    in `by_rows`.
+
+    Source: Zhai et al. 2023 (SigLIP), section 3.2, with its initial temperature and bias.
+    """
+    check_above_zero("temperature", temperature)
+    check_finite("bias", bias)
+    Q, D = comparable(Q, D, similarity)
+
+    def losses(Q_R: Tensor, D: Tensor, targets: Targets, temperature: float, bias: float) -> tuple[Tensor]:
+        logits_RM = scores(Q_R, D, targets, similarity="dot", windows=windows) / temperature + bias
+        positive_RM, _ = targets.masks(num_documents=logits_RM.shape[1])
+        return (-F.logsigmoid(logits_RM.where(positive_RM, -logits_RM)).sum(dim=1),)
+
+    return by_rows(losses, Q, D, targets, rows, temperature, bias)[0].sum() / max(len(Q), 1)
+
+
+class LearnableSigmoid(nn.Module):
+    """`sigmoid` with a temperature and a bias that are learned together with the vectors.
+
+    The parameters are `log_temperature` and `bias`. Records `temperature` and `bias`. `options` are those of `sigmoid`.
+
+    Source: Zhai et al. 2023 (SigLIP), section 3.2 and algorithm 1.
+    """
+
+    options_of = sigmoid
+
+    def __init__(self, *, temperature: float = 0.1, bias: float = -10.0, **options: Any):
+        super().__init__()
+        check_above_zero("temperature", temperature)
+        check_finite("bias", bias)
+        self.options = options
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+        self.bias = nn.Parameter(torch.tensor(float(bias)))
+
+    def forward(self, Q: Tensor, D: Tensor, targets: Targets) -> Tensor:
+        temperature = self.log_temperature.exp()
+        record("temperature", temperature)
+        record("bias", self.bias)
+        return sigmoid(Q, D, targets, temperature=temperature, bias=self.bias, **self.options)

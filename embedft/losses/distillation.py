@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_above_zero, check_one_of
-from .rows import by_rows, comparable, float32_or_64
+from .rows import by_rows
 from .scored import listed_scores, listed_targets
-from .targets import Targets
+from .targets import Targets, comparable, float32_or_64
 
 DISTANCES = ("cosine", "mse", "l2", "squared", "similarities")
 
@@ -67,9 +67,9 @@ def listwise_kl(
     targets.check_several("listwise_kl")
     student = temperature if student_temperature is None else student_temperature
     teacher = temperature if teacher_temperature is None else teacher_temperature
-    named = {"temperature": temperature, "student_temperature": student, "teacher_temperature": teacher}
-    for item in named.items():
-        check_above_zero(*item)
+    check_above_zero("temperature", temperature)
+    check_above_zero("student_temperature", student)
+    check_above_zero("teacher_temperature", teacher)
     scores_BG = listed_scores(Q, D, targets, similarity=similarity, windows=windows)
     is_listed_BG = targets.group >= 0
     # Not minus infinity, with which a row that lists nothing would be NaN.
@@ -106,11 +106,10 @@ def embedding_distillation(
 class ProjectedDistillation(nn.Module):
     """`embedding_distillation` of W x + b, a learned map of the vectors x to the teacher's width.
 
-    The map is for training only and is dropped with the loss. Vectors narrower than `student_dim`, as under
-    Matryoshka, use the first columns of W. W starts uniform in +-1/sqrt(student_dim), by `seed`, b at 0.
+    Vectors narrower than `student_dim`, as under Matryoshka, use the first columns of W. W starts uniform in
+    +-1/sqrt(student_dim), by `seed`, b at 0.
 
-    Source: Kim et al. 2023 (EmbedDistill), embedding matching with a projection; sentence-transformers'
-    EmbedDistillLoss with `projection_dim`.
+    Source: Kim et al. 2023 (EmbedDistill), with a projection; sentence-transformers' EmbedDistillLoss.
     """
 
     def __init__(self, *, student_dim: int, teacher_dim: int, distance: str = "cosine", seed: int = 0):
@@ -150,10 +149,8 @@ def distance_to_reference(
         return by_rows(distances, *comparable(Q, D, "cosine"), replace(targets, references=references), None)[0].mean()
     width, reference_width = Q.shape[1], reference_Q.shape[1]
     if reference_width < width or (reference_width > width and not truncate):
-        raise ValueError(
-            f"references[{reference!r}] has {reference_width} features, the vectors have {width}: "
-            "use projected_distillation, truncate (Matryoshka), or distance 'similarities'"
-        )
+        found = f"references[{reference!r}] has {reference_width} features, the vectors have {width}"
+        raise ValueError(f"{found}: use projected_distillation, truncate (Matryoshka), or distance 'similarities'")
     X = torch.cat([Q, D])
     reference_X = torch.cat([reference_Q, reference_D])[:, :width]
     if distance == "cosine":

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .checks import check_above_zero, check_finite, check_one_of
 from .components import record
-from .rows import between_documents, by_rows, comparable, mean_over_positives, mean_over_queries
-from .targets import Targets, scores
+from .rows import between_documents, by_rows, mean_over_positives, mean_over_queries
+from .targets import Targets, comparable, scores
 
 MARGIN_STRATEGIES = ("absolute", "relative")
 
@@ -40,10 +40,8 @@ def guided_in_batch_negatives(
     - s(q, r), r the other queries, with `contrast_queries`
     - s(p, n), n the positives of other queries, with `contrast_positives`
     in each case negatives according to `Targets.masks`, without those whose cosine according to the guide exceeds
-    - absolute: g - margin
-    - relative: g - |g| * margin
-    with g = the guide's cosine of q and p. For several listed positives it is the mean over them. Records
-    `masked_negatives`, the share of negatives that the guide removes.
+    g - margin (absolute) or g - |g| * margin (relative), with g = the guide's cosine of q and p. For several listed
+    positives it is the mean over them. Records `masked_negatives`, the share of negatives that the guide removes.
 
     Args:
         Q, D, targets: [B, D], [C, D]; `references["guide"]` holds the guide's vectors, ([B, E], [C, E]).
@@ -67,17 +65,13 @@ def guided_in_batch_negatives(
     guide = comparable(*targets.reference("guide", Q, D), "cosine", as_pairs=True)
     Q, D = comparable(Q, D, "cosine", as_pairs=True)
     targets = replace(targets, references={"guide": guide})
-    losses = _Losses(margin_strategy, margin, contrast_queries, contrast_positives, windows, _width(targets))
+    # How many columns of `group` can hold a positive; each takes a row of scores per query.
+    width = targets.group.shape[1] if targets.relevance is not None else 1
+    losses = _Losses(margin_strategy, margin, contrast_queries, contrast_positives, windows, width)
     rows = max(1, len(Q)) if coupled else rows
-    found = by_rows(losses, Q, D, targets, rows, temperature, width=_width(targets))
-    losses_B, counts_B, masked_B, negatives_B = found
+    losses_B, counts_B, masked_B, negatives_B = by_rows(losses, Q, D, targets, rows, temperature, width=width)
     record("masked_negatives", masked_B.sum() / negatives_B.sum().clamp(min=1))
     return mean_over_queries(losses_B, counts_B)
-
-
-def _width(targets: Targets) -> int:
-    """How many columns of `group` can hold a positive; each takes a row of scores per query."""
-    return targets.group.shape[1] if targets.relevance is not None else 1
 
 
 @dataclass(frozen=True)
@@ -116,9 +110,8 @@ class _Losses:
             of_documents.append((logits_MM / temperature, guide_MM, negative_MM & is_positive_M))
 
         partition_G, num_masked_R, num_R = [], 0, 0
-        for column_R, limit_R, positive_R, is_positive_R in zip(
-            *(x_RG.unbind(dim=1) for x_RG in (group_RG, limits_RG, positives_RG, is_positive_RG)), strict=True
-        ):
+        columns = (x_RG.unbind(dim=1) for x_RG in (group_RG, limits_RG, positives_RG, is_positive_RG))
+        for column_R, limit_R, positive_R, is_positive_R in zip(*columns, strict=True):
             kinds = of_queries + [tuple(x[column_R] for x in documents) for documents in of_documents]
             logits_RN, guide_RN, negative_RN = (torch.cat(x, dim=1) for x in zip(*kinds, strict=True))
             masked_RN = negative_RN & (guide_RN > limit_R[:, None])

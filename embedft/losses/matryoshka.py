@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from .checks import check_one_of
 from .components import loss_name, record, scope
-from .rows import float32_or_64
-from .targets import Targets
+from .targets import Targets, float32_or_64
 
 Loss = Callable[[Tensor, Tensor, Targets], Tensor]
 
@@ -116,9 +115,9 @@ class WeightedSum(nn.Module):
             raise ValueError("losses is empty, expected at least one loss")
         self.weights = _checked_weights(weights, len(losses), "losses")
         self.losses, self.names, self.parts = tuple(losses), [], nn.ModuleDict()
-        for i, loss in enumerate(losses):
-            name = loss_name(loss)
-            number = 1 + sum(loss_name(other) == name for other in losses[:i])
+        names = [loss_name(loss) for loss in losses]
+        for i, (name, loss) in enumerate(zip(names, losses, strict=True)):
+            number = names[: i + 1].count(name)
             self.names.append(name if number == 1 else f"{name}_{number}")
             # Registers the parameters of the parts.
             if isinstance(loss, nn.Module) and not any(loss is part for part in self.parts.values()):

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_finite, check_one_of
-from .rows import by_rows, float32_or_64
+from .rows import by_rows
 from .scored import listed_scores
-from .targets import Targets, over_windows
+from .targets import Targets, float32_or_64, over_windows
 
 DISTANCES = ("cosine", "euclidean", "manhattan")
 REDUCTIONS = ("mean", "sum")

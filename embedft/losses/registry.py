@@ -2,7 +2,6 @@
 
     loss = build_loss({"name": "matryoshka", "dims": [384, 128], "inner": {"name": "in_batch_negatives"}})
     loss(Q, D, targets)
-    print(describe_losses())
 
 A loss of your own, a function of (Q, D, targets) or an nn.Module of that call, needs no name: `build_loss` and every
 option that takes a loss accept the object.
@@ -19,38 +18,32 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import contrastive, distillation, guided, pairwise, regularisers, scored
 from .components import unrecorded
-from .contrastive import LearnableTemperature, in_batch_negatives, multi_positive, symmetric_in_batch_negatives
-from .distillation import ProjectedDistillation, embedding_distillation, listwise_kl, margin_mse
-from .guided import guided_in_batch_negatives
 from .matryoshka import Loss, Matryoshka, WeightedSum
-from .pairwise import contrastive, online_contrastive, triplet
-from .regularisers import global_orthogonal, toward_base
-from .scored import angle, cosent, cosine_mse
-from .sigmoid import LearnableSigmoid, sigmoid
 from .targets import Targets
 
 # A function of (Q, D, targets) with options as keywords, or a module whose constructor takes the options.
 LOSSES: dict[str, Callable[..., Any]] = {
-    "in_batch_negatives": in_batch_negatives,
-    "symmetric_in_batch_negatives": symmetric_in_batch_negatives,
-    "learnable_temperature": LearnableTemperature,
-    "multi_positive": multi_positive,
-    "sigmoid": sigmoid,
-    "learnable_sigmoid": LearnableSigmoid,
-    "guided_in_batch_negatives": guided_in_batch_negatives,
-    "triplet": triplet,
-    "contrastive": contrastive,
-    "online_contrastive": online_contrastive,
-    "cosine_mse": cosine_mse,
-    "cosent": cosent,
-    "angle": angle,
-    "margin_mse": margin_mse,
-    "listwise_kl": listwise_kl,
-    "embedding_distillation": embedding_distillation,
-    "projected_distillation": ProjectedDistillation,
-    "toward_base": toward_base,
-    "global_orthogonal": global_orthogonal,
+    "in_batch_negatives": contrastive.in_batch_negatives,
+    "symmetric_in_batch_negatives": contrastive.symmetric_in_batch_negatives,
+    "learnable_temperature": contrastive.LearnableTemperature,
+    "multi_positive": contrastive.multi_positive,
+    "sigmoid": contrastive.sigmoid,
+    "learnable_sigmoid": contrastive.LearnableSigmoid,
+    "guided_in_batch_negatives": guided.guided_in_batch_negatives,
+    "triplet": pairwise.triplet,
+    "contrastive": pairwise.contrastive,
+    "online_contrastive": pairwise.online_contrastive,
+    "cosine_mse": scored.cosine_mse,
+    "cosent": scored.cosent,
+    "angle": scored.angle,
+    "margin_mse": distillation.margin_mse,
+    "listwise_kl": distillation.listwise_kl,
+    "embedding_distillation": distillation.embedding_distillation,
+    "projected_distillation": distillation.ProjectedDistillation,
+    "toward_base": regularisers.toward_base,
+    "global_orthogonal": regularisers.global_orthogonal,
     "matryoshka": Matryoshka,
     "sum": WeightedSum,
 }
@@ -117,17 +110,15 @@ def _build(spec: Any) -> Loss:
     for option, parameter in valid.items():
         if parameter.default is parameter.empty and option not in given:
             raise ValueError(f"{name} needs {option}, {_kind(parameter.annotation)}")
-    options = {}
     for option, value in given.items():
         wanted = valid[option].annotation
         if not _fits(value, wanted):
             raise ValueError(f"{name}: {option} is {value!r}, expected {_kind(wanted)}")
         if wanted == Loss:
-            value = _build(value)
+            given[option] = _build(value)
         elif wanted == Sequence[Loss]:
-            value = [_build(part) for part in value]
-        options[option] = value
-    return LOSSES[name](**options) if isinstance(LOSSES[name], type) else functools.partial(LOSSES[name], **options)
+            given[option] = [_build(part) for part in value]
+    return LOSSES[name](**given) if isinstance(LOSSES[name], type) else functools.partial(LOSSES[name], **given)
 
 
 def _has_object(spec: Any) -> bool:
@@ -165,7 +156,7 @@ def _kind(wanted: Any) -> str:
 def _try(loss: Loss) -> None:
     """One call on data that has everything a loss may ask for, with vectors as wide as the spec says."""
     modules = list(loss.modules()) if isinstance(loss, nn.Module) else []
-    projections = [module for module in modules if isinstance(module, ProjectedDistillation)]
+    projections = [module for module in modules if isinstance(module, distillation.ProjectedDistillation)]
     widths = [module.dims[0] for module in modules if isinstance(module, Matryoshka)]
     width = max([*widths, *(module.student_dim for module in projections)], default=2)
     teacher_width = projections[0].teacher_dim if projections else width

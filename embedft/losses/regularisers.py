@@ -11,8 +11,7 @@ from torch import Tensor
 
 from .checks import check_finite, check_one_of
 from .distillation import distance_to_reference
-from .rows import comparable
-from .targets import Targets
+from .targets import Targets, comparable
 
 AGGREGATIONS = ("mean", "sum")
 
@@ -41,18 +40,12 @@ def global_orthogonal(
 ) -> Tensor:
     """Spreads unrelated vectors: mean_weight * m1^2 + second_moment_weight * max(0, m2 - 1/D).
 
-    m1 and m2 are the means of sim(x, y) and of its square over the unrelated pairs of a set; both terms are near 0
-    for vectors spread evenly over the sphere. The sets are the queries, the first listed documents, the second listed
-    ones, and so on, each document once. Unrelated are pairs that `Targets.masks` calls negatives: neither queries that
-    share a document nor windows of one document. Coupled: the batch is evaluated as a whole.
+    m1 and m2 are the means of sim(x, y) and of its square over the unrelated pairs of a set, those that `Targets.masks`
+    calls negatives. The sets are the queries, the first listed documents, the second listed ones, and so on, each
+    document once; `aggregation` is over the sets. Coupled: the batch is evaluated as a whole.
 
-    Args:
-        mean_weight, second_moment_weight: at least 0 and finite, one of them above 0; None is 0.
-        aggregation: "mean" or "sum" over the sets; one without an unrelated pair has 0.
-
-    Source: Zhang et al. 2017 (Learning Spread-out Local Feature Descriptors), the global orthogonal regularization;
-    Vera et al. 2025 (EmbeddingGemma) for its use beside a contrastive loss. If all texts of a batch differ it equals
-    the sum of the terms of sentence-transformers' GlobalOrthogonalRegularizationLoss.
+    Source: Zhang et al. 2017 (Learning Spread-out Local Feature Descriptors); Vera et al. 2025 (EmbeddingGemma). If all
+    texts of a batch differ it equals the terms of sentence-transformers' GlobalOrthogonalRegularizationLoss.
     """
     check_one_of("aggregation", aggregation, AGGREGATIONS)
     weights = {"mean_weight": mean_weight or 0.0, "second_moment_weight": second_moment_weight or 0.0}

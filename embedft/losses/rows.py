@@ -11,35 +11,10 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_one_of
 from .components import unrecorded
-from .targets import SIMILARITIES, Targets, over_windows
-
-
-def comparable(Q: Tensor, D: Tensor, similarity: str, *, as_pairs: bool = False) -> tuple[Tensor, Tensor]:
-    """Vectors in float32 or float64 whose inner products are the similarities.
-
-    "cosine" clamps lengths at 1e-12, as F.normalize does. With `as_pairs` it follows torch.cosine_similarity, which
-    sentence-transformers uses for pairs: lengths are clamped at 1e-8, and their gradient is that of the length itself.
-    """
-    check_one_of("similarity", similarity, SIMILARITIES)
-    Q, D = float32_or_64(Q), float32_or_64(D)
-    if similarity == "dot":
-        return Q, D
-    return tuple(_unit_of_pair(x) if as_pairs else F.normalize(x, dim=1) for x in (Q, D))
-
-
-def float32_or_64(X: Tensor) -> Tensor:
-    """Half precision becomes float32; float64 stays as it is."""
-    return X if X.dtype is torch.float64 else X.float()
-
-
-def _unit_of_pair(x: Tensor) -> Tensor:
-    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    return x / (length + (1e-8 - length).clamp(min=0).detach())
+from .targets import Targets, over_windows
 
 
 def between_documents(D: Tensor, targets: Targets, windows: str) -> Tensor:

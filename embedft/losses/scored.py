@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_above_zero, check_one_of
-from .rows import by_rows, comparable, float32_or_64
-from .targets import WINDOWS, Targets, over_windows
+from .rows import by_rows
+from .targets import WINDOWS, Targets, comparable, float32_or_64, over_windows
 
 PAIRS = ("first", "all")
 
@@ -78,32 +78,27 @@ def listed_scores(
     *,
     similarity: str = "cosine",
     windows: str = "max",
-    first: bool = False,
     absolute: bool = False,
     as_pairs: bool = False,
 ) -> Tensor:
     """Similarity of every query with the documents listed for it, [B, G]; arbitrary where none is listed.
 
-    Computes only these pairs, not [B, M]; if documents have windows, a few queries at a time. `first` takes only the
-    first listed document of each query, [B, 1]; `absolute` the absolute similarity of each window; `as_pairs` is that
-    of `comparable`.
+    Computes only these pairs, not [B, M]; if documents have windows, a few queries at a time. `absolute` takes the
+    absolute similarity of each window; `as_pairs` is that of `comparable`.
     """
     check_one_of("windows", windows, WINDOWS)
     targets.check_queries(Q)
     Q, D = comparable(Q, D, similarity, as_pairs=as_pairs)
 
-    def listed(targets: Targets) -> Tensor:
-        return (targets.group[:, :1] if first else targets.group).clamp(min=0)
-
     def best(Q_R: Tensor, D: Tensor, targets: Targets) -> tuple[Tensor]:
         scores_RC = Q_R @ D.T
         scores_RM = over_windows(scores_RC.abs() if absolute else scores_RC, targets, windows=windows)
-        return (scores_RM.gather(1, listed(targets)),)
+        return (scores_RM.gather(1, targets.group.clamp(min=0)),)
 
     if targets.document is not None:
         return by_rows(best, Q, D, targets, None)[0]
     targets.num_documents(len(D))
-    scores_BG = (Q[:, None] * D[listed(targets)]).sum(dim=2)
+    scores_BG = (Q[:, None] * D[targets.group.clamp(min=0)]).sum(dim=2)
     return scores_BG.abs() if absolute else scores_BG
 
 
@@ -119,9 +114,10 @@ def _scored_pairs(
 ) -> tuple[Tensor, Tensor]:
     """Similarity and gold score of every pair, each [P]; `listed` are options of `listed_scores`."""
     check_one_of("pairs", pairs, PAIRS)
-    scores_BG = listed_scores(Q, D, targets, first=pairs == "first", **listed)
-    gold_BG = listed_targets(targets, loss, scores_BG)[:, : scores_BG.shape[1]]
-    is_listed_BG = targets.group[:, : scores_BG.shape[1]] >= 0
+    scores_BG = listed_scores(Q, D, targets, **listed)
+    gold_BG, is_listed_BG = listed_targets(targets, loss, scores_BG), targets.group >= 0
+    if pairs == "first":
+        scores_BG, gold_BG, is_listed_BG = scores_BG[:, :1], gold_BG[:, :1], is_listed_BG[:, :1]
     return scores_BG[is_listed_BG], gold_BG[is_listed_BG]
 
 

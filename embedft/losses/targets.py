@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_above_zero, check_one_of
+from .checks import check_one_of
 
 SIMILARITIES = ("cosine", "dot")
 DIRECTIONS = ("query_document", "document_query", "query_query", "document_document")
@@ -29,31 +29,19 @@ WINDOWS = ("max", "softmax")
 class Targets:
     """Relevance between the B queries and the M documents of a batch, and other knowledge about them.
 
-    Args:
-        group: [B, G] int64, the documents listed for each query, -1 = none. The first is its positive unless
-            `relevance` is given; the others are its hard negatives.
-        relevance: [B, G], above 0 = positive, 0 = hard negative; None: see `group`.
-        known: [K, 2] int64, (query row, document) pairs known to be relevant from elsewhere in the data. They are
-            positives in `masks`, so never negatives.
-        document: [C] int64, which document each row of D belongs to when documents have several vectors (windows);
-            0 to M-1, every document has at least one. None: row j is document j.
-        query: [B] int64, any number that identifies the query of a row, when a query has several rows: what is relevant
-            to one of its rows is relevant to all. None: every row is a query of its own.
-        target_scores: [B, G], a teacher's scores of the listed documents, or the gold score of a scored pair.
-        references: constant vectors of the same queries and documents by other models: (Q [B, E], D [C, E]) under
-            "guide", "teacher" or "base".
-
-    Raises:
-        ValueError: a shape that does not fit; on the CPU also a number that is no query or document of the batch (on
-            other devices that would wait for the device).
+    Raises `ValueError` for a shape that does not fit; on the CPU (elsewhere that would wait for the device) also for a
+    number that is no query or document of the batch.
     """
 
+    # [B, G] int64, documents listed for each query, -1 = none. Without `relevance`: its positive, then hard negatives.
     group: Tensor
-    relevance: Tensor | None = None
-    known: Tensor | None = None
-    document: Tensor | None = None
-    target_scores: Tensor | None = None
+    relevance: Tensor | None = None  # [B, G], above 0 = positive, 0 = hard negative
+    known: Tensor | None = None  # [K, 2] int64, (query row, document): further positives, so never negatives
+    document: Tensor | None = None  # [C] int64, the document of each row of D, if some have several; None: row j is j
+    target_scores: Tensor | None = None  # [B, G], a teacher's scores, or the gold score of a scored pair
+    # (Q [B, E], D [C, E]) of the same texts by other models: "guide", "teacher" or "base"; constant.
     references: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    # [B] int64, equal for rows of one query: what is relevant to one is relevant to all. None: all rows differ.
     query: Tensor | None = None
 
     def __post_init__(self):
@@ -91,8 +79,7 @@ class Targets:
         return (self.group >= 0) & ~positive_BG
 
     def num_documents(self, num_columns: int) -> int:
-        """M, when D has `num_columns` rows. Raises `ValueError` if `document` has another length or, on the CPU, if
-        other documents are listed or known."""
+        """M, when D has `num_columns` rows. Raises `ValueError` if numbers do not fit (on the CPU, all of them)."""
         if self.document is None:
             if self.group.device.type == "cpu":
                 self._check_documents(num_columns)
@@ -104,11 +91,9 @@ class Targets:
     def masks(self, direction: str = "query_document", *, num_documents: int | None = None) -> tuple[Tensor, Tensor]:
         """(positive, negative) pairs of what scores (rows) and what is scored (columns), both bool.
 
-        - query_document, [B, M]: positive if listed as such or known, for any row of the query; otherwise negative,
-          which includes hard negatives of this and other queries.
+        - query_document, [B, M]: positive if listed as such or known, for any row of the query; otherwise negative.
         - document_query, [M, B]: the same, transposed.
-        - query_query, [B, B]: two rows of one query, or two queries that share a positive document, are positive; all
-          others are negative.
+        - query_query, [B, B]: rows of one query, or that share a positive document, are positive; others are negative.
         - document_document, [M, M]: two positives of one query are positive. Two that no query lists or knows together
           are negative: a document and a hard negative chosen for it are neither.
 
@@ -248,6 +233,29 @@ def _sharing(item_P: Tensor, key_P: Tensor, num_items: int) -> Tensor:
     return shared.fill_diagonal_(False)
 
 
+def comparable(Q: Tensor, D: Tensor, similarity: str, *, as_pairs: bool = False) -> tuple[Tensor, Tensor]:
+    """Vectors in float32 or float64 whose inner products are the similarities.
+
+    "cosine" clamps lengths at 1e-12, so that a zero vector has cosine 0 with everything. With `as_pairs` it follows
+    torch.cosine_similarity, as sentence-transformers does for pairs: it clamps at 1e-8, but not the length's gradient.
+    """
+    check_one_of("similarity", similarity, SIMILARITIES)
+    Q, D = float32_or_64(Q), float32_or_64(D)
+    if similarity == "dot":
+        return Q, D
+    return tuple(_unit_of_pair(x) if as_pairs else F.normalize(x, dim=1) for x in (Q, D))
+
+
+def float32_or_64(X: Tensor) -> Tensor:
+    """Half precision becomes float32; float64 stays as it is."""
+    return X if X.dtype is torch.float64 else X.float()
+
+
+def _unit_of_pair(x: Tensor) -> Tensor:
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return x / (length + (1e-8 - length).clamp(min=0).detach())
+
+
 def scores(
     Q: Tensor,
     D: Tensor,
@@ -255,33 +263,23 @@ def scores(
     *,
     similarity: str = "cosine",
     windows: str = "max",
-    window_temperature: float = 0.05,
 ) -> Tensor:
     """Similarity of every query with every document, [B, M]; half precision becomes float32.
 
-    `similarity` "cosine" normalises the vectors, with lengths clamped at 1e-12, so that a zero vector has cosine 0 with
-    everything; "dot" is the inner product.
-
     A document of several vectors (`targets.document`) gets, with `windows` "max", the similarity s_w of its best window
     (MaxP), with "softmax" the soft maximum: sum over its windows w of s_w * exp(s_w / t) / sum over v of exp(s_v / t),
-    t = `window_temperature`, which trains all of them and, unlike a log-sum-exp, does not grow with their number.
+    t = 0.05, which trains all of them and, unlike a log-sum-exp, does not grow with their number.
 
     Source: Dai and Callan 2019 (MaxP), section 3.
     """
-    check_one_of("similarity", similarity, SIMILARITIES)
-    Q, D = (x if x.dtype is torch.float64 else x.float() for x in (Q, D))
-    if similarity == "cosine":
-        Q, D = F.normalize(Q, dim=1), F.normalize(D, dim=1)
-    scores_BC = Q @ D.T
+    Q, D = comparable(Q, D, similarity)
     if targets is None:
-        return scores_BC
+        return Q @ D.T
     targets.check_queries(Q)
-    return over_windows(scores_BC, targets, windows=windows, window_temperature=window_temperature)
+    return over_windows(Q @ D.T, targets, windows=windows)
 
 
-def over_windows(
-    scores_BC: Tensor, targets: Targets, *, windows: str = "max", window_temperature: float = 0.05
-) -> Tensor:
+def over_windows(scores_BC: Tensor, targets: Targets, *, windows: str = "max", temperature: float = 0.05) -> Tensor:
     """Similarities with documents, [B, M], from those with document vectors, [B, C]; see `scores`."""
     check_one_of("windows", windows, WINDOWS)
     num_documents = targets.num_documents(scores_BC.shape[1])
@@ -290,9 +288,8 @@ def over_windows(
     nothing_BM = scores_BC.new_zeros(len(scores_BC), num_documents)
     if windows == "max":
         return _best_window(nothing_BM, targets.document, scores_BC)
-    check_above_zero("window_temperature", window_temperature)
     best_BM = _best_window(nothing_BM, targets.document, scores_BC.detach())
-    weights_BC = ((scores_BC - best_BM[:, targets.document]) / window_temperature).exp()
+    weights_BC = ((scores_BC - best_BM[:, targets.document]) / temperature).exp()
     total_BM = nothing_BM.index_add(1, targets.document, weights_BC)
     return nothing_BM.index_add(1, targets.document, weights_BC * scores_BC) / total_BM
 
