@@ -547,8 +547,9 @@ def test_the_command_line(tmp_path):
     began, warned = err.splitlines()
     assert (code, began) == (0, "run: no run to resume, starting a new one")
     assert warned.startswith("embedft finetune: warning: 12 of 12 validation questions")
-    assert [line.partition(" ")[0] for line in out.splitlines()] == ["weights", "ndcg@10:", "these", "model:"]
-    assert first[5] == (0, "model: gap/model\n", "gap.csv: dropped 1 rows with empty texts\n")
+    assert [line.partition(" ")[0] for line in out.splitlines()] == ["3", "kept", "ndcg@10:", "these", "model:"]
+    code, out, err = first[5]
+    assert (code, out.splitlines()[-1], err) == (0, "model: gap/model", "gap.csv: dropped 1 rows with empty texts\n")
     assert second[4:] == [(0, "", ""), (0, "", "")]
     assert (tmp_path / "run" / "DONE").is_file()
 
