@@ -251,9 +251,6 @@ def locked(path: str | Path, *, wait: Callable[[str], object] | None = None) -> 
             holder = file.read().decode(errors="replace")
             wait(f"process {holder}" if holder else "another process")
             _lock(file.fileno(), wait=True)
-        if wait is None:
-            yield
-            return
         file.truncate(0)
         file.write(str(os.getpid()).encode())
         file.flush()

@@ -321,11 +321,10 @@ def test_a_lock_is_waited_for_and_its_holder_named(tmp_path):
             assert told == [f"process {process.pid}"]
             assert path.read_text() == str(os.getpid())
     assert path.read_text() == ""
-    # Held by one that does not say its number.
     with locked(path), pytest.raises(ValueError, match="stop"), locked(path, wait=_stop):
         raise AssertionError("never reached")
 
 
 def _stop(holder):
-    assert holder == "another process"
+    assert holder == f"process {os.getpid()}"
     raise ValueError("stop")

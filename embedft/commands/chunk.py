@@ -21,17 +21,7 @@ WAYS = ("train_pages", "train_files", "train_share")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Split:
-    """A split: train.jsonl and validation.jsonl instead of chunks.jsonl."""
-
-    train_pages: str | None = setting(None, "pages for training, such as 1-90 or 1-40,80-100", metavar="RANGES")
-    train_files: list[str] | None = setting(None, "files for training, as the chunks name them", metavar="PATH ...")
-    train_share: float | None = setting(None, "share of the chunks for training, drawn at random")
-    seed: int = setting(0, "of the draw")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options(Split, config.Options):
+class Options(config.Options):
     """Options of `embedft chunk`."""
 
     paths: list[str] = setting(REQUIRED, "PDF, text or Markdown files, or folders", metavar="PATH", positional=True)
@@ -43,6 +33,10 @@ class Options(Split, config.Options):
     by_page: bool = setting(False, "end chunks at page ends")
     drop_repeated: bool = setting(False, "drop page numbers, and running headers after the first")
     headings_in_text: bool = setting(False, "begin chunks of Markdown with the headings above them")
+    train_pages: str | None = setting(None, "pages for training, such as 1-90 or 1-40,80-100", metavar="RANGES")
+    train_files: list[str] | None = setting(None, "files for training, as the chunks name them", metavar="PATH ...")
+    train_share: float | None = setting(None, "share of the chunks for training, drawn at random")
+    seed: int = setting(0, "random seed of --train-share")
 
     def __post_init__(self):
         check_at_most_one(self, *WAYS)

@@ -47,17 +47,7 @@ class Hybrid:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Output:
-    """Output."""
-
-    out: str | None = setting(None, "save reports: BM25's in DIR/bm25, of several settings in DIR/NAME", metavar="DIR")
-    overwrite: bool = setting(False, "replace the reports in DIR")
-    style: Style = setting("text", "of the tables")
-    json: bool = setting(False, "print all metrics as JSON")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options(Adapted, Grid, Hybrid, Output, Data):
+class Options(Adapted, Grid, Hybrid, Data):
     """Options of `embedft evaluate`."""
 
     data: str = setting(REQUIRED, DATASETS, metavar="DATA", positional=True)
@@ -67,6 +57,10 @@ class Options(Adapted, Grid, Hybrid, Output, Data):
     gain: Literal["binary", "graded"] = setting("binary", "of nDCG")
     merge: bool = setting(True, "treat documents of equal text as one")
     keep_identical_ids: bool = setting(False, "rank the document that has the query's own id too")
+    out: str | None = setting(None, "save reports: BM25's in DIR/bm25, of several settings in DIR/NAME", metavar="DIR")
+    overwrite: bool = setting(False, "replace the reports in DIR")
+    style: Style = setting("text", "of the tables")
+    json: bool = setting(False, "print all metrics as JSON")
 
     def __post_init__(self):
         check_at_most_one(self, "dim", "dims")
