@@ -185,11 +185,6 @@ def test_the_id_is_of_the_text_and_equal_texts_are_one_chunk():
     # printf 'Same.' | sha256sum
     assert cut[0] == Chunk(SAME_ID, "Same.", 1, (Place("a.txt", 1, 1), Place("a.txt", 3, 3), Place("b.txt", 1, 1)))
     assert len(cut) == 2
-    pages = report(*(f"text{i}" for i in range(40)))
-    many = chunk_pages([*pages, *pages], count_tokens=count_words, size=9, by_page=True, id_digits=1)
-    assert len({chunk.id for chunk in many}) == len(many) == 40
-    assert all(len(chunk.places) == 1 for chunk in many)
-    assert {len(chunk.id) for chunk in many} >= {1, 2}
 
 
 SAME_ID = __import__("hashlib").sha256(b"Same.").hexdigest()[:16]

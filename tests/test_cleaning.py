@@ -601,19 +601,13 @@ def test_round_trip_against_sorting(block):
 
 def test_round_trip_errors():
     dataset = compass({"near east": {"w": 1}, "near north": {"w": 1}})
-    with pytest.raises(ValueError, match="k is 0, expected at least 1"):
+    with pytest.raises(ValueError, match="k is 0 and block 1024, expected at least 1"):
         round_trip(dataset, encode=encoder(ANGLES), k=0)
-    with pytest.raises(ValueError, match="block is 0, expected at least 1"):
+    with pytest.raises(ValueError, match="block 0, expected at least 1"):
         round_trip(dataset, encode=encoder(ANGLES), k=1, block=0)
     with pytest.raises(ValueError, match="none of the 3 queries: 2 document is not in the top k, 1 has no relevant"):
         round_trip(dataset, encode=encoder(ANGLES), k=1)
     with pytest.raises(ValueError, match="none of the 3 queries: 3 has no relevant document"):
         round_trip(compass({}), encode=encoder(ANGLES), k=1)
-    with pytest.raises(ValueError, match=r"encode gave documents of shape \(2, 2\), expected 3 rows"):
-        round_trip(dataset, encode=lambda texts, role: np.ones((2, 2)), k=1)
-    with pytest.raises(ValueError, match=r"encode gave documents of shape \(3,\), expected 3 rows"):
-        round_trip(dataset, encode=lambda texts, role: np.ones(len(texts)), k=1)
-    with pytest.raises(ValueError, match="encode gave documents with values that are not finite"):
+    with pytest.raises(ValueError, match="encode gave values that are not finite"):
         round_trip(dataset, encode=lambda texts, role: np.full((len(texts), 2), np.nan), k=1)
-    with pytest.raises(ValueError, match="queries have 3 dimensions, documents 2"):
-        round_trip(dataset, encode=lambda texts, role: np.ones((len(texts), 2 + (role == "query"))), k=1)

@@ -224,8 +224,10 @@ def test_a_summary_of_several_documents_asks_for_none(package):
 
 def test_equal_names_are_numbered(package):
     setter = function("x", f"Set the value of x.\n\n{prose('set')}\n")
-    package({"a.py": function("x", f"Get the value of x.\n\n{prose('get')}\n") + setter})
-    assert names(docstring_pairs(["made"])) == ["made.a.x", "made.a.x#2"]
+    other = function("y", f"Get the value of y.\n\n{prose('why')}\n")
+    package({"a.py": function("x", f"Get the value of x.\n\n{prose('get')}\n") + setter, "b.py": other})
+    datasets = docstring_datasets(num_train=9, num_held_out=9, seed=0, packages=["made"])
+    assert {id for dataset in datasets for id in dataset.corpus} == {"made.a.x", "made.a.x#2", "made.b.y"}
 
 
 def write_modules(package, sizes: list[int]) -> None:

@@ -1,9 +1,5 @@
 """What the words of a question show: whether it asks, repeats the prompt or points at a text that is not there.
 
-    asks("Explain how drivers are paid.")                  # True
-    asks("Here are two questions:")                        # False
-    points_at_source("What does the table above show?")    # "the table above"
-
 The word lists are English. Not here: what is done with such questions (cleaning.py).
 """
 
@@ -76,14 +72,9 @@ SOURCE = re.compile(
 
 
 def asks(text: str) -> bool:
-    """Whether a text has a question mark, or a sentence that opens with an interrogative or an asking imperative.
-
-    The imperative may follow an opening clause ("In the context of revenue recognition, explain ..."). A text that
-    ends with a colon announces; one without a letter asks nothing.
-    """
-    if not any(character.isalpha() for character in text):
-        return False
-    return bool(QUESTION_MARK.search(text) or (not text.endswith(":") and ASKS.search(text)))
+    """Whether a text has a question mark, or a sentence that asks or tells to ("In the context of x, explain y")."""
+    has_letter = any(map(str.isalpha, text))
+    return has_letter and bool(QUESTION_MARK.search(text) or (not text.endswith(":") and ASKS.search(text)))
 
 
 def shows_prompt(text: str) -> str | None:
@@ -93,10 +84,6 @@ def shows_prompt(text: str) -> str | None:
 
 
 def points_at_source(text: str) -> str | None:
-    """The words that point at a text which a searcher does not see, or None.
-
-    "According to the document", "the given information", "the table above" point; things with a name of their own do
-    not: "the agreement", "Section 409A", "mentioned in the offer letter", "in the context of leases".
-    """
+    """The words that point at a text which a searcher does not see ("the table above"), or None."""
     found = SOURCE.search(text)
     return found and found[0]

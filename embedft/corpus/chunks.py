@@ -1,12 +1,4 @@
-"""Cuts pages into chunks of whole sentences by token count, and saves them with where they come from.
-
-    chunks = chunk_pages(pages, count_tokens=count_tokens, size=254, overlap=32)
-    save_chunks("chunks.jsonl", chunks)
-    load_chunks("chunks.jsonl")   # or any JSONL of objects with `id` and `text`
-
-Not here: reading documents (documents.py), the tokenizer (`count_tokens` is passed in), splitting chunks into training
-and validation (splits.py).
-"""
+"""Cuts pages into chunks of whole sentences by token count, and saves them with where they come from."""
 
 import hashlib
 import json
@@ -41,12 +33,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of text. `places` has more than one entry if the same text was found again.
-
-    `id` is the beginning of the text's SHA-256 for chunks that were cut here. `num_tokens` counts the text alone, by
-    the tokenizer that cut it. `headings` is the path of Markdown headings above it. These are None and () for chunks
-    from elsewhere.
-    """
+    """A piece of text and where it was found; `num_tokens`: of the text alone; `headings`: those above it."""
 
     id: str
     text: str
@@ -64,13 +51,7 @@ def save_chunks(path: str | Path, chunks: Sequence[Chunk]) -> None:
 
 
 def load_chunks(path: str | Path) -> list[Chunk]:
-    """Loads a JSONL file of objects with `id` (a string, or an integer that becomes one) and `text`.
-
-    Keys that `Chunk` does not have are ignored; texts are kept as they are.
-
-    Raises:
-        ValueError: no chunk, a missing or blank field, or a repeated id; names file and line.
-    """
+    """Loads a JSONL file of objects with `id` (a string, or an integer that becomes one) and `text`."""
     chunks: dict[str, Chunk] = {}
     for number, row in read_jsonl(path):
         where = f"{path} line {number}"
@@ -83,10 +64,9 @@ def load_chunks(path: str | Path) -> list[Chunk]:
             raise ValueError(f"{where}: id {id!r} is already in an earlier line")
         try:
             places = tuple(Place(**place) for place in row.get("places", ()))
-            headings = tuple(map(str, row.get("headings", ())))
         except TypeError:
             raise ValueError(f"{where}: `places` is not a list of file, first_page, last_page") from None
-        chunks[id] = Chunk(id, row["text"], row.get("num_tokens"), places, headings)
+        chunks[id] = Chunk(id, row["text"], row.get("num_tokens"), places, tuple(row.get("headings", ())))
     if not chunks:
         raise ValueError(f"{path}: has no chunks")
     return list(chunks.values())
@@ -100,27 +80,20 @@ def chunk_pages(
     overlap: int = 0,
     by_page: bool = False,
     headings_in_text: bool = False,
-    id_digits: int = 16,
 ) -> list[Chunk]:
     """Cuts pages into chunks of at most `size` tokens, each with as many whole sentences as fit.
 
     The pages of a file are joined first, since a sentence may run over the end of a page; sections of Markdown are
-    not. A chunk is a contiguous piece of that text. A sentence longer than `size` is broken between lines (code), words
-    or, last, characters. The limit holds without exception, counted on the chunk's own text, with at least one token
-    per 100 characters. Consecutive chunks share whole sentences of at most `overlap` tokens, never all of the earlier
-    chunk. Equal texts become one chunk with several places.
+    not. A sentence longer than `size` is broken between lines (code), words or, last, characters. The limit holds
+    without exception, with at least one token per 100 characters. Consecutive chunks share whole sentences of at most
+    `overlap` tokens, never all of the earlier chunk. Equal texts become one chunk.
 
     Args:
         pages: those of a file in order; pages without text are skipped.
         count_tokens: tokens of each text, without special tokens.
         size: tokens per chunk: what the model takes, less its special tokens.
-        overlap: in tokens, less than `size`.
         by_page: no chunk crosses the end of a page.
         headings_in_text: chunks of Markdown begin with a line "Outer > Inner" of the headings they stand under.
-        id_digits: of the SHA-256; texts that share them get more.
-
-    Raises:
-        ValueError: `size` or `overlap` is out of range, or a character or line of headings leaves no room.
     """
     if size < 1 or not 0 <= overlap < size:
         raise ValueError(f"size is {size} and overlap {overlap}, expected size >= 1 and 0 <= overlap < size")
@@ -136,22 +109,12 @@ def chunk_pages(
         prefix = " > ".join(headings) + "\n" if headings and headings_in_text else ""
         for start, stop, num_tokens in _Cutter(text, count_tokens, size, prefix).cut(overlap):
             first, last = (members[bisect_right(starts, place) - 1].number for place in (start, stop - 1))
-            _add(chunks, prefix + text[start:stop], num_tokens, Place(file, first, last), headings, id_digits)
+            piece, place = prefix + text[start:stop], Place(file, first, last)
+            id = hashlib.sha256(piece.encode()).hexdigest()[:16]
+            found = chunks.setdefault(id, Chunk(id, piece, num_tokens, (place,), headings))
+            if place not in found.places:
+                chunks[id] = replace(found, places=(*found.places, place))
     return list(chunks.values())
-
-
-def _add(
-    chunks: dict[str, Chunk], text: str, num_tokens: int, place: Place, headings: tuple[str, ...], digits: int
-) -> None:
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    # If two texts have the same digits, the later one takes more of them.
-    while (found := chunks.get(digest[:digits])) is not None and found.text != text:
-        digits += 1
-    id = digest[:digits]
-    if found is None:
-        chunks[id] = Chunk(id, text, num_tokens, (place,), headings)
-    elif place not in found.places:
-        chunks[id] = replace(found, places=(*found.places, place))
 
 
 def _join_pages(pages: Sequence[Page]) -> tuple[str, list[int]]:
@@ -180,7 +143,7 @@ def _glue(before: str, after: str, *, min_words: int = 8, min_characters: int = 
 
 
 class _Unit(NamedTuple):
-    """What chunks are made of: a sentence, or a part of one that is too long. `num_tokens`: of it alone."""
+    """What chunks are made of: a sentence, or a part of one that is too long; a chunk, too."""
 
     start: int
     stop: int
@@ -190,23 +153,23 @@ class _Unit(NamedTuple):
 class _Cutter:
     """Cuts one text. The sum of the units' tokens guides; the count of a chunk's own text decides."""
 
-    def __init__(self, text: str, count_tokens: CountTokens, size: int, prefix: str = "", token_characters: int = 100):
+    def __init__(self, text: str, count_tokens: CountTokens, size: int, prefix: str):
         # WordPiece makes one unknown token of a word however long, such as a blob of data.
         self.count_tokens = lambda texts: [
-            max(count, len(text) // token_characters) for count, text in zip(count_tokens(texts), texts, strict=True)
+            max(count, len(text) // 100) for count, text in zip(count_tokens(texts), texts, strict=True)
         ]
         self.text, self.size, self.prefix = text, size, prefix
         self.prefix_tokens = self.count_tokens([prefix])[0] if prefix else 0
         if self.prefix_tokens >= size:
             raise ValueError(f"size is {size}, but the headings {prefix.strip()!r} have {self.prefix_tokens} tokens")
 
-    def cut(self, overlap: int) -> list[tuple[int, int, int]]:
-        """(start, stop, tokens) of every chunk."""
+    def cut(self, overlap: int) -> list[_Unit]:
+        """Every chunk."""
         units = self._units(sentence_spans(self.text), [r"[^\n]+", r"\S+", r"\S"])
         chunks, first, end = [], 0, 0
         while end < len(units):
             end, num_tokens = self._fill(units, first)
-            chunks.append((units[first].start, units[end - 1].stop, num_tokens))
+            chunks.append(_Unit(units[first].start, units[end - 1].stop, num_tokens))
             first = self._next_first(units, first, end, overlap)
         return chunks
 
@@ -214,10 +177,7 @@ class _Cutter:
         return self.count_tokens([self.prefix + self.text[start:stop]])[0]
 
     def _fill(self, units: Sequence[_Unit], first: int, *, max_saved: int = 2) -> tuple[int, int]:
-        """The end of the chunk that begins with unit `first`, and its tokens.
-
-        Units may have fewer tokens together than apart: `max_saved` more are tried.
-        """
+        """(end, tokens) of the chunk from unit `first` on; `max_saved`: units may have fewer tokens together."""
         end, total = first + 1, self.prefix_tokens + units[first].num_tokens
         while end < len(units) and total + units[end].num_tokens <= self.size:
             total += units[end].num_tokens
@@ -228,19 +188,12 @@ class _Cutter:
                 return units[first].num_tokens
             return self._count(units[first].start, units[end - 1].stop)
 
-        num_tokens, too_long, step = count(end), end, 1
-        while num_tokens > self.size and end > first + 1:  # back in longer and longer steps
-            too_long, end, step = end, max(first + 1, end - step), 2 * step
+        num_tokens = count(end)
+        if num_tokens > self.size:  # units may have more tokens together, too
+            end = first + max(1, bisect_right(range(first + 1, end), self.size, key=count))
             num_tokens = count(end)
-        while too_long - end > 1:
-            middle = (end + too_long) // 2
-            more = count(middle)
-            if more > self.size:
-                too_long = middle
-            else:
-                end, num_tokens = middle, more
         while end < len(units) and max_saved and num_tokens + units[end].num_tokens <= self.size + max_saved:
-            more = self._count(units[first].start, units[end].stop)
+            more = count(end + 1)
             if more > self.size:
                 break
             end, num_tokens = end + 1, more
@@ -249,9 +202,9 @@ class _Cutter:
     def _next_first(self, units: Sequence[_Unit], first: int, end: int, overlap: int) -> int:
         """Where the chunk begins that follows units `first` to `end`: as early as the overlap allows."""
         # Parts of sentences are never shared: they end where the next part would not have fitted.
-        start, shared = end, 0
         if not overlap or end == len(units):
             return end
+        start, shared = end, 0
         while start > first + 1 and shared + units[start - 1].num_tokens <= overlap:
             start -= 1
             shared += units[start].num_tokens

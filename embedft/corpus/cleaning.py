@@ -1,14 +1,7 @@
 """Cleaning: drops questions that ask nothing, depend on a hidden text or repeat others, and reports which and why.
 
-Written questions, an LLM's above all, include preambles, words of the prompt, questions that only make sense beside
-their chunk ("according to the passage above"), copied sentences and duplicates. Each rule is a small function of
-texts; the word lists are English. The corpus stays whole, since unasked documents still have to be ranked.
-
-    cleaned = clean(RetrievalDataset.load("questions.json"))
-    cleaned.dataset.save("cleaned.json")
-    write_json("cleaning.json", cleaned.report())
-
-Not here: writing questions (questions.py), parsing replies (prompts.py).
+Each rule is a small function of texts; the word lists are English. The corpus stays whole, since unasked documents
+still have to be ranked. Not here: writing questions (questions.py), parsing replies (prompts.py).
 
 Shapes: Q queries, C distinct document texts, D dimensions.
 """
@@ -35,9 +28,8 @@ NO_RELEVANT_DOCUMENT = "has no relevant document"
 OUT_OF_REACH = "document is not in the top k"
 HELD_OUT = "is a validation query too"
 
-# A question copies if this share of its words is in one run of the document, with so many plain words. The highest
-# shares among the 1,458 questions of Lyft and Uber are 0.94, a line of the form with "Has" before it, then 0.79 and
-# 0.71, which ask.
+# A question copies if this share of its words is in one run of the document, with so many plain words. Of the 1,458
+# questions of Lyft and Uber, one copy has 0.94; the next, which ask, have 0.79 and 0.71.
 COPIED_SHARE, MIN_COPIED_WORDS = 0.8, 5
 
 PREAMBLE = re.compile(
@@ -54,10 +46,7 @@ ARTICLE = re.compile(r"^A\b|\b(?:a|an|An|the|The)\b")
 
 @dataclass(frozen=True)
 class Dropped:
-    """A dropped query: its original text, one of the reasons above, and the evidence.
-
-    `detail` is the phrase found, the id of the copied document or repeated query, or the document's rank; else "".
-    """
+    """A dropped query with a reason above and the phrase, id of a document or query, or rank that shows it."""
 
     query_id: str
     text: str
@@ -76,7 +65,7 @@ class Changed:
 
 @dataclass(frozen=True)
 class Cleaned:
-    """The dataset that is left, and every query that was dropped or changed, in their order."""
+    """The dataset that is left, and every query that was dropped or changed, in order."""
 
     dataset: RetrievalDataset
     dropped: tuple[Dropped, ...] = ()
@@ -88,45 +77,43 @@ class Cleaned:
 
     def report(self, *, num_examples: int = 5) -> dict:
         """Counts with a few examples of each kind, for `write_json`."""
-        dropped: dict[str, dict] = {reason: {"count": count, "examples": []} for reason, count in self.counts().items()}
-        for drop in self.dropped:
-            if len(dropped[drop.reason]["examples"]) < num_examples:
-                dropped[drop.reason]["examples"].append({"id": drop.query_id, "text": drop.text, "detail": drop.detail})
+        dropped: dict[str, dict] = {}
+        for reason, count in self.counts().items():
+            shown = [drop for drop in self.dropped if drop.reason == reason][:num_examples]
+            examples = [{"id": drop.query_id, "text": drop.text, "detail": drop.detail} for drop in shown]
+            dropped[reason] = {"count": count, "examples": examples}
         changed = [{"id": c.query_id, "before": c.before, "after": c.after} for c in self.changed[:num_examples]]
-        return {
-            "num_queries": len(self.dataset.queries) + len(self.dropped),
-            "num_kept": len(self.dataset.queries),
-            "dropped": dropped,
-            "changed": {"count": len(self.changed), "examples": changed},
-        }
+        num_kept = len(self.dataset.queries)
+        counts = {"num_queries": num_kept + len(self.dropped), "num_kept": num_kept}
+        return {**counts, "dropped": dropped, "changed": {"count": len(self.changed), "examples": changed}}
 
 
 def clean(dataset: RetrievalDataset) -> Cleaned:
-    """Drops the queries that no searcher would write.
+    """Drops the queries that no searcher would write; raises `ValueError` if none is left.
 
     A query is tidied (`tidy`), then dropped if it asks nothing (`asks`), shows the prompt (`shows_prompt`), points at
     its source (`points_at_source`) or copies a relevant document (`copies`); the first reason counts. Of the rest,
     queries with equal `question_key` become one: the first keeps its id and wording and takes over the others' qrels
-    (the higher grade), negatives and scores (its own first); a negative that becomes relevant goes. Documents, titles
-    and order stay. The time is linear in the length of the texts.
-
-    Raises:
-        ValueError: no query is left; counts the reasons.
+    (the higher grade), negatives and scores (its own first); a negative that becomes relevant goes.
     """
     documents = dict(zip(dataset.corpus, dataset.document_texts(), strict=True))
     tidied = {query_id: tidy(text) for query_id, text in dataset.queries.items()}
     first_of: dict[str, str] = {}  # question key: the query that stays
     merged: dict[str, list[str]] = {}
 
-    def fault(query_id: str) -> tuple[str, str]:
+    def fault(query_id: str) -> tuple[str, str] | None:
         question = tidied[query_id]
-        relevant = [d for d, grade in dataset.qrels.get(query_id, {}).items() if grade > 0]
-        reason, detail = _fault(question, {document_id: documents[document_id] for document_id in relevant})
-        if reason:
-            return reason, detail
+        if not asks(question):
+            return ASKS_NOTHING, ""
+        for reason, find in ((SHOWS_PROMPT, shows_prompt), (POINTS_AT_SOURCE, points_at_source)):
+            if phrase := find(question):
+                return reason, phrase
+        for document_id in _relevant(dataset, query_id):
+            if copies(question, documents[document_id]):
+                return COPIES_DOCUMENT, document_id
         kept = first_of.setdefault(question_key(question), query_id)
         merged.setdefault(kept, []).append(query_id)
-        return ("", "") if kept == query_id else (REPEATS, kept)
+        return None if kept == query_id else (REPEATS, kept)
 
     cleaned = _drop(dataset, fault, merged, tidied)
     changed = [Changed(i, dataset.queries[i], text) for i, text in cleaned.dataset.queries.items()]
@@ -136,61 +123,45 @@ def clean(dataset: RetrievalDataset) -> Cleaned:
 def round_trip(dataset: RetrievalDataset, *, encode: Callable[..., np.ndarray], k: int, block: int = 1024) -> Cleaned:
     """Drops the queries whose relevant documents an encoder ranks below the top k of the whole corpus.
 
-    Rank = 1 + number of documents with a strictly higher cosine; the best relevant document (grade > 0) counts. A
-    query that another document answers better than its own chunk is more often a wrong label than a hard question.
-    For training questions only: a validation set filtered by a model flatters that model.
+    Rank = 1 + number of documents with a strictly higher cosine; the best relevant document (grade > 0) counts. For
+    training questions only: a validation set filtered by a model flatters that model.
 
     Source: Alberti et al. 2019, "Synthetic QA Corpora Generation with Roundtrip Consistency", section 2; Dai et al.
     2022, "Promptagator: Few-shot Dense Retrieval From 8 Examples", section 3.2 (there k = 1).
 
     Args:
         encode: (texts, role="query" | "document") -> [N, D], as `Embedder.encode`. Equal documents are encoded once.
-        k: at least 1.
         block: queries scored at a time; memory is `block` rows of scores.
-
-    Raises:
-        ValueError: `k` or `block` below 1, vectors of a wrong shape or not finite, or no query is left.
     """
-    for name, value in (("k", k), ("block", block)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}, expected at least 1")
+    if min(k, block) < 1:
+        raise ValueError(f"k is {k} and block {block}, expected at least 1")
     columns: dict[str, int] = {}
-    column_of = {
-        d: columns.setdefault(t, len(columns)) for d, t in zip(dataset.corpus, dataset.document_texts(), strict=True)
-    }
+    texts = zip(dataset.corpus, dataset.document_texts(), strict=True)
+    column_of = {id: columns.setdefault(text, len(columns)) for id, text in texts}
     copies_C = np.bincount(list(column_of.values()))
-    relevant = {
-        query_id: [column_of[d] for d, grade in dataset.qrels.get(query_id, {}).items() if grade > 0]
-        for query_id in dataset.queries
-    }
+    relevant = {i: [column_of[document_id] for document_id in _relevant(dataset, i)] for i in dataset.queries}
     judged = [query_id for query_id, columns_of_query in relevant.items() if columns_of_query]
     ranks: dict[str, int] = {}
     if judged:
-        documents_CD = _unit_rows(encode(list(columns), role="document"), len(columns), "documents")
-        queries_QD = _unit_rows(encode([dataset.queries[i] for i in judged], role="query"), len(judged), "queries")
-        if queries_QD.shape[1] != documents_CD.shape[1]:
-            raise ValueError(f"queries have {queries_QD.shape[1]} dimensions, documents {documents_CD.shape[1]}")
+        documents_CD = _unit_rows(encode(list(columns), role="document"))
+        queries_QD = _unit_rows(encode([dataset.queries[i] for i in judged], role="query"))
         for start in range(0, len(judged), block):
             scores_QC = queries_QD[start : start + block] @ documents_CD.T
             for scores_C, query_id in zip(scores_QC, judged[start : start + block], strict=True):
                 ranks[query_id] = 1 + int(copies_C[scores_C > scores_C[relevant[query_id]].max()].sum())
 
-    def fault(query_id: str) -> tuple[str, str]:
+    def fault(query_id: str) -> tuple[str, str] | None:
         if query_id not in ranks:
             return NO_RELEVANT_DOCUMENT, ""
-        return (OUT_OF_REACH, f"rank {ranks[query_id]}") if ranks[query_id] > k else ("", "")
+        return (OUT_OF_REACH, f"rank {ranks[query_id]}") if ranks[query_id] > k else None
 
     return _drop(dataset, fault)
 
 
 def drop_held_out(dataset: RetrievalDataset, validation: RetrievalDataset) -> Cleaned:
-    """Drops the training queries that `validation` asks too, by `question_key`.
-
-    Raises:
-        ValueError: no query is left.
-    """
+    """Drops the training queries that `validation` asks too, by `question_key`. Raises `ValueError` if none is left."""
     keys = {question_key(text) for text in validation.queries.values()}
-    return _drop(dataset, lambda query_id: (HELD_OUT if question_key(dataset.queries[query_id]) in keys else "", ""))
+    return _drop(dataset, lambda query_id: (HELD_OUT, "") if question_key(dataset.queries[query_id]) in keys else None)
 
 
 def tidy(text: str) -> str:
@@ -202,10 +173,10 @@ def tidy(text: str) -> str:
 
 
 def copies(question: str, document: str) -> bool:
-    """Whether a question mostly copies one run of words of its document: a statement with a question mark.
+    """Whether a question mostly copies one run of words of its document; case and punctuation do not count.
 
     The run must hold at least 80% of its words, and 80% (at least five) of its plain ones: those without a capital or
-    a digit, since long names are repeated for good reasons. Case and punctuation do not count.
+    a digit, since long names are repeated for good reasons.
     """
     words = re.findall(r"\w+", question)
     plain = [place for place, word in enumerate(words) if word.isalpha() and (word.islower() or place == 0)]
@@ -222,11 +193,7 @@ def copies(question: str, document: str) -> bool:
 
 
 def question_key(text: str) -> str:
-    """What equal questions share: their words in order, without case, punctuation, articles and spacing.
-
-    Everything else counts: "2020" and "2021", "is" and "is not", "Class A" and "Class B", "2.5" and "25", "5%" and "5"
-    differ.
-    """
+    """A text's words in order, without case, punctuation and articles; "Class A", "2.5" and "5%" keep their marks."""
 
     def keep(mark: re.Match) -> str:
         other = mark[1]  # None: it carries meaning; vowel signs and the like are no punctuation
@@ -236,16 +203,8 @@ def question_key(text: str) -> str:
     return " ".join(MARK.sub(keep, without_articles).casefold().split())
 
 
-def _fault(question: str, documents: dict[str, str]) -> tuple[str, str]:
-    """(reason, detail) of the first rule that a question breaks; ("", "") if none."""
-    if not asks(question):
-        return ASKS_NOTHING, ""
-    if phrase := shows_prompt(question):
-        return SHOWS_PROMPT, phrase
-    if phrase := points_at_source(question):
-        return POINTS_AT_SOURCE, phrase
-    copied = [document_id for document_id, text in documents.items() if copies(question, text)]
-    return (COPIES_DOCUMENT, copied[0]) if copied else ("", "")
+def _relevant(dataset: RetrievalDataset, query_id: str) -> list[str]:
+    return [document_id for document_id, grade in dataset.qrels.get(query_id, {}).items() if grade > 0]
 
 
 def _at_least(share: float, number: int) -> int:
@@ -258,19 +217,17 @@ def _run(words: list[str]) -> str:
 
 def _drop(
     dataset: RetrievalDataset,
-    fault: Callable[[str], tuple[str, str]],
+    fault: Callable[[str], tuple[str, str] | None],
     merged: dict[str, list[str]] | None = None,
     texts: dict[str, str] | None = None,
 ) -> Cleaned:
-    """Drops the queries whose id `fault` gives a (reason, detail) for; ("", "") keeps one.
-
-    A kept query gets the qrels, negatives and scores of those that `merged` lists for it, and its text from `texts`.
-    """
+    """Drops the queries whose id `fault` gives a (reason, detail) for; joins the judgments of those in `merged`."""
     faults = {query_id: fault(query_id) for query_id in dataset.queries}
-    dropped = [Dropped(i, dataset.queries[i], *found) for i, found in faults.items() if found[0]]
-    queries = {i: (texts or dataset.queries)[i] for i, (reason, _) in faults.items() if not reason}
+    dropped = [Dropped(i, dataset.queries[i], *found) for i, found in faults.items() if found]
+    queries = {i: (texts or dataset.queries)[i] for i, found in faults.items() if not found}
     if not queries:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in Counter(d.reason for d in dropped).most_common())
+        counts = Cleaned(dataset, tuple(dropped)).counts()
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
         raise ValueError(f"cleaning leaves none of the {len(dropped):,} queries: {reasons}")
     qrels: dict[str, dict[str, int]] = {}
     negatives: dict[str, list[str]] = {}
@@ -292,12 +249,10 @@ def _drop(
     return Cleaned(kept, tuple(dropped))
 
 
-def _unit_rows(vectors: np.ndarray, num_texts: int, what: str) -> np.ndarray:
+def _unit_rows(vectors: np.ndarray) -> np.ndarray:
     """[N, D] float32 rows of length 1; a row of zeros stays."""
     vectors = np.asarray(vectors, dtype=np.float32)
-    if vectors.ndim != 2 or len(vectors) != num_texts:
-        raise ValueError(f"encode gave {what} of shape {vectors.shape}, expected {num_texts} rows")
     if not np.isfinite(vectors).all():
-        raise ValueError(f"encode gave {what} with values that are not finite")
+        raise ValueError("encode gave values that are not finite")
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors / np.where(lengths > 0, lengths, 1)

@@ -1,8 +1,4 @@
-"""Near-copies: texts that mostly say the same words in the same order. Not here: copies in other words.
-
-is_copied(shingles("The fee is due ..."), seen=shingles("As agreed, the fee is due ..."))
-near_copies(training_texts, validation_texts)   # a flag for each training text
-"""
+"""Near-copies: texts that mostly say the same words in the same order. Not here: copies in other words."""
 
 import re
 import zlib
@@ -19,10 +15,7 @@ def words(text: str) -> list[str]:
 
 
 def shingles(text: str, *, num_words: int = 8) -> set[int]:
-    """Hashes of the runs of eight words of a text, the same in every process; of all its words if it is shorter.
-
-    A text without words has the hash of its characters.
-    """
+    """Hashes of a text's runs of eight words, the same in every process; of all its words or characters if shorter."""
     codes = [zlib.crc32(word.encode()) for word in words(text)] or [zlib.crc32("".join(text.split()).encode())]
     runs = zip(*(codes[start:] for start in range(num_words)), strict=False)
     return {hash(run) for run in runs} or {hash((len(codes), *codes))}
@@ -36,9 +29,8 @@ def is_copied(own: set[int], seen: set[int]) -> bool:
 def near_copies(texts: Sequence[str], others: Sequence[str], *, max_holders: int = 100) -> list[bool]:
     """For each of `texts`, whether it is a near-copy of `others`.
 
-    It is if more than half of its shingles are in `others` taken together, or more than half of those of one of
-    `others` are in it; there, shingles that more than `max_holders` texts share (a footer's, say) do not count, which
-    keeps the time linear. Last year's report with this year's figures, one word in eight, is no near-copy.
+    It is if more than half of its shingles are in all of `others`, or more than half of those of one of them in it;
+    there, shingles of more than `max_holders` texts (a footer's) do not count, which keeps the time linear.
     """
     other_shingles = [shingles(other) for other in others]
     holders: dict[int, list[int]] = {}

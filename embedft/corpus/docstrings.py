@@ -1,11 +1,7 @@
-"""Questions from docstrings: the first sentence of each asks for the rest of it.
+"""Questions from docstrings of installed packages: the first sentence of each asks for the rest of it.
 
-Every machine that runs this code has such text: the installed torch, NumPy and standard library, and any other
-package. Files are read with `ast`; nothing is imported.
-
-    train, held_out = docstring_datasets(num_train=2000, num_held_out=1000, seed=0)
-
-Not here: tests, `.pyi` and C files, definitions inside functions, docstrings made by f-strings or `%`.
+Files are read with `ast`; nothing is imported. Not here: tests, `.pyi` and C files, definitions inside functions,
+docstrings made by f-strings or `%`.
 """
 
 import ast
@@ -18,14 +14,15 @@ import sysconfig
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from ..data.dataset import RetrievalDataset
 from ..progress import progress_bar
 from .copies import is_copied, shingles, words
+from .pseudo import pair_dataset
 
 PACKAGES = ("torch", "numpy", "stdlib")
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -58,13 +55,8 @@ LITERAL = re.compile(r"`+~?([^`<]*[^`<\s])(?:\s*<[^`<>]*>)?`+_{0,2}")  # `x`, ``
 EMPHASIS = re.compile(r"(?<![\w*])(\*{1,2})([^*\s](?:[^*]*[^*\s])?)\1(?![\w*])")
 
 
-@dataclass(frozen=True)
-class DocstringPair:
-    """The first sentence of a docstring, and the rest of it.
-
-    `name` is the dotted name of the documented thing, unique in one reading ("#2" marks the second of a name);
-    `module` is the file it is in.
-    """
+class DocstringPair(NamedTuple):
+    """The first sentence of a docstring, the rest of it, and the dotted names of its file and of what it documents."""
 
     query: str
     document: str
@@ -78,42 +70,10 @@ def docstring_pairs(packages: Sequence[str] = PACKAGES) -> list[DocstringPair]:
     Left out are summaries shorter than 4 words or longer than 60, or that do not read as a sentence (no capital, a
     colon at the end); documents under 20 words; near-copies of longer documents, so that a split cannot separate them;
     and summaries that several documents share. Files that do not parse are left out with a warning that counts them.
-
-    Args:
-        packages: names of installed top-level packages; "stdlib" is the standard library.
-
-    Raises:
-        ValueError: a package is not installed, or is not a folder of Python files.
     """
-    files = [file for package in packages for file in _python_files(package)]
-    pairs, broken = [], []
-    collects = gc.isenabled()
-    gc.disable()  # it walks the syntax trees again and again: 18 s instead of 9 s for torch (two cores, 2026-11-21)
-    try:
-        with progress_bar(len(files), "reading docstrings", unit="file") as bar:
-            for module, path in files:
-                bar.update()
-                try:
-                    tree = _parse(path)
-                except (SyntaxError, ValueError):  # ValueError: a null byte, before Python 3.12
-                    broken.append(path)
-                else:
-                    pairs += _pairs_of(tree, module)
-    finally:
-        if collects:
-            gc.enable()
-    if broken:
-        warnings.warn(f"left out {len(broken)} of {len(files)} files that do not parse: {broken[0]}", stacklevel=2)
-    pairs = _drop_near_copies(pairs)
+    pairs = _drop_near_copies(_read_pairs([file for package in packages for file in _python_files(package)]))
     askers = Counter(pair.query.lower() for pair in pairs)
-    names: Counter[str] = Counter()
-    usable = []
-    for pair in pairs:
-        if askers[pair.query.lower()] == 1:
-            names[pair.name] += 1
-            number = names[pair.name]
-            usable.append(pair if number == 1 else replace(pair, name=f"{pair.name}#{number}"))
-    return usable
+    return [pair for pair in pairs if askers[pair.query.lower()] == 1]
 
 
 def docstring_datasets(
@@ -122,41 +82,33 @@ def docstring_datasets(
     """Makes two datasets of docstring pairs, (train, held out), that have no module in common.
 
     Modules are assigned in random order, each to the side that is further from its number; the pairs of a side are
-    then drawn from its modules. Document ids are names ("json.loads"), query ids the same with "/q".
+    then drawn from its modules. Document ids are names ("json.loads", "#2" behind the second of a name), query ids the
+    same with "/q". A side with fewer pairs than asked for gives all it has.
 
     Args:
-        num_train, num_held_out: pairs to draw, at least 1; a side with fewer gives all it has.
-        seed: of the assignment and the draw.
-
-    Raises:
-        ValueError: the packages have no pair for one of the sides.
+        packages: names of installed top-level packages; "stdlib" is the standard library.
     """
-    wanted = np.array([num_train, num_held_out])
-    if (wanted < 1).any():
+    wanted = [num_train, num_held_out]
+    if min(wanted) < 1:
         raise ValueError(f"num_train and num_held_out are {num_train} and {num_held_out}, expected at least 1")
     generator = np.random.default_rng(seed)
-    by_module: dict[str, list[DocstringPair]] = {}
+    by_module: dict[str, dict[str, DocstringPair]] = {}
+    names: Counter[str] = Counter()
     for pair in docstring_pairs(packages):
-        by_module.setdefault(pair.module, []).append(pair)
+        names[pair.name] += 1
+        id = pair.name if names[pair.name] == 1 else f"{pair.name}#{names[pair.name]}"
+        by_module.setdefault(pair.module, {})[id] = pair
     modules = list(by_module.values())
-    sides: list[list[DocstringPair]] = [[], []]
-    found = np.zeros(2, dtype=int)
+    sides: list[list[tuple[str, DocstringPair]]] = [[], []]
     for position in generator.permutation(len(modules)):
-        neediest = (found / wanted).argmin()
-        sides[neediest] += modules[position]
-        found[neediest] += len(modules[position])
-    if not found.all():
-        counts = f"{found[0]:,} training and {found[1]:,} held-out pairs ({len(modules):,} modules)"
+        neediest = np.divide(list(map(len, sides)), wanted).argmin()
+        sides[neediest] += modules[position].items()
+    if not all(sides):
+        counts = f"{len(sides[0]):,} training and {len(sides[1]):,} held-out pairs ({len(modules):,} modules)"
         raise ValueError(f"the docstrings of {', '.join(packages)} give {counts}, expected some of both")
-    drawn = [[side[row] for row in generator.permutation(len(side))[:n]] for side, n in zip(sides, wanted, strict=True)]
-    train, held_out = (
-        RetrievalDataset(
-            queries={f"{pair.name}/q": pair.query for pair in pairs},
-            corpus={pair.name: pair.document for pair in pairs},
-            qrels={f"{pair.name}/q": {pair.name: 1} for pair in pairs},
-        )
-        for pairs in drawn
-    )
+    for side, num_wanted in zip(sides, wanted, strict=True):
+        side[:] = [side[row] for row in generator.permutation(len(side))[:num_wanted]]
+    train, held_out = (pair_dataset({i: p.query for i, p in side}, {i: p.document for i, p in side}) for side in sides)
     return train, held_out
 
 
@@ -167,15 +119,11 @@ def split_docstring(docstring: str) -> tuple[str, str] | None:
     if paragraph is None:
         return None
     sentence = SENTENCE_END.split(paragraph[0], maxsplit=1)[0]
-    summary = _strip_markup(sentence)
+    plain = EMPHASIS.sub(r"\2", LITERAL.sub(r"\1", ROLE.sub("`", sentence)))
+    summary = " ".join(plain.replace("`", "").split())
     rest = docstring[:start] + docstring[start + len(sentence) :].lstrip(" ").lstrip("\n")
     reads_as_sentence = summary[:1].isupper() and not summary.endswith((":", ",", "-"))
     return (summary, rest) if reads_as_sentence else None
-
-
-def _strip_markup(text: str) -> str:
-    text = EMPHASIS.sub(r"\2", LITERAL.sub(r"\1", ROLE.sub("`", text)))
-    return " ".join(text.replace("`", "").split())
 
 
 def _words(text: str) -> list[str]:
@@ -183,11 +131,7 @@ def _words(text: str) -> list[str]:
 
 
 def _remove_repetitions(summary: str, body: str, *, repeated_share: float = 0.8) -> str:
-    """`body` without the sentences and paragraphs that say little more than `summary`; the layout stays.
-
-    A piece says little more if the two share `repeated_share` of the smaller one's words and neither has more than
-    twice the words of the other.
-    """
+    """`body` without the sentences and paragraphs that say little more than `summary`; the layout stays."""
     summary_words = set(_words(summary))
 
     def repeats(piece: str) -> bool:
@@ -204,8 +148,7 @@ def _python_files(package: str) -> list[tuple[str, Path]]:
     if package == "stdlib":
         prefix, roots = [], [sysconfig.get_path("stdlib")]
     else:
-        # Of a name without dots, find_spec looks for the folder and imports nothing.
-        spec = importlib.util.find_spec(package) if package.isidentifier() else None
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None  # which imports nothing
         prefix, roots = [package], list(getattr(spec, "submodule_search_locations", None) or [])
     if not roots:
         raise ValueError(f"'{package}' is not an installed top-level package ('stdlib' names the standard library)")
@@ -219,16 +162,33 @@ def _python_files(package: str) -> list[tuple[str, Path]]:
     return files
 
 
-def _parse(path: Path) -> ast.Module:
-    source = path.read_bytes()
+def _read_pairs(files: Sequence[tuple[str, Path]]) -> list[DocstringPair]:
+    """The pairs of (module name, path); warns of files that do not parse."""
+    pairs, broken = [], []
+    collects = gc.isenabled()
+    gc.disable()  # it walks the syntax trees again and again: 18 s instead of 9 s for torch (two cores, 2026-11-21)
+    try:
+        with progress_bar(len(files), "reading docstrings", unit="file") as bar:
+            for module, path in files:
+                bar.update()
+                try:
+                    pairs += _pairs_of(path.read_bytes(), module)
+                except (SyntaxError, ValueError):  # ValueError: a null byte, before Python 3.12
+                    broken.append(path)
+    finally:
+        if collects:
+            gc.enable()
+    if broken:
+        warnings.warn(f"left out {len(broken)} of {len(files)} files that do not parse: {broken[0]}", stacklevel=3)
+    return pairs
+
+
+def _pairs_of(source: bytes, module: str) -> Iterator[DocstringPair]:
     if b'"""' not in source and b"'''" not in source:
-        return ast.Module(body=[], type_ignores=[])
+        return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in other people's strings
-        return ast.parse(source)
-
-
-def _pairs_of(tree: ast.Module, module: str) -> Iterator[DocstringPair]:
+        tree = ast.parse(source)
     for name, docstring in _docstrings(tree, module):
         summary, rest = split_docstring(docstring) or ("", "")
         if len(summary.split()) in SUMMARY_WORDS:
@@ -282,12 +242,11 @@ def _literal(node: ast.expr) -> str | None:
 
 def _drop_near_copies(pairs: list[DocstringPair]) -> list[DocstringPair]:
     """Drops near-copies of longer documents, wherever the two are; order is kept."""
-    runs = [shingles(ROLE.sub(" ", pair.document)) for pair in pairs]
+    own = [shingles(ROLE.sub(" ", pair.document)) for pair in pairs]
     seen: set[int] = set()
     kept = []
-    for position in sorted(range(len(pairs)), key=lambda i: (-len(runs[i]), i)):
-        own = runs[position]
-        if not is_copied(own, seen):
-            kept.append(position)
-            seen |= own
-    return [pairs[position] for position in sorted(kept)]
+    for i in sorted(range(len(pairs)), key=lambda i: -len(own[i])):
+        if not is_copied(own[i], seen):
+            kept.append(i)
+            seen |= own[i]
+    return [pairs[i] for i in sorted(kept)]

@@ -1,25 +1,17 @@
-"""Turns the lines of PDF pages back into paragraphs, and finds the headers and footers that repeat.
-
-clean_layout(["Fees are due on re-\nceipt of the invoice.\n    1"])   # ["Fees are due on receipt of the invoice.\n1"]
-"""
+"""Turns the lines of PDF pages back into paragraphs, and finds the headers and footers that repeat."""
 
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 
-# A header or footer is among this many lines at the top or the bottom of a page ...
-EDGE_LINES = 3
-# ... of at least three pages and this share of the file's; a page number needs the three pages alone.
-MIN_REPEATED_PAGES, REPEATED_SHARE = 3, 0.2
+EDGE_LINES, MIN_REPEATED_PAGES, REPEATED_SHARE = 3, 3, 0.2  # see `repeated_lines`
 
-# A line is full, so that the next one may continue it, when the next word would have gone beyond this share of a full
-# line: the characters of a line of given width vary by a tenth in proportional type. A full line of a page is the
-# median of its lines that are not shorter than LONG_SHARE of the document's.
-FULL_SHARE, LONG_SHARE = 0.85, 0.6
-HEADING_SHARE = 0.6
+# A line is full when the next word would have gone beyond this share of a full line: the characters of a line of given
+# width vary by a tenth. A full line is the median of a page's that are not shorter than LONG_SHARE of the document's.
+FULL_SHARE, LONG_SHARE, HEADING_SHARE = 0.85, 0.6, 0.6
 
 CLEANING = {
     **{i: None for i in range(0x110000) if unicodedata.category(chr(i)) in ("Cc", "Cs")},
@@ -38,16 +30,12 @@ SENTENCE_STOP = re.compile(r"[.:;!?。！？][\"'”’)\]」』）]*$")
 
 LETTERS = r"[^\W\d_]"
 WORD = re.compile(rf"{LETTERS}+(?:-{LETTERS}+)*")
-# "-\n" inside a word: the word's beginning and its end on the next line.
 BROKEN_WORD = re.compile(rf"(?<![^\W\d_])(?<![^\W\d_]-){WORD.pattern}-\n[ \t]*{WORD.pattern}")
 LAST_PART = re.compile(r"[^\W_]+(?:-[^\W_]+)*$")
 FIRST_PART = re.compile(r"[^\W_]+(?:-[^\W_]+)*")
-# What follows a hyphen that stands for a word to come: "pre- and post-closing".
-SUSPENDED = ("and", "or", "to")
+SUSPENDED = ("and", "or", "to")  # after a hyphen that stands for a word to come: "pre- and post-closing"
 # Chinese and Japanese: no blanks between words.
-UNSPACED = (
-    "\u3001-\u303f\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff01-\uff60\U00020000-\U0003ffff"
-)
+UNSPACED = "\u3001-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff01-\uff60\U00020000-\U0003ffff"
 UNSPACED_JOIN = re.compile(f"[{UNSPACED}]\n[{UNSPACED}]")
 FIRST_WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+|\s")
 
@@ -57,45 +45,37 @@ def is_unspaced(before: str, after: str) -> bool:
     return UNSPACED_JOIN.fullmatch(f"{before[-1:]}\n{after[:1]}") is not None
 
 
-class _Words:
-    """How often each word stands in a document; the halves of words broken at line ends do not count."""
+def _join(left: str, right: str, words: Counter[str]) -> str:
+    """Joins two lines of a paragraph of a document with these words.
 
-    def __init__(self, lines: Iterable[str]):
-        self.counts = Counter(WORD.findall(BROKEN_WORD.sub(" ", "\n".join(lines)).lower()))
-
-    def join(self, left: str, right: str) -> str:
-        """Joins two lines of a paragraph.
-
-        A hyphen between them stays when the document has the word with a hyphen at least as often as without. When it
-        has neither, it stays if the halves are words of their own, not mere letters, or hold a hyphen or a capital.
-        """
-        if left.endswith("\u00ad"):
-            return left[:-1] + right
-        beginning = LAST_PART.search(left[:-1]) if left.endswith(("-", "\u2010")) else None
-        end = FIRST_PART.match(right)
-        if beginning is None or end is None:
-            # A dash or a slash that is set tight stays so.
-            is_tight = left.endswith(("—", "/")) and not left[:-1].endswith(" ") and len(left) > 1
-            return left + right if is_tight or is_unspaced(left, right) else f"{left} {right}"
-        first, second = beginning[0].lower(), end[0].lower()
-        kept, joined = self.counts[f"{first}-{second}"], self.counts[first + second]
-        if kept == joined == 0:
-            if end[0] in SUSPENDED:
-                return f"{left} {right}"
-            of_letters = f"{first}{second}".isalpha() and not end[0][:1].isupper()
-            kept = not of_letters or bool(self.counts[first] and self.counts[second])
-            joined = not kept
-        return left + right if kept >= joined else left[:-1] + right
+    A hyphen between them stays when the document has the word with a hyphen at least as often as without. When it has
+    neither, it stays if the halves are words of their own, not mere letters, or hold a hyphen or a capital.
+    """
+    if left.endswith("\u00ad"):
+        return left[:-1] + right
+    beginning = LAST_PART.search(left[:-1]) if left.endswith(("-", "\u2010")) else None
+    end = FIRST_PART.match(right)
+    if beginning is None or end is None:
+        is_tight = re.search(r"[^ ][—/]$", left) is not None  # a dash or a slash that is set tight stays so
+        return left + right if is_tight or is_unspaced(left, right) else f"{left} {right}"
+    first, second = beginning[0].lower(), end[0].lower()
+    kept, joined = words[f"{first}-{second}"], words[first + second]
+    if kept == joined == 0:
+        if end[0] in SUSPENDED:
+            return f"{left} {right}"
+        of_letters = f"{first}{second}".isalpha() and not end[0][:1].isupper()
+        joined = of_letters and not (words[first] and words[second])
+    return left + right if kept >= joined else left[:-1] + right
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Line:
-    """One line of a page; `indent`: where it begins; `column`: where its text does, behind a bullet or number."""
+    """One line of a page."""
 
     text: str
-    indent: int
-    column: int
-    num_characters: int  # behind the column, blanks between words counted once
+    indent: int  # where it begins
+    column: int  # where its text does, behind a bullet or number
+    width: int  # where it ends, blanks between words counted once
     is_row: bool  # of a table: has gaps between columns
     after_gap: bool  # more space than between lines comes before it
     apart: bool = False  # a header, a footer or a page number
@@ -104,17 +84,11 @@ class _Line:
     def is_marked(self) -> bool:
         return self.column > self.indent
 
-    @property
-    def width(self) -> int:
-        return self.column + self.num_characters
-
 
 def clean_layout(texts: Sequence[str], *, plain: Collection[int] = ()) -> list[str]:
-    """Turns the pages of one PDF file into running text.
+    """Turns the pages of one PDF file into running text: a line for each paragraph, heading, bullet and row of a table.
 
-    Blanks are collapsed and the wrapped lines of a paragraph joined; paragraphs, headings, bullets and rows of tables
-    get a line each. A hyphen at a line end goes, unless the document has the word with it elsewhere. Ligatures are
-    spelt out, control characters and soft hyphens at line ends removed. All other characters stay, in order.
+    Ligatures are spelt out, hyphens at line ends, blanks and control characters go; other characters stay, in order.
 
     Args:
         texts: the pages, blanks for distances.
@@ -122,7 +96,8 @@ def clean_layout(texts: Sequence[str], *, plain: Collection[int] = ()) -> list[s
     """
     pages = [_lines(text.translate(CLEANING)) for text in texts]
     repeated = repeated_lines([[line.text for line in lines] for lines in pages], range(1, len(pages) + 1))
-    words = _Words(line.text for lines in pages for line in lines)
+    whole_words = BROKEN_WORD.sub(" ", "\n".join(line.text for lines in pages for line in lines))
+    words = Counter(WORD.findall(whole_words.lower()))
     usual = _usual_width(line for number, lines in enumerate(pages, start=1) if number not in plain for line in lines)
     return [
         _paragraphs(lines, apart, words, _usual_width(lines) if number in plain else usual)
@@ -131,48 +106,41 @@ def clean_layout(texts: Sequence[str], *, plain: Collection[int] = ()) -> list[s
 
 
 def _usual_width(lines: Iterable[_Line]) -> int:
-    widths = sorted(line.width for line in lines if not line.is_row)
-    return widths[len(widths) * 3 // 4] if widths else 0
+    widths = sorted(line.width for line in lines if not line.is_row) or [0]
+    return widths[len(widths) * 3 // 4]
 
 
 def _lines(text: str) -> list[_Line]:
     lines, gap = [], False
     raw_lines = text.split("\n")
     # On a page in double spacing an empty line says nothing.
-    spaced = 2 * sum(not line.strip() for line in raw_lines) > len(raw_lines) * 0.8
+    spaced = sum(not line.strip() for line in raw_lines) > 0.4 * len(raw_lines)
     for raw in raw_lines:
-        body = raw.strip()
-        if not body:
-            gap = not spaced
-            continue
-        indent = len(raw) - len(raw.lstrip())
-        marker = MARKER.match(body)
-        start = marker.end() if marker else 0
-        gaps = [len(blanks) for blanks in re.findall(r"\s+", body[start:])]
-        widest = max(gaps, default=0)
-        # Justified text has wide blanks too, but about as wide as each other.
-        is_row = widest > 3 or (widest == 3 and median(gaps) == 1)
-        num_characters = len(" ".join(body[start:].split()))
-        lines.append(_Line(" ".join(body.split()), indent, indent + start, num_characters, is_row, gap))
-        gap = False
+        if body := raw.strip():
+            indent, marker = len(raw) - len(raw.lstrip()), MARKER.match(body)
+            start = marker.end() if marker else 0
+            gaps = [len(blanks) for blanks in re.findall(r"\s+", body[start:])]
+            widest = max(gaps, default=0)
+            # Justified text has wide blanks too, but about as wide as each other.
+            is_row = widest > 3 or (widest == 3 and median(gaps) == 1)
+            column, num_characters = indent + start, len(" ".join(body[start:].split()))
+            lines.append(_Line(" ".join(body.split()), indent, column, column + num_characters, is_row, gap))
+        gap = not body and not spaced
     return lines
 
 
-def _paragraphs(lines: list[_Line], repeated: Collection[int], words: _Words, usual: int) -> str:
+def _paragraphs(lines: list[_Line], repeated: Collection[int], words: Counter[str], usual: int) -> str:
     """Joins the lines of a page where one continues the other; `usual`: the width of the document's full lines."""
-    edges = {*range(EDGE_LINES), *range(len(lines) - EDGE_LINES, len(lines))}
-    lines = [
-        replace(line, apart=i in repeated or (i in edges and PAGE_NUMBER.fullmatch(line.text) is not None))
-        for i, line in enumerate(lines)
-    ]
+    for i, line in enumerate(lines):
+        is_number = not EDGE_LINES <= i < len(lines) - EDGE_LINES and PAGE_NUMBER.fullmatch(line.text) is not None
+        line.apart = i in repeated or is_number
     long = [line.width for line in lines if not line.is_row and line.width >= LONG_SHARE * usual]
     edge = median(long) if long else usual
     paragraphs: list[str] = []
     members: list[_Line] = []
-    for i, line in enumerate(lines):
-        following = lines[i + 1] if i + 1 < len(lines) else None
+    for line, following in zip(lines, [*lines[1:], None], strict=True):
         if members and _goes_on(members, line, following, edge):
-            paragraphs[-1] = words.join(paragraphs[-1], line.text)
+            paragraphs[-1] = _join(paragraphs[-1], line.text, words)
             members.append(line)
         else:
             paragraphs.append(line.text)
@@ -200,18 +168,16 @@ def _goes_on(members: list[_Line], line: _Line, following: _Line | None, edge: f
         return False
     if line.text[0].islower():
         return True
-    is_heading = (
-        has_ended and line.width < HEADING_SHARE * edge and not line.text.endswith((".", ",", ";", ":", "!", "?", ")"))
-    )
-    return is_full and not is_heading
+    is_short = line.width < HEADING_SHARE * edge and not line.text.endswith((".", ",", ";", ":", "!", "?", ")"))
+    return is_full and not (has_ended and is_short)
 
 
 def repeated_lines(pages: Sequence[Sequence[str]], numbers: Sequence[int]) -> list[dict[int, tuple | None]]:
     """For each page of a file, {row: kind} of its lines that are headers or footers; None: a page number alone.
 
-    Args:
-        pages: the lines of each.
-        numbers: the page's numbers.
+    Such a line is among the first or last three of its page and, digits aside, stands at the same end of at least
+    three pages and a fifth of the file's. Its numbers must be the same on three pages or rise with the page, which a
+    table's do not; lines whose numbers differ otherwise are of two kinds. A page number alone needs three pages.
     """
     stands: dict[tuple[bool, str], list[tuple[int, int, list[int]]]] = {}  # (at the top, line) -> (page, row, numbers)
     for p, lines in enumerate(pages):

@@ -1,8 +1,4 @@
-"""Splits Markdown into sections at its headings and strips HTML; code stays as it is.
-
-split_sections(["# Mill\n\nIt grinds.\n\n## Owner\n\nThe town."])
-# [[("# Mill\n\nIt grinds.", ("Mill",)), ("## Owner\n\nThe town.", ("Mill", "Owner"))]]
-"""
+"""Splits Markdown into sections at its headings and strips HTML; code stays as it is."""
 
 import html
 import re
@@ -38,9 +34,7 @@ def split_sections(pages: Sequence[str]) -> list[list[tuple[str, tuple[str, ...]
     path: list[tuple[int, str]] = []
     result = []
     for page in pages:
-        sections: list[tuple[str, tuple[str, ...]]] = []
-        lines: list[str] = []
-        has_body = False
+        sections, lines, has_body = [], [], False
         for block, level, title in [*_blocks(strip_html(page)), ("", 1, None)]:
             if level and (has_body or title is None):
                 sections.append(("\n".join(lines).strip("\n"), tuple(heading for _, heading in path)))

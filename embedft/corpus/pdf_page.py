@@ -1,9 +1,8 @@
 """Reads the text of PDF pages with pypdf. Run as a script by pdf.py; imports the standard library and pypdf alone.
 
-pypdf reads a page in two ways. Its layout mode puts text where the page shows it, with blanks for indentation and the
-gaps of tables; it keeps words whole that the plain mode breaks. Its plain mode gives the text in the order in which
-the file draws it, which for columns, rotated text and right-to-left scripts is the reading order. `page_text` reads
-both and takes the layout unless the page shows that it went wrong.
+pypdf's layout mode puts text where the page shows it, with blanks for indentation and the gaps of tables, and keeps
+words whole that the plain mode breaks. Its plain mode keeps the order in which the file draws, which for columns,
+rotated text and right-to-left scripts is the reading order. The layout is taken unless it shows that it went wrong.
 """
 
 import contextlib
@@ -42,55 +41,45 @@ def open_pdf(path: str) -> Any:
             head = file.read(1024)
     except OSError as error:
         raise ValueError(f"cannot be read ({error.strerror})") from None
-    if not head:
-        raise ValueError("is empty (0 bytes)")
     if b"%PDF-" not in head:
-        raise ValueError(f"is not a PDF file (it begins with {head[:12]!r})")
+        raise ValueError(f"is not a PDF file (it begins with {head[:12]!r})" if head else "is empty (0 bytes)")
     try:
         reader = PdfReader(path)
-        num_pages = len(reader.pages)
-        if num_pages:
-            reader.pages[0].get_contents()  # fails when the encryption cannot be undone
+        for page in reader.pages[:1]:
+            page.get_contents()  # fails when the encryption cannot be undone
     except FileNotDecryptedError:
         raise ValueError("is encrypted: it needs a password") from None
     except DependencyError:
         raise ValueError("is encrypted with AES: reading it needs the package `cryptography`") from None
     except (PyPdfError, *FAILURES) as error:
         raise ValueError(f"is damaged ({one_line(error)})") from None
-    if num_pages == 0:
+    if not reader.pages:
         raise ValueError("has no pages")
     return reader
 
 
-def page_text(page: Any, log: list[str]) -> dict[str, Any]:
-    """The reply for one page: its text, whether it is plain, and what is wrong with it, if anything.
-
-    Args:
-        page: of pypdf.
-        log: gets pypdf's messages while they are logged.
-    """
+def read_page(reader: Any, i: int, log: list[str]) -> dict[str, Any]:
+    """The reply for page `i` from 0: its text, whether it is plain, and what is wrong with it. `log`: of pypdf."""
     from pypdf.errors import PyPdfError
 
     log.clear()
-    layout_options = {"layout_mode_space_vertically": True, "layout_mode_strip_rotated": False}
     texts, errors = [], []
-    for options in ({}, {"extraction_mode": "layout", **layout_options}):
+    for options in ({"extraction_mode": "layout", "layout_mode_strip_rotated": False}, {}):
         try:
-            texts.append(page.extract_text(**options))
+            texts.append(reader.pages[i].extract_text(**options))
         except (PyPdfError, *FAILURES) as error:
             texts.append("")
             errors.append(error)
     if len(errors) == 2:
-        raise errors[0]
-    plain, layout = texts
-    keeps_layout = layout.strip() and not (plain.strip() and is_scrambled(layout, plain, log, page))
+        raise errors[1]
+    layout, plain = texts
+    keeps_layout = layout.strip() and not (plain.strip() and is_scrambled(layout, plain, log, reader.pages[i]))
     reply = {"text": layout} if keeps_layout else {"text": plain, "plain": True}
     share = unreadable_share(reply["text"])
     if share >= UNREADABLE_SHARE:
         return {"error": UNREADABLE}
-    if share > 0.05 or any("uninterpretable font" in message for message in log):
-        reply["error"] = INCOMPLETE
-    return reply
+    is_incomplete = share > 0.05 or any("uninterpretable font" in message for message in log)
+    return reply | ({"error": INCOMPLETE} if is_incomplete else {})
 
 
 def is_scrambled(layout: str, plain: str, log: list[str], page: Any) -> bool:
@@ -102,43 +91,28 @@ def is_scrambled(layout: str, plain: str, log: list[str], page: Any) -> bool:
     letters = [unicodedata.category(character) for character in plain if character.isalpha()]
     if letters.count("Lo") > 0.3 * len(letters):  # letters without case: Arabic, Hebrew, Indic, Chinese, Japanese
         return True
-    broken, num_breaks = broken_lines(layout, plain)
-    glued, num_words = glued_words(layout, plain)
-    return (broken > 2 and broken > 0.1 * num_breaks) or (glued > 2 and glued > 0.01 * num_words)
+    (broken, num_breaks), (glued, num_words) = broken_lines(layout, plain), glued_words(layout, plain)
+    return broken > max(2, 0.1 * num_breaks) or glued > max(2, 0.01 * num_words)
 
 
-def broken_lines(layout: str, plain: str, *, min_letters: int = 20, num_letters: int = 20) -> tuple[int, int]:
-    """Counts line breaks of `plain` across which `layout` reads on differently, and all that were looked at.
+def broken_lines(layout: str, plain: str, *, num: int = 20) -> tuple[int, int]:
+    """Counts breaks of `plain`, `num` letters on both sides, that `layout` reads otherwise, and all such breaks.
 
-    Looked at are breaks between two long lines. Two columns of prose that the layout has side by side break nearly all
-    of them. Only letters are compared: numbers of a table may stand between the lines of a label. On 544 pages of 10-K
-    filings at most 2 lines of a page break so.
+    Columns that the layout has side by side break nearly all of them; no page of two 10-K filings has more than 2.
+    Only letters are compared, since numbers of a table may stand between the lines of a label.
     """
-
-    def letters(text: str) -> str:
-        return "".join(filter(str.isalpha, text))
-
-    whole = letters(layout)
-    lines = [line for line in map(letters, plain.split("\n")) if line]
-    breaks = [
-        before[-num_letters:] + after[:num_letters]
-        for before, after in pairwise(lines)
-        if min(len(before), len(after)) >= min_letters
-    ]
+    whole, *lines = ("".join(filter(str.isalpha, text)) for text in (layout, *plain.split("\n")))
+    pairs = pairwise(line for line in lines if line)
+    breaks = [first[-num:] + second[:num] for first, second in pairs if min(len(first), len(second)) >= num]
     return sum(both not in whole for both in breaks), len(breaks)
 
 
 def glued_words(layout: str, plain: str) -> tuple[int, int]:
-    """Counts pairs of words of `plain` that `layout` writes as one, though it has both elsewhere, and all words.
-
-    A word that the plain mode breaks ("tha t") does not count: its parts are no words of the layout.
-    """
-    words, plain_words, glued = set(layout.split()), set(plain.split()), 0
-    for line in plain.split("\n"):
-        parts = line.split()
-        for first, second in pairwise(parts):
-            glued += first + second in words - plain_words and {first, second} <= words
-    return glued, len(plain.split())
+    """Counts pairs of words of `plain` that `layout` writes as one, though it has both elsewhere, and all words."""
+    words, plain_words = set(layout.split()), plain.split()
+    new = words.difference(plain_words)
+    pairs = (pair for line in plain.split("\n") for pair in pairwise(line.split()) if "".join(pair) in new)
+    return sum(words.issuperset(pair) for pair in pairs), len(plain_words)
 
 
 def has_forms(page: Any) -> bool:
@@ -167,8 +141,7 @@ def one_line(error: BaseException) -> str:
 def keep_lines_apart() -> None:
     """Makes pypdf, in this process, put less on one line of the layout.
 
-    It takes two baselines for one line when they are closer than the height of the font, as those of text set solid
-    are: "9.5 Consultant agrees that, if" and the line below it came out as one, in the wrong order (pypdf 6.0 to 7.1,
+    It merges baselines that are closer than the height of the font, as those of text set solid are (pypdf 6.0 to 7.1,
     page 224 of Lyft's 10-K of 2021). 0.7 of the height separates such lines and leaves footnote marks in theirs.
     """
     from pypdf._text_extraction import _layout_mode as layout
@@ -188,39 +161,45 @@ def keep_lines_apart() -> None:
     layout.y_coordinate_groups = merge_nearer_lines
 
 
+def parse_once() -> None:
+    """Makes pypdf, in this process, parse a page once for both modes: parsing takes most of the time of either."""
+    from pypdf.generic import ContentStream
+
+    parse, last = ContentStream._parse_content_stream, (None, [])
+
+    def parse_or_reuse(self: Any, stream: Any) -> None:
+        nonlocal last
+        content = (stream.getvalue(), self.forced_encoding)
+        if content != last[0]:
+            parse(self, stream)
+            last = content, self._operations
+        self._operations = list(last[1])
+
+    ContentStream._parse_content_stream = parse_or_reuse
+
+
 def serve() -> None:
-    """Reads requests, [path, start, stop] per line; replies with one line for the file and one for each page."""
+    """Replies with a line of JSON to each line [path, i]: with page `i` from 0, or the number of pages for None."""
     from pypdf.errors import PyPdfError
 
     log: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: log.append(record.getMessage())
     logging.getLogger("pypdf").addHandler(handler)
-    with contextlib.suppress(ImportError, AttributeError):  # not a public place: another version reads as it does
-        keep_lines_apart()
+    for change in (keep_lines_apart, parse_once):
+        with contextlib.suppress(ImportError, AttributeError):  # no public places: another version reads as it does
+            change()
     path, reader = None, None
     for line in sys.stdin:
-        wanted, start, stop = json.loads(line)
-        if wanted != path:
-            path, reader = None, None  # frees the last file's memory first
-            try:
-                reader = open_pdf(wanted)
-            except ValueError as error:
-                say({"error": str(error)})
-                continue
-            path = wanted
-        say({"num_pages": len(reader.pages)})
-        for i in range(start, min(stop, len(reader.pages))):
-            try:
-                say(page_text(reader.pages[i], log))
-            except (PyPdfError, *FAILURES) as error:
-                say({"error": f"cannot be read ({one_line(error)})"})
-
-
-def say(reply: dict[str, Any]) -> None:
-    """Writes one line of JSON, in ASCII: a page may hold half of a surrogate pair."""
-    sys.stdout.write(json.dumps(reply) + "\n")
-    sys.stdout.flush()
+        wanted, i = json.loads(line)
+        try:
+            if wanted != path:
+                path, reader = None, None  # frees the last file's memory first
+                path, reader = wanted, open_pdf(wanted)
+            reply = {"num_pages": len(reader.pages)} if i is None else read_page(reader, i, log)
+        except (PyPdfError, *FAILURES) as error:
+            reply = {"error": str(error) if reader is None else f"cannot be read ({one_line(error)})"}
+        print(json.dumps(reply), flush=True)  # in ASCII: a page may hold half of a surrogate pair
 
 
 if __name__ == "__main__":

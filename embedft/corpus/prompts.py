@@ -1,8 +1,5 @@
 """What a language model is asked, and how its reply is read.
 
-    prompt = fill_template(TEMPLATE, text=chunk.text, num_questions=2)
-    parse_reply("1. Who founded Lyft?\n2. When was Lyft founded?", 2)
-
 Not here: sending (questions.py), judging whether a question is good (cleaning.py).
 """
 
@@ -29,12 +26,8 @@ Ask about different facts. Write one question a line and nothing else.
 Passage:
 {text}
 """
-SCHEMA = {
-    "type": "object",
-    "properties": {"questions": {"type": "array", "items": {"type": "string"}}},
-    "required": ["questions"],
-    "additionalProperties": False,
-}
+PROPERTIES = {"questions": {"type": "array", "items": {"type": "string"}}}
+SCHEMA = {"type": "object", "properties": PROPERTIES, "required": [*PROPERTIES], "additionalProperties": False}
 RESPONSE_FORMAT = {"type": "json_schema", "json_schema": {"name": "questions", "strict": True, "schema": SCHEMA}}
 
 # Everything before the last of these is thought, or the header of a role.
@@ -65,36 +58,28 @@ NUMBERING = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 NO_QUESTION = re.compile(r"(?:question|q)\s*#?\d{0,3}|answer\s*#?\d{0,3}\s*[.):].*|a\d{0,3}\s*:.*", re.IGNORECASE)
-QUOTES = ("**", "__", '""', "''", "“”", "‘’", "«»", "``")
+QUOTES = (("**", "**"), ("__", "__"), *('""', "''", "“”", "‘’", "«»", "``"))
 PREAMBLE = re.compile(
     r"(?:sure|certainly|of course|absolutely|okay|ok|here (?:are|is)|here's|below are)\b[^?]*", re.IGNORECASE
 )
 
 
 def fill_template(template: str, *, text: str, num_questions: int) -> str:
-    """The prompt for a passage: {text} and {num_questions} filled in, every other brace as it stands.
-
-    Raises:
-        ValueError: the template has no {text}.
-    """
+    """The prompt for a passage: {text} and {num_questions} filled in, every other brace as it stands."""
     if "{text}" not in template:
         raise ValueError("the prompt template has no {text}, which is where the chunk goes")
-    values = {"{text}": text, "{num_questions}": str(num_questions)}
+    values = {"text": text, "num_questions": str(num_questions)}
     # In one pass, so that what the passage itself says in braces stays as it is.
-    return re.sub(r"\{(?:text|num_questions)\}", lambda match: values[match[0]], template)
+    return re.sub(r"\{(text|num_questions)\}", lambda match: values[match[1]], template)
 
 
 def parse_reply(text: str, num_questions: int) -> list[str]:
-    """The first `num_questions` distinct questions of a reply, or as many as it has.
+    """The first `num_questions` distinct questions of a reply, or as many as it has; raises `ValueError` without any.
 
     Thoughts go first: everything before a closing tag such as </think>, and behind an opening one that is not closed.
     What is left is searched for JSON: an object with strings under "questions", else objects and lists with strings
     that ask; of broken JSON, the whole strings that ask. Without JSON, a line counts if it asks and is no preamble
-    ("Here are two questions:") or answer ("A1: ..."). Numbering, bullets and quotes are stripped. Questions that differ
-    in case or white space alone are the same. The time is linear in the length of the reply.
-
-    Raises:
-        ValueError: the reply has no question.
+    ("Here are two questions:") or answer ("A1: ..."). Numbering, bullets and quotes are stripped.
     """
     text = _without_thoughts(text.strip("\ufeff \n"))
     found = _json_questions(text, num_questions)
@@ -125,17 +110,14 @@ def _without_thoughts(text: str) -> str:
 
 def _line_questions(text: str) -> list[str]:
     """The lines that ask: those inside a ``` fence, or all if none of those does."""
+
+    def questions(part: str) -> list[str]:
+        lines = [line for line in map(str.strip, part.splitlines()) if len(line) <= MAX_CHARACTERS]
+        lines = [line for line in lines if not line.rstrip("*_ ").endswith(":") and not PREAMBLE.fullmatch(line)]
+        return [line for line in map(strip_numbering, lines) if asks(line) and not NO_QUESTION.fullmatch(line)]
+
     fence = FENCE.search(text)
-    questions = []
-    for part in (fence[1] if fence else "", text):
-        lines = [line.strip() for line in part.splitlines()]
-        questions = questions or [
-            question
-            for line in lines
-            if len(line) <= MAX_CHARACTERS and not line.rstrip("*_ ").endswith(":") and not PREAMBLE.fullmatch(line)
-            if asks(question := strip_numbering(line)) and not NO_QUESTION.fullmatch(question)
-        ]
-    return questions
+    return (questions(fence[1]) if fence else []) or questions(text)
 
 
 def _json_questions(text: str, num_questions: int, *, max_attempts: int = 1_000) -> list[str]:
@@ -174,18 +156,14 @@ def _strings(value: Any, is_listed: bool = False) -> Iterator[tuple[str, bool]]:
 
 
 def strip_numbering(line: str, *, max_layers: int = 8) -> str:
-    """Strips numbering, bullets, bold marks and quotes around a line, and collapses its blanks.
-
-    Quotes and marks go only if they enclose the whole line: `"Cost" or "price"?` stays as it is.
-    """
+    """Strips numbering, bullets, and bold marks and quotes around the whole of a line, and collapses its blanks."""
     line = " ".join(line.split())
     for _ in range(max_layers):
         before = line
         line = line.removesuffix(",") if line[:1] == '"' else line
-        for pair in QUOTES:
-            opening, closing = (pair, pair) if pair in ("**", "__") else (pair[0], pair[1])
+        for opening, closing in QUOTES:
             inside = line[len(opening) : -len(closing)]
-            if len(line) > len(pair) and line.startswith(opening) and line.endswith(closing):
+            if inside and line.startswith(opening) and line.endswith(closing):
                 line = line if opening in inside or closing in inside else inside.strip()
         bold = line.startswith("**")
         match = NUMBERING.match(line, 2 if bold else 0)

@@ -1,15 +1,12 @@
 """Questions without an LLM: a sentence of a chunk asks for the chunk, a heading for what follows it.
 
-    dataset, num_left_out = inverse_cloze(load_chunks("chunks.jsonl"), seed=0)
-    dataset, num_left_out = titles(load_chunks("chunks.jsonl"))
-
 Not here: questions from docstrings (docstrings.py) or by an LLM (questions.py).
 """
 
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from ..data.checks import check_distinct
 from ..data.dataset import RetrievalDataset
@@ -28,24 +25,19 @@ AMOUNTS = re.compile(r"[$€£]|\d,\d{3}|\d[\d.%)]*\s+\(?[\d.,%)]+$")
 def inverse_cloze(chunks: Sequence[Chunk], *, seed: int, keep_share: float = 0.1) -> tuple[RetrievalDataset, int]:
     """Makes one sentence of each chunk its query and, for most chunks, removes it from the chunk.
 
-    If the sentence stays, the query finds its chunk by its words; otherwise only by what they are about. What a chunk
-    gives follows from the seed, its id and its text, so adding or removing chunks changes no chunk that shares no
-    sentence with them. A sentence qualifies if it is whole, begins with a capital, has 5 to 60 words, more than half of
-    them of letters alone, occurs once in this chunk and in no other, and leaves at least 20 words. A chunk without one
-    stays in the corpus, without a query.
+    What a chunk gives follows from the seed, its id and its text, not from chunks that share no sentence with it. A
+    sentence qualifies if it is whole, begins with a capital, has 5 to 60 words, more than half of them of letters
+    alone, occurs once in this chunk and in no other, and leaves at least 20 words.
 
     Source: Lee et al. 2019, "Latent Retrieval for Weakly Supervised Open Domain Question Answering", section 4.
 
     Args:
-        chunks: their ids become document ids, and with "/q" query ids.
+        chunks: their ids become document ids, and with "/q" query ids; one without a query stays in the corpus.
         seed: of the choice of sentences and of what stays.
         keep_share: of the chunks that keep their sentence; 0.1 as in the paper for training, 0 for validation.
 
     Returns:
         (dataset, number of chunks without a query).
-
-    Raises:
-        ValueError: `keep_share` is out of range, an id is repeated, or no chunk has a sentence that qualifies.
     """
     if not 0 <= keep_share <= 1:
         raise ValueError(f"keep_share is {keep_share!r}, expected 0 to 1")
@@ -62,18 +54,11 @@ def inverse_cloze(chunks: Sequence[Chunk], *, seed: int, keep_share: float = 0.1
 
 
 def titles(chunks: Sequence[Chunk]) -> tuple[RetrievalDataset, int]:
-    """Makes the heading with which a chunk begins its query, and the rest its document.
+    """Makes the heading with which a chunk begins its query, and the rest its document; returns as `inverse_cloze`.
 
     A heading is a first line of up to 12 words, more than half of them of letters alone, that does not begin with a
-    small letter (unless after Markdown's "#"), does not end like a sentence or in the middle of one, and has no amounts
-    of a table. At least 20 words follow, a whole sentence among them. A heading of several chunks, such as "Overview",
-    asks for none of them. Those chunks, and those without a heading, stay in the corpus.
-
-    Returns:
-        (dataset, number of chunks without a query). Ids are as in `inverse_cloze`.
-
-    Raises:
-        ValueError: an id is repeated, or no chunk has a heading of its own.
+    small letter (unless after Markdown's "#"), does not end like a sentence or in the middle of one, has no amounts of
+    a table, and is that of no other chunk. At least 20 words follow, a whole sentence among them.
     """
     pairs = {chunk.id: pair for chunk in chunks if (pair := _heading_pair(chunk.text))}
     keys = {id: " ".join(words(heading)) for id, (heading, _) in pairs.items()}
@@ -87,12 +72,15 @@ def _dataset(chunks: Sequence[Chunk], found: dict[str, tuple[str, str]], what: s
     check_distinct([chunk.id for chunk in chunks], "chunk id")
     if not found:
         raise ValueError(f"none of {len(chunks):,} chunks has a {what} to ask with and enough text besides")
-    dataset = RetrievalDataset(
-        queries={f"{id}/q": query for id, (query, _) in found.items()},
-        corpus={chunk.id: found.get(chunk.id, ("", chunk.text))[1] for chunk in chunks},
-        qrels={f"{id}/q": {id: 1} for id in found},
-    )
+    corpus = {chunk.id: found.get(chunk.id, ("", chunk.text))[1] for chunk in chunks}
+    dataset = pair_dataset({id: query for id, (query, _) in found.items()}, corpus)
     return dataset, len(chunks) - len(found)
+
+
+def pair_dataset(queries: Mapping[str, str], corpus: dict[str, str]) -> RetrievalDataset:
+    """The dataset in which each document that `queries` names is relevant to its query, "ID/q"."""
+    texts = {f"{id}/q": query for id, query in queries.items()}
+    return RetrievalDataset(texts, corpus, {f"{id}/q": {id: 1} for id in queries})
 
 
 def _sentences(text: str) -> list[tuple[str, int, int]]:
@@ -134,6 +122,5 @@ def _is_sentence(text: str) -> bool:
 
 def _mostly_words(text: str) -> bool:
     """Whether more than half of a line's words are of letters alone, and it is no row of a Markdown table."""
-    parts = text.split()
-    num_of_letters = sum(re.sub(r"^\W+|\W+$|['’-]", "", part).isalpha() for part in parts)
-    return 2 * num_of_letters > len(parts) and "|" not in text
+    of_letters = [re.sub(r"^\W+|\W+$|['’-]", "", part).isalpha() for part in text.split()]
+    return 2 * sum(of_letters) > len(of_letters) and "|" not in text

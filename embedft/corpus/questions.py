@@ -1,12 +1,7 @@
 """Questions by an LLM: every reply is saved when it arrives, and nothing is paid for twice.
 
-Here: the settings, what a reply means, and the folder of replies that a later run continues. Not here: the prompt and
-the parsing (prompts.py), the client, when requests are sent and what they cost (api/), dropping bad questions
-(cleaning.py), questions without an LLM (pseudo.py, docstrings.py).
-
-    chunks, config = load_chunks("chunks.jsonl"), QuestionConfig(model="gpt-4o-mini", max_requests=1_000)
-    outcome = write_questions(chunks, config, folder="questions")
-    dataset = question_dataset(chunks, outcome.questions)
+Not here: the prompt and the parsing (prompts.py), the client, when requests are sent and what they cost (api/),
+dropping bad questions (cleaning.py), questions without an LLM (pseudo.py, docstrings.py).
 """
 
 import hashlib
@@ -35,15 +30,10 @@ RECORD = {"request", "key", "status", "questions", "usage", "cost"}  # of a line
 # OpenAI refuses the old name for its newer models; other servers know only that one.
 LIMIT_NAMES = ("max_completion_tokens", "max_tokens")
 # Set by embedft: another value would change what is parsed, counted or paid for.
-OWN_PARAMETERS = (
-    *("model", "messages", "n", "stream", "stream_options", "response_format"),
-    *("max_tokens", "max_completion_tokens"),
-)
+OWN_PARAMETERS = ("model", "messages", "n", "stream", "stream_options", "response_format", *LIMIT_NAMES)
 REPLY_TOKENS_A_QUESTION = 128
-# Only for estimates: English text, and a question on a filing.
-BYTES_A_TOKEN, TOKENS_A_QUESTION = 4, 32
-# A byte-level tokenizer makes at most one token of a byte; a server's chat template adds some of its own.
-TEMPLATE_TOKENS = 128
+BYTES_A_TOKEN, TOKENS_A_QUESTION = 4, 32  # only for estimates: English text, and a question on a filing
+TEMPLATE_TOKENS = 128  # that a server's chat template adds; no byte of a prompt is more than one token
 
 
 @dataclass(frozen=True)
@@ -86,10 +76,7 @@ class QuestionConfig:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Questions by chunk id in the order of the chunks, and why other chunks have none.
-
-    `totals` counts all runs of the folder; `stopped` says which limit ended the job, if one did.
-    """
+    """Questions by chunk id, why other chunks have none, totals of all runs, and the limit that ended this one."""
 
     questions: dict[str, list[str]]
     missing: dict[str, str]
@@ -99,18 +86,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the remaining requests would take if each succeeds at once.
-
-    `cost` assumes one token per four bytes of a prompt and 32 per question; `most_cost` one per byte and the longest
-    replies. Repeated requests are extra. Both are None without prices.
-    """
+    """What the remaining requests would take if each succeeds at once."""
 
     num_chunks: int
     num_requests: int
     prompt_tokens: int
     completion_tokens: int
-    cost: float | None
-    most_cost: float | None
+    cost: float | None  # at four bytes per token and 32 tokens per question; None without prices
+    most_cost: float | None  # at one byte per token and the longest replies
 
 
 def write_questions(
@@ -134,121 +117,83 @@ def write_questions(
         base_url: of an OpenAI-compatible server, usually ending in /v1; None: OPENAI_BASE_URL, or OpenAI.
 
     Raises:
-        ValueError: the chunks, the template or the key are at fault, or the server refuses all requests (key, model,
-            quota, five refusals at the start).
+        ValueError: the input is at fault, or the server refuses all requests (key, model, quota, five at the start).
     """
-    coroutine = write_questions_async(chunks, config, folder=folder, template=template, base_url=base_url)
-    return run_to_end(coroutine)
-
-
-async def write_questions_async(
-    chunks: Sequence[Chunk],
-    config: QuestionConfig,
-    *,
-    folder: str | Path,
-    template: str = TEMPLATE,
-    base_url: str | None = None,
-) -> Outcome:
-    """`write_questions` for a running event loop."""
     folder, jobs = Path(folder), _jobs(chunks, config, template)
     asker = _Asker(config, template, base_url)
     with locked(folder / LOCK):
         records = _read_replies(folder, repair=True)
         limits = {"max_requests": config.max_requests, "max_cost": config.max_cost}
         ledger = Ledger(folder / LEDGER, records, prices=config.prices, **limits)
-        questions = _valid_questions(records)
-        reasons: dict[str, str] = {}
-        first_ids = {key: ids[0] for key, (_, ids) in jobs.items()}
-        num_done = sum(len(ids) for key, (_, ids) in jobs.items() if key in questions)
-
-        def record(job: Job, number: int, answer: Response, seconds: float) -> None:
-            cost = ledger.settle(number, answer.usage)
-            usage = None if answer.usage is None else dict(zip(USAGE, answer.usage, strict=True))
-            line = {"request": number, "key": job.key, "chunk": first_ids[job.key], "status": answer.status}
-            line |= {"reason": answer.reason, "questions": answer.result, "reply": answer.reply, "usage": usage}
-            append_jsonl(folder / REPLIES, line | {"cost": cost, "time": now_text(), "seconds": round(seconds, 3)})
-            if answer.status == "ok":
-                questions[job.key] = answer.result
-                bar.update(len(jobs[job.key][1]))
-            else:
-                reasons[job.key] = answer.reason
-            if config.prices is not None:
-                bar.set_postfix_str(f"cost {ledger.cost + ledger.open_cost:.2f}", refresh=False)
-
-        with progress_bar(len(chunks), "questions", unit="chunk", initial=num_done) as bar:
-            async with asker.client.openai:
-                sender = Sender(
-                    asker.ask,
-                    record,
-                    ledger=ledger,
-                    concurrency=config.concurrency,
-                    max_attempts=config.max_attempts,
-                    forms=asker.forms,
-                    rate=RateLimit(
-                        requests_per_minute=config.requests_per_minute, tokens_per_minute=config.tokens_per_minute
-                    ),
-                )
-                stopped = await sender.run([job for key, (job, _) in jobs.items() if key not in questions])
-    return _outcome(chunks, jobs, questions, reasons, ledger.totals(), stopped, asker.server.name)
-
-
-def _outcome(
-    chunks: Sequence[Chunk],
-    jobs: Mapping[str, tuple[Job, list[str]]],
-    questions: Mapping[str, list[str]],
-    reasons: Mapping[str, str],
-    totals: Totals,
-    stopped: Response | str | None,
-    server: str,
-) -> Outcome:
+        questions, reasons = _valid_questions(records), {}
+        stopped = run_to_end(_send(asker, jobs, folder / REPLIES, ledger, questions, reasons))
     keys = {id: key for key, (_, ids) in jobs.items() for id in ids}
     found = {chunk.id: questions[keys[chunk.id]] for chunk in chunks if keys[chunk.id] in questions}
     so_far = f"{len(found):,} of {len(chunks):,} chunks have questions"
     if isinstance(stopped, Response):
-        raise ValueError(f"{server}: {stopped.reason}; stopped: {so_far}")
-    missing = {
-        chunk.id: reasons.get(keys[chunk.id], f"not asked: stopped at {stopped}")
-        for chunk in chunks
-        if chunk.id not in found
-    }
-    return Outcome(found, missing, totals, stopped and f"stopped at {stopped}: {so_far}")
+        raise ValueError(f"{asker.server.name}: {stopped.reason}; stopped: {so_far}")
+    left = {chunk.id: keys[chunk.id] for chunk in chunks if chunk.id not in found}
+    missing = {id: reasons.get(key, f"not asked: stopped at {stopped}") for id, key in left.items()}
+    return Outcome(found, missing, ledger.totals(), stopped and f"stopped at {stopped}: {so_far}")
+
+
+async def _send(
+    asker: "_Asker",
+    jobs: Mapping[str, tuple[Job, list[str]]],
+    replies: Path,
+    ledger: Ledger,
+    questions: dict[str, list[str]],
+    reasons: dict[str, str],
+) -> Response | str | None:
+    """Sends the jobs that `questions` lacks; fills it and, of those that fail, `reasons`. Returns what stopped it."""
+    config = asker.config
+
+    def record(job: Job, number: int, answer: Response, seconds: float) -> None:
+        cost, ids = ledger.settle(number, answer.usage), jobs[job.key][1]
+        usage = None if answer.usage is None else dict(zip(USAGE, answer.usage, strict=True))
+        line = {"request": number, "key": job.key, "chunk": ids[0], "status": answer.status, "reason": answer.reason}
+        line |= {"questions": answer.result, "reply": answer.reply, "usage": usage, "cost": cost, "time": now_text()}
+        append_jsonl(replies, line | {"seconds": round(seconds, 3)})
+        if answer.status == "ok":
+            questions[job.key] = answer.result
+            bar.update(len(ids))
+        else:
+            reasons[job.key] = answer.reason
+        if config.prices is not None:
+            bar.set_postfix_str(f"cost {ledger.cost + ledger.open_cost:.2f}", refresh=False)
+
+    rate = RateLimit(requests_per_minute=config.requests_per_minute, tokens_per_minute=config.tokens_per_minute)
+    limits = {"rate": rate, "concurrency": config.concurrency, "max_attempts": config.max_attempts}
+    sender = Sender(asker.ask, record, ledger=ledger, forms=asker.forms, **limits)
+    counts = {key: len(ids) for key, (_, ids) in jobs.items()}
+    num_done = sum(count for key, count in counts.items() if key in questions)
+    with progress_bar(sum(counts.values()), "questions", unit="chunk", initial=num_done) as bar:
+        async with asker.client.openai:
+            return await sender.run([job for key, (job, _) in jobs.items() if key not in questions])
 
 
 def estimate(
     chunks: Sequence[Chunk], config: QuestionConfig, *, folder: str | Path, template: str = TEMPLATE
 ) -> Estimate:
-    """Estimates what `write_questions` would still request. Sends nothing and needs no key.
-
-    Raises:
-        ValueError: the chunks, the template or the folder's replies are at fault.
-    """
+    """Estimates what `write_questions` would still request. Sends nothing and needs no key."""
     jobs, questions = _jobs(chunks, config, template), _valid_questions(_read_replies(Path(folder), repair=False))
     left = [job for key, (job, _) in jobs.items() if key not in questions]
-    tokens = (sum(job.expected_tokens - job.reply_tokens for job in left), _likely_reply_tokens(config) * len(left))
+    reply_tokens = min(TOKENS_A_QUESTION * config.num_questions, config.reply_tokens)
+    tokens = (sum(job.expected_tokens - job.reply_tokens for job in left), reply_tokens * len(left))
     most = (sum(job.prompt_tokens for job in left), sum(job.reply_tokens for job in left))
     costs = (None if config.prices is None else float(price_of(config.prices, *counts)) for counts in (tokens, most))
     return Estimate(len(chunks), len(left), *tokens, *costs)
 
 
-def _likely_reply_tokens(config: QuestionConfig) -> int:
-    return min(TOKENS_A_QUESTION * config.num_questions, config.reply_tokens)
-
-
 def question_dataset(chunks: Sequence[Chunk], questions: Mapping[str, Sequence[str]]) -> RetrievalDataset:
-    """Makes each question a query whose chunk is relevant; query ids are `CHUNK/q1`, `CHUNK/q2`, ...
-
-    All chunks are in the corpus, also those without questions, since a search would meet them too.
-
-    Raises:
-        ValueError: no questions, or questions of an unknown chunk.
-    """
+    """Makes each question a query ("CHUNK/q1", ...) whose chunk is relevant; the corpus is of all chunks."""
     corpus = {chunk.id: chunk.text for chunk in chunks}
     for id in questions:
         if id not in corpus:
             raise ValueError(f"questions: chunk id {id!r} is not among the {len(corpus):,} chunks")
-    ids = {id: [f"{id}/q{i}" for i in range(1, len(questions[id]) + 1)] for id in corpus if id in questions}
-    queries = {query_id: text for id in ids for query_id, text in zip(ids[id], questions[id], strict=True)}
-    return RetrievalDataset(queries, corpus, {query_id: {id: 1} for id in ids for query_id in ids[id]})
+    asked = {f"{id}/q{i}": (id, text) for id in corpus for i, text in enumerate(questions.get(id, ()), start=1)}
+    qrels = {query_id: {id: 1} for query_id, (id, _) in asked.items()}
+    return RetrievalDataset({query_id: text for query_id, (_, text) in asked.items()}, corpus, qrels)
 
 
 def _jobs(chunks: Sequence[Chunk], config: QuestionConfig, template: str) -> dict[str, tuple[Job, list[str]]]:
@@ -266,8 +211,7 @@ def _jobs(chunks: Sequence[Chunk], config: QuestionConfig, template: str) -> dic
             body = _body(config, prompt, LIMIT_NAMES[0], config.structured != "lines")
             num_bytes = len(json.dumps(body, ensure_ascii=False).encode())
             expected = math.ceil(num_bytes / BYTES_A_TOKEN) + config.reply_tokens
-            job = Job(key, chunk.text, num_bytes + TEMPLATE_TOKENS, config.reply_tokens, expected)
-            jobs[key] = (job, [])
+            jobs[key] = (Job(key, chunk.text, num_bytes + TEMPLATE_TOKENS, config.reply_tokens, expected), [])
         jobs[key][1].append(chunk.id)
     return jobs
 

@@ -1,7 +1,4 @@
-"""Finds where the sentences of a text begin and end, from punctuation, line ends and a list of English abbreviations.
-
-    text = "Lyft, Inc. was founded in 2012. It has no factories."
-    [text[start:stop] for start, stop in sentence_spans(text)]   # two sentences
+"""Finds sentences by punctuation, line ends and a list of English abbreviations.
 
 Not here: abbreviations of other languages, and scripts without marks at sentence ends (Thai, Lao).
 """
@@ -9,7 +6,7 @@ Not here: abbreviations of other languages, and scripts without marks at sentenc
 import re
 
 CLOSING = r"[\"'”’)\]」』）】》〉］]*"
-# Before a blank and anything that can begin a sentence; marks of other scripts end one wherever they stand.
+# Before a blank and what can begin a sentence; marks of other scripts end one wherever they stand.
 SENTENCE_END = re.compile(
     rf"(?<![.!?])[.!?]+[\"'”’)\]]*\s+(?=[\"'“‘(\[$€£•]*[^\W_a-z])|[。！？｡．।॥۔؟።፧။។]+{CLOSING}\s*"
 )
@@ -30,11 +27,8 @@ NUMBERED = re.compile(r"(?:^|\b(?:item|note|section|article|exhibit|part)\s+)(?:
 def sentence_spans(text: str) -> list[tuple[int, int]]:
     """Returns (start, stop) of each sentence, without surrounding blanks; every other character is in exactly one.
 
-    A sentence ends at a line end, and at a period, exclamation or question mark (with closing quotes and brackets)
-    that is followed by a blank and anything but a lower-case letter. It does not end after abbreviations, single
-    letters with periods ("U.S.") and item numbers ("1." at the beginning of a line, "Item 1A."). Chinese, Japanese,
-    Indic, Arabic, Ethiopic, Burmese and Khmer marks end a sentence with or without a blank behind them. A fenced code
-    block counts as one sentence.
+    A sentence ends at a line end, and at a mark before a blank and anything but a lower-case letter, unless it belongs
+    to an abbreviation or an item number ("Item 1A."). A fenced code block counts as one sentence.
     """
     spans = []
     for line in LINE_OR_BLOCK.finditer(text):
@@ -59,8 +53,5 @@ def _is_abbreviation(text: str, start: int, period: int) -> bool:
         return False
     before = text[max(start, period - 24) : period]
     word = LAST_WORD.search(before)[0]
-    return (
-        ABBREVIATIONS.fullmatch(word) is not None
-        or LETTERS_WITH_PERIODS.fullmatch(word) is not None
-        or NUMBERED.search(before.lstrip() if period - 24 <= start else f" {before}") is not None
-    )
+    numbered = NUMBERED.search(before.lstrip() if period - 24 <= start else f" {before}")
+    return bool(ABBREVIATIONS.fullmatch(word) or LETTERS_WITH_PERIODS.fullmatch(word) or numbered)

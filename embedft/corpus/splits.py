@@ -1,8 +1,4 @@
-"""Splits chunks into training and validation so that no validation text is in training.
-
-split = split_chunks(chunks, train_pages=parse_pages("1-90"))
-split.train, split.validation, split.num_dropped
-"""
+"""Splits chunks into training and validation so that no validation text is in training."""
 
 import re
 from collections.abc import Sequence
@@ -10,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .chunks import Chunk
+from .chunks import Chunk, Place
 from .copies import near_copies
 from .documents import printable
 from .sentences import sentence_spans
@@ -31,11 +27,9 @@ def parse_pages(text: str) -> list[tuple[int, int]]:
     ranges = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*([0-9]{1,9})(?:\s*-\s*([0-9]{1,9}))?\s*", part)
-        if match is None:
-            raise ValueError(f"{text!r} is not a list of pages: found {part.strip()!r}, expected e.g. '1-90,120'")
-        first, last = int(match[1]), int(match[2] or match[1])
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
         if not 1 <= first <= last:
-            raise ValueError(f"{text!r}: found pages {part.strip()}, expected a range from 1 up")
+            raise ValueError(f"{text!r} is not a list of pages: found {part.strip()!r}, expected e.g. '1-90,120'")
         ranges.append((first, last))
     return ranges
 
@@ -52,14 +46,8 @@ def split_chunks(
 
     By file or page, a chunk with all its places on the training side is for training, one with a place wholly on the
     other side for validation; one that only crosses the boundary is in neither. By share, training is drawn at random.
-    Validation then stays whole, and training loses every chunk that
-
-    - is a near-copy of validation (`near_copies`), or
-    - shares the sentences of an overlap, however few, with a validation chunk of the same page: one ends with them and
-      the other begins with them.
-
-    So a sentence that is in the documents once is never on both sides. One that they repeat may be, in a training
-    chunk that is mostly something else.
+    Training then loses every chunk that is a near-copy of validation (`near_copies`), or shares the sentences of an
+    overlap, however few, with a validation chunk of the same page: one ends with them and the other begins with them.
 
     Args:
         chunks: as `chunk_pages` returns them: those of a file in order.
@@ -67,9 +55,6 @@ def split_chunks(
         train_pages: page ranges, ends included, of every file.
         train_share: of the chunks, between 0 and 1.
         seed: of the draw by share.
-
-    Raises:
-        ValueError: not exactly one of the three, a value out of range, a chunk without a place, or an empty side.
     """
     ways = {"train_files": train_files, "train_pages": train_pages, "train_share": train_share}
     given = [name for name, value in ways.items() if value is not None]
@@ -102,38 +87,39 @@ def _sides_by_place(
     for name in train_files or ():
         if name not in files:
             raise ValueError(f"train_files: {name!r} is not among the files of the chunks: {', '.join(files)}")
+
+    def side(place: Place) -> str:
+        if train_files is not None:
+            return TRAIN if place.file in train_files else VALIDATION
+        pages = range(place.first_page, place.last_page + 1)
+        inside = {any(first <= page <= last for first, last in train_pages) for page in pages}
+        if len(inside) > 1:
+            return NEITHER
+        return TRAIN if True in inside else VALIDATION
+
     sides = []
     for chunk in chunks:
         if not chunk.places:
             raise ValueError(f"chunk {chunk.id!r} has no places, so it cannot be split by file or page")
-        of_places = []  # how much of each place is for training: all True, none False, some None
-        for place in chunk.places:
-            if train_files is not None:
-                of_places.append(place.file in train_files)
-                continue
-            pages = range(place.first_page, place.last_page + 1)
-            inside = {any(first <= page <= last for first, last in train_pages) for page in pages}
-            of_places.append(None if len(inside) > 1 else inside.pop())
-        sides.append(VALIDATION if False in of_places else NEITHER if None in of_places else TRAIN)
+        found = set(map(side, chunk.places))
+        sides.append(next(name for name in (VALIDATION, NEITHER, TRAIN) if name in found))
     return sides
 
 
 def _overlapping(chunks: Sequence[Chunk], sides: Sequence[str]) -> set[int]:
     """The rows of training chunks that end as a validation chunk of a page of theirs begins, or begin as one ends."""
-    spans = [sentence_spans(chunk.text) for chunk in chunks]
+    sentences = [[(start, chunk.text[start:stop]) for start, stop in sentence_spans(chunk.text)] for chunk in chunks]
     # By page as well: a title that begins every page is compared with others on its own pages only.
-    beginnings: dict[tuple[str | None, int | None, str], list[int]] = {}
-    for row, (chunk, own) in enumerate(zip(chunks, spans, strict=True)):
-        for place in chunk.places or (None,):
-            page = (place.file, place.first_page) if place else (None, None)
-            beginnings.setdefault((*page, chunk.text[slice(*own[0])]), []).append(row)
+    beginnings: dict[tuple, list[int]] = {}
+    for row, chunk in enumerate(chunks):
+        for page in [(place.file, place.first_page) for place in chunk.places] or [None]:
+            beginnings.setdefault((page, sentences[row][0][1]), []).append(row)
     found = set()
-    for before, (chunk, own) in enumerate(zip(chunks, spans, strict=True)):
+    for before, chunk in enumerate(chunks):
         pages = [(place.file, page) for place in chunk.places for page in range(place.first_page, place.last_page + 1)]
-        for start, stop in own:
-            for page in pages or [(None, None)]:
-                for after in beginnings.get((*page, chunk.text[start:stop]), ()):
-                    across = {sides[before], sides[after]} == {TRAIN, VALIDATION}
-                    if across and chunks[after].text.startswith(chunk.text[start:]):
-                        found.add(before if sides[before] == TRAIN else after)
+        for start, sentence in sentences[before]:
+            for after in {row for page in pages or [None] for row in beginnings.get((page, sentence), ())}:
+                across = {sides[before], sides[after]} == {TRAIN, VALIDATION}
+                if across and chunks[after].text.startswith(chunk.text[start:]):
+                    found.add(before if sides[before] == TRAIN else after)
     return found
