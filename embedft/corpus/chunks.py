@@ -89,9 +89,8 @@ def chunk_pages(
     `overlap` tokens, never all of the earlier chunk. Equal texts become one chunk.
 
     Args:
-        pages: those of a file in order; pages without text are skipped.
+        pages: those of a file in order.
         count_tokens: tokens of each text, without special tokens.
-        size: tokens per chunk: what the model takes, less its special tokens.
         by_page: no chunk crosses the end of a page.
         headings_in_text: chunks of Markdown begin with a line "Outer > Inner" of the headings they stand under.
     """

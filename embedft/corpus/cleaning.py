@@ -1,7 +1,6 @@
-"""Cleaning: drops questions that ask nothing, depend on a hidden text or repeat others, and reports which and why.
+"""Drops questions that ask nothing, depend on a hidden text or repeat others, and reports which and why.
 
-Each rule is a small function of texts; the word lists are English. The corpus stays whole, since unasked documents
-still have to be ranked. Not here: writing questions (questions.py), parsing replies (prompts.py).
+The corpus stays whole, since unasked documents still have to be ranked. The words of questions are in asking.py.
 
 Shapes: Q queries, C distinct document texts, D dimensions.
 """

@@ -83,10 +83,7 @@ def docstring_datasets(
 
     Modules are assigned in random order, each to the side that is further from its number; the pairs of a side are
     then drawn from its modules. Document ids are names ("json.loads", "#2" behind the second of a name), query ids the
-    same with "/q". A side with fewer pairs than asked for gives all it has.
-
-    Args:
-        packages: names of installed top-level packages; "stdlib" is the standard library.
+    same with "/q". A side with fewer pairs than asked for gives all it has. "stdlib" is a package too.
     """
     wanted = [num_train, num_held_out]
     if min(wanted) < 1:

@@ -49,15 +49,16 @@ class Contents(NamedTuple):
     skipped: list[Skipped]
 
 
+class _Unreadable(Exception):
+    """Why a whole file gives no page."""
+
+
 def read_documents(paths: Sequence[str | Path], *, processes: int | None = None) -> Contents:
     """Reads files and folders in the order given; the files of a folder are sorted.
 
     The lines of PDF become paragraphs (`clean_layout`). Text and Markdown is UTF-8, its lines stay, and a form feed
     separates pages; Markdown pages are split at headings. A file that is named twice is read once. In folders, hidden
-    files are ignored and those of other kinds counted.
-
-    Raises:
-        ValueError: a path does not exist or is a file of another kind (before any work), or no page has text.
+    files are ignored and those of other kinds counted. A path that is neither raises `ValueError` before any work.
     """
     files, skipped = _find_files(paths)
     pdf_files = [name for name in files if _suffix(name) == ".pdf"]
@@ -67,7 +68,7 @@ def read_documents(paths: Sequence[str | Path], *, processes: int | None = None)
         file = printable(name)
         try:
             found, failures = _read_pdf(pdf_texts[name]) if name in pdf_texts else (_read_text_file(name), {})
-        except ValueError as error:
+        except _Unreadable as error:
             skipped.append(Skipped(file, None, str(error)))
             continue
         numbered = [(i, *section) for i, sections in enumerate(found, start=1) for section in sections]
@@ -124,10 +125,10 @@ def _find_files(paths: Sequence[str | Path]) -> tuple[list[str], list[Skipped]]:
 def _read_pdf(pdf: PdfText) -> tuple[list[list[tuple]], dict[int, str]]:
     """The sections of each page, here a text alone, and what is wrong with single pages."""
     if pdf.reason is not None:
-        raise ValueError(pdf.reason)
+        raise _Unreadable(pdf.reason)
     texts = clean_layout(pdf.pages, plain=pdf.plain)
     if not any(texts) and not pdf.failures:
-        raise ValueError(f"none of its {len(texts)} pages has text (scanned pages need OCR)")
+        raise _Unreadable(f"none of its {len(texts)} pages has text (scanned pages need OCR)")
     return [[(text,)] for text in texts], pdf.failures
 
 
@@ -136,12 +137,12 @@ def _read_text_file(name: str) -> list[list[tuple]]:
     try:
         text = read_text(name)
     except ValueError as error:
-        raise ValueError(str(error).removeprefix(f"{name} ")) from None
+        raise _Unreadable(str(error).removeprefix(f"{name} ")) from None
     except OSError as error:
-        raise ValueError(f"cannot be read ({error.strerror})") from None
+        raise _Unreadable(f"cannot be read ({error.strerror})") from None
     text = text.replace("\r\n", "\n").replace("\r", "\n").translate(CLEANING | {ord("\t"): "\t", ord("\f"): "\f"})
     if not text.strip():
-        raise ValueError("has no text")
+        raise _Unreadable("has no text")
     texts = ["\n".join(map(str.rstrip, page.split("\n"))) for page in text.split("\f")]
     return split_sections(texts) if _suffix(name) in MARKDOWN else [[(text,)] for text in texts]
 
@@ -149,8 +150,7 @@ def _read_text_file(name: str) -> list[list[tuple]]:
 def drop_repeated_lines(pages: Sequence[Page]) -> tuple[list[Page], dict[str, int]]:
     """Drops page numbers and all but the first of the headers and footers that repeat in a file (`repeated_lines`).
 
-    Returns:
-        (pages, {line with "#" for each number: how many were dropped}), the most frequent first.
+    Returns (pages, {line with "#" for each number: how many were dropped}), the most frequent first.
     """
     texts = [page.text for page in pages]
     by_file: dict[str, list[int]] = {}

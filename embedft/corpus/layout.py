@@ -89,10 +89,7 @@ def clean_layout(texts: Sequence[str], *, plain: Collection[int] = ()) -> list[s
     """Turns the pages of one PDF file into running text: a line for each paragraph, heading, bullet and row of a table.
 
     Ligatures are spelt out, hyphens at line ends, blanks and control characters go; other characters stay, in order.
-
-    Args:
-        texts: the pages, blanks for distances.
-        plain: numbers (from 1) of pages without layout: columns, say, whose lines are narrower than the others'.
+    `plain`: numbers (from 1) of pages without layout: columns, say, whose lines are narrower than the others'.
     """
     pages = [_lines(text.translate(CLEANING)) for text in texts]
     repeated = repeated_lines([[line.text for line in lines] for lines in pages], range(1, len(pages) + 1))
@@ -138,7 +135,7 @@ def _paragraphs(lines: list[_Line], repeated: Collection[int], words: Counter[st
     edge = median(long) if long else usual
     paragraphs: list[str] = []
     members: list[_Line] = []
-    for line, following in zip(lines, [*lines[1:], None], strict=True):
+    for line, following in zip(lines, [*lines[1:], None], strict=False):
         if members and _goes_on(members, line, following, edge):
             paragraphs[-1] = _join(paragraphs[-1], line.text, words)
             members.append(line)

@@ -40,10 +40,7 @@ def read_pdfs(
 ) -> list[PdfText]:
     """Reads PDF files, several pages at a time, into one `PdfText` each; never raises for what is wrong with a file.
 
-    Args:
-        processes: most that run at once; None: one per CPU core.
-        block_pages: pages that a process reads before it takes the next block; starting one takes as long as 16 pages.
-        page_seconds: limit for each page, and for opening the file. A page that takes longer is a failure.
+    `block_pages`: that a process reads before it takes the next block; starting one takes as long as 16 pages.
     """
     processes = (os.cpu_count() or 1) if processes is None else processes
     if processes < 1:

@@ -16,13 +16,12 @@ import zlib
 from itertools import pairwise
 from typing import Any
 
-# What pypdf raises on damaged files besides its own errors: whatever its code runs into.
+# What pypdf raises on damaged files besides its own errors.
 FAILURES = (
     *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError),
     *(TypeError, ValueError, struct.error, zlib.error),
 )
-# Baselines closer than this share of the font's height are one line.
-LINE_SHARE = 0.7
+LINE_SHARE = 0.7  # baselines closer than this share of the font's height are one line
 # Names and numbers of glyphs, which stand for characters that a font does not tell.
 GLYPH_CODES = re.compile(r"/(?:g|G|C|c|cid|glyph|uni[0-9A-F]|[A-Z])\d+(?![\w.])|\(cid:\d+\)")
 UNREADABLE_SHARE = 0.3
@@ -141,8 +140,8 @@ def one_line(error: BaseException) -> str:
 def keep_lines_apart() -> None:
     """Makes pypdf, in this process, put less on one line of the layout.
 
-    It merges baselines that are closer than the height of the font, as those of text set solid are (pypdf 6.0 to 7.1,
-    page 224 of Lyft's 10-K of 2021). 0.7 of the height separates such lines and leaves footnote marks in theirs.
+    It merges baselines closer than the font's height, as those of text set solid are (pypdf 6.0 to 7.1, page 224 of
+    Lyft's 10-K of 2021). 0.7 of the height separates such lines and leaves footnote marks in theirs.
     """
     from pypdf._text_extraction import _layout_mode as layout
 

@@ -27,17 +27,13 @@ def inverse_cloze(chunks: Sequence[Chunk], *, seed: int, keep_share: float = 0.1
 
     What a chunk gives follows from the seed, its id and its text, not from chunks that share no sentence with it. A
     sentence qualifies if it is whole, begins with a capital, has 5 to 60 words, more than half of them of letters
-    alone, occurs once in this chunk and in no other, and leaves at least 20 words.
+    alone, occurs once in this chunk and in no other, and leaves at least 20 words. A share of the chunks keep it: 0.1
+    as in the paper for training, 0 for validation.
 
     Source: Lee et al. 2019, "Latent Retrieval for Weakly Supervised Open Domain Question Answering", section 4.
 
-    Args:
-        chunks: their ids become document ids, and with "/q" query ids; one without a query stays in the corpus.
-        seed: of the choice of sentences and of what stays.
-        keep_share: of the chunks that keep their sentence; 0.1 as in the paper for training, 0 for validation.
-
     Returns:
-        (dataset, number of chunks without a query).
+        (dataset with all chunks, number of chunks without a query). Query ids are chunk ids with "/q".
     """
     if not 0 <= keep_share <= 1:
         raise ValueError(f"keep_share is {keep_share!r}, expected 0 to 1")

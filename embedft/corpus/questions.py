@@ -35,6 +35,8 @@ REPLY_TOKENS_A_QUESTION = 128
 BYTES_A_TOKEN, TOKENS_A_QUESTION = 4, 32  # only for estimates: English text, and a question on a filing
 TEMPLATE_TOKENS = 128  # that a server's chat template adds; no byte of a prompt is more than one token
 
+Jobs = dict[str, tuple[Job, list[str]]]  # {key: (job, ids of the chunks with this text)}
+
 
 @dataclass(frozen=True)
 class QuestionConfig:
@@ -109,12 +111,7 @@ def write_questions(
     Every request and reply is saved at once (`ledger.jsonl`, `replies.jsonl`), so a killed run loses at most the
     requests in flight. The limits count all runs of the folder and are never exceeded, unless a server reports more
     tokens than it was allowed or charges for a 4xx, 500 or 503. The key comes from OPENAI_API_KEY and is never saved.
-
-    Args:
-        chunks: with distinct ids; chunks with the same text share one request.
-        folder: created if missing; one process at a time.
-        template: the prompt; {text} and {num_questions} are filled in, other braces stay.
-        base_url: of an OpenAI-compatible server, usually ending in /v1; None: OPENAI_BASE_URL, or OpenAI.
+    Chunks with the same text share one request; `base_url` None is OPENAI_BASE_URL or OpenAI.
 
     Raises:
         ValueError: the input is at fault, or the server refuses all requests (key, model, quota, five at the start).
@@ -126,7 +123,7 @@ def write_questions(
         limits = {"max_requests": config.max_requests, "max_cost": config.max_cost}
         ledger = Ledger(folder / LEDGER, records, prices=config.prices, **limits)
         questions, reasons = _valid_questions(records), {}
-        stopped = run_to_end(_send(asker, jobs, folder / REPLIES, ledger, questions, reasons))
+        stopped = run_to_end(asker.run(jobs, folder / REPLIES, ledger, questions, reasons))
     keys = {id: key for key, (_, ids) in jobs.items() for id in ids}
     found = {chunk.id: questions[keys[chunk.id]] for chunk in chunks if keys[chunk.id] in questions}
     so_far = f"{len(found):,} of {len(chunks):,} chunks have questions"
@@ -135,41 +132,6 @@ def write_questions(
     left = {chunk.id: keys[chunk.id] for chunk in chunks if chunk.id not in found}
     missing = {id: reasons.get(key, f"not asked: stopped at {stopped}") for id, key in left.items()}
     return Outcome(found, missing, ledger.totals(), stopped and f"stopped at {stopped}: {so_far}")
-
-
-async def _send(
-    asker: "_Asker",
-    jobs: Mapping[str, tuple[Job, list[str]]],
-    replies: Path,
-    ledger: Ledger,
-    questions: dict[str, list[str]],
-    reasons: dict[str, str],
-) -> Response | str | None:
-    """Sends the jobs that `questions` lacks; fills it and, of those that fail, `reasons`. Returns what stopped it."""
-    config = asker.config
-
-    def record(job: Job, number: int, answer: Response, seconds: float) -> None:
-        cost, ids = ledger.settle(number, answer.usage), jobs[job.key][1]
-        usage = None if answer.usage is None else dict(zip(USAGE, answer.usage, strict=True))
-        line = {"request": number, "key": job.key, "chunk": ids[0], "status": answer.status, "reason": answer.reason}
-        line |= {"questions": answer.result, "reply": answer.reply, "usage": usage, "cost": cost, "time": now_text()}
-        append_jsonl(replies, line | {"seconds": round(seconds, 3)})
-        if answer.status == "ok":
-            questions[job.key] = answer.result
-            bar.update(len(ids))
-        else:
-            reasons[job.key] = answer.reason
-        if config.prices is not None:
-            bar.set_postfix_str(f"cost {ledger.cost + ledger.open_cost:.2f}", refresh=False)
-
-    rate = RateLimit(requests_per_minute=config.requests_per_minute, tokens_per_minute=config.tokens_per_minute)
-    limits = {"rate": rate, "concurrency": config.concurrency, "max_attempts": config.max_attempts}
-    sender = Sender(asker.ask, record, ledger=ledger, forms=asker.forms, **limits)
-    counts = {key: len(ids) for key, (_, ids) in jobs.items()}
-    num_done = sum(count for key, count in counts.items() if key in questions)
-    with progress_bar(sum(counts.values()), "questions", unit="chunk", initial=num_done) as bar:
-        async with asker.client.openai:
-            return await sender.run([job for key, (job, _) in jobs.items() if key not in questions])
 
 
 def estimate(
@@ -196,13 +158,12 @@ def question_dataset(chunks: Sequence[Chunk], questions: Mapping[str, Sequence[s
     return RetrievalDataset({query_id: text for query_id, (_, text) in asked.items()}, corpus, qrels)
 
 
-def _jobs(chunks: Sequence[Chunk], config: QuestionConfig, template: str) -> dict[str, tuple[Job, list[str]]]:
-    """{key: (job, ids of the chunks with this text)}."""
+def _jobs(chunks: Sequence[Chunk], config: QuestionConfig, template: str) -> Jobs:
     if not chunks:
         raise ValueError("there are no chunks to write questions for")
     check_distinct([chunk.id for chunk in chunks], "chunk id")
     asked = [template, config.model, config.parameters, config.num_questions, config.reply_tokens]
-    jobs: dict[str, tuple[Job, list[str]]] = {}
+    jobs: Jobs = {}
     for chunk in chunks:
         check_text(chunk.text, f"the text of chunk {chunk.id!r}")
         key = hashlib.sha256(json.dumps([*asked, chunk.text], sort_keys=True).encode()).hexdigest()
@@ -247,6 +208,35 @@ class _Asker:
         names = LIMIT_NAMES if self.server.is_openai else LIMIT_NAMES[::-1]
         kinds = {"auto": (True, False), "schema": (True,), "lines": (False,)}[config.structured]
         self.forms = Forms([(name, is_structured) for is_structured in kinds for name in names])
+
+    async def run(
+        self, jobs: Jobs, replies: Path, ledger: Ledger, questions: dict[str, list[str]], reasons: dict[str, str]
+    ) -> Response | str | None:
+        """Sends the jobs that `questions` lacks; fills it, and `reasons` of failures. Returns what stopped it."""
+        config = self.config
+
+        def record(job: Job, number: int, answer: Response, seconds: float) -> None:
+            cost, ids = ledger.settle(number, answer.usage), jobs[job.key][1]
+            usage = None if answer.usage is None else dict(zip(USAGE, answer.usage, strict=True))
+            line = {"request": number, "key": job.key, "chunk": ids[0], "status": answer.status}
+            line |= {"reason": answer.reason, "questions": answer.result, "reply": answer.reply, "usage": usage}
+            append_jsonl(replies, line | {"cost": cost, "time": now_text(), "seconds": round(seconds, 3)})
+            if answer.status == "ok":
+                questions[job.key] = answer.result
+                bar.update(len(ids))
+            else:
+                reasons[job.key] = answer.reason
+            if config.prices is not None:
+                bar.set_postfix_str(f"cost {ledger.cost + ledger.open_cost:.2f}", refresh=False)
+
+        rate = RateLimit(requests_per_minute=config.requests_per_minute, tokens_per_minute=config.tokens_per_minute)
+        limits = {"rate": rate, "concurrency": config.concurrency, "max_attempts": config.max_attempts}
+        sender = Sender(self.ask, record, ledger=ledger, forms=self.forms, **limits)
+        counts = {key: len(ids) for key, (_, ids) in jobs.items()}
+        num_done = sum(count for key, count in counts.items() if key in questions)
+        with progress_bar(sum(counts.values()), "questions", unit="chunk", initial=num_done) as bar:
+            async with self.client.openai:
+                return await sender.run([job for key, (job, _) in jobs.items() if key not in questions])
 
     async def ask(self, job: Job, form: tuple[str, bool]) -> Response:
         """Sends one request and returns its outcome."""

@@ -44,17 +44,14 @@ def split_chunks(
 ) -> Split:
     """Assigns chunks to training and validation and drops leaks from training; order is kept.
 
-    By file or page, a chunk with all its places on the training side is for training, one with a place wholly on the
-    other side for validation; one that only crosses the boundary is in neither. By share, training is drawn at random.
-    Training then loses every chunk that is a near-copy of validation (`near_copies`), or shares the sentences of an
-    overlap, however few, with a validation chunk of the same page: one ends with them and the other begins with them.
+    By file or page (ranges of every file, ends included), a chunk with all its places on the training side is for
+    training, one with a place wholly on the other side for validation; one that only crosses the boundary is in
+    neither. By share, training is drawn at random. Training then loses every chunk that is a near-copy of validation
+    (`near_copies`), or shares the sentences of an overlap, however few, with a validation chunk of the same page: one
+    ends with them and the other begins with them.
 
-    Args:
-        chunks: as `chunk_pages` returns them: those of a file in order.
-        train_files: files as they were named; the rest is for validation. Exactly one of the three is given.
-        train_pages: page ranges, ends included, of every file.
-        train_share: of the chunks, between 0 and 1.
-        seed: of the draw by share.
+    Raises:
+        ValueError: not exactly one way to split, a value out of range, a chunk without a place, or an empty side.
     """
     ways = {"train_files": train_files, "train_pages": train_pages, "train_share": train_share}
     given = [name for name, value in ways.items() if value is not None]
