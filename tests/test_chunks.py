@@ -307,8 +307,8 @@ def test_page_ranges(text, ranges):
         ("1-", "found '1-'"),
         ("-5", "found '-5'"),
         ("1-2-3", "found '1-2-3'"),
-        ("9-1", "'9-1': found pages 9-1, expected a range from 1 up"),
-        ("0-3", "found pages 0-3"),
+        ("9-1", "'9-1' is not a list of pages: found '9-1'"),
+        ("0-3", "found '0-3'"),
     ],
 )
 def test_page_ranges_that_are_none(text, message):
