@@ -355,7 +355,7 @@ class Embedder(nn.Module):
             "normalize": self.normalize,
             "pooling": self.pooling.names,
             "prompt": self.prompt(role),
-            "tokenizer": self.tokenizer.backend.to_str(),
+            "tokenizer": self.tokenizer.sha256(),
             **more,
         }
         functions = [*self.pooling.functions, Tokenizer]

@@ -13,6 +13,7 @@ import sys
 import textwrap
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -35,9 +36,8 @@ def fingerprint(
         settings: values whose `repr` says all about them.
         library: embedft's own code counts too; False: that of others alone, so that the hash outlives an upgrade.
     """
-    things = {type(part) for module in modules for part in module.modules()} | set(functions)
     sources: dict[str, str] = {}
-    for thing in things:
+    for thing in {type(part) for module in modules for part in module.modules()} | set(functions):
         _collect_sources(thing, sources)
     own = __name__.partition(".")[0]
     code = sorted(item for item in sources.items() if library or item[0].partition(".")[0] != own)
@@ -52,19 +52,16 @@ def weights_sha256(module: nn.Module) -> str:
     an EPYC, 2026-11-29). torch counts most changes by itself, but not those of fused optimizers and of `tensor.data`.
     """
     tensors = module.state_dict()
-    sums = [_block_sums(tensor) for tensor in tensors.values()]
-    looks = repr([
-        (name, tensor.dtype, tuple(tensor.shape), 0 if tensor.is_inference() else tensor._version)
-        for name, tensor in tensors.items()
-    ]).encode()  # fmt: skip
-    if sums:
-        looks += torch.cat(sums).cpu().numpy().tobytes()
+    kinds = {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()}
+    counts = [0 if x.is_inference() else x._version for x in tensors.values()]
+    sums = [_block_sums(x) for x in tensors.values()]
+    looks = repr((kinds, counts)).encode() + (torch.cat(sums).cpu().numpy().tobytes() if sums else b"")
     known, digest = _KNOWN.get(module, (None, ""))
     if known != looks:
         sha256 = hashlib.sha256()
-        for name, tensor in tensors.items():
-            sha256.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-            sha256.update(_bytes(tensor).cpu().numpy())
+        for name, (dtype, shape) in kinds.items():
+            sha256.update(f"{name} {dtype} {shape};".encode())
+            sha256.update(_bytes(tensors[name]).cpu().numpy())
         digest = sha256.hexdigest()
         _KNOWN[module] = looks, digest
     return digest
@@ -77,8 +74,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 def _block_sums(tensor: Tensor, words: int = 1024) -> Tensor:
     """Sums over blocks of 64-bit words, then the bytes behind the last whole block, as int64."""
     content = _bytes(tensor)
-    if content.storage_offset() % 8:
-        content = content.clone()
+    content = content.clone() if content.storage_offset() % 8 else content
     whole = len(content) // (8 * words) * 8 * words
     return torch.cat([content[:whole].view(torch.int64).view(-1, words).sum(1), content[whole:].long()])
 
@@ -87,21 +83,18 @@ def _collect_sources(thing: Any, sources: dict[str, str]) -> None:
     """Adds {qualified name: code} of a class or function, and of all that it names from its own package."""
     thing = getattr(thing, "func", thing)  # of a functools.partial
     module = getattr(thing, "__module__", None) or ""
-    name = f"{module}.{getattr(thing, '__qualname__', repr(type(thing)))}"
-    if name in sources:
-        return
-    package = module.partition(".")[0]
+    name, package = f"{module}.{getattr(thing, '__qualname__', repr(type(thing)))}", module.partition(".")[0]
     if package == "torch":
         sources[name] = torch.__version__.partition("+")[0]
-        return
-    sources[name], names = _source(thing)
-    scope = vars(sys.modules[module]) if module in sys.modules else {}
-    for other in names:
-        value = scope.get(other)
-        if type(value) in (int, float, str):
-            sources[f"{module}.{other}"] = repr(value)
-        elif (inspect.isclass(value) or inspect.isfunction(value)) and value.__module__.partition(".")[0] == package:
-            _collect_sources(value, sources)
+    elif name not in sources:
+        sources[name], names = _source(thing)
+        scope = vars(sys.modules[module]) if module in sys.modules else {}
+        for other in names:
+            value = scope.get(other)
+            if type(value) in (int, float, str):
+                sources[f"{module}.{other}"] = repr(value)
+            elif isinstance(value, type | FunctionType) and value.__module__.partition(".")[0] == package:
+                _collect_sources(value, sources)
 
 
 @functools.cache

@@ -1,14 +1,10 @@
 """The rows of one space of a store: keys of texts, checksums, and the file of vectors. Store: store.py.
 
-    rows = Rows(path, dim=384, version=None)
-    rows.add(records)
-    rows.find(text_keys(["a text"]))      # [1] int64, -1: none
-
 Shapes: N keys looked for, M rows added, R rows of the space, D features.
 """
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 
@@ -18,7 +14,6 @@ from .tokenization import check_texts
 
 VECTOR_TYPE = np.dtype("<f4")
 RECORD = np.dtype([("key", "<u8", 2), ("checksum", "<u4")])  # of one row; all zeros: it was dropped as damaged
-OLD_RECORD = np.dtype([("key", "<u8", 3), ("checksum", "<u4")])  # of version 1; the checksum covers key and vector
 ROW_BITS = np.uint64(2**32 - 1)
 
 
@@ -35,18 +30,16 @@ class Rows:
         return len(self.checksums_R)
 
     def add(self, records_M: np.ndarray) -> None:
-        rows_M = np.arange(len(self), len(self) + len(records_M), dtype="<u8")
-        self.sorted_R = np.concatenate([self.sorted_R, records_M["key"][:, 0] & ~ROW_BITS | rows_M])
-        self.sorted_R.sort()  # 6 times faster than argsort
-        self.second_R = np.concatenate([self.second_R, records_M["key"][:, 1]])
-        self.checksums_R = np.concatenate([self.checksums_R, records_M["checksum"]])
-
-    def map(self) -> None:
-        """Maps the vectors. Raises `ValueError` when the file has fewer of them than there are rows."""
+        """Adds rows, and maps the vectors. Raises `ValueError` when the file has fewer vectors than there are rows."""
+        if len(records_M):
+            rows_M = np.arange(len(self), len(self) + len(records_M), dtype="<u8")
+            self.sorted_R = np.concatenate([self.sorted_R, records_M["key"][:, 0] & ~ROW_BITS | rows_M])
+            self.sorted_R.sort()  # 6 times faster than argsort
+            self.second_R = np.concatenate([self.second_R, records_M["key"][:, 1]])
+            self.checksums_R = np.concatenate([self.checksums_R, records_M["checksum"]])
         needed, found = len(self) * self.dim * VECTOR_TYPE.itemsize, size_of(self.path)
         if found < needed:
-            rows = f"{found:,} bytes, expected at least {needed:,} for {len(self):,} rows"
-            raise ValueError(f"{self.path}: {rows}; {advice(self.path.parent)}")
+            raise self.damage(f"{found:,} bytes, expected at least {needed:,} for {len(self):,} rows")
         if len(self.vectors) < len(self):
             self.vectors = np.memmap(self.path, VECTOR_TYPE, "r", shape=(len(self), self.dim))
 
@@ -56,16 +49,28 @@ class Rows:
         pending_M = np.argsort(keys_N2[:, 0])  # sorted keys search neighbouring places
         place_M = np.searchsorted(self.sorted_R, keys_N2[pending_M, 0] & ~ROW_BITS, side="left")
         end_M = np.searchsorted(self.sorted_R, keys_N2[pending_M, 0] | ROW_BITS, side="right")
-        while True:
+        while len(pending_M):
             left_M = place_M < end_M
             pending_M, place_M, end_M = pending_M[left_M], place_M[left_M], end_M[left_M]
-            if not len(pending_M):
-                return found_N
             row_M = (self.sorted_R[place_M] & ROW_BITS).astype(np.int64)
             same_M = self.second_R[row_M] == keys_N2[pending_M, 1]
             found_N[pending_M[same_M]] = row_M[same_M]
             # The others share 32 bits with another key.
             pending_M, place_M, end_M = pending_M[~same_M], place_M[~same_M] + 1, end_M[~same_M]
+        return found_N
+
+    def read(self, rows_N: np.ndarray) -> np.ndarray:
+        """The vectors of rows, [N, D] float32. Raises `ValueError` for bytes that are not those that were stored."""
+        vectors_ND = np.asarray(self.vectors)[rows_N]
+        damaged_N = checksums(vectors_ND) != self.checksums_R[rows_N]
+        if damaged_N.any():
+            number = f"{damaged_N.sum():,} of {len(rows_N):,} rows read"
+            raise self.damage(f"row {rows_N[damaged_N.argmax()]} is damaged ({number})")
+        return vectors_ND.astype(np.float32, copy=False)
+
+    def damage(self, what: str) -> ValueError:
+        advice = f"see `embedft store {self.path.parent} --verify`, drop such rows with --repair"
+        return ValueError(f"{self.path}: {what}; {advice}")
 
 
 def text_keys(texts: Sequence[str]) -> np.ndarray:
@@ -75,54 +80,19 @@ def text_keys(texts: Sequence[str]) -> np.ndarray:
     return np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2)
 
 
-def checksums(vectors_MD: np.ndarray, *starts: Iterator[int]) -> np.ndarray:
-    """The CRC-32 of each vector's bytes, [M] uint32; of version 1, continued from `starts`."""
+def checksums(vectors_MD: np.ndarray) -> np.ndarray:
+    """The CRC-32 of each vector's bytes, [M] uint32."""
     content = memoryview(np.ascontiguousarray(vectors_MD).reshape(-1).view(np.uint8))
     step, num_rows = vectors_MD.shape[1] * VECTOR_TYPE.itemsize, len(vectors_MD)
     rows = (content[place : place + step] for place in range(0, num_rows * step, step))
-    return np.fromiter(map(zlib.crc32, rows, *starts), dtype=np.uint32, count=num_rows)
+    return np.fromiter(map(zlib.crc32, rows), dtype=np.uint32, count=num_rows)
 
 
-def wrong_rows(path: Path, first_row: int, checksums_M: np.ndarray, dim: int) -> np.ndarray:
-    """Which vectors, from a row of the file on, are missing or do not have these checksums, [M] bool."""
-    wrong_M, step = np.ones(len(checksums_M), dtype=bool), dim * VECTOR_TYPE.itemsize
-    num_whole = min(len(checksums_M), max(0, size_of(path) // step - first_row))
-    if num_whole:
-        vectors = np.memmap(path, VECTOR_TYPE, "r", offset=first_row * step, shape=(num_whole, dim))
-        wrong_M[:num_whole] = checksums(vectors) != checksums_M[:num_whole]
-    return wrong_M
-
-
-def checked(vectors: np.ndarray, dim: int, rows: np.ndarray) -> np.ndarray:
-    """What `compute` returned for these rows of the texts, ready to be written."""
-    vectors = np.asarray(vectors)
-    if vectors.shape != (len(rows), dim):
-        raise ValueError(f"compute returned shape {vectors.shape} for {len(rows)} texts, expected [N, {dim}]")
-    vectors_MD = np.ascontiguousarray(vectors, dtype=VECTOR_TYPE)
-    finite_M = np.isfinite(vectors_MD).all(axis=1)
-    if not finite_M.all():
-        raise ValueError(f"the vector of texts[{rows[finite_M.argmin()]}] has values that are not finite")
-    return vectors_MD
-
-
-def convert_records(keys: Path, vectors: Path, dim: int) -> np.ndarray:
-    """The records of a space that version 1 wrote, [R]; zeros for its damaged rows."""
-    num_rows = min(size_of(keys) // OLD_RECORD.itemsize, size_of(vectors) // (dim * VECTOR_TYPE.itemsize))
-    records = np.zeros(num_rows, RECORD)
-    if num_rows:
-        old, vectors_RD = (
-            np.fromfile(keys, OLD_RECORD, num_rows),
-            np.memmap(vectors, VECTOR_TYPE, "r", shape=(num_rows, dim)),
-        )
-        records["key"], records["checksum"] = old["key"][:, :2], checksums(vectors_RD)
-        starts = (zlib.crc32(key.tobytes()) for key in old["key"])
-        records[checksums(vectors_RD, starts) != old["checksum"]] = 0
-    return records
-
-
-def advice(folder: Path) -> str:
-    """What to do about damage, for the end of an error."""
-    return f"see `embedft store {folder} --verify`, drop such rows with --repair"
+def read_rows(path: Path, first_row: int, num_rows: int, dim: int) -> np.ndarray:
+    """The rows of a file from `first_row` on, [M, D]; fewer than `num_rows` where the file ends."""
+    offset = first_row * dim * VECTOR_TYPE.itemsize
+    values = np.fromfile(path, VECTOR_TYPE, num_rows * dim, offset=offset) if path.is_file() else np.empty(0)
+    return values[: len(values) // dim * dim].reshape(-1, dim)
 
 
 def size_of(path: Path) -> int:

@@ -4,14 +4,10 @@
     rows_N = store.fill(space, texts, compute)      # compute(new texts) -> [M, D]
     vectors_ND = store.read(space, rows_N)
 
-A store is a folder with a SQLite database and one file of vectors per space:
-
-    store.sqlite       the spaces; for each batch of rows, the keys of its texts and the CRC-32 of each vector
-    NAME.ID.f32        rows of dim float32, little-endian
-
-Vectors reach the disk before the transaction that adds their keys, so a row exists only when it is complete; whatever
-a killed process left behind the last row is overwritten. Not here: what a fingerprint covers (fingerprint.py). A
-`Store` is for one thread at a time.
+A store is a folder: store.sqlite has the spaces and, for each batch of rows, the keys of its texts and the CRC-32 of
+each vector; NAME.ID.f32 has the vectors of a space, rows of dim float32, little-endian. Vectors reach the disk before
+the transaction that adds their keys, so a row exists only when it is complete; whatever a killed process left behind
+the last row is overwritten. A `Store` is for one thread at a time. Not here: what a fingerprint covers.
 
 Shapes: N texts, M of them, R rows of a space, D features.
 """
@@ -19,11 +15,11 @@ Shapes: N texts, M of them, R rows of a space, D features.
 import contextlib
 import json
 import os
-import re
 import shutil
 import sqlite3
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,29 +27,32 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..files import locked, read_object
-from .rows import RECORD, VECTOR_TYPE, Rows, advice, checked, checksums, convert_records, size_of, text_keys, wrong_rows
+from .rows import RECORD, VECTOR_TYPE, Rows, checksums, read_rows, size_of, text_keys
 
 DATABASE, VERSION, NAME_DIGITS = "store.sqlite", 2, 16
-SCHEMA = """
-CREATE TABLE spaces (id INTEGER PRIMARY KEY AUTOINCREMENT, fingerprint TEXT NOT NULL UNIQUE, dim INTEGER NOT NULL,
-    description TEXT NOT NULL, last_used REAL NOT NULL, num_repairs INTEGER NOT NULL DEFAULT 0);
-CREATE TABLE batches (space INTEGER NOT NULL, first_row INTEGER NOT NULL, num_texts INTEGER NOT NULL,
+SCHEMA = f"""
+BEGIN IMMEDIATE;
+CREATE TABLE IF NOT EXISTS spaces (id INTEGER PRIMARY KEY AUTOINCREMENT, fingerprint TEXT NOT NULL UNIQUE,
+    dim INTEGER NOT NULL, description TEXT NOT NULL, last_used REAL NOT NULL, num_repairs INTEGER NOT NULL DEFAULT 0);
+CREATE TABLE IF NOT EXISTS batches (space INTEGER NOT NULL, first_row INTEGER NOT NULL, num_texts INTEGER NOT NULL,
     records BLOB NOT NULL, PRIMARY KEY (space, first_row));
+PRAGMA user_version = {VERSION};
+COMMIT;
 """
 ADD_SPACE = """INSERT INTO spaces (fingerprint, dim, description, last_used) VALUES (?, ?, ?, ?)
-    ON CONFLICT (fingerprint) DO UPDATE SET last_used = excluded.last_used RETURNING id, dim"""
+    ON CONFLICT (fingerprint) DO UPDATE SET last_used = excluded.last_used"""
+LIST_SPACES = """SELECT id, fingerprint, dim, description, last_used, coalesce(sum(num_texts), 0),
+    coalesce(sum(length(records)), 0) FROM spaces LEFT JOIN batches ON space = id GROUP BY id"""
+# A row of keys.bin of version 1: the checksum covers the key and the vector.
+OLD_RECORD = np.dtype([("key", "<u8", 3), ("checksum", "<u4")])
 
 
 class Space(NamedTuple):
-    """Everything a vector depends on besides its text.
+    """Everything a vector depends on besides its text."""
 
-    `fingerprint`: a SHA-256 over all of it, 64 hexadecimal digits. `dim`: D. `description`: the same for people to
-    read (model, role, prompt, max_length, ...), as JSON can hold it.
-    """
-
-    fingerprint: str
+    fingerprint: str  # SHA-256 over all of it, 64 hexadecimal digits
     dim: int
-    description: dict[str, Any]
+    description: dict[str, Any]  # the same for people to read, as JSON can hold it: model, role, prompt, ...
 
     @property
     def name(self) -> str:
@@ -70,11 +69,10 @@ class StoredSpace(NamedTuple):
 
 
 class Store:
-    """A folder of embeddings, created if missing; one of an earlier version is converted when it is first used.
+    """A folder of embeddings, created if missing; one of version 1 is converted.
 
     `hits` and `misses` count the texts this object was asked for: those found (or asked for twice), those computed.
-    `timeout_seconds`: how long to wait while another process writes to the database. Raises `ValueError` when the
-    folder is a file.
+    `timeout_seconds`: how long to wait while another process writes to the database.
     """
 
     def __init__(self, folder: str | Path, *, timeout_seconds: float = 600.0):
@@ -86,6 +84,10 @@ class Store:
         self._opened: dict[str, Rows] = {}
         self._turns: set[str] = set()
         self._said_waiting = False
+        if any(self.folder.glob("*/space.json")):
+            with locked(self.folder / "lock", wait=self._say_waiting):
+                for path in self.folder.glob("*/space.json"):
+                    self._convert(path)
 
     def __reduce__(self):
         # Copies and other processes open the folder themselves: a copied map would be all the vectors.
@@ -111,22 +113,21 @@ class Store:
             ValueError: a text that is not a str or not valid UTF-8, vectors of the wrong shape or not finite (naming
                 the row of `texts`), damaged files. What was stored before stays.
         """
-        keys_N2 = text_keys(texts)
+        keys_N2, misses = text_keys(texts), self.misses
         opened = self._look(space)
         found_N, missing = opened.find(keys_N2), {}
         for row in np.flatnonzero(found_N < 0).tolist():
             missing.setdefault(texts[row], row)
-        first_rows, computed = np.array(list(missing.values()), dtype=np.int64), 0
+        first_rows = np.array(list(missing.values()), dtype=np.int64)
         for start in range(0, len(missing), slice_texts):
             with self.turn(space):
                 rows = first_rows[start : start + slice_texts]
                 rows = rows[self._look(space).find(keys_N2[rows]) < 0]  # another process may have added some
                 if len(rows):
-                    vectors_MD = checked(compute([texts[row] for row in rows.tolist()]), space.dim, rows)
+                    vectors_MD = _checked(compute([texts[row] for row in rows.tolist()]), space.dim, rows)
                     self._append(space, keys_N2[rows], vectors_MD)
-            computed += len(rows)
             self.misses += len(rows)
-        self.hits += len(texts) - computed
+        self.hits += len(texts) - (self.misses - misses)
         if missing:
             found_N = self._look(space).find(keys_N2)
             if (found_N < 0).any():
@@ -144,12 +145,7 @@ class Store:
         opened, rows = self._opened.get(space.fingerprint) or self._look(space), np.asarray(rows, dtype=np.int64)
         if rows.size and not 0 <= rows.min() <= rows.max() < len(opened):
             raise ValueError(f"{self.folder}: rows are {rows.min()} to {rows.max()}, expected 0 to {len(opened) - 1}")
-        vectors_ND = np.asarray(opened.vectors)[rows]
-        damaged_N = checksums(vectors_ND) != opened.checksums_R[rows]
-        if damaged_N.any():
-            which = f"row {rows[damaged_N.argmax()]} is damaged ({damaged_N.sum():,} of {len(rows):,} rows read)"
-            raise ValueError(f"{opened.path}: {which}; {advice(self.folder)}")
-        return vectors_ND.astype(np.float32, copy=False)
+        return opened.read(rows)
 
     def find(self, space: Space, texts: Sequence[str]) -> np.ndarray:
         """The row of each text, [N] int64, -1 where it is not stored. Sees what other processes have added."""
@@ -176,13 +172,12 @@ class Store:
             print(f"{self.folder}: waiting for {holder}, which computes vectors of the same model", file=sys.stderr)
         self._said_waiting = True
 
-    def _look(self, space: Space, database: sqlite3.Connection | None = None) -> Rows:
+    def _look(self, space: Space) -> Rows:
         """The rows of a space as they are now."""
-        if database is None:
-            if not re.fullmatch("[0-9a-f]{64}", space.fingerprint) or space.dim < 1:
-                raise ValueError(f"{space!r}: expected a SHA-256 in hexadecimal and a dim of at least 1")
-            with self._transaction() as database:
-                return self._look(space, database)
+        with self._transaction() as database:
+            return self._rows(space, database)
+
+    def _rows(self, space: Space, database: sqlite3.Connection) -> Rows:
         sql = "SELECT id, num_repairs, dim, last_used FROM spaces WHERE fingerprint = ?"
         *version, dim, last_used = database.execute(sql, (space.fingerprint,)).fetchone() or (space.dim, 0.0)
         version = tuple(version) or None
@@ -193,26 +188,22 @@ class Store:
             opened = Rows(self._path(space.fingerprint, version[0] if version else 0), space.dim, version)
         if version:
             sql = "SELECT records FROM batches WHERE space = ? AND first_row >= ? ORDER BY first_row"
-            content = b"".join(row[0] for row in database.execute(sql, (version[0], len(opened))))
-            if content:
-                opened.add(np.frombuffer(content, RECORD))
-            opened.map()
+            records = (row[0] for row in database.execute(sql, (version[0], len(opened))))
+            opened.add(np.frombuffer(b"".join(records), RECORD))
         opened.last_used = last_used
         self._opened[space.fingerprint] = opened
         return opened
 
     def _append(self, space: Space, keys_M2: np.ndarray, vectors_MD: np.ndarray) -> None:
         with self._transaction(write=True) as database:
-            row = (space.fingerprint, space.dim, json.dumps(space.description), time.time())
-            database.execute(ADD_SPACE, row).fetchall()
-            opened = self._look(space, database)
+            database.execute(ADD_SPACE, (space.fingerprint, space.dim, json.dumps(space.description), time.time()))
+            opened = self._rows(space, database)
             records_M = np.empty(len(keys_M2), RECORD)
             records_M["key"], records_M["checksum"] = keys_M2, checksums(vectors_MD)
             with open(opened.path, "r+b" if opened.path.is_file() else "xb") as file:
-                place = len(opened) * space.dim * VECTOR_TYPE.itemsize
-                file.truncate(place)
-                file.seek(place)
-                file.write(memoryview(vectors_MD).cast("B"))
+                file.truncate(len(opened) * space.dim * VECTOR_TYPE.itemsize)
+                file.seek(0, os.SEEK_END)
+                file.write(vectors_MD)
                 file.flush()
                 os.fsync(file.fileno())
             _write_records(database, opened.version[0], len(opened), records_M)
@@ -221,10 +212,8 @@ class Store:
 
     def spaces(self) -> dict[str, StoredSpace]:
         """The spaces by name, in order of their names."""
-        sql = """SELECT id, fingerprint, dim, description, last_used, coalesce(sum(num_texts), 0),
-            coalesce(sum(length(records)), 0) FROM spaces LEFT JOIN batches ON space = id GROUP BY id"""
         with self._transaction() as database:
-            rows = database.execute(sql).fetchall()
+            rows = database.execute(LIST_SPACES).fetchall()
         found = {}
         for identity, fingerprint, dim, description, last_used, num_texts, num_bytes in rows:
             space = Space(fingerprint, dim, json.loads(description))
@@ -251,8 +240,9 @@ class Store:
             sql = "SELECT first_row, records FROM batches WHERE space = ? ORDER BY first_row"
             for first_row, content in database.execute(sql, (identity,)).fetchall():
                 records = np.frombuffer(content, RECORD).copy()
-                is_text_M = records["key"].any(axis=1)
-                wrong_M = is_text_M & wrong_rows(path, first_row, records["checksum"], dim)
+                is_text_M, vectors_MD = records["key"].any(axis=1), read_rows(path, first_row, len(records), dim)
+                wrong_M = is_text_M.copy()
+                wrong_M[: len(vectors_MD)] &= checksums(vectors_MD) != records["checksum"][: len(vectors_MD)]
                 damaged.append(first_row + np.flatnonzero(wrong_M))
                 num_texts, end = num_texts + int(is_text_M.sum()), first_row + len(records)
                 if repair and wrong_M.any():
@@ -297,7 +287,8 @@ class Store:
             with contextlib.closing(connection):
                 (version,) = connection.execute("PRAGMA user_version").fetchone()
                 if not version:
-                    self._create(connection)
+                    connection.execute("PRAGMA auto_vacuum = FULL")  # the file shrinks when a space is removed
+                    connection.executescript(SCHEMA)
                 elif version != VERSION:
                     raise ValueError(f"{path}: version is {version}, expected {VERSION}: a newer embedft wrote it")
                 connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
@@ -306,33 +297,32 @@ class Store:
         except sqlite3.Error as error:
             raise ValueError(f"{path}: {error}") from None
 
-    def _create(self, connection: sqlite3.Connection) -> None:
-        connection.execute("PRAGMA auto_vacuum = FULL")  # the file shrinks when a space is removed
-        connection.execute("BEGIN IMMEDIATE")
-        with connection:
-            if connection.execute("PRAGMA user_version").fetchone()[0]:
-                return  # another process was faster
-            for statement in SCHEMA.split(";"):
-                connection.execute(statement)
-            old = sorted(path.parent for path in self.folder.glob("[0-9a-f]" * NAME_DIGITS + "/space.json"))
-            for folder in old:
-                self._convert(connection, folder)
-            connection.execute(f"PRAGMA user_version = {VERSION}")
-        for folder in old:
-            shutil.rmtree(folder)
+    def _convert(self, path: Path) -> None:
+        """Takes over what is whole of a space of version 1, a folder with space.json, vectors.f32 and keys.bin."""
+        values = read_object(path)
+        if values.get("version") != 1:
+            raise ValueError(f"{path}: not what embedft writes; delete {path.parent}")
+        space = Space(values["fingerprint"], values["dim"], values["description"])
+        old = np.fromfile(path.with_name("keys.bin"), OLD_RECORD)
+        vectors_RD = read_rows(path.with_name("vectors.f32"), 0, len(old), space.dim)
+        rows = zip(old, vectors_RD, strict=False)  # a killed process may have left vectors without keys
+        found = [zlib.crc32(record["key"].tobytes() + row.tobytes()) == record["checksum"] for record, row in rows]
+        whole = np.flatnonzero(found)
+        if not len(self._look(space)):  # otherwise a process was killed before it removed the folder
+            self._append(space, old["key"][whole, :2], vectors_RD[whole])
+        shutil.rmtree(path.parent)
 
-    def _convert(self, connection: sqlite3.Connection, folder: Path) -> None:
-        """Takes over a space of version 1, a folder with space.json, vectors.f32 and keys.bin, after a kill again."""
-        values = read_object(folder / "space.json")
-        if values.get("version") != 1 or str(values.get("fingerprint"))[:NAME_DIGITS] != folder.name:
-            raise ValueError(f"{folder / 'space.json'}: not what embedft writes; delete {folder}")
-        used = (folder / "space.json").stat().st_mtime
-        row = (values["fingerprint"], values["dim"], json.dumps(values["description"]), used)
-        ((identity, dim),) = connection.execute(ADD_SPACE, row).fetchall()
-        path = self._path(values["fingerprint"], identity)
-        if (folder / "vectors.f32").is_file():
-            os.replace(folder / "vectors.f32", path)
-        _write_records(connection, identity, 0, convert_records(folder / "keys.bin", path, dim))
+
+def _checked(vectors: np.ndarray, dim: int, rows: np.ndarray) -> np.ndarray:
+    """What `compute` returned for these rows of the texts, ready to be written."""
+    vectors = np.asarray(vectors)
+    if vectors.shape != (len(rows), dim):
+        raise ValueError(f"compute returned shape {vectors.shape} for {len(rows)} texts, expected [N, {dim}]")
+    vectors_MD = np.ascontiguousarray(vectors, dtype=VECTOR_TYPE)
+    finite_M = np.isfinite(vectors_MD).all(axis=1)
+    if not finite_M.all():
+        raise ValueError(f"the vector of texts[{rows[finite_M.argmin()]}] has values that are not finite")
+    return vectors_MD
 
 
 def _write_records(database: sqlite3.Connection, space: int, first_row: int, records_M: np.ndarray) -> None:

@@ -8,6 +8,7 @@ are not stripped or otherwise changed first.
     windows, source = tokenizer.windows(["a long text ..."], size=128, stride=64)
 """
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -129,6 +130,10 @@ class Tokenizer:
         """The number of tokens in front of a text: those of `prompt` and the special tokens before it."""
         special_T = self.backend.encode(prompt).special_tokens_mask
         return len(special_T) - (special_T[-1] if special_T else 0)
+
+    def sha256(self) -> str:
+        """A hash of all that token ids depend on."""
+        return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json."""
