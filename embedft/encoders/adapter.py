@@ -36,6 +36,11 @@ LLAMAINDEX_CONFIG, LLAMAINDEX_WEIGHTS = "config.json", "pytorch_model.bin"
 FORMATS = ("embedft", "llamaindex")
 
 
+def check_role(role: str) -> None:
+    if role not in ROLES:
+        raise ValueError(f"role is {role!r}, expected one of {', '.join(ROLES)}")
+
+
 class Base(NamedTuple):
     """The model whose vectors an adapter was fitted on."""
 
@@ -96,8 +101,7 @@ class Adapter(nn.Module):
 
     def map_of(self, role: str) -> Map | None:
         """The map of a role; None: its vectors are left unchanged."""
-        if role not in ROLES:
-            raise ValueError(f"role is {role!r}, expected one of {', '.join(ROLES)}")
+        check_role(role)
         return self.query if role == "query" else self.document
 
     def maps(self) -> list[Map]:

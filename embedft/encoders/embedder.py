@@ -1,18 +1,17 @@
 """Tokenizer, encoder and pooling: texts in, vectors out, for training (`embed`) and for inference (`encode`).
 
-Vectors have unit length unless the similarity is "dot", so an inner product is always the similarity. Not here: where
-an Embedder comes from (loading.py) and how it is saved (saving.py). Longer than most modules: it is one class, and a
-third of it says what its public methods take and return.
-
     embedder = load_embedder("sentence-transformers/all-MiniLM-L6-v2")
     embedder.encode(["what is a limit order?"], role="query")      # [1, 384] float32
     vectors_WD, source_W = embedder.encode_passages(long_texts, (128, 64))    # windows of 128 tokens, every 64
+
+Not here: where an Embedder comes from (loading.py) and how it is saved (saving.py).
 
 Shapes: N texts, W windows of them, T tokens, B sequences, D features.
 """
 
 import contextlib
 import hashlib
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from .. import device as devices
 from ..progress import progress_bar
-from .adapter import ROLES, Adapter, Base
+from .adapter import ROLES, Adapter, Base, check_role
 from .fingerprint import fingerprint, precision
 from .folder import Source
 from .packing import Packed, concatenate, cut_by_tokens, pack, sort_by_length
@@ -39,16 +38,16 @@ SIMILARITIES = ("cosine", "dot")
 class Embedder(nn.Module):
     """A text encoder with everything between a text and its vector.
 
+    Vectors have unit length unless `similarity` is "dot", so an inner product is always the similarity.
+
     Args:
         encoder: packed tokens -> hidden states [T, D]; has `.config` with `hidden_size` and `max_length`.
-        tokenizer: the one the weights were trained with.
         pooling: names in `POOLINGS`, concatenated in this order, or a `Pooling`.
         include_prompt: whether pooling by name counts the prompt's tokens.
         prompts: {name: text put in front}; those named "query" and "document" are used, by role.
-        similarity: "cosine" or "dot".
-        normalize: scale vectors to unit length; always true when similarity is "cosine".
+        normalize: scale vectors to unit length; always true when `similarity` is "cosine".
         truncate_dim: leading features that `encode` returns by default; None: all.
-        source: the folder it was loaded from, which `save` needs; None: it cannot be saved.
+        source: the folder it was loaded from, which `save` needs.
 
     `store` (None unless set): where `encode` looks for vectors first and keeps those it computes. `adapter` (None
     unless attached): maps the encoder's vectors; its weights are among the parameters.
@@ -121,7 +120,7 @@ class Embedder(nn.Module):
 
     def prompt(self, role: str) -> str:
         """The text put in front of every text of a role ("query" or "document"); "" if there is none."""
-        _check_role(role)
+        check_role(role)
         return self.prompts.get(role) or ""
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
@@ -143,16 +142,17 @@ class Embedder(nn.Module):
         return prompt_length
 
     def _windows(self, texts: Sequence[str], role: str, passages: Sequence[int]) -> tuple[list[list[int]], list[int]]:
-        numbers = tuple(passages) if isinstance(passages, Sequence) else ()
-        if len(numbers) != 2 or not all(isinstance(x, int | np.integer) and not isinstance(x, bool) for x in numbers):
-            raise ValueError(f"passages is {passages!r}, expected (size, stride), two whole numbers of tokens")
-        return self.tokenizer.windows(texts, size=numbers[0], stride=numbers[1], prompt=self.prompt(role))
+        try:
+            size, stride = map(operator.index, passages)
+        except (TypeError, ValueError):
+            wanted = "(size, stride), two whole numbers of tokens"
+            raise ValueError(f"passages is {passages!r}, expected {wanted}") from None
+        return self.tokenizer.windows(texts, size=size, stride=stride, prompt=self.prompt(role))
 
     def pack(self, texts: Sequence[str], *, role: str, passages: Sequence[int] | None = None) -> Packed:
         """Texts with their prompt as packed tokens, on the CPU, in the order given.
 
-        With `passages` (size and stride, as in `encode_passages`) the sequences are windows of the texts, and `source`
-        [B] says which text each comes from.
+        With `passages` the sequences are windows, as in `encode_passages`; `source` [B] has the text each comes from.
         """
         if passages is None:
             return pack(self._token_ids(texts, role), prompt_length=self._prompt_length(role, self.max_length))
@@ -164,9 +164,9 @@ class Embedder(nn.Module):
     def embed(self, packed: Packed, *, role: str) -> Tensor:
         """Vectors of packed texts, [B, D], with gradient; float32, or float64 if the weights are.
 
-        All features: only `encode` applies `truncate_dim`; a loss truncates by itself.
+        `truncate_dim` does not apply: a loss truncates by itself.
         """
-        _check_role(role)
+        check_role(role)
         return self._adapted(self._embed(packed), role)
 
     def embed_pair(self, queries: Packed, documents: Packed) -> tuple[Tensor, Tensor]:
@@ -205,7 +205,6 @@ class Embedder(nn.Module):
         and cut as they are read.
 
         Args:
-            texts: N texts; an empty one is its special tokens.
             role: "query" or "document": which prompt goes in front.
             dim: leading features to keep (scaled to unit length again); None: `truncate_dim`, else all.
             batch_tokens: tokens in one forward pass; None: what suits the device. A longer text goes alone.
@@ -215,19 +214,13 @@ class Embedder(nn.Module):
         Raises:
             ValueError: a bad argument, or a vector that is not finite, naming its text.
         """
-        dim, space = self._checked_dim(dim), None if self.store is None else self.space(role)
-        prompt_length = self._prompt_length(role, self.max_length)
+        dim = self._checked_dim(dim)
+        vectors = self._vectors(role, dim, batch_tokens, self.max_length)
         embeddings_ND = np.empty((len(texts), dim), dtype=np.float32)
         with self._inference(), progress_bar(len(texts), f"encode ({role})", unit="text", show=progress) as bar:
             for start in range(0, max(1, len(texts)), window_texts):
                 window = slice(start, start + window_texts)
-                embeddings_ND[window] = self._vectors(
-                    texts[window],
-                    lambda new: self._token_ids(new, role),
-                    **{"role": role, "dim": dim, "space": space, "prompt_length": prompt_length},
-                    batch_tokens=batch_tokens,
-                    done=bar.update,
-                )
+                embeddings_ND[window] = vectors(texts[window], lambda new: self._token_ids(new, role), bar.update)
                 bar.update(min(start + window_texts, len(texts)) - bar.n)
         return embeddings_ND
 
@@ -249,7 +242,6 @@ class Embedder(nn.Module):
         token ids, so once for all sizes and strides that contain it.
 
         Args:
-            texts: N texts; one that fits is one window, an empty one too.
             passages: (size, stride): the most tokens of a window, special tokens and prompt included, and the tokens
                 of text from the start of one window to the next.
             role, dim, batch_tokens, progress: as in `encode`.
@@ -261,19 +253,14 @@ class Embedder(nn.Module):
         Source: Dai and Callan 2019 (Deeper text understanding for IR with contextual neural language modeling),
         section 3: passages of a window and a stride, each scored by itself.
         """
-        dim, space = self._checked_dim(dim), None if self.store is None else self.space(role, texts="token ids")
         self._windows([], role, passages)  # reports bad `passages` even if there are no texts
-        prompt_length = self._prompt_length(role, passages[0])
+        dim = self._checked_dim(dim)
+        vectors = self._vectors(role, dim, batch_tokens, passages[0], texts="token ids")
         parts, sources = [np.empty((0, dim), dtype=np.float32)], [np.empty(0, dtype=np.int64)]
         with self._inference(), progress_bar(len(texts), f"encode ({role})", unit="text", show=progress) as bar:
             for windows, source in self._cut(texts, role, passages, cut_texts, cut_windows):
-                part_WD = self._vectors(
-                    [" ".join(map(str, ids)) for ids in windows],
-                    lambda new: [list(map(int, key.split())) for key in new],
-                    **{"role": role, "dim": dim, "space": space, "prompt_length": prompt_length},
-                    batch_tokens=batch_tokens,
-                )
-                parts.append(part_WD)
+                keys = [" ".join(map(str, ids)) for ids in windows]
+                parts.append(vectors(keys, lambda new: [list(map(int, key.split())) for key in new]))
                 sources.append(np.array(source))
                 bar.update(source[-1] + 1 - bar.n)
         return np.concatenate(parts), np.concatenate(sources)
@@ -303,47 +290,41 @@ class Embedder(nn.Module):
             self.train(was_training)
 
     def _vectors(
-        self,
-        keys: Sequence[str],
-        tokens: Callable[[Sequence[str]], list[list[int]]],
-        *,
-        role: str,
-        dim: int,
-        space: Space | None,
-        prompt_length: int | None,
-        batch_tokens: int | None,
-        done: Callable[[int], object] = lambda num_texts: None,
-    ) -> np.ndarray:
-        """Vectors as `encode` returns them, [N, dim], of texts or of windows (`keys`, turned into ids by `tokens`).
+        self, role: str, dim: int, batch_tokens: int | None, max_length: int, *, texts: str = "texts"
+    ) -> Callable[..., np.ndarray]:
+        """A function `vectors(keys, tokens, done)` -> [N, dim] of texts or windows, `keys`, which `tokens` makes ids.
 
-        With a space, the encoder runs only for those that the store does not have; `done` is told how many.
+        With a store, the encoder runs only for those that are not stored; `done` is told how many.
         """
+        space = None if self.store is None else self.space(role, texts=texts)
+        prompt_length = self._prompt_length(role, max_length)
+        limit = devices.batch_tokens(self.device) if batch_tokens is None else batch_tokens
 
         def finish(whole_BD: Tensor) -> Tensor:
             cut_BD = self._adapted(whole_BD, role)[:, :dim]
             return F.normalize(cut_BD, dim=1) if dim < self.full_dim and self.normalize else cut_BD
 
-        def compute(keys: Sequence[str], finish: Callable[[Tensor], Tensor], dim: int) -> np.ndarray:
+        def compute(keys: Sequence[str], tokens: Callable, done: Callable, finish: Callable, dim: int) -> np.ndarray:
             token_ids, vectors_ND = tokens(keys), np.empty((len(keys), dim), dtype=np.float32)
             order = sorted(range(len(keys)), key=lambda row: -len(token_ids[row]))
-            limit = devices.batch_tokens(self.device) if batch_tokens is None else batch_tokens
             for places in cut_by_tokens([len(token_ids[row]) for row in order], limit):
                 rows = order[places.start : places.stop]
                 whole_BD = self._embed(pack([token_ids[row] for row in rows], prompt_length=prompt_length))
                 finite_B = whole_BD.isfinite().all(dim=1)
                 if not finite_B.all():
-                    text = keys[rows[int(finite_B.int().argmin())]][:60]
-                    raise ValueError(
-                        f"the vector of {text!r} has values that are not finite: check the model's weights"
-                    )
+                    text = repr(keys[rows[int(finite_B.int().argmin())]][:60])
+                    raise ValueError(f"the vector of {text} has values that are not finite: check the model's weights")
                 vectors_ND[rows] = finish(whole_BD).float().cpu().numpy()
                 done(len(rows))
             return vectors_ND
 
-        if space is None:
-            return compute(keys, finish, dim)
-        rows = self.store.fill(space, keys, lambda new: compute(new, lambda whole_BD: whole_BD, self.base_dim))
-        return finish(torch.from_numpy(self.store.read(space, rows)).to(self.device)).cpu().numpy()
+        def vectors(keys: Sequence[str], tokens: Callable, done: Callable = lambda num_texts: None) -> np.ndarray:
+            if space is None:
+                return compute(keys, tokens, done, finish, dim)
+            rows = self.store.fill(space, keys, lambda new: compute(new, tokens, done, lambda x: x, self.base_dim))
+            return finish(torch.from_numpy(self.store.read(space, rows)).to(self.device)).cpu().numpy()
+
+        return vectors
 
     # What vectors depend on.
 
@@ -358,15 +339,14 @@ class Embedder(nn.Module):
             "tokenizer": self.tokenizer.sha256(),
             **more,
         }
-        functions = [*self.pooling.functions, Tokenizer]
-        return fingerprint([self.encoder, self.pooling], settings, functions=functions, library=library)
+        modules, functions = [self.encoder, self.pooling], [*self.pooling.functions, Tokenizer]
+        return fingerprint(modules, settings, functions=functions, library=library)
 
     def space(self, role: str, *, texts: str = "texts") -> Space:
         """The space, in a `Store`, of the encoder's full vectors: before an adapter maps them and before they are cut.
 
-        Its fingerprint covers all weights, the encoder's configuration, the tokenizer, pooling, the role's prompt, the
-        maximum length, torch's precision, and the source code. It is taken anew each time, so no training step is
-        missed; weights that look the same are not hashed again. `texts`: "token ids" for the windows of passages.
+        Its fingerprint is taken anew each time, so no training step is missed; weights that look the same are not
+        hashed again. `texts`: "token ids" for the windows of passages.
         """
         prompt = self.prompt(role)
         description = {
@@ -420,8 +400,3 @@ class Embedder(nn.Module):
         base = None if self.adapter is None else self.base()
         parts = {"pooling": self.pooling, "adapter": self.adapter, "base": base}
         write_folder(Path(folder), self.source, self.encoder, self.tokenizer, **settings, **parts)
-
-
-def _check_role(role: str) -> None:
-    if role not in ROLES:
-        raise ValueError(f"role is {role!r}, expected one of {', '.join(ROLES)}")
