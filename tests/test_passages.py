@@ -115,7 +115,6 @@ def test_the_side_of_truncation_changes_nothing(tmp_path, side):
         ((6, 7), "passages start every 7 tokens, expected 1 to their size, 6"),
         ((6,), r"passages is \(6,\), expected \(size, stride\), two whole numbers of tokens"),
         (("6", "2"), "expected \\(size, stride\\)"),
-        ((6, True), "expected \\(size, stride\\)"),
         ((6.0, 2), "expected \\(size, stride\\)"),
         (6, "passages is 6, expected \\(size, stride\\)"),
     ],

@@ -4,8 +4,6 @@
     embedder.encode(["what is a limit order?"], role="query")      # [1, 384] float32
     vectors_WD, source_W = embedder.encode_passages(long_texts, (128, 64))    # windows of 128 tokens, every 64
 
-Not here: where an Embedder comes from (loading.py) and how it is saved (saving.py).
-
 Shapes: N texts, W windows of them, T tokens, B sequences, D features.
 """
 
@@ -36,9 +34,7 @@ SIMILARITIES = ("cosine", "dot")
 
 
 class Embedder(nn.Module):
-    """A text encoder with everything between a text and its vector.
-
-    Vectors have unit length unless `similarity` is "dot", so an inner product is always the similarity.
+    """A text encoder with everything between a text and its vector, of unit length unless `similarity` is "dot".
 
     Args:
         encoder: packed tokens -> hidden states [T, D]; has `.config` with `hidden_size` and `max_length`.
@@ -81,7 +77,7 @@ class Embedder(nn.Module):
 
     @property
     def base_dim(self) -> int:
-        """Features of the encoder's vectors, before an adapter maps them."""
+        """Features of the encoder's vectors."""
         return self.pooling.out_features
 
     @property
@@ -116,8 +112,6 @@ class Embedder(nn.Module):
             raise ValueError(f"dim is {dim}, expected 1 to {self.full_dim}")
         return dim
 
-    # Tokens.
-
     def prompt(self, role: str) -> str:
         """The text put in front of every text of a role ("query" or "document"); "" if there is none."""
         check_role(role)
@@ -150,22 +144,14 @@ class Embedder(nn.Module):
         return self.tokenizer.windows(texts, size=size, stride=stride, prompt=self.prompt(role))
 
     def pack(self, texts: Sequence[str], *, role: str, passages: Sequence[int] | None = None) -> Packed:
-        """Texts with their prompt as packed tokens, on the CPU, in the order given.
-
-        With `passages` the sequences are windows, as in `encode_passages`; `source` [B] has the text each comes from.
-        """
+        """Texts with their prompt as packed tokens, on the CPU; with `passages` their windows, and `source` is set."""
         if passages is None:
             return pack(self._token_ids(texts, role), prompt_length=self._prompt_length(role, self.max_length))
         windows, source = self._windows(texts, role, passages)
         return pack(windows, prompt_length=self._prompt_length(role, passages[0]), source=source)
 
-    # Vectors, with gradient.
-
     def embed(self, packed: Packed, *, role: str) -> Tensor:
-        """Vectors of packed texts, [B, D], with gradient; float32, or float64 if the weights are.
-
-        `truncate_dim` does not apply: a loss truncates by itself.
-        """
+        """Vectors of packed texts, [B, D], with gradient, all features; float32, or float64 if the weights are."""
         check_role(role)
         return self._adapted(self._embed(packed), role)
 
@@ -186,8 +172,6 @@ class Embedder(nn.Module):
             return embeddings_BD
         mapped_BE = self.adapter(embeddings_BD, role)
         return F.normalize(mapped_BE, dim=1) if self.normalize else mapped_BE
-
-    # Vectors of texts.
 
     def encode(
         self,
@@ -211,8 +195,7 @@ class Embedder(nn.Module):
             progress: show a bar; None: when stderr is a terminal.
             window_texts: texts tokenized and sorted by length together, which bounds the memory beside the result.
 
-        Raises:
-            ValueError: a bad argument, or a vector that is not finite, naming its text.
+        Raises `ValueError` for a bad argument, or a vector that is not finite, naming its text.
         """
         dim = self._checked_dim(dim)
         vectors = self._vectors(role, dim, batch_tokens, self.max_length)
@@ -244,11 +227,7 @@ class Embedder(nn.Module):
         Args:
             passages: (size, stride): the most tokens of a window, special tokens and prompt included, and the tokens
                 of text from the start of one window to the next.
-            role, dim, batch_tokens, progress: as in `encode`.
             cut_texts, cut_windows: texts cut together, and about how many windows are encoded together.
-
-        Raises:
-            ValueError: a size beyond `max_length` or without room for text; a stride below 1 or above the size.
 
         Source: Dai and Callan 2019 (Deeper text understanding for IR with contextual neural language modeling),
         section 3: passages of a window and a stride, each scored by itself.
@@ -256,27 +235,17 @@ class Embedder(nn.Module):
         self._windows([], role, passages)  # reports bad `passages` even if there are no texts
         dim = self._checked_dim(dim)
         vectors = self._vectors(role, dim, batch_tokens, passages[0], texts="token ids")
-        parts, sources = [np.empty((0, dim), dtype=np.float32)], [np.empty(0, dtype=np.int64)]
+        parts, keys, source = [np.empty((0, dim), dtype=np.float32)], [], []
         with self._inference(), progress_bar(len(texts), f"encode ({role})", unit="text", show=progress) as bar:
-            for windows, source in self._cut(texts, role, passages, cut_texts, cut_windows):
-                keys = [" ".join(map(str, ids)) for ids in windows]
-                parts.append(vectors(keys, lambda new: [list(map(int, key.split())) for key in new]))
-                sources.append(np.array(source))
-                bar.update(source[-1] + 1 - bar.n)
-        return np.concatenate(parts), np.concatenate(sources)
-
-    def _cut(
-        self, texts: Sequence[str], role: str, passages: Sequence[int], cut_texts: int, cut_windows: int
-    ) -> Iterator[tuple[list[list[int]], list[int]]]:
-        """Windows of texts and the rows they are from, about `cut_windows` at a time."""
-        windows, source = [], []
-        for start in range(0, len(texts), cut_texts):
-            cut, rows = self._windows(texts[start : start + cut_texts], role, passages)
-            windows += cut
-            source += [start + row for row in rows]
-            if len(windows) >= cut_windows or start + cut_texts >= len(texts):
-                yield windows, source
-                windows, source = [], []
+            for start in range(0, len(texts), cut_texts):
+                windows, rows = self._windows(texts[start : start + cut_texts], role, passages)
+                keys += [" ".join(map(str, ids)) for ids in windows]
+                source += [start + row for row in rows]
+                if len(keys) >= cut_windows or start + cut_texts >= len(texts):
+                    parts.append(vectors(keys, lambda new: [list(map(int, key.split())) for key in new]))
+                    bar.update(source[-1] + 1 - bar.n)
+                    keys = []
+        return np.concatenate(parts), np.array(source, dtype=np.int64)
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
@@ -292,10 +261,7 @@ class Embedder(nn.Module):
     def _vectors(
         self, role: str, dim: int, batch_tokens: int | None, max_length: int, *, texts: str = "texts"
     ) -> Callable[..., np.ndarray]:
-        """A function `vectors(keys, tokens, done)` -> [N, dim] of texts or windows, `keys`, which `tokens` makes ids.
-
-        With a store, the encoder runs only for those that are not stored; `done` is told how many.
-        """
+        """A function of texts or windows (`keys`, of which `tokens` makes ids) -> [N, dim]; `done` is told progress."""
         space = None if self.store is None else self.space(role, texts=texts)
         prompt_length = self._prompt_length(role, max_length)
         limit = devices.batch_tokens(self.device) if batch_tokens is None else batch_tokens
@@ -326,19 +292,13 @@ class Embedder(nn.Module):
 
         return vectors
 
-    # What vectors depend on.
+    def _settings(self, role: str) -> dict[str, Any]:
+        settings = {"prompt": self.prompt(role), "pooling": list(self.pooling.names)}
+        return settings | {"max_length": self.max_length, "normalize": self.normalize}
 
     def _fingerprint(self, role: str, *, library: bool = True, **more: Any) -> str:
-        settings = {
-            "config": sorted(vars(self.encoder.config).items()),
-            "include_prompt": self.pooling.include_prompt,
-            "max_length": self.max_length,
-            "normalize": self.normalize,
-            "pooling": self.pooling.names,
-            "prompt": self.prompt(role),
-            "tokenizer": self.tokenizer.sha256(),
-            **more,
-        }
+        more |= {"config": sorted(vars(self.encoder.config).items()), "tokenizer": self.tokenizer.sha256()}
+        settings = self._settings(role) | {"include_prompt": self.pooling.include_prompt} | more
         modules, functions = [self.encoder, self.pooling], [*self.pooling.functions, Tokenizer]
         return fingerprint(modules, settings, functions=functions, library=library)
 
@@ -348,33 +308,20 @@ class Embedder(nn.Module):
         Its fingerprint is taken anew each time, so no training step is missed; weights that look the same are not
         hashed again. `texts`: "token ids" for the windows of passages.
         """
-        prompt = self.prompt(role)
-        description = {
-            "model": "" if self.source is None else self.source.name,
-            "dtype": str(next(self.parameters()).dtype).removeprefix("torch."),
-            "role": " and ".join(other for other in ROLES if self.prompt(other) == prompt),
-            "prompt": prompt,
-            "max_length": self.max_length,
-            "pooling": list(self.pooling.names),
-            "normalize": self.normalize,
-            **({} if texts == "texts" else {"texts": texts}),
-        }
         found = self._fingerprint(role, precision=precision(self.device), texts=texts)
+        roles = " and ".join(other for other in ROLES if self.prompt(other) == self.prompt(role))
+        dtype = str(next(self.parameters()).dtype).removeprefix("torch.")
+        description = {"model": self.source.name if self.source else "", "dtype": dtype, "role": roles}
+        description |= self._settings(role) | ({} if texts == "texts" else {"texts": texts})
         return Space(found, self.base_dim, description)
 
     def base(self) -> Base:
-        """What an adapter notes about the model it is for: this one, without its adapter.
-
-        Independent of precision, and of embedft's own code, so that an adapter outlives an upgrade.
-        """
-        name = "" if self.source is None else self.source.name
-        return Base(name, self.base_dim, {role: self._fingerprint(role, library=False) for role in ROLES})
+        """What an adapter notes about this model; independent of precision and of embedft's own code."""
+        fingerprints = {role: self._fingerprint(role, library=False) for role in ROLES}
+        return Base(self.source.name if self.source else "", self.base_dim, fingerprints)
 
     def attach(self, adapter: Adapter) -> None:
-        """Maps vectors with `adapter` from now on, in `encode` and in training, before they are cut.
-
-        Raises `ValueError` for an adapter of another model or width; warns if it does not say which it is for.
-        """
+        """Maps vectors with `adapter` from now on, before they are cut. Raises as `Adapter.check_base`."""
         adapter.check_base(self.base())
         if self.truncate_dim is not None and self.truncate_dim > adapter.out_features:
             raise ValueError(f"truncate_dim is {self.truncate_dim}, the adapter gives {adapter.out_features} features")
@@ -391,12 +338,8 @@ class Embedder(nn.Module):
     def save(self, folder: str | Path) -> None:
         """Writes a folder that `load_embedder` and sentence-transformers read; each file atomically.
 
-        An adapter is written twice: as `adapter/`, and for sentence-transformers as the Dense modules of a Router,
-        which needs linear maps.
+        Raises `ValueError` for an adapter whose maps are not linear: sentence-transformers' Dense modules are.
         """
         if self.source is None:
             raise ValueError("this Embedder was not loaded from a model folder, so it cannot be saved as one")
-        settings = {name: getattr(self, name) for name in ("prompts", "similarity", "normalize", "truncate_dim")}
-        base = None if self.adapter is None else self.base()
-        parts = {"pooling": self.pooling, "adapter": self.adapter, "base": base}
-        write_folder(Path(folder), self.source, self.encoder, self.tokenizer, **settings, **parts)
+        write_folder(Path(folder), self)

@@ -1,20 +1,20 @@
 """Writes a model folder in the layout of sentence-transformers before version 6, each file atomically.
 
-write_folder(Path("model"), embedder.source, embedder.encoder, embedder.tokenizer, pooling=embedder.pooling, ...)
+write_folder(Path("model"), embedder)
 """
 
 import os
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..files import named_errors, write_json
 from .adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
-from .adapter import ROLES, Adapter, Base
+from .adapter import ROLES
 from .folder import (
     ADAPTER_FOLDER,
     CONFIG_FILE,
@@ -27,12 +27,13 @@ from .folder import (
     TRANSFORMER_CONFIG_FILE,
     WEIGHTS_FILE,
     Family,
-    Source,
 )
 from .pooling import Pooling
-from .tokenization import Tokenizer
 
-ROUTER_CONFIG_FILE = "router_config.json"
+if TYPE_CHECKING:
+    from .embedder import Embedder
+
+ROUTER_CONFIG_FILE, MODULE_TYPE = "router_config.json", "sentence_transformers.models."
 
 
 def checkpoint_tensors(encoder: nn.Module, family: Family) -> dict[str, Tensor]:
@@ -45,49 +46,40 @@ def checkpoint_tensors(encoder: nn.Module, family: Family) -> dict[str, Tensor]:
     }
 
 
-def write_folder(
-    folder: Path,
-    source: Source,
-    encoder: nn.Module,
-    tokenizer: Tokenizer,
-    *,
-    pooling: Pooling,
-    prompts: dict[str, str],
-    similarity: str,
-    normalize: bool,
-    truncate_dim: int | None,
-    adapter: Adapter | None = None,
-    base: Base | None = None,
-) -> None:
-    """Writes a model in the sentence-transformers layout, each file atomically; see `Embedder.save`.
-
-    Raises `ValueError`, before anything is written, for an adapter that Dense modules cannot hold.
-    """
+def write_folder(folder: Path, embedder: "Embedder") -> None:
+    """Writes a model in the sentence-transformers layout; see `Embedder.save`."""
+    source, tokenizer, adapter = embedder.source, embedder.tokenizer, embedder.adapter
+    # First, because it raises: an adapter whose maps are not linear.
     dense = {role: part and part.dense() for role in ROLES if adapter for part in [adapter.map_of(role)]}
     folder.mkdir(parents=True, exist_ok=True)
-    _write_tensors(folder / WEIGHTS_FILE, {**checkpoint_tensors(encoder, source.family), **source.carried})
+    tensors = checkpoint_tensors(embedder.encoder, source.family)
+    _write_tensors(folder / WEIGHTS_FILE, {**tensors, **source.carried})
     # transformers loads in the type that config.json names, so it has to be that of the weights.
-    dtype = str(next(encoder.parameters()).dtype).removeprefix("torch.")
+    dtype = str(next(embedder.encoder.parameters()).dtype).removeprefix("torch.")
     write_json(folder / CONFIG_FILE, {**source.config, "torch_dtype": dtype, "dtype": dtype})
     tokenizer.save(folder)
     lengths = {"max_seq_length": tokenizer.max_length, "do_lower_case": tokenizer.lower_case}
     write_json(folder / TRANSFORMER_CONFIG_FILE, lengths)
-    _write_pooling(folder / POOLING_FOLDER, pooling, encoder.config.hidden_size)
-    settings = {"similarity_fn_name": similarity, "truncate_dim": truncate_dim}
-    default = source.default_prompt if source.default_prompt in prompts else None
-    write_json(folder / MODEL_CONFIG_FILE, {"prompts": prompts, "default_prompt_name": default, **settings})
-    modules = list(MODULES if normalize else MODULES[:2])
+    _write_pooling(folder / POOLING_FOLDER, embedder.pooling, embedder.encoder.config.hidden_size)
+    settings = {
+        "prompts": embedder.prompts,
+        "default_prompt_name": source.default_prompt if source.default_prompt in embedder.prompts else None,
+        "similarity_fn_name": embedder.similarity,
+        "truncate_dim": embedder.truncate_dim,
+    }
+    write_json(folder / MODEL_CONFIG_FILE, settings)
+    modules = list(MODULES if embedder.normalize else MODULES[:2])
     if adapter is not None:
-        adapter.save(folder / ADAPTER_FOLDER, base=base)
+        adapter.save(folder / ADAPTER_FOLDER, base=embedder.base())
         _write_router(folder / f"{len(modules)}_{ROUTER}", dense)
         modules += [ROUTER, *modules[2:]]
     elif (folder / ADAPTER_FOLDER / ADAPTER_CONFIG_FILE).is_file():  # of a model that was saved here before
         shutil.rmtree(folder / ADAPTER_FOLDER)
-    paths = ["", *(f"{i}_{module}" for i, module in enumerate(modules) if i)]
-    types = [f"sentence_transformers.models.{module}" for module in modules]
-    entries = enumerate(zip(paths, types, strict=True))
-    modules = [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in entries]
-    write_json(folder / MODULES_FILE, modules)
+    entries = [
+        {"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "", "type": MODULE_TYPE + kind}
+        for i, kind in enumerate(modules)
+    ]
+    write_json(folder / MODULES_FILE, entries)
 
 
 def _write_pooling(folder: Path, pooling: Pooling, hidden_size: int) -> None:
@@ -103,10 +95,7 @@ def _write_pooling(folder: Path, pooling: Pooling, hidden_size: int) -> None:
 
 
 def _write_router(folder: Path, dense: dict[str, tuple[Tensor, Tensor | None] | None]) -> None:
-    """A Router with one route per role: a Dense module without activation, or nothing if the role has no map.
-
-    `encode` of sentence-transformers, which has no role, takes the documents' route.
-    """
+    """A Router with a route per role (documents' is the default): a Dense module without activation, or nothing."""
     structure = {role: [] if layer is None else [f"{role}_0_Dense"] for role, layer in dense.items()}
     for role, layer in dense.items():
         if layer is None:
@@ -117,7 +106,7 @@ def _write_router(folder: Path, dense: dict[str, tuple[Tensor, Tensor | None] | 
         write_json(place / CONFIG_FILE, {**sizes, "activation_function": "torch.nn.modules.linear.Identity"})
         tensors = {"linear.weight": weight} if bias is None else {"linear.weight": weight, "linear.bias": bias}
         _write_tensors(place / WEIGHTS_FILE, tensors)
-    types = {name: "sentence_transformers.models.Dense" for names in structure.values() for name in names}
+    types = {name: MODULE_TYPE + "Dense" for names in structure.values() for name in names}
     parameters = {"default_route": "document", "allow_empty_key": True}
     write_json(folder / ROUTER_CONFIG_FILE, {"types": types, "structure": structure, "parameters": parameters})
 
