@@ -1,21 +1,20 @@
 """Small maps on embeddings, for queries, documents or both, which improve a model without running it again.
 
-A map starts at the identity, so training starts from the base model. A query-side adapter leaves the documents' vectors
-alone: nothing is embedded or indexed again, and the base may be any model, even one behind an API. Not here: the maps
-(maps.py), fitting (training/fit_adapter.py), and the vectors themselves (embedder.py, store.py).
-
     adapter = Adapter(query=LinearMap(384))
     adapter(queries_ND, role="query"), adapter(documents_MD, role="document")
     adapter.save("adapter"); adapter = Adapter.load("adapter")
 
+The base may be any model, even one behind an API. Maps: maps.py; fitting: training/fit_adapter.py.
+
 Shapes: N vectors, D features in, E features out.
 """
 
+import contextlib
 import io
 import pickle
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +26,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from ..files import atomic_write, read_object, sha256_file, write_json
-from .maps import LinearMap, LowRank, Map, TwoLayer, build_map
+from .maps import Map, build_map
 
 ROLES = ("query", "document")
 SIDES = ("query", "document", "both", "shared")
@@ -77,18 +76,14 @@ class Adapter(nn.Module):
         # Filled in by `fit_adapter`.
         self.history: list[dict[str, Any]] = []
         self.costs: dict[str, Any] = {}
-        some = query or document
-        self.in_features, self.out_features = some.in_features, some.out_features
-        for role, other in (("document", document), ("query", query)):
-            if other is None and self.in_features != self.out_features:
-                raise ValueError(
-                    f"the map makes {self.out_features} of {self.in_features} features, but a {role} has none and "
-                    f"keeps its {self.in_features}: expected a map of its own, or a shared one"
-                )
-        if query is not None and document is not None:
-            sizes = [(part.in_features, part.out_features) for part in (query, document)]
-            if sizes[0] != sizes[1]:
-                raise ValueError(f"features in and out are {sizes[0]} of queries and {sizes[1]} of documents")
+        given = [part for part in (query, document) if part is not None]
+        self.in_features, self.out_features = given[0].in_features, given[0].out_features
+        if len(given) == 1 and self.in_features != self.out_features:
+            role, sizes = "document" if query else "query", f"makes {self.out_features} of {self.in_features} features"
+            raise ValueError(f"the map {sizes}, but a {role} has none and keeps its {self.in_features}")
+        sizes = [(part.in_features, part.out_features) for part in given]
+        if sizes[0] != sizes[-1]:
+            raise ValueError(f"features in and out are {sizes[0]} of queries and {sizes[1]} of documents")
         if base is not None and base.dim != self.in_features:
             raise ValueError(f"the base {base.name} has {base.dim} features, the adapter takes {self.in_features}")
 
@@ -121,8 +116,6 @@ class Adapter(nn.Module):
 
     def transform(self, embeddings_ND: np.ndarray, role: str = "query", *, slice_rows: int = 16_384) -> np.ndarray:
         """The mapped vectors of an array, [N, E] float32, `slice_rows` at a time; unit rows with `normalize`."""
-        if embeddings_ND.ndim != 2:
-            raise ValueError(f"vectors are {list(embeddings_ND.shape)}, the adapter takes [N, {self.in_features}]")
         mapped_NE = np.empty((len(embeddings_ND), self.out_features), dtype=np.float32)
         device = next(self.parameters()).device
         with torch.inference_mode():
@@ -143,10 +136,8 @@ class Adapter(nn.Module):
         for role, found in base.fingerprints.items():
             expected = self.base.fingerprints.get(role)
             if expected is not None and expected != found:
-                raise ValueError(
-                    f"the adapter is for {self.base.name} ({role} {expected[:12]}), this is {base.name} "
-                    f"({role} {found[:12]}): other weights, lengths or prompts"
-                )
+                bases = f"{self.base.name} ({role} {expected[:12]}), this is {base.name} ({role} {found[:12]})"
+                raise ValueError(f"the adapter is for {bases}: other weights, lengths or prompts")
 
     def save(self, folder: str | Path, *, format: str = "embedft", base: Base | None = None) -> None:
         """Writes the adapter to a folder, each file atomically, adapter.json last.
@@ -156,9 +147,7 @@ class Adapter(nn.Module):
                 pytorch_model.bin), which holds a linear or two-layer map of queries and does not name the base.
             base: replaces the adapter's own.
 
-        Raises:
-            ValueError: an unknown format, or one that cannot hold this adapter; LlamaIndex's in a folder with an
-                adapter.json, which `load` would prefer.
+        Raises `ValueError` for a format that is unknown or cannot hold this adapter.
         """
         if format not in FORMATS:
             raise ValueError(f"format is {format!r}, expected one of {', '.join(FORMATS)}")
@@ -177,33 +166,32 @@ class Adapter(nn.Module):
         with atomic_write(folder / WEIGHTS_FILE, "wb") as file:
             file.write(save(tensors))
         maps = {role: self.map_of(role) for role in ROLES}
-        write_json(
-            folder / CONFIG_FILE,
-            {
-                "format_version": FORMAT_VERSION,
-                "side": self.side,
-                **{role: part and {"kind": part.kind, **part.settings()} for role, part in maps.items()},
-                "normalize": self.normalize,
-                "base": base._asdict() if (base := base or self.base) else None,
-                "weights_sha256": sha256_file(folder / WEIGHTS_FILE),
-            },
-        )
+        config = {role: part and {"kind": part.kind, **part.settings()} for role, part in maps.items()}
+        config |= {"format_version": FORMAT_VERSION, "side": self.side, "normalize": self.normalize}
+        config |= {"base": base._asdict() if (base := base or self.base) else None}
+        write_json(folder / CONFIG_FILE, config | {"weights_sha256": sha256_file(folder / WEIGHTS_FILE)})
 
     @classmethod
     def load(cls, folder: str | Path) -> "Adapter":
-        """The adapter in a folder, in either format of `save`; a pickle may hold nothing but tensors.
-
-        Raises `ValueError` naming a file that is missing or damaged.
-        """
+        """The adapter in a folder, in either format of `save`. Raises `ValueError` for a missing or damaged file."""
         folder = Path(folder)
         if (folder / CONFIG_FILE).is_file():
             return _load(folder)
         if (folder / LLAMAINDEX_CONFIG).is_file() and (folder / LLAMAINDEX_WEIGHTS).is_file():
             return _from_llamaindex(folder)
-        raise ValueError(
-            f"{folder}: no adapter, expected {CONFIG_FILE} and {WEIGHTS_FILE}, "
-            f"or LlamaIndex's {LLAMAINDEX_CONFIG} and {LLAMAINDEX_WEIGHTS}"
-        )
+        formats = f"{CONFIG_FILE} and {WEIGHTS_FILE}, or LlamaIndex's {LLAMAINDEX_CONFIG} and {LLAMAINDEX_WEIGHTS}"
+        raise ValueError(f"{folder}: no adapter, expected {formats}")
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Says which file lacks a field, or has a wrong one."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{path}: no {error}") from None
+    except (ValueError, TypeError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _load(folder: Path) -> Adapter:
@@ -216,7 +204,7 @@ def _load(folder: Path) -> Adapter:
     if sha256_file(weights) != config.get("weights_sha256"):
         raise ValueError(f"{weights}: cut off, or of another adapter (its SHA-256 is not the one in {CONFIG_FILE})")
     maps: dict[str, Map | None] = {}
-    try:
+    with _naming(path):
         for role in ROLES:
             maps[role] = None if config[role] is None else build_map(**config[role])
         if config["side"] == "shared":
@@ -226,10 +214,6 @@ def _load(folder: Path) -> Adapter:
             base = base._replace(fingerprints={})  # hashed differently, so they cannot be compared
         adapter = Adapter(**maps, base=base, normalize=config["normalize"])
         tensors = load(weights.read_bytes())
-    except KeyError as error:
-        raise ValueError(f"{path}: no {error}") from None
-    except (ValueError, TypeError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path}: {error}") from None
     if adapter.side == "shared":
         tensors |= {f"document.{name.partition('.')[2]}": tensor for name, tensor in tensors.items()}
     return _filled(adapter, tensors, weights)
@@ -248,29 +232,26 @@ def _filled(adapter: Adapter, tensors: Mapping[str, Tensor], path: Path) -> Adap
     return adapter.eval()
 
 
-# LlamaIndex's name of a tensor -> ours, of a linear map and of one with two layers.
+# LlamaIndex's names -> ours: of tensors and of settings, of a linear map and of what one with two layers has besides.
 LLAMAINDEX_LINEAR = {"linear.weight": "weight", "linear.bias": "bias"}
-LLAMAINDEX_TWO_LAYER = {
-    "linear1.weight": "weight1",
-    "linear1.bias": "bias1",
-    "linear2.weight": "weight2",
-    "linear2.bias": "bias2",
-    "residual_weight": "scale",
+LLAMAINDEX_TWO_LAYER = {f"linear{i}.{kind}": f"{kind}{i}" for i in (1, 2) for kind in ("weight", "bias")} | {
+    "residual_weight": "scale"
 }
+LLAMAINDEX_SETTINGS = {"in_features": "in_features", "out_features": "out_features", "bias": "bias"}
+LLAMAINDEX_MORE = {"hidden_features": "hidden", "activation_fn_str": "activation", "add_residual": "residual"}
 
 
 def _to_llamaindex(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
     part = adapter.query
-    if adapter.side != "query" or isinstance(part, LowRank):
-        kind = part.kind if part is not None else adapter.document.kind
-        raise ValueError(f"the format 'llamaindex' holds a linear or two-layer map of queries, this is {kind} for "
-                         f"{adapter.side}")  # fmt: skip
-    config = {"in_features": part.in_features, "out_features": part.out_features, "bias": part.settings()["bias"]}
-    names = LLAMAINDEX_LINEAR if isinstance(part, LinearMap) else LLAMAINDEX_TWO_LAYER
-    state = {name: tensor.cpu().clone() for name, tensor in part.state_dict().items()}
-    if isinstance(part, TwoLayer):
-        config |= {"hidden_features": part.hidden, "activation_fn_str": part.activation, "add_residual": part.residual}
+    if adapter.side != "query" or part.kind == "low_rank":
+        found = f"{adapter.maps()[0].kind} for {adapter.side}"
+        raise ValueError(f"the format 'llamaindex' holds a linear or two-layer map of queries, this is {found}")
+    two_layers, state = part.kind == "two_layer", {name: x.cpu().clone() for name, x in part.state_dict().items()}
+    names = LLAMAINDEX_SETTINGS | (LLAMAINDEX_MORE if two_layers else {})
+    config = {theirs: part.settings()[ours] for theirs, ours in names.items()}
+    if two_layers:
         state.setdefault("scale", torch.zeros(1))  # theirs is always there
+    names = LLAMAINDEX_TWO_LAYER if two_layers else LLAMAINDEX_LINEAR
     return config, {theirs: state[ours] for theirs, ours in names.items() if ours in state}
 
 
@@ -278,28 +259,19 @@ def _from_llamaindex(folder: Path) -> Adapter:
     path, weights = folder / LLAMAINDEX_CONFIG, folder / LLAMAINDEX_WEIGHTS
     config = read_object(path)
     two_layers = "hidden_features" in config
-    # Checked first, because torch may fail in any way on something that is not an archive.
-    if not zipfile.is_zipfile(weights):
-        raise ValueError(f"{weights}: not a complete file of plain tensors")
     try:
+        if not zipfile.is_zipfile(weights):  # on which torch may fail in any way
+            raise RuntimeError
         tensors = torch.load(weights, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError):
         raise ValueError(f"{weights}: not a complete file of plain tensors") from None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ValueError(f"{weights}: holds something other than named tensors")
-    options = {}
-    try:
-        if two_layers:
-            options = {"hidden": config["hidden_features"], "activation": config["activation_fn_str"]}
-            options["residual"] = config["add_residual"]
-        kind = "two_layer" if two_layers else "linear"
-        part = build_map(kind, config["in_features"], config["out_features"], bias=config["bias"], **options)
-        adapter = Adapter(part)
-    except KeyError as error:
-        raise ValueError(f"{path}: no {error}") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    names = LLAMAINDEX_SETTINGS | (LLAMAINDEX_MORE if two_layers else {})
+    with _naming(path):
+        settings = {ours: config[theirs] for theirs, ours in names.items()}
+        adapter = Adapter(build_map("two_layer" if two_layers else "linear", **settings))
     names = LLAMAINDEX_TWO_LAYER if two_layers else LLAMAINDEX_LINEAR
-    if two_layers and not part.residual:
+    if two_layers and not settings["residual"]:
         tensors.pop("residual_weight", None)
     return _filled(adapter, {f"query.{names.get(name, name)}": tensor for name, tensor in tensors.items()}, weights)

@@ -1,10 +1,8 @@
-"""Maps from vectors to vectors that start at the identity: the parts of an adapter.
+"""Maps from vectors to vectors that start at the identity: the parts of an adapter (adapter.py).
 
     part = build_map("low_rank", 384, rank=16)
     part(x_ND)                # [N, 384], equal to x before training
     part.departure()          # how far it is from the identity
-
-Not here: which vectors they map, and their files (adapter.py).
 
 Shapes: N vectors, D features in, E features out, R rank, H hidden features.
 """
@@ -28,14 +26,39 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class LinearMap(nn.Module):
+class Map(nn.Module):
+    """What all maps have: sizes, a bias or none, and `settings`, the arguments of `build_map` for an untrained one."""
+
+    kind: str
+
+    def __init__(self, in_features: int, out_features: int | None, sizes: dict[str, int] | None = None, **options: Any):
+        super().__init__()
+        sizes = {"in_features": in_features, "out_features": out_features or in_features, **(sizes or {})}
+        for name, size in sizes.items():
+            if type(size) is not int or size < 1:
+                raise ValueError(f"{name} is {size!r}, expected a number of at least 1")
+        self.in_features, self.out_features = sizes["in_features"], sizes["out_features"]
+        self._settings = sizes | options
+
+    def settings(self) -> dict[str, Any]:
+        return dict(self._settings)
+
+    def departure(self) -> Tensor:
+        """How far the map is from the identity: a scalar, with gradient."""
+        raise NotImplementedError
+
+    def dense(self) -> tuple[Tensor, Tensor | None]:
+        """(W, b) of the map. Raises `ValueError` if it is not linear."""
+        raise NotImplementedError
+
+
+class LinearMap(Map):
     """W x + b. W [E, D] starts as the identity (its first rows or columns if E is not D), b as 0."""
 
     kind = "linear"
 
     def __init__(self, in_features: int, out_features: int | None = None, *, bias: bool = True):
-        super().__init__()
-        self.in_features, self.out_features = _sizes(in_features=in_features, out_features=out_features or in_features)
+        super().__init__(in_features, out_features, bias=bias)
         self.weight = nn.Parameter(torch.eye(self.out_features, self.in_features))
         self.bias = nn.Parameter(torch.zeros(self.out_features)) if bias else None
 
@@ -43,25 +66,18 @@ class LinearMap(nn.Module):
         return _linear(x_ND, self.weight, self.bias)
 
     def departure(self) -> Tensor:
-        """(||W - I||^2 + ||b||^2) / E: how far the map is from the identity."""
+        """(||W - I||^2 + ||b||^2) / E."""
         away = self.weight - torch.eye(*self.weight.shape, dtype=self.weight.dtype, device=self.weight.device)
         return (away.square().sum() + _square(self.bias)) / self.out_features
 
-    def settings(self) -> dict[str, Any]:
-        """The arguments of `build_map` for an untrained one."""
-        return {"in_features": self.in_features, "out_features": self.out_features, "bias": self.bias is not None}
-
     def dense(self) -> tuple[Tensor, Tensor | None]:
-        """(W, b) of the map."""
         return self.weight.detach(), None if self.bias is None else self.bias.detach()
 
 
-class LowRank(nn.Module):
+class LowRank(Map):
     """x + U V x + b, with U [E, R] and V [R, D]; the first x is cut, or padded with zeros, to E features.
 
-    U and b start as 0, V as normal with variance 1 / D.
-
-    Source: Hu et al. 2022 (LoRA), section 4.1.
+    U and b start as 0, V as normal with variance 1 / D. Source: Hu et al. 2022 (LoRA), section 4.1.
     """
 
     kind = "low_rank"
@@ -75,10 +91,7 @@ class LowRank(nn.Module):
         bias: bool = True,
         generator: torch.Generator | None = None,
     ):
-        super().__init__()
-        self.in_features, self.out_features, self.rank = _sizes(
-            in_features=in_features, out_features=out_features or in_features, rank=rank
-        )
+        super().__init__(in_features, out_features, {"rank": rank}, bias=bias)
         self.up = nn.Parameter(torch.zeros(self.out_features, rank))
         self.down = nn.Parameter(torch.randn(rank, in_features, generator=generator) / math.sqrt(in_features))
         self.bias = nn.Parameter(torch.zeros(self.out_features)) if bias else None
@@ -92,19 +105,13 @@ class LowRank(nn.Module):
         product = ((self.up.T @ self.up) * (self.down @ self.down.T)).sum()
         return (product + _square(self.bias)) / self.out_features
 
-    def settings(self) -> dict[str, Any]:
-        """The arguments of `build_map` for an untrained one."""
-        sizes = {"in_features": self.in_features, "out_features": self.out_features}
-        return {**sizes, "rank": self.rank, "bias": self.bias is not None}
-
     def dense(self) -> tuple[Tensor, Tensor | None]:
-        """(W, b) of the map."""
         with torch.no_grad():
             weight = torch.eye(self.out_features, self.in_features).to(self.up) + self.up @ self.down
         return weight, None if self.bias is None else self.bias.detach()
 
 
-class TwoLayer(nn.Module):
+class TwoLayer(Map):
     """x + s (W2 act(W1 x + b1) + b2), with W1 [H, D], W2 [E, H] and a learnable scalar s; x as in `LowRank`.
 
     W2 and the biases start as 0, s as 1, W1 as normal with variance 1 / D. Without `residual` it is
@@ -124,13 +131,11 @@ class TwoLayer(nn.Module):
         residual: bool = True,
         generator: torch.Generator | None = None,
     ):
-        super().__init__()
-        self.in_features, self.out_features, self.hidden = _sizes(
-            in_features=in_features, out_features=out_features or in_features, hidden=hidden
-        )
+        options = {"bias": bias, "activation": activation, "residual": residual}
+        super().__init__(in_features, out_features, {"hidden": hidden}, **options)
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
-        self.activation, self.residual = activation, residual
+        self.activation = ACTIVATIONS[activation]
         self.weight1 = nn.Parameter(torch.randn(hidden, in_features, generator=generator) / math.sqrt(in_features))
         self.weight2 = nn.Parameter(torch.zeros(self.out_features, hidden))
         self.bias1 = nn.Parameter(torch.zeros(hidden)) if bias else None
@@ -138,8 +143,7 @@ class TwoLayer(nn.Module):
         self.scale = nn.Parameter(torch.ones(1)) if residual else None
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        hidden_NH = ACTIVATIONS[self.activation](_linear(x_ND, self.weight1, self.bias1))
-        mapped_NE = _linear(hidden_NH, self.weight2, self.bias2)
+        mapped_NE = _linear(self.activation(_linear(x_ND, self.weight1, self.bias1)), self.weight2, self.bias2)
         if self.scale is None:
             return mapped_NE
         return self.scale.to(x_ND.dtype) * mapped_NE + _resized(x_ND, self.out_features)
@@ -149,24 +153,11 @@ class TwoLayer(nn.Module):
         scale = 1.0 if self.scale is None else self.scale.square().sum()
         return scale * (self.weight2.square().sum() + _square(self.bias2)) / self.out_features
 
-    def settings(self) -> dict[str, Any]:
-        """The arguments of `build_map` for an untrained one."""
-        return {
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "hidden": self.hidden,
-            "bias": self.bias1 is not None,
-            "activation": self.activation,
-            "residual": self.residual,
-        }
-
     def dense(self) -> tuple[Tensor, Tensor | None]:
-        """Raises `ValueError`, because it is not linear."""
         raise ValueError("a two-layer adapter is not a linear map, so it cannot be written as a Dense module")
 
 
-Map = LinearMap | LowRank | TwoLayer
-KINDS: dict[str, type] = {kind.kind: kind for kind in (LinearMap, LowRank, TwoLayer)}
+KINDS: dict[str, type[Map]] = {kind.kind: kind for kind in (LinearMap, LowRank, TwoLayer)}
 
 
 def build_map(kind: str, in_features: int, out_features: int | None = None, **options: Any) -> Map:
@@ -189,10 +180,3 @@ def _resized(x_ND: Tensor, features: int) -> Tensor:
 
 def _square(bias: Tensor | None) -> Tensor | float:
     return 0.0 if bias is None else bias.square().sum()
-
-
-def _sizes(**sizes: int) -> list[int]:
-    for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"{name} is {size!r}, expected a number of at least 1")
-    return list(sizes.values())
