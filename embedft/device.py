@@ -1,10 +1,4 @@
-"""What each device can do: the only module that checks a device's type.
-
-Not here: moving tensors, and precision under autocast (training/train.py).
-
-    device = default_device()
-    describe(device)
-"""
+"""What each device can do: the only module that checks a device's type."""
 
 import contextlib
 import ctypes
@@ -19,11 +13,8 @@ import torch
 
 def default_device() -> torch.device:
     """CUDA if available, else MPS, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")
+    mps = "mps" if torch.backends.mps.is_available() else "cpu"
+    return torch.device("cuda" if torch.cuda.is_available() else mps)
 
 
 def find_device(name: str) -> torch.device:
@@ -33,15 +24,14 @@ def find_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        there += [other for other, is_there in (("mps", torch.backends.mps.is_available()), ("cpu", True)) if is_there]
+        there += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
         raise ValueError(f"device is {name!r}, expected one of {', '.join(there)} ({reason})") from None
 
 
 def has_packed_attention(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `torch.nn.attention.varlen` runs here: CUDA (Ampere or newer), half precision, no dropout."""
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    half = dtype in (torch.float16, torch.bfloat16)
+    return device.type == "cuda" and half and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def has_onednn_linear(device: torch.device, dtype: torch.dtype) -> bool:
@@ -50,13 +40,8 @@ def has_onednn_linear(device: torch.device, dtype: torch.dtype) -> bool:
     MKL, the BLAS of torch's x86 wheels, does not use AVX-512 on AMD: 186 GFLOP/s, while oneDNN reaches 370 for
     [5400, 384] x [384, 1536] (two cores of an EPYC of family 26, torch 2.13.0, 2026-11-21).
     """
-    return (
-        device.type == "cpu"
-        and dtype is torch.float32
-        and not torch.is_autocast_enabled("cpu")
-        and torch.backends.mkldnn.enabled
-        and _ONEDNN_LINEAR
-    )
+    plain = device.type == "cpu" and dtype is torch.float32 and not torch.is_autocast_enabled("cpu")
+    return plain and torch.backends.mkldnn.enabled and _ONEDNN_LINEAR
 
 
 # The operator behind torch.compile's CPU linear layers. It is private, so its absence must be harmless.
@@ -83,10 +68,7 @@ def batch_tokens(device: torch.device) -> int:
 
 
 def length_slack(device: torch.device) -> float:
-    """How much shorter than its longest a sequence of an attention group may be, as a fraction.
-
-    Padding inside attention saves kernel launches; the CPU has none, so its groups are of equal length.
-    """
+    """How much shorter than its longest a sequence of an attention group may be: padding saves kernel launches."""
     return 0.0 if device.type == "cpu" else 0.125
 
 

@@ -36,6 +36,7 @@ FORMATS = ("embedft", "llamaindex")
 
 
 def check_role(role: str) -> None:
+    """Raises `ValueError` for anything but "query" and "document"."""
     if role not in ROLES:
         raise ValueError(f"role is {role!r}, expected one of {', '.join(ROLES)}")
 

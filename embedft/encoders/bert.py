@@ -1,8 +1,7 @@
 """BERT (Devlin et al. 2019): token, position and segment embeddings, then post-norm transformer layers.
 
-The encoder only: no pooler, no heads. Whatever else a checkpoint of the family holds (`CARRIED`) is kept for saving.
-Dropout of the hidden layers follows the config. Dropout of the attention weights is 0 unless set, because it rules out
-torch's fused CPU kernel and every packed CUDA kernel.
+No pooler, no heads. Dropout of the hidden layers follows the config; that of the attention weights is 0 unless set,
+because it rules out torch's fused CPU kernel and every packed CUDA kernel.
 
     config = BertConfig.from_dict(json.load(open("config.json")))
     hidden_TD = Bert(config)(packed)
@@ -31,11 +30,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 # Ours -> the checkpoint's; several are stacked into one matrix, in this order.
 KEYS = {
-    "embeddings.token.weight": ("embeddings.word_embeddings.weight",),
-    "embeddings.position.weight": ("embeddings.position_embeddings.weight",),
-    "embeddings.token_type.weight": ("embeddings.token_type_embeddings.weight",),
-    "embeddings.norm.weight": ("embeddings.LayerNorm.weight",),
-    "embeddings.norm.bias": ("embeddings.LayerNorm.bias",),
+    "token.weight": "word_embeddings.weight",
+    "position.weight": "position_embeddings.weight",
+    "token_type.weight": "token_type_embeddings.weight",
+    "norm.weight": "LayerNorm.weight",
+    "norm.bias": "LayerNorm.bias",
 }
 LAYER_KEYS = {
     "qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
@@ -54,7 +53,7 @@ RENAMED = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.b
 
 @dataclass(frozen=True)
 class BertConfig:
-    """The fields of config.json that the encoder uses; `from_dict` takes the content of the file."""
+    """The fields of config.json that the encoder uses."""
 
     vocab_size: int
     hidden_size: int
@@ -140,10 +139,7 @@ class Layer(nn.Module):
 
 
 class Bert(nn.Module):
-    """Packed tokens -> hidden states [T, D].
-
-    `attention_dropout`: the probability on attention weights in training; 0 unless set.
-    """
+    """Packed tokens -> hidden states [T, D]. `attention_dropout` may be set: the probability, in training."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -161,7 +157,7 @@ class Bert(nn.Module):
 
 def key_map(config: BertConfig) -> dict[str, tuple[str, ...]]:
     """Every parameter of `Bert` -> the checkpoint's tensors that are stacked into it along the first dimension."""
-    keys = dict(KEYS)
+    keys = {f"embeddings.{ours}": (f"embeddings.{theirs}",) for ours, theirs in KEYS.items()}
     for i in range(config.num_hidden_layers):
         for ours, theirs in LAYER_KEYS.items():
             for kind in ("weight", "bias"):

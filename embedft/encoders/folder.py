@@ -1,11 +1,7 @@
 """The files of a model folder: config.json, model.safetensors, the tokenizer, sentence-transformers' module files.
 
 Reading is strict: a field of the wrong type, or anything the encoder family does not know or misses, is an error that
-names it. Nothing is unpickled. Not here: where a folder comes from, and the Embedder made of it (loading.py); writing
-(saving.py).
-
-    family, config, _ = read_config(folder)
-    carried = load_weights(family.encoder(config), folder / WEIGHTS_FILE, family, torch.float32)
+names it. Nothing is unpickled. Not here: where a folder comes from (loading.py); writing (saving.py).
 """
 
 from collections.abc import Callable, Mapping
@@ -52,14 +48,10 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
 
-def _is_length(value: Any) -> bool:
-    return type(value) in (int, float) and value >= 1
-
-
 # The fields that are read: {field: (what it should be, whether a value is that)}. null stands for an absent field.
 BOOL = ("true or false", lambda value: isinstance(value, bool))
 TEXT = ("a string", lambda value: isinstance(value, str))
-LENGTH = ("a number of tokens", _is_length)
+LENGTH = ("a number of tokens", lambda value: type(value) in (int, float) and value >= 1)
 SCHEMA = {
     CONFIG_FILE: {"model_type": TEXT, "dtype": TEXT, "torch_dtype": TEXT},
     POOLING_FOLDER: {
@@ -268,9 +260,8 @@ def _read_state(
                 raise ValueError(f"{path}: {rename(name)} is there twice, under this name and an older one")
             stored[rename(name)] = name
         extra = sorted(name for name in stored.keys() - wanted if not (carried and name.startswith(carried)))
-        faults = [f"missing {name}" for name in sorted(wanted - stored.keys())] + [
-            f"unexpected {name}" for name in extra
-        ]
+        faults = [f"missing {name}" for name in sorted(wanted - stored.keys())]
+        faults += [f"unexpected {name}" for name in extra]
         for ours, theirs in keys.items():
             shape = (own[ours].shape[0] // len(theirs), *own[ours].shape[1:])
             for name in theirs if not extra else ():

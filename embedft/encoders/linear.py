@@ -3,9 +3,6 @@
 `device.has_onednn_linear` says what it gains. The derivative is written out because the operator has none; it cannot be
 differentiated twice.
 
-    layer = Linear(384, 1536)
-    y_TE = layer(x_TD)
-
 Shapes: T tokens, D features in, E features out.
 """
 

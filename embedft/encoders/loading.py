@@ -1,9 +1,7 @@
 """Loads an Embedder from a folder, the Hugging Face hub, or an installed package.
 
-The files themselves are read in folder.py.
-
-    embedder = load_embedder("sentence-transformers/all-MiniLM-L6-v2")
-    embedder.save("model")
+embedder = load_embedder("sentence-transformers/all-MiniLM-L6-v2")
+embedder.save("model")
 """
 
 import importlib.util
@@ -85,9 +83,8 @@ def load_embedder(
             A hub id that `PACKAGES` lists is looked for in the hub's cache, then in the package, then on the hub.
         device: None: CUDA, else MPS, else the CPU.
         dtype: of the weights. Use float32 (and autocast) for training; inference on a GPU may use bfloat16.
-        max_length: tokens a text is cut to; None: as the folder says.
-        revision: commit, tag or branch on the hub; None: the default branch.
-        prompts: {"query": ..., "document": ...}, in place of the folder's.
+        max_length, prompts: in place of the folder's.
+        revision: commit, tag or branch on the hub.
         store: a Store or its folder, where `encode` keeps vectors.
         adapter: an Adapter or its folder; None: the one saved with the model, if any.
         options: for "openai:MODEL" only, which takes no device, dtype, max_length or revision: base_url, price,
@@ -98,10 +95,9 @@ def load_embedder(
     """
     store = store if store is None or isinstance(store, Store) else Store(store)
     if str(name).startswith(API_PREFIX):
-        useless = {"device": device, "max_length": max_length, "revision": revision}
-        useless["dtype"] = None if dtype == torch.float32 else dtype
-        for argument, value in useless.items():
-            if value is not None:
+        local = {"device": device, "max_length": max_length, "revision": revision, "dtype": dtype}
+        for argument, value in local.items():
+            if value not in (None, torch.float32):
                 raise ValueError(f"{name}: {argument} does not apply to a model behind an API")
         embedder = ApiEmbedder(str(name).removeprefix(API_PREFIX), prompts=prompts, store=store, **options)
     else:
@@ -132,10 +128,8 @@ def _load_folder(
     tokenizer = load_tokenizer(transformer, config, max_length)
     with torch.device("meta"):
         encoder = family.encoder(config)
-    carried, default = (
-        load_weights(encoder, transformer / WEIGHTS_FILE, family, dtype),
-        settings.get("default_prompt_name"),
-    )
+    carried = load_weights(encoder, transformer / WEIGHTS_FILE, family, dtype)
+    default = settings.get("default_prompt_name")
     if prompts is None:
         prompts = settings.get("prompts", {})
         for unused in (key for key, text in prompts.items() if text and key not in ROLES):
@@ -206,36 +200,26 @@ def _hub_folder(name: str, revision: str | None, *, local_files_only: bool) -> P
     """The snapshot's folder in the hub's cache; None if only the cache was asked and it lacks the model."""
     # Imported here because it takes a third of a second that a local folder does not need.
     import huggingface_hub
-    from huggingface_hub import utils
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors, utils
 
     # Raised since version 1 when a connection is lost for good; before that, an OSError.
     lost = (utils.httpx.HTTPError,) if hasattr(utils, "httpx") else ()
     try:
-        folder = huggingface_hub.snapshot_download(
-            name, revision=revision, allow_patterns=HUB_FILES, local_files_only=local_files_only
-        )
-    except LocalEntryNotFoundError:
+        options = {"allow_patterns": HUB_FILES, "local_files_only": local_files_only}
+        folder = Path(huggingface_hub.snapshot_download(name, revision=revision, **options))
+    except errors.LocalEntryNotFoundError:
         if local_files_only:
             return None
         raise ValueError(f"{name}: no such folder, not in the hub's cache, and the hub cannot be reached") from None
-    except RepositoryNotFoundError:
-        raise ValueError(
-            f"{name}: no such folder, and the hub shows no such model (a private one needs HF_TOKEN)"
-        ) from None
-    except RevisionNotFoundError:
+    except errors.RepositoryNotFoundError:
+        why = "the hub shows no such model (a private one needs HF_TOKEN)"
+        raise ValueError(f"{name}: no such folder, and {why}") from None
+    except errors.RevisionNotFoundError:
         raise ValueError(f"{name}: the hub has no revision {revision!r} of it") from None
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         raise ValueError(f"{name}: no such folder, and the hub says: {' '.join(str(error).split())}") from None
     except lost as error:
         raise ValueError(f"{name}: the hub was lost while downloading, try again: {error}") from None
     # A snapshot may hold only the files that another program asked for.
-    if local_files_only and not all((Path(folder) / name).is_file() for name in (WEIGHTS_FILE, TOKENIZER_FILE)):
-        return None
-    return Path(folder)
+    whole = all((folder / file).is_file() for file in (WEIGHTS_FILE, TOKENIZER_FILE))
+    return folder if whole or not local_files_only else None

@@ -1,9 +1,6 @@
 """Packed tokens and attention over them: the sequences of a batch laid end to end, without padding.
 
-Linear layers, norms and embeddings work on one [T, D] matrix. Only attention needs to know where a sequence ends;
-`Sequences` tells it in the form that the device's kernel takes.
-
-Not here: truncation (tokenization.py) and pooling (pooling.py).
+Linear layers, norms and embeddings work on one [T, D] matrix; only attention needs to know where a sequence ends.
 
     packed = pack([[101, 7592, 102], [101, 102]])
     packed.cu_seqlens       # tensor([0, 3, 5])
@@ -50,13 +47,7 @@ class Packed(NamedTuple):
 def pack(
     sequences: Sequence[Sequence[int]], *, prompt_length: int | None = None, source: Sequence[int] | None = None
 ) -> Packed:
-    """Lays token ids end to end.
-
-    Args:
-        sequences: token ids of each sequence, at least one token each.
-        prompt_length: leading tokens of every sequence that pooling leaves out; None: none.
-        source: the text that each sequence comes from; None: each is a text of its own.
-    """
+    """Lays token ids end to end; pooling leaves out `prompt_length` leading tokens of each sequence, if any."""
     lengths = [len(sequence) for sequence in sequences]
     if not lengths:
         raise ValueError("there are no sequences to pack")
@@ -77,12 +68,11 @@ def pack(
 def concatenate(first: Packed, second: Packed) -> Packed:
     """The sequences of `first`, then those of `second`, as one batch without `source`."""
 
-    def both(name: str, absent: Callable[[Packed], Tensor]) -> Tensor | None:
-        """An optional tensor of both; `absent` replaces a missing one if the other has it."""
-        parts = [getattr(packed, name) for packed in (first, second)]
-        if parts == [None, None]:
+    def both(name: str, zeros: Callable[[Packed], Tensor]) -> Tensor | None:
+        parts = [(packed, getattr(packed, name)) for packed in (first, second)]
+        if all(tensor is None for _, tensor in parts):
             return None
-        return torch.cat([absent(p) if x is None else x for p, x in zip((first, second), parts, strict=True)])
+        return torch.cat([zeros(packed) if tensor is None else tensor for packed, tensor in parts])
 
     return Packed(
         input_ids=torch.cat([first.input_ids, second.input_ids]),
@@ -101,15 +91,10 @@ def take(packed: Packed, sequences_N: Tensor) -> Packed:
     # Token t of the new batch: its sequence's old start, plus its distance from the new start.
     tokens = torch.arange(int(cu_seqlens[-1]), device=sequences_N.device)
     tokens += (packed.cu_seqlens[:-1].long()[sequences_N] - cu_seqlens[:-1]).repeat_interleave(lengths)
-    return Packed(
-        packed.input_ids[tokens],
-        packed.positions[tokens],
-        cu_seqlens.to(torch.int32),
-        int(lengths.max()) if len(lengths) else 0,
-        None if packed.token_types is None else packed.token_types[tokens],
-        None if packed.prompt_lengths is None else packed.prompt_lengths[sequences_N],
-        None if packed.source is None else packed.source[sequences_N],
-    )
+    by_token = [x if x is None else x[tokens] for x in (packed.input_ids, packed.positions, packed.token_types)]
+    by_sequence = [x if x is None else x[sequences_N] for x in (packed.prompt_lengths, packed.source)]
+    longest = int(lengths.max()) if len(lengths) else 0
+    return Packed(*by_token[:2], cu_seqlens.to(torch.int32), longest, by_token[2], *by_sequence)
 
 
 def sort_by_length(packed: Packed) -> tuple[Packed, Tensor]:
@@ -144,10 +129,7 @@ class Group(NamedTuple):
 
 
 def group_sequences(lengths: Sequence[int], slack: float, device: torch.device) -> list[Group]:
-    """Groups neighbouring sequences so that the shortest has at least (1 - slack) times the longest's tokens.
-
-    Sorted input gives the fewest groups, but any order works. With slack 0 there is no padding.
-    """
+    """Groups neighbouring sequences so that the shortest has at least (1 - slack) times the longest's tokens."""
     groups, first = [], 0
     while first < len(lengths):
         last, shortest, longest = first, lengths[first], lengths[first]
@@ -189,11 +171,7 @@ def attention(qkv_T3HK: Tensor, sequences: Sequences, *, dropout: float = 0.0) -
     CUDA in half precision without dropout uses the packed kernel; everything else uses `scaled_dot_product_attention`,
     one call per group of neighbouring sequences of similar length.
 
-    Args:
-        qkv_T3HK: queries, keys and values, [T, 3, H, K].
-        sequences: of the same batch.
-        dropout: probability on the attention weights. Above 0, the CPU leaves torch's fused kernel and builds the
-            whole [N, H, L, L] matrix.
+    `dropout`, of the attention weights, makes the CPU leave its fused kernel and build the whole [N, H, L, L] matrix.
     """
     T, _, H, K = qkv_T3HK.shape
     if dropout == 0 and devices.has_packed_attention(qkv_T3HK.device, qkv_T3HK.dtype):

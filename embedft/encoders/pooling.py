@@ -1,13 +1,10 @@
 """Pools token vectors into one vector per sequence.
 
-All modes of sentence-transformers and attention pooling, over packed tokens. Sums accumulate in float32 (float64 stays
-float64), sequence by sequence, so a text's vector does not depend on its neighbours in the batch.
+Sums accumulate in float32 (float64 stays float64), sequence by sequence, so a text's vector does not depend on its
+neighbours in the batch. To add a pooling, write a function of `Tokens`, or a module of it that takes the hidden size
+(its weights train, are saved and count in every fingerprint), and name it in `POOLINGS`.
 
-    pooling = Pooling(("mean",), hidden_size=384)
-    embedding_BD = pooling(hidden_TD, packed)
-
-To add one, write a function of `Tokens`, or a module of it that takes the hidden size, and name it in `POOLINGS`. The
-weights of a module train, are saved and count in every fingerprint.
+    embedding_BD = Pooling(("mean",), hidden_size=384)(hidden_TD, packed)
 
 Shapes: T tokens, B sequences, D features.
 """
@@ -133,10 +130,9 @@ class Pooling(nn.Module):
                 raise ValueError(f"pooling mode is {name!r}, expected one of {', '.join(POOLINGS)}")
         self.names, self.include_prompt = tuple(names), include_prompt
         self.out_features = hidden_size * len(self.names)
-        self.functions = [POOLINGS[name] for name in self.names if not isinstance(POOLINGS[name], type)]
-        self.trained = nn.ModuleDict({
-            name: POOLINGS[name](hidden_size) for name in self.names if isinstance(POOLINGS[name], type)
-        })  # fmt: skip
+        classes = {name: POOLINGS[name] for name in self.names if isinstance(POOLINGS[name], type)}
+        self.functions = [POOLINGS[name] for name in self.names if name not in classes]
+        self.trained = nn.ModuleDict({name: make(hidden_size) for name, make in classes.items()})
 
     def forward(self, hidden_TD: Tensor, packed: Packed) -> Tensor:
         tokens, functions = Tokens(hidden_TD, packed), iter(self.functions)

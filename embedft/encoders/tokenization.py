@@ -1,11 +1,8 @@
-"""Texts to token ids, with the tokenizer that belongs to the weights.
+"""Texts to token ids, with the tokenizer that belongs to the weights; long texts to windows of tokens.
 
-The `tokenizers` library splits them; this module loads its files, truncates, and cuts long texts into windows. Texts
-are not stripped or otherwise changed first.
-
-    tokenizer = Tokenizer.load(folder, config, max_length=256)
-    tokenizer.encode(["a question"])      # [[101, 1037, 3160, 102]]
-    windows, source = tokenizer.windows(["a long text ..."], size=128, stride=64)
+tokenizer = Tokenizer.load(folder, config, max_length=256)
+tokenizer.encode(["a question"])      # [[101, 1037, 3160, 102]]
+windows, source = tokenizer.windows(["a long text ..."], size=128, stride=64)
 """
 
 import hashlib
@@ -22,13 +19,10 @@ TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json
 
 
 class Tokenizer:
-    """tokenizer.json with a maximum length.
+    """tokenizer.json (`backend`) as tokenizer_config.json (`config`) changes it, with a maximum length.
 
-    Args:
-        backend: the tokenizer; its padding and truncation settings are replaced.
-        config: the content of tokenizer_config.json, which is applied and saved again.
-        max_length: tokens a text is cut to, special tokens included.
-        lower_case: lower-case texts first (`do_lower_case` of sentence_bert_config.json).
+    `max_length`: tokens a text is cut to, special tokens included. `lower_case`: lower-case texts first
+    (`do_lower_case` of sentence_bert_config.json).
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, config: dict, *, max_length: int, lower_case: bool = False):
@@ -86,9 +80,8 @@ class Tokenizer:
     ) -> tuple[list[list[int]], list[int]]:
         """Token ids of overlapping windows of texts, in order, and the row of `texts` each window comes from.
 
-        A window looks like what `encode` returns: special tokens, the prompt's tokens, then those of the text. The next
-        one starts `stride` tokens of text later, and the last is the first that reaches the text's end. A text that
-        fits is one window, the same as `encode` returns with the prompt in front; so is an empty one.
+        A window looks like what `encode` returns: special tokens, the prompt's tokens, then those of the text. The last
+        is the first that reaches the text's end. A text that fits is one window; so is an empty one.
 
         Args:
             size: the most tokens of a window, special tokens and prompt included.
@@ -96,18 +89,13 @@ class Tokenizer:
                 where it ends, so every token is in a window.
             prompt: put in front of every window. If its last token merges with the start of a text, that token counts
                 as the text's.
-
-        Raises:
-            ValueError: a size beyond `max_length` or without room for a token of text; a stride below 1 or above size.
         """
         num_taken = self.backend.num_special_tokens_to_add(False)
         (prompt_ids,) = self.words([prompt])
         least = num_taken + len(prompt_ids) + 1
         if not least <= size <= self.max_length:
-            raise ValueError(
-                f"passages of {size} tokens, expected {least} ({num_taken} special tokens, {len(prompt_ids)} of the"
-                f" prompt, one of text) to {self.max_length} (max_length)"
-            )
+            parts = f"{num_taken} special tokens, {len(prompt_ids)} of the prompt, one of text"
+            raise ValueError(f"passages of {size} tokens, expected {least} ({parts}) to {self.max_length} (max_length)")
         if not 1 <= stride <= size:
             raise ValueError(f"passages start every {stride} tokens, expected 1 to their size, {size}")
         windows, source, texts = [], [], check_texts(texts)
@@ -164,18 +152,14 @@ def _cut(ids: list[int], special: list[int], prompt_ids: list[int], size: int, s
     front, behind = ids[:start], ids[stop:]
     room = size - len(front) - len(behind)
     step = min(stride, room)
-    num_windows = 1 + -(-(stop - start - room) // step)
-    return [
-        front + ids[first : min(first + room, stop)] + behind
-        for first in range(start, start + num_windows * step, step)
-    ]
+    last = start + -(-(stop - start - room) // step) * step
+    return [front + ids[i : min(i + room, stop)] + behind for i in range(start, last + 1, step)]
 
 
 def _configure(backend: tokenizers.Tokenizer, config: dict) -> None:
-    """Applies tokenizer_config.json as transformers 5 does, behind which the weights were trained.
+    """Applies tokenizer_config.json, from which BERT tokenizers take lower case, accents and CJK.
 
-    Its BERT tokenizers take lower case, accents and CJK from there, and not from tokenizer.json; tokens that it lists
-    and the vocabulary lacks are added. Source: transformers 5.23, `models/bert/tokenization_bert.py`.
+    Source: transformers 5.23, `models/bert/tokenization_bert.py`.
     """
     if config.get("tokenizer_class", "BertTokenizer").startswith("BertTokenizer"):
         backend.normalizer = normalizers.BertNormalizer(
