@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import safetensors
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..files import read_json, read_object
@@ -273,9 +272,6 @@ def _read_state(
         if faults:
             more = f", and {len(faults) - 5} more" if len(faults) > 5 else ""
             raise ValueError(f"{path}: {', '.join(faults[:5])}{more}")
-    try:
-        tensors = load_file(path)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
-    state = {ours: torch.cat([tensors.pop(stored[name]) for name in theirs]) for ours, theirs in keys.items()}
-    return state, {rename(name): tensor for name, tensor in tensors.items()}
+        tensors = {name: file.get_tensor(stored[name]) for name in stored}
+    state = {ours: torch.cat([tensors.pop(name) for name in theirs]) for ours, theirs in keys.items()}
+    return state, tensors

@@ -4,10 +4,9 @@
     rows_N = store.fill(space, texts, compute)      # compute(new texts) -> [M, D]
     vectors_ND = store.read(space, rows_N)
 
-A store is a folder: store.sqlite has the spaces and, for each batch of rows, the keys of its texts and the CRC-32 of
-each vector; NAME.ID.f32 has the vectors of a space, rows of dim float32, little-endian. Vectors reach the disk before
-the transaction that adds their keys, so a row exists only when it is complete; whatever a killed process left behind
-the last row is overwritten. A `Store` is for one thread at a time. Not here: what a fingerprint covers.
+store.sqlite: the spaces and, for each batch of rows, the keys of its texts and the CRC-32 of each vector; NAME.ID.f32:
+the vectors, rows of dim float32, little-endian. Vectors reach the disk before the transaction that adds their keys,
+so a row exists only when it is complete; what a killed process left is overwritten. For one thread at a time.
 
 Shapes: N texts, M of them, R rows of a space, D features.
 """
@@ -103,15 +102,9 @@ class Store:
     ) -> np.ndarray:
         """Computes and stores what is missing; returns the row of each text, [N] int64.
 
-        Processes that fill the same space take turns, a slice each, so no text is computed twice.
-
-        Args:
-            compute: M texts -> [M, D], finite; called once with each missing text.
-            slice_texts: texts computed at once: what a kill can lose, and the memory used.
-
-        Raises:
-            ValueError: a text that is not a str or not valid UTF-8, vectors of the wrong shape or not finite (naming
-                the row of `texts`), damaged files. What was stored before stays.
+        Processes that fill the same space take turns, a slice of `slice_texts` each, so `compute` (M texts -> [M, D])
+        is called once with each missing text. A kill loses one slice. Raises `ValueError` for a text that is not valid
+        UTF-8, vectors of the wrong shape or not finite (naming the row of `texts`), damaged files.
         """
         keys_N2, misses = text_keys(texts), self.misses
         opened = self._look(space)
@@ -138,10 +131,7 @@ class Store:
         return found_N
 
     def read(self, space: Space, rows: np.ndarray) -> np.ndarray:
-        """Vectors of the rows that `find` or `fill` returned, [len(rows), D] float32, each checked against its CRC-32.
-
-        Raises `ValueError` for a row that does not exist, or whose bytes are not those that were stored.
-        """
+        """Vectors of the rows that `find` or `fill` returned, [len(rows), D] float32. Raises for damage."""
         opened, rows = self._opened.get(space.fingerprint) or self._look(space), np.asarray(rows, dtype=np.int64)
         if rows.size and not 0 <= rows.min() <= rows.max() < len(opened):
             raise ValueError(f"{self.folder}: rows are {rows.min()} to {rows.max()}, expected 0 to {len(opened) - 1}")
@@ -153,10 +143,7 @@ class Store:
 
     @contextlib.contextmanager
     def turn(self, space: Space) -> Iterator[None]:
-        """Held while vectors of a space are computed (or paid for), so that no two processes do the same work.
-
-        Others wait, then look again; reading needs no turn. Whoever has the turn may take it again.
-        """
+        """Held while vectors of a space are computed or paid for: others wait, then look again. May be taken again."""
         if space.name in self._turns:
             yield
             return
@@ -228,8 +215,7 @@ class Store:
     def verify(self, name: str, *, repair: bool = False) -> tuple[int, np.ndarray]:
         """Reads all of a space; returns its number of texts and the rows whose vectors are damaged, ascending.
 
-        `repair` also drops these rows, so that their texts are computed again; the others keep their numbers. Raises
-        `ValueError` for an unknown name or a damaged database.
+        `repair` also drops these rows, so that their texts are computed again; the others keep their numbers.
         """
         with self._transaction(write=repair) as database:
             (state,) = database.execute("PRAGMA quick_check(1)").fetchone()
@@ -256,10 +242,7 @@ class Store:
         return num_texts, damaged
 
     def prune(self, *names: str) -> None:
-        """Removes spaces: all of them or, when a name is unknown, none.
-
-        A process that reads one continues; one that fills it starts it again.
-        """
+        """Removes spaces: all of them or, when a name is unknown, none. A process that fills one starts it again."""
         with self._transaction(write=True) as database:
             for identity, *_ in [self._named(database, name) for name in dict.fromkeys(names)]:
                 database.execute("DELETE FROM batches WHERE space = ?", (identity,))
