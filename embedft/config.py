@@ -242,6 +242,8 @@ def _prepare(arguments: Sequence[str], options: dict[str, dataclasses.Field], pa
                 parser.add_argument(f"{_option(name)}{inner}", **how)
             elif kind is bool and not rest and following not in ("true", "false", "True", "False"):
                 word += "=true"
+        elif word.startswith("-") and words and re.fullmatch("--[^=]+", words[-1]):
+            word = f"{words.pop()}={word}"  # a value: argparse takes -1e-3 for an option
         words.append(word)
     return words
 

@@ -136,6 +136,7 @@ def test_check_types():
         ("--epochs 7 --lr=1", {"epochs": 7, "lr": 1.0}),
         ("--lr 2e-5", {"lr": 2e-5}),
         ("--lr .5", {"lr": 0.5}),
+        ("--lr -1e-3 --select -x", {"lr": -0.001, "select": "-x"}),
         ("--eval_every 5", {"eval_every": 5}),
         ("--eval-every null", {"eval_every": None}),
         ("--eval-every None", {"eval_every": None}),
