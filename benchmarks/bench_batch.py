@@ -38,7 +38,7 @@ class Ours:
     def __init__(self, model: str):
         self.embedder = self.model = load_embedder(model, device="cpu")
         self.loss = build_loss({"name": "in_batch_negatives"})
-        self.optimizer = build_optimizer(self.model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
+        self.optimizer = build_optimizer(self.model, lr=LR, weight_decay=WEIGHT_DECAY)
 
     def prepare(self, size: int) -> None:
         """Makes the batch for the calls that follow; query i's document is document i."""
@@ -79,7 +79,7 @@ class SentenceTransformers(Ours):
         self.model = SentenceTransformer(model, device="cpu")
         rows = MINI_BATCH_TOKENS // TEXT_TOKENS
         self.loss = CachedMultipleNegativesRankingLoss(self.model, mini_batch_size=rows)
-        self.optimizer = build_optimizer(self.model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
+        self.optimizer = build_optimizer(self.model, lr=LR, weight_decay=WEIGHT_DECAY)
 
     def prepare(self, size: int) -> None:
         texts = make_texts(self.embedder, 2 * size, seed=size)

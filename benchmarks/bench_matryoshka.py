@@ -37,7 +37,7 @@ class Ours(bench_train.Ours):
 
     def start(self, batches: Iterator[Batch]) -> None:
         """Takes the first batch and builds the optimizer."""
-        self.optimizer = build_optimizer(self.model.parameters(), lr=LR, weight_decay=0.0)
+        self.optimizer = build_optimizer(self.model, lr=LR, weight_decay=0.0)
         self.batches, self.batch, self.num_steps = batches, next(batches), 0
 
 

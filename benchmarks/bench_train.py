@@ -33,7 +33,7 @@ class Ours:
         self.model, self.loss = self.embedder, build_loss({"name": "in_batch_negatives"})
         batches = make_batches(RetrievalDataset.load(train_file), self.embedder.pack, batch_size=BATCH_SIZE, seed=SEED)
         self.batches = (batch for epoch in range(100) for batch in batches.epoch(epoch) if _distinct(batch))
-        self.optimizer = build_optimizer(self.embedder.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
+        self.optimizer = build_optimizer(self.embedder, lr=LR, weight_decay=WEIGHT_DECAY)
         self.batch, self.num_steps = next(self.batches), 0
 
     def loss_of_batch(self) -> torch.Tensor:
@@ -71,7 +71,7 @@ class SentenceTransformers(Ours):
         self.peer_loss = MultipleNegativesRankingLoss(self.model)
         batches = make_batches(self.dataset, lambda texts, *, role: texts, batch_size=BATCH_SIZE, seed=SEED)
         self.batches = (batch for epoch in range(100) for batch in batches.epoch(epoch) if _distinct(batch))
-        self.optimizer = build_optimizer(self.model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
+        self.optimizer = build_optimizer(self.model, lr=LR, weight_decay=WEIGHT_DECAY)
         self.batch, self.num_steps = next(self.batches), 0
 
     def loss_of_batch(self) -> torch.Tensor:

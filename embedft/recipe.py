@@ -160,7 +160,7 @@ def _prepare(job: _Job, existing: str) -> None:
     for name in job.given.keys() & REPLACED.keys():
         config.check_unused(REPLACED[name], f"{name} is given as an object, which replaces it")
     job.loss = job.given.get("loss") or configured_loss(config)
-    if not (isinstance(job.loss, nn.Module) and any(True for _ in job.loss.parameters())):
+    if not (isinstance(job.loss, nn.Module) and list(job.loss.parameters())):
         config.check_unused(("loss_lr",), "the loss has no parameters")
     is_unsaid = "loss" not in job.given and _lacks_similarity(config.loss)
     if embedder.similarity == "dot" and not embedder.normalize and is_unsaid:
@@ -172,8 +172,7 @@ def _prepare(job: _Job, existing: str) -> None:
         evaluate_run(Run.from_dict({}), job.validation, **job.measured())  # an error if there is nothing to find
         if (shared := job.validation.shares_with(data)) and distributed.rank_and_size()[0] == 0:
             warnings.warn(shared, stacklevel=3)
-    if config.max_length is not None:
-        embedder.max_length = config.max_length
+    embedder.max_length = config.max_length or embedder.max_length
     embedder.encoder.attention_dropout = config.attention_dropout
     job.config = replace(config, max_length=embedder.max_length)  # so that config.json says what it was
     if config.passages is not None:
@@ -190,11 +189,9 @@ def _prepare(job: _Job, existing: str) -> None:
 
 def _open(job: _Job, existing: str, allow_changed_code: bool, own_length: int, stack: contextlib.ExitStack) -> None:
     """Locks the run folder, proves that the model can be saved, and opens the run."""
-    settings, objects = asdict(job.config), {name: describe_object(value) for name, value in job.given.items()}
-    for name, reference in job.references.items():
-        if f"reference {name}" not in job.hashes:
-            objects[f"reference {name}"] = describe_object(reference)
-    if objects:
+    settings = asdict(job.config)
+    given = job.given | {f"reference {name}": reference for name, reference in job.references.items()}
+    if objects := {name: describe_object(value) for name, value in given.items() if name not in job.hashes}:
         settings["objects"] = objects
     distributed.check_same({**job.hashes, **settings})
 
@@ -204,7 +201,7 @@ def _open(job: _Job, existing: str, allow_changed_code: bool, own_length: int, s
         shutil.rmtree(job.out / runs.TRIAL)
         opening = {"device": job.embedder.device, "existing": existing, "allow_changed_code": allow_changed_code}
         runs.open_run(job.out, settings, hashes=job.hashes, **opening)
-        # The base as it is, not truncated. Otherwise the first validation is of the base.
+        # The base as it is, not truncated. Else the first validation will be of the base.
         if job.lacks_base() and ("evaluate" in job.given or own_length != job.config.max_length):
             job.embedder.max_length = own_length
             job.report().save(job.out / runs.EVAL / VALIDATION_BASE)
@@ -242,10 +239,7 @@ def _close(job: _Job) -> None:
 
 
 def _renewed(job: _Job, batches: BatchSource | None) -> BatchSource:
-    """The batches, with negatives and windows found by the model as it is; rank 0 searches for all ranks.
-
-    Devices that round differently may differ in the best of nearly equal documents.
-    """
+    """The batches, with negatives and windows found by the model as it is; rank 0 searches for all ranks."""
     embedder, config = job.embedder, job.config
     if config.mine_every is not None:
         batches = _make_batches(embedder, _mined(job), config)

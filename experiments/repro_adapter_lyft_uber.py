@@ -32,8 +32,8 @@ from embedft import (
     load_embedder,
 )
 from embedft.retrieval.tables import format_table
-from embedft.training.closed_forms import procrustes, relevant_pairs, ridge
 
+from .closed_forms import procrustes, relevant_pairs, ridge
 from .commandline import make_parser, run
 from .report import compare_recipes, difference_cells
 from .sources import find_data

@@ -27,7 +27,7 @@ def make_state(seed: int, steps: int = 3, *, loss: nn.Module | None = None, at: 
         torch.manual_seed(seed)
         model = Model(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
         model[0].weight.requires_grad_(False)
-        optimizer = build_optimizer(model.parameters(), lr=0.1, weight_decay=0.1)
+        optimizer = build_optimizer(model, lr=0.1, weight_decay=0.1)
         own = [] if loss is None else list(loss.parameters())
         if own:
             optimizer.add_param_group({"params": own, "weight_decay": 0.0})

@@ -113,7 +113,7 @@ def test_gather_by_hand(tmp_path):
     assert found == [(whole, 550.0, [[5.0], [40.0]]), (whole, 550.0, [[30.0]])]
 
 
-def gradients_by_hand(bucket_elements):
+def gradients_by_hand():
     both, first, second, none, of_loss, bare = (Parameter(torch.zeros(2, 1, dtype=torch.float64)) for _ in range(6))
     of_loss.data = of_loss.data.float()
     both.grad = torch.tensor([[1.0], [2.0]]).double() * (1 + rank())
@@ -122,19 +122,15 @@ def gradients_by_hand(bucket_elements):
     else:
         second.grad = torch.tensor([[7.0], [8.0]]).double()
     of_loss.grad = torch.full((2, 1), 9.0 + rank())
-    distributed.sum_gradients([both, first, second, none], of_first=[of_loss, bare], bucket_elements=bucket_elements)
+    distributed.sum_gradients([both, first, second, none], of_first=[of_loss, bare])
     assert of_loss.grad.dtype is torch.float32
     return [None if p.grad is None else p.grad.flatten().tolist() for p in (both, first, second, none, of_loss, bare)]
-
-
-def in_buckets():
-    return [gradients_by_hand(bucket_elements) for bucket_elements in (1, 3, 4, 100)]
 
 
 def test_gradients_by_hand(tmp_path):
     """(1, 2) + 2 (1, 2) = (3, 6); what one rank has alone; none where none has; of the loss's own the first rank's."""
     summed = [[3.0, 6.0], [5.0, 6.0], [7.0, 8.0], None, [9.0, 9.0], None]
-    assert run_ranks(2, in_buckets, folder=tmp_path) == [[summed] * 4] * 2
+    assert run_ranks(2, gradients_by_hand, folder=tmp_path) == [summed] * 2
 
 
 def what_ranks_tell_each_other():
@@ -167,9 +163,6 @@ def what_ranks_tell_each_other():
         "all fail": lambda: distributed.together(lambda: fails_on(rank(), ValueError(f"of {rank()}"))),
         "the same": lambda: distributed.check_same({"lr": 1, "seed": [2]}),
         "another": lambda: distributed.check_same({"lr": 1, "seed": rank()}),
-        "one device": lambda: distributed.check_devices(torch.device("cuda:0")),
-        "two devices": lambda: distributed.check_devices(torch.device(f"cuda:{rank()}")),
-        "the CPU": lambda: distributed.check_devices(torch.device("cpu")),
         "one more": lambda: distributed.check_same({"lr": 1} | ({"seed": 3} if rank() else {})),
     }.items():
         try:
@@ -202,8 +195,6 @@ def test_what_ranks_tell_each_other(tmp_path):
     for found in (first, second):
         assert found["the same"] is None
         assert found["another"] == (ValueError, "seed is 0 on rank 0 and 1 on rank 1")
-        assert found["two devices"] is found["the CPU"] is None
-        assert found["one device"] == (ValueError, "ranks 0 and 1 are both on cuda:0: load with device=rank_device()")
         assert found["one more"] == (ValueError, "seed is None on rank 0 and 3 on rank 1")
     assert first["devices"] == ["cpu", "cuda:0", "cuda:5", "cpu", "cuda:0"]
     assert second["devices"] == ["cpu", "cuda:1", "cuda:5", "cpu", "cuda:1"]

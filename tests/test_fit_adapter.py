@@ -1,4 +1,4 @@
-"""fit_adapter.py, corpus_softmax.py, closed_forms.py: by hand, against dense versions and the published loop."""
+"""fit_adapter.py, corpus_softmax.py, closed forms: by hand, against dense versions and the published loop."""
 
 import json
 import math
@@ -13,9 +13,9 @@ from embedft import LOSSES, Adapter, AdapterConfig, fit_adapter
 from embedft import device as devices
 from embedft.encoders.adapter import Base
 from embedft.encoders.maps import LinearMap, build_map
-from embedft.training.closed_forms import procrustes, relevant_pairs, ridge
 from embedft.training.corpus_softmax import Documents, Pairs, first_ranks, full_corpus_softmax
 from embedft.training.fit_adapter import _Judge
+from experiments.closed_forms import procrustes, relevant_pairs, ridge
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -141,8 +141,8 @@ def test_documents_of_a_memory_map(tmp_path):
         torch.testing.assert_close(found, torch.from_numpy(expected), rtol=0, atol=0)
         unit = torch.cat([documents.vectors(part) for part in documents.parts()])
         torch.testing.assert_close(unit, F.normalize(torch.from_numpy(expected), dim=1))
-        torch.testing.assert_close(documents.take(torch.tensor([3, 0, 3])), unit[[3, 0, 3]])
-        torch.testing.assert_close(documents.take(torch.tensor([2]), unit=False), torch.from_numpy(expected[2:3]))
+        torch.testing.assert_close(documents.vectors(torch.tensor([3, 0, 3])), unit[[3, 0, 3]])
+        torch.testing.assert_close(documents.vectors(torch.tensor([2]), unit=False), torch.from_numpy(expected[2:3]))
 
 
 # Fitting.

@@ -12,7 +12,7 @@ from embedft.training.optim import SCHEDULES, build_optimizer, lr_factor
 def test_one_step_by_its_formula():
     """First step of AdamW: the moments are unbiased, so a parameter moves by lr * g / (|g| + eps), after the decay."""
     weight, bias = nn.Parameter(torch.tensor([[1.0, -2.0]])), nn.Parameter(torch.tensor([3.0]))
-    optimizer = build_optimizer([weight, bias], lr=0.1, weight_decay=0.5)
+    optimizer = build_optimizer(nn.ParameterList([weight, bias]), lr=0.1, weight_decay=0.5)
     weight.grad, bias.grad = torch.tensor([[4.0, -1e-8]]), torch.tensor([-2.0])
     optimizer.step()
     # Decay: 1 - 0.1 * 0.5 = 0.95, for the matrix alone. The gradient of 1e-8 is as large as eps: half a step.
@@ -25,7 +25,7 @@ def test_one_step_by_its_formula():
 def test_matrices_are_decayed_biases_and_norms_are_not():
     model = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 2), nn.LayerNorm(2))
     model[1].weight.requires_grad_(False)
-    decayed, kept = build_optimizer(model.parameters(), lr=1e-3, weight_decay=0.01).param_groups
+    decayed, kept = build_optimizer(model, lr=1e-3, weight_decay=0.01).param_groups
     assert [id(p) for p in decayed["params"]] == [id(model[0].weight)]
     assert [id(p) for p in kept["params"]] == [id(p) for p in (model[1].bias, model[2].weight, model[2].bias)]
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.01, 0.0)

@@ -351,7 +351,9 @@ def test_the_bar_of_a_resumed_run_begins_where_the_run_was(tmp_path, monkeypatch
     table_after_six_steps()  # which trains too, once
     bars = []
     show = train_module.progress_bar
-    monkeypatch.setattr(train_module, "progress_bar", lambda *a, **k: bars.append(show(*a, **k, show=True)) or bars[-1])
+    monkeypatch.setattr(
+        train_module, "progress_bar", lambda *a, **k: bars.append(show(*a, **{**k, "show": True})) or bars[-1]
+    )
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, "run", loss=interrupted_at(6))
     run(tmp_path, "run")

@@ -1,12 +1,9 @@
-"""The losses that an adapter is fitted with, batch by batch: over the whole corpus, or over the batch's own documents.
-
-    epochs = full_corpus_losses(adapter, queries_ND, documents, relevant, temperature=0.03, batch_size=64, ...)
-    for compute in epochs.epoch():
-        compute().backward()
+"""The losses that an adapter is fitted with, step by step: over the whole corpus, or over the step's own documents.
 
 Shapes: N queries, B queries or pairs of a step, C document vectors of a step, G listed documents, D features.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -17,45 +14,25 @@ from ..losses.registry import Loss
 from ..losses.targets import Targets
 from .corpus_softmax import Documents, Pairs, full_corpus_softmax
 
+Make = Callable[[list[int]], Callable[[], Tensor]]  # examples of a step, as numbers -> what computes their loss
 
-class Epochs:
-    """The batches of an epoch, as functions that compute their loss.
 
-    Args:
-        make: (examples of a batch, as numbers) -> the function.
-    """
-
-    def __init__(self, num_examples: int, make: Callable, *, batch_size: int | None, shuffle: bool, seed: int):
-        self.size, self.num_examples, self.make = min(batch_size or num_examples, num_examples), num_examples, make
-        self.shuffle = shuffle and self.size < num_examples
-        self.generator, self._all = torch.Generator().manual_seed(seed), None
-
-    def __len__(self) -> int:
-        return -(-self.num_examples // self.size)
-
-    def epoch(self) -> Iterator[Callable[[], Tensor]]:
-        if self.size == self.num_examples:
-            # Always the same batch: prepared once.
-            self._all = self._all or self.make(list(range(self.num_examples)))
-            yield self._all
-            return
-        order = range(self.num_examples)
-        if self.shuffle:
-            order = torch.randperm(self.num_examples, generator=self.generator).tolist()
-        for first in range(0, self.num_examples, self.size):
-            yield self.make(list(order[first : first + self.size]))
+def every_loss(make: Make, num_examples: int, size: int, *, shuffle: bool, seed: int) -> Iterator[Callable[[], Tensor]]:
+    """What computes the loss of each step, `size` examples at a time, without end."""
+    generator, order = torch.Generator().manual_seed(seed), list(range(num_examples))
+    if size == num_examples:
+        yield from itertools.repeat(make(order))
+    while True:
+        if shuffle:
+            order = torch.randperm(num_examples, generator=generator).tolist()
+        for first in range(0, num_examples, size):
+            yield make(order[first : first + size])
 
 
 def full_corpus_losses(
-    adapter: Adapter,
-    queries_ND: Tensor,
-    documents: Documents,
-    relevant: Mapping[int, list[int]],
-    *,
-    temperature: float,
-    **order: int | bool | None,
-) -> Epochs:
-    """The softmax over all documents, of some queries at a time."""
+    adapter: Adapter, queries_ND: Tensor, documents: Documents, relevant: Mapping[int, list[int]], *, temperature: float
+) -> tuple[Make, int]:
+    """What makes the softmax over all documents of some queries, and the number of queries."""
     query_rows = list(relevant)
 
     def make(chosen: list[int]) -> Callable[[], Tensor]:
@@ -64,7 +41,7 @@ def full_corpus_losses(
         options = {"temperature": temperature, "document_map": adapter.document}
         return lambda: full_corpus_softmax(adapter(batch_BD, "query"), documents, pairs, **options)
 
-    return Epochs(len(query_rows), make, **order)
+    return make, len(query_rows)
 
 
 def in_batch_losses(
@@ -75,9 +52,11 @@ def in_batch_losses(
     loss: Loss,
     *,
     merge_documents: bool,
-    **order: int | bool | None,
-) -> Epochs:
-    """`loss` of some pairs at a time: each row lists a document that answers, then the query's hard negatives."""
+) -> tuple[Make, int]:
+    """What makes `loss` of some pairs, and the number of pairs.
+
+    A row lists a document that answers, then the query's hard negatives.
+    """
     relevant = {q: sorted(place for place, grade in grades.items() if grade > 0) for q, grades in graded.items()}
     negatives = {q: sorted(grades.keys() - relevant[q]) for q, grades in graded.items()}
     examples = [(q, [place, *negatives[q]]) for q in relevant for place in relevant[q]]
@@ -99,7 +78,7 @@ def in_batch_losses(
         Q_BD = queries_ND[list(rows)]
         windows = [documents.windows(place) for _, place in columns]
         document_C = torch.tensor([column for column, places in enumerate(windows) for _ in places], device=device)
-        D_CD = documents.take(torch.tensor([w for places in windows for w in places], device=device), unit=False)
+        D_CD = documents.vectors(torch.tensor([w for places in windows for w in places], device=device), unit=False)
         targets = Targets(
             document=None if documents.source is None else document_C,
             group=group_BG.to(device),
@@ -109,4 +88,4 @@ def in_batch_losses(
         )
         return lambda: loss(adapter(Q_BD, "query"), adapter(D_CD, "document"), targets)
 
-    return Epochs(len(examples), make, **order)
+    return make, len(examples)

@@ -1,13 +1,11 @@
 """Gradient caching: forward and backward of a batch with the memory of a mini-batch, for any loss.
 
-All texts are embedded first, without their graph; the loss is computed once on all vectors; then each mini-batch is
-embedded again, with the same dropout, and backpropagates its part of the gradient. This costs a third more computation
-than the whole batch at once and gives the same gradients. It does not reduce the memory of the loss itself.
+It costs a third more computation than the whole batch at once and gives the same gradients. It does not reduce the
+memory of the loss itself.
 
     value = cached_backward(embedder, batch.queries, batch.documents, batch.targets, loss, mini_batch_tokens=4_096)
-    optimizer.step()
 
-Shapes: T tokens, B sequences, N sequences of a mini-batch, D features.
+Shapes: B sequences, N sequences of a mini-batch, D features.
 """
 
 import contextlib
@@ -33,26 +31,21 @@ def cached_backward(
     mini_batch_tokens: int,
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> Tensor:
-    """Computes loss(Q, D, targets) and adds its gradients to those of the embedder and of the loss's own parameters.
+    """Computes loss(Q, D, targets), a scalar, and adds its gradients to those of the embedder and of the loss itself.
 
-    With L the loss and v_N the vectors of a mini-batch, dL/dweights is the sum over mini-batches of
-    (dL/dv_N)(dv_N/dweights):
+    With L the loss and v_N a mini-batch's vectors, dL/dweights = sum over mini-batches of (dL/dv_N)(dv_N/dweights):
     1. every v_N without gradient, noting the state of the random generators before each;
     2. L once on all vectors, and its gradient on each v_N (and on the loss's own parameters);
     3. every v_N again from its random state, with gradient, and dL/dv_N backward through it.
 
-    Exact for any loss, any number of columns and under dropout: the gradients are those of one backward pass over the
-    same mini-batches. The random generators end as that pass would leave them.
+    Exact for any loss and under dropout: the gradients are those of one backward pass over the same mini-batches. The
+    random generators end as that pass would leave them.
 
     Args:
-        queries, documents: packed texts, one per row of Q and D; either may be empty (distributed.py).
-        targets: on the embedder's device.
-        loss: (Q, D, targets) -> scalar; with several ranks it gathers the vectors of the others itself.
+        queries, documents: one text per row of Q and D; either may be empty (distributed.py).
+        loss: with several ranks it gathers the vectors of the others itself.
         mini_batch_tokens: tokens embedded with gradient at a time; a longer text goes alone.
         autocast: makes the context that texts are embedded in, the first time and the second.
-
-    Returns:
-        The loss, a scalar without gradient.
 
     Source: Gao et al. 2021 (Scaling deep contrastive learning batch size under memory limited setup), section 3.2.
     """
@@ -76,31 +69,17 @@ def cached_backward(
         sides.append((role, parts, states, place_B.argsort().to(device)))
     value = loss(*vectors, targets)
     value.backward()
-    if any(parameter.requires_grad for parameter in embedder.parameters()):
-        after = devices.random_state(device)
-        for side, X in zip(sides, vectors, strict=True):
-            _backward_again(*side, X.grad, embed, device)
-        devices.set_random_state(after, device)
+    after, is_trained = devices.random_state(device), any(p.requires_grad for p in embedder.parameters())
+    for (role, parts, states, order_B), X in zip(sides, vectors, strict=True):
+        if X.grad is None or not is_trained:  # the loss may not look at queries, or not at documents
+            continue
+        gradients = X.grad[order_B].split([part.num_sequences for part in parts])
+        for part, state, gradient_ND in zip(parts, states, gradients, strict=True):
+            devices.set_random_state(state, device)
+            embed(part, role).backward(gradient_ND)
+            devices.release_memory(device)
+    devices.set_random_state(after, device)
     return value.detach()
-
-
-def _backward_again(
-    role: str,
-    parts: list[Packed],
-    states: list[dict[str, Tensor]],
-    order_B: Tensor,
-    gradient_BD: Tensor | None,
-    embed: Callable[[Packed, str], Tensor],
-    device: torch.device,
-) -> None:
-    """Embeds each mini-batch again from its random state and backpropagates its rows of the gradient."""
-    if gradient_BD is None:  # the loss does not look at queries, or not at documents
-        return
-    gradients = gradient_BD[order_B].split([part.num_sequences for part in parts])
-    for part, state, gradient_ND in zip(parts, states, gradients, strict=True):
-        devices.set_random_state(state, device)
-        embed(part, role).backward(gradient_ND)
-        devices.release_memory(device)
 
 
 def no_vectors(embedder: Embedder) -> Tensor:
@@ -110,12 +89,10 @@ def no_vectors(embedder: Embedder) -> Tensor:
 
 
 def mini_batches(packed: Packed, max_tokens: int) -> tuple[list[Packed], Tensor]:
-    """Splits the sequences, longest first, into mini-batches of at most `max_tokens`; a longer sequence goes alone.
+    """Mini-batches of at most `max_tokens`, longest sequences first, and place_B [B], a sequence's place among them.
 
-    Returns the mini-batches, and place_B [B] int64: sequence b of `packed` is sequence place_B[b] of the mini-batches
-    put end to end.
+    A sequence that is longer goes alone.
     """
     in_order, place_B = sort_by_length(packed)
     ranges = cut_by_tokens(in_order.lengths().tolist(), max_tokens)
-    parts = [take(in_order, torch.tensor(rows, device=place_B.device)) for rows in ranges]
-    return parts, place_B
+    return [take(in_order, torch.tensor(rows, device=place_B.device)) for rows in ranges], place_B

@@ -1,18 +1,17 @@
 """The softmax over a whole corpus of frozen vectors: every document that does not answer a query is a negative.
 
-    documents = Documents(embeddings_MD, at_once=16_384)           # an array, or a memory map that is read in parts
+    documents = Documents(embeddings_MD, at_once=16_384)
     loss = full_corpus_softmax(queries_BD, documents, Pairs.of(relevant, range(B), documents), temperature=0.05)
-    ranks_B = first_ranks(queries_BD, documents, pairs)
 
-[B, M] is never held in memory: documents are scored some at a time, with a running maximum. A document may have
-several vectors, its windows, and scores as the best of them (MaxP).
+[B, M] is never held in memory. A document may have several vectors, its windows, and scores as the best (MaxP).
 
 Shapes: B queries, M vectors (a document's, or its windows'), C of them at a time, A pairs of a query and a document
-that answers it, P pairs of a query and a vector of such a document, D features (E after a map).
+that answers it, P pairs of a query and a vector of such a document, D features.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,22 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# The score of what is not a negative: its exponential is 0 and, unlike minus infinity, it causes no NaN gradients.
+# The score of what is not a negative: its exponential is 0 and, unlike that of minus infinity, no gradient is NaN.
 NOTHING = -1e30
 DocumentMap = Callable[[Tensor], Tensor]
 
 
 class Documents:
-    """Frozen document vectors, read `at_once` rows at a time and never copied whole.
+    """Frozen document vectors, an array or memory map, read `at_once` rows at a time and computed with in `dtype`.
 
-    Args:
-        embeddings_MD: a floating-point array or memory map.
-        dtype: to compute in.
-        rows: the rows used, [M'] int64; None: all.
-        source: the document of each of these rows, from `checked_source`; None: each is a document.
-
-    Raises:
-        ValueError: a row is not finite, or zero.
+    `rows` ([M'] int64) are used, None: all; `source` is the document of each, from `checked_source`, None: its own.
+    Raises `ValueError` for a row that is not finite, or zero.
     """
 
     def __init__(
@@ -74,31 +67,24 @@ class Documents:
 
     def subset(self, kept: np.ndarray) -> "Documents":
         """Only the documents `kept` (rising numbers), renumbered from 0."""
-        options = {"at_once": self.at_once, "dtype": self.dtype, "device": self.device}
+        options = {name: getattr(self, name) for name in ("at_once", "dtype", "device", "lengths_M")}
         rows, source = kept, None
         if self.source is not None:
             rows = np.flatnonzero(np.isin(self.source, kept))
             source = np.searchsorted(kept, self.source[rows])
-        return Documents(self.embeddings_MD, rows=rows, lengths_M=self.lengths_M, source=source, **options)
+        return Documents(self.embeddings_MD, rows=rows, source=source, **options)
 
-    def parts(self) -> Iterator[slice]:
-        """The places of each part in turn."""
-        for start in range(0, len(self), self.at_once):
-            yield slice(start, min(start + self.at_once, len(self)))
+    def parts(self) -> list[slice]:
+        """The places of each part."""
+        return [slice(i, min(i + self.at_once, len(self))) for i in range(0, len(self), self.at_once)]
 
-    def vectors(self, places: slice, *, unit: bool = True) -> Tensor:
+    def vectors(self, places: slice | Tensor, *, unit: bool = True) -> Tensor:
         """The vectors at some places, [C, D], normalised or as they are."""
         if len(self) > self.at_once:
-            return self._read(places, unit)
+            return self._read(places if isinstance(places, slice) else places.cpu().numpy(), unit)
         if unit not in self._whole:
             self._whole[unit] = self._read(slice(0, len(self)), unit)
         return self._whole[unit][places]
-
-    def take(self, places_P: Tensor, *, unit: bool = True) -> Tensor:
-        """The same for a list of places, [P, D]."""
-        if len(self) > self.at_once:
-            return self._read(places_P.cpu().numpy(), unit)
-        return self.vectors(slice(0, len(self)), unit=unit)[places_P]
 
     def _read(self, places: slice | np.ndarray, unit: bool) -> Tensor:
         where = places if self.rows is None else self.rows[places]
@@ -156,10 +142,8 @@ def checked_source(source: np.ndarray, num_vectors: int) -> np.ndarray:
     steps = np.diff(source, prepend=-1)
     wrong = np.flatnonzero((steps != 1) & ((steps != 0) | (source < 0)))
     if wrong.size:
-        raise ValueError(
-            f"source: window row {wrong[0]:,} is of document {source[wrong[0]]:,}, expected that of the window before"
-            " or the next, from 0"
-        )
+        found = f"window row {wrong[0]:,} is of document {source[wrong[0]]:,}"
+        raise ValueError(f"source: {found}, expected that of the window before or the next, from 0")
     return source
 
 
@@ -170,50 +154,42 @@ def full_corpus_softmax(
 
         -log( exp(s_p) / (exp(s_p) + sum over all documents n that do not answer the query of exp(s_n)) )
 
-    with s = cosine / temperature. Every query has a document that answers it. If documents have windows, s_p is the
-    score of p's best window under the current maps, and n runs over all windows of documents that do not answer the
-    query. Memory: the windows of the documents that answer, once per query.
+    with s = cosine / temperature, differentiable once. If documents have windows, s_p is the score of p's best window
+    under the current maps, and n runs over all windows of documents that do not answer the query.
 
     Args:
-        Q: query vectors, [B, D], of any length.
-        pairs: of these queries.
+        Q: query vectors, [B, D], of any length; each has a document that answers it.
         document_map: a trainable map of documents; each part is computed again in the backward pass. None: documents
             are constants, and one pass over them gives the loss and its gradient.
 
-    Returns:
-        A scalar, differentiable once.
-
-    Source: the softmax of in-batch negatives (van den Oord et al. 2018, equation 4) with the corpus as the batch; the
-    running maximum is that of Milakov and Gimelshein 2018, section 3.
+    Source: van den Oord et al. 2018, equation 4, over the corpus; Milakov and Gimelshein 2018, section 3, in parts.
     """
     Q = F.normalize(Q, dim=1) / temperature
-    positives_PD = _mapped(documents.take(pairs.place_P, unit=document_map is None), document_map)
+    positives_PD = _mapped(documents.vectors(pairs.place_P, unit=document_map is None), document_map)
     scores_P = (Q[pairs.query_P] * positives_PD).sum(dim=1)
     scores_A = torch.full_like(pairs.weight_A, NOTHING).scatter_reduce(0, pairs.answer_P, scores_P, "amax")
     if document_map is None:
         log_sum_B = _FrozenLogSum.apply(Q, documents, pairs)
     else:
-        parts = list(documents.parts())
-        again = {"use_reentrant": False, "preserve_rng_state": False}
-        log_sum_B = torch.stack(
-            [_log_sum(Q, documents, pairs, parts[0], document_map)]
-            if len(parts) == 1
-            else [checkpoint(_log_sum, Q, documents, pairs, part, document_map, **again) for part in parts]
-        ).logsumexp(dim=0)
+        parts = documents.parts()
+        compute, again = _log_sum, {}
+        if len(parts) > 1:
+            compute, again = partial(checkpoint, _log_sum), {"use_reentrant": False, "preserve_rng_state": False}
+        sums = [compute(Q, documents, pairs, part, document_map, **again) for part in parts]
+        log_sum_B = torch.stack(sums).logsumexp(dim=0)
     return ((torch.logaddexp(log_sum_B[pairs.query_A], scores_A) - scores_A) * pairs.weight_A).sum()
 
 
 def first_ranks(Q: Tensor, documents: Documents, pairs: Pairs, *, document_map: DocumentMap | None = None) -> Tensor:
-    """The rank, from 1, of the best document that answers each query, by cosine among all documents. [B] int64.
+    """The rank, from 1, of the best document that answers each query, by cosine among all documents, [B] int64.
 
-    That is 1 + the documents ahead of it that do not answer the query; of equal scores the first document is ahead, as
-    in a search. So nothing is found if all vectors collapse into one. Makes two passes over the documents.
+    That is 1 + the documents ahead of it that do not answer the query; of equal scores the first document is ahead.
     """
     with torch.no_grad():
         Q = F.normalize(Q, dim=1)
         # The same product as for the other documents: another order of summation would break ties.
-        products = (_products(Q, documents, part, document_map)[pairs.within(part)] for part in documents.parts())
-        scores_P = torch.cat(list(products))
+        products = [_products(Q, documents, part, document_map)[pairs.within(part)] for part in documents.parts()]
+        scores_P = torch.cat(products)
         best_B = scores_P.new_full((len(Q),), NOTHING).scatter_reduce(0, pairs.query_P, scores_P, "amax")
         is_best_P = scores_P == best_B[pairs.query_P]
         document_P = documents.document_of(pairs.place_P)
@@ -273,8 +249,8 @@ class _FrozenLogSum(torch.autograd.Function):
         return grad_B[:, None] * mean_BD, None, None
 
 
-def _log_sum(Q: Tensor, documents: Documents, pairs: Pairs, part: slice, document_map: DocumentMap) -> Tensor:
-    return _scores(Q, documents, pairs, part, document_map).logsumexp(dim=1)
+def _log_sum(*arguments: Any) -> Tensor:
+    return _scores(*arguments).logsumexp(dim=1)
 
 
 def _scores(Q: Tensor, documents: Documents, pairs: Pairs, part: slice, document_map: DocumentMap | None) -> Tensor:

@@ -1,23 +1,15 @@
 """Data-parallel training, one process (rank) per device, in a torch.distributed process group.
 
-Every rank iterates over the same batches and embeds its part of their texts. The vectors are gathered, and each rank
-computes the loss once, on the whole batch, so the number of ranks changes neither negatives nor gradients. After the
-backward pass the encoder's gradients are summed. `train` does all this; with one rank, or without a process group,
-every function here does nothing.
+Each rank embeds its part of a batch's texts; the vectors are gathered, and every rank computes the loss on the whole
+batch, so the number of ranks changes neither negatives nor gradients. Weights and optimizer state are not sharded.
 
     torchrun --nproc-per-node 2 -m embedft finetune MODEL pairs.csv --out runs/first
-
-or from Python, in each process:
 
     with process_group():                              # or torch.distributed.init_process_group(...), nccl or gloo
         embedder = load_embedder("BAAI/bge-base-en-v1.5", device=rank_device())
         finetune(embedder, dataset, config, out="runs/first")
 
-The model has to fit on each device; neither weights nor optimizer state are sharded. A rank that waits for another
-fails after the process group's timeout, which has to be longer than a validation on rank 0 (`process_group`: two
-hours). An error on rank 0 in work it does for all is raised on the others too.
-
-Shapes: B sequences of a batch, N sequences of one rank, S ranks, T tokens, D features.
+Shapes: B sequences of a batch, N sequences of one rank, S ranks, D features.
 """
 
 import contextlib
@@ -25,7 +17,6 @@ import datetime
 import hashlib
 import itertools
 import os
-import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -37,7 +28,7 @@ from torch.nn import Parameter
 from .. import device as devices
 from ..encoders.packing import Packed, sort_by_length, take
 
-TIMEOUT = datetime.timedelta(hours=2)
+TIMEOUT = datetime.timedelta(hours=2)  # longer than a validation on rank 0, which the others wait for
 
 T = TypeVar("T")
 
@@ -48,10 +39,7 @@ class OtherRankError(ValueError):
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """Joins the process group that torchrun describes in the environment; does nothing for a single process.
-
-    CUDA tensors are sent by nccl, CPU tensors by gloo. "cuda" then means this rank's own device, cuda:LOCAL_RANK.
-    """
+    """Joins the process group that torchrun describes in the environment; "cuda" then means this rank's own device."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
@@ -73,10 +61,7 @@ def rank_and_size() -> tuple[int, int]:
 
 
 def rank_device(name: str | None = None) -> str | None:
-    """The device of this rank: for "cuda" its own, cuda:LOCAL_RANK; for None CUDA or else the CPU (gloo lacks MPS).
-
-    With one rank, `name` unchanged.
-    """
+    """Of several ranks, this one's device: for "cuda" cuda:LOCAL_RANK, for None CUDA or the CPU (gloo lacks MPS)."""
     if rank_and_size()[1] == 1:
         return name
     if name is None:
@@ -84,23 +69,8 @@ def rank_device(name: str | None = None) -> str | None:
     return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" else name
 
 
-def check_devices(device: torch.device) -> None:
-    """Raises `ValueError`, on every rank, when two ranks use the same CUDA device."""
-    if rank_and_size()[1] == 1:
-        return
-    ranks: dict[tuple[str, str], int] = {}
-    for rank, place in enumerate(_from_each((socket.gethostname(), str(device)))):
-        other = ranks.setdefault(place, rank)
-        if other != rank and place[1].startswith("cuda"):
-            raise ValueError(f"ranks {other} and {rank} are both on {place[1]}: load with device=rank_device()")
-
-
 class LocalBatch(NamedTuple):
-    """The texts of a batch that this rank embeds: every S-th query and document, in order of length.
-
-    local = LocalBatch.of(batch.queries, batch.documents)
-    Q, D = local.gather(*embedder.embed_pair(local.queries, local.documents))      # of the whole batch
-    """
+    """The texts of a batch that this rank embeds: every S-th query and document, in order of length."""
 
     queries: Packed
     documents: Packed
@@ -130,12 +100,8 @@ class LocalBatch(NamedTuple):
 def gather(own_ND: Tensor, order_B: Tensor) -> Tensor:
     """The vectors of all ranks in the batch's order, [B, D]: this rank's with gradient, the others' without.
 
-    The gradient on [B, D] comes back as this rank's rows, once: every rank computes the same loss but backpropagates
-    only into its own texts.
-
-    Args:
-        own_ND: rows order_B[rank], order_B[rank + S], ... of the batch; may be empty.
-        order_B: int64, the same on every rank, on any device.
+    This rank has rows order_B[rank], order_B[rank + S], ... of the batch, or none. Every rank computes the same loss
+    but backpropagates only into its own texts.
     """
     rank, size = rank_and_size()
     order_B = order_B.to(own_ND.device)
@@ -149,17 +115,10 @@ def gather(own_ND: Tensor, order_B: Tensor) -> Tensor:
     return others_BD.index_copy(0, order_B[rank::size], own_ND)
 
 
-def sum_gradients(
-    parameters: Iterable[Parameter], of_first: Iterable[Parameter] = (), *, bucket_elements: int = 2**24
-) -> None:
-    """Replaces each gradient by its sum over ranks; one that is missing on some ranks counts as zero there.
+def sum_gradients(parameters: Iterable[Parameter], of_first: Iterable[Parameter] = ()) -> None:
+    """Replaces each gradient by its sum over ranks; one that no rank has stays missing, for the optimizer to skip.
 
-    A parameter without a gradient on any rank stays without, so the optimizer skips it as on one device.
-
-    Args:
-        of_first: parameters whose whole gradient every rank has, those of the loss: rank 0's is used, so that devices
-            that round differently stay together.
-        bucket_elements: elements summed in one call (2**24: 64 MiB of float32).
+    Of `of_first`, the loss's parameters, every rank has the whole gradient: rank 0's is used on all of them.
     """
     rank, size = rank_and_size()
     if size == 1:
@@ -167,27 +126,9 @@ def sum_gradients(
     gradients = {p: p.grad for p in parameters} | {p: p.grad if rank == 0 else None for p in of_first}
     exists = torch.tensor([grad is not None for grad in gradients.values()], device=next(iter(gradients)).device).int()
     dist.all_reduce(exists)
-    for bucket in _buckets(itertools.compress(gradients.items(), exists.tolist()), bucket_elements):
-        flat = torch.cat([(torch.zeros_like(p) if grad is None else grad).flatten() for p, grad in bucket])
-        dist.all_reduce(flat)
-        for (p, _), part in zip(bucket, flat.split([p.numel() for p, _ in bucket]), strict=True):
-            # The loss's own parameters may be float32 where the weights are float64.
-            p.grad = part.view_as(p).to(p.dtype)
-
-
-def _buckets(
-    pairs: Iterable[tuple[Parameter, Tensor | None]], most: int
-) -> Iterator[list[tuple[Parameter, Tensor | None]]]:
-    """Parameters with their gradients, up to `most` elements at a time; a larger one alone."""
-    bucket, num_elements = [], 0
-    for pair in pairs:
-        if bucket and num_elements + pair[0].numel() > most:
-            yield bucket
-            bucket, num_elements = [], 0
-        bucket.append(pair)
-        num_elements += pair[0].numel()
-    if bucket:
-        yield bucket
+    for p, grad in itertools.compress(gradients.items(), exists.tolist()):
+        p.grad = torch.zeros_like(p) if grad is None else grad.contiguous()
+        dist.all_reduce(p.grad)
 
 
 def broadcast_weights(*modules: nn.Module) -> None:
@@ -200,9 +141,8 @@ def broadcast_weights(*modules: nn.Module) -> None:
 
 
 def reseed(*numbers: int, apart: bool) -> None:
-    """Seeds torch's generators from `numbers` and, with `apart`, the rank. Does nothing on a single rank.
+    """Seeds torch's generators from `numbers` and, for different dropout (`apart`), the rank.
 
-    `apart` gives ranks different dropout; without it, a loss that draws random numbers draws the same on all of them.
     A run that resumes on as many ranks needs no generator states.
     """
     rank, size = rank_and_size()
@@ -213,10 +153,7 @@ def reseed(*numbers: int, apart: bool) -> None:
 
 
 def from_first(compute: Callable[[], T]) -> T:
-    """compute() of rank 0, on every rank, for what is done once, such as writing a file. The others wait.
-
-    Raises what `compute` raises on rank 0, and `OtherRankError` on the others.
-    """
+    """compute() of rank 0, on every rank. Raises what `compute` raises on rank 0, and `OtherRankError` elsewhere."""
     rank, size = rank_and_size()
     if size == 1:
         return compute()
@@ -232,12 +169,7 @@ def from_first(compute: Callable[[], T]) -> T:
 
 
 def together(compute: Callable[[], T]) -> T:
-    """compute() of each rank, once it has succeeded on all of them.
-
-    Raises what `compute` raises, if that is a ValueError or OSError, and `OtherRankError` on the other ranks.
-    """
-    if rank_and_size()[1] == 1:
-        return compute()
+    """compute() of each rank, once all have succeeded. A ValueError or OSError is an `OtherRankError` elsewhere."""
     result = error = None
     try:
         result = compute()
@@ -254,8 +186,6 @@ def together(compute: Callable[[], T]) -> T:
 
 def check_same(values: Mapping[str, Any]) -> None:
     """Raises `ValueError`, on every rank, for the first value {name: value} that differs between ranks."""
-    if rank_and_size()[1] == 1:
-        return
     first, *others = _from_each(dict(values))
     for rank, found in enumerate(others, 1):
         for name in {**first, **found}:
@@ -265,6 +195,7 @@ def check_same(values: Mapping[str, Any]) -> None:
 
 def _from_each(value: Any) -> list[Any]:
     """The value of each rank, on every rank."""
-    values = [None] * rank_and_size()[1]
-    dist.all_gather_object(values, value)
+    values = [value] * rank_and_size()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
     return values

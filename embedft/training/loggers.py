@@ -8,10 +8,10 @@ import hashlib
 import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 Logger = Literal["tensorboard", "wandb"]
-LOGGERS = get_args(Logger)
+MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
 
 
 def check_logger(name: str | None, out: Path | None) -> None:
@@ -21,7 +21,7 @@ def check_logger(name: str | None, out: Path | None) -> None:
     if out is None:
         raise ValueError(f"log is {name!r}, but nothing is written without a run folder (out)")
     try:
-        importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
+        importlib.import_module(MODULES[name])
     except ImportError:
         raise ValueError(f"log is {name!r}, but {name} is not installed: pip install {name}") from None
 
@@ -29,29 +29,25 @@ def check_logger(name: str | None, out: Path | None) -> None:
 def open_logger(name: str | None, out: Path | None, *, resumed_at: int) -> Callable[[dict[str, Any]], None]:
     """A function that logs the numbers of a record, nested ones as "components/matryoshka/384".
 
-    Args:
-        out: run folder. TensorBoard writes to out/tensorboard; W&B names the run after it and resumes it by id.
-        resumed_at: step of the checkpoint; what TensorBoard has of later steps is dropped.
+    TensorBoard writes to out/tensorboard and drops what it has of steps after `resumed_at`, the checkpoint's; W&B names
+    the run after the run folder `out` and resumes it by id.
     """
-    check_logger(name, out)
     if name is None:
         return lambda record: None
+    module = importlib.import_module(MODULES[name])
     if name == "tensorboard":
-        writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(
-            str(out / "tensorboard"), purge_step=resumed_at + 1
-        )
+        writer = module.SummaryWriter(str(out / "tensorboard"), purge_step=resumed_at + 1)
 
-        def to_tensorboard(record: dict[str, Any]) -> None:
+        def write(record: dict[str, Any]) -> None:
             for key, value in _scalars(record):
                 writer.add_scalar(key, value, record["step"])
             writer.flush()
 
-        return to_tensorboard
+        return write
     environment = out / "environment.json"  # differs between two runs in one folder
     identity = str(out.resolve()).encode() + (environment.read_bytes() if environment.is_file() else b"")
-    run = importlib.import_module("wandb").init(
-        dir=str(out), name=out.name, id=hashlib.sha256(identity).hexdigest()[:16], resume="allow"
-    )
+    run_id = hashlib.sha256(identity).hexdigest()[:16]
+    run = module.init(dir=str(out), name=out.name, id=run_id, resume="allow")
     return lambda record: run.log(dict(_scalars(record)), step=record["step"])
 
 

@@ -2,8 +2,7 @@
 
     describe_object(my_loss)      # {"name": "__main__.my_loss", "sha256": "9f86...", "values": {}}
 
-A run resumes only if these are the same (runs.py). Not recorded: tensors, dicts, attributes that begin with "_", and
-code that the object's own code calls.
+Not recorded: tensors, dicts, attributes that begin with "_", and code that the object's own code calls.
 """
 
 import functools

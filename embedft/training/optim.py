@@ -1,16 +1,15 @@
 """Optimizers and learning-rate schedules.
 
-optimizer = build_optimizer(embedder.parameters(), lr=2e-5, weight_decay=0.01)
+optimizer = build_optimizer(embedder, lr=2e-5, weight_decay=0.01)
 factor = lr_factor("linear", num_steps=1000, warmup=0.1)      # learning rate of step i: 2e-5 * factor(i)
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from torch.nn import Parameter
 
 Schedule = Literal["linear", "cosine", "constant"]
 SCHEDULES = get_args(Schedule)
@@ -18,17 +17,15 @@ SCHEDULES = get_args(Schedule)
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 
-def build_optimizer(parameters: Iterable[Parameter], *, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """Fused AdamW (Loshchilov and Hutter 2019) with betas (0.9, 0.999) and eps 1e-8.
-
-    Weight decay applies to matrices, not to biases and norms, which have one dimension.
-    """
-    parameters = _trainable(parameters)
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=lr, fused=True)
+def build_optimizer(
+    model: nn.Module, loss: Any = None, *, lr: float, loss_lr: float | None = None, weight_decay: float
+) -> torch.optim.AdamW:
+    """Fused AdamW (Loshchilov and Hutter 2019) of `parameter_groups`, with betas (0.9, 0.999) and eps 1e-8."""
+    groups = [{"weight_decay": weight_decay, **group} for group in parameter_groups(model, loss)]
+    for group in groups:
+        group["params"] = [parameter for _, parameter in group["params"]]
+        group["lr"] = loss_lr or lr if group["name"] == "loss" else lr
+    return torch.optim.AdamW(groups, fused=True)
 
 
 def parameter_groups(model: nn.Module, loss: Any = None) -> list[dict[str, Any]]:
@@ -38,23 +35,15 @@ def parameter_groups(model: nn.Module, loss: Any = None) -> list[dict[str, Any]]
 
         optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.01)
     """
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    _trainable(named.values())
-    groups = [
-        {"name": "matrices", "params": [(name, p) for name, p in named.items() if p.ndim > 1]},
-        {"name": "vectors", "params": [(name, p) for name, p in named.items() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    own = loss.named_parameters() if isinstance(loss, nn.Module) else ()
-    if own := [(f"loss/{name}", p) for name, p in own if p.requires_grad]:
-        groups.append({"name": "loss", "params": own, "weight_decay": 0.0})
-    return [group for group in groups if group["params"]]
-
-
-def _trainable(parameters: Iterable[Parameter]) -> list[Parameter]:
-    parameters = [parameter for parameter in parameters if parameter.requires_grad]
-    if any(parameter.dtype in (torch.float16, torch.bfloat16) for parameter in parameters):
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if any(p.dtype in (torch.float16, torch.bfloat16) for _, p in named):
         raise ValueError("the weights are in half precision, which rounds small steps away: load them in float32")
-    return parameters
+    own = loss.named_parameters() if isinstance(loss, nn.Module) else ()
+    members = {"matrices": [pair for pair in named if pair[1].ndim > 1]}
+    members["vectors"] = [pair for pair in named if pair[1].ndim <= 1]
+    members["loss"] = [(f"loss/{name}", p) for name, p in own if p.requires_grad]
+    decay = {"matrices": {}, "vectors": {"weight_decay": 0.0}, "loss": {"weight_decay": 0.0}}
+    return [{"name": name, "params": pairs, **decay[name]} for name, pairs in members.items() if pairs]
 
 
 def lr_factor(schedule: str, *, num_steps: int, warmup: float) -> Callable[[int], float]:

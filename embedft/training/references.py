@@ -1,6 +1,4 @@
-"""Vectors that stay fixed in training, looked up by id: those of a guide, a teacher or the base model.
-
-Each text is encoded once, before the first step. Losses find them in `Targets.references`.
+"""Vectors of a guide, a teacher or the base model, looked up by id; losses find them in `Targets.references`.
 
     guide = FrozenEmbeddings.encode(load_embedder("BAAI/bge-base-en-v1.5"), dataset)
     train(embedder, batches, loss, config, references={"guide": guide})
@@ -24,34 +22,20 @@ Reference = Callable[[Batch], tuple[Tensor, Tensor]]
 
 
 class FrozenEmbeddings:
-    """Batch -> (Q [B, D], D [M, D]): the rows of two arrays [queries, D] and [documents, D] for the batch's ids.
-
-    Each id occurs once.
-    """
+    """Batch -> (Q [B, D], D [M, D]): the rows of two arrays [ids, D] for the batch's ids. Each id occurs once."""
 
     def __init__(
-        self,
-        query_ids: Sequence[str],
-        query_embeddings: np.ndarray,
-        document_ids: Sequence[str],
-        document_embeddings: np.ndarray,
+        self, query_ids: Sequence[str], queries: np.ndarray, document_ids: Sequence[str], documents: np.ndarray
     ):
-        self.queries = _Rows("query", query_ids, query_embeddings)
-        self.documents = _Rows("document", document_ids, document_embeddings)
+        self.queries, self.documents = _Rows("query", query_ids, queries), _Rows("document", document_ids, documents)
 
     @classmethod
     def encode(cls, embedder: Any, dataset: RetrievalDataset, *, dim: int | None = None) -> "FrozenEmbeddings":
-        """Encodes the queries and documents of `dataset` with an `Embedder`, or anything with its `encode`.
-
-        Keeps `dim` leading features; None: as many as `encode` returns.
-        """
+        """Encodes a dataset with an `Embedder`, or what has its `encode`; dim None: as many features as it gives."""
         options = {} if dim is None else {"dim": dim}
-        return cls(
-            list(dataset.queries),
-            embedder.encode(list(dataset.queries.values()), role="query", **options),
-            list(dataset.corpus),
-            embedder.encode(dataset.document_texts(), role="document", **options),
-        )
+        queries = embedder.encode(list(dataset.queries.values()), role="query", **options)
+        documents = embedder.encode(dataset.document_texts(), role="document", **options)
+        return cls(list(dataset.queries), queries, list(dataset.corpus), documents)
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(Q [B, D], D [M, D]) on the CPU. Raises `ValueError` for an id that has no vector."""
@@ -86,9 +70,7 @@ def targets_with(references: Mapping[str, Reference], batch: Batch) -> Targets:
         with torch.no_grad():
             Q, D = (vectors.detach() for vectors in reference(batch))
         if [len(Q), len(D)] != expected:
-            raise ValueError(
-                f"reference {name!r} gave {len(Q)} and {len(D)} vectors, expected {expected[0]} and {expected[1]}:"
-                " one per query and one per document of the batch"
-            )
+            wanted = f"{expected[0]} and {expected[1]}, the batch's queries and documents"
+            raise ValueError(f"reference {name!r} gave {len(Q)} and {len(D)} vectors, expected {wanted}")
         found[name] = Q, D
     return replace(batch.targets, references=found)

@@ -1,18 +1,15 @@
-"""A run's folder: what was asked, where it ran, what happened.
+"""A run's folder: what was asked, where it ran, what happened. Killed at any point, it can be resumed or overwritten.
 
-runs/<experiment>/<name>-s<seed>/
-  config.json        every setting, defaults included; under "objects" the code that was passed in
-  environment.json   commit, arguments, versions, device, SHA-256 of model and data
-  diff.patch         changes of the working tree since the commit, if any
-  train.jsonl        one line per step and per validation
-  checkpoints/       the two newest; deleted when the run is done
-  model/             the fine-tuned model, in the sentence-transformers layout
-  eval/<dataset>/    metrics.json, per_query.jsonl, run.trec
-  DONE               written when everything else is
-  .lock              held by the process that writes
-  .replaced/         a finished run that this one overwrites; deleted when this one is done
-
-A process killed at any point leaves a folder that can be resumed or overwritten.
+config.json        every setting, defaults included; under "objects" the code that was passed in
+environment.json   commit, arguments, versions, device, SHA-256 of model and data
+diff.patch         changes of the working tree since the commit, if any
+train.jsonl        one line per step and per validation
+checkpoints/       the two newest; deleted when the run is done
+model/             the fine-tuned model, in the sentence-transformers layout
+eval/<dataset>/    metrics.json, per_query.jsonl, run.trec
+DONE               written when everything else is
+.lock              held by the process that writes
+.replaced/         a finished run that this one overwrites; deleted when this one is done
 """
 
 import contextlib
@@ -42,11 +39,7 @@ EXISTING = ("refuse", "overwrite", "resume")
 
 
 def check_run(out: Path, existing: str = "refuse") -> None:
-    """Raises `ValueError` if a run may not be written to `out`. Changes nothing.
-
-    Args:
-        existing: what to do with a run that is already there, one of EXISTING.
-    """
+    """Raises `ValueError` if a run may not be written to `out`, or `existing` is none of EXISTING. Changes nothing."""
     if existing not in EXISTING:
         raise ValueError(f"existing is {existing!r}, expected one of {', '.join(EXISTING)}")
     check_writable(out)
@@ -97,7 +90,7 @@ def open_run(
     """Writes configuration and environment; to "resume", checks that they are the same.
 
     Args:
-        config: every setting as JSON; "objects": {name: `describe_object`} of the code that was passed in.
+        config: every setting; "objects": {name: `describe_object`} of the code that was passed in.
         hashes: {name: SHA-256} of what the run starts from: model and datasets.
         allow_changed_code: resume though "objects" differ, and record the new ones.
     """
@@ -133,9 +126,8 @@ def _set_aside(out: Path) -> None:
         if (aside / DONE).exists():
             _remove(aside)
         aside.mkdir(exist_ok=True)
-        for name in (CONFIG, ENVIRONMENT, DIFF):
-            if (out / name).exists():
-                shutil.copy(out / name, aside / name)
+        for path in filter(Path.is_file, (out / CONFIG, out / ENVIRONMENT, out / DIFF)):
+            shutil.copy(path, aside)
     # Checkpoints first: without them a resumed run begins at the beginning. DONE last: it makes the old run whole.
     for path in (*out.glob(".*.tmp"), *(out / name for name in (CHECKPOINTS, LOG, "tensorboard", EVAL, MODEL, DONE))):
         if finished and path.exists():
@@ -152,7 +144,7 @@ def _remove(path: Path) -> None:
 
 
 def open_log(out: Path | None, step: int, logger: str | None = None) -> Callable[[dict[str, Any]], None]:
-    """A function that appends a record to train.jsonl, and to `logger`; does nothing if `out` is None.
+    """A function that appends a record to train.jsonl, and to `logger`; without `out` it does nothing.
 
     Drops what the log says about steps after `step`, which will be done again, and an incomplete last line.
     """
@@ -204,18 +196,16 @@ def _git_state() -> tuple[str | None, bytes]:
     """(commit, diff against it) of the checkout this code runs from; (None, b"") outside of one."""
     package = Path(__file__).resolve().parents[1]
 
-    def git(*arguments: str) -> bytes | None:
-        try:
-            done = subprocess.run(["git", "-C", str(package), *arguments], capture_output=True, timeout=30)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout if done.returncode == 0 else None
+    def git(*arguments: str) -> bytes:
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            command = ["git", "-C", str(package), *arguments]
+            return subprocess.run(command, capture_output=True, timeout=30, check=True).stdout
+        return b""
 
     if not git("ls-files", "--error-unmatch", "__init__.py"):
         return None, b""
-    commit = git("rev-parse", "HEAD")
     diff = git("diff", "--no-color", "--no-ext-diff", "HEAD", "--", str(package.parent))
-    return (commit.decode().strip() if commit else None), diff or b""
+    return git("rev-parse", "HEAD").decode().strip() or None, diff
 
 
 def _check_same(out: Path, config: dict[str, Any], hashes: dict[str, str], what: str, *, code: bool = True) -> None:

@@ -66,7 +66,7 @@ class FinetuneConfig(TrainConfig):
         2.0, "for sampling by temperature: 1 is proportional, higher more even", least=1
     )
     mixed: bool = setting(False, "mix all datasets in each batch, instead of one dataset per batch")
-    max_length: int | None = setting(None, "truncate texts to this many tokens [the model's own]")
+    max_length: int | None = setting(None, "truncate texts to this many tokens [the model's own]", least=1)
     passages: list[int] | None = setting(
         None, "[size, stride] in tokens: split documents into windows, the best one counts [one vector each]"
     )

@@ -3,9 +3,8 @@
     state = train(embedder, batches, in_batch_negatives, TrainConfig(epochs=2, lr=2e-5), out=Path("runs/first"))
 
 Read `train` for the loop, `training_step` for one step, and `backward` for the forward and backward pass of one batch;
-they contain everything that happens to the weights. The loop knows nothing of datasets or metrics: batches, loss,
-optimizer, references, validation and refreshes are objects and callables handed in (recipe.py builds them from
-settings). Gradient caching is in cached.py, communication between ranks in distributed.py.
+they contain everything that happens to the weights. Batches, loss, optimizer, references, validation and refreshes are
+objects and callables handed in (recipe.py builds them from settings).
 
 Shapes: B queries, M documents, D dimensions.
 """
@@ -38,8 +37,7 @@ from .references import Reference, targets_with
 from .runs import CHECKPOINTS, open_log
 from .settings import TrainConfig
 
-# Batches between two calls of `device.release_memory`. 80 batches of 32 finance pairs take 1.7 GiB with a call after
-# each, at 6% of the time, and 2.7 GiB with one after every eighth.
+# Batches between two calls of `device.release_memory`: 1.7 GiB with one after each, at 6% of the time, 2.7 after 8.
 RELEASE_EVERY = 4
 NAMED_IDS = 16  # in an error about a batch; train.jsonl has all of them
 STOP = "stop"
@@ -50,12 +48,11 @@ class NonFiniteError(ValueError):
 
     def __init__(self, what: str, step: int, query_ids: list[str], document_ids: list[str]):
         self.what, self.step, self.query_ids, self.document_ids = what, step, query_ids, document_ids
-
-        def some(ids: list[str]) -> str:
+        named = []
+        for ids in (query_ids, document_ids):
             more = f" and {len(ids) - NAMED_IDS:,} more" if len(ids) > NAMED_IDS else ""
-            return ", ".join(ids[:NAMED_IDS]) + more
-
-        super().__init__(f"step {step}: {what}; queries {some(query_ids)}; documents {some(document_ids)}")
+            named.append(", ".join(ids[:NAMED_IDS]) + more)
+        super().__init__(f"step {step}: {what}; queries {named[0]}; documents {named[1]}")
 
 
 class BatchSource(Protocol):
@@ -92,11 +89,9 @@ def train(
     bits on the CPU; the caller's random state is left as it was. Several ranks call this alike (distributed.py).
 
     Args:
-        batches: as many per epoch as `len` says; able to begin an epoch at any batch.
         loss: (Q [B, D], D [M, D], targets) -> scalar. A module is trained too, without weight decay.
         out: run folder for train.jsonl and checkpoints; training resumes from a checkpoint in it. None: no files.
-        optimizer: makes the optimizer from named parameter groups (`optim.parameter_groups`); config.schedule scales
-            the learning rate of each group. None: AdamW.
+        optimizer: makes the optimizer of `optim.parameter_groups`; config.schedule scales its learning rates.
         references: {name: batch -> (Q [B, E], D [M, E])}, frozen vectors for `targets.references`.
         evaluate: validation, {metric: value, higher is better}; called on rank 0.
         refresh: makes the batches anew, as many as before, when every `refresh_every`-th epoch but the first begins.
@@ -106,16 +101,16 @@ def train(
 
     Raises:
         NonFiniteError: a loss or gradient is not finite; no step was taken with it.
-        ValueError: `config.select` is not among the metrics; a reference or refresh gives the wrong number of vectors
-            or batches; ranks differ; a checkpoint is damaged or belongs to another run.
+        ValueError: `config.select` is no metric; a reference or refresh gives the wrong number of vectors or batches;
+            ranks differ; a checkpoint is damaged or belongs to another run.
     """
     state = TrainState(embedder, loss, _make_optimizer(embedder, loss, config, optimizer))
-    steps_per_epoch = -(-len(batches) // config.accumulate)
-    num_steps = config.epochs * steps_per_epoch
-    with _session(state, batches, config, out, refresh, num_steps, refresh_every) as (log, resumed, bar):
+    epochs = _Epochs(batches, config, refresh, refresh_every)
+    num_steps, steps_per_epoch = epochs.num_steps, epochs.steps_per_epoch
+    with _session(state, epochs, config, out) as (log, resumed, bar):
         if evaluate is not None and not resumed:
             validate(state, evaluate, config, log)
-        for epoch, parts, extra in _steps(state, batches, config, refresh, refresh_every):
+        for epoch, parts, extra in epochs.steps(state):
             record = training_step(state, parts, config, num_steps, references or {})
             record = {"step": state.step, "epoch": epoch, **record, **extra}
             log(record)
@@ -154,7 +149,8 @@ def training_step(
             components[name] = components.get(name, 0.0) + component / len(parts)
         if (state.step * config.accumulate + place + 1) % RELEASE_EVERY == 0:
             devices.release_memory(embedder.device)
-    loss, of_loss = sum(losses), state.loss.parameters() if isinstance(state.loss, nn.Module) else ()
+    loss = sum(losses)
+    of_loss = state.loss.parameters() if isinstance(state.loss, nn.Module) else ()
     distributed.sum_gradients(embedder.parameters(), of_first=[p for p in of_loss if p.requires_grad])
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
@@ -190,14 +186,13 @@ def backward(
     weight: float,
     seeds: tuple[int, ...],
 ) -> tuple[Tensor, dict[str, Any]]:
-    """`weight` times the loss of a batch, whose gradients through this rank's texts are added to the parameters'.
+    """Adds the gradients of `weight` times the loss of a batch, through this rank's texts, to the parameters'.
 
     Returns the value, without gradient, and the components that the loss recorded.
     """
     # The only autocast in embedft: losses are always computed in float32.
-    autocast = functools.partial(
-        torch.autocast, embedder.device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16"
-    )
+    precision = {"dtype": torch.bfloat16, "enabled": config.precision == "bfloat16"}
+    autocast = functools.partial(torch.autocast, embedder.device.type, **precision)
     components: dict[str, Any] = {}
 
     def weighted_loss(Q: Tensor, D: Tensor, targets: Targets) -> Tensor:
@@ -243,18 +238,16 @@ def _make_optimizer(
     embedder: Embedder, loss: Loss, config: TrainConfig, make: MakeOptimizer | None
 ) -> torch.optim.Optimizer:
     """AdamW as configured, or what `make` returns; each group notes its peak learning rate as "initial_lr"."""
-    own = []
     if isinstance(loss, nn.Module):
-        own = [parameter for parameter in loss.to(embedder.device).train().parameters() if parameter.requires_grad]
+        loss.to(embedder.device).train()
     if make is not None:
         config.check_unused(("lr", "loss_lr", "weight_decay"), "the optimizer is given, which decides it")
         optimizer = make(parameter_groups(embedder, loss))
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ValueError(f"optimizer returned {type(optimizer).__name__}, expected a torch.optim.Optimizer")
     else:
-        optimizer = build_optimizer(embedder.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-        if own:
-            optimizer.add_param_group({"params": own, "lr": config.loss_lr or config.lr, "weight_decay": 0.0})
+        rates = {"lr": config.lr, "loss_lr": config.loss_lr, "weight_decay": config.weight_decay}
+        optimizer = build_optimizer(embedder, loss, **rates)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
@@ -262,34 +255,23 @@ def _make_optimizer(
 
 @contextlib.contextmanager
 def _session(
-    state: TrainState,
-    batches: BatchSource,
-    config: TrainConfig,
-    out: Path | None,
-    refresh: Refresh | None,
-    num_steps: int,
-    refresh_every: int,
+    state: TrainState, batches: "_Epochs", config: TrainConfig, out: Path | None
 ) -> Iterator[tuple[Callable[[dict], None], bool, Any]]:
-    """Seeds, loads the checkpoint if there is one, opens the log and the progress bar.
-
-    Yields (log, whether the run is resumed, bar), and leaves the embedder in inference mode.
-    """
+    """Seeds, loads a checkpoint; yields (log, whether one was loaded, bar); leaves the embedder in inference mode."""
     device, is_first = state.embedder.device, distributed.rank_and_size()[0] == 0
     state.optimizer.zero_grad()  # an earlier training may have been interrupted between backward and step
     try:
         with devices.seeded(config.seed, device):
-            distributed.check_devices(device)
             distributed.broadcast_weights(*state.modules().values())
             resumed = out is not None and load_checkpoint(out / CHECKPOINTS, state)
-            first_refresh = num_steps // config.epochs * refresh_every
-            if resumed and (state.refresh_weights is not None) != (refresh is not None and state.step > first_refresh):
+            if resumed and (state.refresh_weights is not None) != batches.was_refreshed(state.step):
                 had, now = ("lacks", "with") if state.refresh_weights is None else ("has", "without")
                 where = f"{out / CHECKPOINTS}: the checkpoint of step {state.step}"
                 raise ValueError(f"{where} {had} the weights of a refresh, so it belongs to a run {now} one")
-            distributed.check_same({"number of batches": len(batches), "step of the checkpoint": state.step})
+            distributed.check_same({"number of batches": batches.size, "step of the checkpoint": state.step})
             log = open_log(out if is_first else None, state.step if resumed else -1, config.log)
-            shown = {} if is_first else {"show": False}
-            with progress_bar(num_steps, "train", unit="step", initial=state.step, **shown) as bar:
+            shown = {"unit": "step", "initial": state.step, "show": None if is_first else False}
+            with progress_bar(batches.num_steps, "train", **shown) as bar:
                 try:
                     yield log, resumed, bar
                 except NonFiniteError as error:
@@ -300,39 +282,46 @@ def _session(
         state.embedder.eval()
 
 
-def _steps(
-    state: TrainState, batches: BatchSource, config: TrainConfig, refresh: Refresh | None, refresh_every: int
-) -> Iterator[tuple[int, list[Batch], dict[str, float]]]:
-    """(epoch, the batches of a step, what else its record gets), from the state's step to the end."""
-    steps_per_epoch, refreshed = -(-len(batches) // config.accumulate), None
-    while state.step < config.epochs * steps_per_epoch and not state.stopped:
-        epoch, first = divmod(state.step, steps_per_epoch)
-        extra, due = {}, first == 0 and epoch % refresh_every == 0
-        if refresh is not None and epoch >= refresh_every and (due or refreshed is None):
-            refreshed, seconds = _refresh(state, refresh, len(batches), config.seed + epoch // refresh_every, due)
-            extra = {"refresh_seconds": seconds} if due else {}
-        source = (batches if refreshed is None else refreshed).epoch(epoch, start=first * config.accumulate)
-        while not state.stopped and (parts := list(itertools.islice(source, config.accumulate))):
-            yield epoch, parts, extra
-            extra = {}
+class _Epochs:
+    """The batches of every step; `refresh` makes them anew when every `every`-th epoch but the first begins."""
 
+    def __init__(self, batches: BatchSource, config: TrainConfig, refresh: Refresh | None, every: int):
+        self.batches, self.config, self.refresh, self.every, self.size = batches, config, refresh, every, len(batches)
+        self.steps_per_epoch = -(-self.size // config.accumulate)
+        self.num_steps = config.epochs * self.steps_per_epoch
 
-def _refresh(state: TrainState, refresh: Refresh, num_batches: int, seed: int, due: bool) -> tuple[BatchSource, float]:
-    """The batches from now on, and the seconds it took. Unless `due`, it is the latest refresh, repeated."""
-    start, embedder = time.perf_counter(), state.embedder
-    weights = copy_weights(embedder)
-    if due:
-        state.refresh_weights = weights
-    embedder.eval()
-    embedder.load_state_dict(state.refresh_weights)
-    devices.release_memory(embedder.device)
-    with devices.seeded(seed, embedder.device):
-        batches = refresh(embedder)
-    devices.release_memory(embedder.device)
-    embedder.load_state_dict(weights)
-    if len(batches) != num_batches:
-        raise ValueError(f"the refresh made {len(batches)} batches per epoch, expected {num_batches} as before")
-    return batches, time.perf_counter() - start
+    def was_refreshed(self, step: int) -> bool:
+        return self.refresh is not None and step > self.steps_per_epoch * self.every
+
+    def steps(self, state: TrainState) -> Iterator[tuple[int, list[Batch], dict[str, float]]]:
+        """(epoch, the batches of a step, what else its record gets), from the state's step to the end."""
+        accumulate, is_current = self.config.accumulate, False
+        while state.step < self.num_steps and not state.stopped:
+            epoch, first = divmod(state.step, self.steps_per_epoch)
+            extra, due = {}, first == 0 and epoch % self.every == 0
+            if self.refresh is not None and epoch >= self.every and (due or not is_current):
+                start, is_current = time.perf_counter(), True
+                self._refresh(state, seed=self.config.seed + epoch // self.every, due=due)
+                extra = {"refresh_seconds": time.perf_counter() - start} if due else {}
+            source = self.batches.epoch(epoch, start=first * accumulate)
+            while not state.stopped and (parts := list(itertools.islice(source, accumulate))):
+                yield epoch, parts, extra
+                extra = {}
+
+    def _refresh(self, state: TrainState, *, seed: int, due: bool) -> None:
+        """With the present weights or, unless `due`, those of the latest refresh, which is repeated."""
+        embedder, weights = state.embedder, copy_weights(state.embedder)
+        if due:
+            state.refresh_weights = weights
+        embedder.eval()
+        embedder.load_state_dict(state.refresh_weights)
+        devices.release_memory(embedder.device)
+        with devices.seeded(seed, embedder.device):
+            self.batches = self.refresh(embedder)
+        devices.release_memory(embedder.device)
+        embedder.load_state_dict(weights)
+        if (found := len(self.batches)) != self.size:
+            raise ValueError(f"the refresh made {found} batches per epoch, expected {self.size} as before")
 
 
 def _num_tokens(batch: Batch | LocalBatch) -> int:

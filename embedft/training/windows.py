@@ -1,10 +1,8 @@
 """The window of a long document that answers a query best: what training on passages takes of the document.
 
-A document may have hundreds of windows, and a step has room for a few. The window that scores best for each query is
-found with the current weights: before training and, with `refresh_windows` (recipe.py), before every epoch, so that no
-step waits for a corpus to be encoded. How a batch uses them: data/collate.py.
+A step has room for a few of a document's windows. The best ones are found with the current weights before training
+and, with `refresh_windows` (recipe.py), before every epoch. How a batch uses them: data/collate.py.
 
-    batches = make_batches(dataset, embedder.pack, batch_size=32, seed=0, passages=(128, 64), windows_per_document=4)
     batches = with_best_windows(batches, best_windows(embedder, batches))
 
 Shapes: W windows of some documents, D features.
@@ -23,10 +21,9 @@ from ..encoders.embedder import Embedder
 def best_windows(
     embedder: Embedder, batches: Batches, *, documents_at_a_time: int = 4_096
 ) -> dict[str, dict[str, int]]:
-    """{query id: {document id: number of its window with the largest similarity}}, for all documents of a query.
+    """{query id: {document id: its window with the largest similarity, the first of equals}}.
 
-    The first of equal windows. Documents of one window are left out: there is nothing to choose. Memory: the vectors of
-    the queries and of `documents_at_a_time` documents.
+    Documents of one window are left out: there is nothing to choose.
     """
     collate = batches.collate
     queries_of: dict[str, dict[str, None]] = defaultdict(dict)
@@ -39,9 +36,8 @@ def best_windows(
     document_ids, best = list(queries_of), defaultdict(dict)
     for start in range(0, len(document_ids), documents_at_a_time):
         part = document_ids[start : start + documents_at_a_time]
-        vectors_WD, source_W = embedder.encode_passages(
-            [collate.texts[i] for i in part], collate.passages, dim=embedder.full_dim
-        )
+        texts = [collate.texts[i] for i in part]
+        vectors_WD, source_W = embedder.encode_passages(texts, collate.passages, dim=embedder.full_dim)
         edges = np.searchsorted(source_W, np.arange(len(part) + 1)).tolist()
         for document_id, first, last in zip(part, edges, edges[1:], strict=False):
             if last - first > 1:

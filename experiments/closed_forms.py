@@ -1,10 +1,6 @@
 """Adapters in closed form, without training: baselines for a fitted one.
 
-    adapter = ridge(queries_PD, positives_PD, strength=1.0)
-    adapter = procrustes(queries_PD, positives_PD)
-    queries_PD, positives_PD = relevant_pairs(queries_ND, documents_MD, qrels)
-
-Both use queries and documents that answer them, and no negatives.
+    adapter = ridge(*relevant_pairs(queries_ND, documents_MD, qrels), strength=1.0)
 
 Shapes: P pairs of a query and a document that answers it, N queries, M documents, D features.
 """
@@ -14,8 +10,8 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from ..encoders.adapter import Adapter
-from ..encoders.maps import LinearMap
+from embedft.encoders.adapter import Adapter
+from embedft.encoders.maps import LinearMap
 
 
 def ridge(queries_PD: np.ndarray, positives_PD: np.ndarray, *, strength: float) -> Adapter:
@@ -23,9 +19,6 @@ def ridge(queries_PD: np.ndarray, positives_PD: np.ndarray, *, strength: float) 
 
     With the rows q and d in Q and X: W = (X^T Q + strength I) (Q^T Q + strength I)^-1. Strength 0 is least squares,
     which needs Q of full rank; a large strength leaves the identity. Computed in float64, on the vectors as given.
-
-    Raises:
-        ValueError: pairs that do not match, a strength below 0, or 0 with queries of less than full rank.
 
     Source: Hoerl and Kennard 1970, toward the identity instead of 0.
     """
@@ -43,9 +36,6 @@ def procrustes(queries_PD: np.ndarray, positives_PD: np.ndarray) -> Adapter:
 
     With the rows q and d in Q and X: W = U V^T, from the singular value decomposition X^T Q = U S V^T. It keeps lengths
     and angles between queries; reflections are allowed. W is not unique if the pairs span less than all dimensions.
-
-    Raises:
-        ValueError: pairs that do not match.
 
     Source: Schönemann 1966.
     """
