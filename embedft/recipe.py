@@ -136,7 +136,7 @@ def finetune(
     given = {name: value for name, value in given.items() if value is not None}
     out = None if out is None else Path(out)
     job = _Job(embedder, dataset, config or FinetuneConfig(), given, validation, references or {}, out)
-    before = embedder.max_length, embedder.encoder.attention_dropout
+    before = embedder.max_length, getattr(embedder.encoder, "attention_dropout", 0.0)
     with contextlib.ExitStack() as stack:
         try:
             _prepare(job, existing)

@@ -13,7 +13,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -71,19 +71,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(HUB_HOME, ignore_errors=True)
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """One thread for the tests of a module, then as many as before.
-
-    Tiny matrices gain nothing from a second one, and where other processes want the cores the threads wait for each
-    other, a hundred times longer than they work.
-    """
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def write(path: Path, value: object) -> None:

@@ -14,7 +14,6 @@ from embedft.encoders.adapter import Base
 from embedft.encoders.maps import ACTIVATIONS, KINDS, LinearMap, LowRank, TwoLayer, build_map
 from embedft.files import read_json, write_json
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = {"linear": {}, "low_rank": {"rank": 2}, "two_layer": {"hidden": 3}}
 
 

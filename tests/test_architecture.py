@@ -263,6 +263,14 @@ def test_everything_public_says_what_it_is(name):
     assert [node.name for node in public if not ast.get_docstring(node)] == []
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_and_functions_stay_short(name):
+    """350 lines a module, 60 a function, docstrings included."""
+    assert max((node.end_lineno for node in MODULES[name].body), default=0) <= 350
+    functions = [node for node in ast.walk(MODULES[name]) if isinstance(node, FUNCTIONS)]
+    assert [f.name for f in functions if f.end_lineno - f.lineno >= 60] == []
+
+
 def test_names_say_what_is_inside():
     vague = {"utils", "util", "helpers", "helper", "base", "common", "misc", "manager", "engine", "core"}
     assert not vague & {part for name in MODULES for part in name.split(".")}

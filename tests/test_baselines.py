@@ -16,8 +16,6 @@ from embedft.retrieval.run import Run
 from experiments import baselines_lyft_uber as experiment
 from experiments.baselines_lyft_uber import format_differences, format_values, main
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ROOT = Path(__file__).resolve().parents[1]
 NUM_DOCUMENTS = 8
 

@@ -17,8 +17,6 @@ from benchmarks.vectors import perturbed, rounded, write_perturbed
 from embedft import RetrievalDataset, Run
 from embedft.retrieval.approximate import unit_rows
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 DIM = 32
 
 

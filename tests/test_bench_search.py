@@ -13,8 +13,6 @@ from benchmarks.vectors import perturbed
 from embedft import load_embedder
 from embedft.retrieval.index import Found
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def options(tmp_path, write_tiny, monkeypatch) -> Namespace:

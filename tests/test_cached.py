@@ -21,8 +21,6 @@ from embedft.losses.contrastive import in_batch_negatives
 from embedft.losses.registry import loss_options
 from embedft.training.cached import cached_backward, mini_batches
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 BFLOAT16 = functools.partial(torch.autocast, "cpu", dtype=torch.bfloat16)
 # Options without which a loss cannot run on vectors of 32 features with a teacher of as many.
 NEEDED = {

@@ -20,8 +20,6 @@ from embedft.cli import COMMANDS, main
 from embedft.commands.options import Data, load_data
 from embedft.files import read_json, read_jsonl
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TEXTS = ["a b c", "", " x ", "7 8 9"]
 
 

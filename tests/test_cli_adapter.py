@@ -16,7 +16,6 @@ from embedft import Adapter, AdapterConfig, compare, evaluate, fit_adapter, load
 from embedft.cli import main
 from embedft.files import read_json, read_jsonl
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 FIT = ["adapter", "model", "pairs.json", "--epochs", "20", "--held_out", "0.2", "--seed", "1"]
 
 

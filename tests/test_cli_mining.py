@@ -10,7 +10,6 @@ from tiny import make_dataset, make_embedder
 from embedft import RetrievalDataset, mine
 from embedft.cli import main
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 RANKS = ["--ranks", "2", "9"]
 
 

@@ -22,8 +22,6 @@ from embedft.retrieval.evaluate import evaluate_grid
 from embedft.retrieval.report import compare_seeds
 from embedft.retrieval.tables import format_comparisons, format_grid, format_reports
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):

@@ -20,7 +20,6 @@ from embedft.corpus.chunks import Chunk, Place, save_chunks
 from embedft.retrieval.bm25 import split_words
 from embedft.retrieval.search import search
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 QUESTION = "a b c"
 
 

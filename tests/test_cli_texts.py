@@ -16,8 +16,6 @@ from embedft.corpus.prompts import TEMPLATE, fill_template
 from embedft.encoders.loading import load_embedder
 from embedft.files import read_json, read_jsonl
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 KEY = "sk-secret-0123456789"
 SENTENCE = "The annual meeting of number {i} takes place in the town of number {i} on day {i} of the month. "

@@ -34,8 +34,6 @@ from embedft.training.distributed import LocalBatch, OtherRankError, gather, ran
 from embedft.training.references import FrozenEmbeddings
 from embedft.training.train import NonFiniteError, TrainConfig, backward, train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 METRIC = "ndcg@10"
 STATE = ("step", "stopped", "evaluations", "best_step")
 

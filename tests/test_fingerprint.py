@@ -15,8 +15,6 @@ from embedft.encoders.fingerprint import fingerprint, weights_sha256
 from embedft.encoders.pooling import POOLINGS, Pooling
 from embedft.encoders.store import Store
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TEXTS = ["a b c", "", "the revenue", "what order of the world", "a b c", "x" * 30, "7 8 9 hello hello world"]
 
 

@@ -17,8 +17,6 @@ from embedft.training.corpus_softmax import Documents, Pairs, first_ranks, full_
 from embedft.training.fit_adapter import _Judge
 from experiments.closed_forms import procrustes, relevant_pairs, ridge
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def draw(num, dim=6, seed=0, dtype=np.float64):
     return np.random.default_rng(seed).standard_normal((num, dim)).astype(dtype)

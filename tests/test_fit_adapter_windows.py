@@ -13,8 +13,6 @@ from embedft import LOSSES, fit_adapter
 from embedft.encoders.maps import LinearMap
 from embedft.training.corpus_softmax import Documents, Pairs, checked_source, first_ranks, full_corpus_softmax
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SOURCE = np.array([0, 1, 1, 1, 1, 1, 2, 3, 3, 4, 5, 5, 5])
 RELEVANT = [[0], [1], [3, 5], [1, 2, 4], [5], list(range(6))]  # the last: every document answers
 

@@ -17,8 +17,6 @@ from embedft.retrieval import mining
 from embedft.retrieval.passages import aggregate_windows
 from embedft.training.train import TrainConfig, train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Vectors:
     """An embedder that looks vectors up by text, and counts the documents that it is given at once."""

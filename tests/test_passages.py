@@ -13,8 +13,6 @@ from embedft.retrieval.evaluate import evaluate
 from embedft.retrieval.index import FlatIndex, Found, search_exact
 from embedft.retrieval.passages import WindowIndex, aggregate_windows
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 LONG = "a b c d e f g h i j"  # ten tokens, a word each
 TEXTS = ["the fee", LONG, "", "k l m n", "query " * 40, "o p q r s"]
 AGGREGATES = ("max", "mean", "first", "sum_top_1", "sum_top_3")

@@ -25,8 +25,6 @@ from embedft.training import runs
 from embedft.training import train as train_module
 from embedft.training.references import FrozenEmbeddings
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CONFIG = FinetuneConfig(epochs=2, batch_size=4, lr=1e-3, checkpoint_every=2)  # 6 steps
 UNJUDGED = RetrievalDataset({"q": "a b c"}, {"d": "d e f"}, {})
 

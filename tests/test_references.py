@@ -10,8 +10,6 @@ from tiny import make_dataset, make_embedder
 from embedft.data.batches import make_batches
 from embedft.training.references import FrozenEmbeddings, targets_with
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def embedder(tmp_path):

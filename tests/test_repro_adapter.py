@@ -11,8 +11,6 @@ from embedft import Adapter, RetrievalDataset, evaluate
 from embedft.encoders.maps import build_map
 from experiments import repro_adapter_lyft_uber as experiment
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def small_vectors() -> experiment.Vectors:
     dataset = make_dataset(12, 8)

@@ -16,8 +16,6 @@ from embedft.data.batches import make_batches
 from experiments import repro_matryoshka_finance as experiment
 from experiments.repro_matryoshka_finance import format_dims, main, matryoshka_dims, measure, pick_dim
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 WORDS = ["order", "limit", "fee", "revenue", "query", "document", "hello", "world", "the", "of", "what"]
 
 

@@ -30,8 +30,6 @@ from embedft.encoders import store
 from embedft.encoders.store import Rows, Space, Store, text_keys
 from embedft.files import locked
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ROOT = Path(__file__).resolve().parents[1]
 SPACE = Space("ab" * 32, 4, {"model": "counting"})
 OTHER = Space("cd" * 32, 4, {})

@@ -26,8 +26,6 @@ from embedft.losses.contrastive import in_batch_negatives
 from embedft.training import train as train_module
 from embedft.training.train import NonFiniteError, TrainConfig, train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CONFIG = TrainConfig(epochs=2, lr=1e-3, warmup=0.2, weight_decay=0.1, checkpoint_every=2, eval_every=3)
 METRIC = "ndcg@10"
 

@@ -16,8 +16,6 @@ from embedft.losses.contrastive import in_batch_negatives
 from embedft.training.cached import cached_backward
 from embedft.training.windows import best_windows, with_best_windows
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 PASSAGES = (6, 4)  # four tokens of text, none twice
 
 
