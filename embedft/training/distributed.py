@@ -126,9 +126,12 @@ def sum_gradients(parameters: Iterable[Parameter], of_first: Iterable[Parameter]
     gradients = {p: p.grad for p in parameters} | {p: p.grad if rank == 0 else None for p in of_first}
     exists = torch.tensor([grad is not None for grad in gradients.values()], device=next(iter(gradients)).device).int()
     dist.all_reduce(exists)
+    sums = []  # under way at the same time: one by one, the small ones would be all waiting
     for p, grad in itertools.compress(gradients.items(), exists.tolist()):
         p.grad = torch.zeros_like(p) if grad is None else grad.contiguous()
-        dist.all_reduce(p.grad)
+        sums.append(dist.all_reduce(p.grad, async_op=True))
+    for work in sums:
+        work.wait()
 
 
 def broadcast_weights(*modules: nn.Module) -> None:
