@@ -6,20 +6,30 @@ ledger.settle(number, (812, 64))      # tokens of prompt and reply
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import KW_ONLY, InitVar, dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass, field
 from datetime import datetime, timezone
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..files import append_jsonl, resume_jsonl
-
-if TYPE_CHECKING:
-    from .sending import Job
 
 USAGE = ("prompt_tokens", "completion_tokens")
 OUTCOME, RESERVATION = ("request", "usage", "cost"), ("request", "most_prompt_tokens", "most_reply_tokens", "most_cost")
 MAX_TOKENS = 10**9  # no request has as many: a server that reports more is not believed
+
+
+@dataclass(eq=False)
+class Job:
+    """One thing to ask for. The ledger reserves the most tokens; the likely sum counts toward tokens a minute."""
+
+    key: str  # its name on disk
+    content: Any  # for whoever asks
+    prompt_tokens: int
+    reply_tokens: int
+    expected_tokens: int = 0
+    attempts: int = 0  # failures so far
+    forms: list[int] = field(default_factory=list)  # in which it was sent
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ class Ledger:
             usage = record["usage"] and tuple(record["usage"][name] for name in USAGE)
             self.settle(record["request"], usage, cost=record["cost"])
 
-    def full(self, job: "Job") -> str | None:
+    def full(self, job: Job) -> str | None:
         """The limit that leaves no room for a request of `job`, as in "--max-cost 5.0"; None when there is room."""
         if self.max_requests is not None and self.num_requests >= self.max_requests:
             return f"--max-requests {self.max_requests:,}"
@@ -71,7 +81,7 @@ class Ledger:
             return f"--max-cost {limit:f}"
         return None
 
-    def reserve(self, job: "Job") -> int:
+    def reserve(self, job: Job) -> int:
         """The number of a request that may now be sent; its line is on disk."""
         cost, number = price_of(self.prices, job.prompt_tokens, job.reply_tokens), self.last + 1
         if self.path:

@@ -16,25 +16,12 @@ from email.utils import formatdate, parsedate_to_datetime
 from itertools import islice
 from typing import Any, Literal
 
-from .ledger import Ledger
+from .ledger import Job, Ledger
 
 BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.5, 30.0
 MAX_RETRY_AFTER_SECONDS = 300.0  # a server that asks for a longer pause has closed for the hour or the day
 MAX_FAILURES_IN_A_ROW = 10  # then one request at a time finds out whether the server is back
 MAX_SUSPECTS_AT_FIRST = 5  # when all first responses suggest that the request itself is wrong, the rest would too
-
-
-@dataclass(eq=False)
-class Job:
-    """One thing to ask for. The ledger reserves the most tokens; the likely sum counts toward tokens a minute."""
-
-    key: str  # its name on disk
-    content: Any  # for whoever asks
-    prompt_tokens: int
-    reply_tokens: int
-    expected_tokens: int = 0
-    attempts: int = 0  # failures so far
-    forms: list[int] = field(default_factory=list)  # in which it was sent
 
 
 @dataclass(frozen=True)
