@@ -61,6 +61,10 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     if config.getoption("no_onednn"):
         torch.backends.mkldnn.enabled = False
+        # In the processes that tests start too, since some compare with them to the bit.
+        HUB_HOME.mkdir(exist_ok=True)
+        (HUB_HOME / "sitecustomize.py").write_text("import torch\n\ntorch.backends.mkldnn.enabled = False\n")
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(HUB_HOME), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -45,7 +45,9 @@ def run(options: Options) -> int:
         unused = (name for name, found in spaces.items() if found.last_used < latest)
         names, before = list(dict.fromkeys(options.prune or unused)), store.num_bytes()
         store.prune(*names)
-        print(f"{store.folder}: removed {len(names)} spaces, {format_bytes(before - store.num_bytes())}")
+        print(
+            f"{store.folder}: removed {len(names)} space{'s' * (len(names) != 1)}, {format_bytes(before - store.num_bytes())}"
+        )
         return 0
     if options.verify or options.repair:
         return max([_verify(store, name, repair=options.repair) for name in spaces], default=0)
@@ -57,7 +59,7 @@ def run(options: Options) -> int:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    print(f"\n{store.folder}: {len(spaces)} spaces, {format_bytes(store.num_bytes())}")
+    print(f"\n{store.folder}: {len(spaces)} space{'s' * (len(spaces) != 1)}, {format_bytes(store.num_bytes())}")
     return 0
 
 
