@@ -45,9 +45,8 @@ def run(options: Options) -> int:
         unused = (name for name, found in spaces.items() if found.last_used < latest)
         names, before = list(dict.fromkeys(options.prune or unused)), store.num_bytes()
         store.prune(*names)
-        print(
-            f"{store.folder}: removed {len(names)} space{'s' * (len(names) != 1)}, {format_bytes(before - store.num_bytes())}"
-        )
+        freed = format_bytes(before - store.num_bytes())
+        print(f"{store.folder}: removed {len(names)} space{'s' * (len(names) != 1)}, {freed}")
         return 0
     if options.verify or options.repair:
         return max([_verify(store, name, repair=options.repair) for name in spaces], default=0)
