@@ -21,6 +21,10 @@ import tokenizers
 import torch
 from safetensors.torch import save_file
 
+# Set by --no-onednn: processes that tests start and compare with import this file too.
+if os.environ.get("TESTS_WITHOUT_ONEDNN"):
+    torch.backends.mkldnn.enabled = False
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 HUB_HOME = Path(tempfile.gettempdir()) / f"embedft-tests-{os.getpid()}"
 
@@ -61,10 +65,7 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     if config.getoption("no_onednn"):
         torch.backends.mkldnn.enabled = False
-        # In the processes that tests start too, since some compare with them to the bit.
-        HUB_HOME.mkdir(exist_ok=True)
-        (HUB_HOME / "sitecustomize.py").write_text("import torch\n\ntorch.backends.mkldnn.enabled = False\n")
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(HUB_HOME), *filter(None, [os.environ.get("PYTHONPATH")])])
+        os.environ["TESTS_WITHOUT_ONEDNN"] = "1"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
