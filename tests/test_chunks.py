@@ -500,6 +500,8 @@ def test_a_blob_that_is_one_unknown_token_is_cut():
         ("製粉所は町のものです。「誰がそこで働きますか？」パン屋は朝六時に開きます。", 3),
         ("चक्की 1820 में बनी थी। शहर इसका मालिक है। बेकरी सुबह छह बजे खुलती है।", 3),
         ("متى بنيت المطحنة؟ بنيت قديما.", 2),
+        ("El molino es de 1820. ¿Quién lo posee? ¡El pueblo! «Abre a las seis.»", 4),
+        ("Ջրաղացը կառուցվել է։ Այն քաղաքինն է։", 2),
         ("The firm (est. 1820) is owned by the town. It bakes.", 2),
     ],
 )

@@ -79,6 +79,10 @@ def test_the_default_template_holds_the_passage_and_the_number():
         f"<THINK>Hm?\nWhat?</THINK>{LINES}",
         f"<seed:think>Hm?</seed:think>{LINES}",
         f"[THINK]What to ask?[/THINK]{LINES}",
+        f"<analysis>\nWhat to ask?\n</analysis>\n{LINES}",
+        f"<|begin_of_thought|>What to ask?<|end_of_thought|>\n{LINES}",
+        f"<|START_THINKING|>What to ask?<|END_THINKING|>{JSON}",
+        f"{LINES}\n<|START_THINKING|>Is that all?",
         f"<|channel|>analysis<|message|>What is it?\nHm?<|end|><|channel|>final<|message|>{JSON}<|return|>",
         f"{LINES}\n<think>\nIs that all?",
         # Headers of roles.

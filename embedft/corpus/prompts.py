@@ -32,13 +32,15 @@ RESPONSE_FORMAT = {"type": "json_schema", "json_schema": {"name": "questions", "
 
 # Everything before the last of these is thought, or the header of a role.
 END_OF_THOUGHT = re.compile(
-    r"</(?:\w+:)?(?:think|thinking|thoughts?|reason|reasoning|reflection|scratchpad)\s*>|\[/THINK\]|◁/think▷"
-    r"|<\|(?:message|end_header_id)\|>",
+    r"</(?:\w+:)?(?:think|thinking|thoughts?|reason|reasoning|reflection|analysis|scratchpad)\s*>|\[/THINK\]|◁/think▷"
+    r"|<\|(?:message|end_header_id|end\w*_(?:thought|thinking))\|>",
     re.IGNORECASE,
 )
 # Everything behind the first of these is a thought that never ends, or markup that a server left in.
 END_OF_REPLY = re.compile(
-    r"<(?:\w+:)?(?:think|thinking|reasoning)\s*>|\[THINK\]|◁think▷|(?<=\S)\s*<\|\w+\|>", re.IGNORECASE
+    r"<(?:\w+:)?(?:think|thinking|reasoning|analysis)\s*>|\[THINK\]|◁think▷|<\|(?:start|begin)\w*_(?:thought|thinking)\|>"
+    r"|(?<=\S)\s*<\|\w+\|>",
+    re.IGNORECASE,
 )
 ROLE = re.compile(
     r"(?:<\|\w+\|>)?[#*\s]*(?:assistant|model|ai|final answer|answer|output|response)[*\s]*(?::[*\s]*|\n)",

@@ -8,7 +8,7 @@ import re
 CLOSING = r"[\"'”’)\]」』）】》〉］]*"
 # Before a blank and what can begin a sentence; marks of other scripts end one wherever they stand.
 SENTENCE_END = re.compile(
-    rf"(?<![.!?])[.!?]+[\"'”’)\]]*\s+(?=[\"'“‘(\[$€£•]*[^\W_a-z])|[。！？｡．।॥۔؟።፧။។]+{CLOSING}\s*"
+    rf"(?<![.!?])[.!?]+[\"'”’)\]]*\s+(?=[\"'“‘«¿¡(\[$€£•]*[^\W_a-z])|[。！？｡．।॥۔؟።፧။។։།\u037e]+{CLOSING}\s*"
 )
 FENCED_BLOCK = r"^[ \t]*(?P<fence>`{3,}|~{3,})[^\n]*(?:\n.*?^[ \t]*(?P=fence)[`~]*[ \t]*$|.*\Z)"
 LINE_OR_BLOCK = re.compile(rf"{FENCED_BLOCK}|[^\n]+", re.MULTILINE | re.DOTALL)
