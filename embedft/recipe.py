@@ -23,6 +23,7 @@ from .encoders.embedder import Embedder
 from .encoders.loading import load_embedder
 from .encoders.openai_api import ApiEmbedder
 from .losses.registry import LOSSES, Loss, loss_options
+from .objects import describe_object
 from .retrieval.evaluate import evaluate as evaluate_embedder
 from .retrieval.evaluate import evaluate_run
 from .retrieval.metrics import select_metrics
@@ -31,7 +32,6 @@ from .retrieval.report import Report
 from .retrieval.run import Run
 from .training import distributed, runs
 from .training.loggers import check_logger
-from .training.objects import describe_object
 from .training.optim import MakeOptimizer
 from .training.references import FrozenEmbeddings, Reference, targets_with
 from .training.settings import MINING, FinetuneConfig, configured_loss
@@ -68,6 +68,7 @@ class _Job:
     loss: Loss | None = None
     batches: BatchSource | None = None
     hashes: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)  # of config.json
 
     def lacks_base(self) -> bool:
         """Whether a report on the base is yet to be saved; a whole one has its metrics.json."""
@@ -184,23 +185,23 @@ def _prepare(job: _Job, existing: str) -> None:
     if job.validation is not None:
         job.hashes["validation"] = job.validation.sha256()
     job.references = _frozen(job, data)
+    job.settings = asdict(job.config)
+    given = job.given | {f"reference {name}": reference for name, reference in job.references.items()}
+    if objects := {name: describe_object(value) for name, value in given.items() if name not in job.hashes}:
+        job.settings["objects"] = objects
+    distributed.check_same({**job.hashes, **job.settings})
     _try_loss(job)
 
 
 def _open(job: _Job, existing: str, allow_changed_code: bool, own_length: int, stack: contextlib.ExitStack) -> None:
     """Locks the run folder, proves that the model can be saved, and opens the run."""
-    settings = asdict(job.config)
-    given = job.given | {f"reference {name}": reference for name, reference in job.references.items()}
-    if objects := {name: describe_object(value) for name, value in given.items() if name not in job.hashes}:
-        settings["objects"] = objects
-    distributed.check_same({**job.hashes, **settings})
 
     def begin() -> None:
         stack.enter_context(runs.lock(job.out))
         job.embedder.save(job.out / runs.TRIAL)
         shutil.rmtree(job.out / runs.TRIAL)
         opening = {"device": job.embedder.device, "existing": existing, "allow_changed_code": allow_changed_code}
-        runs.open_run(job.out, settings, hashes=job.hashes, **opening)
+        runs.open_run(job.out, job.settings, hashes=job.hashes, **opening)
         # The base as it is, not truncated. Else the first validation will be of the base.
         if job.lacks_base() and ("evaluate" in job.given or own_length != job.config.max_length):
             job.embedder.max_length = own_length

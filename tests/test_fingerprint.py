@@ -1,5 +1,6 @@
 """fingerprint.py: one hash over everything that vectors depend on."""
 
+import functools
 import importlib.util
 import linecache
 import sys
@@ -224,8 +225,9 @@ def write_module(folder, name, source):
 BASE_SOURCE = """
 import torch
 SCALE = 2.0
+LIMITS = (0.0, 1.0)
 def helper(x):
-    return x * SCALE
+    return x * SCALE + LIMITS[0]
 def pool(tokens):
     return helper(tokens.all_TD)
 class Encoder(torch.nn.Module):
@@ -237,6 +239,7 @@ EDITS = {
     "the class": ("return helper(packed)", "return helper(packed) + 1", {"Encoder"}),
     "a function that both call": ("x * SCALE", "x / SCALE", {"pool", "Encoder"}),
     "a constant": ("SCALE = 2.0", "SCALE = 3.0", {"pool", "Encoder"}),
+    "a tuple": ("(0.0, 1.0)", "(0.5, 1.0)", {"pool", "Encoder"}),
     "a comment": ("import torch", "import torch  # the library", set()),
     "a docstring": ("def helper(x):", 'def helper(x):\n    """Doubles."""', set()),
     "code that neither calls": ("SCALE = 2.0", "SCALE = 2.0\nOTHER = 3\ndef other():\n    return 1\n", set()),
@@ -256,6 +259,37 @@ def test_source_code_counts(tmp_path, edit):
 
     before, after = hashes("before", BASE_SOURCE), hashes("after", BASE_SOURCE.replace(old, new))
     assert {name for name in before if before[name] != after[name]} == changed
+
+
+def scaled(factor):
+    def pool(tokens):
+        return tokens * factor
+
+    return pool
+
+
+def power(tokens, exponent=1.0, *, root=True):
+    return tokens**exponent
+
+
+def with_default(exponent):
+    def pool(tokens, exponent=exponent):
+        return tokens**exponent
+
+    return pool
+
+
+@pytest.mark.parametrize(
+    "make",
+    [scaled, with_default, lambda n: functools.partial(power, exponent=n), lambda n: functools.partial(power, n)],
+)
+def test_what_a_function_carries_counts(make):
+    def made(*numbers):
+        return fingerprint([], {}, functions=[make(number) for number in numbers])
+
+    assert made(1.0) == made(1.0)
+    assert made(1.0, 3.0) == made(3.0, 1.0)
+    assert len({made(1.0), made(3.0), made(1.0, 3.0)}) == 3
 
 
 def test_code_without_a_source_file_counts():

@@ -8,7 +8,7 @@ import torch
 from tiny import make_dataset
 from torch import nn
 
-from embedft.training.objects import describe_object
+from embedft.objects import describe_object
 
 
 def scaled(factor):

@@ -162,13 +162,19 @@ def _saved_reports(out: Path) -> list[Path]:
 
 
 def _save(out: Path, reports: Sequence[Report], beside: Mapping[str, Report]) -> None:
-    """All reports together in place of those of an earlier evaluation."""
-    stale = [str((folder / name).relative_to(out)) for folder in _saved_reports(out) for name in REPORT_FILES]
+    """All reports together in place of those of an earlier evaluation; others in folders of `out` stay."""
+    old = [folder for folder in _saved_reports(out) if folder == out or _is_part(folder)]
+    stale = [str((folder / name).relative_to(out)) for folder in old for name in REPORT_FILES]
     with replace_files(out, stale=stale) as new:
         for report in reports:
             report.save(new if len(reports) == 1 else new / setting_name(report.setting))
         for name, report in beside.items():
             report.save(new / name)
+
+
+def _is_part(folder: Path) -> bool:
+    """Whether an evaluation wrote this folder within its --out: it is named by its setting."""
+    return folder.name in ("bm25", "fused") or folder.name == setting_name(Report.load(folder).setting)
 
 
 def _as_json(reports: Sequence[Report], beside: Mapping[str, Report]) -> dict[str, Any]:

@@ -12,7 +12,6 @@ query, K known pairs.
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -113,14 +112,14 @@ class Collate:
         if len(set(query_ids)) < len(query_ids):
             first: dict[str, int] = {}
             options["query"] = torch.tensor([first.setdefault(q, len(first)) for q in query_ids])
-        for name, wanted, given, least in (
-            ("relevance", self.relevance, self.dataset.qrels, 0.0),
-            ("target_scores", self.target_scores, self.dataset.scores, -math.inf),
+        for name, wanted, given in (
+            ("relevance", self.relevance, self.dataset.qrels),
+            ("target_scores", self.target_scores, self.dataset.scores),
         ):
             if wanted:
                 by_query = [given.get(query_id, {}) for query_id in query_ids]
                 values = [
-                    [max(least, of_query.get(document_id, 0.0)) for document_id in row.values()]
+                    [of_query.get(document_id, 0.0) for document_id in row.values()]
                     for of_query, row in zip(by_query, rows, strict=True)
                 ]
                 options[name] = torch.tensor([_filled(row, width, 0.0) for row in values], dtype=torch.float32)

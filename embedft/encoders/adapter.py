@@ -29,7 +29,6 @@ from ..files import atomic_write, read_object, sha256_file, write_json
 from .maps import Map, build_map
 
 ROLES = ("query", "document")
-SIDES = ("query", "document", "both", "shared")
 CONFIG_FILE, WEIGHTS_FILE, FORMAT_VERSION = "adapter.json", "adapter.safetensors", 2
 LLAMAINDEX_CONFIG, LLAMAINDEX_WEIGHTS = "config.json", "pytorch_model.bin"
 FORMATS = ("embedft", "llamaindex")

@@ -299,7 +299,7 @@ class Embedder(nn.Module):
     def _fingerprint(self, role: str, *, library: bool = True, **more: Any) -> str:
         more |= {"config": sorted(vars(self.encoder.config).items()), "tokenizer": self.tokenizer.sha256()}
         settings = self._settings(role) | {"include_prompt": self.pooling.include_prompt} | more
-        modules, functions = [self.encoder, self.pooling], [*self.pooling.functions, Tokenizer]
+        modules, functions = [self.encoder, self.pooling], [*self.pooling.functions, Tokenizer, pack, type(self)._embed]
         return fingerprint(modules, settings, functions=functions, library=library)
 
     def space(self, role: str, *, texts: str = "texts") -> Space:

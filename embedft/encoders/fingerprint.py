@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..objects import describe_object
+
 # Per module: what its tensors looked like when they were last hashed, and the hash.
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[bytes, str]] = weakref.WeakKeyDictionary()
 
@@ -80,10 +82,15 @@ def _block_sums(tensor: Tensor, words: int = 1024) -> Tensor:
 
 
 def _collect_sources(thing: Any, sources: dict[str, str]) -> None:
-    """Adds {qualified name: code} of a class or function, and of all that it names from its own package."""
+    """Adds {qualified name: code} of a class or function, and of all that it names from its own package.
+
+    Arguments of a functools.partial, closure variables and defaults are part of the code.
+    """
+    values = describe_object(thing)["values"]
     thing = getattr(thing, "func", thing)  # of a functools.partial
     module = getattr(thing, "__module__", None) or ""
     name, package = f"{module}.{getattr(thing, '__qualname__', repr(type(thing)))}", module.partition(".")[0]
+    sources[f"{name} with {values}"] = ""
     if package == "torch":
         sources[name] = torch.__version__.partition("+")[0]
     elif name not in sources:
@@ -91,8 +98,8 @@ def _collect_sources(thing: Any, sources: dict[str, str]) -> None:
         scope = vars(sys.modules[module]) if module in sys.modules else {}
         for other in names:
             value = scope.get(other)
-            if type(value) in (int, float, str):
-                sources[f"{module}.{other}"] = repr(value)
+            if type(value) in (bool, int, float, str, tuple):
+                sources[f"{module}.{other}"] = repr(describe_object(value))
             elif isinstance(value, type | FunctionType) and value.__module__.partition(".")[0] == package:
                 _collect_sources(value, sources)
 

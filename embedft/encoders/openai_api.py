@@ -94,7 +94,7 @@ class ApiEmbedder:
         if "" in rows:
             raise ValueError(f"texts[{rows['']}] is empty, which the API does not take")
         self._check_dim(dim)
-        if not rows and not self.dim:
+        if not rows and not self.endpoint.dim:
             raise ValueError("no texts to encode")
         missing, endpoint, store = self._missing(role, rows), self.endpoint, self.store
         turn = store.turn(self.space(role)) if missing and store is not None else nullcontext()

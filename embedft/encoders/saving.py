@@ -3,16 +3,15 @@
 write_folder(Path("model"), embedder)
 """
 
-import os
 import shutil
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..files import named_errors, write_json
+from ..files import atomic_write, write_json
 from .adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from .adapter import ROLES
 from .folder import (
@@ -112,16 +111,7 @@ def _write_router(folder: Path, dense: dict[str, tuple[Tensor, Tensor | None] | 
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    # safetensors makes a file that only its owner can read; this one gets the permissions of any new file.
-    temporary.touch()
-    mode = temporary.stat().st_mode
     # Cloned, because a safetensors file cannot hold tensors that share memory.
     separate = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
-    try:
-        with named_errors(path):
-            save_file(separate, temporary, metadata={"format": "pt"})
-        temporary.chmod(mode)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(path, "wb") as file:
+        file.write(save(separate, metadata={"format": "pt"}))

@@ -283,7 +283,7 @@ class Store:
     def _convert(self, path: Path) -> None:
         """Takes over what is whole of a space of version 1, a folder with space.json, vectors.f32 and keys.bin."""
         values = read_object(path)
-        if values.get("version") != 1:
+        if values.get("version") != 1 or not {"fingerprint", "dim", "description"} <= values.keys():
             raise ValueError(f"{path}: not what embedft writes; delete {path.parent}")
         space = Space(values["fingerprint"], values["dim"], values["description"])
         old = np.fromfile(path.with_name("keys.bin"), OLD_RECORD)

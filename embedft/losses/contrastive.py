@@ -11,6 +11,7 @@ Every loss takes Q [B, D] and D [C, D] and returns a scalar; `similarity` and `w
 Shapes: B queries, R of them at a time, M documents, C document vectors, G listed documents per query, D features.
 """
 
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -291,6 +292,8 @@ class LearnableSigmoid(nn.Module):
         super().__init__()
         check_above_zero("temperature", temperature)
         check_finite("bias", bias)
+        if unknown := options.keys() - inspect.signature(sigmoid).parameters.keys():
+            raise ValueError(f"sigmoid has no option {min(unknown)!r}")
         self.options = options
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
         self.bias = nn.Parameter(torch.tensor(float(bias)))

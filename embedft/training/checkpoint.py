@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from .. import device as devices
-from ..files import named_errors, read_object, sha256_file, write_json
+from ..files import atomic_write, named_errors, read_object, sha256_file, write_json
 
 MODEL, LOSS, OPTIMIZER, RANDOM = "model.safetensors", "loss.safetensors", "optimizer.safetensors", "random.safetensors"
 BEST, REFRESH, STATE, FILES = "best.safetensors", "refresh.safetensors", "state.json", "files.json"
@@ -74,8 +74,8 @@ def save_checkpoint(folder: Path, state: TrainState) -> None:
     try:
         for name, found in weights.items():
             if found is not None:
-                with named_errors(path / name):
-                    save_file(_separate(found), temporary / name)
+                with named_errors(path / name), atomic_write(temporary / name, "wb") as file:
+                    file.write(save(_separate(found)))
         write_json(temporary / STATE, plain)
         write_json(temporary / FILES, {file.name: sha256_file(file) for file in sorted(temporary.iterdir())})
         shutil.rmtree(path, ignore_errors=True)

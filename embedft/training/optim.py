@@ -57,6 +57,8 @@ def lr_factor(schedule: str, *, num_steps: int, warmup: float) -> Callable[[int]
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule is {schedule!r}, expected one of {', '.join(SCHEDULES)}")
+    if warmup >= 1 and warmup != int(warmup):
+        raise ValueError(f"warmup is {warmup}, expected a whole number of steps, or a fraction below 1")
     num_warmup = math.ceil(warmup * num_steps) if warmup < 1 else int(warmup)
 
     def factor(step: int) -> float:

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from .. import device as devices
-from ..files import append_jsonl, atomic_write, check_writable, locked, read_json, write_json
+from ..files import append_jsonl, atomic_write, check_writable, locked, read_json, resume_jsonl, write_json
 from .loggers import open_logger
 
 CONFIG, ENVIRONMENT, DIFF, LOG = "config.json", "environment.json", "diff.patch", "train.jsonl"
@@ -151,15 +151,10 @@ def open_log(out: Path | None, step: int, logger: str | None = None) -> Callable
     if out is None:
         return lambda record: None
     out.mkdir(parents=True, exist_ok=True)
-    log, kept = out / LOG, []
-    for line in log.read_bytes().splitlines(keepends=True) if log.is_file() else ():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except ValueError:  # cut off: not JSON, or not even UTF-8
-            break
-    with atomic_write(log, "wb") as file:
-        file.writelines(kept)
+    log = out / LOG
+    kept = [record for record in resume_jsonl(log) if record.get("step", 0) <= step]
+    with atomic_write(log) as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
     also = open_logger(logger, out, resumed_at=step)
 
     def append(record: dict[str, Any]) -> None:
