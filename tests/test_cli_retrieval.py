@@ -72,6 +72,10 @@ def test_a_report_is_replaced_on_request_and_nothing_of_it_stays(place, capsys):
     found = sorted(str(path.relative_to(place / "eval")) for path in (place / "eval").rglob("*") if path.is_file())
     assert found == ["fused/notes.txt", "metrics.json", "per_query.jsonl", "run.trec"]
     assert not (place / "eval" / "bm25").exists()
+    # A report that another command wrote into a folder of --out is not this evaluation's to remove.
+    run(capsys, "evaluate model pairs.json --out eval/mine")
+    run(capsys, "evaluate model pairs.json --no-bm25 --overwrite --out eval")
+    assert all((place / "eval" / "mine" / name / "metrics.json").is_file() for name in (".", "bm25"))
     run(capsys, "evaluate model pairs.json --dims 32 8 --out grid")
     check_error(capsys, "evaluate model pairs.json --out grid", "grid/bm25: holds a report already")
     check_error(capsys, "evaluate model pairs.json --overwrite", "--overwrite is for --out, which is not given")

@@ -61,3 +61,9 @@ def test_equals_transformers(schedule, num_steps, warmup):
 def test_unknown_schedule_lists_the_valid_ones():
     with pytest.raises(ValueError, match="schedule is 'step', expected one of linear, cosine, constant"):
         lr_factor("step", num_steps=1, warmup=0)
+
+
+def test_warmup_is_a_fraction_or_whole_steps():
+    assert lr_factor("linear", num_steps=10, warmup=2.0)(1) == 0.5
+    with pytest.raises(ValueError, match=r"warmup is 1\.9"):
+        lr_factor("linear", num_steps=10, warmup=1.9)

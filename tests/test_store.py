@@ -671,7 +671,7 @@ def test_a_conversion_that_was_killed_is_finished(tmp_path, monkeypatch):
 
 def test_what_is_not_a_space_of_version_1_is_refused(tmp_path):
     (tmp_path / NAME).mkdir()
-    (tmp_path / NAME / "space.json").write_text("{}")
+    (tmp_path / NAME / "space.json").write_text('{"version": 1}')
     with pytest.raises(ValueError, match=r"space\.json: .*delete"):
         Store(tmp_path)
 
