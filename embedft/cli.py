@@ -27,7 +27,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns the exit code: 0; 1: something is left to do, or nobody reads on; 2: an error."""
+    """Runs one command. Returns 0, 1 if work is left or the reader closed the pipe, 2 for an error."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     program = f"embedft {words[0]}" if words and words[0] in COMMANDS else "embedft"
     handler = signal.getsignal(signal.SIGINT)

@@ -48,7 +48,7 @@ def _counts(name: str, value: Any) -> bool:
 
 
 def _short(value: Any, *, longest: int = 200) -> Any:
-    """The value as JSON can hold it; if it is long to write, its SHA-256."""
+    """The value as JSON-compatible values; if it is long to write, its SHA-256."""
     text = repr(value)
     if len(text) > longest:
         return f"sha256 {hashlib.sha256(text.encode()).hexdigest()}"

@@ -56,7 +56,7 @@ REPLACED = {
 
 @dataclass
 class _Job:
-    """A fine-tuning in the making: what `finetune` was given, then what `_prepare` made of it."""
+    """The state of one `finetune` call: its arguments, then what `_prepare` makes of them."""
 
     embedder: Embedder
     dataset: Data

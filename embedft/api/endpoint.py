@@ -27,7 +27,7 @@ from .server import Server
 # Of api.openai.com: 2,048 texts and 300,000 tokens per request; a token is at least a byte.
 MAX_BATCH_TEXTS, MAX_BATCH_BYTES, OPENAI_MAX_TOKENS = 2_048, 300_000, 8_191
 SPECIAL_TOKENS = 4  # that a tokenizer may add to a text, for the most that a request may cost
-BYTES_A_TOKEN = 4  # on average, for the limit of tokens a minute
+BYTES_A_TOKEN = 4  # on average, for the tokens-per-minute limit
 CHARACTERS_A_TOKEN = 8  # few tokens are longer on average: the first cut of a text that is too long
 ENCODING_FORMATS = ("base64", "float", None)  # base64 is a third of the size; None: the field is left out
 
@@ -100,7 +100,7 @@ class Endpoint:
         self.costs = ApiCosts(cost=None if self.price is None else 0.0)
 
     def settings(self, prompt: str) -> dict[str, Any]:
-        """All that the vector of a text behind this prompt depends on, as far as anyone here can know."""
+        """All that the vector of a text behind this prompt depends on, as far as the client can tell."""
         max_tokens = self.max_tokens if self.too_long == "cut" else None  # when nothing is cut, it changes nothing
         settings = {"server": self.server.name.rstrip("/"), "model": self.model, "dimensions": self.dimensions}
         settings |= {"prompt": prompt, "too_long": self.too_long, "max_tokens": max_tokens, "tokenizer": None}

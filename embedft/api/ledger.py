@@ -21,7 +21,7 @@ MAX_TOKENS = 10**9  # no request has as many: a server that reports more is not 
 
 @dataclass(eq=False)
 class Job:
-    """One thing to ask for. The ledger reserves the most tokens; the likely sum counts toward tokens a minute."""
+    """One thing to ask for. The ledger reserves the most tokens; the expected total counts toward tokens per minute."""
 
     key: str  # its name on disk
     content: Any  # for whoever asks

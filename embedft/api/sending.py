@@ -20,7 +20,7 @@ from .ledger import Job, Ledger
 
 BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.5, 30.0
 MAX_RETRY_AFTER_SECONDS = 300.0  # a server that asks for a longer pause has closed for the hour or the day
-MAX_FAILURES_IN_A_ROW = 10  # then one request at a time finds out whether the server is back
+MAX_FAILURES_IN_A_ROW = 10  # then one request at a time finds out whether the server has recovered
 MAX_SUSPECTS_AT_FIRST = 5  # when all first responses suggest that the request itself is wrong, the rest would too
 
 

@@ -151,7 +151,7 @@ def load_chunk_files(path: Path) -> "dict[str, list[Chunk]]":
 
 
 def print_costs(embedder: "Embedder | ApiEmbedder") -> None:
-    """What was stored, what was computed, and what it cost, on stderr."""
+    """Prints store hits, computed texts and cost to stderr."""
     if hasattr(embedder, "endpoint"):
         print(f"{embedder.endpoint.name}: {embedder.costs}", file=sys.stderr)
     if (store := embedder.store) is not None:

@@ -132,7 +132,7 @@ def _ask(options: Options, sides: dict[str, list[Chunk]]) -> int:
                 reasons = "".join(f"; {count:,}: {reason}" for reason, count in cleaned.counts().items())
                 print(f"{name}, {step}: dropped {len(cleaned.dropped):,} of {before:,} questions{reasons}")
             datasets[name] = dataset
-        except ValueError as error:  # a side without a question does not spoil the other
+        except ValueError as error:  # an empty split does not block the other
             report[name] = str(error)
             print(f"{name}: {error}", file=sys.stderr)
     empty = [f"{name}.json" for name in sides if name not in datasets]

@@ -55,7 +55,7 @@ class ApiEmbedder:
         return self.prompts.get(role) or ""
 
     def space(self, role: str) -> Space:
-        """What the server's vectors for a role depend on, as far as anyone here can know; `dim` 0: not known yet."""
+        """What the server's vectors for a role depend on, as far as the client can tell; `dim` 0: not known yet."""
         settings = self.endpoint.settings(self.prompt(role))
         fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         roles = " and ".join(other for other in ROLES if self.prompt(other) == self.prompt(role))

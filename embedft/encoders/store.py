@@ -51,7 +51,7 @@ class Space(NamedTuple):
 
     fingerprint: str  # SHA-256 over all of it, 64 hexadecimal digits
     dim: int
-    description: dict[str, Any]  # the same for people to read, as JSON can hold it: model, role, prompt, ...
+    description: dict[str, Any]  # the same for people to read, as JSON-compatible values: model, role, prompt, ...
 
     @property
     def name(self) -> str:
@@ -143,7 +143,7 @@ class Store:
 
     @contextlib.contextmanager
     def turn(self, space: Space) -> Iterator[None]:
-        """Held while vectors of a space are computed or paid for: others wait, then look again. May be taken again."""
+        """Held while vectors of a space are computed or paid for: others wait, then look again. Re-entrant."""
         if space.name in self._turns:
             yield
             return

@@ -1,4 +1,4 @@
-"""What losses over rows of scores share: a few rows at a time, means over positives and queries.
+"""Shared parts of the losses that work on rows of scores: a few rows at a time, means over positives and queries.
 
     Q, D = comparable(Q, D, "cosine")
     losses_B, counts_B = by_rows(losses, Q, D, targets, None)

@@ -136,7 +136,7 @@ class Targets:
             # Counting documents waits for the device: only for a batch of one query.
             alone = len(self.group) == 1 and self.num_documents(len(D)) == 1
         if alone:
-            message = "a batch has one document, so no negatives, and trains nothing: use larger ones or hard negatives"
+            message = "a batch has one document, so it has no training signal: use larger batches or hard negatives"
             warnings.warn(message, stacklevel=1)  # one place for all losses, so that Python shows it once
 
     def reference(self, name: str, Q: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:

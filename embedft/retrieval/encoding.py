@@ -2,7 +2,7 @@
 
     ids, texts = sorted_corpus(dataset)
     for part in encode_documents(embedder, ids, texts, passages=(128, 64)):
-        ...                                          # part.vectors, part.source; dropped before the next one is made
+        ...                                          # part.vectors, part.source; freed before the next slice is encoded
 
 Shapes: N documents or windows, W dimensions of the model, D of them kept.
 """

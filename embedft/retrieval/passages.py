@@ -5,7 +5,7 @@
     scores, rows = index.search(query_embeddings, depth=100)      # rows are documents, not windows
 
 Exact unless `candidates` is given: windows are reduced to one score per document before anything is dropped, so many
-good windows of one document never displace another document.
+no document is crowded out by another's many good windows.
 
 Shapes: Q queries, W windows of N documents (rows, numbered from 0), D dimensions, K = min(depth, N) results; B queries
 in a block, P documents in a block, C candidates of a query.

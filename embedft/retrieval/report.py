@@ -172,7 +172,7 @@ def compare(
     """Compares each of `others` with `base`, question by question: one Comparison, or a list of them for several.
 
     The interval is by bootstrap, the p-value by sign flips, over the clusters of `base`. Where nearly all questions are
-    connected (many relevant documents each, as in NFCorpus), few clusters remain and no difference can be shown;
+    connected (many relevant documents each, as in NFCorpus), few clusters remain and the test has no power;
     `dataclasses.replace(base, clusters=base.query_ids)` treats the questions as independent. With one cluster the
     interval of a difference is (-1, 1), all that a metric in [0, 1] allows.
 

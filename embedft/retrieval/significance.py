@@ -1,4 +1,4 @@
-"""Is a difference real? Paired bootstrap intervals, permutation tests, intervals over seeds and questions, Holm.
+"""Significance of differences: paired bootstrap intervals, permutation tests, intervals over seeds and questions, Holm.
 
 Questions that share a document are not independent evidence: a model that embeds the document well answers all of them.
 They form a cluster, and every function here resamples or sign-flips whole clusters.

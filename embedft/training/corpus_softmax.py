@@ -158,7 +158,7 @@ def full_corpus_softmax(
     under the current maps, and n runs over all windows of documents that do not answer the query.
 
     Args:
-        Q: query vectors, [B, D], of any length; each has a document that answers it.
+        Q: query vectors, [B, D], not necessarily unit vectors; each has a document that answers it.
         document_map: a trainable map of documents; each part is computed again in the backward pass. None: documents
             are constants, and one pass over them gives the loss and its gradient.
 

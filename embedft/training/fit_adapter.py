@@ -55,7 +55,7 @@ def fit_adapter(
     device: torch.device | str = "cpu",
     out: str | Path | None = None,
 ) -> Adapter:
-    """An adapter that moves queries toward the documents that answer them, by cosine; with its best weights.
+    """Fits an adapter that moves queries toward their relevant documents, by cosine; returns the best weights.
 
     Each step minimises the loss of some queries (`config.objective`) + `toward_identity` * `Adapter.departure()`, with
     AdamW. `full_corpus` is the softmax over all training documents, `in_batch` any loss of `LOSSES`, with the unmapped

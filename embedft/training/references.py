@@ -31,7 +31,7 @@ class FrozenEmbeddings:
 
     @classmethod
     def encode(cls, embedder: Any, dataset: RetrievalDataset, *, dim: int | None = None) -> "FrozenEmbeddings":
-        """Encodes a dataset with an `Embedder`, or what has its `encode`; dim None: as many features as it gives."""
+        """Encodes a dataset with an `Embedder`, or anything with the same `encode`; `dim` None: all features."""
         options = {} if dim is None else {"dim": dim}
         queries = embedder.encode(list(dataset.queries.values()), role="query", **options)
         documents = embedder.encode(dataset.document_texts(), role="document", **options)

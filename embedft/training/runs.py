@@ -9,7 +9,7 @@ model/             the fine-tuned model, in the sentence-transformers layout
 eval/<dataset>/    metrics.json, per_query.jsonl, run.trec
 DONE               written when everything else is
 .lock              held by the process that writes
-.replaced/         a finished run that this one overwrites; deleted when this one is done
+.replaced/         a finished run that this one overwrites; deleted once this run finishes
 """
 
 import contextlib

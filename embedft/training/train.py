@@ -132,7 +132,7 @@ def train(
 def training_step(
     state: TrainState, parts: list[Batch], config: TrainConfig, num_steps: int, references: Mapping[str, Reference]
 ) -> dict[str, Any]:
-    """One of `num_steps` steps, on the mean loss of the batches `parts`. Returns what train.jsonl says about it."""
+    """One of `num_steps` steps, on the mean loss of the batches `parts`. Returns its record for train.jsonl."""
     start = time.perf_counter()
     embedder, optimizer = state.embedder, state.optimizer
     factor = lr_factor(config.schedule, num_steps=num_steps, warmup=config.warmup)(state.step)
@@ -294,7 +294,7 @@ class _Epochs:
         return self.refresh is not None and step > self.steps_per_epoch * self.every
 
     def steps(self, state: TrainState) -> Iterator[tuple[int, list[Batch], dict[str, float]]]:
-        """(epoch, the batches of a step, what else its record gets), from the state's step to the end."""
+        """(epoch, the batches of a step, extra fields for its record), from the state's step to the end."""
         accumulate, is_current = self.config.accumulate, False
         while state.step < self.num_steps and not state.stopped:
             epoch, first = divmod(state.step, self.steps_per_epoch)
