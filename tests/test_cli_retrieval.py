@@ -322,6 +322,8 @@ def test_compare_seeds(reports, capsys):
     table = format_comparisons({"2 seeds": expected}, base="base", style="text")
     assert out.startswith(f"{table}\n\n8 questions in 8 clusters")
     assert "for new seeds and new questions" in out
+    errors = expected[0].question_error, expected[0].seed_error
+    assert out.endswith("mrr@10: standard error {:.4f} of questions, {:.4f} of seeds\n".format(*errors))
 
 
 def test_compare_a_report_with_itself(reports, capsys):

@@ -71,6 +71,9 @@ def run(options: Options) -> None:
         how = "intervals by bootstrap, p-values by sign flips"
         if options.seeds:
             how = "intervals and p-values by a t distribution, for new seeds and new questions"
+            how += (
+                f";\n{one.metric}: standard error {one.question_error:.4f} of questions, {one.seed_error:.4f} of seeds"
+            )
         size = f"{one.num_queries:,} questions in {one.num_clusters:,} clusters (questions that share a document)"
         print(f"\n{size}; differences to {base_name};\n{how}")
 
