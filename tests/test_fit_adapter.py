@@ -14,7 +14,7 @@ from embedft import device as devices
 from embedft.encoders.adapter import Base
 from embedft.encoders.maps import LinearMap, build_map
 from embedft.training.corpus_softmax import Documents, Pairs, first_ranks, full_corpus_softmax
-from embedft.training.fit_adapter import _Judge
+from embedft.training.fit_adapter import _metrics
 from experiments.closed_forms import procrustes, relevant_pairs, ridge
 
 
@@ -519,17 +519,6 @@ def test_patience_stops():
     assert history[-1]["step"] == 6
 
 
-def test_validation_in_place_of_held_out_documents():
-    Q, D, qrels = problem()
-    other = problem(10, 10, seed=5)
-    adapter = fit_adapter(Q, D, qrels, replace(PLAIN, held_out=0.5, epochs=10, select="hit_rate@1"), validation=other)
-    assert (adapter.costs["queries"], adapter.costs["documents"]) == (24, 12)
-    first = adapter.history[0]["metrics"]
-    assert first["hit_rate@1"] == accuracy(Adapter(LinearMap(6)), *other)
-    with pytest.raises(ValueError, match="validation has 5 features, expected 6"):
-        fit_adapter(Q, D, qrels, PLAIN, validation=problem(4, 4, 5))
-
-
 # Where it starts, what it gives.
 
 
@@ -725,15 +714,13 @@ def test_build_map_and_adapter_agree_on_kinds():
 
 
 def test_queries_are_ranked_some_at_a_time():
-    """In slices of five as at once, whatever the documents of a part."""
+    """Five or all at once, whatever the parts of the documents are."""
     Q, D, qrels = problem(dtype=np.float64)
     relevant = {query: sorted(grades) for query, grades in qrels.items()}
     adapter = fit_adapter(Q, D, qrels, replace(PLAIN, side="both"))
-    documents = Documents(D, at_once=7, dtype=torch.float64)
-    judges = [_Judge(torch.from_numpy(Q), documents, relevant, "mrr@3", at_once=n) for n in (5, 24, 4_096)]
-    found = [judge(adapter) for judge in judges]
+    ranked = torch.from_numpy(Q), Documents(D, at_once=7, dtype=torch.float64), relevant, "mrr@3", adapter
+    found = [_metrics(*ranked, at_once=n) for n in (5, 24, 4_096)]
     assert found[0] == found[1] == found[2]
-    assert len(judges[0].slices) == 5
 
 
 def test_float64_is_not_asked_of_a_device_without_it(monkeypatch):

@@ -11,7 +11,7 @@ from test_fit_adapter import PLAIN, draw
 
 from embedft import LOSSES, fit_adapter
 from embedft.encoders.maps import LinearMap
-from embedft.training.corpus_softmax import Documents, Pairs, checked_source, first_ranks, full_corpus_softmax
+from embedft.training.corpus_softmax import Documents, Pairs, first_ranks, full_corpus_softmax
 
 SOURCE = np.array([0, 1, 1, 1, 1, 1, 2, 3, 3, 4, 5, 5, 5])
 RELEVANT = [[0], [1], [3, 5], [1, 2, 4], [5], list(range(6))]  # the last: every document answers
@@ -79,7 +79,7 @@ def test_by_hand(at_once):
 @pytest.mark.parametrize("mapped", [False, True], ids=["frozen", "mapped"])
 @pytest.mark.parametrize(("at_once", "temperature"), [(1, 0.05), (3, 1.0), (4, 0.3), (13, 0.05), (100, 1.0)])
 def test_softmax_is_that_of_loops(at_once, mapped, temperature):
-    """Values and gradients; parts of 1, 3 and 4 cut through documents."""
+    """Values and gradients; with at most 1, 3 and 4 vectors at once, document 1 is more than one part may hold."""
     Q, D = torch.from_numpy(draw(6)).requires_grad_(), draw(13, seed=1) * 5
     document_map = LinearMap(6).double() if mapped else None
     if mapped:
@@ -110,7 +110,7 @@ def test_gradient_of_the_softmax():
 
 @pytest.mark.parametrize("at_once", [1, 2, 3, 5, 13])
 def test_ranks_are_those_of_loops(at_once):
-    """Of vectors of few directions, so that windows and documents are equal; a document of five parts, too."""
+    """Of vectors of few directions, so that windows and documents are equal, also with documents larger than a part."""
     generator = np.random.default_rng(at_once)
     for _ in range(30):
         D = np.array([[1.0, 0], [0, 1], [-1, 0], [0, -1]])[generator.integers(0, 4, 13)]
@@ -125,11 +125,12 @@ def test_ranks_are_those_of_loops(at_once):
 
 @pytest.mark.parametrize("at_once", [2, 50])
 def test_some_documents_alone(at_once):
-    """With their windows, numbered anew."""
+    """With all their windows, under their numbers."""
     D = draw(13, seed=1)
     documents = Documents(D, at_once=at_once, dtype=torch.float64, source=SOURCE).subset(np.array([1, 3, 4]))
-    assert (len(documents), documents.num_documents) == (8, 3)
-    assert [documents.windows(i) for i in range(3)] == [range(5), range(5, 7), range(7, 8)]
+    assert len(documents) == 8
+    assert [documents.windows(i) for i in (1, 3, 4)] == [range(5), range(5, 7), range(7, 8)]
+    assert documents.parts() == ([slice(0, 5), slice(5, 7), slice(7, 8)] if at_once == 2 else [slice(0, 8)])
     found = torch.cat([documents.vectors(part, unit=False) for part in documents.parts()])
     np.testing.assert_array_equal(found, D[[1, 2, 3, 4, 5, 7, 8, 9]])
 
@@ -211,17 +212,6 @@ def test_held_out_documents_leave_with_all_their_windows():
     assert metrics["hit_rate@5"] == pytest.approx(np.mean(ranks <= 5))
 
 
-def test_validation_over_windows():
-    """Of another corpus, in windows or whole."""
-    Q, D, qrels, source = problem()
-    other = problem(seed=5, num_documents=8, num_queries=8)
-    for validation, sources in ((other, other[3]), ((*other[:2], other[2]), np.arange(len(other[1])))):
-        adapter = fit_adapter(Q, D, qrels, replace(PLAIN, epochs=1), source=source, validation=validation)
-        vectors = torch.from_numpy(other[0]), torch.from_numpy(other[1])
-        ranks = np.array([rank_by_loops(q, vectors[1], sources, [i]) for i, q in enumerate(vectors[0])])
-        assert adapter.history[0]["metrics"]["mrr@10"] == pytest.approx(np.mean((ranks <= 10) / ranks))
-
-
 @pytest.mark.parametrize("merge", [True, False])
 def test_in_batch_scores_documents_by_their_best_window(merge):
     """Step 1, at the identity: each question against the documents of the batch, its hard negative among them."""
@@ -292,6 +282,6 @@ def test_windows_are_named():
 
 def test_sources_of_any_whole_numbers():
     for dtype in (np.uint8, np.int32, np.int64):
-        found = checked_source(S0.astype(dtype), len(S0))
+        found = Documents(D0, S0.astype(dtype)).source
         assert found.dtype == np.int64
         np.testing.assert_array_equal(found, S0)

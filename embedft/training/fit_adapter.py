@@ -3,42 +3,41 @@
     adapter = fit_adapter(query_embeddings_ND, document_embeddings_MD, dataset.qrels_by_row(), AdapterConfig(seed=1))
     adapter.save("adapter")
 
-Shapes: N queries, M documents (or windows of them), B queries of a slice, D features.
+Shapes: N queries, M documents (or windows of them), B queries or pairs of a step, C document vectors of a step, G
+documents listed for each, D features.
 """
 
 import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from .. import device as devices
 from ..data.linked import connected_components
 from ..encoders.adapter import Adapter, Base
 from ..encoders.maps import build_map
 from ..files import atomic_write, check_writable, replace_files, write_json
-from ..losses.registry import Loss, build_loss
-from .adapter_losses import Make, every_loss, full_corpus_losses, in_batch_losses
-from .corpus_softmax import Documents, Pairs, checked_lengths, checked_source, first_ranks
+from ..losses.registry import Loss
+from ..losses.targets import Targets
+from .corpus_softmax import Documents, Pairs, checked_lengths, first_ranks, full_corpus_softmax
 from .optim import build_optimizer, lr_factor
 from .runs import CONFIG, LOG
-from .settings import AdapterConfig
+from .settings import AdapterConfig, configured_loss
 
 Qrels = Mapping[int, Mapping[int, int]]
-
-
-class _Data(NamedTuple):
-    queries_ND: Tensor
-    documents: Documents
-    relevant: dict[int, list[int]]  # {query row: rows of the documents that answer it}
+Answers = Mapping[int, Sequence[int]]  # {query row: the documents that answer it}
+Judge = Callable[[Adapter], dict[str, float]]
+Compute = Callable[[list[Any]], Tensor]  # examples of a step -> their loss
 
 
 def fit_adapter(
@@ -48,7 +47,6 @@ def fit_adapter(
     config: AdapterConfig | None = None,
     *,
     source: np.ndarray | None = None,
-    validation: tuple[np.ndarray, np.ndarray, Qrels] | tuple[np.ndarray, np.ndarray, Qrels, np.ndarray] | None = None,
     start: Adapter | None = None,
     base: Base | None = None,
     normalize: bool = True,
@@ -62,12 +60,13 @@ def fit_adapter(
     vectors as references and grades as `target_scores`. Float64 if the queries are (not on MPS), else float32. The
     adapter's `.history` has a record per step and validation, its `.costs` seconds, counts and the best step.
 
+    With `config.held_out`, questions about held-out documents choose the best step. The start competes too, so weights
+    worse than it are never kept.
+
     Args:
         qrels: {query row: {document row: grade}}; above 0 is relevant, 0 a hard negative for `in_batch`.
         source: [M] int64, the document row of each window, as `Embedder.encode_passages` returns it; a document then
             scores as its best window (MaxP). None: each row is a document.
-        validation: (queries, documents, qrels) or (queries, windows, qrels, source) that choose the best step, in place
-            of `config.held_out`. The start competes too, so weights worse than it are never kept.
         start: an adapter to continue from, of the same kind, side and sizes; it is not changed.
         base: the model of the embeddings, noted in the adapter; `start` must be of the same.
         normalize: whether the adapter's `transform` returns unit vectors.
@@ -80,18 +79,19 @@ def fit_adapter(
     if out is not None:
         check_writable(out)
     is_double = query_embeddings_ND.dtype == np.float64 and devices.has_float64(device)
-    dtype = torch.float64 if is_double else torch.float32
-    options = {"at_once": config.documents_at_once, "dtype": dtype, "device": device}
-    data = _checked(query_embeddings_ND, document_embeddings_MD, qrels, source, **options)
-    adapter = _start(start, config, data.queries_ND.shape[1], base=base, normalize=normalize).to(device, dtype)
-    validation = None if validation is None else _checked(*validation, **options)
-    train, rows, judge = _split(data, validation, config)
+    options = {"at_once": config.documents_at_once, "dtype": torch.float64 if is_double else torch.float32}
+    arrays = query_embeddings_ND, document_embeddings_MD
+    queries_ND, documents, relevant = _checked(*arrays, qrels, source, **options, device=device)
+    adapter = _start(start, config, queries_ND.shape[1], base=base, normalize=normalize).to(queries_ND)
+    held_out = _held_out(relevant, config.held_out, config.seed) if config.held_out else {}
+    judge = partial(_metrics, queries_ND, documents, held_out, config.select) if held_out else None
+    # Held-out documents leave training with all their questions, which are ranked against all documents.
+    gone = set(chain.from_iterable(held_out.values()))
+    trained = {q: {d: grade for d, grade in qrels[q].items() if d not in gone} for q in relevant if q not in held_out}
+    kept = np.setdiff1d(documents.source, list(gone))
     with devices.seeded(config.seed, device):
-        make, num_examples, loss = _losses(adapter, train, rows, qrels, config)
-    with devices.seeded(config.seed, device):
-        best_step = _fit(adapter, make, num_examples, loss, judge, config)
-    costs = {"queries": len(train.relevant), "documents": train.documents.num_documents}
-    costs["held_out_queries"] = len(data.relevant) - len(train.relevant)
+        best_step = _fit(adapter, queries_ND, documents.subset(kept) if gone else documents, trained, judge, config)
+    costs = {"queries": len(trained), "documents": len(kept), "held_out_queries": len(held_out)}
     adapter.costs = {"seconds": time.perf_counter() - began, **costs, "best_step": best_step}
     if out is not None:
         with replace_files(out) as new:
@@ -102,55 +102,31 @@ def fit_adapter(
     return adapter
 
 
-def _split(data: _Data, validation: _Data | None, config: AdapterConfig) -> tuple[_Data, np.ndarray, "_Judge | None"]:
-    """What to train on, which rows its documents are, and what chooses the best step.
-
-    Held-out documents leave training with all their questions, which are ranked against all documents.
-    """
-    rows = np.arange(data.documents.num_documents)
-    if validation is not None:
-        found, expected = validation.queries_ND.shape[1], data.queries_ND.shape[1]
-        if found != expected:
-            raise ValueError(f"validation has {found} features, expected {expected}")
-        return data, rows, _Judge(*validation, config.select)
-    if not config.held_out:
-        return data, rows, None
-    held_out = _held_out(data.relevant, config.held_out, config.seed)
-    rows = np.setdiff1d(rows, [place for places in held_out.values() for place in places])
-    kept = {query: places for query, places in data.relevant.items() if query not in held_out}
-    kept = {query: np.searchsorted(rows, places).tolist() for query, places in kept.items()}
-    judge = _Judge(data.queries_ND, data.documents, held_out, config.select)
-    return _Data(data.queries_ND, data.documents.subset(rows), kept), rows, judge
-
-
-def _losses(
-    adapter: Adapter, train: _Data, rows: np.ndarray, qrels: Qrels, config: AdapterConfig
-) -> tuple[Make, int, Loss | None]:
-    """What makes the loss of some examples, the number of examples, and the configured loss, if it is used."""
-    if config.objective == "full_corpus":
-        return *full_corpus_losses(adapter, *train, temperature=config.temperature), None
-    loss = build_loss(config.loss)
-    if isinstance(loss, nn.Module):
-        loss.to(train.queries_ND).train()
-    place_of = {row: place for place, row in enumerate(rows.tolist())}
-    graded = {q: {place_of[d]: grade for d, grade in qrels[q].items() if d in place_of} for q in train.relevant}
-    return *in_batch_losses(adapter, *train[:2], graded, loss, merge_documents=config.merge_documents), loss
-
-
 def _fit(
-    adapter: Adapter, make: Make, num_examples: int, loss: Loss | None, judge: "_Judge | None", config: AdapterConfig
+    adapter: Adapter, queries_ND: Tensor, documents: Documents, qrels: Qrels, judge: Judge | None, config: AdapterConfig
 ) -> int:
     """Trains in place and leaves the best weights. Returns the step they are from."""
-    size = min(config.batch_size or num_examples, num_examples)
-    num_steps = config.epochs * math.ceil(num_examples / size)
-    losses = every_loss(make, num_examples, size, shuffle=config.shuffle, seed=config.seed)
+    if config.objective == "in_batch":
+        loss = configured_loss(config)
+        if isinstance(loss, nn.Module):
+            loss.to(queries_ND).train()
+        examples, compute = _in_batch(adapter, queries_ND, documents, qrels, loss, merge=config.merge_documents)
+    else:
+        loss, (examples, compute) = None, _full_corpus(adapter, queries_ND, documents, qrels, config.temperature)
+    size = min(config.batch_size or len(examples), len(examples))
+    num_steps = config.epochs * math.ceil(len(examples) / size)
+    batches = _batches(examples, size, shuffle=config.shuffle and size < len(examples), seed=config.seed)
     best_value, best_step, best_weights, waited = -math.inf, None, None, 0
     factor = lr_factor(config.schedule, num_steps=num_steps, warmup=config.warmup)
     optimizer = build_optimizer(adapter, loss, lr=config.lr, weight_decay=config.weight_decay)
     for step in range(num_steps + 1):
         if step > 0:
-            lr = config.lr * factor(step - 1)
-            adapter.history.append({"step": step, **_step(adapter, next(losses), optimizer, config, lr, step)})
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * factor(step - 1)
+            value = compute(next(batches))
+            if config.toward_identity:
+                value = value + config.toward_identity * adapter.departure()
+            adapter.history.append({"step": step, **_step(value, optimizer, config.max_grad_norm, step)})
         if judge is None or (step % config.eval_every and step < num_steps):
             continue
         metrics = judge(adapter)
@@ -169,48 +145,95 @@ def _fit(
     return num_steps
 
 
-def _step(
-    adapter: Adapter, compute: Callable[[], Tensor], optimizer: Optimizer, config: AdapterConfig, lr: float, step: int
-) -> dict[str, float]:
-    """One step at the learning rate `lr`. Returns its record."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    value = compute()
-    if config.toward_identity:
-        value = value + config.toward_identity * adapter.departure()
+def _batches(examples: list[Any], size: int, *, shuffle: bool, seed: int) -> Iterator[list[Any]]:
+    """`size` examples at a time, without end."""
+    generator, order = torch.Generator().manual_seed(seed), range(len(examples))
+    while True:
+        if shuffle:
+            order = torch.randperm(len(examples), generator=generator).tolist()
+        for first in range(0, len(examples), size):
+            yield [examples[i] for i in order[first : first + size]]
+
+
+def _step(value: Tensor, optimizer: torch.optim.Optimizer, max_grad_norm: float, step: int) -> dict[str, float]:
+    """One step down from a loss. Returns its record."""
     optimizer.zero_grad()
     value.backward()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    grad_norm = nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+    grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     found = {"loss": value.item(), "grad_norm": grad_norm.item()}
     if not all(map(math.isfinite, found.values())):
         raise ValueError(f"step {step}: loss is {found['loss']}, gradient norm is {found['grad_norm']}")
     optimizer.step()
-    return {"lr": lr, **found}
+    return {"lr": optimizer.param_groups[0]["lr"], **found}
 
 
-class _Judge:
-    """Metrics of an adapter on queries ranked against all of their documents, `at_once` queries at a time."""
+def _full_corpus(
+    adapter: Adapter, queries_ND: Tensor, documents: Documents, qrels: Qrels, temperature: float
+) -> tuple[list[int], Compute]:
+    """The queries, and what computes the softmax over all documents of some of them."""
+    relevant = _answers(qrels)
 
-    def __init__(self, queries_ND: Tensor, documents: Documents, relevant: dict, select: str, *, at_once: int = 4_096):
-        self.documents, self.cutoffs = documents, sorted({5, 10, int(select.partition("@")[2])})
-        slices = [list(relevant)[first : first + at_once] for first in range(0, len(relevant), at_once)]
-        self.slices = [(queries_ND[rows], Pairs.of(relevant, rows, documents)) for rows in slices]
+    def compute(rows: list[int]) -> Tensor:
+        options = {"temperature": temperature, "document_map": adapter.document}
+        pairs = Pairs.of(relevant, rows, documents)
+        return full_corpus_softmax(adapter(queries_ND[rows], "query"), documents, pairs, **options)
 
-    @torch.no_grad()
-    def __call__(self, adapter: Adapter) -> dict[str, float]:
-        mapped = ((adapter(queries_BD, "query"), pairs) for queries_BD, pairs in self.slices)
-        options = {"document_map": adapter.document}
-        ranks = [first_ranks(queries_BD, self.documents, pairs, **options) for queries_BD, pairs in mapped]
-        ranks_N = torch.cat(ranks).cpu().double()
-        hits = {f"hit_rate@{k}": (ranks_N <= k).double().mean().item() for k in self.cutoffs}
-        return hits | {f"mrr@{k}": (1 / ranks_N).where(ranks_N <= k, 0).mean().item() for k in self.cutoffs}
+    return list(relevant), compute
+
+
+def _in_batch(
+    adapter: Adapter, queries_ND: Tensor, documents: Documents, qrels: Qrels, loss: Loss, *, merge: bool
+) -> tuple[list[tuple[int, list[int]]], Compute]:
+    """The pairs, and what computes `loss` of some: a document that answers a query, then its hard negatives."""
+    relevant, device = _answers(qrels), queries_ND.device
+    negatives = {q: sorted(grades.keys() - relevant[q]) for q, grades in qrels.items()}
+    examples = [(q, [document, *negatives[q]]) for q in relevant for document in relevant[q]]
+    num_listed = max(len(listed) for _, listed in examples)
+
+    def compute(batch: list[tuple[int, list[int]]]) -> Tensor:
+        columns: dict[tuple[int, int], int] = {}  # of (0, document) or, if not merged, of (row, document)
+        group_BG = torch.full((len(batch), num_listed), -1)
+        scores_BG = torch.zeros(len(batch), num_listed, dtype=queries_ND.dtype)
+        for b, (q, listed) in enumerate(batch):
+            keys = [(0 if merge else b, document) for document in listed]
+            group_BG[b, : len(keys)] = torch.tensor([columns.setdefault(key, len(columns)) for key in keys])
+            scores_BG[b, : len(keys)] = torch.tensor([qrels[q][document] for document in listed])
+        known = [(b, columns[0, d]) for b, (q, _) in enumerate(batch) for d in relevant[q] if (0, d) in columns]
+        places = [(column, place) for (_, d), column in columns.items() for place in documents.windows(d)]
+        document_C, place_C = torch.tensor(places, device=device).T.contiguous()
+        Q_BD, D_CD = queries_ND[[q for q, _ in batch]], documents.vectors(place_C, unit=False)
+        targets = Targets(
+            group=group_BG.to(device),
+            known=torch.tensor(known, device=device) if merge else None,
+            document=document_C if len(places) > len(columns) else None,
+            target_scores=scores_BG.to(device),
+            references=dict.fromkeys(("base", "guide", "teacher"), (Q_BD, D_CD)),
+        )
+        return loss(adapter(Q_BD, "query"), adapter(D_CD, "document"), targets)
+
+    return examples, compute
+
+
+@torch.no_grad()
+def _metrics(
+    queries_ND: Tensor, documents: Documents, relevant: Answers, select: str, adapter: Adapter, *, at_once: int = 4_096
+) -> dict[str, float]:
+    """Metrics of an adapter on queries ranked against all documents, `at_once` queries at a time."""
+    queries, ranks = list(relevant), []
+    for first in range(0, len(queries), at_once):
+        rows = queries[first : first + at_once]
+        pairs, mapped_BD = Pairs.of(relevant, rows, documents), adapter(queries_ND[rows], "query")
+        ranks.append(first_ranks(mapped_BD, documents, pairs, document_map=adapter.document))
+    ranks_N, cutoffs = torch.cat(ranks).cpu().double(), sorted({5, 10, int(select.partition("@")[2])})
+    hits = {f"hit_rate@{k}": (ranks_N <= k).double().mean().item() for k in cutoffs}
+    return hits | {f"mrr@{k}": (1 / ranks_N).where(ranks_N <= k, 0).mean().item() for k in cutoffs}
 
 
 def _checked(
-    queries_ND: np.ndarray, documents_MD: np.ndarray, qrels: Qrels, source: np.ndarray | None = None, **options: Any
-) -> _Data:
-    """The arguments as tensors; `options` are those of `Documents`. Raises `ValueError` for any that is invalid."""
+    queries_ND: np.ndarray, documents_MD: np.ndarray, qrels: Qrels, source: np.ndarray | None, **options: Any
+) -> tuple[Tensor, Documents, dict[int, list[int]]]:
+    """Queries, documents, and what answers each query; `options` are those of `Documents`."""
     for what, array in (("query", queries_ND), ("document", documents_MD)):
         if array.ndim != 2 or not array.size or not np.issubdtype(array.dtype, np.floating):
             found = f"{list(array.shape)} {array.dtype}"
@@ -218,25 +241,23 @@ def _checked(
     widths = queries_ND.shape[1], documents_MD.shape[1]
     if widths[0] != widths[1]:
         raise ValueError(f"queries have {widths[0]} features, documents {widths[1]}: expected the same number")
-    source = None if source is None else checked_source(source, len(documents_MD))
     checked_lengths(queries_ND, "query", options["at_once"])
-    documents = Documents(documents_MD, source=source, **options)
-    relevant = {}
-    for query, grades in qrels.items():
-        _check_row("query", query, len(queries_ND))
-        for document in grades:
-            _check_row("document", document, documents.num_documents)
-        if answers := sorted(document for document, grade in grades.items() if grade > 0):
-            relevant[query] = answers
-    if not relevant:
+    documents = Documents(documents_MD, source, **options)
+    asked = ("query", len(queries_ND), qrels), ("document", documents.source[-1] + 1, chain(*qrels.values()))
+    for what, number, rows in asked:
+        for row in rows:
+            if not isinstance(row, (int, np.integer)) or not 0 <= row < number:
+                raise ValueError(f"qrels: {what} row is {row!r}, expected 0 to {number - 1:,}")
+    if not (relevant := _answers(qrels)):
         raise ValueError(f"no query has a relevant document: none of {len(qrels):,} in the qrels has a grade above 0")
     queries_ND = torch.tensor(np.asarray(queries_ND), dtype=options["dtype"], device=options["device"])
-    return _Data(queries_ND, documents, relevant)
+    return queries_ND, documents, relevant
 
 
-def _check_row(what: str, row: Any, number: int) -> None:
-    if not isinstance(row, (int, np.integer)) or not 0 <= row < number:
-        raise ValueError(f"qrels: {what} row is {row!r}, expected 0 to {number - 1:,}")
+def _answers(qrels: Qrels) -> dict[int, list[int]]:
+    """The documents that answer each query that has any."""
+    relevant = {query: sorted(d for d, grade in grades.items() if grade > 0) for query, grades in qrels.items()}
+    return {query: documents for query, documents in relevant.items() if documents}
 
 
 def _start(start: Adapter | None, config: AdapterConfig, dim: int, *, base: Base | None, normalize: bool) -> Adapter:
@@ -261,7 +282,7 @@ def _start(start: Adapter | None, config: AdapterConfig, dim: int, *, base: Base
     return adapter
 
 
-def _held_out(relevant: Mapping[int, Sequence[int]], fraction: float, seed: int) -> dict[int, list[int]]:
+def _held_out(relevant: Answers, fraction: float, seed: int) -> dict[int, list[int]]:
     """The queries, with what answers them, of about `fraction` of the answering documents.
 
     Documents linked by queries stay together, in random order; a group is taken if that brings the number nearer.

@@ -165,7 +165,7 @@ class AdapterConfig:
         build_loss(self.loss)
 
 
-def configured_loss(config: FinetuneConfig) -> Loss:
+def configured_loss(config: FinetuneConfig | AdapterConfig) -> Loss:
     """The configured loss, initialised from the seed; the caller's random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
