@@ -65,6 +65,8 @@ class RetrievalDataset:
                         check_id("document", document_id, self.corpus, f"{where}: ")
                     elif document_id in self.corpus:
                         raise ValueError(f"{where}: document id {document_id!r} is in the corpus")
+                    else:
+                        check_text(document_id, f"{where}: a document id")
                     if name == "scores":
                         check_score(listed[document_id], f"{where}: the score of document {document_id!r}")
                     elif name != "negatives":

@@ -71,6 +71,8 @@ class BertConfig:
         for field in fields(self):
             if field.type is int and getattr(self, field.name) < 1:
                 raise ValueError(f"{field.name} is {getattr(self, field.name)}, expected at least 1")
+            if field.type is float and not 0 <= getattr(self, field.name) <= 1:
+                raise ValueError(f"{field.name} is {str(getattr(self, field.name))[:60]}, expected 0 to 1")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} does not divide by {self.num_attention_heads} heads")
         if self.hidden_act not in ACTIVATIONS:

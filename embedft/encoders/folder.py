@@ -39,8 +39,13 @@ LEGACY_POOLING_KEYS = {
 }
 
 
+def _is_text(value: Any) -> bool:
+    """A string without half a surrogate pair, which JSON can spell and no tokenizer takes."""
+    return isinstance(value, str) and value == value.encode(errors="ignore").decode()
+
+
 def _is_texts(value: Any) -> bool:
-    return isinstance(value, dict) and all(text is None or isinstance(text, str) for text in value.values())
+    return isinstance(value, dict) and all(text is None or _is_text(text) for text in value.values())
 
 
 def _is_names(value: Any) -> bool:
