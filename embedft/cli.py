@@ -89,7 +89,9 @@ def _run(words: list[str], program: str) -> int:
 
 def _fail(program: str, message: str, *, code: int = 2) -> int:
     if not _is_silent():
-        print(f"{program}: {message}", file=sys.stderr)
+        # A file or a server may have put control characters into it.
+        shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
+        print(f"{program}: {shown}", file=sys.stderr)
     return code
 
 

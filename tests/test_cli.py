@@ -354,6 +354,14 @@ def test_a_run_that_diverges_is_an_error_of_one_line(place, capsys):
     assert read_json("run/config.json")["lr"] == 1e38
 
 
+def test_control_characters_in_an_error_are_shown_and_not_sent_to_the_terminal(place, capsys):
+    assert main(["finetune", "model", "pairs.jsonl", "--out", "run", "--loss.name", "\x1b[31mred\x07"]) == 2
+    assert "\\x1b[31mred\\x07" in capsys.readouterr().err.replace("\\\\", "\\")
+    assert main(["info", "no\x1b[31m"]) == 2
+    assert "no\\x1b[31m" in (error := capsys.readouterr().err)
+    assert "\x1b" not in error
+
+
 def test_interrupted(place, capsys, monkeypatch):
     def interrupted(options):
         raise KeyboardInterrupt

@@ -22,7 +22,7 @@ from embedft import RetrievalDataset, load_embedder
 from embedft.corpus.documents import read_documents
 from embedft.training.checkpoint import load_checkpoint, save_checkpoint
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::UserWarning")]
 BLOCKS = 4  # pytest-xdist runs the blocks of a kind side by side
 
 

@@ -150,7 +150,7 @@ def read_modules(folder: Path) -> dict[str, str]:
             raise ValueError(f"{path}: two modules are a {kind[:60]}, expected one")
         modules[kind] = place
     if tuple(modules) not in (MODULES[:2], MODULES):
-        found, wanted = ", ".join(modules)[:200], ", ".join(MODULES)
+        found, wanted = ", ".join(modules).encode("unicode_escape").decode()[:200], ", ".join(MODULES)
         raise ValueError(f"{path}: modules are {found}, expected {wanted} (the last is optional)")
     return modules
 
