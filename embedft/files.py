@@ -12,6 +12,7 @@ import io
 import json
 import os
 import re
+import reprlib
 import secrets
 import shutil
 import tempfile
@@ -170,9 +171,13 @@ def read_json(path: str | Path) -> Any:
 
 def read_object(path: str | Path) -> dict[str, Any]:
     """The object in a JSON file. Raises `ValueError` as `read_json` does, and for any other value."""
-    value = read_json(path)
+    return check_object(read_json(path), str(path))
+
+
+def check_object(value: Any, where: str) -> dict[str, Any]:
+    """The value, if it is a JSON object; else raises `ValueError`."""
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a {type(value).__name__}, expected an object")
+        raise ValueError(f"{where}: expected an object, found {reprlib.repr(value)}")
     return value
 
 
@@ -226,10 +231,7 @@ def resume_jsonl(path: str | Path, *, repair: bool = True) -> Iterator[dict]:
             file.write(tail)
     for number, line in enumerate(_decoded(io.BytesIO(data[:end]), path), start=1):
         if line.strip():
-            record = _parse_json(line.rstrip("\r\n"), path, number)
-            if not isinstance(record, dict):
-                raise ValueError(f"{path} line {number}: holds a {type(record).__name__}, expected an object")
-            yield record
+            yield check_object(_parse_json(line.rstrip("\r\n"), path, number), f"{path} line {number}")
 
 
 @contextlib.contextmanager

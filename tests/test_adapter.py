@@ -293,7 +293,7 @@ LINEAR = {"kind": "linear", "in_features": 4, "out_features": 4, "bias": True}
         (cut, "adapter.safetensors: cut off, or of another adapter"),
         (lambda folder: (folder / "adapter.safetensors").unlink(), "no adapter.safetensors"),
         (lambda folder: (folder / "adapter.json").unlink(), "no adapter, expected adapter.json"),
-        (lambda folder: (folder / "adapter.json").write_text("[]"), "holds a list, expected an object"),
+        (lambda folder: (folder / "adapter.json").write_text("[]"), "expected an object"),
         (lambda folder: (folder / "adapter.json").write_text("{"), "invalid JSON"),
         (change(format_version=3), "format_version is 3, expected 2"),
         (change(query={**LINEAR, "kind": "cubic"}), "adapter.json: kind is 'cubic'"),

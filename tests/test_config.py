@@ -211,7 +211,7 @@ def test_a_file_and_options_that_override_it(tmp_path):
         ('{"epochs": "5"}', "run.json: epochs is '5', expected int"),
         ('{"lr": 1, "epochs": 0}', "run.json and command line: epochs is 0, expected at least 1"),
         ('{"epochs": ', "run.json line 1 column 12: invalid JSON"),
-        ("[]", "run.json: holds a list, expected an object"),
+        ("[]", "run.json: expected an object"),
     ],
 )
 def test_a_wrong_file_is_named(tmp_path, content, message):

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import itertools
 import json
 import random
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from embedft.data.dataset import RetrievalDataset
+from embedft.data.dataset import RetrievalDataset, connected_components
 from embedft.retrieval.evaluate import evaluate_run
 from embedft.retrieval.run import Run
 
@@ -164,9 +165,9 @@ def test_format_is_recognised_or_named(tmp_path):
     assert RetrievalDataset.load(rows, format="jsonl").queries == {"q0": "who?"}
     with pytest.raises(ValueError, match=refusal(f"{rows}: format 'xml' is not one of llamaindex, beir, jsonl, csv")):
         RetrievalDataset.load(rows, format="xml")
-    with pytest.raises(ValueError, match=r"pairs\.txt: not a 'beir' dataset; the format 'beir' is a folder"):
+    with pytest.raises(ValueError, match=r"pairs\.txt: is a file, the format 'beir' is a folder"):
         RetrievalDataset.load(rows, format="beir")
-    with pytest.raises(ValueError, match=r"not a 'csv' dataset"):
+    with pytest.raises(ValueError, match="is a folder, the format 'csv' is a file"):
         RetrievalDataset.load(tmp_path, format="csv")
     with pytest.raises(ValueError, match=refusal(f"{tmp_path / 'none.json'}: no such file or folder")):
         RetrievalDataset.load(tmp_path / "none.json")
@@ -193,12 +194,12 @@ def test_llamaindex(tmp_path):
         # The byte order mark is cut before decoding; the line and the byte are those of the file all the same.
         (b"\xef\xbb\xbf{\n\xff}", "PATH line 2: invalid UTF-8 (byte 0xff)"),
         ("", "PATH line 1 column 1: invalid JSON (Expecting value)"),
-        ("[1]", "PATH: expected an object that holds the objects queries, corpus, relevant_docs; found [1]"),
+        ("[1]", "PATH: expected an object, found [1]"),
         ('{"queries": {}, "corpus": []}', "relevant_docs; found queries, corpus"),
         ('{"queries": {}, "corpus": {}, "relevant_docs": {}}', "PATH: the dataset is empty: no entry in queries"),
         (
             '{"queries": {"q1": 5}, "corpus": {"d1": "me"}, "relevant_docs": {}}',
-            "PATH: the text of query 'q1' must be a string, found 5",
+            "PATH: queries: the text of 'q1' must be a string, found 5",
         ),
         (
             '{"queries": {"q1": "x"}, "corpus": {"d1": "me"}, "relevant_docs": {"q1": ["d1", "d1"]}}',
@@ -227,7 +228,7 @@ def test_llamaindex_skips_empty_texts(tmp_path):
         "relevant_docs": {"q1": ["d1", "d2"], "q2": ["d1"], "q3": ["d3"]},
     }
     path = write(tmp_path / "qa.json", json.dumps(content))
-    with pytest.raises(ValueError, match="the text of query 'q2' is empty"):
+    with pytest.raises(ValueError, match="queries: the text of 'q2' is empty"):
         RetrievalDataset.load(path)
     dataset = RetrievalDataset.load(path, skip_empty=True)
     assert dataset == RetrievalDataset({"q1": "who?", "q3": "what?"}, {"d1": "me"}, {"q1": {"d1": 1}, "q3": {}})
@@ -395,18 +396,18 @@ def test_negatives_of_csv_may_be_fewer_in_some_rows(tmp_path):
 @pytest.mark.parametrize("merge", [True, False])
 def test_a_negative_equal_to_its_positive_is_refused(tmp_path, merge):
     path = write_rows(tmp_path / "x.jsonl", [ROWS[1], {"query": "a?", "positive": "A", "negative": "A"}])
-    with pytest.raises(ValueError, match=r"x.jsonl line 2: negative 'd\w+' of query 'q1' is also a positive"):
+    with pytest.raises(ValueError, match=r"x.jsonl line 2: document 'd\w+' of query 'q1' is a positive and a negative"):
         RetrievalDataset.load(path, merge=merge)
 
 
 def test_a_negative_that_another_row_calls_positive_is_refused(tmp_path):
     first, second = {"query": "a?", "positive": "A", "negative": "B"}, {"query": "a?", "positive": "B"}
     path = write_rows(tmp_path / "x.jsonl", [first, second])
-    message = f"{path} line 2: document 'd0n0' of query 'q0' is a negative"
+    message = f"{path} line 2: document 'd0n0' of query 'q0' is a positive and a negative"
     with pytest.raises(ValueError, match=refusal(message)):
         RetrievalDataset.load(path)
     path = write_rows(tmp_path / "y.jsonl", [second, first])
-    message = f"{path} line 2: negative 'd0' of query 'q0' is also a positive"
+    message = f"{path} line 2: document 'd0' of query 'q0' is a positive and a negative"
     with pytest.raises(ValueError, match=refusal(message)):
         RetrievalDataset.load(path)
     assert RetrievalDataset.load(path, merge=False).negatives == {"q1": ["d1n0"]}
@@ -617,7 +618,7 @@ def test_what_refuses_an_empty_text_names_the_option(tmp_path):
     folder = write_beir(tmp_path / "beir", queries=[{"_id": "q1", "text": ""}])
     for path, where in (
         (rows, "x.jsonl line 2: the document"),
-        (write(tmp_path / "qa.json", json.dumps(content)), "qa.json: the text of document 'd1'"),
+        (write(tmp_path / "qa.json", json.dumps(content)), "qa.json: corpus: the text of 'd1'"),
         (folder, "queries.jsonl line 1: the text of 'q1'"),
     ):
         with pytest.raises(ValueError, match=rf"{where} is empty; .*--skip-empty"):
@@ -815,9 +816,9 @@ def test_save_chooses_the_format_and_minds_what_is_there(tmp_path):
     with pytest.raises(ValueError, match="is a folder, the format 'llamaindex' is a file"):
         dataset.save(tmp_path, format="llamaindex")
     path = write(tmp_path / "x.json", "old")
-    with pytest.raises(ValueError, match="exists and is not an empty folder"):
+    with pytest.raises(ValueError, match="is a file, the format 'beir' is a folder"):
         dataset.save(path, format="beir")
-    with pytest.raises(ValueError, match="exists and is not an empty folder"):
+    with pytest.raises(ValueError, match="is not empty"):
         dataset.save(tmp_path, format="beir")
     dataset.save(path)
     assert RetrievalDataset.load(path) == dataset
@@ -970,3 +971,19 @@ def test_what_trains_too_by_hand():
     # Question "c" is not judged here, "x" there answers nothing.
     other = RetrievalDataset({"2": "c"}, {"7": "z", "8": "x"}, {"2": {"8": 0, "7": 1}})
     assert held_out.shares_with(other) == ""
+
+
+# Connected components
+
+
+def test_components_by_hand():
+    links = [("b", "a"), ("c", "c"), ("d", "b"), ("f", "e"), ("e", "g")]
+    expected = {"a": "a", "b": "a", "d": "a", "c": "c", "e": "e", "f": "e", "g": "e"}
+    for order in itertools.permutations(links):
+        assert connected_components(order) == expected
+    assert connected_components([]) == {}
+
+
+def test_a_long_chain_needs_no_recursion():
+    links = [(i, i + 1) for i in reversed(range(50_000))]
+    assert set(connected_components(links).values()) == {0}

@@ -284,7 +284,7 @@ def test_a_missing_log_is_empty_and_a_damaged_one_is_refused(tmp_path):
             list(resume_jsonl(path))
         assert path.read_bytes() == foreign
     path.write_bytes(b"{}\n[1]\n")
-    with pytest.raises(ValueError, match=r"log\.jsonl line 2: holds a list, expected an object"):
+    with pytest.raises(ValueError, match=r"log\.jsonl line 2: expected an object"):
         list(resume_jsonl(path))
 
 

@@ -306,7 +306,7 @@ def test_a_config_that_does_not_fit(folder, change, message):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [('{"model_type": "bert",', "line 1 column 23: invalid JSON"), ("", "invalid JSON"), ("[]", "holds a list")],
+    [('{"model_type": "bert",', "line 1 column 23: invalid JSON"), ("", "invalid JSON"), ("[]", "expected an object")],
 )
 def test_a_config_that_is_no_object(folder, content, message):
     (folder / "config.json").write_text(content)

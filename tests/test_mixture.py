@@ -64,7 +64,6 @@ def test_apportion_by_hand(total, weights, expected):
 def test_proportional_is_every_example_once():
     mixture = mixture_of()
     assert len(mixture) == 8 + 2
-    assert mixture.sampler.shares() == {"large": 0.8, "small": 0.2}
     for epoch in range(3):
         batches = list(mixture.epoch(epoch))
         assert len(batches) == 10
@@ -77,7 +76,6 @@ def test_round_robin_by_hand():
     """Two batches of each an epoch, in turn; the large source goes on in the next epoch, through after four."""
     mixture = mixture_of(sampling="round_robin")
     assert len(mixture) == 4
-    assert mixture.sampler.shares() == {"large": 0.5, "small": 0.5}
     assert sources_of(mixture) == [{"large": 2}, {"small": 2}] * 2
     seen = Counter(i for epoch in range(4) for batch in mixture.epoch(epoch) for i in batch.query_ids)
     assert {i: number for i, number in seen.items() if i.startswith("large/")} == {f"large/q{i}": 1 for i in range(16)}
@@ -92,7 +90,6 @@ def test_round_robin_by_hand():
 def test_temperature_by_hand(temperature, expected):
     mixture = mixture_of(sampling="temperature", temperature=temperature)
     assert len(mixture) == 10
-    assert mixture.sampler.shares() == {name: number / 10 for name, number in expected.items()}
     for epoch in range(2):
         found = sources_of(mixture, epoch)
         assert all(len(batch) == 1 for batch in found)
@@ -151,13 +148,23 @@ def test_mixed_shares_are_those_of_a_batch(batch_size, sampling, expected):
     mixture = mixture_of(batch_size, datasets=datasets, mixed=True, sampling=sampling)
     first = sources_of(mixture)[0]
     assert (first["large"], first["small"]) == expected
-    assert mixture.sampler.shares() == {name: first[name] / batch_size for name in datasets}
 
 
 def test_mixed_shares_on_average():
     """Batches measured in tokens have their shares on average: 16 : 4 becomes 4 : 2, by the roots."""
     tokens = make_mixture(SOURCES, pack_letters, batch_tokens=200, seed=0, mixed=True, sampling="temperature")
-    assert tokens.sampler.shares() == pytest.approx({"large": 2 / 3, "small": 1 / 3})
+    assert [tokens.sampler.samplers[name].batch_tokens for name in SOURCES] == [133, 67]
+
+
+def test_tokens_are_counted_when_first_needed():
+    """So that an embedder's max_length may be set after its batches are made."""
+
+    def refuse(texts, *, role):
+        raise AssertionError("too early")
+
+    for mixed in (False, True):
+        for sampling in SAMPLINGS:
+            make_mixture(SOURCES, refuse, batch_tokens=200, seed=0, mixed=mixed, sampling=sampling)
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
@@ -199,7 +206,7 @@ def test_refuses_what_cannot_be_mixed():
     for name in ("", "a/b"):
         with pytest.raises(ValueError, match=f"source name '{name}'"):
             mixture_of(datasets={name: SOURCES["small"]})
-    with pytest.raises(ValueError, match="2 cannot be divided among 3 sources"):
+    with pytest.raises(ValueError, match="batch_size is 2, expected at least one of each of 3 sources"):
         apportion(2, {"a": 1, "b": 1, "c": 1})
 
 

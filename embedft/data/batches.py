@@ -11,26 +11,24 @@ An epoch follows from seed and epoch number alone, so training resumes from two 
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 from ..encoders.packing import Packed
-from .collate import Batch, Collate
+from .collate import Batch, Collate, Example
 from .dataset import RetrievalDataset
-from .examples import Example, ExampleKind, list_examples
 from .sampler import Sampler
 
+ExampleKind = Literal["pairs", "queries", "scored"]
 
+
+@dataclass(frozen=True, eq=False)
 class Batches:
-    """Batches by epoch.
+    """Batches by epoch."""
 
-    Args:
-        examples: what there is to train on; `list_examples` makes (query id, document id) pairs of a dataset.
-        sampler: `len(sampler)` batches per epoch; `sampler.plan(epoch)` lists the places in `examples` of each.
-        collate: (examples of a batch, draw=(epoch, batch)) -> Batch; `Collate` is one.
-    """
-
-    def __init__(self, examples: Sequence[Example], sampler: Sampler, collate: Callable[..., Batch]):
-        self.examples, self.sampler, self.collate = examples, sampler, collate
+    examples: Sequence[Example]  # what there is to train on, see `list_examples`
+    sampler: Sampler  # len(sampler) batches per epoch; sampler.plan(epoch) lists the places in `examples` of each
+    collate: Callable[..., Batch]  # (examples of a batch, draw=(epoch, batch)) -> Batch; `Collate` is one
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -85,34 +83,46 @@ def prepare(
     rows = list_examples(dataset, examples)
     scores = {"relevance": examples != "pairs", "target_scores": target_scores or examples == "scored"}
     collate = Collate(dataset, pack, seed=seed, **scores, **options)
-    _check_listed(rows, collate)
+    most = max(len(dataset.negatives.get(query_id, ())) for query_id, _ in rows)
+    if collate.num_negatives > most:
+        raise ValueError(f"num_negatives is {collate.num_negatives}, but no query has more than {most} hard negatives")
+    for row in rows if collate.target_scores else ():
+        if unscored := [i for i in collate.listed(row) if i not in dataset.scores.get(row[0], {})]:
+            raise ValueError(f"query {row[0]!r} has no score for document {unscored[0]!r}")
 
     @functools.cache
     def tokens() -> list[int]:
-        listed = [collate.listed(example) for example in rows]
+        listed = [collate.listed(row) for row in rows]
         queries = collate.count_tokens([dataset.queries[query_id] for query_id, _ in rows], role="query")
-        used = list(dict.fromkeys(i for ids in listed for i in ids))
+        used = list({i: None for ids in listed for i in ids})
         counts = collate.count_tokens([collate.texts[i] for i in used], role="document")
         documents = dict(zip(used, counts, strict=True))
         return [count + sum(documents[i] for i in ids) for count, ids in zip(queries, listed, strict=True)]
 
     def make_sampler(*, start: int = 0, stop: int = len(rows), **sizes: int | None) -> Sampler:
-        part, apart = rows[start:stop], None
-        if no_duplicates:
-            apart = ([dataset.queries[row[0]], *(collate.texts[i] for i in collate.listed(row))] for row in part)
-        sizes |= {"seed": seed, "length_window": length_window}
-        return Sampler(len(part), tokens=lambda: tokens()[start:stop], apart=apart, **sizes)
+        part = rows[start:stop]
+        texts = ([dataset.queries[row[0]], *(collate.texts[i] for i in collate.listed(row))] for row in part)
+        options = {"seed": seed, "length_window": length_window, "apart": texts if no_duplicates else (), **sizes}
+        return Sampler(len(part), tokens=lambda: tokens()[start:stop], **options)
 
     return rows, collate, make_sampler
 
 
-def _check_listed(examples: Sequence[Example], collate: Collate) -> None:
-    """Hard negatives and scores that `collate` needs are there."""
-    dataset, wanted = collate.dataset, collate.num_negatives
-    most = max(len(dataset.negatives.get(query_id, ())) for query_id, _ in examples)
-    if wanted > most:
-        raise ValueError(f"num_negatives is {wanted}, but no query has more than {most} hard negatives")
-    for example in examples if collate.target_scores else ():
-        for document_id in collate.listed(example):
-            if document_id not in dataset.scores.get(example[0], {}):
-                raise ValueError(f"query {example[0]!r} has no score for document {document_id!r}")
+def list_examples(dataset: RetrievalDataset, kind: ExampleKind = "pairs") -> list[Example]:
+    """The examples of a dataset, in its order. Raises `ValueError` when there is nothing to train on.
+
+    `kind` is "pairs": every query with every relevant document; "queries": every query once, with all its relevant
+    documents; or "scored": every query with every document that `dataset.scores` has for it, relevant or not.
+    """
+    if kind not in (kinds := get_args(ExampleKind)):
+        raise ValueError(f"examples is {kind!r}, expected one of {', '.join(kinds)}")
+    if kind == "scored":
+        examples = [(q, d) for q, scores in dataset.scores.items() for d in scores]
+    elif kind == "queries":
+        examples = [(q, None) for q in dataset.qrels if dataset.relevant(q)]
+    else:
+        examples = [(q, d) for q in dataset.qrels for d in dataset.relevant(q)]
+    if not examples:
+        scored, relevant_to_it = ("scored ", "") if kind == "scored" else ("", " relevant to it")
+        raise ValueError(f"the training set has no {scored}pair of a query and a document{relevant_to_it}")
+    return examples

@@ -18,11 +18,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..encoders.packing import Packed, take
 from ..losses.targets import Targets
 from .dataset import RetrievalDataset
-from .examples import Example, relevant
+
+# A row of a batch: a query and one document, or None for all documents relevant to the query.
+Example = tuple[str, str | None]
 
 
 class Batch(NamedTuple):
@@ -74,19 +77,18 @@ class Collate:
     def listed(self, example: Example) -> list[str]:
         """The documents listed for an example: its own, then its hard negatives."""
         query_id, document_id = example
-        listed = relevant(self.dataset, query_id) if document_id is None else [document_id]
+        listed = self.dataset.relevant(query_id) if document_id is None else [document_id]
         # A scored document may be a hard negative of its query too.
         negatives = self.dataset.negatives.get(query_id, ())[: self.num_negatives]
         return listed + [i for i in negatives if i != document_id]
 
-    def count_tokens(self, texts: Sequence[str], *, role: str, texts_at_a_time: int = 1_024) -> list[int]:
+    def count_tokens(self, texts: Sequence[str], *, role: str) -> list[int]:
         """Tokens of each text as packed; with passages, those of a document's `windows_per_document` longest windows.
 
         Equal texts are tokenized once.
         """
-        distinct, counts = list(dict.fromkeys(texts)), []
-        for first in range(0, len(distinct), texts_at_a_time):
-            part = distinct[first : first + texts_at_a_time]
+        distinct, counts, at_a_time = list(dict.fromkeys(texts)), [], 1_024
+        for part in (distinct[first : first + at_a_time] for first in range(0, len(distinct), at_a_time)):
             if role == "query" or self.passages is None:
                 counts += self.pack(part, role=role).lengths().tolist()
             else:
@@ -107,27 +109,24 @@ class Collate:
         in_order = itertools.chain(*itertools.zip_longest(*(row.values() for row in rows)))
         documents = self._distinct(i for i in in_order if i is not None)
         column_of = {key: column for column, key in enumerate(documents)}
+        relevant = ((row, self._key(i)) for row, q in enumerate(query_ids) for i in self.dataset.relevant(q))
+        known = dict.fromkeys((row, column_of[key]) for row, key in relevant if key in column_of)
         packed = self._pack_documents(documents, query_ids, rows, draw)
-        width, options = max(1 + self.num_negatives, *map(len, rows)), {}
-        if len(set(query_ids)) < len(query_ids):
-            first: dict[str, int] = {}
-            options["query"] = torch.tensor([first.setdefault(q, len(first)) for q in query_ids])
-        for name, wanted, given in (
-            ("relevance", self.relevance, self.dataset.qrels),
-            ("target_scores", self.target_scores, self.dataset.scores),
-        ):
-            if wanted:
-                by_query = [given.get(query_id, {}) for query_id in query_ids]
-                values = [
-                    [of_query.get(document_id, 0.0) for document_id in row.values()]
-                    for of_query, row in zip(by_query, rows, strict=True)
-                ]
-                options[name] = torch.tensor([_filled(row, width, 0.0) for row in values], dtype=torch.float32)
+        width = max(1 + self.num_negatives, *map(len, rows))
+
+        def look_up(given: Mapping[str, Mapping[str, float]]) -> Tensor:
+            of_rows = zip((given.get(query_id, {}) for query_id in query_ids), rows, strict=True)
+            return _table([[by.get(i, 0) for i in row.values()] for by, row in of_rows], width, 0).float()
+
+        number_of = {query_id: number for number, query_id in enumerate(dict.fromkeys(query_ids))}
+        has_twice = len(number_of) < len(query_ids)
         targets = Targets(
-            group=torch.tensor([_filled([column_of[key] for key in row], width, -1) for row in rows]),
-            known=torch.tensor(self._known(query_ids, column_of), dtype=torch.int64).reshape(-1, 2),
+            group=_table([[column_of[key] for key in row] for row in rows], width, -1),
+            relevance=look_up(self.dataset.qrels) if self.relevance else None,
+            target_scores=look_up(self.dataset.scores) if self.target_scores else None,
+            known=torch.tensor(list(known), dtype=torch.int64).reshape(-1, 2),
             document=None if self.passages is None else packed.source,
-            **options,
+            query=torch.tensor([number_of[query_id] for query_id in query_ids]) if has_twice else None,
         )
         queries = self.pack([self.dataset.queries[query_id] for query_id in query_ids], role="query")
         sources = [query_id.partition("/")[0] for query_id in query_ids] if self.with_sources else None
@@ -143,16 +142,6 @@ class Collate:
         for document_id in document_ids:
             distinct.setdefault(self._key(document_id), document_id)
         return distinct
-
-    def _known(self, query_ids: Sequence[str], column_of: Mapping[str, int]) -> list[tuple[int, int]]:
-        """(row, column) of every pair of the batch that the qrels call relevant."""
-        pairs = (
-            (row, column_of.get(self._key(document_id)))
-            for row, query_id in enumerate(query_ids)
-            for document_id, grade in self.dataset.qrels.get(query_id, {}).items()
-            if grade > 0
-        )
-        return [pair for pair in dict.fromkeys(pairs) if pair[1] is not None]
 
     def _pack_documents(
         self, documents: Mapping[str, str], query_ids: list[str], rows: list[dict[str, str]], draw: tuple[int, int]
@@ -182,5 +171,5 @@ class Collate:
         return take(packed, torch.tensor(kept))
 
 
-def _filled(row: list, width: int, value: float) -> list:
-    return row + [value] * (width - len(row))
+def _table(rows: list[list[float]], width: int, fill: int) -> Tensor:
+    return torch.tensor([row + [fill] * (width - len(row)) for row in rows])

@@ -9,17 +9,19 @@ import hashlib
 import json
 import reprlib
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from . import formats, pairs
 from .checks import check_distinct, check_grade, check_id, check_score, check_text
 from .formats import FORMATS, WRITABLE
-from .linked import connected_components
 
 FIELDS = ("queries", "corpus", "qrels", "negatives", "scores", "titles", "missing")
+Item = TypeVar("Item", str, int)
 
 
 @dataclass(frozen=True, repr=False)
@@ -109,8 +111,6 @@ class RetrievalDataset:
         if not path.exists():
             raise ValueError(f"{path}: no such file or folder")
         format = formats.choose_format(path, format, FORMATS, folder=path.is_dir())
-        if path.is_dir() != (format == "beir"):
-            raise ValueError(f"{path}: not a {format!r} dataset; the format 'beir' is a folder, the others are files")
         if split is not None and format != "beir":
             raise ValueError(f"{path}: split is {split!r}, but only the format 'beir' has splits, this is {format!r}")
         if format in ("jsonl", "csv"):
@@ -129,23 +129,17 @@ class RetrievalDataset:
         default that of the suffix. Raises `ValueError`, before anything is written, when it cannot hold what is here.
         """
         path = Path(path)
-        format = formats.choose_format(path, format, tuple(WRITABLE), folder=not path.suffix)
+        format = formats.choose_format(path, format, WRITABLE, folder=not path.suffix)
         refusal = f"{path}: the format {format!r} cannot hold"
         for name in ("negatives", "scores", "titles", "missing"):
             if getattr(self, name) and name not in WRITABLE[format]:
                 able = [other for other, fields in WRITABLE.items() if name in fields]
                 raise ValueError(f"{refusal} {name} ({', '.join(able) or 'no format'} can)")
         judged = self.all_qrels()
-        if format != "llamaindex":
-            for query_id in self.queries:
-                if not judged.get(query_id):
-                    raise ValueError(f"{refusal} query {query_id!r}, which has no qrels")
-        if format != "beir":
-            for document_id, text in self.corpus.items():
-                if not text:
-                    raise ValueError(f"{refusal} document {document_id!r}, which is empty")
-            if path.is_dir():
-                raise ValueError(f"{path}: is a folder, the format {format!r} is a file")
+        if format != "llamaindex" and (unjudged := [query_id for query_id in self.queries if not judged.get(query_id)]):
+            raise ValueError(f"{refusal} query {unjudged[0]!r}, which has no qrels")
+        if format != "beir" and (empty := [document_id for document_id, text in self.corpus.items() if not text]):
+            raise ValueError(f"{refusal} document {empty[0]!r}, which is empty")
         formats.WRITERS[format](self, path, refusal)
 
     def all_qrels(self) -> dict[str, dict[str, int]]:
@@ -153,6 +147,10 @@ class RetrievalDataset:
         if not self.missing:
             return self.qrels
         return {q: {**self.qrels.get(q, {}), **self.missing.get(q, {})} for q in {**self.qrels, **self.missing}}
+
+    def relevant(self, query_id: str) -> list[str]:
+        """The documents with a grade above 0 for a query, in the order of its qrels."""
+        return [document_id for document_id, grade in self.qrels.get(query_id, {}).items() if grade > 0]
 
     def split(self, share: float, *, seed: int) -> tuple["RetrievalDataset", "RetrievalDataset"]:
         """Two datasets without a common query or document, the first with about `share` of the queries.
@@ -206,8 +204,7 @@ class RetrievalDataset:
         texts = zip(self.corpus, self.document_texts(), strict=True)
         of_query = {i: nodes.setdefault(("query", text), len(nodes)) for i, text in self.queries.items()}
         of_document = {i: nodes.setdefault(("document", text), len(nodes)) for i, text in texts}
-        relevant = ((q, d) for q, grades in self.qrels.items() for d, grade in grades.items() if grade > 0)
-        component = connected_components((of_document[d], of_query[q]) for q, d in relevant)
+        component = connected_components((of_document[d], of_query[q]) for q in self.qrels for d in self.relevant(q))
         return tuple({i: component.get(node, node) for i, node in x.items()} for x in (of_query, of_document))
 
     def shares_with(self, training: "RetrievalDataset") -> str:
@@ -224,9 +221,8 @@ class RetrievalDataset:
     def _judged_texts(self) -> tuple[set[str], set[str]]:
         """The texts of the queries that have a relevant document, and of these documents."""
         texts = dict(zip(self.corpus, self.document_texts(), strict=True))
-        relevant = {q: [d for d, grade in by.items() if grade > 0] for q, by in self.qrels.items()}
-        questions = {self.queries[query_id] for query_id, documents in relevant.items() if documents}
-        return questions, {texts[document_id] for documents in relevant.values() for document_id in documents}
+        pairs = [(self.queries[q], texts[d]) for q in self.qrels for d in self.relevant(q)]
+        return {question for question, _ in pairs}, {document for _, document in pairs}
 
     def sha256(self) -> str:
         """A hash of everything the dataset holds, order included: 64 hexadecimal digits."""
@@ -248,3 +244,22 @@ class RetrievalDataset:
         Source: beir/retrieval/models/sentence_bert.py, `encode_corpus`, which strips the result too.
         """
         return [" ".join(filter(None, (self.titles.get(i), text))) for i, text in self.corpus.items()]
+
+
+def connected_components(links: Iterable[tuple[Item, Item]]) -> dict[Item, Item]:
+    """{item: the smallest item of its component}, for all items that have a link (an item may link to itself).
+
+    connected_components([("a", "b"), ("c", "c"), ("b", "d")])      # {"a": "a", "b": "a", "c": "c", "d": "a"}
+    """
+    parents: dict[Item, Item] = {}
+
+    def root(item: Item) -> Item:
+        while parents.setdefault(item, item) != item:
+            parents[item] = parents[parents[item]]
+            item = parents[item]
+        return item
+
+    for one, other in links:
+        smaller, larger = sorted((root(one), root(other)))
+        parents[larger] = smaller
+    return {item: root(item) for item in parents}

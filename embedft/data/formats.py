@@ -19,28 +19,32 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..files import atomic_write, read_json, read_jsonl, read_lines, read_text, write_json
+from ..files import atomic_write, check_object, read_json, read_jsonl, read_lines, read_text, write_json
 from .checks import SKIP_EMPTY, check_id, check_text, is_blank
-from .pairs import check_object, parse_grade, write_jsonl, write_rows
+from .pairs import parse_grade, write_jsonl, write_rows
 
 FORMATS = ("llamaindex", "beir", "jsonl", "csv")
 SUFFIXES = {".json": "llamaindex", ".jsonl": "jsonl", ".csv": "csv", ".tsv": "csv"}
 # The formats that can be written, with the optional fields that each can hold.
 WRITABLE = {"llamaindex": ("missing",), "beir": ("titles", "missing"), "jsonl": ("negatives",)}
 Texts = dict[str, str]
+# (where in the file, id, text, title)
+Entry = tuple[str, Any, Any, Any]
 # (where in the file, query id, document id, grade)
 Judgement = tuple[str, str, str, int]
 
 
-def choose_format(path: Path, format: str | None, formats: tuple[str, ...], *, folder: bool) -> str:
-    """The given format, or else the one that the path implies."""
+def choose_format(path: Path, format: str | None, formats: Iterable[str], *, folder: bool) -> str:
+    """The given format, or else the one that the path implies; `path` may be absent, but is no file for a folder."""
     if format is None:
         format = "beir" if folder else SUFFIXES.get(Path(path.name.lower().removesuffix(".gz")).suffix)
         if format is None:
-            expected = ", ".join(SUFFIXES)
-            raise ValueError(f"{path}: suffix is none of {expected}; name the format: {', '.join(formats)}")
+            raise ValueError(f"{path}: suffix is none of {', '.join(SUFFIXES)}; name the format: {', '.join(formats)}")
     if format not in formats:
         raise ValueError(f"{path}: format {format!r} is not one of {', '.join(formats)}")
+    kinds = ("file", "folder")
+    if path.exists() and path.is_dir() != (format == "beir"):
+        raise ValueError(f"{path}: is a {kinds[path.is_dir()]}, the format {format!r} is a {kinds[format == 'beir']}")
     return format
 
 
@@ -58,13 +62,12 @@ def read_published(path: Path, split: str | None, *, skip_empty: bool, strict: b
         qrels = {query_id: qrels.get(query_id, {}) for query_id in relevant_docs if query_id in queries}
     num_read = len(queries) + len(corpus)
     if skip_empty:
-        queries = {i: text for i, text in queries.items() if not is_blank(text)}
-        corpus = {i: text for i, text in corpus.items() if not is_blank(text) or i in titles}
+        queries = {i: text for i, text in queries.items() if text}
+        corpus = {i: text for i, text in corpus.items() if text or i in titles}
         qrels = {q: {d: x for d, x in grades.items() if d in corpus} for q, grades in qrels.items() if q in queries}
         missing = {q: grades for q, grades in missing.items() if q in queries}
-    num_skipped = num_read - len(queries) - len(corpus)
     fields = {"queries": queries, "corpus": corpus, "qrels": qrels, "missing": missing, "titles": titles}
-    return {**fields, "num_skipped": num_skipped}
+    return {**fields, "num_skipped": num_read - len(queries) - len(corpus)}
 
 
 def _sort(
@@ -80,11 +83,8 @@ def _sort(
         except ValueError as error:
             if strict:
                 raise
-            if query_id not in queries:
-                ignored.append(error)
-                continue
-            counted.append(error)
-            by_query = missing
+            by_query, errors = (missing, counted) if query_id in queries else ({}, ignored)
+            errors.append(error)
         grades = by_query.setdefault(query_id, {})
         if document_id in grades:
             raise ValueError(f"{where}: query id {query_id!r} with document id {document_id!r} appears twice")
@@ -97,23 +97,19 @@ def _sort(
 
 def _read_llamaindex(path: Path, skip_empty: bool) -> tuple[Texts, Texts, dict[str, list[str]]]:
     """Queries, corpus and relevant_docs."""
-    content = read_json(path)
+    content = check_object(read_json(path), str(path))
     names = ("queries", "corpus", "relevant_docs")
-    if not isinstance(content, dict) or not all(isinstance(content.get(name), dict) for name in names):
-        found = ", ".join(content) if isinstance(content, dict) else reprlib.repr(content)
-        raise ValueError(f"{path}: expected an object that holds the objects {', '.join(names)}; found {found}")
+    if not all(isinstance(content.get(name), dict) for name in names):
+        raise ValueError(f"{path}: expected the objects {', '.join(names)}; found {', '.join(content)}")
     if content.get("mode", "text") != "text":
         raise ValueError(f"{path}: mode must be 'text', found {reprlib.repr(content['mode'])}")
-    queries, corpus, relevant_docs = (content[name] for name in names)
-    for kind, texts in (("query", queries), ("document", corpus)):
-        for i, text in texts.items():
-            if not (skip_empty and is_blank(text)):
-                check_text(text, f"{path}: the text of {kind} {i!r}", SKIP_EMPTY)
-    for query_id, document_ids in relevant_docs.items():
-        where = f"{path}: relevant_docs of query {query_id!r}"
-        if not isinstance(document_ids, list) or not all(isinstance(i, str) for i in document_ids):
-            raise ValueError(f"{where} must be a list of document ids, found {reprlib.repr(document_ids)}")
-    return queries, corpus, relevant_docs
+    for query_id, ids in content["relevant_docs"].items():
+        if not isinstance(ids, list) or not all(isinstance(i, str) for i in ids):
+            where = f"{path}: relevant_docs of query {query_id!r}"
+            raise ValueError(f"{where} must be a list of document ids, found {reprlib.repr(ids)}")
+    entries = (((f"{path}: {name}", i, text, None) for i, text in content[name].items()) for name in names[:2])
+    (queries, _), (corpus, _) = (_collect(of_name, allow_empty=skip_empty) for of_name in entries)
+    return queries, corpus, content["relevant_docs"]
 
 
 def _read_beir(folder: Path, split: str | None, skip_empty: bool) -> tuple[Texts, Texts, Texts, Iterator[Judgement]]:
@@ -125,11 +121,9 @@ def _read_beir(folder: Path, split: str | None, skip_empty: bool) -> tuple[Texts
         split = next(iter(splits)) if len(splits) == 1 else "test"
     if split not in splits:
         raise ValueError(f"{folder}: no qrels/{split}.tsv; splits found: {', '.join(splits) or 'none'}")
-    corpus, titles = _read_texts(corpus_file, allow_empty=True)
-    if ".jsonl" in queries_file.suffixes:
-        queries, _ = _read_texts(queries_file, allow_empty=skip_empty)
-    else:
-        queries = _read_topics(queries_file)
+    corpus, titles = _collect(_read_rows(corpus_file), allow_empty=True)
+    read_queries = _read_rows if ".jsonl" in queries_file.suffixes else _read_topics
+    queries, _ = _collect(read_queries(queries_file), allow_empty=skip_empty)
     return queries, corpus, titles, _read_qrels(splits[split])
 
 
@@ -140,53 +134,49 @@ def _find(folder: Path, *patterns: str) -> Path:
     raise ValueError(f"{folder}: no {' or '.join(patterns)}; a dataset has corpus.jsonl, queries.jsonl and qrels/")
 
 
-def _read_texts(path: Path, *, allow_empty: bool) -> tuple[Texts, Texts]:
-    """{id: text} and {id: title} of corpus.jsonl or queries.jsonl; a blank title is none."""
+def _collect(entries: Iterable[Entry], *, allow_empty: bool) -> tuple[Texts, Texts]:
+    """{id: text} and {id: title}; a blank text is "" if allowed, a blank title none."""
     texts, titles = {}, {}
-    for line, row in read_jsonl(path):
-        try:
-            check_object(row)
-            i, text, title = row.get("_id"), row.get("text"), row.get("title")
-            check_text(i, "_id")
-            if i in texts:
-                raise ValueError(f"_id {i!r} appears twice")
-            if not is_blank(title):
-                check_text(title, f"the title of {i!r}")
-                titles[i] = title
-            if not is_blank(text) or not allow_empty:
-                check_text(text, f"the text of {i!r}", SKIP_EMPTY)
-            texts[i] = "" if is_blank(text) else text
-        except ValueError as error:
-            raise ValueError(f"{path} line {line}: {error}") from None
+    for where, i, text, title in entries:
+        check_text(i, f"{where}: _id")
+        if i in texts:
+            raise ValueError(f"{where}: _id {i!r} appears twice")
+        if not is_blank(title):
+            check_text(title, f"{where}: the title of {i!r}")
+            titles[i] = title
+        if not is_blank(text) or not allow_empty:
+            check_text(text, f"{where}: the text of {i!r}", SKIP_EMPTY)
+        texts[i] = "" if is_blank(text) else text
     return texts, titles
 
 
-def _read_topics(path: Path) -> dict[str, str]:
-    """{number: title, or query} of a TREC topics file."""
-    text, topics = read_text(path), {}
+def _read_rows(path: Path) -> Iterator[Entry]:
+    """The lines of corpus.jsonl or queries.jsonl."""
+    for line, row in read_jsonl(path):
+        where = f"{path} line {line}"
+        check_object(row, where)
+        yield where, row.get("_id"), row.get("text"), row.get("title")
+
+
+def _read_topics(path: Path) -> Iterator[Entry]:
+    """The titles, or queries, of a TREC topics file."""
+    text = read_text(path)
     old = re.findall(r"<top>.*?<num>\s*(?:Number:)?\s*(\S+).*?<title>\s*(?:Topic:)?([^<]*)", text, re.DOTALL)
     new = re.findall(r"<topic\s+number=\"([^\"]+)\".*?<(?:query|title)>([^<]*)", text, re.DOTALL)
-    for number, title in old + new:
-        check_text(title, f"{path}: the title of topic {number!r}")
-        title = " ".join(title.split())
-        if topics.setdefault(number, title) != title:
-            raise ValueError(f"{path}: topic {number!r} appears twice")
-    if not topics:
+    if not old + new:
         raise ValueError(f"{path}: no topic found, expected <top> with <num> and <title>, or <topic number=...>")
-    return topics
+    yield from ((f"{path}: topics", number, " ".join(title.split()), None) for number, title in old + new)
 
 
 def _read_qrels(path: Path) -> Iterator[Judgement]:
     """Judgements of a file with BEIR's header, or of one with TREC's four columns and no header."""
     names: list[str] = []
-    expected = {"query-id", "corpus-id", "score"}
     for number, line in enumerate(read_lines(path), start=1):
-        line = line.rstrip("\r\n")
+        line, where = line.rstrip("\r\n"), f"{path} line {number}"
         cells = line.split("\t") if "\t" in line else line.split()
-        where = f"{path} line {number}"
         if not line.strip():
             continue
-        if not names and expected <= set(cells):
+        if not names and {"query-id", "corpus-id", "score"} <= set(cells):
             names = cells
             continue
         if not names and len(cells) != 4:
@@ -195,10 +185,7 @@ def _read_qrels(path: Path) -> Iterator[Judgement]:
         if len(cells) != len(names):
             raise ValueError(f"{where}: {len(cells)} columns, expected {len(names)}")
         row = dict(zip(names, cells, strict=True))
-        try:
-            yield where, row["query-id"], row["corpus-id"], parse_grade(row["score"])
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+        yield where, row["query-id"], row["corpus-id"], parse_grade(row["score"], f"{where}: ")
 
 
 def write_llamaindex(dataset: Any, path: Path, refusal: str) -> None:
@@ -217,8 +204,8 @@ def write_beir(dataset: Any, folder: Path, refusal: str) -> None:
     for i in (*dataset.queries, *dataset.corpus, *(document_id for _, document_id, _ in _flat(qrels))):
         if re.search(r'[\0\t\r\n"]', i):
             raise ValueError(f"{refusal} id {i!r} (tab, quote, line break or NUL)")
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"{folder}: exists and is not an empty folder")
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder}: is not empty, expected a new or empty folder")
     titles = dataset.titles
     documents = ({"_id": i, "title": titles.get(i, ""), "text": text} for i, text in dataset.corpus.items())
     write_rows(folder / "corpus.jsonl", documents)

@@ -3,7 +3,6 @@
     datasets = {"finance": finance, "news": news}
     batches = make_mixture(datasets, embedder.pack, batch_size=64, seed=0, sampling="temperature")
     for batch in batches.epoch(0): ...              # batch.sources says where each query comes from
-    batches.sampler.shares()                        # {"finance": 0.61, "news": 0.39}
 
 Every source is read in epochs of its own: where an epoch of the mixture takes only a part of a source, the next one
 continues there; where it takes more, the source starts over. Ids get the source in front ("news/q12").
@@ -12,7 +11,7 @@ continues there; where it takes more, the source starts over. Ids get the source
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -53,8 +52,7 @@ def make_mixture(
         temperature: 1 is proportional, infinity is equal shares.
         mixed: False: each batch comes from one source, so no query has negatives from another. True: each batch has
             its share of every source.
-        pack, batch_size, batch_tokens, seed, options: as in `make_batches`. `no_duplicates` looks across sources only
-            in mixed, proportional batches.
+        options: as in `make_batches`. `no_duplicates` looks across sources only in mixed, proportional batches.
     """
     if sampling not in SAMPLINGS:
         raise ValueError(f"sampling is {sampling!r}, expected one of {', '.join(SAMPLINGS)}")
@@ -62,9 +60,8 @@ def make_mixture(
         raise ValueError(f"temperature is {temperature}, expected at least 1")
     rows, collate, make_sampler = prepare(join_datasets(datasets), pack, seed=seed, with_sources=True, **options)
     counts = Counter(query_id.partition("/")[0] for query_id, _ in rows)
-    for name in datasets:
-        if not counts[name]:
-            raise ValueError(f"source {name!r} has nothing to train on")
+    if empty := [name for name in datasets if not counts[name]]:
+        raise ValueError(f"source {empty[0]!r} has nothing to train on")
     power = {"proportional": 1.0, "round_robin": 0.0, "temperature": 1 / temperature}[sampling]
     weights = {name: counts[name] ** power for name in datasets}
     weights = {name: weight / sum(weights.values()) for name, weight in weights.items()}
@@ -77,85 +74,68 @@ def make_mixture(
     if mixed and sampling == "proportional":
         return Batches(rows, sampler(), collate)
     if mixed and batch_size is not None:
-        if batch_size < len(datasets):
-            raise ValueError(f"batch_size is {batch_size}, expected at least one of each of {len(datasets)} sources")
         weights = {name: number / batch_size for name, number in apportion(batch_size, weights).items()}
     samplers, start = {}, 0
     for name in datasets:
-        stop = start + counts[name]
-        samplers[name] = sampler(weights[name] if mixed else 1.0, start=start, stop=stop)
-        start = stop
-    num_mixed = len(sampler()) if mixed else None
-    return Batches(rows, MixtureSampler(samplers, seed, sampling, weights, num_mixed), collate)
+        samplers[name] = sampler(weights[name] if mixed else 1.0, start=start, stop=start + counts[name])
+        start += counts[name]
+
+    def parts() -> list[list[str]]:  # called late, as samplers may count tokens
+        if mixed:
+            return [list(datasets)] * len(sampler())
+        lengths = {name: len(of_source) for name, of_source in samplers.items()}
+        if sampling == "round_robin":
+            return [[name] for name in datasets] * min(lengths.values())
+        numbers = lengths if sampling == "proportional" else apportion(sum(lengths.values()), weights)
+        return [[name] for name, number in numbers.items() for _ in range(number)]
+
+    return Batches(rows, MixtureSampler(samplers, parts, None if sampling == "round_robin" else seed), collate)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MixtureSampler:
-    """Batches of one source each or, mixed, with a part of every source.
+    """Batches that continue the batches of one or more samplers each.
 
     Args:
         samplers: {source: its sampler}; the whole list of examples is that of the sources, one after another.
-        seed: of the order of sources.
-        weights: {source: share}, for "temperature" and mixed batches.
-        num_mixed: mixed batches of an epoch; None: batches of one source each.
+        parts: () -> the sources of each batch of an epoch; called when first needed.
+        seed: of the order of the parts, drawn anew for each epoch; None: as they are.
     """
 
     samplers: Mapping[str, Sampler]
-    seed: int
-    sampling: Sampling
-    weights: Mapping[str, float]
-    num_mixed: int | None = None
+    parts: Callable[[], list[list[str]]]
+    seed: int | None
 
     @functools.cached_property
-    def counts(self) -> dict[str, int]:
-        """Batches of an epoch that each source is in."""
-        lengths = {name: len(sampler) for name, sampler in self.samplers.items()}
-        if self.num_mixed is not None:
-            return dict.fromkeys(lengths, self.num_mixed)
-        if self.sampling == "proportional":
-            return lengths
-        if self.sampling == "round_robin":
-            return dict.fromkeys(lengths, min(lengths.values()))
-        return apportion(sum(lengths.values()), self.weights)
-
-    @functools.cached_property
-    def _first(self) -> dict[str, int]:
-        """Where the examples of each source begin in the whole list."""
-        sizes = [sampler.num_examples for sampler in self.samplers.values()]
-        return dict(zip(self.samplers, itertools.accumulate(sizes, initial=0), strict=False))
+    def _parts(self) -> list[list[str]]:
+        return self.parts()
 
     def __len__(self) -> int:
-        return sum(self.counts.values()) if self.num_mixed is None else self.num_mixed
-
-    def shares(self) -> dict[str, float]:
-        """The share of each source in the batches of an epoch; mixed, in the examples (or tokens) of a full batch."""
-        if self.num_mixed is not None:
-            return self.weights
-        return {name: count / len(self) for name, count in self.counts.items()}
+        return len(self._parts)
 
     def plan(self, epoch: int) -> list[list[int]]:
         """The examples of each batch of an epoch, as places in the list of examples."""
-        names = [[name] for name, count in self.counts.items() for _ in range(count)]
-        if self.num_mixed is not None:
-            names = [list(self.samplers)] * self.num_mixed
-        elif self.sampling == "round_robin":
-            names = [[name] for name in self.counts] * min(self.counts.values())
-        else:
-            order = torch.randperm(len(names), generator=torch.Generator().manual_seed(self.seed + epoch))
-            names = [names[i] for i in order.tolist()]
-        places = {name: itertools.count(epoch * count) for name, count in self.counts.items()}
-        return [[row for name in of_batch for row in self._batch(name, next(places[name]))] for of_batch in names]
+        order = range(len(self))
+        if self.seed is not None:
+            order = torch.randperm(len(self), generator=torch.Generator().manual_seed(self.seed + epoch)).tolist()
+        counts, batches, first = Counter(itertools.chain(*self._parts)), {}, 0
+        for name, sampler in self.samplers.items():
+            batches[name] = _rows(sampler, first, epoch * counts[name])
+            first += sampler.num_examples
+        return [[row for name in self._parts[i] for row in next(batches[name])] for i in order]
 
-    def _batch(self, source: str, place: int) -> list[int]:
-        """Batch `place` of a source, counted over all its epochs."""
-        epoch, batch = divmod(place, len(self.samplers[source]))
-        return [self._first[source] + row for row in self.samplers[source].plan(epoch)[batch]]
+
+def _rows(sampler: Sampler, first: int, place: int) -> Iterator[list[int]]:
+    """The batches of a sampler, whose examples begin at `first`, from `place` on, counted over all its epochs."""
+    for number in itertools.count(place):
+        epoch, batch = divmod(number, len(sampler))
+        yield [first + row for row in sampler.plan(epoch)[batch]]
 
 
 def apportion(total: int, weights: Mapping[str, float]) -> dict[str, int]:
-    """`total` divided by weight into whole numbers of at least 1: one for each, the rest by largest remainder."""
+    """A batch size divided by weight into whole numbers of at least 1: one for each, the rest by largest remainder."""
     if total < len(weights):
-        raise ValueError(f"{total} cannot be divided among {len(weights)} sources, at least one for each")
+        raise ValueError(f"batch_size is {total}, expected at least one of each of {len(weights)} sources")
     everything = sum(weights.values())
     exact = {name: max(0.0, total * weight / everything - 1) for name, weight in weights.items()}
     rest = total - len(weights)

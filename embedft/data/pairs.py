@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..files import atomic_write, read_jsonl, read_lines
+from ..files import atomic_write, check_object, read_jsonl, read_lines
 from .checks import SKIP_EMPTY, check_distinct, check_grade, check_text, is_blank
 
 COLUMN_ROLES = {
@@ -34,8 +34,8 @@ def read_pairs(path: Path, format: str, *, merge: bool, skip_empty: bool) -> dic
     qrels: dict[str, dict[str, int]] = {}
     negatives: dict[str, dict[str, None]] = {}  # the inner dict is an ordered set
     for index, (line, row) in enumerate(read_jsonl(path) if format == "jsonl" else read_csv(path)):
+        check_object(row, f"{path} line {line}")
         try:
-            check_object(row)
             values = {role: row[column] for role, column in _find_columns(tuple(row)).items()}
             of_row = _find_negatives(values)
             if skip_empty and any(map(is_blank, (values["query"], values["document"], *(text for text, _ in of_row)))):
@@ -46,19 +46,20 @@ def read_pairs(path: Path, format: str, *, merge: bool, skip_empty: bool) -> dic
             query_id = queries.add(values["query"], values.get("query_id"), f"q{index}")
             document_id = documents.add(values["document"], values.get("document_id"), f"d{index}")
             grade, grades = parse_grade(values.get("grade", 1)), qrels.setdefault(query_id, {})
-            pair = f"document {document_id!r} of query {query_id!r}"
             if grades.setdefault(document_id, grade) != grade:
-                raise ValueError(f"{pair} has the grade {grade}, but {grades[document_id]} on an earlier line")
-            if grade > 0 and document_id in negatives.get(query_id, ()):
-                raise ValueError(f"{pair} is a negative on an earlier line")
+                found = f"document {document_id!r} of query {query_id!r} has the grade {grade}"
+                raise ValueError(f"{found}, but {grades[document_id]} on an earlier line")
             if of_row or values.get("negatives") is not None:
                 negatives.setdefault(query_id, {})
+            named = [document_id]
             for place, (text, own_id) in enumerate(of_row):
                 check_text(text, "a negative", SKIP_EMPTY)
-                negative_id = documents.add(text, own_id, f"d{index}n{place}")
-                if grades.get(negative_id, 0) > 0 or (grade > 0 and own_id is None and text == values["document"]):
-                    raise ValueError(f"negative {negative_id!r} of query {query_id!r} is also a positive of it")
-                negatives[query_id][negative_id] = None
+                is_own = own_id is None and text == values["document"]
+                named.append(document_id if is_own else documents.add(text, own_id, f"d{index}n{place}"))
+                negatives[query_id][named[-1]] = None
+            for i in named:
+                if grades.get(i, 0) > 0 and i in negatives.get(query_id, ()):
+                    raise ValueError(f"document {i!r} of query {query_id!r} is a positive and a negative of it")
         except ValueError as error:
             raise ValueError(f"{path} line {line}: {error}") from None
     fields = {"queries": queries.texts, "corpus": documents.texts, "qrels": qrels, "num_skipped": num_skipped}
@@ -82,19 +83,13 @@ class _Texts:
         return i
 
 
-def check_object(row: Any) -> None:
-    """A row of a JSONL file is an object."""
-    if not isinstance(row, dict):
-        raise ValueError(f"expected an object, found {reprlib.repr(row)}")
-
-
-def parse_grade(grade: Any) -> int:
+def parse_grade(grade: Any, where: str = "") -> int:
     """A grade in a file: a whole number, which may be text and may be written as 2.0."""
     if isinstance(grade, str) and re.fullmatch(r"[+-]?[0-9]{1,20}(\.0*)?", grade.strip()):
         grade = int(grade.partition(".")[0])
     elif isinstance(grade, float) and grade.is_integer():
         grade = int(grade)
-    check_grade(grade, "the grade")
+    check_grade(grade, f"{where}the grade")
     return grade
 
 

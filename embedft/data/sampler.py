@@ -10,64 +10,63 @@ Shapes: P examples, N batches of an epoch.
 """
 
 import functools
+import itertools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True, eq=False)
 class Sampler:
     """Shuffled batches in which every example appears once per epoch.
 
     Epoch e is `torch.randperm` from a generator seeded with seed + e (as in the sentence-transformers trainer), cut
     into batches. Every epoch has the same number of batches.
 
-    Args:
-        batch_size: examples per batch; the last batch of an epoch may be smaller.
-        batch_tokens: tokens per batch, instead of batch_size. An epoch is cut into ceil(all tokens / batch_tokens)
-            batches of similar size: at most batch_tokens on average, and each less than one example above that average.
-        tokens: () -> the tokens of each example, [P]; called once, when first needed.
-        apart: what each example contains (texts, for example). Examples that share something are put into different
-            batches: one that does not fit waits for the next batch that can take it. Frequent items make batches
-            smaller and more numerous (with a warning); a batch may exceed its size by the few that fit nowhere else.
-        length_window: sort the shuffled examples by length within windows of this many batches, then shuffle the
-            batches; 0: no sorting. In-batch negatives are then about as long as a query's own document. Packed
-            sequences have no padding, so there is little speed to gain.
+    With `batch_tokens`, an epoch is cut into ceil(all tokens / batch_tokens) batches of similar size: at most
+    batch_tokens on average, and each less than one example above that average.
+
+    Examples that share something (`apart`) are put into different batches: one that does not fit waits for the next
+    batch that can take it. Frequent items make batches smaller and more numerous (with a warning); a batch may exceed
+    its size by the few that fit nowhere else.
+
+    With `length_window`, in-batch negatives are about as long as a query's own document. Packed sequences have no
+    padding, so there is little speed to gain.
     """
 
-    def __init__(
-        self,
-        num_examples: int,
-        *,
-        batch_size: int | None = None,
-        batch_tokens: int | None = None,
-        seed: int,
-        tokens: Callable[[], Sequence[int]] | None = None,
-        apart: Iterable[Iterable[Hashable]] | None = None,
-        length_window: int = 0,
-    ):
-        if (batch_size is None) == (batch_tokens is None):
-            raise ValueError(f"batch_size is {batch_size}, batch_tokens is {batch_tokens}: expected one of the two")
-        sizes = {"num_examples": num_examples, "batch_size": batch_size, "batch_tokens": batch_tokens}
-        for name, value in {**sizes, "length_window": length_window}.items():
-            least = int(name in sizes)
+    num_examples: int
+    _: KW_ONLY
+    seed: int
+    batch_size: int | None = None  # examples per batch; the last batch of an epoch may be smaller
+    batch_tokens: int | None = None  # tokens per batch, instead of batch_size
+    tokens: Callable[[], Sequence[int]] | None = None  # () -> the tokens of each example, [P]; called when first needed
+    apart: Iterable[Iterable[Hashable]] = ()  # what each example contains (texts, for example), [P]
+    # Sort the shuffled examples by length within windows of so many batches, then shuffle the batches; 0: no sorting.
+    length_window: int = 0
+    _planned: dict[int, list[list[int]]] = field(default_factory=dict, init=False)  # of the last epoch
+
+    def __post_init__(self) -> None:
+        if (self.batch_size is None) == (self.batch_tokens is None):
+            found = f"batch_size is {self.batch_size}, batch_tokens is {self.batch_tokens}"
+            raise ValueError(f"{found}: expected one of the two")
+        for name, least in (("num_examples", 1), ("batch_size", 1), ("batch_tokens", 1), ("length_window", 0)):
+            value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}, expected at least {least}")
-        self.num_examples, self.seed, self.length_window = num_examples, seed, length_window
-        self.batch_size, self.batch_tokens, self.tokens = batch_size, batch_tokens, tokens
-        self._shared = {} if apart is None else _find_shared(apart)
-        self._planned: tuple[int, list[list[int]]] = -1, []
 
     def __len__(self) -> int:
         return self._num_batches
 
     def plan(self, epoch: int) -> list[list[int]]:
         """The examples of each batch of an epoch (from 0), as places in the list of examples."""
-        if self._planned[0] != epoch:
-            self._planned = epoch, self._plan(epoch)
-        return self._planned[1]
+        if epoch not in self._planned:
+            self._planned.clear()
+            self._planned[epoch] = self._plan(epoch)
+        return self._planned[epoch]
 
     def _plan(self, epoch: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(self.seed + epoch)
@@ -111,31 +110,18 @@ class Sampler:
         Each goes to its natural batch or the first one after it (cyclically) that is not full and shares nothing with
         it; if all of those are full, to the least loaded one that shares nothing with it.
         """
-        num_batches, full = len(self), self.batch_size or self.batch_tokens
-        held: list[set[int]] = [set() for _ in range(num_batches)]
-        loads, placed = [0] * num_batches, []
-        following = list(range(num_batches))  # the first batch to try from here: this one, or one behind a full one
-
-        def find(batch: int) -> int:
-            while following[batch] != batch:
-                following[batch] = following[following[batch]]
-                batch = following[batch]
-            return batch
-
-        for row, batch, size in zip(rows, natural, self._sizes_P[rows].tolist(), strict=True):
-            items, first = self._shared[row], find(batch)
-            batch = first
-            while loads[batch] >= full or not held[batch].isdisjoint(items):
-                batch = find((batch + 1) % num_batches)
-                if batch == first:
-                    batch = min((k for k in range(num_batches) if held[k].isdisjoint(items)), key=loads.__getitem__)
-                    break
+        full, everywhere = self.batch_size or self.batch_tokens, range(len(self))
+        held: list[set[int]] = [set() for _ in everywhere]
+        loads, placed = [0] * len(self), []
+        for row, first, size in zip(rows, natural, self._sizes_P[rows].tolist(), strict=True):
+            items = self._shared[row]
+            in_turn = (k for k in itertools.chain(everywhere[first:], everywhere[:first]) if loads[k] < full)
+            batch = next((k for k in in_turn if held[k].isdisjoint(items)), None)
+            if batch is None:
+                batch = min((k for k in everywhere if held[k].isdisjoint(items)), key=loads.__getitem__)
             held[batch].update(items)
             loads[batch] += size
             placed.append(batch)
-            # The last batch that is not full stays the end of the chain.
-            if loads[batch] >= full and find((batch + 1) % num_batches) != batch:
-                following[batch] = (batch + 1) % num_batches
         return placed, loads
 
     @functools.cached_property
@@ -171,11 +157,11 @@ class Sampler:
             raise ValueError("batch_tokens and length_window need the tokens of each example")
         return torch.as_tensor(self.tokens())
 
-
-def _find_shared(apart: Iterable[Iterable[Hashable]]) -> dict[int, tuple[int, ...]]:
-    """{example: those of its items that another example has too, as numbers}."""
-    number: dict[Hashable, int] = {}
-    items_P = [{number.setdefault(item, len(number)) for item in items} for items in apart]
-    count = Counter(item for items in items_P for item in items)
-    shared = (tuple(item for item in items if count[item] > 1) for items in items_P)
-    return {row: items for row, items in enumerate(shared) if items}
+    @functools.cached_property
+    def _shared(self) -> dict[int, tuple[int, ...]]:
+        """{example: those of its items that another example has too, as numbers}."""
+        number: dict[Hashable, int] = {}
+        items_P = [{number.setdefault(item, len(number)) for item in items} for items in self.apart]
+        count = Counter(item for items in items_P for item in items)
+        shared = (tuple(item for item in items if count[item] > 1) for items in items_P)
+        return {row: items for row, items in enumerate(shared) if items}

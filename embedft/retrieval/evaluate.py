@@ -14,8 +14,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
-from ..data.dataset import RetrievalDataset
-from ..data.linked import connected_components
+from ..data.dataset import RetrievalDataset, connected_components
 from .encoding import SupportsEncode, timed
 from .metrics import Gain, Metric, Qrels, has_relevant, judge, measure, select_metrics
 from .report import Report, model_setting

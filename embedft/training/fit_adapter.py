@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import device as devices
-from ..data.linked import connected_components
+from ..data.dataset import connected_components
 from ..encoders.adapter import Adapter, Base
 from ..encoders.maps import build_map
 from ..files import atomic_write, check_writable, replace_files, write_json
