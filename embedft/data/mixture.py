@@ -44,14 +44,13 @@ def make_mixture(
     source has, times the number of sources.
 
     Args:
-        datasets: {source: dataset}, at least one; the name of a source is not empty and has no "/".
+        datasets: {source: dataset}; the name of a source is not empty and has no "/".
         sampling: the share of each source in the batches of an epoch (or, mixed, in the examples of a batch), at least
             one. "proportional": its share of all examples; an epoch is every example once. "round_robin": equal shares,
             in turn, until the shortest source is used up. "temperature": proportional to its number of examples to the
             power 1 / temperature.
         temperature: 1 is proportional, infinity is equal shares.
-        mixed: False: each batch comes from one source, so no query has negatives from another. True: each batch has
-            its share of every source.
+        mixed: each batch has its share of every source, instead of coming from one, without negatives from others.
         options: as in `make_batches`. `no_duplicates` looks across sources only in mixed, proportional batches.
     """
     if sampling not in SAMPLINGS:
@@ -67,9 +66,8 @@ def make_mixture(
     weights = {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
     def sampler(share: float = 1.0, **part: int) -> Sampler:
-        sizes = {"batch_size": batch_size, "batch_tokens": batch_tokens}
-        sizes = {name: None if size is None else max(1, round(size * share)) for name, size in sizes.items()}
-        return make_sampler(**part, **sizes)
+        sizes = (None if size is None else max(1, round(size * share)) for size in (batch_size, batch_tokens))
+        return make_sampler(**part, **dict(zip(("batch_size", "batch_tokens"), sizes, strict=True)))
 
     if mixed and sampling == "proportional":
         return Batches(rows, sampler(), collate)
@@ -83,10 +81,11 @@ def make_mixture(
     def parts() -> list[list[str]]:  # called late, as samplers may count tokens
         if mixed:
             return [list(datasets)] * len(sampler())
-        lengths = {name: len(of_source) for name, of_source in samplers.items()}
+        numbers = {name: len(of_source) for name, of_source in samplers.items()}
         if sampling == "round_robin":
-            return [[name] for name in datasets] * min(lengths.values())
-        numbers = lengths if sampling == "proportional" else apportion(sum(lengths.values()), weights)
+            return [[name] for name in datasets] * min(numbers.values())
+        if sampling == "temperature":
+            numbers = apportion(sum(numbers.values()), weights)
         return [[name] for name, number in numbers.items() for _ in range(number)]
 
     return Batches(rows, MixtureSampler(samplers, parts, None if sampling == "round_robin" else seed), collate)
