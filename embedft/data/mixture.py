@@ -77,18 +77,21 @@ def make_mixture(
     for name in datasets:
         samplers[name] = sampler(weights[name] if mixed else 1.0, start=start, stop=start + counts[name])
         start += counts[name]
-
-    def parts() -> list[list[str]]:  # called late, as samplers may count tokens
-        if mixed:
-            return [list(datasets)] * len(sampler())
-        numbers = {name: len(of_source) for name, of_source in samplers.items()}
-        if sampling == "round_robin":
-            return [[name] for name in datasets] * min(numbers.values())
-        if sampling == "temperature":
-            numbers = apportion(sum(numbers.values()), weights)
-        return [[name] for name, number in numbers.items() for _ in range(number)]
-
+    # Late, as samplers may count tokens.
+    if mixed:
+        return Batches(rows, MixtureSampler(samplers, lambda: [list(datasets)] * len(sampler()), None), collate)
+    parts = functools.partial(_parts, samplers, sampling, weights)
     return Batches(rows, MixtureSampler(samplers, parts, None if sampling == "round_robin" else seed), collate)
+
+
+def _parts(samplers: Mapping[str, Sampler], sampling: Sampling, weights: Mapping[str, float]) -> list[list[str]]:
+    """The source of each batch of an epoch."""
+    numbers = {name: len(sampler) for name, sampler in samplers.items()}
+    if sampling == "round_robin":
+        return [[name] for name in numbers] * min(numbers.values())
+    if sampling == "temperature":
+        numbers = apportion(sum(numbers.values()), weights)
+    return [[name] for name, number in numbers.items() for _ in range(number)]
 
 
 @dataclass(frozen=True, eq=False)
