@@ -12,10 +12,9 @@ import pytest
 from tiny import make_dataset, make_embedder
 
 from embedft import RetrievalDataset, Searcher, evaluate, evaluate_grid, mine, search
-from embedft.retrieval import index as index_module
+from embedft.retrieval import search as search_module
 from embedft.retrieval.approximate import unit_rows
 from embedft.retrieval.index import search_exact
-from embedft.retrieval.passages import aggregate_windows
 from embedft.retrieval.quantization import calibrate, from_int8, to_int8
 from embedft.retrieval.report import Report
 from embedft.retrieval.settings import Setting, check_settings
@@ -154,9 +153,8 @@ def test_windows_by_hand():
     assert whole.run.to_dict() == {"q": {"c": 5.0, "a": 3.0, "b": 1.0}}
     assert cut.run.to_dict() == {"q": {"b": 7.0, "c": 5.0, "a": 3.0}}
     assert (whole.setting["passages"], cut.setting["passages"]) == (None, [6, 3])
-    assert (cut.setting["aggregate"], cut.costs["windows_per_document"]) == ("max", pytest.approx(5 / 3))
+    assert cut.costs["windows_per_document"] == pytest.approx(5 / 3)
     assert cut.costs["bytes_per_document"] == pytest.approx(4 * 5 / 3)
-    assert "aggregate" not in whole.setting
     assert "windows_per_document" not in whole.costs
     assert embedder.calls == [("query", 1), ("document", 3), ("document windows (6, 3)", 3)]
 
@@ -168,9 +166,6 @@ def test_codes_of_windows_by_hand():
     report = evaluate(embedder, dataset, passages=(6, 3), precision="binary")
     assert report.run.to_dict() == {"q": {"b": 4.0, "a": 2.0, "c": -2.0}}
     assert report.costs["bytes_per_document"] == pytest.approx(1 * 5 / 3)
-    # Sums of both: b -4 + 4 = 0, c -2 - 4 = -6.
-    report = evaluate(embedder, dataset, passages=(6, 3), precision="binary", aggregate="sum_top_2")
-    assert report.run.to_dict() == {"q": {"a": 2.0, "b": 0.0, "c": -6.0}}
 
 
 # The grid is `evaluate` of each setting.
@@ -229,7 +224,7 @@ def test_exact_search_runs_where_the_embedder_is(tmp_path, monkeypatch):
         devices.append(device)
         return search_exact(*arguments)
 
-    monkeypatch.setattr(index_module, "search_exact", searched)
+    monkeypatch.setattr(search_module, "search_exact", searched)
     evaluate(embedder, dataset)
     mine(embedder, dataset, ranks=(1, 6), num_negatives=1)
     assert devices == [embedder.device, embedder.device]
@@ -275,19 +270,19 @@ def test_one_pair_of_numbers_is_one_setting_of_passages():
 # Against naive search.
 
 
-def naive_windows(queries, windows, aggregate, decode=lambda vectors: vectors):
-    """Scores [Q, N] of documents by all their windows, as they come back from their codes."""
-    starts = np.cumsum([0, *(len(w) for w in windows[:-1])])
-    return aggregate_windows(queries @ decode(np.concatenate(windows)).T, starts, aggregate)
+def naive_windows(queries, windows, decode=lambda vectors: vectors):
+    """Scores [Q, N] of documents by the best of their windows, as they come back from their codes."""
+    scores = queries @ decode(np.concatenate(windows)).T
+    parts = np.split(scores, np.cumsum([len(w) for w in windows])[:-1], axis=1)
+    return np.stack([part.max(axis=1) for part in parts], axis=1)
 
 
-@pytest.mark.parametrize("aggregate", ["max", "mean"])
 @pytest.mark.parametrize("precision", ["float32", "int8", "binary"])
 @pytest.mark.parametrize("index", ["flat", "hnsw"])
-def test_windows_equal_naive_search(aggregate, precision, index):
+def test_windows_equal_naive_search(precision, index):
     """As deep as the corpus: where a graph misses a document, all are scored. Scores are those of all windows."""
     embedder, dataset = random_data(60, 9, 16, most_windows=5)
-    options = {"passages": (6, 3), "aggregate": aggregate, "depth": 60}
+    options = {"passages": (6, 3), "depth": 60}
     report = evaluate(embedder, dataset, precision=precision, index=index, **options)
     decode = {
         "float32": lambda vectors: vectors,
@@ -295,11 +290,11 @@ def test_windows_equal_naive_search(aggregate, precision, index):
         "binary": lambda vectors: np.where(vectors > 0, 1.0, -1.0),
     }[precision]
     queries = np.concatenate([embedder.table[text] for text in dataset.queries.values()])
-    scores = naive_windows(queries, [embedder.table[i] for i in sorted(dataset.corpus)], aggregate, decode)
+    scores = naive_windows(queries, [embedder.table[i] for i in sorted(dataset.corpus)], decode)
     assert (report.run.indices >= 0).all()
     own = np.take_along_axis(scores, report.run.indices, axis=1)
     np.testing.assert_allclose(report.run.scores, own, atol=1e-5)
-    exact = naive_windows(queries, [embedder.table[i] for i in sorted(dataset.corpus)], aggregate)
+    exact = naive_windows(queries, [embedder.table[i] for i in sorted(dataset.corpus)])
     first = zip(np.argsort(-exact, axis=1)[:, :10], report.run.indices[:, :10], strict=True)
     recall = np.mean([len(set(a) & set(b)) / 10 for a, b in first])
     assert report.costs["recall@10_of_exact"] == pytest.approx(recall)
@@ -542,7 +537,6 @@ def test_other_questions_under_the_id_of_a_document_find_it(recwarn):
         ({"dims": 8}, r"dims is 8, expected a list of at least one"),
         ({"precisions": "int8"}, "precisions is 'int8', expected a list of at least one"),
         ({"indices": []}, r"indices is [], expected a list of at least one"),
-        ({"aggregate": "best"}, "aggregate is 'best', expected max, mean, first"),
         ({"ks": (5,), "depth": 4}, "cutoffs ks=(5,) must be at least 1 and at most depth=4"),
     ],
 )

@@ -11,11 +11,10 @@ from embedft.encoders.maps import LinearMap
 from embedft.encoders.packing import concatenate, pack, take
 from embedft.retrieval.evaluate import evaluate
 from embedft.retrieval.index import FlatIndex, Found, search_exact
-from embedft.retrieval.passages import WindowIndex, aggregate_windows
+from embedft.retrieval.passages import WindowIndex
 
 LONG = "a b c d e f g h i j"  # ten tokens, a word each
 TEXTS = ["the fee", LONG, "", "k l m n", "query " * 40, "o p q r s"]
-AGGREGATES = ("max", "mean", "first", "sum_top_1", "sum_top_3")
 
 
 @pytest.fixture
@@ -241,41 +240,14 @@ def test_a_text_of_digits_is_not_a_window(tiny_bert, tmp_path):
 # Scores of documents.
 
 
-def test_aggregates_by_hand():
-    scores = np.array([[1.0, 4.0, 2.0, 5.0, -3.0, -1.0]], dtype=np.float32)  # windows of three documents: 3, 1, 2
-    starts = np.array([0, 3, 4])
-    for aggregate, expected in {
-        "max": [4, 5, -1],
-        "mean": [7 / 3, 5, -2],
-        "first": [1, 5, -3],
-        "sum_top_1": [4, 5, -1],
-        "sum_top_2": [4 + 2, 5, -1 - 3],
-        "sum_top_3": [7, 5, -4],
-    }.items():
-        found = aggregate_windows(scores, starts, aggregate)
-        np.testing.assert_allclose(found, [expected], rtol=1e-6, err_msg=aggregate)
-        assert found.dtype == np.float32
-
-
-@pytest.mark.parametrize("name", ["best", "sum_top_0", "sum_top_", "sum_top_x", "sum_top_-1", "MAX", ""])
-def test_unknown_aggregates(name):
-    one = np.ones((1, 1), dtype=np.float32)
-    for call in (lambda: WindowIndex(one, [0], aggregate=name), lambda: aggregate_windows(one, [0], name)):
-        with pytest.raises(ValueError, match=f"aggregate is '{name}', expected max, mean, first or sum_top_M"):
-            call()
-
-
-def naive(queries, vectors, source, aggregate, depth):
+def naive(queries, vectors, source, depth):
     """A double loop over queries and documents, in float64; the whole order by (-score, row)."""
     rows, scores = [], []
     for query in queries.astype(np.float64):
         found = []
         for document in range(source[-1] + 1):
             windows = [float(query @ v) for v, s in zip(vectors, source, strict=True) if s == document]
-            best = sorted(windows, reverse=True)
-            value = {"max": best[0], "mean": sum(windows) / len(windows), "first": windows[0]}
-            value |= {f"sum_top_{m}": sum(best[:m]) for m in (1, 3)}
-            found.append((-value[aggregate], document))
+            found.append((-max(windows), document))
         found.sort()
         scores.append([-score for score, _ in found[:depth]])
         rows.append([row for _, row in found[:depth]])
@@ -290,19 +262,17 @@ def random_windows(seed, num_documents=40, num_queries=7, dim=4, most=6):
     return rng.integers(-2, 3, size=(num_queries, dim)).astype(np.float32), vectors, source
 
 
-@pytest.mark.parametrize("aggregate", AGGREGATES)
 @pytest.mark.parametrize("depth", [1, 7, 39, 40, 100])
 @pytest.mark.parametrize("block", [1, 60, 1 << 24])
-def test_equals_a_double_loop(aggregate, depth, block):
+def test_equals_a_double_loop(depth, block):
     queries, vectors, source = random_windows(depth)
-    index = WindowIndex(vectors, source, aggregate=aggregate, block_scores=block, block_queries=3)
+    index = WindowIndex(vectors, source, block_scores=block, block_queries=3)
     assert len(index) == 40
     scores, rows = index.search(queries, depth)
     assert (scores.dtype, rows.dtype) == (np.float32, np.int64)
-    expected_scores, expected_rows = naive(queries, vectors, source, aggregate, depth)
+    expected_scores, expected_rows = naive(queries, vectors, source, depth)
     np.testing.assert_allclose(scores, expected_scores, rtol=1e-6)
-    if aggregate != "mean":  # a third is not exact, so a tie may not be one
-        np.testing.assert_array_equal(rows, expected_rows)
+    np.testing.assert_array_equal(rows, expected_rows)
 
 
 def test_one_window_a_document_is_flat_search():
@@ -347,12 +317,11 @@ class Truncating:
         return Found(np.pad(scores, ((0, 0), (0, missing)), constant_values=-np.inf), rows)
 
 
-@pytest.mark.parametrize("aggregate", AGGREGATES)
 @pytest.mark.parametrize("depth", [40, 100])
-def test_candidates_that_hold_everything_give_the_exact_result(aggregate, depth):
+def test_candidates_that_hold_everything_give_the_exact_result(depth):
     queries, vectors, source = random_windows(5)
     found, expected = (
-        WindowIndex(vectors, source, aggregate=aggregate, candidates=candidates).search(queries, depth)
+        WindowIndex(vectors, source, candidates=candidates).search(queries, depth)
         for candidates in (FlatIndex(vectors), None)
     )
     np.testing.assert_array_equal(found.scores, expected.scores)
@@ -382,8 +351,6 @@ def test_all_windows_of_a_found_document_count():
     np.testing.assert_array_equal(rows, [[0, 1]])  # document 2, whose score is 8, is not among them
     np.testing.assert_array_equal(scores, [[9, 2]])
     assert candidates.widths == [(1, 4)]
-    index = WindowIndex(vectors, source, aggregate="sum_top_2", candidates=candidates)
-    np.testing.assert_array_equal(index.search(np.array([[1.0]]), 1), ([[10]], [[0]]))
 
 
 def test_where_an_index_gives_no_more_every_document_is_scored():
@@ -437,17 +404,16 @@ def long_dataset(**changes) -> RetrievalDataset:
     return RetrievalDataset(**(fields | changes))
 
 
-@pytest.mark.parametrize("aggregate", AGGREGATES)
-def test_evaluate_over_passages(tiny, aggregate):
+def test_evaluate_over_passages(tiny):
     dataset = long_dataset()
-    report = evaluate(tiny, dataset, passages=(6, 3), aggregate=aggregate, ks=(1,), slice_documents=2)
-    assert (report.setting["passages"], report.setting["aggregate"]) == ([6, 3], aggregate)
+    report = evaluate(tiny, dataset, passages=(6, 3), ks=(1,), slice_documents=2)
+    assert report.setting["passages"] == [6, 3]
     # 10, 9 and 3 tokens of text in windows of 4 of it, one every 3: 3, 3 and 1 windows, 7 for 3 documents.
     assert report.costs["windows_per_document"] == pytest.approx(7 / 3)
     assert report.costs["bytes_per_document"] == pytest.approx(32 * 4 * 7 / 3)
     vectors, source = tiny.encode_passages([dataset.corpus[i] for i in ("d1", "d2", "d3")], (6, 3))
     queries = tiny.encode(list(dataset.queries.values()), role="query")
-    scores, rows = naive(queries, vectors, source, aggregate, 3)
+    scores, rows = naive(queries, vectors, source, 3)
     assert report.run.document_ids == ["d1", "d2", "d3"]
     np.testing.assert_array_equal(report.run.indices, rows)
     np.testing.assert_allclose(report.run.scores, scores, atol=1e-5)
@@ -459,7 +425,6 @@ def test_texts_that_fit_are_evaluated_as_ever(tiny):
     assert cut.metrics == whole.metrics
     np.testing.assert_allclose(cut.run.scores, whole.run.scores, atol=1e-6)
     assert whole.setting["passages"] is None
-    assert "aggregate" not in whole.setting
     assert "windows_per_document" not in whole.costs
     assert cut.costs["bytes_per_document"] == whole.costs["bytes_per_document"] == 128
 
@@ -502,8 +467,6 @@ def test_passages_of_an_embedder_without(tiny):
 
     with pytest.raises(ValueError, match=r"passages is \(6, 3\): Plain cannot cut documents into windows"):
         evaluate(Plain(), long_dataset(), passages=(6, 3))
-    with pytest.raises(ValueError, match="aggregate is 'best'"):
-        evaluate(tiny, long_dataset(), passages=(6, 3), aggregate="best")
 
 
 def test_a_window_that_is_not_finite_names_its_document(tiny, monkeypatch):

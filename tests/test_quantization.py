@@ -80,9 +80,8 @@ def test_calibration_by_hand_and_on_a_sample():
     assert ranges.dtype == np.float32
     np.testing.assert_array_equal(ranges, [[-2, 5], [7, 5]])
     many = np.arange(1000.0)[:, None]
-    samples = [calibrate(many, seed=seed, num_documents=3) for seed in (0, 0, 1)]
+    samples = [calibrate(many, num_documents=3) for _ in range(2)]
     np.testing.assert_array_equal(samples[0], samples[1])
-    assert (samples[0] != samples[2]).all()
     assert 0 <= samples[0][0, 0] < samples[0][1, 0] <= 999
 
 

@@ -1,7 +1,6 @@
 """Indices that find most of the nearest neighbors sooner than exact search: FAISS's, and adaptive retrieval.
 
-    index = FaissIndex(np.load("documents.npy", mmap_mode="r"), "hnsw")
-    index = FaissIndex(documents, "hnsw,efSearch=128")         # a preset with your own search parameter
+    index = FaissIndex(np.load("documents.npy", mmap_mode="r"), "hnsw,efSearch=128")   # a preset, a parameter
     index = FaissIndex(documents, "IVF1024,SQ8,nprobe=32")     # any string for FAISS's index_factory
     index = AdaptiveIndex(document_embeddings, 64)             # 64 of 384 dimensions find, all dimensions order
 
@@ -14,8 +13,7 @@ or a factory string:
 | ivf    | IVF, vectors as they are | nprobe=16 | 4 D + 8, and 4 D for each list |
 | ivfpq  | IVF, residuals in one byte for at least 8 dimensions | nprobe=16 | D / 8 + 8, and the same |
 
-IVF has 4 sqrt(N) lists, or fewer where that would leave less than 39 documents to train each. How much of the exact
-result is found depends on the data: `evaluate` reports it as "recall@10_of_exact".
+IVF has 4 sqrt(N) lists, or fewer where that would leave less than 39 documents to train each.
 
 Source: Malkov and Yashunin 2018 (HNSW); Jegou et al. 2011 (IVF, PQ); FAISS's wiki, "Guidelines to choose an index";
 Kusupati et al. 2022, section 4.3.1 (adaptive). Shapes: Q queries, N documents, D dimensions, K = min(depth, N) results.
@@ -32,38 +30,34 @@ import numpy as np
 
 from ..progress import progress_bar
 from .index import (
+    SHORTLIST_FACTOR,
     Found,
+    Index,
     checked_embeddings,
     first_of,
     from_keys,
-    require_depth,
     search_exact,
     search_shortlist,
+    shape_to_index,
     slices_of,
 )
-from .quantization import SHORTLIST_FACTOR
 
-PRESETS = ("flat", "hnsw", "ivf", "ivfpq")
 # Documents to train on, at least and at most: per list of an IVF (FAISS warns below 39), for product quantization.
 LEAST_PER_LIST, TRAINED_PER_LIST, LEAST_PQ, TRAINED_PQ = 39, 64, 256, 65_536
 
 
-class FaissIndex:
+class FaissIndex(Index):
     """A FAISS index over an array or memory map of any float type, by inner product.
 
     It is trained on a sample and filled in slices, which is the memory it needs besides itself. The seed draws the
-    sample and starts k-means. It decides the index, except that HNSW links documents from several threads at once, so
-    with more than one thread no two graphs are quite alike. `factory` and `parameters` are FAISS's description, e.g.
-    "IVF4000,Flat" and "nprobe=16".
+    sample and starts k-means; HNSW links documents from several threads at once, so no two of its graphs are quite
+    alike. `factory` and `parameters` are FAISS's description, e.g. "IVF4000,Flat" and "nprobe=16".
 
-    Raises `ValueError` for no documents, a wrong shape, NaN or infinity; for a name that FAISS does not accept or whose
-    index does not search by inner product; for fewer documents than the index must be trained on.
+    Raises `ValueError` for no documents, a wrong shape, NaN or infinity, and as `check_index` does.
     """
 
     def __init__(self, embeddings_ND: np.ndarray, name: str, *, seed: int = 0):
-        if embeddings_ND.ndim != 2 or 0 in embeddings_ND.shape:
-            raise ValueError(f"embeddings of shape {embeddings_ND.shape}, expected [N, D] with documents to index")
-        self.name, (num_documents, self.dim) = name, embeddings_ND.shape
+        self.name, (num_documents, self.dim) = name, shape_to_index(embeddings_ND)
         self._index, self.factory, self.parameters, at_most = check_index(name, self.dim, num_documents=num_documents)
         with _refusals(name, self.dim):
             if not self._index.is_trained:
@@ -89,10 +83,8 @@ class FaissIndex:
         faiss.write_index(self._index, faiss.PyCallbackIOWriter(lambda block: sizes.append(len(block))))
         return sum(sizes) / len(self)
 
-    def search(self, queries_QD: np.ndarray, depth: int) -> Found:
-        """The first `depth` documents found. Some may be missed; where fewer are found, the rest is -inf and -1."""
-        require_depth(depth)
-        queries_QD = checked_embeddings(queries_QD, self.dim)
+    def _search(self, queries_QD: np.ndarray, depth: int) -> Found:
+        """Some documents may be missed; where fewer than `depth` are found, the rest is -inf and -1."""
         with _refusals(self.name, self.dim):
             return from_keys(first_of(*self._index.search(queries_QD, min(depth, len(self))), depth))
 
@@ -106,7 +98,8 @@ def split_name(name: str) -> tuple[str, str]:
 def check_index(name: str, dim: int, *, num_documents: int | None = None) -> tuple[Any, str, str, int]:
     """An empty index for vectors [N, dim], its factory string and parameters, and how many documents train it at most.
 
-    Raises the `ValueError` that `FaissIndex` would; with None, not for too few documents to train on.
+    Raises `ValueError` for a name that FAISS does not accept or whose index does not search by inner product, and for
+    fewer documents than the index must be trained on (None: not checked).
     """
     import faiss
 
@@ -148,7 +141,7 @@ def _refusals(name: str, dim: int) -> Iterator[None]:
         # Without the C++ function and line.
         reason = re.sub(r"^Error in .* at \S+:\d+: ", "", str(error).strip().splitlines()[-1])
         raise ValueError(
-            f"index {name!r} at {dim} dimensions: expected one of {', '.join(PRESETS)}, or a string for FAISS's"
+            f"index {name!r} at {dim} dimensions: expected one of flat, hnsw, ivf, ivfpq, or a string for FAISS's"
             f" index_factory, with parameters as in hnsw,efSearch=128 ({reason})"
         ) from None
 
@@ -162,7 +155,7 @@ def _ivf(index: Any) -> Any:
     return None
 
 
-class AdaptiveIndex:
+class AdaptiveIndex(Index):
     """The first `short_dim` dimensions, normalized again, find a shortlist, which the full vectors order.
 
     What the short vectors miss stays missed. Scores are inner products of the full vectors as given, an array or a
@@ -170,8 +163,9 @@ class AdaptiveIndex:
     """
 
     def __init__(self, embeddings_ND: np.ndarray, short_dim: int, *, shortlist_factor: int = SHORTLIST_FACTOR):
-        if embeddings_ND.ndim != 2 or not 1 <= short_dim < embeddings_ND.shape[1]:
-            raise ValueError(f"short_dim is {short_dim}, expected at least 1 and below D of {embeddings_ND.shape}")
+        _, self.dim = shape_to_index(embeddings_ND)
+        if not 1 <= short_dim < self.dim:
+            raise ValueError(f"short_dim is {short_dim}, expected at least 1 and below {self.dim}")
         self.embeddings_ND, self.short_dim, self.shortlist_factor = embeddings_ND, short_dim, shortlist_factor
         self._short_ND = unit_rows(checked_embeddings(embeddings_ND[:, :short_dim]))
 
@@ -181,12 +175,10 @@ class AdaptiveIndex:
     @property
     def bytes_per_vector(self) -> int:
         """Of the short vectors, and of the full ones wherever they are."""
-        return self.short_dim * 4 + self.embeddings_ND.shape[1] * self.embeddings_ND.itemsize
+        return self.short_dim * 4 + self.dim * self.embeddings_ND.itemsize
 
-    def search(self, queries_QD: np.ndarray, depth: int) -> Found:
+    def _search(self, queries_QD: np.ndarray, depth: int) -> Found:
         """The first `depth` of shortlist_factor x `depth` documents."""
-        require_depth(depth)
-        queries_QD = checked_embeddings(queries_QD, self.embeddings_ND.shape[1])
         short_QD = unit_rows(queries_QD[:, : self.short_dim])
         shortlist = search_exact(short_QD, self._short_ND, self.shortlist_factor * depth)
         return search_shortlist(queries_QD, shortlist.rows, self.embeddings_ND.__getitem__, min(depth, len(self)))

@@ -33,15 +33,14 @@ def evaluate(
     index: str = "flat",
     **options: Any,
 ) -> Report:
-    """Encodes queries and documents, searches and measures: `evaluate_grid` with one setting.
+    """Encodes queries and documents, searches and measures: `evaluate_grid` with one setting, and its options.
 
     Args:
         dim: leading dimensions to keep (Matryoshka); None: as many as the embedder gives.
-        passages: (size, stride) in tokens: documents, title included, are cut into windows and scored by them. None:
-            one vector per document, of as much as the model reads.
+        passages: (size, stride) in tokens: documents, title included, are cut into windows and scored by the best one.
+            None: one vector per document, of as much as the model reads.
         precision: as what vectors are stored: float32, int8 or binary.
         index: flat, hnsw, ivf, ivfpq, a string for FAISS's `index_factory`, or adaptive-DIM, see settings.py.
-        options: aggregate, ks, depth, metrics, gain and the others of `evaluate_grid`.
     """
     grid = {"dims": (dim,), "precisions": (precision,), "indices": (index,), "passages": (passages,)}
     return evaluate_grid(embedder, dataset, **grid, **options)[0]
@@ -55,34 +54,25 @@ def evaluate_grid(
     precisions: Sequence[str] = ("float32",),
     indices: Sequence[str] = ("flat",),
     passages: Sequence[Sequence[int] | None] | Sequence[int] | None = (None,),
-    aggregate: str = "max",
     ks: Sequence[int] = (1, 3, 5, 10),
     depth: int = 100,
     metrics: Sequence[Metric] | None = None,
     gain: Gain = "binary",
-    exclude_identical_ids: bool = True,
-    slice_documents: int | None = None,
+    **options: Any,
 ) -> list[Report]:
     """A report for every combination; queries are encoded once, documents once for each of `passages`.
 
-    Passages vary slowest, then dims, precisions and indices. `Report.costs` are those of `search_grid`; the seconds of
-    encoding are those of the shared encoding. Memory: with float32 and flat one slice of the corpus at a time, whatever
-    the dims; other settings need all vectors, 4 bytes per dimension of the model and document or window, and one
-    setting's own at a time: vectors cut to its dim, codes, index.
+    Passages vary slowest, then dims, precisions and indices. Memory: with float32 and flat one slice of the corpus at a
+    time, whatever the dims; other settings need all vectors, 4 bytes per dimension of the model and document or window,
+    and one setting's own at a time: vectors cut to its dim, codes, index.
 
     Args:
         dims, precisions, indices, passages: lists of what `evaluate` takes. passages=(128, 64) is one setting too.
-        aggregate: how windows make a document's score: max, mean, first or sum_top_M, see `aggregate_windows`.
-        ks: cutoffs of the default metrics.
-        depth: documents retrieved per query, and the cutoff of MAP. May be larger than the corpus.
-        metrics: replace the default ones: names such as "ndcg@20", "rprec" or "judged@10", or functions (judgments,
-            k=None) -> [Q], see `metrics.measure`. Those without a cutoff cover the `depth` documents retrieved.
-        gain: of nDCG, see `metrics.ndcg`.
-        exclude_identical_ids, slice_documents: see `search`.
+        ks, depth, metrics, gain: see `evaluate_run`.
+        options: exclude_identical_ids and slice_documents, see `search`.
 
-    Raises:
-        ValueError: before documents are encoded, for anything about the arguments that cannot work: unsupported
-            combinations are all listed, none is skipped. Later, for embeddings that are not finite, naming the text.
+    Raises `ValueError` before the corpus is encoded for arguments that cannot work (all unsupported combinations are
+    listed, none is skipped), and later for embeddings that are not finite, naming the text.
 
     Source: Kusupati et al. 2022, section 4 (dims, adaptive retrieval); Shakir et al. 2024 (precisions).
     """
@@ -93,18 +83,17 @@ def evaluate_grid(
         if isinstance(values, str | int) or not values:
             raise ValueError(f"{name} is {values!r}, expected a list of at least one")
     grid = itertools.product(passages, dims, precisions, indices)
-    settings = [Setting(dim, precision, index, windows, aggregate) for windows, dim, precision, index in grid]
+    settings = [Setting(dim, precision, index, windows) for windows, dim, precision, index in grid]
     all_qrels = dataset.all_qrels()
     qrels = {query_id: all_qrels.get(query_id, {}) for query_id in dataset.queries}
     queries = {query_id: text for query_id, text in dataset.queries.items() if has_relevant(qrels[query_id])}
     if not queries:
         raise ValueError(f"none of the {len(dataset.queries)} queries of the dataset has a relevant document")
-    options = {"exclude_identical_ids": exclude_identical_ids, "slice_documents": slice_documents}
     common = model_setting(embedder) | _data_setting(dataset) | {"similarity": embedder.similarity}  # hashed once
     reports = []
-    for setting, run, facts, costs in search_grid(embedder, dataset, queries, settings, depth=depth, **options):
+    for run, setting, costs in search_grid(embedder, dataset, queries, settings, depth=depth, **options):
         report = evaluate_run(run, qrels, ks=ks, depth=depth, metrics=metrics, gain=gain)
-        setting = {**common, **setting.describe(), **facts, **report.setting}
+        setting = {**common, **setting, **report.setting}
         reports.append(dataclasses.replace(report, setting=setting, costs={**costs, **report.costs}))
     return reports
 
@@ -122,7 +111,10 @@ def evaluate_run(
 
     Args:
         dataset_or_qrels: qrels as {query id: {document id: grade}}, or a dataset, whose ids are then checked too.
-        ks, depth, metrics, gain: see `evaluate_grid`; no cutoff may be above `depth`.
+        ks: cutoffs of the default metrics.
+        depth: documents retrieved per query, and the cutoff of MAP; no cutoff may be above it.
+        metrics: replace the default ones, see `metrics.measure`.
+        gain: of nDCG, see `metrics.ndcg`.
 
     Raises `ValueError` for a query or document that the dataset does not have, or if no query has a relevant document.
     """

@@ -3,7 +3,6 @@
 Embeddings of a cosine model are unit rows, so the inner product serves cosine and dot product alike.
 
     scores, rows = search_exact(query_embeddings, np.load("documents.npy", mmap_mode="r"), depth=100)   # in slices
-    scores, rows = FlatIndex(document_embeddings).search(query_embeddings, depth=100)
 
 Results are ordered by (computed score descending, row ascending). This order is total, so no library decides which of
 several documents tied at the cutoff are returned. Equal vectors tie as far as the matrix product scores them equally.
@@ -12,7 +11,7 @@ Shapes: Q queries, N documents (rows, numbered from 0), D dimensions, K = min(de
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +20,9 @@ from ..progress import progress_bar
 
 # (queries, width W) -> scores [Q, W] and rows [Q, W]: the best W in any order, with any choice among ties.
 Nearest = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
-# Documents per slice: 100 MB at 384 dimensions.
-SLICE_DOCUMENTS = 65_536
+SLICE_DOCUMENTS = 65_536  # 100 MB at 384 dimensions
+# Documents in a shortlist for each result asked for: rescoring of binary codes, adaptive retrieval.
+SHORTLIST_FACTOR = 4
 
 
 class Found(NamedTuple):
@@ -32,12 +32,15 @@ class Found(NamedTuple):
     rows: np.ndarray
 
 
-class Index(Protocol):
-    """What every index has; `search` raises `ValueError` for a depth below 1, a wrong width, NaN or infinity."""
+class Index:
+    """What can be searched. A subclass has `dim`, `__len__` (documents) and `_search`, which gets checked queries."""
 
-    def __len__(self) -> int: ...
+    dim: int
 
-    def search(self, queries_QD: np.ndarray, depth: int) -> Found: ...
+    def search(self, queries_QD: np.ndarray, depth: int) -> Found:
+        """The first `depth` documents. Raises `ValueError` for a depth below 1, a wrong width, NaN or infinity."""
+        require_depth(depth)
+        return self._search(checked_embeddings(queries_QD, self.dim), depth)
 
 
 def require_finite(embeddings_ND: np.ndarray, kind: str, names: Sequence, *, slice_rows: int = SLICE_DOCUMENTS) -> None:
@@ -53,6 +56,13 @@ def require_depth(depth: int) -> None:
     """Raises `ValueError` for a depth below 1."""
     if depth < 1:
         raise ValueError(f"search depth must be at least 1, not {depth}")
+
+
+def shape_to_index(embeddings_ND: np.ndarray) -> tuple[int, int]:
+    """(N, D). Raises `ValueError` for another number of dimensions, or nothing to index."""
+    if embeddings_ND.ndim != 2 or 0 in embeddings_ND.shape:
+        raise ValueError(f"embeddings of shape {embeddings_ND.shape}, expected [N, D] with documents to index")
+    return embeddings_ND.shape
 
 
 def checked_embeddings(embeddings_ND: np.ndarray, dim: int | None = None, *, first_row: int = 0) -> np.ndarray:
@@ -114,17 +124,17 @@ def search_exact(
     return from_keys(keys_QK)
 
 
-class FlatIndex:
+class FlatIndex(Index):
     """`search_exact` over documents [N, D] that stay as they are."""
 
-    def __init__(self, documents_ND: np.ndarray, *, device: torch.device | str | None = None):
-        self.documents_ND, self.device = documents_ND, device
+    def __init__(self, documents_ND: np.ndarray):
+        self.documents_ND, self.dim = documents_ND, documents_ND.shape[1]
 
     def __len__(self) -> int:
         return len(self.documents_ND)
 
-    def search(self, queries_QD: np.ndarray, depth: int) -> Found:
-        return search_exact(queries_QD, self.documents_ND, depth, device=self.device)
+    def _search(self, queries_QD: np.ndarray, depth: int) -> Found:
+        return search_exact(queries_QD, self.documents_ND, depth)
 
 
 def search_shortlist(
@@ -159,13 +169,9 @@ def recall_against(rows_QK: np.ndarray, exact_rows_QK: np.ndarray) -> np.ndarray
     """The share of the exact results that were found, per query: |found & exact| / |exact|, [Q] float64.
 
     Rows are distinct within a query; -1: none. The two K may differ: that of the exact rows is the k of recall@k.
-    Raises `ValueError` for different numbers of queries, or a query without exact results.
     """
-    num_wanted_Q = (exact_rows_QK >= 0).sum(axis=1)
-    if len(rows_QK) != len(exact_rows_QK) or (num_wanted_Q == 0).any():
-        raise ValueError(f"results of {len(rows_QK)} queries, expected {(num_wanted_Q > 0).sum()} with exact results")
     pairs = zip(rows_QK, np.where(exact_rows_QK < 0, -2, exact_rows_QK), strict=True)
-    return np.array([np.isin(exact, rows).sum() for rows, exact in pairs], dtype=np.float64) / num_wanted_Q
+    return np.array([np.isin(exact, rows).sum() for rows, exact in pairs]) / (exact_rows_QK >= 0).sum(axis=1)
 
 
 # The score and row of a result in one integer, whose ascending order is (score descending, row ascending): NumPy sorts
@@ -195,9 +201,7 @@ def first_of(scores: np.ndarray, rows: np.ndarray, depth: int) -> np.ndarray:
 
 def merge_keys(keys_QK: np.ndarray, new_QK: np.ndarray, depth: int) -> np.ndarray:
     """The first `depth` of two arrays of keys, sorted."""
-    both = np.concatenate([keys_QK, new_QK], axis=1)
-    both.sort(axis=1)
-    return both[:, :depth].copy()
+    return np.sort(np.concatenate([keys_QK, new_QK], axis=1), axis=1)[:, :depth].copy()
 
 
 def first_keys(

@@ -13,6 +13,7 @@ satisfy those of these conditions that are set:
 
     s <= p - absolute_margin,   s <= p - relative_margin * |p|,   min_score <= s <= max_score
 
+Memory: the vectors of the queries and of one slice of documents, and 8 bytes for each of Q x K results.
 Source: Moreira et al. 2024 (NV-Retriever), positive-aware mining: TopK-MarginPos and TopK-PercPos.
 Shapes: Q queries, W windows of a document (one without passages), D dimensions, K = last rank.
 """
@@ -21,7 +22,7 @@ import dataclasses
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -30,7 +31,6 @@ from ..data.dataset import RetrievalDataset
 from .encoding import Slice, SupportsEncode, encode, encode_documents, sorted_corpus, truncate
 from .index import Found
 from .metrics import has_relevant
-from .passages import aggregate_windows
 from .search import search_slices
 from .settings import Setting, check_settings
 
@@ -53,37 +53,39 @@ def mine(
     replace: bool = False,
     dim: int | None = None,
     passages: Sequence[int] | None = None,
-    aggregate: str = "max",
     slice_documents: int | None = None,
 ) -> RetrievalDataset:
-    """The dataset with `negatives` for every query that has a relevant document; the rest is unchanged.
-
-    A query with fewer candidates than `num_negatives` gets those, or none. They are listed by rank, hardest first.
-    Memory: the vectors of the queries and of one slice of documents, and 8 bytes for each of Q x K results.
+    """The dataset with `negatives`, hardest first, for every query that has a relevant document; the rest is unchanged.
 
     Args:
         ranks: first and last rank of candidates, from 1, both included. All documents count, relevant ones too.
+        num_negatives: for each query; one with fewer candidates gets those, or none.
         seed: of the draw, which depends on seed, query id and candidates alone, not on other queries.
         sampling: "random": drawn uniformly from the candidates; "top": the first ones.
         relative_margin: 0.05 keeps what scores at most 95% of p, for p above 0.
         replace: drop the negatives that the dataset has. False: they stay, in front of the mined ones and not counted.
-        dim, passages, aggregate, slice_documents: as in `evaluate_grid`.
+        dim, passages: as in `evaluate`; slice_documents: as in `search`.
 
-    Raises `ValueError` for an option out of range, no query with a relevant document, or a corpus that ends before the
-    first rank.
+    Raises `ValueError` for an option out of range, or if no query has a relevant document.
     """
-    first, last = _checked_ranks(ranks, num_negatives, len(dataset.corpus), sampling)
-    margins = {"absolute_margin": absolute_margin, "relative_margin": relative_margin}
-    _check_bounds(margins, {"min_score": min_score, "max_score": max_score})
-    setting = Setting(dim, passages=passages, aggregate=aggregate)
-    relevant, ids, found, lowest_Q = _search(embedder, dataset, last, setting, slice_documents)
-    limits_Q = [lowest_Q - margin for margin in (absolute_margin,) if margin is not None]
-    limits_Q += [lowest_Q - margin * np.abs(lowest_Q) for margin in (relative_margin,) if margin is not None]
-    limits_Q += [np.full(len(relevant), math.inf if max_score is None else max_score)]
+    first, last = _checked_ranks(ranks, num_negatives, len(dataset.corpus))
+    low, high = -math.inf if min_score is None else min_score, math.inf if max_score is None else max_score
+    for name, value, valid, expected in (
+        ("sampling", sampling, sampling in SAMPLINGS, f"one of {', '.join(SAMPLINGS)}"),
+        ("absolute_margin", absolute_margin, 0 <= (absolute_margin or 0) < math.inf, "at least 0"),
+        ("relative_margin", relative_margin, 0 <= (relative_margin or 0) < math.inf, "at least 0"),
+        ("max_score", max_score, low <= high, f"at least min_score, {min_score}"),
+    ):
+        if not valid:
+            raise ValueError(f"{name} is {value!r}, expected {expected}")
+    relevant, ids, found, lowest_Q = _search(embedder, dataset, last, Setting(dim, passages=passages), slice_documents)
+    limit_Q = np.full(len(relevant), high)
+    if absolute_margin is not None:
+        limit_Q = np.minimum(limit_Q, lowest_Q - absolute_margin)
+    if relative_margin is not None:
+        limit_Q = np.minimum(limit_Q, lowest_Q - relative_margin * np.abs(lowest_Q))
     scores_QK = found.scores.astype(np.float64)
-    fits_QK = (scores_QK <= np.min(limits_Q, axis=0)[:, None]) & (np.arange(scores_QK.shape[1]) >= first - 1)
-    if min_score is not None:
-        fits_QK &= scores_QK >= min_score
+    fits_QK = (low <= scores_QK) & (scores_QK <= limit_Q[:, None]) & (np.arange(scores_QK.shape[1]) >= first - 1)
     text_of = dict(zip(dataset.corpus, dataset.document_texts(), strict=True))
     negatives = {} if replace else dict(dataset.negatives)
     for (query_id, answers), rows_K, fits_K in zip(relevant.items(), found.rows, fits_QK, strict=True):
@@ -95,24 +97,19 @@ def mine(
                 candidates.setdefault(text_of[document_id], document_id)
         if chosen := _chosen(list(candidates.values()), num_negatives, sampling, seed, query_id):
             negatives[query_id] = [*kept, *chosen]
-    in_order = {query_id: negatives[query_id] for query_id in dataset.queries if query_id in negatives}
-    return dataclasses.replace(dataset, negatives=in_order)
+    return dataclasses.replace(dataset, negatives={i: negatives[i] for i in dataset.queries if i in negatives})
 
 
 def _search(
-    embedder: SupportsEncode,
-    dataset: RetrievalDataset,
-    depth: int,
-    setting: Setting,
-    slice_documents: int | None,
+    embedder: SupportsEncode, dataset: RetrievalDataset, depth: int, setting: Setting, slice_documents: int | None
 ) -> tuple[dict[str, list[str]], list[str], Found, np.ndarray]:
     """The relevant documents of each query that has any, all document ids, the first documents of each query as rows of
     these, and the lowest score among its relevant documents, [Q]."""
-    check_settings(embedder, [setting])
     judged = {i: dataset.qrels[i] for i in dataset.queries if has_relevant(dataset.qrels.get(i, {}))}
     relevant = {i: [document_id for document_id, grade in grades.items() if grade > 0] for i, grades in judged.items()}
     if not relevant:
         raise ValueError(f"none of the {len(dataset.queries)} queries of the dataset has a relevant document")
+    check_settings(embedder, [setting])
     queries_QW = encode(embedder, [dataset.queries[i] for i in relevant], list(relevant), role="query")
     (setting,) = check_settings(embedder, [setting], width=queries_QW.shape[1])
     queries_QD, (ids, texts) = truncate(embedder, queries_QW, setting.dim), sorted_corpus(dataset)
@@ -129,12 +126,10 @@ def _search(
         for row in range(len(edges) - 1):
             if queries := asking.get(ids[part.first + row]):
                 scores_QW = queries_QD[queries] @ vectors_WD[edges[row] : edges[row + 1]].T
-                scores_Q1 = aggregate_windows(scores_QW, np.zeros(1, dtype=np.int64), setting.aggregate)
-                lowest_Q[queries] = np.minimum(lowest_Q[queries], scores_Q1[:, 0])
+                lowest_Q[queries] = np.minimum(lowest_Q[queries], scores_QW.max(axis=1))
 
     parts = encode_documents(embedder, ids, texts, passages=setting.passages, slice_documents=slice_documents)
-    options = {"aggregate": setting.aggregate, "visit": score_relevant}
-    found = search_slices(embedder, parts, {setting.dim: queries_QD}, depth, **options)[0]
+    found, *_ = search_slices(embedder, parts, {setting.dim: queries_QD}, depth, visit=score_relevant)
     return relevant, ids, found[setting.dim], lowest_Q
 
 
@@ -148,7 +143,7 @@ def _chosen(candidates: list[str], number: int, sampling: str, seed: int, query_
     return [candidates[place] for place in sorted(places.tolist())]
 
 
-def _checked_ranks(ranks: Sequence[int], num_negatives: int, num_documents: int, sampling: str) -> tuple[int, int]:
+def _checked_ranks(ranks: Sequence[int], num_negatives: int, num_documents: int) -> tuple[int, int]:
     first, last = ranks if isinstance(ranks, Sequence) and len(ranks) == 2 else (0, 0)
     if not all(type(rank) is int for rank in (first, last)) or not 1 <= first <= last:
         raise ValueError(f"ranks is {ranks!r}, expected the first and last rank, whole numbers from 1")
@@ -156,14 +151,4 @@ def _checked_ranks(ranks: Sequence[int], num_negatives: int, num_documents: int,
         raise ValueError(f"ranks start at {first:,}, but the corpus has {num_documents:,} documents")
     if not 1 <= num_negatives <= last - first + 1:
         raise ValueError(f"num_negatives is {num_negatives}, expected 1 to {last - first + 1}, ranks {first} to {last}")
-    if sampling not in SAMPLINGS:
-        raise ValueError(f"sampling is {sampling!r}, expected one of {', '.join(SAMPLINGS)}")
     return first, last
-
-
-def _check_bounds(margins: Mapping[str, float | None], scores: Mapping[str, float | None]) -> None:
-    for name, value in (margins | scores).items():
-        if value is not None and (not math.isfinite(value) or (name in margins and value < 0)):
-            raise ValueError(f"{name} is {value}, expected {'at least 0' if name in margins else 'a finite number'}")
-    if None not in scores.values() and scores["min_score"] > scores["max_score"]:
-        raise ValueError(f"min_score is {scores['min_score']}, above max_score, {scores['max_score']}")

@@ -1,66 +1,30 @@
-"""Search over windows: each document is several vectors, and its score comes from those of its windows.
+"""Search over windows: a document is several vectors, and its best window makes its score (MaxP).
 
     vectors_WD, source_W = embedder.encode_passages(texts, (128, 64))
-    index = WindowIndex(vectors_WD, source_W, aggregate="max")
-    scores, rows = index.search(query_embeddings, depth=100)      # rows are documents, not windows
+    scores, rows = WindowIndex(vectors_WD, source_W).search(query_embeddings, depth=100)      # rows are documents
 
-Exact unless `candidates` is given: windows are reduced to one score per document before anything is dropped, so many
-no document is crowded out by another's many good windows.
-
-Shapes: Q queries, W windows of N documents (rows, numbered from 0), D dimensions, K = min(depth, N) results; B queries
-in a block, P documents in a block, C candidates of a query.
+Source: Dai and Callan 2019, section 3 (MaxP). Shapes: Q queries, W windows of N documents (rows, numbered from 0), D
+dimensions, K = min(depth, N) results; B queries in a block, P documents in a block, C candidates of a query.
 """
 
-import re
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 from ..progress import progress_bar
-from .index import Found, Index, checked_embeddings, from_keys, merge_keys, require_depth, require_finite, to_keys
+from .index import Found, Index, from_keys, merge_keys, require_finite, to_keys
 
 
-def aggregate_windows(scores_BW: np.ndarray, starts_P: np.ndarray, aggregate: str = "max") -> np.ndarray:
-    """Document scores [B, P] from window scores [B, W]; the windows of document p start at column starts_P[p].
-
-    - "max": the best window (MaxP).
-    - "mean": the mean over its windows.
-    - "first": the first window (FirstP), the same as truncating to one window.
-    - "sum_top_m", e.g. "sum_top_3": the sum of its m best windows, or of all if it has fewer.
-
-    Raises `ValueError` for another name. Source: Dai and Callan 2019, section 3 (FirstP, MaxP and SumP).
-    """
-    num_best = check_aggregate(aggregate)
-    if aggregate == "max":
-        return np.maximum.reduceat(scores_BW, starts_P, axis=1)
-    if aggregate == "first":
-        return scores_BW[:, starts_P]
-    counts_P = np.diff(starts_P, append=scores_BW.shape[1])
-    if aggregate == "mean":
-        return np.add.reduceat(scores_BW, starts_P, axis=1) / counts_P.astype(scores_BW.dtype)
-    document_W = np.repeat(np.arange(len(starts_P)), counts_P)
-    order_BW = np.lexsort((-scores_BW, np.broadcast_to(document_W, scores_BW.shape)), axis=1)
-    best_BW = np.take_along_axis(scores_BW, order_BW, axis=1)
-    place_W = np.arange(len(document_W)) - starts_P[document_W]
-    return np.add.reduceat(np.where(place_W < num_best, best_BW, 0), starts_P, axis=1)
-
-
-def check_aggregate(aggregate: str) -> int:
-    """The m of "sum_top_m", 0 for the others. Raises `ValueError` for an unknown name."""
-    found = re.fullmatch(r"sum_top_([1-9]\d*)", aggregate)
-    if not found and aggregate not in ("max", "mean", "first"):
-        raise ValueError(f"aggregate is {aggregate!r}, expected max, mean, first or sum_top_M, e.g. sum_top_3")
-    return int(found[1]) if found else 0
-
-
-class WindowIndex:
+class WindowIndex(Index):
     """Scores every query against every window by inner product, in float32, and returns documents.
+
+    Windows are reduced to one score per document before anything is dropped, so a document with many good windows
+    crowds out no other.
 
     Args:
         windows_WD: not copied if a writable float32 array.
         source_W: the document of each window: from 0, ascending, none left out.
-        aggregate: how windows make a document's score, see `aggregate_windows`.
         candidates: an index over the same windows. Its results are widened, by doubling, until they contain `depth`
             documents; all windows of these are then scored exactly, so a score is always the document's own. If it has
             no more results before that (lists that are not probed), the query is scored against every document.
@@ -74,12 +38,10 @@ class WindowIndex:
         windows_WD: np.ndarray,
         source_W: np.ndarray,
         *,
-        aggregate: str = "max",
         candidates: Index | None = None,
         block_scores: int = 1 << 24,
         block_queries: int = 1024,
     ):
-        check_aggregate(aggregate)
         source_W = np.asarray(source_W)
         steps = np.diff(source_W, prepend=-1)
         if source_W.shape != (len(windows_WD),) or not len(steps) or steps[0] != 1 or not np.isin(steps, (0, 1)).all():
@@ -88,19 +50,15 @@ class WindowIndex:
         if candidates is not None and len(candidates) != len(windows_WD):
             raise ValueError(f"candidates has {len(candidates):,} windows, expected {len(windows_WD):,}")
         self.windows_WD = np.require(windows_WD, np.float32, ["C", "W"])  # torch warns about read-only arrays
-        self.source_W, self.starts_N = source_W, np.flatnonzero(steps)
+        self.source_W, self.starts_N, self.dim = source_W, np.flatnonzero(steps), windows_WD.shape[1]
         self.ends_N = np.append(self.starts_N[1:], len(source_W))
-        self.aggregate, self.candidates = aggregate, candidates
-        self.block_scores, self.block_queries = block_scores, block_queries
+        self.candidates, self.block_scores, self.block_queries = candidates, block_scores, block_queries
 
     def __len__(self) -> int:
         """Documents, N."""
         return len(self.starts_N)
 
-    def search(self, queries_QD: np.ndarray, depth: int) -> Found:
-        """The first `depth` documents by (score descending, row ascending)."""
-        require_depth(depth)
-        queries_QD = checked_embeddings(queries_QD, self.windows_WD.shape[1])
+    def _search(self, queries_QD: np.ndarray, depth: int) -> Found:
         depth = min(depth, len(self))
         found = Found(np.empty((len(queries_QD), depth), np.float32), np.empty((len(queries_QD), depth), np.int64))
         search = self._exact if self.candidates is None else self._among
@@ -114,7 +72,7 @@ class WindowIndex:
     def _exact(self, queries_BD: np.ndarray, depth: int) -> Found:
         keys_BK = np.empty((len(queries_BD), 0), dtype=np.uint64)
         for first, windows_WD, starts_P in self._blocks(max(1, self.block_scores // max(1, len(queries_BD)))):
-            scores_BP = aggregate_windows(_products(queries_BD, windows_WD), starts_P, self.aggregate)
+            scores_BP = np.maximum.reduceat(_products(queries_BD, windows_WD), starts_P, axis=1)
             keys_BP = to_keys(scores_BP, np.broadcast_to(first + np.arange(scores_BP.shape[1]), scores_BP.shape))
             if keys_BP.shape[1] > depth:  # keys are distinct, so there are no ties to settle
                 keys_BP = np.partition(keys_BP, depth - 1, axis=1)[:, :depth]
@@ -122,33 +80,32 @@ class WindowIndex:
         return from_keys(keys_BK)
 
     def _among(self, queries_BD: np.ndarray, depth: int) -> Found:
-        scores_BK = np.empty((len(queries_BD), depth), dtype=np.float32)
-        rows_BK = np.empty((len(queries_BD), depth), dtype=np.int64)
+        found = Found(np.empty((len(queries_BD), depth), np.float32), np.empty((len(queries_BD), depth), np.int64))
         left, width = np.arange(len(queries_BD)), depth
         while len(left):
             width = min(2 * width, len(self.source_W))
             too_few = []
             windows_QC = self.candidates.search(queries_BD[left], width).rows
             for query, windows_C in zip(left, windows_QC, strict=True):
-                found_C = windows_C[windows_C >= 0]
-                documents = np.unique(self.source_W[found_C])
+                windows_C = windows_C[windows_C >= 0]
+                documents = np.unique(self.source_W[windows_C])
                 if len(documents) >= depth:
                     scores = self._scores_of(queries_BD[query], documents)
                     order = np.argsort(-scores, kind="stable")[:depth]
-                    scores_BK[query], rows_BK[query] = scores[order], documents[order]
-                elif len(found_C) == width < len(self.source_W):
+                    found.scores[query], found.rows[query] = scores[order], documents[order]
+                elif len(windows_C) == width < len(self.source_W):
                     too_few.append(query)
                 else:  # a wider search would find no more
-                    (scores_BK[query],), (rows_BK[query],) = self._exact(queries_BD[query : query + 1], depth)
+                    (found.scores[query],), (found.rows[query],) = self._exact(queries_BD[query : query + 1], depth)
             left = np.array(too_few, dtype=np.int64)
-        return Found(scores_BK, rows_BK)
+        return found
 
     def _scores_of(self, query_D: np.ndarray, documents: np.ndarray) -> np.ndarray:
         """Scores of some documents, whose rows ascend."""
         counts = (self.ends_N - self.starts_N)[documents]
         starts = np.cumsum(counts) - counts
         rows = np.repeat(self.starts_N[documents] - starts, counts) + np.arange(counts.sum())
-        return aggregate_windows(_products(query_D[None], self.windows_WD[rows]), starts, self.aggregate)[0]
+        return np.maximum.reduceat(_products(query_D[None], self.windows_WD[rows])[0], starts)
 
     def _blocks(self, num_windows: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Whole documents with at most `num_windows` windows, or one document with more: (the first document, windows

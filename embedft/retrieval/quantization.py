@@ -1,7 +1,6 @@
 """Vectors as codes of one byte or one bit per dimension, and exhaustive search over them.
 
-    index = QuantizedIndex(document_embeddings, "int8")
-    scores, rows = index.search(query_embeddings, depth=100)
+    scores, rows = QuantizedIndex(document_embeddings, "int8").search(query_embeddings, depth=100)
 
 | precision | bytes per vector | score |
 |-----------|------------------|-------|
@@ -19,20 +18,19 @@ Shapes: Q queries, N documents, D dimensions, B = ceil(D / 8) bytes, K = min(dep
 import numpy as np
 
 from .index import (
+    SHORTLIST_FACTOR,
     SLICE_DOCUMENTS,
     Found,
-    checked_embeddings,
+    Index,
     first_of,
     from_keys,
-    require_depth,
     search_exact,
     search_shortlist,
+    shape_to_index,
     slices_of,
 )
 
 PRECISIONS = ("float32", "int8", "binary")
-# Documents in a shortlist for each result asked for: rescoring of binary codes, adaptive retrieval.
-SHORTLIST_FACTOR = 4
 
 
 def bytes_per_vector(dim: int, precision: str) -> int:
@@ -40,10 +38,10 @@ def bytes_per_vector(dim: int, precision: str) -> int:
     return {"float32": 4 * dim, "int8": dim, "binary": -(-dim // 8)}[precision]
 
 
-def calibrate(embeddings_ND: np.ndarray, *, seed: int = 0, num_documents: int = 100_000) -> np.ndarray:
-    """Smallest and largest value of each dimension, [2, D] float32, over at most `num_documents` drawn by seed."""
+def calibrate(embeddings_ND: np.ndarray, *, num_documents: int = 100_000) -> np.ndarray:
+    """Smallest and largest value of each dimension, [2, D] float32, over at most `num_documents` drawn at random."""
     if len(embeddings_ND) > num_documents:
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(0)
         embeddings_ND = embeddings_ND[np.sort(rng.choice(len(embeddings_ND), num_documents, replace=False))]
     ends = [(part.min(axis=0), part.max(axis=0)) for _, part in slices_of(embeddings_ND, embeddings_ND.shape[1])]
     smallest, largest = (np.stack(values) for values in zip(*ends, strict=True))
@@ -69,6 +67,13 @@ def from_int8(codes_ND: np.ndarray, ranges_2D: np.ndarray) -> np.ndarray:
     return codes_ND * step_D + (smallest_D + 128 * step_D + half_D)
 
 
+def _scale(ranges_2D: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(smallest [D], step [D]) of ranges; the step of an empty range is 1."""
+    smallest_D, largest_D = ranges_2D.astype(np.float32, copy=False)
+    step_D = (largest_D - smallest_D) / np.float32(255)
+    return smallest_D, np.where(step_D == 0, np.float32(1), step_D)
+
+
 def to_binary(embeddings_ND: np.ndarray) -> np.ndarray:
     """One bit per dimension, 1 if it is above 0; eight to a byte, the first the highest; [N, B] uint8.
 
@@ -82,7 +87,7 @@ def from_binary(codes_NB: np.ndarray, dim: int) -> np.ndarray:
     return np.unpackbits(codes_NB, axis=-1, count=dim).astype(np.float32) * 2 - 1
 
 
-class QuantizedIndex:
+class QuantizedIndex(Index):
     """Exhaustive search over the int8 or binary codes of an array or memory map of any float type: see the table above.
 
     Raises `ValueError` for no documents, a wrong shape, NaN or infinity.
@@ -96,10 +101,8 @@ class QuantizedIndex:
         shortlist_factor: int = SHORTLIST_FACTOR,
         slice_documents: int = SLICE_DOCUMENTS,
     ):
-        if embeddings_ND.ndim != 2 or 0 in embeddings_ND.shape:
-            raise ValueError(f"embeddings of shape {embeddings_ND.shape}, expected [N, D] with documents to quantize")
+        num_documents, self.dim = shape_to_index(embeddings_ND)
         self.shortlist_factor, self.slice_documents = shortlist_factor, slice_documents
-        num_documents, self.dim = embeddings_ND.shape
         self.ranges = calibrate(embeddings_ND) if precision == "int8" else None
         codes_type = np.uint8 if self.ranges is None else np.int8
         self.codes = np.empty((num_documents, bytes_per_vector(self.dim, precision)), codes_type)
@@ -125,10 +128,7 @@ class QuantizedIndex:
     def _slices(self) -> list[slice]:
         return [slice(start, start + self.slice_documents) for start in range(0, len(self), self.slice_documents)]
 
-    def search(self, queries_QD: np.ndarray, depth: int) -> Found:
-        """The first `depth` documents by (score descending, row ascending)."""
-        require_depth(depth)
-        queries_QD = checked_embeddings(queries_QD, self.dim)
+    def _search(self, queries_QD: np.ndarray, depth: int) -> Found:
         if self.ranges is not None:
             return search_exact(queries_QD, map(self.vectors, self._slices()), depth)
         shortlist = self.search_hamming(queries_QD, depth * self.shortlist_factor)
@@ -142,10 +142,3 @@ class QuantizedIndex:
         options = {"k": min(depth, len(self)), "variant": "hc"}
         distances, rows = faiss.knn_hamming(to_binary(queries_QD), self.codes, **options)
         return from_keys(first_of(-distances.astype(np.float32), rows, depth))
-
-
-def _scale(ranges_2D: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(smallest [D], step [D]) of ranges; the step of an empty range is 1."""
-    smallest_D, largest_D = ranges_2D.astype(np.float32, copy=False)
-    step_D = (largest_D - smallest_D) / np.float32(255)
-    return smallest_D, np.where(step_D == 0, np.float32(1), step_D)

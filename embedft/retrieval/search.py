@@ -5,7 +5,13 @@
     run = searcher.search({"q1": "what is a limit order?"})                               # as often as you like
 
 Scores flow one way: encoding.py makes vectors, an index built by settings.py finds rows, they become a Run here, and
-evaluate.py turns it into a Report.
+evaluate.py turns it into a Report. Its costs:
+
+- query_encoding_seconds, document_encoding_seconds: of the encoding that settings share;
+- build_seconds (codes and index), search_seconds, queries_per_second (of search alone);
+- bytes_per_document, and with passages windows_per_document;
+- recall@10_of_exact: the mean share of the first 10 documents of exact search (of `depth` if that is less) among the
+  first 10 found.
 
 Shapes: Q queries, N documents or windows, W dimensions of the model, D of them kept.
 """
@@ -13,26 +19,17 @@ Shapes: Q queries, N documents or windows, W dimensions of the model, D of them 
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ..data.dataset import RetrievalDataset
 from .encoding import Slice, SupportsEncode, encode, encode_documents, join_slices, sorted_corpus, timed, truncate
-from .index import FlatIndex, Found, from_keys, merge_keys, recall_against, require_depth, to_keys
+from .index import Found, from_keys, merge_keys, recall_against, require_depth, search_exact, to_keys
 from .passages import WindowIndex
 from .quantization import bytes_per_vector
 from .run import Run
 from .settings import Setting, build, check_settings
-
-
-class Searched(NamedTuple):
-    """The run of one setting, what there is to know about its index, and what it cost (see `search_grid`)."""
-
-    setting: Setting
-    run: Run
-    facts: dict
-    costs: dict[str, float]
 
 
 def search(
@@ -56,16 +53,16 @@ def search(
         exclude_identical_ids: a query of the dataset that is also a document, under the same id, does not find itself
             (ArguAna, Quora) unless it is judged relevant; a warning says so.
         slice_documents: documents encoded at a time; None: 65,536, or 4,096 with passages.
-        setting: dim, precision, index, passages, aggregate: see settings.py.
+        setting: dim, precision, index, passages: see settings.py.
 
     Returns a run with rows in the order of `queries`; documents with equal scores by ascending id. Raises `ValueError`
     for no queries, a setting that cannot work (naming what can), or embeddings that are not finite (naming the text).
     """
-    queries, how = _named(queries), Setting(**setting)
-    options = {"exclude_identical_ids": exclude_identical_ids, "slice_documents": slice_documents}
-    if not how.is_exact:
-        return Searcher(embedder, dataset, depth=depth, **setting, **options).search(queries)
-    return next(search_grid(embedder, dataset, queries, [how], depth=depth, **options)).run
+    queries, options = _named(queries), {"depth": depth, "slice_documents": slice_documents}
+    options["exclude_identical_ids"] = exclude_identical_ids
+    if not (how := Setting(**setting)).is_exact:
+        return Searcher(embedder, dataset, **setting, **options).search(queries)
+    return next(search_grid(embedder, dataset, queries, [how], **options))[0]
 
 
 class Searcher:
@@ -87,9 +84,9 @@ class Searcher:
     ):
         require_depth(depth)
         settings = check_settings(embedder, [Setting(**setting)], num_documents=len(dataset.corpus))
-        self.embedder, self.dataset, self.depth = embedder, dataset, depth
-        self.exclude_identical_ids = exclude_identical_ids
         self.document_ids, texts = sorted_corpus(dataset)
+        self.embedder, self.dataset = embedder, dataset
+        self.depth, self.exclude_identical_ids = depth, exclude_identical_ids
         options = {"passages": settings[0].passages, "slice_documents": slice_documents}
         vectors_NW, source_N = join_slices(list(encode_documents(embedder, self.document_ids, texts, **options)))
         (self.setting,) = check_settings(embedder, settings, width=vectors_NW.shape[1])
@@ -99,9 +96,8 @@ class Searcher:
         """The first `depth` documents for each query: {query id: text}, or texts with the ids "0", "1", ..."""
         queries = _named(queries)
         queries_QW = encode(self.embedder, list(queries.values()), list(queries), role="query")
-        queries_QD = truncate(self.embedder, queries_QW, self.setting.dim)
         exclude = self.exclude_identical_ids and shares_ids(self.dataset, queries)
-        found = self.index.search(queries_QD, self.depth + exclude)
+        found = self.index.search(truncate(self.embedder, queries_QW, self.setting.dim), self.depth + exclude)
         run = Run(list(queries), self.document_ids, found.rows, found.scores)
         return run.without_identical_ids(self.dataset.qrels, depth=self.depth) if exclude else run
 
@@ -127,14 +123,11 @@ def search_grid(
     depth: int,
     exclude_identical_ids: bool = True,
     slice_documents: int | None = None,
-) -> Iterator[Searched]:
-    """The run of each setting, in order; settings with the same passages in a row share one encoding of the corpus.
+) -> Iterator[tuple[Run, dict, dict[str, float]]]:
+    """The run of each setting in order, what a report says of the setting, and its costs, listed above.
 
-    Exact search goes slice by slice, as documents are encoded, at every dim; other settings are measured against it.
-    Vectors are kept only for them. Costs: query_encoding_seconds and document_encoding_seconds (shared), build_seconds
-    (codes and index), search_seconds, queries_per_second (of search alone), bytes_per_document, recall@10_of_exact (the
-    mean share of the first 10 documents of exact search among the first 10 found; of `depth` if that is less), and with
-    passages windows_per_document.
+    Settings with the same passages in a row share one encoding of the corpus. Exact search goes slice by slice, as
+    documents are encoded, at every dim; other settings are measured against it, and only for them are vectors kept.
     """
     require_depth(depth)
     check_settings(embedder, settings, num_documents=len(dataset.corpus))
@@ -149,55 +142,32 @@ def search_grid(
         run = Run(list(queries), ids, found.rows, found.scores)
         return run.without_identical_ids(dataset.qrels, depth=depth) if exclude else run
 
-    options = {"depth": depth + exclude, "rank": rank, "encoding": encoding, "slice_documents": slice_documents}
-    for _, group in itertools.groupby(settings, key=lambda setting: (setting.passages, setting.aggregate)):
-        yield from _search_group(embedder, ids, texts, queries_QW, list(group), **options)
-
-
-def _search_group(
-    embedder: SupportsEncode,
-    ids: list[str],
-    texts: list[str],
-    queries_QW: np.ndarray,
-    settings: list[Setting],
-    *,
-    depth: int,
-    rank: Callable[[Found], Run],
-    encoding: Mapping[str, float],
-    slice_documents: int | None,
-) -> Iterator[Searched]:
-    """`search_grid` of settings with the same passages, in one encoding of the corpus."""
-    passages, aggregate, encoding = settings[0].passages, settings[0].aggregate, dict(encoding)
-    queries = {setting.dim: truncate(embedder, queries_QW, setting.dim) for setting in settings}
-    kept: list[Slice] | None = None if all(setting.is_exact for setting in settings) else []
-    parts = encode_documents(embedder, ids, texts, passages=passages, slice_documents=slice_documents, costs=encoding)
-    exact, seconds, num_vectors = search_slices(
-        embedder, parts, queries, depth, aggregate=aggregate, visit=None if kept is None else kept.append
-    )
-    exact_runs = {dim: rank(found) for dim, found in exact.items()}
-    vectors_NW, source_N = (None, None) if kept is None else join_slices(kept)
-    per_document = num_vectors / len(ids)
-    for dim, group in itertools.groupby(settings, key=lambda setting: setting.dim):
-        vectors_ND = None if vectors_NW is None else truncate(embedder, vectors_NW, dim)
+    for passages, same in itertools.groupby(settings, key=lambda setting: setting.passages):
+        group, shared, kept = list(same), dict(encoding), []
+        queries_of = {setting.dim: truncate(embedder, queries_QW, setting.dim) for setting in group}
+        parts = encode_documents(embedder, ids, texts, passages=passages, slice_documents=slice_documents, costs=shared)
+        visit = None if all(setting.is_exact for setting in group) else kept.append
+        found, seconds, num_vectors = search_slices(embedder, parts, queries_of, depth + exclude, visit=visit)
+        exact = {dim: rank(found_at_dim) for dim, found_at_dim in found.items()}
+        vectors_NW, source_N = join_slices(kept) if kept else (None, None)
+        if passages is not None:
+            shared["windows_per_document"] = num_vectors / len(ids)
         for setting in group:
-            costs = {**encoding, "build_seconds": 0.0, "recall@10_of_exact": 1.0}
-            run, facts, num_bytes = exact_runs[dim], {}, bytes_per_vector(dim, "float32")
+            dim, facts, costs = setting.dim, {}, {**shared, "build_seconds": 0.0, "recall@10_of_exact": 1.0}
             if setting.is_exact:
-                costs["search_seconds"] = seconds[dim]
+                run, num_bytes, costs["search_seconds"] = exact[dim], bytes_per_vector(dim, "float32"), seconds[dim]
             else:
                 with timed(costs, "build_seconds"):
-                    index, num_bytes, facts = build(vectors_ND, source_N, setting)
+                    index, num_bytes, facts = build(truncate(embedder, vectors_NW, dim), source_N, setting)
                 with timed(costs, "search_seconds"):
-                    found = index.search(queries[dim], depth)
+                    found = index.search(queries_of[dim], depth + exclude)
                 run = rank(found)
-                recall_Q = recall_against(run.indices[:, :10], exact_runs[dim].indices[:, :10])
+                recall_Q = recall_against(run.indices[:, :10], exact[dim].indices[:, :10])
                 costs["recall@10_of_exact"] = float(recall_Q.mean())
                 del index
             costs["queries_per_second"] = len(queries_QW) / costs["search_seconds"]
-            costs["bytes_per_document"] = num_bytes * per_document
-            if passages is not None:
-                costs["windows_per_document"] = per_document
-            yield Searched(setting, run, facts, costs)
+            costs["bytes_per_document"] = num_bytes * (num_vectors / len(ids))
+            yield run, {**setting.describe(), **facts}, costs
 
 
 def search_slices(
@@ -206,7 +176,6 @@ def search_slices(
     queries: Mapping[int, np.ndarray],
     depth: int,
     *,
-    aggregate: str,
     visit: Callable[[Slice], None] | None = None,
 ) -> tuple[dict[int, Found], dict[int, float], int]:
     """Exact search of slices with queries {dim: [Q, dim]} on the embedder's device: results and search seconds by dim,
@@ -223,15 +192,14 @@ def search_slices(
             vectors_ND = truncate(embedder, part.vectors, dim)
             with timed(seconds, dim):
                 if part.source is None:
-                    index = FlatIndex(vectors_ND, device=device)
+                    found = search_exact(queries_QD, vectors_ND, depth, device=device)
                 else:
-                    index = WindowIndex(vectors_ND, part.source, aggregate=aggregate)
-                found = index.search(queries_QD, depth)
+                    found = WindowIndex(vectors_ND, part.source).search(queries_QD, depth)
                 keys[dim] = merge_keys(keys[dim], to_keys(found.scores, found.rows + part.first), depth)
         num_vectors += len(part.vectors)
         if visit is not None:
             visit(part)
-        del part, vectors_ND, index  # before the next slice is encoded
+        del part, vectors_ND  # before the next slice is encoded
     return {dim: from_keys(keys_QK) for dim, keys_QK in keys.items()}, seconds, num_vectors
 
 

@@ -1,4 +1,4 @@
-"""How a corpus is searched, and the index that does it: dim, precision, index, passages and aggregate.
+"""How a corpus is searched, and the index that does it: dim, precision, index and passages.
 
     (setting,) = check_settings(embedder, [Setting(128, "int8", "hnsw")])       # before anything is encoded
     scores, rows = build(vectors_ND, None, setting)[0].search(queries_QD, 100)
@@ -18,8 +18,9 @@ from typing import NamedTuple
 import numpy as np
 
 from .approximate import AdaptiveIndex, FaissIndex, check_index, split_name
+from .encoding import SupportsEncode
 from .index import FlatIndex, Index
-from .passages import WindowIndex, check_aggregate
+from .passages import WindowIndex
 from .quantization import PRECISIONS, QuantizedIndex, bytes_per_vector
 
 # FAISS indices that hold every vector as it is, so they can hold what codes stand for.
@@ -33,7 +34,6 @@ class Setting(NamedTuple):
     precision: str = "float32"
     index: str = "flat"
     passages: Sequence[int] | None = None
-    aggregate: str = "max"
 
     @property
     def is_exact(self) -> bool:
@@ -47,53 +47,44 @@ class Setting(NamedTuple):
 
     def describe(self) -> dict:
         """What a report says of it."""
-        values = {**self._asdict(), "passages": self.passages and list(self.passages)}
-        return {name: value for name, value in values.items() if name != "aggregate" or self.passages}
+        return {**self._asdict(), "passages": self.passages and list(self.passages)}
 
 
 def check_settings(
-    embedder: object, settings: Sequence[Setting], *, width: int | None = None, num_documents: int | None = None
+    embedder: SupportsEncode, settings: Sequence[Setting], *, width: int | None = None, num_documents: int | None = None
 ) -> list[Setting]:
-    """The settings with their number of dimensions, if `width`, that of the model's vectors, is given or the embedder
-    has a `full_dim`.
+    """The settings with their number of dimensions, if the model's `width` is given or the embedder has a `full_dim`.
 
     Raises `ValueError` for what cannot work, too few documents to train an index on (None: not checked) included;
     combinations that are not supported are all listed.
     """
-    width = getattr(embedder, "full_dim", None) if width is None else width
-    found, unsupported = [], []
+    width, found, unsupported = width or getattr(embedder, "full_dim", None), [], []
     for setting in settings:
-        _check_values(embedder, setting)
-        index, short_dim = setting.index, setting.short_dim
-        if setting.precision != "float32" and split_name(index)[0] not in ("flat", *HOLD_VECTORS):
-            unsupported.append(f"{setting.precision} with {index} (it works with flat, {', '.join(HOLD_VECTORS)})")
-        if short_dim and setting.passages is not None:
+        dim, precision, index, passages = setting
+        if passages is not None and not hasattr(embedder, "encode_passages"):
+            kind = type(embedder).__name__
+            raise ValueError(f"passages is {tuple(passages)}: {kind} cannot cut documents into windows")
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
+        if index.startswith("adaptive") and not setting.short_dim:
+            raise ValueError(f"index is {index!r}, expected adaptive-DIM, e.g. adaptive-64")
+        if precision != "float32" and split_name(index)[0] not in ("flat", *HOLD_VECTORS):
+            unsupported.append(f"{precision} with {index} (it works with flat, {', '.join(HOLD_VECTORS)})")
+        if setting.short_dim and passages is not None:
             unsupported.append(f"{index} with passages")
         if width is not None:
-            if setting.dim is None:
-                setting = setting._replace(dim=getattr(embedder, "truncate_dim", None) or width)
-            if not 1 <= setting.dim <= width:
-                raise ValueError(f"dim is {setting.dim}, expected 1 to {width}")
-            if short_dim >= setting.dim:
-                unsupported.append(f"{index} at {setting.dim} dimensions")
-        found.append(setting)
+            dim = (getattr(embedder, "truncate_dim", None) or width) if dim is None else dim
+            if not 1 <= dim <= width:
+                raise ValueError(f"dim is {dim}, expected 1 to {width}")
+            if setting.short_dim >= dim:
+                unsupported.append(f"{index} at {dim} dimensions")
+        found.append(setting._replace(dim=dim))
     if unsupported:
         raise ValueError(f"unsupported search: {'; '.join(dict.fromkeys(unsupported))}")
-    for setting in found:
-        if width is not None and setting.index != "flat" and not setting.short_dim:
-            check_index(setting.index, setting.dim, num_documents=None if setting.passages else num_documents)
+    for dim, _, index, passages in found:
+        if width is not None and index != "flat" and not index.startswith("adaptive"):
+            check_index(index, dim, num_documents=None if passages else num_documents)
     return found
-
-
-def _check_values(embedder: object, setting: Setting) -> None:
-    check_aggregate(setting.aggregate)
-    if setting.passages is not None and not hasattr(embedder, "encode_passages"):
-        kind = type(embedder).__name__
-        raise ValueError(f"passages is {tuple(setting.passages)}: {kind} cannot cut documents into windows")
-    if setting.precision not in PRECISIONS:
-        raise ValueError(f"precision is {setting.precision!r}, expected one of {', '.join(PRECISIONS)}")
-    if setting.index.startswith("adaptive") and not setting.short_dim:
-        raise ValueError(f"index is {setting.index!r}, expected adaptive-DIM, e.g. adaptive-64")
 
 
 def build(vectors_ND: np.ndarray, source_N: np.ndarray | None, setting: Setting) -> tuple[Index, float, dict]:
@@ -118,5 +109,5 @@ def build(vectors_ND: np.ndarray, source_N: np.ndarray | None, setting: Setting)
         else:  # all windows of a document that is found are scored by their vectors
             num_bytes = index.bytes_per_vector + (num_bytes if windows else 0)
     if windows:
-        index = WindowIndex(vectors_ND, source_N, aggregate=setting.aggregate, candidates=index)
+        index = WindowIndex(vectors_ND, source_N, candidates=index)
     return FlatIndex(vectors_ND) if index is None else index, num_bytes, facts
