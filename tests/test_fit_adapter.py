@@ -609,8 +609,8 @@ Q0, D0, R0 = problem()
             "no query has a relevant document: none of 2 in the qrels has a grade above",
         ),
         ((Q0, D0, {0: {0: 1}}), {"held_out": 0.1}, "held_out is 0.1, which leaves no query to train on: 1 queries"),
-        ((Q0, D0, R0), {"out_dim": 3}, "makes 3 of 6 features, but a document has none"),
-        ((Q0, D0, R0), {"out_dim": 3, "side": "document"}, "makes 3 of 6 features, but a query has none"),
+        ((Q0, D0, R0), {"out_dim": 3}, r"are \(6, 3\) of queries, but \(6, 6\) of documents"),
+        ((Q0, D0, R0), {"out_dim": 3, "side": "document"}, r"are \(6, 6\) of queries, but \(6, 3\) of documents"),
         ((Q0, D0, R0), {"lr": 1e38, "epochs": 50}, r"step \d+: loss is (nan|inf), gradient norm is"),
     ],
 )
@@ -710,7 +710,7 @@ def test_closed_forms_refuse():
 
 def test_build_map_and_adapter_agree_on_kinds():
     assert AdapterConfig.__annotations__["kind"].__args__ == ("linear", "low_rank", "two_layer")
-    assert build_map("linear", 3).settings() == {"in_features": 3, "out_features": 3, "bias": True}
+    assert build_map("linear", 3).settings == {"kind": "linear", "in_features": 3, "out_features": 3, "bias": True}
 
 
 def test_queries_are_ranked_some_at_a_time():

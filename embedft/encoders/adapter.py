@@ -10,11 +10,12 @@ Shapes: N vectors, D features in, E features out.
 """
 
 import contextlib
+import hashlib
 import io
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,13 +26,12 @@ import torch.nn.functional as F
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from ..files import atomic_write, read_object, sha256_file, write_json
+from ..files import atomic_write, read_object, write_json
 from .maps import Map, build_map
 
 ROLES = ("query", "document")
 CONFIG_FILE, WEIGHTS_FILE, FORMAT_VERSION = "adapter.json", "adapter.safetensors", 2
-LLAMAINDEX_CONFIG, LLAMAINDEX_WEIGHTS = "config.json", "pytorch_model.bin"
-FORMATS = ("embedft", "llamaindex")
+FORMATS = {"embedft": (CONFIG_FILE, WEIGHTS_FILE), "llamaindex": ("config.json", "pytorch_model.bin")}
 
 
 def check_role(role: str) -> None:
@@ -56,36 +56,27 @@ class Adapter(nn.Module):
         base: the model whose vectors they are for; None: unknown.
         normalize: `transform` returns unit vectors, as models with cosine similarity do.
 
-    Raises:
-        ValueError: no map at all, or maps whose outputs cannot be compared, such as queries of 128 features with
-            documents that keep their 384.
+    Raises `ValueError` when there is no map, or when outputs cannot be compared, such as queries of 128 features with
+    documents that keep their 384.
     """
 
     def __init__(
-        self,
-        query: Map | None = None,
-        document: Map | None = None,
-        *,
-        base: Base | None = None,
-        normalize: bool = True,
+        self, query: Map | None = None, document: Map | None = None, *, base: Base | None = None, normalize: bool = True
     ):
         super().__init__()
-        if query is None and document is None:
+        one = query or document
+        if one is None:
             raise ValueError("an adapter without a map: expected one for queries, documents or both")
         self.query, self.document, self.base, self.normalize = query, document, base, normalize
+        self.in_features, self.out_features = one.in_features, one.out_features
+        q, d = ((x.in_features, x.out_features) if x else (one.in_features,) * 2 for x in (query, document))
+        if q != d:
+            raise ValueError(f"features in and out are {q} of queries, but {d} of documents")
+        if base is not None and base.dim != self.in_features:
+            raise ValueError(f"the base {base.name} has {base.dim} features, the adapter takes {self.in_features}")
         # Filled in by `fit_adapter`.
         self.history: list[dict[str, Any]] = []
         self.costs: dict[str, Any] = {}
-        given = [part for part in (query, document) if part is not None]
-        self.in_features, self.out_features = given[0].in_features, given[0].out_features
-        if len(given) == 1 and self.in_features != self.out_features:
-            role, sizes = "document" if query else "query", f"makes {self.out_features} of {self.in_features} features"
-            raise ValueError(f"the map {sizes}, but a {role} has none and keeps its {self.in_features}")
-        sizes = [(part.in_features, part.out_features) for part in given]
-        if sizes[0] != sizes[-1]:
-            raise ValueError(f"features in and out are {sizes[0]} of queries and {sizes[1]} of documents")
-        if base is not None and base.dim != self.in_features:
-            raise ValueError(f"the base {base.name} has {base.dim} features, the adapter takes {self.in_features}")
 
     @property
     def side(self) -> str:
@@ -99,10 +90,6 @@ class Adapter(nn.Module):
         check_role(role)
         return self.query if role == "query" else self.document
 
-    def maps(self) -> list[Map]:
-        """The maps, a shared one once."""
-        return list(dict.fromkeys(part for part in (self.query, self.document) if part is not None))
-
     def forward(self, x_ND: Tensor, role: str = "query") -> Tensor:
         """The mapped vectors, [N, E], with gradient; float32 and float64 are kept, nothing is normalized."""
         part = self.map_of(role)
@@ -111,8 +98,8 @@ class Adapter(nn.Module):
         return x_ND if part is None else part(x_ND)
 
     def departure(self) -> Tensor:
-        """How far the maps are from the identity, summed over them: a scalar, with gradient."""
-        return sum(part.departure() for part in self.maps())
+        """How far the maps are from the identity, summed over them (a shared one once): a scalar, with gradient."""
+        return sum(part.departure() for part in self.children())
 
     def transform(self, embeddings_ND: np.ndarray, role: str = "query", *, slice_rows: int = 16_384) -> np.ndarray:
         """The mapped vectors of an array, [N, E] float32, `slice_rows` at a time; unit rows with `normalize`."""
@@ -140,7 +127,7 @@ class Adapter(nn.Module):
                 raise ValueError(f"the adapter is for {bases}: other weights, lengths or prompts")
 
     def save(self, folder: str | Path, *, format: str = "embedft", base: Base | None = None) -> None:
-        """Writes the adapter to a folder, each file atomically, adapter.json last.
+        """Writes the adapter to a folder, each file atomically, the configuration last.
 
         Args:
             format: "embedft" (adapter.safetensors, adapter.json), or "llamaindex" (config.json and a pickled
@@ -151,40 +138,54 @@ class Adapter(nn.Module):
         """
         if format not in FORMATS:
             raise ValueError(f"format is {format!r}, expected one of {', '.join(FORMATS)}")
-        folder = Path(folder)
-        if format == "llamaindex":
-            config, tensors = _to_llamaindex(self)
-            if (folder / CONFIG_FILE).exists():
-                raise ValueError(f"{folder}: has an {CONFIG_FILE}, which would be loaded in place of this")
-            buffer = io.BytesIO()
-            torch.save(tensors, buffer)
-            with atomic_write(folder / LLAMAINDEX_WEIGHTS, "wb") as file:
-                file.write(buffer.getvalue())
-            return write_json(folder / LLAMAINDEX_CONFIG, config)
-        skipped = "document." if self.side == "shared" else " "
-        tensors = {n: t.cpu().contiguous() for n, t in self.state_dict().items() if not n.startswith(skipped)}
-        with atomic_write(folder / WEIGHTS_FILE, "wb") as file:
-            file.write(save(tensors))
-        maps = {role: self.map_of(role) for role in ROLES}
-        config = {role: part and {"kind": part.kind, **part.settings()} for role, part in maps.items()}
-        config |= {"format_version": FORMAT_VERSION, "side": self.side, "normalize": self.normalize}
-        config |= {"base": base._asdict() if (base := base or self.base) else None}
-        write_json(folder / CONFIG_FILE, config | {"weights_sha256": sha256_file(folder / WEIGHTS_FILE)})
+        path, weights = (Path(folder) / name for name in FORMATS[format])
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}
+        if self.side == "shared":
+            tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("query.")}
+        config = {role: part and part.settings for role in ROLES for part in [self.map_of(role)]}
+        base = base or self.base
+        config |= {"side": self.side, "normalize": self.normalize, "base": base and base._asdict()}
+        if format == "embedft":
+            content = save(tensors)
+            config |= {"format_version": FORMAT_VERSION, "weights_sha256": hashlib.sha256(content).hexdigest()}
+        else:
+            config, content = _to_llamaindex(config, tensors)
+            if (ours := path.with_name(CONFIG_FILE)).exists():
+                raise ValueError(f"{path.parent}: has an {ours.name}, which would be loaded in place of this")
+        with atomic_write(weights, "wb") as file:
+            file.write(content)
+        write_json(path, config)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Adapter":
         """The adapter in a folder, in either format of `save`. Raises `ValueError` for a missing or damaged file."""
-        folder = Path(folder)
-        if (folder / CONFIG_FILE).is_file():
-            return _load(folder)
-        if (folder / LLAMAINDEX_CONFIG).is_file() and (folder / LLAMAINDEX_WEIGHTS).is_file():
-            return _from_llamaindex(folder)
-        formats = f"{CONFIG_FILE} and {WEIGHTS_FILE}, or LlamaIndex's {LLAMAINDEX_CONFIG} and {LLAMAINDEX_WEIGHTS}"
-        raise ValueError(f"{folder}: no adapter, expected {formats}")
+        there = [name for name, files in FORMATS.items() if all((Path(folder) / file).is_file() for file in files)]
+        if not there:
+            expected = ", or ".join(f"{config} and {weights} ({name})" for name, (config, weights) in FORMATS.items())
+            raise ValueError(f"{folder}: no adapter, expected {expected}")
+        path, weights = (Path(folder) / name for name in FORMATS[there[0]])
+        config = read_object(path)
+        with naming(path):
+            config, tensors = (_read if there[0] == "embedft" else _from_llamaindex)(config, weights)
+            maps = {role: config[role] and build_map(**config[role]) for role in ROLES}
+            if config["side"] == "shared":
+                maps["document"] = maps["query"]
+                tensors |= {name.replace("query", "document", 1): tensor for name, tensor in tensors.items()}
+            base = config["base"] and Base(**config["base"])
+            adapter = cls(**maps, base=base, normalize=config["normalize"])
+        own = adapter.state_dict()
+        for name in sorted(own.keys() | tensors.keys()):
+            found, wanted = (list(part[name].shape) if name in part else "absent" for part in (tensors, own))
+            if found != wanted:
+                raise ValueError(f"{weights}: {name} is {found}, expected {wanted}")
+            if not tensors[name].isfinite().all():
+                raise ValueError(f"{weights}: {name} has values that are not finite")
+        adapter.load_state_dict(tensors)
+        return adapter.eval()
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Says which file lacks a field, or has a wrong one."""
     try:
         yield
@@ -194,84 +195,52 @@ def _naming(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _load(folder: Path) -> Adapter:
-    path, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
-    config = read_object(path)
-    if config.get("format_version") not in (1, FORMAT_VERSION):
-        raise ValueError(f"{path}: format_version is {config.get('format_version')!r}, expected {FORMAT_VERSION}")
-    if not weights.is_file():
-        raise ValueError(f"{folder}: no {WEIGHTS_FILE}")
-    if sha256_file(weights) != config.get("weights_sha256"):
-        raise ValueError(f"{weights}: cut off, or of another adapter (its SHA-256 is not the one in {CONFIG_FILE})")
-    maps: dict[str, Map | None] = {}
-    with _naming(path):
-        for role in ROLES:
-            maps[role] = None if config[role] is None else build_map(**config[role])
-        if config["side"] == "shared":
-            maps["document"] = maps["query"]
-        base = None if config["base"] is None else Base(**config["base"])
-        if base and config["format_version"] == 1:
-            base = base._replace(fingerprints={})  # hashed differently, so they cannot be compared
-        adapter = Adapter(**maps, base=base, normalize=config["normalize"])
-        tensors = load(weights.read_bytes())
-    if adapter.side == "shared":
-        tensors |= {f"document.{name.partition('.')[2]}": tensor for name, tensor in tensors.items()}
-    return _filled(adapter, tensors, weights)
+# The formats as (configuration, tensors) of our own.
 
 
-def _filled(adapter: Adapter, tensors: Mapping[str, Tensor], path: Path) -> Adapter:
-    """The adapter with these tensors. Raises `ValueError` naming one that does not fit."""
-    own = adapter.state_dict()
-    for name in sorted(own.keys() | tensors.keys()):
-        found, wanted = (list(part[name].shape) if name in part else "missing" for part in (tensors, own))
-        if found != wanted:
-            raise ValueError(f"{path}: {name} is {found}, expected {wanted if name in own else 'no such tensor'}")
-        if not tensors[name].isfinite().all():
-            raise ValueError(f"{path}: {name} has values that are not finite")
-    adapter.load_state_dict(tensors)
-    return adapter.eval()
+def _read(config: dict[str, Any], weights: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if config.get("format_version") != FORMAT_VERSION:
+        found = config.get("format_version")
+        raise ValueError(f"format_version is {found!r}, expected {FORMAT_VERSION}; fit the adapter again")
+    content = weights.read_bytes()
+    if hashlib.sha256(content).hexdigest() != config["weights_sha256"]:
+        raise ValueError(f"{weights.name} is cut off, or of another adapter (its SHA-256 is not the one given here)")
+    return config, load(content)
 
 
-# LlamaIndex's names -> ours: of tensors and of settings, of a linear map and of what one with two layers has besides.
-LLAMAINDEX_LINEAR = {"linear.weight": "weight", "linear.bias": "bias"}
-LLAMAINDEX_TWO_LAYER = {f"linear{i}.{kind}": f"{kind}{i}" for i in (1, 2) for kind in ("weight", "bias")} | {
-    "residual_weight": "scale"
-}
-LLAMAINDEX_SETTINGS = {"in_features": "in_features", "out_features": "out_features", "bias": "bias"}
-LLAMAINDEX_MORE = {"hidden_features": "hidden", "activation_fn_str": "activation", "add_residual": "residual"}
+# Ours -> LlamaIndex's: settings by kind, and tensors.
+SETTINGS = {"linear": {"in_features": "in_features", "out_features": "out_features", "bias": "bias"}}
+TWO_LAYERS = {"hidden": "hidden_features", "activation": "activation_fn_str", "residual": "add_residual"}
+SETTINGS["two_layer"] = SETTINGS["linear"] | TWO_LAYERS
+TENSORS = {f"query.{kind}{i}": f"linear{i}.{kind}" for i in ("", 1, 2) for kind in ("weight", "bias")}
+TENSORS["query.scale"] = "residual_weight"
 
 
-def _to_llamaindex(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    part = adapter.query
-    if adapter.side != "query" or part.kind == "low_rank":
-        found = f"{adapter.maps()[0].kind} for {adapter.side}"
+def _to_llamaindex(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], bytes]:
+    settings = config["query"] or config["document"]
+    if config["side"] != "query" or settings["kind"] not in SETTINGS:
+        found = f"{settings['kind']} for {config['side']}"
         raise ValueError(f"the format 'llamaindex' holds a linear or two-layer map of queries, this is {found}")
-    two_layers, state = part.kind == "two_layer", {name: x.cpu().clone() for name, x in part.state_dict().items()}
-    names = LLAMAINDEX_SETTINGS | (LLAMAINDEX_MORE if two_layers else {})
-    config = {theirs: part.settings()[ours] for theirs, ours in names.items()}
-    if two_layers:
-        state.setdefault("scale", torch.zeros(1))  # theirs is always there
-    names = LLAMAINDEX_TWO_LAYER if two_layers else LLAMAINDEX_LINEAR
-    return config, {theirs: state[ours] for theirs, ours in names.items() if ours in state}
+    if settings["kind"] == "two_layer":
+        tensors.setdefault("query.scale", torch.zeros(1))  # theirs is always there
+    buffer = io.BytesIO()
+    torch.save({TENSORS[name]: tensor for name, tensor in tensors.items()}, buffer)
+    return {theirs: settings[ours] for ours, theirs in SETTINGS[settings["kind"]].items()}, buffer.getvalue()
 
 
-def _from_llamaindex(folder: Path) -> Adapter:
-    path, weights = folder / LLAMAINDEX_CONFIG, folder / LLAMAINDEX_WEIGHTS
-    config = read_object(path)
-    two_layers = "hidden_features" in config
+def _from_llamaindex(config: dict[str, Any], weights: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    kind = "two_layer" if "hidden_features" in config else "linear"
+    settings = {"kind": kind, **{ours: config[theirs] for ours, theirs in SETTINGS[kind].items()}}
     try:
         if not zipfile.is_zipfile(weights):  # on which torch may fail in any way
             raise RuntimeError
         tensors = torch.load(weights, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError):
-        raise ValueError(f"{weights}: not a complete file of plain tensors") from None
+        raise ValueError(f"{weights.name} is not a complete file of plain tensors") from None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{weights}: holds something other than named tensors")
-    names = LLAMAINDEX_SETTINGS | (LLAMAINDEX_MORE if two_layers else {})
-    with _naming(path):
-        settings = {ours: config[theirs] for theirs, ours in names.items()}
-        adapter = Adapter(build_map("two_layer" if two_layers else "linear", **settings))
-    names = LLAMAINDEX_TWO_LAYER if two_layers else LLAMAINDEX_LINEAR
-    if two_layers and not settings["residual"]:
-        tensors.pop("residual_weight", None)
-    return _filled(adapter, {f"query.{names.get(name, name)}": tensor for name, tensor in tensors.items()}, weights)
+        raise ValueError(f"{weights.name} holds something other than named tensors")
+    ours = {theirs: name for name, theirs in TENSORS.items()}
+    tensors = {ours.get(name, f"query.{name}"): tensor for name, tensor in tensors.items()}
+    if kind == "two_layer" and not settings["residual"]:
+        tensors.pop("query.scale", None)
+    return {"query": settings, "document": None, "side": "query", "base": None, "normalize": True}, tensors

@@ -331,7 +331,7 @@ class Embedder(nn.Module):
         """A hash of everything that its vectors depend on, precision aside; 64 hexadecimal digits."""
         parts = [self._fingerprint(role) for role in ROLES]
         if self.adapter is not None:
-            maps = [part and (part.kind, part.settings()) for part in (self.adapter.query, self.adapter.document)]
+            maps = [part and part.settings for part in (self.adapter.query, self.adapter.document)]
             parts.append(fingerprint([self.adapter], {"maps": maps, "normalize": self.adapter.normalize}))
         return hashlib.sha256(repr((parts, self.similarity, self.truncate_dim)).encode()).hexdigest()
 

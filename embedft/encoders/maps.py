@@ -8,48 +8,33 @@ Shapes: N vectors, D features in, E features out, R rank, H hidden features.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "leaky_relu": F.leaky_relu,
-    "elu": F.elu,
-    "selu": F.selu,
-}
+# Names of torch.nn.functional.
+ACTIVATIONS = ("relu", "gelu", "tanh", "sigmoid", "leaky_relu", "elu", "selu")
 
 
 class Map(nn.Module):
-    """What all maps have: sizes, a bias or none, and `settings`, the arguments of `build_map` for an untrained one."""
+    """A map that can say how far it is from the identity (`departure`). `settings`: the arguments of `build_map`."""
 
     kind: str
 
-    def __init__(self, in_features: int, out_features: int | None, sizes: dict[str, int] | None = None, **options: Any):
+    def __init__(self, in_features: int, out_features: int | None, *, sizes: dict[str, int] | None = None, **more: Any):
         super().__init__()
         sizes = {"in_features": in_features, "out_features": out_features or in_features, **(sizes or {})}
         for name, size in sizes.items():
             if type(size) is not int or size < 1:
                 raise ValueError(f"{name} is {size!r}, expected a number of at least 1")
         self.in_features, self.out_features = sizes["in_features"], sizes["out_features"]
-        self._settings = sizes | options
-
-    def settings(self) -> dict[str, Any]:
-        return dict(self._settings)
-
-    def departure(self) -> Tensor:
-        """How far the map is from the identity: a scalar, with gradient."""
-        raise NotImplementedError
+        self.settings = {"kind": self.kind, **sizes, **more}
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
-        """(W, b) of the map. Raises `ValueError` if it is not linear."""
-        raise NotImplementedError
+        """(W, b) of a linear map. Raises `ValueError` for another."""
+        raise ValueError(f"a {self.kind.replace('_', '-')} adapter is not a linear map, which a Dense module has to be")
 
 
 class LinearMap(Map):
@@ -91,7 +76,7 @@ class LowRank(Map):
         bias: bool = True,
         generator: torch.Generator | None = None,
     ):
-        super().__init__(in_features, out_features, {"rank": rank}, bias=bias)
+        super().__init__(in_features, out_features, sizes={"rank": rank}, bias=bias)
         self.up = nn.Parameter(torch.zeros(self.out_features, rank))
         self.down = nn.Parameter(torch.randn(rank, in_features, generator=generator) / math.sqrt(in_features))
         self.bias = nn.Parameter(torch.zeros(self.out_features)) if bias else None
@@ -132,10 +117,10 @@ class TwoLayer(Map):
         generator: torch.Generator | None = None,
     ):
         options = {"bias": bias, "activation": activation, "residual": residual}
-        super().__init__(in_features, out_features, {"hidden": hidden}, **options)
+        super().__init__(in_features, out_features, sizes={"hidden": hidden}, **options)
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
-        self.activation = ACTIVATIONS[activation]
+        self.activation = getattr(F, activation)
         self.weight1 = nn.Parameter(torch.randn(hidden, in_features, generator=generator) / math.sqrt(in_features))
         self.weight2 = nn.Parameter(torch.zeros(self.out_features, hidden))
         self.bias1 = nn.Parameter(torch.zeros(hidden)) if bias else None
@@ -152,9 +137,6 @@ class TwoLayer(Map):
         """s^2 (||W2||^2 + ||b2||^2) / E; s is 1 without `residual`."""
         scale = 1.0 if self.scale is None else self.scale.square().sum()
         return scale * (self.weight2.square().sum() + _square(self.bias2)) / self.out_features
-
-    def dense(self) -> tuple[Tensor, Tensor | None]:
-        raise ValueError("a two-layer adapter is not a linear map, so it cannot be written as a Dense module")
 
 
 KINDS: dict[str, type[Map]] = {kind.kind: kind for kind in (LinearMap, LowRank, TwoLayer)}

@@ -275,7 +275,7 @@ def _start(start: Adapter | None, config: AdapterConfig, dim: int, *, base: Base
         return adapter
     if base is not None:
         start.check_base(base)
-    found, expected = ((x.side, *((m.kind, *m.settings().items()) for m in x.maps())) for x in (start, adapter))
+    found, expected = ((x.side, *(part.settings for part in x.children())) for x in (start, adapter))
     if found != expected:
         raise ValueError(f"start is {found}, the configuration asks for {expected}")
     adapter.load_state_dict(start.state_dict())
