@@ -255,9 +255,9 @@ def test_a_million_rows_are_found_without_sorting_them_again(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.ones((1, 4)), r"\(1, 4\) for 2 texts, expected \[N, 4\]"),
-        (np.ones((2, 3)), r"\(2, 3\) for 2 texts, expected \[N, 4\]"),
-        (np.ones(4), r"\(4,\) for 2 texts"),
+        (np.ones((1, 4)), r"\(1, 4\), expected \(2, 4\)"),
+        (np.ones((2, 3)), r"\(2, 3\), expected \(2, 4\)"),
+        (np.ones(4), r"\(4,\), expected"),
         (np.array([[0, 1, 2, 3], [0, np.nan, 0, 0]]), r"texts\[5\].*not finite"),
         (np.array([[0, 1, np.inf, 3], [0, 1, 0, 0]]), r"texts\[4\].*not finite"),
         (np.array([[0, 1, 1e39, 3], [0, 1, 0, 0]]), r"texts\[4\].*not finite"),
@@ -615,65 +615,15 @@ def test_a_damaged_database_is_one_line(filled, capsys, content):
     assert "store.sqlite" in capsys.readouterr().err
 
 
-def test_a_store_of_a_newer_version_is_refused(filled):
+def test_a_store_of_another_version_is_refused(filled):
+    (filled / NAME).mkdir()
+    (filled / NAME / "space.json").write_text('{"version": 1}')  # before SQLite: a folder per space
+    with pytest.raises(ValueError, match=r"\(version 1\); choose another folder"):
+        Store(filled)
+    (filled / NAME / "space.json").unlink()
     execute(filled, "PRAGMA user_version = 3")
     with pytest.raises(ValueError, match="version is 3, expected 2"):
         Store(filled).spaces()
-
-
-# Stores of version 1.
-
-
-def write_version_1(folder, space, texts):
-    """As embedft wrote it before it used SQLite: a folder per space."""
-    (folder / space.name).mkdir(parents=True)
-    description = {"version": 1, **space._asdict()}
-    (folder / space.name / "space.json").write_text(json.dumps(description))
-    vectors = vectors_of(texts, space.dim)
-    vectors.tofile(folder / space.name / "vectors.f32")
-    keys = [hashlib.blake2b(text.encode(), digest_size=24).digest() for text in texts]
-    records = [
-        key + zlib.crc32(key + row.tobytes()).to_bytes(4, "little") for key, row in zip(keys, vectors, strict=True)
-    ]
-    (folder / space.name / "keys.bin").write_bytes(b"".join(records))
-    (folder / "lock").touch()
-
-
-def test_a_store_of_version_1_is_converted(tmp_path):
-    write_version_1(tmp_path, SPACE, numbered(*range(5)))
-    write_version_1(tmp_path, OTHER, [])
-    with open(tmp_path / NAME / "vectors.f32", "r+b") as file:  # damage in row 3
-        file.seek(3 * 16)
-        file.write(b"\xff")
-    store_ = Store(tmp_path)
-    found = store_.spaces()
-    assert [(name, x.space, x.num_texts) for name, x in found.items()] == [(NAME, SPACE, 4), (OTHER.name, OTHER, 0)]
-    assert store_.find(SPACE, numbered(0, 1, 2, 3, 4)).tolist() == [0, 1, 2, -1, 3]
-    compute, texts = Compute(), numbered(*range(6))
-    np.testing.assert_array_equal(encode(store_, SPACE, texts, compute), vectors_of(texts))
-    assert compute.calls == [numbered(3, 5)]
-    np.testing.assert_array_equal(encode(store_, OTHER, texts, vectors_of), vectors_of(texts))
-    assert not (tmp_path / NAME).exists()
-    assert store_.verify(NAME)[1].tolist() == []
-
-
-def test_a_conversion_that_was_killed_is_finished(tmp_path, monkeypatch):
-    for space in (SPACE, OTHER):
-        write_version_1(tmp_path, space, numbered(*range(5)))
-    monkeypatch.setattr(store.shutil, "rmtree", never)  # after the vectors were taken over
-    with pytest.raises(AssertionError):
-        Store(tmp_path)
-    monkeypatch.undo()
-    for space in (SPACE, OTHER):
-        np.testing.assert_array_equal(encode(Store(tmp_path), space, numbered(2, 4)), vectors_of(numbered(2, 4)))
-        assert Store(tmp_path).spaces()[space.name].num_texts == 5
-
-
-def test_what_is_not_a_space_of_version_1_is_refused(tmp_path):
-    (tmp_path / NAME).mkdir()
-    (tmp_path / NAME / "space.json").write_text('{"version": 1}')
-    with pytest.raises(ValueError, match=r"space\.json: .*delete"):
-        Store(tmp_path)
 
 
 # Removing.

@@ -14,21 +14,24 @@ Shapes: N texts, M of them, R rows of a space, D features.
 import contextlib
 import json
 import os
-import shutil
 import sqlite3
 import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..files import locked, read_object
-from .rows import RECORD, VECTOR_TYPE, Rows, checksums, read_rows, size_of, text_keys
+from ..files import locked
+from .tokenization import check_texts
 
 DATABASE, VERSION, NAME_DIGITS = "store.sqlite", 2, 16
+VECTOR_TYPE = np.dtype("<f4")
+RECORD = np.dtype([("key", "<u8", 2), ("checksum", "<u4")])  # of one row; all zeros: it was dropped as damaged
+ROW_BITS = np.uint64(2**32 - 1)
 SCHEMA = f"""
 BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS spaces (id INTEGER PRIMARY KEY AUTOINCREMENT, fingerprint TEXT NOT NULL UNIQUE,
@@ -40,10 +43,9 @@ COMMIT;
 """
 ADD_SPACE = """INSERT INTO spaces (fingerprint, dim, description, last_used) VALUES (?, ?, ?, ?)
     ON CONFLICT (fingerprint) DO UPDATE SET last_used = excluded.last_used"""
+WRITE_BATCH = "INSERT OR REPLACE INTO batches VALUES (?, ?, ?, ?)"
 LIST_SPACES = """SELECT id, fingerprint, dim, description, last_used, coalesce(sum(num_texts), 0),
     coalesce(sum(length(records)), 0) FROM spaces LEFT JOIN batches ON space = id GROUP BY id"""
-# A row of keys.bin of version 1: the checksum covers the key and the vector.
-OLD_RECORD = np.dtype([("key", "<u8", 3), ("checksum", "<u4")])
 
 
 class Space(NamedTuple):
@@ -67,8 +69,74 @@ class StoredSpace(NamedTuple):
     last_used: float
 
 
+def text_keys(texts: Sequence[str]) -> np.ndarray:
+    """The key of each text, [N, 2] little-endian 64-bit words: 16 bytes of its BLAKE2b. Raises as `check_texts`."""
+    # 16 of the 24 that version 1 stored; `Rows` compares 12: two of 10^9 texts share them with a probability of 10^-11.
+    digests = (blake2b(text.encode(), digest_size=24).digest()[:16] for text in check_texts(texts))
+    return np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2)
+
+
+def checksums(vectors_MD: np.ndarray) -> np.ndarray:
+    """The CRC-32 of each vector's bytes, [M] uint32."""
+    content = memoryview(np.ascontiguousarray(vectors_MD).reshape(-1).view(np.uint8))
+    step, num_rows = vectors_MD.shape[1] * VECTOR_TYPE.itemsize, len(vectors_MD)
+    rows = (content[place : place + step] for place in range(0, num_rows * step, step))
+    return np.fromiter(map(zlib.crc32, rows), dtype=np.uint32, count=num_rows)
+
+
+def size_of(path: Path) -> int:
+    """The bytes of a file; 0 if there is none."""
+    return path.stat().st_size if path.is_file() else 0
+
+
+class Rows:
+    """The rows of a space as last read from the database: where each key is, and the mapped vectors."""
+
+    def __init__(self, path: Path, dim: int, version: tuple[int, int] | None):
+        self.path, self.dim, self.version = path, dim, version  # version: (id, num_repairs); None: not on disk
+        self.last_used, self.vectors, self.records_R = 0.0, np.empty((0, dim), VECTOR_TYPE), np.empty(0, RECORD)
+        self.sorted_R = np.empty(0, "<u8")  # the first 32 bits of each key, then its row, ascending
+
+    def __len__(self) -> int:
+        return len(self.records_R)
+
+    def add(self, records_M: np.ndarray) -> None:
+        """Adds rows, and maps the vectors. Raises `ValueError` when the file has fewer vectors than there are rows."""
+        if len(records_M):
+            rows_M = np.arange(len(self), len(self) + len(records_M), dtype="<u8")
+            self.sorted_R = np.concatenate([self.sorted_R, records_M["key"][:, 0] & ~ROW_BITS | rows_M])
+            self.sorted_R.sort()  # 6 times faster than argsort
+            self.records_R = np.concatenate([self.records_R, records_M])
+        needed, found = len(self) * self.dim * VECTOR_TYPE.itemsize, size_of(self.path)
+        if found < needed:
+            raise self.damage(f"{found:,} bytes, expected at least {needed:,} for {len(self):,} rows")
+        if len(self.vectors) < len(self):
+            self.vectors = np.memmap(self.path, VECTOR_TYPE, "r", shape=(len(self), self.dim))
+
+    def find(self, keys_N2: np.ndarray) -> np.ndarray:
+        """The row of each key, [N] int64; -1: none."""
+        found_N = np.full(len(keys_N2), -1, dtype=np.int64)
+        pending_M = np.argsort(keys_N2[:, 0])  # sorted keys search neighbouring places
+        place_M = np.searchsorted(self.sorted_R, keys_N2[pending_M, 0] & ~ROW_BITS, side="left")
+        end_M = np.searchsorted(self.sorted_R, keys_N2[pending_M, 0] | ROW_BITS, side="right")
+        while len(pending_M):
+            left_M = place_M < end_M
+            pending_M, place_M, end_M = pending_M[left_M], place_M[left_M], end_M[left_M]
+            row_M = (self.sorted_R[place_M] & ROW_BITS).astype(np.int64)
+            same_M = self.records_R["key"][row_M, 1] == keys_N2[pending_M, 1]
+            found_N[pending_M[same_M]] = row_M[same_M]
+            # The others share 32 bits with another key.
+            pending_M, place_M, end_M = pending_M[~same_M], place_M[~same_M] + 1, end_M[~same_M]
+        return found_N
+
+    def damage(self, what: str) -> ValueError:
+        """The error to raise; it says how to repair the space."""
+        advice = f"see `embedft store {self.path.parent} --verify`, drop such rows with --repair"
+        return ValueError(f"{self.path}: {what}; {advice}")
+
+
 class Store:
-    """A folder of embeddings, created if missing; one of version 1 is converted.
+    """A folder of embeddings, created if missing.
 
     `hits` and `misses` count the texts this object was asked for: those found (or asked for twice), those computed.
     `timeout_seconds`: how long to wait while another process writes to the database.
@@ -84,21 +152,14 @@ class Store:
         self._turns: set[str] = set()
         self._said_waiting = False
         if any(self.folder.glob("*/space.json")):
-            with locked(self.folder / "lock", wait=self._say_waiting):
-                for path in self.folder.glob("*/space.json"):
-                    self._convert(path)
+            raise ValueError(f"{folder}: an earlier embedft wrote it (version 1); choose another folder, or delete it")
 
     def __reduce__(self):
         # Copies and other processes open the folder themselves: a copied map would be all the vectors.
         return Store, (self.folder,)
 
     def fill(
-        self,
-        space: Space,
-        texts: Sequence[str],
-        compute: Callable[[list[str]], np.ndarray],
-        *,
-        slice_texts: int = 16_384,
+        self, space: Space, texts: Sequence[str], compute: Callable[..., np.ndarray], *, slice_texts: int = 16_384
     ) -> np.ndarray:
         """Computes and stores what is missing; returns the row of each text, [N] int64.
 
@@ -117,7 +178,12 @@ class Store:
                 rows = first_rows[start : start + slice_texts]
                 rows = rows[self._look(space).find(keys_N2[rows]) < 0]  # another process may have added some
                 if len(rows):
-                    vectors_MD = _checked(compute([texts[row] for row in rows.tolist()]), space.dim, rows)
+                    vectors_MD = np.ascontiguousarray(compute([texts[row] for row in rows.tolist()]), VECTOR_TYPE)
+                    if vectors_MD.shape != (len(rows), space.dim):
+                        raise ValueError(f"compute returned {vectors_MD.shape}, expected {(len(rows), space.dim)}")
+                    wrong = rows[~np.isfinite(vectors_MD).all(axis=1)]
+                    if len(wrong):
+                        raise ValueError(f"the vector of texts[{wrong[0]}] has values that are not finite")
                     self._append(space, keys_N2[rows], vectors_MD)
             self.misses += len(rows)
         self.hits += len(texts) - (self.misses - misses)
@@ -132,10 +198,14 @@ class Store:
 
     def read(self, space: Space, rows: np.ndarray) -> np.ndarray:
         """Vectors of the rows that `find` or `fill` returned, [len(rows), D] float32. Raises for damage."""
-        opened, rows = self._opened.get(space.fingerprint) or self._look(space), np.asarray(rows, dtype=np.int64)
-        if rows.size and not 0 <= rows.min() <= rows.max() < len(opened):
-            raise ValueError(f"{self.folder}: rows are {rows.min()} to {rows.max()}, expected 0 to {len(opened) - 1}")
-        return opened.read(rows)
+        opened, rows_N = self._opened.get(space.fingerprint) or self._look(space), np.asarray(rows, dtype=np.int64)
+        if rows_N.size and not 0 <= rows_N.min() <= rows_N.max() < len(opened):
+            raise ValueError(f"{self.folder}: rows are {min(rows_N)} to {max(rows_N)}, expected 0 to {len(opened) - 1}")
+        vectors_ND = np.asarray(opened.vectors)[rows_N]
+        damaged = rows_N[checksums(vectors_ND) != opened.records_R["checksum"][rows_N]]
+        if len(damaged):
+            raise opened.damage(f"row {damaged[0]} is damaged ({len(damaged):,} of {len(rows_N):,} rows read)")
+        return vectors_ND.astype(np.float32, copy=False)
 
     def find(self, space: Space, texts: Sequence[str]) -> np.ndarray:
         """The row of each text, [N] int64, -1 where it is not stored. Sees what other processes have added."""
@@ -187,15 +257,12 @@ class Store:
             opened = self._rows(space, database)
             records_M = np.empty(len(keys_M2), RECORD)
             records_M["key"], records_M["checksum"] = keys_M2, checksums(vectors_MD)
-            with open(opened.path, "r+b" if opened.path.is_file() else "xb") as file:
+            with open(opened.path, "ab") as file:
                 file.truncate(len(opened) * space.dim * VECTOR_TYPE.itemsize)
-                file.seek(0, os.SEEK_END)
                 file.write(vectors_MD)
                 file.flush()
                 os.fsync(file.fileno())
-            _write_records(database, opened.version[0], len(opened), records_M)
-
-    # Spaces.
+            database.execute(WRITE_BATCH, (opened.version[0], len(opened), len(records_M), records_M.tobytes()))
 
     def spaces(self) -> dict[str, StoredSpace]:
         """The spaces by name, in order of their names."""
@@ -210,7 +277,7 @@ class Store:
 
     def num_bytes(self) -> int:
         """The size of all files."""
-        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        return sum(map(size_of, self.folder.rglob("*")))
 
     def verify(self, name: str, *, repair: bool = False) -> tuple[int, np.ndarray]:
         """Reads all of a space; returns its number of texts and the rows whose vectors are damaged, ascending.
@@ -222,24 +289,27 @@ class Store:
             if state != "ok":
                 raise ValueError(f"{self.folder / DATABASE}: {' '.join(state.split())}")
             identity, fingerprint, dim = self._named(database, name)
-            path, damaged, num_texts, end = self._path(fingerprint, identity), [np.empty(0, np.int64)], 0, 0
+            path, damaged, num_texts, end = self._path(fingerprint, identity), [], 0, 0
             sql = "SELECT first_row, records FROM batches WHERE space = ? ORDER BY first_row"
             for first_row, content in database.execute(sql, (identity,)).fetchall():
                 records = np.frombuffer(content, RECORD).copy()
-                is_text_M, vectors_MD = records["key"].any(axis=1), read_rows(path, first_row, len(records), dim)
+                offset, num_values = first_row * dim * VECTOR_TYPE.itemsize, len(records) * dim
+                values = np.fromfile(path, VECTOR_TYPE, num_values, offset=offset) if path.is_file() else np.empty(0)
+                found = checksums(values[: len(values) // dim * dim].reshape(-1, dim))  # fewer where the file ends
+                is_text_M = records["key"].any(axis=1)
                 wrong_M = is_text_M.copy()
-                wrong_M[: len(vectors_MD)] &= checksums(vectors_MD) != records["checksum"][: len(vectors_MD)]
-                damaged.append(first_row + np.flatnonzero(wrong_M))
+                wrong_M[: len(found)] &= found != records["checksum"][: len(found)]
+                damaged += (first_row + np.flatnonzero(wrong_M)).tolist()
                 num_texts, end = num_texts + int(is_text_M.sum()), first_row + len(records)
                 if repair and wrong_M.any():
                     records[wrong_M] = 0
-                    _write_records(database, identity, first_row, records)
-            damaged = np.concatenate(damaged)
-            if repair and len(damaged):
+                    num_left = int(is_text_M.sum() - wrong_M.sum())
+                    database.execute(WRITE_BATCH, (identity, first_row, num_left, records.tobytes()))
+            if repair and damaged:
                 database.execute("UPDATE spaces SET num_repairs = num_repairs + 1 WHERE id = ?", (identity,))
                 path.touch()
                 os.truncate(path, max(size_of(path), end * dim * VECTOR_TYPE.itemsize))
-        return num_texts, damaged
+        return num_texts, np.array(damaged, dtype=np.int64)
 
     def prune(self, *names: str) -> None:
         """Removes spaces: all of them or, when a name is unknown, none. A process that fills one starts it again."""
@@ -267,48 +337,14 @@ class Store:
         path = self.folder / DATABASE
         try:
             connection = sqlite3.connect(path, timeout=self.timeout_seconds, isolation_level=None)
-            with contextlib.closing(connection):
-                (version,) = connection.execute("PRAGMA user_version").fetchone()
+            with contextlib.closing(connection) as database, database:  # commits, or rolls back after an error
+                (version,) = database.execute("PRAGMA user_version").fetchone()
                 if not version:
-                    connection.execute("PRAGMA auto_vacuum = FULL")  # the file shrinks when a space is removed
-                    connection.executescript(SCHEMA)
+                    database.execute("PRAGMA auto_vacuum = FULL")  # the file shrinks when a space is removed
+                    database.executescript(SCHEMA)
                 elif version != VERSION:
                     raise ValueError(f"{path}: version is {version}, expected {VERSION}: a newer embedft wrote it")
-                connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
-                with connection:  # commits, or rolls back after an error
-                    yield connection
+                database.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+                yield database
         except sqlite3.Error as error:
             raise ValueError(f"{path}: {error}") from None
-
-    def _convert(self, path: Path) -> None:
-        """Takes over what is whole of a space of version 1, a folder with space.json, vectors.f32 and keys.bin."""
-        values = read_object(path)
-        if values.get("version") != 1 or not {"fingerprint", "dim", "description"} <= values.keys():
-            raise ValueError(f"{path}: not what embedft writes; delete {path.parent}")
-        space = Space(values["fingerprint"], values["dim"], values["description"])
-        old = np.fromfile(path.with_name("keys.bin"), OLD_RECORD)
-        vectors_RD = read_rows(path.with_name("vectors.f32"), 0, len(old), space.dim)
-        rows = zip(old, vectors_RD, strict=False)  # a killed process may have left vectors without keys
-        found = [zlib.crc32(record["key"].tobytes() + row.tobytes()) == record["checksum"] for record, row in rows]
-        whole = np.flatnonzero(found)
-        if not len(self._look(space)):  # otherwise a process was killed before it removed the folder
-            self._append(space, old["key"][whole, :2], vectors_RD[whole])
-        shutil.rmtree(path.parent)
-
-
-def _checked(vectors: np.ndarray, dim: int, rows: np.ndarray) -> np.ndarray:
-    """What `compute` returned for these rows of the texts, ready to be written."""
-    vectors = np.asarray(vectors)
-    if vectors.shape != (len(rows), dim):
-        raise ValueError(f"compute returned shape {vectors.shape} for {len(rows)} texts, expected [N, {dim}]")
-    vectors_MD = np.ascontiguousarray(vectors, dtype=VECTOR_TYPE)
-    finite_M = np.isfinite(vectors_MD).all(axis=1)
-    if not finite_M.all():
-        raise ValueError(f"the vector of texts[{rows[finite_M.argmin()]}] has values that are not finite")
-    return vectors_MD
-
-
-def _write_records(database: sqlite3.Connection, space: int, first_row: int, records_M: np.ndarray) -> None:
-    num_texts = int(records_M["key"].any(axis=1).sum())
-    values = (space, first_row, num_texts, records_M.tobytes())
-    database.execute("INSERT OR REPLACE INTO batches VALUES (?, ?, ?, ?)", values)
