@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from embedft import Report, RetrievalDataset, evaluate, evaluate_run, load_embedder
-from embedft.corpus.cleaning import Cleaned, clean
+from embedft.corpus.cleaning import Dropped, clean, report
 from embedft.retrieval.tables import format_table
 
 from .commandline import make_parser, run
@@ -32,13 +32,13 @@ def main(options: argparse.Namespace) -> None:
     folder = find_data("lyft_uber", options.data)
     lyft = RetrievalDataset.load(folder / "train_dataset.json")
     uber = RetrievalDataset.load(folder / "val_dataset.json")
-    cleaned_lyft, cleaned_uber = clean(lyft), clean(uber)
-    print(f"{format_reasons({'Lyft': cleaned_lyft, 'Uber': cleaned_uber})}\n")
+    (kept_lyft, dropped_lyft), (kept_uber, dropped_uber) = clean(lyft), clean(uber)
+    reports = {"Lyft": report(lyft, kept_lyft, dropped_lyft), "Uber": report(uber, kept_uber, dropped_uber)}
+    print(f"{format_reasons(reports)}\n")
 
     base = evaluate(load_embedder(options.base, max_length=MAX_LENGTH), uber)
-    print(
-        f"{format_groups(base, uber, cleaned_uber)}\n\nbase: {options.base}; every row against all of Uber's documents"
-    )
+    groups = format_groups(base, uber, kept_uber, dropped_uber)
+    print(f"{groups}\n\nbase: {options.base}; every row against all of Uber's documents")
     if not options.train:
         return
     out = Path(options.out) / options.base.strip("/").replace("/", "--")
@@ -47,24 +47,23 @@ def main(options: argparse.Namespace) -> None:
             finetune_seed(options.base, train_set, uber, seed, out / name / f"s{seed}", name="uber")
             for seed in options.seeds
         ]
-        for name, train_set in (("all", lyft), ("cleaned", cleaned_lyft.dataset))
+        for name, train_set in (("all", lyft), ("cleaned", kept_lyft))
     }
-    print(f"\n{format_training(base, tuned['all'], tuned['cleaned'], cleaned_uber.dataset)}")
+    print(f"\n{format_training(base, tuned['all'], tuned['cleaned'], kept_uber)}")
     seeds = ", ".join(map(str, options.seeds))
     print(
-        f"\ntrained on all {len(lyft.queries)} or the {len(cleaned_lyft.dataset.queries)} kept questions over Lyft, "
+        f"\ntrained on all {len(lyft.queries)} or the {len(kept_lyft.queries)} kept questions over Lyft, "
         f"mean over seeds {seeds}.\nDifference, interval and p-value: kept against all, for new seeds and new "
         "questions, clustered by document."
     )
 
 
-def format_reasons(cleaned: Mapping[str, Cleaned]) -> str:
+def format_reasons(reports: Mapping[str, dict]) -> str:
     """A table of counts by reason, followed by an example of each."""
-    reports = {name: found.report() for name, found in cleaned.items()}
     reasons = dict.fromkeys(reason for report in reports.values() for reason in report["dropped"])
     counts = {
         "all": [report["num_queries"] for report in reports.values()],
-        **{reason: [found.counts().get(reason, 0) for found in cleaned.values()] for reason in reasons},
+        **{reason: [r["dropped"].get(reason, {"count": 0})["count"] for r in reports.values()] for reason in reasons},
         "kept": [report["num_kept"] for report in reports.values()],
         "of them changed": [report["changed"]["count"] for report in reports.values()],
     }
@@ -85,11 +84,11 @@ def _shorten(example: dict[str, str]) -> str:
     return "... " * (start > 0) + part + " ..." * (start + len(part) < len(text))
 
 
-def format_groups(report: Report, dataset: RetrievalDataset, cleaned: Cleaned) -> str:
+def format_groups(report: Report, dataset: RetrievalDataset, kept: RetrievalDataset, dropped: Dropped) -> str:
     """A table of metrics over all queries, the kept ones, and those dropped for each reason."""
-    groups = {"all": dataset.qrels, "kept": cleaned.dataset.qrels}
-    for drop in cleaned.dropped:
-        groups.setdefault(drop.reason, {})[drop.query_id] = dataset.qrels[drop.query_id]
+    groups = {"all": dataset.qrels, "kept": kept.qrels}
+    for query_id, (reason, _) in dropped.items():
+        groups.setdefault(reason, {})[query_id] = dataset.qrels[query_id]
     rows = []
     for group, qrels in groups.items():
         part = evaluate_run(report.run.select(list(qrels)), qrels)

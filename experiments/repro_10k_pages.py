@@ -96,7 +96,7 @@ def ask(chunks: list[Chunk], config: QuestionConfig, folder: Path, url: str | No
     outcome = write_questions(chunks, config, folder=folder, base_url=url)
     if outcome.missing:
         raise ValueError(f"{len(outcome.missing)} of {len(chunks)} chunks have no questions yet; run this again")
-    return clean(question_dataset(chunks, outcome.questions)).dataset
+    return clean(question_dataset(chunks, outcome.questions))[0]
 
 
 def measured_once(api: ApiEmbedder, held_out: RetrievalDataset, out: Path) -> Report:

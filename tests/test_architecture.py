@@ -21,7 +21,7 @@ ROOT = Path(embedft.__file__).parent
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 # Open to all but losses; they import each other and nothing else.
-LEAVES = ("config", "files", "progress", "device", "objects")
+LEAVES = ("config", "files", "progress", "device", "objects", "vectors")
 # Part of embedft, a folder or a module: what it may import of embedft beside itself.
 LAYERS = {
     "losses": (),

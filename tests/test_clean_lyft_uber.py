@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from embedft import Report, RetrievalDataset, evaluate_run
+from embedft.corpus import cleaning
 from embedft.corpus.cleaning import clean
 from embedft.retrieval.run import Run
 from experiments.clean_lyft_uber import (
@@ -50,7 +51,9 @@ def test_reasons():
     long = RetrievalDataset(
         {"long": f"{'Why ' * 60}does the document say {'so ' * 60}?", "good": "- Who pays?"}, CORPUS, {}
     )
-    text = format_reasons({"Lyft": clean(DATASET), "Uber": clean(long)})
+    text = format_reasons(
+        {"Lyft": cleaning.report(DATASET, *clean(DATASET)), "Uber": cleaning.report(long, *clean(long))}
+    )
     assert cells(text) == {
         "questions": ["Lyft", "Uber"],
         "-" * 22: ["-" * 5 + ":", "-" * 5 + ":"],
@@ -70,7 +73,7 @@ def test_reasons():
 
 
 def test_groups():
-    table = cells(format_groups(evaluate_run(RUN, DATASET), DATASET, clean(DATASET)))
+    table = cells(format_groups(evaluate_run(RUN, DATASET), DATASET, *clean(DATASET)))
     # Reciprocal ranks 1, 1/2, 0, 1/3; ndcg 1, 1/log2(3), 0, 1/log2(4).
     assert table["all"] == ["4", "0.7500", f"{(1 + 1 / 2 + 1 / 3) / 4:.4f}", f"{(1 + 1 / np.log2(3) + 0.5) / 4:.4f}"]
     assert table["kept"] == ["2", "1.0000", "0.7500", f"{(1 + 1 / np.log2(3)) / 2:.4f}"]
@@ -92,7 +95,7 @@ def report(**ranks: int) -> Report:
 
 def test_training():
     first, second = report(good=1, other=2, source=3, quiz=1), report(good=1, other=1, source=3, quiz=2)
-    kept = clean(DATASET).dataset
+    kept, _ = clean(DATASET)
     part = select_queries(second, kept)
     assert (part.query_ids, part.clusters) == (["good", "other"], ["d1", "d2"])
     assert part.metrics["mrr@10"] == pytest.approx(1)

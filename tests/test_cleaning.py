@@ -8,25 +8,8 @@ import numpy as np
 import pytest
 
 from embedft import RetrievalDataset
-from embedft.corpus.cleaning import (
-    ASKS_NOTHING,
-    COPIES_DOCUMENT,
-    NO_RELEVANT_DOCUMENT,
-    OUT_OF_REACH,
-    POINTS_AT_SOURCE,
-    REPEATS,
-    SHOWS_PROMPT,
-    Changed,
-    Dropped,
-    asks,
-    clean,
-    copies,
-    points_at_source,
-    question_key,
-    round_trip,
-    shows_prompt,
-    tidy,
-)
+from embedft.corpus.asking import PROMPT, SOURCE, asks
+from embedft.corpus.cleaning import clean, copies, drop_held_out, question_key, report, round_trip, tidy
 
 # Tidying.
 
@@ -119,6 +102,11 @@ def test_what_asks_nothing(text):
 # The prompt.
 
 
+def first(pattern, text: str) -> str | None:
+    found = pattern.search(text)
+    return found and found[0]
+
+
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
@@ -141,7 +129,7 @@ def test_what_asks_nothing(text):
     ],
 )
 def test_shows_prompt(text, shown):
-    assert shows_prompt(text) == shown
+    assert first(PROMPT, text) == shown
 
 
 # The source. What comes back is what a report shows, so it is compared too.
@@ -203,8 +191,8 @@ def test_shows_prompt(text, shown):
     ],
 )
 def test_what_points_at_its_source(text, phrase):
-    assert points_at_source(text) == phrase
-    assert points_at_source(text.upper()) == phrase.upper()
+    assert first(SOURCE, text) == phrase
+    assert first(SOURCE, text.upper()) == phrase.upper()
 
 
 @pytest.mark.parametrize(
@@ -256,7 +244,7 @@ def test_what_points_at_its_source(text, phrase):
     ],
 )
 def test_what_does_not_point_at_its_source(text):
-    assert points_at_source(text) is None
+    assert first(SOURCE, text) is None
 
 
 # Copies.
@@ -387,64 +375,66 @@ def test_clean_drops_by_the_first_reason_and_reports():
         "also": "Until when is the depot let?",
     }
     dataset = dataset_of(queries, titles={"d2": "Checks"})
-    cleaned = clean(dataset)
-    assert cleaned.dropped == (
-        Dropped("preamble", queries["preamble"], ASKS_NOTHING),
-        Dropped("prompt", queries["prompt"], SHOWS_PROMPT, "As a teacher"),
-        Dropped("source", queries["source"], POINTS_AT_SOURCE, "the document"),
-        Dropped("copy", queries["copy"], COPIES_DOCUMENT, "d1"),
-        Dropped("again", queries["again"], REPEATS, "good"),
-    )
-    assert cleaned.changed == (Changed("good", queries["good"], "When does the facility mature?"),)
+    cleaned, dropped = clean(dataset)
+    assert list(dropped.items()) == [
+        ("preamble", ("asks nothing", "")),
+        ("prompt", ("shows the prompt", "As a teacher")),
+        ("source", ("points at its source", "the document")),
+        ("copy", ("copies its document", "d1")),
+        ("again", ("repeats another query", "good")),
+    ]
     kept = {"good": "When does the facility mature?", "also": queries["also"]}
-    assert cleaned.dataset == RetrievalDataset(
+    assert cleaned == RetrievalDataset(
         kept, dataset.corpus, {query_id: {"d1": 1} for query_id in kept}, titles=dataset.titles
     )
-    assert list(cleaned.dataset.queries) == ["good", "also"]
+    assert list(cleaned.queries) == ["good", "also"]
     assert dataset.queries == queries
     assert len(dataset.qrels) == 7
-    report = json.loads(json.dumps(cleaned.report()))
-    assert (report["num_queries"], report["num_kept"]) == (7, 2)
-    assert report["dropped"][SHOWS_PROMPT] == {
+    found = json.loads(json.dumps(report(dataset, cleaned, dropped)))
+    assert (found["num_queries"], found["num_kept"]) == (7, 2)
+    assert found["dropped"]["shows the prompt"] == {
         "count": 1,
         "examples": [{"id": "prompt", "text": queries["prompt"], "detail": "As a teacher"}],
     }
-    assert report["changed"] == {
+    assert found["changed"] == {
         "count": 1,
         "examples": [{"id": "good", "before": queries["good"], "after": kept["good"]}],
     }
-    again = clean(cleaned.dataset)
-    assert (again.dataset, again.dropped, again.changed) == (cleaned.dataset, (), ())
+    assert clean(cleaned) == (cleaned, {})
 
 
 def test_the_report_counts_all_and_shows_five():
     queries = {f"s{i}": f"Statement {i}." for i in range(7)} | {f"p{i}": f"Is this quiz {i}?" for i in range(8)}
-    cleaned = clean(dataset_of({**queries, **{f"q{i}": f"- Who is number {i}?" for i in range(6)}}))
-    assert list(cleaned.counts().items()) == [(SHOWS_PROMPT, 8), (ASKS_NOTHING, 7)]
-    report = cleaned.report()
-    assert [example["id"] for example in report["dropped"][ASKS_NOTHING]["examples"]] == [f"s{i}" for i in range(5)]
-    assert report["dropped"][ASKS_NOTHING]["count"] == 7
-    assert (report["changed"]["count"], len(report["changed"]["examples"])) == (6, 5)
+    dataset = dataset_of({**queries, **{f"q{i}": f"- Who is number {i}?" for i in range(6)}})
+    found = report(dataset, *clean(dataset))
+    assert counts(found) == {"shows the prompt": 8, "asks nothing": 7}
+    assert list(found["dropped"]) == ["shows the prompt", "asks nothing"]
+    assert [example["id"] for example in found["dropped"]["asks nothing"]["examples"]] == [f"s{i}" for i in range(5)]
+    assert (found["changed"]["count"], len(found["changed"]["examples"])) == (6, 5)
+
+
+def counts(found: dict) -> dict[str, int]:
+    return {reason: kind["count"] for reason, kind in found["dropped"].items()}
 
 
 def test_a_copy_is_one_of_a_relevant_document():
     text = "The treasurer signs all checks of the company?"
-    assert clean(dataset_of({"q": text})).dropped == ()  # d1 is relevant, d2 copied
+    assert clean(dataset_of({"q": text}))[1] == {}  # d1 is relevant, d2 copied
     other = {"q": "Who signs?", "copy": text}
-    dropped = clean(dataset_of(other, qrels={"q": {"d1": 1}, "copy": {"d1": 1, "d2": 1}})).dropped
-    assert dropped == (Dropped("copy", text, COPIES_DOCUMENT, "d2"),)
-    assert clean(dataset_of(other, qrels={"copy": {"d2": 0}})).dropped == ()
+    dropped = clean(dataset_of(other, qrels={"q": {"d1": 1}, "copy": {"d1": 1, "d2": 1}}))[1]
+    assert dropped == {"copy": ("copies its document", "d2")}
+    assert clean(dataset_of(other, qrels={"copy": {"d2": 0}}))[1] == {}
     # The title is part of what is searched.
     titled = dataset_of(
         {"q": "Overview of the whole matter of fees?", "r": "Who?"},
         titles={"d1": "Overview of the whole matter of fees"},
     )
-    assert [drop.query_id for drop in clean(titled).dropped] == ["q"]
+    assert list(clean(titled)[1]) == ["q"]
 
 
 def test_equal_questions_become_one_with_all_their_documents():
     queries = {"q1": "Who signs?", "q2": "Who pays?", "q3": "who signs", "q4": '"Who signs?"', "q5": "Who owns it?"}
-    cleaned = clean(
+    cleaned, dropped = clean(
         dataset_of(
             queries,
             qrels={"q1": {"d1": 3, "d2": 0}, "q3": {"d2": 2}, "q4": {"d1": 1}, "q5": {}},
@@ -452,14 +442,21 @@ def test_equal_questions_become_one_with_all_their_documents():
             scores={"q1": {"d1": 0.5}, "q3": {"d1": 0.1, "d2": 0.25}},
         )
     )
-    assert cleaned.dataset.queries == {"q1": "Who signs?", "q2": "Who pays?", "q5": "Who owns it?"}
-    assert cleaned.dataset.qrels == {"q1": {"d1": 3, "d2": 2}, "q5": {}}
-    assert cleaned.dataset.negatives == {"q1": ["d3"], "q2": ["d1"]}
-    assert cleaned.dataset.scores == {"q1": {"d1": 0.5, "d2": 0.25}}
-    assert [(drop.query_id, drop.detail) for drop in cleaned.dropped] == [("q3", "q1"), ("q4", "q1")]
+    assert cleaned.queries == {"q1": "Who signs?", "q2": "Who pays?", "q5": "Who owns it?"}
+    assert cleaned.qrels == {"q1": {"d1": 3, "d2": 2}, "q5": {}}
+    assert cleaned.negatives == {"q1": ["d3"], "q2": ["d1"]}
+    assert cleaned.scores == {"q1": {"d1": 0.5, "d2": 0.25}}
+    assert dropped == dict.fromkeys(["q3", "q4"], ("repeats another query", "q1"))
     # Twice in one chunk: simply one. Negatives that only the other brought come along.
-    once = clean(dataset_of({"q1": "Who signs?", "q2": "Who signs?"}, negatives={"q2": ["d3"]})).dataset
+    once, _ = clean(dataset_of({"q1": "Who signs?", "q2": "Who signs?"}, negatives={"q2": ["d3"]}))
     assert (once.queries, once.qrels, once.negatives) == ({"q1": "Who signs?"}, {"q1": {"d1": 1}}, {"q1": ["d3"]})
+
+
+def test_judgments_of_documents_that_the_corpus_lacks_stay_with_their_queries():
+    queries = {"q1": "Who signs?", "q2": "A statement.", "q3": "Who pays?"}
+    dataset = dataset_of(queries, missing={"q2": {"gone": 1}, "q3": {"gone": 2}})
+    assert clean(dataset)[0].missing == drop_held_out(dataset, dataset_of({"v": queries["q2"]}))[0].missing
+    assert clean(dataset)[0].missing == {"q3": {"gone": 2}}
 
 
 def test_nothing_left_is_an_error():
@@ -473,8 +470,8 @@ def test_many_questions_are_cleaned_in_seconds():
     queries = {f"q{i}": f"What happens to part {i // 2} of the lease when it ends?" for i in range(4_000)}
     dataset = RetrievalDataset(queries, corpus, {f"q{i}": {f"d{i // 2}": 1} for i in range(4_000)})
     start = time.process_time()
-    cleaned = clean(dataset)
-    assert len(cleaned.dataset.queries) == 2_000
+    cleaned, _ = clean(dataset)
+    assert len(cleaned.queries) == 2_000
     assert time.process_time() - start < 5  # 0.4 s; all pairs would be eight million
 
 
@@ -485,13 +482,18 @@ def test_lyft_and_uber(shared_data):
     lyft = RetrievalDataset.load(shared_data / "lyft_uber" / "train_dataset.json")
     uber = RetrievalDataset.load(shared_data / "lyft_uber" / "val_dataset.json")
     assert all(asks(text) for dataset in (lyft, uber) for text in dataset.queries.values())
-    cleaned = clean(lyft)
-    assert cleaned.counts() == {POINTS_AT_SOURCE: 94, REPEATS: 9, SHOWS_PROMPT: 6, COPIES_DOCUMENT: 1}
-    assert len(cleaned.dataset.corpus) == 334
-    assert sum(len(grades) == 2 for grades in cleaned.dataset.qrels.values()) == 9
-    roles = [drop.text for drop in cleaned.dropped if drop.reason == SHOWS_PROMPT]
+    cleaned, dropped = clean(lyft)
+    assert counts(report(lyft, cleaned, dropped)) == {
+        "points at its source": 94,
+        "repeats another query": 9,
+        "shows the prompt": 6,
+        "copies its document": 1,
+    }
+    assert len(cleaned.corpus) == 334
+    assert sum(len(grades) == 2 for grades in cleaned.qrels.values()) == 9
+    roles = [lyft.queries[query_id] for query_id, (reason, _) in dropped.items() if reason == "shows the prompt"]
     assert roles.count("How does the context information provided relate to the role of a teacher or professor?") == 2
-    assert clean(uber).counts() == {POINTS_AT_SOURCE: 170}
+    assert counts(report(uber, *clean(uber))) == {"points at its source": 170}
 
 
 # The round trip.
@@ -511,6 +513,7 @@ def plane(degrees: float, length: float = 1.0) -> list[float]:
     return [length * np.cos(np.radians(degrees)), length * np.sin(np.radians(degrees))]
 
 
+OUT_OF_REACH = "document is not in the top k"
 # Degrees are the ranking: a query's documents by the angle between them.
 ANGLES = {
     "east": plane(0, 9.0),
@@ -532,39 +535,39 @@ def test_round_trip_keeps_what_is_found():
     # near east: e n w; near north: n e w; by west: w n e.
     dataset = compass({"near east": {"e": 1}, "near north": {"e": 1}, "by west": {"e": 2}})
     encode = encoder(ANGLES)
-    cleaned = round_trip(dataset, encode=encode, k=2)
+    cleaned, dropped = round_trip(dataset, encode=encode, k=2)
     assert encode.calls == [("document", ["east", "north", "west"]), ("query", ["near east", "near north", "by west"])]
-    assert list(cleaned.dataset.queries) == ["near east", "near north"]
-    assert cleaned.dropped == (Dropped("by west", "by west", OUT_OF_REACH, "rank 3"),)
-    assert cleaned.dataset.corpus == dataset.corpus
-    assert cleaned.dataset.qrels == {"near east": {"e": 1}, "near north": {"e": 1}}
-    first = round_trip(dataset, encode=encode, k=1)
-    assert [(drop.query_id, drop.detail) for drop in first.dropped] == [("near north", "rank 2"), ("by west", "rank 3")]
-    assert round_trip(dataset, encode=encode, k=50).dropped == ()
+    assert list(cleaned.queries) == ["near east", "near north"]
+    assert dropped == {"by west": (OUT_OF_REACH, "rank 3")}
+    assert cleaned.corpus == dataset.corpus
+    assert cleaned.qrels == {"near east": {"e": 1}, "near north": {"e": 1}}
+    _, dropped = round_trip(dataset, encode=encode, k=1)
+    assert list(dropped.items()) == [("near north", (OUT_OF_REACH, "rank 2")), ("by west", (OUT_OF_REACH, "rank 3"))]
+    assert round_trip(dataset, encode=encode, k=50) == (dataset, {})
 
 
 def test_round_trip_takes_the_best_relevant_document_and_ignores_grade_0():
     dataset = compass({"near east": {"w": 1, "e": 1}, "near north": {"n": 0, "w": 1}, "by west": {"w": 0}})
-    cleaned = round_trip(dataset, encode=encoder(ANGLES), k=1)
-    assert cleaned.dropped == (
-        Dropped("near north", "near north", OUT_OF_REACH, "rank 3"),
-        Dropped("by west", "by west", NO_RELEVANT_DOCUMENT),
-    )
-    assert cleaned.dataset.qrels == {"near east": {"w": 1, "e": 1}}
+    cleaned, dropped = round_trip(dataset, encode=encoder(ANGLES), k=1)
+    assert list(dropped.items()) == [
+        ("near north", (OUT_OF_REACH, "rank 3")),
+        ("by west", ("has no relevant document", "")),
+    ]
+    assert cleaned.qrels == {"near east": {"w": 1, "e": 1}}
 
 
 def test_round_trip_counts_equal_documents_and_lets_ties_pass():
     # Two more copies of north stand before east, and a tie with one's own copy does no harm.
     dataset = compass({"near north": {"e": 1}, "near east": {"e2": 1}}, n2="north", n3="north", e2="east")
     encode = encoder(ANGLES)
-    assert round_trip(dataset, encode=encode, k=1).dropped[0].detail == "rank 4"
+    assert round_trip(dataset, encode=encode, k=1)[1]["near north"] == (OUT_OF_REACH, "rank 4")
     assert encode.calls[0] == ("document", ["east", "north", "west"])
     # A vector of zeros is as far from all: all tie.
     lost = compass({"nowhere": {"w": 1}}, queries=["nowhere"])
-    assert round_trip(lost, encode=encode, k=1).dropped == ()
+    assert round_trip(lost, encode=encode, k=1)[1] == {}
     # So is a document of zeros: behind east and north, before west.
     dataset = compass({"near east": {"o": 1}, "near north": {"n": 1}}, o="nowhere")
-    assert round_trip(dataset, encode=encode, k=1).dropped[0].detail == "rank 3"
+    assert round_trip(dataset, encode=encode, k=1)[1]["near east"] == (OUT_OF_REACH, "rank 3")
 
 
 def test_round_trip_with_titles_negatives_and_scores():
@@ -576,7 +579,7 @@ def test_round_trip_with_titles_negatives_and_scores():
         scores={"q": {"o": 0.5}, "r": {"d": 1.0}},
         titles={"d": "far"},
     )
-    cleaned = round_trip(dataset, encode=encoder({**ANGLES, "far east": plane(5)}), k=1).dataset
+    cleaned, _ = round_trip(dataset, encode=encoder({**ANGLES, "far east": plane(5)}), k=1)
     assert cleaned == RetrievalDataset(
         {"q": "near east"}, dataset.corpus, {"q": {"d": 1}}, {"q": ["o"]}, {"q": {"o": 0.5}}, dataset.titles
     )
@@ -596,7 +599,7 @@ def test_round_trip_against_sorting(block):
         if set(ranking[:6]) & relevant.keys():
             expected.append(query_id)
     assert 5 < len(expected) < 35
-    assert list(round_trip(dataset, encode=encoder(vectors), k=6, block=block).dataset.queries) == expected
+    assert list(round_trip(dataset, encode=encoder(vectors), k=6, block=block)[0].queries) == expected
 
 
 def test_round_trip_errors():

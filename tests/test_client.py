@@ -2,12 +2,11 @@
 
 import asyncio
 import json
-from types import SimpleNamespace
 
 import pytest
 from api_server import ApiServer
 
-from embedft.api.client import FREE, Client, check_settings, message_text, reported_usage, run_to_end
+from embedft.api.client import FREE, Client, message_text, reported_usage, run_to_end
 from embedft.api.sending import Response
 from embedft.api.server import Server
 
@@ -206,12 +205,3 @@ def test_to_the_end_with_and_without_a_loop():
         return run_to_end(answer())
 
     assert run_to_end(answer()) == asyncio.run(notebook()) == 42
-
-
-def test_only_settings_of_requests_are_checked():
-    """A command has more of them: a seed of 0 is fine."""
-    settings = SimpleNamespace(model="m", parameters={}, seed=0, concurrency=1, price_in=0.0, num_questions=2)
-    check_settings(settings, own_parameters=["model"])
-    settings.num_questions = 0
-    with pytest.raises(ValueError, match="num_questions is 0"):
-        check_settings(settings, own_parameters=["model"])

@@ -21,11 +21,12 @@ from embedft import RetrievalDataset, cli, evaluate, finetune, load_embedder
 from embedft.api import endpoint as endpoints
 from embedft.api import sending
 from embedft.api.endpoint import ApiCosts, shorten
-from embedft.api.ledger import Totals
+from embedft.api.ledger import Ledger
 from embedft.encoders.adapter import Adapter, Base
 from embedft.encoders.maps import LinearMap
 from embedft.encoders.openai_api import ApiEmbedder
 from embedft.encoders.store import Store
+from embedft.vectors import unit_rows
 
 KEY = "sk-secret-0123456789"
 
@@ -52,6 +53,11 @@ def asked(server: ApiServer) -> list[list[str]]:
 
 def lines(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def totals(ledger: Ledger) -> tuple:
+    """Requests, tokens, requests without a report, cost, and the most that these may cost."""
+    return ledger.num_requests, ledger.prompt_tokens, len(ledger.open), float(ledger.cost), float(ledger.open_cost)
 
 
 def api(server: ApiServer, **options) -> ApiEmbedder:
@@ -209,20 +215,20 @@ def test_a_role_that_is_none():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"dimensions": 0}, "dimensions is 0, expected more than 0"),
-        ({"max_tokens": -1}, "max_tokens is -1, expected more than 0"),
-        ({"concurrency": 0}, "concurrency is 0, expected more than 0"),
-        ({"requests_per_minute": 0}, "requests_per_minute is 0, expected more than 0"),
-        ({"tokens_per_minute": 0}, "tokens_per_minute is 0, expected more than 0"),
-        ({"price": 1.0, "max_cost": 0.0}, "max_cost is 0.0, expected more than 0"),
-        ({"max_attempts": 0}, "max_attempts is 0, expected more than 0"),
-        ({"timeout_seconds": float("inf")}, "timeout_seconds is inf, expected more than 0"),
-        ({"batch_texts": 2049}, "batch_texts is 2049, expected 1 to 2,048"),
+        ({"dimensions": 0}, "dimensions is 0, expected at least 1"),
+        ({"max_tokens": -1}, "max_tokens is -1, expected at least 1"),
+        ({"concurrency": 0}, "concurrency is 0, expected at least 1"),
+        ({"requests_per_minute": 0}, "requests_per_minute is 0, expected at least 1"),
+        ({"tokens_per_minute": 0}, "tokens_per_minute is 0, expected at least 1"),
+        ({"price": 1.0, "max_cost": 0.0}, "max_cost is 0.0, expected above 0"),
+        ({"max_attempts": 0}, "max_attempts is 0, expected at least 1"),
+        ({"timeout_seconds": float("inf")}, "timeout_seconds is inf, expected above 0"),
+        ({"batch_texts": 2049}, "batch_texts is 2049, expected at least 1 and below 2049"),
         ({"batch_texts": 0}, "batch_texts is 0"),
         ({"parameters": {"seed": float("nan")}}, "parameters cannot be sent as JSON"),
         ({"price": -0.1}, "price is -0.1, expected at least 0"),
         ({"max_cost": 1.0}, "max_cost needs price, the money per million tokens"),
-        ({"too_long": "warn"}, "too_long is 'warn', expected refuse or cut"),
+        ({"too_long": "warn"}, "too_long is 'warn', expected one of 'refuse', 'cut'"),
         ({"base_url": "localhost"}, "base_url is 'localhost'"),
         ({"parameters": {"input": "a"}}, "parameters: 'input' is set by embedft itself"),
     ],
@@ -398,6 +404,7 @@ import openai
 openai.AsyncOpenAI(api_key="none").embeddings
 from embedft.encoders.openai_api import ApiEmbedder
 from embedft.encoders.store import Store
+from embedft.vectors import unit_rows
 folder, base_url = sys.argv[1:]
 for line in sys.stdin:
     child = os.fork()
@@ -768,8 +775,8 @@ def test_no_reply_is_taken_amiss():
         assert response.action == "done" or (response.reason and "\n" not in response.reason)
         json.dumps([response.reason, response.usage], ensure_ascii=False).encode()
         for vector in (response.result or {}).values():
-            assert vector.dtype == np.float32
-            np.testing.assert_allclose(np.linalg.norm(vector.astype(np.float64)), 1.0, atol=1e-6)
+            assert vector.shape == (endpoint.dim,)
+            np.testing.assert_allclose(np.linalg.norm(unit_rows(vector[None])), 1.0, atol=1e-6)
 
 
 def test_a_request_that_is_wrong_ends_soon():
@@ -816,7 +823,7 @@ def test_the_ledger_by_hand(tmp_path):
     usage = {"prompt_tokens": 2, "completion_tokens": 0}
     assert second == {"request": 1, "status": "ok", "reason": None, "usage": usage, "cost": 4e-6}
     assert [record["request"] for record in lines(path)] == [1, 1, 2, 2]
-    assert embedder.endpoint.spent.totals() == Totals(2, 3, 0, 0, 6e-6, 0.0)
+    assert totals(embedder.endpoint.spent) == (2, 3, 0, 6e-6, 0.0)
 
 
 def test_a_request_without_a_report_counts_as_it_was_reserved(tmp_path):
@@ -826,7 +833,7 @@ def test_a_request_without_a_report_counts_as_it_was_reserved(tmp_path):
         assert embedder.costs == ApiCosts(num_requests=1, num_unreported=1, cost=0.0, num_computed=1)
         assert str(embedder.costs).endswith(": 1 requests (1 without a report), 0 tokens, cost 0")
         embedder.encode(["aaaa"])
-        assert embedder.endpoint.spent.totals() == Totals(2, 1, 0, 1, 1.0, 8.0)
+        assert totals(embedder.endpoint.spent) == (2, 1, 1, 1.0, 8.0)
 
 
 @pytest.mark.parametrize("with_ledger", [True, False])

@@ -23,7 +23,7 @@ import pytest
 from api_server import RANDOM, ApiServer, mutated, written_questions
 
 from embedft.api import sending
-from embedft.api.ledger import Totals
+from embedft.api.ledger import Ledger
 from embedft.corpus import questions
 from embedft.corpus.chunks import Chunk
 from embedft.corpus.prompts import TEMPLATE, fill_template
@@ -78,6 +78,12 @@ def ask(server: ApiServer, chunks: list[Chunk], folder: Path, template: str = TE
     )
 
 
+def totals(ledger: Ledger) -> tuple:
+    """Requests, tokens of prompts and replies, requests without a report, cost, and the most that these may cost."""
+    costs = (float(ledger.cost), float(ledger.open_cost))
+    return ledger.num_requests, ledger.prompt_tokens, ledger.completion_tokens, len(ledger.open), *costs
+
+
 def read_reply(body: str, url: str | None = None) -> sending.Response:
     """What comes of a reply with this body."""
     asker = questions._Asker(QuestionConfig(), TEMPLATE, url)
@@ -92,8 +98,8 @@ def read_reply(body: str, url: str | None = None) -> sending.Response:
     ("settings", "fault"),
     [
         ({"model": " "}, "model is empty"),
-        ({"num_questions": 0}, "num_questions is 0, expected more than 0"),
-        ({"concurrency": -1}, "concurrency is -1, expected more than 0"),
+        ({"num_questions": 0}, "num_questions is 0, expected at least 1"),
+        ({"concurrency": -1}, "concurrency is -1, expected at least 1"),
         ({"requests_per_minute": 0}, "requests_per_minute is 0"),
         ({"tokens_per_minute": 0}, "tokens_per_minute is 0"),
         ({"timeout_seconds": float("nan")}, "timeout_seconds is nan"),
@@ -160,7 +166,7 @@ def test_openai_and_other_servers_know_the_limit_by_other_names(monkeypatch):
     bodies = []
     for url in (None, "http://localhost:1/v1"):
         asker = questions._Asker(QuestionConfig(), TEMPLATE, url)
-        bodies.append(questions._body(asker.config, "prompt", *asker.forms.forms[0]))
+        bodies.append(questions._body(asker.config, TEMPLATE, "text", *asker.forms.forms[0]))
     assert [sorted(body.keys() - {"model", "messages", "response_format"}) for body in bodies] == [
         ["max_completion_tokens"],
         ["max_tokens"],
@@ -208,7 +214,7 @@ def test_what_is_sent_and_what_is_kept(tmp_path, monkeypatch):
     num_bytes = len(sent.encode()) - len('"max_tokens": 256, ')
     assert (reserved["most_prompt_tokens"], reserved["most_reply_tokens"]) == (num_bytes + 128, 256)
     assert reserved["most_cost"] == pytest.approx(((num_bytes + 128) * 2.0 + 256 * 6.0) / 1e6)
-    assert outcome.totals == Totals(1, *usage.values(), 0, reply["cost"], 0.0)
+    assert totals(outcome.ledger) == (1, *usage.values(), 0, reply["cost"], 0.0)
 
 
 RETRIED = {
@@ -262,7 +268,7 @@ def test_a_fault_is_recorded_and_asked_again(tmp_path, fault):
     assert first["reason"].startswith(reason)
     assert (first["questions"], first["key"], first["request"]) == (None, second["key"], 1)
     reserved = lines(tmp_path / "ledger.jsonl")[0]["most_cost"]
-    assert outcome.totals.unreported_cost == (reserved if is_free is False else 0)
+    assert float(outcome.ledger.open_cost) == (reserved if is_free is False else 0)
     if is_free is None:
         assert first["usage"]["prompt_tokens"] > 0
         assert first["cost"] > 0
@@ -282,7 +288,7 @@ def test_what_is_no_fault_is_taken(tmp_path, fault, structured):
     assert outcome.questions == expected(chunks)
     assert server.counts["chat"] == 1
     assert ("response_format" in server.log[0][2]) == (structured == "schema")
-    assert outcome.totals.num_unreported == (fault == "no-usage")
+    assert len(outcome.ledger.open) == (fault == "no-usage")
 
 
 def test_a_server_that_is_not_there_costs_nothing(tmp_path):
@@ -291,7 +297,7 @@ def test_a_server_that_is_not_there_costs_nothing(tmp_path):
     outcome = ask(server, some_chunks(1), tmp_path, max_attempts=2, price_in=1.0, price_out=1.0)
     assert outcome.questions == {}
     assert outcome.missing["c0"].startswith("no connection (")
-    assert outcome.totals == Totals(2, 0, 0, 0, 0.0, 0.0)
+    assert totals(outcome.ledger) == (2, 0, 0, 0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -354,7 +360,7 @@ def test_the_timeout_holds_for_the_whole_reply(monkeypatch):
         raise AssertionError("nobody stopped waiting")
 
     monkeypatch.setattr(asker.client.openai, "post", dribble)
-    answer = asyncio.run(asker.ask(sending.Job("key", "text", 1, 1), ("max_tokens", False)))
+    answer = asyncio.run(asker.ask(sending.Job("key", some_chunks(1), 1, 1), ("max_tokens", False)))
     assert (answer.status, answer.action, answer.usage) == ("failed", "retry", None)
     assert answer.reason == "no reply within 0.05 s"
 
@@ -441,7 +447,7 @@ def test_a_server_without_schemas_gets_lines(tmp_path):
         # The first four are refused with the schema, and with the other name of the limit; the rest are not asked so.
         assert server.counts["400-format"] <= 8
         num_asked = 30 + server.counts["400-format"]
-        assert server.counts["chat"] == outcome.totals.num_requests == num_asked
+        assert server.counts["chat"] == outcome.ledger.num_requests == num_asked
         # What has a reply has one, however it was asked for.
         assert ask(server, chunks, tmp_path, structured="schema").questions == outcome.questions
         assert server.counts["chat"] == num_asked
@@ -513,7 +519,7 @@ def test_a_limit_of_requests_holds_over_all_runs(tmp_path):
             assert outcome.stopped == f"stopped at {stop}: {number} of 1,200 chunks have questions"
             assert (len(outcome.questions), len(outcome.missing)) == (number, 1200 - number)
             assert set(outcome.missing.values()) == {f"not asked: stopped at {stop}"}
-            assert server.counts["chat"] == outcome.totals.num_requests == limit
+            assert server.counts["chat"] == outcome.ledger.num_requests == limit
 
 
 def test_a_limit_of_cost_holds_over_all_runs(tmp_path):
@@ -523,7 +529,7 @@ def test_a_limit_of_cost_holds_over_all_runs(tmp_path):
         stopped = []
         for limit in (0.02, 0.02, 0.03, 1.0):
             outcome = ask(server, chunks, tmp_path, max_cost=limit, **settings)
-            spent = outcome.totals.cost + outcome.totals.unreported_cost
+            spent = outcome.ledger.cost + outcome.ledger.open_cost
             assert spent <= limit
             # Not one reservation more would have fitted: they are all of about the same size.
             if outcome.stopped:
@@ -536,7 +542,7 @@ def test_a_limit_of_cost_holds_over_all_runs(tmp_path):
             None,
         ]
         assert outcome.questions == expected(chunks)
-        assert server.counts["chat"] == outcome.totals.num_requests
+        assert server.counts["chat"] == outcome.ledger.num_requests
 
 
 def test_rates_are_kept(tmp_path):
@@ -609,7 +615,7 @@ def test_half_a_line_is_cut_off_and_asked_for_again(tmp_path):
     assert outcome.questions == expected(chunks)
     assert server.counts["chat"] == 4
     assert [line["request"] for line in lines(path)] == [1, 2, 4]
-    assert (outcome.totals.num_requests, outcome.totals.num_unreported) == (4, 1)
+    assert (outcome.ledger.num_requests, len(outcome.ledger.open)) == (4, 1)
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
@@ -645,11 +651,10 @@ def test_the_estimate_sends_nothing_and_needs_no_key(tmp_path, monkeypatch):
         ask(server, chunks[:1], tmp_path)
     monkeypatch.delenv("OPENAI_API_KEY")
     found = estimate(chunks, config, folder=tmp_path)
-    prompt = fill_template(TEMPLATE, text=chunks[1].text, num_questions=2)
-    body = questions._body(config, prompt, "max_completion_tokens", True)
+    body = questions._body(config, TEMPLATE, chunks[1].text, "max_completion_tokens", True)
     num_bytes = len(json.dumps(body))
     assert num_bytes > 3000
-    assert (found.num_chunks, found.num_requests) == (3, 1)
+    assert found.num_requests == 1
     assert found.prompt_tokens == -(-num_bytes // 4)
     assert found.completion_tokens == 64
     assert found.cost == pytest.approx((found.prompt_tokens * 10 + 64 * 20) / 1e6)
@@ -665,11 +670,11 @@ def test_the_estimate_sends_nothing_and_needs_no_key(tmp_path, monkeypatch):
 
 def test_the_dataset_has_every_chunk():
     chunks = [Chunk("a", "One."), Chunk("b", "Two."), Chunk("c", "Three.")]
-    dataset = question_dataset(chunks, {"c": ["Why?", "Who?"], "a": ["What?"]})
+    dataset = question_dataset(chunks, {"a": ["What?"], "c": ["Why?", "Who?"]})
     assert list(dataset.queries.items()) == [("a/q1", "What?"), ("c/q1", "Why?"), ("c/q2", "Who?")]
     assert dataset.corpus == {"a": "One.", "b": "Two.", "c": "Three."}
     assert dataset.qrels == {"a/q1": {"a": 1}, "c/q1": {"c": 1}, "c/q2": {"c": 1}}
-    with pytest.raises(ValueError, match="chunk id 'd' is not among the 3 chunks"):
+    with pytest.raises(ValueError, match="document id 'd' is not in the corpus"):
         question_dataset(chunks, {"d": ["What?"]})
     with pytest.raises(ValueError, match="no entry in queries"):
         question_dataset(chunks, {})
@@ -732,7 +737,7 @@ def test_a_thousand_chunks_with_a_fifth_of_faults(tmp_path):
     assert (len(valid), set(valid.values())) == (1000, {1})
     faults = sum(server.counts[fault] for fault in RANDOM)
     assert 150 < faults < 400
-    assert server.counts["chat"] == 1000 + faults == len(replies) == outcome.totals.num_requests
+    assert server.counts["chat"] == 1000 + faults == len(replies) == outcome.ledger.num_requests
     assert [line["request"] for line in lines(tmp_path / "ledger.jsonl")] == list(range(1, 1001 + faults))
     assert 32 < server.counts["max_concurrent"] <= 64
 

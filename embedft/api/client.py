@@ -8,11 +8,11 @@ async with client.openai:
 import asyncio
 import contextlib
 import json
-import math
 from collections.abc import Collection, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from ..config import check_types
 from .ledger import USAGE, is_count
 from .sending import Response, retry_after_seconds
 from .server import Server
@@ -26,11 +26,6 @@ STOP = (*range(300, 400), 401, 402, 403, 404, 405, 407)
 RETRY = (408, 409, 425, 429)
 OVERLOADED = (502, 503, 504, 529)  # another 5xx may be a refusal: llama.cpp, Ollama and LiteLLM refuse with 500
 HINTS = {401: " (is OPENAI_API_KEY right?)", 404: " (is the model's name right, and does the base URL end in /v1?)"}
-SETTINGS = (  # that have to be positive; a price may be 0
-    *("concurrency", "requests_per_minute", "tokens_per_minute", "max_cost", "max_attempts", "timeout_seconds"),
-    *("dimensions", "max_tokens", "batch_texts", "num_questions", "max_reply_tokens", "max_requests"),
-    *("price", "price_in", "price_out"),
-)
 
 
 class Client:
@@ -131,13 +126,10 @@ def message_text(content: Any) -> str:
 
 
 def check_settings(settings: Any, *, own_parameters: Collection[str]) -> None:
-    """Raises `ValueError` for a setting of requests that is out of range, or a parameter that cannot be sent."""
+    """Raises `ValueError` for a field out of range (`config.setting`), or a parameter that cannot be sent."""
+    check_types(settings)
     if not settings.model.strip():
         raise ValueError("model is empty, expected a name that the server knows")
-    for name in SETTINGS:
-        value, is_price = getattr(settings, name, None), name.startswith("price")
-        if value is not None and not (0 < value < math.inf or (is_price and value == 0)):
-            raise ValueError(f"{name} is {value}, expected {'at least 0' if is_price else 'more than 0'}")
     for name in own_parameters:
         if name in settings.parameters:
             raise ValueError(f"parameters: {name!r} is set by embedft itself and cannot be sent as a parameter")

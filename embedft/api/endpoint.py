@@ -12,20 +12,21 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from ..config import setting
 from ..files import append_jsonl, locked
 from .client import Client, check_settings, reported_usage, run_to_end
-from .ledger import USAGE, Ledger, now_text, price_of
+from .ledger import Ledger, price_of
 from .sending import Forms, Job, RateLimit, Response, Sender
 from .server import Server
 
 # Of api.openai.com: 2,048 texts and 300,000 tokens per request; a token is at least a byte.
-MAX_BATCH_TEXTS, MAX_BATCH_BYTES, OPENAI_MAX_TOKENS = 2_048, 300_000, 8_191
+MAX_BATCH_BYTES, OPENAI_MAX_TOKENS = 300_000, 8_191
 SPECIAL_TOKENS = 4  # that a tokenizer may add to a text, for the most that a request may cost
 BYTES_A_TOKEN = 4  # on average, for the tokens-per-minute limit
 CHARACTERS_A_TOKEN = 8  # few tokens are longer on average: the first cut of a text that is too long
@@ -52,48 +53,44 @@ class ApiCosts:
 
 @dataclass(eq=False)
 class Batch:
-    """Texts of one request, perhaps a half of the batch `whole` that was refused."""
+    """Texts of one request. When the server has taken both halves of a refused `whole`, that was too large."""
 
     texts: list[str]
     whole: "Batch | None" = None
-    num_waiting: int = 2  # halves that were not taken yet, if it was refused
+    num_taken: int = 0
 
 
 @dataclass
 class Endpoint:
     """POST /embeddings of a server, for one model. `dim`: features, 0 until known. `costs`: so far."""
 
-    model: str  # as the server calls it
+    model: str
     _: KW_ONLY
-    base_url: str | None = None  # such as http://localhost:8000/v1; None: OPENAI_BASE_URL, else api.openai.com
-    dimensions: int | None = None  # features to ask the server for; None: all
-    parameters: Mapping[str, Any] = field(default_factory=dict)  # sent as they are, such as {"input_type": "query"}
-    too_long: str = "refuse"  # what to do with a text that the server refuses; "cut": `shorten` it until it is taken
-    max_tokens: int | None = None  # for the first cut; None: OpenAI's 8,191, elsewhere unknown
-    batch_texts: int = 256  # texts per request, at most 2,048; fewer once both halves of a refused batch are taken
-    concurrency: int = 8  # requests in flight at once
-    max_attempts: int = 6  # requests for a batch
-    timeout_seconds: float = 60.0  # of a request
-    requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None
-    price: float | None = None  # money per million tokens; until the server reports, a byte counts as one
-    max_cost: float | None = None  # never spend more, over all runs of the ledger (without one, of this object)
-    ledger: str | Path | None = None  # a JSONL file with a line before and after each request; one process at a time
+    base_url: str | None = setting(None, "http://localhost:8000/v1 or the like; None: OPENAI_BASE_URL, else OpenAI")
+    dimensions: int | None = setting(None, "features to ask the server for; None: all", least=1)
+    parameters: Mapping[str, Any] = setting({}, 'sent as they are, such as {"input_type": "query"}')
+    too_long: Literal["refuse", "cut"] = setting("refuse", '"cut": `shorten` a refused text until it is taken')
+    max_tokens: int | None = setting(None, "for the first cut; None: OpenAI's 8,191, elsewhere unknown", least=1)
+    batch_texts: int = setting(256, "texts per request; fewer once that was too many", least=1, below=2_049)
+    concurrency: int = setting(8, "requests in flight at once", least=1)
+    max_attempts: int = setting(6, "requests for a batch", least=1)
+    timeout_seconds: float = setting(60.0, "of a request", above=0)
+    requests_per_minute: int | None = setting(None, "most requests in 60 seconds", least=1)
+    tokens_per_minute: int | None = setting(None, "most tokens in 60 seconds, at four bytes each", least=1)
+    price: float | None = setting(None, "money per million tokens; a byte counts as one until reported", least=0)
+    max_cost: float | None = setting(None, "never spend more, over all runs of the ledger or of this object", above=0)
+    ledger: str | Path | None = setting(None, "JSONL with a line before and after each request; for one process")
 
     def __post_init__(self) -> None:
         check_settings(self, own_parameters=("model", "input", "dimensions"))
-        if self.batch_texts > MAX_BATCH_TEXTS:
-            raise ValueError(f"batch_texts is {self.batch_texts}, expected 1 to {MAX_BATCH_TEXTS:,}")
         if self.max_cost is not None and self.price is None:
             raise ValueError("max_cost needs price, the money per million tokens")
-        if self.too_long not in ("refuse", "cut"):
-            raise ValueError(f"too_long is {self.too_long!r}, expected refuse or cut")
         self.server, self.dim = Server.find(self.base_url), self.dimensions or 0
         self.name, self.base_url = f"{self.server.name}, {self.model}", self.server.name  # without its secrets
         if self.server.is_openai and self.max_tokens is None:
             self.max_tokens = OPENAI_MAX_TOKENS
         # These outlast a call: a minute does not start anew with each, and what the server accepts stays accepted.
-        self.rate = RateLimit(requests_per_minute=self.requests_per_minute, tokens_per_minute=self.tokens_per_minute)
+        self.rate = RateLimit(self.requests_per_minute, self.tokens_per_minute)
         self.forms = Forms([None] if "encoding_format" in self.parameters else ENCODING_FORMATS)
         self.prices = None if self.price is None else (self.price, 0.0)
         self.spent = Ledger(None, prices=self.prices, max_cost=self.max_cost)
@@ -114,7 +111,7 @@ class Fetch:
     endpoint: Endpoint
     rows: Mapping[str, int]  # {text: its position in what the caller was given, for errors}
     prompt: str  # goes in front of every text
-    keep: Callable[[dict[str, np.ndarray]], object]  # gets {text: [D] float32 of length one} as soon as they are there
+    keep: Callable[[dict[str, np.ndarray]], object]  # gets {text: [D] float64, of any length} when they arrive
 
     def __post_init__(self) -> None:
         self.client = Client(self.endpoint.server, timeout_seconds=self.endpoint.timeout_seconds)
@@ -151,42 +148,41 @@ class Fetch:
         for text, sent in self.sent.items():
             size = len(sent.encode())
             if batch and (len(batch) >= self.endpoint.batch_texts or num_bytes + size > MAX_BATCH_BYTES):
-                yield self._job(Batch(batch))
+                yield self._job(batch)
                 batch, num_bytes = [], 0
             batch.append(text)
             num_bytes += size
-        yield self._job(Batch(batch))
+        yield self._job(batch)
 
-    def _job(self, batch: Batch) -> Job:
-        sent = [self.sent[text] for text in batch.texts]
+    def _job(self, texts: list[str], whole: Batch | None = None) -> Job:
+        sent = [self.sent[text] for text in texts]
         num_bytes = sum(len(text.encode()) for text in sent)
         key = hashlib.sha256(json.dumps([self.endpoint.model, *sent]).encode()).hexdigest()
-        return Job(key, batch, num_bytes + SPECIAL_TOKENS * len(sent), 0, math.ceil(num_bytes / BYTES_A_TOKEN))
+        most, expected = num_bytes + SPECIAL_TOKENS * len(sent), math.ceil(num_bytes / BYTES_A_TOKEN)
+        return Job(key, Batch(texts, whole), most, 0, expected)
 
     def _split(self, job: Job, response: Response) -> list[Job]:
         """What to send instead of a refused batch: its halves, or its only text cut shorter."""
-        batch, limit = job.content, self.endpoint.max_tokens
+        texts, limit = job.content.texts, self.endpoint.max_tokens
         is_refused = response.action == "drop" or response.may_be_refusal
-        if batch.whole is not None:
-            batch.whole.num_waiting = -1  # its size was not what was wrong, or not alone
-        if len(batch.texts) > 1:
-            middle, whole = len(batch.texts) // 2, batch if is_refused else None
-            return [self._job(Batch(half, whole)) for half in (batch.texts[:middle], batch.texts[middle:])]
-        (text,) = batch.texts
+        if len(texts) > 1:
+            middle, whole = len(texts) // 2, job.content if is_refused else None
+            return [self._job(texts[:middle], whole), self._job(texts[middle:], whole)]
+        (text,) = texts
         # A token is at least a byte, so a text with so few bytes is not too long.
         if self.endpoint.too_long == "cut" and len(self.sent[text].encode()) > (limit or 0):
             shorter = shorten(self.sent[text], limit)
             if len(shorter) > len(self.prompt):
                 self.sent[text] = shorter
                 self.cut.add(text)
-                return [self._job(batch)]
+                return [self._job(texts)]
         if is_refused:
             self.missing[text] = f"texts[{self.rows[text]}] is refused ({response.reason})"
         self.cut.discard(text)
         return []
 
     async def _ask(self, job: Job, form: str | None) -> Response:
-        """Sends one batch. `Response.result` is {text: its vector [D] float32} of those that are good."""
+        """Sends one batch. `Response.result` is {text: its vector [D] float64} of those that are good."""
         endpoint, texts = self.endpoint, job.content.texts
         body = {"model": endpoint.model, "input": [self.sent[text] for text in texts]}
         body |= {"encoding_format": form} if form else {}
@@ -208,14 +204,14 @@ class Fetch:
                 endpoint.dim = endpoint.dim or len(vector)
                 if len(vector) != endpoint.dim:
                     raise ValueError(f"a vector of {len(vector)} dimensions, not {endpoint.dim},")
-                good[text] = unit_rows(vector[None])[0]
+                good[text] = vector
             except ValueError as error:
                 faults.append(f"{error} came back for texts[{self.rows[text]}]")
         if faults:
             return Response("invalid", "drop", faults[0], result=good, usage=usage, suspect=not good)
         return Response("ok", "done", result=good, usage=usage)
 
-    def _record(self, job: Job, number: int, response: Response, seconds: float) -> None:
+    def _record(self, job: Job, response: Response, line: dict[str, Any]) -> None:
         """Stores what is good, then settles: a kill between the two counts a request as dearer, never as free."""
         endpoint, costs, good, whole = self.endpoint, self.endpoint.costs, response.result or {}, job.content.whole
         if good:
@@ -224,14 +220,11 @@ class Fetch:
         for text in good:
             del self.missing[text]
         if response.action == "done" and whole is not None:
-            whole.num_waiting -= 1
-            if not whole.num_waiting:  # both halves were taken: the whole was too large
+            whole.num_taken += 1
+            if whole.num_taken == 2:
                 endpoint.batch_texts = min(endpoint.batch_texts, len(job.content.texts))
-        paid = endpoint.spent.settle(number, response.usage)
         if endpoint.ledger:
-            usage = response.usage and dict(zip(USAGE, response.usage, strict=True))
-            line = {"request": number, "status": response.status, "reason": response.reason, "usage": usage}
-            append_jsonl(endpoint.ledger, line | {"cost": paid, "time": now_text(), "seconds": round(seconds, 3)})
+            append_jsonl(endpoint.ledger, line)
         costs.num_requests += 1
         costs.num_tokens += (response.usage or (0, 0))[0]
         costs.num_unreported += response.usage is None
@@ -280,11 +273,3 @@ def decode(value: Any) -> np.ndarray:
     if not vector.any():
         raise ValueError("a vector of length zero")
     return vector
-
-
-def unit_rows(vectors_MD: np.ndarray) -> np.ndarray:
-    """Rows scaled to length one, as float32; NaN where a row is all zero."""
-    # By the largest value first: squares of very large or small values leave the range of float64.
-    with np.errstate(invalid="ignore"):
-        scaled_MD = vectors_MD / np.abs(vectors_MD).max(axis=1, keepdims=True)
-        return (scaled_MD / np.linalg.norm(scaled_MD, axis=1, keepdims=True)).astype(np.float32)

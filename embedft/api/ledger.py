@@ -32,21 +32,13 @@ class Job:
     forms: list[int] = field(default_factory=list)  # in which it was sent
 
 
-@dataclass(frozen=True)
-class Totals:
-    """All runs of a ledger: what was reported, and what the `num_unreported` other requests may have cost at most."""
-
-    num_requests: int
-    prompt_tokens: int
-    completion_tokens: int
-    num_unreported: int
-    cost: float | None
-    unreported_cost: float | None
-
-
 @dataclass
 class Ledger:
-    """Counts requests and money, in decimal. A reservation counts in full until `settle` replaces it, if ever."""
+    """Requests, tokens and money of all runs. A reservation counts in full until `settle` replaces it, if ever.
+
+    `num_requests`, `prompt_tokens`, `completion_tokens`; `cost`: of what was reported; `open_cost`: the most that the
+    requests of `open`, without a report, may have cost. Money is exact; without prices it is 0.
+    """
 
     path: str | Path | None  # a JSONL file to read back and append to; lines with `usage` are outcomes
     outcomes: InitVar[Iterable[Mapping[str, Any]]] = ()  # of earlier runs, when they are kept elsewhere
@@ -103,11 +95,6 @@ class Ledger:
         self.completion_tokens += usage[1]
         self.cost += exact
         return None if self.prices is None and cost is None else float(exact)
-
-    def totals(self) -> Totals:
-        """All runs so far."""
-        costs = (None, None) if self.prices is None else (float(self.cost), float(self.open_cost))
-        return Totals(self.num_requests, self.prompt_tokens, self.completion_tokens, len(self.open), *costs)
 
     def _open(self, number: int, cost: Decimal) -> None:
         self.open[number] = cost

@@ -16,7 +16,7 @@ from email.utils import formatdate, parsedate_to_datetime
 from itertools import islice
 from typing import Any, Literal
 
-from .ledger import Job, Ledger
+from .ledger import USAGE, Job, Ledger, now_text
 
 BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.5, 30.0
 MAX_RETRY_AFTER_SECONDS = 300.0  # a server that asks for a longer pause has closed for the hour or the day
@@ -119,7 +119,7 @@ class Sender:
     """
 
     ask: Callable[[Job, Any], Awaitable[Response]]  # sends one job in one of the forms; what it raises ends the run
-    record: Callable[[Job, int, Response, float], None]  # gets request number and seconds too, and settles the ledger
+    record: Callable[[Job, Response, dict[str, Any]], None]  # gets a JSON object that says what came of it, too
     ledger: Ledger
     concurrency: int
     max_attempts: int
@@ -180,7 +180,10 @@ class Sender:
         start = time.monotonic()
         job.forms.append(self.forms.index)
         response = await self.ask(job, self.forms.forms[self.forms.index])
-        self.record(job, number, response, time.monotonic() - start)
+        usage = response.usage and dict(zip(USAGE, response.usage, strict=True))
+        line = {"request": number, "status": response.status, "reason": response.reason, "usage": usage}
+        line |= {"cost": self.ledger.settle(number, response.usage), "time": now_text()}
+        self.record(job, response, line | {"seconds": round(time.monotonic() - start, 3)})
         job.attempts += 1
         if response.status != "failed":
             self.forms.index, self.forms.is_accepted = job.forms[-1], True

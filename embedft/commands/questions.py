@@ -17,7 +17,7 @@ import embedft
 from .. import config
 from ..config import REQUIRED, changed, part, setting
 from ..corpus.chunks import Chunk
-from ..corpus.cleaning import Cleaned, clean, drop_held_out, round_trip
+from ..corpus.cleaning import clean, drop_held_out, report, round_trip
 from ..corpus.docstrings import docstring_datasets
 from ..corpus.prompts import TEMPLATE
 from ..corpus.pseudo import inverse_cloze, titles
@@ -96,10 +96,9 @@ def _pseudo(options: Options, sides: dict[str, list[Chunk]]) -> int:
         if num_left_out:
             print(f"{name}: {num_left_out:,} of {len(chunks):,} chunks have nothing to ask with")
     if datasets.keys() >= {TRAIN, VALIDATION}:
-        cleaned = drop_held_out(datasets[TRAIN], datasets[VALIDATION])
-        datasets[TRAIN] = cleaned.dataset
-        if cleaned.dropped:
-            print(f"{TRAIN}: dropped {len(cleaned.dropped):,} questions that validation asks too")
+        datasets[TRAIN], dropped = drop_held_out(datasets[TRAIN], datasets[VALIDATION])
+        if dropped:
+            print(f"{TRAIN}: dropped {len(dropped):,} questions that validation asks too")
     _save(Path(options.out), datasets)
     return 0
 
@@ -112,11 +111,11 @@ def _ask(options: Options, sides: dict[str, list[Chunk]]) -> int:
     turns = [((i + 0.5) / len(side), chunk) for side in sides.values() for i, chunk in enumerate(side)]
     chunks = list({chunk.id: chunk for _, chunk in sorted(turns, key=lambda turn: turn[0])}.values())
     if options.dry_run:
-        print(_format_estimate(estimate(chunks, settings, folder=out, template=template)))
+        print(_format_estimate(estimate(chunks, settings, folder=out, template=template), len(chunks)))
         return 0
     outcome = write_questions(chunks, settings, folder=out, template=template, base_url=options.base_url)
     print(_format_totals(outcome))
-    report: dict[str, Any] = {}
+    reports: dict[str, Any] = {}
     datasets: dict[str, RetrievalDataset] = {}
     # Validation first: training may not ask what it asks.
     for name, side in sorted(sides.items(), key=lambda item: item[0] != VALIDATION):
@@ -126,17 +125,17 @@ def _ask(options: Options, sides: dict[str, list[Chunk]]) -> int:
                 raise ValueError("no questions yet")
             dataset = question_dataset(side, questions)
             for step, function in _cleaning(options, name, datasets.get(VALIDATION)).items():
-                before, cleaned = len(dataset.queries), function(dataset)
-                dataset = cleaned.dataset
-                report[f"{name}: {step}"] = cleaned.report()
-                reasons = "".join(f"; {count:,}: {reason}" for reason, count in cleaned.counts().items())
-                print(f"{name}, {step}: dropped {len(cleaned.dropped):,} of {before:,} questions{reasons}")
+                before = dataset
+                dataset, dropped = function(before)
+                reports[f"{name}: {step}"] = found = report(before, dataset, dropped)
+                reasons = "".join(f"; {kind['count']:,}: {reason}" for reason, kind in found["dropped"].items())
+                print(f"{name}, {step}: dropped {len(dropped):,} of {len(before.queries):,} questions{reasons}")
             datasets[name] = dataset
         except ValueError as error:  # an empty split does not block the other
-            report[name] = str(error)
+            reports[name] = str(error)
             print(f"{name}: {error}", file=sys.stderr)
     empty = [f"{name}.json" for name in sides if name not in datasets]
-    _save(out, datasets, stale=empty, report={**report, "missing": outcome.missing})
+    _save(out, datasets, stale=empty, report={**reports, "missing": outcome.missing})
     if not outcome.missing:
         return 0 if len(datasets) == len(sides) else 1
     for reason, count in Counter(outcome.missing.values()).most_common(MAX_REASONS):
@@ -146,9 +145,9 @@ def _ask(options: Options, sides: dict[str, list[Chunk]]) -> int:
     return 1
 
 
-def _cleaning(options: Options, name: str, validation: RetrievalDataset | None) -> dict[str, Callable[..., Cleaned]]:
+def _cleaning(options: Options, name: str, validation: RetrievalDataset | None) -> dict[str, Callable]:
     """What to clean the questions of a side with, by name."""
-    steps: dict[str, Callable[..., Cleaned]] = {"cleaning": clean} if options.clean else {}
+    steps: dict[str, Callable] = {"cleaning": clean} if options.clean else {}
     if validation is not None:
         steps["held out"] = partial(drop_held_out, validation=validation)
     if options.round_trip is not None and name != VALIDATION and not options.validation:
@@ -157,10 +156,10 @@ def _cleaning(options: Options, name: str, validation: RetrievalDataset | None) 
     return steps
 
 
-def _format_estimate(found: Estimate) -> str:
+def _format_estimate(found: Estimate, num_chunks: int) -> str:
     tokens = f"{found.prompt_tokens:,} prompt tokens, {found.completion_tokens:,} reply tokens"
     text = (
-        f"{found.num_requests:,} of {found.num_chunks:,} chunks have no questions yet and take a request each\n"
+        f"{found.num_requests:,} of {num_chunks:,} chunks have no questions yet and take a request each\n"
         f"estimated from bytes (4 per token): {tokens}"
     )
     if found.cost is None:
@@ -169,15 +168,15 @@ def _format_estimate(found: Estimate) -> str:
 
 
 def _format_totals(outcome: Outcome) -> str:
-    totals, num_chunks = outcome.totals, len(outcome.questions) + len(outcome.missing)
+    spent, num_chunks = outcome.ledger, len(outcome.questions) + len(outcome.missing)
     text = f"{len(outcome.questions):,} of {num_chunks:,} chunks have questions; all runs together: "
-    text += f"{totals.num_requests:,} requests, {totals.prompt_tokens:,} prompt tokens, "
-    text += f"{totals.completion_tokens:,} reply tokens"
-    if totals.cost is not None:
-        text += f", cost {totals.cost:.4f}"
-    if totals.num_unreported:
-        most = "" if totals.cost is None else f", which cost at most {totals.unreported_cost:.4f} more"
-        text += f"; {totals.num_unreported:,} requests never got a reply{most}"
+    text += f"{spent.num_requests:,} requests, {spent.prompt_tokens:,} prompt tokens, "
+    text += f"{spent.completion_tokens:,} reply tokens"
+    if spent.prices is not None:
+        text += f", cost {spent.cost:.4f}"
+    if spent.open:
+        most = "" if spent.prices is None else f", which cost at most {spent.open_cost:.4f} more"
+        text += f"; {len(spent.open):,} requests never got a reply{most}"
     return f"{text}\n{outcome.stopped}" if outcome.stopped else text
 
 

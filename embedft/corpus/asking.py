@@ -75,15 +75,3 @@ def asks(text: str) -> bool:
     """Whether a text has a question mark, or a sentence that asks or tells to ("In the context of x, explain y")."""
     has_letter = any(map(str.isalpha, text))
     return has_letter and bool(QUESTION_MARK.search(text) or (not text.endswith(":") and ASKS.search(text)))
-
-
-def shows_prompt(text: str) -> str | None:
-    """The words that show the prompt's role or task ("as a teacher", "diverse questions"), or None."""
-    found = PROMPT.search(text)
-    return found and found[0]
-
-
-def points_at_source(text: str) -> str | None:
-    """The words that point at a text which a searcher does not see ("the table above"), or None."""
-    found = SOURCE.search(text)
-    return found and found[0]

@@ -15,21 +15,20 @@ from typing import Any
 
 import numpy as np
 
-from ..api.endpoint import Endpoint, Fetch, unit_rows
+from ..api.endpoint import Endpoint, Fetch
 from ..progress import progress_bar
-from .adapter import Adapter, Base
-from .embedder import ROLES
+from ..vectors import unit_rows
+from .adapter import ROLES, Adapter, Base, check_role
 from .store import Space, Store
 from .tokenization import check_texts
 
 
 class ApiEmbedder:
-    """A model behind POST /embeddings. Vectors have length one; the weights are elsewhere, so it is not trained.
+    """A model behind POST /embeddings. Vectors have length one; it cannot be trained, as its weights are elsewhere.
 
     Args:
         prompts: {"query": ..., "document": ...}: text to put in front, for models that expect it.
-        store: keeps every vector as soon as it arrives, so that no text is paid for twice, however a run ends. Of
-            several processes one asks; the others wait and look again.
+        store: keeps each vector on arrival, so that no text is paid for twice; of several processes one asks.
         options: of the `Endpoint`, such as base_url, dimensions, parameters, batch_texts, price and max_cost.
     """
 
@@ -50,8 +49,7 @@ class ApiEmbedder:
 
     def prompt(self, role: str) -> str:
         """The text put in front of every text of a role ("query" or "document"); "" when there is none."""
-        if role not in ROLES:
-            raise ValueError(f"role is {role!r}, expected one of {', '.join(ROLES)}")
+        check_role(role)
         return self.prompts.get(role) or ""
 
     def space(self, role: str) -> Space:
@@ -80,15 +78,11 @@ class ApiEmbedder:
     ) -> np.ndarray:
         """Vectors of N texts, [N, D] float32 of length one, in the order given. Each distinct text is asked for once.
 
-        Args:
-            role: "query" or "document": which prompt goes in front.
-            dim: leading features to keep, of length one again; the store keeps all of them. None: all.
-            progress: show a bar; None: when stderr is a terminal.
-
-        Raises:
-            ValueError: a text that is empty or refused, a limit reached, or what the server said, without secrets.
+        `role`: which prompt goes in front; `dim`: leading features to keep, of length one again (the store keeps all);
+        `progress`: show a bar; None: when stderr is a terminal. Raises `ValueError` for a text that is empty or
+        refused, a limit reached, or with what the server said, without secrets.
         """
-        rows, vectors = {}, {}
+        rows: dict[str, int] = {}
         for row, text in enumerate(check_texts(texts)):
             rows.setdefault(text, row)
         if "" in rows:
@@ -96,31 +90,38 @@ class ApiEmbedder:
         self._check_dim(dim)
         if not rows and not self.endpoint.dim:
             raise ValueError("no texts to encode")
-        missing, endpoint, store = self._missing(role, rows), self.endpoint, self.store
+        vectors, missing, store = {}, self._missing(role, rows), self.store
         turn = store.turn(self.space(role)) if missing and store is not None else nullcontext()
         with turn, progress_bar(len(rows), f"encode ({role}, {self.model})", unit="text", show=progress) as bar:
             missing = self._missing(role, missing)  # another process may have asked for some meanwhile
             bar.update(len(rows) - len(missing))
 
-            def keep(new: dict[str, np.ndarray]) -> None:
+            def keep(found: dict[str, np.ndarray]) -> None:
+                new = dict(zip(found, unit_rows(np.stack(list(found.values()))).astype(np.float32), strict=True))
                 if store is None:
                     vectors.update(new)
                 else:
                     store.fill(self.space(role), list(new), lambda texts: np.stack([new[text] for text in texts]))
                 self._check_dim(dim)
                 bar.update(len(new))
-                if endpoint.prices is not None:
-                    bar.set_postfix_str(f"cost {endpoint.spent.cost + endpoint.spent.open_cost:.4f}", refresh=False)
+                if (spent := self.endpoint.spent).prices is not None:
+                    bar.set_postfix_str(f"cost {spent.cost + spent.open_cost:.4f}", refresh=False)
 
-            Fetch(endpoint, missing, self.prompt(role), keep).run()
+            Fetch(self.endpoint, missing, self.prompt(role), keep).run()
         if store is None:
-            whole_ND = np.array([vectors[text] for text in texts], np.float32).reshape(-1, endpoint.dim)
+            found_ND = np.array([vectors[text] for text in texts], np.float32).reshape(-1, self.endpoint.dim)
         else:
-            whole_ND = store.read(self.space(role), store.find(self.space(role), texts))
+            found_ND = store.read(self.space(role), store.find(self.space(role), texts))
             store.hits += len(texts) - len(missing)
             self.costs.num_stored += len(texts) - len(missing)
-        mapped_ND = whole_ND if self.adapter is None else self.adapter.transform(whole_ND, role)
-        return mapped_ND if dim is None else _shortened(mapped_ND, dim)
+        if self.adapter is not None:
+            found_ND = self.adapter.transform(found_ND, role)
+        if dim in (None, found_ND.shape[1]):
+            return found_ND
+        short_ND = found_ND[:, :dim].astype(np.float64)
+        if not (has_length_N := short_ND.any(axis=1)).all():
+            raise ValueError(f"the first {dim} features of texts[{has_length_N.argmin()}] are all zero")
+        return unit_rows(short_ND).astype(np.float32)
 
     def _check_dim(self, dim: int | None) -> None:
         if dim is not None and not 1 <= dim <= (self.dim or dim):
@@ -131,15 +132,5 @@ class ApiEmbedder:
         space = self.space(role)
         if self.store is None or not space.dim:
             return rows
-        found = self.store.find(space, list(rows))
-        return {text: row for (text, row), place in zip(rows.items(), found, strict=True) if place < 0}
-
-
-def _shortened(embeddings_ND: np.ndarray, dim: int) -> np.ndarray:
-    """The leading features, of length one again. Raises `ValueError` for a vector that has nothing there."""
-    if dim == embeddings_ND.shape[1]:
-        return embeddings_ND
-    is_zero_N = ~embeddings_ND[:, :dim].any(axis=1)
-    if is_zero_N.any():
-        raise ValueError(f"the first {dim} features of texts[{is_zero_N.argmax()}] are all zero")
-    return unit_rows(embeddings_ND[:, :dim].astype(np.float64))
+        places = self.store.find(space, list(rows)).tolist()
+        return {text: row for (text, row), place in zip(rows.items(), places, strict=True) if place < 0}
