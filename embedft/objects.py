@@ -23,6 +23,14 @@ def describe_object(value: Any, *, depth: int = 3) -> Any:
         return _short(value)
     if isinstance(value, list | tuple):
         return _short([describe_object(entry, depth=depth) for entry in value])
+    if not isinstance(value, type) and callable(getattr(value, "sha256", None)):
+        return {"name": _name(type(value)), "sha256": value.sha256(), "values": {}}
+    code, values = split_object(value, depth=depth)
+    return {"name": _name(code), "sha256": _sha256(code), "values": values}
+
+
+def split_object(value: Any, *, depth: int = 3) -> tuple[Any, dict[str, Any]]:
+    """The function or class whose code an object runs, and the `values` of `describe_object`."""
     code, values = value, {}
     if isinstance(value, functools.partial):
         code, values = value.func, {"func": value.func, "args": value.args, **value.keywords}
@@ -34,11 +42,8 @@ def describe_object(value: Any, *, depth: int = 3) -> Any:
         values |= {name: p.default for name, p in inspect.signature(value).parameters.items()}
     elif not isinstance(value, type) and not inspect.isroutine(value):
         code = type(value)
-        if callable(getattr(value, "sha256", None)):
-            return {"name": _name(code), "sha256": value.sha256(), "values": {}}
         values = {**getattr(value, "__dict__", {}), **getattr(value, "_modules", {})}
-    kept = {name: describe_object(x, depth=depth - 1) for name, x in values.items() if depth and _counts(name, x)}
-    return {"name": _name(code), "sha256": _sha256(code), "values": kept}
+    return code, {name: describe_object(x, depth=depth - 1) for name, x in values.items() if depth and _counts(name, x)}
 
 
 def _counts(name: str, value: Any) -> bool:
@@ -59,6 +64,7 @@ def _name(code: Any) -> str:
     return f"{getattr(code, '__module__', None)}.{getattr(code, '__qualname__', type(code).__name__)}"
 
 
+@functools.lru_cache(maxsize=1024)  # inspect parses the whole module of a class
 def _sha256(code: Any) -> str:
     """Of the source; where there is none, of a function's byte code, else of the name."""
     try:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..objects import describe_object
+from ..objects import describe_object, split_object
 
 # Per module: what its tensors looked like when they were last hashed, and the hash.
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[bytes, str]] = weakref.WeakKeyDictionary()
@@ -86,8 +86,7 @@ def _collect_sources(thing: Any, sources: dict[str, str]) -> None:
 
     Arguments of a functools.partial, closure variables and defaults are part of the code.
     """
-    values = describe_object(thing)["values"]
-    thing = getattr(thing, "func", thing)  # of a functools.partial
+    thing, values = split_object(thing)
     module = getattr(thing, "__module__", None) or ""
     name, package = f"{module}.{getattr(thing, '__qualname__', repr(type(thing)))}", module.partition(".")[0]
     sources[f"{name} with {values}"] = ""
