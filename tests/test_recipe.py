@@ -782,6 +782,17 @@ def test_ranks_that_hold_too_few(tmp_path, monkeypatch):
     refused(tmp_path, monkeypatch, "num_negatives is 3", config=config)
 
 
+def test_a_loss_that_does_not_fit_the_vectors_is_refused(tmp_path, monkeypatch):
+    """Found by trying it on the first batch: the base's vectors are not cut by Matryoshka."""
+    loss = {"name": "matryoshka", "dims": [32, 8], "inner": {"name": "toward_base"}}
+    config = replace(CONFIG, loss=loss, references={"base": None})
+    refused(
+        tmp_path, monkeypatch, r"references\['base'\] has 32 features, the vectors have 8: .*truncate", config=config
+    )
+    config = replace(CONFIG, loss={"name": "learnable_sigmoid", "similarity": "euclid"})
+    refused(tmp_path, monkeypatch, "similarity is 'euclid', expected one of cosine, dot", config=config)
+
+
 # What is refused leaves everything as it was; what is begun can be saved.
 
 

@@ -54,7 +54,7 @@ def by_rows(
     targets.check_queries(Q)
     if len(Q) <= rows:
         return losses(Q, D, targets, *parameters)
-    return _ByRows.apply(losses, targets.by_row(), rows, Q, D, *parameters)
+    return _ByRows.apply(losses, targets, rows, Q, D, *parameters)
 
 
 class _ByRows(torch.autograd.Function):

@@ -10,6 +10,7 @@ Shapes: B queries, M documents, C document vectors (C = M unless documents have 
 K known pairs, P pairs, D and E features.
 """
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -71,18 +72,17 @@ class Targets:
     @property
     def listed_negative(self) -> Tensor:
         """[B, G] bool: which documents of `group` are hard negatives of their query and not known to be relevant."""
-        queries_P, documents_P = self._relevant_pairs()
-        row_B1 = torch.arange(len(self.group), device=self.group.device)[:, None]
+        numbers_P, documents_P = self._pairs(self.listed_positive)
         # A number for every (query, document) pair.
         stride = int(torch.cat([self.group.flatten(), documents_P]).max()) + 1 if self.group.numel() else 1
-        positive_BG = torch.isin(row_B1 * stride + self.group, queries_P * stride + documents_P)
-        return (self.group >= 0) & ~positive_BG
+        pairs_BG = self._numbers()[:, None] * stride + self.group
+        return (self.group >= 0) & ~torch.isin(pairs_BG, numbers_P * stride + documents_P)
 
     def num_documents(self, num_columns: int) -> int:
         """M, when D has `num_columns` rows. Raises `ValueError` if numbers do not fit (on the CPU, all of them)."""
         if self.document is None:
             if self.group.device.type == "cpu":
-                self._check_documents(num_columns)
+                self._check_numbers(num_columns)
             return num_columns
         if len(self.document) != num_columns:
             raise ValueError(f"document has {len(self.document)} entries, but D has {num_columns} rows")
@@ -100,23 +100,24 @@ class Targets:
         Nothing is positive or negative to itself. `num_documents` is M; None: the largest document number plus 1.
         """
         check_one_of("direction", direction, DIRECTIONS)
-        queries_P, documents_P = self._relevant_pairs()
+        numbers_P, documents_P = self._pairs(self.listed_positive)
+        number_B = self._numbers()
         if direction == "query_query":
-            positive = _sharing(queries_P, documents_P, len(self.group))
-            if self.query is not None:
-                positive = (positive | (self.query[:, None] == self.query)).fill_diagonal_(False)
+            positive = _sharing(numbers_P, documents_P, len(self.group))[number_B][:, number_B]
+            positive = (positive | (number_B[:, None] == number_B)).fill_diagonal_(False)
             return positive, (~positive).fill_diagonal_(False)
         if num_documents is None:
             named = [self.group.flatten(), self.document, None if self.known is None else self.known[:, 1]]
             num_documents = int(torch.cat([x for x in named if x is not None]).max()) + 1
         elif self.group.device.type == "cpu":
-            self._check_documents(num_documents)
+            self._check_numbers(num_documents)
         if direction == "document_document":
-            positive = _sharing(documents_P, queries_P, num_documents)
-            together = _sharing(*reversed(self._of_all_rows(*self._pairs(self.group >= 0))), num_documents)
+            positive = _sharing(documents_P, numbers_P, num_documents)
+            together = _sharing(*reversed(self._pairs(self.group >= 0)), num_documents)
             return positive, (~together).fill_diagonal_(False)
         positive = torch.zeros(len(self.group), num_documents, dtype=torch.bool, device=self.group.device)
-        positive[queries_P, documents_P] = True
+        positive[numbers_P, documents_P] = True
+        positive = positive[number_B]
         return (positive, ~positive) if direction == "query_document" else (positive.T, ~positive.T)
 
     def check_queries(self, Q: Tensor) -> None:
@@ -150,20 +151,18 @@ class Targets:
             raise ValueError(f"references[{name!r}] has {found} queries and documents, the batch {expected}")
         return self.references[name]
 
-    def by_row(self) -> "Targets":
-        """Equal query-document masks with `query` None: positives of a row are known for all its rows."""
-        if self.query is None:
-            return self
-        return replace(self, known=torch.stack(self._relevant_pairs(), dim=1), query=None)
-
     def of_queries(self, start: int, stop: int) -> "Targets":
         """Only the queries `start` to `stop`, numbered from 0; the documents stay."""
-        of_rows, known = ("group", "relevance", "target_scores", "query"), self.by_row().known
+        of_rows = ("group", "relevance", "target_scores", "query")
         parts = {name: x[start:stop] for name in of_rows if (x := getattr(self, name)) is not None}
-        if known is not None:
-            known = known[(known[:, 0] >= start) & (known[:, 0] < stop)] - known.new_tensor([start, 0])
+        # What is known of a query, listed in other rows of it too, goes to one of its rows.
+        numbers_P, documents_P = self._pairs(self.listed_positive)
+        numbers = self._numbers()[start:stop]
+        row_N = self.group.new_full((len(self.group),), -1)
+        row_N[numbers] = torch.arange(len(numbers), device=row_N.device)
+        known = torch.stack([row_N[numbers_P], documents_P], dim=1)
         references = {name: (Q[start:stop], D) for name, (Q, D) in self.references.items()}
-        return replace(self, **parts, known=known, references=references)
+        return replace(self, **parts, known=known[known[:, 0] >= 0], references=references)
 
     def to(self, device: torch.device | str) -> "Targets":
         """The same on another device."""
@@ -171,51 +170,40 @@ class Targets:
         references = {name: (Q.to(device), D.to(device)) for name, (Q, D) in self.references.items()}
         return Targets(**moved, references=references)
 
-    def _relevant_pairs(self) -> tuple[Tensor, Tensor]:
-        """Row and document of all pairs listed as positive or known, each [P]."""
-        return self._of_all_rows(*self._pairs(self.listed_positive))
-
-    def _of_all_rows(self, queries_P: Tensor, documents_P: Tensor) -> tuple[Tensor, Tensor]:
-        """The pairs of each row, repeated for all rows of its query."""
+    def _numbers(self) -> Tensor:
+        """[B] int64 from 0: a number for each query, the same for all of its rows."""
         if self.query is None:
-            return queries_P, documents_P
-        _, number_B, count_N = self.query.unique(return_inverse=True, return_counts=True)
-        order_B, first_N = number_B.argsort(), count_N.cumsum(dim=0) - count_N
-        number_P, documents_P = torch.stack([number_B[queries_P], documents_P], dim=1).unique(dim=0).unbind(dim=1)
-        times_P = count_N[number_P]
-        end_P = times_P.cumsum(dim=0)
-        # Each pair once for every row of its query: a running count within the pair gives the place of the row.
-        place = torch.arange(int(times_P.sum()), device=end_P.device) - (end_P - times_P).repeat_interleave(times_P)
-        return order_B[first_N[number_P].repeat_interleave(times_P) + place], documents_P.repeat_interleave(times_P)
-
-    def _check_numbers(self) -> None:
-        """Raises `ValueError` for a number that is no query or document, as far as known without D."""
-        for name, least in (("group", -1), ("known", 0), ("document", 0)):
-            numbers = getattr(self, name)
-            if numbers is not None and numbers.numel() and numbers.min() < least:
-                raise ValueError(f"{name} has {int(numbers.min())}, expected at least {least}")
-        if self.known is not None and len(self.known) and (last := self.known[:, 0].max()) >= len(self.group):
-            raise ValueError(f"known has query {int(last)}, expected 0 to {len(self.group) - 1} as group has them")
-        if self.document is not None:
-            missing = (self.document.bincount(minlength=1) == 0).nonzero()[:1, 0].tolist()
-            if missing:
-                raise ValueError(f"document lacks {missing[0]}, expected every number from 0 to the last document's")
-            self._check_documents(int(self.document.max()) + 1)
-
-    def _check_documents(self, num_documents: int) -> None:
-        for name, documents in (("group", self.group), ("known", None if self.known is None else self.known[:, 1])):
-            if documents is not None and documents.numel() > 0 and documents.max() >= num_documents:
-                raise ValueError(f"{name} has document {int(documents.max())}, there are {num_documents}")
+            return torch.arange(len(self.group), device=self.group.device)
+        return self.query.unique(return_inverse=True)[1]
 
     def _pairs(self, of_listed_BG: Tensor) -> tuple[Tensor, Tensor]:
-        """Query and document of the pairs of `group` selected by `of_listed_BG`, and of the known ones, each [P]."""
+        """Number of the query, and document, of the pairs of `group` in `of_listed_BG` and the known ones, each [P]."""
         queries, places = of_listed_BG.nonzero(as_tuple=True)
         documents = self.group[queries, places]
-        if self.known is None:
-            return queries, documents
-        # torch.tensor([]) is a float tensor.
-        known = self.known.to(self.group)
-        return torch.cat([queries, known[:, 0]]), torch.cat([documents, known[:, 1]])
+        if self.known is not None:
+            known = self.known.to(self.group)  # torch.tensor([]) is a float tensor
+            queries, documents = torch.cat([queries, known[:, 0]]), torch.cat([documents, known[:, 1]])
+        return self._numbers()[queries], documents
+
+    def _check_numbers(self, num_documents: float = math.inf) -> None:
+        """Raises `ValueError` for a number that is no query or document, as far as known."""
+        if self.document is not None:
+            documents = self.document.unique()
+            num_documents = len(documents)
+            if num_documents and (documents[0] != 0 or documents[-1] != num_documents - 1):
+                found = f"{num_documents} numbers from {int(documents[0])} to {int(documents[-1])}"
+                raise ValueError(f"document has {found}, expected every number from 0 to the last")
+        limits = [("group", "document", self.group, -1, num_documents)]
+        if self.known is not None:
+            queries, documents = self.known.unbind(dim=1)
+            limits += [
+                ("known", "query", queries, 0, len(self.group)),
+                ("known", "document", documents, 0, num_documents),
+            ]
+        for name, what, numbers, least, limit in limits:
+            for number in numbers.aminmax() if numbers.numel() else ():
+                if not least <= number < limit:
+                    raise ValueError(f"{name} has {what} {int(number)}, expected at least {least} and below {limit}")
 
 
 def _sharing(item_P: Tensor, key_P: Tensor, num_items: int) -> Tensor:
