@@ -16,8 +16,8 @@ from embedft import Targets
 from embedft.losses.contrastive import in_batch_negatives
 from embedft.losses.distillation import ProjectedDistillation, embedding_distillation, margin_mse
 from embedft.losses.matryoshka import Matryoshka, WeightedSum
+from embedft.losses.pairwise import angle, cosent, cosine_mse
 from embedft.losses.regularisers import global_orthogonal
-from embedft.losses.scored import angle, cosent, cosine_mse
 
 
 def first_cosine(Q, D, targets):

@@ -19,9 +19,8 @@ from embedft.losses.contrastive import (
 )
 from embedft.losses.distillation import embedding_distillation, listwise_kl, margin_mse
 from embedft.losses.guided import guided_in_batch_negatives
-from embedft.losses.pairwise import contrastive, triplet
+from embedft.losses.pairwise import angle, contrastive, cosine_mse, triplet
 from embedft.losses.rows import by_rows
-from embedft.losses.scored import angle, cosine_mse
 
 SUMS = {
     "in_batch_negatives": in_batch_negatives,

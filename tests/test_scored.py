@@ -1,4 +1,4 @@
-"""scored.py: by hand, against sentence-transformers, against loops over pairs."""
+"""pairwise.py, its losses of scored pairs: by hand, against sentence-transformers, against loops over pairs."""
 
 import math
 
@@ -9,7 +9,7 @@ from loss_checks import PRECISIONS, assert_equal, loss_and_gradients, random_pai
 
 from embedft import Targets
 from embedft.losses.distillation import listwise_kl, margin_mse
-from embedft.losses.scored import angle, cosent, cosine_mse, listed_scores
+from embedft.losses.pairwise import angle, cosent, cosine_mse, listed_scores
 from embedft.losses.targets import scores
 
 LOSSES = {"cosine_mse": cosine_mse, "cosent": cosent, "angle": angle}

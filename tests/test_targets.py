@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from embedft import Targets
-from embedft.losses.pairwise import triplet
-from embedft.losses.scored import listed_scores
+from embedft.losses.pairwise import listed_scores, triplet
 from embedft.losses.targets import over_windows, scores
 
 

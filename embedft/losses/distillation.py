@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_above_zero, check_one_of
+from .pairwise import listed_scores, listed_targets
 from .rows import by_rows
-from .scored import listed_scores, listed_targets
 from .targets import Targets, comparable, float32_or_64
 
 DISTANCES = ("cosine", "mse", "l2", "squared", "similarities")

@@ -1,28 +1,36 @@
-"""Losses over listed documents only: pairs pulled together or pushed apart, without the rest of the batch.
+"""Losses over listed documents only, without the rest of the batch.
 
     loss = triplet(Q, D, targets, margin=0.5, distance="cosine")
     loss = contrastive(Q, D, targets, margin=0.5)
-    loss = online_contrastive(Q, D, targets, margin=0.5)
+    loss = cosent(Q, D, Targets(group=torch.tensor([[0], [1]]), target_scores=torch.tensor([[0.9], [0.2]])))
 
-A positive listed for a query is a positive pair, a hard negative a negative one; a document listed as a hard negative
-that is known to be relevant is neither. Distances: "cosine" (1 - cos), "euclidean" or "manhattan", the last two of the
-vectors as they are; of several windows the nearest counts. `margin` is at least 0, in the unit of the distance. Losses
-are 0 when there is nothing to compare; a batch that lists one document per query raises `ValueError`.
+Pairs pulled together or pushed apart (`triplet`, `contrastive`, `online_contrastive`): a positive listed for a query is
+a positive pair, a hard negative a negative one; a document listed as a hard negative that is known to be relevant is
+neither. Distances: "cosine" (1 - cos), "euclidean" or "manhattan", the last two of the vectors as they are; of several
+windows the nearest counts. `margin` is at least 0, in the unit of the distance.
+
+Scored pairs (`cosine_mse`, `cosent`, `angle`): a query and the first document listed for it, with the first of its
+`target_scores` as gold score; pairs="all" takes every listed document with its own score. Pairs without a document (-1)
+are skipped. `similarity` and `windows` are those of `scores`.
+
+Losses are 0 when there is nothing to compare.
 
 Shapes: B queries, M documents, C document vectors, G listed documents per query, P pairs, D features.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_finite, check_one_of
+from .checks import check_above_zero, check_finite, check_one_of
 from .rows import by_rows
-from .scored import listed_scores
-from .targets import Targets, float32_or_64, over_windows
+from .targets import WINDOWS, Targets, comparable, float32_or_64, over_windows
 
 DISTANCES = ("cosine", "euclidean", "manhattan")
 REDUCTIONS = ("mean", "sum")
+PAIRS = ("first", "all")
 
 
 def triplet(Q: Tensor, D: Tensor, targets: Targets, *, margin: float = 5.0, distance: str = "euclidean") -> Tensor:
@@ -76,6 +84,92 @@ def online_contrastive(
     return hard_positive_P.square().sum() + F.relu(margin - hard_negative_P).square().sum()
 
 
+def cosine_mse(Q: Tensor, D: Tensor, targets: Targets, *, pairs: str = "first", windows: str = "max") -> Tensor:
+    """Mean over pairs of (cos(q, d) - gold)^2, gold from -1 to 1.
+
+    Source: Reimers and Gurevych 2019 (Sentence-BERT), section 3, regression objective; the same as
+    sentence-transformers' CosineSimilarityLoss.
+    """
+    scores_P, gold_P = _scored_pairs(Q, D, targets, "cosine_mse", pairs=pairs, windows=windows, as_pairs=True)
+    return (scores_P - gold_P).square().sum() / max(len(gold_P), 1)
+
+
+def cosent(
+    Q: Tensor,
+    D: Tensor,
+    targets: Targets,
+    *,
+    scale: float = 20.0,
+    similarity: str = "cosine",
+    pairs: str = "first",
+    windows: str = "max",
+) -> Tensor:
+    """log(1 + sum over pairs a, b with gold_a < gold_b of exp(scale * (s_a - s_b))): the order of scores counts.
+
+    Coupled: every pair is compared with every other one of another gold score, in the time and memory of a sort.
+
+    Source: Huang et al. 2024 (CoSENT), its ranking loss; equals sentence-transformers' CoSENTLoss.
+    """
+    return _cosent(*_scored_pairs(Q, D, targets, "cosent", pairs=pairs, similarity=similarity, windows=windows), scale)
+
+
+def angle(
+    Q: Tensor, D: Tensor, targets: Targets, *, scale: float = 20.0, pairs: str = "first", windows: str = "max"
+) -> Tensor:
+    """`cosent` with s = |q1.d1 + q2.d2 + q2.d1 - q1.d2|, the halves of unit vectors read as complex numbers.
+
+    The gradient of a cosine vanishes near 1 and -1, that of the angle does not. An odd number of features is padded
+    with a zero. Coupled, as `cosent` is. For queries with a positive scored y and negatives, sentence-transformers
+    takes all pairs, with scores of 1 - y for the negatives.
+
+    Source: Li and Li 2023 (AnglE), angle objective; equals sentence-transformers' AnglELoss, which follows the
+    authors' code in the sign of the imaginary part and the absolute value.
+    """
+    Q, D = (F.normalize(F.pad(float32_or_64(x), (0, x.shape[1] % 2)), dim=1) for x in (Q, D))
+    first, second = D.chunk(2, dim=1)
+    turned = torch.cat([first - second, first + second], dim=1)
+    listed = {"similarity": "dot", "windows": windows, "absolute": True}
+    return _cosent(*_scored_pairs(Q, turned, targets, "angle", pairs=pairs, **listed), scale)
+
+
+def listed_scores(
+    Q: Tensor,
+    D: Tensor,
+    targets: Targets,
+    *,
+    similarity: str = "cosine",
+    windows: str = "max",
+    absolute: bool = False,
+    as_pairs: bool = False,
+) -> Tensor:
+    """Similarity of every query with the documents listed for it, [B, G]; arbitrary where none is listed.
+
+    Computes only these pairs, not [B, M]; if documents have windows, a few queries at a time. `absolute` takes the
+    absolute similarity of each window; `as_pairs` is that of `comparable`.
+    """
+    check_one_of("windows", windows, WINDOWS)
+    targets.check_queries(Q)
+    Q, D = comparable(Q, D, similarity, as_pairs=as_pairs)
+
+    def best(Q_R: Tensor, D: Tensor, targets: Targets) -> tuple[Tensor]:
+        scores_RC = Q_R @ D.T
+        scores_RM = over_windows(scores_RC.abs() if absolute else scores_RC, targets, windows=windows)
+        return (scores_RM.gather(1, targets.group.clamp(min=0)),)
+
+    if targets.document is not None:
+        return by_rows(best, Q, D, targets, None)[0]
+    targets.num_documents(len(D))
+    scores_BG = (Q[:, None] * D[targets.group.clamp(min=0)]).sum(dim=2)
+    return scores_BG.abs() if absolute else scores_BG
+
+
+def listed_targets(targets: Targets, loss: str, like: Tensor) -> Tensor:
+    """`target_scores`, [B, G], constant, with dtype and device of `like`. Raises `ValueError` if there are none."""
+    if targets.target_scores is None:
+        raise ValueError(f"{loss} needs target_scores: a score for every listed document, which the data lacks")
+    return targets.target_scores.detach().to(like)
+
+
 def _check(margin: float, distance: str) -> None:
     check_finite("margin", margin, least=0)
     check_one_of("distance", distance, DISTANCES)
@@ -109,3 +203,27 @@ def _listed_distances(
         return (-over_windows(-distances_RC, targets).gather(1, targets.group.clamp(min=0)),)
 
     return by_rows(nearest, Q, D, targets, None)[0]
+
+
+def _scored_pairs(
+    Q: Tensor, D: Tensor, targets: Targets, loss: str, *, pairs: str, **listed: Any
+) -> tuple[Tensor, Tensor]:
+    """Similarity and gold score of every pair, each [P]; `listed` are options of `listed_scores`."""
+    check_one_of("pairs", pairs, PAIRS)
+    scores_BG = listed_scores(Q, D, targets, **listed)
+    gold_BG, is_listed_BG = listed_targets(targets, loss, scores_BG), targets.group >= 0
+    if pairs == "first":
+        scores_BG, gold_BG, is_listed_BG = scores_BG[:, :1], gold_BG[:, :1], is_listed_BG[:, :1]
+    return scores_BG[is_listed_BG], gold_BG[is_listed_BG]
+
+
+def _cosent(scores_P: Tensor, gold_P: Tensor, scale: float) -> Tensor:
+    check_above_zero("scale", scale)
+    gold_P, order_P = gold_P.sort()
+    scores_P = scores_P[order_P] * scale
+    # The sum over all b with a higher gold score, for each a: sorted, they are the pairs from a place on.
+    higher_P = torch.searchsorted(gold_P, gold_P, right=True)
+    sums_P = (-scores_P).flip(0).logcumsumexp(dim=0).flip(0)
+    none_higher = scores_P.new_full((1,), float("-inf"))
+    terms_P = scores_P + torch.cat([sums_P, none_higher])[higher_P]
+    return torch.cat([scores_P.new_zeros(1), terms_P]).logsumexp(dim=0)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import contrastive, distillation, guided, pairwise, regularisers, scored
+from . import contrastive, distillation, guided, pairwise, regularisers
 from .components import unrecorded
 from .matryoshka import Loss, Matryoshka, WeightedSum
 from .targets import Targets
@@ -34,9 +34,9 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "triplet": pairwise.triplet,
     "contrastive": pairwise.contrastive,
     "online_contrastive": pairwise.online_contrastive,
-    "cosine_mse": scored.cosine_mse,
-    "cosent": scored.cosent,
-    "angle": scored.angle,
+    "cosine_mse": pairwise.cosine_mse,
+    "cosent": pairwise.cosent,
+    "angle": pairwise.angle,
     "margin_mse": distillation.margin_mse,
     "listwise_kl": distillation.listwise_kl,
     "embedding_distillation": distillation.embedding_distillation,
