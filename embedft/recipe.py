@@ -31,7 +31,6 @@ from .retrieval.mining import mine
 from .retrieval.report import Report
 from .retrieval.run import Run
 from .training import distributed, runs
-from .training.loggers import check_logger
 from .training.optim import MakeOptimizer
 from .training.references import FrozenEmbeddings, Reference, targets_with
 from .training.settings import MINING, FinetuneConfig, configured_loss
@@ -157,7 +156,7 @@ def _prepare(job: _Job, existing: str) -> None:
     embedder, config, batches = job.embedder, job.config, job.given.get("batches")
     if job.out is not None:
         distributed.from_first(lambda: runs.check_run(job.out, existing))
-    check_logger(config.log, job.out)
+    runs.check_logger(config.log, job.out)
     for name in job.given.keys() & REPLACED.keys():
         config.check_unused(REPLACED[name], f"{name} is given as an object, which replaces it")
     job.loss = job.given.get("loss") or configured_loss(config)

@@ -1,4 +1,4 @@
-"""loggers.py: TensorBoard and W&B get the records of train.jsonl; neither is needed. Both are stubs here."""
+"""runs.py, its loggers: TensorBoard and W&B get the records of train.jsonl; neither is needed. Both are stubs here."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ import pytest
 from tiny import make_dataset, make_embedder
 
 from embedft import FinetuneConfig, finetune
-from embedft.training.loggers import check_logger, open_logger
+from embedft.training.runs import check_logger, open_logger
 
 CONFIG = {"epochs": 1, "batch_size": 4, "loss": {"name": "learnable_temperature"}}
 

@@ -13,6 +13,8 @@ DONE               written when everything else is
 """
 
 import contextlib
+import hashlib
+import importlib
 import importlib.metadata
 import json
 import os
@@ -29,13 +31,14 @@ import torch
 
 from .. import device as devices
 from ..files import append_jsonl, atomic_write, check_writable, locked, read_json, resume_jsonl, write_json
-from .loggers import open_logger
 
 CONFIG, ENVIRONMENT, DIFF, LOG = "config.json", "environment.json", "diff.patch", "train.jsonl"
 CHECKPOINTS, MODEL, EVAL, DONE = "checkpoints", "model", "eval", "DONE"
 LOCK, REPLACED, TRIAL = ".lock", ".replaced", ".trial"
 PACKAGES = ("embedft", "torch", "numpy", "faiss-cpu", "tokenizers", "safetensors")
 EXISTING = ("refuse", "overwrite", "resume")
+LOGGERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # neither is installed with embedft
+Log = Callable[[dict[str, Any]], None]
 
 
 def check_run(out: Path, existing: str = "refuse") -> None:
@@ -103,7 +106,20 @@ def open_run(
         return
     _set_aside(out)
     commit, diff = _git_state()
-    write_json(out / ENVIRONMENT, environment(device) | {"commit": commit, "dirty": bool(diff), "sha256": hashes})
+    environment = {
+        "started": _now(),
+        "arguments": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": devices.describe(device),
+        "packed_attention_kernel": devices.has_packed_attention(device, torch.bfloat16),
+        "onednn_linear": devices.has_onednn_linear(device, torch.float32),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "commit": commit,
+        "dirty": bool(diff),
+        "sha256": hashes,
+    }
+    write_json(out / ENVIRONMENT, environment)
     (out / DIFF).unlink(missing_ok=True)
     if diff:
         with atomic_write(out / DIFF, "wb") as file:
@@ -143,7 +159,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def open_log(out: Path | None, step: int, logger: str | None = None) -> Callable[[dict[str, Any]], None]:
+def open_log(out: Path | None, step: int, logger: str | None = None) -> Log:
     """A function that appends a record to train.jsonl, and to `logger`; without `out` it does nothing.
 
     Drops what the log says about steps after `step`, which will be done again, and an incomplete last line.
@@ -151,31 +167,60 @@ def open_log(out: Path | None, step: int, logger: str | None = None) -> Callable
     if out is None:
         return lambda record: None
     out.mkdir(parents=True, exist_ok=True)
-    log = out / LOG
-    kept = [record for record in resume_jsonl(log) if record.get("step", 0) <= step]
-    with atomic_write(log) as file:
+    kept = [record for record in resume_jsonl(out / LOG) if record.get("step", 0) <= step]
+    with atomic_write(out / LOG) as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
-    also = open_logger(logger, out, resumed_at=step)
+    also = open_logger(logger, out, resumed_at=step) if logger else lambda record: None
 
     def append(record: dict[str, Any]) -> None:
-        append_jsonl(log, record)
+        append_jsonl(out / LOG, record)
         also(record)
 
     return append
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """What figures depend on besides code and data."""
-    return {
-        "started": _now(),
-        "arguments": sys.argv,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": devices.describe(device),
-        "packed_attention_kernel": devices.has_packed_attention(device, torch.bfloat16),
-        "onednn_linear": devices.has_onednn_linear(device, torch.float32),
-        "versions": {name: _version(name) for name in PACKAGES},
-    }
+def check_logger(name: str | None, out: Path | None) -> None:
+    """Raises `ValueError` unless the logger can be used: its package is installed and there is a run folder."""
+    if name is None:
+        return
+    if out is None:
+        raise ValueError(f"log is {name!r}, but nothing is written without a run folder (out)")
+    try:
+        importlib.import_module(LOGGERS[name])
+    except ImportError:
+        raise ValueError(f"log is {name!r}, but {name} is not installed: pip install {name}") from None
+
+
+def open_logger(name: str, out: Path, *, resumed_at: int) -> Log:
+    """A function that logs the numbers of a record, nested ones as "components/matryoshka/384".
+
+    TensorBoard writes to out/tensorboard and drops what it has of steps after `resumed_at`, the checkpoint's; W&B names
+    the run after the run folder `out` and resumes it by id.
+    """
+    module = importlib.import_module(LOGGERS[name])
+    if name == "tensorboard":
+        writer = module.SummaryWriter(str(out / "tensorboard"), purge_step=resumed_at + 1)
+
+        def write(record: dict[str, Any]) -> None:
+            for key, value in _scalars(record):
+                writer.add_scalar(key, value, record["step"])
+            writer.flush()
+
+        return write
+    identity = str(out.resolve()).encode()
+    if (out / ENVIRONMENT).is_file():  # differs between two runs in one folder
+        identity += (out / ENVIRONMENT).read_bytes()
+    run_id = hashlib.sha256(identity).hexdigest()[:16]
+    run = module.init(dir=str(out), name=out.name, id=run_id, resume="allow")
+    return lambda record: run.log(dict(_scalars(record)), step=record["step"])
+
+
+def _scalars(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for key, value in record.items():
+        if isinstance(value, dict):
+            yield from _scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and prefix + key != "step":
+            yield prefix + key, value
 
 
 def _version(package: str) -> str | None:

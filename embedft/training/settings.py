@@ -8,9 +8,9 @@ import torch
 
 from ..config import check_types, setting
 from ..losses.registry import Loss, build_loss
-from .loggers import Logger
 from .optim import Schedule
 
+Sampling = Literal["proportional", "round_robin", "temperature"]
 MINING = ("mine_ranks", "mine_sampling", "mine_relative_margin", "mine_absolute_margin")
 LARGEST_SEED = 2**62
 
@@ -29,13 +29,13 @@ class TrainConfig:
     seed: int = setting(42, "random seed of the batch order and dropout", above=-LARGEST_SEED, below=LARGEST_SEED)
     precision: Literal["float32", "bfloat16"] = setting("float32", "precision of the forward pass; bfloat16: autocast")
     accumulate: int = setting(1, "batches per step; their gradients are averaged", least=1)
-    mini_batch_tokens: int | None = setting(
-        None, "tokens embedded with gradient at a time (gradient caching) [the whole batch at once]", least=1
-    )
+    mini_batch_tokens: int | None = setting(None, "gradient caching: tokens per mini-batch [no caching]", least=1)
     eval_every: int | None = setting(None, "steps between validations [one per epoch]", least=1)
     checkpoint_every: int | None = setting(None, "steps between checkpoints [one per epoch]", least=1)
     select: str = setting("ndcg@10", "validation metric that chooses the best weights")
-    log: Logger | None = setting(None, "also log to tensorboard or wandb, which must be installed")
+    log: Literal["tensorboard", "wandb"] | None = setting(
+        None, "also log to tensorboard or wandb, which must be installed"
+    )
 
     def __post_init__(self):
         check_types(self)
@@ -59,37 +59,21 @@ class FinetuneConfig(TrainConfig):
     target_scores: bool = setting(False, "give the dataset's scores to the loss")
     no_duplicates: bool = setting(False, "no text twice in a batch")
     length_window: int = setting(0, "sort examples by length within this many batches; 0: random order", least=0)
-    sampling: Literal["proportional", "round_robin", "temperature"] = setting(
-        "proportional", "how to sample several datasets, see embedft/data/mixture.py"
-    )
-    sampling_temperature: float = setting(
-        2.0, "for sampling by temperature: 1 is proportional, higher more even", least=1
-    )
+    sampling: Sampling = setting("proportional", "how to sample several datasets, see embedft/data/mixture.py")
+    sampling_temperature: float = setting(2.0, "with temperature: 1 is proportional, higher more even", least=1)
     mixed: bool = setting(False, "mix all datasets in each batch, instead of one dataset per batch")
     max_length: int | None = setting(None, "truncate texts to this many tokens [the model's own]", least=1)
-    passages: list[int] | None = setting(
-        None, "[size, stride] in tokens: split documents into windows, the best one counts [one vector each]"
-    )
+    passages: list[int] | None = setting(None, "[size, stride] in tokens: windows, the best counts [one vector each]")
     windows_per_document: int = setting(4, "windows of a document per batch: the best ones, then random ones", least=1)
     refresh_windows: bool = setting(False, "find the best windows anew before each epoch, with the current model")
-    mine_every: int | None = setting(
-        None, "mine num_negatives hard negatives before training and every so many epochs", least=1
-    )
+    mine_every: int | None = setting(None, "mine num_negatives before training and every so many epochs", least=1)
     mine_ranks: list[int] = setting([10, 100], "[first, last] rank of mined negatives")
     mine_sampling: Literal["random", "top"] = setting("random", "which of these ranks are mined")
-    mine_relative_margin: float | None = setting(
-        None, "0.05: mined negatives score at most 95% of the query's lowest positive"
-    )
-    mine_absolute_margin: float | None = setting(
-        None, "mined negatives score at least this much below the query's lowest positive"
-    )
-    attention_dropout: float = setting(
-        0.0, "dropout on attention weights; above 0, the fast kernels cannot be used", least=0, below=1
-    )
+    mine_relative_margin: float | None = setting(None, "0.05: score at most 95% of the query's lowest positive")
+    mine_absolute_margin: float | None = setting(None, "score at least this much below the query's lowest positive")
+    attention_dropout: float = setting(0.0, "on attention weights; above 0 is slower", least=0, below=1)
     loss: dict[str, Any] = setting({"name": "in_batch_negatives"}, "name and options of the loss")
-    references: dict[str, Any] = setting(
-        {}, "frozen models by the name the loss uses: guide, teacher or base; null: MODEL before training"
-    )
+    references: dict[str, Any] = setting({}, "frozen models: guide, teacher or base; null: MODEL before training")
 
     def __post_init__(self):
         super().__post_init__()
@@ -97,25 +81,27 @@ class FinetuneConfig(TrainConfig):
         for name, model in self.references.items():
             if not isinstance(model, str | None):
                 raise ValueError(f"references: {name} is {model!r}, expected a model's folder or name, or null")
-        # Settings that would have no effect are errors.
-        if self.batch_tokens:
-            self.check_unused(("batch_size",), f"batch_tokens is {self.batch_tokens}: expected one of the two")
-        if self.sampling != "temperature":
-            self.check_unused(("sampling_temperature",), f"sampling is {self.sampling!r}")
-        if self.passages is None:
-            self.check_unused(("windows_per_document", "refresh_windows"), "there are no passages")
-        elif len(self.passages) != 2 or not all(type(number) is int for number in self.passages):
-            raise ValueError(f"passages is {self.passages}, expected [size, stride], two whole numbers of tokens")
-        elif self.references:
-            raise ValueError("references cannot be combined with passages")
-        if self.mine_every is None:
-            self.check_unused(MINING, "mine_every is null")
-            return
-        if self.num_negatives == 0:
+        if self.passages is not None:
+            if len(self.passages) != 2 or not all(type(number) is int for number in self.passages):
+                raise ValueError(f"passages is {self.passages}, expected [size, stride], two whole numbers of tokens")
+            if self.references:
+                raise ValueError("references cannot be combined with passages")
+        if self.mine_every and not self.num_negatives:
             raise ValueError(f"num_negatives is 0, but mine_every is {self.mine_every}: expected at least 1")
-        self.check_unused(("batch_tokens", "no_duplicates"), "mining would change the number of batches")
-        if self.mine_every > 1:
-            self.check_unused(("refresh_windows",), f"with mine_every {self.mine_every} windows follow the mining")
+        for is_unused, names, why in (
+            (self.batch_tokens, ("batch_size",), f"batch_tokens is {self.batch_tokens}: expected one of the two"),
+            (self.sampling != "temperature", ("sampling_temperature",), f"sampling is {self.sampling!r}"),
+            (not self.passages, ("windows_per_document", "refresh_windows"), "there are no passages"),
+            (not self.mine_every, MINING, "mine_every is null"),
+            (self.mine_every, ("batch_tokens", "no_duplicates"), "mining would change the number of batches"),
+            (
+                (self.mine_every or 1) > 1,
+                ("refresh_windows",),
+                f"with mine_every {self.mine_every} windows follow the mining",
+            ),
+        ):
+            if is_unused:
+                self.check_unused(names, why)
 
 
 @dataclass(frozen=True)
@@ -133,13 +119,9 @@ class AdapterConfig:
     objective: Literal["full_corpus", "in_batch"] = setting("full_corpus", "what the loss compares a question with")
     temperature: float = setting(0.03, "temperature of the full-corpus softmax", above=0)
     loss: dict[str, Any] = setting({"name": "in_batch_negatives"}, "name and options of the loss, for in_batch")
-    merge_documents: bool = setting(
-        True, "in_batch: a document once per batch; false: once per pair, as a negative of its other pairs too"
-    )
+    merge_documents: bool = setting(True, "in_batch: a document once per batch; false: once per pair")
     shuffle: bool = setting(True, "a new order every epoch; false: the order of the qrels")
-    toward_identity: float = setting(
-        10.0, "weight of the maps' squared distance from the identity, per feature", least=0
-    )
+    toward_identity: float = setting(10.0, "weight of the maps' squared distance from the identity", least=0)
     lr: float = setting(1e-3, "peak learning rate", above=0)
     weight_decay: float = setting(0.0, "weight decay of matrices; 0: AdamW is Adam", least=0)
     schedule: Schedule = setting("constant", "learning rate after warmup")
@@ -147,16 +129,12 @@ class AdapterConfig:
     max_grad_norm: float = setting(1.0, "clip gradients to this norm", above=0)
     epochs: int = setting(16, "passes over the training questions", least=1)
     batch_size: int | None = setting(64, "questions (in_batch: pairs) per step; null: all of them", least=1)
-    held_out: float = setting(
-        0.0, "fraction of the answering documents that chooses the best step; 0: the last step", least=0, below=1
-    )
+    held_out: float = setting(0.0, "fraction of documents that chooses the best step; 0: the last", least=0, below=1)
     eval_every: int = setting(10, "steps between validations", least=1)
     patience: int | None = setting(None, "stop after this many validations without improvement [never]", least=1)
     select: str = setting("mrr@10", "validation metric that chooses the best step, mrr@K or hit_rate@K")
     documents_at_once: int = setting(16_384, "documents, or windows of them, scored at a time", least=1)
-    seed: int = setting(
-        42, "random seed of the held-out documents, the order of questions and the weights", least=0, below=LARGEST_SEED
-    )
+    seed: int = setting(42, "random seed of held-out documents, order and weights", least=0, below=LARGEST_SEED)
 
     def __post_init__(self):
         check_types(self)
