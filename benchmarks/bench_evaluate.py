@@ -240,8 +240,12 @@ def metrics_alone(options: argparse.Namespace, found: Run, dataset: RetrievalDat
     expected = {
         ours: np.array([by_query[query_id][name] for query_id in found.query_ids]) for name, ours in names.items()
     }
-    in_its_order = judge(found.in_trec_eval_order(), qrels)
-    ours = measure(in_its_order, list(expected))
+    its_order = {  # by score as float32, then by descending id
+        query_id: sorted(row, key=lambda i, row=row: (np.float32(row[i]), i), reverse=True)
+        for query_id, row in results.items()
+    }
+    by_rank = {query_id: {i: -float(rank) for rank, i in enumerate(order)} for query_id, order in its_order.items()}
+    ours = measure(judge(Run.from_dict(by_rank).select(found.query_ids), qrels), list(expected))
     differences = {"trec_eval (pytrec_eval), from dicts": require_close(ours, expected, "trec_eval", TOLERANCE)}
     if importlib.util.find_spec("ranx"):
         more, differences["ranx, from its own types"] = ranx_contestants(found, qrels, depth)

@@ -19,7 +19,7 @@ INF = np.inf
         (([[0, 1]], [[2.0, 1.0]]), r"must both be \[2 queries, K\]"),
         (([[0, 1], [1, 0]], [[2.0], [2.0]]), r"must both be \[2 queries, K\]"),
         (([0, 1], [2.0, 1.0]), r"must both be \[2 queries, K\]"),
-        (([[0, 1], [1, 0]], [[2, 1], [2, 1]]), "scores float, not int64 and int64"),
+        (([[0, 1], [1, 0]], [[2, 1], [2, 1]]), "scores float, found int64 .* and int64"),
         (([[0, 1], [1, 3]], [[2.0, 1.0]] * 2), "'q2' has an index outside 3 documents"),
         (([[0, 1], [1, -2]], [[2.0, 1.0]] * 2), "'q2' has an index outside 3 documents"),
         (([[0, 1], [-1, 1]], [[2.0, 1.0], [-INF, -INF]]), "'q2' has a document after an empty place"),
@@ -62,37 +62,6 @@ def test_from_dict_refuses_scores_that_are_not_finite():
         Run.from_dict({"q": {"a": 1.0, "b": float("nan")}})
 
 
-def test_the_order_of_trec_eval_by_hand():
-    # Ids are not in the order of their indices. q1: a and c tie behind b; q2: a place is empty; q3 has found nothing.
-    scores = [[3.0, 2.0, 2.0], [1.0, 1.0, -INF], [-INF] * 3]
-    run = make([[1, 2, 0], [0, 1, -1], [-1, -1, -1]], scores, ("q1", "q2", "q3"), ["c", "b", "a", "unused"])
-    ordered = run.in_trec_eval_order()
-    assert {q: list(row) for q, row in ordered.to_dict().items()} == {"q1": list("bca"), "q2": list("cb"), "q3": []}
-    np.testing.assert_array_equal(ordered.scores, run.scores)
-    assert run.to_dict() == {"q1": {"b": 3.0, "a": 2.0, "c": 2.0}, "q2": {"c": 1.0, "b": 1.0}, "q3": {}}  # as it was
-    # 1e-9 apart at 1 is one float32 and two float64; 1e-6 apart is two of either.
-    rounded = Run.from_dict({"q": {"a": 1.0 + 1e-9, "b": 1.0, "c": 1.0 - 1e-6}}).in_trec_eval_order()
-    assert list(rounded.to_dict()["q"].items()) == [("b", 1.0), ("a", 1.0), ("c", float(np.float32(1.0 - 1e-6)))]
-    assert rounded.scores.dtype == np.float32
-    with pytest.raises(ValueError, match="'q' has a score that is not finite"):
-        Run.from_dict({"q": {"a": 1e39}}).in_trec_eval_order()
-    assert Run.from_dict({"q": {}}).in_trec_eval_order().to_dict() == {"q": {}}
-    nothing = make([[-1], [-1]], [[-INF], [-INF]], document_ids=()).in_trec_eval_order()
-    assert nothing.indices.tolist() == [[-1], [-1]]
-
-
-def test_the_order_of_trec_eval_equals_sorting():
-    rng = np.random.default_rng(0)
-    documents = rng.permutation([f"d{i}" for i in range(30)]).tolist()
-    results = {
-        f"q{q}": {documents[d]: float(rng.integers(0, 4)) for d in rng.permutation(30)[: rng.integers(0, 30)]}
-        for q in range(100)
-    }
-    for query_id, row in Run.from_dict(results).in_trec_eval_order().to_dict().items():
-        by_id = sorted(results[query_id], reverse=True)
-        assert list(row) == sorted(by_id, key=lambda document_id, row=row: -row[document_id])
-
-
 def test_select_reorders_and_adds_empty_rows():
     run = make([[0, 1], [2, -1]], np.array([[2.0, 1.0], [3.0, -INF]], dtype=np.float32))
     selected = run.select(["q2", "new", "q1"])
@@ -120,7 +89,6 @@ def test_trec_lines(tmp_path):
     Run.from_dict({"q1": {"d2": 0.5, "d1": 1.0}, "none": {}}).save(path, tag="mine")
     assert path.read_text() == "q1 Q0 d1 1 1.0 mine\nq1 Q0 d2 2 0.5 mine\n"
     assert Run.load(path).to_dict() == {"q1": {"d1": 1.0, "d2": 0.5}}
-    assert Run.load(path, query_ids=["none", "q1"]).to_dict() == {"none": {}, "q1": {"d1": 1.0, "d2": 0.5}}
 
 
 def test_load_orders_by_score_and_skips_blank_lines(tmp_path):
@@ -156,7 +124,6 @@ def test_ids_with_whitespace_are_percent_encoded(tmp_path):
         "my%20file.txt Q0 % 3 0.5 my-model+percent-encoded",
     ]
     assert Run.load(path).to_dict() == results
-    assert Run.load(path, query_ids=list(results)).to_dict() == results
 
 
 def test_ids_without_whitespace_are_written_as_they_are(tmp_path):

@@ -127,9 +127,7 @@ def test_recipe_by_hand():
     # Seeds' means 1 and 3, m = 2: V_S = (1 + 1) / (2 * 1) = 1. Questions' means 1 and 3: V_C = 2/1 * 2 / 4 = 1.
     # 0, 2 and 2, 4 have no noise left: V = 2. Degrees 2^2 / (1/1 + 1/1) = 2, t = 4.302653.
     found = recipe_interval(np.array([[0.0, 2.0], [2.0, 4.0]]))
-    assert (found.difference, found.seed_error, found.question_error) == (2.0, 1.0, 1.0)
-    assert found.error == pytest.approx(math.sqrt(2))
-    assert found.degrees_of_freedom == pytest.approx(2)
+    assert (found.seed_error, found.question_error) == (1.0, 1.0)
     reach = 4.302653 * math.sqrt(2)
     assert found.interval == pytest.approx((2 - reach, 2 + reach), abs=1e-5)
     assert found.p_value == pytest.approx(1 - math.sqrt(2) / 2)  # t = sqrt(2): 1 - t / sqrt(t^2 + 2)
@@ -138,11 +136,14 @@ def test_recipe_by_hand():
 def test_the_noise_of_a_question_under_a_seed_counts_once():
     # Seeds' means 2 and 2: V_S = 0. Questions' means 1 and 3: V_C = 1. Noise -1 1 / 1 -1: V_SC = 4/1 * 4 / 16 = 1.
     # V is not below V_C: max(1 - min(1, 0), 0) = 1.
+    # With C - 1 = 1 degree of freedom t is 12.7062.
     found = recipe_interval(np.array([[0.0, 4.0], [2.0, 2.0]]))
-    assert (found.seed_error, found.question_error, found.error) == (0.0, 1.0, 1.0)
-    # Pure noise, many cells: V_S, V_C and V_SC all estimate the same variance, and V is about it, not twice it.
-    errors = [recipe_interval(generator(i).standard_normal((20, 20))).error ** 2 for i in range(100)]
-    assert np.mean(errors) == pytest.approx(1 / 400, rel=0.3)
+    assert (found.seed_error, found.question_error) == (0.0, 1.0)
+    assert found.interval == pytest.approx((2 - 12.7062, 2 + 12.7062), abs=1e-4)
+    # Pure noise, many cells: V_S, V_C and V_SC all estimate the same variance, and V is about it, not twice it. With 19
+    # to 38 degrees of freedom t is 2.02 to 2.09.
+    intervals = [recipe_interval(generator(i).standard_normal((20, 20))).interval for i in range(100)]
+    assert np.mean([((high - low) / 2 / 2.06) ** 2 for low, high in intervals]) == pytest.approx(1 / 400, rel=0.3)
 
 
 def test_recipe_with_clusters():
@@ -150,18 +151,19 @@ def test_recipe_with_clusters():
     differences = rng.standard_normal((3, 10)) + rng.standard_normal((3, 1))
     plain = recipe_interval(differences)
     doubled = recipe_interval(np.tile(differences, 2), [f"c{i}" for i in range(10)] * 2)
-    for name in ("difference", "seed_error", "question_error", "error", "degrees_of_freedom", "interval", "p_value"):
-        assert getattr(doubled, name) == pytest.approx(getattr(plain, name)), name
+    for name, value in plain._asdict().items():
+        assert getattr(doubled, name) == pytest.approx(value), name
     assert recipe_interval(np.tile(differences, 2)).question_error < 0.8 * plain.question_error
     # Clusters a (0, 1) and b (5), the same under both seeds: mean 2, sums less size times mean -3 and 3, so V_C is
     # 2/1 * 18 / 9 = 4.
     found = recipe_interval(np.array([[0.0, 1.0, 5.0]] * 2), ["a", "a", "b"])
-    assert (found.question_error, found.seed_error, found.error) == pytest.approx((2.0, 0.0, 2.0))
+    assert (found.question_error, found.seed_error) == pytest.approx((2.0, 0.0))
+    assert found.interval == pytest.approx((2 - 2 * 12.7062, 2 + 2 * 12.7062), abs=1e-3)
 
 
 def test_recipe_without_spread_and_refused():
     found = recipe_interval(np.zeros((3, 5)))
-    assert (found.interval, found.p_value, found.degrees_of_freedom) == ((0.0, 0.0), 1.0, 2.0)
+    assert (found.interval, found.p_value) == ((0.0, 0.0), 1.0)
     for wrong in (np.ones(5), np.ones((1, 5))):
         with pytest.raises(ValueError, match=r"shape \(.*expected a row for each of 2 or more seeds"):
             recipe_interval(wrong)
@@ -183,7 +185,7 @@ def test_recipe_covers_what_it_says(by_seed, by_document, noise):
         )
         low, high = found.interval
         hits += low <= 0 <= high
-        narrow += abs(found.difference) <= 1.96 * found.question_error
+        narrow += abs(low + high) / 2 <= 1.96 * found.question_error
     assert 0.95 - 3 * math.sqrt(0.05 * 0.95 / 300) <= hits / 300
     if by_seed:
         assert narrow / 300 < 0.87  # questions alone promise too much

@@ -35,10 +35,8 @@ class Report:
     per_query: dict[str, np.ndarray]  # {"ndcg@10": [Q] float64, ...}, see metrics.py
     clusters: list[str]  # the cluster id of each query (`question_clusters`), for the statistics
     num_without_relevant: int  # queries left out because they have no relevant document
-    setting: (
-        dict  # what was evaluated and how, as far as known: model, data_sha256, dim, precision, index, passages, ...
-    )
-    costs: dict[str, float]  # seconds of each part and bytes_per_document, as far as known
+    setting: dict  # what was evaluated and how, as far as known: model, data_sha256, dim, precision, index, ...
+    costs: dict[str, float]  # as far as known, see search.py
     run: Run  # the ranking of each query, in the order of query_ids
 
     def __post_init__(self):
@@ -74,21 +72,23 @@ class Report:
         title = f"{self.num_queries} queries"
         if self.num_without_relevant:
             title += f" ({self.num_without_relevant} without relevant documents left out)"
-        lines = [title]
-        for metric, row in {"": dict(zip(cutoffs, cutoffs, strict=True)), **cells}.items():
-            lines.append((f"{metric:<{width}}" + "".join(f"{row.get(k, ''):>9}" for k in cutoffs)).rstrip())
-        return "\n".join(lines)
+        rows = {"": dict(zip(cutoffs, cutoffs, strict=True)), **cells}.items()
+        lines = [f"{metric:<{width}}" + "".join(f"{row.get(k, ''):>9}" for k in cutoffs) for metric, row in rows]
+        return "\n".join([title, *map(str.rstrip, lines)])
 
     def save(self, folder: str | Path) -> None:
         """Writes run.trec, per_query.jsonl and, last, metrics.json into `folder`; floats read back exactly."""
         folder = Path(folder)
         (folder / "metrics.json").unlink(missing_ok=True)
         self.run.save(folder / "run.trec", tag=self.name)
-        columns = {name: values.tolist() for name, values in self.per_query.items()}
+        values = zip(*(column.tolist() for column in self.per_query.values()), strict=True)
         with atomic_write(folder / "per_query.jsonl") as file:
-            for row, (query_id, cluster) in enumerate(zip(self.query_ids, self.clusters, strict=True)):
-                values = {name: column[row] for name, column in columns.items()}
-                line = {"query_id": query_id, "cluster": cluster, "metrics": values}
+            for query_id, cluster, row in zip(self.query_ids, self.clusters, values, strict=True):
+                line = {
+                    "query_id": query_id,
+                    "cluster": cluster,
+                    "metrics": dict(zip(self.per_query, row, strict=True)),
+                }
                 file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
         summary = ("metrics", "num_queries", "num_without_relevant", "setting", "costs")
         write_json(folder / "metrics.json", {name: getattr(self, name) for name in summary})
@@ -112,7 +112,7 @@ class Report:
                 num_without_relevant=summary["num_without_relevant"],
                 setting={**summary["setting"]},
                 costs={**summary["costs"]},
-                run=Run.load(folder / "run.trec", query_ids=query_ids),
+                run=Run.load(folder / "run.trec").select(query_ids),
             )
             wrong = [name for name, mean in means.items() if not abs(report.metrics[name] - mean) <= 1e-12]
             if summary["num_queries"] != report.num_queries or wrong:
@@ -144,7 +144,7 @@ class Comparison:
     interval: tuple[float, float]  # of the difference, at `confidence`
     p_value: float  # two-sided; Holm-adjusted if `num_comparisons` is above 1
     confidence: float
-    wins: int  # questions on which `other` is better than `base`; `ties`: equal to it; `losses`: worse
+    wins: int  # questions on which `other` is better than `base`; `ties`: equal; `losses`: worse
     ties: int
     losses: int
     num_queries: int
@@ -172,9 +172,9 @@ def compare(
     """Compares each of `others` with `base`, question by question: one Comparison, or a list of them for several.
 
     The interval is by bootstrap, the p-value by sign flips, over the clusters of `base`. Where nearly all questions are
-    connected (many relevant documents each, as in NFCorpus), few clusters remain and the test has no power;
-    `dataclasses.replace(base, clusters=base.query_ids)` treats the questions as independent. With one cluster the
-    interval of a difference is (-1, 1), all that a metric in [0, 1] allows.
+    connected (as in NFCorpus), few clusters remain and the test has no power; `dataclasses.replace(base,
+    clusters=base.query_ids)` treats the questions as independent. With one cluster the interval of a difference is
+    (-1, 1), all that a metric in [0, 1] allows.
 
     Raises `ValueError` for different questions, corpora or gains, or a metric that one lacks; warns if data, maximum
     length or prompts differ.
@@ -208,11 +208,10 @@ def compare_seeds(
     """
     if len(bases) not in (1, len(others)):
         raise ValueError(f"found {len(bases)} base reports for {len(others)} seeds, expected 1 or {len(others)}")
-    base_SQ, other_SQ = paired_values(bases[0], bases, metric), paired_values(bases[0], others, metric)
-    found = recipe_interval(other_SQ - base_SQ, bases[0].clusters, confidence=confidence)
-    options = {name: getattr(found, name) for name in ("interval", "p_value", "question_error", "seed_error")}
-    options |= {"confidence": confidence, "num_seeds": len(others)}
-    return _comparison(bases[0], metric, base_SQ.mean(axis=0), other_SQ.mean(axis=0), **options)
+    base_SQ, other_SQ = (paired_values(bases[0], reports, metric) for reports in (bases, others))
+    found = recipe_interval(other_SQ - base_SQ, bases[0].clusters, confidence=confidence)._asdict()
+    found |= {"confidence": confidence, "num_seeds": len(others)}
+    return _comparison(bases[0], metric, base_SQ.mean(axis=0), other_SQ.mean(axis=0), **found)
 
 
 def _comparison(base: Report, metric: str, base_Q: np.ndarray, other_Q: np.ndarray, **found: Any) -> Comparison:

@@ -9,7 +9,7 @@ Shapes: Q queries, K ranks, N documents that indices point into.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote
@@ -41,13 +41,11 @@ class Run:
                 twice, _ = Counter(ids).most_common(1)[0]
                 raise ValueError(f"run: {name} id {twice!r} appears twice")
         indices_QK, scores_QK = self.indices, self.scores
+        found = f"found {indices_QK.dtype} {indices_QK.shape} and {scores_QK.dtype} {scores_QK.shape}"
         if indices_QK.ndim != 2 or indices_QK.shape != scores_QK.shape or len(indices_QK) != len(self.query_ids):
-            found, expected = f"{indices_QK.shape} and scores {scores_QK.shape}", f"[{len(self.query_ids)} queries, K]"
-            raise ValueError(f"run: indices {found} must both be {expected}")
+            raise ValueError(f"run: indices and scores must both be [{len(self.query_ids)} queries, K], {found}")
         if indices_QK.dtype != np.int64 or scores_QK.dtype.kind != "f":
-            raise ValueError(
-                f"run: indices must be int64 and scores float, not {indices_QK.dtype} and {scores_QK.dtype}"
-            )
+            raise ValueError(f"run: indices must be int64 and scores float, {found}")
         empty_QK, number = indices_QK == -1, len(self.document_ids)
         self._refuse((indices_QK < -1) | (indices_QK >= number), f"an index outside {number} documents")
         self._refuse(empty_QK[:, :-1] & ~empty_QK[:, 1:], "a document after an empty place")
@@ -65,12 +63,12 @@ class Run:
     @classmethod
     def from_dict(cls, results: Mapping[str, Mapping[str, float]]) -> "Run":
         """A run from {query id: {document id: score}}; documents with equal scores are ordered by ascending id."""
-        return cls._by_score((query_id, sorted(row.items())) for query_id, row in results.items())
+        return cls._by_score({query_id: dict(sorted(row.items())) for query_id, row in results.items()})
 
     @classmethod
-    def _by_score(cls, results: Iterable[tuple[str, Iterable[tuple[str, float]]]]) -> "Run":
+    def _by_score(cls, results: Mapping[str, Mapping[str, float]]) -> "Run":
         """Sorts each row by score; equal scores stay in order."""
-        ranked = {query_id: sorted(row, key=lambda item: -item[1]) for query_id, row in results}
+        ranked = {query_id: sorted(row.items(), key=lambda item: -item[1]) for query_id, row in results.items()}
         document_ids = sorted({document_id for row in ranked.values() for document_id, _ in row})
         index_of = {document_id: index for index, document_id in enumerate(document_ids)}
         shape = len(ranked), max(map(len, ranked.values()), default=0)
@@ -96,27 +94,10 @@ class Run:
         scores_QK = np.pad(self.scores, ((0, 1), (0, 0)), constant_values=-np.inf)[rows_Q]
         return Run(list(query_ids), self.document_ids, indices_QK, scores_QK)
 
-    def in_trec_eval_order(self) -> "Run":
-        """The run as trec_eval orders it: scores rounded to float32, equal ones by descending document id.
-
-        Documents that were cut off at the last rank do not come back.
-        """
-        with np.errstate(over="ignore"):  # Run rejects infinite scores below and names the query
-            scores_QK = self.scores.astype(np.float32)
-        retrieved = np.unique(self.indices[self.indices >= 0]).tolist()  # only these need sorting: N may be millions
-        rank_N1 = np.zeros(len(self.document_ids) + 1, dtype=np.int64)  # the last entry is for index -1
-        rank_N1[sorted(retrieved, key=self.document_ids.__getitem__)] = np.arange(len(retrieved))
-        # Empty places stay last: no other score is as low.
-        order_QK = np.lexsort((-rank_N1[self.indices], -scores_QK), axis=1)
-        indices_QK = np.take_along_axis(self.indices, order_QK, axis=1)
-        return Run(self.query_ids, self.document_ids, indices_QK, np.take_along_axis(scores_QK, order_QK, axis=1))
-
     def without_identical_ids(
         self, qrels: Mapping[str, Mapping[str, float]] | None = None, *, depth: int | None = None
     ) -> "Run":
-        """The first `depth` ranks without documents that have their query's id, if queries are part of the corpus.
-
-        A document that `qrels` grades above 0 for its query stays: the ids are equal by coincidence.
+        """The first `depth` ranks without documents that have their query's id, unless `qrels` grade them above 0.
 
         Source: BEIR, `EvaluateRetrieval.evaluate`, ignore_identical_ids.
         """
@@ -149,8 +130,8 @@ class Run:
                     file.write(f"{encoded[query_id]} Q0 {encoded[document_id]} {rank} {score!r} {tag}\n")
 
     @classmethod
-    def load(cls, path: str | Path, *, query_ids: Sequence[str] | None = None) -> "Run":
-        """Reads a TREC run file, and selects `query_ids` if given. Equal scores keep the file's order.
+    def load(cls, path: str | Path) -> "Run":
+        """Reads a TREC run file. Equal scores keep the file's order.
 
         Raises `ValueError`, naming file and line, for other than six columns, a score that is not finite, or a document
         listed twice.
@@ -175,5 +156,4 @@ class Run:
             if document_id in row:
                 raise ValueError(f"{path} line {number}: query {query_id!r} lists document {document_id!r} twice")
             row[document_id] = score
-        run = cls._by_score((query_id, row.items()) for query_id, row in results.items())
-        return run if query_ids is None else run.select(query_ids)
+        return cls._by_score(results)

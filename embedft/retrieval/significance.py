@@ -7,12 +7,15 @@ They form a cluster, and every function here resamples or sign-flips whole clust
     p_value = sign_flip_p_value(differences_Q, clusters, generator=np.random.default_rng(0))
     recipe = recipe_interval(differences_SQ, clusters)       # a row per training seed
 
+In all of them `differences_Q` are per-question differences between two systems, `clusters` Q cluster ids (None: every
+question is its own cluster), and `block_values` the random values drawn at a time, which bounds memory.
+
 Shapes: Q questions, C clusters, S seeds, B random samples of one block.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,11 +36,6 @@ def paired_bootstrap_interval(
 
     A sample's mean is (sum of the differences in its C clusters) / (number of their questions). With few clusters the
     interval is too narrow; with one it is a point.
-
-    Args:
-        differences_Q: [Q] per-question differences between two systems on the same questions.
-        clusters: Q cluster ids; None: every question is its own cluster.
-        block_values: random values drawn at a time; bounds memory.
 
     Source: Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13; Sakai, "Evaluating evaluation
     metrics based on the bootstrap", SIGIR 2006; clusters: Field & Welsh, "Bootstrapping clustered data", JRSS B 2007.
@@ -67,7 +65,7 @@ def sign_flip_p_value(
     """Two-sided p-value of a paired permutation test: under the null hypothesis the two systems can be swapped.
 
     Swapping flips the signs of all differences in a cluster. p = (1 + hits) / (1 + num_samples), where a hit is a
-    sample whose |mean| is at least the observed one. Arguments as for `paired_bootstrap_interval`.
+    sample whose |mean| is at least the observed one.
 
     Source: Smucker, Allan & Carterette, "A comparison of statistical significance tests for information retrieval
     evaluation", CIKM 2007; the added 1: Phipson & Smyth, "Permutation p-values should never be zero", 2010.
@@ -91,17 +89,13 @@ def wins_ties_losses(differences_Q: np.ndarray) -> tuple[int, int, int]:
     return wins, len(differences_Q) - wins - losses, losses
 
 
-@dataclass(frozen=True)
-class RecipeInterval:
-    """A recipe's mean difference and its uncertainty; errors are standard errors."""
+class RecipeInterval(NamedTuple):
+    """The uncertainty of a recipe's mean difference; errors are standard errors."""
 
-    difference: float
-    interval: tuple[float, float]  # for new seeds and new questions, as the next two
-    p_value: float  # two-sided
-    error: float
+    interval: tuple[float, float]  # for new seeds and new questions, as the two-sided p-value
+    p_value: float
     question_error: float  # for new questions with these seeds
     seed_error: float  # for new seeds on these questions
-    degrees_of_freedom: float  # of `error`
 
 
 def recipe_interval(
@@ -122,9 +116,9 @@ def recipe_interval(
     a bootstrap is two to three times too narrow.
 
     Args:
-        differences_SQ: [S, Q], one row per seed (at least two): recipe minus base, where the base is either the same in
-            every row or trained with the same seed.
-        clusters: Q cluster ids, at least two different ones; None: every question is its own cluster.
+        differences_SQ: one row per seed (at least two): recipe minus base, where the base is either the same in every
+            row or trained with the same seed.
+        clusters: at least two different ones.
 
     Source: Hillis, "A comparison of denominator degrees of freedom methods for multiple observer ROC analysis",
     Statistics in Medicine 2007 (readers are seeds, cases are questions); Satterthwaite, "An approximate distribution of
@@ -155,8 +149,7 @@ def recipe_interval(
     degrees = (by_seed + more) ** 2 / spread if spread > 0 else float(num_seeds - 1)
     reach = _t_quantile(confidence, degrees) * error
     p_value = _t_p_value(mean / error, degrees) if error > 0 else float(mean == 0)
-    errors = error, math.sqrt(by_question), math.sqrt(by_seed)
-    return RecipeInterval(mean, (mean - reach, mean + reach), p_value, *errors, degrees)
+    return RecipeInterval((mean - reach, mean + reach), p_value, math.sqrt(by_question), math.sqrt(by_seed))
 
 
 _NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(64)
