@@ -14,7 +14,7 @@ INF = np.inf
 
 def scores_of(documents, query, **options):
     """{row: score} of one query, everything that is retrieved."""
-    scores_QK, rows_QK = Bm25Index.build(documents, **options).search([query], 1000)
+    scores_QK, rows_QK = Bm25Index(documents, **options).search([query], 1000)
     return {row: score for row, score in zip(rows_QK[0].tolist(), scores_QK[0].tolist(), strict=True) if row >= 0}
 
 
@@ -81,7 +81,7 @@ def test_one_document_and_a_term_in_all_of_them():
 
 
 def test_places_without_a_document():
-    index = Bm25Index.build([["a"], ["b"], [], ["a", "c"]])
+    index = Bm25Index([["a"], ["b"], [], ["a", "c"]])
     scores_QK, rows_QK = index.search([["a"], ["unknown"], [], ["b", "unknown"]], depth=9)
     assert scores_QK.dtype == np.float32
     assert rows_QK.dtype == np.int64
@@ -91,7 +91,7 @@ def test_places_without_a_document():
 
 
 def test_documents_without_any_token_are_never_found():
-    index = Bm25Index.build([[], []])
+    index = Bm25Index([[], []])
     assert index.search([["a"]], 2)[1].tolist() == [[-1, -1]]
 
 
@@ -104,7 +104,7 @@ def test_equals_a_double_loop(k1, b, depth):
     rng = np.random.default_rng(depth)
     documents = random_documents(rng, 90)
     queries = random_documents(rng, 12, longest=8)
-    scores_QK, rows_QK = Bm25Index.build(documents, k1=k1, b=b, slice_tokens=97).search(queries, depth)
+    scores_QK, rows_QK = Bm25Index(documents, k1=k1, b=b, slice_tokens=97).search(queries, depth)
     assert scores_QK.shape == (12, min(depth, 90))
     for query, scores_K, rows_K in zip(queries, scores_QK, rows_QK, strict=True):
         all_scores = double_loop(documents, query, k1=k1, b=b)
@@ -125,7 +125,7 @@ def test_equals_bm25s(k1, b):
     queries = [document[:9] for document in documents[:40] if document] + [["1", "1", "1", "2"]]
     reference = bm25s.BM25(method="lucene", k1=k1, b=b, dtype="float64")
     reference.index(documents, show_progress=False)
-    index = Bm25Index.build(documents, k1=k1, b=b)
+    index = Bm25Index(documents, k1=k1, b=b)
     assert all(token in index.terms for query in queries for token in query)  # bm25s does not take others
     scores_QK, rows_QK = index.search(queries, 400)
     for query, scores_K, rows_K in zip(queries, scores_QK, rows_QK, strict=True):
@@ -140,7 +140,7 @@ def test_the_shortcut_over_blocks_equals_sorting_everything(depth):
     rng = np.random.default_rng(1)
     share = np.array([8, 8, *[1] * 10]) / 26
     documents = [rng.choice(12, size=rng.choice([2, 3]), p=share).tolist() for _ in range(3000)]
-    index = Bm25Index.build(documents)
+    index = Bm25Index(documents)
     queries = [[0], [1, 2], [3, 3, 4, 5], [6, 7, 8, 9, 10, 11], [99]]
     scores_QK, rows_QK = index.search(queries, depth)
     all_scores_QN, all_rows_QN = index.search(queries, 3000)
@@ -162,7 +162,7 @@ def test_scores_equal_in_float32_go_by_row_at_the_cut_off():
 
 def test_fewer_documents_found_than_asked_for_among_many():
     documents = [["x"]] * 100 + [["y"]] + [["x"]] * 100
-    assert Bm25Index.build(documents).search([["y"]], 4)[1].tolist() == [[100, -1, -1, -1]]
+    assert Bm25Index(documents).search([["y"]], 4)[1].tolist() == [[100, -1, -1, -1]]
 
 
 # Properties.
@@ -171,8 +171,8 @@ def test_fewer_documents_found_than_asked_for_among_many():
 @pytest.mark.parametrize("tokens", [1, 50, 1 << 20])
 def test_slices_change_nothing(tokens):
     documents = random_documents(np.random.default_rng(3), 80)
-    whole = Bm25Index.build(documents)
-    sliced = Bm25Index.build(iter(documents), slice_tokens=tokens)
+    whole = Bm25Index(documents)
+    sliced = Bm25Index(iter(documents), slice_tokens=tokens)
     assert sliced.terms == whole.terms
     for name in ("starts_V", "rows_P", "weights_P"):
         np.testing.assert_array_equal(getattr(sliced, name), getattr(whole, name))
@@ -180,7 +180,7 @@ def test_slices_change_nothing(tokens):
 
 def test_postings_are_those_of_the_documents():
     documents = random_documents(np.random.default_rng(4), 50)
-    index = Bm25Index.build(documents)
+    index = Bm25Index(documents)
     assert (index.starts_V.dtype, index.rows_P.dtype, index.weights_P.dtype) == (np.int64, np.int32, np.float32)
     for token, term in index.terms.items():
         rows = [row for row, document in enumerate(documents) if token in document]
@@ -192,34 +192,30 @@ def test_the_order_of_documents_and_of_words_matters_only_for_ties():
     documents = random_documents(rng, 150)
     queries = [query for query in random_documents(rng, 30, longest=9) if query]
     order = rng.permutation(150)
-    plain = Bm25Index.build(documents).search(queries, 150)
-    shuffled = Bm25Index.build([documents[row] for row in order]).search(
+    plain = Bm25Index(documents).search(queries, 150)
+    shuffled = Bm25Index([documents[row] for row in order]).search(
         [rng.permutation(query).tolist() for query in queries], 150
     )
     for scores_K, rows_K, other_scores_K, other_rows_K in zip(*plain, *shuffled, strict=True):
         found = dict(zip(rows_K.tolist(), scores_K.tolist(), strict=True))
         other = {int(order[row]) if row >= 0 else -1: s for row, s in zip(other_rows_K, other_scores_K, strict=True)}
         assert other == pytest.approx(found, rel=3e-7)
-    again = Bm25Index.build(documents).search([query[::-1] for query in queries], 150)
+    again = Bm25Index(documents).search([query[::-1] for query in queries], 150)
     np.testing.assert_array_equal(again, plain)
 
 
 def test_equal_documents_tie_by_row():
     documents = [["b", "a", "c"], ["z"], ["c", "b", "a"], ["a", "c", "b"]]
-    scores_QK, rows_QK = Bm25Index.build(documents).search([["c", "b"]], 2)
+    scores_QK, rows_QK = Bm25Index(documents).search([["c", "b"]], 2)
     assert rows_QK.tolist() == [[0, 2]]
     assert scores_QK[0, 0] == scores_QK[0, 1]
 
 
 def test_numpy_tokens_are_tokens():
     documents = [[3, 5, 5], [5], [7]]
-    of_arrays = Bm25Index.build([np.array(document) for document in documents])
-    plain = Bm25Index.build(documents)
+    of_arrays = Bm25Index([np.array(document) for document in documents])
+    plain = Bm25Index(documents)
     np.testing.assert_array_equal(of_arrays.search([np.array([5, 3])], 3), plain.search([[5, 3]], 3))
-
-
-def test_rows_are_the_ids_unless_given():
-    assert Bm25Index.build([["a"], ["b"]]).document_ids == ["0", "1"]
 
 
 # What is refused.
@@ -228,9 +224,7 @@ def test_rows_are_the_ids_unless_given():
 @pytest.mark.parametrize(
     ("documents", "options", "message"),
     [
-        ([], {}, "BM25: 0 ids"),
-        ([["a"], ["b"]], {"document_ids": ["x"]}, "BM25: 1 ids, .* for 2 documents"),
-        ([["a"]] * 3, {"document_ids": ["x", "y", "x"]}, "BM25: 3 ids, 2 of them different"),
+        ([], {}, "BM25: no documents"),
         ([["a"]], {"k1": -0.1}, "BM25: k1 is -0.1"),
         ([["a"]], {"k1": math.nan}, "BM25: k1 is nan"),
         ([["a"]], {"k1": math.inf}, "BM25: k1 is inf"),
@@ -241,7 +235,7 @@ def test_rows_are_the_ids_unless_given():
 )
 def test_build_refuses(documents, options, message):
     with pytest.raises(ValueError, match=message):
-        Bm25Index.build(documents, **options)
+        Bm25Index(documents, **options)
 
 
 # Words, and a dataset.

@@ -132,11 +132,11 @@ def _bm25(embedder, dataset: RetrievalDataset):
 
     document_ids, texts = sorted_corpus(dataset)
     tokenize = getattr(embedder, "tokenize", split_words)
-    index = Bm25Index.build(tokenize(texts), document_ids=document_ids)
+    index = Bm25Index(tokenize(texts))
 
     def search(question: str, depth: int) -> Run:
         scores_QK, rows_QK = index.search(tokenize([question]), depth)
-        return Run(["0"], index.document_ids, rows_QK, scores_QK)
+        return Run(["0"], document_ids, rows_QK, scores_QK)
 
     return search
 

@@ -3,8 +3,7 @@
 An inverted index over tokens of any kind: the encoder's own (`embedder.tokenize`) or words. No stemming, no stop words.
 
     run = bm25_run(dataset, tokenize=embedder.tokenize)
-    index = Bm25Index.build(embedder.tokenize(documents))
-    scores, rows = index.search(embedder.tokenize(questions), depth=100)
+    scores, rows = Bm25Index(embedder.tokenize(documents)).search(embedder.tokenize(questions), depth=100)
 
 Shapes: N documents, V terms, P postings (a term in a document), Q queries, K = min(depth, N) results.
 """
@@ -15,8 +14,7 @@ import re
 import unicodedata
 from array import array
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -28,9 +26,8 @@ Token = int | str
 Tokenize = Callable[[list[str]], Sequence[Sequence[Token]]]
 
 
-@dataclass(frozen=True, eq=False)
 class Bm25Index:
-    """Which documents contain a term, and what it adds to their score. Made by `build`.
+    """Which documents contain a term, and what it adds to their score.
 
     score(query, document) = sum over the query's tokens t, repetitions included, of
     idf(t) * tf / (tf + k1 * (1 - b + b * length / mean length)), where idf(t) = ln(1 + (N - n + 0.5) / (n + 0.5)).
@@ -38,35 +35,20 @@ class Bm25Index:
     tf: occurrences of t in the document; n: how many of the N documents contain t; length: the document's tokens. This
     is Lucene's form, without the constant factor k1 + 1 and with exact lengths: scores are never negative.
 
+    Args:
+        documents: N documents as tokens, read once, so that a generator works too.
+        k1: how fast further occurrences of a term stop counting; 0: only its presence counts.
+        b: how much long documents are penalised, 0 (not at all) to 1.
+        slice_tokens: tokens sorted at a time; bounds memory.
+
     Source: Robertson et al., "Okapi at TREC-3", 1994; Kamphuis et al., "Which BM25 Do You Mean?", ECIR 2020, "Lucene
     (accurate)".
     """
 
-    terms: Mapping[Token, int]
-    starts_V: np.ndarray  # [V + 1] int64; the postings of term v are starts_V[v] to starts_V[v + 1]
-    rows_P: np.ndarray  # [P] int32, the document of each posting, ascending within a term
-    weights_P: np.ndarray  # [P] float32, what the term adds to the document's score
-    document_ids: list[str]  # N distinct ids
-
-    @classmethod
-    def build(
-        cls,
-        documents: Iterable[Sequence[Token]],
-        *,
-        document_ids: Sequence[str] | None = None,
-        k1: float = 1.5,
-        b: float = 0.75,
-        slice_tokens: int = 1 << 20,
-    ) -> "Bm25Index":
-        """Indexes documents given as tokens, in one pass, so that a generator works too.
-
-        Args:
-            document_ids: None: the row numbers.
-            k1: how fast further occurrences of a term stop counting; 0: only its presence counts.
-            b: how much long documents are penalised, 0 (not at all) to 1.
-            slice_tokens: tokens sorted at a time; bounds memory.
-        """
-        if not (math.isfinite(k1) and k1 >= 0 and 0 <= b <= 1):
+    def __init__(
+        self, documents: Iterable[Sequence[Token]], *, k1: float = 1.5, b: float = 0.75, slice_tokens: int = 1 << 20
+    ):
+        if not (0 <= k1 < math.inf and 0 <= b <= 1):
             raise ValueError(f"BM25: k1 is {k1} and b is {b}, expected k1 of at least 0 and b of 0 to 1")
         terms: defaultdict[Token, int] = defaultdict()
         terms.default_factory = terms.__len__
@@ -77,12 +59,10 @@ class Bm25Index:
             if len(tokens) >= slice_tokens:
                 parts.append(_postings(tokens, lengths, first_row))
                 tokens, first_row = array("q"), row + 1
+        if not lengths:
+            raise ValueError("BM25: no documents")
         parts.append(_postings(tokens, lengths, first_row))
         num_documents, lengths_N = len(lengths), np.array(lengths)
-        ids = list(map(str, range(num_documents))) if document_ids is None else list(document_ids)
-        if not num_documents or not len(ids) == len(set(ids)) == num_documents:
-            raise ValueError(f"BM25: {len(ids)} ids, {len(set(ids))} of them different, for {num_documents} documents")
-
         term_P, rows_P, counts_P = (np.concatenate(columns) for columns in zip(*parts, strict=True))
         order_P = np.argsort(term_P, kind="stable")  # rows are ascending already
         rows_P, counts_P = rows_P[order_P], counts_P[order_P]
@@ -91,8 +71,11 @@ class Bm25Index:
         mean_length = max(lengths_N.sum(), 1) / num_documents
         norm_N = k1 * (1 - b + b * lengths_N / mean_length)
         weights_P = np.repeat(idf_V, frequency_V) * counts_P / (counts_P + norm_N[rows_P])
-        starts_V = np.concatenate([[0], np.cumsum(frequency_V)])
-        return cls(dict(terms), starts_V, rows_P, weights_P.astype(np.float32), ids)
+        self.num_documents, self.terms = num_documents, dict(terms)
+        # int64 [V + 1]: the postings of term v are starts_V[v] to starts_V[v + 1].
+        self.starts_V = np.concatenate([[0], np.cumsum(frequency_V)])
+        self.rows_P = rows_P  # int32, the document of each posting, ascending within a term
+        self.weights_P = weights_P.astype(np.float32)  # what the term adds to the document's score
 
     def search(self, queries: Sequence[Sequence[Token]], depth: int) -> tuple[np.ndarray, np.ndarray]:
         """The `depth` highest-scoring documents for each query, given as tokens; unknown tokens are ignored.
@@ -101,11 +84,10 @@ class Bm25Index:
         scores; ties by ascending row, at the cutoff too. Returns scores [Q, K] float32 and rows [Q, K] int64, padded
         with -inf and -1 after the documents that share a term with the query.
         """
-        num_documents = len(self.document_ids)
-        depth = min(depth, num_documents)
+        depth = min(depth, self.num_documents)
         scores_QK = np.full((len(queries), depth), -np.inf, dtype=np.float32)
         rows_QK = np.full((len(queries), depth), -1, dtype=np.int64)
-        scores_N = np.empty(num_documents)
+        scores_N = np.empty(self.num_documents)
         with progress_bar(len(queries), "searching", unit="query") as bar:
             for i, query in enumerate(queries):
                 numbers = np.array([self.terms[token] for token in query if token in self.terms], dtype=np.int64)
@@ -132,14 +114,11 @@ def _postings(tokens: array, lengths: array, first_row: int) -> tuple[np.ndarray
 
 
 def _top(scores_N: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `depth` largest scores above 0, rounded to float32, and their rows; ties by ascending row.
-
-    Cut the documents into at least `depth` blocks: the depth-th largest block maximum is a lower bound of the depth-th
-    largest score, and costs a tenth of partitioning all scores.
-    """
+    """The `depth` largest scores above 0, rounded to float32, and their rows; ties by ascending row."""
     rows_C = np.flatnonzero(scores_N)
-    block = len(scores_N) // (8 * depth)
-    if block > 1:
+    # Of at least `depth` blocks of documents the depth-th largest maximum is a lower bound of the depth-th largest
+    # score, and costs a tenth of partitioning all scores.
+    if (block := len(scores_N) // (8 * depth)) > 1:
         num_blocks = len(scores_N) // block
         maxima = scores_N[: num_blocks * block].reshape(num_blocks, block).max(axis=1)
         bound = np.partition(maxima, num_blocks - depth)[num_blocks - depth]
@@ -190,22 +169,19 @@ def bm25_run(
         raise ValueError(f"depth is {depth}, expected at least 1")
     tokenize = tokenize or split_words
     document_ids, texts = zip(*sorted(zip(dataset.corpus, dataset.document_texts(), strict=True)), strict=True)
-    with progress_bar(len(texts), "indexing", unit="text") as bar:
-        documents = _tokens(tokenize, texts, slice_texts, bar.update)
-        index = Bm25Index.build(documents, document_ids=document_ids, k1=k1, b=b)
+    index = Bm25Index(_tokens(tokenize, texts, slice_texts), k1=k1, b=b)
     queries = list(_tokens(tokenize, list(dataset.queries.values()), slice_texts))
     scores_QK, rows_QK = index.search(queries, depth + exclude_identical_ids)
-    run = Run(list(dataset.queries), index.document_ids, rows_QK, scores_QK)
+    run = Run(list(dataset.queries), list(document_ids), rows_QK, scores_QK)
     return run.without_identical_ids(dataset.qrels, depth=depth) if exclude_identical_ids else run
 
 
-def _tokens(
-    tokenize: Tokenize, texts: Sequence[str], slice_texts: int, update: Callable[[int], object] = int
-) -> Iterator[Sequence[Token]]:
-    for start in range(0, len(texts), slice_texts):
-        part = list(texts[start : start + slice_texts])
-        tokens = tokenize(part)
-        if len(tokens) != len(part) or any(isinstance(text, str) for text in tokens):
-            raise ValueError(f"BM25: tokenize returned no list of tokens for each of {len(part)} texts")
-        yield from tokens
-        update(len(part))
+def _tokens(tokenize: Tokenize, texts: Sequence[str], slice_texts: int) -> Iterator[Sequence[Token]]:
+    with progress_bar(len(texts), "tokenizing", unit="text") as bar:
+        for start in range(0, len(texts), slice_texts):
+            part = list(texts[start : start + slice_texts])
+            tokens = tokenize(part)
+            if len(tokens) != len(part) or any(isinstance(text, str) for text in tokens):
+                raise ValueError(f"BM25: tokenize returned no list of tokens for each of {len(part)} texts")
+            yield from tokens
+            bar.update(len(part))

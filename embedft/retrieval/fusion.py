@@ -60,8 +60,8 @@ def fuse(
     scores_QK = np.full((len(query_ids), width), -np.inf)
     for start in range(0, len(query_ids), block_queries):
         block = slice(start, start + block_queries)
-        parts = [(indices[block], scores[block]) for indices, scores in aligned]
-        query_P, document_P, total_P = _totals(parts, weights_R, method, k, len(document_ids))
+        valued = [(indices[block], *_values(indices[block], scores[block], method, k)) for indices, scores in aligned]
+        query_P, document_P, total_P = _totals(valued, weights_R, len(document_ids))
         order_P = np.lexsort((document_P, -total_P, query_P))
         query_P = query_P[order_P]
         rank_P = np.arange(len(query_P)) - np.searchsorted(query_P, query_P)
@@ -73,14 +73,14 @@ def fuse(
 
 
 def _check(runs: Sequence[Run], method: str, weights_R: np.ndarray, k: float, depth: int | None) -> None:
-    weighted = weights_R.shape == (len(runs),) and np.isfinite(weights_R).all() and (weights_R >= 0).all()
+    weighted = weights_R.shape == (len(runs),) and (weights_R >= 0).all() and 0 < weights_R.sum() < np.inf
     one_each = f"one number of at least 0 for each of {len(runs)} runs, not all 0"
     for valid, found, expected in (
-        (len(runs) > 0, "no runs", "at least one"),
+        (runs, "no runs", "at least one"),
         (method in ("rrf", "zscore"), f"method is {method!r}", "rrf or zscore"),
-        (np.isfinite(k) and k >= 0, f"k is {k}", "a number of at least 0"),
+        (0 <= k < np.inf, f"k is {k}", "a number of at least 0"),
         (depth is None or depth >= 1, f"depth is {depth}", "at least 1"),
-        (weighted and weights_R.any(), f"weights are {weights_R.tolist()}", one_each),
+        (weighted, f"weights are {weights_R.tolist()}", one_each),
     ):
         if not valid:
             raise ValueError(f"fusion: {found}, expected {expected}")
@@ -95,31 +95,31 @@ def _align(run: Run, query_ids: list[str], number: dict[str, int]) -> tuple[np.n
 
 
 def _totals(
-    parts: list[tuple[np.ndarray, np.ndarray]], weights_R: np.ndarray, method: Method, k: float, num_documents: int
+    valued: list[tuple[np.ndarray, np.ndarray, np.ndarray]], weights_R: np.ndarray, num_documents: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Query row, document and fused score of each pair. `parts`: indices and scores of each run."""
+    """Query row, document and fused score of each pair. `valued`: each run's indices, values, and value of the rest."""
     # Each pair as one integer, ascending by query.
-    keys = [(np.arange(len(i_QK))[:, None] * num_documents + i_QK)[i_QK >= 0] for i_QK, _ in parts]
+    keys = [(np.arange(len(i_QK))[:, None] * num_documents + i_QK)[i_QK >= 0] for i_QK, _, _ in valued]
     # Sorted by hand: np.unique, which uses hashing in NumPy 2, took half of the total time.
     key_P = np.sort(np.concatenate(keys))
     key_P = key_P[np.diff(key_P, prepend=-1) > 0]
     query_P, document_P = np.divmod(key_P, num_documents)
-    values_RP = np.empty((len(parts), len(key_P)))
-    for values_P, weight, key, (indices_QK, scores_QK) in zip(values_RP, weights_R, keys, parts, strict=True):
-        there_QK = indices_QK >= 0
-        if method == "rrf":
-            values_QK = np.broadcast_to(1 / (k + np.arange(1, indices_QK.shape[1] + 1)), indices_QK.shape)
-            missing_Q = np.zeros(len(indices_QK))
-        else:
-            values_QK, missing_Q = _z_scores(scores_QK, there_QK)
+    values_RP = np.empty((len(valued), len(key_P)))
+    for values_P, weight, key, (indices_QK, values_QK, missing_Q) in zip(
+        values_RP, weights_R, keys, valued, strict=True
+    ):
         values_P[:] = weight * missing_Q[query_P]
-        values_P[np.searchsorted(key_P, key)] = weight * values_QK[there_QK]
+        values_P[np.searchsorted(key_P, key)] = weight * values_QK[indices_QK >= 0]
     # Summed in ascending order, so that documents that swap places between runs of equal weight tie exactly.
     return query_P, document_P, np.sort(values_RP, axis=0).sum(axis=0)
 
 
-def _z_scores(scores_QK: np.ndarray, there_QK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """z-scores [Q, K], 0 where there is no document, and the lowest of each row [Q]."""
+def _values(indices_QK: np.ndarray, scores_QK: np.ndarray, method: Method, k: float) -> tuple[np.ndarray, np.ndarray]:
+    """The value of each rank [Q, K], and of a document that the run does not retrieve [Q]."""
+    if method == "rrf":
+        values_QK = np.broadcast_to(1 / (k + np.arange(1, indices_QK.shape[1] + 1)), indices_QK.shape)
+        return values_QK, np.zeros(len(indices_QK))
+    there_QK = indices_QK >= 0
     count_Q1 = np.maximum(there_QK.sum(axis=1, keepdims=True), 1)
     scores_QK = np.where(there_QK, scores_QK, 0.0)
     centred_QK = np.where(there_QK, scores_QK - scores_QK.sum(axis=1, keepdims=True) / count_Q1, 0.0)
@@ -133,29 +133,22 @@ def _z_scores(scores_QK: np.ndarray, there_QK: np.ndarray) -> tuple[np.ndarray, 
 
 
 def choose_weight(
-    runs: Sequence[Run],
-    dataset_or_qrels: RetrievalDataset | Qrels,
-    *,
-    metric: str = "mrr@10",
-    method: Method = "zscore",
-    grid: Sequence[float] = tuple(i / 10 for i in range(11)),
+    runs: Sequence[Run], dataset_or_qrels: RetrievalDataset | Qrels, *, metric: str = "mrr@10"
 ) -> tuple[float, float]:
-    """The weights (w, 1 - w) with which the fusion of two runs has the best mean of a metric.
+    """The weights (w, 1 - w), w one of 0, 0.1, ..., 1, with which z-score fusion of two runs has the best mean metric.
 
-    Choose weights on training questions: on the questions that are measured they would flatter. Of several best values
-    of w in `grid`, the one nearest to one half is returned. Queries missing from both runs make no difference.
+    Choose weights on training questions: on the questions that are measured they would flatter. Of several best w, the
+    one nearest to one half is returned. Queries missing from both runs make no difference.
     """
     if len(runs) != 2:
         raise ValueError(f"fusion: {len(runs)} runs, expected 2 to choose a weight for")
-    if not len(grid) or not all(0 <= weight <= 1 for weight in grid):
-        raise ValueError(f"fusion: grid is {list(grid)}, expected weights of 0 to 1")
     qrels = dataset_or_qrels.all_qrels() if isinstance(dataset_or_qrels, RetrievalDataset) else dataset_or_qrels
     _, _, cutoff = metric.partition("@")
     depth = int(cutoff) if cutoff.isdecimal() else None
     found = {}
-    for weight in grid:
-        fused = fuse(runs, method=method, weights=(weight, 1 - weight), depth=depth)
+    for weight in (i / 10 for i in range(11)):
+        fused = fuse(runs, method="zscore", weights=(weight, 1 - weight), depth=depth)
         (values_Q,) = measure(judge(fused, qrels), [metric]).values()
         found[weight] = round(float(values_Q.mean()), 12)  # equal means may differ in their last bits
     best = min(found, key=lambda weight: (-found[weight], abs(weight - 0.5)))
-    return float(best), round(1 - float(best), 12)
+    return best, round(1 - best, 12)
