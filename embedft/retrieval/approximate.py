@@ -1,11 +1,8 @@
 """Indices that find most of the nearest neighbors sooner than exact search: FAISS's, and adaptive retrieval.
 
-    index = FaissIndex(np.load("documents.npy", mmap_mode="r"), "hnsw,efSearch=128")   # a preset, a parameter
+    index = FaissIndex(documents, "hnsw,efSearch=128")         # a preset and a parameter of `faiss.ParameterSpace`
     index = FaissIndex(documents, "IVF1024,SQ8,nprobe=32")     # any string for FAISS's index_factory
-    index = AdaptiveIndex(document_embeddings, 64)             # 64 of 384 dimensions find, all dimensions order
-
-In the name of an index the parts with "=" are parameters in the syntax of `faiss.ParameterSpace`; the rest is a preset
-or a factory string:
+    index = AdaptiveIndex(documents, 64)                       # 64 of 384 dimensions find, all dimensions order
 
 | preset | FAISS's index | searched with | bytes per vector, about |
 |--------|---------------|---------------|-------------------------|
@@ -50,8 +47,8 @@ class FaissIndex(Index):
     """A FAISS index over an array or memory map of any float type, by inner product.
 
     It is trained on a sample and filled in slices, which is the memory it needs besides itself. The seed draws the
-    sample and starts k-means; HNSW links documents from several threads at once, so no two of its graphs are quite
-    alike. `factory` and `parameters` are FAISS's description, e.g. "IVF4000,Flat" and "nprobe=16".
+    sample and starts k-means; HNSW links documents in several threads at once, so no two of its graphs are quite alike.
+    `factory` and `parameters` are FAISS's description, e.g. "IVF4000,Flat" and "nprobe=16".
 
     Raises `ValueError` for no documents, a wrong shape, NaN or infinity, and as `check_index` does.
     """
@@ -99,7 +96,7 @@ def check_index(name: str, dim: int, *, num_documents: int | None = None) -> tup
     """An empty index for vectors [N, dim], its factory string and parameters, and how many documents train it at most.
 
     Raises `ValueError` for a name that FAISS does not accept or whose index does not search by inner product, and for
-    fewer documents than the index must be trained on (None: not checked).
+    too few documents to train it on (None: not checked).
     """
     import faiss
 
@@ -156,7 +153,7 @@ def _ivf(index: Any) -> Any:
 
 
 class AdaptiveIndex(Index):
-    """The first `short_dim` dimensions, normalized again, find a shortlist, which the full vectors order.
+    """The first `short_dim` dimensions, normalized again, find shortlist_factor x `depth` documents; all order them.
 
     What the short vectors miss stays missed. Scores are inner products of the full vectors as given, an array or a
     memory map from which the rows of every shortlist are read. Meant for Matryoshka embeddings (losses/matryoshka.py).
@@ -174,11 +171,10 @@ class AdaptiveIndex(Index):
 
     @property
     def bytes_per_vector(self) -> int:
-        """Of the short vectors, and of the full ones wherever they are."""
+        """Of the short vectors, and of the full ones."""
         return self.short_dim * 4 + self.dim * self.embeddings_ND.itemsize
 
     def _search(self, queries_QD: np.ndarray, depth: int) -> Found:
-        """The first `depth` of shortlist_factor x `depth` documents."""
         short_QD = unit_rows(queries_QD[:, : self.short_dim])
         shortlist = search_exact(short_QD, self._short_ND, self.shortlist_factor * depth)
         return search_shortlist(queries_QD, shortlist.rows, self.embeddings_ND.__getitem__, min(depth, len(self)))

@@ -1,6 +1,4 @@
-"""BM25 in NumPy: the word-matching baseline to show beside every dense run.
-
-An inverted index over tokens of any kind: the encoder's own (`embedder.tokenize`) or words. No stemming, no stop words.
+"""BM25 in NumPy, over the encoder's own tokens or words: no stemming, no stop words.
 
     run = bm25_run(dataset, tokenize=embedder.tokenize)
     scores, rows = Bm25Index(embedder.tokenize(documents)).search(embedder.tokenize(questions), depth=100)
@@ -78,11 +76,10 @@ class Bm25Index:
         self.weights_P = weights_P.astype(np.float32)  # what the term adds to the document's score
 
     def search(self, queries: Sequence[Sequence[Token]], depth: int) -> tuple[np.ndarray, np.ndarray]:
-        """The `depth` highest-scoring documents for each query, given as tokens; unknown tokens are ignored.
+        """Scores [Q, K] float32 and rows [Q, K] int64 of the best `depth` documents for queries given as tokens.
 
-        Scores are float64 sums of float32 weights, rounded to float32 before ranking, so equal documents have equal
-        scores; ties by ascending row, at the cutoff too. Returns scores [Q, K] float32 and rows [Q, K] int64, padded
-        with -inf and -1 after the documents that share a term with the query.
+        Padded with -inf and -1 after the documents that share a term with the query. Scores are float64 sums of float32
+        weights, rounded to float32 before ranking, so equal documents tie; ties by ascending row, at the cutoff too.
         """
         depth = min(depth, self.num_documents)
         scores_QK = np.full((len(queries), depth), -np.inf, dtype=np.float32)
@@ -137,10 +134,9 @@ def _word_pattern() -> re.Pattern[str]:
 
 
 def split_words(texts: Sequence[str]) -> list[list[str]]:
-    """The lower-cased words of each text: runs of Unicode letters (with their marks) and digits.
+    """The lower-cased words of each text, in NFKC: runs of Unicode letters (with their marks) and digits.
 
-    Texts are normalised to NFKC first, so that ligatures and full-width digits become ordinary characters. In scripts
-    written without spaces a run is one word: use the encoder's tokens there.
+    In scripts written without spaces a run is one word: use the encoder's tokens there.
     """
     if isinstance(texts, str):
         raise ValueError("texts is a str, expected a list of str")
@@ -160,10 +156,8 @@ def bm25_run(
 ) -> Run:
     """Every query of a dataset against its corpus, titles included; ties by ascending document id.
 
-    Args:
-        tokenize: maps texts to lists of tokens, such as `embedder.tokenize`; None: `split_words`.
-        depth: maximum number of documents per query; those that share no term with it are not retrieved.
-        exclude_identical_ids: leave out a query's own document, see `Run.without_identical_ids`.
+    `tokenize` maps texts to lists of tokens, such as `embedder.tokenize`; None: `split_words`. Documents that share no
+    term with a query are not retrieved. exclude_identical_ids: see `Run.without_identical_ids`.
     """
     if depth < 1:
         raise ValueError(f"depth is {depth}, expected at least 1")

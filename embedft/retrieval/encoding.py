@@ -47,8 +47,7 @@ def sorted_corpus(dataset: RetrievalDataset) -> tuple[list[str], list[str]]:
 
 
 def encode(embedder: SupportsEncode, texts: list[str], ids: Sequence[str], *, role: str) -> np.ndarray:
-    """Vectors of texts in all dimensions of the model, [N, W] float32. Raises `ValueError` if there are not as many as
-    texts, or if a value is not finite (naming the text's id)."""
+    """Vectors of texts in all dimensions of the model, [N, W] float32, all finite."""
     embeddings = embedder.encode(texts, role=role, dim=getattr(embedder, "full_dim", None))
     if embeddings.ndim != 2 or len(embeddings) != len(texts):
         raise ValueError(f"encoding {len(texts)} texts returned an array of shape {embeddings.shape}")
@@ -67,10 +66,7 @@ def encode_documents(
 ) -> Iterator[Slice]:
     """Yields the vectors of the corpus slice by slice, in all dimensions; keeps none of them.
 
-    Args:
-        passages: (size, stride) in tokens: vectors are those of windows; None: of whole documents.
-        slice_documents: documents per slice; None: 65,536, or 4,096 with passages, for a document may have many.
-        costs: the seconds are added to its "document_encoding_seconds".
+    A slice has 65,536 documents by default, 4,096 with passages. The seconds are added to `costs`.
     """
     step, width = slice_documents or (65_536 if passages is None else 4_096), getattr(embedder, "full_dim", None)
     for first in range(0, len(ids), step):
@@ -92,7 +88,7 @@ def encode_documents(
 
 def truncate(embedder: SupportsEncode, vectors_NW: np.ndarray, dim: int) -> np.ndarray:
     """The first `dim` dimensions, normalized again if the model's vectors are: what `Embedder.encode(dim=)` returns on
-    the CPU, bit for bit; with all dimensions the array itself."""
+    the CPU, bit for bit."""
     if dim == vectors_NW.shape[1]:
         return vectors_NW
     vectors_ND = np.ascontiguousarray(vectors_NW[:, :dim])
@@ -107,8 +103,6 @@ def join_slices(slices: list[Slice]) -> tuple[np.ndarray, np.ndarray | None]:
     source_N = None
     if slices[0].source is not None:
         source_N = np.concatenate([part.source + part.first for part in slices])
-    if len(slices) == 1:
-        return slices.pop().vectors, source_N
     vectors_NW = np.empty((sum(len(part.vectors) for part in slices), slices[0].vectors.shape[1]), dtype=np.float32)
     row = 0
     while slices:

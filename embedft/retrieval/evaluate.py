@@ -4,8 +4,7 @@
     print(compare(before, evaluate(embedder, dataset), metric="ndcg@10"))     # compare: report.py
     evaluate_grid(embedder, dataset, dims=(384, 128), precisions=("float32", "int8"), indices=("flat", "hnsw"))
 
-Search is exhaustive unless a setting says otherwise. Documents with equal scores are ordered by ascending id, at the
-cutoff too, as in sentence-transformers. Queries without a relevant document are left out of the means and counted.
+Documents with equal scores are ordered by ascending id, at the cutoff too, as in sentence-transformers.
 """
 
 import dataclasses
@@ -62,19 +61,16 @@ def evaluate_grid(
 ) -> list[Report]:
     """A report for every combination; queries are encoded once, documents once for each of `passages`.
 
-    Passages vary slowest, then dims, precisions and indices. Memory: with float32 and flat one slice of the corpus at a
-    time, whatever the dims; other settings need all vectors, 4 bytes per dimension of the model and document or window,
-    and one setting's own at a time: vectors cut to its dim, codes, index.
+    Passages vary slowest, then dims, precisions and indices: lists of what `evaluate` takes (passages=(128, 64) is one
+    setting too). Memory: with float32 and flat one slice of the corpus at a time, whatever the dims; other settings
+    need all vectors, and one setting's own at a time: vectors cut to its dim, codes, index.
 
     Args:
-        dims, precisions, indices, passages: lists of what `evaluate` takes. passages=(128, 64) is one setting too.
         ks, depth, metrics, gain: see `evaluate_run`.
         options: exclude_identical_ids and slice_documents, see `search`.
 
-    Raises `ValueError` before the corpus is encoded for arguments that cannot work (all unsupported combinations are
-    listed, none is skipped), and later for embeddings that are not finite, naming the text.
-
-    Source: Kusupati et al. 2022, section 4 (dims, adaptive retrieval); Shakir et al. 2024 (precisions).
+    Raises `ValueError` before the corpus is encoded for arguments that cannot work; unsupported combinations are all
+    listed, none is skipped. Source: Kusupati et al. 2022, section 4 (dims); Shakir et al. 2024 (precisions).
     """
     select_metrics(metrics, ks=ks, depth=depth)  # raises before anything is encoded
     if passages is None or all(isinstance(number, Integral) for number in passages):
@@ -147,10 +143,8 @@ def _data_setting(dataset: RetrievalDataset) -> dict[str, Any]:
 
 
 def question_clusters(query_ids: Sequence[str], qrels: Qrels) -> list[str]:
-    """The cluster of each query: queries that share a relevant document, directly or through others, have one cluster.
-
-    Its id is the smallest id among the relevant documents of the cluster's queries.
-    """
+    """The cluster of each query, named by its smallest relevant document: queries that share one, directly or through
+    others, are in one cluster."""
     relevant = [[document_id for document_id, grade in qrels[query_id].items() if grade > 0] for query_id in query_ids]
     smallest = connected_components((first, other) for first, *others in relevant for other in (first, *others))
     return [smallest[document_ids[0]] for document_ids in relevant]

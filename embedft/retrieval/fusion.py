@@ -1,8 +1,7 @@
 """Several runs as one: reciprocal rank fusion and z-score fusion, and the best weights of two runs.
 
     weights = choose_weight([train_bm25, train_dense], train_set)
-    fused = fuse([bm25, dense], method="zscore", weights=weights)
-    evaluate_run(fused, dataset)
+    report = evaluate_run(fuse([bm25, dense], method="zscore", weights=weights), dataset)
 
 Shapes: R runs, Q queries, K ranks, P pairs of a query and a document that some run retrieves for it.
 """
@@ -28,20 +27,17 @@ def fuse(
     depth: int | None = None,
     block_queries: int = 1024,
 ) -> Run:
-    """One run whose score of a document is the weighted sum of its values in each run.
+    """One run whose score of a document is the weighted sum of its values in each run; ties go by ascending id.
 
-    "rrf": 1 / (k + rank), or 0 if the run does not retrieve the document. Scores play no part.
+    - "rrf": 1 / (k + rank), or 0 if the run does not retrieve the document.
+    - "zscore": (score - mean) / standard deviation over the documents that the run retrieves for the query; all 0 if
+      its scores are equal. A document that the run does not retrieve gets the lowest value of the query; with nothing
+      retrieved, all get 0. Mean and deviation depend on a run's depth, so fuse runs of the same depth.
 
-    "zscore": (score - mean) / standard deviation over the documents that the run retrieves for the query; all 0 if its
-    scores are equal. A document that the run does not retrieve gets the lowest value of the query, an upper bound; with
-    nothing retrieved, all get 0. Mean and deviation depend on a run's depth, so fuse runs of the same depth.
-
-    The run has the queries and documents of all; its float64 scores do not depend on the order of runs of equal weight;
-    ties go by ascending id.
+    Scores do not depend on the order of runs of equal weight.
 
     Args:
         weights: one per run, at least 0; None: 1 each.
-        k: of "rrf"; larger values make the first ranks stand out less.
         depth: documents to keep per query; None: all that any run retrieves.
 
     Source: Cormack, Clarke & Buettcher, "Reciprocal Rank Fusion Outperforms Condorcet and Individual Rank Learning
@@ -137,8 +133,7 @@ def choose_weight(
 ) -> tuple[float, float]:
     """The weights (w, 1 - w), w one of 0, 0.1, ..., 1, with which z-score fusion of two runs has the best mean metric.
 
-    Choose weights on training questions: on the questions that are measured they would flatter. Of several best w, the
-    one nearest to one half is returned. Queries missing from both runs make no difference.
+    Of several best w, the one nearest to one half. Choose on training questions: on those measured it flatters.
     """
     if len(runs) != 2:
         raise ValueError(f"fusion: {len(runs)} runs, expected 2 to choose a weight for")

@@ -1,11 +1,9 @@
-"""Exact nearest-neighbor search by inner product: FAISS on the CPU, torch on CUDA and MPS.
-
-Embeddings of a cosine model are unit rows, so the inner product serves cosine and dot product alike.
+"""Exact nearest-neighbor search by inner product, which is the cosine of rows of length one.
 
     scores, rows = search_exact(query_embeddings, np.load("documents.npy", mmap_mode="r"), depth=100)   # in slices
 
-Results are ordered by (computed score descending, row ascending). This order is total, so no library decides which of
-several documents tied at the cutoff are returned. Equal vectors tie as far as the matrix product scores them equally.
+Results are ordered by (computed score descending, row ascending), so no library decides which of several documents
+tied at the cutoff are returned. Equal vectors tie as far as the matrix product scores them equally.
 
 Shapes: Q queries, N documents (rows, numbered from 0), D dimensions, K = min(depth, N) results, W >= K.
 """
@@ -53,21 +51,21 @@ def require_finite(embeddings_ND: np.ndarray, kind: str, names: Sequence, *, sli
 
 
 def require_depth(depth: int) -> None:
-    """Raises `ValueError` for a depth below 1."""
+    """At least 1."""
     if depth < 1:
         raise ValueError(f"search depth must be at least 1, not {depth}")
 
 
 def shape_to_index(embeddings_ND: np.ndarray) -> tuple[int, int]:
-    """(N, D). Raises `ValueError` for another number of dimensions, or nothing to index."""
+    """(N, D), each at least 1."""
     if embeddings_ND.ndim != 2 or 0 in embeddings_ND.shape:
         raise ValueError(f"embeddings of shape {embeddings_ND.shape}, expected [N, D] with documents to index")
     return embeddings_ND.shape
 
 
 def checked_embeddings(embeddings_ND: np.ndarray, dim: int | None = None, *, first_row: int = 0) -> np.ndarray:
-    """The embeddings as contiguous float32, copied only if they are not that already. Raises `ValueError` for a shape
-    other than [N, dim] (None: any D from 1), and for NaN or infinity, naming the row, counted from `first_row`."""
+    """The embeddings as contiguous float32, copied only if necessary. Raises `ValueError` for a shape other than
+    [N, dim] (None: any D from 1), and for NaN or infinity, naming the row, counted from `first_row`."""
     if embeddings_ND.ndim != 2 or embeddings_ND.shape[1] != (dim or max(embeddings_ND.shape[1], 1)):
         raise ValueError(f"embeddings of shape {embeddings_ND.shape}, expected [N, {dim or 'D'}]")
     embeddings_ND = np.ascontiguousarray(embeddings_ND, dtype=np.float32)
@@ -101,9 +99,9 @@ def search_exact(
     queries; never [Q, N].
 
     Args:
-        documents: [N, D], an array or a memory map of any float type; or an iterable of such arrays, whose rows are
-            numbered consecutively. Each slice is searched once and dropped.
-        device: FAISS computes products on the CPU (or None), torch elsewhere. On CUDA they are as exact as
+        documents: [N, D], an array or a memory map of any float type; or an iterable of such arrays, each searched
+            once and dropped, whose rows are numbered consecutively.
+        device: FAISS computes products on the CPU (None), torch elsewhere; on CUDA they are as exact as
             `torch.get_float32_matmul_precision()` says.
 
     Raises `ValueError` for no documents, a depth below 1, a wrong width, NaN or infinity.
@@ -145,11 +143,9 @@ def search_shortlist(
     *,
     block_vectors: int = 16_384,
 ) -> Found:
-    """The first `depth` of each query's shortlist by inner product. Equal vectors get equal scores.
+    """The first `depth` of each query's shortlist of distinct rows (-1: none) by inner product; equal vectors tie.
 
-    Args:
-        rows_QS: [Q, S] rows, distinct within a query; -1: none.
-        vectors_of: rows [M] ascending -> their vectors [M, D], at most `block_vectors` at a time.
+    `vectors_of` returns the vectors [M, D] of rows [M], ascending, at most `block_vectors` at a time.
     """
     keys_QK = np.empty((len(queries_QD), min(depth, rows_QS.shape[1])), dtype=np.uint64)
     block_size = max(1, block_vectors // max(rows_QS.shape[1], 1))
@@ -166,10 +162,7 @@ def search_shortlist(
 
 
 def recall_against(rows_QK: np.ndarray, exact_rows_QK: np.ndarray) -> np.ndarray:
-    """The share of the exact results that were found, per query: |found & exact| / |exact|, [Q] float64.
-
-    Rows are distinct within a query; -1: none. The two K may differ: that of the exact rows is the k of recall@k.
-    """
+    """Share of the exact results that were found, per query: |found & exact| / |exact|, [Q]. The two K may differ."""
     pairs = zip(rows_QK, np.where(exact_rows_QK < 0, -2, exact_rows_QK), strict=True)
     return np.array([np.isin(exact, rows).sum() for rows, exact in pairs]) / (exact_rows_QK >= 0).sum(axis=1)
 
@@ -209,10 +202,8 @@ def first_keys(
 ) -> np.ndarray:
     """Sorted keys [Q, min(depth, N)] of the first results of a search that is exact except for its choice among ties.
 
-    Args:
-        nearest: searches `total` documents.
-        width: number of results to request first; 0: one more than `depth`.
-        block_tied: queries per block when ties force a wider search: bounds memory if a whole corpus has one score.
+    `nearest` searches `total` documents, `width` at first [one more than `depth`]. Where ties force a wider search it
+    gets `block_tied` queries at a time, which bounds memory if a whole corpus has one score.
     """
     depth = min(depth, total)
     width = min(width or depth + 1, total)
@@ -237,7 +228,7 @@ def _nearest_faiss(documents_ND: np.ndarray) -> Nearest:
 
 
 def _nearest_torch(documents_ND: np.ndarray, device: torch.device, *, block_queries: int = 1024) -> Nearest:
-    """A block of 1,024 queries has 256 MB of scores at 65,536 documents."""
+    """In blocks of queries, whose scores take 256 MB at 65,536 documents."""
     documents = torch.tensor(documents_ND, device=device)  # copied: torch warns about read-only arrays (memory maps)
 
     def nearest(queries_QD: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,11 +1,10 @@
 """Retrieval metrics, one float64 value per query [Q], in NumPy. Averages are taken elsewhere (report.py).
 
     judgments = judge(run, {"q1": {"d3": 1}})
-    values_Q = ndcg(judgments, 10)
     by_name = measure(judgments, ["ndcg@20", "rprec", "map", "judged@10"])
 
-- A document is relevant if its grade is above 0; documents missing from the qrels are not. To count only grades of 2
-  and more, set lower grades to 0. Queries without a relevant document have no value: `judge` drops and counts them.
+- A document is relevant if its grade is above 0; documents missing from the qrels are not. Queries without a relevant
+  document have no value: `judge` drops and counts them.
 - Ranks start at 1 and follow the run; ties were broken when the run was made. A ranking shorter than k is not padded:
   the missing documents are not relevant, and precision still divides by k.
 - To add a metric, write a function of `Judgments` that returns [Q] values and add one line to METRICS. A parameter `k`
@@ -50,10 +49,9 @@ def has_relevant(grades: Mapping[str, float]) -> bool:
 
 
 def judge(run: Run, qrels: Qrels) -> Judgments:
-    """Looks up the grade of every retrieved document.
+    """Looks up the grade of every document in the run, whose queries are the ones that count.
 
-    Queries missing from the run are ignored (`Run.select` adds them). Raises `ValueError` if no query of the run has a
-    relevant document, or a grade is not finite.
+    Raises `ValueError` if none of them has a relevant document, or a grade is not finite.
     """
     rows = [row for row, query_id in enumerate(run.query_ids) if has_relevant(qrels.get(query_id, {}))]
     kept = [run.query_ids[row] for row in rows]
@@ -129,8 +127,7 @@ def average_precision(judgments: Judgments, k: int | None = None) -> np.ndarray:
     A perfect ranking scores 1 at every k. trec_eval's map_cut divides by all relevant documents instead: for that
     value, measure without k a run that is cut at k.
 
-    Source: sentence-transformers `InformationRetrievalEvaluator`, map@k; without k, trec_eval `m_map.c`; Buckley &
-    Voorhees, "Evaluating Evaluation Measure Stability", SIGIR 2000.
+    Source: sentence-transformers `InformationRetrievalEvaluator`, map@k; without k, trec_eval `m_map.c`.
     """
     relevant_QK = judgments.grades_QK[:, :k] > 0
     precision_QK = np.cumsum(relevant_QK, axis=1) / _ranks(relevant_QK)
@@ -141,8 +138,8 @@ def average_precision(judgments: Judgments, k: int | None = None) -> np.ndarray:
 def ndcg(judgments: Judgments, k: int | None = None, *, gain: Gain = "binary") -> np.ndarray:
     """DCG@k / ideal DCG@k, where DCG@k = sum over ranks i <= k of gain_i / log2(i + 1).
 
-    The ideal ranking lists all relevant documents by descending gain, cut at k. The gain of a relevant document is 1
-    ("binary", as in sentence-transformers) or its grade, not 2^grade - 1 ("graded", as in trec_eval and BEIR).
+    The ideal ranking lists all relevant documents by descending gain. The gain of a relevant document is 1 ("binary",
+    as in sentence-transformers) or its grade, not 2^grade - 1 ("graded", as in trec_eval and BEIR).
 
     Source: Jarvelin & Kekalainen, "Cumulated Gain-Based Evaluation of IR Techniques", TOIS 2002; trec_eval
     `m_ndcg_cut.c`, without k `m_ndcg.c`.
@@ -204,9 +201,9 @@ def select_metrics(metrics: Sequence[Metric] | None = None, *, ks: Sequence[int]
 def measure(judgments: Judgments, metrics: Sequence[Metric], *, gain: Gain = "binary") -> dict[str, np.ndarray]:
     """The values of several metrics, {"ndcg@20": [Q] float64, ...}.
 
-    A metric is a name of METRICS with a cutoff, which is optional for ndcg, map and mrr (none: the whole ranking) and
-    not allowed for rprec; or a function (judgments, k=None) -> [Q], which gets no cutoff and goes by its own name.
-    Raises `ValueError` for an invalid name or cutoff, two metrics of one name, or values that are not Q finite numbers.
+    A metric is a name of METRICS with a cutoff, which ndcg, map and mrr may lack (the whole ranking) and rprec must; or
+    a function (judgments, k=None) -> [Q], which gets no cutoff and goes by its own name. Raises `ValueError` for an
+    invalid name or cutoff, two metrics of one name, or values that are not Q finite numbers.
     """
     functions, values = {}, {}
     for metric in metrics:

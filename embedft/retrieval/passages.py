@@ -19,18 +19,13 @@ from .index import Found, Index, from_keys, merge_keys, require_finite, to_keys
 class WindowIndex(Index):
     """Scores every query against every window by inner product, in float32, and returns documents.
 
-    Windows are reduced to one score per document before anything is dropped, so a document with many good windows
-    crowds out no other.
-
     Args:
         windows_WD: not copied if a writable float32 array.
         source_W: the document of each window: from 0, ascending, none left out.
         candidates: an index over the same windows. Its results are widened, by doubling, until they contain `depth`
-            documents; all windows of these are then scored exactly, so a score is always the document's own. If it has
-            no more results before that (lists that are not probed), the query is scored against every document.
+            documents, of which all windows are then scored exactly. If it has no more results before that (lists that
+            are not probed), the query is scored against every document.
         block_scores, block_queries: window scores held (64 MB in float32), and queries searched, at a time.
-
-    Raises `ValueError` for NaN or infinity (naming the document), a wrong `source_W`, `candidates` of another length.
     """
 
     def __init__(
@@ -101,15 +96,14 @@ class WindowIndex(Index):
         return found
 
     def _scores_of(self, query_D: np.ndarray, documents: np.ndarray) -> np.ndarray:
-        """Scores of some documents, whose rows ascend."""
+        """Of documents whose rows ascend."""
         counts = (self.ends_N - self.starts_N)[documents]
         starts = np.cumsum(counts) - counts
         rows = np.repeat(self.starts_N[documents] - starts, counts) + np.arange(counts.sum())
         return np.maximum.reduceat(_products(query_D[None], self.windows_WD[rows])[0], starts)
 
     def _blocks(self, num_windows: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Whole documents with at most `num_windows` windows, or one document with more: (the first document, windows
-        [W, D], the first window of each document [P])."""
+        """Whole documents of at most `num_windows` windows, or one of more: its number, windows [W, D], starts [P]."""
         first = 0
         while first < len(self):
             offset = self.starts_N[first]
@@ -119,12 +113,9 @@ class WindowIndex(Index):
 
 
 def _products(queries_BD: np.ndarray, windows_WD: np.ndarray) -> np.ndarray:
-    """Inner products, [B, W]: equal windows get equal scores, wherever they stand.
-
-    That is why torch computes them, for a multiple of 8 queries. Among random cases with equal windows, NumPy's product
-    scored some of them differently in 47%, torch's with any number of queries in 1.4%, this one in none of 8,309 (one
-    core of an AMD EPYC, 2026-11-21).
-    """
+    """Inner products, [B, W]: equal windows get equal scores, wherever they stand."""
+    # By torch, for a multiple of 8 queries: among 8,309 random cases with equal windows, NumPy's product scored some of
+    # them differently in 47%, torch's with any number of queries in 1.4%, this one in none (AMD EPYC, 2026-11-21).
     padded_BD = np.zeros((-(-len(queries_BD) // 8) * 8, queries_BD.shape[1]), dtype=np.float32)
     padded_BD[: len(queries_BD)] = queries_BD
     return (torch.from_numpy(padded_BD) @ torch.from_numpy(windows_WD).T).numpy()[: len(queries_BD)]

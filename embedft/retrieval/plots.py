@@ -1,8 +1,6 @@
 """Two reports question by question, as a figure. Needs matplotlib, the extra `plots`.
 
-    save_figure(plot_questions(base, tuned, metric="mrr@10"), "questions.png")
-
-Figures are made without pyplot: no window opens, and matplotlib's global state stays as it is.
+save_figure(plot_questions(base, tuned, metric="mrr@10"), "questions.png")     # without pyplot: no window opens
 """
 
 from pathlib import Path
@@ -28,10 +26,7 @@ def save_figure(figure: Figure, path: str | Path) -> None:
 def plot_questions(
     base: Report, other: Report, *, metric: str = "ndcg@10", names: tuple[str, str] = ("base", "other")
 ) -> Figure:
-    """Each question's value in two reports: a point at (base, other), above the diagonal where the other is better.
-
-    Many questions share a few values, so a point's area shows how many it stands for.
-    """
+    """A point at each question's values in two reports; its area shows how many questions it stands for."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -6,10 +6,9 @@
 |-----------|------------------|-------|
 | float32 | 4 D | query . vector |
 | int8 | D | query . decoded vector, the ranges taken from the documents |
-| binary | ceil(D / 8) | Hamming distance selects 4 x depth documents, query . signs (+1, -1) orders them |
+| binary | ceil(D / 8) | Hamming distance of signs selects 4 x depth documents, query . signs (+1, -1) orders them |
 
-Queries stay float32 wherever a product is computed; only Hamming distances use their signs. Nothing is rescored with
-vectors finer than the stored ones. Product quantization is FAISS's (approximate.py).
+Queries stay float32. Nothing is rescored with vectors finer than the stored ones. Product quantization is FAISS's.
 
 Source: Shakir et al. 2024, "Binary and Scalar Embedding Quantization"; Yamada et al. 2021, section 3 (rescored binary).
 Shapes: Q queries, N documents, D dimensions, B = ceil(D / 8) bytes, K = min(depth, N) results.
@@ -88,10 +87,7 @@ def from_binary(codes_NB: np.ndarray, dim: int) -> np.ndarray:
 
 
 class QuantizedIndex(Index):
-    """Exhaustive search over the int8 or binary codes of an array or memory map of any float type: see the table above.
-
-    Raises `ValueError` for no documents, a wrong shape, NaN or infinity.
-    """
+    """Search over the int8 or binary codes of an array or memory map of any float type: see the table above."""
 
     def __init__(
         self,

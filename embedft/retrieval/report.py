@@ -2,7 +2,6 @@
 
     report.save("runs/lyft/eval/uber")
     print(compare(Report.load("runs/lyft/eval/uber"), other, metric="mrr@10"))
-    print(compare_seeds([base], [report_of_seed_0, report_of_seed_1, report_of_seed_2]))
 
 Shapes: Q questions, the queries that have a relevant document; S training seeds.
 """
@@ -172,9 +171,8 @@ def compare(
     """Compares each of `others` with `base`, question by question: one Comparison, or a list of them for several.
 
     The interval is by bootstrap, the p-value by sign flips, over the clusters of `base`. Where nearly all questions are
-    connected (as in NFCorpus), few clusters remain and the test has no power; `dataclasses.replace(base,
-    clusters=base.query_ids)` treats the questions as independent. With one cluster the interval of a difference is
-    (-1, 1), all that a metric in [0, 1] allows.
+    connected (as in NFCorpus), few clusters remain and the test has no power: `dataclasses.replace(base,
+    clusters=base.query_ids)` treats the questions as independent. With one cluster the interval is (-1, 1).
 
     Raises `ValueError` for different questions, corpora or gains, or a metric that one lacks; warns if data, maximum
     length or prompts differ.
@@ -200,11 +198,9 @@ def compare(
 def compare_seeds(
     bases: Sequence[Report], others: Sequence[Report], *, metric: str = "ndcg@10", confidence: float = 0.95
 ) -> Comparison:
-    """Compares a recipe trained with several seeds with a base, for new seeds as well as new questions.
+    """Compares a recipe, a report for each of 2 or more seeds, with a base, for new seeds as well as new questions.
 
-    Args:
-        bases: one report, or as many as `others`: the base trained with the same seeds, in the same order.
-        others: reports of the recipe, one per seed, at least 2.
+    `bases` is one report, or as many as `others`: the base trained with the same seeds, in the same order.
     """
     if len(bases) not in (1, len(others)):
         raise ValueError(f"found {len(bases)} base reports for {len(others)} seeds, expected 1 or {len(others)}")

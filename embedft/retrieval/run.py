@@ -27,7 +27,7 @@ class Run:
     """The ranking of each query: row i lists the documents of query_ids[i], best first.
 
     Scores in a row never increase; the order among equal scores is part of the run, and metrics use it. Rows shorter
-    than K are padded with index -1 and score -inf. A `ValueError` names the first query whose row breaks a rule.
+    than K are padded with index -1 and score -inf.
     """
 
     query_ids: list[str]  # Q distinct ids
@@ -113,10 +113,9 @@ class Run:
         return Run(self.query_ids, self.document_ids, indices_QK, scores_QK.astype(self.scores.dtype))
 
     def save(self, path: str | Path, *, tag: str = "embedft") -> None:
-        """Writes a TREC run file, `query Q0 document rank score tag`, with ranks from 1, atomically.
+        """Writes a TREC run file, `query Q0 document rank score tag`, atomically; scores read back exactly.
 
-        Scores read back exactly; a query without results has no line. Blanks in the tag become hyphens. If an id
-        contains a blank or is empty, all ids are percent-encoded (an empty one as %); the tag tells `load` to decode.
+        If an id contains a blank or is empty, all ids are percent-encoded (an empty one as %), which the tag tells.
         """
         results = self.to_dict()
         ids = {*results, *(document_id for row in results.values() for document_id in row)}
@@ -131,11 +130,7 @@ class Run:
 
     @classmethod
     def load(cls, path: str | Path) -> "Run":
-        """Reads a TREC run file. Equal scores keep the file's order.
-
-        Raises `ValueError`, naming file and line, for other than six columns, a score that is not finite, or a document
-        listed twice.
-        """
+        """Reads a TREC run file. Equal scores keep the file's order. Raises `ValueError` naming file and line."""
         results: dict[str, dict[str, float]] = {}
         for number, line in enumerate(read_lines(path), start=1):
             columns = line.split()

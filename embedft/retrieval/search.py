@@ -4,8 +4,7 @@
     searcher = Searcher(embedder, dataset, depth=5, passages=(128, 64), index="hnsw")     # encodes and indexes once
     run = searcher.search({"q1": "what is a limit order?"})                               # as often as you like
 
-Scores flow one way: encoding.py makes vectors, an index built by settings.py finds rows, they become a Run here, and
-evaluate.py turns it into a Report. Its costs:
+encoding.py makes vectors, an index built by settings.py finds rows, which become a Run here. Costs of a grid:
 
 - query_encoding_seconds, document_encoding_seconds: of the encoding that settings share;
 - build_seconds (codes and index), search_seconds, queries_per_second (of search alone);
@@ -42,21 +41,19 @@ def search(
     slice_documents: int | None = None,
     **setting: Any,
 ) -> Run:
-    """The first `depth` documents of the dataset for any queries.
+    """The first `depth` documents of the dataset for any queries, those with equal scores by ascending id.
 
     Exact search (float32, flat) holds one slice of the corpus at a time and keeps the best, however large the corpus;
     other settings hold all vectors. For queries that come one after another use `Searcher`, which encodes once.
 
     Args:
         queries: {query id: text}, or texts, whose ids are then "0", "1", ...
-        depth: documents per query; all of them if there are fewer.
         exclude_identical_ids: a query of the dataset that is also a document, under the same id, does not find itself
             (ArguAna, Quora) unless it is judged relevant; a warning says so.
         slice_documents: documents encoded at a time; None: 65,536, or 4,096 with passages.
         setting: dim, precision, index, passages: see settings.py.
 
-    Returns a run with rows in the order of `queries`; documents with equal scores by ascending id. Raises `ValueError`
-    for no queries, a setting that cannot work (naming what can), or embeddings that are not finite (naming the text).
+    Raises `ValueError` for a setting that cannot work, or embeddings that are not finite, naming the text.
     """
     queries, options = _named(queries), {"depth": depth, "slice_documents": slice_documents}
     options["exclude_identical_ids"] = exclude_identical_ids
@@ -66,11 +63,7 @@ def search(
 
 
 class Searcher:
-    """A corpus encoded and indexed once, for queries that come one after another.
-
-    `document_ids` are the corpus's, ascending; `setting` says how many dimensions are used. Memory: all vectors in
-    these, and the index; while it is built, also the vectors in all dimensions. Arguments and errors: see `search`.
-    """
+    """A corpus encoded and indexed once, for queries that come one after another; arguments as for `search`."""
 
     def __init__(
         self,
@@ -178,11 +171,8 @@ def search_slices(
     *,
     visit: Callable[[Slice], None] | None = None,
 ) -> tuple[dict[int, Found], dict[int, float], int]:
-    """Exact search of slices with queries {dim: [Q, dim]} on the embedder's device: results and search seconds by dim,
-    and the number of vectors.
-
-    Each slice is searched, handed to `visit` and dropped. The order of keys is total, so slices change no result.
-    """
+    """Exact search with queries {dim: [Q, dim]} on the embedder's device: results and search seconds by dim, and the
+    number of vectors. Each slice is searched, handed to `visit` and dropped; slices change no result."""
     device = getattr(embedder, "device", None)
     keys = {dim: np.empty((len(queries_QD), 0), dtype=np.uint64) for dim, queries_QD in queries.items()}
     seconds: dict[int, float] = {}

@@ -55,8 +55,7 @@ def check_settings(
 ) -> list[Setting]:
     """The settings with their number of dimensions, if the model's `width` is given or the embedder has a `full_dim`.
 
-    Raises `ValueError` for what cannot work, too few documents to train an index on (None: not checked) included;
-    combinations that are not supported are all listed.
+    Raises `ValueError` for what cannot work, too few documents to train an index on (None: not checked) included.
     """
     width, found, unsupported = width or getattr(embedder, "full_dim", None), [], []
     for setting in settings:
@@ -88,8 +87,10 @@ def check_settings(
 
 
 def build(vectors_ND: np.ndarray, source_N: np.ndarray | None, setting: Setting) -> tuple[Index, float, dict]:
-    """An index over vectors of `setting.dim` dimensions, the bytes of each vector in it, and what a report says of it:
-    `factory` and `parameters` of FAISS's. source_N: the document of each window; None: each vector is a document."""
+    """An index over vectors of `setting.dim` dimensions, the bytes of each vector in it, and what a report says of it.
+
+    source_N: the document of each window; None: each vector is a document.
+    """
     index, facts, is_flat, windows = None, {}, setting.index == "flat", source_N is not None
     num_bytes = bytes_per_vector(setting.dim, setting.precision)
     if setting.precision != "float32":

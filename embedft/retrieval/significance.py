@@ -1,14 +1,11 @@
 """Significance of differences: paired bootstrap intervals, permutation tests, intervals over seeds and questions, Holm.
 
-Questions that share a document are not independent evidence: a model that embeds the document well answers all of them.
-They form a cluster, and every function here resamples or sign-flips whole clusters.
-
     low, high = paired_bootstrap_interval(differences_Q, clusters, generator=np.random.default_rng(0))
     p_value = sign_flip_p_value(differences_Q, clusters, generator=np.random.default_rng(0))
     recipe = recipe_interval(differences_SQ, clusters)       # a row per training seed
 
-In all of them `differences_Q` are per-question differences between two systems, `clusters` Q cluster ids (None: every
-question is its own cluster), and `block_values` the random values drawn at a time, which bounds memory.
+Questions that share a document are not independent evidence: a model that embeds it well answers all of them. They form
+a cluster [None: each its own], and whole clusters are resampled or flipped, `block_values` random values at a time.
 
 Shapes: Q questions, C clusters, S seeds, B random samples of one block.
 """
@@ -19,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Smaller differences are rounding errors: the same values summed in another order.
-ROUNDING = 1e-12
+ROUNDING = 1e-12  # smaller differences are rounding errors: the same values summed in another order
+_NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(64)
 
 
 def paired_bootstrap_interval(
@@ -101,7 +98,7 @@ class RecipeInterval(NamedTuple):
 def recipe_interval(
     differences_SQ: np.ndarray, clusters: Sequence[str] | None = None, *, confidence: float = 0.95
 ) -> RecipeInterval:
-    """Interval of a training recipe's mean difference that covers new seeds as well as new questions.
+    """Interval of a training recipe's mean difference to a base, for new seeds (of 2 or more) and new questions.
 
     Seeds and clusters of questions are crossed random effects. With m the overall mean, m_s that of seed s, n_c the
     questions of cluster c, and r_cs the sum of its differences under seed s minus n_c m:
@@ -114,11 +111,6 @@ def recipe_interval(
     V_S and V_C both contain the noise of a question under a seed, so it is subtracted once. The interval is
     m +- t sqrt(V) with V^2 / (V_S^2 / (S - 1) + (V - V_S)^2 / (C - 1)) degrees of freedom. With three seeds that vary,
     a bootstrap is two to three times too narrow.
-
-    Args:
-        differences_SQ: one row per seed (at least two): recipe minus base, where the base is either the same in every
-            row or trained with the same seed.
-        clusters: at least two different ones.
 
     Source: Hillis, "A comparison of denominator degrees of freedom methods for multiple observer ROC analysis",
     Statistics in Medicine 2007 (readers are seeds, cases are questions); Satterthwaite, "An approximate distribution of
@@ -150,9 +142,6 @@ def recipe_interval(
     reach = _t_quantile(confidence, degrees) * error
     p_value = _t_p_value(mean / error, degrees) if error > 0 else float(mean == 0)
     return RecipeInterval((mean - reach, mean + reach), p_value, math.sqrt(by_question), math.sqrt(by_seed))
-
-
-_NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(64)
 
 
 def _t_within(angle: float, degrees: float) -> float:

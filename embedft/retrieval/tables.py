@@ -9,14 +9,14 @@ CSV has every digit, an interval as two columns, and column names without blanks
 
 import csv
 import io
-import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 from .report import Comparison, Report, compare
 
 Style = Literal["text", "markdown", "csv", "latex"]
+Column = tuple[str, str, str]  # key of a value and its name in CSV, title in other styles ("": left out), format
 LATEX = str.maketrans(
     {character: f"\\{character}" for character in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
@@ -59,32 +59,24 @@ def _latex(rows: Sequence[Sequence[str]], num_left: int) -> str:
     return "\n".join([*lines, r"\end{tabular}"])
 
 
-class _Column(NamedTuple):
-    """A column of values, None where there is none. CSV writes values as they are, other styles by `spec`."""
-
-    title: str  # "": in CSV only
-    values: Sequence[Any]
-    spec: str = ""
-    keys: tuple[str, ...] = ()  # names in CSV, by default the title; two for intervals
-    missing: str = ""  # what is shown for None, except in CSV
-
-    def show(self, value: Any) -> str:
-        if value is None:
-            return self.missing
-        if isinstance(value, tuple):
-            return f"[{value[0]:{self.spec}}, {value[1]:{self.spec}}]"
-        return "<0.0001" if self.keys == ("p_value",) and value < 0.00005 else f"{value:{self.spec}}"
+def _format(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], *, style: Style, num_left: int) -> str:
+    """Rows {key: value}; None, or no key, where there is no value. CSV writes values as they are."""
+    if style != "csv":
+        shown = [column for column in columns if column[1]]
+        cells = [[_show(key, row.get(key), spec) for key, _, spec in shown] for row in rows]
+        return format_table([title for _, title, _ in shown], cells, style=style, num_left=num_left)
+    ends = ("interval_low", "interval_high")
+    keys = [name for key, _, _ in columns for name in (ends if key == "interval" else [key])]
+    rows = [{**row, **dict(zip(ends, row.get("interval") or (), strict=False))} for row in rows]
+    return format_table(keys, [["" if row.get(k) is None else str(row[k]) for k in keys] for row in rows], style=style)
 
 
-def _format(columns: Sequence[_Column], *, style: Style, num_left: int) -> str:
-    cells: dict[str, list[str]] = {}
-    for column in columns:
-        if style != "csv" and column.title:
-            cells[column.title] = list(map(column.show, column.values))
-        for i, key in enumerate(column.keys or [column.title] if style == "csv" else []):
-            values = [value[i] if isinstance(value, tuple) else value for value in column.values]
-            cells[key] = ["" if value is None else str(value) for value in values]
-    return format_table(list(cells), list(zip(*cells.values(), strict=True)), style=style, num_left=num_left)
+def _show(key: str, value: Any, spec: str) -> str:
+    if isinstance(value, tuple):
+        return f"[{value[0]:{spec}}, {value[1]:{spec}}]"
+    if value is None or isinstance(value, str):
+        return value or ""
+    return "<0.0001" if key == "p_value" and value < 0.00005 else f"{value:{spec}}"
 
 
 def main_metrics(report: Report) -> list[str]:
@@ -102,37 +94,29 @@ def main_metrics(report: Report) -> list[str]:
     return chosen + others or list(report.per_query)
 
 
-def _means(name: str, report: Report, metrics: Sequence[str]) -> list[float]:
-    if missing := [metric for metric in metrics if metric not in report.metrics]:
-        raise ValueError(f"{name} has no metric {missing[0]!r}; it has: {', '.join(report.metrics)}")
-    return [report.metrics[metric] for metric in metrics]
+def _require_metrics(reports: Iterable[tuple[str, Report]], metrics: Sequence[str]) -> None:
+    for name, report in reports:
+        if missing := [metric for metric in metrics if metric not in report.metrics]:
+            raise ValueError(f"{name} has no metric {missing[0]!r}; it has: {', '.join(report.metrics)}")
 
 
-def format_reports(
-    reports: Mapping[str, Report], *, metrics: Sequence[str] | None = None, style: Style = "markdown"
-) -> str:
-    """A row per report, possibly over different questions, and a column per metric [`main_metrics` of the first]."""
+def format_reports(reports: Mapping[str, Report], *, style: Style = "markdown") -> str:
+    """A row per report, possibly over different questions, and a column for each of the first's `main_metrics`."""
     if not reports:
         raise ValueError("no reports for a table")
-    metrics = main_metrics(next(iter(reports.values()))) if metrics is None else metrics
-    rows = [_means(f"report {name!r}", report, metrics) for name, report in reports.items()]
-    measured = [_Column(metric, column, ".4f") for metric, column in zip(metrics, zip(*rows, strict=True), strict=True)]
-    return _format([_Column("report", list(reports)), *measured], style=style, num_left=1)
+    metrics = main_metrics(next(iter(reports.values())))
+    _require_metrics(((f"report {name!r}", report) for name, report in reports.items()), metrics)
+    columns = [("report", "report", ""), *((metric, metric, ".4f") for metric in metrics)]
+    return _format(
+        [{"report": name, **report.metrics} for name, report in reports.items()], columns, style=style, num_left=1
+    )
 
 
 def setting_name(setting: Mapping[str, Any]) -> str:
     """What `Report.setting` says of the search, as a file name or label: "128-64-dim384-int8-hnsw"."""
-    parts = [_passages(setting, "-"), setting.get("dim") and f"dim{setting['dim']}"]
-    parts += [setting.get("precision"), setting.get("index")]
-    return re.sub(r"[^\w.,-]", "-", "-".join(part for part in parts if part))
-
-
-def _passages(setting: Mapping[str, Any], between: str) -> str | None:
-    """Size and stride of the windows, and their aggregate unless it is "max"; None without windows."""
-    if not setting.get("passages"):
-        return None
-    aggregate = setting.get("aggregate") or "max"
-    return between.join([*map(str, setting["passages"]), *([aggregate] if aggregate != "max" else [])])
+    dim = setting.get("dim") and f"dim{setting['dim']}"
+    parts = [*(setting.get("passages") or ()), dim, setting.get("precision"), setting.get("index")]
+    return re.sub(r"[^\w.,-]", "-", "-".join(str(part) for part in parts if part))
 
 
 def grid_base(reports: Sequence[Report]) -> Report:
@@ -141,57 +125,46 @@ def grid_base(reports: Sequence[Report]) -> Report:
     return max(exact, key=lambda report: report.setting.get("dim") or 0) if exact else reports[0]
 
 
-def format_grid(
-    reports: Sequence[Report], *, metric: str = "ndcg@10", style: Style = "markdown", timed_seconds: float = 0.1
-) -> str:
-    """A row per setting: quality, its difference from `grid_base`, and cost.
+def format_grid(reports: Sequence[Report], *, metric: str = "ndcg@10", style: Style = "markdown") -> str:
+    """A row per setting: quality, its difference from `grid_base` (see `compare`; Holm over all rows), and cost.
 
-    Columns: passages (size/stride in tokens, if any row has them), dim, precision, index; the mean of `metric`;
-    difference, interval and p-value of `compare` (Holm over all rows but the base); the share of the first 10 documents
-    of exact search that this search finds too ("of exact"); queries per second of search alone; bytes per document;
-    seconds to build the index. Cells that a report says nothing about stay empty, as for BM25. Searches that took less
-    than `timed_seconds` say little about speed: their queries/s are shown in CSV only.
+    Costs are the share of the first 10 documents of exact search that this search finds too ("of exact"), queries per
+    second of search alone (in CSV only if it took less than 0.1 seconds), bytes per document and seconds to build the
+    index. Cells that a report says nothing about stay empty, as for BM25.
     """
     if not reports:
         raise ValueError("no reports for a table")
-    settings, costs = [report.setting for report in reports], [dict(report.costs) for report in reports]
-    names = [f"the report of {setting_name(setting) or 'an unnamed setting'}" for setting in settings]
-    means = [_means(name, report, [metric])[0] for name, report in zip(names, reports, strict=True)]
+    names = [f"the report of {setting_name(report.setting) or 'an unnamed setting'}" for report in reports]
+    _require_metrics(zip(names, reports, strict=True), [metric])
     base = grid_base(reports)
-    found = iter(compare_all(base, [report for report in reports if report is not base], metric=metric))
-    comparisons = [None if report is base else next(found) for report in reports]
-    for cost in costs:
-        if style != "csv" and cost.get("search_seconds", math.inf) < timed_seconds:
-            cost["queries_per_second"] = None
-    passages = [_passages(setting, "/") or (setting.get("dim") and "whole") for setting in settings]
-    columns = [_Column("passages", passages)] if any(setting.get("passages") for setting in settings) else []
-    columns += [_Column(key, [setting.get(key) for setting in settings]) for key in ("dim", "precision", "index")]
+    comparisons = compare_all(base, [report for report in reports if report is not base], metric=metric)
+    found, rows = iter(comparisons), []
+    for report in reports:
+        row = {**report.setting, **report.costs, metric: report.metrics[metric]}
+        sizes = "/".join(map(str, row.get("passages") or ()))
+        row["passages"] = sizes or ("whole" if row.get("dim") else None)
+        if report is not base:
+            row |= vars(next(found))
+        elif style != "csv":
+            row["difference"] = "base"
+        if style != "csv" and row.get("search_seconds", 1) < 0.1:
+            row["queries_per_second"] = None
+        rows.append(row)
+    columns = [(key, key, "") for key in ("passages", "dim", "precision", "index")]
+    columns = columns if any(report.setting.get("passages") for report in reports) else columns[1:]
     num_left = len(columns)
-    columns += [_Column(metric, means, ".4f"), *_statistics(comparisons, missing="base")]
-    for title, key, spec in (
-        ("of exact", "recall@10_of_exact", ".3f"),
-        ("queries/s", "queries_per_second", ",.0f"),
-        ("bytes/doc", "bytes_per_document", ",.0f"),
-        ("build, s", "build_seconds", ".2f"),
-    ):
-        columns.append(_Column(title, [cost.get(key) for cost in costs], spec, (key,)))
-    return _format(columns, style=style, num_left=num_left)
+    columns += [(metric, metric, ".4f"), *_statistics(comparisons)]
+    columns += [("recall@10_of_exact", "of exact", ".3f"), ("queries_per_second", "queries/s", ",.0f")]
+    columns += [("bytes_per_document", "bytes/doc", ",.0f"), ("build_seconds", "build, s", ".2f")]
+    return _format(rows, columns, style=style, num_left=num_left)
 
 
-def _statistics(comparisons: Sequence[Comparison | None], *, missing: str = "") -> list[_Column]:
-    """Columns for difference, interval and p-value; in a row without a comparison the difference is `missing`."""
-    one = next(filter(None, comparisons), None)
-    interval = f"{100 * one.confidence:g}% interval" if one else "interval"
-    holm = f" (Holm, {one.num_comparisons})" if one and one.num_comparisons > 1 else ""
-
-    def values(name: str) -> list[Any]:
-        return [getattr(found, name, None) for found in comparisons]
-
-    return [
-        _Column("difference", values("difference"), "+.4f", missing=missing),
-        _Column(interval, values("interval"), "+.4f", ("interval_low", "interval_high")),
-        _Column(f"p-value{holm}", values("p_value"), ".4f", ("p_value",)),
-    ]
+def _statistics(comparisons: Sequence[Comparison]) -> list[Column]:
+    interval, holm = "interval", ""
+    if comparisons:
+        interval, number = f"{100 * comparisons[0].confidence:g}% interval", comparisons[0].num_comparisons
+        holm = f" (Holm, {number})" if number > 1 else ""
+    return [("difference", "difference", "+.4f"), ("interval", interval, "+.4f"), ("p_value", f"p-value{holm}", ".4f")]
 
 
 def compare_all(base: Report, others: Sequence[Report], *, metric: str) -> list[Comparison]:
@@ -205,28 +178,20 @@ def format_comparisons(
 ) -> str:
     """For each metric, a row for the base and one for each other report: its mean and how it differs from the base.
 
-    Columns: metric, report, mean; difference, interval and p-value (Holm over the other reports, if several); number of
-    questions on which the report is better than the base, equal, and worse. CSV adds questions, clusters and seeds.
-    `comparisons` is {name of the other report: its comparisons with one base, one per metric}.
+    On how many questions the report is better, equal and worse comes last; CSV adds the numbers of questions, clusters
+    and seeds. `comparisons` is {name of the other report: its comparisons with one base, one per metric}.
     """
     metrics = {name: [found.metric for found in of_name] for name, of_name in comparisons.items()}
     if len(set(map(tuple, metrics.values()))) != 1 or not all(metrics.values()):
         raise ValueError(f"expected comparisons by the same metrics for every name, found {metrics}")
-    rows: list[tuple[str, str, float, Comparison | None]] = []
+    rows: list[dict[str, Any]] = []
     for by_metric in zip(*comparisons.values(), strict=True):
-        rows.append((by_metric[0].metric, base, by_metric[0].base, None))
-        rows += [(found.metric, name, found.other, found) for name, found in zip(comparisons, by_metric, strict=True)]
-    by, names, means, found = zip(*rows, strict=True)
-    columns = [_Column("metric", by), _Column("report", names), _Column("mean", means, ".4f"), *_statistics(found)]
-    shown = {
-        "wins": "better",
-        "ties": "equal",
-        "losses": "worse",
-        "num_queries": "",
-        "num_clusters": "",
-        "num_seeds": "",
-    }
-    columns += [
-        _Column(title, [getattr(one, key, None) for one in found], keys=(title or key,)) for key, title in shown.items()
-    ]
-    return _format(columns, style=style, num_left=2)
+        rows.append({"metric": by_metric[0].metric, "report": base, "mean": by_metric[0].base})
+        for name, found in zip(comparisons, by_metric, strict=True):
+            counts = {"better": found.wins, "equal": found.ties, "worse": found.losses}
+            rows.append({"report": name, "mean": found.other, **vars(found), **counts})
+    statistics = _statistics(next(iter(comparisons.values())))
+    columns = [("metric", "metric", ""), ("report", "report", ""), ("mean", "mean", ".4f"), *statistics]
+    columns += [(name, name, "") for name in ("better", "equal", "worse")]
+    columns += [(name, "", "") for name in ("num_queries", "num_clusters", "num_seeds")]
+    return _format(rows, columns, style=style, num_left=2)
