@@ -104,10 +104,8 @@ def cloze_datasets(paths: list[str], base: str) -> tuple[RetrievalDataset, Retri
     pages, _ = drop_repeated_lines(pages)
     reading = load_reading(base)
     chunks = chunk_pages(pages, count_tokens=reading.count_tokens, size=CONFIG.max_length - reading.num_around)
-    split = split_chunks(chunks, train_share=0.8, seed=CONFIG.seed)
-    train_set, _ = inverse_cloze(split.train, seed=CONFIG.seed)
-    held_out, _ = inverse_cloze(split.validation, seed=CONFIG.seed, keep_share=0.0)
-    return train_set, held_out
+    train, validation = split_chunks(chunks, train_share=0.8, seed=CONFIG.seed)
+    return inverse_cloze(train, seed=CONFIG.seed), inverse_cloze(validation, seed=CONFIG.seed, keep_share=0.0)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def questions_of_filing(options: argparse.Namespace, folder: Path) -> tuple[Retr
         print(line)
     count_tokens = load_reading(options.base).count_tokens
     chunks = chunk_pages(pages, count_tokens=count_tokens, size=CHUNK_TOKENS, by_page=True)
-    split = split_chunks(chunks, train_pages=parse_pages(options.train_pages))
+    sides = split_chunks(chunks, train_pages=parse_pages(options.train_pages))
     config = QuestionConfig(
         model=options.model,
         num_questions=2,
@@ -88,7 +88,7 @@ def questions_of_filing(options: argparse.Namespace, folder: Path) -> tuple[Retr
         price_out=options.price_out,
         max_cost=options.max_cost,
     )
-    return tuple(ask(side, config, folder, options.url) for side in (split.train, split.validation))
+    return tuple(ask(side, config, folder, options.url) for side in sides)
 
 
 def ask(chunks: list[Chunk], config: QuestionConfig, folder: Path, url: str | None) -> RetrievalDataset:

@@ -8,8 +8,18 @@ import numpy as np
 import pytest
 
 from embedft import RetrievalDataset
-from embedft.corpus.asking import PROMPT, SOURCE, asks
-from embedft.corpus.cleaning import clean, copies, drop_held_out, question_key, report, round_trip, tidy
+from embedft.corpus.cleaning import (
+    PROMPT,
+    SOURCE,
+    clean,
+    copies,
+    drop_held_out,
+    question_key,
+    report,
+    round_trip,
+    tidy,
+)
+from embedft.corpus.prompts import asks
 
 # Tidying.
 

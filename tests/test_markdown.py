@@ -48,7 +48,7 @@ def test_html_goes_and_code_stays(text, stripped):
 
 def test_chunks_of_markdown(tmp_path):
     (tmp_path / "a.md").write_text(f"# Mill\nOne two three. Four five six.\n## Use\n{CODE}\nSeven eight.\n")
-    pages = read_documents([tmp_path / "a.md"]).pages
+    pages = read_documents([tmp_path / "a.md"])[0]
 
     def cut(**options):
         return chunk_pages(pages, count_tokens=lambda texts: [len(text.split()) for text in texts], **options)

@@ -398,7 +398,7 @@ def test_columns_and_rotated_text_are_read_in_the_order_of_the_file(make, conten
     (text,) = read_pdfs([path])
     assert text.plain == {1}
     paragraphs = [" ".join(lines) for lines in (HILLS, BREAD) if lines[0].encode() in content]
-    found = read_documents([path]).pages[0].text.split("\n")
+    found = read_documents([path])[0][0].text.split("\n")
     assert found[: len(paragraphs)] == paragraphs
 
 

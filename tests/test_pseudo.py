@@ -318,9 +318,8 @@ PADDING = "Below" + " below" * 19
 def ict(text: str, **options) -> tuple[str, str] | None:
     """(query, document) of a chunk, or None. Beside it is another, so that there always is a question."""
     chunks = [Chunk("c", text), Chunk("other", f"Here is another whole sentence. {PADDING}")]
-    dataset, num_left_out = inverse_cloze(chunks, **{"seed": 0, "keep_share": 0, **options})
+    dataset = inverse_cloze(chunks, **{"seed": 0, "keep_share": 0, **options})
     assert dataset.qrels == {query_id: {query_id[:-2]: 1} for query_id in dataset.queries}
-    assert num_left_out == 2 - len(dataset.queries)
     if "c/q" in dataset.queries:
         return dataset.queries["c/q"], dataset.corpus["c"]
     assert dataset.corpus["c"] == text
@@ -386,8 +385,8 @@ def ordinal(query: str) -> int:
 
 def test_a_choice_depends_on_seed_and_id_alone():
     chunks = [five_sentences(f"c{i}") for i in range(400)]
-    dataset, num_left_out = inverse_cloze(chunks, seed=0)
-    assert num_left_out == 0
+    dataset = inverse_cloze(chunks, seed=0)
+    assert len(dataset.queries) == 400
     assert list(dataset.corpus) == [chunk.id for chunk in chunks]
     # Every sentence in its turn: 80 times on average, with a standard deviation of 8.
     counts = Counter(map(ordinal, dataset.queries.values()))
@@ -402,14 +401,14 @@ def test_a_choice_depends_on_seed_and_id_alone():
         assert dataset.corpus[chunk.id] == (chunk.text if chunk.id in kept else rest)
     # Which stays has nothing to do with which sentence it is.
     assert len({ordinal(dataset.queries[f"{i}/q"]) for i in kept}) > 2
-    fewer, _ = inverse_cloze(chunks[:100:-3], seed=0)
+    fewer = inverse_cloze(chunks[:100:-3], seed=0)
     for query_id, query in fewer.queries.items():
         assert dataset.queries[query_id] == query
         assert dataset.corpus[query_id[:-2]] == fewer.corpus[query_id[:-2]]
-    none_kept, _ = inverse_cloze(chunks, seed=0, keep_share=0)
+    none_kept = inverse_cloze(chunks, seed=0, keep_share=0)
     assert none_kept.queries == dataset.queries  # training and validation differ in what stays only
     assert not {chunk.text for chunk in chunks} & set(none_kept.corpus.values())
-    other, _ = inverse_cloze(chunks, seed=1)
+    other = inverse_cloze(chunks, seed=1)
     assert 200 < sum(other.queries[i] != query for i, query in dataset.queries.items()) < 400
 
 
@@ -420,16 +419,16 @@ def test_a_sentence_of_several_chunks_asks_for_none():
         Chunk("a", f"{first.text} {shared}"),
         Chunk("b", f"{shared.replace(' notes', '  notes')} {second.text}"),
     ]
-    found = {inverse_cloze(chunks, seed=seed)[0].queries["a/q"] for seed in range(60)}
+    found = {inverse_cloze(chunks, seed=seed).queries["a/q"] for seed in range(60)}
     assert len(found) == 5
     assert shared not in found
-    alone, _ = inverse_cloze([Chunk("c", f"{shared} {PADDING}"), second], seed=0)
+    alone = inverse_cloze([Chunk("c", f"{shared} {PADDING}"), second], seed=0)
     assert alone.queries["c/q"] == shared
 
 
 def test_inverse_cloze_is_the_same_everywhere():
     """Of one seed and some ids, written down: a change would change everybody's data."""
-    dataset, _ = inverse_cloze([five_sentences(i) for i in "abcdef"], seed=7)
+    dataset = inverse_cloze([five_sentences(i) for i in "abcdef"], seed=7)
     assert list(map(ordinal, dataset.queries.values())) == [2, 1, 3, 3, 3, 1]
 
 
@@ -488,9 +487,8 @@ BODY = (
     ],
 )
 def test_titles(text, heading):
-    dataset, num_left_out = titles([Chunk("other", f"Another Heading\n{BODY}"), Chunk("c", text)])
+    dataset = titles([Chunk("other", f"Another Heading\n{BODY}"), Chunk("c", text)])
     assert dataset.queries.get("c/q") == heading
-    assert num_left_out == (heading is None)
     assert list(dataset.corpus) == ["other", "c"]
     assert dataset.corpus["other"] == BODY
     assert dataset.qrels == {query_id: {query_id[:-2]: 1} for query_id in dataset.queries}
@@ -505,9 +503,8 @@ def test_a_heading_of_several_chunks_asks_for_none():
         Chunk(i, f"{title}\n{BODY}")
         for i, title in zip("abcd", ("Overview", "Fees", "# OVERVIEW", "Rent"), strict=True)
     ]
-    dataset, num_left_out = titles(chunks)
+    dataset = titles(chunks)
     assert dataset.queries == {"b/q": "Fees", "d/q": "Rent"}
-    assert num_left_out == 2
     assert dataset.corpus["a"] == chunks[0].text
 
 

@@ -48,16 +48,16 @@ def run(options: Options) -> None:
     ways = {name: getattr(options, name) for name in WAYS}
     ways["train_pages"] = None if options.train_pages is None else parse_pages(options.train_pages)
     size, count_tokens = _size(options)
-    documents = read_documents(options.paths)
-    for skipped in documents.skipped:
-        print(skipped, file=sys.stderr)
-    pages, repeated = drop_repeated_lines(documents.pages) if options.drop_repeated else (documents.pages, {})
+    whole, skipped = read_documents(options.paths)
+    for line in skipped:
+        print(line, file=sys.stderr)
+    pages, repeated = drop_repeated_lines(whole) if options.drop_repeated else (whole, {})
     how = {name: getattr(options, name) for name in ("overlap", "by_page", "headings_in_text")}
     chunks = chunk_pages(pages, count_tokens=count_tokens, size=size, **how)
     report = {
-        "files": len({page.file for page in documents.pages}),
-        "pages": len({page[:2] for page in documents.pages}),
-        "skipped": [skipped._asdict() for skipped in documents.skipped],
+        "files": len({page.file for page in whole}),
+        "pages": len({page[:2] for page in whole}),
+        "skipped": [line._asdict() for line in skipped],
         "repeated_lines": dict(repeated),
         "chunks": len(chunks),
         "tokens": sum(chunk.num_tokens for chunk in chunks),
@@ -73,14 +73,14 @@ def run(options: Options) -> None:
         print(f"dropped {sum(repeated.values()):,} repeated headers and footers")
     sides = {WHOLE: chunks}
     if changed(options, WAYS):
-        split = split_chunks(chunks, **ways, seed=options.seed)
-        sides = {TRAIN: split.train, VALIDATION: split.validation}
-        report |= {name: len(side) for name, side in sides.items()} | {"dropped": split.num_dropped}
-        if split.num_dropped:
-            print(f"dropped {split.num_dropped:,} chunks that cross the boundary or repeat validation text in training")
+        sides = dict(zip((TRAIN, VALIDATION), split_chunks(chunks, **ways, seed=options.seed), strict=True))
+        num_dropped = len(chunks) - sum(map(len, sides.values()))
+        report |= {name: len(side) for name, side in sides.items()} | {"dropped": num_dropped}
+        if num_dropped:
+            print(f"dropped {num_dropped:,} chunks that cross the boundary or repeat validation text in training")
     _save(Path(options.out), sides, report)
-    if documents.skipped:
-        print(f"skipped {len(documents.skipped):,} files or pages, see {Path(options.out) / REPORT}")
+    if skipped:
+        print(f"skipped {len(skipped):,} files or pages, see {Path(options.out) / REPORT}")
 
 
 def _size(options: Options) -> tuple[int, Callable]:

@@ -90,10 +90,10 @@ def _pseudo(options: Options, sides: dict[str, list[Chunk]]) -> int:
     for name, chunks in sides.items():
         if options.method == "ict":
             keep_share = 0.0 if options.validation or name == VALIDATION else 0.1
-            datasets[name], num_left_out = inverse_cloze(chunks, seed=options.seed, keep_share=keep_share)
+            datasets[name] = inverse_cloze(chunks, seed=options.seed, keep_share=keep_share)
         else:
-            datasets[name], num_left_out = titles(chunks)
-        if num_left_out:
+            datasets[name] = titles(chunks)
+        if num_left_out := len(chunks) - len(datasets[name].queries):
             print(f"{name}: {num_left_out:,} of {len(chunks):,} chunks have nothing to ask with")
     if datasets.keys() >= {TRAIN, VALIDATION}:
         datasets[TRAIN], dropped = drop_held_out(datasets[TRAIN], datasets[VALIDATION])

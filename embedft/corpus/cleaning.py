@@ -3,7 +3,7 @@
     cleaned, dropped = clean(dataset)
     write_json("report.json", report(dataset, cleaned, dropped))
 
-The corpus stays whole: documents without questions still have to be ranked. The words to look for are in asking.py.
+The corpus stays whole: documents without questions still have to be ranked. The words to look for are English.
 
 Shapes: Q queries, C distinct document texts, D dimensions.
 """
@@ -18,8 +18,7 @@ import numpy as np
 
 from ..data.dataset import RetrievalDataset
 from ..vectors import unit_rows
-from .asking import PROMPT, SOURCE, asks
-from .prompts import strip_numbering
+from .prompts import asks, strip_numbering
 
 Dropped = dict[str, tuple[str, str]]  # {query id: (reason, what shows it: a phrase, a rank, the id of a text)}
 
@@ -29,6 +28,51 @@ PREAMBLE = re.compile(
     r"(?:(?:sure|certainly|of course|okay|absolutely)\b[^:?]{0,40}?[!,.:]\s*)?"
     r"(?:here (?:are|is)|below (?:are|is)|the following (?:are|is))\b[^:?]{0,120}\bquestions?\b[^:?]{0,120}:\s*",
     re.IGNORECASE,
+)
+
+# Words of the prompt's role or task.
+PROMPT = re.compile(
+    r"""\b(?: as\ an?\ (?:teacher|professor|instructor|educator|lecturer)\b
+      | (?:teacher|professor)s?\ ?(?:/|or)\ ?(?:teacher|professor)
+      | your\ students?\b | quiz(?:zes)?\b | diverse\ questions?\b
+      | (?:exam|examination|test)\ questions?\b | questions?\ in\ an?\ exam | (?:upcoming|next)\ exam(?:ination)?\b
+      | (?:would\ you\ like|do\ you\ want|let\ me\ know)\b.*\bquestions?\b )""",
+    re.IGNORECASE | re.VERBOSE,
+)
+
+# Words that point at a text which a searcher does not see.
+TEXT = r"(?:text|passage|document|excerpt|article|paragraph|snippet|chunk|context)"
+SHOWN = r"(?:information|data|details|tables?|schedules?|statements?|figures?|definitions?|list|examples?|content)"
+# What follows gives it another meaning: the text of the law, the text messages, the document retention policy,
+# paragraph (d); the context of revenue recognition; information provided to investors.
+OTHER_THING = r"""(?! \ of\b | \ \(?(?:\d|[a-z]\)|[ivx]+\b) | -\w
+    | \ (?:messages?|fields?|editor|box|format|retention|management|review|requests?|production|holder|types?|titles?)\b
+    )"""
+OTHER_CONTEXT = rf"""(?! \ (?:of|for|in\ which|within\ which|surrounding|behind|around|where|when)\b
+    (?!\ (?:the|this|an?)\ (?:given\ |provided\ )?{TEXT}\b) )"""
+NOT_TO_SOMEBODY = (
+    r"(?!\ (?:to|by|in|under|on|with|for|at|through|during|pursuant|within|that|as)\b"
+    rf"(?!\ (?:the|this)\ {TEXT}\b))"
+)
+SOURCE = re.compile(
+    rf"""\b(?: context\ information\b
+      | (?:the|this)\ (?!context\b){TEXT}\b {OTHER_THING}
+      | (?:the|from|per)\ context(?:\ information)?\b {OTHER_CONTEXT}
+      | (?:the|this|these|from|in|on|under|to|per|using)\ (?:given|provided|above)
+        \ (?:[\w-]+\ ){{0,3}}? (?:{TEXT}|{SHOWN}|information)s?\b
+      | the\ following\ (?:text|passage|excerpt|paragraph|table|snippet)s?\b
+      | {TEXT}\ (?:provided|given|above|below)\b
+      | (?:{SHOWN}|information)\ (?:provided|given|presented|mentioned)\b {NOT_TO_SOMEBODY}
+      | the\ above\b
+      | (?:information|table|statement|section|figure|list)s?\ (?:above|below)\b
+      | (?:as\ )?(?:mentioned|described|discussed|stated|listed|shown|outlined|presented|noted)\ (?:above|earlier|below|
+          previously|here)\b
+      | (?<!be\ )(?:mentioned|described|discussed)(?=[.,;?!]|$)
+      | (?:in|from|on|according\ to|per)\ the\ (?:table|chart|figure|graph)s?\b (?!\ of\ (?!contents))
+      | (?:the|this)\ authors?\b (?=['’,]|\ (?:say|state|argue|mention|suggest|mean|of\ (?:the|this)\ {TEXT}))
+      | according\ to\ the\ author\b
+      | (?:the|a)\ previous\ question\b )""",
+    re.IGNORECASE | re.VERBOSE,
 )
 
 # The marks in a question that carry meaning: separators in numbers, a sign before one, percent, C#, R&D.
@@ -52,7 +96,7 @@ def report(before: RetrievalDataset, after: RetrievalDataset, dropped: Dropped, 
 def clean(dataset: RetrievalDataset) -> tuple[RetrievalDataset, Dropped]:
     """Drops the queries that no searcher would write; raises `ValueError` if none is left.
 
-    A query is tidied (`tidy`), then dropped if it asks nothing, shows the prompt, points at its source (asking.py) or
+    A query is tidied (`tidy`), then dropped if it asks nothing, shows the prompt, points at its source or
     copies a relevant document (`copies`); the first reason counts. Of the rest, queries with equal `question_key`
     become one: the first keeps its id and wording and takes over the others' qrels (the higher grade), negatives and
     scores (its own first); a negative that becomes relevant goes.

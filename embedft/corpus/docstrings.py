@@ -1,5 +1,7 @@
 """Questions from docstrings of installed packages: the first sentence of each asks for the rest of it.
 
+    train, held_out = docstring_datasets(num_train=2_000, num_held_out=1_000, seed=0, packages=["numpy", "stdlib"])
+
 Files are read with `ast`; nothing is imported. Not here: tests, `.pyi` and C files, definitions inside functions,
 docstrings made by f-strings or `%`.
 """
@@ -21,13 +23,13 @@ import numpy as np
 
 from ..data.dataset import RetrievalDataset
 from ..progress import progress_bar
-from .copies import is_copied, shingles, words
-from .pseudo import pair_dataset
+from .pseudo import MIN_DOCUMENT_WORDS, pair_dataset
+from .splits import COPIED_SHARE, shingles, words
 
 PACKAGES = ("torch", "numpy", "stdlib")
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 SKIPPED_FOLDERS = {"test", "tests", "testing", "idle_test", "lib2to3", "site-packages", "dist-packages"}
-SUMMARY_WORDS, MIN_DOCUMENT_WORDS = range(4, 61), 20
+SUMMARY_WORDS = range(4, 61)
 
 # What may come before the summary: blank lines, signatures, directives with the indented lines that belong to them.
 PREAMBLE = re.compile(
@@ -89,24 +91,22 @@ def docstring_datasets(
     if min(wanted) < 1:
         raise ValueError(f"num_train and num_held_out are {num_train} and {num_held_out}, expected at least 1")
     generator = np.random.default_rng(seed)
-    by_module: dict[str, dict[str, DocstringPair]] = {}
+    modules: dict[str, dict[str, tuple[str, str]]] = {}
     names: Counter[str] = Counter()
-    for pair in docstring_pairs(packages):
-        names[pair.name] += 1
-        id = pair.name if names[pair.name] == 1 else f"{pair.name}#{names[pair.name]}"
-        by_module.setdefault(pair.module, {})[id] = pair
-    modules = list(by_module.values())
-    sides: list[list[tuple[str, DocstringPair]]] = [[], []]
+    for query, document, module, name in docstring_pairs(packages):
+        names[name] += 1
+        id = name if names[name] == 1 else f"{name}#{names[name]}"
+        modules.setdefault(module, {})[id] = (query, document)
+    sides: list[list[tuple[str, tuple[str, str]]]] = [[], []]
     for position in generator.permutation(len(modules)):
         neediest = np.divide(list(map(len, sides)), wanted).argmin()
-        sides[neediest] += modules[position].items()
+        sides[neediest] += list(modules.values())[position].items()
     if not all(sides):
         counts = f"{len(sides[0]):,} training and {len(sides[1]):,} held-out pairs ({len(modules):,} modules)"
         raise ValueError(f"the docstrings of {', '.join(packages)} give {counts}, expected some of both")
-    for side, num_wanted in zip(sides, wanted, strict=True):
-        side[:] = [side[row] for row in generator.permutation(len(side))[:num_wanted]]
-    train, held_out = (pair_dataset({i: p.query for i, p in side}, {i: p.document for i, p in side}) for side in sides)
-    return train, held_out
+    drawn = [generator.permutation(len(side))[:number] for side, number in zip(sides, wanted, strict=True)]
+    train, held_out = (dict(side[row] for row in rows) for side, rows in zip(sides, drawn, strict=True))
+    return pair_dataset(train), pair_dataset(held_out)
 
 
 def split_docstring(docstring: str) -> tuple[str, str] | None:
@@ -160,9 +160,7 @@ def _python_files(package: str) -> list[tuple[str, Path]]:
 
 
 def _read_pairs(files: Sequence[tuple[str, Path]]) -> list[DocstringPair]:
-    """The pairs of (module name, path); warns of files that do not parse."""
-    pairs, broken = [], []
-    collects = gc.isenabled()
+    pairs, broken, collects = [], [], gc.isenabled()
     gc.disable()  # it walks the syntax trees again and again: 18 s instead of 9 s for torch (two cores, 2026-11-21)
     try:
         with progress_bar(len(files), "reading docstrings", unit="file") as bar:
@@ -191,7 +189,7 @@ def _pairs_of(source: bytes, module: str) -> Iterator[DocstringPair]:
         if len(summary.split()) in SUMMARY_WORDS:
             document = _remove_repetitions(summary, rest)
             if len(_words(document)) >= MIN_DOCUMENT_WORDS:
-                yield DocstringPair(query=summary, document=document, module=module, name=name)
+                yield DocstringPair(summary, document, module, name)
 
 
 def _docstrings(tree: ast.Module, module: str) -> Iterator[tuple[str, str]]:
@@ -242,8 +240,8 @@ def _drop_near_copies(pairs: list[DocstringPair]) -> list[DocstringPair]:
     own = [shingles(ROLE.sub(" ", pair.document)) for pair in pairs]
     seen: set[int] = set()
     kept = []
-    for i in sorted(range(len(pairs)), key=lambda i: -len(own[i])):
-        if not is_copied(own[i], seen):
-            kept.append(i)
-            seen |= own[i]
-    return [pairs[i] for i in sorted(kept)]
+    for row in sorted(range(len(pairs)), key=lambda row: -len(own[row])):
+        if len(own[row] & seen) <= COPIED_SHARE * len(own[row]):
+            kept.append(row)
+            seen |= own[row]
+    return [pairs[row] for row in sorted(kept)]

@@ -1,5 +1,7 @@
 """Reads PDF, text and Markdown files into pages of clean text, and says why for everything that cannot be read.
 
+    pages, skipped = read_documents(["report.pdf", "notes"])
+
 Not here: how PDF is read (pdf.py) and its lines joined (layout.py), Markdown (markdown.py), chunks (chunks.py), OCR.
 """
 
@@ -20,15 +22,12 @@ SUFFIXES = (".pdf", ".txt", ".text", *MARKDOWN)
 
 
 class Page(NamedTuple):
-    """A page with text, or a section of a Markdown page.
+    """A page with text, or a section of a Markdown page."""
 
-    `file`: as the user named it; `number`: from 1; `headings`: those above a section of Markdown, outermost first.
-    """
-
-    file: str
-    number: int
+    file: str  # as the user named it
+    number: int  # from 1
     text: str
-    headings: tuple[str, ...] | None = None
+    headings: tuple[str, ...] | None = None  # those above a section of Markdown, outermost first
 
 
 class Skipped(NamedTuple):
@@ -42,23 +41,12 @@ class Skipped(NamedTuple):
         return f"{self.file}{'' if self.page is None else f' page {self.page}'}: {self.reason}"
 
 
-class Contents(NamedTuple):
-    """The pages with text of some documents, and what was left out and why."""
-
-    pages: list[Page]
-    skipped: list[Skipped]
-
-
-class _Unreadable(Exception):
-    """Why a whole file gives no page."""
-
-
-def read_documents(paths: Sequence[str | Path], *, processes: int | None = None) -> Contents:
-    """Reads files and folders in the order given; the files of a folder are sorted.
+def read_documents(paths: Sequence[str | Path], *, processes: int | None = None) -> tuple[list[Page], list[Skipped]]:
+    """Reads files and folders in the order given; returns the pages with text, and what was left out and why.
 
     The lines of PDF become paragraphs (`clean_layout`). Text and Markdown is UTF-8, its lines stay, and a form feed
-    separates pages; Markdown pages are split at headings. A file that is named twice is read once. In folders, hidden
-    files are ignored and those of other kinds counted. A path that is neither raises `ValueError` before any work.
+    separates pages; Markdown pages are split at headings. A file that is named twice is read once. The files of a
+    folder are sorted, hidden ones ignored and other kinds counted. Any other path raises `ValueError` before any work.
     """
     files, skipped = _find_files(paths)
     pdf_files = [name for name in files if _suffix(name) == ".pdf"]
@@ -67,20 +55,19 @@ def read_documents(paths: Sequence[str | Path], *, processes: int | None = None)
     for name in files:
         file = printable(name)
         try:
-            found, failures = _read_pdf(pdf_texts[name]) if name in pdf_texts else (_read_text_file(name), {})
-        except _Unreadable as error:
+            found, reasons = _read_pdf(pdf_texts[name]) if name in pdf_texts else (_read_text_file(name), {})
+        except ValueError as error:
             skipped.append(Skipped(file, None, str(error)))
             continue
-        numbered = [(i, *section) for i, sections in enumerate(found, start=1) for section in sections]
-        filled = [Page(file, *section) for section in numbered if section[1].strip()]
-        empty = {*range(1, len(found) + 1)} - {page.number for page in filled}
-        reasons = dict.fromkeys(empty, "has no text") | failures
-        pages += filled
-        skipped += [Skipped(file, number, reasons[number]) for number in sorted(reasons)]
+        for number, sections in enumerate(found, start=1):
+            filled = [Page(file, number, *section) for section in sections if section[0].strip()]
+            pages += filled
+            if not filled or number in reasons:
+                skipped.append(Skipped(file, number, reasons.get(number, "has no text")))
     if not pages:
         reasons = "".join(f"\n  {line}" for line in skipped)
         raise ValueError(f"no page with text in {', '.join(map(printable, paths)) or 'no files'}{reasons}")
-    return Contents(pages, skipped)
+    return pages, skipped
 
 
 def printable(path: str | Path) -> str:
@@ -123,12 +110,12 @@ def _find_files(paths: Sequence[str | Path]) -> tuple[list[str], list[Skipped]]:
 
 
 def _read_pdf(pdf: PdfText) -> tuple[list[list[tuple]], dict[int, str]]:
-    """The sections of each page, here a text alone, and what is wrong with single pages."""
+    """The sections of each page, here a text alone, and {page: what is wrong with it}."""
     if pdf.reason is not None:
-        raise _Unreadable(pdf.reason)
+        raise ValueError(pdf.reason)
     texts = clean_layout(pdf.pages, plain=pdf.plain)
     if not any(texts) and not pdf.failures:
-        raise _Unreadable(f"none of its {len(texts)} pages has text (scanned pages need OCR)")
+        raise ValueError(f"none of its {len(texts)} pages has text (scanned pages need OCR)")
     return [[(text,)] for text in texts], pdf.failures
 
 
@@ -137,12 +124,12 @@ def _read_text_file(name: str) -> list[list[tuple]]:
     try:
         text = read_text(name)
     except ValueError as error:
-        raise _Unreadable(str(error).removeprefix(f"{name} ")) from None
+        raise ValueError(str(error).removeprefix(f"{name} ")) from None
     except OSError as error:
-        raise _Unreadable(f"cannot be read ({error.strerror})") from None
+        raise ValueError(f"cannot be read ({error.strerror})") from None
     text = text.replace("\r\n", "\n").replace("\r", "\n").translate(CLEANING | {ord("\t"): "\t", ord("\f"): "\f"})
     if not text.strip():
-        raise _Unreadable("has no text")
+        raise ValueError("has no text")
     texts = ["\n".join(map(str.rstrip, page.split("\n"))) for page in text.split("\f")]
     return split_sections(texts) if _suffix(name) in MARKDOWN else [[(text,)] for text in texts]
 

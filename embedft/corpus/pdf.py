@@ -1,7 +1,7 @@
-"""Reads the text of every page of PDF files, in processes of its own.
+"""Reads the text of every page of PDF files, in processes that run pdf_page.py.
 
-A process runs pdf_page.py on one block of pages, so a damaged page that never finishes, eats the memory or crashes the
-interpreter costs that page alone. Not here: how a page is read (pdf_page.py), what becomes of its text (documents.py).
+A damaged page that never finishes, eats the memory or crashes the interpreter costs that page alone. Not here: how a
+page is read (pdf_page.py), what becomes of its text (documents.py).
 """
 
 import contextlib
@@ -24,15 +24,12 @@ SCRIPT = [sys.executable, str(Path(__file__).with_name("pdf_page.py"))]
 
 @dataclass
 class PdfText:
-    """The text of one file: `pages` in order, "" for one without text; none if the file cannot be read for `reason`.
+    """The text of one file."""
 
-    `failures`: what is wrong with a page, by number from 1; `plain`: the pages read without layout (see pdf_page.py).
-    """
-
-    pages: list[str] = field(default_factory=list)
-    failures: dict[int, str] = field(default_factory=dict)
-    reason: str | None = None
-    plain: set[int] = field(default_factory=set)
+    pages: list[str] = field(default_factory=list)  # in order, "" for one without text
+    failures: dict[int, str] = field(default_factory=dict)  # {page, from 1: what is wrong with it}
+    reason: str | None = None  # why the whole file cannot be read
+    plain: set[int] = field(default_factory=set)  # pages read without layout (see pdf_page.py)
 
 
 def read_pdfs(
@@ -47,7 +44,7 @@ def read_pdfs(
         raise ValueError(f"processes is {processes}, expected at least 1")
     texts = [PdfText() for _ in paths]
     readers = [_Reader(page_seconds) for _ in range(processes)]
-    idle = list(readers)
+    idle, pool = list(readers), ThreadPoolExecutor(processes)
     bar = progress_bar(None, "reading PDF files", unit="page")
 
     def read(row: int, start: int) -> None:
@@ -60,17 +57,16 @@ def read_pdfs(
             text.pages[i] = reply.get("text", "")
             if "error" in reply:
                 text.failures[i + 1] = reply["error"]
-            if reply.get("plain"):
+            if "plain" in reply:
                 text.plain.add(i + 1)
             bar.update()
         idle.append(reader)
 
-    pool = ThreadPoolExecutor(processes)
     try:
         list(pool.map(read, range(len(paths)), [0] * len(paths)))
         bar.total = sum(len(text.pages) for text in texts)  # known once the first block of each file is read
         rest = [(row, i) for row, text in enumerate(texts) for i in range(block_pages, len(text.pages), block_pages)]
-        list(pool.map(read, *zip(*rest, strict=True)) if rest else ())
+        list(pool.map(lambda block: read(*block), rest))
     finally:  # after an interrupt, threads still wait for their processes
         for reader in readers:
             reader.kill()
@@ -89,8 +85,7 @@ class _Reader:
 
     def ask(self, path: str, i: int | None) -> dict[str, Any]:
         """The reply for page `i` from 0, or the number of pages for None; an error when it dies or takes too long."""
-        if self.process is None:
-            # What pypdf logs goes nowhere; replies say what is wrong.
+        if self.process is None:  # what pypdf logs goes nowhere; replies say what is wrong
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
             self.process = subprocess.Popen(SCRIPT, **pipes, encoding="ascii")
         if self.is_killed:
@@ -118,10 +113,9 @@ class _Reader:
         if process := self.process:
             process.kill()
 
-    def close(self) -> int:
+    def close(self) -> int | None:
         """Closes the pipes of the process, waits for its end and returns its exit status."""
         process, self.process = self.process, None
-        if process is None:
-            return 0
-        process.communicate()
-        return process.returncode
+        if process:
+            process.communicate()
+        return process and process.returncode

@@ -1,8 +1,8 @@
 """Reads the text of PDF pages with pypdf. Run as a script by pdf.py; imports the standard library and pypdf alone.
 
-pypdf's layout mode puts text where the page shows it, with blanks for indentation and the gaps of tables, and keeps
-words whole that the plain mode breaks. Its plain mode keeps the order in which the file draws, which for columns,
-rotated text and right-to-left scripts is the reading order. The layout is taken unless it shows that it went wrong.
+pypdf's layout mode puts text where the page shows it, blanks and gaps of tables included, and keeps words whole that
+the plain mode breaks. The plain mode keeps the order of drawing, which for columns, rotated text and right-to-left
+scripts is the reading order. The layout is taken unless it shows that it went wrong.
 """
 
 import contextlib
@@ -17,10 +17,8 @@ from itertools import pairwise
 from typing import Any
 
 # What pypdf raises on damaged files besides its own errors.
-FAILURES = (
-    *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError),
-    *(TypeError, ValueError, struct.error, zlib.error),
-)
+FAILURES = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError)
+FAILURES += (RuntimeError, TypeError, ValueError, struct.error, zlib.error)
 LINE_SHARE = 0.7  # baselines closer than this share of the font's height are one line
 # Names and numbers of glyphs, which stand for characters that a font does not tell.
 GLYPH_CODES = re.compile(r"/(?:g|G|C|c|cid|glyph|uni[0-9A-F]|[A-Z])\d+(?![\w.])|\(cid:\d+\)")
@@ -85,8 +83,13 @@ def is_scrambled(layout: str, plain: str, log: list[str], page: Any) -> bool:
     """Whether the layout of a page lost the reading order, the blanks between words or some of the text."""
     if any(word in message for message in log for word in ("degraded", "incomplete")):  # rotated text, odd fonts
         return True
-    if has_forms(page) and len("".join(plain.split())) > len("".join(layout.split())):
-        return True  # the layout mode passes over forms, which are drawn by reference
+    # The layout mode passes over forms, content streams that the page draws by reference.
+    objects = page
+    for key in ("/Resources", "/XObject"):
+        objects = objects[key] if key in objects else {}  # noqa: SIM401 (pypdf's `get` follows no reference)
+    has_forms = any(objects[name].get("/Subtype") == "/Form" for name in objects)
+    if has_forms and len("".join(plain.split())) > len("".join(layout.split())):
+        return True
     letters = [unicodedata.category(character) for character in plain if character.isalpha()]
     if letters.count("Lo") > 0.3 * len(letters):  # letters without case: Arabic, Hebrew, Indic, Chinese, Japanese
         return True
@@ -95,10 +98,10 @@ def is_scrambled(layout: str, plain: str, log: list[str], page: Any) -> bool:
 
 
 def broken_lines(layout: str, plain: str, *, num: int = 20) -> tuple[int, int]:
-    """Counts breaks of `plain`, `num` letters on both sides, that `layout` reads otherwise, and all such breaks.
+    """Counts line breaks of `plain`, `num` letters on both sides, that `layout` reads otherwise, and all of them.
 
-    Columns that the layout has side by side break nearly all of them; no page of two 10-K filings has more than 2.
-    Only letters are compared, since numbers of a table may stand between the lines of a label.
+    Columns side by side break nearly all; no page of two 10-K filings has more than 2. Only letters are compared,
+    since numbers of a table may stand between the lines of a label.
     """
     whole, *lines = ("".join(filter(str.isalpha, text)) for text in (layout, *plain.split("\n")))
     pairs = pairwise(line for line in lines if line)
@@ -114,22 +117,11 @@ def glued_words(layout: str, plain: str) -> tuple[int, int]:
     return sum(words.issuperset(pair) for pair in pairs), len(plain_words)
 
 
-def has_forms(page: Any) -> bool:
-    """Whether the page draws forms, which are content streams of their own."""
-    objects = page
-    for key in ("/Resources", "/XObject"):
-        if key not in objects:
-            return False
-        objects = objects[key]
-    return any(objects[name].get("/Subtype") == "/Form" for name in objects)
-
-
 def unreadable_share(text: str) -> float:
     """The share of a text's characters that are glyph codes, control characters or nobody's."""
-    characters = [character for character in text if not character.isspace()]
+    characters = "".join(text.split())
     odd = sum(unicodedata.category(c) in ("Cc", "Cn", "Co") or c == "\ufffd" for c in characters)
-    codes = sum(map(len, GLYPH_CODES.findall(text)))
-    return (odd + codes) / max(1, len(characters))
+    return (odd + sum(map(len, GLYPH_CODES.findall(text)))) / max(1, len(characters))
 
 
 def one_line(error: BaseException) -> str:
@@ -202,6 +194,5 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    # Python puts this file's folder first; its modules must not pass for packages that pypdf imports.
-    del sys.path[0]
+    del sys.path[0]  # this file's folder, whose modules must not pass for packages that pypdf imports
     serve()

@@ -1,4 +1,6 @@
-"""What a language model is asked, and how its reply is read.
+"""What a language model is asked, how its reply is read, and which lines ask (in English).
+
+    questions = parse_reply(reply_to(fill_template(TEMPLATE, text=chunk.text, num_questions=2)), 2)
 
 Not here: sending (questions.py), judging whether a question is good (cleaning.py).
 """
@@ -8,8 +10,6 @@ import json
 import re
 from collections.abc import Iterator
 from typing import Any
-
-from .asking import asks
 
 TEMPLATE = """\
 Below is a passage from a larger collection of documents. Write {num_questions} questions that this passage answers.
@@ -66,6 +66,30 @@ PREAMBLE = re.compile(
 )
 
 
+# The words with which English asks.
+QUESTION_MARK = re.compile("[?？؟\u037e՞፧⁇¿]")
+AUXILIARY = r"(?:is|are|was|were|do|does|did|can|could|will|would|should|shall|has|have|had|must|might)"
+INTERROGATIVE = rf"""(?: (?:what|why|who|whose|whom|which|how)\b | (?:when|where)\s+{AUXILIARY}\b
+    | (?:in|on|at|to|for|from|by|under|with|of|during|through)\s+(?:what|which|whose|whom)\b
+    | {AUXILIARY}\s+(?!not\b)\w )"""
+# The second group are nouns and adjectives too ("List of subsidiaries", "State law"): what follows decides.
+IMPERATIVE = r"""(?: (?:explain|discuss|describe|define|compare|identify|calculate|compute|analy[sz]e|summari[sz]e|
+        evaluate|assess|illustrate|elaborate|enumerate|clarify|distinguish|differentiate|justify|interpret)\b
+    | (?:list|name|outline|provide|give|tell|state|show|find|mention|specify|determine|estimate|highlight|examine|
+        consider)\s+
+      (?:the|an?|all|any|at|each|every|some|one|two|three|four|five|\d+|how|what|why|who|when|where|which|whether|
+        me|us|its|their|your|details?|specific|examples?|reasons?)\b )"""
+CLAUSE_OPENING = r"""(?:in|on|at|to|for|from|by|under|with|given|during|based|according|using|as|if|considering|after|
+    before|when|per|regarding|concerning|assuming|additionally|also|then|finally|next|furthermore)\b"""
+ASKS = re.compile(
+    rf"""(?:^|[.!;:]["'”)]*\s+) (?:please\s+)?
+        (?: {INTERROGATIVE} | {IMPERATIVE}
+          | {CLAUSE_OPENING} (?:(?:[^,.!]|\.(?=\S))+,){{1,4}} \s*
+            (?:please\s+)? (?:{IMPERATIVE} | (?:what|why|how)\b) )""",
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
 def fill_template(template: str, *, text: str, num_questions: int) -> str:
     """The prompt for a passage: {text} and {num_questions} filled in, every other brace as it stands."""
     if "{text}" not in template:
@@ -96,6 +120,12 @@ def parse_reply(text: str, num_questions: int) -> list[str]:
     if not distinct:
         raise ValueError("no question in the reply")
     return list(distinct.values())[:num_questions]
+
+
+def asks(text: str) -> bool:
+    """Whether a text has a question mark, or a sentence that asks or tells to ("In the context of x, explain y")."""
+    has_letter = any(map(str.isalpha, text))
+    return has_letter and bool(QUESTION_MARK.search(text) or (not text.endswith(":") and ASKS.search(text)))
 
 
 def _without_thoughts(text: str) -> str:

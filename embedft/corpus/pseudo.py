@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from ..data.checks import check_distinct
 from ..data.dataset import RetrievalDataset
 from .chunks import Chunk
-from .copies import words
 from .sentences import sentence_spans
+from .splits import words
 
 MIN_DOCUMENT_WORDS = 20
 SENTENCE_WORDS, MAX_HEADING_WORDS = range(5, 61), 12
@@ -22,18 +22,15 @@ UNFINISHED = re.compile(r"(?:[.!?:;,—–-]|\b(?i:an?|and|as|at|by|for|from|in|
 AMOUNTS = re.compile(r"[$€£]|\d,\d{3}|\d[\d.%)]*\s+\(?[\d.,%)]+$")
 
 
-def inverse_cloze(chunks: Sequence[Chunk], *, seed: int, keep_share: float = 0.1) -> tuple[RetrievalDataset, int]:
-    """Makes one sentence of each chunk its query and, for most chunks, removes it from the chunk.
+def inverse_cloze(chunks: Sequence[Chunk], *, seed: int, keep_share: float = 0.1) -> RetrievalDataset:
+    """Makes one sentence of each chunk its query ("ID/q") and, for most chunks, removes it from the chunk.
 
     What a chunk gives follows from the seed, its id and its text, not from chunks that share no sentence with it. A
     sentence qualifies if it is whole, begins with a capital, has 5 to 60 words, more than half of them of letters
-    alone, occurs once in this chunk and in no other, and leaves at least 20 words. A share of the chunks keep it: 0.1
-    as in the paper for training, 0 for validation.
+    alone, occurs once in this chunk and in no other, and leaves at least 20 words; a chunk may have none. A share of
+    the chunks keep it: 0.1 as in the paper for training, 0 for validation.
 
     Source: Lee et al. 2019, "Latent Retrieval for Weakly Supervised Open Domain Question Answering", section 4.
-
-    Returns:
-        (dataset with all chunks, number of chunks without a query). Query ids are chunk ids with "/q".
     """
     if not 0 <= keep_share <= 1:
         raise ValueError(f"keep_share is {keep_share!r}, expected 0 to 1")
@@ -49,8 +46,8 @@ def inverse_cloze(chunks: Sequence[Chunk], *, seed: int, keep_share: float = 0.1
     return _dataset(chunks, found, "sentence")
 
 
-def titles(chunks: Sequence[Chunk]) -> tuple[RetrievalDataset, int]:
-    """Makes the heading with which a chunk begins its query, and the rest its document; returns as `inverse_cloze`.
+def titles(chunks: Sequence[Chunk]) -> RetrievalDataset:
+    """Makes the heading with which a chunk begins its query ("ID/q"), and the rest its document.
 
     A heading is a first line of up to 12 words, more than half of them of letters alone, that does not begin with a
     small letter (unless after Markdown's "#"), does not end like a sentence or in the middle of one, has no amounts of
@@ -59,24 +56,21 @@ def titles(chunks: Sequence[Chunk]) -> tuple[RetrievalDataset, int]:
     pairs = {chunk.id: pair for chunk in chunks if (pair := _heading_pair(chunk.text))}
     keys = {id: " ".join(words(heading)) for id, (heading, _) in pairs.items()}
     counts = Counter(keys.values())
-    found = {id: pair for id, pair in pairs.items() if counts[keys[id]] == 1}
-    return _dataset(chunks, found, "heading of its own")
+    return _dataset(chunks, {id: pair for id, pair in pairs.items() if counts[keys[id]] == 1}, "heading of its own")
 
 
-def _dataset(chunks: Sequence[Chunk], found: dict[str, tuple[str, str]], what: str) -> tuple[RetrievalDataset, int]:
-    """The dataset of {chunk id: (query, document)}, and how many chunks have none."""
+def _dataset(chunks: Sequence[Chunk], found: Mapping[str, tuple[str, str]], what: str) -> RetrievalDataset:
     check_distinct([chunk.id for chunk in chunks], "chunk id")
     if not found:
         raise ValueError(f"none of {len(chunks):,} chunks has a {what} to ask with and enough text besides")
-    corpus = {chunk.id: found.get(chunk.id, ("", chunk.text))[1] for chunk in chunks}
-    dataset = pair_dataset({id: query for id, (query, _) in found.items()}, corpus)
-    return dataset, len(chunks) - len(found)
+    return pair_dataset({chunk.id: found.get(chunk.id, (None, chunk.text)) for chunk in chunks})
 
 
-def pair_dataset(queries: Mapping[str, str], corpus: dict[str, str]) -> RetrievalDataset:
-    """The dataset in which each document that `queries` names is relevant to its query, "ID/q"."""
-    texts = {f"{id}/q": query for id, query in queries.items()}
-    return RetrievalDataset(texts, corpus, {f"{id}/q": {id: 1} for id in queries})
+def pair_dataset(pairs: Mapping[str, tuple[str | None, str]]) -> RetrievalDataset:
+    """The dataset of {id: (query, document)}; query None: a document that nobody asks for. Query ids are "ID/q"."""
+    queries = {f"{id}/q": query for id, (query, _) in pairs.items() if query is not None}
+    qrels = {query_id: {query_id.removesuffix("/q"): 1} for query_id in queries}
+    return RetrievalDataset(queries, {id: document for id, (_, document) in pairs.items()}, qrels)
 
 
 def _sentences(text: str) -> list[tuple[str, int, int]]:
@@ -102,8 +96,7 @@ def _heading_pair(text: str) -> tuple[str, str] | None:
     is_heading = (
         0 < len(heading.split()) <= MAX_HEADING_WORDS
         and not (heading[0].islower() and not first.startswith("#"))
-        and not UNFINISHED.search(heading)
-        and not AMOUNTS.search(heading)
+        and not (UNFINISHED.search(heading) or AMOUNTS.search(heading))
         and _mostly_words(heading)
         and not (rest[:1].islower() or rest.startswith("("))
         and len(words(rest)) >= MIN_DOCUMENT_WORDS

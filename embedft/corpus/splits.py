@@ -1,25 +1,23 @@
-"""Splits chunks into training and validation so that no validation text is in training."""
+"""Splits chunks into training and validation so that no validation text, not even a near-copy, is in training.
+
+    train, validation = split_chunks(chunks, train_pages=parse_pages("1-90"))
+
+Near-copies mostly say the same words in the same order. Not here: copies in other words.
+"""
 
 import re
+import zlib
+from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from .chunks import Chunk, Place
-from .copies import near_copies
 from .documents import printable
 from .sentences import sentence_spans
 
-TRAIN, VALIDATION, NEITHER = "training", "validation", "neither"
-
-
-class Split(NamedTuple):
-    """The two sides; `num_dropped` chunks are in neither."""
-
-    train: list[Chunk]
-    validation: list[Chunk]
-    num_dropped: int
+# Two texts are near-copies when more than this share of the shingles of one is in the other.
+COPIED_SHARE = 0.5
 
 
 def parse_pages(text: str) -> list[tuple[int, int]]:
@@ -41,8 +39,8 @@ def split_chunks(
     train_pages: Sequence[tuple[int, int]] | None = None,
     train_share: float | None = None,
     seed: int = 0,
-) -> Split:
-    """Assigns chunks to training and validation and drops leaks from training; order is kept.
+) -> tuple[list[Chunk], list[Chunk]]:
+    """Returns (training, validation) without leaks, in the order given; some chunks may be in neither.
 
     By file or page (ranges of every file, ends included), a chunk with all its places on the training side is for
     training, one with a place wholly on the other side for validation; one that only crosses the boundary is in
@@ -57,53 +55,50 @@ def split_chunks(
     given = [name for name, value in ways.items() if value is not None]
     if len(given) != 1:
         raise ValueError(f"expected one of train_files, train_pages, train_share; found {', '.join(given) or 'none'}")
-    if train_share is not None:
-        if not 0 < train_share < 1:
-            raise ValueError(f"train_share is {train_share}, expected more than 0 and less than 1")
+    if train_share is None:
+        trains = _by_place(chunks, train_files and list(map(printable, train_files)), train_pages or ())
+    elif 0 < train_share < 1:
         drawn = {*np.random.default_rng(seed).permutation(len(chunks))[: round(train_share * len(chunks))].tolist()}
-        sides = [TRAIN if row in drawn else VALIDATION for row in range(len(chunks))]
+        trains = [row in drawn for row in range(len(chunks))]
     else:
-        sides = _sides_by_place(chunks, train_files and list(map(printable, train_files)), train_pages or ())
-    validation = [chunk for chunk, side in zip(chunks, sides, strict=True) if side == VALIDATION]
-    rows = [row for row, side in enumerate(sides) if side == TRAIN]
-    if not rows or not validation:
-        counts = f"{len(rows):,} into training and {len(validation):,} into validation of {len(chunks):,} chunks"
-        raise ValueError(f"no chunk is left for {VALIDATION if rows else TRAIN}: {given[0]} puts {counts}")
-    copies = near_copies([chunks[row].text for row in rows], [chunk.text for chunk in validation])
-    leaking = {row for row, copy in zip(rows, copies, strict=True) if copy} | _overlapping(chunks, sides)
-    train = [chunks[row] for row in rows if row not in leaking]
-    if not train:
+        raise ValueError(f"train_share is {train_share}, expected more than 0 and less than 1")
+    rows, other_rows = ([row for row, train in enumerate(trains) if train is side] for side in (True, False))
+    if not rows or not other_rows:
+        counts = f"{len(rows):,} into training and {len(other_rows):,} into validation of {len(chunks):,} chunks"
+        raise ValueError(f"no chunk is left for {'validation' if rows else 'training'}: {given[0]} puts {counts}")
+    copies = near_copies([chunks[row].text for row in rows], [chunks[row].text for row in other_rows])
+    leaking = {row for row, copy in zip(rows, copies, strict=True) if copy} | _overlapping(chunks, trains)
+    if leaking.issuperset(rows):
         raise ValueError(f"no chunk is left for training: all {len(rows):,} share text with the validation chunks")
-    return Split(train, validation, len(chunks) - len(train) - len(validation))
+    return [chunks[row] for row in rows if row not in leaking], [chunks[row] for row in other_rows]
 
 
-def _sides_by_place(
+def _by_place(
     chunks: Sequence[Chunk], train_files: Sequence[str] | None, train_pages: Sequence[tuple[int, int]]
-) -> list[str]:
+) -> list[bool | None]:
+    """Whether each chunk is for training; None: for neither side."""
     files = dict.fromkeys(place.file for chunk in chunks for place in chunk.places)
     for name in train_files or ():
         if name not in files:
             raise ValueError(f"train_files: {name!r} is not among the files of the chunks: {', '.join(files)}")
 
-    def side(place: Place) -> str:
+    def is_inside(place: Place) -> bool | None:
         if train_files is not None:
-            return TRAIN if place.file in train_files else VALIDATION
+            return place.file in train_files
         pages = range(place.first_page, place.last_page + 1)
         inside = {any(first <= page <= last for first, last in train_pages) for page in pages}
-        if len(inside) > 1:
-            return NEITHER
-        return TRAIN if True in inside else VALIDATION
+        return None if len(inside) > 1 else inside.pop()
 
-    sides = []
+    trains = []
     for chunk in chunks:
         if not chunk.places:
             raise ValueError(f"chunk {chunk.id!r} has no places, so it cannot be split by file or page")
-        found = set(map(side, chunk.places))
-        sides.append(next(name for name in (VALIDATION, NEITHER, TRAIN) if name in found))
-    return sides
+        found = set(map(is_inside, chunk.places))
+        trains.append(next(side for side in (False, None, True) if side in found))
+    return trains
 
 
-def _overlapping(chunks: Sequence[Chunk], sides: Sequence[str]) -> set[int]:
+def _overlapping(chunks: Sequence[Chunk], trains: Sequence[bool | None]) -> set[int]:
     """The rows of training chunks that end as a validation chunk of a page of theirs begins, or begin as one ends."""
     sentences = [[(start, chunk.text[start:stop]) for start, stop in sentence_spans(chunk.text)] for chunk in chunks]
     # By page as well: a title that begins every page is compared with others on its own pages only.
@@ -116,7 +111,39 @@ def _overlapping(chunks: Sequence[Chunk], sides: Sequence[str]) -> set[int]:
         pages = [(place.file, page) for place in chunk.places for page in range(place.first_page, place.last_page + 1)]
         for start, sentence in sentences[before]:
             for after in {row for page in pages or [None] for row in beginnings.get((page, sentence), ())}:
-                across = {sides[before], sides[after]} == {TRAIN, VALIDATION}
-                if across and chunks[after].text.startswith(chunk.text[start:]):
-                    found.add(before if sides[before] == TRAIN else after)
+                is_across = {trains[before], trains[after]} == {True, False}
+                if is_across and chunks[after].text.startswith(chunk.text[start:]):
+                    found.add(before if trains[before] else after)
     return found
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, lower-cased: runs of letters, digits and underscores."""
+    return re.findall(r"\w+", text.lower())
+
+
+def shingles(text: str, *, num_words: int = 8) -> set[int]:
+    """Hashes of a text's runs of eight words, the same in every process; of all its words or characters if shorter."""
+    codes = [zlib.crc32(word.encode()) for word in words(text)] or [zlib.crc32("".join(text.split()).encode())]
+    runs = zip(*(codes[start:] for start in range(num_words)), strict=False)
+    return {hash(run) for run in runs} or {hash((len(codes), *codes))}
+
+
+def near_copies(texts: Sequence[str], others: Sequence[str], *, max_holders: int = 100) -> list[bool]:
+    """For each of `texts`, whether it is a near-copy of `others`.
+
+    It is if more than half of its shingles are in all of `others`, or more than half of those of one of them in it;
+    there, shingles of more than `max_holders` texts (a footer's) do not count, which keeps the time linear.
+    """
+    sizes, holders = [], {}
+    for row, own in enumerate(map(shingles, others)):
+        sizes.append(len(own))
+        for shingle in own:
+            holders.setdefault(shingle, []).append(row)
+    copies = []
+    for own in map(shingles, texts):
+        shared = [holders[shingle] for shingle in own if shingle in holders]
+        covered = Counter(row for rows in shared if len(rows) <= max_holders for row in rows)
+        is_copied = any(count > COPIED_SHARE * sizes[row] for row, count in covered.items())
+        copies.append(is_copied or len(shared) > COPIED_SHARE * len(own))
+    return copies
