@@ -23,7 +23,7 @@ from embedft.corpus.documents import drop_repeated_lines, read_documents
 from embedft.corpus.pseudo import inverse_cloze
 from embedft.corpus.splits import split_chunks
 from embedft.device import describe, peak_memory_bytes
-from embedft.encoders.loading import load_reading
+from embedft.encoders.loading import load_tokenizer
 from embedft.files import write_json
 from embedft.retrieval.tables import format_table
 from embedft.training.runs import check_run
@@ -102,8 +102,8 @@ def cloze_datasets(paths: list[str], base: str) -> tuple[RetrievalDataset, Retri
     for line in skipped:
         print(line)
     pages, _ = drop_repeated_lines(pages)
-    reading = load_reading(base)
-    chunks = chunk_pages(pages, count_tokens=reading.count_tokens, size=CONFIG.max_length - reading.num_around)
+    tokenizer, num_added = load_tokenizer(base)
+    chunks = chunk_pages(pages, count_tokens=tokenizer.count, size=CONFIG.max_length - num_added)
     train, validation = split_chunks(chunks, train_share=0.8, seed=CONFIG.seed)
     return inverse_cloze(train, seed=CONFIG.seed), inverse_cloze(validation, seed=CONFIG.seed, keep_share=0.0)
 

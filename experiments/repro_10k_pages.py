@@ -20,7 +20,7 @@ from embedft.corpus.cleaning import clean
 from embedft.corpus.documents import read_documents
 from embedft.corpus.questions import QuestionConfig, question_dataset, write_questions
 from embedft.corpus.splits import parse_pages, split_chunks
-from embedft.encoders.loading import load_reading
+from embedft.encoders.loading import load_tokenizer
 from embedft.encoders.openai_api import ApiEmbedder
 from embedft.retrieval.tables import format_table
 
@@ -78,8 +78,8 @@ def questions_of_filing(options: argparse.Namespace, folder: Path) -> tuple[Retr
     pages, skipped = read_documents([options.pdf])
     for line in skipped:
         print(line)
-    count_tokens = load_reading(options.base).count_tokens
-    chunks = chunk_pages(pages, count_tokens=count_tokens, size=CHUNK_TOKENS, by_page=True)
+    tokenizer, _ = load_tokenizer(options.base)
+    chunks = chunk_pages(pages, count_tokens=tokenizer.count, size=CHUNK_TOKENS, by_page=True)
     sides = split_chunks(chunks, train_pages=parse_pages(options.train_pages))
     config = QuestionConfig(
         model=options.model,

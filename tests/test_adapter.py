@@ -633,7 +633,7 @@ def test_two_layers_are_not_written_for_sentence_transformers(embedder, tmp_path
 def test_a_router_of_somebody_else_is_refused(embedder, tmp_path):
     adapted(embedder).save(tmp_path / "saved")
     (tmp_path / "saved" / "adapter" / "adapter.json").unlink()
-    with pytest.raises(ValueError, match="two modules are a Normalize, expected one"):
+    with pytest.raises(ValueError, match="modules are Transformer, Pooling, Normalize, Router, Normalize, expected"):
         load_embedder(tmp_path / "saved", device="cpu")
 
 

@@ -186,7 +186,7 @@ def broken_rules(imports: list[Import], families: set[str]) -> list[str]:
 
 MODULES = modules_in(ROOT)
 FOLDERS = {".".join(path.parent.relative_to(ROOT).parts) for path in ROOT.rglob("__init__.py")} - {""}
-FAMILY_MODULES = {family.encoder.__module__.removeprefix("embedft.") for family in FAMILIES.values()}
+FAMILY_MODULES = {family.__name__.removeprefix("embedft.") for family in FAMILIES.values()}
 
 
 def test_every_part_has_its_rules():

@@ -203,38 +203,22 @@ COMPLETE = {
 
 
 def test_defaults_are_berts():
-    config = BertConfig.from_dict({**COMPLETE, "of another program": [1]})
+    config = BertConfig(**COMPLETE)
     assert (config.type_vocab_size, config.hidden_act, config.layer_norm_eps) == (2, "gelu", 1e-12)
     assert config.hidden_dropout_prob == 0.1
     assert config.max_length == 6
 
 
-@pytest.mark.parametrize("name", COMPLETE)
-def test_a_missing_field_is_named(name):
-    with pytest.raises(ValueError, match=f"^{name} is missing$"):
-        BertConfig.from_dict({key: value for key, value in COMPLETE.items() if key != name})
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"vocab_size": "30522"}, "vocab_size is '30522', expected int"),
-        ({"hidden_size": 8.0}, "hidden_size is 8.0, expected int"),
-        ({"num_hidden_layers": True}, "num_hidden_layers is True, expected int"),
-        ({"num_hidden_layers": None}, "num_hidden_layers is None, expected int"),
-        ({"layer_norm_eps": "1e-12"}, "layer_norm_eps is '1e-12', expected float"),
-        ({"num_attention_heads": 0}, "num_attention_heads is 0, expected at least 1"),
-        ({"num_hidden_layers": -1}, "num_hidden_layers is -1, expected at least 1"),
         ({"num_attention_heads": 3}, "hidden_size 8 does not divide by 3 heads"),
         ({"hidden_act": "swish"}, "hidden_act is 'swish', expected one of gelu, gelu_new, gelu_pytorch_tanh, relu"),
-        ({"hidden_act": 1}, "hidden_act is 1, expected str"),
+        ({"hidden_dropout_prob": 1.5}, "hidden_dropout_prob is 1.5, expected 0 to 1"),
+        ({"layer_norm_eps": -1e-12}, "layer_norm_eps is -1e-12, expected 0 to 1"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key', expected 'absolute'"),
     ],
 )
 def test_a_wrong_field_is_named(change, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
-        BertConfig.from_dict({**COMPLETE, **change})
-
-
-def test_a_whole_number_will_do_for_a_float():
-    assert BertConfig.from_dict({**COMPLETE, "hidden_dropout_prob": 0}).hidden_dropout_prob == 0
+        BertConfig(**COMPLETE | change)

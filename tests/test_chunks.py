@@ -9,7 +9,7 @@ from embedft.corpus.chunks import Chunk, Place, chunk_pages, load_chunks, save_c
 from embedft.corpus.documents import Page
 from embedft.corpus.sentences import sentence_spans
 from embedft.corpus.splits import near_copies, parse_pages, shingles, split_chunks, words
-from embedft.encoders.loading import load_reading
+from embedft.encoders.loading import load_tokenizer
 
 
 def count_words(texts):
@@ -481,7 +481,7 @@ def test_lines_that_are_no_chunks(tmp_path, lines, message):
 
 def test_a_blob_that_is_one_unknown_token_is_cut():
     """all-MiniLM-L6-v2 takes a word of 300,000 letters for one token."""
-    count_tokens = load_reading("sentence-transformers/all-MiniLM-L6-v2").count_tokens
+    count_tokens = load_tokenizer("sentence-transformers/all-MiniLM-L6-v2")[0].count
     blob = "".join(random.Random(0).choices("abcdefghij", k=300_000))
     assert count_tokens([blob]) == [1]
     chunks = chunk_pages([Page("a.txt", 1, f"One sentence. {blob} Another one.")], count_tokens=count_tokens, size=50)

@@ -85,20 +85,20 @@ def run(options: Options) -> None:
 
 def _size(options: Options) -> tuple[int, Callable]:
     """The tokens of text in a chunk, and what counts them."""
-    from ..encoders.loading import load_reading
+    from ..encoders.loading import load_tokenizer
 
-    reading = load_reading(options.model, revision=options.revision)
-    limit = reading.max_length if options.size is None else options.size
-    size, special = limit - reading.num_around, f"{reading.num_around} special tokens that the model adds to a text"
+    tokenizer, num_added = load_tokenizer(options.model, revision=options.revision)
+    limit = tokenizer.max_length if options.size is None else options.size
+    size, special = limit - num_added, f"{num_added} special tokens that the model adds to a text"
     if size < 1:
         raise ValueError(f"--size is {options.size}, expected more than the {special}")
     if not 0 <= options.overlap < size:
         room = f"the {size} tokens of text in a chunk of {limit}"
         raise ValueError(f"--overlap is {options.overlap}, expected 0 or more and less than {room}")
-    if limit > reading.max_length:
-        most = f"{options.model} reads {reading.max_length} unless its max_length is set"
+    if limit > tokenizer.max_length:
+        most = f"{options.model} reads {tokenizer.max_length} unless its max_length is set"
         print(f"--size is {options.size} tokens, but {most}: it would ignore the end of a chunk", file=sys.stderr)
-    return size, reading.count_tokens
+    return size, tokenizer.count
 
 
 def _save(out: Path, sides: dict, report: dict) -> None:

@@ -15,7 +15,7 @@ import io
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -173,15 +173,20 @@ class Adapter(nn.Module):
                 tensors |= {name.replace("query", "document", 1): tensor for name, tensor in tensors.items()}
             base = config["base"] and Base(**config["base"])
             adapter = cls(**maps, base=base, normalize=config["normalize"])
-        own = adapter.state_dict()
-        for name in sorted(own.keys() | tensors.keys()):
-            found, wanted = (list(part[name].shape) if name in part else "absent" for part in (tensors, own))
-            if found != wanted:
-                raise ValueError(f"{weights}: {name} is {found}, expected {wanted}")
-            if not tensors[name].isfinite().all():
-                raise ValueError(f"{weights}: {name} has values that are not finite")
-        adapter.load_state_dict(tensors)
+        fill(adapter, tensors, weights)
         return adapter.eval()
+
+
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Gives a module its tensors. Raises `ValueError` naming one that is absent, too many, misshapen or not finite."""
+    own = module.state_dict()
+    for name in sorted(own.keys() | tensors.keys()):
+        found, wanted = (list(part[name].shape) if name in part else "absent" for part in (tensors, own))
+        if found != wanted:
+            raise ValueError(f"{path}: {name} is {found}, expected {wanted}")
+        if not tensors[name].isfinite().all():
+            raise ValueError(f"{path}: {name} has values that are not finite")
+    module.load_state_dict(tensors)
 
 
 @contextlib.contextmanager

@@ -23,10 +23,9 @@ from .. import device as devices
 from ..progress import progress_bar
 from .adapter import ROLES, Adapter, Base, check_role
 from .fingerprint import fingerprint, precision
-from .folder import Source
+from .folder import Source, write_folder
 from .packing import Packed, concatenate, cut_by_tokens, pack, sort_by_length
 from .pooling import Pooling
-from .saving import write_folder
 from .store import Space, Store
 from .tokenization import Tokenizer
 

@@ -1,32 +1,53 @@
-"""The files of a model folder: config.json, model.safetensors, the tokenizer, sentence-transformers' module files.
+"""The files of a model folder, read and written: weights, tokenizer, sentence-transformers' module files.
 
 Reading is strict: a field of the wrong type, or anything the encoder family does not know or misses, is an error that
-names it. Nothing is unpickled. Not here: where a folder comes from (loading.py); writing (saving.py).
+names it. Nothing is unpickled. Writing follows the layout of sentence-transformers before version 6, each file
+atomically. Where a folder comes from: loading.py.
 """
 
-from collections.abc import Callable, Mapping
+import math
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import safetensors
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from ..files import read_json, read_object
+from ..files import atomic_write, read_json, read_object, write_json
 from . import bert
 from .adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
+from .adapter import ROLES, fill, naming
+from .adapter import WEIGHTS_FILE as ADAPTER_WEIGHTS_FILE
 from .pooling import Pooling
-from .tokenization import TOKENIZER_CONFIG_FILE, Tokenizer
+from .tokenization import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
+
+if TYPE_CHECKING:
+    from .embedder import Embedder
+
+# By `model_type` of config.json. A family's module has Config, Encoder, key_map, CARRIED, PREFIX and RENAMED.
+FAMILIES: dict[str, ModuleType] = {
+    "bert": bert,
+}
 
 CONFIG_FILE, WEIGHTS_FILE, MODULES_FILE = "config.json", "model.safetensors", "modules.json"
 TRANSFORMER_CONFIG_FILE, MODEL_CONFIG_FILE = "sentence_bert_config.json", "config_sentence_transformers.json"
 # The modules of modules.json that are understood, by class name and in this order.
-MODULES = ("Transformer", "Pooling", "Normalize")
+MODULES, MODULE_TYPE = ("Transformer", "Pooling", "Normalize"), "sentence_transformers.models."
 POOLING_FOLDER = "1_Pooling"
 # An adapter may follow: as our own files, and as a Router whose routes are queries and documents.
 ADAPTER_FOLDER, ROUTER = "adapter", "Router"
+# All that is ever downloaded: weights in safetensors, and small JSON files.
+HUB_FILES = [CONFIG_FILE, WEIGHTS_FILE, MODULES_FILE, TRANSFORMER_CONFIG_FILE, MODEL_CONFIG_FILE,
+             TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, "*_Pooling/config.json", f"*_Pooling/{WEIGHTS_FILE}",
+             "0_*/*.json", "0_*/model.safetensors",
+             f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG_FILE}", f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS_FILE}"]  # fmt: skip
 
 # Pooling mode -> its key in 1_Pooling/config.json of sentence-transformers before 6.
 LEGACY_POOLING_KEYS = {
@@ -39,63 +60,48 @@ LEGACY_POOLING_KEYS = {
 }
 
 
-def _is_text(value: Any) -> bool:
-    """A string without half a surrogate pair, which JSON can spell and no tokenizer takes."""
-    return isinstance(value, str) and value == value.encode(errors="ignore").decode()
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, dict) and all(text is None or _is_text(text) for text in value.values())
-
-
-def _is_names(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+def _is_inside(value: Any) -> bool:
+    place = PurePosixPath(value) if isinstance(value, str) and "\0" not in value else PurePosixPath("..")
+    return not place.is_absolute() and ".." not in place.parts
 
 
 # The fields that are read: {field: (what it should be, whether a value is that)}. null stands for an absent field.
-BOOL = ("true or false", lambda value: isinstance(value, bool))
-TEXT = ("a string", lambda value: isinstance(value, str))
-LENGTH = ("a number of tokens", lambda value: type(value) in (int, float) and value >= 1)
-SCHEMA = {
+Schema = Mapping[str, tuple[str, Callable[[Any], bool]]]
+BOOL = ("true or false", lambda x: isinstance(x, bool))
+# Without half a surrogate pair, which JSON can spell and no tokenizer takes.
+TEXT = ("a string", lambda x: x is None or (isinstance(x, str) and x == x.encode(errors="ignore").decode()))
+LENGTH = ("a number of tokens", lambda x: type(x) in (int, float) and x >= 1)
+SCHEMAS: dict[str, Schema] = {
     CONFIG_FILE: {"model_type": TEXT, "dtype": TEXT, "torch_dtype": TEXT},
+    MODULES_FILE: {"type": TEXT, "path": ("one inside the folder", _is_inside)},
     POOLING_FOLDER: {
-        "pooling_mode": ("a name or a list of names", _is_names),
+        "pooling_mode": ("a name or a list", lambda x: all(map(TEXT[1], x if isinstance(x, list) else [x]))),
         "include_prompt": BOOL,
         **dict.fromkeys(LEGACY_POOLING_KEYS.values(), BOOL),
     },
     TRANSFORMER_CONFIG_FILE: {"max_seq_length": LENGTH, "do_lower_case": BOOL},
     MODEL_CONFIG_FILE: {
-        "prompts": ("an object of strings", _is_texts),
+        "prompts": ("an object of strings", lambda x: isinstance(x, dict) and all(map(TEXT[1], x.values()))),
         "default_prompt_name": TEXT,
         "similarity_fn_name": TEXT,
-        "truncate_dim": ("a whole number", lambda value: type(value) is int),
+        "truncate_dim": ("a whole number", lambda x: type(x) is int),
     },
     TOKENIZER_CONFIG_FILE: {
         "model_max_length": LENGTH,
-        "truncation_side": ("left or right", lambda value: value in ("left", "right")),
+        "truncation_side": ("left or right", lambda x: x in ("left", "right")),
         "tokenizer_class": TEXT,
         **dict.fromkeys(("do_lower_case", "strip_accents", "tokenize_chinese_chars"), BOOL),
-        "added_tokens_decoder": ("an object", lambda value: isinstance(value, dict)),
-        "additional_special_tokens": ("a list", lambda value: isinstance(value, list)),
-        "extra_special_tokens": ("a list or an object", lambda value: isinstance(value, list | dict)),
+        "added_tokens_decoder": ("an object", lambda x: isinstance(x, dict)),
+        "additional_special_tokens": ("a list", lambda x: isinstance(x, list)),
+        "extra_special_tokens": ("a list or an object", lambda x: isinstance(x, list | dict)),
     },
 }
-
-
-class Family(NamedTuple):
-    """What loading needs to know about an encoder family; the values are in the family's own file."""
-
-    config: Callable[[dict[str, Any]], Any]
-    encoder: Callable[..., nn.Module]
-    key_map: Callable[[Any], dict[str, tuple[str, ...]]]
-    carried: tuple[str, ...]
-    prefix: str
-    renamed: dict[str, str]
-
-
-# By `model_type` of config.json.
-FAMILIES = {
-    "bert": Family(bert.BertConfig.from_dict, bert.Bert, bert.key_map, bert.CARRIED, bert.PREFIX, bert.RENAMED),
+# The fields of a family's Config, by their type.
+TYPES = {
+    int: ("a whole number of at least 1", lambda x: type(x) is int and x >= 1),
+    float: ("a finite number", lambda x: type(x) in (int, float) and abs(x) < math.inf),
+    bool: BOOL,
+    str: TEXT,
 }
 
 
@@ -104,27 +110,22 @@ class Source(NamedTuple):
 
     name: str
     folder: Path
-    family: Family
+    family: ModuleType
     config: dict[str, Any]  # config.json
     carried: dict[str, Tensor]  # tensors of the checkpoint that the encoder does not use
     default_prompt: str | None  # for sentence-transformers' plain `encode`; here every text has a role
 
 
-@contextmanager
-def naming(path: Path):
-    """Puts the file in front of a `ValueError`."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+def _check(path: Path, values: Mapping[str, Any], schema: Schema) -> None:
+    for field, (expected, is_right) in schema.items():
+        if field in values and not is_right(values[field]):
+            raise ValueError(f"{path}: {field} is {repr(values[field])[:60]}, expected {expected}")
 
 
 def read_fields(path: Path, schema: str | None = None) -> dict[str, Any]:
     """The object in a JSON file without its nulls; {} if there is none. Raises `ValueError` naming a bad field."""
     values = {key: value for key, value in read_object(path).items() if value is not None} if path.is_file() else {}
-    for field, (expected, is_right) in SCHEMA[schema or path.name].items():
-        if field in values and not is_right(values[field]):
-            raise ValueError(f"{path}: {field} is {repr(values[field])[:60]}, expected {expected}")
+    _check(path, values, SCHEMAS[schema or path.name])
     return values
 
 
@@ -133,46 +134,25 @@ def read_modules(folder: Path) -> dict[str, str]:
 
     A Router and what follows it are left out if they are those of an adapter, which is read from its own folder.
     """
-    path, modules = folder / MODULES_FILE, {}
+    path, kinds, places = folder / MODULES_FILE, [], []
     if not path.is_file():
         return {}
     found = read_json(path)
     for module in found if isinstance(found, list) else [found]:
-        kind, place = (module.get("type"), module.get("path")) if isinstance(module, dict) else (None, None)
-        if not (isinstance(kind, str) and isinstance(place, str)):
+        if not (isinstance(module, dict) and SCHEMAS[MODULES_FILE].keys() <= module.keys()):
             raise ValueError(f'{path}: a module is {repr(module)[:60]}, expected an object with "type" and "path"')
-        if PurePosixPath(place).is_absolute() or ".." in PurePosixPath(place).parts or "\0" in place:
-            raise ValueError(f"{path}: path is {place[:60]!r}, expected one inside the folder")
-        kind = kind.rsplit(".", 1)[-1]
-        if kind == ROUTER and (folder / ADAPTER_FOLDER / ADAPTER_CONFIG_FILE).is_file():
-            break
-        if kind in modules:
-            raise ValueError(f"{path}: two modules are a {kind[:60]}, expected one")
-        modules[kind] = place
-    if tuple(modules) not in (MODULES[:2], MODULES):
-        found, wanted = ", ".join(modules).encode("unicode_escape").decode()[:200], ", ".join(MODULES)
+        _check(path, module, SCHEMAS[MODULES_FILE])
+        kinds.append(str(module["type"]).rsplit(".", 1)[-1])
+        places.append(module["path"])
+    if ROUTER in kinds and (folder / ADAPTER_FOLDER / ADAPTER_CONFIG_FILE).is_file():
+        kinds = kinds[: kinds.index(ROUTER)]
+    if tuple(kinds) not in (MODULES[:2], MODULES):
+        found, wanted = ", ".join(kinds).encode("unicode_escape").decode()[:200], ", ".join(MODULES)
         raise ValueError(f"{path}: modules are {found}, expected {wanted} (the last is optional)")
-    return modules
+    return dict(zip(kinds, places, strict=False))
 
 
-def read_pooling(folder: Path, hidden_size: int) -> Pooling:
-    """The pooling in a folder, with its weights if it has any."""
-    path, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
-    if not path.is_file():
-        raise ValueError(f"{folder}: no {CONFIG_FILE}, which says how tokens are pooled")
-    values = read_fields(path, POOLING_FOLDER)
-    legacy = [mode for mode, key in LEGACY_POOLING_KEYS.items() if values.get(key)] or ["mean"]
-    names = values.get("pooling_mode", legacy)
-    with naming(path):
-        names = [names] if isinstance(names, str) else names
-        pooling = Pooling(names, hidden_size, include_prompt=values.get("include_prompt", True))
-    if pooling.state_dict():
-        expected = {name: (name,) for name in pooling.state_dict()}
-        pooling.load_state_dict(_read_state(weights, pooling, expected, lambda name: name, ())[0])
-    return pooling
-
-
-def read_config(folder: Path) -> tuple[Family, Any, dict[str, Any]]:
+def read_config(folder: Path) -> tuple[ModuleType, Any, dict[str, Any]]:
     """The family that config.json names, the family's own configuration, and the whole file."""
     path = folder / CONFIG_FILE
     if not path.is_file():
@@ -182,11 +162,15 @@ def read_config(folder: Path) -> tuple[Family, Any, dict[str, Any]]:
     if family is None:
         found = values.get("model_type") and values["model_type"][:60]
         raise ValueError(f"{path}: model_type is {found!r}, expected one of {', '.join(FAMILIES)}")
+    known = {field.name: field for field in fields(family.Config)}
+    _check(path, values, {name: TYPES[field.type] for name, field in known.items()})
+    if missing := [name for name, field in known.items() if field.default is MISSING and name not in values]:
+        raise ValueError(f"{path}: {missing[0]} is missing")
     with naming(path):
-        return family, family.config(values), values
+        return family, family.Config(**{name: values[name] for name in known.keys() & values.keys()}), values
 
 
-def load_tokenizer(folder: Path, config: Any, max_length: int | None) -> Tokenizer:
+def read_tokenizer(folder: Path, config: Any, max_length: int | None) -> Tokenizer:
     """The tokenizer, with the maximum length asked for, else the folder's, but no more than the encoder's positions."""
     settings, limit = read_fields(folder / TRANSFORMER_CONFIG_FILE), config.max_length
     tokenizer = Tokenizer.load(
@@ -205,21 +189,48 @@ def load_tokenizer(folder: Path, config: Any, max_length: int | None) -> Tokeniz
     return tokenizer
 
 
-def check_sizes(folder: Path, config: Any) -> None:
-    """Raises `ValueError` for a size in config.json that no tensor of the checkpoint has, before a module is built."""
-    with _opened(folder / WEIGHTS_FILE) as file:
+def read_pooling(folder: Path, hidden_size: int) -> Pooling:
+    """The pooling in a folder, with its weights if it has any."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder}: no {CONFIG_FILE}, which says how tokens are pooled")
+    values = read_fields(path, POOLING_FOLDER)
+    legacy = [mode for mode, key in LEGACY_POOLING_KEYS.items() if values.get(key)] or ["mean"]
+    names = values.get("pooling_mode", legacy)
+    with naming(path):
+        names = [names] if isinstance(names, str) else names
+        pooling = Pooling(names, hidden_size, include_prompt=values.get("include_prompt", True))
+    if pooling.state_dict():
+        with _opened(folder / WEIGHTS_FILE) as file:
+            fill(pooling, {name: file.get_tensor(name) for name in file.keys()}, folder / WEIGHTS_FILE)  # noqa: SIM118
+    return pooling
+
+
+def read_encoder(folder: Path, family: ModuleType, config: Any, dtype: torch.dtype) -> tuple[nn.Module, dict]:
+    """The encoder with its weights, and the tensors of the checkpoint that it only carries along.
+
+    Raises `ValueError` for a size in config.json that no tensor has, before a module is built, and naming the tensors
+    that are missing, unexpected, or of the wrong shape or type.
+    """
+    path = folder / WEIGHTS_FILE
+    with _opened(path) as file:
         names = list(file.keys())
         largest = max((max(file.get_slice(name).get_shape(), default=0) for name in names[:10_000]), default=0)
     for field in fields(config):
         value = getattr(config, field.name)
         limit, what = (len(names), "tensors") if field.name.startswith("num_") else (largest, "rows or columns at most")
         if field.type is int and value > limit:
-            where = f"{WEIGHTS_FILE} has {limit} {what}"
-            raise ValueError(f"{folder / CONFIG_FILE}: {field.name} is {str(value)[:60]}, but {where}")
+            found = f"{field.name} is {str(value)[:60]}"
+            raise ValueError(f"{folder / CONFIG_FILE}: {found}, but {WEIGHTS_FILE} has {limit} {what}")
+    with torch.device("meta"):
+        encoder = family.Encoder(config)
+    state, carried = _read_state(path, encoder, family)
+    encoder.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
+    return encoder, carried
 
 
 @contextmanager
-def _opened(path: Path):
+def _opened(path: Path) -> Iterator[Any]:
     """A safetensors file, without reading its tensors."""
     if not path.is_file():
         found = sorted(file.name for file in path.parent.iterdir() if file.suffix in (".bin", ".pt", ".safetensors"))
@@ -231,39 +242,20 @@ def _opened(path: Path):
         raise ValueError(f"{path}: not a complete safetensors file ({' '.join(str(error).split())[:200]})") from None
 
 
-def load_weights(encoder: nn.Module, path: Path, family: Family, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Fills an encoder (on the meta device) from a safetensors file; returns the tensors that it only carries along.
-
-    Raises `ValueError` naming the keys that are missing, unexpected, or of the wrong shape or type.
-    """
-
-    def rename(name: str) -> str:
-        name = name.removeprefix(family.prefix)
-        for old, new in family.renamed.items():
-            name = name.replace(old, new)
-        return name
-
-    state, carried = _read_state(path, encoder, family.key_map(encoder.config), rename, family.carried)
-    encoder.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
-    return carried
-
-
-def _read_state(
-    path: Path,
-    module: nn.Module,
-    keys: Mapping[str, tuple[str, ...]],
-    rename: Callable[[str], str],
-    carried: tuple[str, ...],
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(the state of a module, the tensors carried along) from a file; `keys`: ours -> the file's, stacked in order."""
-    own, wanted = module.state_dict(), {name for theirs in keys.values() for name in theirs}
+def _read_state(path: Path, encoder: nn.Module, family: ModuleType) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(the encoder's state, the other tensors) of a checkpoint."""
+    own, keys = encoder.state_dict(), family.key_map(encoder.config)
+    wanted = {name for theirs in keys.values() for name in theirs}
     with _opened(path) as file:
         stored: dict[str, str] = {}
         for name in file.keys():  # noqa: SIM118 (not a dict)
-            if rename(name) in stored:
-                raise ValueError(f"{path}: {rename(name)} is there twice, under this name and an older one")
-            stored[rename(name)] = name
-        extra = sorted(name for name in stored.keys() - wanted if not (carried and name.startswith(carried)))
+            new = name.removeprefix(family.PREFIX)
+            for old, better in family.RENAMED.items():
+                new = new.replace(old, better)
+            if new in stored:
+                raise ValueError(f"{path}: {new} is there twice, under this name and an older one")
+            stored[new] = name
+        extra = sorted(name for name in stored.keys() - wanted if not name.startswith(family.CARRIED))
         faults = [f"missing {name}" for name in sorted(wanted - stored.keys())]
         faults += [f"unexpected {name}" for name in extra]
         for ours, theirs in keys.items():
@@ -280,3 +272,77 @@ def _read_state(
         tensors = {name: file.get_tensor(stored[name]) for name in stored}
     state = {ours: torch.cat([tensors.pop(name) for name in theirs]) for ours, theirs in keys.items()}
     return state, tensors
+
+
+def write_folder(folder: Path, embedder: "Embedder") -> None:
+    """Writes a model in the sentence-transformers layout; see `Embedder.save`."""
+    source, tokenizer, adapter = embedder.source, embedder.tokenizer, embedder.adapter
+    # First, because it raises: an adapter whose maps are not linear.
+    dense = {role: part and part.dense() for role in ROLES if adapter for part in [adapter.map_of(role)]}
+    folder.mkdir(parents=True, exist_ok=True)
+    keys = source.family.key_map(embedder.encoder.config)
+    tensors = {
+        name: part.contiguous()
+        for ours, parameter in embedder.encoder.state_dict().items()
+        for name, part in zip(keys[ours], parameter.cpu().chunk(len(keys[ours])), strict=True)
+    }
+    _write_tensors(folder / WEIGHTS_FILE, {**tensors, **source.carried})
+    # transformers loads in the type that config.json names, so it has to be that of the weights.
+    dtype = str(next(embedder.encoder.parameters()).dtype).removeprefix("torch.")
+    write_json(folder / CONFIG_FILE, {**source.config, "torch_dtype": dtype, "dtype": dtype})
+    tokenizer.save(folder)
+    settings = {"max_seq_length": tokenizer.max_length, "do_lower_case": tokenizer.lower_case}
+    write_json(folder / TRANSFORMER_CONFIG_FILE, settings)
+    _write_pooling(folder / POOLING_FOLDER, embedder.pooling, embedder.encoder.config.hidden_size)
+    settings = {
+        "prompts": embedder.prompts,
+        "default_prompt_name": source.default_prompt if source.default_prompt in embedder.prompts else None,
+        "similarity_fn_name": embedder.similarity,
+        "truncate_dim": embedder.truncate_dim,
+    }
+    write_json(folder / MODEL_CONFIG_FILE, settings)
+    modules = list(MODULES if embedder.normalize else MODULES[:2])
+    if adapter is not None:
+        adapter.save(folder / ADAPTER_FOLDER, base=embedder.base())
+        _write_router(folder / f"{len(modules)}_{ROUTER}", dense)
+        modules += [ROUTER, *modules[2:]]
+    elif (folder / ADAPTER_FOLDER / ADAPTER_CONFIG_FILE).is_file():  # of a model that was saved here before
+        shutil.rmtree(folder / ADAPTER_FOLDER)
+    paths = {i: f"{i}_{kind}" if i else "" for i, kind in enumerate(modules)}
+    entries = [{"idx": i, "name": str(i), "path": paths[i], "type": MODULE_TYPE + modules[i]} for i in paths]
+    write_json(folder / MODULES_FILE, entries)
+
+
+def _write_pooling(folder: Path, pooling: Pooling, hidden_size: int) -> None:
+    config: dict[str, Any] = {key: mode in pooling.names for mode, key in LEGACY_POOLING_KEYS.items()}
+    if tuple(mode for mode in LEGACY_POOLING_KEYS if mode in pooling.names) != pooling.names:
+        config = {"pooling_mode": pooling.names}  # another order or another mode than the old form can express
+    config |= {"word_embedding_dimension": hidden_size, "include_prompt": pooling.include_prompt}
+    write_json(folder / CONFIG_FILE, config)
+    if pooling.state_dict():
+        _write_tensors(folder / WEIGHTS_FILE, pooling.state_dict())
+    if not set(pooling.names) <= LEGACY_POOLING_KEYS.keys():
+        warnings.warn(f"{folder}: sentence-transformers cannot load {' + '.join(pooling.names)} pooling", stacklevel=4)
+
+
+def _write_router(folder: Path, dense: dict[str, tuple[Tensor, Tensor | None] | None]) -> None:
+    """A Router with a route per role (documents' is the default): a Dense module without activation, or nothing."""
+    structure, types = {role: [] for role in dense}, {}
+    for role, layer in dense.items():
+        if layer is None:
+            continue
+        (weight, bias), name = layer, f"{role}_0_Dense"
+        structure[role], types[name] = [name], MODULE_TYPE + "Dense"
+        sizes = {"in_features": weight.shape[1], "out_features": weight.shape[0], "bias": bias is not None}
+        write_json(folder / name / CONFIG_FILE, {**sizes, "activation_function": "torch.nn.modules.linear.Identity"})
+        tensors = {"linear.weight": weight} if bias is None else {"linear.weight": weight, "linear.bias": bias}
+        _write_tensors(folder / name / WEIGHTS_FILE, tensors)
+    parameters = {"default_route": "document", "allow_empty_key": True}
+    write_json(folder / "router_config.json", {"types": types, "structure": structure, "parameters": parameters})
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    # Cloned, because a safetensors file cannot hold tensors that share memory.
+    separate = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
+    with atomic_write(path, "wb") as file:
+        file.write(save(separate, metadata={"format": "pt"}))

@@ -6,7 +6,7 @@ embedder.save("model")
 
 import importlib.util
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,36 +15,24 @@ import torch
 from ..device import default_device, find_device
 from ..files import sha256_file
 from .adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
-from .adapter import ROLES, Adapter
-from .adapter import WEIGHTS_FILE as ADAPTER_WEIGHTS_FILE
+from .adapter import ROLES, Adapter, naming
 from .embedder import Embedder
 from .folder import (
     ADAPTER_FOLDER,
-    CONFIG_FILE,
+    HUB_FILES,
     MODEL_CONFIG_FILE,
-    MODULES_FILE,
-    TRANSFORMER_CONFIG_FILE,
     WEIGHTS_FILE,
     Source,
-    check_sizes,
-    load_tokenizer,
-    load_weights,
-    naming,
     read_config,
+    read_encoder,
     read_fields,
     read_modules,
     read_pooling,
+    read_tokenizer,
 )
 from .openai_api import ApiEmbedder
 from .store import Store
-from .tokenization import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
-
-# All that is ever downloaded: weights in safetensors, and small JSON files.
-HUB_FILES = [CONFIG_FILE, WEIGHTS_FILE, MODULES_FILE, TRANSFORMER_CONFIG_FILE, MODEL_CONFIG_FILE,
-             TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, "*_Pooling/config.json", f"*_Pooling/{WEIGHTS_FILE}",
-             "0_*/*.json", "0_*/model.safetensors",
-             f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG_FILE}", f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS_FILE}"]  # fmt: skip
-
+from .tokenization import TOKENIZER_FILE, Tokenizer
 
 API_PREFIX = "openai:"
 
@@ -122,14 +110,10 @@ def _load_folder(
 ) -> Embedder:
     modules = read_modules(folder)
     transformer, settings = folder / modules.get("Transformer", ""), read_fields(folder / MODEL_CONFIG_FILE)
-    family, config, config_dict = read_config(transformer)
-    check_sizes(transformer, config)
+    family, config, values = read_config(transformer)
+    encoder, carried = read_encoder(transformer, family, config, dtype)
     pooling = read_pooling(folder / modules["Pooling"], config.hidden_size) if "Pooling" in modules else ("mean",)
-    tokenizer = load_tokenizer(transformer, config, max_length)
-    with torch.device("meta"):
-        encoder = family.encoder(config)
-    carried = load_weights(encoder, transformer / WEIGHTS_FILE, family, dtype)
-    default = settings.get("default_prompt_name")
+    tokenizer = read_tokenizer(transformer, config, max_length)
     if prompts is None:
         prompts = settings.get("prompts", {})
         for unused in (key for key, text in prompts.items() if text and key not in ROLES):
@@ -144,28 +128,17 @@ def _load_folder(
             similarity=settings.get("similarity_fn_name", "cosine"),
             normalize="Normalize" in modules,
             truncate_dim=settings.get("truncate_dim"),
-            source=Source(name, folder, family, config_dict, carried, default),
+            source=Source(name, folder, family, values, carried, settings.get("default_prompt_name")),
         )
 
 
-class Reading(NamedTuple):
-    """How a model reads documents: `count_tokens` of bare texts, and its `max_length`, of which special tokens and the
-    document prompt take `num_around`."""
-
-    count_tokens: Callable[[Sequence[str]], list[int]]
-    max_length: int
-    num_around: int
-
-
-def load_reading(name: str | Path, *, revision: str | None = None) -> Reading:
-    """How a model reads documents, without loading its weights; for chunking. `name` as in `load_embedder`."""
+def load_tokenizer(name: str | Path, *, revision: str | None = None) -> tuple[Tokenizer, int]:
+    """A model's tokenizer, without its weights, and the tokens that it and the document prompt add to each text."""
     folder = find_folder(str(name), revision=revision)
     transformer = folder / read_modules(folder).get("Transformer", "")
-    _, config, _ = read_config(transformer)
-    tokenizer = load_tokenizer(transformer, config, None)
+    tokenizer = read_tokenizer(transformer, read_config(transformer)[1], None)
     prompt = read_fields(folder / MODEL_CONFIG_FILE).get("prompts", {}).get("document") or ""
-    num_around = len(tokenizer.encode([prompt])[0])
-    return Reading(lambda texts: [len(ids) for ids in tokenizer.words(texts)], tokenizer.max_length, num_around)
+    return tokenizer, len(tokenizer.encode([prompt])[0])
 
 
 def find_folder(name: str, *, revision: str | None = None) -> Path:

@@ -75,6 +75,10 @@ class Tokenizer:
         """Token ids of each text whole: no special tokens, no truncation."""
         return [encoding.ids for encoding in self._whole(texts, special=False)]
 
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """The number of tokens of each text whole, as `words` gives them."""
+        return [len(encoding) for encoding in self._whole(texts, special=False)]
+
     def windows(
         self, texts: Sequence[str], *, size: int, stride: int, prompt: str = ""
     ) -> tuple[list[list[int]], list[int]]:
