@@ -4,8 +4,9 @@ import faiss
 import numpy as np
 import pytest
 
-from embedft.retrieval.approximate import AdaptiveIndex, FaissIndex, check_index, split_name, unit_rows
+from embedft.retrieval.approximate import FaissIndex, check_index, split_name
 from embedft.retrieval.index import recall_against, search_exact
+from embedft.retrieval.quantization import AdaptiveIndex, unit_rows
 
 DIM = 16
 

@@ -298,8 +298,8 @@ def test_options_of_a_run():
         calls.append(len(texts))
         return [[ord(c) for c in text] for text in texts]
 
-    run = bm25_run(DATASET, tokenize=tokenize, depth=2, k1=0.5, b=0.1, slice_texts=3)
-    assert calls == [3, 1, 3, 1]
+    run = bm25_run(DATASET, tokenize=tokenize, depth=2, k1=0.5, b=0.1)
+    assert calls == [4, 4]
     assert run.indices.shape == (4, 2)
     texts = dict(zip(DATASET.corpus, DATASET.document_texts(), strict=True))
     scores = double_loop([texts[document_id] for document_id in run.document_ids], "zebra", k1=0.5, b=0.1)

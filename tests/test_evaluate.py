@@ -253,7 +253,7 @@ def test_evaluate_run_refuses_unknown_ids():
     dataset = toy_dataset()
     with pytest.raises(ValueError, match=r"query id 'p' is not in the dataset \(1 such ids\)"):
         evaluate_run(Run.from_dict({"p": {"d0": 1.0}}), dataset)
-    with pytest.raises(ValueError, match=r"document id 'e' is not in the corpus \(2 such ids\)"):
+    with pytest.raises(ValueError, match=r"document id 'e' is not in the dataset \(2 such ids\)"):
         evaluate_run(Run.from_dict({"q0": {"d0": 1.0, "e": 0.5, "f": 0.1}}), dataset)
     with pytest.raises(ValueError, match="none of the 1 queries has a relevant document"):
         evaluate_run(Run.from_dict({"q0": {"d0": 1.0}}), {})

@@ -1,4 +1,4 @@
-"""evaluate_grid, search.py and settings.py: by hand, against `evaluate` and naive search; memory; what is refused."""
+"""evaluate_grid and search.py: by hand, against `evaluate` and naive search; memory; what is refused."""
 
 import itertools
 import json
@@ -13,11 +13,10 @@ from tiny import make_dataset, make_embedder
 
 from embedft import RetrievalDataset, Searcher, evaluate, evaluate_grid, mine, search
 from embedft.retrieval import search as search_module
-from embedft.retrieval.approximate import unit_rows
 from embedft.retrieval.index import search_exact
-from embedft.retrieval.quantization import calibrate, from_int8, to_int8
+from embedft.retrieval.quantization import calibrate, from_int8, to_int8, unit_rows
 from embedft.retrieval.report import Report
-from embedft.retrieval.settings import Setting, check_settings
+from embedft.retrieval.search import Setting, check_settings
 
 EVERY = {"precisions": ("float32", "int8", "binary"), "indices": ("flat", "hnsw", "ivf")}
 

@@ -14,9 +14,9 @@ from embedft.retrieval.index import (
     recall_against,
     require_finite,
     search_exact,
-    search_shortlist,
     to_keys,
 )
+from embedft.retrieval.quantization import search_shortlist
 
 
 def brute_force(queries, documents, depth):

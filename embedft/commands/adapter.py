@@ -17,7 +17,7 @@ from ..data.dataset import RetrievalDataset
 from ..encoders.adapter import CONFIG_FILE
 from ..encoders.store import Store
 from ..files import check_writable
-from ..retrieval.settings import Setting, check_settings
+from ..retrieval.search import Setting, check_settings
 from ..training.fit_adapter import AdapterConfig
 from .options import DATASETS, Data, Encoder, Windows, load_data, load_encoder, load_training_data, print_costs
 

@@ -1,8 +1,7 @@
-"""Indices that find most of the nearest neighbors sooner than exact search: FAISS's, and adaptive retrieval.
+"""FAISS's indices, which find most of the nearest neighbors sooner than exact search.
 
     index = FaissIndex(documents, "hnsw,efSearch=128")         # a preset and a parameter of `faiss.ParameterSpace`
     index = FaissIndex(documents, "IVF1024,SQ8,nprobe=32")     # any string for FAISS's index_factory
-    index = AdaptiveIndex(documents, 64)                       # 64 of 384 dimensions find, all dimensions order
 
 | preset | FAISS's index | searched with | bytes per vector, about |
 |--------|---------------|---------------|-------------------------|
@@ -12,8 +11,8 @@
 
 IVF has 4 sqrt(N) lists, or fewer where that would leave less than 39 documents to train each.
 
-Source: Malkov and Yashunin 2018 (HNSW); Jegou et al. 2011 (IVF, PQ); FAISS's wiki, "Guidelines to choose an index";
-Kusupati et al. 2022, section 4.3.1 (adaptive). Shapes: Q queries, N documents, D dimensions, K = min(depth, N) results.
+Source: Malkov and Yashunin 2018 (HNSW); Jegou et al. 2011 (IVF, PQ); FAISS's wiki, "Guidelines to choose an index".
+Shapes: Q queries, N documents, D dimensions.
 """
 
 import contextlib
@@ -26,18 +25,7 @@ from typing import Any
 import numpy as np
 
 from ..progress import progress_bar
-from .index import (
-    SHORTLIST_FACTOR,
-    Found,
-    Index,
-    checked_embeddings,
-    first_of,
-    from_keys,
-    search_exact,
-    search_shortlist,
-    shape_to_index,
-    slices_of,
-)
+from .index import Found, Index, checked_embeddings, first_of, shape_to_index, slices_of
 
 # Documents to train on, at least and at most: per list of an IVF (FAISS warns below 39), for product quantization.
 LEAST_PER_LIST, TRAINED_PER_LIST, LEAST_PQ, TRAINED_PQ = 39, 64, 256, 65_536
@@ -83,7 +71,7 @@ class FaissIndex(Index):
     def _search(self, queries_QD: np.ndarray, depth: int) -> Found:
         """Some documents may be missed; where fewer than `depth` are found, the rest is -inf and -1."""
         with _refusals(self.name, self.dim):
-            return from_keys(first_of(*self._index.search(queries_QD, min(depth, len(self))), depth))
+            return first_of(*self._index.search(queries_QD, min(depth, len(self))), depth)
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -150,37 +138,3 @@ def _ivf(index: Any) -> Any:
     with contextlib.suppress(RuntimeError):
         return faiss.extract_index_ivf(index)
     return None
-
-
-class AdaptiveIndex(Index):
-    """The first `short_dim` dimensions, normalized again, find shortlist_factor x `depth` documents; all order them.
-
-    What the short vectors miss stays missed. Scores are inner products of the full vectors as given, an array or a
-    memory map from which the rows of every shortlist are read. Meant for Matryoshka embeddings (losses/matryoshka.py).
-    """
-
-    def __init__(self, embeddings_ND: np.ndarray, short_dim: int, *, shortlist_factor: int = SHORTLIST_FACTOR):
-        _, self.dim = shape_to_index(embeddings_ND)
-        if not 1 <= short_dim < self.dim:
-            raise ValueError(f"short_dim is {short_dim}, expected at least 1 and below {self.dim}")
-        self.embeddings_ND, self.short_dim, self.shortlist_factor = embeddings_ND, short_dim, shortlist_factor
-        self._short_ND = unit_rows(checked_embeddings(embeddings_ND[:, :short_dim]))
-
-    def __len__(self) -> int:
-        return len(self.embeddings_ND)
-
-    @property
-    def bytes_per_vector(self) -> int:
-        """Of the short vectors, and of the full ones."""
-        return self.short_dim * 4 + self.dim * self.embeddings_ND.itemsize
-
-    def _search(self, queries_QD: np.ndarray, depth: int) -> Found:
-        short_QD = unit_rows(queries_QD[:, : self.short_dim])
-        shortlist = search_exact(short_QD, self._short_ND, self.shortlist_factor * depth)
-        return search_shortlist(queries_QD, shortlist.rows, self.embeddings_ND.__getitem__, min(depth, len(self)))
-
-
-def unit_rows(embeddings_ND: np.ndarray) -> np.ndarray:
-    """x / ||x|| for each row; a row of zeros stays."""
-    lengths_N1 = np.linalg.norm(embeddings_ND, axis=1, keepdims=True)
-    return embeddings_ND / np.where(lengths_N1 == 0, 1, lengths_N1)

@@ -152,7 +152,6 @@ def bm25_run(
     k1: float = 1.5,
     b: float = 0.75,
     exclude_identical_ids: bool = True,
-    slice_texts: int = 4096,
 ) -> Run:
     """Every query of a dataset against its corpus, titles included; ties by ascending document id.
 
@@ -163,14 +162,14 @@ def bm25_run(
         raise ValueError(f"depth is {depth}, expected at least 1")
     tokenize = tokenize or split_words
     document_ids, texts = zip(*sorted(zip(dataset.corpus, dataset.document_texts(), strict=True)), strict=True)
-    index = Bm25Index(_tokens(tokenize, texts, slice_texts), k1=k1, b=b)
-    queries = list(_tokens(tokenize, list(dataset.queries.values()), slice_texts))
+    index = Bm25Index(_tokens(tokenize, texts), k1=k1, b=b)
+    queries = list(_tokens(tokenize, list(dataset.queries.values())))
     scores_QK, rows_QK = index.search(queries, depth + exclude_identical_ids)
     run = Run(list(dataset.queries), list(document_ids), rows_QK, scores_QK)
     return run.without_identical_ids(dataset.qrels, depth=depth) if exclude_identical_ids else run
 
 
-def _tokens(tokenize: Tokenize, texts: Sequence[str], slice_texts: int) -> Iterator[Sequence[Token]]:
+def _tokens(tokenize: Tokenize, texts: Sequence[str], slice_texts: int = 4096) -> Iterator[Sequence[Token]]:
     with progress_bar(len(texts), "tokenizing", unit="text") as bar:
         for start in range(0, len(texts), slice_texts):
             part = list(texts[start : start + slice_texts])

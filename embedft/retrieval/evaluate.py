@@ -18,8 +18,7 @@ from .encoding import SupportsEncode, timed
 from .metrics import Gain, Metric, Qrels, has_relevant, judge, measure, select_metrics
 from .report import Report, model_setting
 from .run import Run
-from .search import search_grid
-from .settings import Setting
+from .search import Setting, search_grid
 
 
 def evaluate(
@@ -39,7 +38,7 @@ def evaluate(
         passages: (size, stride) in tokens: documents, title included, are cut into windows and scored by the best one.
             None: one vector per document, of as much as the model reads.
         precision: as what vectors are stored: float32, int8 or binary.
-        index: flat, hnsw, ivf, ivfpq, a string for FAISS's `index_factory`, or adaptive-DIM, see settings.py.
+        index: flat, hnsw, ivf, ivfpq, a string for FAISS's `index_factory`, or adaptive-DIM, see search.py.
     """
     grid = {"dims": (dim,), "precisions": (precision,), "indices": (index,), "passages": (passages,)}
     return evaluate_grid(embedder, dataset, **grid, **options)[0]
@@ -119,10 +118,11 @@ def evaluate_run(
     if isinstance(dataset_or_qrels, Mapping):
         qrels, query_ids = dataset_or_qrels, list(dict.fromkeys([*dataset_or_qrels, *run.query_ids]))
     else:
-        qrels, query_ids = dataset_or_qrels.all_qrels(), list(dataset_or_qrels.queries)
-        _check_known(run.query_ids, dataset_or_qrels.queries, "query", "the dataset")
-        _check_known(run.document_ids, dataset_or_qrels.corpus, "document", "the corpus")
-        setting |= _data_setting(dataset_or_qrels)
+        data = dataset_or_qrels
+        for kind, ids, known in (("query", run.query_ids, data.queries), ("document", run.document_ids, data.corpus)):
+            if unknown := [i for i in ids if i not in known]:
+                raise ValueError(f"run: {kind} id {unknown[0]!r} is not in the dataset ({len(unknown):,} such ids)")
+        qrels, query_ids, setting = data.all_qrels(), list(data.queries), setting | _data_setting(data)
     costs: dict[str, float] = {}
     with timed(costs, "metrics_seconds"):
         judgments = judge(run.select(query_ids), qrels)
@@ -148,9 +148,3 @@ def question_clusters(query_ids: Sequence[str], qrels: Qrels) -> list[str]:
     relevant = [[document_id for document_id, grade in qrels[query_id].items() if grade > 0] for query_id in query_ids]
     smallest = connected_components((first, other) for first, *others in relevant for other in (first, *others))
     return [smallest[document_ids[0]] for document_ids in relevant]
-
-
-def _check_known(ids: Sequence[str], known: Mapping[str, str], kind: str, where: str) -> None:
-    unknown = [id_ for id_ in ids if id_ not in known]
-    if unknown:
-        raise ValueError(f"run: {kind} id {unknown[0]!r} is not in {where} ({len(unknown):,} such ids)")

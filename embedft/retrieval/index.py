@@ -19,8 +19,6 @@ from ..progress import progress_bar
 # (queries, width W) -> scores [Q, W] and rows [Q, W]: the best W in any order, with any choice among ties.
 Nearest = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 SLICE_DOCUMENTS = 65_536  # 100 MB at 384 dimensions
-# Documents in a shortlist for each result asked for: rescoring of binary codes, adaptive retrieval.
-SHORTLIST_FACTOR = 4
 
 
 class Found(NamedTuple):
@@ -135,32 +133,6 @@ class FlatIndex(Index):
         return search_exact(queries_QD, self.documents_ND, depth)
 
 
-def search_shortlist(
-    queries_QD: np.ndarray,
-    rows_QS: np.ndarray,
-    vectors_of: Callable[[np.ndarray], np.ndarray],
-    depth: int,
-    *,
-    block_vectors: int = 16_384,
-) -> Found:
-    """The first `depth` of each query's shortlist of distinct rows (-1: none) by inner product; equal vectors tie.
-
-    `vectors_of` returns the vectors [M, D] of rows [M], ascending, at most `block_vectors` at a time.
-    """
-    keys_QK = np.empty((len(queries_QD), min(depth, rows_QS.shape[1])), dtype=np.uint64)
-    block_size = max(1, block_vectors // max(rows_QS.shape[1], 1))
-    for start in range(0, len(queries_QD), block_size):
-        block = slice(start, start + block_size)
-        # Reads a memory map in order, and each of its rows once.
-        unique_M, place = np.unique(np.maximum(rows_QS[block], 0), return_inverse=True)
-        vectors_MD = np.asarray(vectors_of(unique_M), dtype=np.float32)
-        gathered_QSD = vectors_MD[place.reshape(rows_QS[block].shape)]
-        # Not by BLAS: its kernels round differently by position, so equal vectors would not tie.
-        scores_QS = np.einsum("qsd,qd->qs", gathered_QSD, queries_QD[block].astype(np.float32, copy=False))
-        keys_QK[block] = first_of(scores_QS, rows_QS[block], depth)
-    return from_keys(keys_QK)
-
-
 def recall_against(rows_QK: np.ndarray, exact_rows_QK: np.ndarray) -> np.ndarray:
     """Share of the exact results that were found, per query: |found & exact| / |exact|, [Q]. The two K may differ."""
     pairs = zip(rows_QK, np.where(exact_rows_QK < 0, -2, exact_rows_QK), strict=True)
@@ -187,9 +159,9 @@ def from_keys(keys: np.ndarray) -> Found:
     return Found(scores, np.where(rows == 0xFFFFFFFF, -1, rows))
 
 
-def first_of(scores: np.ndarray, rows: np.ndarray, depth: int) -> np.ndarray:
-    """The first `depth` keys of [Q, W] scores and rows, sorted. Where the row is -1 there is no result."""
-    return np.sort(to_keys(np.where(rows < 0, np.float32(-np.inf), scores), rows), axis=1)[:, :depth]
+def first_of(scores: np.ndarray, rows: np.ndarray, depth: int) -> Found:
+    """The first `depth` of [Q, W] scores and rows. Where the row is -1 there is no result."""
+    return from_keys(np.sort(to_keys(np.where(rows < 0, np.float32(-np.inf), scores), rows), axis=1)[:, :depth])
 
 
 def merge_keys(keys_QK: np.ndarray, new_QK: np.ndarray, depth: int) -> np.ndarray:

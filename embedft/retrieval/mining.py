@@ -31,8 +31,7 @@ from ..data.dataset import RetrievalDataset
 from .encoding import Slice, SupportsEncode, encode, encode_documents, sorted_corpus, truncate
 from .index import Found
 from .metrics import has_relevant
-from .search import search_slices
-from .settings import Setting, check_settings
+from .search import Setting, check_settings, search_slices
 
 Sampling = Literal["random", "top"]
 SAMPLINGS = get_args(Sampling)

@@ -1,6 +1,7 @@
-"""Vectors as codes of one byte or one bit per dimension, and exhaustive search over them.
+"""Exhaustive search over shorter vectors: codes of one byte or one bit per dimension, or leading dimensions.
 
     scores, rows = QuantizedIndex(document_embeddings, "int8").search(query_embeddings, depth=100)
+    scores, rows = AdaptiveIndex(document_embeddings, 64).search(query_embeddings, depth=100)
 
 | precision | bytes per vector | score |
 |-----------|------------------|-------|
@@ -10,26 +11,19 @@
 
 Queries stay float32. Nothing is rescored with vectors finer than the stored ones. Product quantization is FAISS's.
 
-Source: Shakir et al. 2024, "Binary and Scalar Embedding Quantization"; Yamada et al. 2021, section 3 (rescored binary).
+Source: Shakir et al. 2024, "Binary and Scalar Embedding Quantization"; Yamada et al. 2021, section 3 (rescored binary);
+Kusupati et al. 2022, section 4.3.1 (adaptive).
 Shapes: Q queries, N documents, D dimensions, B = ceil(D / 8) bytes, K = min(depth, N) results.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
-from .index import (
-    SHORTLIST_FACTOR,
-    SLICE_DOCUMENTS,
-    Found,
-    Index,
-    first_of,
-    from_keys,
-    search_exact,
-    search_shortlist,
-    shape_to_index,
-    slices_of,
-)
+from .index import SLICE_DOCUMENTS, Found, Index, checked_embeddings, first_of, search_exact, shape_to_index, slices_of
 
 PRECISIONS = ("float32", "int8", "binary")
+SHORTLIST_FACTOR = 4  # documents in a shortlist for each result asked for
 
 
 def bytes_per_vector(dim: int, precision: str) -> int:
@@ -137,4 +131,65 @@ class QuantizedIndex(Index):
         # FAISS's heap ("hc") keeps the lowest rows among equal distances; its counting sort does not.
         options = {"k": min(depth, len(self)), "variant": "hc"}
         distances, rows = faiss.knn_hamming(to_binary(queries_QD), self.codes, **options)
-        return from_keys(first_of(-distances.astype(np.float32), rows, depth))
+        return first_of(-distances.astype(np.float32), rows, depth)
+
+
+class AdaptiveIndex(Index):
+    """The first `short_dim` dimensions, normalized again, find shortlist_factor x `depth` documents; all order them.
+
+    What the short vectors miss stays missed. Scores are inner products of the full vectors as given, an array or a
+    memory map from which the rows of every shortlist are read. Meant for Matryoshka embeddings (losses/matryoshka.py).
+    """
+
+    def __init__(self, embeddings_ND: np.ndarray, short_dim: int, *, shortlist_factor: int = SHORTLIST_FACTOR):
+        _, self.dim = shape_to_index(embeddings_ND)
+        if not 1 <= short_dim < self.dim:
+            raise ValueError(f"short_dim is {short_dim}, expected at least 1 and below {self.dim}")
+        self.embeddings_ND, self.short_dim, self.shortlist_factor = embeddings_ND, short_dim, shortlist_factor
+        self._short_ND = unit_rows(checked_embeddings(embeddings_ND[:, :short_dim]))
+
+    def __len__(self) -> int:
+        return len(self.embeddings_ND)
+
+    @property
+    def bytes_per_vector(self) -> int:
+        """Of the short vectors, and of the full ones."""
+        return self.short_dim * 4 + self.dim * self.embeddings_ND.itemsize
+
+    def _search(self, queries_QD: np.ndarray, depth: int) -> Found:
+        short_QD = unit_rows(queries_QD[:, : self.short_dim])
+        shortlist = search_exact(short_QD, self._short_ND, self.shortlist_factor * depth)
+        return search_shortlist(queries_QD, shortlist.rows, self.embeddings_ND.__getitem__, min(depth, len(self)))
+
+
+def unit_rows(embeddings_ND: np.ndarray) -> np.ndarray:
+    """x / ||x|| for each row; a row of zeros stays."""
+    lengths_N1 = np.linalg.norm(embeddings_ND, axis=1, keepdims=True)
+    return embeddings_ND / np.where(lengths_N1 == 0, 1, lengths_N1)
+
+
+def search_shortlist(
+    queries_QD: np.ndarray,
+    rows_QS: np.ndarray,
+    vectors_of: Callable[[np.ndarray], np.ndarray],
+    depth: int,
+    *,
+    block_vectors: int = 16_384,
+) -> Found:
+    """The first `depth` of each query's shortlist of distinct rows (-1: none) by inner product; equal vectors tie.
+
+    `vectors_of` returns the vectors [M, D] of rows [M], ascending, at most `block_vectors` at a time.
+    """
+    shape = len(queries_QD), min(depth, rows_QS.shape[1])
+    found = Found(np.empty(shape, np.float32), np.empty(shape, np.int64))
+    block_size = max(1, block_vectors // max(rows_QS.shape[1], 1))
+    for start in range(0, len(queries_QD), block_size):
+        block = slice(start, start + block_size)
+        # Reads a memory map in order, and each of its rows once.
+        unique_M, place = np.unique(np.maximum(rows_QS[block], 0), return_inverse=True)
+        vectors_MD = np.asarray(vectors_of(unique_M), dtype=np.float32)
+        gathered_QSD = vectors_MD[place.reshape(rows_QS[block].shape)]
+        # Not by BLAS: its kernels round differently by position, so equal vectors would not tie.
+        scores_QS = np.einsum("qsd,qd->qs", gathered_QSD, queries_QD[block].astype(np.float32, copy=False))
+        found.scores[block], found.rows[block] = first_of(scores_QS, rows_QS[block], depth)
+    return found

@@ -83,11 +83,8 @@ class Report:
         values = zip(*(column.tolist() for column in self.per_query.values()), strict=True)
         with atomic_write(folder / "per_query.jsonl") as file:
             for query_id, cluster, row in zip(self.query_ids, self.clusters, values, strict=True):
-                line = {
-                    "query_id": query_id,
-                    "cluster": cluster,
-                    "metrics": dict(zip(self.per_query, row, strict=True)),
-                }
+                metrics = dict(zip(self.per_query, row, strict=True))
+                line = {"query_id": query_id, "cluster": cluster, "metrics": metrics}
                 file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
         summary = ("metrics", "num_queries", "num_without_relevant", "setting", "costs")
         write_json(folder / "metrics.json", {name: getattr(self, name) for name in summary})
@@ -96,9 +93,8 @@ class Report:
     def load(cls, folder: str | Path) -> "Report":
         """Reads what `save` wrote; raises `ValueError` if files are missing, damaged or do not belong together."""
         folder = Path(folder)
-        for name in reversed(REPORT_FILES):
-            if not (folder / name).is_file():
-                raise ValueError(f"{folder} holds no report: {name} is missing")
+        if missing := [name for name in reversed(REPORT_FILES) if not (folder / name).is_file()]:
+            raise ValueError(f"{folder} holds no report: {missing[0]} is missing")
         summary = read_json(folder / "metrics.json")
         lines = [line for _, line in read_jsonl(folder / "per_query.jsonl")]
         try:

@@ -4,31 +4,62 @@
     searcher = Searcher(embedder, dataset, depth=5, passages=(128, 64), index="hnsw")     # encodes and indexes once
     run = searcher.search({"q1": "what is a limit order?"})                               # as often as you like
 
-encoding.py makes vectors, an index built by settings.py finds rows, which become a Run here. Costs of a grid:
+A setting is
 
-- query_encoding_seconds, document_encoding_seconds: of the encoding that settings share;
-- build_seconds (codes and index), search_seconds, queries_per_second (of search alone);
-- bytes_per_document, and with passages windows_per_document;
-- recall@10_of_exact: the mean share of the first 10 documents of exact search (of `depth` if that is less) among the
-  first 10 found.
+- dim: leading dimensions to keep; None: as many as the embedder gives;
+- precision: float32, int8 or binary, as what vectors are stored (quantization.py);
+- index: "flat" (every document); hnsw, ivf, ivfpq or a factory string of FAISS, with parameters as in
+  "hnsw,efSearch=128" (approximate.py); or "adaptive-64": 64 dimensions find 4 x `depth` documents, all order them;
+- passages: (size, stride) in tokens: documents are cut into windows and scored by the best one; None: whole documents.
+
+int8 and binary work with flat, hnsw and ivf, which then search what the codes stand for, in float32: quality and bytes
+are those of the codes, speed is not. With passages an index other than flat finds windows, and all windows of their
+documents are scored (not adaptive).
 
 Shapes: Q queries, N documents or windows, W dimensions of the model, D of them kept.
 """
 
 import itertools
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..data.dataset import RetrievalDataset
+from .approximate import FaissIndex, check_index, split_name
 from .encoding import Slice, SupportsEncode, encode, encode_documents, join_slices, sorted_corpus, timed, truncate
-from .index import Found, from_keys, merge_keys, recall_against, require_depth, search_exact, to_keys
+from .index import FlatIndex, Found, Index, from_keys, merge_keys, recall_against, require_depth, search_exact, to_keys
 from .passages import WindowIndex
-from .quantization import bytes_per_vector
+from .quantization import PRECISIONS, AdaptiveIndex, QuantizedIndex, bytes_per_vector
 from .run import Run
-from .settings import Setting, build, check_settings
+
+# FAISS indices that hold every vector as it is, so they can hold what codes stand for.
+HOLD_VECTORS = ("hnsw", "ivf")
+
+
+class Setting(NamedTuple):
+    """How a corpus is searched, see above."""
+
+    dim: int | None = None
+    precision: str = "float32"
+    index: str = "flat"
+    passages: Sequence[int] | None = None
+
+    @property
+    def is_exact(self) -> bool:
+        return self.precision == "float32" and self.index == "flat"
+
+    @property
+    def short_dim(self) -> int:
+        """The 64 of "adaptive-64"; 0 for other indices."""
+        found = re.fullmatch(r"adaptive-([1-9]\d*)", self.index)
+        return int(found[1]) if found else 0
+
+    def describe(self) -> dict:
+        """What a report says of it."""
+        return {**self._asdict(), "passages": self.passages and list(self.passages)}
 
 
 def search(
@@ -51,7 +82,7 @@ def search(
         exclude_identical_ids: a query of the dataset that is also a document, under the same id, does not find itself
             (ArguAna, Quora) unless it is judged relevant; a warning says so.
         slice_documents: documents encoded at a time; None: 65,536, or 4,096 with passages.
-        setting: dim, precision, index, passages: see settings.py.
+        setting: dim, precision, index, passages.
 
     Raises `ValueError` for a setting that cannot work, or embeddings that are not finite, naming the text.
     """
@@ -117,10 +148,11 @@ def search_grid(
     exclude_identical_ids: bool = True,
     slice_documents: int | None = None,
 ) -> Iterator[tuple[Run, dict, dict[str, float]]]:
-    """The run of each setting in order, what a report says of the setting, and its costs, listed above.
+    """The run of each setting in order, what a report says of the setting, and its costs.
 
     Settings with the same passages in a row share one encoding of the corpus. Exact search goes slice by slice, as
     documents are encoded, at every dim; other settings are measured against it, and only for them are vectors kept.
+    recall@10_of_exact: the mean share of the first 10 documents of exact search among the first 10 found.
     """
     require_depth(depth)
     check_settings(embedder, settings, num_documents=len(dataset.corpus))
@@ -200,3 +232,67 @@ def _named(queries: Mapping[str, str] | Sequence[str]) -> dict[str, str]:
     if not len(queries):
         raise ValueError("no queries to search for")
     return dict(queries) if isinstance(queries, Mapping) else {str(place): text for place, text in enumerate(queries)}
+
+
+def check_settings(
+    embedder: SupportsEncode, settings: Sequence[Setting], *, width: int | None = None, num_documents: int | None = None
+) -> list[Setting]:
+    """The settings with their number of dimensions, if the model's `width` is given or the embedder has a `full_dim`.
+
+    Raises `ValueError` for what cannot work, too few documents to train an index on (None: not checked) included.
+    """
+    width, found, unsupported = width or getattr(embedder, "full_dim", None), [], []
+    for setting in settings:
+        dim, precision, index, passages = setting
+        if passages is not None and not hasattr(embedder, "encode_passages"):
+            kind = type(embedder).__name__
+            raise ValueError(f"passages is {tuple(passages)}: {kind} cannot cut documents into windows")
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
+        if index.startswith("adaptive") and not setting.short_dim:
+            raise ValueError(f"index is {index!r}, expected adaptive-DIM, e.g. adaptive-64")
+        if precision != "float32" and split_name(index)[0] not in ("flat", *HOLD_VECTORS):
+            unsupported.append(f"{precision} with {index} (it works with flat, {', '.join(HOLD_VECTORS)})")
+        if setting.short_dim and passages is not None:
+            unsupported.append(f"{index} with passages")
+        if width is not None:
+            dim = (getattr(embedder, "truncate_dim", None) or width) if dim is None else dim
+            if not 1 <= dim <= width:
+                raise ValueError(f"dim is {dim}, expected 1 to {width}")
+            if setting.short_dim >= dim:
+                unsupported.append(f"{index} at {dim} dimensions")
+        found.append(setting._replace(dim=dim))
+    if unsupported:
+        raise ValueError(f"unsupported search: {'; '.join(dict.fromkeys(unsupported))}")
+    for dim, _, index, passages in found:
+        if width is not None and index != "flat" and not index.startswith("adaptive"):
+            check_index(index, dim, num_documents=None if passages else num_documents)
+    return found
+
+
+def build(vectors_ND: np.ndarray, source_N: np.ndarray | None, setting: Setting) -> tuple[Index, float, dict]:
+    """An index over vectors of `setting.dim` dimensions, the bytes of each vector in it, and what a report says of it.
+
+    source_N: the document of each window; None: each vector is a document.
+    """
+    index, facts, is_flat, windows = None, {}, setting.index == "flat", source_N is not None
+    num_bytes = bytes_per_vector(setting.dim, setting.precision)
+    if setting.precision != "float32":
+        codes = QuantizedIndex(vectors_ND, setting.precision)
+        if is_flat and not (windows and setting.precision == "int8"):  # int8 windows are all scored: no candidates
+            index = codes
+        if not is_flat or windows:
+            vectors_ND = codes.decode()
+    if setting.short_dim:
+        index = AdaptiveIndex(vectors_ND, setting.short_dim)
+        num_bytes = index.bytes_per_vector
+    elif not is_flat:
+        index = FaissIndex(vectors_ND, setting.index)
+        facts = {"factory": index.factory, "parameters": index.parameters}
+        if split_name(setting.index)[0] in HOLD_VECTORS:  # the bytes of codes in place of those of float32
+            num_bytes += index.bytes_per_vector - bytes_per_vector(setting.dim, "float32")
+        else:  # all windows of a document that is found are scored by their vectors
+            num_bytes = index.bytes_per_vector + (num_bytes if windows else 0)
+    if windows:
+        index = WindowIndex(vectors_ND, source_N, candidates=index)
+    return FlatIndex(vectors_ND) if index is None else index, num_bytes, facts
