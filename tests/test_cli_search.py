@@ -15,7 +15,7 @@ from tiny import make_dataset, make_embedder
 
 from embedft import RetrievalDataset, bm25_run, fuse, load_embedder
 from embedft.cli import main
-from embedft.commands.search import _Windows
+from embedft.commands.search import make_window_text
 from embedft.corpus.chunks import Chunk, Place, save_chunks
 from embedft.retrieval.bm25 import split_words
 from embedft.retrieval.search import search
@@ -165,7 +165,7 @@ def test_text_of_a_window_has_its_tokens(place, prompt, passages):
     embedder = load_embedder("model", device="cpu")
     embedder.prompts = {"document": prompt}
     generator = random.Random(0)
-    windows = _Windows(embedder, passages)
+    window_text = make_window_text(embedder, passages)
     assert len(embedder.tokenizer.encode(["a " * 99])[0]) == 48  # it still cuts texts off
     around = 2 + len(embedder.tokenize([prompt])[0])
     whole = copy.deepcopy(embedder.tokenizer.backend)
@@ -179,7 +179,7 @@ def test_text_of_a_window_has_its_tokens(place, prompt, passages):
             inside = spans[first : first + len(ids) - around]
             expected = text[inside[0][0] : inside[-1][1]] if inside else text
             dots = "... " * (number > 0), " ..." * (number < len(cut) - 1)
-            assert windows.text_of(text, number) == expected.join(dots)
+            assert window_text(text, number) == expected.join(dots)
             assert ids[around - 1 : -1] == embedder.tokenize([text])[0][first : first + len(inside)]
             first += min(passages[1], passages[0] - around)
 
@@ -258,9 +258,9 @@ def test_questions_are_typed_until_an_empty_line(place, capsys, monkeypatch):
         (["empty.jsonl", QUESTION], "empty.jsonl"),
         (["bad.jsonl", QUESTION], "bad.jsonl line 2: expected an object with `id` and `text`"),
         (["chunks", QUESTION, "--split", "test"], "chunks"),
-        (["chunks", QUESTION, "--format", "csv"], "chunks: not a 'csv' dataset"),
+        (["chunks", QUESTION, "--format", "csv"], "chunks: is a folder, the format 'csv' is a file"),
         (["chunks", " "], "the question is empty"),
-        (["chunks", QUESTION, "--depth", "0"], "--depth is 0, expected at least 1"),
+        (["chunks", QUESTION, "--depth", "0"], "depth is 0, expected at least 1"),
         (["chunks", QUESTION, "--dim", "33"], "dim is 33, expected 1 to 32"),
         (["chunks", QUESTION, "--passages", "6", "8"], "passages start every 8 tokens, expected 1 to their size, 6"),
         (["chunks", QUESTION, "--adapter", "none"], "none: no adapter"),
