@@ -43,7 +43,9 @@ class Hybrid:
 
     bm25: bool = setting(True, "evaluate BM25 too")
     fuse: bool = setting(False, "evaluate the z-score fusion of both too")
-    fuse_weight: float = setting(0.5, "of BM25 in the fusion, the model's is 1 - W; choose it on other questions")
+    fuse_weight: float = setting(
+        0.5, "of BM25 in the fusion, the model's is 1 - W; choose it on other questions", least=0, most=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +71,10 @@ class Options(Adapted, Grid, Hybrid, Data):
         for name, needed in (("whole", "passages"), ("overwrite", "out"), ("fuse_weight", "fuse")):
             if not getattr(self, needed) and (given := changed(self, [name])):
                 raise ValueError(f"{given[0]} is for --{needed}, which is not given")
-        if not 0 <= self.fuse_weight <= 1:
-            raise ValueError(f"--fuse-weight is {self.fuse_weight}, expected 0 to 1")
-        if self.fuse and self.num_settings > 1:
-            raise ValueError(f"--fuse is for one setting, these are {self.num_settings}")
-        if self.metric and self.num_settings == 1:
+        num_settings = math.prod(map(len, self.grid.values()))
+        if self.fuse and num_settings > 1:
+            raise ValueError(f"--fuse is for one setting, these are {num_settings}")
+        if self.metric and num_settings == 1:
             raise ValueError("--metric is for several settings, this is one; --metrics names what to measure")
 
     @property
@@ -85,11 +86,6 @@ class Options(Adapted, Grid, Hybrid, Data):
         passages = [None, *passages] if self.whole or not passages else passages
         lists = {"dims": self.dims or [self.dim], "precisions": self.precisions, "indices": self.indices}
         return {name: tuple(dict.fromkeys(values)) for name, values in {**lists, "passages": passages}.items()}
-
-    @property
-    def num_settings(self) -> int:
-        """How many combinations there are."""
-        return math.prod(map(len, self.grid.values()))
 
     @property
     def measures(self) -> dict[str, Any]:
@@ -113,7 +109,10 @@ def run(options: Options) -> None:
         _save(Path(options.out), reports, beside)
     print_costs(embedder)
     if options.json:
-        print(json.dumps(_as_json(reports, beside), indent=2))
+        # One setting's metrics as they are, several under "settings".
+        settings = [{"setting": r.setting, "metrics": r.metrics, "costs": r.costs} for r in reports]
+        found = reports[0].metrics if len(reports) == 1 else {"settings": settings}
+        print(json.dumps({**found, **{name: report.metrics for name, report in beside.items()}}, indent=2))
     elif len(reports) > 1:
         if options.style == "text":
             first, _, _ = str(reports[0]).partition("\n")
@@ -139,46 +138,31 @@ def _table_metric(options: Options, dataset: RetrievalDataset) -> str:
 
 def _baselines(options: Options, embedder, dataset: RetrievalDataset, report: Report) -> dict[str, Report]:
     """BM25's report and, if wanted, that of the fusion."""
-    tokenize = getattr(embedder, "tokenize", None)
+    tokenize, exclude = getattr(embedder, "tokenize", None), not options.keep_identical_ids
     if tokenize is None:
         print("bm25 is over words: the model's tokens are not known", file=sys.stderr)
-    exclude = not options.keep_identical_ids
     run = embedft.bm25_run(dataset, tokenize=tokenize, depth=options.depth, exclude_identical_ids=exclude)
-    runs = {"bm25": (run, {"index": "bm25", "tokens": "words" if tokenize is None else "the encoder's"})}
+    found = {"bm25": (run, {"index": "bm25", "tokens": "words" if tokenize is None else "the encoder's"})}
     if options.fuse:
         weight = options.fuse_weight
         fused = embedft.fuse([run, report.run], method="zscore", weights=(weight, 1 - weight), depth=options.depth)
-        runs["fused"] = fused, {"index": "fused", "method": "zscore", "bm25_weight": weight}
-    reports = {}
-    for name, (found, how) in runs.items():
-        measured = embedft.evaluate_run(found, dataset, **options.measures)
-        reports[name] = dataclasses.replace(measured, setting={**how, **measured.setting})
-    return reports
+        found["fused"] = fused, {"index": "fused", "method": "zscore", "bm25_weight": weight}
+    reports = {name: embedft.evaluate_run(run, dataset, **options.measures) for name, (run, _) in found.items()}
+    return {name: dataclasses.replace(r, setting={**found[name][1], **r.setting}) for name, r in reports.items()}
 
 
 def _saved_reports(out: Path) -> list[Path]:
-    """The folders of reports that an earlier evaluation may have written to `out`."""
-    return [folder for folder in (out, *sorted(out.glob("*/"))) if (folder / "metrics.json").is_file()]
+    """The folders of reports that an earlier evaluation wrote to `out`: itself, or named by their setting."""
+    folders = [folder for folder in (out, *sorted(out.glob("*/"))) if (folder / "metrics.json").is_file()]
+    own = {out, out / "bm25", out / "fused"}
+    return [folder for folder in folders if folder in own or folder.name == setting_name(Report.load(folder).setting)]
 
 
 def _save(out: Path, reports: Sequence[Report], beside: Mapping[str, Report]) -> None:
     """All reports together in place of those of an earlier evaluation; others in folders of `out` stay."""
-    old = [folder for folder in _saved_reports(out) if folder == out or _is_part(folder)]
-    stale = [str((folder / name).relative_to(out)) for folder in old for name in REPORT_FILES]
+    stale = [str((folder / name).relative_to(out)) for folder in _saved_reports(out) for name in REPORT_FILES]
     with replace_files(out, stale=stale) as new:
         for report in reports:
             report.save(new if len(reports) == 1 else new / setting_name(report.setting))
         for name, report in beside.items():
             report.save(new / name)
-
-
-def _is_part(folder: Path) -> bool:
-    """Whether an evaluation wrote this folder within its --out: it is named by its setting."""
-    return folder.name in ("bm25", "fused") or folder.name == setting_name(Report.load(folder).setting)
-
-
-def _as_json(reports: Sequence[Report], beside: Mapping[str, Report]) -> dict[str, Any]:
-    """One setting's metrics as they are, several under "settings"; beside them those of BM25 and the fusion."""
-    settings = [{"setting": r.setting, "metrics": r.metrics, "costs": r.costs} for r in reports]
-    found = reports[0].metrics if len(reports) == 1 else {"settings": settings}
-    return {**found, **{name: report.metrics for name, report in beside.items()}}
