@@ -17,7 +17,7 @@ from tiny import make_dataset, make_embedder
 
 from embedft import Report, bm25_run, compare, evaluate, evaluate_run, fuse, load_embedder
 from embedft.cli import main
-from embedft.commands.options import short_names
+from embedft.commands.compare import short_names
 from embedft.retrieval.evaluate import evaluate_grid
 from embedft.retrieval.report import compare_seeds
 from embedft.retrieval.tables import format_comparisons, format_grid, format_reports

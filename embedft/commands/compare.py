@@ -4,6 +4,8 @@ embedft compare eval/base eval/windows --metric mrr@10 hit_rate@5
 embedft compare eval/base eval/seed0 eval/seed1 eval/seed2 --seeds
 """
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,6 @@ from ..config import REQUIRED, setting
 from ..files import check_writable
 from ..retrieval.report import Report, compare_seeds, paired_values
 from ..retrieval.tables import Style, compare_all, format_comparisons
-from .options import short_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,9 @@ class Options(config.Options):
     )
     metric: list[str] = setting(["ndcg@10"], "metrics, any that all reports have", metavar="NAME ...")
     seeds: bool = setting(False, "the others are one recipe, trained with several seeds")
-    bases: int = setting(1, "with --seeds: how many of the first reports are the base, trained with the same seeds")
+    bases: int = setting(
+        1, "with --seeds: how many of the first reports are the base, trained with the same seeds", least=1
+    )
     style: Style = setting("text", "of the table")
     save_plot: str | None = setting(None, "draw two reports question by question (.png, .pdf, .svg)", metavar="FILE")
 
@@ -35,7 +38,7 @@ class Options(config.Options):
             raise ValueError(f"--save-plot is for two reports, these are {len(self.reports)}")
         if self.seeds and len(self.reports) - self.bases < 2:
             raise ValueError("--seeds needs a base and the reports of at least two seeds")
-        if not 1 <= self.bases < len(self.reports) or (self.bases > 1 and not self.seeds):
+        if self.bases >= len(self.reports) or (self.bases > 1 and not self.seeds):
             raise ValueError(f"--bases is {self.bases}, expected 1, or with --seeds fewer than the reports")
 
 
@@ -52,14 +55,12 @@ def run(options: Options) -> None:
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
     bases, others = reports[: options.bases], reports[options.bases :]
-    comparisons: dict[str, list] = {f"{len(others)} seeds": []} if options.seeds else {name: [] for name in names}
-    for metric in dict.fromkeys(options.metric):
-        if options.seeds:
-            found = [compare_seeds(bases, others, metric=metric)]
-        else:
-            found = compare_all(bases[0], others, metric=metric)
-        for of_name, comparison in zip(comparisons.values(), found, strict=True):
-            of_name.append(comparison)
+    by_metric = [
+        [compare_seeds(bases, others, metric=metric)] if options.seeds else compare_all(bases[0], others, metric=metric)
+        for metric in dict.fromkeys(options.metric)
+    ]
+    names = [f"{len(others)} seeds"] if options.seeds else names
+    comparisons = dict(zip(names, map(list, zip(*by_metric, strict=True)), strict=True))
     if options.save_plot:
         from ..retrieval.plots import plot_questions, save_figure
 
@@ -67,13 +68,11 @@ def run(options: Options) -> None:
         save_figure(figure, options.save_plot)
     print(format_comparisons(comparisons, base=base_name, style=options.style))
     if options.style == "text":
-        one = next(iter(comparisons.values()))[0]
-        how = "intervals by bootstrap, p-values by sign flips"
+        one, how = by_metric[0][0], "intervals by bootstrap, p-values by sign flips"
         if options.seeds:
+            errors = f"standard error {one.question_error:.4f} of questions, {one.seed_error:.4f} of seeds"
             how = "intervals and p-values by a t distribution, for new seeds and new questions"
-            how += (
-                f";\n{one.metric}: standard error {one.question_error:.4f} of questions, {one.seed_error:.4f} of seeds"
-            )
+            how += f";\n{one.metric}: {errors}"
         size = f"{one.num_queries:,} questions in {one.num_clusters:,} clusters (questions that share a document)"
         print(f"\n{size}; differences to {base_name};\n{how}")
 
@@ -84,3 +83,16 @@ def _load(folder: Path) -> Report:
         if found:
             raise ValueError(f"{folder}: is no report, but holds {', '.join(found)}")
     return Report.load(folder)
+
+
+def short_names(folders: Sequence[str]) -> list[str]:
+    """Each path without what all of them begin and end with; one given again gets a number."""
+    parts = [Path(folder).resolve().parts for folder in folders]
+    for step in (0, -1):  # from the front, then from the back
+        while min(map(len, parts)) > 1 and len({path[step] for path in parts}) == 1:
+            parts = [path[1:] if step == 0 else path[:-1] for path in parts]
+    names: list[str] = []
+    for name in map("/".join, parts):
+        numbered = itertools.chain([name], (f"{name} ({number})" for number in itertools.count(2)))
+        names.append(next(other for other in numbered if other not in names))
+    return names

@@ -6,24 +6,17 @@ class Options(Encoder, Data): ...
 dataset, embedder = load_data(options.data, options), load_encoder(options)
 """
 
-import itertools
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import embedft
 
 from .. import config
 from ..config import REQUIRED, setting
 from ..data.dataset import RetrievalDataset
-
-if TYPE_CHECKING:
-    from ..corpus.chunks import Chunk
-    from ..encoders.embedder import Embedder
-    from ..encoders.openai_api import ApiEmbedder
 
 DATASETS = "QA JSON, BEIR folder, JSONL or CSV pairs"
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -92,8 +85,8 @@ class Windows:
     )
 
 
-def load_model(options: Model, **more: Any) -> "Embedder | ApiEmbedder":
-    """The model of a command, on its device and with its prompts."""
+def load_model(options: Model, **more: Any) -> "embedft.Embedder":
+    """The model of a command, on its device and with its prompts; for openai:MODEL an `ApiEmbedder`."""
     given = {"query": options.query_prompt, "document": options.document_prompt}
     prompts = {role: text for role, text in given.items() if text is not None} or None
     if prompts and not options.model.startswith("openai:"):
@@ -107,7 +100,7 @@ def load_model(options: Model, **more: Any) -> "Embedder | ApiEmbedder":
     return embedft.load_embedder(options.model, **settings | more)
 
 
-def load_encoder(options: Encoder) -> "Embedder | ApiEmbedder":
+def load_encoder(options: Encoder) -> "embedft.Embedder":
     """The model of a command that encodes: with its store, and its adapter when the command has such an option."""
     import torch
 
@@ -133,8 +126,8 @@ def load_training_data(path: str, options: Data) -> RetrievalDataset:
     return load_data(path, options, split="train" if has_train else None)
 
 
-def load_chunk_files(path: Path) -> "dict[str, list[Chunk]]":
-    """{name of the file: its chunks}, of one file or of a folder that `embedft chunk` wrote."""
+def load_chunk_files(path: Path) -> dict[str, list]:
+    """{name of the file: its `Chunk`s}, of one file or of a folder that `embedft chunk` wrote."""
     from ..corpus.chunks import load_chunks
     from ..corpus.documents import SUFFIXES
 
@@ -150,7 +143,7 @@ def load_chunk_files(path: Path) -> "dict[str, list[Chunk]]":
     return {path.stem: load_chunks(path)}
 
 
-def print_costs(embedder: "Embedder | ApiEmbedder") -> None:
+def print_costs(embedder: "embedft.Embedder") -> None:
     """Prints store hits, computed texts and cost to stderr."""
     if hasattr(embedder, "endpoint"):
         print(f"{embedder.endpoint.name}: {embedder.costs}", file=sys.stderr)
@@ -166,17 +159,3 @@ def format_bytes(number: int) -> str:
             return f"{number:.3g} {unit}"
         number /= 1024
     return f"{number:.3g} TiB"
-
-
-def short_names(folders: Sequence[str]) -> list[str]:
-    """Each path without what all of them begin and end with; one given again gets a number."""
-    parts = [Path(folder).resolve().parts for folder in folders]
-    for step in (0, -1):  # from the front, then from the back
-        while min(map(len, parts)) > 1 and len({path[step] for path in parts}) == 1:
-            parts = [path[1:] if step == 0 else path[:-1] for path in parts]
-    names: list[str] = []
-    for path in parts:
-        name = "/".join(path)
-        numbered = itertools.chain([name], (f"{name} ({number})" for number in itertools.count(2)))
-        names.append(next(other for other in numbered if other not in names))
-    return names
