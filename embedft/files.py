@@ -6,6 +6,7 @@ the `OSError` names the file, earlier files stay as they were, and nothing half-
 """
 
 import contextlib
+import fcntl
 import gzip
 import hashlib
 import io
@@ -96,11 +97,10 @@ def check_writable(path: str | Path, *, file: bool = False) -> None:
     path = Path(path)
     if file and path.is_dir():
         raise ValueError(f"{path}: is a folder, expected the name of a file")
-    parents = path.absolute().parents
-    parent = next(place for place in ((path, *parents) if not file else parents) if place.exists())
+    places = (path.absolute(), *path.absolute().parents)
+    parent = next(place for place in places[file:] if place.exists())
     try:
-        with tempfile.TemporaryFile(dir=parent):
-            pass
+        tempfile.TemporaryFile(dir=parent).close()
     except OSError as error:
         raise ValueError(f"{path}: cannot be written to ({error.strerror}: {parent})") from None
 
@@ -156,12 +156,11 @@ def _parse_json(text: str, path: str | Path, line: int | None = None) -> Any:
     """The value of a JSON text: a whole file, or its line `line`."""
     try:
         return _DECODER.decode(text)
-    except json.JSONDecodeError as error:
-        where = f"{path} line {error.lineno if line is None else line} column {error.colno}"
-        raise ValueError(f"{where}: invalid JSON ({error.msg})") from None
-    except (ValueError, RecursionError) as error:  # repeated key, too many digits, too deep
-        where = f"{path}" if line is None else f"{path} line {line}"
-        raise ValueError(f"{where}: invalid JSON ({error})") from None
+    except (ValueError, RecursionError) as error:  # besides bad syntax: a repeated key, too many digits, too deep
+        where, what = f"{path}" if line is None else f"{path} line {line}", error
+        if isinstance(error, json.JSONDecodeError):
+            where, what = f"{path} line {line or error.lineno} column {error.colno}", error.msg
+        raise ValueError(f"{where}: invalid JSON ({what})") from None
 
 
 def read_json(path: str | Path) -> Any:
@@ -245,14 +244,14 @@ def locked(path: str | Path, *, wait: Callable[[str], object] | None = None) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:
         try:
-            _lock(file.fileno())
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             if wait is None:
                 raise ValueError(f"{path.parent}: another process is writing there (it holds {path.name})") from None
             file.seek(0)
             holder = file.read().decode(errors="replace")
             wait(f"process {holder}" if holder else "another process")
-            _lock(file.fileno(), wait=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
         file.truncate(0)
         file.write(str(os.getpid()).encode())
         file.flush()
@@ -260,18 +259,6 @@ def locked(path: str | Path, *, wait: Callable[[str], object] | None = None) -> 
             yield
         finally:
             file.truncate(0)
-
-
-def _lock(descriptor: int, *, wait: bool = False) -> None:
-    if os.name == "nt":
-        import msvcrt
-
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 def sha256_file(path: str | Path) -> str:

@@ -1,6 +1,5 @@
 """Checks of what a dataset holds. Each raises `ValueError`; `where` begins its message."""
 
-import math
 import reprlib
 from collections import Counter
 from typing import Any
@@ -43,9 +42,3 @@ def check_grade(grade: Any, where: str) -> None:
     """A grade is a whole number of at most 32 bits; above 0 is relevant."""
     if type(grade) is not int or abs(grade) >= 2**31:
         raise ValueError(f"{where} must be a whole number, below 2^31, found {reprlib.repr(grade)}")
-
-
-def check_score(score: Any, where: str) -> None:
-    """A score is a finite number."""
-    if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
-        raise ValueError(f"{where} must be a finite number, found {reprlib.repr(score)}")

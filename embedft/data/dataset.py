@@ -7,6 +7,7 @@ held_out.save("held_out.json")
 
 import hashlib
 import json
+import math
 import reprlib
 from collections import Counter
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ from typing import TypeVar
 import numpy as np
 
 from . import formats, pairs
-from .checks import check_distinct, check_grade, check_id, check_score, check_text
+from .checks import check_distinct, check_grade, check_id, check_text
 from .formats import FORMATS, WRITABLE
 
 FIELDS = ("queries", "corpus", "qrels", "negatives", "scores", "titles", "missing")
@@ -70,7 +71,11 @@ class RetrievalDataset:
                     else:
                         check_text(document_id, f"{where}: a document id")
                     if name == "scores":
-                        check_score(listed[document_id], f"{where}: the score of document {document_id!r}")
+                        score = listed[document_id]
+                        is_number = isinstance(score, int | float) and not isinstance(score, bool)
+                        if not is_number or not math.isfinite(score):
+                            found = f"the score of document {document_id!r} must be a finite number, found {score!r}"
+                            raise ValueError(f"{where}: {found}")
                     elif name != "negatives":
                         check_grade(listed[document_id], f"{where}: the grade of document {document_id!r}")
                     elif self.qrels.get(query_id, {}).get(document_id, 0) > 0:
