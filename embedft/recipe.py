@@ -38,16 +38,15 @@ from .training.train import BatchSource, Evaluate, OnStep, Refresh, train
 from .training.windows import best_windows, with_best_windows
 
 VALIDATION, VALIDATION_BASE = "validation", "validation-base"
-Data = RetrievalDataset | Mapping[str, RetrievalDataset]
 BATCHING = (
-    "batch_size", "batch_tokens", "num_negatives", "examples", "target_scores", "no_duplicates", "length_window",
-    "windows_per_document",
-)  # fmt: skip
+    *("batch_size", "batch_tokens", "num_negatives", "examples", "target_scores", "no_duplicates", "length_window"),
+    *("windows_per_document", "passages", "seed"),
+)
 REFRESHING = ("refresh_windows", "mine_every")
 # Settings that have no effect when an object is given.
 REPLACED = {
     "loss": ("loss",),
-    "batches": (*BATCHING, "sampling", "sampling_temperature", "mixed", *REFRESHING),
+    "batches": (*BATCHING[:-2], "sampling", "sampling_temperature", "mixed", *REFRESHING),
     "optimizer": ("lr", "loss_lr", "weight_decay"),
     "refresh": REFRESHING,
 }
@@ -58,7 +57,7 @@ class _Job:
     """The state of one `finetune` call: its arguments, then what `_prepare` makes of them."""
 
     embedder: Embedder
-    dataset: Data
+    datasets: Mapping[str, RetrievalDataset]  # a single one is called ""
     config: FinetuneConfig
     given: dict[str, Any]  # the objects
     validation: RetrievalDataset | None
@@ -75,9 +74,12 @@ class _Job:
             return False
         return not (self.out / runs.EVAL / VALIDATION_BASE / "metrics.json").exists()
 
-    def report(self) -> Report:
+    def report(self, save_as: str | None = None) -> Report:
         """On `validation`, with the weights as they are."""
-        return evaluate_embedder(self.embedder, self.validation, passages=self.config.passages, **self.measured())
+        found = evaluate_embedder(self.embedder, self.validation, passages=self.config.passages, **self.measured())
+        if save_as is not None:
+            found.save(self.out / runs.EVAL / save_as)
+        return found
 
     def measured(self) -> dict[str, Any]:
         """Arguments for `evaluate`: the default metrics and `select`, and a depth that is enough for both."""
@@ -95,7 +97,7 @@ class _Job:
 
 def finetune(
     embedder: Embedder,
-    dataset: Data,
+    dataset: RetrievalDataset | Mapping[str, RetrievalDataset],
     config: FinetuneConfig | None = None,
     *,
     validation: RetrievalDataset | None = None,
@@ -134,14 +136,15 @@ def finetune(
     given = {"loss": loss, "batches": batches, "optimizer": optimizer}
     given |= {"evaluate": evaluate, "refresh": refresh, "on_step": on_step}
     given = {name: value for name, value in given.items() if value is not None}
-    out = None if out is None else Path(out)
-    job = _Job(embedder, dataset, config or FinetuneConfig(), given, validation, references or {}, out)
+    datasets, out = ({"": dataset} if isinstance(dataset, RetrievalDataset) else dataset), out and Path(out)
+    job = _Job(embedder, datasets, config or FinetuneConfig(), given, validation, references or {}, out)
     before = embedder.max_length, getattr(embedder.encoder, "attention_dropout", 0.0)
     with contextlib.ExitStack() as stack:
         try:
             _prepare(job, existing)
             if out is not None:
-                _open(job, existing, allow_changed_code, before[0], stack)
+                how = {"existing": existing, "allow_changed_code": allow_changed_code}
+                distributed.from_first(lambda: _open(job, before[0], stack, **how))
         except BaseException:
             embedder.max_length, embedder.encoder.attention_dropout = before
             raise
@@ -165,9 +168,9 @@ def _prepare(job: _Job, existing: str) -> None:
     is_unsaid = "loss" not in job.given and _lacks_similarity(config.loss)
     if embedder.similarity == "dot" and not embedder.normalize and is_unsaid:
         raise ValueError("the model's similarity is the dot product: loss.similarity has to say 'dot' or 'cosine'")
-    data = job.dataset if isinstance(job.dataset, RetrievalDataset) else join_datasets(job.dataset)
+    data = job.datasets[""] if "" in job.datasets else join_datasets(job.datasets)
     if batches is None and config.mine_every is None:
-        batches = _make_batches(embedder, job.dataset, config)
+        batches = _make_batches(embedder, job.datasets, config)
     if job.validation is not None:
         evaluate_run(Run.from_dict({}), job.validation, **job.measured())  # an error if there is nothing to find
         if (shared := job.validation.shares_with(data)) and distributed.rank_and_size()[0] == 0:
@@ -192,34 +195,23 @@ def _prepare(job: _Job, existing: str) -> None:
     _try_loss(job)
 
 
-def _open(job: _Job, existing: str, allow_changed_code: bool, own_length: int, stack: contextlib.ExitStack) -> None:
+def _open(job: _Job, own_length: int, stack: contextlib.ExitStack, **how: Any) -> None:
     """Locks the run folder, proves that the model can be saved, and opens the run."""
-
-    def begin() -> None:
-        stack.enter_context(runs.lock(job.out))
-        job.embedder.save(job.out / runs.TRIAL)
-        shutil.rmtree(job.out / runs.TRIAL)
-        opening = {"device": job.embedder.device, "existing": existing, "allow_changed_code": allow_changed_code}
-        runs.open_run(job.out, job.settings, hashes=job.hashes, **opening)
-        # The base as it is, not truncated. Else the first validation will be of the base.
-        if job.lacks_base() and ("evaluate" in job.given or own_length != job.config.max_length):
-            job.embedder.max_length = own_length
-            job.report().save(job.out / runs.EVAL / VALIDATION_BASE)
-            job.embedder.max_length = job.config.max_length
-
-    distributed.from_first(begin)
+    stack.enter_context(runs.lock(job.out))
+    job.embedder.save(job.out / runs.TRIAL)
+    shutil.rmtree(job.out / runs.TRIAL)
+    runs.open_run(job.out, job.settings, hashes=job.hashes, device=job.embedder.device, **how)
+    # The base as it is, not truncated. Else the first validation will be of the base.
+    if job.lacks_base() and ("evaluate" in job.given or own_length != job.config.max_length):
+        job.embedder.max_length = own_length
+        job.report(VALIDATION_BASE)
+        job.embedder.max_length = job.config.max_length
 
 
 def _train(job: _Job) -> None:
-    def validate(embedder: Embedder) -> dict[str, float]:
-        report = job.report()
-        if job.lacks_base():
-            report.save(job.out / runs.EVAL / VALIDATION_BASE)
-        return report.metrics
-
     options = {"refresh_every": job.config.mine_every or 1}
     if job.validation is not None:
-        options["evaluate"] = validate
+        options["evaluate"] = lambda embedder: job.report(VALIDATION_BASE if job.lacks_base() else None).metrics
     if job.config.refresh_windows or job.config.mine_every is not None:
         options["refresh"] = lambda embedder: _renewed(job, job.batches)
     options |= {name: value for name, value in job.given.items() if name not in ("loss", "batches")}
@@ -234,7 +226,7 @@ def _train(job: _Job) -> None:
 def _close(job: _Job) -> None:
     job.embedder.save(job.out / runs.MODEL)
     if job.validation is not None:
-        job.report().save(job.out / runs.EVAL / VALIDATION)
+        job.report(VALIDATION)
     runs.close_run(job.out)
 
 
@@ -248,37 +240,34 @@ def _renewed(job: _Job, batches: BatchSource | None) -> BatchSource:
     return batches
 
 
-def _mined(job: _Job) -> Data:
-    """The dataset, or each of several, with mined negatives in place of its own."""
-    config, single = job.config, isinstance(job.dataset, RetrievalDataset)
-    datasets = {"": job.dataset} if single else job.dataset
+def _mined(job: _Job) -> dict[str, RetrievalDataset]:
+    """The datasets with mined negatives in place of their own."""
+    config = job.config
+    options = {name.removeprefix("mine_"): getattr(config, name) for name in MINING}
+    options |= {"num_negatives": config.num_negatives, "seed": config.seed, "passages": config.passages}
 
     def find() -> dict[str, dict[str, list[str]]]:
-        options = {name.removeprefix("mine_"): getattr(config, name) for name in MINING}
-        options |= {"num_negatives": config.num_negatives, "seed": config.seed, "passages": config.passages}
-        found = {name: mine(job.embedder, part, replace=True, **options).negatives for name, part in datasets.items()}
+        mined = {name: mine(job.embedder, part, replace=True, **options) for name, part in job.datasets.items()}
+        found = {name: part.negatives for name, part in mined.items()}
         if not any(found.values()):
             raise ValueError("no query has a hard negative: mine_ranks or the margins leave none")
         return found
 
     found = distributed.from_first(find)
-    mined = {name: replace(part, negatives=found[name]) for name, part in datasets.items()}
-    return mined[""] if single else mined
+    return {name: replace(part, negatives=found[name]) for name, part in job.datasets.items()}
 
 
-def _make_batches(embedder: Embedder, dataset: Data, config: FinetuneConfig) -> Batches:
-    options = {name: getattr(config, name) for name in (*BATCHING, "passages", "seed")}
+def _make_batches(embedder: Embedder, datasets: Mapping[str, RetrievalDataset], config: FinetuneConfig) -> Batches:
+    options = {name: getattr(config, name) for name in BATCHING}
     options["batch_size"] = None if config.batch_tokens else config.batch_size
-    single = isinstance(dataset, RetrievalDataset)
     if config.mine_every is not None:  # mining may find fewer
-        parts = [dataset] if single else dataset.values()
-        most = max(len(ids) for part in parts for ids in part.negatives.values())
+        most = max(len(ids) for part in datasets.values() for ids in part.negatives.values())
         options["num_negatives"] = min(config.num_negatives, most)
-    if single:
+    if "" in datasets:
         config.check_unused(("sampling", "mixed"), "there is one data set")
-        return make_batches(dataset, embedder.pack, **options)
+        return make_batches(datasets[""], embedder.pack, **options)
     sampling = {"sampling": config.sampling, "temperature": config.sampling_temperature, "mixed": config.mixed}
-    return make_mixture(dataset, embedder.pack, **sampling, **options)
+    return make_mixture(datasets, embedder.pack, **sampling, **options)
 
 
 def _lacks_similarity(spec: Any) -> bool:
