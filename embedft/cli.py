@@ -76,7 +76,8 @@ def _run(words: list[str], program: str) -> int:
         if "-h" in words or "--help" in words:
             description = f"{COMMANDS[name][0].upper()}{COMMANDS[name][1:]}."
             epilog = module.epilog() if hasattr(module, "epilog") else ""
-            print(config.format_help(module.Options, prog=program, description=description, epilog=epilog))
+            parser = config.make_parser(module.Options, prog=program, description=description, epilog=epilog)
+            print(parser.format_help().rstrip())
             return 0
         options = config.parse(module.Options, words[1:])
         if options.quiet:

@@ -13,32 +13,26 @@ inherit from each other share options.
     options = parse(MyOptions, ["pairs.csv", "--dims", "384", "128"])
 """
 
+import argparse
 import copy
 import dataclasses
 import difflib
+import itertools
 import json
 import math
 import operator
 import re
-import shutil
-import textwrap
 import types
 import typing
-from collections import deque
 from collections.abc import Iterable, Sequence
-from functools import partial, reduce
+from functools import partial
 from typing import Any, TypeVar
 
 from .files import read_object
 
 Config = TypeVar("Config")
 REQUIRED = dataclasses.MISSING
-BOUNDS = {
-    "least": (operator.ge, "at least"),
-    "most": (operator.le, "at most"),
-    "above": (operator.gt, "above"),
-    "below": (operator.lt, "below"),
-}
+BOUNDS = {"least": (operator.ge, "at least"), "above": (operator.gt, "above"), "below": (operator.lt, "below")}
 METAVARS = {int: "N", float: "X", str: "TEXT", bool: "", dict: "KEY=VALUE"}
 UNIONS = (types.UnionType, typing.Union)
 
@@ -49,7 +43,7 @@ def setting(
     """A dataclass field that is an option or a positional argument; `default` is REQUIRED when there is none.
 
     The help shows `metavar` for the value, and adds the default to `meaning` unless that ends with one in brackets.
-    A number with `bounds`, any of least=, most=, above= and below=, also has to be finite.
+    A number with `bounds`, any of least=, above= and below=, also has to be finite.
     """
     metadata = {"meaning": meaning, "metavar": metavar, "positional": positional, "bounds": bounds}
     if isinstance(default, dict | list):
@@ -154,30 +148,46 @@ class Options:
     quiet: bool = setting(False, "show no progress")
 
 
-def format_help(cls: type, *, prog: str, description: str, epilog: str = "") -> str:
-    """The help of a command: its arguments, the options of `cls`, then those of each class that it inherits from."""
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(message.removeprefix("argument "))
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        return " ".join([*action.option_strings[:1], action.metavar]).rstrip()
+
+
+def make_parser(cls: type, **texts: str) -> argparse.ArgumentParser:
+    """A parser whose help lists the options of `cls`, then those of each class that it inherits from."""
+    how = {"add_help": False, "allow_abbrev": False, "conflict_handler": "resolve", "formatter_class": _Formatter}
+    parser = _Parser(**texts, **how, argument_default=argparse.SUPPRESS)
+    arguments, usage = parser.add_argument_group("Arguments"), [parser.prog]
     owners = [owner for owner in cls.__mro__ if dataclasses.is_dataclass(owner)]
-    owners.sort(key=lambda owner: owner is Options)  # which comes last
-    titles = {owner: re.split(r"[.:]\s|\.?$", owner.__doc__, maxsplit=1)[0] for owner in owners} | {cls: "Options"}
-    groups: dict[str, list[tuple[str, str]]] = {title: [] for title in ("Arguments", *titles.values())}
+    groups = {}
+    for owner in sorted(owners, key=lambda owner: owner is Options):  # which comes last
+        title = "Options" if owner is cls else re.split(r"[.:]\s|\.?$", owner.__doc__, maxsplit=1)[0]
+        groups[owner] = parser.add_argument_group(title)
     for field in dataclasses.fields(cls):
         kind, item = _kind(field)
         choices = "|".join(typing.get_args(item)) if typing.get_origin(item) is typing.Literal else "VALUE"
-        value = field.metadata["metavar"] or METAVARS.get(item, choices) + " ..." * (kind is list)
+        metavar = field.metadata["metavar"] or METAVARS.get(item, choices) + " ..." * (kind is list)
+        how = {"metavar": metavar, "help": _meaning(field).replace("%", "%%")}
         if field.metadata["positional"]:
-            groups["Arguments"].append((value + " ..." * (kind is list), _meaning(field)))
-        else:
-            name = _option(f"[no_]{field.name}" if field.default is True else field.name)
-            title = next(titles[owner] for owner in owners if field.name in owner.__annotations__)
-            groups[title].append((f"{name} {value}".rstrip(), _meaning(field)))
-    lines = [" ".join(["usage:", prog, *(name for name, _ in groups["Arguments"]), "[options]"]), "", description]
-    indent, width = " " * 24, max(shutil.get_terminal_size().columns - 2, 60)
-    for title, rows in groups.items():
-        lines += ["", f"{title}:"] if rows else []
-        for name, meaning in rows:
-            text = textwrap.fill(meaning, width, initial_indent=indent, subsequent_indent=indent)
-            lines.append(f"  {name:<22}{text.lstrip()}" if len(name) < 21 else f"  {name}\n{text}")
-    return "\n".join([*lines, *(["", epilog] if epilog else [])])
+            how["metavar"] += " ..." * (kind is list)
+            usage.append(how["metavar"])
+            arguments.add_argument(field.name, nargs="*" if kind is list else "?", **how)
+            continue
+        how |= {list: {"action": "extend", "nargs": "+"}, dict: {"action": "append"}}.get(kind, {})
+        how |= {} if kind is dict else {"type": partial(_from_text, wanted=item if kind is list else field.type)}
+        names = [_option(f"[no_]{field.name}")] * (field.default is True) + [_option(field.name)]
+        owner = next(owner for owner in owners if field.name in owner.__annotations__)
+        groups[owner].add_argument(*names, dest=field.name, **how)
+        if kind is bool:
+            hidden = {"dest": field.name, "help": argparse.SUPPRESS}
+            parser.add_argument(_option(f"no_{field.name}"), action="store_false", **hidden)
+    parser.usage = " ".join([*usage, "[options]"])
+    return parser
 
 
 def _meaning(field: dataclasses.Field) -> str:
@@ -195,61 +205,50 @@ def parse(cls: type[Config], arguments: Sequence[str]) -> Config:
 
     Raises `ValueError` for what is unknown, missing, or of the wrong type or range.
     """
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    given, rest = _sort_words(arguments, fields)
-    for name, field in fields.items():
-        if rest and field.metadata["positional"]:
-            number = len(rest) if _kind(field)[0] is list else 1
-            given[name], rest = rest[:number], rest[number:]
+    parser, fields = make_parser(cls), {field.name: field for field in dataclasses.fields(cls)}
+    options = {_option(name): field for name, field in fields.items() if not field.metadata["positional"]}
+    given, rest = parser.parse_known_intermixed_args(_prepare(arguments, options, parser))
+    if unknown := [word.partition("=")[0] for word in rest if word.startswith("--")]:
+        raise ValueError(f"unknown option {unknown[0]}{suggestion(unknown[0].partition('.')[0], options)}")
     if rest:
         raise ValueError(f"unexpected argument {rest[0]!r}")
     values, prefix = {}, ""
-    if path := given.get("config", [""])[-1]:
+    if path := getattr(given, "config", None):
         values, prefix = read_object(path), f"{path} and command line: "
         _check(cls, values, f"{path}: ")
-    for name, texts in given.items():
-        kind, item = _kind(fields[name])
-        if kind is dict:
-            values[name] = reduce(partial(_insert, _option(name)), texts, values.get(name, _default(fields[name])))
-        elif kind is list:
-            values[name] = None if texts == ["null"] else [_from_text(text, item) for text in texts]
-        else:
-            values[name] = _from_text(texts[-1], fields[name].type)
+    for name, value in vars(given).items():
+        if _kind(fields[name])[0] is dict:
+            texts, value = value, values.get(name, _default(fields[name]))
+            for text in texts:
+                value = _insert(value, text, _option(name))
+        values[name] = None if value == ["null"] else value
     if missing := [field for name, field in fields.items() if name not in values and _default(field) is REQUIRED]:
         names = (f.metadata["metavar"] if f.metadata["positional"] else _option(f.name) for f in missing)
         raise ValueError(f"missing {' and '.join(names)}")
     return from_dict(cls, values, prefix)
 
 
-def _sort_words(words: Sequence[str], fields: dict[str, dataclasses.Field]) -> tuple[dict[str, list[str]], list[str]]:
-    """{field: the words for it} (KEY=VALUE for --loss.KEY VALUE), and the words that belong to no option."""
-    options = {_option(name): field for name, field in fields.items() if not field.metadata["positional"]}
-    words, given, rest = deque(words), {}, []
-    while words:
-        word = words.popleft()
-        if not word.startswith("--"):
-            rest.append(word)
-            continue
-        word, equals, value = word.partition("=")
-        name, _, key = word.partition(".")
-        name = _option(name[2:])
-        field = options.get(name) or options.get(f"--{name.removeprefix('--no-')}")
-        kind = field and _kind(field)[0]
-        if field is None or (key and kind is not dict) or (name not in options and (equals or kind is not bool)):
-            raise ValueError(f"unknown option {word}{suggestion(name, options)}")
-        found = [value] if equals else []
-        if kind is bool and not equals:
-            is_said = name in options and words and words[0] in ("true", "false", "True", "False")
-            found = [words.popleft() if is_said else str(name in options)]
-        while words and not (found and kind is not list) and not equals and not words[0].startswith("--"):
-            found.append(words.popleft())
-        if not found:
-            raise ValueError(f"{word}: expected {'at least ' * (kind is list)}one argument")
-        given.setdefault(field.name, []).extend(f"{key}={text}" if key else text for text in found)
-    return given, rest
+def _prepare(arguments: Sequence[str], options: dict[str, dataclasses.Field], parser: _Parser) -> list[str]:
+    """The words for argparse: --a-b for --a_b, --flag=true for --flag. Options such as --loss.name join the parser."""
+    words = []
+    for word, following in itertools.zip_longest(arguments, arguments[1:]):
+        if word.startswith("--"):
+            name, rest = re.match("--([^.=]*)(.*)", word, re.DOTALL).groups()
+            word, inner = f"{_option(name)}{rest}", rest.partition("=")[0]
+            field = options.get(_option(name))
+            kind = field and _kind(field)[0]
+            if kind is dict and inner:
+                how = {"dest": field.name, "action": "append", "type": f"{inner[1:]}={{}}".format}
+                parser.add_argument(f"{_option(name)}{inner}", **how)
+            elif kind is bool and not rest and following not in ("true", "false", "True", "False"):
+                word += "=true"
+        elif word.startswith("-") and words and re.fullmatch("--[^=]+", words[-1]):
+            word = f"{words.pop()}={word}"  # a value: argparse takes -1e-3 for an option
+        words.append(word)
+    return words
 
 
-def _insert(option: str, values: dict[str, Any], text: str) -> Any:
+def _insert(values: dict[str, Any], text: str, option: str) -> Any:
     """`values` with what KEY=VALUE or KEY.KEY=VALUE sets in it, or the JSON object that replaces it."""
     path, equals, value = text.partition("=")
     if not equals or path.lstrip().startswith("{"):

@@ -14,8 +14,8 @@ from embedft.config import (
     changed,
     check_at_most_one,
     check_types,
-    format_help,
     from_dict,
+    make_parser,
     parse,
     part,
     setting,
@@ -268,7 +268,7 @@ def test_changed_and_combined():
 @pytest.mark.parametrize("cls", [Command, FinetuneConfig])
 def test_help_has_every_option_with_meaning_and_default(monkeypatch, cls):
     monkeypatch.setenv("COLUMNS", "200")
-    text = format_help(cls, prog="embedft command", description="Does it.")
+    text = make_parser(cls, prog="embedft command", description="Does it.").format_help()
     assert text.startswith(
         "usage: embedft command" + (" DATA ..." if cls is Command else "") + " [options]\n\nDoes it."
     )
