@@ -6,6 +6,10 @@ import json
 import os
 import random
 import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ import torch
 from conftest import LETTERS
 from tiny import make_dataset, make_embedder
 
+import embedft
 from embedft import RetrievalDataset, bm25_run, fuse, load_embedder
 from embedft.cli import main
 from embedft.commands.search import make_window_text
@@ -244,6 +249,34 @@ def test_questions_are_typed_until_an_empty_line(place, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", Terminal(""))
     assert main(["search", "model", "chunks"]) == 0
     assert capsys.readouterr().out == ""
+
+
+def test_questions_typed_at_a_terminal_can_be_edited(place, tmp_path):
+    """With both ends at a terminal, `input` reads them, with readline: a cursor key moves instead of being typed."""
+    script = """
+        import os, pty, sys
+        pid, fd = pty.fork()
+        if not pid:
+            os.execv(sys.executable, [sys.executable, "-m", "embedft", "search", "model", "chunks", "--json"])
+        out = b""
+        while b"question: " not in out:
+            out += os.read(fd, 1000)
+        os.write(fd, b"b c\\x1b[D\\x1b[D\\x1b[Da \\n")
+        while out.count(b"question: ") < 2:
+            out += os.read(fd, 1000)
+        os.write(fd, b"\\n")
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), out)
+    """
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(embedft.__file__).parents[1]),
+        "TERM": "xterm",
+        "EMBEDFT_PROGRESS": "0",
+    }
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, env=environment, cwd=place, capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("0 "), done.stderr
+    assert '{"question": "a b c"' in done.stdout
 
 
 # Users' errors.

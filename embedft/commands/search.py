@@ -3,6 +3,7 @@
 embedft search sentence-transformers/all-MiniLM-L6-v2 chunks "who audits the books?" --passages 128 64 --hybrid
 """
 
+import contextlib
 import copy
 import json
 import shutil
@@ -98,14 +99,25 @@ def _questions(options: Options) -> Iterator[str]:
         yield options.question
         return
     is_typed = sys.stdin.isatty()
-    while True:
-        if is_typed:
-            print("question: ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line or (is_typed and not line.strip()):
-            return
+    if is_typed:
+        with contextlib.suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401, gives `input` line editing and history
+    while line := _read_line(is_typed):
         if line.strip():
             yield line.strip()
+        elif is_typed:
+            return
+
+
+def _read_line(is_typed: bool) -> str:
+    """The next line with its end; "" after the last. The prompt goes to stderr if results go elsewhere."""
+    if is_typed and sys.stdout.isatty():
+        with contextlib.suppress(EOFError):
+            return input("question: ") + "\n"
+        return ""
+    if is_typed:
+        print("question: ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline()
 
 
 def _bm25(embedder, dataset: RetrievalDataset) -> Callable[[str, int], Run]:
