@@ -48,13 +48,13 @@ def words(windows: list[list[int]]) -> list[str]:
     ],
 )
 def test_windows_by_hand(tiny, size, stride, expected):
-    windows, source = tiny.tokenizer.windows(["", LONG, "a"], size=size, stride=stride)
+    windows, source = tiny.tokenizer.windows(["", LONG, "a"], (size, stride))
     assert words(windows) == ["[CLS] [SEP]", *(f"[CLS] {text} [SEP]" for text in expected), "[CLS] a [SEP]"]
     assert source == [0, *[1] * len(expected), 2]
 
 
 def test_the_prompt_is_in_front_of_every_window(tiny):
-    windows, source = tiny.tokenizer.windows([LONG, ""], size=8, stride=2, prompt="query: ")
+    windows, source = tiny.tokenizer.windows([LONG, ""], (8, 2), prompt="query: ")
     expected = ["a b c d", "c d e f", "e f g h", "g h i j"]
     assert words(windows) == [*(f"[CLS] query : {text} [SEP]" for text in expected), "[CLS] query : [SEP]"]
     assert source == [0, 0, 0, 0, 1]
@@ -62,15 +62,15 @@ def test_the_prompt_is_in_front_of_every_window(tiny):
 
 def test_a_prompt_that_grows_into_the_text(tiny):
     """ "que" + "ry a b c d" is "query a b c d": the word is of the text, and not in front of the later windows."""
-    windows, _ = tiny.tokenizer.windows(["ry a b c d"], size=6, stride=3, prompt="que")
+    windows, _ = tiny.tokenizer.windows(["ry a b c d"], (6, 3), prompt="que")
     assert words(windows) == ["[CLS] query a b c [SEP]", "[CLS] c d [SEP]"]
     # A text that begins as the prompt does keeps its own beginning.
-    windows, _ = tiny.tokenizer.windows(["the the the a"], size=5, stride=5, prompt="the ")
+    windows, _ = tiny.tokenizer.windows(["the the the a"], (5, 5), prompt="the ")
     assert words(windows) == ["[CLS] the the the [SEP]", "[CLS] the the a [SEP]"]
 
 
 def test_special_tokens_written_in_a_text_are_text(tiny):
-    windows, _ = tiny.tokenizer.windows(["[SEP] a [CLS] b [SEP]"], size=5, stride=2)
+    windows, _ = tiny.tokenizer.windows(["[SEP] a [CLS] b [SEP]"], (5, 2))
     assert words(windows) == ["[CLS] [SEP] a [CLS] [SEP]", "[CLS] [CLS] b [SEP] [SEP]"]
 
 
@@ -86,7 +86,7 @@ def test_windows_equal_those_of_the_library(minilm, size, stride):
         cut = [encoding.ids, *(part.ids for part in encoding.overflowing)]
         expected, rows = expected + cut, rows + [row] * len(cut)
     before = minilm.tokenizer.encode(texts)
-    assert minilm.tokenizer.windows(texts, size=size, stride=stride) == (expected, rows)
+    assert minilm.tokenizer.windows(texts, (size, stride)) == (expected, rows)
     assert minilm.tokenizer.encode(texts) == before  # truncation is as it was
     fitting = [row for row in range(len(texts)) if rows.count(row) == 1]
     assert {0, 1} <= set(fitting)
@@ -96,7 +96,7 @@ def test_windows_equal_those_of_the_library(minilm, size, stride):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_the_side_of_truncation_changes_nothing(tmp_path, side):
     folder = write_tiny_folder(tmp_path / "model", tokenizer_config={"truncation_side": side})
-    windows, _ = load_embedder(folder, device="cpu").tokenizer.windows([LONG], size=9, stride=7)
+    windows, _ = load_embedder(folder, device="cpu").tokenizer.windows([LONG], (9, 7))
     assert words(windows) == ["[CLS] a b c d e f g [SEP]", "[CLS] h i j [SEP]"]
 
 
@@ -110,7 +110,7 @@ def test_the_side_of_truncation_changes_nothing(tmp_path, side):
         ((4, 1), "passages of 4 tokens, expected 5 "),
         ((6, 0), "passages start every 0 tokens, expected 1 to their size, 6"),
         ((6, 7), "passages start every 7 tokens, expected 1 to their size, 6"),
-        ((6,), r"passages is \(6,\), expected \(size, stride\), two whole numbers of tokens"),
+        ((6,), r"passages is \(6,\), expected \(size, stride\) in whole tokens"),
         (("6", "2"), "expected \\(size, stride\\)"),
         ((6.0, 2), "expected \\(size, stride\\)"),
         (6, "passages is 6, expected \\(size, stride\\)"),
@@ -131,7 +131,7 @@ def test_what_is_not_a_text(tiny):
     for texts, message in (("abc", "texts is a str"), (["a", None], r"texts\[1\] is a NoneType")):
         for prompt in ("", "the "):
             with pytest.raises(ValueError, match=message):
-                tiny.tokenizer.windows(texts, size=8, stride=4, prompt=prompt)
+                tiny.tokenizer.windows(texts, (8, 4), prompt=prompt)
 
 
 # Packing and encoding.
@@ -190,9 +190,9 @@ def test_slices_of_texts_change_nothing(tiny, monkeypatch):
     calls = []
     cut = tiny.tokenizer.windows
 
-    def counted(texts, **options):
+    def counted(texts, passages, **options):
         calls.append(len(texts))
-        return cut(texts, **options)
+        return cut(texts, passages, **options)
 
     monkeypatch.setattr(tiny.tokenizer, "windows", counted)
     found, rows = tiny.encode_passages(TEXTS, (8, 3), batch_tokens=20, cut_texts=2, cut_windows=5)
@@ -229,7 +229,7 @@ def test_a_store_keeps_a_window_once_for_all_sizes(tiny, tiny_bert, tmp_path, mo
 
 def test_a_text_of_digits_is_not_a_window(tiny_bert, tmp_path):
     stored = load_embedder(tiny_bert, device="cpu", store=tmp_path)
-    (window,), _ = stored.tokenizer.windows(["a"], size=6, stride=4)
+    (window,), _ = stored.tokenizer.windows(["a"], (6, 4))
     digits = " ".join(map(str, window))
     before = stored.encode([digits])
     (vector,), _ = stored.encode_passages(["a"], (6, 4))

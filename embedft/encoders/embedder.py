@@ -9,7 +9,6 @@ Shapes: N texts, W windows of them, T tokens, B sequences, D features.
 
 import contextlib
 import hashlib
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,14 +74,9 @@ class Embedder(nn.Module):
         self.max_length = tokenizer.max_length
 
     @property
-    def base_dim(self) -> int:
-        """Features of the encoder's vectors."""
-        return self.pooling.out_features
-
-    @property
     def full_dim(self) -> int:
         """Features of a vector before `truncate_dim` cuts it."""
-        return self.base_dim if self.adapter is None else self.adapter.out_features
+        return self.pooling.out_features if self.adapter is None else self.adapter.out_features
 
     @property
     def dim(self) -> int:
@@ -134,19 +128,11 @@ class Embedder(nn.Module):
             raise ValueError(f"the {role} prompt has {prompt_length} tokens, max_length is {max_length}")
         return prompt_length
 
-    def _windows(self, texts: Sequence[str], role: str, passages: Sequence[int]) -> tuple[list[list[int]], list[int]]:
-        try:
-            size, stride = map(operator.index, passages)
-        except (TypeError, ValueError):
-            wanted = "(size, stride), two whole numbers of tokens"
-            raise ValueError(f"passages is {passages!r}, expected {wanted}") from None
-        return self.tokenizer.windows(texts, size=size, stride=stride, prompt=self.prompt(role))
-
     def pack(self, texts: Sequence[str], *, role: str, passages: Sequence[int] | None = None) -> Packed:
         """Texts with their prompt as packed tokens, on the CPU; with `passages` their windows, and `source` is set."""
         if passages is None:
             return pack(self._token_ids(texts, role), prompt_length=self._prompt_length(role, self.max_length))
-        windows, source = self._windows(texts, role, passages)
+        windows, source = self.tokenizer.windows(texts, passages, prompt=self.prompt(role))
         return pack(windows, prompt_length=self._prompt_length(role, passages[0]), source=source)
 
     def embed(self, packed: Packed, *, role: str) -> Tensor:
@@ -231,13 +217,14 @@ class Embedder(nn.Module):
         Source: Dai and Callan 2019 (Deeper text understanding for IR with contextual neural language modeling),
         section 3: passages of a window and a stride, each scored by itself.
         """
-        self._windows([], role, passages)  # reports bad `passages` even if there are no texts
+        self.tokenizer.windows([], passages, prompt=self.prompt(role))  # raises for bad ones even without texts
         dim = self._checked_dim(dim)
         vectors = self._vectors(role, dim, batch_tokens, passages[0], texts="token ids")
         parts, keys, source = [np.empty((0, dim), dtype=np.float32)], [], []
         with self._inference(), progress_bar(len(texts), f"encode ({role})", unit="text", show=progress) as bar:
             for start in range(0, len(texts), cut_texts):
-                windows, rows = self._windows(texts[start : start + cut_texts], role, passages)
+                part = texts[start : start + cut_texts]
+                windows, rows = self.tokenizer.windows(part, passages, prompt=self.prompt(role))
                 keys += [" ".join(map(str, ids)) for ids in windows]
                 source += [start + row for row in rows]
                 if len(keys) >= cut_windows or start + cut_texts >= len(texts):
@@ -265,29 +252,25 @@ class Embedder(nn.Module):
         prompt_length = self._prompt_length(role, max_length)
         limit = devices.batch_tokens(self.device) if batch_tokens is None else batch_tokens
 
-        def finish(whole_BD: Tensor) -> Tensor:
-            cut_BD = self._adapted(whole_BD, role)[:, :dim]
-            return F.normalize(cut_BD, dim=1) if dim < self.full_dim and self.normalize else cut_BD
-
-        def compute(keys: Sequence[str], tokens: Callable, done: Callable, finish: Callable, dim: int) -> np.ndarray:
-            token_ids, vectors_ND = tokens(keys), np.empty((len(keys), dim), dtype=np.float32)
-            order = sorted(range(len(keys)), key=lambda row: -len(token_ids[row]))
-            for places in cut_by_tokens([len(token_ids[row]) for row in order], limit):
-                rows = order[places.start : places.stop]
-                whole_BD = self._embed(pack([token_ids[row] for row in rows], prompt_length=prompt_length))
-                finite_B = whole_BD.isfinite().all(dim=1)
-                if not finite_B.all():
-                    text = repr(keys[rows[int(finite_B.int().argmin())]][:60])
-                    raise ValueError(f"the vector of {text} has values that are not finite: check the model's weights")
-                vectors_ND[rows] = finish(whole_BD).float().cpu().numpy()
-                done(len(rows))
-            return vectors_ND
-
         def vectors(keys: Sequence[str], tokens: Callable, done: Callable = lambda num_texts: None) -> np.ndarray:
-            if space is None:
-                return compute(keys, tokens, done, finish, dim)
-            rows = self.store.fill(space, keys, lambda new: compute(new, tokens, done, lambda x: x, self.base_dim))
-            return finish(torch.from_numpy(self.store.read(space, rows)).to(self.device)).cpu().numpy()
+            def compute(keys: Sequence[str]) -> np.ndarray:
+                token_ids = tokens(keys)
+                vectors_ND = np.empty((len(keys), self.pooling.out_features), dtype=np.float32)
+                order = sorted(range(len(keys)), key=lambda row: -len(token_ids[row]))
+                for places in cut_by_tokens([len(token_ids[row]) for row in order], limit):
+                    rows = order[places.start : places.stop]
+                    packed = pack([token_ids[row] for row in rows], prompt_length=prompt_length)
+                    vectors_ND[rows] = self._embed(packed).float().cpu().numpy()
+                    wrong = np.flatnonzero(~np.isfinite(vectors_ND[rows]).all(axis=1))
+                    if len(wrong):
+                        found = f"the vector of {keys[rows[wrong[0]]][:60]!r} has values that are not finite"
+                        raise ValueError(f"{found}: check the model's weights")
+                    done(len(rows))
+                return vectors_ND
+
+            whole_ND = compute(keys) if space is None else self.store.read(space, self.store.fill(space, keys, compute))
+            cut_ND = self._adapted(torch.from_numpy(whole_ND).to(self.device), role)[:, :dim]
+            return (F.normalize(cut_ND, dim=1) if dim < self.full_dim and self.normalize else cut_ND).cpu().numpy()
 
         return vectors
 
@@ -312,12 +295,12 @@ class Embedder(nn.Module):
         dtype = str(next(self.parameters()).dtype).removeprefix("torch.")
         description = {"model": self.source.name if self.source else "", "dtype": dtype, "role": roles}
         description |= self._settings(role) | ({} if texts == "texts" else {"texts": texts})
-        return Space(found, self.base_dim, description)
+        return Space(found, self.pooling.out_features, description)
 
     def base(self) -> Base:
         """What an adapter notes about this model; independent of precision and of embedft's own code."""
         fingerprints = {role: self._fingerprint(role, library=False) for role in ROLES}
-        return Base(self.source.name if self.source else "", self.base_dim, fingerprints)
+        return Base(self.source.name if self.source else "", self.pooling.out_features, fingerprints)
 
     def attach(self, adapter: Adapter) -> None:
         """Maps vectors with `adapter` from now on, before they are cut. Raises as `Adapter.check_base`."""

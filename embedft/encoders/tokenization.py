@@ -2,10 +2,11 @@
 
 tokenizer = Tokenizer.load(folder, config, max_length=256)
 tokenizer.encode(["a question"])      # [[101, 1037, 3160, 102]]
-windows, source = tokenizer.windows(["a long text ..."], size=128, stride=64)
+windows, source = tokenizer.windows(["a long text ..."], (128, 64))
 """
 
 import hashlib
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -80,7 +81,7 @@ class Tokenizer:
         return [len(encoding) for encoding in self._whole(texts, special=False)]
 
     def windows(
-        self, texts: Sequence[str], *, size: int, stride: int, prompt: str = ""
+        self, texts: Sequence[str], passages: Sequence[int], *, prompt: str = ""
     ) -> tuple[list[list[int]], list[int]]:
         """Token ids of overlapping windows of texts, in order, and the row of `texts` each window comes from.
 
@@ -88,17 +89,20 @@ class Tokenizer:
         is the first that reaches the text's end. A text that fits is one window; so is an empty one.
 
         Args:
-            size: the most tokens of a window, special tokens and prompt included.
-            stride: tokens of text from the start of one window to the next. If a window holds fewer, the next starts
-                where it ends, so every token is in a window.
+            passages: (size, stride): the most tokens of a window, special tokens and prompt included, and the tokens of
+                text from the start of one window to the next. If a window holds fewer, the next starts where it ends,
+                so every token is in a window.
             prompt: put in front of every window. If its last token merges with the start of a text, that token counts
                 as the text's.
         """
-        num_taken = self.backend.num_special_tokens_to_add(False)
-        (prompt_ids,) = self.words([prompt])
-        least = num_taken + len(prompt_ids) + 1
+        try:
+            size, stride = map(operator.index, passages)
+        except (TypeError, ValueError):
+            raise ValueError(f"passages is {passages!r}, expected (size, stride) in whole tokens") from None
+        num_special, (prompt_ids,) = self.backend.num_special_tokens_to_add(False), self.words([prompt])
+        least = num_special + len(prompt_ids) + 1
         if not least <= size <= self.max_length:
-            parts = f"{num_taken} special tokens, {len(prompt_ids)} of the prompt, one of text"
+            parts = f"{num_special} special tokens, {len(prompt_ids)} of the prompt, one of text"
             raise ValueError(f"passages of {size} tokens, expected {least} ({parts}) to {self.max_length} (max_length)")
         if not 1 <= stride <= size:
             raise ValueError(f"passages start every {stride} tokens, expected 1 to their size, {size}")
