@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from embedft import load_embedder
-from embedft.encoders import bert, linear
+from embedft.encoders import bert, layers
 from embedft.encoders.bert import Bert, BertConfig
 from embedft.encoders.packing import pack
 
@@ -113,10 +113,10 @@ def test_the_configuration_counts(change, write_tiny, tmp_path):
 
 def test_every_linear_layer_takes_the_fast_path_in_float32(tiny_bert, monkeypatch):
     """And has no padding: its products have as many rows as the batch has tokens."""
-    if not linear.has_onednn_linear(torch.device("cpu"), torch.float32):
+    if not layers.has_onednn_linear(torch.device("cpu"), torch.float32):
         pytest.skip("no oneDNN linear layer here")
-    rows, product = [], linear._product
-    monkeypatch.setattr(linear, "_product", lambda x, *rest: rows.append(len(x)) or product(x, *rest))
+    rows, product = [], layers._product
+    monkeypatch.setattr(layers, "_product", lambda x, *rest: rows.append(len(x)) or product(x, *rest))
     encoder = load_embedder(tiny_bert, device="cpu").encoder
     encoder(pack(SEQUENCES))
     assert rows == [sum(map(len, SEQUENCES))] * 4 * 2  # four a layer, two layers

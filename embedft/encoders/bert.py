@@ -16,8 +16,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .dropout import Dropout
-from .linear import Linear
+from .layers import Dropout, Linear
 from .packing import Packed, Sequences, attention
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
