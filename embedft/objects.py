@@ -5,9 +5,11 @@
 Not recorded: tensors, dicts, attributes that begin with "_", and code that the object's own code calls.
 """
 
+import ast
 import functools
 import hashlib
 import inspect
+import textwrap
 import types
 from typing import Any
 
@@ -16,7 +18,7 @@ def describe_object(value: Any, *, depth: int = 3) -> Any:
     """A number, text, None, or list of these as it is; of a function or object, a dict of
 
     - name: module and qualified name, of an object those of its class;
-    - sha256: of the source code; of an object with a `sha256` method (a dataset, an Embedder) what that returns;
+    - sha256: of the source code without comments; of an object with a `sha256` method (a dataset, an Embedder) what that returns;
     - values: closure variables, defaults, bound arguments or attributes, described likewise, `depth` levels down.
     """
     if value is None or isinstance(value, bool | int | float | str):
@@ -26,7 +28,7 @@ def describe_object(value: Any, *, depth: int = 3) -> Any:
     if not isinstance(value, type) and callable(getattr(value, "sha256", None)):
         return {"name": _name(type(value)), "sha256": value.sha256(), "values": {}}
     code, values = split_object(value, depth=depth)
-    return {"name": _name(code), "sha256": _sha256(code), "values": values}
+    return {"name": _name(code), "sha256": hashlib.sha256(source(code)[0].encode()).hexdigest(), "values": values}
 
 
 def split_object(value: Any, *, depth: int = 3) -> tuple[Any, dict[str, Any]]:
@@ -65,12 +67,26 @@ def _name(code: Any) -> str:
 
 
 @functools.lru_cache(maxsize=1024)  # inspect parses the whole module of a class
-def _sha256(code: Any) -> str:
-    """Of the source; where there is none, of a function's byte code, else of the name."""
+def source(thing: Any) -> tuple[str, tuple[str, ...]]:
+    """The code of a class or function without comments and docstrings, and the names that it uses."""
     try:
-        text = inspect.getsource(code)
-    except (OSError, TypeError):
-        compiled = getattr(code, "__code__", None)
-        constants = [c for c in getattr(compiled, "co_consts", ()) if not isinstance(c, types.CodeType)]
-        text = repr((compiled.co_code, compiled.co_names, constants)) if compiled else _name(code)
-    return hashlib.sha256(text.encode()).hexdigest()
+        tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
+    except (OSError, TypeError, SyntaxError):  # it was typed into a shell, or is part of a larger expression
+        return repr(_compiled(thing)), ()
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        first = body[0] if isinstance(body, list) and body else None
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+            node.body = body[1:] or [ast.Pass()]
+    return ast.unparse(tree), tuple(sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}))
+
+
+def _compiled(thing: Any) -> Any:
+    """What a function, or each method of a class, compiles to."""
+    if inspect.isclass(thing):
+        return [(name, _compiled(value)) for name, value in sorted(vars(thing).items()) if hasattr(value, "__code__")]
+    code = getattr(thing, "__code__", thing)
+    if not inspect.iscode(code):
+        return repr(type(thing))
+    constants = [_compiled(value) if inspect.iscode(value) else value for value in code.co_consts]
+    return code.co_code, code.co_names, constants

@@ -5,12 +5,8 @@
 Not here: which settings these are (`Embedder.space`, `.base` and `.sha256`).
 """
 
-import ast
-import functools
 import hashlib
-import inspect
 import sys
-import textwrap
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FunctionType
@@ -19,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..objects import describe_object, split_object
+from ..objects import describe_object, source, split_object
 
 # Per module: what its tensors looked like when they were last hashed, and the hash.
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[bytes, str]] = weakref.WeakKeyDictionary()
@@ -93,7 +89,7 @@ def _collect_sources(thing: Any, sources: dict[str, str]) -> None:
     if package == "torch":
         sources[name] = torch.__version__.partition("+")[0]
     elif name not in sources:
-        sources[name], names = _source(thing)
+        sources[name], names = source(thing)
         scope = vars(sys.modules[module]) if module in sys.modules else {}
         for other in names:
             value = scope.get(other)
@@ -101,32 +97,6 @@ def _collect_sources(thing: Any, sources: dict[str, str]) -> None:
                 sources[f"{module}.{other}"] = repr(describe_object(value))
             elif isinstance(value, type | FunctionType) and value.__module__.partition(".")[0] == package:
                 _collect_sources(value, sources)
-
-
-@functools.cache
-def _source(thing: Any) -> tuple[str, tuple[str, ...]]:
-    """The code of a class or function without comments and docstrings, and the names that it uses."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
-    except (OSError, TypeError, SyntaxError):  # it was typed into a shell, or is part of a larger expression
-        return repr(_compiled(thing)), ()
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        first = body[0] if isinstance(body, list) and body else None
-        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-            node.body = body[1:] or [ast.Pass()]
-    return ast.unparse(tree), tuple(sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}))
-
-
-def _compiled(thing: Any) -> Any:
-    """What a function, or each method of a class, compiles to."""
-    if inspect.isclass(thing):
-        return [(name, _compiled(value)) for name, value in sorted(vars(thing).items()) if hasattr(value, "__code__")]
-    code = getattr(thing, "__code__", thing)
-    if not inspect.iscode(code):
-        return repr(type(thing))
-    constants = [_compiled(value) if inspect.iscode(value) else value for value in code.co_consts]
-    return code.co_code, code.co_names, constants
 
 
 def precision(device: torch.device) -> tuple[str, ...]:
