@@ -18,7 +18,7 @@ def describe_object(value: Any, *, depth: int = 3) -> Any:
     """A number, text, None, or list of these as it is; of a function or object, a dict of
 
     - name: module and qualified name, of an object those of its class;
-    - sha256: of the source code without comments; of an object with a `sha256` method (a dataset, an Embedder) what that returns;
+    - sha256: of the source code without comments; of a dataset, an Embedder or the like what its `sha256()` returns;
     - values: closure variables, defaults, bound arguments or attributes, described likewise, `depth` levels down.
     """
     if value is None or isinstance(value, bool | int | float | str):

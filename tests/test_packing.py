@@ -17,7 +17,6 @@ from embedft.encoders.packing import (
     attention,
     concatenate,
     cut_by_tokens,
-    group_sequences,
     pack,
     sort_by_length,
     take,
@@ -161,7 +160,7 @@ def test_groups_are_runs_of_like_length(seed, slack):
     lengths = [rng.randint(1, 20) for _ in range(rng.randint(1, 25))]
     if seed % 2:
         lengths.sort(reverse=True)
-    groups = group_sequences(lengths, slack, torch.device("cpu"))
+    groups = Sequences(pack([[0] * n for n in lengths]), slack=slack).groups
     first = 0
     for group in groups:
         members = lengths[first : first + group.num_sequences]
@@ -186,7 +185,7 @@ def test_groups_are_runs_of_like_length(seed, slack):
 
 
 def test_with_no_slack_there_is_no_padding():
-    groups = group_sequences([7, 7, 5, 5, 5, 7], 0.0, torch.device("cpu"))
+    groups = Sequences(pack([[0] * n for n in (7, 7, 5, 5, 5, 7)]), slack=0.0).groups
     assert [(group.num_sequences, group.length, group.rows) for group in groups] == [
         (2, 7, None),
         (3, 5, None),

@@ -280,4 +280,4 @@ def test_save_and_load(minilm, tmp_path):
     loaded = Tokenizer.load(tmp_path, config, max_length=minilm.max_length)
     assert loaded.encode(NASTY) == minilm.tokenizer.encode(NASTY)
     assert loaded.config == {**minilm.tokenizer.config, "model_max_length": 256}
-    assert loaded.largest_id == minilm.tokenizer.largest_id == 30521
+    assert loaded.backend.get_vocab() == minilm.tokenizer.backend.get_vocab()

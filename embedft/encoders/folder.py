@@ -183,9 +183,10 @@ def read_tokenizer(folder: Path, config: Any, max_length: int | None) -> Tokeniz
         folder_length = settings.get("max_seq_length") or tokenizer.config.get("model_max_length") or limit
         with naming(folder):
             tokenizer.max_length = int(min(folder_length, limit))
-    if tokenizer.largest_id >= config.vocab_size:
-        ids = f"ids up to {tokenizer.largest_id}, the encoder's vocab_size is {config.vocab_size}"
-        raise ValueError(f"{folder}: the tokenizer gives {ids}")
+    largest = max(tokenizer.backend.get_vocab(with_added_tokens=True).values())
+    if largest >= config.vocab_size:
+        found = f"the tokenizer gives ids up to {largest}"
+        raise ValueError(f"{folder}: {found}, the encoder's vocab_size is {config.vocab_size}")
     return tokenizer
 
 

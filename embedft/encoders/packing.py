@@ -9,8 +9,9 @@ Shapes: T tokens of the batch, B sequences, H heads, K width of a head; N sequen
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
-from itertools import accumulate, chain
+from itertools import accumulate, chain, pairwise
 from typing import NamedTuple
 
 import torch
@@ -128,41 +129,36 @@ class Group(NamedTuple):
     mask: Tensor | None  # [N, 1, 1, L] bool, True at tokens
 
 
-def group_sequences(lengths: Sequence[int], slack: float, device: torch.device) -> list[Group]:
-    """Groups neighbouring sequences so that the shortest has at least (1 - slack) times the longest's tokens."""
-    groups, first = [], 0
-    while first < len(lengths):
-        last, shortest, longest = first, lengths[first], lengths[first]
-        while last < len(lengths):
-            shortest, longest = min(shortest, lengths[last]), max(longest, lengths[last])
-            if shortest < (1 - slack) * longest:
-                break
-            last += 1
-        members = torch.tensor(lengths[first:last])
-        num_tokens, length = int(members.sum()), int(members.max())
-        rows = mask = None
-        if num_tokens < len(members) * length:
-            mask_NL = torch.arange(length) < members[:, None]
-            # Padded places read the group's first token, which the mask hides.
-            rows = torch.zeros(mask_NL.shape, dtype=torch.int64)
-            rows[mask_NL] = torch.arange(num_tokens)
-            rows, mask = rows.flatten().to(device), mask_NL[:, None, None].to(device)
-        groups.append(Group(num_tokens, len(members), length, rows, mask))
-        first = last
-    return groups
-
-
 class Sequences:
-    """Where the sequences of a packed batch start and end; made once per forward pass and passed to every layer."""
+    """Where the sequences of a packed batch start and end; made once per forward pass and passed to every layer.
+
+    `slack`: in a group the shortest has at least (1 - slack) times the longest's tokens; None: what suits the device.
+    """
 
     def __init__(self, packed: Packed, *, slack: float | None = None):
         self.cu_seqlens, self.max_seqlen = packed.cu_seqlens, packed.max_seqlen
-        self.device = packed.cu_seqlens.device
-        self.slack = devices.length_slack(self.device) if slack is None else slack
+        self.slack = devices.length_slack(self.cu_seqlens.device) if slack is None else slack
 
     @functools.cached_property
     def groups(self) -> list[Group]:
-        return group_sequences(self.cu_seqlens.diff().tolist(), self.slack, self.device)
+        """As few groups of neighbours as `slack` allows."""
+        lengths, edges, shortest, longest = self.cu_seqlens.diff().tolist(), [0], math.inf, 0
+        for row, length in enumerate(lengths):
+            shortest, longest = min(shortest, length), max(longest, length)
+            if shortest < (1 - self.slack) * longest:
+                edges.append(row)
+                shortest = longest = length
+        return [self._group(torch.tensor(lengths[i:j])) for i, j in pairwise([*edges, len(lengths)])]
+
+    def _group(self, lengths_N: Tensor) -> Group:
+        num_tokens, length, rows, mask = int(lengths_N.sum()), int(lengths_N.max()), None, None
+        if num_tokens < len(lengths_N) * length:
+            mask_NL = torch.arange(length) < lengths_N[:, None]
+            # Padded places read the group's first token, which the mask hides.
+            rows = torch.zeros(mask_NL.shape, dtype=torch.int64)
+            rows[mask_NL] = torch.arange(num_tokens)
+            rows, mask = rows.flatten().to(self.cu_seqlens.device), mask_NL[:, None, None].to(self.cu_seqlens.device)
+        return Group(num_tokens, len(lengths_N), length, rows, mask)
 
 
 def attention(qkv_T3HK: Tensor, sequences: Sequences, *, dropout: float = 0.0) -> Tensor:
@@ -189,6 +185,5 @@ def attention(qkv_T3HK: Tensor, sequences: Sequences, *, dropout: float = 0.0) -
         q, k, v = tokens.view(group.num_sequences, group.length, 3, H, K).permute(2, 0, 3, 1, 4)  # each [N, H, L, K]
         out_NHLK = F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask, dropout_p=dropout)
         out_NLHK = out_NHLK.transpose(1, 2)
-        out = out_NLHK.reshape(-1, H * K) if group.mask is None else out_NLHK[group.mask[:, 0, 0]].flatten(1)
-        outputs.append(out)
+        outputs.append(out_NLHK.reshape(-1, H * K) if group.mask is None else out_NLHK[group.mask[:, 0, 0]].flatten(1))
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]

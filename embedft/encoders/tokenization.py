@@ -20,7 +20,7 @@ TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json
 
 
 class Tokenizer:
-    """tokenizer.json (`backend`) as tokenizer_config.json (`config`) changes it, with a maximum length.
+    """tokenizer.json (`backend`) as tokenizer_config.json (`config`) changes it.
 
     `max_length`: tokens a text is cut to, special tokens included. `lower_case`: lower-case texts first
     (`do_lower_case` of sentence_bert_config.json).
@@ -31,9 +31,9 @@ class Tokenizer:
         self.backend.no_padding()
         _configure(backend, config)
         # In the tokenizer, not by str.lower: special tokens written in a text keep their case and so their meaning.
-        if lower_case and not _lower_cases(backend.normalizer):
-            steps = [Lowercase(), *([backend.normalizer] if backend.normalizer else [])]
-            self.backend.normalizer = normalizers.Sequence(steps)
+        steps = backend.normalizer if isinstance(backend.normalizer, normalizers.Sequence) else [backend.normalizer]
+        if lower_case and not any(isinstance(step, Lowercase) for step in steps):  # `save` writes one
+            backend.normalizer = normalizers.Sequence([Lowercase(), *filter(None, [backend.normalizer])])
         self.max_length = max_length
 
     @classmethod
@@ -63,11 +63,6 @@ class Tokenizer:
     def _truncate(self) -> None:
         self.backend.enable_truncation(self._max_length, direction=self.config.get("truncation_side", "right"))
 
-    @property
-    def largest_id(self) -> int:
-        """The largest token id."""
-        return max(self.backend.get_vocab(with_added_tokens=True).values())
-
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text with its special tokens, cut to `max_length`."""
         return [encoding.ids for encoding in self.backend.encode_batch_fast(check_texts(texts))]
@@ -77,8 +72,8 @@ class Tokenizer:
         return [encoding.ids for encoding in self._whole(texts, special=False)]
 
     def count(self, texts: Sequence[str]) -> list[int]:
-        """The number of tokens of each text whole, as `words` gives them."""
-        return [len(encoding) for encoding in self._whole(texts, special=False)]
+        """How many `words` each text has."""
+        return list(map(len, self._whole(texts, special=False)))
 
     def windows(
         self, texts: Sequence[str], passages: Sequence[int], *, prompt: str = ""
@@ -179,17 +174,10 @@ def _configure(backend: tokenizers.Tokenizer, config: dict) -> None:
     numbered = config.get("added_tokens_decoder", {})
     extra = [*config.get("additional_special_tokens", []), *config.get("extra_special_tokens", [])]
     try:
-        tokens = [numbered[number] for number in sorted(numbered, key=int)]
-        tokens += [{"content": token, "special": True} if isinstance(token, str) else dict(token) for token in extra]
-        for token in tokens:
+        for token in [*(numbered[number] for number in sorted(numbered, key=int)), *extra]:
+            token = {"content": token, "special": True} if isinstance(token, str) else dict(token)
             options = {key: token[key] for key in ("single_word", "lstrip", "rstrip", "special") if key in token}
             options["normalized"] = token.get("normalized", not token.get("special", False))
             backend.add_tokens([tokenizers.AddedToken(token["content"], **options)])
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise ValueError(f"{TOKENIZER_CONFIG_FILE}: an added token is malformed ({error})") from None
-
-
-def _lower_cases(normalizer: normalizers.Normalizer | None) -> bool:
-    """Whether there is a `Lowercase` step already, as in a tokenizer.json that `Tokenizer.save` wrote."""
-    steps = normalizer if isinstance(normalizer, normalizers.Sequence) else [normalizer]
-    return any(isinstance(step, Lowercase) for step in steps)
