@@ -83,7 +83,6 @@ WITHOUT_TORCH = (
     "corpus.pdf",
     "corpus.prompts",
     "corpus.questions",
-    "corpus.sentences",
     "encoders.store",
 )
 # Slow to import, or another's: not there after `import embedft`.

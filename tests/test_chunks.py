@@ -1,13 +1,12 @@
-"""chunks.py with sentences.py and copies.py: by hand on texts whose tokens are letters or words, then properties."""
+"""chunks.py and splits.py: by hand on texts whose tokens are letters or words, then properties."""
 
 import random
 import re
 
 import pytest
 
-from embedft.corpus.chunks import Chunk, Place, chunk_pages, load_chunks, save_chunks
+from embedft.corpus.chunks import Chunk, Place, chunk_pages, load_chunks, save_chunks, sentence_spans
 from embedft.corpus.documents import Page
-from embedft.corpus.sentences import sentence_spans
 from embedft.corpus.splits import near_copies, parse_pages, shingles, split_chunks, words
 from embedft.encoders.loading import load_tokenizer
 

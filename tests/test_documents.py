@@ -9,11 +9,10 @@ from itertools import pairwise
 import pytest
 
 from embedft.corpus import documents
-from embedft.corpus.chunks import chunk_pages
+from embedft.corpus.chunks import chunk_pages, sentence_spans
 from embedft.corpus.documents import Page, Skipped, drop_repeated_lines, read_documents
 from embedft.corpus.layout import clean_layout
 from embedft.corpus.pdf import PdfText, read_pdfs
-from embedft.corpus.sentences import sentence_spans
 from embedft.corpus.splits import shingles, split_chunks
 
 WIDE = "Words that fill this line up to its right edge, which is where the others end, too"

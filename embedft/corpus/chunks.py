@@ -1,4 +1,11 @@
-"""Cuts pages into chunks of whole sentences by token count, and saves them with where they come from."""
+"""Cuts pages into chunks of whole sentences by token count, and saves them with where they come from.
+
+    chunks = chunk_pages(read_documents(["report.pdf"])[0], count_tokens=count_tokens, size=254)
+    save_chunks("chunks.jsonl", chunks)
+
+Sentences are found by punctuation, line ends and English abbreviations. Not here: abbreviations of other languages,
+and scripts without marks at sentence ends (Thai, Lao).
+"""
 
 import hashlib
 import json
@@ -13,13 +20,25 @@ from ..data.checks import check_text
 from ..files import atomic_write, read_jsonl
 from .documents import Page
 from .layout import is_unspaced
-from .sentences import sentence_spans
+from .markdown import FENCED_BLOCK
 
-CountTokens = Callable[[Sequence[str]], list[int]]
-
+# A mark before a blank and what can begin a sentence; marks of other scripts end one wherever they stand.
+SENTENCE_END = re.compile(
+    r"(?<![.!?])[.!?]+[\"'”’)\]]*\s+(?=[\"'“‘«¿¡(\[$€£•]*[^\W_a-z])"
+    r"|[。！？｡．।॥۔؟።፧။។։།\u037e]+[\"'”’)\]」』）】》〉］]*\s*"
+)
+LINE_OR_BLOCK = re.compile(rf"{FENCED_BLOCK}|[^\n]+", re.MULTILINE | re.DOTALL)
+LAST_WORD = re.compile(r"[^\s\"'“‘(\[]*$")
+# Words whose period ends no sentence, besides single letters with periods ("U.S.", "J.", "e.g.").
+ABBREVIATION = re.compile(
+    r"approx|art|co|corp|cf|dept|dr|est|etc|figs?|inc|jr|ltd|messrs|mr|mrs|ms|mt|nos?|prof|pp|sec|sr|st|vol|vs"
+    r"|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|(?:[^\W\d_]\.)*[^\W\d_]",
+    re.IGNORECASE,
+)
+# "Item 1A.", "Note 3.", and at the beginning of a line "1." and "iv.".
+NUMBERED = re.compile(r"(?:^|\b(?:item|note|section|article|exhibit|part)\s+)(?:\d{1,3}[a-z]?|[ivx]+)$", re.I)
 # The end of a page whose last sentence the next page continues.
 RUNS_ON = re.compile(r"(?:[^\W\d_]|[,;’”)，、；])$")
-BROKEN_AT_HYPHEN = re.compile(r"[^\W\d_]-$")
 
 
 @dataclass(frozen=True)
@@ -75,7 +94,7 @@ def load_chunks(path: str | Path) -> list[Chunk]:
 def chunk_pages(
     pages: Sequence[Page],
     *,
-    count_tokens: CountTokens,
+    count_tokens: Callable[[Sequence[str]], list[int]],
     size: int,
     overlap: int = 0,
     by_page: bool = False,
@@ -103,7 +122,11 @@ def chunk_pages(
             groups.setdefault((page.file, page.number if by_page else 0, section), []).append(page)
     chunks: dict[str, Chunk] = {}
     for (file, *_), members in groups.items():
-        text, starts = _join_pages(members)
+        text, starts = "", []
+        for page in members:
+            text += _glue(text, page.text.strip()) if text else ""
+            starts.append(len(text))
+            text += page.text.strip()
         headings = members[0].headings or ()
         prefix = " > ".join(headings) + "\n" if headings and headings_in_text else ""
         for start, stop, num_tokens in _Cutter(text, count_tokens, size, prefix).cut(overlap):
@@ -116,29 +139,16 @@ def chunk_pages(
     return list(chunks.values())
 
 
-def _join_pages(pages: Sequence[Page]) -> tuple[str, list[int]]:
-    """The text of consecutive pages, and where each begins in it."""
-    parts, starts, length = [], [], 0
-    for page in pages:
-        text = page.text.strip()
-        glue = _glue(parts[-1], text) if parts else ""
-        starts.append(length + len(glue))
-        parts += [glue, text]
-        length = starts[-1] + len(text)
-    return "".join(parts), starts
-
-
 def _glue(before: str, after: str, *, min_words: int = 8, min_characters: int = 20) -> str:
     """What joins two pages: nothing within a word, a blank within a sentence (none in Chinese), else a line end."""
     line, opening = before[before.rfind("\n") + 1 :], after[0]
-    if BROKEN_AT_HYPHEN.search(line) and opening.isalpha():
+    if re.search(r"[^\W\d_]-$", line) and opening.isalpha():
         return ""
     if is_unspaced(line, opening):
         return "" if RUNS_ON.search(line) and len(line) >= min_characters else "\n"
     # A line of prose always ends with a mark; headings and rows of tables, which do not, are shorter.
     is_prose = len(re.findall(r"[^\W\d_]{2,}", line)) >= min_words
-    runs_on = RUNS_ON.search(line) is not None and (opening.islower() or (is_prose and opening.isalpha()))
-    return " " if runs_on else "\n"
+    return " " if RUNS_ON.search(line) and (opening.islower() or (is_prose and opening.isalpha())) else "\n"
 
 
 class _Unit(NamedTuple):
@@ -152,7 +162,7 @@ class _Unit(NamedTuple):
 class _Cutter:
     """Cuts one text. The sum of the units' tokens guides; the count of a chunk's own text decides."""
 
-    def __init__(self, text: str, count_tokens: CountTokens, size: int, prefix: str):
+    def __init__(self, text: str, count_tokens: Callable[[Sequence[str]], list[int]], size: int, prefix: str):
         # WordPiece makes one unknown token of a word however long, such as a blob of data.
         self.count_tokens = lambda texts: [
             max(count, len(text) // 100) for count, text in zip(count_tokens(texts), texts, strict=True)
@@ -218,18 +228,44 @@ class _Cutter:
         """The spans with their tokens; one that is too long is replaced by parts, cut by the first of `smaller`."""
         units = []
         counts = self.count_tokens([self.text[start:stop] for start, stop in spans])
-        room = self.size - self.prefix_tokens
         for (start, stop), num_tokens in zip(spans, counts, strict=True):
-            if num_tokens <= room:
+            if num_tokens <= self.size - self.prefix_tokens:
                 units.append(_Unit(start, stop, num_tokens))
-            elif not smaller:
+                continue
+            if not smaller:
                 raise ValueError(f"size is {self.size}, but one character has {num_tokens} tokens")
-            else:
-                pieces = [(start + m.start(), start + m.end()) for m in re.finditer(smaller[0], self.text[start:stop])]
-                parts, first = self._units(pieces, smaller[1:]), 0
-                while first < len(parts):
-                    # One character more at a time would take forever over a blob.
-                    end, num_tokens = self._fill(parts, first, max_saved=2 if len(smaller) > 1 else 0)
-                    units.append(_Unit(parts[first].start, parts[end - 1].stop, num_tokens - self.prefix_tokens))
-                    first = end
+            pieces = [(start + m.start(), start + m.end()) for m in re.finditer(smaller[0], self.text[start:stop])]
+            parts, first = self._units(pieces, smaller[1:]), 0
+            while first < len(parts):
+                # One character more at a time would take forever over a blob.
+                end, num_tokens = self._fill(parts, first, max_saved=2 if len(smaller) > 1 else 0)
+                units.append(_Unit(parts[first].start, parts[end - 1].stop, num_tokens - self.prefix_tokens))
+                first = end
         return units
+
+
+def sentence_spans(text: str) -> list[tuple[int, int]]:
+    """Returns (start, stop) of each sentence, without surrounding blanks; every other character is in exactly one.
+
+    A sentence ends at a line end, and at a mark before a blank and anything but a lower-case letter, unless it belongs
+    to an abbreviation or an item number ("Item 1A."). A fenced code block counts as one sentence.
+    """
+    spans = []
+    for line in LINE_OR_BLOCK.finditer(text):
+        start, stop = line.span()
+        for end in () if line["fence"] else SENTENCE_END.finditer(text, start, stop):
+            if not _is_abbreviation(text, start, end.start()):
+                spans.append((start, end.end()))
+                start = end.end()
+        spans.append((start, stop))
+    stripped = [(stop - len(text[start:stop].lstrip()), text[start:stop].strip()) for start, stop in spans]
+    return [(start, start + len(piece)) for start, piece in stripped if piece]
+
+
+def _is_abbreviation(text: str, start: int, period: int) -> bool:
+    """Whether the mark at `period` belongs to the word before it, in a sentence that begins at `start`."""
+    if text[period] != "." or not text[period + 1].isspace():
+        return False
+    before = text[max(start, period - 24) : period]
+    numbered = NUMBERED.search(before.lstrip() if period - 24 <= start else f" {before}")
+    return bool(numbered or ABBREVIATION.fullmatch(LAST_WORD.search(before)[0]))

@@ -4,8 +4,7 @@ import html
 import re
 from collections.abc import Iterator, Sequence
 
-from .sentences import FENCED_BLOCK
-
+FENCED_BLOCK = r"^[ \t]*(?P<fence>`{3,}|~{3,})[^\n]*(?:\n.*?^[ \t]*(?P=fence)[`~]*[ \t]*$|.*\Z)"
 BLOCK = re.compile(rf"{FENCED_BLOCK}|^[^\n]*$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(rf"{FENCED_BLOCK}|(?<!`)(?P<ticks>`+)(?!`)(?:(?!\n\s*\n).)+?(?<!`)(?P=ticks)(?!`)", re.M | re.S)
 HEADING = re.compile(r" {0,3}(#{1,6})(?:\s|$)")

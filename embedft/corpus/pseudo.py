@@ -10,8 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ..data.checks import check_distinct
 from ..data.dataset import RetrievalDataset
-from .chunks import Chunk
-from .sentences import sentence_spans
+from .chunks import Chunk, sentence_spans
 from .splits import words
 
 MIN_DOCUMENT_WORDS = 20

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .chunks import Chunk, Place
+from .chunks import Chunk, Place, sentence_spans
 from .documents import printable
-from .sentences import sentence_spans
 
 # Two texts are near-copies when more than this share of the shingles of one is in the other.
 COPIED_SHARE = 0.5
