@@ -216,10 +216,7 @@ def test_a_role_that_is_none():
     ("setting", "message"),
     [
         ({"dimensions": 0}, "dimensions is 0, expected at least 1"),
-        ({"max_tokens": -1}, "max_tokens is -1, expected at least 1"),
         ({"concurrency": 0}, "concurrency is 0, expected at least 1"),
-        ({"requests_per_minute": 0}, "requests_per_minute is 0, expected at least 1"),
-        ({"tokens_per_minute": 0}, "tokens_per_minute is 0, expected at least 1"),
         ({"price": 1.0, "max_cost": 0.0}, "max_cost is 0.0, expected above 0"),
         ({"max_attempts": 0}, "max_attempts is 0, expected at least 1"),
         ({"timeout_seconds": float("inf")}, "timeout_seconds is inf, expected above 0"),
@@ -362,7 +359,7 @@ def test_what_a_fingerprint_is_of():
         fingerprint(base_url="http://other:secret@host:1/v1/?key=abc"),
         fingerprint(role="document"),
         fingerprint(prompts={"document": "p"}),
-        fingerprint(batch_texts=3, concurrency=1, price=1.0, max_tokens=7, parameters={}),  # nothing is cut
+        fingerprint(batch_texts=3, concurrency=1, price=1.0, parameters={}),
     ]
     assert set(same) == {base}
     cut = {"too_long": "cut"}
@@ -373,13 +370,12 @@ def test_what_a_fingerprint_is_of():
         fingerprint(dimensions=8),
         fingerprint(prompts={"query": "p"}),
         fingerprint(**cut),
-        fingerprint(**cut, max_tokens=7),
-        fingerprint(**cut, max_tokens=8),
         fingerprint(parameters={"input_type": "query"}),
         fingerprint(parameters={"input_type": "document"}),
     ]
     assert len({base, *others}) == 1 + len(others)
-    assert fingerprint(base_url=None, **cut) == fingerprint(base_url=None, **cut, max_tokens=8191)  # OpenAI's own
+    openai = ApiEmbedder("m", too_long="cut").space("query").description
+    assert (openai["server"], openai["max_tokens"]) == ("https://api.openai.com/v1", 8191)
     space = ApiEmbedder("m", base_url=url, dimensions=8, prompts={"query": "p"}).space("query")
     assert space.dim == 8
     assert space.description == {
@@ -570,25 +566,6 @@ def test_nobody_is_there():
         embedder.encode(["a"])
 
 
-def test_the_limit_of_requests_holds_over_calls():
-    """Ten a minute, where a minute is a second: a tenth between two, also from one call to the next."""
-    with ApiServer() as server:
-        embedder = api(server, batch_texts=1)
-        embedder.endpoint.rate = sending.RateLimit(requests_per_minute=10, window_seconds=1.0)
-        start = time.monotonic()
-        embedder.encode(["a", "b"])
-        embedder.encode(["c"])
-        assert time.monotonic() - start >= 0.2
-
-
-def test_the_limit_of_tokens_counts_likely_ones():
-    """Forty bytes are likely ten tokens, one byte is one."""
-    with ApiServer() as server:
-        embedder = api(server, batch_texts=1, tokens_per_minute=1_000_000)
-        embedder.encode(["a" * 40, "b"])
-        assert [tokens for _, tokens in embedder.endpoint.rate.sent] == [10, 1]
-
-
 # Texts that are too long.
 
 
@@ -638,7 +615,8 @@ def test_the_first_cut_is_at_eight_characters_a_token(capfd):
     """Of 10,000 letters 800 are left at once, then 720, ... until 403 bytes or fewer: 382."""
     long = "y" * 10_000
     with ApiServer(max_tokens=100) as server:
-        embedder = api(server, too_long="cut", max_tokens=100)
+        embedder = api(server, too_long="cut")
+        embedder.endpoint.max_tokens = 100  # as of OpenAI
         embedder.encode(["a"])
         embedder.encode([long])
         assert [len(batch[0]) for batch in asked(server)[1:]] == [10_000, 800, 720, 648, 583, 524, 471, 423, 380]

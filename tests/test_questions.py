@@ -751,7 +751,7 @@ def test_the_key_is_nowhere(tmp_path, monkeypatch, capfd, caplog):
     asker = questions._Asker(QuestionConfig(), TEMPLATE, url)
     answers = [read_reply(json.dumps(body), url) for body in echo]
     assert answers[0].result == ["What is [secret]?", "Who [secret]?"]
-    texts = [repr(answers), repr(asker), repr(asker.server), asker.server.name]
+    texts = [repr(answers), repr(asker), repr(asker.client.server), asker.client.server.name]
     with ApiServer(faults=["drop", "401"]) as server:
         with pytest.raises(ValueError, match="401") as caught:
             ask(server, some_chunks(1), tmp_path)

@@ -1,22 +1,30 @@
-"""One request of the OpenAI protocol, and what comes back classified. The only file that imports openai.
+"""An OpenAI-compatible server, its secrets, one request, and what comes back, classified.
 
-client = Client(Server.find("http://localhost:8000/v1"), timeout_seconds=60)
+client = Client(Server.find("http://localhost:8000/v1"), timeout_seconds=60)    # None: OPENAI_BASE_URL, else OpenAI
 async with client.openai:
-    reply = await client.post("/embeddings", {"model": "m", "input": ["a"]})   # a dict, or a failed Response
+    reply = await client.post("/embeddings", {"model": "m", "input": ["a"]})    # a dict, or a failed Response
+raise ValueError(f"{client.server.name}: {client.server.redact(message)}")
 """
 
 import asyncio
 import contextlib
 import json
-from collections.abc import Collection, Coroutine, Mapping
+import os
+import re
+from base64 import b64encode
+from collections.abc import Collection, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import parse_qsl, quote, urlsplit
 
 from ..config import check_types
 from .ledger import USAGE, is_count
 from .sending import Response, retry_after_seconds
-from .server import Server
 
+OPENAI_HOST = "api.openai.com"
+OPENAI_URL = f"https://{OPENAI_HOST}/v1"
+BREAK = r"(?:\\[nrt]|\\u[0-9a-fA-F]{4}|[^\x21-\x7e])"  # line breaks and whatever else may split a quoted secret
 FREE = (0, 0)
 FREE_SERVER_ERRORS = (500, 503, 529)  # no work that is charged for; a gateway's 502 or 504 and a 408 do not say
 # Connection errors before a byte of the request was sent: by name, because openai chooses the HTTP library.
@@ -26,6 +34,61 @@ STOP = (*range(300, 400), 401, 402, 403, 404, 405, 407)
 RETRY = (408, 409, 425, 429)
 OVERLOADED = (502, 503, 504, 529)  # another 5xx may be a refusal: llama.cpp, Ollama and LiteLLM refuse with 500
 HINTS = {401: " (is OPENAI_API_KEY right?)", 404: " (is the model's name right, and does the base URL end in /v1?)"}
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where requests go. Only `name` may be shown: the address without user, password and query."""
+
+    name: str
+    is_openai: bool
+    url: str = field(repr=False)  # without its query
+    key: str = field(repr=False)  # OPENAI_API_KEY, or "none"
+    query: dict[str, str] = field(repr=False, default_factory=dict)
+
+    @classmethod
+    def find(cls, base_url: str | None = None) -> "Server":
+        """The server at `base_url`, else at OPENAI_BASE_URL, else OpenAI. `ValueError`: a bad address or key."""
+        url = (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL).strip()
+        try:
+            parts = urlsplit(url)
+            is_address = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and url.isprintable()
+        except ValueError:  # the port is not a number, or an IPv6 address lacks a bracket
+            is_address = False
+        if not is_address:
+            shown = url.rpartition("@")[2].partition("?")[0]  # without what may be a password or key
+            raise ValueError(f"base_url is {shown!r}, expected the address of a server, like {OPENAI_URL}")
+        name = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        is_openai = f".{parts.hostname}".endswith(f".{OPENAI_HOST}")
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
+        if is_openai and not key:
+            raise ValueError(f"OPENAI_API_KEY is not set, and {name} needs a key (for another server, set base_url)")
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError("OPENAI_API_KEY contains a character that is not printable ASCII")
+        query = dict(parse_qsl(parts.query, keep_blank_values=True))
+        return cls(name, is_openai, parts._replace(query="", fragment="").geturl(), key or "none", query)
+
+    def redact(self, text: str) -> str:
+        """Hides the key, the password and the query's values, in either case, encoded, or split across lines."""
+        # Most texts hold no secret, and a plain search is a hundred times as fast as the pattern.
+        unbroken = re.sub(f"{BREAK}+", "", text).lower()
+        for form in self._forms():
+            if form.lower() in unbroken:
+                text = re.sub(f"{BREAK}*".join(map(re.escape, form)), "[secret]", text, flags=re.IGNORECASE)
+        return text
+
+    def _forms(self) -> Iterator[str]:
+        """Each secret as it is, percent-encoded, hexadecimal and in base64 (also of a longer text around it)."""
+        # Anything shorter may be an ordinary word: a placeholder key such as "ollama", a query such as ?version=beta.
+        secrets = [(self.key, 12), (urlsplit(self.url).password or "", 4)]
+        secrets += [(value, 8) for name, value in self.query.items() if name != "api-version"]
+        for secret in (secret for secret, min_characters in secrets if len(secret) >= min_characters):
+            data = secret.encode()
+            yield from {secret, quote(secret, safe=""), quote(secret), data.hex()}
+            for before in range(3):  # bytes in front of it in the first group of three; only whole characters count
+                start, end = -(-8 * before // 6), 8 * (before + len(data)) // 6
+                code = b64encode(b"\0" * before + data).decode()[start:end]
+                yield from {code, code.replace("+", "-").replace("/", "_")}
 
 
 class Client:
@@ -40,6 +103,22 @@ class Client:
         options = {"default_query": server.query, "default_headers": headers, "timeout": timeout_seconds}
         options |= {"max_retries": 0, "http_client": openai.DefaultAsyncHttpxClient(follow_redirects=False)}
         self.openai = openai.AsyncOpenAI(api_key=server.key, base_url=server.url, **options)
+
+    def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """What a coroutine that sends requests returns, in a thread: a notebook's has a running loop."""
+
+        async def closing() -> Any:
+            async with self.openai:
+                return await coroutine
+
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(closing())
+        with contextlib.closing(loop), ThreadPoolExecutor(1) as pool:
+            try:
+                return pool.submit(loop.run_until_complete, task).result()
+            except KeyboardInterrupt:
+                loop.call_soon_threadsafe(task.cancel)
+                raise
 
     async def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any] | Response:
         """The JSON object that the server replies to `body`, or the failed `Response`."""
@@ -137,15 +216,3 @@ def check_settings(settings: Any, *, own_parameters: Collection[str]) -> None:
         json.dumps(settings.parameters, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"parameters cannot be sent as JSON: {error}") from None
-
-
-def run_to_end(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """What a coroutine returns, in a thread: a notebook's has a running loop. An interrupt cancels it."""
-    loop = asyncio.new_event_loop()
-    task = loop.create_task(coroutine)
-    with contextlib.closing(loop), ThreadPoolExecutor(1) as pool:
-        try:
-            return pool.submit(loop.run_until_complete, task).result()
-        except KeyboardInterrupt:
-            loop.call_soon_threadsafe(task.cancel)
-            raise

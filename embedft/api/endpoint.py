@@ -7,7 +7,6 @@ Fetch(endpoint, {"a text": 0}, prompt="", keep=vectors.update).run()
 import base64
 import hashlib
 import json
-import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -20,15 +19,13 @@ import numpy as np
 
 from ..config import setting
 from ..files import append_jsonl, locked
-from .client import Client, check_settings, reported_usage, run_to_end
+from .client import Client, Server, check_settings, reported_usage
 from .ledger import Ledger, price_of
-from .sending import Forms, Job, RateLimit, Response, Sender
-from .server import Server
+from .sending import Forms, Job, Response, Sender
 
 # Of api.openai.com: 2,048 texts and 300,000 tokens per request; a token is at least a byte.
 MAX_BATCH_BYTES, OPENAI_MAX_TOKENS = 300_000, 8_191
 SPECIAL_TOKENS = 4  # that a tokenizer may add to a text, for the most that a request may cost
-BYTES_A_TOKEN = 4  # on average, for the tokens-per-minute limit
 CHARACTERS_A_TOKEN = 8  # few tokens are longer on average: the first cut of a text that is too long
 ENCODING_FORMATS = ("base64", "float", None)  # base64 is a third of the size; None: the field is left out
 
@@ -62,7 +59,10 @@ class Batch:
 
 @dataclass
 class Endpoint:
-    """POST /embeddings of a server, for one model. `dim`: features, 0 until known. `costs`: so far."""
+    """POST /embeddings of a server, for one model. `dim`: features, 0 until known. `costs`: so far.
+
+    It outlasts a `Fetch`: the form and size of a request that the server accepted stay.
+    """
 
     model: str
     _: KW_ONLY
@@ -70,13 +70,10 @@ class Endpoint:
     dimensions: int | None = setting(None, "features to ask the server for; None: all", least=1)
     parameters: Mapping[str, Any] = setting({}, 'sent as they are, such as {"input_type": "query"}')
     too_long: Literal["refuse", "cut"] = setting("refuse", '"cut": `shorten` a refused text until it is taken')
-    max_tokens: int | None = setting(None, "for the first cut; None: OpenAI's 8,191, elsewhere unknown", least=1)
     batch_texts: int = setting(256, "texts per request; fewer once that was too many", least=1, below=2_049)
     concurrency: int = setting(8, "requests in flight at once", least=1)
     max_attempts: int = setting(6, "requests for a batch", least=1)
     timeout_seconds: float = setting(60.0, "of a request", above=0)
-    requests_per_minute: int | None = setting(None, "most requests in 60 seconds", least=1)
-    tokens_per_minute: int | None = setting(None, "most tokens in 60 seconds, at four bytes each", least=1)
     price: float | None = setting(None, "money per million tokens; a byte counts as one until reported", least=0)
     max_cost: float | None = setting(None, "never spend more, over all runs of the ledger or of this object", above=0)
     ledger: str | Path | None = setting(None, "JSONL with a line before and after each request; for one process")
@@ -87,10 +84,7 @@ class Endpoint:
             raise ValueError("max_cost needs price, the money per million tokens")
         self.server, self.dim = Server.find(self.base_url), self.dimensions or 0
         self.name, self.base_url = f"{self.server.name}, {self.model}", self.server.name  # without its secrets
-        if self.server.is_openai and self.max_tokens is None:
-            self.max_tokens = OPENAI_MAX_TOKENS
-        # These outlast a call: a minute does not start anew with each, and what the server accepts stays accepted.
-        self.rate = RateLimit(self.requests_per_minute, self.tokens_per_minute)
+        self.max_tokens = OPENAI_MAX_TOKENS if self.server.is_openai else None  # of a text; None: unknown
         self.forms = Forms([None] if "encoding_format" in self.parameters else ENCODING_FORMATS)
         self.prices = None if self.price is None else (self.price, 0.0)
         self.spent = Ledger(None, prices=self.prices, max_cost=self.max_cost)
@@ -121,18 +115,15 @@ class Fetch:
 
     def run(self) -> None:
         """Raises `ValueError` when a text has no vector in the end, with the reason in one line without secrets."""
-        if self.rows:
-            run_to_end(self._run())
-
-    async def _run(self) -> None:
+        if not self.rows:
+            return
         endpoint, path = self.endpoint, self.endpoint.ledger and Path(self.endpoint.ledger)
         with locked(path.with_name(f"{path.name}.lock")) if path else nullcontext():
             if path:
                 endpoint.spent = Ledger(path, prices=endpoint.prices, max_cost=endpoint.max_cost)
-            options = {name: getattr(endpoint, name) for name in ("concurrency", "max_attempts", "forms", "rate")}
+            options = {name: getattr(endpoint, name) for name in ("concurrency", "max_attempts", "forms")}
             sender = Sender(self._ask, self._record, endpoint.spent, split=self._split, **options)
-            async with self.client.openai:
-                stopped = await sender.run(self._jobs())
+            stopped = self.client.run(sender.run(self._jobs()))
         of_all = f"of {len(self.rows):,} texts asked for"
         if self.cut:
             print(f"{endpoint.name}: {len(self.cut):,} {of_all} were too long and cut", file=sys.stderr)
@@ -158,8 +149,7 @@ class Fetch:
         sent = [self.sent[text] for text in texts]
         num_bytes = sum(len(text.encode()) for text in sent)
         key = hashlib.sha256(json.dumps([self.endpoint.model, *sent]).encode()).hexdigest()
-        most, expected = num_bytes + SPECIAL_TOKENS * len(sent), math.ceil(num_bytes / BYTES_A_TOKEN)
-        return Job(key, Batch(texts, whole), most, 0, expected)
+        return Job(key, Batch(texts, whole), num_bytes + SPECIAL_TOKENS * len(sent), 0)
 
     def _split(self, job: Job, response: Response) -> list[Job]:
         """What to send instead of a refused batch: its halves, or its only text cut shorter."""
@@ -197,18 +187,15 @@ class Fetch:
             return self.client.unexpected("list of embeddings", json.dumps(reply))
         except ValueError as error:
             return Response("invalid", "drop", str(error), usage=usage, suspect=True)
-        good, faults = {}, []
+        good, fault = {}, None
         for text, value in zip(texts, values, strict=True):
             try:
-                vector = decode(value)
-                endpoint.dim = endpoint.dim or len(vector)
-                if len(vector) != endpoint.dim:
-                    raise ValueError(f"a vector of {len(vector)} dimensions, not {endpoint.dim},")
-                good[text] = vector
+                good[text] = vector = decode(value, endpoint.dim)
+                endpoint.dim = len(vector)
             except ValueError as error:
-                faults.append(f"{error} came back for texts[{self.rows[text]}]")
-        if faults:
-            return Response("invalid", "drop", faults[0], result=good, usage=usage, suspect=not good)
+                fault = fault or f"{error} came back for texts[{self.rows[text]}]"
+        if fault:
+            return Response("invalid", "drop", fault, result=good, usage=usage, suspect=not good)
         return Response("ok", "done", result=good, usage=usage)
 
     def _record(self, job: Job, response: Response, line: dict[str, Any]) -> None:
@@ -258,8 +245,11 @@ def embeddings_in_order(reply: Mapping[str, Any], num_texts: int) -> list[Any]:
     return [found[row] for row in range(num_texts)]
 
 
-def decode(value: Any) -> np.ndarray:
-    """A list of numbers, or base64 of little-endian float32, as [D] float64; `ValueError` when it is neither."""
+def decode(value: Any, dim: int = 0) -> np.ndarray:
+    """A list of numbers, or base64 of little-endian float32, as [D] float64; `ValueError` when it is neither.
+
+    So is one of zeros, with values that are not finite, or of other than `dim` features, unless that is 0.
+    """
     try:
         if isinstance(value, str):
             value = np.frombuffer(base64.b64decode(value, validate=True), dtype="<f4")
@@ -272,4 +262,6 @@ def decode(value: Any) -> np.ndarray:
         raise ValueError("a vector with values that are not finite")
     if not vector.any():
         raise ValueError("a vector of length zero")
+    if len(vector) != (dim or len(vector)):
+        raise ValueError(f"a vector of {len(vector)} dimensions, not {dim},")
     return vector

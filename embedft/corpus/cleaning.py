@@ -11,7 +11,7 @@ Shapes: Q queries, C distinct document texts, D dimensions.
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -22,8 +22,7 @@ from .prompts import asks, strip_numbering
 
 Dropped = dict[str, tuple[str, str]]  # {query id: (reason, what shows it: a phrase, a rank, the id of a text)}
 
-MIN_COPIED_WORDS = 5
-
+REPEATS, MIN_COPIED_WORDS = "repeats another query", 5
 PREAMBLE = re.compile(
     r"(?:(?:sure|certainly|of course|okay|absolutely)\b[^:?]{0,40}?[!,.:]\s*)?"
     r"(?:here (?:are|is)|below (?:are|is)|the following (?:are|is))\b[^:?]{0,120}\bquestions?\b[^:?]{0,120}:\s*",
@@ -33,9 +32,9 @@ PREAMBLE = re.compile(
 # Words of the prompt's role or task.
 PROMPT = re.compile(
     r"""\b(?: as\ an?\ (?:teacher|professor|instructor|educator|lecturer)\b
-      | (?:teacher|professor)s?\ ?(?:/|or)\ ?(?:teacher|professor)
-      | your\ students?\b | quiz(?:zes)?\b | diverse\ questions?\b
-      | (?:exam|examination|test)\ questions?\b | questions?\ in\ an?\ exam | (?:upcoming|next)\ exam(?:ination)?\b
+      | (?:teacher|professor)s?\ ?(?:/|or)\ ?(?:teacher|professor) | your\ students?\b | quiz(?:zes)?\b
+      | (?:diverse|exam|examination|test)\ questions?\b | questions?\ in\ an?\ exam
+      | (?:upcoming|next)\ exam(?:ination)?\b
       | (?:would\ you\ like|do\ you\ want|let\ me\ know)\b.*\bquestions?\b )""",
     re.IGNORECASE | re.VERBOSE,
 )
@@ -60,18 +59,15 @@ SOURCE = re.compile(
       | (?:the|from|per)\ context(?:\ information)?\b {OTHER_CONTEXT}
       | (?:the|this|these|from|in|on|under|to|per|using)\ (?:given|provided|above)
         \ (?:[\w-]+\ ){{0,3}}? (?:{TEXT}|{SHOWN}|information)s?\b
-      | the\ following\ (?:text|passage|excerpt|paragraph|table|snippet)s?\b
-      | {TEXT}\ (?:provided|given|above|below)\b
+      | the\ following\ (?:text|passage|excerpt|paragraph|table|snippet)s?\b | {TEXT}\ (?:provided|given|above|below)\b
       | (?:{SHOWN}|information)\ (?:provided|given|presented|mentioned)\b {NOT_TO_SOMEBODY}
-      | the\ above\b
-      | (?:information|table|statement|section|figure|list)s?\ (?:above|below)\b
-      | (?:as\ )?(?:mentioned|described|discussed|stated|listed|shown|outlined|presented|noted)\ (?:above|earlier|below|
-          previously|here)\b
+      | the\ above\b | (?:information|table|statement|section|figure|list)s?\ (?:above|below)\b
+      | (?:as\ )?(?:mentioned|described|discussed|stated|listed|shown|outlined|presented|noted)
+        \ (?:above|earlier|below|previously|here)\b
       | (?<!be\ )(?:mentioned|described|discussed)(?=[.,;?!]|$)
       | (?:in|from|on|according\ to|per)\ the\ (?:table|chart|figure|graph)s?\b (?!\ of\ (?!contents))
       | (?:the|this)\ authors?\b (?=['’,]|\ (?:say|state|argue|mention|suggest|mean|of\ (?:the|this)\ {TEXT}))
-      | according\ to\ the\ author\b
-      | (?:the|a)\ previous\ question\b )""",
+      | according\ to\ the\ author\b | (?:the|a)\ previous\ question\b )""",
     re.IGNORECASE | re.VERBOSE,
 )
 
@@ -103,17 +99,15 @@ def clean(dataset: RetrievalDataset) -> tuple[RetrievalDataset, Dropped]:
     """
     documents = dict(zip(dataset.corpus, dataset.document_texts(), strict=True))
     tidied = {query_id: tidy(text) for query_id, text in dataset.queries.items()}
-    equal: dict[str, list[str]] = {}  # {question key: ids of its queries}
+    first_of: dict[str, str] = {}  # {question key: id of the query that stays}
     dropped: Dropped = {}
     for query_id, question in tidied.items():
-        if fault := _fault(question, {i: documents[i] for i in dataset.relevant(query_id)}):
+        fault = _fault(question, {i: documents[i] for i in dataset.relevant(query_id)})
+        if not fault and (first := first_of.setdefault(question_key(question), query_id)) != query_id:
+            fault = REPEATS, first
+        if fault:
             dropped[query_id] = fault
-            continue
-        same = equal.setdefault(question_key(question), [])
-        same.append(query_id)
-        if same[0] != query_id:
-            dropped[query_id] = "repeats another query", same[0]
-    return _without(dataset, dropped, tidied, list(equal.values())), dropped
+    return _without(dataset, dropped, tidied), dropped
 
 
 def _fault(question: str, documents: Mapping[str, str]) -> tuple[str, str] | None:
@@ -229,21 +223,18 @@ def _count(dropped: Dropped) -> list[tuple[str, int]]:
     return Counter(reason for reason, _ in dropped.values()).most_common()
 
 
-def _without(
-    dataset: RetrievalDataset,
-    dropped: Dropped,
-    texts: Mapping[str, str] | None = None,
-    groups: Sequence[Sequence[str]] | None = None,
-) -> RetrievalDataset:
-    """What is left; the queries of each of `groups` become their first, with the judgments of all."""
+def _without(dataset: RetrievalDataset, dropped: Dropped, texts: Mapping[str, str] | None = None) -> RetrievalDataset:
+    """What is left, by default with the same texts; a query also gets the judgments of those that repeat it."""
     if len(dropped) == len(dataset.queries):
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in _count(dropped))
         raise ValueError(f"cleaning leaves none of the {len(dropped):,} queries: {reasons}")
     qrels: dict[str, dict[str, int]] = {}
     negatives: dict[str, list[str]] = {}
     scores: dict[str, dict[str, float]] = {}
-    groups = groups or [[query_id] for query_id in dataset.queries if query_id not in dropped]
-    for query_id, source in ((group[0], source) for group in groups for source in group):
+    repeated = {i: first for i, (reason, first) in dropped.items() if reason == REPEATS}
+    queries = {i: text for i, text in (texts or dataset.queries).items() if i not in dropped}
+    for source in [i for i in dataset.queries if i in queries or i in repeated]:
+        query_id = repeated.get(source, source)
         if source in dataset.qrels:
             grades = qrels.setdefault(query_id, {})
             for document_id, grade in dataset.qrels[source].items():
@@ -255,6 +246,5 @@ def _without(
     for query_id, listed in negatives.items():
         grades = qrels.get(query_id, {})
         negatives[query_id] = [d for d in dict.fromkeys(listed) if grades.get(d, 0) <= 0]
-    queries = {group[0]: (texts or dataset.queries)[group[0]] for group in groups}
     missing = {query_id: grades for query_id, grades in dataset.missing.items() if query_id in queries}
     return replace(dataset, queries=queries, qrels=qrels, negatives=negatives, scores=scores, missing=missing)

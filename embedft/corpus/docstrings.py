@@ -73,9 +73,16 @@ def docstring_pairs(packages: Sequence[str] = PACKAGES) -> list[DocstringPair]:
     colon at the end); documents under 20 words; near-copies of longer documents, so that a split cannot separate them;
     and summaries that several documents share. Files that do not parse are left out with a warning that counts them.
     """
-    pairs = _drop_near_copies(_read_pairs([file for package in packages for file in _python_files(package)]))
-    askers = Counter(pair.query.lower() for pair in pairs)
-    return [pair for pair in pairs if askers[pair.query.lower()] == 1]
+    pairs = _read_pairs([file for package in packages for file in _python_files(package)])
+    own = [shingles(ROLE.sub(" ", pair.document)) for pair in pairs]
+    seen: set[int] = set()
+    kept = []
+    for row in sorted(range(len(pairs)), key=lambda row: -len(own[row])):
+        if len(own[row] & seen) <= COPIED_SHARE * len(own[row]):
+            kept.append(row)
+            seen |= own[row]
+    askers = Counter(pairs[row].query.lower() for row in kept)
+    return [pairs[row] for row in sorted(kept) if askers[pairs[row].query.lower()] == 1]
 
 
 def docstring_datasets(
@@ -123,16 +130,12 @@ def split_docstring(docstring: str) -> tuple[str, str] | None:
     return (summary, rest) if reads_as_sentence else None
 
 
-def _words(text: str) -> list[str]:
-    return words(ROLE.sub(" ", text))
-
-
 def _remove_repetitions(summary: str, body: str, *, repeated_share: float = 0.8) -> str:
     """`body` without the sentences and paragraphs that say little more than `summary`; the layout stays."""
-    summary_words = set(_words(summary))
+    summary_words = set(words(summary))
 
     def repeats(piece: str) -> bool:
-        piece_words = set(_words(piece))
+        piece_words = set(words(ROLE.sub(" ", piece)))
         small, large = sorted((len(piece_words), len(summary_words)))
         return small > 2 and large <= 2 * small and len(piece_words & summary_words) >= repeated_share * small
 
@@ -142,11 +145,11 @@ def _remove_repetitions(summary: str, body: str, *, repeated_share: float = 0.8)
 
 def _python_files(package: str) -> list[tuple[str, Path]]:
     """(module name, path) of the files of a package, folder by folder, sorted."""
+    prefix, roots = [package], []
     if package == "stdlib":
         prefix, roots = [], [sysconfig.get_path("stdlib")]
-    else:
-        spec = importlib.util.find_spec(package) if package.isidentifier() else None  # which imports nothing
-        prefix, roots = [package], list(getattr(spec, "submodule_search_locations", None) or [])
+    elif package.isidentifier() and (spec := importlib.util.find_spec(package)):  # which imports nothing
+        roots = spec.submodule_search_locations
     if not roots:
         raise ValueError(f"'{package}' is not an installed top-level package ('stdlib' names the standard library)")
     files = []
@@ -188,7 +191,7 @@ def _pairs_of(source: bytes, module: str) -> Iterator[DocstringPair]:
         summary, rest = split_docstring(docstring) or ("", "")
         if len(summary.split()) in SUMMARY_WORDS:
             document = _remove_repetitions(summary, rest)
-            if len(_words(document)) >= MIN_DOCUMENT_WORDS:
+            if len(words(ROLE.sub(" ", document))) >= MIN_DOCUMENT_WORDS:
                 yield DocstringPair(summary, document, module, name)
 
 
@@ -233,15 +236,3 @@ def _literal(node: ast.expr) -> str | None:
             text = _literal(template)
             return text and re.sub(r"([{}])\1|\{\w*\}", r"\1", text)  # {{ stands for {
     return None
-
-
-def _drop_near_copies(pairs: list[DocstringPair]) -> list[DocstringPair]:
-    """Drops near-copies of longer documents, wherever the two are; order is kept."""
-    own = [shingles(ROLE.sub(" ", pair.document)) for pair in pairs]
-    seen: set[int] = set()
-    kept = []
-    for row in sorted(range(len(pairs)), key=lambda row: -len(own[row])):
-        if len(own[row] & seen) <= COPIED_SHARE * len(own[row]):
-            kept.append(row)
-            seen |= own[row]
-    return [pairs[row] for row in sorted(kept)]

@@ -8,26 +8,20 @@ from dataclasses import dataclass
 from statistics import median
 
 EDGE_LINES, MIN_REPEATED_PAGES, REPEATED_SHARE = 3, 3, 0.2  # see `repeated_lines`
-
 # A line is full when the next word would have gone beyond this share of a full line: the characters of a line of given
 # width vary by a tenth. A full line is the median of a page's that are not shorter than LONG_SHARE of the document's.
 FULL_SHARE, LONG_SHARE, HEADING_SHARE = 0.85, 0.6, 0.6
-
 CLEANING = {
     **{i: None for i in range(0x110000) if unicodedata.category(chr(i)) in ("Cc", "Cs")},
     **{ord(blank): " " for blank in "\t\v\f\x1c\x1d\x1e\x1f\x85"},
     **{i: unicodedata.normalize("NFKC", chr(i)) for i in range(0xFB00, 0xFB07)},
     ord("\n"): "\n",
 }
-
-BULLET = r"[•●◦○▪■□‣⁃∙·–—*-]"
-NUMBERING = (
-    r"(?:(?:Section|Article|Item|Note|Part|Exhibit) )?\(?(?:\d{1,3}(?:\.\d{1,3})*[A-Z]?|[A-Za-z]|[ivxlcIVXLC]+)[.)]*"
-)
-MARKER = re.compile(rf"(?:(?:{BULLET} +|{NUMBERING} {{2,}})(?=\S))+")
+NUMBERED = r"(?:Section|Article|Item|Note|Part|Exhibit)"
+NUMBER = r"(?:\d{1,3}(?:\.\d{1,3})*[A-Z]?|[A-Za-z]|[ivxlcIVXLC]+)"
+MARKER = re.compile(rf"(?:(?:[•●◦○▪■□‣⁃∙·–—*-] +|(?:{NUMBERED} )?\(?{NUMBER}[.)]* {{2,}})(?=\S))+")
 PAGE_NUMBER = re.compile(r"\W*(?:page\s+)?(?:[a-z]-)?(?:\d{1,4}|[ivxlc]{1,7})(?:\s*(?:of|/)\s*\d{1,4})?\W*", re.I)
 SENTENCE_STOP = re.compile(r"[.:;!?。！？][\"'”’)\]」』）]*$")
-
 LETTERS = r"[^\W\d_]"
 WORD = re.compile(rf"{LETTERS}+(?:-{LETTERS}+)*")
 BROKEN_WORD = re.compile(rf"(?<![^\W\d_])(?<![^\W\d_]-){WORD.pattern}-\n[ \t]*{WORD.pattern}")
@@ -46,7 +40,7 @@ def is_unspaced(before: str, after: str) -> bool:
 
 
 def _join(left: str, right: str, words: Counter[str]) -> str:
-    """Joins two lines of a paragraph of a document with these words.
+    """Joins two lines of a paragraph; `words`: of the document, with their numbers.
 
     A hyphen between them stays when the document has the word with a hyphen at least as often as without. When it has
     neither, it stays if the halves are words of their own, not mere letters, or hold a hyphen or a capital.
@@ -80,16 +74,12 @@ class _Line:
     after_gap: bool  # more space than between lines comes before it
     apart: bool = False  # a header, a footer or a page number
 
-    @property
-    def is_marked(self) -> bool:
-        return self.column > self.indent
-
 
 def clean_layout(texts: Sequence[str], *, plain: Collection[int] = ()) -> list[str]:
     """Turns the pages of one PDF file into running text: a line for each paragraph, heading, bullet and row of a table.
 
-    Ligatures are spelt out, hyphens at line ends, blanks and control characters go; other characters stay, in order.
-    `plain`: numbers (from 1) of pages without layout: columns, say, whose lines are narrower than the others'.
+    Ligatures are spelt out; hyphens at line ends, blanks and control characters go; other characters stay, in order.
+    `plain`: numbers (from 1) of pages without layout, such as columns, whose lines are narrower than the others'.
     """
     pages = [_lines(text.translate(CLEANING)) for text in texts]
     repeated = repeated_lines([[line.text for line in lines] for lines in pages], range(1, len(pages) + 1))
@@ -115,13 +105,13 @@ def _lines(text: str) -> list[_Line]:
     for raw in raw_lines:
         if body := raw.strip():
             indent, marker = len(raw) - len(raw.lstrip()), MARKER.match(body)
-            start = marker.end() if marker else 0
-            gaps = [len(blanks) for blanks in re.findall(r"\s+", body[start:])]
-            widest = max(gaps, default=0)
+            content = body[marker.end() if marker else 0 :]
+            gaps = sorted(map(len, re.findall(r"\s+", content))) or [0]
             # Justified text has wide blanks too, but about as wide as each other.
-            is_row = widest > 3 or (widest == 3 and median(gaps) == 1)
-            column, num_characters = indent + start, len(" ".join(body[start:].split()))
-            lines.append(_Line(" ".join(body.split()), indent, column, column + num_characters, is_row, gap))
+            is_row = gaps[-1] > 3 or (gaps[-1] == 3 and median(gaps) == 1)
+            column = indent + len(body) - len(content)
+            width = column + len(" ".join(content.split()))
+            lines.append(_Line(" ".join(body.split()), indent, column, width, is_row, gap))
         gap = not body and not spaced
     return lines
 
@@ -148,23 +138,21 @@ def _paragraphs(lines: list[_Line], repeated: Collection[int], words: Counter[st
 def _goes_on(members: list[_Line], line: _Line, following: _Line | None, edge: float) -> bool:
     """Whether `line` belongs to the paragraph whose lines so far are `members`; `edge`: the page's right edge."""
     first, last = members[0], members[-1]
-    if line.after_gap or line.is_marked or last.is_row or line.apart or last.apart:
+    if line.after_gap or line.column > line.indent or last.is_row or line.apart or last.apart:
         return False
     is_full = last.width + 1 + len(FIRST_WORD.match(line.text)[0]) >= FULL_SHARE * edge
     if line.is_row:  # or a line of prose with a hole in it
         return is_full and line.text[0].islower() and abs(line.indent - last.indent) <= 1
     has_ended = SENTENCE_STOP.search(last.text) is not None
-    if len(members) > 1:
-        aligned = abs(line.indent - last.indent) <= 1
-    else:  # the first line may be indented, or stand out to the left by its bullet
-        aligned = line.indent <= first.indent + 1 or (first.is_marked and abs(line.indent - first.column) <= 2)
+    aligned = abs(line.indent - last.indent) <= 1
+    if len(members) == 1:  # the first line may be indented, or stand out to the left by its bullet
+        hangs = first.column > first.indent and abs(line.indent - first.column) <= 2
+        aligned = hangs or line.indent <= first.indent + 1
         # Two first lines of paragraphs, the earlier one of a single line.
         if has_ended and following is not None and following.indent + 1 < min(line.indent, first.indent + 1):
             return False
-    if not aligned:
-        return False
-    if line.text[0].islower():
-        return True
+    if not aligned or line.text[0].islower():
+        return aligned
     is_short = line.width < HEADING_SHARE * edge and not line.text.endswith((".", ",", ";", ":", "!", "?", ")"))
     return is_full and not (has_ended and is_short)
 

@@ -10,18 +10,13 @@ CODE = re.compile(rf"{FENCED_BLOCK}|(?<!`)(?P<ticks>`+)(?!`)(?:(?!\n\s*\n).)+?(?
 HEADING = re.compile(r" {0,3}(#{1,6})(?:\s|$)")
 UNDERLINE = re.compile(r" {0,3}(=+|-{2,})[ \t]*")
 NO_TITLE = re.compile(r"\s*$| {4}|\s*(?:[-*+>|#]|\d+[.)]\s)")  # an underline makes no heading of such a line
-INLINE_TAGS = (
-    "a|abbr|b|bdi|bdo|big|button|cite|code|data|del|dfn|em|font|i|iframe|img|input|ins|kbd|label|mark|nobr|picture|q|s"
-    "|samp|small|source|span|strike|strong|sub|sup|svg|path|time|tt|u|var|video|wbr"
-)
-BLOCK_TAGS = (
-    "address|article|aside|blockquote|br|center|dd|details|div|dl|dt|figcaption|figure|footer|form|h[1-6]|header|hr|li"
-    "|main|nav|ol|p|pre|section|summary|table|tbody|td|tfoot|th|thead|tr|ul"
-)
 HTML = re.compile(
-    r"<!--.*?(?:-->|\Z)|<(?P<raw>script|style)\b.*?(?:</(?P=raw)\s*>|\Z)"
-    rf"|</?(?:{INLINE_TAGS}|(?P<block>{BLOCK_TAGS}))(?:\s[^<>]*)?/?>",
-    re.DOTALL | re.IGNORECASE,
+    r"""<!--.*?(?:-->|\Z) | <(?P<raw>script|style)\b.*?(?:</(?P=raw)\s*>|\Z)
+      | </?(?: a|abbr|b|bdi|bdo|big|button|cite|code|data|del|dfn|em|font|i|iframe|img|input|ins|kbd|label|mark|nobr
+          |picture|q|s|samp|small|source|span|strike|strong|sub|sup|svg|path|time|tt|u|var|video|wbr
+        | (?P<block>address|article|aside|blockquote|br|center|dd|details|div|dl|dt|figcaption|figure|footer|form|h[1-6]
+          |header|hr|li|main|nav|ol|p|pre|section|summary|table|tbody|td|tfoot|th|thead|tr|ul) )(?:\s[^<>]*)?/?>""",
+    re.DOTALL | re.IGNORECASE | re.VERBOSE,
 )
 
 
@@ -49,14 +44,11 @@ def split_sections(pages: Sequence[str]) -> list[list[tuple[str, tuple[str, ...]
 def strip_html(text: str) -> str:
     """Removes tags and comments and decodes entities, except in code. Only names of HTML are tags: `<size>` stays."""
     parts, end = [], 0
-    for code in CODE.finditer(text):
-        parts += [_strip(text[end : code.start()]), code[0]]
-        end = code.end()
-    return "".join([*parts, _strip(text[end:])])
-
-
-def _strip(text: str) -> str:
-    return html.unescape(HTML.sub(lambda tag: " " if tag["block"] else "", text))
+    for start, stop in [*(code.span() for code in CODE.finditer(text)), (len(text), len(text))]:
+        outside = HTML.sub(lambda tag: " " if tag["block"] else "", text[end:start])
+        parts += [html.unescape(outside), text[start:stop]]
+        end = stop
+    return "".join(parts)
 
 
 def _blocks(text: str) -> Iterator[tuple[str, int, str]]:

@@ -10,16 +10,15 @@ Not here: prompts and their replies (prompts.py), when requests are sent and wha
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from ..api.client import Client, check_settings, message_text, reported_usage, run_to_end
+from ..api.client import Client, Server, check_settings, message_text, reported_usage
 from ..api.ledger import Ledger, check_outcome, price_of
 from ..api.sending import Forms, Job, RateLimit, Response, Sender
-from ..api.server import Server
 from ..config import setting
 from ..data.checks import check_distinct, check_text
 from ..data.dataset import RetrievalDataset
@@ -109,11 +108,9 @@ def write_questions(
 
     Every request and reply is saved at once (`ledger.jsonl`, `replies.jsonl`), so a killed run loses at most the
     requests in flight. The limits count all runs of the folder and are never exceeded, unless a server reports more
-    tokens than it was allowed or charges for a 4xx, 500 or 503. The key comes from OPENAI_API_KEY and is never saved.
-    Chunks with the same text share one request; `base_url` None is OPENAI_BASE_URL or OpenAI.
-
-    Raises:
-        ValueError: the input is at fault, or the server refuses all requests (key, model, quota, five at the start).
+    tokens than it was allowed or charges for a 4xx, 500 or 503. Chunks with the same text share one request. The key
+    comes from OPENAI_API_KEY and is never saved; `base_url` None is OPENAI_BASE_URL or OpenAI. Raises `ValueError` for
+    wrong input, and when the server refuses all requests (key, model, quota, five at the start).
     """
     folder, jobs, asker = Path(folder), _jobs(chunks, config, template), _Asker(config, template, base_url)
     reasons: dict[str, str] = {}  # {key: why the last request failed}
@@ -130,18 +127,22 @@ def write_questions(
             bar.set_postfix_str(f"cost {ledger.cost + ledger.open_cost:.2f}", refresh=False)
 
     with locked(folder / LOCK):
-        records, limits = _read_replies(folder, repair=True), (config.max_requests, config.max_cost)
-        ledger = Ledger(folder / LEDGER, records, prices=config.prices, max_requests=limits[0], max_cost=limits[1])
+        records = _read_replies(folder, repair=True)
+        limits = {"max_requests": config.max_requests, "max_cost": config.max_cost}
+        ledger = Ledger(folder / LEDGER, records, prices=config.prices, **limits)
         questions = _valid_questions(records)
+        limits = {"concurrency": config.concurrency, "max_attempts": config.max_attempts}
+        rate = RateLimit(config.requests_per_minute, config.tokens_per_minute)
+        sender = Sender(asker.ask, record, ledger, forms=asker.forms, rate=rate, **limits)
         left = [job for key, job in jobs.items() if key not in questions]
         num_done = len(chunks) - sum(len(job.content) for job in left)
         with progress_bar(len(chunks), "questions", unit="chunk", initial=num_done) as bar:
-            stopped = run_to_end(asker.run(left, record, ledger))
+            stopped = asker.client.run(sender.run(left))
     keys = {chunk.id: key for key, job in jobs.items() for chunk in job.content}
     found = {chunk.id: questions[keys[chunk.id]] for chunk in chunks if keys[chunk.id] in questions}
     so_far = f"{len(found):,} of {len(chunks):,} chunks have questions"
     if isinstance(stopped, Response):
-        raise ValueError(f"{asker.server.name}: {stopped.reason}; stopped: {so_far}")
+        raise ValueError(f"{asker.client.server.name}: {stopped.reason}; stopped: {so_far}")
     left = [chunk.id for chunk in chunks if chunk.id not in found]
     missing = {id: reasons.get(keys[id], f"not asked: stopped at {stopped}") for id in left}
     return Outcome(found, missing, ledger, stopped and f"stopped at {stopped}: {so_far}")
@@ -211,18 +212,11 @@ class _Asker:
     """What one request sends, and what its reply means."""
 
     def __init__(self, config: QuestionConfig, template: str, base_url: str | None):
-        self.config, self.template, self.server = config, template, Server.find(base_url)
-        self.client = Client(self.server, timeout_seconds=config.timeout_seconds)
-        names = LIMIT_NAMES if self.server.is_openai else LIMIT_NAMES[::-1]
+        self.config, self.template = config, template
+        self.client = Client(Server.find(base_url), timeout_seconds=config.timeout_seconds)
+        names = LIMIT_NAMES if self.client.server.is_openai else LIMIT_NAMES[::-1]
         kinds = {"auto": (True, False), "schema": (True,), "lines": (False,)}[config.structured]
         self.forms = Forms([(name, is_structured) for is_structured in kinds for name in names])
-
-    async def run(self, jobs: Sequence[Job], record: Callable, ledger: Ledger) -> Response | str | None:
-        """Sends the jobs. Returns what stopped it."""
-        limits = {"concurrency": self.config.concurrency, "max_attempts": self.config.max_attempts}
-        rate = RateLimit(self.config.requests_per_minute, self.config.tokens_per_minute)
-        async with self.client.openai:
-            return await Sender(self.ask, record, ledger, forms=self.forms, rate=rate, **limits).run(jobs)
 
     async def ask(self, job: Job, form: tuple[str, bool]) -> Response:
         """Sends one request and returns its outcome."""
