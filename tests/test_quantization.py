@@ -120,11 +120,8 @@ def test_hamming_search_by_hand():
 
 
 def test_rescoring_by_hand():
-    """As above, with a shortlist of 3 rescored by signs: 0.5 + 0.1 + 2 = 2.6, 1.6 and -1.4.
-
-    Row 2, at distance 3, would have -0.5 - 0.1 - 2: it is not in the shortlist, and not missed.
-    """
-    scores, rows = QuantizedIndex(BY_HAND, "binary", shortlist_factor=1).search(QUERY_BY_HAND, 3)
+    """As above, rescored by signs: 0.5 + 0.1 + 2 = 2.6, 1.6, -1.4, and last row 2 with -0.5 - 0.1 - 2."""
+    scores, rows = QuantizedIndex(BY_HAND, "binary").search(QUERY_BY_HAND, 3)
     np.testing.assert_array_equal(rows, [[0, 1, 3]])
     np.testing.assert_allclose(scores, [[2.6, 1.6, -1.4]], rtol=1e-6)
 
@@ -153,10 +150,10 @@ def test_int8_search_is_exact_over_the_codes():
 
 def test_rescoring_orders_the_shortlist():
     documents, queries = random_embeddings(600, 40, 7), random_embeddings(20, 40, 8)
-    index = QuantizedIndex(documents, "binary", shortlist_factor=3)
+    index = QuantizedIndex(documents, "binary")
     scores, rows = index.search(queries, 10)
     vectors = np.where(documents > 0, 1.0, -1.0)
-    shortlist = index.search_hamming(queries, 30).rows
+    shortlist = index.search_hamming(queries, 40).rows
     for query, in_list, found_scores, found_rows in zip(queries, shortlist, scores, rows, strict=True):
         expected = (vectors[in_list] @ query).astype(np.float64)
         order = np.lexsort((in_list, -expected))[:10]

@@ -229,13 +229,8 @@ def test_under_the_null_clusters_keep_the_error_rate_and_the_naive_test_does_not
 
 
 def test_blocks_cover_all_samples():
-    differences = generator(2).standard_normal(40)
-    for function in (sign_flip_p_value, paired_bootstrap_interval):
-        whole, in_blocks = (
-            function(differences, generator=generator(), num_samples=1001, **block)
-            for block in ({}, {"block_values": 50})
-        )
-        assert in_blocks == pytest.approx(whole, abs=0.1)
+    # Three blocks of at most 349: without a difference every one of the samples is a hit.
+    assert sign_flip_p_value(np.zeros(3000), generator=generator(), num_samples=1001) == 1.0
     assert list(significance._blocks(1001, 20, 50)) == [2] * 500 + [1]
     assert list(significance._blocks(3, 51, 50)) == [1, 1, 1]
 
@@ -261,7 +256,6 @@ def test_holm_by_hand():
         (np.array([]), None, {}, "expected finite numbers"),
         (np.array([0.1, np.nan]), None, {}, "expected finite numbers"),
         (np.ones((2, 2)), None, {}, r"shape \(2, 2\)"),
-        (np.ones(3), ["a", "b"], {}, "2 cluster ids for 3 questions"),
         (np.ones(3), None, {"num_samples": 0}, "num_samples is 0"),
     ],
 )

@@ -3,13 +3,8 @@
     index = FaissIndex(documents, "hnsw,efSearch=128")         # a preset and a parameter of `faiss.ParameterSpace`
     index = FaissIndex(documents, "IVF1024,SQ8,nprobe=32")     # any string for FAISS's index_factory
 
-| preset | FAISS's index | searched with | bytes per vector, about |
-|--------|---------------|---------------|-------------------------|
-| hnsw   | HNSW32 | efConstruction=200,efSearch=64 | 4 D + 270 |
-| ivf    | IVF, vectors as they are | nprobe=16 | 4 D + 8, and 4 D for each list |
-| ivfpq  | IVF, residuals in one byte for at least 8 dimensions | nprobe=16 | D / 8 + 8, and the same |
-
-IVF has 4 sqrt(N) lists, or fewer where that would leave less than 39 documents to train each.
+Presets are hnsw (about 4 D + 270 bytes per vector), ivf (4 D + 8) and ivfpq (D / 8 + 8, residuals in one byte for at
+least 8 dimensions). IVF has 4 sqrt(N) lists, or fewer where that would leave less than 39 documents to train each.
 
 Source: Malkov and Yashunin 2018 (HNSW); Jegou et al. 2011 (IVF, PQ); FAISS's wiki, "Guidelines to choose an index".
 Shapes: Q queries, N documents, D dimensions.
@@ -36,28 +31,24 @@ class FaissIndex(Index):
 
     It is trained on a sample and filled in slices, which is the memory it needs besides itself. The seed draws the
     sample and starts k-means; HNSW links documents in several threads at once, so no two of its graphs are quite alike.
-    `factory` and `parameters` are FAISS's description, e.g. "IVF4000,Flat" and "nprobe=16".
-
-    Raises `ValueError` for no documents, a wrong shape, NaN or infinity, and as `check_index` does.
+    `factory` and `parameters` are FAISS's description, e.g. "IVF4000,Flat" and "nprobe=16". Errors: see `check_index`.
     """
 
     def __init__(self, embeddings_ND: np.ndarray, name: str, *, seed: int = 0):
-        self.name, (num_documents, self.dim) = name, shape_to_index(embeddings_ND)
-        self._index, self.factory, self.parameters, at_most = check_index(name, self.dim, num_documents=num_documents)
+        self.name, (self.num_documents, self.dim) = name, shape_to_index(embeddings_ND)
+        number = self.num_documents
+        self._index, self.factory, self.parameters, at_most = check_index(name, self.dim, num_documents=number)
         with _refusals(name, self.dim):
             if not self._index.is_trained:
                 rng = np.random.default_rng(seed)
-                rows = np.sort(rng.choice(num_documents, size=min(at_most, num_documents), replace=False))
+                rows = np.sort(rng.choice(number, size=min(at_most, number), replace=False))
                 if (ivf := _ivf(self._index)) is not None:
                     ivf.cp.seed = seed
                 self._index.train(checked_embeddings(embeddings_ND[rows]))
-            with progress_bar(num_documents, "indexing", unit="document") as bar:
+            with progress_bar(number, "indexing", unit="document") as bar:
                 for _, slice_ND in slices_of(embeddings_ND, self.dim):
                     self._index.add(slice_ND)
                     bar.update(len(slice_ND))
-
-    def __len__(self) -> int:
-        return self._index.ntotal
 
     @cached_property
     def bytes_per_vector(self) -> float:

@@ -25,19 +25,15 @@ Tokenize = Callable[[list[str]], Sequence[Sequence[Token]]]
 
 
 class Bm25Index:
-    """Which documents contain a term, and what it adds to their score.
+    """Documents as tokens, read once so that a generator works too, ready to be scored:
 
     score(query, document) = sum over the query's tokens t, repetitions included, of
     idf(t) * tf / (tf + k1 * (1 - b + b * length / mean length)), where idf(t) = ln(1 + (N - n + 0.5) / (n + 0.5)).
 
-    tf: occurrences of t in the document; n: how many of the N documents contain t; length: the document's tokens. This
+    tf: occurrences of t in the document; n: how many of the N documents contain t; length: the document's tokens; k1:
+    how fast occurrences stop counting (0: only presence does); b: how much long documents are penalised, 0 to 1. This
     is Lucene's form, without the constant factor k1 + 1 and with exact lengths: scores are never negative.
-
-    Args:
-        documents: N documents as tokens, read once, so that a generator works too.
-        k1: how fast further occurrences of a term stop counting; 0: only its presence counts.
-        b: how much long documents are penalised, 0 (not at all) to 1.
-        slice_tokens: tokens sorted at a time; bounds memory.
+    `slice_tokens`, sorted at a time, bounds memory.
 
     Source: Robertson et al., "Okapi at TREC-3", 1994; Kamphuis et al., "Which BM25 Do You Mean?", ECIR 2020, "Lucene
     (accurate)".
@@ -76,11 +72,8 @@ class Bm25Index:
         self.weights_P = weights_P.astype(np.float32)  # what the term adds to the document's score
 
     def search(self, queries: Sequence[Sequence[Token]], depth: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scores [Q, K] float32 and rows [Q, K] int64 of the best `depth` documents for queries given as tokens.
-
-        Padded with -inf and -1 after the documents that share a term with the query. Scores are float64 sums of float32
-        weights, rounded to float32 before ranking, so equal documents tie; ties by ascending row, at the cutoff too.
-        """
+        """Scores [Q, K] float32 and rows [Q, K] int64 of the documents that share a term with queries given as tokens,
+        padded with -inf and -1. Scores are rounded to float32 before ranking, so equal documents tie, by row."""
         depth = min(depth, self.num_documents)
         scores_QK = np.full((len(queries), depth), -np.inf, dtype=np.float32)
         rows_QK = np.full((len(queries), depth), -1, dtype=np.int64)
@@ -138,8 +131,6 @@ def split_words(texts: Sequence[str]) -> list[list[str]]:
 
     In scripts written without spaces a run is one word: use the encoder's tokens there.
     """
-    if isinstance(texts, str):
-        raise ValueError("texts is a str, expected a list of str")
     pattern = _word_pattern()
     return [pattern.findall(unicodedata.normalize("NFKC", text).lower()) for text in texts]
 
@@ -155,8 +146,7 @@ def bm25_run(
 ) -> Run:
     """Every query of a dataset against its corpus, titles included; ties by ascending document id.
 
-    `tokenize` maps texts to lists of tokens, such as `embedder.tokenize`; None: `split_words`. Documents that share no
-    term with a query are not retrieved. exclude_identical_ids: see `Run.without_identical_ids`.
+    `tokenize` maps texts to lists of tokens [`split_words`]. Documents that share no term with a query are not found.
     """
     if depth < 1:
         raise ValueError(f"depth is {depth}, expected at least 1")

@@ -31,14 +31,9 @@ def evaluate(
     index: str = "flat",
     **options: Any,
 ) -> Report:
-    """Encodes queries and documents, searches and measures: `evaluate_grid` with one setting, and its options.
+    """Encodes queries and documents, titles included, searches and measures: `evaluate_grid` with one setting.
 
-    Args:
-        dim: leading dimensions to keep (Matryoshka); None: as many as the embedder gives.
-        passages: (size, stride) in tokens: documents, title included, are cut into windows and scored by the best one.
-            None: one vector per document, of as much as the model reads.
-        precision: as what vectors are stored: float32, int8 or binary.
-        index: flat, hnsw, ivf, ivfpq, a string for FAISS's `index_factory`, or adaptive-DIM, see search.py.
+    What dim, passages=(size, stride), precision and index may be is said in search.py; the options are the grid's.
     """
     grid = {"dims": (dim,), "precisions": (precision,), "indices": (index,), "passages": (passages,)}
     return evaluate_grid(embedder, dataset, **grid, **options)[0]

@@ -49,7 +49,11 @@ def fuse(
     query_ids = list(dict.fromkeys(query_id for run in runs for query_id in run.query_ids))
     document_ids = sorted({document_id for run in runs for document_id in run.document_ids})
     number = {document_id: index for index, document_id in enumerate(document_ids)}
-    aligned = [_align(run, query_ids, number) for run in runs]
+    aligned = []  # each run's documents, as indices into all, and scores
+    for run in (run.select(query_ids) for run in runs):
+        # Index -1 (no document) looks up the -1 at the end.
+        new_N = np.array([*(number[document_id] for document_id in run.document_ids), -1], dtype=np.int64)
+        aligned.append((new_N[run.indices], run.scores.astype(np.float64)))
     width = sum(run.indices.shape[1] for run in runs)
     width = width if depth is None else min(width, depth)
     indices_QK = np.full((len(query_ids), width), -1, dtype=np.int64)
@@ -80,14 +84,6 @@ def _check(runs: Sequence[Run], method: str, weights_R: np.ndarray, k: float, de
     ):
         if not valid:
             raise ValueError(f"fusion: {found}, expected {expected}")
-
-
-def _align(run: Run, query_ids: list[str], number: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
-    """The documents' numbers and scores as float64, [Q, K] for `query_ids`."""
-    # Index -1 (no document) looks up the -1 at the end.
-    new_N = np.array([*(number[document_id] for document_id in run.document_ids), -1], dtype=np.int64)
-    selected = run.select(query_ids)
-    return new_N[selected.indices], selected.scores.astype(np.float64)
 
 
 def _totals(
@@ -135,8 +131,6 @@ def choose_weight(
 
     Of several best w, the one nearest to one half. Choose on training questions: on those measured it flatters.
     """
-    if len(runs) != 2:
-        raise ValueError(f"fusion: {len(runs)} runs, expected 2 to choose a weight for")
     qrels = dataset_or_qrels.all_qrels() if isinstance(dataset_or_qrels, RetrievalDataset) else dataset_or_qrels
     _, _, cutoff = metric.partition("@")
     depth = int(cutoff) if cutoff.isdecimal() else None

@@ -29,9 +29,10 @@ class Found(NamedTuple):
 
 
 class Index:
-    """What can be searched. A subclass has `dim`, `__len__` (documents) and `_search`, which gets checked queries."""
+    """What can be searched. Subclasses set `num_documents` and `dim`; their `_search` gets checked queries."""
 
-    dim: int
+    def __len__(self) -> int:
+        return self.num_documents
 
     def search(self, queries_QD: np.ndarray, depth: int) -> Found:
         """The first `depth` documents. Raises `ValueError` for a depth below 1, a wrong width, NaN or infinity."""
@@ -40,7 +41,7 @@ class Index:
 
 
 def require_finite(embeddings_ND: np.ndarray, kind: str, names: Sequence, *, slice_rows: int = SLICE_DOCUMENTS) -> None:
-    """Raises `ValueError` for NaN or infinity, naming the first such row as `kind` names[row]."""
+    """Raises `ValueError` for NaN or infinity, naming the first such row as names[row]."""
     for start in range(0, len(embeddings_ND), slice_rows):
         finite_N = np.isfinite(embeddings_ND[start : start + slice_rows]).all(axis=1)
         if not finite_N.all():
@@ -94,15 +95,12 @@ def search_exact(
     """The `depth` documents with the largest inner product for each query, or all of them if there are fewer.
 
     Memory besides the arguments: one slice in float32, three times the results and, with torch, the scores of 1,024
-    queries; never [Q, N].
+    queries; never [Q, N]. Raises `ValueError` for no documents, a depth below 1, a wrong width, NaN or infinity.
 
     Args:
         documents: [N, D], an array or a memory map of any float type; or an iterable of such arrays, each searched
             once and dropped, whose rows are numbered consecutively.
-        device: FAISS computes products on the CPU (None), torch elsewhere; on CUDA they are as exact as
-            `torch.get_float32_matmul_precision()` says.
-
-    Raises `ValueError` for no documents, a depth below 1, a wrong width, NaN or infinity.
+        device: FAISS computes products on the CPU (None), torch elsewhere (see `torch.get_float32_matmul_precision`).
     """
     require_depth(depth)
     device = torch.device(device or "cpu")
@@ -124,10 +122,7 @@ class FlatIndex(Index):
     """`search_exact` over documents [N, D] that stay as they are."""
 
     def __init__(self, documents_ND: np.ndarray):
-        self.documents_ND, self.dim = documents_ND, documents_ND.shape[1]
-
-    def __len__(self) -> int:
-        return len(self.documents_ND)
+        self.documents_ND, (self.num_documents, self.dim) = documents_ND, documents_ND.shape
 
     def _search(self, queries_QD: np.ndarray, depth: int) -> Found:
         return search_exact(queries_QD, self.documents_ND, depth)
@@ -172,10 +167,10 @@ def merge_keys(keys_QK: np.ndarray, new_QK: np.ndarray, depth: int) -> np.ndarra
 def first_keys(
     nearest: Nearest, queries_QD: np.ndarray, depth: int, total: int, *, width: int = 0, block_tied: int = 16
 ) -> np.ndarray:
-    """Sorted keys [Q, min(depth, N)] of the first results of a search that is exact except for its choice among ties.
+    """Sorted keys [Q, min(depth, N)] of the first results, for a search that is exact but for its choice among ties.
 
-    `nearest` searches `total` documents, `width` at first [one more than `depth`]. Where ties force a wider search it
-    gets `block_tied` queries at a time, which bounds memory if a whole corpus has one score.
+    `nearest` searches `total` documents. Where ties force it to go wider (`width`) it gets `block_tied` queries at a
+    time, which bounds memory if a whole corpus has one score.
     """
     depth = min(depth, total)
     width = min(width or depth + 1, total)

@@ -49,10 +49,7 @@ def has_relevant(grades: Mapping[str, float]) -> bool:
 
 
 def judge(run: Run, qrels: Qrels) -> Judgments:
-    """Looks up the grade of every document in the run, whose queries are the ones that count.
-
-    Raises `ValueError` if none of them has a relevant document, or a grade is not finite.
-    """
+    """The grade of every document in the run. Raises `ValueError` if no query has a relevant one."""
     rows = [row for row, query_id in enumerate(run.query_ids) if has_relevant(qrels.get(query_id, {}))]
     kept = [run.query_ids[row] for row in rows]
     if not kept:
@@ -98,10 +95,7 @@ def recall(judgments: Judgments, k: int) -> np.ndarray:
 
 
 def r_precision(judgments: Judgments) -> np.ndarray:
-    """(relevant documents among the first R) / R, R the query's number of relevant documents.
-
-    Source: trec_eval `m_Rprec.c`; Buckley & Voorhees, "Evaluating Evaluation Measure Stability", SIGIR 2000.
-    """
+    """(relevant documents among the first R) / R, R the query's number of them. Source: trec_eval `m_Rprec.c`."""
     num_relevant_Q = judgments.num_relevant_Q
     relevant_QK = judgments.grades_QK > 0
     return (relevant_QK & (_ranks(relevant_QK) <= num_relevant_Q[:, None])).sum(axis=1) / num_relevant_Q
@@ -231,10 +225,8 @@ def _resolve(metric: Metric) -> tuple[str, Callable[..., np.ndarray], dict[str, 
     if name not in METRICS:
         raise ValueError(f"unknown metric {metric!r}; valid, with a cutoff as in ndcg@10: {', '.join(METRICS)}")
     parameter = inspect.signature(METRICS[name]).parameters.get("k")
-    if not at and parameter is not None and parameter.default is parameter.empty:
-        raise ValueError(f"metric {metric!r} needs a cutoff, as in {name}@10")
     if at and parameter is None:
         raise ValueError(f"metric {metric!r}: {name} takes no cutoff")
-    if at and not re.fullmatch("[1-9][0-9]*", cutoff):
-        raise ValueError(f"metric {metric!r}: the cutoff must be a whole number of at least 1, found {cutoff!r}")
+    if not re.fullmatch("[1-9][0-9]*", cutoff) if at else parameter and parameter.default is parameter.empty:
+        raise ValueError(f"metric {metric!r} needs a cutoff of at least 1, as in {name}@10")
     return metric, METRICS[name], {"k": int(cutoff)} if at else {}

@@ -3,13 +3,12 @@
     dataset = mine(embedder, dataset, ranks=(10, 100), num_negatives=4, seed=0)
     finetune(embedder, dataset, FinetuneConfig(num_negatives=4), out="runs/mined")
 
-Judgments are incomplete, and unjudged answers rank highest; training on such false negatives does harm. So `ranks`
-skips the first documents, and the margins require a negative to score clearly below the known answers.
+Unjudged answers rank highest, and training on such false negatives does harm. So `ranks` skips the first documents, and
+the margins require a negative to score clearly below the known answers.
 
-Candidates for a query are the documents at `ranks` in an exact search of the corpus, ordered as in `search`, except the
-query's own id and those whose text is the query's, that of a relevant document, of a negative that the query keeps, or
-of an earlier candidate. With p the lowest score of the query's relevant documents, the score s of a candidate must
-satisfy those of these conditions that are set:
+Candidates for a query are the documents at `ranks` in an exact search of the corpus, except the query's own id and
+those whose text is the query's, that of a relevant document, of a negative that the query keeps, or of an earlier
+candidate. With p the lowest score of the query's relevant documents, a candidate's score s must satisfy, if set,
 
     s <= p - absolute_margin,   s <= p - relative_margin * |p|,   min_score <= s <= max_score
 

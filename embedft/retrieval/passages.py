@@ -25,7 +25,7 @@ class WindowIndex(Index):
         candidates: an index over the same windows. Its results are widened, by doubling, until they contain `depth`
             documents, of which all windows are then scored exactly. If it has no more results before that (lists that
             are not probed), the query is scored against every document.
-        block_scores, block_queries: window scores held (64 MB in float32), and queries searched, at a time.
+        block_scores: window scores held at a time, 64 MB in float32.
     """
 
     def __init__(
@@ -35,31 +35,25 @@ class WindowIndex(Index):
         *,
         candidates: Index | None = None,
         block_scores: int = 1 << 24,
-        block_queries: int = 1024,
     ):
         source_W = np.asarray(source_W)
         steps = np.diff(source_W, prepend=-1)
         if source_W.shape != (len(windows_WD),) or not len(steps) or steps[0] != 1 or not np.isin(steps, (0, 1)).all():
             raise ValueError(f"source of {len(windows_WD)} windows: expected documents ascending from 0, without gaps")
         require_finite(windows_WD, "a window of document", source_W.tolist())
-        if candidates is not None and len(candidates) != len(windows_WD):
-            raise ValueError(f"candidates has {len(candidates):,} windows, expected {len(windows_WD):,}")
         self.windows_WD = np.require(windows_WD, np.float32, ["C", "W"])  # torch warns about read-only arrays
-        self.source_W, self.starts_N, self.dim = source_W, np.flatnonzero(steps), windows_WD.shape[1]
+        self.source_W, self.starts_N = source_W, np.flatnonzero(steps)
         self.ends_N = np.append(self.starts_N[1:], len(source_W))
-        self.candidates, self.block_scores, self.block_queries = candidates, block_scores, block_queries
-
-    def __len__(self) -> int:
-        """Documents, N."""
-        return len(self.starts_N)
+        self.num_documents, self.dim = len(self.starts_N), windows_WD.shape[1]
+        self.candidates, self.block_scores = candidates, block_scores
 
     def _search(self, queries_QD: np.ndarray, depth: int) -> Found:
         depth = min(depth, len(self))
         found = Found(np.empty((len(queries_QD), depth), np.float32), np.empty((len(queries_QD), depth), np.int64))
         search = self._exact if self.candidates is None else self._among
         with progress_bar(len(queries_QD), "searching", unit="query") as bar:
-            for start in range(0, len(queries_QD), self.block_queries):
-                part = slice(start, start + self.block_queries)
+            for start in range(0, len(queries_QD), 1024):
+                part = slice(start, start + 1024)
                 found.scores[part], found.rows[part] = search(queries_QD[part], depth)
                 bar.update(len(queries_QD[part]))
         return found

@@ -42,19 +42,16 @@ def calibrate(embeddings_ND: np.ndarray, *, num_documents: int = 100_000) -> np.
 
 
 def to_int8(embeddings_ND: np.ndarray, ranges_2D: np.ndarray) -> np.ndarray:
-    """floor((x - smallest) / step) - 128, clipped to [-128, 127], with step = (largest - smallest) / 255; [N, D] int8.
+    """floor((x - smallest) / step) - 128, clipped to [-128, 127], with step = (largest - smallest) / 255, else 1.
 
-    A dimension with an empty range gets step 1. Source: sentence-transformers, `quantize_embeddings`, "int8".
+    Source: sentence-transformers, `quantize_embeddings`, "int8".
     """
     smallest_D, step_D = _scale(ranges_2D)
     return (np.clip(np.floor((embeddings_ND - smallest_D) / step_D), 0, 255) - 128).astype(np.int8)
 
 
 def from_int8(codes_ND: np.ndarray, ranges_2D: np.ndarray) -> np.ndarray:
-    """smallest + (code + 128 + 1/2) step, [N, D] float32: the middle of the interval that a code stands for.
-
-    The half shifts all scores of a query alike. A dimension with an empty range comes back exactly.
-    """
+    """smallest + (code + 128 + 1/2) step, [N, D] float32: the middle of the interval, exact if it is empty."""
     smallest_D, step_D = _scale(ranges_2D)
     half_D = np.where(ranges_2D[0] == ranges_2D[1], np.float32(0), step_D / 2)
     return codes_ND * step_D + (smallest_D + 128 * step_D + half_D)
@@ -68,10 +65,7 @@ def _scale(ranges_2D: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def to_binary(embeddings_ND: np.ndarray) -> np.ndarray:
-    """One bit per dimension, 1 if it is above 0; eight to a byte, the first the highest; [N, B] uint8.
-
-    Source: sentence-transformers, `quantize_embeddings`, "ubinary".
-    """
+    """A bit per dimension, 1 if above 0, the first the highest, [N, B] uint8; sentence-transformers' "ubinary"."""
     return np.packbits(embeddings_ND > 0, axis=-1)
 
 
@@ -83,25 +77,15 @@ def from_binary(codes_NB: np.ndarray, dim: int) -> np.ndarray:
 class QuantizedIndex(Index):
     """Search over the int8 or binary codes of an array or memory map of any float type: see the table above."""
 
-    def __init__(
-        self,
-        embeddings_ND: np.ndarray,
-        precision: str,
-        *,
-        shortlist_factor: int = SHORTLIST_FACTOR,
-        slice_documents: int = SLICE_DOCUMENTS,
-    ):
-        num_documents, self.dim = shape_to_index(embeddings_ND)
-        self.shortlist_factor, self.slice_documents = shortlist_factor, slice_documents
+    def __init__(self, embeddings_ND: np.ndarray, precision: str, *, slice_documents: int = SLICE_DOCUMENTS):
+        self.num_documents, self.dim = shape_to_index(embeddings_ND)
+        self.slice_documents = slice_documents
         self.ranges = calibrate(embeddings_ND) if precision == "int8" else None
         codes_type = np.uint8 if self.ranges is None else np.int8
-        self.codes = np.empty((num_documents, bytes_per_vector(self.dim, precision)), codes_type)
+        self.codes = np.empty((self.num_documents, bytes_per_vector(self.dim, precision)), codes_type)
         for first, part in slices_of(embeddings_ND, self.dim, slice_documents=slice_documents):
             codes = to_binary(part) if self.ranges is None else to_int8(part, self.ranges)
             self.codes[first : first + len(part)] = codes
-
-    def __len__(self) -> int:
-        return len(self.codes)
 
     def vectors(self, rows: np.ndarray | slice) -> np.ndarray:
         """What some of the codes stand for, float32."""
@@ -121,7 +105,7 @@ class QuantizedIndex(Index):
     def _search(self, queries_QD: np.ndarray, depth: int) -> Found:
         if self.ranges is not None:
             return search_exact(queries_QD, map(self.vectors, self._slices()), depth)
-        shortlist = self.search_hamming(queries_QD, depth * self.shortlist_factor)
+        shortlist = self.search_hamming(queries_QD, SHORTLIST_FACTOR * depth)
         return search_shortlist(queries_QD, shortlist.rows, self.vectors, min(depth, len(self)))
 
     def search_hamming(self, queries_QD: np.ndarray, depth: int) -> Found:
@@ -137,19 +121,13 @@ class QuantizedIndex(Index):
 class AdaptiveIndex(Index):
     """The first `short_dim` dimensions, normalized again, find shortlist_factor x `depth` documents; all order them.
 
-    What the short vectors miss stays missed. Scores are inner products of the full vectors as given, an array or a
-    memory map from which the rows of every shortlist are read. Meant for Matryoshka embeddings (losses/matryoshka.py).
+    Scores are inner products of the full vectors as given, an array or a memory map. Meant for Matryoshka embeddings.
     """
 
     def __init__(self, embeddings_ND: np.ndarray, short_dim: int, *, shortlist_factor: int = SHORTLIST_FACTOR):
-        _, self.dim = shape_to_index(embeddings_ND)
-        if not 1 <= short_dim < self.dim:
-            raise ValueError(f"short_dim is {short_dim}, expected at least 1 and below {self.dim}")
+        self.num_documents, self.dim = shape_to_index(embeddings_ND)
         self.embeddings_ND, self.short_dim, self.shortlist_factor = embeddings_ND, short_dim, shortlist_factor
         self._short_ND = unit_rows(checked_embeddings(embeddings_ND[:, :short_dim]))
-
-    def __len__(self) -> int:
-        return len(self.embeddings_ND)
 
     @property
     def bytes_per_vector(self) -> int:

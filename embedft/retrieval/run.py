@@ -47,18 +47,18 @@ class Run:
         if indices_QK.dtype != np.int64 or scores_QK.dtype.kind != "f":
             raise ValueError(f"run: indices must be int64 and scores float, {found}")
         empty_QK, number = indices_QK == -1, len(self.document_ids)
-        self._refuse((indices_QK < -1) | (indices_QK >= number), f"an index outside {number} documents")
-        self._refuse(empty_QK[:, :-1] & ~empty_QK[:, 1:], "a document after an empty place")
-        self._refuse(~empty_QK & ~np.isfinite(scores_QK), "a score that is not finite")
-        self._refuse(empty_QK & (scores_QK != -np.inf), "an empty place whose score is not -inf")
-        self._refuse(scores_QK[:, :-1] < scores_QK[:, 1:], "a score above that of an earlier rank")
         sorted_QK = np.sort(indices_QK, axis=1)
-        self._refuse((sorted_QK[:, :-1] == sorted_QK[:, 1:]) & (sorted_QK[:, 1:] >= 0), "a document twice")
-
-    def _refuse(self, wrong: np.ndarray, what: str) -> None:
-        if wrong.any():
-            row = int(wrong.any(axis=1).argmax())
-            raise ValueError(f"run: query {self.query_ids[row]!r} has {what}")
+        for what, wrong in (
+            (f"an index outside {number} documents", (indices_QK < -1) | (indices_QK >= number)),
+            ("a document after an empty place", empty_QK[:, :-1] & ~empty_QK[:, 1:]),
+            ("a score that is not finite", ~empty_QK & ~np.isfinite(scores_QK)),
+            ("an empty place whose score is not -inf", empty_QK & (scores_QK != -np.inf)),
+            ("a score above that of an earlier rank", scores_QK[:, :-1] < scores_QK[:, 1:]),
+            ("a document twice", (sorted_QK[:, :-1] == sorted_QK[:, 1:]) & (sorted_QK[:, 1:] >= 0)),
+        ):
+            if wrong.any():
+                row = int(wrong.any(axis=1).argmax())
+                raise ValueError(f"run: query {self.query_ids[row]!r} has {what}")
 
     @classmethod
     def from_dict(cls, results: Mapping[str, Mapping[str, float]]) -> "Run":

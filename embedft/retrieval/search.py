@@ -12,9 +12,8 @@ A setting is
   "hnsw,efSearch=128" (approximate.py); or "adaptive-64": 64 dimensions find 4 x `depth` documents, all order them;
 - passages: (size, stride) in tokens: documents are cut into windows and scored by the best one; None: whole documents.
 
-int8 and binary work with flat, hnsw and ivf, which then search what the codes stand for, in float32: quality and bytes
-are those of the codes, speed is not. With passages an index other than flat finds windows, and all windows of their
-documents are scored (not adaptive).
+int8 and binary work with flat, hnsw and ivf; the last two search what the codes stand for, so speed is not theirs.
+With passages an index other than flat finds windows, and all windows of their documents are scored (not adaptive).
 
 Shapes: Q queries, N documents or windows, W dimensions of the model, D of them kept.
 """
@@ -57,10 +56,6 @@ class Setting(NamedTuple):
         found = re.fullmatch(r"adaptive-([1-9]\d*)", self.index)
         return int(found[1]) if found else 0
 
-    def describe(self) -> dict:
-        """What a report says of it."""
-        return {**self._asdict(), "passages": self.passages and list(self.passages)}
-
 
 def search(
     embedder: SupportsEncode,
@@ -74,15 +69,13 @@ def search(
 ) -> Run:
     """The first `depth` documents of the dataset for any queries, those with equal scores by ascending id.
 
-    Exact search (float32, flat) holds one slice of the corpus at a time and keeps the best, however large the corpus;
-    other settings hold all vectors. For queries that come one after another use `Searcher`, which encodes once.
+    Exact search (float32, flat) holds one slice of the corpus at a time, other settings all vectors.
 
     Args:
         queries: {query id: text}, or texts, whose ids are then "0", "1", ...
         exclude_identical_ids: a query of the dataset that is also a document, under the same id, does not find itself
             (ArguAna, Quora) unless it is judged relevant; a warning says so.
         slice_documents: documents encoded at a time; None: 65,536, or 4,096 with passages.
-        setting: dim, precision, index, passages.
 
     Raises `ValueError` for a setting that cannot work, or embeddings that are not finite, naming the text.
     """
@@ -152,7 +145,6 @@ def search_grid(
 
     Settings with the same passages in a row share one encoding of the corpus. Exact search goes slice by slice, as
     documents are encoded, at every dim; other settings are measured against it, and only for them are vectors kept.
-    recall@10_of_exact: the mean share of the first 10 documents of exact search among the first 10 found.
     """
     require_depth(depth)
     check_settings(embedder, settings, num_documents=len(dataset.corpus))
@@ -192,7 +184,7 @@ def search_grid(
                 del index
             costs["queries_per_second"] = len(queries_QW) / costs["search_seconds"]
             costs["bytes_per_document"] = num_bytes * (num_vectors / len(ids))
-            yield run, {**setting.describe(), **facts}, costs
+            yield run, {**setting._asdict(), "passages": passages and list(passages), **facts}, costs
 
 
 def search_slices(

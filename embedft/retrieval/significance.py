@@ -5,7 +5,7 @@
     recipe = recipe_interval(differences_SQ, clusters)       # a row per training seed
 
 Questions that share a document are not independent evidence: a model that embeds it well answers all of them. They form
-a cluster [None: each its own], and whole clusters are resampled or flipped, `block_values` random values at a time.
+a cluster [None: each its own], and whole clusters are resampled or flipped.
 
 Shapes: Q questions, C clusters, S seeds, B random samples of one block.
 """
@@ -27,7 +27,6 @@ def paired_bootstrap_interval(
     generator: np.random.Generator,
     num_samples: int = 10_000,
     confidence: float = 0.95,
-    block_values: int = 1 << 20,
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean difference, with whole clusters drawn with replacement.
 
@@ -42,7 +41,7 @@ def paired_bootstrap_interval(
     sums_C, sizes_C = _cluster_sums(differences_Q, clusters)
     num_clusters, one_size = len(sums_C), bool((sizes_C == sizes_C[0]).all())
     means = []
-    for num_rows in _blocks(num_samples, num_clusters, block_values):
+    for num_rows in _blocks(num_samples, num_clusters):
         drawn_BC = generator.integers(0, num_clusters, size=(num_rows, num_clusters))
         # "clip" skips the bounds check.
         num_questions = sizes_C.sum() if one_size else sizes_C.take(drawn_BC, mode="clip").sum(axis=1)
@@ -57,7 +56,6 @@ def sign_flip_p_value(
     *,
     generator: np.random.Generator,
     num_samples: int = 10_000,
-    block_values: int = 1 << 20,
 ) -> float:
     """Two-sided p-value of a paired permutation test: under the null hypothesis the two systems can be swapped.
 
@@ -72,7 +70,7 @@ def sign_flip_p_value(
     # Allow for rounding in sums of the same numbers in another order, or an exact tie might not count as a hit.
     least = abs(total) - ROUNDING * np.abs(sums_C).sum()
     hits = 0
-    for num_rows in _blocks(num_samples, len(sums_C), block_values):
+    for num_rows in _blocks(num_samples, len(sums_C)):
         random_bytes = generator.integers(0, 256, size=(num_rows, -(-len(sums_C) // 8)), dtype=np.uint8)
         kept_BC = np.unpackbits(random_bytes, axis=1, count=len(sums_C))
         flipped_total_B = 2 * (kept_BC @ sums_C) - total  # sum of +s where the bit is 1 and -s where it is 0
@@ -186,14 +184,12 @@ def _cluster_sums(differences_Q: np.ndarray, clusters: Sequence[str] | None) -> 
         raise ValueError(f"differences of shape {differences_Q.shape}: expected finite numbers, one per question")
     if clusters is None:
         return differences_Q, np.ones_like(differences_Q)
-    if len(clusters) != len(differences_Q):
-        raise ValueError(f"{len(clusters)} cluster ids for {len(differences_Q)} questions")
     _, cluster_Q = np.unique(np.asarray(clusters), return_inverse=True)
     return np.bincount(cluster_Q, weights=differences_Q), np.bincount(cluster_Q).astype(np.float64)
 
 
-def _blocks(num_samples: int, num_clusters: int, block_values: int) -> Iterator[int]:
-    """Block sizes that add up to `num_samples`."""
+def _blocks(num_samples: int, num_clusters: int, block_values: int = 1 << 20) -> Iterator[int]:
+    """Numbers of samples that add up to `num_samples`, with at most `block_values` values each."""
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}, expected at least 1")
     rows = max(1, block_values // num_clusters)

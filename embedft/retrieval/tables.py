@@ -80,10 +80,7 @@ def _show(key: str, value: Any, spec: str) -> str:
 
 
 def main_metrics(report: Report) -> list[str]:
-    """hit_rate@5, mrr@10, ndcg@10 and map@100, or each at its largest cutoff, and all metrics beyond the default ones.
-
-    If the report has none of these, all of its metrics.
-    """
+    """MAIN_METRICS, or each at its largest cutoff, and all metrics beyond the default ones; if there are none, all."""
     families: dict[str, dict[str, int]] = {}
     for key in report.per_query:
         name, _, k = key.partition("@")
@@ -126,11 +123,10 @@ def grid_base(reports: Sequence[Report]) -> Report:
 
 
 def format_grid(reports: Sequence[Report], *, metric: str = "ndcg@10", style: Style = "markdown") -> str:
-    """A row per setting: quality, its difference from `grid_base` (see `compare`; Holm over all rows), and cost.
+    """A row per setting: quality, its difference from `grid_base` (see `compare`; Holm over all rows), and costs:
 
-    Costs are the share of the first 10 documents of exact search that this search finds too ("of exact"), queries per
-    second of search alone (in CSV only if it took less than 0.1 seconds), bytes per document and seconds to build the
-    index. Cells that a report says nothing about stay empty, as for BM25.
+    the share of the first 10 documents of exact search that this search finds too ("of exact"), queries per second of
+    search alone (in CSV only if it took less than 0.1 seconds), bytes per document and seconds to build the index.
     """
     if not reports:
         raise ValueError("no reports for a table")
@@ -178,8 +174,7 @@ def format_comparisons(
 ) -> str:
     """For each metric, a row for the base and one for each other report: its mean and how it differs from the base.
 
-    On how many questions the report is better, equal and worse comes last; CSV adds the numbers of questions, clusters
-    and seeds. `comparisons` is {name of the other report: its comparisons with one base, one per metric}.
+    `comparisons` is {name of the other report: its comparisons with one base, one per metric}.
     """
     metrics = {name: [found.metric for found in of_name] for name, of_name in comparisons.items()}
     if len(set(map(tuple, metrics.values()))) != 1 or not all(metrics.values()):
