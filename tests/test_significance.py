@@ -169,8 +169,6 @@ def test_recipe_without_spread_and_refused():
             recipe_interval(wrong)
     with pytest.raises(ValueError, match="found 1 cluster"):
         recipe_interval(np.ones((3, 5)), ["c"] * 5)
-    with pytest.raises(ValueError, match="confidence is 95"):
-        recipe_interval(np.ones((3, 5)), confidence=95)
 
 
 @pytest.mark.parametrize(("by_seed", "by_document", "noise"), [(0.1, 0.3, 0.3), (0.1, 0.0, 0.1), (0.0, 0.3, 0.3)])

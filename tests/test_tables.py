@@ -47,7 +47,6 @@ def make_comparison(**changes) -> Comparison:
         "difference": 0.1875,
         "interval": (-0.0125, 0.375),
         "p_value": 0.24997,
-        "confidence": 0.95,
         "wins": 2,
         "ties": 1,
         "losses": 1,
@@ -255,7 +254,7 @@ def test_the_base_of_a_grid():
 def test_a_grid_of_one_and_of_two():
     reports = grid()
     one = format_grid(reports[:1], style="text").splitlines()
-    assert re.split("  +", one[0])[4:7] == ["difference", "interval", "p-value"]
+    assert re.split("  +", one[0])[4:7] == ["difference", "95% interval", "p-value"]
     assert re.split("  +", one[1])[:5] == ["64", "float32", "flat", "0.5154", "base"]
     two = format_grid(reports[2:4], style="text").splitlines()
     assert re.split("  +", two[0])[4:7] == ["difference", "95% interval", "p-value"]
@@ -305,14 +304,14 @@ def test_comparisons_by_hand():
 def test_comparisons_of_several_reports_by_several_metrics():
     found = {
         name: [
-            make_comparison(metric=metric, base=base, other=other, num_comparisons=2, confidence=0.995)
+            make_comparison(metric=metric, base=base, other=other, num_comparisons=2)
             for metric, base in (("mrr@10", 0.25), ("ndcg@10", 0.375))
         ]
         for name, other in (("b", 0.5), ("c", 0.75))
     }
     header, _, *lines = format_comparisons(found).splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in (header, *lines)]
-    assert rows[0][3:6] == ["difference", "99.5% interval", "p-value (Holm, 2)"]
+    assert rows[0][3:6] == ["difference", "95% interval", "p-value (Holm, 2)"]
     assert [row[:3] for row in rows[1:]] == [
         ["mrr@10", "base", "0.2500"],
         ["mrr@10", "b", "0.5000"],

@@ -31,9 +31,9 @@ def evaluate(
     index: str = "flat",
     **options: Any,
 ) -> Report:
-    """Encodes queries and documents, titles included, searches and measures: `evaluate_grid` with one setting.
+    """Encodes queries and documents (titles included), searches and measures: `evaluate_grid` with one setting.
 
-    What dim, passages=(size, stride), precision and index may be is said in search.py; the options are the grid's.
+    dim, passages=(size, stride), precision, index: see search.py. options: those of `evaluate_grid`.
     """
     grid = {"dims": (dim,), "precisions": (precision,), "indices": (index,), "passages": (passages,)}
     return evaluate_grid(embedder, dataset, **grid, **options)[0]
@@ -59,12 +59,8 @@ def evaluate_grid(
     setting too). Memory: with float32 and flat one slice of the corpus at a time, whatever the dims; other settings
     need all vectors, and one setting's own at a time: vectors cut to its dim, codes, index.
 
-    Args:
-        ks, depth, metrics, gain: see `evaluate_run`.
-        options: exclude_identical_ids and slice_documents, see `search`.
-
-    Raises `ValueError` before the corpus is encoded for arguments that cannot work; unsupported combinations are all
-    listed, none is skipped. Source: Kusupati et al. 2022, section 4 (dims); Shakir et al. 2024 (precisions).
+    ks, depth, metrics, gain: see `evaluate_run`. options: exclude_identical_ids and slice_documents, see `search`.
+    Raises `ValueError` before the corpus is encoded for arguments that cannot work, listing all unsupported settings.
     """
     select_metrics(metrics, ks=ks, depth=depth)  # raises before anything is encoded
     if passages is None or all(isinstance(number, Integral) for number in passages):
@@ -105,8 +101,6 @@ def evaluate_run(
         depth: documents retrieved per query, and the cutoff of MAP; no cutoff may be above it.
         metrics: replace the default ones, see `metrics.measure`.
         gain: of nDCG, see `metrics.ndcg`.
-
-    Raises `ValueError` for a query or document that the dataset does not have, or if no query has a relevant document.
     """
     chosen = select_metrics(metrics, ks=ks, depth=depth)
     setting = {"depth": depth, "gain": gain, **({} if metrics is not None else {"ks": list(ks)})}

@@ -76,7 +76,7 @@ def _check(runs: Sequence[Run], method: str, weights_R: np.ndarray, k: float, de
     weighted = weights_R.shape == (len(runs),) and (weights_R >= 0).all() and 0 < weights_R.sum() < np.inf
     one_each = f"one number of at least 0 for each of {len(runs)} runs, not all 0"
     for valid, found, expected in (
-        (runs, "no runs", "at least one"),
+        (len(runs), "no runs", "at least one"),
         (method in ("rrf", "zscore"), f"method is {method!r}", "rrf or zscore"),
         (0 <= k < np.inf, f"k is {k}", "a number of at least 0"),
         (depth is None or depth >= 1, f"depth is {depth}", "at least 1"),

@@ -16,8 +16,7 @@ import torch
 
 from ..progress import progress_bar
 
-# (queries, width W) -> scores [Q, W] and rows [Q, W]: the best W in any order, with any choice among ties.
-Nearest = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]
+Nearest = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]  # (queries, W) -> the best W in any order
 SLICE_DOCUMENTS = 65_536  # 100 MB at 384 dimensions
 
 

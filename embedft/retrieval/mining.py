@@ -29,7 +29,6 @@ import numpy as np
 from ..data.dataset import RetrievalDataset
 from .encoding import Slice, SupportsEncode, encode, encode_documents, sorted_corpus, truncate
 from .index import Found
-from .metrics import has_relevant
 from .search import Setting, check_settings, search_slices
 
 Sampling = Literal["random", "top"]
@@ -103,9 +102,8 @@ def _search(
 ) -> tuple[dict[str, list[str]], list[str], Found, np.ndarray]:
     """The relevant documents of each query that has any, all document ids, the first documents of each query as rows of
     these, and the lowest score among its relevant documents, [Q]."""
-    judged = {i: dataset.qrels[i] for i in dataset.queries if has_relevant(dataset.qrels.get(i, {}))}
-    relevant = {i: [document_id for document_id, grade in grades.items() if grade > 0] for i, grades in judged.items()}
-    if not relevant:
+    answers = {i: [d for d, grade in dataset.qrels.get(i, {}).items() if grade > 0] for i in dataset.queries}
+    if not (relevant := {i: document_ids for i, document_ids in answers.items() if document_ids}):
         raise ValueError(f"none of the {len(dataset.queries)} queries of the dataset has a relevant document")
     check_settings(embedder, [setting])
     queries_QW = encode(embedder, [dataset.queries[i] for i in relevant], list(relevant), role="query")

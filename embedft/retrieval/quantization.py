@@ -147,20 +147,15 @@ def unit_rows(embeddings_ND: np.ndarray) -> np.ndarray:
 
 
 def search_shortlist(
-    queries_QD: np.ndarray,
-    rows_QS: np.ndarray,
-    vectors_of: Callable[[np.ndarray], np.ndarray],
-    depth: int,
-    *,
-    block_vectors: int = 16_384,
+    queries_QD: np.ndarray, rows_QS: np.ndarray, vectors_of: Callable[[np.ndarray], np.ndarray], depth: int
 ) -> Found:
     """The first `depth` of each query's shortlist of distinct rows (-1: none) by inner product; equal vectors tie.
 
-    `vectors_of` returns the vectors [M, D] of rows [M], ascending, at most `block_vectors` at a time.
+    `vectors_of` returns the vectors [M, D] of rows [M], ascending, for 16,384 at a time or one query.
     """
     shape = len(queries_QD), min(depth, rows_QS.shape[1])
     found = Found(np.empty(shape, np.float32), np.empty(shape, np.int64))
-    block_size = max(1, block_vectors // max(rows_QS.shape[1], 1))
+    block_size = max(1, 16_384 // max(rows_QS.shape[1], 1))
     for start in range(0, len(queries_QD), block_size):
         block = slice(start, start + block_size)
         # Reads a memory map in order, and each of its rows once.

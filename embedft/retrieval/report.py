@@ -136,9 +136,8 @@ class Comparison:
     base: float  # mean of the metric, as `other`
     other: float
     difference: float
-    interval: tuple[float, float]  # of the difference, at `confidence`
+    interval: tuple[float, float]  # of the difference, at 95%
     p_value: float  # two-sided; Holm-adjusted if `num_comparisons` is above 1
-    confidence: float
     wins: int  # questions on which `other` is better than `base`; `ties`: equal; `losses`: worse
     ties: int
     losses: int
@@ -155,15 +154,13 @@ class Comparison:
         seeds = f", {self.num_seeds} seeds" if self.num_seeds > 1 else ""
         return (
             f"{self.metric}: {self.base:.4f} -> {self.other:.4f}, difference {self.difference:+.4f} "
-            f"[{low:+.4f}, {high:+.4f}] at {self.confidence:.0%}, p = {self.p_value:.4f}{adjusted}, "
+            f"[{low:+.4f}, {high:+.4f}] at 95%, p = {self.p_value:.4f}{adjusted}, "
             f"{self.wins} better, {self.ties} equal, {self.losses} worse of {self.num_queries} questions "
             f"in {self.num_clusters} clusters{seeds}"
         )
 
 
-def compare(
-    base: Report, *others: Report, metric: str = "ndcg@10", seed: int = 0, confidence: float = 0.95
-) -> Comparison | list[Comparison]:
+def compare(base: Report, *others: Report, metric: str = "ndcg@10") -> Comparison | list[Comparison]:
     """Compares each of `others` with `base`, question by question: one Comparison, or a list of them for several.
 
     The interval is by bootstrap, the p-value by sign flips, over the clusters of `base`. Where nearly all questions are
@@ -179,21 +176,19 @@ def compare(
     for other in others:
         base_Q, other_Q = paired_values(base, [base, other], metric)
         differences = other_Q - base_Q, base.clusters
-        generator = np.random.default_rng(seed)
-        interval = paired_bootstrap_interval(*differences, confidence=confidence, generator=generator)
+        generator = np.random.default_rng(0)
+        interval = paired_bootstrap_interval(*differences, generator=generator)
         p_value = sign_flip_p_value(*differences, generator=generator)
         if len(set(base.clusters)) == 1 and (other_Q != base_Q).any():
             interval = (-1.0, 1.0)
-        found = {"interval": interval, "p_value": p_value, "confidence": confidence, "num_comparisons": len(others)}
+        found = {"interval": interval, "p_value": p_value, "num_comparisons": len(others)}
         comparisons.append(_comparison(base, metric, base_Q, other_Q, **found))
     adjusted = holm([comparison.p_value for comparison in comparisons])
     comparisons = [dataclasses.replace(c, p_value=p_value) for c, p_value in zip(comparisons, adjusted, strict=True)]
     return comparisons[0] if len(others) == 1 else comparisons
 
 
-def compare_seeds(
-    bases: Sequence[Report], others: Sequence[Report], *, metric: str = "ndcg@10", confidence: float = 0.95
-) -> Comparison:
+def compare_seeds(bases: Sequence[Report], others: Sequence[Report], *, metric: str = "ndcg@10") -> Comparison:
     """Compares a recipe, a report for each of 2 or more seeds, with a base, for new seeds as well as new questions.
 
     `bases` is one report, or as many as `others`: the base trained with the same seeds, in the same order.
@@ -201,8 +196,7 @@ def compare_seeds(
     if len(bases) not in (1, len(others)):
         raise ValueError(f"found {len(bases)} base reports for {len(others)} seeds, expected 1 or {len(others)}")
     base_SQ, other_SQ = (paired_values(bases[0], reports, metric) for reports in (bases, others))
-    found = recipe_interval(other_SQ - base_SQ, bases[0].clusters, confidence=confidence)._asdict()
-    found |= {"confidence": confidence, "num_seeds": len(others)}
+    found = {**recipe_interval(other_SQ - base_SQ, bases[0].clusters)._asdict(), "num_seeds": len(others)}
     return _comparison(bases[0], metric, base_SQ.mean(axis=0), other_SQ.mean(axis=0), **found)
 
 

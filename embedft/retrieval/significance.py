@@ -93,10 +93,8 @@ class RecipeInterval(NamedTuple):
     seed_error: float  # for new seeds on these questions
 
 
-def recipe_interval(
-    differences_SQ: np.ndarray, clusters: Sequence[str] | None = None, *, confidence: float = 0.95
-) -> RecipeInterval:
-    """Interval of a training recipe's mean difference to a base, for new seeds (of 2 or more) and new questions.
+def recipe_interval(differences_SQ: np.ndarray, clusters: Sequence[str] | None = None) -> RecipeInterval:
+    """95% interval of a training recipe's mean difference to a base, for new seeds (of 2 or more) and new questions.
 
     Seeds and clusters of questions are crossed random effects. With m the overall mean, m_s that of seed s, n_c the
     questions of cluster c, and r_cs the sum of its differences under seed s minus n_c m:
@@ -115,8 +113,6 @@ def recipe_interval(
     estimates of variance components", 1946; clusters: Cameron, Gelbach & Miller, "Robust inference with multiway
     clustering", JBES 2011.
     """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}, expected a number between 0 and 1")
     shape = np.shape(differences_SQ)
     if len(shape) != 2 or shape[0] < 2:
         raise ValueError(f"found differences of shape {shape}, expected a row for each of 2 or more seeds")
@@ -137,7 +133,7 @@ def recipe_interval(
     error = math.sqrt(by_seed + more)
     spread = by_seed**2 / (num_seeds - 1) + more**2 / (num_clusters - 1)
     degrees = (by_seed + more) ** 2 / spread if spread > 0 else float(num_seeds - 1)
-    reach = _t_quantile(confidence, degrees) * error
+    reach = _t_quantile(0.95, degrees) * error
     p_value = _t_p_value(mean / error, degrees) if error > 0 else float(mean == 0)
     return RecipeInterval((mean - reach, mean + reach), p_value, math.sqrt(by_question), math.sqrt(by_seed))
 

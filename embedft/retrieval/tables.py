@@ -156,11 +156,9 @@ def format_grid(reports: Sequence[Report], *, metric: str = "ndcg@10", style: St
 
 
 def _statistics(comparisons: Sequence[Comparison]) -> list[Column]:
-    interval, holm = "interval", ""
-    if comparisons:
-        interval, number = f"{100 * comparisons[0].confidence:g}% interval", comparisons[0].num_comparisons
-        holm = f" (Holm, {number})" if number > 1 else ""
-    return [("difference", "difference", "+.4f"), ("interval", interval, "+.4f"), ("p_value", f"p-value{holm}", ".4f")]
+    number = comparisons[0].num_comparisons if comparisons else 1
+    p_value = f"p-value (Holm, {number})" if number > 1 else "p-value"
+    return [("difference", "difference", "+.4f"), ("interval", "95% interval", "+.4f"), ("p_value", p_value, ".4f")]
 
 
 def compare_all(base: Report, others: Sequence[Report], *, metric: str) -> list[Comparison]:
