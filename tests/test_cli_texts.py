@@ -351,7 +351,7 @@ def test_data_sets_load_in_llamaindex_and_in_sentence_transformers(place, capsys
         ("questions docs/more.md --out out --method title --max-cost 3", "--max-cost is for --method llm, this is"),
         ("questions docs/more.md --out out --method ict --parameters.seed 3", "--parameters is for --method llm"),
         ("questions docs/more.md --out out --method title --validation", "--validation is for --method ict or llm"),
-        ("questions docs/more.md --out out --round-trip 0", "--round-trip is 0, expected at least 1"),
+        ("questions docs/more.md --out out --round-trip 0", "round_trip is 0, expected at least 1"),
         ("chunk docs --out out --train-pages=", "'' is not a list of pages"),
         ("chunk docs --out out --size 0", "--size is 0, expected more than the 2 special tokens"),
         ("chunk docs --out out --no.such 1", "unknown option --no.such"),

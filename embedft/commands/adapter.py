@@ -9,6 +9,7 @@ import tempfile
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import embedft
 
@@ -33,13 +34,10 @@ class Options(AdapterConfig, Encoder, Windows, Data):
     start: str | None = setting(None, "adapter to continue from", metavar="DIR")
     overwrite: bool = setting(False, "replace the adapter in DIR")
 
-    def __post_init__(self):
-        part(self, AdapterConfig)  # raises for what is out of range
-
 
 def run(options: Options) -> None:
     """Fits, and compares before with after when there is validation data."""
-    out = Path(options.out)
+    out, config = Path(options.out), part(options, AdapterConfig)
     check_writable(out)
     if out.is_dir() and any(out.iterdir()):
         if not options.overwrite:
@@ -51,7 +49,6 @@ def run(options: Options) -> None:
         validation = load_data(options.validation, options, split=options.validation_split)
         if shared := validation.shares_with(dataset):
             warnings.warn(shared, stacklevel=1)
-    start = None if options.start is None else embedft.Adapter.load(options.start)
     embedder = load_encoder(options)
     if embedder.adapter is not None:
         raise ValueError(f"{options.model}: has an adapter already; fit on its base model, with --start")
@@ -60,7 +57,7 @@ def run(options: Options) -> None:
         if embedder.store is None and validation is not None:
             # Before and after use the same vectors: each text is embedded once.
             embedder.store = Store(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
-        adapter = _fit(options, embedder, dataset, start)
+        adapter = _fit(options, config, embedder, dataset)
         print(_summary(adapter, options.select))
         if validation is not None:
             settings = {"dim": options.dim, "passages": options.passages}
@@ -72,39 +69,34 @@ def run(options: Options) -> None:
     print(f"adapter: {out}")
 
 
-def _fit(options: Options, embedder, dataset: RetrievalDataset, start) -> "embedft.Adapter":
+def _fit(options: Options, config: AdapterConfig, embedder, dataset: RetrievalDataset) -> "embedft.Adapter":
     """Embeds the data, whole vectors (an adapter comes before --dim cuts them), and fits."""
+    more: dict[str, Any] = {"start": embedft.Adapter.load(options.start) if options.start else None}
     dim = embedder.space("query").dim or None  # 0: a server has yet to tell
-    texts, source = dataset.document_texts(), None
+    texts = dataset.document_texts()
     if options.passages is None:
         documents_MD = embedder.encode(texts, role="document", dim=dim)
     else:
-        documents_MD, source = embedder.encode_passages(texts, options.passages, role="document", dim=dim)
+        documents_MD, more["source"] = embedder.encode_passages(texts, options.passages, role="document", dim=dim)
     queries_ND = embedder.encode(list(dataset.queries.values()), role="query", dim=dim)
     # Hard negatives are documents of grade 0.
-    listed = {query_id: dict.fromkeys(dataset.negatives.get(query_id, ()), 0) for query_id in dataset.qrels}
-    graded = {query_id: listed[query_id] | grades for query_id, grades in dataset.qrels.items()}
-    return embedft.fit_adapter(
-        queries_ND,
-        documents_MD,
-        replace(dataset, qrels=graded).qrels_by_row(),
-        part(options, AdapterConfig),
-        source=source,
-        start=start,
-        base=embedder.base(),
-        normalize=getattr(embedder, "normalize", True),  # vectors from an API always have length one
-        out=options.out,
-    )
+    graded = {q: dict.fromkeys(dataset.negatives.get(q, ()), 0) | grades for q, grades in dataset.qrels.items()}
+    qrels = replace(dataset, qrels=graded).qrels_by_row()
+    more["normalize"] = getattr(embedder, "normalize", True)  # vectors from an API always have length one
+    return embedft.fit_adapter(queries_ND, documents_MD, qrels, config, base=embedder.base(), out=options.out, **more)
 
 
 def _summary(adapter: "embedft.Adapter", select: str) -> str:
     """How long it took, and which step's weights were kept."""
-    costs = adapter.costs
-    lines = f"{costs['queries']:,} questions, {costs['documents']:,} documents, {costs['seconds']:.1f} s"
+    costs, best = adapter.costs, adapter.costs["best_step"]
     values = {record["step"]: record["metrics"][select] for record in adapter.history if "metrics" in record}
-    best = costs["best_step"]
-    if not values:
-        return f"{lines}; kept the weights of the last step, {best:,}"
-    kept = f"kept the weights of step {best:,} of {max(values):,}" if best else "kept the start: no step improved on it"
-    on = f"{costs['held_out_queries']:,} held-out questions"
-    return f"{lines}; {kept} ({select} {values[0]:.4f} -> {values[best]:.4f} on {on})"
+    kept = f"kept the weights of the last step, {best:,}"
+    if values:
+        kept = (
+            f"kept the weights of step {best:,} of {max(values):,}"
+            if best
+            else "kept the start: no step improved on it"
+        )
+        on = f"{costs['held_out_queries']:,} held-out questions"
+        kept += f" ({select} {values[0]:.4f} -> {values[best]:.4f} on {on})"
+    return f"{costs['queries']:,} questions, {costs['documents']:,} documents, {costs['seconds']:.1f} s; {kept}"

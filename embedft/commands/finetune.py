@@ -37,7 +37,6 @@ class Options(FinetuneConfig, Model, Data):
     resume: bool = setting(False, "continue from the last checkpoint in DIR, if there is one")
 
     def __post_init__(self):
-        part(self, FinetuneConfig)  # raises for what is out of range
         check_at_most_one(self, "overwrite", "resume")
         if self.model.startswith(API_PREFIX):
             raise ValueError(f"{self.model} is behind an API: its weights cannot be trained; fit an adapter instead")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import embedft
 
@@ -38,7 +38,9 @@ class LanguageModel(QuestionConfig):
     template: str | None = setting(None, "prompt with {text} and {num_questions} [the project's own]", metavar="FILE")
     dry_run: bool = setting(False, "print what it would cost, and send nothing")
     clean: bool = setting(True, "drop questions that ask nothing, point at their source, copy it or repeat another")
-    round_trip: int | None = setting(None, "keep questions whose chunk the base ranks in its top K [all]", metavar="K")
+    round_trip: int | None = setting(
+        None, "keep questions whose chunk the base ranks in its top K [all]", metavar="K", least=1
+    )
     base: str = setting(DEFAULT_MODEL, "model for --round-trip")
 
 
@@ -56,8 +58,6 @@ class Options(LanguageModel, config.Options):
     num_docstrings: list[int] = setting([2_000, 1_000], "docstrings for training and validation", metavar="N N")
 
     def __post_init__(self):
-        if self.round_trip is not None and self.round_trip < 1:
-            raise ValueError(f"--round-trip is {self.round_trip}, expected at least 1")
         llm = [name for cls in (LanguageModel, QuestionConfig) for name in cls.__annotations__]
         if self.method != "llm" and (given := changed(self, llm)):
             raise ValueError(f"{given[0]} is for --method llm, this is --method {self.method}")
@@ -65,7 +65,6 @@ class Options(LanguageModel, config.Options):
             raise ValueError(f"--validation is for --method ict or llm, this is --method {self.method}")
         if self.method != "docstring" and len(self.sources) != 1:
             raise ValueError(f"{len(self.sources)} sources, expected one file or folder of chunks")
-        part(self, QuestionConfig)  # raises for what is out of range
 
 
 def run(options: Options) -> int:
@@ -111,12 +110,11 @@ def _ask(options: Options, sides: dict[str, list[Chunk]]) -> int:
     turns = [((i + 0.5) / len(side), chunk) for side in sides.values() for i, chunk in enumerate(side)]
     chunks = list({chunk.id: chunk for _, chunk in sorted(turns, key=lambda turn: turn[0])}.values())
     if options.dry_run:
-        print(_format_estimate(estimate(chunks, settings, folder=out, template=template), len(chunks)))
+        _print_estimate(estimate(chunks, settings, folder=out, template=template), len(chunks))
         return 0
     outcome = write_questions(chunks, settings, folder=out, template=template, base_url=options.base_url)
-    print(_format_totals(outcome))
-    reports: dict[str, Any] = {}
-    datasets: dict[str, RetrievalDataset] = {}
+    _print_totals(outcome)
+    reports, datasets = {}, {}
     # Validation first: training may not ask what it asks.
     for name, side in sorted(sides.items(), key=lambda item: item[0] != VALIDATION):
         questions = {chunk.id: outcome.questions[chunk.id] for chunk in side if chunk.id in outcome.questions}
@@ -124,7 +122,13 @@ def _ask(options: Options, sides: dict[str, list[Chunk]]) -> int:
             if not questions:
                 raise ValueError("no questions yet")
             dataset = question_dataset(side, questions)
-            for step, function in _cleaning(options, name, datasets.get(VALIDATION)).items():
+            steps: dict[str, Callable] = {"cleaning": clean} if options.clean else {}
+            if VALIDATION in datasets:
+                steps["held out"] = partial(drop_held_out, validation=datasets[VALIDATION])
+            if options.round_trip is not None and name != VALIDATION and not options.validation:
+                encode = embedft.load_embedder(options.base).encode
+                steps["round trip"] = partial(round_trip, encode=encode, k=options.round_trip)
+            for step, function in steps.items():
                 before = dataset
                 dataset, dropped = function(before)
                 reports[f"{name}: {step}"] = found = report(before, dataset, dropped)
@@ -145,39 +149,27 @@ def _ask(options: Options, sides: dict[str, list[Chunk]]) -> int:
     return 1
 
 
-def _cleaning(options: Options, name: str, validation: RetrievalDataset | None) -> dict[str, Callable]:
-    """What to clean the questions of a side with, by name."""
-    steps: dict[str, Callable] = {"cleaning": clean} if options.clean else {}
-    if validation is not None:
-        steps["held out"] = partial(drop_held_out, validation=validation)
-    if options.round_trip is not None and name != VALIDATION and not options.validation:
-        encode = embedft.load_embedder(options.base).encode
-        steps["round trip"] = partial(round_trip, encode=encode, k=options.round_trip)
-    return steps
-
-
-def _format_estimate(found: Estimate, num_chunks: int) -> str:
+def _print_estimate(found: Estimate, num_chunks: int) -> None:
+    print(f"{found.num_requests:,} of {num_chunks:,} chunks have no questions yet and take a request each")
     tokens = f"{found.prompt_tokens:,} prompt tokens, {found.completion_tokens:,} reply tokens"
-    text = (
-        f"{found.num_requests:,} of {num_chunks:,} chunks have no questions yet and take a request each\n"
-        f"estimated from bytes (4 per token): {tokens}"
-    )
+    print(f"estimated from bytes (4 per token): {tokens}")
     if found.cost is None:
-        return f"{text}\nfor the cost, give --price-in and --price-out, money per million tokens"
-    return f"{text}\nestimated cost {found.cost:.4f}, at most {found.most_cost:.4f} without repeated requests"
+        print("for the cost, give --price-in and --price-out, money per million tokens")
+    else:
+        print(f"estimated cost {found.cost:.4f}, at most {found.most_cost:.4f} without repeated requests")
 
 
-def _format_totals(outcome: Outcome) -> str:
+def _print_totals(outcome: Outcome) -> None:
     spent, num_chunks = outcome.ledger, len(outcome.questions) + len(outcome.missing)
-    text = f"{len(outcome.questions):,} of {num_chunks:,} chunks have questions; all runs together: "
-    text += f"{spent.num_requests:,} requests, {spent.prompt_tokens:,} prompt tokens, "
-    text += f"{spent.completion_tokens:,} reply tokens"
-    if spent.prices is not None:
-        text += f", cost {spent.cost:.4f}"
+    cost = "" if spent.prices is None else f", cost {spent.cost:.4f}"
+    tokens = f"{spent.prompt_tokens:,} prompt tokens, {spent.completion_tokens:,} reply tokens{cost}"
     if spent.open:
         most = "" if spent.prices is None else f", which cost at most {spent.open_cost:.4f} more"
-        text += f"; {len(spent.open):,} requests never got a reply{most}"
-    return f"{text}\n{outcome.stopped}" if outcome.stopped else text
+        tokens += f"; {len(spent.open):,} requests never got a reply{most}"
+    done = f"{len(outcome.questions):,} of {num_chunks:,} chunks have questions"
+    print(f"{done}; all runs together: {spent.num_requests:,} requests, {tokens}")
+    if outcome.stopped:
+        print(outcome.stopped)
 
 
 def _save(out: Path, datasets: Mapping[str, RetrievalDataset], *, stale=(), report: dict | None = None) -> None:
