@@ -65,22 +65,29 @@ def run(options: Options) -> None:
         "overlap": options.overlap,
         "tokenizer": options.model,
     }
-    print(
-        f"{report['pages']:,} pages with text in {report['files']:,} file(s) -> {len(chunks):,} chunks of at most "
-        f"{size} tokens ({report['tokens']:,} in all), without the special tokens that the model adds"
-    )
+    read = f"{report['pages']:,} pages with text in {report['files']:,} file(s)"
+    made = f"{len(chunks):,} chunks of at most {size} tokens ({report['tokens']:,} in all)"
+    print(f"{read} -> {made}, without the special tokens that the model adds")
     if options.drop_repeated:
         print(f"dropped {sum(repeated.values()):,} repeated headers and footers")
-    sides = {WHOLE: chunks}
+    sides, out = {WHOLE: chunks}, Path(options.out)
     if changed(options, WAYS):
         sides = dict(zip((TRAIN, VALIDATION), split_chunks(chunks, **ways, seed=options.seed), strict=True))
         num_dropped = len(chunks) - sum(map(len, sides.values()))
         report |= {name: len(side) for name, side in sides.items()} | {"dropped": num_dropped}
         if num_dropped:
             print(f"dropped {num_dropped:,} chunks that cross the boundary or repeat validation text in training")
-    _save(Path(options.out), sides, report)
+    stale = [name for name in (f"{name}.jsonl" for name in CHUNK_FILES if name not in sides) if (out / name).is_file()]
+    with replace_files(out, stale=stale) as new:
+        for name, side in sides.items():
+            save_chunks(new / f"{name}.jsonl", side)
+        write_json(new / REPORT, report)
+    for name in stale:
+        print(f"{out / name}: removed, it belonged to another split", file=sys.stderr)
+    for name, side in sides.items():
+        print(f"{out / name}.jsonl: {len(side):,} chunks")
     if skipped:
-        print(f"skipped {len(skipped):,} files or pages, see {Path(options.out) / REPORT}")
+        print(f"skipped {len(skipped):,} files or pages, see {out / REPORT}")
 
 
 def _size(options: Options) -> tuple[int, Callable]:
@@ -99,16 +106,3 @@ def _size(options: Options) -> tuple[int, Callable]:
         most = f"{options.model} reads {tokenizer.max_length} unless its max_length is set"
         print(f"--size is {options.size} tokens, but {most}: it would ignore the end of a chunk", file=sys.stderr)
     return size, tokenizer.count
-
-
-def _save(out: Path, sides: dict, report: dict) -> None:
-    other_split = [f"{name}.jsonl" for name in CHUNK_FILES if name not in sides]
-    removed = [out / name for name in other_split if (out / name).is_file()]
-    with replace_files(out, stale=other_split) as new:
-        for name, side in sides.items():
-            save_chunks(new / f"{name}.jsonl", side)
-        write_json(new / REPORT, report)
-    for path in removed:
-        print(f"{path}: removed, it belonged to another split", file=sys.stderr)
-    for name, side in sides.items():
-        print(f"{out / name}.jsonl: {len(side):,} chunks")

@@ -47,34 +47,22 @@ def make_batches(
     *,
     batch_size: int | None = None,
     batch_tokens: int | None = None,
-    **options: Any,
-) -> Batches:
-    """Batches of one dataset, of `batch_size` examples or `batch_tokens` tokens; `options` are those of `prepare`."""
-    examples, collate, make_sampler = prepare(dataset, pack, **options)
-    return Batches(examples, make_sampler(batch_size=batch_size, batch_tokens=batch_tokens), collate)
-
-
-def prepare(
-    dataset: RetrievalDataset,
-    pack: Callable[..., Packed],
-    *,
     seed: int,
     examples: ExampleKind = "pairs",
     target_scores: bool = False,
     no_duplicates: bool = False,
     length_window: int = 0,
     **options: Any,
-) -> tuple[list[Example], Collate, Callable[..., Sampler]]:
-    """The examples of a dataset, what collates them, and what makes a `Sampler` for those from `start` to `stop`.
+) -> Batches:
+    """Batches of one dataset.
 
     Args:
-        seed, length_window: see `Sampler`. Tokens are those of queries, documents and hard negatives together, as
-            `pack` cuts them; texts are tokenized once for it, when the first batch is needed.
+        batch_size, batch_tokens, seed, length_window: see `Sampler`. Tokens are those of queries, documents and hard
+            negatives together, as `pack` cuts them; texts are tokenized for it when the first batch is needed.
         examples: see `list_examples`. "queries" and "scored" put grades into the targets, "scored" also the scores.
         target_scores: put `dataset.scores` into the targets.
-        no_duplicates: no text appears in two rows of a batch, be it a query, document or hard negative (`apart` of
-            `Sampler`). Equal documents are never each other's negatives anyway; this is for equal queries and for
-            losses that want one document per query.
+        no_duplicates: no text appears in two rows of a batch, be it a query, document or hard negative. Equal documents
+            are never each other's negatives anyway; this is for equal queries and losses that want one document each.
         pack, options: see `Collate`.
 
     Raises:
@@ -99,13 +87,9 @@ def prepare(
         documents = dict(zip(used, counts, strict=True))
         return [count + sum(documents[i] for i in ids) for count, ids in zip(queries, listed, strict=True)]
 
-    def make_sampler(*, start: int = 0, stop: int = len(rows), **sizes: int | None) -> Sampler:
-        part = rows[start:stop]
-        texts = ([dataset.queries[row[0]], *(collate.texts[i] for i in collate.listed(row))] for row in part)
-        options = {"seed": seed, "length_window": length_window, "apart": texts if no_duplicates else (), **sizes}
-        return Sampler(len(part), tokens=lambda: tokens()[start:stop], **options)
-
-    return rows, collate, make_sampler
+    texts = ([dataset.queries[row[0]], *(collate.texts[i] for i in collate.listed(row))] for row in rows)
+    how = {"batch_size": batch_size, "batch_tokens": batch_tokens, "length_window": length_window, "tokens": tokens}
+    return Batches(rows, Sampler(len(rows), seed=seed, apart=[*texts] if no_duplicates else [], **how), collate)
 
 
 def list_examples(dataset: RetrievalDataset, kind: ExampleKind = "pairs") -> list[Example]:

@@ -12,13 +12,13 @@ import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 
 from ..encoders.packing import Packed
-from .batches import Batches, prepare
+from .batches import Batches, make_batches
 from .dataset import FIELDS, RetrievalDataset
 from .sampler import Sampler
 
@@ -30,9 +30,6 @@ def make_mixture(
     datasets: Mapping[str, RetrievalDataset],
     pack: Callable[..., Packed],
     *,
-    batch_size: int | None = None,
-    batch_tokens: int | None = None,
-    seed: int,
     sampling: Sampling = "proportional",
     temperature: float = 2.0,
     mixed: bool = False,
@@ -57,41 +54,41 @@ def make_mixture(
         raise ValueError(f"sampling is {sampling!r}, expected one of {', '.join(SAMPLINGS)}")
     if not temperature >= 1:
         raise ValueError(f"temperature is {temperature}, expected at least 1")
-    rows, collate, make_sampler = prepare(join_datasets(datasets), pack, seed=seed, with_sources=True, **options)
-    counts = Counter(query_id.partition("/")[0] for query_id, _ in rows)
+    whole = make_batches(join_datasets(datasets), pack, with_sources=True, **options)
+    counts = Counter(query_id.partition("/")[0] for query_id, _ in whole.examples)
     if empty := [name for name in datasets if not counts[name]]:
         raise ValueError(f"source {empty[0]!r} has nothing to train on")
+    if mixed and sampling == "proportional":
+        return whole
     power = {"proportional": 1.0, "round_robin": 0.0, "temperature": 1 / temperature}[sampling]
     weights = {name: counts[name] ** power for name in datasets}
     weights = {name: weight / sum(weights.values()) for name, weight in weights.items()}
-
-    def sampler(share: float = 1.0, **part: int) -> Sampler:
-        sizes = (None if size is None else max(1, round(size * share)) for size in (batch_size, batch_tokens))
-        return make_sampler(**part, **dict(zip(("batch_size", "batch_tokens"), sizes, strict=True)))
-
-    if mixed and sampling == "proportional":
-        return Batches(rows, sampler(), collate)
-    if mixed and batch_size is not None:
+    if mixed and (batch_size := whole.sampler.batch_size) is not None:
         weights = {name: number / batch_size for name, number in apportion(batch_size, weights).items()}
     samplers, start = {}, 0
     for name in datasets:
-        samplers[name] = sampler(weights[name] if mixed else 1.0, start=start, stop=start + counts[name])
-        start += counts[name]
-    # Late, as samplers may count tokens.
-    if mixed:
-        return Batches(rows, MixtureSampler(samplers, lambda: [list(datasets)] * len(sampler()), None), collate)
-    parts = functools.partial(_parts, samplers, sampling, weights)
-    return Batches(rows, MixtureSampler(samplers, parts, None if sampling == "round_robin" else seed), collate)
+        rows = slice(start, start + counts[name])
+        samplers[name] = _part(whole.sampler, rows, weights[name] if mixed else 1.0)
+        start = rows.stop
+
+    def parts() -> list[list[str]]:  # called late, as samplers may count tokens
+        numbers = {name: len(sampler) for name, sampler in samplers.items()}
+        if mixed or sampling == "round_robin":
+            return [list(datasets)] * len(whole) if mixed else [[name] for name in numbers] * min(numbers.values())
+        if sampling == "temperature":
+            numbers = apportion(sum(numbers.values()), weights)
+        return [[name] for name, number in numbers.items() for _ in range(number)]
+
+    seed = None if sampling == "round_robin" else whole.sampler.seed
+    return replace(whole, sampler=MixtureSampler(samplers, parts, seed))
 
 
-def _parts(samplers: Mapping[str, Sampler], sampling: Sampling, weights: Mapping[str, float]) -> list[list[str]]:
-    """The source of each batch of an epoch."""
-    numbers = {name: len(sampler) for name, sampler in samplers.items()}
-    if sampling == "round_robin":
-        return [[name] for name in numbers] * min(numbers.values())
-    if sampling == "temperature":
-        numbers = apportion(sum(numbers.values()), weights)
-    return [[name] for name, number in numbers.items() for _ in range(number)]
+def _part(whole: Sampler, rows: slice, share: float) -> Sampler:
+    """A sampler for some of the rows, with a share of the batch size."""
+    sizes = {"batch_size": whole.batch_size, "batch_tokens": whole.batch_tokens}
+    sizes = {name: None if size is None else max(1, round(size * share)) for name, size in sizes.items()}
+    part = {"num_examples": rows.stop - rows.start, "apart": whole.apart[rows], "tokens": lambda: whole.tokens()[rows]}
+    return replace(whole, **part, **sizes)
 
 
 @dataclass(frozen=True, eq=False)

@@ -44,7 +44,7 @@ class Sampler:
     batch_size: int | None = None  # examples per batch; the last batch of an epoch may be smaller
     batch_tokens: int | None = None  # tokens per batch, instead of batch_size
     tokens: Callable[[], Sequence[int]] | None = None  # () -> the tokens of each example, [P]; called when first needed
-    apart: Iterable[Iterable[Hashable]] = ()  # what each example contains (texts, for example), [P]
+    apart: Sequence[Iterable[Hashable]] = ()  # what each example contains (texts, for example), [P]
     # Sort the shuffled examples by length within windows of so many batches, then shuffle the batches; 0: no sorting.
     length_window: int = 0
     _planned: dict[int, list[list[int]]] = field(default_factory=dict, init=False)  # of the last epoch
