@@ -18,9 +18,8 @@ from pathlib import Path
 
 from embedft import FinetuneConfig, RetrievalDataset, evaluate, finetune, load_embedder
 from embedft.corpus.chunks import chunk_pages
-from embedft.corpus.docstrings import docstring_datasets
 from embedft.corpus.documents import drop_repeated_lines, read_documents
-from embedft.corpus.pseudo import inverse_cloze
+from embedft.corpus.pseudo import docstring_datasets, inverse_cloze
 from embedft.corpus.splits import split_chunks
 from embedft.device import describe, peak_memory_bytes
 from embedft.encoders.loading import load_tokenizer

@@ -7,10 +7,9 @@ from textwrap import dedent
 
 import pytest
 
-from embedft.corpus import docstrings
+from embedft.corpus import pseudo
 from embedft.corpus.chunks import Chunk
-from embedft.corpus.docstrings import docstring_datasets, docstring_pairs, split_docstring
-from embedft.corpus.pseudo import inverse_cloze, titles
+from embedft.corpus.pseudo import docstring_datasets, docstring_pairs, inverse_cloze, split_docstring, titles
 
 
 def prose(topic: str, num_words: int = 24) -> str:
@@ -288,10 +287,8 @@ def test_errors_say_what_was_found(package):
 
 def test_standard_library(monkeypatch):
     """Three of its packages: what comes out reads as sentences, and no two documents are near-copies."""
-    files = [
-        file for file in docstrings._python_files("stdlib") if file[0].split(".")[0] in ("json", "email", "logging")
-    ]
-    monkeypatch.setattr(docstrings, "_python_files", lambda package: files)
+    files = [file for file in pseudo._python_files("stdlib") if file[0].split(".")[0] in ("json", "email", "logging")]
+    monkeypatch.setattr(pseudo, "_python_files", lambda package: files)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pairs = docstring_pairs(["stdlib"])

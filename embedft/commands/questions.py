@@ -18,9 +18,8 @@ from .. import config
 from ..config import REQUIRED, changed, part, setting
 from ..corpus.chunks import Chunk
 from ..corpus.cleaning import clean, drop_held_out, report, round_trip
-from ..corpus.docstrings import docstring_datasets
 from ..corpus.prompts import TEMPLATE
-from ..corpus.pseudo import inverse_cloze, titles
+from ..corpus.pseudo import docstring_datasets, inverse_cloze, titles
 from ..corpus.questions import Estimate, Outcome, QuestionConfig, estimate, question_dataset, write_questions
 from ..data.dataset import RetrievalDataset
 from ..files import check_writable, read_text, replace_files, write_json

@@ -18,16 +18,14 @@ from typing import NamedTuple
 
 from ..data.checks import check_text
 from ..files import atomic_write, read_jsonl
-from .documents import Page
+from .documents import BLOCK, Page
 from .layout import is_unspaced
-from .markdown import FENCED_BLOCK
 
 # A mark before a blank and what can begin a sentence; marks of other scripts end one wherever they stand.
 SENTENCE_END = re.compile(
     r"(?<![.!?])[.!?]+[\"'”’)\]]*\s+(?=[\"'“‘«¿¡(\[$€£•]*[^\W_a-z])"
     r"|[。！？｡．।॥۔؟።፧။។։།\u037e]+[\"'”’)\]」』）】》〉］]*\s*"
 )
-LINE_OR_BLOCK = re.compile(rf"{FENCED_BLOCK}|[^\n]+", re.MULTILINE | re.DOTALL)
 LAST_WORD = re.compile(r"[^\s\"'“‘(\[]*$")
 # Words whose period ends no sentence, besides single letters with periods ("U.S.", "J.", "e.g.").
 ABBREVIATION = re.compile(
@@ -102,16 +100,11 @@ def chunk_pages(
 ) -> list[Chunk]:
     """Cuts pages into chunks of at most `size` tokens, each with as many whole sentences as fit.
 
-    The pages of a file are joined first, since a sentence may run over the end of a page; sections of Markdown are
-    not. A sentence longer than `size` is broken between lines (code), words or, last, characters. The limit holds
-    without exception, with at least one token per 100 characters. Consecutive chunks share whole sentences of at most
-    `overlap` tokens, never all of the earlier chunk. Equal texts become one chunk.
-
-    Args:
-        pages: those of a file in order.
-        count_tokens: tokens of each text, without special tokens.
-        by_page: no chunk crosses the end of a page.
-        headings_in_text: chunks of Markdown begin with a line "Outer > Inner" of the headings they stand under.
+    The pages of a file are joined first, in the order given, since a sentence may run over the end of a page; not with
+    `by_page`, nor sections of Markdown. A sentence longer than `size` is broken between lines (code), words or, last,
+    characters. `count_tokens` is without special tokens; the limit holds without exception, at one token per 100
+    characters or more. Consecutive chunks share whole sentences of at most `overlap` tokens, never all of the earlier
+    chunk. Equal texts become one chunk. With `headings_in_text`, chunks of Markdown begin with a line "Outer > Inner".
     """
     if size < 1 or not 0 <= overlap < size:
         raise ValueError(f"size is {size} and overlap {overlap}, expected size >= 1 and 0 <= overlap < size")
@@ -245,13 +238,13 @@ class _Cutter:
 
 
 def sentence_spans(text: str) -> list[tuple[int, int]]:
-    """Returns (start, stop) of each sentence, without surrounding blanks; every other character is in exactly one.
+    """(start, stop) of each sentence, without surrounding blanks; every other character is in exactly one.
 
     A sentence ends at a line end, and at a mark before a blank and anything but a lower-case letter, unless it belongs
     to an abbreviation or an item number ("Item 1A."). A fenced code block counts as one sentence.
     """
     spans = []
-    for line in LINE_OR_BLOCK.finditer(text):
+    for line in BLOCK.finditer(text):
         start, stop = line.span()
         for end in () if line["fence"] else SENTENCE_END.finditer(text, start, stop):
             if not _is_abbreviation(text, start, end.start()):

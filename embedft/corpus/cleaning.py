@@ -125,15 +125,12 @@ def round_trip(
 ) -> tuple[RetrievalDataset, Dropped]:
     """Drops the queries whose relevant documents an encoder ranks below the top k of the whole corpus.
 
-    Rank = 1 + number of documents with a strictly higher cosine; the best relevant document (grade > 0) counts. For
-    training questions only: a validation set filtered by a model flatters that model.
+    Rank = 1 + number of documents with a strictly higher cosine; the best relevant document counts. `encode(texts,
+    role="query" | "document")` gives [N, D]; equal documents are encoded once, and `block` queries scored at a time.
+    For training questions only: a validation set filtered by a model flatters that model.
 
     Source: Alberti et al. 2019, "Synthetic QA Corpora Generation with Roundtrip Consistency", section 2; Dai et al.
     2022, "Promptagator: Few-shot Dense Retrieval From 8 Examples", section 3.2 (there k = 1).
-
-    Args:
-        encode: (texts, role="query" | "document") -> [N, D], as `Embedder.encode`. Equal documents are encoded once.
-        block: queries scored at a time; memory is `block` rows of scores.
     """
     if min(k, block) < 1:
         raise ValueError(f"k is {k} and block {block}, expected at least 1")
@@ -144,26 +141,18 @@ def round_trip(
     wanted = {i: [column_of[d] for d in found] for i in dataset.queries if (found := dataset.relevant(i))}
     ranks: dict[str, int] = {}
     if wanted:
-        documents_CD = _encoded(encode, list(columns), "document")
-        queries_QD = _encoded(encode, [dataset.queries[i] for i in wanted], "query")
+        texts = {"document": list(columns), "query": [dataset.queries[i] for i in wanted]}
+        found = (np.asarray(encode(part, role=role), np.float32) for role, part in texts.items())
+        documents_CD, queries_QD = map(unit_rows, found)
+        if not (np.isfinite(documents_CD).all() and np.isfinite(queries_QD).all()):
+            raise ValueError("encode gave values that are not finite")
         for start in range(0, len(wanted), block):
             scores_QC = queries_QD[start : start + block] @ documents_CD.T
             for scores_C, query_id in zip(scores_QC, list(wanted)[start : start + block], strict=True):
                 ranks[query_id] = 1 + int(copies_C[scores_C > scores_C[wanted[query_id]].max()].sum())
-    dropped: Dropped = {}
-    for query_id in dataset.queries:
-        if query_id not in ranks:
-            dropped[query_id] = "has no relevant document", ""
-        elif ranks[query_id] > k:
-            dropped[query_id] = "document is not in the top k", f"rank {ranks[query_id]}"
+    dropped = {i: ("has no relevant document", "") for i in dataset.queries if i not in ranks}
+    dropped |= {i: ("document is not in the top k", f"rank {rank}") for i, rank in ranks.items() if rank > k}
     return _without(dataset, dropped), dropped
-
-
-def _encoded(encode: Callable[..., np.ndarray], texts: list[str], role: str) -> np.ndarray:
-    vectors_ND = np.asarray(encode(texts, role=role), dtype=np.float32)
-    if not np.isfinite(vectors_ND).all():
-        raise ValueError("encode gave values that are not finite")
-    return unit_rows(vectors_ND)
 
 
 def drop_held_out(dataset: RetrievalDataset, validation: RetrievalDataset) -> tuple[RetrievalDataset, Dropped]:

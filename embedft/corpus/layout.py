@@ -40,11 +40,7 @@ def is_unspaced(before: str, after: str) -> bool:
 
 
 def _join(left: str, right: str, words: Counter[str]) -> str:
-    """Joins two lines of a paragraph; `words`: of the document, with their numbers.
-
-    A hyphen between them stays when the document has the word with a hyphen at least as often as without. When it has
-    neither, it stays if the halves are words of their own, not mere letters, or hold a hyphen or a capital.
-    """
+    """Joins two lines of a paragraph of a document with these words."""
     if left.endswith("\u00ad"):
         return left[:-1] + right
     beginning = LAST_PART.search(left[:-1]) if left.endswith(("-", "\u2010")) else None
@@ -52,6 +48,8 @@ def _join(left: str, right: str, words: Counter[str]) -> str:
     if beginning is None or end is None:
         is_tight = re.search(r"[^ ][—/]$", left) is not None  # a dash or a slash that is set tight stays so
         return left + right if is_tight or is_unspaced(left, right) else f"{left} {right}"
+    # A hyphen stays when the document has the word with a hyphen at least as often as without. When it has neither, it
+    # stays if the halves are words of their own, not mere letters, or hold a hyphen or a capital.
     first, second = beginning[0].lower(), end[0].lower()
     kept, joined = words[f"{first}-{second}"], words[first + second]
     if kept == joined == 0:

@@ -102,10 +102,10 @@ def fill_template(template: str, *, text: str, num_questions: int) -> str:
 def parse_reply(text: str, num_questions: int) -> list[str]:
     """The first `num_questions` distinct questions of a reply, or as many as it has; raises `ValueError` without any.
 
-    Thoughts go first: everything before a closing tag such as </think>, and behind an opening one that is not closed.
-    What is left is searched for JSON: an object with strings under "questions", else objects and lists with strings
-    that ask; of broken JSON, the whole strings that ask. Without JSON, a line counts if it asks and is no preamble
-    ("Here are two questions:") or answer ("A1: ..."). Numbering, bullets and quotes are stripped.
+    Thoughts go first: what is before a closing tag such as </think>, or behind an opening one that is not closed. Then
+    JSON counts: strings under "questions", else strings that ask; of broken JSON, the whole strings that ask. Without
+    JSON, lines count that ask and are no preamble ("Here are two questions:") or answer ("A1: ..."). Numbering,
+    bullets and quotes are stripped.
     """
     text = _without_thoughts(text.strip("\ufeff \n"))
     found = _json_questions(text, num_questions)

@@ -1,17 +1,34 @@
-"""Questions without an LLM: a sentence of a chunk asks for the chunk, a heading for what follows it.
+"""Questions without an LLM: a sentence of a chunk asks for the chunk, a heading or summary for what follows it.
 
-Not here: questions from docstrings (docstrings.py) or by an LLM (questions.py).
+    dataset = inverse_cloze(chunks, seed=0)
+    dataset = titles(chunks)
+    train, held_out = docstring_datasets(num_train=2_000, num_held_out=1_000, seed=0, packages=["numpy", "stdlib"])
+
+Files of packages are read with `ast`; nothing is imported. Not here: tests, `.pyi` and C files, definitions inside
+functions, docstrings made by f-strings or `%`.
 """
 
+import ast
+import gc
 import hashlib
+import importlib.util
+import inspect
+import os
 import re
+import sysconfig
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from ..data.checks import check_distinct
 from ..data.dataset import RetrievalDataset
+from ..progress import progress_bar
 from .chunks import Chunk, sentence_spans
-from .splits import words
+from .splits import COPIED_SHARE, shingles, words
 
 MIN_DOCUMENT_WORDS = 20
 SENTENCE_WORDS, MAX_HEADING_WORDS = range(5, 61), 12
@@ -24,10 +41,10 @@ AMOUNTS = re.compile(r"[$€£]|\d,\d{3}|\d[\d.%)]*\s+\(?[\d.,%)]+$")
 def inverse_cloze(chunks: Sequence[Chunk], *, seed: int, keep_share: float = 0.1) -> RetrievalDataset:
     """Makes one sentence of each chunk its query ("ID/q") and, for most chunks, removes it from the chunk.
 
-    What a chunk gives follows from the seed, its id and its text, not from chunks that share no sentence with it. A
-    sentence qualifies if it is whole, begins with a capital, has 5 to 60 words, more than half of them of letters
-    alone, occurs once in this chunk and in no other, and leaves at least 20 words; a chunk may have none. A share of
-    the chunks keep it: 0.1 as in the paper for training, 0 for validation.
+    It follows from the seed, the chunk's id and its text, not from chunks that share no sentence with it. A sentence
+    qualifies if it is whole, begins with a capital, has 5 to 60 words, more than half of them of letters alone, occurs
+    once in this chunk and in no other, and leaves at least 20 words; a chunk may have none. A share of the chunks keep
+    it: 0.1 as in the paper for training, 0 for validation.
 
     Source: Lee et al. 2019, "Latent Retrieval for Weakly Supervised Open Domain Question Answering", section 4.
     """
@@ -112,3 +129,217 @@ def _mostly_words(text: str) -> bool:
     """Whether more than half of a line's words are of letters alone, and it is no row of a Markdown table."""
     of_letters = [re.sub(r"^\W+|\W+$|['’-]", "", part).isalpha() for part in text.split()]
     return 2 * sum(of_letters) > len(of_letters) and "|" not in text
+
+
+# Docstrings.
+
+PACKAGES = ("torch", "numpy", "stdlib")
+DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+SKIPPED_FOLDERS = {"test", "tests", "testing", "idle_test", "lib2to3", "site-packages", "dist-packages"}
+SUMMARY_WORDS = range(4, 61)
+
+# What may come before the summary: blank lines, signatures, directives with the indented lines that belong to them.
+PREAMBLE = re.compile(
+    r"""(?: \ *\n
+          | [\w.]+\ ?\( (?:[^()]|\([^()]*\))* \) (?:\ *[-=]>.{1,40})? (?:\ *\#.*)? \n
+          | --\n
+          | \.\.\ .* (?:\n(?:\ .*)?)*
+        )*""",
+    re.VERBOSE,
+)
+# Lines that are not prose: they end the paragraph of the summary; a docstring that begins with one has none.
+NOT_PROSE = r"""\s* (?: $ | \.\.\  | >>> | \| | [-=~^*\#+]{3} | [-*+\#]+\  | \(?\d+[.)]\  | @\w
+                      | :\w+[^:`\n]*:(?!`)                        # :param x:, but not :func:`x`
+                      | [A-Z]\w*(?:\ \w+)?::?\ *$                 # Example:
+                      | (?i:args|arguments|inputs?|notes?|outputs?|parameters|raises|returns?|warnings?|yields)\ ?:
+                      | [\w.]+\(.*\)\ *[-=]>                      # d.pop(k) -> v, remove ...
+                      | .*\n\ *(?:===|---|~~~|\^\^\^|\*\*\*|\#\#\#) )"""  # a title and the line under it
+PROSE = re.compile(rf"(?!{NOT_PROSE}).+ (?:\n (?!{NOT_PROSE}).+)*", re.VERBOSE | re.MULTILINE)
+ABBREVIATION = r"(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\bvs\.)(?<!\bcf\.)"
+SENTENCE_END = re.compile(rf"(?<=[.!?]){ABBREVIATION}\s+(?=[\"'`(*:]*[A-Z])")
+PIECE_END = re.compile(rf"(\n\s*\n|\n\ *(?=[A-Z])|{SENTENCE_END.pattern})")
+
+ROLE = re.compile(r":[\w:.+-]+:`")
+LITERAL = re.compile(r"`+~?([^`<]*[^`<\s])(?:\s*<[^`<>]*>)?`+_{0,2}")  # `x`, ``x``, `~x.y`, `text <target>`_
+EMPHASIS = re.compile(r"(?<![\w*])(\*{1,2})([^*\s](?:[^*]*[^*\s])?)\1(?![\w*])")
+
+
+class DocstringPair(NamedTuple):
+    """The first sentence of a docstring, the rest of it, and the dotted names of its file and of what it documents."""
+
+    query: str
+    document: str
+    module: str
+    name: str
+
+
+def docstring_pairs(packages: Sequence[str] = PACKAGES) -> list[DocstringPair]:
+    """Reads the usable docstrings of installed packages, in the order of packages, files and lines.
+
+    Left out are summaries shorter than 4 words or longer than 60, or that do not read as a sentence (no capital, a
+    colon at the end); documents under 20 words; near-copies of longer documents, so that a split cannot separate them;
+    and summaries that several documents share. Files that do not parse are left out with a warning that counts them.
+    """
+    pairs = _read_pairs([file for package in packages for file in _python_files(package)])
+    own = [shingles(ROLE.sub(" ", pair.document)) for pair in pairs]
+    seen: set[int] = set()
+    kept = []
+    for row in sorted(range(len(pairs)), key=lambda row: -len(own[row])):
+        if len(own[row] & seen) <= COPIED_SHARE * len(own[row]):
+            kept.append(row)
+            seen |= own[row]
+    askers = Counter(pairs[row].query.lower() for row in kept)
+    return [pairs[row] for row in sorted(kept) if askers[pairs[row].query.lower()] == 1]
+
+
+def docstring_datasets(
+    *, num_train: int, num_held_out: int, seed: int, packages: Sequence[str] = PACKAGES
+) -> tuple[RetrievalDataset, RetrievalDataset]:
+    """Makes two datasets of docstring pairs, (train, held out), that have no module in common.
+
+    Modules are assigned in random order, each to the side that is further from its number; the pairs of a side are
+    then drawn from its modules, or are all it has. Document ids are names ("json.loads", "#2" behind the second of a
+    name), query ids the same with "/q". "stdlib" is a package too.
+    """
+    wanted = [num_train, num_held_out]
+    if min(wanted) < 1:
+        raise ValueError(f"num_train and num_held_out are {num_train} and {num_held_out}, expected at least 1")
+    generator = np.random.default_rng(seed)
+    modules: dict[str, dict[str, tuple[str, str]]] = {}
+    names: Counter[str] = Counter()
+    for query, document, module, name in docstring_pairs(packages):
+        names[name] += 1
+        id = name if names[name] == 1 else f"{name}#{names[name]}"
+        modules.setdefault(module, {})[id] = (query, document)
+    sides: list[list[tuple[str, tuple[str, str]]]] = [[], []]
+    for position in generator.permutation(len(modules)):
+        neediest = np.divide(list(map(len, sides)), wanted).argmin()
+        sides[neediest] += list(modules.values())[position].items()
+    if not all(sides):
+        counts = f"{len(sides[0]):,} training and {len(sides[1]):,} held-out pairs ({len(modules):,} modules)"
+        raise ValueError(f"the docstrings of {', '.join(packages)} give {counts}, expected some of both")
+    drawn = [generator.permutation(len(side))[:number] for side, number in zip(sides, wanted, strict=True)]
+    train, held_out = (dict(side[row] for row in rows) for side, rows in zip(sides, drawn, strict=True))
+    return pair_dataset(train), pair_dataset(held_out)
+
+
+def split_docstring(docstring: str) -> tuple[str, str] | None:
+    """(summary sentence, rest) of a dedented docstring; None when no sentence of prose comes first."""
+    start = PREAMBLE.match(docstring).end()
+    paragraph = PROSE.match(docstring, start)
+    if paragraph is None:
+        return None
+    sentence = SENTENCE_END.split(paragraph[0], maxsplit=1)[0]
+    plain = EMPHASIS.sub(r"\2", LITERAL.sub(r"\1", ROLE.sub("`", sentence)))
+    summary = " ".join(plain.replace("`", "").split())
+    rest = docstring[:start] + docstring[start + len(sentence) :].lstrip(" ").lstrip("\n")
+    reads_as_sentence = summary[:1].isupper() and not summary.endswith((":", ",", "-"))
+    return (summary, rest) if reads_as_sentence else None
+
+
+def _remove_repetitions(summary: str, body: str, *, repeated_share: float = 0.8) -> str:
+    """`body` without the sentences and paragraphs that say little more than `summary`; the layout stays."""
+    summary_words = set(words(summary))
+
+    def repeats(piece: str) -> bool:
+        piece_words = set(words(ROLE.sub(" ", piece)))
+        small, large = sorted((len(piece_words), len(summary_words)))
+        return small > 2 and large <= 2 * small and len(piece_words & summary_words) >= repeated_share * small
+
+    kept = "".join(piece for piece in PIECE_END.split(body) if not repeats(piece))
+    return re.sub(r"\n\s*\n(?=\s*\n)", "\n", kept).lstrip("\n").rstrip()
+
+
+def _python_files(package: str) -> list[tuple[str, Path]]:
+    """(module name, path) of the files of a package, folder by folder, sorted."""
+    prefix, roots = [package], []
+    if package == "stdlib":
+        prefix, roots = [], [sysconfig.get_path("stdlib")]
+    elif package.isidentifier() and (spec := importlib.util.find_spec(package)):  # which imports nothing
+        roots = spec.submodule_search_locations
+    if not roots:
+        raise ValueError(f"'{package}' is not an installed top-level package ('stdlib' names the standard library)")
+    files = []
+    for root in roots:
+        for folder, subfolders, names in os.walk(root):
+            subfolders[:] = sorted(set(subfolders) - SKIPPED_FOLDERS)
+            for path in (Path(folder, name) for name in sorted(names) if name.endswith(".py")):
+                parts = [*prefix, *path.relative_to(root).with_suffix("").parts]
+                files.append((".".join(parts).removesuffix(".__init__"), path))
+    return files
+
+
+def _read_pairs(files: Sequence[tuple[str, Path]]) -> list[DocstringPair]:
+    pairs, broken, collects = [], [], gc.isenabled()
+    gc.disable()  # it walks the syntax trees again and again: 18 s instead of 9 s for torch (two cores, 2026-11-21)
+    try:
+        with progress_bar(len(files), "reading docstrings", unit="file") as bar:
+            for module, path in files:
+                bar.update()
+                try:
+                    pairs += _pairs_of(path.read_bytes(), module)
+                except (SyntaxError, ValueError):  # ValueError: a null byte, before Python 3.12
+                    broken.append(path)
+    finally:
+        if collects:
+            gc.enable()
+    if broken:
+        warnings.warn(f"left out {len(broken)} of {len(files)} files that do not parse: {broken[0]}", stacklevel=3)
+    return pairs
+
+
+def _pairs_of(source: bytes, module: str) -> Iterator[DocstringPair]:
+    if b'"""' not in source and b"'''" not in source:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in other people's strings
+        tree = ast.parse(source)
+    for name, docstring in _docstrings(tree, module):
+        summary, rest = split_docstring(docstring) or ("", "")
+        if len(summary.split()) in SUMMARY_WORDS:
+            document = _remove_repetitions(summary, rest)
+            if len(words(ROLE.sub(" ", document))) >= MIN_DOCUMENT_WORDS:
+                yield DocstringPair(summary, document, module, name)
+
+
+def _docstrings(tree: ast.Module, module: str) -> Iterator[tuple[str, str]]:
+    """(dotted name, dedented docstring) of all that a file defines, in the order of its lines."""
+    stack: list[tuple[ast.AST, str]] = [(tree, module)]
+    while stack:
+        node, name = stack.pop()
+        if isinstance(node, DEFINITIONS):
+            name = f"{name}.{node.name}"
+        if isinstance(node, (ast.Module, *DEFINITIONS)):
+            yield name, ast.get_docstring(node) or ""
+        elif isinstance(node, (ast.Expr, ast.Assign)):
+            yield from _added_docstring(node.value, name)
+        if not isinstance(node, DEFINITIONS[:2]):
+            for block in ("finalbody", "orelse", "handlers", "body"):
+                stack += [(child, name) for child in reversed(getattr(node, block, ()))]
+
+
+def _added_docstring(call: ast.expr, name: str) -> Iterator[tuple[str, str]]:
+    """The docstring of something written in C: add_docstr(torch.abs, "..."), add_newdoc("numpy", "abs", "...")."""
+    function = getattr(call, "func", None)
+    function_name = getattr(function, "id", getattr(function, "attr", ""))
+    if not function_name.lstrip("_").startswith(("add_docstr", "add_newdoc")):
+        return
+    arguments = [part for argument in call.args for part in getattr(argument, "elts", [argument])]
+    docstring = _literal(arguments[-1]) if arguments else None
+    if docstring is not None:
+        targets = (_literal(target) or ast.unparse(target).split(".")[-1] for target in arguments[:-1])
+        yield ".".join([name, *filter(str.isidentifier, targets)]), inspect.cleandoc(docstring)
+
+
+def _literal(node: ast.expr) -> str | None:
+    """The value of a string, of strings added up, and of "...".format(...) with its fields left empty; else None."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            parts = (_literal(left), _literal(right))
+            return None if None in parts else "".join(parts)
+        case ast.Call(func=ast.Attribute(value=template, attr="format")):
+            text = _literal(template)
+            return text and re.sub(r"([{}])\1|\{\w*\}", r"\1", text)  # {{ stands for {
+    return None

@@ -15,8 +15,7 @@ import numpy as np
 from .chunks import Chunk, Place, sentence_spans
 from .documents import printable
 
-# Two texts are near-copies when more than this share of the shingles of one is in the other.
-COPIED_SHARE = 0.5
+COPIED_SHARE = 0.5  # two texts are near-copies when more than this share of the shingles of one is in the other
 
 
 def parse_pages(text: str) -> list[tuple[int, int]]:
@@ -43,12 +42,9 @@ def split_chunks(
 
     By file or page (ranges of every file, ends included), a chunk with all its places on the training side is for
     training, one with a place wholly on the other side for validation; one that only crosses the boundary is in
-    neither. By share, training is drawn at random. Training then loses every chunk that is a near-copy of validation
-    (`near_copies`), or shares the sentences of an overlap, however few, with a validation chunk of the same page: one
-    ends with them and the other begins with them.
-
-    Raises:
-        ValueError: not exactly one way to split, a value out of range, a chunk without a place, or an empty side.
+    neither. By share, training is drawn at random. Training then loses each chunk that is a near-copy of validation, or
+    shares the sentences of an overlap with a validation chunk of the same page: one ends and the other begins with
+    them. Raises `ValueError` for two ways to split or none, a chunk without a place, and an empty side.
     """
     ways = {"train_files": train_files, "train_pages": train_pages, "train_share": train_share}
     given = [name for name, value in ways.items() if value is not None]
@@ -129,10 +125,9 @@ def shingles(text: str, *, num_words: int = 8) -> set[int]:
 
 
 def near_copies(texts: Sequence[str], others: Sequence[str], *, max_holders: int = 100) -> list[bool]:
-    """For each of `texts`, whether it is a near-copy of `others`.
+    """Whether each of `texts` is a near-copy: half of its shingles are in `others`, or half of those of one in it.
 
-    It is if more than half of its shingles are in all of `others`, or more than half of those of one of them in it;
-    there, shingles of more than `max_holders` texts (a footer's) do not count, which keeps the time linear.
+    For the latter, shingles of more than `max_holders` others (a footer's) do not count: it takes linear time.
     """
     sizes, holders = [], {}
     for row, own in enumerate(map(shingles, others)):
