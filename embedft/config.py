@@ -32,7 +32,12 @@ from .files import read_object
 
 Config = TypeVar("Config")
 REQUIRED = dataclasses.MISSING
-BOUNDS = {"least": (operator.ge, "at least"), "above": (operator.gt, "above"), "below": (operator.lt, "below")}
+BOUNDS = {
+    "least": (operator.ge, "at least"),
+    "most": (operator.le, "at most"),
+    "above": (operator.gt, "above"),
+    "below": (operator.lt, "below"),
+}
 METAVARS = {int: "N", float: "X", str: "TEXT", bool: "", dict: "KEY=VALUE"}
 UNIONS = (types.UnionType, typing.Union)
 
@@ -43,7 +48,7 @@ def setting(
     """A dataclass field that is an option or a positional argument; `default` is REQUIRED when there is none.
 
     The help shows `metavar` for the value, and adds the default to `meaning` unless that ends with one in brackets.
-    A number with `bounds`, any of least=, above= and below=, also has to be finite.
+    A number with `bounds`, any of least=, most=, above= and below=, also has to be finite.
     """
     metadata = {"meaning": meaning, "metavar": metavar, "positional": positional, "bounds": bounds}
     if isinstance(default, dict | list):

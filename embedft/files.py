@@ -113,10 +113,10 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_lines(path: str | Path) -> Iterator[str]:
-    """Yields the lines of a UTF-8 file with their ends; only a line feed ends a line, a byte order mark is dropped.
+    """Yields the lines of a UTF-8 file, or a .gz of one, with their ends; only a line feed ends a line.
 
-    A file that ends in .gz is decompressed. Memory does not grow with the file. Raises `ValueError` naming the line of
-    an invalid byte, and for a damaged .gz file or a Git LFS pointer.
+    A byte order mark is dropped. Raises `ValueError` naming the line of an invalid byte, and for a damaged .gz file or
+    a Git LFS pointer.
     """
     with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
         yield from _decoded(file, path)
@@ -181,10 +181,7 @@ def check_object(value: Any, where: str) -> dict[str, Any]:
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, Any]]:
-    """Yields (line number from 1, value) of a JSON Lines file, without its blank lines.
-
-    Memory does not grow with the file. Raises `ValueError` naming file and line.
-    """
+    """Yields (line number from 1, value) of a JSON Lines file, without blank lines; errors name file and line."""
     for number, line in enumerate(read_lines(path), start=1):
         if line.strip():
             yield number, _parse_json(line.rstrip("\r\n"), path, number)

@@ -178,7 +178,7 @@ def test_text_of_a_window_has_its_tokens(place, prompt, passages):
     for _ in range(20):
         text = "".join(generator.choices(f"{LETTERS}ABC ,.  \n语", k=generator.randint(1, 90)))
         spans = whole.encode(text, add_special_tokens=False).offsets
-        cut, _ = embedder.tokenizer.windows([text], size=passages[0], stride=passages[1], prompt=prompt)
+        cut, _ = embedder.tokenizer.windows([text], passages, prompt=prompt)
         first = 0
         for number, ids in enumerate(cut):
             inside = spans[first : first + len(ids) - around]

@@ -702,7 +702,7 @@ def test_unused_spaces(filled, capsys):
     assert main(["store", str(filled), "--prune-unused", "2.5"]) == 0
     assert list(store_.spaces()) == [OTHER.name]
     assert main(["store", str(filled), "--prune-unused", "-1"]) == 2
-    assert re.search("--prune-unused.*-1", capsys.readouterr().err)
+    assert re.search("prune_unused.*-1", capsys.readouterr().err)
 
 
 # The commands.

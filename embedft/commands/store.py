@@ -12,7 +12,6 @@ from .. import config
 from ..config import REQUIRED, check_at_most_one, setting
 from .options import format_bytes
 
-DAY_SECONDS = 86_400
 SHOWN_ROWS = 5  # damaged rows that --verify names of each space
 
 
@@ -24,12 +23,12 @@ class Options(config.Options):
     verify: bool = setting(False, "read everything; exit code 1 when a row is damaged")
     repair: bool = setting(False, "drop damaged rows; their texts are encoded again when next needed")
     prune: list[str] | None = setting(None, "remove these spaces, by the names that are listed", metavar="SPACE ...")
-    prune_unused: float | None = setting(None, "remove spaces that were not used for this long", metavar="DAYS")
+    prune_unused: float | None = setting(
+        None, "remove spaces that were not used for this long", metavar="DAYS", least=0
+    )
 
     def __post_init__(self):
         check_at_most_one(self, "verify", "repair", "prune", "prune_unused")
-        if self.prune_unused is not None and not self.prune_unused >= 0:
-            raise ValueError(f"--prune-unused is {self.prune_unused:g}, expected 0 days or more")
 
 
 def run(options: Options) -> int:
@@ -41,7 +40,7 @@ def run(options: Options) -> int:
     store = Store(options.store)
     spaces = store.spaces()
     if options.prune or options.prune_unused is not None:
-        latest = time.time() - (options.prune_unused or 0) * DAY_SECONDS
+        latest = time.time() - (options.prune_unused or 0) * 86_400
         unused = (name for name, found in spaces.items() if found.last_used < latest)
         names, before = list(dict.fromkeys(options.prune or unused)), store.num_bytes()
         store.prune(*names)

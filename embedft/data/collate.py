@@ -41,7 +41,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Collate:
-    """Turns examples into a Batch. `dataclasses.replace(collate, ...)` makes one with other settings.
+    """Turns examples into a Batch.
 
     Documents of equal text (title included) are one document of the batch, under the first of their ids, unless
     `merge_equal_texts` is off: then only equal ids are one, and equal texts are each other's negatives.
@@ -75,10 +75,9 @@ class Collate:
         return dict(zip(self.dataset.corpus, self.dataset.document_texts(), strict=True))
 
     def listed(self, example: Example) -> list[str]:
-        """The documents listed for an example: its own, then its hard negatives."""
+        """The documents listed for an example: its own, then its hard negatives (a scored one may be both)."""
         query_id, document_id = example
         listed = self.dataset.relevant(query_id) if document_id is None else [document_id]
-        # A scored document may be a hard negative of its query too.
         negatives = self.dataset.negatives.get(query_id, ())[: self.num_negatives]
         return listed + [i for i in negatives if i != document_id]
 

@@ -27,10 +27,7 @@ Item = TypeVar("Item", str, int)
 
 @dataclass(frozen=True, repr=False)
 class RetrievalDataset:
-    """Queries, a corpus and graded judgements; checked when created, and not to be changed afterwards.
-
-    Raises `ValueError` for no queries, no corpus, an empty text, a wrong type, an unknown or repeated id.
-    """
+    """Queries, a corpus and graded judgements; checked when created (`ValueError`), not to be changed."""
 
     queries: dict[str, str]  # {query id: text}
     corpus: dict[str, str]  # {document id: text}; a text may be ""
@@ -164,9 +161,7 @@ class RetrievalDataset:
         Connected components stay together; in random order, each goes to the first part if that brings the part closer
         to `share`. Documents without a grade above 0 go with the first query that names them (other grades, negatives,
         scores); the rest are divided by the same share. A grade of 0, negative or score of a document on the other side
-        is dropped. Order is kept within each part.
-
-        Raises `ValueError` when `share` is not strictly between 0 and 1, or a part would have no query or no document.
+        is dropped. Order is kept within each part. Raises `ValueError` when a part would have no query or no document.
         """
         if not 0 < share < 1:
             raise ValueError(f"share must be strictly between 0 and 1, found {share!r}")

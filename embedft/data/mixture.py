@@ -37,16 +37,12 @@ def make_mixture(
 ) -> Batches:
     """Batches of several datasets.
 
-    An epoch has as many batches as the sources have together; "round_robin" without `mixed`: as many as the shortest
-    source has, times the number of sources.
-
     Args:
         datasets: {source: dataset}; the name of a source is not empty and has no "/".
         sampling: the share of each source in the batches of an epoch (or, mixed, in the examples of a batch), at least
             one. "proportional": its share of all examples; an epoch is every example once. "round_robin": equal shares,
             in turn, until the shortest source is used up. "temperature": proportional to its number of examples to the
-            power 1 / temperature.
-        temperature: 1 is proportional, infinity is equal shares.
+            power 1 / temperature (1: proportional, infinity: equal).
         mixed: each batch has its share of every source, instead of coming from one, without negatives from others.
         options: as in `make_batches`. `no_duplicates` looks across sources only in mixed, proportional batches.
     """

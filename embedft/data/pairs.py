@@ -1,9 +1,8 @@
 """Pairs and triplets, one per row of a JSONL, CSV or TSV file: the formats "jsonl" and "csv".
 
-Columns are found by name (COLUMN_ROLES, any case); others are ignored. Negatives are `negative`, `negative_1`,
-`negative_2`, ... (null, absent, or in CSV an empty cell: none) or, in JSONL, a list `negatives`. Rows are counted from
-0, dropped ones included: row 7 brings query "q7", document "d7" and negatives "d7n0", "d7n1", ... Where equal texts are
-merged, the first id stands.
+Columns are found by name (COLUMN_ROLES, any case); others are ignored. Negatives are `negative`, `negative_1`, ...
+(null, absent or an empty cell: none) or, in JSONL, a list `negatives`. Row 7, counted from 0 and with dropped ones,
+brings query "q7", document "d7" and negatives "d7n0", "d7n1", ... Where equal texts are merged, the first id stands.
 
 `query_id`, `document_id` and `negative_ids` (a list next to `negatives`) set ids instead; then equal ids, not equal
 texts, say what is the same. `grade` is the relevance, 1 if absent. `write_jsonl` writes all of these.
@@ -62,8 +61,8 @@ def read_pairs(path: Path, format: str, *, merge: bool, skip_empty: bool) -> dic
                     raise ValueError(f"document {i!r} of query {query_id!r} is a positive and a negative of it")
         except ValueError as error:
             raise ValueError(f"{path} line {line}: {error}") from None
-    fields = {"queries": queries.texts, "corpus": documents.texts, "qrels": qrels, "num_skipped": num_skipped}
-    return {**fields, "negatives": {query_id: list(ids) for query_id, ids in negatives.items()}}
+    found = {"queries": queries.texts, "corpus": documents.texts, "qrels": qrels, "num_skipped": num_skipped}
+    return {**found, "negatives": {query_id: list(ids) for query_id, ids in negatives.items()}}
 
 
 class _Texts:
@@ -165,8 +164,7 @@ def _rows(dataset: Any) -> Iterator[dict[str, Any]]:
         for document_id, grade in dataset.qrels[query_id].items():
             document = dataset.corpus[document_id]
             row = {"query_id": query_id, "query": query, "document_id": document_id, "document": document}
-            if grade != 1:
-                row["grade"] = grade
+            row |= {} if grade == 1 else {"grade": grade}
             if query_id in negatives:
                 row["negatives"] = [dataset.corpus[i] for i in negatives[query_id]]
                 row["negative_ids"] = negatives.pop(query_id)

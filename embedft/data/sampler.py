@@ -3,8 +3,7 @@
     sampler = Sampler(1_000, batch_size=32, seed=0)
     sampler.plan(0)             # [[17, 803, ...], ...]: places in the list of examples, one list for each batch
 
-A sampler is any object with `len(sampler)`, the batches of every epoch, and `plan(epoch)`, which depends on nothing but
-the epoch, so that training can resume anywhere.
+Any object with `len(sampler)`, the batches of every epoch, and a `plan` that depends on the epoch alone is a sampler.
 
 Shapes: P examples, N batches of an epoch.
 """
@@ -25,17 +24,12 @@ class Sampler:
     """Shuffled batches in which every example appears once per epoch.
 
     Epoch e is `torch.randperm` from a generator seeded with seed + e (as in the sentence-transformers trainer), cut
-    into batches. Every epoch has the same number of batches.
-
-    With `batch_tokens`, an epoch is cut into ceil(all tokens / batch_tokens) batches of similar size: at most
+    into batches. With `batch_tokens` these are ceil(all tokens / batch_tokens) batches of similar size: at most
     batch_tokens on average, and each less than one example above that average.
 
     Examples that share something (`apart`) are put into different batches: one that does not fit waits for the next
     batch that can take it. Frequent items make batches smaller and more numerous (with a warning); a batch may exceed
     its size by the few that fit nowhere else.
-
-    With `length_window`, in-batch negatives are about as long as a query's own document. Packed sequences have no
-    padding, so there is little speed to gain.
     """
 
     num_examples: int
@@ -46,13 +40,14 @@ class Sampler:
     tokens: Callable[[], Sequence[int]] | None = None  # () -> the tokens of each example, [P]; called when first needed
     apart: Sequence[Iterable[Hashable]] = ()  # what each example contains (texts, for example), [P]
     # Sort the shuffled examples by length within windows of so many batches, then shuffle the batches; 0: no sorting.
+    # In-batch negatives are then about as long as the positive; packed sequences gain little speed from it.
     length_window: int = 0
     _planned: dict[int, list[list[int]]] = field(default_factory=dict, init=False)  # of the last epoch
 
     def __post_init__(self) -> None:
-        if (self.batch_size is None) == (self.batch_tokens is None):
-            found = f"batch_size is {self.batch_size}, batch_tokens is {self.batch_tokens}"
-            raise ValueError(f"{found}: expected one of the two")
+        size, tokens = self.batch_size, self.batch_tokens
+        if (size is None) == (tokens is None):
+            raise ValueError(f"batch_size is {size}, batch_tokens is {tokens}: expected one of the two")
         for name, least in (("num_examples", 1), ("batch_size", 1), ("batch_tokens", 1), ("length_window", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
