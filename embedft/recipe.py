@@ -292,7 +292,7 @@ def _frozen(job: _Job, dataset: RetrievalDataset) -> dict[str, Reference]:
             job.hashes[f"reference {name}"] = reference.sha256()
             # Training moves all dimensions of the embedder, even if `encode` truncates them.
             dim = job.embedder.full_dim if reference is job.embedder else None
-            found[name] = FrozenEmbeddings.encode(reference, dataset, dim=dim)
+            found[name] = FrozenEmbeddings(reference, dataset, dim=dim)
     return found
 
 

@@ -27,10 +27,8 @@ def make_state(seed: int, steps: int = 3, *, loss: nn.Module | None = None, at: 
         torch.manual_seed(seed)
         model = Model(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
         model[0].weight.requires_grad_(False)
-        optimizer = build_optimizer(model, lr=0.1, weight_decay=0.1)
+        optimizer = build_optimizer(model, loss, lr=0.1, weight_decay=0.1)
         own = [] if loss is None else list(loss.parameters())
-        if own:
-            optimizer.add_param_group({"params": own, "weight_decay": 0.0})
         for _ in range(steps):
             (model(torch.randn(5, 4)).square().sum() + sum(p.square().sum() for p in own)).backward()
             optimizer.step()

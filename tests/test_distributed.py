@@ -226,7 +226,7 @@ def train_once(base: Path, out: Path, config: TrainConfig, make_loss, *, batch_s
     out.mkdir(exist_ok=True)
     embedder = make_embedder(base, dropout=dropout, dtype=torch.float64)
     dataset = make_dataset(11, 9, negatives=3)
-    references = {"base": FrozenEmbeddings.encode(embedder, dataset)}
+    references = {"base": FrozenEmbeddings(embedder, dataset)}
     loss, calls = make_loss(), itertools.count(1)
     with torch.no_grad():
         for parameter in (*embedder.parameters(), *loss.parameters()):

@@ -190,7 +190,7 @@ def test_another_model_as_teacher(tmp_path):
     config = replace(CONFIG, loss={"name": "embedding_distillation"})
     by_name = first_losses(tmp_path, "a", replace(config, references={"teacher": str(tmp_path / "teacher")}))
     as_embedder = first_losses(tmp_path, "b", config, references={"teacher": teacher})
-    frozen = FrozenEmbeddings.encode(teacher, make_dataset())
+    frozen = FrozenEmbeddings(teacher, make_dataset())
     as_function = first_losses(tmp_path, "c", config, references={"teacher": lambda batch: frozen(batch)})
     assert by_name == as_embedder == as_function
     assert by_name[0] > 0.1
@@ -316,7 +316,7 @@ def test_a_reference_that_is_no_model(tmp_path, monkeypatch):
 
 def test_an_existing_run_is_found_before_a_reference_is_encoded(tmp_path, monkeypatch):
     finetune(make_embedder(tmp_path / "base"), make_dataset(), CONFIG, out=tmp_path / "done")
-    monkeypatch.setattr(FrozenEmbeddings, "encode", lambda *_, **__: pytest.fail("work has begun"))
+    monkeypatch.setattr(FrozenEmbeddings, "__init__", lambda *_, **__: pytest.fail("work has begun"))
     config = replace(CONFIG, loss=TOWARD_BASE, references={"base": None})
     refused(tmp_path, monkeypatch, "not empty", config=config, out=tmp_path / "done")
 
@@ -542,7 +542,7 @@ def test_several_datasets(tmp_path, mixed):
     tuned, by_hand = make_embedder(tmp_path / "base"), make_embedder(tmp_path / "base")
     finetune(tuned, datasets, config, out=tmp_path / "run")
     batches = make_mixture(datasets, by_hand.pack, batch_size=4, seed=config.seed, temperature=3.0, **options)
-    references = {"base": FrozenEmbeddings.encode(by_hand, join_datasets(datasets))}
+    references = {"base": FrozenEmbeddings(by_hand, join_datasets(datasets))}
     train_module.train(by_hand, batches, LOSSES["toward_base"], config, references=references)
     assert same(weights_of(tuned), weights_of(by_hand))
     log = [record for _, record in read_jsonl(tmp_path / "run" / "train.jsonl")]

@@ -21,19 +21,20 @@ def make_batch(embedder):
     return next(make_batches(dataset, embedder.pack, batch_size=4, seed=0, num_negatives=2).epoch(0))
 
 
-def test_by_hand(embedder):
-    """Rows of the arrays by the batch's ids, in its order."""
-    batch = make_batch(embedder)._replace(query_ids=["b", "a", "b"], document_ids=["y"])
-    queries, documents = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[5.0], [6.0]])
-    Q, D = FrozenEmbeddings(["a", "b"], queries, ["x", "y"], documents)(batch)
-    assert Q.tolist() == [[3.0, 4.0], [1.0, 2.0], [3.0, 4.0]]
-    assert D.tolist() == [[6.0]]
+def test_rows_are_those_of_the_ids(embedder):
+    """In the batch's order, repeated where the batch repeats an id."""
+    dataset = make_dataset(11, 9, negatives=2)
+    batch = make_batch(embedder)._replace(query_ids=["q2", "q0", "q2"], document_ids=["d8"])
+    Q, D = FrozenEmbeddings(embedder, dataset)(batch)
+    queries = embedder.encode(list(dataset.queries.values()), role="query")
+    np.testing.assert_array_equal(Q, queries[[2, 0, 2]])
+    np.testing.assert_array_equal(D, embedder.encode(dataset.document_texts(), role="document")[[8]])
 
 
 def test_encode_gives_the_vectors_of_the_batch(embedder):
     """What the embedder gives to the same packed texts, without dropout."""
     batch, dataset = make_batch(embedder), make_dataset(11, 9, negatives=2)
-    frozen = FrozenEmbeddings.encode(embedder, dataset)
+    frozen = FrozenEmbeddings(embedder, dataset)
     with torch.no_grad():
         expected = embedder.embed_pair(batch.queries, batch.documents)
     for found, vectors in zip(frozen(batch), expected, strict=True):
@@ -44,39 +45,26 @@ def test_encode_uses_titles_prompts_and_dimensions(embedder):
     embedder.prompts = {"query": "q: ", "document": "d: "}
     dataset = make_dataset(3, 3)
     titled = dataclasses.replace(dataset, titles={"d0": "order"})
-    frozen = FrozenEmbeddings.encode(embedder, titled, dim=8)
+    frozen = FrozenEmbeddings(embedder, titled, dim=8)
     np.testing.assert_array_equal(
-        frozen.queries.embeddings, embedder.encode([*dataset.queries.values()], role="query", dim=8)
+        frozen.embeddings["query"], embedder.encode([*dataset.queries.values()], role="query", dim=8)
     )
     documents = embedder.encode(titled.document_texts(), role="document", dim=8)
-    np.testing.assert_array_equal(frozen.documents.embeddings, documents)
-    assert frozen.documents.embeddings.shape == (3, 8)
+    np.testing.assert_array_equal(frozen.embeddings["document"], documents)
+    assert frozen.embeddings["document"].shape == (3, 8)
 
 
 def test_an_unknown_id_is_named(embedder):
-    frozen = FrozenEmbeddings.encode(embedder, make_dataset(2, 2))
+    frozen = FrozenEmbeddings(embedder, make_dataset(2, 2))
     with pytest.raises(ValueError, match=r"query 'q[0-9]+' is not among the 2 frozen embeddings"):
         frozen(make_batch(embedder))
-
-
-@pytest.mark.parametrize(
-    ("ids", "shape", "message"),
-    [
-        (["a", "b"], (3, 2), r"query embeddings have shape \(3, 2\), expected \[2 ids, features\]"),
-        (["a", "b"], (2,), r"query embeddings have shape \(2,\), expected \[2 ids, features\]"),
-        (["a", "a"], (2, 2), "2 query ids, but only 1 different"),
-    ],
-)
-def test_arrays_are_checked_when_given(ids, shape, message):
-    with pytest.raises(ValueError, match=message):
-        FrozenEmbeddings(ids, np.zeros(shape), ["x"], np.zeros((1, 2)))
 
 
 def test_targets_keep_what_they_had(embedder):
     batch = make_batch(embedder)
     base = torch.zeros(4, 2), torch.zeros(len(batch.document_ids), 2)
     batch = batch._replace(targets=dataclasses.replace(batch.targets, references={"base": base}))
-    frozen = FrozenEmbeddings.encode(embedder, make_dataset(11, 9))
+    frozen = FrozenEmbeddings(embedder, make_dataset(11, 9))
     targets = targets_with({"guide": frozen}, batch)
     assert targets.references.keys() == {"base", "guide"}
     assert targets.references["base"] is base

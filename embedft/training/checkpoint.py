@@ -62,12 +62,11 @@ def copy_weights(module: nn.Module) -> Weights:
 def save_checkpoint(folder: Path, state: TrainState) -> None:
     """Writes folder/step-000400, then removes all but the two newest checkpoints."""
     path = folder / f"step-{state.step:06d}"
+    temporary = folder / f".{path.name}.tmp"
     for unfinished in folder.glob(".step-*.tmp"):
         shutil.rmtree(unfinished)
-    temporary = folder / f".{path.name}.tmp"
     temporary.mkdir(parents=True)
-    plain = {name: getattr(state, name) for name in ("step", "stopped", "evaluations", "best_step")}
-    moments, plain["optimizer"] = _optimizer_state(state)
+    moments, optimizer = _optimizer_state(state)
     weights = {file: module.state_dict() for file, module in state.modules().items()}
     weights |= {OPTIMIZER: moments, RANDOM: devices.random_state(state.embedder.device)}
     weights |= {BEST: state.best_weights, REFRESH: state.refresh_weights}
@@ -76,7 +75,8 @@ def save_checkpoint(folder: Path, state: TrainState) -> None:
             if found is not None:
                 with named_errors(path / name), atomic_write(temporary / name, "wb") as file:
                     file.write(save(_separate(found)))
-        write_json(temporary / STATE, plain)
+        plain = {name: getattr(state, name) for name in ("step", "stopped", "evaluations", "best_step")}
+        write_json(temporary / STATE, plain | {"optimizer": optimizer})
         write_json(temporary / FILES, {file.name: sha256_file(file) for file in sorted(temporary.iterdir())})
         shutil.rmtree(path, ignore_errors=True)
         os.replace(temporary, path)
@@ -102,7 +102,13 @@ def load_checkpoint(folder: Path, state: TrainState) -> bool:
     if (path / LOSS).is_file() != (LOSS in modules):
         had = "lacks" if LOSS in modules else "has"
         raise ValueError(f"{path}: {had} the state of a loss, so it belongs to a run with another loss")
-    weights = {file: _checked(load_file(path / file), module, path / file) for file, module in modules.items()}
+    weights = {file: load_file(path / file) for file in modules}
+    for file, module in modules.items():
+        found, expected = ({k: list(x.shape) for k, x in w.items()} for w in (weights[file], module.state_dict()))
+        for name in {**expected, **found}:
+            if found.get(name) != expected.get(name):
+                shapes = f"{found.get(name, 'missing')}, expected {expected.get(name, 'none')}"
+                raise ValueError(f"{path / file}: {name} is {shapes}: it belongs to another run")
     stored = read_object(path / STATE)
     values = stored.pop("optimizer")
     moments = load_file(path / OPTIMIZER) | values["state"]
@@ -134,22 +140,12 @@ def _check_files(path: Path, before: list[Path]) -> None:
         expected = read_object(path / FILES)
     except (OSError, ValueError):
         expected = {}  # also a checkpoint of an earlier version, which has none
-    if {file.name for file in path.iterdir()} - expected.keys() != {FILES}:
+    if not {MODEL, OPTIMIZER, RANDOM, STATE} <= expected.keys():
         expected = {FILES: None}
     for name, digest in expected.items():
         if digest is None or not (path / name).is_file() or sha256_file(path / name) != digest:
             then = f"to resume from {before[-1].name}" if before else "and overwrite the run: no earlier one is left"
             raise ValueError(f"{path}: {name} is damaged or missing; delete this checkpoint {then}")
-
-
-def _checked(tensors: Weights, module: nn.Module, path: Path) -> Weights:
-    """The tensors, if the module has the same ones. Raises `ValueError` naming the first that differs."""
-    found, expected = ({name: list(x.shape) for name, x in given.items()} for given in (tensors, module.state_dict()))
-    for name in {**expected, **found}:
-        if found.get(name) != expected.get(name):
-            shapes = f"{found.get(name, 'missing')}, expected {expected.get(name, 'none')}"
-            raise ValueError(f"{path}: {name} is {shapes}: it belongs to another run")
-    return tensors
 
 
 def _optimizer_state(state: TrainState) -> tuple[Weights, dict[str, Any]]:
@@ -163,16 +159,18 @@ def _optimizer_state(state: TrainState) -> tuple[Weights, dict[str, Any]]:
                 numbers[f"{key}/{name}"] = value
             else:
                 raise ValueError(f"the optimizer's {key} is a {type(value).__name__}, expected a tensor or a number")
-    scheduled, plain, groups = ("lr", "initial_lr"), bool | int | float, state.optimizer.param_groups
-    kept = [{k: v for k, v in g.items() if isinstance(v, plain) and k not in scheduled} for g in groups]
-    return tensors, {"state": numbers, "groups": kept}
+    groups = [
+        {k: v for k, v in group.items() if isinstance(v, bool | int | float) and k not in ("lr", "initial_lr")}
+        for group in state.optimizer.param_groups
+    ]
+    return tensors, {"state": numbers, "groups": groups}
 
 
 def _separate(tensors: Weights) -> Weights:
     """The tensors without shared memory, which safetensors refuses: a module used twice has its weights twice."""
     owner = {tensor.untyped_storage().data_ptr(): name for name, tensor in tensors.items()}
-    is_owner = {name: owner[tensor.untyped_storage().data_ptr()] == name for name, tensor in tensors.items()}
-    return {name: x.detach().contiguous() if is_owner[name] else x.detach().clone() for name, x in tensors.items()}
+    names = set(owner.values())
+    return {name: x.detach().contiguous() if name in names else x.detach().clone() for name, x in tensors.items()}
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -117,12 +117,12 @@ def _fit(
     num_steps = config.epochs * math.ceil(len(examples) / size)
     batches = _batches(examples, size, shuffle=config.shuffle and size < len(examples), seed=config.seed)
     best_value, best_step, best_weights, waited = -math.inf, None, None, 0
-    factor = lr_factor(config.schedule, num_steps=num_steps, warmup=config.warmup)
+    schedule = {"num_steps": num_steps, "warmup": config.warmup}
     optimizer = build_optimizer(adapter, loss, lr=config.lr, weight_decay=config.weight_decay)
     for step in range(num_steps + 1):
         if step > 0:
             for group in optimizer.param_groups:
-                group["lr"] = config.lr * factor(step - 1)
+                group["lr"] = config.lr * lr_factor(config.schedule, step - 1, **schedule)
             value = compute(next(batches))
             if config.toward_identity:
                 value = value + config.toward_identity * adapter.departure()

@@ -1,18 +1,17 @@
 """Optimizers and learning-rate schedules.
 
 optimizer = build_optimizer(embedder, lr=2e-5, weight_decay=0.01)
-factor = lr_factor("linear", num_steps=1000, warmup=0.1)      # learning rate of step i: 2e-5 * factor(i)
+lr = 2e-5 * lr_factor("linear", step, num_steps=1000, warmup=0.1)
 """
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 Schedule = Literal["linear", "cosine", "constant"]
-SCHEDULES = get_args(Schedule)
 # Named parameter groups -> an optimizer of them; see `parameter_groups`.
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
@@ -21,11 +20,10 @@ def build_optimizer(
     model: nn.Module, loss: Any = None, *, lr: float, loss_lr: float | None = None, weight_decay: float
 ) -> torch.optim.AdamW:
     """Fused AdamW (Loshchilov and Hutter 2019) of `parameter_groups`, with betas (0.9, 0.999) and eps 1e-8."""
-    groups = [{"weight_decay": weight_decay, **group} for group in parameter_groups(model, loss)]
-    for group in groups:
-        group["params"] = [parameter for _, parameter in group["params"]]
-        group["lr"] = loss_lr or lr if group["name"] == "loss" else lr
-    return torch.optim.AdamW(groups, fused=True)
+    groups = parameter_groups(model, loss)
+    if loss_lr is not None and groups[-1]["name"] == "loss":
+        groups[-1]["lr"] = loss_lr
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
 
 
 def parameter_groups(model: nn.Module, loss: Any = None) -> list[dict[str, Any]]:
@@ -39,15 +37,16 @@ def parameter_groups(model: nn.Module, loss: Any = None) -> list[dict[str, Any]]
     if any(p.dtype in (torch.float16, torch.bfloat16) for _, p in named):
         raise ValueError("the weights are in half precision, which rounds small steps away: load them in float32")
     own = loss.named_parameters() if isinstance(loss, nn.Module) else ()
-    members = {"matrices": [pair for pair in named if pair[1].ndim > 1]}
-    members["vectors"] = [pair for pair in named if pair[1].ndim <= 1]
-    members["loss"] = [(f"loss/{name}", p) for name, p in own if p.requires_grad]
-    decay = {"matrices": {}, "vectors": {"weight_decay": 0.0}, "loss": {"weight_decay": 0.0}}
-    return [{"name": name, "params": pairs, **decay[name]} for name, pairs in members.items() if pairs]
+    groups = [
+        {"name": "matrices", "params": [(name, p) for name, p in named if p.ndim > 1]},
+        {"name": "vectors", "params": [(name, p) for name, p in named if p.ndim <= 1], "weight_decay": 0.0},
+        {"name": "loss", "params": [(f"loss/{name}", p) for name, p in own if p.requires_grad], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
-def lr_factor(schedule: str, *, num_steps: int, warmup: float) -> Callable[[int], float]:
-    """The factor on the learning rate at step i, from 0: i / warmup during warmup, then
+def lr_factor(schedule: Schedule, step: int, *, num_steps: int, warmup: float) -> float:
+    """The factor on the learning rate at a step, from 0: step / warmup during warmup, then
 
     - linear: decays to 0 at `num_steps`
     - cosine: (1 + cos(pi * fraction of the remaining steps done)) / 2
@@ -55,18 +54,12 @@ def lr_factor(schedule: str, *, num_steps: int, warmup: float) -> Callable[[int]
 
     `warmup` is a number of steps or, below 1, a fraction of all steps, rounded up. As in the schedules of transformers.
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule is {schedule!r}, expected one of {', '.join(SCHEDULES)}")
     if warmup >= 1 and warmup != int(warmup):
         raise ValueError(f"warmup is {warmup}, expected a whole number of steps, or a fraction below 1")
     num_warmup = math.ceil(warmup * num_steps) if warmup < 1 else int(warmup)
-
-    def factor(step: int) -> float:
-        if step < num_warmup:
-            return step / num_warmup
-        done = (step - num_warmup) / max(1, num_steps - num_warmup)
-        if schedule == "linear":
-            return max(0.0, 1.0 - done)
-        return 0.5 * (1.0 + math.cos(math.pi * done)) if schedule == "cosine" else 1.0
-
-    return factor
+    if step < num_warmup:
+        return step / num_warmup
+    done = (step - num_warmup) / max(1, num_steps - num_warmup)
+    if schedule == "linear":
+        return max(0.0, 1.0 - done)
+    return 0.5 * (1.0 + math.cos(math.pi * done)) if schedule == "cosine" else 1.0

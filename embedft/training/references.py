@@ -1,63 +1,46 @@
 """Vectors of a guide, a teacher or the base model, looked up by id; losses find them in `Targets.references`.
 
-    guide = FrozenEmbeddings.encode(load_embedder("BAAI/bge-base-en-v1.5"), dataset)
+    guide = FrozenEmbeddings(load_embedder("BAAI/bge-base-en-v1.5"), dataset)
     train(embedder, batches, loss, config, references={"guide": guide})
 
 Shapes: B queries and M documents of a batch, D features.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..data.collate import Batch
 from ..data.dataset import RetrievalDataset
+from ..encoders.embedder import Embedder
 from ..losses.targets import Targets
 
 Reference = Callable[[Batch], tuple[Tensor, Tensor]]
 
 
 class FrozenEmbeddings:
-    """Batch -> (Q [B, D], D [M, D]): the rows of two arrays [ids, D] for the batch's ids. Each id occurs once."""
+    """Batch -> (Q [B, D], D [M, D]) on the CPU: the texts of a dataset, encoded once, by id.
 
-    def __init__(
-        self, query_ids: Sequence[str], queries: np.ndarray, document_ids: Sequence[str], documents: np.ndarray
-    ):
-        self.queries, self.documents = _Rows("query", query_ids, queries), _Rows("document", document_ids, documents)
+    `dim` is that of `Embedder.encode`. Calls raise `ValueError` for an id that is not in the dataset.
+    """
 
-    @classmethod
-    def encode(cls, embedder: Any, dataset: RetrievalDataset, *, dim: int | None = None) -> "FrozenEmbeddings":
-        """Encodes a dataset with an `Embedder`, or anything with the same `encode`; `dim` None: all features."""
-        options = {} if dim is None else {"dim": dim}
-        queries = embedder.encode(list(dataset.queries.values()), role="query", **options)
-        documents = embedder.encode(dataset.document_texts(), role="document", **options)
-        return cls(list(dataset.queries), queries, list(dataset.corpus), documents)
+    def __init__(self, embedder: Embedder, dataset: RetrievalDataset, *, dim: int | None = None):
+        queries = embedder.encode(list(dataset.queries.values()), role="query", dim=dim)
+        documents = embedder.encode(dataset.document_texts(), role="document", dim=dim)
+        ids = {"query": dataset.queries, "document": dataset.corpus}
+        self.row = {role: {id_: row for row, id_ in enumerate(ids[role])} for role in ids}
+        self.embeddings = {"query": queries, "document": documents}
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(Q [B, D], D [M, D]) on the CPU. Raises `ValueError` for an id that has no vector."""
-        return self.queries.of(batch.query_ids), self.documents.of(batch.document_ids)
-
-
-class _Rows:
-    """An array whose rows have ids."""
-
-    def __init__(self, kind: str, ids: Sequence[str], embeddings: np.ndarray):
-        if embeddings.ndim != 2 or len(embeddings) != len(ids):
-            raise ValueError(f"{kind} embeddings have shape {embeddings.shape}, expected [{len(ids):,} ids, features]")
-        self.kind, self.embeddings = kind, embeddings
-        self.row = {id_: row for row, id_ in enumerate(ids)}
-        if len(self.row) < len(ids):
-            raise ValueError(f"{len(ids):,} {kind} ids, but only {len(self.row):,} different ones: expected each once")
-
-    def of(self, ids: Sequence[str]) -> Tensor:
-        missing = [id_ for id_ in ids if id_ not in self.row]
-        if missing:
-            raise ValueError(f"{self.kind} {missing[0]!r} is not among the {len(self.row):,} frozen embeddings")
-        return torch.from_numpy(self.embeddings[[self.row[id_] for id_ in ids]])
+        found = []
+        for role, ids in (("query", batch.query_ids), ("document", batch.document_ids)):
+            row = self.row[role]
+            if missing := [id_ for id_ in ids if id_ not in row]:
+                raise ValueError(f"{role} {missing[0]!r} is not among the {len(row):,} frozen embeddings")
+            found.append(torch.from_numpy(self.embeddings[role][[row[id_] for id_ in ids]]))
+        return tuple(found)
 
 
 def targets_with(references: Mapping[str, Reference], batch: Batch) -> Targets:

@@ -2,9 +2,8 @@
 
     state = train(embedder, batches, in_batch_negatives, TrainConfig(epochs=2, lr=2e-5), out=Path("runs/first"))
 
-Read `train` for the loop, `training_step` for one step, and `backward` for the forward and backward pass of one batch;
-they contain everything that happens to the weights. Batches, loss, optimizer, references, validation and refreshes are
-objects and callables handed in (recipe.py builds them from settings).
+`train` is the loop, `training_step` one step, `backward` the forward and backward pass of one batch; they contain
+everything that happens to the weights. What they need is passed in; recipe.py builds it from settings.
 
 Shapes: B queries, M documents, D dimensions.
 """
@@ -20,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .. import device as devices
 from ..data.collate import Batch
@@ -34,13 +34,12 @@ from .checkpoint import TrainState, copy_weights, load_checkpoint, save_checkpoi
 from .distributed import LocalBatch
 from .optim import MakeOptimizer, build_optimizer, lr_factor, parameter_groups
 from .references import Reference, targets_with
-from .runs import CHECKPOINTS, open_log
+from .runs import CHECKPOINTS, Log, open_log
 from .settings import TrainConfig
 
 # Batches between two calls of `device.release_memory`: 1.7 GiB with one after each, at 6% of the time, 2.7 after 8.
 RELEASE_EVERY = 4
 NAMED_IDS = 16  # in an error about a batch; train.jsonl has all of them
-STOP = "stop"
 
 
 class NonFiniteError(ValueError):
@@ -48,15 +47,12 @@ class NonFiniteError(ValueError):
 
     def __init__(self, what: str, step: int, query_ids: list[str], document_ids: list[str]):
         self.what, self.step, self.query_ids, self.document_ids = what, step, query_ids, document_ids
-        named = []
-        for ids in (query_ids, document_ids):
-            more = f" and {len(ids) - NAMED_IDS:,} more" if len(ids) > NAMED_IDS else ""
-            named.append(", ".join(ids[:NAMED_IDS]) + more)
-        super().__init__(f"step {step}: {what}; queries {named[0]}; documents {named[1]}")
+        names = [", ".join(ids[:NAMED_IDS]) + ", ..." * (len(ids) > NAMED_IDS) for ids in (query_ids, document_ids)]
+        super().__init__(f"step {step}: {what}; queries {names[0]}; documents {names[1]}")
 
 
 class BatchSource(Protocol):
-    """What `train` needs of batches: how many an epoch has, and the batches of an epoch from any of them on."""
+    """What `train` needs of batches: how many an epoch has, and those of an epoch, from any of them on."""
 
     def __len__(self) -> int: ...
 
@@ -106,21 +102,21 @@ def train(
     """
     state = TrainState(embedder, loss, _make_optimizer(embedder, loss, config, optimizer))
     epochs = _Epochs(batches, config, refresh, refresh_every)
-    num_steps, steps_per_epoch = epochs.num_steps, epochs.steps_per_epoch
+    eval_every, save_every = (n or epochs.steps_per_epoch for n in (config.eval_every, config.checkpoint_every))
     with _session(state, epochs, config, out) as (log, resumed, bar):
         if evaluate is not None and not resumed:
             validate(state, evaluate, config, log)
         for epoch, parts, extra in epochs.steps(state):
-            record = training_step(state, parts, config, num_steps, references or {})
+            record = training_step(state, parts, config, epochs.num_steps, references or {})
             record = {"step": state.step, "epoch": epoch, **record, **extra}
             log(record)
             if on_step is not None:
                 answer = on_step(state, record)
-                state.stopped = distributed.from_first(lambda answer=answer: answer == STOP)
-            last = state.stopped or state.step == num_steps
-            if evaluate is not None and (last or state.step % (config.eval_every or steps_per_epoch) == 0):
+                state.stopped = distributed.from_first(lambda answer=answer: answer == "stop")
+            last = state.stopped or state.step == epochs.num_steps
+            if evaluate is not None and (last or state.step % eval_every == 0):
                 validate(state, evaluate, config, log)
-            if out is not None and (last or state.step % (config.checkpoint_every or steps_per_epoch) == 0):
+            if out is not None and (last or state.step % save_every == 0):
                 distributed.from_first(lambda: save_checkpoint(out / CHECKPOINTS, state))
             bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
             bar.update()
@@ -133,23 +129,21 @@ def training_step(
     state: TrainState, parts: list[Batch], config: TrainConfig, num_steps: int, references: Mapping[str, Reference]
 ) -> dict[str, Any]:
     """One of `num_steps` steps, on the mean loss of the batches `parts`. Returns its record for train.jsonl."""
-    start = time.perf_counter()
-    embedder, optimizer = state.embedder, state.optimizer
-    factor = lr_factor(config.schedule, num_steps=num_steps, warmup=config.warmup)(state.step)
+    start, embedder, optimizer = time.perf_counter(), state.embedder, state.optimizer
+    factor = lr_factor(config.schedule, state.step, num_steps=num_steps, warmup=config.warmup)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     embedder.train()
-    losses, components = [], {}
+    loss, components = 0.0, Counter()
     for place, batch in enumerate(parts):
         targets = targets_with(references, batch).to(embedder.device)
         local, seeds = LocalBatch.of(batch.queries, batch.documents), (config.seed, state.step, place)
-        value, found = backward(embedder, local, targets, state.loss, config, weight=1 / len(parts), seeds=seeds)
-        losses.append(value)
+        value, found = backward(embedder, local, targets, state.loss, config, 1 / len(parts), seeds)
+        loss = loss + value
         for name, component in found.items():
-            components[name] = components.get(name, 0.0) + component / len(parts)
+            components[name] = components[name] + component / len(parts)
         if (state.step * config.accumulate + place + 1) % RELEASE_EVERY == 0:
             devices.release_memory(embedder.device)
-    loss = sum(losses)
     of_loss = state.loss.parameters() if isinstance(state.loss, nn.Module) else ()
     distributed.sum_gradients(embedder.parameters(), of_first=[p for p in of_loss if p.requires_grad])
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -177,14 +171,7 @@ def training_step(
 
 
 def backward(
-    embedder: Embedder,
-    local: LocalBatch,
-    targets: Targets,
-    loss: Loss,
-    config: TrainConfig,
-    *,
-    weight: float,
-    seeds: tuple[int, ...],
+    embedder: Embedder, local: LocalBatch, targets: Targets, loss: Loss, config: TrainConfig, weight: float, seeds: Any
 ) -> tuple[Tensor, dict[str, Any]]:
     """Adds the gradients of `weight` times the loss of a batch, through this rank's texts, to the parameters'.
 
@@ -192,8 +179,7 @@ def backward(
     """
     # The only autocast in embedft: losses are always computed in float32.
     precision = {"dtype": torch.bfloat16, "enabled": config.precision == "bfloat16"}
-    autocast = functools.partial(torch.autocast, embedder.device.type, **precision)
-    components: dict[str, Any] = {}
+    autocast, components = functools.partial(torch.autocast, embedder.device.type, **precision), {}
 
     def weighted_loss(Q: Tensor, D: Tensor, targets: Targets) -> Tensor:
         Q, D = local.gather(Q, D)
@@ -208,9 +194,8 @@ def backward(
     if at_once is not None and _num_tokens(local) > at_once:
         value = cached_backward(embedder, *packed, targets, weighted_loss, mini_batch_tokens=at_once, autocast=autocast)
         return value, components
-    if _num_tokens(local) == 0:
-        Q = D = no_vectors(embedder)
-    else:
+    Q = D = no_vectors(embedder)
+    if _num_tokens(local):
         with autocast():
             Q, D = embedder.embed_pair(*packed)
     value = weighted_loss(Q, D, targets)
@@ -218,7 +203,7 @@ def backward(
     return value.detach(), components
 
 
-def validate(state: TrainState, evaluate: Evaluate, config: TrainConfig, log: Callable[[dict], None]) -> None:
+def validate(state: TrainState, evaluate: Evaluate, config: TrainConfig, log: Log) -> None:
     """Evaluates on rank 0, and keeps the weights if they are the best so far."""
     start, device = time.perf_counter(), state.embedder.device
     state.embedder.eval()
@@ -234,29 +219,25 @@ def validate(state: TrainState, evaluate: Evaluate, config: TrainConfig, log: Ca
     state.evaluations.append((state.step, metrics))
 
 
-def _make_optimizer(
-    embedder: Embedder, loss: Loss, config: TrainConfig, make: MakeOptimizer | None
-) -> torch.optim.Optimizer:
+def _make_optimizer(embedder: Embedder, loss: Loss, config: TrainConfig, make: MakeOptimizer | None) -> Optimizer:
     """AdamW as configured, or what `make` returns; each group notes its peak learning rate as "initial_lr"."""
     if isinstance(loss, nn.Module):
         loss.to(embedder.device).train()
-    if make is not None:
-        config.check_unused(("lr", "loss_lr", "weight_decay"), "the optimizer is given, which decides it")
-        optimizer = make(parameter_groups(embedder, loss))
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise ValueError(f"optimizer returned {type(optimizer).__name__}, expected a torch.optim.Optimizer")
+    names = ("lr", "loss_lr", "weight_decay")
+    if make is None:
+        optimizer = build_optimizer(embedder, loss, **{name: getattr(config, name) for name in names})
     else:
-        rates = {"lr": config.lr, "loss_lr": config.loss_lr, "weight_decay": config.weight_decay}
-        optimizer = build_optimizer(embedder, loss, **rates)
+        config.check_unused(names, "the optimizer is given, which decides it")
+        optimizer = make(parameter_groups(embedder, loss))
+        if not isinstance(optimizer, Optimizer):
+            raise ValueError(f"optimizer returned {type(optimizer).__name__}, expected a torch.optim.Optimizer")
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
 
 
 @contextlib.contextmanager
-def _session(
-    state: TrainState, batches: "_Epochs", config: TrainConfig, out: Path | None
-) -> Iterator[tuple[Callable[[dict], None], bool, Any]]:
+def _session(state: TrainState, epochs: "_Epochs", config: TrainConfig, out: Path | None) -> Iterator[tuple]:
     """Seeds, loads a checkpoint; yields (log, whether one was loaded, bar); leaves the embedder in inference mode."""
     device, is_first = state.embedder.device, distributed.rank_and_size()[0] == 0
     state.optimizer.zero_grad()  # an earlier training may have been interrupted between backward and step
@@ -264,18 +245,14 @@ def _session(
         with devices.seeded(config.seed, device):
             distributed.broadcast_weights(*state.modules().values())
             resumed = out is not None and load_checkpoint(out / CHECKPOINTS, state)
-            if resumed and (state.refresh_weights is not None) != batches.was_refreshed(state.step):
-                had, now = ("lacks", "with") if state.refresh_weights is None else ("has", "without")
-                where = f"{out / CHECKPOINTS}: the checkpoint of step {state.step}"
-                raise ValueError(f"{where} {had} the weights of a refresh, so it belongs to a run {now} one")
-            distributed.check_same({"number of batches": batches.size, "step of the checkpoint": state.step})
+            distributed.check_same({"number of batches": epochs.size, "step of the checkpoint": state.step})
             log = open_log(out if is_first else None, state.step if resumed else -1, config.log)
             shown = {"unit": "step", "initial": state.step, "show": None if is_first else False}
-            with progress_bar(batches.num_steps, "train", **shown) as bar:
+            with progress_bar(epochs.num_steps, "train", **shown) as bar:
                 try:
                     yield log, resumed, bar
                 except NonFiniteError as error:
-                    ids = {"query_ids": error.query_ids, "document_ids": error.document_ids}
+                    ids = {name: getattr(error, name) for name in ("query_ids", "document_ids")}
                     log({"step": error.step, "error": error.what, **ids})
                     raise
     finally:
@@ -289,9 +266,6 @@ class _Epochs:
         self.batches, self.config, self.refresh, self.every, self.size = batches, config, refresh, every, len(batches)
         self.steps_per_epoch = -(-self.size // config.accumulate)
         self.num_steps = config.epochs * self.steps_per_epoch
-
-    def was_refreshed(self, step: int) -> bool:
-        return self.refresh is not None and step > self.steps_per_epoch * self.every
 
     def steps(self, state: TrainState) -> Iterator[tuple[int, list[Batch], dict[str, float]]]:
         """(epoch, the batches of a step, extra fields for its record), from the state's step to the end."""
@@ -313,6 +287,8 @@ class _Epochs:
         embedder, weights = state.embedder, copy_weights(state.embedder)
         if due:
             state.refresh_weights = weights
+        elif state.refresh_weights is None:
+            raise ValueError(f"the checkpoint of step {state.step} is of a run without a refresh")
         embedder.eval()
         embedder.load_state_dict(state.refresh_weights)
         devices.release_memory(embedder.device)
