@@ -98,8 +98,3 @@ def test_refuses_a_temperature_that_is_not_above_zero():
         sigmoid(Q, Q, Targets(torch.tensor([[0]])), temperature=0.0)
     with pytest.raises(ValueError, match=r"temperature is -1.0, expected above 0"):
         LearnableSigmoid(temperature=-1.0)
-
-
-def test_an_unknown_option_is_an_error_at_once():
-    with pytest.raises(ValueError, match="nonsense"):
-        LearnableSigmoid(nonsense=1)

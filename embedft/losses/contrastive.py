@@ -1,19 +1,16 @@
 """Contrastive losses: a query closer to its own document than to the other documents of the batch.
 
-    loss = in_batch_negatives(Q, D, targets, temperature=0.05)
     loss = in_batch_negatives(Q, D, targets, directions=("query_document", "document_query"))
-    loss = LearnableTemperature(temperature=0.07)
     loss = sigmoid(Q, D, targets)                       # every pair on its own instead of a softmax
 
-Every loss takes Q [B, D] and D [C, D] and returns a scalar; `similarity` and `windows` are as in `scores`, `rows` as in
-`by_rows`. Losses with `rows` are sums over queries and never hold all of [B, M] in memory.
+`similarity` and `windows` are as in `scores`, `rows` as in `by_rows`. Losses with `rows` are sums over queries and
+never hold all of [B, M] in memory.
 
 Shapes: B queries, R of them at a time, M documents, C document vectors, G listed documents per query, D features.
 """
 
-import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,16 +30,15 @@ FORMS = ("out", "in")
 
 @dataclass(frozen=True, kw_only=True)
 class InBatch:
-    """The options of `in_batch_negatives`. Those that contradict each other are an error.
+    """The options of `in_batch_negatives`.
 
-    Each of the `directions` adds a sum to the partition of query q and positive p, over the negatives that
-    `Targets.masks` gives for that direction:
+    Each of the `directions` adds a sum to the partition of query q and positive p, over the negatives in that direction
+    (`Targets.masks`):
     - query_document (always): exp(s(q, p)) and documents n, exp(s(q, n))
     - document_query: exp(s(q, p)) and queries r that p is not relevant to, exp(s(r, p))
     - query_query: other queries r without a positive in common with q, exp(s(q, r))
     - document_document: other documents n that no query lists together with p, exp(s(p, n))
     Any direction beyond query_document couples the loss: the batch is evaluated as a whole.
-
     """
 
     similarity: str = "cosine"
@@ -92,8 +88,8 @@ class InBatch:
     def losses(self, Q: Tensor, D: Tensor, targets: Targets, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
         """(loss of each query, whether it counts), each [B]."""
         similarity_BM = scores(Q, D, targets, similarity="dot", windows=self.windows)
-        logits_BM = similarity_BM / temperature
-        _, negative_BM = targets.masks(num_documents=logits_BM.shape[1])
+        logits_BM, num_documents = similarity_BM / temperature, similarity_BM.shape[1]
+        _, negative_BM = targets.masks(num_documents=num_documents)
         group_BG = targets.group.clamp(min=0)
         positives_BG = logits_BM.gather(1, group_BG)
         weighed_BM, negative_BM = self._weigh(similarity_BM, logits_BM, negative_BM, targets)
@@ -107,7 +103,7 @@ class InBatch:
             _, negative_BB = targets.masks("query_query")
             sums_BG["query_query"] = log_sum(Q @ Q.T / temperature, negative_BB)[:, None].expand_as(positives_BG)
         if "document_document" in self.directions:
-            _, negative_MM = targets.masks("document_document", num_documents=logits_BM.shape[1])
+            _, negative_MM = targets.masks("document_document", num_documents=num_documents)
             logits_MM = between_documents(D, targets, self.windows) / temperature
             sums_BG["document_document"] = log_sum(logits_MM, negative_MM)[group_BG]
         sums_SBG = torch.stack(list(sums_BG.values()))
@@ -121,10 +117,8 @@ class InBatch:
             partition_BG = partition_BG.masked_fill(num_BG == 0, float("-inf"))
         return mean_over_positives(partition_BG - positives_BG, targets.listed_positive & ~partition_BG.isneginf())
 
-    def _weigh(
-        self, similarity_BM: Tensor, logits_BM: Tensor, negative_BM: Tensor, targets: Targets
-    ) -> tuple[Tensor, Tensor]:
-        """The logits with the hardness penalty, and the negatives that `in_batch` leaves."""
+    def _weigh(self, similarity_BM: Tensor, logits_BM: Tensor, negative_BM: Tensor, targets: Targets) -> tuple:
+        """The logits with the hardness penalty, and the negatives that `in_batch` leaves, each [B, M]."""
         if not self.hardness and self.in_batch:
             return logits_BM, negative_BM
         hard_BM = torch.zeros_like(negative_BM)
@@ -143,12 +137,8 @@ def in_batch_negatives(Q: Tensor, D: Tensor, targets: Targets, *, temperature: f
 
     Negatives are all documents of the batch not known to be relevant to the query: other queries' documents and
     everyone's hard negatives. For several listed positives it is the mean over them; none is a negative of another.
-    Queries without a listed positive are skipped; if there are only those, the loss is 0.
-
-    Args:
-        temperature: above 0; 0.05 is the scale of 20 in sentence-transformers. A scalar tensor gets its gradient, here
-            and in the other losses.
-        options: those of `InBatch`.
+    Queries without a listed positive are skipped; if there are only those, the loss is 0. `temperature` is above 0
+    (0.05 is the scale of 20 in sentence-transformers) or a scalar tensor; `options` are those of `InBatch`.
 
     Source: van den Oord et al. 2018 (InfoNCE), equation 4; Henderson et al. 2017, section 4.4. Directions: Li et al.
     2023 (GTE), section 3.3. Hardness: Lan et al. 2025 (LLaVE), equation 5; of hard negatives, Vera et al. 2025
@@ -165,9 +155,7 @@ in_batch_negatives.options_of = InBatch
 def symmetric_in_batch_negatives(
     Q: Tensor, D: Tensor, targets: Targets, *, temperature: float = 0.05, similarity: str = "cosine"
 ) -> Tensor:
-    """`in_batch_negatives` from queries to documents and from documents to queries: the mean of the two losses.
-
-    Coupled: the batch is evaluated as a whole.
+    """The mean of `in_batch_negatives` from queries to documents and from documents to queries. Coupled.
 
     Source: Günther et al. 2023 (Jina Embeddings 2), section 4; equals sentence-transformers'
     MultipleNegativesSymmetricRankingLoss.
@@ -177,10 +165,9 @@ def symmetric_in_batch_negatives(
 
 
 class LearnableTemperature(nn.Module):
-    """`in_batch_negatives` with a temperature that is learned together with the vectors.
+    """`in_batch_negatives` with a learned temperature, which it records; `options` are those of `InBatch`.
 
-    The parameter is `log_temperature`; it is clamped to `minimum`, above 0, before every call, so that its gradient
-    keeps counting. Records `temperature`. `options` are those of `InBatch`.
+    The parameter `log_temperature` is clamped to `minimum`, above 0, before every call, so that its gradient counts.
 
     Source: Radford et al. 2021 (CLIP), section 2.5: it starts at 0.07 and is kept at 0.01 or above.
     """
@@ -205,83 +192,76 @@ class LearnableTemperature(nn.Module):
 
 
 def multi_positive(
-    Q: Tensor,
-    D: Tensor,
-    targets: Targets,
-    *,
-    temperature: float = 0.05,
-    similarity: str = "cosine",
-    form: str = "out",
-    windows: str = "max",
-    rows: int | None = None,
+    Q: Tensor, D: Tensor, targets: Targets, *, temperature: float = 0.05, form: str = "out", **options: Any
 ) -> Tensor:
     """One softmax over all documents of the batch for all P positives of a query, listed or known.
 
     With Z = sum over all documents d of exp(s_d), including the other positives, the loss of a query is
     - out: mean over positives p of -log( exp(s_p) / Z ), which wants all of them close
     - in: -log( mean over positives p of exp(s_p) / Z ), which is satisfied by one
-
-    The loss is at least log P. Queries without a positive are skipped. With one positive per query both forms equal
-    `in_batch_negatives`.
+    at least log P. Queries without a positive are skipped. With one positive each, both equal `in_batch_negatives`.
 
     Source: Khosla et al. 2020 (Supervised Contrastive Learning), equation 2 (out) and 3 (in).
     """
     check_above_zero("temperature", temperature)
     check_one_of("form", form, FORMS)
     targets.warn_without_negatives(D)
-    Q, D = comparable(Q, D, similarity)
 
-    def losses(Q_R: Tensor, D: Tensor, targets: Targets, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-        scores_RM = scores(Q_R, D, targets, similarity="dot", windows=windows) / temperature
-        positive_RM, _ = targets.masks(num_documents=scores_RM.shape[1])
-        num_positives_R = positive_RM.sum(dim=1)
+    def losses(scores_RM: Tensor, positive_RM: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+        logits_RM, num_positives_R = scores_RM / temperature, positive_RM.sum(dim=1)
         if form == "out":
-            gain_R = scores_RM.where(positive_RM, 0).sum(dim=1) / num_positives_R.clamp(min=1)
+            gain_R = logits_RM.where(positive_RM, 0).sum(dim=1) / num_positives_R.clamp(min=1)
         else:
-            gain_R = log_sum(scores_RM, positive_RM) - num_positives_R.clamp(min=1).to(scores_RM).log()
-        has_R = num_positives_R > 0
-        return (scores_RM.logsumexp(dim=1) - gain_R).where(has_R, 0), has_R
+            gain_R = log_sum(logits_RM, positive_RM) - num_positives_R.clamp(min=1).to(logits_RM).log()
+        return (logits_RM.logsumexp(dim=1) - gain_R).where(num_positives_R > 0, 0), num_positives_R > 0
 
-    return mean_over_queries(*by_rows(losses, Q, D, targets, rows, temperature))
+    return mean_over_queries(*_by_scores(losses, Q, D, targets, temperature, **options))
 
 
 def sigmoid(
-    Q: Tensor,
-    D: Tensor,
-    targets: Targets,
-    *,
-    temperature: float = 0.1,
-    bias: float = -10.0,
-    similarity: str = "cosine",
-    windows: str = "max",
-    rows: int | None = None,
+    Q: Tensor, D: Tensor, targets: Targets, *, temperature: float = 0.1, bias: float = -10.0, **options: Any
 ) -> Tensor:
     """-1/B times the sum over queries q and documents d of log sigmoid( z (sim(q, d) / temperature + bias) ).
 
-    z is 1 where d is listed as a positive of q or known to be one, and -1 elsewhere. Without a softmax, batches may
-    have any size and queries several positives; a query without a positive counts by its negatives.
-
-    The bias compensates for negatives being far more frequent. `similarity` and `windows` are as in `scores`, `rows` as
-    in `by_rows`.
+    z is 1 where d is listed as a positive of q or known to be one, and -1 elsewhere; a query without a positive counts
+    by its negatives. The bias compensates for negatives being far more frequent.
 
     Source: Zhai et al. 2023 (SigLIP), section 3.2, with its initial temperature and bias.
     """
     check_above_zero("temperature", temperature)
     check_finite("bias", bias)
-    Q, D = comparable(Q, D, similarity)
 
-    def losses(Q_R: Tensor, D: Tensor, targets: Targets, temperature: float, bias: float) -> tuple[Tensor]:
-        logits_RM = scores(Q_R, D, targets, similarity="dot", windows=windows) / temperature + bias
-        positive_RM, _ = targets.masks(num_documents=logits_RM.shape[1])
+    def losses(scores_RM: Tensor, positive_RM: Tensor, temperature: float, bias: float) -> tuple[Tensor]:
+        logits_RM = scores_RM / temperature + bias
         return (-F.logsigmoid(logits_RM.where(positive_RM, -logits_RM)).sum(dim=1),)
 
-    return by_rows(losses, Q, D, targets, rows, temperature, bias)[0].sum() / max(len(Q), 1)
+    return _by_scores(losses, Q, D, targets, temperature, bias, **options)[0].sum() / max(len(Q), 1)
+
+
+def _by_scores(
+    losses: Callable[..., tuple[Tensor, ...]],
+    Q: Tensor,
+    D: Tensor,
+    targets: Targets,
+    *parameters: Tensor | float,
+    similarity: str = "cosine",
+    windows: str = "max",
+    rows: int | None = None,
+) -> tuple[Tensor, ...]:
+    """`by_rows` of losses(scores [R, M], which of them are positives [R, M], *parameters)."""
+
+    def of_rows(Q_R: Tensor, D: Tensor, targets: Targets, *parameters: Tensor | float) -> tuple[Tensor, ...]:
+        scores_RM = scores(Q_R, D, targets, similarity="dot", windows=windows)
+        return losses(scores_RM, targets.masks(num_documents=scores_RM.shape[1])[0], *parameters)
+
+    return by_rows(of_rows, *comparable(Q, D, similarity), targets, rows, *parameters)
+
+
+multi_positive.options_of = sigmoid.options_of = _by_scores
 
 
 class LearnableSigmoid(nn.Module):
-    """`sigmoid` with a temperature and a bias that are learned together with the vectors.
-
-    The parameters are `log_temperature` and `bias`. Records `temperature` and `bias`. `options` are those of `sigmoid`.
+    """`sigmoid` with a learned temperature (parameter `log_temperature`) and bias; records both.
 
     Source: Zhai et al. 2023 (SigLIP), section 3.2 and algorithm 1.
     """
@@ -292,8 +272,6 @@ class LearnableSigmoid(nn.Module):
         super().__init__()
         check_above_zero("temperature", temperature)
         check_finite("bias", bias)
-        if unknown := options.keys() - inspect.signature(sigmoid).parameters.keys():
-            raise ValueError(f"sigmoid has no option {min(unknown)!r}")
         self.options = options
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
         self.bias = nn.Parameter(torch.tensor(float(bias)))

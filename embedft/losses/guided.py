@@ -3,11 +3,12 @@
     targets = Targets(group=group_BG, references={"guide": (guide_Q, guide_D)})
     loss = guided_in_batch_negatives(Q, D, targets, margin=0.05, margin_strategy="relative")
 
-Shapes: B queries, R of them at a time, M documents, C document vectors, G listed documents per query, D features, E
-features of the guide, N negatives of any kind.
+Shapes: B queries, R of them at a time, M documents, C document vectors, G listed documents per query that can be
+positives, D features, E features of the guide, N negatives of any kind.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,17 +22,7 @@ MARGIN_STRATEGIES = ("absolute", "relative")
 
 
 def guided_in_batch_negatives(
-    Q: Tensor,
-    D: Tensor,
-    targets: Targets,
-    *,
-    temperature: float = 0.01,
-    margin_strategy: str = "absolute",
-    margin: float = 0.0,
-    contrast_queries: bool = True,
-    contrast_positives: bool = True,
-    windows: str = "max",
-    rows: int | None = None,
+    Q: Tensor, D: Tensor, targets: Targets, *, temperature: float = 0.01, **options: Any
 ) -> Tensor:
     """-log( exp(s(q, p)) / (exp(s(q, p)) + sums of exp(s) over negatives) ), mean over queries, s = cos / temperature.
 
@@ -43,59 +34,58 @@ def guided_in_batch_negatives(
     g - margin (absolute) or g - |g| * margin (relative), with g = the guide's cosine of q and p. For several listed
     positives it is the mean over them. Records `masked_negatives`, the share of negatives that the guide removes.
 
-    Args:
-        Q, D, targets: [B, D], [C, D]; `references["guide"]` holds the guide's vectors, ([B, E], [C, E]).
-        margin: 0 removes what the guide finds closer than the positive; a larger margin removes more.
-        contrast_queries, contrast_positives: either of the two couples the loss: the batch is evaluated as a whole.
-        windows: see `scores`; of the guide too.
-        rows: as in `by_rows`, if neither of the two is set.
+    The guide's vectors are `references["guide"]`, ([B, E], [C, E]); `options` are those of `_Guided`.
 
     Source: Solatorio 2024 (GISTEmbed), section 3; margins: Moreira et al. 2024 (NV-Retriever), section 3. With one
     positive per query and no document listed twice it equals sentence-transformers' GISTEmbedLoss, which excludes the
     similarity of a text with itself only because the guide gives it 1.
     """
     check_above_zero("temperature", temperature)
-    check_one_of("margin_strategy", margin_strategy, MARGIN_STRATEGIES)
-    check_finite("margin", margin)
-    coupled = contrast_queries or contrast_positives
-    if coupled and rows is not None:
-        raise ValueError(f"rows is {rows}, but contrast_queries and contrast_positives need the whole batch")
-    if len(Q) == 1 or not contrast_queries:
+    guided = _Guided(**options)
+    if len(Q) == 1 or not guided.contrast_queries:
         targets.warn_without_negatives(D)
     guide = comparable(*targets.reference("guide", Q, D), "cosine", as_pairs=True)
     Q, D = comparable(Q, D, "cosine", as_pairs=True)
-    targets = replace(targets, references={"guide": guide})
-    # How many columns of `group` can hold a positive; each takes a row of scores per query.
-    width = targets.group.shape[1] if targets.relevance is not None else 1
-    losses = _Losses(margin_strategy, margin, contrast_queries, contrast_positives, windows, width)
-    rows = max(1, len(Q)) if coupled else rows
-    losses_B, counts_B, masked_B, negatives_B = by_rows(losses, Q, D, targets, rows, temperature, width=width)
+    targets, rows = replace(targets, references={"guide": guide}), guided.rows
+    if guided.contrast_queries or guided.contrast_positives:
+        rows = max(1, len(Q))
+    found = by_rows(guided.losses, Q, D, targets, rows, temperature, width=_width(targets))
+    losses_B, counts_B, masked_B, negatives_B = found
     record("masked_negatives", masked_B.sum() / negatives_B.sum().clamp(min=1))
     return mean_over_queries(losses_B, counts_B)
 
 
-@dataclass(frozen=True)
-class _Losses:
-    """(loss of each query, whether it counts, number of masked negatives, number of negatives), each [R]."""
+def _width(targets: Targets) -> int:
+    """How many columns of `group` can hold a positive; each takes a row of scores per query."""
+    return targets.group.shape[1] if targets.relevance is not None else 1
 
-    margin_strategy: str
-    margin: float
-    contrast_queries: bool
-    contrast_positives: bool
-    windows: str
-    width: int
 
-    def __call__(
-        self, Q: Tensor, D: Tensor, targets: Targets, temperature: float | Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@dataclass(frozen=True, kw_only=True)
+class _Guided:
+    """The options of `guided_in_batch_negatives`; either contrast couples it: the batch is evaluated as a whole."""
+
+    margin_strategy: str = "absolute"
+    margin: float = 0.0  # 0 removes what the guide finds closer than the positive; a larger margin removes more
+    contrast_queries: bool = True
+    contrast_positives: bool = True
+    windows: str = "max"  # see `scores`; of the guide too
+    rows: int | None = None  # as in `by_rows`
+
+    def __post_init__(self) -> None:
+        check_one_of("margin_strategy", self.margin_strategy, MARGIN_STRATEGIES)
+        check_finite("margin", self.margin)
+        if self.rows is not None and (self.contrast_queries or self.contrast_positives):
+            raise ValueError(f"rows is {self.rows}, but contrast_queries and contrast_positives need the whole batch")
+
+    def losses(self, Q: Tensor, D: Tensor, targets: Targets, temperature: float | Tensor) -> tuple[Tensor, ...]:
+        """(loss of each query, whether it counts, number of masked negatives, number of negatives), each [R]."""
         guide_Q, guide_D = targets.references["guide"]
         logits_RM = scores(Q, D, targets, similarity="dot", windows=self.windows) / temperature
         guide_RM = scores(guide_Q, guide_D, targets, similarity="dot", windows=self.windows)
-        num_documents = logits_RM.shape[1]
-        group_RG = targets.group[:, : self.width].clamp(min=0)
+        num_documents, width = logits_RM.shape[1], _width(targets)
+        group_RG, is_positive_RG = targets.group[:, :width].clamp(min=0), targets.listed_positive[:, :width]
         positives_RG, guide_RG = logits_RM.gather(1, group_RG), guide_RM.gather(1, group_RG)
         limits_RG = guide_RG - (self.margin if self.margin_strategy == "absolute" else guide_RG.abs() * self.margin)
-        is_positive_RG = targets.listed_positive[:, : self.width]
 
         # (logits, the guide's opinion, negatives), with a row for each query; rows for documents are picked below.
         of_queries = [(logits_RM, guide_RM, targets.masks(num_documents=num_documents)[1])]
@@ -121,3 +111,6 @@ class _Losses:
             num_R = num_R + negative_RN.sum(dim=1) * is_positive_R
         losses_RG = torch.stack(partition_G, dim=1) - positives_RG
         return *mean_over_positives(losses_RG, is_positive_RG), num_masked_R, num_R
+
+
+guided_in_batch_negatives.options_of = _Guided

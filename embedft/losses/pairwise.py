@@ -1,24 +1,20 @@
-"""Losses over listed documents only, without the rest of the batch.
+"""Losses over listed documents only, without the rest of the batch; 0 when there is nothing to compare.
 
     loss = triplet(Q, D, targets, margin=0.5, distance="cosine")
-    loss = contrastive(Q, D, targets, margin=0.5)
     loss = cosent(Q, D, Targets(group=torch.tensor([[0], [1]]), target_scores=torch.tensor([[0.9], [0.2]])))
 
-Pairs pulled together or pushed apart (`triplet`, `contrastive`, `online_contrastive`): a positive listed for a query is
-a positive pair, a hard negative a negative one; a document listed as a hard negative that is known to be relevant is
-neither. Distances: "cosine" (1 - cos), "euclidean" or "manhattan", the last two of the vectors as they are; of several
-windows the nearest counts. `margin` is at least 0, in the unit of the distance.
+`triplet` and the two contrastive losses pull a query toward a listed positive and away from a hard negative that is not
+known to be relevant. Distances: "cosine" (1 - cos), "euclidean" or "manhattan", the last two of the vectors as they
+are; of several windows the nearest counts. `margin` is at least 0, in the unit of the distance.
 
-Scored pairs (`cosine_mse`, `cosent`, `angle`): a query and the first document listed for it, with the first of its
-`target_scores` as gold score; pairs="all" takes every listed document with its own score. Pairs without a document (-1)
-are skipped. `similarity` and `windows` are those of `scores`.
-
-Losses are 0 when there is nothing to compare.
+`cosine_mse`, `cosent` and `angle` take scored pairs: a query and the first document listed for it, with the first of
+its `target_scores` as gold score; pairs="all" takes every listed document with its own score. Pairs without a document
+(-1) are skipped. `similarity` and `windows` are those of `scores`.
 
 Shapes: B queries, M documents, C document vectors, G listed documents per query, P pairs, D features.
 """
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +27,7 @@ from .targets import WINDOWS, Targets, comparable, float32_or_64, over_windows
 DISTANCES = ("cosine", "euclidean", "manhattan")
 REDUCTIONS = ("mean", "sum")
 PAIRS = ("first", "all")
+Scores = Callable[[Tensor, Tensor], Tensor]
 
 
 def triplet(Q: Tensor, D: Tensor, targets: Targets, *, margin: float = 5.0, distance: str = "euclidean") -> Tensor:
@@ -67,11 +64,10 @@ def contrastive(
 def online_contrastive(
     Q: Tensor, D: Tensor, targets: Targets, *, margin: float = 0.5, distance: str = "cosine"
 ) -> Tensor:
-    """Sum over hard pairs of d^2 if the pair is positive, max(0, margin - d)^2 if it is negative.
+    """Sum over hard pairs of d^2 if the pair is positive, max(0, margin - d)^2 if it is negative. Coupled.
 
     A positive pair is hard when it is farther apart than the closest negative pair of the batch, a negative pair when
-    it is closer than the farthest positive pair. Without any pair of the other kind, those worse than the mean are
-    hard. Coupled: the batch is evaluated as a whole.
+    it is closer than the farthest positive pair. Without any pair of the other kind, those worse than the mean are.
 
     Source: sentence-transformers' OnlineContrastiveLoss: Hadsell et al. 2006, equation 4, over the hard pairs.
     """
@@ -90,7 +86,8 @@ def cosine_mse(Q: Tensor, D: Tensor, targets: Targets, *, pairs: str = "first", 
     Source: Reimers and Gurevych 2019 (Sentence-BERT), section 3, regression objective; the same as
     sentence-transformers' CosineSimilarityLoss.
     """
-    scores_P, gold_P = _scored_pairs(Q, D, targets, "cosine_mse", pairs=pairs, windows=windows, as_pairs=True)
+    scores_BG = listed_scores(Q, D, targets, windows=windows, as_pairs=True)
+    scores_P, gold_P = _scored_pairs(scores_BG, targets, "cosine_mse", pairs)
     return (scores_P - gold_P).square().sum() / max(len(gold_P), 1)
 
 
@@ -106,11 +103,12 @@ def cosent(
 ) -> Tensor:
     """log(1 + sum over pairs a, b with gold_a < gold_b of exp(scale * (s_a - s_b))): the order of scores counts.
 
-    Coupled: every pair is compared with every other one of another gold score, in the time and memory of a sort.
+    Coupled: every pair is compared with all of another gold score, in the time and memory of a sort.
 
     Source: Huang et al. 2024 (CoSENT), its ranking loss; equals sentence-transformers' CoSENTLoss.
     """
-    return _cosent(*_scored_pairs(Q, D, targets, "cosent", pairs=pairs, similarity=similarity, windows=windows), scale)
+    scores_BG = listed_scores(Q, D, targets, similarity=similarity, windows=windows)
+    return _cosent(*_scored_pairs(scores_BG, targets, "cosent", pairs), scale)
 
 
 def angle(
@@ -128,39 +126,35 @@ def angle(
     Q, D = (F.normalize(F.pad(float32_or_64(x), (0, x.shape[1] % 2)), dim=1) for x in (Q, D))
     first, second = D.chunk(2, dim=1)
     turned = torch.cat([first - second, first + second], dim=1)
-    listed = {"similarity": "dot", "windows": windows, "absolute": True}
-    return _cosent(*_scored_pairs(Q, turned, targets, "angle", pairs=pairs, **listed), scale)
+    of_pairs, of_all = (lambda q, d: (q * d).sum(dim=2).abs()), (lambda q, d: (q @ d.T).abs())
+    scores_BG = _listed(of_pairs, of_all, Q, turned, targets, windows)
+    return _cosent(*_scored_pairs(scores_BG, targets, "angle", pairs), scale)
 
 
 def listed_scores(
-    Q: Tensor,
-    D: Tensor,
-    targets: Targets,
-    *,
-    similarity: str = "cosine",
-    windows: str = "max",
-    absolute: bool = False,
-    as_pairs: bool = False,
+    Q: Tensor, D: Tensor, targets: Targets, *, similarity: str = "cosine", windows: str = "max", as_pairs: bool = False
 ) -> Tensor:
-    """Similarity of every query with the documents listed for it, [B, G]; arbitrary where none is listed.
+    """Similarity of every query with the documents listed for it, [B, G]; `as_pairs` as in `comparable`."""
+    Q, D = comparable(Q, D, similarity, as_pairs=as_pairs)
+    return _listed(lambda q, d: (q * d).sum(dim=2), lambda q, d: q @ d.T, Q, D, targets, windows)
 
-    Computes only these pairs, not [B, M]; if documents have windows, a few queries at a time. `absolute` takes the
-    absolute similarity of each window; `as_pairs` is that of `comparable`.
+
+def _listed(of_pairs: Scores, of_all: Scores, Q: Tensor, D: Tensor, targets: Targets, windows: str = "max") -> Tensor:
+    """Scores of every query with the documents listed for it, [B, G]; arbitrary where none is listed.
+
+    Only these, of_pairs(Q [B, 1, D], D [B, G, D]); if documents have windows, of_all(Q [R, D], D [C, D]), a few queries
+    at a time.
     """
     check_one_of("windows", windows, WINDOWS)
     targets.check_queries(Q)
-    Q, D = comparable(Q, D, similarity, as_pairs=as_pairs)
+    if targets.document is None:
+        targets.num_documents(len(D))
+        return of_pairs(Q[:, None], D[targets.group.clamp(min=0)])
 
     def best(Q_R: Tensor, D: Tensor, targets: Targets) -> tuple[Tensor]:
-        scores_RC = Q_R @ D.T
-        scores_RM = over_windows(scores_RC.abs() if absolute else scores_RC, targets, windows=windows)
-        return (scores_RM.gather(1, targets.group.clamp(min=0)),)
+        return (over_windows(of_all(Q_R, D), targets, windows=windows).gather(1, targets.group.clamp(min=0)),)
 
-    if targets.document is not None:
-        return by_rows(best, Q, D, targets, None)[0]
-    targets.num_documents(len(D))
-    scores_BG = (Q[:, None] * D[targets.group.clamp(min=0)]).sum(dim=2)
-    return scores_BG.abs() if absolute else scores_BG
+    return by_rows(best, Q, D, targets, None)[0]
 
 
 def listed_targets(targets: Targets, loss: str, like: Tensor) -> Tensor:
@@ -190,27 +184,18 @@ def _listed_distances(
     """Distance of every query from the documents listed for it, [B, G]; arbitrary where none is listed."""
     if distance == "cosine":
         return 1 - listed_scores(Q, D, targets, as_pairs=as_pairs)
-    targets.check_queries(Q)
-    Q, D = float32_or_64(Q), float32_or_64(D)
     order = 2 if distance == "euclidean" else 1
-    Q = Q + added
-    if targets.document is None:
-        targets.num_documents(len(D))
-        return torch.linalg.vector_norm(Q[:, None] - D[targets.group.clamp(min=0)], ord=order, dim=2)
-
-    def nearest(Q_R: Tensor, D: Tensor, targets: Targets) -> tuple[Tensor]:
-        distances_RC = torch.cdist(Q_R, D, p=order, compute_mode="donot_use_mm_for_euclid_dist")
-        return (-over_windows(-distances_RC, targets).gather(1, targets.group.clamp(min=0)),)
-
-    return by_rows(nearest, Q, D, targets, None)[0]
+    exact = {"p": order, "compute_mode": "donot_use_mm_for_euclid_dist"}
+    nearness = (
+        (lambda q, d: -torch.linalg.vector_norm(q - d, ord=order, dim=2)),
+        (lambda q, d: -torch.cdist(q, d, **exact)),
+    )
+    return -_listed(*nearness, float32_or_64(Q) + added, float32_or_64(D), targets)
 
 
-def _scored_pairs(
-    Q: Tensor, D: Tensor, targets: Targets, loss: str, *, pairs: str, **listed: Any
-) -> tuple[Tensor, Tensor]:
-    """Similarity and gold score of every pair, each [P]; `listed` are options of `listed_scores`."""
+def _scored_pairs(scores_BG: Tensor, targets: Targets, loss: str, pairs: str) -> tuple[Tensor, Tensor]:
+    """Score and gold score of every pair, each [P]."""
     check_one_of("pairs", pairs, PAIRS)
-    scores_BG = listed_scores(Q, D, targets, **listed)
     gold_BG, is_listed_BG = listed_targets(targets, loss, scores_BG), targets.group >= 0
     if pairs == "first":
         scores_BG, gold_BG, is_listed_BG = scores_BG[:, :1], gold_BG[:, :1], is_listed_BG[:, :1]

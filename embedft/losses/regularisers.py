@@ -42,30 +42,29 @@ def global_orthogonal(
 
     m1 and m2 are the means of sim(x, y) and of its square over the unrelated pairs of a set, those that `Targets.masks`
     calls negatives. The sets are the queries, the first listed documents, the second listed ones, and so on, each
-    document once; `aggregation` is over the sets. Coupled: the batch is evaluated as a whole.
+    document once; `aggregation` is over the sets. A weight of None is 0. Coupled.
 
     Source: Zhang et al. 2017 (Learning Spread-out Local Feature Descriptors); Vera et al. 2025 (EmbeddingGemma). If all
     texts of a batch differ it equals the terms of sentence-transformers' GlobalOrthogonalRegularizationLoss.
     """
     check_one_of("aggregation", aggregation, AGGREGATIONS)
-    weights = {"mean_weight": mean_weight or 0.0, "second_moment_weight": second_moment_weight or 0.0}
-    for item in weights.items():
-        check_finite(*item, least=0)
-    if not any(weights.values()):
+    weights = mean_weight or 0.0, second_moment_weight or 0.0
+    for name, weight in zip(("mean_weight", "second_moment_weight"), weights, strict=True):
+        check_finite(name, weight, least=0)
+    if not any(weights):
         raise ValueError("mean_weight and second_moment_weight are both 0, expected one of them above 0")
     Q, D = comparable(Q, D, similarity)
     targets.check_queries(Q)
     num_documents = targets.num_documents(len(D))
     document_C = torch.arange(len(D), device=D.device) if targets.document is None else targets.document
-    _, unrelated_BB = targets.masks("query_query", num_documents=num_documents)
     _, unrelated_MM = targets.masks("document_document", num_documents=num_documents)
-    sets = [(Q, unrelated_BB)]
+    sets = [(Q, targets.masks("query_query")[1])]
     for group_B in targets.group.unbind(dim=1):
-        columns = torch.isin(document_C, group_B).nonzero().squeeze(1)
-        if len(columns) > 0:
-            documents = document_C[columns]
-            sets.append((D[columns], unrelated_MM[documents][:, documents]))
-    terms = torch.stack([_spread(X, unrelated, **weights) for X, unrelated in sets])
+        is_listed_C = torch.isin(document_C, group_B)
+        if is_listed_C.any():
+            documents = document_C[is_listed_C]
+            sets.append((D[is_listed_C], unrelated_MM[documents][:, documents]))
+    terms = torch.stack([_spread(X, unrelated, *weights) for X, unrelated in sets])
     return terms.sum() if aggregation == "sum" else terms.mean()
 
 
