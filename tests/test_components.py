@@ -152,7 +152,7 @@ def test_a_module_that_is_two_parts_is_saved_once():
         "learnable_temperature/temperature",
         "learnable_temperature",
         "in_batch_negatives",
-        "learnable_temperature_2/temperature",
+        "learnable_temperature/temperature_2",
         "learnable_temperature_2",
         "learnable_sigmoid/temperature",
         "learnable_sigmoid/bias",

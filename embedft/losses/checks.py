@@ -1,4 +1,4 @@
-"""Checks of options. Each raises `ValueError`. Tensors (learned values) are not read: that waits for the device."""
+"""Checks of options. A tensor, which is a learned value, is not read: that would wait for the device."""
 
 import math
 from collections.abc import Sequence

@@ -4,11 +4,12 @@
         value = loss(Q, D, targets)
     found                                   # {"in_batch_negatives": tensor(1.3), "toward_base": tensor(0.02)}
 
-A loss calls `record("masked_negatives", share)`, which does nothing unless someone collects, and wraps what it
-evaluates several times in `with scope("384")`, which puts "384/" in front of names.
+A loss calls `record("masked_negatives", share)`, which does nothing unless someone collects; inside `scope("384")` the
+name becomes "384/masked_negatives".
 """
 
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -53,11 +54,8 @@ def record(name: str, value: Tensor | float) -> None:
     if (current := _CURRENT.get()) is None:
         return
     found, prefix = current
-    name, number = prefix + name, 1
-    unique = name
-    while unique in found:
-        number += 1
-        unique = f"{name}_{number}"
+    names = (prefix + name + (f"_{number}" if number > 1 else "") for number in itertools.count(1))
+    unique = next(name for name in names if name not in found)
     found[unique] = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value), device="cpu")
 
 

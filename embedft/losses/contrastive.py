@@ -92,7 +92,15 @@ class InBatch:
         _, negative_BM = targets.masks(num_documents=num_documents)
         group_BG = targets.group.clamp(min=0)
         positives_BG = logits_BM.gather(1, group_BG)
-        weighed_BM, negative_BM = self._weigh(similarity_BM, logits_BM, negative_BM, targets)
+        weighed_BM = logits_BM
+        if self.hardness or not self.in_batch:
+            hard_BM = torch.zeros_like(negative_BM)
+            queries, places = targets.listed_negative.nonzero(as_tuple=True)
+            hard_BM[queries, targets.group[queries, places]] = True
+            negative_BM = negative_BM if self.in_batch else hard_BM
+            chosen_BM = {"hard_negatives": hard_BM, "in_batch_negatives": negative_BM & ~hard_BM}
+            penalty_BM = self.hardness_strength * similarity_BM.detach()
+            weighed_BM = logits_BM + penalty_BM.where(chosen_BM.get(self.hardness, negative_BM), 0)
         # Log of each direction's sum, for every query and listed document.
         sums_BG = {"query_document": log_sum(weighed_BM, negative_BM)[:, None].expand_as(positives_BG)}
         if "document_query" in self.directions:
@@ -116,20 +124,6 @@ class InBatch:
             partition_BG = sums_SBG.masked_fill(empty_SBG, 0).sum(dim=0) / num_BG.clamp(min=1)
             partition_BG = partition_BG.masked_fill(num_BG == 0, float("-inf"))
         return mean_over_positives(partition_BG - positives_BG, targets.listed_positive & ~partition_BG.isneginf())
-
-    def _weigh(self, similarity_BM: Tensor, logits_BM: Tensor, negative_BM: Tensor, targets: Targets) -> tuple:
-        """The logits with the hardness penalty, and the negatives that `in_batch` leaves, each [B, M]."""
-        if not self.hardness and self.in_batch:
-            return logits_BM, negative_BM
-        hard_BM = torch.zeros_like(negative_BM)
-        queries, places = targets.listed_negative.nonzero(as_tuple=True)
-        hard_BM[queries, targets.group[queries, places]] = True
-        negative_BM = negative_BM if self.in_batch else hard_BM
-        if not self.hardness:
-            return logits_BM, negative_BM
-        chosen_BM = {"hard_negatives": hard_BM, "in_batch_negatives": negative_BM & ~hard_BM}
-        penalty_BM = self.hardness_strength * similarity_BM.detach()
-        return logits_BM + penalty_BM.where(chosen_BM.get(self.hardness, negative_BM), 0), negative_BM
 
 
 def in_batch_negatives(Q: Tensor, D: Tensor, targets: Targets, *, temperature: float = 0.05, **options: Any) -> Tensor:

@@ -1,11 +1,10 @@
 """Distillation: match a teacher's scores of a query's documents, or the teacher's vectors.
 
-    targets = Targets(group=torch.tensor([[0, 2], [1, 3]]), target_scores=teacher_scores_BG)
-    loss = margin_mse(Q, D, targets)
+    loss = margin_mse(Q, D, Targets(group=torch.tensor([[0, 2], [1, 3]]), target_scores=teacher_scores_BG))
     loss = embedding_distillation(Q, D, Targets(group, references={"teacher": (teacher_Q, teacher_D)}))
 
 For a teacher of another width, `ProjectedDistillation` learns a map to it, and distance="similarities" needs none.
-Every loss takes Q [B, D] and D [C, D] and returns a scalar, at least 0; `similarity` and `windows` are as in `scores`.
+`similarity` and `windows` are as in `scores`.
 
 Shapes: B queries, C document vectors, G listed documents per query, N vectors, D features, E features of the reference.
 """
@@ -28,8 +27,8 @@ DISTANCES = ("cosine", "mse", "l2", "squared", "similarities")
 def margin_mse(Q: Tensor, D: Tensor, targets: Targets, *, similarity: str = "dot", windows: str = "max") -> Tensor:
     """Mean of ((s_p - s_n) - (t_p - t_n))^2 over every listed positive p and hard negative n of a query.
 
-    s is the similarity, t the teacher's score (`target_scores`), in the same unit; margins known without scores go in
-    as t_p = 0 and t_n = -margin. A hard negative that is known to be relevant stays: its score says how relevant.
+    s is the similarity, t the teacher's score (`target_scores`), in the same unit. A hard negative that is known to be
+    relevant stays: its score says how relevant.
 
     Source: Hofstätter et al. 2020, section 3 (Margin-MSE); equals sentence-transformers' MarginMSELoss.
     """
@@ -94,8 +93,8 @@ def embedding_distillation(
     - similarities: (cos(q, d) - cos(r_q, r_d))^2, mean over every query and document vector; r of any width. A sum
       over queries, computed some rows at a time (`by_rows`).
 
-    The teacher's vectors are `references["teacher"]`, ([B, E], [C, E]). With `truncate`, only the first D features of
-    wider ones count, as needed under Matryoshka; otherwise other widths are an error, except for "similarities".
+    The teacher's vectors are `references["teacher"]`, ([B, E], [C, E]). With `truncate`, as under Matryoshka, the first
+    D features of wider ones count; otherwise other widths are an error, except for "similarities".
 
     Source: Kim et al. 2023 (EmbedDistill), embedding matching; with one document per query and column it equals
     sentence-transformers' EmbedDistillLoss. "similarities": Tung and Mori 2019, section 3.
@@ -106,8 +105,8 @@ def embedding_distillation(
 class ProjectedDistillation(nn.Module):
     """`embedding_distillation` of W x + b, a learned map of the vectors x to the teacher's width.
 
-    Vectors narrower than `student_dim`, as under Matryoshka, use the first columns of W. W starts uniform in
-    +-1/sqrt(student_dim), by `seed`, b at 0.
+    Vectors narrower than `student_dim`, as under Matryoshka, use the first columns of W, which starts uniform in
+    +-1/sqrt(student_dim), by `seed`; b starts at 0.
 
     Source: Kim et al. 2023 (EmbedDistill), with a projection; sentence-transformers' EmbedDistillLoss.
     """
@@ -126,9 +125,8 @@ class ProjectedDistillation(nn.Module):
     def forward(self, Q: Tensor, D: Tensor, targets: Targets) -> Tensor:
         if Q.shape[1] > self.student_dim:
             raise ValueError(f"student_dim is {self.student_dim}, but the vectors have {Q.shape[1]} features")
-        Q, D = float32_or_64(Q), float32_or_64(D)
-        weight_ED = self.weight[:, : Q.shape[1]]
-        Q, D = (F.linear(X, weight_ED.to(X.dtype), self.bias.to(X.dtype)) for X in (Q, D))
+        vectors, weight_ED = (float32_or_64(Q), float32_or_64(D)), self.weight[:, : Q.shape[1]]
+        Q, D = (F.linear(X, weight_ED.to(X.dtype), self.bias.to(X.dtype)) for X in vectors)
         return distance_to_reference(Q, D, targets, reference="teacher", distance=self.distance)
 
 
@@ -151,8 +149,7 @@ def distance_to_reference(
     if reference_width < width or (reference_width > width and not truncate):
         found = f"references[{reference!r}] has {reference_width} features, the vectors have {width}"
         raise ValueError(f"{found}: use projected_distillation, truncate (Matryoshka), or distance 'similarities'")
-    X = torch.cat([Q, D])
-    reference_X = torch.cat([reference_Q, reference_D])[:, :width]
+    X, reference_X = torch.cat([Q, D]), torch.cat([reference_Q, reference_D])[:, :width]
     if distance == "cosine":
         distance_N = 1 - F.cosine_similarity(X, reference_X, dim=1)
     elif distance == "l2":

@@ -4,8 +4,6 @@
     loss = WeightedSum(losses=[in_batch_negatives, my_loss], weights=[1.0, 0.1])
     value = loss(Q, D, targets)
 
-The parts are any functions of (Q, D, targets) or modules of that call.
-
 Shapes: B queries, C document vectors, D features.
 """
 
@@ -28,11 +26,11 @@ REDUCTIONS = ("sum", "mean")
 class Matryoshka(nn.Module):
     """Sum over dimensions d of weight_d * inner(the first d features of Q and D, scaled to unit length).
 
-    Trains vectors whose prefixes are embeddings too. A guide or teacher is not truncated; a loss that compares vectors
-    with a reference feature by feature has an option `truncate` for that. Records each value as "matryoshka/384".
+    Trains vectors whose prefixes are embeddings too. References are not truncated; a loss that compares vectors with
+    one feature by feature has an option `truncate` for that. Records each value as "matryoshka/384".
 
     Args:
-        dims: each at least 1 and at most D, without repetition, in any order; the largest is computed first.
+        dims: each at least 1 and at most D, without repetition; the largest is computed first.
         inner: the loss at each dimension.
         weights: one for each of `dims`, in the same order; None: 1 each.
         dims_per_step: dimensions drawn per call, without replacement; -1, and in evaluation mode: all of them.
@@ -79,11 +77,10 @@ class Matryoshka(nn.Module):
         for i in places:
             # Each from the one before, as in the reference; that way rounding is the same too.
             Q, D = (_unit(X[:, : self.dims[i]]) for X in (Q, D))
-            name = str(self.dims[i])
             with scope("matryoshka"):
-                with scope(name):
+                with scope(str(self.dims[i])):
                     value = self.inner(Q, D, targets)
-                record(name, value)
+                record(str(self.dims[i]), value)
             total = total + self.weights[i] * value
         return total if self.reduction == "sum" else total / len(places)
 
@@ -101,10 +98,8 @@ class Matryoshka(nn.Module):
 class WeightedSum(nn.Module):
     """weight_1 * loss_1(Q, D, targets) + weight_2 * loss_2(Q, D, targets) + ...
 
-    Records the unweighted value of each part under its name; the second part of one name is "name_2".
-
-    Parameters and state of parts that are modules belong to the sum; a module that is several parts is saved once.
-    `weights` are at least 0, one for each of `losses`; None: 1 each.
+    `weights` are at least 0, one for each of `losses`; None: 1 each. Records the unweighted value of each part under
+    its name. Parameters and state of parts that are modules belong to the sum; one that is several parts is saved once.
 
     Source: Caruana 1997 (Multitask Learning): several losses on one representation.
     """
@@ -114,21 +109,17 @@ class WeightedSum(nn.Module):
         if not losses:
             raise ValueError("losses is empty, expected at least one loss")
         self.weights = _checked_weights(weights, len(losses), "losses")
-        self.losses, self.names, self.parts = tuple(losses), [], nn.ModuleDict()
-        names = [loss_name(loss) for loss in losses]
-        for i, (name, loss) in enumerate(zip(names, losses, strict=True)):
-            number = names[: i + 1].count(name)
-            self.names.append(name if number == 1 else f"{name}_{number}")
-            # Registers the parameters of the parts.
+        self.losses, self.parts = tuple(losses), nn.ModuleDict()  # which registers the parameters of the parts
+        for i, loss in enumerate(losses):
             if isinstance(loss, nn.Module) and not any(loss is part for part in self.parts.values()):
                 self.parts[str(i)] = loss
 
     def forward(self, Q: Tensor, D: Tensor, targets: Targets) -> Tensor:
         total = 0.0
-        for name, weight, loss in zip(self.names, self.weights, self.losses, strict=True):
-            with scope(name):
+        for weight, loss in zip(self.weights, self.losses, strict=True):
+            with scope(loss_name(loss)):
                 value = loss(Q, D, targets)
-            record(name, value)
+            record(loss_name(loss), value)
             total = total + weight * value
         return total
 

@@ -20,8 +20,8 @@ def toward_base(Q: Tensor, D: Tensor, targets: Targets, *, distance: str = "cosi
     """Mean distance of the vectors from those of the model before training, which preserves what the base knew.
 
     The base model's vectors are `references["base"]`, ([B, E], [C, E]); options are those of `embedding_distillation`.
-    Before the first step, without dropout, it is 0; under Matryoshka only for "cosine", as vectors are scaled to unit
-    length after truncation and references are not.
+    Before the first step, without dropout, it is 0; under Matryoshka, which scales vectors to unit length after
+    truncation but not references, only for "cosine".
 
     Source: Li and Hoiem 2016 (Learning without Forgetting), section 3, with vectors as the outputs.
     """
@@ -64,13 +64,10 @@ def global_orthogonal(
         if is_listed_C.any():
             documents = document_C[is_listed_C]
             sets.append((D[is_listed_C], unrelated_MM[documents][:, documents]))
-    terms = torch.stack([_spread(X, unrelated, *weights) for X, unrelated in sets])
-    return terms.sum() if aggregation == "sum" else terms.mean()
-
-
-def _spread(X: Tensor, unrelated_NN: Tensor, mean_weight: float, second_moment_weight: float) -> Tensor:
-    similarity_NN = (X @ X.T).masked_fill(~unrelated_NN, 0)
-    num_pairs = unrelated_NN.sum().clamp(min=1)
-    first = similarity_NN.sum() / num_pairs
-    second = similarity_NN.square().sum() / num_pairs
-    return mean_weight * first.square() + second_moment_weight * (second - 1 / X.shape[1]).relu()
+    terms = []
+    for X, unrelated_NN in sets:
+        similarity_NN = (X @ X.T).masked_fill(~unrelated_NN, 0)
+        num_pairs = unrelated_NN.sum().clamp(min=1)
+        first, second = similarity_NN.sum() / num_pairs, similarity_NN.square().sum() / num_pairs
+        terms.append(weights[0] * first.square() + weights[1] * (second - 1 / X.shape[1]).relu())
+    return torch.stack(terms).sum() if aggregation == "sum" else torch.stack(terms).mean()

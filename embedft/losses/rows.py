@@ -41,12 +41,8 @@ def by_rows(
 
     The backward pass computes them again, so that [B, M] is never whole in memory; whatever needs a gradient has to be
     among the arguments. Second derivatives (create_graph=True) raise `RuntimeError` unless `rows` is at least B.
-    Components are not recorded inside.
-
-    Args:
-        rows: at least 1; None: as many as `scores_at_a_time` allows, by default 2 MB of them in float32, of which the
-            backward pass holds a few.
-        width: rows of scores that one query takes.
+    Components are not recorded inside. `rows` None: as many as `scores_at_a_time` allows, by default 2 MB of them in
+    float32, of which the backward pass holds a few, with `width` rows of scores per query.
     """
     if rows is not None and rows < 1:
         raise ValueError(f"rows is {rows}, expected at least 1")

@@ -4,7 +4,6 @@ Identity is data. Losses never compare texts and never guess from similarity; th
 
     targets = Targets(group=torch.tensor([[0], [1]]))        # query i's positive is document i
     positive_BM, negative_BM = targets.masks()
-    positive_BB, negative_BB = targets.masks("query_query")
 
 Shapes: B queries, M documents, C document vectors (C = M unless documents have windows), G listed documents per query,
 K known pairs, P pairs, D and E features.
@@ -228,10 +227,13 @@ def comparable(Q: Tensor, D: Tensor, similarity: str, *, as_pairs: bool = False)
     torch.cosine_similarity, as sentence-transformers does for pairs: it clamps at 1e-8, but not the length's gradient.
     """
     check_one_of("similarity", similarity, SIMILARITIES)
-    Q, D = float32_or_64(Q), float32_or_64(D)
+    vectors = float32_or_64(Q), float32_or_64(D)
     if similarity == "dot":
-        return Q, D
-    return tuple(_unit_of_pair(x) if as_pairs else F.normalize(x, dim=1) for x in (Q, D))
+        return vectors
+    if not as_pairs:
+        return tuple(F.normalize(X, dim=1) for X in vectors)
+    lengths = [torch.linalg.vector_norm(X, dim=1, keepdim=True) for X in vectors]
+    return tuple(X / (x + (1e-8 - x).clamp(min=0).detach()) for X, x in zip(vectors, lengths, strict=True))
 
 
 def float32_or_64(X: Tensor) -> Tensor:
@@ -239,18 +241,8 @@ def float32_or_64(X: Tensor) -> Tensor:
     return X if X.dtype is torch.float64 else X.float()
 
 
-def _unit_of_pair(x: Tensor) -> Tensor:
-    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    return x / (length + (1e-8 - length).clamp(min=0).detach())
-
-
 def scores(
-    Q: Tensor,
-    D: Tensor,
-    targets: Targets | None = None,
-    *,
-    similarity: str = "cosine",
-    windows: str = "max",
+    Q: Tensor, D: Tensor, targets: Targets | None = None, *, similarity: str = "cosine", windows: str = "max"
 ) -> Tensor:
     """Similarity of every query with every document, [B, M]; half precision becomes float32.
 
