@@ -52,7 +52,7 @@ PACKAGES = {
     "tqdm": Package(("progress",)),
     "faiss": Package(("retrieval.index", "retrieval.approximate", "retrieval.quantization"), in_functions=True),
     "huggingface_hub": Package(("encoders.loading",), in_functions=True),
-    "matplotlib": Package(("retrieval.plots",), in_functions=True),
+    "matplotlib": Package(("retrieval.report",), in_functions=True),
     "openai": Package(("api.client",), in_functions=True),
     "pypdf": Package(("corpus.pdf_page",), in_functions=True),
 }
@@ -65,7 +65,6 @@ WITHOUT_TORCH = (
     "retrieval.significance",
     "retrieval.bm25",
     "retrieval.fusion",
-    "retrieval.plots",
     "retrieval.report",
     "retrieval.tables",
     "corpus.chunks",

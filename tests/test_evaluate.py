@@ -578,6 +578,12 @@ def of_values(values, clusters=None) -> Report:
     return Report(query_ids, {"mrr": np.array(values)}, clusters or query_ids, 0, {}, {}, run)
 
 
+def test_wins_by_hand():
+    values = [0.5, -0.1, 0.0, 0.2, 0.1 + 0.2 - 0.3, -1e-13]  # the last two are rounding errors
+    found = compare(of_values([0.0] * 6), of_values(values), metric="mrr")
+    assert (found.wins, found.ties, found.losses) == (2, 3, 1)
+
+
 def test_compare_seeds_by_hand():
     # Differences 0, 2 and 2, 4: test_recipe_by_hand in test_significance.py.
     base, seeds = of_values([1.0, 1.0]), [of_values([1.0, 3.0]), of_values([3.0, 5.0])]

@@ -1,4 +1,4 @@
-"""plots.py: what is drawn, point by point; files by their suffix; matplotlib missing."""
+"""Figures of report.py: what is drawn, point by point; files by their suffix; matplotlib missing."""
 
 import dataclasses
 import sys
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_tables import make_report
 
-from embedft.retrieval.plots import plot_questions, save_figure
+from embedft.retrieval.report import plot_questions, save_figure
 
 
 def legend_of(figure) -> list[str]:

@@ -14,7 +14,6 @@ from embedft.retrieval.significance import (
     paired_bootstrap_interval,
     recipe_interval,
     sign_flip_p_value,
-    wins_ties_losses,
 )
 
 
@@ -31,7 +30,6 @@ def exact_p_value(cluster_sums):
 def test_no_difference():
     zeros = np.zeros(50)
     assert paired_bootstrap_interval(zeros, generator=generator()) == (0.0, 0.0)
-    assert wins_ties_losses(zeros) == (0, 50, 0)
     assert sign_flip_p_value(zeros, generator=generator(), num_samples=999) == 1.0
 
 
@@ -95,10 +93,6 @@ def test_equals_ranx():
         p_value, _ = tests.fisher_randomization_test(base, other, n_permutations=5_000, random_seed=1)
         ours = sign_flip_p_value(other - base, list(range(60)), generator=generator(), num_samples=20_000)
         assert abs(ours - p_value) < 4 * math.sqrt(p_value * (1 - p_value) * (1 / 5_000 + 1 / 20_000)) + 1e-3
-
-
-def test_wins_by_hand():
-    assert wins_ties_losses(np.array([0.5, -0.1, 0.0, 0.2, 0.1 + 0.2 - 0.3, -1e-13])) == (2, 3, 1)
 
 
 # A recipe.

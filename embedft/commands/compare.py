@@ -62,7 +62,7 @@ def run(options: Options) -> None:
     names = [f"{len(others)} seeds"] if options.seeds else names
     comparisons = dict(zip(names, map(list, zip(*by_metric, strict=True)), strict=True))
     if options.save_plot:
-        from ..retrieval.plots import plot_questions, save_figure
+        from ..retrieval.report import plot_questions, save_figure
 
         figure = plot_questions(*reports, metric=options.metric[0], names=(base_name, names[0]))
         save_figure(figure, options.save_plot)

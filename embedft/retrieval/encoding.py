@@ -21,10 +21,8 @@ from .index import require_finite
 
 
 class SupportsEncode(Protocol):
-    """What search and evaluation need from an embedder. Rows have unit length if similarity is "cosine".
-
-    Optional, as on `Embedder`: `full_dim`, `truncate_dim`, `normalize`, `device` and `encode_passages`.
-    """
+    """What search needs of an embedder; it may have an `Embedder`'s full_dim, truncate_dim, normalize, device and
+    encode_passages too. Rows have unit length if similarity is "cosine"."""
 
     similarity: Literal["cosine", "dot"]
 

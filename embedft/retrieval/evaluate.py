@@ -10,7 +10,6 @@ Documents with equal scores are ordered by ascending id, at the cutoff too, as i
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from numbers import Integral
 from typing import Any
 
 from ..data.dataset import RetrievalDataset, connected_components
@@ -63,7 +62,7 @@ def evaluate_grid(
     Raises `ValueError` before the corpus is encoded for arguments that cannot work, listing all unsupported settings.
     """
     select_metrics(metrics, ks=ks, depth=depth)  # raises before anything is encoded
-    if passages is None or all(isinstance(number, Integral) for number in passages):
+    if passages is None or all(isinstance(number, int) for number in passages):
         passages = [passages]
     for name, values in (("dims", dims), ("precisions", precisions), ("indices", indices)):
         if isinstance(values, str | int) or not values:

@@ -34,11 +34,8 @@ def fuse(
       its scores are equal. A document that the run does not retrieve gets the lowest value of the query; with nothing
       retrieved, all get 0. Mean and deviation depend on a run's depth, so fuse runs of the same depth.
 
-    Scores do not depend on the order of runs of equal weight.
-
-    Args:
-        weights: one per run, at least 0; None: 1 each.
-        depth: documents to keep per query; None: all that any run retrieves.
+    `weights` are one per run, at least 0 [1 each]; scores do not depend on the order of runs of equal weight. `depth`
+    documents are kept per query [all that any run retrieves].
 
     Source: Cormack, Clarke & Buettcher, "Reciprocal Rank Fusion Outperforms Condorcet and Individual Rank Learning
     Methods", SIGIR 2009 ("rrf", k 60); Montague & Aslam, "Relevance Score Normalization for Metasearch", CIKM 2001
@@ -97,11 +94,9 @@ def _totals(
     key_P = key_P[np.diff(key_P, prepend=-1) > 0]
     query_P, document_P = np.divmod(key_P, num_documents)
     values_RP = np.empty((len(valued), len(key_P)))
-    for values_P, weight, key, (indices_QK, values_QK, missing_Q) in zip(
-        values_RP, weights_R, keys, valued, strict=True
-    ):
+    for values_P, weight, key, (i_QK, values_QK, missing_Q) in zip(values_RP, weights_R, keys, valued, strict=True):
         values_P[:] = weight * missing_Q[query_P]
-        values_P[np.searchsorted(key_P, key)] = weight * values_QK[indices_QK >= 0]
+        values_P[np.searchsorted(key_P, key)] = weight * values_QK[i_QK >= 0]
     # Summed in ascending order, so that documents that swap places between runs of equal weight tie exactly.
     return query_P, document_P, np.sort(values_RP, axis=0).sum(axis=0)
 

@@ -63,7 +63,6 @@ def judge(run: Run, qrels: Qrels) -> Judgments:
     if not np.isfinite(grade_J).all():
         query_id = kept[query_J[~np.isfinite(grade_J)][0]]
         raise ValueError(f"qrels: query {query_id!r} has a grade that is not finite")
-
     # With each pair encoded as one integer, a single binary search over the J graded pairs looks up all [Q, K] grades.
     key_J = query_J * (unknown + 1) + document_J
     order_J = np.argsort(key_J)
@@ -72,7 +71,6 @@ def judge(run: Run, qrels: Qrels) -> Judgments:
     place_QK = np.searchsorted(sorted_key_J[:-1], key_QK)  # the last key is left out so that no index is out of range
     judged_QK = sorted_key_J[place_QK] == key_QK
     grades_QK = np.where(judged_QK, sorted_grade_J[place_QK], 0.0)
-
     query_P, grade_P = query_J[grade_J > 0], grade_J[grade_J > 0]
     best_first_P = np.lexsort((-grade_P, query_P))
     dropped = len(run.query_ids) - len(kept)
@@ -95,7 +93,10 @@ def recall(judgments: Judgments, k: int) -> np.ndarray:
 
 
 def r_precision(judgments: Judgments) -> np.ndarray:
-    """(relevant documents among the first R) / R, R the query's number of them. Source: trec_eval `m_Rprec.c`."""
+    """(relevant documents among the first R) / R, R the query's number of relevant documents.
+
+    Source: trec_eval `m_Rprec.c`; Buckley & Voorhees, "Evaluating Evaluation Measure Stability", SIGIR 2000.
+    """
     num_relevant_Q = judgments.num_relevant_Q
     relevant_QK = judgments.grades_QK > 0
     return (relevant_QK & (_ranks(relevant_QK) <= num_relevant_Q[:, None])).sum(axis=1) / num_relevant_Q
@@ -107,7 +108,7 @@ def judged(judgments: Judgments, k: int) -> np.ndarray:
 
 
 def mrr(judgments: Judgments, k: int | None = None) -> np.ndarray:
-    """Reciprocal rank: 1 / (rank of the first relevant document), 0 if it is not among the first k.
+    """1 / (rank of the first relevant document), 0 if it is not among the first k.
 
     Source: Voorhees, "The TREC-8 Question Answering Track Report", 1999; without k, trec_eval's recip_rank.
     """
@@ -118,10 +119,10 @@ def mrr(judgments: Judgments, k: int | None = None) -> np.ndarray:
 def average_precision(judgments: Judgments, k: int | None = None) -> np.ndarray:
     """(sum of precision@i over the ranks i <= k of relevant documents) / min(k, number of relevant documents).
 
-    A perfect ranking scores 1 at every k. trec_eval's map_cut divides by all relevant documents instead: for that
-    value, measure without k a run that is cut at k.
+    trec_eval's map_cut divides by all relevant documents instead: for that, measure without k a run that is cut at k.
 
-    Source: sentence-transformers `InformationRetrievalEvaluator`, map@k; without k, trec_eval `m_map.c`.
+    Source: sentence-transformers `InformationRetrievalEvaluator`, map@k; without k, trec_eval `m_map.c`; Buckley &
+    Voorhees, "Evaluating Evaluation Measure Stability", SIGIR 2000.
     """
     relevant_QK = judgments.grades_QK[:, :k] > 0
     precision_QK = np.cumsum(relevant_QK, axis=1) / _ranks(relevant_QK)
@@ -144,7 +145,6 @@ def ndcg(judgments: Judgments, k: int | None = None, *, gain: Gain = "binary") -
     if gain == "binary":
         grades_QK, grade_P = grades_QK > 0, grade_P > 0
     dcg_Q = (grades_QK / np.log2(_ranks(grades_QK) + 1)).sum(axis=1)
-
     # Pairs are grouped by query, best first, so a pair's ideal rank is its offset within its query.
     num_relevant_Q = judgments.num_relevant_Q
     start_Q = np.cumsum(num_relevant_Q) - num_relevant_Q

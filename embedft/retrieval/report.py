@@ -1,7 +1,8 @@
-"""The result of an evaluation, question by question, and comparisons between results.
+"""The result of an evaluation, question by question; comparisons between results, and their figure.
 
     report.save("runs/lyft/eval/uber")
     print(compare(Report.load("runs/lyft/eval/uber"), other, metric="mrr@10"))
+    save_figure(plot_questions(report, other, metric="mrr@10"), "questions.png")     # needs matplotlib
 
 Shapes: Q questions, the queries that have a relevant document; S training seeds.
 """
@@ -20,10 +21,10 @@ import numpy as np
 
 from ..files import atomic_write, read_json, read_jsonl, write_json
 from .run import Run
-from .significance import holm, paired_bootstrap_interval, recipe_interval, sign_flip_p_value, wins_ties_losses
+from .significance import ROUNDING, holm, paired_bootstrap_interval, recipe_interval, sign_flip_p_value
 
-# In the order in which they are written: with the last one a saved report is complete.
-REPORT_FILES = ("run.trec", "per_query.jsonl", "metrics.json")
+REPORT_FILES = ("run.trec", "per_query.jsonl", "metrics.json")  # in the order in which they are written
+Figure = Any  # matplotlib's, which is imported only where a figure is made
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,12 +164,9 @@ class Comparison:
 def compare(base: Report, *others: Report, metric: str = "ndcg@10") -> Comparison | list[Comparison]:
     """Compares each of `others` with `base`, question by question: one Comparison, or a list of them for several.
 
-    The interval is by bootstrap, the p-value by sign flips, over the clusters of `base`. Where nearly all questions are
-    connected (as in NFCorpus), few clusters remain and the test has no power: `dataclasses.replace(base,
-    clusters=base.query_ids)` treats the questions as independent. With one cluster the interval is (-1, 1).
-
-    Raises `ValueError` for different questions, corpora or gains, or a metric that one lacks; warns if data, maximum
-    length or prompts differ.
+    The interval is by bootstrap [(-1, 1) with one cluster], the p-value by sign flips, over the clusters of `base`. If
+    few remain, as in NFCorpus, `dataclasses.replace(base, clusters=base.query_ids)` makes the questions independent.
+    Raises `ValueError` for different questions, corpora or gains; warns if data, maximum length or prompts differ.
     """
     if not others:
         raise ValueError("compare needs a base and at least one other report")
@@ -201,9 +199,11 @@ def compare_seeds(bases: Sequence[Report], others: Sequence[Report], *, metric: 
 
 
 def _comparison(base: Report, metric: str, base_Q: np.ndarray, other_Q: np.ndarray, **found: Any) -> Comparison:
-    means = {"base": base_Q, "other": other_Q, "difference": other_Q - base_Q}
+    difference_Q = other_Q - base_Q
+    means = {"base": base_Q, "other": other_Q, "difference": difference_Q}
     found |= {name: float(values_Q.mean()) for name, values_Q in means.items()}
-    found |= dict(zip(("wins", "ties", "losses"), wins_ties_losses(other_Q - base_Q), strict=True))
+    wins, losses = (int((sign * difference_Q > ROUNDING).sum()) for sign in (1, -1))
+    found |= {"wins": wins, "ties": len(difference_Q) - wins - losses, "losses": losses}
     return Comparison(metric, num_queries=len(base_Q), num_clusters=len(set(base.clusters)), **found)
 
 
@@ -234,3 +234,42 @@ def _check_comparable(base: Report, other: Report) -> None:
         if key in ("num_documents", "gain"):
             raise ValueError(f"the reports do not compare: {message}")
         warnings.warn(f"the reports may not compare: {message}", stacklevel=2)
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Writes a figure atomically, in the format of the suffix, such as .png, .pdf or .svg."""
+    formats, suffix = figure.canvas.get_supported_filetypes(), Path(path).suffix.lower().removeprefix(".")
+    if suffix not in formats:
+        raise ValueError(f"{path}: suffix is {suffix!r}, expected one of {', '.join(sorted(formats))}")
+    with atomic_write(path, "wb") as file:
+        figure.savefig(file, format=suffix)
+
+
+def plot_questions(
+    base: Report, other: Report, *, metric: str = "ndcg@10", names: tuple[str, str] = ("base", "other")
+) -> Figure:
+    """A point at each question's values in two reports; its area shows how many questions it stands for."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("plots need matplotlib: pip install matplotlib") from None
+    values_Q2 = paired_values(base, [base, other], metric).T
+    # Rounded, so that values that differ only in their last bits are one point.
+    points_P2, counts_P = np.unique(values_Q2.round(6), axis=0, return_counts=True)
+    difference_P = points_P2[:, 1] - points_P2[:, 0]
+    area_P = np.maximum(counts_P * min(12, 600 / counts_P.max()), 4)  # square points: 12 per question, 4 to 600 in all
+    figure = Figure(figsize=(6.0, 4.5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid(alpha=0.3)
+    axes.plot([0, 1], [0, 1], color="0.6", linewidth=1, zorder=1)
+    for label, chosen_P in (("better", difference_P > 0), ("equal", difference_P == 0), ("worse", difference_P < 0)):
+        number = int(counts_P[chosen_P].sum())
+        x_P, y_P = points_P2[chosen_P].T
+        axes.scatter(x_P, y_P, s=area_P[chosen_P], alpha=0.6, label=f"{label}: {number:,}", zorder=2)
+    axes.set_xlabel(f"{names[0]}, {metric}")
+    axes.set_ylabel(f"{names[1]}, {metric}")
+    axes.set_aspect("equal")
+    legend = axes.legend(title=f"{len(values_Q2):,} questions", loc="upper left", bbox_to_anchor=(1.02, 1))
+    for handle in legend.legend_handles:
+        handle.set_sizes([12])
+    return figure

@@ -18,8 +18,7 @@ import numpy as np
 
 from ..files import atomic_write, read_lines
 
-# Ends the tag of a TREC file whose ids are percent-encoded because one of them contains whitespace.
-ENCODED = "+percent-encoded"
+ENCODED = "+percent-encoded"  # ends the tag of a TREC file whose ids are, because one of them contains whitespace
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,14 +60,10 @@ class Run:
                 raise ValueError(f"run: query {self.query_ids[row]!r} has {what}")
 
     @classmethod
-    def from_dict(cls, results: Mapping[str, Mapping[str, float]]) -> "Run":
-        """A run from {query id: {document id: score}}; documents with equal scores are ordered by ascending id."""
-        return cls._by_score({query_id: dict(sorted(row.items())) for query_id, row in results.items()})
-
-    @classmethod
-    def _by_score(cls, results: Mapping[str, Mapping[str, float]]) -> "Run":
-        """Sorts each row by score; equal scores stay in order."""
-        ranked = {query_id: sorted(row.items(), key=lambda item: -item[1]) for query_id, row in results.items()}
+    def from_dict(cls, results: Mapping[str, Mapping[str, float]], *, sort_ids: bool = True) -> "Run":
+        """A run from {query id: {document id: score}}; equal scores are ordered by ascending id, or as they come."""
+        rows = {query_id: sorted(row.items()) if sort_ids else row.items() for query_id, row in results.items()}
+        ranked = {query_id: sorted(row, key=lambda item: -item[1]) for query_id, row in rows.items()}
         document_ids = sorted({document_id for row in ranked.values() for document_id, _ in row})
         index_of = {document_id: index for index, document_id in enumerate(document_ids)}
         shape = len(ranked), max(map(len, ranked.values()), default=0)
@@ -151,4 +146,4 @@ class Run:
             if document_id in row:
                 raise ValueError(f"{path} line {number}: query {query_id!r} lists document {document_id!r} twice")
             row[document_id] = score
-        return cls._by_score(results)
+        return cls.from_dict(results, sort_ids=False)

@@ -34,8 +34,7 @@ from .passages import WindowIndex
 from .quantization import PRECISIONS, AdaptiveIndex, QuantizedIndex, bytes_per_vector
 from .run import Run
 
-# FAISS indices that hold every vector as it is, so they can hold what codes stand for.
-HOLD_VECTORS = ("hnsw", "ivf")
+HOLD_VECTORS = ("hnsw", "ivf")  # FAISS's indices that hold vectors as they are, so also what codes stand for
 
 
 class Setting(NamedTuple):
@@ -229,9 +228,9 @@ def _named(queries: Mapping[str, str] | Sequence[str]) -> dict[str, str]:
 def check_settings(
     embedder: SupportsEncode, settings: Sequence[Setting], *, width: int | None = None, num_documents: int | None = None
 ) -> list[Setting]:
-    """The settings with their number of dimensions, if the model's `width` is given or the embedder has a `full_dim`.
+    """The settings with their number of dimensions, if `width`, the model's, is given or the embedder has a `full_dim`.
 
-    Raises `ValueError` for what cannot work, too few documents to train an index on (None: not checked) included.
+    Raises `ValueError` for what cannot work; `num_documents` None: not for too few to train an index on.
     """
     width, found, unsupported = width or getattr(embedder, "full_dim", None), [], []
     for setting in settings:
@@ -263,10 +262,7 @@ def check_settings(
 
 
 def build(vectors_ND: np.ndarray, source_N: np.ndarray | None, setting: Setting) -> tuple[Index, float, dict]:
-    """An index over vectors of `setting.dim` dimensions, the bytes of each vector in it, and what a report says of it.
-
-    source_N: the document of each window; None: each vector is a document.
-    """
+    """An index over vectors (of documents, or of windows with `source_N`), bytes per vector, and facts for a report."""
     index, facts, is_flat, windows = None, {}, setting.index == "flat", source_N is not None
     num_bytes = bytes_per_vector(setting.dim, setting.precision)
     if setting.precision != "float32":

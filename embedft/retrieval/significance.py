@@ -78,12 +78,6 @@ def sign_flip_p_value(
     return (1 + hits) / (1 + num_samples)
 
 
-def wins_ties_losses(differences_Q: np.ndarray) -> tuple[int, int, int]:
-    """Number of questions with a difference above, equal to and below 0, up to rounding (1e-12)."""
-    wins, losses = int((differences_Q > ROUNDING).sum()), int((differences_Q < -ROUNDING).sum())
-    return wins, len(differences_Q) - wins - losses, losses
-
-
 class RecipeInterval(NamedTuple):
     """The uncertainty of a recipe's mean difference; errors are standard errors."""
 
