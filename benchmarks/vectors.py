@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from embedft.retrieval.quantization import unit_rows
+from embedft.vectors import unit_rows
 
 SLICE = 50_000
 

@@ -15,7 +15,7 @@ from benchmarks import bench_evaluate, vectors
 from benchmarks.bench_evaluate import Ours, Task, main, require_close
 from benchmarks.vectors import perturbed, rounded, write_perturbed
 from embedft import RetrievalDataset, Run
-from embedft.retrieval.quantization import unit_rows
+from embedft.vectors import unit_rows
 
 DIM = 32
 

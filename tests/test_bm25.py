@@ -292,11 +292,11 @@ def test_options_of_a_run():
         calls.append(len(texts))
         return [[ord(c) for c in text] for text in texts]
 
-    run = bm25_run(DATASET, tokenize=tokenize, depth=2, k1=0.5, b=0.1)
+    run = bm25_run(DATASET, tokenize=tokenize, depth=2)
     assert calls == [4, 4]
     assert run.indices.shape == (4, 2)
     texts = dict(zip(DATASET.corpus, DATASET.document_texts(), strict=True))
-    scores = double_loop([texts[document_id] for document_id in run.document_ids], "zebra", k1=0.5, b=0.1)
+    scores = double_loop([texts[document_id] for document_id in run.document_ids], "zebra")
     rows, best = expected(scores, 2)
     assert run.indices[3].tolist() == rows
     np.testing.assert_allclose(run.scores[3], best, rtol=1e-6)

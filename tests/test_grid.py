@@ -14,9 +14,10 @@ from tiny import make_dataset, make_embedder
 from embedft import RetrievalDataset, Searcher, evaluate, evaluate_grid, mine, search
 from embedft.retrieval import search as search_module
 from embedft.retrieval.index import search_exact
-from embedft.retrieval.quantization import calibrate, from_int8, to_int8, unit_rows
+from embedft.retrieval.quantization import calibrate, from_int8, to_int8
 from embedft.retrieval.report import Report
 from embedft.retrieval.search import Setting, check_settings
+from embedft.vectors import unit_rows
 
 EVERY = {"precisions": ("float32", "int8", "binary"), "indices": ("flat", "hnsw", "ivf")}
 

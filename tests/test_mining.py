@@ -387,7 +387,7 @@ def test_mined_anew_in_training(tmp_path):
         ({"ranks": (1, 2, 3)}, r"ranks is \(1, 2, 3\), expected"),
         ({"ranks": (1, 4.0)}, r"ranks is \(1, 4.0\), expected"),
         ({"ranks": 10}, "ranks is 10, expected"),
-        ({"ranks": (9, 100)}, r"ranks is \(9, 100\), expected .* 8 documents"),
+        ({"ranks": (9, 100)}, "ranks start at 9, .* 8 documents"),
         ({"num_negatives": 0}, "num_negatives is 0, expected 1 to 8"),
         ({"num_negatives": 4, "ranks": (3, 5)}, "num_negatives is 4, expected 1 to 3"),
         ({"sampling": "best"}, "sampling is 'best', expected one of random, top"),

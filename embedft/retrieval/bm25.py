@@ -140,8 +140,6 @@ def bm25_run(
     *,
     tokenize: Tokenize | None = None,
     depth: int = 100,
-    k1: float = 1.5,
-    b: float = 0.75,
     exclude_identical_ids: bool = True,
 ) -> Run:
     """Every query of a dataset against its corpus, titles included; ties by ascending document id.
@@ -152,7 +150,7 @@ def bm25_run(
         raise ValueError(f"depth is {depth}, expected at least 1")
     tokenize = tokenize or split_words
     document_ids, texts = zip(*sorted(zip(dataset.corpus, dataset.document_texts(), strict=True)), strict=True)
-    index = Bm25Index(_tokens(tokenize, texts), k1=k1, b=b)
+    index = Bm25Index(_tokens(tokenize, texts))
     queries = list(_tokens(tokenize, list(dataset.queries.values())))
     scores_QK, rows_QK = index.search(queries, depth + exclude_identical_ids)
     run = Run(list(dataset.queries), list(document_ids), rows_QK, scores_QK)

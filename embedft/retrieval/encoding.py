@@ -39,9 +39,8 @@ class Slice(NamedTuple):
 
 def sorted_corpus(dataset: RetrievalDataset) -> tuple[list[str], list[str]]:
     """Document ids in ascending order, and their texts, titles included. Search orders ties by row, so by id."""
-    texts = dict(zip(dataset.corpus, dataset.document_texts(), strict=True))
-    ids = sorted(texts)
-    return ids, [texts[document_id] for document_id in ids]
+    texts = dict(sorted(zip(dataset.corpus, dataset.document_texts(), strict=True)))
+    return list(texts), list(texts.values())
 
 
 def encode(embedder: SupportsEncode, texts: list[str], ids: Sequence[str], *, role: str) -> np.ndarray:
@@ -98,9 +97,8 @@ def truncate(embedder: SupportsEncode, vectors_NW: np.ndarray, dim: int) -> np.n
 def join_slices(slices: list[Slice]) -> tuple[np.ndarray, np.ndarray | None]:
     """All vectors in one array, and the document of each window. Each slice is taken from the list and dropped once it
     is copied, so the vectors are never held twice."""
-    source_N = None
-    if slices[0].source is not None:
-        source_N = np.concatenate([part.source + part.first for part in slices])
+    sources = [part.source + part.first for part in slices if part.source is not None]
+    source_N = np.concatenate(sources) if sources else None
     vectors_NW = np.empty((sum(len(part.vectors) for part in slices), slices[0].vectors.shape[1]), dtype=np.float32)
     row = 0
     while slices:

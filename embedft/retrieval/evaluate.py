@@ -55,8 +55,7 @@ def evaluate_grid(
     """A report for every combination; queries are encoded once, documents once for each of `passages`.
 
     Passages vary slowest, then dims, precisions and indices: lists of what `evaluate` takes (passages=(128, 64) is one
-    setting too). Memory: with float32 and flat one slice of the corpus at a time, whatever the dims; other settings
-    need all vectors, and one setting's own at a time: vectors cut to its dim, codes, index.
+    too). Exact search holds a slice of the corpus; other settings all vectors, and one at a time its codes and index.
 
     ks, depth, metrics, gain: see `evaluate_run`. options: exclude_identical_ids and slice_documents, see `search`.
     Raises `ValueError` before the corpus is encoded for arguments that cannot work, listing all unsupported settings.

@@ -51,8 +51,7 @@ def fuse(
         # Index -1 (no document) looks up the -1 at the end.
         new_N = np.array([*(number[document_id] for document_id in run.document_ids), -1], dtype=np.int64)
         aligned.append((new_N[run.indices], run.scores.astype(np.float64)))
-    width = sum(run.indices.shape[1] for run in runs)
-    width = width if depth is None else min(width, depth)
+    width = min(sum(run.indices.shape[1] for run in runs), np.inf if depth is None else depth)
     indices_QK = np.full((len(query_ids), width), -1, dtype=np.int64)
     scores_QK = np.full((len(query_ids), width), -np.inf)
     for start in range(0, len(query_ids), block_queries):

@@ -141,8 +141,10 @@ def _chosen(candidates: list[str], number: int, sampling: str, seed: int, query_
 
 def _checked_ranks(ranks: Sequence[int], num_negatives: int, num_documents: int) -> tuple[int, int]:
     first, last = ranks if isinstance(ranks, Sequence) and len(ranks) == 2 else (0, 0)
-    if not all(type(rank) is int for rank in (first, last)) or not 1 <= first <= min(last, num_documents):
-        raise ValueError(f"ranks is {ranks!r}, expected first and last, from 1, of {num_documents:,} documents")
+    if not all(type(rank) is int for rank in (first, last)) or not 1 <= first <= last:
+        raise ValueError(f"ranks is {ranks!r}, expected the first and last rank, whole numbers from 1")
+    if first > num_documents:
+        raise ValueError(f"ranks start at {first:,}, but the corpus has {num_documents:,} documents")
     if not 1 <= num_negatives <= last - first + 1:
         raise ValueError(f"num_negatives is {num_negatives}, expected 1 to {last - first + 1}, ranks {first} to {last}")
     return first, last

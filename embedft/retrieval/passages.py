@@ -110,6 +110,5 @@ def _products(queries_BD: np.ndarray, windows_WD: np.ndarray) -> np.ndarray:
     """Inner products, [B, W]: equal windows get equal scores, wherever they stand."""
     # By torch, for a multiple of 8 queries: among 8,309 random cases with equal windows, NumPy's product scored some of
     # them differently in 47%, torch's with any number of queries in 1.4%, this one in none (AMD EPYC, 2026-11-21).
-    padded_BD = np.zeros((-(-len(queries_BD) // 8) * 8, queries_BD.shape[1]), dtype=np.float32)
-    padded_BD[: len(queries_BD)] = queries_BD
+    padded_BD = np.pad(queries_BD, ((0, -len(queries_BD) % 8), (0, 0)))
     return (torch.from_numpy(padded_BD) @ torch.from_numpy(windows_WD).T).numpy()[: len(queries_BD)]

@@ -12,14 +12,14 @@
 Queries stay float32. Nothing is rescored with vectors finer than the stored ones. Product quantization is FAISS's.
 
 Source: Shakir et al. 2024, "Binary and Scalar Embedding Quantization"; Yamada et al. 2021, section 3 (rescored binary);
-Kusupati et al. 2022, section 4.3.1 (adaptive).
-Shapes: Q queries, N documents, D dimensions, B = ceil(D / 8) bytes, K = min(depth, N) results.
+Kusupati et al. 2022, section 4.3.1 (adaptive). Shapes: Q queries, N documents, D dimensions, B = ceil(D / 8) bytes.
 """
 
 from collections.abc import Callable
 
 import numpy as np
 
+from ..vectors import unit_rows
 from .index import SLICE_DOCUMENTS, Found, Index, checked_embeddings, first_of, search_exact, shape_to_index, slices_of
 
 PRECISIONS = ("float32", "int8", "binary")
@@ -138,12 +138,6 @@ class AdaptiveIndex(Index):
         short_QD = unit_rows(queries_QD[:, : self.short_dim])
         shortlist = search_exact(short_QD, self._short_ND, self.shortlist_factor * depth)
         return search_shortlist(queries_QD, shortlist.rows, self.embeddings_ND.__getitem__, min(depth, len(self)))
-
-
-def unit_rows(embeddings_ND: np.ndarray) -> np.ndarray:
-    """x / ||x|| for each row; a row of zeros stays."""
-    lengths_N1 = np.linalg.norm(embeddings_ND, axis=1, keepdims=True)
-    return embeddings_ND / np.where(lengths_N1 == 0, 1, lengths_N1)
 
 
 def search_shortlist(

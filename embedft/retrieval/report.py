@@ -100,10 +100,10 @@ class Report:
         lines = [line for _, line in read_jsonl(folder / "per_query.jsonl")]
         try:
             query_ids, means = [line["query_id"] for line in lines], {**summary["metrics"]}
-            values = {name: [line["metrics"][name] for line in lines] for name in means}
+            per_query = {name: np.array([line["metrics"][name] for line in lines], np.float64) for name in means}
             report = cls(
                 query_ids=query_ids,
-                per_query={name: np.array(column, dtype=np.float64) for name, column in values.items()},
+                per_query=per_query,
                 clusters=[line["cluster"] for line in lines],
                 num_without_relevant=summary["num_without_relevant"],
                 setting={**summary["setting"]},
@@ -119,7 +119,7 @@ class Report:
 
 
 def model_setting(embedder: Any) -> dict[str, Any]:
-    """What a report's setting records of its model: model, model_sha256, max_length and prompts, if it has them."""
+    """What a report's setting records of its model, as far as it has it."""
     found = {
         "model": getattr(getattr(embedder, "source", None), "name", None) or getattr(embedder, "model", None),
         "model_sha256": embedder.sha256() if hasattr(embedder, "sha256") else None,
@@ -225,8 +225,8 @@ def _check_comparable(base: Report, other: Report) -> None:
     if only[0] or only[1]:
         told = [f"{len(ids):,} only in {name} {ids[:3]}" for ids, name in zip(only, ("base", "other"), strict=True)]
         raise ValueError(f"the reports are over different questions: {', '.join(told)}")
-    same_model = base.setting.get("model") == other.setting.get("model")
-    for key in ("num_documents", "gain", "data_sha256", "max_length", *(["prompts"] if same_model else [])):
+    prompts = ["prompts"] if base.setting.get("model") == other.setting.get("model") else []
+    for key in ("num_documents", "gain", "data_sha256", "max_length", *prompts):
         found = [report.setting.get(key) for report in (base, other)]
         if found[0] == found[1] or (None in found and key != "prompts"):
             continue

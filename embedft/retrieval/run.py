@@ -128,8 +128,7 @@ class Run:
         """Reads a TREC run file. Equal scores keep the file's order. Raises `ValueError` naming file and line."""
         results: dict[str, dict[str, float]] = {}
         for number, line in enumerate(read_lines(path), start=1):
-            columns = line.split()
-            if not columns:
+            if not (columns := line.split()):
                 continue
             if len(columns) != 6:
                 raise ValueError(f"{path} line {number}: {len(columns)} columns, expected qid Q0 did rank score tag")

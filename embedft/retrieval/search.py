@@ -198,8 +198,7 @@ def search_slices(
     number of vectors. Each slice is searched, handed to `visit` and dropped; slices change no result."""
     device = getattr(embedder, "device", None)
     keys = {dim: np.empty((len(queries_QD), 0), dtype=np.uint64) for dim, queries_QD in queries.items()}
-    seconds: dict[int, float] = {}
-    num_vectors = 0
+    seconds, num_vectors = {}, 0
     for part in parts:
         for dim, queries_QD in queries.items():
             vectors_ND = truncate(embedder, part.vectors, dim)

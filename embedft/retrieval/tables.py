@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 from .report import Comparison, Report, compare
 
 Style = Literal["text", "markdown", "csv", "latex"]
-Column = tuple[str, str, str]  # key of a value and its name in CSV, title in other styles ("": left out), format
+Column = tuple[str, str, str]  # key and name in CSV, title elsewhere ("": left out), format ("": text)
 LATEX = str.maketrans(
     {character: f"\\{character}" for character in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
@@ -59,11 +59,12 @@ def _latex(rows: Sequence[Sequence[str]], num_left: int) -> str:
     return "\n".join([*lines, r"\end{tabular}"])
 
 
-def _format(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], *, style: Style, num_left: int) -> str:
+def _format(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], style: Style) -> str:
     """Rows {key: value}; None, or no key, where there is no value. CSV writes values as they are."""
     if style != "csv":
         shown = [column for column in columns if column[1]]
         cells = [[_show(key, row.get(key), spec) for key, _, spec in shown] for row in rows]
+        num_left = sum(not spec for _, _, spec in shown)
         return format_table([title for _, title, _ in shown], cells, style=style, num_left=num_left)
     ends = ("interval_low", "interval_high")
     keys = [name for key, _, _ in columns for name in (ends if key == "interval" else [key])]
@@ -104,9 +105,7 @@ def format_reports(reports: Mapping[str, Report], *, style: Style = "markdown") 
     metrics = main_metrics(next(iter(reports.values())))
     _require_metrics(((f"report {name!r}", report) for name, report in reports.items()), metrics)
     columns = [("report", "report", ""), *((metric, metric, ".4f") for metric in metrics)]
-    return _format(
-        [{"report": name, **report.metrics} for name, report in reports.items()], columns, style=style, num_left=1
-    )
+    return _format([{"report": name, **report.metrics} for name, report in reports.items()], columns, style)
 
 
 def setting_name(setting: Mapping[str, Any]) -> str:
@@ -125,8 +124,8 @@ def grid_base(reports: Sequence[Report]) -> Report:
 def format_grid(reports: Sequence[Report], *, metric: str = "ndcg@10", style: Style = "markdown") -> str:
     """A row per setting: quality, its difference from `grid_base` (see `compare`; Holm over all rows), and costs:
 
-    the share of the first 10 documents of exact search that this search finds too ("of exact"), queries per second of
-    search alone (in CSV only if it took less than 0.1 seconds), bytes per document and seconds to build the index.
+    the share of the first 10 documents of exact search that are found ("of exact"), queries per second of search (in
+    CSV only if it took less than 0.1 seconds), bytes per document and seconds to build the index.
     """
     if not reports:
         raise ValueError("no reports for a table")
@@ -148,11 +147,10 @@ def format_grid(reports: Sequence[Report], *, metric: str = "ndcg@10", style: St
         rows.append(row)
     columns = [(key, key, "") for key in ("passages", "dim", "precision", "index")]
     columns = columns if any(report.setting.get("passages") for report in reports) else columns[1:]
-    num_left = len(columns)
     columns += [(metric, metric, ".4f"), *_statistics(comparisons)]
     columns += [("recall@10_of_exact", "of exact", ".3f"), ("queries_per_second", "queries/s", ",.0f")]
     columns += [("bytes_per_document", "bytes/doc", ",.0f"), ("build_seconds", "build, s", ".2f")]
-    return _format(rows, columns, style=style, num_left=num_left)
+    return _format(rows, columns, style)
 
 
 def _statistics(comparisons: Sequence[Comparison]) -> list[Column]:
@@ -185,6 +183,6 @@ def format_comparisons(
             rows.append({"report": name, "mean": found.other, **vars(found), **counts})
     statistics = _statistics(next(iter(comparisons.values())))
     columns = [("metric", "metric", ""), ("report", "report", ""), ("mean", "mean", ".4f"), *statistics]
-    columns += [(name, name, "") for name in ("better", "equal", "worse")]
+    columns += [(name, name, "d") for name in ("better", "equal", "worse")]
     columns += [(name, "", "") for name in ("num_queries", "num_clusters", "num_seeds")]
-    return _format(rows, columns, style=style, num_left=2)
+    return _format(rows, columns, style)
