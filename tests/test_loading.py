@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from embedft import Embedder, load_embedder
 from embedft.encoders import loading
-from embedft.encoders.loading import PACKAGES, Package, find_folder
+from embedft.encoders.loading import PACKAGES, find_folder
 from embedft.encoders.pooling import Pooling
 from embedft.files import read_json, sha256_file, write_json
 
@@ -572,7 +572,7 @@ def package(tiny_bert, tmp_path, monkeypatch) -> Path:
     (folder.parent / "__init__.py").write_text("raise RuntimeError('imported')")
     monkeypatch.syspath_prepend(tmp_path / "site")
     digest = sha256_file(folder / "model.safetensors")
-    monkeypatch.setitem(PACKAGES, "tiny/packaged", Package("fake_tiny", "weights", digest))
+    monkeypatch.setitem(PACKAGES, "tiny/packaged", ("fake_tiny", "weights", digest))
     return folder
 
 
@@ -590,7 +590,7 @@ def test_packaged_weights_that_were_changed(package):
 
 
 def test_a_package_that_is_not_installed(monkeypatch):
-    monkeypatch.setitem(PACKAGES, "tiny/absent", Package("no_such_package", "model", "0"))
+    monkeypatch.setitem(PACKAGES, "tiny/absent", ("no_such_package", "model", "0"))
     assert_refused("^no-such-package: the package is not installed$", "no-such-package")
     assert_refused(
         "^tiny/absent: no such folder, not in the hub's cache, and the hub cannot be reached$", "tiny/absent"
@@ -610,7 +610,7 @@ def test_the_packaged_minilm(minilm, minilm_folder):
 CHILD = """
 import json, sys
 import embedft.encoders.loading as loading
-loading.PACKAGES["tiny/packaged"] = loading.Package("fake_tiny", "weights", sys.argv[1])
+loading.PACKAGES["tiny/packaged"] = ("fake_tiny", "weights", sys.argv[1])
 for line in sys.stdin:
     name, options = json.loads(line)
     try:
@@ -741,7 +741,7 @@ def test_without_the_hub_the_cache_serves(story):
 @pytest.mark.parametrize(
     ("step", "message"),
     [
-        ("unknown", "^tiny/none: no such folder, and the hub shows no such model"),
+        ("unknown", "^tiny/none: no such folder, nor a model on the hub"),
         ("unknown revision", "^tiny/bert: the hub has no revision 'v2' of it$"),
         ("not a name", "tiny bert!: no such folder, and the hub says: .*tiny bert!"),
         ("cut", "^tiny/cut: the hub was lost while downloading, try again: "),

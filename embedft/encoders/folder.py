@@ -190,20 +190,22 @@ def read_tokenizer(folder: Path, config: Any, max_length: int | None) -> Tokeniz
     return tokenizer
 
 
-def read_pooling(folder: Path, hidden_size: int) -> Pooling:
-    """The pooling in a folder, with its weights if it has any."""
-    path = folder / CONFIG_FILE
+def read_pooling(folder: Path, modules: Mapping[str, str], hidden_size: int) -> Pooling:
+    """The pooling module, with its weights if it has any; the mean if there is no such module."""
+    if "Pooling" not in modules:
+        return Pooling(("mean",), hidden_size)
+    path = folder / modules["Pooling"] / CONFIG_FILE
     if not path.is_file():
-        raise ValueError(f"{folder}: no {CONFIG_FILE}, which says how tokens are pooled")
+        raise ValueError(f"{path.parent}: no {CONFIG_FILE}, which says how tokens are pooled")
     values = read_fields(path, POOLING_FOLDER)
     legacy = [mode for mode, key in LEGACY_POOLING_KEYS.items() if values.get(key)] or ["mean"]
-    names = values.get("pooling_mode", legacy)
+    names, weights = values.get("pooling_mode", legacy), path.with_name(WEIGHTS_FILE)
     with naming(path):
         names = [names] if isinstance(names, str) else names
         pooling = Pooling(names, hidden_size, include_prompt=values.get("include_prompt", True))
     if pooling.state_dict():
-        with _opened(folder / WEIGHTS_FILE) as file:
-            fill(pooling, {name: file.get_tensor(name) for name in file.keys()}, folder / WEIGHTS_FILE)  # noqa: SIM118
+        with _opened(weights) as file:
+            fill(pooling, {name: file.get_tensor(name) for name in file.keys()}, weights)  # noqa: SIM118
     return pooling
 
 

