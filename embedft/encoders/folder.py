@@ -11,7 +11,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from posixpath import normpath
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -60,20 +61,19 @@ LEGACY_POOLING_KEYS = {
 }
 
 
-def _is_inside(value: Any) -> bool:
-    place = PurePosixPath(value) if isinstance(value, str) and "\0" not in value else PurePosixPath("..")
-    return not place.is_absolute() and ".." not in place.parts
-
-
 # The fields that are read: {field: (what it should be, whether a value is that)}. null stands for an absent field.
 Schema = Mapping[str, tuple[str, Callable[[Any], bool]]]
 BOOL = ("true or false", lambda x: isinstance(x, bool))
 # Without half a surrogate pair, which JSON can spell and no tokenizer takes.
 TEXT = ("a string", lambda x: x is None or (isinstance(x, str) and x == x.encode(errors="ignore").decode()))
 LENGTH = ("a number of tokens", lambda x: type(x) in (int, float) and x >= 1)
+PLACE = (
+    "one inside the folder",
+    lambda x: type(x) is str and "\0" not in x and not normpath(x).startswith(("..", "/")),
+)
 SCHEMAS: dict[str, Schema] = {
     CONFIG_FILE: {"model_type": TEXT, "dtype": TEXT, "torch_dtype": TEXT},
-    MODULES_FILE: {"type": TEXT, "path": ("one inside the folder", _is_inside)},
+    MODULES_FILE: {"type": TEXT, "path": PLACE},
     POOLING_FOLDER: {
         "pooling_mode": ("a name or a list", lambda x: all(map(TEXT[1], x if isinstance(x, list) else [x]))),
         "include_prompt": BOOL,
@@ -280,16 +280,14 @@ def _read_state(path: Path, encoder: nn.Module, family: ModuleType) -> tuple[dic
 def write_folder(folder: Path, embedder: "Embedder") -> None:
     """Writes a model in the sentence-transformers layout; see `Embedder.save`."""
     source, tokenizer, adapter = embedder.source, embedder.tokenizer, embedder.adapter
-    # First, because it raises: an adapter whose maps are not linear.
+    # First, because maps that are not linear raise.
     dense = {role: part and part.dense() for role in ROLES if adapter for part in [adapter.map_of(role)]}
     folder.mkdir(parents=True, exist_ok=True)
     keys = source.family.key_map(embedder.encoder.config)
-    tensors = {
-        name: part.contiguous()
-        for ours, parameter in embedder.encoder.state_dict().items()
-        for name, part in zip(keys[ours], parameter.cpu().chunk(len(keys[ours])), strict=True)
-    }
-    _write_tensors(folder / WEIGHTS_FILE, {**tensors, **source.carried})
+    tensors = dict(source.carried)
+    for ours, parameter in embedder.encoder.state_dict().items():
+        tensors |= zip(keys[ours], parameter.chunk(len(keys[ours])), strict=True)
+    _write_tensors(folder / WEIGHTS_FILE, tensors)
     # transformers loads in the type that config.json names, so it has to be that of the weights.
     dtype = str(next(embedder.encoder.parameters()).dtype).removeprefix("torch.")
     write_json(folder / CONFIG_FILE, {**source.config, "torch_dtype": dtype, "dtype": dtype})
@@ -346,6 +344,6 @@ def _write_router(folder: Path, dense: dict[str, tuple[Tensor, Tensor | None] | 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     # Cloned, because a safetensors file cannot hold tensors that share memory.
-    separate = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
+    separate = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
     with atomic_write(path, "wb") as file:
         file.write(save(separate, metadata={"format": "pt"}))
