@@ -413,7 +413,6 @@ def test_calls_that_are_refused(tiny_bert, call, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pooling": ("avg",)}, "pooling mode is 'avg', expected one of cls, max, mean, mean_sqrt_len_tokens, "),
         ({"similarity": "euclidean"}, "similarity is 'euclidean', expected one of cosine, dot"),
         ({"truncate_dim": 64}, "dim is 64, expected 1 to 32"),
     ],

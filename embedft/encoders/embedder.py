@@ -28,16 +28,13 @@ from .pooling import Pooling
 from .store import Space, Store
 from .tokenization import Tokenizer
 
-SIMILARITIES = ("cosine", "dot")
-
 
 class Embedder(nn.Module):
     """A text encoder with everything between a text and its vector, of unit length unless `similarity` is "dot".
 
     Args:
         encoder: packed tokens -> hidden states [T, D]; has `.config` with `hidden_size` and `max_length`.
-        pooling: names in `POOLINGS`, concatenated in this order, or a `Pooling`.
-        include_prompt: whether pooling by name counts the prompt's tokens.
+        pooling: None: the mean.
         prompts: {name: text put in front}; those named "query" and "document" are used, by role.
         normalize: scale vectors to unit length; always true when `similarity` is "cosine".
         truncate_dim: leading features that `encode` returns by default; None: all.
@@ -52,8 +49,7 @@ class Embedder(nn.Module):
         encoder: nn.Module,
         tokenizer: Tokenizer,
         *,
-        pooling: Sequence[str] | Pooling = ("mean",),
-        include_prompt: bool = True,
+        pooling: Pooling | None = None,
         prompts: Mapping[str, str] | None = None,
         similarity: str = "cosine",
         normalize: bool = True,
@@ -61,11 +57,10 @@ class Embedder(nn.Module):
         source: Source | None = None,
     ):
         super().__init__()
-        if similarity not in SIMILARITIES:
-            raise ValueError(f"similarity is {similarity!r}, expected one of {', '.join(SIMILARITIES)}")
-        if not isinstance(pooling, Pooling):
-            pooling = Pooling(pooling, encoder.config.hidden_size, include_prompt=include_prompt)
-        self.encoder, self.tokenizer, self.pooling, self.source = encoder, tokenizer, pooling, source
+        if similarity not in ("cosine", "dot"):
+            raise ValueError(f"similarity is {similarity!r}, expected one of cosine, dot")
+        self.encoder, self.tokenizer, self.source = encoder, tokenizer, source
+        self.pooling = pooling or Pooling(("mean",), encoder.config.hidden_size)
         self.prompts, self.similarity = dict(prompts or {}), similarity
         self.normalize = normalize or similarity == "cosine"
         self.adapter: Adapter | None = None
@@ -142,8 +137,8 @@ class Embedder(nn.Module):
 
     def embed_pair(self, queries: Packed, documents: Packed) -> tuple[Tensor, Tensor]:
         """Vectors of packed queries [B, D] and documents [M, D], in one forward pass of the encoder."""
-        embeddings = self._embed(concatenate(queries, documents))
-        Q, D = embeddings[: queries.num_sequences], embeddings[queries.num_sequences :]
+        both = self._embed(concatenate(queries, documents))
+        Q, D = both[: queries.num_sequences], both[queries.num_sequences :]
         return self._adapted(Q, "query"), self._adapted(D, "document")
 
     def _embed(self, packed: Packed) -> Tensor:
@@ -263,8 +258,8 @@ class Embedder(nn.Module):
                     vectors_ND[rows] = self._embed(packed).float().cpu().numpy()
                     wrong = np.flatnonzero(~np.isfinite(vectors_ND[rows]).all(axis=1))
                     if len(wrong):
-                        found = f"the vector of {keys[rows[wrong[0]]][:60]!r} has values that are not finite"
-                        raise ValueError(f"{found}: check the model's weights")
+                        text = repr(keys[rows[wrong[0]]][:60])
+                        raise ValueError(f"the vector of {text} is not finite: check the model's weights")
                     done(len(rows))
                 return vectors_ND
 
@@ -281,8 +276,8 @@ class Embedder(nn.Module):
     def _fingerprint(self, role: str, *, library: bool = True, **more: Any) -> str:
         more |= {"config": sorted(vars(self.encoder.config).items()), "tokenizer": self.tokenizer.sha256()}
         settings = self._settings(role) | {"include_prompt": self.pooling.include_prompt} | more
-        modules, functions = [self.encoder, self.pooling], [*self.pooling.functions, Tokenizer, pack, type(self)._embed]
-        return fingerprint(modules, settings, functions=functions, library=library)
+        functions = [*self.pooling.functions, Tokenizer, pack, type(self)._embed]
+        return fingerprint([self.encoder, self.pooling], settings, functions=functions, library=library)
 
     def space(self, role: str, *, texts: str = "texts") -> Space:
         """The space, in a `Store`, of the encoder's full vectors: before an adapter maps them and before they are cut.
@@ -313,8 +308,8 @@ class Embedder(nn.Module):
         """A hash of everything that its vectors depend on, precision aside; 64 hexadecimal digits."""
         parts = [self._fingerprint(role) for role in ROLES]
         if self.adapter is not None:
-            maps = [part and part.settings for part in (self.adapter.query, self.adapter.document)]
-            parts.append(fingerprint([self.adapter], {"maps": maps, "normalize": self.adapter.normalize}))
+            settings = {name: part.settings for name, part in self.adapter.named_children()}
+            parts.append(fingerprint([self.adapter], settings | {"normalize": self.adapter.normalize}))
         return hashlib.sha256(repr((parts, self.similarity, self.truncate_dim)).encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:

@@ -14,7 +14,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from posixpath import normpath
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import safetensors
 import torch
@@ -28,9 +28,6 @@ from .adapter import ROLES, fill, naming
 from .adapter import WEIGHTS_FILE as ADAPTER_WEIGHTS_FILE
 from .pooling import Pooling
 from .tokenization import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
-
-if TYPE_CHECKING:
-    from .embedder import Embedder
 
 # By `model_type` of config.json. A family's module has Config, Encoder, key_map, CARRIED, PREFIX and RENAMED.
 FAMILIES: dict[str, ModuleType] = {
@@ -277,8 +274,8 @@ def _read_state(path: Path, encoder: nn.Module, family: ModuleType) -> tuple[dic
     return state, tensors
 
 
-def write_folder(folder: Path, embedder: "Embedder") -> None:
-    """Writes a model in the sentence-transformers layout; see `Embedder.save`."""
+def write_folder(folder: Path, embedder: nn.Module) -> None:
+    """Writes an `Embedder`; see `Embedder.save`."""
     source, tokenizer, adapter = embedder.source, embedder.tokenizer, embedder.adapter
     # First, because maps that are not linear raise.
     dense = {role: part and part.dense() for role in ROLES if adapter for part in [adapter.map_of(role)]}

@@ -68,18 +68,15 @@ def largest(tokens: Tokens) -> Tensor:
     return tokens.max(tokens.vectors_TD)
 
 
-def _count(tokens: Tokens) -> Tensor:
-    return tokens.sum(torch.ones_like(tokens.vectors_TD[:, :1])).clamp(min=1e-9)
-
-
-def mean(tokens: Tokens) -> Tensor:
-    """The sum over the number of tokens."""
-    return tokens.sum(tokens.vectors_TD) / _count(tokens)
+def mean(tokens: Tokens, exponent: float = 1.0) -> Tensor:
+    """The sum over the number of tokens, or a power of it."""
+    count_B1 = tokens.sum(torch.ones_like(tokens.vectors_TD[:, :1])).clamp(min=1e-9)
+    return tokens.sum(tokens.vectors_TD) / count_B1**exponent
 
 
 def mean_sqrt_len(tokens: Tokens) -> Tensor:
     """The sum over the root of the number of tokens."""
-    return tokens.sum(tokens.vectors_TD) / _count(tokens).sqrt()
+    return mean(tokens, 0.5)
 
 
 def weighted_mean(tokens: Tokens) -> Tensor:
