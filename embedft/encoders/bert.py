@@ -78,7 +78,6 @@ class BertConfig:
 
     @property
     def max_length(self) -> int:
-        """The most tokens a sequence may have."""
         return self.max_position_embeddings
 
 

@@ -92,7 +92,7 @@ class Embedder(nn.Module):
         limit = self.encoder.config.max_length
         if value > limit:
             raise ValueError(f"max_length is {value}, expected at most the encoder's {limit} positions")
-        self.tokenizer.max_length = value
+        self.tokenizer.truncate(value)
 
     def _checked_dim(self, dim: int | None) -> int:
         dim = self.dim if dim is None else dim

@@ -8,7 +8,7 @@ Not here: which settings these are (`Embedder.space`, `.base` and `.sha256`).
 import hashlib
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from types import FunctionType
 from typing import Any
 
@@ -22,11 +22,7 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[bytes, str]] = weakref.WeakKe
 
 
 def fingerprint(
-    modules: Sequence[nn.Module],
-    settings: Mapping[str, Any],
-    *,
-    functions: Iterable[Callable] = (),
-    library: bool = True,
+    modules: list[nn.Module], settings: dict[str, Any], *, functions: Iterable[Callable] = (), library: bool = True
 ) -> str:
     """A SHA-256 over the modules' weights, the settings, and the source code of the modules' classes and of functions.
 
@@ -54,15 +50,13 @@ def weights_sha256(module: nn.Module) -> str:
     counts = [0 if x.is_inference() else x._version for x in tensors.values()]
     sums = [_block_sums(x) for x in tensors.values()]
     looks = repr((kinds, counts)).encode() + (torch.cat(sums).cpu().numpy().tobytes() if sums else b"")
-    known, digest = _KNOWN.get(module, (None, ""))
-    if known != looks:
+    if _KNOWN.get(module, (b"", ""))[0] != looks:
         sha256 = hashlib.sha256()
         for name, (dtype, shape) in kinds.items():
             sha256.update(f"{name} {dtype} {shape};".encode())
             sha256.update(_bytes(tensors[name]).cpu().numpy())
-        digest = sha256.hexdigest()
-        _KNOWN[module] = looks, digest
-    return digest
+        _KNOWN[module] = looks, sha256.hexdigest()
+    return _KNOWN[module][1]
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -78,10 +72,7 @@ def _block_sums(tensor: Tensor, words: int = 1024) -> Tensor:
 
 
 def _collect_sources(thing: Any, sources: dict[str, str]) -> None:
-    """Adds {qualified name: code} of a class or function, and of all that it names from its own package.
-
-    Arguments of a functools.partial, closure variables and defaults are part of the code.
-    """
+    """Adds {qualified name: code} of a class or function with what it carries, and of all it names from its package."""
     thing, values = split_object(thing)
     module = getattr(thing, "__module__", None) or ""
     name, package = f"{module}.{getattr(thing, '__qualname__', repr(type(thing)))}", module.partition(".")[0]

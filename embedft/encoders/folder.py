@@ -179,7 +179,7 @@ def read_tokenizer(folder: Path, config: Any, max_length: int | None) -> Tokeniz
     if max_length is None:
         folder_length = settings.get("max_seq_length") or tokenizer.config.get("model_max_length") or limit
         with naming(folder):
-            tokenizer.max_length = int(min(folder_length, limit))
+            tokenizer.truncate(int(min(folder_length, limit)))
     largest = max(tokenizer.backend.get_vocab(with_added_tokens=True).values())
     if largest >= config.vocab_size:
         found = f"the tokenizer gives ids up to {largest}"

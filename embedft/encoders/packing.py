@@ -164,10 +164,8 @@ class Sequences:
 def attention(qkv_T3HK: Tensor, sequences: Sequences, *, dropout: float = 0.0) -> Tensor:
     """softmax(Q K^T / sqrt(K)) V within each sequence -> [T, H * K].
 
-    CUDA in half precision without dropout uses the packed kernel; everything else uses `scaled_dot_product_attention`,
-    one call per group of neighbouring sequences of similar length.
-
-    `dropout`, of the attention weights, makes the CPU leave its fused kernel and build the whole [N, H, L, L] matrix.
+    CUDA in half precision without dropout uses the packed kernel; everything else `scaled_dot_product_attention`, once
+    per group. `dropout`, of the attention weights, makes the CPU build the whole [N, H, L, L] matrix.
     """
     T, _, H, K = qkv_T3HK.shape
     if dropout == 0 and devices.has_packed_attention(qkv_T3HK.device, qkv_T3HK.dtype):

@@ -1,8 +1,7 @@
 """Pools token vectors into one vector per sequence.
 
 Sums accumulate in float32 (float64 stays float64), sequence by sequence, so a text's vector does not depend on its
-neighbours in the batch. To add a pooling, write a function of `Tokens`, or a module of it that takes the hidden size
-(its weights train, are saved and count in every fingerprint), and name it in `POOLINGS`.
+neighbours in the batch. A pooling with weights is a module; they train, are saved and count in every fingerprint.
 
     embedding_BD = Pooling(("mean",), hidden_size=384)(hidden_TD, packed)
 
@@ -20,9 +19,8 @@ from .packing import Packed
 class Tokens:
     """The token vectors of a batch, in float32 or float64, and which sequence each belongs to.
 
-    `vectors_TD`, `sequence_T` and `position_T` (from 0 at the sequence's start) leave the prompt out where
-    `packed.prompt_lengths` says so. `all_TD`, `first_B` and `last_B`: all vectors, and which are the first (after the
-    prompt, unless nothing follows) and the last of each sequence.
+    `vectors_TD`, `sequence_T` and `position_T` (from 0 at the sequence's start) leave out the prompt that pooling does
+    not count. `all_TD`: all vectors, of which `first_B` (after the prompt, unless nothing follows) and `last_B`.
     """
 
     def __init__(self, hidden_TD: Tensor, packed: Packed):
@@ -101,7 +99,7 @@ class Attention(nn.Module):
         return tokens.mean((score_T1 - shift_T1).exp())
 
 
-# Name: a function, or a class of nn.Module that is built from the hidden size. The first six, and their numerics, are
+# Name: a function, or a module class, built from the hidden size. The first six, and their numerics, are
 # sentence-transformers' (6.2, sentence_transformer/modules/pooling.py).
 POOLINGS: dict[str, Callable[[Tokens], Tensor] | type[nn.Module]] = {
     "cls": first,

@@ -34,11 +34,11 @@ class Tokenizer:
         steps = backend.normalizer if isinstance(backend.normalizer, normalizers.Sequence) else [backend.normalizer]
         if lower_case and not any(isinstance(step, Lowercase) for step in steps):  # `save` writes one
             backend.normalizer = normalizers.Sequence([Lowercase(), *filter(None, [backend.normalizer])])
-        self.max_length = max_length
+        self.truncate(max_length)
 
     @classmethod
     def load(cls, folder: Path, config: dict, *, max_length: int, lower_case: bool = False) -> "Tokenizer":
-        """Reads tokenizer.json; `config`: the content of tokenizer_config.json."""
+        """Reads tokenizer.json; `config` is what tokenizer_config.json holds."""
         path = folder / TOKENIZER_FILE
         if not path.is_file():
             raise ValueError(f"{folder}: no {TOKENIZER_FILE} (the format of Hugging Face tokenizers)")
@@ -48,20 +48,14 @@ class Tokenizer:
             raise ValueError(f"{path}: not a tokenizer ({' '.join(str(error).split())[:200]})") from None
         return cls(backend, config, max_length=max_length, lower_case=lower_case)
 
-    @property
-    def max_length(self) -> int:
-        return self._max_length
-
-    @max_length.setter
-    def max_length(self, value: int) -> None:
+    def truncate(self, max_length: int) -> None:
+        """Cuts texts to `max_length` tokens from now on."""
         num_special = self.backend.num_special_tokens_to_add(False)
-        if value <= num_special:
-            raise ValueError(f"max_length is {value}, expected more than the {num_special} special tokens of a text")
-        self._max_length = value
-        self._truncate()
-
-    def _truncate(self) -> None:
-        self.backend.enable_truncation(self._max_length, direction=self.config.get("truncation_side", "right"))
+        if max_length <= num_special:
+            expected = f"more than the {num_special} special tokens of a text"
+            raise ValueError(f"max_length is {max_length}, expected {expected}")
+        self.max_length = max_length
+        self.backend.enable_truncation(max_length, direction=self.config.get("truncation_side", "right"))
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text with its special tokens, cut to `max_length`."""
@@ -87,8 +81,7 @@ class Tokenizer:
             passages: (size, stride): the most tokens of a window, special tokens and prompt included, and the tokens of
                 text from the start of one window to the next. If a window holds fewer, the next starts where it ends,
                 so every token is in a window.
-            prompt: put in front of every window. If its last token merges with the start of a text, that token counts
-                as the text's.
+            prompt: put in front of each window. A last token that merges with the start of a text counts as the text's.
         """
         try:
             size, stride = map(operator.index, passages)
@@ -115,7 +108,7 @@ class Tokenizer:
         try:
             return self.backend.encode_batch_fast(check_texts(texts), add_special_tokens=special)
         finally:
-            self._truncate()
+            self.truncate(self.max_length)
 
     def prompt_length(self, prompt: str) -> int:
         """The number of tokens in front of a text: those of `prompt` and the special tokens before it."""
@@ -160,10 +153,7 @@ def _cut(ids: list[int], special: list[int], prompt_ids: list[int], size: int, s
 
 
 def _configure(backend: tokenizers.Tokenizer, config: dict) -> None:
-    """Applies tokenizer_config.json, from which BERT tokenizers take lower case, accents and CJK.
-
-    Source: transformers 5.23, `models/bert/tokenization_bert.py`.
-    """
+    """Applies tokenizer_config.json. Source: transformers 5.23, `models/bert/tokenization_bert.py`."""
     if config.get("tokenizer_class", "BertTokenizer").startswith("BertTokenizer"):
         backend.normalizer = normalizers.BertNormalizer(
             clean_text=True,
