@@ -49,13 +49,9 @@ class Base(NamedTuple):
 
 
 class Adapter(nn.Module):
-    """Maps on the vectors of queries and documents; None leaves them unchanged.
+    """Maps on the vectors of queries and documents; None leaves them unchanged, one object given twice is shared.
 
-    Args:
-        query, document: pass the same object twice for one shared map.
-        base: the model whose vectors they are for; None: unknown.
-        normalize: `transform` returns unit vectors, as models with cosine similarity do.
-
+    `base` is the model whose vectors they are for (None: unknown). With `normalize`, `transform` returns unit vectors.
     Raises `ValueError` when there is no map, or when outputs cannot be compared, such as queries of 128 features with
     documents that keep their 384.
     """
@@ -74,8 +70,7 @@ class Adapter(nn.Module):
             raise ValueError(f"features in and out are {q} of queries, but {d} of documents")
         if base is not None and base.dim != self.in_features:
             raise ValueError(f"the base {base.name} has {base.dim} features, the adapter takes {self.in_features}")
-        # Filled in by `fit_adapter`.
-        self.history: list[dict[str, Any]] = []
+        self.history: list[dict[str, Any]] = []  # this and `costs` are filled in by `fit_adapter`
         self.costs: dict[str, Any] = {}
 
     @property
@@ -127,13 +122,10 @@ class Adapter(nn.Module):
                 raise ValueError(f"the adapter is for {bases}: other weights, lengths or prompts")
 
     def save(self, folder: str | Path, *, format: str = "embedft", base: Base | None = None) -> None:
-        """Writes the adapter to a folder, each file atomically, the configuration last.
+        """Writes the adapter to a folder, each file atomically, the configuration last; `base` replaces its own.
 
-        Args:
-            format: "embedft" (adapter.safetensors, adapter.json), or "llamaindex" (config.json and a pickled
-                pytorch_model.bin), which holds a linear or two-layer map of queries and does not name the base.
-            base: replaces the adapter's own.
-
+        `format` is "embedft" (adapter.safetensors, adapter.json), or "llamaindex" (config.json and a pickled
+        pytorch_model.bin), which holds a linear or two-layer map of queries and does not name the base.
         Raises `ValueError` for a format that is unknown or cannot hold this adapter.
         """
         if format not in FORMATS:
@@ -191,16 +183,13 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Says which file lacks a field, or has a wrong one."""
+    """Names the file that lacks a field, or has a wrong one."""
     try:
         yield
     except KeyError as error:
         raise ValueError(f"{path}: no {error}") from None
     except (ValueError, TypeError, safetensors.SafetensorError) as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-# The formats as (configuration, tensors) of our own.
 
 
 def _read(config: dict[str, Any], weights: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

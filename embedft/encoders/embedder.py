@@ -282,8 +282,7 @@ class Embedder(nn.Module):
     def space(self, role: str, *, texts: str = "texts") -> Space:
         """The space, in a `Store`, of the encoder's full vectors: before an adapter maps them and before they are cut.
 
-        Its fingerprint is taken anew each time, so no training step is missed; weights that look the same are not
-        hashed again. `texts`: "token ids" for the windows of passages.
+        Its fingerprint is taken anew each time, so no training step is missed. `texts`: "token ids" for windows.
         """
         found = self._fingerprint(role, precision=precision(self.device), texts=texts)
         roles = " and ".join(other for other in ROLES if self.prompt(other) == self.prompt(role))

@@ -55,8 +55,7 @@ def load_embedder(
         revision: commit, tag or branch on the hub.
         store: a Store or its folder, where `encode` keeps vectors.
         adapter: an Adapter or its folder; None: the one saved with the model, if any.
-        options: for "openai:MODEL" only, which takes no device, dtype, max_length or revision: base_url, price,
-            max_cost and the other options of `Endpoint`.
+        options: of `Endpoint`, such as price, for "openai:MODEL", which takes no device, dtype, max_length or revision.
 
     Raises `ValueError` naming what is missing from the folder or unknown in it, or an argument the model cannot use.
     """
@@ -151,8 +150,7 @@ def _packaged_folder(module: str, place: str, sha256: str) -> Path | None:
 
 def _hub_folder(name: str, revision: str | None, *, local_files_only: bool) -> Path | None:
     """The snapshot's folder in the hub's cache; None if only the cache was asked and it lacks the model."""
-    # Imported here because it takes a third of a second that a local folder does not need.
-    import huggingface_hub
+    import huggingface_hub  # here because it takes a third of a second that a local folder does not need
     from huggingface_hub import errors, utils
 
     # Raised since version 1 when a connection is lost for good; before that, an OSError.

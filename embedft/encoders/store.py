@@ -71,7 +71,7 @@ class StoredSpace(NamedTuple):
 
 def text_keys(texts: Sequence[str]) -> np.ndarray:
     """The key of each text, [N, 2] little-endian 64-bit words: 16 bytes of its BLAKE2b. Raises as `check_texts`."""
-    # 16 of the 24 that version 1 stored; `Rows` compares 12: two of 10^9 texts share them with a probability of 10^-11.
+    # `Rows` compares 12 of them: two of 10^9 texts share those with a probability of 10^-11.
     digests = (blake2b(text.encode(), digest_size=24).digest()[:16] for text in check_texts(texts))
     return np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2)
 
@@ -147,10 +147,9 @@ class Store:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{folder}: is a file, expected the folder of a store")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.hits = self.misses = 0
+        self.hits, self.misses, self._said_waiting = 0, 0, False
         self._opened: dict[str, Rows] = {}
         self._turns: set[str] = set()
-        self._said_waiting = False
         if any(self.folder.glob("*/space.json")):
             raise ValueError(f"{folder}: an earlier embedft wrote it (version 1); choose another folder, or delete it")
 
@@ -163,12 +162,12 @@ class Store:
     ) -> np.ndarray:
         """Computes and stores what is missing; returns the row of each text, [N] int64.
 
-        Processes that fill the same space take turns, a slice of `slice_texts` each, so `compute` (M texts -> [M, D])
-        is called once with each missing text. A kill loses one slice. Raises `ValueError` for a text that is not valid
-        UTF-8, vectors of the wrong shape or not finite (naming the row of `texts`), damaged files.
+        Processes that fill the same space take turns, `slice_texts` at a time, so `compute` (M texts -> [M, D]) sees
+        each missing text once. A kill loses one slice. Raises `ValueError` for a text that is not valid UTF-8, vectors
+        of the wrong shape or not finite (naming the row of `texts`), damaged files.
         """
         keys_N2, misses = text_keys(texts), self.misses
-        opened = self._look(space)
+        opened = self._rows(space)
         found_N, missing = opened.find(keys_N2), {}
         for row in np.flatnonzero(found_N < 0).tolist():
             missing.setdefault(texts[row], row)
@@ -176,7 +175,7 @@ class Store:
         for start in range(0, len(missing), slice_texts):
             with self.turn(space):
                 rows = first_rows[start : start + slice_texts]
-                rows = rows[self._look(space).find(keys_N2[rows]) < 0]  # another process may have added some
+                rows = rows[self._rows(space).find(keys_N2[rows]) < 0]  # another process may have added some
                 if len(rows):
                     vectors_MD = np.ascontiguousarray(compute([texts[row] for row in rows.tolist()]), VECTOR_TYPE)
                     if vectors_MD.shape != (len(rows), space.dim):
@@ -188,7 +187,7 @@ class Store:
             self.misses += len(rows)
         self.hits += len(texts) - (self.misses - misses)
         if missing:
-            found_N = self._look(space).find(keys_N2)
+            found_N = self._rows(space).find(keys_N2)
             if (found_N < 0).any():
                 raise ValueError(f"{self.folder}: another process removed texts of {space.name} while it was filled")
         elif opened.version and time.time() - opened.last_used > 60:
@@ -198,7 +197,7 @@ class Store:
 
     def read(self, space: Space, rows: np.ndarray) -> np.ndarray:
         """Vectors of the rows that `find` or `fill` returned, [len(rows), D] float32. Raises for damage."""
-        opened, rows_N = self._opened.get(space.fingerprint) or self._look(space), np.asarray(rows, dtype=np.int64)
+        opened, rows_N = self._opened.get(space.fingerprint) or self._rows(space), np.asarray(rows, dtype=np.int64)
         if rows_N.size and not 0 <= rows_N.min() <= rows_N.max() < len(opened):
             raise ValueError(f"{self.folder}: rows are {min(rows_N)} to {max(rows_N)}, expected 0 to {len(opened) - 1}")
         vectors_ND = np.asarray(opened.vectors)[rows_N]
@@ -209,7 +208,7 @@ class Store:
 
     def find(self, space: Space, texts: Sequence[str]) -> np.ndarray:
         """The row of each text, [N] int64, -1 where it is not stored. Sees what other processes have added."""
-        return self._look(space).find(text_keys(texts))
+        return self._rows(space).find(text_keys(texts))
 
     @contextlib.contextmanager
     def turn(self, space: Space) -> Iterator[None]:
@@ -229,12 +228,11 @@ class Store:
             print(f"{self.folder}: waiting for {holder}, which computes vectors of the same model", file=sys.stderr)
         self._said_waiting = True
 
-    def _look(self, space: Space) -> Rows:
+    def _rows(self, space: Space, database: sqlite3.Connection | None = None) -> Rows:
         """The rows of a space as they are now."""
-        with self._transaction() as database:
-            return self._rows(space, database)
-
-    def _rows(self, space: Space, database: sqlite3.Connection) -> Rows:
+        if database is None:
+            with self._transaction() as database:
+                return self._rows(space, database)
         sql = "SELECT id, num_repairs, dim, last_used FROM spaces WHERE fingerprint = ?"
         *version, dim, last_used = database.execute(sql, (space.fingerprint,)).fetchone() or (space.dim, 0.0)
         version = tuple(version) or None
@@ -270,8 +268,8 @@ class Store:
             rows = database.execute(LIST_SPACES).fetchall()
         found = {}
         for identity, fingerprint, dim, description, last_used, num_texts, num_bytes in rows:
-            space = Space(fingerprint, dim, json.loads(description))
             num_bytes += size_of(self._path(fingerprint, identity))
+            space = Space(fingerprint, dim, json.loads(description))
             found[space.name] = StoredSpace(space, num_texts, num_bytes, last_used)
         return dict(sorted(found.items()))
 
