@@ -394,9 +394,9 @@ def test_mined_anew_in_training(tmp_path):
         ({"relative_margin": -0.1}, "relative_margin is -0.1, expected at least 0"),
         ({"absolute_margin": float("nan")}, "absolute_margin is nan, expected at least 0"),
         ({"relative_margin": float("inf")}, "relative_margin is inf, expected at least 0"),
-        ({"min_score": float("nan")}, "max_score is None, expected at least min_score, nan"),
-        ({"max_score": float("nan")}, "max_score is nan, expected at least min_score, None"),
-        ({"min_score": 0.5, "max_score": 0.4}, "max_score is 0.4, expected at least min_score, 0.5"),
+        ({"min_score": float("nan")}, "max_score is None, expected at least min_score, which is nan"),
+        ({"max_score": float("nan")}, "max_score is nan, expected at least min_score, which is None"),
+        ({"min_score": 0.5, "max_score": 0.4}, "max_score is 0.4, expected at least min_score, which is 0.5"),
         ({"passages": (6, 4)}, r"passages is \(6, 4\): Vectors cannot cut documents into windows"),
     ],
 )

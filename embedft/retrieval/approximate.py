@@ -1,4 +1,4 @@
-"""FAISS's indices, which find most of the nearest neighbors sooner than exact search.
+"""FAISS indices, which find most of the nearest neighbors faster than exact search.
 
     index = FaissIndex(documents, "hnsw,efSearch=128")         # a preset and a parameter of `faiss.ParameterSpace`
     index = FaissIndex(documents, "IVF1024,SQ8,nprobe=32")     # any string for FAISS's index_factory
@@ -29,9 +29,9 @@ LEAST_PER_LIST, TRAINED_PER_LIST, LEAST_PQ, TRAINED_PQ = 39, 64, 256, 65_536
 class FaissIndex(Index):
     """A FAISS index over an array or memory map of any float type, by inner product.
 
-    It is trained on a sample and filled in slices, which is the memory it needs besides itself. The seed draws the
-    sample and starts k-means; HNSW links documents in several threads at once, so no two of its graphs are quite alike.
-    `factory` and `parameters` are FAISS's description, e.g. "IVF4000,Flat" and "nprobe=16". Errors: see `check_index`.
+    It is trained on a sample and filled slice by slice, and needs no other memory. The seed draws the sample and starts
+    k-means; HNSW links documents in several threads at once, so no two of its graphs are quite alike. `factory` and
+    `parameters` describe it to FAISS, e.g. "IVF4000,Flat" and "nprobe=16". Errors: see `check_index`.
     """
 
     def __init__(self, embeddings_ND: np.ndarray, name: str, *, seed: int = 0):
@@ -60,7 +60,7 @@ class FaissIndex(Index):
         return sum(sizes) / len(self)
 
     def _search(self, queries_QD: np.ndarray, depth: int) -> Found:
-        """Some documents may be missed; where fewer than `depth` are found, the rest is -inf and -1."""
+        """May miss some documents; if it finds fewer than `depth`, the rest is -inf and -1."""
         with _refusals(self.name, self.dim):
             return first_of(*self._index.search(queries_QD, min(depth, len(self))), depth)
 

@@ -25,13 +25,13 @@ Tokenize = Callable[[list[str]], Sequence[Sequence[Token]]]
 
 
 class Bm25Index:
-    """Documents as tokens, read once so that a generator works too, ready to be scored:
+    """An inverted index over tokenized documents, which may come from a generator.
 
     score(query, document) = sum over the query's tokens t, repetitions included, of
     idf(t) * tf / (tf + k1 * (1 - b + b * length / mean length)), where idf(t) = ln(1 + (N - n + 0.5) / (n + 0.5)).
 
     tf: occurrences of t in the document; n: how many of the N documents contain t; length: the document's tokens; k1:
-    how fast occurrences stop counting (0: only presence does); b: how much long documents are penalised, 0 to 1. This
+    how fast repetition stops counting (0: only presence counts); b: how much length is penalized, 0 to 1. This
     is Lucene's form, without the constant factor k1 + 1 and with exact lengths: scores are never negative.
     `slice_tokens`, sorted at a time, bounds memory.
 

@@ -91,7 +91,7 @@ def evaluate_run(
     metrics: Sequence[Metric] | None = None,
     gain: Gain = "binary",
 ) -> Report:
-    """Measures a run from anywhere. A query with relevant documents that the run lacks counts as found nothing.
+    """Measures a run from any source. Queries with relevant documents that the run lacks count as finding nothing.
 
     Args:
         dataset_or_qrels: qrels as {query id: {document id: grade}}, or a dataset, whose ids are then checked too.
@@ -130,8 +130,8 @@ def _data_setting(dataset: RetrievalDataset) -> dict[str, Any]:
 
 
 def question_clusters(query_ids: Sequence[str], qrels: Qrels) -> list[str]:
-    """The cluster of each query, named by its smallest relevant document: queries that share one, directly or through
-    others, are in one cluster."""
+    """The cluster of each query: those that share a relevant document, directly or through others, are in one, which
+    is named by its smallest relevant document."""
     relevant = [[document_id for document_id, grade in qrels[query_id].items() if grade > 0] for query_id in query_ids]
     smallest = connected_components((first, other) for first, *others in relevant for other in (first, *others))
     return [smallest[document_ids[0]] for document_ids in relevant]

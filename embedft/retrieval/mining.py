@@ -3,8 +3,8 @@
     dataset = mine(embedder, dataset, ranks=(10, 100), num_negatives=4, seed=0)
     finetune(embedder, dataset, FinetuneConfig(num_negatives=4), out="runs/mined")
 
-Unjudged answers rank highest, and training on such false negatives does harm. So `ranks` skips the first documents, and
-the margins require a negative to score clearly below the known answers.
+Unjudged answers rank highest, and training on such false negatives hurts. So `ranks` skips the first documents, and
+margins require negatives to score clearly below the known answers.
 
 Candidates for a query are the documents at `ranks` in an exact search of the corpus, except the query's own id and
 those whose text is the query's, that of a relevant document, of a negative that the query keeps, or of an earlier
@@ -71,7 +71,7 @@ def mine(
         ("sampling", sampling, sampling in SAMPLINGS, f"one of {', '.join(SAMPLINGS)}"),
         ("absolute_margin", absolute_margin, 0 <= (absolute_margin or 0) < math.inf, "at least 0"),
         ("relative_margin", relative_margin, 0 <= (relative_margin or 0) < math.inf, "at least 0"),
-        ("max_score", max_score, low <= high, f"at least min_score, {min_score}"),
+        ("max_score", max_score, low <= high, f"at least min_score, which is {min_score}"),
     ):
         if not valid:
             raise ValueError(f"{name} is {value!r}, expected {expected}")

@@ -23,8 +23,8 @@ class WindowIndex(Index):
         windows_WD: not copied if a writable float32 array.
         source_W: the document of each window: from 0, ascending, none left out.
         candidates: an index over the same windows. Its results are widened, by doubling, until they contain `depth`
-            documents, of which all windows are then scored exactly. If it has no more results before that (lists that
-            are not probed), the query is scored against every document.
+            documents, whose windows are then all scored exactly. If it runs out of results before that (as when IVF
+            probes few lists), the query is scored against every document.
         block_scores: window scores held at a time, 64 MB in float32.
     """
 

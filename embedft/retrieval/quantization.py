@@ -9,7 +9,7 @@
 | int8 | D | query . decoded vector, the ranges taken from the documents |
 | binary | ceil(D / 8) | Hamming distance of signs selects 4 x depth documents, query . signs (+1, -1) orders them |
 
-Queries stay float32. Nothing is rescored with vectors finer than the stored ones. Product quantization is FAISS's.
+Queries stay float32, and scores never use more precise vectors than those stored. For product quantization see FAISS.
 
 Source: Shakir et al. 2024, "Binary and Scalar Embedding Quantization"; Yamada et al. 2021, section 3 (rescored binary);
 Kusupati et al. 2022, section 4.3.1 (adaptive). Shapes: Q queries, N documents, D dimensions, B = ceil(D / 8) bytes.

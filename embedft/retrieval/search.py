@@ -4,16 +4,16 @@
     searcher = Searcher(embedder, dataset, depth=5, passages=(128, 64), index="hnsw")     # encodes and indexes once
     run = searcher.search({"q1": "what is a limit order?"})                               # as often as you like
 
-A setting is
+A setting consists of
 
-- dim: leading dimensions to keep; None: as many as the embedder gives;
-- precision: float32, int8 or binary, as what vectors are stored (quantization.py);
-- index: "flat" (every document); hnsw, ivf, ivfpq or a factory string of FAISS, with parameters as in
+- dim: how many leading dimensions to keep; None: as many as the embedder returns;
+- precision: how vectors are stored: float32, int8 or binary (quantization.py);
+- index: "flat" (every document); hnsw, ivf, ivfpq or a FAISS factory string, with parameters as in
   "hnsw,efSearch=128" (approximate.py); or "adaptive-64": 64 dimensions find 4 x `depth` documents, all order them;
 - passages: (size, stride) in tokens: documents are cut into windows and scored by the best one; None: whole documents.
 
-int8 and binary work with flat, hnsw and ivf; the last two search what the codes stand for, so speed is not theirs.
-With passages an index other than flat finds windows, and all windows of their documents are scored (not adaptive).
+int8 and binary work with flat, hnsw and ivf; hnsw and ivf then search the decoded vectors, so they are no faster. With
+passages, an index other than flat finds windows, and every window of their documents is scored (not with adaptive).
 
 Shapes: Q queries, N documents or windows, W dimensions of the model, D of them kept.
 """
@@ -38,7 +38,7 @@ HOLD_VECTORS = ("hnsw", "ivf")  # FAISS's indices that hold vectors as they are,
 
 
 class Setting(NamedTuple):
-    """How a corpus is searched, see above."""
+    """How to search a corpus, see above."""
 
     dim: int | None = None
     precision: str = "float32"
@@ -142,8 +142,8 @@ def search_grid(
 ) -> Iterator[tuple[Run, dict, dict[str, float]]]:
     """The run of each setting in order, what a report says of the setting, and its costs.
 
-    Settings with the same passages in a row share one encoding of the corpus. Exact search goes slice by slice, as
-    documents are encoded, at every dim; other settings are measured against it, and only for them are vectors kept.
+    Consecutive settings with the same passages share one encoding of the corpus. Exact search runs at every dim, slice
+    by slice as documents are encoded; other settings are compared with it, and vectors are kept only for them.
     """
     require_depth(depth)
     check_settings(embedder, settings, num_documents=len(dataset.corpus))

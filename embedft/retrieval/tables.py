@@ -122,10 +122,10 @@ def grid_base(reports: Sequence[Report]) -> Report:
 
 
 def format_grid(reports: Sequence[Report], *, metric: str = "ndcg@10", style: Style = "markdown") -> str:
-    """A row per setting: quality, its difference from `grid_base` (see `compare`; Holm over all rows), and costs:
+    """A row per setting: quality, its difference from `grid_base` (see `compare`; Holm over all rows) and costs.
 
-    the share of the first 10 documents of exact search that are found ("of exact"), queries per second of search (in
-    CSV only if it took less than 0.1 seconds), bytes per document and seconds to build the index.
+    Costs are the share of exact search's first 10 documents that are found ("of exact"), queries per second (only in
+    CSV if search took less than 0.1 seconds), bytes per document and seconds to build the index.
     """
     if not reports:
         raise ValueError("no reports for a table")
