@@ -88,7 +88,7 @@ def test_equal_scores_say_nothing():
     assert fuse([close], method="zscore").to_dict() == {"q": {"a": 0.0, "b": 0.0}}
 
 
-def test_queries_and_documents_are_united():
+def test_queries_and_documents_of_all_runs_are_kept():
     first = Run(["q2", "q1"], ["b", "unused", "a"], np.array([[0], [2]]), np.ones((2, 1)))
     second = Run.from_dict({"q3": {"c": 1.0}, "q1": {"c": 1.0}, "empty": {}})
     fused = fuse([first, second])
@@ -143,7 +143,7 @@ def test_the_order_of_runs_and_the_scale_of_weights_change_no_ranking(method):
     assert {query: list(row) for query, row in scaled.items()} == {query: list(row) for query, row in fused.items()}
 
 
-def test_documents_that_change_places_tie():
+def test_documents_that_swap_places_tie():
     # Ranks 1, 2, 3 and 3, 1, 2 in three runs: the same three numbers, whatever the order they are added in.
     runs = [Run.from_dict({"q": dict(zip(order, (3.0, 2.0, 1.0), strict=True))}) for order in ("zya", "ayz", "yza")]
     (row,) = fuse(runs, k=2).to_dict().values()
@@ -156,7 +156,7 @@ def test_documents_that_change_places_tie():
         assert len(set(row.values())) == 1
 
 
-def test_z_scores_take_no_notice_of_scale_and_place():
+def test_z_scores_ignore_scale_and_shift():
     rng = np.random.default_rng(2)
     first, second = random_run(rng), random_run(rng)
     moved = Run(second.query_ids, second.document_ids, second.indices, second.scores * 1024 - 4096)
@@ -165,7 +165,7 @@ def test_z_scores_take_no_notice_of_scale_and_place():
         assert other[query] == pytest.approx(row, abs=1e-9)
 
 
-def test_runs_are_left_as_they_were_and_float32_is_fine():
+def test_runs_are_not_changed_and_may_be_float32():
     scores = np.array([[0.75, 0.5]], dtype=np.float32)
     run = Run(["q"], ["a", "b"], np.array([[1, 0]]), scores.copy())
     fused = fuse([run, run], method="zscore")
@@ -205,7 +205,7 @@ def test_refuses(runs, options, message):
 # The weight of two runs.
 
 
-def test_the_weight_by_hand():
+def test_choose_weight_by_hand():
     # q1's answer a leads in the first run, q2's answer d in the second; in the other run each is the last of two.
     # z is 1 and -1, so the answer of q1 has w - (1 - w) = 2w - 1 and the other one 1 - 2w: q1 wants w > 1/2, and at
     # 1/2 the tie goes to the smaller id, a. q2 wants w < 1/2, and at 1/2 its answer d loses to c.
@@ -219,7 +219,7 @@ def test_the_weight_by_hand():
     assert choose_weight([first, second], {"q1": {"a": 1}, "q2": {"d": 1}}) == (0.5, 0.5)
 
 
-def test_the_weight_sees_as_deep_as_the_metric():
+def test_choose_weight_fuses_as_deep_as_the_metric_looks():
     first = Run.from_dict({"q": {"x": 4.0, "y": 3.0, "z": 2.0, "a": 1.0}})  # 1/4
     second = Run.from_dict({"q": {"x": 5.0, "y": 4.0, "z": 3.0, "v": 2.0, "a": 1.0}})  # 1/5
     for metric in ("mrr@10", "map"):  # v, lowest in the first run as a is, is ahead of a unless the second counts for 0
@@ -228,7 +228,7 @@ def test_the_weight_sees_as_deep_as_the_metric():
 
 
 @pytest.mark.parametrize("metric", ["mrr@10", "ndcg@3", "map", "hit_rate@1"])
-def test_the_weight_is_the_best_of_all(metric):
+def test_choose_weight_finds_the_best(metric):
     rng = np.random.default_rng(3)
     queries, documents = [f"q{i}" for i in range(60)], [f"d{j}" for j in range(20)]
     qrels = {query: {documents[i % 20]: 1} for i, query in enumerate(queries)}
@@ -272,6 +272,6 @@ def test_a_question_that_no_run_has_makes_no_difference():
         ([FIRST] * 2, {"metric": "f1@3"}, "f1"),
     ],
 )
-def test_choosing_refuses(runs, options, message):
+def test_choose_weight_refuses(runs, options, message):
     with pytest.raises(ValueError, match=message):
         choose_weight(runs, {"q": {"a": 1}}, **options)

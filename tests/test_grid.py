@@ -194,7 +194,7 @@ def test_a_grid_is_evaluate_of_each_setting_in_order(passages):
         assert (report.costs["build_seconds"] > 0) == (precision != "float32" or index != "flat")
 
 
-def test_dims_are_to_the_bit_what_the_embedder_gives(tmp_path):
+def test_dims_equal_the_embedders_to_the_bit(tmp_path):
     embedder, dataset = make_embedder(tmp_path / "model"), make_dataset(40, 30)
     ids = sorted(dataset.corpus)
     reports = evaluate_grid(embedder, dataset, dims=(None, 16, 5))
@@ -258,7 +258,7 @@ def test_a_report_can_be_saved(tmp_path):
         json.dumps(report.setting)
 
 
-def test_one_pair_of_numbers_is_one_setting_of_passages():
+def test_a_pair_of_numbers_is_one_passages_setting():
     embedder, dataset = random_data(most_windows=2)
     for passages in ((6, 3), [6, 3], [(6, 3)]):
         (report,) = evaluate_grid(embedder, dataset, passages=passages)
@@ -303,7 +303,7 @@ def test_windows_equal_naive_search(precision, index):
 
 @pytest.mark.parametrize("index", ["hnsw", "ivf"])
 @pytest.mark.parametrize("precision", ["int8", "binary"])
-def test_a_graph_and_lists_are_over_what_the_codes_stand_for(index, precision):
+def test_hnsw_and_ivf_index_decoded_vectors(index, precision):
     embedder, dataset = random_data(200, 9, 16)
     report = evaluate(embedder, dataset, precision=precision, index=index, depth=20)
     queries = np.concatenate([embedder.table[text] for text in dataset.queries.values()])
@@ -340,7 +340,7 @@ def test_recall_is_of_the_first_ten():
     assert report.setting["factory"] == "IVF30,Flat"
 
 
-def test_search_parameters_are_part_of_the_index():
+def test_search_parameters_are_part_of_the_index_name():
     embedder, dataset = random_data(900)
     one, all_lists = evaluate_grid(embedder, dataset, indices=("ivf,nprobe=1", "ivf,nprobe=23"), depth=20)
     assert (one.setting["index"], one.setting["factory"]) == ("ivf,nprobe=1", "IVF23,Flat")

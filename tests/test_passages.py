@@ -353,7 +353,7 @@ def test_all_windows_of_a_found_document_count():
     assert candidates.widths == [(1, 4)]
 
 
-def test_where_an_index_gives_no_more_every_document_is_scored():
+def test_every_document_is_scored_when_candidates_run_out():
     """Three documents are known and ten asked for."""
     queries, vectors, source = random_windows(2)
     candidates = Truncating(vectors, np.flatnonzero(source < 3))
@@ -417,7 +417,7 @@ def test_evaluate_over_passages(tiny):
     np.testing.assert_allclose(report.run.scores, scores, atol=1e-5)
 
 
-def test_texts_that_fit_are_evaluated_as_ever(tiny):
+def test_texts_that_fit_one_window_score_as_whole_texts(tiny):
     dataset = long_dataset()
     whole, cut = evaluate(tiny, dataset), evaluate(tiny, dataset, passages=(48, 40))
     assert cut.metrics == whole.metrics
@@ -456,7 +456,7 @@ def test_an_adapter_and_a_store(tiny_bert, tmp_path):
     assert np.abs(plain.run.scores - reports[0].run.scores).max() > 1e-3
 
 
-def test_passages_of_an_embedder_without(tiny):
+def test_passages_need_an_embedder_that_cuts_windows(tiny):
     class Plain:
         similarity = "cosine"
 

@@ -138,7 +138,7 @@ def test_reports_by_hand():
     assert [float(cell) for cell in row[1:]] == [report.metrics[name] for name in header[1:]]  # every digit
 
 
-def test_main_metrics_are_those_that_there_are():
+def test_main_metrics_are_the_available_ones():
     assert main_metrics(make_report([1, 3], ks=(2, 30, 7))) == ["hit_rate@30", "mrr@30", "ndcg@30", "map@100"]
     assert main_metrics(make_report([1, 3], ks=(5,))) == ["hit_rate@5", "mrr@5", "ndcg@5", "map@100"]
     chosen = {

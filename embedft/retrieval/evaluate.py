@@ -59,6 +59,7 @@ def evaluate_grid(
 
     ks, depth, metrics, gain: see `evaluate_run`. options: exclude_identical_ids and slice_documents, see `search`.
     Raises `ValueError` before the corpus is encoded for arguments that cannot work, listing all unsupported settings.
+    Source: Kusupati et al. 2022, section 4 (dims, adaptive retrieval); Shakir et al. 2024 (precisions).
     """
     select_metrics(metrics, ks=ks, depth=depth)  # raises before anything is encoded
     if passages is None or all(isinstance(number, int) for number in passages):

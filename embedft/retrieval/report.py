@@ -36,7 +36,7 @@ class Report:
     clusters: list[str]  # the cluster id of each query (`question_clusters`), for the statistics
     num_without_relevant: int  # queries left out because they have no relevant document
     setting: dict  # what was evaluated and how, as far as known: model, data_sha256, dim, precision, index, ...
-    costs: dict[str, float]  # as far as known, see search.py
+    costs: dict[str, float]  # seconds of each part, bytes_per_document and the like, as far as known
     run: Run  # the ranking of each query, in the order of query_ids
 
     def __post_init__(self):
