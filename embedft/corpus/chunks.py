@@ -28,11 +28,9 @@ SENTENCE_END = re.compile(
 )
 LAST_WORD = re.compile(r"[^\s\"'“‘(\[]*$")
 # Words whose period ends no sentence, besides single letters with periods ("U.S.", "J.", "e.g.").
-ABBREVIATION = re.compile(
-    r"approx|art|co|corp|cf|dept|dr|est|etc|figs?|inc|jr|ltd|messrs|mr|mrs|ms|mt|nos?|prof|pp|sec|sr|st|vol|vs"
-    r"|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec|(?:[^\W\d_]\.)*[^\W\d_]",
-    re.IGNORECASE,
-)
+ABBREVIATION = re.compile(r"""(?ix)
+    approx|art|co|corp|cf|dept|dr|est|etc|figs?|inc|jr|ltd|messrs|mr|mrs|ms|mt|nos?|prof|pp|sec|sr|st|vol|vs
+    |jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec | (?:[^\W\d_]\.)*[^\W\d_]""")
 # "Item 1A.", "Note 3.", and at the beginning of a line "1." and "iv.".
 NUMBERED = re.compile(r"(?:^|\b(?:item|note|section|article|exhibit|part)\s+)(?:\d{1,3}[a-z]?|[ivx]+)$", re.I)
 # The end of a page whose last sentence the next page continues.

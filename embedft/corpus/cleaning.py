@@ -21,24 +21,15 @@ from ..vectors import unit_rows
 from .prompts import asks, strip_numbering
 
 Dropped = dict[str, tuple[str, str]]  # {query id: (reason, what shows it: a phrase, a rank, the id of a text)}
-
 REPEATS, MIN_COPIED_WORDS = "repeats another query", 5
-PREAMBLE = re.compile(
-    r"(?:(?:sure|certainly|of course|okay|absolutely)\b[^:?]{0,40}?[!,.:]\s*)?"
-    r"(?:here (?:are|is)|below (?:are|is)|the following (?:are|is))\b[^:?]{0,120}\bquestions?\b[^:?]{0,120}:\s*",
-    re.IGNORECASE,
-)
-
+PREAMBLE = re.compile(r"""(?ix) (?:(?:sure|certainly|of\ course|okay|absolutely)\b[^:?]{0,40}?[!,.:]\s*)?
+    (?:here|below|the\ following)\ (?:are|is)\b[^:?]{0,120}\bquestions?\b[^:?]{0,120}:\s*""")
 # Words of the prompt's role or task.
-PROMPT = re.compile(
-    r"""\b(?: as\ an?\ (?:teacher|professor|instructor|educator|lecturer)\b
+PROMPT = re.compile(r"""(?ix)\b(?: as\ an?\ (?:teacher|professor|instructor|educator|lecturer)\b
       | (?:teacher|professor)s?\ ?(?:/|or)\ ?(?:teacher|professor) | your\ students?\b | quiz(?:zes)?\b
       | (?:diverse|exam|examination|test)\ questions?\b | questions?\ in\ an?\ exam
       | (?:upcoming|next)\ exam(?:ination)?\b
-      | (?:would\ you\ like|do\ you\ want|let\ me\ know)\b.*\bquestions?\b )""",
-    re.IGNORECASE | re.VERBOSE,
-)
-
+      | (?:would\ you\ like|do\ you\ want|let\ me\ know)\b.*\bquestions?\b )""")
 # Words that point at a text which a searcher does not see.
 TEXT = r"(?:text|passage|document|excerpt|article|paragraph|snippet|chunk|context)"
 SHOWN = r"(?:information|data|details|tables?|schedules?|statements?|figures?|definitions?|list|examples?|content)"
@@ -53,8 +44,7 @@ NOT_TO_SOMEBODY = (
     r"(?!\ (?:to|by|in|under|on|with|for|at|through|during|pursuant|within|that|as)\b"
     rf"(?!\ (?:the|this)\ {TEXT}\b))"
 )
-SOURCE = re.compile(
-    rf"""\b(?: context\ information\b
+SOURCE = re.compile(rf"""(?ix)\b(?: context\ information\b
       | (?:the|this)\ (?!context\b){TEXT}\b {OTHER_THING}
       | (?:the|from|per)\ context(?:\ information)?\b {OTHER_CONTEXT}
       | (?:the|this|these|from|in|on|under|to|per|using)\ (?:given|provided|above)
@@ -67,10 +57,7 @@ SOURCE = re.compile(
       | (?<!be\ )(?:mentioned|described|discussed)(?=[.,;?!]|$)
       | (?:in|from|on|according\ to|per)\ the\ (?:table|chart|figure|graph)s?\b (?!\ of\ (?!contents))
       | (?:the|this)\ authors?\b (?=['’,]|\ (?:say|state|argue|mention|suggest|mean|of\ (?:the|this)\ {TEXT}))
-      | according\ to\ the\ author\b | (?:the|a)\ previous\ question\b )""",
-    re.IGNORECASE | re.VERBOSE,
-)
-
+      | according\ to\ the\ author\b | (?:the|a)\ previous\ question\b )""")
 # The marks in a question that carry meaning: separators in numbers, a sign before one, percent, C#, R&D.
 MARK = re.compile(r"(?<=\d)[.,:/](?=\d)|(?<!\S)-(?=[\d$€£])|[%#&@]|([^\w\s])")
 # Not a capital A, which names things (Class A stock), unless it comes first.

@@ -19,21 +19,17 @@ from .pdf import PdfText, read_pdfs
 
 MARKDOWN = (".md", ".markdown")
 SUFFIXES = (".pdf", ".txt", ".text", *MARKDOWN)
-
 FENCED_BLOCK = r"^[ \t]*(?P<fence>`{3,}|~{3,})[^\n]*(?:\n.*?^[ \t]*(?P=fence)[`~]*[ \t]*$|.*\Z)"
 BLOCK = re.compile(rf"{FENCED_BLOCK}|^[^\n]*$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(rf"{FENCED_BLOCK}|(?<!`)(?P<ticks>`+)(?!`)(?:(?!\n\s*\n).)+?(?<!`)(?P=ticks)(?!`)", re.M | re.S)
 HEADING = re.compile(r" {0,3}(#{1,6})(?:\s|$)")
 UNDERLINE = re.compile(r" {0,3}(=+|-{2,})[ \t]*")
 NO_TITLE = re.compile(r"\s*$| {4}|\s*(?:[-*+>|#]|\d+[.)]\s)")  # an underline makes no heading of such a line
-HTML = re.compile(
-    r"""<!--.*?(?:-->|\Z) | <(?P<raw>script|style)\b.*?(?:</(?P=raw)\s*>|\Z)
+HTML = re.compile(r"""(?isx) <!--.*?(?:-->|\Z) | <(?P<raw>script|style)\b.*?(?:</(?P=raw)\s*>|\Z)
       | </?(?: a|abbr|b|bdi|bdo|big|button|cite|code|data|del|dfn|em|font|i|iframe|img|input|ins|kbd|label|mark|nobr
           |picture|q|s|samp|small|source|span|strike|strong|sub|sup|svg|path|time|tt|u|var|video|wbr
         | (?P<block>address|article|aside|blockquote|br|center|dd|details|div|dl|dt|figcaption|figure|footer|form|h[1-6]
-          |header|hr|li|main|nav|ol|p|pre|section|summary|table|tbody|td|tfoot|th|thead|tr|ul) )(?:\s[^<>]*)?/?>""",
-    re.DOTALL | re.IGNORECASE | re.VERBOSE,
-)
+          |header|hr|li|main|nav|ol|p|pre|section|summary|table|tbody|td|tfoot|th|thead|tr|ul) )(?:\s[^<>]*)?/?>""")
 
 
 class Page(NamedTuple):

@@ -31,41 +31,28 @@ SCHEMA = {"type": "object", "properties": PROPERTIES, "required": [*PROPERTIES],
 RESPONSE_FORMAT = {"type": "json_schema", "json_schema": {"name": "questions", "strict": True, "schema": SCHEMA}}
 
 # Everything before the last of these is thought, or the header of a role.
-END_OF_THOUGHT = re.compile(
-    r"</(?:\w+:)?(?:think|thinking|thoughts?|reason|reasoning|reflection|analysis|scratchpad)\s*>|\[/THINK\]|◁/think▷"
-    r"|<\|(?:message|end_header_id|end\w*_(?:thought|thinking))\|>",
-    re.IGNORECASE,
-)
+END_OF_THOUGHT = re.compile(r"""(?ix)
+    </(?:\w+:)?(?:think|thinking|thoughts?|reason|reasoning|reflection|analysis|scratchpad)\s*> | \[/THINK\] | ◁/think▷
+    | <\|(?:message|end_header_id|end\w*_(?:thought|thinking))\|>""")
 # Everything behind the first of these is a thought that never ends, or markup that a server left in.
-END_OF_REPLY = re.compile(
-    r"<(?:\w+:)?(?:think|thinking|reasoning|analysis)\s*>|\[THINK\]|◁think▷|<\|(?:start|begin)\w*_(?:thought|thinking)\|>"
-    r"|(?<=\S)\s*<\|\w+\|>",
-    re.IGNORECASE,
-)
-ROLE = re.compile(
-    r"(?:<\|\w+\|>)?[#*\s]*(?:assistant|model|ai|final answer|answer|output|response)[*\s]*(?::[*\s]*|\n)",
-    re.IGNORECASE,
-)
+END_OF_REPLY = re.compile(r"""(?ix)
+    <(?:\w+:)?(?:think|thinking|reasoning|analysis)\s*> | \[THINK\] | ◁think▷
+    | <\|(?:start|begin)\w*_(?:thought|thinking)\|> | (?<=\S)\s*<\|\w+\|>""")
+ROLE = re.compile(r"""(?ix) (?:<\|\w+\|>)?[#*\s]*
+    (?:assistant|model|ai|final\ answer|answer|output|response) [*\s]*(?::[*\s]*|\n)""")
 FENCE = re.compile(r"```(?:\w*[^\S\n]*\n)?(.*?)(?:```|\Z)", re.DOTALL)
 JSON_START = re.compile(r"""\{\s*["'}] | \[\s*["'{\[]""", re.VERBOSE)
 MAX_CHARACTERS = 1_000  # of a question
 STRING = re.compile(rf"""(["'])(.{{1,{MAX_CHARACTERS}}}?)(?<!\\)\1(?=\s*(?:[,:\]}}]|\Z))""", re.DOTALL)
-NUMBERING = re.compile(
-    r"""(?: [-*+•‣–—]\s+                                   # - What ...
-          | \#+\s+                                         # ## What ...
-          | \(?(?:\d{1,3}|[a-hA-H](?=\)))[.):]\**(?=\s|$)  # 1. What ...   (2) What ...   a) What ...   3: What ...
-          | \[\d{1,3}\][.:]?\s                             # [1] What ...
-          | (?:question|q)\s*\#?\d{0,3}\s*[.):]\**(?=\s|$) # Question 1: What ...   Q: What ...
-        )""",
-    re.VERBOSE | re.IGNORECASE,
-)
+NUMBERING = re.compile(r"""(?ix)
+    [-*+•‣–—]\s+ | \#+\s+                                # - What ...   ## What ...
+    | \(?(?:\d{1,3}|[a-hA-H](?=\)))[.):]\**(?=\s|$)      # 1. What ...   (2) What ...   a) What ...   3: What ...
+    | \[\d{1,3}\][.:]?\s                                 # [1] What ...
+    | (?:question|q)\s*\#?\d{0,3}\s*[.):]\**(?=\s|$)     # Question 1: What ...   Q: What ...
+    """)
 NO_QUESTION = re.compile(r"(?:question|q)\s*#?\d{0,3}|answer\s*#?\d{0,3}\s*[.):].*|a\d{0,3}\s*:.*", re.IGNORECASE)
 QUOTES = (("**", "**"), ("__", "__"), *('""', "''", "“”", "‘’", "«»", "``"))
-PREAMBLE = re.compile(
-    r"(?:sure|certainly|of course|absolutely|okay|ok|here (?:are|is)|here's|below are)\b[^?]*", re.IGNORECASE
-)
-
-
+PREAMBLE = re.compile(r"(?i)(?:sure|certainly|of course|absolutely|okay|ok|here (?:are|is)|here's|below are)\b[^?]*")
 # The words with which English asks.
 QUESTION_MARK = re.compile("[?？؟\u037e՞፧⁇¿]")
 AUXILIARY = r"(?:is|are|was|were|do|does|did|can|could|will|would|should|shall|has|have|had|must|might)"
@@ -81,13 +68,8 @@ IMPERATIVE = r"""(?: (?:explain|discuss|describe|define|compare|identify|calcula
         me|us|its|their|your|details?|specific|examples?|reasons?)\b )"""
 CLAUSE_OPENING = r"""(?:in|on|at|to|for|from|by|under|with|given|during|based|according|using|as|if|considering|after|
     before|when|per|regarding|concerning|assuming|additionally|also|then|finally|next|furthermore)\b"""
-ASKS = re.compile(
-    rf"""(?:^|[.!;:]["'”)]*\s+) (?:please\s+)?
-        (?: {INTERROGATIVE} | {IMPERATIVE}
-          | {CLAUSE_OPENING} (?:(?:[^,.!]|\.(?=\S))+,){{1,4}} \s*
-            (?:please\s+)? (?:{IMPERATIVE} | (?:what|why|how)\b) )""",
-    re.IGNORECASE | re.VERBOSE,
-)
+ASKS = re.compile(rf"""(?ix) (?:^|[.!;:]["'”)]*\s+) (?:please\s+)? (?: {INTERROGATIVE} | {IMPERATIVE}
+    | {CLAUSE_OPENING} (?:(?:[^,.!]|\.(?=\S))+,){{1,4}} \s* (?:please\s+)? (?:{IMPERATIVE} | (?:what|why|how)\b) )""")
 
 
 def fill_template(template: str, *, text: str, num_questions: int) -> str:

@@ -137,16 +137,9 @@ PACKAGES = ("torch", "numpy", "stdlib")
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 SKIPPED_FOLDERS = {"test", "tests", "testing", "idle_test", "lib2to3", "site-packages", "dist-packages"}
 SUMMARY_WORDS = range(4, 61)
-
 # What may come before the summary: blank lines, signatures, directives with the indented lines that belong to them.
-PREAMBLE = re.compile(
-    r"""(?: \ *\n
-          | [\w.]+\ ?\( (?:[^()]|\([^()]*\))* \) (?:\ *[-=]>.{1,40})? (?:\ *\#.*)? \n
-          | --\n
-          | \.\.\ .* (?:\n(?:\ .*)?)*
-        )*""",
-    re.VERBOSE,
-)
+PREAMBLE = re.compile(r"""(?x) (?: \ *\n | --\n | \.\.\ .* (?:\n(?:\ .*)?)*
+    | [\w.]+\ ?\( (?:[^()]|\([^()]*\))* \) (?:\ *[-=]>.{1,40})? (?:\ *\#.*)? \n )*""")
 # Lines that are not prose: they end the paragraph of the summary; a docstring that begins with one has none.
 NOT_PROSE = r"""\s* (?: $ | \.\.\  | >>> | \| | [-=~^*\#+]{3} | [-*+\#]+\  | \(?\d+[.)]\  | @\w
                       | :\w+[^:`\n]*:(?!`)                        # :param x:, but not :func:`x`
@@ -158,7 +151,6 @@ PROSE = re.compile(rf"(?!{NOT_PROSE}).+ (?:\n (?!{NOT_PROSE}).+)*", re.VERBOSE |
 ABBREVIATION = r"(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\bvs\.)(?<!\bcf\.)"
 SENTENCE_END = re.compile(rf"(?<=[.!?]){ABBREVIATION}\s+(?=[\"'`(*:]*[A-Z])")
 PIECE_END = re.compile(rf"(\n\s*\n|\n\ *(?=[A-Z])|{SENTENCE_END.pattern})")
-
 ROLE = re.compile(r":[\w:.+-]+:`")
 LITERAL = re.compile(r"`+~?([^`<]*[^`<\s])(?:\s*<[^`<>]*>)?`+_{0,2}")  # `x`, ``x``, `~x.y`, `text <target>`_
 EMPHASIS = re.compile(r"(?<![\w*])(\*{1,2})([^*\s](?:[^*]*[^*\s])?)\1(?![\w*])")
