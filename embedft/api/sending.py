@@ -62,7 +62,6 @@ class RateLimit:
 
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
-    window_seconds: float = 60.0
 
     def __post_init__(self) -> None:
         self.limits = (self.requests_per_minute or math.inf, self.tokens_per_minute or math.inf)
@@ -71,21 +70,20 @@ class RateLimit:
 
     def wait_seconds(self, now: float, tokens: int) -> float:
         """How long a request of so many tokens has to wait from `now`; 0 when it may go."""
-        while self.sent and self.sent[0][0] + self.window_seconds <= now:
+        while self.sent and self.sent[0][0] + 60 <= now:
             self.sent.popleft()
         ready, requests, room = max(self.next, now), self.limits[0] - 1, max(self.limits[1] - tokens, 0)
         for sent_at, size in reversed(self.sent):
             requests, room = requests - 1, room - size
             if min(requests, room) < 0:  # this one has to leave the window first
-                return max(ready, sent_at + self.window_seconds) - now
+                return max(ready, sent_at + 60) - now
         return ready - now
 
     def count(self, now: float, tokens: int) -> None:
-        """A request of so many tokens is sent at `now`."""
         share = min(max(1 / self.limits[0], tokens / self.limits[1]), 1.0)
         if share > 0:
             self.sent.append((now, tokens))
-            self.next = now + self.window_seconds * share
+            self.next = now + 60 * share
 
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
@@ -130,9 +128,8 @@ class Sender:
     def __post_init__(self) -> None:
         self.queue: deque[Job] = deque()
         self.later: list[tuple[float, int, Job]] = []  # a heap: when to retry, request number, job
-        self.failures = 0  # in a row
+        self.failures, self.hold_until = 0, 0.0  # failures in a row
         self.suspects, self.is_proven = 0, False  # is_proven: some reply was not suspect
-        self.hold_until = 0.0
         self.stopped: Response | str | None = None
 
     async def run(self, jobs: Iterable[Job]) -> Response | str | None:
@@ -222,9 +219,10 @@ class Sender:
             if hold is None:
                 hold = backoff_seconds(probes + 1) if probes >= 0 else 0.0
             self.hold_until = max(self.hold_until, now + hold)
-            if probes >= self.concurrency + self.max_attempts:
+            is_away = probes >= self.concurrency + self.max_attempts
+            if is_away:
                 response = replace(response, reason=f"{self.failures} failures in a row, the last: {response.reason}")
-            if hold > MAX_RETRY_AFTER_SECONDS or probes >= self.concurrency + self.max_attempts:
+            if hold > MAX_RETRY_AFTER_SECONDS or is_away:
                 self.stopped = self.stopped or response
         if job.attempts < self.max_attempts:
             heapq.heappush(self.later, (now + pause, number, job))

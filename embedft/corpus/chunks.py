@@ -154,17 +154,12 @@ class _Cutter:
     """Cuts one text. The sum of the units' tokens guides; the count of a chunk's own text decides."""
 
     def __init__(self, text: str, count_tokens: Callable[[Sequence[str]], list[int]], size: int, prefix: str):
-        # WordPiece makes one unknown token of a word however long, such as a blob of data.
-        self.count_tokens = lambda texts: [
-            max(count, len(text) // 100) for count, text in zip(count_tokens(texts), texts, strict=True)
-        ]
-        self.text, self.size, self.prefix = text, size, prefix
-        self.prefix_tokens = self.count_tokens([prefix])[0] if prefix else 0
+        self.text, self.count_tokens, self.size, self.prefix = text, count_tokens, size, prefix
+        self.prefix_tokens = self._counts([prefix])[0] if prefix else 0
         if self.prefix_tokens >= size:
             raise ValueError(f"size is {size}, but the headings {prefix.strip()!r} have {self.prefix_tokens} tokens")
 
     def cut(self, overlap: int) -> list[_Unit]:
-        """Every chunk."""
         units = self._units(sentence_spans(self.text), [r"[^\n]+", r"\S+", r"\S"])
         chunks, first, end = [], 0, 0
         while end < len(units):
@@ -173,8 +168,12 @@ class _Cutter:
             first = self._next_first(units, first, end, overlap)
         return chunks
 
+    def _counts(self, texts: list[str]) -> list[int]:
+        # WordPiece makes one unknown token of a word however long, such as a blob of data.
+        return [max(n, len(text) // 100) for n, text in zip(self.count_tokens(texts), texts, strict=True)]
+
     def _count(self, start: int, stop: int) -> int:
-        return self.count_tokens([self.prefix + self.text[start:stop]])[0]
+        return self._counts([self.prefix + self.text[start:stop]])[0]
 
     def _fill(self, units: Sequence[_Unit], first: int, *, max_saved: int = 2) -> tuple[int, int]:
         """(end, tokens) of the chunk from unit `first` on; `max_saved`: units may have fewer tokens together."""
@@ -218,7 +217,7 @@ class _Cutter:
     def _units(self, spans: Sequence[tuple[int, int]], smaller: Sequence[str]) -> list[_Unit]:
         """The spans with their tokens; one that is too long is replaced by parts, cut by the first of `smaller`."""
         units = []
-        counts = self.count_tokens([self.text[start:stop] for start, stop in spans])
+        counts = self._counts([self.text[start:stop] for start, stop in spans])
         for (start, stop), num_tokens in zip(spans, counts, strict=True):
             if num_tokens <= self.size - self.prefix_tokens:
                 units.append(_Unit(start, stop, num_tokens))

@@ -4,7 +4,7 @@
     dataset = question_dataset(chunks, outcome.questions)
 
 Not here: prompts and their replies (prompts.py), when requests are sent and what they cost (api/), bad questions
-(cleaning.py), questions without an LLM (pseudo.py, docstrings.py).
+(cleaning.py), questions without an LLM (pseudo.py).
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ..api.client import Client, Server, check_settings, message_text, reported_usage
 from ..api.ledger import Ledger, check_outcome, price_of
@@ -33,7 +33,6 @@ RECORD = {"request", "key", "status", "questions", "usage", "cost"}  # of a line
 LIMIT_NAMES = ("max_completion_tokens", "max_tokens")
 # Set by embedft: another value would change what is parsed, counted or paid for.
 OWN_PARAMETERS = ("model", "messages", "n", "stream", "stream_options", "response_format", *LIMIT_NAMES)
-REPLY_TOKENS_A_QUESTION = 128
 BYTES_A_TOKEN, TOKENS_A_QUESTION = 4, 32  # only for estimates: English text, and a question on a filing
 TEMPLATE_TOKENS = 128  # that a server's chat template adds; no byte of a prompt is more than one token
 
@@ -66,12 +65,10 @@ class QuestionConfig:
 
     @property
     def reply_tokens(self) -> int:
-        """The longest reply, in tokens."""
-        return self.max_reply_tokens or REPLY_TOKENS_A_QUESTION * self.num_questions
+        return self.max_reply_tokens or 128 * self.num_questions
 
     @property
     def prices(self) -> tuple[float, float] | None:
-        """Prices per million prompt and reply tokens; None if unknown."""
         return None if self.price_in is None else (self.price_in, self.price_out)
 
 
@@ -85,14 +82,13 @@ class Outcome:
     stopped: str | None = None
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """What the remaining requests would take if each succeeds at once."""
+class Estimate(NamedTuple):
+    """What the remaining requests would take if each succeeds at once; costs are None without prices."""
 
     num_requests: int
     prompt_tokens: int
     completion_tokens: int
-    cost: float | None  # at four bytes per token and 32 tokens per question; None without prices
+    cost: float | None  # at four bytes per token and 32 tokens per question
     most_cost: float | None  # at one byte per token and the longest replies
 
 
@@ -164,7 +160,7 @@ def estimate(
 def question_dataset(chunks: Sequence[Chunk], questions: Mapping[str, Sequence[str]]) -> RetrievalDataset:
     """Makes each question a query ("CHUNK/q1", ...) whose chunk is relevant; the corpus is of all chunks."""
     asked = {f"{id}/q{i}": (id, text) for id, listed in questions.items() for i, text in enumerate(listed, start=1)}
-    texts, qrels = ({i: pair[1] for i, pair in asked.items()}, {i: {pair[0]: 1} for i, pair in asked.items()})
+    texts, qrels = {i: text for i, (_, text) in asked.items()}, {i: {id: 1} for i, (id, _) in asked.items()}
     return RetrievalDataset(texts, {chunk.id: chunk.text for chunk in chunks}, qrels)
 
 
@@ -219,13 +215,11 @@ class _Asker:
         self.forms = Forms([(name, is_structured) for is_structured in kinds for name in names])
 
     async def ask(self, job: Job, form: tuple[str, bool]) -> Response:
-        """Sends one request and returns its outcome."""
         body = _body(self.config, self.template, job.content[0].text, *form)
         reply = await self.client.post("/chat/completions", body)
         return reply if isinstance(reply, Response) else self._from_reply(reply)
 
     def _from_reply(self, completion: dict[str, Any]) -> Response:
-        """The outcome of a completion, which may hold no questions."""
         try:
             choice = completion["choices"][0]
             message, finish = choice["message"], choice.get("finish_reason")
