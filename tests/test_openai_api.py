@@ -20,7 +20,7 @@ from api_server import ApiServer, input_of, mutated, unit_vector
 from embedft import RetrievalDataset, cli, evaluate, finetune, load_embedder
 from embedft.api import endpoint as endpoints
 from embedft.api import sending
-from embedft.api.endpoint import ApiCosts, shorten
+from embedft.api.endpoint import shorten
 from embedft.api.ledger import Ledger
 from embedft.encoders.adapter import Adapter, Base
 from embedft.encoders.maps import LinearMap
@@ -103,7 +103,7 @@ def test_a_text_that_stands_twice_is_asked_for_once():
         found_ND = embedder.encode(texts)
         assert asked(server) == [["a", "b", "c"]]
     np.testing.assert_allclose(found_ND, expected(texts), atol=1e-6)
-    assert embedder.costs == ApiCosts(num_requests=1, num_computed=3)  # a quarter of a byte is no token
+    assert str(embedder.costs) == "3 texts computed, 0 from the store: 1 requests, 0 tokens"  # a quarter of one
 
 
 def test_batches_hold_so_many_bytes(monkeypatch):
@@ -294,7 +294,7 @@ def test_nothing_is_asked_for_twice(tmp_path):
         np.testing.assert_array_equal(again.encode(texts, dim=8), again.encode(texts, dim=8, role="query"))
         assert server.counts["embeddings"] == 2  # cutting is done here; without prompts the roles are one
     np.testing.assert_allclose(found_ND, expected([*texts, "text 7"]), atol=1e-6)
-    assert again.costs == ApiCosts(num_requests=1, num_tokens=2, num_computed=2, num_stored=6 + 7 + 8 + 8)
+    assert (again.costs.num_computed, again.costs.num_stored) == (2, 6 + 7 + 8 + 8)
     assert str(again.costs) == "2 texts computed, 29 from the store: 1 requests, 2 tokens"
 
 
@@ -583,8 +583,7 @@ def test_the_server_refuses_a_text_for_its_length(tmp_path, wording):
         message = r"/v1, m: texts\[5\] is refused \(4\d\d: .*\); 2 of 16 texts asked for have no vector$"
         with pytest.raises(ValueError, match=message):
             embedder.encode(texts)
-        assert embedder.costs.num_tokens == 0 + 14 * 2  # 1 byte, then 8 each
-        assert embedder.costs.cost == 28.0
+        assert embedder.costs.spent.prompt_tokens == embedder.costs.spent.cost == 0 + 14 * 2  # 1 byte, then 8 each
         # Sixteen in one, then halves: each of the two is found in four steps, and their sisters are taken.
         assert server.counts["refused"] == 1 + 2 * 4
         ok = sorted(text for batch in asked(server)[1:] if max(map(len, batch)) < 100 for text in batch)
@@ -792,7 +791,7 @@ def test_the_ledger_by_hand(tmp_path):
         embedder = api(server, price=2.0, ledger=path)
         embedder.encode(["aaaabbbb"])
         embedder.encode(["cccc"])
-    assert embedder.costs == ApiCosts(num_requests=2, num_tokens=3, cost=6e-6, num_computed=2)
+    assert totals(embedder.costs.spent) == (2, 3, 0, 6e-6, 0.0)
     assert str(embedder.costs) == "2 texts computed, 0 from the store: 2 requests, 3 tokens, cost 0.000006"
     first, second = lines(path)[:2]
     del first["time"], second["time"], second["seconds"]
@@ -808,7 +807,6 @@ def test_a_request_without_a_report_counts_as_it_was_reserved(tmp_path):
     with ApiServer(faults=["no-usage"]) as server:
         embedder = api(server, price=1e6, ledger=tmp_path / "ledger.jsonl")
         embedder.encode(["aaaa"])
-        assert embedder.costs == ApiCosts(num_requests=1, num_unreported=1, cost=0.0, num_computed=1)
         assert str(embedder.costs).endswith(": 1 requests (1 without a report), 0 tokens, cost 0")
         embedder.encode(["aaaa"])
         assert totals(embedder.endpoint.spent) == (2, 1, 1, 1.0, 8.0)
@@ -830,7 +828,7 @@ def test_the_limit_is_never_passed(tmp_path, with_ledger):
             ValueError, match=r"/v1, m: stopped at --max-cost 100\.0; 14 of 18 texts asked for have no vector$"
         ):
             embedder.encode(texts)
-        assert embedder.costs.cost == 60.0
+        assert embedder.costs.spent.cost == 60.0
         again = api(server, **options) if with_ledger else embedder
         with pytest.raises(ValueError, match=r"stopped at --max-cost 100\.0; 14 of 14"):
             again.encode(texts)

@@ -20,7 +20,7 @@ import numpy as np
 from ..config import setting
 from ..files import append_jsonl, locked
 from .client import Client, Server, check_settings, reported_usage
-from .ledger import Ledger, price_of
+from .ledger import Ledger
 from .sending import Forms, Job, Response, Sender
 
 # Of api.openai.com: 2,048 texts and 300,000 tokens per request; a token is at least a byte.
@@ -32,20 +32,17 @@ ENCODING_FORMATS = ("base64", "float", None)  # base64 is a third of the size; N
 
 @dataclass
 class ApiCosts:
-    """What an `ApiEmbedder` did so far, without earlier runs of its ledger; `cost` is None without a price."""
+    """What an `ApiEmbedder` did so far, without earlier runs of its ledger."""
 
-    num_requests: int = 0
-    num_tokens: int = 0
-    num_unreported: int = 0
-    cost: float | None = None
+    spent: Ledger
     num_computed: int = 0
     num_stored: int = 0
 
     def __str__(self) -> str:
-        cost = "" if self.cost is None else f", cost {self.cost:.6f}".rstrip("0").rstrip(".")
-        unreported = f" ({self.num_unreported:,} without a report)" if self.num_unreported else ""
+        cost = f", cost {self.spent.cost:.6f}".rstrip("0").rstrip(".") if self.spent.prices else ""
+        unreported = f" ({len(self.spent.open):,} without a report)" if self.spent.open else ""
         texts = f"{self.num_computed:,} texts computed, {self.num_stored:,} from the store"
-        return f"{texts}: {self.num_requests:,} requests{unreported}, {self.num_tokens:,} tokens{cost}"
+        return f"{texts}: {self.spent.num_requests:,} requests{unreported}, {self.spent.prompt_tokens:,} tokens{cost}"
 
 
 @dataclass(eq=False)
@@ -88,7 +85,7 @@ class Endpoint:
         self.forms = Forms([None] if "encoding_format" in self.parameters else ENCODING_FORMATS)
         self.prices = None if self.price is None else (self.price, 0.0)
         self.spent = Ledger(None, prices=self.prices, max_cost=self.max_cost)
-        self.costs = ApiCosts(cost=None if self.price is None else 0.0)
+        self.costs = ApiCosts(Ledger(None, prices=self.prices))
 
     def settings(self, prompt: str) -> dict[str, Any]:
         """All that the vector of a text behind this prompt depends on, as far as the client can tell."""
@@ -200,7 +197,7 @@ class Fetch:
 
     def _record(self, job: Job, response: Response, line: dict[str, Any]) -> None:
         """Stores what is good, then settles: a kill between the two counts a request as dearer, never as free."""
-        endpoint, costs, good, whole = self.endpoint, self.endpoint.costs, response.result or {}, job.content.whole
+        endpoint, good, whole = self.endpoint, response.result or {}, job.content.whole
         if good:
             self.keep(good)
         self.missing |= dict.fromkeys(job.content.texts, response.reason)
@@ -212,12 +209,8 @@ class Fetch:
                 endpoint.batch_texts = min(endpoint.batch_texts, len(job.content.texts))
         if endpoint.ledger:
             append_jsonl(endpoint.ledger, line)
-        costs.num_requests += 1
-        costs.num_tokens += (response.usage or (0, 0))[0]
-        costs.num_unreported += response.usage is None
-        costs.num_computed += len(good)
-        if endpoint.prices is not None:
-            costs.cost = float(price_of(endpoint.prices, costs.num_tokens, 0))
+        endpoint.costs.spent.settle(line["request"], response.usage)
+        endpoint.costs.num_computed += len(good)
 
 
 def shorten(text: str, max_tokens: int | None) -> str:
