@@ -58,7 +58,14 @@ def run(options: Options) -> None:
             # Before and after use the same vectors: each text is embedded once.
             embedder.store = Store(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
         adapter = _fit(options, config, embedder, dataset)
-        print(_summary(adapter, options.select))
+        costs, best = adapter.costs, adapter.costs["best_step"]
+        kept = f"kept the weights of the last step, {best:,}"
+        if values := {r["step"]: r["metrics"][config.select] for r in adapter.history if "metrics" in r}:
+            kept = f"kept the weights of step {best:,} of {max(values):,}"
+            kept = kept if best else "kept the start: no step improved on it"
+            on = f"{costs['held_out_queries']:,} held-out questions"
+            kept += f" ({config.select} {values[0]:.4f} -> {values[best]:.4f} on {on})"
+        print(f"{costs['queries']:,} questions, {costs['documents']:,} documents, {costs['seconds']:.1f} s; {kept}")
         if validation is not None:
             settings = {"dim": options.dim, "passages": options.passages}
             before = embedft.evaluate(embedder, validation, **settings)
@@ -84,19 +91,3 @@ def _fit(options: Options, config: AdapterConfig, embedder, dataset: RetrievalDa
     qrels = replace(dataset, qrels=graded).qrels_by_row()
     more["normalize"] = getattr(embedder, "normalize", True)  # vectors from an API always have length one
     return embedft.fit_adapter(queries_ND, documents_MD, qrels, config, base=embedder.base(), out=options.out, **more)
-
-
-def _summary(adapter: "embedft.Adapter", select: str) -> str:
-    """How long it took, and which step's weights were kept."""
-    costs, best = adapter.costs, adapter.costs["best_step"]
-    values = {record["step"]: record["metrics"][select] for record in adapter.history if "metrics" in record}
-    kept = f"kept the weights of the last step, {best:,}"
-    if values:
-        kept = (
-            f"kept the weights of step {best:,} of {max(values):,}"
-            if best
-            else "kept the start: no step improved on it"
-        )
-        on = f"{costs['held_out_queries']:,} held-out questions"
-        kept += f" ({select} {values[0]:.4f} -> {values[best]:.4f} on {on})"
-    return f"{costs['queries']:,} questions, {costs['documents']:,} documents, {costs['seconds']:.1f} s; {kept}"

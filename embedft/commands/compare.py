@@ -46,7 +46,11 @@ def run(options: Options) -> None:
     """Compares each report, or all of them as one recipe, with the base."""
     if options.save_plot:
         check_writable(options.save_plot, file=True)
-    reports = [_load(Path(folder)) for folder in options.reports]
+    for folder in map(Path, options.reports):
+        found = sorted(str(path.parent) for part in ("*", "eval/*") for path in folder.glob(f"{part}/metrics.json"))
+        if found and not (folder / "metrics.json").is_file():
+            raise ValueError(f"{folder}: is no report, but holds {', '.join(found)}")
+    reports = [Report.load(folder) for folder in options.reports]
     named = zip(short_names(options.reports), (report.setting.get("model") for report in reports), strict=True)
     base_name, *names = [name if model in (None, name) else f"{name} ({model})" for name, model in named]
     for folder, report in zip(options.reports[1:], reports[1:], strict=True):
@@ -75,14 +79,6 @@ def run(options: Options) -> None:
             how += f";\n{one.metric}: {errors}"
         size = f"{one.num_queries:,} questions in {one.num_clusters:,} clusters (questions that share a document)"
         print(f"\n{size}; differences to {base_name};\n{how}")
-
-
-def _load(folder: Path) -> Report:
-    if not (folder / "metrics.json").is_file():
-        found = sorted(str(path.parent) for part in ("*", "eval/*") for path in folder.glob(f"{part}/metrics.json"))
-        if found:
-            raise ValueError(f"{folder}: is no report, but holds {', '.join(found)}")
-    return Report.load(folder)
 
 
 def short_names(folders: Sequence[str]) -> list[str]:

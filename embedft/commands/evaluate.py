@@ -7,7 +7,6 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -105,8 +104,14 @@ def run(options: Options) -> None:
     exclude = {"exclude_identical_ids": not options.keep_identical_ids}
     reports = embedft.evaluate_grid(embedder, dataset, **options.grid, **options.measures, **exclude)
     beside = _baselines(options, embedder, dataset, reports[0]) if options.bm25 else {}
-    if options.out:
-        _save(Path(options.out), reports, beside)
+    if options.out:  # all together in place of those of an earlier evaluation; others in folders of --out stay
+        out = Path(options.out)
+        stale = [str((folder / name).relative_to(out)) for folder in _saved_reports(out) for name in REPORT_FILES]
+        with replace_files(out, stale=stale) as new:
+            for report in reports:
+                report.save(new if len(reports) == 1 else new / setting_name(report.setting))
+            for name, report in beside.items():
+                report.save(new / name)
     print_costs(embedder)
     if options.json:
         # One setting's metrics as they are, several under "settings".
@@ -156,13 +161,3 @@ def _saved_reports(out: Path) -> list[Path]:
     folders = [folder for folder in (out, *sorted(out.glob("*/"))) if (folder / "metrics.json").is_file()]
     own = {out, out / "bm25", out / "fused"}
     return [folder for folder in folders if folder in own or folder.name == setting_name(Report.load(folder).setting)]
-
-
-def _save(out: Path, reports: Sequence[Report], beside: Mapping[str, Report]) -> None:
-    """All reports together in place of those of an earlier evaluation; others in folders of `out` stay."""
-    stale = [str((folder / name).relative_to(out)) for folder in _saved_reports(out) for name in REPORT_FILES]
-    with replace_files(out, stale=stale) as new:
-        for report in reports:
-            report.save(new if len(reports) == 1 else new / setting_name(report.setting))
-        for name, report in beside.items():
-            report.save(new / name)

@@ -13,7 +13,6 @@ import embedft
 from ..config import REQUIRED, setting
 from ..data.dataset import RetrievalDataset
 from ..files import check_writable
-from ..retrieval.metrics import has_relevant
 from .options import DATASETS, Adapted, Data, Windows, load_encoder, load_training_data, print_costs
 
 
@@ -51,25 +50,21 @@ def run(options: Options) -> None:
     embedder = load_encoder(options)
     names = ("ranks", "num_negatives", "seed", "sampling", "replace", "dim", "passages", *Guards.__annotations__)
     mined = embedft.mine(embedder, dataset, **{name: getattr(options, name) for name in names})
-    counts = {q: len(mined.negatives.get(q, ())) for q in mined.queries if has_relevant(mined.qrels.get(q, {}))}
+    counts = {q: len(mined.negatives.get(q, ())) for q in mined.queries if mined.relevant(q)}
     if not any(counts.values()):
         raise ValueError("no question has a negative, nothing is written: the margins or the ranks leave none")
     if short := sum(count < options.num_negatives for count in counts.values()):
         few = f"{short:,} of {len(counts):,} questions have fewer than {options.num_negatives} negatives"
         none = f"{list(counts.values()).count(0):,} have none"
         print(f"{few}, {none}; a later last rank finds more", file=sys.stderr)
-    pairs = _training_pairs(mined, list(counts))
+    # With titles in their texts, as JSONL holds them.
+    qrels = {query_id: mined.qrels[query_id] for query_id in counts}
+    negatives = {query_id: mined.negatives[query_id] for query_id in counts if query_id in mined.negatives}
+    named = {i for ids in (*qrels.values(), *negatives.values()) for i in ids}
+    texts = zip(mined.corpus, mined.document_texts(), strict=True)
+    corpus = {document_id: text for document_id, text in texts if document_id in named}
+    pairs = RetrievalDataset({i: mined.queries[i] for i in counts}, corpus, qrels, negatives)
     pairs.save(options.out)
     print_costs(embedder)
     numbers = f"{len(counts):,} questions, {len(pairs.corpus):,} documents, {sum(counts.values()):,} negatives"
     print(f"{options.out}: {numbers}")
-
-
-def _training_pairs(dataset: RetrievalDataset, query_ids: list[str]) -> RetrievalDataset:
-    """Some queries with the documents that they name, each with its title in its text, as JSONL holds them."""
-    qrels = {query_id: dataset.qrels[query_id] for query_id in query_ids}
-    negatives = {query_id: dataset.negatives[query_id] for query_id in query_ids if query_id in dataset.negatives}
-    named = {i for ids in (*qrels.values(), *negatives.values()) for i in ids}
-    texts = zip(dataset.corpus, dataset.document_texts(), strict=True)
-    corpus = {document_id: text for document_id, text in texts if document_id in named}
-    return RetrievalDataset({i: dataset.queries[i] for i in query_ids}, corpus, qrels, negatives)

@@ -154,21 +154,17 @@ def write_jsonl(dataset: Any, path: Path, refusal: str) -> None:
     named = {i for ids in (*dataset.qrels.values(), *dataset.negatives.values()) for i in ids}
     if unnamed := [document_id for document_id in dataset.corpus if document_id not in named]:
         raise ValueError(f"{refusal} document {unnamed[0]!r}, which no query names")
-    write_rows(path, _rows(dataset))
-
-
-def _rows(dataset: Any) -> Iterator[dict[str, Any]]:
-    """The first row of a query carries its negatives."""
-    negatives = dict(dataset.negatives)
+    rows, negatives = [], dict(dataset.negatives)
     for query_id, query in dataset.queries.items():
         for document_id, grade in dataset.qrels[query_id].items():
             document = dataset.corpus[document_id]
             row = {"query_id": query_id, "query": query, "document_id": document_id, "document": document}
             row |= {} if grade == 1 else {"grade": grade}
-            if query_id in negatives:
+            if query_id in negatives:  # only once
                 row["negatives"] = [dataset.corpus[i] for i in negatives[query_id]]
                 row["negative_ids"] = negatives.pop(query_id)
-            yield row
+            rows.append(row)
+    write_rows(path, rows)
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
