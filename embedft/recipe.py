@@ -70,9 +70,8 @@ class _Job:
 
     def lacks_base(self) -> bool:
         """Whether a report on the base is yet to be saved; a whole one has its metrics.json."""
-        if self.out is None or self.validation is None:
-            return False
-        return not (self.out / runs.EVAL / VALIDATION_BASE / "metrics.json").exists()
+        is_wanted = self.out is not None and self.validation is not None
+        return is_wanted and not (self.out / runs.EVAL / VALIDATION_BASE / "metrics.json").exists()
 
     def report(self, save_as: str | None = None) -> Report:
         """On `validation`, with the weights as they are."""

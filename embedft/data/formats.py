@@ -36,10 +36,10 @@ Judgement = tuple[str, str, str, int]
 
 def choose_format(path: Path, format: str | None, formats: Iterable[str], *, folder: bool) -> str:
     """The given format, or else the one that the path implies; `path` may be absent, but is no file for a folder."""
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    format = format or ("beir" if folder else SUFFIXES.get(suffix))
     if format is None:
-        format = "beir" if folder else SUFFIXES.get(Path(path.name.lower().removesuffix(".gz")).suffix)
-        if format is None:
-            raise ValueError(f"{path}: suffix is none of {', '.join(SUFFIXES)}; name the format: {', '.join(formats)}")
+        raise ValueError(f"{path}: suffix is none of {', '.join(SUFFIXES)}; name the format: {', '.join(formats)}")
     if format not in formats:
         raise ValueError(f"{path}: format {format!r} is not one of {', '.join(formats)}")
     kinds = ("file", "folder")
@@ -191,9 +191,8 @@ def _read_qrels(path: Path) -> Iterator[Judgement]:
 def write_llamaindex(dataset: Any, path: Path, refusal: str) -> None:
     """The format "llamaindex", in which all grades are 1."""
     qrels = dataset.all_qrels()
-    for query_id, document_id, grade in _flat(qrels):
-        if grade != 1:
-            raise ValueError(f"{refusal} grade {grade} (query {query_id!r}, document {document_id!r}), only 1")
+    if others := [(q, d, grade) for q, d, grade in _flat(qrels) if grade != 1]:
+        raise ValueError(f"{refusal} grade {others[0][2]} (query {others[0][0]!r}, document {others[0][1]!r}), only 1")
     relevant = {query_id: list(grades) for query_id, grades in qrels.items()}
     write_json(path, {"queries": dataset.queries, "corpus": dataset.corpus, "relevant_docs": relevant, "mode": "text"})
 
