@@ -97,8 +97,8 @@ def check_writable(path: str | Path, *, file: bool = False) -> None:
     path = Path(path)
     if file and path.is_dir():
         raise ValueError(f"{path}: is a folder, expected the name of a file")
-    places = (path.absolute(), *path.absolute().parents)
-    parent = next(place for place in places[file:] if place.exists())
+    places = path.absolute().parents if file else (path, *path.absolute().parents)
+    parent = next(place for place in places if place.exists())
     try:
         tempfile.TemporaryFile(dir=parent).close()
     except OSError as error:

@@ -135,7 +135,8 @@ def finetune(
     given = {"loss": loss, "batches": batches, "optimizer": optimizer}
     given |= {"evaluate": evaluate, "refresh": refresh, "on_step": on_step}
     given = {name: value for name, value in given.items() if value is not None}
-    datasets, out = ({"": dataset} if isinstance(dataset, RetrievalDataset) else dataset), out and Path(out)
+    datasets = {"": dataset} if isinstance(dataset, RetrievalDataset) else dataset
+    out = None if out is None else Path(out)
     job = _Job(embedder, datasets, config or FinetuneConfig(), given, validation, references or {}, out)
     before = embedder.max_length, getattr(embedder.encoder, "attention_dropout", 0.0)
     with contextlib.ExitStack() as stack:

@@ -85,10 +85,11 @@ def _load_documents(options: Options) -> tuple[RetrievalDataset, dict[str, str]]
         return load_data(options.data, options), places
     chunks = {chunk.id: chunk for side in load_chunk_files(path).values() for chunk in side}
     for chunk in chunks.values():
-        for place in chunk.places[:1]:
-            first, last, others = place.first_page, place.last_page, len(chunk.places) - 1
+        if chunk.places:
+            place, *others = chunk.places
+            first, last = place.first_page, place.last_page
             pages = f"page {first}" if first == last else f"pages {first}-{last}"
-            places[chunk.id] = f"{place.file}, {pages}" + (f" (and {others} more)" if others else "")
+            places[chunk.id] = f"{place.file}, {pages}" + (f" (and {len(others)} more)" if others else "")
     # A dataset has a query; this one is not used.
     return RetrievalDataset({"question": "?"}, {i: chunk.text for i, chunk in chunks.items()}, {}), places
 
