@@ -226,12 +226,13 @@ def embeddings_in_order(reply: Mapping[str, Any], num_texts: int) -> list[Any]:
     items = list(reply["data"])
     if len(items) != num_texts:
         raise ValueError(f"{len(items):,} vectors came back for {num_texts:,} texts")
-    indices = [item.get("index") for item in items]
-    if all(index is None for index in indices):  # some servers leave it out everywhere, some where it is 0
-        indices = list(range(num_texts))
+    # Some servers leave the index out everywhere, some where it is 0.
+    is_ordered = all(item.get("index") is None for item in items)
     found: dict[int, Any] = {}
-    for index, item in zip(indices, items, strict=True):
-        row = 0 if index is None else index
+    for place, item in enumerate(items):
+        row = item.get("index")
+        if row is None:
+            row = place if is_ordered else 0
         if type(row) is not int or not 0 <= row < num_texts or row in found:
             raise ValueError(f"index {str(row)[:40]!r} came back, expected each of 0 to {num_texts - 1:,} once")
         found[row] = item["embedding"]

@@ -11,10 +11,10 @@ import hashlib
 import json
 import re
 from bisect import bisect_right
+from collections import namedtuple
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from ..data.checks import check_text
 from ..files import atomic_write, read_jsonl
@@ -142,12 +142,8 @@ def _glue(before: str, after: str, *, min_words: int = 8, min_characters: int = 
     return " " if RUNS_ON.search(line) and (opening.islower() or (is_prose and opening.isalpha())) else "\n"
 
 
-class _Unit(NamedTuple):
-    """What chunks are made of: a sentence, or a part of one that is too long; a chunk, too."""
-
-    start: int
-    stop: int
-    num_tokens: int
+# What chunks are made of: a sentence, or a part of one that is too long; a chunk, too.
+_Unit = namedtuple("_Unit", "start stop num_tokens")
 
 
 class _Cutter:

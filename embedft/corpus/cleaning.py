@@ -86,8 +86,7 @@ def clean(dataset: RetrievalDataset) -> tuple[RetrievalDataset, Dropped]:
     """
     documents = dict(zip(dataset.corpus, dataset.document_texts(), strict=True))
     tidied = {query_id: tidy(text) for query_id, text in dataset.queries.items()}
-    first_of: dict[str, str] = {}  # {question key: id of the query that stays}
-    dropped: Dropped = {}
+    dropped, first_of = {}, {}  # first_of: {question key: id of the query that stays}
     for query_id, question in tidied.items():
         fault = _fault(question, {i: documents[i] for i in dataset.relevant(query_id)})
         if not fault and (first := first_of.setdefault(question_key(question), query_id)) != query_id:
@@ -121,12 +120,11 @@ def round_trip(
     """
     if min(k, block) < 1:
         raise ValueError(f"k is {k} and block {block}, expected at least 1")
-    columns: dict[str, int] = {}
+    columns, ranks = {}, {}
     texts = zip(dataset.corpus, dataset.document_texts(), strict=True)
     column_of = {id: columns.setdefault(text, len(columns)) for id, text in texts}
     copies_C = np.bincount(list(column_of.values()))
     wanted = {i: [column_of[d] for d in found] for i in dataset.queries if (found := dataset.relevant(i))}
-    ranks: dict[str, int] = {}
     if wanted:
         texts = {"document": list(columns), "query": [dataset.queries[i] for i in wanted]}
         found = (np.asarray(encode(part, role=role), np.float32) for role, part in texts.items())
@@ -204,9 +202,7 @@ def _without(dataset: RetrievalDataset, dropped: Dropped, texts: Mapping[str, st
     if len(dropped) == len(dataset.queries):
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in _count(dropped))
         raise ValueError(f"cleaning leaves none of the {len(dropped):,} queries: {reasons}")
-    qrels: dict[str, dict[str, int]] = {}
-    negatives: dict[str, list[str]] = {}
-    scores: dict[str, dict[str, float]] = {}
+    qrels, negatives, scores = {}, {}, {}
     repeated = {i: first for i, (reason, first) in dropped.items() if reason == REPEATS}
     queries = {i: text for i, text in (texts or dataset.queries).items() if i not in dropped}
     for source in [i for i in dataset.queries if i in queries or i in repeated]:

@@ -102,8 +102,7 @@ def _find_files(paths: Sequence[str | Path]) -> tuple[list[str], list[Skipped]]:
                 raise ValueError(f"{printable(path)}: expected a folder or a file that ends in {', '.join(SUFFIXES)}")
             names.setdefault(os.path.realpath(path), path)
             continue
-        others: Counter[str] = Counter()
-        inside: list[str] = []
+        others, inside = Counter(), []
         for place, subfolders, files in os.walk(path):
             subfolders[:] = [name for name in subfolders if not name.startswith(".")]
             inside += [os.path.join(place, name) for name in files if not name.startswith(".")]

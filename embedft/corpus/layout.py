@@ -121,8 +121,7 @@ def _paragraphs(lines: list[_Line], repeated: Collection[int], words: Counter[st
         line.apart = i in repeated or is_number
     long = [line.width for line in lines if not line.is_row and line.width >= LONG_SHARE * usual]
     edge = median(long) if long else usual
-    paragraphs: list[str] = []
-    members: list[_Line] = []
+    paragraphs, members = [], []
     for line, following in zip(lines, [*lines[1:], None], strict=False):
         if members and _goes_on(members, line, following, edge):
             paragraphs[-1] = _join(paragraphs[-1], line.text, words)

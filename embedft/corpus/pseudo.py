@@ -17,10 +17,9 @@ import os
 import re
 import sysconfig
 import warnings
-from collections import Counter
+from collections import Counter, namedtuple
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -156,13 +155,8 @@ LITERAL = re.compile(r"`+~?([^`<]*[^`<\s])(?:\s*<[^`<>]*>)?`+_{0,2}")  # `x`, ``
 EMPHASIS = re.compile(r"(?<![\w*])(\*{1,2})([^*\s](?:[^*]*[^*\s])?)\1(?![\w*])")
 
 
-class DocstringPair(NamedTuple):
-    """The first sentence of a docstring, the rest of it, and the dotted names of its file and of what it documents."""
-
-    query: str
-    document: str
-    module: str
-    name: str
+# The first sentence of a docstring, the rest of it, and the dotted names of its file and of what it documents.
+DocstringPair = namedtuple("DocstringPair", "query document module name")
 
 
 def docstring_pairs(packages: Sequence[str] = PACKAGES) -> list[DocstringPair]:
