@@ -102,8 +102,10 @@ def _fault(question: str, documents: Mapping[str, str]) -> tuple[str, str] | Non
     for reason, pattern in (("shows the prompt", PROMPT), ("points at its source", SOURCE)):
         if found := pattern.search(question):
             return reason, found[0]
-    copied = (id for id, text in documents.items() if copies(question, text))
-    return next((("copies its document", id) for id in copied), None)
+    for document_id, text in documents.items():
+        if copies(question, text):
+            return "copies its document", document_id
+    return None
 
 
 def round_trip(
@@ -126,11 +128,11 @@ def round_trip(
     copies_C = np.bincount(list(column_of.values()))
     wanted = {i: [column_of[d] for d in found] for i in dataset.queries if (found := dataset.relevant(i))}
     if wanted:
-        texts = {"document": list(columns), "query": [dataset.queries[i] for i in wanted]}
-        found = (np.asarray(encode(part, role=role), np.float32) for role, part in texts.items())
-        documents_CD, queries_QD = map(unit_rows, found)
+        documents_CD = np.asarray(encode(list(columns), role="document"), np.float32)
+        queries_QD = np.asarray(encode([dataset.queries[i] for i in wanted], role="query"), np.float32)
         if not (np.isfinite(documents_CD).all() and np.isfinite(queries_QD).all()):
             raise ValueError("encode gave values that are not finite")
+        documents_CD, queries_QD = unit_rows(documents_CD), unit_rows(queries_QD)
         for start in range(0, len(wanted), block):
             scores_QC = queries_QD[start : start + block] @ documents_CD.T
             for scores_C, query_id in zip(scores_QC, list(wanted)[start : start + block], strict=True):
