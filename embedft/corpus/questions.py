@@ -123,10 +123,9 @@ def write_questions(
             bar.set_postfix_str(f"cost {ledger.cost + ledger.open_cost:.2f}", refresh=False)
 
     with locked(folder / LOCK):
-        records = _read_replies(folder, repair=True)
+        records, questions = _read_replies(folder, repair=True)
         limits = {"max_requests": config.max_requests, "max_cost": config.max_cost}
         ledger = Ledger(folder / LEDGER, records, prices=config.prices, **limits)
-        questions = _valid_questions(records)
         limits = {"concurrency": config.concurrency, "max_attempts": config.max_attempts}
         rate = RateLimit(config.requests_per_minute, config.tokens_per_minute)
         sender = Sender(asker.ask, record, ledger, forms=asker.forms, rate=rate, **limits)
@@ -148,7 +147,7 @@ def estimate(
     chunks: Sequence[Chunk], config: QuestionConfig, *, folder: str | Path, template: str = TEMPLATE
 ) -> Estimate:
     """Estimates what `write_questions` would still request. Sends nothing and needs no key."""
-    done = _valid_questions(_read_replies(Path(folder), repair=False))
+    _, done = _read_replies(Path(folder), repair=False)
     left = [job for key, job in _jobs(chunks, config, template).items() if key not in done]
     reply_tokens = min(TOKENS_A_QUESTION * config.num_questions, config.reply_tokens)
     tokens = (sum(job.expected_tokens - job.reply_tokens for job in left), reply_tokens * len(left))
@@ -189,19 +188,15 @@ def _body(config: QuestionConfig, template: str, text: str, limit_name: str, is_
     return body | ({"response_format": RESPONSE_FORMAT} if is_structured else {}) | config.parameters
 
 
-def _read_replies(folder: Path, *, repair: bool) -> list[dict[str, Any]]:
-    """The fields needed of every saved reply. `repair`: cut off a half-written line (only while the lock is held)."""
+def _read_replies(folder: Path, *, repair: bool) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
+    """What is needed of saved replies, and {key: questions}. `repair`: cut off half a line, while the lock is held."""
     records = []
     for number, record in enumerate(resume_jsonl(folder / REPLIES, repair=repair), start=1):
         if lacks := ", ".join(sorted(RECORD - record.keys())):
             raise ValueError(f"{folder / REPLIES} line {number}: has no {lacks}, is it a file of replies?")
         check_outcome(record, f"{folder / REPLIES} line {number}")
         records.append({name: record[name] for name in RECORD})  # not the reply itself
-    return records
-
-
-def _valid_questions(records: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    return {record["key"]: record["questions"] for record in records if record["status"] == "ok"}
+    return records, {record["key"]: record["questions"] for record in records if record["status"] == "ok"}
 
 
 class _Asker:
