@@ -13,10 +13,9 @@ from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject
 
 from embedft.corpus import pdf, pdf_page
 from embedft.corpus.documents import read_documents
-from embedft.corpus.pdf import PdfText, read_pdfs
+from embedft.corpus.pdf import BLOCK_PAGES, PdfText, read_pdfs
 from embedft.progress import progress_bar as make_bar
 
-BLOCK_PAGES = 16  # the default
 FONT = "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>"
 
 

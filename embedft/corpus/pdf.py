@@ -19,6 +19,7 @@ from typing import Any
 
 from ..progress import progress_bar
 
+BLOCK_PAGES = 16  # that a process reads before it takes the next block; starting one takes as long
 SCRIPT = [sys.executable, str(Path(__file__).with_name("pdf_page.py"))]
 
 
@@ -32,13 +33,8 @@ class PdfText:
     plain: set[int] = field(default_factory=set)  # pages read without layout (see pdf_page.py)
 
 
-def read_pdfs(
-    paths: Sequence[str | Path], *, processes: int | None = None, block_pages: int = 16, page_seconds: float = 30.0
-) -> list[PdfText]:
-    """Reads PDF files, several pages at a time, into one `PdfText` each; never raises for what is wrong with a file.
-
-    `block_pages`: that a process reads before it takes the next block; starting one takes as long as 16 pages.
-    """
+def read_pdfs(paths: Sequence[str | Path], *, processes: int | None = None, page_seconds=30.0) -> list[PdfText]:
+    """Reads PDF files, several pages at a time, into one `PdfText` each; never raises for what is wrong with a file."""
     processes = (os.cpu_count() or 1) if processes is None else processes
     if processes < 1:
         raise ValueError(f"processes is {processes}, expected at least 1")
@@ -52,7 +48,7 @@ def read_pdfs(
         if start == 0:
             reply = reader.ask(path, None)
             text.pages, text.reason = [""] * reply.get("num_pages", 0), reply.get("error")
-        for i in range(start, min(start + block_pages, len(text.pages))):
+        for i in range(start, min(start + BLOCK_PAGES, len(text.pages))):
             reply = reader.ask(path, i)
             text.pages[i] = reply.get("text", "")
             if "error" in reply:
@@ -65,7 +61,7 @@ def read_pdfs(
     try:
         list(pool.map(read, range(len(paths)), [0] * len(paths)))
         bar.total = sum(len(text.pages) for text in texts)  # known once the first block of each file is read
-        rest = [(row, i) for row, text in enumerate(texts) for i in range(block_pages, len(text.pages), block_pages)]
+        rest = [(row, i) for row, text in enumerate(texts) for i in range(BLOCK_PAGES, len(text.pages), BLOCK_PAGES)]
         list(pool.map(lambda block: read(*block), rest))
     finally:  # after an interrupt, threads still wait for their processes
         for reader in readers:
