@@ -42,10 +42,15 @@ POOLING_FOLDER = "1_Pooling"
 # An adapter may follow: as our own files, and as a Router whose routes are queries and documents.
 ADAPTER_FOLDER, ROUTER = "adapter", "Router"
 # All that is ever downloaded: weights in safetensors, and small JSON files.
-HUB_FILES = [CONFIG_FILE, WEIGHTS_FILE, MODULES_FILE, TRANSFORMER_CONFIG_FILE, MODEL_CONFIG_FILE,
-             TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, "*_Pooling/config.json", f"*_Pooling/{WEIGHTS_FILE}",
-             "0_*/*.json", "0_*/model.safetensors",
-             f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG_FILE}", f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS_FILE}"]  # fmt: skip
+HUB_FILES = [WEIGHTS_FILE, CONFIG_FILE, MODULES_FILE, TRANSFORMER_CONFIG_FILE, MODEL_CONFIG_FILE, TOKENIZER_FILE]
+HUB_FILES += [
+    TOKENIZER_CONFIG_FILE,
+    "0_*/*.json",
+    f"0_*/{WEIGHTS_FILE}",
+    "*_Pooling/*.json",
+    f"*_Pooling/{WEIGHTS_FILE}",
+]
+HUB_FILES += [f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG_FILE}", f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS_FILE}"]
 
 # Pooling mode -> its key in 1_Pooling/config.json of sentence-transformers before 6.
 LEGACY_POOLING_KEYS = {

@@ -23,14 +23,13 @@ class Map(nn.Module):
 
     kind: str
 
-    def __init__(self, in_features: int, out_features: int | None, *, sizes: dict[str, int] | None = None, **more: Any):
+    def __init__(self, in_features: int, out_features: int | None, **more: Any):
         super().__init__()
-        sizes = {"in_features": in_features, "out_features": out_features or in_features, **(sizes or {})}
-        for name, size in sizes.items():
-            if type(size) is not int or size < 1:
+        self.in_features, self.out_features = in_features, out_features or in_features
+        self.settings = {"kind": self.kind, "in_features": in_features, "out_features": self.out_features, **more}
+        for name in self.settings.keys() & {"in_features", "out_features", "rank", "hidden"}:
+            if type(size := self.settings[name]) is not int or size < 1:
                 raise ValueError(f"{name} is {size!r}, expected a number of at least 1")
-        self.in_features, self.out_features = sizes["in_features"], sizes["out_features"]
-        self.settings = {"kind": self.kind, **sizes, **more}
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
         """(W, b) of a linear map. Raises `ValueError` for another."""
@@ -67,18 +66,10 @@ class LowRank(Map):
 
     kind = "low_rank"
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int | None = None,
-        *,
-        rank: int,
-        bias: bool = True,
-        generator: torch.Generator | None = None,
-    ):
-        super().__init__(in_features, out_features, sizes={"rank": rank}, bias=bias)
+    def __init__(self, in_features: int, out_features: int | None = None, *, rank: int, bias: bool = True):
+        super().__init__(in_features, out_features, rank=rank, bias=bias)
         self.up = nn.Parameter(torch.zeros(self.out_features, rank))
-        self.down = nn.Parameter(torch.randn(rank, in_features, generator=generator) / math.sqrt(in_features))
+        self.down = nn.Parameter(torch.randn(rank, in_features) / math.sqrt(in_features))
         self.bias = nn.Parameter(torch.zeros(self.out_features)) if bias else None
 
     def forward(self, x_ND: Tensor) -> Tensor:
@@ -113,14 +104,13 @@ class TwoLayer(Map):
         bias: bool = True,
         activation: str = "relu",
         residual: bool = True,
-        generator: torch.Generator | None = None,
     ):
-        more = {"bias": bias, "activation": activation, "residual": residual}
-        super().__init__(in_features, out_features, sizes={"hidden": hidden}, **more)
+        more = {"hidden": hidden, "bias": bias, "activation": activation, "residual": residual}
+        super().__init__(in_features, out_features, **more)
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
         self.activation = getattr(F, activation)
-        self.weight1 = nn.Parameter(torch.randn(hidden, in_features, generator=generator) / math.sqrt(in_features))
+        self.weight1 = nn.Parameter(torch.randn(hidden, in_features) / math.sqrt(in_features))
         self.weight2 = nn.Parameter(torch.zeros(self.out_features, hidden))
         self.bias1 = nn.Parameter(torch.zeros(hidden)) if bias else None
         self.bias2 = nn.Parameter(torch.zeros(self.out_features)) if bias else None

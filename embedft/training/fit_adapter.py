@@ -264,8 +264,9 @@ def _start(start: Adapter | None, config: AdapterConfig, dim: int, *, base: Base
     """An adapter at the identity, as configured, or a copy of `start`."""
     options, own = {"bias": config.bias}, {"low_rank": "rank", "two_layer": "hidden"}.get(config.kind)
     if own is not None:
-        options |= {own: getattr(config, own), "generator": torch.Generator().manual_seed(config.seed)}
-    maps = {side: build_map(config.kind, dim, config.out_dim, **options) for side in ("query", "document")}
+        options[own] = getattr(config, own)
+    with devices.seeded(config.seed, torch.device("cpu")):
+        maps = {side: build_map(config.kind, dim, config.out_dim, **options) for side in ("query", "document")}
     if config.side == "shared":
         maps["document"] = maps["query"]
     elif config.side != "both":
