@@ -294,7 +294,7 @@ REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_hea
     ("change", "message"),
     [
         ({"model_type": "t5"}, "model_type is 't5', expected one of bert"),
-        ({"model_type": None}, "model_type is None, expected one of bert"),
+        ({"model_type": None}, "model_type is missing, expected one of bert"),
         *(({name: None}, f"{name} is missing") for name in REQUIRED),
         ({"hidden_size": "32"}, "hidden_size is '32', expected a whole number of at least 1"),
         ({"hidden_size": 32.0}, "hidden_size is 32.0, expected a whole number"),

@@ -195,7 +195,7 @@ def test_slices_of_texts_change_nothing(tiny, monkeypatch):
         return cut(texts, passages, **options)
 
     monkeypatch.setattr(tiny.tokenizer, "windows", counted)
-    found, rows = tiny.encode_passages(TEXTS, (8, 3), batch_tokens=20, cut_texts=2, cut_windows=5)
+    found, rows = tiny.encode_passages(TEXTS, (8, 3), batch_tokens=20, cut_texts=2)
     assert calls == [0, 2, 2, 2]  # none first, to check the size
     np.testing.assert_allclose(found, expected, atol=1e-6)
     np.testing.assert_array_equal(rows, source)

@@ -1,7 +1,7 @@
 """BERT (Devlin et al. 2019): token, position and segment embeddings, then post-norm transformer layers.
 
-No pooler, no heads. Dropout of the hidden layers follows the config; that of the attention weights is 0 unless set,
-because it rules out torch's fused CPU kernel and every packed CUDA kernel.
+No pooler, no heads. Dropout of the attention weights is 0 unless set: it rules out torch's fused CPU kernel and every
+packed CUDA kernel.
 
     config = BertConfig(vocab_size=30522, hidden_size=384, ...)     # the fields of config.json
     hidden_TD = Bert(config)(packed)

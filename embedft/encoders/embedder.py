@@ -165,8 +165,7 @@ class Embedder(nn.Module):
     ) -> np.ndarray:
         """Vectors of texts, [N, D] float32, in the order given; without dropout or gradient.
 
-        With a `store` each text is computed once, ever: the store keeps the encoder's full vectors, which are mapped
-        and cut as they are read.
+        A `store` keeps the encoder's full vectors, so each text is computed once; they are mapped and cut when read.
 
         Args:
             role: "query" or "document": which prompt goes in front.
@@ -177,10 +176,9 @@ class Embedder(nn.Module):
 
         Raises `ValueError` for a bad argument, or a vector that is not finite, naming its text.
         """
-        dim = self._checked_dim(dim)
-        vectors = self._vectors(role, dim, batch_tokens, self.max_length)
-        embeddings_ND = np.empty((len(texts), dim), dtype=np.float32)
-        with self._inference(), progress_bar(len(texts), f"encode ({role})", unit="text", show=progress) as bar:
+        embeddings_ND = np.empty((len(texts), self._checked_dim(dim)), dtype=np.float32)
+        options = {"dim": dim, "batch_tokens": batch_tokens, "progress": progress}
+        with self._encoding(len(texts), role, **options) as (vectors, bar):
             for start in range(0, max(1, len(texts)), window_texts):
                 window = slice(start, start + window_texts)
                 embeddings_ND[window] = vectors(texts[window], lambda new: self._token_ids(new, role), bar.update)
@@ -188,63 +186,44 @@ class Embedder(nn.Module):
         return embeddings_ND
 
     def encode_passages(
-        self,
-        texts: Sequence[str],
-        passages: Sequence[int],
-        *,
-        role: str = "document",
-        dim: int | None = None,
-        batch_tokens: int | None = None,
-        progress: bool | None = None,
-        cut_texts: int = 64,
-        cut_windows: int = 1_024,
+        self, texts: list[str], passages: Sequence[int], *, role: str = "document", cut_texts: int = 64, **options: Any
     ) -> tuple[np.ndarray, np.ndarray]:
         """Vectors of the windows of texts, [W, D] float32, and the row of `texts` each is from, [W] int64 ascending.
 
-        A window is what `Tokenizer.windows` cuts and is embedded as a text of its own. A `store` keeps it under its
-        token ids, so once for all sizes and strides that contain it.
+        A window is embedded as a text of its own. A `store` keeps it under its token ids, so once for all sizes and
+        strides that contain it.
 
         Args:
-            passages: (size, stride): the most tokens of a window, special tokens and prompt included, and the tokens
-                of text from the start of one window to the next.
-            cut_texts, cut_windows: texts cut together, and about how many windows are encoded together.
+            passages: (size, stride), as for `Tokenizer.windows`.
+            cut_texts: texts cut together; about 16 times as many windows are encoded together.
+            options: dim, batch_tokens and progress, as for `encode`.
 
         Source: Dai and Callan 2019 (Deeper text understanding for IR with contextual neural language modeling),
         section 3: passages of a window and a stride, each scored by itself.
         """
         self.tokenizer.windows([], passages, prompt=self.prompt(role))  # raises for bad ones even without texts
-        dim = self._checked_dim(dim)
-        vectors = self._vectors(role, dim, batch_tokens, passages[0], texts="token ids")
-        parts, keys, source = [np.empty((0, dim), dtype=np.float32)], [], []
-        with self._inference(), progress_bar(len(texts), f"encode ({role})", unit="text", show=progress) as bar:
+        parts, keys, source = [np.empty((0, self._checked_dim(options.get("dim"))), dtype=np.float32)], [], []
+        with self._encoding(len(texts), role, passages, **options) as (vectors, bar):
             for start in range(0, len(texts), cut_texts):
                 part = texts[start : start + cut_texts]
                 windows, rows = self.tokenizer.windows(part, passages, prompt=self.prompt(role))
                 keys += [" ".join(map(str, ids)) for ids in windows]
                 source += [start + row for row in rows]
-                if len(keys) >= cut_windows or start + cut_texts >= len(texts):
+                if len(keys) >= 16 * cut_texts or start + cut_texts >= len(texts):
                     parts.append(vectors(keys, lambda new: [list(map(int, key.split())) for key in new]))
                     bar.update(source[-1] + 1 - bar.n)
                     keys = []
         return np.concatenate(parts), np.array(source, dtype=np.int64)
 
     @contextlib.contextmanager
-    def _inference(self) -> Iterator[None]:
-        """Without dropout and gradient."""
-        was_training = self.training
-        self.eval()
-        try:
-            with torch.inference_mode():
-                yield
-        finally:
-            self.train(was_training)
+    def _encoding(self, num_texts, role, passages=None, *, dim=None, batch_tokens=None, progress=None) -> Iterator[Any]:
+        """Without dropout and gradient: (a function of texts or windows (`keys`) -> [N, dim], a progress bar).
 
-    def _vectors(
-        self, role: str, dim: int, batch_tokens: int | None, max_length: int, *, texts: str = "texts"
-    ) -> Callable[..., np.ndarray]:
-        """A function of texts or windows (`keys`, of which `tokens` makes ids) -> [N, dim]; `done` is told progress."""
-        space = None if self.store is None else self.space(role, texts=texts)
-        prompt_length = self._prompt_length(role, max_length)
+        The function also takes what makes token ids of keys, and what to tell how many are done.
+        """
+        dim, store = self._checked_dim(dim), self.store
+        space = store and self.space(role, texts="texts" if passages is None else "token ids")
+        prompt_length = self._prompt_length(role, self.max_length if passages is None else passages[0])
         limit = devices.batch_tokens(self.device) if batch_tokens is None else batch_tokens
 
         def vectors(keys: Sequence[str], tokens: Callable, done: Callable = lambda num_texts: None) -> np.ndarray:
@@ -263,11 +242,17 @@ class Embedder(nn.Module):
                     done(len(rows))
                 return vectors_ND
 
-            whole_ND = compute(keys) if space is None else self.store.read(space, self.store.fill(space, keys, compute))
+            whole_ND = compute(keys) if store is None else store.read(space, store.fill(space, keys, compute))
             cut_ND = self._adapted(torch.from_numpy(whole_ND).to(self.device), role)[:, :dim]
             return (F.normalize(cut_ND, dim=1) if dim < self.full_dim and self.normalize else cut_ND).cpu().numpy()
 
-        return vectors
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.inference_mode(), progress_bar(num_texts, f"encode ({role})", unit="text", show=progress) as bar:
+                yield vectors, bar
+        finally:
+            self.train(was_training)
 
     def _settings(self, role: str) -> dict[str, Any]:
         settings = {"prompt": self.prompt(role), "pooling": list(self.pooling.names)}

@@ -1,8 +1,6 @@
 """One hash over everything that vectors depend on besides their text: weights, settings, precision and source code.
 
-    fingerprint([embedder.encoder, embedder.pooling], {"max_length": 256})      # "3f0c..."
-
-Not here: which settings these are (`Embedder.space`, `.base` and `.sha256`).
+fingerprint([embedder.encoder, embedder.pooling], {"max_length": 256})      # "3f0c..."
 """
 
 import hashlib
@@ -24,11 +22,9 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[bytes, str]] = weakref.WeakKe
 def fingerprint(
     modules: list[nn.Module], settings: dict[str, Any], *, functions: Iterable[Callable] = (), library: bool = True
 ) -> str:
-    """A SHA-256 over the modules' weights, the settings, and the source code of the modules' classes and of functions.
+    """A SHA-256 over the modules' weights, the settings (their `repr`), and the code of the modules and functions.
 
-    Args:
-        settings: values whose `repr` says all about them.
-        library: embedft's own code counts too; False: that of others alone, so that the hash outlives an upgrade.
+    `library`: embedft's own code counts too; False: that of others alone, so that the hash outlives an upgrade.
     """
     sources: dict[str, str] = {}
     for thing in {type(part) for module in modules for part in module.modules()} | set(functions):

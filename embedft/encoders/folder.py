@@ -1,8 +1,7 @@
 """The files of a model folder, read and written: weights, tokenizer, sentence-transformers' module files.
 
 Reading is strict: a field of the wrong type, or anything the encoder family does not know or misses, is an error that
-names it. Nothing is unpickled. Writing follows the layout of sentence-transformers before version 6, each file
-atomically. Where a folder comes from: loading.py.
+names it. Nothing is unpickled. Writing follows sentence-transformers before version 6, each file atomically.
 """
 
 import math
@@ -24,8 +23,7 @@ from torch import Tensor, nn
 from ..files import atomic_write, read_json, read_object, write_json
 from . import bert
 from .adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
-from .adapter import ROLES, fill, naming
-from .adapter import WEIGHTS_FILE as ADAPTER_WEIGHTS_FILE
+from .adapter import FORMATS, ROLES, fill, naming
 from .pooling import Pooling
 from .tokenization import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
 
@@ -43,14 +41,8 @@ POOLING_FOLDER = "1_Pooling"
 ADAPTER_FOLDER, ROUTER = "adapter", "Router"
 # All that is ever downloaded: weights in safetensors, and small JSON files.
 HUB_FILES = [WEIGHTS_FILE, CONFIG_FILE, MODULES_FILE, TRANSFORMER_CONFIG_FILE, MODEL_CONFIG_FILE, TOKENIZER_FILE]
-HUB_FILES += [
-    TOKENIZER_CONFIG_FILE,
-    "0_*/*.json",
-    f"0_*/{WEIGHTS_FILE}",
-    "*_Pooling/*.json",
-    f"*_Pooling/{WEIGHTS_FILE}",
-]
-HUB_FILES += [f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG_FILE}", f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS_FILE}"]
+HUB_FILES += [TOKENIZER_CONFIG_FILE, *(f"{ADAPTER_FOLDER}/{name}" for name in FORMATS["embedft"])]
+HUB_FILES += [f"{place}/{name}" for place in ("0_*", "*_Pooling") for name in ("*.json", WEIGHTS_FILE)]
 
 # Pooling mode -> its key in 1_Pooling/config.json of sentence-transformers before 6.
 LEGACY_POOLING_KEYS = {
@@ -74,7 +66,10 @@ PLACE = (
     lambda x: type(x) is str and "\0" not in x and not normpath(x).startswith(("..", "/")),
 )
 SCHEMAS: dict[str, Schema] = {
-    CONFIG_FILE: {"model_type": TEXT, "dtype": TEXT, "torch_dtype": TEXT},
+    CONFIG_FILE: {
+        "model_type": (f"one of {', '.join(FAMILIES)}", lambda x: x in list(FAMILIES)),
+        **dict.fromkeys(("dtype", "torch_dtype"), TEXT),
+    },
     MODULES_FILE: {"type": TEXT, "path": PLACE},
     POOLING_FOLDER: {
         "pooling_mode": ("a name or a list", lambda x: all(map(TEXT[1], x if isinstance(x, list) else [x]))),
@@ -160,10 +155,9 @@ def read_config(folder: Path) -> tuple[ModuleType, Any, dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"{folder}: no {CONFIG_FILE}, so this is not a model folder")
     values = read_fields(path)
-    family = FAMILIES.get(values.get("model_type"))
-    if family is None:
-        found = values.get("model_type") and values["model_type"][:60]
-        raise ValueError(f"{path}: model_type is {found!r}, expected one of {', '.join(FAMILIES)}")
+    if "model_type" not in values:
+        raise ValueError(f"{path}: model_type is missing, expected one of {', '.join(FAMILIES)}")
+    family = FAMILIES[values["model_type"]]
     known = {field.name: field for field in fields(family.Config)}
     _check(path, values, {name: TYPES[field.type] for name, field in known.items()})
     if missing := [name for name, field in known.items() if field.default is MISSING and name not in values]:

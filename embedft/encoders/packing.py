@@ -11,7 +11,7 @@ Shapes: T tokens of the batch, B sequences, H heads, K width of a head; N sequen
 import functools
 import math
 from collections.abc import Callable, Sequence
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain, pairwise, starmap
 from typing import NamedTuple
 
 import torch
@@ -101,22 +101,20 @@ def take(packed: Packed, sequences_N: Tensor) -> Packed:
 def sort_by_length(packed: Packed) -> tuple[Packed, Tensor]:
     """The sequences by length, longest first, and the place of each in that order, [B] int64."""
     order = packed.lengths().argsort(descending=True, stable=True)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=order.device)
-    return take(packed, order), place
+    return take(packed, order), order.argsort()
 
 
 def cut_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[range]:
     """Ranges of neighbouring sequences, as long as possible, of at most `max_tokens` each; a longer one goes alone."""
     if max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}, expected at least 1")
-    ranges, first, num_tokens = [], 0, 0
+    edges, num_tokens = [0], 0
     for row, length in enumerate(lengths):
-        if row > first and num_tokens + length > max_tokens:
-            ranges.append(range(first, row))
-            first, num_tokens = row, 0
+        if row > edges[-1] and num_tokens + length > max_tokens:
+            edges.append(row)
+            num_tokens = 0
         num_tokens += length
-    return [*ranges, range(first, len(lengths))] if lengths else []
+    return list(starmap(range, pairwise([*edges, len(lengths)]))) if lengths else []
 
 
 class Group(NamedTuple):

@@ -20,10 +20,9 @@ TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json
 
 
 class Tokenizer:
-    """tokenizer.json (`backend`) as tokenizer_config.json (`config`) changes it.
+    """tokenizer.json (`backend`) as tokenizer_config.json (`config`) changes it; `lower_case`: lower-case texts first.
 
-    `max_length`: tokens a text is cut to, special tokens included. `lower_case`: lower-case texts first
-    (`do_lower_case` of sentence_bert_config.json).
+    `max_length`: tokens a text is cut to, special tokens included.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, config: dict, *, max_length: int, lower_case: bool = False):
@@ -74,14 +73,14 @@ class Tokenizer:
     ) -> tuple[list[list[int]], list[int]]:
         """Token ids of overlapping windows of texts, in order, and the row of `texts` each window comes from.
 
-        A window looks like what `encode` returns: special tokens, the prompt's tokens, then those of the text. The last
-        is the first that reaches the text's end. A text that fits is one window; so is an empty one.
+        A window looks like what `encode` returns: special tokens, the prompt's, then the text's. The last is the first
+        that reaches the text's end. A text that fits is one window; so is an empty one.
 
         Args:
             passages: (size, stride): the most tokens of a window, special tokens and prompt included, and the tokens of
                 text from the start of one window to the next. If a window holds fewer, the next starts where it ends,
                 so every token is in a window.
-            prompt: put in front of each window. A last token that merges with the start of a text counts as the text's.
+            prompt: in front of each window. If its last token merges with a text's start, that token is the text's.
         """
         try:
             size, stride = map(operator.index, passages)
