@@ -34,7 +34,14 @@ def run(options: Options) -> None:
     """Encodes the texts."""
     if options.out:
         check_writable(options.out, file=True)
-    texts = read_texts(options.texts)
+    if options.texts.endswith(".jsonl"):
+        found = [(n, x.get("text") if isinstance(x, dict) else x) for n, x in read_jsonl(options.texts)]
+        if wrong := [number for number, text in found if not isinstance(text, str)]:
+            expected = "expected a string, or an object with a string `text`"
+            raise ValueError(f"{options.texts} line {wrong[0]}: {expected}")
+        texts = [text for _, text in found]
+    else:
+        texts = [line.rstrip("\r\n") for line in read_lines(options.texts)]
     embedder = load_encoder(options)
     if options.out:
         embeddings_ND = embedder.encode(texts, role=options.role, dim=options.dim)
@@ -45,16 +52,3 @@ def run(options: Options) -> None:
         for start in range(0, len(texts), SLICE_TEXTS):
             embedder.encode(texts[start : start + SLICE_TEXTS], role=options.role, dim=options.dim)
     print_costs(embedder)
-
-
-def read_texts(path: str) -> list[str]:
-    """The texts of a file, a line each. Raises `ValueError` naming the line that holds none."""
-    if not path.endswith(".jsonl"):
-        return [line.rstrip("\r\n") for line in read_lines(path)]
-    texts = []
-    for number, value in read_jsonl(path):
-        text = value.get("text") if isinstance(value, dict) else value
-        if not isinstance(text, str):
-            raise ValueError(f"{path} line {number}: expected a string, or an object with a string `text`")
-        texts.append(text)
-    return texts

@@ -99,7 +99,12 @@ def run(options: Options) -> None:
         if not options.overwrite and (there := _saved_reports(Path(options.out))):
             raise ValueError(f"{there[0]}: holds a report already; choose another --out, or --overwrite")
     dataset = load_data(options.data, options, merge=options.merge)
-    metric = _table_metric(options, dataset)
+    # A run that finds nothing has the metrics that any other has: names are checked before anything is encoded.
+    report = embedft.evaluate_run(Run.from_dict({}), dataset, **options.measures)
+    main = main_metrics(report)
+    metric = options.metric or next((name for name in main if name.startswith("ndcg")), main[0])
+    if metric not in report.per_query:
+        raise ValueError(f"--metric is {metric!r}, expected one of {', '.join(report.per_query)}")
     embedder = load_encoder(options)
     exclude = {"exclude_identical_ids": not options.keep_identical_ids}
     reports = embedft.evaluate_grid(embedder, dataset, **options.grid, **options.measures, **exclude)
@@ -128,17 +133,6 @@ def run(options: Options) -> None:
             print(f"{reports[0].name}: {reports[0]}", end="\n\n" if beside else "\n")
         if beside or options.style != "text":
             print(format_reports({reports[0].name: reports[0], **beside}, style=options.style))
-
-
-def _table_metric(options: Options, dataset: RetrievalDataset) -> str:
-    """The metric of the table of several settings; raises before anything is encoded."""
-    # A run that finds nothing has the metrics that any other has.
-    report = embedft.evaluate_run(Run.from_dict({}), dataset, **options.measures)
-    main = main_metrics(report)
-    metric = options.metric or next((name for name in main if name.startswith("ndcg")), main[0])
-    if metric not in report.per_query:
-        raise ValueError(f"--metric is {metric!r}, expected one of {', '.join(report.per_query)}")
-    return metric
 
 
 def _baselines(options: Options, embedder, dataset: RetrievalDataset, report: Report) -> dict[str, Report]:
