@@ -81,6 +81,7 @@ WITHOUT_TORCH = (
     "corpus.prompts",
     "corpus.questions",
     "encoders.store",
+    "vectors",
 )
 # Slow to import, or another's: not there after `import embedft`.
 HEAVY = (

@@ -95,17 +95,16 @@ def _find_files(paths: Sequence[str | Path]) -> tuple[list[str], list[Skipped]]:
     names: dict[str, str] = {}  # by the file itself, which may have several
     skipped = []
     for path in map(os.fspath, paths):
-        if not os.path.exists(path):
+        others, inside = Counter(), [path]
+        if os.path.isdir(path):
+            inside = []
+            for place, subfolders, files in os.walk(path):
+                subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+                inside += [os.path.join(place, name) for name in files if not name.startswith(".")]
+        elif not os.path.exists(path):
             raise ValueError(f"{printable(path)}: no such file or folder")
-        if not os.path.isdir(path):
-            if not os.path.isfile(path) or _suffix(path) not in SUFFIXES:
-                raise ValueError(f"{printable(path)}: expected a folder or a file that ends in {', '.join(SUFFIXES)}")
-            names.setdefault(os.path.realpath(path), path)
-            continue
-        others, inside = Counter(), []
-        for place, subfolders, files in os.walk(path):
-            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-            inside += [os.path.join(place, name) for name in files if not name.startswith(".")]
+        elif not os.path.isfile(path) or _suffix(path) not in SUFFIXES:
+            raise ValueError(f"{printable(path)}: expected a folder or a file that ends in {', '.join(SUFFIXES)}")
         for name in sorted(inside, key=lambda name: Path(name).parts):
             if _suffix(name) not in SUFFIXES:
                 others[printable(_suffix(name)) or "no suffix"] += 1
