@@ -116,8 +116,7 @@ class Adapter(nn.Module):
             warnings.warn(f"the adapter does not say which model it is for; used with {base.name}", stacklevel=2)
             return
         for role, found in base.fingerprints.items():
-            expected = self.base.fingerprints.get(role)
-            if expected is not None and expected != found:
+            if (expected := self.base.fingerprints.get(role, found)) != found:
                 bases = f"{self.base.name} ({role} {expected[:12]}), this is {base.name} ({role} {found[:12]})"
                 raise ValueError(f"the adapter is for {bases}: other weights, lengths or prompts")
 

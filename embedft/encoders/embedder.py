@@ -40,8 +40,8 @@ class Embedder(nn.Module):
         truncate_dim: leading features that `encode` returns by default; None: all.
         source: the folder it was loaded from, which `save` needs.
 
-    `store` (None unless set): where `encode` looks for vectors first and keeps those it computes. `adapter` (None
-    unless attached): maps the encoder's vectors; its weights are among the parameters.
+    `store` (None unless set) keeps the vectors of `encode`; `adapter` (None unless attached) maps those of the encoder,
+    and its weights are among the parameters.
     """
 
     def __init__(
@@ -217,10 +217,7 @@ class Embedder(nn.Module):
 
     @contextlib.contextmanager
     def _encoding(self, num_texts, role, passages=None, *, dim=None, batch_tokens=None, progress=None) -> Iterator[Any]:
-        """Without dropout and gradient: (a function of texts or windows (`keys`) -> [N, dim], a progress bar).
-
-        The function also takes what makes token ids of keys, and what to tell how many are done.
-        """
+        """Without dropout and gradient: (a function of texts or windows, by key, -> [N, dim]; a progress bar)."""
         dim, store = self._checked_dim(dim), self.store
         space = store and self.space(role, texts="texts" if passages is None else "token ids")
         prompt_length = self._prompt_length(role, self.max_length if passages is None else passages[0])
@@ -297,9 +294,9 @@ class Embedder(nn.Module):
         return hashlib.sha256(repr((parts, self.similarity, self.truncate_dim)).encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """Writes a folder that `load_embedder` and sentence-transformers read; each file atomically.
+        """Writes a folder that `load_embedder` and sentence-transformers read, each file atomically.
 
-        Raises `ValueError` for an adapter whose maps are not linear: sentence-transformers' Dense modules are.
+        Raises `ValueError` for an adapter that is not linear, which sentence-transformers' Dense modules are.
         """
         if self.source is None:
             raise ValueError("this Embedder was not loaded from a model folder, so it cannot be saved as one")

@@ -125,7 +125,7 @@ class Rows:
             row_M = (self.sorted_R[place_M] & ROW_BITS).astype(np.int64)
             same_M = self.records_R["key"][row_M, 1] == keys_N2[pending_M, 1]
             found_N[pending_M[same_M]] = row_M[same_M]
-            # The others share 32 bits with another key.
+            # The others share 32 bits with another key: look at the next.
             pending_M, place_M, end_M = pending_M[~same_M], place_M[~same_M] + 1, end_M[~same_M]
         return found_N
 
