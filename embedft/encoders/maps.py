@@ -27,8 +27,8 @@ class Map(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features or in_features
         self.settings = {"kind": self.kind, "in_features": in_features, "out_features": self.out_features, **more}
-        for name in self.settings.keys() & {"in_features", "out_features", "rank", "hidden"}:
-            if type(size := self.settings[name]) is not int or size < 1:
+        for name in ("in_features", "out_features", "rank", "hidden"):
+            if type(size := self.settings.get(name, 1)) is not int or size < 1:
                 raise ValueError(f"{name} is {size!r}, expected a number of at least 1")
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
