@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 from embedft import LOSSES, Adapter, AdapterConfig, fit_adapter
-from embedft import device as devices
 from embedft.encoders.adapter import Base
 from embedft.encoders.maps import LinearMap, build_map
 from embedft.training.corpus_softmax import Documents, Pairs, first_ranks, full_corpus_softmax
@@ -721,9 +720,3 @@ def test_queries_are_ranked_some_at_a_time():
     ranked = torch.from_numpy(Q), Documents(D, at_once=7, dtype=torch.float64), relevant, "mrr@3", adapter
     found = [_metrics(*ranked, at_once=n) for n in (5, 24, 4_096)]
     assert found[0] == found[1] == found[2]
-
-
-def test_float64_is_not_asked_of_a_device_without_it(monkeypatch):
-    monkeypatch.setattr(devices, "has_float64", lambda device: False)
-    Q, D, qrels = problem(dtype=np.float64)
-    assert fit_adapter(Q, D, qrels, PLAIN).query.weight.dtype is torch.float32

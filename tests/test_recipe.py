@@ -768,7 +768,7 @@ def test_rank_0_mines_for_all(tmp_path):
         ({"mine_every": 1, "num_negatives": 1, "no_duplicates": True}, "no_duplicates is True, but mining"),
         (
             {"mine_every": 2, "num_negatives": 1, "passages": [8, 4], "refresh_windows": True},
-            "refresh_windows is True, but with mine_every 2",
+            "refresh_windows is True, but mine_every is 2",
         ),
     ],
 )

@@ -217,7 +217,7 @@ def test_the_best_windows_are_those_of_the_model(embedder):
     assert best_windows(embedder, make_batches(data, embedder.pack, **options)) == naive_best(embedder, data, pairs)
     pairs += [(query_id, document_id) for query_id, ids in negatives.items() for document_id in ids]
     batches = make_batches(data, embedder.pack, num_negatives=1, **options)
-    found = best_windows(embedder, batches, documents_at_a_time=2)
+    found = best_windows(embedder, batches, at_a_time=2)
     assert found == naive_best(embedder, data, pairs)
     # The features that `encode` leaves out count: training moves them all.
     embedder.truncate_dim = 3

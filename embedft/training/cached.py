@@ -1,7 +1,6 @@
 """Gradient caching: forward and backward of a batch with the memory of a mini-batch, for any loss.
 
-It costs a third more computation than the whole batch at once and gives the same gradients. It does not reduce the
-memory of the loss itself.
+It costs a third more computation and gives the same gradients. It does not reduce the memory of the loss itself.
 
     value = cached_backward(embedder, batch.queries, batch.documents, batch.targets, loss, mini_batch_tokens=4_096)
 
@@ -38,14 +37,9 @@ def cached_backward(
     2. L once on all vectors, and its gradient on each v_N (and on the loss's own parameters);
     3. every v_N again from its random state, with gradient, and dL/dv_N backward through it.
 
-    Exact for any loss and under dropout: the gradients are those of one backward pass over the same mini-batches. The
-    random generators end as that pass would leave them.
-
-    Args:
-        queries, documents: one text per row of Q and D; either may be empty (distributed.py).
-        loss: with several ranks it gathers the vectors of the others itself.
-        mini_batch_tokens: tokens embedded with gradient at a time; a longer text goes alone.
-        autocast: makes the context that texts are embedded in, the first time and the second.
+    Exact for any loss and under dropout: gradients and random generators end as after one backward pass over the same
+    mini-batches, of `mini_batch_tokens` or one longer text. `queries` and `documents`, one text per row of Q and D, may
+    be empty (distributed.py). `autocast` makes the context that texts are embedded in, both times.
 
     Source: Gao et al. 2021 (Scaling deep contrastive learning batch size under memory limited setup), section 3.2.
     """

@@ -33,17 +33,12 @@ class Documents:
     """
 
     def __init__(
-        self,
-        embeddings_MD: np.ndarray,
-        source: np.ndarray | None = None,
-        *,
-        at_once: int = 16_384,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        self, embeddings_MD: np.ndarray, source: np.ndarray | None = None, *, at_once: int = 16_384, dtype=torch.float32
     ):
-        self.embeddings_MD, self.at_once, self.dtype, self.device = embeddings_MD, at_once, dtype, torch.device(device)
-        self.rows = np.arange(len(embeddings_MD))
-        self.source = self.rows if source is None else _checked_source(np.asarray(source), len(embeddings_MD))
+        self.embeddings_MD, self.at_once, self.dtype = embeddings_MD, at_once, dtype
+        self.source = self.rows = np.arange(len(embeddings_MD))
+        if source is not None:
+            self.source = _checked_source(np.asarray(source), len(embeddings_MD))
         self.lengths_M = checked_lengths(embeddings_MD, "document" if source is None else "window", at_once)
         self._whole: dict[bool, Tensor] = {}
 
@@ -72,14 +67,14 @@ class Documents:
     def vectors(self, places: slice | Tensor, *, unit: bool = True) -> Tensor:
         """The vectors at some places, [C, D], normalised or as they are."""
         if len(self) > self.at_once:
-            return self._read(places if isinstance(places, slice) else places.cpu().numpy(), unit)
+            return self._read(places if isinstance(places, slice) else places.numpy(), unit)
         if unit not in self._whole:
             self._whole[unit] = self._read(slice(None), unit)
         return self._whole[unit][places]
 
     def _read(self, places: slice | np.ndarray, unit: bool) -> Tensor:
         rows = self.rows[places]
-        part_CD = torch.from_numpy(np.asarray(self.embeddings_MD[rows])).to(self.device, self.dtype)
+        part_CD = torch.from_numpy(np.asarray(self.embeddings_MD[rows])).to(self.dtype)
         return part_CD / torch.from_numpy(self.lengths_M[rows]).to(part_CD)[:, None] if unit else part_CD
 
 
@@ -98,9 +93,9 @@ class Pairs(NamedTuple):
         answers = sorted((document, row) for row, query in enumerate(queries) for document in relevant[query])
         weights = [1 / (len(relevant[queries[row]]) * len(queries)) for _, row in answers]
         listed = sorted((place, a) for a, (document, _) in enumerate(answers) for place in documents.windows(document))
-        place_P, answer_P = torch.tensor(listed, device=documents.device).T.contiguous()
-        query_A = torch.tensor([row for _, row in answers], device=documents.device)
-        weight_A = torch.tensor(weights, dtype=documents.dtype, device=documents.device)
+        place_P, answer_P = torch.tensor(listed).T.contiguous()
+        query_A = torch.tensor([row for _, row in answers])
+        weight_A = torch.tensor(weights, dtype=documents.dtype)
         return cls(query_A, weight_A, query_A[answer_P], place_P, answer_P)
 
     def within(self, places: slice) -> tuple[Tensor, Tensor]:
@@ -144,10 +139,8 @@ def full_corpus_softmax(
     with s = cosine / temperature, differentiable once. If documents have windows, s_p is the score of p's best window
     under the current maps, and n runs over all windows of documents that do not answer the query.
 
-    Args:
-        Q: query vectors, [B, D], not necessarily unit vectors; each has a document that answers it.
-        document_map: a trainable map of documents; each part is computed again in the backward pass. None: documents
-            are constants, and one pass over them gives the loss and its gradient.
+    With a trainable `document_map`, each part is computed again in the backward pass. Without, documents are constants,
+    and one pass over them gives the loss and its gradient.
 
     Source: van den Oord et al. 2018, equation 4, over the corpus; Milakov and Gimelshein 2018, section 3, in parts.
     """
@@ -171,7 +164,7 @@ def first_ranks(Q: Tensor, documents: Documents, pairs: Pairs, *, document_map: 
 
     That is 1 + the documents ahead of it that do not answer the query; of equal scores the first document is ahead.
     """
-    Q, parts, source = F.normalize(Q, dim=1), documents.parts(), torch.from_numpy(documents.source).to(Q.device)
+    Q, parts, source = F.normalize(Q, dim=1), documents.parts(), torch.from_numpy(documents.source)
     # The same product as for the other documents: another order of summation would break ties.
     products = ((part, Q @ _unit_vectors(documents, part, document_map).T) for part in parts)
     scores_P = torch.cat([scores_BC[pairs.within(part)] for part, scores_BC in products])

@@ -3,11 +3,8 @@
 Each rank embeds its part of a batch's texts; the vectors are gathered, and every rank computes the loss on the whole
 batch, so the number of ranks changes neither negatives nor gradients. Weights and optimizer state are not sharded.
 
-    torchrun --nproc-per-node 2 -m embedft finetune MODEL pairs.csv --out runs/first
-
     with process_group():                              # or torch.distributed.init_process_group(...), nccl or gloo
-        embedder = load_embedder("BAAI/bge-base-en-v1.5", device=rank_device())
-        finetune(embedder, dataset, config, out="runs/first")
+        finetune(load_embedder("BAAI/bge-base-en-v1.5", device=rank_device()), dataset, config, out="runs/first")
 
 Shapes: B sequences of a batch, N sequences of one rank, S ranks, D features.
 """
@@ -55,17 +52,14 @@ def process_group() -> Iterator[None]:
 
 def rank_and_size() -> tuple[int, int]:
     """This process's rank, from 0, and the number of ranks; (0, 1) without a process group."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
 def rank_device(name: str | None = None) -> str | None:
     """Of several ranks, this one's device: for "cuda" cuda:LOCAL_RANK, for None CUDA or the CPU (gloo lacks MPS)."""
     if rank_and_size()[1] == 1:
         return name
-    if name is None:
-        name = "cuda" if devices.default_device().type == "cuda" else "cpu"
+    name = name or ("cuda" if devices.default_device().type == "cuda" else "cpu")
     return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" else name
 
 
@@ -83,12 +77,9 @@ class LocalBatch(NamedTuple):
         rank, size = rank_and_size()
         if size == 1:
             return cls(queries, documents, None, None)
-        parts, orders = [], []
-        for packed in (queries, documents):
-            in_order, place_B = sort_by_length(packed)
-            parts.append(take(in_order, torch.arange(packed.num_sequences)[rank::size]))
-            orders.append(place_B.argsort())
-        return cls(*parts, *orders)
+        in_order = [sort_by_length(packed) for packed in (queries, documents)]
+        parts = [take(packed, torch.arange(packed.num_sequences)[rank::size]) for packed, _ in in_order]
+        return cls(*parts, *(place_B.argsort() for _, place_B in in_order))
 
     def gather(self, Q: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
         """The vectors of the whole batch, in its order, from those of this rank's texts."""
@@ -116,9 +107,9 @@ def gather(own_ND: Tensor, order_B: Tensor) -> Tensor:
 
 
 def sum_gradients(parameters: Iterable[Parameter], of_first: Iterable[Parameter] = ()) -> None:
-    """Replaces each gradient by its sum over ranks; one that no rank has stays missing, for the optimizer to skip.
+    """Replaces each gradient by its sum over ranks, or that of `of_first`, the loss's parameters, by rank 0's.
 
-    Of `of_first`, the loss's parameters, every rank has the whole gradient: rank 0's is used on all of them.
+    Every rank has the whole gradient of those. One that no rank has stays missing, for the optimizer to skip.
     """
     rank, size = rank_and_size()
     if size == 1:
@@ -144,10 +135,7 @@ def broadcast_weights(*modules: nn.Module) -> None:
 
 
 def reseed(*numbers: int, apart: bool) -> None:
-    """Seeds torch's generators from `numbers` and, for different dropout (`apart`), the rank.
-
-    A run that resumes on as many ranks needs no generator states.
-    """
+    """Seeds torch's generators from `numbers` and, for different dropout (`apart`), the rank; nothing to resume."""
     rank, size = rank_and_size()
     if size == 1:
         return
@@ -173,15 +161,12 @@ def from_first(compute: Callable[[], T]) -> T:
 
 def together(compute: Callable[[], T]) -> T:
     """compute() of each rank, once all have succeeded. A ValueError or OSError is an `OtherRankError` elsewhere."""
-    result = error = None
     try:
         result = compute()
-    except (ValueError, OSError) as raised:
-        error = raised
-    errors = _from_each(None if error is None else str(error))
-    if error is not None:
-        raise error
-    for rank, message in enumerate(errors):
+    except (ValueError, OSError) as error:
+        _from_each(str(error))
+        raise
+    for rank, message in enumerate(_from_each(None)):
         if message is not None:
             raise OtherRankError(f"rank {rank}: {message}")
     return result

@@ -50,14 +50,13 @@ def fit_adapter(
     start: Adapter | None = None,
     base: Base | None = None,
     normalize: bool = True,
-    device: torch.device | str = "cpu",
     out: str | Path | None = None,
 ) -> Adapter:
     """Fits an adapter that moves queries toward their relevant documents, by cosine; returns the best weights.
 
     Each step minimises the loss of some queries (`config.objective`) + `toward_identity` * `Adapter.departure()`, with
     AdamW. `full_corpus` is the softmax over all training documents, `in_batch` any loss of `LOSSES`, with the unmapped
-    vectors as references and grades as `target_scores`. Float64 if the queries are (not on MPS), else float32. The
+    vectors as references and grades as `target_scores`. Float64 if the queries are, else float32. The
     adapter's `.history` has a record per step and validation, its `.costs` seconds, counts and the best step.
 
     With `config.held_out`, questions about held-out documents choose the best step. The start competes too, so weights
@@ -75,13 +74,11 @@ def fit_adapter(
     Raises:
         ValueError: an input is invalid, before training; or a loss is not finite.
     """
-    began, config, device = time.perf_counter(), config or AdapterConfig(), torch.device(device)
+    began, config = time.perf_counter(), config or AdapterConfig()
     if out is not None:
         check_writable(out)
-    is_double = query_embeddings_ND.dtype == np.float64 and devices.has_float64(device)
-    options = {"at_once": config.documents_at_once, "dtype": torch.float64 if is_double else torch.float32}
-    arrays = query_embeddings_ND, document_embeddings_MD
-    queries_ND, documents, relevant = _checked(*arrays, qrels, source, **options, device=device)
+    arrays = query_embeddings_ND, document_embeddings_MD, qrels, source
+    queries_ND, documents, relevant = _checked(*arrays, at_once=config.documents_at_once)
     adapter = _start(start, config, queries_ND.shape[1], base=base, normalize=normalize).to(queries_ND)
     held_out = _held_out(relevant, config.held_out, config.seed) if config.held_out else {}
     judge = partial(_metrics, queries_ND, documents, held_out, config.select) if held_out else None
@@ -89,7 +86,7 @@ def fit_adapter(
     gone = set(chain.from_iterable(held_out.values()))
     trained = {q: {d: grade for d, grade in qrels[q].items() if d not in gone} for q in relevant if q not in held_out}
     kept = np.setdiff1d(documents.source, list(gone))
-    with devices.seeded(config.seed, device):
+    with devices.seeded(config.seed, queries_ND.device):
         best_step = _fit(adapter, queries_ND, documents.subset(kept) if gone else documents, trained, judge, config)
     costs = {"queries": len(trained), "documents": len(kept), "held_out_queries": len(held_out)}
     adapter.costs = {"seconds": time.perf_counter() - began, **costs, "best_step": best_step}
@@ -186,7 +183,7 @@ def _in_batch(
     adapter: Adapter, queries_ND: Tensor, documents: Documents, qrels: Qrels, loss: Loss, *, merge: bool
 ) -> tuple[list[tuple[int, list[int]]], Compute]:
     """The pairs, and what computes `loss` of some: a document that answers a query, then its hard negatives."""
-    relevant, device = _answers(qrels), queries_ND.device
+    relevant = _answers(qrels)
     negatives = {q: sorted(grades.keys() - relevant[q]) for q, grades in qrels.items()}
     examples = [(q, [document, *negatives[q]]) for q in relevant for document in relevant[q]]
     num_listed = max(len(listed) for _, listed in examples)
@@ -201,13 +198,13 @@ def _in_batch(
             scores_BG[b, : len(keys)] = torch.tensor([qrels[q][document] for document in listed])
         known = [(b, columns[0, d]) for b, (q, _) in enumerate(batch) for d in relevant[q] if (0, d) in columns]
         places = [(column, place) for (_, d), column in columns.items() for place in documents.windows(d)]
-        document_C, place_C = torch.tensor(places, device=device).T.contiguous()
+        document_C, place_C = torch.tensor(places).T.contiguous()
         Q_BD, D_CD = queries_ND[[q for q, _ in batch]], documents.vectors(place_C, unit=False)
         targets = Targets(
-            group=group_BG.to(device),
-            known=torch.tensor(known, device=device) if merge else None,
+            group=group_BG,
+            known=torch.tensor(known) if merge else None,
             document=document_C if len(places) > len(columns) else None,
-            target_scores=scores_BG.to(device),
+            target_scores=scores_BG,
             references=dict.fromkeys(("base", "guide", "teacher"), (Q_BD, D_CD)),
         )
         return loss(adapter(Q_BD, "query"), adapter(D_CD, "document"), targets)
@@ -225,15 +222,15 @@ def _metrics(
         rows = queries[first : first + at_once]
         pairs, mapped_BD = Pairs.of(relevant, rows, documents), adapter(queries_ND[rows], "query")
         ranks.append(first_ranks(mapped_BD, documents, pairs, document_map=adapter.document))
-    ranks_N, cutoffs = torch.cat(ranks).cpu().double(), sorted({5, 10, int(select.partition("@")[2])})
+    ranks_N, cutoffs = torch.cat(ranks).double(), sorted({5, 10, int(select.partition("@")[2])})
     hits = {f"hit_rate@{k}": (ranks_N <= k).double().mean().item() for k in cutoffs}
     return hits | {f"mrr@{k}": (1 / ranks_N).where(ranks_N <= k, 0).mean().item() for k in cutoffs}
 
 
 def _checked(
-    queries_ND: np.ndarray, documents_MD: np.ndarray, qrels: Qrels, source: np.ndarray | None, **options: Any
+    queries_ND: np.ndarray, documents_MD: np.ndarray, qrels: Qrels, source: np.ndarray | None, *, at_once: int
 ) -> tuple[Tensor, Documents, dict[int, list[int]]]:
-    """Queries, documents, and what answers each query; `options` are those of `Documents`."""
+    """Queries, documents, and what answers each query."""
     for what, array in (("query", queries_ND), ("document", documents_MD)):
         if array.ndim != 2 or not array.size or not np.issubdtype(array.dtype, np.floating):
             found = f"{list(array.shape)} {array.dtype}"
@@ -241,8 +238,9 @@ def _checked(
     widths = queries_ND.shape[1], documents_MD.shape[1]
     if widths[0] != widths[1]:
         raise ValueError(f"queries have {widths[0]} features, documents {widths[1]}: expected the same number")
-    checked_lengths(queries_ND, "query", options["at_once"])
-    documents = Documents(documents_MD, source, **options)
+    checked_lengths(queries_ND, "query", at_once)
+    dtype = torch.float64 if queries_ND.dtype == np.float64 else torch.float32
+    documents = Documents(documents_MD, source, at_once=at_once, dtype=dtype)
     asked = ("query", len(queries_ND), qrels), ("document", documents.source[-1] + 1, chain(*qrels.values()))
     for what, number, rows in asked:
         for row in rows:
@@ -250,8 +248,7 @@ def _checked(
                 raise ValueError(f"qrels: {what} row is {row!r}, expected 0 to {number - 1:,}")
     if not (relevant := _answers(qrels)):
         raise ValueError(f"no query has a relevant document: none of {len(qrels):,} in the qrels has a grade above 0")
-    queries_ND = torch.tensor(np.asarray(queries_ND), dtype=options["dtype"], device=options["device"])
-    return queries_ND, documents, relevant
+    return torch.tensor(np.asarray(queries_ND), dtype=dtype), documents, relevant
 
 
 def _answers(qrels: Qrels) -> dict[int, list[int]]:

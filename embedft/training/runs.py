@@ -46,11 +46,10 @@ def check_run(out: Path, existing: str = "refuse") -> None:
     if existing not in EXISTING:
         raise ValueError(f"existing is {existing!r}, expected one of {', '.join(EXISTING)}")
     check_writable(out)
-    if not out.is_dir() or ((out / CONFIG).is_file() and existing == "overwrite"):
-        return
     # A process killed while it opened a run leaves these.
     opening = {LOCK, TRIAL, REPLACED, *(() if existing == "refuse" else (ENVIRONMENT, DIFF))}
-    if all(path.name in opening or path.match(".*.tmp") for path in out.iterdir()):
+    begun = out.is_dir() and any(path.name not in opening and not path.match(".*.tmp") for path in out.iterdir())
+    if not begun or ((out / CONFIG).is_file() and existing == "overwrite"):
         return
     if existing == "refuse":
         raise ValueError(f"{out}: not empty; choose another folder, or overwrite or resume the run in it")
@@ -83,9 +82,9 @@ def is_done(out: Path, config: dict[str, Any], *, hashes: dict[str, str]) -> boo
 
 def open_run(
     out: Path,
-    config: dict[str, Any],
+    config: dict,
     *,
-    hashes: dict[str, str],
+    hashes: dict,
     device: torch.device,
     existing: str = "refuse",
     allow_changed_code: bool = False,
@@ -131,32 +130,31 @@ def close_run(out: Path) -> None:
     """Marks the run as done, then deletes its checkpoints, the run it replaces, and what killed processes left."""
     with atomic_write(out / DONE) as file:
         file.write(_now() + "\n")
-    for path in (out / CHECKPOINTS, out / REPLACED, *out.glob(".*.tmp")):
-        _remove(path)
+    _remove(out / CHECKPOINTS, out / REPLACED, *out.glob(".*.tmp"))
 
 
 def _set_aside(out: Path) -> None:
     """Moves a finished run to .replaced until the new one is done, and deletes an unfinished one."""
-    finished, aside = (out / DONE).exists(), out / REPLACED
-    if finished:
-        if (aside / DONE).exists():
-            _remove(aside)
-        aside.mkdir(exist_ok=True)
-        for path in filter(Path.is_file, (out / CONFIG, out / ENVIRONMENT, out / DIFF)):
-            shutil.copy(path, aside)
     # Checkpoints first: without them a resumed run begins at the beginning. DONE last: it makes the old run whole.
-    for path in (*out.glob(".*.tmp"), *(out / name for name in (CHECKPOINTS, LOG, "tensorboard", EVAL, MODEL, DONE))):
-        if finished and path.exists():
-            os.replace(path, aside / path.name)
+    paths = *out.glob(".*.tmp"), *(out / name for name in (CHECKPOINTS, LOG, "tensorboard", EVAL, MODEL, DONE))
+    if not (out / DONE).exists():
+        return _remove(*paths)
+    aside = out / REPLACED
+    if (aside / DONE).exists():
+        _remove(aside)
+    aside.mkdir(exist_ok=True)
+    for path in filter(Path.is_file, (out / CONFIG, out / ENVIRONMENT, out / DIFF)):
+        shutil.copy(path, aside)
+    for path in filter(Path.exists, paths):
+        os.replace(path, aside / path.name)
+
+
+def _remove(*paths: Path) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
         else:
-            _remove(path)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 def open_log(out: Path | None, step: int, logger: str | None = None) -> Log:
@@ -207,9 +205,8 @@ def open_logger(name: str, out: Path, *, resumed_at: int) -> Log:
             writer.flush()
 
         return write
-    identity = str(out.resolve()).encode()
-    if (out / ENVIRONMENT).is_file():  # differs between two runs in one folder
-        identity += (out / ENVIRONMENT).read_bytes()
+    environment = out / ENVIRONMENT  # differs between two runs in one folder
+    identity = str(out.resolve()).encode() + (environment.read_bytes() if environment.is_file() else b"")
     run_id = hashlib.sha256(identity).hexdigest()[:16]
     run = module.init(dir=str(out), name=out.name, id=run_id, resume="allow")
     return lambda record: run.log(dict(_scalars(record)), step=record["step"])
@@ -254,8 +251,8 @@ def _check_same(out: Path, config: dict[str, Any], hashes: dict[str, str], what:
     then, now = (settings.pop("objects", {}) for settings in (before, config))
     for key in _differing(before, config):
         if key not in before:
-            version = "an earlier version began this run, finish it there or overwrite it"
-            raise ValueError(f"{out}: {what}, {key} is {config[key]!r} and was no setting then: {version}")
+            found = f"{key} is {config[key]!r} and was no setting then: finish it with that version or overwrite it"
+            raise ValueError(f"{out}: {what}, {found}")
         raise ValueError(f"{out}: {what}, {key} was {before[key]!r} and is {config.get(key)!r}")
     for name in _differing(found, hashes):
         raise ValueError(f"{out}: {what}, {name} is not what the run began with (another SHA-256)")

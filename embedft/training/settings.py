@@ -94,11 +94,7 @@ class FinetuneConfig(TrainConfig):
             (not self.passages, ("windows_per_document", "refresh_windows"), "there are no passages"),
             (not self.mine_every, MINING, "mine_every is null"),
             (self.mine_every, ("batch_tokens", "no_duplicates"), "mining would change the number of batches"),
-            (
-                (self.mine_every or 1) > 1,
-                ("refresh_windows",),
-                f"with mine_every {self.mine_every} windows follow the mining",
-            ),
+            ((self.mine_every or 1) > 1, ("refresh_windows",), f"mine_every is {self.mine_every}: windows follow it"),
         ):
             if is_unused:
                 self.check_unused(names, why)

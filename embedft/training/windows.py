@@ -1,9 +1,6 @@
 """The window of a long document that answers a query best: what training on passages takes of the document.
 
-A step has room for a few of a document's windows. The best ones are found with the current weights before training
-and, with `refresh_windows` (recipe.py), before every epoch. How a batch uses them: data/collate.py.
-
-    batches = with_best_windows(batches, best_windows(embedder, batches))
+    batches = with_best_windows(batches, best_windows(embedder, batches))       # data/collate.py uses them
 
 Shapes: W windows of some documents, D features.
 """
@@ -18,13 +15,8 @@ from ..data.batches import Batches
 from ..encoders.embedder import Embedder
 
 
-def best_windows(
-    embedder: Embedder, batches: Batches, *, documents_at_a_time: int = 4_096
-) -> dict[str, dict[str, int]]:
-    """{query id: {document id: its window with the largest similarity, the first of equals}}.
-
-    Documents of one window are left out: there is nothing to choose.
-    """
+def best_windows(embedder: Embedder, batches: Batches, *, at_a_time: int = 4_096) -> dict[str, dict[str, int]]:
+    """{query id: {document id: its window with the largest similarity, the first of equals}}, of several windows."""
     collate = batches.collate
     queries_of: dict[str, dict[str, None]] = defaultdict(dict)
     for example in batches.examples:
@@ -34,8 +26,8 @@ def best_windows(
     queries = embedder.encode([collate.dataset.queries[i] for i in query_ids], role="query", dim=embedder.full_dim)
     row = {query_id: i for i, query_id in enumerate(query_ids)}
     document_ids, best = list(queries_of), defaultdict(dict)
-    for start in range(0, len(document_ids), documents_at_a_time):
-        part = document_ids[start : start + documents_at_a_time]
+    for start in range(0, len(document_ids), at_a_time):
+        part = document_ids[start : start + at_a_time]
         texts = [collate.texts[i] for i in part]
         vectors_WD, source_W = embedder.encode_passages(texts, collate.passages, dim=embedder.full_dim)
         edges = np.searchsorted(source_W, np.arange(len(part) + 1)).tolist()
