@@ -11,10 +11,9 @@ from torch import nn
 from embedft import Targets, build_loss
 from embedft.losses import rows
 from embedft.losses.components import collect, loss_name, record, scope
-from embedft.losses.contrastive import in_batch_negatives
+from embedft.losses.contrastive import global_orthogonal, in_batch_negatives
 from embedft.losses.guided import guided_in_batch_negatives
 from embedft.losses.matryoshka import Matryoshka, WeightedSum
-from embedft.losses.regularisers import global_orthogonal
 
 TARGETS = Targets(torch.tensor([[0, 3], [1, 4], [2, 5]]))
 

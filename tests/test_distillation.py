@@ -15,8 +15,8 @@ from embedft.losses.distillation import (
     embedding_distillation,
     listwise_kl,
     margin_mse,
+    toward_base,
 )
-from embedft.losses.regularisers import toward_base
 
 QUERIES = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
 DOCUMENTS = torch.tensor([[2.0, 0.0], [0.0, 3.0], [0.5, 0.5]])

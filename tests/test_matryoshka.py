@@ -13,11 +13,10 @@ from loss_checks import PRECISIONS, assert_equal, loss_and_gradients, random_pai
 from torch import nn
 
 from embedft import Targets
-from embedft.losses.contrastive import in_batch_negatives
+from embedft.losses.contrastive import global_orthogonal, in_batch_negatives
 from embedft.losses.distillation import ProjectedDistillation, embedding_distillation, margin_mse
 from embedft.losses.matryoshka import Matryoshka, WeightedSum
 from embedft.losses.pairwise import angle, cosent, cosine_mse
-from embedft.losses.regularisers import global_orthogonal
 
 
 def first_cosine(Q, D, targets):

@@ -72,13 +72,3 @@ def test_targets_keep_what_they_had(embedder):
     assert targets.group is batch.targets.group
     assert batch.targets.references.keys() == {"base"}  # the batch's own are as they were
     assert targets_with({}, batch) is batch.targets
-
-
-def test_a_reference_with_other_numbers_of_vectors_is_named(embedder):
-    batch = make_batch(embedder)
-    num_documents = len(batch.document_ids)
-    for Q, D in ((torch.zeros(3, 2), torch.zeros(num_documents, 2)), (torch.zeros(4, 2), torch.zeros(1, 2))):
-        with pytest.raises(
-            ValueError, match=f"'guide' gave {len(Q)} and {len(D)} vectors, expected 4 and {num_documents}"
-        ):
-            targets_with({"guide": lambda batch, Q=Q, D=D: (Q, D)}, batch)

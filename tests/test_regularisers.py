@@ -1,4 +1,4 @@
-"""regularisers.py: by hand, against sentence-transformers, against loops. Distances: test_distillation.py."""
+"""The regularisers: by hand, against sentence-transformers, against loops. Distances: test_distillation.py."""
 
 import dataclasses
 import math
@@ -9,7 +9,8 @@ from loss_checks import PRECISIONS, assert_equal, loss_and_gradients, random_pai
 
 from embedft import RetrievalDataset, Targets
 from embedft.data.batches import make_batches
-from embedft.losses.regularisers import global_orthogonal, toward_base
+from embedft.losses.contrastive import global_orthogonal
+from embedft.losses.distillation import toward_base
 
 
 def test_global_orthogonal_by_hand():

@@ -2,6 +2,7 @@
 
     loss = in_batch_negatives(Q, D, targets, directions=("query_document", "document_query"))
     loss = sigmoid(Q, D, targets)                       # every pair on its own instead of a softmax
+    loss = global_orthogonal(Q, D, targets)             # a regulariser: spreads unrelated texts
 
 `similarity` and `windows` are as in `scores`, `rows` as in `by_rows`. Losses with `rows` are sums over queries and
 never hold all of [B, M] in memory.
@@ -26,6 +27,7 @@ from .targets import DIRECTIONS, Targets, comparable, scores
 PARTITIONS = ("joint", "per_direction")
 HARDNESS = ("in_batch_negatives", "hard_negatives", "all_negatives")
 FORMS = ("out", "in")
+AGGREGATIONS = ("mean", "sum")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +66,9 @@ class InBatch:
         check_one_of("partition", self.partition, PARTITIONS)
         if self.partition == "per_direction" and not {"query_query", "document_document"}.isdisjoint(self.directions):
             raise ValueError("partition is per_direction, but query_query and document_document have no positives")
-        coupled = len(self.directions) > 1
-        if coupled and not self.in_batch:
-            raise ValueError("in_batch is False, but only query_document has listed negatives")
-        if coupled and self.rows is not None:
-            raise ValueError(f"rows is {self.rows}, but directions beyond query_document need the whole batch")
+        if len(self.directions) > 1 and (not self.in_batch or self.rows is not None):
+            found = f"in_batch is {self.in_batch} and rows is {self.rows}"
+            raise ValueError(f"{found}, but directions beyond query_document take the whole batch")
         if self.hardness is not None:
             check_one_of("hardness", self.hardness, HARDNESS)
             check_above_zero("hardness_strength", self.hardness_strength)
@@ -275,3 +275,48 @@ class LearnableSigmoid(nn.Module):
         record("temperature", temperature)
         record("bias", self.bias)
         return sigmoid(Q, D, targets, temperature=temperature, bias=self.bias, **self.options)
+
+
+def global_orthogonal(
+    Q: Tensor,
+    D: Tensor,
+    targets: Targets,
+    *,
+    similarity: str = "cosine",
+    mean_weight: float | None = 1.0,
+    second_moment_weight: float | None = 1.0,
+    aggregation: str = "mean",
+) -> Tensor:
+    """Spreads unrelated vectors: mean_weight * m1^2 + second_moment_weight * max(0, m2 - 1/D).
+
+    m1 and m2 are the means of sim(x, y) and of its square over the unrelated pairs of a set, those that `Targets.masks`
+    calls negatives. The sets are the queries, the first listed documents, the second listed ones, and so on, each
+    document once; `aggregation` is over the sets. A weight of None is 0. Coupled.
+
+    Source: Zhang et al. 2017 (Learning Spread-out Local Feature Descriptors); Vera et al. 2025 (EmbeddingGemma). If all
+    texts of a batch differ it equals the terms of sentence-transformers' GlobalOrthogonalRegularizationLoss.
+    """
+    check_one_of("aggregation", aggregation, AGGREGATIONS)
+    weights = mean_weight or 0.0, second_moment_weight or 0.0
+    for name, weight in zip(("mean_weight", "second_moment_weight"), weights, strict=True):
+        check_finite(name, weight, least=0)
+    if not any(weights):
+        raise ValueError("mean_weight and second_moment_weight are both 0, expected one of them above 0")
+    Q, D = comparable(Q, D, similarity)
+    targets.check_queries(Q)
+    num_documents = targets.num_documents(len(D))
+    document_C = torch.arange(len(D), device=D.device) if targets.document is None else targets.document
+    _, unrelated_MM = targets.masks("document_document", num_documents=num_documents)
+    sets = [(Q, targets.masks("query_query")[1])]
+    for group_B in targets.group.unbind(dim=1):
+        is_listed_C = torch.isin(document_C, group_B)
+        if is_listed_C.any():
+            documents = document_C[is_listed_C]
+            sets.append((D[is_listed_C], unrelated_MM[documents][:, documents]))
+    terms = []
+    for X, unrelated_NN in sets:
+        similarity_NN = (X @ X.T).masked_fill(~unrelated_NN, 0)
+        num_pairs = unrelated_NN.sum().clamp(min=1)
+        first, second = similarity_NN.sum() / num_pairs, similarity_NN.square().sum() / num_pairs
+        terms.append(weights[0] * first.square() + weights[1] * (second - 1 / X.shape[1]).relu())
+    return torch.stack(terms).sum() if aggregation == "sum" else torch.stack(terms).mean()

@@ -1,4 +1,4 @@
-"""Distillation: match a teacher's scores of a query's documents, or the teacher's vectors.
+"""Distillation: match a teacher's scores of a query's documents, or its vectors; or those of the base model.
 
     loss = margin_mse(Q, D, Targets(group=torch.tensor([[0, 2], [1, 3]]), target_scores=teacher_scores_BG))
     loss = embedding_distillation(Q, D, Targets(group, references={"teacher": (teacher_Q, teacher_D)}))
@@ -100,6 +100,18 @@ def embedding_distillation(
     sentence-transformers' EmbedDistillLoss. "similarities": Tung and Mori 2019, section 3.
     """
     return distance_to_reference(Q, D, targets, reference="teacher", distance=distance, truncate=truncate)
+
+
+def toward_base(Q: Tensor, D: Tensor, targets: Targets, *, distance: str = "cosine", truncate: bool = False) -> Tensor:
+    """Mean distance of the vectors from those of the model before training, which preserves what the base knew.
+
+    The base model's vectors are `references["base"]`, ([B, E], [C, E]); options are those of `embedding_distillation`.
+    Before the first step, without dropout, it is 0; under Matryoshka, which scales vectors to unit length after
+    truncation but not references, only for "cosine".
+
+    Source: Li and Hoiem 2016 (Learning without Forgetting), section 3, with vectors as the outputs.
+    """
+    return distance_to_reference(Q, D, targets, reference="base", distance=distance, truncate=truncate)
 
 
 class ProjectedDistillation(nn.Module):

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import contrastive, distillation, guided, pairwise, regularisers
+from . import contrastive, distillation, guided, pairwise
 from .components import unrecorded
 from .matryoshka import Loss, Matryoshka, WeightedSum
 from .targets import Targets
@@ -41,8 +41,8 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "listwise_kl": distillation.listwise_kl,
     "embedding_distillation": distillation.embedding_distillation,
     "projected_distillation": distillation.ProjectedDistillation,
-    "toward_base": regularisers.toward_base,
-    "global_orthogonal": regularisers.global_orthogonal,
+    "toward_base": distillation.toward_base,
+    "global_orthogonal": contrastive.global_orthogonal,
     "matryoshka": Matryoshka,
     "sum": WeightedSum,
 }

@@ -73,8 +73,11 @@ def save_checkpoint(folder: Path, state: TrainState) -> None:
     try:
         for name, found in weights.items():
             if found is not None:
+                # safetensors refuses shared memory: a module used twice has its weights twice.
+                owners = set({x.untyped_storage().data_ptr(): key for key, x in found.items()}.values())
+                separate = {k: x.detach().contiguous() if k in owners else x.detach().clone() for k, x in found.items()}
                 with named_errors(path / name), atomic_write(temporary / name, "wb") as file:
-                    file.write(save(_separate(found)))
+                    file.write(save(separate))
         plain = {name: getattr(state, name) for name in ("step", "stopped", "evaluations", "best_step")}
         write_json(temporary / STATE, plain | {"optimizer": optimizer})
         write_json(temporary / FILES, {file.name: sha256_file(file) for file in sorted(temporary.iterdir())})
@@ -164,13 +167,6 @@ def _optimizer_state(state: TrainState) -> tuple[Weights, dict[str, Any]]:
         for group in state.optimizer.param_groups
     ]
     return tensors, {"state": numbers, "groups": groups}
-
-
-def _separate(tensors: Weights) -> Weights:
-    """The tensors without shared memory, which safetensors refuses: a module used twice has its weights twice."""
-    owner = {tensor.untyped_storage().data_ptr(): name for name, tensor in tensors.items()}
-    names = set(owner.values())
-    return {name: x.detach().contiguous() if name in names else x.detach().clone() for name, x in tensors.items()}
 
 
 def _checkpoints(folder: Path) -> list[Path]:

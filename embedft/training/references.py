@@ -47,13 +47,6 @@ def targets_with(references: Mapping[str, Reference], batch: Batch) -> Targets:
     """The batch's targets with the vectors of every reference, [B, E] and [C, E] by name, without gradient."""
     if not references:
         return batch.targets
-    found = dict(batch.targets.references)
-    expected = [batch.queries.num_sequences, batch.documents.num_sequences]
-    for name, reference in references.items():
-        with torch.no_grad():
-            Q, D = (vectors.detach() for vectors in reference(batch))
-        if [len(Q), len(D)] != expected:
-            wanted = f"{expected[0]} and {expected[1]}, the batch's queries and documents"
-            raise ValueError(f"reference {name!r} gave {len(Q)} and {len(D)} vectors, expected {wanted}")
-        found[name] = Q, D
-    return replace(batch.targets, references=found)
+    with torch.no_grad():
+        found = {name: tuple(X.detach() for X in reference(batch)) for name, reference in references.items()}
+    return replace(batch.targets, references={**batch.targets.references, **found})
