@@ -325,7 +325,7 @@ def test_hardness_is_held_constant():
         ({"directions": ["query_doc"]}, "direction is 'query_doc', expected one of query_document, document_query"),
         ({"partition": "own"}, "partition is 'own', expected one of joint, per_direction"),
         ({"partition": "per_direction", "directions": ALL}, "per_direction.*query_query"),
-        ({"in_batch": False, "directions": BOTH}, "in_batch is False, but only query_document"),
+        ({"in_batch": False, "directions": BOTH}, "in_batch is False and rows is None, but directions"),
         ({"hardness": "all", "hardness_strength": 1.0}, "hardness is 'all', expected one of in_batch_negatives"),
         ({"hardness": "all_negatives"}, "hardness_strength is 0.0, expected above 0"),
         ({"hardness_strength": 5.0}, "hardness_strength is 5.0 without hardness"),

@@ -95,7 +95,6 @@ class Targets:
         - query_query, [B, B]: rows of one query, or that share a positive document, are positive; others are negative.
         - document_document, [M, M]: two positives of one query are positive. Two that no query lists or knows together
           are negative: a document and a hard negative chosen for it are neither.
-
         Nothing is positive or negative to itself. `num_documents` is M; None: the largest document number plus 1.
         """
         check_one_of("direction", direction, DIRECTIONS)
@@ -247,8 +246,8 @@ def scores(
     """Similarity of every query with every document, [B, M]; half precision becomes float32.
 
     A document of several vectors (`targets.document`) gets, with `windows` "max", the similarity s_w of its best window
-    (MaxP), with "softmax" the soft maximum: sum over its windows w of s_w * exp(s_w / t) / sum over v of exp(s_v / t),
-    t = 0.05, which trains all of them and, unlike a log-sum-exp, does not grow with their number.
+    (MaxP), with "softmax" the sum over its windows w of s_w * exp(s_w / t) / sum over v of exp(s_v / t), t = 0.05,
+    which trains all of them and, unlike a log-sum-exp, does not grow with their number.
 
     Source: Dai and Callan 2019 (MaxP), section 3.
     """

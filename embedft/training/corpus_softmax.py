@@ -28,8 +28,8 @@ DocumentMap = Callable[[Tensor], Tensor]
 class Documents:
     """Frozen document vectors, an array or memory map, read `at_once` rows at a time and computed with in `dtype`.
 
-    `source` is the document of each row, [M] integers that rise from 0 without gaps, if documents have windows; None:
-    each row is a document. Raises `ValueError` for another source, and for a row that is not finite or zero.
+    `source`, the document of each row, rises from 0 without gaps; None: each row is a document. Raises `ValueError` for
+    another source, and for a row that is not finite or zero.
     """
 
     def __init__(
@@ -67,13 +67,12 @@ class Documents:
     def vectors(self, places: slice | Tensor, *, unit: bool = True) -> Tensor:
         """The vectors at some places, [C, D], normalised or as they are."""
         if len(self) > self.at_once:
-            return self._read(places if isinstance(places, slice) else places.numpy(), unit)
+            return self._read(self.rows[places if isinstance(places, slice) else places.numpy()], unit)
         if unit not in self._whole:
-            self._whole[unit] = self._read(slice(None), unit)
+            self._whole[unit] = self._read(self.rows, unit)
         return self._whole[unit][places]
 
-    def _read(self, places: slice | np.ndarray, unit: bool) -> Tensor:
-        rows = self.rows[places]
+    def _read(self, rows: np.ndarray, unit: bool) -> Tensor:
         part_CD = torch.from_numpy(np.asarray(self.embeddings_MD[rows])).to(self.dtype)
         return part_CD / torch.from_numpy(self.lengths_M[rows]).to(part_CD)[:, None] if unit else part_CD
 
@@ -147,10 +146,10 @@ def full_corpus_softmax(
     if document_map is None:
         log_sum_B = _FrozenLogSum.apply(Q, documents, pairs)
     else:
-        parts, compute = documents.parts(), _log_sum
+        parts, of_part = documents.parts(), _log_sum
         if len(parts) > 1:
-            compute = partial(checkpoint, _log_sum, use_reentrant=False, preserve_rng_state=False)
-        sums = [compute(Q, documents, pairs, part, document_map) for part in parts]
+            of_part = partial(checkpoint, _log_sum, use_reentrant=False, preserve_rng_state=False)
+        sums = [of_part(Q, documents, pairs, part, document_map) for part in parts]
         log_sum_B = torch.stack(sums).logsumexp(dim=0)
     return ((torch.logaddexp(log_sum_B[pairs.query_A], scores_A) - scores_A) * pairs.weight_A).sum()
 

@@ -52,15 +52,13 @@ def fit_adapter(
     normalize: bool = True,
     out: str | Path | None = None,
 ) -> Adapter:
-    """Fits an adapter that moves queries toward their relevant documents, by cosine; returns the best weights.
+    """Fits an adapter that moves queries toward their relevant documents, by cosine.
 
     Each step minimises the loss of some queries (`config.objective`) + `toward_identity` * `Adapter.departure()`, with
     AdamW. `full_corpus` is the softmax over all training documents, `in_batch` any loss of `LOSSES`, with the unmapped
-    vectors as references and grades as `target_scores`. Float64 if the queries are, else float32. The
-    adapter's `.history` has a record per step and validation, its `.costs` seconds, counts and the best step.
-
-    With `config.held_out`, questions about held-out documents choose the best step. The start competes too, so weights
-    worse than it are never kept.
+    vectors as references and grades as `target_scores`. Float64 if the queries are, else float32. With `held_out`,
+    questions about held-out documents choose the best step; the start competes too. The adapter's `.history` has a
+    record per step and validation, its `.costs` seconds, counts and the best step.
 
     Args:
         qrels: {query row: {document row: grade}}; above 0 is relevant, 0 a hard negative for `in_batch`.
@@ -71,8 +69,7 @@ def fit_adapter(
         normalize: whether the adapter's `transform` returns unit vectors.
         out: folder for the adapter, config.json and train.jsonl; None: nothing is written.
 
-    Raises:
-        ValueError: an input is invalid, before training; or a loss is not finite.
+    Raises `ValueError` when an input is invalid, before training, or a loss is not finite.
     """
     began, config = time.perf_counter(), config or AdapterConfig()
     if out is not None:
@@ -88,8 +85,8 @@ def fit_adapter(
     kept = np.setdiff1d(documents.source, list(gone))
     with devices.seeded(config.seed, queries_ND.device):
         best_step = _fit(adapter, queries_ND, documents.subset(kept) if gone else documents, trained, judge, config)
-    costs = {"queries": len(trained), "documents": len(kept), "held_out_queries": len(held_out)}
-    adapter.costs = {"seconds": time.perf_counter() - began, **costs, "best_step": best_step}
+    counts = {"queries": len(trained), "documents": len(kept), "held_out_queries": len(held_out)}
+    adapter.costs = {"seconds": time.perf_counter() - began, **counts, "best_step": best_step}
     if out is not None:
         with replace_files(out) as new:
             with atomic_write(new / LOG) as file:
@@ -218,8 +215,7 @@ def _metrics(
 ) -> dict[str, float]:
     """Metrics of an adapter on queries ranked against all documents, `at_once` queries at a time."""
     queries, ranks = list(relevant), []
-    for first in range(0, len(queries), at_once):
-        rows = queries[first : first + at_once]
+    for rows in (queries[first : first + at_once] for first in range(0, len(queries), at_once)):
         pairs, mapped_BD = Pairs.of(relevant, rows, documents), adapter(queries_ND[rows], "query")
         ranks.append(first_ranks(mapped_BD, documents, pairs, document_map=adapter.document))
     ranks_N, cutoffs = torch.cat(ranks).double(), sorted({5, 10, int(select.partition("@")[2])})
@@ -285,8 +281,8 @@ def _held_out(relevant: Answers, fraction: float, seed: int) -> dict[int, list[i
 
     Documents linked by queries stay together, in random order; a group is taken if that brings the number nearer.
     """
-    answering = list(dict.fromkeys(place for places in relevant.values() for place in places))
     component = connected_components((places[0], place) for places in relevant.values() for place in places)
+    answering = list(dict.fromkeys(chain.from_iterable(relevant.values())))
     groups, taken, wanted = defaultdict(set), set(), max(1, round(fraction * len(answering)))
     for place in np.random.default_rng(seed).permutation(answering).tolist():
         groups[component[place]].add(place)
@@ -296,6 +292,5 @@ def _held_out(relevant: Answers, fraction: float, seed: int) -> dict[int, list[i
     taken = taken or min(groups.values(), key=len)
     held_out = {query: list(places) for query, places in relevant.items() if taken.issuperset(places)}
     if len(held_out) == len(relevant):
-        found = f"{len(relevant):,} queries that all share documents"
-        raise ValueError(f"held_out is {fraction}, which leaves no query to train on: {found}")
+        raise ValueError(f"held_out is {fraction}, which leaves no query to train on: {len(relevant):,} queries linked")
     return held_out

@@ -81,8 +81,8 @@ def train(
 ) -> TrainState:
     """Trains `embedder` in place and leaves it with its best weights (without `evaluate`: the last ones).
 
-    The base is validated too, so weights worse than it are never kept. The same seed on the same machine gives the same
-    bits on the CPU; the caller's random state is left as it was. Several ranks call this alike (distributed.py).
+    The base competes too. The same seed on the same machine gives the same bits on the CPU; the caller's random state
+    is left as it was. Several ranks call this alike (distributed.py).
 
     Args:
         loss: (Q [B, D], D [M, D], targets) -> scalar. A module is trained too, without weight decay.
@@ -92,8 +92,8 @@ def train(
         evaluate: validation, {metric: value, higher is better}; called on rank 0.
         refresh: makes the batches anew, as many as before, when every `refresh_every`-th epoch but the first begins.
             Called on every rank; a run that resumes calls it again with the weights it saw.
-        on_step: called on every rank after each step with the state and the record for train.jsonl (step, epoch, loss,
-            components, ...); "stop" from rank 0 makes the step the last. What it keeps itself is not in checkpoints.
+        on_step: called on every rank after each step with the state and its record for train.jsonl; "stop" from rank 0
+            makes the step the last. What it keeps itself is not in checkpoints.
 
     Raises:
         NonFiniteError: a loss or gradient is not finite; no step was taken with it.
