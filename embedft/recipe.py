@@ -32,10 +32,9 @@ from .retrieval.report import Report
 from .retrieval.run import Run
 from .training import distributed, runs
 from .training.optim import MakeOptimizer
-from .training.references import FrozenEmbeddings, Reference, targets_with
+from .training.references import FrozenEmbeddings, Reference, best_windows, targets_with, with_best_windows
 from .training.settings import MINING, FinetuneConfig, configured_loss
 from .training.train import BatchSource, Evaluate, OnStep, Refresh, train
-from .training.windows import best_windows, with_best_windows
 
 VALIDATION, VALIDATION_BASE = "validation", "validation-base"
 BATCHING = (

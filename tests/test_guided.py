@@ -214,7 +214,7 @@ def test_the_guide_has_no_gradient():
     [
         ({"temperature": 0.0}, "temperature is 0.0, expected above 0"),
         ({"margin_strategy": "percent"}, "margin_strategy is 'percent', expected one of absolute, relative"),
-        ({"margin": math.nan}, "margin is nan, expected a finite number"),
+        ({"margin": math.nan}, "margin is nan, expected finite"),
         ({"rows": 2}, "rows is 2"),
     ],
 )

@@ -137,7 +137,7 @@ NAMES = "expected one of in_batch_negatives, "
         ({"name": "sum", "losses": IN_BATCH}, "sum: losses is .*, expected a list of loss"),
         ({"name": "sum", "losses": [IN_BATCH], "weights": [math.inf]}, r"weights is \[inf\], .* 0 and finite"),
         ({"name": "matryoshka", "dims": [4], "inner": IN_BATCH, "weights": [math.inf]}, "of at least 0 and finite"),
-        ({"name": "sigmoid", "bias": math.nan}, "bias is nan, expected a finite number"),
+        ({"name": "sigmoid", "bias": math.nan}, "bias is nan, expected finite"),
         ({"name": "sum", "losses": [IN_BATCH], "weights": [1, 2]}, "weights has 2 entries, expected 1"),
         ({"name": "projected_distillation"}, "projected_distillation needs student_dim, int"),
     ],

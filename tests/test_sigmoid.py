@@ -86,9 +86,9 @@ def test_no_query_is_zero():
 @pytest.mark.parametrize("bias", [math.nan, math.inf, -math.inf])
 def test_refuses_a_bias_that_is_not_finite(bias):
     Q = torch.ones(1, 2)
-    with pytest.raises(ValueError, match=f"bias is {bias}, expected a finite number"):
+    with pytest.raises(ValueError, match=f"bias is {bias}, expected finite"):
         sigmoid(Q, Q, Targets(torch.tensor([[0]])), bias=bias)
-    with pytest.raises(ValueError, match=f"bias is {bias}, expected a finite number"):
+    with pytest.raises(ValueError, match=f"bias is {bias}, expected finite"):
         LearnableSigmoid(bias=bias)
 
 

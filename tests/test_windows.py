@@ -14,7 +14,7 @@ from embedft.data.mixture import make_mixture
 from embedft.files import read_json, read_jsonl
 from embedft.losses.contrastive import in_batch_negatives
 from embedft.training.cached import cached_backward
-from embedft.training.windows import best_windows, with_best_windows
+from embedft.training.references import best_windows, with_best_windows
 
 PASSAGES = (6, 4)  # four tokens of text, none twice
 

@@ -59,7 +59,7 @@ class Collate:
     merge_equal_texts: bool = True
     passages: Sequence[int] | None = None
     windows_per_document: int = 4
-    # {query id: {document id: number of the best window}}, see training/windows.py
+    # {query id: {document id: number of the best window}}, see training/references.py
     best_windows: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     seed: int = 0  # of the random windows
     with_sources: bool = False  # fill `Batch.sources` with the part of each query id before its "/" (mixture.py)

@@ -19,10 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check_above_zero, check_finite, check_one_of
 from .components import record
 from .rows import between_documents, by_rows, log_sum, mean_over_positives, mean_over_queries
-from .targets import DIRECTIONS, Targets, comparable, scores
+from .targets import DIRECTIONS, Targets, check_number, check_one_of, comparable, scores
 
 PARTITIONS = ("joint", "per_direction")
 HARDNESS = ("in_batch_negatives", "hard_negatives", "all_negatives")
@@ -71,7 +70,7 @@ class InBatch:
             raise ValueError(f"{found}, but directions beyond query_document take the whole batch")
         if self.hardness is not None:
             check_one_of("hardness", self.hardness, HARDNESS)
-            check_above_zero("hardness_strength", self.hardness_strength)
+            check_number("hardness_strength", self.hardness_strength, above=0)
         elif self.hardness_strength != 0:
             raise ValueError(f"hardness_strength is {self.hardness_strength} without hardness")
 
@@ -139,7 +138,7 @@ def in_batch_negatives(Q: Tensor, D: Tensor, targets: Targets, *, temperature: f
     (EmbeddingGemma). Decoupled: Yeh et al. 2022 (DCL), equation 6. With one positive per query and no document listed
     twice it equals sentence-transformers' MultipleNegativesRankingLoss.
     """
-    check_above_zero("temperature", temperature)
+    check_number("temperature", temperature, above=0)
     return InBatch(**options).loss(Q, D, targets, temperature)
 
 
@@ -170,7 +169,7 @@ class LearnableTemperature(nn.Module):
 
     def __init__(self, *, temperature: float = 0.05, minimum: float = 0.01, **options: Any):
         super().__init__()
-        check_above_zero("minimum", minimum)
+        check_number("minimum", minimum, above=0)
         if not minimum <= temperature < math.inf:
             raise ValueError(f"temperature is {temperature}, expected at least the minimum of {minimum}, and finite")
         self.in_batch = InBatch(**options)
@@ -197,7 +196,7 @@ def multi_positive(
 
     Source: Khosla et al. 2020 (Supervised Contrastive Learning), equation 2 (out) and 3 (in).
     """
-    check_above_zero("temperature", temperature)
+    check_number("temperature", temperature, above=0)
     check_one_of("form", form, FORMS)
     targets.warn_without_negatives(D)
 
@@ -222,8 +221,8 @@ def sigmoid(
 
     Source: Zhai et al. 2023 (SigLIP), section 3.2, with its initial temperature and bias.
     """
-    check_above_zero("temperature", temperature)
-    check_finite("bias", bias)
+    check_number("temperature", temperature, above=0)
+    check_number("bias", bias)
 
     def losses(scores_RM: Tensor, positive_RM: Tensor, temperature: float, bias: float) -> tuple[Tensor]:
         logits_RM = scores_RM / temperature + bias
@@ -264,8 +263,8 @@ class LearnableSigmoid(nn.Module):
 
     def __init__(self, *, temperature: float = 0.1, bias: float = -10.0, **options: Any):
         super().__init__()
-        check_above_zero("temperature", temperature)
-        check_finite("bias", bias)
+        check_number("temperature", temperature, above=0)
+        check_number("bias", bias)
         self.options = options
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
         self.bias = nn.Parameter(torch.tensor(float(bias)))
@@ -299,7 +298,7 @@ def global_orthogonal(
     check_one_of("aggregation", aggregation, AGGREGATIONS)
     weights = mean_weight or 0.0, second_moment_weight or 0.0
     for name, weight in zip(("mean_weight", "second_moment_weight"), weights, strict=True):
-        check_finite(name, weight, least=0)
+        check_number(name, weight, least=0)
     if not any(weights):
         raise ValueError("mean_weight and second_moment_weight are both 0, expected one of them above 0")
     Q, D = comparable(Q, D, similarity)

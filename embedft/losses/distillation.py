@@ -16,10 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check_above_zero, check_one_of
 from .pairwise import listed_scores, listed_targets
 from .rows import by_rows
-from .targets import Targets, comparable, float32_or_64
+from .targets import Targets, check_number, check_one_of, comparable, float32_or_64
 
 DISTANCES = ("cosine", "mse", "l2", "squared", "similarities")
 
@@ -66,9 +65,9 @@ def listwise_kl(
     targets.check_several("listwise_kl")
     student = temperature if student_temperature is None else student_temperature
     teacher = temperature if teacher_temperature is None else teacher_temperature
-    check_above_zero("temperature", temperature)
-    check_above_zero("student_temperature", student)
-    check_above_zero("teacher_temperature", teacher)
+    check_number("temperature", temperature, above=0)
+    check_number("student_temperature", student, above=0)
+    check_number("teacher_temperature", teacher, above=0)
     scores_BG = listed_scores(Q, D, targets, similarity=similarity, windows=windows)
     is_listed_BG = targets.group >= 0
     # Not minus infinity, with which a row that lists nothing would be NaN.

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_above_zero, check_finite, check_one_of
 from .components import record
 from .rows import between_documents, by_rows, mean_over_positives, mean_over_queries
-from .targets import Targets, comparable, scores
+from .targets import Targets, check_number, check_one_of, comparable, scores
 
 MARGIN_STRATEGIES = ("absolute", "relative")
 
@@ -40,7 +39,7 @@ def guided_in_batch_negatives(
     positive per query and no document listed twice it equals sentence-transformers' GISTEmbedLoss, which excludes the
     similarity of a text with itself only because the guide gives it 1.
     """
-    check_above_zero("temperature", temperature)
+    check_number("temperature", temperature, above=0)
     guided = _Guided(**options)
     if len(Q) == 1 or not guided.contrast_queries:
         targets.warn_without_negatives(D)
@@ -73,7 +72,7 @@ class _Guided:
 
     def __post_init__(self) -> None:
         check_one_of("margin_strategy", self.margin_strategy, MARGIN_STRATEGIES)
-        check_finite("margin", self.margin)
+        check_number("margin", self.margin)
         if self.rows is not None and (self.contrast_queries or self.contrast_positives):
             raise ValueError(f"rows is {self.rows}, but contrast_queries and contrast_positives need the whole batch")
 

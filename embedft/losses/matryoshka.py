@@ -14,9 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .checks import check_one_of
 from .components import loss_name, record, scope
-from .targets import Targets, float32_or_64
+from .targets import Targets, check_one_of, float32_or_64
 
 Loss = Callable[[Tensor, Tensor, Targets], Tensor]
 

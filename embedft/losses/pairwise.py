@@ -20,9 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_above_zero, check_finite, check_one_of
 from .rows import by_rows
-from .targets import WINDOWS, Targets, comparable, float32_or_64, over_windows
+from .targets import WINDOWS, Targets, check_number, check_one_of, comparable, float32_or_64, over_windows
 
 DISTANCES = ("cosine", "euclidean", "manhattan")
 REDUCTIONS = ("mean", "sum")
@@ -165,7 +164,7 @@ def listed_targets(targets: Targets, loss: str, like: Tensor) -> Tensor:
 
 
 def _check(margin: float, distance: str) -> None:
-    check_finite("margin", margin, least=0)
+    check_number("margin", margin, least=0)
     check_one_of("distance", distance, DISTANCES)
 
 
@@ -203,7 +202,7 @@ def _scored_pairs(scores_BG: Tensor, targets: Targets, loss: str, pairs: str) ->
 
 
 def _cosent(scores_P: Tensor, gold_P: Tensor, scale: float) -> Tensor:
-    check_above_zero("scale", scale)
+    check_number("scale", scale, above=0)
     gold_P, order_P = gold_P.sort()
     scores_P = scores_P[order_P] * scale
     # The sum over all b with a higher gold score, for each a: sorted, they are the pairs from a place on.

@@ -91,8 +91,7 @@ def describe_losses() -> str:
     """One line per loss, with its options and their defaults; options without a default are required."""
     lines = []
     for name, loss in LOSSES.items():
-        defaults = {option.name: option.default for option in loss_options(loss).values()}
-        options = (k if x is inspect.Parameter.empty else f"{k}={json.dumps(x)}" for k, x in defaults.items())
+        options = (k if x.default is x.empty else f"{k}={json.dumps(x.default)}" for k, x in loss_options(loss).items())
         lines.append(" ".join([f"{name}:", *options]))
     return "\n".join(lines)
 

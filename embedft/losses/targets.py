@@ -11,14 +11,12 @@ K known pairs, P pairs, D and E features.
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from .checks import check_one_of
 
 SIMILARITIES = ("cosine", "dot")
 DIRECTIONS = ("query_document", "document_query", "query_query", "document_document")
@@ -275,3 +273,19 @@ def over_windows(scores_BC: Tensor, targets: Targets, *, windows: str = "max", t
 
 def _best_window(into_BM: Tensor, document_C: Tensor, scores_BC: Tensor) -> Tensor:
     return into_BM.scatter_reduce(1, document_C.expand_as(scores_BC), scores_BC, "amax", include_self=False)
+
+
+# Options of losses. A tensor, which is a learned value, is not read: that would wait for the device.
+
+
+def check_number(name: str, value: float | Tensor, *, least: float = -math.inf, above: float = -math.inf) -> None:
+    """A number is finite, at least `least`, and above `above`."""
+    if not isinstance(value, Tensor) and not (math.isfinite(value) and value >= least and value > above):
+        bounds = [f"at least {least:g}"] * math.isfinite(least) + [f"above {above:g}"] * math.isfinite(above)
+        raise ValueError(f"{name} is {value}, expected {' and '.join([*bounds, 'finite'])}")
+
+
+def check_one_of(name: str, value: str, valid: Sequence[str]) -> None:
+    """An option has one of its values."""
+    if value not in valid:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(valid)}")
