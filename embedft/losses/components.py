@@ -35,8 +35,7 @@ def _setting(current: tuple[dict[str, Tensor], str] | None) -> Iterator[None]:
 @contextmanager
 def collect() -> Iterator[dict[str, Tensor]]:
     """Gives a dict that the losses called inside fill: {name: detached scalar}."""
-    found: dict[str, Tensor] = {}
-    with _setting((found, "")):
+    with _setting((found := {}, "")):
         yield found
 
 

@@ -71,8 +71,7 @@ class Matryoshka(nn.Module):
         if self.training and not self._warned and self.dims[0] < width:
             self._warned = True
             warnings.warn(f"dims lacks {width}, the full width: it is not trained", stacklevel=2)
-        Q, D = float32_or_64(Q), float32_or_64(D)
-        total, places = 0.0, self._draw()
+        Q, D, total, places = float32_or_64(Q), float32_or_64(D), 0.0, self._draw()
         for i in places:
             # Each from the one before, as in the reference; that way rounding is the same too.
             Q, D = (_unit(X[:, : self.dims[i]]) for X in (Q, D))

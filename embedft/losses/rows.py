@@ -1,8 +1,6 @@
 """Shared parts of the losses that work on rows of scores: a few rows at a time, means over positives and queries.
 
-    Q, D = comparable(Q, D, "cosine")
-    losses_B, counts_B = by_rows(losses, Q, D, targets, None)
-    value = mean_over_queries(losses_B, counts_B)
+    value = mean_over_queries(*by_rows(losses, *comparable(Q, D, "cosine"), targets, None))
 
 Shapes: B queries, R rows of scores, N columns, M documents, C document vectors, G listed documents per query.
 """
@@ -56,8 +54,8 @@ def by_rows(
 class _ByRows(torch.autograd.Function):
     """`by_rows` with the parts computed in the backward pass.
 
-    Not torch.utils.checkpoint: what it keeps of each part is allocated where the part's scores were freed, so that the
-    C library cannot reuse the space. 8,192 x 8,192 scores took 590 MB that way, and 120 MB this way.
+    Not torch.utils.checkpoint, which keeps small tensors where scores were freed, so that the space cannot be reused:
+    8,192 x 8,192 scores took 590 MB that way, and 120 MB this way.
     """
 
     @staticmethod
@@ -88,10 +86,8 @@ class _ByRows(torch.autograd.Function):
         Q, D, *saved = ctx.saved_tensors
         needs_Q, *needs = ctx.needs_input_grad[3:]
         parameters = [number if x is None else x for x, number in zip(saved, ctx.numbers, strict=True)]
-        others = [
-            x.detach().requires_grad_(need) if isinstance(x, Tensor) else x
-            for x, need in zip([D, *parameters], needs, strict=True)
-        ]
+        wanted = zip([D, *parameters], needs, strict=True)
+        others = [x.detach().requires_grad_(need) if isinstance(x, Tensor) else x for x, need in wanted]
         gradient_Q = torch.zeros_like(Q) if needs_Q else None
         for first in range(0, len(Q), ctx.rows):
             rows = slice(first, first + ctx.rows)

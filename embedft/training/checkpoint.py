@@ -28,10 +28,7 @@ Weights = dict[str, Tensor]
 
 @dataclass
 class TrainState:
-    """Everything that changes during training; a checkpoint holds all of it, and torch's random state.
-
-    Weights are copies on the CPU.
-    """
+    """Everything that changes during training; a checkpoint holds all of it, and torch's random state."""
 
     embedder: nn.Module = field(repr=False, compare=False)
     loss: Any = field(repr=False, compare=False)  # a module is trained too
@@ -40,7 +37,7 @@ class TrainState:
     stopped: bool = False  # by `on_step`
     evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)  # step, {metric: value}
     best_step: int | None = None  # 0: the base; None without validation
-    best_weights: Weights | None = field(default=None, repr=False, compare=False)
+    best_weights: Weights | None = field(default=None, repr=False, compare=False)  # a copy on the CPU, as the next
     refresh_weights: Weights | None = field(default=None, repr=False, compare=False)  # that the latest refresh saw
 
     def modules(self) -> dict[str, nn.Module]:

@@ -91,8 +91,7 @@ class LocalBatch(NamedTuple):
 def gather(own_ND: Tensor, order_B: Tensor) -> Tensor:
     """The vectors of all ranks in the batch's order, [B, D]: this rank's with gradient, the others' without.
 
-    This rank has rows order_B[rank], order_B[rank + S], ... of the batch, or none. Every rank computes the same loss
-    but backpropagates only into its own texts.
+    This rank has rows order_B[rank], order_B[rank + S], ... of the batch, or none.
     """
     rank, size = rank_and_size()
     order_B = order_B.to(own_ND.device)

@@ -91,10 +91,8 @@ def open_run(
 ) -> None:
     """Writes configuration and environment; to "resume", checks that they are the same.
 
-    Args:
-        config: every setting; "objects": {name: `describe_object`} of the code that was passed in.
-        hashes: {name: SHA-256} of what the run starts from: model and datasets.
-        allow_changed_code: resume though "objects" differ, and record the new ones.
+    `config` has every setting, under "objects" {name: `describe_object`} of the code that was passed in; when that
+    changed, `allow_changed_code` resumes and records the new code. `hashes` has the SHA-256 of model and datasets.
     """
     check_run(out, existing)
     config = json.loads(json.dumps(config))  # as it is read back: tuples are lists

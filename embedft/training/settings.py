@@ -102,9 +102,7 @@ class FinetuneConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """How to fit an adapter. Held-out questions about one annual report (Lyft's) chose the defaults, in
-    experiments/repro_adapter_lyft_uber.py.
-    """
+    """How to fit an adapter. Held-out questions chose the defaults, in experiments/repro_adapter_lyft_uber.py."""
 
     kind: Literal["linear", "low_rank", "two_layer"] = setting("linear", "kind of map")
     side: Literal["query", "document", "both", "shared"] = setting("query", "what is mapped")

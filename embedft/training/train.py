@@ -205,11 +205,10 @@ def backward(
 
 def validate(state: TrainState, evaluate: Evaluate, config: TrainConfig, log: Log) -> None:
     """Evaluates on rank 0, and keeps the weights if they are the best so far."""
-    start, device = time.perf_counter(), state.embedder.device
-    state.embedder.eval()
-    devices.release_memory(device)  # before and after: encoding fragments memory as much as training does
-    metrics = distributed.from_first(lambda: dict(evaluate(state.embedder)))
-    devices.release_memory(device)
+    start, embedder = time.perf_counter(), state.embedder.eval()
+    devices.release_memory(embedder.device)  # before and after: encoding fragments memory as much as training does
+    metrics = distributed.from_first(lambda: dict(evaluate(embedder)))
+    devices.release_memory(embedder.device)
     if config.select not in metrics:
         raise ValueError(f"select is {config.select!r}, expected one of {', '.join(metrics)}")
     log({"step": state.step, "metrics": metrics, "seconds": time.perf_counter() - start})
