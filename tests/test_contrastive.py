@@ -340,7 +340,7 @@ def test_refuses(options, message, module):
     Q = torch.ones(1, 2)
     targets = Targets(torch.tensor([[0]]))
     if module and "temperature" in options:
-        message = f"temperature is {options['temperature']}, expected at least the minimum of 0.01, and finite"
+        message = f"temperature is {options['temperature']}, expected at least 0.01 and finite"
     with pytest.raises(ValueError, match=message):
         (LearnableTemperature(**options) if module else lambda *given: in_batch_negatives(*given, **options))(
             Q, Q, targets
@@ -466,7 +466,7 @@ def test_the_temperature_stays_above_its_minimum_and_comes_back():
     assert [name for name, _ in loss.named_parameters()] == ["log_temperature"]
     with pytest.raises(ValueError, match="minimum is 0, expected above 0"):
         LearnableTemperature(minimum=0)
-    with pytest.raises(ValueError, match=r"temperature is 0.005, expected at least the minimum of 0.01"):
+    with pytest.raises(ValueError, match=r"temperature is 0.005, expected at least 0.01"):
         LearnableTemperature(temperature=0.005)
 
 

@@ -44,8 +44,8 @@ class InBatch:
 
     similarity: str = "cosine"
     directions: Sequence[str] = ("query_document",)
-    # "joint": one partition, the sum of all (the first two directions both bring the positive). "per_direction", for
-    # the first two only: a partition for each, and the mean of the losses of those that are not empty.
+    # "joint": one partition, the sum of all (the first two directions both bring the positive). "per_direction", of the
+    # first two alone: a partition for each, and the mean of the losses of those that are not empty.
     partition: str = "joint"
     in_batch: bool = True  # False: the only negatives of a query are those listed for it
     # Which negatives of query_document get hardness_strength * sim, held constant and not divided by the temperature,
@@ -170,8 +170,7 @@ class LearnableTemperature(nn.Module):
     def __init__(self, *, temperature: float = 0.05, minimum: float = 0.01, **options: Any):
         super().__init__()
         check_number("minimum", minimum, above=0)
-        if not minimum <= temperature < math.inf:
-            raise ValueError(f"temperature is {temperature}, expected at least the minimum of {minimum}, and finite")
+        check_number("temperature", temperature, least=minimum)
         self.in_batch = InBatch(**options)
         self.log_minimum = math.log(minimum)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))

@@ -59,8 +59,8 @@ def listwise_kl(
     s is the similarity, t the teacher's score (`target_scores`), T_s and T_t the temperatures of student and teacher,
     each above 0; None: `temperature`. Queries with fewer than two listed are skipped.
 
-    Source: Hinton et al. 2015, section 2 (softmax at a temperature, and the factor T^2); Lin et al. 2020 (TCT-ColBERT)
-    for ranking; equals sentence-transformers' DistillKLDivLoss.
+    Source: Hinton et al. 2015, section 2 (the factor T^2); Lin et al. 2020 (TCT-ColBERT) for ranking; equals
+    sentence-transformers' DistillKLDivLoss.
     """
     targets.check_several("listwise_kl")
     student = temperature if student_temperature is None else student_temperature
@@ -124,9 +124,8 @@ class ProjectedDistillation(nn.Module):
 
     def __init__(self, *, student_dim: int, teacher_dim: int, distance: str = "cosine", seed: int = 0):
         super().__init__()
-        for name, dim in (("student_dim", student_dim), ("teacher_dim", teacher_dim)):
-            if dim < 1:
-                raise ValueError(f"{name} is {dim}, expected at least 1")
+        check_number("student_dim", student_dim, least=1)
+        check_number("teacher_dim", teacher_dim, least=1)
         self.student_dim, self.teacher_dim, self.distance = student_dim, teacher_dim, distance
         generator = torch.Generator("cpu").manual_seed(seed)
         uniform_ED = torch.rand(teacher_dim, student_dim, generator=generator, device="cpu") * 2 - 1

@@ -48,15 +48,12 @@ def guided_in_batch_negatives(
     targets, rows = replace(targets, references={"guide": guide}), guided.rows
     if guided.contrast_queries or guided.contrast_positives:
         rows = max(1, len(Q))
-    found = by_rows(guided.losses, Q, D, targets, rows, temperature, width=_width(targets))
+    # How many columns of `group` can hold a positive; each takes a row of scores per query.
+    width = targets.group.shape[1] if targets.relevance is not None else 1
+    found = by_rows(guided.losses, Q, D, targets, rows, temperature, width, width=width)
     losses_B, counts_B, masked_B, negatives_B = found
     record("masked_negatives", masked_B.sum() / negatives_B.sum().clamp(min=1))
     return mean_over_queries(losses_B, counts_B)
-
-
-def _width(targets: Targets) -> int:
-    """How many columns of `group` can hold a positive; each takes a row of scores per query."""
-    return targets.group.shape[1] if targets.relevance is not None else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +73,12 @@ class _Guided:
         if self.rows is not None and (self.contrast_queries or self.contrast_positives):
             raise ValueError(f"rows is {self.rows}, but contrast_queries and contrast_positives need the whole batch")
 
-    def losses(self, Q: Tensor, D: Tensor, targets: Targets, temperature: float | Tensor) -> tuple[Tensor, ...]:
+    def losses(self, Q: Tensor, D: Tensor, targets: Targets, temperature: float, width: int) -> tuple[Tensor, ...]:
         """(loss of each query, whether it counts, number of masked negatives, number of negatives), each [R]."""
         guide_Q, guide_D = targets.references["guide"]
         logits_RM = scores(Q, D, targets, similarity="dot", windows=self.windows) / temperature
         guide_RM = scores(guide_Q, guide_D, targets, similarity="dot", windows=self.windows)
-        num_documents, width = logits_RM.shape[1], _width(targets)
+        num_documents = logits_RM.shape[1]
         group_RG, is_positive_RG = targets.group[:, :width].clamp(min=0), targets.listed_positive[:, :width]
         positives_RG, guide_RG = logits_RM.gather(1, group_RG), guide_RM.gather(1, group_RG)
         limits_RG = guide_RG - (self.margin if self.margin_strategy == "absolute" else guide_RG.abs() * self.margin)

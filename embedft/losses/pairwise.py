@@ -8,8 +8,7 @@ known to be relevant. Distances: "cosine" (1 - cos), "euclidean" or "manhattan",
 are; of several windows the nearest counts. `margin` is at least 0, in the unit of the distance.
 
 `cosine_mse`, `cosent` and `angle` take scored pairs: a query and the first document listed for it, with the first of
-its `target_scores` as gold score; pairs="all" takes every listed document with its own score. Pairs without a document
-(-1) are skipped. `similarity` and `windows` are those of `scores`.
+its `target_scores` as gold score; pairs="all" takes every listed document with its own. -1, no document, is skipped.
 
 Shapes: B queries, M documents, C document vectors, G listed documents per query, P pairs, D features.
 """

@@ -1,4 +1,4 @@
-"""What is encoded before training: vectors of reference models, and the window of a document that answers a query best.
+"""What is encoded before training: vectors of reference models, and the windows that answer queries best.
 
     guide = FrozenEmbeddings(load_embedder("BAAI/bge-base-en-v1.5"), dataset)
     train(embedder, batches, loss, config, references={"guide": guide})
