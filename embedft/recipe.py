@@ -42,7 +42,7 @@ BATCHING = (
     *("windows_per_document", "passages", "seed"),
 )
 REFRESHING = ("refresh_windows", "mine_every")
-# Settings that have no effect when an object is given.
+# Settings that have no effect when this object is passed in.
 REPLACED = {
     "loss": ("loss",),
     "batches": (*BATCHING[:-2], "sampling", "sampling_temperature", "mixed", *REFRESHING),

@@ -104,7 +104,7 @@ class RetrievalDataset:
                 one document; a repeated pair counts once. False: each row has its own query and document.
             skip_empty: instead of refusing null or blank texts, drop the rows (jsonl, csv), or the queries and
                 documents with their qrels (llamaindex, beir). BEIR's empty documents are kept otherwise.
-            strict: refuse judgements of unknown queries and documents instead of warning of them.
+            strict: refuse judgements of unknown queries and documents instead of warning about them.
             split: "beir" only: which qrels; None: "test", or the only split.
 
         Raises `ValueError` for anything wrong with the data, naming file, line and id.

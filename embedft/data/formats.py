@@ -9,7 +9,6 @@ beir        a folder: corpus.jsonl (`_id`, `title`, `text`), queries.jsonl (`_id
 jsonl, csv  pairs or triplets, one per row: see pairs.py.
 
 Judgements of unknown queries are dropped, those of unknown documents kept apart, both with a warning (strict: refused).
-`RetrievalDataset.load` and `save` are the way in.
 """
 
 import re
@@ -28,10 +27,8 @@ SUFFIXES = {".json": "llamaindex", ".jsonl": "jsonl", ".csv": "csv", ".tsv": "cs
 # The formats that can be written, with the optional fields that each can hold.
 WRITABLE = {"llamaindex": ("missing",), "beir": ("titles", "missing"), "jsonl": ("negatives",)}
 Texts = dict[str, str]
-# (where in the file, id, text, title)
-Entry = tuple[str, Any, Any, Any]
-# (where in the file, query id, document id, grade)
-Judgement = tuple[str, str, str, int]
+Entry = tuple[str, Any, Any, Any]  # where in the file, id, text, title
+Judgement = tuple[str, str, str, int]  # where in the file, query id, document id, grade
 
 
 def choose_format(path: Path, format: str | None, formats: Iterable[str], *, folder: bool) -> str:

@@ -39,7 +39,7 @@ class Sampler:
     batch_tokens: int | None = None  # tokens per batch, instead of batch_size
     tokens: Callable[[], Sequence[int]] | None = None  # () -> the tokens of each example, [P]; called when first needed
     apart: Sequence[Iterable[Hashable]] = ()  # what each example contains (texts, for example), [P]
-    # Sort the shuffled examples by length within windows of so many batches, then shuffle the batches; 0: no sorting.
+    # Sort the shuffled examples by length within windows of this many batches, then shuffle the batches; 0: no sorting.
     # In-batch negatives are then about as long as the positive; packed sequences gain little speed from it.
     length_window: int = 0
     _planned: dict[int, list[list[int]]] = field(default_factory=dict, init=False)  # of the last epoch
