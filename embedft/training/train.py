@@ -222,10 +222,11 @@ def _make_optimizer(embedder: Embedder, loss: Loss, config: TrainConfig, make: M
     """AdamW as configured, or what `make` returns; each group notes its peak learning rate as "initial_lr"."""
     if isinstance(loss, nn.Module):
         loss.to(embedder.device).train()
+    names = ("lr", "loss_lr", "weight_decay")
     if make is None:
-        rates = {name: getattr(config, name) for name in ("lr", "loss_lr", "weight_decay")}
-        optimizer = build_optimizer(embedder, loss, **rates)
+        optimizer = build_optimizer(embedder, loss, **{name: getattr(config, name) for name in names})
     else:
+        config.check_unused(names, "the optimizer is given, which decides it")
         optimizer = make(parameter_groups(embedder, loss))
     if not isinstance(optimizer, Optimizer):
         raise ValueError(f"optimizer returned {type(optimizer).__name__}, expected a torch.optim.Optimizer")
