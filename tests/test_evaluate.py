@@ -614,7 +614,7 @@ def test_compare_seeds_pairs_questions_by_id_and_uses_clusters():
     assert found == compare_seeds([base], [first, second], metric="mrr")
     assert found.num_clusters == 3
     differences = [report.per_query["mrr"] - base.per_query["mrr"] for report in (first, second)]
-    assert found.interval == recipe_interval(np.stack(differences), base.clusters).interval
+    assert found.interval == recipe_interval(np.stack(differences), base.clusters)["interval"]
 
 
 def test_compare_seeds_refuses():

@@ -1,12 +1,11 @@
-"""fusion.py: by hand, against plain dicts; ties, rows that are missing, the weight that is chosen, what is refused."""
+"""fusion.py: by hand, against plain dicts; ties, rows that are missing, what is refused."""
 
 import math
 
 import numpy as np
 import pytest
 
-from embedft import RetrievalDataset, Run, evaluate_run, fuse
-from embedft.retrieval.fusion import choose_weight
+from embedft import Run, fuse
 
 
 def random_run(rng, *, queries=8, documents=15, depth=6, levels=4):
@@ -200,78 +199,3 @@ def test_runs_are_not_changed_and_may_be_float32():
 def test_refuses(runs, options, message):
     with pytest.raises(ValueError, match=message):
         fuse(runs, **options)
-
-
-# The weight of two runs.
-
-
-def test_choose_weight_by_hand():
-    # q1's answer a leads in the first run, q2's answer d in the second; in the other run each is the last of two.
-    # z is 1 and -1, so the answer of q1 has w - (1 - w) = 2w - 1 and the other one 1 - 2w: q1 wants w > 1/2, and at
-    # 1/2 the tie goes to the smaller id, a. q2 wants w < 1/2, and at 1/2 its answer d loses to c.
-    first = Run.from_dict({"q1": {"a": 2.0, "b": 1.0}, "q2": {"c": 2.0, "d": 1.0}})
-    second = Run.from_dict({"q1": {"b": 2.0, "a": 1.0}, "q2": {"d": 2.0, "c": 1.0}})
-    # All of 0.5 to 1 are right for q1 alone: the nearest to one half.
-    assert choose_weight([first, second], {"q1": {"a": 1}}) == (0.5, 0.5)
-    # All below one half for q2 alone.
-    assert choose_weight([first, second], {"q2": {"d": 1}}) == (0.4, 0.6)
-    # For both all are equally good: one of the two is right.
-    assert choose_weight([first, second], {"q1": {"a": 1}, "q2": {"d": 1}}) == (0.5, 0.5)
-
-
-def test_choose_weight_fuses_as_deep_as_the_metric_looks():
-    first = Run.from_dict({"q": {"x": 4.0, "y": 3.0, "z": 2.0, "a": 1.0}})  # 1/4
-    second = Run.from_dict({"q": {"x": 5.0, "y": 4.0, "z": 3.0, "v": 2.0, "a": 1.0}})  # 1/5
-    for metric in ("mrr@10", "map"):  # v, lowest in the first run as a is, is ahead of a unless the second counts for 0
-        assert choose_weight([first, second], {"q": {"a": 1}}, metric=metric) == (1.0, 0.0)
-    assert choose_weight([first, second], {"q": {"a": 1}}, metric="mrr@3") == (0.5, 0.5)
-
-
-@pytest.mark.parametrize("metric", ["mrr@10", "ndcg@3", "map", "hit_rate@1"])
-def test_choose_weight_finds_the_best(metric):
-    rng = np.random.default_rng(3)
-    queries, documents = [f"q{i}" for i in range(60)], [f"d{j}" for j in range(20)]
-    qrels = {query: {documents[i % 20]: 1} for i, query in enumerate(queries)}
-
-    def noisy(noise, kept):
-        rows = {}
-        for i, query in enumerate(queries[:kept]):
-            scores = rng.standard_normal(20) * noise + (np.arange(20) == i % 20)
-            rows[query] = dict(zip(documents, scores.tolist(), strict=True))
-        return Run.from_dict(rows)
-
-    runs = [noisy(0.7, 60), noisy(0.8, 50)]
-    w, other = choose_weight(runs, qrels, metric=metric)
-    assert other == pytest.approx(1 - w, abs=1e-12)
-    name = {"map": "map@20"}.get(metric, metric)
-    means = {}
-    for i in range(11):
-        weights = (i / 10, 1 - i / 10)
-        report = evaluate_run(fuse(runs, method="zscore", weights=weights), qrels, ks=(1, 3, 10), depth=20)
-        means[i / 10] = report.metrics[name]
-    best = max(means.values())
-    assert means[w] == pytest.approx(best, abs=1e-12)
-    assert abs(w - 0.5) == min(abs(i - 0.5) for i, mean in means.items() if mean > best - 1e-12)
-    assert min(means.values()) < best - 1e-6
-    dataset = RetrievalDataset(dict.fromkeys(queries, "x"), dict.fromkeys(documents, "y"), qrels)
-    assert choose_weight(runs, dataset, metric=metric) == (w, other)
-
-
-def test_a_question_that_no_run_has_makes_no_difference():
-    run = Run.from_dict({"q1": {"a": 1.0}})
-    assert choose_weight([run, run], {"q1": {"a": 1}, "q2": {"a": 1}}) == (0.5, 0.5)
-    with pytest.raises(ValueError, match="has a relevant document"):
-        choose_weight([run, run], {"q1": {"a": 0}})
-
-
-@pytest.mark.parametrize(
-    ("runs", "options", "message"),
-    [
-        ([FIRST], {}, "fusion: weights are .*for each of 1 runs"),
-        ([FIRST] * 3, {}, "fusion: weights are .*for each of 3 runs"),
-        ([FIRST] * 2, {"metric": "f1@3"}, "f1"),
-    ],
-)
-def test_choose_weight_refuses(runs, options, message):
-    with pytest.raises(ValueError, match=message):
-        choose_weight(runs, {"q": {"a": 1}}, **options)

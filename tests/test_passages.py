@@ -266,7 +266,7 @@ def random_windows(seed, num_documents=40, num_queries=7, dim=4, most=6):
 @pytest.mark.parametrize("block", [1, 60, 1 << 24])
 def test_equals_a_double_loop(depth, block):
     queries, vectors, source = random_windows(depth)
-    index = WindowIndex(vectors, source, block_scores=block)
+    index = WindowIndex(vectors, source, max_scores=block)
     assert len(index) == 40
     scores, rows = index.search(queries, depth)
     assert (scores.dtype, rows.dtype) == (np.float32, np.int64)

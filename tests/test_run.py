@@ -16,10 +16,10 @@ INF = np.inf
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (([[0, 1]], [[2.0, 1.0]]), r"must both be \[2 queries, K\]"),
-        (([[0, 1], [1, 0]], [[2.0], [2.0]]), r"must both be \[2 queries, K\]"),
-        (([0, 1], [2.0, 1.0]), r"must both be \[2 queries, K\]"),
-        (([[0, 1], [1, 0]], [[2, 1], [2, 1]]), "scores float, found int64 .* and int64"),
+        (([[0, 1]], [[2.0, 1.0]]), r"float scores \[2, K\], found int64 \(1, 2\)"),
+        (([[0, 1], [1, 0]], [[2.0], [2.0]]), r"\[2, K\], found int64 \(2, 2\) and float64 \(2, 1\)"),
+        (([0, 1], [2.0, 1.0]), r"\[2, K\], found int64 \(2,\)"),
+        (([[0, 1], [1, 0]], [[2, 1], [2, 1]]), "float scores .*, found int64 .* and int64"),
         (([[0, 1], [1, 3]], [[2.0, 1.0]] * 2), "'q2' has an index outside 3 documents"),
         (([[0, 1], [1, -2]], [[2.0, 1.0]] * 2), "'q2' has an index outside 3 documents"),
         (([[0, 1], [-1, 1]], [[2.0, 1.0], [-INF, -INF]]), "'q2' has a document after an empty place"),

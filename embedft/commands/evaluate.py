@@ -16,6 +16,7 @@ import embedft
 from ..config import REQUIRED, changed, check_at_most_one, setting
 from ..data.dataset import RetrievalDataset
 from ..files import check_writable, replace_files
+from ..retrieval.bm25 import split_words
 from ..retrieval.report import REPORT_FILES, Report
 from ..retrieval.run import Run
 from ..retrieval.tables import Style, format_grid, format_reports, grid_base, main_metrics, setting_name
@@ -137,11 +138,11 @@ def run(options: Options) -> None:
 
 def _baselines(options: Options, embedder, dataset: RetrievalDataset, report: Report) -> dict[str, Report]:
     """BM25's report and, if wanted, that of the fusion."""
-    tokenize, exclude = getattr(embedder, "tokenize", None), not options.keep_identical_ids
-    if tokenize is None:
+    tokenize, exclude = getattr(embedder, "tokenize", split_words), not options.keep_identical_ids
+    if tokenize is split_words:
         print("bm25 is over words: the model's tokens are not known", file=sys.stderr)
     run = embedft.bm25_run(dataset, tokenize=tokenize, depth=options.depth, exclude_identical_ids=exclude)
-    found = {"bm25": (run, {"index": "bm25", "tokens": "words" if tokenize is None else "the encoder's"})}
+    found = {"bm25": (run, {"index": "bm25", "tokens": "words" if tokenize is split_words else "the encoder's"})}
     if options.fuse:
         weight = options.fuse_weight
         fused = embedft.fuse([run, report.run], method="zscore", weights=(weight, 1 - weight), depth=options.depth)

@@ -125,13 +125,13 @@ def _bm25(embedder, dataset: RetrievalDataset) -> Callable[[str, int], Run]:
     """A function (question, depth) -> Run over the documents of a dataset."""
     from ..retrieval.encoding import sorted_corpus
 
-    document_ids, texts = sorted_corpus(dataset)
+    documents = sorted_corpus(dataset)
     tokenize = getattr(embedder, "tokenize", split_words)
-    index = Bm25Index(tokenize(texts))
+    index = Bm25Index(tokenize(list(documents.values())))
 
     def search(question: str, depth: int) -> Run:
         scores_QK, rows_QK = index.search(tokenize([question]), depth)
-        return Run(["0"], document_ids, rows_QK, scores_QK)
+        return Run(["0"], list(documents), rows_QK, scores_QK)
 
     return search
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..progress import progress_bar
-from .index import Found, Index, checked_embeddings, first_of, shape_to_index, slices_of
+from .index import Found, Index, checked_embeddings, first_of, slices_of
 
 # Documents to train on, at least and at most: per list of an IVF (FAISS warns below 39), for product quantization.
 LEAST_PER_LIST, TRAINED_PER_LIST, LEAST_PQ, TRAINED_PQ = 39, 64, 256, 65_536
@@ -30,13 +30,13 @@ class FaissIndex(Index):
     """A FAISS index over an array or memory map of any float type, by inner product.
 
     It is trained on a sample and filled slice by slice, and needs no other memory. The seed draws the sample and starts
-    k-means; HNSW links documents in several threads at once, so no two of its graphs are quite alike. `factory` and
-    `parameters` describe it to FAISS, e.g. "IVF4000,Flat" and "nprobe=16". Errors: see `check_index`.
+    k-means; HNSW graphs vary from run to run, since threads link documents concurrently. `factory` and `parameters`
+    describe it to FAISS, e.g. "IVF4000,Flat" and "nprobe=16". Errors: see `check_index`.
     """
 
     def __init__(self, embeddings_ND: np.ndarray, name: str, *, seed: int = 0):
-        self.name, (self.num_documents, self.dim) = name, shape_to_index(embeddings_ND)
-        number = self.num_documents
+        super().__init__(embeddings_ND)
+        self.name, number = name, len(self)
         self._index, self.factory, self.parameters, at_most = check_index(name, self.dim, num_documents=number)
         with _refusals(name, self.dim):
             if not self._index.is_trained:
@@ -60,7 +60,6 @@ class FaissIndex(Index):
         return sum(sizes) / len(self)
 
     def _search(self, queries_QD: np.ndarray, depth: int) -> Found:
-        """May miss some documents; if it finds fewer than `depth`, the rest is -inf and -1."""
         with _refusals(self.name, self.dim):
             return first_of(*self._index.search(queries_QD, min(depth, len(self))), depth)
 
@@ -114,8 +113,7 @@ def _refusals(name: str, dim: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # Without the C++ function and line.
-        reason = re.sub(r"^Error in .* at \S+:\d+: ", "", str(error).strip().splitlines()[-1])
+        reason = re.sub(r"^Error in .* at \S+:\d+: ", "", str(error).strip().splitlines()[-1])  # the line of C++
         raise ValueError(
             f"index {name!r} at {dim} dimensions: expected one of flat, hnsw, ivf, ivfpq, or a string for FAISS's"
             f" index_factory, with parameters as in hnsw,efSearch=128 ({reason})"
@@ -123,7 +121,7 @@ def _refusals(name: str, dim: int) -> Iterator[None]:
 
 
 def _ivf(index: Any) -> Any:
-    """The inverted file in an index; None if there is none."""
+    """The inverted file in an index, or None."""
     import faiss
 
     with contextlib.suppress(RuntimeError):

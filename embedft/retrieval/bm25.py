@@ -31,9 +31,8 @@ class Bm25Index:
     idf(t) * tf / (tf + k1 * (1 - b + b * length / mean length)), where idf(t) = ln(1 + (N - n + 0.5) / (n + 0.5)).
 
     tf: occurrences of t in the document; n: how many of the N documents contain t; length: the document's tokens; k1:
-    how fast repetition stops counting (0: only presence counts); b: how much length is penalized, 0 to 1. This
-    is Lucene's form, without the constant factor k1 + 1 and with exact lengths: scores are never negative.
-    `slice_tokens`, sorted at a time, bounds memory.
+    how fast repetition stops counting (0: only presence counts); b: how much length is penalized, 0 to 1. There is no
+    factor k1 + 1, and scores are never negative. `slice_tokens`, sorted at a time, bounds memory.
 
     Source: Robertson et al., "Okapi at TREC-3", 1994; Kamphuis et al., "Which BM25 Do You Mean?", ECIR 2020, "Lucene
     (accurate)".
@@ -67,7 +66,7 @@ class Bm25Index:
         weights_P = np.repeat(idf_V, frequency_V) * counts_P / (counts_P + norm_N[rows_P])
         self.num_documents, self.terms = num_documents, dict(terms)
         # int64 [V + 1]: the postings of term v are starts_V[v] to starts_V[v + 1].
-        self.starts_V = np.concatenate([[0], np.cumsum(frequency_V)])
+        self.starts_V = np.append(0, np.cumsum(frequency_V))
         self.rows_P = rows_P  # int32, the document of each posting, ascending within a term
         self.weights_P = weights_P.astype(np.float32)  # what the term adds to the document's score
 
@@ -95,7 +94,7 @@ class Bm25Index:
 def _postings(tokens: array, lengths: array, first_row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Term, row and count of each posting, given the term numbers of all documents from `first_row` on."""
     lengths_N = np.array(lengths[first_row:])
-    # With term and document encoded as one integer, a single sort collects the occurrences of each pair.
+    # A term and a document as one integer: a single sort collects the occurrences of each pair.
     width = max(len(lengths_N), 1)
     key_T = np.array(tokens) * width + np.repeat(np.arange(len(lengths_N)), lengths_N)
     key_P, counts_P = np.unique(key_T, return_counts=True)
@@ -106,8 +105,8 @@ def _postings(tokens: array, lengths: array, first_row: int) -> tuple[np.ndarray
 def _top(scores_N: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
     """The `depth` largest scores above 0, rounded to float32, and their rows; ties by ascending row."""
     rows_C = np.flatnonzero(scores_N)
-    # Of at least `depth` blocks of documents the depth-th largest maximum is a lower bound of the depth-th largest
-    # score, and costs a tenth of partitioning all scores.
+    # The depth-th largest maximum of blocks of documents bounds the depth-th largest score from below, at a tenth of
+    # the cost of partitioning all scores.
     if (block := len(scores_N) // (8 * depth)) > 1:
         num_blocks = len(scores_N) // block
         maxima = scores_N[: num_blocks * block].reshape(num_blocks, block).max(axis=1)
@@ -136,19 +135,14 @@ def split_words(texts: Sequence[str]) -> list[list[str]]:
 
 
 def bm25_run(
-    dataset: RetrievalDataset,
-    *,
-    tokenize: Tokenize | None = None,
-    depth: int = 100,
-    exclude_identical_ids: bool = True,
+    dataset: RetrievalDataset, *, tokenize: Tokenize = split_words, depth: int = 100, exclude_identical_ids: bool = True
 ) -> Run:
     """Every query of a dataset against its corpus, titles included; ties by ascending document id.
 
-    `tokenize` maps texts to lists of tokens [`split_words`]. Documents that share no term with a query are not found.
+    `tokenize` maps texts to lists of tokens. Documents that share no term with a query are not found.
     """
     if depth < 1:
         raise ValueError(f"depth is {depth}, expected at least 1")
-    tokenize = tokenize or split_words
     document_ids, texts = zip(*sorted(zip(dataset.corpus, dataset.document_texts(), strict=True)), strict=True)
     index = Bm25Index(_tokens(tokenize, texts))
     queries = list(_tokens(tokenize, list(dataset.queries.values())))

@@ -1,10 +1,8 @@
 """An embedder and a dataset, or a run, to a report; a grid of settings over one encoding.
 
-    before = evaluate(embedder, dataset)      # then train
-    print(compare(before, evaluate(embedder, dataset), metric="ndcg@10"))     # compare: report.py
-    evaluate_grid(embedder, dataset, dims=(384, 128), precisions=("float32", "int8"), indices=("flat", "hnsw"))
-
-Documents with equal scores are ordered by ascending id, at the cutoff too, as in sentence-transformers.
+before = evaluate(embedder, dataset)      # then train
+print(compare(before, evaluate(embedder, dataset), metric="ndcg@10"))     # compare: report.py
+evaluate_grid(embedder, dataset, dims=(384, 128), precisions=("float32", "int8"), indices=("flat", "hnsw"))
 """
 
 import dataclasses
@@ -30,9 +28,9 @@ def evaluate(
     index: str = "flat",
     **options: Any,
 ) -> Report:
-    """Encodes queries and documents (titles included), searches and measures: `evaluate_grid` with one setting.
+    """Encodes queries and documents (titles included), searches and measures, with the options of `evaluate_grid`.
 
-    dim, passages=(size, stride), precision, index: see search.py. options: those of `evaluate_grid`.
+    dim, passages, precision, index: see search.py. Equal scores are ordered by ascending document id.
     """
     grid = {"dims": (dim,), "precisions": (precision,), "indices": (index,), "passages": (passages,)}
     return evaluate_grid(embedder, dataset, **grid, **options)[0]
@@ -55,13 +53,13 @@ def evaluate_grid(
     """A report for every combination; queries are encoded once, documents once for each of `passages`.
 
     Passages vary slowest, then dims, precisions and indices: lists of what `evaluate` takes (passages=(128, 64) is one
-    too). Exact search holds a slice of the corpus; other settings all vectors, and one at a time its codes and index.
+    too). Exact search holds a slice of the corpus; other settings all vectors and one index at a time.
 
-    ks, depth, metrics, gain: see `evaluate_run`. options: exclude_identical_ids and slice_documents, see `search`.
+    ks, depth, metrics, gain: see `evaluate_run`. options: exclude_identical_ids and slice_documents, see `Searcher`.
     Raises `ValueError` before the corpus is encoded for arguments that cannot work, listing all unsupported settings.
     Source: Kusupati et al. 2022, section 4 (dims, adaptive retrieval); Shakir et al. 2024 (precisions).
     """
-    select_metrics(metrics, ks=ks, depth=depth)  # raises before anything is encoded
+    select_metrics(metrics, ks=ks, depth=depth)
     if passages is None or all(isinstance(number, int) for number in passages):
         passages = [passages]
     for name, values in (("dims", dims), ("precisions", precisions), ("indices", indices)):
@@ -97,9 +95,8 @@ def evaluate_run(
     Args:
         dataset_or_qrels: qrels as {query id: {document id: grade}}, or a dataset, whose ids are then checked too.
         ks: cutoffs of the default metrics.
-        depth: documents retrieved per query, and the cutoff of MAP; no cutoff may be above it.
-        metrics: replace the default ones, see `metrics.measure`.
-        gain: of nDCG, see `metrics.ndcg`.
+        depth: documents retrieved per query, the highest cutoff and that of MAP.
+        metrics: replace the default ones, see `metrics.measure`; gain: of nDCG, see `metrics.ndcg`.
     """
     chosen = select_metrics(metrics, ks=ks, depth=depth)
     setting = {"depth": depth, "gain": gain, **({} if metrics is not None else {"ks": list(ks)})}
@@ -115,15 +112,9 @@ def evaluate_run(
     with timed(costs, "metrics_seconds"):
         judgments = judge(run.select(query_ids), qrels)
         per_query = measure(judgments, chosen, gain=gain)
-    return Report(
-        query_ids=judgments.query_ids,
-        per_query=per_query,
-        clusters=question_clusters(judgments.query_ids, qrels),
-        num_without_relevant=judgments.num_without_relevant,
-        setting={**setting, "num_queries": len(judgments.query_ids)},
-        costs=costs,
-        run=run.select(judgments.query_ids),
-    )
+    query_ids, left_out = judgments.query_ids, judgments.num_without_relevant
+    clusters, setting = question_clusters(query_ids, qrels), {**setting, "num_queries": len(query_ids)}
+    return Report(query_ids, per_query, clusters, left_out, setting, costs, run.select(query_ids))
 
 
 def _data_setting(dataset: RetrievalDataset) -> dict[str, Any]:
@@ -131,8 +122,8 @@ def _data_setting(dataset: RetrievalDataset) -> dict[str, Any]:
 
 
 def question_clusters(query_ids: Sequence[str], qrels: Qrels) -> list[str]:
-    """The cluster of each query: those that share a relevant document, directly or through others, are in one, which
-    is named by its smallest relevant document."""
+    """The cluster of each query, named after its smallest relevant document: queries that share a relevant document,
+    directly or through others, are in one."""
     relevant = [[document_id for document_id, grade in qrels[query_id].items() if grade > 0] for query_id in query_ids]
     smallest = connected_components((first, other) for first, *others in relevant for other in (first, *others))
     return [smallest[document_ids[0]] for document_ids in relevant]

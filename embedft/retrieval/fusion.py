@@ -1,7 +1,6 @@
-"""Several runs as one: reciprocal rank fusion and z-score fusion, and the best weights of two runs.
+"""Several runs as one: reciprocal rank fusion and z-score fusion.
 
-    weights = choose_weight([train_bm25, train_dense], train_set)
-    report = evaluate_run(fuse([bm25, dense], method="zscore", weights=weights), dataset)
+    report = evaluate_run(fuse([bm25, dense], method="zscore", weights=(0.3, 0.7)), dataset)
 
 Shapes: R runs, Q queries, K ranks, P pairs of a query and a document that some run retrieves for it.
 """
@@ -11,8 +10,6 @@ from typing import Literal
 
 import numpy as np
 
-from ..data.dataset import RetrievalDataset
-from .metrics import Qrels, judge, measure
 from .run import Run
 
 Method = Literal["rrf", "zscore"]
@@ -30,9 +27,8 @@ def fuse(
     """One run whose score of a document is the weighted sum of its values in each run; ties go by ascending id.
 
     - "rrf": 1 / (k + rank), or 0 if the run does not retrieve the document.
-    - "zscore": (score - mean) / standard deviation over the documents that the run retrieves for the query; all 0 if
-      its scores are equal. A document that the run does not retrieve gets the lowest value of the query; with nothing
-      retrieved, all get 0. Mean and deviation depend on a run's depth, so fuse runs of the same depth.
+    - "zscore": (score - mean) / standard deviation over what the run retrieves for the query, 0 if all scores are
+      equal. Other documents get the query's lowest value. Both moments vary with depth: fuse runs of the same depth.
 
     `weights` are one per run, at least 0 [1 each]; scores do not depend on the order of runs of equal weight. `depth`
     documents are kept per query [all that any run retrieves].
@@ -48,8 +44,7 @@ def fuse(
     number = {document_id: index for index, document_id in enumerate(document_ids)}
     aligned = []  # each run's documents, as indices into all, and scores
     for run in (run.select(query_ids) for run in runs):
-        # Index -1 (no document) looks up the -1 at the end.
-        new_N = np.array([*(number[document_id] for document_id in run.document_ids), -1], dtype=np.int64)
+        new_N = np.array([*map(number.get, run.document_ids), -1], dtype=np.int64)  # for index -1, no document
         aligned.append((new_N[run.indices], run.scores.astype(np.float64)))
     width = min(sum(run.indices.shape[1] for run in runs), np.inf if depth is None else depth)
     indices_QK = np.full((len(query_ids), width), -1, dtype=np.int64)
@@ -58,8 +53,7 @@ def fuse(
         block = slice(start, start + block_queries)
         valued = [(indices[block], *_values(indices[block], scores[block], method, k)) for indices, scores in aligned]
         query_P, document_P, total_P = _totals(valued, weights_R, len(document_ids))
-        order_P = np.lexsort((document_P, -total_P, query_P))
-        query_P = query_P[order_P]
+        order_P = np.lexsort((document_P, -total_P, query_P))  # query_P is ascending already
         rank_P = np.arange(len(query_P)) - np.searchsorted(query_P, query_P)
         kept = rank_P < width
         place = (start + query_P[kept], rank_P[kept])
@@ -116,22 +110,3 @@ def _values(indices_QK: np.ndarray, scores_QK: np.ndarray, method: Method, k: fl
     varies_Q1 = (high_Q1 > low_Q1) & (deviation_Q1 > 0)
     z_QK = np.where(varies_Q1, centred_QK / np.where(varies_Q1, deviation_Q1, 1.0), 0.0)
     return z_QK, z_QK.min(axis=1, initial=0.0)
-
-
-def choose_weight(
-    runs: Sequence[Run], dataset_or_qrels: RetrievalDataset | Qrels, *, metric: str = "mrr@10"
-) -> tuple[float, float]:
-    """The weights (w, 1 - w), w one of 0, 0.1, ..., 1, with which z-score fusion of two runs has the best mean metric.
-
-    Of several best w, the one nearest to one half. Choose on training questions: on those measured it flatters.
-    """
-    qrels = dataset_or_qrels.all_qrels() if isinstance(dataset_or_qrels, RetrievalDataset) else dataset_or_qrels
-    _, _, cutoff = metric.partition("@")
-    depth = int(cutoff) if cutoff.isdecimal() else None
-    found = {}
-    for weight in (i / 10 for i in range(11)):
-        fused = fuse(runs, method="zscore", weights=(weight, 1 - weight), depth=depth)
-        (values_Q,) = measure(judge(fused, qrels), [metric]).values()
-        found[weight] = round(float(values_Q.mean()), 12)  # equal means may differ in their last bits
-    best = min(found, key=lambda weight: (-found[weight], abs(weight - 0.5)))
-    return best, round(1 - best, 12)

@@ -2,8 +2,8 @@
 
     scores, rows = search_exact(query_embeddings, np.load("documents.npy", mmap_mode="r"), depth=100)   # in slices
 
-Results are ordered by (computed score descending, row ascending), so no library decides which of several documents
-tied at the cutoff are returned. Equal vectors tie as far as the matrix product scores them equally.
+Results are ordered by (score descending, row ascending), at the cutoff too. Equal vectors tie as far as the matrix
+product scores them equally.
 
 Shapes: Q queries, N documents (rows, numbered from 0), D dimensions, K = min(depth, N) results, W >= K.
 """
@@ -28,7 +28,12 @@ class Found(NamedTuple):
 
 
 class Index:
-    """What can be searched. Subclasses set `num_documents` and `dim`; their `_search` gets checked queries."""
+    """What can be searched: N documents of D dimensions. The `_search` of a subclass gets checked queries."""
+
+    def __init__(self, embeddings_ND: np.ndarray):
+        if embeddings_ND.ndim != 2 or 0 in embeddings_ND.shape:
+            raise ValueError(f"embeddings of shape {embeddings_ND.shape}, expected [N, D] with documents to index")
+        self.num_documents, self.dim = embeddings_ND.shape
 
     def __len__(self) -> int:
         return self.num_documents
@@ -54,16 +59,9 @@ def require_depth(depth: int) -> None:
         raise ValueError(f"search depth must be at least 1, not {depth}")
 
 
-def shape_to_index(embeddings_ND: np.ndarray) -> tuple[int, int]:
-    """(N, D), each at least 1."""
-    if embeddings_ND.ndim != 2 or 0 in embeddings_ND.shape:
-        raise ValueError(f"embeddings of shape {embeddings_ND.shape}, expected [N, D] with documents to index")
-    return embeddings_ND.shape
-
-
 def checked_embeddings(embeddings_ND: np.ndarray, dim: int | None = None, *, first_row: int = 0) -> np.ndarray:
-    """The embeddings as contiguous float32, copied only if necessary. Raises `ValueError` for a shape other than
-    [N, dim] (None: any D from 1), and for NaN or infinity, naming the row, counted from `first_row`."""
+    """As contiguous float32. Raises `ValueError` for a shape other than [N, dim] (None: any D from 1) and for NaN or
+    infinity, naming the row, counted from `first_row`."""
     if embeddings_ND.ndim != 2 or embeddings_ND.shape[1] != (dim or max(embeddings_ND.shape[1], 1)):
         raise ValueError(f"embeddings of shape {embeddings_ND.shape}, expected [N, {dim or 'D'}]")
     embeddings_ND = np.ascontiguousarray(embeddings_ND, dtype=np.float32)
@@ -93,13 +91,12 @@ def search_exact(
 ) -> Found:
     """The `depth` documents with the largest inner product for each query, or all of them if there are fewer.
 
-    Memory besides the arguments: one slice in float32, three times the results and, with torch, the scores of 1,024
-    queries; never [Q, N]. Raises `ValueError` for no documents, a depth below 1, a wrong width, NaN or infinity.
+    documents: [N, D], an array or a memory map of any float type; or an iterable of such arrays, each searched once and
+    dropped, with rows numbered consecutively. device: FAISS computes products on the CPU (None), torch elsewhere (see
+    `torch.get_float32_matmul_precision`).
 
-    Args:
-        documents: [N, D], an array or a memory map of any float type; or an iterable of such arrays, each searched
-            once and dropped, whose rows are numbered consecutively.
-        device: FAISS computes products on the CPU (None), torch elsewhere (see `torch.get_float32_matmul_precision`).
+    Memory: one slice in float32, three times the results and, with torch, the scores of 1,024 queries; never [Q, N].
+    Raises `ValueError` for no documents, a depth below 1, a wrong width, NaN or infinity.
     """
     require_depth(depth)
     device = torch.device(device or "cpu")
@@ -121,7 +118,8 @@ class FlatIndex(Index):
     """`search_exact` over documents [N, D] that stay as they are."""
 
     def __init__(self, documents_ND: np.ndarray):
-        self.documents_ND, (self.num_documents, self.dim) = documents_ND, documents_ND.shape
+        super().__init__(documents_ND)
+        self.documents_ND = documents_ND
 
     def _search(self, queries_QD: np.ndarray, depth: int) -> Found:
         return search_exact(queries_QD, self.documents_ND, depth)
@@ -166,10 +164,9 @@ def merge_keys(keys_QK: np.ndarray, new_QK: np.ndarray, depth: int) -> np.ndarra
 def first_keys(
     nearest: Nearest, queries_QD: np.ndarray, depth: int, total: int, *, width: int = 0, block_tied: int = 16
 ) -> np.ndarray:
-    """Sorted keys [Q, min(depth, N)] of the first results, for a search that is exact but for its choice among ties.
+    """Sorted keys [Q, min(depth, N)] of the first of `total` documents, given a search that is exact except among ties.
 
-    `nearest` searches `total` documents. Where ties force it to go wider (`width`) it gets `block_tied` queries at a
-    time, which bounds memory if a whole corpus has one score.
+    Queries with ties at the cutoff are searched again with double the width, `block_tied` at a time to bound memory.
     """
     depth = min(depth, total)
     width = min(width or depth + 1, total)
@@ -177,13 +174,12 @@ def first_keys(
     keys_QW.sort(axis=1)
     keys_QK = keys_QW[:, :depth]
     if width < total:
-        # Any of the documents tied at the cutoff may have been returned. All documents tied at rank `depth` are here
-        # only if the last score is below theirs.
+        # All documents tied at rank `depth` are here only if the last score is below theirs.
         tied = np.flatnonzero(keys_QW[:, -1] >> np.uint64(32) == keys_QK[:, -1] >> np.uint64(32))
         for start in range(0, len(tied), block_tied):
             block = tied[start : start + block_tied]
-            options = {"width": 2 * width, "block_tied": block_tied}
-            keys_QK[block] = first_keys(nearest, queries_QD[block], depth, total, **options)
+            wider = {"width": 2 * width, "block_tied": block_tied}
+            keys_QK[block] = first_keys(nearest, queries_QD[block], depth, total, **wider)
     return keys_QK
 
 

@@ -1,14 +1,13 @@
-"""Retrieval metrics, one float64 value per query [Q], in NumPy. Averages are taken elsewhere (report.py).
+"""Retrieval metrics in NumPy: one float64 value per query, [Q].
 
     judgments = judge(run, {"q1": {"d3": 1}})
     by_name = measure(judgments, ["ndcg@20", "rprec", "map", "judged@10"])
 
 - A document is relevant if its grade is above 0; documents missing from the qrels are not. Queries without a relevant
   document have no value: `judge` drops and counts them.
-- Ranks start at 1 and follow the run; ties were broken when the run was made. A ranking shorter than k is not padded:
-  the missing documents are not relevant, and precision still divides by k.
-- To add a metric, write a function of `Judgments` that returns [Q] values and add one line to METRICS. A parameter `k`
-  makes it take a cutoff (optional if `k` has a default); a parameter `gain` gets that of the evaluation.
+- Ranks start at 1 and follow the run, ties too. Beyond the end of a ranking nothing is relevant.
+- To add a metric, write a function of `Judgments` that returns [Q] values and add it to METRICS. A parameter `k` makes
+  it take a cutoff (optional if `k` has a default); a parameter `gain` gets that of the evaluation.
 
 Shapes: Q judged queries, K ranks of the run, J graded (query, document) pairs, P relevant pairs.
 """
@@ -32,7 +31,7 @@ class Judgments:
     """A run and its qrels as arrays: everything a metric needs."""
 
     query_ids: list[str]  # the Q queries of the run that have a relevant document
-    num_without_relevant: int  # number of the others
+    num_without_relevant: int  # the other queries
     grades_QK: np.ndarray  # float64, grade of the document at each rank, 0 if it is not relevant
     judged_QK: np.ndarray  # bool, whether the qrels grade the document at each rank, also with 0 or less
     pair_query_P: np.ndarray  # int64, query row of each relevant pair, ascending
@@ -56,7 +55,7 @@ def judge(run: Run, qrels: Qrels) -> Judgments:
         raise ValueError(f"none of the {len(run.query_ids)} queries has a relevant document; nothing to measure")
     indices_QK = run.indices[rows]
     index_of = {document_id: index for index, document_id in enumerate(run.document_ids)}
-    unknown = len(index_of)  # an index that the run does not use
+    unknown = len(index_of)
     query_J = np.repeat(np.arange(len(kept)), [len(qrels[query_id]) for query_id in kept])
     document_J = np.array([index_of.get(document_id, unknown) for query_id in kept for document_id in qrels[query_id]])
     grade_J = np.array([grade for query_id in kept for grade in qrels[query_id].values()], dtype=np.float64)
@@ -73,8 +72,8 @@ def judge(run: Run, qrels: Qrels) -> Judgments:
     grades_QK = np.where(judged_QK, sorted_grade_J[place_QK], 0.0)
     query_P, grade_P = query_J[grade_J > 0], grade_J[grade_J > 0]
     best_first_P = np.lexsort((-grade_P, query_P))
-    dropped = len(run.query_ids) - len(kept)
-    return Judgments(kept, dropped, grades_QK, judged_QK, query_P[best_first_P], grade_P[best_first_P])
+    pairs = query_P[best_first_P], grade_P[best_first_P]
+    return Judgments(kept, len(run.query_ids) - len(kept), grades_QK, judged_QK, *pairs)
 
 
 def hit_rate(judgments: Judgments, k: int) -> np.ndarray:
@@ -97,9 +96,8 @@ def r_precision(judgments: Judgments) -> np.ndarray:
 
     Source: trec_eval `m_Rprec.c`; Buckley & Voorhees, "Evaluating Evaluation Measure Stability", SIGIR 2000.
     """
-    num_relevant_Q = judgments.num_relevant_Q
-    relevant_QK = judgments.grades_QK > 0
-    return (relevant_QK & (_ranks(relevant_QK) <= num_relevant_Q[:, None])).sum(axis=1) / num_relevant_Q
+    first_QK = _ranks(judgments.grades_QK) <= judgments.num_relevant_Q[:, None]
+    return (first_QK & (judgments.grades_QK > 0)).sum(axis=1) / judgments.num_relevant_Q
 
 
 def judged(judgments: Judgments, k: int) -> np.ndarray:
@@ -133,8 +131,8 @@ def average_precision(judgments: Judgments, k: int | None = None) -> np.ndarray:
 def ndcg(judgments: Judgments, k: int | None = None, *, gain: Gain = "binary") -> np.ndarray:
     """DCG@k / ideal DCG@k, where DCG@k = sum over ranks i <= k of gain_i / log2(i + 1).
 
-    The ideal ranking lists all relevant documents by descending gain. The gain of a relevant document is 1 ("binary",
-    as in sentence-transformers) or its grade, not 2^grade - 1 ("graded", as in trec_eval and BEIR).
+    The ideal ranking lists all relevant documents by descending gain: 1 ("binary", as in sentence-transformers) or the
+    grade, not 2^grade - 1 ("graded", as in trec_eval and BEIR).
 
     Source: Jarvelin & Kekalainen, "Cumulated Gain-Based Evaluation of IR Techniques", TOIS 2002; trec_eval
     `m_ndcg_cut.c`, without k `m_ndcg.c`.
@@ -146,12 +144,9 @@ def ndcg(judgments: Judgments, k: int | None = None, *, gain: Gain = "binary") -
         grades_QK, grade_P = grades_QK > 0, grade_P > 0
     dcg_Q = (grades_QK / np.log2(_ranks(grades_QK) + 1)).sum(axis=1)
     # Pairs are grouped by query, best first, so a pair's ideal rank is its offset within its query.
-    num_relevant_Q = judgments.num_relevant_Q
-    start_Q = np.cumsum(num_relevant_Q) - num_relevant_Q
-    rank_P = np.arange(1, len(grade_P) + 1) - start_Q[judgments.pair_query_P]
-    ideal_P = grade_P / np.log2(rank_P + 1)
-    if k is not None:
-        ideal_P = np.where(rank_P <= k, ideal_P, 0.0)
+    query_P = judgments.pair_query_P
+    rank_P = np.arange(1, len(grade_P) + 1) - np.searchsorted(query_P, query_P)
+    ideal_P = np.where(rank_P <= (k or np.inf), grade_P / np.log2(rank_P + 1), 0.0)
     return dcg_Q / np.bincount(judgments.pair_query_P, weights=ideal_P, minlength=len(judgments.query_ids))
 
 
@@ -195,8 +190,8 @@ def select_metrics(metrics: Sequence[Metric] | None = None, *, ks: Sequence[int]
 def measure(judgments: Judgments, metrics: Sequence[Metric], *, gain: Gain = "binary") -> dict[str, np.ndarray]:
     """The values of several metrics, {"ndcg@20": [Q] float64, ...}.
 
-    A metric is a name of METRICS with a cutoff, which ndcg, map and mrr may lack (the whole ranking) and rprec must; or
-    a function (judgments, k=None) -> [Q], which gets no cutoff and goes by its own name. Raises `ValueError` for an
+    A metric is a name of METRICS with a cutoff (optional for ndcg, map and mrr, none for rprec) or a function
+    (judgments, k=None) -> [Q], which is called without a cutoff and goes by its own name. Raises `ValueError` for an
     invalid name or cutoff, two metrics of one name, or values that are not Q finite numbers.
     """
     functions, values = {}, {}

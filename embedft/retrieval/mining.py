@@ -6,9 +6,9 @@
 Unjudged answers rank highest, and training on such false negatives hurts. So `ranks` skips the first documents, and
 margins require negatives to score clearly below the known answers.
 
-Candidates for a query are the documents at `ranks` in an exact search of the corpus, except the query's own id and
-those whose text is the query's, that of a relevant document, of a negative that the query keeps, or of an earlier
-candidate. With p the lowest score of the query's relevant documents, a candidate's score s must satisfy, if set,
+Candidates for a query are the documents at `ranks` in an exact search, except its own id and texts equal to the query,
+a relevant document, a negative that it keeps or an earlier candidate. With p the lowest score of the query's relevant
+documents, a candidate's score s must satisfy, if set,
 
     s <= p - absolute_margin,   s <= p - relative_margin * |p|,   min_score <= s <= max_score
 
@@ -56,7 +56,7 @@ def mine(
 
     Args:
         ranks: first and last rank of candidates, from 1, both included. All documents count, relevant ones too.
-        num_negatives: for each query; one with fewer candidates gets those, or none.
+        num_negatives: at most, for each query.
         seed: of the draw, which depends on seed, query id and candidates alone, not on other queries.
         sampling: "random": drawn uniformly from the candidates; "top": the first ones.
         relative_margin: 0.05 keeps what scores at most 95% of p, for p above 0.
@@ -106,16 +106,17 @@ def _search(
     if not (relevant := {i: document_ids for i, document_ids in answers.items() if document_ids}):
         raise ValueError(f"none of the {len(dataset.queries)} queries of the dataset has a relevant document")
     check_settings(embedder, [setting])
-    queries_QW = encode(embedder, [dataset.queries[i] for i in relevant], list(relevant), role="query")
+    queries_QW = encode(embedder, {i: dataset.queries[i] for i in relevant}, "query")
     (setting,) = check_settings(embedder, [setting], width=queries_QW.shape[1])
-    queries_QD, (ids, texts) = truncate(embedder, queries_QW, setting.dim), sorted_corpus(dataset)
+    queries_QD, documents = truncate(embedder, queries_QW, setting.dim), sorted_corpus(dataset)
+    ids = list(documents)
     asking: dict[str, list[int]] = defaultdict(list)
     for query, document_ids in enumerate(relevant.values()):
         for document_id in document_ids:
             asking[document_id].append(query)
     lowest_Q = np.full(len(relevant), np.inf)
 
-    def score_relevant(part: Slice) -> None:
+    def score_relevant(part: Slice) -> Slice:
         vectors_WD = truncate(embedder, part.vectors, setting.dim)
         source_W = np.arange(len(vectors_WD)) if part.source is None else part.source
         edges = np.searchsorted(source_W, np.arange(source_W[-1] + 2)).tolist()
@@ -123,9 +124,10 @@ def _search(
             if queries := asking.get(ids[part.first + row]):
                 scores_QW = queries_QD[queries] @ vectors_WD[edges[row] : edges[row + 1]].T
                 lowest_Q[queries] = np.minimum(lowest_Q[queries], scores_QW.max(axis=1))
+        return part
 
-    parts = encode_documents(embedder, ids, texts, passages=setting.passages, slice_documents=slice_documents)
-    found, *_ = search_slices(embedder, parts, {setting.dim: queries_QD}, depth, visit=score_relevant)
+    parts = encode_documents(embedder, documents, setting.passages, slice_documents, {})
+    found, *_ = search_slices(embedder, map(score_relevant, parts), {setting.dim: queries_QD}, depth)
     return relevant, ids, found[setting.dim], lowest_Q
 
 

@@ -7,8 +7,6 @@ Source: Dai and Callan 2019, section 3 (MaxP). Shapes: Q queries, W windows of N
 dimensions, K = min(depth, N) results; B queries in a block, P documents in a block, C candidates of a query.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 
@@ -22,10 +20,10 @@ class WindowIndex(Index):
     Args:
         windows_WD: not copied if a writable float32 array.
         source_W: the document of each window: from 0, ascending, none left out.
-        candidates: an index over the same windows. Its results are widened, by doubling, until they contain `depth`
-            documents, whose windows are then all scored exactly. If it runs out of results before that (as when IVF
-            probes few lists), the query is scored against every document.
-        block_scores: window scores held at a time, 64 MB in float32.
+        candidates: an index over the same windows, searched deeper and deeper until it finds windows of `depth`
+            documents, all of whose windows are then scored. A query for which it runs out of results (as when IVF
+            probes few lists) is scored against every document.
+        max_scores: window scores held at a time, 64 MB in float32.
     """
 
     def __init__(
@@ -34,7 +32,7 @@ class WindowIndex(Index):
         source_W: np.ndarray,
         *,
         candidates: Index | None = None,
-        block_scores: int = 1 << 24,
+        max_scores: int = 2**24,
     ):
         source_W = np.asarray(source_W)
         steps = np.diff(source_W, prepend=-1)
@@ -45,7 +43,7 @@ class WindowIndex(Index):
         self.source_W, self.starts_N = source_W, np.flatnonzero(steps)
         self.ends_N = np.append(self.starts_N[1:], len(source_W))
         self.num_documents, self.dim = len(self.starts_N), windows_WD.shape[1]
-        self.candidates, self.block_scores = candidates, block_scores
+        self.candidates, self.max_scores = candidates, max_scores
 
     def _search(self, queries_QD: np.ndarray, depth: int) -> Found:
         depth = min(depth, len(self))
@@ -59,13 +57,17 @@ class WindowIndex(Index):
         return found
 
     def _exact(self, queries_BD: np.ndarray, depth: int) -> Found:
-        keys_BK = np.empty((len(queries_BD), 0), dtype=np.uint64)
-        for first, windows_WD, starts_P in self._blocks(max(1, self.block_scores // max(1, len(queries_BD)))):
-            scores_BP = np.maximum.reduceat(_products(queries_BD, windows_WD), starts_P, axis=1)
-            keys_BP = to_keys(scores_BP, np.broadcast_to(first + np.arange(scores_BP.shape[1]), scores_BP.shape))
+        keys_BK, first = np.empty((len(queries_BD), 0), dtype=np.uint64), 0
+        num_windows = max(1, self.max_scores // max(1, len(queries_BD)))
+        while first < len(self):  # whole documents of at most `num_windows` windows, or one of more
+            offset = self.starts_N[first]
+            stop = max(first + 1, int(np.searchsorted(self.ends_N, offset + num_windows, side="right")))
+            scores_BW = _products(queries_BD, self.windows_WD[offset : self.ends_N[stop - 1]])
+            scores_BP = np.maximum.reduceat(scores_BW, self.starts_N[first:stop] - offset, axis=1)
+            keys_BP = to_keys(scores_BP, np.broadcast_to(np.arange(first, stop), scores_BP.shape))
             if keys_BP.shape[1] > depth:  # keys are distinct, so there are no ties to settle
                 keys_BP = np.partition(keys_BP, depth - 1, axis=1)[:, :depth]
-            keys_BK = merge_keys(keys_BK, keys_BP, depth)
+            keys_BK, first = merge_keys(keys_BK, keys_BP, depth), stop
         return from_keys(keys_BK)
 
     def _among(self, queries_BD: np.ndarray, depth: int) -> Found:
@@ -90,20 +92,10 @@ class WindowIndex(Index):
         return found
 
     def _scores_of(self, query_D: np.ndarray, documents: np.ndarray) -> np.ndarray:
-        """Of documents whose rows ascend."""
         counts = (self.ends_N - self.starts_N)[documents]
         starts = np.cumsum(counts) - counts
         rows = np.repeat(self.starts_N[documents] - starts, counts) + np.arange(counts.sum())
         return np.maximum.reduceat(_products(query_D[None], self.windows_WD[rows])[0], starts)
-
-    def _blocks(self, num_windows: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Whole documents of at most `num_windows` windows, or one of more: its number, windows [W, D], starts [P]."""
-        first = 0
-        while first < len(self):
-            offset = self.starts_N[first]
-            stop = max(first + 1, int(np.searchsorted(self.ends_N, offset + num_windows, side="right")))
-            yield first, self.windows_WD[offset : self.ends_N[stop - 1]], self.starts_N[first:stop] - offset
-            first = stop
 
 
 def _products(queries_BD: np.ndarray, windows_WD: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ..vectors import unit_rows
-from .index import SLICE_DOCUMENTS, Found, Index, checked_embeddings, first_of, search_exact, shape_to_index, slices_of
+from .index import SLICE_DOCUMENTS, Found, Index, checked_embeddings, first_of, search_exact, slices_of
 
 PRECISIONS = ("float32", "int8", "binary")
 SHORTLIST_FACTOR = 4  # documents in a shortlist for each result asked for
@@ -42,10 +42,8 @@ def calibrate(embeddings_ND: np.ndarray, *, num_documents: int = 100_000) -> np.
 
 
 def to_int8(embeddings_ND: np.ndarray, ranges_2D: np.ndarray) -> np.ndarray:
-    """floor((x - smallest) / step) - 128, clipped to [-128, 127], with step = (largest - smallest) / 255, else 1.
-
-    Source: sentence-transformers, `quantize_embeddings`, "int8".
-    """
+    """floor((x - smallest) / step) - 128, clipped to [-128, 127], with step = (largest - smallest) / 255, or 1 if that
+    is 0. Source: sentence-transformers, `quantize_embeddings`, "int8"."""
     smallest_D, step_D = _scale(ranges_2D)
     return (np.clip(np.floor((embeddings_ND - smallest_D) / step_D), 0, 255) - 128).astype(np.int8)
 
@@ -58,7 +56,6 @@ def from_int8(codes_ND: np.ndarray, ranges_2D: np.ndarray) -> np.ndarray:
 
 
 def _scale(ranges_2D: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(smallest [D], step [D]) of ranges; the step of an empty range is 1."""
     smallest_D, largest_D = ranges_2D.astype(np.float32, copy=False)
     step_D = (largest_D - smallest_D) / np.float32(255)
     return smallest_D, np.where(step_D == 0, np.float32(1), step_D)
@@ -75,10 +72,10 @@ def from_binary(codes_NB: np.ndarray, dim: int) -> np.ndarray:
 
 
 class QuantizedIndex(Index):
-    """Search over the int8 or binary codes of an array or memory map of any float type: see the table above."""
+    """Search over the int8 or binary codes of an array or memory map of any float type, see above."""
 
     def __init__(self, embeddings_ND: np.ndarray, precision: str, *, slice_documents: int = SLICE_DOCUMENTS):
-        self.num_documents, self.dim = shape_to_index(embeddings_ND)
+        super().__init__(embeddings_ND)
         self.slice_documents = slice_documents
         self.ranges = calibrate(embeddings_ND) if precision == "int8" else None
         codes_type = np.uint8 if self.ranges is None else np.int8
@@ -88,12 +85,12 @@ class QuantizedIndex(Index):
             self.codes[first : first + len(part)] = codes
 
     def vectors(self, rows: np.ndarray | slice) -> np.ndarray:
-        """What some of the codes stand for, float32."""
+        """The decoded vectors of some rows, float32."""
         codes = self.codes[rows]
         return from_binary(codes, self.dim) if self.ranges is None else from_int8(codes, self.ranges)
 
     def decode(self) -> np.ndarray:
-        """What all of the codes stand for, [N, D] float32."""
+        """All decoded vectors, [N, D] float32."""
         decoded_ND = np.empty((len(self), self.dim), dtype=np.float32)
         for part in self._slices():
             decoded_ND[part] = self.vectors(part)
@@ -113,25 +110,22 @@ class QuantizedIndex(Index):
         import faiss
 
         # FAISS's heap ("hc") keeps the lowest rows among equal distances; its counting sort does not.
-        options = {"k": min(depth, len(self)), "variant": "hc"}
-        distances, rows = faiss.knn_hamming(to_binary(queries_QD), self.codes, **options)
+        distances, rows = faiss.knn_hamming(to_binary(queries_QD), self.codes, min(depth, len(self)), variant="hc")
         return first_of(-distances.astype(np.float32), rows, depth)
 
 
 class AdaptiveIndex(Index):
-    """The first `short_dim` dimensions, normalized again, find shortlist_factor x `depth` documents; all order them.
-
-    Scores are inner products of the full vectors as given, an array or a memory map. Meant for Matryoshka embeddings.
-    """
+    """The first `short_dim` dimensions, normalized again, find shortlist_factor x `depth` documents; inner products of
+    the vectors as given, an array or a memory map, order them. Meant for Matryoshka embeddings."""
 
     def __init__(self, embeddings_ND: np.ndarray, short_dim: int, *, shortlist_factor: int = SHORTLIST_FACTOR):
-        self.num_documents, self.dim = shape_to_index(embeddings_ND)
+        super().__init__(embeddings_ND)
         self.embeddings_ND, self.short_dim, self.shortlist_factor = embeddings_ND, short_dim, shortlist_factor
         self._short_ND = unit_rows(checked_embeddings(embeddings_ND[:, :short_dim]))
 
     @property
     def bytes_per_vector(self) -> int:
-        """Of the short vectors, and of the full ones."""
+        """Of the short and the full vectors."""
         return self.short_dim * 4 + self.dim * self.embeddings_ND.itemsize
 
     def _search(self, queries_QD: np.ndarray, depth: int) -> Found:
@@ -144,18 +138,15 @@ def search_shortlist(
     queries_QD: np.ndarray, rows_QS: np.ndarray, vectors_of: Callable[[np.ndarray], np.ndarray], depth: int
 ) -> Found:
     """The first `depth` of each query's shortlist of distinct rows (-1: none) by inner product; equal vectors tie.
-
-    `vectors_of` returns the vectors [M, D] of rows [M], ascending, for 16,384 at a time or one query.
-    """
+    `vectors_of` returns the vectors [M, D] of ascending rows [M], at most 16,384 or one query's at a time."""
     shape = len(queries_QD), min(depth, rows_QS.shape[1])
     found = Found(np.empty(shape, np.float32), np.empty(shape, np.int64))
     block_size = max(1, 16_384 // max(rows_QS.shape[1], 1))
     for start in range(0, len(queries_QD), block_size):
         block = slice(start, start + block_size)
-        # Reads a memory map in order, and each of its rows once.
+        # Reads each row of a memory map once, in order.
         unique_M, place = np.unique(np.maximum(rows_QS[block], 0), return_inverse=True)
-        vectors_MD = np.asarray(vectors_of(unique_M), dtype=np.float32)
-        gathered_QSD = vectors_MD[place.reshape(rows_QS[block].shape)]
+        gathered_QSD = np.asarray(vectors_of(unique_M), dtype=np.float32)[place.reshape(rows_QS[block].shape)]
         # Not by BLAS: its kernels round differently by position, so equal vectors would not tie.
         scores_QS = np.einsum("qsd,qd->qs", gathered_QSD, queries_QD[block].astype(np.float32, copy=False))
         found.scores[block], found.rows[block] = first_of(scores_QS, rows_QS[block], depth)

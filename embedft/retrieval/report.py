@@ -31,7 +31,7 @@ Figure = Any  # matplotlib's, which is imported only where a figure is made
 class Report:
     """The result of an evaluation, per question."""
 
-    query_ids: list[str]  # the Q queries that have a relevant document
+    query_ids: list[str]
     per_query: dict[str, np.ndarray]  # {"ndcg@10": [Q] float64, ...}, see metrics.py
     clusters: list[str]  # the cluster id of each query (`question_clusters`), for the statistics
     num_without_relevant: int  # queries left out because they have no relevant document
@@ -51,7 +51,7 @@ class Report:
 
     @property
     def name(self) -> str:
-        """What was evaluated, for tables and TREC files: the model's name, "model" if unknown, or "bm25"."""
+        """The model's name, "model" if unknown, or "bm25"."""
         return self.setting.get("model") or ("model" if "dim" in self.setting else self.setting.get("index", "model"))
 
     @cached_property
@@ -61,30 +61,29 @@ class Report:
 
     def __str__(self) -> str:
         """A row per metric, a column per cutoff ("all": none). accuracy@k is left out beside hit_rate@k, its equal."""
-        cells: dict[str, dict[str, str]] = {}
+        cells: dict[str, dict[float, str]] = {}
         for name, mean in self.metrics.items():
             metric, _, k = name.partition("@")
             if metric != "accuracy" or f"hit_rate@{k}" not in self.metrics:
-                cells.setdefault(metric, {})[f"@{k}" if k else "all"] = f"{mean:.4f}"
-        found = {k for row in cells.values() for k in row}
-        cutoffs = sorted(found, key=lambda k: math.inf if k == "all" else int(k[1:]))
+                cells.setdefault(metric, {})[float(k or "inf")] = f"{mean:.4f}"
+        cutoffs = sorted({k for row in cells.values() for k in row})
+        header = {k: "all" if k == math.inf else f"@{k:.0f}" for k in cutoffs}
         width = max([10, *(len(metric) + 1 for metric in cells)])
-        title = f"{self.num_queries} queries"
+        lines = [f"{self.num_queries} queries"]
         if self.num_without_relevant:
-            title += f" ({self.num_without_relevant} without relevant documents left out)"
-        rows = {"": dict(zip(cutoffs, cutoffs, strict=True)), **cells}.items()
-        lines = [f"{metric:<{width}}" + "".join(f"{row.get(k, ''):>9}" for k in cutoffs) for metric, row in rows]
-        return "\n".join([title, *map(str.rstrip, lines)])
+            lines[0] += f" ({self.num_without_relevant} without relevant documents left out)"
+        for metric, row in {"": header, **cells}.items():
+            lines.append(f"{metric:<{width}}{''.join(f'{row.get(k, str()):>9}' for k in cutoffs)}".rstrip())
+        return "\n".join(lines)
 
     def save(self, folder: str | Path) -> None:
         """Writes run.trec, per_query.jsonl and, last, metrics.json into `folder`; floats read back exactly."""
         folder = Path(folder)
         (folder / "metrics.json").unlink(missing_ok=True)
         self.run.save(folder / "run.trec", tag=self.name)
-        values = zip(*(column.tolist() for column in self.per_query.values()), strict=True)
         with atomic_write(folder / "per_query.jsonl") as file:
-            for query_id, cluster, row in zip(self.query_ids, self.clusters, values, strict=True):
-                metrics = dict(zip(self.per_query, row, strict=True))
+            for row, (query_id, cluster) in enumerate(zip(self.query_ids, self.clusters, strict=True)):
+                metrics = {name: float(values[row]) for name, values in self.per_query.items()}
                 line = {"query_id": query_id, "cluster": cluster, "metrics": metrics}
                 file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
         summary = ("metrics", "num_queries", "num_without_relevant", "setting", "costs")
@@ -99,17 +98,11 @@ class Report:
         summary = read_json(folder / "metrics.json")
         lines = [line for _, line in read_jsonl(folder / "per_query.jsonl")]
         try:
-            query_ids, means = [line["query_id"] for line in lines], {**summary["metrics"]}
+            query_ids, clusters = ([line[name] for line in lines] for name in ("query_id", "cluster"))
+            means, setting, costs = ({**summary[name]} for name in ("metrics", "setting", "costs"))
             per_query = {name: np.array([line["metrics"][name] for line in lines], np.float64) for name in means}
-            report = cls(
-                query_ids=query_ids,
-                per_query=per_query,
-                clusters=[line["cluster"] for line in lines],
-                num_without_relevant=summary["num_without_relevant"],
-                setting={**summary["setting"]},
-                costs={**summary["costs"]},
-                run=Run.load(folder / "run.trec").select(query_ids),
-            )
+            run = Run.load(folder / "run.trec").select(query_ids)
+            report = cls(query_ids, per_query, clusters, summary["num_without_relevant"], setting, costs, run)
             wrong = [name for name, mean in means.items() if not abs(report.metrics[name] - mean) <= 1e-12]
             if summary["num_queries"] != report.num_queries or wrong:
                 raise ValueError(f"metrics.json and per_query.jsonl differ in {', '.join(wrong) or 'num_queries'}")
@@ -134,11 +127,11 @@ class Comparison:
     """The difference between two reports, or two sets of them, over the same questions: `other` - `base`."""
 
     metric: str
-    base: float  # mean of the metric, as `other`
+    base: float  # mean of the metric
     other: float
     difference: float
     interval: tuple[float, float]  # of the difference, at 95%
-    p_value: float  # two-sided; Holm-adjusted if `num_comparisons` is above 1
+    p_value: float  # two-sided, Holm-adjusted
     wins: int  # questions on which `other` is better than `base`; `ties`: equal; `losses`: worse
     ties: int
     losses: int
@@ -146,18 +139,17 @@ class Comparison:
     num_clusters: int  # independent groups of questions
     num_comparisons: int = 1
     num_seeds: int = 1  # reports on the other side; above 1, interval and p-value are for new seeds too
-    question_error: float | None = None  # standard error for new questions, with several seeds
-    seed_error: float | None = None  # standard error for new seeds
+    question_error: float | None = None  # for several seeds, see `recipe_interval`
+    seed_error: float | None = None
 
     def __str__(self) -> str:
         low, high = self.interval
         adjusted = f" (Holm over {self.num_comparisons})" if self.num_comparisons > 1 else ""
         seeds = f", {self.num_seeds} seeds" if self.num_seeds > 1 else ""
         return (
-            f"{self.metric}: {self.base:.4f} -> {self.other:.4f}, difference {self.difference:+.4f} "
-            f"[{low:+.4f}, {high:+.4f}] at 95%, p = {self.p_value:.4f}{adjusted}, "
-            f"{self.wins} better, {self.ties} equal, {self.losses} worse of {self.num_queries} questions "
-            f"in {self.num_clusters} clusters{seeds}"
+            f"{self.metric}: {self.base:.4f} -> {self.other:.4f}, difference {self.difference:+.4f} [{low:+.4f}, "
+            f"{high:+.4f}] at 95%, p = {self.p_value:.4f}{adjusted}, {self.wins} better, {self.ties} equal, "
+            f"{self.losses} worse of {self.num_queries} questions in {self.num_clusters} clusters{seeds}"
         )
 
 
@@ -173,12 +165,11 @@ def compare(base: Report, *others: Report, metric: str = "ndcg@10") -> Compariso
     comparisons = []
     for other in others:
         base_Q, other_Q = paired_values(base, [base, other], metric)
-        differences = other_Q - base_Q, base.clusters
-        generator = np.random.default_rng(0)
+        differences, generator = (other_Q - base_Q, base.clusters), np.random.default_rng(0)
         interval = paired_bootstrap_interval(*differences, generator=generator)
-        p_value = sign_flip_p_value(*differences, generator=generator)
         if len(set(base.clusters)) == 1 and (other_Q != base_Q).any():
             interval = (-1.0, 1.0)
+        p_value = sign_flip_p_value(*differences, generator=generator)
         found = {"interval": interval, "p_value": p_value, "num_comparisons": len(others)}
         comparisons.append(_comparison(base, metric, base_Q, other_Q, **found))
     adjusted = holm([comparison.p_value for comparison in comparisons])
@@ -194,17 +185,16 @@ def compare_seeds(bases: Sequence[Report], others: Sequence[Report], *, metric: 
     if len(bases) not in (1, len(others)):
         raise ValueError(f"found {len(bases)} base reports for {len(others)} seeds, expected 1 or {len(others)}")
     base_SQ, other_SQ = (paired_values(bases[0], reports, metric) for reports in (bases, others))
-    found = {**recipe_interval(other_SQ - base_SQ, bases[0].clusters)._asdict(), "num_seeds": len(others)}
+    found = recipe_interval(other_SQ - base_SQ, bases[0].clusters) | {"num_seeds": len(others)}
     return _comparison(bases[0], metric, base_SQ.mean(axis=0), other_SQ.mean(axis=0), **found)
 
 
 def _comparison(base: Report, metric: str, base_Q: np.ndarray, other_Q: np.ndarray, **found: Any) -> Comparison:
-    difference_Q = other_Q - base_Q
-    means = {"base": base_Q, "other": other_Q, "difference": difference_Q}
-    found |= {name: float(values_Q.mean()) for name, values_Q in means.items()}
+    difference_Q, number = other_Q - base_Q, len(base_Q)
+    means = (float(values_Q.mean()) for values_Q in (base_Q, other_Q, difference_Q))
     wins, losses = (int((sign * difference_Q > ROUNDING).sum()) for sign in (1, -1))
-    found |= {"wins": wins, "ties": len(difference_Q) - wins - losses, "losses": losses}
-    return Comparison(metric, num_queries=len(base_Q), num_clusters=len(set(base.clusters)), **found)
+    found |= {"wins": wins, "ties": number - wins - losses, "losses": losses, "num_queries": number}
+    return Comparison(metric, *means, num_clusters=len(set(base.clusters)), **found)
 
 
 def paired_values(base: Report, reports: Sequence[Report], metric: str) -> np.ndarray:
@@ -238,11 +228,8 @@ def _check_comparable(base: Report, other: Report) -> None:
 
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Writes a figure atomically, in the format of the suffix, such as .png, .pdf or .svg."""
-    formats, suffix = figure.canvas.get_supported_filetypes(), Path(path).suffix.lower().removeprefix(".")
-    if suffix not in formats:
-        raise ValueError(f"{path}: suffix is {suffix!r}, expected one of {', '.join(sorted(formats))}")
     with atomic_write(path, "wb") as file:
-        figure.savefig(file, format=suffix)
+        figure.savefig(file, format=Path(path).suffix.removeprefix("."))
 
 
 def plot_questions(
@@ -257,18 +244,15 @@ def plot_questions(
     # Rounded, so that values that differ only in their last bits are one point.
     points_P2, counts_P = np.unique(values_Q2.round(6), axis=0, return_counts=True)
     difference_P = points_P2[:, 1] - points_P2[:, 0]
-    area_P = np.maximum(counts_P * min(12, 600 / counts_P.max()), 4)  # square points: 12 per question, 4 to 600 in all
+    area_P = np.maximum(counts_P * min(12, 600 / counts_P.max()), 4)  # square points: 12 per question, 4 to 600
     figure = Figure(figsize=(6.0, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     axes.grid(alpha=0.3)
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=1, zorder=1)
     for label, chosen_P in (("better", difference_P > 0), ("equal", difference_P == 0), ("worse", difference_P < 0)):
-        number = int(counts_P[chosen_P].sum())
-        x_P, y_P = points_P2[chosen_P].T
-        axes.scatter(x_P, y_P, s=area_P[chosen_P], alpha=0.6, label=f"{label}: {number:,}", zorder=2)
-    axes.set_xlabel(f"{names[0]}, {metric}")
-    axes.set_ylabel(f"{names[1]}, {metric}")
-    axes.set_aspect("equal")
+        label = f"{label}: {counts_P[chosen_P].sum():,}"
+        axes.scatter(*points_P2[chosen_P].T, s=area_P[chosen_P], alpha=0.6, label=label, zorder=2)
+    axes.set(xlabel=f"{names[0]}, {metric}", ylabel=f"{names[1]}, {metric}", aspect="equal")
     legend = axes.legend(title=f"{len(values_Q2):,} questions", loc="upper left", bbox_to_anchor=(1.02, 1))
     for handle in legend.legend_handles:
         handle.set_sizes([12])

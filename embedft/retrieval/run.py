@@ -25,12 +25,12 @@ ENCODED = "+percent-encoded"  # ends the tag of a TREC file whose ids are, becau
 class Run:
     """The ranking of each query: row i lists the documents of query_ids[i], best first.
 
-    Scores in a row never increase; the order among equal scores is part of the run, and metrics use it. Rows shorter
-    than K are padded with index -1 and score -inf.
+    Scores in a row never increase; metrics use the order among equal scores too. Rows shorter than K are padded with
+    index -1 and score -inf.
     """
 
-    query_ids: list[str]  # Q distinct ids
-    document_ids: list[str]  # N distinct ids, which may include documents that no row retrieves
+    query_ids: list[str]  # distinct
+    document_ids: list[str]  # distinct; some may be in no row
     indices: np.ndarray  # [Q, K] int64 into document_ids, -1 = none
     scores: np.ndarray  # [Q, K] float, finite where there is a document
 
@@ -40,11 +40,13 @@ class Run:
                 twice, _ = Counter(ids).most_common(1)[0]
                 raise ValueError(f"run: {name} id {twice!r} appears twice")
         indices_QK, scores_QK = self.indices, self.scores
-        found = f"found {indices_QK.dtype} {indices_QK.shape} and {scores_QK.dtype} {scores_QK.shape}"
-        if indices_QK.ndim != 2 or indices_QK.shape != scores_QK.shape or len(indices_QK) != len(self.query_ids):
-            raise ValueError(f"run: indices and scores must both be [{len(self.query_ids)} queries, K], {found}")
-        if indices_QK.dtype != np.int64 or scores_QK.dtype.kind != "f":
-            raise ValueError(f"run: indices must be int64 and scores float, {found}")
+        is_shaped = indices_QK.ndim == 2 and indices_QK.shape == scores_QK.shape == (
+            len(self.query_ids),
+            *scores_QK.shape[1:],
+        )
+        if not is_shaped or indices_QK.dtype != np.int64 or scores_QK.dtype.kind != "f":
+            found = f"found {indices_QK.dtype} {indices_QK.shape} and {scores_QK.dtype} {scores_QK.shape}"
+            raise ValueError(f"run: expected int64 indices and float scores [{len(self.query_ids)}, K], {found}")
         empty_QK, number = indices_QK == -1, len(self.document_ids)
         sorted_QK = np.sort(indices_QK, axis=1)
         for what, wrong in (

@@ -4,16 +4,16 @@
     searcher = Searcher(embedder, dataset, depth=5, passages=(128, 64), index="hnsw")     # encodes and indexes once
     run = searcher.search({"q1": "what is a limit order?"})                               # as often as you like
 
-A setting consists of
+A setting has four parts:
 
-- dim: how many leading dimensions to keep; None: as many as the embedder returns;
-- precision: how vectors are stored: float32, int8 or binary (quantization.py);
+- dim: how many leading dimensions to keep; None: as many as the embedder returns.
+- precision: how vectors are stored: float32, int8 or binary (quantization.py).
 - index: "flat" (every document); hnsw, ivf, ivfpq or a FAISS factory string, with parameters as in
-  "hnsw,efSearch=128" (approximate.py); or "adaptive-64": 64 dimensions find 4 x `depth` documents, all order them;
+  "hnsw,efSearch=128" (approximate.py); or "adaptive-64": 64 dimensions find 4 x `depth` documents, all order them.
 - passages: (size, stride) in tokens: documents are cut into windows and scored by the best one; None: whole documents.
 
-int8 and binary work with flat, hnsw and ivf; hnsw and ivf then search the decoded vectors, so they are no faster. With
-passages, an index other than flat finds windows, and every window of their documents is scored (not with adaptive).
+int8 and binary work with flat, hnsw and ivf, which search the decoded vectors. With passages, an index other than flat
+finds windows, and every window of their documents is scored (not with adaptive).
 
 Shapes: Q queries, N documents or windows, W dimensions of the model, D of them kept.
 """
@@ -21,7 +21,7 @@ Shapes: Q queries, N documents or windows, W dimensions of the model, D of them 
 import itertools
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +29,7 @@ import numpy as np
 from ..data.dataset import RetrievalDataset
 from .approximate import FaissIndex, check_index, split_name
 from .encoding import Slice, SupportsEncode, encode, encode_documents, join_slices, sorted_corpus, timed, truncate
-from .index import FlatIndex, Found, Index, from_keys, merge_keys, recall_against, require_depth, search_exact, to_keys
+from .index import FlatIndex, Found, Index, first_of, recall_against, require_depth, search_exact
 from .passages import WindowIndex
 from .quantization import PRECISIONS, AdaptiveIndex, QuantizedIndex, bytes_per_vector
 from .run import Run
@@ -57,36 +57,32 @@ class Setting(NamedTuple):
 
 
 def search(
-    embedder: SupportsEncode,
-    dataset: RetrievalDataset,
-    queries: Mapping[str, str] | Sequence[str],
-    *,
-    depth: int = 100,
-    exclude_identical_ids: bool = True,
-    slice_documents: int | None = None,
-    **setting: Any,
+    embedder: SupportsEncode, dataset: RetrievalDataset, queries: Mapping[str, str] | Sequence[str], **options: Any
 ) -> Run:
     """The first `depth` documents of the dataset for any queries, those with equal scores by ascending id.
 
-    Exact search (float32, flat) holds one slice of the corpus at a time, other settings all vectors.
-
-    Args:
-        queries: {query id: text}, or texts, whose ids are then "0", "1", ...
-        exclude_identical_ids: a query of the dataset that is also a document, under the same id, does not find itself
-            (ArguAna, Quora) unless it is judged relevant; a warning says so.
-        slice_documents: documents encoded at a time; None: 65,536, or 4,096 with passages.
-
-    Raises `ValueError` for a setting that cannot work, or embeddings that are not finite, naming the text.
+    `queries` are {query id: text}, or texts with the ids "0", "1", ...; `options` are those of `Searcher`. Exact search
+    (float32, flat) holds one slice of the corpus at a time, other settings all vectors.
     """
-    queries, options = _named(queries), {"depth": depth, "slice_documents": slice_documents}
-    options["exclude_identical_ids"] = exclude_identical_ids
-    if not (how := Setting(**setting)).is_exact:
-        return Searcher(embedder, dataset, **setting, **options).search(queries)
-    return next(search_grid(embedder, dataset, queries, [how], **options))[0]
+    setting = Setting(**{name: options.pop(name) for name in Setting._fields if name in options})
+    queries = _named(queries)
+    if not setting.is_exact:
+        return Searcher(embedder, dataset, **setting._asdict(), **options).search(queries)
+    return next(search_grid(embedder, dataset, queries, [setting], **options))[0]
 
 
 class Searcher:
-    """A corpus encoded and indexed once, for queries that come one after another; arguments as for `search`."""
+    """A corpus encoded and indexed once, for queries that come one after another.
+
+    Args:
+        depth: documents returned for each query.
+        exclude_identical_ids: a query of the dataset that is also a document, under the same id, does not find itself
+            (ArguAna, Quora) unless it is judged relevant; a warning says so.
+        slice_documents: documents encoded at a time; None: 65,536, or 4,096 with passages.
+        setting: dim, precision, index and passages, see above.
+
+    Raises `ValueError` for a setting that cannot work, or embeddings that are not finite, naming the text.
+    """
 
     def __init__(
         self,
@@ -100,18 +96,17 @@ class Searcher:
     ):
         require_depth(depth)
         settings = check_settings(embedder, [Setting(**setting)], num_documents=len(dataset.corpus))
-        self.document_ids, texts = sorted_corpus(dataset)
-        self.embedder, self.dataset = embedder, dataset
-        self.depth, self.exclude_identical_ids = depth, exclude_identical_ids
-        options = {"passages": settings[0].passages, "slice_documents": slice_documents}
-        vectors_NW, source_N = join_slices(list(encode_documents(embedder, self.document_ids, texts, **options)))
+        self.embedder, self.dataset, documents = embedder, dataset, sorted_corpus(dataset)
+        self.depth, self.exclude_identical_ids, self.document_ids = depth, exclude_identical_ids, list(documents)
+        parts = encode_documents(embedder, documents, settings[0].passages, slice_documents, {})
+        vectors_NW, source_N = join_slices(list(parts))
         (self.setting,) = check_settings(embedder, settings, width=vectors_NW.shape[1])
         self.index, *_ = build(truncate(embedder, vectors_NW, self.setting.dim), source_N, self.setting)
 
     def search(self, queries: Mapping[str, str] | Sequence[str]) -> Run:
-        """The first `depth` documents for each query: {query id: text}, or texts with the ids "0", "1", ..."""
+        """As `search`."""
         queries = _named(queries)
-        queries_QW = encode(self.embedder, list(queries.values()), list(queries), role="query")
+        queries_QW = encode(self.embedder, queries, "query")
         exclude = self.exclude_identical_ids and shares_ids(self.dataset, queries)
         found = self.index.search(truncate(self.embedder, queries_QW, self.setting.dim), self.depth + exclude)
         run = Run(list(queries), self.document_ids, found.rows, found.scores)
@@ -122,11 +117,9 @@ def shares_ids(dataset: RetrievalDataset, queries: Mapping[str, str]) -> bool:
     """Whether any of the dataset's own queries is a document of it too, under the same id; warns if so."""
     shared = [i for i, text in queries.items() if i in dataset.corpus and dataset.queries.get(i) == text]
     if shared:
-        warnings.warn(
-            f"{len(shared):,} queries have the id of a document ({shared[0]!r}, ...): these documents are excluded from"
-            " their own query's ranking unless judged relevant; exclude_identical_ids=False keeps them",
-            stacklevel=3,
-        )
+        found = f"{len(shared):,} queries have the id of a document ({shared[0]!r}, ...), which is excluded from their"
+        how = "ranking unless judged relevant; exclude_identical_ids=False keeps it"
+        warnings.warn(f"{found} {how}", stacklevel=3)
     return bool(shared)
 
 
@@ -136,38 +129,38 @@ def search_grid(
     queries: Mapping[str, str],
     settings: Sequence[Setting],
     *,
-    depth: int,
+    depth: int = 100,
     exclude_identical_ids: bool = True,
     slice_documents: int | None = None,
 ) -> Iterator[tuple[Run, dict, dict[str, float]]]:
     """The run of each setting in order, what a report says of the setting, and its costs.
 
-    Consecutive settings with the same passages share one encoding of the corpus. Exact search runs at every dim, slice
-    by slice as documents are encoded; other settings are compared with it, and vectors are kept only for them.
+    Consecutive settings with the same passages share one encoding of the corpus. Other settings are compared with exact
+    search at the same dim, and vectors are kept only for them.
     """
     require_depth(depth)
     check_settings(embedder, settings, num_documents=len(dataset.corpus))
     encoding: dict[str, float] = {}
     with timed(encoding, "query_encoding_seconds"):
-        queries_QW = encode(embedder, list(queries.values()), list(queries), role="query")
+        queries_QW = encode(embedder, queries, "query")
     settings = check_settings(embedder, settings, width=queries_QW.shape[1])
-    ids, texts = sorted_corpus(dataset)
+    documents = sorted_corpus(dataset)
     exclude = exclude_identical_ids and shares_ids(dataset, queries)
 
     def rank(found: Found) -> Run:
-        run = Run(list(queries), ids, found.rows, found.scores)
+        run = Run(list(queries), list(documents), found.rows, found.scores)
         return run.without_identical_ids(dataset.qrels, depth=depth) if exclude else run
 
     for passages, same in itertools.groupby(settings, key=lambda setting: setting.passages):
-        group, shared, kept = list(same), dict(encoding), []
+        group, shared = list(same), dict(encoding)
         queries_of = {setting.dim: truncate(embedder, queries_QW, setting.dim) for setting in group}
-        parts = encode_documents(embedder, ids, texts, passages=passages, slice_documents=slice_documents, costs=shared)
-        visit = None if all(setting.is_exact for setting in group) else kept.append
-        found, seconds, num_vectors = search_slices(embedder, parts, queries_of, depth + exclude, visit=visit)
+        parts = encode_documents(embedder, documents, passages, slice_documents, shared)
+        kept = [] if all(setting.is_exact for setting in group) else list(parts)
+        found, seconds, num_vectors = search_slices(embedder, kept or parts, queries_of, depth + exclude)
         exact = {dim: rank(found_at_dim) for dim, found_at_dim in found.items()}
         vectors_NW, source_N = join_slices(kept) if kept else (None, None)
         if passages is not None:
-            shared["windows_per_document"] = num_vectors / len(ids)
+            shared["windows_per_document"] = num_vectors / len(documents)
         for setting in group:
             dim, facts, costs = setting.dim, {}, {**shared, "build_seconds": 0.0, "recall@10_of_exact": 1.0}
             if setting.is_exact:
@@ -182,41 +175,35 @@ def search_grid(
                 costs["recall@10_of_exact"] = float(recall_Q.mean())
                 del index
             costs["queries_per_second"] = len(queries_QW) / costs["search_seconds"]
-            costs["bytes_per_document"] = num_bytes * (num_vectors / len(ids))
+            costs["bytes_per_document"] = num_bytes * (num_vectors / len(documents))
             yield run, {**setting._asdict(), "passages": passages and list(passages), **facts}, costs
 
 
 def search_slices(
-    embedder: SupportsEncode,
-    parts: Iterable[Slice],
-    queries: Mapping[int, np.ndarray],
-    depth: int,
-    *,
-    visit: Callable[[Slice], None] | None = None,
+    embedder: SupportsEncode, parts: Iterable[Slice], queries: Mapping[int, np.ndarray], depth: int
 ) -> tuple[dict[int, Found], dict[int, float], int]:
     """Exact search with queries {dim: [Q, dim]} on the embedder's device: results and search seconds by dim, and the
-    number of vectors. Each slice is searched, handed to `visit` and dropped; slices change no result."""
-    device = getattr(embedder, "device", None)
-    keys = {dim: np.empty((len(queries_QD), 0), dtype=np.uint64) for dim, queries_QD in queries.items()}
+    number of vectors. Each slice is searched and dropped; slices change no result."""
+    found: dict[int, Found] = {}
     seconds, num_vectors = {}, 0
     for part in parts:
         for dim, queries_QD in queries.items():
             vectors_ND = truncate(embedder, part.vectors, dim)
             with timed(seconds, dim):
                 if part.source is None:
-                    found = search_exact(queries_QD, vectors_ND, depth, device=device)
+                    scores, rows = search_exact(queries_QD, vectors_ND, depth, device=getattr(embedder, "device", None))
                 else:
-                    found = WindowIndex(vectors_ND, part.source).search(queries_QD, depth)
-                keys[dim] = merge_keys(keys[dim], to_keys(found.scores, found.rows + part.first), depth)
+                    scores, rows = WindowIndex(vectors_ND, part.source).search(queries_QD, depth)
+                rows += part.first
+                if dim in found:
+                    scores, rows = np.hstack([found[dim].scores, scores]), np.hstack([found[dim].rows, rows])
+                found[dim] = first_of(scores, rows, depth)
         num_vectors += len(part.vectors)
-        if visit is not None:
-            visit(part)
         del part, vectors_ND  # before the next slice is encoded
-    return {dim: from_keys(keys_QK) for dim, keys_QK in keys.items()}, seconds, num_vectors
+    return found, seconds, num_vectors
 
 
 def _named(queries: Mapping[str, str] | Sequence[str]) -> dict[str, str]:
-    """{query id: text}."""
     if isinstance(queries, str):
         raise ValueError(f"queries is the text {queries!r}, expected a list of texts or {{query id: text}}")
     if not len(queries):
@@ -227,9 +214,9 @@ def _named(queries: Mapping[str, str] | Sequence[str]) -> dict[str, str]:
 def check_settings(
     embedder: SupportsEncode, settings: Sequence[Setting], *, width: int | None = None, num_documents: int | None = None
 ) -> list[Setting]:
-    """The settings with their number of dimensions, if `width`, the model's, is given or the embedder has a `full_dim`.
+    """The settings with their number of dimensions, if the model's `width` is given or the embedder has a `full_dim`.
 
-    Raises `ValueError` for what cannot work; `num_documents` None: not for too few to train an index on.
+    Raises `ValueError` for what cannot work and, given `num_documents`, for too few to train an index on.
     """
     width, found, unsupported = width or getattr(embedder, "full_dim", None), [], []
     for setting in settings:
@@ -254,9 +241,9 @@ def check_settings(
         found.append(setting._replace(dim=dim))
     if unsupported:
         raise ValueError(f"unsupported search: {'; '.join(dict.fromkeys(unsupported))}")
-    for dim, _, index, passages in found:
-        if width is not None and index != "flat" and not index.startswith("adaptive"):
-            check_index(index, dim, num_documents=None if passages else num_documents)
+    for setting in found:
+        if width is not None and setting.index != "flat" and not setting.short_dim:
+            check_index(setting.index, setting.dim, num_documents=None if setting.passages else num_documents)
     return found
 
 

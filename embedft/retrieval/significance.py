@@ -4,70 +4,60 @@
     p_value = sign_flip_p_value(differences_Q, clusters, generator=np.random.default_rng(0))
     recipe = recipe_interval(differences_SQ, clusters)       # a row per training seed
 
-Questions that share a document are not independent evidence: a model that embeds it well answers all of them. They form
-a cluster [None: each its own], and whole clusters are resampled or flipped.
+Questions that share a document are not independent evidence: a model that embeds it well answers all of them. So they
+form a cluster, and whole clusters are resampled or flipped.
 
 Shapes: Q questions, C clusters, S seeds, B random samples of one block.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
 ROUNDING = 1e-12  # smaller differences are rounding errors: the same values summed in another order
+Clusters = Sequence[str] | None  # the cluster of each question; None: each is its own
 _NODES, _NODE_WEIGHTS = np.polynomial.legendre.leggauss(64)
 
 
 def paired_bootstrap_interval(
-    differences_Q: np.ndarray,
-    clusters: Sequence[str] | None = None,
-    *,
-    generator: np.random.Generator,
-    num_samples: int = 10_000,
-    confidence: float = 0.95,
+    differences_Q: np.ndarray, clusters: Clusters = None, *, generator: np.random.Generator, num_samples: int = 10_000
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean difference, with whole clusters drawn with replacement.
+    """95% percentile bootstrap interval of the mean difference, with whole clusters drawn with replacement.
 
-    A sample's mean is (sum of the differences in its C clusters) / (number of their questions). With few clusters the
-    interval is too narrow; with one it is a point.
+    A sample's mean is that of all questions in its C clusters. With few clusters the interval is too narrow; with one
+    it is a point.
 
     Source: Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13; Sakai, "Evaluating evaluation
     metrics based on the bootstrap", SIGIR 2006; clusters: Field & Welsh, "Bootstrapping clustered data", JRSS B 2007.
     """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}, expected a number between 0 and 1")
     sums_C, sizes_C = _cluster_sums(differences_Q, clusters)
-    num_clusters, one_size = len(sums_C), bool((sizes_C == sizes_C[0]).all())
+    num_clusters, one_size = len(sums_C), (sizes_C == sizes_C[0]).all()
     means = []
     for num_rows in _blocks(num_samples, num_clusters):
         drawn_BC = generator.integers(0, num_clusters, size=(num_rows, num_clusters))
         # "clip" skips the bounds check.
         num_questions = sizes_C.sum() if one_size else sizes_C.take(drawn_BC, mode="clip").sum(axis=1)
         means.append(sums_C.take(drawn_BC, mode="clip").sum(axis=1) / num_questions)
-    low, high = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(np.concatenate(means), [(1 - 0.95) / 2, (1 + 0.95) / 2])
     return float(low), float(high)
 
 
 def sign_flip_p_value(
-    differences_Q: np.ndarray,
-    clusters: Sequence[str] | None = None,
-    *,
-    generator: np.random.Generator,
-    num_samples: int = 10_000,
+    differences_Q: np.ndarray, clusters: Clusters = None, *, generator: np.random.Generator, num_samples: int = 10_000
 ) -> float:
-    """Two-sided p-value of a paired permutation test: under the null hypothesis the two systems can be swapped.
+    """Two-sided p-value of a paired permutation test: under the null hypothesis the two systems can be swapped, which
+    flips the signs of all differences in a cluster.
 
-    Swapping flips the signs of all differences in a cluster. p = (1 + hits) / (1 + num_samples), where a hit is a
-    sample whose |mean| is at least the observed one.
+    p = (1 + hits) / (1 + num_samples), where a hit is a sample whose |mean| is at least the observed one.
 
     Source: Smucker, Allan & Carterette, "A comparison of statistical significance tests for information retrieval
     evaluation", CIKM 2007; the added 1: Phipson & Smyth, "Permutation p-values should never be zero", 2010.
     """
     sums_C, _ = _cluster_sums(differences_Q, clusters)
     total = sums_C.sum()
-    # Allow for rounding in sums of the same numbers in another order, or an exact tie might not count as a hit.
+    # Sums of the same numbers in another order may differ by rounding, and exact ties must count as hits.
     least = abs(total) - ROUNDING * np.abs(sums_C).sum()
     hits = 0
     for num_rows in _blocks(num_samples, len(sums_C)):
@@ -78,17 +68,11 @@ def sign_flip_p_value(
     return (1 + hits) / (1 + num_samples)
 
 
-class RecipeInterval(NamedTuple):
-    """The uncertainty of a recipe's mean difference; errors are standard errors."""
+def recipe_interval(differences_SQ: np.ndarray, clusters: Clusters = None) -> dict[str, Any]:
+    """95% interval of a training recipe's mean difference to a base, for new seeds and new questions; S is at least 2.
 
-    interval: tuple[float, float]  # for new seeds and new questions, as the two-sided p-value
-    p_value: float
-    question_error: float  # for new questions with these seeds
-    seed_error: float  # for new seeds on these questions
-
-
-def recipe_interval(differences_SQ: np.ndarray, clusters: Sequence[str] | None = None) -> RecipeInterval:
-    """95% interval of a training recipe's mean difference to a base, for new seeds (of 2 or more) and new questions.
+    Returns interval, the two-sided p_value, and two standard errors: question_error for new questions with these seeds,
+    seed_error for new seeds on these questions.
 
     Seeds and clusters of questions are crossed random effects. With m the overall mean, m_s that of seed s, n_c the
     questions of cluster c, and r_cs the sum of its differences under seed s minus n_c m:
@@ -98,9 +82,9 @@ def recipe_interval(differences_SQ: np.ndarray, clusters: Sequence[str] | None =
         noise       V_SC = S C / ((S - 1) (C - 1)) * sum over c, s of (r_cs - mean over s - n_c (m_s - m))^2 / (S Q)^2
         both        V = V_S + max(V_C - min(V_SC, V_S), 0)
 
-    V_S and V_C both contain the noise of a question under a seed, so it is subtracted once. The interval is
-    m +- t sqrt(V) with V^2 / (V_S^2 / (S - 1) + (V - V_S)^2 / (C - 1)) degrees of freedom. With three seeds that vary,
-    a bootstrap is two to three times too narrow.
+    V_S and V_C both contain the noise, so it is subtracted once. The interval is m +- t sqrt(V) with
+    V^2 / (V_S^2 / (S - 1) + (V - V_S)^2 / (C - 1)) degrees of freedom. With three seeds that vary, a bootstrap is two
+    to three times too narrow.
 
     Source: Hillis, "A comparison of denominator degrees of freedom methods for multiple observer ROC analysis",
     Statistics in Medicine 2007 (readers are seeds, cases are questions); Satterthwaite, "An approximate distribution of
@@ -129,7 +113,8 @@ def recipe_interval(differences_SQ: np.ndarray, clusters: Sequence[str] | None =
     degrees = (by_seed + more) ** 2 / spread if spread > 0 else float(num_seeds - 1)
     reach = _t_quantile(0.95, degrees) * error
     p_value = _t_p_value(mean / error, degrees) if error > 0 else float(mean == 0)
-    return RecipeInterval((mean - reach, mean + reach), p_value, math.sqrt(by_question), math.sqrt(by_seed))
+    errors = {"question_error": math.sqrt(by_question), "seed_error": math.sqrt(by_seed)}
+    return {"interval": (mean - reach, mean + reach), "p_value": p_value, **errors}
 
 
 def _t_within(angle: float, degrees: float) -> float:
@@ -167,7 +152,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def _cluster_sums(differences_Q: np.ndarray, clusters: Sequence[str] | None) -> tuple[np.ndarray, np.ndarray]:
+def _cluster_sums(differences_Q: np.ndarray, clusters: Clusters) -> tuple[np.ndarray, np.ndarray]:
     """Sum of differences and number of questions of each cluster, [C] float64 each."""
     differences_Q = np.asarray(differences_Q, dtype=np.float64)
     if differences_Q.ndim != 1 or len(differences_Q) == 0 or not np.isfinite(differences_Q).all():

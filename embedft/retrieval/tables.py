@@ -40,8 +40,8 @@ def format_table(
     bar = r"\|" if style == "markdown" else "|"
     columns = [[c.replace("\n", " ").replace("|", bar) for c in column] for column in zip(header, *rows, strict=True)]
     widths = [max(map(len, column)) for column in columns]
-    for i, (column, width) in enumerate(zip(columns, widths, strict=True)):
-        column[:] = [cell.ljust(width) if i < num_left else cell.rjust(width) for cell in column]
+    for i, width in enumerate(widths):
+        columns[i] = [cell.ljust(width) if i < num_left else cell.rjust(width) for cell in columns[i]]
     lines = list(zip(*columns, strict=True))
     if style == "text":
         return "\n".join("  ".join(line).rstrip() for line in lines)
