@@ -371,7 +371,7 @@ def test_compare_what_evaluate_wrote(place, capsys):
         ("runs/base/eval/uber runs/damaged", "runs/damaged/per_query.jsonl line 3"),
         ("runs/base/eval/uber runs/corpus", "the reports do not compare: num_documents is 7 in base"),
         ("runs/base/eval/uber runs/tuned/eval/uber --style exact", "style is 'exact', expected one of"),
-        ("runs/base/eval/uber runs/tuned/eval/uber --save-plot a.txt", "a.txt: suffix is 'txt'"),
+        ("runs/base/eval/uber runs/tuned/eval/uber --save-plot a.txt", "Format 'txt' is not supported"),
         ("runs/base/eval/uber runs/tuned/eval/uber --bases 2", "--bases is 2"),
         ("runs/base/eval/uber runs/tuned/eval/uber runs/worse/eval/uber --bases 2", "--bases is 2"),
         ("runs/base/eval/uber runs/tuned/eval/uber --seeds", "--seeds needs a base and the reports of at least two"),

@@ -27,12 +27,8 @@ LEAST_PER_LIST, TRAINED_PER_LIST, LEAST_PQ, TRAINED_PQ = 39, 64, 256, 65_536
 
 
 class FaissIndex(Index):
-    """A FAISS index over an array or memory map of any float type, by inner product.
-
-    It is trained on a sample and filled slice by slice, and needs no other memory. The seed draws the sample and starts
-    k-means; HNSW graphs vary from run to run, since threads link documents concurrently. `factory` and `parameters`
-    describe it to FAISS, e.g. "IVF4000,Flat" and "nprobe=16". Errors: see `check_index`.
-    """
+    """A FAISS index over an array or memory map of any float type, by inner product. `seed` draws the training sample
+    and starts k-means; HNSW graphs still vary, as threads link documents concurrently. Errors: see `check_index`."""
 
     def __init__(self, embeddings_ND: np.ndarray, name: str, *, seed: int = 0):
         super().__init__(embeddings_ND)
@@ -72,10 +68,8 @@ def split_name(name: str) -> tuple[str, str]:
 
 def check_index(name: str, dim: int, *, num_documents: int | None = None) -> tuple[Any, str, str, int]:
     """An empty index for vectors [N, dim], its factory string and parameters, and how many documents train it at most.
-
     Raises `ValueError` for a name that FAISS does not accept or whose index does not search by inner product, and for
-    too few documents to train it on (None: not checked).
-    """
+    too few documents to train it on (None: not checked)."""
     import faiss
 
     preset, parameters = split_name(name)

@@ -127,9 +127,7 @@ def _word_pattern() -> re.Pattern[str]:
 
 def split_words(texts: Sequence[str]) -> list[list[str]]:
     """The lower-cased words of each text, in NFKC: runs of Unicode letters (with their marks) and digits.
-
-    In scripts written without spaces a run is one word: use the encoder's tokens there.
-    """
+    In scripts written without spaces a run is one word: use the encoder's tokens there."""
     pattern = _word_pattern()
     return [pattern.findall(unicodedata.normalize("NFKC", text).lower()) for text in texts]
 
@@ -138,9 +136,7 @@ def bm25_run(
     dataset: RetrievalDataset, *, tokenize: Tokenize = split_words, depth: int = 100, exclude_identical_ids: bool = True
 ) -> Run:
     """Every query of a dataset against its corpus, titles included; ties by ascending document id.
-
-    `tokenize` maps texts to lists of tokens. Documents that share no term with a query are not found.
-    """
+    `tokenize` maps texts to lists of tokens. Documents that share no term with a query are not found."""
     if depth < 1:
         raise ValueError(f"depth is {depth}, expected at least 1")
     document_ids, texts = zip(*sorted(zip(dataset.corpus, dataset.document_texts(), strict=True)), strict=True)

@@ -55,10 +55,8 @@ def encode(embedder: SupportsEncode, texts: Mapping[str, str], role: str) -> np.
 def encode_documents(
     embedder: SupportsEncode, documents: Mapping[str, str], passages: Passages, slice_documents: int | None, costs: dict
 ) -> Iterator[Slice]:
-    """Yields the vectors of {id: text} slice by slice, in all dimensions; keeps none, and adds the seconds to `costs`.
-
-    A slice has 65,536 documents by default, 4,096 with passages.
-    """
+    """Yields the vectors of {id: text} in all dimensions, for 65,536 documents at a time [4,096 with passages]; keeps
+    none of them, and adds the seconds to `costs`."""
     step, items = slice_documents or (65_536 if passages is None else 4_096), list(documents.items())
     for first in range(0, len(items), step):
         texts = dict(items[first : first + step])

@@ -28,10 +28,8 @@ def evaluate(
     index: str = "flat",
     **options: Any,
 ) -> Report:
-    """Encodes queries and documents (titles included), searches and measures, with the options of `evaluate_grid`.
-
-    dim, passages, precision, index: see search.py. Equal scores are ordered by ascending document id.
-    """
+    """Encodes queries and documents (titles included), searches as search.py says, and measures. Equal scores are
+    ordered by ascending document id. options: those of `evaluate_grid`."""
     grid = {"dims": (dim,), "precisions": (precision,), "indices": (index,), "passages": (passages,)}
     return evaluate_grid(embedder, dataset, **grid, **options)[0]
 

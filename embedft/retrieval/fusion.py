@@ -28,17 +28,27 @@ def fuse(
 
     - "rrf": 1 / (k + rank), or 0 if the run does not retrieve the document.
     - "zscore": (score - mean) / standard deviation over what the run retrieves for the query, 0 if all scores are
-      equal. Other documents get the query's lowest value. Both moments vary with depth: fuse runs of the same depth.
+      equal; of other documents, the query's lowest value, or 0. As both vary with depth, fuse runs of the same depth.
 
-    `weights` are one per run, at least 0 [1 each]; scores do not depend on the order of runs of equal weight. `depth`
-    documents are kept per query [all that any run retrieves].
+    `weights` are one per run, at least 0 [1 each]; runs of equal weight may swap places. `depth` documents are kept per
+    query [all that any run retrieves].
 
     Source: Cormack, Clarke & Buettcher, "Reciprocal Rank Fusion Outperforms Condorcet and Individual Rank Learning
     Methods", SIGIR 2009 ("rrf", k 60); Montague & Aslam, "Relevance Score Normalization for Metasearch", CIKM 2001
     ("zscore", their zero-mean, unit-variance norm).
     """
-    weights_R = np.ones(len(runs)) if weights is None else np.array(weights, dtype=np.float64)
-    _check(runs, method, weights_R, k, depth)
+    weights_R = np.array([1] * len(runs) if weights is None else weights, dtype=np.float64)
+    weighted = weights_R.shape == (len(runs),) and (weights_R >= 0).all() and 0 < weights_R.sum() < np.inf
+    one_each = f"one number of at least 0 for each of {len(runs)} runs, not all 0"
+    for valid, found, expected in (
+        (len(runs), "no runs", "at least one"),
+        (method in ("rrf", "zscore"), f"method is {method!r}", "rrf or zscore"),
+        (0 <= k < np.inf, f"k is {k}", "a number of at least 0"),
+        (depth is None or depth >= 1, f"depth is {depth}", "at least 1"),
+        (weighted, f"weights are {weights_R.tolist()}", one_each),
+    ):
+        if not valid:
+            raise ValueError(f"fusion: {found}, expected {expected}")
     query_ids = list(dict.fromkeys(query_id for run in runs for query_id in run.query_ids))
     document_ids = sorted({document_id for run in runs for document_id in run.document_ids})
     number = {document_id: index for index, document_id in enumerate(document_ids)}
@@ -60,20 +70,6 @@ def fuse(
         indices_QK[place], scores_QK[place] = document_P[order_P][kept], total_P[order_P][kept]
     used = int((indices_QK >= 0).sum(axis=1).max(initial=0))
     return Run(query_ids, document_ids, indices_QK[:, :used], scores_QK[:, :used])
-
-
-def _check(runs: Sequence[Run], method: str, weights_R: np.ndarray, k: float, depth: int | None) -> None:
-    weighted = weights_R.shape == (len(runs),) and (weights_R >= 0).all() and 0 < weights_R.sum() < np.inf
-    one_each = f"one number of at least 0 for each of {len(runs)} runs, not all 0"
-    for valid, found, expected in (
-        (len(runs), "no runs", "at least one"),
-        (method in ("rrf", "zscore"), f"method is {method!r}", "rrf or zscore"),
-        (0 <= k < np.inf, f"k is {k}", "a number of at least 0"),
-        (depth is None or depth >= 1, f"depth is {depth}", "at least 1"),
-        (weighted, f"weights are {weights_R.tolist()}", one_each),
-    ):
-        if not valid:
-            raise ValueError(f"fusion: {found}, expected {expected}")
 
 
 def _totals(

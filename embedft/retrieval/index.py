@@ -165,9 +165,7 @@ def first_keys(
     nearest: Nearest, queries_QD: np.ndarray, depth: int, total: int, *, width: int = 0, block_tied: int = 16
 ) -> np.ndarray:
     """Sorted keys [Q, min(depth, N)] of the first of `total` documents, given a search that is exact except among ties.
-
-    Queries with ties at the cutoff are searched again with double the width, `block_tied` at a time to bound memory.
-    """
+    Queries with ties at the cutoff are searched again with double the width, `block_tied` at a time to bound memory."""
     depth = min(depth, total)
     width = min(width or depth + 1, total)
     keys_QW = to_keys(*nearest(queries_QD, width))
@@ -177,9 +175,8 @@ def first_keys(
         # All documents tied at rank `depth` are here only if the last score is below theirs.
         tied = np.flatnonzero(keys_QW[:, -1] >> np.uint64(32) == keys_QK[:, -1] >> np.uint64(32))
         for start in range(0, len(tied), block_tied):
-            block = tied[start : start + block_tied]
-            wider = {"width": 2 * width, "block_tied": block_tied}
-            keys_QK[block] = first_keys(nearest, queries_QD[block], depth, total, **wider)
+            part = tied[start : start + block_tied]
+            keys_QK[part] = first_keys(nearest, queries_QD[part], depth, total, width=2 * width, block_tied=block_tied)
     return keys_QK
 
 

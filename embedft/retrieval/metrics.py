@@ -93,9 +93,7 @@ def recall(judgments: Judgments, k: int) -> np.ndarray:
 
 def r_precision(judgments: Judgments) -> np.ndarray:
     """(relevant documents among the first R) / R, R the query's number of relevant documents.
-
-    Source: trec_eval `m_Rprec.c`; Buckley & Voorhees, "Evaluating Evaluation Measure Stability", SIGIR 2000.
-    """
+    Source: trec_eval `m_Rprec.c`; Buckley & Voorhees, "Evaluating Evaluation Measure Stability", SIGIR 2000."""
     first_QK = _ranks(judgments.grades_QK) <= judgments.num_relevant_Q[:, None]
     return (first_QK & (judgments.grades_QK > 0)).sum(axis=1) / judgments.num_relevant_Q
 
@@ -107,9 +105,7 @@ def judged(judgments: Judgments, k: int) -> np.ndarray:
 
 def mrr(judgments: Judgments, k: int | None = None) -> np.ndarray:
     """1 / (rank of the first relevant document), 0 if it is not among the first k.
-
-    Source: Voorhees, "The TREC-8 Question Answering Track Report", 1999; without k, trec_eval's recip_rank.
-    """
+    Source: Voorhees, "The TREC-8 Question Answering Track Report", 1999; without k, trec_eval's recip_rank."""
     relevant_QK = judgments.grades_QK[:, :k] > 0
     return (relevant_QK / _ranks(relevant_QK)).max(axis=1, initial=0.0)
 

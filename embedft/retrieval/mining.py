@@ -12,7 +12,7 @@ documents, a candidate's score s must satisfy, if set,
 
     s <= p - absolute_margin,   s <= p - relative_margin * |p|,   min_score <= s <= max_score
 
-Memory: the vectors of the queries and of one slice of documents, and 8 bytes for each of Q x K results.
+Memory: the vectors of the queries and of one slice of documents, and 12 bytes for each of Q x K results.
 Source: Moreira et al. 2024 (NV-Retriever), positive-aware mining: TopK-MarginPos and TopK-PercPos.
 Shapes: Q queries, W windows of a document (one without passages), D dimensions, K = last rank.
 """
@@ -61,7 +61,7 @@ def mine(
         sampling: "random": drawn uniformly from the candidates; "top": the first ones.
         relative_margin: 0.05 keeps what scores at most 95% of p, for p above 0.
         replace: drop the negatives that the dataset has. False: they stay, in front of the mined ones and not counted.
-        dim, passages: as in `evaluate`; slice_documents: as in `search`.
+        dim, passages, slice_documents: as for `Searcher`.
 
     Raises `ValueError` for an option out of range, or if no query has a relevant document.
     """

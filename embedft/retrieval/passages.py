@@ -20,19 +20,13 @@ class WindowIndex(Index):
     Args:
         windows_WD: not copied if a writable float32 array.
         source_W: the document of each window: from 0, ascending, none left out.
-        candidates: an index over the same windows, searched deeper and deeper until it finds windows of `depth`
-            documents, all of whose windows are then scored. A query for which it runs out of results (as when IVF
-            probes few lists) is scored against every document.
+        candidates: an index over the same windows, searched ever deeper until it finds `depth` documents, whose windows
+            are then all scored. If it runs out of results (as when IVF probes few lists), every document is scored.
         max_scores: window scores held at a time, 64 MB in float32.
     """
 
     def __init__(
-        self,
-        windows_WD: np.ndarray,
-        source_W: np.ndarray,
-        *,
-        candidates: Index | None = None,
-        max_scores: int = 2**24,
+        self, windows_WD: np.ndarray, source_W: np.ndarray, *, candidates: Index | None = None, max_scores: int = 2**24
     ):
         source_W = np.asarray(source_W)
         steps = np.diff(source_W, prepend=-1)

@@ -125,7 +125,7 @@ class AdaptiveIndex(Index):
 
     @property
     def bytes_per_vector(self) -> int:
-        """Of the short and the full vectors."""
+        """Short and full vectors together."""
         return self.short_dim * 4 + self.dim * self.embeddings_ND.itemsize
 
     def _search(self, queries_QD: np.ndarray, depth: int) -> Found:

@@ -156,8 +156,8 @@ class Comparison:
 def compare(base: Report, *others: Report, metric: str = "ndcg@10") -> Comparison | list[Comparison]:
     """Compares each of `others` with `base`, question by question: one Comparison, or a list of them for several.
 
-    The interval is by bootstrap [(-1, 1) with one cluster], the p-value by sign flips, over the clusters of `base`. If
-    few remain, as in NFCorpus, `dataclasses.replace(base, clusters=base.query_ids)` makes the questions independent.
+    Intervals by bootstrap [(-1, 1) with one cluster] and p-values by sign flips are over the clusters of `base`. If too
+    few, as in NFCorpus, `dataclasses.replace(base, clusters=base.query_ids)` makes the questions independent.
     Raises `ValueError` for different questions, corpora or gains; warns if data, maximum length or prompts differ.
     """
     if not others:
@@ -179,9 +179,7 @@ def compare(base: Report, *others: Report, metric: str = "ndcg@10") -> Compariso
 
 def compare_seeds(bases: Sequence[Report], others: Sequence[Report], *, metric: str = "ndcg@10") -> Comparison:
     """Compares a recipe, a report for each of 2 or more seeds, with a base, for new seeds as well as new questions.
-
-    `bases` is one report, or as many as `others`: the base trained with the same seeds, in the same order.
-    """
+    `bases` is one report, or as many as `others`: the base trained with the same seeds, in the same order."""
     if len(bases) not in (1, len(others)):
         raise ValueError(f"found {len(bases)} base reports for {len(others)} seeds, expected 1 or {len(others)}")
     base_SQ, other_SQ = (paired_values(bases[0], reports, metric) for reports in (bases, others))

@@ -23,11 +23,8 @@ ENCODED = "+percent-encoded"  # ends the tag of a TREC file whose ids are, becau
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """The ranking of each query: row i lists the documents of query_ids[i], best first.
-
-    Scores in a row never increase; metrics use the order among equal scores too. Rows shorter than K are padded with
-    index -1 and score -inf.
-    """
+    """The ranking of each query: row i lists the documents of query_ids[i], best first. Scores in a row never increase;
+    metrics use the order among equal scores too. Rows shorter than K are padded with index -1 and score -inf."""
 
     query_ids: list[str]  # distinct
     document_ids: list[str]  # distinct; some may be in no row
@@ -40,10 +37,8 @@ class Run:
                 twice, _ = Counter(ids).most_common(1)[0]
                 raise ValueError(f"run: {name} id {twice!r} appears twice")
         indices_QK, scores_QK = self.indices, self.scores
-        is_shaped = indices_QK.ndim == 2 and indices_QK.shape == scores_QK.shape == (
-            len(self.query_ids),
-            *scores_QK.shape[1:],
-        )
+        shape = indices_QK.shape
+        is_shaped = len(shape) == 2 and scores_QK.shape == shape and shape[0] == len(self.query_ids)
         if not is_shaped or indices_QK.dtype != np.int64 or scores_QK.dtype.kind != "f":
             found = f"found {indices_QK.dtype} {indices_QK.shape} and {scores_QK.dtype} {scores_QK.shape}"
             raise ValueError(f"run: expected int64 indices and float scores [{len(self.query_ids)}, K], {found}")
@@ -95,9 +90,7 @@ class Run:
         self, qrels: Mapping[str, Mapping[str, float]] | None = None, *, depth: int | None = None
     ) -> "Run":
         """The first `depth` ranks without documents that have their query's id, unless `qrels` grade them above 0.
-
-        Source: BEIR, `EvaluateRetrieval.evaluate`, ignore_identical_ids.
-        """
+        Source: BEIR, `EvaluateRetrieval.evaluate`, ignore_identical_ids."""
         index_of = {document_id: index for index, document_id in enumerate(self.document_ids)}
         own_Q = np.full(len(self.query_ids), -2, dtype=np.int64)  # -2 occurs nowhere
         for row, query_id in enumerate(self.query_ids):
@@ -111,9 +104,7 @@ class Run:
 
     def save(self, path: str | Path, *, tag: str = "embedft") -> None:
         """Writes a TREC run file, `query Q0 document rank score tag`, atomically; scores read back exactly.
-
-        If an id contains a blank or is empty, all ids are percent-encoded (an empty one as %), which the tag tells.
-        """
+        If an id contains a blank or is empty, all ids are percent-encoded (an empty one as %), which the tag tells."""
         results = self.to_dict()
         ids = {*results, *(document_id for row in results.values() for document_id in row)}
         encoded, tag = {i: i for i in ids}, re.sub(r"\s+", "-", tag)

@@ -75,7 +75,6 @@ class Searcher:
     """A corpus encoded and indexed once, for queries that come one after another.
 
     Args:
-        depth: documents returned for each query.
         exclude_identical_ids: a query of the dataset that is also a document, under the same id, does not find itself
             (ArguAna, Quora) unless it is judged relevant; a warning says so.
         slice_documents: documents encoded at a time; None: 65,536, or 4,096 with passages.
@@ -134,10 +133,8 @@ def search_grid(
     slice_documents: int | None = None,
 ) -> Iterator[tuple[Run, dict, dict[str, float]]]:
     """The run of each setting in order, what a report says of the setting, and its costs.
-
-    Consecutive settings with the same passages share one encoding of the corpus. Other settings are compared with exact
-    search at the same dim, and vectors are kept only for them.
-    """
+    Consecutive settings with the same passages share one encoding of the corpus, whose vectors are kept only if some
+    search is not exact."""
     require_depth(depth)
     check_settings(embedder, settings, num_documents=len(dataset.corpus))
     encoding: dict[str, float] = {}
@@ -215,9 +212,7 @@ def check_settings(
     embedder: SupportsEncode, settings: Sequence[Setting], *, width: int | None = None, num_documents: int | None = None
 ) -> list[Setting]:
     """The settings with their number of dimensions, if the model's `width` is given or the embedder has a `full_dim`.
-
-    Raises `ValueError` for what cannot work and, given `num_documents`, for too few to train an index on.
-    """
+    Raises `ValueError` for what cannot work and, given `num_documents`, for too few to train an index on."""
     width, found, unsupported = width or getattr(embedder, "full_dim", None), [], []
     for setting in settings:
         dim, precision, index, passages = setting

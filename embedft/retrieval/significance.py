@@ -119,9 +119,7 @@ def recipe_interval(differences_SQ: np.ndarray, clusters: Clusters = None) -> di
 
 def _t_within(angle: float, degrees: float) -> float:
     """P(|T| <= sqrt(degrees) tan(angle)) for Student's t with `degrees` >= 1 degrees of freedom, to about 1e-12.
-
-    As a function of the angle x the density is 2 cos(x)^(degrees - 1) / B(1/2, degrees / 2); Gauss-Legendre quadrature.
-    """
+    In the angle x, the density is 2 cos(x)^(degrees - 1) / B(1/2, degrees / 2); by Gauss-Legendre quadrature."""
     integral = angle / 2 * float(_NODE_WEIGHTS @ np.cos(angle / 2 * (_NODES + 1)) ** (degrees - 1))
     scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) * 2 / math.sqrt(math.pi)
     return min(integral * scale, 1.0)
@@ -142,9 +140,7 @@ def _t_quantile(confidence: float, degrees: float) -> float:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down adjustment of m p-values: the i-th smallest times (m - i + 1), made non-decreasing, at most 1.
-
-    Source: Holm, "A simple sequentially rejective multiple test procedure", 1979.
-    """
+    Source: Holm, "A simple sequentially rejective multiple test procedure", 1979."""
     p_values = np.asarray(p_values, dtype=np.float64)
     order = np.argsort(p_values, kind="stable")
     adjusted = np.empty_like(p_values)

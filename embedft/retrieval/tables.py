@@ -122,11 +122,9 @@ def grid_base(reports: Sequence[Report]) -> Report:
 
 
 def format_grid(reports: Sequence[Report], *, metric: str = "ndcg@10", style: Style = "markdown") -> str:
-    """A row per setting: quality, its difference from `grid_base` (see `compare`; Holm over all rows) and costs.
-
-    Costs are the share of exact search's first 10 documents that are found ("of exact"), queries per second (only in
-    CSV if search took less than 0.1 seconds), bytes per document and seconds to build the index.
-    """
+    """A row per setting: quality, its difference from `grid_base` (see `compare`; Holm over all rows) and costs: the
+    share of exact search's first 10 documents that are found, queries per second (only in CSV if search took less than
+    0.1 seconds), bytes per document and seconds to build the index."""
     if not reports:
         raise ValueError("no reports for a table")
     names = [f"the report of {setting_name(report.setting) or 'an unnamed setting'}" for report in reports]
@@ -169,9 +167,7 @@ def format_comparisons(
     comparisons: Mapping[str, Sequence[Comparison]], *, base: str = "base", style: Style = "markdown"
 ) -> str:
     """For each metric, a row for the base and one for each other report: its mean and how it differs from the base.
-
-    `comparisons` is {name of the other report: its comparisons with one base, one per metric}.
-    """
+    `comparisons` is {name of the other report: its comparisons with one base, one per metric}."""
     metrics = {name: [found.metric for found in of_name] for name, of_name in comparisons.items()}
     if len(set(map(tuple, metrics.values()))) != 1 or not all(metrics.values()):
         raise ValueError(f"expected comparisons by the same metrics for every name, found {metrics}")
