@@ -42,9 +42,7 @@ METAVARS = {int: "N", float: "X", str: "TEXT", bool: "", dict: "KEY=VALUE"}
 UNIONS = (types.UnionType, typing.Union)
 
 
-def setting(
-    default: Any, meaning: str, *, metavar: str | None = None, positional: bool = False, **bounds: float
-) -> Any:
+def setting(default: Any, meaning: str, *, metavar: str = "", positional: bool = False, **bounds: float) -> Any:
     """A dataclass field that is an option or a positional argument; `default` is REQUIRED when there is none.
 
     The help shows `metavar` for the value, and adds the default to `meaning` unless that ends with one in brackets.
@@ -58,7 +56,7 @@ def setting(
 
 def from_dict(cls: type[Config], values: dict[str, Any], prefix: str = "") -> Config:
     """The inverse of `dataclasses.asdict`. Raises `ValueError` for an unknown key, a wrong type or a wrong value."""
-    _check(cls, values, prefix)
+    check_types(cls, values, prefix)
     try:
         return cls(**values)
     except ValueError as error:
@@ -86,12 +84,8 @@ def check_at_most_one(config: Any, *names: str) -> None:
 # Types.
 
 
-def check_types(config: Any) -> None:
-    """Raises `ValueError` for the first field of a dataclass whose value is not of its type or not in its range."""
-    _check(type(config), vars(config))
-
-
-def _check(cls: type, values: dict[str, Any], prefix: str = "") -> None:
+def check_types(cls: type, values: dict[str, Any], prefix: str = "") -> None:
+    """Raises `ValueError` for the first of `values` that is no field of a dataclass, or not of its type or range."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key, value in values.items():
         if key not in fields:
@@ -220,7 +214,7 @@ def parse(cls: type[Config], arguments: Sequence[str]) -> Config:
     values, prefix = {}, ""
     if path := getattr(given, "config", None):
         values, prefix = read_object(path), f"{path} and command line: "
-        _check(cls, values, f"{path}: ")
+        check_types(cls, values, f"{path}: ")
     for name, value in vars(given).items():
         if _kind(fields[name])[0] is dict:
             texts, value = value, values.get(name, _default(fields[name]))

@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import platform
-import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,17 +104,6 @@ def release_memory(device: torch.device) -> None:
     if device.type == "cpu" and sys.platform == "linux":
         with contextlib.suppress(AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The peak memory so far: allocated on a CUDA device, else the resident set of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":  # getrusage includes what the parent process had
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return int(status["VmHWM"].split()[0]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def describe(device: torch.device) -> str:

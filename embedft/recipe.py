@@ -38,7 +38,7 @@ from .training.train import BatchSource, Evaluate, OnStep, Refresh, train
 
 VALIDATION, VALIDATION_BASE = "validation", "validation-base"
 BATCHING = (
-    *("batch_size", "batch_tokens", "num_negatives", "examples", "target_scores", "no_duplicates", "length_window"),
+    *("batch_size", "batch_tokens", "num_negatives", "examples", "target_scores", "no_duplicates"),
     *("windows_per_document", "passages", "seed"),
 )
 REFRESHING = ("refresh_windows", "mine_every")

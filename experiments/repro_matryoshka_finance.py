@@ -27,12 +27,12 @@ import torch
 
 from embedft import Embedder, FinetuneConfig, RetrievalDataset, evaluate_grid, finetune, load_embedder
 from embedft.data.batches import make_batches
-from embedft.device import peak_memory_bytes
 from embedft.files import read_json, write_json
 from embedft.retrieval.tables import format_table
 from embedft.training.runs import EVAL, MODEL, is_done
 
 from .commandline import make_parser, run
+from .memory import peak_memory_bytes
 from .sources import find_data
 
 # bge-base-en-v1.5: nDCG@10 at its 768 dimensions and the shares of them below, base and fine-tuned.

@@ -335,7 +335,7 @@ def test_tokens_by_hand():
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 40, 200, 10_000])
-@pytest.mark.parametrize("options", [{}, {"no_duplicates": True}, {"length_window": 4}])
+@pytest.mark.parametrize("options", [{}, {"no_duplicates": True}])
 def test_batches_by_tokens(batch_tokens, options):
     generator = random.Random(3)
     lengths = [generator.randint(1, 40) for _ in range(50)]
@@ -374,31 +374,8 @@ def test_the_real_tokenizer_counts(tmp_path):
         )
         for b in batches.epoch(0)
     ]
-    assert sum(tokens) == int(batches.sampler._tokens_P.sum())
+    assert sum(tokens) == int(batches.sampler._sizes_P.sum())
     assert len(tokens) == -(-sum(tokens) // 60)
-
-
-# By length.
-
-
-def test_length_window_by_hand():
-    """Batches of 2 and a window of 2 batches: four pairs sorted at a time, then the batches shuffled."""
-    lengths = [9, 1, 8, 2, 7, 3, 6, 4]
-    batches = batches_of(letters(lengths), pack_letters, batch_size=2, seed=5, length_window=2)
-    for epoch in range(4):
-        order = torch.randperm(8, generator=torch.Generator().manual_seed(5 + epoch)).tolist()
-        windows = [sorted(order[first : first + 4], key=lambda row: lengths[row]) for first in (0, 4)]
-        expected = {tuple(window[first : first + 2]) for window in windows for first in (0, 2)}
-        assert {tuple(rows) for rows in batches.sampler.plan(epoch)} == expected
-
-
-def test_no_step_of_an_epoch_is_for_short_or_for_long_texts():
-    """Over 400 epochs every place of an epoch has the mean length of all, within five standard errors."""
-    batches = batches_of(letters(list(range(1, 41))), pack_letters, batch_size=4, seed=0, length_window=10)
-    means = torch.tensor([[sum(rows) / len(rows) for rows in batches.sampler.plan(epoch)] for epoch in range(400)])
-    error = means.std(dim=0) / 400**0.5
-    assert ((means.mean(dim=0) - 19.5).abs() < 5 * error).all()
-    assert means.std() > 8  # sorted: the batches differ by length
 
 
 # Resuming, with any option.
@@ -408,9 +385,8 @@ def test_no_step_of_an_epoch_is_for_short_or_for_long_texts():
     "options",
     [
         {"no_duplicates": True},
-        {"length_window": 3},
         {"batch_size": None, "batch_tokens": 50},
-        {"no_duplicates": True, "length_window": 2, "batch_size": None, "batch_tokens": 50, "num_negatives": 2},
+        {"no_duplicates": True, "batch_size": None, "batch_tokens": 50, "num_negatives": 2},
         {"examples": "queries"},
     ],
 )
@@ -516,8 +492,6 @@ def test_refuses_options_that_cannot_be():
         make_batches(JUDGED, None)
     with pytest.raises(ValueError, match="batch_tokens is 0, expected at least 1"):
         make_batches(JUDGED, None, batch_tokens=0)
-    with pytest.raises(ValueError, match="length_window is -1, expected at least 0"):
-        make_batches(JUDGED, length_window=-1)
     with pytest.raises(ValueError, match="num_negatives is -1, expected at least 0"):
         make_batches(JUDGED, num_negatives=-1)
     with pytest.raises(ValueError, match="examples is 'rows', expected one of pairs, queries, scored"):

@@ -40,7 +40,7 @@ class Config:
     loss: dict[str, Any] = setting({"name": "plain", "inner": {"depth": 1}}, "name and options")
 
     def __post_init__(self):
-        check_types(self)
+        check_types(type(self), vars(self))
         if self.epochs < 1:
             raise ValueError(f"epochs is {self.epochs}, expected at least 1")
 

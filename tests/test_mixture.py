@@ -3,13 +3,14 @@
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
+from typing import get_args
 
 import pytest
 from test_batches import keep_texts, pack_letters
 
 from embedft import RetrievalDataset
 from embedft.data.batches import Batches, make_batches
-from embedft.data.mixture import SAMPLINGS, apportion, join_datasets, make_mixture
+from embedft.data.mixture import Sampling, apportion, join_datasets, make_mixture
 
 pytestmark = pytest.mark.filterwarnings("ignore:no_duplicates:UserWarning")
 
@@ -163,11 +164,11 @@ def test_tokens_are_counted_when_first_needed():
         raise AssertionError("too early")
 
     for mixed in (False, True):
-        for sampling in SAMPLINGS:
+        for sampling in get_args(Sampling):
             make_mixture(SOURCES, refuse, batch_tokens=200, seed=0, mixed=mixed, sampling=sampling)
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("sampling", get_args(Sampling))
 @pytest.mark.parametrize("mixed", [False, True])
 def test_resumes_anywhere(sampling, mixed):
     def make(seed: int = 5) -> Batches:
@@ -211,7 +212,7 @@ def test_refuses_what_cannot_be_mixed():
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("sampling", get_args(Sampling))
 def test_a_source_may_have_no_hard_negatives(sampling, mixed):
     hard = replace(SOURCES["small"], negatives={"q0": ["d1", "d2"], "q1": ["d3"]})
     datasets = {"hard": hard, "plain": SOURCES["large"]}
@@ -230,7 +231,7 @@ def test_a_source_may_have_no_hard_negatives(sampling, mixed):
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("sampling", get_args(Sampling))
 def test_texts_are_counted_once_for_all_sources(sampling, mixed):
     packed = []
 

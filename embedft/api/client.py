@@ -206,7 +206,7 @@ def message_text(content: Any) -> str:
 
 def check_settings(settings: Any, *, own_parameters: Collection[str]) -> None:
     """Raises `ValueError` for a field out of range (`config.setting`), or a parameter that cannot be sent."""
-    check_types(settings)
+    check_types(type(settings), vars(settings))
     if not settings.model.strip():
         raise ValueError("model is empty, expected a name that the server knows")
     for name in own_parameters:

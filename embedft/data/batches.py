@@ -51,13 +51,12 @@ def make_batches(
     examples: ExampleKind = "pairs",
     target_scores: bool = False,
     no_duplicates: bool = False,
-    length_window: int = 0,
     **options: Any,
 ) -> Batches:
     """Batches of one dataset.
 
     Args:
-        batch_size, batch_tokens, seed, length_window: see `Sampler`. Tokens are those of queries, documents and hard
+        batch_size, batch_tokens, seed: see `Sampler`. Tokens are those of queries, documents and hard
             negatives together, as `pack` cuts them; texts are tokenized for it when the first batch is needed.
         examples: see `list_examples`. "queries" and "scored" put grades into the targets, "scored" also the scores.
         target_scores: put `dataset.scores` into the targets.
@@ -88,7 +87,7 @@ def make_batches(
         return [count + sum(documents[i] for i in ids) for count, ids in zip(queries, listed, strict=True)]
 
     texts = ([dataset.queries[row[0]], *(collate.texts[i] for i in collate.listed(row))] for row in rows)
-    how = {"batch_size": batch_size, "batch_tokens": batch_tokens, "length_window": length_window, "tokens": tokens}
+    how = {"batch_size": batch_size, "batch_tokens": batch_tokens, "tokens": tokens}
     return Batches(rows, Sampler(len(rows), seed=seed, apart=[*texts] if no_duplicates else [], **how), collate)
 
 

@@ -146,8 +146,6 @@ class RetrievalDataset:
 
     def all_qrels(self) -> dict[str, dict[str, int]]:
         """`qrels` together with `missing`: what evaluation counts."""
-        if not self.missing:
-            return self.qrels
         return {q: {**self.qrels.get(q, {}), **self.missing.get(q, {})} for q in {**self.qrels, **self.missing}}
 
     def relevant(self, query_id: str) -> list[str]:

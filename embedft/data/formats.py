@@ -27,6 +27,7 @@ SUFFIXES = {".json": "llamaindex", ".jsonl": "jsonl", ".csv": "csv", ".tsv": "cs
 # The formats that can be written, with the optional fields that each can hold.
 WRITABLE = {"llamaindex": ("missing",), "beir": ("titles", "missing"), "jsonl": ("negatives",)}
 Texts = dict[str, str]
+Qrels = dict[str, dict[str, int]]
 Entry = tuple[str, Any, Any, Any]  # where in the file, id, text, title
 Judgement = tuple[str, str, str, int]  # where in the file, query id, document id, grade
 
@@ -67,9 +68,7 @@ def read_published(path: Path, split: str | None, *, skip_empty: bool, strict: b
     return {**fields, "num_skipped": num_read - len(queries) - len(corpus)}
 
 
-def _sort(
-    judgements: Iterable[Judgement], queries: Texts, corpus: Texts, strict: bool
-) -> tuple[dict[str, dict[str, int]], dict[str, dict[str, int]]]:
+def _sort(judgements: Iterable[Judgement], queries: Texts, corpus: Texts, strict: bool) -> tuple[Qrels, Qrels]:
     """Judgements of known documents and of unknown ones; the latter, and unknown queries, are refused or warned of."""
     qrels, missing, ignored, counted = {}, {}, [], []
     for where, query_id, document_id, grade in judgements:
@@ -211,7 +210,7 @@ def write_beir(dataset: Any, folder: Path, refusal: str) -> None:
         file.writelines(f"{query_id}\t{document_id}\t{grade}\n" for query_id, document_id, grade in _flat(qrels))
 
 
-def _flat(qrels: dict[str, dict[str, int]]) -> Iterator[tuple[str, str, int]]:
+def _flat(qrels: Qrels) -> Iterator[tuple[str, str, int]]:
     return ((q, d, grade) for q, grades in qrels.items() for d, grade in grades.items())
 
 

@@ -13,7 +13,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
@@ -23,7 +23,6 @@ from .dataset import FIELDS, RetrievalDataset
 from .sampler import Sampler
 
 Sampling = Literal["proportional", "round_robin", "temperature"]
-SAMPLINGS = get_args(Sampling)
 
 
 def make_mixture(
@@ -46,18 +45,18 @@ def make_mixture(
         mixed: each batch has its share of every source, instead of coming from one, without negatives from others.
         options: as in `make_batches`. `no_duplicates` looks across sources only in mixed, proportional batches.
     """
-    if sampling not in SAMPLINGS:
-        raise ValueError(f"sampling is {sampling!r}, expected one of {', '.join(SAMPLINGS)}")
     if not temperature >= 1:
         raise ValueError(f"temperature is {temperature}, expected at least 1")
+    powers = {"proportional": 1.0, "round_robin": 0.0, "temperature": 1 / temperature}
+    if sampling not in powers:
+        raise ValueError(f"sampling is {sampling!r}, expected one of {', '.join(powers)}")
     whole = make_batches(join_datasets(datasets), pack, with_sources=True, **options)
     counts = Counter(query_id.partition("/")[0] for query_id, _ in whole.examples)
     if empty := [name for name in datasets if not counts[name]]:
         raise ValueError(f"source {empty[0]!r} has nothing to train on")
     if mixed and sampling == "proportional":
         return whole
-    power = {"proportional": 1.0, "round_robin": 0.0, "temperature": 1 / temperature}[sampling]
-    weights = {name: counts[name] ** power for name in datasets}
+    weights = {name: counts[name] ** powers[sampling] for name in datasets}
     weights = {name: weight / sum(weights.values()) for name, weight in weights.items()}
     if mixed and (batch_size := whole.sampler.batch_size) is not None:
         weights = {name: number / batch_size for name, number in apportion(batch_size, weights).items()}
@@ -67,7 +66,8 @@ def make_mixture(
         samplers[name] = _part(whole.sampler, rows, weights[name] if mixed else 1.0)
         start = rows.stop
 
-    def parts() -> list[list[str]]:  # called late, as samplers may count tokens
+    @functools.cache  # called late, as samplers may count tokens
+    def parts() -> list[list[str]]:
         numbers = {name: len(sampler) for name, sampler in samplers.items()}
         if mixed or sampling == "round_robin":
             return [list(datasets)] * len(whole) if mixed else [[name] for name in numbers] * min(numbers.values())
@@ -101,30 +101,26 @@ class MixtureSampler:
     parts: Callable[[], list[list[str]]]
     seed: int | None
 
-    @functools.cached_property
-    def _parts(self) -> list[list[str]]:
-        return self.parts()
-
     def __len__(self) -> int:
-        return len(self._parts)
+        return len(self.parts())
 
     def plan(self, epoch: int) -> list[list[int]]:
         """The examples of each batch of an epoch, as places in the list of examples."""
         order = range(len(self))
         if self.seed is not None:
             order = torch.randperm(len(self), generator=torch.Generator().manual_seed(self.seed + epoch)).tolist()
-        counts, batches, first = Counter(itertools.chain(*self._parts)), {}, 0
+        counts, batches, first = Counter(itertools.chain(*self.parts())), {}, 0
         for name, sampler in self.samplers.items():
             batches[name] = _rows(sampler, first, epoch * counts[name])
             first += sampler.num_examples
-        return [[row for name in self._parts[i] for row in next(batches[name])] for i in order]
+        return [[row for name in self.parts()[i] for row in next(batches[name])] for i in order]
 
 
 def _rows(sampler: Sampler, first: int, place: int) -> Iterator[list[int]]:
     """The batches of a sampler, whose examples begin at `first`, from `place` on, counted over all its epochs."""
-    for number in itertools.count(place):
-        epoch, batch = divmod(number, len(sampler))
-        yield [first + row for row in sampler.plan(epoch)[batch]]
+    epoch, batch = divmod(place, len(sampler))
+    batches = itertools.chain.from_iterable(map(sampler.plan, itertools.count(epoch)))
+    return ([first + row for row in rows] for rows in itertools.islice(batches, batch, None))
 
 
 def apportion(total: int, weights: Mapping[str, float]) -> dict[str, int]:

@@ -13,7 +13,7 @@ import itertools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor
@@ -39,36 +39,23 @@ class Sampler:
     batch_tokens: int | None = None  # tokens per batch, instead of batch_size
     tokens: Callable[[], Sequence[int]] | None = None  # () -> the tokens of each example, [P]; called when first needed
     apart: Sequence[Iterable[Hashable]] = ()  # what each example contains (texts, for example), [P]
-    # Sort the shuffled examples by length within windows of this many batches, then shuffle the batches; 0: no sorting.
-    # In-batch negatives are then about as long as the positive; packed sequences gain little speed from it.
-    length_window: int = 0
-    _planned: dict[int, list[list[int]]] = field(default_factory=dict, init=False)  # of the last epoch
 
     def __post_init__(self) -> None:
         size, tokens = self.batch_size, self.batch_tokens
         if (size is None) == (tokens is None):
             raise ValueError(f"batch_size is {size}, batch_tokens is {tokens}: expected one of the two")
-        for name, least in (("num_examples", 1), ("batch_size", 1), ("batch_tokens", 1), ("length_window", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} is {value}, expected at least {least}")
+        for name in ("num_examples", "batch_size", "batch_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
+        if tokens is not None and self.tokens is None:
+            raise ValueError(f"batch_tokens is {tokens}, which needs the tokens of each example")
 
     def __len__(self) -> int:
         return self._num_batches
 
     def plan(self, epoch: int) -> list[list[int]]:
         """The examples of each batch of an epoch (from 0), as places in the list of examples."""
-        if epoch not in self._planned:
-            self._planned.clear()
-            self._planned[epoch] = self._plan(epoch)
-        return self._planned[epoch]
-
-    def _plan(self, epoch: int) -> list[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed + epoch)
-        order_P = torch.randperm(self.num_examples, generator=generator)
-        if self.length_window:
-            window = -(-self.length_window * len(order_P) // len(self))
-            order_P = torch.cat([part[self._tokens_P[part].argsort(stable=True)] for part in order_P.split(window)])
+        order_P = torch.randperm(self.num_examples, generator=torch.Generator().manual_seed(self.seed + epoch))
         place_P = self._place(order_P)
         counts = place_P.bincount(minlength=len(self)).tolist()
         plan = [part.tolist() for part in order_P[place_P.argsort(stable=True)].split(counts)]
@@ -76,8 +63,6 @@ class Sampler:
         for batch in plan:
             if not batch:
                 batch.append(max(plan, key=len).pop())
-        if self.length_window:
-            plan = [plan[i] for i in torch.randperm(len(plan), generator=generator).tolist()]
         return plan
 
     def _place(self, order_P: Tensor) -> Tensor:
@@ -144,13 +129,7 @@ class Sampler:
     @functools.cached_property
     def _sizes_P(self) -> Tensor:
         """How much of a batch an example takes: 1, or its tokens."""
-        return self._tokens_P if self.batch_tokens else torch.ones(self.num_examples, dtype=torch.int64)
-
-    @functools.cached_property
-    def _tokens_P(self) -> Tensor:
-        if self.tokens is None:
-            raise ValueError("batch_tokens and length_window need the tokens of each example")
-        return torch.as_tensor(self.tokens())
+        return torch.as_tensor(self.tokens()) if self.batch_tokens else torch.ones(self.num_examples, dtype=torch.int64)
 
     @functools.cached_property
     def _shared(self) -> dict[int, tuple[int, ...]]:

@@ -38,7 +38,7 @@ class TrainConfig:
     )
 
     def __post_init__(self):
-        check_types(self)
+        check_types(type(self), vars(self))
 
     def check_unused(self, names: tuple[str, ...], why: str) -> None:
         """Raises `ValueError` for the first of these settings that is not at its default: it has no effect."""
@@ -58,7 +58,6 @@ class FinetuneConfig(TrainConfig):
     examples: Literal["pairs", "queries", "scored"] = setting("pairs", "what a batch consists of, see embedft/data")
     target_scores: bool = setting(False, "give the dataset's scores to the loss")
     no_duplicates: bool = setting(False, "no text twice in a batch")
-    length_window: int = setting(0, "sort examples by length within this many batches; 0: random order", least=0)
     sampling: Sampling = setting("proportional", "how to sample several datasets, see embedft/data/mixture.py")
     sampling_temperature: float = setting(2.0, "with temperature: 1 is proportional, higher more even", least=1)
     mixed: bool = setting(False, "mix all datasets in each batch, instead of one dataset per batch")
@@ -131,7 +130,7 @@ class AdapterConfig:
     seed: int = setting(42, "random seed of held-out documents, order and weights", least=0, below=LARGEST_SEED)
 
     def __post_init__(self):
-        check_types(self)
+        check_types(type(self), vars(self))
         if not re.fullmatch(r"(mrr|hit_rate)@[1-9]\d*", self.select):
             raise ValueError(f"select is {self.select!r}, expected mrr@K or hit_rate@K")
         build_loss(self.loss)
