@@ -28,7 +28,8 @@ def fuse(
 
     - "rrf": 1 / (k + rank), or 0 if the run does not retrieve the document.
     - "zscore": (score - mean) / standard deviation over what the run retrieves for the query, 0 if all scores are
-      equal; of other documents, the query's lowest value, or 0. As both vary with depth, fuse runs of the same depth.
+      equal; for other documents, the query's lowest value (0 if there is none). Fuse runs of the same depth, on which
+      mean and deviation depend.
 
     `weights` are one per run, at least 0 [1 each]; runs of equal weight may swap places. `depth` documents are kept per
     query [all that any run retrieves].

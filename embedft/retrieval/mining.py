@@ -56,7 +56,7 @@ def mine(
 
     Args:
         ranks: first and last rank of candidates, from 1, both included. All documents count, relevant ones too.
-        num_negatives: at most, for each query.
+        num_negatives: the most that a query gets; one with fewer candidates gets those.
         seed: of the draw, which depends on seed, query id and candidates alone, not on other queries.
         sampling: "random": drawn uniformly from the candidates; "top": the first ones.
         relative_margin: 0.05 keeps what scores at most 95% of p, for p above 0.
@@ -132,7 +132,6 @@ def _search(
 
 
 def _chosen(candidates: list[str], number: int, sampling: str, seed: int, query_id: str) -> list[str]:
-    """At most `number` of the candidates, in their order."""
     if sampling == "top":
         return candidates[:number]
     digest = hashlib.sha256(repr((seed, query_id)).encode()).digest()

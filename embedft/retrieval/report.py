@@ -73,7 +73,8 @@ class Report:
         if self.num_without_relevant:
             lines[0] += f" ({self.num_without_relevant} without relevant documents left out)"
         for metric, row in {"": header, **cells}.items():
-            lines.append(f"{metric:<{width}}{''.join(f'{row.get(k, str()):>9}' for k in cutoffs)}".rstrip())
+            columns = "".join(f"{row.get(k, ''):>9}" for k in cutoffs)
+            lines.append(f"{metric:<{width}}{columns}".rstrip())
         return "\n".join(lines)
 
     def save(self, folder: str | Path) -> None:
@@ -156,8 +157,8 @@ class Comparison:
 def compare(base: Report, *others: Report, metric: str = "ndcg@10") -> Comparison | list[Comparison]:
     """Compares each of `others` with `base`, question by question: one Comparison, or a list of them for several.
 
-    Intervals by bootstrap [(-1, 1) with one cluster] and p-values by sign flips are over the clusters of `base`. If too
-    few, as in NFCorpus, `dataclasses.replace(base, clusters=base.query_ids)` makes the questions independent.
+    Bootstrap intervals [(-1, 1) with one cluster] and sign-flip p-values are over the clusters of `base`. If these are
+    too few, as in NFCorpus, `dataclasses.replace(base, clusters=base.query_ids)` makes the questions independent.
     Raises `ValueError` for different questions, corpora or gains; warns if data, maximum length or prompts differ.
     """
     if not others:

@@ -116,9 +116,8 @@ def shares_ids(dataset: RetrievalDataset, queries: Mapping[str, str]) -> bool:
     """Whether any of the dataset's own queries is a document of it too, under the same id; warns if so."""
     shared = [i for i, text in queries.items() if i in dataset.corpus and dataset.queries.get(i) == text]
     if shared:
-        found = f"{len(shared):,} queries have the id of a document ({shared[0]!r}, ...), which is excluded from their"
-        how = "ranking unless judged relevant; exclude_identical_ids=False keeps it"
-        warnings.warn(f"{found} {how}", stacklevel=3)
+        found = f"{len(shared):,} queries have the id of a document ({shared[0]!r}, ...), which is left out of their"
+        warnings.warn(f"{found} ranking unless judged relevant; exclude_identical_ids=False keeps it", stacklevel=3)
     return bool(shared)
 
 

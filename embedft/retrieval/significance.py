@@ -26,8 +26,8 @@ def paired_bootstrap_interval(
 ) -> tuple[float, float]:
     """95% percentile bootstrap interval of the mean difference, with whole clusters drawn with replacement.
 
-    A sample's mean is that of all questions in its C clusters. With few clusters the interval is too narrow; with one
-    it is a point.
+    A sample's mean is over all questions in its C clusters. With few clusters the interval is too narrow; with one it
+    is a point.
 
     Source: Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13; Sakai, "Evaluating evaluation
     metrics based on the bootstrap", SIGIR 2006; clusters: Field & Welsh, "Bootstrapping clustered data", JRSS B 2007.
