@@ -50,6 +50,11 @@ _ONEDNN_LINEAR = (
 )
 
 
+def has_float64(device: torch.device) -> bool:
+    """Whether there are 64-bit floats: everywhere but on MPS."""
+    return device.type != "mps"
+
+
 def has_slow_dropout(device: torch.device) -> bool:
     """Whether torch draws its dropout mask one number at a time: on the CPU."""
     return device.type == "cpu"

@@ -12,6 +12,7 @@ from embedft.device import (
     default_device,
     describe,
     find_device,
+    has_float64,
     has_packed_attention,
     random_state,
     release_memory,
@@ -91,3 +92,9 @@ def test_freed_memory_goes_back_to_the_system():
     release_memory(CPU)
     assert resident_bytes() < before or before < 100 << 20
     assert keep.sum() == 1 << 18
+
+
+def test_float64_is_everywhere_but_on_mps():
+    assert has_float64(torch.device("cpu"))
+    assert has_float64(torch.device("cuda"))
+    assert not has_float64(torch.device("mps"))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from embedft import LOSSES, Adapter, AdapterConfig, fit_adapter
+from embedft import device as devices
 from embedft.encoders.adapter import Base
 from embedft.encoders.maps import LinearMap, build_map
 from embedft.training.corpus_softmax import Documents, Pairs, first_ranks, full_corpus_softmax
@@ -720,3 +721,27 @@ def test_queries_are_ranked_some_at_a_time():
     ranked = torch.from_numpy(Q), Documents(D, at_once=7, dtype=torch.float64), relevant, "mrr@3", adapter
     found = [_metrics(*ranked, at_once=n) for n in (5, 24, 4_096)]
     assert found[0] == found[1] == found[2]
+
+
+def test_float64_is_not_asked_of_a_device_without_it(monkeypatch):
+    monkeypatch.setattr(devices, "has_float64", lambda device: False)
+    Q, D, qrels = problem(dtype=np.float64)
+    assert fit_adapter(Q, D, qrels, PLAIN).query.weight.dtype is torch.float32
+
+
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="device is 'cuda:99', expected one of"):
+        fit_adapter(*problem(), PLAIN, device="cuda:99")
+
+
+@pytest.mark.skipif(devices.default_device().type == "cpu", reason="needs CUDA or MPS")
+@pytest.mark.parametrize("objective", ["full_corpus", "in_batch"])
+@pytest.mark.parametrize("at_once", [5, 64])
+def test_every_device_fits_the_same(objective, at_once):
+    Q, D, qrels = problem()
+    config = replace(PLAIN, objective=objective, side="both", held_out=0.2, documents_at_once=at_once)
+    source, device = np.arange(len(D)) // 2, devices.default_device()
+    qrels = {query: {document // 2: 1 for document in grades} for query, grades in qrels.items()}
+    expected, found = (fit_adapter(Q, D, qrels, config, source=source, device=where) for where in ("cpu", device))
+    assert found.query.weight.device.type == device.type
+    torch.testing.assert_close(found.query.weight.cpu(), expected.query.weight, rtol=1e-3, atol=1e-4)

@@ -26,16 +26,16 @@ DocumentMap = Callable[[Tensor], Tensor]
 
 
 class Documents:
-    """Frozen document vectors, an array or memory map, read `at_once` rows at a time and computed with in `dtype`.
+    """Frozen document vectors, an array or memory map, read `at_once` rows at a time; `kind` is their dtype and device.
 
     `source`, the document of each row, rises from 0 without gaps; None: each row is a document. Raises `ValueError` for
     another source, and for a row that is not finite or zero.
     """
 
     def __init__(
-        self, embeddings_MD: np.ndarray, source: np.ndarray | None = None, *, at_once: int = 16_384, dtype=torch.float32
+        self, embeddings_MD: np.ndarray, source: np.ndarray | None = None, *, at_once: int = 16_384, **kind: Any
     ):
-        self.embeddings_MD, self.at_once, self.dtype = embeddings_MD, at_once, dtype
+        self.embeddings_MD, self.at_once, self.like = embeddings_MD, at_once, torch.empty(0, **kind)
         self.source = self.rows = np.arange(len(embeddings_MD))
         if source is not None:
             self.source = _checked_source(np.asarray(source), len(embeddings_MD))
@@ -67,13 +67,13 @@ class Documents:
     def vectors(self, places: slice | Tensor, *, unit: bool = True) -> Tensor:
         """The vectors at some places, [C, D], normalised or as they are."""
         if len(self) > self.at_once:
-            return self._read(self.rows[places if isinstance(places, slice) else places.numpy()], unit)
+            return self._read(self.rows[places if isinstance(places, slice) else places.cpu().numpy()], unit)
         if unit not in self._whole:
             self._whole[unit] = self._read(self.rows, unit)
         return self._whole[unit][places]
 
     def _read(self, rows: np.ndarray, unit: bool) -> Tensor:
-        part_CD = torch.from_numpy(np.asarray(self.embeddings_MD[rows])).to(self.dtype)
+        part_CD = torch.from_numpy(np.asarray(self.embeddings_MD[rows])).to(self.like)
         return part_CD / torch.from_numpy(self.lengths_M[rows]).to(part_CD)[:, None] if unit else part_CD
 
 
@@ -92,10 +92,9 @@ class Pairs(NamedTuple):
         answers = sorted((document, row) for row, query in enumerate(queries) for document in relevant[query])
         weights = [1 / (len(relevant[queries[row]]) * len(queries)) for _, row in answers]
         listed = sorted((place, a) for a, (document, _) in enumerate(answers) for place in documents.windows(document))
-        place_P, answer_P = torch.tensor(listed).T.contiguous()
-        query_A = torch.tensor([row for _, row in answers])
-        weight_A = torch.tensor(weights, dtype=documents.dtype)
-        return cls(query_A, weight_A, query_A[answer_P], place_P, answer_P)
+        place_P, answer_P = torch.tensor(listed, device=documents.like.device).T.contiguous()
+        query_A = torch.tensor([row for _, row in answers], device=documents.like.device)
+        return cls(query_A, documents.like.new_tensor(weights), query_A[answer_P], place_P, answer_P)
 
     def within(self, places: slice) -> tuple[Tensor, Tensor]:
         """(query, place within the part) of the pairs whose vector is in a part."""
@@ -160,7 +159,7 @@ def first_ranks(Q: Tensor, documents: Documents, pairs: Pairs, *, document_map: 
 
     That is 1 + the documents ahead of it that do not answer the query; of equal scores the first document is ahead.
     """
-    Q, parts, source = F.normalize(Q, dim=1), documents.parts(), torch.from_numpy(documents.source)
+    Q, parts, source = F.normalize(Q, dim=1), documents.parts(), torch.from_numpy(documents.source).to(Q.device)
     # The same product as for the other documents: another order of summation would break ties.
     products = ((part, Q @ _unit_vectors(documents, part, document_map).T) for part in parts)
     scores_P = torch.cat([scores_BC[pairs.within(part)] for part, scores_BC in products])

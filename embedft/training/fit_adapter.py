@@ -50,15 +50,16 @@ def fit_adapter(
     start: Adapter | None = None,
     base: Base | None = None,
     normalize: bool = True,
+    device: torch.device | str = "cpu",
     out: str | Path | None = None,
 ) -> Adapter:
     """Fits an adapter that moves queries toward their relevant documents, by cosine.
 
     Each step minimises the loss of some queries (`config.objective`) + `toward_identity` * `Adapter.departure()`, with
     AdamW. `full_corpus` is the softmax over all training documents, `in_batch` any loss of `LOSSES`, with the unmapped
-    vectors as references and grades as `target_scores`. Float64 if the queries are, else float32. With `held_out`,
-    questions about held-out documents choose the best step; the start competes too. The adapter's `.history` has a
-    record per step and validation, its `.costs` seconds, counts and the best step.
+    vectors as references and grades as `target_scores`. Float64 if the queries are (not on MPS), else float32. With
+    `held_out`, questions about held-out documents choose the best step; the start competes too. The adapter's
+    `.history` has a record per step and validation, its `.costs` seconds, counts and the best step.
 
     Args:
         qrels: {query row: {document row: grade}}; above 0 is relevant, 0 a hard negative for `in_batch`.
@@ -71,11 +72,11 @@ def fit_adapter(
 
     Raises `ValueError` when an input is invalid, before training, or a loss is not finite.
     """
-    began, config = time.perf_counter(), config or AdapterConfig()
+    began, config, device = time.perf_counter(), config or AdapterConfig(), devices.find_device(device)
     if out is not None:
         check_writable(out)
     arrays = query_embeddings_ND, document_embeddings_MD, qrels, source
-    queries_ND, documents, relevant = _checked(*arrays, at_once=config.documents_at_once)
+    queries_ND, documents, relevant = _checked(*arrays, at_once=config.documents_at_once, device=device)
     adapter = _start(start, config, queries_ND.shape[1], base=base, normalize=normalize).to(queries_ND)
     held_out = _held_out(relevant, config.held_out, config.seed) if config.held_out else {}
     judge = partial(_metrics, queries_ND, documents, held_out, config.select) if held_out else None
@@ -83,7 +84,7 @@ def fit_adapter(
     gone = set(chain.from_iterable(held_out.values()))
     trained = {q: {d: grade for d, grade in qrels[q].items() if d not in gone} for q in relevant if q not in held_out}
     kept = np.setdiff1d(documents.source, list(gone))
-    with devices.seeded(config.seed, queries_ND.device):
+    with devices.seeded(config.seed, device):
         best_step = _fit(adapter, queries_ND, documents.subset(kept) if gone else documents, trained, judge, config)
     counts = {"queries": len(trained), "documents": len(kept), "held_out_queries": len(held_out)}
     adapter.costs = {"seconds": time.perf_counter() - began, **counts, "best_step": best_step}
@@ -204,7 +205,7 @@ def _in_batch(
             target_scores=scores_BG,
             references=dict.fromkeys(("base", "guide", "teacher"), (Q_BD, D_CD)),
         )
-        return loss(adapter(Q_BD, "query"), adapter(D_CD, "document"), targets)
+        return loss(adapter(Q_BD, "query"), adapter(D_CD, "document"), targets.to(queries_ND.device))
 
     return examples, compute
 
@@ -218,15 +219,15 @@ def _metrics(
     for rows in (queries[first : first + at_once] for first in range(0, len(queries), at_once)):
         pairs, mapped_BD = Pairs.of(relevant, rows, documents), adapter(queries_ND[rows], "query")
         ranks.append(first_ranks(mapped_BD, documents, pairs, document_map=adapter.document))
-    ranks_N, cutoffs = torch.cat(ranks).double(), sorted({5, 10, int(select.partition("@")[2])})
+    ranks_N, cutoffs = torch.cat(ranks).cpu().double(), sorted({5, 10, int(select.partition("@")[2])})
     hits = {f"hit_rate@{k}": (ranks_N <= k).double().mean().item() for k in cutoffs}
     return hits | {f"mrr@{k}": (1 / ranks_N).where(ranks_N <= k, 0).mean().item() for k in cutoffs}
 
 
 def _checked(
-    queries_ND: np.ndarray, documents_MD: np.ndarray, qrels: Qrels, source: np.ndarray | None, *, at_once: int
+    queries_ND: np.ndarray, documents_MD: np.ndarray, qrels: Qrels, source: np.ndarray | None, **options: Any
 ) -> tuple[Tensor, Documents, dict[int, list[int]]]:
-    """Queries, documents, and what answers each query."""
+    """Queries, documents, and what answers each query; `options` are those of `Documents`."""
     for what, array in (("query", queries_ND), ("document", documents_MD)):
         if array.ndim != 2 or not array.size or not np.issubdtype(array.dtype, np.floating):
             found = f"{list(array.shape)} {array.dtype}"
@@ -234,9 +235,9 @@ def _checked(
     widths = queries_ND.shape[1], documents_MD.shape[1]
     if widths[0] != widths[1]:
         raise ValueError(f"queries have {widths[0]} features, documents {widths[1]}: expected the same number")
-    checked_lengths(queries_ND, "query", at_once)
-    dtype = torch.float64 if queries_ND.dtype == np.float64 else torch.float32
-    documents = Documents(documents_MD, source, at_once=at_once, dtype=dtype)
+    checked_lengths(queries_ND, "query", options["at_once"])
+    is_double = queries_ND.dtype == np.float64 and devices.has_float64(options["device"])
+    documents = Documents(documents_MD, source, dtype=torch.float64 if is_double else torch.float32, **options)
     asked = ("query", len(queries_ND), qrels), ("document", documents.source[-1] + 1, chain(*qrels.values()))
     for what, number, rows in asked:
         for row in rows:
@@ -244,7 +245,7 @@ def _checked(
                 raise ValueError(f"qrels: {what} row is {row!r}, expected 0 to {number - 1:,}")
     if not (relevant := _answers(qrels)):
         raise ValueError(f"no query has a relevant document: none of {len(qrels):,} in the qrels has a grade above 0")
-    return torch.tensor(np.asarray(queries_ND), dtype=dtype), documents, relevant
+    return documents.like.new_tensor(np.asarray(queries_ND)), documents, relevant
 
 
 def _answers(qrels: Qrels) -> dict[int, list[int]]:
