@@ -13,32 +13,25 @@ Each name is imported when it is first used, so `import embedft` and `embedft --
 
 import importlib
 
-_MODULES = {
-    "LOSSES": "losses.registry",
-    "Adapter": "encoders.adapter",
-    "AdapterConfig": "training.fit_adapter",
-    "Comparison": "retrieval.report",
-    "Embedder": "encoders.embedder",
-    "FinetuneConfig": "recipe",
-    "Report": "retrieval.report",
-    "RetrievalDataset": "data.dataset",
-    "Run": "retrieval.run",
-    "Searcher": "retrieval.search",
-    "Targets": "losses.targets",
-    "bm25_run": "retrieval.bm25",
-    "build_loss": "losses.registry",
-    "compare": "retrieval.report",
-    "evaluate": "retrieval.evaluate",
-    "evaluate_grid": "retrieval.evaluate",
-    "evaluate_run": "retrieval.evaluate",
-    "finetune": "recipe",
-    "fit_adapter": "training.fit_adapter",
-    "fuse": "retrieval.fusion",
-    "load_embedder": "encoders.loading",
-    "mine": "retrieval.mining",
-    "search": "retrieval.search",
+_NAMES = {
+    "data.dataset": "RetrievalDataset",
+    "encoders.adapter": "Adapter",
+    "encoders.embedder": "Embedder",
+    "encoders.loading": "load_embedder",
+    "losses.registry": "LOSSES build_loss",
+    "losses.targets": "Targets",
+    "recipe": "FinetuneConfig finetune",
+    "retrieval.bm25": "bm25_run",
+    "retrieval.evaluate": "evaluate evaluate_grid evaluate_run",
+    "retrieval.fusion": "fuse",
+    "retrieval.mining": "mine",
+    "retrieval.report": "Comparison Report compare",
+    "retrieval.run": "Run",
+    "retrieval.search": "Searcher search",
+    "training.fit_adapter": "AdapterConfig fit_adapter",
 }
-__all__ = list(_MODULES)
+_MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str):

@@ -1,7 +1,6 @@
 """Frozen dataclasses <-> the command line and JSON, by one strict path: an unknown key or a wrong type is an error.
 
-A field is written once, with its type, default and meaning; the option, its help and the JSON key follow. Classes that
-inherit from each other share options.
+A field is written once, with its type, default and meaning; option, help and JSON key follow. Subclasses share options.
 
     @dataclass(frozen=True, kw_only=True)
     class MyOptions(Options):
@@ -269,8 +268,7 @@ def _from_text(text: str, wanted: Any) -> Any:
         value = number(text)
     except ValueError:
         value = {"True": True, "False": False, "None": None, "null": None}.get(text, text)
-    fits = wanted is Any or (_has_type(value, wanted) and not isinstance(value, str))
-    return value if fits else text
+    return value if wanted is Any or (_has_type(value, wanted) and not isinstance(value, str)) else text
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

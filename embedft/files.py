@@ -115,8 +115,7 @@ def write_json(path: str | Path, value: Any) -> None:
 def read_lines(path: str | Path) -> Iterator[str]:
     """Yields the lines of a UTF-8 file, or a .gz of one, with their ends; only a line feed ends a line.
 
-    A byte order mark is dropped. Raises `ValueError` naming the line of an invalid byte, and for a damaged .gz file or
-    a Git LFS pointer.
+    A byte order mark is dropped. Raises `ValueError` for an invalid byte, with its line, a bad .gz, or an LFS pointer.
     """
     with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
         yield from _decoded(file, path)
@@ -144,8 +143,8 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object as a dict. Refuses a repeated key, of which `json` would silently keep the last."""
     value = dict(pairs)
     if len(value) < len(pairs):
-        counts = Counter(key for key, _ in pairs)
-        raise ValueError(f"key {counts.most_common(1)[0][0]!r} occurs twice in one object")
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"key {twice!r} occurs twice in one object")
     return value
 
 

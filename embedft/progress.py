@@ -25,11 +25,10 @@ def progress_bar(
 ) -> tqdm:
     """A tqdm bar on stderr, of which `initial` was done before; or lines, the first after `line_seconds`."""
     asked = os.environ.get("EMBEDFT_PROGRESS")
-    lines = show is None and asked is None and not sys.stderr.isatty()
-    disable = not show if show is not None else asked == "0"
     common = {"total": total, "desc": description, "unit": unit, "initial": initial, "file": sys.stderr}
-    if lines and not disable:
+    if show is None and asked is None and not sys.stderr.isatty():
         form = "{desc}: {n_fmt} of {total_fmt} ({unit}), {rate_fmt}, {remaining} left{postfix}"
         every = {"delay": line_seconds, "mininterval": line_seconds, "maxinterval": 2 * line_seconds, "miniters": 1}
         return _Lines(**common, **every, bar_format=form, leave=False)
+    disable = asked == "0" if show is None else not show
     return tqdm(**common, disable=disable, dynamic_ncols=True, mininterval=0.2, leave=False)

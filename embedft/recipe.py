@@ -37,15 +37,12 @@ from .training.settings import MINING, FinetuneConfig, configured_loss
 from .training.train import BatchSource, Evaluate, OnStep, Refresh, train
 
 VALIDATION, VALIDATION_BASE = "validation", "validation-base"
-BATCHING = (
-    *("batch_size", "batch_tokens", "num_negatives", "examples", "target_scores", "no_duplicates"),
-    *("windows_per_document", "passages", "seed"),
-)
+BATCHING = ("batch_size", "batch_tokens", "num_negatives", "examples", "target_scores", "no_duplicates")
 REFRESHING = ("refresh_windows", "mine_every")
 # Settings that have no effect when this object is passed in.
 REPLACED = {
     "loss": ("loss",),
-    "batches": (*BATCHING[:-2], "sampling", "sampling_temperature", "mixed", *REFRESHING),
+    "batches": (*BATCHING, "windows_per_document", "sampling", "sampling_temperature", "mixed", *REFRESHING),
     "optimizer": ("lr", "loss_lr", "weight_decay"),
     "refresh": REFRESHING,
 }
@@ -240,14 +237,11 @@ def _renewed(job: _Job, batches: BatchSource | None) -> BatchSource:
 
 
 def _mined(job: _Job) -> dict[str, RetrievalDataset]:
-    """The datasets with mined negatives in place of their own."""
-    config = job.config
-    options = {name.removeprefix("mine_"): getattr(config, name) for name in MINING}
-    options |= {"num_negatives": config.num_negatives, "seed": config.seed, "passages": config.passages}
+    names = (*MINING, "num_negatives", "seed", "passages")
+    options = {"replace": True} | {name.removeprefix("mine_"): getattr(job.config, name) for name in names}
 
     def find() -> dict[str, dict[str, list[str]]]:
-        mined = {name: mine(job.embedder, part, replace=True, **options) for name, part in job.datasets.items()}
-        found = {name: part.negatives for name, part in mined.items()}
+        found = {name: mine(job.embedder, part, **options).negatives for name, part in job.datasets.items()}
         if not any(found.values()):
             raise ValueError("no query has a hard negative: mine_ranks or the margins leave none")
         return found
@@ -257,7 +251,7 @@ def _mined(job: _Job) -> dict[str, RetrievalDataset]:
 
 
 def _make_batches(embedder: Embedder, datasets: Mapping[str, RetrievalDataset], config: FinetuneConfig) -> Batches:
-    options = {name: getattr(config, name) for name in BATCHING}
+    options = {name: getattr(config, name) for name in (*BATCHING, "windows_per_document", "passages", "seed")}
     options["batch_size"] = None if config.batch_tokens else config.batch_size
     if config.mine_every is not None:  # mining may find fewer
         most = max(len(ids) for part in datasets.values() for ids in part.negatives.values())
@@ -300,8 +294,7 @@ def _try_loss(job: _Job) -> None:
     batch = next(iter(job.batches.epoch(0)))
     targets = targets_with(job.references, batch)
     Q, D = (torch.zeros(part.num_sequences, job.embedder.full_dim) for part in (batch.queries, batch.documents))
-    loss = job.loss
-    if isinstance(loss, nn.Module):
-        loss = copy.deepcopy(loss).cpu().eval()  # draws nothing, counts nothing, warns of nothing
+    # A copy in `eval` draws nothing, counts nothing, warns of nothing.
+    loss = copy.deepcopy(job.loss).cpu().eval() if isinstance(job.loss, nn.Module) else job.loss
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         loss(Q.requires_grad_(), D.requires_grad_(), targets)

@@ -566,9 +566,6 @@ def test_documents_of_equal_text_are_one_document():
     assert negative.tolist() == [[False, True], [False, True], [False, False]]
     # A title belongs to the text: "the" and "mill" are the same document, too.
     assert make_batches(dataset).collate([("q1", "d1"), ("q2", "d4")]).document_ids == ["d1"]
-    apart = make_batches(dataset, 3, merge_equal_texts=False).collate(examples)
-    assert apart.document_ids == ["d1", "d2", "d3"]
-    assert apart.targets.masks(num_documents=3)[1].tolist()[0] == [False, True, True]
 
 
 def test_listed_documents_of_equal_text_are_listed_once():

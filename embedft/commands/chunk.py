@@ -54,17 +54,10 @@ def run(options: Options) -> None:
     pages, repeated = drop_repeated_lines(whole) if options.drop_repeated else (whole, {})
     how = {name: getattr(options, name) for name in ("overlap", "by_page", "headings_in_text")}
     chunks = chunk_pages(pages, count_tokens=count_tokens, size=size, **how)
-    report = {
-        "files": len({page.file for page in whole}),
-        "pages": len({page[:2] for page in whole}),
-        "skipped": [line._asdict() for line in skipped],
-        "repeated_lines": dict(repeated),
-        "chunks": len(chunks),
-        "tokens": sum(chunk.num_tokens for chunk in chunks),
-        "size": size,
-        "overlap": options.overlap,
-        "tokenizer": options.model,
-    }
+    report = {"files": len({page.file for page in whole}), "pages": len({page[:2] for page in whole})}
+    report |= {"skipped": [line._asdict() for line in skipped], "repeated_lines": dict(repeated)}
+    report |= {"chunks": len(chunks), "tokens": sum(chunk.num_tokens for chunk in chunks)}
+    report |= {"size": size, "overlap": options.overlap, "tokenizer": options.model}
     read = f"{report['pages']:,} pages with text in {report['files']:,} file(s)"
     made = f"{len(chunks):,} chunks of at most {size} tokens ({report['tokens']:,} in all)"
     print(f"{read} -> {made}, without the special tokens that the model adds")

@@ -20,14 +20,10 @@ from ..retrieval.tables import Style, compare_all, format_comparisons
 class Options(config.Options):
     """Options of `embedft compare`."""
 
-    reports: list[str] = setting(
-        REQUIRED, "folders that evaluate --out or finetune wrote; the first is the base", metavar="DIR", positional=True
-    )
+    reports: list[str] = setting(REQUIRED, "of evaluate --out or finetune; base first", metavar="DIR", positional=True)
     metric: list[str] = setting(["ndcg@10"], "metrics, any that all reports have", metavar="NAME ...")
     seeds: bool = setting(False, "the others are one recipe, trained with several seeds")
-    bases: int = setting(
-        1, "with --seeds: how many of the first reports are the base, trained with the same seeds", least=1
-    )
+    bases: int = setting(1, "with --seeds: the first N reports are the base, trained with the same seeds", least=1)
     style: Style = setting("text", "of the table")
     save_plot: str | None = setting(None, "draw two reports question by question (.png, .pdf, .svg)", metavar="FILE")
 
@@ -68,8 +64,7 @@ def run(options: Options) -> None:
     if options.save_plot:
         from ..retrieval.report import plot_questions, save_figure
 
-        figure = plot_questions(*reports, metric=options.metric[0], names=(base_name, names[0]))
-        save_figure(figure, options.save_plot)
+        save_figure(plot_questions(*reports, metric=options.metric[0], names=(base_name, names[0])), options.save_plot)
     print(format_comparisons(comparisons, base=base_name, style=options.style))
     if options.style == "text":
         one, how = by_metric[0][0], "intervals by bootstrap, p-values by sign flips"

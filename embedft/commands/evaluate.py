@@ -27,9 +27,7 @@ from .options import DATASETS, Adapted, Data, load_data, load_encoder, print_cos
 class Grid:
     """Settings: every combination is evaluated, from one encoding."""
 
-    passages: list[int] = setting(
-        [], "score by the best window of SIZE tokens, one every STRIDE; may repeat [whole]", metavar="SIZE STRIDE ..."
-    )
+    passages: list[int] = setting([], "best window of SIZE tokens, one every STRIDE [whole]", metavar="SIZE STRIDE ...")
     whole: bool = setting(False, "evaluate whole documents too, besides --passages")
     dims: list[int] | None = setting(None, "leading dimensions to keep [all]")
     precisions: list[Literal["float32", "int8", "binary"]] = setting(["float32"], "of the document vectors")
@@ -43,9 +41,7 @@ class Hybrid:
 
     bm25: bool = setting(True, "evaluate BM25 too")
     fuse: bool = setting(False, "evaluate the z-score fusion of both too")
-    fuse_weight: float = setting(
-        0.5, "of BM25 in the fusion, the model's is 1 - W; choose it on other questions", least=0, most=1
-    )
+    fuse_weight: float = setting(0.5, "X for BM25, 1 - X for the model; choose it on other questions", least=0, most=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,9 +26,7 @@ from .options import DATASETS, Data, Model, load_data, load_model, load_training
 class Options(FinetuneConfig, Model, Data):
     """Options of `embedft finetune`."""
 
-    data: list[str] = setting(
-        REQUIRED, f"{DATASETS}; several are mixed, each as NAME=DATA or by file name", metavar="DATA", positional=True
-    )
+    data: list[str] = setting(REQUIRED, f"{DATASETS}; several [NAME=]DATA are mixed", metavar="DATA", positional=True)
     out: str = setting(REQUIRED, "run folder; DIR/model gets the model", metavar="DIR")
     validation: str | None = setting(None, "held-out questions that choose the best weights", metavar="DATA")
     validation_split: str | None = setting(None, "of a BEIR folder [test, or the only one]")
@@ -88,7 +86,6 @@ def _sources(given: Sequence[str]) -> dict[str, str]:
 
 
 def _print_summary(out: Path, select: str, *, has_validation: bool) -> None:
-    """How long it was trained, whose weights were kept, what they gain, and where they are."""
     records = [record for _, record in read_jsonl(out / runs.LOG)]
     losses = [(record["step"], record["loss"]) for record in records if "loss" in record]
     if losses:

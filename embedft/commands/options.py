@@ -78,11 +78,9 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
-    """Long documents."""
+    """Long documents, scored by their best window."""
 
-    passages: list[int] | None = setting(
-        None, "score documents by the best window of SIZE tokens, one every STRIDE [whole]", metavar="SIZE STRIDE"
-    )
+    passages: list[int] | None = setting(None, "windows of SIZE tokens, one per STRIDE [whole]", metavar="SIZE STRIDE")
 
 
 def load_model(options: Model, **more: Any) -> "embedft.Embedder":

@@ -26,7 +26,6 @@ from ..files import check_writable, read_text, replace_files, write_json
 from .options import DEFAULT_MODEL, TRAIN, VALIDATION, load_chunk_files
 
 REPORT = "question-report.json"
-MAX_REASONS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +36,7 @@ class LanguageModel(QuestionConfig):
     template: str | None = setting(None, "prompt with {text} and {num_questions} [the project's own]", metavar="FILE")
     dry_run: bool = setting(False, "print what it would cost, and send nothing")
     clean: bool = setting(True, "drop questions that ask nothing, point at their source, copy it or repeat another")
-    round_trip: int | None = setting(
-        None, "keep questions whose chunk the base ranks in its top K [all]", metavar="K", least=1
-    )
+    round_trip: int | None = setting(None, "keep those whose chunk is in the base's top K [all]", metavar="K", least=1)
     base: str = setting(DEFAULT_MODEL, "model for --round-trip")
 
 
@@ -83,7 +80,6 @@ def run(options: Options) -> int:
 
 
 def _pseudo(options: Options, sides: dict[str, list[Chunk]]) -> int:
-    """Questions without a language model."""
     datasets = {}
     for name, chunks in sides.items():
         if options.method == "ict":
@@ -102,7 +98,6 @@ def _pseudo(options: Options, sides: dict[str, list[Chunk]]) -> int:
 
 
 def _ask(options: Options, sides: dict[str, list[Chunk]]) -> int:
-    """Questions by a language model."""
     settings, out = part(options, QuestionConfig), Path(options.out)
     template = read_text(options.template) if options.template else TEMPLATE
     # One job, so that the sides share a budget, and in turn, so that each has its part when it runs out.
@@ -141,7 +136,7 @@ def _ask(options: Options, sides: dict[str, list[Chunk]]) -> int:
     _save(out, datasets, stale=empty, report={**reports, "missing": outcome.missing})
     if not outcome.missing:
         return 0 if len(datasets) == len(sides) else 1
-    for reason, count in Counter(outcome.missing.values()).most_common(MAX_REASONS):
+    for reason, count in Counter(outcome.missing.values()).most_common(5):
         print(f"{count:,} without questions: {reason}", file=sys.stderr)
     left = f"{len(outcome.missing):,} of {len(chunks):,} chunks have no questions"
     print(f"{left}; the same command asks for those alone (all reasons: {out / REPORT})", file=sys.stderr)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .. import config
 from ..config import REQUIRED, check_at_most_one, setting
+from ..retrieval.tables import format_table
 from .options import format_bytes
 
 SHOWN_ROWS = 5  # damaged rows that --verify names of each space
@@ -23,9 +24,7 @@ class Options(config.Options):
     verify: bool = setting(False, "read everything; exit code 1 when a row is damaged")
     repair: bool = setting(False, "drop damaged rows; their texts are encoded again when next needed")
     prune: list[str] | None = setting(None, "remove these spaces, by the names that are listed", metavar="SPACE ...")
-    prune_unused: float | None = setting(
-        None, "remove spaces that were not used for this long", metavar="DAYS", least=0
-    )
+    prune_unused: float | None = setting(None, "remove spaces not used for this long", metavar="DAYS", least=0)
 
     def __post_init__(self):
         check_at_most_one(self, "verify", "repair", "prune", "prune_unused")
@@ -49,14 +48,12 @@ def run(options: Options) -> int:
         return 0
     if options.verify or options.repair:
         return max([_verify(store, name, repair=options.repair) for name in spaces], default=0)
-    rows = [("space", "texts", "dim", "size", "last use", "role", "max_length", "model")]
+    header, rows = ("space", "texts", "dim", "size", "last use", "role", "max_length", "model"), []
     for name, found in spaces.items():
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(found.last_used))
         more = (str(found.space.description.get(key, "")) for key in ("role", "max_length", "model"))
         rows.append((name, f"{found.num_texts:,}", str(found.space.dim), format_bytes(found.num_bytes), used, *more))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(format_table(header, rows, style="text", num_left=len(header)))
     print(f"\n{store.folder}: {len(spaces)} space{'s' * (len(spaces) != 1)}, {format_bytes(store.num_bytes())}")
     return 0
 

@@ -56,13 +56,12 @@ def make_batches(
     """Batches of one dataset.
 
     Args:
-        batch_size, batch_tokens, seed: see `Sampler`. Tokens are those of queries, documents and hard
-            negatives together, as `pack` cuts them; texts are tokenized for it when the first batch is needed.
+        batch_size, batch_tokens, seed: see `Sampler`; pack, options: see `Collate`. Tokens are those of queries,
+            documents and hard negatives as `pack` cuts them, counted when the first batch is needed.
         examples: see `list_examples`. "queries" and "scored" put grades into the targets, "scored" also the scores.
         target_scores: put `dataset.scores` into the targets.
         no_duplicates: no text appears in two rows of a batch, be it a query, document or hard negative. Equal documents
             are never each other's negatives anyway; this is for equal queries and losses that want one document each.
-        pack, options: see `Collate`.
 
     Raises:
         ValueError: nothing to train on, no query with `num_negatives` hard negatives, a missing score.
@@ -76,19 +75,16 @@ def make_batches(
     for row in rows if collate.target_scores else ():
         if unscored := [i for i in collate.listed(row) if i not in dataset.scores.get(row[0], {})]:
             raise ValueError(f"query {row[0]!r} has no score for document {unscored[0]!r}")
+    texts = [[dataset.queries[row[0]], *(collate.texts[i] for i in collate.listed(row))] for row in rows]
 
     @functools.cache
     def tokens() -> list[int]:
-        listed = [collate.listed(row) for row in rows]
-        queries = collate.count_tokens([dataset.queries[query_id] for query_id, _ in rows], role="query")
-        used = list({i: None for ids in listed for i in ids})
-        counts = collate.count_tokens([collate.texts[i] for i in used], role="document")
-        documents = dict(zip(used, counts, strict=True))
-        return [count + sum(documents[i] for i in ids) for count, ids in zip(queries, listed, strict=True)]
+        of_query = collate.count_tokens([query for query, *_ in texts], role="query")
+        of_document = collate.count_tokens([text for _, *documents in texts for text in documents], role="document")
+        return [of_query[query] + sum(of_document[text] for text in documents) for query, *documents in texts]
 
-    texts = ([dataset.queries[row[0]], *(collate.texts[i] for i in collate.listed(row))] for row in rows)
     how = {"batch_size": batch_size, "batch_tokens": batch_tokens, "tokens": tokens}
-    return Batches(rows, Sampler(len(rows), seed=seed, apart=[*texts] if no_duplicates else [], **how), collate)
+    return Batches(rows, Sampler(len(rows), seed=seed, apart=texts if no_duplicates else [], **how), collate)
 
 
 def list_examples(dataset: RetrievalDataset, kind: ExampleKind = "pairs") -> list[Example]:

@@ -6,8 +6,7 @@
 A document appears once in a batch, however many queries list it, and every pair that the data knows to be relevant is
 marked, so that no query's own document is its negative; rows of one query are marked as such too.
 
-Shapes: B queries of a batch, M documents, C columns for them (their windows, with passages), G listed documents per
-query, K known pairs.
+Shapes: B queries, M documents, C columns for them (windows, with passages), G listed documents a query, K known pairs.
 """
 
 import functools
@@ -43,8 +42,7 @@ class Batch(NamedTuple):
 class Collate:
     """Turns examples into a Batch.
 
-    Documents of equal text (title included) are one document of the batch, under the first of their ids, unless
-    `merge_equal_texts` is off: then only equal ids are one, and equal texts are each other's negatives.
+    Documents of equal text (title included) are one document of the batch, under the first of their ids.
 
     With `passages`, (size, stride) in tokens, documents become windows, cut by `pack(texts, role=..., passages=...)`,
     and all windows of a document are columns with its number (`Targets.document`): at most `windows_per_document`, the
@@ -56,7 +54,6 @@ class Collate:
     num_negatives: int = 0  # hard negatives of each query, at most: the first ones in the dataset
     relevance: bool = False  # put the grades of listed documents into the targets
     target_scores: bool = False  # put `dataset.scores` of listed documents into the targets
-    merge_equal_texts: bool = True
     passages: Sequence[int] | None = None
     windows_per_document: int = 4
     # {query id: {document id: number of the best window}}, see training/references.py
@@ -81,11 +78,8 @@ class Collate:
         negatives = self.dataset.negatives.get(query_id, ())[: self.num_negatives]
         return listed + [i for i in negatives if i != document_id]
 
-    def count_tokens(self, texts: Sequence[str], *, role: str) -> list[int]:
-        """Tokens of each text as packed; with passages, those of a document's `windows_per_document` longest windows.
-
-        Equal texts are tokenized once.
-        """
+    def count_tokens(self, texts: Sequence[str], *, role: str) -> dict[str, int]:
+        """{text: its tokens as packed}; with passages, those of a document's `windows_per_document` longest windows."""
         distinct, counts, at_a_time = list(dict.fromkeys(texts)), [], 1_024
         for part in (distinct[first : first + at_a_time] for first in range(0, len(distinct), at_a_time)):
             if role == "query" or self.passages is None:
@@ -94,8 +88,7 @@ class Collate:
                 packed = self.pack(part, role=role, passages=self.passages)
                 windows = packed.lengths().split(packed.source.bincount().tolist())
                 counts += [int(x.sort(descending=True)[0][: self.windows_per_document].sum()) for x in windows]
-        of_text = dict(zip(distinct, counts, strict=True))
-        return [of_text[text] for text in texts]
+        return dict(zip(distinct, counts, strict=True))
 
     def __call__(self, examples: Sequence[Example], *, draw: tuple[int, int] = (0, 0)) -> Batch:
         """A batch of examples: all first listed documents, then all second ones, and so on, each document once.
@@ -103,24 +96,23 @@ class Collate:
         `draw`, usually (epoch, batch), together with the seed decides which windows are drawn.
         """
         query_ids = [query_id for query_id, _ in examples]
-        # {text or id: document id}, for each row and for the batch.
-        rows = [self._distinct(self.listed(example)) for example in examples]
-        in_order = itertools.chain(*itertools.zip_longest(*(row.values() for row in rows)))
+        # {text: document id}, for each row and for the batch.
+        rows = [(example[0], self._distinct(self.listed(example))) for example in examples]
+        in_order = itertools.chain(*itertools.zip_longest(*(row.values() for _, row in rows)))
         documents = self._distinct(i for i in in_order if i is not None)
-        column_of = {key: column for column, key in enumerate(documents)}
-        relevant = ((row, self._key(i)) for row, q in enumerate(query_ids) for i in self.dataset.relevant(q))
-        known = dict.fromkeys((row, column_of[key]) for row, key in relevant if key in column_of)
-        packed = self._pack_documents(documents, query_ids, rows, draw)
-        width = max(1 + self.num_negatives, *map(len, rows))
+        column_of = {text: column for column, text in enumerate(documents)}
+        relevant = ((row, self.texts[i]) for row, q in enumerate(query_ids) for i in self.dataset.relevant(q))
+        known = dict.fromkeys((row, column_of[text]) for row, text in relevant if text in column_of)
+        packed = self._pack_documents(documents, rows, draw)
+        width = max(1 + self.num_negatives, *(len(row) for _, row in rows))
 
         def look_up(given: Mapping[str, Mapping[str, float]]) -> Tensor:
-            of_rows = zip((given.get(query_id, {}) for query_id in query_ids), rows, strict=True)
-            return _table([[by.get(i, 0) for i in row.values()] for by, row in of_rows], width, 0).float()
+            return _table([[given.get(q, {}).get(i, 0) for i in row.values()] for q, row in rows], width, 0).float()
 
         number_of = {query_id: number for number, query_id in enumerate(dict.fromkeys(query_ids))}
         has_twice = len(number_of) < len(query_ids)
         targets = Targets(
-            group=_table([[column_of[key] for key in row] for row in rows], width, -1),
+            group=_table([[column_of[text] for text in row] for _, row in rows], width, -1),
             relevance=look_up(self.dataset.qrels) if self.relevance else None,
             target_scores=look_up(self.dataset.scores) if self.target_scores else None,
             known=torch.tensor(list(known), dtype=torch.int64).reshape(-1, 2),
@@ -131,35 +123,28 @@ class Collate:
         sources = [query_id.partition("/")[0] for query_id in query_ids] if self.with_sources else None
         return Batch(queries, packed, targets, query_ids, list(documents.values()), sources)
 
-    def _key(self, document_id: str) -> str:
-        """What makes a document one and the same in a batch."""
-        return self.texts[document_id] if self.merge_equal_texts else document_id
-
     def _distinct(self, document_ids: Iterable[str]) -> dict[str, str]:
-        """{text or id: the first document id that has it}."""
+        """{text: the first document id that has it}."""
         distinct: dict[str, str] = {}
         for document_id in document_ids:
-            distinct.setdefault(self._key(document_id), document_id)
+            distinct.setdefault(self.texts[document_id], document_id)
         return distinct
 
-    def _pack_documents(
-        self, documents: Mapping[str, str], query_ids: list[str], rows: list[dict[str, str]], draw: tuple[int, int]
-    ) -> Packed:
+    def _pack_documents(self, documents: dict[str, str], rows: list[tuple[str, dict]], draw: tuple[int, int]) -> Packed:
         """The packed documents of a batch; as passages, at most `windows_per_document` windows of each, in order."""
-        texts = [self.texts[document_id] for document_id in documents.values()]
         if self.passages is None:
-            return self.pack(texts, role="document")
-        packed = self.pack(texts, role="document", passages=self.passages)
-        best: dict[str, list[int]] = {key: [] for key in documents}
-        for query_id, row in zip(query_ids, rows, strict=True):
+            return self.pack(list(documents), role="document")
+        packed = self.pack(list(documents), role="document", passages=self.passages)
+        best: dict[str, list[int]] = {text: [] for text in documents}
+        for query_id, row in rows:
             of_query = self.best_windows.get(query_id, {})
-            for key, document_id in row.items():
-                best[key] += [of_query[document_id]] if document_id in of_query else []
+            for text, document_id in row.items():
+                best[text] += [of_query[document_id]] if document_id in of_query else []
         generator = np.random.default_rng([self.seed % 2**64, *draw])
         kept, first = [], 0
-        for (key, windows), count in zip(best.items(), packed.source.bincount().tolist(), strict=True):
+        for (text, windows), count in zip(best.items(), packed.source.bincount().tolist(), strict=True):
             if (last := max(windows, default=0)) >= count:
-                raise ValueError(f"document {documents[key]!r} has {count} windows, but window {last} is its best")
+                raise ValueError(f"document {documents[text]!r} has {count} windows, but window {last} is its best")
             chosen = range(count)
             if count > self.windows_per_document:
                 # Its queries' best windows, in the order of the batch, then all in random order.

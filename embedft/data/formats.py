@@ -201,8 +201,7 @@ def write_beir(dataset: Any, folder: Path, refusal: str) -> None:
             raise ValueError(f"{refusal} id {i!r} (tab, quote, line break or NUL)")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder}: is not empty, expected a new or empty folder")
-    titles = dataset.titles
-    documents = ({"_id": i, "title": titles.get(i, ""), "text": text} for i, text in dataset.corpus.items())
+    documents = ({"_id": i, "title": dataset.titles.get(i, ""), "text": text} for i, text in dataset.corpus.items())
     write_rows(folder / "corpus.jsonl", documents)
     write_rows(folder / "queries.jsonl", ({"_id": i, "text": text} for i, text in dataset.queries.items()))
     with atomic_write(folder / "qrels" / "test.tsv") as file:

@@ -80,7 +80,6 @@ def make_mixture(
 
 
 def _part(whole: Sampler, rows: slice, share: float) -> Sampler:
-    """A sampler for some of the rows, with a share of the batch size."""
     sizes = {"batch_size": whole.batch_size, "batch_tokens": whole.batch_tokens}
     sizes = {name: None if size is None else max(1, round(size * share)) for name, size in sizes.items()}
     part = {"num_examples": rows.stop - rows.start, "apart": whole.apart[rows], "tokens": lambda: whole.tokens()[rows]}
@@ -127,8 +126,7 @@ def apportion(total: int, weights: Mapping[str, float]) -> dict[str, int]:
     """A batch size divided by weight into whole numbers of at least 1: one for each, the rest by largest remainder."""
     if total < len(weights):
         raise ValueError(f"batch_size is {total}, expected at least one of each of {len(weights)} sources")
-    everything = sum(weights.values())
-    exact = {name: max(0.0, total * weight / everything - 1) for name, weight in weights.items()}
+    exact = {name: max(0.0, total * weight / sum(weights.values()) - 1) for name, weight in weights.items()}
     rest = total - len(weights)
     scale = rest / sum(exact.values()) if rest else 0.0
     parts = {name: int(value * scale) for name, value in exact.items()}

@@ -27,9 +27,8 @@ class Sampler:
     into batches. With `batch_tokens` these are ceil(all tokens / batch_tokens) batches of similar size: at most
     batch_tokens on average, and each less than one example above that average.
 
-    Examples that share something (`apart`) are put into different batches: one that does not fit waits for the next
-    batch that can take it. Frequent items make batches smaller and more numerous (with a warning); a batch may exceed
-    its size by the few that fit nowhere else.
+    Examples that share something (`apart`) go into different batches: each waits for one that can take it. Frequent
+    items make for more and smaller batches (with a warning); those that fit nowhere else may overfill one.
     """
 
     num_examples: int
