@@ -33,11 +33,11 @@ class Ours:
     def __init__(self, num_chunks: int):
         os.environ.setdefault("OPENAI_API_KEY", "none")
         self.chunks = make_chunks(num_chunks)
-        self.config = QuestionConfig(model=MODEL, concurrency=CONCURRENCY, max_attempts=MAX_ATTEMPTS)
 
     def write(self, base_url: str) -> None:
+        config = QuestionConfig(MODEL, base_url, concurrency=CONCURRENCY, max_attempts=MAX_ATTEMPTS)
         with tempfile.TemporaryDirectory() as folder:
-            self.questions = write_questions(self.chunks, self.config, folder=folder, base_url=base_url).questions
+            self.questions = write_questions(self.chunks, config, folder=folder).questions
 
     def result(self) -> dict[str, list[str]]:
         return self.questions

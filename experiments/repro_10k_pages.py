@@ -83,17 +83,18 @@ def questions_of_filing(options: argparse.Namespace, folder: Path) -> tuple[Retr
     sides = split_chunks(chunks, train_pages=parse_pages(options.train_pages))
     config = QuestionConfig(
         model=options.model,
+        base_url=options.url,
         num_questions=2,
         price_in=options.price_in,
         price_out=options.price_out,
         max_cost=options.max_cost,
     )
-    return tuple(ask(side, config, folder, options.url) for side in sides)
+    return tuple(ask(side, config, folder) for side in sides)
 
 
-def ask(chunks: list[Chunk], config: QuestionConfig, folder: Path, url: str | None) -> RetrievalDataset:
+def ask(chunks: list[Chunk], config: QuestionConfig, folder: Path) -> RetrievalDataset:
     """Clean questions for chunks. Raises `ValueError` while some are missing; running it again asks for those."""
-    outcome = write_questions(chunks, config, folder=folder, base_url=url)
+    outcome = write_questions(chunks, config, folder=folder)
     if outcome.missing:
         raise ValueError(f"{len(outcome.missing)} of {len(chunks)} chunks have no questions yet; run this again")
     return clean(question_dataset(chunks, outcome.questions))[0]

@@ -9,7 +9,7 @@ from urllib.parse import quote
 import pytest
 from api_server import ApiServer
 
-from embedft.api.client import FREE, Client, Server, message_text, reported_usage
+from embedft.api.client import FREE, Client, Server, reported_usage
 from embedft.api.sending import Response
 
 KEY = "sk-secret-0123456789"
@@ -169,28 +169,6 @@ def test_a_report_of_embeddings_has_no_reply_tokens():
     assert reported_usage({"usage": {"prompt_tokens": 3}}, writes=False) == (3, 0)
     assert reported_usage({"usage": {"prompt_tokens": 10**400}}, writes=False) is None
     assert reported_usage({"usage": {}}, writes=False) is None
-
-
-@pytest.mark.parametrize(
-    ("content", "text"),
-    [
-        ("a", "a"),
-        (None, ""),
-        ([], ""),
-        ([{"type": "text", "text": "a"}, {"text": "b"}], "ab"),
-        (
-            [
-                {"type": "thinking", "thinking": "no"},
-                {"type": "reasoning", "text": "no"},
-                {"type": "text", "text": "a"},
-            ],
-            "a",
-        ),
-        ([{"type": "text"}, 3, None], ""),
-    ],
-)
-def test_the_text_of_a_message(content, text):
-    assert message_text(content) == text
 
 
 def test_to_the_end_with_and_without_a_loop():

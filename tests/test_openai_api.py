@@ -583,7 +583,7 @@ def test_the_server_refuses_a_text_for_its_length(tmp_path, wording):
         message = r"/v1, m: texts\[5\] is refused \(4\d\d: .*\); 2 of 16 texts asked for have no vector$"
         with pytest.raises(ValueError, match=message):
             embedder.encode(texts)
-        assert embedder.costs.spent.prompt_tokens == embedder.costs.spent.cost == 0 + 14 * 2  # 1 byte, then 8 each
+        assert embedder.costs.prompt_tokens == embedder.costs.cost == 0 + 14 * 2  # 1 byte, then 8 each
         # Sixteen in one, then halves: each of the two is found in four steps, and their sisters are taken.
         assert server.counts["refused"] == 1 + 2 * 4
         ok = sorted(text for batch in asked(server)[1:] if max(map(len, batch)) < 100 for text in batch)
@@ -743,7 +743,7 @@ def test_no_reply_is_taken_amiss():
             return fetch.client.parse(json.dumps(reply))
 
         endpoint.dim, fetch.client.post = 0, post
-        return await fetch._ask(sending.Job("key", endpoints.Batch(texts), 1, 0), None)
+        return await fetch._ask(sending.Job("key", (texts, None), 1, 0), None)
 
     async def read_all() -> list[sending.Response]:
         return [await read(mutated(good, random.Random(seed))) for seed in range(4000)]
@@ -791,7 +791,7 @@ def test_the_ledger_by_hand(tmp_path):
         embedder = api(server, price=2.0, ledger=path)
         embedder.encode(["aaaabbbb"])
         embedder.encode(["cccc"])
-    assert totals(embedder.costs.spent) == (2, 3, 0, 6e-6, 0.0)
+    assert totals(embedder.costs) == (2, 3, 0, 6e-6, 0.0)
     assert str(embedder.costs) == "2 texts computed, 0 from the store: 2 requests, 3 tokens, cost 0.000006"
     first, second = lines(path)[:2]
     del first["time"], second["time"], second["seconds"]
@@ -828,7 +828,7 @@ def test_the_limit_is_never_passed(tmp_path, with_ledger):
             ValueError, match=r"/v1, m: stopped at --max-cost 100\.0; 14 of 18 texts asked for have no vector$"
         ):
             embedder.encode(texts)
-        assert embedder.costs.spent.cost == 60.0
+        assert embedder.costs.cost == 60.0
         again = api(server, **options) if with_ledger else embedder
         with pytest.raises(ValueError, match=r"stopped at --max-cost 100\.0; 14 of 14"):
             again.encode(texts)

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from embedft.corpus.prompts import TEMPLATE, fill_template, parse_reply, strip_numbering
+from embedft.corpus.prompts import TEMPLATE, fill_template, message_text, parse_reply, strip_numbering
 
 ONE, TWO = "What did Lyft earn in 2020?", "Who runs Uber?"
 LINES = f"{ONE}\n{TWO}"
@@ -27,6 +27,28 @@ def test_the_default_template_holds_the_passage_and_the_number():
     assert "Write 7 questions" in filled
     assert filled.endswith("Passage:\nLyft earned 2.4 billion.\n")
     assert "{" not in filled
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("a", "a"),
+        (None, ""),
+        ([], ""),
+        ([{"type": "text", "text": "a"}, {"text": "b"}], "ab"),
+        (
+            [
+                {"type": "thinking", "thinking": "no"},
+                {"type": "reasoning", "text": "no"},
+                {"type": "text", "text": "a"},
+            ],
+            "a",
+        ),
+        ([{"type": "text"}, 3, None], ""),
+    ],
+)
+def test_the_text_of_a_message(content, text):
+    assert message_text(content) == text
 
 
 @pytest.mark.parametrize(

@@ -73,9 +73,8 @@ def wait_for_lines(path: Path, number: int) -> None:
 
 
 def ask(server: ApiServer, chunks: list[Chunk], folder: Path, template: str = TEMPLATE, **settings):
-    return write_questions(
-        chunks, QuestionConfig(**settings), folder=folder, base_url=server.base_url, template=template
-    )
+    config = QuestionConfig(base_url=server.base_url, **settings)
+    return write_questions(chunks, config, folder=folder, template=template)
 
 
 def totals(ledger: Ledger) -> tuple:
@@ -86,7 +85,7 @@ def totals(ledger: Ledger) -> tuple:
 
 def read_reply(body: str, url: str | None = None) -> sending.Response:
     """What comes of a reply with this body."""
-    asker = questions._Asker(QuestionConfig(), TEMPLATE, url)
+    asker = questions._Asker(QuestionConfig(base_url=url), TEMPLATE)
     reply = asker.client.parse(body)
     return asker._from_reply(reply) if isinstance(reply, dict) else reply
 
@@ -153,19 +152,19 @@ def test_openai_wants_a_key(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "  ")
     for url in (None, "https://eu.api.openai.com/v1"):
         with pytest.raises(ValueError, match=r"^OPENAI_API_KEY is not set.*https://.*openai\.com/v1"):
-            write_questions(some_chunks(1), QuestionConfig(), folder=tmp_path, base_url=url)
+            write_questions(some_chunks(1), QuestionConfig(base_url=url), folder=tmp_path)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-tëst-secret")
     with pytest.raises(ValueError, match=r"^OPENAI_API_KEY contains a character"):
         write_questions(some_chunks(1), QuestionConfig(), folder=tmp_path)
     for url in ("localhost:8000/v1", "ftp://localhost", "http:///v1"):
         with pytest.raises(ValueError, match=r"^base_url is"):
-            write_questions(some_chunks(1), QuestionConfig(), folder=tmp_path, base_url=url)
+            write_questions(some_chunks(1), QuestionConfig(base_url=url), folder=tmp_path)
 
 
 def test_openai_and_other_servers_know_the_limit_by_other_names(monkeypatch):
     bodies = []
     for url in (None, "http://localhost:1/v1"):
-        asker = questions._Asker(QuestionConfig(), TEMPLATE, url)
+        asker = questions._Asker(QuestionConfig(base_url=url), TEMPLATE)
         bodies.append(questions._body(asker.config, TEMPLATE, "text", *asker.forms.forms[0]))
     assert [sorted(body.keys() - {"model", "messages", "response_format"}) for body in bodies] == [
         ["max_completion_tokens"],
@@ -353,7 +352,7 @@ def test_content_in_parts():
 
 def test_the_timeout_holds_for_the_whole_reply(monkeypatch):
     """The client's own starts anew with every piece that arrives, so a server that dribbles would never meet it."""
-    asker = questions._Asker(QuestionConfig(timeout_seconds=0.05), TEMPLATE, None)
+    asker = questions._Asker(QuestionConfig(timeout_seconds=0.05), TEMPLATE)
 
     async def dribble(*request, **more) -> None:
         await asyncio.sleep(2)
@@ -497,7 +496,7 @@ def test_no_reply_is_taken_amiss():
         "choices": [{"message": {"content": "What?\nWho?", "refusal": None}, "finish_reason": "stop"}],
         "usage": {"prompt_tokens": 3, "completion_tokens": 4},
     }
-    asker = questions._Asker(QuestionConfig(), TEMPLATE, "http://localhost:1/v1")
+    asker = questions._Asker(QuestionConfig(base_url="http://localhost:1/v1"), TEMPLATE)
     for seed in range(4000):
         reply = asker.client.parse(json.dumps(mutated(good, random.Random(seed))))
         answer = reply if isinstance(reply, sending.Response) else asker._from_reply(reply)
@@ -748,7 +747,7 @@ def test_the_key_is_nowhere(tmp_path, monkeypatch, capfd, caplog):
     monkeypatch.setenv("EMBEDFT_PROGRESS", "1")
     echo = [{"choices": [{"message": {"content": f"What is {KEY}?\nWho {KEY}?"}}]}, {"error": {"message": f"<{KEY}>"}}]
     url = f"http://user:{KEY}@localhost:1/v1?key={KEY}"
-    asker = questions._Asker(QuestionConfig(), TEMPLATE, url)
+    asker = questions._Asker(QuestionConfig(base_url=url), TEMPLATE)
     answers = [read_reply(json.dumps(body), url) for body in echo]
     assert answers[0].result == ["What is [secret]?", "Who [secret]?"]
     texts = [repr(answers), repr(asker), repr(asker.client.server), asker.client.server.name]
@@ -792,8 +791,8 @@ chunks = load_chunks(folder + "/chunks.jsonl")
 for _ in sys.stdin:
     child = os.fork()
     if not child:
-        config = QuestionConfig(concurrency=concurrency)
-        outcome = write_questions(chunks, config, folder=folder + "/out", base_url=base_url)
+        config = QuestionConfig(base_url=base_url, concurrency=concurrency)
+        outcome = write_questions(chunks, config, folder=folder + "/out")
         with open(folder + "/outcome.json", "w") as file:
             json.dump(outcome.questions, file)
         os._exit(0)

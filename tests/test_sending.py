@@ -373,7 +373,7 @@ def test_limits_of_requests_stop_it(tmp_path):
     ledger = Ledger(tmp_path / "ledger.jsonl", max_requests=1234)
     ledger.num_requests = 1229
     sent = Sent(ledger, {})
-    assert sent.run([job(str(i)) for i in range(9)], concurrency=3) == "--max-requests 1,234"
+    assert sent.run([job(str(i)) for i in range(9)], concurrency=3) == "stopped at --max-requests 1,234"
     assert len(sent.recorded) == 5
 
 
@@ -382,7 +382,7 @@ def test_no_room_waits_for_those_in_flight(tmp_path):
     ledger = Ledger(tmp_path / "ledger.jsonl", prices=(10_000.0, 10_000.0), max_cost=3.0)
     used = Response("ok", "done", usage=(20, 10))
     sent = Sent(ledger, {str(i): [used] for i in range(7)})
-    assert sent.run([job(str(i)) for i in range(7)], concurrency=4) == "--max-cost 3.0"
+    assert sent.run([job(str(i)) for i in range(7)], concurrency=4) == "stopped at --max-cost 3.0"
     assert len(sent.recorded) == 6
     assert sent.most_in_flight == 2
     assert float(ledger.cost) == 1.8

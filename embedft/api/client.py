@@ -196,22 +196,13 @@ def reported_usage(reply: Mapping[str, Any], *, writes: bool) -> tuple[int, int]
     return (*counts, 0)[:2] if all(map(is_count, counts)) else None
 
 
-def message_text(content: Any) -> str:
-    """The text of a chat message; of a list of parts those of type "text", without thinking, images and the like."""
-    if isinstance(content, str):
-        return content
-    parts = [part for part in content or () if isinstance(part, dict) and part.get("type", "text") == "text"]
-    return "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
-
-
 def check_settings(settings: Any, *, own_parameters: Collection[str]) -> None:
     """Raises `ValueError` for a field out of range (`config.setting`), or a parameter that cannot be sent."""
     check_types(type(settings), vars(settings))
     if not settings.model.strip():
         raise ValueError("model is empty, expected a name that the server knows")
-    for name in own_parameters:
-        if name in settings.parameters:
-            raise ValueError(f"parameters: {name!r} is set by embedft itself and cannot be sent as a parameter")
+    if taken := settings.parameters.keys() & set(own_parameters):
+        raise ValueError(f"parameters: {min(taken)!r} is set by embedft itself and cannot be sent as a parameter")
     try:
         json.dumps(settings.parameters, allow_nan=False)
     except (TypeError, ValueError) as error:

@@ -30,28 +30,16 @@ CHARACTERS_A_TOKEN = 8  # few tokens are longer on average: the first cut of a t
 ENCODING_FORMATS = ("base64", "float", None)  # base64 is a third of the size; None: the field is left out
 
 
-@dataclass
-class ApiCosts:
-    """What an `ApiEmbedder` did so far, without earlier runs of its ledger."""
+class ApiCosts(Ledger):
+    """What an `ApiEmbedder` has done so far, without earlier runs of its ledger."""
 
-    spent: Ledger
-    num_computed: int = 0
-    num_stored: int = 0
+    num_computed = num_stored = 0  # texts
 
     def __str__(self) -> str:
-        cost = f", cost {self.spent.cost:.6f}".rstrip("0").rstrip(".") if self.spent.prices else ""
-        unreported = f" ({len(self.spent.open):,} without a report)" if self.spent.open else ""
+        cost = f", cost {self.cost:.6f}".rstrip("0").rstrip(".") if self.prices else ""
+        unreported = f" ({len(self.open):,} without a report)" if self.open else ""
         texts = f"{self.num_computed:,} texts computed, {self.num_stored:,} from the store"
-        return f"{texts}: {self.spent.num_requests:,} requests{unreported}, {self.spent.prompt_tokens:,} tokens{cost}"
-
-
-@dataclass(eq=False)
-class Batch:
-    """Texts of one request. When the server has taken both halves of a refused `whole`, that was too large."""
-
-    texts: list[str]
-    whole: "Batch | None" = None
-    num_taken: int = 0
+        return f"{texts}: {self.num_requests:,} requests{unreported}, {self.prompt_tokens:,} tokens{cost}"
 
 
 @dataclass
@@ -85,7 +73,7 @@ class Endpoint:
         self.forms = Forms([None] if "encoding_format" in self.parameters else ENCODING_FORMATS)
         self.prices = None if self.price is None else (self.price, 0.0)
         self.spent = Ledger(None, prices=self.prices, max_cost=self.max_cost)
-        self.costs = ApiCosts(Ledger(None, prices=self.prices))
+        self.costs = ApiCosts(None, prices=self.prices)
 
     def settings(self, prompt: str) -> dict[str, Any]:
         """All that the vector of a text behind this prompt depends on, as far as the client can tell."""
@@ -108,12 +96,9 @@ class Fetch:
         self.client = Client(self.endpoint.server, timeout_seconds=self.endpoint.timeout_seconds)
         self.sent = {text: self.prompt + text for text in self.rows}  # as it goes to the server
         self.missing = dict.fromkeys(self.rows, "not asked for")  # {text: why it has no vector}
-        self.cut: set[str] = set()
 
     def run(self) -> None:
         """Raises `ValueError` when a text has no vector in the end, with the reason in one line without secrets."""
-        if not self.rows:
-            return
         endpoint, path = self.endpoint, self.endpoint.ledger and Path(self.endpoint.ledger)
         with locked(path.with_name(f"{path.name}.lock")) if path else nullcontext():
             if path:
@@ -122,12 +107,10 @@ class Fetch:
             sender = Sender(self._ask, self._record, endpoint.spent, split=self._split, **options)
             stopped = self.client.run(sender.run(self._jobs()))
         of_all = f"of {len(self.rows):,} texts asked for"
-        if self.cut:
-            print(f"{endpoint.name}: {len(self.cut):,} {of_all} were too long and cut", file=sys.stderr)
+        if num_cut := sum(self.sent[text] != self.prompt + text for text in self.rows.keys() - self.missing.keys()):
+            print(f"{endpoint.name}: {num_cut:,} {of_all} were too long and cut", file=sys.stderr)
         if self.missing:
-            reason = next(iter(self.missing.values()))
-            if stopped is not None:
-                reason = stopped.reason if isinstance(stopped, Response) else f"stopped at {stopped}"
+            reason = stopped.reason if isinstance(stopped, Response) else stopped or next(iter(self.missing.values()))
             raise ValueError(f"{endpoint.name}: {reason}; {len(self.missing):,} {of_all} have no vector")
 
     def _jobs(self) -> Iterator[Job]:
@@ -142,35 +125,34 @@ class Fetch:
             num_bytes += size
         yield self._job(batch)
 
-    def _job(self, texts: list[str], whole: Batch | None = None) -> Job:
+    def _job(self, texts: list[str], taken: list[list[str]] | None = None) -> Job:
+        """One request. The halves of a refused one share the list `taken`, which gets the texts that are accepted."""
         sent = [self.sent[text] for text in texts]
         num_bytes = sum(len(text.encode()) for text in sent)
         key = hashlib.sha256(json.dumps([self.endpoint.model, *sent]).encode()).hexdigest()
-        return Job(key, Batch(texts, whole), num_bytes + SPECIAL_TOKENS * len(sent), 0)
+        return Job(key, (texts, taken), num_bytes + SPECIAL_TOKENS * len(sent), 0)
 
     def _split(self, job: Job, response: Response) -> list[Job]:
         """What to send instead of a refused batch: its halves, or its only text cut shorter."""
-        texts, limit = job.content.texts, self.endpoint.max_tokens
+        (texts, _), limit = job.content, self.endpoint.max_tokens
         is_refused = response.action == "drop" or response.may_be_refusal
         if len(texts) > 1:
-            middle, whole = len(texts) // 2, job.content if is_refused else None
-            return [self._job(texts[:middle], whole), self._job(texts[middle:], whole)]
+            middle, taken = len(texts) // 2, [] if is_refused else None
+            return [self._job(texts[:middle], taken), self._job(texts[middle:], taken)]
         (text,) = texts
         # A token is at least a byte, so a text with so few bytes is not too long.
         if self.endpoint.too_long == "cut" and len(self.sent[text].encode()) > (limit or 0):
             shorter = shorten(self.sent[text], limit)
             if len(shorter) > len(self.prompt):
                 self.sent[text] = shorter
-                self.cut.add(text)
                 return [self._job(texts)]
         if is_refused:
             self.missing[text] = f"texts[{self.rows[text]}] is refused ({response.reason})"
-        self.cut.discard(text)
         return []
 
     async def _ask(self, job: Job, form: str | None) -> Response:
         """Sends one batch. `Response.result` is {text: its vector [D] float64} of those that are good."""
-        endpoint, texts = self.endpoint, job.content.texts
+        endpoint, (texts, _) = self.endpoint, job.content
         body = {"model": endpoint.model, "input": [self.sent[text] for text in texts]}
         body |= {"encoding_format": form} if form else {}
         body |= {"dimensions": endpoint.dimensions} if endpoint.dimensions else {}
@@ -197,19 +179,19 @@ class Fetch:
 
     def _record(self, job: Job, response: Response, line: dict[str, Any]) -> None:
         """Stores what is good, then settles: a kill between the two counts a request as dearer, never as free."""
-        endpoint, good, whole = self.endpoint, response.result or {}, job.content.whole
+        endpoint, good, (texts, taken) = self.endpoint, response.result or {}, job.content
         if good:
             self.keep(good)
-        self.missing |= dict.fromkeys(job.content.texts, response.reason)
+        self.missing |= dict.fromkeys(texts, response.reason)
         for text in good:
             del self.missing[text]
-        if response.action == "done" and whole is not None:
-            whole.num_taken += 1
-            if whole.num_taken == 2:
-                endpoint.batch_texts = min(endpoint.batch_texts, len(job.content.texts))
+        if response.action == "done" and taken is not None:
+            taken.append(texts)
+            if len(taken) == 2:  # both halves are fine, so it was their number
+                endpoint.batch_texts = min(endpoint.batch_texts, len(texts))
         if endpoint.ledger:
             append_jsonl(endpoint.ledger, line)
-        endpoint.costs.spent.settle(line["request"], response.usage)
+        endpoint.costs.settle(line["request"], response.usage)
         endpoint.costs.num_computed += len(good)
 
 
@@ -226,13 +208,10 @@ def embeddings_in_order(reply: Mapping[str, Any], num_texts: int) -> list[Any]:
     items = list(reply["data"])
     if len(items) != num_texts:
         raise ValueError(f"{len(items):,} vectors came back for {num_texts:,} texts")
+    rows, found = [item.get("index") for item in items], {}
     # Some servers leave the index out everywhere, some where it is 0.
-    is_ordered = all(item.get("index") is None for item in items)
-    found: dict[int, Any] = {}
-    for place, item in enumerate(items):
-        row = item.get("index")
-        if row is None:
-            row = place if is_ordered else 0
+    rows = range(num_texts) if rows.count(None) == num_texts else [0 if row is None else row for row in rows]
+    for row, item in zip(rows, items, strict=True):
         if type(row) is not int or not 0 <= row < num_texts or row in found:
             raise ValueError(f"index {str(row)[:40]!r} came back, expected each of 0 to {num_texts - 1:,} once")
         found[row] = item["embedding"]
@@ -240,9 +219,9 @@ def embeddings_in_order(reply: Mapping[str, Any], num_texts: int) -> list[Any]:
 
 
 def decode(value: Any, dim: int = 0) -> np.ndarray:
-    """A list of numbers, or base64 of little-endian float32, as [D] float64; `ValueError` when it is neither.
+    """A list of numbers, or base64 of little-endian float32, as [D] float64.
 
-    So is one of zeros, with values that are not finite, or of other than `dim` features, unless that is 0.
+    Raises `ValueError` for anything else, for zeros alone, values that are not finite, or not `dim` of them (0: any).
     """
     try:
         if isinstance(value, str):

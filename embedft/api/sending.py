@@ -60,19 +60,17 @@ class Forms:
 class RateLimit:
     """Spaces requests evenly, so that no 60 seconds hold too many; one larger than a minute's tokens goes alone."""
 
-    requests_per_minute: float | None = None
-    tokens_per_minute: float | None = None
-
-    def __post_init__(self) -> None:
-        self.limits = (self.requests_per_minute or math.inf, self.tokens_per_minute or math.inf)
-        self.sent: deque[tuple[float, int]] = deque()  # when, tokens
-        self.next = 0.0
+    requests_per_minute: float = math.inf
+    tokens_per_minute: float = math.inf
+    sent: deque[tuple[float, int]] = field(default_factory=deque)  # when, tokens
+    next: float = 0.0  # when the next may go
 
     def wait_seconds(self, now: float, tokens: int) -> float:
         """How long a request of so many tokens has to wait from `now`; 0 when it may go."""
         while self.sent and self.sent[0][0] + 60 <= now:
             self.sent.popleft()
-        ready, requests, room = max(self.next, now), self.limits[0] - 1, max(self.limits[1] - tokens, 0)
+        ready = max(self.next, now)
+        requests, room = self.requests_per_minute - 1, max(self.tokens_per_minute - tokens, 0)
         for sent_at, size in reversed(self.sent):
             requests, room = requests - 1, room - size
             if min(requests, room) < 0:  # this one has to leave the window first
@@ -80,7 +78,7 @@ class RateLimit:
         return ready - now
 
     def count(self, now: float, tokens: int) -> None:
-        share = min(max(1 / self.limits[0], tokens / self.limits[1]), 1.0)
+        share = min(max(1 / self.requests_per_minute, tokens / self.tokens_per_minute), 1.0)
         if share > 0:
             self.sent.append((now, tokens))
             self.next = now + 60 * share
@@ -133,7 +131,7 @@ class Sender:
         self.stopped: Response | str | None = None
 
     async def run(self, jobs: Iterable[Job]) -> Response | str | None:
-        """Sends all jobs, each taken when there is room for it. Returns the limit or the response that stopped it."""
+        """Sends all jobs, each taken when there is room for it. Returns what stopped it: "stopped at --max-cost 3", or a response."""
         fresh, running = iter(jobs), set()
         try:
             while True:
@@ -163,7 +161,7 @@ class Sender:
                 return self.later[0][0] - now if self.later else None
             job = self.queue[0]
             if limit := self.ledger.full(job):  # requests in flight may turn out cheaper than reserved
-                self.stopped = None if running else limit
+                self.stopped = None if running else f"stopped at {limit}"
                 break
             pause = max(self.hold_until - now, self.rate.wait_seconds(now, job.expected_tokens))
             if pause > 0:

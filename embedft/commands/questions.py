@@ -32,7 +32,6 @@ REPORT = "question-report.json"
 class LanguageModel(QuestionConfig):
     """A language model (--method llm; the key comes from OPENAI_API_KEY)."""
 
-    base_url: str | None = setting(None, "of an OpenAI-compatible server [api.openai.com]", metavar="URL")
     template: str | None = setting(None, "prompt with {text} and {num_questions} [the project's own]", metavar="FILE")
     dry_run: bool = setting(False, "print what it would cost, and send nothing")
     clean: bool = setting(True, "drop questions that ask nothing, point at their source, copy it or repeat another")
@@ -106,7 +105,7 @@ def _ask(options: Options, sides: dict[str, list[Chunk]]) -> int:
     if options.dry_run:
         _print_estimate(estimate(chunks, settings, folder=out, template=template), len(chunks))
         return 0
-    outcome = write_questions(chunks, settings, folder=out, template=template, base_url=options.base_url)
+    outcome = write_questions(chunks, settings, folder=out, template=template)
     _print_totals(outcome)
     reports, datasets = {}, {}
     # Validation first: training may not ask what it asks.

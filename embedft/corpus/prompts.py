@@ -81,6 +81,14 @@ def fill_template(template: str, *, text: str, num_questions: int) -> str:
     return re.sub(r"\{(text|num_questions)\}", lambda match: values[match[1]], template)
 
 
+def message_text(content: Any) -> str:
+    """The text of a chat message; of a list of parts those of type "text", without thinking, images and the like."""
+    if isinstance(content, str):
+        return content
+    parts = [part for part in content or () if isinstance(part, dict) and part.get("type", "text") == "text"]
+    return "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
+
+
 def parse_reply(text: str, num_questions: int) -> list[str]:
     """The first `num_questions` distinct questions of a reply, or as many as it has; raises `ValueError` without any.
 

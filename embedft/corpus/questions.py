@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ..api.client import Client, Server, check_settings, message_text, reported_usage
+from ..api.client import Client, Server, check_settings, reported_usage
 from ..api.ledger import Ledger, check_outcome, price_of
 from ..api.sending import Forms, Job, RateLimit, Response, Sender
 from ..config import setting
@@ -25,7 +25,7 @@ from ..data.dataset import RetrievalDataset
 from ..files import append_jsonl, locked, resume_jsonl
 from ..progress import progress_bar
 from .chunks import Chunk
-from .prompts import RESPONSE_FORMAT, TEMPLATE, fill_template, parse_reply
+from .prompts import RESPONSE_FORMAT, TEMPLATE, fill_template, message_text, parse_reply
 
 REPLIES, LEDGER, LOCK = "replies.jsonl", "ledger.jsonl", "lock"
 RECORD = {"request", "key", "status", "questions", "usage", "cost"}  # of a line of REPLIES: what is read back
@@ -42,6 +42,7 @@ class QuestionConfig:
     """Which model is asked, how fast, and for how much. Raises `ValueError` for a value out of range."""
 
     model: str = setting("gpt-4o-mini", "the LLM, by the name its server knows")
+    base_url: str | None = setting(None, "of the server [OPENAI_BASE_URL, else api.openai.com]", metavar="URL")
     num_questions: int = setting(2, "questions per chunk", least=1)
     max_reply_tokens: int | None = setting(None, "longest reply; to reason takes more [128 per question]", least=1)
     parameters: dict = setting({}, "sent unchanged: temperature, seed, reasoning_effort, ...")
@@ -93,22 +94,17 @@ class Estimate(NamedTuple):
 
 
 def write_questions(
-    chunks: Sequence[Chunk],
-    config: QuestionConfig,
-    *,
-    folder: str | Path,
-    template: str = TEMPLATE,
-    base_url: str | None = None,
+    chunks: Sequence[Chunk], config: QuestionConfig, *, folder: str | Path, template: str = TEMPLATE
 ) -> Outcome:
     """Requests questions for every chunk without a valid reply in `folder`, and returns all questions there are.
 
     Every request and reply is saved at once (`ledger.jsonl`, `replies.jsonl`), so a killed run loses at most the
     requests in flight. The limits count all runs of the folder and are never exceeded, unless a server reports more
     tokens than it was allowed or charges for a 4xx, 500 or 503. Chunks with the same text share one request. The key
-    comes from OPENAI_API_KEY and is never saved; `base_url` None is OPENAI_BASE_URL or OpenAI. Raises `ValueError` for
-    wrong input, and when the server refuses all requests (key, model, quota, five at the start).
+    comes from OPENAI_API_KEY and is never saved. Raises `ValueError` for wrong input, and when the server refuses all
+    requests (key, model, quota, five at the start).
     """
-    folder, jobs, asker = Path(folder), _jobs(chunks, config, template), _Asker(config, template, base_url)
+    folder, jobs, asker = Path(folder), _jobs(chunks, config, template), _Asker(config, template)
     reasons: dict[str, str] = {}  # {key: why the last request failed}
 
     def record(job: Job, answer: Response, line: dict[str, Any]) -> None:
@@ -127,7 +123,7 @@ def write_questions(
         limits = {"max_requests": config.max_requests, "max_cost": config.max_cost}
         ledger = Ledger(folder / LEDGER, records, prices=config.prices, **limits)
         limits = {"concurrency": config.concurrency, "max_attempts": config.max_attempts}
-        rate = RateLimit(config.requests_per_minute, config.tokens_per_minute)
+        rate = RateLimit(config.requests_per_minute or math.inf, config.tokens_per_minute or math.inf)
         sender = Sender(asker.ask, record, ledger, forms=asker.forms, rate=rate, **limits)
         left = [job for key, job in jobs.items() if key not in questions]
         num_done = len(chunks) - sum(len(job.content) for job in left)
@@ -139,8 +135,8 @@ def write_questions(
     if isinstance(stopped, Response):
         raise ValueError(f"{asker.client.server.name}: {stopped.reason}; stopped: {so_far}")
     left = [chunk.id for chunk in chunks if chunk.id not in found]
-    missing = {id: reasons.get(keys[id], f"not asked: stopped at {stopped}") for id in left}
-    return Outcome(found, missing, ledger, stopped and f"stopped at {stopped}: {so_far}")
+    missing = {id: reasons.get(keys[id], f"not asked: {stopped}") for id in left}
+    return Outcome(found, missing, ledger, stopped and f"{stopped}: {so_far}")
 
 
 def estimate(
@@ -202,9 +198,9 @@ def _read_replies(folder: Path, *, repair: bool) -> tuple[list[dict[str, Any]], 
 class _Asker:
     """What one request sends, and what its reply means."""
 
-    def __init__(self, config: QuestionConfig, template: str, base_url: str | None):
+    def __init__(self, config: QuestionConfig, template: str):
         self.config, self.template = config, template
-        self.client = Client(Server.find(base_url), timeout_seconds=config.timeout_seconds)
+        self.client = Client(Server.find(config.base_url), timeout_seconds=config.timeout_seconds)
         names = LIMIT_NAMES if self.client.server.is_openai else LIMIT_NAMES[::-1]
         kinds = {"auto": (True, False), "schema": (True,), "lines": (False,)}[config.structured]
         self.forms = Forms([(name, is_structured) for is_structured in kinds for name in names])

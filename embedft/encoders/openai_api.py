@@ -107,7 +107,8 @@ class ApiEmbedder:
                 if (spent := self.endpoint.spent).prices is not None:
                     bar.set_postfix_str(f"cost {spent.cost + spent.open_cost:.4f}", refresh=False)
 
-            Fetch(self.endpoint, missing, self.prompt(role), keep).run()
+            if missing:
+                Fetch(self.endpoint, missing, self.prompt(role), keep).run()
         if store is None:
             found_ND = np.array([vectors[text] for text in texts], np.float32).reshape(-1, self.endpoint.dim)
         else:
