@@ -120,8 +120,6 @@ def test_as_many_processes_as_cores_unless_told(make, started, monkeypatch):
     paths = [make(f"{i}.pdf", pdf_bytes([f"text {i}"])) for i in range(3)]
     assert [stripped(text) for text in read_pdfs(paths)] == [["text 0"], ["text 1"], ["text 2"]]
     assert len(started) == 1
-    with pytest.raises(ValueError, match="processes is 0, expected at least 1"):
-        read_pdfs(paths, processes=0)
 
 
 def test_layout_shows_indentation_gaps_and_paragraphs(make):

@@ -131,7 +131,7 @@ class Sender:
         self.stopped: Response | str | None = None
 
     async def run(self, jobs: Iterable[Job]) -> Response | str | None:
-        """Sends all jobs, each taken when there is room for it. Returns what stopped it: "stopped at --max-cost 3", or a response."""
+        """Sends all jobs, each taken when there is room. Returns the response that stopped it, or "stopped at LIMIT"."""
         fresh, running = iter(jobs), set()
         try:
             while True:

@@ -22,7 +22,7 @@ from .prompts import asks, strip_numbering
 
 Dropped = dict[str, tuple[str, str]]  # {query id: (reason, what shows it: a phrase, a rank, the id of a text)}
 REPEATS, MIN_COPIED_WORDS = "repeats another query", 5
-PREAMBLE = re.compile(r"""(?ix) (?:(?:sure|certainly|of\ course|okay|absolutely)\b[^:?]{0,40}?[!,.:]\s*)?
+PREAMBLE = re.compile(r"""(?ix) \A (?:(?:sure|certainly|of\ course|okay|absolutely)\b[^:?]{0,40}?[!,.:]\s*)?
     (?:here|below|the\ following)\ (?:are|is)\b[^:?]{0,120}\bquestions?\b[^:?]{0,120}:\s*""")
 # Words of the prompt's role or task.
 PROMPT = re.compile(r"""(?ix)\b(?: as\ an?\ (?:teacher|professor|instructor|educator|lecturer)\b
@@ -66,14 +66,13 @@ ARTICLE = re.compile(r"^A\b|\b(?:a|an|An|the|The)\b")
 
 def report(before: RetrievalDataset, after: RetrievalDataset, dropped: Dropped, *, num_examples: int = 5) -> dict:
     """Counts with a few examples of each kind, for `write_json`."""
-    counts = {"num_queries": len(before.queries), "num_kept": len(after.queries)}
-    kinds = {reason: {"count": count, "examples": []} for reason, count in _count(dropped)}
+    texts, kinds = before.queries, {reason: {"count": count, "examples": []} for reason, count in _count(dropped)}
     for query_id, (reason, detail) in dropped.items():
         if len(examples := kinds[reason]["examples"]) < num_examples:
-            examples.append({"id": query_id, "text": before.queries[query_id], "detail": detail})
-    pairs = [(i, before.queries[i], text) for i, text in after.queries.items() if text != before.queries[i]]
-    changed = [dict(zip(("id", "before", "after"), pair, strict=True)) for pair in pairs[:num_examples]]
-    return {**counts, "dropped": kinds, "changed": {"count": len(pairs), "examples": changed}}
+            examples.append({"id": query_id, "text": texts[query_id], "detail": detail})
+    edits = [{"id": i, "before": texts[i], "after": text} for i, text in after.queries.items() if text != texts[i]]
+    changed = {"count": len(edits), "examples": edits[:num_examples]}
+    return {"num_queries": len(texts), "num_kept": len(after.queries), "dropped": kinds, "changed": changed}
 
 
 def clean(dataset: RetrievalDataset) -> tuple[RetrievalDataset, Dropped]:
@@ -145,7 +144,7 @@ def round_trip(
 def drop_held_out(dataset: RetrievalDataset, validation: RetrievalDataset) -> tuple[RetrievalDataset, Dropped]:
     """Drops the training queries that `validation` asks too, by `question_key`. Raises `ValueError` if none is left."""
     keys = {question_key(text) for text in validation.queries.values()}
-    asked_there = [i for i, text in dataset.queries.items() if question_key(text) in keys]
+    asked_there = (i for i, text in dataset.queries.items() if question_key(text) in keys)
     dropped = dict.fromkeys(asked_there, ("is a validation query too", ""))
     return _without(dataset, dropped), dropped
 
@@ -153,9 +152,7 @@ def drop_held_out(dataset: RetrievalDataset, validation: RetrievalDataset) -> tu
 def tidy(text: str) -> str:
     """The question on one line, without a preamble ("Here is a question: ...") and what `strip_numbering` strips."""
     question = strip_numbering(text)
-    preamble = PREAMBLE.match(question)
-    rest = strip_numbering(question[preamble.end() :]) if preamble else ""
-    return rest or question
+    return strip_numbering(PREAMBLE.sub("", question)) or question
 
 
 def copies(question: str, document: str) -> bool:

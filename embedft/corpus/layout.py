@@ -27,7 +27,6 @@ WORD = re.compile(rf"{LETTERS}+(?:-{LETTERS}+)*")
 BROKEN_WORD = re.compile(rf"(?<![^\W\d_])(?<![^\W\d_]-){WORD.pattern}-\n[ \t]*{WORD.pattern}")
 LAST_PART = re.compile(r"[^\W_]+(?:-[^\W_]+)*$")
 FIRST_PART = re.compile(r"[^\W_]+(?:-[^\W_]+)*")
-SUSPENDED = ("and", "or", "to")  # after a hyphen that stands for a word to come: "pre- and post-closing"
 # Chinese and Japanese: no blanks between words.
 UNSPACED = "\u3001-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff01-\uff60\U00020000-\U0003ffff"
 UNSPACED_JOIN = re.compile(f"[{UNSPACED}]\n[{UNSPACED}]")
@@ -53,7 +52,7 @@ def _join(left: str, right: str, words: Counter[str]) -> str:
     first, second = beginning[0].lower(), end[0].lower()
     kept, joined = words[f"{first}-{second}"], words[first + second]
     if kept == joined == 0:
-        if end[0] in SUSPENDED:
+        if end[0] in ("and", "or", "to"):  # the hyphen stands for a word to come: "pre- and post-closing"
             return f"{left} {right}"
         of_letters = f"{first}{second}".isalpha() and not end[0][:1].isupper()
         joined = of_letters and not (words[first] and words[second])

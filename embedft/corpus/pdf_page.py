@@ -22,8 +22,6 @@ FAILURES += (RuntimeError, TypeError, ValueError, struct.error, zlib.error)
 LINE_SHARE = 0.7  # baselines closer than this share of the font's height are one line
 # Names and numbers of glyphs, which stand for characters that a font does not tell.
 GLYPH_CODES = re.compile(r"/(?:g|G|C|c|cid|glyph|uni[0-9A-F]|[A-Z])\d+(?![\w.])|\(cid:\d+\)")
-UNREADABLE_SHARE = 0.3
-
 UNREADABLE = "its text is unreadable: its fonts do not say which characters they draw (it needs OCR)"
 INCOMPLETE = "part of its text is missing or unreadable: a font does not say which characters it draws"
 
@@ -73,10 +71,11 @@ def read_page(reader: Any, i: int, log: list[str]) -> dict[str, Any]:
     keeps_layout = layout.strip() and not (plain.strip() and is_scrambled(layout, plain, log, reader.pages[i]))
     reply = {"text": layout} if keeps_layout else {"text": plain, "plain": True}
     share = unreadable_share(reply["text"])
-    if share >= UNREADABLE_SHARE:
+    if share >= 0.3:
         return {"error": UNREADABLE}
-    is_incomplete = share > 0.05 or any("uninterpretable font" in message for message in log)
-    return reply | ({"error": INCOMPLETE} if is_incomplete else {})
+    if share > 0.05 or any("uninterpretable font" in message for message in log):
+        reply["error"] = INCOMPLETE
+    return reply
 
 
 def is_scrambled(layout: str, plain: str, log: list[str], page: Any) -> bool:

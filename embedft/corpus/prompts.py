@@ -38,7 +38,7 @@ END_OF_THOUGHT = re.compile(r"""(?ix)
 END_OF_REPLY = re.compile(r"""(?ix)
     <(?:\w+:)?(?:think|thinking|reasoning|analysis)\s*> | \[THINK\] | ◁think▷
     | <\|(?:start|begin)\w*_(?:thought|thinking)\|> | (?<=\S)\s*<\|\w+\|>""")
-ROLE = re.compile(r"""(?ix) (?:<\|\w+\|>)?[#*\s]*
+ROLE = re.compile(r"""(?ix) \A (?:<\|\w+\|>)?[#*\s]*
     (?:assistant|model|ai|final\ answer|answer|output|response) [*\s]*(?::[*\s]*|\n)""")
 FENCE = re.compile(r"```(?:\w*[^\S\n]*\n)?(.*?)(?:```|\Z)", re.DOTALL)
 JSON_START = re.compile(r"""\{\s*["'}] | \[\s*["'{\[]""", re.VERBOSE)
@@ -122,12 +122,8 @@ def _without_thoughts(text: str) -> str:
     with contextlib.suppress(ValueError, RecursionError):
         json.loads(text)
         return text  # JSON as a whole, whatever its questions mention
-    thoughts = [match.end() for match in END_OF_THOUGHT.finditer(text)]
-    text = text[thoughts[-1] if thoughts else 0 :].lstrip()
-    role = ROLE.match(text)
-    text = text[role.end() if role else 0 :]
-    end = END_OF_REPLY.search(text)
-    return text[: end.start()] if end else text
+    answer = ROLE.sub("", END_OF_THOUGHT.split(text)[-1].lstrip())
+    return END_OF_REPLY.split(answer, maxsplit=1)[0]
 
 
 def _line_questions(text: str) -> list[str]:
@@ -188,9 +184,8 @@ def strip_numbering(line: str, *, max_layers: int = 8) -> str:
             if inside and line.startswith(opening) and line.endswith(closing):
                 line = line if opening in inside or closing in inside else inside.strip()
         bold = line.startswith("**")
-        match = NUMBERING.match(line, 2 if bold else 0)
         # "**1.** What" and "**Question 1: What**": the numbering goes, and with it the mark that opened before it.
-        if match:
+        if match := NUMBERING.match(line, 2 if bold else 0):
             rest = line[match.end() :].strip()
             line = rest.removesuffix("**") if bold and not match[0].endswith("**") else rest
         if line == before:

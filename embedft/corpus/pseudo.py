@@ -52,8 +52,7 @@ def inverse_cloze(chunks: Sequence[Chunk], *, seed: int, keep_share: float = 0.1
     holders = Counter(sentence for chunk in chunks for sentence in {text for text, _, _ in _sentences(chunk.text)})
     found = {}
     for chunk in chunks:
-        pairs = [pair for pair in _sentence_pairs(chunk.text) if holders[pair[0]] == 1]
-        if pairs:
+        if pairs := [pair for pair in _sentence_pairs(chunk.text) if holders[pair[0]] == 1]:
             digest = hashlib.sha256(f"{seed} {chunk.id}".encode()).digest()
             choice, chance = (int.from_bytes(part, "big") / 2**48 for part in (digest[:6], digest[6:12]))
             sentence, rest = pairs[int(choice * len(pairs))]

@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
 
 import numpy as np
 
@@ -34,9 +33,7 @@ class ApiEmbedder:
 
     similarity = "cosine"
 
-    def __init__(
-        self, model: str, *, prompts: Mapping[str, str] | None = None, store: Store | None = None, **options: Any
-    ):
+    def __init__(self, model: str, *, prompts: Mapping[str, str] | None = None, store: Store | None = None, **options):
         self.model, self.prompts, self.store = model, dict(prompts or {}), store
         self.endpoint = Endpoint(model, **options)
         self.costs = self.endpoint.costs
