@@ -131,7 +131,7 @@ class Sender:
         self.stopped: Response | str | None = None
 
     async def run(self, jobs: Iterable[Job]) -> Response | str | None:
-        """Sends all jobs, each taken when there is room. Returns the response that stopped it, or "stopped at LIMIT"."""
+        """Sends all jobs, each taken when there is room. Returns what stopped it: a response, or "stopped at LIMIT"."""
         fresh, running = iter(jobs), set()
         try:
             while True:
