@@ -69,13 +69,13 @@ class Server:
         return cls(name, is_openai, parts._replace(query="", fragment="").geturl(), key or "none", query)
 
     def redact(self, text: str) -> str:
-        """Hides the key, the password and the query's values, in either case, encoded, or split across lines."""
+        """Hides the key, password and query values, in either case, encoded or split by breaks; and lone surrogates."""
         # Most texts hold no secret, and a plain search is a hundred times as fast as the pattern.
         unbroken = re.sub(f"{BREAK}+", "", text).lower()
         for form in self._forms():
             if form.lower() in unbroken:
                 text = re.sub(f"{BREAK}*".join(map(re.escape, form)), "[secret]", text, flags=re.IGNORECASE)
-        return text
+        return text.encode("utf-8", "replace").decode()
 
     def _forms(self) -> Iterator[str]:
         """Each secret as it is, percent-encoded, hexadecimal and in base64 (also of a longer text around it)."""
@@ -151,7 +151,8 @@ class Client:
 
     def unexpected(self, expected: str, text: str) -> Response:
         """A reply that is not the `expected` kind of thing."""
-        return Response("failed", "retry", self.line(f"the reply is not a {expected}: {text}"), reply=self.clean(text))
+        reason = self.line(f"the reply is not a {expected}: {text}")
+        return Response("failed", "retry", reason, reply=self.server.redact(text))
 
     def _failed(self, status: int, text: str, headers: Mapping[str, str]) -> Response:
         """A response with an HTTP status other than 200, or an error inside a 200."""
@@ -172,13 +173,9 @@ class Client:
         is_doubtful = status >= 500 and status not in OVERLOADED and pause is None
         return Response("failed", "retry", reason, usage=usage, retry_after_seconds=pause, may_be_refusal=is_doubtful)
 
-    def clean(self, text: str) -> str:
-        """Text that may be stored: without secrets, and without unpaired surrogates, which JSON can spell."""
-        return self.server.redact(text).encode("utf-8", "replace").decode()
-
     def line(self, text: str) -> str:
-        """Text that may be shown: clean, one printable line, at most its first 300 characters."""
-        line = " ".join("".join(c if c.isprintable() else " " for c in self.clean(text)).split())
+        """Text that may be shown: redacted, on one printable line, at most its first 300 characters."""
+        line = " ".join("".join(c if c.isprintable() else " " for c in self.server.redact(text)).split())
         return line if len(line) <= 300 else f"{line[:300]} ..."
 
 

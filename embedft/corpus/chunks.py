@@ -35,6 +35,7 @@ ABBREVIATION = re.compile(r"""(?ix)
 NUMBERED = re.compile(r"(?:^|\b(?:item|note|section|article|exhibit|part)\s+)(?:\d{1,3}[a-z]?|[ivx]+)$", re.I)
 # The end of a page whose last sentence the next page continues.
 RUNS_ON = re.compile(r"(?:[^\W\d_]|[,;’”)，、；])$")
+CountTokens = Callable[[Sequence[str]], list[int]]  # tokens of each text, without special tokens
 
 
 @dataclass(frozen=True)
@@ -88,21 +89,15 @@ def load_chunks(path: str | Path) -> list[Chunk]:
 
 
 def chunk_pages(
-    pages: Sequence[Page],
-    *,
-    count_tokens: Callable[[Sequence[str]], list[int]],
-    size: int,
-    overlap: int = 0,
-    by_page: bool = False,
-    headings_in_text: bool = False,
+    pages: Sequence[Page], *, count_tokens: CountTokens, size: int, overlap=0, by_page=False, headings_in_text=False
 ) -> list[Chunk]:
     """Cuts pages into chunks of at most `size` tokens, each with as many whole sentences as fit.
 
     The pages of a file are joined first, in the order given, since a sentence may run over the end of a page; not with
     `by_page`, nor sections of Markdown. A sentence longer than `size` is broken between lines (code), words or, last,
-    characters. `count_tokens` is without special tokens; the limit holds without exception, at one token per 100
-    characters or more. Consecutive chunks share whole sentences of at most `overlap` tokens, never all of the earlier
-    chunk. Equal texts become one chunk. With `headings_in_text`, chunks of Markdown begin with a line "Outer > Inner".
+    characters. The limit holds without exception, at one token per 100 characters or more. Consecutive chunks share
+    whole sentences of at most `overlap` tokens, never all of the earlier chunk. Equal texts become one chunk. With
+    `headings_in_text`, chunks of Markdown begin with a line "Outer > Inner".
     """
     if size < 1 or not 0 <= overlap < size:
         raise ValueError(f"size is {size} and overlap {overlap}, expected size >= 1 and 0 <= overlap < size")
@@ -149,7 +144,7 @@ _Unit = namedtuple("_Unit", "start stop num_tokens")
 class _Cutter:
     """Cuts one text. The sum of the units' tokens guides; the count of a chunk's own text decides."""
 
-    def __init__(self, text: str, count_tokens: Callable[[Sequence[str]], list[int]], size: int, prefix: str):
+    def __init__(self, text: str, count_tokens: CountTokens, size: int, prefix: str):
         self.text, self.count_tokens, self.size, self.prefix = text, count_tokens, size, prefix
         self.prefix_tokens = self._counts([prefix])[0] if prefix else 0
         if self.prefix_tokens >= size:

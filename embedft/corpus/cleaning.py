@@ -40,10 +40,8 @@ OTHER_THING = r"""(?! \ of\b | \ \(?(?:\d|[a-z]\)|[ivx]+\b) | -\w
     )"""
 OTHER_CONTEXT = rf"""(?! \ (?:of|for|in\ which|within\ which|surrounding|behind|around|where|when)\b
     (?!\ (?:the|this|an?)\ (?:given\ |provided\ )?{TEXT}\b) )"""
-NOT_TO_SOMEBODY = (
-    r"(?!\ (?:to|by|in|under|on|with|for|at|through|during|pursuant|within|that|as)\b"
-    rf"(?!\ (?:the|this)\ {TEXT}\b))"
-)
+NOT_TO_SOMEBODY = rf"""(?! \ (?:to|by|in|under|on|with|for|at|through|during|pursuant|within|that|as)\b
+    (?!\ (?:the|this)\ {TEXT}\b) )"""
 SOURCE = re.compile(rf"""(?ix)\b(?: context\ information\b
       | (?:the|this)\ (?!context\b){TEXT}\b {OTHER_THING}
       | (?:the|from|per)\ context(?:\ information)?\b {OTHER_CONTEXT}

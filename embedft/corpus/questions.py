@@ -122,9 +122,8 @@ def write_questions(
         records, questions = _read_replies(folder, repair=True)
         limits = {"max_requests": config.max_requests, "max_cost": config.max_cost}
         ledger = Ledger(folder / LEDGER, records, prices=config.prices, **limits)
-        limits = {"concurrency": config.concurrency, "max_attempts": config.max_attempts}
         rate = RateLimit(config.requests_per_minute or math.inf, config.tokens_per_minute or math.inf)
-        sender = Sender(asker.ask, record, ledger, forms=asker.forms, rate=rate, **limits)
+        sender = Sender(asker.ask, record, ledger, config.concurrency, config.max_attempts, asker.forms, rate=rate)
         left = [job for key, job in jobs.items() if key not in questions]
         num_done = len(chunks) - sum(len(job.content) for job in left)
         with progress_bar(len(chunks), "questions", unit="chunk", initial=num_done) as bar:
@@ -134,8 +133,7 @@ def write_questions(
     so_far = f"{len(found):,} of {len(chunks):,} chunks have questions"
     if isinstance(stopped, Response):
         raise ValueError(f"{asker.client.server.name}: {stopped.reason}; stopped: {so_far}")
-    left = [chunk.id for chunk in chunks if chunk.id not in found]
-    missing = {id: reasons.get(keys[id], f"not asked: {stopped}") for id in left}
+    missing = {id: reasons.get(key, f"not asked: {stopped}") for id, key in keys.items() if id not in found}
     return Outcome(found, missing, ledger, stopped and f"{stopped}: {so_far}")
 
 
@@ -217,7 +215,7 @@ class _Asker:
             content, refusal = message_text(message.get("content")), message.get("refusal")
         except (LookupError, TypeError, AttributeError):
             return self.client.unexpected("chat completion", json.dumps(completion))
-        reply, usage = self.client.clean(content), reported_usage(completion, writes=True)
+        reply, usage = self.client.server.redact(content), reported_usage(completion, writes=True)
         invalid = partial(Response, "invalid", "retry", reply=reply, usage=usage)
         if refusal:
             return invalid(self.client.line(f"refusal: {refusal}"))
