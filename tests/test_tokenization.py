@@ -1,13 +1,17 @@
 """tokenization.py against transformers' AutoTokenizer and sentence-transformers' preprocessing, on nasty texts."""
 
+import copy
+import hashlib
 import json
 import random
 import shutil
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from embedft import load_embedder
+from embedft.encoders import tokenization
 from embedft.encoders.tokenization import Tokenizer
 
 NASTY = [
@@ -281,3 +285,46 @@ def test_save_and_load(minilm, tmp_path):
     assert loaded.encode(NASTY) == minilm.tokenizer.encode(NASTY)
     assert loaded.config == {**minilm.tokenizer.config, "model_max_length": 256}
     assert loaded.backend.get_vocab() == minilm.tokenizer.backend.get_vocab()
+
+
+# The hash.
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda backend: setattr(backend, "normalizer", tokenizers.normalizers.Replace("a" * 99 + "b", "c")),
+        lambda backend: setattr(backend, "pre_tokenizer", tokenizers.pre_tokenizers.Whitespace()),
+        lambda backend: setattr(backend, "post_processor", None),
+        lambda backend: setattr(backend, "decoder", tokenizers.decoders.WordPiece("#")),
+        lambda backend: setattr(backend.model, "unk_token", "[PAD]"),
+        lambda backend: setattr(backend, "model", tokenizers.models.WordPiece({"[UNK]": 0})),
+        lambda backend: backend.add_tokens(["unheardof"]),
+        lambda backend: backend.add_special_tokens([tokenizers.AddedToken("[SEP]", lstrip=True)]),
+        lambda backend: backend.enable_truncation(7),
+        lambda backend: backend.enable_padding(length=7),
+    ],
+)
+def test_every_change_is_in_the_hash(minilm, change):
+    tokenizer = copy.deepcopy(minilm.tokenizer)
+    tokenizer.backend.normalizer = tokenizers.normalizers.Replace("a" * 99, "c")
+    before = tokenizer.sha256()
+    change(tokenizer.backend)
+    assert tokenizer.sha256() == hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest() != before
+
+
+def test_another_backend_is_in_the_hash(minilm):
+    """Even one with as many tokens, in another order."""
+    tokenizer = copy.deepcopy(minilm.tokenizer)
+    before, content = tokenizer.sha256(), json.loads(tokenizer.backend.to_str())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["order"], vocabulary["world"] = vocabulary["world"], vocabulary["order"]
+    tokenizer.backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+    assert tokenizer.sha256() != before
+
+
+def test_an_unchanged_tokenizer_is_not_hashed_again(minilm, monkeypatch):
+    before = minilm.tokenizer.sha256()
+    minilm.tokenize(["whole"])  # for which truncation is off
+    monkeypatch.setattr(tokenization.hashlib, "sha256", None)
+    assert minilm.tokenizer.sha256() == before
