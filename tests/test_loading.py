@@ -438,7 +438,7 @@ def test_a_tokenizer_that_does_not_fit_the_vocabulary(folder):
     tokenizer = read_json(folder / "tokenizer.json")
     tokenizer["model"]["vocab"]["more"] = size
     write_json(folder / "tokenizer.json", tokenizer)
-    assert_refused(f"the tokenizer gives ids up to {size}, the encoder's vocab_size is {size}$", folder)
+    assert_refused(f"token ids reach {size}, the encoder's vocab_size is {size}$", folder)
 
 
 def test_a_tokenizer_smaller_than_the_vocabulary_is_fine(write_tiny, tmp_path):
@@ -470,7 +470,7 @@ def test_a_module_outside_the_folder_is_refused(write_tiny, tmp_path, path):
     folder = write_tiny(tmp_path / "model", modules=True)
     modules = read_json(folder / "modules.json")
     write_json(folder / "modules.json", [{**modules[0], "path": path}, *modules[1:]])
-    assert_refused(r"modules\.json: path is .*expected one inside the folder", folder)
+    assert_refused(r"modules\.json: path is .*expected one in the folder", folder)
 
 
 @pytest.mark.parametrize(

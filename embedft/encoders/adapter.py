@@ -130,9 +130,7 @@ class Adapter(nn.Module):
         if format not in FORMATS:
             raise ValueError(f"format is {format!r}, expected one of {', '.join(FORMATS)}")
         path, weights = (Path(folder) / name for name in FORMATS[format])
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}
-        if self.side == "shared":
-            tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("query.")}
+        tensors = {name: x.detach().cpu().contiguous() for name, x in self.named_parameters()}  # once if shared
         config = {role: part and part.settings for role in ROLES for part in [self.map_of(role)]}
         base = base or self.base
         config |= {"side": self.side, "normalize": self.normalize, "base": base and base._asdict()}
@@ -192,8 +190,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def _read(config: dict[str, Any], weights: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if config.get("format_version") != FORMAT_VERSION:
-        found = config.get("format_version")
+    if (found := config.get("format_version")) != FORMAT_VERSION:
         raise ValueError(f"format_version is {found!r}, expected {FORMAT_VERSION}; fit the adapter again")
     content = weights.read_bytes()
     if hashlib.sha256(content).hexdigest() != config["weights_sha256"]:
@@ -224,14 +221,12 @@ def _to_llamaindex(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[
 def _from_llamaindex(config: dict[str, Any], weights: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     kind = "two_layer" if "hidden_features" in config else "linear"
     settings = {"kind": kind, **{ours: config[theirs] for ours, theirs in SETTINGS[kind].items()}}
-    try:
-        if not zipfile.is_zipfile(weights):  # on which torch may fail in any way
-            raise RuntimeError
-        tensors = torch.load(weights, map_location="cpu", weights_only=True)
+    try:  # on a file that is no zip, torch may fail in any way
+        tensors = torch.load(weights, map_location="cpu", weights_only=True) if zipfile.is_zipfile(weights) else None
     except (pickle.UnpicklingError, RuntimeError):
-        raise ValueError(f"{weights.name} is not a complete file of plain tensors") from None
+        tensors = None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{weights.name} holds something other than named tensors")
+        raise ValueError(f"{weights.name} is damaged, or holds something other than named tensors")
     ours = {theirs: name for name, theirs in TENSORS.items()}
     tensors = {ours.get(name, f"query.{name}"): tensor for name, tensor in tensors.items()}
     if kind == "two_layer" and not settings["residual"]:

@@ -137,8 +137,8 @@ class Embedder(nn.Module):
 
     def embed_pair(self, queries: Packed, documents: Packed) -> tuple[Tensor, Tensor]:
         """Vectors of packed queries [B, D] and documents [M, D], in one forward pass of the encoder."""
-        both = self._embed(concatenate(queries, documents))
-        Q, D = both[: queries.num_sequences], both[queries.num_sequences :]
+        sizes = [queries.num_sequences, documents.num_sequences]
+        Q, D = self._embed(concatenate(queries, documents)).split(sizes)
         return self._adapted(Q, "query"), self._adapted(D, "document")
 
     def _embed(self, packed: Packed) -> Tensor:
@@ -177,8 +177,7 @@ class Embedder(nn.Module):
         Raises `ValueError` for a bad argument, or a vector that is not finite, naming its text.
         """
         embeddings_ND = np.empty((len(texts), self._checked_dim(dim)), dtype=np.float32)
-        options = {"dim": dim, "batch_tokens": batch_tokens, "progress": progress}
-        with self._encoding(len(texts), role, **options) as (vectors, bar):
+        with self._encoding(len(texts), role, dim=dim, batch_tokens=batch_tokens, progress=progress) as (vectors, bar):
             for start in range(0, max(1, len(texts)), window_texts):
                 window = slice(start, start + window_texts)
                 embeddings_ND[window] = vectors(texts[window], lambda new: self._token_ids(new, role), bar.update)
@@ -232,8 +231,7 @@ class Embedder(nn.Module):
                     rows = order[places.start : places.stop]
                     packed = pack([token_ids[row] for row in rows], prompt_length=prompt_length)
                     vectors_ND[rows] = self._embed(packed).float().cpu().numpy()
-                    wrong = np.flatnonzero(~np.isfinite(vectors_ND[rows]).all(axis=1))
-                    if len(wrong):
+                    if len(wrong := np.flatnonzero(~np.isfinite(vectors_ND[rows]).all(axis=1))):
                         text = repr(keys[rows[wrong[0]]][:60])
                         raise ValueError(f"the vector of {text} is not finite: check the model's weights")
                     done(len(rows))

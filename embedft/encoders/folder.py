@@ -28,10 +28,7 @@ from .pooling import Pooling
 from .tokenization import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
 
 # By `model_type` of config.json. A family's module has Config, Encoder, key_map, CARRIED, PREFIX and RENAMED.
-FAMILIES: dict[str, ModuleType] = {
-    "bert": bert,
-}
-
+FAMILIES: dict[str, ModuleType] = {"bert": bert}
 CONFIG_FILE, WEIGHTS_FILE, MODULES_FILE = "config.json", "model.safetensors", "modules.json"
 TRANSFORMER_CONFIG_FILE, MODEL_CONFIG_FILE = "sentence_bert_config.json", "config_sentence_transformers.json"
 # The modules of modules.json that are understood, by class name and in this order.
@@ -54,17 +51,13 @@ LEGACY_POOLING_KEYS = {
     "lasttoken": "pooling_mode_lasttoken",
 }
 
-
 # The fields that are read: {field: (what it should be, whether a value is that)}. null stands for an absent field.
 Schema = Mapping[str, tuple[str, Callable[[Any], bool]]]
 BOOL = ("true or false", lambda x: isinstance(x, bool))
 # Without half a surrogate pair, which JSON can spell and no tokenizer takes.
 TEXT = ("a string", lambda x: x is None or (isinstance(x, str) and x == x.encode(errors="ignore").decode()))
 LENGTH = ("a number of tokens", lambda x: type(x) in (int, float) and x >= 1)
-PLACE = (
-    "one inside the folder",
-    lambda x: type(x) is str and "\0" not in x and not normpath(x).startswith(("..", "/")),
-)
+PLACE = ("one in the folder", lambda x: type(x) is str and "\0" not in x and not normpath(x).startswith(("..", "/")))
 SCHEMAS: dict[str, Schema] = {
     CONFIG_FILE: {
         "model_type": (f"one of {', '.join(FAMILIES)}", lambda x: x in list(FAMILIES)),
@@ -169,20 +162,16 @@ def read_config(folder: Path) -> tuple[ModuleType, Any, dict[str, Any]]:
 def read_tokenizer(folder: Path, config: Any, max_length: int | None) -> Tokenizer:
     """The tokenizer, with the maximum length asked for, else the folder's, but no more than the encoder's positions."""
     settings, limit = read_fields(folder / TRANSFORMER_CONFIG_FILE), config.max_length
-    tokenizer = Tokenizer.load(
-        folder,
-        read_fields(folder / TOKENIZER_CONFIG_FILE),
-        max_length=limit if max_length is None else max_length,
-        lower_case=settings.get("do_lower_case", False),
-    )
+    length, lower_case = limit if max_length is None else max_length, settings.get("do_lower_case", False)
+    own = read_fields(folder / TOKENIZER_CONFIG_FILE)
+    tokenizer = Tokenizer.load(folder, own, max_length=length, lower_case=lower_case)
     if max_length is None:
-        folder_length = settings.get("max_seq_length") or tokenizer.config.get("model_max_length") or limit
+        folder_length = settings.get("max_seq_length") or own.get("model_max_length") or limit
         with naming(folder):
             tokenizer.truncate(int(min(folder_length, limit)))
     largest = max(tokenizer.backend.get_vocab(with_added_tokens=True).values())
     if largest >= config.vocab_size:
-        found = f"the tokenizer gives ids up to {largest}"
-        raise ValueError(f"{folder}: {found}, the encoder's vocab_size is {config.vocab_size}")
+        raise ValueError(f"{folder}: token ids reach {largest}, the encoder's vocab_size is {config.vocab_size}")
     return tokenizer
 
 
@@ -254,16 +243,16 @@ def _read_state(path: Path, encoder: nn.Module, family: ModuleType) -> tuple[dic
             if new in stored:
                 raise ValueError(f"{path}: {new} is there twice, under this name and an older one")
             stored[new] = name
-        extra = sorted(name for name in stored.keys() - wanted if not name.startswith(family.CARRIED))
         faults = [f"missing {name}" for name in sorted(wanted - stored.keys())]
-        faults += [f"unexpected {name}" for name in extra]
+        unknown = sorted(stored.keys() - wanted)
+        faults += [f"unexpected {name}" for name in unknown if not name.startswith(family.CARRIED)]
         for ours, theirs in keys.items():
             shape = (own[ours].shape[0] // len(theirs), *own[ours].shape[1:])
-            for name in theirs if not extra else ():
-                found = file.get_slice(stored[name]) if name in stored else None
-                if found and tuple(found.get_shape()) != shape:
+            for name in filter(stored.get, theirs):
+                found = file.get_slice(stored[name])
+                if tuple(found.get_shape()) != shape:
                     faults.append(f"{name} has shape {tuple(found.get_shape())}, expected {shape}")
-                elif found and found.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                elif found.get_dtype() not in ("F64", "F32", "F16", "BF16"):
                     faults.append(f"{name} has type {found.get_dtype()}, expected a floating-point one")
         if faults:
             more = f", and {len(faults) - 5} more" if len(faults) > 5 else ""

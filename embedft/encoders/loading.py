@@ -23,7 +23,6 @@ from .tokenization import TOKENIZER_FILE, Tokenizer
 
 API_PREFIX = "openai:"
 
-
 # Models that come with installed packages: name -> (the package's import name, a folder inside, SHA-256 of
 # model.safetensors as published on the hub). A package is located, never imported.
 PACKAGES = {
@@ -86,10 +85,8 @@ def _load_folder(
     name: str, folder: Path, dtype: torch.dtype, max_length: int | None, prompts: Mapping[str, str] | None
 ) -> Embedder:
     modules = layout.read_modules(folder)
-    transformer, settings = (
-        folder / modules.get("Transformer", ""),
-        layout.read_fields(folder / layout.MODEL_CONFIG_FILE),
-    )
+    transformer = folder / modules.get("Transformer", "")
+    settings = layout.read_fields(folder / layout.MODEL_CONFIG_FILE)
     family, config, values = layout.read_config(transformer)
     encoder, carried = layout.read_encoder(transformer, family, config, dtype)
     pooling = layout.read_pooling(folder, modules, config.hidden_size)

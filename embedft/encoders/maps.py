@@ -81,9 +81,8 @@ class LowRank(Map):
         return (product + _square(self.bias)) / self.out_features
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
-        with torch.no_grad():
-            weight = torch.eye(self.out_features, self.in_features).to(self.up) + self.up @ self.down
-        return weight, None if self.bias is None else self.bias.detach()
+        weight = torch.eye(self.out_features, self.in_features).to(self.up) + self.up @ self.down
+        return weight.detach(), None if self.bias is None else self.bias.detach()
 
 
 class TwoLayer(Map):
@@ -105,8 +104,7 @@ class TwoLayer(Map):
         activation: str = "relu",
         residual: bool = True,
     ):
-        more = {"hidden": hidden, "bias": bias, "activation": activation, "residual": residual}
-        super().__init__(in_features, out_features, **more)
+        super().__init__(in_features, out_features, hidden=hidden, bias=bias, activation=activation, residual=residual)
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
         self.activation = getattr(F, activation)

@@ -179,7 +179,6 @@ def attention(qkv_T3HK: Tensor, sequences: Sequences, *, dropout: float = 0.0) -
         if group.rows is not None:
             tokens = tokens[group.rows]
         q, k, v = tokens.view(group.num_sequences, group.length, 3, H, K).permute(2, 0, 3, 1, 4)  # each [N, H, L, K]
-        out_NHLK = F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask, dropout_p=dropout)
-        out_NLHK = out_NHLK.transpose(1, 2)
+        out_NLHK = F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask, dropout_p=dropout).transpose(1, 2)
         outputs.append(out_NLHK.reshape(-1, H * K) if group.mask is None else out_NLHK[group.mask[:, 0, 0]].flatten(1))
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]

@@ -9,6 +9,7 @@ Shapes: T tokens, B sequences, D features.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -72,11 +73,6 @@ def mean(tokens: Tokens, exponent: float = 1.0) -> Tensor:
     return tokens.sum(tokens.vectors_TD) / count_B1**exponent
 
 
-def mean_sqrt_len(tokens: Tokens) -> Tensor:
-    """The sum over the root of the number of tokens."""
-    return mean(tokens, 0.5)
-
-
 def weighted_mean(tokens: Tokens) -> Tensor:
     """The sum of p x_p over the sum of p, positions p from 1. Source: SGPT (Muennighoff 2022), section 4.1."""
     return tokens.mean(torch.ones_like(tokens.vectors_TD[:, :1]) * (tokens.position_T[:, None] + 1))
@@ -105,7 +101,7 @@ POOLINGS: dict[str, Callable[[Tokens], Tensor] | type[nn.Module]] = {
     "cls": first,
     "max": largest,
     "mean": mean,
-    "mean_sqrt_len_tokens": mean_sqrt_len,
+    "mean_sqrt_len_tokens": partial(mean, exponent=0.5),
     "weightedmean": weighted_mean,
     "lasttoken": last,
     "attention": Attention,

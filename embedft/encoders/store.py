@@ -168,10 +168,9 @@ class Store:
         """
         keys_N2, misses = text_keys(texts), self.misses
         opened = self._rows(space)
-        found_N, missing = opened.find(keys_N2), {}
-        for row in np.flatnonzero(found_N < 0).tolist():
-            missing.setdefault(texts[row], row)
-        first_rows = np.array(list(missing.values()), dtype=np.int64)
+        found_N = opened.find(keys_N2)
+        missing = {texts[row]: row for row in np.flatnonzero(found_N < 0)[::-1].tolist()}  # each text's first row
+        first_rows = np.array(sorted(missing.values()), dtype=np.int64)
         for start in range(0, len(missing), slice_texts):
             with self.turn(space):
                 rows = first_rows[start : start + slice_texts]

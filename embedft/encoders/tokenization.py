@@ -54,8 +54,7 @@ class Tokenizer:
         """Cuts texts to `max_length` tokens from now on."""
         num_special = self.backend.num_special_tokens_to_add(False)
         if max_length <= num_special:
-            expected = f"more than the {num_special} special tokens of a text"
-            raise ValueError(f"max_length is {max_length}, expected {expected}")
+            raise ValueError(f"max_length is {max_length}, expected more than the {num_special} special tokens")
         self.max_length = max_length
         self.backend.enable_truncation(max_length, direction=self.config.get("truncation_side", "right"))
 
