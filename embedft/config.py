@@ -80,9 +80,6 @@ def check_at_most_one(config: Any, *names: str) -> None:
         raise ValueError(f"{' and '.join(given)} cannot be combined")
 
 
-# Types.
-
-
 def check_types(cls: type, values: dict[str, Any], prefix: str = "") -> None:
     """Raises `ValueError` for the first of `values` that is no field of a dataclass, or not of its type or range."""
     fields = {field.name: field for field in dataclasses.fields(cls)}

@@ -23,7 +23,7 @@ class _Lines(tqdm):
 def progress_bar(
     total: int | None, description: str, *, unit: str, show: bool | None = None, initial: int = 0, line_seconds=30.0
 ) -> tqdm:
-    """A tqdm bar on stderr, of which `initial` was done before; or lines, the first after `line_seconds`."""
+    """A tqdm bar on stderr that starts at `initial`; or lines, the first after `line_seconds`."""
     asked = os.environ.get("EMBEDFT_PROGRESS")
     common = {"total": total, "desc": description, "unit": unit, "initial": initial, "file": sys.stderr}
     if show is None and asked is None and not sys.stderr.isatty():

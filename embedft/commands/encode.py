@@ -37,8 +37,7 @@ def run(options: Options) -> None:
     if options.texts.endswith(".jsonl"):
         found = [(n, x.get("text") if isinstance(x, dict) else x) for n, x in read_jsonl(options.texts)]
         if wrong := [number for number, text in found if not isinstance(text, str)]:
-            expected = "expected a string, or an object with a string `text`"
-            raise ValueError(f"{options.texts} line {wrong[0]}: {expected}")
+            raise ValueError(f"{options.texts} line {wrong[0]}: expected a string, or an object with a string `text`")
         texts = [text for _, text in found]
     else:
         texts = [line.rstrip("\r\n") for line in read_lines(options.texts)]

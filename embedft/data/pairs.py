@@ -1,8 +1,8 @@
 """Pairs and triplets, one per row of a JSONL, CSV or TSV file: the formats "jsonl" and "csv".
 
 Columns are found by name (COLUMN_ROLES, any case); others are ignored. Negatives are `negative`, `negative_1`, ...
-(null, absent or an empty cell: none) or, in JSONL, a list `negatives`. Row 7, counted from 0 and with dropped ones,
-brings query "q7", document "d7" and negatives "d7n0", "d7n1", ... Where equal texts are merged, the first id stands.
+(null, absent or an empty cell: none) or, in JSONL, a list `negatives`. Row 7 (counted from 0, dropped rows included)
+has query "q7", document "d7" and negatives "d7n0", "d7n1", ... Equal texts that are merged keep the first id.
 
 `query_id`, `document_id` and `negative_ids` (a list next to `negatives`) set ids instead; then equal ids, not equal
 texts, say what is the same. `grade` is the relevance, 1 if absent. `write_jsonl` writes all of these.
