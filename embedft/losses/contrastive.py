@@ -23,10 +23,7 @@ from .components import record
 from .rows import between_documents, by_rows, log_sum, mean_over_positives, mean_over_queries
 from .targets import DIRECTIONS, Targets, check_number, check_one_of, comparable, scores
 
-PARTITIONS = ("joint", "per_direction")
 HARDNESS = ("in_batch_negatives", "hard_negatives", "all_negatives")
-FORMS = ("out", "in")
-AGGREGATIONS = ("mean", "sum")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +59,7 @@ class InBatch:
             check_one_of("direction", direction, DIRECTIONS)
         if "query_document" not in self.directions or len(set(self.directions)) < len(self.directions):
             raise ValueError(f"directions is {list(self.directions)}, expected query_document and others, each once")
-        check_one_of("partition", self.partition, PARTITIONS)
+        check_one_of("partition", self.partition, ("joint", "per_direction"))
         if self.partition == "per_direction" and not {"query_query", "document_document"}.isdisjoint(self.directions):
             raise ValueError("partition is per_direction, but query_query and document_document have no positives")
         if len(self.directions) > 1 and (not self.in_batch or self.rows is not None):
@@ -196,7 +193,7 @@ def multi_positive(
     Source: Khosla et al. 2020 (Supervised Contrastive Learning), equation 2 (out) and 3 (in).
     """
     check_number("temperature", temperature, above=0)
-    check_one_of("form", form, FORMS)
+    check_one_of("form", form, ("out", "in"))
     targets.warn_without_negatives(D)
 
     def losses(scores_RM: Tensor, positive_RM: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -294,7 +291,7 @@ def global_orthogonal(
     Source: Zhang et al. 2017 (Learning Spread-out Local Feature Descriptors); Vera et al. 2025 (EmbeddingGemma). If all
     texts of a batch differ it equals the terms of sentence-transformers' GlobalOrthogonalRegularizationLoss.
     """
-    check_one_of("aggregation", aggregation, AGGREGATIONS)
+    check_one_of("aggregation", aggregation, ("mean", "sum"))
     weights = mean_weight or 0.0, second_moment_weight or 0.0
     for name, weight in zip(("mean_weight", "second_moment_weight"), weights, strict=True):
         check_number(name, weight, least=0)

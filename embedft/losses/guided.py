@@ -17,8 +17,6 @@ from .components import record
 from .rows import between_documents, by_rows, mean_over_positives, mean_over_queries
 from .targets import Targets, check_number, check_one_of, comparable, scores
 
-MARGIN_STRATEGIES = ("absolute", "relative")
-
 
 def guided_in_batch_negatives(
     Q: Tensor, D: Tensor, targets: Targets, *, temperature: float = 0.01, **options: Any
@@ -68,7 +66,7 @@ class _Guided:
     rows: int | None = None  # as in `by_rows`
 
     def __post_init__(self) -> None:
-        check_one_of("margin_strategy", self.margin_strategy, MARGIN_STRATEGIES)
+        check_one_of("margin_strategy", self.margin_strategy, ("absolute", "relative"))
         check_number("margin", self.margin)
         if self.rows is not None and (self.contrast_queries or self.contrast_positives):
             raise ValueError(f"rows is {self.rows}, but contrast_queries and contrast_positives need the whole batch")

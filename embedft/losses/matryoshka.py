@@ -19,8 +19,6 @@ from .targets import Targets, check_one_of, float32_or_64
 
 Loss = Callable[[Tensor, Tensor, Targets], Tensor]
 
-REDUCTIONS = ("sum", "mean")
-
 
 class Matryoshka(nn.Module):
     """Sum over dimensions d of weight_d * inner(the first d features of Q and D, scaled to unit length).
@@ -57,7 +55,7 @@ class Matryoshka(nn.Module):
         weights = _checked_weights(weights, len(dims), "dims")
         if dims_per_step != -1 and not 1 <= dims_per_step <= len(dims):
             raise ValueError(f"dims_per_step is {dims_per_step}, expected -1 (all) or 1 to {len(dims)}")
-        check_one_of("reduction", reduction, REDUCTIONS)
+        check_one_of("reduction", reduction, ("sum", "mean"))
         ordered = sorted(zip(dims, weights, strict=True), reverse=True)
         self.dims, self.weights = (tuple(column) for column in zip(*ordered, strict=True))
         self.inner, self.dims_per_step, self.reduction, self.seed = inner, dims_per_step, reduction, seed

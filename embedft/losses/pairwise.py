@@ -22,9 +22,6 @@ from torch import Tensor
 from .rows import by_rows
 from .targets import WINDOWS, Targets, check_number, check_one_of, comparable, float32_or_64, over_windows
 
-DISTANCES = ("cosine", "euclidean", "manhattan")
-REDUCTIONS = ("mean", "sum")
-PAIRS = ("first", "all")
 Scores = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -34,7 +31,7 @@ def triplet(Q: Tensor, D: Tensor, targets: Targets, *, margin: float = 5.0, dist
     Source: Schroff et al. 2015 (FaceNet), section 3.1, with distances not squared, as in Hermans et al. 2017; equals
     sentence-transformers' TripletLoss.
     """
-    _check(margin, distance)
+    check_number("margin", margin, least=0)
     targets.check_several("triplet")
     distances_BG = _listed_distances(Q, D, targets, distance)
     is_triplet_BGG = targets.listed_positive[:, :, None] & targets.listed_negative[:, None, :]
@@ -51,8 +48,8 @@ def contrastive(
 
     Source: Hadsell et al. 2006, equation 4; equals sentence-transformers' ContrastiveLoss.
     """
-    _check(margin, distance)
-    check_one_of("reduction", reduction, REDUCTIONS)
+    check_number("margin", margin, least=0)
+    check_one_of("reduction", reduction, ("mean", "sum"))
     positive_P, negative_P = _pair_distances(Q, D, targets, distance, "contrastive")
     total = positive_P.square().sum() + F.relu(margin - negative_P).square().sum()
     num_pairs = len(positive_P) + len(negative_P)
@@ -69,7 +66,7 @@ def online_contrastive(
 
     Source: sentence-transformers' OnlineContrastiveLoss: Hadsell et al. 2006, equation 4, over the hard pairs.
     """
-    _check(margin, distance)
+    check_number("margin", margin, least=0)
     positive_P, negative_P = _pair_distances(Q, D, targets, distance, "online_contrastive")
     furthest_positive = positive_P.max() if len(positive_P) else negative_P.mean()
     nearest_negative = negative_P.min() if len(negative_P) else positive_P.mean()
@@ -162,11 +159,6 @@ def listed_targets(targets: Targets, loss: str, like: Tensor) -> Tensor:
     return targets.target_scores.detach().to(like)
 
 
-def _check(margin: float, distance: str) -> None:
-    check_number("margin", margin, least=0)
-    check_one_of("distance", distance, DISTANCES)
-
-
 def _pair_distances(Q: Tensor, D: Tensor, targets: Targets, distance: str, loss: str) -> tuple[Tensor, Tensor]:
     """Distances of the positive and of the negative pairs, each [P]."""
     if targets.relevance is None:
@@ -180,6 +172,7 @@ def _listed_distances(
     Q: Tensor, D: Tensor, targets: Targets, distance: str, *, added: float = 0.0, as_pairs: bool = False
 ) -> Tensor:
     """Distance of every query from the documents listed for it, [B, G]; arbitrary where none is listed."""
+    check_one_of("distance", distance, ("cosine", "euclidean", "manhattan"))
     if distance == "cosine":
         return 1 - listed_scores(Q, D, targets, as_pairs=as_pairs)
     order = 2 if distance == "euclidean" else 1
@@ -193,7 +186,7 @@ def _listed_distances(
 
 def _scored_pairs(scores_BG: Tensor, targets: Targets, loss: str, pairs: str) -> tuple[Tensor, Tensor]:
     """Score and gold score of every pair, each [P]."""
-    check_one_of("pairs", pairs, PAIRS)
+    check_one_of("pairs", pairs, ("first", "all"))
     gold_BG, is_listed_BG = listed_targets(targets, loss, scores_BG), targets.group >= 0
     if pairs == "first":
         scores_BG, gold_BG, is_listed_BG = scores_BG[:, :1], gold_BG[:, :1], is_listed_BG[:, :1]

@@ -6,7 +6,6 @@ Shapes: B queries, R rows of scores, N columns, M documents, C document vectors,
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,16 +38,17 @@ def by_rows(
 
     The backward pass computes them again, so that [B, M] is never whole in memory; whatever needs a gradient has to be
     among the arguments. Second derivatives (create_graph=True) raise `RuntimeError` unless `rows` is at least B.
-    Components are not recorded inside. `rows` None: as many as `scores_at_a_time` allows, by default 2 MB of them in
-    float32, of which the backward pass holds a few, with `width` rows of scores per query.
+    Inside, components are not recorded and autocast is off. `rows` None: as many as `scores_at_a_time` allows, by
+    default 2 MB of them in float32, of which the backward pass holds a few, with `width` rows of scores per query.
     """
     if rows is not None and rows < 1:
         raise ValueError(f"rows is {rows}, expected at least 1")
     rows = rows or max(1, scores_at_a_time // max(1, len(D) * width))
     targets.check_queries(Q)
-    if len(Q) <= rows:
-        return losses(Q, D, targets, *parameters)
-    return _ByRows.apply(losses, targets, rows, Q, D, *parameters)
+    with torch.autocast(Q.device.type, enabled=False):
+        if len(Q) <= rows:
+            return losses(Q, D, targets, *parameters)
+        return _ByRows.apply(losses, targets, rows, Q, D, *parameters)
 
 
 class _ByRows(torch.autograd.Function):
@@ -61,16 +61,11 @@ class _ByRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, losses, targets, rows, Q, D, *parameters):
         ctx.losses, ctx.targets, ctx.rows = losses, targets, rows
-        # Numbers stay numbers: as a tensor, a temperature would be rounded to bfloat16 under autocast.
         ctx.numbers = [None if isinstance(x, Tensor) else x for x in parameters]
         ctx.save_for_backward(Q, D, *(x if isinstance(x, Tensor) else None for x in parameters))
-        device = Q.device.type
-        state = {"dtype": torch.get_autocast_dtype(device), "enabled": torch.is_autocast_enabled(device)}
-        # Without the cache: it would keep the cast of a leaf without its gradient.
-        ctx.autocast = partial(torch.autocast, device, **state, cache_enabled=False)
         outputs: list[Tensor] = []
         for first in range(0, len(Q), rows):
-            with ctx.autocast(), unrecorded():
+            with unrecorded():
                 part = losses(Q[first : first + rows], D, targets.of_queries(first, first + rows), *parameters)
             outputs = outputs or [x_R.new_empty(len(Q), *x_R.shape[1:]) for x_R in part]
             for x_B, x_R in zip(outputs, part, strict=True):
@@ -92,7 +87,7 @@ class _ByRows(torch.autograd.Function):
         for first in range(0, len(Q), ctx.rows):
             rows = slice(first, first + ctx.rows)
             Q_R = Q[rows].detach().requires_grad_(needs_Q)
-            with torch.enable_grad(), ctx.autocast(), unrecorded():
+            with torch.enable_grad(), torch.autocast(Q.device.type, enabled=False), unrecorded():
                 part = ctx.losses(Q_R, others[0], ctx.targets.of_queries(rows.start, rows.stop), *others[1:])
             differentiable = [(x_R, g_B[rows]) for x_R, g_B in zip(part, gradients, strict=True) if x_R.requires_grad]
             if differentiable:

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SIMILARITIES = ("cosine", "dot")
 DIRECTIONS = ("query_document", "document_query", "query_query", "document_document")
 WINDOWS = ("max", "softmax")
 
@@ -191,11 +190,8 @@ class Targets:
                 raise ValueError(f"document has {found}, expected every number from 0 to the last")
         limits = [("group", "document", self.group, -1, num_documents)]
         if self.known is not None:
-            queries, documents = self.known.unbind(dim=1)
-            limits += [
-                ("known", "query", queries, 0, len(self.group)),
-                ("known", "document", documents, 0, num_documents),
-            ]
+            limits.append(("known", "query", self.known[:, 0], 0, len(self.group)))
+            limits.append(("known", "document", self.known[:, 1], 0, num_documents))
         for name, what, numbers, least, limit in limits:
             for number in numbers.aminmax() if numbers.numel() else ():
                 if not least <= number < limit:
@@ -223,7 +219,7 @@ def comparable(Q: Tensor, D: Tensor, similarity: str, *, as_pairs: bool = False)
     "cosine" clamps lengths at 1e-12, so that a zero vector has cosine 0 with everything. With `as_pairs` it follows
     torch.cosine_similarity, as sentence-transformers does for pairs: it clamps at 1e-8, but not the length's gradient.
     """
-    check_one_of("similarity", similarity, SIMILARITIES)
+    check_one_of("similarity", similarity, ("cosine", "dot"))
     vectors = float32_or_64(Q), float32_or_64(D)
     if similarity == "dot":
         return vectors

@@ -22,7 +22,6 @@ from ..files import atomic_write, named_errors, read_object, sha256_file, write_
 
 MODEL, LOSS, OPTIMIZER, RANDOM = "model.safetensors", "loss.safetensors", "optimizer.safetensors", "random.safetensors"
 BEST, REFRESH, STATE, FILES = "best.safetensors", "refresh.safetensors", "state.json", "files.json"
-KEPT = 2
 Weights = dict[str, Tensor]
 
 
@@ -83,7 +82,7 @@ def save_checkpoint(folder: Path, state: TrainState) -> None:
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for older in _checkpoints(folder)[:-KEPT]:
+    for older in _checkpoints(folder)[:-2]:
         shutil.rmtree(older)
 
 

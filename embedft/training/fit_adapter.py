@@ -170,9 +170,8 @@ def _full_corpus(
     relevant = _answers(qrels)
 
     def compute(rows: list[int]) -> Tensor:
-        options = {"temperature": temperature, "document_map": adapter.document}
-        pairs = Pairs.of(relevant, rows, documents)
-        return full_corpus_softmax(adapter(queries_ND[rows], "query"), documents, pairs, **options)
+        pairs, mapped_BD = Pairs.of(relevant, rows, documents), adapter(queries_ND[rows], "query")
+        return full_corpus_softmax(mapped_BD, documents, pairs, temperature=temperature, document_map=adapter.document)
 
     return list(relevant), compute
 
@@ -256,9 +255,8 @@ def _answers(qrels: Qrels) -> dict[int, list[int]]:
 
 def _start(start: Adapter | None, config: AdapterConfig, dim: int, *, base: Base | None, normalize: bool) -> Adapter:
     """An adapter at the identity, as configured, or a copy of `start`."""
-    options, own = {"bias": config.bias}, {"low_rank": "rank", "two_layer": "hidden"}.get(config.kind)
-    if own is not None:
-        options[own] = getattr(config, own)
+    own = {"low_rank": {"rank": config.rank}, "two_layer": {"hidden": config.hidden}}.get(config.kind, {})
+    options = {"bias": config.bias, **own}
     with devices.seeded(config.seed, torch.device("cpu")):
         maps = {side: build_map(config.kind, dim, config.out_dim, **options) for side in ("query", "document")}
     if config.side == "shared":

@@ -81,13 +81,7 @@ def is_done(out: Path, config: dict[str, Any], *, hashes: dict[str, str]) -> boo
 
 
 def open_run(
-    out: Path,
-    config: dict,
-    *,
-    hashes: dict,
-    device: torch.device,
-    existing: str = "refuse",
-    allow_changed_code: bool = False,
+    out: Path, config: dict, *, hashes: dict, device: torch.device, existing: str, allow_changed_code: bool = False
 ) -> None:
     """Writes configuration and environment; to "resume", checks that they are the same.
 

@@ -33,9 +33,7 @@ class TrainConfig:
     eval_every: int | None = setting(None, "steps between validations [one per epoch]", least=1)
     checkpoint_every: int | None = setting(None, "steps between checkpoints [one per epoch]", least=1)
     select: str = setting("ndcg@10", "validation metric that chooses the best weights")
-    log: Literal["tensorboard", "wandb"] | None = setting(
-        None, "also log to tensorboard or wandb, which must be installed"
-    )
+    log: Literal["tensorboard", "wandb"] | None = setting(None, "also log to it; install it first")
 
     def __post_init__(self):
         check_types(type(self), vars(self))
