@@ -52,8 +52,7 @@ class Adapter(nn.Module):
     """Maps on the vectors of queries and documents; None leaves them unchanged, one object given twice is shared.
 
     `base` is the model whose vectors they are for (None: unknown). With `normalize`, `transform` returns unit vectors.
-    Raises `ValueError` when there is no map, or when outputs cannot be compared, such as queries of 128 features with
-    documents that keep their 384.
+    Raises `ValueError` without a map, or when the vectors of queries and documents would differ in width.
     """
 
     def __init__(

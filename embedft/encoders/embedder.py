@@ -192,10 +192,8 @@ class Embedder(nn.Module):
         A window is embedded as a text of its own. A `store` keeps it under its token ids, so once for all sizes and
         strides that contain it.
 
-        Args:
-            passages: (size, stride), as for `Tokenizer.windows`.
-            cut_texts: texts cut together; about 16 times as many windows are encoded together.
-            options: dim, batch_tokens and progress, as for `encode`.
+        `passages`: (size, stride), as for `Tokenizer.windows`; `options`: dim, batch_tokens and progress, as for
+        `encode`. `cut_texts` texts are cut together, and about 16 times as many windows encoded together.
 
         Source: Dai and Callan 2019 (Deeper text understanding for IR with contextual neural language modeling),
         section 3: passages of a window and a stride, each scored by itself.

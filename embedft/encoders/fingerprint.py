@@ -88,7 +88,6 @@ def _collect_sources(thing: Any, sources: dict[str, str]) -> None:
 
 def precision(device: torch.device) -> tuple[str, ...]:
     """torch's settings that float32 products depend on: autocast, and what may stand in for float32."""
-    backends = torch.backends
     cast = str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else "none"
-    places = (backends, backends.cuda.matmul, backends.mkldnn, backends.mkldnn.matmul)
+    places = (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn, torch.backends.mkldnn.matmul)
     return cast, *(place.fp32_precision for place in places)

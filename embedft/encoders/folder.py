@@ -313,12 +313,9 @@ def _write_pooling(folder: Path, pooling: Pooling, hidden_size: int) -> None:
 
 def _write_router(folder: Path, dense: dict[str, tuple[Tensor, Tensor | None] | None]) -> None:
     """A Router with a route per role (documents' is the default): a Dense module without activation, or nothing."""
-    structure, types = {role: [] for role in dense}, {}
-    for role, layer in dense.items():
-        if layer is None:
-            continue
-        (weight, bias), name = layer, f"{role}_0_Dense"
-        structure[role], types[name] = [name], MODULE_TYPE + "Dense"
+    structure = {role: [f"{role}_0_Dense"] if layer else [] for role, layer in dense.items()}
+    types = {name: MODULE_TYPE + "Dense" for names in structure.values() for name in names}
+    for name, (weight, bias) in zip(types, filter(None, dense.values()), strict=True):
         sizes = {"in_features": weight.shape[1], "out_features": weight.shape[0], "bias": bias is not None}
         write_json(folder / name / CONFIG_FILE, {**sizes, "activation_function": "torch.nn.modules.linear.Identity"})
         tensors = {"linear.weight": weight} if bias is None else {"linear.weight": weight, "linear.bias": bias}

@@ -28,8 +28,7 @@ class Tokens:
         self.all_TD = hidden_TD if hidden_TD.dtype is torch.float64 else hidden_TD.float()
         self.first_B, end_B = packed.cu_seqlens[:-1].long(), packed.cu_seqlens[1:].long()
         self.last_B, self.num_sequences = end_B - 1, len(end_B)
-        numbers_B = torch.arange(self.num_sequences, device=end_B.device)
-        self.sequence_T = torch.repeat_interleave(numbers_B, packed.lengths())
+        self.sequence_T = torch.repeat_interleave(packed.lengths())
         self.vectors_TD, self.position_T = self.all_TD, packed.positions
         if packed.prompt_lengths is not None:
             prompt_B = packed.prompt_lengths.to(self.first_B)
@@ -116,9 +115,8 @@ class Pooling(nn.Module):
 
     def __init__(self, names: Sequence[str], hidden_size: int, *, include_prompt: bool = True):
         super().__init__()
-        for name in names:
-            if name not in POOLINGS:
-                raise ValueError(f"pooling mode is {name!r}, expected one of {', '.join(POOLINGS)}")
+        if unknown := [name for name in names if name not in POOLINGS]:
+            raise ValueError(f"pooling mode is {unknown[0]!r}, expected one of {', '.join(POOLINGS)}")
         self.names, self.include_prompt = tuple(names), include_prompt
         self.out_features = hidden_size * len(self.names)
         classes = {name: POOLINGS[name] for name in self.names if isinstance(POOLINGS[name], type)}
