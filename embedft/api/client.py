@@ -26,7 +26,7 @@ OPENAI_HOST = "api.openai.com"
 OPENAI_URL = f"https://{OPENAI_HOST}/v1"
 BREAK = r"(?:\\[nrt]|\\u[0-9a-fA-F]{4}|[^\x21-\x7e])"  # line breaks and whatever else may split a quoted secret
 FREE = (0, 0)
-FREE_SERVER_ERRORS = (500, 503, 529)  # no work that is charged for; a gateway's 502 or 504 and a 408 do not say
+FREE_SERVER_ERRORS = (500, 503, 529)  # the server did nothing to charge for; a 408, 502 or 504 leaves that open
 # Connection errors before a byte of the request was sent: by name, because openai chooses the HTTP library.
 NEVER_SENT = ("ConnectError", "ConnectTimeout", "PoolTimeout")
 # Redirects, and what is wrong with every request: key, money, permission, address. Other 4xx are about this request.
@@ -105,7 +105,7 @@ class Client:
         self.openai = openai.AsyncOpenAI(api_key=server.key, base_url=server.url, **options)
 
     def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        """What a coroutine that sends requests returns, in a thread: a notebook's has a running loop."""
+        """Runs a coroutine that sends requests, in a thread of its own: a notebook's thread already runs a loop."""
 
         async def closing() -> Any:
             async with self.openai:
@@ -140,7 +140,7 @@ class Client:
         return self.parse(response.text)
 
     def parse(self, text: str) -> dict[str, Any] | Response:
-        """The JSON object in the body of a 200, or the failed `Response` when it is none, or reports an error."""
+        """The JSON object in the body of a 200; a failed `Response` if it is not one, or reports an error."""
         reply = _parse(text)
         if not isinstance(reply, dict):
             return self.unexpected("JSON object", text)

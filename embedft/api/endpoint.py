@@ -26,7 +26,6 @@ from .sending import Forms, Job, Response, Sender
 # Of api.openai.com: 2,048 texts and 300,000 tokens per request; a token is at least a byte.
 MAX_BATCH_BYTES, OPENAI_MAX_TOKENS = 300_000, 8_191
 SPECIAL_TOKENS = 4  # that a tokenizer may add to a text, for the most that a request may cost
-CHARACTERS_A_TOKEN = 8  # few tokens are longer on average: the first cut of a text that is too long
 ENCODING_FORMATS = ("base64", "float", None)  # base64 is a third of the size; None: the field is left out
 
 
@@ -178,7 +177,7 @@ class Fetch:
         return Response("ok", "done", result=good, usage=usage)
 
     def _record(self, job: Job, response: Response, line: dict[str, Any]) -> None:
-        """Stores what is good, then settles: a kill between the two counts a request as dearer, never as free."""
+        """Stores what is good, then settles: a kill in between overstates what a request cost, never hides it."""
         endpoint, good, (texts, taken) = self.endpoint, response.result or {}, job.content
         if good:
             self.keep(good)
@@ -196,8 +195,8 @@ class Fetch:
 
 
 def shorten(text: str, max_tokens: int | None) -> str:
-    """A refused text without its last tenth, of at most 8 characters per token, cut at whitespace if any is near."""
-    num_kept = min(len(text) * 9 // 10, CHARACTERS_A_TOKEN * (max_tokens or len(text)))
+    """A refused text without its last tenth, of at most 8 characters a token (few have more), at whitespace if near."""
+    num_kept = min(len(text) * 9 // 10, 8 * (max_tokens or len(text)))
     earliest = num_kept * 9 // 10
     found = None if text[num_kept].isspace() else re.search(r"\s\S*\Z", text[earliest:num_kept])
     return text[: earliest + found.start() if found else num_kept].rstrip()

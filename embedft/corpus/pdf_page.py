@@ -20,7 +20,7 @@ from typing import Any
 FAILURES = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError)
 FAILURES += (RuntimeError, TypeError, ValueError, struct.error, zlib.error)
 LINE_SHARE = 0.7  # baselines closer than this share of the font's height are one line
-# Names and numbers of glyphs, which stand for characters that a font does not tell.
+# Names and numbers of glyphs, left in place of characters that the font does not identify.
 GLYPH_CODES = re.compile(r"/(?:g|G|C|c|cid|glyph|uni[0-9A-F]|[A-Z])\d+(?![\w.])|\(cid:\d+\)")
 UNREADABLE = "its text is unreadable: its fonts do not say which characters they draw (it needs OCR)"
 INCOMPLETE = "part of its text is missing or unreadable: a font does not say which characters it draws"
@@ -117,7 +117,7 @@ def glued_words(layout: str, plain: str) -> tuple[int, int]:
 
 
 def unreadable_share(text: str) -> float:
-    """The share of a text's characters that are glyph codes, control characters or nobody's."""
+    """The share of a text's characters that are glyph codes, control characters or unassigned."""
     characters = "".join(text.split())
     odd = sum(unicodedata.category(c) in ("Cc", "Cn", "Co") or c == "\ufffd" for c in characters)
     return (odd + sum(map(len, GLYPH_CODES.findall(text)))) / max(1, len(characters))

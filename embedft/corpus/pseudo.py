@@ -153,7 +153,6 @@ ROLE = re.compile(r":[\w:.+-]+:`")
 LITERAL = re.compile(r"`+~?([^`<]*[^`<\s])(?:\s*<[^`<>]*>)?`+_{0,2}")  # `x`, ``x``, `~x.y`, `text <target>`_
 EMPHASIS = re.compile(r"(?<![\w*])(\*{1,2})([^*\s](?:[^*]*[^*\s])?)\1(?![\w*])")
 
-
 # The first sentence of a docstring, the rest of it, and the dotted names of its file and of what it documents.
 DocstringPair = namedtuple("DocstringPair", "query document module name")
 
