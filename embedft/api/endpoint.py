@@ -195,7 +195,7 @@ class Fetch:
 
 
 def shorten(text: str, max_tokens: int | None) -> str:
-    """A refused text without its last tenth, of at most 8 characters a token (few have more), at whitespace if near."""
+    """Cuts a refused text by its last tenth, to at most 8 characters a token (few have more), at whitespace if near."""
     num_kept = min(len(text) * 9 // 10, 8 * (max_tokens or len(text)))
     earliest = num_kept * 9 // 10
     found = None if text[num_kept].isspace() else re.search(r"\s\S*\Z", text[earliest:num_kept])
