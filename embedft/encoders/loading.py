@@ -84,9 +84,8 @@ def load_embedder(
 def _load_folder(
     name: str, folder: Path, dtype: torch.dtype, max_length: int | None, prompts: Mapping[str, str] | None
 ) -> Embedder:
-    modules = layout.read_modules(folder)
+    modules, settings = layout.read_modules(folder), layout.read_fields(folder / layout.MODEL_CONFIG_FILE)
     transformer = folder / modules.get("Transformer", "")
-    settings = layout.read_fields(folder / layout.MODEL_CONFIG_FILE)
     family, config, values = layout.read_config(transformer)
     encoder, carried = layout.read_encoder(transformer, family, config, dtype)
     pooling = layout.read_pooling(folder, modules, config.hidden_size)

@@ -131,8 +131,7 @@ class Rows:
 
     def damage(self, what: str) -> ValueError:
         """The error to raise; it says how to repair the space."""
-        advice = f"see `embedft store {self.path.parent} --verify`, drop such rows with --repair"
-        return ValueError(f"{self.path}: {what}; {advice}")
+        return ValueError(f"{self.path}: {what}; see `embedft store {self.path.parent} --verify`; --repair drops them")
 
 
 class Store:
