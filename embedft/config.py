@@ -4,10 +4,10 @@ A field is written once, with its type, default and meaning; option, help and JS
 
     @dataclass(frozen=True, kw_only=True)
     class MyOptions(Options):
-        data: str = setting(REQUIRED, "what to read", metavar="DATA", positional=True)
-        dims: list[int] | None = setting(None, "...")         # --dims 384 128
-        fuse: bool = setting(False, "...")                    # --fuse, --no-fuse, --fuse true
-        loss: dict[str, Any] = setting({"name": "x"}, "...")  # --loss.name x, --loss name=x, --loss '{"name": "x"}'
+        data: str = option(REQUIRED, "what to read", metavar="DATA", positional=True)
+        dims: list[int] | None = option(None, "...")         # --dims 384 128
+        fuse: bool = option(False, "...")                    # --fuse, --no-fuse, --fuse true
+        loss: dict[str, Any] = option({"name": "x"}, "...")  # --loss.name x, --loss name=x, --loss '{"name": "x"}'
 
     options = parse(MyOptions, ["pairs.csv", "--dims", "384", "128"])
 """
@@ -41,7 +41,7 @@ METAVARS = {int: "N", float: "X", str: "TEXT", bool: "", dict: "KEY=VALUE"}
 UNIONS = (types.UnionType, typing.Union)
 
 
-def setting(default: Any, meaning: str, *, metavar: str = "", positional: bool = False, **bounds: float) -> Any:
+def option(default: Any, meaning: str, *, metavar: str = "", positional: bool = False, **bounds: float) -> Any:
     """A dataclass field that is an option or a positional argument; `default` is REQUIRED when there is none.
 
     The help shows `metavar` for the value, and adds the default to `meaning` unless that ends with one in brackets.
@@ -139,8 +139,8 @@ def _default(field: dataclasses.Field) -> Any:
 class Options:
     """Every command."""
 
-    config: str | None = setting(None, "JSON file with any of these options; the command line wins", metavar="FILE")
-    quiet: bool = setting(False, "show no progress")
+    config: str | None = option(None, "JSON file with any of these options; the command line wins", metavar="FILE")
+    quiet: bool = option(False, "show no progress")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -30,10 +30,10 @@ from .retrieval.metrics import select_metrics
 from .retrieval.mining import mine
 from .retrieval.report import Report
 from .retrieval.run import Run
-from .training import distributed, runs
+from .training import distributed, run_folder
+from .training.configs import MINING, FinetuneConfig, configured_loss
 from .training.optim import MakeOptimizer
 from .training.references import FrozenEmbeddings, Reference, best_windows, targets_with, with_best_windows
-from .training.settings import MINING, FinetuneConfig, configured_loss
 from .training.train import BatchSource, Evaluate, OnStep, Refresh, train
 
 VALIDATION, VALIDATION_BASE = "validation", "validation-base"
@@ -67,13 +67,13 @@ class _Job:
     def lacks_base(self) -> bool:
         """Whether a report on the base is yet to be saved; a whole one has its metrics.json."""
         is_wanted = self.out is not None and self.validation is not None
-        return is_wanted and not (self.out / runs.EVAL / VALIDATION_BASE / "metrics.json").exists()
+        return is_wanted and not (self.out / run_folder.EVAL / VALIDATION_BASE / "metrics.json").exists()
 
     def report(self, save_as: str | None = None) -> Report:
         """On `validation`, with the weights as they are."""
         found = evaluate_embedder(self.embedder, self.validation, passages=self.config.passages, **self.measured())
         if save_as is not None:
-            found.save(self.out / runs.EVAL / save_as)
+            found.save(self.out / run_folder.EVAL / save_as)
         return found
 
     def measured(self) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def finetune(
         validation: held-out questions that choose the best weights, by `config.select`; None: the last weights.
         references: {"guide" | "teacher" | "base": what the loss compares with}: an Embedder, which encodes `dataset`
             once (`embedder` itself: the base), or a function of the batch. Added to `config.references`.
-        out: run folder, see training/runs.py; `out/eval` gets reports on `validation` before and after.
+        out: run folder, see training/run_folder.py; `out/eval` gets reports on `validation` before and after.
         existing: what to do with a run in `out`: "refuse", "overwrite", or "resume" from its last checkpoint.
         allow_changed_code: resume even if the objects below are not those the run began with.
         loss, batches, optimizer, evaluate, refresh, on_step: as in `training.train.train`, in place of settings, which
@@ -154,8 +154,8 @@ def _prepare(job: _Job, existing: str) -> None:
     """Checks everything, applies the settings of the embedder, and makes batches, loss and references."""
     embedder, config, batches = job.embedder, job.config, job.given.get("batches")
     if job.out is not None:
-        distributed.from_first(lambda: runs.check_run(job.out, existing))
-    runs.check_logger(config.log, job.out)
+        distributed.from_first(lambda: run_folder.check_run(job.out, existing))
+    run_folder.check_logger(config.log, job.out)
     for name in job.given.keys() & REPLACED.keys():
         config.check_unused(REPLACED[name], f"{name} is given as an object, which replaces it")
     job.loss = job.given.get("loss") or configured_loss(config)
@@ -193,10 +193,10 @@ def _prepare(job: _Job, existing: str) -> None:
 
 def _open(job: _Job, own_length: int, stack: contextlib.ExitStack, **how: Any) -> None:
     """Locks the run folder, proves that the model can be saved, and opens the run."""
-    stack.enter_context(runs.lock(job.out))
-    job.embedder.save(job.out / runs.TRIAL)
-    shutil.rmtree(job.out / runs.TRIAL)
-    runs.open_run(job.out, job.settings, hashes=job.hashes, device=job.embedder.device, **how)
+    stack.enter_context(run_folder.lock(job.out))
+    job.embedder.save(job.out / run_folder.TRIAL)
+    shutil.rmtree(job.out / run_folder.TRIAL)
+    run_folder.open_run(job.out, job.settings, hashes=job.hashes, device=job.embedder.device, **how)
     # The base as it is, not truncated. Else the first validation will be of the base.
     if job.lacks_base() and ("evaluate" in job.given or own_length != job.config.max_length):
         job.embedder.max_length = own_length
@@ -220,10 +220,10 @@ def _train(job: _Job) -> None:
 
 
 def _close(job: _Job) -> None:
-    job.embedder.save(job.out / runs.MODEL)
+    job.embedder.save(job.out / run_folder.MODEL)
     if job.validation is not None:
         job.report(VALIDATION)
-    runs.close_run(job.out)
+    run_folder.close_run(job.out)
 
 
 def _renewed(job: _Job, batches: BatchSource | None) -> BatchSource:

@@ -25,7 +25,7 @@ from embedft.device import describe
 from embedft.encoders.loading import load_tokenizer
 from embedft.files import write_json
 from embedft.retrieval.tables import format_table
-from embedft.training.runs import check_run
+from embedft.training.run_folder import check_run
 
 from .commandline import make_parser, run
 from .memory import peak_memory_bytes

@@ -19,7 +19,7 @@ from embedft import FinetuneConfig, Report, RetrievalDataset, evaluate, finetune
 from embedft.data.batches import make_batches
 from embedft.files import read_json
 from embedft.retrieval.tables import format_table
-from embedft.training.runs import DONE, ENVIRONMENT
+from embedft.training.run_folder import DONE, ENVIRONMENT
 
 from .commandline import make_parser, run
 from .report import compare_recipes, difference_cells

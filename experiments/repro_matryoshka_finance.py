@@ -29,7 +29,7 @@ from embedft import Embedder, FinetuneConfig, RetrievalDataset, evaluate_grid, f
 from embedft.data.batches import make_batches
 from embedft.files import read_json, write_json
 from embedft.retrieval.tables import format_table
-from embedft.training.runs import EVAL, MODEL, is_done
+from embedft.training.run_folder import EVAL, MODEL, is_done
 
 from .commandline import make_parser, run
 from .memory import peak_memory_bytes

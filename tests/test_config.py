@@ -16,9 +16,9 @@ from embedft.config import (
     check_types,
     from_dict,
     make_parser,
+    option,
     parse,
     part,
-    setting,
 )
 
 
@@ -26,18 +26,18 @@ from embedft.config import (
 class Config:
     """How to do it. And more."""
 
-    epochs: int = setting(3, "passes over the data")
-    lr: float = setting(5e-5, "at its highest, 100% of it")
-    schedule: Literal["linear", "cosine"] | None = setting("linear", "of the learning rate")
-    eval_every: int | None = setting(None, "steps [every epoch]")
-    fused: bool = setting(False, "one kernel")
-    bias: bool = setting(True, "add one")
-    no_duplicates: bool = setting(False, "each text once")
-    select: str = setting("ndcg@10", "the metric")
-    dims: list[int] | None = setting(None, "to keep")
-    names: list[str] = setting(["a"], "of something")
-    window: list[float] | None = setting(None, "size and stride", metavar="SIZE STRIDE")
-    loss: dict[str, Any] = setting({"name": "plain", "inner": {"depth": 1}}, "name and options")
+    epochs: int = option(3, "passes over the data")
+    lr: float = option(5e-5, "at its highest, 100% of it")
+    schedule: Literal["linear", "cosine"] | None = option("linear", "of the learning rate")
+    eval_every: int | None = option(None, "steps [every epoch]")
+    fused: bool = option(False, "one kernel")
+    bias: bool = option(True, "add one")
+    no_duplicates: bool = option(False, "each text once")
+    select: str = option("ndcg@10", "the metric")
+    dims: list[int] | None = option(None, "to keep")
+    names: list[str] = option(["a"], "of something")
+    window: list[float] | None = option(None, "size and stride", metavar="SIZE STRIDE")
+    loss: dict[str, Any] = option({"name": "plain", "inner": {"depth": 1}}, "name and options")
 
     def __post_init__(self):
         check_types(type(self), vars(self))
@@ -49,8 +49,8 @@ class Config:
 class Command(Config, Options):
     """A command."""
 
-    data: list[str] = setting(REQUIRED, "what to read", metavar="DATA", positional=True)
-    out: str = setting(REQUIRED, "where to write", metavar="DIR")
+    data: list[str] = option(REQUIRED, "what to read", metavar="DATA", positional=True)
+    out: str = option(REQUIRED, "where to write", metavar="DIR")
 
 
 def parsed(*arguments: str) -> Command:
@@ -180,8 +180,8 @@ def test_options_may_precede_arguments():
 def test_arguments_fill_their_places_in_order():
     @dataclass(frozen=True, kw_only=True)
     class Search(Options):
-        model: str = setting(REQUIRED, "", metavar="MODEL", positional=True)
-        question: str | None = setting(None, "", metavar="[QUESTION]", positional=True)
+        model: str = option(REQUIRED, "", metavar="MODEL", positional=True)
+        question: str | None = option(None, "", metavar="[QUESTION]", positional=True)
 
     assert parse(Search, ["m"]) == Search(model="m")
     assert parse(Search, ["m", "q"]) == Search(model="m", question="q")

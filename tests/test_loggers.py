@@ -1,4 +1,4 @@
-"""runs.py, its loggers: TensorBoard and W&B get the records of train.jsonl; neither is needed. Both are stubs here."""
+"""Loggers of run_folder.py: TensorBoard and W&B get the records of train.jsonl; neither is needed. Both are stubs."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ import pytest
 from tiny import make_dataset, make_embedder
 
 from embedft import FinetuneConfig, finetune
-from embedft.training.runs import check_logger, open_logger
+from embedft.training.run_folder import check_logger, open_logger
 
 CONFIG = {"epochs": 1, "batch_size": 4, "loss": {"name": "learnable_temperature"}}
 

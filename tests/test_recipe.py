@@ -21,7 +21,7 @@ from embedft.encoders.maps import LinearMap
 from embedft.files import read_json, read_jsonl, sha256_file
 from embedft.losses.contrastive import in_batch_negatives
 from embedft.losses.registry import build_loss
-from embedft.training import runs
+from embedft.training import run_folder
 from embedft.training import train as train_module
 from embedft.training.references import FrozenEmbeddings
 
@@ -387,7 +387,7 @@ PLACES = {
     "between two checkpoints": (train_module, "backward", 6),
     "saving a checkpoint": (train_module, "save_checkpoint", 2),
     "last validation": (recipe, "evaluate_embedder", 4),
-    "closing": (runs, "close_run", 1),
+    "closing": (run_folder, "close_run", 1),
 }
 
 

@@ -194,7 +194,7 @@ def reported_usage(reply: Mapping[str, Any], *, writes: bool) -> tuple[int, int]
 
 
 def check_settings(settings: Any, *, own_parameters: Collection[str]) -> None:
-    """Raises `ValueError` for a field out of range (`config.setting`), or a parameter that cannot be sent."""
+    """Raises `ValueError` for a field out of range (`config.option`), or a parameter that cannot be sent."""
     check_types(type(settings), vars(settings))
     if not settings.model.strip():
         raise ValueError("model is empty, expected a name that the server knows")

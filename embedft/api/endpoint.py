@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..config import setting
+from ..config import option
 from ..files import append_jsonl, locked
 from .client import Client, Server, check_settings, reported_usage
 from .ledger import Ledger
@@ -50,17 +50,17 @@ class Endpoint:
 
     model: str
     _: KW_ONLY
-    base_url: str | None = setting(None, "http://localhost:8000/v1 or the like; None: OPENAI_BASE_URL, else OpenAI")
-    dimensions: int | None = setting(None, "features to ask the server for; None: all", least=1)
-    parameters: Mapping[str, Any] = setting({}, 'sent as they are, such as {"input_type": "query"}')
-    too_long: Literal["refuse", "cut"] = setting("refuse", '"cut": `shorten` a refused text until it is taken')
-    batch_texts: int = setting(256, "texts per request; fewer once that was too many", least=1, below=2_049)
-    concurrency: int = setting(8, "requests in flight at once", least=1)
-    max_attempts: int = setting(6, "requests for a batch", least=1)
-    timeout_seconds: float = setting(60.0, "of a request", above=0)
-    price: float | None = setting(None, "money per million tokens; a byte counts as one until reported", least=0)
-    max_cost: float | None = setting(None, "never spend more, over all runs of the ledger or of this object", above=0)
-    ledger: str | Path | None = setting(None, "JSONL with a line before and after each request; for one process")
+    base_url: str | None = option(None, "http://localhost:8000/v1 or the like; None: OPENAI_BASE_URL, else OpenAI")
+    dimensions: int | None = option(None, "features to ask the server for; None: all", least=1)
+    parameters: Mapping[str, Any] = option({}, 'sent as they are, such as {"input_type": "query"}')
+    too_long: Literal["refuse", "cut"] = option("refuse", '"cut": `shorten` a refused text until it is taken')
+    batch_texts: int = option(256, "texts per request; fewer once that was too many", least=1, below=2_049)
+    concurrency: int = option(8, "requests in flight at once", least=1)
+    max_attempts: int = option(6, "requests for a batch", least=1)
+    timeout_seconds: float = option(60.0, "of a request", above=0)
+    price: float | None = option(None, "money per million tokens; a byte counts as one until reported", least=0)
+    max_cost: float | None = option(None, "never spend more, over all runs of the ledger or of this object", above=0)
+    ledger: str | Path | None = option(None, "JSONL with a line before and after each request; for one process")
 
     def __post_init__(self) -> None:
         check_settings(self, own_parameters=("model", "input", "dimensions"))

@@ -13,7 +13,7 @@ from typing import Any
 
 import embedft
 
-from ..config import REQUIRED, part, setting
+from ..config import REQUIRED, option, part
 from ..data.dataset import RetrievalDataset
 from ..encoders.adapter import CONFIG_FILE
 from ..encoders.store import Store
@@ -27,12 +27,12 @@ from .options import DATASETS, Data, Encoder, Windows, load_data, load_encoder, 
 class Options(AdapterConfig, Encoder, Windows, Data):
     """Options of `embedft adapter`."""
 
-    data: str = setting(REQUIRED, f"to fit on: {DATASETS}", metavar="DATA", positional=True)
-    out: str = setting(REQUIRED, "gets the adapter, its settings and its log", metavar="DIR")
-    validation: str | None = setting(None, "questions to measure before and after; they choose nothing", metavar="DATA")
-    validation_split: str | None = setting(None, "of a BEIR folder [test, or the only one]")
-    start: str | None = setting(None, "adapter to continue from", metavar="DIR")
-    overwrite: bool = setting(False, "replace the adapter in DIR")
+    data: str = option(REQUIRED, f"to fit on: {DATASETS}", metavar="DATA", positional=True)
+    out: str = option(REQUIRED, "gets the adapter, its settings and its log", metavar="DIR")
+    validation: str | None = option(None, "questions to measure before and after; they choose nothing", metavar="DATA")
+    validation_split: str | None = option(None, "of a BEIR folder [test, or the only one]")
+    start: str | None = option(None, "adapter to continue from", metavar="DIR")
+    overwrite: bool = option(False, "replace the adapter in DIR")
 
 
 def run(options: Options) -> None:

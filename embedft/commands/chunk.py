@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import config
-from ..config import REQUIRED, changed, check_at_most_one, setting
+from ..config import REQUIRED, changed, check_at_most_one, option
 from ..corpus.chunks import chunk_pages, save_chunks
 from ..corpus.documents import drop_repeated_lines, read_documents
 from ..corpus.splits import parse_pages, split_chunks
@@ -24,19 +24,19 @@ WAYS = ("train_pages", "train_files", "train_share")
 class Options(config.Options):
     """Options of `embedft chunk`."""
 
-    paths: list[str] = setting(REQUIRED, "PDF, text or Markdown files, or folders", metavar="PATH", positional=True)
-    out: str = setting(REQUIRED, "gets chunks.jsonl, or the two files of a split", metavar="DIR")
-    model: str = setting(DEFAULT_MODEL, "whose tokenizer counts")
-    revision: str | None = setting(None, "commit, tag or branch on the hub [the default branch]")
-    size: int | None = setting(None, "most tokens of a chunk [all that the model reads]")
-    overlap: int = setting(0, "tokens that two chunks may share")
-    by_page: bool = setting(False, "end chunks at page ends")
-    drop_repeated: bool = setting(False, "drop page numbers, and running headers after the first")
-    headings_in_text: bool = setting(False, "begin chunks of Markdown with the headings above them")
-    train_pages: str | None = setting(None, "pages for training, such as 1-90 or 1-40,80-100", metavar="RANGES")
-    train_files: list[str] | None = setting(None, "files for training, as the chunks name them", metavar="PATH ...")
-    train_share: float | None = setting(None, "share of the chunks for training, drawn at random")
-    seed: int = setting(0, "random seed of --train-share")
+    paths: list[str] = option(REQUIRED, "PDF, text or Markdown files, or folders", metavar="PATH", positional=True)
+    out: str = option(REQUIRED, "gets chunks.jsonl, or the two files of a split", metavar="DIR")
+    model: str = option(DEFAULT_MODEL, "whose tokenizer counts")
+    revision: str | None = option(None, "commit, tag or branch on the hub [the default branch]")
+    size: int | None = option(None, "most tokens of a chunk [all that the model reads]")
+    overlap: int = option(0, "tokens that two chunks may share")
+    by_page: bool = option(False, "end chunks at page ends")
+    drop_repeated: bool = option(False, "drop page numbers, and running headers after the first")
+    headings_in_text: bool = option(False, "begin chunks of Markdown with the headings above them")
+    train_pages: str | None = option(None, "pages for training, such as 1-90 or 1-40,80-100", metavar="RANGES")
+    train_files: list[str] | None = option(None, "files for training, as the chunks name them", metavar="PATH ...")
+    train_share: float | None = option(None, "share of the chunks for training, drawn at random")
+    seed: int = option(0, "random seed of --train-share")
 
     def __post_init__(self):
         check_at_most_one(self, *WAYS)

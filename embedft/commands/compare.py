@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import config
-from ..config import REQUIRED, setting
+from ..config import REQUIRED, option
 from ..files import check_writable
 from ..retrieval.report import Report, compare_seeds, paired_values
 from ..retrieval.tables import Style, compare_all, format_comparisons
@@ -20,12 +20,12 @@ from ..retrieval.tables import Style, compare_all, format_comparisons
 class Options(config.Options):
     """Options of `embedft compare`."""
 
-    reports: list[str] = setting(REQUIRED, "of evaluate --out or finetune; base first", metavar="DIR", positional=True)
-    metric: list[str] = setting(["ndcg@10"], "metrics, any that all reports have", metavar="NAME ...")
-    seeds: bool = setting(False, "the others are one recipe, trained with several seeds")
-    bases: int = setting(1, "with --seeds: the first N reports are the base, trained with the same seeds", least=1)
-    style: Style = setting("text", "of the table")
-    save_plot: str | None = setting(None, "draw two reports question by question (.png, .pdf, .svg)", metavar="FILE")
+    reports: list[str] = option(REQUIRED, "of evaluate --out or finetune; base first", metavar="DIR", positional=True)
+    metric: list[str] = option(["ndcg@10"], "metrics, any that all reports have", metavar="NAME ...")
+    seeds: bool = option(False, "the others are one recipe, trained with several seeds")
+    bases: int = option(1, "with --seeds: the first N reports are the base, trained with the same seeds", least=1)
+    style: Style = option("text", "of the table")
+    save_plot: str | None = option(None, "draw two reports question by question (.png, .pdf, .svg)", metavar="FILE")
 
     def __post_init__(self):
         if len(self.reports) < 2:

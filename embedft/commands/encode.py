@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..config import REQUIRED, setting
+from ..config import REQUIRED, option
 from ..files import atomic_write, check_writable, read_jsonl, read_lines
 from .options import Encoder, load_encoder, print_costs
 
@@ -19,9 +19,9 @@ SLICE_TEXTS = 16_384  # encoded at once when only the store gets the vectors
 class Options(Encoder):
     """Options of `embedft encode`."""
 
-    texts: str = setting(REQUIRED, "a text per line, or .jsonl of strings or `text`", metavar="FILE", positional=True)
-    out: str | None = setting(None, "gets the vectors, [texts, dimensions] float32", metavar="FILE.npy")
-    role: Literal["query", "document"] = setting("document", "whose prompt is put before each text")
+    texts: str = option(REQUIRED, "a text per line, or .jsonl of strings or `text`", metavar="FILE", positional=True)
+    out: str | None = option(None, "gets the vectors, [texts, dimensions] float32", metavar="FILE.npy")
+    role: Literal["query", "document"] = option("document", "whose prompt is put before each text")
 
     def __post_init__(self):
         if not (self.out or self.store):

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import embedft
 
-from ..config import REQUIRED, changed, check_at_most_one, setting
+from ..config import REQUIRED, changed, check_at_most_one, option
 from ..data.dataset import RetrievalDataset
 from ..files import check_writable, replace_files
 from ..retrieval.bm25 import split_words
@@ -27,38 +27,38 @@ from .options import DATASETS, Adapted, Data, load_data, load_encoder, print_cos
 class Grid:
     """Settings: every combination is evaluated, from one encoding."""
 
-    passages: list[int] = setting([], "best window of SIZE tokens, one every STRIDE [whole]", metavar="SIZE STRIDE ...")
-    whole: bool = setting(False, "evaluate whole documents too, besides --passages")
-    dims: list[int] | None = setting(None, "leading dimensions to keep [all]")
-    precisions: list[Literal["float32", "int8", "binary"]] = setting(["float32"], "of the document vectors")
-    indices: list[str] = setting(["flat"], "flat, hnsw, ivf, ivfpq, adaptive-DIM, or any FAISS factory string")
-    metric: str | None = setting(None, "shown in the table of several settings [ndcg@10]")
+    passages: list[int] = option([], "best window of SIZE tokens, one every STRIDE [whole]", metavar="SIZE STRIDE ...")
+    whole: bool = option(False, "evaluate whole documents too, besides --passages")
+    dims: list[int] | None = option(None, "leading dimensions to keep [all]")
+    precisions: list[Literal["float32", "int8", "binary"]] = option(["float32"], "of the document vectors")
+    indices: list[str] = option(["flat"], "flat, hnsw, ivf, ivfpq, adaptive-DIM, or any FAISS factory string")
+    metric: str | None = option(None, "shown in the table of several settings [ndcg@10]")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hybrid:
     """BM25 beside the model, over its own tokens (over words for a model behind an API)."""
 
-    bm25: bool = setting(True, "evaluate BM25 too")
-    fuse: bool = setting(False, "evaluate the z-score fusion of both too")
-    fuse_weight: float = setting(0.5, "X for BM25, 1 - X for the model; choose it on other questions", least=0, most=1)
+    bm25: bool = option(True, "evaluate BM25 too")
+    fuse: bool = option(False, "evaluate the z-score fusion of both too")
+    fuse_weight: float = option(0.5, "X for BM25, 1 - X for the model; choose it on other questions", least=0, most=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Adapted, Grid, Hybrid, Data):
     """Options of `embedft evaluate`."""
 
-    data: str = setting(REQUIRED, DATASETS, metavar="DATA", positional=True)
-    metrics: list[str] | None = setting(None, "such as ndcg@20 rprec success@5 [all at --ks]", metavar="NAME ...")
-    ks: list[int] = setting([1, 3, 5, 10], "cutoffs")
-    depth: int = setting(100, "documents to retrieve per question")
-    gain: Literal["binary", "graded"] = setting("binary", "of nDCG")
-    merge: bool = setting(True, "treat documents of equal text as one")
-    keep_identical_ids: bool = setting(False, "rank the document that has the query's own id too")
-    out: str | None = setting(None, "save reports: BM25's in DIR/bm25, of several settings in DIR/NAME", metavar="DIR")
-    overwrite: bool = setting(False, "replace the reports in DIR")
-    style: Style = setting("text", "of the tables")
-    json: bool = setting(False, "print all metrics as JSON")
+    data: str = option(REQUIRED, DATASETS, metavar="DATA", positional=True)
+    metrics: list[str] | None = option(None, "such as ndcg@20 rprec success@5 [all at --ks]", metavar="NAME ...")
+    ks: list[int] = option([1, 3, 5, 10], "cutoffs")
+    depth: int = option(100, "documents to retrieve per question")
+    gain: Literal["binary", "graded"] = option("binary", "of nDCG")
+    merge: bool = option(True, "treat documents of equal text as one")
+    keep_identical_ids: bool = option(False, "rank the document that has the query's own id too")
+    out: str | None = option(None, "save reports: BM25's in DIR/bm25, of several settings in DIR/NAME", metavar="DIR")
+    overwrite: bool = option(False, "replace the reports in DIR")
+    style: Style = option("text", "of the tables")
+    json: bool = option(False, "print all metrics as JSON")
 
     def __post_init__(self):
         check_at_most_one(self, "dim", "dims")

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import embedft
 
-from ..config import REQUIRED, check_at_most_one, part, setting
+from ..config import REQUIRED, check_at_most_one, option, part
 from ..encoders.loading import API_PREFIX
 from ..files import read_jsonl
 from ..losses.registry import describe_losses
 from ..recipe import VALIDATION, VALIDATION_BASE, FinetuneConfig
-from ..training import distributed, runs
+from ..training import distributed, run_folder
 from .options import DATASETS, Data, Model, load_data, load_model, load_training_data
 
 
@@ -26,13 +26,13 @@ from .options import DATASETS, Data, Model, load_data, load_model, load_training
 class Options(FinetuneConfig, Model, Data):
     """Options of `embedft finetune`."""
 
-    data: list[str] = setting(REQUIRED, f"{DATASETS}; several [NAME=]DATA are mixed", metavar="DATA", positional=True)
-    out: str = setting(REQUIRED, "run folder; DIR/model gets the model", metavar="DIR")
-    validation: str | None = setting(None, "held-out questions that choose the best weights", metavar="DATA")
-    validation_split: str | None = setting(None, "of a BEIR folder [test, or the only one]")
-    merge: bool = setting(True, "treat validation documents of equal text as one")
-    overwrite: bool = setting(False, "replace the run in DIR")
-    resume: bool = setting(False, "continue from the last checkpoint in DIR, if there is one")
+    data: list[str] = option(REQUIRED, f"{DATASETS}; several [NAME=]DATA are mixed", metavar="DATA", positional=True)
+    out: str = option(REQUIRED, "run folder; DIR/model gets the model", metavar="DIR")
+    validation: str | None = option(None, "held-out questions that choose the best weights", metavar="DATA")
+    validation_split: str | None = option(None, "of a BEIR folder [test, or the only one]")
+    merge: bool = option(True, "treat validation documents of equal text as one")
+    overwrite: bool = option(False, "replace the run in DIR")
+    resume: bool = option(False, "continue from the last checkpoint in DIR, if there is one")
 
     def __post_init__(self):
         check_at_most_one(self, "overwrite", "resume")
@@ -53,9 +53,9 @@ def run(options: Options) -> None:
             os.environ["EMBEDFT_PROGRESS"] = "0"
         existing = "overwrite" if options.overwrite else "resume" if options.resume else "refuse"
         out, config = Path(options.out), part(options, FinetuneConfig)
-        distributed.from_first(lambda: runs.check_run(out, existing))
+        distributed.from_first(lambda: run_folder.check_run(out, existing))
         embedder, dataset, validation = distributed.together(lambda: _load(options))
-        if first and existing == "resume" and not (out / runs.CONFIG).is_file():
+        if first and existing == "resume" and not (out / run_folder.CONFIG).is_file():
             print(f"{options.out}: no run to resume, starting a new one", file=sys.stderr)
         embedft.finetune(embedder, dataset, config, validation=validation, out=out, existing=existing)
         if first:
@@ -86,7 +86,7 @@ def _sources(given: Sequence[str]) -> dict[str, str]:
 
 
 def _print_summary(out: Path, select: str, *, has_validation: bool) -> None:
-    records = [record for _, record in read_jsonl(out / runs.LOG)]
+    records = [record for _, record in read_jsonl(out / run_folder.LOG)]
     losses = [(record["step"], record["loss"]) for record in records if "loss" in record]
     if losses:
         print(f"{losses[-1][0]:,} steps, loss {losses[0][1]:.4f} -> {losses[-1][1]:.4f}")
@@ -96,10 +96,10 @@ def _print_summary(out: Path, select: str, *, has_validation: bool) -> None:
         kept = f"kept the weights of step {best:,} of {max(values):,}"
         kept = kept if best else "kept the base weights: no checkpoint improved on them"
         print(f"{kept} ({select} {values[best]:.4f})")
-        before, after = (embedft.Report.load(out / runs.EVAL / name) for name in (VALIDATION_BASE, VALIDATION))
+        before, after = (embedft.Report.load(out / run_folder.EVAL / name) for name in (VALIDATION_BASE, VALIDATION))
         with warnings.catch_warnings():
             # Intended: the base is measured as it is, the result as it was trained.
             warnings.filterwarnings("ignore", "the reports may not compare: max_length")
             print(embedft.compare(before, after, metric=select))
         print("these questions chose the weights; to report a result, run embedft evaluate on others")
-    print(f"model: {out / runs.MODEL}")
+    print(f"model: {out / run_folder.MODEL}")

@@ -10,7 +10,7 @@ from typing import Literal
 
 import embedft
 
-from ..config import REQUIRED, setting
+from ..config import REQUIRED, option
 from ..data.dataset import RetrievalDataset
 from ..files import check_writable
 from .options import DATASETS, Adapted, Data, Windows, load_encoder, load_training_data, print_costs
@@ -20,23 +20,23 @@ from .options import DATASETS, Adapted, Data, Windows, load_encoder, load_traini
 class Guards:
     """Against false negatives, documents that answer a question but are not known to."""
 
-    relative_margin: float | None = setting(None, "0.05: at most 95% of the score of a known answer [none]")
-    absolute_margin: float | None = setting(None, "at least this much below the score of a known answer [none]")
-    max_score: float | None = setting(None, "highest score of a negative [none]")
-    min_score: float | None = setting(None, "lowest score of a negative [none]")
+    relative_margin: float | None = option(None, "0.05: at most 95% of the score of a known answer [none]")
+    absolute_margin: float | None = option(None, "at least this much below the score of a known answer [none]")
+    max_score: float | None = option(None, "highest score of a negative [none]")
+    min_score: float | None = option(None, "lowest score of a negative [none]")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Adapted, Guards, Windows, Data):
     """Options of `embedft mine`."""
 
-    data: str = setting(REQUIRED, f"{DATASETS}; its corpus is searched", metavar="DATA", positional=True)
-    out: str = setting(REQUIRED, "gets the questions, their documents and their negatives", metavar="FILE.jsonl")
-    ranks: list[int] = setting([10, 100], "ranks of the documents to take negatives from", metavar="FIRST LAST")
-    num_negatives: int = setting(4, "negatives per question")
-    sampling: Literal["random", "top"] = setting("random", "draw negatives from the ranks, or take the first")
-    seed: int = setting(0, "of the draw")
-    replace: bool = setting(False, "drop the negatives that DATA has; otherwise they come first")
+    data: str = option(REQUIRED, f"{DATASETS}; its corpus is searched", metavar="DATA", positional=True)
+    out: str = option(REQUIRED, "gets the questions, their documents and their negatives", metavar="FILE.jsonl")
+    ranks: list[int] = option([10, 100], "ranks of the documents to take negatives from", metavar="FIRST LAST")
+    num_negatives: int = option(4, "negatives per question")
+    sampling: Literal["random", "top"] = option("random", "draw negatives from the ranks, or take the first")
+    seed: int = option(0, "of the draw")
+    replace: bool = option(False, "drop the negatives that DATA has; otherwise they come first")
 
     def __post_init__(self):
         if not self.out.endswith(".jsonl"):

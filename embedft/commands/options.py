@@ -15,7 +15,7 @@ from typing import Any, Literal
 import embedft
 
 from .. import config
-from ..config import REQUIRED, setting
+from ..config import REQUIRED, option
 from ..data.dataset import RetrievalDataset
 
 DATASETS = "QA JSON, BEIR folder, JSONL or CSV pairs"
@@ -28,59 +28,59 @@ CHUNK_FILES = WHOLE, TRAIN, VALIDATION = "chunks", "train", "validation"
 class Model(config.Options):
     """The model."""
 
-    model: str = setting(REQUIRED, "folder, hub id, package, or openai:MODEL", metavar="MODEL", positional=True)
-    device: str | None = setting(None, "cuda, cuda:1, mps or cpu [the best available]")
-    revision: str | None = setting(None, "commit, tag or branch on the hub [the default branch]")
-    query_prompt: str | None = setting(None, "text before each query, or the name of a prompt [the model's]")
-    document_prompt: str | None = setting(None, "text before each document, or the name of a prompt [the model's]")
+    model: str = option(REQUIRED, "folder, hub id, package, or openai:MODEL", metavar="MODEL", positional=True)
+    device: str | None = option(None, "cuda, cuda:1, mps or cpu [the best available]")
+    revision: str | None = option(None, "commit, tag or branch on the hub [the default branch]")
+    query_prompt: str | None = option(None, "text before each query, or the name of a prompt [the model's]")
+    document_prompt: str | None = option(None, "text before each document, or the name of a prompt [the model's]")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Api:
     """A model behind an OpenAI-compatible server (openai:MODEL)."""
 
-    base_url: str | None = setting(None, "of the server [OPENAI_BASE_URL, else api.openai.com]", metavar="URL")
-    dimensions: int | None = setting(None, "dimensions to request [all]")
-    api_batch_size: int | None = setting(None, "texts per request [256, fewer if the server refuses]")
-    request: dict[str, Any] = setting({}, "more parameters to send with each request")
-    too_long: Literal["refuse", "cut"] | None = setting(None, "what to do with texts that are too long [refuse]")
-    price: float | None = setting(None, "money per million tokens")
-    max_cost: float | None = setting(None, "never spend more, over all runs with this --ledger [no limit]")
-    ledger: str | None = setting(None, "JSONL file with a line per request and its cost", metavar="FILE")
+    base_url: str | None = option(None, "of the server [OPENAI_BASE_URL, else api.openai.com]", metavar="URL")
+    dimensions: int | None = option(None, "dimensions to request [all]")
+    api_batch_size: int | None = option(None, "texts per request [256, fewer if the server refuses]")
+    request: dict[str, Any] = option({}, "more parameters to send with each request")
+    too_long: Literal["refuse", "cut"] | None = option(None, "what to do with texts that are too long [refuse]")
+    price: float | None = option(None, "money per million tokens")
+    max_cost: float | None = option(None, "never spend more, over all runs with this --ledger [no limit]")
+    ledger: str | None = option(None, "JSONL file with a line per request and its cost", metavar="FILE")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder(Model, Api):
     """Encoding."""
 
-    max_length: int | None = setting(None, "tokens after which a text is cut off [the model's]")
-    dim: int | None = setting(None, "leading dimensions to keep [all]")
-    dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "of the weights")
-    store: str | None = setting(None, "keep vectors here, and compute only what is missing", metavar="DIR")
+    max_length: int | None = option(None, "tokens after which a text is cut off [the model's]")
+    dim: int | None = option(None, "leading dimensions to keep [all]")
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "of the weights")
+    store: str | None = option(None, "keep vectors here, and compute only what is missing", metavar="DIR")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapted(Encoder):
     """An adapter."""
 
-    adapter: str | None = setting(None, "adapter that vectors go through", metavar="DIR")
+    adapter: str | None = option(None, "adapter that vectors go through", metavar="DIR")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """The data."""
 
-    format: Literal["llamaindex", "beir", "jsonl", "csv"] | None = setting(None, "of the data [recognised]")
-    split: str | None = setting(None, "of a BEIR folder [train for training, else test, or the only one]")
-    skip_empty: bool = setting(False, "drop rows with an empty text instead of refusing them")
-    strict: bool = setting(False, "refuse judgements of unknown queries and documents instead of warning")
+    format: Literal["llamaindex", "beir", "jsonl", "csv"] | None = option(None, "of the data [recognised]")
+    split: str | None = option(None, "of a BEIR folder [train for training, else test, or the only one]")
+    skip_empty: bool = option(False, "drop rows with an empty text instead of refusing them")
+    strict: bool = option(False, "refuse judgements of unknown queries and documents instead of warning")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
     """Long documents, scored by their best window."""
 
-    passages: list[int] | None = setting(None, "windows of SIZE tokens, one per STRIDE [whole]", metavar="SIZE STRIDE")
+    passages: list[int] | None = option(None, "windows of SIZE tokens, one per STRIDE [whole]", metavar="SIZE STRIDE")
 
 
 def load_model(options: Model, **more: Any) -> "embedft.Embedder":

@@ -15,7 +15,7 @@ from typing import Literal
 import embedft
 
 from .. import config
-from ..config import REQUIRED, changed, part, setting
+from ..config import REQUIRED, changed, option, part
 from ..corpus.chunks import Chunk
 from ..corpus.cleaning import clean, drop_held_out, report, round_trip
 from ..corpus.prompts import TEMPLATE
@@ -32,25 +32,25 @@ REPORT = "question-report.json"
 class LanguageModel(QuestionConfig):
     """A language model (--method llm; the key comes from OPENAI_API_KEY)."""
 
-    template: str | None = setting(None, "prompt with {text} and {num_questions} [the project's own]", metavar="FILE")
-    dry_run: bool = setting(False, "print what it would cost, and send nothing")
-    clean: bool = setting(True, "drop questions that ask nothing, point at their source, copy it or repeat another")
-    round_trip: int | None = setting(None, "keep those whose chunk is in the base's top K [all]", metavar="K", least=1)
-    base: str = setting(DEFAULT_MODEL, "model for --round-trip")
+    template: str | None = option(None, "prompt with {text} and {num_questions} [the project's own]", metavar="FILE")
+    dry_run: bool = option(False, "print what it would cost, and send nothing")
+    clean: bool = option(True, "drop questions that ask nothing, point at their source, copy it or repeat another")
+    round_trip: int | None = option(None, "keep those whose chunk is in the base's top K [all]", metavar="K", least=1)
+    base: str = option(DEFAULT_MODEL, "model for --round-trip")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(LanguageModel, config.Options):
     """Options of `embedft questions`."""
 
-    sources: list[str] = setting(
+    sources: list[str] = option(
         REQUIRED, "chunks, or JSONL with `id` and `text`; docstring: packages", metavar="SOURCE", positional=True
     )
-    out: str = setting(REQUIRED, "gets the datasets, the replies and a report", metavar="DIR")
-    method: Literal["llm", "ict", "title", "docstring"] = setting("llm", "ict: a sentence of a chunk; title: heading")
-    seed: int = setting(0, "of ict and docstring")
-    validation: bool = setting(False, "SOURCE is for validation: ict takes sentences out of chunks; no round trip")
-    num_docstrings: list[int] = setting([2_000, 1_000], "docstrings for training and validation", metavar="N N")
+    out: str = option(REQUIRED, "gets the datasets, the replies and a report", metavar="DIR")
+    method: Literal["llm", "ict", "title", "docstring"] = option("llm", "ict: a sentence of a chunk; title: heading")
+    seed: int = option(0, "of ict and docstring")
+    validation: bool = option(False, "SOURCE is for validation: ict takes sentences out of chunks; no round trip")
+    num_docstrings: list[int] = option([2_000, 1_000], "docstrings for training and validation", metavar="N N")
 
     def __post_init__(self):
         llm = [name for cls in (LanguageModel, QuestionConfig) for name in cls.__annotations__]

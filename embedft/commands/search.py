@@ -15,7 +15,7 @@ from pathlib import Path
 
 import embedft
 
-from ..config import REQUIRED, check_at_most_one, setting
+from ..config import REQUIRED, check_at_most_one, option
 from ..data.dataset import RetrievalDataset
 from ..files import read_jsonl
 from ..retrieval.bm25 import Bm25Index, split_words
@@ -30,12 +30,12 @@ SHOWN_LINES, WIDEST = 4, 100  # of a document's beginning; windows and --full ar
 class Options(Adapted, Windows, Data):
     """Options of `embedft search`."""
 
-    data: str = setting(REQUIRED, "what `embedft chunk` wrote, or a dataset", metavar="DATA", positional=True)
-    question: str | None = setting(None, "else questions are read, one a line", metavar="[QUESTION]", positional=True)
-    depth: int = setting(5, "documents to show", least=1)
-    hybrid: bool = setting(False, "fuse with BM25 by z-scores, half each")
-    full: bool = setting(False, "show texts in full")
-    json: bool = setting(False, "print an object per question, with the full texts")
+    data: str = option(REQUIRED, "what `embedft chunk` wrote, or a dataset", metavar="DATA", positional=True)
+    question: str | None = option(None, "else questions are read, one a line", metavar="[QUESTION]", positional=True)
+    depth: int = option(5, "documents to show", least=1)
+    hybrid: bool = option(False, "fuse with BM25 by z-scores, half each")
+    full: bool = option(False, "show texts in full")
+    json: bool = option(False, "print an object per question, with the full texts")
 
     def __post_init__(self):
         check_at_most_one(self, "full", "json")

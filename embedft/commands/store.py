@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import config
-from ..config import REQUIRED, check_at_most_one, setting
+from ..config import REQUIRED, check_at_most_one, option
 from ..retrieval.tables import format_table
 from .options import format_bytes
 
@@ -20,11 +20,11 @@ SHOWN_ROWS = 5  # damaged rows that --verify names of each space
 class Options(config.Options):
     """Options of `embedft store`."""
 
-    store: str = setting(REQUIRED, "folder that --store of another command made", metavar="DIR", positional=True)
-    verify: bool = setting(False, "read everything; exit code 1 when a row is damaged")
-    repair: bool = setting(False, "drop damaged rows; their texts are encoded again when next needed")
-    prune: list[str] | None = setting(None, "remove these spaces, by the names that are listed", metavar="SPACE ...")
-    prune_unused: float | None = setting(None, "remove spaces not used for this long", metavar="DAYS", least=0)
+    store: str = option(REQUIRED, "folder that --store of another command made", metavar="DIR", positional=True)
+    verify: bool = option(False, "read everything; exit code 1 when a row is damaged")
+    repair: bool = option(False, "drop damaged rows; their texts are encoded again when next needed")
+    prune: list[str] | None = option(None, "remove these spaces, by the names that are listed", metavar="SPACE ...")
+    prune_unused: float | None = option(None, "remove spaces not used for this long", metavar="DAYS", least=0)
 
     def __post_init__(self):
         check_at_most_one(self, "verify", "repair", "prune", "prune_unused")

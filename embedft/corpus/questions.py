@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 from ..api.client import Client, Server, check_settings, reported_usage
 from ..api.ledger import Ledger, check_outcome, price_of
 from ..api.sending import Forms, Job, RateLimit, Response, Sender
-from ..config import setting
+from ..config import option
 from ..data.checks import check_distinct, check_text
 from ..data.dataset import RetrievalDataset
 from ..files import append_jsonl, locked, resume_jsonl
@@ -41,21 +41,21 @@ TEMPLATE_TOKENS = 128  # that a server's chat template adds; no byte of a prompt
 class QuestionConfig:
     """Which model is asked, how fast, and for how much. Raises `ValueError` for a value out of range."""
 
-    model: str = setting("gpt-4o-mini", "the LLM, by the name its server knows")
-    base_url: str | None = setting(None, "of the server [OPENAI_BASE_URL, else api.openai.com]", metavar="URL")
-    num_questions: int = setting(2, "questions per chunk", least=1)
-    max_reply_tokens: int | None = setting(None, "longest reply; to reason takes more [128 per question]", least=1)
-    parameters: dict = setting({}, "sent unchanged: temperature, seed, reasoning_effort, ...")
-    structured: Literal["auto", "schema", "lines"] = setting("auto", "JSON by a schema, plain lines, or what works")
-    concurrency: int = setting(16, "requests in flight at once", least=1)
-    requests_per_minute: int | None = setting(None, "most requests in 60 seconds", least=1)
-    tokens_per_minute: int | None = setting(None, "most tokens in 60 seconds, by bytes and longest reply", least=1)
-    timeout_seconds: float = setting(60.0, "limit for each reply", above=0)
-    max_attempts: int = setting(6, "requests per chunk and run", least=1)
-    max_requests: int | None = setting(None, "most requests, over all runs of the folder", least=1)
-    max_cost: float | None = setting(None, "most money, over all runs of the folder", above=0)
-    price_in: float | None = setting(None, "price per million prompt tokens", least=0)
-    price_out: float | None = setting(None, "price per million reply tokens", least=0)
+    model: str = option("gpt-4o-mini", "the LLM, by the name its server knows")
+    base_url: str | None = option(None, "of the server [OPENAI_BASE_URL, else api.openai.com]", metavar="URL")
+    num_questions: int = option(2, "questions per chunk", least=1)
+    max_reply_tokens: int | None = option(None, "longest reply; to reason takes more [128 per question]", least=1)
+    parameters: dict = option({}, "sent unchanged: temperature, seed, reasoning_effort, ...")
+    structured: Literal["auto", "schema", "lines"] = option("auto", "JSON by a schema, plain lines, or what works")
+    concurrency: int = option(16, "requests in flight at once", least=1)
+    requests_per_minute: int | None = option(None, "most requests in 60 seconds", least=1)
+    tokens_per_minute: int | None = option(None, "most tokens in 60 seconds, by bytes and longest reply", least=1)
+    timeout_seconds: float = option(60.0, "limit for each reply", above=0)
+    max_attempts: int = option(6, "requests per chunk and run", least=1)
+    max_requests: int | None = option(None, "most requests, over all runs of the folder", least=1)
+    max_cost: float | None = option(None, "most money, over all runs of the folder", above=0)
+    price_in: float | None = option(None, "price per million prompt tokens", least=0)
+    price_out: float | None = option(None, "price per million reply tokens", least=0)
 
     def __post_init__(self) -> None:
         check_settings(self, own_parameters=OWN_PARAMETERS)

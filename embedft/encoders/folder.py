@@ -28,7 +28,9 @@ from .pooling import Pooling
 from .tokenization import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
 
 # By `model_type` of config.json. A family's module has Config, Encoder, key_map, CARRIED, PREFIX and RENAMED.
-FAMILIES: dict[str, ModuleType] = {"bert": bert}
+FAMILIES: dict[str, ModuleType] = {
+    "bert": bert,
+}
 CONFIG_FILE, WEIGHTS_FILE, MODULES_FILE = "config.json", "model.safetensors", "modules.json"
 TRANSFORMER_CONFIG_FILE, MODEL_CONFIG_FILE = "sentence_bert_config.json", "config_sentence_transformers.json"
 # The modules of modules.json that are understood, by class name and in this order.

@@ -29,10 +29,10 @@ from ..encoders.maps import build_map
 from ..files import atomic_write, check_writable, replace_files, write_json
 from ..losses.registry import Loss
 from ..losses.targets import Targets
+from .configs import AdapterConfig, configured_loss
 from .corpus_softmax import Documents, Pairs, checked_lengths, first_ranks, full_corpus_softmax
 from .optim import build_optimizer, lr_factor
-from .runs import CONFIG, LOG
-from .settings import AdapterConfig, configured_loss
+from .run_folder import CONFIG, LOG
 
 Qrels = Mapping[int, Mapping[int, int]]
 Answers = Mapping[int, Sequence[int]]  # {query row: the documents that answer it}

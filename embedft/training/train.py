@@ -31,11 +31,11 @@ from ..progress import progress_bar
 from . import distributed
 from .cached import cached_backward, no_vectors
 from .checkpoint import TrainState, copy_weights, load_checkpoint, save_checkpoint
+from .configs import TrainConfig
 from .distributed import LocalBatch
 from .optim import MakeOptimizer, build_optimizer, lr_factor, parameter_groups
 from .references import Reference, targets_with
-from .runs import CHECKPOINTS, Log, open_log
-from .settings import TrainConfig
+from .run_folder import CHECKPOINTS, Log, open_log
 
 # Batches between two calls of `device.release_memory`: 1.7 GiB with one after each, at 6% of the time, 2.7 after 8.
 RELEASE_EVERY = 4

@@ -1,4 +1,4 @@
-"""runs.py: a run's folder is made once, found unwritable before work starts, resumed only as it was, closed last."""
+"""run_folder.py: made once, found unwritable before work starts, resumed only as it was, closed last."""
 
 import json
 import os
@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from embedft.files import read_json
-from embedft.training import runs
-from embedft.training.runs import check_run, close_run, is_done, lock, open_log, open_run
+from embedft.training import run_folder
+from embedft.training.run_folder import check_run, close_run, is_done, lock, open_log, open_run
 
 CONFIG = {"epochs": 2, "loss": {"name": "in_batch_negatives"}}
 DATA = {"train": "0" * 64}
@@ -258,13 +258,13 @@ def test_checkpoints_go_once_the_run_is_done(tmp_path, monkeypatch):
     open_(tmp_path)
     fill(tmp_path)
     assert not (tmp_path / "DONE").exists()
-    remove = runs.shutil.rmtree
+    remove = run_folder.shutil.rmtree
 
     def remove_after(path, **options):
         assert (tmp_path / "DONE").exists()
         remove(path, **options)
 
-    monkeypatch.setattr(runs.shutil, "rmtree", remove_after)
+    monkeypatch.setattr(run_folder.shutil, "rmtree", remove_after)
     close_run(tmp_path)
     assert not (tmp_path / "checkpoints").exists()
     assert (tmp_path / "model" / "config.json").is_file()
@@ -314,8 +314,8 @@ def test_the_log_of_a_resumed_run(tmp_path):
 def test_the_configuration_is_what_makes_a_folder_a_run(tmp_path, monkeypatch):
     """Cut off before it is whole, opening leaves nothing that could be resumed."""
     names = []
-    write = runs.write_json
-    monkeypatch.setattr(runs, "write_json", lambda path, value: names.append(path.name) or write(path, value))
+    write = run_folder.write_json
+    monkeypatch.setattr(run_folder, "write_json", lambda path, value: names.append(path.name) or write(path, value))
     open_(tmp_path)
     assert names == ["environment.json", "config.json"]
 
@@ -345,7 +345,7 @@ def test_no_secret_of_the_environment_is_written(tmp_path, monkeypatch):
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """A git repository of which runs.py seems to be a file."""
+    """A git repository of which run_folder.py seems to be a file."""
     package = tmp_path / "repository" / "embedft"
     (package / "training").mkdir(parents=True)
     (package / "__init__.py").write_text("one\n")
@@ -361,7 +361,7 @@ def checkout(tmp_path, monkeypatch):
     git("init", "-q")
     git("add", "-A")
     git("commit", "-q", "-m", "one")
-    monkeypatch.setattr(runs, "__file__", str(package / "training" / "runs.py"))
+    monkeypatch.setattr(run_folder, "__file__", str(package / "training" / "run_folder.py"))
     return package, git
 
 
@@ -386,7 +386,8 @@ def test_a_changed_checkout_leaves_a_patch_that_applies(tmp_path, checkout):
 
 
 def test_code_outside_of_a_checkout_has_no_commit(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "__file__", str(tmp_path / "site-packages" / "embedft" / "training" / "runs.py"))
+    elsewhere = tmp_path / "site-packages" / "embedft" / "training" / "run_folder.py"
+    monkeypatch.setattr(run_folder, "__file__", str(elsewhere))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
     open_(tmp_path / "run")
     found = json.loads((tmp_path / "run" / "environment.json").read_text())

@@ -1,0 +1,141 @@
+"""The settings of `train`, `finetune` and `fit_adapter`, checked when they are made."""
+
+import re
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Literal
+
+import torch
+
+from ..config import check_types, option
+from ..losses.registry import Loss, build_loss
+from .optim import Schedule
+
+Sampling = Literal["proportional", "round_robin", "temperature"]
+MINING = ("mine_ranks", "mine_sampling", "mine_relative_margin", "mine_absolute_margin")
+LARGEST_SEED = 2**62
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. Defaults follow sentence-transformers' trainer where it has them (lr 5e-5, no warmup, ...)."""
+
+    epochs: int = option(3, "passes over the training pairs", least=1)
+    lr: float = option(5e-5, "peak learning rate", above=0)
+    loss_lr: float | None = option(None, "peak learning rate of the loss's own parameters [lr]", above=0)
+    schedule: Schedule = option("linear", "learning rate after warmup")
+    warmup: float = option(0.0, "warmup steps; below 1: fraction of all steps", least=0)
+    weight_decay: float = option(0.0, "weight decay of matrices; biases and norms have none", least=0)
+    max_grad_norm: float = option(1.0, "clip gradients to this norm", above=0)
+    seed: int = option(42, "random seed of the batch order and dropout", above=-LARGEST_SEED, below=LARGEST_SEED)
+    precision: Literal["float32", "bfloat16"] = option("float32", "precision of the forward pass; bfloat16: autocast")
+    accumulate: int = option(1, "batches per step; their gradients are averaged", least=1)
+    mini_batch_tokens: int | None = option(None, "gradient caching: tokens per mini-batch [no caching]", least=1)
+    eval_every: int | None = option(None, "steps between validations [one per epoch]", least=1)
+    checkpoint_every: int | None = option(None, "steps between checkpoints [one per epoch]", least=1)
+    select: str = option("ndcg@10", "validation metric that chooses the best weights")
+    log: Literal["tensorboard", "wandb"] | None = option(None, "also log to it; install it first")
+
+    def __post_init__(self):
+        check_types(type(self), vars(self))
+
+    def check_unused(self, names: tuple[str, ...], why: str) -> None:
+        """Raises `ValueError` for the first of these settings that is not at its default: it has no effect."""
+        for field in fields(self):
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            if field.name in names and getattr(self, field.name) != default:
+                raise ValueError(f"{field.name} is {getattr(self, field.name)!r}, but {why}")
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(TrainConfig):
+    """How to fine-tune: the settings of `TrainConfig`, and those of batches, loss and mining."""
+
+    batch_size: int = option(32, "training pairs per batch", least=1)
+    batch_tokens: int | None = option(None, "tokens per batch, instead of batch_size", least=1)
+    num_negatives: int = option(0, "hard negatives per query, at most; fewer if the dataset has fewer", least=0)
+    examples: Literal["pairs", "queries", "scored"] = option("pairs", "what a batch consists of, see embedft/data")
+    target_scores: bool = option(False, "give the dataset's scores to the loss")
+    no_duplicates: bool = option(False, "no text twice in a batch")
+    sampling: Sampling = option("proportional", "how to sample several datasets, see embedft/data/mixture.py")
+    sampling_temperature: float = option(2.0, "with temperature: 1 is proportional, higher more even", least=1)
+    mixed: bool = option(False, "mix all datasets in each batch, instead of one dataset per batch")
+    max_length: int | None = option(None, "truncate texts to this many tokens [the model's own]", least=1)
+    passages: list[int] | None = option(None, "[size, stride] in tokens: windows, the best counts [one vector each]")
+    windows_per_document: int = option(4, "windows of a document per batch: the best ones, then random ones", least=1)
+    refresh_windows: bool = option(False, "find the best windows anew before each epoch, with the current model")
+    mine_every: int | None = option(None, "mine num_negatives before training and every so many epochs", least=1)
+    mine_ranks: list[int] = option([10, 100], "[first, last] rank of mined negatives")
+    mine_sampling: Literal["random", "top"] = option("random", "which of these ranks are mined")
+    mine_relative_margin: float | None = option(None, "0.05: score at most 95% of the query's lowest positive")
+    mine_absolute_margin: float | None = option(None, "score at least this much below the query's lowest positive")
+    attention_dropout: float = option(0.0, "on attention weights; above 0 is slower", least=0, below=1)
+    loss: dict[str, Any] = option({"name": "in_batch_negatives"}, "name and options of the loss")
+    references: dict[str, Any] = option({}, "frozen models: guide, teacher or base; null: MODEL before training")
+
+    def __post_init__(self):
+        super().__post_init__()
+        configured_loss(self)
+        for name, model in self.references.items():
+            if not isinstance(model, str | None):
+                raise ValueError(f"references: {name} is {model!r}, expected a model's folder or name, or null")
+        if self.passages is not None:
+            if len(self.passages) != 2 or not all(type(number) is int for number in self.passages):
+                raise ValueError(f"passages is {self.passages}, expected [size, stride], two whole numbers of tokens")
+            if self.references:
+                raise ValueError("references cannot be combined with passages")
+        if self.mine_every and not self.num_negatives:
+            raise ValueError(f"num_negatives is 0, but mine_every is {self.mine_every}: expected at least 1")
+        for is_unused, names, why in (
+            (self.batch_tokens, ("batch_size",), f"batch_tokens is {self.batch_tokens}: expected one of the two"),
+            (self.sampling != "temperature", ("sampling_temperature",), f"sampling is {self.sampling!r}"),
+            (not self.passages, ("windows_per_document", "refresh_windows"), "there are no passages"),
+            (not self.mine_every, MINING, "mine_every is null"),
+            (self.mine_every, ("batch_tokens", "no_duplicates"), "mining would change the number of batches"),
+            ((self.mine_every or 1) > 1, ("refresh_windows",), f"mine_every is {self.mine_every}: windows follow it"),
+        ):
+            if is_unused:
+                self.check_unused(names, why)
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """How to fit an adapter. Held-out questions chose the defaults, in experiments/repro_adapter_lyft_uber.py."""
+
+    kind: Literal["linear", "low_rank", "two_layer"] = option("linear", "kind of map")
+    side: Literal["query", "document", "both", "shared"] = option("query", "what is mapped")
+    bias: bool = option(True, "give maps a bias")
+    rank: int = option(16, "rank of a low-rank map", least=1)
+    hidden: int = option(256, "hidden features of a two-layer map", least=1)
+    out_dim: int | None = option(None, "output features, for both or shared [as many as the input]", least=1)
+    objective: Literal["full_corpus", "in_batch"] = option("full_corpus", "what the loss compares a question with")
+    temperature: float = option(0.03, "temperature of the full-corpus softmax", above=0)
+    loss: dict[str, Any] = option({"name": "in_batch_negatives"}, "name and options of the loss, for in_batch")
+    merge_documents: bool = option(True, "in_batch: a document once per batch; false: once per pair")
+    shuffle: bool = option(True, "a new order every epoch; false: the order of the qrels")
+    toward_identity: float = option(10.0, "weight of the maps' squared distance from the identity", least=0)
+    lr: float = option(1e-3, "peak learning rate", above=0)
+    weight_decay: float = option(0.0, "weight decay of matrices; 0: AdamW is Adam", least=0)
+    schedule: Schedule = option("constant", "learning rate after warmup")
+    warmup: float = option(0.0, "warmup steps; below 1: fraction of all steps", least=0)
+    max_grad_norm: float = option(1.0, "clip gradients to this norm", above=0)
+    epochs: int = option(16, "passes over the training questions", least=1)
+    batch_size: int | None = option(64, "questions (in_batch: pairs) per step; null: all of them", least=1)
+    held_out: float = option(0.0, "fraction of documents that chooses the best step; 0: the last", least=0, below=1)
+    eval_every: int = option(10, "steps between validations", least=1)
+    patience: int | None = option(None, "stop after this many validations without improvement [never]", least=1)
+    select: str = option("mrr@10", "validation metric that chooses the best step, mrr@K or hit_rate@K")
+    documents_at_once: int = option(16_384, "documents, or windows of them, scored at a time", least=1)
+    seed: int = option(42, "random seed of held-out documents, order and weights", least=0, below=LARGEST_SEED)
+
+    def __post_init__(self):
+        check_types(type(self), vars(self))
+        if not re.fullmatch(r"(mrr|hit_rate)@[1-9]\d*", self.select):
+            raise ValueError(f"select is {self.select!r}, expected mrr@K or hit_rate@K")
+        build_loss(self.loss)
+
+
+def configured_loss(config: FinetuneConfig | AdapterConfig) -> Loss:
+    """The configured loss, initialised from the seed; the caller's random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        return build_loss(config.loss)
