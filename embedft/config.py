@@ -50,7 +50,8 @@ def option(default: Any, meaning: str, *, metavar: str = "", positional: bool = 
     metadata = {"meaning": meaning, "metavar": metavar, "positional": positional, "bounds": bounds}
     if isinstance(default, dict | list):
         return dataclasses.field(default_factory=partial(copy.deepcopy, default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    # An address may hold a key.
+    return dataclasses.field(default=default, metadata=metadata, repr=metavar != "URL")
 
 
 def from_dict(cls: type[Config], values: dict[str, Any], prefix: str = "") -> Config:

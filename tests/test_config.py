@@ -292,3 +292,13 @@ def test_help_has_every_option_with_meaning_and_default(monkeypatch, cls):
             assert line in words
     assert all(len(line) <= 200 for line in text.splitlines())
     assert not re.search(r"\[(null|None|false|False)\]", text)
+
+
+def test_an_address_is_not_in_the_repr():
+    """It may hold a key, and a `repr` ends up in logs and tracebacks."""
+    from embedft.corpus.questions import QuestionConfig
+
+    config = QuestionConfig(base_url="http://user:password@host/v1?api-key=0123456789")
+    assert "model" in repr(config)
+    assert "password" not in repr(config)
+    assert "0123456789" not in repr(config)
