@@ -299,9 +299,8 @@ def global_orthogonal(
         raise ValueError("mean_weight and second_moment_weight are both 0, expected one of them above 0")
     Q, D = comparable(Q, D, similarity)
     targets.check_queries(Q)
-    num_documents = targets.num_documents(len(D))
     document_C = torch.arange(len(D), device=D.device) if targets.document is None else targets.document
-    _, unrelated_MM = targets.masks("document_document", num_documents=num_documents)
+    _, unrelated_MM = targets.masks("document_document", num_documents=targets.num_documents(len(D)))
     sets = [(Q, targets.masks("query_query")[1])]
     for group_B in targets.group.unbind(dim=1):
         is_listed_C = torch.isin(document_C, group_B)

@@ -36,8 +36,7 @@ def margin_mse(Q: Tensor, D: Tensor, targets: Targets, *, similarity: str = "dot
     positive_BG = targets.listed_positive
     negative_BG = (targets.group >= 0) & ~positive_BG
     # Where nothing is listed the teacher's score may be anything, even NaN.
-    teacher_BG = listed_targets(targets, "margin_mse", scores_BG).where(targets.group >= 0, 0)
-    error_BG = scores_BG - teacher_BG
+    error_BG = scores_BG - listed_targets(targets, "margin_mse", scores_BG).where(targets.group >= 0, 0)
     is_margin_BGG = positive_BG[:, :, None] & negative_BG[:, None, :]
     squares_BGG = (error_BG[:, :, None] - error_BG[:, None, :]).square()
     return squares_BGG.where(is_margin_BGG, 0).sum() / is_margin_BGG.sum().clamp(min=1)

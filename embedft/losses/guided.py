@@ -48,9 +48,8 @@ def guided_in_batch_negatives(
         rows = max(1, len(Q))
     # How many columns of `group` can hold a positive; each takes a row of scores per query.
     width = targets.group.shape[1] if targets.relevance is not None else 1
-    found = by_rows(guided.losses, Q, D, targets, rows, temperature, width, width=width)
-    losses_B, counts_B, masked_B, negatives_B = found
-    record("masked_negatives", masked_B.sum() / negatives_B.sum().clamp(min=1))
+    losses_B, counts_B, masked_B, num_B = by_rows(guided.losses, Q, D, targets, rows, temperature, width, width=width)
+    record("masked_negatives", masked_B.sum() / num_B.sum().clamp(min=1))
     return mean_over_queries(losses_B, counts_B)
 
 

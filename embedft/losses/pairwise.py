@@ -52,8 +52,7 @@ def contrastive(
     check_one_of("reduction", reduction, ("mean", "sum"))
     positive_P, negative_P = _pair_distances(Q, D, targets, distance, "contrastive")
     total = positive_P.square().sum() + F.relu(margin - negative_P).square().sum()
-    num_pairs = len(positive_P) + len(negative_P)
-    return total / 2 / (max(num_pairs, 1) if reduction == "mean" else 1)
+    return total / 2 / (max(len(positive_P) + len(negative_P), 1) if reduction == "mean" else 1)
 
 
 def online_contrastive(

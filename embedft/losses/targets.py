@@ -207,8 +207,7 @@ def _sharing(item_P: Tensor, key_P: Tensor, num_items: int) -> Tensor:
     apart = 1
     while (same := key_P[apart:] == key_P[:-apart]).any():
         one, other = item_P[apart:][same], item_P[:-apart][same]
-        shared[one, other] = True
-        shared[other, one] = True
+        shared[one, other] = shared[other, one] = True
         apart += 1
     return shared.fill_diagonal_(False)
 

@@ -68,8 +68,7 @@ class WindowIndex(Index):
         found = Found(np.empty((len(queries_BD), depth), np.float32), np.empty((len(queries_BD), depth), np.int64))
         left, width = np.arange(len(queries_BD)), depth
         while len(left):
-            width = min(2 * width, len(self.source_W))
-            too_few = []
+            width, too_few = min(2 * width, len(self.source_W)), []
             windows_QC = self.candidates.search(queries_BD[left], width).rows
             for query, windows_C in zip(left, windows_QC, strict=True):
                 windows_C = windows_C[windows_C >= 0]

@@ -36,8 +36,7 @@ class Run:
             if len(set(ids)) < len(ids):
                 twice, _ = Counter(ids).most_common(1)[0]
                 raise ValueError(f"run: {name} id {twice!r} appears twice")
-        indices_QK, scores_QK = self.indices, self.scores
-        shape = indices_QK.shape
+        indices_QK, scores_QK, shape = self.indices, self.scores, self.indices.shape
         is_shaped = len(shape) == 2 and scores_QK.shape == shape and shape[0] == len(self.query_ids)
         if not is_shaped or indices_QK.dtype != np.int64 or scores_QK.dtype.kind != "f":
             found = f"found {indices_QK.dtype} {indices_QK.shape} and {scores_QK.dtype} {scores_QK.shape}"

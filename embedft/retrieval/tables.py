@@ -134,8 +134,7 @@ def format_grid(reports: Sequence[Report], *, metric: str = "ndcg@10", style: St
     found, rows = iter(comparisons), []
     for report in reports:
         row = {**report.setting, **report.costs, metric: report.metrics[metric]}
-        sizes = "/".join(map(str, row.get("passages") or ()))
-        row["passages"] = sizes or ("whole" if row.get("dim") else None)
+        row["passages"] = "/".join(map(str, row.get("passages") or ())) or ("whole" if row.get("dim") else None)
         if report is not base:
             row |= vars(next(found))
         elif style != "csv":

@@ -31,11 +31,10 @@ class FrozenEmbeddings:
     """
 
     def __init__(self, embedder: Embedder, dataset: RetrievalDataset, *, dim: int | None = None):
-        queries = embedder.encode(list(dataset.queries.values()), role="query", dim=dim)
-        documents = embedder.encode(dataset.document_texts(), role="document", dim=dim)
+        texts = {"query": list(dataset.queries.values()), "document": dataset.document_texts()}
+        self.embeddings = {role: embedder.encode(texts[role], role=role, dim=dim) for role in texts}
         ids = {"query": dataset.queries, "document": dataset.corpus}
         self.row = {role: {id_: row for row, id_ in enumerate(ids[role])} for role in ids}
-        self.embeddings = {"query": queries, "document": documents}
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         found = []
