@@ -36,6 +36,7 @@ def split_object(value: Any, *, depth: int = 3) -> tuple[Any, dict[str, Any]]:
     code, values = value, {}
     if isinstance(value, functools.partial):
         code, values = value.func, {"func": value.func, "args": value.args, **value.keywords}
+        code = code if isinstance(code, type) or inspect.isroutine(code) else type(code)
     elif isinstance(value, types.MethodType):
         code, values = value.__func__, {"self": value.__self__}
     elif isinstance(value, types.FunctionType):
@@ -88,5 +89,6 @@ def _compiled(thing: Any) -> Any:
     code = getattr(thing, "__code__", thing)
     if not inspect.iscode(code):
         return repr(type(thing))
-    constants = [_compiled(value) if inspect.iscode(value) else value for value in code.co_consts]
-    return code.co_code, code.co_names, constants
+    # The order of a set differs between processes.
+    constants = [sorted(value, key=repr) if isinstance(value, frozenset) else value for value in code.co_consts]
+    return code.co_code, code.co_names, [_compiled(value) if inspect.iscode(value) else value for value in constants]

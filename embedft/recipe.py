@@ -132,6 +132,8 @@ def finetune(
     given |= {"evaluate": evaluate, "refresh": refresh, "on_step": on_step}
     given = {name: value for name, value in given.items() if value is not None}
     datasets = {"": dataset} if isinstance(dataset, RetrievalDataset) else dataset
+    if datasets is dataset and "" in datasets:
+        raise ValueError("a data set is named '', expected a name that is not empty")
     out = None if out is None else Path(out)
     job = _Job(embedder, datasets, config or FinetuneConfig(), given, validation, references or {}, out)
     before = embedder.max_length, getattr(embedder.encoder, "attention_dropout", 0.0)

@@ -987,3 +987,14 @@ def test_components_by_hand():
 def test_a_long_chain_needs_no_recursion():
     links = [(i, i + 1) for i in reversed(range(50_000))]
     assert set(connected_components(links).values()) == {0}
+
+
+def test_a_carriage_return_in_a_tsv_cell_stays(tmp_path):
+    (tmp_path / "pairs.tsv").write_text("question\tcontext\nwhat?\ta\rb\n", newline="")
+    assert list(RetrievalDataset.load(tmp_path / "pairs.tsv").corpus.values()) == ["a\rb"]
+
+
+def test_a_wrong_header_is_named_by_its_line_even_without_rows(tmp_path):
+    (tmp_path / "pairs.csv").write_text("asked,context\n")
+    with pytest.raises(ValueError, match=r"pairs.csv line 1: no column for the query; found asked, context"):
+        RetrievalDataset.load(tmp_path / "pairs.csv")

@@ -2,12 +2,17 @@
 
 import functools
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from tiny import make_dataset
 from torch import nn
 
+import embedft
 from embedft.objects import describe_object
 
 
@@ -108,3 +113,25 @@ def test_a_function_that_calls_itself():
         return again(n - 1) if n else 0
 
     assert describe_object(again)["name"].endswith("again")
+
+
+@pytest.mark.parametrize("seed", ["1", "2"])
+def test_the_hash_of_a_set_in_byte_code_is_the_same_in_every_process(seed):
+    code = """
+from embedft.objects import describe_object
+print(describe_object(eval("lambda s: s in {'a', 'b', 'c', 'd'}"))["sha256"])
+"""
+    environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(embedft.__file__).parents[1])}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == describe_object(eval("lambda s: s in {'a', 'b', 'c', 'd'}"))["sha256"]
+
+
+class Unhashable:
+    __hash__ = None
+
+    def __call__(self, Q, D, targets):
+        return Q.sum()
+
+
+def test_a_partial_of_an_object_is_described_by_its_class():
+    assert describe_object(functools.partial(Unhashable()))["sha256"] == describe_object(Unhashable())["sha256"]

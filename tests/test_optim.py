@@ -65,3 +65,8 @@ def test_warmup_is_a_fraction_or_whole_steps():
     assert lr_factor("linear", 1, num_steps=10, warmup=2.0) == 0.5
     with pytest.raises(ValueError, match=r"warmup is 1\.9"):
         lr_factor("linear", 0, num_steps=10, warmup=1.9)
+
+
+def test_an_unknown_schedule():
+    with pytest.raises(ValueError, match=r"schedule is 'cosin', expected one of linear, cosine, constant"):
+        lr_factor("cosin", 5, num_steps=10, warmup=0)

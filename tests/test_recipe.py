@@ -857,3 +857,8 @@ def test_two_at_once(tmp_path):
     finetune(embedder, data, CONFIG, out=tmp_path / "run", on_step=on_step)
     assert len(errors) == 2
     assert (tmp_path / "run" / "DONE").exists()
+
+
+def test_a_data_set_needs_a_name(tmp_path):
+    with pytest.raises(ValueError, match="named ''"):
+        finetune(make_embedder(tmp_path / "base"), {"": make_dataset(), "b": make_dataset(seed=1)})

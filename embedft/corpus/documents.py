@@ -52,6 +52,10 @@ class Skipped(NamedTuple):
         return f"{self.file}{'' if self.page is None else f' page {self.page}'}: {self.reason}"
 
 
+class _Unreadable(Exception):
+    """Why a whole file gives no page."""
+
+
 def read_documents(paths: Sequence[str | Path], *, processes: int | None = None) -> tuple[list[Page], list[Skipped]]:
     """Reads files and folders in the order given; returns the pages with text, and what was left out and why.
 
@@ -67,7 +71,7 @@ def read_documents(paths: Sequence[str | Path], *, processes: int | None = None)
         file = printable(name)
         try:
             found, reasons = _read_pdf(pdf_texts[name]) if name in pdf_texts else (_read_text_file(name), {})
-        except ValueError as error:
+        except _Unreadable as error:
             skipped.append(Skipped(file, None, str(error)))
             continue
         for number, sections in enumerate(found, start=1):
@@ -121,10 +125,10 @@ def _find_files(paths: Sequence[str | Path]) -> tuple[list[str], list[Skipped]]:
 def _read_pdf(pdf: PdfText) -> tuple[list[list[tuple]], dict[int, str]]:
     """The sections of each page, here a text alone, and {page: what is wrong with it}."""
     if pdf.reason is not None:
-        raise ValueError(pdf.reason)
+        raise _Unreadable(pdf.reason)
     texts = clean_layout(pdf.pages, plain=pdf.plain)
     if not any(texts) and not pdf.failures:
-        raise ValueError(f"none of its {len(texts)} pages has text (scanned pages need OCR)")
+        raise _Unreadable(f"none of its {len(texts)} pages has text (scanned pages need OCR)")
     return [[(text,)] for text in texts], pdf.failures
 
 
@@ -133,12 +137,12 @@ def _read_text_file(name: str) -> list[list[tuple]]:
     try:
         text = read_text(name)
     except ValueError as error:
-        raise ValueError(str(error).removeprefix(f"{name} ")) from None
+        raise _Unreadable(str(error).removeprefix(f"{name} ")) from None
     except OSError as error:
-        raise ValueError(f"cannot be read ({error.strerror})") from None
+        raise _Unreadable(f"cannot be read ({error.strerror})") from None
     text = text.replace("\r\n", "\n").replace("\r", "\n").translate(CLEANING | {ord("\t"): "\t", ord("\f"): "\f"})
     if not text.strip():
-        raise ValueError("has no text")
+        raise _Unreadable("has no text")
     texts = ["\n".join(map(str.rstrip, page.split("\n"))) for page in text.split("\f")]
     return split_sections(texts) if _suffix(name) in MARKDOWN else [[(text,)] for text in texts]
 

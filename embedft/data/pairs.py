@@ -126,27 +126,40 @@ def _find_negatives(values: dict[str, Any]) -> list[tuple[Any, str | None]]:
 
 
 def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str | None]]]:
-    """Yields (the line on which a row begins, {column: cell}); an empty cell is None, blank lines are skipped.
+    """Yields (the line on which a row begins, {column: cell}); an empty cell is None, blank lines are skipped."""
+    header: list[str] = []
+    for line, cells in _cells(path):
+        if cells and not header:
+            header = cells
+            check_distinct([column for column in header if column], f"{path} line {line}: column")
+            try:
+                _find_columns(tuple(header))
+            except ValueError as error:
+                raise ValueError(f"{path} line {line}: {error}") from None
+        elif cells:
+            if len(cells) != len(header):
+                raise ValueError(f"{path} line {line}: {len(cells)} columns, the header has {len(header)}")
+            yield line, {column: cell or None for column, cell in zip(header, cells, strict=True)}
 
-    TSV has no quoting.
-    """
-    how = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if ".tsv" in path.suffixes else {}
-    reader, header, line = csv.reader(read_lines(path), strict=True, **how), [], 1
-    limit = csv.field_size_limit(2**31 - 1)  # by default, a cell has at most 131,072 characters
-    try:
-        for cells in reader:
-            if cells and not header:
-                header = cells
-                check_distinct([column for column in header if column], f"{path} line {line}: column")
-            elif cells:
-                if len(cells) != len(header):
-                    raise ValueError(f"{path} line {line}: {len(cells)} columns, the header has {len(header)}")
-                yield line, {column: cell or None for column, cell in zip(header, cells, strict=True)}
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(f"{path} line {line}: invalid CSV ({error})") from None
-    finally:
-        csv.field_size_limit(limit)
+
+def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(line, cells) of every row; TSV has no quoting."""
+    if ".tsv" in path.suffixes:
+        for number, line in enumerate(read_lines(path), start=1):
+            yield number, line.rstrip("\r\n").split("\t") if line.strip("\r\n") else []
+        return
+    reader, cells = csv.reader(read_lines(path), strict=True), []
+    while cells is not None:
+        line = reader.line_num + 1
+        # The limit on a cell (131,072 characters) belongs to the whole process: lifted for one row at a time.
+        limit = csv.field_size_limit(2**31 - 1)
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(f"{path} line {line}: invalid CSV ({error})") from None
+        finally:
+            csv.field_size_limit(limit)
+        yield line, cells or []
 
 
 def write_jsonl(dataset: Any, path: Path, refusal: str) -> None:

@@ -6,7 +6,7 @@ lr = 2e-5 * lr_factor("linear", step, num_steps=1000, warmup=0.1)
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -54,6 +54,8 @@ def lr_factor(schedule: Schedule, step: int, *, num_steps: int, warmup: float) -
 
     `warmup` is a number of steps or, below 1, a fraction of all steps, rounded up. As in the schedules of transformers.
     """
+    if schedule not in (names := get_args(Schedule)):
+        raise ValueError(f"schedule is {schedule!r}, expected one of {', '.join(names)}")
     if warmup >= 1 and warmup != int(warmup):
         raise ValueError(f"warmup is {warmup}, expected a whole number of steps, or a fraction below 1")
     num_warmup = math.ceil(warmup * num_steps) if warmup < 1 else int(warmup)

@@ -244,6 +244,11 @@ def _session(state: TrainState, epochs: "_Epochs", config: TrainConfig, out: Pat
         with devices.seeded(config.seed, device):
             distributed.broadcast_weights(*state.modules().values())
             resumed = out is not None and load_checkpoint(out / CHECKPOINTS, state)
+            was_refreshed = epochs.refresh is not None and state.step > epochs.steps_per_epoch * epochs.every
+            if resumed and (state.refresh_weights is not None) != was_refreshed:
+                had, now = ("lacks", "with") if state.refresh_weights is None else ("has", "without")
+                where = f"{out / CHECKPOINTS}: the checkpoint of step {state.step}"
+                raise ValueError(f"{where} {had} the weights of a refresh, so it belongs to a run {now} one")
             distributed.check_same({"number of batches": epochs.size, "step of the checkpoint": state.step})
             log = open_log(out if is_first else None, state.step if resumed else -1, config.log)
             shown = {"unit": "step", "initial": state.step, "show": None if is_first else False}
@@ -286,8 +291,6 @@ class _Epochs:
         embedder, weights = state.embedder, copy_weights(state.embedder)
         if due:
             state.refresh_weights = weights
-        elif state.refresh_weights is None:
-            raise ValueError(f"the checkpoint of step {state.step} is of a run without a refresh")
         embedder.eval()
         embedder.load_state_dict(state.refresh_weights)
         devices.release_memory(embedder.device)
