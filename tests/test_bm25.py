@@ -316,3 +316,8 @@ def test_a_query_does_not_find_itself():
     assert list(bm25_run(dataset, depth=2, exclude_identical_ids=False).to_dict()["a"]) == ["a", "b"]
     relevant = RetrievalDataset(queries, corpus, {"a": {"a": 1}})
     assert list(bm25_run(relevant, depth=2).to_dict()["a"]) == ["a", "b"]
+
+
+def test_words_of_one_text_instead_of_a_list():
+    with pytest.raises(ValueError, match="texts is a str"):
+        split_words("ab cd")

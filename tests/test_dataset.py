@@ -489,7 +489,7 @@ def test_rows_refused(tmp_path, rows, message):
         ('query,positive\na?,A\nb?,"B\nand no end\n', "line 3: invalid CSV (unexpected end of data)"),
         ('query,positive\n"a"?,A\n', "line 2: invalid CSV ("),
         ("query,query,positive\na?,b?,A\n", "line 1: column 'query'"),
-        ("query;positive\na?;A\n", "line 2: no column for the query; found query;positive; expected one of anchor"),
+        ("query;positive\na?;A\n", "line 1: no column for the query; found query;positive; expected one of anchor"),
         (b"query,positive\na?,A\nb?,\xe9\n", "line 3: invalid UTF-8 (byte 0xe9)"),
         ("query,positive\n", "x.csv: the dataset is empty: no entry in queries"),
         ("", "x.csv: the dataset is empty: no entry in queries"),

@@ -468,8 +468,16 @@ def test_a_refresh_needs_a_checkpoint_of_a_run_with_one(tmp_path):
     embedder = make_embedder(tmp_path / "base")
     with pytest.raises(KeyboardInterrupt):
         train(embedder, make_batches(embedder), interrupted_at(7), REFRESHED, out=tmp_path)
-    with pytest.raises(ValueError, match="step 6 is of a run without a refresh"):
+    with pytest.raises(ValueError, match="step 6 lacks the weights of a refresh"):
         train(embedder, make_batches(embedder), in_batch_negatives, REFRESHED, out=tmp_path, refresh=by_weights())
+
+
+def test_a_refreshed_run_does_not_resume_without_a_refresh(tmp_path):
+    embedder = make_embedder(tmp_path / "base")
+    with pytest.raises(KeyboardInterrupt):
+        train(embedder, make_batches(embedder), interrupted_at(7), REFRESHED, out=tmp_path, refresh=by_weights())
+    with pytest.raises(ValueError, match="step 6 has the weights of a refresh"):
+        train(embedder, make_batches(embedder), in_batch_negatives, REFRESHED, out=tmp_path)
 
 
 def test_a_refresh_with_another_number_of_batches(tmp_path):

@@ -128,6 +128,8 @@ def _word_pattern() -> re.Pattern[str]:
 def split_words(texts: Sequence[str]) -> list[list[str]]:
     """The lower-cased words of each text, in NFKC: runs of Unicode letters (with their marks) and digits.
     In scripts written without spaces a run is one word: use the encoder's tokens there."""
+    if isinstance(texts, str):
+        raise ValueError("texts is a str, expected a list of str")
     pattern = _word_pattern()
     return [pattern.findall(unicodedata.normalize("NFKC", text).lower()) for text in texts]
 

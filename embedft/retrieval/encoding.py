@@ -90,6 +90,8 @@ def join_slices(slices: list[Slice]) -> tuple[np.ndarray, np.ndarray | None]:
     """All vectors in one array, and the document of each window. Empties the list, so no vectors are held twice."""
     sources = [part.source + part.first for part in slices if part.source is not None]
     source_N = np.concatenate(sources) if sources else None
+    if len(slices) == 1:
+        return slices.pop().vectors, source_N
     vectors_NW = np.empty((sum(len(part.vectors) for part in slices), slices[0].vectors.shape[1]), dtype=np.float32)
     row = 0
     while slices:
