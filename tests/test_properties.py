@@ -76,7 +76,7 @@ def is_refused(action: Callable[[], object], where: str) -> bool:
     assert type(error) is ValueError or isinstance(error, OSError), repr(error)
     assert "\n" not in str(error), error
     assert len(str(error)) < 700, error
-    assert where in str(error) or "values that are not finite" in str(error), error
+    assert where in str(error) or "not finite" in str(error), error
     return True
 
 
@@ -191,16 +191,16 @@ def test_pdfs(tmp_path):
         files.append(tmp_path / f"{seed:04d}.pdf")
         files[-1].write_bytes(content)
     (tmp_path / "whole.pdf").write_bytes(whole)
-    found = read_documents([*files, tmp_path / "whole.pdf"], processes=2)
-    intact = [page.text for page in found.pages if page.file.endswith("whole.pdf")]
+    found_pages, found_skipped = read_documents([*files, tmp_path / "whole.pdf"], processes=2)
+    intact = [page.text for page in found_pages if page.file.endswith("whole.pdf")]
     assert [text.split("\n")[0] for text in intact] == [text.split("\n")[0] for text in pages]
-    named = {page.file for page in found.pages} | {skipped.file for skipped in found.skipped}
+    named = {page.file for page in found_pages} | {skipped.file for skipped in found_skipped}
     assert named == {str(path) for path in [*files, tmp_path / "whole.pdf"]}
-    for skipped in found.skipped:
+    for skipped in found_skipped:
         assert skipped.reason
         assert "\n" not in skipped.reason
         assert len(skipped.reason) < 300
         assert "took longer" not in skipped.reason
-    for page in found.pages:
+    for page in found_pages:
         page.text.encode()
     assert os.listdir(tmp_path)

@@ -139,7 +139,7 @@ def _check_files(path: Path, before: list[Path]) -> None:
         expected = read_object(path / FILES)
     except (OSError, ValueError):
         expected = {}  # also a checkpoint of an earlier version, which has none
-    if not {MODEL, OPTIMIZER, RANDOM, STATE} <= expected.keys():
+    if {file.name for file in path.iterdir()} - expected.keys() != {FILES}:
         expected = {FILES: None}
     for name, digest in expected.items():
         if digest is None or not (path / name).is_file() or sha256_file(path / name) != digest:
