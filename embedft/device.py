@@ -21,9 +21,10 @@ def find_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        reason, mps = str(error).partition("\n")[0], ["mps"] * torch.backends.mps.is_available()
-        there = ", ".join([*(f"cuda:{i}" for i in range(torch.cuda.device_count())), *mps, "cpu"])
-        raise ValueError(f"device is {name!r}, expected one of {there} ({reason})") from None
+        reason = str(error).partition("\n")[0]
+        there = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        there += ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
+        raise ValueError(f"device is {name!r}, expected one of {', '.join(there)} ({reason})") from None
 
 
 def has_packed_attention(device: torch.device, dtype: torch.dtype) -> bool:

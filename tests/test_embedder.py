@@ -421,3 +421,10 @@ def test_settings_that_are_refused(tiny_bert, options, message):
     loaded = load_embedder(tiny_bert, device="cpu")
     with pytest.raises(ValueError, match=f"^{message}"):
         Embedder(loaded.encoder, loaded.tokenizer, **options)
+
+
+def test_vectors_go_back_to_the_device_only_for_an_adapter_or_a_cut(tiny_bert, monkeypatch):
+    embedder = load_embedder(tiny_bert, device="cpu")
+    expected = embedder.encode(["a", "fees"])
+    monkeypatch.setattr(embedder, "_adapted", None)
+    np.testing.assert_array_equal(embedder.encode(["a", "fees"]), expected)

@@ -599,3 +599,18 @@ def test_search_refuses():
         search(embedder, dataset, ["q00"], passages=(6, 3))
     with pytest.raises(ValueError, match=r"passages is \(6, 3\): object cannot cut"):
         check_settings(object(), [Setting(passages=(6, 3))])
+
+
+def test_vectors_are_cut_once_per_dim_outside_the_build_time(monkeypatch):
+    (embedder, dataset), cut = random_data(), []
+
+    def slowly(embedder, vectors_NW, dim, truncate=search_module.truncate):
+        if len(vectors_NW) == len(dataset.corpus):
+            cut.append(dim)
+            time.sleep(0.5)
+        return truncate(embedder, vectors_NW, dim)
+
+    monkeypatch.setattr(search_module, "truncate", slowly)
+    reports = evaluate_grid(embedder, dataset, dims=(32, 16), precisions=("int8", "binary"))
+    assert sorted(cut) == [16, 16, 32, 32]  # for exact search, and for both precisions
+    assert max(report.costs["build_seconds"] for report in reports) < 0.5

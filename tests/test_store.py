@@ -618,7 +618,7 @@ def test_a_damaged_database_is_one_line(filled, capsys, content):
 def test_a_store_of_another_version_is_refused(filled):
     (filled / NAME).mkdir()
     (filled / NAME / "space.json").write_text('{"version": 1}')  # before SQLite: a folder per space
-    with pytest.raises(ValueError, match=r"\(version 1\); choose another folder"):
+    with pytest.raises(ValueError, match=r"version 1; use the older embedft or, .*\(from an API: pay for them again\)"):
         Store(filled)
     (filled / NAME / "space.json").unlink()
     execute(filled, "PRAGMA user_version = 3")

@@ -233,6 +233,10 @@ def test_the_maximum_length_asked_for(tiny_bert):
     embedder = load_embedder(tiny_bert, device="cpu")
     embedder.max_length = 7
     assert [len(ids) for ids in embedder.tokenizer.encode(["a " * 50, "a"])] == [7, 3]
+    embedder.tokenizer.max_length = 4
+    assert [len(ids) for ids in embedder.tokenizer.encode(["a " * 50, "a"])] == [4, 3]
+    with pytest.raises(ValueError, match="max_length is 2, expected more than the 2 special tokens"):
+        embedder.tokenizer.max_length = 2
 
 
 @pytest.mark.parametrize("max_length", [-1, 0, 2])

@@ -23,7 +23,6 @@ from .client import Client, Server, check_settings, reported_usage
 from .ledger import Ledger
 from .sending import Forms, Job, Response, Sender
 
-# Of api.openai.com: 2,048 texts and 300,000 tokens per request; a token is at least a byte.
 MAX_BATCH_BYTES, OPENAI_MAX_TOKENS = 300_000, 8_191
 SPECIAL_TOKENS = 4  # that a tokenizer may add to a text, for the most that a request may cost
 ENCODING_FORMATS = ("base64", "float", None)  # base64 is a third of the size; None: the field is left out
@@ -45,7 +44,7 @@ class ApiCosts(Ledger):
 class Endpoint:
     """POST /embeddings of a server, for one model. `dim`: features, 0 until known. `costs`: so far.
 
-    It outlasts a `Fetch`: the form and size of a request that the server accepted stay.
+    Remembers across fetches which form and size the server accepts.
     """
 
     model: str
@@ -109,7 +108,9 @@ class Fetch:
         if num_cut := sum(self.sent[text] != self.prompt + text for text in self.rows.keys() - self.missing.keys()):
             print(f"{endpoint.name}: {num_cut:,} {of_all} were too long and cut", file=sys.stderr)
         if self.missing:
-            reason = stopped.reason if isinstance(stopped, Response) else stopped or next(iter(self.missing.values()))
+            reason, *_ = self.missing.values()
+            if stopped:
+                reason = stopped.reason if isinstance(stopped, Response) else stopped
             raise ValueError(f"{endpoint.name}: {reason}; {len(self.missing):,} {of_all} have no vector")
 
     def _jobs(self) -> Iterator[Job]:
@@ -177,7 +178,7 @@ class Fetch:
         return Response("ok", "done", result=good, usage=usage)
 
     def _record(self, job: Job, response: Response, line: dict[str, Any]) -> None:
-        """Stores what is good, then settles: a kill in between overstates what a request cost, never hides it."""
+        """Stores what is good, then writes the ledger: a kill in between overstates what a request cost."""
         endpoint, good, (texts, taken) = self.endpoint, response.result or {}, job.content
         if good:
             self.keep(good)

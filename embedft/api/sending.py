@@ -115,7 +115,7 @@ class Sender:
     """
 
     ask: Callable[[Job, Any], Awaitable[Response]]  # sends one job in one of the forms; what it raises ends the run
-    record: Callable[[Job, Response, dict[str, Any]], None]  # gets a JSON object that says what came of it, too
+    record: Callable[[Job, Response, dict[str, Any]], None]  # and a JSON line describing the outcome
     ledger: Ledger
     concurrency: int
     max_attempts: int

@@ -59,10 +59,14 @@ def run(options: Options) -> None:
             embedder.store = Store(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
         adapter = _fit(options, config, embedder, dataset)
         costs, best = adapter.costs, adapter.costs["best_step"]
-        kept = f"kept the weights of the last step, {best:,}"
-        if values := {r["step"]: r["metrics"][config.select] for r in adapter.history if "metrics" in r}:
+        values = {r["step"]: r["metrics"][config.select] for r in adapter.history if "metrics" in r}
+        if not values:
+            kept = f"kept the weights of the last step, {best:,}"
+        elif best:
             kept = f"kept the weights of step {best:,} of {max(values):,}"
-            kept = kept if best else "kept the start: no step improved on it"
+        else:
+            kept = "kept the start: no step improved on it"
+        if values:
             on = f"{costs['held_out_queries']:,} held-out questions"
             kept += f" ({config.select} {values[0]:.4f} -> {values[best]:.4f} on {on})"
         print(f"{costs['queries']:,} questions, {costs['documents']:,} documents, {costs['seconds']:.1f} s; {kept}")

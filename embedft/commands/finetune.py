@@ -93,8 +93,10 @@ def _print_summary(out: Path, select: str, *, has_validation: bool) -> None:
     if has_validation:
         values = {record["step"]: record["metrics"][select] for record in records if "metrics" in record}
         best = max(values, key=values.__getitem__)  # the first of equals
-        kept = f"kept the weights of step {best:,} of {max(values):,}"
-        kept = kept if best else "kept the base weights: no checkpoint improved on them"
+        if best:
+            kept = f"kept the weights of step {best:,} of {max(values):,}"
+        else:
+            kept = "kept the base weights: no checkpoint improved on them"
         print(f"{kept} ({select} {values[best]:.4f})")
         before, after = (embedft.Report.load(out / run_folder.EVAL / name) for name in (VALIDATION_BASE, VALIDATION))
         with warnings.catch_warnings():

@@ -53,7 +53,7 @@ NUMBERING = re.compile(r"""(?ix)
 NO_QUESTION = re.compile(r"(?:question|q)\s*#?\d{0,3}|answer\s*#?\d{0,3}\s*[.):].*|a\d{0,3}\s*:.*", re.IGNORECASE)
 QUOTES = (("**", "**"), ("__", "__"), *('""', "''", "“”", "‘’", "«»", "``"))
 PREAMBLE = re.compile(r"(?i)(?:sure|certainly|of course|absolutely|okay|ok|here (?:are|is)|here's|below are)\b[^?]*")
-# The words with which English asks.
+# English question words.
 QUESTION_MARK = re.compile("[?？؟\u037e՞፧⁇¿]")
 AUXILIARY = r"(?:is|are|was|were|do|does|did|can|could|will|would|should|shall|has|have|had|must|might)"
 INTERROGATIVE = rf"""(?: (?:what|why|who|whose|whom|which|how)\b | (?:when|where)\s+{AUXILIARY}\b

@@ -44,7 +44,7 @@ class QuestionConfig:
     model: str = option("gpt-4o-mini", "the LLM, by the name its server knows")
     base_url: str | None = option(None, "of the server [OPENAI_BASE_URL, else api.openai.com]", metavar="URL")
     num_questions: int = option(2, "questions per chunk", least=1)
-    max_reply_tokens: int | None = option(None, "longest reply; to reason takes more [128 per question]", least=1)
+    max_reply_tokens: int | None = option(None, "longest reply; reasoning models need more [128 per question]", least=1)
     parameters: dict = option({}, "sent unchanged: temperature, seed, reasoning_effort, ...")
     structured: Literal["auto", "schema", "lines"] = option("auto", "JSON by a schema, plain lines, or what works")
     concurrency: int = option(16, "requests in flight at once", least=1)
@@ -183,7 +183,7 @@ def _body(config: QuestionConfig, template: str, text: str, limit_name: str, is_
 
 
 def _read_replies(folder: Path, *, repair: bool) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
-    """What is needed of saved replies, and {key: questions}. `repair`: cut off half a line, while the lock is held."""
+    """The fields kept from saved replies, and {key: questions}. `repair`: cut off half a line, under the lock."""
     records = []
     for number, record in enumerate(resume_jsonl(folder / REPLIES, repair=repair), start=1):
         if lacks := ", ".join(sorted(RECORD - record.keys())):

@@ -33,7 +33,7 @@ Judgement = tuple[str, str, str, int]  # where in the file, query id, document i
 
 
 def choose_format(path: Path, format: str | None, formats: Iterable[str], *, folder: bool) -> str:
-    """The given format, or else the one that the path implies; `path` may be absent, but is no file for a folder."""
+    """The given format, or else the one the path implies; `path` need not exist; must match the format if it does."""
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     format = format or ("beir" if folder else SUFFIXES.get(suffix))
     if format is None:
@@ -79,8 +79,11 @@ def _sort(judgements: Iterable[Judgement], queries: Texts, corpus: Texts, strict
         except ValueError as error:
             if strict:
                 raise
-            by_query, errors = (missing, counted) if query_id in queries else ({}, ignored)
-            errors.append(error)
+            if query_id not in queries:
+                ignored.append(error)
+                continue
+            counted.append(error)
+            by_query = missing
         grades = by_query.setdefault(query_id, {})
         if document_id in grades:
             raise ValueError(f"{where}: query id {query_id!r} with document id {document_id!r} appears twice")

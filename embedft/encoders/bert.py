@@ -148,4 +148,4 @@ def key_map(config: BertConfig) -> dict[str, tuple[str, ...]]:
     return keys
 
 
-Config, Encoder = BertConfig, Bert  # as every family calls them
+Config, Encoder = BertConfig, Bert  # the names every family exports

@@ -92,7 +92,7 @@ class Embedder(nn.Module):
         limit = self.encoder.config.max_length
         if value > limit:
             raise ValueError(f"max_length is {value}, expected at most the encoder's {limit} positions")
-        self.tokenizer.truncate(value)
+        self.tokenizer.max_length = value
 
     def _checked_dim(self, dim: int | None) -> int:
         dim = self.dim if dim is None else dim
@@ -236,6 +236,8 @@ class Embedder(nn.Module):
                 return vectors_ND
 
             whole_ND = compute(keys) if store is None else store.read(space, store.fill(space, keys, compute))
+            if self.adapter is None and dim == self.full_dim:
+                return whole_ND
             cut_ND = self._adapted(torch.from_numpy(whole_ND).to(self.device), role)[:, :dim]
             return (F.normalize(cut_ND, dim=1) if dim < self.full_dim and self.normalize else cut_ND).cpu().numpy()
 

@@ -170,7 +170,7 @@ def read_tokenizer(folder: Path, config: Any, max_length: int | None) -> Tokeniz
     if max_length is None:
         folder_length = settings.get("max_seq_length") or own.get("model_max_length") or limit
         with naming(folder):
-            tokenizer.truncate(int(min(folder_length, limit)))
+            tokenizer.max_length = int(min(folder_length, limit))
     largest = max(tokenizer.backend.get_vocab(with_added_tokens=True).values())
     if largest >= config.vocab_size:
         raise ValueError(f"{folder}: token ids reach {largest}, the encoder's vocab_size is {config.vocab_size}")
@@ -250,7 +250,9 @@ def _read_state(path: Path, encoder: nn.Module, family: ModuleType) -> tuple[dic
         faults += [f"unexpected {name}" for name in unknown if not name.startswith(family.CARRIED)]
         for ours, theirs in keys.items():
             shape = (own[ours].shape[0] // len(theirs), *own[ours].shape[1:])
-            for name in filter(stored.get, theirs):
+            for name in theirs:
+                if name not in stored:
+                    continue
                 found = file.get_slice(stored[name])
                 if tuple(found.get_shape()) != shape:
                     faults.append(f"{name} has shape {tuple(found.get_shape())}, expected {shape}")

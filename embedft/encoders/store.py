@@ -131,7 +131,8 @@ class Rows:
 
     def damage(self, what: str) -> ValueError:
         """The error to raise; it says how to repair the space."""
-        return ValueError(f"{self.path}: {what}; see `embedft store {self.path.parent} --verify`; --repair drops them")
+        command = f"embedft store {self.path.parent} --verify"
+        return ValueError(f"{self.path}: {what}; see `{command}`; --repair drops damaged rows")
 
 
 class Store:
@@ -150,7 +151,8 @@ class Store:
         self._opened: dict[str, Rows] = {}
         self._turns: set[str] = set()
         if any(self.folder.glob("*/space.json")):
-            raise ValueError(f"{folder}: an earlier embedft wrote it (version 1); choose another folder, or delete it")
+            again = "to compute its vectors again (from an API: pay for them again)"
+            raise ValueError(f"{folder}: is of version 1; use the older embedft or, {again}, another folder")
 
     def __reduce__(self):
         # Copies and other processes open the folder themselves: a copied map would be all the vectors.

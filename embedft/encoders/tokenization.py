@@ -24,7 +24,7 @@ TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json
 class Tokenizer:
     """tokenizer.json (`backend`) as tokenizer_config.json (`config`) changes it; `lower_case`: lower-case texts first.
 
-    `max_length`: tokens a text is cut to, special tokens included.
+    `max_length`: tokens a text is cut to, special tokens included; may be set.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, config: dict, *, max_length: int, lower_case: bool = False):
@@ -35,7 +35,7 @@ class Tokenizer:
         steps = backend.normalizer if isinstance(backend.normalizer, normalizers.Sequence) else [backend.normalizer]
         if lower_case and not any(isinstance(step, Lowercase) for step in steps):  # `save` writes one
             backend.normalizer = normalizers.Sequence([Lowercase(), *filter(None, [backend.normalizer])])
-        self.truncate(max_length)
+        self.max_length = max_length
         self._known: tuple[Any, str] = None, ""  # what the tokenizer looked like when last hashed, and the hash
 
     @classmethod
@@ -50,13 +50,17 @@ class Tokenizer:
             raise ValueError(f"{path}: not a tokenizer ({' '.join(str(error).split())[:200]})") from None
         return cls(backend, config, max_length=max_length, lower_case=lower_case)
 
-    def truncate(self, max_length: int) -> None:
-        """Cuts texts to `max_length` tokens from now on."""
+    @property
+    def max_length(self) -> int:
+        return self._max_length
+
+    @max_length.setter
+    def max_length(self, value: int) -> None:
         num_special = self.backend.num_special_tokens_to_add(False)
-        if max_length <= num_special:
-            raise ValueError(f"max_length is {max_length}, expected more than the {num_special} special tokens")
-        self.max_length = max_length
-        self.backend.enable_truncation(max_length, direction=self.config.get("truncation_side", "right"))
+        if value <= num_special:
+            raise ValueError(f"max_length is {value}, expected more than the {num_special} special tokens")
+        self._max_length = value
+        self.backend.enable_truncation(value, direction=self.config.get("truncation_side", "right"))
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text with its special tokens, cut to `max_length`."""
@@ -109,7 +113,7 @@ class Tokenizer:
         try:
             return self.backend.encode_batch_fast(check_texts(texts), add_special_tokens=special)
         finally:
-            self.truncate(self.max_length)
+            self.max_length = self._max_length  # truncates again
 
     def prompt_length(self, prompt: str) -> int:
         """The number of tokens in front of a text: those of `prompt` and the special tokens before it."""

@@ -218,6 +218,7 @@ def _resolve(metric: Metric) -> tuple[str, Callable[..., np.ndarray], dict[str, 
     parameter = inspect.signature(METRICS[name]).parameters.get("k")
     if at and parameter is None:
         raise ValueError(f"metric {metric!r}: {name} takes no cutoff")
-    if not re.fullmatch("[1-9][0-9]*", cutoff) if at else parameter and parameter.default is parameter.empty:
+    needs_cutoff = parameter is not None and parameter.default is parameter.empty
+    if (at or needs_cutoff) and not re.fullmatch("[1-9][0-9]*", cutoff):
         raise ValueError(f"metric {metric!r} needs a cutoff of at least 1, as in {name}@10")
     return metric, METRICS[name], {"k": int(cutoff)} if at else {}

@@ -148,7 +148,7 @@ def search_grid(
         return run.without_identical_ids(dataset.qrels, depth=depth) if exclude else run
 
     for passages, same in itertools.groupby(settings, key=lambda setting: setting.passages):
-        group, shared = list(same), dict(encoding)
+        group, shared, documents_at = list(same), dict(encoding), {}
         queries_of = {setting.dim: truncate(embedder, queries_QW, setting.dim) for setting in group}
         parts = encode_documents(embedder, documents, passages, slice_documents, shared)
         kept = [] if all(setting.is_exact for setting in group) else list(parts)
@@ -162,8 +162,10 @@ def search_grid(
             if setting.is_exact:
                 run, num_bytes, costs["search_seconds"] = exact[dim], bytes_per_vector(dim, "float32"), seconds[dim]
             else:
+                if dim not in documents_at:
+                    documents_at = {dim: truncate(embedder, vectors_NW, dim)}  # of one dim at a time
                 with timed(costs, "build_seconds"):
-                    index, num_bytes, facts = build(truncate(embedder, vectors_NW, dim), source_N, setting)
+                    index, num_bytes, facts = build(documents_at[dim], source_N, setting)
                 with timed(costs, "search_seconds"):
                     found = index.search(queries_of[dim], depth + exclude)
                 run = rank(found)

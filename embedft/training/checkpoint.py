@@ -70,7 +70,8 @@ def save_checkpoint(folder: Path, state: TrainState) -> None:
         for name, found in weights.items():
             if found is not None:
                 # safetensors refuses shared memory: a module used twice has its weights twice.
-                owners = set({x.untyped_storage().data_ptr(): key for key, x in found.items()}.values())
+                owner = {x.untyped_storage().data_ptr(): key for key, x in found.items()}
+                owners = set(owner.values())
                 separate = {k: x.detach().contiguous() if k in owners else x.detach().clone() for k, x in found.items()}
                 with named_errors(path / name), atomic_write(temporary / name, "wb") as file:
                     file.write(save(separate))

@@ -33,7 +33,7 @@ class TrainConfig:
     eval_every: int | None = option(None, "steps between validations [one per epoch]", least=1)
     checkpoint_every: int | None = option(None, "steps between checkpoints [one per epoch]", least=1)
     select: str = option("ndcg@10", "validation metric that chooses the best weights")
-    log: Literal["tensorboard", "wandb"] | None = option(None, "also log to it; install it first")
+    log: Literal["tensorboard", "wandb"] | None = option(None, "also log to TensorBoard or W&B (install it yourself)")
 
     def __post_init__(self):
         check_types(type(self), vars(self))
@@ -66,8 +66,8 @@ class FinetuneConfig(TrainConfig):
     mine_every: int | None = option(None, "mine num_negatives before training and every so many epochs", least=1)
     mine_ranks: list[int] = option([10, 100], "[first, last] rank of mined negatives")
     mine_sampling: Literal["random", "top"] = option("random", "which of these ranks are mined")
-    mine_relative_margin: float | None = option(None, "0.05: score at most 95% of the query's lowest positive")
-    mine_absolute_margin: float | None = option(None, "score at least this much below the query's lowest positive")
+    mine_relative_margin: float | None = option(None, "0.05: negatives score at most 95% of the lowest positive")
+    mine_absolute_margin: float | None = option(None, "negatives score at least this much below the lowest positive")
     attention_dropout: float = option(0.0, "on attention weights; above 0 is slower", least=0, below=1)
     loss: dict[str, Any] = option({"name": "in_batch_negatives"}, "name and options of the loss")
     references: dict[str, Any] = option({}, "frozen models: guide, teacher or base; null: MODEL before training")
@@ -85,16 +85,18 @@ class FinetuneConfig(TrainConfig):
                 raise ValueError("references cannot be combined with passages")
         if self.mine_every and not self.num_negatives:
             raise ValueError(f"num_negatives is 0, but mine_every is {self.mine_every}: expected at least 1")
-        for is_unused, names, why in (
-            (self.batch_tokens, ("batch_size",), f"batch_tokens is {self.batch_tokens}: expected one of the two"),
-            (self.sampling != "temperature", ("sampling_temperature",), f"sampling is {self.sampling!r}"),
-            (not self.passages, ("windows_per_document", "refresh_windows"), "there are no passages"),
-            (not self.mine_every, MINING, "mine_every is null"),
-            (self.mine_every, ("batch_tokens", "no_duplicates"), "mining would change the number of batches"),
-            ((self.mine_every or 1) > 1, ("refresh_windows",), f"mine_every is {self.mine_every}: windows follow it"),
-        ):
-            if is_unused:
-                self.check_unused(names, why)
+        if self.batch_tokens:
+            self.check_unused(("batch_size",), f"batch_tokens is {self.batch_tokens}: expected one of the two")
+        if self.sampling != "temperature":
+            self.check_unused(("sampling_temperature",), f"sampling is {self.sampling!r}")
+        if not self.passages:
+            self.check_unused(("windows_per_document", "refresh_windows"), "there are no passages")
+        if not self.mine_every:
+            self.check_unused(MINING, "mine_every is null")
+        else:
+            self.check_unused(("batch_tokens", "no_duplicates"), "mining would change the number of batches")
+            if self.mine_every > 1:
+                self.check_unused(("refresh_windows",), f"mine_every is {self.mine_every}: windows follow it")
 
 
 @dataclass(frozen=True)

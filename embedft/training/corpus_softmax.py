@@ -117,11 +117,14 @@ def checked_lengths(embeddings_ND: np.ndarray, what: str, at_once: int) -> np.nd
 
 
 def _checked_source(source: np.ndarray, num_windows: int) -> np.ndarray:
-    is_whole = source.shape == (num_windows,) and np.issubdtype(source.dtype, np.integer)
-    if not is_whole or source[0] != 0 or not np.isin(np.diff(source.astype(np.int64)), (0, 1)).all():
-        found = f"{list(source.shape)} {source.dtype}"
-        raise ValueError(f"source is {found}, expected [{num_windows:,}] documents that rise from 0 without gaps")
-    return source.astype(np.int64)
+    if source.shape != (num_windows,) or not np.issubdtype(source.dtype, np.integer):
+        raise ValueError(f"source is {list(source.shape)} {source.dtype}, expected [{num_windows:,}] whole numbers")
+    source = source.astype(np.int64)
+    wrong = np.flatnonzero(~np.isin(np.diff(source, prepend=-1), (0, 1)) | (source < 0))
+    if len(wrong):
+        found = f"window row {wrong[0]:,} is of document {source[wrong[0]]:,}"
+        raise ValueError(f"source: {found}, expected documents that rise from 0 without gaps")
+    return source
 
 
 def full_corpus_softmax(
