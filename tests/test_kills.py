@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -76,7 +77,7 @@ class Nursery:
         self.process.stdin.write(json.dumps([[str(x) for x in arguments], kill_at, str(self.log)]) + "\n")
         self.pid = int(self.process.stdout.readline())
         if kill_after is not None:
-            time.sleep(kill_after)
+            select.select([self.process.stdout], [], [], kill_after)  # no longer than it runs
             with contextlib.suppress(ProcessLookupError):  # it has ended
                 os.kill(self.pid, signal.SIGKILL)
         return int(self.process.stdout.readline())
@@ -154,14 +155,19 @@ def test_training_killed_at_random_moments(tmp_path, nursery, training):
     start = time.monotonic()
     nursery.finish([*training, "--out", tmp_path / "reference"])
     seconds, expected, num_kills = time.monotonic() - start, content(tmp_path / "reference"), 0
-    for series in range(10):
+    for series in itertools.count():
         generator, command = random.Random(series), [*training, "--out", tmp_path / f"run-{series}", "--resume"]
-        for _ in range(3):
-            num_kills += nursery.run(command, kill_after=generator.uniform(0, seconds)) == -signal.SIGKILL
+        for attempt in range(3):
+            start = time.monotonic()
+            code = nursery.run(command, kill_after=generator.uniform(0, seconds))
+            num_kills += code == -signal.SIGKILL
+            if not attempt and not code:  # a whole run, quicker than its kill: the machine is less busy than it was
+                seconds = time.monotonic() - start
         code = nursery.run(command)
         assert code == 0 or "is done" in nursery.log.read_text(), (series, nursery.log.read_text())
         assert content(tmp_path / f"run-{series}") == expected, series
-    assert num_kills > 10
+        if num_kills > 12:
+            break
 
 
 def test_overwriting_killed_at_every_change_of_the_disk(tmp_path, nursery, training):
