@@ -14,7 +14,7 @@ def job(key: str, prompt_tokens: int = 100, reply_tokens: int = 50) -> Job:
 
 def totals(ledger: Ledger) -> tuple:
     """Requests, tokens of prompts and replies, requests without a report, cost, and the most that these may cost."""
-    costs = (float(ledger.cost), float(ledger.open_cost))
+    costs = (ledger.cost, ledger.open_cost)
     return ledger.num_requests, ledger.prompt_tokens, ledger.completion_tokens, len(ledger.open), *costs
 
 
@@ -86,7 +86,14 @@ def test_tenths_add_up(tmp_path):
         assert ledger.full(job("a", 1, 50)) is None
         ledger.reserve(job("a", 1, 50))
     assert ledger.full(job("a", 1, 50)) == "--max-cost 0.3"
-    assert float(ledger.open_cost) == 0.3
+    assert ledger.open_cost == 0.3
+
+
+def test_costs_are_floats_or_none():
+    ledger = Ledger(None, prices=(0.1, 0.2))
+    ledger.settle(ledger.reserve(job("a")), (100, 50))
+    assert [type(ledger.cost), type(ledger.open_cost)] == [float, float]
+    assert (Ledger(None).cost, Ledger(None).open_cost) == (None, None)
 
 
 def test_what_an_earlier_run_left_counts(tmp_path):
@@ -116,7 +123,7 @@ def test_without_prices_there_is_no_cost_and_later_ones_price_it(tmp_path):
     ledger.reserve(job("a", 1000, 500))
     ledger.reserve(job("b", 1000, 500))
     assert ledger.settle(1, (10, 20)) is None
-    assert totals(ledger) == (2, 10, 20, 1, 0.0, 0.0)
+    assert totals(ledger) == (2, 10, 20, 1, None, None)
     assert lines(path)[0]["most_cost"] is None
     outcomes = [{"request": 1, "usage": {"prompt_tokens": 10, "completion_tokens": 20}, "cost": None}]
     priced = Ledger(path, outcomes, prices=(2.0, 6.0))

@@ -57,7 +57,7 @@ def lines(path) -> list[dict]:
 
 def totals(ledger: Ledger) -> tuple:
     """Requests, tokens, requests without a report, cost, and the most that these may cost."""
-    return ledger.num_requests, ledger.prompt_tokens, len(ledger.open), float(ledger.cost), float(ledger.open_cost)
+    return ledger.num_requests, ledger.prompt_tokens, len(ledger.open), ledger.cost, ledger.open_cost
 
 
 def api(server: ApiServer, **options) -> ApiEmbedder:
@@ -550,6 +550,16 @@ def test_a_pause_that_the_server_asks_for_is_kept():
         assert server.counts["embeddings"] == 2
 
 
+def test_rates_are_kept():
+    """Over all calls: six requests in a row at 1,200 a minute, or of 25 tokens (100 bytes) at 30,000 a minute."""
+    for limit in ({"requests_per_minute": 1200}, {"tokens_per_minute": 30_000}):
+        with ApiServer() as server:
+            embedder, start = api(server, batch_texts=1, **limit), time.monotonic()
+            for call in range(2):
+                embedder.encode([f"{3 * call + i:0100}" for i in range(3)])
+            assert time.monotonic() - start >= 0.249
+
+
 def test_attempts_have_an_end(tmp_path):
     """Text 3 fails three times with text 2 beside it, then three times alone; text 2 is taken alone."""
     with ApiServer(faults=lambda prompt, attempt: "503" if "text 3" in prompt else None) as server:
@@ -583,7 +593,7 @@ def test_the_server_refuses_a_text_for_its_length(tmp_path, wording):
         message = r"/v1, m: texts\[5\] is refused \(4\d\d: .*\); 2 of 16 texts asked for have no vector$"
         with pytest.raises(ValueError, match=message):
             embedder.encode(texts)
-        assert embedder.costs.prompt_tokens == embedder.costs.cost == 0 + 14 * 2  # 1 byte, then 8 each
+        assert embedder.costs.prompt_tokens == 0 + 14 * 2  # 1 byte, then 8 each
         # Sixteen in one, then halves: each of the two is found in four steps, and their sisters are taken.
         assert server.counts["refused"] == 1 + 2 * 4
         ok = sorted(text for batch in asked(server)[1:] if max(map(len, batch)) < 100 for text in batch)
@@ -829,7 +839,7 @@ def test_the_limit_is_never_passed(tmp_path, with_ledger):
             ValueError, match=r"/v1, m: stopped at --max-cost 100\.0; 14 of 18 texts asked for have no vector$"
         ):
             embedder.encode(texts)
-        assert embedder.costs.cost == 60.0
+        assert repr(embedder.costs.cost) == "60.0"
         again = api(server, **options) if with_ledger else embedder
         with pytest.raises(ValueError, match=r"stopped at --max-cost 100\.0; 14 of 14"):
             again.encode(texts)
@@ -968,6 +978,7 @@ def test_evaluate_from_the_command_line(tmp_path, data, capsys):
             str(tmp_path / "s"),
         ]
         command += ["--price", "1000000", "--max-cost", "60", "--ledger", str(tmp_path / "l"), "--too-long", "cut"]
+        command += ["--requests-per-minute", "6000", "--tokens-per-minute", "600000"]
         assert cli.main(command) == 0
         out, err = capsys.readouterr()
         assert json.loads(out)["accuracy@1"] == 1.0
@@ -997,6 +1008,7 @@ def test_errors_from_the_command_line(tmp_path, data, monkeypatch, capsys):
         "--max-cost 1": "max_cost needs price, the money per million tokens",
         "--max-length 8": "openai:m: max_length does not apply to a model behind an API",
         "--dtype bfloat16": "openai:m: dtype does not apply to a model behind an API",
+        "--requests-per-minute 0": "requests_per_minute is 0, expected at least 1",
         "--base-url ftp://x": "base_url is 'ftp://x'",
     }
     for options, message in cases.items():

@@ -79,7 +79,7 @@ def ask(server: ApiServer, chunks: list[Chunk], folder: Path, template: str = TE
 
 def totals(ledger: Ledger) -> tuple:
     """Requests, tokens of prompts and replies, requests without a report, cost, and the most that these may cost."""
-    costs = (float(ledger.cost), float(ledger.open_cost))
+    costs = (ledger.cost, ledger.open_cost)
     return ledger.num_requests, ledger.prompt_tokens, ledger.completion_tokens, len(ledger.open), *costs
 
 
@@ -267,7 +267,7 @@ def test_a_fault_is_recorded_and_asked_again(tmp_path, fault):
     assert first["reason"].startswith(reason)
     assert (first["questions"], first["key"], first["request"]) == (None, second["key"], 1)
     reserved = lines(tmp_path / "ledger.jsonl")[0]["most_cost"]
-    assert float(outcome.ledger.open_cost) == (reserved if is_free is False else 0)
+    assert outcome.ledger.open_cost == (reserved if is_free is False else 0)
     if is_free is None:
         assert first["usage"]["prompt_tokens"] > 0
         assert first["cost"] > 0

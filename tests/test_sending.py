@@ -385,7 +385,7 @@ def test_no_room_waits_for_those_in_flight(tmp_path):
     assert sent.run([job(str(i)) for i in range(7)], concurrency=4) == "stopped at --max-cost 3.0"
     assert len(sent.recorded) == 6
     assert sent.most_in_flight == 2
-    assert float(ledger.cost) == 1.8
+    assert ledger.cost == 1.8
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -410,7 +410,7 @@ def test_the_limit_is_never_passed(tmp_path, seed):
             return Response(kind, "done" if kind == "ok" else "retry", usage=usage)
 
         def record(job: Job, answer: Response, line: dict, ledger=ledger) -> None:
-            assert float(ledger.cost + ledger.open_cost) <= limit + 1e-12
+            assert ledger.cost + ledger.open_cost <= limit + 1e-12
             outcomes.append(line)
 
         jobs = [job(str(i), generator.randint(1, 300), generator.randint(1, 60)) for i in range(30)]

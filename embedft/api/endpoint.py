@@ -7,6 +7,7 @@ Fetch(endpoint, {"a text": 0}, prompt="", keep=vectors.update).run()
 import base64
 import hashlib
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +22,7 @@ from ..config import option
 from ..files import append_jsonl, locked
 from .client import Client, Server, check_settings, reported_usage
 from .ledger import Ledger
-from .sending import Forms, Job, Response, Sender
+from .sending import BYTES_A_TOKEN, Forms, Job, RateLimit, Response, Sender
 
 MAX_BATCH_BYTES, OPENAI_MAX_TOKENS = 300_000, 8_191
 SPECIAL_TOKENS = 4  # that a tokenizer may add to a text, for the most that a request may cost
@@ -34,7 +35,7 @@ class ApiCosts(Ledger):
     num_computed = num_stored = 0  # texts
 
     def __str__(self) -> str:
-        cost = f", cost {self.cost:.6f}".rstrip("0").rstrip(".") if self.prices else ""
+        cost = "" if self.cost is None else f", cost {self.cost:.6f}".rstrip("0").rstrip(".")
         unreported = f" ({len(self.open):,} without a report)" if self.open else ""
         texts = f"{self.num_computed:,} texts computed, {self.num_stored:,} from the store"
         return f"{texts}: {self.num_requests:,} requests{unreported}, {self.prompt_tokens:,} tokens{cost}"
@@ -56,6 +57,8 @@ class Endpoint:
     batch_texts: int = option(256, "texts per request; fewer once that was too many", least=1, below=2_049)
     concurrency: int = option(8, "requests in flight at once", least=1)
     max_attempts: int = option(6, "requests for a batch", least=1)
+    requests_per_minute: int | None = option(None, "most requests in 60 seconds", least=1)
+    tokens_per_minute: int | None = option(None, "most tokens in 60 seconds, at four bytes per token", least=1)
     timeout_seconds: float = option(60.0, "of a request", above=0)
     price: float | None = option(None, "money per million tokens; a byte counts as one until reported", least=0)
     max_cost: float | None = option(None, "never spend more, over all runs of the ledger or of this object", above=0)
@@ -69,6 +72,8 @@ class Endpoint:
         self.name, self.base_url = f"{self.server.name}, {self.model}", self.server.name  # without its secrets
         self.max_tokens = OPENAI_MAX_TOKENS if self.server.is_openai else None  # of a text; None: unknown
         self.forms = Forms([None] if "encoding_format" in self.parameters else ENCODING_FORMATS)
+        # One for all fetches: a minute does not begin anew with each.
+        self.rate = RateLimit(self.requests_per_minute or math.inf, self.tokens_per_minute or math.inf)
         self.prices = None if self.price is None else (self.price, 0.0)
         self.spent = Ledger(None, prices=self.prices, max_cost=self.max_cost)
         self.costs = ApiCosts(None, prices=self.prices)
@@ -101,7 +106,7 @@ class Fetch:
         with locked(path.with_name(f"{path.name}.lock")) if path else nullcontext():
             if path:
                 endpoint.spent = Ledger(path, prices=endpoint.prices, max_cost=endpoint.max_cost)
-            options = {name: getattr(endpoint, name) for name in ("concurrency", "max_attempts", "forms")}
+            options = {name: getattr(endpoint, name) for name in ("concurrency", "max_attempts", "forms", "rate")}
             sender = Sender(self._ask, self._record, endpoint.spent, split=self._split, **options)
             stopped = self.client.run(sender.run(self._jobs()))
         of_all = f"of {len(self.rows):,} texts asked for"
@@ -130,7 +135,8 @@ class Fetch:
         sent = [self.sent[text] for text in texts]
         num_bytes = sum(len(text.encode()) for text in sent)
         key = hashlib.sha256(json.dumps([self.endpoint.model, *sent]).encode()).hexdigest()
-        return Job(key, (texts, taken), num_bytes + SPECIAL_TOKENS * len(sent), 0)
+        expected = math.ceil(num_bytes / BYTES_A_TOKEN)
+        return Job(key, (texts, taken), num_bytes + SPECIAL_TOKENS * len(sent), 0, expected)
 
     def _split(self, job: Job, response: Response) -> list[Job]:
         """What to send instead of a refused batch: its halves, or its only text cut shorter."""

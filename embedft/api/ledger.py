@@ -37,19 +37,19 @@ class Ledger:
     """Requests, tokens and money of all runs. A reservation counts in full until `settle` replaces it, if ever.
 
     `num_requests`, `prompt_tokens`, `completion_tokens`; `cost`: of what was reported; `open_cost`: the most that the
-    requests of `open`, without a report, may have cost. Money is exact; without prices it is 0.
+    requests of `open`, without a report, may have cost. Money is counted exactly, as `paid` and `reserved`.
     """
 
     path: str | Path | None  # a JSONL file to read back and append to; lines with `usage` are outcomes
     outcomes: InitVar[Iterable[Mapping[str, Any]]] = ()  # of earlier runs, when they are kept elsewhere
     _: KW_ONLY
-    prices: tuple[float, float] | None = None  # money per million tokens of prompts and of replies
+    prices: tuple[float, float] | None = None  # per million tokens of prompts and replies; None: costs are None
     max_requests: int | None = None  # this and the next over all runs
     max_cost: float | None = None
 
     def __post_init__(self, outcomes: Iterable[Mapping[str, Any]]) -> None:
         self.num_requests = self.last = self.prompt_tokens = self.completion_tokens = 0
-        self.cost = self.open_cost = Decimal(0)
+        self.paid = self.reserved = Decimal(0)
         self.open: dict[int, Decimal] = {}
         outcomes = list(outcomes)
         for line, record in enumerate(resume_jsonl(self.path) if self.path else (), start=1):
@@ -64,11 +64,19 @@ class Ledger:
             usage = record["usage"] and tuple(record["usage"][name] for name in USAGE)
             self.settle(record["request"], usage, cost=record["cost"])
 
+    @property
+    def cost(self) -> float | None:
+        return None if self.prices is None else float(self.paid)
+
+    @property
+    def open_cost(self) -> float | None:
+        return None if self.prices is None else float(self.reserved)
+
     def full(self, job: Job) -> str | None:
         """The limit that leaves no room for a request of `job`, as in "--max-cost 5.0"; None when there is room."""
         if self.max_requests is not None and self.num_requests >= self.max_requests:
             return f"--max-requests {self.max_requests:,}"
-        cost = self.cost + self.open_cost + price_of(self.prices, job.prompt_tokens, job.reply_tokens)
+        cost = self.paid + self.reserved + price_of(self.prices, job.prompt_tokens, job.reply_tokens)
         if self.max_cost is not None and cost > (limit := _decimal(self.max_cost)):
             return f"--max-cost {limit:f}"
         return None
@@ -89,16 +97,16 @@ class Ledger:
             self._open(number, Decimal(0))
         if usage is None:
             return None
-        self.open_cost -= self.open.pop(number)
+        self.reserved -= self.open.pop(number)
         exact = price_of(self.prices, *usage) if cost is None else _decimal(cost)
         self.prompt_tokens += usage[0]
         self.completion_tokens += usage[1]
-        self.cost += exact
+        self.paid += exact
         return None if self.prices is None and cost is None else float(exact)
 
     def _open(self, number: int, cost: Decimal) -> None:
         self.open[number] = cost
-        self.open_cost += cost
+        self.reserved += cost
         self.num_requests += 1
         self.last = max(self.last, number)
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from .ledger import USAGE, Job, Ledger, now_text
 
+BYTES_A_TOKEN = 4  # of English text: for estimates and the tokens of a minute, never for what may be spent
 BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.5, 30.0
 MAX_RETRY_AFTER_SECONDS = 300.0  # a server that asks for a longer pause has closed for the hour or the day
 MAX_FAILURES_IN_A_ROW = 10  # then one request at a time finds out whether the server has recovered

@@ -42,6 +42,8 @@ class Api:
     base_url: str | None = option(None, "of the server [OPENAI_BASE_URL, else api.openai.com]", metavar="URL")
     dimensions: int | None = option(None, "dimensions to request [all]")
     api_batch_size: int | None = option(None, "texts per request [256, fewer if the server refuses]")
+    requests_per_minute: int | None = option(None, "most requests in 60 seconds [what the server takes]")
+    tokens_per_minute: int | None = option(None, "most tokens in 60 seconds, at four bytes per token")
     request: dict[str, Any] = option({}, "more parameters to send with each request")
     too_long: Literal["refuse", "cut"] | None = option(None, "what to do with texts that are too long [refuse]")
     price: float | None = option(None, "money per million tokens")

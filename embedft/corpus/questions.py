@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from ..api.client import Client, Server, check_settings, reported_usage
 from ..api.ledger import Ledger, check_outcome, price_of
-from ..api.sending import Forms, Job, RateLimit, Response, Sender
+from ..api.sending import BYTES_A_TOKEN, Forms, Job, RateLimit, Response, Sender
 from ..config import option
 from ..data.checks import check_distinct, check_text
 from ..data.dataset import RetrievalDataset
@@ -33,7 +33,7 @@ RECORD = {"request", "key", "status", "questions", "usage", "cost"}  # of a line
 LIMIT_NAMES = ("max_completion_tokens", "max_tokens")
 # Set by embedft: another value would change what is parsed, counted or paid for.
 OWN_PARAMETERS = ("model", "messages", "n", "stream", "stream_options", "response_format", *LIMIT_NAMES)
-BYTES_A_TOKEN, TOKENS_A_QUESTION = 4, 32  # only for estimates: English text, and a question on a filing
+TOKENS_A_QUESTION = 32  # only for estimates: on a filing
 TEMPLATE_TOKENS = 128  # that a server's chat template adds; no byte of a prompt is more than one token
 
 
