@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from .. import device as devices
-from ..files import append_jsonl, atomic_write, check_writable, locked, read_json, resume_jsonl, write_json
+from ..files import append_jsonl, atomic_write, check_writable, locked, read_object, resume_jsonl, write_json
 
 CONFIG, ENVIRONMENT, DIFF, LOG = "config.json", "environment.json", "diff.patch", "train.jsonl"
 CHECKPOINTS, MODEL, EVAL, DONE = "checkpoints", "model", "eval", "DONE"
@@ -76,7 +76,7 @@ def is_done(out: Path, config: dict[str, Any], *, hashes: dict[str, str]) -> boo
     """Whether the run in `out` is done. Raises `ValueError` if it has other settings or other data."""
     if not (out / DONE).exists():
         return False
-    _check_same(out, {**read_json(out / CONFIG), **config}, hashes, "holds another run, name another folder")
+    _check_same(out, {**read_object(out / CONFIG), **config}, hashes, "holds another run, name another folder")
     return True
 
 
@@ -92,7 +92,7 @@ def open_run(
     config = json.loads(json.dumps(config))  # as it is read back: tuples are lists
     if existing == "resume" and (out / CONFIG).is_file():
         _check_same(out, config, hashes, "cannot resume", code=not allow_changed_code)
-        if config != read_json(out / CONFIG):
+        if config != read_object(out / CONFIG):
             write_json(out / CONFIG, config)
         return
     _set_aside(out)
@@ -239,13 +239,12 @@ def _git_state() -> tuple[str | None, bytes]:
 
 def _check_same(out: Path, config: dict[str, Any], hashes: dict[str, str], what: str, *, code: bool = True) -> None:
     """Raises `ValueError` naming the first setting, hash or, if `code`, object in which the run in `out` differs."""
-    before, config, found = read_json(out / CONFIG), dict(config), read_json(out / ENVIRONMENT)["sha256"]
+    before, config, found = read_object(out / CONFIG), dict(config), read_object(out / ENVIRONMENT).get("sha256", {})
     then, now = (settings.pop("objects", {}) for settings in (before, config))
     for key in _differing(before, config):
-        if key not in before:
-            found = f"{key} is {config[key]!r} and was no setting then: finish it with that version or overwrite it"
-            raise ValueError(f"{out}: {what}, {found}")
-        raise ValueError(f"{out}: {what}, {key} was {before[key]!r} and is {config.get(key)!r}")
+        was, now = (repr(settings[key]) if key in settings else "no setting" for settings in (before, config))
+        other = "; another version began it: finish it with that or overwrite it" if "no setting" in (was, now) else ""
+        raise ValueError(f"{out}: {what}, {key} was {was} and is {now}{other}")
     for name in _differing(found, hashes):
         raise ValueError(f"{out}: {what}, {name} is not what the run began with (another SHA-256)")
     for name in _differing(then, now) if code else ():
