@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from embedft.corpus import prompts
 from embedft.corpus.prompts import TEMPLATE, fill_template, message_text, parse_reply, strip_numbering
 
 ONE, TWO = "What did Lyft earn in 2020?", "Who runs Uber?"
@@ -236,6 +237,15 @@ def test_json_in_a_question_is_no_reply_in_json():
     assert parse_reply(f"1. {question}", 2) == [question]
     tag = json.dumps({"questions": ["What does </think> close?", "What does <think> open?"]})
     assert parse_reply(tag, 2) == json.loads(tag)["questions"]
+
+
+def test_a_long_reply_is_read_as_far_as_it_takes(monkeypatch):
+    """400,000 lines, 4 s when each was taken apart twice: no further than to the second question, equal lines once."""
+    calls = []
+    monkeypatch.setattr(prompts, "strip_numbering", lambda line: calls.append(line) or strip_numbering(line))
+    assert parse_reply("".join(f"- What is {i}?\n" for i in range(400_000)), 2) == ["What is 0?", "What is 1?"]
+    assert parse_reply("- What is it?\n" * 400_000, 2) == ["What is it?"]
+    assert len(calls) < 10
 
 
 @pytest.mark.slow

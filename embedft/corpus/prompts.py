@@ -8,7 +8,7 @@ Not here: sending (questions.py), judging whether a question is good (cleaning.p
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 TEMPLATE = """\
@@ -41,7 +41,8 @@ END_OF_REPLY = re.compile(r"""(?ix)
 ROLE = re.compile(r"""(?ix) \A (?:<\|\w+\|>)?[#*\s]*
     (?:assistant|model|ai|final\ answer|answer|output|response) [*\s]*(?::[*\s]*|\n)""")
 FENCE = re.compile(r"```(?:\w*[^\S\n]*\n)?(.*?)(?:```|\Z)", re.DOTALL)
-JSON_START = re.compile(r"""\{\s*["'}] | \[\s*["'{\[]""", re.VERBOSE)
+JSON_START = re.compile(r"""\{\s*["'}]|\[\s*["'{\[]""")
+JSON_LINE = re.compile(rf"^[`json \t]*(?:{JSON_START.pattern})", re.MULTILINE)
 MAX_CHARACTERS = 1_000  # of a question
 STRING = re.compile(rf"""(["'])(.{{1,{MAX_CHARACTERS}}}?)(?<!\\)\1(?=\s*(?:[,:\]}}]|\Z))""", re.DOTALL)
 NUMBERING = re.compile(r"""(?ix)
@@ -98,18 +99,27 @@ def parse_reply(text: str, num_questions: int) -> list[str]:
     bullets and quotes are stripped.
     """
     text = _without_thoughts(text.strip("\ufeff \n"))
-    found = _json_questions(text, num_questions)
-    if not found and not any(JSON_START.match(line.lstrip("`json \t")) for line in text.splitlines()):
-        found = _line_questions(text)
+    found = _first_distinct(_json_questions(text, num_questions), num_questions)
+    if not found and not JSON_LINE.search(text):
+        fence = FENCE.search(text)
+        found = _first_distinct(_asking_lines(fence[1]), num_questions) if fence else []
+        found = found or _first_distinct(_asking_lines(text), num_questions)
+    if not found:
+        raise ValueError("no question in the reply")
+    return found
+
+
+def _first_distinct(lines: Iterable[str], num_questions: int) -> list[str]:
+    """The first questions among `lines`, which are read no further than that: a reply may have 400,000."""
     distinct: dict[str, str] = {}
-    for line in found:
+    for line in lines:
         question = strip_numbering(line) if len(line) <= MAX_CHARACTERS else ""
         is_whole = not any("\ud800" <= character <= "\udfff" for character in question)  # no half of a surrogate pair
         if is_whole and any(map(str.isalnum, question)) and not NO_QUESTION.fullmatch(question):
             distinct.setdefault(question.casefold(), question)
-    if not distinct:
-        raise ValueError("no question in the reply")
-    return list(distinct.values())[:num_questions]
+        if len(distinct) == num_questions:
+            break
+    return list(distinct.values())
 
 
 def asks(text: str) -> bool:
@@ -126,16 +136,13 @@ def _without_thoughts(text: str) -> str:
     return END_OF_REPLY.split(answer, maxsplit=1)[0]
 
 
-def _line_questions(text: str) -> list[str]:
-    """The lines that ask: those inside a ``` fence, or all if none of those does."""
-
-    def questions(part: str) -> list[str]:
-        lines = [line for line in map(str.strip, part.splitlines()) if len(line) <= MAX_CHARACTERS]
-        lines = [line for line in lines if not line.rstrip("*_ ").endswith(":") and not PREAMBLE.fullmatch(line)]
-        return [line for line in map(strip_numbering, lines) if asks(line) and not NO_QUESTION.fullmatch(line)]
-
-    fence = FENCE.search(text)
-    return (questions(fence[1]) if fence else []) or questions(text)
+def _asking_lines(text: str) -> Iterator[str]:
+    """The lines that ask and are no preamble; equal ones once."""
+    for line in map(str.strip, dict.fromkeys(text.splitlines())):
+        if len(line) <= MAX_CHARACTERS and not line.rstrip("*_ ").endswith(":") and not PREAMBLE.fullmatch(line):
+            stripped = strip_numbering(line)
+            if asks(stripped) and not NO_QUESTION.fullmatch(stripped):
+                yield stripped
 
 
 def _json_questions(text: str, num_questions: int, *, max_attempts: int = 1_000) -> list[str]:
