@@ -498,6 +498,14 @@ def test_a_blob_that_is_one_unknown_token_is_cut():
         ("El molino es de 1820. ¿Quién lo posee? ¡El pueblo! «Abre a las seis.»", 4),
         ("Ջրաղացը կառուցվել է։ Այն քաղաքինն է։", 2),
         ("The firm (est. 1820) is owned by the town. It bakes.", 2),
+        ("彼は「誰が住んでいますか。」と聞いた。その後、帰った。", 2),
+        ("「町のものです！」って言った。『春。』の本（絶版。）を読む。", 2),
+        ("「終わり。」 町は静かだ。", 2),
+        ("Am 3. März begann der Umbau. Er endete am 31. Dez. 2021 mit einem Fest.", 2),
+        ("Vom 1. Januar bis 3. 5. 2021 war zu. Die Mühle des 19. Jahrhunderts steht im 2. Hof.", 2),
+        ("Es waren 12. Danach kamen mehr. In all there were 3. March followed.", 4),
+        ('"Wer ist da?" überlegte sie. « Qui ? » émit-il. "Кто там?" спросил он.', 3),
+        ("წისქვილი ძველია. სოფელს ეკუთვნის.", 2),
     ],
 )
 def test_sentence_ends_of_other_scripts(text, num_sentences):

@@ -536,7 +536,31 @@ def test_sections_begin_at_headings_and_know_those_above():
 
 
 @pytest.mark.parametrize(
-    "text", ["#hashtag", "####### seven", "    # code", "| a |\n|---|", "- item\n---", "a\nb\n---", "~~~\n# x"]
+    "title", ["Mill", "**Mill** and bakery", "*Mill*", "-5 degrees", "#1 of mills", "`mill`", "1820"]
+)
+@pytest.mark.parametrize(("underline", "level"), [("=", 1), ("===", 1), ("--", 2), ("   -----  ", 2)])
+def test_underlined_lines_are_headings(title, underline, level):
+    (sections,) = split_sections([f"# Town\n\nText.\n\n{title}\n{underline}\nMore."])
+    above = () if level == 1 else ("Town",)
+    assert sections[1] == (f"{title}\n{underline}\nMore.", (*above, title))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("#hashtag", "####### seven", "    # code", "| a |\n|---|", "- item\n---", "a\nb\n---", "~~~\n# x"),
+        *(
+            "* item\n---",
+            "+ item\n---",
+            "1. item\n---",
+            "> quote\n---",
+            "***\n---",
+            "- - -\n---",
+            "___\n---",
+            "    code\n===",
+        ),
+        "---\ntitle: front matter\n---",
+    ],
 )
 def test_what_is_no_heading(text):
     assert split_sections([text]) == [[(text, ())]]

@@ -3,8 +3,8 @@
     chunks = chunk_pages(read_documents(["report.pdf"])[0], count_tokens=count_tokens, size=254)
     save_chunks("chunks.jsonl", chunks)
 
-Sentences are found by punctuation, line ends and English abbreviations. Not here: abbreviations of other languages,
-and scripts without marks at sentence ends (Thai, Lao).
+Sentences are found by punctuation, line ends, English abbreviations and German ordinals. Not here: abbreviations of
+other languages, and scripts without marks at sentence ends (Thai, Lao).
 """
 
 import hashlib
@@ -21,10 +21,13 @@ from ..files import atomic_write, read_jsonl
 from .documents import BLOCK, Page
 from .layout import is_unspaced
 
-# A mark before a blank and what can begin a sentence; marks of other scripts end one wherever they stand.
+# A mark before a blank and what can begin a sentence. Marks of other scripts end one wherever they stand, unless a
+# Japanese particle behind a bracket goes on with what was said: 「…。」と.
+OTHER_MARK = "[。！？｡．।॥۔؟።፧။។։།\u037e]"
 SENTENCE_END = re.compile(
-    r"(?<![.!?])[.!?]+[\"'”’)\]]*\s+(?=[\"'“‘«¿¡(\[$€£•]*[^\W_a-z])"
-    r"|[。！？｡．।॥۔؟።፧။។։།\u037e]+[\"'”’)\]」』）】》〉］]*\s*"
+    r"(?<![.!?])[.!?]+[\"'”’)\]]*\s+(?=(?:«\s)?[\"'“„‘«¿¡(\[$€£•]*(?P<first>[^\W_]))"
+    rf"|(?<!{OTHER_MARK}){OTHER_MARK}+(?!{OTHER_MARK}|[」』）]+[とっをがはにのでもや、])"
+    r"[\"'”’)\]」』）】》〉］]*\s*"
 )
 LAST_WORD = re.compile(r"[^\s\"'“‘(\[]*$")
 # Words whose period ends no sentence, besides single letters with periods ("U.S.", "J.", "e.g.").
@@ -33,6 +36,11 @@ ABBREVIATION = re.compile(r"""(?ix)
     |jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec | (?:[^\W\d_]\.)*[^\W\d_]""")
 # "Item 1A.", "Note 3.", and at the beginning of a line "1." and "iv.".
 NUMBERED = re.compile(r"(?:^|\b(?:item|note|section|article|exhibit|part)\s+)(?:\d{1,3}[a-z]?|[ivx]+)$", re.I)
+# German dates and other ordinals: "3. März", "31. Dez. 2021", "3. 5. 2021", "im 19. Jahrhundert".
+MONTH = r"""(?:Jan(?:uar)?|Jänner|Feb(?:ruar)?|März?|Apr(?:il)?|Mai|Juni?|Juli?|Aug(?:ust)?|Sept?(?:ember)?|Okt(?:ober)?
+    |Nov(?:ember)?|Dez(?:ember)?)"""
+ORDINAL = re.compile(rf"""(?x) \b\d{{1,2}}\.\s+ (?: {MONTH}\b\.? | \d{{1,2}}\.(?=\s+\d{{4}}) )
+    | \b(?:im|vom|zum|zur|beim|der|das|dem|des)\s+\d{{1,2}}\.""")
 # The end of a page whose last sentence the next page continues.
 RUNS_ON = re.compile(r"(?:[^\W\d_]|[,;’”)，、；])$")
 CountTokens = Callable[[Sequence[str]], list[int]]  # tokens of each text, without special tokens
@@ -229,13 +237,15 @@ def sentence_spans(text: str) -> list[tuple[int, int]]:
     """(start, stop) of each sentence, without surrounding blanks; every other character is in exactly one.
 
     A sentence ends at a line end, and at a mark before a blank and anything but a lower-case letter, unless it belongs
-    to an abbreviation or an item number ("Item 1A."). A fenced code block counts as one sentence.
+    to an abbreviation, an item number ("Item 1A.") or an ordinal ("3. März"). A fenced code block is one sentence.
     """
     spans = []
     for line in BLOCK.finditer(text):
         start, stop = line.span()
         for end in () if line["fence"] else SENTENCE_END.finditer(text, start, stop):
-            if not _is_abbreviation(text, start, end.start()):
+            # Letters of scripts without capitals, Georgian among them, are their own capitals.
+            is_lower = end["first"] is not None and end["first"] != end["first"].title()
+            if not is_lower and not _is_abbreviation(text, start, end.start()):
                 spans.append((start, end.end()))
                 start = end.end()
         spans.append((start, stop))
@@ -249,4 +259,7 @@ def _is_abbreviation(text: str, start: int, period: int) -> bool:
         return False
     before = text[max(start, period - 24) : period]
     numbered = NUMBERED.search(before.lstrip() if period - 24 <= start else f" {before}")
-    return bool(numbered or ABBREVIATION.fullmatch(LAST_WORD.search(before)[0]))
+    if numbered or ABBREVIATION.fullmatch(LAST_WORD.search(before)[0]):
+        return True
+    around = ORDINAL.finditer(text, max(start, period - 16), period + 24)
+    return any(match.start() < period < match.end() for match in around)

@@ -24,7 +24,8 @@ BLOCK = re.compile(rf"{FENCED_BLOCK}|^[^\n]*$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(rf"{FENCED_BLOCK}|(?<!`)(?P<ticks>`+)(?!`)(?:(?!\n\s*\n).)+?(?<!`)(?P=ticks)(?!`)", re.M | re.S)
 HEADING = re.compile(r" {0,3}(#{1,6})(?:\s|$)")
 UNDERLINE = re.compile(r" {0,3}(=+|-{2,})[ \t]*")
-NO_TITLE = re.compile(r"\s*$| {4}|\s*(?:[-*+>|#]|\d+[.)]\s)")  # an underline makes no heading of such a line
+# An underline makes no heading of a list's item, a quotation, a table's row, code or a rule.
+NO_TITLE = re.compile(r"\s*$| {4}|\s*(?:[-*+]\s|[>|]|\d+[.)]\s|[-*_ ]+$)")
 HTML = re.compile(r"""(?isx) <!--.*?(?:-->|\Z) | <(?P<raw>script|style)\b.*?(?:</(?P=raw)\s*>|\Z)
       | </?(?: a|abbr|b|bdi|bdo|big|button|cite|code|data|del|dfn|em|font|i|iframe|img|input|ins|kbd|label|mark|nobr
           |picture|q|s|samp|small|source|span|strike|strong|sub|sup|svg|path|time|tt|u|var|video|wbr
