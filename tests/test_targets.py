@@ -250,16 +250,17 @@ def test_to_moves_every_tensor():
 
 def test_cosine_and_dot_by_hand():
     Q, D = torch.tensor([[3.0, 4.0], [0.0, 0.0]]), torch.tensor([[2.0, 0.0], [0.0, 5.0], [-3.0, -4.0]])
-    torch.testing.assert_close(scores(Q, D), torch.tensor([[0.6, 0.8, -1.0], [0.0, 0.0, 0.0]]))
-    assert scores(Q, D, similarity="dot").tolist() == [[6.0, 20.0, -25.0], [0.0, 0.0, 0.0]]
+    targets = Targets(torch.tensor([[0], [1]]))
+    torch.testing.assert_close(scores(Q, D, targets), torch.tensor([[0.6, 0.8, -1.0], [0.0, 0.0, 0.0]]))
+    assert scores(Q, D, targets, similarity="dot").tolist() == [[6.0, 20.0, -25.0], [0.0, 0.0, 0.0]]
     with pytest.raises(ValueError, match="similarity is 'euclid', expected one of cosine, dot"):
-        scores(Q, D, similarity="euclid")
+        scores(Q, D, targets, similarity="euclid")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_half_precision_becomes_float32(dtype):
     Q = torch.tensor([[300.0, 400.0]], dtype=dtype)  # its squared length is beyond float16
-    result = scores(Q, Q)
+    result = scores(Q, Q, Targets(torch.tensor([[0]])))
     assert result.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
     torch.testing.assert_close(result, torch.ones_like(result))
 

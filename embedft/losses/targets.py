@@ -233,9 +233,7 @@ def float32_or_64(X: Tensor) -> Tensor:
     return X if X.dtype is torch.float64 else X.float()
 
 
-def scores(
-    Q: Tensor, D: Tensor, targets: Targets | None = None, *, similarity: str = "cosine", windows: str = "max"
-) -> Tensor:
+def scores(Q: Tensor, D: Tensor, targets: Targets, *, similarity: str = "cosine", windows: str = "max") -> Tensor:
     """Similarity of every query with every document, [B, M]; half precision becomes float32.
 
     A document of several vectors (`targets.document`) gets, with `windows` "max", the similarity s_w of its best window
@@ -245,8 +243,6 @@ def scores(
     Source: Dai and Callan 2019 (MaxP), section 3.
     """
     Q, D = comparable(Q, D, similarity)
-    if targets is None:
-        return Q @ D.T
     targets.check_queries(Q)
     return over_windows(Q @ D.T, targets, windows=windows)
 
