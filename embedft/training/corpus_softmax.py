@@ -11,7 +11,6 @@ pairs of a query and a vector of such a document, D features.
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -148,10 +147,12 @@ def full_corpus_softmax(
     if document_map is None:
         log_sum_B = _FrozenLogSum.apply(Q, documents, pairs)
     else:
-        parts, of_part = documents.parts(), _log_sum
-        if len(parts) > 1:
-            of_part = partial(checkpoint, _log_sum, use_reentrant=False, preserve_rng_state=False)
-        sums = [of_part(Q, documents, pairs, part, document_map) for part in parts]
+        parts, options = documents.parts(), {"use_reentrant": False, "preserve_rng_state": False}
+
+        def log_sum(part: slice) -> Tensor:
+            return _scores(Q, documents, pairs, part, document_map).logsumexp(dim=1)
+
+        sums = [log_sum(part) if len(parts) == 1 else checkpoint(log_sum, part, **options) for part in parts]
         log_sum_B = torch.stack(sums).logsumexp(dim=0)
     return ((torch.logaddexp(log_sum_B[pairs.query_A], scores_A) - scores_A) * pairs.weight_A).sum()
 
@@ -209,10 +210,6 @@ class _FrozenLogSum(torch.autograd.Function):
     def backward(ctx, grad_B: Tensor):
         (mean_BD,) = ctx.saved_tensors
         return grad_B[:, None] * mean_BD, None, None
-
-
-def _log_sum(*arguments: Any) -> Tensor:
-    return _scores(*arguments).logsumexp(dim=1)
 
 
 def _scores(Q: Tensor, documents: Documents, pairs: Pairs, part: slice, document_map: DocumentMap | None) -> Tensor:
