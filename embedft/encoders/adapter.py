@@ -50,10 +50,8 @@ class Base(NamedTuple):
 
 class Adapter(nn.Module):
     """Maps on the vectors of queries and documents; None leaves them unchanged, one object given twice is shared.
-
     `base` is the model whose vectors they are for (None: unknown). With `normalize`, `transform` returns unit vectors.
-    Raises `ValueError` without a map, or when the vectors of queries and documents would differ in width.
-    """
+    Raises `ValueError` without a map, or when the vectors of queries and documents would differ in width."""
 
     def __init__(
         self, query: Map | None = None, document: Map | None = None, *, base: Base | None = None, normalize: bool = True

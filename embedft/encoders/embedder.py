@@ -195,8 +195,7 @@ class Embedder(nn.Module):
         `passages`: (size, stride), as for `Tokenizer.windows`; `options`: dim, batch_tokens and progress, as for
         `encode`. `cut_texts` texts are cut together, and about 16 times as many windows encoded together.
 
-        Source: Dai and Callan 2019 (Deeper text understanding for IR with contextual neural language modeling),
-        section 3: passages of a window and a stride, each scored by itself.
+        Source: Dai and Callan 2019, section 3: passages of a window and a stride, each scored by itself.
         """
         self.tokenizer.windows([], passages, prompt=self.prompt(role))  # raises for bad ones even without texts
         parts, keys, source = [np.empty((0, self._checked_dim(options.get("dim"))), dtype=np.float32)], [], []
@@ -261,9 +260,7 @@ class Embedder(nn.Module):
 
     def space(self, role: str, *, texts: str = "texts") -> Space:
         """The space, in a `Store`, of the encoder's full vectors: before an adapter maps them and before they are cut.
-
-        Its fingerprint is taken anew each time, so no training step is missed. `texts`: "token ids" for windows.
-        """
+        Its fingerprint is taken anew each time, so no training step is missed. `texts`: "token ids" for windows."""
         found = self._fingerprint(role, precision=precision(self.device), texts=texts)
         roles = " and ".join(other for other in ROLES if self.prompt(other) == self.prompt(role))
         dtype = str(next(self.parameters()).dtype).removeprefix("torch.")
@@ -293,9 +290,7 @@ class Embedder(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Writes a folder that `load_embedder` and sentence-transformers read, each file atomically.
-
-        Raises `ValueError` for an adapter that is not linear, which sentence-transformers' Dense modules are.
-        """
+        Raises `ValueError` for an adapter that is not linear, which sentence-transformers' Dense modules are."""
         if self.source is None:
             raise ValueError("this Embedder was not loaded from a model folder, so it cannot be saved as one")
         write_folder(Path(folder), self)

@@ -23,9 +23,7 @@ def fingerprint(
     modules: list[nn.Module], settings: dict[str, Any], *, functions: Iterable[Callable] = (), library: bool = True
 ) -> str:
     """A SHA-256 over the modules' weights, the settings (their `repr`), and the code of the modules and functions.
-
-    `library`: embedft's own code counts too; False: that of others alone, so that the hash outlives an upgrade.
-    """
+    `library`: embedft's own code counts too; False: that of others alone, so that the hash outlives an upgrade."""
     sources: dict[str, str] = {}
     for thing in {type(part) for module in modules for part in module.modules()} | set(functions):
         _collect_sources(thing, sources)
@@ -37,10 +35,8 @@ def fingerprint(
 
 def weights_sha256(module: nn.Module) -> str:
     """A SHA-256 over every tensor's name, type, shape and bytes; remembered until a tensor changes.
-
     Sums of 8 KiB each, as integers, tell whether one has changed: 90 MB take 12 ms, the hash 220 ms (one busy core of
-    an EPYC, 2026-11-29). torch counts most changes by itself, but not those of fused optimizers and of `tensor.data`.
-    """
+    an EPYC, 2026-11-29). torch counts most changes itself, but not those of fused optimizers and `tensor.data`."""
     tensors = module.state_dict()
     kinds = {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()}
     counts = [0 if x.is_inference() else x._version for x in tensors.values()]

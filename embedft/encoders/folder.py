@@ -123,9 +123,7 @@ def read_fields(path: Path, schema: str | None = None) -> dict[str, Any]:
 
 def read_modules(folder: Path) -> dict[str, str]:
     """{module's class name: its subfolder} of modules.json; {} for a Hugging Face folder, which has none.
-
-    A Router and what follows it are left out if they are those of an adapter, which is read from its own folder.
-    """
+    A Router and what follows it are left out if they are those of an adapter, which is read from its own folder."""
     path, kinds, places = folder / MODULES_FILE, [], []
     if not path.is_file():
         return {}
@@ -198,10 +196,8 @@ def read_pooling(folder: Path, modules: Mapping[str, str], hidden_size: int) -> 
 
 def read_encoder(folder: Path, family: ModuleType, config: Any, dtype: torch.dtype) -> tuple[nn.Module, dict]:
     """The encoder with its weights, and the tensors of the checkpoint that it only carries along.
-
     Raises `ValueError` for a size in config.json that no tensor has, before a module is built, and naming the tensors
-    that are missing, unexpected, or of the wrong shape or type.
-    """
+    that are missing, unexpected, or of the wrong shape or type."""
     path = folder / WEIGHTS_FILE
     with _opened(path) as file:
         names = list(file.keys())

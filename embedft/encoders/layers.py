@@ -49,9 +49,7 @@ class _OneDNNLinear(torch.autograd.Function):
 
 class Dropout(nn.Dropout):
     """Zeroes elements with probability p and divides the rest by 1 - p, in training only.
-
-    The CPU rounds p to a multiple of 2^-16 and divides by one minus the rounded p, so the mean is exact.
-    """
+    The CPU rounds p to a multiple of 2^-16 and divides by one minus the rounded p, so the mean is exact."""
 
     def forward(self, x_TD: Tensor) -> Tensor:
         if self.training and 0 < self.p <= 1 - 1 / LEVELS and has_slow_dropout(x_TD.device):

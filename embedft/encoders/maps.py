@@ -60,9 +60,7 @@ class LinearMap(Map):
 
 class LowRank(Map):
     """x + U V x + b, with U [E, R] and V [R, D]; the first x is cut, or padded with zeros, to E features.
-
-    U and b start as 0, V as normal with variance 1 / D. Source: Hu et al. 2022 (LoRA), section 4.1.
-    """
+    U and b start as 0, V as normal with variance 1 / D. Source: Hu et al. 2022 (LoRA), section 4.1."""
 
     kind = "low_rank"
 
@@ -87,10 +85,8 @@ class LowRank(Map):
 
 class TwoLayer(Map):
     """x + s (W2 act(W1 x + b1) + b2), with W1 [H, D], W2 [E, H] and a learnable scalar s; x as in `LowRank`.
-
     W2 and the biases start as 0, s as 1, W1 as normal with variance 1 / D. Without `residual` it is
-    W2 act(W1 x + b1) + b2, which does not start at the identity: only LlamaIndex's folders hold such a map.
-    """
+    W2 act(W1 x + b1) + b2, which does not start at the identity: only LlamaIndex's folders hold such a map."""
 
     kind = "two_layer"
 

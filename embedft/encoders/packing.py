@@ -129,9 +129,7 @@ class Group(NamedTuple):
 
 class Sequences:
     """Where the sequences of a packed batch start and end; made once per forward pass and passed to every layer.
-
-    `slack`: in a group the shortest has at least (1 - slack) times the longest's tokens; None: what suits the device.
-    """
+    `slack`: a group's shortest has at least (1 - slack) times the longest's tokens; None: what suits the device."""
 
     def __init__(self, packed: Packed, *, slack: float | None = None):
         self.cu_seqlens, self.max_seqlen = packed.cu_seqlens, packed.max_seqlen
@@ -161,10 +159,8 @@ class Sequences:
 
 def attention(qkv_T3HK: Tensor, sequences: Sequences, *, dropout: float = 0.0) -> Tensor:
     """softmax(Q K^T / sqrt(K)) V within each sequence -> [T, H * K].
-
     CUDA in half precision without dropout uses the packed kernel; everything else `scaled_dot_product_attention`, once
-    per group. `dropout`, of the attention weights, makes the CPU build the whole [N, H, L, L] matrix.
-    """
+    per group. `dropout`, of the attention weights, makes the CPU build the whole [N, H, L, L] matrix."""
     T, _, H, K = qkv_T3HK.shape
     if dropout == 0 and devices.has_packed_attention(qkv_T3HK.device, qkv_T3HK.dtype):
         from torch.nn.attention.varlen import varlen_attn

@@ -19,10 +19,8 @@ from .packing import Packed
 
 class Tokens:
     """The token vectors of a batch, in float32 or float64, and which sequence each belongs to.
-
     `vectors_TD`, `sequence_T` and `position_T` (from 0 at the sequence's start) leave out the prompt that pooling does
-    not count. `all_TD`: all vectors, of which `first_B` (after the prompt, unless nothing follows) and `last_B`.
-    """
+    not count. `all_TD`: all vectors, of which `first_B` (after the prompt, unless nothing follows) and `last_B`."""
 
     def __init__(self, hidden_TD: Tensor, packed: Packed):
         self.all_TD = hidden_TD if hidden_TD.dtype is torch.float64 else hidden_TD.float()
@@ -79,9 +77,7 @@ def weighted_mean(tokens: Tokens) -> Tensor:
 
 class Attention(nn.Module):
     """The mean weighted by softmax(x q), with a learned q [D]; q starts as 0, which is the plain mean.
-
-    Source: Yang et al. 2016 (Hierarchical attention networks), section 2.2, without the hidden layer.
-    """
+    Source: Yang et al. 2016 (Hierarchical attention networks), section 2.2, without the hidden layer."""
 
     def __init__(self, hidden_size: int):
         super().__init__()
@@ -109,9 +105,7 @@ POOLINGS: dict[str, Callable[[Tokens], Tensor] | type[nn.Module]] = {
 
 class Pooling(nn.Module):
     """The poolings of these names side by side: hidden states [T, D] -> [B, D * number of names].
-
-    `include_prompt`: whether pooling counts the prompt's tokens. Raises `ValueError` for an unknown name.
-    """
+    `include_prompt`: whether pooling counts the prompt's tokens. Raises `ValueError` for an unknown name."""
 
     def __init__(self, names: Sequence[str], hidden_size: int, *, include_prompt: bool = True):
         super().__init__()

@@ -137,10 +137,8 @@ class Rows:
 
 class Store:
     """A folder of embeddings, created if missing.
-
     `hits` and `misses` count the texts this object was asked for: those found (or asked for twice), those computed.
-    `timeout_seconds`: how long to wait while another process writes to the database.
-    """
+    `timeout_seconds`: how long to wait while another process writes to the database."""
 
     def __init__(self, folder: str | Path, *, timeout_seconds: float = 600.0):
         self.folder, self.timeout_seconds = Path(folder), timeout_seconds
@@ -279,9 +277,7 @@ class Store:
 
     def verify(self, name: str, *, repair: bool = False) -> tuple[int, np.ndarray]:
         """Reads all of a space; returns its number of texts and the rows whose vectors are damaged, ascending.
-
-        `repair` also drops these rows, so that their texts are computed again; the others keep their numbers.
-        """
+        `repair` also drops these rows, so that their texts are computed again; the others keep their numbers."""
         with self._transaction(write=repair) as database:
             (state,) = database.execute("PRAGMA quick_check(1)").fetchone()
             if state != "ok":

@@ -23,9 +23,7 @@ TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json
 
 class Tokenizer:
     """tokenizer.json (`backend`) as tokenizer_config.json (`config`) changes it; `lower_case`: lower-case texts first.
-
-    `max_length`: tokens a text is cut to, special tokens included; may be set.
-    """
+    `max_length`: tokens a text is cut to, special tokens included; may be set."""
 
     def __init__(self, backend: tokenizers.Tokenizer, config: dict, *, max_length: int, lower_case: bool = False):
         self.backend, self.config, self.lower_case = backend, config, lower_case

@@ -146,21 +146,16 @@ def symmetric_in_batch_negatives(
     Q: Tensor, D: Tensor, targets: Targets, *, temperature: float = 0.05, similarity: str = "cosine"
 ) -> Tensor:
     """The mean of `in_batch_negatives` from queries to documents and from documents to queries. Coupled.
-
     Source: Günther et al. 2023 (Jina Embeddings 2), section 4; equals sentence-transformers'
-    MultipleNegativesSymmetricRankingLoss.
-    """
+    MultipleNegativesSymmetricRankingLoss."""
     options = {"directions": ("query_document", "document_query"), "partition": "per_direction"}
     return in_batch_negatives(Q, D, targets, temperature=temperature, similarity=similarity, **options)
 
 
 class LearnableTemperature(nn.Module):
     """`in_batch_negatives` with a learned temperature, which it records; `options` are those of `InBatch`.
-
     The parameter `log_temperature` is clamped to `minimum`, above 0, before every call, so that its gradient counts.
-
-    Source: Radford et al. 2021 (CLIP), section 2.5: it starts at 0.07 and is kept at 0.01 or above.
-    """
+    Source: Radford et al. 2021 (CLIP), section 2.5: it starts at 0.07 and is kept at 0.01 or above."""
 
     options_of = in_batch_negatives
 
@@ -251,9 +246,7 @@ multi_positive.options_of = sigmoid.options_of = _by_scores
 
 class LearnableSigmoid(nn.Module):
     """`sigmoid` with a learned temperature (parameter `log_temperature`) and bias; records both.
-
-    Source: Zhai et al. 2023 (SigLIP), section 3.2 and algorithm 1.
-    """
+    Source: Zhai et al. 2023 (SigLIP), section 3.2 and algorithm 1."""
 
     options_of = sigmoid
 

@@ -27,10 +27,8 @@ Scores = Callable[[Tensor, Tensor], Tensor]
 
 def triplet(Q: Tensor, D: Tensor, targets: Targets, *, margin: float = 5.0, distance: str = "euclidean") -> Tensor:
     """Mean of max(0, d(q, p) - d(q, n) + margin) over every listed positive p and hard negative n of a query.
-
     Source: Schroff et al. 2015 (FaceNet), section 3.1, with distances not squared, as in Hermans et al. 2017; equals
-    sentence-transformers' TripletLoss.
-    """
+    sentence-transformers' TripletLoss."""
     check_number("margin", margin, least=0)
     targets.check_several("triplet")
     distances_BG = _listed_distances(Q, D, targets, distance)
@@ -43,11 +41,8 @@ def contrastive(
     Q: Tensor, D: Tensor, targets: Targets, *, margin: float = 0.5, distance: str = "cosine", reduction: str = "mean"
 ) -> Tensor:
     """Mean over pairs of d^2 / 2 if the pair is positive, max(0, margin - d)^2 / 2 if it is negative.
-
     Without `relevance`, a query lists a positive first and then hard negatives; with it, grades decide.
-
-    Source: Hadsell et al. 2006, equation 4; equals sentence-transformers' ContrastiveLoss.
-    """
+    Source: Hadsell et al. 2006, equation 4; equals sentence-transformers' ContrastiveLoss."""
     check_number("margin", margin, least=0)
     check_one_of("reduction", reduction, ("mean", "sum"))
     positive_P, negative_P = _pair_distances(Q, D, targets, distance, "contrastive")
@@ -76,10 +71,8 @@ def online_contrastive(
 
 def cosine_mse(Q: Tensor, D: Tensor, targets: Targets, *, pairs: str = "first", windows: str = "max") -> Tensor:
     """Mean over pairs of (cos(q, d) - gold)^2, gold from -1 to 1.
-
     Source: Reimers and Gurevych 2019 (Sentence-BERT), section 3, regression objective; the same as
-    sentence-transformers' CosineSimilarityLoss.
-    """
+    sentence-transformers' CosineSimilarityLoss."""
     scores_BG = listed_scores(Q, D, targets, windows=windows, as_pairs=True)
     scores_P, gold_P = _scored_pairs(scores_BG, targets, "cosine_mse", pairs)
     return (scores_P - gold_P).square().sum() / max(len(gold_P), 1)
@@ -96,11 +89,8 @@ def cosent(
     windows: str = "max",
 ) -> Tensor:
     """log(1 + sum over pairs a, b with gold_a < gold_b of exp(scale * (s_a - s_b))): the order of scores counts.
-
     Coupled: every pair is compared with all of another gold score, in the time and memory of a sort.
-
-    Source: Huang et al. 2024 (CoSENT), its ranking loss; equals sentence-transformers' CoSENTLoss.
-    """
+    Source: Huang et al. 2024 (CoSENT), its ranking loss; equals sentence-transformers' CoSENTLoss."""
     scores_BG = listed_scores(Q, D, targets, similarity=similarity, windows=windows)
     return _cosent(*_scored_pairs(scores_BG, targets, "cosent", pairs), scale)
 
@@ -135,10 +125,7 @@ def listed_scores(
 
 def _listed(of_pairs: Scores, of_all: Scores, Q: Tensor, D: Tensor, targets: Targets, windows: str = "max") -> Tensor:
     """Scores of every query with the documents listed for it, [B, G]; arbitrary where none is listed.
-
-    Only these, of_pairs(Q [B, 1, D], D [B, G, D]); if documents have windows, of_all(Q [R, D], D [C, D]), a few queries
-    at a time.
-    """
+    By of_pairs(Q [B, 1, D], D [B, G, D]), of these alone; if documents have windows, by of_all(Q [R, D], D [C, D])."""
     check_one_of("windows", windows, WINDOWS)
     targets.check_queries(Q)
     if targets.document is None:

@@ -53,10 +53,8 @@ def by_rows(
 
 class _ByRows(torch.autograd.Function):
     """`by_rows` with the parts computed in the backward pass.
-
     Not torch.utils.checkpoint, which keeps small tensors where scores were freed, so that the space cannot be reused:
-    8,192 x 8,192 scores took 590 MB that way, and 120 MB this way.
-    """
+    8,192 x 8,192 scores took 590 MB that way, and 120 MB this way."""
 
     @staticmethod
     def forward(ctx, losses, targets, rows, Q, D, *parameters):

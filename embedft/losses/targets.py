@@ -25,10 +25,8 @@ WINDOWS = ("max", "softmax")
 @dataclass(frozen=True)
 class Targets:
     """Relevance between the B queries and the M documents of a batch, and other knowledge about them.
-
     Raises `ValueError` for a shape that does not fit; on the CPU (elsewhere that would wait for the device) also for a
-    number that is no query or document of the batch.
-    """
+    number that is no query or document of the batch."""
 
     # [B, G] int64, documents listed for each query, -1 = none. Without `relevance`: its positive, then hard negatives.
     group: Tensor
@@ -214,10 +212,8 @@ def _sharing(item_P: Tensor, key_P: Tensor, num_items: int) -> Tensor:
 
 def comparable(Q: Tensor, D: Tensor, similarity: str, *, as_pairs: bool = False) -> tuple[Tensor, Tensor]:
     """Vectors in float32 or float64 whose inner products are the similarities.
-
     "cosine" clamps lengths at 1e-12, so that a zero vector has cosine 0 with everything. With `as_pairs` it follows
-    torch.cosine_similarity, as sentence-transformers does for pairs: it clamps at 1e-8, but not the length's gradient.
-    """
+    torch.cosine_similarity, as sentence-transformers does for pairs: it clamps at 1e-8, but not the gradient."""
     check_one_of("similarity", similarity, ("cosine", "dot"))
     vectors = float32_or_64(Q), float32_or_64(D)
     if similarity == "dot":

@@ -60,10 +60,8 @@ def search(
     embedder: SupportsEncode, dataset: RetrievalDataset, queries: Mapping[str, str] | Sequence[str], **options: Any
 ) -> Run:
     """The first `depth` documents of the dataset for any queries, those with equal scores by ascending id.
-
     `queries` are {query id: text}, or texts with the ids "0", "1", ...; `options` are those of `Searcher`. Exact search
-    (float32, flat) holds one slice of the corpus at a time, other settings all vectors.
-    """
+    (float32, flat) holds one slice of the corpus at a time, other settings all vectors."""
     setting = Setting(**{name: options.pop(name) for name in Setting._fields if name in options})
     queries = _named(queries)
     if not setting.is_exact:

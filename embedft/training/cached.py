@@ -84,9 +84,7 @@ def no_vectors(embedder: Embedder) -> Tensor:
 
 def mini_batches(packed: Packed, max_tokens: int) -> tuple[list[Packed], Tensor]:
     """Mini-batches of at most `max_tokens`, longest sequences first, and place_B [B], a sequence's place among them.
-
-    A sequence that is longer goes alone.
-    """
+    A sequence that is longer goes alone."""
     in_order, place_B = sort_by_length(packed)
     ranges = cut_by_tokens(in_order.lengths().tolist(), max_tokens)
     return [take(in_order, torch.tensor(rows, device=place_B.device)) for rows in ranges], place_B

@@ -26,10 +26,8 @@ DocumentMap = Callable[[Tensor], Tensor]
 
 class Documents:
     """Frozen document vectors, an array or memory map, read `at_once` rows at a time; `kind` is their dtype and device.
-
     `source`, the document of each row, rises from 0 without gaps; None: each row is a document. Raises `ValueError` for
-    another source, and for a row that is not finite or zero.
-    """
+    another source, and for a row that is not finite or zero."""
 
     def __init__(
         self, embeddings_MD: np.ndarray, source: np.ndarray | None = None, *, at_once: int = 16_384, **kind: Any
@@ -160,9 +158,7 @@ def full_corpus_softmax(
 @torch.no_grad()
 def first_ranks(Q: Tensor, documents: Documents, pairs: Pairs, *, document_map: DocumentMap | None = None) -> Tensor:
     """The rank, from 1, of the best document that answers each query, by cosine among all documents, [B] int64.
-
-    That is 1 + the documents ahead of it that do not answer the query; of equal scores the first document is ahead.
-    """
+    That is 1 + the documents ahead of it that do not answer the query; of equal scores the first document is ahead."""
     Q, parts, source = F.normalize(Q, dim=1), documents.parts(), torch.from_numpy(documents.source).to(Q.device)
     # The same product as for the other documents: another order of summation would break ties.
     products = ((part, Q @ _unit_vectors(documents, part, document_map).T) for part in parts)

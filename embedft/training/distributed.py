@@ -90,9 +90,7 @@ class LocalBatch(NamedTuple):
 
 def gather(own_ND: Tensor, order_B: Tensor) -> Tensor:
     """The vectors of all ranks in the batch's order, [B, D]: this rank's with gradient, the others' without.
-
-    This rank has rows order_B[rank], order_B[rank + S], ... of the batch, or none.
-    """
+    This rank has rows order_B[rank], order_B[rank + S], ... of the batch, or none."""
     rank, size = rank_and_size()
     order_B = order_B.to(own_ND.device)
     # The collective wants blocks of equal size; every rank knows which rows are padding.
@@ -107,9 +105,7 @@ def gather(own_ND: Tensor, order_B: Tensor) -> Tensor:
 
 def sum_gradients(parameters: Iterable[Parameter], of_first: Iterable[Parameter] = ()) -> None:
     """Replaces each gradient by its sum over ranks, or that of `of_first`, the loss's parameters, by rank 0's.
-
-    Every rank has the whole gradient of those. One that no rank has stays missing, for the optimizer to skip.
-    """
+    Every rank has the whole gradient of those. One that no rank has stays missing, for the optimizer to skip."""
     rank, size = rank_and_size()
     if size == 1:
         return

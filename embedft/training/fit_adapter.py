@@ -277,9 +277,7 @@ def _start(start: Adapter | None, config: AdapterConfig, dim: int, *, base: Base
 
 def _held_out(relevant: Answers, fraction: float, seed: int) -> dict[int, list[int]]:
     """The queries, with what answers them, of about `fraction` of the answering documents.
-
-    Documents linked by queries stay together, in random order; a group is taken if that brings the number nearer.
-    """
+    Documents linked by queries stay together, in random order; a group is taken if that brings the number nearer."""
     component = connected_components((places[0], place) for places in relevant.values() for place in places)
     answering = list(dict.fromkeys(chain.from_iterable(relevant.values())))
     groups, taken, wanted = defaultdict(set), set(), max(1, round(fraction * len(answering)))

@@ -26,9 +26,7 @@ Reference = Callable[[Batch], tuple[Tensor, Tensor]]
 
 class FrozenEmbeddings:
     """Batch -> (Q [B, D], D [M, D]) on the CPU: the texts of a dataset, encoded once, by id.
-
-    `dim` is that of `Embedder.encode`. Calls raise `ValueError` for an id that is not in the dataset.
-    """
+    `dim` is that of `Embedder.encode`. Calls raise `ValueError` for an id that is not in the dataset."""
 
     def __init__(self, embedder: Embedder, dataset: RetrievalDataset, *, dim: int | None = None):
         texts = {"query": list(dataset.queries.values()), "document": dataset.document_texts()}

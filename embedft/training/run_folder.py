@@ -84,10 +84,8 @@ def open_run(
     out: Path, config: dict, *, hashes: dict, device: torch.device, existing: str, allow_changed_code: bool = False
 ) -> None:
     """Writes configuration and environment; to "resume", checks that they are the same.
-
     `config` has every setting, under "objects" {name: `describe_object`} of the code that was passed in; when that
-    changed, `allow_changed_code` resumes and records the new code. `hashes` has the SHA-256 of model and datasets.
-    """
+    changed, `allow_changed_code` resumes and records the new code. `hashes` has the SHA-256 of model and datasets."""
     check_run(out, existing)
     config = json.loads(json.dumps(config))  # as it is read back: tuples are lists
     if existing == "resume" and (out / CONFIG).is_file():
@@ -151,9 +149,7 @@ def _remove(*paths: Path) -> None:
 
 def open_log(out: Path | None, step: int, logger: str | None = None) -> Log:
     """A function that appends a record to train.jsonl, and to `logger`; without `out` it does nothing.
-
-    Drops what the log says about steps after `step`, which will be done again, and an incomplete last line.
-    """
+    Drops what the log says about steps after `step`, which will be done again, and an incomplete last line."""
     if out is None:
         return lambda record: None
     out.mkdir(parents=True, exist_ok=True)
@@ -183,10 +179,8 @@ def check_logger(name: str | None, out: Path | None) -> None:
 
 def open_logger(name: str, out: Path, *, resumed_at: int) -> Log:
     """A function that logs the numbers of a record, nested ones as "components/matryoshka/384".
-
     TensorBoard writes to out/tensorboard and drops what it has of steps after `resumed_at`, the checkpoint's; W&B names
-    the run after the run folder `out` and resumes it by id.
-    """
+    the run after the run folder `out` and resumes it by id."""
     module = importlib.import_module(LOGGERS[name])
     if name == "tensorboard":
         writer = module.SummaryWriter(str(out / "tensorboard"), purge_step=resumed_at + 1)

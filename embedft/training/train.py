@@ -174,9 +174,7 @@ def backward(
     embedder: Embedder, local: LocalBatch, targets: Targets, loss: Loss, config: TrainConfig, weight: float, seeds: Any
 ) -> tuple[Tensor, dict[str, Any]]:
     """Adds the gradients of `weight` times the loss of a batch, through this rank's texts, to the parameters'.
-
-    Returns the value, without gradient, and the components that the loss recorded.
-    """
+    Returns the value, without gradient, and the components that the loss recorded."""
     # The only autocast in embedft: losses are always computed in float32.
     precision = {"dtype": torch.bfloat16, "enabled": config.precision == "bfloat16"}
     autocast, components = functools.partial(torch.autocast, embedder.device.type, **precision), {}
