@@ -35,7 +35,7 @@ class Ours:
         self.chunks = make_chunks(num_chunks)
 
     def write(self, base_url: str) -> None:
-        config = QuestionConfig(MODEL, base_url, concurrency=CONCURRENCY, max_attempts=MAX_ATTEMPTS)
+        config = QuestionConfig(MODEL, base_url=base_url, concurrency=CONCURRENCY, max_attempts=MAX_ATTEMPTS)
         with tempfile.TemporaryDirectory() as folder:
             self.questions = write_questions(self.chunks, config, folder=folder).questions
 

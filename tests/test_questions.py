@@ -121,6 +121,12 @@ def test_settings_out_of_range(settings, fault):
         QuestionConfig(**settings)
 
 
+def test_only_the_model_may_go_without_its_name():
+    assert QuestionConfig("m", base_url="http://localhost/v1").model == "m"
+    with pytest.raises(TypeError):
+        QuestionConfig("m", "http://localhost/v1")
+
+
 def test_the_longest_reply_follows_the_number_of_questions():
     assert QuestionConfig().reply_tokens == 256
     assert QuestionConfig(num_questions=3).reply_tokens == 384

@@ -7,7 +7,7 @@ embedft questions chunks --out questions --method ict
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -53,7 +53,7 @@ class Options(LanguageModel, config.Options):
     num_docstrings: list[int] = option([2_000, 1_000], "docstrings for training and validation", metavar="N N")
 
     def __post_init__(self):
-        llm = [name for cls in (LanguageModel, QuestionConfig) for name in cls.__annotations__]
+        llm = [field.name for field in fields(LanguageModel)]
         if self.method != "llm" and (given := changed(self, llm)):
             raise ValueError(f"{given[0]} is for --method llm, this is --method {self.method}")
         if self.method not in ("ict", "llm") and self.validation:

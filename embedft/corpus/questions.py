@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -42,6 +42,7 @@ class QuestionConfig:
     """Which model is asked, how fast, and for how much. Raises `ValueError` for a value out of range."""
 
     model: str = option("gpt-4o-mini", "the LLM, by the name its server knows")
+    _: KW_ONLY
     base_url: str | None = option(None, "of the server [OPENAI_BASE_URL, else api.openai.com]", metavar="URL")
     num_questions: int = option(2, "questions per chunk", least=1)
     max_reply_tokens: int | None = option(None, "longest reply; reasoning models need more [128 per question]", least=1)
