@@ -399,6 +399,15 @@ def test_columns_and_rotated_text_are_read_in_the_order_of_the_file(make, conten
     assert found[: len(paragraphs)] == paragraphs
 
 
+def test_the_columns_of_an_index_are_read_one_after_the_other(make):
+    """Lines too short for the count of broken lines of prose; page 116 of a German textbook was read across."""
+    places = ("Lane", "Street", "Square", "Yard", "Hill", "Dam", "Gate")
+    left, right = ([f"{name} {place}, 12" for place in places] for name in ("Mill", "Oven"))
+    (text,) = read_pdfs([make("a.pdf", drawn((left, upright(60, 700)), (right, upright(320, 700))))])
+    assert text.plain == {1}
+    assert text.pages[0].strip().split("\n") == left + right
+
+
 def test_single_columns_and_tables_keep_their_layout(make):
     rows = (["Rent of offices", "Wages and salaries", "Insurance of vehicles", "All other costs"], upright(60, 500))
     amounts = (["1,000", "2,500", "300", "47"], upright(320, 500))
@@ -410,10 +419,13 @@ def test_single_columns_and_tables_keep_their_layout(make):
 def test_which_layouts_are_scrambled():
     """Against the plain text: lines that go on elsewhere, words glued; not words that the plain mode breaks."""
     wide = "\n".join(f"{left}     {right}" for left, right in zip(HILLS, BREAD, strict=True))
-    assert pdf_page.broken_lines(wide, "\n".join(HILLS + BREAD)) == (8, 8)
-    assert pdf_page.broken_lines("\n".join(HILLS + BREAD), "\n".join(HILLS + BREAD)) == (0, 8)
+    assert pdf_page.broken_lines(wide, "\n".join(HILLS + BREAD), least=20) == (8, 8)
+    assert pdf_page.broken_lines(wide, "\n".join(HILLS + BREAD), least=3) == (11, 11)
+    assert pdf_page.broken_lines("\n".join(HILLS + BREAD), "\n".join(HILLS + BREAD), least=20) == (0, 8)
     table = "Issuance of common stock under   2,770\nthe Employee Stock Purchase Plan"
-    assert pdf_page.broken_lines(table, "Issuance of common stock under\nthe Employee Stock Purchase Plan") == (0, 1)
+    assert pdf_page.broken_lines(
+        table, "Issuance of common stock under\nthe Employee Stock Purchase Plan", least=20
+    ) == (0, 1)
     assert pdf_page.glued_words("for the mostpart most of the part", "for the most part most of the part") == (1, 8)
     assert pdf_page.glued_words("that is a fact", "tha t is a fac t") == (0, 6)
 

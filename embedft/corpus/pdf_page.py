@@ -92,19 +92,24 @@ def is_scrambled(layout: str, plain: str, log: list[str], page: Any) -> bool:
     letters = [unicodedata.category(character) for character in plain if character.isalpha()]
     if letters.count("Lo") > 0.3 * len(letters):  # letters without case: Arabic, Hebrew, Indic, Chinese, Japanese
         return True
-    (broken, num_breaks), (glued, num_words) = broken_lines(layout, plain), glued_words(layout, plain)
-    return broken > max(2, 0.1 * num_breaks) or glued > max(2, 0.01 * num_words)
+    broken, num_breaks = broken_lines(layout, plain, least=20)
+    if broken > max(2, 0.1 * num_breaks):
+        return True
+    # Columns of an index or an address have shorter lines; so do the cells of a table's heading, but not as many.
+    broken, num_breaks = broken_lines(layout, plain, least=3)
+    glued, num_words = glued_words(layout, plain)
+    return broken > max(11, 0.5 * num_breaks) or glued > max(2, 0.01 * num_words)
 
 
-def broken_lines(layout: str, plain: str, *, num: int = 20) -> tuple[int, int]:
-    """Counts line breaks of `plain`, `num` letters on both sides, that `layout` reads otherwise, and all of them.
+def broken_lines(layout: str, plain: str, *, least: int) -> tuple[int, int]:
+    """Counts breaks of `plain` between lines of `least` letters or more that `layout` reads otherwise, and all of them.
 
-    Columns side by side break nearly all; no page of two 10-K filings has more than 2. Only letters are compared,
-    since numbers of a table may stand between the lines of a label.
+    Columns side by side break nearly all; no page of two 10-K filings has more than 2 of 20 letters. Only letters are
+    compared, since numbers of a table may stand between the lines of a label.
     """
     whole, *lines = ("".join(filter(str.isalpha, text)) for text in (layout, *plain.split("\n")))
     pairs = pairwise(line for line in lines if line)
-    breaks = [first[-num:] + second[:num] for first, second in pairs if min(len(first), len(second)) >= num]
+    breaks = [first[-20:] + second[:20] for first, second in pairs if min(len(first), len(second)) >= least]
     return sum(both not in whole for both in breaks), len(breaks)
 
 
