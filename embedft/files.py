@@ -186,6 +186,12 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, Any]]:
             yield number, _parse_json(line.rstrip("\r\n"), path, number)
 
 
+def write_jsonl(path: str | Path, records: Iterable[dict]) -> None:
+    """Writes one JSON object per line, atomically."""
+    with atomic_write(path) as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
 def append_jsonl(path: str | Path, record: dict) -> None:
     """Appends one JSON object as a line. A killed process leaves at most its last line short, an error nothing."""
     line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")

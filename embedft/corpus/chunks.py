@@ -8,7 +8,6 @@ other languages, and scripts without marks at sentence ends (Thai, Lao).
 """
 
 import hashlib
-import json
 import re
 from bisect import bisect_right
 from collections import namedtuple
@@ -17,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ..data.checks import check_text
-from ..files import atomic_write, read_jsonl
+from ..files import read_jsonl, write_jsonl
 from .documents import BLOCK, Page
 from .layout import is_unspaced
 
@@ -68,10 +67,8 @@ class Chunk:
 
 def save_chunks(path: str | Path, chunks: Sequence[Chunk]) -> None:
     """Writes one JSON object per line, atomically; fields that are None or empty are left out."""
-    with atomic_write(path) as file:
-        for chunk in chunks:
-            row = {key: value for key, value in asdict(chunk).items() if value not in (None, ())}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    rows = map(asdict, chunks)
+    write_jsonl(path, ({key: value for key, value in row.items() if value not in (None, ())} for row in rows))
 
 
 def load_chunks(path: str | Path) -> list[Chunk]:
@@ -182,8 +179,6 @@ class _Cutter:
             end += 1
 
         def count(end: int) -> int:
-            if end == first + 1 and not self.prefix:
-                return units[first].num_tokens
             return self._count(units[first].start, units[end - 1].stop)
 
         num_tokens = count(end)

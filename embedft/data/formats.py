@@ -18,9 +18,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..files import atomic_write, check_object, read_json, read_jsonl, read_lines, read_text, write_json
+from ..files import atomic_write, check_object, read_jsonl, read_lines, read_object, read_text, write_json, write_jsonl
 from .checks import SKIP_EMPTY, check_id, check_text, is_blank
-from .pairs import parse_grade, write_jsonl, write_rows
+from .pairs import parse_grade, write_pairs
 
 FORMATS = ("llamaindex", "beir", "jsonl", "csv")
 SUFFIXES = {".json": "llamaindex", ".jsonl": "jsonl", ".csv": "csv", ".tsv": "csv"}
@@ -96,7 +96,7 @@ def _sort(judgements: Iterable[Judgement], queries: Texts, corpus: Texts, strict
 
 def _read_llamaindex(path: Path, skip_empty: bool) -> tuple[Texts, Texts, dict[str, list[str]]]:
     """Queries, corpus and relevant_docs."""
-    content = check_object(read_json(path), str(path))
+    content = read_object(path)
     names = ("queries", "corpus", "relevant_docs")
     if not all(isinstance(content.get(name), dict) for name in names):
         raise ValueError(f"{path}: expected the objects {', '.join(names)}; found {', '.join(content)}")
@@ -205,8 +205,8 @@ def write_beir(dataset: Any, folder: Path, refusal: str) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder}: is not empty, expected a new or empty folder")
     documents = ({"_id": i, "title": dataset.titles.get(i, ""), "text": text} for i, text in dataset.corpus.items())
-    write_rows(folder / "corpus.jsonl", documents)
-    write_rows(folder / "queries.jsonl", ({"_id": i, "text": text} for i, text in dataset.queries.items()))
+    write_jsonl(folder / "corpus.jsonl", documents)
+    write_jsonl(folder / "queries.jsonl", ({"_id": i, "text": text} for i, text in dataset.queries.items()))
     with atomic_write(folder / "qrels" / "test.tsv") as file:
         file.write("query-id\tcorpus-id\tscore\n")
         file.writelines(f"{query_id}\t{document_id}\t{grade}\n" for query_id, document_id, grade in _flat(qrels))
@@ -216,4 +216,4 @@ def _flat(qrels: Qrels) -> Iterator[tuple[str, str, int]]:
     return ((q, d, grade) for q, grades in qrels.items() for d, grade in grades.items())
 
 
-WRITERS = {"llamaindex": write_llamaindex, "beir": write_beir, "jsonl": write_jsonl}
+WRITERS = {"llamaindex": write_llamaindex, "beir": write_beir, "jsonl": write_pairs}

@@ -88,17 +88,11 @@ def _part(whole: Sampler, rows: slice, share: float) -> Sampler:
 
 @dataclass(frozen=True, eq=False)
 class MixtureSampler:
-    """Batches that continue the batches of one or more samplers each.
+    """Batches that continue the batches of one or more samplers each."""
 
-    Args:
-        samplers: {source: its sampler}; the whole list of examples is that of the sources, one after another.
-        parts: () -> the sources of each batch of an epoch; called when first needed.
-        seed: of the order of the parts, drawn anew for each epoch; None: as they are.
-    """
-
-    samplers: Mapping[str, Sampler]
-    parts: Callable[[], list[list[str]]]
-    seed: int | None
+    samplers: Mapping[str, Sampler]  # {source: its sampler}; the list of examples is theirs, one after another
+    parts: Callable[[], list[list[str]]]  # () -> the sources of each batch of an epoch; called when first needed
+    seed: int | None  # of the order of the parts, drawn anew for each epoch; None: as they are
 
     def __len__(self) -> int:
         return len(self.parts())

@@ -5,19 +5,18 @@ Columns are found by name (COLUMN_ROLES, any case); others are ignored. Negative
 has query "q7", document "d7" and negatives "d7n0", "d7n1", ... Equal texts that are merged keep the first id.
 
 `query_id`, `document_id` and `negative_ids` (a list next to `negatives`) set ids instead; then equal ids, not equal
-texts, say what is the same. `grade` is the relevance, 1 if absent. `write_jsonl` writes all of these.
+texts, say what is the same. `grade` is the relevance, 1 if absent. `write_pairs` writes all of these.
 """
 
 import csv
 import functools
-import json
 import re
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..files import atomic_write, check_object, read_jsonl, read_lines
+from ..files import check_object, read_jsonl, read_lines, write_jsonl
 from .checks import SKIP_EMPTY, check_distinct, check_grade, check_text, is_blank
 
 COLUMN_ROLES = {
@@ -162,7 +161,7 @@ def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
         yield line, cells or []
 
 
-def write_jsonl(dataset: Any, path: Path, refusal: str) -> None:
+def write_pairs(dataset: Any, path: Path, refusal: str) -> None:
     """The format "jsonl": one row per judgement; every document must be named by a query."""
     named = {i for ids in (*dataset.qrels.values(), *dataset.negatives.values()) for i in ids}
     if unnamed := [document_id for document_id in dataset.corpus if document_id not in named]:
@@ -177,10 +176,4 @@ def write_jsonl(dataset: Any, path: Path, refusal: str) -> None:
                 row["negatives"] = [dataset.corpus[i] for i in negatives[query_id]]
                 row["negative_ids"] = negatives.pop(query_id)
             rows.append(row)
-    write_rows(path, rows)
-
-
-def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes a JSONL file, atomically."""
-    with atomic_write(path) as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_jsonl(path, rows)

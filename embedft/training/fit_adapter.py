@@ -7,7 +7,6 @@ Shapes: N queries, M documents (or windows of them), B queries or pairs of a ste
 documents listed for each, D features.
 """
 
-import json
 import math
 import time
 from collections import defaultdict
@@ -26,7 +25,7 @@ from .. import device as devices
 from ..data.dataset import connected_components
 from ..encoders.adapter import Adapter, Base
 from ..encoders.maps import build_map
-from ..files import atomic_write, check_writable, replace_files, write_json
+from ..files import check_writable, replace_files, write_json, write_jsonl
 from ..losses.registry import Loss
 from ..losses.targets import Targets
 from .configs import AdapterConfig, configured_loss
@@ -90,8 +89,7 @@ def fit_adapter(
     adapter.costs = {"seconds": time.perf_counter() - began, **counts, "best_step": best_step}
     if out is not None:
         with replace_files(out) as new:
-            with atomic_write(new / LOG) as file:
-                file.writelines(json.dumps(record) + "\n" for record in adapter.history)
+            write_jsonl(new / LOG, adapter.history)
             write_json(new / CONFIG, asdict(config))
             adapter.save(new)
     return adapter
