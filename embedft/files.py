@@ -148,13 +148,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)
-
-
 def _parse_json(text: str, path: str | Path, line: int | None = None) -> Any:
     """The value of a JSON text: a whole file, or its line `line`."""
     try:
-        return _DECODER.decode(text)
+        return json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:  # besides bad syntax: a repeated key, too many digits, too deep
         where, what = f"{path}" if line is None else f"{path} line {line}", error
         if isinstance(error, json.JSONDecodeError):
@@ -211,8 +208,7 @@ def resume_jsonl(path: str | Path, *, repair: bool = True) -> Iterator[dict]:
     """Yields the objects of an append-only log, without the half line that a killed process may have left at its end.
 
     A last line that lacks only its line feed counts. A missing file is an empty log. With `repair` the file is first
-    made ready to append to: without the half line, with the line feed. Raises `ValueError` naming a whole line that is
-    no JSON object, and when the last line is not the beginning of one.
+    made ready to append to: without the half line, with the line feed. Raises `ValueError` for what is no JSON object.
     """
     path = Path(path)
     data = path.read_bytes() if path.exists() else b""

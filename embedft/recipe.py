@@ -123,8 +123,7 @@ def finetune(
         loss, batches, optimizer, evaluate, refresh, on_step: as in `training.train.train`, in place of settings, which
             then must be at their defaults. config.json records their names, source hashes and values.
 
-    Raises:
-        ValueError: an input is invalid, or differs between ranks; `NonFiniteError` when training diverges.
+    Raises `ValueError` when an input is invalid or differs between ranks, `NonFiniteError` when training diverges.
     """
     if isinstance(embedder, ApiEmbedder):
         raise ValueError(f"{embedder.model} is behind an API, so its weights cannot be trained; an adapter on it can")

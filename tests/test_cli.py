@@ -78,9 +78,10 @@ def test_finetune(place, capsys, recwarn):
     trained, kept, table, caution, where = printed.out.splitlines()
     log = [record for _, record in read_jsonl("run/train.jsonl") if "metrics" in record]
     best = max(log, key=lambda record: record["metrics"]["ndcg@10"])  # the first of equals
-    step = f"kept the weights of step {best['step']} of {log[-1]['step']}"
-    step = step if best["step"] else "kept the base weights: no checkpoint improved on them"
-    assert kept == f"{step} (ndcg@10 {best['metrics']['ndcg@10']:.4f})"
+    step = f"the weights of step {best['step']} of {log[-1]['step']}"
+    step = step if best["step"] else "the base weights, which no step improved on"
+    first, chosen = (record["metrics"]["ndcg@10"] for record in (log[0], best))
+    assert kept == f"kept {step} (ndcg@10 {first:.4f} -> {chosen:.4f})"
     losses = [record["loss"] for _, record in read_jsonl("run/train.jsonl") if "loss" in record]
     assert trained == f"{len(losses)} steps, loss {losses[0]:.4f} -> {losses[-1]:.4f}"
     assert re.match(r"ndcg@10: 0\.\d{4} -> 0\.\d{4}, difference [+-]0\.\d{4} \[.*\] at 95%, p = ", table)

@@ -77,7 +77,7 @@ def test_without_held_out_documents(place, capsys):
     assert main([*FIT, "--out", "adapter", "--held-out", "0"]) == 0
     assert "weights of the last step, 20" in capsys.readouterr().out
     assert main([*FIT, "--out", "far", "--lr", "1000"]) == 0
-    assert "kept the start: no step improved on it" in capsys.readouterr().out
+    assert "kept the start, which no step improved on" in capsys.readouterr().out
 
 
 def test_start_and_overwrite(place, capsys):

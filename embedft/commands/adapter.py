@@ -20,7 +20,7 @@ from ..encoders.store import Store
 from ..files import check_writable
 from ..retrieval.search import Setting, check_settings
 from ..training.fit_adapter import AdapterConfig
-from .options import DATASETS, Data, Encoder, Windows, load_data, load_encoder, load_training_data, print_costs
+from .options import DATASETS, Data, Encoder, Windows, load_data, load_encoder, load_training_data, print_costs, summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,17 +58,10 @@ def run(options: Options) -> None:
             # Before and after use the same vectors: each text is embedded once.
             embedder.store = Store(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
         adapter = _fit(options, config, embedder, dataset)
-        costs, best = adapter.costs, adapter.costs["best_step"]
-        values = {r["step"]: r["metrics"][config.select] for r in adapter.history if "metrics" in r}
-        if not values:
-            kept = f"kept the weights of the last step, {best:,}"
-        elif best:
-            kept = f"kept the weights of step {best:,} of {max(values):,}"
-        else:
-            kept = "kept the start: no step improved on it"
-        if values:
-            on = f"{costs['held_out_queries']:,} held-out questions"
-            kept += f" ({config.select} {values[0]:.4f} -> {values[best]:.4f} on {on})"
+        costs, kept = adapter.costs, f"kept the weights of the last step, {adapter.costs['best_step']:,}"
+        if num_held_out := costs["held_out_queries"]:
+            kept = summary(adapter.history, config.select, start="the start")
+            kept += f" on {num_held_out:,} held-out questions"
         print(f"{costs['queries']:,} questions, {costs['documents']:,} documents, {costs['seconds']:.1f} s; {kept}")
         if validation is not None:
             settings = {"dim": options.dim, "passages": options.passages}

@@ -19,7 +19,7 @@ from ..files import read_jsonl
 from ..losses.registry import describe_losses
 from ..recipe import VALIDATION, VALIDATION_BASE, FinetuneConfig
 from ..training import distributed, run_folder
-from .options import DATASETS, Data, Model, load_data, load_model, load_training_data
+from .options import DATASETS, Data, Model, load_data, load_model, load_training_data, summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,13 +91,7 @@ def _print_summary(out: Path, select: str, *, has_validation: bool) -> None:
     if losses:
         print(f"{losses[-1][0]:,} steps, loss {losses[0][1]:.4f} -> {losses[-1][1]:.4f}")
     if has_validation:
-        values = {record["step"]: record["metrics"][select] for record in records if "metrics" in record}
-        best = max(values, key=values.__getitem__)  # the first of equals
-        if best:
-            kept = f"kept the weights of step {best:,} of {max(values):,}"
-        else:
-            kept = "kept the base weights: no checkpoint improved on them"
-        print(f"{kept} ({select} {values[best]:.4f})")
+        print(summary(records, select, start="the base weights"))
         before, after = (embedft.Report.load(out / run_folder.EVAL / name) for name in (VALIDATION_BASE, VALIDATION))
         with warnings.catch_warnings():
             # Intended: the base is measured as it is, the result as it was trained.

@@ -8,6 +8,7 @@ dataset, embedder = load_data(options.data, options), load_encoder(options)
 
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -141,6 +142,14 @@ def load_chunk_files(path: Path) -> dict[str, list]:
     if path.suffix.lower() in SUFFIXES:
         raise ValueError(f"{path}: a document, expected its chunks: cut it with `embedft chunk` first")
     return {path.stem: load_chunks(path)}
+
+
+def summary(records: Iterable[dict[str, Any]], select: str, start: str) -> str:
+    """Which weights a training kept, by its log: the best step's, the first of equals, or those of `start`."""
+    values = {record["step"]: record["metrics"][select] for record in records if "metrics" in record}
+    best = max(values, key=values.__getitem__)
+    kept = f"the weights of step {best:,} of {max(values):,}" if best else f"{start}, which no step improved on"
+    return f"kept {kept} ({select} {values[0]:.4f} -> {values[best]:.4f})"
 
 
 def print_costs(embedder: "embedft.Embedder") -> None:

@@ -45,17 +45,21 @@ class Options(Adapted, Windows, Data):
 
 def run(options: Options) -> None:
     """Answers the question, or each one that is read."""
+    from ..retrieval.encoding import sorted_corpus
+
     dataset, places = _load_documents(options)
     embedder, passages = load_encoder(options), options.passages
     depth = max(options.depth, FUSED_DEPTH) if options.hybrid else options.depth
     searcher = embedft.Searcher(embedder, dataset, depth=depth, dim=options.dim, passages=passages)
-    bm25 = _bm25(embedder, dataset) if options.hybrid else None
-    texts = dict(zip(dataset.corpus, dataset.document_texts(), strict=True))
+    texts, tokenize = sorted_corpus(dataset), getattr(embedder, "tokenize", split_words)
+    bm25 = Bm25Index(tokenize(list(texts.values()))) if options.hybrid else None
     window_text = make_window_text(embedder, passages) if passages else None
     for number, question in enumerate(_questions(options)):
         found = searcher.search([question])
         if bm25 is not None:
-            found = embedft.fuse([found, bm25(question, depth)], method="zscore", depth=options.depth)
+            scores_QK, rows_QK = bm25.search(tokenize([question]), depth)
+            lexical = Run(["0"], list(texts), rows_QK, scores_QK)
+            found = embedft.fuse([found, lexical], method="zscore", depth=options.depth)
         (ranked,) = found.to_dict().values()
         hits = [{"id": i, "score": score, "place": places.get(i), "text": texts[i]} for i, score in ranked.items()]
         if window_text is not None:
@@ -101,7 +105,7 @@ def _questions(options: Options) -> Iterator[str]:
         return
     is_typed = sys.stdin.isatty()
     if is_typed:
-        with contextlib.suppress(ImportError):  # Windows has none
+        with contextlib.suppress(ImportError):  # not every Python has it
             import readline  # noqa: F401, gives `input` line editing and history
     while line := _read_line(is_typed):
         if line.strip():
@@ -119,21 +123,6 @@ def _read_line(is_typed: bool) -> str:
     if is_typed:
         print("question: ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline()
-
-
-def _bm25(embedder, dataset: RetrievalDataset) -> Callable[[str, int], Run]:
-    """A function (question, depth) -> Run over the documents of a dataset."""
-    from ..retrieval.encoding import sorted_corpus
-
-    documents = sorted_corpus(dataset)
-    tokenize = getattr(embedder, "tokenize", split_words)
-    index = Bm25Index(tokenize(list(documents.values())))
-
-    def search(question: str, depth: int) -> Run:
-        scores_QK, rows_QK = index.search(tokenize([question]), depth)
-        return Run(["0"], list(documents), rows_QK, scores_QK)
-
-    return search
 
 
 def make_window_text(embedder, passages: tuple[int, int]) -> Callable[[str, int], str]:

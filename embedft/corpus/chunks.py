@@ -3,8 +3,8 @@
     chunks = chunk_pages(read_documents(["report.pdf"])[0], count_tokens=count_tokens, size=254)
     save_chunks("chunks.jsonl", chunks)
 
-Sentences are found by punctuation, line ends, English abbreviations and German ordinals. Not here: abbreviations of
-other languages, and scripts without marks at sentence ends (Thai, Lao).
+Sentences are found by punctuation, line ends, English abbreviations and German ordinals. Not here: scripts without
+marks at sentence ends (Thai, Lao).
 """
 
 import hashlib

@@ -1,7 +1,6 @@
 """Reads the text of every page of PDF files, in processes that run pdf_page.py.
 
-A damaged page that never finishes, eats the memory or crashes the interpreter costs that page alone. Not here: how a
-page is read (pdf_page.py), what becomes of its text (documents.py).
+A damaged page that never finishes, eats the memory or crashes the interpreter costs that page alone.
 """
 
 import contextlib

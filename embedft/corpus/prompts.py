@@ -93,10 +93,9 @@ def message_text(content: Any) -> str:
 def parse_reply(text: str, num_questions: int) -> list[str]:
     """The first `num_questions` distinct questions of a reply, or as many as it has; raises `ValueError` without any.
 
-    Thoughts go first: what is before a closing tag such as </think>, or behind an opening one that is not closed. Then
-    JSON counts: strings under "questions", else strings that ask; of broken JSON, the whole strings that ask. Without
-    JSON, lines count that ask and are no preamble ("Here are two questions:") or answer ("A1: ..."). Numbering,
-    bullets and quotes are stripped.
+    Thoughts are dropped: what is before a closing tag such as </think>, or behind an opening one. Of JSON, the strings
+    under "questions" count, else those that ask; of broken JSON, whole strings that ask. Without JSON, lines count that
+    ask and are no preamble ("Here are two questions:") or answer ("A1: ..."), without numbering, bullets and quotes.
     """
     text = _without_thoughts(text.strip("\ufeff \n"))
     found = _first_distinct(_json_questions(text, num_questions), num_questions)

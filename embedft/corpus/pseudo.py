@@ -4,8 +4,7 @@
     dataset = titles(chunks)
     train, held_out = docstring_datasets(num_train=2_000, num_held_out=1_000, seed=0, packages=["numpy", "stdlib"])
 
-Files of packages are read with `ast`; nothing is imported. Not here: tests, `.pyi` and C files, definitions inside
-functions, docstrings made by f-strings or `%`.
+Packages are read with `ast`, not imported. Not here: tests, `.pyi` and C files, nested functions, computed docstrings.
 """
 
 import ast
@@ -42,8 +41,8 @@ def inverse_cloze(chunks: Sequence[Chunk], *, seed: int, keep_share: float = 0.1
 
     It follows from the seed, the chunk's id and its text, not from chunks that share no sentence with it. A sentence
     qualifies if it is whole, begins with a capital, has 5 to 60 words, more than half of them of letters alone, occurs
-    once in this chunk and in no other, and leaves at least 20 words; a chunk may have none. A share of the chunks keep
-    it: 0.1 as in the paper for training, 0 for validation.
+    once in this chunk and in no other, and leaves at least 20 words; a chunk may have none. `keep_share` of the chunks
+    keep it: 0.1 as in the paper for training, 0 for validation.
 
     Source: Lee et al. 2019, "Latent Retrieval for Weakly Supervised Open Domain Question Answering", section 4.
     """

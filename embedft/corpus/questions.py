@@ -3,8 +3,7 @@
     outcome = write_questions(chunks, QuestionConfig("gpt-4o-mini"), folder="questions")
     dataset = question_dataset(chunks, outcome.questions)
 
-Not here: prompts and their replies (prompts.py), when requests are sent and what they cost (api/), bad questions
-(cleaning.py), questions without an LLM (pseudo.py).
+Not here: prompts and replies (prompts.py), sending and costs (api/), cleaning.py, questions without an LLM (pseudo.py).
 """
 
 import hashlib
@@ -101,9 +100,8 @@ def write_questions(
 
     Every request and reply is saved at once (`ledger.jsonl`, `replies.jsonl`), so a killed run loses at most the
     requests in flight. The limits count all runs of the folder and are never exceeded, unless a server reports more
-    tokens than it was allowed or charges for a 4xx, 500 or 503. Chunks with the same text share one request. The key
-    comes from OPENAI_API_KEY and is never saved. Raises `ValueError` for wrong input, and when the server refuses all
-    requests (key, model, quota, five at the start).
+    tokens than it was allowed or charges for a 4xx, 500 or 503. Chunks of equal text share a request. OPENAI_API_KEY is
+    never saved. Raises `ValueError` for wrong input, and when the server refuses everything (key, model, quota).
     """
     folder, jobs, asker = Path(folder), _jobs(chunks, config, template), _Asker(config, template)
     reasons: dict[str, str] = {}  # {key: why the last request failed}

@@ -63,8 +63,7 @@ def make_batches(
         no_duplicates: no text appears in two rows of a batch, be it a query, document or hard negative. Equal documents
             are never each other's negatives anyway; this is for equal queries and losses that want one document each.
 
-    Raises:
-        ValueError: nothing to train on, no query with `num_negatives` hard negatives, a missing score.
+    Raises `ValueError`: nothing to train on, no query with `num_negatives` hard negatives, a missing score.
     """
     rows = list_examples(dataset, examples)
     scores = {"relevance": examples != "pairs", "target_scores": target_scores or examples == "scored"}

@@ -40,9 +40,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Collate:
-    """Turns examples into a Batch.
-
-    Documents of equal text (title included) are one document of the batch, under the first of their ids.
+    """Turns examples into a Batch, where documents of equal text (title included) are one, under their first id.
 
     With `passages`, (size, stride) in tokens, documents become windows, cut by `pack(texts, role=..., passages=...)`,
     and all windows of a document are columns with its number (`Targets.document`): at most `windows_per_document`, the
@@ -91,13 +89,11 @@ class Collate:
         return dict(zip(distinct, counts, strict=True))
 
     def __call__(self, examples: Sequence[Example], *, draw: tuple[int, int] = (0, 0)) -> Batch:
-        """A batch of examples: all first listed documents, then all second ones, and so on, each document once.
-
-        `draw`, usually (epoch, batch), together with the seed decides which windows are drawn.
-        """
+        """The batch of some examples; `draw`, usually (epoch, batch), and the seed decide which windows are drawn."""
         query_ids = [query_id for query_id, _ in examples]
         # {text: document id}, for each row and for the batch.
         rows = [(example[0], self._distinct(self.listed(example))) for example in examples]
+        # All first listed documents, then all second ones, and so on.
         in_order = itertools.chain(*itertools.zip_longest(*(row.values() for _, row in rows)))
         documents = self._distinct(i for i in in_order if i is not None)
         column_of = {text: column for column, text in enumerate(documents)}
