@@ -43,10 +43,8 @@ UNIONS = (types.UnionType, typing.Union)
 
 def option(default: Any, meaning: str, *, metavar: str = "", positional: bool = False, **bounds: float) -> Any:
     """A dataclass field that is an option or a positional argument; `default` is REQUIRED when there is none.
-
     The help shows `metavar` for the value, and adds the default to `meaning` unless that ends with one in brackets.
-    A number with `bounds`, any of least=, most=, above= and below=, also has to be finite.
-    """
+    A number with `bounds`, any of least=, most=, above= and below=, also has to be finite."""
     metadata = {"meaning": meaning, "metavar": metavar, "positional": positional, "bounds": bounds}
     if isinstance(default, dict | list):
         return dataclasses.field(default_factory=partial(copy.deepcopy, default), metadata=metadata)
@@ -198,9 +196,7 @@ def _meaning(field: dataclasses.Field) -> str:
 
 def parse(cls: type[Config], arguments: Sequence[str]) -> Config:
     """The dataclass (an `Options`) that a command line describes: defaults, then the file of --config, then the rest.
-
-    Raises `ValueError` for what is unknown, missing, or of the wrong type or range.
-    """
+    Raises `ValueError` for what is unknown, missing, or of the wrong type or range."""
     parser, fields = make_parser(cls), {field.name: field for field in dataclasses.fields(cls)}
     options = {_option(name): field for name, field in fields.items() if not field.metadata["positional"]}
     given, rest = parser.parse_known_intermixed_args(_prepare(arguments, options, parser))

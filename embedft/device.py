@@ -35,10 +35,8 @@ def has_packed_attention(device: torch.device, dtype: torch.dtype) -> bool:
 
 def has_onednn_linear(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether float32 matrix products on the CPU can use oneDNN instead of the BLAS that torch was built with.
-
     MKL, the BLAS of torch's x86 wheels, does not use AVX-512 on AMD: 186 GFLOP/s, while oneDNN reaches 370 for
-    [5400, 384] x [384, 1536] (two cores of an EPYC of family 26, torch 2.13.0, 2026-11-21).
-    """
+    [5400, 384] x [384, 1536] (two cores of an EPYC of family 26, torch 2.13.0, 2026-11-21)."""
     plain = device.type == "cpu" and dtype is torch.float32 and not torch.is_autocast_enabled("cpu")
     return plain and torch.backends.mkldnn.enabled and _ONEDNN_LINEAR
 
@@ -103,10 +101,8 @@ def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> No
 
 def release_memory(device: torch.device) -> None:
     """Returns freed CPU memory to the system where the C library can (glibc); elsewhere does nothing.
-
     glibc keeps freed blocks in pieces that tensors of other lengths cannot reuse: without this, a process that trained
-    on batches of 7,000 tokens grew from 2.2 to 3.2 GB in 18 steps, and kept growing. It costs a tenth of a second.
-    """
+    on batches of 7,000 tokens grew from 2.2 to 3.2 GB in 18 steps, and kept growing. It costs a tenth of a second."""
     if device.type == "cpu" and sys.platform == "linux":
         with contextlib.suppress(AttributeError):
             ctypes.CDLL(None).malloc_trim(0)

@@ -44,9 +44,7 @@ def named_errors(path: str | Path) -> Iterator[None]:
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
     """Opens a temporary file beside `path` and renames it to `path` when the block ends; an error changes nothing.
-
-    `mode` is "w" (UTF-8 text, newlines as given) or "wb". A missing folder is created.
-    """
+    `mode` is "w" (UTF-8 text, newlines as given) or "wb". A missing folder is created."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -64,10 +62,8 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
 @contextlib.contextmanager
 def replace_files(folder: str | Path, *, stale: Collection[str] = ()) -> Iterator[Path]:
     """Yields an empty folder, whose files move into `folder` when the block ends; then the stale ones are removed.
-
     Until everything is written, or when an error ends the block, nothing in `folder` changes. `stale` paths within it
-    that were not written are removed, and then their folders when those are empty.
-    """
+    that were not written are removed, and then their folders when those are empty."""
     folder = Path(folder)
     created = not folder.exists()
     new = folder / f".{secrets.token_hex(4)}.tmp"
@@ -114,9 +110,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def read_lines(path: str | Path) -> Iterator[str]:
     """Yields the lines of a UTF-8 file, or a .gz of one, with their ends; only a line feed ends a line.
-
-    A byte order mark is dropped. Raises `ValueError` for an invalid byte, with its line, a bad .gz, or an LFS pointer.
-    """
+    Drops a byte order mark. Raises `ValueError` for an invalid byte, with its line, a bad .gz, or an LFS pointer."""
     with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
         yield from _decoded(file, path)
 
@@ -206,10 +200,8 @@ def append_jsonl(path: str | Path, record: dict) -> None:
 
 def resume_jsonl(path: str | Path, *, repair: bool = True) -> Iterator[dict]:
     """Yields the objects of an append-only log, without the half line that a killed process may have left at its end.
-
-    A last line that lacks only its line feed counts. A missing file is an empty log. With `repair` the file is first
-    made ready to append to: without the half line, with the line feed. Raises `ValueError` for what is no JSON object.
-    """
+    A last line that lacks only its line feed counts. A missing file is an empty log. `repair` first makes the file
+    ready to append to: without the half line, with the line feed. Raises `ValueError` for what is no JSON object."""
     path = Path(path)
     data = path.read_bytes() if path.exists() else b""
     end = data.rfind(b"\n") + 1
@@ -234,10 +226,8 @@ def resume_jsonl(path: str | Path, *, repair: bool = True) -> Iterator[dict]:
 @contextlib.contextmanager
 def locked(path: str | Path, *, wait: Callable[[str], object] | None = None) -> Iterator[None]:
     """Holds the lock file `path` while the block runs, so that one process writes at a time.
-
     The system releases the lock when the process ends, however it ends; the empty file stays. While another process, or
-    another block of this one, holds it: raises `ValueError`, or calls `wait("process 17")` once and waits.
-    """
+    another block of this one, holds it: raises `ValueError`, or calls `wait("process 17")` once and waits."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:

@@ -44,9 +44,7 @@ class ApiCosts(Ledger):
 @dataclass
 class Endpoint:
     """POST /embeddings of a server, for one model. `dim`: features, 0 until known. `costs`: so far.
-
-    Remembers across fetches which form and size the server accepts.
-    """
+    Remembers across fetches which form and size the server accepts."""
 
     model: str
     _: KW_ONLY
@@ -226,9 +224,7 @@ def embeddings_in_order(reply: Mapping[str, Any], num_texts: int) -> list[Any]:
 
 def decode(value: Any, dim: int = 0) -> np.ndarray:
     """A list of numbers, or base64 of little-endian float32, as [D] float64.
-
-    Raises `ValueError` for anything else, for zeros alone, values that are not finite, or not `dim` of them (0: any).
-    """
+    Raises `ValueError` for anything else, zeros alone, values that are not finite, or not `dim` of them (0: any)."""
     try:
         if isinstance(value, str):
             value = np.frombuffer(base64.b64decode(value, validate=True), dtype="<f4")

@@ -35,10 +35,8 @@ class Job:
 @dataclass
 class Ledger:
     """Requests, tokens and money of all runs. A reservation counts in full until `settle` replaces it, if ever.
-
     `num_requests`, `prompt_tokens`, `completion_tokens`; `cost`: of what was reported; `open_cost`: the most that the
-    requests of `open`, without a report, may have cost. Money is counted exactly, as `paid` and `reserved`.
-    """
+    requests of `open`, without a report, may have cost. Money is counted exactly, as `paid` and `reserved`."""
 
     path: str | Path | None  # a JSONL file to read back and append to; lines with `usage` are outcomes
     outcomes: InitVar[Iterable[Mapping[str, Any]]] = ()  # of earlier runs, when they are kept elsewhere

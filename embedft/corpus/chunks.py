@@ -230,10 +230,8 @@ class _Cutter:
 
 def sentence_spans(text: str) -> list[tuple[int, int]]:
     """(start, stop) of each sentence, without surrounding blanks; every other character is in exactly one.
-
     A sentence ends at a line end, and at a mark before a blank and anything but a lower-case letter, unless it belongs
-    to an abbreviation, an item number ("Item 1A.") or an ordinal ("3. März"). A fenced code block is one sentence.
-    """
+    to an abbreviation, an item number ("Item 1A.") or an ordinal ("3. März"). A fenced code block is one sentence."""
     spans = []
     for line in BLOCK.finditer(text):
         start, stop = line.span()

@@ -150,9 +150,7 @@ def _read_text_file(name: str) -> list[list[tuple]]:
 
 def split_sections(pages: Sequence[str]) -> list[list[tuple[str, tuple[str, ...]]]]:
     """Returns the (text, headings) of the sections of each page; the headings go on from page to page.
-
-    A section begins with its heading line. A heading that another one follows at once is in that one's section.
-    """
+    A section begins with its heading line. A heading that another one follows at once is in that one's section."""
     path: list[tuple[int, str]] = []
     result = []
     for page in pages:
@@ -201,9 +199,7 @@ def _blocks(text: str) -> Iterator[tuple[str, int, str]]:
 
 def drop_repeated_lines(pages: Sequence[Page]) -> tuple[list[Page], dict[str, int]]:
     """Drops page numbers and all but the first of the headers and footers that repeat in a file (`repeated_lines`).
-
-    Returns (pages, {line with "#" for each number: how many were dropped}), the most frequent first.
-    """
+    Returns (pages, {line with "#" for each number: how many were dropped}), the most frequent first."""
     texts = [page.text for page in pages]
     by_file: dict[str, list[int]] = {}
     for row, page in enumerate(pages):

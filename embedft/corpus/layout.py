@@ -74,10 +74,8 @@ class _Line:
 
 def clean_layout(texts: Sequence[str], *, plain: Collection[int] = ()) -> list[str]:
     """Turns the pages of one PDF file into running text: a line for each paragraph, heading, bullet and row of a table.
-
     Ligatures are spelt out; hyphens at line ends, blanks and control characters go; other characters stay, in order.
-    `plain`: numbers (from 1) of pages without layout, such as columns, whose lines are narrower than the others'.
-    """
+    `plain`: numbers (from 1) of pages without layout, such as columns, whose lines are narrower than the others'."""
     pages = [_lines(text.translate(CLEANING)) for text in texts]
     repeated = repeated_lines([[line.text for line in lines] for lines in pages], range(1, len(pages) + 1))
     whole_words = BROKEN_WORD.sub(" ", "\n".join(line.text for lines in pages for line in lines))

@@ -103,10 +103,8 @@ def is_scrambled(layout: str, plain: str, log: list[str], page: Any) -> bool:
 
 def broken_lines(layout: str, plain: str, *, least: int) -> tuple[int, int]:
     """Counts breaks of `plain` between lines of `least` letters or more that `layout` reads otherwise, and all of them.
-
     Columns side by side break nearly all; no page of two 10-K filings has more than 2 of 20 letters. Only letters are
-    compared, since numbers of a table may stand between the lines of a label.
-    """
+    compared, since numbers of a table may stand between the lines of a label."""
     whole, *lines = ("".join(filter(str.isalpha, text)) for text in (layout, *plain.split("\n")))
     pairs = pairwise(line for line in lines if line)
     breaks = [first[-20:] + second[:20] for first, second in pairs if min(len(first), len(second)) >= least]
@@ -135,10 +133,8 @@ def one_line(error: BaseException) -> str:
 
 def keep_lines_apart() -> None:
     """Makes pypdf, in this process, put less on one line of the layout.
-
     It merges baselines closer than the font's height, as those of text set solid are (pypdf 6.0 to 7.1, page 224 of
-    Lyft's 10-K of 2021). 0.7 of the height separates such lines and leaves footnote marks in theirs.
-    """
+    Lyft's 10-K of 2021). 0.7 of the height separates such lines and leaves footnote marks in theirs."""
     from pypdf._text_extraction import _layout_mode as layout
 
     merge_lines = layout.y_coordinate_groups

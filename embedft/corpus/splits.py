@@ -126,9 +126,7 @@ def shingles(text: str, *, num_words: int = 8) -> set[int]:
 
 def near_copies(texts: Sequence[str], others: Sequence[str], *, max_holders: int = 100) -> list[bool]:
     """Whether each of `texts` is a near-copy: half of its shingles are in `others`, or half of those of one in it.
-
-    For the latter, shingles of more than `max_holders` others (a footer's) do not count: it takes linear time.
-    """
+    For the latter, shingles of more than `max_holders` others (a footer's) do not count: it takes linear time."""
     sizes, holders = [], {}
     for row, own in enumerate(map(shingles, others)):
         sizes.append(len(own))

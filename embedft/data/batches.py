@@ -88,10 +88,8 @@ def make_batches(
 
 def list_examples(dataset: RetrievalDataset, kind: ExampleKind = "pairs") -> list[Example]:
     """The examples of a dataset, in its order. Raises `ValueError` when there is nothing to train on.
-
     `kind` is "pairs": every query with every relevant document; "queries": every query once, with all its relevant
-    documents; or "scored": every query with every document that `dataset.scores` has for it, relevant or not.
-    """
+    documents; or "scored": every query with every document that `dataset.scores` has for it, relevant or not."""
     if kind not in (kinds := get_args(ExampleKind)):
         raise ValueError(f"examples is {kind!r}, expected one of {', '.join(kinds)}")
     if kind == "scored":

@@ -126,10 +126,8 @@ class RetrievalDataset:
 
     def save(self, path: str | Path, *, format: str | None = None) -> None:
         """Writes the dataset so that `load` returns an equal one; "jsonl" orders documents as its rows name them.
-
         `path` is the file to create or replace, or for "beir" a new or empty folder; `format` is one of WRITABLE, by
-        default that of the suffix. Raises `ValueError`, before anything is written, when it cannot hold what is here.
-        """
+        default that of the suffix. Raises `ValueError`, before anything is written, if it cannot hold what is here."""
         path = Path(path)
         format = formats.choose_format(path, format, WRITABLE, folder=not path.suffix)
         refusal = f"{path}: the format {format!r} cannot hold"
@@ -238,9 +236,7 @@ class RetrievalDataset:
 
     def document_texts(self) -> list[str]:
         """The texts to embed, in the order of `corpus`: title, a space and text; either alone where it is.
-
-        Source: beir/retrieval/models/sentence_bert.py, `encode_corpus`, which strips the result too.
-        """
+        Source: beir/retrieval/models/sentence_bert.py, `encode_corpus`, which strips the result too."""
         return [" ".join(filter(None, (self.titles.get(i), text))) for i, text in self.corpus.items()]
 
 

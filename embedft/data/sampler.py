@@ -85,10 +85,8 @@ class Sampler:
 
     def _place_apart(self, rows: list[int], natural: list[int]) -> tuple[list[int], list[int]]:
         """The batches of examples that share items with others, and the resulting load of every batch.
-
         Each goes to its natural batch or the first one after it (cyclically) that is not full and shares nothing with
-        it; if all of those are full, to the least loaded one that shares nothing with it.
-        """
+        it; if all of those are full, to the least loaded one that shares nothing with it."""
         full, everywhere = self.batch_size or self.batch_tokens, range(len(self))
         held: list[set[int]] = [set() for _ in everywhere]
         loads, placed = [0] * len(self), []
