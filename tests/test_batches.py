@@ -266,6 +266,26 @@ def test_no_text_stands_twice_in_a_batch(shape, batch_size, negatives):
             assert max(map(len, plan)) <= batch_size + 1
 
 
+@pytest.mark.parametrize("size", [1, 3, 20])
+def test_an_example_waits_for_the_first_batch_that_can_take_it(size):
+    """Placed as by trying every batch in turn, from the natural one; if none has room, in the least full."""
+    items = [{f"a{(row * row) % 23}", f"b{row // 4}"} for row in range(120)]
+    sampler = Sampler(
+        120, seed=0, batch_tokens=3 * size, tokens=lambda: [1 + row % size for row in range(120)], apart=items
+    )
+    rows, natural = list(range(120)), [row * len(sampler) // 120 for row in range(120)]
+    held, loads, placed = [set() for _ in range(len(sampler))], [0] * len(sampler), []
+    for row, first in zip(rows, natural, strict=True):
+        turns = [k % len(sampler) for k in range(first, first + len(sampler))]
+        free = [k for k in turns if held[k].isdisjoint(items[row])]
+        with_room = [k for k in free if loads[k] < 3 * size]
+        batch = with_room[0] if with_room else min(sorted(free), key=loads.__getitem__)
+        held[batch] |= items[row]
+        loads[batch] += 1 + row % size
+        placed.append(batch)
+    assert sampler._place_apart(rows, natural) == (placed, loads)
+
+
 def test_rows_that_share_texts_are_spread_over_the_epoch():
     """Ten texts of two rows each among 100 rows: by chance about two of these 20 rows in each of ten batches."""
     corpus = {f"d{i}": f"text {i // 2 if i < 20 else i}" for i in range(100)}

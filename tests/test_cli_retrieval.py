@@ -76,6 +76,11 @@ def test_a_report_is_replaced_on_request_and_nothing_of_it_stays(place, capsys):
     run(capsys, "evaluate model pairs.json --out eval/mine")
     run(capsys, "evaluate model pairs.json --no-bm25 --overwrite --out eval")
     assert all((place / "eval" / "mine" / name / "metrics.json").is_file() for name in (".", "bm25"))
+    # One that cannot be read is named before the work, and left alone.
+    (place / "eval" / "mine" / "metrics.json").write_text("{")
+    assert main(["evaluate", "model", "pairs.json", "--overwrite", "--out", "eval"]) == 0
+    assert "eval/mine/metrics.json: is no report that can be read, and left alone" in capsys.readouterr().err
+    assert (place / "eval" / "mine" / "metrics.json").read_text() == "{"
     run(capsys, "evaluate model pairs.json --dims 32 8 --out grid")
     check_error(capsys, "evaluate model pairs.json --out grid", "grid/bm25: holds a report already")
     check_error(capsys, "evaluate model pairs.json --overwrite", "--overwrite is for --out, which is not given")

@@ -691,6 +691,11 @@ def test_trec_topics_and_qrels(tmp_path):
     assert dataset.qrels == {"301": {"FT2": 1}, "302": {"FT 1": 2}}
     assert dataset.missing == {"301": {"FT3": -2}}
     assert "qrels.txt line 2: document id 'FT3'" in told[0]
+    write(tmp_path / "topics.301-302.txt", OLD_TOPICS + OLD_TOPICS.replace("poliomyelitis\n", "poliomyelitis"))
+    assert load_with_warnings(tmp_path)[0].queries == dataset.queries
+    write(tmp_path / "topics.301-302.txt", OLD_TOPICS + OLD_TOPICS.replace("poliomyelitis", "polio"))
+    with pytest.raises(ValueError, match=r"topics\.301-302\.txt: topics: _id '302' appears twice"):
+        RetrievalDataset.load(tmp_path)
     (tmp_path / "topics.301-302.txt").unlink()
     write(tmp_path / "topics.xml", NEW_TOPICS)
     write(tmp_path / "qrels.txt", "1 0 FT2 1\n")

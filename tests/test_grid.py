@@ -159,6 +159,18 @@ def test_windows_by_hand():
     assert embedder.calls == [("query", 1), ("document", 3), ("document windows (6, 3)", 3)]
 
 
+def test_windows_by_numbers_of_numpy(tmp_path):
+    embedder, dataset = by_hand({"a": [[3, 9]], "b": [[1, 0], [7, 0]]}, {"q": [1, 0]})
+    expected = evaluate(embedder, dataset, passages=(6, 3))
+    for passages in (np.array([6, 3]), tuple(np.array([6, 3]))):
+        for report in (
+            evaluate(embedder, dataset, passages=passages),
+            *evaluate_grid(embedder, dataset, passages=passages),
+        ):
+            report.save(tmp_path)
+            assert Report.load(tmp_path).setting == expected.setting
+
+
 def test_codes_of_windows_by_hand():
     """Signs of windows, query (1, 3): b's second window (+, +) has 4, a's (-, +) 2, c's best (+, -) -2."""
     documents = {"a": [[-1, 1]], "b": [[-9, -9], [0.1, 0.1]], "c": [[9, -1], [-1, -1]]}

@@ -122,6 +122,12 @@ def test_as_many_processes_as_cores_unless_told(make, started, monkeypatch):
     assert len(started) == 1
 
 
+@pytest.mark.parametrize("processes", [0, -1])
+def test_a_number_of_processes_is_at_least_one(make, processes):
+    with pytest.raises(ValueError, match=f"^processes is {processes}, expected at least 1$"):
+        read_pdfs([make("a.pdf", pdf_bytes(["a"]))], processes=processes)
+
+
 def test_layout_shows_indentation_gaps_and_paragraphs(make):
     content = pdf_bytes(["x"]).replace(
         b"(x) Tj ET",

@@ -15,7 +15,7 @@ import embedft
 
 from ..config import REQUIRED, changed, check_at_most_one, option
 from ..data.dataset import RetrievalDataset
-from ..files import check_writable, replace_files
+from ..files import check_writable, read_object, replace_files
 from ..retrieval.bm25 import split_words
 from ..retrieval.report import REPORT_FILES, Report
 from ..retrieval.run import Run
@@ -91,9 +91,11 @@ class Options(Adapted, Grid, Hybrid, Data):
 
 def run(options: Options) -> None:
     """Evaluates, saves, prints."""
+    there = []
     if options.out:
         check_writable(options.out)
-        if not options.overwrite and (there := _saved_reports(Path(options.out))):
+        there = _saved_reports(Path(options.out))
+        if there and not options.overwrite:
             raise ValueError(f"{there[0]}: holds a report already; choose another --out, or --overwrite")
     dataset = load_data(options.data, options, merge=options.merge)
     # A run that finds nothing has the metrics that any other has: names are checked before anything is encoded.
@@ -108,7 +110,7 @@ def run(options: Options) -> None:
     beside = _baselines(options, embedder, dataset, reports[0]) if options.bm25 else {}
     if options.out:  # all together in place of those of an earlier evaluation; others in folders of --out stay
         out = Path(options.out)
-        stale = [str((folder / name).relative_to(out)) for folder in _saved_reports(out) for name in REPORT_FILES]
+        stale = [str((folder / name).relative_to(out)) for folder in there for name in REPORT_FILES]
         with replace_files(out, stale=stale) as new:
             for report in reports:
                 report.save(new if len(reports) == 1 else new / setting_name(report.setting))
@@ -149,6 +151,11 @@ def _baselines(options: Options, embedder, dataset: RetrievalDataset, report: Re
 
 def _saved_reports(out: Path) -> list[Path]:
     """The folders of reports that an earlier evaluation wrote to `out`: itself, or named by their setting."""
-    folders = [folder for folder in (out, *sorted(out.glob("*/"))) if (folder / "metrics.json").is_file()]
-    own = {out, out / "bm25", out / "fused"}
-    return [folder for folder in folders if folder in own or folder.name == setting_name(Report.load(folder).setting)]
+    own, found = {out, out / "bm25", out / "fused"}, []
+    for path in (*out.glob("metrics.json"), *sorted(out.glob("*/metrics.json"))):
+        try:
+            if path.parent in own or path.parent.name == setting_name(read_object(path).get("setting") or {}):
+                found.append(path.parent)
+        except (AttributeError, OSError, TypeError, ValueError) as error:
+            print(f"{path}: is no report that can be read, and left alone ({error})", file=sys.stderr)
+    return found

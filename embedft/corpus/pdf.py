@@ -34,7 +34,9 @@ class PdfText:
 
 def read_pdfs(paths: Sequence[str | Path], *, processes: int | None = None, page_seconds=30.0) -> list[PdfText]:
     """Reads PDF files, several pages at a time, into one `PdfText` each; never raises for what is wrong with a file."""
-    processes = processes or os.cpu_count() or 1
+    processes = (os.cpu_count() or 1) if processes is None else processes
+    if processes < 1:
+        raise ValueError(f"processes is {processes}, expected at least 1")
     texts = [PdfText() for _ in paths]
     readers = [_Reader(page_seconds) for _ in range(processes)]
     idle, pool = list(readers), ThreadPoolExecutor(processes)

@@ -160,11 +160,12 @@ def _read_rows(path: Path) -> Iterator[Entry]:
 def _read_topics(path: Path) -> Iterator[Entry]:
     """The titles, or queries, of a TREC topics file."""
     text = read_text(path)
-    old = re.findall(r"<top>.*?<num>\s*(?:Number:)?\s*(\S+).*?<title>\s*(?:Topic:)?([^<]*)", text, re.DOTALL)
+    old = re.findall(r"<top>.*?<num>\s*(?:Number:)?\s*([^\s<]+).*?<title>\s*(?:Topic:)?([^<]*)", text, re.DOTALL)
     new = re.findall(r"<topic\s+number=\"([^\"]+)\".*?<(?:query|title)>([^<]*)", text, re.DOTALL)
     if not old + new:
         raise ValueError(f"{path}: no topic found, expected <top> with <num> and <title>, or <topic number=...>")
-    yield from ((f"{path}: topics", number, " ".join(title.split()), None) for number, title in old + new)
+    topics = dict.fromkeys((number, " ".join(title.split())) for number, title in old + new)  # some are there twice
+    yield from ((f"{path}: topics", number, title, None) for number, title in topics)
 
 
 def _read_qrels(path: Path) -> Iterator[Judgement]:

@@ -9,8 +9,8 @@ Shapes: P examples, N batches of an epoch.
 """
 
 import functools
-import itertools
 import warnings
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -70,10 +70,10 @@ class Sampler:
         place_P = torch.searchsorted(bounds_N, sizes_P.cumsum(0))
         if not self._shared:
             return place_P
-        rows = order_P.tolist()
+        rows, num_batches = order_P.tolist(), len(self)
         waiting = [i for i, row in enumerate(rows) if row in self._shared]
         # Spread evenly, to leave room for those that have to wait.
-        natural = [i * len(self) // len(rows) for i in waiting]
+        natural = [i * num_batches // len(rows) for i in waiting]
         moved, loads_N = self._place_apart([rows[i] for i in waiting], natural)
         # The others fill the rest of every share, in their order.
         free_P = torch.ones(len(rows), dtype=torch.bool)
@@ -87,15 +87,20 @@ class Sampler:
         """The batches of examples that share items with others, and the resulting load of every batch.
         Each goes to its natural batch or the first one after it (cyclically) that is not full and shares nothing with
         it; if all of those are full, to the least loaded one that shares nothing with it."""
-        full, everywhere = self.batch_size or self.batch_tokens, range(len(self))
-        held: list[set[int]] = [set() for _ in everywhere]
-        loads, placed = [0] * len(self), []
+        full, num_batches = self.batch_size or self.batch_tokens, len(self)
+        held: list[set[int]] = [set() for _ in range(num_batches)]
+        loads, placed = [0] * num_batches, []
+        spare = list(range(num_batches))  # batches that are not full, ascending
         for row, first, size in zip(rows, natural, self._sizes_P[rows].tolist(), strict=True):
-            items = self._shared[row]
-            in_turn = (k for k in itertools.chain(everywhere[first:], everywhere[:first]) if loads[k] < full)
-            batch = next((k for k in in_turn if held[k].isdisjoint(items)), None)
-            if batch is None:
-                batch = min((k for k in everywhere if held[k].isdisjoint(items)), key=loads.__getitem__)
+            items, start = self._shared[row], bisect_left(spare, first)
+            for place in range(start - len(spare), start):  # a negative one counts from the end
+                if held[spare[place]].isdisjoint(items):
+                    batch = spare[place]
+                    if loads[batch] + size >= full:
+                        del spare[place]
+                    break
+            else:
+                batch = min((k for k in range(num_batches) if held[k].isdisjoint(items)), key=loads.__getitem__)
             held[batch].update(items)
             loads[batch] += size
             placed.append(batch)

@@ -8,6 +8,7 @@ evaluate_grid(embedder, dataset, dims=(384, 128), precisions=("float32", "int8")
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from ..data.dataset import RetrievalDataset, connected_components
@@ -58,7 +59,7 @@ def evaluate_grid(
     Source: Kusupati et al. 2022, section 4 (dims, adaptive retrieval); Shakir et al. 2024 (precisions).
     """
     select_metrics(metrics, ks=ks, depth=depth)
-    if passages is None or all(isinstance(number, int) for number in passages):
+    if passages is None or all(isinstance(number, Integral) for number in passages):
         passages = [passages]
     for name, values in (("dims", dims), ("precisions", precisions), ("indices", indices)):
         if isinstance(values, str | int) or not values:

@@ -218,6 +218,7 @@ def check_settings(
         if passages is not None and not hasattr(embedder, "encode_passages"):
             kind = type(embedder).__name__
             raise ValueError(f"passages is {tuple(passages)}: {kind} cannot cut documents into windows")
+        passages = None if passages is None else tuple(np.ravel(passages).tolist())  # NumPy's numbers are no JSON
         if precision not in PRECISIONS:
             raise ValueError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
         if index.startswith("adaptive") and not setting.short_dim:
@@ -232,7 +233,7 @@ def check_settings(
                 raise ValueError(f"dim is {dim}, expected 1 to {width}")
             if setting.short_dim >= dim:
                 unsupported.append(f"{index} at {dim} dimensions")
-        found.append(setting._replace(dim=dim))
+        found.append(setting._replace(dim=dim, passages=passages))
     if unsupported:
         raise ValueError(f"unsupported search: {'; '.join(dict.fromkeys(unsupported))}")
     for setting in found:
