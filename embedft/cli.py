@@ -111,10 +111,8 @@ def _is_silent() -> bool:
 
 def _prepare_streams() -> None:
     """Replaces characters that an output's encoding lacks, and refuses a closed stdout before work begins."""
-    if sys.stdin is None:
-        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if sys.stdout is None:
         raise ValueError("standard output is closed; send it to a file or to /dev/null")
     if hasattr(sys.stdout, "reconfigure"):

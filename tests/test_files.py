@@ -26,6 +26,7 @@ from embedft.files import (
     resume_jsonl,
     sha256_file,
     write_json,
+    write_jsonl,
 )
 
 
@@ -100,6 +101,15 @@ def test_jsonl_round_trip(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         append_jsonl(path, {"loss": float("nan")})
     assert len(path.read_bytes().splitlines()) == 3
+
+
+def test_jsonl_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file.jsonl"
+    write_jsonl(path, ({"text": text} for text in ("ä\n", "b")))
+    assert path.read_text(encoding="utf-8") == '{"text": "ä\\n"}\n{"text": "b"}\n'
+    with pytest.raises(TypeError):
+        write_jsonl(path, [{"a": 1}, {"b": {1}}])
+    assert [record for _, record in read_jsonl(path)] == [{"text": "ä\n"}, {"text": "b"}]
 
 
 def test_jsonl_counts_the_lines_it_passes_over(tmp_path):

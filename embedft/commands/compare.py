@@ -69,9 +69,8 @@ def run(options: Options) -> None:
     if options.style == "text":
         one, how = by_metric[0][0], "intervals by bootstrap, p-values by sign flips"
         if options.seeds:
-            errors = f"standard error {one.question_error:.4f} of questions, {one.seed_error:.4f} of seeds"
-            how = "intervals and p-values by a t distribution, for new seeds and new questions"
-            how += f";\n{one.metric}: {errors}"
+            how = "intervals and p-values by a t distribution, for new seeds and new questions;\n"
+            how += f"{one.metric}: standard error {one.question_error:.4f} of questions, {one.seed_error:.4f} of seeds"
         size = f"{one.num_queries:,} questions in {one.num_clusters:,} clusters (questions that share a document)"
         print(f"\n{size}; differences to {base_name};\n{how}")
 

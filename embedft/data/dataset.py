@@ -208,11 +208,9 @@ class RetrievalDataset:
         (questions, documents), (asked, answering) = self._judged_texts(), training._judged_texts()
         if questions.isdisjoint(asked) and documents.isdisjoint(answering):
             return ""
-        return (
-            f"{len(questions & asked):,} of {len(questions):,} validation questions and {len(documents & answering):,} "
-            f"of the {len(documents):,} documents that answer them are in the training set too: "
-            "results on them show in part what was memorised"
-        )
+        shared = f"{len(questions & asked):,} of {len(questions):,} validation questions"
+        shared += f" and {len(documents & answering):,} of the {len(documents):,} documents that answer them"
+        return f"{shared} are in the training set too: results on them show in part what was memorised"
 
     def _judged_texts(self) -> tuple[set[str], set[str]]:
         """The texts of the queries that have a relevant document, and of these documents."""
