@@ -365,6 +365,12 @@ def test_corrupt_weights(folder, spoil):
     assert_refused(f"^{re.escape(str(path))}: not a complete safetensors file", folder)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_git_lfs_pointer(folder, name):
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 90868376\n")
+    assert_refused(f"^{re.escape(str(folder / name))}: is a Git LFS pointer, .*git lfs pull", folder)
+
+
 KEY = "encoder.layer.1.attention.self.key.bias"
 
 

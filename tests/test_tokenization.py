@@ -127,6 +127,11 @@ CONFIGS = {
     "accents stripped": {"do_lower_case": False, "strip_accents": True},
     "CJK kept together": {"tokenize_chinese_chars": False},
     "another class": {"tokenizer_class": "PreTrainedTokenizerFast", "do_lower_case": False},
+    **{
+        f"{name}, cased": {"tokenizer_class": f"{name}Tokenizer", "do_lower_case": False}
+        for name in ("DistilBert", "Electra", "LayoutLM", "Lxmert", "MobileBert", "SqueezeBert")
+    },
+    "a fast class": {"tokenizer_class": "DistilBertTokenizerFast", "do_lower_case": False},
     "special tokens": {"additional_special_tokens": ["[ENT]", "hello"]},
     "added tokens": {
         "added_tokens_decoder": {

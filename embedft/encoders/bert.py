@@ -64,6 +64,7 @@ class BertConfig:
     layer_norm_eps: float = 1e-12
     hidden_dropout_prob: float = 0.1
     position_embedding_type: str = "absolute"
+    is_decoder: bool = False
 
     def __post_init__(self):
         for name in ("layer_norm_eps", "hidden_dropout_prob"):
@@ -75,6 +76,8 @@ class BertConfig:
             raise ValueError(f"hidden_act is {self.hidden_act[:60]!r}, expected one of {', '.join(ACTIVATIONS)}")
         if self.position_embedding_type != "absolute":
             raise ValueError(f"position_embedding_type is {self.position_embedding_type[:60]!r}, expected 'absolute'")
+        if self.is_decoder:
+            raise ValueError("is_decoder is true, but each token here sees those behind it")
 
     @property
     def max_length(self) -> int:

@@ -222,6 +222,9 @@ def _opened(path: Path) -> Iterator[Any]:
         found = sorted(file.name for file in path.parent.iterdir() if file.suffix in (".bin", ".pt", ".safetensors"))
         raise ValueError(f"{path.parent}: no {WEIGHTS_FILE} (weights found: {', '.join(found) or 'none'})")
     try:
+        with path.open("rb") as file:
+            if file.read(8) == b"version ":  # where a safetensors file has the length of its header
+                raise ValueError(f"{path}: is a Git LFS pointer, not the weights; download them with `git lfs pull`")
         with safetensors.safe_open(path, "pt") as file:
             yield file
     except (safetensors.SafetensorError, OSError) as error:

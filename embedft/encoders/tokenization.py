@@ -16,9 +16,11 @@ import tokenizers
 from tokenizers import normalizers
 from tokenizers.normalizers import Lowercase
 
-from ..files import atomic_write, write_json
+from ..files import atomic_write, read_text, write_json
 
 TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+# The classes of transformers 5 that make BERT's normalizer anew, with or without "Fast" behind the name.
+NORMALIZED_ANEW = ("Bert", "DistilBert", "Electra", "LayoutLM", "Lxmert", "MobileBert", "SqueezeBert")
 
 
 class Tokenizer:
@@ -42,8 +44,9 @@ class Tokenizer:
         path = folder / TOKENIZER_FILE
         if not path.is_file():
             raise ValueError(f"{folder}: no {TOKENIZER_FILE} (the format of Hugging Face tokenizers)")
+        text = read_text(path)
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
+            backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{path}: not a tokenizer ({' '.join(str(error).split())[:200]})") from None
         return cls(backend, config, max_length=max_length, lower_case=lower_case)
@@ -165,7 +168,7 @@ def _cut(ids: list[int], special: list[int], prompt_ids: list[int], size: int, s
 
 def _configure(backend: tokenizers.Tokenizer, config: dict) -> None:
     """Applies tokenizer_config.json. Source: transformers 5.23, `models/bert/tokenization_bert.py`."""
-    if config.get("tokenizer_class", "BertTokenizer").startswith("BertTokenizer"):
+    if config.get("tokenizer_class", "BertTokenizer").removesuffix("Fast").removesuffix("Tokenizer") in NORMALIZED_ANEW:
         backend.normalizer = normalizers.BertNormalizer(
             clean_text=True,
             handle_chinese_chars=config.get("tokenize_chinese_chars", True),
