@@ -267,6 +267,15 @@ def test_beir_keeps_the_queries_of_its_split(tmp_path):
         RetrievalDataset.load(folder)
 
 
+def test_beirs_own_file_of_a_split_wins(tmp_path):
+    folder = write_beir(tmp_path, queries=[{"_id": "q1", "text": "one"}, {"_id": "q2", "text": "two"}])
+    for name in ("test.qrels", "test.txt", "test.trec.gz"):
+        write(folder / "qrels" / name, gzip.compress(b"q2 0 d1 1\n") if name.endswith(".gz") else "q2 0 d1 1\n")
+    assert RetrievalDataset.load(folder).queries == {"q1": "one"}
+    write(folder / "qrels" / "test.tsv.gz", gzip.compress(b"damaged")[:-5])
+    assert RetrievalDataset.load(folder).queries == {"q1": "one"}
+
+
 @pytest.mark.parametrize("name", ["corpus.jsonl", "queries.jsonl"])
 def test_beir_refuses_a_missing_file(tmp_path, name):
     (write_beir(tmp_path) / name).unlink()
@@ -700,6 +709,8 @@ def test_trec_topics_and_qrels(tmp_path):
     write(tmp_path / "topics.xml", NEW_TOPICS)
     write(tmp_path / "qrels.txt", "1 0 FT2 1\n")
     assert RetrievalDataset.load(tmp_path).queries == {"1": "coronavirus origin"}
+    write(tmp_path / "topics.xml", NEW_TOPICS.replace("origin", "&lt;-&gt; bats &amp; R&#38;D"))
+    assert RetrievalDataset.load(tmp_path).queries == {"1": "coronavirus <-> bats & R&D"}
     write(tmp_path / "topics.xml", "nothing")
     with pytest.raises(ValueError, match=r"topics\.xml: no topic found"):
         RetrievalDataset.load(tmp_path)

@@ -11,6 +11,7 @@ jsonl, csv  pairs or triplets, one per row: see pairs.py.
 Judgements of unknown queries are dropped, those of unknown documents kept apart, both with a warning (strict: refused).
 """
 
+import html
 import re
 import reprlib
 import warnings
@@ -115,7 +116,8 @@ def _read_beir(folder: Path, split: str | None, skip_empty: bool) -> tuple[Texts
     """Queries, corpus, titles and the judgements of one split; None: "test", or the only one."""
     corpus_file, queries_file = _find(folder, "corpus.jsonl"), _find(folder, "queries.jsonl", "topics.*")
     files = [*(folder / "qrels").glob("[!.]*.*"), *(file for file in folder.glob("qrels.*") if file.is_file())]
-    splits = {file.name.removesuffix(".gz").rpartition(".")[0]: file for file in sorted(files)}
+    files.sort(key=lambda file: (".tsv" in file.suffixes, file.suffix != ".gz", file.name))  # BEIR's own wins
+    splits = {file.name.removesuffix(".gz").rpartition(".")[0]: file for file in files}
     if split is None:
         split = next(iter(splits)) if len(splits) == 1 else "test"
     if split not in splits:
@@ -164,7 +166,8 @@ def _read_topics(path: Path) -> Iterator[Entry]:
     new = re.findall(r"<topic\s+number=\"([^\"]+)\".*?<(?:query|title)>([^<]*)", text, re.DOTALL)
     if not old + new:
         raise ValueError(f"{path}: no topic found, expected <top> with <num> and <title>, or <topic number=...>")
-    topics = dict.fromkeys((number, " ".join(title.split())) for number, title in old + new)  # some are there twice
+    topics = [*old, *((number, html.unescape(title)) for number, title in new)]  # the new ones are XML
+    topics = dict.fromkeys((number, " ".join(title.split())) for number, title in topics)  # some are there twice
     yield from ((f"{path}: topics", number, title, None) for number, title in topics)
 
 
