@@ -172,6 +172,14 @@ def test_what_is_missing_is_said_and_asked_for_again(place, capsys):
         assert server.counts["chat"] == num_chunks + 1
 
 
+def test_replies_without_a_report_are_not_said_to_be_missing(place, capsys):
+    assert chunk() == 0
+    num_chunks = len(load_chunks("chunks/chunks.jsonl"))
+    with ApiServer(faults=lambda prompt, attempt: "no-usage") as server:
+        assert ask(server) == 0
+    assert f"; {num_chunks} requests without a report of their tokens\n" in capsys.readouterr().out
+
+
 def test_an_unknown_size_is_said(place, capsys):
     assert chunk("--size", "300") == 0
     assert "--size is 300 tokens, but sentence-transformers/all-MiniLM-L6-v2 reads 256" in capsys.readouterr().err

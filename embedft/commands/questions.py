@@ -158,7 +158,7 @@ def _print_totals(outcome: Outcome) -> None:
     tokens = f"{spent.prompt_tokens:,} prompt tokens, {spent.completion_tokens:,} reply tokens{cost}"
     if spent.open:
         most = "" if spent.prices is None else f", which cost at most {spent.open_cost:.4f} more"
-        tokens += f"; {len(spent.open):,} requests never got a reply{most}"
+        tokens += f"; {len(spent.open):,} requests without a report of their tokens{most}"
     done = f"{len(outcome.questions):,} of {num_chunks:,} chunks have questions"
     print(f"{done}; all runs together: {spent.num_requests:,} requests, {tokens}")
     if outcome.stopped:
