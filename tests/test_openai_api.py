@@ -671,6 +671,20 @@ def test_a_prompt_is_never_cut():
     assert all(batch[0].startswith(prompt) and len(batch[0]) > len(prompt) for batch in asked(server))
 
 
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_a_batch_beyond_the_tokens_of_a_minute_goes_in_halves(monkeypatch, concurrency):
+    """OpenAI answers 429 to a request larger than the limit per minute, for ever; no wording is looked for."""
+    monkeypatch.setattr(sending, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(sending, "MAX_BACKOFF_SECONDS", 0.02)
+    refusal = 429, {"error": {"message": "Request too large", "code": "rate_limit_exceeded"}}
+    texts = some_texts(400)
+    with ApiServer(refuses=lambda request: refusal if len(request["input"]) > 20 else None) as server:
+        embedder = api(server, batch_texts=100, concurrency=concurrency)
+        np.testing.assert_allclose(embedder.encode(texts), expected(texts), atol=1e-6)
+        assert embedder.endpoint.batch_texts in (12, 13)
+        assert server.counts["refused"] < 60
+
+
 def test_a_batch_that_is_too_large_goes_in_halves():
     """20, 10 and 10 are refused, four times 5 are taken: later batches have five texts from the start."""
     texts = some_texts(45)

@@ -296,15 +296,54 @@ def test_a_batch_that_fails_to_the_last_attempt_is_sent_in_parts(ledger, last):
     assert server.dropped == ["x"]
 
 
-@pytest.mark.parametrize("refusal", [DOUBTFUL, RETRY])
-def test_a_server_that_is_down_is_left_alone(ledger, refusal):
-    """Ten failures in a row, eleven more, and for a 500 one job down to its parts."""
-    server = Server(ledger, form="none", refusal=refusal)
+def test_a_server_that_is_down_is_left_alone(ledger):
+    """Ten failures in a row, and eleven more."""
+    server = Server(ledger, form="none", refusal=RETRY)
     server.forms = Forms("a")
     stopped = server.run(["abcdefgh"] * 50, concurrency=8)
-    assert stopped.reason.startswith("21 failures")
-    assert stopped.reason.endswith(f"failures in a row, the last: {refusal.reason}")
+    assert stopped.reason == f"21 failures in a row, the last: {RETRY.reason}"
     assert len(server.sent) < 50
+
+
+def test_a_server_that_answers_500_to_everything_is_given_up(ledger):
+    """Once ten are refused it is asked one thing at a time, to the fifth that no form and no size makes acceptable."""
+    server = Server(ledger, form="none", refusal=DOUBTFUL)
+    stopped = server.run(["abcdefgh"] * 50, concurrency=8, max_attempts=6)
+    assert stopped.reason == "500"
+    assert len(server.sent) < 60
+    late = Server(ledger, form="a", refusal=DOUBTFUL)
+    assert late.run(["abcdefgh", *"xxxxxxxx"]).reason.endswith("in a row, the last: 500")  # not once it has worked
+
+
+LIMITED = Response("failed", "retry", "429", usage=(0, 0), exceeds_rate=True)
+
+
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_what_is_refused_for_its_rate_with_nothing_else_in_flight_is_too_large(ledger, concurrency):
+    server = Server(ledger, most=2, refusal=LIMITED)
+    assert server.run(["abcdefgh"] * 10, concurrency=concurrency, max_attempts=6) is None
+    sizes = [len(content) for _, content in server.sent]
+    assert sizes.count(2) == sizes.count(1) + 40 == 40
+    if concurrency == 1:
+        assert sizes[:4] == [8, 8, 8, 4]  # while the half waits for its next try, another job goes
+    assert all(form == "a" for form, _ in server.sent)
+
+
+def test_what_is_refused_for_the_others_in_flight_stays_whole(ledger):
+    server = Server(ledger)
+    accept, num_in_flight = server.ask, 0
+
+    async def ask(job: Job, form: str) -> Response:
+        nonlocal num_in_flight
+        num_in_flight += 1
+        is_alone = num_in_flight == 1
+        reply = await accept(job, form)
+        num_in_flight -= 1
+        return reply if is_alone else LIMITED
+
+    server.ask = ask
+    assert server.run(["abcdefgh"] * 30, concurrency=4, max_attempts=20) is None
+    assert {content for _, content in server.sent} == {"abcdefgh"}
 
 
 def test_jobs_are_taken_when_there_is_room(ledger):

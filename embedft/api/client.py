@@ -171,7 +171,8 @@ class Client:
             return Response("failed", "drop", reason, usage=usage, suspect=True)
         pause = retry_after_seconds(headers)
         is_doubtful = status >= 500 and status not in OVERLOADED and pause is None
-        return Response("failed", "retry", reason, usage=usage, retry_after_seconds=pause, may_be_refusal=is_doubtful)
+        flags = {"may_be_refusal": is_doubtful, "exceeds_rate": status == 429}
+        return Response("failed", "retry", reason, usage=usage, retry_after_seconds=pause, **flags)
 
     def line(self, text: str) -> str:
         """Text that may be shown: redacted, on one printable line, at most its first 300 characters."""

@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -162,7 +162,8 @@ class Fetch:
         body |= {"dimensions": endpoint.dimensions} if endpoint.dimensions else {}
         reply = await self.client.post("/embeddings", body | dict(endpoint.parameters))
         if isinstance(reply, Response):
-            return reply
+            is_too_large = reply.exceeds_rate and len(texts) > endpoint.batch_texts  # made before that was known
+            return replace(reply, action="drop") if is_too_large else reply
         usage = reported_usage(reply, writes=False)
         try:
             values = embeddings_in_order(reply, len(texts))

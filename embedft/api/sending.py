@@ -23,6 +23,7 @@ BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.5, 30.0
 MAX_RETRY_AFTER_SECONDS = 300.0  # a server that asks for a longer pause has closed for the hour or the day
 MAX_FAILURES_IN_A_ROW = 10  # then one request at a time finds out whether the server has recovered
 MAX_SUSPECTS_AT_FIRST = 5  # when all first responses suggest that the request itself is wrong, the rest would too
+MAX_REFUSED_ALONE = 3  # for their rate, with nothing else in flight: then it is their size
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Response:
     usage: tuple[int, int] | None = None  # tokens of prompt and reply; (0, 0): certainly free; None: unknown
     retry_after_seconds: float | None = None
     may_be_refusal: bool = False  # "retry", and the second time "drop"
+    exceeds_rate: bool = False  # "retry": too many requests or tokens in a time, or too large a request
     suspect: bool = False  # the request rather than its text may be wrong
 
 
@@ -111,8 +113,9 @@ class Sender:
     """Sends jobs until each is done, dropped or out of attempts.
 
     What the server refuses is sent in another of `forms`, then in the parts that `split` gives, as is what failed to
-    the last attempt. While a server asks for a pause nothing is sent. After MAX_FAILURES_IN_A_ROW one request at a
-    time is, with growing pauses; after `concurrency` and `max_attempts` more it stops: each may have to be paid for.
+    the last attempt, or to MAX_REFUSED_ALONE for its rate. While a server asks for a pause nothing is sent. After
+    MAX_FAILURES_IN_A_ROW one request at a time is, with growing pauses; after `concurrency` and `max_attempts` more it
+    stops: each may have to be paid for.
     """
 
     ask: Callable[[Job, Any], Awaitable[Response]]  # sends one job in one of the forms; what it raises ends the run
@@ -128,6 +131,8 @@ class Sender:
         self.queue: deque[Job] = deque()
         self.later: list[tuple[float, int, Job]] = []  # a heap: when to retry, request number, job
         self.failures, self.hold_until = 0, 0.0  # failures in a row
+        self.doubts = self.refused_alone = 0  # in a row: refusals perhaps, and for the rate with nothing else in flight
+        self.num_in_flight = 0
         self.suspects, self.is_proven = 0, False  # is_proven: some reply was not suspect
         self.stopped: Response | str | None = None
 
@@ -152,7 +157,8 @@ class Sender:
 
     def _start(self, fresh: Iterator[Job], running: set[asyncio.Task]) -> float | None:
         """Starts what may be sent now. Returns seconds until the next may be; None: not before another one ends."""
-        while not self.stopped and len(running) < (1 if self.failures >= MAX_FAILURES_IN_A_ROW else self.concurrency):
+        one_by_one = max(self.failures, self.doubts) >= MAX_FAILURES_IN_A_ROW
+        while not self.stopped and len(running) < (1 if one_by_one else self.concurrency):
             now = asyncio.get_running_loop().time()
             if self.later and self.later[0][0] <= now:
                 self.queue.appendleft(heapq.heappop(self.later)[2])
@@ -175,7 +181,10 @@ class Sender:
     async def _send(self, job: Job, number: int) -> None:
         start = time.monotonic()
         job.forms.append(self.forms.index)
+        self.num_in_flight += 1
+        began_alone = self.num_in_flight == 1
         response = await self.ask(job, self.forms.forms[self.forms.index])
+        self.num_in_flight -= 1
         usage = response.usage and dict(zip(USAGE, response.usage, strict=True))
         line = {"request": number, "status": response.status, "reason": response.reason, "usage": usage}
         line |= {"cost": self.ledger.settle(number, response.usage), "time": now_text()}
@@ -183,10 +192,15 @@ class Sender:
         job.attempts += 1
         if response.status != "failed":
             self.forms.index, self.forms.is_accepted = job.forms[-1], True
-            self.failures = 0
+            self.failures = self.doubts = self.refused_alone = 0
             self.is_proven = self.is_proven or not response.suspect
-        elif response.action != "stop" and self._send_otherwise(job, response):
-            return
+        else:
+            self.doubts += response.may_be_refusal
+            self.refused_alone += response.exceeds_rate and began_alone and self.ledger.last == number
+            if response.action != "stop" and self._send_otherwise(job, response):
+                return
+            if response.may_be_refusal and job.attempts > 1:  # in every form and size
+                response = replace(response, suspect=True)
         if response.action == "retry":
             self._send_later(job, number, response)
         self.suspects += response.suspect and not self.is_proven
@@ -197,10 +211,15 @@ class Sender:
         """Queues a refused job in another form or in parts, if there are any."""
         is_last = job.attempts >= self.max_attempts
         is_refused = response.action == "drop" or (response.may_be_refusal and (is_last or job.attempts > 1))
+        is_too_large = response.exceeds_rate and (is_last or self.refused_alone >= MAX_REFUSED_ALONE)
         parts: Sequence[Job] = ()
         if is_refused and self.forms.has_other(job):
             job.attempts -= 1
             parts = [job]
+        elif is_too_large:
+            if parts := self.split(job, replace(response, may_be_refusal=True)):
+                self.failures, self.refused_alone = min(self.failures, MAX_FAILURES_IN_A_ROW), 0
+                self._pause(job, response)
         elif is_refused or (is_last and self.failures < MAX_FAILURES_IN_A_ROW):  # else the server is away
             parts = self.split(job, response)
             for part in parts:
@@ -209,19 +228,23 @@ class Sender:
         return bool(parts)
 
     def _send_later(self, job: Job, number: int, response: Response) -> None:
-        """Retries a job after a pause, if attempts are left; after a failure, holds or stops all others if need be."""
-        now, pause = asyncio.get_running_loop().time(), 0.0  # a server that sends a useless reply is not overloaded
-        if response.status == "failed":
-            self.failures += 1
-            probes, hold = self.failures - MAX_FAILURES_IN_A_ROW, response.retry_after_seconds
-            pause = backoff_seconds(job.attempts, hold)
-            if hold is None:
-                hold = backoff_seconds(probes + 1) if probes >= 0 else 0.0
-            self.hold_until = max(self.hold_until, now + hold)
-            is_away = probes >= self.concurrency + self.max_attempts
-            if is_away:
-                response = replace(response, reason=f"{self.failures} failures in a row, the last: {response.reason}")
-            if hold > MAX_RETRY_AFTER_SECONDS or is_away:
-                self.stopped = self.stopped or response
+        """Retries a job after a pause, if attempts are left."""
+        # A server that sends a useless reply is not overloaded.
+        pause = self._pause(job, response) if response.status == "failed" else 0.0
         if job.attempts < self.max_attempts:
-            heapq.heappush(self.later, (now + pause, number, job))
+            heapq.heappush(self.later, (asyncio.get_running_loop().time() + pause, number, job))
+
+    def _pause(self, job: Job, response: Response) -> float:
+        """Counts a failure, and holds or stops all jobs if need be. Returns the pause before this one is retried."""
+        self.failures += 1
+        probes, hold = self.failures - MAX_FAILURES_IN_A_ROW, response.retry_after_seconds
+        pause = backoff_seconds(job.attempts, hold)
+        if hold is None:
+            hold = backoff_seconds(probes + 1) if probes >= 0 else 0.0
+        self.hold_until = max(self.hold_until, asyncio.get_running_loop().time() + hold)
+        is_away = probes >= self.concurrency + self.max_attempts
+        if is_away:
+            response = replace(response, reason=f"{self.failures} failures in a row, the last: {response.reason}")
+        if hold > MAX_RETRY_AFTER_SECONDS or is_away:
+            self.stopped = self.stopped or response
+        return pause
