@@ -1,1 +1,1 @@
-"""Speed and memory against a peer, in one run, equal outputs asserted first: `python -m benchmarks.NAME`."""
+"""Speed and memory against a peer, after asserting equal outputs; run one with `python -m benchmarks.NAME`."""

@@ -2,10 +2,10 @@
 
 The published configuration on Lyft's 668 questions (experiments/repro_adapter_lyft_uber.py), with the same encoder:
 - loop: embeds every question and chunk again in every batch of every epoch, one call per text, as LlamaIndex does
-- cold: embedft from nothing, embedding included
-- stored: embedft with the vectors in a store
-Each runs once and must give equal weights. Then the full-corpus fit from stored vectors, and its memory with a large
-corpus: steps of 64 queries against documents in a memory map.
+- cold: embedft from scratch, including embedding
+- from_store: embedft with the vectors in a store
+Each runs once, and the weights must be equal. Then come the full-corpus fit from stored vectors, and its memory with a
+large corpus: steps of 64 queries against documents in a memory map.
 
     python -m benchmarks.bench_adapter --corpus 1000000
 """
@@ -126,7 +126,7 @@ def main(options: argparse.Namespace) -> None:
             difference = float(np.abs(weights[name] - weights["loop"]).max())
             if not difference <= TOLERANCE:
                 raise ValueError(
-                    f"weights of {name} and of the loop differ by {difference:.1e}, expected {TOLERANCE:.0e}"
+                    f"the weights of {name} and loop differ by {difference:.1e}, expected at most {TOLERANCE:.0e}"
                 )
         rows = [[name, f"{seconds[name]:.2f}", f"{seconds['loop'] / seconds[name]:.1f}"] for name in seconds]
         print(format_table(["published configuration, 4 epochs", "seconds", "loop / this"], rows))
@@ -149,6 +149,6 @@ def main(options: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = make_parser("benchmarks.bench_adapter", __doc__)
     parser.add_argument("--data", metavar="DIR", help="has train_dataset.json [beside the checkout]")
-    parser.add_argument("--rounds", type=int, default=5, help="full-corpus fits [5]")
-    parser.add_argument("--corpus", type=int, default=0, metavar="N", help="documents of the large fit [0: none]")
+    parser.add_argument("--rounds", type=int, default=5, help="number of full-corpus fits [5]")
+    parser.add_argument("--corpus", type=int, default=0, metavar="N", help="documents in the large corpus [0: skip it]")
     run(main, parser)

@@ -1,8 +1,9 @@
 """Large batches by gradient caching, against sentence-transformers' CachedMultipleNegativesRankingLoss.
 
-Time per pair over batch sizes, with mini-batches of constant size: pairs of texts of 32 tokens, drawn from the model's
-vocabulary. The peer uses mini-batches of as many texts, the same optimizer and clipping, and no trainer. Before timing,
-the first losses and gradient norms must agree (dropout off). Then the peak memory of one step, in fresh processes.
+Measures time per pair at several batch sizes, with mini-batches of constant size. Texts have 32 tokens, drawn from the
+model's vocabulary. The peer uses mini-batches of as many texts, the same optimizer and clipping, and no trainer. Before
+timing, the first losses and gradient norms must agree (dropout off). Then measures the peak memory of one step in fresh
+processes.
 
     python -m benchmarks.bench_batch --rounds 5 --memory 512 8192
 """
@@ -45,7 +46,7 @@ class Ours:
         texts = make_texts(self.embedder, 2 * size, seed=size)
         packed = [self.embedder.pack(part, role="document") for part in (texts[:size], texts[size:])]
         if any((part.lengths() != TEXT_TOKENS).any() for part in packed):
-            raise ValueError(f"texts are not all of {TEXT_TOKENS} tokens")
+            raise ValueError(f"not every text has {TEXT_TOKENS} tokens")
         self.batch = *packed, Targets(torch.arange(size)[:, None])
 
     def backward(self) -> torch.Tensor:
@@ -55,9 +56,9 @@ class Ours:
         """Loss and gradient norm, without dropout."""
         self.model.eval()
         value = self.backward().item()
-        length = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]).item()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]).item()
         self.optimizer.zero_grad()
-        return value, length
+        return value, norm
 
     def step(self) -> None:
         self.model.train()
@@ -96,15 +97,15 @@ CONTESTANTS = {"embedft": Ours, "sentence-transformers": SentenceTransformers}
 
 
 def time_rows(folder: str, sizes: list[int], rounds: int, names: list[str]) -> list[list[str]]:
-    """One row per batch size: our milliseconds per pair and their ratio to the first row; the peer's, and to ours."""
+    """One row per batch size: our milliseconds per pair, relative to the first row's; the peer's, relative to ours."""
     workers = {name: Worker(CONTESTANTS[name], folder) for name in names}
     for worker in workers.values():
         worker.call("prepare", sizes[0])
     outcomes = {name: worker.call("outcome") for name, worker in workers.items()}
-    for what, (ours, *peer) in zip(("losses", "gradient lengths"), zip(*outcomes.values(), strict=True), strict=True):
+    for what, (ours, *peer) in zip(("losses", "gradient norms"), zip(*outcomes.values(), strict=True), strict=True):
         for theirs in peer:
             if not abs(ours - theirs) <= TOLERANCE * max(1, abs(theirs)):
-                raise ValueError(f"the first {what} are {ours} and {theirs}, expected a difference of {TOLERANCE:.0e}")
+                raise ValueError(f"the first {what}, {ours} and {theirs}, differ by more than {TOLERANCE:.0e}")
     rows, first = [], None
     for size in sizes:
         for worker in workers.values():
@@ -120,7 +121,7 @@ def time_rows(folder: str, sizes: list[int], rounds: int, names: list[str]) -> l
 
 
 def memory_rows(folder: str, sizes: list[int], names: list[str]) -> list[list[str]]:
-    """One row per batch size: peak memory of a step in a fresh process, less Q and D; its ratio to the first row."""
+    """One row per batch size: peak memory of a step in a fresh process, minus Q and D; its ratio to the first row's."""
     rows, first, width = [], {}, load_embedder(folder, device="cpu").full_dim
     for size in sizes:
         vectors, found = 2 * size * width * 4, {}
@@ -140,22 +141,24 @@ def main(options: argparse.Namespace) -> None:
     folder = str(load_embedder(options.base, device="cpu").source.folder)
     names = ["embedft"] if options.alone else list(CONTESTANTS)
     if options.sizes:
-        header = ["batch", "embedft, ms a pair", "over the smallest"]
+        header = ["batch", "embedft, ms per pair", f"relative to {min(options.sizes):,}"]
         header += [] if options.alone else ["sentence-transformers", "peer / embedft"]
         print(format_table(header, time_rows(folder, sorted(options.sizes), options.rounds, names)))
-        print(f"\nmedian [least, most] of {options.rounds} steps in turn\n")
+        print(f"\nmedian [min, max] of {options.rounds} alternating steps\n")
     if options.memory:
-        header = ["batch", "Q and D, MiB", "embedft, MiB besides", "sentence-transformers"]
+        header = ["batch", "Q and D, MiB", "embedft, rest in MiB", "sentence-transformers"]
         print(format_table(header[: 2 + len(names)], memory_rows(folder, sorted(options.memory), names)))
-        print("\npeak memory of one step, and its ratio to the smallest batch\n")
+        print("\npeak memory of one step minus Q and D (and its ratio to that of the smallest batch)\n")
     print(f"{options.base}, texts of {TEXT_TOKENS} tokens, mini-batches of {MINI_BATCH_TOKENS:,}, float32;")
     print(machine())
 
 
 if __name__ == "__main__":
     parser = make_parser("benchmarks.bench_batch", __doc__)
-    parser.add_argument("--sizes", type=int, nargs="*", default=[64, 512, 2048], metavar="N", help="pairs, for time")
-    parser.add_argument("--rounds", type=int, default=5, help="counted steps of each [5]")
-    parser.add_argument("--memory", type=int, nargs="*", default=[512], metavar="N", help="pairs, for memory [512]")
-    parser.add_argument("--alone", action="store_true", help="embedft without the peer")
+    parser.add_argument(
+        "--sizes", type=int, nargs="*", default=[64, 512, 2048], metavar="N", help="batch sizes to time"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each [5]")
+    parser.add_argument("--memory", type=int, nargs="*", default=[512], metavar="N", help="sizes for memory [512]")
+    parser.add_argument("--alone", action="store_true", help="run embedft without the peer")
     run(main, parser)

@@ -1,6 +1,6 @@
 """Reading and chunking PDF files against pypdf's plain text extraction in one process.
 
-Before timing, every page must have the same characters, whitespace and hyphens aside.
+Before timing, both must give the same characters for every page, ignoring whitespace and hyphens.
 
     python -m benchmarks.bench_chunk --rounds 3 report.pdf
 """
@@ -64,7 +64,7 @@ def characters(text: str) -> Counter[str]:
 def main(options: argparse.Namespace) -> None:
     paths = options.pdf or sorted(map(str, Path(SHARED, "pdf").glob("*.pdf")))
     if not paths:
-        raise ValueError("name at least one PDF file: there is none beside the checkout")
+        raise ValueError("no PDF file beside the checkout; name at least one")
     folder = str(load_embedder(options.base, device="cpu").source.folder)
     workers = {
         "ours": Worker(Ours, paths, folder, None),
@@ -72,25 +72,25 @@ def main(options: argparse.Namespace) -> None:
         "pypdf": Worker(Pypdf, paths),
     }
     for worker in workers.values():
-        worker.call("read")  # warms up as well
+        worker.call("read")  # also warms up
     expected = workers["pypdf"].call("pages")
     for who in ("ours", "one process"):
         found = workers[who].call("pages")
         for (path, number), text in expected.items():
             if characters(found.get((path, number), "")) != characters(text):
-                raise ValueError(f"{path} page {number}: the characters are not pypdf's ({who})")
+                raise ValueError(f"{path} page {number}: the characters differ from pypdf's ({who})")
     seconds = alternate(workers, "read", rounds=options.rounds, warmup=0)
     num_chunks = workers["ours"].call("num_chunks")
     rows = [[who, spread(times), spread(ratios(times, seconds["pypdf"]))] for who, times in seconds.items()]
-    print(format_table(["", "seconds", "times pypdf's"], rows))
+    print(format_table(["", "seconds", "relative to pypdf"], rows))
     print(
-        f"\nmedian [least, most] of {options.rounds} alternations; {len(expected):,} pages, {num_chunks:,} chunks of at"
+        f"\nmedian [min, max] of {options.rounds} alternations; {len(expected):,} pages, {num_chunks:,} chunks of up to"
     )
-    print(f"most {SIZE} tokens, overlap {OVERLAP}, {options.base}; {machine()}")
+    print(f"{SIZE} tokens, overlap {OVERLAP}, {options.base}; {machine()}")
 
 
 if __name__ == "__main__":
     parser = make_parser("benchmarks.bench_chunk", __doc__)
     parser.add_argument("pdf", nargs="*", metavar="PDF", help="files to read [the filings beside the checkout]")
-    parser.add_argument("--rounds", type=int, default=3, help="counted alternations [3]")
+    parser.add_argument("--rounds", type=int, default=3, help="timed alternations [3]")
     run(main, parser)

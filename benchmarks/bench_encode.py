@@ -1,7 +1,7 @@
 """`Embedder.encode` against `SentenceTransformer.encode`.
 
-Same weights, float32, same maximum length, each with its default batches. Before timing, the vectors must agree to
-1e-5.
+Both use the same weights, float32, the same maximum length and their default batches. Before timing, the vectors must
+agree to 1e-5.
 
     python -m benchmarks.bench_encode --rounds 5
 """
@@ -60,7 +60,7 @@ def main(options: argparse.Namespace) -> None:
     for name in texts:
         embeddings = {}
         for who, worker in workers.items():
-            worker.call("encode", name)  # warms up as well
+            worker.call("encode", name)  # also warms up
             embeddings[who] = worker.call("result")
         difference = float(np.abs(embeddings["ours"] - embeddings["peer"]).max())
         if not difference <= TOLERANCE:
@@ -78,7 +78,7 @@ def main(options: argparse.Namespace) -> None:
         )
     header = ["texts", "number", "largest difference", "embedft, s", "sentence-transformers, s", "times as fast"]
     print(format_table(header, rows))
-    print(f"\nmedian [least, most] of {options.rounds} alternations; {options.base}, {MAX_LENGTH} tokens, float32;")
+    print(f"\nmedian [min, max] of {options.rounds} alternations; {options.base}, {MAX_LENGTH} tokens, float32;")
     memory = ", ".join(f"{who} {worker.peak_bytes / 2**30:.2f} GiB" for who, worker in workers.items())
     print(f"{machine()}; peak memory {memory}")
 
@@ -87,5 +87,5 @@ if __name__ == "__main__":
     parser = make_parser("benchmarks.bench_encode", __doc__)
     parser.add_argument("--lyft-uber", metavar="DIR", help="folder with val_dataset.json [beside the checkout]")
     parser.add_argument("--finance-qa", metavar="DIR", help="folder with Financial-QA-10k.csv [beside the checkout]")
-    parser.add_argument("--rounds", type=int, default=5, help="counted alternations [5]")
+    parser.add_argument("--rounds", type=int, default=5, help="timed alternations [5]")
     run(main, parser)

@@ -1,16 +1,16 @@
 """Evaluating given embeddings against sentence-transformers' evaluator; metrics against trec_eval and ranx; statistics.
 
-The documents are perturbations of encoded contexts of the finance questions (vectors.py) in a file that is mapped to
-memory, the queries perturbations of documents. Relevant is the query's own document; for every fourth query so are up
-to three others of the same context. Values are multiples of 1/256, so that every inner product is exact in float32:
-scores are equal to the last bit, ties too, and no rounding decides who is right.
+Documents are perturbed encodings of the contexts of the finance questions (vectors.py) in a memory-mapped file; queries
+are perturbed documents. A query's own document is relevant to it, and for every fourth query, so are up to three others
+with the same context. Values are multiples of 1/256, so every inner product is exact in float32: scores are equal to
+the last bit, ties included, and rounding decides nothing.
 
-Asserted before any time is taken: all metrics of evaluation equal sentence-transformers' to 1e-9; per query those of
-trec_eval to 1e-9 under its order of ties, and those of ranx, where it is installed, to 1e-6 on the ranks, as it settles
-no ties; the interval SciPy's within Monte-Carlo error.
+Before timing, results must agree: all metrics of the evaluation with sentence-transformers' to 1e-9; metrics per query
+with trec_eval's to 1e-9, in its order of ties, and, if ranx is installed, with its to 1e-6 (on ranks instead of scores,
+because it leaves ties open); and the interval with SciPy's within Monte Carlo error.
 
-sentence-transformers works in Python, so it gets fewer documents and queries. What it would take for all of them is
-linear in documents x queries, and is marked as such: it holds up to its chunks of 50,000 documents.
+sentence-transformers evaluates in Python, so it gets fewer documents and queries. Its time for all of them is
+extrapolated linearly in documents x queries, and marked as such; it works in chunks of 50,000 documents.
 
     python -m benchmarks.bench_evaluate
     python -m benchmarks.bench_evaluate --documents 20000 --queries 500 --texts 1000
@@ -45,12 +45,12 @@ MEMORY_LIMIT, METRICS_LIMIT, BOOTSTRAP_LIMIT = 1.5, 2, 3
 STEPS, QUERY_NOISE = 256, 2.0
 KS = (1, 3, 5, 10)
 NUM_SAMPLES, NUM_QUESTIONS = 10_000, 10_000
-# Standard errors of the mean by which an end of two intervals of 10,000 samples each may differ: 5 of its own.
+# How far interval ends may differ, in standard errors of the mean: 5 standard errors of an end from 10,000 samples.
 INTERVAL_TOLERANCE = 0.2
 
 
 class Task(NamedTuple):
-    """What both evaluate: the first documents of a file, queries, and the rows of the documents relevant to each."""
+    """What both evaluate: the first documents of a file, queries, and the rows of each query's relevant documents."""
 
     path: str
     num_documents: int
@@ -61,7 +61,7 @@ class Task(NamedTuple):
         return f"{self.num_documents:,} x {len(self.relevant):,}"
 
     def dataset(self) -> RetrievalDataset:
-        """The text of a document or query is its row."""
+        """The text of a document or query is its row number."""
         queries = {f"q{row:06d}": str(row) for row in range(len(self.relevant))}
         corpus = {f"d{row:08d}": str(row) for row in range(self.num_documents)}
         qrels = zip(queries, self.relevant, strict=True)
@@ -71,10 +71,10 @@ class Task(NamedTuple):
 
 
 class Watched:
-    """Whoever has a method `evaluate` that gives metrics."""
+    """A contestant with a method `evaluate` that returns metrics."""
 
     def watched(self) -> tuple[dict[str, float], int, int]:
-        """(metrics, anonymous bytes before, and at most)."""
+        """Returns (metrics, anonymous bytes before, peak anonymous bytes)."""
         return most_anonymous(self.evaluate)
 
 
@@ -98,12 +98,12 @@ class Ours(Watched):
         return self.report.metrics
 
     def found(self) -> tuple[Run, dict[str, float]]:
-        """The ranking, and the costs that the report names."""
+        """The ranking, and the costs in the report."""
         return self.report.run, self.report.costs
 
 
 class Peer(Watched):
-    """sentence-transformers' evaluator, and the model that it asks: one that returns given rows."""
+    """sentence-transformers' evaluator, and its model, which returns given rows."""
 
     similarity_fn_name = "dot"
 
@@ -113,7 +113,7 @@ class Peer(Watched):
 
         self.similarity, self.model_card_data = dot_score, self
         self.queries_QD = torch.from_numpy(task.queries_QD)
-        # Copied on write: torch warns of arrays that may not be written to.
+        # Copy-on-write, because torch warns about read-only arrays.
         self.documents_ND = torch.from_numpy(np.load(task.path, mmap_mode="c"))
         dataset = task.dataset()
         relevant = {query_id: set(grades) for query_id, grades in dataset.qrels.items()}
@@ -128,14 +128,14 @@ class Peer(Watched):
         return self.documents_ND[int(texts[0]) : int(texts[-1]) + 1]
 
     def set_evaluation_metrics(self, *arguments) -> None:
-        """The results, for a model's card."""
+        """Ignores the results, meant for a model card."""
 
     def evaluate(self) -> dict[str, float]:
         return {name.removeprefix("dot_"): float(value) for name, value in self.evaluator(self).items()}
 
 
 def make_tasks(options: argparse.Namespace, folder: str) -> tuple[Task, Task]:
-    """All documents and queries, and as many as sentence-transformers gets."""
+    """A task with all documents and queries, and a smaller one that sentence-transformers gets too."""
     dataset, _ = read_rows(find_data("finance_qa", options.data) / "Financial-QA-10k.csv")
     texts = dataset.document_texts()[: options.texts]
     encoded_CD = load_embedder(options.base).encode(texts, role="document", dim=options.dim)
@@ -145,7 +145,7 @@ def make_tasks(options: argparse.Namespace, folder: str) -> tuple[Task, Task]:
     def task(num_documents: int, num_queries: int) -> Task:
         rows = np.random.default_rng(1).choice(num_documents, num_queries, replace=num_queries > num_documents)
         queries_QD = perturbed(documents_ND[rows], range(num_queries), QUERY_NOISE, 1)
-        # Every C-th document is of the same context.
+        # Every C-th document has the same context.
         relevant = [
             [row, *range(row + len(texts), num_documents, len(texts))][: 1 if i % 4 else 4]
             for i, row in enumerate(rows.tolist())
@@ -157,22 +157,22 @@ def make_tasks(options: argparse.Namespace, folder: str) -> tuple[Task, Task]:
 
 
 def require_close(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], who: str, at_most: float) -> str:
-    """The largest difference over the names of `expected`, as text; a `ValueError` where it is above `at_most`."""
+    """Returns the largest difference over the names in `expected`, as text; a `ValueError` if it exceeds `at_most`."""
     largest = 0.0
     for name, value in expected.items():
         difference = float(np.abs(np.subtract(found[name], value)).max())
         if not difference <= at_most:
-            raise ValueError(f"{name} is not {who}'s: they differ by {difference:.1e}, expected {at_most:.0e} at most")
+            raise ValueError(f"{name} and {who}'s differ by {difference:.1e}, expected at most {at_most:.0e}")
         largest = max(largest, difference)
     return f"{largest:.0e}"
 
 
 def whole(options: argparse.Namespace, folder: str) -> tuple[Run, RetrievalDataset]:
-    """The whole evaluation; gives what it found for all documents and queries."""
+    """Compares whole evaluations; returns the run and the dataset with all documents and queries."""
     large, small = make_tasks(options, folder)
     ours, peer = Worker(Ours, small, options.depth), Worker(Peer, small, options.depth)
     memory = []
-    expected, *anonymous = peer.call("watched")  # warms up as well
+    expected, *anonymous = peer.call("watched")  # also warms up
     memory.append(memory_row("sentence-transformers", small, *anonymous))
     metrics, *anonymous = ours.call("watched")
     memory.append(memory_row("embedft", small, *anonymous))
@@ -195,15 +195,15 @@ def whole(options: argparse.Namespace, folder: str) -> tuple[Run, RetrievalDatas
         rows.append(comparison_row(large, f"linear, x {many / few:g}", all_seconds, linear))
     header = ["documents x queries", "embedft, s", "sentence-transformers, s", "", "times as fast"]
     print(format_table(header, rows))
-    print(f"\ntop {options.depth}; metrics differ by {difference} at most; embedft is to be twice as fast; linear:")
-    print("not measured, but what the peer took for fewer, by documents x queries")
+    print(f"\ntop {options.depth}; metrics differ by at most {difference}; goal: twice as fast; linear: extrapolated")
+    print("from the peer's time for the smaller size, by documents x queries")
     parts = ", ".join(f"{name.removesuffix('_seconds')} {s:.2f}" for name, s in costs.items() if "_seconds" in name)
     means = ", ".join(f"{name} {metrics[name]:.3f}" for name in ("hit_rate@1", "ndcg@10"))
     print(f"embedft's seconds in its last round: {parts}; found: {means}")
-    header = ["memory", "documents x queries", "embeddings, MiB", "beside them, MiB", "times"]
+    header = ["memory", "documents x queries", "embeddings, MiB", "growth, MiB", "ratio"]
     print(f"\n{format_table(header, memory)}")
-    print(f"\nanonymous memory, more than before; embedft's times to be under {MEMORY_LIMIT}; the embeddings are in a")
-    print("file that is mapped to memory, whose pages the system drops when it needs them")
+    print(f"\ngrowth of anonymous memory, and its ratio to the embeddings (embedft's limit: {MEMORY_LIMIT}), which are")
+    print("in a memory-mapped file whose pages the system can drop")
     return found, large.dataset()
 
 
@@ -235,7 +235,7 @@ def metrics_alone(options: argparse.Namespace, found: Run, dataset: RetrievalDat
         "trec_eval (pytrec_eval), from dicts": trec_eval,
     }
     names = {f"{name}_{k}": f"{ours}@{k}" for name, ours in theirs.items() for k in KS}
-    names |= {f"map_cut_{depth}": "map", "recip_rank": "mrr"}  # no run is deeper
+    names |= {f"map_cut_{depth}": "map", "recip_rank": "mrr"}  # the run is no deeper
     by_query = trec_eval()
     expected = {
         ours: np.array([by_query[query_id][name] for query_id in found.query_ids]) for name, ours in names.items()
@@ -253,13 +253,13 @@ def metrics_alone(options: argparse.Namespace, found: Run, dataset: RetrievalDat
     seconds = seconds_of(contestants, options.rounds)
     rows = [[name, spread(values, 3), differences.get(name, "")] for name, values in seconds.items()]
     print(format_table([f"metrics of {len(results):,} x {depth}", "seconds", "largest difference"], rows))
-    print(f"\nembedft's are to take under {METRICS_LIMIT} s at 10,000 x 100")
+    print(f"\nembedft's limit is {METRICS_LIMIT} s at 10,000 x 100")
     if "ranx, from dicts" not in seconds:
-        print("ranx is not installed (pip install ranx), so it is left out")
+        print("ranx is not installed (pip install ranx), so it is skipped")
 
 
 def ranx_contestants(found: Run, qrels: Qrels, depth: int) -> tuple[dict[str, Callable[[], object]], str]:
-    """ranx's ways to the metrics, compiled by a first call, and by how much they differ."""
+    """ranx's two ways to compute the metrics, already compiled, and how much its results differ from ours."""
     import ranx
 
     names = [f"{name}@{k}" for name in ("hit_rate", "precision", "recall", "mrr", "ndcg") for k in KS]
@@ -271,7 +271,7 @@ def ranx_contestants(found: Run, qrels: Qrels, depth: int) -> tuple[dict[str, Ca
         return ranx.evaluate(its_qrels, its_run, names, return_mean=False, save_results_in_run=False)
 
     judgments = judge(found.select(its_run.get_query_ids()), qrels)
-    ours = measure(judgments, names) | {names[-1]: average_precision(judgments)}  # its map divides by all relevant ones
+    ours = measure(judgments, names) | {names[-1]: average_precision(judgments)}  # its map divides by all relevant
     difference = require_close(ours, evaluate_with(its_qrels, its_run), "ranx", RANX_TOLERANCE)
     return {
         "ranx, from its own types": lambda: evaluate_with(its_qrels, its_run),
@@ -280,7 +280,7 @@ def ranx_contestants(found: Run, qrels: Qrels, depth: int) -> tuple[dict[str, Ca
 
 
 def resampling(options: argparse.Namespace) -> None:
-    """Intervals and a p-value of made-up differences between two systems."""
+    """Times intervals and a p-value on made-up differences between two systems."""
     rng = np.random.default_rng(0)
     differences_Q = rng.choice([-1.0, -0.5, 0.0, 0.5, 1.0], NUM_QUESTIONS, p=[0.05, 0.1, 0.6, 0.15, 0.1])
     pairs = [str(i // 2) for i in range(NUM_QUESTIONS)]
@@ -295,7 +295,7 @@ def resampling(options: argparse.Namespace) -> None:
 
     contestants = {
         "bootstrap interval": interval,
-        "bootstrap interval, two questions a document": lambda: interval(pairs),
+        "bootstrap interval, two questions / document": lambda: interval(pairs),
         "sign-flip p-value": lambda: sign_flip_p_value(
             differences_Q, generator=np.random.default_rng(1), num_samples=NUM_SAMPLES
         ),
@@ -306,7 +306,7 @@ def resampling(options: argparse.Namespace) -> None:
     seconds = seconds_of(contestants, options.rounds)
     header = [f"{NUM_SAMPLES:,} samples over {NUM_QUESTIONS:,} questions", "seconds"]
     print(format_table(header, [[name, spread(values)] for name, values in seconds.items()]))
-    print(f"\na bootstrap interval is to take under {BOOTSTRAP_LIMIT} s")
+    print(f"\nthe limit for a bootstrap interval is {BOOTSTRAP_LIMIT} s")
 
 
 def main(options: argparse.Namespace) -> None:
@@ -316,20 +316,20 @@ def main(options: argparse.Namespace) -> None:
     metrics_alone(options, found, dataset)
     print()
     resampling(options)
-    print(f"median [least, most] of {options.rounds} rounds in turn; {options.base}, {machine()}")
+    print(f"median [min, max] of {options.rounds} alternating rounds; {options.base}, {machine()}")
 
 
 if __name__ == "__main__":
     parser = make_parser("benchmarks.bench_evaluate", __doc__)
     parser.add_argument("--documents", type=int, default=1_000_000, help="documents [1000000]")
     parser.add_argument("--queries", type=int, default=10_000, help="queries [10000]")
-    parser.add_argument("--peer-documents", type=int, default=100_000, help="those both evaluate at most [100000]")
-    parser.add_argument("--peer-queries", type=int, default=1_000, help="those both evaluate at most [1000]")
-    parser.add_argument("--depth", type=int, default=100, help="documents kept a query [100]")
+    parser.add_argument("--peer-documents", type=int, default=100_000, help="most documents for the peer [100000]")
+    parser.add_argument("--peer-queries", type=int, default=1_000, help="most queries for the peer [1000]")
+    parser.add_argument("--depth", type=int, default=100, help="documents kept per query [100]")
     parser.add_argument("--dim", type=int, help="leading dimensions to keep [all]")
     parser.add_argument("--noise", type=float, default=0.5, help="length of the noise on a unit vector [0.5]")
     parser.add_argument("--texts", type=int, help="contexts to encode [all]")
-    parser.add_argument("--rounds", type=int, default=3, help="counted rounds [3]")
-    parser.add_argument("--data", metavar="DIR", help="folder of Financial-QA-10k.csv [beside the checkout]")
-    parser.add_argument("--folder", metavar="DIR", help="where the documents are put for the time [the system's]")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds [3]")
+    parser.add_argument("--data", metavar="DIR", help="folder with Financial-QA-10k.csv [beside the checkout]")
+    parser.add_argument("--folder", metavar="DIR", help="folder for temporary files [the system's]")
     run(main, parser)

@@ -75,12 +75,12 @@ def main(options: argparse.Namespace) -> None:
     slower = ratios(seconds["peer"], seconds["embedft"])
     ours, peer = memory["embedft"], memory["peer"]
     rows = [
-        ["seconds a step", spread(seconds["embedft"]), spread(seconds["peer"]), spread(slower)],
+        ["seconds per step", spread(seconds["embedft"]), spread(seconds["peer"]), spread(slower)],
         ["peak memory, GiB", f"{ours:.2f}", f"{peer:.2f}", f"{peer / ours:.2f}"],
     ]
     print(format_table(["", "embedft", "sentence-transformers", "peer / embedft"], rows))
-    print(f"\nmedian [least, most] of {options.rounds} steps in turn; first losses differ by {difference:.1e} of them;")
-    print(f"{options.base}, batch {BATCH_SIZE}, float32;")
+    print(f"\nmedian [min, max] of {options.rounds} alternating steps; relative difference of the first losses")
+    print(f"{difference:.1e}; {options.base}, batch {BATCH_SIZE}, float32;")
     print(machine())
     for worker in workers.values():
         worker.close()
@@ -89,5 +89,5 @@ def main(options: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = make_parser("benchmarks.bench_matryoshka", __doc__)
     parser.add_argument("--data", metavar="DIR", help="has Financial-QA-10k.csv [beside the checkout]")
-    parser.add_argument("--rounds", type=int, default=20, help="counted steps of each [20]")
+    parser.add_argument("--rounds", type=int, default=20, help="timed steps of each [20]")
     run(main, parser)

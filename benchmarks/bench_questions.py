@@ -1,8 +1,8 @@
 """Writing questions for 1,000 chunks with 64 requests in flight, against a bare AsyncOpenAI loop.
 
-The server, a process of its own, takes 200 ms per reply, once without faults and once with 20% of them. The peer is
-what one would write by hand: a semaphore, `gather`, simple retries, the same prompts and parsing, nothing on disk. Both
-must return equal questions before timing.
+The server, in its own process, takes 200 ms per reply; it runs once without faults and once with 20%. The peer is what
+one would write by hand: a semaphore, `gather`, simple retries, the same prompts and parsing, nothing on disk. Before
+timing, both must return equal questions.
 
     python -m benchmarks.bench_questions --rounds 5
 """
@@ -95,10 +95,10 @@ def main(options: argparse.Namespace) -> None:
             base_url = f"http://127.0.0.1:{int(server.stdout.readline())}/v1"
             found = {}
             for who, worker in workers.items():
-                worker.call("write", base_url)  # warms up as well
+                worker.call("write", base_url)  # also warms up
                 found[who] = json.dumps(worker.call("result"))
             if found["ours"] != found["peer"]:
-                raise ValueError(f"with {share:.0%} faults the questions differ, expected the same")
+                raise ValueError(f"the questions differ with {share:.0%} faults")
             seconds = alternate(workers, "write", base_url, rounds=options.rounds, warmup=0)
         finally:
             server.kill()
@@ -106,14 +106,12 @@ def main(options: argparse.Namespace) -> None:
         times = ratios(seconds["ours"], seconds["peer"])
         rows.append([f"{share:.0%}", spread(seconds["ours"]), spread(seconds["peer"]), spread(times)])
     print(format_table(["faults", "embedft, s", "bare loop, s", "embedft / bare"], rows))
-    print(
-        f"\nmedian [least, most] of {options.rounds} alternations; {options.chunks:,} chunks, {CONCURRENCY} in flight,"
-    )
-    print(f"{DELAY_SECONDS * 1000:.0f} ms a reply; {machine()}")
+    print(f"\nmedian [min, max] of {options.rounds} alternations; {options.chunks:,} chunks, {CONCURRENCY} in flight,")
+    print(f"{DELAY_SECONDS * 1000:.0f} ms per reply; {machine()}")
 
 
 if __name__ == "__main__":
     parser = make_parser("benchmarks.bench_questions", __doc__)
     parser.add_argument("--chunks", type=int, default=1000, help="chunks to write questions for [1000]")
-    parser.add_argument("--rounds", type=int, default=5, help="counted alternations [5]")
+    parser.add_argument("--rounds", type=int, default=5, help="timed alternations [5]")
     run(main, parser)

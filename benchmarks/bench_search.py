@@ -1,12 +1,11 @@
-"""Exact search against FAISS's own flat search, and what approximate indices find, cost and save.
+"""Exact search against FAISS's flat index, and the recall, speed and size of approximate indices.
 
-The documents are the contexts of the finance questions, encoded, and their perturbations: document i is
-normalise(context vector i mod C + noise of a given length in a random direction). The queries are its questions,
-perturbed likewise. The documents lie in a file, which exact search in slices reads. --ivf and --hnsw search with the
-presets' parameters, or with those of --indices: "ivf,nprobe=4".
+Documents are perturbed encodings of the contexts of the finance questions: document i is normalise(context vector i
+mod C + noise of a given length in a random direction). Queries are the questions, perturbed in the same way. Exact
+search also reads the documents from a file, in slices. The ivf and hnsw indices use their presets' parameters, or those
+in --indices: "ivf,nprobe=4".
 
-Results are asserted to be equal before any time is taken: the scores at each rank to 1e-5, the documents wherever
-scores differ by more.
+Before timing, results must be equal: scores at each rank to 1e-5, and documents wherever scores differ by more.
 
     python -m benchmarks.bench_search
     python -m benchmarks.bench_search --documents 20000 --ivf 20000 --hnsw 20000 --queries 1000 --texts 1000
@@ -51,15 +50,17 @@ def require_equal(found: Found, expected: Found, name: str) -> None:
     difference = np.abs(found.scores - expected.scores).max()
     gaps = np.abs(np.diff(expected.scores, axis=1)) > 2 * TOLERANCE
     ends = np.ones((len(gaps), 1), dtype=bool)
-    # The last rank may tie with what comes after it, so it is left out.
+    # The last rank may tie with the next one, which was cut off, so it is left out.
     clear = np.hstack([ends, gaps]) & np.hstack([gaps, ~ends])
     num_other = int((found.rows != expected.rows)[clear].sum())
     if not difference <= TOLERANCE or num_other:
-        raise ValueError(f"{name}: scores differ by {difference:.1e}, {num_other} documents at clear ranks are others")
+        raise ValueError(
+            f"{name}: scores differ by {difference:.1e}, {num_other} documents differ at ranks without ties"
+        )
 
 
 def seconds_of(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """A B A B ..., all of them warm."""
+    """Seconds of each contestant, run in the order A B A B ...; expects them to be warm."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, work in contestants.items():
@@ -86,7 +87,7 @@ def exact(options: argparse.Namespace, documents: np.ndarray, queries: np.ndarra
         [name, spread(times), spread(ratios(times, seconds["FAISS IndexFlatIP"]), 3)] for name, times in seconds.items()
     ]
     print(f"{len(documents):,} documents, {len(queries):,} queries, top {options.depth}\n")
-    print(format_table(["exact search", "seconds", f"times FAISS's (to be under {LIMIT})"], rows))
+    print(format_table(["exact search", "seconds", f"relative to FAISS (limit: {LIMIT})"], rows))
 
 
 def approximate(options: argparse.Namespace, documents: np.ndarray, queries: np.ndarray) -> None:
@@ -115,9 +116,9 @@ def approximate(options: argparse.Namespace, documents: np.ndarray, queries: np.
                 f"{index.bytes_per_vector:,.0f}",
             ]
         )
-    header = ["index", "documents", "built, s", f"recall@{RECALL_DEPTH}", "queries a second", "times flat's"]
-    print(format_table([*header, "bytes a document"], rows))
-    print(f"\nto be: recall at least {TARGET} at {LEAST_TIMES} times flat's rate; built: trained and filled;")
+    header = ["index", "documents", "build, s", f"recall@{RECALL_DEPTH}", "queries per second", "relative to flat"]
+    print(format_table([*header, "bytes / document"], rows))
+    print(f"\ngoal: recall of at least {TARGET} at {LEAST_TIMES} times flat's rate; the build trains and fills;")
     print(f"all {len(queries):,} queries in one call")
 
 
@@ -127,26 +128,24 @@ def main(options: argparse.Namespace) -> None:
         exact(options, documents, queries)
         print()
         approximate(options, documents, queries)
+        print(f"median [min, max] of {options.rounds} alternating rounds; {options.base},")
         print(
-            f"median [least, most] of {options.rounds} rounds in turn; {options.base}, {documents.shape[1]} dimensions,"
+            f"{documents.shape[1]} dimensions, noise of length {options.noise}; FAISS {faiss.__version__}; {machine()}"
         )
-        print(f"noise of length {options.noise}; FAISS {faiss.__version__}; {machine()}")
 
 
 if __name__ == "__main__":
     parser = make_parser("benchmarks.bench_search", __doc__)
-    parser.add_argument("--documents", type=int, default=1_000_000, help="documents of exact search [1000000]")
-    parser.add_argument("--ivf", type=int, default=1_000_000, help="documents of the ivf index [1000000]")
-    parser.add_argument("--hnsw", type=int, default=200_000, help="documents of the hnsw index [200000]")
-    parser.add_argument(
-        "--indices", nargs=2, default=["ivf", "hnsw"], metavar="NAME", help="at the sizes of --ivf, --hnsw [ivf hnsw]"
-    )
+    parser.add_argument("--documents", type=int, default=1_000_000, help="documents for exact search [1000000]")
+    parser.add_argument("--ivf", type=int, default=1_000_000, help="documents in the first index [1000000]")
+    parser.add_argument("--hnsw", type=int, default=200_000, help="documents in the second index [200000]")
+    parser.add_argument("--indices", nargs=2, default=["ivf", "hnsw"], metavar="NAME", help="two indices [ivf hnsw]")
     parser.add_argument("--queries", type=int, default=10_000, help="queries [10000]")
     parser.add_argument("--depth", type=int, default=100, help="results of exact search [100]")
     parser.add_argument("--dim", type=int, help="leading dimensions to keep [all]")
     parser.add_argument("--noise", type=float, default=0.5, help="length of the noise on a unit vector [0.5]")
     parser.add_argument("--texts", type=int, help="contexts and questions to encode [all]")
-    parser.add_argument("--rounds", type=int, default=3, help="counted rounds [3]")
-    parser.add_argument("--data", metavar="DIR", help="folder of Financial-QA-10k.csv [beside the checkout]")
-    parser.add_argument("--folder", metavar="DIR", help="where the documents are put for the time [the system's]")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds [3]")
+    parser.add_argument("--data", metavar="DIR", help="folder with Financial-QA-10k.csv [beside the checkout]")
+    parser.add_argument("--folder", metavar="DIR", help="folder for temporary files [the system's]")
     run(main, parser)

@@ -1,4 +1,4 @@
-"""What the store costs: encoding texts of which a tenth is new, against encoding that tenth; opening a large store.
+"""The cost of the store: encoding texts through it, a tenth of them new, against that tenth; opening a large store.
 
 The texts are random sentences of about ten tokens: the shorter the text, the larger the store's share of the time.
 Before timing, vectors with and without the store must agree to 1e-5.
@@ -110,7 +110,7 @@ def a_tenth_is_new(options: argparse.Namespace, folder: str) -> float:
     store = Worker(ThroughStore, options.base, texts, num_new, folder)
     alone = Worker(Alone, options.base, texts, num_new)
     store.call("reset")
-    store.call("encode")  # warms up as well
+    store.call("encode")  # also warms up
     embeddings_ND, num_computed = store.call("result")
     difference = float(np.abs(embeddings_ND - alone.call("all")).max())
     if num_computed != num_new or not difference <= TOLERANCE:
@@ -125,7 +125,7 @@ def a_tenth_is_new(options: argparse.Namespace, folder: str) -> float:
             worker.call("encode")
             seconds[name].append(worker.seconds)
     times = ratios(seconds["store"], seconds["alone"])
-    header = ["texts", "new", "largest difference", "all through the store, s", "the new alone, s", "store / alone"]
+    header = ["texts", "new", "largest difference", "all through the store, s", "new ones alone, s", "store / alone"]
     row = [f"{len(texts):,}", f"{num_new:,}", f"{difference:.1e}", *map(spread, seconds.values()), spread(times, 3)]
     print(format_table(header, [row]))
     store.close()
@@ -147,7 +147,7 @@ def a_large_store(options: argparse.Namespace, folder: str) -> None:
         memory.append((worker.call("anonymous_bytes") - before) / 2**20)
         vectors_ND, texts = worker.call("result")
         if not np.array_equal(vectors_ND, large_vectors(texts)):
-            raise ValueError("the vectors that were looked up are not those that were stored")
+            raise ValueError("the vectors looked up differ from those stored")
         worker.close()
     header = ["rows", "written, s", "opened, s", f"first {len(texts):,} texts, s", "again, s", "anonymous memory, MiB"]
     times = (spread(seconds, 4) for seconds in (opened, looked_up, again))
@@ -159,14 +159,14 @@ def main(options: argparse.Namespace) -> None:
         a_large_store(options, str(Path(folder, "large")))
         print()
         ratio = a_tenth_is_new(options, folder)
-    print(f"\nmedian [least, most] of {options.rounds} alternations, or processes; {options.base}; {machine()};")
-    print(f"files in the page cache; {ratio:.3f} is to be under {LIMIT}")
+    print(f"\nmedian [min, max] of {options.rounds} alternations, or processes; {options.base}; {machine()};")
+    print(f"files in the page cache; store / alone is {ratio:.3f} (limit: {LIMIT})")
 
 
 if __name__ == "__main__":
     parser = make_parser("benchmarks.bench_store", __doc__)
-    parser.add_argument("--texts", type=int, default=100_000, help="texts, of which a tenth is new [100000]")
+    parser.add_argument("--texts", type=int, default=100_000, help="texts, a tenth of them new [100000]")
     parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the large store [1000000]")
-    parser.add_argument("--rounds", type=int, default=5, help="counted alternations [5]")
-    parser.add_argument("--folder", metavar="DIR", help="where the stores are put for the time [the system's]")
+    parser.add_argument("--rounds", type=int, default=5, help="timed alternations [5]")
+    parser.add_argument("--folder", metavar="DIR", help="folder for temporary files [the system's]")
     run(main, parser)

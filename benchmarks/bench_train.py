@@ -26,7 +26,7 @@ MAX_LENGTH, BATCH_SIZE, LR, WEIGHT_DECAY, SEED, TOLERANCE = 512, 10, 2e-5, 0.01,
 
 
 class Ours:
-    """One step as in training/train.py, which also releases memory as often."""
+    """One step as in training/train.py, releasing memory as often."""
 
     def __init__(self, model: str, train_file: str):
         self.embedder = load_embedder(model, max_length=MAX_LENGTH, device="cpu")
@@ -80,7 +80,7 @@ class SentenceTransformers(Ours):
 
 
 def _distinct(batch) -> bool:
-    """Whether the batch holds no document twice, which the peer would use as a negative of its own question."""
+    """Whether no document is in the batch twice; the peer would make it a negative of its own question."""
     return len(batch.document_ids) == BATCH_SIZE
 
 
@@ -96,7 +96,7 @@ def main(options: argparse.Namespace) -> None:
     memory = {name: worker.peak_bytes / 2**30 for name, worker in workers.items()}
     rows = [
         [
-            "seconds a step",
+            "seconds per step",
             spread(seconds["embedft"]),
             spread(seconds["peer"]),
             spread(ratios(seconds["peer"], seconds["embedft"])),
@@ -109,7 +109,7 @@ def main(options: argparse.Namespace) -> None:
         ],
     ]
     print(format_table(["", "embedft", "sentence-transformers", "peer / embedft"], rows))
-    print(f"\nmedian [least, most] of {options.rounds} steps in turn; first losses differ by {difference:.1e};")
+    print(f"\nmedian [min, max] of {options.rounds} alternating steps; first losses differ by {difference:.1e};")
     print(f"{options.base}, batch {BATCH_SIZE}, {MAX_LENGTH} tokens, float32;")
     print(machine())
 
@@ -117,5 +117,5 @@ def main(options: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = make_parser("benchmarks.bench_train", __doc__)
     parser.add_argument("--lyft-uber", metavar="DIR", help="folder with train_dataset.json [beside the checkout]")
-    parser.add_argument("--rounds", type=int, default=20, help="counted steps of each [20]")
+    parser.add_argument("--rounds", type=int, default=20, help="timed steps of each [20]")
     run(main, parser)

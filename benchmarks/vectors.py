@@ -1,6 +1,6 @@
-"""Any number of vectors with the structure of real text: C encoded texts and perturbations of them.
+"""Any number of vectors with the structure of real text: perturbations of C encoded texts.
 
-Gaussian vectors have no near neighbours, so no approximate index can find any early. Here row i is
+Gaussian vectors have no near neighbours, so an approximate index gains nothing on them. Here row i is
 normalise(vector i mod C + noise * a random unit vector).
 
     documents = write_perturbed("documents.npy", encoded_CD, 1_000_000, noise=0.5)    # a memory map

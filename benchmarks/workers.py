@@ -1,4 +1,4 @@
-"""Runs two contestants in processes of their own, in turn, and measures their time and peak memory.
+"""Runs contestants alternately, each in its own process, and measures their time and peak memory.
 
 A fresh process per contestant keeps peak memory separate and prevents one from warming up the other. Only the work
 itself is timed, inside the worker.
@@ -23,7 +23,7 @@ from experiments.memory import peak_memory_bytes
 
 
 class Worker:
-    """An object made by `make(*arguments)` in a process of its own; `call` runs its methods there."""
+    """An object made by `make(*arguments)` in its own process; `call` runs its methods there."""
 
     def __init__(self, make: Callable[..., Any], *arguments: Any):
         context = multiprocessing.get_context("spawn")
@@ -91,7 +91,7 @@ def anonymous_bytes() -> int:
 def alternate(
     workers: Mapping[str, Worker], method: str, *arguments: Any, rounds: int, warmup: int = 1
 ) -> dict[str, list[float]]:
-    """Seconds of each counted call by contestant, in the order A B A B ..., after `warmup` uncounted rounds."""
+    """Times calls in the order A B A B ..., after `warmup` untimed rounds; returns the seconds of each contestant."""
     seconds: dict[str, list[float]] = {name: [] for name in workers}
     for i in range(warmup + rounds):
         for name, worker in workers.items():

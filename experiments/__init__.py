@@ -1,1 +1,1 @@
-"""One file per published table or ablation; each reads top to bottom and is run as `python -m experiments.NAME`."""
+"""One script per published table or ablation, to read top to bottom; run one with `python -m experiments.NAME`."""

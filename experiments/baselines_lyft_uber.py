@@ -1,13 +1,13 @@
-"""What finds the right chunk on Lyft/Uber without training: one vector, windows, BM25 and their fusion.
+"""Retrieval on Lyft/Uber without training: one vector, windows, BM25 and their fusion.
 
-Measured on the 790 questions over Uber's 10-K, 395 chunks of about 660 tokens. Rows of the tables:
+Measured on 790 questions about Uber's 10-K, which has 395 chunks of about 660 tokens. Rows of the tables:
 - published: two models with one vector per chunk, untrained (LlamaIndex, "Fine-Tuning Embeddings for RAG with Synthetic
   Data", August 2023)
 - one vector: the base at 512 tokens, fewer than most chunks have; every other row is compared with it
-- windows: 128 tokens, one every 64; a chunk scores as its best window
-- BM25 over the tokens of the base, and over words
-- BM25 + either: z-score fusion with the weight that has the best MRR@10 on the 668 questions over Lyft's 10-K
-- with --tuned, fine-tuned models, one per seed: their mean
+- windows: 128 tokens, one every 64; a chunk's score is that of its best window
+- BM25 over the base's tokens, and over words
+- BM25 + either: z-score fusion with the weight that has the best MRR@10 on the 668 questions about Lyft's 10-K
+- with --tuned: the mean over fine-tuned models, one per seed
 
     python -m experiments.baselines_lyft_uber
     python -m experiments.baselines_lyft_uber --tuned runs/repro_finetune_lyft_uber/*/s?/model
@@ -48,7 +48,7 @@ def main(options: argparse.Namespace) -> None:
     embedder, *tuned = (
         load_embedder(name, max_length=MAX_LENGTH, store=options.store) for name in (options.base, *options.tuned)
     )
-    # Runs on Lyft, to choose a weight by, and on Uber.
+    # Runs on Lyft, to choose the fusion weights, and on Uber.
     bm25 = [bm25_run(dataset, tokenize=embedder.tokenize) for dataset in (lyft, uber)]
     one_vector = [evaluate(embedder, dataset).run for dataset in (lyft, uber)]
     windows = [evaluate(embedder, dataset, passages=PASSAGES).run for dataset in (lyft, uber)]
@@ -71,23 +71,23 @@ def main(options: argparse.Namespace) -> None:
     print(f"\n{format_differences(reports)}")
     size, stride = PASSAGES
     print(
-        f"\n{len(uber.queries)} questions against {len(uber.corpus)} chunks; base: {options.base}, one vector of at "
-        f"most {MAX_LENGTH} tokens a chunk or\nwindows of {size}, one every {stride}; BM25 over the base's tokens "
-        f"where nothing else is said; z-scores, weights chosen on Lyft."
+        f"\n{len(uber.queries)} questions against {len(uber.corpus)} chunks; base: {options.base}, with one vector per "
+        f"chunk (up to {MAX_LENGTH} tokens)\nor windows of {size} tokens, one every {stride}; BM25 over the base's "
+        f"tokens unless the row says otherwise; z-score fusion, weights chosen on Lyft."
     )
     if tuned:
         print(f"Fine-tuned: mean over {len(tuned)} seeds, intervals and p-values for new seeds and new questions.")
     print(
-        "Published: untrained, LlamaIndex, August 2023. Intervals: questions clustered by document; p: Holm over the "
-        "rows.\nA model wrote these questions from the chunks and repeats their words, which favours word matching:\n"
-        "BM25 is stronger here than on users' questions."
+        "Published: untrained, LlamaIndex, August 2023. Intervals cluster questions by document; p-values are "
+        "Holm-adjusted over the rows.\nThe LLM that wrote these questions reused the chunks' words, which favours word "
+        "matching:\nBM25 is stronger here than on users' questions."
     )
 
 
 def choose_weight(runs: Sequence[Run], qrels: Qrels, *, metric: str = CHOOSE) -> tuple[float, float]:
-    """The weights (w, 1 - w), w one of 0, 0.1, ..., 1, with which z-score fusion of two runs has the best mean metric.
+    """Weights (w, 1 - w), w in 0, 0.1, ..., 1, that give the z-score fusion of two runs the best mean metric.
 
-    Of several best w, the one nearest to one half. Choose on training questions: on those measured it flatters.
+    Ties go to the w nearest to one half. Choose on training questions; choosing on test questions flatters the result.
     """
     _, _, cutoff = metric.partition("@")
     depth = int(cutoff) if cutoff.isdecimal() else None
@@ -101,7 +101,7 @@ def choose_weight(runs: Sequence[Run], qrels: Qrels, *, metric: str = CHOOSE) ->
 
 
 def format_values(reports: Mapping[str, Sequence[Report]]) -> str:
-    """A row of metrics per name, their mean over its reports, below the published ones."""
+    """A table of each name's metrics, averaged over its reports, below the published figures."""
     values = {f"{name}, published": row for name, row in PUBLISHED.items()}
     for name, found in reports.items():
         values[name] = {metric: np.mean([report.metrics[metric] for report in found]) for metric in METRICS}
@@ -112,7 +112,7 @@ def format_values(reports: Mapping[str, Sequence[Report]]) -> str:
 
 
 def format_differences(reports: Mapping[str, Sequence[Report]]) -> str:
-    """A row of differences from the first name for each other one, with interval and Holm-adjusted p-value."""
+    """A table of each name's differences from the first, with intervals and Holm-adjusted p-values."""
     base, *names = reports
     rows = {name: [name] for name in names}
     for metric in COMPARED:
@@ -120,13 +120,13 @@ def format_differences(reports: Mapping[str, Sequence[Report]]) -> str:
         adjusted = holm([comparison.p_value for comparison in comparisons])
         for row, comparison, p_value in zip(rows.values(), comparisons, adjusted, strict=True):
             row += difference_cells(dataclasses.replace(comparison, p_value=p_value))
-    header = [f"difference to {base}", *(cell for metric in COMPARED for cell in (metric, "95% interval", "p"))]
+    header = [f"difference from {base}", *(cell for metric in COMPARED for cell in (metric, "95% interval", "p"))]
     return format_table(header, list(rows.values()))
 
 
 if __name__ == "__main__":
     parser = make_parser("experiments.baselines_lyft_uber", __doc__)
     parser.add_argument("--data", metavar="DIR", help="has train_dataset.json, val_dataset.json [beside the checkout]")
-    parser.add_argument("--tuned", nargs="+", default=[], metavar="MODEL", help="fine-tuned, rows for their mean")
-    parser.add_argument("--store", default="runs/vectors", metavar="DIR", help="keeps the vectors [%(default)s]")
+    parser.add_argument("--tuned", nargs="+", default=[], metavar="MODEL", help="fine-tuned models, to show their mean")
+    parser.add_argument("--store", default="runs/vectors", metavar="DIR", help="keep vectors here [%(default)s]")
     run(main, parser)

@@ -1,8 +1,8 @@
 """What is wrong with LlamaIndex's published questions, and how much it matters for retrieval and training.
 
-Cleans the questions that gpt-3.5-turbo wrote over Lyft's and Uber's 10-K (see repro_finetune_lyft_uber.py), and
-measures how the base model does on each group of dropped questions, ranked against all documents. With --train,
-fine-tunes on all of Lyft and on the cleaned Lyft, with the published settings.
+Cleans the questions that gpt-3.5-turbo wrote about Lyft's and Uber's 10-K (see repro_finetune_lyft_uber.py), and
+measures the base model on each group of dropped questions, against all documents. With --train, also fine-tunes on all
+of Lyft and on the cleaned Lyft, with the published settings.
 
     python -m experiments.clean_lyft_uber
     python -m experiments.clean_lyft_uber --train --seeds 0 1 2
@@ -38,7 +38,7 @@ def main(options: argparse.Namespace) -> None:
 
     base = evaluate(load_embedder(options.base, max_length=MAX_LENGTH), uber)
     groups = format_groups(base, uber, kept_uber, dropped_uber)
-    print(f"{groups}\n\nbase: {options.base}; every row against all of Uber's documents")
+    print(f"{groups}\n\nbase: {options.base}; every row searches all of Uber's documents")
     if not options.train:
         return
     out = Path(options.out) / options.base.strip("/").replace("/", "--")
@@ -52,8 +52,8 @@ def main(options: argparse.Namespace) -> None:
     print(f"\n{format_training(base, tuned['all'], tuned['cleaned'], kept_uber)}")
     seeds = ", ".join(map(str, options.seeds))
     print(
-        f"\ntrained on all {len(lyft.queries)} or the {len(kept_lyft.queries)} kept questions over Lyft, "
-        f"mean over seeds {seeds}.\nDifference, interval and p-value: kept against all, for new seeds and new "
+        f"\ntrained on all {len(lyft.queries)} or the {len(kept_lyft.queries)} kept questions about Lyft, "
+        f"mean over seeds {seeds}.\nThe difference is kept minus all; interval and p-value are for new seeds and new "
         "questions, clustered by document."
     )
 
@@ -97,7 +97,7 @@ def format_groups(report: Report, dataset: RetrievalDataset, kept: RetrievalData
 
 
 def select_queries(report: Report, kept: RetrievalDataset) -> Report:
-    """The report on those of its queries that are in `kept`."""
+    """Restricts a report to the queries in `kept`."""
     places = [place for place, query_id in enumerate(report.query_ids) if query_id in kept.queries]
     query_ids = [report.query_ids[place] for place in places]
     return dataclasses.replace(
@@ -112,7 +112,7 @@ def select_queries(report: Report, kept: RetrievalDataset) -> Report:
 def format_training(
     base: Report, on_all: Sequence[Report], on_cleaned: Sequence[Report], kept: RetrievalDataset
 ) -> str:
-    """A table of base and both trainings, a report per seed each, on all queries and on the kept ones."""
+    """A table of the base and both trained models (one report per seed) on all queries and on the kept ones."""
     rows = []
     reports = ([base], on_all, on_cleaned)
     selected = [[select_queries(report, kept) for report in of_seeds] for of_seeds in reports]
@@ -128,7 +128,7 @@ def format_training(
 if __name__ == "__main__":
     parser = make_parser("experiments.clean_lyft_uber", __doc__)
     parser.add_argument("--data", metavar="DIR", help="has train_dataset.json, val_dataset.json [beside the checkout]")
-    parser.add_argument("--train", action="store_true", help="fine-tune on all of Lyft and on what is kept of it")
+    parser.add_argument("--train", action="store_true", help="also fine-tune, on all of Lyft and on its kept part")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="[0 1 2]")
-    parser.add_argument("--out", default="runs/clean_lyft_uber", metavar="DIR", help="of --train [%(default)s]")
+    parser.add_argument("--out", default="runs/clean_lyft_uber", metavar="DIR", help="runs of --train [%(default)s]")
     run(main, parser)

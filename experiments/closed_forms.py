@@ -1,4 +1,4 @@
-"""Adapters in closed form, without training: baselines for a fitted one.
+"""Adapters in closed form: baselines for trained ones.
 
     adapter = ridge(*relevant_pairs(queries_ND, documents_MD, qrels), strength=1.0)
 
@@ -17,16 +17,16 @@ from embedft.encoders.maps import LinearMap
 def ridge(queries_PD: np.ndarray, positives_PD: np.ndarray, *, strength: float) -> Adapter:
     """The linear map of queries, without bias, W = argmin of sum over pairs of ||W q - d||^2 + strength ||W - I||^2.
 
-    With the rows q and d in Q and X: W = (X^T Q + strength I) (Q^T Q + strength I)^-1. Strength 0 is least squares,
-    which needs Q of full rank; a large strength leaves the identity. Computed in float64, on the vectors as given.
+    With q and d the rows of Q and X: W = (X^T Q + strength I) (Q^T Q + strength I)^-1. Strength 0 is least squares,
+    which needs Q of full rank; a large strength approaches the identity. Computed in float64, on the vectors as given.
 
-    Source: Hoerl and Kennard 1970, toward the identity instead of 0.
+    Source: Hoerl and Kennard 1970, shrinking toward the identity instead of 0.
     """
     Q, X = _pairs(queries_PD, positives_PD)
     if not 0 <= strength < np.inf:
         raise ValueError(f"strength is {strength}, expected at least 0 and finite")
     if strength == 0 and np.linalg.matrix_rank(Q) < Q.shape[1]:
-        raise ValueError(f"strength is 0 and the queries span less than {Q.shape[1]} dimensions: expected above 0")
+        raise ValueError(f"strength is 0, expected above 0: the queries span fewer than {Q.shape[1]} dimensions")
     toward = strength * np.eye(Q.shape[1])
     return _adapter(np.linalg.solve(Q.T @ Q + toward, Q.T @ X + toward).T)
 
@@ -34,8 +34,8 @@ def ridge(queries_PD: np.ndarray, positives_PD: np.ndarray, *, strength: float) 
 def procrustes(queries_PD: np.ndarray, positives_PD: np.ndarray) -> Adapter:
     """The orthogonal map of queries, W = argmin over W^T W = I of sum over pairs of ||W q - d||^2.
 
-    With the rows q and d in Q and X: W = U V^T, from the singular value decomposition X^T Q = U S V^T. It keeps lengths
-    and angles between queries; reflections are allowed. W is not unique if the pairs span less than all dimensions.
+    With q and d the rows of Q and X: W = U V^T, from the singular value decomposition X^T Q = U S V^T. It keeps lengths
+    and angles between queries; reflections are allowed. W is not unique if the pairs do not span all dimensions.
 
     Source: Schönemann 1966.
     """

@@ -11,7 +11,7 @@ BASE = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` that reports errors in one line, without the usage, and takes no abbreviated options."""
+    """An `ArgumentParser` that reports errors in one line, without the usage, and rejects abbreviated options."""
 
     def __init__(self, **settings):
         super().__init__(**settings, allow_abbrev=False)

@@ -1,4 +1,4 @@
-"""How much memory a run took.
+"""The peak memory of a run.
 
 peak_memory_bytes(embedder.device) / 2**30     # GiB
 """
@@ -11,10 +11,10 @@ import torch
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The peak memory so far: allocated on a CUDA device, else the resident set of this process."""
+    """Peak memory so far: allocated on a CUDA device, otherwise resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "linux":  # getrusage includes what the parent process had
+    if sys.platform == "linux":  # getrusage would also count the parent process's peak
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return int(status["VmHWM"].split()[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,11 +1,11 @@
 """Fine-tunes a real encoder on a real retrieval task in a few minutes on a CPU, with no key and no download.
 
 The texts are the docstrings of the installed torch, NumPy and standard library. A question is a docstring's summary
-sentence, its document the rest; no module is in both training and test.
+sentence, and its document is the rest of the docstring; no module is in both training and test.
 
-With your own text: --pdf FILE ... cuts PDFs (or text, Markdown, folders) into chunks, and a sentence of each becomes a
-question (inverse cloze); --data FILE takes questions and documents in any format that RetrievalDataset.load reads. Both
-are split so that no document is on both sides.
+With your own texts: --pdf FILE ... cuts PDFs (or text, Markdown, folders) into chunks, and one sentence of each becomes
+a question (inverse cloze); --data FILE takes questions and documents in any format that RetrievalDataset.load reads.
+Both are split so that no document is in both training and test.
 
     python -m experiments.quickstart
     python -m experiments.quickstart --pdf report.pdf --out runs/report
@@ -85,13 +85,13 @@ def main(options: argparse.Namespace) -> None:
     )
     print(f"\n{format_table(COMPARISON_HEADER, comparison_rows(comparisons))}\n")
     print(f"{len(held_out.queries):,} held-out questions over {len(held_out.corpus):,} documents, seed {CONFIG.seed};")
-    print("ndcg@10 was chosen beforehand, the other rows illustrate; intervals resample questions by document;")
-    print(f"{seconds:.0f} s, at most {memory / 2**30:.1f} GiB; everything is in {out}, the figures in report.json")
+    print("ndcg@10 was chosen beforehand, the other rows are for context; intervals resample questions by document;")
+    print(f"{seconds:.0f} s, peak memory {memory / 2**30:.1f} GiB; everything is in {out}, figures in report.json")
     print(f"""
 Load the fine-tuned model (it cuts texts at {CONFIG.max_length} tokens, as in training; max_length changes that):
     from embedft import load_embedder;                     model = load_embedder("{out}/model")
     from sentence_transformers import SentenceTransformer; model = SentenceTransformer("{out}/model")
-The same on your own documents, and on questions that you have (QA JSON, BEIR folder, JSONL or CSV pairs):
+Try your own documents, or questions that you already have (QA JSON, BEIR folder, JSONL or CSV pairs):
     python -m experiments.quickstart --pdf FILE... --out runs/report
     python -m experiments.quickstart --data FILE --out runs/mine""")
 
@@ -112,7 +112,7 @@ if __name__ == "__main__":
     parser = make_parser("experiments.quickstart", __doc__)
     texts = parser.add_mutually_exclusive_group()
     texts.add_argument("--data", metavar="FILE", help="questions and documents [docstrings of installed packages]")
-    texts.add_argument("--pdf", nargs="+", metavar="FILE", help="PDFs, text or Markdown files, folders of them")
+    texts.add_argument("--pdf", nargs="+", metavar="FILE", help="PDF, text or Markdown files, or folders of them")
     parser.add_argument("--out", default=f"runs/quickstart/minilm-s{CONFIG.seed}", metavar="DIR", help="[%(default)s]")
-    parser.add_argument("--overwrite", action="store_true", help="replace a run that is already in DIR")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in DIR")
     run(main, parser)

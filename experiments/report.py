@@ -14,14 +14,15 @@ COMPARISON_HEADER = ["metric", "before", "after", "difference", "95% interval", 
 
 
 def compare_metrics(before: Report, after: Report, metrics: Sequence[str] = METRICS) -> list[Comparison]:
-    """One comparison per metric. Each p-value is that of a single test: read the metric you chose beforehand."""
+    """One comparison per metric. P-values are not adjusted for several tests: read the metric you chose beforehand."""
     return [compare(before, after, metric=metric) for metric in metrics]
 
 
 def compare_recipes(bases: Sequence[Report], others: Sequence[Report], *, metric: str) -> Comparison:
-    """A recipe's reports, one per seed, against one base or as many: `compare_seeds`, or `compare` for a single seed.
+    """Compares a recipe's reports, one per seed, with a single base or with one base per seed.
 
-    With several seeds, interval and p-value are for new seeds and new questions.
+    With several seeds (`compare_seeds`), interval and p-value are for new seeds and new questions; with one, for new
+    questions (`compare`).
     """
     if len(others) > 1:
         return compare_seeds(bases, others, metric=metric)

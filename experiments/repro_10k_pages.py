@@ -1,4 +1,4 @@
-"""One filing: trains on questions over its first pages and measures on the rest.
+"""One filing: trains on questions about its first pages and measures on the rest.
 
 After an article in Better Programming (September 2023): NVIDIA's 10-K of 2022, pages 1 to 90 for training, a chunk per
 page, two questions per chunk by gpt-3.5-turbo, bge-small-en, batch 10, 2 epochs. Use any filing and any
@@ -7,8 +7,8 @@ OpenAI-compatible server; paid replies stay in --out and are not requested again
     python -m experiments.repro_10k_pages --pdf 10k.pdf --train-pages 1-90 --model gpt-4o-mini --max-cost 1.00 \\
         --price-in 0.15 --price-out 0.60 --embedding-model text-embedding-3-small
 
-Without --pdf it needs no key: it trains on the first 197 of the published chunks of Uber's 10-K and measures on the
-other 198.
+Without --pdf, it needs no key: it trains on the first 197 published chunks of Uber's 10-K and measures on the other
+198.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from .commandline import make_parser, run
 from .repro_finetune_lyft_uber import MAX_LENGTH, METRICS, finetune_seed, format_seeds
 from .sources import find_data
 
-# bge-small-en, over NVIDIA's filing.
+# bge-small-en on NVIDIA's filing.
 PUBLISHED = {"hit_rate@5": (0.8516, 0.8626), "accuracy@1": (0.5769, 0.6319), "accuracy@10": (0.9011, 0.9396)}
 ADA_HIT_RATE = 0.9066
 CHUNK_TOKENS = 1024  # a page seldom has more
@@ -53,7 +53,7 @@ def main(options: argparse.Namespace) -> None:
     print(f"\n{format_seeds(title, base, tuned, PUBLISHED)}")
     print(
         f"\nbase: {options.base}; tuned: mean ± standard deviation over seeds {', '.join(map(str, options.seeds))}; "
-        f"published: bge-small-en over NVIDIA's filing (text-embedding-ada-002: hit rate at 5 {ADA_HIT_RATE})."
+        f"published: bge-small-en on NVIDIA's filing (text-embedding-ada-002: hit_rate@5 {ADA_HIT_RATE})."
     )
     if api is not None:
         report = measured_once(api, held_out, Path(options.out) / "api")
@@ -62,7 +62,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 def first_and_rest(dataset: RetrievalDataset, num_first: int) -> tuple[RetrievalDataset, RetrievalDataset]:
-    """The questions over the first documents of a corpus, and those over the others."""
+    """Splits a dataset into questions about its first documents and questions about the others."""
     document_ids = list(dataset.corpus)
 
     def take(ids: set[str]) -> RetrievalDataset:
@@ -93,7 +93,7 @@ def questions_of_filing(options: argparse.Namespace, folder: Path) -> tuple[Retr
 
 
 def ask(chunks: list[Chunk], config: QuestionConfig, folder: Path) -> RetrievalDataset:
-    """Clean questions for chunks. Raises `ValueError` while some are missing; running it again asks for those."""
+    """Clean questions for chunks. Raises `ValueError` if some are missing; running it again requests only those."""
     outcome = write_questions(chunks, config, folder=folder)
     if outcome.missing:
         raise ValueError(f"{len(outcome.missing)} of {len(chunks)} chunks have no questions yet; run this again")
@@ -101,7 +101,7 @@ def ask(chunks: list[Chunk], config: QuestionConfig, folder: Path) -> RetrievalD
 
 
 def measured_once(api: ApiEmbedder, held_out: RetrievalDataset, out: Path) -> Report:
-    """The report on an API's model, read from disk if it exists, so that embeddings are paid for once."""
+    """The report on an API's model, read from disk if it exists, so that embeddings are paid for only once."""
     folder = out / f"{api.model.replace('/', '--')}-{held_out.sha256()[:8]}"
     if not (folder / "metrics.json").is_file():
         evaluate(api, held_out).save(folder)
@@ -111,16 +111,16 @@ def measured_once(api: ApiEmbedder, held_out: RetrievalDataset, out: Path) -> Re
 if __name__ == "__main__":
     parser = make_parser("experiments.repro_10k_pages", __doc__)
     parser.add_argument("--pdf", metavar="FILE", help="the filing [Uber's published chunks and questions]")
-    parser.add_argument("--train-pages", default="1-90", metavar="RANGES", help="pages that train [%(default)s]")
-    parser.add_argument("--model", default="gpt-4o-mini", metavar="MODEL", help="writes the questions [%(default)s]")
-    parser.add_argument("--url", metavar="URL", help="of an OpenAI-compatible server for them [api.openai.com]")
-    parser.add_argument("--price-in", type=float, metavar="X", help="money per million tokens read")
-    parser.add_argument("--price-out", type=float, metavar="X", help="money per million tokens written")
-    parser.add_argument("--max-cost", type=float, metavar="X", help="what the questions may cost at most")
+    parser.add_argument("--train-pages", default="1-90", metavar="RANGES", help="pages for training [%(default)s]")
+    parser.add_argument("--model", default="gpt-4o-mini", metavar="MODEL", help="LLM for the questions [%(default)s]")
+    parser.add_argument("--url", metavar="URL", help="OpenAI-compatible server of --model [api.openai.com]")
+    parser.add_argument("--price-in", type=float, metavar="X", help="price per million prompt tokens")
+    parser.add_argument("--price-out", type=float, metavar="X", help="price per million reply tokens")
+    parser.add_argument("--max-cost", type=float, metavar="X", help="most money to spend on questions")
     parser.add_argument("--embedding-model", metavar="MODEL", help="measure an API's embedding model too")
-    parser.add_argument("--embedding-url", metavar="URL", help="of its server [api.openai.com]")
-    parser.add_argument("--data", metavar="DIR", help="has val_dataset.json, when there is no --pdf")
-    parser.add_argument("--train-chunks", type=int, default=197, metavar="N", help="of them that train [197]")
+    parser.add_argument("--embedding-url", metavar="URL", help="server of --embedding-model [api.openai.com]")
+    parser.add_argument("--data", metavar="DIR", help="without --pdf: has val_dataset.json [beside the checkout]")
+    parser.add_argument("--train-chunks", type=int, default=197, metavar="N", help="without --pdf: for training [197]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="[0 1 2]")
     parser.add_argument("--out", default="runs/repro_10k_pages", metavar="DIR", help="[%(default)s]")
     run(main, parser)

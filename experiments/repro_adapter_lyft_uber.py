@@ -1,14 +1,14 @@
 """Reproduces LlamaIndex, "Fine-Tuning a Linear Adapter for Any Embedding Model" (September 2023): Lyft to Uber.
 
-Document vectors stay fixed; a linear map of the question vectors is fitted on 668 questions over Lyft's 10-K and
-measured on 790 over Uber's. Rows of the table:
+Document vectors stay fixed; a linear map of the question vectors is fitted on 668 questions about Lyft's 10-K and
+measured on 790 about Uber's. Rows of the table:
 - in-batch, as published: ten pairs per step in file order, so that the two questions of a chunk are each other's
   negatives; AdamW at 2e-5, 4 epochs
-- full-corpus: every document of the corpus that does not answer a question is its negative. Bias, temperature, pull
-  toward the identity and epochs are chosen on Lyft alone: best mean of hit@5 and MRR@10 over ten draws of a fifth of
-  its documents, held out with their questions. Uber chooses nothing
-- ridge and Procrustes: closed forms; the strength is chosen likewise
-- with --tuned, the fine-tuned models of repro_finetune_lyft_uber, and an adapter fitted on top of each
+- full-corpus: every document that does not answer a question is its negative. Bias, temperature, pull toward the
+  identity and epochs are chosen on Lyft alone, by the mean of hit@5 and MRR@10 over ten draws of a fifth of its
+  documents, held out with their questions. Nothing is chosen on Uber
+- ridge and Procrustes: closed forms; the ridge's strength is chosen in the same way
+- with --tuned: the fine-tuned models of repro_finetune_lyft_uber, and an adapter fitted on top of each
 
     python -m experiments.repro_adapter_lyft_uber --seeds 0 1 2 3 4
 """
@@ -59,7 +59,7 @@ AS_PUBLISHED = AdapterConfig(
     epochs=4,
     batch_size=10,
 )
-# The grid's base: fewer questions per step than there are, so that the seed matters; validated after every epoch.
+# The grid starts from this: batches smaller than the dataset, so that the seed matters; validated after every step.
 FULL_CORPUS = AdapterConfig(batch_size=64, epochs=20, eval_every=1)
 
 
@@ -113,9 +113,9 @@ def main(options: argparse.Namespace) -> None:
     published = ", ".join(f"{metric} {before:.4f} -> {after:.4f}" for metric, (before, after) in PUBLISHED.items())
     print(
         f"\nUber's {base.num_queries} questions against {len(uber.dataset.corpus)} chunks; base: {options.base} at "
-        f"{MAX_LENGTH} tokens, one vector a chunk.\nMean ± standard deviation over seeds "
-        f"{', '.join(map(str, options.seeds))} where there are several; interval and p-value: for new questions, "
-        f"and for new\nseeds where there are several; questions clustered by document. Chosen on Lyft: "
+        f"{MAX_LENGTH} tokens, one vector per chunk.\nMean ± standard deviation over seeds "
+        f"{', '.join(map(str, options.seeds))} where there are several. Intervals and p-values are for new questions,\n"
+        f"and new seeds where there are several; questions are clustered by document. Chosen on Lyft: "
         f"{describe(setting)}.\n"
         f"Published, bge-small-en: {published}."
     )
@@ -142,7 +142,7 @@ def fit(vectors: Vectors, config: AdapterConfig) -> Adapter:
     return fit_adapter(vectors.queries_QD, vectors.documents_ND, vectors.dataset.qrels_by_row(), config)
 
 
-# Choosing, on the training questions alone.
+# Choosing settings, on the training questions alone.
 
 
 def quality(metrics: Mapping[str, float]) -> float:
@@ -160,7 +160,7 @@ def choose_full_corpus(vectors: Vectors) -> AdapterConfig:
         for draw in DRAWS:
             history = fit(vectors, dataclasses.replace(config, seed=draw)).history
             values = [quality(record["metrics"]) for record in history if "metrics" in record]
-            curves.append(values[:: (len(values) - 1) // config.epochs])  # the base, then one an epoch
+            curves.append(values[:: (len(values) - 1) // config.epochs])  # the base, then one per epoch
         mean = np.mean(curves, axis=0)[1:]
         if mean.max() > best_value:
             best_value, epochs = float(mean.max()), int(mean.argmax()) + 1
@@ -194,7 +194,7 @@ def describe(config: AdapterConfig) -> str:
 
 
 def format_columns(base: Report, columns: Mapping[str, Sequence[Report]]) -> str:
-    """A row a model and metric: mean over its reports, difference to the base, interval, p-value."""
+    """A table with a row per model and metric: mean over reports, difference from the base, interval, p-value."""
     rows = [["base", metric, f"{base.metrics[metric]:.4f}", "", "", ""] for metric in METRICS]
     for name, reports in columns.items():
         for metric in METRICS:
@@ -220,7 +220,7 @@ if __name__ == "__main__":
         "--tuned",
         nargs="+",
         metavar="DIR",
-        help="fine-tuned models, a row for them and a row with an adapter on top of each",
+        help="fine-tuned models; adds rows for them and for an adapter on top of each",
     )
-    parser.add_argument("--store", metavar="DIR", help="keeps the vectors, so that no text is embedded twice")
+    parser.add_argument("--store", metavar="DIR", help="keep vectors here, so that no text is embedded twice")
     run(main, parser)

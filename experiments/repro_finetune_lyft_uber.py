@@ -1,8 +1,9 @@
 """Reproduces LlamaIndex, "Fine-Tuning Embeddings for RAG with Synthetic Data" (August 2023): Lyft to Uber.
 
-Trains on 668 questions over Lyft's 10-K of 2021 and measures on 790 over Uber's, two per chunk, all by gpt-3.5-turbo.
-Settings as published: in-batch negatives at scale 20, batch 10, 2 epochs, AdamW at 2e-5 with weight decay 0.01, linear
-warmup over 10% of the steps, clipping at 1, 512 tokens. The last weights count; Uber chooses nothing.
+Trains on 668 questions about Lyft's 10-K of 2021 and measures on 790 about Uber's, two per chunk, all written by
+gpt-3.5-turbo. Settings as published: in-batch negatives at scale 20, batch 10, 2 epochs, AdamW at 2e-5 with weight
+decay 0.01, linear warmup over 10% of the steps, clipping at 1, 512 tokens. The final weights are measured; nothing is
+chosen on Uber.
 
     python -m experiments.repro_finetune_lyft_uber --seeds 0 1 2
 
@@ -49,17 +50,17 @@ def main(options: argparse.Namespace) -> None:
     seeds = ", ".join(map(str, options.seeds))
     print(
         f"\nbase: {options.base}; tuned: mean ± standard deviation over seeds {seeds}; published: bge-small-en "
-        f"(text-embedding-ada-002: hit rate at 5 {ADA_HIT_RATE}).\nInterval and p-value: for new seeds and new "
-        f"questions, {base.num_queries} questions clustered by document."
+        f"(text-embedding-ada-002: hit_rate@5 {ADA_HIT_RATE}).\nIntervals and p-values are for new seeds and new "
+        f"questions; the {base.num_queries} questions are clustered by document."
     )
 
 
 def format_seeds(
     title: str, base: Report, tuned: Sequence[Report], published: Mapping[str, tuple[float, float]]
 ) -> str:
-    """A table of base against fine-tuned, mean and standard deviation over seeds, beside the published figures.
+    """A table of base and fine-tuned (mean and standard deviation over seeds) beside the published figures.
 
-    Interval and p-value are for new seeds and new questions (`compare_seeds`).
+    Intervals and p-values are for new seeds and new questions (`compare_seeds`).
     """
     rows = []
     for metric in METRICS:
@@ -82,13 +83,13 @@ def format_seeds(
 def finetune_seed(
     base: str, train_set: RetrievalDataset, held_out: RetrievalDataset, seed: int, out: Path, *, name: str
 ) -> Report:
-    """The report on `held_out`, saved as eval/`name`, of one seed; trains unless the run folder says that it is done.
+    """Trains one seed, unless its run folder is done, and returns its report on `held_out`, saved as eval/`name`.
 
-    Settings as published in 2023. The last weights count; `held_out` chooses nothing.
+    Settings as published in 2023. The final weights are measured; nothing is chosen on `held_out`.
     """
     if (out / DONE).exists():
         if read_json(out / ENVIRONMENT)["sha256"]["train"] != train_set.sha256():
-            raise ValueError(f"{out}: holds a run on other training data; name another --out")
+            raise ValueError(f"{out}: holds a run on different training data; choose another --out")
         embedder = load_embedder(out / "model")
     else:
         embedder = load_embedder(base, max_length=MAX_LENGTH)

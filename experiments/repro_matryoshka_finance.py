@@ -3,11 +3,11 @@
 One document per row, 700 rows for testing and 6,300 for training, all contexts in the corpus. Settings as published:
 Matryoshka over in-batch negatives from the full width to a twelfth, batches of 32 without duplicates, 16 of them
 accumulated per step, 4 epochs, AdamW at 2e-5, cosine schedule, 10% warmup. `--batch true` makes the 512 pairs of a step
-one batch, with 511 in-batch negatives per query instead of 31; equal texts are one query or document there. Gradient
-caching embeds either in parts.
+one batch, with 511 in-batch negatives per query instead of 31; there, equal texts are one query or document. Both use
+gradient caching.
 
-The article picks its best epoch on the test questions (`--pick test`), so its figure has seen them. `--pick held-out`
-holds out a tenth of the training rows and picks on those.
+The article picks its best epoch on the test questions (`--pick test`), which flatters its figures. `--pick held-out`
+holds out a tenth of the training rows and picks the epoch on those.
 
     python -m experiments.repro_matryoshka_finance --seeds 0 1 2
     python -m experiments.repro_matryoshka_finance --seeds 0 1 2 --batch accumulated true --pick test held-out
@@ -35,7 +35,7 @@ from .commandline import make_parser, run
 from .memory import peak_memory_bytes
 from .sources import find_data
 
-# bge-base-en-v1.5: nDCG@10 at its 768 dimensions and the shares of them below, base and fine-tuned.
+# bge-base-en-v1.5, base and fine-tuned: nDCG@10 at 768 dimensions divided by each of SHARES.
 SHARES = (1, 3 / 2, 3, 6, 12)
 PUBLISHED = ((0.7684, 0.8254), (0.7643, 0.8275), (0.7546, 0.8230), (0.7234, 0.8184), (0.6440, 0.7892))
 METRIC, PICK_DIM = "ndcg@10", 128
@@ -47,7 +47,7 @@ RESULT = "by_dim.json"
 
 
 class Split(NamedTuple):
-    """Training pairs; test questions, and questions that pick the epoch, each against all contexts of the file."""
+    """Training pairs, test questions, and questions that pick the epoch; both kinds search all contexts of the file."""
 
     train: RetrievalDataset
     test: RetrievalDataset
@@ -81,7 +81,7 @@ def main(options: argparse.Namespace) -> None:
         f"\n{METRIC} of {len(split.test.queries)} questions against {len(dataset.corpus):,} contexts; base: "
         f"{options.base}; tuned: mean ± standard deviation over seeds {seeds};\npublished: bge-base-en-v1.5, twice as "
         "wide, picked on test. Picked on test: the best epoch on the test questions themselves, as in the article.\n"
-        f"{time.perf_counter() - start:.0f} s, at most {peak_memory_bytes(embedder.device) / 2**30:.1f} GiB"
+        f"{time.perf_counter() - start:.0f} s, peak memory {peak_memory_bytes(embedder.device) / 2**30:.1f} GiB"
     )
 
 
@@ -89,14 +89,14 @@ def main(options: argparse.Namespace) -> None:
 
 
 def read_rows(path: str | Path) -> tuple[RetrievalDataset, int]:
-    """The pairs of the file, one query and one document per row, in the order of the split; and the number of rows.
+    """Reads one query and one document per row, in the order of the split; also returns the number of rows.
 
-    Ids are positions in that order ("q0012", "d0012"), so the test's contexts come first. Contexts repeat, and only the
-    question's own row counts as relevant; `evaluate` breaks ties by id, so a test row ranks before training rows with
-    the same context, as in a corpus that begins with the test set. In file order the base scores 0.004 less.
+    Ids are positions in that order ("q0012", "d0012"), so test contexts come first. Contexts repeat, and only the
+    question's own row is relevant; `evaluate` breaks ties by id, so a test row ranks before training rows with the same
+    context, as in a corpus that begins with the test set. With ids in file order, the base scores 0.004 lower.
 
-    Two of the 7,000 rows lack a question, and one of them its context. Both are training rows and are dropped, from the
-    corpus too, which changes no figure at four digits.
+    Two of the 7,000 rows lack a question, and one of these also its context. Both are training rows and are dropped,
+    from the corpus too, which changes no figure at four digits.
     """
     dataset = RetrievalDataset.load(path, merge=False, skip_empty=True)
     num_rows = len(dataset.queries) + dataset.num_skipped
@@ -111,7 +111,7 @@ def read_rows(path: str | Path) -> tuple[RetrievalDataset, int]:
 
 
 def split_rows(dataset: RetrievalDataset, num_rows: int, *, keep_back: bool) -> Split:
-    """Splits off the first tenth as the test set and, with `keep_back`, the next tenth of the rest to pick the epoch.
+    """Splits off the first tenth as the test set and, with `keep_back`, a tenth of the rest to pick the epoch.
 
     Without `keep_back` the test set picks. As in the article, 77 training rows share their context with a test row.
     """
@@ -134,7 +134,7 @@ def split_rows(dataset: RetrievalDataset, num_rows: int, *, keep_back: bool) -> 
 def merge_equal_texts(dataset: RetrievalDataset) -> RetrievalDataset:
     """Merges equal questions into one query and equal contexts into one document: 6,289 pairs of 6,298.
 
-    Relevance then follows from ids, in batches of any size.
+    Ids then tell what is relevant, in batches of any size.
     """
     query_id, document_id = (
         {text: i for i, text in reversed(part.items())} for part in (dataset.queries, dataset.corpus)
@@ -163,7 +163,7 @@ def pick_dim(dims: Sequence[int]) -> int:
 class DistinctTexts:
     """An embedder for `evaluate_grid` that encodes equal texts once, so that their scores tie exactly.
 
-    In batches of different lengths their vectors would differ in the last bit.
+    Encoded in batches of different lengths, their vectors could differ in the last bit.
     """
 
     def __init__(self, embedder: Embedder):
@@ -208,7 +208,7 @@ def finetune_seed(
     pairs_a_step = options.batch_size * options.accumulate
     size, accumulate = (pairs_a_step, 1) if in_one else (options.batch_size, options.accumulate)
     batches = make_batches(training, embedder.pack, batch_size=size, seed=seed, no_duplicates=not in_one)
-    # Both ways take as many pairs per step; only the number of negatives differs.
+    # Both variants take the same number of pairs per step; only the number of negatives differs.
     steps, expected = -(-len(batches) // accumulate), -(-len(split.train.queries) // pairs_a_step)
     if steps != expected:
         raise ValueError(
@@ -262,14 +262,22 @@ def format_dims(columns: Mapping[str, Sequence[Mapping[int, float]]], dims: Sequ
 
 if __name__ == "__main__":
     parser = make_parser("experiments.repro_matryoshka_finance", __doc__)
-    parser.add_argument("--data", metavar="DIR", help="has Financial-QA-10k.csv [beside the checkout]")
+    parser.add_argument("--data", metavar="DIR", help="folder with Financial-QA-10k.csv [beside the checkout]")
     parser.add_argument("--base-only", action="store_true", help="measure the base model, train nothing")
-    parser.add_argument("--batch", nargs="+", choices=BATCHES, default=["accumulated"], help="of a step [accumulated]")
+    parser.add_argument(
+        "--batch",
+        nargs="+",
+        choices=BATCHES,
+        default=["accumulated"],
+        help="how a step's pairs are batched [accumulated]",
+    )
     parser.add_argument("--pick", nargs="+", choices=PICKS, default=["test"], help="what picks the epoch [test]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED", help="[0 1 2]")
     parser.add_argument("--epochs", type=int, default=4, metavar="N", help="[%(default)s]")
-    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, metavar="N", help="[%(default)s]")
-    parser.add_argument("--accumulate", type=int, default=ACCUMULATED, metavar="N", help="batches a step [%(default)s]")
-    parser.add_argument("--mini-batch-tokens", type=int, default=8_192, metavar="N", help="embedded at once [8192]")
+    parser.add_argument("--batch-size", type=int, default=BATCH_SIZE, metavar="N", help="pairs per batch [%(default)s]")
+    parser.add_argument(
+        "--accumulate", type=int, default=ACCUMULATED, metavar="N", help="batches per step [%(default)s]"
+    )
+    parser.add_argument("--mini-batch-tokens", type=int, default=8_192, metavar="N", help="tokens at once [8192]")
     parser.add_argument("--out", default="runs/repro_matryoshka_finance", metavar="DIR", help="[%(default)s]")
     run(main, parser)

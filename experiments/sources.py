@@ -1,4 +1,4 @@
-"""Where published datasets are on this disk, and where to get them.
+"""Finds published datasets on disk, and says where to get them.
 
 folder = find_data("lyft_uber", given=None)
 """

@@ -55,7 +55,7 @@ def test_differences():
     # other row has no difference. Holm: twice the smaller p; the larger as it is.
     first = report(*[1] * NUM_DOCUMENTS)
     table = cells(format_differences({"base": [base], "all first": [first], "the same": [base]}))
-    assert table["difference to base"] == ["hit_rate@5", "95% interval", "p", "mrr@10", "95% interval", "p"]
+    assert table["difference from base"] == ["hit_rate@5", "95% interval", "p", "mrr@10", "95% interval", "p"]
     assert table["the same"] == ["+0.0000", "[+0.0000, +0.0000]", "1.0000"] * 2
     single = compare(base, first, metric="mrr@10")
     assert single.p_value == pytest.approx(2 / 2**8, abs=0.004)
@@ -202,7 +202,7 @@ def test_the_command(tmp_path, write_tiny, capsys, monkeypatch):
     values = [found.metrics["mrr@10"] for (found,) in expected.values()]
     assert len(set(values)) == len(values)  # no row stands for another
     assert "20 questions against 10 chunks" in text
-    assert "repeats their words, which favours word matching" in text
+    assert "BM25 is stronger here than on users' questions" in text
     assert text.endswith("BM25 is stronger here than on users' questions.\n")
     assert "ine-tuned" not in text
 

@@ -128,7 +128,7 @@ def test_the_command(tmp_path, write_tiny, capsys, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {*others, "model"}
     trained = output(train=True)
     assert trained.startswith(plain)
-    assert "all 4 or the 2 kept questions over Lyft" in " ".join(trained.split())
+    assert "all 4 or the 2 kept questions about Lyft" in " ".join(trained.split())
     assert "over seeds 3, 4" in trained
     (base,) = (tmp_path / "runs").iterdir()
     logs = sorted(base.glob("*/*/train.jsonl"))
