@@ -678,6 +678,42 @@ def test_tsv_has_no_quoting(tmp_path):
     assert list(dataset.corpus.values()) == ["me", 'said "that"', "c, d"]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("seed", range(20))
+def test_tsv_as_pandas_writes_it(tmp_path, end, seed):
+    """With `csv.writer`: cells with tabs, quotes and line ends quoted, others not. Every cell comes back as it was."""
+    chance = random.Random(seed)
+    pieces = ["mill", " ", '"', '""', "\t", "\n", "\r\n", ",", "a 'b'"]
+    cells = [[f"q{i}" + "".join(chance.choices(pieces, k=4)), f"d{i}" + chance.choice(pieces)] for i in range(9)]
+    cells += [["q9\tand", "d9"], ['"q10"', "d10\nand\nmore"]]  # their lines alone are no table
+    with open(tmp_path / "x.tsv", "w", newline="") as file:
+        csv.writer(file, delimiter="\t", lineterminator=end).writerows([["query", "positive"], *cells])
+    dataset = RetrievalDataset.load(tmp_path / "x.tsv")
+    assert [[*pair] for pair in zip(dataset.queries.values(), dataset.corpus.values(), strict=True)] == cells
+
+
+def test_rows_of_a_tsv_never_merge(tmp_path):
+    """Lines that are a table as they stand are its rows, though a CSV reader would make one of the two."""
+    path = write(tmp_path / "x.tsv", 'query\tpositive\nq1\t"begins\nq2\tends"\n')
+    assert list(RetrievalDataset.load(path).corpus.values()) == ['"begins', 'ends"']
+    path = write(tmp_path / "x.tsv", 'query\tpositive\nq1\t"begins\nthe\tmiddle "\tq2\tends"\n')
+    with pytest.raises(ValueError, match=r"x\.tsv line 3: 4 columns, the header has 2"):
+        RetrievalDataset.load(path)
+    path = write(tmp_path / "x.tsv", 'query\tpositive\nq1\t"a ""b"" c"\nq2\tplain\n')
+    assert list(RetrievalDataset.load(path).corpus.values()) == ['a "b" c', "plain"]
+
+
+def test_blanks_around_the_ids_of_judgements(tmp_path):
+    """They go when that makes the id a known one; an id that has them keeps them."""
+    write_rows(tmp_path / "corpus.jsonl", [{"_id": "d1", "text": "a"}, {"_id": "d2 ", "text": "b"}])
+    write_rows(tmp_path / "queries.jsonl", [{"_id": "q1", "text": "a?"}, {"_id": "q2", "text": "b?"}])
+    content = "query-id \tcorpus-id\tscore \nq1 \td1  \t1 \n q2\td2 \t1\t\nq2\t d1\t0\n"
+    write(tmp_path / "qrels/test.tsv", content)
+    dataset, told = load_with_warnings(tmp_path)
+    assert dataset.qrels == {"q1": {"d1": 1}, "q2": {"d2 ": 1, "d1": 0}}
+    assert told == []
+
+
 OLD_TOPICS = """<top>
 <num> Number: 301
 <title> International Organized Crime

@@ -73,6 +73,7 @@ def _sort(judgements: Iterable[Judgement], queries: Texts, corpus: Texts, strict
     """Judgements of known documents and of unknown ones; the latter, and unknown queries, are refused or warned of."""
     qrels, missing, ignored, counted = {}, {}, [], []
     for where, query_id, document_id, grade in judgements:
+        query_id, document_id = _known(query_id, queries), _known(document_id, corpus)
         by_query = qrels
         try:
             check_id("query", query_id, queries, f"{where}: ")
@@ -93,6 +94,11 @@ def _sort(judgements: Iterable[Judgement], queries: Texts, corpus: Texts, strict
         if errors:
             warnings.warn(f"{errors[0]}: the judgement {what} ({len(errors):,} like it)", stacklevel=4)
     return qrels, missing
+
+
+def _known(i: str, texts: Texts) -> str:
+    """An id as the texts have it: files of judgements may have blanks around it."""
+    return i.strip() if i not in texts and i.strip() in texts else i
 
 
 def _read_llamaindex(path: Path, skip_empty: bool) -> tuple[Texts, Texts, dict[str, list[str]]]:
@@ -175,12 +181,13 @@ def _read_qrels(path: Path) -> Iterator[Judgement]:
     """Judgements of a file with BEIR's header, or of one with TREC's four columns and no header."""
     names: list[str] = []
     for number, line in enumerate(read_lines(path), start=1):
-        line, where = line.rstrip("\r\n"), f"{path} line {number}"
+        line, where = line.rstrip(), f"{path} line {number}"
         cells = line.split("\t") if "\t" in line else line.split()
-        if not line.strip():
+        if not line:
             continue
-        if not names and {"query-id", "corpus-id", "score"} <= set(cells):
-            names = cells
+        stripped = [cell.strip() for cell in cells]
+        if not names and {"query-id", "corpus-id", "score"} <= set(stripped):
+            names = stripped
             continue
         if not names and len(cells) != 4:
             raise ValueError(f"{where}: expected the columns query-id, corpus-id, score; found {', '.join(cells)}")

@@ -10,6 +10,7 @@ texts, say what is the same. `grade` is the relevance, 1 if absent. `write_pairs
 
 import csv
 import functools
+import io
 import re
 import reprlib
 from collections.abc import Iterator
@@ -142,12 +143,13 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str | None]]]:
 
 
 def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line, cells) of every row; TSV has no quoting."""
-    if ".tsv" in path.suffixes:
+    """(line, cells) of every row; TSV has no quoting, unless it is `_is_quoted`."""
+    is_tsv = ".tsv" in path.suffixes
+    if is_tsv and not _is_quoted(path):
         for number, line in enumerate(read_lines(path), start=1):
             yield number, line.rstrip("\r\n").split("\t") if line.strip("\r\n") else []
         return
-    reader, cells = csv.reader(read_lines(path), strict=True), []
+    reader, cells = csv.reader(read_lines(path), strict=True, delimiter="\t" if is_tsv else ","), []
     while cells is not None:
         line = reader.line_num + 1
         # The limit on a cell (131,072 characters) belongs to the whole process: lifted for one row at a time.
@@ -159,6 +161,29 @@ def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
         finally:
             csv.field_size_limit(limit)
         yield line, cells or []
+
+
+def _is_quoted(path: Path) -> bool:
+    """Whether a TSV file is, to the letter, what a CSV writer such as pandas makes of its rows.
+
+    Not when its lines are a table as they stand, and fewer rows when read with quoting: then a cell begins with a quote
+    and a later one ends with one.
+    """
+    lines = list(read_lines(path))
+    if not any('"' in line for line in lines):
+        return False
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        rows = list(csv.reader(lines, delimiter="\t", strict=True))
+    except csv.Error:
+        return False
+    finally:
+        csv.field_size_limit(limit)
+    written, end = io.StringIO(newline=""), "\r\n" if lines[0].endswith("\r\n") else "\n"
+    csv.writer(written, delimiter="\t", lineterminator=end).writerows(rows)
+    if written.getvalue().rstrip("\r\n") != "".join(lines).rstrip("\r\n"):
+        return False
+    return len(rows) == len(lines) or len({line.count("\t") for line in lines if line.strip("\r\n")}) > 1
 
 
 def write_pairs(dataset: Any, path: Path, refusal: str) -> None:
