@@ -1015,6 +1015,27 @@ def test_encode_from_the_command_line(tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in cli.COMMANDS if name not in ("chunk", "questions", "compare", "store")]
+)
+def test_commands_that_offer_a_server_work_with_it_and_others_do_not_offer_it(tmp_path, data, name, capsys):
+    assert cli.main([name, "--help"]) == 0
+    offers = "openai:MODEL" in " ".join(capsys.readouterr().out.split())
+    (tmp_path / "texts.txt").write_text("a\n")
+    arguments = {
+        "encode": [str(tmp_path / "texts.txt"), "--out", str(tmp_path / "v.npy")],
+        "search": [data, "text 3"],
+        "mine": [data, "--out", str(tmp_path / "mined.jsonl"), "--ranks", "1", "5"],
+        "adapter": [data, "--out", str(tmp_path / "adapter"), "--epochs", "1", "--validation", data],
+        "finetune": [data, "--out", str(tmp_path / "run")],
+        "info": [],
+    }
+    with ApiServer() as server:
+        at = [] if name in ("finetune", "info") else ["--base-url", server.base_url]
+        assert cli.main([name, "openai:m", *arguments.get(name, [data]), *at]) == (0 if offers else 2)
+    assert offers == (name != "finetune")
+
+
 def test_errors_from_the_command_line(tmp_path, data, monkeypatch, capsys):
     (tmp_path / "texts.txt").write_text("a\n")
     encode = ["encode", "openai:m", str(tmp_path / "texts.txt"), "--store", str(tmp_path / "s")]

@@ -26,6 +26,7 @@ from .options import DATASETS, Data, Model, load_data, load_model, load_training
 class Options(FinetuneConfig, Model, Data):
     """Options of `embedft finetune`."""
 
+    model: str = option(REQUIRED, "folder, hub id or package", metavar="MODEL", positional=True)
     data: list[str] = option(REQUIRED, f"{DATASETS}; several [NAME=]DATA are mixed", metavar="DATA", positional=True)
     out: str = option(REQUIRED, "run folder; DIR/model gets the model", metavar="DIR")
     validation: str | None = option(None, "held-out questions that choose the best weights", metavar="DATA")
