@@ -2,11 +2,13 @@
 
 A reader never sees half a file: everything is written beside its place and renamed into it. Only logs are appended to,
 one JSON object per line; `resume_jsonl` removes the half line that a killed process may have left. When a write fails,
-the `OSError` names the file, earlier files stay as they were, and nothing half-written is left.
+the `OSError` names the file, earlier files stay as they were, and nothing half-written is left. What a killed process
+left is removed when the same place is written to again.
 """
 
 import contextlib
 import fcntl
+import glob
 import gzip
 import hashlib
 import io
@@ -47,16 +49,13 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
     `mode` is "w" (UTF-8 text, newlines as given) or "wb". A missing folder is created."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
-    try:
-        with named_errors(path), open(temporary, mode, **text) as file:
+    with named_errors(path), _temporary(path.parent, f".{path.name}.", Path.touch) as temporary:
+        with open(temporary, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -64,16 +63,16 @@ def replace_files(folder: str | Path, *, stale: Collection[str] = ()) -> Iterato
     """Yields an empty folder, whose files move into `folder` when the block ends; then the stale ones are removed.
     Until everything is written, or when an error ends the block, nothing in `folder` changes. `stale` paths within it
     that were not written are removed, and then their folders when those are empty."""
-    folder = Path(folder)
+    new = folder = Path(folder)
     created = not folder.exists()
-    new = folder / f".{secrets.token_hex(4)}.tmp"
-    new.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        yield new
-        written = [path.relative_to(new) for path in sorted(new.rglob("*")) if path.is_file()]
-        for path in written:
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(new / path, folder / path)
+        with _temporary(folder, ".", Path.mkdir) as new:
+            yield new
+            written = [path.relative_to(new) for path in sorted(new.rglob("*")) if path.is_file()]
+            for path in written:
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(new / path, folder / path)
         for path in (Path(name) for name in stale if Path(name) not in written):
             (folder / path).unlink(missing_ok=True)
             if path.parent != Path() and (folder / path.parent).is_dir() and not any((folder / path.parent).iterdir()):
@@ -83,9 +82,47 @@ def replace_files(folder: str | Path, *, stale: Collection[str] = ()) -> Iterato
             error.filename = str(folder / Path(error.filename).relative_to(new))
         raise
     finally:
-        shutil.rmtree(new, ignore_errors=True)
         if created and not any(folder.iterdir()):
             folder.rmdir()
+
+
+@contextlib.contextmanager
+def _temporary(folder: Path, prefix: str, make: Callable[[Path], object]) -> Iterator[Path]:
+    """Makes a file or folder PREFIX12345678.tmp, locked while the block runs and removed if the block leaves it.
+    First removes what killed processes left under such names, which nobody locks."""
+    for left in folder.glob(f"{glob.escape(prefix)}{'[0-9a-f]' * 8}.tmp"):
+        with contextlib.suppress(OSError), _opened(left) as descriptor:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove(left)
+    with contextlib.ExitStack() as stack:
+        while True:
+            new = folder / f"{prefix}{secrets.token_hex(4)}.tmp"
+            make(new)
+            descriptor = stack.enter_context(_opened(new))
+            with contextlib.suppress(OSError):  # some file systems have no such locks: nothing is removed there
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if new.exists():  # else another process took it for a leftover before it was locked
+                break
+        stack.callback(remove, new)
+        yield new
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def remove(*paths: Path) -> None:
+    """Removes files and folders with all that is in them; those that are not there are no error."""
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def check_writable(path: str | Path, *, file: bool = False) -> None:

@@ -258,6 +258,35 @@ def test_files_are_replaced_together(tmp_path):
     assert found == {"a": "new", "c": False, "c/kept": "c/kept", "e": False, "e/f": "new"}
 
 
+def test_what_killed_processes_left_goes_with_the_next_write_to_the_place(tmp_path):
+    program = """if True:
+        import os, sys
+        from pathlib import Path
+        from embedft.files import atomic_write, replace_files
+        with atomic_write(Path(sys.argv[1]) / "a[1].txt"), replace_files(sys.argv[1]) as new:
+            (new / "b").write_text("b")
+            if len(sys.argv) == 2:
+                os.kill(os.getpid(), 9)
+            print("begun", flush=True)
+            sys.stdin.read()
+    """
+    assert subprocess.run([sys.executable, "-c", program, str(tmp_path)]).returncode == -9
+    dead = set(tmp_path.iterdir())
+    assert sorted(len(path.name) for path in dead) == [len(".12345678.tmp"), len(".a[1].txt.12345678.tmp")]
+    others = {tmp_path / ".b.txt.12345678.tmp", tmp_path / ".a[1].txt.tmp", tmp_path / ".mine.tmp"}
+    for path in others:
+        path.touch()
+    command = [sys.executable, "-c", program, str(tmp_path), "wait"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as living:
+        living.stdout.readline()
+        assert not dead & set(tmp_path.iterdir())  # its own are there instead
+        with atomic_write(tmp_path / "a[1].txt"), replace_files(tmp_path) as new:
+            (new / "c").touch()
+        living.stdin.close()
+        assert living.wait() == 0
+    assert set(tmp_path.iterdir()) == others | {tmp_path / name for name in ("a[1].txt", "b", "c")}
+
+
 @pytest.mark.parametrize(
     ("found", "kept"),
     [

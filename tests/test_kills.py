@@ -100,8 +100,8 @@ def nursery(tmp_path):
     nursery.close()
 
 
-def content(folder: Path) -> dict[str, object]:
-    """What is in a folder, without times, costs, the environment and what a killed process had begun to write."""
+def content(folder: Path, *, killed: bool = False) -> dict[str, object]:
+    """What is in a folder, without times, costs and the environment; `killed`: nor what such a process leaves."""
     found: dict[str, object] = {}
     is_done = (folder / "DONE").is_file()
     for path in sorted(folder.rglob("*")):
@@ -109,7 +109,7 @@ def content(folder: Path) -> dict[str, object]:
         leftover = any(part.startswith(".") and part.endswith(".tmp") for part in path.relative_to(folder).parts)
         # A run that was killed while it was closed is done; its checkpoints, or the run it replaced, may be there yet.
         leftover = leftover or (path.parent != folder and name.startswith((".replaced", "checkpoints")) and is_done)
-        if path.is_dir() or leftover or name in ("environment.json", "diff.patch", ".lock", "DONE"):
+        if path.is_dir() or (leftover and killed) or name in ("environment.json", "diff.patch", ".lock", "DONE"):
             continue
         if name == "train.jsonl":
             records = [json.loads(line) for line in path.read_text().splitlines()]
@@ -184,8 +184,8 @@ def test_overwriting_killed_at_every_change_of_the_disk(tmp_path, nursery, train
         command = [*training, "--out", out, "--overwrite"]
         if nursery.run(command, kill_at=place) == 0:
             break
-        aside = content(out / ".replaced") if (out / ".replaced").is_dir() else {}
-        there = content(out)
+        aside = content(out / ".replaced", killed=True) if (out / ".replaced").is_dir() else {}
+        there = content(out, killed=True)
         assert there == old or aside == old or there.items() >= new.items() or both(there, aside) >= old.items(), place
         assert nursery.run(command) == 0, (place, nursery.log.read_text())
         assert content(out) == new, place

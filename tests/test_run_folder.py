@@ -256,6 +256,35 @@ def test_a_run_that_is_done_is_not_resumed(tmp_path):
         check_run(tmp_path, "resume")
 
 
+@pytest.mark.parametrize("existing", ["resume", "refuse"])
+def test_a_run_killed_while_it_was_closed_is_closed_by_the_next_command(tmp_path, existing):
+    open_(tmp_path)
+    fill(tmp_path)
+    close_run(tmp_path)
+    whole = files_in(tmp_path)
+    for name in ("checkpoints/step-000001/model.safetensors", ".replaced/config.json", ".DONE.0123abcd.tmp"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("left")
+    with lock(tmp_path), pytest.raises(ValueError, match=r"done|not empty"):
+        check_run(tmp_path, existing)
+    assert files_in(tmp_path) != whole  # another process is at it
+    with pytest.raises(ValueError, match=r"done|not empty"):
+        check_run(tmp_path, existing)
+    assert {name: text for name, text in files_in(tmp_path).items() if name != ".lock"} == whole
+
+
+def test_a_run_killed_while_it_was_set_aside_is_left_alone(tmp_path):
+    open_(tmp_path)
+    fill(tmp_path)
+    close_run(tmp_path)
+    (tmp_path / ".replaced").mkdir()
+    (tmp_path / "train.jsonl").rename(tmp_path / ".replaced" / "train.jsonl")
+    before = files_in(tmp_path)
+    with pytest.raises(ValueError, match="this run is done"):
+        check_run(tmp_path, "resume")
+    assert files_in(tmp_path).items() >= before.items()
+
+
 # What is written.
 
 

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from .. import device as devices
-from ..files import append_jsonl, atomic_write, check_writable, locked, read_object, resume_jsonl, write_json
+from ..files import append_jsonl, atomic_write, check_writable, locked, read_object, remove, resume_jsonl, write_json
 
 CONFIG, ENVIRONMENT, DIFF, LOG = "config.json", "environment.json", "diff.patch", "train.jsonl"
 CHECKPOINTS, MODEL, EVAL, DONE = "checkpoints", "model", "eval", "DONE"
@@ -42,7 +42,8 @@ Log = Callable[[dict[str, Any]], None]
 
 
 def check_run(out: Path, existing: str = "refuse") -> None:
-    """Raises `ValueError` if a run may not be written to `out`, or `existing` is none of EXISTING. Changes nothing."""
+    """Raises `ValueError` if a run may not be written to `out`, or `existing` is none of EXISTING. Changes nothing,
+    except that a run that was killed while it was closed is then closed."""
     if existing not in EXISTING:
         raise ValueError(f"existing is {existing!r}, expected one of {', '.join(EXISTING)}")
     check_writable(out)
@@ -51,6 +52,9 @@ def check_run(out: Path, existing: str = "refuse") -> None:
     begun = out.is_dir() and any(path.name not in opening and not path.match(".*.tmp") for path in out.iterdir())
     if not begun or ((out / CONFIG).is_file() and existing == "overwrite"):
         return
+    if (out / CONFIG).is_file() and (out / DONE).exists():
+        with contextlib.suppress(ValueError), locked(out / LOCK):
+            _tidy(out)
     if existing == "refuse":
         raise ValueError(f"{out}: not empty; choose another folder, or overwrite or resume the run in it")
     if not (out / CONFIG).is_file():
@@ -120,7 +124,14 @@ def close_run(out: Path) -> None:
     """Marks the run as done, then deletes its checkpoints, the run it replaces, and what killed processes left."""
     with atomic_write(out / DONE) as file:
         file.write(_now() + "\n")
-    _remove(out / CHECKPOINTS, out / REPLACED, *out.glob(".*.tmp"))
+    _tidy(out)
+
+
+def _tidy(out: Path) -> None:
+    """Deletes what a run that is done does not need."""
+    # A run without its log was about to be set aside when its process was killed.
+    if (out / LOG).exists() or (out / REPLACED / DONE).exists():
+        remove(out / CHECKPOINTS, out / REPLACED, *out.glob(".*.tmp"))
 
 
 def _set_aside(out: Path) -> None:
@@ -128,23 +139,14 @@ def _set_aside(out: Path) -> None:
     # Checkpoints first: without them a resumed run begins at the beginning. DONE last: it makes the old run whole.
     paths = *out.glob(".*.tmp"), *(out / name for name in (CHECKPOINTS, LOG, "tensorboard", EVAL, MODEL, DONE))
     if not (out / DONE).exists():
-        return _remove(*paths)
+        return remove(*paths)
+    _tidy(out)
     aside = out / REPLACED
-    if (aside / DONE).exists():
-        _remove(aside)
     aside.mkdir(exist_ok=True)
     for path in filter(Path.is_file, (out / CONFIG, out / ENVIRONMENT, out / DIFF)):
         shutil.copy(path, aside)
     for path in filter(Path.exists, paths):
         os.replace(path, aside / path.name)
-
-
-def _remove(*paths: Path) -> None:
-    for path in paths:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def open_log(out: Path | None, step: int, logger: str | None = None) -> Log:
