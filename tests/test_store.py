@@ -608,11 +608,43 @@ def test_keys_without_vectors_are_an_error(filled, size):
 @pytest.mark.parametrize("content", [b"garbage" * 1000, b"SQLite format 3\x00" + b"\xff" * 5000])
 def test_a_damaged_database_is_one_line(filled, capsys, content):
     (filled / "store.sqlite").write_bytes(content)
-    with pytest.raises(ValueError, match=r"store\.sqlite: ") as caught:
+    with pytest.raises(
+        ValueError, match=r"store\.sqlite: is damaged \(.*\); `embedft store .* --repair` sets"
+    ) as caught:
         Store(filled).fill(SPACE, numbered(1), never)
     assert "\n" not in str(caught.value)
+    for option in ([], ["--verify"], ["--prune", NAME]):
+        assert main(["store", str(filled), *option]) == 2
+        assert str(caught.value) in capsys.readouterr().err
+    assert main(["store", str(filled), "--repair"]) == 0
+    assert f"all its texts are computed again: now {filled / 'store.sqlite.damaged-1'}" in capsys.readouterr().err
+    assert (filled / "store.sqlite.damaged-1").read_bytes() == content
+    texts, compute = numbered(1, 2), Compute()
+    np.testing.assert_array_equal(encode(Store(filled), SPACE, texts, compute), vectors_of(texts))
+    assert compute.calls == [texts]
+
+
+def test_a_fault_in_a_database_that_can_be_read(filled, capsys):
+    path = filled / "store.sqlite"
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        (size,) = database.execute("PRAGMA page_size").fetchone()
+        (page,) = database.execute(
+            "SELECT rootpage FROM sqlite_master WHERE tbl_name = 'batches' AND type = 'index'"
+        ).fetchone()
+    content = bytearray(path.read_bytes())
+    content[(page - 1) * size : page * size] = bytes(size)
+    path.write_bytes(content)
     assert main(["store", str(filled), "--verify"]) == 2
-    assert "store.sqlite" in capsys.readouterr().err
+    assert "store.sqlite: is damaged (" in capsys.readouterr().err
+    assert main(["store", str(filled), "--repair"]) == 0
+    assert Store(filled).spaces() == {}
+
+
+def test_a_locked_database_is_not_damaged(filled):
+    with contextlib.closing(sqlite3.connect(filled / "store.sqlite", isolation_level=None)) as database:
+        database.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(ValueError, match=r"store\.sqlite: database is locked$"):
+            Store(filled, timeout_seconds=0.01).spaces()
 
 
 def test_a_store_of_another_version_is_refused(filled):

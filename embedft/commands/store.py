@@ -22,7 +22,7 @@ class Options(config.Options):
 
     store: str = option(REQUIRED, "folder that --store of another command made", metavar="DIR", positional=True)
     verify: bool = option(False, "read everything; exit code 1 when a row is damaged")
-    repair: bool = option(False, "drop damaged rows; their texts are encoded again when next needed")
+    repair: bool = option(False, "drop damaged rows, or the database; their texts are encoded again when next needed")
     prune: list[str] | None = option(None, "remove these spaces, by the names that are listed", metavar="SPACE ...")
     prune_unused: float | None = option(None, "remove spaces not used for this long", metavar="DAYS", least=0)
 
@@ -32,11 +32,19 @@ class Options(config.Options):
 
 def run(options: Options) -> int:
     """Does what was asked for; lists the spaces when nothing was."""
+    from ..encoders.database import DATABASE, DamagedDatabase, check_database, set_aside
     from ..encoders.store import Store
 
     if not Path(options.store).is_dir():
         raise ValueError(f"{options.store}: no such folder")
     store = Store(options.store)
+    if options.verify or options.repair:
+        try:
+            check_database(store.folder / DATABASE)
+        except DamagedDatabase as error:
+            if not options.repair:
+                raise
+            print(f"{error}: now {set_aside(store.folder / DATABASE)}", file=sys.stderr)
     spaces = store.spaces()
     if options.prune or options.prune_unused is not None:
         latest = time.time() - (options.prune_unused or 0) * 86_400

@@ -26,21 +26,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..files import locked
+from .database import DATABASE, check_database, transaction
 from .tokenization import check_texts
 
-DATABASE, VERSION, NAME_DIGITS = "store.sqlite", 2, 16
+NAME_DIGITS = 16
 VECTOR_TYPE = np.dtype("<f4")
 RECORD = np.dtype([("key", "<u8", 2), ("checksum", "<u4")])  # of one row; all zeros: it was dropped as damaged
 ROW_BITS = np.uint64(2**32 - 1)
-SCHEMA = f"""
-BEGIN IMMEDIATE;
-CREATE TABLE IF NOT EXISTS spaces (id INTEGER PRIMARY KEY AUTOINCREMENT, fingerprint TEXT NOT NULL UNIQUE,
-    dim INTEGER NOT NULL, description TEXT NOT NULL, last_used REAL NOT NULL, num_repairs INTEGER NOT NULL DEFAULT 0);
-CREATE TABLE IF NOT EXISTS batches (space INTEGER NOT NULL, first_row INTEGER NOT NULL, num_texts INTEGER NOT NULL,
-    records BLOB NOT NULL, PRIMARY KEY (space, first_row));
-PRAGMA user_version = {VERSION};
-COMMIT;
-"""
 ADD_SPACE = """INSERT INTO spaces (fingerprint, dim, description, last_used) VALUES (?, ?, ?, ?)
     ON CONFLICT (fingerprint) DO UPDATE SET last_used = excluded.last_used"""
 WRITE_BATCH = "INSERT OR REPLACE INTO batches VALUES (?, ?, ?, ?)"
@@ -278,10 +270,8 @@ class Store:
     def verify(self, name: str, *, repair: bool = False) -> tuple[int, np.ndarray]:
         """Reads all of a space; returns its number of texts and the rows whose vectors are damaged, ascending.
         `repair` also drops these rows, so that their texts are computed again; the others keep their numbers."""
+        check_database(self.folder / DATABASE)
         with self._transaction(write=repair) as database:
-            (state,) = database.execute("PRAGMA quick_check(1)").fetchone()
-            if state != "ok":
-                raise ValueError(f"{self.folder / DATABASE}: {' '.join(state.split())}")
             identity, fingerprint, dim = self._named(database, name)
             path, damaged, num_texts, end = self._path(fingerprint, identity), [], 0, 0
             sql = "SELECT first_row, records FROM batches WHERE space = ? ORDER BY first_row"
@@ -325,20 +315,5 @@ class Store:
     def _path(self, fingerprint: str, identity: int) -> Path:
         return self.folder / f"{fingerprint[:NAME_DIGITS]}.{identity}.f32"
 
-    @contextlib.contextmanager
-    def _transaction(self, *, write: bool = False) -> Iterator[sqlite3.Connection]:
-        """A transaction on a connection of its own: all of it happens or, after an error or a kill, nothing."""
-        path = self.folder / DATABASE
-        try:
-            connection = sqlite3.connect(path, timeout=self.timeout_seconds, isolation_level=None)
-            with contextlib.closing(connection) as database, database:  # commits, or rolls back after an error
-                (version,) = database.execute("PRAGMA user_version").fetchone()
-                if not version:
-                    database.execute("PRAGMA auto_vacuum = FULL")  # the file shrinks when a space is removed
-                    database.executescript(SCHEMA)
-                elif version != VERSION:
-                    raise ValueError(f"{path}: version is {version}, expected {VERSION}: a newer embedft wrote it")
-                database.execute("BEGIN IMMEDIATE" if write else "BEGIN")
-                yield database
-        except sqlite3.Error as error:
-            raise ValueError(f"{path}: {error}") from None
+    def _transaction(self, *, write: bool = False) -> contextlib.AbstractContextManager[sqlite3.Connection]:
+        return transaction(self.folder / DATABASE, write=write, timeout_seconds=self.timeout_seconds)
