@@ -322,6 +322,16 @@ def test_every_change_is_in_the_hash(minilm, change):
     assert tokenizer.sha256() == hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest() != before
 
 
+def test_what_a_backend_does_not_save_is_in_the_hash(minilm):
+    tokenizer = copy.deepcopy(minilm.tokenizer)
+    before, ids = tokenizer.sha256(), tokenizer.encode(["a [SEP] b"])
+    tokenizer.backend.encode_special_tokens = True
+    assert tokenizer.encode(["a [SEP] b"]) != ids
+    assert tokenizer.sha256() != before
+    tokenizer.backend.encode_special_tokens = False
+    assert tokenizer.sha256() == before
+
+
 def test_another_backend_is_in_the_hash(minilm):
     """Even one with as many tokens, in another order."""
     tokenizer = copy.deepcopy(minilm.tokenizer)

@@ -128,9 +128,10 @@ class Tokenizer:
         # The hash takes 2 to 9 ms for MiniLM, this 0.3 ms. `str` abridges, so steps are pickled; a vocabulary takes as
         # long to pickle as to hash, so another one of the same size, put into the same backend, goes unnoticed.
         looks = backend, str(backend.model), pickle.dumps((steps, backend.truncation, backend.padding))
-        looks += backend.get_vocab_size(), str(backend.get_added_tokens_decoder())
+        unsaved = "encode_special_tokens" * backend.encode_special_tokens  # `to_str` leaves it out
+        looks += backend.get_vocab_size(), str(backend.get_added_tokens_decoder()), unsaved
         if self._known[0] != looks:
-            self._known = looks, hashlib.sha256(backend.to_str().encode()).hexdigest()
+            self._known = looks, hashlib.sha256((backend.to_str() + unsaved).encode()).hexdigest()
         return self._known[1]
 
     def save(self, folder: Path) -> None:
