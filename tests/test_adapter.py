@@ -274,7 +274,7 @@ def without(key):
 
 
 def foreign(content):
-    """Weights that are not ours, though the configuration has their hash."""
+    """Writes weights of another format, with their hash in the configuration."""
 
     def write(folder):
         from embedft.files import sha256_file
@@ -600,7 +600,7 @@ def test_a_saved_adapter_goes_with_other_lengths_but_not_other_weights(embedder,
 
 
 def test_an_adapter_goes_with_other_ways_to_multiply(embedder, tmp_path):
-    """Which a store tells apart; an adapter is of the same model."""
+    """A store keeps their vectors apart, but the adapter still fits the model."""
     adapted(embedder).save(tmp_path / "saved")
     matmul = torch.backends.mkldnn.matmul
     before = matmul.fp32_precision
@@ -616,7 +616,7 @@ def test_an_adapter_goes_with_other_ways_to_multiply(embedder, tmp_path):
 
 
 def test_saved_in_half_precision(tmp_path):
-    """It loads in float32, which is how every model does, and in its own type."""
+    """It loads in float32, as every model does, and in its own type."""
     base = make_embedder(tmp_path / "base", dtype=torch.bfloat16)
     base.attach(Adapter(LinearMap(32), base=base.base()))
     base.save(tmp_path / "saved")

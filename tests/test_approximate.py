@@ -13,7 +13,7 @@ DIM = 16
 
 
 def clustered(number, seed, *, dim=DIM, clusters=60):
-    """Unit vectors around the same centers whatever the seed."""
+    """Unit vectors around centers that do not depend on the seed."""
     centers = np.random.default_rng(99).standard_normal((clusters, dim))
     rng = np.random.default_rng(seed)
     return unit_rows(centers[rng.integers(0, clusters, number)] + 0.5 * rng.standard_normal((number, dim))).astype("f4")

@@ -1,6 +1,6 @@
-"""The rules of the house, read from the imports with `ast`: who may import whom, which packages, and where.
+"""Architecture rules, checked on the imports with `ast`: who may import whom, which packages, and where.
 
-LAYERS and PACKAGES are the rules. A change of direction is a change of these tables, seen and argued about.
+LAYERS and PACKAGES are the rules. Changing a dependency's direction means changing these tables, in plain sight.
 """
 
 import ast
@@ -20,9 +20,9 @@ from embedft.encoders.folder import FAMILIES
 ROOT = Path(embedft.__file__).parent
 CHECKOUT = Path(__file__).resolve().parents[1]
 
-# Open to all but losses; they import each other and nothing else.
+# All but losses may import these; they import only each other.
 LEAVES = ("config", "files", "progress", "device", "objects", "vectors")
-# Part of embedft, a folder or a module: what it may import of embedft beside itself.
+# A folder or module of embedft: what else of embedft it may import.
 LAYERS = {
     "losses": (),
     "api": LEAVES,
@@ -33,12 +33,12 @@ LAYERS = {
     "retrieval": (*LEAVES, "encoders", "data"),
     **dict.fromkeys(LEAVES, LEAVES),
 }
-# They put the parts together, so they import any of them; no part imports them.
+# These join the parts, so they may import any of them; no part imports these.
 TOP = ("__init__", "__main__", "cli", "commands", "recipe")
 
 
 class Package(NamedTuple):
-    """Where a package from elsewhere may be imported."""
+    """Where a third-party package may be imported."""
 
     parts: tuple[str, ...] | None  # None: anywhere
     in_functions: bool = False  # only where it is used: it is slow to import, or optional
@@ -83,7 +83,7 @@ WITHOUT_TORCH = (
     "encoders.store",
     "vectors",
 )
-# Slow to import, or another's: not there after `import embedft`.
+# Slow to import, or a peer's: `import embedft` must not load them.
 HEAVY = (
     "faiss",
     "huggingface_hub",
@@ -155,7 +155,7 @@ def belongs(module: str, parts: tuple[str, ...]) -> bool:
 
 
 def broken_rules(imports: list[Import], families: set[str]) -> list[str]:
-    """What is wrong with the imports, a line each."""
+    """Import violations, one per line."""
     faults = []
     torch_users = {i.source for i in imports if i.target == "torch" and not i.own}
     while more := {i.source for i in imports if i.own and i.target in torch_users} - torch_users:
@@ -260,7 +260,7 @@ def test_everything_public_says_what_it_is(name):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_modules_and_functions_stay_short(name):
-    """350 lines a module, 60 a function, docstrings included."""
+    """At most 350 lines per module and 60 per function, docstrings included."""
     assert max((node.end_lineno for node in MODULES[name].body), default=0) <= 350
     functions = [node for node in ast.walk(MODULES[name]) if isinstance(node, FUNCTIONS)]
     assert [f.name for f in functions if f.end_lineno - f.lineno >= 60] == []
@@ -281,7 +281,7 @@ def test_no_folder_has_imports_in_its_init():
 
 
 def test_importing_changes_nothing_and_stays_light(tmp_path):
-    """In a process of its own, with torch there already: what embedft adds to it."""
+    """In a separate process where torch is already loaded: what embedft adds."""
     script = """
 import json, os, random, sys, warnings
 import numpy, torch
@@ -311,7 +311,7 @@ print(json.dumps({"changed": before != state(), "modules": sorted(sys.modules)})
 
 
 def modules_after(code: str) -> set[str]:
-    """The modules that a process of its own has loaded after some code."""
+    """The modules loaded in a separate process after running some code."""
     script = f"{code}\nimport sys\nprint(*sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-B", "-c", script], capture_output=True, text=True, check=True)
     return set(done.stderr.split())
@@ -329,7 +329,7 @@ def test_names_of_the_public_face_are_imported_when_used():
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_is_quick(command):
-    """Nothing is loaded that takes long: neither torch nor, for the list of commands, NumPy."""
+    """Help loads nothing slow: not torch and, for the list of commands, not NumPy."""
     loaded = modules_after(f"from embedft.cli import main\nmain({[*command.split(), '--help']})")
     trains = command in ("finetune", "adapter")  # their settings belong to the training code
     assert trains or not loaded & {"torch", "safetensors", "faiss", "openai", "pypdf"}
@@ -337,7 +337,7 @@ def test_help_is_quick(command):
 
 
 def test_ci_runs_the_command_of_the_readme():
-    """The same line in both, so that what the README promises is what is tested."""
+    """Both contain the same line, so the README's command is the one tested."""
     (command,) = (line for line in (CHECKOUT / "README.md").read_text().splitlines() if "&& python -m pytest" in line)
     assert command in (CHECKOUT / ".ci" / "run").read_text().splitlines()
 

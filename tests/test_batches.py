@@ -1,4 +1,4 @@
-"""batches.py: every pair once an epoch, in the reference's order; a document once a batch, nobody's own a negative."""
+"""batches.py: each pair once per epoch, in the reference's order; each document once per batch, no false negatives."""
 
 import random
 import time
@@ -57,7 +57,7 @@ def relevant_pairs(dataset: RetrievalDataset) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("num_negatives", [0, 2])
 def test_no_relevant_document_is_ever_a_negative(seed, num_negatives):
-    """The promise to the loss, over everything a batch can be: `negative` is what the qrels do not call relevant."""
+    """The promise to the loss, for every kind of batch: `negative` holds only what the qrels do not call relevant."""
     dataset = many_to_many(seed)
     for batch in make_batches(dataset, 6, seed, num_negatives=num_negatives).epoch(0):
         assert len(set(batch.document_ids)) == len(batch.document_ids)
@@ -169,7 +169,7 @@ def test_refuses_what_cannot_be_trained_on():
 
 
 def test_a_query_may_have_fewer_hard_negatives():
-    """Three, one and none: the list of every batch is as wide, and where nothing is listed there is no document."""
+    """Three, one and none: every batch's list has the same width, padded where nothing is listed."""
     dataset = RetrievalDataset(
         queries={"q": "a", "r": "b", "s": "c"},
         corpus={d: f"text of {d}" for d in "defgh"},
@@ -187,7 +187,7 @@ def test_a_query_may_have_fewer_hard_negatives():
 
 
 def pack_letters(texts, *, role):
-    """Stands for `Embedder.pack` where lengths matter: a token a letter, and two more."""
+    """Stands in for `Embedder.pack` where lengths matter: one token per letter, plus two."""
     return pack([[1, *map(ord, text), 2] for text in texts])
 
 
@@ -203,7 +203,7 @@ def plan_ids(batches: Batches, epoch: int = 0) -> list[list[str]]:
 
 
 def texts_of(batches: Batches, rows: list[int]) -> list[set[str]]:
-    """What stands in each row of a batch."""
+    """The content of each row of a batch."""
     dataset, found = batches.collate.dataset, []
     for query_id, document_id in (batches.examples[row] for row in rows):
         documents = [document_id, *dataset.negatives.get(query_id, [])[: batches.collate.num_negatives]]
@@ -231,7 +231,7 @@ def with_doubles(seed: int, num_pairs: int, num_queries: int, num_documents: int
 
 
 def test_no_duplicates_by_hand():
-    """Eight pairs, two with one context, in batches of four: the two are apart, and nobody else moves out of order."""
+    """Eight pairs, two sharing a context, in batches of four: those two are separated, and no other pair moves."""
     corpus = {f"d{i}": f"context {min(i, 6)}" for i in range(8)}
     dataset = RetrievalDataset(
         {f"q{i}": f"question {i}" for i in range(8)}, corpus, {f"q{i}": {f"d{i}": 1} for i in range(8)}
@@ -325,7 +325,7 @@ def test_a_few_doubles_leave_full_batches():
 
 @pytest.mark.parametrize("batch_size", [32, 8192])
 def test_no_duplicates_takes_linear_time(batch_size):
-    """Ten questions a context, 8,000 and 32,000 of them: four times the pairs take four times as long, not sixteen."""
+    """Ten questions per context, 8,000 and 32,000 questions: four times the pairs take 4 times as long, not 16."""
     seconds = []
     for num_pairs in (8_000, 32_000):
         corpus = {f"d{i}": f"context {i}" for i in range(num_pairs // 10)}
@@ -456,7 +456,7 @@ def test_all_documents_of_a_query_by_hand():
 
 
 def test_scored_pairs_by_hand():
-    """Whether relevant or not, and of queries that have no qrels."""
+    """Relevant or not, and for queries without qrels."""
     batches = make_batches(JUDGED, 7, examples="scored")
     assert batches.examples == [("q", "a"), ("q", "b"), ("q", "d"), ("r", "c"), ("r", "a"), ("s", "e"), ("s", "a")]
     batch = batches.collate(batches.examples)

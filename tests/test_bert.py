@@ -10,8 +10,8 @@ from embedft.encoders import bert, layers
 from embedft.encoders.bert import Bert, BertConfig
 from embedft.encoders.packing import pack
 
-# Of unlike lengths, with equal ones among them, a single token, and the longest that positions allow. No padding token
-# (0): transformers gives its embedding no gradient.
+# Different and equal lengths, a single token, and the longest that positions allow. No padding token (0), because
+# transformers gives its embedding no gradient.
 SEQUENCES = [[2, 7, 9, 3], [2, 3], [2, 11, 12, 13, 14, 3], [2, 30, 31, 3], [40], list(range(1, 49))]
 
 
@@ -112,7 +112,7 @@ def test_the_configuration_counts(change, write_tiny, tmp_path):
 
 
 def test_every_linear_layer_takes_the_fast_path_in_float32(tiny_bert, monkeypatch):
-    """And has no padding: its products have as many rows as the batch has tokens."""
+    """Without padding: each product has as many rows as the batch has tokens."""
     if not layers.has_onednn_linear(torch.device("cpu"), torch.float32):
         pytest.skip("no oneDNN linear layer here")
     rows, product = [], layers._product

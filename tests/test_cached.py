@@ -68,7 +68,7 @@ class OneRow(nn.Module):
 
 
 def make_batch(embedder, *, num_negatives: int = 2, batch_size: int = 11, seed: int = 0):
-    """11 pairs over 9 documents, so two of them are there for two queries."""
+    """11 pairs over 9 documents, so two documents have two queries."""
     batches = make_batches(
         make_dataset(11, 9, negatives=num_negatives),
         embedder.pack,
@@ -95,7 +95,7 @@ def direct_backward(embedder, batch, targets, loss, *, mini_batch_tokens, autoca
 
 
 def outcome(embedder, batch, targets, loss, backward, **options):
-    """Loss, gradients of embedder and loss, and where the random generator ended; from the same random state."""
+    """Loss, gradients of embedder and loss, and the generator's final state, from the same initial random state."""
     modules = [embedder, *([loss] if isinstance(loss, nn.Module) else [])]
     for module in modules:
         module.zero_grad()
@@ -184,7 +184,7 @@ def test_rows_stand_where_their_texts_stood(embedder):
 
 
 def test_equals_the_batch_at_once_without_dropout(embedder):
-    """The weights do not tell in how many parts they were asked: against the step that `train` takes otherwise."""
+    """The weights do not depend on how the batch was split: compared with the step that `train` takes without it."""
     embedder.eval()
     batch = make_batch(embedder)
     value, gradients, _ = outcome(embedder, batch, batch.targets, in_batch_negatives, cached, mini_batch_tokens=25)
@@ -271,7 +271,7 @@ def test_cached_is_direct_for_a_batch_of_one(embedder):
 
 
 def test_dropout_is_the_same_both_times_and_shows(embedder):
-    """Otherwise nothing above would say anything of it."""
+    """Shows that dropout was at work in the tests above."""
     batch = make_batch(embedder)
     value, _, _ = outcome(embedder, batch, batch.targets, in_batch_negatives, cached, mini_batch_tokens=40)
     embedder.eval()
@@ -291,7 +291,7 @@ def test_float32(tmp_path):
 
 
 def test_bfloat16(tmp_path):
-    """Under autocast the vectors are those of autocast both times, and every weight gets its gradient."""
+    """Both forward passes run under autocast, and every weight gets its gradient."""
     embedder = make_embedder(tmp_path / "base").train()
     batch = make_batch(embedder)
     options = {"tolerance": 1e-5, "autocast": BFLOAT16}
@@ -388,7 +388,7 @@ def test_refuses_mini_batches_without_a_token():
 
 
 def test_activations_of_one_mini_batch_at_a_time(embedder):
-    """What autograd keeps at its most, by the tensors it is asked to keep: as much for 44 pairs as for 11."""
+    """The peak of what autograd saves, counted tensor by tensor, is the same for 44 pairs as for 11."""
 
     def most_kept(copies: int) -> int:
         kept, most = 0, 0
@@ -428,7 +428,7 @@ def test_memory_is_given_back_after_every_mini_batch(embedder, monkeypatch):
 
 
 def test_options_of_the_table_are_those_of_losses():
-    """So that an entry of NEEDED does not outlive its loss."""
+    """Every entry of NEEDED belongs to an existing loss."""
     for name, options in NEEDED.items():
         if name in LOSSES:
             assert options.keys() <= loss_options(LOSSES[name]).keys()
@@ -438,9 +438,9 @@ def test_options_of_the_table_are_those_of_losses():
 
 
 def test_the_two_losses_of_sentence_transformers_differ_under_dropout(embedder, tmp_path, reference):
-    """With one column of documents they are one; with two the plain one embeds both at once, the cached one each alone.
+    """With one column of documents they agree; with two, the plain one embeds both at once, the cached one one by one.
 
-    Here it is one loss whatever the columns are, and whatever the mini-batches.
+    Ours gives one loss, whatever the columns and mini-batches.
     """
     losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
     model = reference(tmp_path / "base").train()

@@ -1,4 +1,4 @@
-"""checkpoint.py: what goes in comes out bit for bit; damage is found and named; nothing is pickled.
+"""checkpoint.py: state is restored bit for bit; damage is found and named; nothing is pickled.
 
 That a resumed run ends with the bits of an uninterrupted one is in test_train.py.
 """
@@ -166,7 +166,7 @@ def test_the_two_newest_are_kept(tmp_path):
 
 @pytest.mark.parametrize("place", ["in the middle", "before the rename"])
 def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path, monkeypatch, place):
-    """The folder is still hidden: the checkpoint before it counts, and the next save removes it, whatever its step."""
+    """A hidden, unfinished folder: the previous checkpoint counts, and the next save removes it, whatever its step."""
     state = make_state(0, at=1)
     save_checkpoint(tmp_path, state)
     state.step = 2

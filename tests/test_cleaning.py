@@ -1,4 +1,4 @@
-"""Cleaning: each rule on sentences judged by hand, the merge against arithmetic, the round trip against sorting."""
+"""cleaning.py: each rule on hand-judged sentences, merging by hand, and the round trip against sorting."""
 
 import json
 import random
@@ -142,7 +142,7 @@ def test_shows_prompt(text, shown):
     assert first(PROMPT, text) == shown
 
 
-# The source. What comes back is what a report shows, so it is compared too.
+# The source. Reports show the detail that is returned, so it is compared too.
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_validation_that_trains_too_is_told_in_one_line(place, command):
 
 
 def test_an_api_cannot_be_trained(place, capsys, monkeypatch):
-    """Which is told without asking for a key."""
+    """The command says so without asking for a key."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     assert main(["finetune", "openai:x", "pairs.json", "--out", "run"]) == 2
     assert "openai:x is behind an API: its weights cannot be trained" in capsys.readouterr().err
@@ -398,7 +398,7 @@ def test_help_lists_every_command(capsys, monkeypatch):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_explains_every_option(capsys, monkeypatch, command):
-    """Names begin a line two columns in; what they mean follows on that line, or further in on the next."""
+    """Option names are indented by two columns; their help follows on the same line, or indented on the next."""
     monkeypatch.setenv("COLUMNS", "160")
     text = help_of(capsys, command).partition("\nlosses (")[0]
     entries = re.split(r"\n  (?=\S)", text)[1:]

@@ -295,7 +295,7 @@ def test_help_has_every_option_with_meaning_and_default(monkeypatch, cls):
 
 
 def test_an_address_is_not_in_the_repr():
-    """It may hold a key, and a `repr` ends up in logs and tracebacks."""
+    """It may contain a key, and a `repr` ends up in logs and tracebacks."""
     from embedft.corpus.questions import QuestionConfig
 
     config = QuestionConfig(base_url="http://user:password@host/v1?api-key=0123456789")

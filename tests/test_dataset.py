@@ -1,4 +1,4 @@
-"""RetrievalDataset: what it refuses, what each format reads and writes, and that no split leaks."""
+"""RetrievalDataset: what it refuses, reading and writing each format, and splits without leaks."""
 
 import csv
 import gzip
@@ -763,7 +763,7 @@ def test_ids_may_have_spaces(tmp_path, suffix):
 
 
 def make_random(seed: int, *, grades=(1,), negatives=False, titles=False, scores=False, num_loose: int = 0):
-    """A dataset whose ids and texts are nasty, some texts equal under two ids; `num_loose` documents of no query."""
+    """A dataset with nasty ids and texts, some texts equal under two ids, and `num_loose` documents without a query."""
     chance = random.Random(seed)
     queries = {f"q {i} é\u2028": chance.choice(NASTY_TEXTS) + chance.choice(["", str(i)]) for i in range(20)}
     corpus = {f"d/{i},'x": chance.choice(NASTY_TEXTS) + str(i // 2) for i in range(30 + num_loose)}

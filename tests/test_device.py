@@ -73,7 +73,7 @@ def test_what_a_report_says_of_the_machine():
 
 
 def test_peak_memory_is_of_this_process_alone():
-    """One that a process of 1.5 GiB has started begins anew."""
+    """A process started by one that holds 1.5 GiB does not count these."""
     held = torch.ones(3 << 29, dtype=torch.uint8)
     code = "import torch; from experiments.memory import *; print(peak_memory_bytes(torch.device('cpu')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -132,7 +132,7 @@ def test_gradients_by_hand(tmp_path):
 
 
 def what_ranks_tell_each_other():
-    """Everything small that needs ranks, in one start."""
+    """All small checks that need ranks, in one launch."""
     found = {}
     module = nn.BatchNorm1d(2).double()  # parameters, and buffers of two types
     with torch.no_grad():
@@ -299,7 +299,7 @@ def test_several_ranks_are_one(tmp_path, size, mini_batch_tokens):
 
 
 def test_a_batch_of_one_pair_on_three_ranks(tmp_path):
-    """Two of them have nothing to embed in any batch, and are in step all the same."""
+    """Two ranks have nothing to embed in any batch, and still stay in step."""
     config = dataclasses.replace(CONFIG, epochs=1, accumulate=4)
     arguments = (config, make_sum)
     one = train_once(tmp_path / "base", tmp_path / "one", *arguments, batch_size=1)
@@ -480,7 +480,7 @@ def test_finetune_refuses_on_all_ranks(tmp_path):
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ones: a rank that is ahead must not join the meeting of a command that another is still leaving."""
+    """Distinct ports: a rank that is ahead must not join the rendezvous that another is still leaving."""
     with contextlib.ExitStack() as stack:
         listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
         for listener in listeners:
@@ -510,7 +510,7 @@ FINETUNE = ["finetune", "model", "pairs.json", "--epochs", "1", "--batch_size", 
 
 
 def test_the_command_line(tmp_path):
-    """A user's error is told once and ends all with 2; results are printed once."""
+    """A user's error is reported once and ends all ranks with exit code 2; results are printed once."""
     make_embedder(tmp_path / "model", dropout=0.0)
     make_dataset().save(tmp_path / "pairs.json")
     (tmp_path / "gap.csv").write_text("question,context\na,b\n,c\nb,d\n")

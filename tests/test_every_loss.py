@@ -1,6 +1,6 @@
-"""What holds for every loss of LOSSES: being there enrols it. One that needs options has a line in SPECS too.
+"""Tests that every loss in LOSSES must pass; a loss that needs options also has a line in SPECS.
 
-Each is tried as it is and inside of a Matryoshka.
+Each is tested on its own and inside a Matryoshka loss.
 """
 
 import copy
@@ -84,7 +84,7 @@ def make_batch(
 
 
 def listed_alone(targets: Targets, num_queries: int, num_documents: int) -> Targets:
-    """The first queries and documents of a batch; what falls off is not listed."""
+    """The first queries and documents of a batch; documents cut off are no longer listed."""
     group = targets.group[:num_queries]
     return Targets(
         torch.where(group < num_documents, group, -1),
@@ -219,7 +219,7 @@ def test_half_precision_is_computed_in_float32(name, wrapper, dtype):
 @every_loss
 @every_wrapper
 def test_everything_stays_on_its_device(name, wrapper):
-    """A tensor that a loss makes without saying where lands on "meta" here, and what it is mixed with refuses it."""
+    """A tensor that a loss creates without a device lands on "meta" here, and mixing it with others fails."""
     Q, D, targets = make_batch(dtype=torch.float32)
     loss = make_loss(name, wrapper, torch.float32)
     expected = loss_and_gradients(loss, Q, D, targets)
@@ -234,7 +234,7 @@ def test_everything_stays_on_its_device(name, wrapper):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("size", ["batch", "windows"])
 def test_a_few_rows_at_a_time_are_the_whole(name, wrapper, dtype, tolerance, size, monkeypatch):
-    """Two queries at a time, of losses that are sums over queries: nothing else is to be seen of it."""
+    """Losses that sum over queries give the same result two queries at a time."""
     Q, D, targets = degenerate(*make_batch(dtype=dtype), "random", size)
     loss = make_loss(name, wrapper, dtype)
     parameters = list(loss.parameters()) if isinstance(loss, nn.Module) else []

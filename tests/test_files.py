@@ -1,4 +1,4 @@
-"""files.py: a file is whole or not there, and what cannot be read is named by file and line."""
+"""files.py: a file is complete or absent, and errors name the file and line that cannot be read."""
 
 import errno
 import hashlib

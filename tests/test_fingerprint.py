@@ -25,7 +25,7 @@ def change_weight(embedder):
 
 
 def change_weight_unseen(embedder):
-    """Past autograd's count of changes."""
+    """Changes that autograd's version counter misses."""
     embedder.encoder.embeddings.token.weight.data[7, 3] += 1
 
 

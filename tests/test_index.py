@@ -28,7 +28,7 @@ def brute_force(queries, documents, depth):
 
 @pytest.fixture(params=["faiss", "torch"], autouse=True)
 def backend(request, monkeypatch):
-    """Both ways to compute products, on the CPU; torch's is otherwise for other devices."""
+    """Runs both product kernels on the CPU; torch's is normally for other devices."""
     if request.param == "torch":
         nearest = functools.partial(index_module._nearest_torch, device=torch.device("cpu"), block_queries=3)
         monkeypatch.setattr(index_module, "_nearest_faiss", nearest)

@@ -1,4 +1,4 @@
-"""SIGKILL at every change of the disk, and at random moments: the same command again ends as if nothing had happened.
+"""SIGKILL at every disk change and at random moments: running the command again ends as if it had not been killed.
 
 Kills of the store are in test_store.py, those of two ranks in test_distributed.py.
 """
@@ -101,7 +101,7 @@ def nursery(tmp_path):
 
 
 def content(folder: Path, *, killed: bool = False) -> dict[str, object]:
-    """What is in a folder, without times, costs and the environment; `killed`: nor what such a process leaves."""
+    """A folder's content except times, costs and the environment; `killed`: and except what a killed process leaves."""
     found: dict[str, object] = {}
     is_done = (folder / "DONE").is_file()
     for path in sorted(folder.rglob("*")):
@@ -230,7 +230,7 @@ def test_chunking_killed_at_every_change_of_the_disk(tmp_path, nursery):
 
 
 def test_questions_killed_at_every_change_of_the_disk(tmp_path, nursery):
-    """No question is lost, and only what was on its way is asked again."""
+    """No question is lost, and only requests in flight are repeated."""
     make_embedder(tmp_path / "model")
     source = write_texts(tmp_path / "texts", "first")
     chunk = ["chunk", source, "--model", tmp_path / "model", "--size", 30, "--train-share", 0.5]

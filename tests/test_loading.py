@@ -269,7 +269,7 @@ def test_saved_in_half_precision(tiny_bert, reference, tmp_path):
 
 
 def assert_refused(message: str, *args, **options) -> str:
-    """load_embedder raises a ValueError of one line that `message` (a regular expression) is found in; gives it."""
+    """Asserts that load_embedder raises a one-line ValueError matching `message` (a regular expression); returns it."""
     with pytest.raises(ValueError, match=message) as caught:
         load(*args, **options)
     assert "\n" not in str(caught.value)

@@ -24,7 +24,7 @@ from embedft.retrieval.run import Run
 
 
 def ranked_run(rankings: dict[str, list[str]]) -> Run:
-    """A run with exactly these rankings; scores fall by one a rank."""
+    """A run with exactly these rankings; scores fall by one per rank."""
     return Run.from_dict({q: {d: -float(rank) for rank, d in enumerate(ds)} for q, ds in rankings.items()})
 
 

@@ -1,4 +1,4 @@
-"""objects.py: what a run records of the code it was given changes with that code and its settings alone."""
+"""objects.py: what a run records about passed-in code changes only with that code and its settings."""
 
 import functools
 import json

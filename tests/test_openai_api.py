@@ -1,4 +1,4 @@
-"""openai_api.py, endpoint.py: vectors over HTTP from a real server on loopback, each paid for once, whatever fails."""
+"""openai_api.py, endpoint.py: vectors over HTTP from a real local server, each paid for once, whatever fails."""
 
 import asyncio
 import hashlib
@@ -299,7 +299,7 @@ def test_nothing_is_asked_for_twice(tmp_path):
 
 
 def test_two_at_once_pay_once(tmp_path, capfd):
-    """The second waits for the first, says so, and asks for what is missing then: two texts of its own."""
+    """The second job waits for the first, says so, and then requests only what is missing: two texts of its own."""
     texts, found = some_texts(24), {}
     with ApiServer(delay=0.2) as server:
         embedders = [api(server, store=Store(tmp_path), batch_texts=2, concurrency=2) for _ in range(2)]
@@ -476,7 +476,7 @@ REPLIES = {
 @pytest.mark.parametrize("base64", ["given", "ignored"])
 @pytest.mark.parametrize("fault", REPLIES)
 def test_a_reply_that_does_not_fit(tmp_path, fault, base64):
-    """The second of three batches, which is paid for: what is good in it is stored, the rest asked for next time."""
+    """The second of three batches is paid for: its good vectors are stored, the rest requested next time."""
     texts, (message, lost) = some_texts(12), REPLIES[fault]
     with ApiServer(faults=[None, fault], base64=base64) as server:
         embedder = api(server, store=Store(tmp_path), batch_texts=4, concurrency=1)
@@ -507,7 +507,7 @@ def test_another_dimension_than_stored(tmp_path):
 
 
 def test_a_run_that_begins_with_five_bad_replies_stops():
-    """They were paid for, and the others would be."""
+    """Those five were paid for; the other 95 would be too."""
     with ApiServer(faults=["fewer-vectors"] * 100) as server:
         with pytest.raises(
             ValueError, match="0 vectors came back for 1 texts; 100 of 100 texts asked for have no vector"
@@ -661,7 +661,7 @@ def test_it_always_gets_shorter():
 
 
 def test_a_prompt_is_never_cut():
-    """Whatever is left of the text behind it, the server says no."""
+    """The server refuses the text however short it is cut."""
     prompt = "p" * 1000 + " "
     with (
         ApiServer(max_tokens=100) as server,

@@ -145,7 +145,7 @@ def test_ranges_hold_what_they_may():
 
 
 def fewest_groups(lengths: list[int], slack: float) -> int:
-    """The smallest number of runs of neighbours within `slack`, by trying every cut."""
+    """The smallest number of groups of neighbours within `slack`, by trying every cut."""
     fewest = [0]
     for end in range(1, len(lengths) + 1):
         runs = (start for start in range(end) if min(lengths[start:end]) >= (1 - slack) * max(lengths[start:end]))

@@ -1,4 +1,4 @@
-"""Thousands of seeded faults in model folders, data files, checkpoints and PDFs: right, or refused in one line.
+"""Thousands of seeded faults in model folders, data files, checkpoints and PDFs: read right, or refused in one line.
 
 Replies of servers have tests of this kind in test_questions.py and test_openai_api.py.
 """

@@ -1,7 +1,7 @@
-"""Questions by a language model, against a real server on loopback: every fault, every limit, kills at random moments.
+"""Questions by an LLM, against a real local server: every fault, every limit, kills at random moments.
 
-What must hold: one valid reply a chunk however many requests fail, nothing on disk is asked for again, and the key is
-in no file, no output and no error.
+What must hold: one valid reply per chunk however many requests fail, nothing on disk is requested again, and the key
+appears in no file, output or error.
 """
 
 import asyncio
@@ -260,7 +260,7 @@ def test_every_random_fault_is_among_those_tried_here():
 
 @pytest.mark.parametrize("fault", RETRIED)
 def test_a_fault_is_recorded_and_asked_again(tmp_path, fault):
-    """Is it free (True), does nobody know (False), or did the server report what it took (None)?"""
+    """Is it free (True), of unknown cost (False), or did the server report its usage (None)?"""
     status, reason, is_free = RETRIED[fault]
     chunks = some_chunks(1)
     settings = {"timeout_seconds": 0.3} if fault == "late" else {}
@@ -357,7 +357,7 @@ def test_content_in_parts():
 
 
 def test_the_timeout_holds_for_the_whole_reply(monkeypatch):
-    """The client's own starts anew with every piece that arrives, so a server that dribbles would never meet it."""
+    """The client's own timeout restarts with every piece received, so a server that trickles would never reach it."""
     asker = questions._Asker(QuestionConfig(timeout_seconds=0.05), TEMPLATE)
 
     async def dribble(*request, **more) -> None:

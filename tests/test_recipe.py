@@ -1,4 +1,4 @@
-"""recipe.py: what `finetune` leaves on disk and in memory, what it refuses before work, and that it can be resumed."""
+"""recipe.py: what `finetune` leaves on disk and in memory, what it refuses before any work, and resuming."""
 
 import json
 import secrets
@@ -138,7 +138,7 @@ def test_the_selected_metric_is_measured_whatever_its_cutoff(tmp_path, select):
 
 
 def test_a_corpus_of_one(tmp_path):
-    """Nothing to tell apart: no negative, a loss of 0, and every question answered."""
+    """Nothing to learn: no negatives, a loss of 0, and every question answered."""
     data = RetrievalDataset({"q0": "a b", "q1": "c"}, {"d": "a b c d"}, {"q0": {"d": 1}, "q1": {"d": 1}})
     embedder = make_embedder(tmp_path / "base")
     before = weights_of(embedder)

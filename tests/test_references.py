@@ -1,4 +1,4 @@
-"""references.py: the vectors of a batch's ids, whatever their order; what it refuses; what the targets get."""
+"""references.py: vectors for a batch's ids in any order; what it refuses; what it adds to the targets."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""registry.py: losses by name; what a configuration may get wrong is refused before anything runs."""
+"""registry.py: losses by name; invalid configurations are refused before anything runs."""
 
 import inspect
 import json

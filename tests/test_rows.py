@@ -1,4 +1,4 @@
-"""rows.py: rows of scores at a time are the same numbers in less memory."""
+"""rows.py: scoring a few rows at a time gives the same numbers in less memory."""
 
 import dataclasses
 from functools import partial

@@ -1,4 +1,4 @@
-"""run_folder.py: made once, found unwritable before work starts, resumed only as it was, closed last."""
+"""run_folder.py: made once, checked for writing before work starts, resumed only unchanged, closed last."""
 
 import json
 import os
@@ -120,7 +120,7 @@ def killed_at(patch, place: int) -> None:
 @pytest.mark.parametrize("before", ["nothing", "unfinished", "finished"])
 @pytest.mark.parametrize("place", range(1, 30))
 def test_killed_at_any_point_of_opening_and_closing(tmp_path, before, place):
-    """What is left is resumed or overwritten; a finished run is whole somewhere until the new one is done."""
+    """What is left can be resumed or overwritten; a finished run stays complete somewhere until the new one is done."""
     out = tmp_path / "run"
     if before != "nothing":
         open_(out)
@@ -177,7 +177,7 @@ def test_a_folder_in_which_nothing_began_is_removed(tmp_path):
 
 @pytest.mark.parametrize("existing", ["refuse", "overwrite", "resume"])
 def test_foreign_files_are_left_alone(tmp_path, existing):
-    """A folder with files but no run is nobody's to empty; `model` and `eval` may be anybody's names."""
+    """A folder without a run must not be emptied, even if it has a `model` or `eval`: others use these names too."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights.bin").write_text("precious")
     before = files_in(tmp_path)

@@ -1,4 +1,4 @@
-"""significance.py against enumeration, SciPy, and its own promise under the null hypothesis."""
+"""significance.py against enumeration, SciPy, and its nominal error rate under the null hypothesis."""
 
 import itertools
 import math

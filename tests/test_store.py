@@ -1,4 +1,4 @@
-"""store.py: nothing stale, nothing lost by a kill, a text computed once, damage named; and its command."""
+"""store.py: nothing stale, nothing lost when killed, each text computed once, damage named; and its command."""
 
 import contextlib
 import copy
@@ -711,7 +711,7 @@ def test_last_use_is_noted_once_a_minute(filled):
 
 
 def test_a_space_that_is_being_filled_is_in_use(filled):
-    """However long ago its filling began: noted with every slice, so that nobody takes it for abandoned."""
+    """However long ago filling began: each slice updates the time, so that nobody takes the space for abandoned."""
     store_, ages = Store(filled), []
 
     def compute(texts):

@@ -171,7 +171,7 @@ def test_learns(tmp_path, precision):
 
 
 def test_bfloat16_is_of_the_encoder_alone(tmp_path):
-    """It changes the vectors, a little; the loss gets them in float32, outside of autocast."""
+    """It changes the vectors slightly; the loss gets them in float32, outside autocast."""
     seen = []
 
     def loss(Q, D, targets):
@@ -804,7 +804,7 @@ def test_memory_is_given_back_every_fourth_batch(tmp_path, monkeypatch, accumula
 
 
 def test_references_reach_the_loss(tmp_path):
-    """Asked once a step, without gradient, and beside those that the batch already has."""
+    """Computed once per step, without gradients, in addition to those that the batch already has."""
     embedder, asked, seen = make_embedder(tmp_path / "base"), [], []
     weight = torch.ones((), requires_grad=True)
 

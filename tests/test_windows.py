@@ -1,4 +1,4 @@
-"""Training on passages: the windows that a batch takes, its gradient against a naive maximum, and fine-tuning."""
+"""Training on passages: which windows a batch takes, gradients against a naive maximum, and fine-tuning."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What training is tested with: the tiny BERT of conftest.py as an Embedder, and questions for it to learn.
+"""A tiny training setup: the tiny BERT of conftest.py as an Embedder, and questions for it to learn.
 
 embedder = make_embedder(tmp_path / "base")
 finetune(embedder, make_dataset(), ...)
@@ -13,7 +13,7 @@ from embedft import Embedder, RetrievalDataset, load_embedder
 
 
 def make_embedder(folder: Path, *, dropout: float = 0.1, **options) -> Embedder:
-    """The tiny BERT in `folder`, written there unless it is there; `options` are those of `load_embedder`."""
+    """Loads the tiny BERT from `folder`, writing it if needed; `options` are those of `load_embedder`."""
     if not folder.is_dir():
         write_tiny_folder(folder, hidden_dropout_prob=dropout)
     return load_embedder(folder, device="cpu", **options)
@@ -22,7 +22,7 @@ def make_embedder(folder: Path, *, dropout: float = 0.1, **options) -> Embedder:
 def make_dataset(
     num_queries: int = 12, num_documents: int = 9, *, seed: int = 0, negatives: int = 0
 ) -> RetrievalDataset:
-    """Query i quotes document i mod `num_documents`, its only relevant one; the hard negatives are the next ones."""
+    """Query i quotes document i mod `num_documents`, its only relevant one; the next documents are hard negatives."""
     generator = random.Random(seed)
     corpus = {f"d{j}": " ".join(generator.choices(LETTERS, k=generator.randint(4, 12))) for j in range(num_documents)}
     queries, qrels, hard = {}, {}, {}

@@ -1,9 +1,9 @@
-"""Writes the golden figures that tests/test_golden.py compares with: run it only when a change of digits is intended.
+"""Writes the golden figures that tests/test_golden.py checks. Run it only if figures are meant to change.
 
     python tests/golden/generate.py
 
-Every input is computed from closed forms or a seeded generator, every loss in float64, so the figures hold on any CPU
-to the tolerances of the test.
+All inputs come from closed forms or a seeded generator, and losses are in float64, so the figures hold on any CPU
+within the test's tolerances.
 """
 
 import json
@@ -39,7 +39,7 @@ CONFIGS = {
 
 
 def waves(rows: int, columns: int, phase: float) -> Tensor:
-    """A matrix without structure, from a closed form: the same digits everywhere."""
+    """An unstructured matrix from a closed form, so that its digits are the same everywhere."""
     return torch.tensor(
         [[math.cos(phase + 1.7 * i + 0.9 * j * j + 0.3 * i * j) for j in range(columns)] for i in range(rows)],
         dtype=torch.float64,
