@@ -29,7 +29,7 @@ def make_batches(dataset: RetrievalDataset, batch_size: int = 4, seed: int = 0, 
 
 
 def many_to_many(seed: int, num_queries: int = 13, num_documents: int = 10) -> RetrievalDataset:
-    """1 to 4 relevant documents a query, graded, some judged 0; two hard negatives each."""
+    """1 to 4 relevant documents per query, graded, some judged 0; two hard negatives each."""
     generator = random.Random(seed)
     corpus = {f"d{j}": f"document {j}" for j in range(num_documents)}
     qrels, negatives = {}, {}
@@ -192,7 +192,7 @@ def pack_letters(texts, *, role):
 
 
 def letters(lengths: list[int]) -> RetrievalDataset:
-    """Query i has 1 letter and its document lengths[i] of them: lengths[i] + 5 tokens a pair."""
+    """Query i has 1 letter and its document lengths[i] of them: lengths[i] + 5 tokens per pair."""
     queries = {f"q{i}": chr(ord("A") + i % 25) for i in range(len(lengths))}
     corpus = {f"d{i}": "x" * length for i, length in enumerate(lengths)}
     return RetrievalDataset(queries, corpus, {f"q{i}": {f"d{i}": 1} for i in range(len(lengths))})
@@ -376,7 +376,7 @@ def test_batches_by_tokens(batch_tokens, options):
 
 def test_hard_negatives_count_as_tokens():
     dataset = letters([5] * 8)
-    negatives = {f"q{i}": [f"d{(i + 1) % 8}"] for i in range(8)}  # 7 more tokens a pair: 136
+    negatives = {f"q{i}": [f"d{(i + 1) % 8}"] for i in range(8)}  # 7 more tokens per pair: 136
     dataset = RetrievalDataset(dataset.queries, dataset.corpus, dataset.qrels, negatives)
     assert len(batches_of(dataset, pack_letters, batch_tokens=30, seed=0, num_negatives=1)) == 5
 

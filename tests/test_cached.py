@@ -253,7 +253,7 @@ def test_cached_is_direct_under_matryoshka(embedder, name, options):
 @pytest.mark.parametrize("tokens", [1, 17, 40, 90, 10_000])
 @pytest.mark.parametrize("num_negatives", [0, 1, 3])
 def test_cached_is_direct_for_any_mini_batch(embedder, tokens, num_negatives):
-    """A text at a time, uneven mini-batches, all of a role at once; up to four documents a query."""
+    """A text at a time, uneven mini-batches, all of a role at once; up to four documents per query."""
     batch = make_batch(embedder, num_negatives=num_negatives)
     assert_cached_is_direct(embedder, batch, lambda: in_batch_negatives, tokens=tokens)
 

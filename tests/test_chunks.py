@@ -16,7 +16,7 @@ def count_words(texts):
 
 
 def count_characters(texts):
-    """Blanks count, so the parts have fewer tokens than the whole."""
+    """Counts spaces too, so the parts have fewer tokens than the whole."""
     return [len(text) for text in texts]
 
 
@@ -195,7 +195,7 @@ def test_a_size_that_makes_no_sense(size, overlap):
 
 
 def unique_text(generator, num_words):
-    """No letter stands twice, so that every piece tells where it is; short words may end sentences and lines."""
+    """No letter occurs twice, so that each piece shows its position; short words may end sentences and lines."""
     letters = iter(generator.sample(range(0x4E00, 0x9FA5), 12 * num_words))
     found = []
     for _ in range(num_words):
@@ -531,7 +531,7 @@ def test_chinese_pages_join_without_a_blank():
 
 
 def test_a_long_word_takes_linear_time():
-    """Each of the texts that are counted costs its length: the sum stays within a small multiple of the text."""
+    """The total length of the texts counted stays within a small multiple of the document."""
     total = 0
 
     def count(texts):

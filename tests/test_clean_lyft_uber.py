@@ -1,4 +1,4 @@
-"""experiments/clean_lyft_uber.py on a few sentences and the tiny BERT; its tables against numbers worked by hand."""
+"""experiments/clean_lyft_uber.py on a few sentences and the tiny BERT; its tables against hand-worked numbers."""
 
 import os
 import subprocess

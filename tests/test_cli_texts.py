@@ -39,7 +39,7 @@ def place(tmp_path, monkeypatch):
 
 
 def chunk(*options: str) -> int:
-    """With the packaged MiniLM's tokenizer: that of the tiny model has a token a letter or two."""
+    """With the packaged MiniLM's tokenizer: that of the tiny model has a token per letter or two."""
     return main(["chunk", "docs", "--out", "chunks", *options])
 
 

@@ -1,4 +1,4 @@
-"""client.py: what a response means; a table of statuses, and of replies that are none."""
+"""client.py: what a response means; tables of statuses and of malformed replies."""
 
 import asyncio
 import base64

@@ -1,4 +1,4 @@
-"""components.py: what losses report, by name and value; nothing twice, nothing when nobody asks."""
+"""components.py: what losses report, by name and value; nothing twice, and nothing unless collected."""
 
 import functools
 import gc

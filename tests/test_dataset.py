@@ -191,7 +191,7 @@ def test_llamaindex(tmp_path):
         ('{\n"queries": {"a": "b",\n"a": "c"}}', "PATH: invalid JSON (key 'a'"),
         ("[" * 100_000, "PATH: invalid JSON (maximum recursion depth exceeded"),
         ("1" * 5000, "PATH: invalid JSON (Exceeds the limit"),
-        # The byte order mark is cut before decoding; the line and the byte are those of the file all the same.
+        # The byte order mark is cut before decoding; the line and byte still refer to the file.
         (b"\xef\xbb\xbf{\n\xff}", "PATH line 2: invalid UTF-8 (byte 0xff)"),
         ("", "PATH line 1 column 1: invalid JSON (Expecting value)"),
         ("[1]", "PATH: expected an object, found [1]"),
@@ -994,7 +994,7 @@ def test_finance_file():
         for i, row in enumerate(csv.DictReader(file)):
             assert rows.queries.get(f"q{i}", "") == row["question"]
             assert rows.corpus.get(f"d{i}", row["context"]) == row["context"]
-    # Dropped: the empty context, and one that stands in no other row.
+    # Dropped: the empty context, and one that is in no other row.
     merged = RetrievalDataset.load(FINANCE, skip_empty=True)
     assert len(merged.corpus) == 6757 - 2
     assert len(merged.queries) == 6932

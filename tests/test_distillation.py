@@ -35,7 +35,7 @@ def test_margin_mse_by_hand():
 def test_listwise_kl_by_hand():
     """Scores (2, 0.5) at T = 2 are (1, 0.25), the teacher's (2 ln 3, 0) are (ln 3, 0): probabilities 3/4 and 1/4.
     KL = 3/4 (ln 3/4 - ln p) + 1/4 (ln 1/4 - ln(1 - p)) with p = 1 / (1 + e^-0.75); times T^2 = 4. The second query
-    lists one document and counts nowhere."""
+    lists one document and is skipped."""
     targets = Targets(torch.tensor([[0, 2], [1, -1]]), target_scores=torch.tensor([[2 * math.log(3), 0.0], [1, 9]]))
     p = 1 / (1 + math.exp(-0.75))
     divergence = 0.75 * math.log(0.75 / p) + 0.25 * math.log(0.25 / (1 - p))
@@ -151,7 +151,7 @@ def test_embedding_distillation_equals_sentence_transformers(distance, num_negat
 
 @pytest.mark.parametrize("seed", range(3))
 def test_margin_mse_and_listwise_kl_equal_a_loop(seed):
-    """Several positives or none, documents that are not there (of whom the teacher says NaN)."""
+    """Several positives or none, and absent documents (for which the teacher gives NaN)."""
     generator = torch.Generator().manual_seed(seed)
     Q, D = random_vectors(7, 5, seed=seed), random_vectors(6, 5, seed=seed + 100)
     group = torch.stack([torch.randperm(6, generator=generator)[:4] for _ in range(7)])

@@ -334,7 +334,7 @@ def test_resumed_after_sigkill(tmp_path, mini_batch_tokens):
 
 
 class Spy(nn.Module):
-    """Keeps what it is called with, and a number drawn as a loss may draw one."""
+    """Records its arguments and a random number, drawn as a loss might draw one."""
 
     def __init__(self):
         super().__init__()
@@ -346,7 +346,7 @@ class Spy(nn.Module):
 
 
 class SameBatch:
-    """One batch, of the same text as two queries and as two documents, twice an epoch."""
+    """One batch with the same text as two queries and as two documents, twice per epoch."""
 
     def __init__(self, embedder):
         batch = next(make_batches(make_dataset(2, 2), embedder.pack, batch_size=2, seed=0).epoch(0))

@@ -249,7 +249,7 @@ def report(pages: list[str], file: str = "a.pdf") -> list[Page]:
 
 
 def body(number: int, lines: int = 4) -> list[str]:
-    """Lines that stand nowhere else."""
+    """Lines that occur nowhere else."""
     return [f"{'abcdefghijklmnopqrstuvwxyz'[number]}{'vwxyz'[line]} body" for line in range(lines)]
 
 
@@ -348,7 +348,7 @@ def count_tokens(minilm):
 
 
 def characters(text: str) -> str:
-    """All that is not blank, ligatures spelt out, hyphens left out."""
+    """All non-blank characters, with ligatures spelt out and hyphens left out."""
     spelt = "".join(unicodedata.normalize("NFKC", c) if "\ufb00" <= c <= "\ufb06" else c for c in text)
     return "".join(spelt.split()).replace("-", "").replace("\u00ad", "")
 
@@ -464,7 +464,7 @@ def test_no_validation_text_of_the_filings_is_in_training(filing_chunks, way):
     for chunk in sides[0]:
         own = shingles(chunk.text)
         assert len(own & held_out) <= 0.5 * len(own)
-    # A sentence that stands in the filings once is on one side.
+    # A sentence that occurs once in the filings is on one side only.
     train, validation = (
         {"".join(chunk.text[slice(*span)].split()) for chunk in side for span in sentence_spans(chunk.text)}
         for side in sides

@@ -1,4 +1,4 @@
-"""endpoint.py: vectors by index, from numbers and base64, by hand; every vector and reply that is none."""
+"""endpoint.py: vectors by index, from numbers and base64, by hand; malformed vectors and replies."""
 
 import base64
 import struct

@@ -128,7 +128,7 @@ def test_one_filing_and_a_server(tmp_path, monkeypatch):
         assert done.returncode == 0, done.stderr
         again = run("experiments.repro_10k_pages", *options, folder=tmp_path)
         assert again.stdout == done.stdout
-        assert server.counts["ok"] == 12 + 2  # a request a chunk; the embeddings of queries and of documents, once
+        assert server.counts["ok"] == 12 + 2  # a request per chunk; the embeddings of queries and of documents, once
     assert "training  RetrievalDataset(16 queries, 8 documents" in done.stdout
     assert "held out  RetrievalDataset(8 queries, 4 documents" in done.stdout
     assert "| filing " in done.stdout

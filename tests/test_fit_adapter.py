@@ -23,7 +23,7 @@ def draw(num, dim=6, seed=0, dtype=np.float64):
 
 
 def problem(num_queries=24, num_documents=12, dim=6, *, seed=0, dtype=np.float32, turn=0.7, noise=0.1):
-    """Queries that are their documents, turned: a linear map of queries finds them again. Query i asks for i mod M."""
+    """Queries are rotations of their documents, so a linear map recovers them. Query i asks for document i mod M."""
     D = draw(num_documents, dim, seed, dtype)
     rotation, _ = np.linalg.qr(np.eye(dim) + turn * draw(dim, dim, seed + 1))
     Q = D[np.arange(num_queries) % num_documents] @ rotation + noise * draw(num_queries, dim, seed + 2)
@@ -458,18 +458,18 @@ def test_what_hangs_together_is_held_out_together():
         config = replace(PLAIN, epochs=1, held_out=0.5, seed=seed)
         costs = fit_adapter(Q, D, qrels, config).costs
         seen.add((costs["queries"], costs["documents"], costs["held_out_queries"]))
-    # 3 of 6 answering: documents 3 to 5; the three that hang together, alone or behind one or two of the others.
+    # 3 of 6 answering: documents 3 to 5, or the three that share questions, alone or after one or two of the others.
     assert seen == {(3, 5, 3), (2, 4, 4)}
 
 
 def test_what_hangs_together_is_not_taken_where_it_is_far_too_much():
-    """Twenty documents, of which 0 to 15 hang together: a fifth are the four others, whatever is drawn first."""
+    """Of twenty documents, 0 to 15 share questions: the held-out fifth is the other four, whatever is drawn first."""
     Q, D, _ = problem(20, 20)
     qrels = {i: {i: 1, **({i + 1: 1} if i < 15 else {})} for i in range(20)}
     for seed in range(6):
         costs = fit_adapter(Q, D, qrels, replace(PLAIN, epochs=1, held_out=0.2, seed=seed)).costs
         assert (costs["queries"], costs["documents"], costs["held_out_queries"]) == (16, 16, 4)
-    # One of 20 is wanted, but five hang together everywhere: five.
+    # One of 20 is asked for, but documents come in groups of five: five.
     qrels = {i: dict.fromkeys(range(i * 5, i * 5 + 5), 1) for i in range(4)}
     costs = fit_adapter(Q, D, qrels, replace(PLAIN, epochs=1, held_out=0.05)).costs
     assert (costs["queries"], costs["documents"], costs["held_out_queries"]) == (3, 15, 1)

@@ -110,7 +110,7 @@ def test_gradient_of_the_softmax():
 
 @pytest.mark.parametrize("at_once", [1, 2, 3, 5, 13])
 def test_ranks_are_those_of_loops(at_once):
-    """Of vectors of few directions, so that windows and documents are equal, also with documents larger than a part."""
+    """Vectors with few directions, so that windows and documents tie, and documents larger than a part."""
     generator = np.random.default_rng(at_once)
     for _ in range(30):
         D = np.array([[1.0, 0], [0, 1], [-1, 0], [0, -1]])[generator.integers(0, 4, 13)]
@@ -164,7 +164,7 @@ def test_documents_at_once_change_nothing(at_once, side):
 
 @pytest.mark.parametrize("side", ["query", "document", "shared"])
 def test_the_best_window_is_that_of_the_adapter_as_it_is(side):
-    """A step after a start away from the identity, where other windows are the best: its loss and its gradient."""
+    """Loss and gradient of a step that starts away from the identity, where other windows are the best."""
     Q, D, qrels, source = problem()
     start = fit(Q, D, qrels, source, side=side, bias=False, epochs=60, lr=0.05).float().double()
     adapter = fit_adapter(

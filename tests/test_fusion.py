@@ -70,7 +70,7 @@ def test_z_scores_by_hand():
 
 
 def test_equal_scores_say_nothing():
-    # 0.1 three times: their mean in floating point is not 0.1, and z is 0 all the same.
+    # Three times 0.1: the floating-point mean is not 0.1, but z is still 0.
     equal = Run.from_dict({"q": {"a": 0.1, "b": 0.1, "c": 0.1}, "alone": {"c": 7.0}, "none": {}})
     other = Run.from_dict({"q": {"c": 2.0, "z": 1.0}, "alone": {"a": 3.0, "c": 1.0}, "none": {}})
     assert fuse([equal], method="zscore").to_dict() == {

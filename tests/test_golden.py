@@ -1,6 +1,6 @@
-"""Losses, embeddings and short trainings against figures on file: a change in any digit shows at once.
+"""Losses, embeddings and short training runs against saved figures: a change in any digit shows at once.
 
-tests/golden/generate.py makes them. A change that means to move them runs it again and says why.
+tests/golden/generate.py writes them. A change that is meant to move them reruns it and says why.
 """
 
 import json

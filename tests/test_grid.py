@@ -452,7 +452,7 @@ def test_a_searcher_over_slices_of_windows():
 
 
 def test_an_embedder_with_a_store(tmp_path):
-    """Nothing is computed twice, whatever is asked of it."""
+    """Nothing is computed twice, whatever the grid."""
     dataset = make_dataset(20, 15)
     plain = make_embedder(tmp_path / "model")
     stored = make_embedder(tmp_path / "model", store=tmp_path / "store")

@@ -1,4 +1,4 @@
-"""embedft/README.md, as written: every "Add ..." section is applied to a copy of the project and its commands run.
+"""embedft/README.md as written: applies each "Add ..." section to a copy of the project and runs its commands.
 
 The first line of a python block says where it goes: `# FILE` (a new file, or the end of one), `# FILE, imports`,
 `# FILE, in TABLE` (an entry of that dict) or `# FILE, before TABLE`.
@@ -23,7 +23,7 @@ MODEL, DATA = "sentence-transformers/all-MiniLM-L6-v2", ("train.csv", "held_out.
 
 @pytest.fixture
 def copy(tmp_path) -> Path:
-    """The project without what running it left, with a tiny model and data in place of the guide's."""
+    """A clean copy of the project, with a tiny model and data in place of the guide's."""
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in ("embedft", "experiments", "tests"):
         shutil.copytree(CHECKOUT / name, tmp_path / name, ignore=ignored)
@@ -36,7 +36,7 @@ def copy(tmp_path) -> Path:
 
 
 def apply(block: str, root: Path) -> None:
-    """Puts a python block where its first line says."""
+    """Inserts a python block where its first line says."""
     place, _, code = block.partition("\n")
     match = re.fullmatch(r"# ([\w/.]+\.py)(?:, (imports|in|before) ?(\w*))?", place)
     assert match, place

@@ -216,7 +216,7 @@ def test_a_value_that_is_not_finite_is_named_in_a_later_slice():
 
 
 def test_a_shortlist_by_hand():
-    """(1, 2) against rows 3, 0, 2 of the documents above: 2, 1, 3; nothing stands at -1."""
+    """(1, 2) against rows 3, 0, 2 of the documents above: 2, 1, 3; nothing is at -1."""
     documents = np.array([[1, 0], [0, 1], [1, 1], [2, 0]], dtype=np.float32)
     scores, rows = search_shortlist(np.array([[1.0, 2.0]]), np.array([[3, -1, 0, 2]]), documents.__getitem__, 4)
     np.testing.assert_array_equal(rows, [[2, 3, 0, -1]])

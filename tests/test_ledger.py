@@ -1,4 +1,4 @@
-"""ledger.py: the arithmetic by hand, limits that are met to the digit, malformed lines."""
+"""ledger.py: arithmetic by hand, limits kept to the last digit, malformed lines."""
 
 import json
 

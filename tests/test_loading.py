@@ -127,7 +127,7 @@ def test_what_sentence_transformers_saved_loads(write_tiny, reference, tmp_path,
     "pooling", [{}, {"pooling_mode_mean_tokens": False}, {"pooling_mode_max_tokens": True}], ids=str
 )
 def test_legacy_pooling_keys(write_tiny, reference, tmp_path, pooling):
-    """None true stands for the mean."""
+    """With no mode set to true, the pooling is the mean."""
     folder = write_tiny(tmp_path / "model", modules=True, pooling=pooling)
     assert load(folder).pooling.names == (("max",) if "pooling_mode_max_tokens" in pooling else ("mean",))
     assert difference(load(folder).encode(TEXTS), reference(folder).encode(TEXTS)) <= 1e-6
@@ -243,7 +243,7 @@ def test_an_embedder_made_by_hand_is_not_saved(tiny_bert, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype", None])
 def test_half_precision_checkpoints(folder, reference, tmp_path, dtype, key):
-    """Loaded in float32, saved in float32, and said so: transformers loads in the type that config.json names."""
+    """Loaded and saved in float32, and config.json says so: transformers loads in the type that it names."""
     rewrite_weights(
         folder, lambda tensors: {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
     )
@@ -573,7 +573,7 @@ def test_settings_that_do_not_fit(write_tiny, tmp_path, settings, message):
 
 @pytest.fixture
 def package(tiny_bert, tmp_path, monkeypatch) -> Path:
-    """The model folder in a package that stands in `PACKAGES` as tiny/packaged and breaks when imported."""
+    """The model folder in a package, listed in `PACKAGES` as tiny/packaged, that fails when imported."""
     folder = shutil.copytree(tiny_bert, tmp_path / "site" / "fake_tiny" / "weights")
     (folder.parent / "__init__.py").write_text("raise RuntimeError('imported')")
     monkeypatch.syspath_prepend(tmp_path / "site")

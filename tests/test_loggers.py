@@ -1,4 +1,4 @@
-"""Loggers of run_folder.py: TensorBoard and W&B get the records of train.jsonl; neither is needed. Both are stubs."""
+"""Loggers in run_folder.py: TensorBoard and W&B (stubs here) get the records of train.jsonl; neither is required."""
 
 import json
 import sys

@@ -138,7 +138,7 @@ def test_nothing_else_of_the_dataset_changes():
 
 
 def test_a_query_without_a_relevant_document_has_none():
-    """What answers it is not known, so what does not is not either. Those that it has stay, or go."""
+    """Without a known answer, nothing is known to be a negative. Existing negatives stay, or go."""
     vectors, dataset = one_query()
     vectors.vectors |= {"??": [1, 0], "???": [1, 0]}
     queries = {"n": "??", **dataset.queries, "j": "???"}
@@ -162,7 +162,7 @@ def test_leading_dimensions():
 
 
 def random_case(seed: int) -> tuple[Vectors, RetrievalDataset]:
-    """Few values a coordinate, so many ties; texts that stand twice; graded, judged 0, several relevant, none."""
+    """Few values per coordinate, so many ties; repeated texts; graded, judged 0, several relevant, none."""
     generator = np.random.default_rng(seed)
     num_documents, num_queries = int(generator.integers(1, 30)), int(generator.integers(1, 12))
     vectors = {f"text {i}": generator.integers(-2, 3, 3) / 4 for i in range(20)}
@@ -317,7 +317,7 @@ class Table:
     ],
 )
 def test_equals_sentence_transformers(tmp_path, monkeypatch, reference, options):
-    """The first ones of the whole corpus, several relevant documents a query; theirs are texts, ours ids."""
+    """The first ones of the whole corpus, several relevant documents per query; theirs are texts, ours ids."""
     theirs = pytest.importorskip("sentence_transformers.util.hard_negatives")
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(Dataset=Table))
     monkeypatch.setattr(theirs, "is_datasets_available", lambda: True)

@@ -74,7 +74,7 @@ def test_proportional_is_every_example_once():
 
 
 def test_round_robin_by_hand():
-    """Two batches of each an epoch, in turn; the large source goes on in the next epoch, through after four."""
+    """Two batches of each source per epoch, in turn; the large source continues in the next one and ends after four."""
     mixture = mixture_of(sampling="round_robin")
     assert len(mixture) == 4
     assert sources_of(mixture) == [{"large": 2}, {"small": 2}] * 2

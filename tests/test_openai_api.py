@@ -146,7 +146,7 @@ def test_dimensions_are_asked_of_the_server():
 
 
 def test_dim_is_cut_here():
-    """Of what came: the leading four features, of length one again. The server is asked for all, once."""
+    """Keeps the leading four features, at unit length. The server is asked for all of them, once."""
     whole_ND = expected(["a", "b"])[:, :4]
     with ApiServer() as server:
         embedder = api(server)

@@ -1,4 +1,4 @@
-"""packing.py against lists of lists, and attention against one softmax a sequence."""
+"""packing.py against lists of lists, and attention against one softmax per sequence."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""pairwise.py: by hand, against sentence-transformers, and what is not listed counting nowhere."""
+"""pairwise.py: by hand, against sentence-transformers; unlisted pairs are ignored."""
 
 import pytest
 import torch

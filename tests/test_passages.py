@@ -343,7 +343,7 @@ def test_many_windows_of_one_document_on_top_widen_the_search():
 
 
 def test_all_windows_of_a_found_document_count():
-    """The candidates know one window of each, not the best: the score is the document's all the same."""
+    """Candidates come from one window each, not the best: the score is still that of the whole document."""
     vectors = np.array([[1.0], [9.0], [2.0], [3.0], [8.0]], dtype=np.float32)
     source = np.array([0, 0, 1, 2, 2])
     candidates = Truncating(vectors, [0, 2])

@@ -1,4 +1,4 @@
-"""pdf.py: every page of PDF files made here, and one line for each that is damaged, whatever it does to its reader."""
+"""pdf.py: all pages of generated PDFs, and one line for each damaged page, whatever it does to the reading process."""
 
 import json
 import os
@@ -20,7 +20,7 @@ FONT = "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>"
 
 
 def pdf_bytes(pages: list[str | None], *, more: str = "", trailer: str = "") -> bytes:
-    """A PDF of the given texts, a line each line; None: a page with a drawing alone."""
+    """A PDF with a page per text, line by line; None: a page with only a drawing."""
     kids = " ".join(f"{4 + 2 * i} 0 R" for i in range(len(pages)))
     objects = [
         "<< /Type /Catalog /Pages 2 0 R >>",

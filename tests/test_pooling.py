@@ -100,7 +100,7 @@ def test_several_modes_are_concatenated_in_the_order_given(modes, prompt_length)
 
 
 def test_prompts_of_unlike_lengths():
-    """A batch of queries and documents: each sequence leaves out its own prompt, one of them none."""
+    """A batch of queries and documents: each sequence leaves out its own prompt, if it has one."""
     hidden, lengths = random_hidden(15), [6, 4, 5]
     packed = packed_batch(lengths)._replace(prompt_lengths=torch.tensor([3, 0, 1]))
     found = pool(hidden, packed, POOLING_MODES)

@@ -1,4 +1,4 @@
-"""progress.py: a bar on a terminal, lines elsewhere, on stderr."""
+"""progress.py: a bar on a terminal, lines elsewhere, always on stderr."""
 
 import io
 import re

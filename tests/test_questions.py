@@ -773,7 +773,7 @@ def test_the_key_is_nowhere(tmp_path, monkeypatch, capfd, caplog):
 
 
 def test_a_short_key_is_a_word(tmp_path, monkeypatch):
-    """ "fleet" as a placeholder stands in every reply, which stays as it is."""
+    """The placeholder key "fleet" occurs in every reply, which must stay as it is."""
     monkeypatch.setenv("OPENAI_API_KEY", " fleet\n")
     chunks = some_chunks(20)
     with ApiServer() as server:

@@ -83,7 +83,7 @@ def test_stored_vectors_are_those_of_the_texts_and_queries_go_through_the_adapte
 
 
 def test_a_small_run(tmp_path, monkeypatch, capsys):
-    """Base and "fine-tuned" are one model: the rows say so, and the base's are those of `evaluate`."""
+    """Base and "fine-tuned" are the same model: their rows agree, and the base's equal those of `evaluate`."""
     embedder = make_embedder(tmp_path / "base")
     dataset = make_dataset(12, 8)
     for name in ("train_dataset.json", "val_dataset.json"):

@@ -53,7 +53,7 @@ def make_options(folder: Path, **changed) -> argparse.Namespace:
 
 
 def test_the_split_of_the_published_data(shared_data):
-    """The first 700 of the permutation measure; 5,669 or 6,298 of the others train: two rows have no question."""
+    """The first 700 of the permutation test; 5,669 or 6,298 of the others train: two rows have no question."""
     file = shared_data / "finance_qa" / "Financial-QA-10k.csv"
     with open(file, newline="", encoding="utf-8") as lines:
         rows = list(csv.DictReader(lines))
@@ -173,7 +173,7 @@ def test_a_run_from_end_to_end(tmp_path, capsys):
     for name, folder in folders.items():
         lines = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
         steps[name] = [line for line in lines if "loss" in line]
-        # 35 pairs train, or 32 with some kept back, 12 a step: three steps an epoch; validated at the start and after
+        # 35 pairs train, or 32 with some kept back, 12 a step: three steps per epoch; validated at the start and after
         # each.
         assert len(steps[name]) == 6, name
         assert len(lines) == 6 + 3

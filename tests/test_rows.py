@@ -99,7 +99,7 @@ def test_scores_of_a_large_batch_are_never_whole(loss):
     targets = Targets(torch.arange(2048).view(2, 1024).T % 1024, references={"guide": (Q.detach(), D.detach())})
     with LargestTensor() as largest:
         loss(Q, D, targets).backward()
-    # With a column more where the positive stands beside the negatives.
+    # With one more column where the positive is beside the negatives.
     assert 2**19 <= largest.largest <= 2**19 + 512
 
 

@@ -1,4 +1,4 @@
-"""run.py: what a run refuses, its order, its round trips."""
+"""run.py: what a run refuses, how it sorts, and round trips."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""sending.py: limits that are never exceeded, rates in every window, retries, other forms, parts, and when it stops."""
+"""sending.py: limits never exceeded, rates in every window, retries, other request forms, splitting, and stopping."""
 
 import asyncio
 import email.utils

@@ -110,7 +110,7 @@ def test_what_is_there_is_read_and_the_rest_computed_once(tmp_path):
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, vectors_of(texts))
 
-    # 90 of 100 are there; one of the ten new ones stands three times.
+    # 90 of 100 are there; one of the ten new ones occurs three times.
     mixed = numbered(*range(100), 95, 95, 3)
     random.Random(0).shuffle(mixed)
     again, compute = Store(tmp_path), Compute()

@@ -1,4 +1,4 @@
-"""tables.py: tables worked out by hand, every style, and what a spreadsheet must not trip over."""
+"""tables.py: hand-worked tables in every style, and cells that a spreadsheet could misread."""
 
 import csv
 import dataclasses

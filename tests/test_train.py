@@ -31,7 +31,7 @@ METRIC = "ndcg@10"
 
 
 def make_batches(embedder, seed: int = 0, num_negatives: int = 0) -> Batches:
-    """4 batches an epoch, of 3, 3, 3 and 2 pairs."""
+    """4 batches per epoch, of 3, 3, 3 and 2 pairs."""
     dataset = make_dataset(11, 9, negatives=num_negatives)
     return batches_of(dataset, embedder.pack, batch_size=3, seed=seed, num_negatives=num_negatives)
 
@@ -86,7 +86,7 @@ def interrupted_at(step: int, function=in_batch_negatives):
 def test_equals_a_plain_loop(tmp_path, accumulate, num_steps, num_warmup):
     """In float64, no dropout: a text at a time, the loss by its formula, AdamW unfused, the schedule written out.
 
-    Of 4 batches an epoch, three at a time leave one alone; warmup is 20% of the steps, rounded up.
+    Of 4 batches per epoch, three at a time leave one alone; warmup is 20% of the steps, rounded up.
     """
     embedder = make_embedder(tmp_path / "base", dropout=0.0, dtype=torch.float64)
     batches = make_batches(embedder, num_negatives=1)

@@ -285,7 +285,7 @@ def test_resumed_bit_for_bit(tmp_path, monkeypatch, several):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-REFRESHED = replace(CONFIG, epochs=3, lr=1e-2, refresh_windows=True, checkpoint_every=2)  # 3 batches an epoch
+REFRESHED = replace(CONFIG, epochs=3, lr=1e-2, refresh_windows=True, checkpoint_every=2)  # 3 batches per epoch
 
 
 def vague_dataset(num_documents: int = 6) -> RetrievalDataset:
@@ -328,7 +328,7 @@ def test_best_windows_follow_the_model(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("several", [False, True])
 def test_a_batch_takes_the_windows_of_the_last_refresh(tmp_path, monkeypatch, several):
-    """One window a document, so the tokens and the loss of the second epoch are those of a training by hand."""
+    """With one window per document, the tokens and loss of the second epoch equal those of a hand-written loop."""
     data = {name: vague_dataset(3) for name in ("one", "two")} if several else vague_dataset()
     config, taken, real = replace(REFRESHED, windows_per_document=1), [], recipe.train
     found = spied(monkeypatch)
