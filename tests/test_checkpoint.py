@@ -164,6 +164,17 @@ def test_the_two_newest_are_kept(tmp_path):
     assert other.step == 1_000_000
 
 
+def test_copies_beside_the_checkpoints_are_left_alone(tmp_path):
+    (tmp_path / "step-000009.bak").mkdir(parents=True)
+    (tmp_path / "step-x").touch()
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, make_state(0, at=step))
+    state = make_state(1)
+    assert load_checkpoint(tmp_path, state)
+    assert state.step == 3
+    assert sorted(os.listdir(tmp_path)) == ["step-000002", "step-000003", "step-000009.bak", "step-x"]
+
+
 @pytest.mark.parametrize("place", ["in the middle", "before the rename"])
 def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path, monkeypatch, place):
     """A hidden, unfinished folder: the previous checkpoint counts, and the next save removes it, whatever its step."""

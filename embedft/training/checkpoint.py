@@ -166,4 +166,5 @@ def _optimizer_state(state: TrainState) -> tuple[Weights, dict[str, Any]]:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.partition("-")[2]))
+    steps = {path: path.name.removeprefix("step-") for path in folder.glob("step-*")}
+    return sorted((path for path, step in steps.items() if step.isdecimal()), key=lambda path: int(steps[path]))
