@@ -17,7 +17,7 @@ def default_device() -> torch.device:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a name such as "cuda:1". Raises `ValueError` if this machine, or this build of torch, lacks it."""
+    """Parses a name such as "cuda:1". Raises `ValueError` if this machine, or this build of torch, lacks the device."""
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -50,7 +50,7 @@ _ONEDNN_LINEAR = (
 
 
 def has_float64(device: torch.device) -> bool:
-    """Whether there are 64-bit floats: everywhere but on MPS."""
+    """Whether the device supports float64: all but MPS do."""
     return device.type != "mps"
 
 
@@ -60,12 +60,12 @@ def has_slow_dropout(device: torch.device) -> bool:
 
 
 def batch_tokens(device: torch.device) -> int:
-    """Tokens in one forward pass of inference. On the CPU a layer's activations should fit the cache."""
+    """Tokens per forward pass in inference; on the CPU, few enough that a layer's activations fit in the cache."""
     return 4_096 if device.type == "cpu" else 65_536
 
 
 def length_slack(device: torch.device) -> float:
-    """How much shorter than its longest a sequence of an attention group may be: padding saves kernel launches."""
+    """The largest fraction of a padded sequence that may be padding; on GPUs, padding saves kernel launches."""
     return 0.0 if device.type == "cpu" else 0.125
 
 
@@ -100,16 +100,16 @@ def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> No
 
 
 def release_memory(device: torch.device) -> None:
-    """Returns freed CPU memory to the system where the C library can (glibc); elsewhere does nothing.
-    glibc keeps freed blocks in pieces that tensors of other lengths cannot reuse: without this, a process that trained
-    on batches of 7,000 tokens grew from 2.2 to 3.2 GB in 18 steps, and kept growing. It costs a tenth of a second."""
+    """Returns freed CPU memory to the operating system (glibc only; elsewhere a no-op).
+    glibc keeps freed memory in fragments that tensors of other sizes cannot reuse: without this, a process training on
+    batches of 7,000 tokens grew from 2.2 to 3.2 GB in 18 steps, and kept growing. A call takes a tenth of a second."""
     if device.type == "cpu" and sys.platform == "linux":
         with contextlib.suppress(AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
 
 
 def describe(device: torch.device) -> str:
-    """The device's name and, for the CPU, its threads."""
+    """The device's name and, unless it is CUDA, the number of CPU threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()

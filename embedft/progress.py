@@ -1,6 +1,6 @@
-"""Progress of long work, on stderr: a bar on a terminal, elsewhere a line every half minute; rate and time left.
+"""Progress on stderr, with rate and time left: a bar on a terminal, elsewhere a line every 30 seconds.
 
-EMBEDFT_PROGRESS=0 silences it, EMBEDFT_PROGRESS=1 forces the bar, and so does `show`.
+EMBEDFT_PROGRESS=0 silences it and EMBEDFT_PROGRESS=1 forces the bar; `show` overrides both.
 
     with progress_bar(len(texts), "encoding", unit="text") as bar:
         bar.update(32)
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 
 class _Lines(tqdm):
-    """A bar that writes a new line each time, for logs."""
+    """A bar that prints each update on a new line, for logs."""
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         if msg is None:  # tqdm's "" would clear the bar
@@ -23,7 +23,7 @@ class _Lines(tqdm):
 def progress_bar(
     total: int | None, description: str, *, unit: str, show: bool | None = None, initial: int = 0, line_seconds=30.0
 ) -> tqdm:
-    """A tqdm bar on stderr that starts at `initial`; or lines, the first after `line_seconds`."""
+    """A tqdm bar on stderr that starts at `initial`; off a terminal, a line every `line_seconds` instead."""
     asked = os.environ.get("EMBEDFT_PROGRESS")
     common = {"total": total, "desc": description, "unit": unit, "initial": initial, "file": sys.stderr}
     if show is None and asked is None and not sys.stderr.isatty():

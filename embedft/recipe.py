@@ -1,4 +1,4 @@
-"""Fine-tuning from start to end: joins training and retrieval, which do not know each other.
+"""Fine-tuning end to end: joins training and retrieval, which do not depend on each other.
 
 finetune(embedder, train_set, FinetuneConfig(epochs=2, batch_size=64), validation=held_out, out="runs/first")
 finetune(embedder, train_set, config, loss=my_loss, optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1))
@@ -50,34 +50,34 @@ REPLACED = {
 
 @dataclass
 class _Job:
-    """The state of one `finetune` call: its arguments, then what `_prepare` makes of them."""
+    """The state of one `finetune` call: its arguments, and what `_prepare` derives from them."""
 
     embedder: Embedder
-    datasets: Mapping[str, RetrievalDataset]  # a single one is called ""
+    datasets: Mapping[str, RetrievalDataset]  # {"": dataset} for a single one
     config: FinetuneConfig
-    given: dict[str, Any]  # the objects
+    given: dict[str, Any]  # the objects passed in, by argument
     validation: RetrievalDataset | None
     references: Mapping[str, Embedder | Reference]
     out: Path | None
     loss: Loss | None = None
     batches: BatchSource | None = None
     hashes: dict[str, str] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)  # of config.json
+    settings: dict[str, Any] = field(default_factory=dict)  # for config.json
 
     def lacks_base(self) -> bool:
-        """Whether a report on the base is yet to be saved; a whole one has its metrics.json."""
+        """Whether the base model's report has yet to be saved; metrics.json is written last."""
         is_wanted = self.out is not None and self.validation is not None
         return is_wanted and not (self.out / run_folder.EVAL / VALIDATION_BASE / "metrics.json").exists()
 
     def report(self, save_as: str | None = None) -> Report:
-        """On `validation`, with the weights as they are."""
+        """Evaluates the current weights on `validation`."""
         found = evaluate_embedder(self.embedder, self.validation, passages=self.config.passages, **self.measured())
         if save_as is not None:
             found.save(self.out / run_folder.EVAL / save_as)
         return found
 
     def measured(self) -> dict[str, Any]:
-        """Arguments for `evaluate`: the default metrics and `select`, and a depth that is enough for both."""
+        """Arguments for `evaluate`: the default metrics plus `select`, and a depth that covers both."""
         if "evaluate" in self.given:
             return {}
         select, k = self.config.select, self.config.select.partition("@")[2]
@@ -109,30 +109,30 @@ def finetune(
 ) -> Embedder:
     """Fine-tunes `embedder` on `dataset` and returns the same object with its best weights.
 
-    Errors that can be found without training are raised before it, and leave the embedder and `out` as they were.
+    Whatever can be checked without training is checked first; such errors leave the embedder and `out` unchanged.
     With several ranks (training/distributed.py), each calls this with the same arguments; rank 0 writes to `out`.
 
     Args:
-        dataset: several by name are sampled as `config.sampling` says; their ids get the name as a prefix.
-        validation: held-out questions that choose the best weights, by `config.select`; None: the last weights.
+        dataset: one, or {name: dataset}, sampled as `config.sampling` says; their ids are prefixed with the name.
+        validation: held-out questions on which `config.select` picks the best weights; None: keep the last weights.
         references: {"guide" | "teacher" | "base": what the loss compares with}: an Embedder, which encodes `dataset`
-            once (`embedder` itself: the base), or a function of the batch. Added to `config.references`.
-        out: run folder, see training/run_folder.py; `out/eval` gets reports on `validation` before and after.
-        existing: what to do with a run in `out`: "refuse", "overwrite", or "resume" from its last checkpoint.
-        allow_changed_code: resume even if the objects below are not those the run began with.
-        loss, batches, optimizer, evaluate, refresh, on_step: as in `training.train.train`, in place of settings, which
-            then must be at their defaults. config.json records their names, source hashes and values.
+            once (for the base, pass `embedder` itself), or a function of the batch. Added to `config.references`.
+        out: run folder, see training/run_folder.py; reports on `validation` before and after go to `out/eval`.
+        existing: what to do with a run already in `out`: "refuse", "overwrite", or "resume" from its last checkpoint.
+        allow_changed_code: resume even if the code of the objects below has changed since the run began.
+        loss, batches, optimizer, evaluate, refresh, on_step: see `training.train.train`. Each replaces settings, which
+            must then keep their defaults; config.json records its name, source hash and values.
 
     Raises `ValueError` when an input is invalid or differs between ranks, `NonFiniteError` when training diverges.
     """
     if isinstance(embedder, ApiEmbedder):
-        raise ValueError(f"{embedder.model} is behind an API, so its weights cannot be trained; an adapter on it can")
+        raise ValueError(f"{embedder.model} is behind an API, so its weights cannot be trained; fit an adapter")
     given = {"loss": loss, "batches": batches, "optimizer": optimizer}
     given |= {"evaluate": evaluate, "refresh": refresh, "on_step": on_step}
     given = {name: value for name, value in given.items() if value is not None}
     datasets = {"": dataset} if isinstance(dataset, RetrievalDataset) else dataset
     if datasets is dataset and "" in datasets:
-        raise ValueError("a data set is named '', expected a name that is not empty")
+        raise ValueError("a dataset is named '', expected a non-empty name")
     out = None if out is None else Path(out)
     job = _Job(embedder, datasets, config or FinetuneConfig(), given, validation, references or {}, out)
     before = embedder.max_length, getattr(embedder.encoder, "attention_dropout", 0.0)
@@ -152,33 +152,33 @@ def finetune(
 
 
 def _prepare(job: _Job, existing: str) -> None:
-    """Checks everything, applies the settings of the embedder, and makes batches, loss and references."""
+    """Checks everything, applies the embedder's settings, and makes batches, loss and references."""
     embedder, config, batches = job.embedder, job.config, job.given.get("batches")
     if job.out is not None:
         distributed.from_first(lambda: run_folder.check_run(job.out, existing))
     run_folder.check_logger(config.log, job.out)
     for name in job.given.keys() & REPLACED.keys():
-        config.check_unused(REPLACED[name], f"{name} is given as an object, which replaces it")
+        config.check_unused(REPLACED[name], f"the argument {name} replaces it")
     job.loss = job.given.get("loss") or configured_loss(config)
     if not (isinstance(job.loss, nn.Module) and list(job.loss.parameters())):
         config.check_unused(("loss_lr",), "the loss has no parameters")
     is_unsaid = "loss" not in job.given and _lacks_similarity(config.loss)
     if embedder.similarity == "dot" and not embedder.normalize and is_unsaid:
-        raise ValueError("the model's similarity is the dot product: loss.similarity has to say 'dot' or 'cosine'")
+        raise ValueError("the model's similarity is the dot product: set loss.similarity to 'dot' or 'cosine'")
     data = job.datasets[""] if "" in job.datasets else join_datasets(job.datasets)
     if batches is None and config.mine_every is None:
         batches = _make_batches(embedder, job.datasets, config)
     if job.validation is not None:
-        evaluate_run(Run.from_dict({}), job.validation, **job.measured())  # an error if there is nothing to find
+        evaluate_run(Run.from_dict({}), job.validation, **job.measured())  # raises if no query has a relevant document
         if (shared := job.validation.shares_with(data)) and distributed.rank_and_size()[0] == 0:
             warnings.warn(shared, stacklevel=3)
     embedder.max_length = config.max_length or embedder.max_length
     embedder.encoder.attention_dropout = config.attention_dropout
-    job.config = replace(config, max_length=embedder.max_length)  # so that config.json says what it was
+    job.config = replace(config, max_length=embedder.max_length)  # config.json records it
     if config.passages is not None:
         if job.references:
             raise ValueError("references cannot be combined with passages")
-        embedder.pack([""], role="document", passages=config.passages)  # raises if they cannot be cut
+        embedder.pack([""], role="document", passages=config.passages)  # raises for invalid passages
     job.batches = _renewed(job, batches)
     job.hashes = {"model": embedder.sha256(), "train": data.sha256()}
     if job.validation is not None:
@@ -193,12 +193,12 @@ def _prepare(job: _Job, existing: str) -> None:
 
 
 def _open(job: _Job, own_length: int, stack: contextlib.ExitStack, **how: Any) -> None:
-    """Locks the run folder, proves that the model can be saved, and opens the run."""
+    """Locks the run folder, checks that the model can be saved, and opens the run."""
     stack.enter_context(run_folder.lock(job.out))
     job.embedder.save(job.out / run_folder.TRIAL)
     shutil.rmtree(job.out / run_folder.TRIAL)
     run_folder.open_run(job.out, job.settings, hashes=job.hashes, device=job.embedder.device, **how)
-    # The base as it is, not truncated. Else the first validation will be of the base.
+    # Evaluates the base at its own length. Otherwise, the first validation evaluates the base.
     if job.lacks_base() and ("evaluate" in job.given or own_length != job.config.max_length):
         job.embedder.max_length = own_length
         job.report(VALIDATION_BASE)
@@ -212,7 +212,7 @@ def _train(job: _Job) -> None:
     if job.config.refresh_windows or job.config.mine_every is not None:
         options["refresh"] = lambda embedder: _renewed(job, job.batches)
     options |= {name: value for name, value in job.given.items() if name not in ("loss", "batches")}
-    # The store does not keep vectors of weights that will change.
+    # Vectors from weights that are about to change do not belong in the store.
     store, job.embedder.store = job.embedder.store, None
     try:
         train(job.embedder, job.batches, job.loss, job.config, out=job.out, references=job.references, **options)
@@ -228,7 +228,7 @@ def _close(job: _Job) -> None:
 
 
 def _renewed(job: _Job, batches: BatchSource | None) -> BatchSource:
-    """The batches, with negatives and windows found by the model as it is; rank 0 searches for all ranks."""
+    """The batches, with negatives and windows found by the current model; rank 0 searches for all ranks."""
     embedder, config = job.embedder, job.config
     if config.mine_every is not None:
         batches = _make_batches(embedder, _mined(job), config)
@@ -244,7 +244,7 @@ def _mined(job: _Job) -> dict[str, RetrievalDataset]:
     def find() -> dict[str, dict[str, list[str]]]:
         found = {name: mine(job.embedder, part, **options).negatives for name, part in job.datasets.items()}
         if not any(found.values()):
-            raise ValueError("no query has a hard negative: mine_ranks or the margins leave none")
+            raise ValueError("mining found no hard negatives: mine_ranks or the margins rule out every document")
         return found
 
     found = distributed.from_first(find)
@@ -258,14 +258,14 @@ def _make_batches(embedder: Embedder, datasets: Mapping[str, RetrievalDataset], 
         most = max(len(ids) for part in datasets.values() for ids in part.negatives.values())
         options["num_negatives"] = min(config.num_negatives, most)
     if "" in datasets:
-        config.check_unused(("sampling", "mixed"), "there is one data set")
+        config.check_unused(("sampling", "mixed"), "there is only one dataset")
         return make_batches(datasets[""], embedder.pack, **options)
     sampling = {"sampling": config.sampling, "temperature": config.sampling_temperature, "mixed": config.mixed}
     return make_mixture(datasets, embedder.pack, **sampling, **options)
 
 
 def _lacks_similarity(spec: Any) -> bool:
-    """Whether a loss with an option `similarity`, or one inside it, leaves that at its default."""
+    """Whether a loss, or one inside it, has an option `similarity` that is not set."""
     if isinstance(spec, list):
         return any(map(_lacks_similarity, spec))
     if not isinstance(spec, dict):
@@ -275,27 +275,27 @@ def _lacks_similarity(spec: Any) -> bool:
 
 
 def _frozen(job: _Job, dataset: RetrievalDataset) -> dict[str, Reference]:
-    """Every reference as a function of the batch; notes the hashes of the models among them."""
+    """Every reference as a function of the batch; adds the hashes of models to `job.hashes`."""
     if twice := job.config.references.keys() & job.references.keys():
-        raise ValueError(f"reference {min(twice)!r} is given twice, in the configuration and beside it")
+        raise ValueError(f"reference {min(twice)!r} is given twice: in config.references and in references")
     found = dict(job.references)
     for name, model in job.config.references.items():
         found[name] = job.embedder if model is None else load_embedder(model, device=job.embedder.device)
     for name, reference in found.items():
         if isinstance(reference, Embedder):
             job.hashes[f"reference {name}"] = reference.sha256()
-            # Training moves all dimensions of the embedder, even if `encode` truncates them.
+            # Training changes all dimensions of the embedder, even if `encode` truncates them.
             dim = job.embedder.full_dim if reference is job.embedder else None
             found[name] = FrozenEmbeddings(reference, dataset, dim=dim)
     return found
 
 
 def _try_loss(job: _Job) -> None:
-    """Computes the loss of the first batch on zeros, to find a missing reference or score, or a wrong width, early."""
+    """Runs the loss of the first batch on zeros, to catch a missing reference or score, or a wrong width, early."""
     batch = next(iter(job.batches.epoch(0)))
     targets = targets_with(job.references, batch)
     Q, D = (torch.zeros(part.num_sequences, job.embedder.full_dim) for part in (batch.queries, batch.documents))
-    # A copy in `eval` draws nothing, counts nothing, warns of nothing.
+    # A copy in evaluation mode draws no random numbers, counts no calls and does not warn.
     loss = copy.deepcopy(job.loss).cpu().eval() if isinstance(job.loss, nn.Module) else job.loss
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         loss(Q.requires_grad_(), D.requires_grad_(), targets)

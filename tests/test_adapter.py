@@ -99,7 +99,7 @@ def test_dense_is_the_same_map(kind, out):
 
 
 def test_two_layers_are_not_dense():
-    with pytest.raises(ValueError, match="two-layer adapter is not a linear map"):
+    with pytest.raises(ValueError, match="two-layer adapter is not linear"):
         make("two_layer").dense()
 
 
@@ -191,13 +191,13 @@ def test_transform(normalize):
 
 
 def test_wrong_adapters_are_refused():
-    with pytest.raises(ValueError, match="an adapter without a map"):
+    with pytest.raises(ValueError, match="the adapter has no map"):
         Adapter()
-    with pytest.raises(ValueError, match=r"are \(4, 2\) of queries, but \(4, 4\) of documents"):
+    with pytest.raises(ValueError, match=r"are \(4, 2\) for queries, but \(4, 4\) for documents"):
         Adapter(make("linear", 4, 2))
-    with pytest.raises(ValueError, match=r"are \(4, 4\) of queries, but \(4, 2\) of documents"):
+    with pytest.raises(ValueError, match=r"are \(4, 4\) for queries, but \(4, 2\) for documents"):
         Adapter(document=make("linear", 4, 2))
-    with pytest.raises(ValueError, match=r"are \(4, 2\) of queries, but \(4, 3\) of documents"):
+    with pytest.raises(ValueError, match=r"are \(4, 2\) for queries, but \(4, 3\) for documents"):
         Adapter(make("linear", 4, 2), make("linear", 4, 3))
     with pytest.raises(ValueError, match="the base small has 3 features, the adapter takes 4"):
         Adapter(make("linear"), base=Base("small", 3, {}))
@@ -224,7 +224,7 @@ def test_check_base():
         adapter.check_base(Base("small", 3, {}))
     for base in (None, Base("model", 4, {})):
         adapter.base = base
-        with pytest.warns(UserWarning, match="does not say which model it is for; used with other"):
+        with pytest.warns(UserWarning, match="does not record which model it is for; using it with other"):
             adapter.check_base(other)
 
 
@@ -291,7 +291,7 @@ LINEAR = {"kind": "linear", "in_features": 4, "out_features": 4, "bias": True}
 @pytest.mark.parametrize(
     ("damage", "fault"),
     [
-        (cut, "adapter.safetensors is cut off, or of another adapter"),
+        (cut, "adapter.safetensors is truncated or from another adapter"),
         (lambda folder: (folder / "adapter.safetensors").unlink(), "no adapter, expected .* and adapter.safetensors"),
         (lambda folder: (folder / "adapter.json").unlink(), "no adapter, expected adapter.json"),
         (lambda folder: (folder / "adapter.json").write_text("[]"), "expected an object"),
@@ -300,7 +300,7 @@ LINEAR = {"kind": "linear", "in_features": 4, "out_features": 4, "bias": True}
         (change(query={**LINEAR, "kind": "cubic"}), "adapter.json: kind is 'cubic'"),
         (change(query={**LINEAR, "rank": 2}), "unexpected keyword argument 'rank'"),
         (change(query={"in_features": 4}), "adapter.json: .*'kind'"),
-        (change(query=None), "adapter.json: an adapter without a map"),
+        (change(query=None), "adapter.json: the adapter has no map"),
         (change(query={**LINEAR, "bias": False}), r"query.bias is \[4\], expected absent"),
         (
             change(query={**LINEAR, "out_features": 3}, document={**LINEAR, "out_features": 3}),
@@ -332,7 +332,7 @@ def test_weights_of_another_save_are_refused(tmp_path):
     Adapter(make("linear")).save(tmp_path / "one")
     Adapter(make("linear", seed=9)).save(tmp_path / "other")
     (tmp_path / "other" / "adapter.safetensors").replace(tmp_path / "one" / "adapter.safetensors")
-    with pytest.raises(ValueError, match="of another adapter"):
+    with pytest.raises(ValueError, match="from another adapter"):
         Adapter.load(tmp_path / "one")
 
 
@@ -405,7 +405,7 @@ def test_what_llamaindex_cannot_hold(tmp_path):
         Adapter(document=make("linear")),
         Adapter(make("linear"), make("linear")),
     ):
-        with pytest.raises(ValueError, match="'llamaindex' holds a linear or two-layer map of queries, this is"):
+        with pytest.raises(ValueError, match="'llamaindex' holds only a linear or two-layer map of queries, this is"):
             adapter.save(tmp_path / "out", format="llamaindex")
     with pytest.raises(ValueError, match="format is 'onnx', expected one of embedft, llamaindex"):
         adapter.save(tmp_path / "out", format="onnx")
@@ -415,7 +415,7 @@ def test_what_llamaindex_cannot_hold(tmp_path):
 def test_llamaindex_is_not_written_beside_an_adapter_that_would_be_loaded(tmp_path):
     one, other = Adapter(make("linear")), Adapter(make("linear", seed=3))
     one.save(tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"adapter: has an adapter\.json, which would be loaded in place of this"):
+    with pytest.raises(ValueError, match=r"adapter: has an adapter\.json, which would be loaded instead of this"):
         other.save(tmp_path / "adapter", format="llamaindex")
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == ["adapter.json", "adapter.safetensors"]
     # Over one of its own kind, as often as wanted.
@@ -529,7 +529,7 @@ def test_hashes(embedder):
 def test_attach_refuses(embedder, tmp_path):
     with pytest.raises(ValueError, match=r"takes 4 features, .* has 32"):
         embedder.attach(Adapter(make("linear")))
-    with pytest.warns(UserWarning, match="does not say which model"):
+    with pytest.warns(UserWarning, match="does not record which model"):
         embedder.attach(Adapter(make("linear", 32)))
     adapter = Adapter(make("linear", 32), base=embedder.base())
     with torch.no_grad():
@@ -550,7 +550,7 @@ def test_load_embedder_with_an_adapter(embedder, tmp_path):
             Adapter(embedder.adapter.query, base=embedder.base()).save(given)
         found = make_embedder(tmp_path / "base", prompts={"query": "q ", "document": ""}, adapter=given)
         np.testing.assert_array_equal(found.encode(TEXTS, role="query"), embedder.encode(TEXTS, role="query"))
-    with pytest.raises(ValueError, match="other weights, lengths or prompts"):
+    with pytest.raises(ValueError, match="weights, lengths or prompts differ"):
         make_embedder(tmp_path / "base", prompts={"query": "other "}, adapter=given)
 
 
@@ -595,7 +595,7 @@ def test_a_saved_adapter_goes_with_other_lengths_but_not_other_weights(embedder,
         next(other.encoder.parameters())[0, 0] += 1
     other.save(tmp_path / "other")
     (tmp_path / "other" / "model.safetensors").replace(tmp_path / "saved" / "model.safetensors")
-    with pytest.raises(ValueError, match="other weights, lengths or prompts"):
+    with pytest.raises(ValueError, match="weights, lengths or prompts differ"):
         load_embedder(tmp_path / "saved", device="cpu")
 
 
@@ -626,7 +626,7 @@ def test_saved_in_half_precision(tmp_path):
 
 def test_two_layers_are_not_written_for_sentence_transformers(embedder, tmp_path):
     adapted(embedder, "query", "two_layer")
-    with pytest.raises(ValueError, match="two-layer adapter is not a linear map"):
+    with pytest.raises(ValueError, match="two-layer adapter is not linear"):
         embedder.save(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 

@@ -212,7 +212,7 @@ def test_defaults_are_berts():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_attention_heads": 3}, "hidden_size 8 does not divide by 3 heads"),
+        ({"num_attention_heads": 3}, "hidden_size 8 is not divisible by 3 heads"),
         ({"hidden_act": "swish"}, "hidden_act is 'swish', expected one of gelu, gelu_new, gelu_pytorch_tanh, relu"),
         ({"hidden_dropout_prob": 1.5}, "hidden_dropout_prob is 1.5, expected 0 to 1"),
         ({"layer_norm_eps": -1e-12}, "layer_norm_eps is -1e-12, expected 0 to 1"),

@@ -301,7 +301,7 @@ def test_options_of_a_run():
     assert run.indices[3].tolist() == rows
     np.testing.assert_allclose(run.scores[3], best, rtol=1e-6)
     for wrong in (lambda texts: [["a"]], lambda texts: texts):
-        with pytest.raises(ValueError, match="BM25: tokenize returned no list of tokens for each of 4 texts"):
+        with pytest.raises(ValueError, match="BM25: tokenize did not return a list of tokens for each of 4 texts"):
             bm25_run(DATASET, tokenize=wrong)
     calls.clear()
     with pytest.raises(ValueError, match="depth is 0, expected at least 1"):

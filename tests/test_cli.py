@@ -305,7 +305,7 @@ def test_prompts_by_text_or_by_name(place, capsys):
             "pairs.jsonl and pairs.json are both called 'pairs': name them",
         ),
         ("finetune model pairs.json no=missing.json --out r", "missing.json: no such file or folder"),
-        ("finetune model pairs.json --out r --sampling round_robin", "but there is one data set"),
+        ("finetune model pairs.json --out r --sampling round_robin", "but there is only one dataset"),
         ("finetune model pairs.json --out r --epochs many", "epochs is 'many', expected int"),
         ("finetune model pairs.json --out r --epochs 0", "epochs is 0, expected at least 1"),
         (

@@ -164,7 +164,7 @@ def test_hard_negatives_of_the_data_train(place, capsys):
         (["--validation", "missing.json"], "missing.json: no such file or folder"),
         (["--passages", "6", "8"], "passages start every 8 tokens, expected 1 to their size, 6"),
         (["--passages", "600", "8"], "passages of 600 tokens, expected "),
-        (["--held-out", "0.99"], "held_out is 0.99, which leaves no query to train on"),
+        (["--held-out", "0.99"], "held_out is 0.99, which leaves none of"),
     ],
 )
 def test_errors_are_one_line(place, capsys, arguments, fault):

@@ -374,7 +374,7 @@ def test_compare_what_evaluate_wrote(place, capsys):
             "unknown metric 'ndcg@7'; the reports share: hit_rate@1",
         ),
         ("runs/base/eval/uber runs/damaged", "runs/damaged/per_query.jsonl line 3"),
-        ("runs/base/eval/uber runs/corpus", "the reports do not compare: num_documents is 7 in base"),
+        ("runs/base/eval/uber runs/corpus", "the reports are not comparable: num_documents is 7 in base"),
         ("runs/base/eval/uber runs/tuned/eval/uber --style exact", "style is 'exact', expected one of"),
         ("runs/base/eval/uber runs/tuned/eval/uber --save-plot a.txt", "Format 'txt' is not supported"),
         ("runs/base/eval/uber runs/tuned/eval/uber --bases 2", "--bases is 2"),

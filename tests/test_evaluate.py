@@ -507,7 +507,7 @@ def test_compare_refuses(report):
         )
     for key, value in (("gain", "graded"), ("num_documents", 7)):
         first, second = (dataclasses.replace(report, setting={**report.setting, key: v}) for v in ("binary", value))
-        with pytest.raises(ValueError, match=f"do not compare: {key} is binary in base and {value} in other"):
+        with pytest.raises(ValueError, match=f"are not comparable: {key} is binary in base and {value} in other"):
             compare(first, second)
 
 

@@ -541,7 +541,7 @@ def test_a_start_of_another_base_is_refused():
     assert fit_adapter(Q, D, qrels, PLAIN, start=start, base=bases[0]).base == bases[0]
     with pytest.raises(ValueError, match=r"is for model \(query aaaaaaaaaaaa\), this is model \(query bbbbbbbbbbbb\)"):
         fit_adapter(Q, D, qrels, PLAIN, start=start, base=bases[1])
-    with pytest.warns(UserWarning, match="does not say which model it is for"):
+    with pytest.warns(UserWarning, match="does not record which model it is for"):
         fit_adapter(Q, D, qrels, PLAIN, start=fit_adapter(Q, D, qrels, PLAIN), base=bases[0])
 
 
@@ -608,9 +608,9 @@ Q0, D0, R0 = problem()
             {},
             "no query has a relevant document: none of 2 in the qrels has a grade above",
         ),
-        ((Q0, D0, {0: {0: 1}}), {"held_out": 0.1}, "held_out is 0.1, which leaves no query to train on: 1 queries"),
-        ((Q0, D0, R0), {"out_dim": 3}, r"are \(6, 3\) of queries, but \(6, 6\) of documents"),
-        ((Q0, D0, R0), {"out_dim": 3, "side": "document"}, r"are \(6, 6\) of queries, but \(6, 3\) of documents"),
+        ((Q0, D0, {0: {0: 1}}), {"held_out": 0.1}, "held_out is 0.1, which leaves none of 1 queries"),
+        ((Q0, D0, R0), {"out_dim": 3}, r"are \(6, 3\) for queries, but \(6, 6\) for documents"),
+        ((Q0, D0, R0), {"out_dim": 3, "side": "document"}, r"are \(6, 6\) for queries, but \(6, 3\) for documents"),
         ((Q0, D0, R0), {"lr": 1e38, "epochs": 50}, r"step \d+: loss is (nan|inf), gradient norm is"),
     ],
 )

@@ -260,7 +260,7 @@ WRONG = (S0[::-1], 0), (S0 + 1, 0), (S0 - 1, 0), (2 * S0, np.flatnonzero(S0)[0])
         (S0[:-1], R0, rf"source is \[{len(S0) - 1}\] int64, expected \[{len(S0)}\] whole numbers"),
         (S0[:, None], R0, rf"source is \[{len(S0)}, 1\] int64"),
         (S0.astype(np.float64), R0, rf"source is \[{len(S0)}\] float64"),
-        *((wrong, R0, f"window row {row} is of .*, expected .* that rise from 0") for wrong, row in WRONG),
+        *((wrong, R0, f"window row {row} is of .*, expected .* ascending from 0") for wrong, row in WRONG),
         (S0, {0: {12: 1}}, "qrels: document row is 12, expected 0 to 11"),
     ],
 )

@@ -230,7 +230,7 @@ def test_the_mean_is_over_the_dimensions_of_the_call():
 def test_says_once_that_the_full_width_is_not_trained():
     Q, targets = torch.ones(1, 16), Targets(torch.tensor([[0]]))
     loss = Matryoshka(dims=[8, 4], inner=first_cosine)
-    with pytest.warns(UserWarning, match="dims lacks 16, the full width: it is not trained"):
+    with pytest.warns(UserWarning, match="dims lacks 16, the full width, which is not trained"):
         loss(Q, Q, targets)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -252,8 +252,8 @@ def test_a_dimension_above_the_width_is_refused():
         ({"dims": [4, 0]}, r"dims is \[4, 0\], expected dimensions of at least 1"),
         ({"dims": [4, 2, 4]}, r"dims is \[4, 2, 4\], .* none twice"),
         ({"weights": [1.0]}, "weights has 1 entries, expected 2, one for each of dims"),
-        ({"weights": [1.0, -1.0]}, r"weights is \[1.0, -1.0\], expected numbers of at least 0"),
-        ({"weights": [1.0, math.nan]}, r"weights is \[1.0, nan\], expected numbers of at least 0"),
+        ({"weights": [1.0, -1.0]}, r"weights is \[1.0, -1.0\], expected finite numbers of at least 0"),
+        ({"weights": [1.0, math.nan]}, r"weights is \[1.0, nan\], expected finite numbers of at least 0"),
         ({"weights": [0.0, 0.0]}, r"weights is \[0.0, 0.0\], .* not all of them 0"),
         ({"dims_per_step": 0}, r"dims_per_step is 0, expected -1 \(all\) or 1 to 2"),
         ({"dims_per_step": 3}, r"dims_per_step is 3, expected -1 \(all\) or 1 to 2"),

@@ -158,7 +158,7 @@ def test_dim_is_cut_here():
         with pytest.raises(ValueError, match=r"^dim is 17, expected 1 to 16$"):
             embedder.encode(["a"], dim=17)
         num_asked = server.counts["embeddings"]
-        with pytest.raises(ValueError, match=r"^dim is 0, expected 1 to what the server gives$"):
+        with pytest.raises(ValueError, match=r"^dim is 0, expected 1 to the full width$"):
             api(server).encode(["a"], dim=0)
         assert server.counts["embeddings"] == num_asked
     np.testing.assert_allclose(found_ND, whole_ND / np.linalg.norm(whole_ND, axis=1, keepdims=True), atol=1e-6)
@@ -192,7 +192,7 @@ def test_no_texts():
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        (["a", ""], r"^texts\[1\] is empty, which the API does not take$"),
+        (["a", ""], r"^texts\[1\] is empty, which the API does not accept$"),
         (["a", 3], r"^texts\[1\] is a int, expected a str$"),
         ("ab", r"^texts is a str, expected a list of str$"),
         (["a", "b\ud800"], r"^texts\[1\] has a lone surrogate at character 1$"),
@@ -318,7 +318,7 @@ def test_two_at_once_pay_once(tmp_path, capfd):
     np.testing.assert_allclose(found[0], expected(texts[:22]), atol=1e-6)
     np.testing.assert_allclose(found[1], expected(texts[::-1]), atol=1e-6)
     assert [embedder.costs.num_computed for embedder in embedders] == [22, 2]
-    waiting = f"{tmp_path}: waiting for process {os.getpid()}, which computes vectors of the same model\n"
+    waiting = f"{tmp_path}: waiting for process {os.getpid()}, which is computing vectors of the same model\n"
     assert capfd.readouterr().err == waiting
 
 
@@ -910,7 +910,7 @@ def test_an_adapter_maps_what_the_server_gave(tmp_path):
     texts = ["a", "b"]
     with ApiServer() as server:
         embedder = api(server, store=Store(tmp_path))
-        with pytest.warns(UserWarning, match="does not say which model"):
+        with pytest.warns(UserWarning, match="does not record which model"):
             embedder.attach(adapter)
         assert embedder.dim == 16
         mapped_ND = expected(texts) * np.array([2.0] + [1.0] * 15)
@@ -958,7 +958,7 @@ def test_arguments_that_an_api_has_no_use_for(argument, value):
 
 
 def test_arguments_that_a_folder_has_no_use_for(tmp_path):
-    with pytest.raises(ValueError, match=r": price, max_cost: only for a model behind an API, openai:MODEL$"):
+    with pytest.raises(ValueError, match=r": price, max_cost only applies to a model behind an API \(openai:MODEL\)$"):
         load_embedder(tmp_path, price=1.0, max_cost=2.0)
 
 

@@ -470,7 +470,7 @@ SAYS_IT = [
 def test_a_dot_model_needs_a_loss_that_says_how_it_compares(tmp_path, loss):
     embedder = make_embedder(tmp_path / "base")
     embedder.similarity, embedder.normalize = "dot", False
-    with pytest.raises(ValueError, match=r"loss\.similarity has to say 'dot' or 'cosine'"):
+    with pytest.raises(ValueError, match=r"set loss\.similarity to 'dot' or 'cosine'"):
         finetune(embedder, make_dataset(), replace(CONFIG, loss=loss))
 
 
@@ -554,7 +554,7 @@ def test_several_datasets(tmp_path, mixed):
 
 @pytest.mark.parametrize("options", [{"sampling": "round_robin"}, {"mixed": True}])
 def test_sampling_is_of_several_datasets(tmp_path, options):
-    with pytest.raises(ValueError, match="but there is one data set"):
+    with pytest.raises(ValueError, match="but there is only one dataset"):
         finetune(make_embedder(tmp_path / "base"), make_dataset(), replace(CONFIG, **options))
 
 
@@ -689,7 +689,8 @@ def test_changed_code_is_not_resumed_unless_allowed(tmp_path, monkeypatch):
 )
 def test_settings_that_an_object_replaces_are_not_ignored(tmp_path, monkeypatch, name, changes, field):
     options = {name: own_objects(make_embedder(tmp_path / "base"))[name]}
-    refused(tmp_path, monkeypatch, f"{field} is .*, but {name} is given", config=FinetuneConfig(**changes), **options)
+    expected = f"{field} is .*, but the argument {name} replaces it"
+    refused(tmp_path, monkeypatch, expected, config=FinetuneConfig(**changes), **options)
 
 
 def test_a_loss_lr_without_parameters(tmp_path, monkeypatch):

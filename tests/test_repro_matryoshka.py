@@ -200,11 +200,11 @@ def test_a_run_from_end_to_end(tmp_path, capsys):
     (tmp_path / "Financial-QA-10k.csv").unlink()
     write_file(tmp_path, 50)
     with pytest.raises(
-        ValueError, match="holds another run, name another folder, train is not what the run began with"
+        ValueError, match="holds another run, choose another folder, train is not what the run began with"
     ):
         main(options)
     options.epochs = 1
-    with pytest.raises(ValueError, match="holds another run, name another folder, epochs was 2 and is 1"):
+    with pytest.raises(ValueError, match="holds another run, choose another folder, epochs was 2 and is 1"):
         main(options)
 
 

@@ -172,7 +172,7 @@ def test_second_derivatives_are_refused():
     Q, D, targets = random_vectors(7, 5), random_vectors(9, 5, seed=1), with_everything(0)
     (gradient,) = torch.autograd.grad(in_batch_negatives(Q, D, targets, rows=7), Q, create_graph=True)
     assert torch.autograd.grad(gradient.square().sum(), Q)[0].any()
-    with pytest.raises(RuntimeError, match="first derivatives only: for create_graph=True use rows"):
+    with pytest.raises(RuntimeError, match="differentiable only once: for create_graph=True, use rows"):
         torch.autograd.grad(in_batch_negatives(Q, D, targets, rows=2), Q, create_graph=True)
 
 

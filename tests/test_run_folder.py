@@ -252,7 +252,7 @@ def test_changed_data_is_refused(tmp_path):
 def test_a_run_that_is_done_is_not_resumed(tmp_path):
     open_(tmp_path)
     close_run(tmp_path)
-    with pytest.raises(ValueError, match=f"{tmp_path}: this run is done, there is nothing to resume"):
+    with pytest.raises(ValueError, match=f"{tmp_path}: this run is done; there is nothing to resume"):
         check_run(tmp_path, "resume")
 
 

@@ -296,7 +296,7 @@ def test_what_was_computed_before_an_error_is_kept(tmp_path):
         (lambda s: s.find(SPACE._replace(dim=2), ["a"]), f"{NAME} has dim 4, expected 2"),
         (lambda s: s.verify(".."), f"no space '..', expected one of {NAME}"),
         (lambda s: s.prune(NAME, "lock"), f"no space 'lock', expected one of {NAME}"),
-        (lambda s: Store(s.folder / "store.sqlite"), "store.sqlite: is a file, expected the folder"),
+        (lambda s: Store(s.folder / "store.sqlite"), "store.sqlite: is a file, expected a store's folder"),
     ],
 )
 def test_calls_that_are_refused(filled, call, message):
@@ -650,7 +650,7 @@ def test_a_locked_database_is_not_damaged(filled):
 def test_a_store_of_another_version_is_refused(filled):
     (filled / NAME).mkdir()
     (filled / NAME / "space.json").write_text('{"version": 1}')  # before SQLite: a folder per space
-    with pytest.raises(ValueError, match=r"version 1; use the older embedft or, .*\(from an API: pay for them again\)"):
+    with pytest.raises(ValueError, match=r"version 1 store; use an older embedft or, .*\(an API will charge again\)"):
         Store(filled)
     (filled / NAME / "space.json").unlink()
     execute(filled, "PRAGMA user_version = 3")
@@ -819,7 +819,7 @@ def test_encode_and_evaluate_through_a_store(place, capsys):
         assert json.loads(output.out) == report.metrics
     (place / "file").write_text("")
     assert main(["encode", "model", "texts.txt", "--store", "file"]) == 2
-    assert capsys.readouterr().err == "embedft encode: error: file: is a file, expected the folder of a store\n"
+    assert capsys.readouterr().err == "embedft encode: error: file: is a file, expected a store's folder\n"
 
 
 # Embedders.

@@ -547,7 +547,7 @@ def test_settings_that_an_optimizer_replaces(tmp_path):
     embedder = make_embedder(tmp_path / "base")
     for field in ("lr", "loss_lr", "weight_decay"):
         config = TrainConfig(**{field: 0.125})
-        with pytest.raises(ValueError, match=f"{field} is 0.125, but the optimizer"):
+        with pytest.raises(ValueError, match=f"{field} is 0.125, but the argument optimizer"):
             train(embedder, make_batches(embedder), in_batch_negatives, config, optimizer=sgd)
     with pytest.raises(ValueError, match="optimizer returned list"):
         train(embedder, make_batches(embedder), in_batch_negatives, TrainConfig(), optimizer=list)

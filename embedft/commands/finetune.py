@@ -96,7 +96,7 @@ def _print_summary(out: Path, select: str, *, has_validation: bool) -> None:
         before, after = (embedft.Report.load(out / run_folder.EVAL / name) for name in (VALIDATION_BASE, VALIDATION))
         with warnings.catch_warnings():
             # Intended: the base is measured as it is, the result as it was trained.
-            warnings.filterwarnings("ignore", "the reports may not compare: max_length")
+            warnings.filterwarnings("ignore", "the reports may not be comparable: max_length")
             print(embedft.compare(before, after, metric=select))
         print("these questions chose the weights; to report a result, run embedft evaluate on others")
     print(f"model: {out / run_folder.MODEL}")

@@ -1,4 +1,4 @@
-"""Small maps on embeddings, for queries, documents or both, which improve a model without running it again.
+"""Adapters: small maps on the embeddings of queries, documents or both, which improve a model without rerunning it.
 
     adapter = Adapter(query=LinearMap(384))
     adapter(queries_ND, role="query"), adapter(documents_MD, role="document")
@@ -49,9 +49,9 @@ class Base(NamedTuple):
 
 
 class Adapter(nn.Module):
-    """Maps on the vectors of queries and documents; None leaves them unchanged, one object given twice is shared.
-    `base` is the model whose vectors they are for (None: unknown). With `normalize`, `transform` returns unit vectors.
-    Raises `ValueError` without a map, or when the vectors of queries and documents would differ in width."""
+    """Maps query and document vectors; None leaves them unchanged, and the same map may be passed for both.
+    `base` is the model the adapter is for (None: unknown). With `normalize`, `transform` returns unit vectors.
+    Raises `ValueError` without a map, or if query and document vectors would differ in width."""
 
     def __init__(
         self, query: Map | None = None, document: Map | None = None, *, base: Base | None = None, normalize: bool = True
@@ -59,12 +59,12 @@ class Adapter(nn.Module):
         super().__init__()
         one = query or document
         if one is None:
-            raise ValueError("an adapter without a map: expected one for queries, documents or both")
+            raise ValueError("the adapter has no map: expected one for queries, documents or both")
         self.query, self.document, self.base, self.normalize = query, document, base, normalize
         self.in_features, self.out_features = one.in_features, one.out_features
         q, d = ((x.in_features, x.out_features) if x else (one.in_features,) * 2 for x in (query, document))
         if q != d:
-            raise ValueError(f"features in and out are {q} of queries, but {d} of documents")
+            raise ValueError(f"features in and out are {q} for queries, but {d} for documents")
         if base is not None and base.dim != self.in_features:
             raise ValueError(f"the base {base.name} has {base.dim} features, the adapter takes {self.in_features}")
         self.history: list[dict[str, Any]] = []  # this and `costs` are filled in by `fit_adapter`
@@ -78,23 +78,23 @@ class Adapter(nn.Module):
         return "shared" if self.query is self.document else "both"
 
     def map_of(self, role: str) -> Map | None:
-        """The map of a role; None: its vectors are left unchanged."""
+        """The map of a role; None: its vectors stay unchanged."""
         check_role(role)
         return self.query if role == "query" else self.document
 
     def forward(self, x_ND: Tensor, role: str = "query") -> Tensor:
-        """The mapped vectors, [N, E], with gradient; float32 and float64 are kept, nothing is normalized."""
+        """The mapped vectors, [N, E], with gradient, in the dtype of `x_ND`; not normalized."""
         part = self.map_of(role)
         if x_ND.ndim != 2 or x_ND.shape[1] != self.in_features:
             raise ValueError(f"vectors are {list(x_ND.shape)}, the adapter takes [N, {self.in_features}]")
         return x_ND if part is None else part(x_ND)
 
     def departure(self) -> Tensor:
-        """How far the maps are from the identity, summed over them (a shared one once): a scalar, with gradient."""
+        """How far the maps are from the identity, summed (a shared map counts once): a scalar, with gradient."""
         return sum(part.departure() for part in self.children())
 
     def transform(self, embeddings_ND: np.ndarray, role: str = "query", *, slice_rows: int = 16_384) -> np.ndarray:
-        """The mapped vectors of an array, [N, E] float32, `slice_rows` at a time; unit rows with `normalize`."""
+        """Maps the rows of an array, `slice_rows` at a time: [N, E] float32, of unit length with `normalize`."""
         mapped_NE = np.empty((len(embeddings_ND), self.out_features), dtype=np.float32)
         device = next(self.parameters()).device
         with torch.inference_mode():
@@ -106,22 +106,22 @@ class Adapter(nn.Module):
         return mapped_NE
 
     def check_base(self, base: Base) -> None:
-        """Raises `ValueError` unless the adapter is for `base`; warns if it does not say which model it is for."""
+        """Raises `ValueError` unless the adapter is for `base`; warns if it does not record its model."""
         if base.dim != self.in_features:
             raise ValueError(f"the adapter takes {self.in_features} features, {base.name} has {base.dim}")
         if self.base is None or not self.base.fingerprints:
-            warnings.warn(f"the adapter does not say which model it is for; used with {base.name}", stacklevel=2)
+            warnings.warn(f"the adapter does not record which model it is for; using it with {base.name}", stacklevel=2)
             return
         for role, found in base.fingerprints.items():
             if (expected := self.base.fingerprints.get(role, found)) != found:
                 bases = f"{self.base.name} ({role} {expected[:12]}), this is {base.name} ({role} {found[:12]})"
-                raise ValueError(f"the adapter is for {bases}: other weights, lengths or prompts")
+                raise ValueError(f"the adapter is for {bases}: weights, lengths or prompts differ")
 
     def save(self, folder: str | Path, *, format: str = "embedft", base: Base | None = None) -> None:
-        """Writes the adapter to a folder, each file atomically, the configuration last; `base` replaces its own.
+        """Writes the adapter to a folder, each file atomically, the configuration last; `base` overrides its own.
 
         `format` is "embedft" (adapter.safetensors, adapter.json), or "llamaindex" (config.json and a pickled
-        pytorch_model.bin), which holds a linear or two-layer map of queries and does not name the base.
+        pytorch_model.bin), which holds only a linear or two-layer map of queries and does not record the base.
         Raises `ValueError` for a format that is unknown or cannot hold this adapter.
         """
         if format not in FORMATS:
@@ -137,14 +137,14 @@ class Adapter(nn.Module):
         else:
             config, content = _to_llamaindex(config, tensors)
             if (ours := path.with_name(CONFIG_FILE)).exists():
-                raise ValueError(f"{path.parent}: has an {ours.name}, which would be loaded in place of this")
+                raise ValueError(f"{path.parent}: has an {ours.name}, which would be loaded instead of this")
         with atomic_write(weights, "wb") as file:
             file.write(content)
         write_json(path, config)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Adapter":
-        """The adapter in a folder, in either format of `save`. Raises `ValueError` for a missing or damaged file."""
+        """Reads a folder in either format of `save`. Raises `ValueError` for a missing or damaged file."""
         there = [name for name, files in FORMATS.items() if all((Path(folder) / file).is_file() for file in files)]
         if not there:
             expected = ", or ".join(f"{config} and {weights} ({name})" for name, (config, weights) in FORMATS.items())
@@ -164,7 +164,7 @@ class Adapter(nn.Module):
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Gives a module its tensors. Raises `ValueError` naming one that is absent, too many, misshapen or not finite."""
+    """Loads tensors into a module. Raises `ValueError` naming one that is absent, extra, misshapen or not finite."""
     own = module.state_dict()
     for name in sorted(own.keys() | tensors.keys()):
         found, wanted = (list(part[name].shape) if name in part else "absent" for part in (tensors, own))
@@ -177,7 +177,7 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Names the file that lacks a field, or has a wrong one."""
+    """Prefixes errors about a missing or invalid field with the file's path."""
     try:
         yield
     except KeyError as error:
@@ -191,11 +191,11 @@ def _read(config: dict[str, Any], weights: Path) -> tuple[dict[str, Any], dict[s
         raise ValueError(f"format_version is {found!r}, expected {FORMAT_VERSION}; fit the adapter again")
     content = weights.read_bytes()
     if hashlib.sha256(content).hexdigest() != config["weights_sha256"]:
-        raise ValueError(f"{weights.name} is cut off, or of another adapter (its SHA-256 is not the one given here)")
+        raise ValueError(f"{weights.name} is truncated or from another adapter (its SHA-256 does not match)")
     return config, load(content)
 
 
-# Ours -> LlamaIndex's: settings by kind, and tensors.
+# Our names -> LlamaIndex's: settings by kind, and tensors.
 SETTINGS = {"linear": {"in_features": "in_features", "out_features": "out_features", "bias": "bias"}}
 TWO_LAYERS = {"hidden": "hidden_features", "activation": "activation_fn_str", "residual": "add_residual"}
 SETTINGS["two_layer"] = SETTINGS["linear"] | TWO_LAYERS
@@ -207,9 +207,9 @@ def _to_llamaindex(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[
     settings = config["query"] or config["document"]
     if config["side"] != "query" or settings["kind"] not in SETTINGS:
         found = f"{settings['kind']} for {config['side']}"
-        raise ValueError(f"the format 'llamaindex' holds a linear or two-layer map of queries, this is {found}")
+        raise ValueError(f"the format 'llamaindex' holds only a linear or two-layer map of queries, this is {found}")
     if settings["kind"] == "two_layer":
-        tensors.setdefault("query.scale", torch.zeros(1))  # theirs is always there
+        tensors.setdefault("query.scale", torch.zeros(1))  # LlamaIndex always has one
     buffer = io.BytesIO()
     torch.save({TENSORS[name]: tensor for name, tensor in tensors.items()}, buffer)
     return {theirs: settings[ours] for ours, theirs in SETTINGS[settings["kind"]].items()}, buffer.getvalue()
@@ -218,7 +218,7 @@ def _to_llamaindex(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[
 def _from_llamaindex(config: dict[str, Any], weights: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     kind = "two_layer" if "hidden_features" in config else "linear"
     settings = {"kind": kind, **{ours: config[theirs] for ours, theirs in SETTINGS[kind].items()}}
-    try:  # on a file that is no zip, torch may fail in any way
+    try:  # torch may fail in any way on a file that is not a zip
         tensors = torch.load(weights, map_location="cpu", weights_only=True) if zipfile.is_zipfile(weights) else None
     except (pickle.UnpicklingError, RuntimeError):
         tensors = None

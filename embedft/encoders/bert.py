@@ -1,7 +1,7 @@
 """BERT (Devlin et al. 2019): token, position and segment embeddings, then post-norm transformer layers.
 
-No pooler, no heads. Dropout of the attention weights is 0 unless set: it rules out torch's fused CPU kernel and every
-packed CUDA kernel.
+No pooler, no heads. Dropout of attention weights is off by default, because it rules out torch's fused CPU kernel and
+every packed CUDA kernel.
 
     config = BertConfig(vocab_size=30522, hidden_size=384, ...)     # the fields of config.json
     hidden_TD = Bert(config)(packed)
@@ -26,7 +26,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
 }
 
-# Ours -> the checkpoint's; several are stacked into one matrix, in this order.
+# Our names -> the checkpoint's; several tensors are stacked into one matrix, in this order.
 KEYS = {
     "token.weight": "word_embeddings.weight",
     "position.weight": "position_embeddings.weight",
@@ -42,7 +42,7 @@ LAYER_KEYS = {
     "feed_forward_out": ("output.dense",),
     "feed_forward_norm": ("output.LayerNorm",),
 }
-# In checkpoints of the family but not in the encoder: kept and saved again.
+# Tensors of checkpoints that the encoder does not use; they are kept and saved again.
 CARRIED = ("pooler.", "embeddings.position_ids", "cls.")
 # Names in older checkpoints, and in those saved from a model with a head.
 PREFIX = "bert."
@@ -71,7 +71,7 @@ class BertConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {str(getattr(self, name))[:60]}, expected 0 to 1")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} does not divide by {self.num_attention_heads} heads")
+            raise ValueError(f"hidden_size {self.hidden_size} is not divisible by {self.num_attention_heads} heads")
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act is {self.hidden_act[:60]!r}, expected one of {', '.join(ACTIVATIONS)}")
         if self.position_embedding_type != "absolute":
@@ -125,7 +125,7 @@ class Layer(nn.Module):
 
 
 class Bert(nn.Module):
-    """Packed tokens -> hidden states [T, D]. `attention_dropout` may be set: the probability, in training."""
+    """Packed tokens -> hidden states [T, D]. Set `attention_dropout` to the probability to use in training."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -142,7 +142,7 @@ class Bert(nn.Module):
 
 
 def key_map(config: BertConfig) -> dict[str, tuple[str, ...]]:
-    """Every parameter of `Bert` -> the checkpoint's tensors that are stacked into it along the first dimension."""
+    """Maps every parameter of `Bert` to the checkpoint tensors that are stacked into it along the first dimension."""
     keys = {f"embeddings.{ours}": (f"embeddings.{theirs}",) for ours, theirs in KEYS.items()}
     for i in range(config.num_hidden_layers):
         for ours, theirs in LAYER_KEYS.items():

@@ -30,18 +30,18 @@ from .tokenization import Tokenizer
 
 
 class Embedder(nn.Module):
-    """A text encoder with everything between a text and its vector, of unit length unless `similarity` is "dot".
+    """Everything between a text and its vector: prompt, tokenizer, encoder, pooling, normalization and adapter.
 
     Args:
         encoder: packed tokens -> hidden states [T, D]; has `.config` with `hidden_size` and `max_length`.
         pooling: None: the mean.
-        prompts: {name: text put in front}; those named "query" and "document" are used, by role.
+        prompts: {name: text to prepend}; those named "query" and "document" are used, by role.
         normalize: scale vectors to unit length; always true when `similarity` is "cosine".
         truncate_dim: leading features that `encode` returns by default; None: all.
-        source: the folder it was loaded from, which `save` needs.
+        source: the folder it was loaded from; `save` needs it.
 
-    `store` (None unless set) keeps the vectors of `encode`; `adapter` (None unless attached) maps those of the encoder,
-    and its weights are among the parameters.
+    `store` (None unless set) keeps the vectors that `encode` computes. `adapter` (None unless attached) maps the
+    encoder's vectors; its weights are among the parameters.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Embedder(nn.Module):
 
     @property
     def full_dim(self) -> int:
-        """Features of a vector before `truncate_dim` cuts it."""
+        """Features of a vector before truncation to `truncate_dim`."""
         return self.pooling.out_features if self.adapter is None else self.adapter.out_features
 
     @property
@@ -84,7 +84,7 @@ class Embedder(nn.Module):
 
     @property
     def max_length(self) -> int:
-        """Tokens a text is cut to, special tokens and prompt included; may be set."""
+        """Texts are truncated to this many tokens, special tokens and prompt included; can be set."""
         return self.tokenizer.max_length
 
     @max_length.setter
@@ -101,7 +101,7 @@ class Embedder(nn.Module):
         return dim
 
     def prompt(self, role: str) -> str:
-        """The text put in front of every text of a role ("query" or "document"); "" if there is none."""
+        """The text prepended to every text of a role ("query" or "document"); "" if there is none."""
         check_role(role)
         return self.prompts.get(role) or ""
 
@@ -114,7 +114,7 @@ class Embedder(nn.Module):
         return self.tokenizer.encode([prompt + text for text in texts] if prompt else texts)
 
     def _prompt_length(self, role: str, max_length: int) -> int | None:
-        """The leading tokens that pooling leaves out of texts cut to `max_length`; None: none."""
+        """How many leading tokens pooling leaves out of texts truncated to `max_length`; None: none."""
         prompt = self.prompt(role)
         if not prompt or self.pooling.include_prompt:
             return None
@@ -124,7 +124,7 @@ class Embedder(nn.Module):
         return prompt_length
 
     def pack(self, texts: Sequence[str], *, role: str, passages: Sequence[int] | None = None) -> Packed:
-        """Texts with their prompt as packed tokens, on the CPU; with `passages` their windows, and `source` is set."""
+        """Tokenizes and packs texts with their prompt, on the CPU; with `passages`, their windows, setting `source`."""
         if passages is None:
             return pack(self._token_ids(texts, role), prompt_length=self._prompt_length(role, self.max_length))
         windows, source = self.tokenizer.windows(texts, passages, prompt=self.prompt(role))
@@ -163,16 +163,16 @@ class Embedder(nn.Module):
         progress: bool | None = None,
         window_texts: int = 16_384,
     ) -> np.ndarray:
-        """Vectors of texts, [N, D] float32, in the order given; without dropout or gradient.
+        """Encodes texts into vectors [N, D] float32, in the same order; without dropout or gradient.
 
-        A `store` keeps the encoder's full vectors, so each text is computed once; they are mapped and cut when read.
+        A `store` keeps the encoder's full vectors, so each text is computed once; adapter and `dim` apply on reading.
 
         Args:
-            role: "query" or "document": which prompt goes in front.
+            role: "query" or "document": whose prompt to prepend.
             dim: leading features to keep (scaled to unit length again); None: `truncate_dim`, else all.
-            batch_tokens: tokens in one forward pass; None: what suits the device. A longer text goes alone.
+            batch_tokens: tokens per forward pass; None: depends on the device. A longer text is a batch of its own.
             progress: show a bar; None: when stderr is a terminal.
-            window_texts: texts tokenized and sorted by length together, which bounds the memory beside the result.
+            window_texts: texts tokenized and sorted by length at a time; bounds memory, apart from the result.
 
         Raises `ValueError` for a bad argument, or a vector that is not finite, naming its text.
         """
@@ -189,15 +189,15 @@ class Embedder(nn.Module):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Vectors of the windows of texts, [W, D] float32, and the row of `texts` each is from, [W] int64 ascending.
 
-        A window is embedded as a text of its own. A `store` keeps it under its token ids, so once for all sizes and
-        strides that contain it.
+        Each window is embedded as a text of its own. A `store` keeps windows by their token ids, so sizes and strides
+        that produce the same window share it.
 
         `passages`: (size, stride), as for `Tokenizer.windows`; `options`: dim, batch_tokens and progress, as for
-        `encode`. `cut_texts` texts are cut together, and about 16 times as many windows encoded together.
+        `encode`. `cut_texts` texts are cut at a time, and about 16 times as many windows encoded at a time.
 
-        Source: Dai and Callan 2019, section 3: passages of a window and a stride, each scored by itself.
+        Source: Dai and Callan 2019, section 3: passages of a fixed size and stride, scored independently.
         """
-        self.tokenizer.windows([], passages, prompt=self.prompt(role))  # raises for bad ones even without texts
+        self.tokenizer.windows([], passages, prompt=self.prompt(role))  # checks them even without texts
         parts, keys, source = [np.empty((0, self._checked_dim(options.get("dim"))), dtype=np.float32)], [], []
         with self._encoding(len(texts), role, passages, **options) as (vectors, bar):
             for start in range(0, len(texts), cut_texts):
@@ -213,7 +213,7 @@ class Embedder(nn.Module):
 
     @contextlib.contextmanager
     def _encoding(self, num_texts, role, passages=None, *, dim=None, batch_tokens=None, progress=None) -> Iterator[Any]:
-        """Without dropout and gradient: (a function of texts or windows, by key, -> [N, dim]; a progress bar)."""
+        """Inference mode; yields a function from keys of texts or windows to vectors [N, dim], and a progress bar."""
         dim, store = self._checked_dim(dim), self.store
         space = store and self.space(role, texts="texts" if passages is None else "token ids")
         prompt_length = self._prompt_length(role, self.max_length if passages is None else passages[0])
@@ -259,8 +259,8 @@ class Embedder(nn.Module):
         return fingerprint([self.encoder, self.pooling], settings, functions=functions, library=library)
 
     def space(self, role: str, *, texts: str = "texts") -> Space:
-        """The space, in a `Store`, of the encoder's full vectors: before an adapter maps them and before they are cut.
-        Its fingerprint is taken anew each time, so no training step is missed. `texts`: "token ids" for windows."""
+        """The space, in a `Store`, of the encoder's full vectors, before the adapter and truncation.
+        Its fingerprint is recomputed on every call, so it follows training. `texts`: "token ids" for windows."""
         found = self._fingerprint(role, precision=precision(self.device), texts=texts)
         roles = " and ".join(other for other in ROLES if self.prompt(other) == self.prompt(role))
         dtype = str(next(self.parameters()).dtype).removeprefix("torch.")
@@ -269,19 +269,19 @@ class Embedder(nn.Module):
         return Space(found, self.pooling.out_features, description)
 
     def base(self) -> Base:
-        """What an adapter notes about this model; independent of precision and of embedft's own code."""
+        """What an adapter records about this model; independent of precision and of embedft's own code."""
         fingerprints = {role: self._fingerprint(role, library=False) for role in ROLES}
         return Base(self.source.name if self.source else "", self.pooling.out_features, fingerprints)
 
     def attach(self, adapter: Adapter) -> None:
-        """Maps vectors with `adapter` from now on, before they are cut. Raises as `Adapter.check_base`."""
+        """Maps vectors with `adapter` from now on, before truncation. Raises like `Adapter.check_base`."""
         adapter.check_base(self.base())
         if self.truncate_dim is not None and self.truncate_dim > adapter.out_features:
             raise ValueError(f"truncate_dim is {self.truncate_dim}, the adapter gives {adapter.out_features} features")
         self.adapter = adapter.to(self.device)
 
     def sha256(self) -> str:
-        """A hash of everything that its vectors depend on, precision aside; 64 hexadecimal digits."""
+        """SHA-256 of everything that the vectors depend on except precision, as 64 hexadecimal digits."""
         parts = [self._fingerprint(role) for role in ROLES]
         if self.adapter is not None:
             settings = {name: part.settings for name, part in self.adapter.named_children()}
@@ -289,8 +289,8 @@ class Embedder(nn.Module):
         return hashlib.sha256(repr((parts, self.similarity, self.truncate_dim)).encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """Writes a folder that `load_embedder` and sentence-transformers read, each file atomically.
-        Raises `ValueError` for an adapter that is not linear, which sentence-transformers' Dense modules are."""
+        """Writes a folder that `load_embedder` and sentence-transformers can read, each file atomically.
+        Raises `ValueError` for a nonlinear adapter, which sentence-transformers' Dense modules cannot express."""
         if self.source is None:
             raise ValueError("this Embedder was not loaded from a model folder, so it cannot be saved as one")
         write_folder(Path(folder), self)

@@ -23,7 +23,7 @@ def fingerprint(
     modules: list[nn.Module], settings: dict[str, Any], *, functions: Iterable[Callable] = (), library: bool = True
 ) -> str:
     """A SHA-256 over the modules' weights, the settings (their `repr`), and the code of the modules and functions.
-    `library`: embedft's own code counts too; False: that of others alone, so that the hash outlives an upgrade."""
+    `library`: include embedft's own code; False: only other code, so that the hash survives an upgrade."""
     sources: dict[str, str] = {}
     for thing in {type(part) for module in modules for part in module.modules()} | set(functions):
         _collect_sources(thing, sources)
@@ -34,9 +34,9 @@ def fingerprint(
 
 
 def weights_sha256(module: nn.Module) -> str:
-    """A SHA-256 over every tensor's name, type, shape and bytes; remembered until a tensor changes.
-    Sums of 8 KiB each, as integers, tell whether one has changed: 90 MB take 12 ms, the hash 220 ms (one busy core of
-    an EPYC, 2026-11-29). torch counts most changes itself, but not those of fused optimizers and `tensor.data`."""
+    """A SHA-256 over every tensor's name, type, shape and bytes, cached until a tensor changes.
+    Integer sums over 8 KiB blocks detect changes, in 12 ms for 90 MB; the hash takes 220 ms (one busy core of an EPYC,
+    2026-11-29). torch's own version counters miss fused optimizers and changes through `tensor.data`."""
     tensors = module.state_dict()
     kinds = {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()}
     counts = [0 if x.is_inference() else x._version for x in tensors.values()]
@@ -56,7 +56,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _block_sums(tensor: Tensor, words: int = 1024) -> Tensor:
-    """Sums over blocks of 64-bit words, then the bytes behind the last whole block, as int64."""
+    """Sums over blocks of 64-bit words, then the bytes after the last whole block, as int64."""
     content = _bytes(tensor)
     content = content.clone() if content.storage_offset() % 8 else content
     whole = len(content) // (8 * words) * 8 * words
@@ -64,7 +64,7 @@ def _block_sums(tensor: Tensor, words: int = 1024) -> Tensor:
 
 
 def _collect_sources(thing: Any, sources: dict[str, str]) -> None:
-    """Adds {qualified name: code} of a class or function with what it carries, and of all it names from its package."""
+    """Adds {qualified name: code} of a class or function, its bound values, and all that it uses of its own package."""
     thing, values = split_object(thing)
     module = getattr(thing, "__module__", None) or ""
     name, package = f"{module}.{getattr(thing, '__qualname__', repr(type(thing)))}", module.partition(".")[0]
@@ -83,7 +83,7 @@ def _collect_sources(thing: Any, sources: dict[str, str]) -> None:
 
 
 def precision(device: torch.device) -> tuple[str, ...]:
-    """torch's settings that float32 products depend on: autocast, and what may stand in for float32."""
+    """torch's settings that change float32 products: autocast, and lower precisions such as TF32."""
     cast = str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else "none"
     places = (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn, torch.backends.mkldnn.matmul)
     return cast, *(place.fp32_precision for place in places)

@@ -1,7 +1,7 @@
-"""The files of a model folder, read and written: weights, tokenizer, sentence-transformers' module files.
+"""Reads and writes the files of a model folder: weights, tokenizer, sentence-transformers' module files.
 
-Reading is strict: a field of the wrong type, or anything the encoder family does not know or misses, is an error that
-names it. Nothing is unpickled. Writing follows sentence-transformers before version 6, each file atomically.
+Reading is strict: a field of the wrong type, and anything unknown to the encoder family or missing, is an error that
+names it. Nothing is unpickled. Files are written atomically, in the format of sentence-transformers before version 6.
 """
 
 import math
@@ -33,12 +33,12 @@ FAMILIES: dict[str, ModuleType] = {
 }
 CONFIG_FILE, WEIGHTS_FILE, MODULES_FILE = "config.json", "model.safetensors", "modules.json"
 TRANSFORMER_CONFIG_FILE, MODEL_CONFIG_FILE = "sentence_bert_config.json", "config_sentence_transformers.json"
-# The modules of modules.json that are understood, by class name and in this order.
+# The modules of modules.json that are supported, by class name and in this order.
 MODULES, MODULE_TYPE = ("Transformer", "Pooling", "Normalize"), "sentence_transformers.models."
 POOLING_FOLDER = "1_Pooling"
-# An adapter may follow: as our own files, and as a Router whose routes are queries and documents.
+# An adapter may follow, saved twice: as our own files, and as a Router with routes for queries and documents.
 ADAPTER_FOLDER, ROUTER = "adapter", "Router"
-# All that is ever downloaded: weights in safetensors, and small JSON files.
+# The only files ever downloaded: weights in safetensors, and small JSON files.
 HUB_FILES = [WEIGHTS_FILE, CONFIG_FILE, MODULES_FILE, TRANSFORMER_CONFIG_FILE, MODEL_CONFIG_FILE, TOKENIZER_FILE]
 HUB_FILES += [TOKENIZER_CONFIG_FILE, *(f"{ADAPTER_FOLDER}/{name}" for name in FORMATS["embedft"])]
 HUB_FILES += [f"{place}/{name}" for place in ("0_*", "*_Pooling") for name in ("*.json", WEIGHTS_FILE)]
@@ -53,13 +53,13 @@ LEGACY_POOLING_KEYS = {
     "lasttoken": "pooling_mode_lasttoken",
 }
 
-# The fields that are read: {field: (what it should be, whether a value is that)}. null stands for an absent field.
+# The fields that are read: {field: (what is expected, whether a value is valid)}. null counts as an absent field.
 Schema = Mapping[str, tuple[str, Callable[[Any], bool]]]
 BOOL = ("true or false", lambda x: isinstance(x, bool))
-# Without half a surrogate pair, which JSON can spell and no tokenizer takes.
+# Without lone surrogates, which JSON can spell but no tokenizer accepts.
 TEXT = ("a string", lambda x: x is None or (isinstance(x, str) and x == x.encode(errors="ignore").decode()))
 LENGTH = ("a number of tokens", lambda x: type(x) in (int, float) and x >= 1)
-PLACE = ("one in the folder", lambda x: type(x) is str and "\0" not in x and not normpath(x).startswith(("..", "/")))
+PLACE = ("one in this folder", lambda x: type(x) is str and "\0" not in x and not normpath(x).startswith(("..", "/")))
 SCHEMAS: dict[str, Schema] = {
     CONFIG_FILE: {
         "model_type": (f"one of {', '.join(FAMILIES)}", lambda x: x in list(FAMILIES)),
@@ -98,7 +98,7 @@ TYPES = {
 
 
 class Source(NamedTuple):
-    """Where an Embedder came from, and what goes back into its folder unchanged."""
+    """Where an Embedder came from, and what `save` writes back unchanged."""
 
     name: str
     folder: Path
@@ -115,15 +115,15 @@ def _check(path: Path, values: Mapping[str, Any], schema: Schema) -> None:
 
 
 def read_fields(path: Path, schema: str | None = None) -> dict[str, Any]:
-    """The object in a JSON file without its nulls; {} if there is none. Raises `ValueError` naming a bad field."""
+    """The object in a JSON file, without nulls; {} if there is no file. Raises `ValueError` naming an invalid field."""
     values = {key: value for key, value in read_object(path).items() if value is not None} if path.is_file() else {}
     _check(path, values, SCHEMAS[schema or path.name])
     return values
 
 
 def read_modules(folder: Path) -> dict[str, str]:
-    """{module's class name: its subfolder} of modules.json; {} for a Hugging Face folder, which has none.
-    A Router and what follows it are left out if they are those of an adapter, which is read from its own folder."""
+    """{class name of a module: its subfolder} from modules.json; {} for a Hugging Face folder, which has none.
+    An adapter's Router and what follows it are left out, because the adapter is read from its own folder."""
     path, kinds, places = folder / MODULES_FILE, [], []
     if not path.is_file():
         return {}
@@ -143,7 +143,7 @@ def read_modules(folder: Path) -> dict[str, str]:
 
 
 def read_config(folder: Path) -> tuple[ModuleType, Any, dict[str, Any]]:
-    """The family that config.json names, the family's own configuration, and the whole file."""
+    """The family that config.json names, that family's Config, and the whole file."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise ValueError(f"{folder}: no {CONFIG_FILE}, so this is not a model folder")
@@ -160,7 +160,7 @@ def read_config(folder: Path) -> tuple[ModuleType, Any, dict[str, Any]]:
 
 
 def read_tokenizer(folder: Path, config: Any, max_length: int | None) -> Tokenizer:
-    """The tokenizer, with the maximum length asked for, else the folder's, but no more than the encoder's positions."""
+    """The tokenizer, with `max_length` or, if None, the folder's maximum length, capped at the encoder's positions."""
     settings, limit = read_fields(folder / TRANSFORMER_CONFIG_FILE), config.max_length
     length, lower_case = limit if max_length is None else max_length, settings.get("do_lower_case", False)
     own = read_fields(folder / TOKENIZER_CONFIG_FILE)
@@ -176,7 +176,7 @@ def read_tokenizer(folder: Path, config: Any, max_length: int | None) -> Tokeniz
 
 
 def read_pooling(folder: Path, modules: Mapping[str, str], hidden_size: int) -> Pooling:
-    """The pooling module, with its weights if it has any; the mean if there is no such module."""
+    """The pooling module, with its weights if it has any; mean pooling if modules.json lists none."""
     if "Pooling" not in modules:
         return Pooling(("mean",), hidden_size)
     path = folder / modules["Pooling"] / CONFIG_FILE
@@ -195,9 +195,9 @@ def read_pooling(folder: Path, modules: Mapping[str, str], hidden_size: int) -> 
 
 
 def read_encoder(folder: Path, family: ModuleType, config: Any, dtype: torch.dtype) -> tuple[nn.Module, dict]:
-    """The encoder with its weights, and the tensors of the checkpoint that it only carries along.
-    Raises `ValueError` for a size in config.json that no tensor has, before a module is built, and naming the tensors
-    that are missing, unexpected, or of the wrong shape or type."""
+    """The encoder with its weights, and the checkpoint's other tensors, which are only carried along.
+    Raises `ValueError` for a size in config.json that exceeds any tensor's, before building a module, and for
+    tensors that are missing, unexpected, or of the wrong shape or type, naming them."""
     path = folder / WEIGHTS_FILE
     with _opened(path) as file:
         names = list(file.keys())
@@ -217,7 +217,7 @@ def read_encoder(folder: Path, family: ModuleType, config: Any, dtype: torch.dty
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file, without reading its tensors."""
+    """Opens a safetensors file, without reading its tensors."""
     if not path.is_file():
         found = sorted(file.name for file in path.parent.iterdir() if file.suffix in (".bin", ".pt", ".safetensors"))
         raise ValueError(f"{path.parent}: no {WEIGHTS_FILE} (weights found: {', '.join(found) or 'none'})")
@@ -242,7 +242,7 @@ def _read_state(path: Path, encoder: nn.Module, family: ModuleType) -> tuple[dic
             for old, better in family.RENAMED.items():
                 new = new.replace(old, better)
             if new in stored:
-                raise ValueError(f"{path}: {new} is there twice, under this name and an older one")
+                raise ValueError(f"{path}: {new} is stored twice, under this name and an older one")
             stored[new] = name
         faults = [f"missing {name}" for name in sorted(wanted - stored.keys())]
         unknown = sorted(stored.keys() - wanted)
@@ -268,7 +268,7 @@ def _read_state(path: Path, encoder: nn.Module, family: ModuleType) -> tuple[dic
 def write_folder(folder: Path, embedder: nn.Module) -> None:
     """Writes an `Embedder`; see `Embedder.save`."""
     source, tokenizer, adapter = embedder.source, embedder.tokenizer, embedder.adapter
-    # First, because maps that are not linear raise.
+    # First, because a nonlinear map raises.
     dense = {role: part and part.dense() for role in ROLES if adapter for part in [adapter.map_of(role)]}
     folder.mkdir(parents=True, exist_ok=True)
     keys = source.family.key_map(embedder.encoder.config)
@@ -276,7 +276,7 @@ def write_folder(folder: Path, embedder: nn.Module) -> None:
     for ours, parameter in embedder.encoder.state_dict().items():
         tensors |= zip(keys[ours], parameter.chunk(len(keys[ours])), strict=True)
     _write_tensors(folder / WEIGHTS_FILE, tensors)
-    # transformers loads in the type that config.json names, so it has to be that of the weights.
+    # transformers loads weights in the dtype that config.json names, so it must match theirs.
     dtype = str(next(embedder.encoder.parameters()).dtype).removeprefix("torch.")
     write_json(folder / CONFIG_FILE, {**source.config, "torch_dtype": dtype, "dtype": dtype})
     tokenizer.save(folder)
@@ -295,7 +295,7 @@ def write_folder(folder: Path, embedder: nn.Module) -> None:
         adapter.save(folder / ADAPTER_FOLDER, base=embedder.base())
         _write_router(folder / f"{len(modules)}_{ROUTER}", dense)
         modules += [ROUTER, *modules[2:]]
-    elif (folder / ADAPTER_FOLDER / ADAPTER_CONFIG_FILE).is_file():  # of a model that was saved here before
+    elif (folder / ADAPTER_FOLDER / ADAPTER_CONFIG_FILE).is_file():  # left by a model saved here before
         shutil.rmtree(folder / ADAPTER_FOLDER)
     paths = {i: f"{i}_{kind}" if i else "" for i, kind in enumerate(modules)}
     entries = [{"idx": i, "name": str(i), "path": paths[i], "type": MODULE_TYPE + modules[i]} for i in paths]
@@ -305,7 +305,7 @@ def write_folder(folder: Path, embedder: nn.Module) -> None:
 def _write_pooling(folder: Path, pooling: Pooling, hidden_size: int) -> None:
     config: dict[str, Any] = {key: mode in pooling.names for mode, key in LEGACY_POOLING_KEYS.items()}
     if tuple(mode for mode in LEGACY_POOLING_KEYS if mode in pooling.names) != pooling.names:
-        config = {"pooling_mode": pooling.names}  # another order or another mode than the old form can express
+        config = {"pooling_mode": pooling.names}  # an order or mode that the old form cannot express
     config |= {"word_embedding_dimension": hidden_size, "include_prompt": pooling.include_prompt}
     write_json(folder / CONFIG_FILE, config)
     if pooling.state_dict():
@@ -315,7 +315,7 @@ def _write_pooling(folder: Path, pooling: Pooling, hidden_size: int) -> None:
 
 
 def _write_router(folder: Path, dense: dict[str, tuple[Tensor, Tensor | None] | None]) -> None:
-    """A Router with a route per role (documents' is the default): a Dense module without activation, or nothing."""
+    """A Router with a route per role (default: documents), each a Dense module without activation, or empty."""
     structure = {role: [f"{role}_0_Dense"] if layer else [] for role, layer in dense.items()}
     types = {name: MODULE_TYPE + "Dense" for names in structure.values() for name in names}
     for name, (weight, bias) in zip(types, filter(None, dense.values()), strict=True):

@@ -50,7 +50,7 @@ def load_embedder(
             A hub id that `PACKAGES` lists is looked for in the hub's cache, then in the package, then on the hub.
         device: None: CUDA, else MPS, else the CPU.
         dtype: of the weights. Use float32 (and autocast) for training; inference on a GPU may use bfloat16.
-        max_length, prompts: in place of the folder's.
+        max_length, prompts: override the folder's.
         revision: commit, tag or branch on the hub.
         store: a Store or its folder, where `encode` keeps vectors.
         adapter: an Adapter or its folder; None: the one saved with the model, if any.
@@ -66,7 +66,7 @@ def load_embedder(
         embedder = ApiEmbedder(str(name).removeprefix(API_PREFIX), prompts=prompts, store=store, **options)
     else:
         if options:
-            raise ValueError(f"{name}: {', '.join(options)}: only for a model behind an API, {API_PREFIX}MODEL")
+            raise ValueError(f"{name}: {', '.join(options)} only applies to a model behind an API ({API_PREFIX}MODEL)")
         device = default_device() if device is None else find_device(str(device))
         folder = find_folder(str(name), revision=revision)
         embedder = _load_folder(str(name), folder, dtype, max_length, prompts).to(device).eval()
@@ -75,7 +75,7 @@ def load_embedder(
             adapter = Adapter.load(folder / layout.ADAPTER_FOLDER)
             stored = embedder.source.config.get("dtype") or embedder.source.config.get("torch_dtype") or "float32"
             if (max_length, prompts, stored) != (None, None, str(dtype).removeprefix("torch.")):
-                adapter.base = embedder.base()  # the caller asked for something else than it was fitted on
+                adapter.base = embedder.base()  # the caller chose to depart from what it was fitted on
     if adapter is not None:
         embedder.attach(adapter if isinstance(adapter, Adapter) else Adapter.load(adapter))
     return embedder
@@ -109,7 +109,7 @@ def _load_folder(
 
 
 def load_tokenizer(name: str | Path, *, revision: str | None = None) -> tuple[Tokenizer, int]:
-    """A model's tokenizer, without its weights, and the tokens that it and the document prompt add to each text."""
+    """A model's tokenizer, without loading weights, and how many tokens it and the document prompt add to a text."""
     folder = find_folder(str(name), revision=revision)
     transformer = folder / layout.read_modules(folder).get("Transformer", "")
     tokenizer = layout.read_tokenizer(transformer, layout.read_config(transformer)[1], None)
@@ -118,7 +118,7 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None) -> tuple[To
 
 
 def find_folder(name: str, *, revision: str | None = None) -> Path:
-    """The folder of a model's files, downloaded if need be; for names see `load_embedder`."""
+    """The folder of a model's files, downloaded if necessary; for names, see `load_embedder`."""
     if Path(name).is_dir():
         return Path(name)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -145,11 +145,11 @@ def _packaged_folder(module: str, place: str, sha256: str) -> Path | None:
 
 
 def _hub_folder(name: str, revision: str | None, *, local_files_only: bool) -> Path | None:
-    """The snapshot's folder in the hub's cache; None if only the cache was asked and it lacks the model."""
-    import huggingface_hub  # here because it takes a third of a second that a local folder does not need
+    """The snapshot's folder in the hub's cache; None with `local_files_only` if the cache lacks the model."""
+    import huggingface_hub  # here, because it takes a third of a second and local folders do not need it
     from huggingface_hub import errors, utils
 
-    # Raised since version 1 when a connection is lost for good; before that, an OSError.
+    # Version 1 raises this when a connection is lost for good; earlier versions raise OSError.
     lost = (utils.httpx.HTTPError,) if hasattr(utils, "httpx") else ()
     try:
         options = {"allow_patterns": layout.HUB_FILES, "local_files_only": local_files_only}
@@ -159,13 +159,13 @@ def _hub_folder(name: str, revision: str | None, *, local_files_only: bool) -> P
             return None
         raise ValueError(f"{name}: no such folder, not in the hub's cache, and the hub cannot be reached") from None
     except errors.RepositoryNotFoundError:
-        raise ValueError(f"{name}: no such folder, nor a model on the hub (a private one needs HF_TOKEN)") from None
+        raise ValueError(f"{name}: no such folder or model on the hub (a private one needs HF_TOKEN)") from None
     except errors.RevisionNotFoundError:
         raise ValueError(f"{name}: the hub has no revision {revision!r} of it") from None
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         raise ValueError(f"{name}: no such folder, and the hub says: {' '.join(str(error).split())}") from None
     except lost as error:
-        raise ValueError(f"{name}: the hub was lost while downloading, try again: {error}") from None
+        raise ValueError(f"{name}: lost the connection to the hub, try again: {error}") from None
     # A snapshot may hold only the files that another program asked for.
     whole = all((folder / file).is_file() for file in (layout.WEIGHTS_FILE, TOKENIZER_FILE))
     return folder if whole or not local_files_only else None

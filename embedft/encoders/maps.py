@@ -1,4 +1,4 @@
-"""Maps from vectors to vectors that start at the identity: the parts of an adapter (adapter.py).
+"""Trainable maps of vectors that start as the identity: the parts of an adapter (adapter.py).
 
     part = build_map("low_rank", 384, rank=16)
     part(x_ND)                # [N, 384], equal to x before training
@@ -19,7 +19,7 @@ ACTIVATIONS = ("relu", "gelu", "tanh", "sigmoid", "leaky_relu", "elu", "selu")
 
 
 class Map(nn.Module):
-    """A map that can say how far it is from the identity (`departure`). `settings`: the arguments of `build_map`."""
+    """The base class: `departure` measures the distance from the identity; `settings` holds `build_map`'s arguments."""
 
     kind: str
 
@@ -32,8 +32,8 @@ class Map(nn.Module):
                 raise ValueError(f"{name} is {size!r}, expected a number of at least 1")
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
-        """(W, b) of a linear map. Raises `ValueError` for another."""
-        raise ValueError(f"a {self.kind.replace('_', '-')} adapter is not a linear map, which a Dense module has to be")
+        """(W, b) of a linear map. Raises `ValueError` for a nonlinear one."""
+        raise ValueError(f"a {self.kind.replace('_', '-')} adapter is not linear, so it cannot be a Dense module")
 
 
 class LinearMap(Map):
@@ -59,7 +59,7 @@ class LinearMap(Map):
 
 
 class LowRank(Map):
-    """x + U V x + b, with U [E, R] and V [R, D]; the first x is cut, or padded with zeros, to E features.
+    """x + U V x + b, with U [E, R] and V [R, D]; the first x is truncated or zero-padded to E features.
     U and b start as 0, V as normal with variance 1 / D. Source: Hu et al. 2022 (LoRA), section 4.1."""
 
     kind = "low_rank"
@@ -86,7 +86,7 @@ class LowRank(Map):
 class TwoLayer(Map):
     """x + s (W2 act(W1 x + b1) + b2), with W1 [H, D], W2 [E, H] and a learnable scalar s; x as in `LowRank`.
     W2 and the biases start as 0, s as 1, W1 as normal with variance 1 / D. Without `residual` it is
-    W2 act(W1 x + b1) + b2, which does not start at the identity: only LlamaIndex's folders hold such a map."""
+    W2 act(W1 x + b1) + b2, which does not start as the identity; such maps only come from LlamaIndex's folders."""
 
     kind = "two_layer"
 
@@ -126,7 +126,7 @@ KINDS: dict[str, type[Map]] = {kind.kind: kind for kind in (LinearMap, LowRank, 
 
 
 def build_map(kind: str, in_features: int, out_features: int | None = None, **options: Any) -> Map:
-    """A map at the identity. Raises `ValueError` for an unknown kind or option, or sizes below 1."""
+    """A map that starts as the identity. Raises `ValueError` for an unknown kind or option, or sizes below 1."""
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
     try:

@@ -1,4 +1,4 @@
-"""Embeddings from an OpenAI-compatible server, by the interface of `Embedder.encode`; a store keeps what was paid for.
+"""Embeddings from an OpenAI-compatible server, as from `Embedder.encode`; a store keeps what was paid for.
 
     embedder = ApiEmbedder("text-embedding-3-small", store=Store("embeddings"), price=0.02, max_cost=1.00)
     evaluate(embedder, dataset)
@@ -23,11 +23,11 @@ from .tokenization import check_texts
 
 
 class ApiEmbedder:
-    """A model behind POST /embeddings. Vectors have length one; it cannot be trained, as its weights are elsewhere.
+    """A model behind POST /embeddings, with vectors of unit length. It cannot be trained: its weights are elsewhere.
 
     Args:
-        prompts: {"query": ..., "document": ...}: text to put in front, for models that expect it.
-        store: keeps each vector on arrival, so that no text is paid for twice; of several processes one asks.
+        prompts: {"query": ..., "document": ...}: text to prepend, for models that expect it.
+        store: keeps each vector on arrival, so that no text is paid for twice; concurrent processes take turns.
         options: of the `Endpoint`, such as base_url, dimensions, parameters, batch_texts, price and max_cost.
     """
 
@@ -41,11 +41,11 @@ class ApiEmbedder:
 
     @property
     def dim(self) -> int:
-        """Features of `encode`'s vectors; 0 while neither `dimensions`, a reply, nor the store says."""
+        """Features of `encode`'s vectors; 0 until known from `dimensions`, a reply or the store."""
         return max(self.space(role).dim for role in ROLES) if self.adapter is None else self.adapter.out_features
 
     def prompt(self, role: str) -> str:
-        """The text put in front of every text of a role ("query" or "document"); "" when there is none."""
+        """The text prepended to every text of a role ("query" or "document"); "" if there is none."""
         check_role(role)
         return self.prompts.get(role) or ""
 
@@ -60,12 +60,12 @@ class ApiEmbedder:
         return space._replace(dim=self.endpoint.dim)
 
     def base(self) -> Base:
-        """What an adapter records of the model that it is for: this one, without its adapter."""
+        """What an adapter records about this model, its own adapter aside."""
         fingerprints = {role: self.space(role).fingerprint for role in ROLES}
         return Base(self.endpoint.name, self.endpoint.dim, fingerprints)
 
     def attach(self, adapter: Adapter) -> None:
-        """Sends vectors through `adapter`. Raises `ValueError` when it is for another model or, if known, width."""
+        """Maps vectors with `adapter` from now on. Raises `ValueError` if it is for another model or (known) width."""
         base = self.base()
         adapter.check_base(base._replace(dim=base.dim or adapter.in_features))
         self.adapter = adapter
@@ -73,24 +73,24 @@ class ApiEmbedder:
     def encode(
         self, texts: Sequence[str], *, role: str = "document", dim: int | None = None, progress: bool | None = None
     ) -> np.ndarray:
-        """Vectors of N texts, [N, D] float32 of length one, in the order given. Each distinct text is asked for once.
+        """Encodes texts into unit vectors [N, D] float32, in the same order. Each distinct text is requested once.
 
-        `role`: which prompt goes in front; `dim`: leading features to keep, of length one again (the store keeps all);
-        `progress`: show a bar; None: when stderr is a terminal. Raises `ValueError` for a text that is empty or
-        refused, a limit reached, or with what the server said, without secrets.
+        `role`: whose prompt to prepend; `dim`: leading features to keep, scaled to unit length (the store keeps all);
+        `progress`: show a bar; None: when stderr is a terminal. Raises `ValueError` for an empty or refused text, a
+        limit that is reached, or an error of the server, quoted without secrets.
         """
         rows: dict[str, int] = {}
         for row, text in enumerate(check_texts(texts)):
             rows.setdefault(text, row)
         if "" in rows:
-            raise ValueError(f"texts[{rows['']}] is empty, which the API does not take")
+            raise ValueError(f"texts[{rows['']}] is empty, which the API does not accept")
         self._check_dim(dim)
         if not rows and not self.endpoint.dim:
             raise ValueError("no texts to encode")
         vectors, missing, store = {}, self._missing(role, rows), self.store
         turn = store.turn(self.space(role)) if missing and store is not None else nullcontext()
         with turn, progress_bar(len(rows), f"encode ({role}, {self.model})", unit="text", show=progress) as bar:
-            missing = self._missing(role, missing)  # another process may have asked for some meanwhile
+            missing = self._missing(role, missing)  # another process may have fetched some meanwhile
             bar.update(len(rows) - len(missing))
 
             def keep(found: dict[str, np.ndarray]) -> None:
@@ -123,10 +123,10 @@ class ApiEmbedder:
 
     def _check_dim(self, dim: int | None) -> None:
         if dim is not None and not 1 <= dim <= (self.dim or dim):
-            raise ValueError(f"dim is {dim}, expected 1 to {self.dim or 'what the server gives'}")
+            raise ValueError(f"dim is {dim}, expected 1 to {self.dim or 'the full width'}")
 
     def _missing(self, role: str, rows: Mapping[str, int]) -> Mapping[str, int]:
-        """Those that are not stored."""
+        """Those texts that are not stored."""
         space = self.space(role)
         if self.store is None or not space.dim:
             return rows

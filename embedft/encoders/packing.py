@@ -48,7 +48,7 @@ class Packed(NamedTuple):
 def pack(
     sequences: Sequence[Sequence[int]], *, prompt_length: int | None = None, source: Sequence[int] | None = None
 ) -> Packed:
-    """Lays token ids end to end; pooling leaves out `prompt_length` leading tokens of each sequence, if any."""
+    """Lays token ids end to end; pooling leaves out the first `prompt_length` tokens of each sequence, if given."""
     lengths = [len(sequence) for sequence in sequences]
     if not lengths:
         raise ValueError("there are no sequences to pack")
@@ -105,7 +105,7 @@ def sort_by_length(packed: Packed) -> tuple[Packed, Tensor]:
 
 
 def cut_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[range]:
-    """Ranges of neighbouring sequences, as long as possible, of at most `max_tokens` each; a longer one goes alone."""
+    """Ranges of neighbouring sequences, as long as `max_tokens` allows; a longer sequence gets a range of its own."""
     if max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}, expected at least 1")
     edges, num_tokens = [0], 0
@@ -129,7 +129,7 @@ class Group(NamedTuple):
 
 class Sequences:
     """Where the sequences of a packed batch start and end; made once per forward pass and passed to every layer.
-    `slack`: a group's shortest has at least (1 - slack) times the longest's tokens; None: what suits the device."""
+    `slack`: a group's shortest has at least (1 - slack) times the longest's tokens; None: depends on the device."""
 
     def __init__(self, packed: Packed, *, slack: float | None = None):
         self.cu_seqlens, self.max_seqlen = packed.cu_seqlens, packed.max_seqlen
@@ -160,7 +160,7 @@ class Sequences:
 def attention(qkv_T3HK: Tensor, sequences: Sequences, *, dropout: float = 0.0) -> Tensor:
     """softmax(Q K^T / sqrt(K)) V within each sequence -> [T, H * K].
     CUDA in half precision without dropout uses the packed kernel; everything else `scaled_dot_product_attention`, once
-    per group. `dropout`, of the attention weights, makes the CPU build the whole [N, H, L, L] matrix."""
+    per group. With `dropout` of the attention weights, the CPU builds the whole [N, H, L, L] matrix."""
     T, _, H, K = qkv_T3HK.shape
     if dropout == 0 and devices.has_packed_attention(qkv_T3HK.device, qkv_T3HK.dtype):
         from torch.nn.attention.varlen import varlen_attn
@@ -169,7 +169,7 @@ def attention(qkv_T3HK: Tensor, sequences: Sequences, *, dropout: float = 0.0) -
         cu_seqlens, longest = sequences.cu_seqlens, sequences.max_seqlen
         return varlen_attn(q_THK, k_THK, v_THK, cu_seqlens, cu_seqlens, longest, longest).reshape(T, H * K)
     outputs = []
-    # One split rather than a slice per group: the backward of each slice would fill a gradient of all T tokens.
+    # One split rather than a slice per group: the backward of each slice would allocate a gradient for all T tokens.
     sizes = [group.num_tokens for group in sequences.groups]
     for group, tokens in zip(sequences.groups, qkv_T3HK.split(sizes), strict=True):
         if group.rows is not None:

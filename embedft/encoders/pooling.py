@@ -1,7 +1,7 @@
 """Pools token vectors into one vector per sequence.
 
 Sums accumulate in float32 (float64 stays float64), sequence by sequence, so a text's vector does not depend on its
-neighbours in the batch. A pooling with weights is a module; they train, are saved and count in every fingerprint.
+neighbours in the batch. A pooling with weights is a module; they are trained, saved and part of every fingerprint.
 
     embedding_BD = Pooling(("mean",), hidden_size=384)(hidden_TD, packed)
 
@@ -19,8 +19,8 @@ from .packing import Packed
 
 class Tokens:
     """The token vectors of a batch, in float32 or float64, and which sequence each belongs to.
-    `vectors_TD`, `sequence_T` and `position_T` (from 0 at the sequence's start) leave out the prompt that pooling does
-    not count. `all_TD`: all vectors, of which `first_B` (after the prompt, unless nothing follows) and `last_B`."""
+    `vectors_TD`, `sequence_T` and `position_T` (from 0 at the sequence's start) leave out a prompt that pooling does
+    not count. `all_TD` has all vectors; `first_B` (after that prompt, unless nothing follows) and `last_B` index it."""
 
     def __init__(self, hidden_TD: Tensor, packed: Packed):
         self.all_TD = hidden_TD if hidden_TD.dtype is torch.float64 else hidden_TD.float()
@@ -40,12 +40,12 @@ class Tokens:
         return values_TX.new_zeros(self.num_sequences, values_TX.shape[1]).index_add(0, self.sequence_T, values_TX)
 
     def max(self, values_TX: Tensor) -> Tensor:
-        """The largest of each sequence, element by element, [B, X]."""
+        """The elementwise maximum over each sequence, [B, X]."""
         lowest_BX = values_TX.new_full((self.num_sequences, values_TX.shape[1]), float("-inf"))
         return lowest_BX.scatter_reduce(0, self.sequence_T[:, None].expand_as(values_TX), values_TX, "amax")
 
     def mean(self, weight_T1: Tensor) -> Tensor:
-        """The mean of each sequence's vectors with these weights, [B, D]."""
+        """The weighted mean of each sequence's vectors, [B, D]."""
         return self.sum(self.vectors_TD * weight_T1) / self.sum(weight_T1).clamp(min=1e-9)
 
 
@@ -60,12 +60,12 @@ def last(tokens: Tokens) -> Tensor:
 
 
 def largest(tokens: Tokens) -> Tensor:
-    """The largest, element by element."""
+    """The elementwise maximum."""
     return tokens.max(tokens.vectors_TD)
 
 
 def mean(tokens: Tokens, exponent: float = 1.0) -> Tensor:
-    """The sum over the number of tokens, or a power of it."""
+    """The sum divided by the number of tokens to the power of `exponent`."""
     count_B1 = tokens.sum(torch.ones_like(tokens.vectors_TD[:, :1])).clamp(min=1e-9)
     return tokens.sum(tokens.vectors_TD) / count_B1**exponent
 
@@ -76,7 +76,7 @@ def weighted_mean(tokens: Tokens) -> Tensor:
 
 
 class Attention(nn.Module):
-    """The mean weighted by softmax(x q), with a learned q [D]; q starts as 0, which is the plain mean.
+    """The mean weighted by softmax(x q), with a learned q [D]; q starts at 0, which gives the plain mean.
     Source: Yang et al. 2016 (Hierarchical attention networks), section 2.2, without the hidden layer."""
 
     def __init__(self, hidden_size: int):
@@ -90,7 +90,7 @@ class Attention(nn.Module):
         return tokens.mean((score_T1 - shift_T1).exp())
 
 
-# Name: a function, or a module class, built from the hidden size. The first six, and their numerics, are
+# {name: a function, or a module class that takes the hidden size}. The first six, and their numerics, are
 # sentence-transformers' (6.2, sentence_transformer/modules/pooling.py).
 POOLINGS: dict[str, Callable[[Tokens], Tensor] | type[nn.Module]] = {
     "cls": first,
@@ -104,7 +104,7 @@ POOLINGS: dict[str, Callable[[Tokens], Tensor] | type[nn.Module]] = {
 
 
 class Pooling(nn.Module):
-    """The poolings of these names side by side: hidden states [T, D] -> [B, D * number of names].
+    """Concatenates the named poolings: hidden states [T, D] -> [B, D * number of names].
     `include_prompt`: whether pooling counts the prompt's tokens. Raises `ValueError` for an unknown name."""
 
     def __init__(self, names: Sequence[str], hidden_size: int, *, include_prompt: bool = True):

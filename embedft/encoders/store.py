@@ -1,4 +1,4 @@
-"""Embeddings on disk, found by what they were computed from: a space (model, prompt, length, ...) and a text.
+"""Embeddings on disk, keyed by what they were computed from: a space (model, prompt, length, ...) and a text.
 
     store = Store("embeddings")
     rows_N = store.fill(space, texts, compute)      # compute(new texts) -> [M, D]
@@ -6,7 +6,7 @@
 
 store.sqlite: the spaces and, for each batch of rows, the keys of its texts and the CRC-32 of each vector; NAME.ID.f32:
 the vectors, rows of dim float32, little-endian. Vectors reach the disk before the transaction that adds their keys,
-so a row exists only when it is complete; what a killed process left is overwritten. For one thread at a time.
+so a row exists only when it is complete; what a killed process left is overwritten. Not thread-safe.
 
 Shapes: N texts, M of them, R rows of a space, D features.
 """
@@ -31,7 +31,7 @@ from .tokenization import check_texts
 
 NAME_DIGITS = 16
 VECTOR_TYPE = np.dtype("<f4")
-RECORD = np.dtype([("key", "<u8", 2), ("checksum", "<u4")])  # of one row; all zeros: it was dropped as damaged
+RECORD = np.dtype([("key", "<u8", 2), ("checksum", "<u4")])  # one row; all zeros: dropped as damaged
 ROW_BITS = np.uint64(2**32 - 1)
 ADD_SPACE = """INSERT INTO spaces (fingerprint, dim, description, last_used) VALUES (?, ?, ?, ?)
     ON CONFLICT (fingerprint) DO UPDATE SET last_used = excluded.last_used"""
@@ -45,7 +45,7 @@ class Space(NamedTuple):
 
     fingerprint: str  # SHA-256 over all of it, 64 hexadecimal digits
     dim: int
-    description: dict[str, Any]  # the same for people to read, as JSON-compatible values: model, role, prompt, ...
+    description: dict[str, Any]  # the same, human-readable and JSON-compatible: model, role, prompt, ...
 
     @property
     def name(self) -> str:
@@ -62,7 +62,7 @@ class StoredSpace(NamedTuple):
 
 
 def text_keys(texts: Sequence[str]) -> np.ndarray:
-    """The key of each text, [N, 2] little-endian 64-bit words: 16 bytes of its BLAKE2b. Raises as `check_texts`."""
+    """The key of each text, [N, 2] little-endian 64-bit words: 16 bytes of its BLAKE2b. Raises like `check_texts`."""
     # `Rows` compares 12 of them: two of 10^9 texts share those with a probability of 10^-11.
     digests = (blake2b(text.encode(), digest_size=24).digest()[:16] for text in check_texts(texts))
     return np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2)
@@ -82,7 +82,7 @@ def size_of(path: Path) -> int:
 
 
 class Rows:
-    """The rows of a space as last read from the database: where each key is, and the mapped vectors."""
+    """The rows of a space as last read from the database: where each key is, and the memory-mapped vectors."""
 
     def __init__(self, path: Path, dim: int, version: tuple[int, int] | None):
         self.path, self.dim, self.version = path, dim, version  # version: (id, num_repairs); None: not on disk
@@ -93,7 +93,7 @@ class Rows:
         return len(self.records_R)
 
     def add(self, records_M: np.ndarray) -> None:
-        """Adds rows, and maps the vectors. Raises `ValueError` when the file has fewer vectors than there are rows."""
+        """Adds rows and memory-maps the vectors. Raises `ValueError` if the file has fewer vectors than rows."""
         if len(records_M):
             rows_M = np.arange(len(self), len(self) + len(records_M), dtype="<u8")
             self.sorted_R = np.concatenate([self.sorted_R, records_M["key"][:, 0] & ~ROW_BITS | rows_M])
@@ -108,7 +108,7 @@ class Rows:
     def find(self, keys_N2: np.ndarray) -> np.ndarray:
         """The row of each key, [N] int64; -1: none."""
         found_N = np.full(len(keys_N2), -1, dtype=np.int64)
-        pending_M = np.argsort(keys_N2[:, 0])  # sorted keys search neighbouring places
+        pending_M = np.argsort(keys_N2[:, 0])  # searching for sorted keys is faster
         place_M = np.searchsorted(self.sorted_R, keys_N2[pending_M, 0] & ~ROW_BITS, side="left")
         end_M = np.searchsorted(self.sorted_R, keys_N2[pending_M, 0] | ROW_BITS, side="right")
         while len(pending_M):
@@ -129,33 +129,33 @@ class Rows:
 
 class Store:
     """A folder of embeddings, created if missing.
-    `hits` and `misses` count the texts this object was asked for: those found (or asked for twice), those computed.
+    Of the texts passed to this object, `hits` counts those found (or repeated) and `misses` those computed.
     `timeout_seconds`: how long to wait while another process writes to the database."""
 
     def __init__(self, folder: str | Path, *, timeout_seconds: float = 600.0):
         self.folder, self.timeout_seconds = Path(folder), timeout_seconds
         if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"{folder}: is a file, expected the folder of a store")
+            raise ValueError(f"{folder}: is a file, expected a store's folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.hits, self.misses, self._said_waiting = 0, 0, False
         self._opened: dict[str, Rows] = {}
         self._turns: set[str] = set()
         if any(self.folder.glob("*/space.json")):
-            again = "to compute its vectors again (from an API: pay for them again)"
-            raise ValueError(f"{folder}: is of version 1; use the older embedft or, {again}, another folder")
+            again = "to compute its vectors again (an API will charge again)"
+            raise ValueError(f"{folder}: is a version 1 store; use an older embedft or, {again}, another folder")
 
     def __reduce__(self):
-        # Copies and other processes open the folder themselves: a copied map would be all the vectors.
+        # Copies and other processes open the folder themselves: copying the memory map would copy all vectors.
         return Store, (self.folder,)
 
     def fill(
         self, space: Space, texts: Sequence[str], compute: Callable[..., np.ndarray], *, slice_texts: int = 16_384
     ) -> np.ndarray:
-        """Computes and stores what is missing; returns the row of each text, [N] int64.
+        """Computes and stores missing vectors; returns the row of each text, [N] int64.
 
         Processes that fill the same space take turns, `slice_texts` at a time, so `compute` (M texts -> [M, D]) sees
         each missing text once. A kill loses one slice. Raises `ValueError` for a text that is not valid UTF-8, vectors
-        of the wrong shape or not finite (naming the row of `texts`), damaged files.
+        of the wrong shape or not finite (naming the row of `texts`), or damaged files.
         """
         keys_N2, misses = text_keys(texts), self.misses
         opened = self._rows(space)
@@ -181,12 +181,12 @@ class Store:
             if (found_N < 0).any():
                 raise ValueError(f"{self.folder}: another process removed texts of {space.name} while it was filled")
         elif opened.version and time.time() - opened.last_used > 60:
-            with contextlib.suppress(ValueError), self._transaction(write=True) as database:  # unless it is read-only
+            with contextlib.suppress(ValueError), self._transaction(write=True) as database:  # it may be read-only
                 database.execute("UPDATE spaces SET last_used = ? WHERE id = ?", (time.time(), opened.version[0]))
         return found_N
 
     def read(self, space: Space, rows: np.ndarray) -> np.ndarray:
-        """Vectors of the rows that `find` or `fill` returned, [len(rows), D] float32. Raises for damage."""
+        """Vectors of the rows that `find` or `fill` returned, [len(rows), D] float32. Raises `ValueError` on damage."""
         opened, rows_N = self._opened.get(space.fingerprint) or self._rows(space), np.asarray(rows, dtype=np.int64)
         if rows_N.size and not 0 <= rows_N.min() <= rows_N.max() < len(opened):
             raise ValueError(f"{self.folder}: rows are {min(rows_N)} to {max(rows_N)}, expected 0 to {len(opened) - 1}")
@@ -202,7 +202,7 @@ class Store:
 
     @contextlib.contextmanager
     def turn(self, space: Space) -> Iterator[None]:
-        """Held while vectors of a space are computed or paid for: others wait, then look again. Re-entrant."""
+        """Held while computing, or paying for, vectors of a space; other processes wait, then look again. Reentrant."""
         if space.name in self._turns:
             yield
             return
@@ -215,11 +215,11 @@ class Store:
 
     def _say_waiting(self, holder: str) -> None:
         if not self._said_waiting:
-            print(f"{self.folder}: waiting for {holder}, which computes vectors of the same model", file=sys.stderr)
+            print(f"{self.folder}: waiting for {holder}, which is computing vectors of the same model", file=sys.stderr)
         self._said_waiting = True
 
     def _rows(self, space: Space, database: sqlite3.Connection | None = None) -> Rows:
-        """The rows of a space as they are now."""
+        """The current rows of a space."""
         if database is None:
             with self._transaction() as database:
                 return self._rows(space, database)
@@ -268,8 +268,8 @@ class Store:
         return sum(map(size_of, self.folder.rglob("*")))
 
     def verify(self, name: str, *, repair: bool = False) -> tuple[int, np.ndarray]:
-        """Reads all of a space; returns its number of texts and the rows whose vectors are damaged, ascending.
-        `repair` also drops these rows, so that their texts are computed again; the others keep their numbers."""
+        """Reads a whole space; returns its number of texts and the rows whose vectors are damaged, ascending.
+        `repair` also drops these rows, so that their texts are computed again; the other rows keep their numbers."""
         check_database(self.folder / DATABASE)
         with self._transaction(write=repair) as database:
             identity, fingerprint, dim = self._named(database, name)
@@ -279,7 +279,7 @@ class Store:
                 records = np.frombuffer(content, RECORD).copy()
                 offset, num_values = first_row * dim * VECTOR_TYPE.itemsize, len(records) * dim
                 values = np.fromfile(path, VECTOR_TYPE, num_values, offset=offset) if path.is_file() else np.empty(0)
-                found = checksums(values[: len(values) // dim * dim].reshape(-1, dim))  # fewer where the file ends
+                found = checksums(values[: len(values) // dim * dim].reshape(-1, dim))  # fewer if the file is too short
                 is_text_M = records["key"].any(axis=1)
                 wrong_M = is_text_M.copy()
                 wrong_M[: len(found)] &= found != records["checksum"][: len(found)]
@@ -296,12 +296,12 @@ class Store:
         return num_texts, np.array(damaged, dtype=np.int64)
 
     def prune(self, *names: str) -> None:
-        """Removes spaces: all of them or, when a name is unknown, none. A process that fills one starts it again."""
+        """Removes the named spaces, or none if a name is unknown. A process that is filling one starts it over."""
         with self._transaction(write=True) as database:
             for identity, *_ in [self._named(database, name) for name in dict.fromkeys(names)]:
                 database.execute("DELETE FROM batches WHERE space = ?", (identity,))
                 database.execute("DELETE FROM spaces WHERE id = ?", (identity,))
-        with self._transaction(write=True) as database:  # files that no space has, of a killed process too
+        with self._transaction(write=True) as database:  # files of no space, such as those of a killed process
             known = {self._path(*row) for row in database.execute("SELECT fingerprint, id FROM spaces")}
             for path in set(self.folder.glob("*.f32")) - known:
                 path.unlink()

@@ -1,4 +1,4 @@
-"""Texts to token ids, with the tokenizer that belongs to the weights; long texts to windows of tokens.
+"""Turns texts into token ids, with the model's own tokenizer, and long texts into windows of tokens.
 
 tokenizer = Tokenizer.load(folder, config, max_length=256)
 tokenizer.encode(["a question"])      # [[101, 1037, 3160, 102]]
@@ -24,8 +24,8 @@ NORMALIZED_ANEW = ("Bert", "DistilBert", "Electra", "LayoutLM", "Lxmert", "Mobil
 
 
 class Tokenizer:
-    """tokenizer.json (`backend`) as tokenizer_config.json (`config`) changes it; `lower_case`: lower-case texts first.
-    `max_length`: tokens a text is cut to, special tokens included; may be set."""
+    """tokenizer.json (`backend`) as modified by tokenizer_config.json (`config`); `lower_case`: lower-case texts first.
+    `max_length`: texts are truncated to this many tokens, special tokens included; can be set."""
 
     def __init__(self, backend: tokenizers.Tokenizer, config: dict, *, max_length: int, lower_case: bool = False):
         self.backend, self.config, self.lower_case = backend, config, lower_case
@@ -33,14 +33,14 @@ class Tokenizer:
         _configure(backend, config)
         # In the tokenizer, not by str.lower: special tokens written in a text keep their case and so their meaning.
         steps = backend.normalizer if isinstance(backend.normalizer, normalizers.Sequence) else [backend.normalizer]
-        if lower_case and not any(isinstance(step, Lowercase) for step in steps):  # `save` writes one
+        if lower_case and not any(isinstance(step, Lowercase) for step in steps):  # a saved tokenizer has one
             backend.normalizer = normalizers.Sequence([Lowercase(), *filter(None, [backend.normalizer])])
         self.max_length = max_length
         self._known: tuple[Any, str] = None, ""  # what the tokenizer looked like when last hashed, and the hash
 
     @classmethod
     def load(cls, folder: Path, config: dict, *, max_length: int, lower_case: bool = False) -> "Tokenizer":
-        """Reads tokenizer.json; `config` is what tokenizer_config.json holds."""
+        """Reads tokenizer.json; `config` is the content of tokenizer_config.json."""
         path = folder / TOKENIZER_FILE
         if not path.is_file():
             raise ValueError(f"{folder}: no {TOKENIZER_FILE} (the format of Hugging Face tokenizers)")
@@ -64,15 +64,15 @@ class Tokenizer:
         self.backend.enable_truncation(value, direction=self.config.get("truncation_side", "right"))
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text with its special tokens, cut to `max_length`."""
+        """Token ids of each text with special tokens, truncated to `max_length`."""
         return [encoding.ids for encoding in self.backend.encode_batch_fast(check_texts(texts))]
 
     def words(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text whole: no special tokens, no truncation."""
+        """Token ids of each whole text: no special tokens, no truncation."""
         return [encoding.ids for encoding in self._whole(texts, special=False)]
 
     def count(self, texts: Sequence[str]) -> list[int]:
-        """How many `words` each text has."""
+        """The number of tokens in each text, as `words` returns them."""
         return list(map(len, self._whole(texts, special=False)))
 
     def windows(
@@ -80,14 +80,14 @@ class Tokenizer:
     ) -> tuple[list[list[int]], list[int]]:
         """Token ids of overlapping windows of texts, in order, and the row of `texts` each window comes from.
 
-        A window looks like what `encode` returns: special tokens, the prompt's, then the text's. The last is the first
-        that reaches the text's end. A text that fits is one window; so is an empty one.
+        A window looks like what `encode` returns: special tokens, the prompt, then the text. The first window that
+        reaches the end of the text is the last. A text that fits is one window; so is an empty one.
 
         Args:
-            passages: (size, stride): the most tokens of a window, special tokens and prompt included, and the tokens of
-                text from the start of one window to the next. If a window holds fewer, the next starts where it ends,
-                so every token is in a window.
-            prompt: in front of each window. If its last token merges with a text's start, that token is the text's.
+            passages: (size, stride): the maximum number of tokens in a window, special tokens and prompt included, and
+                the number of text tokens between window starts. If a window has room for fewer, the next one starts
+                where it ends, so every token is in a window.
+            prompt: prepended to each window. If its last token merges with the text's first, the text keeps that token.
         """
         try:
             size, stride = map(operator.index, passages)
@@ -109,7 +109,7 @@ class Tokenizer:
         return windows, source
 
     def _whole(self, texts: Sequence[str], *, special: bool = True) -> list[tokenizers.Encoding]:
-        """Texts without truncation."""
+        """Encodes texts without truncation."""
         self.backend.no_truncation()
         try:
             return self.backend.encode_batch_fast(check_texts(texts), add_special_tokens=special)
@@ -117,16 +117,16 @@ class Tokenizer:
             self.max_length = self._max_length  # truncates again
 
     def prompt_length(self, prompt: str) -> int:
-        """The number of tokens in front of a text: those of `prompt` and the special tokens before it."""
+        """The number of tokens before a text: those of `prompt` and the special tokens before it."""
         special_T = self.backend.encode(prompt).special_tokens_mask
         return len(special_T) - (special_T[-1] if special_T else 0)
 
     def sha256(self) -> str:
-        """A hash of all that token ids depend on; remembered until the tokenizer changes."""
+        """SHA-256 of everything that token ids depend on, cached until the tokenizer changes."""
         backend = self.backend
         steps = (backend.normalizer, backend.pre_tokenizer, backend.post_processor, backend.decoder)
-        # The hash takes 2 to 9 ms for MiniLM, this 0.3 ms. `str` abridges, so steps are pickled; a vocabulary takes as
-        # long to pickle as to hash, so another one of the same size, put into the same backend, goes unnoticed.
+        # The hash takes 2 to 9 ms for MiniLM, this check 0.3 ms. `str` abbreviates, so steps are pickled. Pickling the
+        # vocabulary takes as long as the hash, so replacing it in place by one of the same size goes unnoticed.
         looks = backend, str(backend.model), pickle.dumps((steps, backend.truncation, backend.padding))
         unsaved = "encode_special_tokens" * backend.encode_special_tokens  # `to_str` leaves it out
         looks += backend.get_vocab_size(), str(backend.get_added_tokens_decoder()), unsaved
@@ -142,7 +142,7 @@ class Tokenizer:
 
 
 def check_texts(texts: Sequence[str]) -> list[str]:
-    """The texts as a list. Raises `ValueError` naming one that is not a str, or that UTF-8 cannot hold."""
+    """The texts as a list. Raises `ValueError` naming one that is not a str or has a lone surrogate."""
     if isinstance(texts, str):
         raise ValueError("texts is a str, expected a list of str")
     for row, text in enumerate(texts):
@@ -156,7 +156,7 @@ def check_texts(texts: Sequence[str]) -> list[str]:
 
 
 def _cut(ids: list[int], special: list[int], prompt_ids: list[int], size: int, stride: int) -> list[list[int]]:
-    """The windows of a longer text; `special` has 1 for each token that the post-processor added."""
+    """The windows of a longer text; `special` is 1 for each token that the post-processor added."""
     start, stop = special.index(0), len(special) - special[::-1].index(0)
     while start < stop and prompt_ids and ids[start] == prompt_ids[0]:
         start, prompt_ids = start + 1, prompt_ids[1:]

@@ -4,7 +4,7 @@
         value = loss(Q, D, targets)
     found                                   # {"in_batch_negatives": tensor(1.3), "toward_base": tensor(0.02)}
 
-A loss calls `record("masked_negatives", share)`, which does nothing unless someone collects; inside `scope("384")` the
+A loss calls `record("masked_negatives", share)`, which does nothing outside of `collect`; inside `scope("384")`, the
 name becomes "384/masked_negatives".
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# What has been found so far, and the prefix of further names; None: nobody collects.
+# What has been recorded so far, and the prefix of further names; None: not collecting.
 _CURRENT: ContextVar[tuple[dict[str, Tensor], str] | None] = ContextVar("components", default=None)
 
 
@@ -34,14 +34,14 @@ def _setting(current: tuple[dict[str, Tensor], str] | None) -> Iterator[None]:
 
 @contextmanager
 def collect() -> Iterator[dict[str, Tensor]]:
-    """Gives a dict that the losses called inside fill: {name: detached scalar}."""
+    """Yields a dict that losses called inside the block fill: {name: detached scalar}."""
     with _setting((found := {}, "")):
         yield found
 
 
 @contextmanager
 def scope(name: str) -> Iterator[None]:
-    """Puts "name/" in front of what is recorded inside; not again directly inside a scope of the same name."""
+    """Prefixes names recorded inside with "name/"; once only if directly inside a scope of the same name."""
     if (current := _CURRENT.get()) and not f"/{current[1]}".endswith(f"/{name}/"):
         current = current[0], f"{current[1]}{name}/"
     with _setting(current):
@@ -49,7 +49,7 @@ def scope(name: str) -> Iterator[None]:
 
 
 def record(name: str, value: Tensor | float) -> None:
-    """Reports a scalar under a name; a name that is taken gets a number ("margin_2")."""
+    """Reports a scalar by name; a name that is taken gets a number ("margin_2")."""
     if (current := _CURRENT.get()) is None:
         return
     found, prefix = current
@@ -59,12 +59,12 @@ def record(name: str, value: Tensor | float) -> None:
 
 
 def unrecorded() -> AbstractContextManager[None]:
-    """Nothing is recorded inside: for what is computed piece by piece, or again in the backward pass."""
+    """Records nothing inside: for losses computed piece by piece, or again in the backward pass."""
     return _setting(None)
 
 
 def loss_name(loss: Callable[..., Any]) -> str:
-    """What a loss is called in reports: its function's name, or its class's in snake case."""
+    """The name of a loss in reports: its function's name, or its class name in snake case."""
     while isinstance(loss, functools.partial):
         loss = loss.func
     if isinstance(loss, nn.Module) or not hasattr(loss, "__name__"):

@@ -1,4 +1,4 @@
-"""Contrastive losses: a query closer to its own document than to the other documents of the batch.
+"""Contrastive losses: bring a query closer to its own document than to the batch's other documents.
 
     loss = in_batch_negatives(Q, D, targets, directions=("query_document", "document_query"))
     loss = sigmoid(Q, D, targets)                       # every pair on its own instead of a softmax
@@ -32,21 +32,21 @@ class InBatch:
 
     Each of the `directions` adds a sum to the partition of query q and positive p, over the negatives in that direction
     (`Targets.masks`):
-    - query_document (always): exp(s(q, p)) and documents n, exp(s(q, n))
-    - document_query: exp(s(q, p)) and queries r that p is not relevant to, exp(s(r, p))
-    - query_query: other queries r without a positive in common with q, exp(s(q, r))
-    - document_document: other documents n that no query lists together with p, exp(s(p, n))
+    - query_document (always): exp(s(q, p)), and exp(s(q, n)) for documents n
+    - document_query: exp(s(q, p)), and exp(s(r, p)) for queries r that p is not relevant to
+    - query_query: exp(s(q, r)) for other queries r that have no positive in common with q
+    - document_document: exp(s(p, n)) for other documents n that no query lists together with p
     Any direction beyond query_document couples the loss: the batch is evaluated as a whole.
     """
 
     similarity: str = "cosine"
     directions: Sequence[str] = ("query_document",)
-    # "joint": one partition, the sum of all (the first two directions both bring the positive). "per_direction", of the
-    # first two alone: a partition for each, and the mean of the losses of those that are not empty.
+    # "joint": one partition, summed over directions (the positive occurs in each of the first two). "per_direction",
+    # for the first two only: a partition for each, and the mean of their losses without empty ones.
     partition: str = "joint"
     in_batch: bool = True  # False: the only negatives of a query are those listed for it
-    # Which negatives of query_document get hardness_strength * sim, held constant and not divided by the temperature,
-    # added to s_n: "in_batch_negatives" (not listed for the query), "hard_negatives" (listed) or "all_negatives".
+    # Which negatives of query_document have hardness_strength * sim (detached, not divided by the temperature) added
+    # to s_n: "in_batch_negatives" (not listed for the query), "hard_negatives" (listed) or "all_negatives".
     hardness: str | None = None
     hardness_strength: float = 0.0
     # Leave the positive out of the partition: the loss may be below 0, and positives without negatives are skipped.
@@ -64,7 +64,7 @@ class InBatch:
             raise ValueError("partition is per_direction, but query_query and document_document have no positives")
         if len(self.directions) > 1 and (not self.in_batch or self.rows is not None):
             found = f"in_batch is {self.in_batch} and rows is {self.rows}"
-            raise ValueError(f"{found}, but directions beyond query_document take the whole batch")
+            raise ValueError(f"{found}, but directions beyond query_document need the whole batch")
         if self.hardness is not None:
             check_one_of("hardness", self.hardness, HARDNESS)
             check_number("hardness_strength", self.hardness_strength, above=0)
@@ -114,7 +114,7 @@ class InBatch:
         if self.partition == "joint":
             partition_BG = sums_SBG.logsumexp(dim=0)
         else:
-            # Decoupled, a direction without negatives has minus infinity and is left out of the mean.
+            # When decoupled, a direction without negatives is minus infinity and left out of the mean.
             empty_SBG = sums_SBG.isneginf()
             num_BG = (~empty_SBG).sum(dim=0)
             partition_BG = sums_SBG.masked_fill(empty_SBG, 0).sum(dim=0) / num_BG.clamp(min=1)
@@ -126,8 +126,8 @@ def in_batch_negatives(Q: Tensor, D: Tensor, targets: Targets, *, temperature: f
     """Mean over queries of -log( exp(s_p) / (exp(s_p) + sum over negatives n of exp(s_n)) ), s = sim / temperature.
 
     Negatives are all documents of the batch not known to be relevant to the query: other queries' documents and
-    everyone's hard negatives. For several listed positives it is the mean over them; none is a negative of another.
-    Queries without a listed positive are skipped; if there are only those, the loss is 0. `temperature` is above 0
+    everyone's hard negatives. With several listed positives, it is the mean over them; none is a negative of another.
+    Queries without a listed positive are skipped; if there are no others, the loss is 0. `temperature` is above 0
     (0.05 is the scale of 20 in sentence-transformers) or a scalar tensor; `options` are those of `InBatch`.
 
     Source: van den Oord et al. 2018 (InfoNCE), equation 4; Henderson et al. 2017, section 4.4. Directions: Li et al.
@@ -154,8 +154,8 @@ def symmetric_in_batch_negatives(
 
 class LearnableTemperature(nn.Module):
     """`in_batch_negatives` with a learned temperature, which it records; `options` are those of `InBatch`.
-    The parameter `log_temperature` is clamped to `minimum`, above 0, before every call, so that its gradient counts.
-    Source: Radford et al. 2021 (CLIP), section 2.5: it starts at 0.07 and is kept at 0.01 or above."""
+    The parameter `log_temperature` itself is clamped to `minimum`, above 0, before every call, so it keeps a gradient.
+    Source: Radford et al. 2021 (CLIP), section 2.5, where it starts at 0.07 and stays at 0.01 or above."""
 
     options_of = in_batch_negatives
 
@@ -181,9 +181,9 @@ def multi_positive(
     """One softmax over all documents of the batch for all P positives of a query, listed or known.
 
     With Z = sum over all documents d of exp(s_d), including the other positives, the loss of a query is
-    - out: mean over positives p of -log( exp(s_p) / Z ), which wants all of them close
-    - in: -log( mean over positives p of exp(s_p) / Z ), which is satisfied by one
-    at least log P. Queries without a positive are skipped. With one positive each, both equal `in_batch_negatives`.
+    - out: mean over positives p of -log( exp(s_p) / Z ), which pulls all of them close
+    - in: -log( mean over positives p of exp(s_p) / Z ), which one close positive satisfies
+    Both are at least log P, skip queries without a positive, and with one positive each equal `in_batch_negatives`.
 
     Source: Khosla et al. 2020 (Supervised Contrastive Learning), equation 2 (out) and 3 (in).
     """
@@ -207,8 +207,8 @@ def sigmoid(
 ) -> Tensor:
     """-1/B times the sum over queries q and documents d of log sigmoid( z (sim(q, d) / temperature + bias) ).
 
-    z is 1 where d is listed as a positive of q or known to be one, and -1 elsewhere; a query without a positive counts
-    by its negatives. The bias compensates for negatives being far more frequent.
+    z is 1 where d is listed as a positive of q or known to be one, and -1 elsewhere; a query without a positive only
+    contributes negatives. The bias compensates for negatives being far more frequent.
 
     Source: Zhai et al. 2023 (SigLIP), section 3.2, with its initial temperature and bias.
     """
@@ -277,12 +277,12 @@ def global_orthogonal(
 ) -> Tensor:
     """Spreads unrelated vectors: mean_weight * m1^2 + second_moment_weight * max(0, m2 - 1/D).
 
-    m1 and m2 are the means of sim(x, y) and of its square over the unrelated pairs of a set, those that `Targets.masks`
-    calls negatives. The sets are the queries, the first listed documents, the second listed ones, and so on, each
-    document once; `aggregation` is over the sets. A weight of None is 0. Coupled.
+    m1 and m2 are the means of sim(x, y) and of its square over the unrelated pairs of a set, the negatives of
+    `Targets.masks`. The sets are the queries, the documents listed first, those listed second, and so on, each document
+    once per set; `aggregation` is over the sets. A weight of None is 0. Coupled.
 
     Source: Zhang et al. 2017 (Learning Spread-out Local Feature Descriptors); Vera et al. 2025 (EmbeddingGemma). If all
-    texts of a batch differ it equals the terms of sentence-transformers' GlobalOrthogonalRegularizationLoss.
+    texts of a batch differ, it equals the terms of sentence-transformers' GlobalOrthogonalRegularizationLoss.
     """
     check_one_of("aggregation", aggregation, ("mean", "sum"))
     weights = mean_weight or 0.0, second_moment_weight or 0.0

@@ -1,9 +1,9 @@
-"""Distillation: match a teacher's scores of a query's documents, or its vectors; or those of the base model.
+"""Distillation: match a teacher's scores for a query's documents, its vectors, or the vectors of the base model.
 
     loss = margin_mse(Q, D, Targets(group=torch.tensor([[0, 2], [1, 3]]), target_scores=teacher_scores_BG))
     loss = embedding_distillation(Q, D, Targets(group, references={"teacher": (teacher_Q, teacher_D)}))
 
-For a teacher of another width, `ProjectedDistillation` learns a map to it, and distance="similarities" needs none.
+If the teacher's width differs, `ProjectedDistillation` learns a map to it; distance="similarities" needs no map.
 `similarity` and `windows` are as in `scores`.
 
 Shapes: B queries, C document vectors, G listed documents per query, N vectors, D features, E features of the reference.
@@ -26,8 +26,8 @@ DISTANCES = ("cosine", "mse", "l2", "squared", "similarities")
 def margin_mse(Q: Tensor, D: Tensor, targets: Targets, *, similarity: str = "dot", windows: str = "max") -> Tensor:
     """Mean of ((s_p - s_n) - (t_p - t_n))^2 over every listed positive p and hard negative n of a query.
 
-    s is the similarity, t the teacher's score (`target_scores`), in the same unit. A hard negative that is known to be
-    relevant stays: its score says how relevant.
+    s is the similarity, t the teacher's score (`target_scores`), on the same scale. A hard negative known to be
+    relevant is kept: its score says how relevant it is.
 
     Source: Hofstätter et al. 2020, section 3 (Margin-MSE); equals sentence-transformers' MarginMSELoss.
     """
@@ -56,7 +56,7 @@ def listwise_kl(
     """T_s^2 times the mean over queries of KL(softmax(t / T_t), softmax(s / T_s)) over the listed documents.
 
     s is the similarity, t the teacher's score (`target_scores`), T_s and T_t the temperatures of student and teacher,
-    each above 0; None: `temperature`. Queries with fewer than two listed are skipped.
+    each above 0; None: `temperature`. Queries with fewer than two documents are skipped.
 
     Source: Hinton et al. 2015, section 2 (the factor T^2); Lin et al. 2020 (TCT-ColBERT) for ranking; equals
     sentence-transformers' DistillKLDivLoss.
@@ -69,7 +69,7 @@ def listwise_kl(
     check_number("teacher_temperature", teacher, above=0)
     scores_BG = listed_scores(Q, D, targets, similarity=similarity, windows=windows)
     is_listed_BG = targets.group >= 0
-    # Not minus infinity, with which a row that lists nothing would be NaN.
+    # Not minus infinity, which would turn a row without documents into NaN.
     lowest = torch.finfo(scores_BG.dtype).min / 2
     teacher_BG = listed_targets(targets, "listwise_kl", scores_BG) / teacher
     teacher_BG = teacher_BG.masked_fill(~is_listed_BG, lowest).log_softmax(dim=1)
@@ -88,11 +88,11 @@ def embedding_distillation(
     - mse: mean over features of (x - r)^2
     - l2: |x - r|
     - squared: |x - r|^2
-    - similarities: (cos(q, d) - cos(r_q, r_d))^2, mean over every query and document vector; r of any width. A sum
-      over queries, computed some rows at a time (`by_rows`).
+    - similarities: (cos(q, d) - cos(r_q, r_d))^2, mean over all pairs of a query and a document vector; r may have any
+      width. Computed some queries at a time (`by_rows`).
 
-    The teacher's vectors are `references["teacher"]`, ([B, E], [C, E]). With `truncate`, as under Matryoshka, the first
-    D features of wider ones count; otherwise other widths are an error, except for "similarities".
+    The teacher's vectors are `references["teacher"]`, ([B, E], [C, E]). With `truncate`, as under Matryoshka, only the
+    first D features of wider ones count; otherwise a different width is an error, except for "similarities".
 
     Source: Kim et al. 2023 (EmbedDistill), embedding matching; with one document per query and column it equals
     sentence-transformers' EmbedDistillLoss. "similarities": Tung and Mori 2019, section 3.
@@ -101,11 +101,11 @@ def embedding_distillation(
 
 
 def toward_base(Q: Tensor, D: Tensor, targets: Targets, *, distance: str = "cosine", truncate: bool = False) -> Tensor:
-    """Mean distance of the vectors from those of the model before training, which preserves what the base knew.
+    """Mean distance of the vectors from those of the model before training, to preserve what the base model knew.
 
     The base model's vectors are `references["base"]`, ([B, E], [C, E]); options are those of `embedding_distillation`.
-    Before the first step, without dropout, it is 0; under Matryoshka, which scales vectors to unit length after
-    truncation but not references, only for "cosine".
+    Without dropout, it is 0 before the first step; under Matryoshka, only for "cosine", because truncated vectors are
+    scaled to unit length again but references are not.
 
     Source: Li and Hoiem 2016 (Learning without Forgetting), section 3, with vectors as the outputs.
     """
@@ -115,8 +115,8 @@ def toward_base(Q: Tensor, D: Tensor, targets: Targets, *, distance: str = "cosi
 class ProjectedDistillation(nn.Module):
     """`embedding_distillation` of W x + b, a learned map of the vectors x to the teacher's width.
 
-    Vectors narrower than `student_dim`, as under Matryoshka, use the first columns of W, which starts uniform in
-    +-1/sqrt(student_dim), by `seed`; b starts at 0.
+    Vectors narrower than `student_dim`, as under Matryoshka, use the first columns of W. `seed` draws W, uniform in
+    +-1/sqrt(student_dim); b starts at 0.
 
     Source: Kim et al. 2023 (EmbedDistill), with a projection; sentence-transformers' EmbedDistillLoss.
     """

@@ -1,4 +1,4 @@
-"""In-batch negatives without those that a guide, another embedding model, considers positives.
+"""In-batch negatives, except those that a guide (another embedding model) considers positives.
 
     targets = Targets(group=group_BG, references={"guide": (guide_Q, guide_D)})
     loss = guided_in_batch_negatives(Q, D, targets, margin=0.05, margin_strategy="relative")
@@ -27,14 +27,14 @@ def guided_in_batch_negatives(
     - s(q, n), n the other documents, including hard negatives
     - s(q, r), r the other queries, with `contrast_queries`
     - s(p, n), n the positives of other queries, with `contrast_positives`
-    in each case negatives according to `Targets.masks`, without those whose cosine according to the guide exceeds
-    g - margin (absolute) or g - |g| * margin (relative), with g = the guide's cosine of q and p. For several listed
-    positives it is the mean over them. Records `masked_negatives`, the share of negatives that the guide removes.
+    in each case the negatives of `Targets.masks`, without those whose cosine according to the guide exceeds
+    g - margin (absolute) or g - |g| * margin (relative), with g = the guide's cosine of q and p. With several listed
+    positives, it is the mean over them. Records `masked_negatives`, the share of negatives that the guide removes.
 
     The guide's vectors are `references["guide"]`, ([B, E], [C, E]); `options` are those of `_Guided`.
 
     Source: Solatorio 2024 (GISTEmbed), section 3; margins: Moreira et al. 2024 (NV-Retriever), section 3. With one
-    positive per query and no document listed twice it equals sentence-transformers' GISTEmbedLoss, which excludes the
+    positive per query and no document listed twice, it equals sentence-transformers' GISTEmbedLoss, which excludes the
     similarity of a text with itself only because the guide gives it 1.
     """
     check_number("temperature", temperature, above=0)
@@ -61,7 +61,7 @@ class _Guided:
     margin: float = 0.0  # 0 removes what the guide finds closer than the positive; a larger margin removes more
     contrast_queries: bool = True
     contrast_positives: bool = True
-    windows: str = "max"  # see `scores`; of the guide too
+    windows: str = "max"  # as in `scores`, for the guide too
     rows: int | None = None  # as in `by_rows`
 
     def __post_init__(self) -> None:
@@ -80,7 +80,7 @@ class _Guided:
         positives_RG, guide_RG = logits_RM.gather(1, group_RG), guide_RM.gather(1, group_RG)
         limits_RG = guide_RG - (self.margin if self.margin_strategy == "absolute" else guide_RG.abs() * self.margin)
 
-        # (logits, the guide's opinion, negatives), with a row for each query; rows for documents are picked below.
+        # (logits, the guide's scores, negatives), with a row for each query; rows for documents are picked below.
         of_queries = [(logits_RM, guide_RM, targets.masks(num_documents=num_documents)[1])]
         if self.contrast_queries:
             of_queries.append((Q @ Q.T / temperature, guide_Q @ guide_Q.T, targets.masks("query_query")[1]))

@@ -1,4 +1,4 @@
-"""Losses made of other losses: at several dimensions (Matryoshka), and a weighted sum.
+"""Losses built from other losses: at several dimensions (Matryoshka), and a weighted sum.
 
     loss = Matryoshka(dims=[384, 128, 64], inner=in_batch_negatives)
     loss = WeightedSum(losses=[in_batch_negatives, my_loss], weights=[1.0, 0.1])
@@ -23,17 +23,17 @@ Loss = Callable[[Tensor, Tensor, Targets], Tensor]
 class Matryoshka(nn.Module):
     """Sum over dimensions d of weight_d * inner(the first d features of Q and D, scaled to unit length).
 
-    Trains vectors whose prefixes are embeddings too. References are not truncated; a loss that compares vectors with
-    one feature by feature has an option `truncate` for that. Records each value as "matryoshka/384".
+    Trains vectors whose prefixes are embeddings too. References are not truncated; losses that compare with them
+    feature by feature have an option `truncate` for that. Records each value as "matryoshka/384".
 
     Args:
-        dims: each at least 1 and at most D, without repetition; the largest is computed first.
+        dims: each from 1 to D, without repetition; the largest is computed first.
         inner: the loss at each dimension.
         weights: one for each of `dims`, in the same order; None: 1 each.
-        dims_per_step: dimensions drawn per call, without replacement; -1, and in evaluation mode: all of them.
+        dims_per_step: dimensions drawn per call, without replacement; -1, and always in evaluation mode: all of them.
         reduction: "sum" of the weighted losses, or their "mean" over the dimensions of the call.
-        seed: of the draws, together with the number of calls so far (`num_calls`, the module's only state): every rank
-            draws the same, and a resumed run continues.
+        seed: seeds the draws, with the number of calls so far (`num_calls`, the module's only state), so that all ranks
+            draw the same and a resumed run continues the sequence.
 
     Source: Kusupati et al. 2022, section 3, equation 1; sentence-transformers' MatryoshkaLoss, which draws with
     Python's global generator and truncates a teacher's vectors of width D.
@@ -68,10 +68,10 @@ class Matryoshka(nn.Module):
             raise ValueError(f"dims has {self.dims[0]}, but the vectors have {width} features")
         if self.training and not self._warned and self.dims[0] < width:
             self._warned = True
-            warnings.warn(f"dims lacks {width}, the full width: it is not trained", stacklevel=2)
+            warnings.warn(f"dims lacks {width}, the full width, which is not trained", stacklevel=2)
         Q, D, total, places = float32_or_64(Q), float32_or_64(D), 0.0, self._draw()
         for i in places:
-            # Each from the one before, as in the reference; that way rounding is the same too.
+            # Each truncates the one before, as the reference does, so that rounding is the same too.
             Q, D = (_unit(X[:, : self.dims[i]]) for X in (Q, D))
             with scope("matryoshka"):
                 with scope(str(self.dims[i])):
@@ -95,7 +95,7 @@ class WeightedSum(nn.Module):
     """weight_1 * loss_1(Q, D, targets) + weight_2 * loss_2(Q, D, targets) + ...
 
     `weights` are at least 0, one for each of `losses`; None: 1 each. Records the unweighted value of each part under
-    its name. Parameters and state of parts that are modules belong to the sum; one that is several parts is saved once.
+    its name. Parts that are modules become submodules of the sum; one that occurs several times is saved once.
 
     Source: Caruana 1997 (Multitask Learning): several losses on one representation.
     """
@@ -123,7 +123,7 @@ class WeightedSum(nn.Module):
 def _unit(X: Tensor) -> Tensor:
     """The vectors scaled to unit length; those of (nearly) zero length stay as they are."""
     length = torch.linalg.vector_norm(X, dim=1, keepdim=True)
-    # Not F.normalize: there, a zero vector's gradient grows by 1e12, and beyond float32 after a few dimensions.
+    # Not F.normalize, which multiplies a zero vector's gradient by 1e12: it exceeds float32 after a few dimensions.
     return X / length.where(length > 1e-12, 1)
 
 
@@ -133,5 +133,5 @@ def _checked_weights(weights: Sequence[float] | None, count: int, of: str) -> tu
     if len(weights) != count:
         raise ValueError(f"weights has {len(weights)} entries, expected {count}, one for each of {of}")
     if not all(weight >= 0 and math.isfinite(weight) for weight in weights) or not any(weights):
-        raise ValueError(f"weights is {list(weights)}, expected numbers of at least 0 and finite, not all of them 0")
+        raise ValueError(f"weights is {list(weights)}, expected finite numbers of at least 0, not all of them 0")
     return tuple(weights)

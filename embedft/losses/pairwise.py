@@ -4,11 +4,11 @@
     loss = cosent(Q, D, Targets(group=torch.tensor([[0], [1]]), target_scores=torch.tensor([[0.9], [0.2]])))
 
 `triplet` and the two contrastive losses pull a query toward a listed positive and away from a hard negative that is not
-known to be relevant. Distances: "cosine" (1 - cos), "euclidean" or "manhattan", the last two of the vectors as they
-are; of several windows the nearest counts. `margin` is at least 0, in the unit of the distance.
+known to be relevant. Distances: "cosine" (1 - cos), "euclidean" or "manhattan"; the last two do not normalize vectors.
+Of several windows, the nearest counts. `margin` is at least 0, in the unit of the distance.
 
 `cosine_mse`, `cosent` and `angle` take scored pairs: a query and the first document listed for it, with the first of
-its `target_scores` as gold score; pairs="all" takes every listed document with its own. -1, no document, is skipped.
+its `target_scores` as gold score; pairs="all" takes every listed document with its own. Empty places (-1) are skipped.
 
 Shapes: B queries, M documents, C document vectors, G listed documents per query, P pairs, D features.
 """
@@ -56,7 +56,7 @@ def online_contrastive(
     """Sum over hard pairs of d^2 if the pair is positive, max(0, margin - d)^2 if it is negative. Coupled.
 
     A positive pair is hard when it is farther apart than the closest negative pair of the batch, a negative pair when
-    it is closer than the farthest positive pair. Without any pair of the other kind, those worse than the mean are.
+    it is closer than the farthest positive pair. Without pairs of the other kind, those worse than the mean are hard.
 
     Source: sentence-transformers' OnlineContrastiveLoss: Hadsell et al. 2006, equation 4, over the hard pairs.
     """
@@ -88,8 +88,8 @@ def cosent(
     pairs: str = "first",
     windows: str = "max",
 ) -> Tensor:
-    """log(1 + sum over pairs a, b with gold_a < gold_b of exp(scale * (s_a - s_b))): the order of scores counts.
-    Coupled: every pair is compared with all of another gold score, in the time and memory of a sort.
+    """log(1 + sum over pairs a, b with gold_a < gold_b of exp(scale * (s_a - s_b))): of gold, only the order counts.
+    Coupled: each pair is compared with every pair of a different gold score, in the time and memory of a sort.
     Source: Huang et al. 2024 (CoSENT), its ranking loss; equals sentence-transformers' CoSENTLoss."""
     scores_BG = listed_scores(Q, D, targets, similarity=similarity, windows=windows)
     return _cosent(*_scored_pairs(scores_BG, targets, "cosent", pairs), scale)
@@ -98,11 +98,11 @@ def cosent(
 def angle(
     Q: Tensor, D: Tensor, targets: Targets, *, scale: float = 20.0, pairs: str = "first", windows: str = "max"
 ) -> Tensor:
-    """`cosent` with s = |q1.d1 + q2.d2 + q2.d1 - q1.d2|, the halves of unit vectors read as complex numbers.
+    """`cosent` with s = |q1.d1 + q2.d2 + q2.d1 - q1.d2|, the halves of unit vectors taken as complex numbers.
 
-    The gradient of a cosine vanishes near 1 and -1, that of the angle does not. An odd number of features is padded
-    with a zero. For queries with a positive scored y and negatives, sentence-transformers takes all pairs, with scores
-    of 1 - y for the negatives.
+    The gradient of a cosine vanishes near 1 and -1; that of the angle does not. An odd number of features is padded
+    with a zero. For queries with a positive of score y and negatives, sentence-transformers takes all pairs and scores
+    the negatives 1 - y.
 
     Source: Li and Li 2023 (AnglE), angle objective; equals sentence-transformers' AnglELoss, which follows the
     authors' code in the sign of the imaginary part and the absolute value.
@@ -125,7 +125,7 @@ def listed_scores(
 
 def _listed(of_pairs: Scores, of_all: Scores, Q: Tensor, D: Tensor, targets: Targets, windows: str = "max") -> Tensor:
     """Scores of every query with the documents listed for it, [B, G]; arbitrary where none is listed.
-    By of_pairs(Q [B, 1, D], D [B, G, D]), of these alone; if documents have windows, by of_all(Q [R, D], D [C, D])."""
+    Calls of_pairs(Q [B, 1, D], D [B, G, D]) or, if documents have windows, of_all(Q [R, D], D [C, D])."""
     check_one_of("windows", windows, WINDOWS)
     targets.check_queries(Q)
     if targets.document is None:
@@ -139,9 +139,9 @@ def _listed(of_pairs: Scores, of_all: Scores, Q: Tensor, D: Tensor, targets: Tar
 
 
 def listed_targets(targets: Targets, loss: str, like: Tensor) -> Tensor:
-    """`target_scores`, [B, G], constant, with dtype and device of `like`. Raises `ValueError` if there are none."""
+    """`target_scores`, [B, G], detached, in dtype and device of `like`. Raises `ValueError` if there are none."""
     if targets.target_scores is None:
-        raise ValueError(f"{loss} needs target_scores: a score for every listed document, which the data lacks")
+        raise ValueError(f"{loss} needs target_scores: the data has no scores for the listed documents")
     return targets.target_scores.detach().to(like)
 
 
@@ -149,7 +149,7 @@ def _pair_distances(Q: Tensor, D: Tensor, targets: Targets, distance: str, loss:
     """Distances of the positive and of the negative pairs, each [P]."""
     if targets.relevance is None:
         targets.check_several(loss)
-    # The reference does this for pairs but not for triplets: torch.pairwise_distance adds 1e-6 to every difference.
+    # Like the reference, for pairs but not for triplets: torch.pairwise_distance adds 1e-6 to every difference.
     distances_BG = _listed_distances(Q, D, targets, distance, added=1e-6, as_pairs=True)
     return distances_BG[targets.listed_positive], distances_BG[targets.listed_negative]
 
@@ -183,7 +183,7 @@ def _cosent(scores_P: Tensor, gold_P: Tensor, scale: float) -> Tensor:
     check_number("scale", scale, above=0)
     gold_P, order_P = gold_P.sort()
     scores_P = scores_P[order_P] * scale
-    # The sum over all b with a higher gold score, for each a: sorted, they are the pairs from a place on.
+    # For each a, the sum over all b with a higher gold score: once sorted, these are the last pairs.
     higher_P = torch.searchsorted(gold_P, gold_P, right=True)
     sums_P = (-scores_P).flip(0).logcumsumexp(dim=0).flip(0)
     none_higher = scores_P.new_full((1,), float("-inf"))

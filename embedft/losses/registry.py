@@ -3,7 +3,7 @@
     loss = build_loss({"name": "matryoshka", "dims": [384, 128], "inner": {"name": "in_batch_negatives"}})
     loss(Q, D, targets)
 
-A loss of your own, a function of (Q, D, targets) or an nn.Module of that call, needs no name: `build_loss` and every
+Your own loss, a function of (Q, D, targets) or an nn.Module called like one, needs no name: `build_loss` and every
 option that takes a loss accept the object.
 """
 
@@ -52,8 +52,8 @@ def build_loss(spec: Mapping[str, Any] | Loss) -> Loss:
     """A loss from its name and options, e.g. {"name": "in_batch_negatives", "temperature": 0.05}.
 
     Options that are losses are specs of their own: `inner` of "matryoshka", `losses` of "sum". A function or module is
-    used as it is. Raises `ValueError` for an unknown name, option or value: a function checks its options when it is
-    called, so it is called once, on two queries and four documents.
+    used as it is. Raises `ValueError` for an unknown name, option or value. A function checks its options when called,
+    so this calls it once, on two queries and four documents.
     """
     if callable(spec):
         return spec
@@ -109,7 +109,7 @@ def loss_options(loss: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def _fits(value: Any, wanted: Any) -> bool:
-    """Whether a value is of the annotated type; other types than those here are for the loss to judge."""
+    """Whether a value is of the annotated type; types not listed here are left to the loss to check."""
     if isinstance(wanted, types.UnionType):
         return any(_fits(value, kind) for kind in typing.get_args(wanted))
     if wanted == Loss:

@@ -1,4 +1,4 @@
-"""Shared parts of the losses that work on rows of scores: a few rows at a time, means over positives and queries.
+"""Building blocks of losses over rows of scores: a few rows at a time, means over positives and queries.
 
     value = mean_over_queries(*by_rows(losses, *comparable(Q, D, "cosine"), targets, None))
 
@@ -15,7 +15,7 @@ from .targets import Targets, over_windows
 
 
 def between_documents(D: Tensor, targets: Targets, windows: str) -> Tensor:
-    """Inner products of documents, [M, M], over the windows of both."""
+    """Inner products of documents, [M, M], combined over the windows of both."""
     return over_windows(over_windows(D @ D.T, targets, windows=windows).T, targets, windows=windows)
 
 
@@ -36,10 +36,10 @@ def by_rows(
 ) -> tuple[Tensor, ...]:
     """losses(Q, D, targets, *parameters), tensors of [B, ...], computed `rows` queries at a time.
 
-    The backward pass computes them again, so that [B, M] is never whole in memory; whatever needs a gradient has to be
-    among the arguments. Second derivatives (create_graph=True) raise `RuntimeError` unless `rows` is at least B.
-    Inside, components are not recorded and autocast is off. `rows` None: as many as `scores_at_a_time` allows, by
-    default 2 MB of them in float32, of which the backward pass holds a few, with `width` rows of scores per query.
+    The backward pass recomputes them, so that all of [B, M] is never in memory; whatever needs a gradient must be an
+    argument. Second derivatives (create_graph=True) raise `RuntimeError` unless `rows` is at least B. Components are
+    not recorded inside, and autocast is off. `rows` None: as many as `scores_at_a_time` allows with `width` rows of
+    scores per query; the default is 2 MB in float32, and the backward pass holds a few such blocks.
     """
     if rows is not None and rows < 1:
         raise ValueError(f"rows is {rows}, expected at least 1")
@@ -52,9 +52,9 @@ def by_rows(
 
 
 class _ByRows(torch.autograd.Function):
-    """`by_rows` with the parts computed in the backward pass.
+    """`by_rows` with the parts recomputed in the backward pass.
     Not torch.utils.checkpoint, which keeps small tensors where scores were freed, so that the space cannot be reused:
-    8,192 x 8,192 scores took 590 MB that way, and 120 MB this way."""
+    8,192 x 8,192 scores took 590 MB with it, and 120 MB with this."""
 
     @staticmethod
     def forward(ctx, losses, targets, rows, Q, D, *parameters):
@@ -73,9 +73,9 @@ class _ByRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        # Enabled only by create_graph. What follows has no graph and would be taken for a constant.
+        # Enabled only by create_graph. What follows has no graph, so it would count as a constant.
         if torch.is_grad_enabled():
-            raise RuntimeError("a loss by rows has first derivatives only: for create_graph=True use rows=B or more")
+            raise RuntimeError("a loss by rows is differentiable only once: for create_graph=True, use rows=B or more")
         Q, D, *saved = ctx.saved_tensors
         needs_Q, *needs = ctx.needs_input_grad[3:]
         parameters = [number if x is None else x for x, number in zip(saved, ctx.numbers, strict=True)]

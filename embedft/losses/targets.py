@@ -25,8 +25,8 @@ WINDOWS = ("max", "softmax")
 @dataclass(frozen=True)
 class Targets:
     """Relevance between the B queries and the M documents of a batch, and other knowledge about them.
-    Raises `ValueError` for a shape that does not fit; on the CPU (elsewhere that would wait for the device) also for a
-    number that is no query or document of the batch."""
+    Raises `ValueError` for a shape that does not fit and, on the CPU (elsewhere the check would wait for the device),
+    for an index that is not a query or document of the batch."""
 
     # [B, G] int64, documents listed for each query, -1 = none. Without `relevance`: its positive, then hard negatives.
     group: Tensor
@@ -34,9 +34,9 @@ class Targets:
     known: Tensor | None = None  # [K, 2] int64, (query row, document): further positives, so never negatives
     document: Tensor | None = None  # [C] int64, the document of each row of D, if some have several; None: row j is j
     target_scores: Tensor | None = None  # [B, G], a teacher's scores, or the gold score of a scored pair
-    # (Q [B, E], D [C, E]) of the same texts by other models: "guide", "teacher" or "base"; constant.
+    # (Q [B, E], D [C, E]), the same texts embedded by other models: "guide", "teacher" or "base"; constant.
     references: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    # [B] int64, equal for rows of one query: what is relevant to one is relevant to all. None: all rows differ.
+    # [B] int64, equal for rows of the same query, which share all relevant documents. None: all rows differ.
     query: Tensor | None = None
 
     def __post_init__(self):
@@ -73,7 +73,7 @@ class Targets:
         return (self.group >= 0) & ~torch.isin(pairs_BG, numbers_P * stride + documents_P)
 
     def num_documents(self, num_columns: int) -> int:
-        """M, when D has `num_columns` rows. Raises `ValueError` if numbers do not fit (on the CPU, all of them)."""
+        """M, if D has `num_columns` rows. Raises `ValueError` for an index out of range (mostly on the CPU only)."""
         if self.document is None:
             if self.group.device.type == "cpu":
                 self._check_numbers(num_columns)
@@ -83,13 +83,13 @@ class Targets:
         return int(self.document.max()) + 1
 
     def masks(self, direction: str = "query_document", *, num_documents: int | None = None) -> tuple[Tensor, Tensor]:
-        """(positive, negative) pairs of what scores (rows) and what is scored (columns), both bool.
+        """(positive, negative), both bool: which pairs of a row and a column are positives, and which negatives.
 
         - query_document, [B, M]: positive if listed as such or known, for any row of the query; otherwise negative.
         - document_query, [M, B]: the same, transposed.
         - query_query, [B, B]: rows of one query, or that share a positive document, are positive; others are negative.
         - document_document, [M, M]: two positives of one query are positive. Two that no query lists or knows together
-          are negative: a document and a hard negative chosen for it are neither.
+          are negative. Others are neither, such as a positive and its query's hard negative.
         Nothing is positive or negative to itself. `num_documents` is M; None: the largest document number plus 1.
         """
         check_one_of("direction", direction, DIRECTIONS)
@@ -119,7 +119,7 @@ class Targets:
             raise ValueError(f"Q has {len(Q)} rows, group has {len(self.group)} queries")
 
     def check_several(self, loss: str) -> None:
-        """Raises `ValueError` if a query can list one document only, which cannot be compared with anything."""
+        """Raises `ValueError` if queries list only one document each, so that there is nothing to compare."""
         if self.group.shape[1] < 2:
             raise ValueError(f"{loss} compares the documents of a query, but only one is listed: add hard negatives")
 
@@ -127,7 +127,7 @@ class Targets:
         """Warns when a batch consists of one document, so that no query has a negative."""
         alone = len(D) == 1
         if self.document is not None:
-            # Counting documents waits for the device: only for a batch of one query.
+            # Counting documents waits for the device, so this is done only for a batch of one query.
             alone = len(self.group) == 1 and self.num_documents(len(D)) == 1
         if alone:
             message = "a batch has one document, so it has no training signal: use larger batches or hard negatives"
@@ -145,10 +145,10 @@ class Targets:
         return self.references[name]
 
     def of_queries(self, start: int, stop: int) -> "Targets":
-        """Only the queries `start` to `stop`, numbered from 0; the documents stay."""
+        """Only the queries `start` to `stop`, numbered from 0; the documents stay the same."""
         of_rows = ("group", "relevance", "target_scores", "query")
         parts = {name: x[start:stop] for name in of_rows if (x := getattr(self, name)) is not None}
-        # What is known of a query, listed in other rows of it too, goes to one of its rows.
+        # All relevant documents of a query, including those listed in its other rows, become known to one of its rows.
         numbers_P, documents_P = self._pairs(self.listed_positive)
         numbers = self._numbers()[start:stop]
         row_N = self.group.new_full((len(self.group),), -1)
@@ -170,7 +170,7 @@ class Targets:
         return self.query.unique(return_inverse=True)[1]
 
     def _pairs(self, of_listed_BG: Tensor) -> tuple[Tensor, Tensor]:
-        """Number of the query, and document, of the pairs of `group` in `of_listed_BG` and the known ones, each [P]."""
+        """(query number, document), each [P], of the pairs of `group` in `of_listed_BG` and of the known pairs."""
         queries, places = of_listed_BG.nonzero(as_tuple=True)
         documents = self.group[queries, places]
         if self.known is not None:
@@ -179,7 +179,7 @@ class Targets:
         return self._numbers()[queries], documents
 
     def _check_numbers(self, num_documents: float = math.inf) -> None:
-        """Raises `ValueError` for a number that is no query or document, as far as known."""
+        """Raises `ValueError` for an index that is not a query or document, as far as their numbers are known."""
         if self.document is not None:
             documents = self.document.unique()
             num_documents = len(documents)
@@ -213,7 +213,7 @@ def _sharing(item_P: Tensor, key_P: Tensor, num_items: int) -> Tensor:
 def comparable(Q: Tensor, D: Tensor, similarity: str, *, as_pairs: bool = False) -> tuple[Tensor, Tensor]:
     """Vectors in float32 or float64 whose inner products are the similarities.
     "cosine" clamps lengths at 1e-12, so that a zero vector has cosine 0 with everything. With `as_pairs` it follows
-    torch.cosine_similarity, as sentence-transformers does for pairs: it clamps at 1e-8, but not the gradient."""
+    torch.cosine_similarity, as sentence-transformers does for pairs: it clamps values at 1e-8, but not gradients."""
     check_one_of("similarity", similarity, ("cosine", "dot"))
     vectors = float32_or_64(Q), float32_or_64(D)
     if similarity == "dot":
@@ -232,9 +232,9 @@ def float32_or_64(X: Tensor) -> Tensor:
 def scores(Q: Tensor, D: Tensor, targets: Targets, *, similarity: str = "cosine", windows: str = "max") -> Tensor:
     """Similarity of every query with every document, [B, M]; half precision becomes float32.
 
-    A document of several vectors (`targets.document`) gets, with `windows` "max", the similarity s_w of its best window
-    (MaxP), with "softmax" the sum over its windows w of s_w * exp(s_w / t) / sum over v of exp(s_v / t), t = 0.05,
-    which trains all of them and, unlike a log-sum-exp, does not grow with their number.
+    If documents have several vectors (`targets.document`), `windows` says how to combine the similarities s_w of a
+    document's windows w. "max" is the best (MaxP). "softmax" is the sum of s_w * exp(s_w / t) / sum over v of
+    exp(s_v / t), t = 0.05, which trains all windows and, unlike a log-sum-exp, does not grow with their number.
 
     Source: Dai and Callan 2019 (MaxP), section 3.
     """
@@ -244,7 +244,7 @@ def scores(Q: Tensor, D: Tensor, targets: Targets, *, similarity: str = "cosine"
 
 
 def over_windows(scores_BC: Tensor, targets: Targets, *, windows: str = "max", temperature: float = 0.05) -> Tensor:
-    """Similarities with documents, [B, M], from those with document vectors, [B, C]; see `scores`."""
+    """Combines similarities with document vectors, [B, C], into those with documents, [B, M]; see `scores`."""
     check_one_of("windows", windows, WINDOWS)
     num_documents = targets.num_documents(scores_BC.shape[1])
     if targets.document is None:
@@ -262,17 +262,17 @@ def _best_window(into_BM: Tensor, document_C: Tensor, scores_BC: Tensor) -> Tens
     return into_BM.scatter_reduce(1, document_C.expand_as(scores_BC), scores_BC, "amax", include_self=False)
 
 
-# Options of losses. A tensor, which is a learned value, is not read: that would wait for the device.
+# Checks of loss options. A tensor, which is a learned value, is not checked: that would wait for the device.
 
 
 def check_number(name: str, value: float | Tensor, *, least: float = -math.inf, above: float = -math.inf) -> None:
-    """A number is finite, at least `least`, and above `above`."""
+    """Raises `ValueError` unless a number is finite, at least `least` and above `above`."""
     if not isinstance(value, Tensor) and not (math.isfinite(value) and value >= least and value > above):
         bounds = [f"at least {least:g}"] * math.isfinite(least) + [f"above {above:g}"] * math.isfinite(above)
         raise ValueError(f"{name} is {value}, expected {' and '.join([*bounds, 'finite'])}")
 
 
 def check_one_of(name: str, value: str, valid: Sequence[str]) -> None:
-    """An option has one of its values."""
+    """Raises `ValueError` unless an option has a valid value."""
     if value not in valid:
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(valid)}")

@@ -4,7 +4,7 @@
     index = FaissIndex(documents, "IVF1024,SQ8,nprobe=32")     # any string for FAISS's index_factory
 
 Presets are hnsw (about 4 D + 270 bytes per vector), ivf (4 D + 8) and ivfpq (D / 8 + 8, residuals in one byte for at
-least 8 dimensions). IVF has 4 sqrt(N) lists, or fewer where that would leave less than 39 documents to train each.
+least 8 dimensions). IVF has 4 sqrt(N) lists, or fewer if that would leave under 39 training documents per list.
 
 Source: Malkov and Yashunin 2018 (HNSW); Jegou et al. 2011 (IVF, PQ); FAISS's wiki, "Guidelines to choose an index".
 Shapes: Q queries, N documents, D dimensions.
@@ -22,13 +22,13 @@ import numpy as np
 from ..progress import progress_bar
 from .index import Found, Index, checked_embeddings, first_of, slices_of
 
-# Documents to train on, at least and at most: per list of an IVF (FAISS warns below 39), for product quantization.
+# Fewest and most documents to train on: per list of an IVF (FAISS warns below 39), and for product quantization.
 LEAST_PER_LIST, TRAINED_PER_LIST, LEAST_PQ, TRAINED_PQ = 39, 64, 256, 65_536
 
 
 class FaissIndex(Index):
-    """A FAISS index over an array or memory map of any float type, by inner product. `seed` draws the training sample
-    and starts k-means; HNSW graphs still vary, as threads link documents concurrently. Errors: see `check_index`."""
+    """A FAISS index over an array or memory map of any float type, by inner product. `seed` fixes the training sample
+    and k-means; HNSW graphs still vary, because threads link documents concurrently. Raises like `check_index`."""
 
     def __init__(self, embeddings_ND: np.ndarray, name: str, *, seed: int = 0):
         super().__init__(embeddings_ND)
@@ -67,9 +67,9 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def check_index(name: str, dim: int, *, num_documents: int | None = None) -> tuple[Any, str, str, int]:
-    """An empty index for vectors [N, dim], its factory string and parameters, and how many documents train it at most.
-    Raises `ValueError` for a name that FAISS does not accept or whose index does not search by inner product, and for
-    too few documents to train it on (None: not checked)."""
+    """An empty index for vectors [N, dim], its factory string and parameters, and the most documents to train it on.
+    Raises `ValueError` for a name that FAISS does not accept, for an index that does not search by inner product, and
+    for too few documents to train it on (`num_documents` None: not checked)."""
     import faiss
 
     preset, parameters = split_name(name)
@@ -79,7 +79,7 @@ def check_index(name: str, dim: int, *, num_documents: int | None = None) -> tup
     presets = {
         "hnsw": ("HNSW32,Flat", "efConstruction=200,efSearch=64"),
         "ivf": (f"IVF{num_lists},Flat", "nprobe=16"),
-        # "np": no polysemous training, which takes most of the time and serves a search that is not done here.
+        # "np": no polysemous training, which takes most of the time and only helps a search that is not used here.
         "ivfpq": (f"IVF{num_lists},PQ{num_parts}x8np", "nprobe=16"),
     }
     factory, defaults = presets.get(preset, (preset, ""))
@@ -87,7 +87,7 @@ def check_index(name: str, dim: int, *, num_documents: int | None = None) -> tup
     parameters = ",".join(f"{key}={value}" for key, value in values.items())
     with _refusals(name, dim):
         index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
-        if index.metric_type != faiss.METRIC_INNER_PRODUCT:  # some ignore it, and their smallest score is the best
+        if index.metric_type != faiss.METRIC_INNER_PRODUCT:  # some types ignore it: their smallest score is best
             raise RuntimeError("it does not search by inner product")
         if parameters:
             faiss.ParameterSpace().set_index_parameters(index, parameters)
@@ -107,7 +107,7 @@ def _refusals(name: str, dim: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = re.sub(r"^Error in .* at \S+:\d+: ", "", str(error).strip().splitlines()[-1])  # the line of C++
+        reason = re.sub(r"^Error in .* at \S+:\d+: ", "", str(error).strip().splitlines()[-1])  # drops the line of C++
         raise ValueError(
             f"index {name!r} at {dim} dimensions: expected one of flat, hnsw, ivf, ivfpq, or a string for FAISS's"
             f" index_factory, with parameters as in hnsw,efSearch=128 ({reason})"

@@ -31,8 +31,8 @@ class Bm25Index:
     idf(t) * tf / (tf + k1 * (1 - b + b * length / mean length)), where idf(t) = ln(1 + (N - n + 0.5) / (n + 0.5)).
 
     tf: occurrences of t in the document; n: how many of the N documents contain t; length: the document's tokens; k1:
-    how fast repetition stops counting (0: only presence counts); b: how much length is penalized, 0 to 1. There is no
-    factor k1 + 1, and scores are never negative. `slice_tokens`, sorted at a time, bounds memory.
+    how much repetition counts (0: only presence counts); b: how much length is penalized, 0 to 1. There is no factor
+    k1 + 1, and scores are never negative. To bound memory, `slice_tokens` tokens are sorted at a time.
 
     Source: Robertson et al., "Okapi at TREC-3", 1994; Kamphuis et al., "Which BM25 Do You Mean?", ECIR 2020, "Lucene
     (accurate)".
@@ -71,8 +71,8 @@ class Bm25Index:
         self.weights_P = weights_P.astype(np.float32)  # what the term adds to the document's score
 
     def search(self, queries: Sequence[Sequence[Token]], depth: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scores [Q, K] float32 and rows [Q, K] int64 of the documents that share a term with queries given as tokens,
-        padded with -inf and -1. Scores are rounded to float32 before ranking, so equal documents tie, by row."""
+        """Scores [Q, K] float32 and rows [Q, K] int64 of the documents that share a term with tokenized queries, padded
+        with -inf and -1. Scores are rounded to float32 before ranking, so equal documents tie; ties go by row."""
         depth = min(depth, self.num_documents)
         scores_QK = np.full((len(queries), depth), -np.inf, dtype=np.float32)
         rows_QK = np.full((len(queries), depth), -1, dtype=np.int64)
@@ -81,7 +81,7 @@ class Bm25Index:
             for i, query in enumerate(queries):
                 numbers = np.array([self.terms[token] for token in query if token in self.terms], dtype=np.int64)
                 scores_N.fill(0)
-                # Added in order of term numbers, so that the order of words does not change a bit of the score.
+                # Added in order of term numbers, so that the order of words does not change the score in any bit.
                 for term, count in zip(*np.unique(numbers, return_counts=True), strict=True):
                     postings = slice(self.starts_V[term], self.starts_V[term + 1])
                     scores_N[self.rows_P[postings]] += int(count) * self.weights_P[postings]
@@ -105,8 +105,8 @@ def _postings(tokens: array, lengths: array, first_row: int) -> tuple[np.ndarray
 def _top(scores_N: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
     """The `depth` largest scores above 0, rounded to float32, and their rows; ties by ascending row."""
     rows_C = np.flatnonzero(scores_N)
-    # The depth-th largest maximum of blocks of documents bounds the depth-th largest score from below, at a tenth of
-    # the cost of partitioning all scores.
+    # The depth-th largest of the maxima of blocks of documents bounds the depth-th largest score from below, at a
+    # tenth of the cost of partitioning all scores.
     if (block := len(scores_N) // (8 * depth)) > 1:
         num_blocks = len(scores_N) // block
         maxima = scores_N[: num_blocks * block].reshape(num_blocks, block).max(axis=1)
@@ -120,7 +120,7 @@ def _top(scores_N: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def _word_pattern() -> re.Pattern[str]:
-    # \w excludes combining marks such as Hindi vowel signs, at which words would fall apart.
+    # \w excludes combining marks such as Hindi vowel signs, which would split words.
     marks = "".join(c for c in map(chr, range(0x20000)) if unicodedata.category(c).startswith("M"))
     return re.compile(rf"[^\W_](?:[^\W_]|[{marks}])*")
 
@@ -137,7 +137,7 @@ def split_words(texts: Sequence[str]) -> list[list[str]]:
 def bm25_run(
     dataset: RetrievalDataset, *, tokenize: Tokenize = split_words, depth: int = 100, exclude_identical_ids: bool = True
 ) -> Run:
-    """Every query of a dataset against its corpus, titles included; ties by ascending document id.
+    """Ranks a dataset's corpus, titles included, for each of its queries; ties by ascending document id.
     `tokenize` maps texts to lists of tokens. Documents that share no term with a query are not found."""
     if depth < 1:
         raise ValueError(f"depth is {depth}, expected at least 1")
@@ -155,6 +155,6 @@ def _tokens(tokenize: Tokenize, texts: Sequence[str], slice_texts: int = 4096) -
             part = list(texts[start : start + slice_texts])
             tokens = tokenize(part)
             if len(tokens) != len(part) or any(isinstance(text, str) for text in tokens):
-                raise ValueError(f"BM25: tokenize returned no list of tokens for each of {len(part)} texts")
+                raise ValueError(f"BM25: tokenize did not return a list of tokens for each of {len(part)} texts")
             yield from tokens
             bar.update(len(part))

@@ -1,4 +1,4 @@
-"""Texts to vectors: queries at once, the corpus one slice at a time, whole texts or windows of them.
+"""Encodes queries all at once and the corpus one slice at a time, as whole texts or windows of them.
 
     for part in encode_documents(embedder, sorted_corpus(dataset), (128, 64), None, {}):
         ...                                          # part.vectors, part.source; freed before the next slice is encoded
@@ -22,8 +22,8 @@ Passages = Sequence[int] | None  # (size, stride) of windows in tokens; None: wh
 
 
 class SupportsEncode(Protocol):
-    """What search needs of an embedder, whose rows have unit length if similarity is "cosine". It may also have an
-    `Embedder`'s full_dim, truncate_dim, normalize, device and encode_passages."""
+    """What search needs of an embedder; its vectors have unit length if similarity is "cosine". It may also have the
+    full_dim, truncate_dim, normalize, device and encode_passages of an `Embedder`."""
 
     similarity: Literal["cosine", "dot"]
 
@@ -39,7 +39,7 @@ class Slice(NamedTuple):
 
 
 def sorted_corpus(dataset: RetrievalDataset) -> dict[str, str]:
-    """{document id: text with title}, ids ascending: search orders ties by row, so by id."""
+    """{document id: text with title}, ids ascending: search orders ties by row, and thus by id."""
     return dict(sorted(zip(dataset.corpus, dataset.document_texts(), strict=True)))
 
 
@@ -55,8 +55,8 @@ def encode(embedder: SupportsEncode, texts: Mapping[str, str], role: str) -> np.
 def encode_documents(
     embedder: SupportsEncode, documents: Mapping[str, str], passages: Passages, slice_documents: int | None, costs: dict
 ) -> Iterator[Slice]:
-    """Yields the vectors of {id: text} in all dimensions, for 65,536 documents at a time [4,096 with passages]; keeps
-    none of them, and adds the seconds to `costs`."""
+    """Yields the vectors of {id: text} in all dimensions, for 65,536 documents at a time [4,096 with passages], without
+    keeping any. Adds the seconds to `costs`."""
     step, items = slice_documents or (65_536 if passages is None else 4_096), list(documents.items())
     for first in range(0, len(items), step):
         texts = dict(items[first : first + step])
@@ -77,7 +77,7 @@ def encode_documents(
 
 
 def truncate(embedder: SupportsEncode, vectors_NW: np.ndarray, dim: int) -> np.ndarray:
-    """The first `dim` dimensions, normalized again if the model's are, as `Embedder.encode(dim=)` does on the CPU."""
+    """The first `dim` dimensions, renormalized if the model normalizes, as `Embedder.encode(dim=)` does on the CPU."""
     if dim == vectors_NW.shape[1]:
         return vectors_NW
     vectors_ND = np.ascontiguousarray(vectors_NW[:, :dim])

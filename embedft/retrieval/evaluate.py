@@ -1,4 +1,4 @@
-"""An embedder and a dataset, or a run, to a report; a grid of settings over one encoding.
+"""Evaluates an embedder on a dataset, or a run; or a grid of settings over one encoding.
 
 before = evaluate(embedder, dataset)      # then train
 print(compare(before, evaluate(embedder, dataset), metric="ndcg@10"))     # compare: report.py
@@ -29,8 +29,8 @@ def evaluate(
     index: str = "flat",
     **options: Any,
 ) -> Report:
-    """Encodes queries and documents (titles included), searches as search.py says, and measures. Equal scores are
-    ordered by ascending document id. options: those of `evaluate_grid`."""
+    """Encodes queries and documents (titles included), searches (settings: see search.py), and measures. Equal scores
+    are ordered by ascending document id. options: those of `evaluate_grid`."""
     grid = {"dims": (dim,), "precisions": (precision,), "indices": (index,), "passages": (passages,)}
     return evaluate_grid(embedder, dataset, **grid, **options)[0]
 
@@ -51,8 +51,8 @@ def evaluate_grid(
 ) -> list[Report]:
     """A report for every combination; queries are encoded once, documents once for each of `passages`.
 
-    Passages vary slowest, then dims, precisions and indices: lists of what `evaluate` takes (passages=(128, 64) is one
-    too). Exact search holds a slice of the corpus; other settings all vectors and one index at a time.
+    Passages vary slowest, then dims, precisions and indices, each a list of what `evaluate` takes (passages=(128, 64)
+    works too). Exact search holds one slice of the corpus; other settings hold all vectors and one index at a time.
 
     ks, depth, metrics, gain: see `evaluate_run`. options: exclude_identical_ids and slice_documents, see `Searcher`.
     Raises `ValueError` before the corpus is encoded for arguments that cannot work, listing all unsupported settings.
@@ -89,7 +89,7 @@ def evaluate_run(
     metrics: Sequence[Metric] | None = None,
     gain: Gain = "binary",
 ) -> Report:
-    """Measures a run from any source. Queries with relevant documents that the run lacks count as finding nothing.
+    """Measures a run from any source. Queries with relevant documents that the run omits count as finding nothing.
 
     Args:
         dataset_or_qrels: qrels as {query id: {document id: grade}}, or a dataset, whose ids are then checked too.
@@ -122,7 +122,7 @@ def _data_setting(dataset: RetrievalDataset) -> dict[str, Any]:
 
 def question_clusters(query_ids: Sequence[str], qrels: Qrels) -> list[str]:
     """The cluster of each query, named after its smallest relevant document: queries that share a relevant document,
-    directly or through others, are in one."""
+    directly or through others, are in the same one."""
     relevant = [[document_id for document_id, grade in qrels[query_id].items() if grade > 0] for query_id in query_ids]
     smallest = connected_components((first, other) for first, *others in relevant for other in (first, *others))
     return [smallest[document_ids[0]] for document_ids in relevant]

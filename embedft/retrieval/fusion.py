@@ -1,4 +1,4 @@
-"""Several runs as one: reciprocal rank fusion and z-score fusion.
+"""Combines several runs into one: reciprocal rank fusion and z-score fusion.
 
     report = evaluate_run(fuse([bm25, dense], method="zscore", weights=(0.3, 0.7)), dataset)
 
@@ -24,15 +24,15 @@ def fuse(
     depth: int | None = None,
     block_queries: int = 1024,
 ) -> Run:
-    """One run whose score of a document is the weighted sum of its values in each run; ties go by ascending id.
+    """One run that scores a document by the weighted sum of its values in each run; ties are ordered by ascending id.
 
     - "rrf": 1 / (k + rank), or 0 if the run does not retrieve the document.
     - "zscore": (score - mean) / standard deviation over what the run retrieves for the query, 0 if all scores are
-      equal; for other documents, the query's lowest value (0 if there is none). Fuse runs of the same depth, on which
-      mean and deviation depend.
+      equal; for other documents, the query's lowest value (0 if there is none). Mean and deviation depend on the depth,
+      so fuse runs of the same depth.
 
-    `weights` are one per run, at least 0 [1 each]; runs of equal weight may swap places. `depth` documents are kept per
-    query [all that any run retrieves].
+    `weights` are one per run, at least 0 [1 each]; the order of runs with equal weights does not matter. `depth`
+    documents are kept per query [all that any run retrieves].
 
     Source: Cormack, Clarke & Buettcher, "Reciprocal Rank Fusion Outperforms Condorcet and Individual Rank Learning
     Methods", SIGIR 2009 ("rrf", k 60); Montague & Aslam, "Relevance Score Normalization for Metasearch", CIKM 2001
@@ -79,7 +79,7 @@ def _totals(
     """Query row, document and fused score of each pair. `valued`: each run's indices, values, and value of the rest."""
     # Each pair as one integer, ascending by query.
     keys = [(np.arange(len(i_QK))[:, None] * num_documents + i_QK)[i_QK >= 0] for i_QK, _, _ in valued]
-    # Sorted by hand: np.unique, which uses hashing in NumPy 2, took half of the total time.
+    # Sorted and filtered by hand: np.unique, which hashes in NumPy 2, took half of the total time.
     key_P = np.sort(np.concatenate(keys))
     key_P = key_P[np.diff(key_P, prepend=-1) > 0]
     query_P, document_P = np.divmod(key_P, num_documents)

@@ -1,9 +1,9 @@
-"""Exact nearest-neighbor search by inner product, which is the cosine of rows of length one.
+"""Exact nearest-neighbor search by inner product, which is the cosine for unit vectors.
 
     scores, rows = search_exact(query_embeddings, np.load("documents.npy", mmap_mode="r"), depth=100)   # in slices
 
-Results are ordered by (score descending, row ascending), at the cutoff too. Equal vectors tie as far as the matrix
-product scores them equally.
+Results are ordered by (score descending, row ascending), even at the cutoff. Equal vectors tie if the matrix product
+scores them equally.
 
 Shapes: Q queries, N documents (rows, numbered from 0), D dimensions, K = min(depth, N) results, W >= K.
 """
@@ -28,7 +28,7 @@ class Found(NamedTuple):
 
 
 class Index:
-    """What can be searched: N documents of D dimensions. The `_search` of a subclass gets checked queries."""
+    """The base class of indices over N documents of D dimensions. A subclass's `_search` gets checked queries."""
 
     def __init__(self, embeddings_ND: np.ndarray):
         if embeddings_ND.ndim != 2 or 0 in embeddings_ND.shape:
@@ -54,14 +54,14 @@ def require_finite(embeddings_ND: np.ndarray, kind: str, names: Sequence, *, sli
 
 
 def require_depth(depth: int) -> None:
-    """At least 1."""
+    """Raises `ValueError` below 1."""
     if depth < 1:
         raise ValueError(f"search depth must be at least 1, not {depth}")
 
 
 def checked_embeddings(embeddings_ND: np.ndarray, dim: int | None = None, *, first_row: int = 0) -> np.ndarray:
-    """As contiguous float32. Raises `ValueError` for a shape other than [N, dim] (None: any D from 1) and for NaN or
-    infinity, naming the row, counted from `first_row`."""
+    """The array as contiguous float32. Raises `ValueError` for a shape other than [N, dim] (None: any D from 1) and for
+    NaN or infinity, naming the row, counted from `first_row`."""
     if embeddings_ND.ndim != 2 or embeddings_ND.shape[1] != (dim or max(embeddings_ND.shape[1], 1)):
         raise ValueError(f"embeddings of shape {embeddings_ND.shape}, expected [N, {dim or 'D'}]")
     embeddings_ND = np.ascontiguousarray(embeddings_ND, dtype=np.float32)
@@ -72,7 +72,7 @@ def checked_embeddings(embeddings_ND: np.ndarray, dim: int | None = None, *, fir
 def slices_of(
     documents: np.ndarray | Iterable[np.ndarray], dim: int, *, slice_documents: int = SLICE_DOCUMENTS
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields (first row, float32 [n, D]) for at most `slice_documents` documents at a time, as `checked_embeddings`."""
+    """Yields (first row, float32 [n, D]) for at most `slice_documents` documents at a time, checked."""
     first_row = 0
     for part in [documents] if isinstance(documents, np.ndarray) else documents:
         for start in range(0, len(part), slice_documents):
@@ -110,12 +110,12 @@ def search_exact(
             keys_QK = merge_keys(keys_QK, new_QK, depth)
             bar.update(len(slice_ND))
     if keys_QK.shape[1] == 0:
-        raise ValueError("search among no documents")
+        raise ValueError("there are no documents to search")
     return from_keys(keys_QK)
 
 
 class FlatIndex(Index):
-    """`search_exact` over documents [N, D] that stay as they are."""
+    """`search_exact` over documents [N, D], which are not copied."""
 
     def __init__(self, documents_ND: np.ndarray):
         super().__init__(documents_ND)
@@ -131,7 +131,7 @@ def recall_against(rows_QK: np.ndarray, exact_rows_QK: np.ndarray) -> np.ndarray
     return np.array([np.isin(exact, rows).sum() for rows, exact in pairs]) / (exact_rows_QK >= 0).sum(axis=1)
 
 
-# The score and row of a result in one integer, whose ascending order is (score descending, row ascending): NumPy sorts
+# A key packs score and row into one integer, whose ascending order is (score descending, row ascending): NumPy sorts
 # these several times faster than it sorts by two keys. Rows must be below 2**32 - 1, which stands for "none".
 
 
@@ -152,7 +152,7 @@ def from_keys(keys: np.ndarray) -> Found:
 
 
 def first_of(scores: np.ndarray, rows: np.ndarray, depth: int) -> Found:
-    """The first `depth` of [Q, W] scores and rows. Where the row is -1 there is no result."""
+    """The first `depth` of [Q, W] scores and rows. Row -1 means that there is no result."""
     return from_keys(np.sort(to_keys(np.where(rows < 0, np.float32(-np.inf), scores), rows), axis=1)[:, :depth])
 
 
@@ -187,7 +187,7 @@ def _nearest_faiss(documents_ND: np.ndarray) -> Nearest:
 
 
 def _nearest_torch(documents_ND: np.ndarray, device: torch.device, *, block_queries: int = 1024) -> Nearest:
-    """In blocks of queries, whose scores take 256 MB at 65,536 documents."""
+    """Computes in blocks of queries, whose scores take 256 MB at 65,536 documents."""
     documents = torch.tensor(documents_ND, device=device)  # copied: torch warns about read-only arrays (memory maps)
 
     def nearest(queries_QD: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -5,9 +5,9 @@
 
 - A document is relevant if its grade is above 0; documents missing from the qrels are not. Queries without a relevant
   document have no value: `judge` drops and counts them.
-- Ranks start at 1 and follow the run, ties too. Beyond the end of a ranking nothing is relevant.
+- Ranks start at 1 and follow the run, even among ties. Beyond the end of a ranking, nothing is relevant.
 - To add a metric, write a function of `Judgments` that returns [Q] values and add it to METRICS. A parameter `k` makes
-  it take a cutoff (optional if `k` has a default); a parameter `gain` gets that of the evaluation.
+  it take a cutoff (optional if `k` has a default); a parameter `gain` gets the gain of the evaluation.
 
 Shapes: Q judged queries, K ranks of the run, J graded (query, document) pairs, P relevant pairs.
 """
@@ -33,7 +33,7 @@ class Judgments:
     query_ids: list[str]  # the Q queries of the run that have a relevant document
     num_without_relevant: int  # the other queries
     grades_QK: np.ndarray  # float64, grade of the document at each rank, 0 if it is not relevant
-    judged_QK: np.ndarray  # bool, whether the qrels grade the document at each rank, also with 0 or less
+    judged_QK: np.ndarray  # bool, whether the qrels grade the document at each rank, even with 0 or less
     pair_query_P: np.ndarray  # int64, query row of each relevant pair, ascending
     pair_grade_P: np.ndarray  # float64, its grade, descending within a query
 
@@ -113,7 +113,7 @@ def mrr(judgments: Judgments, k: int | None = None) -> np.ndarray:
 def average_precision(judgments: Judgments, k: int | None = None) -> np.ndarray:
     """(sum of precision@i over the ranks i <= k of relevant documents) / min(k, number of relevant documents).
 
-    trec_eval's map_cut divides by all relevant documents instead: for that, measure without k a run that is cut at k.
+    trec_eval's map_cut divides by all relevant documents instead: for that, cut the run at k and measure without k.
 
     Source: sentence-transformers `InformationRetrievalEvaluator`, map@k; without k, trec_eval `m_map.c`; Buckley &
     Voorhees, "Evaluating Evaluation Measure Stability", SIGIR 2000.
@@ -188,7 +188,7 @@ def measure(judgments: Judgments, metrics: Sequence[Metric], *, gain: Gain = "bi
 
     A metric is a name of METRICS with a cutoff (optional for ndcg, map and mrr, none for rprec) or a function
     (judgments, k=None) -> [Q], which is called without a cutoff and goes by its own name. Raises `ValueError` for an
-    invalid name or cutoff, two metrics of one name, or values that are not Q finite numbers.
+    invalid name or cutoff, two metrics with the same name, or values that are not Q finite numbers.
     """
     functions, values = {}, {}
     for metric in metrics:

@@ -6,9 +6,9 @@
 Unjudged answers rank highest, and training on such false negatives hurts. So `ranks` skips the first documents, and
 margins require negatives to score clearly below the known answers.
 
-Candidates for a query are the documents at `ranks` in an exact search, except its own id and texts equal to the query,
-a relevant document, a negative that it keeps or an earlier candidate. With p the lowest score of the query's relevant
-documents, a candidate's score s must satisfy, if set,
+Candidates for a query are the documents at `ranks` in an exact search, except the query's own id and texts equal to the
+query, a relevant document, a negative it keeps or an earlier candidate. With p the lowest score of the query's relevant
+documents, a candidate's score s must satisfy, where set,
 
     s <= p - absolute_margin,   s <= p - relative_margin * |p|,   min_score <= s <= max_score
 
@@ -56,11 +56,11 @@ def mine(
 
     Args:
         ranks: first and last rank of candidates, from 1, both included. All documents count, relevant ones too.
-        num_negatives: the most that a query gets; one with fewer candidates gets those.
-        seed: of the draw, which depends on seed, query id and candidates alone, not on other queries.
+        num_negatives: maximum per query; a query with fewer candidates gets all of them.
+        seed: the draw depends on the seed, the query's id and its candidates alone, not on other queries.
         sampling: "random": drawn uniformly from the candidates; "top": the first ones.
-        relative_margin: 0.05 keeps what scores at most 95% of p, for p above 0.
-        replace: drop the negatives that the dataset has. False: they stay, in front of the mined ones and not counted.
+        relative_margin: 0.05 keeps documents that score at most 95% of p, for p above 0.
+        replace: drop the dataset's own negatives. False: they stay, before the mined ones and not counted.
         dim, passages, slice_documents: as for `Searcher`.
 
     Raises `ValueError` for an option out of range, or if no query has a relevant document.
@@ -100,8 +100,8 @@ def mine(
 def _search(
     embedder: SupportsEncode, dataset: RetrievalDataset, depth: int, setting: Setting, slice_documents: int | None
 ) -> tuple[dict[str, list[str]], list[str], Found, np.ndarray]:
-    """The relevant documents of each query that has any, all document ids, the first documents of each query as rows of
-    these, and the lowest score among its relevant documents, [Q]."""
+    """The relevant documents of each query that has any, all document ids, the top documents of each query as rows into
+    these ids, and the lowest score among its relevant documents, [Q]."""
     answers = {i: [d for d, grade in dataset.qrels.get(i, {}).items() if grade > 0] for i in dataset.queries}
     if not (relevant := {i: document_ids for i, document_ids in answers.items() if document_ids}):
         raise ValueError(f"none of the {len(dataset.queries)} queries of the dataset has a relevant document")

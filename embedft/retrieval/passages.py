@@ -1,4 +1,4 @@
-"""Search over windows: a document is several vectors, and its best window makes its score (MaxP).
+"""Search over windows: a document has several vectors, and its score is that of its best window (MaxP).
 
     vectors_WD, source_W = embedder.encode_passages(texts, (128, 64))
     scores, rows = WindowIndex(vectors_WD, source_W).search(query_embeddings, depth=100)      # rows are documents
@@ -19,7 +19,7 @@ class WindowIndex(Index):
 
     Args:
         windows_WD: not copied if a writable float32 array.
-        source_W: the document of each window: from 0, ascending, none left out.
+        source_W: the document of each window, ascending from 0 without gaps.
         candidates: an index over the same windows, searched ever deeper until it finds `depth` documents, whose windows
             are then all scored. If it runs out of results (as when IVF probes few lists), every document is scored.
         max_scores: window scores held at a time, 64 MB in float32.
@@ -53,7 +53,7 @@ class WindowIndex(Index):
     def _exact(self, queries_BD: np.ndarray, depth: int) -> Found:
         keys_BK, first = np.empty((len(queries_BD), 0), dtype=np.uint64), 0
         num_windows = max(1, self.max_scores // max(1, len(queries_BD)))
-        while first < len(self):  # whole documents of at most `num_windows` windows, or one of more
+        while first < len(self):  # whole documents of at most `num_windows` windows, or one that has more
             offset = self.starts_N[first]
             stop = max(first + 1, int(np.searchsorted(self.ends_N, offset + num_windows, side="right")))
             scores_BW = _products(queries_BD, self.windows_WD[offset : self.ends_N[stop - 1]])
@@ -93,7 +93,7 @@ class WindowIndex(Index):
 
 def _products(queries_BD: np.ndarray, windows_WD: np.ndarray) -> np.ndarray:
     """Inner products, [B, W]: equal windows get equal scores, wherever they stand."""
-    # By torch, for a multiple of 8 queries: among 8,309 random cases with equal windows, NumPy's product scored some of
-    # them differently in 47%, torch's with any number of queries in 1.4%, this one in none (AMD EPYC, 2026-11-21).
+    # By torch, for a multiple of 8 queries: in 8,309 random cases with equal windows, NumPy's product scored some of
+    # them differently in 47%, torch's for any number of queries in 1.4%, this one in none (AMD EPYC, 2026-11-21).
     padded_BD = np.pad(queries_BD, ((0, -len(queries_BD) % 8), (0, 0)))
     return (torch.from_numpy(padded_BD) @ torch.from_numpy(windows_WD).T).numpy()[: len(queries_BD)]

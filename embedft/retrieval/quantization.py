@@ -62,7 +62,7 @@ def _scale(ranges_2D: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def to_binary(embeddings_ND: np.ndarray) -> np.ndarray:
-    """A bit per dimension, 1 if above 0, the first the highest, [N, B] uint8; sentence-transformers' "ubinary"."""
+    """A bit per dimension, 1 if above 0, highest bit first, [N, B] uint8; sentence-transformers' "ubinary"."""
     return np.packbits(embeddings_ND > 0, axis=-1)
 
 
@@ -115,8 +115,8 @@ class QuantizedIndex(Index):
 
 
 class AdaptiveIndex(Index):
-    """The first `short_dim` dimensions, normalized again, find shortlist_factor x `depth` documents; inner products of
-    the vectors as given, an array or a memory map, order them. Meant for Matryoshka embeddings."""
+    """The first `short_dim` dimensions, renormalized, find shortlist_factor x `depth` documents; inner products of the
+    full vectors, an array or a memory map, order them. Meant for Matryoshka embeddings."""
 
     def __init__(self, embeddings_ND: np.ndarray, short_dim: int, *, shortlist_factor: int = SHORTLIST_FACTOR):
         super().__init__(embeddings_ND)
@@ -144,10 +144,10 @@ def search_shortlist(
     block_size = max(1, 16_384 // max(rows_QS.shape[1], 1))
     for start in range(0, len(queries_QD), block_size):
         block = slice(start, start + block_size)
-        # Reads each row of a memory map once, in order.
+        # Reads each row of a memory map only once, in order.
         unique_M, place = np.unique(np.maximum(rows_QS[block], 0), return_inverse=True)
         gathered_QSD = np.asarray(vectors_of(unique_M), dtype=np.float32)[place.reshape(rows_QS[block].shape)]
-        # Not by BLAS: its kernels round differently by position, so equal vectors would not tie.
+        # Not by BLAS, whose kernels round differently by position, so equal vectors would not tie.
         scores_QS = np.einsum("qsd,qd->qs", gathered_QSD, queries_QD[block].astype(np.float32, copy=False))
         found.scores[block], found.rows[block] = first_of(scores_QS, rows_QS[block], depth)
     return found

@@ -1,4 +1,4 @@
-"""The result of an evaluation, question by question; comparisons between results, and their figure.
+"""The result of an evaluation, question by question; comparisons of results, and a plot of them.
 
     report.save("runs/lyft/eval/uber")
     print(compare(Report.load("runs/lyft/eval/uber"), other, metric="mrr@10"))
@@ -60,7 +60,7 @@ class Report:
         return {name: float(values.mean()) for name, values in self.per_query.items()}
 
     def __str__(self) -> str:
-        """A row per metric, a column per cutoff ("all": none). accuracy@k is left out beside hit_rate@k, its equal."""
+        """A row per metric, a column per cutoff ("all": none). accuracy@k is omitted next to hit_rate@k, its equal."""
         cells: dict[str, dict[float, str]] = {}
         for name, mean in self.metrics.items():
             metric, _, k = name.partition("@")
@@ -113,7 +113,7 @@ class Report:
 
 
 def model_setting(embedder: Any) -> dict[str, Any]:
-    """What a report's setting records of its model, as far as it has it."""
+    """What a report's setting records about its model, as far as the embedder provides it."""
     found = {
         "model": getattr(getattr(embedder, "source", None), "name", None) or getattr(embedder, "model", None),
         "model_sha256": embedder.sha256() if hasattr(embedder, "sha256") else None,
@@ -139,7 +139,7 @@ class Comparison:
     num_queries: int
     num_clusters: int  # independent groups of questions
     num_comparisons: int = 1
-    num_seeds: int = 1  # reports on the other side; above 1, interval and p-value are for new seeds too
+    num_seeds: int = 1  # reports of `other`; above 1, interval and p-value are for new seeds too
     question_error: float | None = None  # for several seeds, see `recipe_interval`
     seed_error: float | None = None
 
@@ -157,8 +157,8 @@ class Comparison:
 def compare(base: Report, *others: Report, metric: str = "ndcg@10") -> Comparison | list[Comparison]:
     """Compares each of `others` with `base`, question by question: one Comparison, or a list of them for several.
 
-    Bootstrap intervals [(-1, 1) with one cluster] and sign-flip p-values are over the clusters of `base`. If these are
-    too few, as in NFCorpus, `dataclasses.replace(base, clusters=base.query_ids)` makes the questions independent.
+    Bootstrap intervals (-1 to 1 for a single cluster) and sign-flip p-values are over the clusters of `base`. If there
+    are too few, as in NFCorpus, `dataclasses.replace(base, clusters=base.query_ids)` treats questions as independent.
     Raises `ValueError` for different questions, corpora or gains; warns if data, maximum length or prompts differ.
     """
     if not others:
@@ -179,7 +179,7 @@ def compare(base: Report, *others: Report, metric: str = "ndcg@10") -> Compariso
 
 
 def compare_seeds(bases: Sequence[Report], others: Sequence[Report], *, metric: str = "ndcg@10") -> Comparison:
-    """Compares a recipe, a report for each of 2 or more seeds, with a base, for new seeds as well as new questions.
+    """Compares a recipe (a report for each of 2 or more seeds) with a base; accounts for new seeds and new questions.
     `bases` is one report, or as many as `others`: the base trained with the same seeds, in the same order."""
     if len(bases) not in (1, len(others)):
         raise ValueError(f"found {len(bases)} base reports for {len(others)} seeds, expected 1 or {len(others)}")
@@ -197,7 +197,7 @@ def _comparison(base: Report, metric: str, base_Q: np.ndarray, other_Q: np.ndarr
 
 
 def paired_values(base: Report, reports: Sequence[Report], metric: str) -> np.ndarray:
-    """A metric's values in each of `reports`, [S, Q], with questions in the order of `base`, if they compare."""
+    """A metric's values in each of `reports`, [S, Q], in the order of `base`'s questions. Raises like `compare`."""
     shared = [name for name in base.per_query if all(name in report.per_query for report in reports)]
     if metric not in shared:
         raise ValueError(f"unknown metric {metric!r}; the reports share: {', '.join(shared) or 'none'}")
@@ -221,8 +221,8 @@ def _check_comparable(base: Report, other: Report) -> None:
             continue
         message = f"{key} is {found[0]} in base and {found[1]} in other"
         if key in ("num_documents", "gain"):
-            raise ValueError(f"the reports do not compare: {message}")
-        warnings.warn(f"the reports may not compare: {message}", stacklevel=2)
+            raise ValueError(f"the reports are not comparable: {message}")
+        warnings.warn(f"the reports may not be comparable: {message}", stacklevel=2)
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:

@@ -18,13 +18,13 @@ import numpy as np
 
 from ..files import atomic_write, read_lines
 
-ENCODED = "+percent-encoded"  # ends the tag of a TREC file whose ids are, because one of them contains whitespace
+ENCODED = "+percent-encoded"  # ends the tag of a TREC file if its ids are, because one contains whitespace
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
     """The ranking of each query: row i lists the documents of query_ids[i], best first. Scores in a row never increase;
-    metrics use the order among equal scores too. Rows shorter than K are padded with index -1 and score -inf."""
+    metrics use the order even among equal scores. Rows shorter than K are padded with index -1 and score -inf."""
 
     query_ids: list[str]  # distinct
     document_ids: list[str]  # distinct; some may be in no row
@@ -57,7 +57,7 @@ class Run:
 
     @classmethod
     def from_dict(cls, results: Mapping[str, Mapping[str, float]], *, sort_ids: bool = True) -> "Run":
-        """A run from {query id: {document id: score}}; equal scores are ordered by ascending id, or as they come."""
+        """A run from {query id: {document id: score}}; equal scores are ordered by ascending id, or as given."""
         rows = {query_id: sorted(row.items()) if sort_ids else row.items() for query_id, row in results.items()}
         ranked = {query_id: sorted(row, key=lambda item: -item[1]) for query_id, row in rows.items()}
         document_ids = sorted({document_id for row in ranked.values() for document_id, _ in row})
@@ -91,7 +91,7 @@ class Run:
         """The first `depth` ranks without documents that have their query's id, unless `qrels` grade them above 0.
         Source: BEIR, `EvaluateRetrieval.evaluate`, ignore_identical_ids."""
         index_of = {document_id: index for index, document_id in enumerate(self.document_ids)}
-        own_Q = np.full(len(self.query_ids), -2, dtype=np.int64)  # -2 occurs nowhere
+        own_Q = np.full(len(self.query_ids), -2, dtype=np.int64)  # -2 is never an index
         for row, query_id in enumerate(self.query_ids):
             if query_id in index_of and not (qrels or {}).get(query_id, {}).get(query_id, 0) > 0:
                 own_Q[row] = index_of[query_id]
@@ -103,7 +103,7 @@ class Run:
 
     def save(self, path: str | Path, *, tag: str = "embedft") -> None:
         """Writes a TREC run file, `query Q0 document rank score tag`, atomically; scores read back exactly.
-        If an id contains a blank or is empty, all ids are percent-encoded (an empty one as %), which the tag tells."""
+        If an id contains whitespace or is empty, all are percent-encoded (an empty one as %), and the tag says so."""
         results = self.to_dict()
         ids = {*results, *(document_id for row in results.values() for document_id in row)}
         encoded, tag = {i: i for i in ids}, re.sub(r"\s+", "-", tag)

@@ -9,7 +9,7 @@ A setting has four parts:
 - dim: how many leading dimensions to keep; None: as many as the embedder returns.
 - precision: how vectors are stored: float32, int8 or binary (quantization.py).
 - index: "flat" (every document); hnsw, ivf, ivfpq or a FAISS factory string, with parameters as in
-  "hnsw,efSearch=128" (approximate.py); or "adaptive-64": 64 dimensions find 4 x `depth` documents, all order them.
+  "hnsw,efSearch=128" (approximate.py); or "adaptive-64": 64 dimensions find 4 x `depth` documents, all rank them.
 - passages: (size, stride) in tokens: documents are cut into windows and scored by the best one; None: whole documents.
 
 int8 and binary work with flat, hnsw and ivf, which search the decoded vectors. With passages, an index other than flat
@@ -34,7 +34,7 @@ from .passages import WindowIndex
 from .quantization import PRECISIONS, AdaptiveIndex, QuantizedIndex, bytes_per_vector
 from .run import Run
 
-HOLD_VECTORS = ("hnsw", "ivf")  # FAISS's indices that hold vectors as they are, so also what codes stand for
+HOLD_VECTORS = ("hnsw", "ivf")  # FAISS indices that keep vectors unchanged, so they can search decoded codes
 
 
 class Setting(NamedTuple):
@@ -59,9 +59,9 @@ class Setting(NamedTuple):
 def search(
     embedder: SupportsEncode, dataset: RetrievalDataset, queries: Mapping[str, str] | Sequence[str], **options: Any
 ) -> Run:
-    """The first `depth` documents of the dataset for any queries, those with equal scores by ascending id.
+    """The first `depth` documents of the dataset for any queries; equal scores are ordered by ascending id.
     `queries` are {query id: text}, or texts with the ids "0", "1", ...; `options` are those of `Searcher`. Exact search
-    (float32, flat) holds one slice of the corpus at a time, other settings all vectors."""
+    (float32, flat) holds one slice of the corpus at a time; other settings hold all vectors."""
     setting = Setting(**{name: options.pop(name) for name in Setting._fields if name in options})
     queries = _named(queries)
     if not setting.is_exact:
@@ -70,7 +70,7 @@ def search(
 
 
 class Searcher:
-    """A corpus encoded and indexed once, for queries that come one after another.
+    """A corpus encoded and indexed once, to be searched as often as needed.
 
     Args:
         exclude_identical_ids: a query of the dataset that is also a document, under the same id, does not find itself
@@ -101,7 +101,7 @@ class Searcher:
         self.index, *_ = build(truncate(embedder, vectors_NW, self.setting.dim), source_N, self.setting)
 
     def search(self, queries: Mapping[str, str] | Sequence[str]) -> Run:
-        """As `search`."""
+        """See `search`, the function."""
         queries = _named(queries)
         queries_QW = encode(self.embedder, queries, "query")
         exclude = self.exclude_identical_ids and shares_ids(self.dataset, queries)
@@ -129,7 +129,7 @@ def search_grid(
     exclude_identical_ids: bool = True,
     slice_documents: int | None = None,
 ) -> Iterator[tuple[Run, dict, dict[str, float]]]:
-    """The run of each setting in order, what a report says of the setting, and its costs.
+    """The run of each setting in order, what a report says about the setting, and its costs.
     Consecutive settings with the same passages share one encoding of the corpus, whose vectors are kept only if some
     search is not exact."""
     require_depth(depth)
@@ -179,7 +179,7 @@ def search_slices(
     embedder: SupportsEncode, parts: Iterable[Slice], queries: Mapping[int, np.ndarray], depth: int
 ) -> tuple[dict[int, Found], dict[int, float], int]:
     """Exact search with queries {dim: [Q, dim]} on the embedder's device: results and search seconds by dim, and the
-    number of vectors. Each slice is searched and dropped; slices change no result."""
+    number of vectors. Each slice is searched and dropped; slicing changes no result."""
     found: dict[int, Found] = {}
     seconds, num_vectors = {}, 0
     for part in parts:
@@ -210,8 +210,8 @@ def _named(queries: Mapping[str, str] | Sequence[str]) -> dict[str, str]:
 def check_settings(
     embedder: SupportsEncode, settings: Sequence[Setting], *, width: int | None = None, num_documents: int | None = None
 ) -> list[Setting]:
-    """The settings with their number of dimensions, if the model's `width` is given or the embedder has a `full_dim`.
-    Raises `ValueError` for what cannot work and, given `num_documents`, for too few to train an index on."""
+    """The settings with `dim` filled in, if the model's `width` is given or the embedder has a `full_dim`.
+    Raises `ValueError` for settings that cannot work and, given `num_documents`, for too few to train an index on."""
     width, found, unsupported = width or getattr(embedder, "full_dim", None), [], []
     for setting in settings:
         dim, precision, index, passages = setting
@@ -258,9 +258,9 @@ def build(vectors_ND: np.ndarray, source_N: np.ndarray | None, setting: Setting)
     elif not is_flat:
         index = FaissIndex(vectors_ND, setting.index)
         facts = {"factory": index.factory, "parameters": index.parameters}
-        if split_name(setting.index)[0] in HOLD_VECTORS:  # the bytes of codes in place of those of float32
+        if split_name(setting.index)[0] in HOLD_VECTORS:  # counts codes instead of float32 vectors
             num_bytes += index.bytes_per_vector - bytes_per_vector(setting.dim, "float32")
-        else:  # all windows of a document that is found are scored by their vectors
+        else:  # all windows of the documents found are scored by their vectors
             num_bytes = index.bytes_per_vector + (num_bytes if windows else 0)
     if windows:
         index = WindowIndex(vectors_ND, source_N, candidates=index)

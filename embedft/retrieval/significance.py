@@ -69,7 +69,7 @@ def sign_flip_p_value(
 
 
 def recipe_interval(differences_SQ: np.ndarray, clusters: Clusters = None) -> dict[str, Any]:
-    """95% interval of a training recipe's mean difference to a base, for new seeds and new questions; S is at least 2.
+    """95% interval of a training recipe's mean difference from a base, for new seeds and questions; S is at least 2.
 
     Returns interval, the two-sided p_value, and two standard errors: question_error for new questions with these seeds,
     seed_error for new seeds on these questions.

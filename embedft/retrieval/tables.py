@@ -1,10 +1,10 @@
-"""Reports as tables: several by name, a grid of settings, comparisons; as text, Markdown, CSV or LaTeX.
+"""Formats reports, grids of settings and comparisons as tables: text, Markdown, CSV or LaTeX.
 
     print(format_reports({"model": report, "bm25": bm25}))
     print(format_grid(evaluate_grid(embedder, dataset, dims=[384, 128], precisions=["float32", "int8"])))
     print(format_comparisons({"tuned": [compare(base, tuned, metric="mrr@10")]}, style="csv"))
 
-CSV has every digit, an interval as two columns, and column names without blanks; LaTeX needs the package booktabs.
+CSV has all digits, two columns per interval, and column names without spaces; LaTeX needs the package booktabs.
 """
 
 import csv
@@ -28,7 +28,7 @@ MAIN_METRICS = ("hit_rate@5", "mrr@10", "ndcg@10", "map@100")
 def format_table(
     header: Sequence[str], rows: Sequence[Sequence[str]], *, style: Style = "markdown", num_left: int = 1
 ) -> str:
-    """A table of cells that are strings already; the first `num_left` columns are left-aligned, the others right."""
+    """A table of cells given as strings; the first `num_left` columns are left-aligned, the others right-aligned."""
     if style not in get_args(Style):
         raise ValueError(f"style is {style!r}, expected one of {', '.join(get_args(Style))}")
     if style == "csv":
@@ -81,7 +81,7 @@ def _show(key: str, value: Any, spec: str) -> str:
 
 
 def main_metrics(report: Report) -> list[str]:
-    """MAIN_METRICS, or each at its largest cutoff, and all metrics beyond the default ones; if there are none, all."""
+    """MAIN_METRICS (or the same at the largest cutoff), and all non-default metrics; if there are none, all metrics."""
     families: dict[str, dict[str, int]] = {}
     for key in report.per_query:
         name, _, k = key.partition("@")

@@ -1,1 +1,1 @@
-"""The training loop and what it steps with."""
+"""The training loop and its parts."""

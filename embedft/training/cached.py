@@ -33,20 +33,20 @@ def cached_backward(
     """Computes loss(Q, D, targets), a scalar, and adds its gradients to those of the embedder and of the loss itself.
 
     With L the loss and v_N a mini-batch's vectors, dL/dweights = sum over mini-batches of (dL/dv_N)(dv_N/dweights):
-    1. every v_N without gradient, noting the state of the random generators before each;
-    2. L once on all vectors, and its gradient on each v_N (and on the loss's own parameters);
-    3. every v_N again from its random state, with gradient, and dL/dv_N backward through it.
+    1. compute every v_N without gradient, saving the state of the random generators before each;
+    2. compute L once on all vectors, with its gradient on each v_N (and on the loss's own parameters);
+    3. compute every v_N again from its random state, with gradient, and backpropagate dL/dv_N through it.
 
     Exact for any loss and under dropout: gradients and random generators end as after one backward pass over the same
     mini-batches, of `mini_batch_tokens` or one longer text. `queries` and `documents`, one text per row of Q and D, may
-    be empty (distributed.py). `autocast` makes the context that texts are embedded in, both times.
+    be empty (distributed.py). `autocast` returns the context for computing vectors, both times.
 
     Source: Gao et al. 2021 (Scaling deep contrastive learning batch size under memory limited setup), section 3.2.
     """
     device = embedder.device
 
     def embed(part: Packed, role: str) -> Tensor:
-        # One context per mini-batch: autocast caches cast weights, and those cast without gradient would get none.
+        # One context per mini-batch: autocast caches cast weights, and those cast without gradient would never get one.
         with autocast():
             return embedder.embed(part, role=role)
 
@@ -65,7 +65,7 @@ def cached_backward(
     value.backward()
     after, is_trained = devices.random_state(device), any(p.requires_grad for p in embedder.parameters())
     for (role, parts, states, order_B), X in zip(sides, vectors, strict=True):
-        if X.grad is None or not is_trained:  # the loss may not look at queries, or not at documents
+        if X.grad is None or not is_trained:  # the loss may ignore queries or documents
             continue
         gradients = X.grad[order_B].split([part.num_sequences for part in parts])
         for part, state, gradient_ND in zip(parts, states, gradients, strict=True):
@@ -77,14 +77,14 @@ def cached_backward(
 
 
 def no_vectors(embedder: Embedder) -> Tensor:
-    """The vectors of no texts, [0, D], with gradient, so that a loss on them has a backward pass."""
+    """Vectors of no texts, [0, D], that require a gradient, so that a loss on them has a backward pass."""
     weight = next(embedder.parameters())
     return torch.zeros(0, embedder.full_dim, dtype=weight.dtype, device=weight.device, requires_grad=True)
 
 
 def mini_batches(packed: Packed, max_tokens: int) -> tuple[list[Packed], Tensor]:
-    """Mini-batches of at most `max_tokens`, longest sequences first, and place_B [B], a sequence's place among them.
-    A sequence that is longer goes alone."""
+    """Mini-batches of at most `max_tokens`, longest sequences first, and place_B [B], the place of each sequence.
+    A longer sequence is a mini-batch of its own."""
     in_order, place_B = sort_by_length(packed)
     ranges = cut_by_tokens(in_order.lengths().tolist(), max_tokens)
     return [take(in_order, torch.tensor(rows, device=place_B.device)) for rows in ranges], place_B

@@ -3,7 +3,7 @@
     save_checkpoint(out / "checkpoints", state)
     resumed = load_checkpoint(out / "checkpoints", state)      # False when there is none
 
-A folder of safetensors and JSON files, with their SHA-256 in files.json, written under a temporary name.
+Each is a folder of safetensors and JSON files, with their SHA-256 in files.json, renamed into place once complete.
 """
 
 import os
@@ -36,15 +36,15 @@ class TrainState:
     stopped: bool = False  # by `on_step`
     evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)  # step, {metric: value}
     best_step: int | None = None  # 0: the base; None without validation
-    best_weights: Weights | None = field(default=None, repr=False, compare=False)  # a copy on the CPU, as the next
-    refresh_weights: Weights | None = field(default=None, repr=False, compare=False)  # that the latest refresh saw
+    best_weights: Weights | None = field(default=None, repr=False, compare=False)  # a copy on the CPU, like the next
+    refresh_weights: Weights | None = field(default=None, repr=False, compare=False)  # used by the latest refresh
 
     def modules(self) -> dict[str, nn.Module]:
-        """{file name: module} of what has weights or other state."""
+        """{file name: module} of everything with weights or other state."""
         return {MODEL: self.embedder} | ({LOSS: self.loss} if isinstance(self.loss, nn.Module) else {})
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every parameter the optimizer may step, by name; those of the loss as "loss/<name>"."""
+        """Every parameter the optimizer may update, by name; those of the loss as "loss/<name>"."""
         for file, module in self.modules().items():
             for name, parameter in module.named_parameters():
                 yield (name if file == MODEL else f"loss/{name}"), parameter
@@ -69,7 +69,7 @@ def save_checkpoint(folder: Path, state: TrainState) -> None:
     try:
         for name, found in weights.items():
             if found is not None:
-                # safetensors refuses shared memory: a module used twice has its weights twice.
+                # safetensors refuses tensors that share memory, so the weights of a module used twice are saved twice.
                 owner = {x.untyped_storage().data_ptr(): key for key, x in found.items()}
                 owners = set(owner.values())
                 separate = {k: x.detach().contiguous() if k in owners else x.detach().clone() for k, x in found.items()}
@@ -90,7 +90,7 @@ def save_checkpoint(folder: Path, state: TrainState) -> None:
 def load_checkpoint(folder: Path, state: TrainState) -> bool:
     """Restores the newest checkpoint into `state` and torch's generators; False when there is none.
 
-    Raises `ValueError`, before it restores anything, for a damaged or missing file, and for a checkpoint of another
+    Raises `ValueError`, before restoring anything, for a damaged or missing file, and for a checkpoint of another
     model, loss or optimizer.
     """
     *before, path = _checkpoints(folder) or [None]
@@ -113,7 +113,7 @@ def load_checkpoint(folder: Path, state: TrainState) -> bool:
     moments = load_file(path / OPTIMIZER) | values["state"]
     unknown = {key.partition("/")[2] for key in moments} - parameters.keys()
     if unknown or len(values["groups"]) != len(groups):
-        what = f"steps {min(unknown)!r}" if unknown else f"has {len(values['groups'])} parameter groups"
+        what = f"updates {min(unknown)!r}" if unknown else f"has {len(values['groups'])} parameter groups"
         raise ValueError(f"{path / OPTIMIZER}: {what}, so it belongs to a run with another optimizer")
     for file, module in modules.items():
         module.load_state_dict(weights[file])
@@ -134,11 +134,11 @@ def load_checkpoint(folder: Path, state: TrainState) -> bool:
 
 
 def _check_files(path: Path, before: list[Path]) -> None:
-    """Raises `ValueError` for the first file of a checkpoint that is not as it was written."""
+    """Raises `ValueError` for the first file of a checkpoint that is missing or has changed."""
     try:
         expected = read_object(path / FILES)
     except (OSError, ValueError):
-        expected = {}  # also a checkpoint of an earlier version, which has none
+        expected = {}  # checkpoints of earlier versions have none either
     if {file.name for file in path.iterdir()} - expected.keys() != {FILES}:
         expected = {FILES: None}
     for name, digest in expected.items():

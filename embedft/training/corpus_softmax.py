@@ -3,7 +3,7 @@
     documents = Documents(embeddings_MD, at_once=16_384)
     loss = full_corpus_softmax(queries_BD, documents, Pairs.of(relevant, range(B), documents), temperature=0.05)
 
-[B, M] is never held in memory. A document may have several vectors, its windows, and scores as the best (MaxP).
+[B, M] is never held in memory. A document may have several vectors, one per window; the best one counts (MaxP).
 
 Shapes: B queries, M vectors of N documents, C vectors at a time, A pairs of a query and a document that answers it, P
 pairs of a query and a vector of such a document, D features.
@@ -19,15 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# The score of what is not a negative: its exponential is 0 and, unlike that of minus infinity, no gradient is NaN.
+# The score of anything but a negative: its exponential is 0 and, unlike minus infinity, it makes no gradient NaN.
 NOTHING = -1e30
 DocumentMap = Callable[[Tensor], Tensor]
 
 
 class Documents:
     """Frozen document vectors, an array or memory map, read `at_once` rows at a time; `kind` is their dtype and device.
-    `source`, the document of each row, rises from 0 without gaps; None: each row is a document. Raises `ValueError` for
-    another source, and for a row that is not finite or zero."""
+    `source`: the document of each row, ascending from 0 without gaps; None: each row is a document. Raises `ValueError`
+    for any other source, and for a row that is zero or not finite."""
 
     def __init__(
         self, embeddings_MD: np.ndarray, source: np.ndarray | None = None, *, at_once: int = 16_384, **kind: Any
@@ -47,13 +47,13 @@ class Documents:
         return range(*np.searchsorted(self.source, [document, document + 1]).tolist())
 
     def subset(self, kept: Sequence[int]) -> "Documents":
-        """Only the documents `kept`, under their numbers."""
+        """Only the documents `kept`, which keep their numbers."""
         part, chosen = copy.copy(self), np.isin(self.source, kept)
         part.rows, part.source, part._whole = self.rows[chosen], self.source[chosen], {}
         return part
 
     def parts(self) -> list[slice]:
-        """The places of whole documents, up to `at_once`, or of one document with more."""
+        """The places of whole documents, at most `at_once` vectors at a time, or of one document with more."""
         edges, first, parts = np.append(np.flatnonzero(np.diff(self.source, prepend=-1)), len(self)), 0, []
         while edges[first] < len(self):
             last = np.searchsorted(edges, edges[first] + self.at_once, side="right") - 1
@@ -62,7 +62,7 @@ class Documents:
         return parts
 
     def vectors(self, places: slice | Tensor, *, unit: bool = True) -> Tensor:
-        """The vectors at some places, [C, D], normalised or as they are."""
+        """The vectors at some places, [C, D], of unit length or as they are."""
         if len(self) > self.at_once:
             return self._read(self.rows[places if isinstance(places, slice) else places.cpu().numpy()], unit)
         if unit not in self._whole:
@@ -78,7 +78,7 @@ class Pairs(NamedTuple):
     """Which documents answer which queries (A), and the vectors of these documents in order of place (P)."""
 
     query_A: Tensor
-    weight_A: Tensor  # 1 / (documents that answer the query x queries): the weights sum to 1
+    weight_A: Tensor  # 1 / (queries x documents that answer the query): the weights sum to 1
     query_P: Tensor
     place_P: Tensor
     answer_P: Tensor  # the entry of A it belongs to
@@ -120,7 +120,7 @@ def _checked_source(source: np.ndarray, num_windows: int) -> np.ndarray:
     wrong = np.flatnonzero(~np.isin(np.diff(source, prepend=-1), (0, 1)) | (source < 0))
     if len(wrong):
         found = f"window row {wrong[0]:,} is of document {source[wrong[0]]:,}"
-        raise ValueError(f"source: {found}, expected documents that rise from 0 without gaps")
+        raise ValueError(f"source: {found}, expected documents ascending from 0 without gaps")
     return source
 
 
@@ -134,8 +134,8 @@ def full_corpus_softmax(
     with s = cosine / temperature, differentiable once. If documents have windows, s_p is the score of p's best window
     under the current maps, and n runs over all windows of documents that do not answer the query.
 
-    With a trainable `document_map`, each part is computed again in the backward pass. Without, documents are constants,
-    and one pass over them gives the loss and its gradient.
+    With a trainable `document_map`, each part is recomputed in the backward pass. Without one, documents are constant,
+    and a single pass over them gives the loss and its gradient.
 
     Source: van den Oord et al. 2018, equation 4, over the corpus; Milakov and Gimelshein 2018, section 3, in parts.
     """
@@ -158,7 +158,7 @@ def full_corpus_softmax(
 @torch.no_grad()
 def first_ranks(Q: Tensor, documents: Documents, pairs: Pairs, *, document_map: DocumentMap | None = None) -> Tensor:
     """The rank, from 1, of the best document that answers each query, by cosine among all documents, [B] int64.
-    That is 1 + the documents ahead of it that do not answer the query; of equal scores the first document is ahead."""
+    That is 1 + the number of documents ahead of it that do not answer the query; ties go to the first document."""
     Q, parts, source = F.normalize(Q, dim=1), documents.parts(), torch.from_numpy(documents.source).to(Q.device)
     # The same product as for the other documents: another order of summation would break ties.
     products = ((part, Q @ _unit_vectors(documents, part, document_map).T) for part in parts)
@@ -170,7 +170,7 @@ def first_ranks(Q: Tensor, documents: Documents, pairs: Pairs, *, document_map: 
     ranks_B = torch.ones_like(document_B)
     for part in parts:
         scores_BC, best_B1 = _scores(Q, documents, pairs, part, document_map), best_B[:, None]
-        # Counts what is not behind, so that NaN scores count as ahead.
+        # Counts whatever is not behind, so that NaN scores count as ahead.
         is_tied_BC = (scores_BC == best_B1) & (source[part] >= document_B[:, None])
         is_ahead_BC = ~((scores_BC < best_B1) | is_tied_BC)
         _, column_C = source[part].unique_consecutive(return_inverse=True)

@@ -56,7 +56,7 @@ def rank_and_size() -> tuple[int, int]:
 
 
 def rank_device(name: str | None = None) -> str | None:
-    """Of several ranks, this one's device: for "cuda" cuda:LOCAL_RANK, for None CUDA or the CPU (gloo lacks MPS)."""
+    """With several ranks, this one's device: cuda:LOCAL_RANK for "cuda"; CUDA or the CPU for None (gloo lacks MPS)."""
     if rank_and_size()[1] == 1:
         return name
     name = name or ("cuda" if devices.default_device().type == "cuda" else "cpu")
@@ -82,7 +82,7 @@ class LocalBatch(NamedTuple):
         return cls(*parts, *(place_B.argsort() for _, place_B in in_order))
 
     def gather(self, Q: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
-        """The vectors of the whole batch, in its order, from those of this rank's texts."""
+        """The vectors of the whole batch, in order, given those of this rank's texts."""
         if self.query_order is None:
             return Q, D
         return gather(Q, self.query_order), gather(D, self.document_order)
@@ -93,7 +93,7 @@ def gather(own_ND: Tensor, order_B: Tensor) -> Tensor:
     This rank has rows order_B[rank], order_B[rank + S], ... of the batch, or none."""
     rank, size = rank_and_size()
     order_B = order_B.to(own_ND.device)
-    # The collective wants blocks of equal size; every rank knows which rows are padding.
+    # The collective needs blocks of equal size; every rank knows which rows are padding.
     block = own_ND.new_zeros(-(-len(order_B) // size), own_ND.shape[1])
     block[: len(own_ND)] = own_ND.detach()
     blocks = [torch.empty_like(block) for _ in range(size)]
@@ -104,15 +104,15 @@ def gather(own_ND: Tensor, order_B: Tensor) -> Tensor:
 
 
 def sum_gradients(parameters: Iterable[Parameter], of_first: Iterable[Parameter] = ()) -> None:
-    """Replaces each gradient by its sum over ranks, or that of `of_first`, the loss's parameters, by rank 0's.
-    Every rank has the whole gradient of those. One that no rank has stays missing, for the optimizer to skip."""
+    """Replaces each gradient by its sum over ranks, and those of `of_first`, the loss's parameters, by rank 0's: every
+    rank already has their whole gradient. A gradient that no rank has stays None, so that the optimizer skips it."""
     rank, size = rank_and_size()
     if size == 1:
         return
     gradients = {p: p.grad for p in parameters} | {p: p.grad if rank == 0 else None for p in of_first}
     exists = torch.tensor([grad is not None for grad in gradients.values()], device=next(iter(gradients)).device).int()
     dist.all_reduce(exists)
-    sums = []  # under way at the same time: one by one, the small ones would be all waiting
+    sums = []  # all started before waiting: one at a time, small tensors would be nothing but latency
     for p, grad in itertools.compress(gradients.items(), exists.tolist()):
         p.grad = torch.zeros_like(p) if grad is None else grad.contiguous()
         sums.append(dist.all_reduce(p.grad, async_op=True))
@@ -130,7 +130,7 @@ def broadcast_weights(*modules: nn.Module) -> None:
 
 
 def reseed(*numbers: int, apart: bool) -> None:
-    """Seeds torch's generators from `numbers` and, for different dropout (`apart`), the rank; nothing to resume."""
+    """Seeds torch's generators from `numbers` and, with `apart`, the rank, for different dropout; saves no state."""
     rank, size = rank_and_size()
     if size == 1:
         return
@@ -139,7 +139,7 @@ def reseed(*numbers: int, apart: bool) -> None:
 
 
 def from_first(compute: Callable[[], T]) -> T:
-    """compute() of rank 0, on every rank. Raises what `compute` raises on rank 0, and `OtherRankError` elsewhere."""
+    """Runs compute() on rank 0 and returns its result on every rank. If it raises, the others get `OtherRankError`."""
     rank, size = rank_and_size()
     if size == 1:
         return compute()
@@ -155,7 +155,7 @@ def from_first(compute: Callable[[], T]) -> T:
 
 
 def together(compute: Callable[[], T]) -> T:
-    """compute() of each rank, once all have succeeded. A ValueError or OSError is an `OtherRankError` elsewhere."""
+    """compute() of each rank, once all succeed. After a ValueError or OSError, other ranks get `OtherRankError`."""
     try:
         result = compute()
     except (ValueError, OSError) as error:

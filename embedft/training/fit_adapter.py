@@ -54,18 +54,18 @@ def fit_adapter(
 ) -> Adapter:
     """Fits an adapter that moves queries toward their relevant documents, by cosine.
 
-    Each step minimises the loss of some queries (`config.objective`) + `toward_identity` * `Adapter.departure()`, with
+    Each step minimizes the loss of some queries (`config.objective`) + `toward_identity` * `Adapter.departure()`, with
     AdamW. `full_corpus` is the softmax over all training documents, `in_batch` any loss of `LOSSES`, with the unmapped
-    vectors as references and grades as `target_scores`. Float64 if the queries are (not on MPS), else float32. With
-    `held_out`, questions about held-out documents choose the best step; the start competes too. The adapter's
-    `.history` has a record per step and validation, its `.costs` seconds, counts and the best step.
+    vectors as references and grades as `target_scores`. Computes in float64 if the queries are (except on MPS), else
+    float32. With `held_out`, questions about held-out documents choose the best step; the start competes too. The
+    adapter's `.history` has a record per step and validation, its `.costs` seconds, counts and the best step.
 
     Args:
         qrels: {query row: {document row: grade}}; above 0 is relevant, 0 a hard negative for `in_batch`.
         source: [M] int64, the document row of each window, as `Embedder.encode_passages` returns it; a document then
             scores as its best window (MaxP). None: each row is a document.
         start: an adapter to continue from, of the same kind, side and sizes; it is not changed.
-        base: the model of the embeddings, noted in the adapter; `start` must be of the same.
+        base: the model that made the embeddings, recorded in the adapter; `start` must be for the same one.
         normalize: whether the adapter's `transform` returns unit vectors.
         out: folder for the adapter, config.json and train.jsonl; None: nothing is written.
 
@@ -79,7 +79,7 @@ def fit_adapter(
     adapter = _start(start, config, queries_ND.shape[1], base=base, normalize=normalize).to(queries_ND)
     held_out = _held_out(relevant, config.held_out, config.seed) if config.held_out else {}
     judge = partial(_metrics, queries_ND, documents, held_out, config.select) if held_out else None
-    # Held-out documents leave training with all their questions, which are ranked against all documents.
+    # Held-out documents are not trained on, nor are their questions, which are ranked against all documents.
     gone = set(chain.from_iterable(held_out.values()))
     trained = {q: {d: grade for d, grade in qrels[q].items() if d not in gone} for q in relevant if q not in held_out}
     kept = np.setdiff1d(documents.source, list(gone))
@@ -98,7 +98,7 @@ def fit_adapter(
 def _fit(
     adapter: Adapter, queries_ND: Tensor, documents: Documents, qrels: Qrels, judge: Judge | None, config: AdapterConfig
 ) -> int:
-    """Trains in place and leaves the best weights. Returns the step they are from."""
+    """Trains in place and keeps the best weights. Returns the step they are from."""
     if config.objective == "in_batch":
         loss = configured_loss(config)
         if isinstance(loss, nn.Module):
@@ -139,7 +139,7 @@ def _fit(
 
 
 def _batches(examples: list[Any], size: int, *, shuffle: bool, seed: int) -> Iterator[list[Any]]:
-    """`size` examples at a time, without end."""
+    """`size` examples at a time, endlessly."""
     generator, order = torch.Generator().manual_seed(seed), range(len(examples))
     while True:
         if shuffle:
@@ -149,7 +149,7 @@ def _batches(examples: list[Any], size: int, *, shuffle: bool, seed: int) -> Ite
 
 
 def _step(value: Tensor, optimizer: torch.optim.Optimizer, max_grad_norm: float, step: int) -> dict[str, float]:
-    """One step down from a loss. Returns its record."""
+    """Takes one optimizer step. Returns its record."""
     optimizer.zero_grad()
     value.backward()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -164,7 +164,7 @@ def _step(value: Tensor, optimizer: torch.optim.Optimizer, max_grad_norm: float,
 def _full_corpus(
     adapter: Adapter, queries_ND: Tensor, documents: Documents, qrels: Qrels, temperature: float
 ) -> tuple[list[int], Compute]:
-    """The queries, and what computes the softmax over all documents of some of them."""
+    """The queries, and a function that computes the softmax over all documents for some of them."""
     relevant = _answers(qrels)
 
     def compute(rows: list[int]) -> Tensor:
@@ -177,7 +177,7 @@ def _full_corpus(
 def _in_batch(
     adapter: Adapter, queries_ND: Tensor, documents: Documents, qrels: Qrels, loss: Loss, *, merge: bool
 ) -> tuple[list[tuple[int, list[int]]], Compute]:
-    """The pairs, and what computes `loss` of some: a document that answers a query, then its hard negatives."""
+    """Examples (a query; a document that answers it, then hard negatives), and a function that computes their loss."""
     relevant = _answers(qrels)
     negatives = {q: sorted(grades.keys() - relevant[q]) for q, grades in qrels.items()}
     examples = [(q, [document, *negatives[q]]) for q in relevant for document in relevant[q]]
@@ -246,13 +246,13 @@ def _checked(
 
 
 def _answers(qrels: Qrels) -> dict[int, list[int]]:
-    """The documents that answer each query that has any."""
+    """The documents that answer each query; queries without any are left out."""
     relevant = {query: sorted(d for d, grade in grades.items() if grade > 0) for query, grades in qrels.items()}
     return {query: documents for query, documents in relevant.items() if documents}
 
 
 def _start(start: Adapter | None, config: AdapterConfig, dim: int, *, base: Base | None, normalize: bool) -> Adapter:
-    """An adapter at the identity, as configured, or a copy of `start`."""
+    """The configured adapter, starting as the identity or as a copy of `start`."""
     own = {"low_rank": {"rank": config.rank}, "two_layer": {"hidden": config.hidden}}.get(config.kind, {})
     options = {"bias": config.bias, **own}
     with devices.seeded(config.seed, torch.device("cpu")):
@@ -274,8 +274,8 @@ def _start(start: Adapter | None, config: AdapterConfig, dim: int, *, base: Base
 
 
 def _held_out(relevant: Answers, fraction: float, seed: int) -> dict[int, list[int]]:
-    """The queries, with what answers them, of about `fraction` of the answering documents.
-    Documents linked by queries stay together, in random order; a group is taken if that brings the number nearer."""
+    """Holds out about `fraction` of the documents that answer queries; returns their queries, with the answers.
+    Documents that share queries stay together; groups come in random order and are taken if that gets closer."""
     component = connected_components((places[0], place) for places in relevant.values() for place in places)
     answering = list(dict.fromkeys(chain.from_iterable(relevant.values())))
     groups, taken, wanted = defaultdict(set), set(), max(1, round(fraction * len(answering)))
@@ -287,5 +287,5 @@ def _held_out(relevant: Answers, fraction: float, seed: int) -> dict[int, list[i
     taken = taken or min(groups.values(), key=len)
     held_out = {query: list(places) for query, places in relevant.items() if taken.issuperset(places)}
     if len(held_out) == len(relevant):
-        raise ValueError(f"held_out is {fraction}, which leaves no query to train on: {len(relevant):,} queries linked")
+        raise ValueError(f"held_out is {fraction}, which leaves none of {len(relevant):,} queries to train on")
     return held_out

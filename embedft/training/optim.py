@@ -27,9 +27,9 @@ def build_optimizer(
 
 
 def parameter_groups(model: nn.Module, loss: Any = None) -> list[dict[str, Any]]:
-    """What a `train(..., optimizer=...)` callable gets: groups of (name, parameter) pairs, as torch.optim takes them.
+    """What a `train(..., optimizer=...)` callable gets: groups of (name, parameter) pairs, as torch.optim accepts.
 
-    "matrices", "vectors" (biases and norms; weight_decay 0) and, when the loss has parameters, "loss" (weight_decay 0).
+    "matrices", "vectors" (biases and norms; weight_decay 0) and, if the loss has parameters, "loss" (weight_decay 0).
 
         optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.01)
     """

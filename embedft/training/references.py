@@ -1,4 +1,4 @@
-"""What is encoded before training: vectors of reference models, and the windows that answer queries best.
+"""What is encoded before training: the vectors of reference models, and the windows most similar to each query.
 
     guide = FrozenEmbeddings(load_embedder("BAAI/bge-base-en-v1.5"), dataset)
     train(embedder, batches, loss, config, references={"guide": guide})
@@ -25,8 +25,8 @@ Reference = Callable[[Batch], tuple[Tensor, Tensor]]
 
 
 class FrozenEmbeddings:
-    """Batch -> (Q [B, D], D [M, D]) on the CPU: the texts of a dataset, encoded once, by id.
-    `dim` is that of `Embedder.encode`. Calls raise `ValueError` for an id that is not in the dataset."""
+    """Batch -> (Q [B, D], D [M, D]) on the CPU, looked up by id among the texts of a dataset, which are encoded once.
+    `dim` is as in `Embedder.encode`. Calls raise `ValueError` for an id that is not in the dataset."""
 
     def __init__(self, embedder: Embedder, dataset: RetrievalDataset, *, dim: int | None = None):
         texts = {"query": list(dataset.queries.values()), "document": dataset.document_texts()}
@@ -54,7 +54,7 @@ def targets_with(references: Mapping[str, Reference], batch: Batch) -> Targets:
 
 
 def best_windows(embedder: Embedder, batches: Batches, *, at_a_time: int = 4_096) -> dict[str, dict[str, int]]:
-    """{query id: {document id: its window with the largest similarity, the first of equals}}, of several windows."""
+    """{query id: {document id: its most similar window, the first on ties}}, for documents with several windows."""
     collate = batches.collate
     queries_of: dict[str, dict[str, None]] = defaultdict(dict)
     for example in batches.examples:
@@ -79,5 +79,5 @@ def best_windows(embedder: Embedder, batches: Batches, *, at_a_time: int = 4_096
 
 
 def with_best_windows(batches: Batches, found: Mapping[str, Mapping[str, int]]) -> Batches:
-    """The same batches, whose documents contribute the windows in `found`."""
+    """The same batches, with documents contributing the windows in `found`."""
     return Batches(batches.examples, batches.sampler, replace(batches.collate, best_windows=found))

@@ -2,7 +2,7 @@
 
 config.json        every setting, defaults included; under "objects" the code that was passed in
 environment.json   commit, arguments, versions, device, SHA-256 of model and data
-diff.patch         changes of the working tree since the commit, if any
+diff.patch         uncommitted changes of the working tree, if any
 train.jsonl        one line per step and per validation
 checkpoints/       the two newest; deleted when the run is done
 model/             the fine-tuned model, in the sentence-transformers layout
@@ -42,8 +42,8 @@ Log = Callable[[dict[str, Any]], None]
 
 
 def check_run(out: Path, existing: str = "refuse") -> None:
-    """Raises `ValueError` if a run may not be written to `out`, or `existing` is none of EXISTING. Changes nothing,
-    except that a run that was killed while it was closed is then closed."""
+    """Raises `ValueError` if a run may not be written to `out`, or `existing` is not in EXISTING. Changes nothing, but
+    finishes closing a run that was killed while closing."""
     if existing not in EXISTING:
         raise ValueError(f"existing is {existing!r}, expected one of {', '.join(EXISTING)}")
     check_writable(out)
@@ -60,12 +60,12 @@ def check_run(out: Path, existing: str = "refuse") -> None:
     if not (out / CONFIG).is_file():
         raise ValueError(f"{out}: has files but no run ({CONFIG} is missing), so it is left alone")
     if (out / DONE).exists():
-        raise ValueError(f"{out}: this run is done, there is nothing to resume")
+        raise ValueError(f"{out}: this run is done; there is nothing to resume")
 
 
 @contextlib.contextmanager
 def lock(out: Path) -> Iterator[None]:
-    """Locks the run folder; a folder in which nothing was begun is removed. Raises `ValueError` when it is locked."""
+    """Locks the run folder, and removes it if no run was begun in it. Raises `ValueError` if it is already locked."""
     with locked(out / LOCK):
         try:
             yield
@@ -80,18 +80,18 @@ def is_done(out: Path, config: dict[str, Any], *, hashes: dict[str, str]) -> boo
     """Whether the run in `out` is done. Raises `ValueError` if it has other settings or other data."""
     if not (out / DONE).exists():
         return False
-    _check_same(out, {**read_object(out / CONFIG), **config}, hashes, "holds another run, name another folder")
+    _check_same(out, {**read_object(out / CONFIG), **config}, hashes, "holds another run, choose another folder")
     return True
 
 
 def open_run(
     out: Path, config: dict, *, hashes: dict, device: torch.device, existing: str, allow_changed_code: bool = False
 ) -> None:
-    """Writes configuration and environment; to "resume", checks that they are the same.
-    `config` has every setting, under "objects" {name: `describe_object`} of the code that was passed in; when that
+    """Writes configuration and environment; to "resume", checks that configuration and hashes are the same.
+    `config` has every setting and, under "objects", {name: `describe_object`} of the code that was passed in; if that
     changed, `allow_changed_code` resumes and records the new code. `hashes` has the SHA-256 of model and datasets."""
     check_run(out, existing)
-    config = json.loads(json.dumps(config))  # as it is read back: tuples are lists
+    config = json.loads(json.dumps(config))  # as it will be read back: tuples become lists
     if existing == "resume" and (out / CONFIG).is_file():
         _check_same(out, config, hashes, "cannot resume", code=not allow_changed_code)
         if config != read_object(out / CONFIG):
@@ -136,7 +136,7 @@ def _tidy(out: Path) -> None:
 
 def _set_aside(out: Path) -> None:
     """Moves a finished run to .replaced until the new one is done, and deletes an unfinished one."""
-    # Checkpoints first: without them a resumed run begins at the beginning. DONE last: it makes the old run whole.
+    # Checkpoints first: without them, resuming starts over. DONE last: it marks the old run as complete.
     paths = *out.glob(".*.tmp"), *(out / name for name in (CHECKPOINTS, LOG, "tensorboard", EVAL, MODEL, DONE))
     if not (out / DONE).exists():
         return remove(*paths)
@@ -151,7 +151,7 @@ def _set_aside(out: Path) -> None:
 
 def open_log(out: Path | None, step: int, logger: str | None = None) -> Log:
     """A function that appends a record to train.jsonl, and to `logger`; without `out` it does nothing.
-    Drops what the log says about steps after `step`, which will be done again, and an incomplete last line."""
+    Drops the records of steps after `step`, which will be repeated, and an incomplete last line."""
     if out is None:
         return lambda record: None
     out.mkdir(parents=True, exist_ok=True)
@@ -181,8 +181,8 @@ def check_logger(name: str | None, out: Path | None) -> None:
 
 def open_logger(name: str, out: Path, *, resumed_at: int) -> Log:
     """A function that logs the numbers of a record, nested ones as "components/matryoshka/384".
-    TensorBoard writes to out/tensorboard and drops what it has of steps after `resumed_at`, the checkpoint's; W&B names
-    the run after the run folder `out` and resumes it by id."""
+    TensorBoard writes to out/tensorboard and drops events of steps after `resumed_at`, the checkpoint's; W&B names the
+    run after the run folder `out` and resumes it by id."""
     module = importlib.import_module(LOGGERS[name])
     if name == "tensorboard":
         writer = module.SummaryWriter(str(out / "tensorboard"), purge_step=resumed_at + 1)
@@ -242,7 +242,7 @@ def _check_same(out: Path, config: dict[str, Any], hashes: dict[str, str], what:
         other = "; another version began it: finish it with that or overwrite it" if "no setting" in (was, now) else ""
         raise ValueError(f"{out}: {what}, {key} was {was} and is {now}{other}")
     for name in _differing(found, hashes):
-        raise ValueError(f"{out}: {what}, {name} is not what the run began with (another SHA-256)")
+        raise ValueError(f"{out}: {what}, {name} is not what the run began with (its SHA-256 differs)")
     for name in _differing(then, now) if code else ():
         names = [part.get(name, {}).get("name", "not given") for part in (then, now)]
         change = f"the code or settings of {names[0]} changed" if names[0] == names[1] else " became ".join(names)

@@ -2,8 +2,8 @@
 
     state = train(embedder, batches, in_batch_negatives, TrainConfig(epochs=2, lr=2e-5), out=Path("runs/first"))
 
-`train` is the loop, `training_step` one step, `backward` the forward and backward pass of one batch; they contain
-everything that happens to the weights. What they need is passed in; recipe.py builds it from settings.
+`train` is the loop, `training_step` one step, `backward` the forward and backward pass of one batch; nothing else
+changes the weights. Whatever they need is passed in; recipe.py builds it from settings.
 
 Shapes: B queries, M documents, D dimensions.
 """
@@ -37,7 +37,7 @@ from .optim import MakeOptimizer, build_optimizer, lr_factor, parameter_groups
 from .references import Reference, targets_with
 from .run_folder import CHECKPOINTS, Log, open_log
 
-# Batches between two calls of `device.release_memory`: 1.7 GiB with one after each, at 6% of the time, 2.7 after 8.
+# Batches between calls of `device.release_memory`. Every batch: 1.7 GiB, and 6% of the time; every 8: 2.7 GiB.
 RELEASE_EVERY = 4
 NAMED_IDS = 16  # in an error about a batch; train.jsonl has all of them
 
@@ -52,7 +52,7 @@ class NonFiniteError(ValueError):
 
 
 class BatchSource(Protocol):
-    """What `train` needs of batches: how many an epoch has, and those of an epoch, from any of them on."""
+    """What `train` needs of batches: how many an epoch has, and the batches of an epoch, starting from any."""
 
     def __len__(self) -> int: ...
 
@@ -81,24 +81,24 @@ def train(
 ) -> TrainState:
     """Trains `embedder` in place and leaves it with its best weights (without `evaluate`: the last ones).
 
-    The base competes too. The same seed on the same machine gives the same bits on the CPU; the caller's random state
-    is left as it was. Several ranks call this alike (distributed.py).
+    The base weights compete too. On the CPU, the same seed on the same machine gives the same bits. The caller's random
+    state is unchanged afterwards. With several ranks, each calls this with the same arguments (distributed.py).
 
     Args:
         loss: (Q [B, D], D [M, D], targets) -> scalar. A module is trained too, without weight decay.
         out: run folder for train.jsonl and checkpoints; training resumes from a checkpoint in it. None: no files.
-        optimizer: makes the optimizer of `optim.parameter_groups`; config.schedule scales its learning rates.
+        optimizer: builds the optimizer from `optim.parameter_groups`; config.schedule scales its learning rates.
         references: {name: batch -> (Q [B, E], D [M, E])}, frozen vectors for `targets.references`.
         evaluate: validation, {metric: value, higher is better}; called on rank 0.
-        refresh: makes the batches anew, as many as before, when every `refresh_every`-th epoch but the first begins.
-            Called on every rank; a run that resumes calls it again with the weights it saw.
-        on_step: called on every rank after each step with the state and its record for train.jsonl; "stop" from rank 0
-            makes the step the last. What it keeps itself is not in checkpoints.
+        refresh: rebuilds the batches, as many as before, at the start of every `refresh_every`-th epoch but the first.
+            Called on every rank; a resumed run calls it again with the weights that the last call used.
+        on_step: called on every rank after each step with the state and its record for train.jsonl; if it returns
+            "stop" on rank 0, training ends. Its own state is not saved in checkpoints.
 
     Raises:
         NonFiniteError: a loss or gradient is not finite; no step was taken with it.
-        ValueError: `config.select` is no metric; a reference or refresh gives the wrong number of vectors or batches;
-            ranks differ; a checkpoint is damaged or belongs to another run.
+        ValueError: `config.select` is not a metric; a reference or refresh returns the wrong number of vectors or
+            batches; ranks differ; a checkpoint is damaged or belongs to another run.
     """
     state = TrainState(embedder, loss, _make_optimizer(embedder, loss, config, optimizer))
     epochs = _Epochs(batches, config, refresh, refresh_every)
@@ -173,8 +173,8 @@ def training_step(
 def backward(
     embedder: Embedder, local: LocalBatch, targets: Targets, loss: Loss, config: TrainConfig, weight: float, seeds: Any
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Adds the gradients of `weight` times the loss of a batch, through this rank's texts, to the parameters'.
-    Returns the value, without gradient, and the components that the loss recorded."""
+    """Accumulates the gradients of `weight` times the loss of a batch, through this rank's texts.
+    Returns the value, detached, and the components that the loss recorded."""
     # The only autocast in embedft: losses are always computed in float32.
     precision = {"dtype": torch.bfloat16, "enabled": config.precision == "bfloat16"}
     autocast, components = functools.partial(torch.autocast, embedder.device.type, **precision), {}
@@ -217,14 +217,14 @@ def validate(state: TrainState, evaluate: Evaluate, config: TrainConfig, log: Lo
 
 
 def _make_optimizer(embedder: Embedder, loss: Loss, config: TrainConfig, make: MakeOptimizer | None) -> Optimizer:
-    """AdamW as configured, or what `make` returns; each group notes its peak learning rate as "initial_lr"."""
+    """AdamW as configured, or what `make` returns; each group records its peak learning rate as "initial_lr"."""
     if isinstance(loss, nn.Module):
         loss.to(embedder.device).train()
     names = ("lr", "loss_lr", "weight_decay")
     if make is None:
         optimizer = build_optimizer(embedder, loss, **{name: getattr(config, name) for name in names})
     else:
-        config.check_unused(names, "the optimizer is given, which decides it")
+        config.check_unused(names, "the argument optimizer replaces it")
         optimizer = make(parameter_groups(embedder, loss))
     if not isinstance(optimizer, Optimizer):
         raise ValueError(f"optimizer returned {type(optimizer).__name__}, expected a torch.optim.Optimizer")
@@ -237,7 +237,7 @@ def _make_optimizer(embedder: Embedder, loss: Loss, config: TrainConfig, make: M
 def _session(state: TrainState, epochs: "_Epochs", config: TrainConfig, out: Path | None) -> Iterator[tuple]:
     """Seeds, loads a checkpoint; yields (log, whether one was loaded, bar); leaves the embedder in inference mode."""
     device, is_first = state.embedder.device, distributed.rank_and_size()[0] == 0
-    state.optimizer.zero_grad()  # an earlier training may have been interrupted between backward and step
+    state.optimizer.zero_grad()  # an earlier run may have been interrupted between backward and step
     try:
         with devices.seeded(config.seed, device):
             distributed.broadcast_weights(*state.modules().values())
@@ -262,7 +262,7 @@ def _session(state: TrainState, epochs: "_Epochs", config: TrainConfig, out: Pat
 
 
 class _Epochs:
-    """The batches of every step; `refresh` makes them anew when every `every`-th epoch but the first begins."""
+    """The batches of every step; `refresh` rebuilds them at the start of every `every`-th epoch but the first."""
 
     def __init__(self, batches: BatchSource, config: TrainConfig, refresh: Refresh | None, every: int):
         self.batches, self.config, self.refresh, self.every, self.size = batches, config, refresh, every, len(batches)
@@ -285,7 +285,7 @@ class _Epochs:
                 extra = {}
 
     def _refresh(self, state: TrainState, *, seed: int, due: bool) -> None:
-        """With the present weights or, unless `due`, those of the latest refresh, which is repeated."""
+        """Refreshes with the current weights or, unless `due`, repeats the latest refresh with the weights it used."""
         embedder, weights = state.embedder, copy_weights(state.embedder)
         if due:
             state.refresh_weights = weights
