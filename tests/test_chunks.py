@@ -417,10 +417,10 @@ def test_training_loses_what_shares_an_overlap_with_validation():
         ({"train_share": 1.0}, "train_share is 1.0"),
         (
             {"train_share": 0.1},
-            "no chunk is left for training: train_share puts 0 into training and 2 into validation of 2",
+            "no chunk is left for training: train_share puts 0 of 2 chunks into training and 2 into",
         ),
-        ({"train_share": 0.9}, "no chunk is left for validation: train_share puts 2 into training and 0"),
-        ({"train_pages": [(1, 9)]}, "no chunk is left for validation: train_pages puts 2 into training and 0 into"),
+        ({"train_share": 0.9}, "no chunk is left for validation: train_share puts 2 of 2 chunks into training and 0"),
+        ({"train_pages": [(1, 9)]}, "no chunk is left for validation: train_pages puts 2 of 2"),
         ({"train_pages": []}, "no chunk is left for training"),
         ({"train_files": ["b.pdf"]}, "train_files: 'b.pdf' is not among the files of the chunks: a.pdf"),
     ],
@@ -467,9 +467,9 @@ def test_any_lines_with_id_and_text_are_chunks(tmp_path):
         ('{"id": "a", "text": " "}', "line 1: `text` is empty"),
         ('{"id": true, "text": "x"}', "line 1: `id` must be a string"),
         ('{"id": "a", "text": 1}', "line 1: `text` must be a string"),
-        ('{"id": "1", "text": "x"}\n{"id": 1, "text": "y"}', "line 2: id '1' is already in an earlier line"),
-        ('{"id": "a", "text": "x", "places": [{"page": 1}]}', "line 1: `places` is not a list of file, first_page"),
-        ('{"id": "a", "text": "x", "places": [1]}', "line 1: `places` is not a list of file, first_page"),
+        ('{"id": "1", "text": "x"}\n{"id": 1, "text": "y"}', "line 2: id '1' already appears on an earlier line"),
+        ('{"id": "a", "text": "x", "places": [{"page": 1}]}', "line 1: `places` must be a list of objects with file"),
+        ('{"id": "a", "text": "x", "places": [1]}', "line 1: `places` must be a list of objects with file"),
     ],
 )
 def test_lines_that_are_no_chunks(tmp_path, lines, message):

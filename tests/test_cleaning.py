@@ -619,5 +619,5 @@ def test_round_trip_errors():
         round_trip(dataset, encode=encoder(ANGLES), k=1)
     with pytest.raises(ValueError, match="none of the 3 queries: 3 has no relevant document"):
         round_trip(compass({}), encode=encoder(ANGLES), k=1)
-    with pytest.raises(ValueError, match="encode gave values that are not finite"):
+    with pytest.raises(ValueError, match="encode returned values that are not finite"):
         round_trip(dataset, encode=lambda texts, role: np.full((len(texts), 2), np.nan), k=1)

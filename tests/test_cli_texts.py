@@ -216,7 +216,7 @@ def test_limits_stop_with_a_line(place, capsys):
         assert server.counts["chat"] == 3
     out, err = capsys.readouterr()
     assert "stopped at --max-requests 3: 3 of" in out
-    assert "not asked: stopped at --max-requests 3" in err
+    assert "not requested: stopped at --max-requests 3" in err
 
 
 def test_cleaning_and_round_trip(place, capsys):

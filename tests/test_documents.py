@@ -161,7 +161,7 @@ def test_files_and_folders_in_order_each_file_once(tmp_path, monkeypatch, pdf_te
         Page("d/z.md", 1, "text of d/z.md", ()),
     ]
     assert list(map(str, skipped)) == [
-        "d: 3 files of other kinds ignored: .docx (2), no suffix (1)",
+        "d: 3 files of other types ignored: .docx (2), no suffix (1)",
         "d/p.PDF page 2: has no text",
         "d/p.PDF page 3: cannot be read (KeyError: 'x')",
     ]
@@ -222,7 +222,7 @@ def test_a_text_file_that_vanishes_is_skipped(tmp_path, monkeypatch):
     ("name", "message"),
     [
         ("absent.pdf", "absent.pdf: no such file or folder"),
-        ("a.docx", r"a.docx: expected a folder or a file that ends in .pdf, .txt,"),
+        ("a.docx", r"a.docx: expected a folder or a file ending in .pdf, .txt,"),
     ],
 )
 def test_a_wrong_path_is_an_error_before_work_starts(tmp_path, pdf_texts, name, message):
@@ -234,10 +234,10 @@ def test_a_wrong_path_is_an_error_before_work_starts(tmp_path, pdf_texts, name, 
 
 
 def test_nothing_to_read_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="no page with text in no files"):
+    with pytest.raises(ValueError, match="no page with text in an empty list"):
         read_documents([])
     (tmp_path / "a.docx").touch()
-    with pytest.raises(ValueError, match="1 files of other kinds ignored"):
+    with pytest.raises(ValueError, match="1 files of other types ignored"):
         read_documents([tmp_path])
 
 

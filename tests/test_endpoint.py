@@ -72,7 +72,7 @@ def test_what_is_no_list_of_embeddings(reply):
 
 
 NEITHER = "a vector that is neither a list of numbers nor base64 of float32"
-INFINITE, ZERO = "a vector with values that are not finite", "a vector of length zero"
+INFINITE, ZERO = "a vector with values that are not finite", "a vector of zeros"
 
 
 @pytest.mark.parametrize(

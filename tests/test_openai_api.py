@@ -224,7 +224,7 @@ def test_a_role_that_is_none():
         ({"batch_texts": 0}, "batch_texts is 0"),
         ({"parameters": {"seed": float("nan")}}, "parameters cannot be sent as JSON"),
         ({"price": -0.1}, "price is -0.1, expected at least 0"),
-        ({"max_cost": 1.0}, "max_cost needs price, the money per million tokens"),
+        ({"max_cost": 1.0}, "max_cost needs price, the price per million tokens"),
         ({"too_long": "warn"}, "too_long is 'warn', expected one of 'refuse', 'cut'"),
         ({"base_url": "localhost"}, "base_url is 'localhost'"),
         ({"parameters": {"input": "a"}}, "parameters: 'input' is set by embedft itself"),
@@ -340,7 +340,7 @@ def test_vectors_are_stored_as_they_come(tmp_path):
     texts = some_texts(16)
     with ApiServer(faults=[None] * 4 + ["401"]) as server:
         options = {"store": Store(tmp_path), "batch_texts": 2, "concurrency": 1}
-        with pytest.raises(ValueError, match=r"/v1, m: 401: Incorrect key .*; 8 of 16 texts asked for have no vector$"):
+        with pytest.raises(ValueError, match=r"/v1, m: 401: Incorrect key .*; 8 of 16 requested texts have no vector$"):
             api(server, **options).encode(texts)
         found_ND = api(server, **options).encode(texts)
         assert [text for batch in asked(server)[5:] for text in batch] == texts[8:]
@@ -469,7 +469,7 @@ REPLIES = {
     "nested": (r"neither a list of numbers nor base64 of float32 came back for texts\[7\]", [7]),
     "null": (r"a vector with values that are not finite came back for texts\[7\]", [7]),
     "nan": (r"a vector with values that are not finite came back for texts\[7\]", [7]),
-    "zero": (r"a vector of length zero came back for texts\[7\]", [7]),
+    "zero": (r"a vector of zeros came back for texts\[7\]", [7]),
 }
 
 
@@ -481,7 +481,7 @@ def test_a_reply_that_does_not_fit(tmp_path, fault, base64):
     with ApiServer(faults=[None, fault], base64=base64) as server:
         embedder = api(server, store=Store(tmp_path), batch_texts=4, concurrency=1)
         with pytest.raises(
-            ValueError, match=rf"/v1, m: .*{message}.*; {len(lost)} of 12 texts asked for have no vector$"
+            ValueError, match=rf"/v1, m: .*{message}.*; {len(lost)} of 12 requested texts have no vector$"
         ):
             embedder.encode(texts)
         assert server.counts["embeddings"] == 3
@@ -510,7 +510,7 @@ def test_a_run_that_begins_with_five_bad_replies_stops():
     """Those five were paid for; the other 95 would be too."""
     with ApiServer(faults=["fewer-vectors"] * 100) as server:
         with pytest.raises(
-            ValueError, match="0 vectors came back for 1 texts; 100 of 100 texts asked for have no vector"
+            ValueError, match="0 vectors came back for 1 texts; 100 of 100 requested texts have no vector"
         ):
             api(server, batch_texts=1, concurrency=1).encode(some_texts(100))
         assert server.counts["embeddings"] == 5
@@ -518,7 +518,7 @@ def test_a_run_that_begins_with_five_bad_replies_stops():
 
 def test_one_bad_vector_in_each_of_the_first_batches_stops_nothing(tmp_path):
     with ApiServer(faults=["nan"] * 6) as server:
-        with pytest.raises(ValueError, match=r"for texts\[1\]; 6 of 20 texts asked for have no vector"):
+        with pytest.raises(ValueError, match=r"for texts\[1\]; 6 of 20 requested texts have no vector"):
             api(server, store=Store(tmp_path), batch_texts=2, concurrency=1).encode(some_texts(20))
         assert server.counts["embeddings"] == 10
 
@@ -563,7 +563,7 @@ def test_rates_are_kept():
 def test_attempts_have_an_end(tmp_path):
     """Text 3 fails three times with text 2 beside it, then three times alone; text 2 is taken alone."""
     with ApiServer(faults=lambda prompt, attempt: "503" if "text 3" in prompt else None) as server:
-        with pytest.raises(ValueError, match=r"/v1, m: 503: fault 503; 1 of 6 texts asked for have no vector$"):
+        with pytest.raises(ValueError, match=r"/v1, m: 503: fault 503; 1 of 6 requested texts have no vector$"):
             api(server, store=Store(tmp_path), batch_texts=2, max_attempts=3).encode(some_texts(6))
         assert server.counts["503"] == 6
 
@@ -571,7 +571,7 @@ def test_attempts_have_an_end(tmp_path):
 def test_nobody_is_there():
     embedder = ApiEmbedder("m", base_url="http://127.0.0.1:9/v1", max_attempts=2)
     with pytest.raises(
-        ValueError, match=r"^http://127.0.0.1:9/v1, m: no connection .*; 1 of 1 texts asked for have no vector$"
+        ValueError, match=r"^http://127.0.0.1:9/v1, m: no connection .*; 1 of 1 requested texts have no vector$"
     ):
         embedder.encode(["a"])
 
@@ -590,7 +590,7 @@ def test_the_server_refuses_a_text_for_its_length(tmp_path, wording):
     with ApiServer(max_tokens=100, wording=wording) as server:
         embedder = api(server, store=Store(tmp_path), price=1e6)
         embedder.encode(["b"])  # from here on the server is known to take base64
-        message = r"/v1, m: texts\[5\] is refused \(4\d\d: .*\); 2 of 16 texts asked for have no vector$"
+        message = r"/v1, m: texts\[5\] was refused \(4\d\d: .*\); 2 of 16 requested texts have no vector$"
         with pytest.raises(ValueError, match=message):
             embedder.encode(texts)
         assert embedder.costs.prompt_tokens == 0 + 14 * 2  # 1 byte, then 8 each
@@ -613,7 +613,7 @@ def test_the_server_is_asked_until_it_takes_the_text(tmp_path, capfd):
         sent = [batch for batch in asked(server)[1:] if "b" not in batch]
         assert sent == [["y" * length] for length in lengths]
         assert len(lengths) == 10
-        assert capfd.readouterr().err.startswith(f"{server.base_url}, m: 1 of 2 texts asked for were too long and cut")
+        assert capfd.readouterr().err.startswith(f"{server.base_url}, m: 1 of 2 requested texts were too long and cut")
         num_asked = server.counts["embeddings"]
         np.testing.assert_array_equal(api(server, too_long="cut", store=store).encode([long]), found_ND[:1])
         assert server.counts["embeddings"] == num_asked
@@ -665,7 +665,7 @@ def test_a_prompt_is_never_cut():
     prompt = "p" * 1000 + " "
     with (
         ApiServer(max_tokens=100) as server,
-        pytest.raises(ValueError, match=r"texts\[0\] is refused \(400: This model's maximum"),
+        pytest.raises(ValueError, match=r"texts\[0\] was refused \(400: This model's maximum"),
     ):
         api(server, too_long="cut", prompts={"document": prompt}).encode(["word " * 200])
     assert all(batch[0].startswith(prompt) and len(batch[0]) > len(prompt) for batch in asked(server))
@@ -743,7 +743,7 @@ def test_one_bad_text_spoils_no_other(tmp_path, status):
     body = {"error": {"message": "json: unsupported value: NaN"}}
     with ApiServer(refuses=lambda request: (status, body) if "poison" in request["input"] else None) as server:
         embedder = api(server, store=Store(tmp_path), max_attempts=3)
-        message = rf"{status}: json: unsupported value: NaN.*; 1 of 41 texts asked for have no vector$"
+        message = rf"{status}: json: unsupported value: NaN.*; 1 of 41 requested texts have no vector$"
         with pytest.raises(ValueError, match=message) as caught:
             embedder.encode(texts)
         assert "texts[25] is refused" in str(caught.value) or status == 502
@@ -784,7 +784,7 @@ def test_no_reply_is_taken_amiss():
 def test_a_request_that_is_wrong_ends_soon():
     """Every size and form is refused: five texts that are refused alone end it."""
     with ApiServer(refuses=lambda request: (400, {"error": {"message": "no dimensions"}})) as server:
-        with pytest.raises(ValueError, match=r"400: no dimensions; 100 of 100 texts asked for have no vector"):
+        with pytest.raises(ValueError, match=r"400: no dimensions; 100 of 100 requested texts have no vector"):
             api(server, batch_texts=4, concurrency=1, dimensions=8).encode(some_texts(100))
         # Of the first batch 4, 2, 1, 1, 2, 1, 1 texts, of the second 4, 2, 1, each in three forms.
         assert server.counts["embeddings"] == 3 * (7 + 3)
@@ -801,7 +801,7 @@ def test_parameters_are_sent_as_they_are():
 def test_an_error_in_a_200_is_told():
     body = {"error": {"message": "Model 'm' is not an embedding model", "code": 400}}
     with ApiServer(refuses=lambda request: (200, body)) as server:
-        with pytest.raises(ValueError, match=r"texts\[0\] is refused \(400: Model 'm' is not an embedding model\)"):
+        with pytest.raises(ValueError, match=r"texts\[0\] was refused \(400: Model 'm' is not an embedding model\)"):
             api(server).encode(["a"])
         assert server.counts["embeddings"] == 3
 
@@ -850,7 +850,7 @@ def test_the_limit_is_never_passed(tmp_path, with_ledger):
         embedder = api(server, **options)
         embedder.encode(texts[:2])
         with pytest.raises(
-            ValueError, match=r"/v1, m: stopped at --max-cost 100\.0; 14 of 18 texts asked for have no vector$"
+            ValueError, match=r"/v1, m: stopped at --max-cost 100\.0; 14 of 18 requested texts have no vector$"
         ):
             embedder.encode(texts)
         assert repr(embedder.costs.cost) == "60.0"
@@ -1040,7 +1040,7 @@ def test_errors_from_the_command_line(tmp_path, data, monkeypatch, capsys):
     (tmp_path / "texts.txt").write_text("a\n")
     encode = ["encode", "openai:m", str(tmp_path / "texts.txt"), "--store", str(tmp_path / "s")]
     cases = {
-        "--max-cost 1": "max_cost needs price, the money per million tokens",
+        "--max-cost 1": "max_cost needs price, the price per million tokens",
         "--max-length 8": "openai:m: max_length does not apply to a model behind an API",
         "--dtype bfloat16": "openai:m: dtype does not apply to a model behind an API",
         "--requests-per-minute 0": "requests_per_minute is 0, expected at least 1",

@@ -230,9 +230,9 @@ def test_where_the_layout_mode_fails_the_plain_mode_is_asked(make, faulty):
         ("raise KeyError('/Font\\n' * 99)", "cannot be read (KeyError: '/Font"),
         ("raise pypdf.errors.PdfReadError('odd')", "cannot be read (PdfReadError: odd)"),
         ("raise RecursionError", "cannot be read (RecursionError:)"),
-        ("raise type('Odd', (Exception,), {})", "the process that read it died (exit status 1)"),
-        ("os._exit(7)", "the process that read it died (exit status 7)"),
-        ("os.kill(os.getpid(), 9)", "the process that read it died (signal 9)"),
+        ("raise type('Odd', (Exception,), {})", "the process reading it died (exit status 1)"),
+        ("os._exit(7)", "the process reading it died (exit status 7)"),
+        ("os.kill(os.getpid(), 9)", "the process reading it died (signal 9)"),
     ],
 )
 def test_a_page_that_fails_costs_that_page(make, faulty, code, reason):
@@ -253,7 +253,7 @@ def test_a_page_that_fails_costs_that_page(make, faulty, code, reason):
 def test_a_file_that_brings_its_reader_down_on_opening(make, monkeypatch):
     monkeypatch.setattr(pdf, "SCRIPT", [sys.executable, "-c", "raise SystemExit(3)"])
     found = read_pdfs([make("a.pdf", b"x"), make("b.pdf", b"x")], processes=1)
-    assert found == [PdfText([], {}, "the process that read it died (exit status 3)", set())] * 2
+    assert found == [PdfText([], {}, "the process reading it died (exit status 3)", set())] * 2
 
 
 def test_a_block_that_brings_its_reader_down_on_opening_loses_its_pages_one_by_one(make, faulty):
@@ -264,7 +264,7 @@ def test_a_block_that_brings_its_reader_down_on_opening_loses_its_pages_one_by_o
     assert stripped(text)[: BLOCK_PAGES - 1] == [f"page {i}" for i in range(1, BLOCK_PAGES)]
     assert text.pages[BLOCK_PAGES - 1 :] == [""] * 3
     assert text.failures == {
-        BLOCK_PAGES: "the process that read it died (exit status 1)",
+        BLOCK_PAGES: "the process reading it died (exit status 1)",
         BLOCK_PAGES + 1: "is empty (0 bytes)",
         BLOCK_PAGES + 2: "is empty (0 bytes)",
     }

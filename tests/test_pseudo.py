@@ -185,7 +185,7 @@ def test_files_that_do_not_parse_are_counted_and_tests_are_not_read(package):
             "notes.txt": other,
         }
     )
-    with pytest.warns(UserWarning, match=r"left out 3 of 6 files that do not parse: .*not_utf8\.py") as caught:
+    with pytest.warns(UserWarning, match=r"skipped 3 of 6 files that do not parse: .*not_utf8\.py") as caught:
         (pair,) = docstring_pairs(["made"])
     assert len(caught) == 1
     assert "gööd0" in pair.document
@@ -436,7 +436,7 @@ def test_inverse_cloze_errors():
             inverse_cloze(chunks, seed=0, keep_share=share)
     with pytest.raises(ValueError, match="chunk id 'a' appears twice"):
         inverse_cloze([*chunks, *chunks], seed=0)
-    with pytest.raises(ValueError, match="none of 2 chunks has a sentence to ask with"):
+    with pytest.raises(ValueError, match="none of 2 chunks has a sentence to use as a query"):
         inverse_cloze([Chunk("a", "Too short."), Chunk("b", PADDING)], seed=0)
     with pytest.raises(ValueError, match="none of 0 chunks has a sentence"):
         inverse_cloze([], seed=0)
@@ -506,7 +506,7 @@ def test_a_heading_of_several_chunks_asks_for_none():
 
 
 def test_titles_errors():
-    with pytest.raises(ValueError, match="none of 2 chunks has a heading of its own to ask with"):
+    with pytest.raises(ValueError, match="none of 2 chunks has a unique heading to use"):
         titles([Chunk(i, f"Overview\n{BODY}") for i in "ab"])
     with pytest.raises(ValueError, match="chunk id 'a' appears twice"):
         titles([Chunk("a", f"{title}\n{BODY}") for title in ("Fees", "Rent")])

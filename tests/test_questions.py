@@ -523,7 +523,7 @@ def test_a_limit_of_requests_holds_over_all_runs(tmp_path):
             stop = f"--max-requests {limit}"
             assert outcome.stopped == f"stopped at {stop}: {number} of 1,200 chunks have questions"
             assert (len(outcome.questions), len(outcome.missing)) == (number, 1200 - number)
-            assert set(outcome.missing.values()) == {f"not asked: stopped at {stop}"}
+            assert set(outcome.missing.values()) == {f"not requested: stopped at {stop}"}
             assert server.counts["chat"] == outcome.ledger.num_requests == limit
 
 
@@ -625,7 +625,7 @@ def test_half_a_line_is_cut_off_and_asked_for_again(tmp_path):
 
 def test_a_file_of_something_else_is_refused(tmp_path):
     (tmp_path / "replies.jsonl").write_text('{"request": 1, "key": "a", "status": "ok", "usage": null, "cost": null}\n')
-    with ApiServer() as server, pytest.raises(ValueError, match=r"replies\.jsonl line 1: has no questions, is it a"):
+    with ApiServer() as server, pytest.raises(ValueError, match=r"replies\.jsonl line 1: has no questions; is this a"):
         ask(server, some_chunks(1), tmp_path)
 
 

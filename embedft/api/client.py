@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server, its secrets, one request, and what comes back, classified.
+"""A client for one OpenAI-compatible server: sends requests, classifies replies and hides secrets.
 
 client = Client(Server.find("http://localhost:8000/v1"), timeout_seconds=60)    # None: OPENAI_BASE_URL, else OpenAI
 async with client.openai:
@@ -24,21 +24,21 @@ from .sending import Response, retry_after_seconds
 
 OPENAI_HOST = "api.openai.com"
 OPENAI_URL = f"https://{OPENAI_HOST}/v1"
-BREAK = r"(?:\\[nrt]|\\u[0-9a-fA-F]{4}|[^\x21-\x7e])"  # line breaks and whatever else may split a quoted secret
+BREAK = r"(?:\\[nrt]|\\u[0-9a-fA-F]{4}|[^\x21-\x7e])"  # line breaks and other characters that may split a quoted secret
 FREE = (0, 0)
-FREE_SERVER_ERRORS = (500, 503, 529)  # the server did nothing to charge for; a 408, 502 or 504 leaves that open
-# Connection errors before a byte of the request was sent: by name, because openai chooses the HTTP library.
+FREE_SERVER_ERRORS = (500, 503, 529)  # nothing was done that could be charged; after 408, 502 or 504 it may have been
+# Connection errors raised before any byte was sent; by name, because openai chooses the HTTP library.
 NEVER_SENT = ("ConnectError", "ConnectTimeout", "PoolTimeout")
-# Redirects, and what is wrong with every request: key, money, permission, address. Other 4xx are about this request.
+# Redirects, and errors that affect every request (key, money, permission, address). Other 4xx concern one request.
 STOP = (*range(300, 400), 401, 402, 403, 404, 405, 407)
 RETRY = (408, 409, 425, 429)
-OVERLOADED = (502, 503, 504, 529)  # another 5xx may be a refusal: llama.cpp, Ollama and LiteLLM refuse with 500
+OVERLOADED = (502, 503, 504, 529)  # other 5xx may be refusals: llama.cpp, Ollama and LiteLLM reject requests with 500
 HINTS = {401: " (is OPENAI_API_KEY right?)", 404: " (is the model's name right, and does the base URL end in /v1?)"}
 
 
 @dataclass(frozen=True)
 class Server:
-    """Where requests go. Only `name` may be shown: the address without user, password and query."""
+    """A server's address and key. Only `name` may be shown: it lacks the user, password and query."""
 
     name: str
     is_openai: bool
@@ -48,7 +48,7 @@ class Server:
 
     @classmethod
     def find(cls, base_url: str | None = None) -> "Server":
-        """The server at `base_url`, else at OPENAI_BASE_URL, else OpenAI. `ValueError`: a bad address or key."""
+        """The server at `base_url`, else OPENAI_BASE_URL, else OpenAI. Raises `ValueError` for a bad address or key."""
         url = (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL).strip()
         try:
             parts = urlsplit(url)
@@ -56,8 +56,8 @@ class Server:
         except ValueError:  # the port is not a number, or an IPv6 address lacks a bracket
             is_address = False
         if not is_address:
-            shown = url.rpartition("@")[2].partition("?")[0]  # without what may be a password or key
-            raise ValueError(f"base_url is {shown!r}, expected the address of a server, like {OPENAI_URL}")
+            shown = url.rpartition("@")[2].partition("?")[0]  # without a possible password or key
+            raise ValueError(f"base_url is {shown!r}, expected the address of a server, such as {OPENAI_URL}")
         name = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
         is_openai = f".{parts.hostname}".endswith(f".{OPENAI_HOST}")
         key = os.environ.get("OPENAI_API_KEY", "").strip()
@@ -69,8 +69,8 @@ class Server:
         return cls(name, is_openai, parts._replace(query="", fragment="").geturl(), key or "none", query)
 
     def redact(self, text: str) -> str:
-        """Hides the key, password and query values, in either case, encoded or split by breaks; and lone surrogates."""
-        # Most texts hold no secret, and a plain search is a hundred times as fast as the pattern.
+        """Hides lone surrogates and the key, password and query values, in any case, encoded, or split by breaks."""
+        # Most texts contain no secret, and a plain search is a hundred times faster than the pattern.
         unbroken = re.sub(f"{BREAK}+", "", text).lower()
         for form in self._forms():
             if form.lower() in unbroken:
@@ -78,34 +78,34 @@ class Server:
         return text.encode("utf-8", "replace").decode()
 
     def _forms(self) -> Iterator[str]:
-        """Each secret as it is, percent-encoded, hexadecimal and in base64 (also of a longer text around it)."""
-        # Anything shorter may be an ordinary word: a placeholder key such as "ollama", a query such as ?version=beta.
+        """Yields each secret verbatim, percent-encoded, in hexadecimal and in base64 (also inside a longer text)."""
+        # Shorter values may be ordinary words: a placeholder key such as "ollama", a query such as ?version=beta.
         secrets = [(self.key, 12), (urlsplit(self.url).password or "", 4)]
         secrets += [(value, 8) for name, value in self.query.items() if name != "api-version"]
         for secret in (secret for secret, min_characters in secrets if len(secret) >= min_characters):
             data = secret.encode()
             yield from {secret, quote(secret, safe=""), quote(secret), data.hex()}
-            for before in range(3):  # bytes in front of it in the first group of three; only whole characters count
+            for before in range(3):  # bytes before it in its first group of three; only characters it fills count
                 start, end = -(-8 * before // 6), 8 * (before + len(data)) // 6
                 code = b64encode(b"\0" * before + data).decode()[start:end]
                 yield from {code, code.replace("+", "-").replace("/", "_")}
 
 
 class Client:
-    """`openai` neither retries nor follows redirects. `timeout_seconds`: for a whole reply."""
+    """Sends requests through `openai`, without its retries and redirects. `timeout_seconds` covers a whole reply."""
 
     def __init__(self, server: Server, *, timeout_seconds: float):
         import openai
 
         self.server, self.timeout_seconds = server, timeout_seconds
-        # Azure's deployments, which are addressed with a version, look for the key in a header of its own.
+        # Azure deployments, recognizable by their `api-version`, expect the key in a separate header.
         headers = {"api-key": server.key} if "api-version" in server.query else None
         options = {"default_query": server.query, "default_headers": headers, "timeout": timeout_seconds}
         options |= {"max_retries": 0, "http_client": openai.DefaultAsyncHttpxClient(follow_redirects=False)}
         self.openai = openai.AsyncOpenAI(api_key=server.key, base_url=server.url, **options)
 
     def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        """Runs a coroutine that sends requests, in a thread of its own: a notebook's thread already runs a loop."""
+        """Runs a coroutine that sends requests, in a new thread: a notebook's thread already runs an event loop."""
 
         async def closing() -> Any:
             async with self.openai:
@@ -121,13 +121,13 @@ class Client:
                 raise
 
     async def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any] | Response:
-        """The JSON object that the server replies to `body`, or the failed `Response`."""
+        """Posts `body` and returns the server's JSON object, or a failed `Response`."""
         import openai
 
-        # The generic `post` sends the body as it is; `create` of a resource adds fields that some servers refuse.
+        # The generic `post` sends the body unchanged; a resource's `create` adds fields that some servers reject.
         request = self.openai.post(path, body=body, cast_to=openai.HttpxBinaryResponseContent)
         try:
-            # The client's own timeout starts anew with each piece of a reply.
+            # The client's own timeout restarts with each piece of a reply.
             response = await asyncio.wait_for(request, self.timeout_seconds)
         except openai.APIStatusError as error:
             return self._failed(error.status_code, error.response.text, error.response.headers)
@@ -140,7 +140,7 @@ class Client:
         return self.parse(response.text)
 
     def parse(self, text: str) -> dict[str, Any] | Response:
-        """The JSON object in the body of a 200; a failed `Response` if it is not one, or reports an error."""
+        """The JSON object in the body of a 200, or a failed `Response` if it is not one or reports an error."""
         reply = _parse(text)
         if not isinstance(reply, dict):
             return self.unexpected("JSON object", text)
@@ -150,19 +150,19 @@ class Client:
         return reply
 
     def unexpected(self, expected: str, text: str) -> Response:
-        """A reply that is not the `expected` kind of thing."""
+        """The failed `Response` for a reply that is not an `expected`."""
         reason = self.line(f"the reply is not a {expected}: {text}")
         return Response("failed", "retry", reason, reply=self.server.redact(text))
 
     def _failed(self, status: int, text: str, headers: Mapping[str, str]) -> Response:
-        """A response with an HTTP status other than 200, or an error inside a 200."""
+        """The failed `Response` for an HTTP status other than 200, or for an error inside a 200."""
         body = _parse(text)
         error = body.get("error", body) if isinstance(body, dict) else None
         error = error if isinstance(error, dict) else {"message": error}
         message = error["message"] if error.get("message") and isinstance(error["message"], str) else text
         if 300 <= status < 400:
             target = headers.get("location", "").partition("?")[0] or "nowhere"
-            message = f"redirects to {target}, which is not followed (set base_url to it)"
+            message = f"redirects to {target}, but redirects are not followed (set base_url to the target)"
         reason = self.line(f"{status}: {message}") + HINTS.get(status, "")
         usage = FREE if (300 <= status < 500 and status != 408) or status in FREE_SERVER_ERRORS else None
         if status in STOP or (status == 429 and "insufficient_quota" in (error.get("code"), error.get("type"))):
@@ -175,7 +175,7 @@ class Client:
         return Response("failed", "retry", reason, usage=usage, retry_after_seconds=pause, **flags)
 
     def line(self, text: str) -> str:
-        """Text that may be shown: redacted, on one printable line, at most its first 300 characters."""
+        """Text that is safe to show: redacted, on one printable line, cut off after 300 characters."""
         line = " ".join("".join(c if c.isprintable() else " " for c in self.server.redact(text)).split())
         return line if len(line) <= 300 else f"{line[:300]} ..."
 
@@ -188,7 +188,7 @@ def _parse(text: str) -> Any:
 
 
 def reported_usage(reply: Mapping[str, Any], *, writes: bool) -> tuple[int, int] | None:
-    """Tokens of prompt and reply that a reply reports (embeddings: `writes` false, no reply); None for no report."""
+    """The (prompt, reply) tokens that a reply reports, or None. Embeddings (`writes` false) have no reply tokens."""
     usage = reply.get("usage")
     counts = [usage.get(name) for name in USAGE[: 1 + writes]] if isinstance(usage, dict) else [None]
     return (*counts, 0)[:2] if all(map(is_count, counts)) else None

@@ -1,4 +1,4 @@
-"""Embeddings of many texts from one server and model: batches, cuts, faults and costs.
+"""Embeds many texts with one server and model: batching, cutting long texts, errors and costs.
 
 endpoint = Endpoint("text-embedding-3-small", price=0.02, max_cost=1.00)
 Fetch(endpoint, {"a text": 0}, prompt="", keep=vectors.update).run()
@@ -25,12 +25,12 @@ from .ledger import Ledger
 from .sending import BYTES_A_TOKEN, Forms, Job, RateLimit, Response, Sender
 
 MAX_BATCH_BYTES, OPENAI_MAX_TOKENS = 300_000, 8_191
-SPECIAL_TOKENS = 4  # that a tokenizer may add to a text, for the most that a request may cost
-ENCODING_FORMATS = ("base64", "float", None)  # base64 is a third of the size; None: the field is left out
+SPECIAL_TOKENS = 4  # a tokenizer may add these to a text; counted in the most a request may cost
+ENCODING_FORMATS = ("base64", "float", None)  # base64 is a third of the size; None omits the field
 
 
 class ApiCosts(Ledger):
-    """What an `ApiEmbedder` has done so far, without earlier runs of its ledger."""
+    """What an `ApiEmbedder` has used so far, excluding earlier runs in its ledger."""
 
     num_computed = num_stored = 0  # texts
 
@@ -43,42 +43,42 @@ class ApiCosts(Ledger):
 
 @dataclass
 class Endpoint:
-    """POST /embeddings of a server, for one model. `dim`: features, 0 until known. `costs`: so far.
-    Remembers across fetches which form and size the server accepts."""
+    """A server's /embeddings endpoint, for one model. `dim` is 0 until known; `costs` are the totals so far.
+    Remembers across fetches which encoding format and batch size the server accepts."""
 
     model: str
     _: KW_ONLY
-    base_url: str | None = option(None, "http://localhost:8000/v1 or the like; None: OPENAI_BASE_URL, else OpenAI")
-    dimensions: int | None = option(None, "features to ask the server for; None: all", least=1)
-    parameters: Mapping[str, Any] = option({}, 'sent as they are, such as {"input_type": "query"}')
-    too_long: Literal["refuse", "cut"] = option("refuse", '"cut": `shorten` a refused text until it is taken')
-    batch_texts: int = option(256, "texts per request; fewer once that was too many", least=1, below=2_049)
+    base_url: str | None = option(None, "such as http://localhost:8000/v1; None: OPENAI_BASE_URL, else OpenAI")
+    dimensions: int | None = option(None, "dimensions to request; None: all", least=1)
+    parameters: Mapping[str, Any] = option({}, 'sent unchanged, such as {"input_type": "query"}')
+    too_long: Literal["refuse", "cut"] = option("refuse", '"cut": `shorten` a refused text until it is accepted')
+    batch_texts: int = option(256, "texts per request; lowered if the server refuses as many", least=1, below=2_049)
     concurrency: int = option(8, "requests in flight at once", least=1)
-    max_attempts: int = option(6, "requests for a batch", least=1)
-    requests_per_minute: int | None = option(None, "most requests in 60 seconds", least=1)
-    tokens_per_minute: int | None = option(None, "most tokens in 60 seconds, at four bytes per token", least=1)
-    timeout_seconds: float = option(60.0, "of a request", above=0)
-    price: float | None = option(None, "money per million tokens; a byte counts as one until reported", least=0)
-    max_cost: float | None = option(None, "never spend more, over all runs of the ledger or of this object", above=0)
+    max_attempts: int = option(6, "maximum requests per batch", least=1)
+    requests_per_minute: int | None = option(None, "maximum in any 60 seconds", least=1)
+    tokens_per_minute: int | None = option(None, "maximum in any 60 seconds, at four bytes per token", least=1)
+    timeout_seconds: float = option(60.0, "timeout of a request", above=0)
+    price: float | None = option(None, "per million tokens; until usage is reported, a byte counts as one", least=0)
+    max_cost: float | None = option(None, "budget over all runs of the ledger, or without one of this object", above=0)
     ledger: str | Path | None = option(None, "JSONL with a line before and after each request; for one process")
 
     def __post_init__(self) -> None:
         check_settings(self, own_parameters=("model", "input", "dimensions"))
         if self.max_cost is not None and self.price is None:
-            raise ValueError("max_cost needs price, the money per million tokens")
+            raise ValueError("max_cost needs price, the price per million tokens")
         self.server, self.dim = Server.find(self.base_url), self.dimensions or 0
         self.name, self.base_url = f"{self.server.name}, {self.model}", self.server.name  # without its secrets
         self.max_tokens = OPENAI_MAX_TOKENS if self.server.is_openai else None  # of a text; None: unknown
         self.forms = Forms([None] if "encoding_format" in self.parameters else ENCODING_FORMATS)
-        # One for all fetches: a minute does not begin anew with each.
+        # Shared by all fetches, so that none starts a new minute.
         self.rate = RateLimit(self.requests_per_minute or math.inf, self.tokens_per_minute or math.inf)
         self.prices = None if self.price is None else (self.price, 0.0)
         self.spent = Ledger(None, prices=self.prices, max_cost=self.max_cost)
         self.costs = ApiCosts(None, prices=self.prices)
 
     def settings(self, prompt: str) -> dict[str, Any]:
-        """All that the vector of a text behind this prompt depends on, as far as the client can tell."""
-        max_tokens = self.max_tokens if self.too_long == "cut" else None  # when nothing is cut, it changes nothing
+        """Everything that a text's vector depends on with this prompt, as far as the client can tell."""
+        max_tokens = self.max_tokens if self.too_long == "cut" else None  # without cutting, it has no effect
         settings = {"server": self.server.name.rstrip("/"), "model": self.model, "dimensions": self.dimensions}
         settings |= {"prompt": prompt, "too_long": self.too_long, "max_tokens": max_tokens, "tokenizer": None}
         return settings | ({"parameters": dict(self.parameters)} if self.parameters else {})
@@ -86,20 +86,20 @@ class Endpoint:
 
 @dataclass
 class Fetch:
-    """Asks for the vector of every text, several batches at once."""
+    """Requests a vector for every text, several batches at a time."""
 
     endpoint: Endpoint
-    rows: Mapping[str, int]  # {text: its position in what the caller was given, for errors}
-    prompt: str  # goes in front of every text
-    keep: Callable[[dict[str, np.ndarray]], object]  # gets {text: [D] float64, of any length} when they arrive
+    rows: Mapping[str, int]  # {text: its index in the caller's list, for errors}
+    prompt: str  # prepended to every text
+    keep: Callable[[dict[str, np.ndarray]], object]  # called with {text: [D] float64, not normalized} as they arrive
 
     def __post_init__(self) -> None:
         self.client = Client(self.endpoint.server, timeout_seconds=self.endpoint.timeout_seconds)
-        self.sent = {text: self.prompt + text for text in self.rows}  # as it goes to the server
-        self.missing = dict.fromkeys(self.rows, "not asked for")  # {text: why it has no vector}
+        self.sent = {text: self.prompt + text for text in self.rows}  # as sent to the server
+        self.missing = dict.fromkeys(self.rows, "not requested")  # {text: why it has no vector}
 
     def run(self) -> None:
-        """Raises `ValueError` when a text has no vector in the end, with the reason in one line without secrets."""
+        """Raises `ValueError` if a text ends up without a vector, with the reason in one line without secrets."""
         endpoint, path = self.endpoint, self.endpoint.ledger and Path(self.endpoint.ledger)
         with locked(path.with_name(f"{path.name}.lock")) if path else nullcontext():
             if path:
@@ -107,7 +107,7 @@ class Fetch:
             options = {name: getattr(endpoint, name) for name in ("concurrency", "max_attempts", "forms", "rate")}
             sender = Sender(self._ask, self._record, endpoint.spent, split=self._split, **options)
             stopped = self.client.run(sender.run(self._jobs()))
-        of_all = f"of {len(self.rows):,} texts asked for"
+        of_all = f"of {len(self.rows):,} requested texts"
         if num_cut := sum(self.sent[text] != self.prompt + text for text in self.rows.keys() - self.missing.keys()):
             print(f"{endpoint.name}: {num_cut:,} {of_all} were too long and cut", file=sys.stderr)
         if self.missing:
@@ -117,7 +117,7 @@ class Fetch:
             raise ValueError(f"{endpoint.name}: {reason}; {len(self.missing):,} {of_all} have no vector")
 
     def _jobs(self) -> Iterator[Job]:
-        """Batches of the texts in order, each made when it can be sent, so that it has the size that works by then."""
+        """Yields batches of the texts in order, lazily, so that each has the size known to work when it is sent."""
         batch, num_bytes = [], 0
         for text, sent in self.sent.items():
             size = len(sent.encode())
@@ -129,7 +129,7 @@ class Fetch:
         yield self._job(batch)
 
     def _job(self, texts: list[str], taken: list[list[str]] | None = None) -> Job:
-        """One request. The halves of a refused one share the list `taken`, which gets the texts that are accepted."""
+        """One request. The halves of a refused one share the list `taken`, to which accepted halves are appended."""
         sent = [self.sent[text] for text in texts]
         num_bytes = sum(len(text.encode()) for text in sent)
         key = hashlib.sha256(json.dumps([self.endpoint.model, *sent]).encode()).hexdigest()
@@ -137,25 +137,25 @@ class Fetch:
         return Job(key, (texts, taken), num_bytes + SPECIAL_TOKENS * len(sent), 0, expected)
 
     def _split(self, job: Job, response: Response) -> list[Job]:
-        """What to send instead of a refused batch: its halves, or its only text cut shorter."""
+        """The jobs to send instead of a refused batch: its halves, or its only text shortened."""
         (texts, _), limit = job.content, self.endpoint.max_tokens
         is_refused = response.action == "drop" or response.may_be_refusal
         if len(texts) > 1:
             middle, taken = len(texts) // 2, [] if is_refused else None
             return [self._job(texts[:middle], taken), self._job(texts[middle:], taken)]
         (text,) = texts
-        # A token is at least a byte, so a text with so few bytes is not too long.
+        # A token has at least one byte, so a text of up to `limit` bytes is not too long.
         if self.endpoint.too_long == "cut" and len(self.sent[text].encode()) > (limit or 0):
             shorter = shorten(self.sent[text], limit)
             if len(shorter) > len(self.prompt):
                 self.sent[text] = shorter
                 return [self._job(texts)]
         if is_refused:
-            self.missing[text] = f"texts[{self.rows[text]}] is refused ({response.reason})"
+            self.missing[text] = f"texts[{self.rows[text]}] was refused ({response.reason})"
         return []
 
     async def _ask(self, job: Job, form: str | None) -> Response:
-        """Sends one batch. `Response.result` is {text: its vector [D] float64} of those that are good."""
+        """Sends one batch. `Response.result` is {text: vector [D] float64}, for the valid vectors only."""
         endpoint, (texts, _) = self.endpoint, job.content
         body = {"model": endpoint.model, "input": [self.sent[text] for text in texts]}
         body |= {"encoding_format": form} if form else {}
@@ -183,7 +183,7 @@ class Fetch:
         return Response("ok", "done", result=good, usage=usage)
 
     def _record(self, job: Job, response: Response, line: dict[str, Any]) -> None:
-        """Stores what is good, then writes the ledger: a kill in between overstates what a request cost."""
+        """Stores valid vectors before writing the ledger, so that a kill in between only overstates the cost."""
         endpoint, good, (texts, taken) = self.endpoint, response.result or {}, job.content
         if good:
             self.keep(good)
@@ -192,7 +192,7 @@ class Fetch:
             del self.missing[text]
         if response.action == "done" and taken is not None:
             taken.append(texts)
-            if len(taken) == 2:  # both halves are fine, so it was their number
+            if len(taken) == 2:  # both halves were accepted, so the batch was too large
                 endpoint.batch_texts = min(endpoint.batch_texts, len(texts))
         if endpoint.ledger:
             append_jsonl(endpoint.ledger, line)
@@ -201,7 +201,7 @@ class Fetch:
 
 
 def shorten(text: str, max_tokens: int | None) -> str:
-    """Cuts a refused text by its last tenth, to at most 8 characters a token (few have more), at whitespace if near."""
+    """Cuts a refused text to 9/10, and 8 characters per token (few have more), preferably at whitespace."""
     num_kept = min(len(text) * 9 // 10, 8 * (max_tokens or len(text)))
     earliest = num_kept * 9 // 10
     found = None if text[num_kept].isspace() else re.search(r"\s\S*\Z", text[earliest:num_kept])
@@ -209,12 +209,12 @@ def shorten(text: str, max_tokens: int | None) -> str:
 
 
 def embeddings_in_order(reply: Mapping[str, Any], num_texts: int) -> list[Any]:
-    """The embedding of each text, by `index`, as it came. Raises `ValueError` unless there is one per text."""
+    """Each text's embedding as received, by its `index`. Raises `ValueError` unless there is one per text."""
     items = list(reply["data"])
     if len(items) != num_texts:
         raise ValueError(f"{len(items):,} vectors came back for {num_texts:,} texts")
     rows, found = [item.get("index") for item in items], {}
-    # Some servers leave the index out everywhere, some where it is 0.
+    # Some servers omit every index, others only an index of 0.
     rows = range(num_texts) if rows.count(None) == num_texts else [0 if row is None else row for row in rows]
     for row, item in zip(rows, items, strict=True):
         if type(row) is not int or not 0 <= row < num_texts or row in found:
@@ -224,12 +224,12 @@ def embeddings_in_order(reply: Mapping[str, Any], num_texts: int) -> list[Any]:
 
 
 def decode(value: Any, dim: int = 0) -> np.ndarray:
-    """A list of numbers, or base64 of little-endian float32, as [D] float64.
-    Raises `ValueError` for anything else, zeros alone, values that are not finite, or not `dim` of them (0: any)."""
+    """Decodes a list of numbers, or base64 of little-endian float32, to [D] float64. Raises `ValueError` for
+    anything else, a zero vector, values that are not finite, or a number of values other than `dim` (0: any)."""
     try:
         if isinstance(value, str):
             value = np.frombuffer(base64.b64decode(value, validate=True), dtype="<f4")
-        vector = np.asarray(value, dtype=np.float64)  # null, as JSON writes a NaN, becomes one
+        vector = np.asarray(value, dtype=np.float64)  # null, which stands for NaN in JSON, becomes NaN
     except (ValueError, TypeError, OverflowError):
         vector = np.empty(0)
     if vector.ndim != 1 or not len(vector):
@@ -237,7 +237,7 @@ def decode(value: Any, dim: int = 0) -> np.ndarray:
     if not np.isfinite(vector).all():
         raise ValueError("a vector with values that are not finite")
     if not vector.any():
-        raise ValueError("a vector of length zero")
+        raise ValueError("a vector of zeros")
     if len(vector) != (dim or len(vector)):
         raise ValueError(f"a vector of {len(vector)} dimensions, not {dim},")
     return vector

@@ -1,4 +1,4 @@
-"""What requests cost. Each is written down before it is sent, so even a killed process cannot exceed the budget.
+"""Tracks what requests cost. Each is recorded before it is sent, so even a killed process stays within the budget.
 
 ledger = Ledger("out/ledger.jsonl", prices=(0.15, 0.60), max_cost=5.0)
 number = ledger.reserve(job)          # unless ledger.full(job)
@@ -16,33 +16,33 @@ from ..files import append_jsonl, resume_jsonl
 
 USAGE = ("prompt_tokens", "completion_tokens")
 OUTCOME, RESERVATION = ("request", "usage", "cost"), ("request", "most_prompt_tokens", "most_reply_tokens", "most_cost")
-MAX_TOKENS = 10**9  # no request has as many: a server that reports more is not believed
+MAX_TOKENS = 10**9  # no request has more: a server that reports more is not believed
 
 
 @dataclass(eq=False)
 class Job:
-    """One thing to ask for. The ledger reserves the most tokens; the expected total counts toward tokens per minute."""
+    """One thing to request. The ledger reserves the most it may use; rate limits count `expected_tokens`."""
 
     key: str  # its name on disk
-    content: Any  # for whoever asks
+    content: Any  # for the caller's `ask`
     prompt_tokens: int
     reply_tokens: int
     expected_tokens: int = 0
     attempts: int = 0  # failures so far
-    forms: list[int] = field(default_factory=list)  # in which it was sent
+    forms: list[int] = field(default_factory=list)  # indices of the forms it was sent in
 
 
 @dataclass
 class Ledger:
     """Requests, tokens and money of all runs. A reservation counts in full until `settle` replaces it, if ever.
-    `num_requests`, `prompt_tokens`, `completion_tokens`; `cost`: of what was reported; `open_cost`: the most that the
-    requests of `open`, without a report, may have cost. Money is counted exactly, as `paid` and `reserved`."""
+    `num_requests`, `prompt_tokens` and `completion_tokens` are counts; `cost` covers reported usage, and `open_cost` is
+    the most that the unreported requests in `open` may have cost. `paid` and `reserved` are the exact amounts."""
 
     path: str | Path | None  # a JSONL file to read back and append to; lines with `usage` are outcomes
-    outcomes: InitVar[Iterable[Mapping[str, Any]]] = ()  # of earlier runs, when they are kept elsewhere
+    outcomes: InitVar[Iterable[Mapping[str, Any]]] = ()  # of earlier runs, if kept elsewhere
     _: KW_ONLY
     prices: tuple[float, float] | None = None  # per million tokens of prompts and replies; None: costs are None
-    max_requests: int | None = None  # this and the next over all runs
+    max_requests: int | None = None  # like max_cost, over all runs
     max_cost: float | None = None
 
     def __post_init__(self, outcomes: Iterable[Mapping[str, Any]]) -> None:
@@ -71,7 +71,7 @@ class Ledger:
         return None if self.prices is None else float(self.reserved)
 
     def full(self, job: Job) -> str | None:
-        """The limit that leaves no room for a request of `job`, as in "--max-cost 5.0"; None when there is room."""
+        """The limit that leaves no room for `job`, such as "--max-cost 5.0"; None if there is room."""
         if self.max_requests is not None and self.num_requests >= self.max_requests:
             return f"--max-requests {self.max_requests:,}"
         cost = self.paid + self.reserved + price_of(self.prices, job.prompt_tokens, job.reply_tokens)
@@ -80,7 +80,7 @@ class Ledger:
         return None
 
     def reserve(self, job: Job) -> int:
-        """The number of a request that may now be sent; its line is on disk."""
+        """Records a request on disk and returns its number; it may then be sent."""
         cost, number = price_of(self.prices, job.prompt_tokens, job.reply_tokens), self.last + 1
         if self.path:
             record = {"request": number, "key": job.key, "most_prompt_tokens": job.prompt_tokens}
@@ -90,7 +90,7 @@ class Ledger:
         return number
 
     def settle(self, number: int, usage: tuple[int, int] | None, *, cost: float | None = None) -> float | None:
-        """Replaces a reservation by the tokens reported, if any. Returns the cost: by price, unless it is given."""
+        """Replaces a reservation with the reported tokens, if any. Returns the cost, by price unless passed."""
         if number not in self.open:  # the ledger was deleted, the outcomes were not
             self._open(number, Decimal(0))
         if usage is None:
@@ -125,11 +125,11 @@ def check_outcome(record: Mapping[str, Any], where: str, names: Iterable[str] = 
         else:
             is_valid = is_count(value)
         if not is_valid:
-            raise ValueError(f"{where}: {name} is {str(value)[:40]!r}, is it a ledger?")
+            raise ValueError(f"{where}: {name} is {str(value)[:40]!r}; is this a ledger?")
 
 
 def price_of(prices: tuple[float, float] | None, prompt_tokens: int, reply_tokens: int) -> Decimal:
-    """What tokens cost at `prices` per million of prompts and of replies, exactly; 0 without prices."""
+    """The exact cost of tokens at `prices` per million prompt and reply tokens; 0 without prices."""
     price_in, price_out = map(_decimal, prices or (0.0, 0.0))
     return (prompt_tokens * price_in + reply_tokens * price_out) / 1_000_000
 
@@ -140,5 +140,5 @@ def _decimal(value: float) -> Decimal:
 
 
 def now_text() -> str:
-    """The time now, UTC, as records have it."""
+    """The current UTC time, as written to records."""
     return datetime.now(timezone.utc).isoformat(timespec="milliseconds")

@@ -1,4 +1,4 @@
-"""Sends many paid requests of any protocol: rate limits, retries, other forms of what is refused, when to stop.
+"""Sends many paid requests over any protocol: rate limits, retries, fallbacks for refused requests, when to stop.
 
 stopped = await Sender(ask, record, ledger, concurrency=16, max_attempts=6).run(jobs)
 """
@@ -18,33 +18,33 @@ from typing import Any, Literal
 
 from .ledger import USAGE, Job, Ledger, now_text
 
-BYTES_A_TOKEN = 4  # of English text: for estimates and the tokens of a minute, never for what may be spent
+BYTES_A_TOKEN = 4  # of English text; for estimates and rate limits, never for budgets
 BACKOFF_SECONDS, MAX_BACKOFF_SECONDS = 0.5, 30.0
-MAX_RETRY_AFTER_SECONDS = 300.0  # a server that asks for a longer pause has closed for the hour or the day
-MAX_FAILURES_IN_A_ROW = 10  # then one request at a time finds out whether the server has recovered
-MAX_SUSPECTS_AT_FIRST = 5  # when all first responses suggest that the request itself is wrong, the rest would too
-MAX_REFUSED_ALONE = 3  # for their rate, with nothing else in flight: then it is their size
+MAX_RETRY_AFTER_SECONDS = 300.0  # a longer requested pause means an hourly or daily limit: stop
+MAX_FAILURES_IN_A_ROW = 10  # then one request at a time checks whether the server has recovered
+MAX_SUSPECTS_AT_FIRST = 5  # after so many, all suggesting that the request itself is wrong, the rest would fail too
+MAX_REFUSED_ALONE = 3  # times for exceeding a rate with nothing else in flight: then the request is too large
 
 
 @dataclass(frozen=True)
 class Response:
-    """What came of one request."""
+    """The outcome of one request."""
 
     status: Literal["ok", "invalid", "failed"]  # "invalid": a useless reply; "failed": none
-    action: Literal["done", "retry", "drop", "stop"]  # "drop" a job that cannot be put otherwise or split
+    action: Literal["done", "retry", "drop", "stop"]  # "drop": unless another form or a split helps
     reason: str | None = None
     result: Any = None
     reply: str | None = None
     usage: tuple[int, int] | None = None  # tokens of prompt and reply; (0, 0): certainly free; None: unknown
     retry_after_seconds: float | None = None
-    may_be_refusal: bool = False  # "retry", and the second time "drop"
-    exceeds_rate: bool = False  # "retry": too many requests or tokens in a time, or too large a request
-    suspect: bool = False  # the request rather than its text may be wrong
+    may_be_refusal: bool = False  # treat as "retry", but the second time as "drop"
+    exceeds_rate: bool = False  # "retry": too many requests or tokens per time, or too large a request
+    suspect: bool = False  # every request, rather than this text, may be wrong
 
 
 @dataclass
 class Forms:
-    """Ways to put the same request, best first. The first that is accepted is kept; refusals are not parsed."""
+    """Alternative forms of the same request, best first. Keeps the first one accepted; refusals are not parsed."""
 
     forms: Sequence[Any] = (None,)
     index: int = 0  # of the form to send now
@@ -61,7 +61,7 @@ class Forms:
 
 @dataclass
 class RateLimit:
-    """Spaces requests evenly, so that no 60 seconds hold too many; one larger than a minute's tokens goes alone."""
+    """Spaces requests evenly so that no 60 seconds exceed a limit; a request above the token limit goes alone."""
 
     requests_per_minute: float = math.inf
     tokens_per_minute: float = math.inf
@@ -69,7 +69,7 @@ class RateLimit:
     next: float = 0.0  # when the next may go
 
     def wait_seconds(self, now: float, tokens: int) -> float:
-        """How long a request of so many tokens has to wait from `now`; 0 when it may go."""
+        """How many seconds after `now` a request of `tokens` tokens may be sent."""
         while self.sent and self.sent[0][0] + 60 <= now:
             self.sent.popleft()
         ready = max(self.next, now)
@@ -88,7 +88,7 @@ class RateLimit:
 
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
-    """What `retry-after-ms` or `Retry-After` (seconds, or a date) ask for; None without either, or for nonsense."""
+    """The pause that `retry-after-ms` or `Retry-After` (seconds or a date) requests; None if missing or invalid."""
     for name, seconds_a_unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         with contextlib.suppress(ValueError):
             seconds = float(headers.get(name, "")) * seconds_a_unit
@@ -102,7 +102,7 @@ def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
 
 
 def backoff_seconds(attempt: int, retry_after: float | None = None) -> float:
-    """The pause after attempt `attempt` (from 1) failed; jitter keeps jobs that failed together apart."""
+    """The pause after failed attempt `attempt` (from 1); jitter spreads out jobs that failed together."""
     if retry_after is not None:
         return retry_after + random.uniform(0.0, BACKOFF_SECONDS)
     return random.uniform(0.0, min(BACKOFF_SECONDS * 2.0 ** min(attempt - 1, 60), MAX_BACKOFF_SECONDS))
@@ -112,14 +112,14 @@ def backoff_seconds(attempt: int, retry_after: float | None = None) -> float:
 class Sender:
     """Sends jobs until each is done, dropped or out of attempts.
 
-    What the server refuses is sent in another of `forms`, then in the parts that `split` gives, as is what failed to
-    the last attempt, or to MAX_REFUSED_ALONE for its rate. While a server asks for a pause nothing is sent. After
-    MAX_FAILURES_IN_A_ROW one request at a time is, with growing pauses; after `concurrency` and `max_attempts` more it
-    stops: each may have to be paid for.
+    A refused job is sent in another of `forms`, then in the parts that `split` returns; a job is also split when it is
+    out of attempts, or exceeds a rate MAX_REFUSED_ALONE times. Nothing is sent while the server asks for a pause. After
+    MAX_FAILURES_IN_A_ROW, requests go one at a time with growing pauses; after `concurrency + max_attempts` more
+    failures it stops, since each may cost money.
     """
 
-    ask: Callable[[Job, Any], Awaitable[Response]]  # sends one job in one of the forms; what it raises ends the run
-    record: Callable[[Job, Response, dict[str, Any]], None]  # and a JSON line describing the outcome
+    ask: Callable[[Job, Any], Awaitable[Response]]  # sends a job in one of the forms; an exception ends the run
+    record: Callable[[Job, Response, dict[str, Any]], None]  # also gets the outcome as a JSON line
     ledger: Ledger
     concurrency: int
     max_attempts: int
@@ -137,7 +137,7 @@ class Sender:
         self.stopped: Response | str | None = None
 
     async def run(self, jobs: Iterable[Job]) -> Response | str | None:
-        """Sends all jobs, each taken when there is room. Returns what stopped it: a response, or "stopped at LIMIT"."""
+        """Sends all jobs, taking each when there is room. Returns what stopped it, a response or "stopped at LIMIT"."""
         fresh, running = iter(jobs), set()
         try:
             while True:
@@ -156,7 +156,7 @@ class Sender:
             await asyncio.gather(*running, return_exceptions=True)
 
     def _start(self, fresh: Iterator[Job], running: set[asyncio.Task]) -> float | None:
-        """Starts what may be sent now. Returns seconds until the next may be; None: not before another one ends."""
+        """Sends what may go now. Returns the seconds until the next may go; None: not before another one ends."""
         one_by_one = max(self.failures, self.doubts) >= MAX_FAILURES_IN_A_ROW
         while not self.stopped and len(running) < (1 if one_by_one else self.concurrency):
             now = asyncio.get_running_loop().time()
@@ -208,7 +208,7 @@ class Sender:
             self.stopped = self.stopped or response
 
     def _send_otherwise(self, job: Job, response: Response) -> bool:
-        """Queues a refused job in another form or in parts, if there are any."""
+        """Queues a refused job in another form or in parts; returns whether there were any."""
         is_last = job.attempts >= self.max_attempts
         is_refused = response.action == "drop" or (response.may_be_refusal and (is_last or job.attempts > 1))
         is_too_large = response.exceeds_rate and (is_last or self.refused_alone >= MAX_REFUSED_ALONE)
@@ -220,7 +220,7 @@ class Sender:
             if parts := self.split(job, replace(response, may_be_refusal=True)):
                 self.failures, self.refused_alone = min(self.failures, MAX_FAILURES_IN_A_ROW), 0
                 self._pause(job, response)
-        elif is_refused or (is_last and self.failures < MAX_FAILURES_IN_A_ROW):  # else the server is away
+        elif is_refused or (is_last and self.failures < MAX_FAILURES_IN_A_ROW):  # else the server is down
             parts = self.split(job, response)
             for part in parts:
                 part.attempts = int(response.may_be_refusal)
@@ -235,7 +235,7 @@ class Sender:
             heapq.heappush(self.later, (asyncio.get_running_loop().time() + pause, number, job))
 
     def _pause(self, job: Job, response: Response) -> float:
-        """Counts a failure, and holds or stops all jobs if need be. Returns the pause before this one is retried."""
+        """Counts a failure, and pauses or stops all jobs if needed. Returns the pause before this one is retried."""
         self.failures += 1
         probes, hold = self.failures - MAX_FAILURES_IN_A_ROW, response.retry_after_seconds
         pause = backoff_seconds(job.attempts, hold)

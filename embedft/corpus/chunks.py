@@ -1,10 +1,10 @@
-"""Cuts pages into chunks of whole sentences by token count, and saves them with where they come from.
+"""Splits pages into chunks of whole sentences, measured in tokens, and saves each chunk with its source pages.
 
     chunks = chunk_pages(read_documents(["report.pdf"])[0], count_tokens=count_tokens, size=254)
     save_chunks("chunks.jsonl", chunks)
 
-Sentences are found by punctuation, line ends, English abbreviations and German ordinals. Not here: scripts without
-marks at sentence ends (Thai, Lao).
+Sentence boundaries follow punctuation, newlines, English abbreviations and German ordinals. Not supported: scripts
+without sentence punctuation (Thai, Lao).
 """
 
 import hashlib
@@ -20,8 +20,8 @@ from ..files import read_jsonl, write_jsonl
 from .documents import BLOCK, Page
 from .layout import is_unspaced
 
-# A mark before a blank and what can begin a sentence. Marks of other scripts end one wherever they stand, unless a
-# Japanese particle behind a bracket goes on with what was said: 「…。」と.
+# Punctuation before whitespace and a possible sentence start. Marks of other scripts always end a sentence, unless a
+# bracket and a Japanese particle follow, which continue a quotation: 「…。」と.
 OTHER_MARK = "[。！？｡．।॥۔؟።፧။។։།\u037e]"
 SENTENCE_END = re.compile(
     r"(?<![.!?])[.!?]+[\"'”’)\]]*\s+(?=(?:«\s)?[\"'“„‘«¿¡(\[$€£•]*(?P<first>[^\W_]))"
@@ -29,25 +29,25 @@ SENTENCE_END = re.compile(
     r"[\"'”’)\]」』）】》〉］]*\s*"
 )
 LAST_WORD = re.compile(r"[^\s\"'“‘(\[]*$")
-# Words whose period ends no sentence, besides single letters with periods ("U.S.", "J.", "e.g.").
+# Words whose period does not end a sentence, including single letters with periods ("U.S.", "J.", "e.g.").
 ABBREVIATION = re.compile(r"""(?ix)
     approx|art|co|corp|cf|dept|dr|est|etc|figs?|inc|jr|ltd|messrs|mr|mrs|ms|mt|nos?|prof|pp|sec|sr|st|vol|vs
     |jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec | (?:[^\W\d_]\.)*[^\W\d_]""")
-# "Item 1A.", "Note 3.", and at the beginning of a line "1." and "iv.".
+# "Item 1A.", "Note 3.", and "1." or "iv." at the start of a line.
 NUMBERED = re.compile(r"(?:^|\b(?:item|note|section|article|exhibit|part)\s+)(?:\d{1,3}[a-z]?|[ivx]+)$", re.I)
 # German dates and other ordinals: "3. März", "31. Dez. 2021", "3. 5. 2021", "im 19. Jahrhundert".
 MONTH = r"""(?:Jan(?:uar)?|Jänner|Feb(?:ruar)?|März?|Apr(?:il)?|Mai|Juni?|Juli?|Aug(?:ust)?|Sept?(?:ember)?|Okt(?:ober)?
     |Nov(?:ember)?|Dez(?:ember)?)"""
 ORDINAL = re.compile(rf"""(?x) \b\d{{1,2}}\.\s+ (?: {MONTH}\b\.? | \d{{1,2}}\.(?=\s+\d{{4}}) )
     | \b(?:im|vom|zum|zur|beim|der|das|dem|des)\s+\d{{1,2}}\.""")
-# The end of a page whose last sentence the next page continues.
+# Matches the end of a page whose last sentence continues on the next page.
 RUNS_ON = re.compile(r"(?:[^\W\d_]|[,;’”)，、；])$")
 CountTokens = Callable[[Sequence[str]], list[int]]  # tokens of each text, without special tokens
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a chunk comes from: a file as it was named, and its first and last page (numbered from 1)."""
+    """The source of a chunk: the file as the user named it, and the first and last page (numbered from 1)."""
 
     file: str
     first_page: int
@@ -56,7 +56,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of text and where it was found; `num_tokens`: of the text alone; `headings`: those above it."""
+    """A piece of text and its sources. `num_tokens` excludes special tokens; `headings` are those above the text."""
 
     id: str
     text: str
@@ -66,13 +66,13 @@ class Chunk:
 
 
 def save_chunks(path: str | Path, chunks: Sequence[Chunk]) -> None:
-    """Writes one JSON object per line, atomically; fields that are None or empty are left out."""
+    """Writes one JSON object per line, atomically, omitting fields that are None or empty."""
     rows = map(asdict, chunks)
     write_jsonl(path, ({key: value for key, value in row.items() if value not in (None, ())} for row in rows))
 
 
 def load_chunks(path: str | Path) -> list[Chunk]:
-    """Loads a JSONL file of objects with `id` (a string, or an integer that becomes one) and `text`."""
+    """Loads a JSONL file of objects with `text` and `id` (a string; integers are converted)."""
     chunks: dict[str, Chunk] = {}
     for number, row in read_jsonl(path):
         where = f"{path} line {number}"
@@ -82,11 +82,11 @@ def load_chunks(path: str | Path) -> list[Chunk]:
         check_text(id, f"{where}: `id`")
         check_text(row["text"], f"{where}: `text`")
         if id in chunks:
-            raise ValueError(f"{where}: id {id!r} is already in an earlier line")
+            raise ValueError(f"{where}: id {id!r} already appears on an earlier line")
         try:
             places = tuple(Place(**place) for place in row.get("places", ()))
         except TypeError:
-            raise ValueError(f"{where}: `places` is not a list of file, first_page, last_page") from None
+            raise ValueError(f"{where}: `places` must be a list of objects with file, first_page, last_page") from None
         chunks[id] = Chunk(id, row["text"], row.get("num_tokens"), places, tuple(row.get("headings", ())))
     if not chunks:
         raise ValueError(f"{path}: has no chunks")
@@ -96,13 +96,13 @@ def load_chunks(path: str | Path) -> list[Chunk]:
 def chunk_pages(
     pages: Sequence[Page], *, count_tokens: CountTokens, size: int, overlap=0, by_page=False, headings_in_text=False
 ) -> list[Chunk]:
-    """Cuts pages into chunks of at most `size` tokens, each with as many whole sentences as fit.
+    """Splits pages into chunks of at most `size` tokens, each with as many whole sentences as fit.
 
-    The pages of a file are joined first, in the order given, since a sentence may run over the end of a page; not with
-    `by_page`, nor sections of Markdown. A sentence longer than `size` is broken between lines (code), words or, last,
-    characters. The limit holds without exception, at one token per 100 characters or more. Consecutive chunks share
-    whole sentences of at most `overlap` tokens, never all of the earlier chunk. Equal texts become one chunk. With
-    `headings_in_text`, chunks of Markdown begin with a line "Outer > Inner".
+    The pages of a file are first joined in the order given, since a sentence may continue on the next page; `by_page`
+    prevents this, and sections of Markdown stay separate. A sentence longer than `size` is split between lines (code),
+    else words, else characters. No chunk exceeds `size`, where 100 characters count as at least one token. Consecutive
+    chunks share whole sentences of at most `overlap` tokens, but never a whole chunk. Equal texts become one chunk.
+    With `headings_in_text`, chunks of Markdown begin with a line "Outer > Inner".
     """
     if size < 1 or not 0 <= overlap < size:
         raise ValueError(f"size is {size} and overlap {overlap}, expected size >= 1 and 0 <= overlap < size")
@@ -131,23 +131,23 @@ def chunk_pages(
 
 
 def _glue(before: str, after: str, *, min_words: int = 8, min_characters: int = 20) -> str:
-    """What joins two pages: nothing within a word, a blank within a sentence (none in Chinese), else a line end."""
+    """The separator of two pages: none within a word, a space within a sentence (not in Chinese), else a newline."""
     line, opening = before[before.rfind("\n") + 1 :], after[0]
     if re.search(r"[^\W\d_]-$", line) and opening.isalpha():
         return ""
     if is_unspaced(line, opening):
         return "" if RUNS_ON.search(line) and len(line) >= min_characters else "\n"
-    # A line of prose always ends with a mark; headings and rows of tables, which do not, are shorter.
+    # A long line without end punctuation is unfinished prose; headings and table rows lack it too, but are shorter.
     is_prose = len(re.findall(r"[^\W\d_]{2,}", line)) >= min_words
     return " " if RUNS_ON.search(line) and (opening.islower() or (is_prose and opening.isalpha())) else "\n"
 
 
-# What chunks are made of: a sentence, or a part of one that is too long; a chunk, too.
+# A sentence, a part of one that is too long, or a whole chunk.
 _Unit = namedtuple("_Unit", "start stop num_tokens")
 
 
 class _Cutter:
-    """Cuts one text. The sum of the units' tokens guides; the count of a chunk's own text decides."""
+    """Splits one text. Summed unit counts are only a first guess; the token count of a chunk's own text decides."""
 
     def __init__(self, text: str, count_tokens: CountTokens, size: int, prefix: str):
         self.text, self.count_tokens, self.size, self.prefix = text, count_tokens, size, prefix
@@ -165,14 +165,14 @@ class _Cutter:
         return chunks
 
     def _counts(self, texts: list[str]) -> list[int]:
-        # WordPiece makes one unknown token of a word however long, such as a blob of data.
+        # WordPiece turns a word of any length, such as a blob of data, into a single unknown token.
         return [max(n, len(text) // 100) for n, text in zip(self.count_tokens(texts), texts, strict=True)]
 
     def _count(self, start: int, stop: int) -> int:
         return self._counts([self.prefix + self.text[start:stop]])[0]
 
     def _fill(self, units: Sequence[_Unit], first: int, *, max_saved: int = 2) -> tuple[int, int]:
-        """(end, tokens) of the chunk from unit `first` on; `max_saved`: units may have fewer tokens together."""
+        """(end, num_tokens) of the chunk starting at unit `first`; joining units may save up to `max_saved` tokens."""
         end, total = first + 1, self.prefix_tokens + units[first].num_tokens
         while end < len(units) and total + units[end].num_tokens <= self.size:
             total += units[end].num_tokens
@@ -182,7 +182,7 @@ class _Cutter:
             return self._count(units[first].start, units[end - 1].stop)
 
         num_tokens = count(end)
-        if num_tokens > self.size:  # units may have more tokens together, too
+        if num_tokens > self.size:  # joining units may also add tokens
             end = first + max(1, bisect_right(range(first + 1, end), self.size, key=count))
             num_tokens = count(end)
         while end < len(units) and max_saved and num_tokens + units[end].num_tokens <= self.size + max_saved:
@@ -193,8 +193,8 @@ class _Cutter:
         return end, num_tokens
 
     def _next_first(self, units: Sequence[_Unit], first: int, end: int, overlap: int) -> int:
-        """Where the chunk begins that follows units `first` to `end`: as early as the overlap allows."""
-        # Parts of sentences are never shared: they end where the next part would not have fitted.
+        """The first unit of the chunk that follows units `first` to `end`: as early as the overlap allows."""
+        # Parts of a long sentence are never shared: each is so long that the next part does not fit behind it.
         if not overlap or end == len(units):
             return end
         start, shared = end, 0
@@ -209,7 +209,7 @@ class _Cutter:
         return start
 
     def _units(self, spans: Sequence[tuple[int, int]], smaller: Sequence[str]) -> list[_Unit]:
-        """The spans with their tokens; one that is too long is replaced by parts, cut by the first of `smaller`."""
+        """The spans with their token counts; those that are too long are split with the first pattern of `smaller`."""
         units = []
         counts = self._counts([self.text[start:stop] for start, stop in spans])
         for (start, stop), num_tokens in zip(spans, counts, strict=True):
@@ -221,7 +221,7 @@ class _Cutter:
             pieces = [(start + m.start(), start + m.end()) for m in re.finditer(smaller[0], self.text[start:stop])]
             parts, first = self._units(pieces, smaller[1:]), 0
             while first < len(parts):
-                # One character more at a time would take forever over a blob.
+                # Trying one more character at a time would take forever on a blob.
                 end, num_tokens = self._fill(parts, first, max_saved=2 if len(smaller) > 1 else 0)
                 units.append(_Unit(parts[first].start, parts[end - 1].stop, num_tokens - self.prefix_tokens))
                 first = end
@@ -229,14 +229,14 @@ class _Cutter:
 
 
 def sentence_spans(text: str) -> list[tuple[int, int]]:
-    """(start, stop) of each sentence, without surrounding blanks; every other character is in exactly one.
-    A sentence ends at a line end, and at a mark before a blank and anything but a lower-case letter, unless it belongs
-    to an abbreviation, an item number ("Item 1A.") or an ordinal ("3. März"). A fenced code block is one sentence."""
+    """(start, stop) of each sentence, without surrounding whitespace; every other character is in exactly one.
+    A sentence ends at a newline, or at punctuation before whitespace and anything but a lower-case letter, except in an
+    abbreviation, an item number ("Item 1A.") or an ordinal ("3. März"). A fenced code block is one sentence."""
     spans = []
     for line in BLOCK.finditer(text):
         start, stop = line.span()
         for end in () if line["fence"] else SENTENCE_END.finditer(text, start, stop):
-            # Letters of scripts without capitals, Georgian among them, are their own capitals.
+            # In scripts without capitals, such as Georgian, `title` returns the letter itself.
             is_lower = end["first"] is not None and end["first"] != end["first"].title()
             if not is_lower and not _is_abbreviation(text, start, end.start()):
                 spans.append((start, end.end()))
@@ -247,7 +247,7 @@ def sentence_spans(text: str) -> list[tuple[int, int]]:
 
 
 def _is_abbreviation(text: str, start: int, period: int) -> bool:
-    """Whether the mark at `period` belongs to the word before it, in a sentence that begins at `start`."""
+    """Whether the mark at `period` is part of the word before it; the sentence begins at `start`."""
     if text[period] != "." or not text[period + 1].isspace():
         return False
     before = text[max(start, period - 24) : period]

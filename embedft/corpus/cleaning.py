@@ -1,9 +1,9 @@
-"""Drops questions that ask nothing, depend on a hidden text or repeat others, and reports which and why.
+"""Drops questions that ask nothing, refer to a text the reader cannot see or repeat others, and reports why.
 
     cleaned, dropped = clean(dataset)
     write_json("report.json", report(dataset, cleaned, dropped))
 
-The corpus stays whole: documents without questions still have to be ranked. The words to look for are English.
+The corpus stays complete: documents without questions still have to be ranked. All patterns are English.
 
 Shapes: Q queries, C distinct document texts, D dimensions.
 """
@@ -20,20 +20,20 @@ from ..data.dataset import RetrievalDataset
 from ..vectors import unit_rows
 from .prompts import asks, strip_numbering
 
-Dropped = dict[str, tuple[str, str]]  # {query id: (reason, what shows it: a phrase, a rank, the id of a text)}
+Dropped = dict[str, tuple[str, str]]  # {query id: (reason, evidence: a phrase, a rank or an id)}
 REPEATS, MIN_COPIED_WORDS = "repeats another query", 5
 PREAMBLE = re.compile(r"""(?ix) \A (?:(?:sure|certainly|of\ course|okay|absolutely)\b[^:?]{0,40}?[!,.:]\s*)?
     (?:here|below|the\ following)\ (?:are|is)\b[^:?]{0,120}\bquestions?\b[^:?]{0,120}:\s*""")
-# Words of the prompt's role or task.
+# Phrases leaked from the prompt's role or task.
 PROMPT = re.compile(r"""(?ix)\b(?: as\ an?\ (?:teacher|professor|instructor|educator|lecturer)\b
       | (?:teacher|professor)s?\ ?(?:/|or)\ ?(?:teacher|professor) | your\ students?\b | quiz(?:zes)?\b
       | (?:diverse|exam|examination|test)\ questions?\b | questions?\ in\ an?\ exam
       | (?:upcoming|next)\ exam(?:ination)?\b
       | (?:would\ you\ like|do\ you\ want|let\ me\ know)\b.*\bquestions?\b )""")
-# Words that point at a text which a searcher does not see.
+# Phrases that refer to a text the searcher cannot see.
 TEXT = r"(?:text|passage|document|excerpt|article|paragraph|snippet|chunk|context)"
 SHOWN = r"(?:information|data|details|tables?|schedules?|statements?|figures?|definitions?|list|examples?|content)"
-# What follows gives it another meaning: the text of the law, the text messages, the document retention policy,
+# Continuations that change the meaning: the text of the law, the text messages, the document retention policy,
 # paragraph (d); the context of revenue recognition; information provided to investors.
 OTHER_THING = r"""(?! \ of\b | \ \(?(?:\d|[a-z]\)|[ivx]+\b) | -\w
     | \ (?:messages?|fields?|editor|box|format|retention|management|review|requests?|production|holder|types?|titles?)\b
@@ -56,14 +56,14 @@ SOURCE = re.compile(rf"""(?ix)\b(?: context\ information\b
       | (?:in|from|on|according\ to|per)\ the\ (?:table|chart|figure|graph)s?\b (?!\ of\ (?!contents))
       | (?:the|this)\ authors?\b (?=['’,]|\ (?:say|state|argue|mention|suggest|mean|of\ (?:the|this)\ {TEXT}))
       | according\ to\ the\ author\b | (?:the|a)\ previous\ question\b )""")
-# The marks in a question that carry meaning: separators in numbers, a sign before one, percent, C#, R&D.
+# Punctuation that carries meaning: separators in numbers, a sign before one, percent, C#, R&D.
 MARK = re.compile(r"(?<=\d)[.,:/](?=\d)|(?<!\S)-(?=[\d$€£])|[%#&@]|([^\w\s])")
-# Not a capital A, which names things (Class A stock), unless it comes first.
+# A capital A is an article only at the start; elsewhere it is a name (Class A stock).
 ARTICLE = re.compile(r"^A\b|\b(?:a|an|An|the|The)\b")
 
 
 def report(before: RetrievalDataset, after: RetrievalDataset, dropped: Dropped, *, num_examples: int = 5) -> dict:
-    """Counts with a few examples of each kind, for `write_json`."""
+    """Counts of dropped and changed queries, with examples of each kind, for `write_json`."""
     texts, kinds = before.queries, {reason: {"count": count, "examples": []} for reason, count in _count(dropped)}
     for query_id, (reason, detail) in dropped.items():
         if len(examples := kinds[reason]["examples"]) < num_examples:
@@ -74,12 +74,12 @@ def report(before: RetrievalDataset, after: RetrievalDataset, dropped: Dropped, 
 
 
 def clean(dataset: RetrievalDataset) -> tuple[RetrievalDataset, Dropped]:
-    """Drops the queries that no searcher would write; raises `ValueError` if none is left.
+    """Drops queries that no searcher would write; raises `ValueError` if none is left.
 
-    A query is tidied (`tidy`), then dropped if it asks nothing, shows the prompt, points at its source or
-    copies a relevant document (`copies`); the first reason counts. Of the rest, queries with equal `question_key`
-    become one: the first keeps its id and wording and takes over the others' qrels (the higher grade), negatives and
-    scores (its own first); a negative that becomes relevant goes.
+    Each query is tidied (`tidy`), then dropped for the first reason that applies: it asks nothing, shows the prompt,
+    points at its source or copies a relevant document (`copies`). Queries with equal `question_key` are then merged:
+    the first keeps its id and wording and takes over the others' qrels (the highest grade), negatives and scores (its
+    own take precedence); a negative that becomes relevant is removed.
     """
     documents = dict(zip(dataset.corpus, dataset.document_texts(), strict=True))
     tidied = {query_id: tidy(text) for query_id, text in dataset.queries.items()}
@@ -108,10 +108,10 @@ def _fault(question: str, documents: Mapping[str, str]) -> tuple[str, str] | Non
 def round_trip(
     dataset: RetrievalDataset, *, encode: Callable[..., np.ndarray], k: int, block: int = 1024
 ) -> tuple[RetrievalDataset, Dropped]:
-    """Drops the queries whose relevant documents an encoder ranks below the top k of the whole corpus.
+    """Drops queries for which an encoder ranks no relevant document in the top k of the whole corpus.
 
     Rank = 1 + number of documents with a strictly higher cosine; the best relevant document counts. `encode(texts,
-    role="query" | "document")` gives [N, D]; equal documents are encoded once, and `block` queries scored at a time.
+    role="query" | "document")` returns [N, D]; equal documents are encoded once, and queries scored `block` at a time.
     For training questions only: a validation set filtered by a model flatters that model.
 
     Source: Alberti et al. 2019, "Synthetic QA Corpora Generation with Roundtrip Consistency", section 2; Dai et al.
@@ -128,7 +128,7 @@ def round_trip(
         documents_CD = np.asarray(encode(list(columns), role="document"), np.float32)
         queries_QD = np.asarray(encode([dataset.queries[i] for i in wanted], role="query"), np.float32)
         if not (np.isfinite(documents_CD).all() and np.isfinite(queries_QD).all()):
-            raise ValueError("encode gave values that are not finite")
+            raise ValueError("encode returned values that are not finite")
         documents_CD, queries_QD = unit_rows(documents_CD), unit_rows(queries_QD)
         for start in range(0, len(wanted), block):
             scores_QC = queries_QD[start : start + block] @ documents_CD.T
@@ -140,7 +140,7 @@ def round_trip(
 
 
 def drop_held_out(dataset: RetrievalDataset, validation: RetrievalDataset) -> tuple[RetrievalDataset, Dropped]:
-    """Drops the training queries that `validation` asks too, by `question_key`. Raises `ValueError` if none is left."""
+    """Drops training queries that `validation` also has (equal `question_key`). Raises `ValueError` if none is left."""
     keys = {question_key(text) for text in validation.queries.values()}
     asked_there = (i for i, text in dataset.queries.items() if question_key(text) in keys)
     dropped = dict.fromkeys(asked_there, ("is a validation query too", ""))
@@ -148,24 +148,24 @@ def drop_held_out(dataset: RetrievalDataset, validation: RetrievalDataset) -> tu
 
 
 def tidy(text: str) -> str:
-    """The question on one line, without a preamble ("Here is a question: ...") and what `strip_numbering` strips."""
+    """The question on one line, without a preamble ("Here is a question: ...") and numbering (`strip_numbering`)."""
     question = strip_numbering(text)
     return strip_numbering(PREAMBLE.sub("", question)) or question
 
 
 def copies(question: str, document: str) -> bool:
-    """Whether a question mostly copies one run of words of its document; case and punctuation do not count.
+    """Whether a question mostly copies one run of words from its document, ignoring case and punctuation.
 
-    The run must hold at least 80% of its words, and 80% (at least five) of its plain ones: those without a capital or
-    a digit, since long names are repeated for good reasons. Of the 1,458 questions of Lyft and Uber, one copy has 94%;
-    the next, which ask, have 79% and 71%.
+    The run must contain at least 80% of the question's words, and 80% (at least five) of its words without capitals or
+    digits, since repeating long names is legitimate. Among the 1,458 Lyft and Uber questions, the only copy has 94%;
+    the next two, genuine questions, have 79% and 71%.
     """
     words = re.findall(r"\w+", question)
     plain = [place for place, word in enumerate(words) if word.isalpha() and (word.islower() or place == 0)]
     length, num_plain = (-(-4 * number // 5) for number in (len(words), len(plain)))
     num_plain = max(num_plain, MIN_COPIED_WORDS)
     document = _run(re.findall(r"\w+", document))
-    # The shortest runs that suffice.
+    # The shortest runs that qualify.
     ends = (
         (first, max(plain[i + num_plain - 1] + 1, first + length))
         for i in range(len(plain) - num_plain + 1)
@@ -179,10 +179,10 @@ def _run(words: list[str]) -> str:
 
 
 def question_key(text: str) -> str:
-    """A text's words in order, without case, punctuation and articles; "Class A", "2.5" and "5%" keep their marks."""
+    """A text's words in order, without case, punctuation and articles; "Class A", "2.5" and "5%" stay intact."""
 
     def keep(mark: re.Match) -> str:
-        other = mark[1]  # None: it carries meaning; vowel signs and the like are no punctuation
+        other = mark[1]  # None: it carries meaning. Vowel signs and the like are not punctuation
         return " " if other and unicodedata.category(other).startswith("P") else mark[0]
 
     without_articles = unicodedata.normalize("NFKC", ARTICLE.sub(" ", text.strip()))
@@ -190,12 +190,12 @@ def question_key(text: str) -> str:
 
 
 def _count(dropped: Dropped) -> list[tuple[str, int]]:
-    """(reason, number of queries), the most frequent first."""
+    """(reason, number of queries), most frequent first."""
     return Counter(reason for reason, _ in dropped.values()).most_common()
 
 
 def _without(dataset: RetrievalDataset, dropped: Dropped, texts: Mapping[str, str] | None = None) -> RetrievalDataset:
-    """What is left, by default with the same texts; a query also gets the judgments of those that repeat it."""
+    """The dataset without the dropped queries, with new `texts` if passed; a query gets its repeats' judgements."""
     if len(dropped) == len(dataset.queries):
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in _count(dropped))
         raise ValueError(f"cleaning leaves none of the {len(dropped):,} queries: {reasons}")

@@ -1,8 +1,8 @@
-"""Reads PDF, text and Markdown files into pages of clean text, and says why for everything that cannot be read.
+"""Reads PDF, text and Markdown files into pages of clean text, and reports why anything could not be read.
 
     pages, skipped = read_documents(["report.pdf", "notes"])
 
-Not here: how PDF is read (pdf.py) and its lines joined (layout.py), chunks (chunks.py), OCR.
+Not here: reading PDF (pdf.py), joining its lines (layout.py), chunking (chunks.py), OCR.
 """
 
 import html
@@ -24,7 +24,7 @@ BLOCK = re.compile(rf"{FENCED_BLOCK}|^[^\n]*$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(rf"{FENCED_BLOCK}|(?<!`)(?P<ticks>`+)(?!`)(?:(?!\n\s*\n).)+?(?<!`)(?P=ticks)(?!`)", re.M | re.S)
 HEADING = re.compile(r" {0,3}(#{1,6})(?:\s|$)")
 UNDERLINE = re.compile(r" {0,3}(=+|-{2,})[ \t]*")
-# An underline makes no heading of a list's item, a quotation, a table's row, code or a rule.
+# What an underline does not turn into a heading: a list item, a quotation, a table row, code or a rule.
 NO_TITLE = re.compile(r"\s*$| {4}|\s*(?:[-*+]\s|[>|]|\d+[.)]\s|[-*_ ]+$)")
 HTML = re.compile(r"""(?isx) <!--.*?(?:-->|\Z) | <(?P<raw>script|style)\b.*?(?:</(?P=raw)\s*>|\Z)
       | </?(?: a|abbr|b|bdi|bdo|big|button|cite|code|data|del|dfn|em|font|i|iframe|img|input|ins|kbd|label|mark|nobr
@@ -39,11 +39,11 @@ class Page(NamedTuple):
     file: str  # as the user named it
     number: int  # from 1
     text: str
-    headings: tuple[str, ...] | None = None  # those above a section of Markdown, outermost first
+    headings: tuple[str, ...] | None = None  # above a section of Markdown, outermost first
 
 
 class Skipped(NamedTuple):
-    """What is wrong with a page or, if `page` is None, with a whole file; it was left out unless `reason` says so."""
+    """A problem with a page or, if `page` is None, a whole file. It was skipped, unless only part of it is missing."""
 
     file: str
     page: int | None
@@ -54,15 +54,15 @@ class Skipped(NamedTuple):
 
 
 class _Unreadable(Exception):
-    """Why a whole file gives no page."""
+    """Why a whole file yields no page."""
 
 
 def read_documents(paths: Sequence[str | Path], *, processes: int | None = None) -> tuple[list[Page], list[Skipped]]:
     """Reads files and folders in the order given; returns the pages with text, and what was left out and why.
 
-    The lines of PDF become paragraphs (`clean_layout`). Text and Markdown is UTF-8, its lines stay, and a form feed
-    separates pages; Markdown pages are split at headings. A file that is named twice is read once. The files of a
-    folder are sorted, hidden ones ignored and other kinds counted. Any other path raises `ValueError` before any work.
+    Lines of PDF are joined into paragraphs (`clean_layout`). Text and Markdown must be UTF-8 and keep their lines; form
+    feeds separate pages, and Markdown pages are split at headings. A file named twice is read once. Files in folders
+    are sorted; hidden ones are ignored, other types counted. Any other path raises `ValueError` before reading starts.
     """
     files, skipped = _find_files(paths)
     pdf_files = [name for name in files if _suffix(name) == ".pdf"]
@@ -82,12 +82,12 @@ def read_documents(paths: Sequence[str | Path], *, processes: int | None = None)
                 skipped.append(Skipped(file, number, reasons.get(number, "has no text")))
     if not pages:
         reasons = "".join(f"\n  {line}" for line in skipped)
-        raise ValueError(f"no page with text in {', '.join(map(printable, paths)) or 'no files'}{reasons}")
+        raise ValueError(f"no page with text in {', '.join(map(printable, paths)) or 'an empty list'}{reasons}")
     return pages, skipped
 
 
 def printable(path: str | Path) -> str:
-    r"""A file name as text that can be printed and saved: bytes that are not UTF-8 as \xNN."""
+    r"""A file name as text that can be printed and saved, with bytes that are not UTF-8 as \xNN."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
@@ -96,8 +96,8 @@ def _suffix(name: str) -> str:
 
 
 def _find_files(paths: Sequence[str | Path]) -> tuple[list[str], list[Skipped]]:
-    """The files to read, each once, and what was left out."""
-    names: dict[str, str] = {}  # by the file itself, which may have several
+    """The files to read, without duplicates, and what was left out."""
+    names: dict[str, str] = {}  # by real path, since links give a file several names
     skipped = []
     for path in map(os.fspath, paths):
         others, inside = Counter(), [path]
@@ -109,7 +109,7 @@ def _find_files(paths: Sequence[str | Path]) -> tuple[list[str], list[Skipped]]:
         elif not os.path.exists(path):
             raise ValueError(f"{printable(path)}: no such file or folder")
         elif not os.path.isfile(path) or _suffix(path) not in SUFFIXES:
-            raise ValueError(f"{printable(path)}: expected a folder or a file that ends in {', '.join(SUFFIXES)}")
+            raise ValueError(f"{printable(path)}: expected a folder or a file ending in {', '.join(SUFFIXES)}")
         for name in sorted(inside, key=lambda name: Path(name).parts):
             if _suffix(name) not in SUFFIXES:
                 others[printable(_suffix(name)) or "no suffix"] += 1
@@ -119,12 +119,12 @@ def _find_files(paths: Sequence[str | Path]) -> tuple[list[str], list[Skipped]]:
                 names.setdefault(os.path.realpath(name), name)
         if others:
             kinds = ", ".join(f"{kind} ({count})" for kind, count in sorted(others.items()))
-            skipped.append(Skipped(printable(path), None, f"{others.total()} files of other kinds ignored: {kinds}"))
+            skipped.append(Skipped(printable(path), None, f"{others.total()} files of other types ignored: {kinds}"))
     return list(names.values()), skipped
 
 
 def _read_pdf(pdf: PdfText) -> tuple[list[list[tuple]], dict[int, str]]:
-    """The sections of each page, here a text alone, and {page: what is wrong with it}."""
+    """The sections of each page (in PDF, a single text) and {page: what is wrong with it}."""
     if pdf.reason is not None:
         raise _Unreadable(pdf.reason)
     texts = clean_layout(pdf.pages, plain=pdf.plain)
@@ -134,7 +134,7 @@ def _read_pdf(pdf: PdfText) -> tuple[list[list[tuple]], dict[int, str]]:
 
 
 def _read_text_file(name: str) -> list[list[tuple]]:
-    """The sections of each page: (text, headings) in Markdown, else a text alone."""
+    """The sections of each page: (text, headings) in Markdown, else one (text,)."""
     try:
         text = read_text(name)
     except ValueError as error:
@@ -149,8 +149,8 @@ def _read_text_file(name: str) -> list[list[tuple]]:
 
 
 def split_sections(pages: Sequence[str]) -> list[list[tuple[str, tuple[str, ...]]]]:
-    """Returns the (text, headings) of the sections of each page; the headings go on from page to page.
-    A section begins with its heading line. A heading that another one follows at once is in that one's section."""
+    """Returns the sections of each page as (text, headings); headings carry over from page to page.
+    A section begins with its heading line. A heading directly followed by another is part of that one's section."""
     path: list[tuple[int, str]] = []
     result = []
     for page in pages:
@@ -168,7 +168,7 @@ def split_sections(pages: Sequence[str]) -> list[list[tuple[str, tuple[str, ...]
 
 
 def strip_html(text: str) -> str:
-    """Removes tags and comments and decodes entities, except in code. Only names of HTML are tags: `<size>` stays."""
+    """Removes tags and comments and decodes entities, except in code. Only HTML elements are tags: `<size>` stays."""
     parts, end = [], 0
     for start, stop in [*(code.span() for code in CODE.finditer(text)), (len(text), len(text))]:
         outside = HTML.sub(lambda tag: " " if tag["block"] else "", text[end:start])
@@ -178,7 +178,7 @@ def strip_html(text: str) -> str:
 
 
 def _blocks(text: str) -> Iterator[tuple[str, int, str]]:
-    """Yields (text, level, title) of each line, fenced code block and heading; level 0: no heading."""
+    """Yields (text, level, title) for each heading, fenced code block and other line; level 0: not a heading."""
     blocks = [(match[0], bool(match["fence"])) for match in BLOCK.finditer(text)]
     before, i = "", 0
     while i < len(blocks):
@@ -198,8 +198,8 @@ def _blocks(text: str) -> Iterator[tuple[str, int, str]]:
 
 
 def drop_repeated_lines(pages: Sequence[Page]) -> tuple[list[Page], dict[str, int]]:
-    """Drops page numbers and all but the first of the headers and footers that repeat in a file (`repeated_lines`).
-    Returns (pages, {line with "#" for each number: how many were dropped}), the most frequent first."""
+    """Drops page numbers, and all but the first of each repeated header or footer in a file (`repeated_lines`).
+    Returns (pages, {line with "#" for each number: times dropped}), most frequent first."""
     texts = [page.text for page in pages]
     by_file: dict[str, list[int]] = {}
     for row, page in enumerate(pages):

@@ -1,6 +1,6 @@
-"""Reads the text of every page of PDF files, in processes that run pdf_page.py.
+"""Extracts the text of every page of PDF files, in subprocesses that run pdf_page.py.
 
-A damaged page that never finishes, eats the memory or crashes the interpreter costs that page alone.
+A damaged page that hangs, exhausts the memory or crashes the interpreter loses only that page.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from typing import Any
 
 from ..progress import progress_bar
 
-BLOCK_PAGES = 16  # that a process reads before it takes the next block; starting one takes as long
+BLOCK_PAGES = 16  # a process reads these before taking the next block; starting it takes as long
 SCRIPT = [sys.executable, str(Path(__file__).with_name("pdf_page.py"))]
 
 
@@ -26,14 +26,14 @@ SCRIPT = [sys.executable, str(Path(__file__).with_name("pdf_page.py"))]
 class PdfText:
     """The text of one file."""
 
-    pages: list[str] = field(default_factory=list)  # in order, "" for one without text
-    failures: dict[int, str] = field(default_factory=dict)  # {page, from 1: what is wrong with it}
+    pages: list[str] = field(default_factory=list)  # in order, "" for a page without text
+    failures: dict[int, str] = field(default_factory=dict)  # {page number from 1: what is wrong with it}
     reason: str | None = None  # why the whole file cannot be read
     plain: set[int] = field(default_factory=set)  # pages read without layout (see pdf_page.py)
 
 
 def read_pdfs(paths: Sequence[str | Path], *, processes: int | None = None, page_seconds=30.0) -> list[PdfText]:
-    """Reads PDF files, several pages at a time, into one `PdfText` each; never raises for what is wrong with a file."""
+    """Reads PDF files, several pages in parallel, into one `PdfText` each, which records errors instead of raising."""
     processes = (os.cpu_count() or 1) if processes is None else processes
     if processes < 1:
         raise ValueError(f"processes is {processes}, expected at least 1")
@@ -62,7 +62,7 @@ def read_pdfs(paths: Sequence[str | Path], *, processes: int | None = None, page
         bar.total = sum(len(text.pages) for text in texts)  # known once the first block of each file is read
         rest = [(row, i) for row, text in enumerate(texts) for i in range(BLOCK_PAGES, len(text.pages), BLOCK_PAGES)]
         list(pool.map(lambda block: read(*block), rest))
-    finally:  # after an interrupt, threads still wait for their processes
+    finally:  # after an interrupt, threads are still waiting for their processes
         for reader in readers:
             reader.kill()
         pool.shutdown(cancel_futures=True)
@@ -73,14 +73,14 @@ def read_pdfs(paths: Sequence[str | Path], *, processes: int | None = None, page
 
 
 class _Reader:
-    """One process that reads pages, started when it is first needed and again after it has died."""
+    """A process that reads pages, started on first use and restarted after it dies."""
 
     def __init__(self, page_seconds: float) -> None:
         self.page_seconds, self.process, self.is_killed = page_seconds, None, False
 
     def ask(self, path: str, i: int | None) -> dict[str, Any]:
-        """The reply for page `i` from 0, or the number of pages for None; an error when it dies or takes too long."""
-        if self.process is None:  # what pypdf logs goes nowhere; replies say what is wrong
+        """The reply for page `i` (from 0) or, for None, the page count; an error if the process dies or times out."""
+        if self.process is None:  # discards pypdf's log; replies report problems
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
             self.process = subprocess.Popen(SCRIPT, **pipes, encoding="ascii")
         if self.is_killed:
@@ -100,16 +100,16 @@ class _Reader:
         if time.monotonic() - begin >= self.page_seconds:
             return {"error": f"took longer than {self.page_seconds:g} seconds"}
         died = f"signal {-status}" if status < 0 else f"exit status {status}"
-        return {"error": f"the process that read it died ({died})"}
+        return {"error": f"the process reading it died ({died})"}
 
     def kill(self) -> None:
-        """Ends the process, at work or not, for good."""
+        """Ends the process for good, even while it is reading."""
         self.is_killed = True
         if process := self.process:
             process.kill()
 
     def close(self) -> int | None:
-        """Closes the pipes of the process, waits for its end and returns its exit status."""
+        """Closes the pipes, waits for the process to exit and returns its exit status."""
         process, self.process = self.process, None
         if process:
             process.communicate()

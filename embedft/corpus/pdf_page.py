@@ -1,8 +1,8 @@
-"""Reads the text of PDF pages with pypdf. Run as a script by pdf.py; imports the standard library and pypdf alone.
+"""Extracts the text of PDF pages with pypdf. pdf.py runs this as a script; it imports only pypdf and the stdlib.
 
-pypdf's layout mode puts text where the page shows it, blanks and gaps of tables included, and keeps words whole that
-the plain mode breaks. The plain mode keeps the order of drawing, which for columns, rotated text and right-to-left
-scripts is the reading order. The layout is taken unless it shows that it went wrong.
+pypdf's layout mode places text as on the page, including spaces and gaps in tables, and keeps words whole that plain
+mode breaks. Plain mode keeps the drawing order, which is the reading order for columns, rotated text and
+right-to-left scripts. The layout is used unless there are signs that it went wrong.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ from typing import Any
 FAILURES = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError)
 FAILURES += (RuntimeError, TypeError, ValueError, struct.error, zlib.error)
 LINE_SHARE = 0.7  # baselines closer than this share of the font's height are one line
-# Names and numbers of glyphs, left in place of characters that the font does not identify.
+# Glyph names and numbers that stand in for characters that the font does not identify.
 GLYPH_CODES = re.compile(r"/(?:g|G|C|c|cid|glyph|uni[0-9A-F]|[A-Z])\d+(?![\w.])|\(cid:\d+\)")
-UNREADABLE = "its text is unreadable: its fonts do not say which characters they draw (it needs OCR)"
-INCOMPLETE = "part of its text is missing or unreadable: a font does not say which characters it draws"
+UNREADABLE = "its text is unreadable: its fonts do not map glyphs to characters (it needs OCR)"
+INCOMPLETE = "part of its text is missing or unreadable: a font does not map glyphs to characters"
 
 
 def open_pdf(path: str) -> Any:
@@ -41,7 +41,7 @@ def open_pdf(path: str) -> Any:
     try:
         reader = PdfReader(path)
         for page in reader.pages[:1]:
-            page.get_contents()  # fails when the encryption cannot be undone
+            page.get_contents()  # fails if the file cannot be decrypted
     except FileNotDecryptedError:
         raise ValueError("is encrypted: it needs a password") from None
     except DependencyError:
@@ -54,7 +54,7 @@ def open_pdf(path: str) -> Any:
 
 
 def read_page(reader: Any, i: int, log: list[str]) -> dict[str, Any]:
-    """The reply for page `i` from 0: its text, whether it is plain, and what is wrong with it. `log`: of pypdf."""
+    """The reply for page `i` (from 0): text, whether it is plain, and any problem. `log` gets pypdf's messages."""
     from pypdf.errors import PyPdfError
 
     log.clear()
@@ -79,13 +79,13 @@ def read_page(reader: Any, i: int, log: list[str]) -> dict[str, Any]:
 
 
 def is_scrambled(layout: str, plain: str, log: list[str], page: Any) -> bool:
-    """Whether the layout of a page lost the reading order, the blanks between words or some of the text."""
+    """Whether layout mode lost a page's reading order, spaces between words or part of its text."""
     if any(word in message for message in log for word in ("degraded", "incomplete")):  # rotated text, odd fonts
         return True
-    # The layout mode passes over forms, content streams that the page draws by reference.
+    # Layout mode skips forms, content streams that the page draws by reference.
     objects = page
     for key in ("/Resources", "/XObject"):
-        objects = objects[key] if key in objects else {}  # noqa: SIM401 (pypdf's `get` follows no reference)
+        objects = objects[key] if key in objects else {}  # noqa: SIM401 (pypdf's `get` does not follow references)
     has_forms = any(objects[name].get("/Subtype") == "/Form" for name in objects)
     if has_forms and len("".join(plain.split())) > len("".join(layout.split())):
         return True
@@ -95,16 +95,16 @@ def is_scrambled(layout: str, plain: str, log: list[str], page: Any) -> bool:
     broken, num_breaks = broken_lines(layout, plain, least=20)
     if broken > max(2, 0.1 * num_breaks):
         return True
-    # Columns of an index or an address have shorter lines; so do the cells of a table's heading, but not as many.
+    # Columns of an index or an address have shorter lines; so do table headings, but fewer of them.
     broken, num_breaks = broken_lines(layout, plain, least=3)
     glued, num_words = glued_words(layout, plain)
     return broken > max(11, 0.5 * num_breaks) or glued > max(2, 0.01 * num_words)
 
 
 def broken_lines(layout: str, plain: str, *, least: int) -> tuple[int, int]:
-    """Counts breaks of `plain` between lines of `least` letters or more that `layout` reads otherwise, and all of them.
-    Columns side by side break nearly all; no page of two 10-K filings has more than 2 of 20 letters. Only letters are
-    compared, since numbers of a table may stand between the lines of a label."""
+    """Counts the line breaks of `plain` that `layout` contradicts, and all, between lines of at least `least` letters.
+    Side-by-side columns break nearly all; no page of two 10-K filings has more than 2 at 20 letters. Only letters are
+    compared, since table cells may appear between the lines of a label."""
     whole, *lines = ("".join(filter(str.isalpha, text)) for text in (layout, *plain.split("\n")))
     pairs = pairwise(line for line in lines if line)
     breaks = [first[-20:] + second[:20] for first, second in pairs if min(len(first), len(second)) >= least]
@@ -112,7 +112,7 @@ def broken_lines(layout: str, plain: str, *, least: int) -> tuple[int, int]:
 
 
 def glued_words(layout: str, plain: str) -> tuple[int, int]:
-    """Counts pairs of words of `plain` that `layout` writes as one, though it has both elsewhere, and all words."""
+    """Counts word pairs of `plain` that `layout` writes as one word though it has both elsewhere, and all words."""
     words, plain_words = set(layout.split()), plain.split()
     new = words.difference(plain_words)
     pairs = (pair for line in plain.split("\n") for pair in pairwise(line.split()) if "".join(pair) in new)
@@ -132,9 +132,9 @@ def one_line(error: BaseException) -> str:
 
 
 def keep_lines_apart() -> None:
-    """Makes pypdf, in this process, put less on one line of the layout.
-    It merges baselines closer than the font's height, as those of text set solid are (pypdf 6.0 to 7.1, page 224 of
-    Lyft's 10-K of 2021). 0.7 of the height separates such lines and leaves footnote marks in theirs."""
+    """Patches pypdf, in this process, to merge fewer baselines into one line of the layout.
+    It merges baselines closer than the font's height, which joins tightly set lines (pypdf 6.0 to 7.1, page 224 of
+    Lyft's 10-K of 2021). 0.7 of the height separates such lines but keeps footnote marks on theirs."""
     from pypdf._text_extraction import _layout_mode as layout
 
     merge_lines = layout.y_coordinate_groups
@@ -153,7 +153,7 @@ def keep_lines_apart() -> None:
 
 
 def parse_once() -> None:
-    """Makes pypdf, in this process, parse a page once for both modes: parsing takes most of the time of either."""
+    """Patches pypdf, in this process, to parse a page once for both modes, since parsing dominates their time."""
     from pypdf.generic import ContentStream
 
     parse, last = ContentStream._parse_content_stream, (None, [])
@@ -170,7 +170,7 @@ def parse_once() -> None:
 
 
 def serve() -> None:
-    """Replies with a line of JSON to each line [path, i]: with page `i` from 0, or the number of pages for None."""
+    """Answers each JSON line [path, i] with a JSON line: page `i` (from 0) or, for null, the number of pages."""
     from pypdf.errors import PyPdfError
 
     log: list[str] = []
@@ -178,7 +178,7 @@ def serve() -> None:
     handler.emit = lambda record: log.append(record.getMessage())
     logging.getLogger("pypdf").addHandler(handler)
     for change in (keep_lines_apart, parse_once):
-        with contextlib.suppress(ImportError, AttributeError):  # no public places: another version reads as it does
+        with contextlib.suppress(ImportError, AttributeError):  # private: other versions stay unpatched
             change()
     path, reader = None, None
     for line in sys.stdin:
@@ -190,9 +190,9 @@ def serve() -> None:
             reply = {"num_pages": len(reader.pages)} if i is None else read_page(reader, i, log)
         except (PyPdfError, *FAILURES) as error:
             reply = {"error": str(error) if reader is None else f"cannot be read ({one_line(error)})"}
-        print(json.dumps(reply), flush=True)  # in ASCII: a page may hold half of a surrogate pair
+        print(json.dumps(reply), flush=True)  # in ASCII: a page may contain a lone surrogate
 
 
 if __name__ == "__main__":
-    del sys.path[0]  # this file's folder, whose modules must not pass for packages that pypdf imports
+    del sys.path[0]  # this folder, whose modules could shadow packages that pypdf imports
     serve()

@@ -1,8 +1,8 @@
-"""What a language model is asked, how its reply is read, and which lines ask (in English).
+"""Builds prompts for a language model, parses its replies, and recognizes (English) questions.
 
     questions = parse_reply(reply_to(fill_template(TEMPLATE, text=chunk.text, num_questions=2)), 2)
 
-Not here: sending (questions.py), judging whether a question is good (cleaning.py).
+Not here: sending requests (questions.py), filtering bad questions (cleaning.py).
 """
 
 import contextlib
@@ -30,11 +30,11 @@ PROPERTIES = {"questions": {"type": "array", "items": {"type": "string"}}}
 SCHEMA = {"type": "object", "properties": PROPERTIES, "required": [*PROPERTIES], "additionalProperties": False}
 RESPONSE_FORMAT = {"type": "json_schema", "json_schema": {"name": "questions", "strict": True, "schema": SCHEMA}}
 
-# Everything before the last of these is thought, or the header of a role.
+# Everything before the last match is reasoning or a role header.
 END_OF_THOUGHT = re.compile(r"""(?ix)
     </(?:\w+:)?(?:think|thinking|thoughts?|reason|reasoning|reflection|analysis|scratchpad)\s*> | \[/THINK\] | ◁/think▷
     | <\|(?:message|end_header_id|end\w*_(?:thought|thinking))\|>""")
-# Everything behind the first of these is a thought that never ends, or markup that a server left in.
+# Everything after the first match is unfinished reasoning or leftover markup.
 END_OF_REPLY = re.compile(r"""(?ix)
     <(?:\w+:)?(?:think|thinking|reasoning|analysis)\s*> | \[THINK\] | ◁think▷
     | <\|(?:start|begin)\w*_(?:thought|thinking)\|> | (?<=\S)\s*<\|\w+\|>""")
@@ -60,7 +60,7 @@ AUXILIARY = r"(?:is|are|was|were|do|does|did|can|could|will|would|should|shall|h
 INTERROGATIVE = rf"""(?: (?:what|why|who|whose|whom|which|how)\b | (?:when|where)\s+{AUXILIARY}\b
     | (?:in|on|at|to|for|from|by|under|with|of|during|through)\s+(?:what|which|whose|whom)\b
     | {AUXILIARY}\s+(?!not\b)\w )"""
-# The second group are nouns and adjectives too ("List of subsidiaries", "State law"): what follows decides.
+# Words of the second group can also be nouns or adjectives ("List of subsidiaries", "State law"): what follows decides.
 IMPERATIVE = r"""(?: (?:explain|discuss|describe|define|compare|identify|calculate|compute|analy[sz]e|summari[sz]e|
         evaluate|assess|illustrate|elaborate|enumerate|clarify|distinguish|differentiate|justify|interpret)\b
     | (?:list|name|outline|provide|give|tell|state|show|find|mention|specify|determine|estimate|highlight|examine|
@@ -74,16 +74,16 @@ ASKS = re.compile(rf"""(?ix) (?:^|[.!;:]["'”)]*\s+) (?:please\s+)? (?: {INTERR
 
 
 def fill_template(template: str, *, text: str, num_questions: int) -> str:
-    """The prompt for a passage: {text} and {num_questions} filled in, every other brace as it stands."""
+    """Fills {text} and {num_questions} into a prompt template; other braces stay. `ValueError`: it lacks {text}."""
     if "{text}" not in template:
-        raise ValueError("the prompt template has no {text}, which is where the chunk goes")
+        raise ValueError("the prompt template has no {text} placeholder for the chunk")
     values = {"text": text, "num_questions": str(num_questions)}
-    # In one pass, so that what the passage itself says in braces stays as it is.
+    # In one pass, so that braces in the passage itself are not replaced.
     return re.sub(r"\{(text|num_questions)\}", lambda match: values[match[1]], template)
 
 
 def message_text(content: Any) -> str:
-    """The text of a chat message; of a list of parts those of type "text", without thinking, images and the like."""
+    """The text of a chat message; from a list of parts, those of type "text", without thinking, images and the like."""
     if isinstance(content, str):
         return content
     parts = [part for part in content or () if isinstance(part, dict) and part.get("type", "text") == "text"]
@@ -91,11 +91,11 @@ def message_text(content: Any) -> str:
 
 
 def parse_reply(text: str, num_questions: int) -> list[str]:
-    """The first `num_questions` distinct questions of a reply, or as many as it has; raises `ValueError` without any.
+    """Returns up to `num_questions` distinct questions from a reply; raises `ValueError` if there are none.
 
-    Thoughts are dropped: what is before a closing tag such as </think>, or behind an opening one. Of JSON, the strings
-    under "questions" count, else those that ask; of broken JSON, whole strings that ask. Without JSON, lines count that
-    ask and are no preamble ("Here are two questions:") or answer ("A1: ..."), without numbering, bullets and quotes.
+    Drops reasoning: everything before a closing tag such as </think>, or after an opening one. In JSON, questions are
+    the strings under "questions", else those that ask; in broken JSON, complete strings that ask; elsewhere, lines that
+    ask, without numbering, bullets and quotes, but no preambles ("Here are two questions:") or answers ("A1: ...").
     """
     text = _without_thoughts(text.strip("\ufeff \n"))
     found = _first_distinct(_json_questions(text, num_questions), num_questions)
@@ -109,11 +109,11 @@ def parse_reply(text: str, num_questions: int) -> list[str]:
 
 
 def _first_distinct(lines: Iterable[str], num_questions: int) -> list[str]:
-    """The first questions among `lines`, which are read no further than that: a reply may have 400,000."""
+    """The first `num_questions` questions among `lines`, read only that far: a reply may have 400,000 lines."""
     distinct: dict[str, str] = {}
     for line in lines:
         question = strip_numbering(line) if len(line) <= MAX_CHARACTERS else ""
-        is_whole = not any("\ud800" <= character <= "\udfff" for character in question)  # no half of a surrogate pair
+        is_whole = not any("\ud800" <= character <= "\udfff" for character in question)  # no lone surrogate
         if is_whole and any(map(str.isalnum, question)) and not NO_QUESTION.fullmatch(question):
             distinct.setdefault(question.casefold(), question)
         if len(distinct) == num_questions:
@@ -122,7 +122,7 @@ def _first_distinct(lines: Iterable[str], num_questions: int) -> list[str]:
 
 
 def asks(text: str) -> bool:
-    """Whether a text has a question mark, or a sentence that asks or tells to ("In the context of x, explain y")."""
+    """Whether a text has a question mark, or a sentence that asks or instructs ("In the context of x, explain y")."""
     has_letter = any(map(str.isalpha, text))
     return has_letter and bool(QUESTION_MARK.search(text) or (not text.endswith(":") and ASKS.search(text)))
 
@@ -130,13 +130,13 @@ def asks(text: str) -> bool:
 def _without_thoughts(text: str) -> str:
     with contextlib.suppress(ValueError, RecursionError):
         json.loads(text)
-        return text  # JSON as a whole, whatever its questions mention
+        return text  # valid JSON, whatever tags its questions mention
     answer = ROLE.sub("", END_OF_THOUGHT.split(text)[-1].lstrip())
     return END_OF_REPLY.split(answer, maxsplit=1)[0]
 
 
 def _asking_lines(text: str) -> Iterator[str]:
-    """The lines that ask and are no preamble; equal ones once."""
+    """The distinct lines that ask and are not a preamble."""
     for line in map(str.strip, dict.fromkeys(text.splitlines())):
         if len(line) <= MAX_CHARACTERS and not line.rstrip("*_ ").endswith(":") and not PREAMBLE.fullmatch(line):
             stripped = strip_numbering(line)
@@ -145,7 +145,7 @@ def _asking_lines(text: str) -> Iterator[str]:
 
 
 def _json_questions(text: str, num_questions: int, *, max_attempts: int = 1_000) -> list[str]:
-    """The strings of the last JSON value with enough questions, else those of all; of broken JSON, what asks."""
+    """The questions of the last JSON value that has enough, else of all; in broken JSON, strings that ask."""
     values, position = [], 0
     for _ in range(max_attempts):
         start = JSON_START.search(text, position)
@@ -180,7 +180,7 @@ def _strings(value: Any, is_listed: bool = False) -> Iterator[tuple[str, bool]]:
 
 
 def strip_numbering(line: str, *, max_layers: int = 8) -> str:
-    """Strips numbering, bullets, and bold marks and quotes around the whole of a line, and collapses its blanks."""
+    """Strips numbering, bullets, and bold marks or quotes around a whole line, and collapses whitespace."""
     line = " ".join(line.split())
     for _ in range(max_layers):
         before = line
@@ -190,7 +190,7 @@ def strip_numbering(line: str, *, max_layers: int = 8) -> str:
             if inside and line.startswith(opening) and line.endswith(closing):
                 line = line if opening in inside or closing in inside else inside.strip()
         bold = line.startswith("**")
-        # "**1.** What" and "**Question 1: What**": the numbering goes, and with it the mark that opened before it.
+        # "**1.** What" and "**Question 1: What**": strips the numbering together with the bold mark before it.
         if match := NUMBERING.match(line, 2 if bold else 0):
             rest = line[match.end() :].strip()
             line = rest.removesuffix("**") if bold and not match[0].endswith("**") else rest

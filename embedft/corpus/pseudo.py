@@ -1,10 +1,10 @@
-"""Questions without an LLM: a sentence of a chunk asks for the chunk, a heading or summary for what follows it.
+"""Questions without an LLM: a chunk's sentence, heading or docstring summary is the query for the rest of it.
 
     dataset = inverse_cloze(chunks, seed=0)
     dataset = titles(chunks)
     train, held_out = docstring_datasets(num_train=2_000, num_held_out=1_000, seed=0, packages=["numpy", "stdlib"])
 
-Packages are read with `ast`, not imported. Not here: tests, `.pyi` and C files, nested functions, computed docstrings.
+Packages are parsed, not imported. Not read: tests, `.pyi` and C files, nested functions, computed docstrings.
 """
 
 import ast
@@ -31,18 +31,18 @@ from .splits import COPIED_SHARE, shingles, words
 MIN_DOCUMENT_WORDS = 20
 SENTENCE_WORDS, MAX_HEADING_WORDS = range(5, 61), 12
 WHOLE_SENTENCE = re.compile(r"""["'“‘(\[]*[^\W\d_a-z].*[.!?]["'”’)\]]*""")
-# A first line that ends like this is a sentence, or goes on in the next line; one with amounts is a row of a table.
+# A first line that ends like this is a sentence or continues on the next line; one with amounts is a table row.
 UNFINISHED = re.compile(r"(?:[.!?:;,—–-]|\b(?i:an?|and|as|at|by|for|from|in|of|on|or|our|that|the|to|which|with))$")
 AMOUNTS = re.compile(r"[$€£]|\d,\d{3}|\d[\d.%)]*\s+\(?[\d.,%)]+$")
 
 
 def inverse_cloze(chunks: Sequence[Chunk], *, seed: int, keep_share: float = 0.1) -> RetrievalDataset:
-    """Makes one sentence of each chunk its query ("ID/q") and, for most chunks, removes it from the chunk.
+    """Turns one sentence of each chunk into its query ("ID/q") and, for most chunks, removes it from the chunk.
 
-    It follows from the seed, the chunk's id and its text, not from chunks that share no sentence with it. A sentence
-    qualifies if it is whole, begins with a capital, has 5 to 60 words, more than half of them of letters alone, occurs
-    once in this chunk and in no other, and leaves at least 20 words; a chunk may have none. `keep_share` of the chunks
-    keep it: 0.1 as in the paper for training, 0 for validation.
+    The choice depends on the seed and the chunk's id and text, not on chunks that share no sentence with it. A sentence
+    qualifies if it is complete, begins with a capital, has 5 to 60 words (more than half of them all letters), occurs
+    once in its chunk and in no other, and leaves at least 20 words; a chunk may have none. A fraction `keep_share` of
+    the chunks keeps its sentence: 0.1 for training, as in the paper, and 0 for validation.
 
     Source: Lee et al. 2019, "Latent Retrieval for Weakly Supervised Open Domain Question Answering", section 4.
     """
@@ -60,39 +60,39 @@ def inverse_cloze(chunks: Sequence[Chunk], *, seed: int, keep_share: float = 0.1
 
 
 def titles(chunks: Sequence[Chunk]) -> RetrievalDataset:
-    """Makes the heading with which a chunk begins its query ("ID/q"), and the rest its document.
+    """Turns the heading at the start of a chunk into its query ("ID/q"), and the rest into the document.
 
-    A heading is a first line of up to 12 words, more than half of them of letters alone, that does not begin with a
-    small letter (unless after Markdown's "#"), does not end like a sentence or in the middle of one, has no amounts of
-    a table, and is that of no other chunk. At least 20 words follow, a whole sentence among them.
+    A heading is a first line of up to 12 words, more than half of them all letters. It begins with no lower-case letter
+    (except after Markdown's "#"), does not end like a sentence or in the middle of one, contains no table amounts, and
+    heads no other chunk. At least 20 words must follow, with a complete sentence among them.
     """
     pairs = {chunk.id: pair for chunk in chunks if (pair := _heading_pair(chunk.text))}
     keys = {id: " ".join(words(heading)) for id, (heading, _) in pairs.items()}
     counts = Counter(keys.values())
-    return _dataset(chunks, {id: pair for id, pair in pairs.items() if counts[keys[id]] == 1}, "heading of its own")
+    return _dataset(chunks, {id: pair for id, pair in pairs.items() if counts[keys[id]] == 1}, "unique heading")
 
 
 def _dataset(chunks: Sequence[Chunk], found: Mapping[str, tuple[str, str]], what: str) -> RetrievalDataset:
     check_distinct([chunk.id for chunk in chunks], "chunk id")
     if not found:
-        raise ValueError(f"none of {len(chunks):,} chunks has a {what} to ask with and enough text besides")
+        raise ValueError(f"none of {len(chunks):,} chunks has a {what} to use as a query and enough other text")
     return pair_dataset({chunk.id: found.get(chunk.id, (None, chunk.text)) for chunk in chunks})
 
 
 def pair_dataset(pairs: Mapping[str, tuple[str | None, str]]) -> RetrievalDataset:
-    """The dataset of {id: (query, document)}; query None: a document that nobody asks for. Query ids are "ID/q"."""
+    """The dataset of {id: (query, document)}; a document may have no query (None). Query ids are "ID/q"."""
     queries = {f"{id}/q": query for id, (query, _) in pairs.items() if query is not None}
     qrels = {query_id: {query_id.removesuffix("/q"): 1} for query_id in queries}
     return RetrievalDataset(queries, {id: document for id, (_, document) in pairs.items()}, qrels)
 
 
 def _sentences(text: str) -> list[tuple[str, int, int]]:
-    """(sentence on one line, its start, its stop) for all of a text."""
+    """(sentence on one line, its start, its stop) for each sentence of a text."""
     return [(" ".join(text[start:stop].split()), start, stop) for start, stop in sentence_spans(text)]
 
 
 def _sentence_pairs(text: str) -> Iterator[tuple[str, str]]:
-    """(sentence on one line, text without it) for each sentence of a chunk that qualifies by itself."""
+    """(sentence on one line, text without it) for each sentence of a chunk that qualifies on its own."""
     on_one_line = " ".join(text.split())
     for sentence, start, stop in _sentences(text):
         before, after = text[:start].rstrip(), text[stop:].lstrip()
@@ -103,7 +103,7 @@ def _sentence_pairs(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _heading_pair(text: str) -> tuple[str, str] | None:
-    """(heading, what follows it) of a chunk that begins with a heading."""
+    """(heading, rest) of a chunk that begins with a heading, else None."""
     first, _, rest = text.strip().partition("\n")
     heading, rest = " ".join(re.sub(r"^#+\s|\s#+\s*$", "", first).split()), rest.strip()
     is_heading = (
@@ -123,7 +123,7 @@ def _is_sentence(text: str) -> bool:
 
 
 def _mostly_words(text: str) -> bool:
-    """Whether more than half of a line's words are of letters alone, and it is no row of a Markdown table."""
+    """Whether more than half of a line's words are all letters, and it is not a Markdown table row."""
     of_letters = [re.sub(r"^\W+|\W+$|['’-]", "", part).isalpha() for part in text.split()]
     return 2 * sum(of_letters) > len(of_letters) and "|" not in text
 
@@ -134,10 +134,10 @@ PACKAGES = ("torch", "numpy", "stdlib")
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 SKIPPED_FOLDERS = {"test", "tests", "testing", "idle_test", "lib2to3", "site-packages", "dist-packages"}
 SUMMARY_WORDS = range(4, 61)
-# What may come before the summary: blank lines, signatures, directives with the indented lines that belong to them.
+# What may come before the summary: blank lines, signatures, directives with their indented lines.
 PREAMBLE = re.compile(r"""(?x) (?: \ *\n | --\n | \.\.\ .* (?:\n(?:\ .*)?)*
     | [\w.]+\ ?\( (?:[^()]|\([^()]*\))* \) (?:\ *[-=]>.{1,40})? (?:\ *\#.*)? \n )*""")
-# Lines that are not prose: they end the paragraph of the summary; a docstring that begins with one has none.
+# Lines that are not prose: they end the summary's paragraph; a docstring that begins with one has no summary.
 NOT_PROSE = r"""\s* (?: $ | \.\.\  | >>> | \| | [-=~^*\#+]{3} | [-*+\#]+\  | \(?\d+[.)]\  | @\w
                       | :\w+[^:`\n]*:(?!`)                        # :param x:, but not :func:`x`
                       | [A-Z]\w*(?:\ \w+)?::?\ *$                 # Example:
@@ -152,16 +152,16 @@ ROLE = re.compile(r":[\w:.+-]+:`")
 LITERAL = re.compile(r"`+~?([^`<]*[^`<\s])(?:\s*<[^`<>]*>)?`+_{0,2}")  # `x`, ``x``, `~x.y`, `text <target>`_
 EMPHASIS = re.compile(r"(?<![\w*])(\*{1,2})([^*\s](?:[^*]*[^*\s])?)\1(?![\w*])")
 
-# The first sentence of a docstring, the rest of it, and the dotted names of its file and of what it documents.
+# The first sentence of a docstring, the rest, and the dotted names of its module and of what it documents.
 DocstringPair = namedtuple("DocstringPair", "query document module name")
 
 
 def docstring_pairs(packages: Sequence[str] = PACKAGES) -> list[DocstringPair]:
-    """Reads the usable docstrings of installed packages, in the order of packages, files and lines.
+    """Reads the usable docstrings of installed packages, ordered by package, file and line.
 
-    Left out are summaries shorter than 4 words or longer than 60, or that do not read as a sentence (no capital, a
-    colon at the end); documents under 20 words; near-copies of longer documents, so that a split cannot separate them;
-    and summaries that several documents share. Files that do not parse are left out with a warning that counts them.
+    Skips summaries with fewer than 4 or more than 60 words, or that do not read as a sentence (no capital, a colon at
+    the end); documents under 20 words; near-copies of longer documents, so that a split cannot separate them; and
+    summaries that several documents share. Files that do not parse are skipped, with a warning that counts them.
     """
     pairs = _read_pairs([file for package in packages for file in _python_files(package)])
     own = [shingles(ROLE.sub(" ", pair.document)) for pair in pairs]
@@ -180,9 +180,9 @@ def docstring_datasets(
 ) -> tuple[RetrievalDataset, RetrievalDataset]:
     """Makes two datasets of docstring pairs, (train, held out), that have no module in common.
 
-    Modules are assigned in random order, each to the side that is further from its number; the pairs of a side are
-    then drawn from its modules, or are all it has. Document ids are names ("json.loads", "#2" behind the second of a
-    name), query ids the same with "/q". "stdlib" is a package too.
+    Modules are assigned in random order, each to the side with the smaller fraction of its target so far; each side
+    then draws its pairs at random, or takes all if it has fewer. Document ids are names ("json.loads", with "#2" for
+    the second of a name), query ids the same with "/q". "stdlib" counts as a package.
     """
     wanted = [num_train, num_held_out]
     if min(wanted) < 1:
@@ -207,7 +207,7 @@ def docstring_datasets(
 
 
 def split_docstring(docstring: str) -> tuple[str, str] | None:
-    """(summary sentence, rest) of a dedented docstring; None when no sentence of prose comes first."""
+    """(summary sentence, rest) of a dedented docstring; None unless it begins with a sentence of prose."""
     start = PREAMBLE.match(docstring).end()
     paragraph = PROSE.match(docstring, start)
     if paragraph is None:
@@ -221,7 +221,7 @@ def split_docstring(docstring: str) -> tuple[str, str] | None:
 
 
 def _remove_repetitions(summary: str, body: str, *, repeated_share: float = 0.8) -> str:
-    """`body` without the sentences and paragraphs that say little more than `summary`; the layout stays."""
+    """`body` without sentences and paragraphs that mostly repeat `summary`; the layout stays."""
     summary_words = set(words(summary))
 
     def repeats(piece: str) -> bool:
@@ -234,11 +234,11 @@ def _remove_repetitions(summary: str, body: str, *, repeated_share: float = 0.8)
 
 
 def _python_files(package: str) -> list[tuple[str, Path]]:
-    """(module name, path) of the files of a package, folder by folder, sorted."""
+    """(module name, path) of a package's files, sorted folder by folder."""
     prefix, roots = [package], []
     if package == "stdlib":
         prefix, roots = [], [sysconfig.get_path("stdlib")]
-    elif package.isidentifier() and (spec := importlib.util.find_spec(package)):  # which imports nothing
+    elif package.isidentifier() and (spec := importlib.util.find_spec(package)):  # imports nothing
         roots = spec.submodule_search_locations
     if not roots:
         raise ValueError(f"'{package}' is not an installed top-level package ('stdlib' names the standard library)")
@@ -254,7 +254,7 @@ def _python_files(package: str) -> list[tuple[str, Path]]:
 
 def _read_pairs(files: Sequence[tuple[str, Path]]) -> list[DocstringPair]:
     pairs, broken, collects = [], [], gc.isenabled()
-    gc.disable()  # it walks the syntax trees again and again: 18 s instead of 9 s for torch (two cores, 2026-11-21)
+    gc.disable()  # it would keep walking the syntax trees: 18 s instead of 9 s for torch (two cores, 2026-11-21)
     try:
         with progress_bar(len(files), "reading docstrings", unit="file") as bar:
             for module, path in files:
@@ -267,7 +267,7 @@ def _read_pairs(files: Sequence[tuple[str, Path]]) -> list[DocstringPair]:
         if collects:
             gc.enable()
     if broken:
-        warnings.warn(f"left out {len(broken)} of {len(files)} files that do not parse: {broken[0]}", stacklevel=3)
+        warnings.warn(f"skipped {len(broken)} of {len(files)} files that do not parse: {broken[0]}", stacklevel=3)
     return pairs
 
 
@@ -286,7 +286,7 @@ def _pairs_of(source: bytes, module: str) -> Iterator[DocstringPair]:
 
 
 def _docstrings(tree: ast.Module, module: str) -> Iterator[tuple[str, str]]:
-    """(dotted name, dedented docstring) of all that a file defines, in the order of its lines."""
+    """(dotted name, dedented docstring) of everything a file defines, in line order."""
     stack: list[tuple[ast.AST, str]] = [(tree, module)]
     while stack:
         node, name = stack.pop()
@@ -302,7 +302,7 @@ def _docstrings(tree: ast.Module, module: str) -> Iterator[tuple[str, str]]:
 
 
 def _added_docstring(call: ast.expr, name: str) -> Iterator[tuple[str, str]]:
-    """The docstring of something written in C: add_docstr(torch.abs, "..."), add_newdoc("numpy", "abs", "...")."""
+    """The docstring of an object written in C: add_docstr(torch.abs, "..."), add_newdoc("numpy", "abs", "...")."""
     function = getattr(call, "func", None)
     function_name = getattr(function, "id", getattr(function, "attr", ""))
     if not function_name.lstrip("_").startswith(("add_docstr", "add_newdoc")):
@@ -315,7 +315,7 @@ def _added_docstring(call: ast.expr, name: str) -> Iterator[tuple[str, str]]:
 
 
 def _literal(node: ast.expr) -> str | None:
-    """The value of a string, of strings added up, and of "...".format(...) with its fields left empty; else None."""
+    """The value of a string, a sum of strings, or "...".format(...) with empty fields; anything else is None."""
     match node:
         case ast.Constant(value=str(text)):
             return text

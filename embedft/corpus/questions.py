@@ -1,4 +1,4 @@
-"""Questions by an LLM: every reply is saved when it arrives, and nothing is paid for twice.
+"""Questions written by an LLM; every reply is saved when it arrives, and nothing is paid for twice.
 
     outcome = write_questions(chunks, QuestionConfig("gpt-4o-mini"), folder="questions")
     dataset = question_dataset(chunks, outcome.questions)
@@ -27,33 +27,33 @@ from .chunks import Chunk
 from .prompts import RESPONSE_FORMAT, TEMPLATE, fill_template, message_text, parse_reply
 
 REPLIES, LEDGER, LOCK = "replies.jsonl", "ledger.jsonl", "lock"
-RECORD = {"request", "key", "status", "questions", "usage", "cost"}  # of a line of REPLIES: what is read back
-# OpenAI refuses the old name for its newer models; other servers know only that one.
+RECORD = {"request", "key", "status", "questions", "usage", "cost"}  # what is read back from a REPLIES line
+# OpenAI rejects "max_tokens" for newer models; other servers know no other name.
 LIMIT_NAMES = ("max_completion_tokens", "max_tokens")
-# Set by embedft: another value would change what is parsed, counted or paid for.
+# Set by embedft: other values would change what is parsed, counted or paid for.
 OWN_PARAMETERS = ("model", "messages", "n", "stream", "stream_options", "response_format", *LIMIT_NAMES)
-TOKENS_A_QUESTION = 32  # only for estimates: on a filing
-TEMPLATE_TOKENS = 128  # that a server's chat template adds; no byte of a prompt is more than one token
+TOKENS_A_QUESTION = 32  # measured on a filing; only for estimates
+TEMPLATE_TOKENS = 128  # added by a server's chat template; elsewhere a byte is at most one token
 
 
 @dataclass(frozen=True)
 class QuestionConfig:
-    """Which model is asked, how fast, and for how much. Raises `ValueError` for a value out of range."""
+    """The model, request rate and budget for questions. Raises `ValueError` for a value out of range."""
 
-    model: str = option("gpt-4o-mini", "the LLM, by the name its server knows")
+    model: str = option("gpt-4o-mini", "name of the LLM on its server")
     _: KW_ONLY
-    base_url: str | None = option(None, "of the server [OPENAI_BASE_URL, else api.openai.com]", metavar="URL")
+    base_url: str | None = option(None, "server address [OPENAI_BASE_URL, else api.openai.com]", metavar="URL")
     num_questions: int = option(2, "questions per chunk", least=1)
-    max_reply_tokens: int | None = option(None, "longest reply; reasoning models need more [128 per question]", least=1)
+    max_reply_tokens: int | None = option(None, "token limit; reasoning models need more [128 per question]", least=1)
     parameters: dict = option({}, "sent unchanged: temperature, seed, reasoning_effort, ...")
-    structured: Literal["auto", "schema", "lines"] = option("auto", "JSON by a schema, plain lines, or what works")
+    structured: Literal["auto", "schema", "lines"] = option("auto", "JSON schema, plain lines, or what works")
     concurrency: int = option(16, "requests in flight at once", least=1)
-    requests_per_minute: int | None = option(None, "most requests in 60 seconds", least=1)
-    tokens_per_minute: int | None = option(None, "most tokens in 60 seconds, by bytes and longest reply", least=1)
-    timeout_seconds: float = option(60.0, "limit for each reply", above=0)
-    max_attempts: int = option(6, "requests per chunk and run", least=1)
-    max_requests: int | None = option(None, "most requests, over all runs of the folder", least=1)
-    max_cost: float | None = option(None, "most money, over all runs of the folder", above=0)
+    requests_per_minute: int | None = option(None, "maximum in any 60 seconds", least=1)
+    tokens_per_minute: int | None = option(None, "maximum in any 60 seconds, by bytes and reply limit", least=1)
+    timeout_seconds: float = option(60.0, "timeout of each reply", above=0)
+    max_attempts: int = option(6, "maximum requests per chunk in one run", least=1)
+    max_requests: int | None = option(None, "maximum over all runs of the folder", least=1)
+    max_cost: float | None = option(None, "budget over all runs of the folder", above=0)
     price_in: float | None = option(None, "price per million prompt tokens", least=0)
     price_out: float | None = option(None, "price per million reply tokens", least=0)
 
@@ -75,7 +75,7 @@ class QuestionConfig:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Questions by chunk id, why other chunks have none, what all runs took, and the limit that ended this one."""
+    """Questions by chunk id, why other chunks have none, totals of all runs, and the limit that stopped this one."""
 
     questions: dict[str, list[str]]
     missing: dict[str, str]
@@ -84,24 +84,24 @@ class Outcome:
 
 
 class Estimate(NamedTuple):
-    """What the remaining requests would take if each succeeds at once; costs are None without prices."""
+    """Tokens and costs of the remaining requests if each succeeds the first time; costs are None without prices."""
 
     num_requests: int
     prompt_tokens: int
     completion_tokens: int
     cost: float | None  # at four bytes per token and 32 tokens per question
-    most_cost: float | None  # at one byte per token and the longest replies
+    most_cost: float | None  # at one byte per token and replies of maximum length
 
 
 def write_questions(
     chunks: Sequence[Chunk], config: QuestionConfig, *, folder: str | Path, template: str = TEMPLATE
 ) -> Outcome:
-    """Requests questions for every chunk without a valid reply in `folder`, and returns all questions there are.
+    """Requests questions for every chunk without a valid reply in `folder`, and returns all questions saved there.
 
     Every request and reply is saved at once (`ledger.jsonl`, `replies.jsonl`), so a killed run loses at most the
-    requests in flight. The limits count all runs of the folder and are never exceeded, unless a server reports more
-    tokens than it was allowed or charges for a 4xx, 500 or 503. Chunks of equal text share a request. OPENAI_API_KEY is
-    never saved. Raises `ValueError` for wrong input, and when the server refuses everything (key, model, quota).
+    requests in flight. Limits apply to all runs of the folder together and are never exceeded, unless a server reports
+    more tokens than allowed or charges for a 4xx, 500 or 503. Chunks of equal text share a request. OPENAI_API_KEY is
+    never saved. Raises `ValueError` for invalid input, or if the server refuses every request (key, model, quota).
     """
     folder, jobs, asker = Path(folder), _jobs(chunks, config, template), _Asker(config, template)
     reasons: dict[str, str] = {}  # {key: why the last request failed}
@@ -132,7 +132,7 @@ def write_questions(
     so_far = f"{len(found):,} of {len(chunks):,} chunks have questions"
     if isinstance(stopped, Response):
         raise ValueError(f"{asker.client.server.name}: {stopped.reason}; stopped: {so_far}")
-    missing = {id: reasons.get(key, f"not asked: {stopped}") for id, key in keys.items() if id not in found}
+    missing = {id: reasons.get(key, f"not requested: {stopped}") for id, key in keys.items() if id not in found}
     return Outcome(found, missing, ledger, stopped and f"{stopped}: {so_far}")
 
 
@@ -150,14 +150,14 @@ def estimate(
 
 
 def question_dataset(chunks: Sequence[Chunk], questions: Mapping[str, Sequence[str]]) -> RetrievalDataset:
-    """Makes each question a query ("CHUNK/q1", ...) whose chunk is relevant; the corpus is of all chunks."""
+    """Makes each question a query ("CHUNK/q1", ...) with its chunk relevant; the corpus is all chunks."""
     asked = {f"{id}/q{i}": (id, text) for id, listed in questions.items() for i, text in enumerate(listed, start=1)}
     texts, qrels = {i: text for i, (_, text) in asked.items()}, {i: {id: 1} for i, (id, _) in asked.items()}
     return RetrievalDataset(texts, {chunk.id: chunk.text for chunk in chunks}, qrels)
 
 
 def _jobs(chunks: Sequence[Chunk], config: QuestionConfig, template: str) -> dict[str, Job]:
-    """{key: a job for all chunks with one text}."""
+    """{key: one job for all chunks with the same text}."""
     if not chunks:
         raise ValueError("there are no chunks to write questions for")
     check_distinct([chunk.id for chunk in chunks], "chunk id")
@@ -182,18 +182,18 @@ def _body(config: QuestionConfig, template: str, text: str, limit_name: str, is_
 
 
 def _read_replies(folder: Path, *, repair: bool) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
-    """The fields kept from saved replies, and {key: questions}. `repair`: cut off half a line, under the lock."""
+    """The RECORD fields of saved replies, and {key: questions}. `repair` drops a partial last line; needs the lock."""
     records = []
     for number, record in enumerate(resume_jsonl(folder / REPLIES, repair=repair), start=1):
         if lacks := ", ".join(sorted(RECORD - record.keys())):
-            raise ValueError(f"{folder / REPLIES} line {number}: has no {lacks}, is it a file of replies?")
+            raise ValueError(f"{folder / REPLIES} line {number}: has no {lacks}; is this a file of replies?")
         check_outcome(record, f"{folder / REPLIES} line {number}")
         records.append({name: record[name] for name in RECORD})  # not the reply itself
     return records, {record["key"]: record["questions"] for record in records if record["status"] == "ok"}
 
 
 class _Asker:
-    """What one request sends, and what its reply means."""
+    """Sends one request, and interprets its reply."""
 
     def __init__(self, config: QuestionConfig, template: str):
         self.config, self.template = config, template

@@ -2,7 +2,7 @@
 
     train, validation = split_chunks(chunks, train_pages=parse_pages("1-90"))
 
-Near-copies mostly say the same words in the same order. Not here: copies in other words.
+Near-copies have mostly the same words in the same order. Not detected: paraphrases.
 """
 
 import re
@@ -15,7 +15,7 @@ import numpy as np
 from .chunks import Chunk, Place, sentence_spans
 from .documents import printable
 
-COPIED_SHARE = 0.5  # two texts are near-copies when more than this share of the shingles of one is in the other
+COPIED_SHARE = 0.5  # near-copies: more than this share of one text's shingles is in the other
 
 
 def parse_pages(text: str) -> list[tuple[int, int]]:
@@ -40,11 +40,11 @@ def split_chunks(
 ) -> tuple[list[Chunk], list[Chunk]]:
     """Returns (training, validation) without leaks, in the order given; some chunks may be in neither.
 
-    By file or page (ranges of every file, ends included), a chunk with all its places on the training side is for
-    training, one with a place wholly on the other side for validation; one that only crosses the boundary is in
-    neither. By share, training is drawn at random. Training then loses each chunk that is a near-copy of validation, or
-    shares the sentences of an overlap with a validation chunk of the same page: one ends and the other begins with
-    them. Raises `ValueError` for two ways to split or none, a chunk without a place, and an empty side.
+    By file or page (ranges apply to every file, ends included), a chunk is for training if all its places are on that
+    side, and for validation if any is wholly on the other; one that only crosses the boundary is in neither.
+    `train_share` draws training at random. Training then loses near-copies of validation chunks, and chunks that
+    overlap one on the same page: one begins with the sentences the other ends with. Raises `ValueError` for two ways
+    to split or none, a chunk without a place, and an empty side.
     """
     ways = {"train_files": train_files, "train_pages": train_pages, "train_share": train_share}
     given = [name for name, value in ways.items() if value is not None]
@@ -59,7 +59,7 @@ def split_chunks(
         raise ValueError(f"train_share is {train_share}, expected more than 0 and less than 1")
     rows, other_rows = ([row for row, train in enumerate(trains) if train is side] for side in (True, False))
     if not rows or not other_rows:
-        counts = f"{len(rows):,} into training and {len(other_rows):,} into validation of {len(chunks):,} chunks"
+        counts = f"{len(rows):,} of {len(chunks):,} chunks into training and {len(other_rows):,} into validation"
         raise ValueError(f"no chunk is left for {'validation' if rows else 'training'}: {given[0]} puts {counts}")
     copies = near_copies([chunks[row].text for row in rows], [chunks[row].text for row in other_rows])
     leaking = {row for row, copy in zip(rows, copies, strict=True) if copy} | _overlapping(chunks, trains)
@@ -71,7 +71,7 @@ def split_chunks(
 def _by_place(
     chunks: Sequence[Chunk], train_files: Sequence[str] | None, train_pages: Sequence[tuple[int, int]]
 ) -> list[bool | None]:
-    """Whether each chunk is for training; None: for neither side."""
+    """Whether each chunk is for training (True) or validation (False); None: neither."""
     files = dict.fromkeys(place.file for chunk in chunks for place in chunk.places)
     for name in train_files or ():
         if name not in files:
@@ -94,9 +94,9 @@ def _by_place(
 
 
 def _overlapping(chunks: Sequence[Chunk], trains: Sequence[bool | None]) -> set[int]:
-    """The rows of training chunks that end as a validation chunk of a page of theirs begins, or begin as one ends."""
+    """The rows of training chunks that overlap a validation chunk on the same page: one begins as the other ends."""
     sentences = [[(start, chunk.text[start:stop]) for start, stop in sentence_spans(chunk.text)] for chunk in chunks]
-    # By page as well: a title that begins every page is compared with others on its own pages only.
+    # By page as well, so that a title that begins every page is compared only within each page.
     beginnings: dict[tuple, list[int]] = {}
     for row, chunk in enumerate(chunks):
         for page in [(place.file, place.first_page) for place in chunk.places] or [None]:
@@ -118,15 +118,15 @@ def words(text: str) -> list[str]:
 
 
 def shingles(text: str, *, num_words: int = 8) -> set[int]:
-    """Hashes of a text's runs of eight words, the same in every process; of all its words or characters if shorter."""
+    """Hashes of a text's runs of eight words, equal in every process; a shorter text is hashed as a whole."""
     codes = [zlib.crc32(word.encode()) for word in words(text)] or [zlib.crc32("".join(text.split()).encode())]
     runs = zip(*(codes[start:] for start in range(num_words)), strict=False)
     return {hash(run) for run in runs} or {hash((len(codes), *codes))}
 
 
 def near_copies(texts: Sequence[str], others: Sequence[str], *, max_holders: int = 100) -> list[bool]:
-    """Whether each of `texts` is a near-copy: half of its shingles are in `others`, or half of those of one in it.
-    For the latter, shingles of more than `max_holders` others (a footer's) do not count: it takes linear time."""
+    """Whether each text is a near-copy: over half of its shingles are in `others`, or over half of one other's in it.
+    The second test skips shingles that more than `max_holders` others have (a footer's), so it takes linear time."""
     sizes, holders = [], {}
     for row, own in enumerate(map(shingles, others)):
         sizes.append(len(own))
