@@ -271,10 +271,10 @@ def test_prompts_by_text_or_by_name(place, capsys):
         ),
         (
             "encode model texts.txt --out x.bin",
-            "embedft encode: error: --out is x.bin, expected a name that ends in .npy",
+            "embedft encode: error: --out is x.bin, expected a name ending in .npy",
         ),
         ("encode model texts.txt --out file/x.npy", "embedft encode: error: file/x.npy: cannot be written to"),
-        ("encode model texts.txt", "embedft encode: error: nowhere to put the vectors: give --out FILE.npy, --store"),
+        ("encode model texts.txt", "embedft encode: error: nowhere to write the vectors: pass --out FILE.npy, --store"),
         (
             "encode model texts.txt --out x.npy --role judge",
             "embedft encode: error: role is 'judge', expected one of",

@@ -90,7 +90,7 @@ def test_start_and_overwrite(place, capsys):
     (place / "folder").mkdir()
     (place / "folder" / "mine.txt").write_text("")
     assert main([*FIT, "--out", "folder", "--overwrite"]) == 2
-    assert "folder: holds files, but no adapter" in capsys.readouterr().err
+    assert "folder: contains files but no adapter" in capsys.readouterr().err
 
 
 def test_the_training_split_of_a_beir_folder(place, capsys):
@@ -194,7 +194,7 @@ def test_a_model_with_an_adapter_is_refused(place, capsys):
     embedder.attach(Adapter.load("adapter"))
     embedder.save("adapted")
     assert main(["adapter", "adapted", "pairs.json", "--out", "new"]) == 2
-    assert "adapted: has an adapter already" in capsys.readouterr().err
+    assert "adapted: already has an adapter" in capsys.readouterr().err
 
 
 def test_in_a_process(place):

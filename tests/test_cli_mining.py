@@ -114,7 +114,7 @@ def test_questions_with_too_few_are_told_of(place, capsys):
     short = sum(count < 3 for count in counts)
     assert 0 < short < 12
     assert main(["mine", "model", "pairs.json", "--out", "m.jsonl", *options]) == 0
-    told = f"{short} of 12 questions have fewer than 3 negatives, {counts.count(0)} have none; a later last rank"
+    told = f"{short} of 12 questions have fewer than 3 negatives, {counts.count(0)} have none; a higher last rank"
     assert capsys.readouterr().err.startswith(told)
     pairs = RetrievalDataset.load("m.jsonl")
     assert {query_id: len(pairs.negatives.get(query_id, ())) for query_id in pairs.queries} == dict(
@@ -141,12 +141,12 @@ def test_a_store_and_an_adapter(place, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--out", "mined.csv"], "--out is mined.csv, expected a name that ends in .jsonl, which holds"),
+        (["--out", "mined.csv"], "--out is mined.csv, expected a name ending in .jsonl, the format that holds"),
         (["--out", "pairs.json/m.jsonl"], "pairs.json/m.jsonl: cannot be written to"),
         (["--out", "m.jsonl"], "ranks start at 10, but the corpus has 9 documents"),
         (["--out", "m.jsonl", "--ranks", "3", "2"], "ranks is [3, 2], expected the first and last rank"),
         (["--out", "m.jsonl", *RANKS, "--relative-margin", "-1"], "relative_margin is -1.0, expected at least 0"),
-        (["--out", "m.jsonl", *RANKS, "--max-score", "-1"], "no question has a negative, nothing"),
+        (["--out", "m.jsonl", *RANKS, "--max-score", "-1"], "found no negatives, so nothing"),
     ],
 )
 def test_errors_are_one_line(place, capsys, options, message):

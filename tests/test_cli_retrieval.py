@@ -66,7 +66,7 @@ def test_a_report_is_replaced_on_request_and_nothing_of_it_stays(place, capsys):
     run(capsys, "evaluate model pairs.json --fuse --out eval")
     (place / "eval" / "fused" / "notes.txt").write_text("mine")
     check_error(
-        capsys, "evaluate missing-model pairs.json --no-bm25 --out eval", "eval: holds a report already; choose"
+        capsys, "evaluate missing-model pairs.json --no-bm25 --out eval", "eval: already holds a report; choose"
     )
     run(capsys, "evaluate model pairs.json --no-bm25 --overwrite --out eval")
     found = sorted(str(path.relative_to(place / "eval")) for path in (place / "eval").rglob("*") if path.is_file())
@@ -79,11 +79,11 @@ def test_a_report_is_replaced_on_request_and_nothing_of_it_stays(place, capsys):
     # One that cannot be read is named before the work, and left alone.
     (place / "eval" / "mine" / "metrics.json").write_text("{")
     assert main(["evaluate", "model", "pairs.json", "--overwrite", "--out", "eval"]) == 0
-    assert "eval/mine/metrics.json: is no report that can be read, and left alone" in capsys.readouterr().err
+    assert "eval/mine/metrics.json: not a readable report, so it is left alone" in capsys.readouterr().err
     assert (place / "eval" / "mine" / "metrics.json").read_text() == "{"
     run(capsys, "evaluate model pairs.json --dims 32 8 --out grid")
-    check_error(capsys, "evaluate model pairs.json --out grid", "grid/bm25: holds a report already")
-    check_error(capsys, "evaluate model pairs.json --overwrite", "--overwrite is for --out, which is not given")
+    check_error(capsys, "evaluate model pairs.json --out grid", "grid/bm25: already holds a report")
+    check_error(capsys, "evaluate model pairs.json --overwrite", "--overwrite needs --out")
 
 
 def test_evaluate_without_bm25(place, capsys):
@@ -161,7 +161,7 @@ def test_evaluate_an_api_says_that_bm25_is_over_words(place, capsys, monkeypatch
         arguments = ["evaluate", "openai:vectors", "pairs.json", "--base-url", server.base_url, "--out", "eval"]
         assert main(arguments) == 0
     output = capsys.readouterr()
-    assert "bm25 is over words: the model's tokens are not known\n" in output.err
+    assert "bm25 uses words, since the model's tokens are not known\n" in output.err
     words = evaluate_run(bm25_run(make_dataset()), make_dataset())
     saved = Report.load("eval/bm25")
     assert (saved.setting["tokens"], saved.run.to_dict()) == ("words", words.run.to_dict())
@@ -193,7 +193,7 @@ def test_evaluate_a_grid(place, capsys):
     reports = evaluate_grid(make_embedder(place / "model"), make_dataset(), **SETTINGS)
     out = run(capsys, f"evaluate model pairs.json {GRID} --out eval --no-bm25")
     title, empty, *rows = out.splitlines()
-    assert (title, empty) == ("model: 12 queries, ndcg@10; differences to dim32-float32-flat", "")
+    assert (title, empty) == ("model: 12 queries, ndcg@10; differences from dim32-float32-flat", "")
 
     def without_costs(lines: list[str]) -> list[list[str]]:
         return [re.split("  +", line)[:-3] for line in lines]
@@ -235,15 +235,15 @@ def test_the_metric_of_a_grid(place, capsys):
     ("arguments", "message"),
     [
         ("--dim 8 --dims 8 4", "--dim and --dims cannot be combined"),
-        ("--whole", "--whole is for --passages, which is not given"),
-        ("--fuse-weight 0.4", "--fuse-weight is for --fuse, which is not given"),
+        ("--whole", "--whole needs --passages"),
+        ("--fuse-weight 0.4", "--fuse-weight needs --fuse"),
         ("--fuse --fuse-weight 1.5", "fuse_weight is 1.5, expected at least 0 and at most 1"),
         ("--fuse --fuse-weight nan", "fuse_weight is nan, expected at least 0 and at most 1"),
-        ("--fuse --dims 8 4", "--fuse is for one setting, these are 2"),
+        ("--fuse --dims 8 4", "--fuse needs a single setting, found 2"),
         ("--fuse --no-bm25", "--no-bm25 and --fuse cannot be combined"),
         ("--json --style csv", "--style and --json cannot be combined"),
         ("--style html", "style is 'html', expected one of"),
-        ("--metric mrr@3", "--metric is for several settings, this is one"),
+        ("--metric mrr@3", "--metric needs several settings, found one"),
         ("--dims 8 4 --metric mrr@7", "--metric is 'mrr@7', expected one of hit_rate@1, "),
         ("--dims 8 4 --ks 0", "cutoffs ks=(0,)"),
         ("--dims 33 8", "dim is 33, expected 1 to 32"),
@@ -293,7 +293,7 @@ def test_compare(reports, capsys):
     comparison = compare(reports["base"], reports["tuned"])
     table = format_comparisons({"tuned": [comparison]}, base="base", style="text")
     tail = (
-        "8 questions in 8 clusters (questions that share a document); differences to base;\n"
+        "8 questions in 8 clusters (questions that share a document); differences from base;\n"
         "intervals by bootstrap, p-values by sign flips"
     )
     assert out == f"{table}\n\n{tail}\n"
@@ -328,7 +328,7 @@ def test_compare_seeds(reports, capsys):
     assert out.startswith(f"{table}\n\n8 questions in 8 clusters")
     assert "for new seeds and new questions" in out
     errors = expected[0].question_error, expected[0].seed_error
-    assert out.endswith("mrr@10: standard error {:.4f} of questions, {:.4f} of seeds\n".format(*errors))
+    assert out.endswith("mrr@10: standard error {:.4f} (questions), {:.4f} (seeds)\n".format(*errors))
 
 
 def test_compare_a_report_with_itself(reports, capsys):
@@ -358,8 +358,8 @@ def test_compare_what_evaluate_wrote(place, capsys):
         ("runs/base/eval/uber", "one report, runs/base/eval/uber: expected a base and at least one other"),
         ("", "missing DIR"),
         ("runs/base/eval/uber missing", "missing holds no report: metrics.json is missing"),
-        ("runs/base runs/tuned/eval/uber", "runs/base: is no report, but holds runs/base/eval/uber"),
-        ("runs/base/eval runs/tuned/eval/uber", "runs/base/eval: is no report, but holds runs/base/eval/uber"),
+        ("runs/base runs/tuned/eval/uber", "runs/base: not a report, but contains runs/base/eval/uber"),
+        ("runs/base/eval runs/tuned/eval/uber", "runs/base/eval: not a report, but contains runs/base/eval/uber"),
         (
             "runs/base/eval/uber runs/other/eval/uber",
             "the reports are over different questions: ",
@@ -382,7 +382,7 @@ def test_compare_what_evaluate_wrote(place, capsys):
         ("runs/base/eval/uber runs/tuned/eval/uber --seeds", "--seeds needs a base and the reports of at least two"),
         (
             "runs/base/eval/uber runs/tuned/eval/uber runs/worse/eval/uber --save-plot a.png",
-            "--save-plot is for two reports, these are 3",
+            "--save-plot needs two reports, found 3",
         ),
     ],
 )

@@ -57,7 +57,7 @@ def test_chunk(place, capsys):
         {"file": "docs/more.md", "page": 2, "reason": "has no text"},
     ]
     assert f"-> {len(chunks):,} chunks of at most 38 tokens" in out
-    assert "skipped 2 files or pages, see chunks/chunk-report.json" in out
+    assert "skipped 2 files or pages; see chunks/chunk-report.json" in out
     # All that the model reads, when no size is given.
     assert chunk() == 0
     assert read_json("chunks/chunk-report.json")["size"] == 254
@@ -67,7 +67,7 @@ def test_chunk_splits_and_leaves_no_file_of_an_earlier_split(place, capsys):
     assert chunk() == 0
     capsys.readouterr()
     assert chunk("--train-files", "docs/notes.txt") == 0
-    assert capsys.readouterr().err.splitlines()[-1] == "chunks/chunks.jsonl: removed, it belonged to another split"
+    assert capsys.readouterr().err.splitlines()[-1] == "chunks/chunks.jsonl: removed; it belonged to another split"
     assert sorted(path.name for path in (place / "chunks").iterdir()) == [
         "chunk-report.json",
         "train.jsonl",
@@ -143,7 +143,7 @@ def test_an_llm_is_asked_once(place, capsys):
         assert server.counts["chat"] == num_chunks
         assert {body["temperature"] for _, _, body in server.log} == {0.5}
         out = capsys.readouterr().out
-        assert f"{num_chunks} of {num_chunks} chunks have questions; all runs together: {num_chunks} requests" in out
+        assert f"{num_chunks} of {num_chunks} chunks have questions; in all runs: {num_chunks} requests" in out
         assert ask(server, "--parameters.temperature", "0.5") == 0
         assert server.counts["chat"] == num_chunks
     for name in ("train", "validation"):
@@ -165,7 +165,7 @@ def test_what_is_missing_is_said_and_asked_for_again(place, capsys):
         assert ask(server, "--max-attempts", "1") == 1
         err = capsys.readouterr().err
         assert "1 without questions: refusal" in err
-        assert f"1 of {num_chunks} chunks have no questions; the same command asks for those alone" in err
+        assert f"1 of {num_chunks} chunks have no questions; run the same command to request only those" in err
         assert len(read_json("out/question-report.json")["missing"]) == 1
         assert len(RetrievalDataset.load("out/chunks.json").corpus) == num_chunks
         assert ask(server) == 0
@@ -177,12 +177,12 @@ def test_replies_without_a_report_are_not_said_to_be_missing(place, capsys):
     num_chunks = len(load_chunks("chunks/chunks.jsonl"))
     with ApiServer(faults=lambda prompt, attempt: "no-usage") as server:
         assert ask(server) == 0
-    assert f"; {num_chunks} requests without a report of their tokens\n" in capsys.readouterr().out
+    assert f"; {num_chunks} requests reported no token usage\n" in capsys.readouterr().out
 
 
 def test_an_unknown_size_is_said(place, capsys):
     assert chunk("--size", "300") == 0
-    assert "--size is 300 tokens, but sentence-transformers/all-MiniLM-L6-v2 reads 256" in capsys.readouterr().err
+    assert "--size is 300 tokens, but sentence-transformers/all-MiniLM-L6-v2 reads only 256" in capsys.readouterr().err
 
 
 def test_a_limit_leaves_each_side_its_part_and_nothing_of_another_run(place, capsys):
@@ -247,7 +247,7 @@ def test_an_id_with_two_texts_is_refused(place, capsys):
     with ApiServer() as server:
         assert main(["questions", "sides", "--out", "out", "--base-url", server.base_url]) == 2
         assert server.counts["chat"] == 0
-    assert "sides: chunk '0' has one text in training, one in validation" in capsys.readouterr().err
+    assert "sides: chunk '0' has different texts in training and validation" in capsys.readouterr().err
 
 
 def test_training_asks_nothing_that_validation_asks(place, capsys):
@@ -276,7 +276,7 @@ def test_headings_that_validation_has_too_are_dropped_and_counted(place, capsys)
         rows = [{"id": f"{name}{i}", "text": f"{heading}\n{NOTES[:300]}"} for i, heading in enumerate(headings)]
         (place / "sides" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert main(["questions", "sides", "--out", "out", "--method", "title"]) == 0
-    assert "train: dropped 1 questions that validation asks too" in capsys.readouterr().out
+    assert "train: dropped 1 questions that are also in validation" in capsys.readouterr().out
     assert list(RetrievalDataset.load("out/train.json").queries.values()) == ["Duties"]
 
 
@@ -343,9 +343,9 @@ def test_data_sets_load_in_llamaindex_and_in_sentence_transformers(place, capsys
     ("arguments", "message"),
     [
         ("questions chunks --out out", "chunks: no such file or folder"),
-        ("questions docs --out out", "docs: no chunks.jsonl and no train.jsonl in it"),
+        ("questions docs --out out", "docs: contains neither chunks.jsonl nor train.jsonl"),
         ("questions a b --out out", "2 sources, expected one file or folder of chunks"),
-        ("questions docs/notes.txt --out out --method ict", "docs/notes.txt: a document, expected its chunks: cut it"),
+        ("questions docs/notes.txt --out out --method ict", "docs/notes.txt: is a document, expected chunks; run"),
         ("chunk nowhere --out out", "nowhere"),
         (
             "chunk docs --out out --overlap 999",
@@ -354,11 +354,11 @@ def test_data_sets_load_in_llamaindex_and_in_sentence_transformers(place, capsys
         ("questions a --out out --method docstring", "'a' is not an installed top-level package"),
         (
             "questions docs/more.md --out out --method ict --dry-run",
-            "--dry-run is for --method llm, this is --method ict",
+            "--dry-run needs --method llm, found --method ict",
         ),
-        ("questions docs/more.md --out out --method title --max-cost 3", "--max-cost is for --method llm, this is"),
-        ("questions docs/more.md --out out --method ict --parameters.seed 3", "--parameters is for --method llm"),
-        ("questions docs/more.md --out out --method title --validation", "--validation is for --method ict or llm"),
+        ("questions docs/more.md --out out --method title --max-cost 3", "--max-cost needs --method llm, found"),
+        ("questions docs/more.md --out out --method ict --parameters.seed 3", "--parameters needs --method llm"),
+        ("questions docs/more.md --out out --method title --validation", "--validation needs --method ict or llm"),
         ("questions docs/more.md --out out --round-trip 0", "round_trip is 0, expected at least 1"),
         ("chunk docs --out out --train-pages=", "'' is not a list of pages"),
         ("chunk docs --out out --size 0", "--size is 0, expected more than the 2 special tokens"),

@@ -502,7 +502,7 @@ def test_another_dimension_than_stored(tmp_path):
     with ApiServer(dimensions=16) as server:
         api(server, store=Store(tmp_path)).encode(["a"])
         server.dimensions = 12
-        with pytest.raises(ValueError, match=r"a vector of 12 dimensions, not 16, .*; 1 of 1 texts"):
+        with pytest.raises(ValueError, match=r"a vector of 12 dimensions, not 16, .*; 1 of 1 requested texts"):
             api(server, store=Store(tmp_path)).encode(["a", "b"])
 
 
@@ -746,7 +746,7 @@ def test_one_bad_text_spoils_no_other(tmp_path, status):
         message = rf"{status}: json: unsupported value: NaN.*; 1 of 41 requested texts have no vector$"
         with pytest.raises(ValueError, match=message) as caught:
             embedder.encode(texts)
-        assert "texts[25] is refused" in str(caught.value) or status == 502
+        assert "texts[25] was refused" in str(caught.value) or status == 502
         assert embedder.endpoint.batch_texts == 256
         num_asked = server.counts["embeddings"]
         others = [text for text in texts if text != "poison"]

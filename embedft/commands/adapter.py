@@ -1,4 +1,4 @@
-"""`embedft adapter`: fits an adapter on the embeddings of a model, which stays as it is.
+"""`embedft adapter`: fits an adapter on a model's embeddings; the model itself does not change.
 
 embedft adapter sentence-transformers/all-MiniLM-L6-v2 pairs.csv --out adapter --validation held_out.csv
 embedft evaluate sentence-transformers/all-MiniLM-L6-v2 held_out.csv --adapter adapter
@@ -27,23 +27,23 @@ from .options import DATASETS, Data, Encoder, Windows, load_data, load_encoder, 
 class Options(AdapterConfig, Encoder, Windows, Data):
     """Options of `embedft adapter`."""
 
-    data: str = option(REQUIRED, f"to fit on: {DATASETS}", metavar="DATA", positional=True)
-    out: str = option(REQUIRED, "gets the adapter, its settings and its log", metavar="DIR")
-    validation: str | None = option(None, "questions to measure before and after; they choose nothing", metavar="DATA")
-    validation_split: str | None = option(None, "of a BEIR folder [test, or the only one]")
+    data: str = option(REQUIRED, f"training data: {DATASETS}", metavar="DATA", positional=True)
+    out: str = option(REQUIRED, "folder for the adapter, its settings and its log", metavar="DIR")
+    validation: str | None = option(None, "questions to evaluate on, before and after fitting", metavar="DATA")
+    validation_split: str | None = option(None, "split of a BEIR folder [test, or the only one]")
     start: str | None = option(None, "adapter to continue from", metavar="DIR")
     overwrite: bool = option(False, "replace the adapter in DIR")
 
 
 def run(options: Options) -> None:
-    """Fits, and compares before with after when there is validation data."""
+    """Fits an adapter; with validation data, compares before and after."""
     out, config = Path(options.out), part(options, AdapterConfig)
     check_writable(out)
     if out.is_dir() and any(out.iterdir()):
         if not options.overwrite:
-            raise ValueError(f"{out}: not empty; choose another folder, or --overwrite the adapter that is there")
+            raise ValueError(f"{out}: not empty; choose another folder, or --overwrite the adapter in it")
         if not (out / CONFIG_FILE).is_file():
-            raise ValueError(f"{out}: holds files, but no adapter ({CONFIG_FILE} is missing), so it is left alone")
+            raise ValueError(f"{out}: contains files but no adapter ({CONFIG_FILE} is missing), so it is left alone")
     dataset, validation = load_training_data(options.data, options), None
     if options.validation:
         validation = load_data(options.validation, options, split=options.validation_split)
@@ -51,11 +51,11 @@ def run(options: Options) -> None:
             warnings.warn(shared, stacklevel=1)
     embedder = load_encoder(options)
     if embedder.adapter is not None:
-        raise ValueError(f"{options.model}: has an adapter already; fit on its base model, with --start")
-    check_settings(embedder, [Setting(passages=options.passages)])  # before anything is embedded: can it cut windows?
+        raise ValueError(f"{options.model}: already has an adapter; use its base model with --start")
+    check_settings(embedder, [Setting(passages=options.passages)])  # before encoding: can it cut windows?
     with contextlib.ExitStack() as stack:
         if embedder.store is None and validation is not None:
-            # Before and after use the same vectors: each text is embedded once.
+            # Both evaluations use the same vectors, so each text is embedded once.
             embedder.store = Store(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
         adapter = _fit(options, config, embedder, dataset)
         costs, kept = adapter.costs, f"kept the weights of the last step, {adapter.costs['best_step']:,}"
@@ -74,9 +74,9 @@ def run(options: Options) -> None:
 
 
 def _fit(options: Options, config: AdapterConfig, embedder, dataset: RetrievalDataset) -> "embedft.Adapter":
-    """Embeds the data, whole vectors (an adapter comes before --dim cuts them), and fits."""
+    """Embeds the data at full width (the adapter runs before --dim truncates vectors) and fits."""
     more: dict[str, Any] = {"start": embedft.Adapter.load(options.start) if options.start else None}
-    dim = embedder.space("query").dim or None  # 0: a server has yet to tell
+    dim = embedder.space("query").dim or None  # 0: not yet known, for a server
     texts = dataset.document_texts()
     if options.passages is None:
         documents_MD = embedder.encode(texts, role="document", dim=dim)
@@ -86,5 +86,5 @@ def _fit(options: Options, config: AdapterConfig, embedder, dataset: RetrievalDa
     # Hard negatives are documents of grade 0.
     graded = {q: dict.fromkeys(dataset.negatives.get(q, ()), 0) | grades for q, grades in dataset.qrels.items()}
     qrels = replace(dataset, qrels=graded).qrels_by_row()
-    more["normalize"] = getattr(embedder, "normalize", True)  # vectors from an API always have length one
+    more["normalize"] = getattr(embedder, "normalize", True)  # vectors from an API are always normalized
     return embedft.fit_adapter(queries_ND, documents_MD, qrels, config, base=embedder.base(), out=options.out, **more)

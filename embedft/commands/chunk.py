@@ -25,25 +25,25 @@ class Options(config.Options):
     """Options of `embedft chunk`."""
 
     paths: list[str] = option(REQUIRED, "PDF, text or Markdown files, or folders", metavar="PATH", positional=True)
-    out: str = option(REQUIRED, "gets chunks.jsonl, or the two files of a split", metavar="DIR")
-    model: str = option(DEFAULT_MODEL, "whose tokenizer counts")
+    out: str = option(REQUIRED, "folder for chunks.jsonl, or for the two files of a split", metavar="DIR")
+    model: str = option(DEFAULT_MODEL, "model whose tokenizer counts")
     revision: str | None = option(None, "commit, tag or branch on the hub [the default branch]")
-    size: int | None = option(None, "most tokens of a chunk [all that the model reads]")
-    overlap: int = option(0, "tokens that two chunks may share")
+    size: int | None = option(None, "maximum tokens per chunk, special ones included [the model's]")
+    overlap: int = option(0, "tokens that consecutive chunks may share")
     by_page: bool = option(False, "end chunks at page ends")
-    drop_repeated: bool = option(False, "drop page numbers, and running headers after the first")
-    headings_in_text: bool = option(False, "begin chunks of Markdown with the headings above them")
+    drop_repeated: bool = option(False, "drop page numbers, and repeats of headers and footers")
+    headings_in_text: bool = option(False, "begin Markdown chunks with the headings above them")
     train_pages: str | None = option(None, "pages for training, such as 1-90 or 1-40,80-100", metavar="RANGES")
-    train_files: list[str] | None = option(None, "files for training, as the chunks name them", metavar="PATH ...")
+    train_files: list[str] | None = option(None, "files for training, as named in the chunks", metavar="PATH ...")
     train_share: float | None = option(None, "share of the chunks for training, drawn at random")
-    seed: int = option(0, "random seed of --train-share")
+    seed: int = option(0, "random seed for --train-share")
 
     def __post_init__(self):
         check_at_most_one(self, *WAYS)
 
 
 def run(options: Options) -> None:
-    """Reads, cuts, splits; nothing in the folder changes until everything is written."""
+    """Reads, chunks and splits; the folder changes only once everything is written."""
     check_writable(options.out)
     ways = {name: getattr(options, name) for name in WAYS}
     ways["train_pages"] = None if options.train_pages is None else parse_pages(options.train_pages)
@@ -60,7 +60,7 @@ def run(options: Options) -> None:
     report |= {"size": size, "overlap": options.overlap, "tokenizer": options.model}
     read = f"{report['pages']:,} pages with text in {report['files']:,} file(s)"
     made = f"{len(chunks):,} chunks of at most {size} tokens ({report['tokens']:,} in all)"
-    print(f"{read} -> {made}, without the special tokens that the model adds")
+    print(f"{read} -> {made}, not counting the special tokens that the model adds")
     if options.drop_repeated:
         print(f"dropped {sum(repeated.values()):,} repeated headers and footers")
     sides, out = {WHOLE: chunks}, Path(options.out)
@@ -69,22 +69,22 @@ def run(options: Options) -> None:
         num_dropped = len(chunks) - sum(map(len, sides.values()))
         report |= {name: len(side) for name, side in sides.items()} | {"dropped": num_dropped}
         if num_dropped:
-            print(f"dropped {num_dropped:,} chunks that cross the boundary or repeat validation text in training")
+            print(f"dropped {num_dropped:,} chunks that cross the boundary or share text with validation")
     stale = [name for name in (f"{name}.jsonl" for name in CHUNK_FILES if name not in sides) if (out / name).is_file()]
     with replace_files(out, stale=stale) as new:
         for name, side in sides.items():
             save_chunks(new / f"{name}.jsonl", side)
         write_json(new / REPORT, report)
     for name in stale:
-        print(f"{out / name}: removed, it belonged to another split", file=sys.stderr)
+        print(f"{out / name}: removed; it belonged to another split", file=sys.stderr)
     for name, side in sides.items():
         print(f"{out / name}.jsonl: {len(side):,} chunks")
     if skipped:
-        print(f"skipped {len(skipped):,} files or pages, see {out / REPORT}")
+        print(f"skipped {len(skipped):,} files or pages; see {out / REPORT}")
 
 
 def _size(options: Options) -> tuple[int, Callable]:
-    """The tokens of text in a chunk, and what counts them."""
+    """The maximum text tokens per chunk, and a function that counts tokens."""
     from ..encoders.loading import load_tokenizer
 
     tokenizer, num_added = load_tokenizer(options.model, revision=options.revision)
@@ -96,6 +96,6 @@ def _size(options: Options) -> tuple[int, Callable]:
         room = f"the {size} tokens of text in a chunk of {limit}"
         raise ValueError(f"--overlap is {options.overlap}, expected 0 or more and less than {room}")
     if limit > tokenizer.max_length:
-        most = f"{options.model} reads {tokenizer.max_length} unless its max_length is set"
-        print(f"--size is {options.size} tokens, but {most}: it would ignore the end of a chunk", file=sys.stderr)
+        most = f"{options.model} reads only {tokenizer.max_length} unless max_length is raised"
+        print(f"--size is {options.size} tokens, but {most}: it would ignore the ends of chunks", file=sys.stderr)
     return size, tokenizer.count

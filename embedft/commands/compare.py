@@ -1,4 +1,4 @@
-"""`embedft compare`: whether saved reports differ, question by question.
+"""`embedft compare`: tests whether saved reports differ, question by question.
 
 embedft compare eval/base eval/windows --metric mrr@10 hit_rate@5
 embedft compare eval/base eval/seed0 eval/seed1 eval/seed2 --seeds
@@ -20,18 +20,18 @@ from ..retrieval.tables import Style, compare_all, format_comparisons
 class Options(config.Options):
     """Options of `embedft compare`."""
 
-    reports: list[str] = option(REQUIRED, "of evaluate --out or finetune; base first", metavar="DIR", positional=True)
-    metric: list[str] = option(["ndcg@10"], "metrics, any that all reports have", metavar="NAME ...")
-    seeds: bool = option(False, "the others are one recipe, trained with several seeds")
-    bases: int = option(1, "with --seeds: the first N reports are the base, trained with the same seeds", least=1)
-    style: Style = option("text", "of the table")
-    save_plot: str | None = option(None, "draw two reports question by question (.png, .pdf, .svg)", metavar="FILE")
+    reports: list[str] = option(REQUIRED, "from evaluate --out or finetune, base first", metavar="DIR", positional=True)
+    metric: list[str] = option(["ndcg@10"], "metrics that all reports have", metavar="NAME ...")
+    seeds: bool = option(False, "treat the others as one recipe trained with several seeds")
+    bases: int = option(1, "with --seeds: number of base reports, trained with the same seeds", least=1)
+    style: Style = option("text", "table format")
+    save_plot: str | None = option(None, "plot two reports question by question (.png, .pdf, .svg)", metavar="FILE")
 
     def __post_init__(self):
         if len(self.reports) < 2:
             raise ValueError(f"one report, {self.reports[0]}: expected a base and at least one other")
         if self.save_plot and len(self.reports) > 2:
-            raise ValueError(f"--save-plot is for two reports, these are {len(self.reports)}")
+            raise ValueError(f"--save-plot needs two reports, found {len(self.reports)}")
         if self.seeds and len(self.reports) - self.bases < 2:
             raise ValueError("--seeds needs a base and the reports of at least two seeds")
         if self.bases >= len(self.reports) or (self.bases > 1 and not self.seeds):
@@ -45,7 +45,7 @@ def run(options: Options) -> None:
     for folder in map(Path, options.reports):
         found = sorted(str(path.parent) for part in ("*", "eval/*") for path in folder.glob(f"{part}/metrics.json"))
         if found and not (folder / "metrics.json").is_file():
-            raise ValueError(f"{folder}: is no report, but holds {', '.join(found)}")
+            raise ValueError(f"{folder}: not a report, but contains {', '.join(found)}")
     reports = [Report.load(folder) for folder in options.reports]
     named = zip(short_names(options.reports), (report.setting.get("model") for report in reports), strict=True)
     base_name, *names = [name if model in (None, name) else f"{name} ({model})" for name, model in named]
@@ -69,10 +69,10 @@ def run(options: Options) -> None:
     if options.style == "text":
         one, how = by_metric[0][0], "intervals by bootstrap, p-values by sign flips"
         if options.seeds:
-            how = "intervals and p-values by a t distribution, for new seeds and new questions;\n"
-            how += f"{one.metric}: standard error {one.question_error:.4f} of questions, {one.seed_error:.4f} of seeds"
+            how = "intervals and p-values from a t distribution, for new seeds and new questions;\n"
+            how += f"{one.metric}: standard error {one.question_error:.4f} (questions), {one.seed_error:.4f} (seeds)"
         size = f"{one.num_queries:,} questions in {one.num_clusters:,} clusters (questions that share a document)"
-        print(f"\n{size}; differences to {base_name};\n{how}")
+        print(f"\n{size}; differences from {base_name};\n{how}")
 
 
 def short_names(folders: Sequence[str]) -> list[str]:

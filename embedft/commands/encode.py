@@ -1,4 +1,4 @@
-"""`embedft encode`: a file of texts to a file or a store of vectors.
+"""`embedft encode`: encodes a file of texts into a file or a store of vectors.
 
 embedft encode sentence-transformers/all-MiniLM-L6-v2 texts.txt --out vectors.npy
 """
@@ -12,26 +12,26 @@ from ..config import REQUIRED, option
 from ..files import atomic_write, check_writable, read_jsonl, read_lines
 from .options import Encoder, load_encoder, print_costs
 
-SLICE_TEXTS = 16_384  # encoded at once when only the store gets the vectors
+SLICE_TEXTS = 16_384  # per call, when vectors go only to the store
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Encoder):
     """Options of `embedft encode`."""
 
-    texts: str = option(REQUIRED, "a text per line, or .jsonl of strings or `text`", metavar="FILE", positional=True)
-    out: str | None = option(None, "gets the vectors, [texts, dimensions] float32", metavar="FILE.npy")
-    role: Literal["query", "document"] = option("document", "whose prompt is put before each text")
+    texts: str = option(REQUIRED, "one text per line, or .jsonl of strings or `text`", metavar="FILE", positional=True)
+    out: str | None = option(None, "file for the vectors, [texts, dimensions] float32", metavar="FILE.npy")
+    role: Literal["query", "document"] = option("document", "whose prompt precedes each text")
 
     def __post_init__(self):
         if not (self.out or self.store):
-            raise ValueError("nowhere to put the vectors: give --out FILE.npy, --store DIR, or both")
+            raise ValueError("nowhere to write the vectors: pass --out FILE.npy, --store DIR, or both")
         if self.out and not self.out.endswith(".npy"):
-            raise ValueError(f"--out is {self.out}, expected a name that ends in .npy")
+            raise ValueError(f"--out is {self.out}, expected a name ending in .npy")
 
 
 def run(options: Options) -> None:
-    """Encodes the texts."""
+    """Encodes the texts and writes the vectors."""
     if options.out:
         check_writable(options.out, file=True)
     if options.texts.endswith(".jsonl"):

@@ -1,4 +1,4 @@
-"""`embedft evaluate`: how well a model finds the right document, beside BM25 and their fusion, in many settings.
+"""`embedft evaluate`: measures how well a model finds the right document, next to BM25, in one or many settings.
 
 embedft evaluate sentence-transformers/all-MiniLM-L6-v2 held_out.csv --passages 128 64 --fuse --out eval/windows
 """
@@ -25,23 +25,23 @@ from .options import DATASETS, Adapted, Data, load_data, load_encoder, print_cos
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Settings: every combination is evaluated, from one encoding."""
+    """Settings: every combination is evaluated; texts are encoded once."""
 
-    passages: list[int] = option([], "best window of SIZE tokens, one every STRIDE [whole]", metavar="SIZE STRIDE ...")
-    whole: bool = option(False, "evaluate whole documents too, besides --passages")
+    passages: list[int] = option([], "best window of SIZE tokens, one per STRIDE [whole]", metavar="SIZE STRIDE ...")
+    whole: bool = option(False, "also evaluate whole documents, besides --passages")
     dims: list[int] | None = option(None, "leading dimensions to keep [all]")
-    precisions: list[Literal["float32", "int8", "binary"]] = option(["float32"], "of the document vectors")
+    precisions: list[Literal["float32", "int8", "binary"]] = option(["float32"], "of document vectors")
     indices: list[str] = option(["flat"], "flat, hnsw, ivf, ivfpq, adaptive-DIM, or any FAISS factory string")
-    metric: str | None = option(None, "shown in the table of several settings [ndcg@10]")
+    metric: str | None = option(None, "metric in the table of several settings [ndcg@10]")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hybrid:
-    """BM25 beside the model, over its own tokens (over words for a model behind an API)."""
+    """BM25, on the model's tokens (on words for a model behind an API)."""
 
-    bm25: bool = option(True, "evaluate BM25 too")
-    fuse: bool = option(False, "evaluate the z-score fusion of both too")
-    fuse_weight: float = option(0.5, "X for BM25, 1 - X for the model; choose it on other questions", least=0, most=1)
+    bm25: bool = option(True, "also evaluate BM25")
+    fuse: bool = option(False, "also evaluate the z-score fusion of both")
+    fuse_weight: float = option(0.5, "X for BM25, 1 - X for the model; tune it on other questions", least=0, most=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +49,15 @@ class Options(Adapted, Grid, Hybrid, Data):
     """Options of `embedft evaluate`."""
 
     data: str = option(REQUIRED, DATASETS, metavar="DATA", positional=True)
-    metrics: list[str] | None = option(None, "such as ndcg@20 rprec success@5 [all at --ks]", metavar="NAME ...")
+    metrics: list[str] | None = option(None, "such as ndcg@20 rprec success@5 [all, at --ks]", metavar="NAME ...")
     ks: list[int] = option([1, 3, 5, 10], "cutoffs")
     depth: int = option(100, "documents to retrieve per question")
-    gain: Literal["binary", "graded"] = option("binary", "of nDCG")
+    gain: Literal["binary", "graded"] = option("binary", "nDCG gain")
     merge: bool = option(True, "treat documents of equal text as one")
-    keep_identical_ids: bool = option(False, "rank the document that has the query's own id too")
-    out: str | None = option(None, "save reports: BM25's in DIR/bm25, of several settings in DIR/NAME", metavar="DIR")
+    keep_identical_ids: bool = option(False, "also rank the document whose id is the query's")
+    out: str | None = option(None, "save reports; BM25's in DIR/bm25, of several settings in DIR/NAME", metavar="DIR")
     overwrite: bool = option(False, "replace the reports in DIR")
-    style: Style = option("text", "of the tables")
+    style: Style = option("text", "table format")
     json: bool = option(False, "print all metrics as JSON")
 
     def __post_init__(self):
@@ -66,16 +66,16 @@ class Options(Adapted, Grid, Hybrid, Data):
         check_at_most_one(self, "style", "json")
         for name, needed in (("whole", "passages"), ("overwrite", "out"), ("fuse_weight", "fuse")):
             if not getattr(self, needed) and (given := changed(self, [name])):
-                raise ValueError(f"{given[0]} is for --{needed}, which is not given")
+                raise ValueError(f"{given[0]} needs --{needed}")
         num_settings = math.prod(map(len, self.grid.values()))
         if self.fuse and num_settings > 1:
-            raise ValueError(f"--fuse is for one setting, these are {num_settings}")
+            raise ValueError(f"--fuse needs a single setting, found {num_settings}")
         if self.metric and num_settings == 1:
-            raise ValueError("--metric is for several settings, this is one; --metrics names what to measure")
+            raise ValueError("--metric needs several settings, found one; --metrics chooses what to measure")
 
     @property
     def grid(self) -> dict[str, tuple]:
-        """Arguments for `evaluate_grid`, each value once."""
+        """Arguments for `evaluate_grid`, without duplicate values."""
         if len(self.passages) % 2:
             raise ValueError(f"--passages is {self.passages}, expected pairs of size and stride")
         passages = list(zip(self.passages[::2], self.passages[1::2], strict=True))
@@ -85,20 +85,20 @@ class Options(Adapted, Grid, Hybrid, Data):
 
     @property
     def measures(self) -> dict[str, Any]:
-        """What to measure, as `evaluate_run` takes it."""
+        """Arguments for `evaluate_run`."""
         return {"ks": self.ks, "depth": self.depth, "metrics": self.metrics, "gain": self.gain}
 
 
 def run(options: Options) -> None:
-    """Evaluates, saves, prints."""
+    """Evaluates; saves and prints reports."""
     there = []
     if options.out:
         check_writable(options.out)
         there = _saved_reports(Path(options.out))
         if there and not options.overwrite:
-            raise ValueError(f"{there[0]}: holds a report already; choose another --out, or --overwrite")
+            raise ValueError(f"{there[0]}: already holds a report; choose another --out, or --overwrite")
     dataset = load_data(options.data, options, merge=options.merge)
-    # A run that finds nothing has the metrics that any other has: names are checked before anything is encoded.
+    # An empty run has the same metrics as any other, so this checks their names before anything is encoded.
     report = embedft.evaluate_run(Run.from_dict({}), dataset, **options.measures)
     main = main_metrics(report)
     metric = options.metric or next((name for name in main if name.startswith("ndcg")), main[0])
@@ -108,7 +108,7 @@ def run(options: Options) -> None:
     exclude = {"exclude_identical_ids": not options.keep_identical_ids}
     reports = embedft.evaluate_grid(embedder, dataset, **options.grid, **options.measures, **exclude)
     beside = _baselines(options, embedder, dataset, reports[0]) if options.bm25 else {}
-    if options.out:  # all together in place of those of an earlier evaluation; others in folders of --out stay
+    if options.out:  # replaces the reports of an earlier evaluation all at once; other files stay
         out = Path(options.out)
         stale = [str((folder / name).relative_to(out)) for folder in there for name in REPORT_FILES]
         with replace_files(out, stale=stale) as new:
@@ -118,14 +118,14 @@ def run(options: Options) -> None:
                 report.save(new / name)
     print_costs(embedder)
     if options.json:
-        # One setting's metrics as they are, several under "settings".
+        # The metrics of one setting directly, those of several under "settings".
         settings = [{"setting": r.setting, "metrics": r.metrics, "costs": r.costs} for r in reports]
         found = reports[0].metrics if len(reports) == 1 else {"settings": settings}
         print(json.dumps({**found, **{name: report.metrics for name, report in beside.items()}}, indent=2))
     elif len(reports) > 1:
         if options.style == "text":
-            first, _, _ = str(reports[0]).partition("\n")
-            print(f"{reports[0].name}: {first}, {metric}; differences to {setting_name(grid_base(reports).setting)}\n")
+            line, _, _ = str(reports[0]).partition("\n")
+            print(f"{reports[0].name}: {line}, {metric}; differences from {setting_name(grid_base(reports).setting)}\n")
         print(format_grid([*reports, *beside.values()], metric=metric, style=options.style))
     else:
         if options.style == "text":
@@ -135,10 +135,10 @@ def run(options: Options) -> None:
 
 
 def _baselines(options: Options, embedder, dataset: RetrievalDataset, report: Report) -> dict[str, Report]:
-    """BM25's report and, if wanted, that of the fusion."""
+    """BM25's report and, with --fuse, the fusion's."""
     tokenize, exclude = getattr(embedder, "tokenize", split_words), not options.keep_identical_ids
     if tokenize is split_words:
-        print("bm25 is over words: the model's tokens are not known", file=sys.stderr)
+        print("bm25 uses words, since the model's tokens are not known", file=sys.stderr)
     run = embedft.bm25_run(dataset, tokenize=tokenize, depth=options.depth, exclude_identical_ids=exclude)
     found = {"bm25": (run, {"index": "bm25", "tokens": "words" if tokenize is split_words else "the encoder's"})}
     if options.fuse:
@@ -150,12 +150,12 @@ def _baselines(options: Options, embedder, dataset: RetrievalDataset, report: Re
 
 
 def _saved_reports(out: Path) -> list[Path]:
-    """The folders of reports that an earlier evaluation wrote to `out`: itself, or named by their setting."""
+    """The report folders that an earlier evaluation wrote: `out` itself, or folders named after their setting."""
     own, found = {out, out / "bm25", out / "fused"}, []
     for path in (*out.glob("metrics.json"), *sorted(out.glob("*/metrics.json"))):
         try:
             if path.parent in own or path.parent.name == setting_name(read_object(path).get("setting") or {}):
                 found.append(path.parent)
         except (AttributeError, OSError, TypeError, ValueError) as error:
-            print(f"{path}: is no report that can be read, and left alone ({error})", file=sys.stderr)
+            print(f"{path}: not a readable report, so it is left alone ({error})", file=sys.stderr)
     return found

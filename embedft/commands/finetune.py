@@ -1,4 +1,4 @@
-"""`embedft finetune`: trains a model, on one device or, started by torchrun, on several.
+"""`embedft finetune`: trains a model on one device, or on several when started by torchrun.
 
 embedft finetune sentence-transformers/all-MiniLM-L6-v2 train.csv --validation held_out.csv --out runs/first
 torchrun --nproc-per-node 2 -m embedft finetune sentence-transformers/all-MiniLM-L6-v2 train.csv --out runs/first
@@ -28,9 +28,9 @@ class Options(FinetuneConfig, Model, Data):
 
     model: str = option(REQUIRED, "folder, hub id or package", metavar="MODEL", positional=True)
     data: list[str] = option(REQUIRED, f"{DATASETS}; several [NAME=]DATA are mixed", metavar="DATA", positional=True)
-    out: str = option(REQUIRED, "run folder; DIR/model gets the model", metavar="DIR")
+    out: str = option(REQUIRED, "run folder; the model goes to DIR/model", metavar="DIR")
     validation: str | None = option(None, "held-out questions that choose the best weights", metavar="DATA")
-    validation_split: str | None = option(None, "of a BEIR folder [test, or the only one]")
+    validation_split: str | None = option(None, "split of a BEIR folder [test, or the only one]")
     merge: bool = option(True, "treat validation documents of equal text as one")
     overwrite: bool = option(False, "replace the run in DIR")
     resume: bool = option(False, "continue from the last checkpoint in DIR, if there is one")
@@ -42,12 +42,12 @@ class Options(FinetuneConfig, Model, Data):
 
 
 def epilog() -> str:
-    """The losses, for --help."""
+    """The list of losses, for --help."""
     return f"losses (--loss.name) and their options (--loss.OPTION):\n{describe_losses()}"
 
 
 def run(options: Options) -> None:
-    """Trains, and compares before with after when there is validation data."""
+    """Trains; with validation data, compares before and after."""
     with distributed.process_group():
         first = distributed.rank_and_size()[0] == 0
         if not first:
@@ -74,14 +74,14 @@ def _load(options: Options) -> tuple:
 
 
 def _sources(given: Sequence[str]) -> dict[str, str]:
-    """{name: path} of NAME=PATH, or of a path under its file's name up to the first dot."""
+    """{name: path} from NAME=PATH, or from a path, named after its file up to the first dot."""
     sources: dict[str, str] = {}
     for text in given:
         name, equals, path = text.partition("=")
         if not equals or Path(text).exists():
             name, path = Path(text).resolve().name.partition(".")[0], text
         if name in sources:
-            raise ValueError(f"{path} and {sources[name]} are both called {name!r}: name them, NAME=DATA")
+            raise ValueError(f"{path} and {sources[name]} are both called {name!r}: name them with NAME=DATA")
         sources[name] = path
     return sources
 
@@ -95,7 +95,7 @@ def _print_summary(out: Path, select: str, *, has_validation: bool) -> None:
         print(summary(records, select, start="the base weights"))
         before, after = (embedft.Report.load(out / run_folder.EVAL / name) for name in (VALIDATION_BASE, VALIDATION))
         with warnings.catch_warnings():
-            # Intended: the base is measured as it is, the result as it was trained.
+            # Intended: the base is evaluated at its own max_length, the result at that of training.
             warnings.filterwarnings("ignore", "the reports may not be comparable: max_length")
             print(embedft.compare(before, after, metric=select))
         print("these questions chose the weights; to report a result, run embedft evaluate on others")

@@ -1,4 +1,4 @@
-"""`embedft info`: what a model is.
+"""`embedft info`: describes a model.
 
 embedft info sentence-transformers/all-MiniLM-L6-v2
 """
@@ -14,12 +14,12 @@ class Options(Model):
 
 
 def run(options: Options) -> None:
-    """Prints a line for each fact."""
+    """Prints one line per fact."""
     embedder = load_model(options)
     if hasattr(embedder, "endpoint"):
         limit = embedder.endpoint.max_tokens
-        print(f"{embedder.model} at {embedder.endpoint.server.name}: only the name is known,")
-        print(f"and that it reads {f'{limit:,} tokens' if limit else 'as many tokens as its server allows'}")
+        print(f"{embedder.model} at {embedder.endpoint.server.name}: known only by name;")
+        print(f"it reads {f'up to {limit:,} tokens' if limit else 'as many tokens as its server allows'}")
         return
     pooling = embedder.pooling
     used = {role: embedder.prompt(role) for role in ("query", "document") if embedder.prompt(role)}
@@ -30,7 +30,7 @@ def run(options: Options) -> None:
         "layers": getattr(embedder.encoder.config, "num_hidden_layers", 0),
         "dimensions": embedder.dim,
         "max_length": f"{embedder.max_length} tokens (the encoder has {embedder.encoder.config.max_length} positions)",
-        "pooling": " + ".join(pooling.names) + ("" if pooling.include_prompt else ", prompt left out"),
+        "pooling": " + ".join(pooling.names) + ("" if pooling.include_prompt else ", without the prompt"),
         "similarity": embedder.similarity,
         "prompts": ", ".join(f"{role}: {text!r}" for role, text in used.items()) or "none",
         "other prompts": ", ".join(f"{n}: {text!r}" for n, text in embedder.prompts.items() if n not in used and text),

@@ -1,4 +1,4 @@
-"""`embedft mine`: finds hard negatives for the questions of a dataset, and writes pairs to train on.
+"""`embedft mine`: finds hard negatives for a dataset's questions, and writes pairs to train on.
 
 embedft mine sentence-transformers/all-MiniLM-L6-v2 train.csv --out mined.jsonl --relative-margin 0.05
 embedft finetune sentence-transformers/all-MiniLM-L6-v2 mined.jsonl --num-negatives 4 --out runs/mined
@@ -18,10 +18,10 @@ from .options import DATASETS, Adapted, Data, Windows, load_encoder, load_traini
 
 @dataclass(frozen=True, kw_only=True)
 class Guards:
-    """Against false negatives, documents that answer a question but are not known to."""
+    """Guards against false negatives: documents that answer a question but are not labelled so."""
 
-    relative_margin: float | None = option(None, "0.05: at most 95% of the score of a known answer [none]")
-    absolute_margin: float | None = option(None, "at least this much below the score of a known answer [none]")
+    relative_margin: float | None = option(None, "0.05: score at most 95% of a known answer's [none]")
+    absolute_margin: float | None = option(None, "score at least this far below a known answer's [none]")
     max_score: float | None = option(None, "highest score of a negative [none]")
     min_score: float | None = option(None, "lowest score of a negative [none]")
 
@@ -31,20 +31,20 @@ class Options(Adapted, Guards, Windows, Data):
     """Options of `embedft mine`."""
 
     data: str = option(REQUIRED, f"{DATASETS}; its corpus is searched", metavar="DATA", positional=True)
-    out: str = option(REQUIRED, "gets the questions, their documents and their negatives", metavar="FILE.jsonl")
-    ranks: list[int] = option([10, 100], "ranks of the documents to take negatives from", metavar="FIRST LAST")
+    out: str = option(REQUIRED, "file for the questions, documents and negatives", metavar="FILE.jsonl")
+    ranks: list[int] = option([10, 100], "ranks to take negatives from", metavar="FIRST LAST")
     num_negatives: int = option(4, "negatives per question")
-    sampling: Literal["random", "top"] = option("random", "draw negatives from the ranks, or take the first")
-    seed: int = option(0, "of the draw")
-    replace: bool = option(False, "drop the negatives that DATA has; otherwise they come first")
+    sampling: Literal["random", "top"] = option("random", "draw from the ranks at random, or take the first")
+    seed: int = option(0, "random seed of the draw")
+    replace: bool = option(False, "drop the negatives in DATA; otherwise they come first")
 
     def __post_init__(self):
         if not self.out.endswith(".jsonl"):
-            raise ValueError(f"--out is {self.out}, expected a name that ends in .jsonl, which holds negatives")
+            raise ValueError(f"--out is {self.out}, expected a name ending in .jsonl, the format that holds negatives")
 
 
 def run(options: Options) -> None:
-    """Mines, and writes the pairs."""
+    """Mines negatives, and writes the pairs."""
     check_writable(options.out, file=True)
     dataset = load_training_data(options.data, options)
     embedder = load_encoder(options)
@@ -52,12 +52,12 @@ def run(options: Options) -> None:
     mined = embedft.mine(embedder, dataset, **{name: getattr(options, name) for name in names})
     counts = {q: len(mined.negatives.get(q, ())) for q in mined.queries if mined.relevant(q)}
     if not any(counts.values()):
-        raise ValueError("no question has a negative, nothing is written: the margins or the ranks leave none")
+        raise ValueError("found no negatives, so nothing is written: the margins or the ranks leave none")
     if short := sum(count < options.num_negatives for count in counts.values()):
         few = f"{short:,} of {len(counts):,} questions have fewer than {options.num_negatives} negatives"
         none = f"{list(counts.values()).count(0):,} have none"
-        print(f"{few}, {none}; a later last rank finds more", file=sys.stderr)
-    # With titles in their texts, as JSONL holds them.
+        print(f"{few}, {none}; a higher last rank finds more", file=sys.stderr)
+    # JSONL has no titles, so they go into the texts.
     qrels = {query_id: mined.qrels[query_id] for query_id in counts}
     negatives = {query_id: mined.negatives[query_id] for query_id in counts if query_id in mined.negatives}
     named = {i for ids in (*qrels.values(), *negatives.values()) for i in ids}

@@ -1,4 +1,4 @@
-"""Options that commands share, as classes to inherit from, and the functions that act on them.
+"""Options shared by commands, as classes to inherit from, and functions that act on them.
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Encoder, Data): ...
@@ -21,34 +21,34 @@ from ..data.dataset import RetrievalDataset
 
 DATASETS = "QA JSON, BEIR folder, JSONL or CSV pairs"
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
-# What `embedft chunk` writes and other commands read: the first alone, or the two of a split.
+# Files that `embedft chunk` writes and other commands read: the first alone, or the two of a split.
 CHUNK_FILES = WHOLE, TRAIN, VALIDATION = "chunks", "train", "validation"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model(config.Options):
-    """The model."""
+    """Model."""
 
     model: str = option(REQUIRED, "folder, hub id, package, or openai:MODEL", metavar="MODEL", positional=True)
     device: str | None = option(None, "cuda, cuda:1, mps or cpu [the best available]")
     revision: str | None = option(None, "commit, tag or branch on the hub [the default branch]")
-    query_prompt: str | None = option(None, "text before each query, or the name of a prompt [the model's]")
-    document_prompt: str | None = option(None, "text before each document, or the name of a prompt [the model's]")
+    query_prompt: str | None = option(None, "text to put before each query, or a prompt's name [the model's]")
+    document_prompt: str | None = option(None, "text to put before each document, or a prompt's name [the model's]")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Api:
     """A model behind an OpenAI-compatible server (openai:MODEL)."""
 
-    base_url: str | None = option(None, "of the server [OPENAI_BASE_URL, else api.openai.com]", metavar="URL")
+    base_url: str | None = option(None, "server address [OPENAI_BASE_URL, else api.openai.com]", metavar="URL")
     dimensions: int | None = option(None, "dimensions to request [all]")
     api_batch_size: int | None = option(None, "texts per request [256, fewer if the server refuses]")
-    requests_per_minute: int | None = option(None, "most requests in 60 seconds [what the server takes]")
-    tokens_per_minute: int | None = option(None, "most tokens in 60 seconds, at four bytes per token")
-    request: dict[str, Any] = option({}, "more parameters to send with each request")
+    requests_per_minute: int | None = option(None, "maximum in any 60 seconds [no limit]")
+    tokens_per_minute: int | None = option(None, "maximum in any 60 seconds, at four bytes per token [no limit]")
+    request: dict[str, Any] = option({}, "extra parameters to send with each request")
     too_long: Literal["refuse", "cut"] | None = option(None, "what to do with texts that are too long [refuse]")
-    price: float | None = option(None, "money per million tokens")
-    max_cost: float | None = option(None, "never spend more, over all runs with this --ledger [no limit]")
+    price: float | None = option(None, "price per million tokens")
+    max_cost: float | None = option(None, "budget over all runs with this --ledger [no limit]")
     ledger: str | None = option(None, "JSONL file with a line per request and its cost", metavar="FILE")
 
 
@@ -56,25 +56,25 @@ class Api:
 class Encoder(Model, Api):
     """Encoding."""
 
-    max_length: int | None = option(None, "tokens after which a text is cut off [the model's]")
+    max_length: int | None = option(None, "tokens after which texts are truncated [the model's]")
     dim: int | None = option(None, "leading dimensions to keep [all]")
-    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "of the weights")
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "data type of the weights")
     store: str | None = option(None, "keep vectors here, and compute only what is missing", metavar="DIR")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapted(Encoder):
-    """An adapter."""
+    """Adapter."""
 
-    adapter: str | None = option(None, "adapter that vectors go through", metavar="DIR")
+    adapter: str | None = option(None, "adapter to apply to the vectors", metavar="DIR")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """The data."""
+    """Data."""
 
-    format: Literal["llamaindex", "beir", "jsonl", "csv"] | None = option(None, "of the data [recognised]")
-    split: str | None = option(None, "of a BEIR folder [train for training, else test, or the only one]")
+    format: Literal["llamaindex", "beir", "jsonl", "csv"] | None = option(None, "data format [detected]")
+    split: str | None = option(None, "split of a BEIR folder [train for training, else test, or the only one]")
     skip_empty: bool = option(False, "drop rows with an empty text instead of refusing them")
     strict: bool = option(False, "refuse judgements of unknown queries and documents instead of warning")
 
@@ -87,7 +87,7 @@ class Windows:
 
 
 def load_model(options: Model, **more: Any) -> "embedft.Embedder":
-    """The model of a command, on its device and with its prompts; for openai:MODEL an `ApiEmbedder`."""
+    """Loads a command's model, on its device and with its prompts; openai:MODEL becomes an `ApiEmbedder`."""
     given = {"query": options.query_prompt, "document": options.document_prompt}
     prompts = {role: text for role, text in given.items() if text is not None} or None
     if prompts and not options.model.startswith("openai:"):
@@ -102,7 +102,7 @@ def load_model(options: Model, **more: Any) -> "embedft.Embedder":
 
 
 def load_encoder(options: Encoder) -> "embedft.Embedder":
-    """The model of a command that encodes: with its store, and its adapter when the command has such an option."""
+    """Loads the model of a command that encodes, with its store and, if the command has that option, its adapter."""
     import torch
 
     names = {"api_batch_size": "batch_texts", "request": "parameters"}
@@ -113,7 +113,7 @@ def load_encoder(options: Encoder) -> "embedft.Embedder":
 
 
 def load_data(path: str, options: Data, *, split: str | None = None, merge: bool = True) -> RetrievalDataset:
-    """A dataset, with a note on stderr of the rows that --skip-empty dropped."""
+    """Loads a dataset, and notes on stderr how many rows --skip-empty dropped."""
     given = {name: getattr(options, name) for name in ("format", "skip_empty", "strict")}
     dataset = RetrievalDataset.load(path, merge=merge, split=split or options.split, **given)
     if dataset.num_skipped and os.environ.get("RANK", "0") == "0":
@@ -122,30 +122,30 @@ def load_data(path: str, options: Data, *, split: str | None = None, merge: bool
 
 
 def load_training_data(path: str, options: Data) -> RetrievalDataset:
-    """The training split of a dataset."""
+    """Loads the training split of a dataset."""
     has_train = options.split is None and any((Path(path) / "qrels").glob("train.*"))
     return load_data(path, options, split="train" if has_train else None)
 
 
 def load_chunk_files(path: Path) -> dict[str, list]:
-    """{name of the file: its `Chunk`s}, of one file or of a folder that `embedft chunk` wrote."""
+    """{file name without suffix: its `Chunk`s}, from one file or a folder that `embedft chunk` wrote."""
     from ..corpus.chunks import load_chunks
     from ..corpus.documents import SUFFIXES
 
     if path.is_dir():
         found = [file for name in CHUNK_FILES if (file := path / f"{name}.jsonl").is_file()]
         if not found:
-            raise ValueError(f"{path}: no {WHOLE}.jsonl and no {TRAIN}.jsonl in it")
+            raise ValueError(f"{path}: contains neither {WHOLE}.jsonl nor {TRAIN}.jsonl")
         return {file.stem: load_chunks(file) for file in found}
     if not path.is_file():
         raise ValueError(f"{path}: no such file or folder")
     if path.suffix.lower() in SUFFIXES:
-        raise ValueError(f"{path}: a document, expected its chunks: cut it with `embedft chunk` first")
+        raise ValueError(f"{path}: is a document, expected chunks; run `embedft chunk` on it first")
     return {path.stem: load_chunks(path)}
 
 
 def summary(records: Iterable[dict[str, Any]], select: str, start: str) -> str:
-    """Which weights a training kept, by its log: the best step's, the first of equals, or those of `start`."""
+    """Which weights training kept, from its log: those of the best step (the first of equals), or of `start`."""
     values = {record["step"]: record["metrics"][select] for record in records if "metrics" in record}
     best = max(values, key=values.__getitem__)
     kept = f"the weights of step {best:,} of {max(values):,}" if best else f"{start}, which no step improved on"

@@ -1,4 +1,4 @@
-"""`embedft questions`: questions about chunks, by a language model or without one.
+"""`embedft questions`: writes questions about chunks, with a language model or without one.
 
 embedft questions chunks --out questions --model gpt-4o-mini --price-in 0.15 --price-out 0.60 --max-cost 1.00
 embedft questions chunks --out questions --method ict
@@ -32,10 +32,10 @@ REPORT = "question-report.json"
 class LanguageModel(QuestionConfig):
     """A language model (--method llm; the key comes from OPENAI_API_KEY)."""
 
-    template: str | None = option(None, "prompt with {text} and {num_questions} [the project's own]", metavar="FILE")
-    dry_run: bool = option(False, "print what it would cost, and send nothing")
+    template: str | None = option(None, "prompt with {text} and {num_questions} [built in]", metavar="FILE")
+    dry_run: bool = option(False, "estimate the cost, and send nothing")
     clean: bool = option(True, "drop questions that ask nothing, point at their source, copy it or repeat another")
-    round_trip: int | None = option(None, "keep those whose chunk is in the base's top K [all]", metavar="K", least=1)
+    round_trip: int | None = option(None, "keep those whose chunk is in --base's top K [all]", metavar="K", least=1)
     base: str = option(DEFAULT_MODEL, "model for --round-trip")
 
 
@@ -46,18 +46,18 @@ class Options(LanguageModel, config.Options):
     sources: list[str] = option(
         REQUIRED, "chunks, or JSONL with `id` and `text`; docstring: packages", metavar="SOURCE", positional=True
     )
-    out: str = option(REQUIRED, "gets the datasets, the replies and a report", metavar="DIR")
+    out: str = option(REQUIRED, "folder for the datasets, replies and a report", metavar="DIR")
     method: Literal["llm", "ict", "title", "docstring"] = option("llm", "ict: a sentence of a chunk; title: heading")
-    seed: int = option(0, "of ict and docstring")
-    validation: bool = option(False, "SOURCE is for validation: ict takes sentences out of chunks; no round trip")
+    seed: int = option(0, "random seed for ict and docstring")
+    validation: bool = option(False, "SOURCE is for validation: ict removes every sentence, no round trip")
     num_docstrings: list[int] = option([2_000, 1_000], "docstrings for training and validation", metavar="N N")
 
     def __post_init__(self):
         llm = [field.name for field in fields(LanguageModel)]
         if self.method != "llm" and (given := changed(self, llm)):
-            raise ValueError(f"{given[0]} is for --method llm, this is --method {self.method}")
+            raise ValueError(f"{given[0]} needs --method llm, found --method {self.method}")
         if self.method not in ("ict", "llm") and self.validation:
-            raise ValueError(f"--validation is for --method ict or llm, this is --method {self.method}")
+            raise ValueError(f"--validation needs --method ict or llm, found --method {self.method}")
         if self.method != "docstring" and len(self.sources) != 1:
             raise ValueError(f"{len(self.sources)} sources, expected one file or folder of chunks")
 
@@ -74,7 +74,7 @@ def run(options: Options) -> int:
     texts: dict[str, str] = {}
     for chunk in (chunk for side in sides.values() for chunk in side):
         if texts.setdefault(chunk.id, chunk.text) != chunk.text:
-            raise ValueError(f"{options.sources[0]}: chunk {chunk.id!r} has one text in training, one in validation")
+            raise ValueError(f"{options.sources[0]}: chunk {chunk.id!r} has different texts in training and validation")
     return _ask(options, sides) if options.method == "llm" else _pseudo(options, sides)
 
 
@@ -87,11 +87,11 @@ def _pseudo(options: Options, sides: dict[str, list[Chunk]]) -> int:
         else:
             datasets[name] = titles(chunks)
         if num_left_out := len(chunks) - len(datasets[name].queries):
-            print(f"{name}: {num_left_out:,} of {len(chunks):,} chunks have nothing to ask with")
+            print(f"{name}: {num_left_out:,} of {len(chunks):,} chunks yield no question")
     if datasets.keys() >= {TRAIN, VALIDATION}:
         datasets[TRAIN], dropped = drop_held_out(datasets[TRAIN], datasets[VALIDATION])
         if dropped:
-            print(f"{TRAIN}: dropped {len(dropped):,} questions that validation asks too")
+            print(f"{TRAIN}: dropped {len(dropped):,} questions that are also in validation")
     _save(Path(options.out), datasets)
     return 0
 
@@ -99,7 +99,7 @@ def _pseudo(options: Options, sides: dict[str, list[Chunk]]) -> int:
 def _ask(options: Options, sides: dict[str, list[Chunk]]) -> int:
     settings, out = part(options, QuestionConfig), Path(options.out)
     template = read_text(options.template) if options.template else TEMPLATE
-    # One job, so that the sides share a budget, and in turn, so that each has its part when it runs out.
+    # One job, so that the sides share a budget; interleaved, so that each gets its part before it runs out.
     turns = [((i + 0.5) / len(side), chunk) for side in sides.values() for i, chunk in enumerate(side)]
     chunks = list({chunk.id: chunk for _, chunk in sorted(turns, key=lambda turn: turn[0])}.values())
     if options.dry_run:
@@ -108,7 +108,7 @@ def _ask(options: Options, sides: dict[str, list[Chunk]]) -> int:
     outcome = write_questions(chunks, settings, folder=out, template=template)
     _print_totals(outcome)
     reports, datasets = {}, {}
-    # Validation first: training may not ask what it asks.
+    # Validation first: its questions are dropped from training.
     for name, side in sorted(sides.items(), key=lambda item: item[0] != VALIDATION):
         questions = {chunk.id: outcome.questions[chunk.id] for chunk in side if chunk.id in outcome.questions}
         try:
@@ -138,18 +138,18 @@ def _ask(options: Options, sides: dict[str, list[Chunk]]) -> int:
     for reason, count in Counter(outcome.missing.values()).most_common(5):
         print(f"{count:,} without questions: {reason}", file=sys.stderr)
     left = f"{len(outcome.missing):,} of {len(chunks):,} chunks have no questions"
-    print(f"{left}; the same command asks for those alone (all reasons: {out / REPORT})", file=sys.stderr)
+    print(f"{left}; run the same command to request only those (all reasons: {out / REPORT})", file=sys.stderr)
     return 1
 
 
 def _print_estimate(found: Estimate, num_chunks: int) -> None:
-    print(f"{found.num_requests:,} of {num_chunks:,} chunks have no questions yet and take a request each")
+    print(f"{found.num_requests:,} of {num_chunks:,} chunks have no questions yet and need a request each")
     tokens = f"{found.prompt_tokens:,} prompt tokens, {found.completion_tokens:,} reply tokens"
     print(f"estimated from bytes (4 per token): {tokens}")
     if found.cost is None:
-        print("for the cost, give --price-in and --price-out, money per million tokens")
+        print("for the cost, pass --price-in and --price-out, per million tokens")
     else:
-        print(f"estimated cost {found.cost:.4f}, at most {found.most_cost:.4f} without repeated requests")
+        print(f"estimated cost {found.cost:.4f}, at most {found.most_cost:.4f} if no request is repeated")
 
 
 def _print_totals(outcome: Outcome) -> None:
@@ -157,10 +157,10 @@ def _print_totals(outcome: Outcome) -> None:
     cost = "" if spent.prices is None else f", cost {spent.cost:.4f}"
     tokens = f"{spent.prompt_tokens:,} prompt tokens, {spent.completion_tokens:,} reply tokens{cost}"
     if spent.open:
-        most = "" if spent.prices is None else f", which cost at most {spent.open_cost:.4f} more"
-        tokens += f"; {len(spent.open):,} requests without a report of their tokens{most}"
+        most = "" if spent.prices is None else f" and may have cost up to {spent.open_cost:.4f} more"
+        tokens += f"; {len(spent.open):,} requests reported no token usage{most}"
     done = f"{len(outcome.questions):,} of {num_chunks:,} chunks have questions"
-    print(f"{done}; all runs together: {spent.num_requests:,} requests, {tokens}")
+    print(f"{done}; in all runs: {spent.num_requests:,} requests, {tokens}")
     if outcome.stopped:
         print(outcome.stopped)
 

@@ -1,4 +1,4 @@
-"""`embedft search`: the passages that answer a question, with the file and pages they are from.
+"""`embedft search`: finds the passages that answer a question, with their file and pages.
 
 embedft search sentence-transformers/all-MiniLM-L6-v2 chunks "who audits the books?" --passages 128 64 --hybrid
 """
@@ -22,8 +22,8 @@ from ..retrieval.bm25 import Bm25Index, split_words
 from ..retrieval.run import Run
 from .options import CHUNK_FILES, Adapted, Data, Windows, load_chunk_files, load_data, load_encoder, print_costs
 
-FUSED_DEPTH = 100  # documents of either run that are fused, whose scores make the z-scores
-SHOWN_LINES, WIDEST = 4, 100  # of a document's beginning; windows and --full are shown whole
+FUSED_DEPTH = 100  # documents per run that are standardized and fused
+SHOWN_LINES, WIDEST = 4, 100  # of the start of a document; windows and --full are shown whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +31,11 @@ class Options(Adapted, Windows, Data):
     """Options of `embedft search`."""
 
     data: str = option(REQUIRED, "what `embedft chunk` wrote, or a dataset", metavar="DATA", positional=True)
-    question: str | None = option(None, "else questions are read, one a line", metavar="[QUESTION]", positional=True)
+    question: str | None = option(None, "else questions are read, one per line", metavar="[QUESTION]", positional=True)
     depth: int = option(5, "documents to show", least=1)
-    hybrid: bool = option(False, "fuse with BM25 by z-scores, half each")
+    hybrid: bool = option(False, "fuse with BM25 by z-scores, equally weighted")
     full: bool = option(False, "show texts in full")
-    json: bool = option(False, "print an object per question, with the full texts")
+    json: bool = option(False, "print one object per question, with full texts")
 
     def __post_init__(self):
         check_at_most_one(self, "full", "json")
@@ -44,7 +44,7 @@ class Options(Adapted, Windows, Data):
 
 
 def run(options: Options) -> None:
-    """Answers the question, or each one that is read."""
+    """Answers QUESTION, or each question read from stdin."""
     from ..retrieval.encoding import sorted_corpus
 
     dataset, places = _load_documents(options)
@@ -73,14 +73,14 @@ def run(options: Options) -> None:
             if options.question is None and not sys.stdin.isatty():
                 print("\n" * (number > 0) + question)
             _print_hits(hits, full=options.full)
-        sys.stdout.flush()  # whoever asks through a pipe may wait for the answer
+        sys.stdout.flush()  # a program at the other end of a pipe may wait for the answer
     print_costs(embedder)
 
 
 def _load_documents(options: Options) -> tuple[RetrievalDataset, dict[str, str]]:
-    """What is searched, and {id: file and pages} of chunks."""
+    """The dataset to search, and {id: file and pages} of chunks."""
     path, places = Path(options.data), {}
-    # Objects with `id` and `text` are chunks: no dataset has those.
+    # Objects with `id` and `text` are chunks; no dataset has both.
     has_chunks = any((path / f"{name}.jsonl").is_file() for name in CHUNK_FILES)
     if path.suffix == ".jsonl" and path.is_file():
         _, first = next(read_jsonl(path), (0, None))
@@ -94,12 +94,12 @@ def _load_documents(options: Options) -> tuple[RetrievalDataset, dict[str, str]]
             first, last = place.first_page, place.last_page
             pages = f"page {first}" if first == last else f"pages {first}-{last}"
             places[chunk.id] = f"{place.file}, {pages}" + (f" (and {len(others)} more)" if others else "")
-    # A dataset has a query; this one is not used.
+    # A dataset needs a query; this one is never used.
     return RetrievalDataset({"question": "?"}, {i: chunk.text for i, chunk in chunks.items()}, {}), places
 
 
 def _questions(options: Options) -> Iterator[str]:
-    """The one question, or those that are typed until an empty line, or those in a pipe, one per line."""
+    """Yields QUESTION, or the questions typed until an empty line, or those piped in, one per line."""
     if options.question is not None:
         yield options.question
         return
@@ -115,7 +115,7 @@ def _questions(options: Options) -> Iterator[str]:
 
 
 def _read_line(is_typed: bool) -> str:
-    """The next line with its end; "" after the last. The prompt goes to stderr if results go elsewhere."""
+    """The next line with its newline; "" after the last. The prompt goes to stderr if stdout is redirected."""
     if is_typed and sys.stdout.isatty():
         with contextlib.suppress(EOFError):
             return input("question: ") + "\n"
@@ -126,8 +126,8 @@ def _read_line(is_typed: bool) -> str:
 
 
 def make_window_text(embedder, passages: tuple[int, int]) -> Callable[[str, int], str]:
-    """A function (text, number of a window) -> the part of the text in it, with dots where the text goes on."""
-    backend = copy.deepcopy(embedder.tokenizer.backend)  # a copy, for the embedder's own cuts texts off
+    """Returns a function (text, window number) -> text in that window, with dots where the full text continues."""
+    backend = copy.deepcopy(embedder.tokenizer.backend)  # a copy, because the embedder's own truncates texts
     backend.no_truncation()
     num_prompt = len(embedder.tokenize([embedder.prompt("document")])[0])
     room = passages[0] - backend.num_special_tokens_to_add(False) - num_prompt

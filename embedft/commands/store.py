@@ -1,4 +1,4 @@
-"""`embedft store`: what a store of embeddings holds, whether it is whole, and removing what is no longer wanted.
+"""`embedft store`: lists, verifies, repairs or prunes a store of embeddings.
 
 embedft store vectors --verify
 """
@@ -13,25 +13,25 @@ from ..config import REQUIRED, check_at_most_one, option
 from ..retrieval.tables import format_table
 from .options import format_bytes
 
-SHOWN_ROWS = 5  # damaged rows that --verify names of each space
+SHOWN_ROWS = 5  # damaged rows that --verify shows per space
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(config.Options):
     """Options of `embedft store`."""
 
-    store: str = option(REQUIRED, "folder that --store of another command made", metavar="DIR", positional=True)
-    verify: bool = option(False, "read everything; exit code 1 when a row is damaged")
-    repair: bool = option(False, "drop damaged rows, or the database; their texts are encoded again when next needed")
-    prune: list[str] | None = option(None, "remove these spaces, by the names that are listed", metavar="SPACE ...")
-    prune_unused: float | None = option(None, "remove spaces not used for this long", metavar="DAYS", least=0)
+    store: str = option(REQUIRED, "folder created by another command's --store", metavar="DIR", positional=True)
+    verify: bool = option(False, "check every row; exit code 1 if any is damaged")
+    repair: bool = option(False, "drop damaged rows or a damaged database; texts are encoded again when needed")
+    prune: list[str] | None = option(None, "remove these spaces, named as in the list", metavar="SPACE ...")
+    prune_unused: float | None = option(None, "remove spaces unused for so many days", metavar="DAYS", least=0)
 
     def __post_init__(self):
         check_at_most_one(self, "verify", "repair", "prune", "prune_unused")
 
 
 def run(options: Options) -> int:
-    """Does what was asked for; lists the spaces when nothing was."""
+    """Verifies, repairs or prunes; without such an option, lists the spaces."""
     from ..encoders.database import DATABASE, DamagedDatabase, check_database, set_aside
     from ..encoders.store import Store
 
@@ -67,14 +67,14 @@ def run(options: Options) -> int:
 
 
 def _verify(store, name: str, *, repair: bool) -> int:
-    """Prints the state of a space, and returns the exit code."""
+    """Prints the state of a space and returns the exit code."""
     try:
         num_rows, damaged = store.verify(name, repair=repair)
     except ValueError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 1
     if not len(damaged):
-        print(f"{name}: {num_rows:,} rows, all whole")
+        print(f"{name}: {num_rows:,} rows, all intact")
         return 0
     shown = ", ".join(map(str, damaged[:SHOWN_ROWS])) + (", ..." if len(damaged) > SHOWN_ROWS else "")
     state = "damaged and dropped" if repair else "damaged"
