@@ -38,7 +38,7 @@ class Embedder(nn.Module):
         prompts: {name: text to prepend}; those named "query" and "document" are used, by role.
         normalize: scale vectors to unit length; always true when `similarity` is "cosine".
         truncate_dim: leading features that `encode` returns by default; None: all.
-        source: the folder it was loaded from; `save` needs it.
+        source: the folder it was loaded from; `save` needs it unless the encoder is of your own class.
 
     `store` (None unless set) keeps the vectors that `encode` computes. `adapter` (None unless attached) maps the
     encoder's vectors; its weights are among the parameters.
@@ -290,7 +290,6 @@ class Embedder(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Writes a folder that `load_embedder` and sentence-transformers can read, each file atomically.
-        Raises `ValueError` for a nonlinear adapter, which sentence-transformers' Dense modules cannot express."""
-        if self.source is None:
-            raise ValueError("this Embedder was not loaded from a model folder, so it cannot be saved as one")
+        With an encoder of your own class (encoders/custom.py) only `load_embedder` can, where that class is importable.
+        Raises `ValueError` if it is not, and for a nonlinear adapter, which Dense modules cannot express."""
         write_folder(Path(folder), self)

@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..files import atomic_write, read_json, read_object, write_json
-from . import bert
+from . import bert, custom
 from .adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from .adapter import FORMATS, ROLES, fill, naming
 from .pooling import Pooling
@@ -62,7 +62,7 @@ LENGTH = ("a number of tokens", lambda x: type(x) in (int, float) and x >= 1)
 PLACE = ("one in this folder", lambda x: type(x) is str and "\0" not in x and not normpath(x).startswith(("..", "/")))
 SCHEMAS: dict[str, Schema] = {
     CONFIG_FILE: {
-        "model_type": (f"one of {', '.join(FAMILIES)}", lambda x: x in list(FAMILIES)),
+        "model_type": (f"one of {', '.join(FAMILIES)}", lambda x: x in [*FAMILIES, custom.MODEL_TYPE]),
         **dict.fromkeys(("dtype", "torch_dtype"), TEXT),
     },
     MODULES_FILE: {"type": TEXT, "path": PLACE},
@@ -102,7 +102,7 @@ class Source(NamedTuple):
 
     name: str
     folder: Path
-    family: ModuleType
+    family: ModuleType | custom.Family
     config: dict[str, Any]  # config.json
     carried: dict[str, Tensor]  # tensors of the checkpoint that the encoder does not use
     default_prompt: str | None  # for sentence-transformers' plain `encode`; here every text has a role
@@ -142,7 +142,7 @@ def read_modules(folder: Path) -> dict[str, str]:
     return dict(zip(kinds, places, strict=False))
 
 
-def read_config(folder: Path) -> tuple[ModuleType, Any, dict[str, Any]]:
+def read_config(folder: Path) -> tuple[ModuleType | custom.Family, Any, dict[str, Any]]:
     """The family that config.json names, that family's Config, and the whole file."""
     path = folder / CONFIG_FILE
     if not path.is_file():
@@ -150,6 +150,9 @@ def read_config(folder: Path) -> tuple[ModuleType, Any, dict[str, Any]]:
     values = read_fields(path)
     if "model_type" not in values:
         raise ValueError(f"{path}: model_type is missing, expected one of {', '.join(FAMILIES)}")
+    if values["model_type"] == custom.MODEL_TYPE:
+        with naming(path):
+            return *custom.read_family(values), values
     family = FAMILIES[values["model_type"]]
     known = {field.name: field for field in fields(family.Config)}
     _check(path, values, {name: TYPES[field.type] for name, field in known.items()})
@@ -170,7 +173,7 @@ def read_tokenizer(folder: Path, config: Any, max_length: int | None) -> Tokeniz
         with naming(folder):
             tokenizer.max_length = int(min(folder_length, limit))
     largest = max(tokenizer.backend.get_vocab(with_added_tokens=True).values())
-    if largest >= config.vocab_size:
+    if largest >= getattr(config, "vocab_size", math.inf):
         raise ValueError(f"{folder}: token ids reach {largest}, the encoder's vocab_size is {config.vocab_size}")
     return tokenizer
 
@@ -194,13 +197,17 @@ def read_pooling(folder: Path, modules: Mapping[str, str], hidden_size: int) -> 
     return pooling
 
 
-def read_encoder(folder: Path, family: ModuleType, config: Any, dtype: torch.dtype) -> tuple[nn.Module, dict]:
+def read_encoder(folder: Path, family: Any, config: Any, dtype: torch.dtype) -> tuple[nn.Module, dict]:
     """The encoder with its weights, and the checkpoint's other tensors, which are only carried along.
     Raises `ValueError` for a size in config.json that exceeds any tensor's, before building a module, and for
     tensors that are missing, unexpected, or of the wrong shape or type, naming them."""
     path = folder / WEIGHTS_FILE
     with _opened(path) as file:
         names = list(file.keys())
+        if isinstance(family, custom.Family):
+            encoder = custom.build(family, config)
+            fill(encoder, {name: file.get_tensor(name) for name in names}, path)
+            return encoder.to(dtype), {}
         largest = max((max(file.get_slice(name).get_shape(), default=0) for name in names[:10_000]), default=0)
     for field in fields(config):
         value = getattr(config, field.name)
@@ -268,27 +275,21 @@ def _read_state(path: Path, encoder: nn.Module, family: ModuleType) -> tuple[dic
 def write_folder(folder: Path, embedder: nn.Module) -> None:
     """Writes an `Embedder`; see `Embedder.save`."""
     source, tokenizer, adapter = embedder.source, embedder.tokenizer, embedder.adapter
-    # First, because a nonlinear map raises.
+    # First, because a nonlinear map raises, and so does an encoder that could not be built again.
     dense = {role: part and part.dense() for role in ROLES if adapter for part in [adapter.map_of(role)]}
+    config, tensors = _encoder_parts(embedder.encoder, source)
     folder.mkdir(parents=True, exist_ok=True)
-    keys = source.family.key_map(embedder.encoder.config)
-    tensors = dict(source.carried)
-    for ours, parameter in embedder.encoder.state_dict().items():
-        tensors |= zip(keys[ours], parameter.chunk(len(keys[ours])), strict=True)
     _write_tensors(folder / WEIGHTS_FILE, tensors)
     # transformers loads weights in the dtype that config.json names, so it must match theirs.
     dtype = str(next(embedder.encoder.parameters()).dtype).removeprefix("torch.")
-    write_json(folder / CONFIG_FILE, {**source.config, "torch_dtype": dtype, "dtype": dtype})
+    write_json(folder / CONFIG_FILE, {**config, "torch_dtype": dtype, "dtype": dtype})
     tokenizer.save(folder)
     settings = {"max_seq_length": tokenizer.max_length, "do_lower_case": tokenizer.lower_case}
     write_json(folder / TRANSFORMER_CONFIG_FILE, settings)
     _write_pooling(folder / POOLING_FOLDER, embedder.pooling, embedder.encoder.config.hidden_size)
-    settings = {
-        "prompts": embedder.prompts,
-        "default_prompt_name": source.default_prompt if source.default_prompt in embedder.prompts else None,
-        "similarity_fn_name": embedder.similarity,
-        "truncate_dim": embedder.truncate_dim,
-    }
+    default = source.default_prompt if source and source.default_prompt in embedder.prompts else None
+    settings = {"prompts": embedder.prompts, "default_prompt_name": default}
+    settings |= {"similarity_fn_name": embedder.similarity, "truncate_dim": embedder.truncate_dim}
     write_json(folder / MODEL_CONFIG_FILE, settings)
     modules = list(MODULES if embedder.normalize else MODULES[:2])
     if adapter is not None:
@@ -300,6 +301,19 @@ def write_folder(folder: Path, embedder: nn.Module) -> None:
     paths = {i: f"{i}_{kind}" if i else "" for i, kind in enumerate(modules)}
     entries = [{"idx": i, "name": str(i), "path": paths[i], "type": MODULE_TYPE + modules[i]} for i in paths]
     write_json(folder / MODULES_FILE, entries)
+
+
+def _encoder_parts(encoder: nn.Module, source: Source | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json, and the tensors by the names of the checkpoint."""
+    family = next((family for family in FAMILIES.values() if type(encoder) is family.Encoder), None)
+    if family is None:
+        return custom.describe(encoder), encoder.state_dict()
+    if source is None or source.family is not family:
+        raise ValueError("this Embedder was not loaded from a model folder, so it cannot be saved as one")
+    keys, tensors = family.key_map(encoder.config), dict(source.carried)
+    for ours, parameter in encoder.state_dict().items():
+        tensors |= zip(keys[ours], parameter.chunk(len(keys[ours])), strict=True)
+    return source.config, tensors
 
 
 def _write_pooling(folder: Path, pooling: Pooling, hidden_size: int) -> None:

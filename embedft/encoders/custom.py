@@ -1,0 +1,87 @@
+"""Encoders of classes outside embedft: saved as their weights, the import paths of two classes and the configuration.
+
+    embedder.encoder = mine.Encoder(mine.Config(hidden_size=64))    # a dataclass; see `Embedder` for what it must have
+    embedder.save("model")                                          # loads wherever `import mine` works
+
+Not here: the families that embedft brings, whose folders other libraries read too (folder.py).
+"""
+
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .. import device as devices
+
+MODEL_TYPE = "custom"  # in config.json
+
+
+class Family(NamedTuple):
+    """The classes of an encoder and of its configuration, under the names that a family's module gives them."""
+
+    Encoder: type[nn.Module]
+    Config: type
+
+
+def describe(encoder: nn.Module) -> dict[str, Any]:
+    """The fields of config.json. Raises `ValueError` for an encoder that could not be built from them again."""
+    config, family = encoder.config, Family(type(encoder), type(encoder.config))
+    if not is_dataclass(config):
+        raise ValueError(f"encoder.config is a {type(config).__name__}, expected a dataclass, to save its fields")
+    settings = {field.name: getattr(config, field.name) for field in fields(config) if field.init}
+    paths = {"encoder": _import_path(family.Encoder), "encoder_config": _import_path(family.Config)}
+    try:
+        settings = json.loads(json.dumps(settings, allow_nan=False))
+        if (read := family.Config(**settings)) != config:
+            raise ValueError(f"as JSON it becomes {read}")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"encoder.config is {config}, which cannot be saved: {error}") from None
+    shapes, again = (
+        {name: tuple(tensor.shape) for name, tensor in other.state_dict().items()}
+        for other in (encoder, build(family, read))
+    )
+    if shapes != again:
+        name = min(shapes.items() ^ again.items())[0]
+        raise ValueError(f"{paths['encoder']}, made anew from its config, has another {name}, so it cannot be saved")
+    return {"model_type": MODEL_TYPE, **paths, "settings": settings}
+
+
+def read_family(values: Mapping[str, Any]) -> tuple[Family, Any]:
+    """The classes that config.json names, which are imported, and the configuration. Raises `ValueError` if not."""
+    family = Family(_find(values["encoder"]), _find(values["encoder_config"]))
+    if not (issubclass(family.Encoder, nn.Module) and is_dataclass(family.Config)):
+        raise ValueError(f"{values['encoder']} and {values['encoder_config']} are no nn.Module and dataclass")
+    return family, family.Config(**values["settings"])
+
+
+def build(family: Family, config: Any) -> nn.Module:
+    """An encoder with weights to be replaced. Raises `ValueError` if its class takes more than its configuration."""
+    try:
+        with devices.seeded(0, torch.device("cpu")):  # what it draws changes no other random number
+            return family.Encoder(config)
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+        name = f"{family.Encoder.__module__}.{family.Encoder.__qualname__}"
+        raise ValueError(f"{name} cannot be made from its config alone: {error}") from None
+
+
+def _import_path(kind: type) -> str:
+    path = f"{kind.__module__}.{kind.__qualname__}"
+    if kind.__module__ == "__main__" or "<locals>" in path or _find(path) is not kind:
+        raise ValueError(f"{path} cannot be imported by another program, so it cannot be saved: put it into a module")
+    return path
+
+
+def _find(path: Any) -> type:
+    """The class at "module.Class"."""
+    module, _, name = str(path).rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise ValueError(f"the encoder's class is {path}, which cannot be imported here ({error})") from None
+    if not isinstance(kind, type):
+        raise ValueError(f"the encoder's class is {path}, but {module} has no such class")
+    return kind
