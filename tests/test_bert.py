@@ -217,7 +217,7 @@ def test_defaults_are_berts():
         ({"hidden_dropout_prob": 1.5}, "hidden_dropout_prob is 1.5, expected 0 to 1"),
         ({"layer_norm_eps": -1e-12}, "layer_norm_eps is -1e-12, expected 0 to 1"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key', expected 'absolute'"),
-        ({"is_decoder": True}, "is_decoder is true, but each token here sees those behind it"),
+        ({"is_decoder": True}, "is_decoder is true, but attention here is bidirectional"),
     ],
 )
 def test_a_wrong_field_is_named(change, message):

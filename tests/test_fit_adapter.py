@@ -608,7 +608,7 @@ Q0, D0, R0 = problem()
             {},
             "no query has a relevant document: none of 2 in the qrels has a grade above",
         ),
-        ((Q0, D0, {0: {0: 1}}), {"held_out": 0.1}, "held_out is 0.1, which leaves none of 1 queries"),
+        ((Q0, D0, {0: {0: 1}}), {"held_out": 0.1}, "held_out is 0.1, which leaves none of the 1 queries"),
         ((Q0, D0, R0), {"out_dim": 3}, r"are \(6, 3\) for queries, but \(6, 6\) for documents"),
         ((Q0, D0, R0), {"out_dim": 3, "side": "document"}, r"are \(6, 6\) for queries, but \(6, 3\) for documents"),
         ((Q0, D0, R0), {"lr": 1e38, "epochs": 50}, r"step \d+: loss is (nan|inf), gradient norm is"),

@@ -748,7 +748,7 @@ def test_without_the_hub_the_cache_serves(story):
     ("step", "message"),
     [
         ("unknown", "^tiny/none: no such folder or model on the hub"),
-        ("unknown revision", "^tiny/bert: the hub has no revision 'v2' of it$"),
+        ("unknown revision", "^tiny/bert: the hub has no revision 'v2' of this model$"),
         ("not a name", "tiny bert!: no such folder, and the hub says: .*tiny bert!"),
         ("cut", "^tiny/cut: lost the connection to the hub, try again: "),
         ("pickled", r"no model.safetensors \(weights found: none\)"),

@@ -204,7 +204,7 @@ def test_what_to_do_about_a_run_is_one_of_three(tmp_path):
 
 # Resuming.
 
-ANOTHER_VERSION = "another version began it: finish it with that or overwrite it$"
+ANOTHER_VERSION = "finish it with the version that began it, or overwrite it$"
 
 
 def test_resuming_changes_nothing(tmp_path):

@@ -77,7 +77,7 @@ class BertConfig:
         if self.position_embedding_type != "absolute":
             raise ValueError(f"position_embedding_type is {self.position_embedding_type[:60]!r}, expected 'absolute'")
         if self.is_decoder:
-            raise ValueError("is_decoder is true, but each token here sees those behind it")
+            raise ValueError("is_decoder is true, but attention here is bidirectional")
 
     @property
     def max_length(self) -> int:

@@ -1,4 +1,4 @@
-"""The SQLite database of a store: its tables, its transactions, and one that is damaged.
+"""The SQLite database of a store: its tables, its transactions, and what to do about damage.
 
 with transaction(Path("embeddings/store.sqlite"), write=True) as database:
     database.execute("DELETE FROM spaces")
@@ -23,7 +23,7 @@ COMMIT;
 
 
 class DamagedDatabase(ValueError):
-    """A database that SQLite cannot read; the message says what repairs the store."""
+    """A database that SQLite cannot read; the message says how to repair the store."""
 
     def __init__(self, path: Path, what: object):
         repair = f"`embedft store {path.parent} --repair` sets it aside, so that all its texts are computed again"
@@ -32,8 +32,8 @@ class DamagedDatabase(ValueError):
 
 @contextlib.contextmanager
 def transaction(path: Path, *, write: bool = False, timeout_seconds: float = 600.0) -> Iterator[sqlite3.Connection]:
-    """A transaction on a connection of its own: all of it happens or, after an error or a kill, nothing.
-    Raises `ValueError` for what SQLite says, a `DamagedDatabase` where that is damage."""
+    """A transaction on its own connection: everything is written or, after an error or a kill, nothing.
+    Raises SQLite's errors as `ValueError`, and damage as `DamagedDatabase`."""
     try:
         connection = sqlite3.connect(path, timeout=timeout_seconds, isolation_level=None)
         with contextlib.closing(connection) as database, database:  # commits, or rolls back after an error
@@ -46,7 +46,7 @@ def transaction(path: Path, *, write: bool = False, timeout_seconds: float = 600
             database.execute("BEGIN IMMEDIATE" if write else "BEGIN")
             yield database
     except sqlite3.Error as error:
-        if type(error) is sqlite3.DatabaseError:  # its subclasses are for locks, rights and full disks
+        if type(error) is sqlite3.DatabaseError:  # subclasses are for locks, permissions and full disks
             raise DamagedDatabase(path, error) from None
         raise ValueError(f"{path}: {error}") from None
 
@@ -60,7 +60,7 @@ def check_database(path: Path) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Renames a damaged database, with what SQLite has not yet written into it; returns the new name."""
+    """Renames a damaged database, and its journal if there is one; returns the new name."""
     number = 1
     while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
         number += 1

@@ -64,7 +64,7 @@ def _block_sums(tensor: Tensor, words: int = 1024) -> Tensor:
 
 
 def _collect_sources(thing: Any, sources: dict[str, str]) -> None:
-    """Adds {qualified name: code} of a class or function, its bound values, and all that it uses of its own package."""
+    """Adds {qualified name: code} of a class or function, its bound values, and all it uses from its own package."""
     thing, values = split_object(thing)
     module = getattr(thing, "__module__", None) or ""
     name, package = f"{module}.{getattr(thing, '__qualname__', repr(type(thing)))}", module.partition(".")[0]

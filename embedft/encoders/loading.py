@@ -75,7 +75,7 @@ def load_embedder(
             adapter = Adapter.load(folder / layout.ADAPTER_FOLDER)
             stored = embedder.source.config.get("dtype") or embedder.source.config.get("torch_dtype") or "float32"
             if (max_length, prompts, stored) != (None, None, str(dtype).removeprefix("torch.")):
-                adapter.base = embedder.base()  # the caller chose to depart from what it was fitted on
+                adapter.base = embedder.base()  # the caller overrides what it was fitted on
     if adapter is not None:
         embedder.attach(adapter if isinstance(adapter, Adapter) else Adapter.load(adapter))
     return embedder
@@ -161,7 +161,7 @@ def _hub_folder(name: str, revision: str | None, *, local_files_only: bool) -> P
     except errors.RepositoryNotFoundError:
         raise ValueError(f"{name}: no such folder or model on the hub (a private one needs HF_TOKEN)") from None
     except errors.RevisionNotFoundError:
-        raise ValueError(f"{name}: the hub has no revision {revision!r} of it") from None
+        raise ValueError(f"{name}: the hub has no revision {revision!r} of this model") from None
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         raise ValueError(f"{name}: no such folder, and the hub says: {' '.join(str(error).split())}") from None
     except lost as error:

@@ -1,4 +1,4 @@
-"""Embeddings from an OpenAI-compatible server, as from `Embedder.encode`; a store keeps what was paid for.
+"""Embeddings from an OpenAI-compatible server, with the interface of `Embedder`; a store keeps what was paid for.
 
     embedder = ApiEmbedder("text-embedding-3-small", store=Store("embeddings"), price=0.02, max_cost=1.00)
     evaluate(embedder, dataset)
@@ -126,7 +126,7 @@ class ApiEmbedder:
             raise ValueError(f"dim is {dim}, expected 1 to {self.dim or 'the full width'}")
 
     def _missing(self, role: str, rows: Mapping[str, int]) -> Mapping[str, int]:
-        """Those texts that are not stored."""
+        """The texts that are not stored yet."""
         space = self.space(role)
         if self.store is None or not space.dim:
             return rows

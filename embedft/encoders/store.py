@@ -301,7 +301,7 @@ class Store:
             for identity, *_ in [self._named(database, name) for name in dict.fromkeys(names)]:
                 database.execute("DELETE FROM batches WHERE space = ?", (identity,))
                 database.execute("DELETE FROM spaces WHERE id = ?", (identity,))
-        with self._transaction(write=True) as database:  # files of no space, such as those of a killed process
+        with self._transaction(write=True) as database:  # files of no space, as a killed process leaves them
             known = {self._path(*row) for row in database.execute("SELECT fingerprint, id FROM spaces")}
             for path in set(self.folder.glob("*.f32")) - known:
                 path.unlink()

@@ -19,7 +19,7 @@ from tokenizers.normalizers import Lowercase
 from ..files import atomic_write, read_text, write_json
 
 TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
-# The classes of transformers 5 that make BERT's normalizer anew, with or without "Fast" behind the name.
+# The classes of transformers 5 that rebuild BERT's normalizer, with or without the suffix "Fast".
 NORMALIZED_ANEW = ("Bert", "DistilBert", "Electra", "LayoutLM", "Lxmert", "MobileBert", "SqueezeBert")
 
 

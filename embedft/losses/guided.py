@@ -58,7 +58,7 @@ class _Guided:
     """The options of `guided_in_batch_negatives`; either contrast couples it: the batch is evaluated as a whole."""
 
     margin_strategy: str = "absolute"
-    margin: float = 0.0  # 0 removes what the guide finds closer than the positive; a larger margin removes more
+    margin: float = 0.0  # 0 removes negatives that the guide scores above the positive; larger removes more
     contrast_queries: bool = True
     contrast_positives: bool = True
     windows: str = "max"  # as in `scores`, for the guide too

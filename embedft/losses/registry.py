@@ -97,7 +97,7 @@ def describe_losses() -> str:
 
 
 def loss_options(loss: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The keyword-only parameters of a loss; **options stands for those of the function it names in `options_of`."""
+    """The keyword-only parameters of a loss; in place of **options, those of its `options_of`."""
     options = {}
     for name, parameter in inspect.signature(loss).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY:

@@ -201,7 +201,7 @@ def _sharing(item_P: Tensor, key_P: Tensor, num_items: int) -> Tensor:
     shared = torch.zeros(num_items, num_items, dtype=torch.bool, device=item_P.device)
     key_P, order_P = key_P.sort()
     item_P = item_P[order_P]
-    # Pairs of one key are now adjacent: compare neighbours, then those two apart, up to the largest group.
+    # Pairs with the same key are now adjacent: compare neighbours, then pairs two apart, and so on.
     apart = 1
     while (same := key_P[apart:] == key_P[:-apart]).any():
         one, other = item_P[apart:][same], item_P[:-apart][same]

@@ -32,7 +32,7 @@ class Index:
 
     def __init__(self, embeddings_ND: np.ndarray):
         if embeddings_ND.ndim != 2 or 0 in embeddings_ND.shape:
-            raise ValueError(f"embeddings of shape {embeddings_ND.shape}, expected [N, D] with documents to index")
+            raise ValueError(f"embeddings of shape {embeddings_ND.shape}, expected [N, D] with at least one document")
         self.num_documents, self.dim = embeddings_ND.shape
 
     def __len__(self) -> int:

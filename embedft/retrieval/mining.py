@@ -55,7 +55,7 @@ def mine(
     """The dataset with `negatives`, hardest first, for every query that has a relevant document; the rest is unchanged.
 
     Args:
-        ranks: first and last rank of candidates, from 1, both included. All documents count, relevant ones too.
+        ranks: first and last rank of candidates, from 1, both included. Relevant documents are ranked too.
         num_negatives: maximum per query; a query with fewer candidates gets all of them.
         seed: the draw depends on the seed, the query's id and its candidates alone, not on other queries.
         sampling: "random": drawn uniformly from the candidates; "top": the first ones.

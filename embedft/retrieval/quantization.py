@@ -23,7 +23,7 @@ from ..vectors import unit_rows
 from .index import SLICE_DOCUMENTS, Found, Index, checked_embeddings, first_of, search_exact, slices_of
 
 PRECISIONS = ("float32", "int8", "binary")
-SHORTLIST_FACTOR = 4  # documents in a shortlist for each result asked for
+SHORTLIST_FACTOR = 4  # shortlisted documents per result
 
 
 def bytes_per_vector(dim: int, precision: str) -> int:

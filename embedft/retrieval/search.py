@@ -161,7 +161,7 @@ def search_grid(
                 run, num_bytes, costs["search_seconds"] = exact[dim], bytes_per_vector(dim, "float32"), seconds[dim]
             else:
                 if dim not in documents_at:
-                    documents_at = {dim: truncate(embedder, vectors_NW, dim)}  # of one dim at a time
+                    documents_at = {dim: truncate(embedder, vectors_NW, dim)}  # one dim at a time
                 with timed(costs, "build_seconds"):
                     index, num_bytes, facts = build(documents_at[dim], source_N, setting)
                 with timed(costs, "search_seconds"):
@@ -218,7 +218,7 @@ def check_settings(
         if passages is not None and not hasattr(embedder, "encode_passages"):
             kind = type(embedder).__name__
             raise ValueError(f"passages is {tuple(passages)}: {kind} cannot cut documents into windows")
-        passages = None if passages is None else tuple(np.ravel(passages).tolist())  # NumPy's numbers are no JSON
+        passages = None if passages is None else tuple(np.ravel(passages).tolist())  # JSON has no NumPy numbers
         if precision not in PRECISIONS:
             raise ValueError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
         if index.startswith("adaptive") and not setting.short_dim:

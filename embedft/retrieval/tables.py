@@ -60,7 +60,7 @@ def _latex(rows: Sequence[Sequence[str]], num_left: int) -> str:
 
 
 def _format(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], style: Style) -> str:
-    """Rows {key: value}; None, or no key, where there is no value. CSV writes values as they are."""
+    """Rows are {key: value}; None or a missing key makes an empty cell. CSV writes values unformatted."""
     if style != "csv":
         shown = [column for column in columns if column[1]]
         cells = [[_show(key, row.get(key), spec) for key, _, spec in shown] for row in rows]

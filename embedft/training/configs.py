@@ -109,7 +109,7 @@ class AdapterConfig:
     rank: int = option(16, "rank of a low-rank map", least=1)
     hidden: int = option(256, "hidden features of a two-layer map", least=1)
     out_dim: int | None = option(None, "output features, for both or shared [as many as the input]", least=1)
-    objective: Literal["full_corpus", "in_batch"] = option("full_corpus", "what the loss compares a question with")
+    objective: Literal["full_corpus", "in_batch"] = option("full_corpus", "negatives: the whole corpus, or the batch")
     temperature: float = option(0.03, "temperature of the full-corpus softmax", above=0)
     loss: dict[str, Any] = option({"name": "in_batch_negatives"}, "name and options of the loss, for in_batch")
     merge_documents: bool = option(True, "in_batch: each document once per batch; false: once per pair")

@@ -275,7 +275,7 @@ def _start(start: Adapter | None, config: AdapterConfig, dim: int, *, base: Base
 
 def _held_out(relevant: Answers, fraction: float, seed: int) -> dict[int, list[int]]:
     """Holds out about `fraction` of the documents that answer queries; returns their queries, with the answers.
-    Documents that share queries stay together; groups come in random order and are taken if that gets closer."""
+    Documents that share queries form a group; groups are drawn in random order, each kept if the total gets closer."""
     component = connected_components((places[0], place) for places in relevant.values() for place in places)
     answering = list(dict.fromkeys(chain.from_iterable(relevant.values())))
     groups, taken, wanted = defaultdict(set), set(), max(1, round(fraction * len(answering)))
@@ -287,5 +287,5 @@ def _held_out(relevant: Answers, fraction: float, seed: int) -> dict[int, list[i
     taken = taken or min(groups.values(), key=len)
     held_out = {query: list(places) for query, places in relevant.items() if taken.issuperset(places)}
     if len(held_out) == len(relevant):
-        raise ValueError(f"held_out is {fraction}, which leaves none of {len(relevant):,} queries to train on")
+        raise ValueError(f"held_out is {fraction}, which leaves none of the {len(relevant):,} queries to train on")
     return held_out

@@ -128,8 +128,8 @@ def close_run(out: Path) -> None:
 
 
 def _tidy(out: Path) -> None:
-    """Deletes what a run that is done does not need."""
-    # A run without its log was about to be set aside when its process was killed.
+    """Deletes what a finished run no longer needs."""
+    # A finished run without its log was being set aside when its process was killed.
     if (out / LOG).exists() or (out / REPLACED / DONE).exists():
         remove(out / CHECKPOINTS, out / REPLACED, *out.glob(".*.tmp"))
 
@@ -239,7 +239,7 @@ def _check_same(out: Path, config: dict[str, Any], hashes: dict[str, str], what:
     then, now = (settings.pop("objects", {}) for settings in (before, config))
     for key in _differing(before, config):
         was, now = (repr(settings[key]) if key in settings else "no setting" for settings in (before, config))
-        other = "; another version began it: finish it with that or overwrite it" if "no setting" in (was, now) else ""
+        other = "; finish it with the version that began it, or overwrite it" if "no setting" in (was, now) else ""
         raise ValueError(f"{out}: {what}, {key} was {was} and is {now}{other}")
     for name in _differing(found, hashes):
         raise ValueError(f"{out}: {what}, {name} is not what the run began with (its SHA-256 differs)")
