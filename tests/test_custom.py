@@ -148,7 +148,7 @@ def test_what_cannot_be_saved_is_refused_before_the_first_step(make, mine, tmp_p
     monkeypatch.setattr(mine.Larger, "dim", sizes[0], raising=False)
     larger = mine.Larger(plain.config)
     monkeypatch.setattr(mine.Larger, "dim", sizes[0] + 1)
-    assert "made anew from its config, has another token.weight" in refused(larger)
+    assert "rebuilt from its config, has another token.weight" in refused(larger)
     assert "name=(1,)" in refused(mine.Encoder(mine.Config(*sizes, name=(1,))))
     monkeypatch.setattr(mine.Encoder, "__module__", "__main__")
     assert "__main__.Encoder cannot be imported by another program" in refused(mine.Encoder(plain.config))

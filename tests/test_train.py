@@ -359,7 +359,7 @@ def test_the_bar_of_a_resumed_run_begins_where_the_run_was(tmp_path, monkeypatch
     assert "loss=" in bars[1].postfix
 
 
-# Batches made anew.
+# Batches rebuilt by a refresh.
 
 
 REFRESHED = dataclasses.replace(CONFIG, epochs=3)

@@ -1,9 +1,9 @@
-"""Encoders of classes outside embedft: saved as their weights, the import paths of two classes and the configuration.
+"""Encoders of user-defined classes: saved as weights, the import paths of two classes, and the configuration.
 
     embedder.encoder = mine.Encoder(mine.Config(hidden_size=64))    # a dataclass; see `Embedder` for what it must have
     embedder.save("model")                                          # loads wherever `import mine` works
 
-Not here: the families that embedft brings, whose folders other libraries read too (folder.py).
+Not here: embedft's own families, whose folders other libraries can read too (folder.py).
 """
 
 import importlib
@@ -21,14 +21,14 @@ MODEL_TYPE = "custom"  # in config.json
 
 
 class Family(NamedTuple):
-    """The classes of an encoder and of its configuration, under the names that a family's module gives them."""
+    """The classes of an encoder and its configuration, under the same names as in a family's module."""
 
     Encoder: type[nn.Module]
     Config: type
 
 
 def describe(encoder: nn.Module) -> dict[str, Any]:
-    """The fields of config.json. Raises `ValueError` for an encoder that could not be built from them again."""
+    """The fields of config.json. Raises `ValueError` for an encoder that cannot be rebuilt from them."""
     config, family = encoder.config, Family(type(encoder), type(encoder.config))
     if not is_dataclass(config):
         raise ValueError(f"encoder.config is a {type(config).__name__}, expected a dataclass, to save its fields")
@@ -46,22 +46,22 @@ def describe(encoder: nn.Module) -> dict[str, Any]:
     )
     if shapes != again:
         name = min(shapes.items() ^ again.items())[0]
-        raise ValueError(f"{paths['encoder']}, made anew from its config, has another {name}, so it cannot be saved")
+        raise ValueError(f"{paths['encoder']}, rebuilt from its config, has another {name}, so it cannot be saved")
     return {"model_type": MODEL_TYPE, **paths, "settings": settings}
 
 
 def read_family(values: Mapping[str, Any]) -> tuple[Family, Any]:
-    """The classes that config.json names, which are imported, and the configuration. Raises `ValueError` if not."""
+    """Imports the classes that config.json names, and reads the configuration. Raises `ValueError` if it cannot."""
     family = Family(_find(values["encoder"]), _find(values["encoder_config"]))
     if not (issubclass(family.Encoder, nn.Module) and is_dataclass(family.Config)):
-        raise ValueError(f"{values['encoder']} and {values['encoder_config']} are no nn.Module and dataclass")
+        raise ValueError(f"{values['encoder']} and {values['encoder_config']} are not an nn.Module and a dataclass")
     return family, family.Config(**values["settings"])
 
 
 def build(family: Family, config: Any) -> nn.Module:
-    """An encoder with weights to be replaced. Raises `ValueError` if its class takes more than its configuration."""
+    """An encoder whose weights are yet to be loaded. Raises `ValueError` if its class needs more than its config."""
     try:
-        with devices.seeded(0, torch.device("cpu")):  # what it draws changes no other random number
+        with devices.seeded(0, torch.device("cpu")):  # leaves the caller's random state as it was
             return family.Encoder(config)
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
         name = f"{family.Encoder.__module__}.{family.Encoder.__qualname__}"
@@ -71,7 +71,7 @@ def build(family: Family, config: Any) -> nn.Module:
 def _import_path(kind: type) -> str:
     path = f"{kind.__module__}.{kind.__qualname__}"
     if kind.__module__ == "__main__" or "<locals>" in path or _find(path) is not kind:
-        raise ValueError(f"{path} cannot be imported by another program, so it cannot be saved: put it into a module")
+        raise ValueError(f"{path} cannot be imported by another program, so it cannot be saved: move it to a module")
     return path
 
 
