@@ -295,7 +295,8 @@ def _try_loss(job: _Job) -> None:
     batch = next(iter(job.batches.epoch(0)))
     targets = targets_with(job.references, batch)
     Q, D = (torch.zeros(part.num_sequences, job.embedder.full_dim) for part in (batch.queries, batch.documents))
-    # A copy in evaluation mode draws no random numbers, counts no calls and does not warn.
+    # A copy in evaluation mode draws no random numbers and counts no calls. Training warns, once.
     loss = copy.deepcopy(job.loss).cpu().eval() if isinstance(job.loss, nn.Module) else job.loss
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         loss(Q.requires_grad_(), D.requires_grad_(), targets)

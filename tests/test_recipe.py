@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -841,6 +842,15 @@ def test_the_report_on_the_base_is_not_truncated(tmp_path):
     assert Report.load(out / "eval" / "validation-base").metrics == whole != truncated
     log = [record for _, record in read_jsonl(out / "train.jsonl")]
     assert log[0]["metrics"] == truncated
+
+
+def test_batches_of_one_pair_are_warned_of_once(tmp_path):
+    """By training, and not by the trial of the loss before it."""
+    embedder = make_embedder(tmp_path / "base")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        finetune(embedder, make_dataset(), replace(CONFIG, batch_size=1), out=tmp_path / "run")
+    assert sum("a batch has one document" in str(warning.message) for warning in told) == 1
 
 
 def test_two_at_once(tmp_path):
