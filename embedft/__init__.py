@@ -8,7 +8,7 @@ before = evaluate(embedder, held_out)
 finetune(embedder, train_set, out="runs/first")
 print(compare(before, evaluate(embedder, held_out)))
 
-Each name is imported when it is first used, so `import embedft` and `embedft --help` load neither torch nor NumPy.
+Names are imported on first use, so `import embedft` and `embedft --help` load neither torch nor NumPy.
 """
 
 import importlib

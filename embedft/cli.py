@@ -2,8 +2,8 @@
 
     embedft finetune sentence-transformers/all-MiniLM-L6-v2 pairs.csv --out runs/first --epochs 1
 
-A command is a module of `commands` with a dataclass `Options` and a function `run(options)`, which may return an exit
-code, and a line in `COMMANDS`. Only the module of the command that was asked for is imported, once Ctrl-C is handled.
+A command is a module in `commands` with a dataclass `Options` and a function `run(options)`, which may return an exit
+code, plus a line in `COMMANDS`. Only the module of the requested command is imported, after Ctrl-C is handled.
 """
 
 import os
@@ -15,8 +15,8 @@ COMMANDS = {
     "chunk": "cut PDF, text and Markdown files into chunks",
     "questions": "write questions about chunks, with or without a language model",
     "finetune": "fine-tune a model on questions and the documents that answer them",
-    "adapter": "fit an adapter on the embeddings of a model, which stays as it is",
-    "mine": "find hard negatives for the questions of a dataset",
+    "adapter": "fit an adapter on the embeddings of a frozen model",
+    "mine": "find hard negatives for a dataset's questions",
     "encode": "turn texts into vectors",
     "search": "find the passages that answer a question",
     "evaluate": "measure how well a model finds the right document",
@@ -27,7 +27,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns 0, 1 if work is left or the reader closed the pipe, 2 for an error."""
+    """Runs one command. Returns 0, 1 if work is left or the reader closed the pipe, 2 for an error, 130 for Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     program = f"embedft {words[0]}" if words and words[0] in COMMANDS else "embedft"
     handler = signal.getsignal(signal.SIGINT)
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         named = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
         if error.filename or not _stdout_failed():
             return _fail(program, f"error: {named}")
-        if isinstance(error, BrokenPipeError):  # whoever read the output has read enough, as `head` does
+        if isinstance(error, BrokenPipeError):  # the reader has read enough, as `head` does
             return 1
         return _fail(program, f"error: standard output: {error.strerror}")
     except ValueError as error:
@@ -89,7 +89,7 @@ def _run(words: list[str], program: str) -> int:
 
 def _fail(program: str, message: str, *, code: int = 2) -> int:
     if not _is_silent():
-        # A file or a server may have put control characters into it.
+        # The message may contain control characters from a file or server.
         shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
         print(f"{program}: {shown}", file=sys.stderr)
     return code
@@ -105,22 +105,22 @@ def _interrupt(frame, program: str) -> None:
 
 
 def _is_silent() -> bool:
-    """Whether torchrun started this process, and another one, rank 0, reports errors."""
+    """Whether torchrun started this process and another one, rank 0, reports errors."""
     return os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
 
 
 def _prepare_streams() -> None:
-    """Replaces characters that an output's encoding lacks, and refuses a closed stdout before work begins."""
+    """Makes outputs escape characters that their encoding lacks, and refuses a closed stdout before work begins."""
     sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if sys.stdout is None:
-        raise ValueError("standard output is closed; send it to a file or to /dev/null")
+        raise ValueError("standard output is closed; redirect it to a file or to /dev/null")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _stdout_failed() -> bool:
-    """Whether stdout is what cannot be written to; then it is silenced, also for what Python flushes at exit."""
+    """Whether stdout cannot be written to; if so, silences it, including what Python flushes at exit."""
     try:
         print(flush=True)
     except OSError:

@@ -1,6 +1,6 @@
-"""Frozen dataclasses <-> the command line and JSON, by one strict path: an unknown key or a wrong type is an error.
+"""Reads frozen dataclasses from the command line and JSON, strictly: unknown keys and wrong types are errors.
 
-A field is written once, with its type, default and meaning; option, help and JSON key follow. Subclasses share options.
+A field declares its type, default and meaning once; option, help and JSON key follow. Subclasses inherit options.
 
     @dataclass(frozen=True, kw_only=True)
     class MyOptions(Options):
@@ -42,13 +42,13 @@ UNIONS = (types.UnionType, typing.Union)
 
 
 def option(default: Any, meaning: str, *, metavar: str = "", positional: bool = False, **bounds: float) -> Any:
-    """A dataclass field that is an option or a positional argument; `default` is REQUIRED when there is none.
+    """A dataclass field that is an option or a positional argument; `default` is REQUIRED if there is none.
     The help shows `metavar` for the value, and adds the default to `meaning` unless that ends with one in brackets.
-    A number with `bounds`, any of least=, most=, above= and below=, also has to be finite."""
+    A number with `bounds` (any of least=, most=, above= and below=) must also be finite."""
     metadata = {"meaning": meaning, "metavar": metavar, "positional": positional, "bounds": bounds}
     if isinstance(default, dict | list):
         return dataclasses.field(default_factory=partial(copy.deepcopy, default), metadata=metadata)
-    # An address may hold a key.
+    # A URL may contain a key.
     return dataclasses.field(default=default, metadata=metadata, repr=metavar != "URL")
 
 
@@ -62,25 +62,25 @@ def from_dict(cls: type[Config], values: dict[str, Any], prefix: str = "") -> Co
 
 
 def part(options: Any, cls: type[Config]) -> Config:
-    """The configuration among the options of a class that inherits from it."""
+    """The fields of `cls`, from options whose class inherits from it."""
     return cls(**{field.name: getattr(options, field.name) for field in dataclasses.fields(cls)})
 
 
 def changed(config: Any, names: Iterable[str]) -> list[str]:
-    """The options of those fields whose value is not the default: ["--batch-size", "--no-merge"]."""
+    """The options for those of `names` that are not at their default, such as ["--batch-size", "--no-merge"]."""
     defaults = {field.name: _default(field) for field in dataclasses.fields(config)}
     given = [name for name in names if getattr(config, name) != defaults[name]]
     return [_option(f"no_{name}" if defaults[name] is True else name) for name in given]
 
 
 def check_at_most_one(config: Any, *names: str) -> None:
-    """Raises `ValueError` when more than one of the fields differs from its default."""
+    """Raises `ValueError` if more than one of the fields differs from its default."""
     if len(given := changed(config, names)) > 1:
         raise ValueError(f"{' and '.join(given)} cannot be combined")
 
 
 def check_types(cls: type, values: dict[str, Any], prefix: str = "") -> None:
-    """Raises `ValueError` for the first of `values` that is no field of a dataclass, or not of its type or range."""
+    """Raises `ValueError` for the first value that is not a field of `cls`, or not of the field's type or range."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key, value in values.items():
         if key not in fields:
@@ -136,10 +136,10 @@ def _default(field: dataclasses.Field) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Every command."""
+    """All commands."""
 
     config: str | None = option(None, "JSON file with any of these options; the command line wins", metavar="FILE")
-    quiet: bool = option(False, "show no progress")
+    quiet: bool = option(False, "hide progress")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -185,7 +185,7 @@ def make_parser(cls: type, **texts: str) -> argparse.ArgumentParser:
 
 
 def _meaning(field: dataclasses.Field) -> str:
-    """The meaning of a field and its default, for the help."""
+    """A field's help: its meaning and default."""
     meaning, default = field.metadata["meaning"], _default(field)
     meaning += f" (or --{field.name}.KEY VALUE)" if isinstance(default, dict) else ""
     if meaning.endswith("]") or default is False or default in (None, REQUIRED, {}, []):
@@ -195,8 +195,8 @@ def _meaning(field: dataclasses.Field) -> str:
 
 
 def parse(cls: type[Config], arguments: Sequence[str]) -> Config:
-    """The dataclass (an `Options`) that a command line describes: defaults, then the file of --config, then the rest.
-    Raises `ValueError` for what is unknown, missing, or of the wrong type or range."""
+    """Builds `cls` (an `Options`) from a command line: defaults, overridden by the --config file, then by the rest.
+    Raises `ValueError` for anything unknown, missing, or of the wrong type or range."""
     parser, fields = make_parser(cls), {field.name: field for field in dataclasses.fields(cls)}
     options = {_option(name): field for name, field in fields.items() if not field.metadata["positional"]}
     given, rest = parser.parse_known_intermixed_args(_prepare(arguments, options, parser))
@@ -221,7 +221,7 @@ def parse(cls: type[Config], arguments: Sequence[str]) -> Config:
 
 
 def _prepare(arguments: Sequence[str], options: dict[str, dataclasses.Field], parser: _Parser) -> list[str]:
-    """The words for argparse: --a-b for --a_b, --flag=true for --flag. Options such as --loss.name join the parser."""
+    """Rewrites words for argparse (--a_b to --a-b, --flag to --flag=true) and adds options such as --loss.name."""
     words = []
     for word, following in itertools.zip_longest(arguments, arguments[1:]):
         if word.startswith("--"):
@@ -235,13 +235,13 @@ def _prepare(arguments: Sequence[str], options: dict[str, dataclasses.Field], pa
             elif kind is bool and not rest and following not in ("true", "false", "True", "False"):
                 word += "=true"
         elif word.startswith("-") and words and re.fullmatch("--[^=]+", words[-1]):
-            word = f"{words.pop()}={word}"  # a value: argparse takes -1e-3 for an option
+            word = f"{words.pop()}={word}"  # a value: argparse would take -1e-3 for an option
         words.append(word)
     return words
 
 
 def _insert(values: dict[str, Any], text: str, option: str) -> Any:
-    """`values` with what KEY=VALUE or KEY.KEY=VALUE sets in it, or the JSON object that replaces it."""
+    """`values` after setting KEY=VALUE or KEY.KEY=VALUE, or the JSON object that replaces them."""
     path, equals, value = text.partition("=")
     if not equals or path.lstrip().startswith("{"):
         return _from_text(text, Any)
@@ -256,7 +256,7 @@ def _insert(values: dict[str, Any], text: str, option: str) -> Any:
 
 
 def _from_text(text: str, wanted: Any) -> Any:
-    """What a word of the command line gives for a type, as JSON would hold it; if it does not fit, the word."""
+    """Parses a command-line word as the type `wanted`, to a JSON value; returns the word if it does not fit."""
     number = next((kind for kind in (int, float) if kind in (wanted, *typing.get_args(wanted))), json.loads)
     try:
         value = number(text)
@@ -266,7 +266,7 @@ def _from_text(text: str, wanted: Any) -> Any:
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """What to add to an error about an unknown word: "; did you mean --epochs?", or nothing."""
+    """A suffix for the error about an unknown word: "; did you mean --epochs?", or ""."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 

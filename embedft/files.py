@@ -1,9 +1,9 @@
-"""Files that are whole or absent: atomic writes, JSON and JSONL with errors that name the line, locks, hashes.
+"""Atomic writes, JSON and JSONL with errors that name the line, locks and hashes.
 
-A reader never sees half a file: everything is written beside its place and renamed into it. Only logs are appended to,
-one JSON object per line; `resume_jsonl` removes the half line that a killed process may have left. When a write fails,
-the `OSError` names the file, earlier files stay as they were, and nothing half-written is left. What a killed process
-left is removed when the same place is written to again.
+Readers never see a partial file: each is written to a temporary file and renamed. Only logs are appended to, one JSON
+object per line; `resume_jsonl` removes the partial line that a killed process may have left. If a write fails, the
+`OSError` names the file, existing files stay unchanged, and no partial files remain. Temporary files of a killed
+process are removed by the next write to the same place.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from typing import IO, Any
 
 @contextlib.contextmanager
 def named_errors(path: str | Path) -> Iterator[None]:
-    """Makes the `OSError` of a failed write name `path`; Python and safetensors leave the name out."""
+    """Makes the `OSError` of a failed write name `path`; Python and safetensors omit it."""
     try:
         yield
     except OSError as error:
@@ -60,9 +60,9 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
 
 @contextlib.contextmanager
 def replace_files(folder: str | Path, *, stale: Collection[str] = ()) -> Iterator[Path]:
-    """Yields an empty folder, whose files move into `folder` when the block ends; then the stale ones are removed.
-    Until everything is written, or when an error ends the block, nothing in `folder` changes. `stale` paths within it
-    that were not written are removed, and then their folders when those are empty."""
+    """Yields an empty folder whose files move into `folder` when the block ends; until then, or if the block raises,
+    nothing in `folder` changes. Finally removes the `stale` paths within it that were not written, and their folders
+    if those are empty."""
     new = folder = Path(folder)
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,8 +88,8 @@ def replace_files(folder: str | Path, *, stale: Collection[str] = ()) -> Iterato
 
 @contextlib.contextmanager
 def _temporary(folder: Path, prefix: str, make: Callable[[Path], object]) -> Iterator[Path]:
-    """Makes a file or folder PREFIX12345678.tmp, locked while the block runs and removed if the block leaves it.
-    First removes what killed processes left under such names, which nobody locks."""
+    """Makes a file or folder PREFIX12345678.tmp, locked while the block runs and then removed if it still exists.
+    First removes those that killed processes left, recognizable because nobody locks them."""
     for left in folder.glob(f"{glob.escape(prefix)}{'[0-9a-f]' * 8}.tmp"):
         with contextlib.suppress(OSError), _opened(left) as descriptor:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -99,7 +99,7 @@ def _temporary(folder: Path, prefix: str, make: Callable[[Path], object]) -> Ite
             new = folder / f"{prefix}{secrets.token_hex(4)}.tmp"
             make(new)
             descriptor = stack.enter_context(_opened(new))
-            with contextlib.suppress(OSError):  # some file systems have no such locks: nothing is removed there
+            with contextlib.suppress(OSError):  # some file systems have no locks: nothing is removed there
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             if new.exists():  # else another process took it for a leftover before it was locked
                 break
@@ -117,7 +117,7 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def remove(*paths: Path) -> None:
-    """Removes files and folders with all that is in them; those that are not there are no error."""
+    """Removes files, and folders with their contents; ignores paths that do not exist."""
     for path in paths:
         if path.is_dir():
             shutil.rmtree(path)
@@ -126,7 +126,7 @@ def remove(*paths: Path) -> None:
 
 
 def check_writable(path: str | Path, *, file: bool = False) -> None:
-    """Raises `ValueError` unless `path` can be a folder with new files or, if `file`, a new file. Changes nothing."""
+    """Raises `ValueError` unless files can be created in a folder `path` or, if `file`, at `path`. Changes nothing."""
     path = Path(path)
     if file and path.is_dir():
         raise ValueError(f"{path}: is a folder, expected the name of a file")
@@ -139,14 +139,14 @@ def check_writable(path: str | Path, *, file: bool = False) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes `value` as indented UTF-8 JSON, atomically. NaN and infinity are refused (`ValueError`)."""
+    """Writes `value` as indented UTF-8 JSON, atomically. Raises `ValueError` for NaN and infinity."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     with atomic_write(path) as file:
         file.write(text + "\n")
 
 
 def read_lines(path: str | Path) -> Iterator[str]:
-    """Yields the lines of a UTF-8 file, or a .gz of one, with their ends; only a line feed ends a line.
+    """Yields the lines of a UTF-8 file, or a .gz of one, with their newlines; only a line feed ends a line.
     Drops a byte order mark. Raises `ValueError` for an invalid byte, with its line, a bad .gz, or an LFS pointer."""
     with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
         yield from _decoded(file, path)
@@ -159,7 +159,7 @@ def _decoded(lines: Iterable[bytes], path: str | Path) -> Iterator[str]:
                 raise ValueError(f"{path}: is a Git LFS pointer, not the data; download it with `git lfs pull`")
             yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        byte = error.object[error.start]  # of what the codec saw: `raw` without the byte order mark
+        byte = error.object[error.start]  # of the codec's input: `raw` without the byte order mark
         raise ValueError(f"{path} line {number}: invalid UTF-8 (byte {byte:#04x})") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: damaged gzip file ({error})") from None
@@ -171,7 +171,7 @@ def read_text(path: str | Path) -> str:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object as a dict. Refuses a repeated key, of which `json` would silently keep the last."""
+    """A JSON object as a dict. Rejects repeated keys, of which `json` would silently keep the last."""
     value = dict(pairs)
     if len(value) < len(pairs):
         twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
@@ -221,13 +221,13 @@ def write_jsonl(path: str | Path, records: Iterable[dict]) -> None:
 
 
 def append_jsonl(path: str | Path, record: dict) -> None:
-    """Appends one JSON object as a line. A killed process leaves at most its last line short, an error nothing."""
+    """Appends one JSON object as a line. A killed process leaves at most a partial last line, an error nothing."""
     line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
     with named_errors(path), open(path, "ab", buffering=0) as file:
         start = file.seek(0, os.SEEK_END)
         try:
             written = file.write(line)
-            while written < len(line):  # a disk that is nearly full takes a part, then none
+            while written < len(line):  # a nearly full disk takes part of it, then nothing
                 written += file.write(line[written:])
         except OSError:
             with contextlib.suppress(OSError):
@@ -236,9 +236,9 @@ def append_jsonl(path: str | Path, record: dict) -> None:
 
 
 def resume_jsonl(path: str | Path, *, repair: bool = True) -> Iterator[dict]:
-    """Yields the objects of an append-only log, without the half line that a killed process may have left at its end.
+    """Yields the objects of an append-only log, without the partial last line that a killed process may have left.
     A last line that lacks only its line feed counts. A missing file is an empty log. `repair` first makes the file
-    ready to append to: without the half line, with the line feed. Raises `ValueError` for what is no JSON object."""
+    ready for appending: drops the partial line or adds the line feed. Raises `ValueError` for other invalid lines."""
     path = Path(path)
     data = path.read_bytes() if path.exists() else b""
     end = data.rfind(b"\n") + 1
@@ -263,8 +263,8 @@ def resume_jsonl(path: str | Path, *, repair: bool = True) -> Iterator[dict]:
 @contextlib.contextmanager
 def locked(path: str | Path, *, wait: Callable[[str], object] | None = None) -> Iterator[None]:
     """Holds the lock file `path` while the block runs, so that one process writes at a time.
-    The system releases the lock when the process ends, however it ends; the empty file stays. While another process, or
-    another block of this one, holds it: raises `ValueError`, or calls `wait("process 17")` once and waits."""
+    The system releases the lock however the process ends; the empty file stays. If another process, or another block
+    of this one, holds it: raises `ValueError`, or calls `wait("process 17")` once and waits for the lock."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:

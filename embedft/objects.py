@@ -1,4 +1,4 @@
-"""What a run records of the Python objects it was given: name, hash of the source code, settings.
+"""Describes the Python objects passed to a run, for its records: name, source hash, settings.
 
     describe_object(my_loss)      # {"name": "__main__.my_loss", "sha256": "9f86...", "values": {}}
 
@@ -15,11 +15,11 @@ from typing import Any
 
 
 def describe_object(value: Any, *, depth: int = 3) -> Any:
-    """A number, text, None, or list of these as it is; of a function or object, a dict of
+    """Returns numbers, strings, None and lists of these as they are; for a function or object, a dict of
 
-    - name: module and qualified name, of an object those of its class;
-    - sha256: of the source code without comments; of a dataset, an Embedder or the like what its `sha256()` returns;
-    - values: closure variables, defaults, bound arguments or attributes, described likewise, `depth` levels down.
+    - name: module and qualified name of the function, or of the object's class;
+    - sha256: of the source code without comments, or the result of its own `sha256()` (a dataset, an Embedder);
+    - values: closure variables, defaults, bound arguments or attributes, described the same way, `depth` levels deep.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return _short(value)
@@ -41,7 +41,7 @@ def split_object(value: Any, *, depth: int = 3) -> tuple[Any, dict[str, Any]]:
         code, values = value.__func__, {"self": value.__self__}
     elif isinstance(value, types.FunctionType):
         cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
-        values = {name: cell.cell_contents for name, cell in cells if cell != types.CellType()}  # has a value already
+        values = {name: cell.cell_contents for name, cell in cells if cell != types.CellType()}  # not empty
         values |= {name: p.default for name, p in inspect.signature(value).parameters.items()}
     elif not isinstance(value, type) and not inspect.isroutine(value):
         code = type(value)
@@ -56,7 +56,7 @@ def _counts(name: str, value: Any) -> bool:
 
 
 def _short(value: Any, *, longest: int = 200) -> Any:
-    """The value as JSON-compatible values; if it is long to write, its SHA-256."""
+    """The value in JSON-compatible form, or its SHA-256 if its repr is long."""
     text = repr(value)
     if len(text) > longest:
         return f"sha256 {hashlib.sha256(text.encode()).hexdigest()}"
@@ -83,12 +83,12 @@ def source(thing: Any) -> tuple[str, tuple[str, ...]]:
 
 
 def _compiled(thing: Any) -> Any:
-    """What a function, or each method of a class, compiles to."""
+    """The compiled code of a function, or of each method of a class."""
     if inspect.isclass(thing):
         return [(name, _compiled(value)) for name, value in sorted(vars(thing).items()) if hasattr(value, "__code__")]
     code = getattr(thing, "__code__", thing)
     if not inspect.iscode(code):
         return repr(type(thing))
-    # The order of a set differs between processes.
+    # Sets are ordered differently in each process.
     constants = [sorted(value, key=repr) if isinstance(value, frozenset) else value for value in code.co_consts]
     return code.co_code, code.co_names, [_compiled(value) if inspect.iscode(value) else value for value in constants]

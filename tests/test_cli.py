@@ -107,7 +107,7 @@ def test_finetune(place, capsys, recwarn):
 def test_validation_that_trains_too_is_told_in_one_line(place, command):
     arguments = [command, "model", "pairs.json", "--validation", "pairs.json", "--out", "run", "--epochs", "1"]
     done = subprocess.run([sys.executable, "-m", "embedft", *arguments], capture_output=True, text=True)
-    told = "12 of 12 validation questions and 9 of the 9 documents that answer them are in the training set too"
+    told = "12 of 12 validation questions and 9 of the 9 documents that answer them are also in the training set"
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"embedft {command}: warning: {told}")
 
@@ -286,7 +286,7 @@ def test_prompts_by_text_or_by_name(place, capsys):
             "max_length is 2, expected more than the 2 special tokens",
         ),
         ("evaluate model missing.json", "embedft evaluate: error: missing.json: no such file or folder"),
-        ("evaluate model file", "embedft evaluate: error: file: suffix is none of .json, .jsonl"),
+        ("evaluate model file", "embedft evaluate: error: file: suffix is not one of .json, .jsonl"),
         ("evaluate model pairs.json --ks 0", "embedft evaluate: error: cutoffs ks=(0,)"),
         ("evaluate model pairs.json --ks five", "embedft evaluate: error: ks is ['five'], expected a list of int"),
         ("evaluate model pairs.json --depth 5", "embedft evaluate: error: cutoffs ks=(1, 3, 5, 10)"),

@@ -287,7 +287,7 @@ def test_help_has_every_option_with_meaning_and_default(monkeypatch, cls):
             "--window SIZE STRIDE size and stride",
             "--loss KEY=VALUE name and options (or --loss.KEY VALUE) [{",
             "Options: --out DIR where to write How to do it: --epochs",
-            "Every command: --config FILE JSON file",
+            "All commands: --config FILE JSON file",
         ):
             assert line in words
     assert all(len(line) <= 200 for line in text.splitlines())

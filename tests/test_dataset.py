@@ -159,13 +159,13 @@ def test_document_texts_have_the_title_in_front():
 
 def test_format_is_recognised_or_named(tmp_path):
     rows = write_rows(tmp_path / "pairs.txt", [{"query": "who?", "positive": "me"}])
-    message = f"{rows}: suffix is none of .json, .jsonl, .csv, .tsv; name the format: llamaindex, beir, jsonl, csv"
+    message = f"{rows}: suffix is not one of .json, .jsonl, .csv, .tsv; pass the format: llamaindex, beir, jsonl, csv"
     with pytest.raises(ValueError, match=refusal(message)):
         RetrievalDataset.load(rows)
     assert RetrievalDataset.load(rows, format="jsonl").queries == {"q0": "who?"}
     with pytest.raises(ValueError, match=refusal(f"{rows}: format 'xml' is not one of llamaindex, beir, jsonl, csv")):
         RetrievalDataset.load(rows, format="xml")
-    with pytest.raises(ValueError, match=r"pairs\.txt: is a file, the format 'beir' is a folder"):
+    with pytest.raises(ValueError, match=r"pairs\.txt: is a file, but the format 'beir' is a folder"):
         RetrievalDataset.load(rows, format="beir")
     with pytest.raises(ValueError, match="is a folder, the format 'csv' is a file"):
         RetrievalDataset.load(tmp_path, format="csv")
@@ -405,18 +405,18 @@ def test_negatives_of_csv_may_be_fewer_in_some_rows(tmp_path):
 @pytest.mark.parametrize("merge", [True, False])
 def test_a_negative_equal_to_its_positive_is_refused(tmp_path, merge):
     path = write_rows(tmp_path / "x.jsonl", [ROWS[1], {"query": "a?", "positive": "A", "negative": "A"}])
-    with pytest.raises(ValueError, match=r"x.jsonl line 2: document 'd\w+' of query 'q1' is a positive and a negative"):
+    with pytest.raises(ValueError, match=r"line 2: document 'd\w+' of query 'q1' is both a positive and a negative"):
         RetrievalDataset.load(path, merge=merge)
 
 
 def test_a_negative_that_another_row_calls_positive_is_refused(tmp_path):
     first, second = {"query": "a?", "positive": "A", "negative": "B"}, {"query": "a?", "positive": "B"}
     path = write_rows(tmp_path / "x.jsonl", [first, second])
-    message = f"{path} line 2: document 'd0n0' of query 'q0' is a positive and a negative"
+    message = f"{path} line 2: document 'd0n0' of query 'q0' is both a positive and a negative"
     with pytest.raises(ValueError, match=refusal(message)):
         RetrievalDataset.load(path)
     path = write_rows(tmp_path / "y.jsonl", [second, first])
-    message = f"{path} line 2: document 'd0' of query 'q0' is a positive and a negative"
+    message = f"{path} line 2: document 'd0' of query 'q0' is both a positive and a negative"
     with pytest.raises(ValueError, match=refusal(message)):
         RetrievalDataset.load(path)
     assert RetrievalDataset.load(path, merge=False).negatives == {"q1": ["d1n0"]}
@@ -478,7 +478,7 @@ PAIR = {"query": "a?", "positive": "A"}
         ),
         (
             [PAIR | {"document_id": "1"}, PAIR | {"positive": "B", "document_id": "1"}],
-            "line 2: document id '1' has another text",
+            "line 2: document id '1' has a different text",
         ),
         ([], "x.jsonl: the dataset is empty: no entry in queries"),
     ],
@@ -574,8 +574,8 @@ def test_beir_judgements_of_what_is_missing_are_counted(tmp_path):
     dataset, told = load_with_warnings(folder)
     assert (dataset.qrels, dataset.missing) == ({"q1": {"d1": 1}}, {"q1": {"gone": 2, "lost": 0}})
     assert dataset.all_qrels() == {"q1": {"d1": 1, "gone": 2, "lost": 0}}
-    assert ["test.tsv line 5: query id 'q9'" in told[0], "1 like it" in told[0]] == [True, True]
-    assert ["test.tsv line 3: document id 'gone'" in told[1], "2 like it" in told[1]] == [True, True]
+    assert ["test.tsv line 5: query id 'q9'" in told[0], "1 in all" in told[0]] == [True, True]
+    assert ["test.tsv line 3: document id 'gone'" in told[1], "2 in all" in told[1]] == [True, True]
     dataset.save(tmp_path / "copy")
     assert load_with_warnings(tmp_path / "copy")[0] == dataset
     with pytest.raises(ValueError, match=r"test.tsv line 3: document id 'gone' is not in the corpus \(1 documents\)"):
@@ -861,14 +861,14 @@ def test_save_chooses_the_format_and_minds_what_is_there(tmp_path):
     dataset = RetrievalDataset(QUERIES, CORPUS, QRELS)
     for path, message in [
         ("x.csv", "format 'csv' is not one of llamaindex, beir, jsonl"),
-        ("x.txt", "suffix is none of .json, .jsonl, .csv, .tsv; name the format: llamaindex, beir, jsonl"),
+        ("x.txt", "suffix is not one of .json, .jsonl, .csv, .tsv; pass the format: llamaindex, beir, jsonl"),
     ]:
         with pytest.raises(ValueError, match=refusal(f"{tmp_path / path}: {message}")):
             dataset.save(tmp_path / path)
     with pytest.raises(ValueError, match="is a folder, the format 'llamaindex' is a file"):
         dataset.save(tmp_path, format="llamaindex")
     path = write(tmp_path / "x.json", "old")
-    with pytest.raises(ValueError, match="is a file, the format 'beir' is a folder"):
+    with pytest.raises(ValueError, match="is a file, but the format 'beir' is a folder"):
         dataset.save(path, format="beir")
     with pytest.raises(ValueError, match="is not empty"):
         dataset.save(tmp_path, format="beir")
@@ -1018,7 +1018,7 @@ def test_what_trains_too_by_hand():
     """By text: question "a" is on both sides, and the text "x", which answers another question there."""
     held_out = RetrievalDataset({"q": "a", "r": "b", "s": "c"}, {"d": "x", "e": "y"}, {"q": {"d": 1}, "r": {"e": 1}})
     training = RetrievalDataset({"1": "a", "2": "c"}, {"7": "z", "8": "x"}, {"1": {"7": 1}, "2": {"8": 1, "7": 0}})
-    told = "1 of 2 validation questions and 1 of the 2 documents that answer them are in the training set too"
+    told = "1 of 2 validation questions and 1 of the 2 documents that answer them are also in the training set"
     assert held_out.shares_with(training).startswith(told)
     # Question "c" is not judged here, "x" there answers nothing.
     other = RetrievalDataset({"2": "c"}, {"7": "z", "8": "x"}, {"2": {"8": 0, "7": 1}})

@@ -200,14 +200,14 @@ def test_refuses_what_cannot_be_mixed():
         mixture_of(sampling="random")
     with pytest.raises(ValueError, match=r"temperature is 0\.5, expected at least 1"):
         mixture_of(temperature=0.5)
-    with pytest.raises(ValueError, match="batch_size is 1, expected at least one of each of 2 sources"):
+    with pytest.raises(ValueError, match="batch_size is 1, expected at least 2, one per source"):
         mixture_of(1, mixed=True, sampling="round_robin")
     with pytest.raises(ValueError, match="at least one dataset"):
         mixture_of(datasets={})
     for name in ("", "a/b"):
         with pytest.raises(ValueError, match=f"source name '{name}'"):
             mixture_of(datasets={name: SOURCES["small"]})
-    with pytest.raises(ValueError, match="batch_size is 2, expected at least one of each of 3 sources"):
+    with pytest.raises(ValueError, match="batch_size is 2, expected at least 3, one per source"):
         apportion(2, {"a": 1, "b": 1, "c": 1})
 
 

@@ -1,1 +1,1 @@
-"""The commands of `embedft`, one a module: a dataclass `Options` and `run(options)`. Shared options: options.py."""
+"""The commands of `embedft`, one per module: a dataclass `Options` and `run(options)`. Shared options: options.py."""

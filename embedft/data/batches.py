@@ -1,4 +1,4 @@
-"""Batches of a dataset, by epoch: a list of examples, a sampler and a collate function, each replaceable.
+"""Batches of a dataset by epoch, from a list of examples, a sampler and a collate function, each replaceable.
 
     batches = make_batches(dataset, embedder.pack, batch_size=64, seed=0)
     for batch in batches.epoch(0): ...
@@ -6,7 +6,7 @@
     batches = Batches(batches.examples, MySampler(), batches.collate)       # anything with __len__ and plan(epoch)
     batches = Batches([("q1", "d1"), ("q2", "d2")], sampler, my_collate)    # or every part your own
 
-An epoch follows from seed and epoch number alone, so training resumes from two numbers, epoch and batch.
+An epoch depends only on the seed and its number, so training can resume from an epoch and a batch number.
 """
 
 import functools
@@ -26,15 +26,15 @@ ExampleKind = Literal["pairs", "queries", "scored"]
 class Batches:
     """Batches by epoch."""
 
-    examples: Sequence[Example]  # what there is to train on, see `list_examples`
-    sampler: Sampler  # len(sampler) batches per epoch; sampler.plan(epoch) lists the places in `examples` of each
+    examples: Sequence[Example]  # the training examples, see `list_examples`
+    sampler: Sampler  # len(sampler) batches per epoch; sampler.plan(epoch) lists the rows of `examples` in each
     collate: Callable[..., Batch]  # (examples of a batch, draw=(epoch, batch)) -> Batch; `Collate` is one
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def epoch(self, number: int, *, start: int = 0) -> Iterator[Batch]:
-        """The batches of epoch `number` (from 0), beginning with batch `start`, 0 to len(self)."""
+        """Yields the batches of epoch `number` (from 0), starting at batch `start`, 0 to len(self)."""
         if not 0 <= start <= len(self):
             raise ValueError(f"start is {start}, expected 0 to {len(self)}, the batches of an epoch")
         for place, rows in enumerate(self.sampler.plan(number)[start:], start):
@@ -56,14 +56,14 @@ def make_batches(
     """Batches of one dataset.
 
     Args:
-        batch_size, batch_tokens, seed: see `Sampler`; pack, options: see `Collate`. Tokens are those of queries,
-            documents and hard negatives as `pack` cuts them, counted when the first batch is needed.
+        batch_size, batch_tokens, seed: see `Sampler`; pack, options: see `Collate`. Tokens of queries, documents and
+            hard negatives are counted as `pack` truncates them, when the first batch is needed.
         examples: see `list_examples`. "queries" and "scored" put grades into the targets, "scored" also the scores.
         target_scores: put `dataset.scores` into the targets.
-        no_duplicates: no text appears in two rows of a batch, be it a query, document or hard negative. Equal documents
-            are never each other's negatives anyway; this is for equal queries and losses that want one document each.
+        no_duplicates: no query, document or hard negative appears in two rows of a batch. Equal documents are never
+            each other's negatives anyway; use this for equal queries, or for losses that need one document per row.
 
-    Raises `ValueError`: nothing to train on, no query with `num_negatives` hard negatives, a missing score.
+    Raises `ValueError` without training examples, for too high a `num_negatives`, or for a missing score.
     """
     rows = list_examples(dataset, examples)
     scores = {"relevance": examples != "pairs", "target_scores": target_scores or examples == "scored"}
@@ -87,7 +87,7 @@ def make_batches(
 
 
 def list_examples(dataset: RetrievalDataset, kind: ExampleKind = "pairs") -> list[Example]:
-    """The examples of a dataset, in its order. Raises `ValueError` when there is nothing to train on.
+    """The examples of a dataset, in its order. Raises `ValueError` if there are none.
     `kind` is "pairs": every query with every relevant document; "queries": every query once, with all its relevant
     documents; or "scored": every query with every document that `dataset.scores` has for it, relevant or not."""
     if kind not in (kinds := get_args(ExampleKind)):

@@ -1,12 +1,12 @@
-"""Collating: from a few examples to a Batch of packed texts and Targets.
+"""Collates examples into a Batch of packed texts and Targets.
 
     collate = Collate(dataset, embedder.pack, num_negatives=2)
     batch = collate([("q1", "d1"), ("q2", "d2")])
 
-A document appears once in a batch, however many queries list it, and every pair that the data knows to be relevant is
-marked, so that no query's own document is its negative; rows of one query are marked as such too.
+A document appears once per batch, however many queries list it. Every pair known to be relevant is marked, so that no
+query's own document becomes its negative; rows with the same query are marked, too.
 
-Shapes: B queries, M documents, C columns for them (windows, with passages), G listed documents a query, K known pairs.
+Shapes: B queries, M documents, C columns for them (windows, if passages), G listed documents per query, K known pairs.
 """
 
 import functools
@@ -28,35 +28,35 @@ Example = tuple[str, str | None]
 
 
 class Batch(NamedTuple):
-    """What a training step gets: packed texts, what is relevant to what, and the ids for messages."""
+    """The input of a training step: packed texts, targets, and ids for messages."""
 
     queries: Packed  # B sequences
     documents: Packed  # M sequences; with passages C, and `source` says which document each belongs to
     targets: Targets
     query_ids: list[str]  # [B]
     document_ids: list[str]  # [M]
-    sources: list[str] | None = None  # [B], the dataset that a query comes from; None: there is only one
+    sources: list[str] | None = None  # [B], each query's dataset; None: there is only one
 
 
 @dataclass(frozen=True, eq=False)
 class Collate:
-    """Turns examples into a Batch, where documents of equal text (title included) are one, under their first id.
+    """Turns examples into a Batch, merging documents of equal text (title included) under the first id.
 
-    With `passages`, (size, stride) in tokens, documents become windows, cut by `pack(texts, role=..., passages=...)`,
-    and all windows of a document are columns with its number (`Targets.document`): at most `windows_per_document`, the
-    best one for each of its queries in the batch, then others drawn at random.
+    With `passages`, (size, stride) in tokens, documents are cut into windows by `pack(texts, role=..., passages=...)`.
+    Each window is a column with its document's number (`Targets.document`). A document has at most
+    `windows_per_document`: the best one for each of its queries in the batch, then others drawn at random.
     """
 
     dataset: RetrievalDataset
     pack: Callable[..., Packed]  # (texts, role="query" | "document") -> Packed, as Embedder.pack
-    num_negatives: int = 0  # hard negatives of each query, at most: the first ones in the dataset
+    num_negatives: int = 0  # maximum hard negatives per query: the first in the dataset
     relevance: bool = False  # put the grades of listed documents into the targets
     target_scores: bool = False  # put `dataset.scores` of listed documents into the targets
     passages: Sequence[int] | None = None
     windows_per_document: int = 4
     # {query id: {document id: number of the best window}}, see training/references.py
     best_windows: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    seed: int = 0  # of the random windows
+    seed: int = 0  # for the random windows
     with_sources: bool = False  # fill `Batch.sources` with the part of each query id before its "/" (mixture.py)
 
     def __post_init__(self) -> None:
@@ -89,7 +89,7 @@ class Collate:
         return dict(zip(distinct, counts, strict=True))
 
     def __call__(self, examples: Sequence[Example], *, draw: tuple[int, int] = (0, 0)) -> Batch:
-        """The batch of some examples; `draw`, usually (epoch, batch), and the seed decide which windows are drawn."""
+        """Collates examples; `draw`, usually (epoch, batch), and the seed decide which windows are drawn."""
         query_ids = [query_id for query_id, _ in examples]
         # {text: document id}, for each row and for the batch.
         rows = [(example[0], self._distinct(self.listed(example))) for example in examples]

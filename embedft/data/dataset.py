@@ -1,4 +1,4 @@
-"""What retrieval is trained and measured on: queries, documents, and which document answers which query.
+"""Datasets for training and evaluating retrieval: queries, documents, and which documents answer which query.
 
 dataset = RetrievalDataset.load("pairs.csv", skip_empty=True)
 train, held_out = dataset.split(0.9, seed=0)
@@ -27,7 +27,7 @@ Item = TypeVar("Item", str, int)
 
 @dataclass(frozen=True, repr=False)
 class RetrievalDataset:
-    """Queries, a corpus and graded judgements; checked when created (`ValueError`), not to be changed."""
+    """Queries, a corpus and graded judgements. Checked when created (`ValueError`); do not modify it."""
 
     queries: dict[str, str]  # {query id: text}
     corpus: dict[str, str]  # {document id: text}; a text may be ""
@@ -35,9 +35,9 @@ class RetrievalDataset:
     negatives: dict[str, list[str]] = field(default_factory=dict)  # {query id: [document id]}, never a relevant one
     scores: dict[str, dict[str, float]] = field(default_factory=dict)  # {query id: {document id: a teacher's score}}
     titles: dict[str, str] = field(default_factory=dict)  # {document id: title}
-    # Judgements of documents that the corpus lacks: they count in evaluation (`all_qrels`), where they cannot be found.
+    # Judgements of documents missing from the corpus; evaluation counts them (`all_qrels`), as never found.
     missing: dict[str, dict[str, int]] = field(default_factory=dict)
-    num_skipped: int = field(default=0, compare=False)  # how much `load(skip_empty=True)` dropped
+    num_skipped: int = field(default=0, compare=False)  # rows or texts that `load(skip_empty=True)` dropped
 
     def __post_init__(self) -> None:
         for name in FIELDS:
@@ -96,16 +96,16 @@ class RetrievalDataset:
         strict: bool = False,
         split: str | None = None,
     ) -> "RetrievalDataset":
-        """The dataset in a file (which may end in .gz) or folder; formats.py and pairs.py describe the formats.
+        """Loads a dataset from a file (.gz allowed) or folder; formats.py and pairs.py describe the formats.
 
         Args:
             format: one of FORMATS; None: by the suffix (SUFFIXES), a folder is "beir".
             merge: for rows without ids of their own. True: equal query texts are one query, and equal document texts
                 one document; a repeated pair counts once. False: each row has its own query and document.
             skip_empty: instead of refusing null or blank texts, drop the rows (jsonl, csv), or the queries and
-                documents with their qrels (llamaindex, beir). BEIR's empty documents are kept otherwise.
+                documents with their qrels (llamaindex, beir). Otherwise, BEIR's empty documents stay.
             strict: refuse judgements of unknown queries and documents instead of warning about them.
-            split: "beir" only: which qrels; None: "test", or the only split.
+            split: which qrels ("beir" only); None: "test", or the only split.
 
         Raises `ValueError` for anything wrong with the data, naming file, line and id.
         """
@@ -114,7 +114,7 @@ class RetrievalDataset:
             raise ValueError(f"{path}: no such file or folder")
         format = formats.choose_format(path, format, FORMATS, folder=path.is_dir())
         if split is not None and format != "beir":
-            raise ValueError(f"{path}: split is {split!r}, but only the format 'beir' has splits, this is {format!r}")
+            raise ValueError(f"{path}: split is {split!r}, but only the format 'beir' has splits, found {format!r}")
         if format in ("jsonl", "csv"):
             fields = pairs.read_pairs(path, format, merge=merge, skip_empty=skip_empty)
         else:
@@ -127,7 +127,7 @@ class RetrievalDataset:
     def save(self, path: str | Path, *, format: str | None = None) -> None:
         """Writes the dataset so that `load` returns an equal one; "jsonl" orders documents as its rows name them.
         `path` is the file to create or replace, or for "beir" a new or empty folder; `format` is one of WRITABLE, by
-        default that of the suffix. Raises `ValueError`, before anything is written, if it cannot hold what is here."""
+        default that of the suffix. Raises `ValueError`, before writing, if the format cannot hold this dataset."""
         path = Path(path)
         format = formats.choose_format(path, format, WRITABLE, folder=not path.suffix)
         refusal = f"{path}: the format {format!r} cannot hold"
@@ -151,13 +151,13 @@ class RetrievalDataset:
         return [document_id for document_id, grade in self.qrels.get(query_id, {}).items() if grade > 0]
 
     def split(self, share: float, *, seed: int) -> tuple["RetrievalDataset", "RetrievalDataset"]:
-        """Two datasets without a common query or document, the first with about `share` of the queries.
+        """Splits into two datasets without common queries or documents; the first gets about `share` of the queries.
 
-        A grade above 0 links a query with a document, and equal texts are linked (a document's with its title).
-        Connected components stay together; in random order, each goes to the first part if that brings the part closer
-        to `share`. Documents without a grade above 0 go with the first query that names them (other grades, negatives,
-        scores); the rest are divided by the same share. A grade of 0, negative or score of a document on the other side
-        is dropped. Order is kept within each part. Raises `ValueError` when a part would have no query or no document.
+        A grade above 0 links a query with a document; equal texts (a document's including its title) are linked, too.
+        Connected components stay together: in random order, each goes to the first part if that brings the part closer
+        to `share`. Documents without a grade above 0 go with the first query that names them (with another grade, as a
+        negative, or with a score); the rest are divided by `share`. Other grades, negatives and scores across the parts
+        are dropped. Each part keeps its order. Raises `ValueError` if a part would have no query or no document.
         """
         if not 0 < share < 1:
             raise ValueError(f"share must be strictly between 0 and 1, found {share!r}")
@@ -204,42 +204,42 @@ class RetrievalDataset:
         return tuple({i: component.get(node, node) for i, node in x.items()} for x in (of_query, of_document))
 
     def shares_with(self, training: "RetrievalDataset") -> str:
-        """A warning about judged queries and documents that the training set has too, by text; "" if there are none."""
+        """A warning about judged queries and documents also in the training set, by text; "" if there are none."""
         (questions, documents), (asked, answering) = self._judged_texts(), training._judged_texts()
         if questions.isdisjoint(asked) and documents.isdisjoint(answering):
             return ""
         shared = f"{len(questions & asked):,} of {len(questions):,} validation questions"
         shared += f" and {len(documents & answering):,} of the {len(documents):,} documents that answer them"
-        return f"{shared} are in the training set too: results on them show in part what was memorised"
+        return f"{shared} are also in the training set: results on them partly measure memorisation"
 
     def _judged_texts(self) -> tuple[set[str], set[str]]:
-        """The texts of the queries that have a relevant document, and of these documents."""
+        """The texts of queries with relevant documents, and of those documents."""
         texts = dict(zip(self.corpus, self.document_texts(), strict=True))
         pairs = [(self.queries[q], texts[d]) for q in self.qrels for d in self.relevant(q)]
         return {question for question, _ in pairs}, {document for _, document in pairs}
 
     def sha256(self) -> str:
-        """A hash of everything the dataset holds, order included: 64 hexadecimal digits."""
+        """The SHA-256 of everything in the dataset, including its order, as 64 hexadecimal digits."""
         digest = hashlib.sha256()
         for name in FIELDS:
-            # Without judgements of missing documents, the hash is that of a dataset from before there were any.
+            # A dataset with no `missing` has the same hash as before that field existed.
             for item in (name, *getattr(self, name).items()) if name != "missing" or self.missing else ():
                 digest.update(json.dumps(item).encode())
         return digest.hexdigest()
 
     def qrels_by_row(self) -> dict[int, dict[int, int]]:
-        """{query row: {document row: grade}}: `qrels`, with places in `queries` and `corpus` for ids."""
+        """`qrels` as {query row: {document row: grade}}, with rows of `queries` and `corpus` instead of ids."""
         query_rows, document_rows = ({i: row for row, i in enumerate(texts)} for texts in (self.queries, self.corpus))
         return {query_rows[q]: {document_rows[d]: x for d, x in grades.items()} for q, grades in self.qrels.items()}
 
     def document_texts(self) -> list[str]:
-        """The texts to embed, in the order of `corpus`: title, a space and text; either alone where it is.
-        Source: beir/retrieval/models/sentence_bert.py, `encode_corpus`, which strips the result too."""
+        """The texts to embed, in the order of `corpus`: title, a space and text, or whichever there is.
+        Source: beir/retrieval/models/sentence_bert.py, `encode_corpus`, which also strips the result."""
         return [" ".join(filter(None, (self.titles.get(i), text))) for i, text in self.corpus.items()]
 
 
 def connected_components(links: Iterable[tuple[Item, Item]]) -> dict[Item, Item]:
-    """{item: the smallest item of its component}, for all items that have a link (an item may link to itself).
+    """{item: the smallest item of its component}, for all linked items (an item may link to itself).
 
     connected_components([("a", "b"), ("c", "c"), ("b", "d")])      # {"a": "a", "b": "a", "c": "c", "d": "a"}
     """

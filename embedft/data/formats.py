@@ -1,14 +1,14 @@
-"""Datasets as they are published: LlamaIndex's JSON, BEIR folders, TREC topics and qrels. Any file may be .gz.
+"""Published dataset formats: LlamaIndex's JSON, BEIR folders, TREC topics and qrels. Any file may be .gz.
 
 llamaindex  `*.json`: {"queries": {id: text}, "corpus": {id: text}, "relevant_docs": {query id: [document id]}, "mode":
             "text"}; `mode` may be absent.
 beir        a folder: corpus.jsonl (`_id`, `title`, `text`), queries.jsonl (`_id`, `text`), qrels/<split>.tsv with the
-            header `query-id corpus-id score`; only queries that the split's qrels name are read, as in
-            beir/datasets/data_loader.py. TREC's files are read in their place: topics.* (<top> or <topic>) for the
-            queries, qrels.* or qrels/<split>.* with the columns query, 0, document, grade.
+            header `query-id corpus-id score`; only queries in the split's qrels are read, as in
+            beir/datasets/data_loader.py. TREC files may replace them: topics.* (<top> or <topic>) for the queries,
+            qrels.* or qrels/<split>.* with the columns query, 0, document, grade.
 jsonl, csv  pairs or triplets, one per row: see pairs.py.
 
-Judgements of unknown queries are dropped, those of unknown documents kept apart, both with a warning (strict: refused).
+Judgements of unknown queries are dropped, those of unknown documents kept apart; both with a warning (strict: error).
 """
 
 import html
@@ -25,7 +25,7 @@ from .pairs import parse_grade, write_pairs
 
 FORMATS = ("llamaindex", "beir", "jsonl", "csv")
 SUFFIXES = {".json": "llamaindex", ".jsonl": "jsonl", ".csv": "csv", ".tsv": "csv"}
-# The formats that can be written, with the optional fields that each can hold.
+# The writable formats, with the optional fields that each can hold.
 WRITABLE = {"llamaindex": ("missing",), "beir": ("titles", "missing"), "jsonl": ("negatives",)}
 Texts = dict[str, str]
 Qrels = dict[str, dict[str, int]]
@@ -34,21 +34,21 @@ Judgement = tuple[str, str, str, int]  # where in the file, query id, document i
 
 
 def choose_format(path: Path, format: str | None, formats: Iterable[str], *, folder: bool) -> str:
-    """The given format, or else the one the path implies; `path` need not exist; must match the format if it does."""
+    """Returns `format`, or the one implied by `path`, which need not exist, but must match the format if it does."""
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     format = format or ("beir" if folder else SUFFIXES.get(suffix))
     if format is None:
-        raise ValueError(f"{path}: suffix is none of {', '.join(SUFFIXES)}; name the format: {', '.join(formats)}")
+        raise ValueError(f"{path}: suffix is not one of {', '.join(SUFFIXES)}; pass the format: {', '.join(formats)}")
     if format not in formats:
         raise ValueError(f"{path}: format {format!r} is not one of {', '.join(formats)}")
-    kinds = ("file", "folder")
+    kinds = ("file", "folder") if format == "beir" else ("folder", "file")
     if path.exists() and path.is_dir() != (format == "beir"):
-        raise ValueError(f"{path}: is a {kinds[path.is_dir()]}, the format {format!r} is a {kinds[format == 'beir']}")
+        raise ValueError(f"{path}: is a {kinds[0]}, but the format {format!r} is a {kinds[1]}")
     return format
 
 
 def read_published(path: Path, split: str | None, *, skip_empty: bool, strict: bool) -> dict[str, Any]:
-    """The arguments of RetrievalDataset for a file of the format "llamaindex" or a folder of the format "beir"."""
+    """The arguments of RetrievalDataset for a "llamaindex" file or a "beir" folder."""
     titles: Texts = {}
     if path.is_dir():
         queries, corpus, titles, judgements = _read_beir(path, split, skip_empty)
@@ -70,7 +70,7 @@ def read_published(path: Path, split: str | None, *, skip_empty: bool, strict: b
 
 
 def _sort(judgements: Iterable[Judgement], queries: Texts, corpus: Texts, strict: bool) -> tuple[Qrels, Qrels]:
-    """Judgements of known documents and of unknown ones; the latter, and unknown queries, are refused or warned of."""
+    """Judgements of known and of unknown documents; warns of the latter and of unknown queries, or refuses them."""
     qrels, missing, ignored, counted = {}, {}, [], []
     for where, query_id, document_id, grade in judgements:
         query_id, document_id = _known(query_id, queries), _known(document_id, corpus)
@@ -92,12 +92,12 @@ def _sort(judgements: Iterable[Judgement], queries: Texts, corpus: Texts, strict
         grades[document_id] = grade
     for errors, what in ((ignored, "is ignored"), (counted, "counts, but the document cannot be found")):
         if errors:
-            warnings.warn(f"{errors[0]}: the judgement {what} ({len(errors):,} like it)", stacklevel=4)
+            warnings.warn(f"{errors[0]}: the judgement {what} ({len(errors):,} in all)", stacklevel=4)
     return qrels, missing
 
 
 def _known(i: str, texts: Texts) -> str:
-    """An id as the texts have it: files of judgements may have blanks around it."""
+    """An id as spelled in `texts`: judgement files may have whitespace around it."""
     return i.strip() if i not in texts and i.strip() in texts else i
 
 
@@ -142,7 +142,7 @@ def _find(folder: Path, *patterns: str) -> Path:
 
 
 def _collect(entries: Iterable[Entry], *, allow_empty: bool) -> tuple[Texts, Texts]:
-    """{id: text} and {id: title}; a blank text is "" if allowed, a blank title none."""
+    """{id: text} and {id: title}; blank texts become "" if allowed, and blank titles are omitted."""
     texts, titles = {}, {}
     for where, i, text, title in entries:
         check_text(i, f"{where}: _id")
@@ -158,7 +158,7 @@ def _collect(entries: Iterable[Entry], *, allow_empty: bool) -> tuple[Texts, Tex
 
 
 def _read_rows(path: Path) -> Iterator[Entry]:
-    """The lines of corpus.jsonl or queries.jsonl."""
+    """Yields the lines of corpus.jsonl or queries.jsonl."""
     for line, row in read_jsonl(path):
         where = f"{path} line {line}"
         check_object(row, where)
@@ -166,19 +166,19 @@ def _read_rows(path: Path) -> Iterator[Entry]:
 
 
 def _read_topics(path: Path) -> Iterator[Entry]:
-    """The titles, or queries, of a TREC topics file."""
+    """Yields the titles, or queries, of a TREC topics file."""
     text = read_text(path)
     old = re.findall(r"<top>.*?<num>\s*(?:Number:)?\s*([^\s<]+).*?<title>\s*(?:Topic:)?([^<]*)", text, re.DOTALL)
     new = re.findall(r"<topic\s+number=\"([^\"]+)\".*?<(?:query|title)>([^<]*)", text, re.DOTALL)
     if not old + new:
         raise ValueError(f"{path}: no topic found, expected <top> with <num> and <title>, or <topic number=...>")
     topics = [*old, *((number, html.unescape(title)) for number, title in new)]  # the new ones are XML
-    topics = dict.fromkeys((number, " ".join(title.split())) for number, title in topics)  # some are there twice
+    topics = dict.fromkeys((number, " ".join(title.split())) for number, title in topics)  # some appear twice
     yield from ((f"{path}: topics", number, title, None) for number, title in topics)
 
 
 def _read_qrels(path: Path) -> Iterator[Judgement]:
-    """Judgements of a file with BEIR's header, or of one with TREC's four columns and no header."""
+    """Yields the judgements of a file with BEIR's header, or with TREC's four columns and no header."""
     names: list[str] = []
     for number, line in enumerate(read_lines(path), start=1):
         line, where = line.rstrip(), f"{path} line {number}"
@@ -199,7 +199,7 @@ def _read_qrels(path: Path) -> Iterator[Judgement]:
 
 
 def write_llamaindex(dataset: Any, path: Path, refusal: str) -> None:
-    """The format "llamaindex", in which all grades are 1."""
+    """Writes the format "llamaindex", in which all grades are 1."""
     qrels = dataset.all_qrels()
     if others := [(q, d, grade) for q, d, grade in _flat(qrels) if grade != 1]:
         raise ValueError(f"{refusal} grade {others[0][2]} (query {others[0][0]!r}, document {others[0][1]!r}), only 1")
@@ -208,7 +208,7 @@ def write_llamaindex(dataset: Any, path: Path, refusal: str) -> None:
 
 
 def write_beir(dataset: Any, folder: Path, refusal: str) -> None:
-    """The format "beir" in a new or empty folder; ids must fit into lines of tab-separated values."""
+    """Writes the format "beir" to a new or empty folder; ids must fit into tab-separated lines."""
     qrels = dataset.all_qrels()
     for i in (*dataset.queries, *dataset.corpus, *(document_id for _, document_id, _ in _flat(qrels))):
         if re.search(r'[\0\t\r\n"]', i):

@@ -1,11 +1,11 @@
-"""Several datasets in one training run: batches of one source each, or mixed batches, with a share for each source.
+"""Trains on several datasets, in batches of one source each or in mixed batches, with a share for each source.
 
     datasets = {"finance": finance, "news": news}
     batches = make_mixture(datasets, embedder.pack, batch_size=64, seed=0, sampling="temperature")
     for batch in batches.epoch(0): ...              # batch.sources says where each query comes from
 
-Every source is read in epochs of its own: where an epoch of the mixture takes only a part of a source, the next one
-continues there; where it takes more, the source starts over. Ids get the source in front ("news/q12").
+Each source has its own epochs: if an epoch of the mixture takes only part of a source, the next one continues there;
+if it takes more, the source starts over. Ids are prefixed with the source ("news/q12").
 """
 
 import functools
@@ -37,12 +37,12 @@ def make_mixture(
     """Batches of several datasets.
 
     Args:
-        datasets: {source: dataset}; the name of a source is not empty and has no "/".
-        sampling: the share of each source in the batches of an epoch (or, mixed, in the examples of a batch), at least
-            one. "proportional": its share of all examples; an epoch is every example once. "round_robin": equal shares,
-            in turn, until the shortest source is used up. "temperature": proportional to its number of examples to the
+        datasets: {source: dataset}; source names must not be empty or contain "/".
+        sampling: each source's share of an epoch's batches (or, if mixed, of a batch's examples), at least one.
+            "proportional": its share of all examples; an epoch is every example once. "round_robin": equal shares, in
+            turn, until the shortest source is used up. "temperature": proportional to its number of examples to the
             power 1 / temperature (1: proportional, infinity: equal).
-        mixed: each batch has its share of every source, instead of coming from one, without negatives from others.
+        mixed: each batch has its share of every source; otherwise it and its negatives come from one source.
         options: as in `make_batches`. `no_duplicates` looks across sources only in mixed, proportional batches.
     """
     if not temperature >= 1:
@@ -66,7 +66,7 @@ def make_mixture(
         samplers[name] = _part(whole.sampler, rows, weights[name] if mixed else 1.0)
         start = rows.stop
 
-    @functools.cache  # called late, as samplers may count tokens
+    @functools.cache  # lazy, since samplers may have to count tokens
     def parts() -> list[list[str]]:
         numbers = {name: len(sampler) for name, sampler in samplers.items()}
         if mixed or sampling == "round_robin":
@@ -88,17 +88,17 @@ def _part(whole: Sampler, rows: slice, share: float) -> Sampler:
 
 @dataclass(frozen=True, eq=False)
 class MixtureSampler:
-    """Batches that continue the batches of one or more samplers each."""
+    """Builds each batch from the next batches of one or more samplers."""
 
-    samplers: Mapping[str, Sampler]  # {source: its sampler}; the list of examples is theirs, one after another
+    samplers: Mapping[str, Sampler]  # {source: its sampler}, in the order of their examples
     parts: Callable[[], list[list[str]]]  # () -> the sources of each batch of an epoch; called when first needed
-    seed: int | None  # of the order of the parts, drawn anew for each epoch; None: as they are
+    seed: int | None  # shuffles the parts in each epoch; None: as they are
 
     def __len__(self) -> int:
         return len(self.parts())
 
     def plan(self, epoch: int) -> list[list[int]]:
-        """The examples of each batch of an epoch, as places in the list of examples."""
+        """The examples of each batch of an epoch, as rows of the list of examples."""
         order = range(len(self))
         if self.seed is not None:
             order = torch.randperm(len(self), generator=torch.Generator().manual_seed(self.seed + epoch)).tolist()
@@ -110,16 +110,16 @@ class MixtureSampler:
 
 
 def _rows(sampler: Sampler, first: int, place: int) -> Iterator[list[int]]:
-    """The batches of a sampler, whose examples begin at `first`, from `place` on, counted over all its epochs."""
+    """A sampler's batches from number `place` on, counted over all its epochs; its examples begin at `first`."""
     epoch, batch = divmod(place, len(sampler))
     batches = itertools.chain.from_iterable(map(sampler.plan, itertools.count(epoch)))
     return ([first + row for row in rows] for rows in itertools.islice(batches, batch, None))
 
 
 def apportion(total: int, weights: Mapping[str, float]) -> dict[str, int]:
-    """A batch size divided by weight into whole numbers of at least 1: one for each, the rest by largest remainder."""
+    """Divides a batch size by weight into whole numbers: one for each source, the rest by largest remainder."""
     if total < len(weights):
-        raise ValueError(f"batch_size is {total}, expected at least one of each of {len(weights)} sources")
+        raise ValueError(f"batch_size is {total}, expected at least {len(weights)}, one per source")
     exact = {name: max(0.0, total * weight / sum(weights.values()) - 1) for name, weight in weights.items()}
     rest = total - len(weights)
     scale = rest / sum(exact.values()) if rest else 0.0
@@ -131,7 +131,7 @@ def apportion(total: int, weights: Mapping[str, float]) -> dict[str, int]:
 
 
 def join_datasets(datasets: Mapping[str, RetrievalDataset]) -> RetrievalDataset:
-    """One dataset made of several; every id gets its source in front: "news/q12"."""
+    """Joins datasets into one, prefixing every id with its source: "news/q12"."""
     if not datasets:
         raise ValueError("expected at least one dataset, found none")
     for name in datasets:

@@ -5,7 +5,7 @@ Columns are found by name (COLUMN_ROLES, any case); others are ignored. Negative
 has query "q7", document "d7" and negatives "d7n0", "d7n1", ... Equal texts that are merged keep the first id.
 
 `query_id`, `document_id` and `negative_ids` (a list next to `negatives`) set ids instead; then equal ids, not equal
-texts, say what is the same. `grade` is the relevance, 1 if absent. `write_pairs` writes all of these.
+texts, identify queries and documents. `grade` is the relevance, 1 if absent. `write_pairs` writes all of these.
 """
 
 import csv
@@ -28,7 +28,7 @@ COLUMN_ROLES = {
 
 
 def read_pairs(path: Path, format: str, *, merge: bool, skip_empty: bool) -> dict[str, Any]:
-    """The arguments of RetrievalDataset for a file of the format "jsonl" or "csv"."""
+    """The arguments of RetrievalDataset for a "jsonl" or "csv" file."""
     queries, documents, num_skipped = _Texts("query", merge), _Texts("document", merge), 0
     qrels: dict[str, dict[str, int]] = {}
     negatives: dict[str, dict[str, None]] = {}  # the inner dict is an ordered set
@@ -58,7 +58,7 @@ def read_pairs(path: Path, format: str, *, merge: bool, skip_empty: bool) -> dic
                 negatives[query_id][named[-1]] = None
             for i in named:
                 if grades.get(i, 0) > 0 and i in negatives.get(query_id, ()):
-                    raise ValueError(f"document {i!r} of query {query_id!r} is a positive and a negative of it")
+                    raise ValueError(f"document {i!r} of query {query_id!r} is both a positive and a negative")
         except ValueError as error:
             raise ValueError(f"{path} line {line}: {error}") from None
     found = {"queries": queries.texts, "corpus": documents.texts, "qrels": qrels, "num_skipped": num_skipped}
@@ -66,7 +66,7 @@ def read_pairs(path: Path, format: str, *, merge: bool, skip_empty: bool) -> dic
 
 
 class _Texts:
-    """{id: text} as rows bring them; when merging, a text without its own id gets that of an equal, earlier text."""
+    """Collects {id: text}; when merging, a text without its own id takes that of an equal earlier text."""
 
     def __init__(self, kind: str, merge: bool) -> None:
         self.kind, self.merge = kind, merge
@@ -77,13 +77,13 @@ class _Texts:
         check_text(text, f"the {self.kind}", SKIP_EMPTY)
         i = own_id or (self.ids.get(text, row_id) if self.merge else row_id)
         if self.texts.setdefault(i, text) != text:
-            raise ValueError(f"{self.kind} id {i!r} has another text on an earlier line")
+            raise ValueError(f"{self.kind} id {i!r} has a different text on an earlier line")
         self.ids.setdefault(text, i)
         return i
 
 
 def parse_grade(grade: Any, where: str = "") -> int:
-    """A grade in a file: a whole number, which may be text and may be written as 2.0."""
+    """Parses a grade: a whole number, possibly as text or written as 2.0."""
     if isinstance(grade, str) and re.fullmatch(r"[+-]?[0-9]{1,20}(\.0*)?", grade.strip()):
         grade = int(grade.partition(".")[0])
     elif isinstance(grade, float) and grade.is_integer():
@@ -143,7 +143,7 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str | None]]]:
 
 
 def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line, cells) of every row; TSV has no quoting, unless it is `_is_quoted`."""
+    """(line, cells) of every row; TSV has no quoting, unless `_is_quoted` says so."""
     is_tsv = ".tsv" in path.suffixes
     if is_tsv and not _is_quoted(path):
         for number, line in enumerate(read_lines(path), start=1):
@@ -152,7 +152,7 @@ def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
     reader, cells = csv.reader(read_lines(path), strict=True, delimiter="\t" if is_tsv else ","), []
     while cells is not None:
         line = reader.line_num + 1
-        # The limit on a cell (131,072 characters) belongs to the whole process: lifted for one row at a time.
+        # The cell size limit (131,072 characters) is process-wide, so it is lifted for one row at a time.
         limit = csv.field_size_limit(2**31 - 1)
         try:
             cells = next(reader, None)
@@ -164,10 +164,10 @@ def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _is_quoted(path: Path) -> bool:
-    """Whether a TSV file is, to the letter, what a CSV writer such as pandas makes of its rows.
+    """Whether a TSV file is exactly what a CSV writer such as pandas would write for its rows.
 
-    Not when its lines are a table as they stand, and fewer rows when read with quoting: then a cell begins with a quote
-    and a later one ends with one.
+    Not if its lines already form a table that would have fewer rows when read with quoting: then one cell merely begins
+    with a quote and a later one ends with one.
     """
     lines = list(read_lines(path))
     if not any('"' in line for line in lines):
@@ -187,7 +187,7 @@ def _is_quoted(path: Path) -> bool:
 
 
 def write_pairs(dataset: Any, path: Path, refusal: str) -> None:
-    """The format "jsonl": one row per judgement; every document must be named by a query."""
+    """Writes the format "jsonl", one row per judgement; a query must name every document."""
     named = {i for ids in (*dataset.qrels.values(), *dataset.negatives.values()) for i in ids}
     if unnamed := [document_id for document_id in dataset.corpus if document_id not in named]:
         raise ValueError(f"{refusal} document {unnamed[0]!r}, which no query names")

@@ -1,11 +1,11 @@
-"""Samplers: which examples are in which batch of an epoch.
+"""Samplers decide which examples are in which batch of an epoch.
 
     sampler = Sampler(1_000, batch_size=32, seed=0)
-    sampler.plan(0)             # [[17, 803, ...], ...]: places in the list of examples, one list for each batch
+    sampler.plan(0)             # [[17, 803, ...], ...]: rows of the list of examples, one list per batch
 
-Any object with `len(sampler)`, the batches of every epoch, and a `plan` that depends on the epoch alone is a sampler.
+A sampler is any object with `len(sampler)`, the batches per epoch, and a `plan` that depends only on the epoch.
 
-Shapes: P examples, N batches of an epoch.
+Shapes: P examples, N batches per epoch.
 """
 
 import functools
@@ -27,8 +27,8 @@ class Sampler:
     into batches. With `batch_tokens` these are ceil(all tokens / batch_tokens) batches of similar size: at most
     batch_tokens on average, and each less than one example above that average.
 
-    Examples that share something (`apart`) go into different batches: each waits for one that can take it. Frequent
-    items make for more and smaller batches (with a warning); those that fit nowhere else may overfill one.
+    Examples that share an item of `apart` go into different batches: each waits for one that can take it. Frequent
+    items lead to more and smaller batches (with a warning), and may overfill one if they fit nowhere else.
     """
 
     num_examples: int
@@ -53,7 +53,7 @@ class Sampler:
         return self._num_batches
 
     def plan(self, epoch: int) -> list[list[int]]:
-        """The examples of each batch of an epoch (from 0), as places in the list of examples."""
+        """The examples of each batch of an epoch (from 0), as rows of the list of examples."""
         order_P = torch.randperm(self.num_examples, generator=torch.Generator().manual_seed(self.seed + epoch))
         place_P = self._place(order_P)
         counts = place_P.bincount(minlength=len(self)).tolist()
@@ -65,7 +65,7 @@ class Sampler:
         return plan
 
     def _place(self, order_P: Tensor) -> Tensor:
-        """The batch of each of the shuffled examples: the one in whose share its last unit (example or token) falls."""
+        """The batch of each shuffled example: the one whose share contains its last unit (example or token)."""
         sizes_P, bounds_N = self._sizes_P[order_P], self._bounds_N
         place_P = torch.searchsorted(bounds_N, sizes_P.cumsum(0))
         if not self._shared:
@@ -75,7 +75,7 @@ class Sampler:
         # Spread evenly, to leave room for those that have to wait.
         natural = [i * num_batches // len(rows) for i in waiting]
         moved, loads_N = self._place_apart([rows[i] for i in waiting], natural)
-        # The others fill the rest of every share, in their order.
+        # The others fill the rest of each share, in order.
         free_P = torch.ones(len(rows), dtype=torch.bool)
         free_P[waiting] = False
         room_N = (bounds_N.diff(prepend=bounds_N.new_zeros(1)) - torch.tensor(loads_N)).clamp(min=0)
@@ -110,7 +110,7 @@ class Sampler:
     def _num_batches(self) -> int:
         size, total = self.batch_size or self.batch_tokens, int(self._sizes_P.sum())
         least = -(-total // size)
-        # At most this many others keep an example out of a batch: with one batch more there is always one for it.
+        # At most this many others can conflict with an example, so with one batch more there is always room for it.
         count = Counter(item for items in self._shared.values() for item in items)
         most = max((sum(count[item] - 1 for item in items) for items in self._shared.values()), default=0)
         apart = min(most + 1, self.num_examples)
@@ -130,12 +130,12 @@ class Sampler:
 
     @functools.cached_property
     def _sizes_P(self) -> Tensor:
-        """How much of a batch an example takes: 1, or its tokens."""
+        """How much of a batch each example takes: 1, or its tokens."""
         return torch.as_tensor(self.tokens()) if self.batch_tokens else torch.ones(self.num_examples, dtype=torch.int64)
 
     @functools.cached_property
     def _shared(self) -> dict[int, tuple[int, ...]]:
-        """{example: those of its items that another example has too, as numbers}."""
+        """{example: its items that other examples also have, as numbers}."""
         number: dict[Hashable, int] = {}
         items_P = [{number.setdefault(item, len(number)) for item in items} for items in self.apart]
         count = Counter(item for items in items_P for item in items)
