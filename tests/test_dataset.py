@@ -167,7 +167,7 @@ def test_format_is_recognised_or_named(tmp_path):
         RetrievalDataset.load(rows, format="xml")
     with pytest.raises(ValueError, match=r"pairs\.txt: is a file, but the format 'beir' is a folder"):
         RetrievalDataset.load(rows, format="beir")
-    with pytest.raises(ValueError, match="is a folder, the format 'csv' is a file"):
+    with pytest.raises(ValueError, match="is a folder, but the format 'csv' is a file"):
         RetrievalDataset.load(tmp_path, format="csv")
     with pytest.raises(ValueError, match=refusal(f"{tmp_path / 'none.json'}: no such file or folder")):
         RetrievalDataset.load(tmp_path / "none.json")
@@ -865,7 +865,7 @@ def test_save_chooses_the_format_and_minds_what_is_there(tmp_path):
     ]:
         with pytest.raises(ValueError, match=refusal(f"{tmp_path / path}: {message}")):
             dataset.save(tmp_path / path)
-    with pytest.raises(ValueError, match="is a folder, the format 'llamaindex' is a file"):
+    with pytest.raises(ValueError, match="is a folder, but the format 'llamaindex' is a file"):
         dataset.save(tmp_path, format="llamaindex")
     path = write(tmp_path / "x.json", "old")
     with pytest.raises(ValueError, match="is a file, but the format 'beir' is a folder"):

@@ -194,7 +194,7 @@ class _Cutter:
 
     def _next_first(self, units: Sequence[_Unit], first: int, end: int, overlap: int) -> int:
         """The first unit of the chunk that follows units `first` to `end`: as early as the overlap allows."""
-        # Parts of a long sentence are never shared: each is so long that the next part does not fit behind it.
+        # Parts of a long sentence are never shared: each is so long that the next one does not fit after it.
         if not overlap or end == len(units):
             return end
         start, shared = end, 0

@@ -48,7 +48,7 @@ def _join(left: str, right: str, words: Counter[str]) -> str:
         is_tight = re.search(r"[^ ][—/]$", left) is not None  # no space before the dash or slash, so none after it
         return left + right if is_tight or is_unspaced(left, right) else f"{left} {right}"
     # Keep the hyphen if the document has the hyphenated word at least as often as the joined one. If it has neither,
-    # keep it if both halves are words themselves, contain anything but letters, or the second is capitalized.
+    # keep it if both halves are words, one contains anything but letters, or the second is capitalized.
     first, second = beginning[0].lower(), end[0].lower()
     kept, joined = words[f"{first}-{second}"], words[first + second]
     if kept == joined == 0:
