@@ -164,7 +164,7 @@ def test_what_is_missing_is_said_and_asked_for_again(place, capsys):
     ) as server:
         assert ask(server, "--max-attempts", "1") == 1
         err = capsys.readouterr().err
-        assert "1 without questions: refusal" in err
+        assert "1 chunks without questions: refusal" in err
         assert f"1 of {num_chunks} chunks have no questions; run the same command to request only those" in err
         assert len(read_json("out/question-report.json")["missing"]) == 1
         assert len(RetrievalDataset.load("out/chunks.json").corpus) == num_chunks

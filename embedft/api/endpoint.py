@@ -52,14 +52,14 @@ class Endpoint:
     dimensions: int | None = option(None, "dimensions to request; None: all", least=1)
     parameters: Mapping[str, Any] = option({}, 'sent unchanged, such as {"input_type": "query"}')
     too_long: Literal["refuse", "cut"] = option("refuse", '"cut": `shorten` a refused text until it is accepted')
-    batch_texts: int = option(256, "texts per request; lowered if the server refuses as many", least=1, below=2_049)
+    batch_texts: int = option(256, "texts per request; lowered if the server refuses that many", least=1, below=2_049)
     concurrency: int = option(8, "requests in flight at once", least=1)
     max_attempts: int = option(6, "maximum requests per batch", least=1)
     requests_per_minute: int | None = option(None, "maximum in any 60 seconds", least=1)
     tokens_per_minute: int | None = option(None, "maximum in any 60 seconds, at four bytes per token", least=1)
     timeout_seconds: float = option(60.0, "timeout of a request", above=0)
     price: float | None = option(None, "per million tokens; until usage is reported, a byte counts as one", least=0)
-    max_cost: float | None = option(None, "budget over all runs of the ledger, or without one of this object", above=0)
+    max_cost: float | None = option(None, "budget over all runs of the ledger; without one, of this object", above=0)
     ledger: str | Path | None = option(None, "JSONL with a line before and after each request; for one process")
 
     def __post_init__(self) -> None:

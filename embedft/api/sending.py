@@ -131,7 +131,7 @@ class Sender:
         self.queue: deque[Job] = deque()
         self.later: list[tuple[float, int, Job]] = []  # a heap: when to retry, request number, job
         self.failures, self.hold_until = 0, 0.0  # failures in a row
-        self.doubts = self.refused_alone = 0  # in a row: refusals perhaps, and for the rate with nothing else in flight
+        self.doubts = self.refused_alone = 0  # in a row: possible refusals; rate refusals with nothing else in flight
         self.num_in_flight = 0
         self.suspects, self.is_proven = 0, False  # is_proven: some reply was not suspect
         self.stopped: Response | str | None = None

@@ -26,7 +26,7 @@ class Options(config.Options):
 
     paths: list[str] = option(REQUIRED, "PDF, text or Markdown files, or folders", metavar="PATH", positional=True)
     out: str = option(REQUIRED, "folder for chunks.jsonl, or for the two files of a split", metavar="DIR")
-    model: str = option(DEFAULT_MODEL, "model whose tokenizer counts")
+    model: str = option(DEFAULT_MODEL, "model whose tokenizer counts tokens")
     revision: str | None = option(None, "commit, tag or branch on the hub [the default branch]")
     size: int | None = option(None, "maximum tokens per chunk, special ones included [the model's]")
     overlap: int = option(0, "tokens that consecutive chunks may share")

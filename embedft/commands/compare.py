@@ -20,7 +20,7 @@ from ..retrieval.tables import Style, compare_all, format_comparisons
 class Options(config.Options):
     """Options of `embedft compare`."""
 
-    reports: list[str] = option(REQUIRED, "from evaluate --out or finetune, base first", metavar="DIR", positional=True)
+    reports: list[str] = option(REQUIRED, "reports of evaluate or finetune, base first", metavar="DIR", positional=True)
     metric: list[str] = option(["ndcg@10"], "metrics that all reports have", metavar="NAME ...")
     seeds: bool = option(False, "treat the others as one recipe trained with several seeds")
     bases: int = option(1, "with --seeds: number of base reports, trained with the same seeds", least=1)

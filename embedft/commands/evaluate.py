@@ -27,10 +27,10 @@ from .options import DATASETS, Adapted, Data, load_data, load_encoder, print_cos
 class Grid:
     """Settings: every combination is evaluated; texts are encoded once."""
 
-    passages: list[int] = option([], "best window of SIZE tokens, one per STRIDE [whole]", metavar="SIZE STRIDE ...")
+    passages: list[int] = option([], "score by windows of SIZE tokens, STRIDE apart [whole]", metavar="SIZE STRIDE ...")
     whole: bool = option(False, "also evaluate whole documents, besides --passages")
     dims: list[int] | None = option(None, "leading dimensions to keep [all]")
-    precisions: list[Literal["float32", "int8", "binary"]] = option(["float32"], "of document vectors")
+    precisions: list[Literal["float32", "int8", "binary"]] = option(["float32"], "types of document vectors")
     indices: list[str] = option(["flat"], "flat, hnsw, ivf, ivfpq, adaptive-DIM, or any FAISS factory string")
     metric: str | None = option(None, "metric in the table of several settings [ndcg@10]")
 
@@ -49,7 +49,7 @@ class Options(Adapted, Grid, Hybrid, Data):
     """Options of `embedft evaluate`."""
 
     data: str = option(REQUIRED, DATASETS, metavar="DATA", positional=True)
-    metrics: list[str] | None = option(None, "such as ndcg@20 rprec success@5 [all, at --ks]", metavar="NAME ...")
+    metrics: list[str] | None = option(None, "metrics, e.g. ndcg@20 rprec success@5 [all, at --ks]", metavar="NAME ...")
     ks: list[int] = option([1, 3, 5, 10], "cutoffs")
     depth: int = option(100, "documents to retrieve per question")
     gain: Literal["binary", "graded"] = option("binary", "nDCG gain")

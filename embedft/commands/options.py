@@ -83,7 +83,7 @@ class Data:
 class Windows:
     """Long documents, scored by their best window."""
 
-    passages: list[int] | None = option(None, "windows of SIZE tokens, one per STRIDE [whole]", metavar="SIZE STRIDE")
+    passages: list[int] | None = option(None, "windows of SIZE tokens, STRIDE apart [whole]", metavar="SIZE STRIDE")
 
 
 def load_model(options: Model, **more: Any) -> "embedft.Embedder":

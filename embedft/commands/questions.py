@@ -47,9 +47,9 @@ class Options(LanguageModel, config.Options):
         REQUIRED, "chunks, or JSONL with `id` and `text`; docstring: packages", metavar="SOURCE", positional=True
     )
     out: str = option(REQUIRED, "folder for the datasets, replies and a report", metavar="DIR")
-    method: Literal["llm", "ict", "title", "docstring"] = option("llm", "ict: a sentence of a chunk; title: heading")
+    method: Literal["llm", "ict", "title", "docstring"] = option("llm", "ict: ask with a sentence; title: a heading")
     seed: int = option(0, "random seed for ict and docstring")
-    validation: bool = option(False, "SOURCE is for validation: ict removes every sentence, no round trip")
+    validation: bool = option(False, "SOURCE is for validation: ict always removes the sentence; no round trip")
     num_docstrings: list[int] = option([2_000, 1_000], "docstrings for training and validation", metavar="N N")
 
     def __post_init__(self):
@@ -136,7 +136,7 @@ def _ask(options: Options, sides: dict[str, list[Chunk]]) -> int:
     if not outcome.missing:
         return 0 if len(datasets) == len(sides) else 1
     for reason, count in Counter(outcome.missing.values()).most_common(5):
-        print(f"{count:,} without questions: {reason}", file=sys.stderr)
+        print(f"{count:,} chunks without questions: {reason}", file=sys.stderr)
     left = f"{len(outcome.missing):,} of {len(chunks):,} chunks have no questions"
     print(f"{left}; run the same command to request only those (all reasons: {out / REPORT})", file=sys.stderr)
     return 1

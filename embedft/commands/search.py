@@ -31,7 +31,7 @@ class Options(Adapted, Windows, Data):
     """Options of `embedft search`."""
 
     data: str = option(REQUIRED, "what `embedft chunk` wrote, or a dataset", metavar="DATA", positional=True)
-    question: str | None = option(None, "else questions are read, one per line", metavar="[QUESTION]", positional=True)
+    question: str | None = option(None, "else read from stdin, one per line", metavar="[QUESTION]", positional=True)
     depth: int = option(5, "documents to show", least=1)
     hybrid: bool = option(False, "fuse with BM25 by z-scores, equally weighted")
     full: bool = option(False, "show texts in full")

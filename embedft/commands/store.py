@@ -24,7 +24,7 @@ class Options(config.Options):
     verify: bool = option(False, "check every row; exit code 1 if any is damaged")
     repair: bool = option(False, "drop damaged rows or a damaged database; texts are encoded again when needed")
     prune: list[str] | None = option(None, "remove these spaces, named as in the list", metavar="SPACE ...")
-    prune_unused: float | None = option(None, "remove spaces unused for so many days", metavar="DAYS", least=0)
+    prune_unused: float | None = option(None, "remove spaces unused for DAYS days", metavar="DAYS", least=0)
 
     def __post_init__(self):
         check_at_most_one(self, "verify", "repair", "prune", "prune_unused")

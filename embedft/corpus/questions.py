@@ -38,7 +38,7 @@ TEMPLATE_TOKENS = 128  # added by a server's chat template; elsewhere a byte is 
 
 @dataclass(frozen=True)
 class QuestionConfig:
-    """The model, request rate and budget for questions. Raises `ValueError` for a value out of range."""
+    """Model, request rate and budget for questions. Raises `ValueError` for a value out of range."""
 
     model: str = option("gpt-4o-mini", "name of the LLM on its server")
     _: KW_ONLY
@@ -46,7 +46,7 @@ class QuestionConfig:
     num_questions: int = option(2, "questions per chunk", least=1)
     max_reply_tokens: int | None = option(None, "token limit; reasoning models need more [128 per question]", least=1)
     parameters: dict = option({}, "sent unchanged: temperature, seed, reasoning_effort, ...")
-    structured: Literal["auto", "schema", "lines"] = option("auto", "JSON schema, plain lines, or what works")
+    structured: Literal["auto", "schema", "lines"] = option("auto", "ask for JSON, plain lines, or what works")
     concurrency: int = option(16, "requests in flight at once", least=1)
     requests_per_minute: int | None = option(None, "maximum in any 60 seconds", least=1)
     tokens_per_minute: int | None = option(None, "maximum in any 60 seconds, by bytes and reply limit", least=1)

@@ -140,7 +140,7 @@ class Collate:
         kept, first = [], 0
         for (text, windows), count in zip(best.items(), packed.source.bincount().tolist(), strict=True):
             if (last := max(windows, default=0)) >= count:
-                raise ValueError(f"document {documents[text]!r} has {count} windows, but window {last} is its best")
+                raise ValueError(f"document {documents[text]!r} has {count} windows, but its best window is {last}")
             chosen = range(count)
             if count > self.windows_per_document:
                 # Its queries' best windows, in the order of the batch, then all in random order.
