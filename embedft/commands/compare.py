@@ -76,7 +76,7 @@ def run(options: Options) -> None:
 
 
 def short_names(folders: Sequence[str]) -> list[str]:
-    """Each path without what all of them begin and end with; one given again gets a number."""
+    """The paths without their common beginning and end; repeated ones are numbered."""
     parts = [Path(folder).resolve().parts for folder in folders]
     for step in (0, -1):  # from the front, then from the back
         while min(map(len, parts)) > 1 and len({path[step] for path in parts}) == 1:

@@ -27,7 +27,7 @@ class Batches:
     """Batches by epoch."""
 
     examples: Sequence[Example]  # the training examples, see `list_examples`
-    sampler: Sampler  # len(sampler) batches per epoch; sampler.plan(epoch) lists the rows of `examples` in each
+    sampler: Sampler  # len(sampler) batches per epoch; sampler.plan(epoch) lists each one's indices in `examples`
     collate: Callable[..., Batch]  # (examples of a batch, draw=(epoch, batch)) -> Batch; `Collate` is one
 
     def __len__(self) -> int:

@@ -156,7 +156,7 @@ class RetrievalDataset:
         A grade above 0 links a query with a document; equal texts (a document's including its title) are linked, too.
         Connected components stay together: in random order, each goes to the first part if that brings the part closer
         to `share`. Documents without a grade above 0 go with the first query that names them (with another grade, as a
-        negative, or with a score); the rest are divided by `share`. Other grades, negatives and scores across the parts
+        negative, or with a score); the rest are divided by `share`. Other grades, negatives and scores between parts
         are dropped. Each part keeps its order. Raises `ValueError` if a part would have no query or no document.
         """
         if not 0 < share < 1:

@@ -1,4 +1,4 @@
-"""Trains on several datasets, in batches of one source each or in mixed batches, with a share for each source.
+"""Batches from several datasets: each batch from one source, or mixed, with a share for each source.
 
     datasets = {"finance": finance, "news": news}
     batches = make_mixture(datasets, embedder.pack, batch_size=64, seed=0, sampling="temperature")
@@ -98,7 +98,7 @@ class MixtureSampler:
         return len(self.parts())
 
     def plan(self, epoch: int) -> list[list[int]]:
-        """The examples of each batch of an epoch, as rows of the list of examples."""
+        """The examples of each batch of an epoch, as indices into the list of examples."""
         order = range(len(self))
         if self.seed is not None:
             order = torch.randperm(len(self), generator=torch.Generator().manual_seed(self.seed + epoch)).tolist()

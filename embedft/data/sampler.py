@@ -1,7 +1,7 @@
-"""Samplers decide which examples are in which batch of an epoch.
+"""Samplers, which assign examples to the batches of an epoch.
 
     sampler = Sampler(1_000, batch_size=32, seed=0)
-    sampler.plan(0)             # [[17, 803, ...], ...]: rows of the list of examples, one list per batch
+    sampler.plan(0)             # [[17, 803, ...], ...]: indices of examples, one list per batch
 
 A sampler is any object with `len(sampler)`, the batches per epoch, and a `plan` that depends only on the epoch.
 
@@ -53,7 +53,7 @@ class Sampler:
         return self._num_batches
 
     def plan(self, epoch: int) -> list[list[int]]:
-        """The examples of each batch of an epoch (from 0), as rows of the list of examples."""
+        """The examples of each batch of an epoch (from 0), as indices into the list of examples."""
         order_P = torch.randperm(self.num_examples, generator=torch.Generator().manual_seed(self.seed + epoch))
         place_P = self._place(order_P)
         counts = place_P.bincount(minlength=len(self)).tolist()
