@@ -267,7 +267,7 @@ def locked(path: str | Path, *, wait: Callable[[str], object] | None = None) -> 
     of this one, holds it: raises `ValueError`, or calls `wait("process 17")` once and waits for the lock."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+") as file:
+    with open(path, "ab+", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -277,9 +277,9 @@ def locked(path: str | Path, *, wait: Callable[[str], object] | None = None) -> 
             holder = file.read().decode(errors="replace")
             wait(f"process {holder}" if holder else "another process")
             fcntl.flock(file, fcntl.LOCK_EX)
-        file.truncate(0)
-        file.write(str(os.getpid()).encode())
-        file.flush()
+        with named_errors(path):
+            file.truncate(0)
+            file.write(str(os.getpid()).encode())
         try:
             yield
         finally:

@@ -364,6 +364,21 @@ def test_a_lock_is_waited_for_and_its_holder_named(tmp_path):
         raise AssertionError("never reached")
 
 
+def test_a_lock_that_a_full_disk_cannot_take_is_named(tmp_path):
+    path, limit = tmp_path / "lock", resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limit[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught, locked(path):
+            raise AssertionError("never reached")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert caught.value.filename == str(path)
+    with locked(path):
+        pass
+
+
 def _stop(holder):
     assert holder == f"process {os.getpid()}"
     raise ValueError("stop")

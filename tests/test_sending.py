@@ -2,6 +2,7 @@
 
 import asyncio
 import email.utils
+import gc
 import itertools
 import json
 import random
@@ -472,3 +473,25 @@ def test_what_ask_raises_ends_it_and_leaves_the_others_reserved(ledger):
         asyncio.run(Sender(ask, None, ledger=ledger, concurrency=3, max_attempts=1).run([job(key) for key in "abc"]))
     assert len(ledger.open) == 3
     assert time.monotonic() - start < 2
+
+
+def test_a_full_disk_is_told_once(ledger):
+    """All sixteen fail in the same moment: the first error is raised, and asyncio has none to complain about."""
+    complaints = []
+
+    async def ask(job: Job, form: None) -> Response:
+        return OK
+
+    def record(*arguments) -> None:
+        raise OSError(28, "No space left on device", "replies.jsonl")
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: complaints.append(context["message"]))
+        sender = Sender(ask, record, ledger=ledger, concurrency=16, max_attempts=1)
+        with pytest.raises(OSError, match=r"replies\.jsonl"):
+            await sender.run([job(str(i)) for i in range(16)])
+        del sender
+        gc.collect()
+
+    asyncio.run(run())
+    assert complaints == []

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import errno
 import hashlib
 import json
 import os
@@ -337,13 +338,14 @@ def test_vectors_are_on_disk_before_their_keys(filled, monkeypatch):
 
 def test_a_full_disk_leaves_what_was_there(filled, monkeypatch):
     def full(descriptor):
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "no space left on device")
 
     store_ = Store(filled)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="no space left"):
+        with pytest.raises(OSError, match="no space left") as caught:
             store_.fill(SPACE, numbered(20, 21), vectors_of)
+    assert caught.value.filename == str(vectors_file(filled))
     for other in (store_, Store(filled)):
         assert other.find(SPACE, numbered(20, 21, 3)).tolist() == [-1, -1, 3]
     asked = numbered(21, 20, 0)

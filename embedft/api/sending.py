@@ -138,7 +138,7 @@ class Sender:
 
     async def run(self, jobs: Iterable[Job]) -> Response | str | None:
         """Sends all jobs, taking each when there is room. Returns what stopped it, a response or "stopped at LIMIT"."""
-        fresh, running = iter(jobs), set()
+        fresh, running, done = iter(jobs), set(), set()
         try:
             while True:
                 pause = self._start(fresh, running)
@@ -153,7 +153,7 @@ class Sender:
         finally:
             for task in running:
                 task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+            await asyncio.gather(*running, *done, return_exceptions=True)  # several may have failed at once
 
     def _start(self, fresh: Iterator[Job], running: set[asyncio.Task]) -> float | None:
         """Sends what may go now. Returns the seconds until the next may go; None: not before another one ends."""

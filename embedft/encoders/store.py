@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..files import locked
+from ..files import locked, named_errors
 from .database import DATABASE, check_database, transaction
 from .tokenization import check_texts
 
@@ -245,7 +245,7 @@ class Store:
             opened = self._rows(space, database)
             records_M = np.empty(len(keys_M2), RECORD)
             records_M["key"], records_M["checksum"] = keys_M2, checksums(vectors_MD)
-            with open(opened.path, "ab") as file:
+            with named_errors(opened.path), open(opened.path, "ab") as file:
                 file.truncate(len(opened) * space.dim * VECTOR_TYPE.itemsize)
                 file.write(vectors_MD)
                 file.flush()
