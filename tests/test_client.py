@@ -93,6 +93,10 @@ def test_the_words_of_a_server(body, reason):
         ({"error": {"message": "no such model", "code": 400}}, "drop", FREE, "400: no such model"),
         ({"error": {"message": "slow down", "code": 429}}, "retry", FREE, "429: slow down"),
         ({"error": {"message": "no", "code": 401}}, "stop", FREE, "401: no (is OPENAI_API_KEY right?)"),
+        ({"error": {"message": "no", "code": "401"}}, "stop", FREE, "401: no (is OPENAI_API_KEY right?)"),
+        ({"error": "no", "code": "402"}, "stop", FREE, "402: no"),
+        ({"error": {"message": "no", "code": "4010"}}, "drop", None, "200: no"),
+        ({"error": {"message": "no", "code": True}}, "drop", None, "200: no"),
         ({"error": {"message": "no", "code": "bad"}, "choices": None}, "drop", None, "200: no"),
         ({"error": "no", "data": []}, "drop", None, "200: no"),
         ([1], "retry", None, "the reply is not a JSON object: [1]"),
@@ -110,6 +114,16 @@ def test_a_reply_that_is_not_json(text):
     response = make_client().parse(text)
     assert (response.status, response.action, response.usage) == ("failed", "retry", None)
     assert response.reason.startswith("the reply is not a JSON object")
+
+
+def test_a_byte_order_mark_is_none_of_the_reply():
+    assert make_client().parse('\ufeff{"data": [1]}') == {"data": [1]}
+    assert make_client()._failed(400, '\ufeff{"error": {"message": "no"}}', {}).reason == "400: no"
+
+
+@pytest.mark.parametrize(("text", "suspect"), [("[[0.1, 0.2]]", True), ("3", True), ("<html>busy", False), ("", False)])
+def test_json_of_another_api_is_suspect(text, suspect):
+    assert make_client().parse(text).suspect == suspect
 
 
 def test_null_in_place_of_an_error_is_none():
@@ -169,6 +183,11 @@ def test_a_report_of_embeddings_has_no_reply_tokens():
     assert reported_usage({"usage": {"prompt_tokens": 3}}, writes=False) == (3, 0)
     assert reported_usage({"usage": {"prompt_tokens": 10**400}}, writes=False) is None
     assert reported_usage({"usage": {}}, writes=False) is None
+    assert reported_usage({"usage": {"total_tokens": 7}}, writes=False) == (7, 0)
+    assert reported_usage({"usage": {"prompt_tokens": None, "total_tokens": 7}}, writes=False) == (7, 0)
+    assert reported_usage({"usage": {"prompt_tokens": 3, "total_tokens": 7}}, writes=False) == (3, 0)
+    assert reported_usage({"usage": {"total_tokens": -7}}, writes=False) is None
+    assert reported_usage({"usage": {"total_tokens": 7}}, writes=True) is None
 
 
 def test_to_the_end_with_and_without_a_loop():

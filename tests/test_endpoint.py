@@ -79,6 +79,7 @@ INFINITE, ZERO = "a vector with values that are not finite", "a vector of zeros"
     ("value", "fault"),
     [
         *((value, NEITHER) for value in ([], "", [[1.0]], 1.0, ["a"], "AAA!AAAA", "AAAA", {"a": 1}, [10**400])),
+        *((value, NEITHER) for value in ([True, 1.0], [False], ["1.0", 2.0], [1.0, "nan"], {}, [1.0, [2.0]])),
         (None, NEITHER),
         *((value, INFINITE) for value in ([None, 1.0], [float("nan")], [1.0, float("inf")], packed(float("nan")))),
         *((value, ZERO) for value in ([0.0, 0.0], [-0.0], packed(0.0, 0.0))),

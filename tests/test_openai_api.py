@@ -790,6 +790,15 @@ def test_a_request_that_is_wrong_ends_soon():
         assert server.counts["embeddings"] == 3 * (7 + 3)
 
 
+@pytest.mark.parametrize("body", [{"embeddings": [[1.0, 2.0]]}, [[1.0, 2.0]], {"data": [{"vector": [1.0]}] * 6}])
+def test_replies_of_another_api_end_it_soon(body):
+    """Six texts in one batch: five replies of the wrong shape, instead of every text alone."""
+    with ApiServer(refuses=lambda request: (200, body)) as server:
+        with pytest.raises(ValueError, match=r"the reply is not a .*; 6 of 6 texts asked for have no vector"):
+            api(server).encode(some_texts(6))
+        assert server.counts["embeddings"] == 5
+
+
 def test_parameters_are_sent_as_they_are():
     with ApiServer() as server:
         embedder = api(server, parameters={"input_type": "query", "encoding_format": "float", "truncate": "END"})

@@ -145,14 +145,14 @@ class Client:
         if not isinstance(reply, dict):
             return self.unexpected("JSON object", text)
         if reply.get("error") and not (reply.get("data") or reply.get("choices")):
-            code = reply["error"].get("code") if isinstance(reply["error"], dict) else None
-            return self._failed(code if type(code) is int and 400 <= code < 600 else 200, text, {})
+            code = (reply["error"] if isinstance(reply["error"], dict) else reply).get("code")
+            return self._failed(int(code) if re.fullmatch(r"[45]\d\d", str(code)) else 200, text, {})
         return reply
 
     def unexpected(self, expected: str, text: str) -> Response:
-        """The failed `Response` for a reply that is not an `expected`."""
-        reason = self.line(f"the reply is not a {expected}: {text}")
-        return Response("failed", "retry", reason, reply=self.server.redact(text))
+        """The failed `Response` for a reply that is not an `expected`. JSON suggests another API: it is suspect."""
+        reason, is_json = self.line(f"the reply is not a {expected}: {text}"), _parse(text) is not None
+        return Response("failed", "retry", reason, reply=self.server.redact(text), suspect=is_json)
 
     def _failed(self, status: int, text: str, headers: Mapping[str, str]) -> Response:
         """The failed `Response` for an HTTP status other than 200, or for an error inside a 200."""
@@ -182,16 +182,17 @@ class Client:
 
 def _parse(text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text.removeprefix("\ufeff"))
     except (ValueError, RecursionError):  # also a number with too many digits
         return None
 
 
 def reported_usage(reply: Mapping[str, Any], *, writes: bool) -> tuple[int, int] | None:
-    """The (prompt, reply) tokens that a reply reports, or None. Embeddings (`writes` false) have no reply tokens."""
-    usage = reply.get("usage")
-    counts = [usage.get(name) for name in USAGE[: 1 + writes]] if isinstance(usage, dict) else [None]
-    return (*counts, 0)[:2] if all(map(is_count, counts)) else None
+    """The (prompt, reply) tokens that a reply reports, or None. Embeddings (`writes` false) may report only a total."""
+    usage = reply["usage"] if isinstance(reply.get("usage"), dict) else {}
+    prompt, written = map(usage.get, USAGE)
+    counts = (prompt, written) if writes else (usage.get("total_tokens") if prompt is None else prompt, 0)
+    return counts if all(map(is_count, counts)) else None
 
 
 def check_settings(settings: Any, *, own_parameters: Collection[str]) -> None:

@@ -11,7 +11,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -226,13 +226,13 @@ def embeddings_in_order(reply: Mapping[str, Any], num_texts: int) -> list[Any]:
 def decode(value: Any, dim: int = 0) -> np.ndarray:
     """Decodes a list of numbers, or base64 of little-endian float32, to [D] float64. Raises `ValueError` for
     anything else, a zero vector, values that are not finite, or a number of values other than `dim` (0: any)."""
-    try:
+    vector = np.empty(0)
+    with suppress(ValueError, TypeError, OverflowError):
         if isinstance(value, str):
-            value = np.frombuffer(base64.b64decode(value, validate=True), dtype="<f4")
-        vector = np.asarray(value, dtype=np.float64)  # null, which stands for NaN in JSON, becomes NaN
-    except (ValueError, TypeError, OverflowError):
-        vector = np.empty(0)
-    if vector.ndim != 1 or not len(vector):
+            vector = np.frombuffer(base64.b64decode(value, validate=True), dtype="<f4").astype(np.float64)
+        elif {int, float, type(None)}.issuperset(map(type, value)):  # NumPy would read true and "1.0" as numbers
+            vector = np.asarray(value, dtype=np.float64)  # null, which stands for NaN in JSON, becomes NaN
+    if not len(vector):
         raise ValueError("a vector that is neither a list of numbers nor base64 of float32")
     if not np.isfinite(vector).all():
         raise ValueError("a vector with values that are not finite")
