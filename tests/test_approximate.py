@@ -172,7 +172,7 @@ def test_known_names_are_accepted_before_there_are_vectors():
 
 def test_embeddings_that_cannot_be_indexed():
     for wrong in (DOCUMENTS[:0], DOCUMENTS[:, :0], DOCUMENTS[0]):
-        with pytest.raises(ValueError, match=r"embeddings of shape .*, expected \[N, D\] with documents"):
+        with pytest.raises(ValueError, match=r"embeddings of shape .*, expected \[N, D\] with at least one document"):
             FaissIndex(wrong, "hnsw")
     damaged = DOCUMENTS.copy()
     damaged[2999, 0] = np.nan

@@ -159,13 +159,13 @@ def test_what_cannot_be_saved_is_refused_before_the_first_step(make, mine, tmp_p
     ("changes", "message"),
     [
         ({"encoder": "os.system"}, "os has no such class"),
-        ({"encoder": "pathlib.Path"}, "no nn.Module and dataclass"),
+        ({"encoder": "pathlib.Path"}, "not an nn.Module and a dataclass"),
         ({"encoder": "mine_encoder.None"}, "mine_encoder has no such class"),
         ({"encoder": ".."}, "config.json: "),
         ({"encoder": 3}, "config.json: "),
         ({"settings": {}}, "config.json: "),
         ({"settings": {"hidden_size": 1, "vocab_size": 200}}, "token.weight is "),
-        ({"encoder_config": "torch.nn.Linear"}, "no nn.Module and dataclass"),
+        ({"encoder_config": "torch.nn.Linear"}, "not an nn.Module and a dataclass"),
     ],
 )
 def test_a_config_that_is_wrong(make, tmp_path, changes, message):
