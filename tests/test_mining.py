@@ -96,6 +96,14 @@ def test_a_text_that_answers_is_no_negative_under_another_id():
     assert mine(vectors, dataset, ranks=(1, 8), num_negatives=8, sampling="top").negatives["q"] == list("defgh")
 
 
+def test_what_answers_an_equal_query_is_no_negative():
+    """q and r ask the same, judged a and b; their own answers aside, they have the same candidates."""
+    vectors, dataset = one_query()
+    dataset = replace(dataset, queries={"q": "?", "r": "?"}, qrels={"q": {"a": 1}, "r": {"b": 1, "c": 0}})
+    found = mine(vectors, dataset, ranks=(1, 8), num_negatives=3, sampling="top").negatives
+    assert found == {"q": ["c", "d", "e"], "r": ["c", "d", "e"]}
+
+
 def test_a_query_is_no_negative_of_its_own():
     """Neither under its own id, nor its text under another one: c, or d, which has a title besides."""
     scores = {**SCORES, "q": 0.97}

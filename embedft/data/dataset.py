@@ -205,18 +205,20 @@ class RetrievalDataset:
 
     def shares_with(self, training: "RetrievalDataset") -> str:
         """A warning about judged queries and documents also in the training set, by text; "" if there are none."""
-        (questions, documents), (asked, answering) = self._judged_texts(), training._judged_texts()
+        of_both = (dataset.answers() for dataset in (self, training))
+        (questions, documents), (asked, answering) = ((set(found), set().union(*found.values())) for found in of_both)
         if questions.isdisjoint(asked) and documents.isdisjoint(answering):
             return ""
         shared = f"{len(questions & asked):,} of {len(questions):,} validation questions"
         shared += f" and {len(documents & answering):,} of the {len(documents):,} documents that answer them"
         return f"{shared} are also in the training set: results on them partly measure memorisation"
 
-    def _judged_texts(self) -> tuple[set[str], set[str]]:
-        """The texts of queries with relevant documents, and of those documents."""
-        texts = dict(zip(self.corpus, self.document_texts(), strict=True))
-        pairs = [(self.queries[q], texts[d]) for q in self.qrels for d in self.relevant(q)]
-        return {question for question, _ in pairs}, {document for _, document in pairs}
+    def answers(self) -> dict[str, list[str]]:
+        """{query text: the texts of all documents relevant to a query of that text}, where there are any."""
+        texts, answers = dict(zip(self.corpus, self.document_texts(), strict=True)), {}
+        for query_id, document_id in ((q, d) for q in self.qrels for d in self.relevant(q)):
+            answers.setdefault(self.queries[query_id], []).append(texts[document_id])
+        return answers
 
     def sha256(self) -> str:
         """The SHA-256 of everything in the dataset, including its order, as 64 hexadecimal digits."""

@@ -6,9 +6,9 @@
 Unjudged answers rank highest, and training on such false negatives hurts. So `ranks` skips the first documents, and
 margins require negatives to score clearly below the known answers.
 
-Candidates for a query are the documents at `ranks` in an exact search, except the query's own id and texts equal to the
-query, a relevant document, a negative it keeps or an earlier candidate. With p the lowest score of the query's relevant
-documents, a candidate's score s must satisfy, where set,
+Candidates for a query are the documents at `ranks` in an exact search, except its own id and texts equal to it, to a
+document relevant to a query of its text, to a negative it keeps or to an earlier candidate. With p the lowest score of
+its relevant documents, a candidate's score s must satisfy, where set,
 
     s <= p - absolute_margin,   s <= p - relative_margin * |p|,   min_score <= s <= max_score
 
@@ -84,10 +84,10 @@ def mine(
     scores_QK = found.scores.astype(np.float64)
     fits_QK = (low <= scores_QK) & (scores_QK <= limit_Q[:, None]) & (np.arange(scores_QK.shape[1]) >= first - 1)
     text_of = dict(zip(dataset.corpus, dataset.document_texts(), strict=True))
-    negatives = {} if replace else dict(dataset.negatives)
-    for (query_id, answers), rows_K, fits_K in zip(relevant.items(), found.rows, fits_QK, strict=True):
-        kept = negatives.get(query_id, [])
-        barred = {dataset.queries[query_id], *(text_of[document_id] for document_id in (*answers, *kept))}
+    answers, negatives = dataset.answers(), {} if replace else dict(dataset.negatives)
+    for query_id, rows_K, fits_K in zip(relevant, found.rows, fits_QK, strict=True):
+        kept, question = negatives.get(query_id, []), dataset.queries[query_id]
+        barred = {question, *answers[question], *(text_of[document_id] for document_id in kept)}
         candidates: dict[str, str] = {}  # {text: the first document that has it}
         for document_id in (ids[row] for row in rows_K[fits_K].tolist() if ids[row] != query_id):
             if barred.isdisjoint((text_of[document_id], dataset.corpus[document_id])):
