@@ -91,29 +91,21 @@ def _temporary(folder: Path, prefix: str, make: Callable[[Path], object]) -> Ite
     """Makes a file or folder PREFIX12345678.tmp, locked while the block runs and then removed if it still exists.
     First removes those that killed processes left, recognizable because nobody locks them."""
     for left in folder.glob(f"{glob.escape(prefix)}{'[0-9a-f]' * 8}.tmp"):
-        with contextlib.suppress(OSError), _opened(left) as descriptor:
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            stack.callback(os.close, descriptor := os.open(left, os.O_RDONLY))
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             remove(left)
     with contextlib.ExitStack() as stack:
         while True:
             new = folder / f"{prefix}{secrets.token_hex(4)}.tmp"
             make(new)
-            descriptor = stack.enter_context(_opened(new))
+            stack.callback(os.close, descriptor := os.open(new, os.O_RDONLY))
             with contextlib.suppress(OSError):  # some file systems have no locks: nothing is removed there
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             if new.exists():  # else another process took it for a leftover before it was locked
                 break
         stack.callback(remove, new)
         yield new
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def remove(*paths: Path) -> None:

@@ -132,7 +132,6 @@ class Sender:
         self.later: list[tuple[float, int, Job]] = []  # a heap: when to retry, request number, job
         self.failures, self.hold_until = 0, 0.0  # failures in a row
         self.doubts = self.refused_alone = 0  # in a row: possible refusals; rate refusals with nothing else in flight
-        self.num_in_flight = 0
         self.suspects, self.is_proven = 0, False  # is_proven: some reply was not suspect
         self.stopped: Response | str | None = None
 
@@ -175,16 +174,14 @@ class Sender:
                 return pause
             self.queue.popleft()
             self.rate.count(now, job.expected_tokens)
-            running.add(asyncio.create_task(self._send(job, self.ledger.reserve(job))))
+            number, is_alone = self.ledger.reserve(job), not running
+            running.add(asyncio.create_task(self._send(job, number, is_alone=is_alone)))
         return None
 
-    async def _send(self, job: Job, number: int) -> None:
+    async def _send(self, job: Job, number: int, *, is_alone: bool) -> None:
         start = time.monotonic()
         job.forms.append(self.forms.index)
-        self.num_in_flight += 1
-        began_alone = self.num_in_flight == 1
         response = await self.ask(job, self.forms.forms[self.forms.index])
-        self.num_in_flight -= 1
         usage = response.usage and dict(zip(USAGE, response.usage, strict=True))
         line = {"request": number, "status": response.status, "reason": response.reason, "usage": usage}
         line |= {"cost": self.ledger.settle(number, response.usage), "time": now_text()}
@@ -196,13 +193,16 @@ class Sender:
             self.is_proven = self.is_proven or not response.suspect
         else:
             self.doubts += response.may_be_refusal
-            self.refused_alone += response.exceeds_rate and began_alone and self.ledger.last == number
+            self.refused_alone += response.exceeds_rate and is_alone and self.ledger.last == number
             if response.action != "stop" and self._send_otherwise(job, response):
                 return
             if response.may_be_refusal and job.attempts > 1:  # in every form and size
                 response = replace(response, suspect=True)
         if response.action == "retry":
-            self._send_later(job, number, response)
+            # A server that sends a useless reply is not overloaded.
+            pause = self._pause(job, response) if response.status == "failed" else 0.0
+            if job.attempts < self.max_attempts:
+                heapq.heappush(self.later, (asyncio.get_running_loop().time() + pause, number, job))
         self.suspects += response.suspect and not self.is_proven
         if response.action == "stop" or self.suspects >= MAX_SUSPECTS_AT_FIRST:
             self.stopped = self.stopped or response
@@ -226,13 +226,6 @@ class Sender:
                 part.attempts = int(response.may_be_refusal)
         self.queue.extendleft(reversed(parts))
         return bool(parts)
-
-    def _send_later(self, job: Job, number: int, response: Response) -> None:
-        """Retries a job after a pause, if attempts are left."""
-        # A server that sends a useless reply is not overloaded.
-        pause = self._pause(job, response) if response.status == "failed" else 0.0
-        if job.attempts < self.max_attempts:
-            heapq.heappush(self.later, (asyncio.get_running_loop().time() + pause, number, job))
 
     def _pause(self, job: Job, response: Response) -> float:
         """Counts a failure, and pauses or stops all jobs if needed. Returns the pause before this one is retried."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from .. import config
 from ..config import REQUIRED, option
 from ..files import check_writable
-from ..retrieval.report import Report, compare_seeds, paired_values
+from ..retrieval.report import Report, compare_seeds, paired_values, plot_questions, save_figure
 from ..retrieval.tables import Style, compare_all, format_comparisons
 
 
@@ -62,8 +62,6 @@ def run(options: Options) -> None:
     names = [f"{len(others)} seeds"] if options.seeds else names
     comparisons = dict(zip(names, map(list, zip(*by_metric, strict=True)), strict=True))
     if options.save_plot:
-        from ..retrieval.report import plot_questions, save_figure
-
         save_figure(plot_questions(*reports, metric=options.metric[0], names=(base_name, names[0])), options.save_plot)
     print(format_comparisons(comparisons, base=base_name, style=options.style))
     if options.style == "text":

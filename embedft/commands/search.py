@@ -103,26 +103,21 @@ def _questions(options: Options) -> Iterator[str]:
     if options.question is not None:
         yield options.question
         return
-    is_typed = sys.stdin.isatty()
-    if is_typed:
-        with contextlib.suppress(ImportError):  # not every Python has it
-            import readline  # noqa: F401, gives `input` line editing and history
-    while line := _read_line(is_typed):
-        if line.strip():
-            yield line.strip()
-        elif is_typed:
-            return
+    if not sys.stdin.isatty():
+        yield from filter(None, map(str.strip, sys.stdin))
+        return
+    with contextlib.suppress(ImportError):  # not every Python has it
+        import readline  # noqa: F401, gives `input` line editing and history
+    while question := _ask():
+        yield question
 
 
-def _read_line(is_typed: bool) -> str:
-    """The next line with its newline; "" after the last. The prompt goes to stderr if stdout is redirected."""
-    if is_typed and sys.stdout.isatty():
-        with contextlib.suppress(EOFError):
-            return input("question: ") + "\n"
-        return ""
-    if is_typed:
-        print("question: ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline()
+def _ask() -> str:
+    """What is typed, "" at the end. The prompt goes to stderr if stdout is redirected."""
+    shown = sys.stdout if sys.stdout.isatty() else sys.stderr
+    with contextlib.suppress(EOFError), contextlib.redirect_stdout(shown):
+        return input("question: ").strip()
+    return ""
 
 
 def make_window_text(embedder, passages: tuple[int, int]) -> Callable[[str, int], str]:

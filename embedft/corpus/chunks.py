@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections import namedtuple
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from ..data.checks import check_text
@@ -168,8 +169,9 @@ class _Cutter:
         # WordPiece turns a word of any length, such as a blob of data, into a single unknown token.
         return [max(n, len(text) // 100) for n, text in zip(self.count_tokens(texts), texts, strict=True)]
 
-    def _count(self, start: int, stop: int) -> int:
-        return self._counts([self.prefix + self.text[start:stop]])[0]
+    def _count(self, units: Sequence[_Unit], first: int, end: int) -> int:
+        """The tokens of the chunk of units `first` to `end`."""
+        return self._counts([self.prefix + self.text[units[first].start : units[end - 1].stop]])[0]
 
     def _fill(self, units: Sequence[_Unit], first: int, *, max_saved: int = 2) -> tuple[int, int]:
         """(end, num_tokens) of the chunk starting at unit `first`; joining units may save up to `max_saved` tokens."""
@@ -177,16 +179,12 @@ class _Cutter:
         while end < len(units) and total + units[end].num_tokens <= self.size:
             total += units[end].num_tokens
             end += 1
-
-        def count(end: int) -> int:
-            return self._count(units[first].start, units[end - 1].stop)
-
-        num_tokens = count(end)
+        num_tokens = self._count(units, first, end)
         if num_tokens > self.size:  # joining units may also add tokens
-            end = first + max(1, bisect_right(range(first + 1, end), self.size, key=count))
-            num_tokens = count(end)
+            end = first + max(1, bisect_right(range(first + 1, end), self.size, key=partial(self._count, units, first)))
+            num_tokens = self._count(units, first, end)
         while end < len(units) and max_saved and num_tokens + units[end].num_tokens <= self.size + max_saved:
-            more = count(end + 1)
+            more = self._count(units, first, end + 1)
             if more > self.size:
                 break
             end, num_tokens = end + 1, more
@@ -197,14 +195,11 @@ class _Cutter:
         # Parts of a long sentence are never shared: each is so long that the next one does not fit after it.
         if not overlap or end == len(units):
             return end
-        start, shared = end, 0
+        start, shared, most = end, 0, overlap + self.prefix_tokens
         while start > first + 1 and shared + units[start - 1].num_tokens <= overlap:
             start -= 1
             shared += units[start].num_tokens
-        while start < end and (
-            self._count(units[start].start, units[end - 1].stop) > overlap + self.prefix_tokens
-            or self._count(units[start].start, units[end].stop) > self.size
-        ):
+        while start < end and (self._count(units, start, end) > most or self._count(units, start, end + 1) > self.size):
             start += 1
         return start
 
