@@ -291,7 +291,7 @@ def test_questions_typed_at_a_terminal_can_be_edited(place, tmp_path):
         (["empty.jsonl", QUESTION], "empty.jsonl"),
         (["bad.jsonl", QUESTION], "bad.jsonl line 2: expected an object with `id` and `text`"),
         (["chunks", QUESTION, "--split", "test"], "chunks"),
-        (["chunks", QUESTION, "--format", "csv"], "chunks: is a folder, the format 'csv' is a file"),
+        (["chunks", QUESTION, "--format", "csv"], "chunks: is a folder, but the format 'csv' is a file"),
         (["chunks", " "], "the question is empty"),
         (["chunks", QUESTION, "--depth", "0"], "depth is 0, expected at least 1"),
         (["chunks", QUESTION, "--dim", "33"], "dim is 33, expected 1 to 32"),
