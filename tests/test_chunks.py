@@ -469,6 +469,8 @@ def test_any_lines_with_id_and_text_are_chunks(tmp_path):
         ('{"id": "a", "text": 1}', "line 1: `text` must be a string"),
         ('{"id": "1", "text": "x"}\n{"id": 1, "text": "y"}', "line 2: id '1' already appears on an earlier line"),
         ('{"id": "a", "text": "x", "places": [{"page": 1}]}', "line 1: `places` must be a list of objects with file"),
+        ('{"id": "a", "text": "x", "headings": "Ab"}', "line 1: `headings` must be a list of strings"),
+        ('{"id": "a", "text": "x", "headings": [null]}', "line 1: `headings` must be a list of strings"),
         ('{"id": "a", "text": "x", "places": [1]}', "line 1: `places` must be a list of objects with file"),
     ],
 )

@@ -890,6 +890,12 @@ def test_without_validation_the_last_weights_stay(tmp_path):
     assert_same(weights_of(embedder), evaluate.seen[-1])  # and validating changes nothing
 
 
+def test_a_metric_without_a_value_stops_the_training(tmp_path):
+    embedder = make_embedder(tmp_path / "base")
+    with pytest.raises(ValueError, match=f"step 3: {METRIC} is nan"):
+        train(embedder, make_batches(embedder), in_batch_negatives, CONFIG, evaluate=scripted([0.1, math.nan, 0.2]))
+
+
 def test_an_unknown_metric_is_refused_before_the_first_step(tmp_path):
     embedder = make_embedder(tmp_path / "base")
     before = weights_of(embedder)

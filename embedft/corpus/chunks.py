@@ -84,11 +84,14 @@ def load_chunks(path: str | Path) -> list[Chunk]:
         check_text(row["text"], f"{where}: `text`")
         if id in chunks:
             raise ValueError(f"{where}: id {id!r} already appears on an earlier line")
+        headings = row.get("headings") or []
+        if type(headings) is not list or not all(type(heading) is str for heading in headings):
+            raise ValueError(f"{where}: `headings` must be a list of strings")
         try:
-            places = tuple(Place(**place) for place in row.get("places", ()))
+            places = tuple(Place(**place) for place in row.get("places") or ())
         except TypeError:
             raise ValueError(f"{where}: `places` must be a list of objects with file, first_page, last_page") from None
-        chunks[id] = Chunk(id, row["text"], row.get("num_tokens"), places, tuple(row.get("headings", ())))
+        chunks[id] = Chunk(id, row["text"], row.get("num_tokens"), places, tuple(headings))
     if not chunks:
         raise ValueError(f"{path}: has no chunks")
     return list(chunks.values())

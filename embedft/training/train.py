@@ -11,6 +11,7 @@ Shapes: B queries, M documents, D dimensions.
 import contextlib
 import functools
 import itertools
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -209,6 +210,8 @@ def validate(state: TrainState, evaluate: Evaluate, config: TrainConfig, log: Lo
     devices.release_memory(embedder.device)
     if config.select not in metrics:
         raise ValueError(f"select is {config.select!r}, expected one of {', '.join(metrics)}")
+    if wrong := [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]:
+        raise ValueError(f"validation at step {state.step}: {wrong[0]}, expected a finite number")
     log({"step": state.step, "metrics": metrics, "seconds": time.perf_counter() - start})
     best = dict(state.evaluations).get(state.best_step)
     if best is None or metrics[config.select] > best[config.select]:
