@@ -50,7 +50,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
-    with named_errors(path), _temporary(path.parent, f".{path.name}.", Path.touch) as temporary:
+    with named_errors(path), temporary_path(path.parent, f".{path.name}.", Path.touch) as temporary:
         with open(temporary, mode, **text) as file:
             yield file
             file.flush()
@@ -67,7 +67,7 @@ def replace_files(folder: str | Path, *, stale: Collection[str] = ()) -> Iterato
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with _temporary(folder, ".", Path.mkdir) as new:
+        with temporary_path(folder, ".", Path.mkdir) as new:
             yield new
             written = [path.relative_to(new) for path in sorted(new.rglob("*")) if path.is_file()]
             for path in written:
@@ -87,7 +87,7 @@ def replace_files(folder: str | Path, *, stale: Collection[str] = ()) -> Iterato
 
 
 @contextlib.contextmanager
-def _temporary(folder: Path, prefix: str, make: Callable[[Path], object]) -> Iterator[Path]:
+def temporary_path(folder: Path, prefix: str, make: Callable[[Path], object]) -> Iterator[Path]:
     """Makes a file or folder PREFIX12345678.tmp, locked while the block runs and then removed if it still exists.
     First removes those that killed processes left, recognizable because nobody locks them."""
     for left in folder.glob(f"{glob.escape(prefix)}{'[0-9a-f]' * 8}.tmp"):
@@ -207,9 +207,9 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, Any]]:
 
 
 def write_jsonl(path: str | Path, records: Iterable[dict]) -> None:
-    """Writes one JSON object per line, atomically."""
+    """Writes one JSON object per line, atomically. NaN and infinity are refused (`ValueError`)."""
     with atomic_write(path) as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        file.writelines(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
 
 
 def append_jsonl(path: str | Path, record: dict) -> None:

@@ -8,7 +8,6 @@ Shapes: Q questions, the queries that have a relevant document; S training seeds
 """
 
 import dataclasses
-import json
 import math
 import warnings
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import atomic_write, read_json, read_jsonl, write_json
+from ..files import atomic_write, read_json, read_jsonl, write_json, write_jsonl
 from .run import Run
 from .significance import ROUNDING, holm, paired_bootstrap_interval, recipe_interval, sign_flip_p_value
 
@@ -82,11 +81,11 @@ class Report:
         folder = Path(folder)
         (folder / "metrics.json").unlink(missing_ok=True)
         self.run.save(folder / "run.trec", tag=self.name)
-        with atomic_write(folder / "per_query.jsonl") as file:
-            for row, (query_id, cluster) in enumerate(zip(self.query_ids, self.clusters, strict=True)):
-                metrics = {name: float(values[row]) for name, values in self.per_query.items()}
-                line = {"query_id": query_id, "cluster": cluster, "metrics": metrics}
-                file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+        lines = []
+        for row, (query_id, cluster) in enumerate(zip(self.query_ids, self.clusters, strict=True)):
+            metrics = {name: float(values[row]) for name, values in self.per_query.items()}
+            lines.append({"query_id": query_id, "cluster": cluster, "metrics": metrics})
+        write_jsonl(folder / "per_query.jsonl", lines)
         summary = ("metrics", "num_queries", "num_without_relevant", "setting", "costs")
         write_json(folder / "metrics.json", {name: getattr(self, name) for name in summary})
 
