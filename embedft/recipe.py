@@ -6,7 +6,6 @@ finetune(embedder, train_set, config, loss=my_loss, optimizer=lambda groups: tor
 
 import contextlib
 import copy
-import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -22,6 +21,7 @@ from .data.mixture import join_datasets, make_mixture
 from .encoders.embedder import Embedder
 from .encoders.loading import load_embedder
 from .encoders.openai_api import ApiEmbedder
+from .files import temporary_path
 from .losses.registry import LOSSES, Loss, loss_options
 from .objects import describe_object
 from .retrieval.evaluate import evaluate as evaluate_embedder
@@ -195,8 +195,8 @@ def _prepare(job: _Job, existing: str) -> None:
 def _open(job: _Job, own_length: int, stack: contextlib.ExitStack, **how: Any) -> None:
     """Locks the run folder, checks that the model can be saved, and opens the run."""
     stack.enter_context(run_folder.lock(job.out))
-    job.embedder.save(job.out / run_folder.TRIAL)
-    shutil.rmtree(job.out / run_folder.TRIAL)
+    with temporary_path(job.out, ".trial.", Path.mkdir) as trial:
+        job.embedder.save(trial)
     run_folder.open_run(job.out, job.settings, hashes=job.hashes, device=job.embedder.device, **how)
     # Evaluates the base at its own length. Otherwise, the first validation evaluates the base.
     if job.lacks_base() and ("evaluate" in job.given or own_length != job.config.max_length):

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 
 import pytest
 import torch
@@ -177,7 +178,7 @@ def test_copies_beside_the_checkpoints_are_left_alone(tmp_path):
 
 @pytest.mark.parametrize("place", ["in the middle", "before the rename"])
 def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path, monkeypatch, place):
-    """A hidden, unfinished folder: the previous checkpoint counts, and the next save removes it, whatever its step."""
+    """Nothing is left of it, or a hidden folder if the process was killed, which the next save removes."""
     state = make_state(0, at=1)
     save_checkpoint(tmp_path, state)
     state.step = 2
@@ -189,7 +190,8 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path, monkeypatch, pla
             patch.setattr(os, "replace", lambda a, b: stop() if os.path.isdir(a) else rename(a, b))
         with pytest.raises(KeyboardInterrupt):
             save_checkpoint(tmp_path, state)
-    assert (tmp_path / ".step-000002.tmp").is_dir()
+    assert os.listdir(tmp_path) == ["step-000001"]
+    shutil.copytree(tmp_path / "step-000001", tmp_path / ".step.0123abcd.tmp")
     assert load_checkpoint(tmp_path, other := make_state(1))
     assert other.step == 1
     state.step = 3

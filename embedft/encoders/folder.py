@@ -279,7 +279,7 @@ def write_folder(folder: Path, embedder: nn.Module) -> None:
     dense = {role: part and part.dense() for role in ROLES if adapter for part in [adapter.map_of(role)]}
     config, tensors = _encoder_parts(embedder.encoder, source)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_tensors(folder / WEIGHTS_FILE, tensors)
+    write_tensors(folder / WEIGHTS_FILE, tensors)
     # transformers loads weights in the dtype that config.json names, so it must match theirs.
     dtype = str(next(embedder.encoder.parameters()).dtype).removeprefix("torch.")
     write_json(folder / CONFIG_FILE, {**config, "torch_dtype": dtype, "dtype": dtype})
@@ -323,7 +323,7 @@ def _write_pooling(folder: Path, pooling: Pooling, hidden_size: int) -> None:
     config |= {"word_embedding_dimension": hidden_size, "include_prompt": pooling.include_prompt}
     write_json(folder / CONFIG_FILE, config)
     if pooling.state_dict():
-        _write_tensors(folder / WEIGHTS_FILE, pooling.state_dict())
+        write_tensors(folder / WEIGHTS_FILE, pooling.state_dict())
     if not set(pooling.names) <= LEGACY_POOLING_KEYS.keys():
         warnings.warn(f"{folder}: sentence-transformers cannot load {' + '.join(pooling.names)} pooling", stacklevel=4)
 
@@ -336,13 +336,15 @@ def _write_router(folder: Path, dense: dict[str, tuple[Tensor, Tensor | None] | 
         sizes = {"in_features": weight.shape[1], "out_features": weight.shape[0], "bias": bias is not None}
         write_json(folder / name / CONFIG_FILE, {**sizes, "activation_function": "torch.nn.modules.linear.Identity"})
         tensors = {"linear.weight": weight} if bias is None else {"linear.weight": weight, "linear.bias": bias}
-        _write_tensors(folder / name / WEIGHTS_FILE, tensors)
+        write_tensors(folder / name / WEIGHTS_FILE, tensors)
     parameters = {"default_route": "document", "allow_empty_key": True}
     write_json(folder / "router_config.json", {"types": types, "structure": structure, "parameters": parameters})
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    # Cloned, because a safetensors file cannot hold tensors that share memory.
-    separate = {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a safetensors file, atomically."""
+    # It cannot hold tensors that share memory, such as those of a module used twice, so all but one are copied.
+    owners = {x.untyped_storage().data_ptr(): name for name, x in tensors.items()}.values()
+    separate = {k: (x if k in owners else x.clone()).detach().contiguous() for k, x in tensors.items()}
     with atomic_write(path, "wb") as file:
         file.write(save(separate, metadata={"format": "pt"}))

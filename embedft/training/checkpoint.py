@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .. import device as devices
-from ..files import atomic_write, named_errors, read_object, sha256_file, write_json
+from ..encoders.folder import write_tensors
+from ..files import read_object, sha256_file, temporary_path, write_json
 
 MODEL, LOSS, OPTIMIZER, RANDOM = "model.safetensors", "loss.safetensors", "optimizer.safetensors", "random.safetensors"
 BEST, REFRESH, STATE, FILES = "best.safetensors", "refresh.safetensors", "state.json", "files.json"
@@ -58,31 +59,20 @@ def copy_weights(module: nn.Module) -> Weights:
 def save_checkpoint(folder: Path, state: TrainState) -> None:
     """Writes folder/step-000400, then removes all but the two newest checkpoints."""
     path = folder / f"step-{state.step:06d}"
-    temporary = folder / f".{path.name}.tmp"
-    for unfinished in folder.glob(".step-*.tmp"):
-        shutil.rmtree(unfinished)
-    temporary.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     moments, optimizer = _optimizer_state(state)
     weights = {file: module.state_dict() for file, module in state.modules().items()}
     weights |= {OPTIMIZER: moments, RANDOM: devices.random_state(state.embedder.device)}
     weights |= {BEST: state.best_weights, REFRESH: state.refresh_weights}
-    try:
-        for name, found in weights.items():
-            if found is not None:
-                # safetensors refuses tensors that share memory, so the weights of a module used twice are saved twice.
-                owner = {x.untyped_storage().data_ptr(): key for key, x in found.items()}
-                owners = set(owner.values())
-                separate = {k: x.detach().contiguous() if k in owners else x.detach().clone() for k, x in found.items()}
-                with named_errors(path / name), atomic_write(temporary / name, "wb") as file:
-                    file.write(save(separate))
+    with temporary_path(folder, ".step.", Path.mkdir) as new:
+        for name, tensors in weights.items():
+            if tensors is not None:
+                write_tensors(new / name, tensors)
         plain = {name: getattr(state, name) for name in ("step", "stopped", "evaluations", "best_step")}
-        write_json(temporary / STATE, plain | {"optimizer": optimizer})
-        write_json(temporary / FILES, {file.name: sha256_file(file) for file in sorted(temporary.iterdir())})
+        write_json(new / STATE, plain | {"optimizer": optimizer})
+        write_json(new / FILES, {file.name: sha256_file(file) for file in sorted(new.iterdir())})
         shutil.rmtree(path, ignore_errors=True)
-        os.replace(temporary, path)
-    except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+        os.replace(new, path)
     for older in _checkpoints(folder)[:-2]:
         shutil.rmtree(older)
 

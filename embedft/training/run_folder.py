@@ -34,7 +34,7 @@ from ..files import append_jsonl, atomic_write, check_writable, locked, read_obj
 
 CONFIG, ENVIRONMENT, DIFF, LOG = "config.json", "environment.json", "diff.patch", "train.jsonl"
 CHECKPOINTS, MODEL, EVAL, DONE = "checkpoints", "model", "eval", "DONE"
-LOCK, REPLACED, TRIAL = ".lock", ".replaced", ".trial"
+LOCK, REPLACED = ".lock", ".replaced"
 PACKAGES = ("embedft", "torch", "numpy", "faiss-cpu", "tokenizers", "safetensors")
 EXISTING = ("refuse", "overwrite", "resume")
 LOGGERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # neither is installed with embedft
@@ -48,7 +48,7 @@ def check_run(out: Path, existing: str = "refuse") -> None:
         raise ValueError(f"existing is {existing!r}, expected one of {', '.join(EXISTING)}")
     check_writable(out)
     # A process killed while it opened a run leaves these.
-    opening = {LOCK, TRIAL, REPLACED, *(() if existing == "refuse" else (ENVIRONMENT, DIFF))}
+    opening = {LOCK, REPLACED, *(() if existing == "refuse" else (ENVIRONMENT, DIFF))}
     begun = out.is_dir() and any(path.name not in opening and not path.match(".*.tmp") for path in out.iterdir())
     if not begun or ((out / CONFIG).is_file() and existing == "overwrite"):
         return
@@ -70,7 +70,6 @@ def lock(out: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            shutil.rmtree(out / TRIAL, ignore_errors=True)
             if os.listdir(out) == [LOCK]:
                 (out / LOCK).unlink()
                 out.rmdir()
