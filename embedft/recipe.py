@@ -33,7 +33,7 @@ from .retrieval.run import Run
 from .training import distributed, run_folder
 from .training.configs import MINING, FinetuneConfig, configured_loss
 from .training.optim import MakeOptimizer
-from .training.references import FrozenEmbeddings, Reference, best_windows, targets_with, with_best_windows
+from .training.references import FrozenEmbeddings, Reference, best_windows, targets_with
 from .training.train import BatchSource, Evaluate, OnStep, Refresh, train
 
 VALIDATION, VALIDATION_BASE = "validation", "validation-base"
@@ -233,7 +233,8 @@ def _renewed(job: _Job, batches: BatchSource | None) -> BatchSource:
     if config.mine_every is not None:
         batches = _make_batches(embedder, _mined(job), config)
     if config.passages is not None and "batches" not in job.given:
-        batches = with_best_windows(batches, distributed.from_first(lambda: best_windows(embedder, batches)))
+        found = distributed.from_first(lambda: best_windows(embedder, batches))
+        batches = replace(batches, collate=replace(batches.collate, best_windows=found))
     return batches
 
 
@@ -293,10 +294,9 @@ def _frozen(job: _Job, dataset: RetrievalDataset) -> dict[str, Reference]:
 def _try_loss(job: _Job) -> None:
     """Runs the loss of the first batch on zeros, to catch a missing reference or score, or a wrong width, early."""
     batch = next(iter(job.batches.epoch(0)))
-    targets = targets_with(job.references, batch)
     Q, D = (torch.zeros(part.num_sequences, job.embedder.full_dim) for part in (batch.queries, batch.documents))
     # A copy in evaluation mode draws no random numbers and counts no calls. Training warns, once.
     loss = copy.deepcopy(job.loss).cpu().eval() if isinstance(job.loss, nn.Module) else job.loss
     with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        loss(Q.requires_grad_(), D.requires_grad_(), targets)
+        loss(Q.requires_grad_(), D.requires_grad_(), targets_with(job.references, batch))

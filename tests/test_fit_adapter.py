@@ -591,7 +591,7 @@ Q0, D0, R0 = problem()
     ("arguments", "config", "fault"),
     [
         ((Q0, D0[:, :4], R0), {}, "queries have 6 features, documents 4: expected the same"),
-        ((Q0[0], D0, R0), {}, r"query embeddings are \[6\] float32, expected \[rows, features\] of floats"),
+        ((Q0[0], D0, R0), {}, r"query embeddings are \[6\] float32, not \[rows, features\] of floats"),
         ((Q0, D0.astype(int), R0), {}, r"document embeddings are \[12, 6\] int64"),
         ((Q0, D0[:0], R0), {}, r"document embeddings are \[0, 6\]"),
         ((broken(Q0, 3, np.nan), D0, R0), {}, "the embedding of query row 3 is not finite"),

@@ -802,7 +802,7 @@ def test_a_refused_finetune_leaves_the_embedder_and_a_finished_run(tmp_path, mon
     embedder = make_embedder(tmp_path / "base")
     embedder.encoder.attention_dropout = 0.25
     before = {path: (tmp_path / "run" / path).read_bytes() for path in tree(tmp_path / "run")}
-    monkeypatch.setattr(embedder, "save", lambda folder: Path(folder).mkdir() or fail_to_save())
+    monkeypatch.setattr(embedder, "save", lambda folder: Path(folder, "half").touch() or fail_to_save())
     config = replace(CONFIG, max_length=7, attention_dropout=0.5)
     with pytest.raises(ValueError, match="this adapter cannot be saved"):
         finetune(embedder, make_dataset(), config, out=tmp_path / "run", existing="overwrite")

@@ -14,7 +14,7 @@ from embedft.data.mixture import make_mixture
 from embedft.files import read_json, read_jsonl
 from embedft.losses.contrastive import in_batch_negatives
 from embedft.training.cached import cached_backward
-from embedft.training.references import best_windows, with_best_windows
+from embedft.training.references import best_windows
 
 PASSAGES = (6, 4)  # four tokens of text, none twice
 
@@ -72,7 +72,7 @@ def test_the_best_of_every_query_then_others_at_random(embedder):
     for epoch in range(20):
         batches = make_batches(data, embedder.pack, windows_per_document=3, **options)
         found = {"q0-1": {"d0": 1}, "q0-4": {"d0": 4}, "q1-1": {"d1": 1, "d0": 3}}
-        batches = with_best_windows(batches, found)
+        batches = replace(batches, collate=replace(batches.collate, best_windows=found))
         batch = batches.collate(examples, draw=(epoch, 0))
         assert batch.targets.document.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
         found = texts_of(embedder, batch.documents)
@@ -89,7 +89,7 @@ def test_the_best_of_every_query_then_others_at_random(embedder):
     assert {window for of_all in drawn for window in of_all[2]} == {0, 1, 2, 3, 4}
     # More best ones than room: those of the first queries.
     batches = make_batches(data, embedder.pack, windows_per_document=1, **options)
-    batches = with_best_windows(batches, {"q0-1": {"d0": 1}, "q0-4": {"d0": 4}})
+    batches = replace(batches, collate=replace(batches.collate, best_windows={"q0-1": {"d0": 1}, "q0-4": {"d0": 4}}))
     assert texts_of(embedder, batches.collate(examples[:2]).documents) == [data.queries["q0-1"]]
     assert texts_of(embedder, batches.collate(examples[1::-1]).documents) == [data.queries["q0-4"]]
 
@@ -149,7 +149,7 @@ def test_batches_by_tokens_count_the_windows(embedder):
 
 def test_a_best_window_that_is_not_there(embedder):
     batches = make_batches(long_dataset(), embedder.pack, batch_size=2, seed=0, passages=PASSAGES)
-    batches = with_best_windows(batches, {"q0-1": {"d0": 5}})
+    batches = replace(batches, collate=replace(batches.collate, best_windows={"q0-1": {"d0": 5}}))
     with pytest.raises(ValueError, match="document 'd0' has 5 windows, but window 5"):
         batches.collate([("q0-1", "d0")])
     with pytest.raises(ValueError, match="windows_per_document is 0, expected at least 1"):

@@ -100,8 +100,7 @@ class Adapter(nn.Module):
         with torch.inference_mode():
             for first in range(0, max(1, len(embeddings_ND)), slice_rows):
                 rows = slice(first, first + slice_rows)
-                part_ND = torch.from_numpy(np.array(embeddings_ND[rows], dtype=np.float32)).to(device)
-                part_NE = self(part_ND, role)
+                part_NE = self(torch.from_numpy(np.array(embeddings_ND[rows], dtype=np.float32)).to(device), role)
                 mapped_NE[rows] = (F.normalize(part_NE, dim=1) if self.normalize else part_NE).cpu().numpy()
         return mapped_NE
 
@@ -157,8 +156,7 @@ class Adapter(nn.Module):
             if config["side"] == "shared":
                 maps["document"] = maps["query"]
                 tensors |= {name.replace("query", "document", 1): tensor for name, tensor in tensors.items()}
-            base = config["base"] and Base(**config["base"])
-            adapter = cls(**maps, base=base, normalize=config["normalize"])
+            adapter = cls(**maps, base=config["base"] and Base(**config["base"]), normalize=config["normalize"])
         fill(adapter, tensors, weights)
         return adapter.eval()
 

@@ -137,8 +137,7 @@ class Embedder(nn.Module):
 
     def embed_pair(self, queries: Packed, documents: Packed) -> tuple[Tensor, Tensor]:
         """Vectors of packed queries [B, D] and documents [M, D], in one forward pass of the encoder."""
-        sizes = [queries.num_sequences, documents.num_sequences]
-        Q, D = self._embed(concatenate(queries, documents)).split(sizes)
+        Q, D = self._embed(concatenate(queries, documents)).split([queries.num_sequences, documents.num_sequences])
         return self._adapted(Q, "query"), self._adapted(D, "document")
 
     def _embed(self, packed: Packed) -> Tensor:

@@ -102,8 +102,7 @@ class _Guided:
             partition_G.append(torch.cat([positive_R[:, None], kept_RN], dim=1).logsumexp(dim=1))
             num_masked_R = num_masked_R + masked_RN.sum(dim=1) * is_positive_R
             num_R = num_R + negative_RN.sum(dim=1) * is_positive_R
-        losses_RG = torch.stack(partition_G, dim=1) - positives_RG
-        return *mean_over_positives(losses_RG, is_positive_RG), num_masked_R, num_R
+        return *mean_over_positives(torch.stack(partition_G, dim=1) - positives_RG, is_positive_RG), num_masked_R, num_R
 
 
 guided_in_batch_negatives.options_of = _Guided

@@ -186,6 +186,5 @@ def _cosent(scores_P: Tensor, gold_P: Tensor, scale: float) -> Tensor:
     # For each a, the sum over all b with a higher gold score: once sorted, these are the last pairs.
     higher_P = torch.searchsorted(gold_P, gold_P, right=True)
     sums_P = (-scores_P).flip(0).logcumsumexp(dim=0).flip(0)
-    none_higher = scores_P.new_full((1,), float("-inf"))
-    terms_P = scores_P + torch.cat([sums_P, none_higher])[higher_P]
-    return torch.cat([scores_P.new_zeros(1), terms_P]).logsumexp(dim=0)
+    terms_P = scores_P + F.pad(sums_P, (0, 1), value=float("-inf"))[higher_P]
+    return F.pad(terms_P, (1, 0)).logsumexp(dim=0)

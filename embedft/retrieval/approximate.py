@@ -36,8 +36,7 @@ class FaissIndex(Index):
         self._index, self.factory, self.parameters, at_most = check_index(name, self.dim, num_documents=number)
         with _refusals(name, self.dim):
             if not self._index.is_trained:
-                rng = np.random.default_rng(seed)
-                rows = np.sort(rng.choice(number, size=min(at_most, number), replace=False))
+                rows = np.sort(np.random.default_rng(seed).choice(number, min(at_most, number), replace=False))
                 if (ivf := _ivf(self._index)) is not None:
                     ivf.cp.seed = seed
                 self._index.train(checked_embeddings(embeddings_ND[rows]))

@@ -199,8 +199,8 @@ def measure(judgments: Judgments, metrics: Sequence[Metric], *, gain: Gain = "bi
             options["gain"] = gain
         found_Q = np.asarray(function(judgments, **options), dtype=np.float64)
         if found_Q.shape != (len(judgments.query_ids),) or not np.isfinite(found_Q).all():
-            expected = f"{len(judgments.query_ids)} finite numbers, one per query"
-            raise ValueError(f"metric {name!r} returned an array of shape {found_Q.shape}, expected {expected}")
+            number = len(judgments.query_ids)
+            raise ValueError(f"metric {name!r} returned shape {found_Q.shape}, expected {number} finite numbers")
         values[name] = found_Q
     return values
 

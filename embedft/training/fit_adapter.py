@@ -227,8 +227,7 @@ def _checked(
     """Queries, documents, and what answers each query; `options` are those of `Documents`."""
     for what, array in (("query", queries_ND), ("document", documents_MD)):
         if array.ndim != 2 or not array.size or not np.issubdtype(array.dtype, np.floating):
-            found = f"{list(array.shape)} {array.dtype}"
-            raise ValueError(f"{what} embeddings are {found}, expected [rows, features] of floats")
+            raise ValueError(f"{what} embeddings are {list(array.shape)} {array.dtype}, not [rows, features] of floats")
     widths = queries_ND.shape[1], documents_MD.shape[1]
     if widths[0] != widths[1]:
         raise ValueError(f"queries have {widths[0]} features, documents {widths[1]}: expected the same number")

@@ -2,7 +2,7 @@
 
     guide = FrozenEmbeddings(load_embedder("BAAI/bge-base-en-v1.5"), dataset)
     train(embedder, batches, loss, config, references={"guide": guide})
-    batches = with_best_windows(batches, best_windows(embedder, batches))       # data/collate.py uses them
+    collate = replace(batches.collate, best_windows=best_windows(embedder, batches))
 
 Shapes: B queries and M documents of a batch, W windows of some documents, D features.
 """
@@ -76,8 +76,3 @@ def best_windows(embedder: Embedder, batches: Batches, *, at_a_time: int = 4_096
                 for query_id, window in zip(asking, scores.argmax(axis=1).tolist(), strict=True):
                     best[query_id][document_id] = window
     return dict(best)
-
-
-def with_best_windows(batches: Batches, found: Mapping[str, Mapping[str, int]]) -> Batches:
-    """The same batches, with documents contributing the windows in `found`."""
-    return Batches(batches.examples, batches.sampler, replace(batches.collate, best_windows=found))
