@@ -230,7 +230,6 @@ def test_adaptive_retrieval_equals_a_naive_one(short_dim, factor, depth, tmp_pat
     np.save(tmp_path / "documents.npy", documents)
     index = AdaptiveIndex(np.load(tmp_path / "documents.npy", mmap_mode="r"), short_dim, shortlist_factor=factor)
     assert len(index) == 300
-    assert index.bytes_per_vector == 4 * short_dim + 4 * DIM
     scores, rows = index.search(QUERIES[:20], depth)
     assert (scores.dtype, rows.dtype) == (np.float32, np.int64)
     short = unit_rows(documents[:, :short_dim].astype(np.float64))

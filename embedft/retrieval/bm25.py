@@ -22,6 +22,7 @@ from .run import Run
 
 Token = int | str
 Tokenize = Callable[[list[str]], Sequence[Sequence[Token]]]
+SLICE_TOKENS = 1 << 20
 
 
 class Bm25Index:
@@ -32,15 +33,13 @@ class Bm25Index:
 
     tf: occurrences of t in the document; n: how many of the N documents contain t; length: the document's tokens; k1:
     how much repetition counts (0: only presence counts); b: how much length is penalized, 0 to 1. There is no factor
-    k1 + 1, and scores are never negative. To bound memory, `slice_tokens` tokens are sorted at a time.
+    k1 + 1, and scores are never negative. To bound memory, SLICE_TOKENS are sorted at a time.
 
     Source: Robertson et al., "Okapi at TREC-3", 1994; Kamphuis et al., "Which BM25 Do You Mean?", ECIR 2020, "Lucene
     (accurate)".
     """
 
-    def __init__(
-        self, documents: Iterable[Sequence[Token]], *, k1: float = 1.5, b: float = 0.75, slice_tokens: int = 1 << 20
-    ):
+    def __init__(self, documents: Iterable[Sequence[Token]], *, k1: float = 1.5, b: float = 0.75):
         if not (0 <= k1 < math.inf and 0 <= b <= 1):
             raise ValueError(f"BM25: k1 is {k1} and b is {b}, expected k1 of at least 0 and b of 0 to 1")
         terms: defaultdict[Token, int] = defaultdict()
@@ -49,7 +48,7 @@ class Bm25Index:
         for row, document in enumerate(documents):
             tokens.extend(map(terms.__getitem__, document))
             lengths.append(len(document))
-            if len(tokens) >= slice_tokens:
+            if len(tokens) >= SLICE_TOKENS:
                 parts.append(_postings(tokens, lengths, first_row))
                 tokens, first_row = array("q"), row + 1
         if not lengths:

@@ -123,11 +123,6 @@ class AdaptiveIndex(Index):
         self.embeddings_ND, self.short_dim, self.shortlist_factor = embeddings_ND, short_dim, shortlist_factor
         self._short_ND = unit_rows(checked_embeddings(embeddings_ND[:, :short_dim]))
 
-    @property
-    def bytes_per_vector(self) -> int:
-        """Short and full vectors together."""
-        return self.short_dim * 4 + self.dim * self.embeddings_ND.itemsize
-
     def _search(self, queries_QD: np.ndarray, depth: int) -> Found:
         short_QD = unit_rows(queries_QD[:, : self.short_dim])
         shortlist = search_exact(short_QD, self._short_ND, self.shortlist_factor * depth)

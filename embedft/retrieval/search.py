@@ -254,7 +254,7 @@ def build(vectors_ND: np.ndarray, source_N: np.ndarray | None, setting: Setting)
             vectors_ND = codes.decode()
     if setting.short_dim:
         index = AdaptiveIndex(vectors_ND, setting.short_dim)
-        num_bytes = index.bytes_per_vector
+        num_bytes += bytes_per_vector(setting.short_dim, "float32")  # short and full vectors together
     elif not is_flat:
         index = FaissIndex(vectors_ND, setting.index)
         facts = {"factory": index.factory, "parameters": index.parameters}
