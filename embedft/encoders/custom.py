@@ -40,10 +40,7 @@ def describe(encoder: nn.Module) -> dict[str, Any]:
             raise ValueError(f"as JSON it becomes {read}")
     except (TypeError, ValueError) as error:
         raise ValueError(f"encoder.config is {config}, which cannot be saved: {error}") from None
-    shapes, again = (
-        {name: tuple(tensor.shape) for name, tensor in other.state_dict().items()}
-        for other in (encoder, build(family, read))
-    )
+    shapes, again = ({k: x.shape for k, x in part.state_dict().items()} for part in (encoder, build(family, read)))
     if shapes != again:
         name = min(shapes.items() ^ again.items())[0]
         raise ValueError(f"{paths['encoder']}, rebuilt from its config, has another {name}, so it cannot be saved")

@@ -57,11 +57,8 @@ class Targets:
     @property
     def listed_positive(self) -> Tensor:
         """[B, G] bool: which documents of `group` are positives of their query."""
-        if self.relevance is not None:
-            return (self.relevance > 0) & (self.group >= 0)
-        positive_BG = torch.zeros_like(self.group, dtype=torch.bool)
-        positive_BG[:, :1] = self.group[:, :1] >= 0
-        return positive_BG
+        is_first_G = torch.arange(self.group.shape[1], device=self.group.device) == 0
+        return (self.group >= 0) & (is_first_G if self.relevance is None else self.relevance > 0)
 
     @property
     def listed_negative(self) -> Tensor:

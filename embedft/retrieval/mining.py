@@ -102,8 +102,7 @@ def _search(
 ) -> tuple[dict[str, list[str]], list[str], Found, np.ndarray]:
     """The relevant documents of each query that has any, all document ids, the top documents of each query as rows into
     these ids, and the lowest score among its relevant documents, [Q]."""
-    answers = {i: [d for d, grade in dataset.qrels.get(i, {}).items() if grade > 0] for i in dataset.queries}
-    if not (relevant := {i: document_ids for i, document_ids in answers.items() if document_ids}):
+    if not (relevant := {i: answers for i in dataset.queries if (answers := dataset.relevant(i))}):
         raise ValueError(f"none of the {len(dataset.queries)} queries of the dataset has a relevant document")
     check_settings(embedder, [setting])
     queries_QW = encode(embedder, {i: dataset.queries[i] for i in relevant}, "query")

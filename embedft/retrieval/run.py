@@ -91,10 +91,8 @@ class Run:
         """The first `depth` ranks without documents that have their query's id, unless `qrels` grade them above 0.
         Source: BEIR, `EvaluateRetrieval.evaluate`, ignore_identical_ids."""
         index_of = {document_id: index for index, document_id in enumerate(self.document_ids)}
-        own_Q = np.full(len(self.query_ids), -2, dtype=np.int64)  # -2 is never an index
-        for row, query_id in enumerate(self.query_ids):
-            if query_id in index_of and not (qrels or {}).get(query_id, {}).get(query_id, 0) > 0:
-                own_Q[row] = index_of[query_id]
+        kept = {query_id for query_id, grades in (qrels or {}).items() if grades.get(query_id, 0) > 0}
+        own_Q = np.array([-2 if i in kept else index_of.get(i, -2) for i in self.query_ids], dtype=np.int64)
         own_QK = self.indices == own_Q[:, None]
         order_QK = np.argsort(own_QK, axis=1, kind="stable")[:, :depth]
         indices_QK = np.take_along_axis(np.where(own_QK, -1, self.indices), order_QK, axis=1)
