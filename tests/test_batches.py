@@ -600,22 +600,3 @@ def test_listed_documents_of_equal_text_are_listed_once():
     assert batch.targets.group.tolist() == [[0, 1]]
     assert batch.targets.relevance.tolist() == [[3, 2]]
     assert batch.targets.target_scores.tolist() == [[0.5, 0.125]]
-
-
-def test_a_document_relevant_to_an_equal_query_is_no_negative():
-    """q1 and q2 ask the same: b, which answers q2, is no negative of q1, in the batch or listed, and neither is c,
-    which answers q4 outside of the batch."""
-    dataset = RetrievalDataset(
-        queries={"q1": "q?", "q2": "q?", "q3": "r?", "q4": "q?"},
-        corpus={d: f"text of {d}" for d in "abcde"},
-        qrels={"q1": {"a": 1}, "q2": {"b": 1}, "q3": {"d": 1}, "q4": {"c": 1}},
-        negatives={"q1": ["b", "e"], "q3": ["c"]},
-    )
-    batch = make_batches(dataset, 3, num_negatives=2).collate([("q1", "a"), ("q2", "b"), ("q3", "d")])
-    assert batch.document_ids == ["a", "b", "d", "c", "e"]
-    assert batch.targets.query.tolist() == [0, 0, 1]
-    _, negative = batch.targets.masks(num_documents=5)
-    of_q = [False, False, True, False, True]
-    assert negative.tolist() == [of_q, of_q, [True, True, False, True, True]]
-    assert batch.targets.listed_negative.tolist() == [[False, False, True], [False] * 3, [False, True, False]]
-    assert not batch.targets.masks("query_query")[1][0, 1]

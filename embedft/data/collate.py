@@ -4,7 +4,7 @@
     batch = collate([("q1", "d1"), ("q2", "d2")])
 
 A document appears once per batch, however many queries list it. Every pair known to be relevant is marked, so that no
-document relevant to a query of equal text becomes a negative; rows with the same question are marked, too.
+query's own document becomes its negative; rows with the same query are marked, too.
 
 Shapes: B queries, M documents, C columns for them (windows, if passages), G listed documents per query, K known pairs.
 """
@@ -69,10 +69,6 @@ class Collate:
         """{document id: the text to embed, title included}."""
         return dict(zip(self.dataset.corpus, self.dataset.document_texts(), strict=True))
 
-    @functools.cached_property
-    def answers(self) -> dict[str, list[str]]:
-        return self.dataset.answers()
-
     def listed(self, example: Example) -> list[str]:
         """The documents listed for an example: its own, then its hard negatives (a scored one may be both)."""
         query_id, document_id = example
@@ -95,14 +91,13 @@ class Collate:
     def __call__(self, examples: Sequence[Example], *, draw: tuple[int, int] = (0, 0)) -> Batch:
         """Collates examples; `draw`, usually (epoch, batch), and the seed decide which windows are drawn."""
         query_ids = [query_id for query_id, _ in examples]
-        questions = [self.dataset.queries[query_id] for query_id in query_ids]
         # {text: document id}, for each row and for the batch.
         rows = [(example[0], self._distinct(self.listed(example))) for example in examples]
         # All first listed documents, then all second ones, and so on.
         in_order = itertools.chain(*itertools.zip_longest(*(row.values() for _, row in rows)))
         documents = self._distinct(i for i in in_order if i is not None)
         column_of = {text: column for column, text in enumerate(documents)}
-        relevant = ((row, text) for row, question in enumerate(questions) for text in self.answers.get(question, ()))
+        relevant = ((row, self.texts[i]) for row, q in enumerate(query_ids) for i in self.dataset.relevant(q))
         known = dict.fromkeys((row, column_of[text]) for row, text in relevant if text in column_of)
         packed = self._pack_documents(documents, rows, draw)
         width = max(1 + self.num_negatives, *(len(row) for _, row in rows))
@@ -110,17 +105,19 @@ class Collate:
         def look_up(given: Mapping[str, Mapping[str, float]]) -> Tensor:
             return _table([[given.get(q, {}).get(i, 0) for i in row.values()] for q, row in rows], width, 0).float()
 
-        number_of = {question: number for number, question in enumerate(dict.fromkeys(questions))}
+        number_of = {query_id: number for number, query_id in enumerate(dict.fromkeys(query_ids))}
+        has_twice = len(number_of) < len(query_ids)
         targets = Targets(
             group=_table([[column_of[text] for text in row] for _, row in rows], width, -1),
             relevance=look_up(self.dataset.qrels) if self.relevance else None,
             target_scores=look_up(self.dataset.scores) if self.target_scores else None,
             known=torch.tensor(list(known), dtype=torch.int64).reshape(-1, 2),
             document=None if self.passages is None else packed.source,
-            query=torch.tensor([number_of[q] for q in questions]) if len(number_of) < len(questions) else None,
+            query=torch.tensor([number_of[query_id] for query_id in query_ids]) if has_twice else None,
         )
+        queries = self.pack([self.dataset.queries[query_id] for query_id in query_ids], role="query")
         sources = [query_id.partition("/")[0] for query_id in query_ids] if self.with_sources else None
-        return Batch(self.pack(questions, role="query"), packed, targets, query_ids, list(documents.values()), sources)
+        return Batch(queries, packed, targets, query_ids, list(documents.values()), sources)
 
     def _distinct(self, document_ids: Iterable[str]) -> dict[str, str]:
         """{text: the first document id that has it}."""
