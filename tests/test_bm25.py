@@ -100,12 +100,11 @@ def test_documents_without_any_token_are_never_found():
 
 @pytest.mark.parametrize(("k1", "b"), [(1.5, 0.75), (0.0, 0.75), (1.2, 0.0), (0.9, 1.0)])
 @pytest.mark.parametrize("depth", [1, 3, 500])
-def test_equals_a_double_loop(k1, b, depth, monkeypatch):
-    monkeypatch.setattr(bm25, "SLICE_TOKENS", 97)
+def test_equals_a_double_loop(k1, b, depth):
     rng = np.random.default_rng(depth)
     documents = random_documents(rng, 90)
     queries = random_documents(rng, 12, longest=8)
-    scores_QK, rows_QK = Bm25Index(documents, k1=k1, b=b).search(queries, depth)
+    scores_QK, rows_QK = Bm25Index(documents, k1=k1, b=b, slice_tokens=97).search(queries, depth)
     assert scores_QK.shape == (12, min(depth, 90))
     for query, scores_K, rows_K in zip(queries, scores_QK, rows_QK, strict=True):
         all_scores = double_loop(documents, query, k1=k1, b=b)
@@ -170,11 +169,10 @@ def test_fewer_documents_found_than_asked_for_among_many():
 
 
 @pytest.mark.parametrize("tokens", [1, 50, 1 << 20])
-def test_slices_change_nothing(tokens, monkeypatch):
+def test_slices_change_nothing(tokens):
     documents = random_documents(np.random.default_rng(3), 80)
     whole = Bm25Index(documents)
-    monkeypatch.setattr(bm25, "SLICE_TOKENS", tokens)
-    sliced = Bm25Index(iter(documents))
+    sliced = Bm25Index(iter(documents), slice_tokens=tokens)
     assert sliced.terms == whole.terms
     for name in ("starts_V", "rows_P", "weights_P"):
         np.testing.assert_array_equal(getattr(sliced, name), getattr(whole, name))

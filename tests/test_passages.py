@@ -9,7 +9,6 @@ from embedft import RetrievalDataset, load_embedder
 from embedft.encoders.adapter import Adapter
 from embedft.encoders.maps import LinearMap
 from embedft.encoders.packing import concatenate, pack, take
-from embedft.retrieval import passages as passages_module
 from embedft.retrieval.evaluate import evaluate
 from embedft.retrieval.index import FlatIndex, Found, search_exact
 from embedft.retrieval.passages import WindowIndex
@@ -265,10 +264,9 @@ def random_windows(seed, num_documents=40, num_queries=7, dim=4, most=6):
 
 @pytest.mark.parametrize("depth", [1, 7, 39, 40, 100])
 @pytest.mark.parametrize("block", [1, 60, 1 << 24])
-def test_equals_a_double_loop(depth, block, monkeypatch):
-    monkeypatch.setattr(passages_module, "MAX_SCORES", block)
+def test_equals_a_double_loop(depth, block):
     queries, vectors, source = random_windows(depth)
-    index = WindowIndex(vectors, source)
+    index = WindowIndex(vectors, source, max_scores=block)
     assert len(index) == 40
     scores, rows = index.search(queries, depth)
     assert (scores.dtype, rows.dtype) == (np.float32, np.int64)

@@ -22,7 +22,6 @@ from .run import Run
 
 Token = int | str
 Tokenize = Callable[[list[str]], Sequence[Sequence[Token]]]
-SLICE_TOKENS = 1 << 20
 
 
 class Bm25Index:
@@ -33,13 +32,15 @@ class Bm25Index:
 
     tf: occurrences of t in the document; n: how many of the N documents contain t; length: the document's tokens; k1:
     how much repetition counts (0: only presence counts); b: how much length is penalized, 0 to 1. There is no factor
-    k1 + 1, and scores are never negative. To bound memory, SLICE_TOKENS are sorted at a time.
+    k1 + 1, and scores are never negative. To bound memory, `slice_tokens` tokens are sorted at a time.
 
     Source: Robertson et al., "Okapi at TREC-3", 1994; Kamphuis et al., "Which BM25 Do You Mean?", ECIR 2020, "Lucene
     (accurate)".
     """
 
-    def __init__(self, documents: Iterable[Sequence[Token]], *, k1: float = 1.5, b: float = 0.75):
+    def __init__(
+        self, documents: Iterable[Sequence[Token]], *, k1: float = 1.5, b: float = 0.75, slice_tokens: int = 1 << 20
+    ):
         if not (0 <= k1 < math.inf and 0 <= b <= 1):
             raise ValueError(f"BM25: k1 is {k1} and b is {b}, expected k1 of at least 0 and b of 0 to 1")
         terms: defaultdict[Token, int] = defaultdict()
@@ -48,7 +49,7 @@ class Bm25Index:
         for row, document in enumerate(documents):
             tokens.extend(map(terms.__getitem__, document))
             lengths.append(len(document))
-            if len(tokens) >= SLICE_TOKENS:
+            if len(tokens) >= slice_tokens:
                 parts.append(_postings(tokens, lengths, first_row))
                 tokens, first_row = array("q"), row + 1
         if not lengths:

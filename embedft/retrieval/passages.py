@@ -13,8 +13,6 @@ import torch
 from ..progress import progress_bar
 from .index import Found, Index, from_keys, merge_keys, require_finite, to_keys
 
-MAX_SCORES = 2**24  # of windows, held at a time: 64 MB in float32
-
 
 class WindowIndex(Index):
     """Scores every query against every window by inner product, in float32, and returns documents.
@@ -24,9 +22,12 @@ class WindowIndex(Index):
         source_W: the document of each window, ascending from 0 without gaps.
         candidates: an index over the same windows, searched ever deeper until it finds `depth` documents, whose windows
             are then all scored. If it runs out of results (as when IVF probes few lists), every document is scored.
+        max_scores: window scores held at a time, 64 MB in float32.
     """
 
-    def __init__(self, windows_WD: np.ndarray, source_W: np.ndarray, *, candidates: Index | None = None):
+    def __init__(
+        self, windows_WD: np.ndarray, source_W: np.ndarray, *, candidates: Index | None = None, max_scores: int = 2**24
+    ):
         source_W = np.asarray(source_W)
         steps = np.diff(source_W, prepend=-1)
         if source_W.shape != (len(windows_WD),) or not len(steps) or steps[0] != 1 or not np.isin(steps, (0, 1)).all():
@@ -35,7 +36,8 @@ class WindowIndex(Index):
         self.windows_WD = np.require(windows_WD, np.float32, ["C", "W"])  # torch warns about read-only arrays
         self.source_W, self.starts_N = source_W, np.flatnonzero(steps)
         self.ends_N = np.append(self.starts_N[1:], len(source_W))
-        self.num_documents, self.dim, self.candidates = len(self.starts_N), windows_WD.shape[1], candidates
+        self.num_documents, self.dim = len(self.starts_N), windows_WD.shape[1]
+        self.candidates, self.max_scores = candidates, max_scores
 
     def _search(self, queries_QD: np.ndarray, depth: int) -> Found:
         depth = min(depth, len(self))
@@ -50,7 +52,7 @@ class WindowIndex(Index):
 
     def _exact(self, queries_BD: np.ndarray, depth: int) -> Found:
         keys_BK, first = np.empty((len(queries_BD), 0), dtype=np.uint64), 0
-        num_windows = max(1, MAX_SCORES // max(1, len(queries_BD)))
+        num_windows = max(1, self.max_scores // max(1, len(queries_BD)))
         while first < len(self):  # whole documents of at most `num_windows` windows, or one that has more
             offset = self.starts_N[first]
             stop = max(first + 1, int(np.searchsorted(self.ends_N, offset + num_windows, side="right")))
