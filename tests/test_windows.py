@@ -150,7 +150,7 @@ def test_batches_by_tokens_count_the_windows(embedder):
 def test_a_best_window_that_is_not_there(embedder):
     batches = make_batches(long_dataset(), embedder.pack, batch_size=2, seed=0, passages=PASSAGES)
     batches = replace(batches, collate=replace(batches.collate, best_windows={"q0-1": {"d0": 5}}))
-    with pytest.raises(ValueError, match="document 'd0' has 5 windows, but window 5"):
+    with pytest.raises(ValueError, match="document 'd0' has 5 windows, but its best window is 5"):
         batches.collate([("q0-1", "d0")])
     with pytest.raises(ValueError, match="windows_per_document is 0, expected at least 1"):
         make_batches(long_dataset(), embedder.pack, batch_size=2, seed=0, passages=PASSAGES, windows_per_document=0)

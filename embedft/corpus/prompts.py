@@ -30,13 +30,12 @@ PROPERTIES = {"questions": {"type": "array", "items": {"type": "string"}}}
 SCHEMA = {"type": "object", "properties": PROPERTIES, "required": [*PROPERTIES], "additionalProperties": False}
 RESPONSE_FORMAT = {"type": "json_schema", "json_schema": {"name": "questions", "strict": True, "schema": SCHEMA}}
 
+THOUGHT = r"(?:think|thinking|thoughts?|reason|reasoning|reflection|analysis|scratchpad)"
 # Everything before the last match is reasoning or a role header.
-END_OF_THOUGHT = re.compile(r"""(?ix)
-    </(?:\w+:)?(?:think|thinking|thoughts?|reason|reasoning|reflection|analysis|scratchpad)\s*> | \[/THINK\] | ◁/think▷
+END_OF_THOUGHT = re.compile(rf"""(?ix) </(?:\w+:)?{THOUGHT}\s*> | \[/THINK\] | ◁/think▷
     | <\|(?:message|end_header_id|end\w*_(?:thought|thinking))\|>""")
 # Everything after the first match is unfinished reasoning or leftover markup.
-END_OF_REPLY = re.compile(r"""(?ix)
-    <(?:\w+:)?(?:think|thinking|reasoning|analysis)\s*> | \[THINK\] | ◁think▷
+END_OF_REPLY = re.compile(rf"""(?ix) <(?:\w+:)?{THOUGHT}\s*> | \[THINK\] | ◁think▷
     | <\|(?:start|begin)\w*_(?:thought|thinking)\|> | (?<=\S)\s*<\|\w+\|>""")
 ROLE = re.compile(r"""(?ix) \A (?:<\|\w+\|>)?[#*\s]*
     (?:assistant|model|ai|final\ answer|answer|output|response) [*\s]*(?::[*\s]*|\n)""")
@@ -45,14 +44,21 @@ JSON_START = re.compile(r"""\{\s*["'}]|\[\s*["'{\[]""")
 JSON_LINE = re.compile(rf"^[`json \t]*(?:{JSON_START.pattern})", re.MULTILINE)
 MAX_CHARACTERS = 1_000  # of a question
 STRING = re.compile(rf"""(["'])(.{{1,{MAX_CHARACTERS}}}?)(?<!\\)\1(?=\s*(?:[,:\]}}]|\Z))""", re.DOTALL)
-NUMBERING = re.compile(r"""(?ix)
-    [-*+•‣–—]\s+ | \#+\s+                                # - What ...   ## What ...
-    | \(?(?:\d{1,3}|[a-hA-H](?=\)))[.):]\**(?=\s|$)      # 1. What ...   (2) What ...   a) What ...   3: What ...
-    | \[\d{1,3}\][.:]?\s                                 # [1] What ...
-    | (?:question|q)\s*\#?\d{0,3}\s*[.):]\**(?=\s|$)     # Question 1: What ...   Q: What ...
+CONTROL = re.compile(r"\x1b\[[\d;]*[A-Za-z]|[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u200b\ufeff]")  # and colours
+TAG = r"<(?:/?[A-Za-z][^<>]*|\|[^<>]*\|)>"
+# Tags in front; behind, closing ones, and those that follow a full stop, a question mark, a quote or the like.
+EDGE_TAG = re.compile(rf"^(?:{TAG}\s*)+|(?<=\S)\s*</[^<>]*>$|(?<=[^\w\s])\s*{TAG}$")
+QUESTION = r"(?:question|q)\s*\#?(?:\d{0,3}|one|two|three|four|five|six|seven|eight|nine|ten)"
+NUMBERING = re.compile(rf"""(?ix)
+    [-*+>|–—]\s+ | \#+\s+                               # - What ...   ## What ...
+    | [•‣⁃←-⇿①-⓿■-➿⬀-⯿\U0001f300-\U0001faff]\ufe0f?\s*  # ● What ...   → What ...   ① What ...   ✅ What ...
+    | [(（]?(?:\d{{1,3}}|[a-z](?=[)）])|[ivx]{{2,5}}(?=[.)）]))  # 1. What ...   (2) What ...   a) What ...
+      (?:[.):|][*_]*(?=\s|$)|[、．：）]|\ufe0f?\u20e3)          # 3: What ...   4、What ...   iv. What ...
+    | \[(?:\d{{1,3}}|[\sx]?)\][.:]?\s                      # [1] What ...   [ ] What ...
+    | {QUESTION}\s*(?:[.):][*_]*(?=\s|$)|：)             # Question 1: What ...   Question one: What ...   Q: What ...
     """)
-NO_QUESTION = re.compile(r"(?:question|q)\s*#?\d{0,3}|answer\s*#?\d{0,3}\s*[.):].*|a\d{0,3}\s*:.*", re.IGNORECASE)
-QUOTES = (("**", "**"), ("__", "__"), *('""', "''", "“”", "‘’", "«»", "``"))
+NO_QUESTION = re.compile(rf"(?i)[*_]*(?:{QUESTION}|answer\s*#?\d*\s*[.):].*|a\d*\s*:.*|{THOUGHT}[*_\s]*:.*)")
+QUOTES = (("**", "**"), ("__", "__"), *('""', "''", "“”", "‘’", "«»", "``", "**", "__"))
 PREAMBLE = re.compile(r"(?i)(?:sure|certainly|of course|absolutely|okay|ok|here (?:are|is)|here's|below are)\b[^?]*")
 # English question words.
 QUESTION_MARK = re.compile("[?？؟\u037e՞፧⁇¿]")
@@ -129,15 +135,15 @@ def asks(text: str) -> bool:
 
 def _without_thoughts(text: str) -> str:
     with contextlib.suppress(ValueError, RecursionError):
-        json.loads(text)
-        return text  # valid JSON, whatever tags its questions mention
+        value = json.loads(text)
+        return _without_thoughts(value) if isinstance(value, str) else text  # JSON, whatever its questions mention
     answer = ROLE.sub("", END_OF_THOUGHT.split(text)[-1].lstrip())
     return END_OF_REPLY.split(answer, maxsplit=1)[0]
 
 
 def _asking_lines(text: str) -> Iterator[str]:
-    """The distinct lines that ask and are not a preamble."""
-    for line in map(str.strip, dict.fromkeys(text.splitlines())):
+    """The distinct lines that ask and are not a preamble. Adjacent tags and line breaks of HTML end a line, too."""
+    for line in map(str.strip, dict.fromkeys(re.sub(r"<br\b[^<>]*>|(?<=>)(?=<)", "\n", text).splitlines())):
         if len(line) <= MAX_CHARACTERS and not line.rstrip("*_ ").endswith(":") and not PREAMBLE.fullmatch(line):
             stripped = strip_numbering(line)
             if asks(stripped) and not NO_QUESTION.fullmatch(stripped):
@@ -169,6 +175,8 @@ def _json_questions(text: str, num_questions: int, *, max_attempts: int = 1_000)
 
 def _strings(value: Any, is_listed: bool = False) -> Iterator[tuple[str, bool]]:
     """Yields every string of a JSON value, and whether it is listed under "questions"."""
+    with contextlib.suppress(TypeError, ValueError, RecursionError):
+        value = json.loads(value) if JSON_START.match(value) else value  # JSON in a string of JSON
     if isinstance(value, str):
         yield value, is_listed
     elif isinstance(value, dict):
@@ -180,20 +188,22 @@ def _strings(value: Any, is_listed: bool = False) -> Iterator[tuple[str, bool]]:
 
 
 def strip_numbering(line: str, *, max_layers: int = 8) -> str:
-    """Strips numbering, bullets, and bold marks or quotes around a whole line, and collapses whitespace."""
-    line = " ".join(line.split())
+    """Strips numbering, bullets, tags, control characters, and marks, quotes or table bars around a whole line."""
+    line = " ".join(CONTROL.sub("", line).split())
     for _ in range(max_layers):
         before = line
+        line = EDGE_TAG.sub("", line) if "<" in line else line
         line = line.removesuffix(",") if line[:1] == '"' else line
         for opening, closing in QUOTES:
             inside = line[len(opening) : -len(closing)]
             if inside and line.startswith(opening) and line.endswith(closing):
                 line = line if opening in inside or closing in inside else inside.strip()
-        bold = line.startswith("**")
-        # "**1.** What" and "**Question 1: What**": strips the numbering together with the bold mark before it.
-        if match := NUMBERING.match(line, 2 if bold else 0):
-            rest = line[match.end() :].strip()
-            line = rest.removesuffix("**") if bold and not match[0].endswith("**") else rest
+        if line[:1] == line[-1:] == "|":
+            line = next(filter(asks, line.split("|")), line).strip("| ")
+        # "**1.** What" and "**Question 1: What**": strips the numbering together with the mark before it.
+        if match := NUMBERING.match(line) or NUMBERING.match(line, len(line) - len(line.lstrip("*_"))):
+            mark, rest = line[: match.start()], line[match.end() :].strip()
+            line = rest if match[0].endswith(mark) else rest.removesuffix(mark)
         if line == before:
             break
     return line
