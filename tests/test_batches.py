@@ -207,7 +207,7 @@ def texts_of(batches: Batches, rows: list[int]) -> list[set[str]]:
     dataset, found = batches.collate.dataset, []
     for query_id, document_id in (batches.examples[row] for row in rows):
         documents = [document_id, *dataset.negatives.get(query_id, [])[: batches.collate.num_negatives]]
-        found.append({dataset.queries[query_id], *(batches.collate.texts[i] for i in documents)})
+        found.append({dataset.queries[query_id], *(batches.collate.dataset.texts[i] for i in documents)})
     return found
 
 
@@ -389,7 +389,7 @@ def test_the_real_tokenizer_counts(tmp_path):
     tokens = [
         len(b.queries.input_ids)
         + sum(
-            len(embedder.pack([batches.collate.texts[b.document_ids[c]]], role="document").input_ids)
+            len(embedder.pack([batches.collate.dataset.texts[b.document_ids[c]]], role="document").input_ids)
             for c in b.targets.group[:, 0].tolist()
         )
         for b in batches.epoch(0)
@@ -468,13 +468,13 @@ def test_scored_pairs_by_hand():
     assert batch.targets.target_scores.dtype is torch.float32
     # Nothing is known of s: a batch of it alone has no known pair.
     assert batches.collate([("s", "e")]).targets.known.shape == (0, 2)
-    negatives = make_batches(RetrievalDataset(**{**vars(JUDGED), "qrels": {}}), 5, examples="scored")
+    negatives = make_batches(replace(JUDGED, qrels={}), 5, examples="scored")
     assert len(negatives.examples) == 7
 
 
 def test_rows_of_one_query_say_so():
     """Pairs and scored pairs; where every query has one row nothing is said."""
-    dataset = RetrievalDataset(**{**vars(JUDGED), "negatives": {}})
+    dataset = replace(JUDGED, negatives={})
     batches = make_batches(dataset, 7, examples="scored")
     batch = batches.collate(batches.examples)
     query = batch.targets.query
@@ -489,9 +489,7 @@ def test_rows_of_one_query_say_so():
 
 
 def test_a_scored_hard_negative_is_listed_once():
-    batches = make_batches(
-        RetrievalDataset(**{**vars(JUDGED), "scores": {"q": JUDGED.scores["q"]}}), examples="scored", num_negatives=1
-    )
+    batches = make_batches(replace(JUDGED, scores={"q": JUDGED.scores["q"]}), examples="scored", num_negatives=1)
     batch = batches.collate([("q", "a"), ("q", "d")])
     assert batch.document_ids == ["a", "d"]
     assert batch.targets.group.tolist() == [[0, 1], [1, -1]]
@@ -516,11 +514,11 @@ def test_refuses_options_that_cannot_be():
         make_batches(JUDGED, num_negatives=-1)
     with pytest.raises(ValueError, match="examples is 'rows', expected one of pairs, queries, scored"):
         make_batches(JUDGED, examples="rows")
-    unscored = RetrievalDataset(**{**vars(JUDGED), "scores": {"q": {"a": 1.0}}})
+    unscored = replace(JUDGED, scores={"q": {"a": 1.0}})
     with pytest.raises(ValueError, match="query 'q' has no score for document 'b'"):
         make_batches(unscored, target_scores=True)
     with pytest.raises(ValueError, match="no scored pair of a query and a document"):
-        make_batches(RetrievalDataset(**{**vars(JUDGED), "scores": {}}), examples="scored")
+        make_batches(replace(JUDGED, scores={}), examples="scored")
 
 
 # Parts that can be replaced.

@@ -61,8 +61,7 @@ def run(options: Options) -> None:
     qrels = {query_id: mined.qrels[query_id] for query_id in counts}
     negatives = {query_id: mined.negatives[query_id] for query_id in counts if query_id in mined.negatives}
     named = {i for ids in (*qrels.values(), *negatives.values()) for i in ids}
-    texts = zip(mined.corpus, mined.document_texts(), strict=True)
-    corpus = {document_id: text for document_id, text in texts if document_id in named}
+    corpus = {document_id: text for document_id, text in mined.texts.items() if document_id in named}
     pairs = RetrievalDataset({i: mined.queries[i] for i in counts}, corpus, qrels, negatives)
     pairs.save(options.out)
     print_costs(embedder)

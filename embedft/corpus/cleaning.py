@@ -81,11 +81,10 @@ def clean(dataset: RetrievalDataset) -> tuple[RetrievalDataset, Dropped]:
     the first keeps its id and wording and takes over the others' qrels (the highest grade), negatives and scores (its
     own take precedence); a negative that becomes relevant is removed.
     """
-    documents = dict(zip(dataset.corpus, dataset.document_texts(), strict=True))
     tidied = {query_id: tidy(text) for query_id, text in dataset.queries.items()}
     dropped, first_of = {}, {}  # first_of: {question key: id of the query that stays}
     for query_id, question in tidied.items():
-        fault = _fault(question, {i: documents[i] for i in dataset.relevant(query_id)})
+        fault = _fault(question, {i: dataset.texts[i] for i in dataset.relevant(query_id)})
         if not fault and (first := first_of.setdefault(question_key(question), query_id)) != query_id:
             fault = REPEATS, first
         if fault:
@@ -120,8 +119,7 @@ def round_trip(
     if min(k, block) < 1:
         raise ValueError(f"k is {k} and block {block}, expected at least 1")
     columns, ranks = {}, {}
-    texts = zip(dataset.corpus, dataset.document_texts(), strict=True)
-    column_of = {id: columns.setdefault(text, len(columns)) for id, text in texts}
+    column_of = {id: columns.setdefault(text, len(columns)) for id, text in dataset.texts.items()}
     copies_C = np.bincount(list(column_of.values()))
     wanted = {i: [column_of[d] for d in found] for i in dataset.queries if (found := dataset.relevant(i))}
     if wanted:

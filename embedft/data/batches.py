@@ -74,7 +74,7 @@ def make_batches(
     for row in rows if collate.target_scores else ():
         if unscored := [i for i in collate.listed(row) if i not in dataset.scores.get(row[0], {})]:
             raise ValueError(f"query {row[0]!r} has no score for document {unscored[0]!r}")
-    texts = [[dataset.queries[row[0]], *(collate.texts[i] for i in collate.listed(row))] for row in rows]
+    texts = [[dataset.queries[row[0]], *(dataset.texts[i] for i in collate.listed(row))] for row in rows]
 
     @functools.cache
     def tokens() -> list[int]:

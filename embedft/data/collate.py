@@ -9,7 +9,6 @@ query's own document becomes its negative; rows with the same query are marked, 
 Shapes: B queries, M documents, C columns for them (windows, if passages), G listed documents per query, K known pairs.
 """
 
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -64,11 +63,6 @@ class Collate:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
 
-    @functools.cached_property
-    def texts(self) -> dict[str, str]:
-        """{document id: the text to embed, title included}."""
-        return dict(zip(self.dataset.corpus, self.dataset.document_texts(), strict=True))
-
     def listed(self, example: Example) -> list[str]:
         """The documents listed for an example: its own, then its hard negatives (a scored one may be both)."""
         query_id, document_id = example
@@ -97,7 +91,7 @@ class Collate:
         in_order = itertools.chain(*itertools.zip_longest(*(row.values() for _, row in rows)))
         documents = self._distinct(i for i in in_order if i is not None)
         column_of = {text: column for column, text in enumerate(documents)}
-        relevant = ((row, self.texts[i]) for row, q in enumerate(query_ids) for i in self.dataset.relevant(q))
+        relevant = ((row, self.dataset.texts[i]) for row, q in enumerate(query_ids) for i in self.dataset.relevant(q))
         known = dict.fromkeys((row, column_of[text]) for row, text in relevant if text in column_of)
         packed = self._pack_documents(documents, rows, draw)
         width = max(1 + self.num_negatives, *(len(row) for _, row in rows))
@@ -123,7 +117,7 @@ class Collate:
         """{text: the first document id that has it}."""
         distinct: dict[str, str] = {}
         for document_id in document_ids:
-            distinct.setdefault(self.texts[document_id], document_id)
+            distinct.setdefault(self.dataset.texts[document_id], document_id)
         return distinct
 
     def _pack_documents(self, documents: dict[str, str], rows: list[tuple[str, dict]], draw: tuple[int, int]) -> Packed:

@@ -5,6 +5,7 @@ train, held_out = dataset.split(0.9, seed=0)
 held_out.save("held_out.json")
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -197,9 +198,8 @@ class RetrievalDataset:
     def _connected_components(self) -> tuple[dict[str, int], dict[str, int]]:
         """{query id: component} and {document id: component} for `split`."""
         nodes: dict[tuple[str, str], int] = {}  # equal texts are one node
-        texts = zip(self.corpus, self.document_texts(), strict=True)
         of_query = {i: nodes.setdefault(("query", text), len(nodes)) for i, text in self.queries.items()}
-        of_document = {i: nodes.setdefault(("document", text), len(nodes)) for i, text in texts}
+        of_document = {i: nodes.setdefault(("document", text), len(nodes)) for i, text in self.texts.items()}
         component = connected_components((of_document[d], of_query[q]) for q in self.qrels for d in self.relevant(q))
         return tuple({i: component.get(node, node) for i, node in x.items()} for x in (of_query, of_document))
 
@@ -215,9 +215,9 @@ class RetrievalDataset:
 
     def answers(self) -> dict[str, list[str]]:
         """{query text: the texts of all documents relevant to a query of that text}, where there are any."""
-        texts, answers = dict(zip(self.corpus, self.document_texts(), strict=True)), {}
+        answers: dict[str, list[str]] = {}
         for query_id, document_id in ((q, d) for q in self.qrels for d in self.relevant(q)):
-            answers.setdefault(self.queries[query_id], []).append(texts[document_id])
+            answers.setdefault(self.queries[query_id], []).append(self.texts[document_id])
         return answers
 
     def sha256(self) -> str:
@@ -234,10 +234,15 @@ class RetrievalDataset:
         query_rows, document_rows = ({i: row for row, i in enumerate(texts)} for texts in (self.queries, self.corpus))
         return {query_rows[q]: {document_rows[d]: x for d, x in grades.items()} for q, grades in self.qrels.items()}
 
-    def document_texts(self) -> list[str]:
-        """The texts to embed, in the order of `corpus`: title, a space and text, or whichever there is.
+    @functools.cached_property
+    def texts(self) -> dict[str, str]:
+        """{document id: the text to embed}: title, a space and text, or whichever there is.
         Source: beir/retrieval/models/sentence_bert.py, `encode_corpus`, which also strips the result."""
-        return [" ".join(filter(None, (self.titles.get(i), text))) for i, text in self.corpus.items()]
+        return {i: " ".join(filter(None, (self.titles.get(i), text))) for i, text in self.corpus.items()}
+
+    def document_texts(self) -> list[str]:
+        """The texts to embed, in the order of `corpus`."""
+        return list(self.texts.values())
 
 
 def connected_components(links: Iterable[tuple[Item, Item]]) -> dict[Item, Item]:

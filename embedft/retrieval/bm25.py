@@ -141,7 +141,7 @@ def bm25_run(
     `tokenize` maps texts to lists of tokens. Documents that share no term with a query are not found."""
     if depth < 1:
         raise ValueError(f"depth is {depth}, expected at least 1")
-    document_ids, texts = zip(*sorted(zip(dataset.corpus, dataset.document_texts(), strict=True)), strict=True)
+    document_ids, texts = zip(*sorted(dataset.texts.items()), strict=True)
     index = Bm25Index(_tokens(tokenize, texts))
     queries = list(_tokens(tokenize, list(dataset.queries.values())))
     scores_QK, rows_QK = index.search(queries, depth + exclude_identical_ids)

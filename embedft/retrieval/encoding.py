@@ -40,7 +40,7 @@ class Slice(NamedTuple):
 
 def sorted_corpus(dataset: RetrievalDataset) -> dict[str, str]:
     """{document id: text with title}, ids ascending: search orders ties by row, and thus by id."""
-    return dict(sorted(zip(dataset.corpus, dataset.document_texts(), strict=True)))
+    return dict(sorted(dataset.texts.items()))
 
 
 def encode(embedder: SupportsEncode, texts: Mapping[str, str], role: str) -> np.ndarray:

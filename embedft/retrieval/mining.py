@@ -83,15 +83,14 @@ def mine(
         limit_Q = np.minimum(limit_Q, lowest_Q - relative_margin * np.abs(lowest_Q))
     scores_QK = found.scores.astype(np.float64)
     fits_QK = (low <= scores_QK) & (scores_QK <= limit_Q[:, None]) & (np.arange(scores_QK.shape[1]) >= first - 1)
-    text_of = dict(zip(dataset.corpus, dataset.document_texts(), strict=True))
     answers, negatives = dataset.answers(), {} if replace else dict(dataset.negatives)
     for query_id, rows_K, fits_K in zip(relevant, found.rows, fits_QK, strict=True):
         kept, question = negatives.get(query_id, []), dataset.queries[query_id]
-        barred = {question, *answers[question], *(text_of[document_id] for document_id in kept)}
+        barred = {question, *answers[question], *(dataset.texts[document_id] for document_id in kept)}
         candidates: dict[str, str] = {}  # {text: the first document that has it}
         for document_id in (ids[row] for row in rows_K[fits_K].tolist() if ids[row] != query_id):
-            if barred.isdisjoint((text_of[document_id], dataset.corpus[document_id])):
-                candidates.setdefault(text_of[document_id], document_id)
+            if barred.isdisjoint((dataset.texts[document_id], dataset.corpus[document_id])):
+                candidates.setdefault(dataset.texts[document_id], document_id)
         if chosen := _chosen(list(candidates.values()), num_negatives, sampling, seed, query_id):
             negatives[query_id] = [*kept, *chosen]
     return dataclasses.replace(dataset, negatives={i: negatives[i] for i in dataset.queries if i in negatives})

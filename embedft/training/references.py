@@ -66,7 +66,7 @@ def best_windows(embedder: Embedder, batches: Batches, *, at_a_time: int = 4_096
     document_ids, best = list(queries_of), defaultdict(dict)
     for start in range(0, len(document_ids), at_a_time):
         part = document_ids[start : start + at_a_time]
-        texts = [collate.texts[i] for i in part]
+        texts = [collate.dataset.texts[i] for i in part]
         vectors_WD, source_W = embedder.encode_passages(texts, collate.passages, dim=embedder.full_dim)
         edges = np.searchsorted(source_W, np.arange(len(part) + 1)).tolist()
         for document_id, first, last in zip(part, edges, edges[1:], strict=False):
