@@ -495,6 +495,40 @@ def test_what_a_server_refuses_is_asked_for_otherwise(tmp_path, name):
         assert num_refused <= 2 * 8  # pauses are random: some chunks go out in the first form meanwhile
 
 
+@pytest.mark.parametrize("concurrency", [1, 16])
+@pytest.mark.parametrize(
+    ("content", "finish"),
+    [("{}", "stop"), ('{"questions": []}', "stop"), ("", "stop"), ("{" + "\n" * 500, "length"), (" " * 99, "length")],
+)
+def test_a_server_that_makes_nothing_of_a_schema_is_asked_for_lines(tmp_path, content, finish, concurrency):
+    body = {"choices": [{"message": {"content": content}, "finish_reason": finish}], "usage": None}
+    chunks = some_chunks(40)
+    with ApiServer(refuses=lambda request: (200, body) if "response_format" in request else None) as server:
+        outcome = ask(server, chunks, tmp_path / "auto", concurrency=concurrency)
+        assert outcome.questions == expected(chunks)
+        # Each that is in flight at first is asked twice, then by the other name of the limit.
+        assert server.counts["refused"] <= 3 * concurrency
+        assert "response_format" not in server.log[-1][2]
+        settings = {"structured": "schema", "max_attempts": 2, "concurrency": 1}
+        if finish == "length":
+            with pytest.raises(ValueError, match=r"cut off at 256 tokens"):
+                ask(server, chunks, tmp_path / "schema", **settings)
+        else:
+            assert ask(server, chunks[:1], tmp_path / "schema", **settings).questions == {}
+
+
+def test_the_words_of_an_error_in_a_choice():
+    """As OpenRouter has it when the server behind it fails on the way; with the tokens that are reported."""
+    choice = {"error": {"message": "Upstream is gone", "code": 502}, "finish_reason": "error"}
+    body = {"choices": [choice | {"message": {"content": "What"}}]}
+    answer = read_reply(json.dumps(body))
+    assert (answer.status, answer.action, answer.reason) == ("failed", "retry", "502: Upstream is gone")
+    assert answer.usage is None
+    usage = {"prompt_tokens": 3, "completion_tokens": 4}
+    assert read_reply(json.dumps({"choices": [choice], "usage": usage})).usage == (3, 4)
+    assert read_reply(json.dumps({"choices": [{"error": {"message": "no", "code": "401"}}]})).action == "stop"
+
+
 @pytest.mark.slow
 def test_no_reply_is_taken_amiss():
     """Thousands of replies with a random part replaced, dropped or doubled: questions, or a reason in one line."""

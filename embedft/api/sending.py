@@ -187,7 +187,7 @@ class Sender:
         line |= {"cost": self.ledger.settle(number, response.usage), "time": now_text()}
         self.record(job, response, line | {"seconds": round(time.monotonic() - start, 3)})
         job.attempts += 1
-        if response.status != "failed":
+        if response.status != "failed" and not response.may_be_refusal:
             self.forms.index, self.forms.is_accepted = job.forms[-1], True
             self.failures = self.doubts = self.refused_alone = 0
             self.is_proven = self.is_proven or not response.suspect

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -205,11 +205,17 @@ class _Asker:
     async def ask(self, job: Job, form: tuple[str, bool]) -> Response:
         body = _body(self.config, self.template, job.content[0].text, *form)
         reply = await self.client.post("/chat/completions", body)
-        return reply if isinstance(reply, Response) else self._from_reply(reply)
+        is_proven = self.forms.is_accepted and self.forms.forms[self.forms.index] == form
+        is_doubtful = self.config.structured == "auto" and form[1] and not is_proven
+        return reply if isinstance(reply, Response) else self._from_reply(reply, is_doubtful)
 
-    def _from_reply(self, completion: dict[str, Any]) -> Response:
+    def _from_reply(self, completion: dict[str, Any], is_doubtful: bool = False) -> Response:
+        """`is_doubtful`: a useless reply may be all that the server makes of a schema, {} or blanks without end."""
         try:
             choice = completion["choices"][0]
+            if error := choice.get("error"):
+                failed = self.client.parse(json.dumps({"error": error}))
+                return replace(failed, usage=reported_usage(completion, writes=True) or failed.usage)
             message, finish = choice["message"], choice.get("finish_reason")
             content, refusal = message_text(message.get("content")), message.get("refusal")
         except (LookupError, TypeError, AttributeError):
@@ -219,11 +225,11 @@ class _Asker:
         if refusal:
             return invalid(self.client.line(f"refusal: {refusal}"))
         if finish == "length":
-            return invalid(f"cut off at {self.config.reply_tokens:,} tokens (max_reply_tokens)", suspect=True)
-        if not reply.strip():
-            return invalid(self.client.line(f"empty reply (finish_reason {finish})"))
+            is_blank, limit = is_doubtful and reply[-20:].isspace(), f"{self.config.reply_tokens:,} tokens"
+            return invalid(f"cut off at {limit} (max_reply_tokens)", suspect=not is_blank, may_be_refusal=is_blank)
         try:
             questions = parse_reply(reply, self.config.num_questions)
         except ValueError as error:
-            return invalid(self.client.line(str(error)))
+            reason = str(error) if reply.strip() else f"empty reply (finish_reason {finish})"
+            return invalid(self.client.line(reason), may_be_refusal=is_doubtful)
         return Response("ok", "done", result=questions, reply=reply, usage=usage)
