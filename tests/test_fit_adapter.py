@@ -40,7 +40,7 @@ PLAIN = AdapterConfig(
 
 def test_softmax_by_hand():
     """Cosines 0.6, 0.8 and 0 at temperature 0.2; the first document, of length 2, answers."""
-    documents = Documents(np.array([[2.0, 0.0], [0.0, 1.0], [-0.8, 0.6]]), dtype=torch.float64)
+    documents = Documents(np.array([[2.0, 0.0], [0.0, 1.0], [-0.8, 0.6]]), at_once=3, dtype=torch.float64)
     pairs = Pairs.of({0: [0]}, [0], documents)
     value = full_corpus_softmax(torch.tensor([[3.0, 4.0]], dtype=torch.float64), documents, pairs, temperature=0.2)
     assert value.item() == pytest.approx(-math.log(math.exp(3) / (math.exp(3) + math.exp(4) + math.exp(0))))
@@ -48,7 +48,7 @@ def test_softmax_by_hand():
 
 def test_softmax_by_hand_with_two_answers():
     """Each answer against the third document alone, the mean of both, and of that the mean with a second query."""
-    documents = Documents(np.array([[2.0, 0.0], [0.0, 1.0], [-0.8, 0.6]]), dtype=torch.float64)
+    documents = Documents(np.array([[2.0, 0.0], [0.0, 1.0], [-0.8, 0.6]]), at_once=3, dtype=torch.float64)
     pairs = Pairs.of({0: [0, 1], 1: [0]}, [0, 1], documents)
     queries = torch.tensor([[3.0, 4.0], [1.0, 0.0]], dtype=torch.float64)
     first = (math.log(1 + math.exp(-3)) + math.log(1 + math.exp(-4))) / 2

@@ -280,6 +280,6 @@ def test_windows_are_named():
 
 def test_sources_of_any_whole_numbers():
     for dtype in (np.uint8, np.int32, np.int64):
-        found = Documents(D0, S0.astype(dtype)).source
+        found = Documents(D0, S0.astype(dtype), at_once=9).source
         assert found.dtype == np.int64
         np.testing.assert_array_equal(found, S0)

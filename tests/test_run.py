@@ -143,7 +143,7 @@ def test_identical_ids_are_left_out():
         "d": {},
     }
     run = Run.from_dict(results)
-    assert run.without_identical_ids().to_dict() == {
+    assert run.without_identical_ids({}).to_dict() == {
         "a": {"b": 8.0, "c": 7.0}, "b": {"c": 3.0}, "c": {"a": 1.0}, "q": {"a": 1.0}, "d": {},
     }  # fmt: skip
     assert run.to_dict() == results
@@ -153,5 +153,6 @@ def test_identical_ids_are_left_out():
         "a": {"a": 9.0, "b": 8.0}, "b": {"c": 3.0}, "c": {"a": 1.0}, "q": {"a": 1.0}, "d": {},
     }  # fmt: skip
     assert kept.indices.shape == (5, 2)
-    single = Run(["a"], ["a", "b"], np.array([[0, 1]]), np.array([[1, 0.5]], dtype=np.float32)).without_identical_ids()
+    single = Run(["a"], ["a", "b"], np.array([[0, 1]]), np.array([[1, 0.5]], dtype=np.float32))
+    single = single.without_identical_ids({})
     assert (single.scores.dtype, single.indices.tolist()) == (np.float32, [[1, -1]])

@@ -149,25 +149,22 @@ def _pair_distances(Q: Tensor, D: Tensor, targets: Targets, distance: str, loss:
     """Distances of the positive and of the negative pairs, each [P]."""
     if targets.relevance is None:
         targets.check_several(loss)
-    # Like the reference, for pairs but not for triplets: torch.pairwise_distance adds 1e-6 to every difference.
-    distances_BG = _listed_distances(Q, D, targets, distance, added=1e-6, as_pairs=True)
+    distances_BG = _listed_distances(Q, D, targets, distance, as_pairs=True)
     return distances_BG[targets.listed_positive], distances_BG[targets.listed_negative]
 
 
-def _listed_distances(
-    Q: Tensor, D: Tensor, targets: Targets, distance: str, *, added: float = 0.0, as_pairs: bool = False
-) -> Tensor:
+def _listed_distances(Q: Tensor, D: Tensor, targets: Targets, distance: str, *, as_pairs: bool = False) -> Tensor:
     """Distance of every query from the documents listed for it, [B, G]; arbitrary where none is listed."""
     check_one_of("distance", distance, ("cosine", "euclidean", "manhattan"))
     if distance == "cosine":
         return 1 - listed_scores(Q, D, targets, as_pairs=as_pairs)
     order = 2 if distance == "euclidean" else 1
-    exact = {"p": order, "compute_mode": "donot_use_mm_for_euclid_dist"}
     nearness = (
         (lambda q, d: -torch.linalg.vector_norm(q - d, ord=order, dim=2)),
-        (lambda q, d: -torch.cdist(q, d, **exact)),
+        (lambda q, d: -torch.cdist(q, d, p=order, compute_mode="donot_use_mm_for_euclid_dist")),
     )
-    return -_listed(*nearness, float32_or_64(Q) + added, float32_or_64(D), targets)
+    # Like the reference, for pairs but not for triplets: torch.pairwise_distance adds 1e-6 to every difference.
+    return -_listed(*nearness, float32_or_64(Q) + (1e-6 if as_pairs else 0.0), float32_or_64(D), targets)
 
 
 def _scored_pairs(scores_BG: Tensor, targets: Targets, loss: str, pairs: str) -> tuple[Tensor, Tensor]:

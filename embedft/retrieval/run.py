@@ -85,13 +85,11 @@ class Run:
         scores_QK = np.pad(self.scores, ((0, 1), (0, 0)), constant_values=-np.inf)[rows_Q]
         return Run(list(query_ids), self.document_ids, indices_QK, scores_QK)
 
-    def without_identical_ids(
-        self, qrels: Mapping[str, Mapping[str, float]] | None = None, *, depth: int | None = None
-    ) -> "Run":
+    def without_identical_ids(self, qrels: Mapping[str, Mapping[str, float]], *, depth: int | None = None) -> "Run":
         """The first `depth` ranks without documents that have their query's id, unless `qrels` grade them above 0.
         Source: BEIR, `EvaluateRetrieval.evaluate`, ignore_identical_ids."""
         index_of = {document_id: index for index, document_id in enumerate(self.document_ids)}
-        kept = {query_id for query_id, grades in (qrels or {}).items() if grades.get(query_id, 0) > 0}
+        kept = {query_id for query_id, grades in qrels.items() if grades.get(query_id, 0) > 0}
         own_Q = np.array([-2 if i in kept else index_of.get(i, -2) for i in self.query_ids], dtype=np.int64)
         own_QK = self.indices == own_Q[:, None]
         order_QK = np.argsort(own_QK, axis=1, kind="stable")[:, :depth]

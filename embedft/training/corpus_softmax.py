@@ -29,9 +29,7 @@ class Documents:
     `source`: the document of each row, ascending from 0 without gaps; None: each row is a document. Raises `ValueError`
     for any other source, and for a row that is zero or not finite."""
 
-    def __init__(
-        self, embeddings_MD: np.ndarray, source: np.ndarray | None = None, *, at_once: int = 16_384, **kind: Any
-    ):
+    def __init__(self, embeddings_MD: np.ndarray, source: np.ndarray | None = None, *, at_once: int, **kind: Any):
         self.embeddings_MD, self.at_once, self.like = embeddings_MD, at_once, torch.empty(0, **kind)
         self.source = self.rows = np.arange(len(embeddings_MD))
         if source is not None:
