@@ -422,6 +422,15 @@ def test_single_columns_and_tables_keep_their_layout(make):
     assert "Wages and salaries 2,500" in [" ".join(line.split()) for line in text.pages[0].split("\n")]
 
 
+@pytest.mark.parametrize(("dx", "dy"), [(0.3, 0), (0, 0), (-0.2, 0.3)])
+def test_text_printed_twice_to_look_bold_is_read_once(make, dx, dy):
+    """Also within one text object; a letter that the word has twice stands further away."""
+    heading, letters = ["Revenue of the year", "Cost"], [(["l"], upright(72 + i * 2.22, 500)) for i in range(2)]
+    again = (heading, upright(72 + dx, 700 + dy))
+    (text,) = read_pdfs([make("a.pdf", drawn((heading, upright(72, 700)), again, *letters))])
+    assert [line.strip() for line in text.pages[0].split("\n") if line.strip()] == [*heading, "ll"]
+
+
 def test_which_layouts_are_scrambled():
     """Against the plain text: lines that go on elsewhere, words glued; not words that the plain mode breaks."""
     wide = "\n".join(f"{left}     {right}" for left, right in zip(HILLS, BREAD, strict=True))

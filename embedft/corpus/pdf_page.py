@@ -13,6 +13,7 @@ import struct
 import sys
 import unicodedata
 import zlib
+from collections import defaultdict
 from itertools import pairwise
 from typing import Any
 
@@ -134,19 +135,26 @@ def one_line(error: BaseException) -> str:
 def keep_lines_apart() -> None:
     """Patches pypdf, in this process, to merge fewer baselines into one line of the layout.
     It merges baselines closer than the font's height, which joins tightly set lines (pypdf 6.0 to 7.1, page 224 of
-    Lyft's 10-K of 2021). 0.7 of the height separates such lines but keeps footnote marks on theirs."""
+    Lyft's 10-K of 2021). 0.7 of the height separates such lines but keeps footnote marks on theirs. Of a text printed
+    several times within a tenth of the height, to look bold, keeps one."""
     from pypdf._text_extraction import _layout_mode as layout
 
     merge_lines = layout.y_coordinate_groups
 
     def merge_nearer_lines(groups: list[dict], *more: Any) -> dict:
-        heights = [group["font_height"] for group in groups]
+        once, places = [], defaultdict(list)
         for group in groups:
+            x, y, near, others = group["tx"], group["ty"], group["font_height"] / 10, places[group["text"]]
+            if all(max(abs(x - other_x), abs(y - other_y)) > near for other_x, other_y in others[-10:]):
+                once.append(group)
+            others.append((x, y))
+        heights = [group["font_height"] for group in once]
+        for group in once:
             group["font_height"] *= LINE_SHARE
         try:
-            return merge_lines(groups, *more)
+            return merge_lines(once, *more)
         finally:
-            for group, height in zip(groups, heights, strict=True):
+            for group, height in zip(once, heights, strict=True):
                 group["font_height"] = height
 
     layout.y_coordinate_groups = merge_nearer_lines
