@@ -5,6 +5,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -225,7 +226,7 @@ def test_equals_a_naive_search(at_once):
 def test_the_order_of_the_corpus_is_no_matter():
     vectors, dataset = random_case(5)
     backwards = replace(dataset, corpus=dict(reversed(dataset.corpus.items())))
-    for sampling in mining.SAMPLINGS:
+    for sampling in get_args(mining.Sampling):
         options = {"ranks": (1, 9), "num_negatives": 3, "sampling": sampling}
         assert mine(vectors, dataset, **options).negatives == mine(vectors, backwards, **options).negatives
 

@@ -139,9 +139,6 @@ def in_batch_negatives(Q: Tensor, D: Tensor, targets: Targets, *, temperature: f
     return InBatch(**options).loss(Q, D, targets, temperature)
 
 
-in_batch_negatives.options_of = InBatch
-
-
 def symmetric_in_batch_negatives(
     Q: Tensor, D: Tensor, targets: Targets, *, temperature: float = 0.05, similarity: str = "cosine"
 ) -> Tensor:
@@ -241,6 +238,7 @@ def _by_scores(
     return by_rows(of_rows, *comparable(Q, D, similarity), targets, rows, *parameters)
 
 
+in_batch_negatives.options_of = InBatch
 multi_positive.options_of = sigmoid.options_of = _by_scores
 
 

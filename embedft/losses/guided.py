@@ -79,7 +79,6 @@ class _Guided:
         group_RG, is_positive_RG = targets.group[:, :width].clamp(min=0), targets.listed_positive[:, :width]
         positives_RG, guide_RG = logits_RM.gather(1, group_RG), guide_RM.gather(1, group_RG)
         limits_RG = guide_RG - (self.margin if self.margin_strategy == "absolute" else guide_RG.abs() * self.margin)
-
         # (logits, the guide's scores, negatives), with a row for each query; rows for documents are picked below.
         of_queries = [(logits_RM, guide_RM, targets.masks(num_documents=num_documents)[1])]
         if self.contrast_queries:
@@ -91,7 +90,6 @@ class _Guided:
             is_positive_M[targets.group[targets.listed_positive]] = True
             logits_MM, guide_MM = (between_documents(x, targets, self.windows) for x in (D, guide_D))
             of_documents.append((logits_MM / temperature, guide_MM, negative_MM & is_positive_M))
-
         partition_G, num_masked_R, num_R = [], 0, 0
         columns = (x_RG.unbind(dim=1) for x_RG in (group_RG, limits_RG, positives_RG, is_positive_RG))
         for column_R, limit_R, positive_R, is_positive_R in zip(*columns, strict=True):

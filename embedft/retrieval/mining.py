@@ -32,7 +32,6 @@ from .index import Found
 from .search import Setting, check_settings, search_slices
 
 Sampling = Literal["random", "top"]
-SAMPLINGS = get_args(Sampling)
 
 
 def mine(
@@ -68,7 +67,7 @@ def mine(
     first, last = _checked_ranks(ranks, num_negatives, len(dataset.corpus))
     low, high = -math.inf if min_score is None else min_score, math.inf if max_score is None else max_score
     for name, value, valid, expected in (
-        ("sampling", sampling, sampling in SAMPLINGS, f"one of {', '.join(SAMPLINGS)}"),
+        ("sampling", sampling, sampling in get_args(Sampling), f"one of {', '.join(get_args(Sampling))}"),
         ("absolute_margin", absolute_margin, 0 <= (absolute_margin or 0) < math.inf, "at least 0"),
         ("relative_margin", relative_margin, 0 <= (relative_margin or 0) < math.inf, "at least 0"),
         ("max_score", max_score, low <= high, f"at least min_score, which is {min_score}"),
