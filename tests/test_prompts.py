@@ -243,6 +243,7 @@ def test_a_reply_without_questions_is_an_error(reply):
         ("$ 5 million of what?", "$ 5 million of what?"),
         ("§ 10 of what?", "§ 10 of what?"),
         ("VIX: what is it?", "VIX: what is it?"),
+        ("What is Lyftâ\x80\x99s name?", "What is Lyftâ\x80\x99s name?"),  # misread UTF-8, which may be mended later
         ("f(x) of what?", "f(x) of what?"),
         ("Q one: What is it?", "What is it?"),
         ("|", ""),

@@ -151,11 +151,10 @@ def keep_lines_apart() -> None:
         heights = [group["font_height"] for group in once]
         for group in once:
             group["font_height"] *= LINE_SHARE
-        try:
-            return merge_lines(once, *more)
-        finally:
-            for group, height in zip(once, heights, strict=True):
-                group["font_height"] = height
+        merged = merge_lines(once, *more)
+        for group, height in zip(once, heights, strict=True):
+            group["font_height"] = height
+        return merged
 
     layout.y_coordinate_groups = merge_nearer_lines
 

@@ -44,7 +44,7 @@ JSON_START = re.compile(r"""\{\s*["'}]|\[\s*["'{\[]""")
 JSON_LINE = re.compile(rf"^[`json \t]*(?:{JSON_START.pattern})", re.MULTILINE)
 MAX_CHARACTERS = 1_000  # of a question
 STRING = re.compile(rf"""(["'])(.{{1,{MAX_CHARACTERS}}}?)(?<!\\)\1(?=\s*(?:[,:\]}}]|\Z))""", re.DOTALL)
-CONTROL = re.compile(r"\x1b\[[\d;]*[A-Za-z]|[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u200b\ufeff]")  # and colours
+CONTROL = re.compile(r"\x1b\[[\d;]*[A-Za-z]|[\x00-\x08\x0e-\x1b\x7f\u200b\ufeff]")  # and colours
 TAG = r"<(?:/?[A-Za-z][^<>]*|\|[^<>]*\|)>"
 # Tags in front; behind, closing ones, and those that follow a full stop, a question mark, a quote or the like.
 EDGE_TAG = re.compile(rf"^(?:{TAG}\s*)+|(?<=\S)\s*</[^<>]*>$|(?<=[^\w\s])\s*{TAG}$")
@@ -144,10 +144,9 @@ def _without_thoughts(text: str) -> str:
 def _asking_lines(text: str) -> Iterator[str]:
     """The distinct lines that ask and are not a preamble. Adjacent tags and line breaks of HTML end a line, too."""
     for line in map(str.strip, dict.fromkeys(re.sub(r"<br\b[^<>]*>|(?<=>)(?=<)", "\n", text).splitlines())):
-        if len(line) <= MAX_CHARACTERS and not line.rstrip("*_ ").endswith(":") and not PREAMBLE.fullmatch(line):
-            stripped = strip_numbering(line)
-            if asks(stripped) and not NO_QUESTION.fullmatch(stripped):
-                yield stripped
+        is_short = len(line) <= MAX_CHARACTERS and not line.rstrip("*_ ").endswith(":")
+        if is_short and not PREAMBLE.fullmatch(line) and asks(strip_numbering(line)):
+            yield line
 
 
 def _json_questions(text: str, num_questions: int, *, max_attempts: int = 1_000) -> list[str]:
