@@ -794,7 +794,7 @@ def test_a_request_that_is_wrong_ends_soon():
 def test_replies_of_another_api_end_it_soon(body):
     """Six texts in one batch: five replies of the wrong shape, instead of every text alone."""
     with ApiServer(refuses=lambda request: (200, body)) as server:
-        with pytest.raises(ValueError, match=r"the reply is not a .*; 6 of 6 texts asked for have no vector"):
+        with pytest.raises(ValueError, match=r"the reply is not a .*; 6 of 6 requested texts have no vector"):
             api(server).encode(some_texts(6))
         assert server.counts["embeddings"] == 5
 
