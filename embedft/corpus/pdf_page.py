@@ -146,15 +146,9 @@ def keep_lines_apart() -> None:
         for group in groups:
             x, y, near, others = group["tx"], group["ty"], group["font_height"] / 10, places[group["text"]]
             if all(max(abs(x - other_x), abs(y - other_y)) > near for other_x, other_y in others[-10:]):
-                once.append(group)
+                once.append(group | {"font_height": LINE_SHARE * group["font_height"], "original": group})
             others.append((x, y))
-        heights = [group["font_height"] for group in once]
-        for group in once:
-            group["font_height"] *= LINE_SHARE
-        merged = merge_lines(once, *more)
-        for group, height in zip(once, heights, strict=True):
-            group["font_height"] = height
-        return merged
+        return {y: [group["original"] for group in line] for y, line in merge_lines(once, *more).items()}
 
     layout.y_coordinate_groups = merge_nearer_lines
 

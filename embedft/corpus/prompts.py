@@ -83,9 +83,8 @@ def fill_template(template: str, *, text: str, num_questions: int) -> str:
     """Fills {text} and {num_questions} into a prompt template; other braces stay. `ValueError`: it lacks {text}."""
     if "{text}" not in template:
         raise ValueError("the prompt template has no {text} placeholder for the chunk")
-    values = {"text": text, "num_questions": str(num_questions)}
     # In one pass, so that braces in the passage itself are not replaced.
-    return re.sub(r"\{(text|num_questions)\}", lambda match: values[match[1]], template)
+    return re.sub(r"\{(?:(text)|num_questions)\}", lambda match: text if match[1] else str(num_questions), template)
 
 
 def message_text(content: Any) -> str:
