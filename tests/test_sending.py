@@ -7,6 +7,7 @@ import itertools
 import json
 import random
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -329,6 +330,23 @@ def test_what_is_refused_for_its_rate_with_nothing_else_in_flight_is_too_large(l
         assert sizes[:3] == [8, 8, 8]
         assert 4 in sizes[3:6]  # by chance, waiting jobs may go before a half
     assert all(form == "a" for form, _ in server.sent)
+
+
+def test_what_is_known_to_be_too_large_is_halved_after_the_pause_that_the_server_asks_for(ledger):
+    too_large = replace(LIMITED, action="drop", retry_after_seconds=0.3)
+    server, start = Server(ledger, most=4, refusal=too_large), time.monotonic()
+    times = []
+    accept = server.ask
+
+    async def ask(job: Job, form: str) -> Response:
+        times.append(time.monotonic() - start)
+        return await accept(job, form)
+
+    server.ask = ask
+    assert server.run(["abcdefgh"], concurrency=2) is None
+    assert [content for _, content in server.sent] == ["abcdefgh", "abcd", "efgh"]
+    assert {form for form, _ in server.sent} == {"a"}
+    assert times[1] - times[0] >= 0.3
 
 
 def test_what_is_refused_for_the_others_in_flight_stays_whole(ledger):

@@ -38,7 +38,7 @@ class Response:
     usage: tuple[int, int] | None = None  # tokens of prompt and reply; (0, 0): certainly free; None: unknown
     retry_after_seconds: float | None = None
     may_be_refusal: bool = False  # treat as "retry", but the second time as "drop"
-    exceeds_rate: bool = False  # "retry": too many requests or tokens per time, or too large a request
+    exceeds_rate: bool = False  # too many requests or tokens per time, or too large a request
     suspect: bool = False  # every request, rather than this text, may be wrong
 
 
@@ -113,9 +113,9 @@ class Sender:
     """Sends jobs until each is done, dropped or out of attempts.
 
     A refused job is sent in another of `forms`, then in the parts that `split` returns; a job is also split when it is
-    out of attempts, or exceeds a rate MAX_REFUSED_ALONE times. Nothing is sent while the server asks for a pause. After
-    MAX_FAILURES_IN_A_ROW, requests go one at a time with growing pauses; after `concurrency + max_attempts` more
-    failures it stops, since each may cost money.
+    out of attempts, or when MAX_REFUSED_ALONE requests in a row exceeded a rate with nothing else in flight. Nothing is
+    sent while the server asks for a pause. After MAX_FAILURES_IN_A_ROW, requests go one at a time with growing pauses;
+    after `concurrency + max_attempts` more failures it stops, since each may cost money.
     """
 
     ask: Callable[[Job, Any], Awaitable[Response]]  # sends a job in one of the forms; an exception ends the run
@@ -211,15 +211,15 @@ class Sender:
         """Queues a refused job in another form or in parts; returns whether there were any."""
         is_last = job.attempts >= self.max_attempts
         is_refused = response.action == "drop" or (response.may_be_refusal and (is_last or job.attempts > 1))
-        is_too_large = response.exceeds_rate and (is_last or self.refused_alone >= MAX_REFUSED_ALONE)
+        is_known = response.action == "drop"  # to be too large: a smaller request was accepted
         parts: Sequence[Job] = ()
-        if is_refused and self.forms.has_other(job):
-            job.attempts -= 1
-            parts = [job]
-        elif is_too_large:
+        if response.exceeds_rate and (is_known or is_last or self.refused_alone >= MAX_REFUSED_ALONE):
             if parts := self.split(job, replace(response, may_be_refusal=True)):
                 self.failures, self.refused_alone = min(self.failures, MAX_FAILURES_IN_A_ROW), 0
                 self._pause(job, response)
+        elif is_refused and self.forms.has_other(job):
+            job.attempts -= 1
+            parts = [job]
         elif is_refused or (is_last and self.failures < MAX_FAILURES_IN_A_ROW):  # else the server is down
             parts = self.split(job, response)
             for part in parts:
