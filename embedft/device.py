@@ -83,20 +83,16 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:
     """The state of the generators that dropout draws from: the CPU's and `device`'s."""
     state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    elif device.type == "mps":
-        state["mps"] = torch.mps.get_rng_state()
+    if device.type != "cpu":
+        state[device.type] = torch.get_device_module(device).get_rng_state(device)
     return state
 
 
 def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
     """Restores what `random_state` returned."""
     torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-    elif device.type == "mps" and "mps" in state:
-        torch.mps.set_rng_state(state["mps"])
+    if device.type != "cpu" and device.type in state:
+        torch.get_device_module(device).set_rng_state(state[device.type], device)
 
 
 def release_memory(device: torch.device) -> None:
