@@ -135,9 +135,9 @@ def test_documents_of_a_memory_map(tmp_path):
     for at_once in (3, 50):
         documents = Documents(stored, at_once=at_once).subset(rows)
         assert len(documents) == 4
-        found = torch.cat([documents.vectors(part, unit=False) for part in documents.parts()])
+        found = torch.cat([documents.vectors(part, unit=False) for part in documents.parts])
         torch.testing.assert_close(found, torch.from_numpy(expected), rtol=0, atol=0)
-        unit = torch.cat([documents.vectors(part) for part in documents.parts()])
+        unit = torch.cat([documents.vectors(part) for part in documents.parts])
         torch.testing.assert_close(unit, F.normalize(torch.from_numpy(expected), dim=1))
         torch.testing.assert_close(documents.vectors(torch.tensor([3, 0, 3])), unit[[3, 0, 3]])
         torch.testing.assert_close(documents.vectors(torch.tensor([2]), unit=False), torch.from_numpy(expected[2:3]))

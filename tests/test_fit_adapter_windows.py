@@ -130,8 +130,8 @@ def test_some_documents_alone(at_once):
     documents = Documents(D, at_once=at_once, dtype=torch.float64, source=SOURCE).subset(np.array([1, 3, 4]))
     assert len(documents) == 8
     assert [documents.windows(i) for i in (1, 3, 4)] == [range(5), range(5, 7), range(7, 8)]
-    assert documents.parts() == ([slice(0, 5), slice(5, 7), slice(7, 8)] if at_once == 2 else [slice(0, 8)])
-    found = torch.cat([documents.vectors(part, unit=False) for part in documents.parts()])
+    assert documents.parts == ([slice(0, 5), slice(5, 7), slice(7, 8)] if at_once == 2 else [slice(0, 8)])
+    found = torch.cat([documents.vectors(part, unit=False) for part in documents.parts])
     np.testing.assert_array_equal(found, D[[1, 2, 3, 4, 5, 7, 8, 9]])
 
 

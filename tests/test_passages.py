@@ -365,10 +365,17 @@ def test_every_document_is_scored_when_candidates_run_out():
 
 
 def test_misuse():
-    for source in ([0, 1, 2], [1, 2], [0, 2], [1, 0], [0, -1]):
-        with pytest.raises(ValueError, match="source of 2 windows"):
+    for source, fault in (
+        ([0, 1, 2], r"\[3\] int64, expected \[2\]"),
+        ([1, 2], "window row 0 is of document 1"),
+        ([0, 2], "window row 1 is of document 2"),
+        ([1, 0], "window row 0 is of document 1"),
+        ([0, -1], "window row 1 is of document -1"),
+        ([0.0, 1.0], "float64"),
+    ):
+        with pytest.raises(ValueError, match=f"source.*{fault}"):
             WindowIndex(np.zeros((2, 3)), source)
-    with pytest.raises(ValueError, match="source of 0 windows"):
+    with pytest.raises(ValueError, match=r"embeddings of shape \(0, 3\)"):
         WindowIndex(np.zeros((0, 3)), [])
     bad = np.zeros((3, 3))
     bad[2, 2] = np.nan

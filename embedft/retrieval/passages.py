@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..progress import progress_bar
+from ..vectors import checked_source
 from .index import Found, Index, from_keys, merge_keys, require_finite, to_keys
 
 
@@ -28,15 +29,13 @@ class WindowIndex(Index):
     def __init__(
         self, windows_WD: np.ndarray, source_W: np.ndarray, *, candidates: Index | None = None, max_scores: int = 2**24
     ):
-        source_W = np.asarray(source_W)
-        steps = np.diff(source_W, prepend=-1)
-        if source_W.shape != (len(windows_WD),) or not len(steps) or steps[0] != 1 or not np.isin(steps, (0, 1)).all():
-            raise ValueError(f"source of {len(windows_WD)} windows: expected documents ascending from 0, without gaps")
-        require_finite(windows_WD, "a window of document", source_W.tolist())
+        super().__init__(windows_WD)
+        self.source_W = checked_source(source_W, len(windows_WD))
+        require_finite(windows_WD, "a window of document", self.source_W.tolist())
         self.windows_WD = np.require(windows_WD, np.float32, ["C", "W"])  # torch warns about read-only arrays
-        self.source_W, self.starts_N = source_W, np.flatnonzero(steps)
-        self.ends_N = np.append(self.starts_N[1:], len(source_W))
-        self.num_documents, self.dim = len(self.starts_N), windows_WD.shape[1]
+        self.starts_N = np.flatnonzero(np.diff(self.source_W, prepend=-1))
+        self.ends_N = np.append(self.starts_N[1:], len(windows_WD))
+        self.num_documents = len(self.starts_N)
         self.candidates, self.max_scores = candidates, max_scores
 
     def _search(self, queries_QD: np.ndarray, depth: int) -> Found:

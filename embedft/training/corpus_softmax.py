@@ -11,6 +11,7 @@ pairs of a query and a vector of such a document, D features.
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from ..encoders.packing import cut_by_tokens
+from ..vectors import checked_source
 
 # The score of anything but a negative: its exponential is 0 and, unlike minus infinity, it makes no gradient NaN.
 NOTHING = -1e30
@@ -31,11 +35,16 @@ class Documents:
 
     def __init__(self, embeddings_MD: np.ndarray, source: np.ndarray | None = None, *, at_once: int, **kind: Any):
         self.embeddings_MD, self.at_once, self.like = embeddings_MD, at_once, torch.empty(0, **kind)
-        self.source = self.rows = np.arange(len(embeddings_MD))
-        if source is not None:
-            self.source = _checked_source(np.asarray(source), len(embeddings_MD))
         self.lengths_M = checked_lengths(embeddings_MD, "document" if source is None else "window", at_once)
-        self._whole: dict[bool, Tensor] = {}
+        rows = np.arange(len(embeddings_MD))
+        self._keep(rows, rows if source is None else checked_source(source, len(rows)))
+
+    def _keep(self, rows: np.ndarray, source: np.ndarray) -> None:
+        self.rows, self.source, self._whole = rows, source, {}
+        counts = np.unique(source, return_counts=True)[1].tolist()
+        edges = [0, *accumulate(counts)]
+        # The places of whole documents, at most `at_once` vectors at a time, or of one document with more.
+        self.parts = [slice(edges[i.start], edges[i.stop]) for i in cut_by_tokens(counts, self.at_once)]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -47,17 +56,8 @@ class Documents:
     def subset(self, kept: Sequence[int]) -> "Documents":
         """Only the documents `kept`, which keep their numbers."""
         part, chosen = copy.copy(self), np.isin(self.source, kept)
-        part.rows, part.source, part._whole = self.rows[chosen], self.source[chosen], {}
+        part._keep(self.rows[chosen], self.source[chosen])
         return part
-
-    def parts(self) -> list[slice]:
-        """The places of whole documents, at most `at_once` vectors at a time, or of one document with more."""
-        edges, first, parts = np.append(np.flatnonzero(np.diff(self.source, prepend=-1)), len(self)), 0, []
-        while edges[first] < len(self):
-            last = np.searchsorted(edges, edges[first] + self.at_once, side="right") - 1
-            parts.append(slice(int(edges[first]), int(edges[max(last, first + 1)])))
-            first = max(last, first + 1)
-        return parts
 
     def vectors(self, places: slice | Tensor, *, unit: bool = True) -> Tensor:
         """The vectors at some places, [C, D], of unit length or as they are."""
@@ -111,17 +111,6 @@ def checked_lengths(embeddings_ND: np.ndarray, what: str, at_once: int) -> np.nd
     return lengths_N
 
 
-def _checked_source(source: np.ndarray, num_windows: int) -> np.ndarray:
-    if source.shape != (num_windows,) or not np.issubdtype(source.dtype, np.integer):
-        raise ValueError(f"source is {list(source.shape)} {source.dtype}, expected [{num_windows:,}] whole numbers")
-    source = source.astype(np.int64)
-    wrong = np.flatnonzero(~np.isin(np.diff(source, prepend=-1), (0, 1)) | (source < 0))
-    if len(wrong):
-        found = f"window row {wrong[0]:,} is of document {source[wrong[0]]:,}"
-        raise ValueError(f"source: {found}, expected documents ascending from 0 without gaps")
-    return source
-
-
 def full_corpus_softmax(
     Q: Tensor, documents: Documents, pairs: Pairs, *, temperature: float, document_map: DocumentMap | None = None
 ) -> Tensor:
@@ -143,7 +132,7 @@ def full_corpus_softmax(
     if document_map is None:
         log_sum_B = _FrozenLogSum.apply(Q, documents, pairs)
     else:
-        parts, options = documents.parts(), {"use_reentrant": False, "preserve_rng_state": False}
+        parts, options = documents.parts, {"use_reentrant": False, "preserve_rng_state": False}
 
         def log_sum(part: slice) -> Tensor:
             return _scores(Q, documents, pairs, part, document_map).logsumexp(dim=1)
@@ -157,7 +146,7 @@ def full_corpus_softmax(
 def first_ranks(Q: Tensor, documents: Documents, pairs: Pairs, *, document_map: DocumentMap | None = None) -> Tensor:
     """The rank, from 1, of the best document that answers each query, by cosine among all documents, [B] int64.
     That is 1 + the number of documents ahead of it that do not answer the query; ties go to the first document."""
-    Q, parts, source = F.normalize(Q, dim=1), documents.parts(), torch.from_numpy(documents.source).to(Q.device)
+    Q, parts, source = F.normalize(Q, dim=1), documents.parts, torch.from_numpy(documents.source).to(Q.device)
     # The same product as for the other documents: another order of summation would break ties.
     products = ((part, Q @ _unit_vectors(documents, part, document_map).T) for part in parts)
     scores_P = torch.cat([scores_BC[pairs.within(part)] for part, scores_BC in products])
@@ -186,7 +175,7 @@ class _FrozenLogSum(torch.autograd.Function):
     def forward(ctx, Q: Tensor, documents: Documents, pairs: Pairs) -> Tensor:
         highest_B1 = Q.new_full((len(Q), 1), NOTHING)
         sum_B1, mean_BD = torch.zeros_like(highest_B1), torch.zeros_like(Q)
-        for part in documents.parts():
+        for part in documents.parts:
             D_CD = documents.vectors(part)
             scores_BC = Q @ D_CD.T
             scores_BC[pairs.within(part)] = NOTHING
