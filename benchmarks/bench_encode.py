@@ -50,9 +50,9 @@ def main(options: argparse.Namespace) -> None:
     finance_file = find_data("finance_qa", options.finance_qa) / "Financial-QA-10k.csv"
     finance = RetrievalDataset.load(finance_file, skip_empty=True)
     texts = {
-        "Uber chunks": uber.document_texts(),
+        "Uber chunks": list(uber.texts.values()),
         "Uber questions": list(uber.queries.values()),
-        "finance contexts": finance.document_texts(),
+        "finance contexts": list(finance.texts.values()),
     }
     folder = str(load_embedder(options.base, device="cpu").source.folder)
     workers = {"ours": Worker(Ours, folder, texts), "peer": Worker(SentenceTransformers, folder, texts)}

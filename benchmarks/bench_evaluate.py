@@ -137,7 +137,7 @@ class Peer(Watched):
 def make_tasks(options: argparse.Namespace, folder: str) -> tuple[Task, Task]:
     """A task with all documents and queries, and a smaller one that sentence-transformers gets too."""
     dataset, _ = read_rows(find_data("finance_qa", options.data) / "Financial-QA-10k.csv")
-    texts = dataset.document_texts()[: options.texts]
+    texts = list(dataset.texts.values())[: options.texts]
     encoded_CD = load_embedder(options.base).encode(texts, role="document", dim=options.dim)
     path = Path(folder, "documents.npy")
     documents_ND = write_perturbed(path, encoded_CD, options.documents, noise=options.noise, steps=STEPS)

@@ -39,7 +39,7 @@ def make_data(options: argparse.Namespace, folder: str) -> tuple[np.ndarray, np.
     """Documents (a memory map) and queries."""
     dataset, _ = read_rows(find_data("finance_qa", options.data) / "Financial-QA-10k.csv")
     embedder = load_embedder(options.base)
-    contexts = embedder.encode(dataset.document_texts()[: options.texts], role="document", dim=options.dim)
+    contexts = embedder.encode(list(dataset.texts.values())[: options.texts], role="document", dim=options.dim)
     questions = embedder.encode(list(dataset.queries.values())[: options.texts], role="query", dim=options.dim)
     number = max(options.documents, options.ivf, options.hnsw)
     documents = write_perturbed(Path(folder, "documents.npy"), contexts, number, noise=options.noise)

@@ -81,7 +81,7 @@ class Stored:
         queries_QD = vectors.queries_QD if adapter is None else adapter.transform(vectors.queries_QD, "query")
         self.rows = {
             "query": dict(zip(dataset.queries.values(), queries_QD, strict=True)),
-            "document": dict(zip(dataset.document_texts(), vectors.documents_ND, strict=True)),
+            "document": dict(zip(dataset.texts.values(), vectors.documents_ND, strict=True)),
         }
 
     def encode(self, texts: list[str], *, role: str, dim: int | None) -> np.ndarray:
@@ -124,7 +124,7 @@ def main(options: argparse.Namespace) -> None:
 def embed(embedder: Embedder, dataset: RetrievalDataset) -> Vectors:
     """Embeds the questions and documents of a dataset."""
     queries_QD = embedder.encode(list(dataset.queries.values()), role="query")
-    return Vectors(dataset, queries_QD, embedder.encode(dataset.document_texts(), role="document"))
+    return Vectors(dataset, queries_QD, embedder.encode(list(dataset.texts.values()), role="document"))
 
 
 def measure(vectors: Vectors, adapter: Adapter | None = None) -> Report:

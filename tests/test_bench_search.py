@@ -43,7 +43,7 @@ def test_the_data(options, tmp_path):
     assert isinstance(documents, np.memmap)
     assert (documents.shape, queries.shape) == ((600, 16), (80, 16))
     dataset, _ = bench_search.read_rows(tmp_path / "Financial-QA-10k.csv")
-    texts = [dataset.document_texts()[:50], list(dataset.queries.values())[:50]]
+    texts = [list(dataset.texts.values())[:50], list(dataset.queries.values())[:50]]
     contexts, questions = (
         load_embedder(options.base).encode(part, role=role, dim=16)
         for part, role in zip(texts, ("document", "query"), strict=True)

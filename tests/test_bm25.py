@@ -277,7 +277,7 @@ def test_a_run_of_a_dataset():
     assert results["q1"]["d1"] == results["q1"]["d2"]
     assert list(results["unjudged"]) == ["d1", "d2", "d3"]
     assert results["nothing"] == {}
-    texts = dict(zip(DATASET.corpus, split_words(DATASET.document_texts()), strict=True))
+    texts = dict(zip(DATASET.corpus, split_words(list(DATASET.texts.values())), strict=True))
     scores = double_loop([texts[document_id] for document_id in run.document_ids], ["a", "dog"])
     assert results["q2"] == pytest.approx({"d10": scores[1], "d3": scores[3]}, rel=1e-6)
     report = evaluate_run(run, DATASET)
@@ -295,7 +295,7 @@ def test_options_of_a_run():
     run = bm25_run(DATASET, tokenize=tokenize, depth=2)
     assert calls == [4, 4]
     assert run.indices.shape == (4, 2)
-    texts = dict(zip(DATASET.corpus, DATASET.document_texts(), strict=True))
+    texts = DATASET.texts
     scores = double_loop([texts[document_id] for document_id in run.document_ids], "zebra")
     rows, best = expected(scores, 2)
     assert run.indices[3].tolist() == rows

@@ -110,7 +110,7 @@ def test_over_passages(place, capsys):
     assert main([*fit, "--out", "adapter", "--validation", "other.json", "--passages", "6", "2"]) == 0
     out = capsys.readouterr().out
     embedder, adapter = load_embedder("model"), Adapter.load("adapter")
-    vectors, source = embedder.encode_passages(dataset.document_texts(), (6, 2))
+    vectors, source = embedder.encode_passages(list(dataset.texts.values()), (6, 2))
     assert len(vectors) > source[-1] + 1 == 20
     queries = embedder.encode(list(dataset.queries.values()), role="query")
     config = AdapterConfig(epochs=20, seed=1)

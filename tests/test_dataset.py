@@ -148,10 +148,10 @@ def test_rows():
     assert dataset.qrels_by_row() == {1: {2: 2, 0: 0}}
 
 
-def test_document_texts_have_the_title_in_front():
+def test_texts_have_the_title_in_front():
     corpus = {"d1": " me ", "d2": "", "d3": "nothing"}
     dataset = RetrievalDataset(QUERIES, corpus, {}, titles={"d2": "That", "d3": "Title"})
-    assert dataset.document_texts() == [" me ", "That", "Title nothing"]
+    assert list(dataset.texts.values()) == [" me ", "That", "Title nothing"]
 
 
 # Recognising a format
@@ -885,7 +885,7 @@ def group_by_search(dataset: RetrievalDataset) -> list[set]:
     links = [{("q", q), ("d", d)} for q, grades in dataset.qrels.items() for d, grade in grades.items() if grade > 0]
     for kind, ids, texts in (
         ("q", dataset.queries, dataset.queries.values()),
-        ("d", dataset.corpus, dataset.document_texts()),
+        ("d", dataset.corpus, list(dataset.texts.values())),
     ):
         pairs = list(zip(ids, texts, strict=True))
         links.extend({(kind, i) for i, other in pairs if other == text} for text in set(texts))
@@ -901,7 +901,7 @@ def test_split_leaks_nothing_and_loses_nothing_else(seed):
     dataset = make_random(seed, grades=(0, 1, 1), negatives=True, scores=True, titles=True, num_loose=10)
     first, second = dataset.split(0.5, seed=seed)
     assert first.corpus.keys().isdisjoint(second.corpus)
-    assert set(first.document_texts()).isdisjoint(second.document_texts())
+    assert set(first.texts.values()).isdisjoint(second.texts.values())
     assert set(first.queries.values()).isdisjoint(second.queries.values())
     for group in group_by_search(dataset):
         sides = {i in (first.queries if kind == "q" else first.corpus) for kind, i in group}

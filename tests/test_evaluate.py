@@ -48,7 +48,7 @@ def toy_embedder(dataset: RetrievalDataset, noise: float, seed: int = 0, similar
     """Documents are random; a query is its document plus noise."""
     rng = np.random.default_rng(seed)
     documents = {document_id: rng.standard_normal(8) for document_id in dataset.corpus}
-    embeddings = dict(zip(dataset.document_texts(), documents.values(), strict=True))
+    embeddings = dict(zip(dataset.texts.values(), documents.values(), strict=True))
     for query_id, text in dataset.queries.items():
         center = sum((documents[d] for d in dataset.qrels.get(query_id, {})), np.zeros(8))
         embeddings[text] = center + noise * rng.standard_normal(8)

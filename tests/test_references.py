@@ -28,7 +28,7 @@ def test_rows_are_those_of_the_ids(embedder):
     Q, D = FrozenEmbeddings(embedder, dataset)(batch)
     queries = embedder.encode(list(dataset.queries.values()), role="query")
     np.testing.assert_array_equal(Q, queries[[2, 0, 2]])
-    np.testing.assert_array_equal(D, embedder.encode(dataset.document_texts(), role="document")[[8]])
+    np.testing.assert_array_equal(D, embedder.encode(list(dataset.texts.values()), role="document")[[8]])
 
 
 def test_encode_gives_the_vectors_of_the_batch(embedder):
@@ -49,7 +49,7 @@ def test_encode_uses_titles_prompts_and_dimensions(embedder):
     np.testing.assert_array_equal(
         frozen.embeddings["query"], embedder.encode([*dataset.queries.values()], role="query", dim=8)
     )
-    documents = embedder.encode(titled.document_texts(), role="document", dim=8)
+    documents = embedder.encode(list(titled.texts.values()), role="document", dim=8)
     np.testing.assert_array_equal(frozen.embeddings["document"], documents)
     assert frozen.embeddings["document"].shape == (3, 8)
 

@@ -77,7 +77,7 @@ def test_stored_vectors_are_those_of_the_texts_and_queries_go_through_the_adapte
     np.testing.assert_array_equal(without.encode(chosen, role="query", dim=None), vectors.queries_QD[[3, 0]])
     unit = vectors.queries_QD / np.linalg.norm(vectors.queries_QD, axis=1, keepdims=True)  # at the identity
     np.testing.assert_allclose(with_adapter.encode(chosen, role="query", dim=None), unit[[3, 0]], atol=1e-6)
-    documents = vectors.dataset.document_texts()
+    documents = list(vectors.dataset.texts.values())
     found = with_adapter.encode(documents, role="document", dim=None)
     np.testing.assert_array_equal(found, vectors.documents_ND)
 

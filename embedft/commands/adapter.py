@@ -77,7 +77,7 @@ def _fit(options: Options, config: AdapterConfig, embedder, dataset: RetrievalDa
     """Embeds the data at full width (the adapter runs before --dim truncates vectors) and fits."""
     more: dict[str, Any] = {"start": embedft.Adapter.load(options.start) if options.start else None}
     dim = embedder.space("query").dim or None  # 0: not yet known, for a server
-    texts = dataset.document_texts()
+    texts = list(dataset.texts.values())
     if options.passages is None:
         documents_MD = embedder.encode(texts, role="document", dim=dim)
     else:

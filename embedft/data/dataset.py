@@ -236,13 +236,9 @@ class RetrievalDataset:
 
     @functools.cached_property
     def texts(self) -> dict[str, str]:
-        """{document id: the text to embed}: title, a space and text, or whichever there is.
+        """{document id: the text to embed}, in the order of `corpus`: title, a space and text, or whichever there is.
         Source: beir/retrieval/models/sentence_bert.py, `encode_corpus`, which also strips the result."""
         return {i: " ".join(filter(None, (self.titles.get(i), text))) for i, text in self.corpus.items()}
-
-    def document_texts(self) -> list[str]:
-        """The texts to embed, in the order of `corpus`."""
-        return list(self.texts.values())
 
 
 def connected_components(links: Iterable[tuple[Item, Item]]) -> dict[Item, Item]:
