@@ -99,11 +99,12 @@ def temporary_path(folder: Path, prefix: str, make: Callable[[Path], object]) ->
         while True:
             new = folder / f"{prefix}{secrets.token_hex(4)}.tmp"
             make(new)
-            stack.callback(os.close, descriptor := os.open(new, os.O_RDONLY))
-            with contextlib.suppress(OSError):  # some file systems have no locks: nothing is removed there
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if new.exists():  # else another process took it for a leftover before it was locked
-                break
+            with contextlib.suppress(FileNotFoundError):  # another process may remove it before it is locked
+                stack.callback(os.close, descriptor := os.open(new, os.O_RDONLY))
+                with contextlib.suppress(OSError):  # some file systems have no locks: nothing is removed there
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+                if new.exists():
+                    break
         stack.callback(remove, new)
         yield new
 

@@ -287,6 +287,28 @@ def test_what_killed_processes_left_goes_with_the_next_write_to_the_place(tmp_pa
     assert set(tmp_path.iterdir()) == others | {tmp_path / name for name in ("a[1].txt", "b", "c")}
 
 
+@pytest.mark.parametrize("when", ["before it is open", "before it is locked"])
+def test_a_temporary_file_that_another_process_removes_is_made_again(tmp_path, monkeypatch, when):
+    made, flock = [], files.fcntl.flock
+
+    def make(path):
+        path.touch()
+        made.append(path)
+        if len(made) < 3 and when == "before it is open":
+            path.unlink()
+
+    def lock(descriptor, operation):
+        flock(descriptor, operation)
+        if len(made) < 3 and when == "before it is locked":
+            made[-1].unlink()
+
+    monkeypatch.setattr(files.fcntl, "flock", lock)
+    with files.temporary_path(tmp_path, ".a.", make) as path:
+        assert len(made) == 3
+        assert list(tmp_path.iterdir()) == [path] == made[2:]
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("found", "kept"),
     [
