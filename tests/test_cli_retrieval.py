@@ -76,14 +76,32 @@ def test_a_report_is_replaced_on_request_and_nothing_of_it_stays(place, capsys):
     run(capsys, "evaluate model pairs.json --out eval/mine")
     run(capsys, "evaluate model pairs.json --no-bm25 --overwrite --out eval")
     assert all((place / "eval" / "mine" / name / "metrics.json").is_file() for name in (".", "bm25"))
-    # One that cannot be read is named before the work, and left alone.
     (place / "eval" / "mine" / "metrics.json").write_text("{")
-    assert main(["evaluate", "model", "pairs.json", "--overwrite", "--out", "eval"]) == 0
-    assert "eval/mine/metrics.json: not a readable report, so it is left alone" in capsys.readouterr().err
+    run(capsys, "evaluate model pairs.json --overwrite --out eval")
     assert (place / "eval" / "mine" / "metrics.json").read_text() == "{"
     run(capsys, "evaluate model pairs.json --dims 32 8 --out grid")
     check_error(capsys, "evaluate model pairs.json --out grid", "grid/bm25: already holds a report")
     check_error(capsys, "evaluate model pairs.json --overwrite", "--overwrite needs --out")
+
+
+def test_a_setting_whose_report_cannot_be_read_is_replaced_on_request_only(place, capsys):
+    path = place / "grid" / "dim8-float32-flat" / "metrics.json"
+    path.parent.mkdir(parents=True)
+    for content in ("{", "[]", "{}"):
+        path.write_text(content)
+        message = "grid/dim8-float32-flat: already holds a report"
+        check_error(capsys, "evaluate missing-model pairs.json --dims 32 8 --out grid", message)
+        assert path.read_text() == content
+    run(capsys, "evaluate model pairs.json --dims 32 8 --overwrite --out grid")
+    assert Report.load(path.parent).setting["dim"] == 8
+
+
+def test_a_single_setting_replaces_every_setting_of_a_grid(place, capsys):
+    grid = "--passages 8 4 --whole --dims 32 8 --precisions float32 int8 binary --indices flat hnsw,efSearch=20"
+    run(capsys, f"evaluate model pairs.json {grid} --out eval")
+    assert len(list((place / "eval").iterdir())) == 2 * 2 * 3 * 2 + 1
+    run(capsys, "evaluate model pairs.json --no-bm25 --overwrite --out eval")
+    assert {path.name for path in (place / "eval").iterdir()} == {"metrics.json", "per_query.jsonl", "run.trec"}
 
 
 def test_evaluate_without_bm25(place, capsys):

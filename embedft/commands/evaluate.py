@@ -6,6 +6,7 @@ embedft evaluate sentence-transformers/all-MiniLM-L6-v2 held_out.csv --passages 
 import dataclasses
 import json
 import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import embedft
 
 from ..config import REQUIRED, changed, check_at_most_one, option
 from ..data.dataset import RetrievalDataset
-from ..files import check_writable, read_object, replace_files
+from ..files import check_writable, replace_files
 from ..retrieval.bm25 import split_words
 from ..retrieval.report import REPORT_FILES, Report
 from ..retrieval.run import Run
@@ -94,7 +95,7 @@ def run(options: Options) -> None:
     there = []
     if options.out:
         check_writable(options.out)
-        there = _saved_reports(Path(options.out))
+        there = _report_folders(Path(options.out))
         if there and not options.overwrite:
             raise ValueError(f"{there[0]}: already holds a report; choose another --out, or --overwrite")
     dataset = load_data(options.data, options, merge=options.merge)
@@ -149,13 +150,9 @@ def _baselines(options: Options, embedder, dataset: RetrievalDataset, report: Re
     return {name: dataclasses.replace(r, setting={**found[name][1], **r.setting}) for name, r in reports.items()}
 
 
-def _saved_reports(out: Path) -> list[Path]:
-    """The report folders that an earlier evaluation wrote: `out` itself, or folders named after their setting."""
-    own, found = {out, out / "bm25", out / "fused"}, []
-    for path in (*out.glob("metrics.json"), *sorted(out.glob("*/metrics.json"))):
-        try:
-            if path.parent in own or path.parent.name == setting_name(read_object(path).get("setting") or {}):
-                found.append(path.parent)
-        except (AttributeError, OSError, TypeError, ValueError) as error:
-            print(f"{path}: not a readable report, so it is left alone ({error})", file=sys.stderr)
-    return found
+def _report_folders(out: Path) -> list[Path]:
+    """The folders with a report, readable or not, where evaluations write: `out`, and those in it named bm25, fused or
+    as `setting_name` names a setting."""
+    own = re.compile(r"bm25|fused|(\d+-\d+-)?dim\d+-(float32|int8|binary)-.+")
+    inside = (path.parent for path in sorted(out.glob("*/metrics.json")) if own.fullmatch(path.parent.name))
+    return [*(path.parent for path in out.glob("metrics.json")), *inside]
