@@ -619,7 +619,9 @@ def test_a_damaged_database_is_one_line(filled, capsys, content):
         assert main(["store", str(filled), *option]) == 2
         assert str(caught.value) in capsys.readouterr().err
     assert main(["store", str(filled), "--repair"]) == 0
-    assert f"all its texts are computed again: now {filled / 'store.sqlite.damaged-1'}" in capsys.readouterr().err
+    path = filled / "store.sqlite"
+    told = f"{path}: damaged; set aside as {path}.damaged-1; all texts are computed again\n"
+    assert capsys.readouterr().err == told
     assert (filled / "store.sqlite.damaged-1").read_bytes() == content
     texts, compute = numbered(1, 2), Compute()
     np.testing.assert_array_equal(encode(Store(filled), SPACE, texts, compute), vectors_of(texts))
@@ -643,10 +645,27 @@ def test_a_fault_in_a_database_that_can_be_read(filled, capsys):
 
 
 def test_a_locked_database_is_not_damaged(filled):
+    store_ = Store(filled, timeout_seconds=0.01)
+    actions = [store_.spaces, store_.check_database, lambda: store_.verify(NAME), copy.copy(store_).spaces]
     with contextlib.closing(sqlite3.connect(filled / "store.sqlite", isolation_level=None)) as database:
         database.execute("BEGIN EXCLUSIVE")
-        with pytest.raises(ValueError, match=r"store\.sqlite: database is locked$"):
-            Store(filled, timeout_seconds=0.01).spaces()
+        for action in actions:
+            with pytest.raises(ValueError, match=r"store\.sqlite: database is locked$"):
+                action()
+
+
+def test_the_command_checks_the_database_once(filled, monkeypatch):
+    Store(filled).fill(OTHER, numbered(1), vectors_of)
+    statements, connect = [], sqlite3.connect
+
+    def traced(*arguments, **options):
+        connection = connect(*arguments, **options)
+        connection.set_trace_callback(statements.append)
+        return connection
+
+    monkeypatch.setattr(sqlite3, "connect", traced)
+    assert main(["store", str(filled), "--verify"]) == 0
+    assert sum("quick_check" in statement for statement in statements) == 1
 
 
 def test_a_store_of_another_version_is_refused(filled):

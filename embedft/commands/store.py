@@ -32,7 +32,7 @@ class Options(config.Options):
 
 def run(options: Options) -> int:
     """Verifies, repairs or prunes; without such an option, lists the spaces."""
-    from ..encoders.database import DATABASE, DamagedDatabase, check_database, set_aside
+    from ..encoders.database import DATABASE, DamagedDatabase, set_aside
     from ..encoders.store import Store
 
     if not Path(options.store).is_dir():
@@ -40,11 +40,12 @@ def run(options: Options) -> int:
     store = Store(options.store)
     if options.verify or options.repair:
         try:
-            check_database(store.folder / DATABASE)
-        except DamagedDatabase as error:
+            store.check_database()
+        except DamagedDatabase:
             if not options.repair:
                 raise
-            print(f"{error}: now {set_aside(store.folder / DATABASE)}", file=sys.stderr)
+            path = store.folder / DATABASE
+            print(f"{path}: damaged; set aside as {set_aside(path)}; all texts are computed again", file=sys.stderr)
     spaces = store.spaces()
     if options.prune or options.prune_unused is not None:
         latest = time.time() - (options.prune_unused or 0) * 86_400

@@ -51,14 +51,6 @@ def transaction(path: Path, *, write: bool = False, timeout_seconds: float = 600
         raise ValueError(f"{path}: {error}") from None
 
 
-def check_database(path: Path) -> None:
-    """Raises `DamagedDatabase` if SQLite finds a fault in the file."""
-    with transaction(path) as database:
-        (state,) = database.execute("PRAGMA quick_check(1)").fetchone()
-    if state != "ok":
-        raise DamagedDatabase(path, state)
-
-
 def set_aside(path: Path) -> Path:
     """Renames a damaged database, and its journal if there is one; returns the new name."""
     number = 1

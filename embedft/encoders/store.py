@@ -19,6 +19,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..files import locked, named_errors
-from .database import DATABASE, check_database, transaction
+from .database import DATABASE, DamagedDatabase, transaction
 from .tokenization import check_texts
 
 NAME_DIGITS = 16
@@ -137,6 +138,7 @@ class Store:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{folder}: is a file, expected a store's folder")
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._transaction = partial(transaction, self.folder / DATABASE, timeout_seconds=timeout_seconds)
         self.hits, self.misses, self._said_waiting = 0, 0, False
         self._opened: dict[str, Rows] = {}
         self._turns: set[str] = set()
@@ -146,7 +148,7 @@ class Store:
 
     def __reduce__(self):
         # Copies and other processes open the folder themselves: copying the memory map would copy all vectors.
-        return Store, (self.folder,)
+        return partial(Store, timeout_seconds=self.timeout_seconds), (self.folder,)
 
     def fill(
         self, space: Space, texts: Sequence[str], compute: Callable[..., np.ndarray], *, slice_texts: int = 16_384
@@ -267,10 +269,16 @@ class Store:
         """The size of all files."""
         return sum(map(size_of, self.folder.rglob("*")))
 
+    def check_database(self) -> None:
+        """Raises `DamagedDatabase` if SQLite finds a fault in the database."""
+        with self._transaction() as database:
+            (state,) = database.execute("PRAGMA quick_check(1)").fetchone()
+        if state != "ok":
+            raise DamagedDatabase(self.folder / DATABASE, state)
+
     def verify(self, name: str, *, repair: bool = False) -> tuple[int, np.ndarray]:
         """Reads a whole space; returns its number of texts and the rows whose vectors are damaged, ascending.
         `repair` also drops these rows, so that their texts are computed again; the other rows keep their numbers."""
-        check_database(self.folder / DATABASE)
         with self._transaction(write=repair) as database:
             identity, fingerprint, dim = self._named(database, name)
             path, damaged, num_texts, end = self._path(fingerprint, identity), [], 0, 0
@@ -314,6 +322,3 @@ class Store:
 
     def _path(self, fingerprint: str, identity: int) -> Path:
         return self.folder / f"{fingerprint[:NAME_DIGITS]}.{identity}.f32"
-
-    def _transaction(self, *, write: bool = False) -> contextlib.AbstractContextManager[sqlite3.Connection]:
-        return transaction(self.folder / DATABASE, write=write, timeout_seconds=self.timeout_seconds)
