@@ -387,6 +387,9 @@ def test_other_settings_keep_the_vectors_until_they_are_one_array():
     assert embedder.alive == [0, *range(7)]
     embedder._count()
     assert embedder.alive[-1] == 0
+    embedder, dataset = random_data(50, most_windows=3)
+    evaluate_grid(embedder, dataset, precisions=("int8",), passages=[None, (6, 3)])
+    assert embedder.alive == [0, 0, 0]  # none of whole documents when windows are encoded
 
 
 def test_slices_of_the_corpus_change_no_tie():
@@ -614,15 +617,19 @@ def test_search_refuses():
 
 
 def test_vectors_are_cut_once_per_dim_outside_the_build_time(monkeypatch):
-    (embedder, dataset), cut = random_data(), []
+    (embedder, dataset), cut, copies = random_data(), [], []
 
     def slowly(embedder, vectors_NW, dim, truncate=search_module.truncate):
-        if len(vectors_NW) == len(dataset.corpus):
-            cut.append(dim)
-            time.sleep(0.5)
-        return truncate(embedder, vectors_NW, dim)
+        if len(vectors_NW) < len(dataset.corpus):
+            return truncate(embedder, vectors_NW, dim)
+        cut.append(dim)
+        assert len(cut) <= 3 or not any(copy() is not None for copy in copies)  # one at a time, after exact search
+        time.sleep(0.5)
+        vectors_ND = truncate(embedder, vectors_NW, dim)
+        copies.extend([weakref.ref(vectors_ND)] * (dim < 32))
+        return vectors_ND
 
     monkeypatch.setattr(search_module, "truncate", slowly)
-    reports = evaluate_grid(embedder, dataset, dims=(32, 16), precisions=("int8", "binary"))
-    assert sorted(cut) == [16, 16, 32, 32]  # for exact search, and for both precisions
+    reports = evaluate_grid(embedder, dataset, dims=(16, 8, 32), precisions=("int8", "binary"))
+    assert sorted(cut) == [8, 8, 16, 16, 32, 32]  # for exact search, and for both precisions
     assert max(report.costs["build_seconds"] for report in reports) < 0.5

@@ -146,7 +146,7 @@ def search_grid(
         return run.without_identical_ids(dataset.qrels, depth=depth) if exclude else run
 
     for passages, same in itertools.groupby(settings, key=lambda setting: setting.passages):
-        group, shared, documents_at = list(same), dict(encoding), {}
+        group, shared, documents_at, vectors_NW = list(same), dict(encoding), {}, None
         queries_of = {setting.dim: truncate(embedder, queries_QW, setting.dim) for setting in group}
         parts = encode_documents(embedder, documents, passages, slice_documents, shared)
         kept = [] if all(setting.is_exact for setting in group) else list(parts)
@@ -161,7 +161,8 @@ def search_grid(
                 run, num_bytes, costs["search_seconds"] = exact[dim], bytes_per_vector(dim, "float32"), seconds[dim]
             else:
                 if dim not in documents_at:
-                    documents_at = {dim: truncate(embedder, vectors_NW, dim)}  # one dim at a time
+                    documents_at.clear()  # one dim at a time
+                    documents_at[dim] = truncate(embedder, vectors_NW, dim)
                 with timed(costs, "build_seconds"):
                     index, num_bytes, facts = build(documents_at[dim], source_N, setting)
                 with timed(costs, "search_seconds"):
