@@ -52,7 +52,7 @@ def check_run(out: Path, existing: str = "refuse") -> None:
     begun = out.is_dir() and any(path.name not in opening and not path.match(".*.tmp") for path in out.iterdir())
     if not begun or ((out / CONFIG).is_file() and existing == "overwrite"):
         return
-    if (out / CONFIG).is_file() and (out / DONE).exists():
+    if all((out / name).exists() for name in (CONFIG, DONE, LOCK)):  # a process killed while closing leaves its lock
         with contextlib.suppress(ValueError), locked(out / LOCK):
             _tidy(out)
     if existing == "refuse":
