@@ -205,8 +205,9 @@ class RetrievalDataset:
 
     def shares_with(self, training: "RetrievalDataset") -> str:
         """A warning about judged queries and documents also in the training set, by text; "" if there are none."""
-        of_both = (dataset.answers() for dataset in (self, training))
-        (questions, documents), (asked, answering) = ((set(found), set().union(*found.values())) for found in of_both)
+        answers, answers_there = self.answers(), training.answers()
+        questions, asked = set(answers), set(answers_there)
+        documents, answering = set().union(*answers.values()), set().union(*answers_there.values())
         if questions.isdisjoint(asked) and documents.isdisjoint(answering):
             return ""
         shared = f"{len(questions & asked):,} of {len(questions):,} validation questions"
@@ -237,7 +238,7 @@ class RetrievalDataset:
     @functools.cached_property
     def texts(self) -> dict[str, str]:
         """{document id: the text to embed}, in the order of `corpus`: title, a space and text, or whichever there is.
-        Source: beir/retrieval/models/sentence_bert.py, `encode_corpus`, which also strips the result."""
+        Source: beir/retrieval/models/sentence_bert.py, `encode_corpus`, which also strips the result; this does not."""
         return {i: " ".join(filter(None, (self.titles.get(i), text))) for i, text in self.corpus.items()}
 
 

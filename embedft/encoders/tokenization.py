@@ -128,7 +128,7 @@ class Tokenizer:
         # The hash takes 2 to 9 ms for MiniLM, this check 0.3 ms. `str` abbreviates, so steps are pickled. Pickling the
         # vocabulary takes as long as the hash, so replacing it in place by one of the same size goes unnoticed.
         looks = backend, str(backend.model), pickle.dumps((steps, backend.truncation, backend.padding))
-        unsaved = "encode_special_tokens" * backend.encode_special_tokens  # `to_str` leaves it out
+        unsaved = "encode_special_tokens" if backend.encode_special_tokens else ""  # `to_str` leaves it out
         looks += backend.get_vocab_size(), str(backend.get_added_tokens_decoder()), unsaved
         if self._known[0] != looks:
             self._known = looks, hashlib.sha256((backend.to_str() + unsaved).encode()).hexdigest()

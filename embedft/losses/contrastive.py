@@ -42,7 +42,7 @@ class InBatch:
     similarity: str = "cosine"
     directions: Sequence[str] = ("query_document",)
     # "joint": one partition, summed over directions (the positive occurs in each of the first two). "per_direction",
-    # for the first two only: a partition for each, and the mean of their losses without empty ones.
+    # for the first two only: a partition for each, and the mean of the losses over non-empty directions.
     partition: str = "joint"
     in_batch: bool = True  # False: the only negatives of a query are those listed for it
     # Which negatives of query_document have hardness_strength * sim (detached, not divided by the temperature) added

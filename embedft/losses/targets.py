@@ -70,7 +70,8 @@ class Targets:
         return (self.group >= 0) & ~torch.isin(pairs_BG, numbers_P * stride + documents_P)
 
     def num_documents(self, num_columns: int) -> int:
-        """M, if D has `num_columns` rows. Raises `ValueError` for an index out of range (mostly on the CPU only)."""
+        """M, if D has `num_columns` rows. Raises `ValueError` if `document` has another length or, without
+        `document` and on the CPU, for an index out of range."""
         if self.document is None:
             if self.group.device.type == "cpu":
                 self._check_numbers(num_columns)
@@ -176,7 +177,7 @@ class Targets:
         return self._numbers()[queries], documents
 
     def _check_numbers(self, num_documents: float = math.inf) -> None:
-        """Raises `ValueError` for an index that is not a query or document, as far as their numbers are known."""
+        """Raises `ValueError` for an index that is not a query or document (`document` gives their number)."""
         if self.document is not None:
             documents = self.document.unique()
             num_documents = len(documents)
