@@ -29,7 +29,7 @@ from embedft import Embedder, FinetuneConfig, RetrievalDataset, evaluate_grid, f
 from embedft.data.batches import make_batches
 from embedft.files import read_json, write_json
 from embedft.retrieval.tables import format_table
-from embedft.training.run_folder import EVAL, MODEL, is_done
+from embedft.training.run_folder import CONFIG, DONE, EVAL, MODEL, check_same
 
 from .commandline import make_parser, run
 from .memory import peak_memory_bytes
@@ -231,7 +231,9 @@ def finetune_seed(
         return {f"{METRIC} at {dim}": value for dim, value in measure(embedder, split.held_out, dims, known).items()}
 
     hashes = {"model": embedder.sha256(), "train": training.sha256()}
-    if is_done(out, asdict(config), hashes=hashes):
+    if (out / DONE).exists():
+        wanted = read_json(out / CONFIG) | asdict(config)
+        check_same(out, wanted, hashes, "holds another run, choose another folder")
         embedder = load_embedder(out / MODEL)
     else:
         finetune(embedder, training, config, batches=batches, evaluate=validate, out=out, existing="resume")

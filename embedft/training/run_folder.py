@@ -75,14 +75,6 @@ def lock(out: Path) -> Iterator[None]:
                 out.rmdir()
 
 
-def is_done(out: Path, config: dict[str, Any], *, hashes: dict[str, str]) -> bool:
-    """Whether the run in `out` is done. Raises `ValueError` if it has other settings or other data."""
-    if not (out / DONE).exists():
-        return False
-    _check_same(out, {**read_object(out / CONFIG), **config}, hashes, "holds another run, choose another folder")
-    return True
-
-
 def open_run(
     out: Path, config: dict, *, hashes: dict, device: torch.device, existing: str, allow_changed_code: bool = False
 ) -> None:
@@ -92,7 +84,7 @@ def open_run(
     check_run(out, existing)
     config = json.loads(json.dumps(config))  # as it will be read back: tuples become lists
     if existing == "resume" and (out / CONFIG).is_file():
-        _check_same(out, config, hashes, "cannot resume", code=not allow_changed_code)
+        check_same(out, config, hashes, "cannot resume", code=not allow_changed_code)
         if config != read_object(out / CONFIG):
             write_json(out / CONFIG, config)
         return
@@ -232,7 +224,7 @@ def _git_state() -> tuple[str | None, bytes]:
     return git("rev-parse", "HEAD").decode().strip() or None, diff
 
 
-def _check_same(out: Path, config: dict[str, Any], hashes: dict[str, str], what: str, *, code: bool = True) -> None:
+def check_same(out: Path, config: dict[str, Any], hashes: dict[str, str], what: str, *, code: bool = True) -> None:
     """Raises `ValueError` naming the first setting, hash or, if `code`, object in which the run in `out` differs."""
     before, config, found = read_object(out / CONFIG), dict(config), read_object(out / ENVIRONMENT).get("sha256", {})
     then, now = (settings.pop("objects", {}) for settings in (before, config))
