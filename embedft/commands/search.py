@@ -45,13 +45,11 @@ class Options(Adapted, Windows, Data):
 
 def run(options: Options) -> None:
     """Answers QUESTION, or each question read from stdin."""
-    from ..retrieval.encoding import sorted_corpus
-
     dataset, places = _load_documents(options)
     embedder, passages = load_encoder(options), options.passages
     depth = max(options.depth, FUSED_DEPTH) if options.hybrid else options.depth
     searcher = embedft.Searcher(embedder, dataset, depth=depth, dim=options.dim, passages=passages)
-    texts, tokenize = sorted_corpus(dataset), getattr(embedder, "tokenize", split_words)
+    texts, tokenize = dict(sorted(dataset.texts.items())), getattr(embedder, "tokenize", split_words)
     bm25 = Bm25Index(tokenize(list(texts.values()))) if options.hybrid else None
     window_text = make_window_text(embedder, passages) if passages else None
     for number, question in enumerate(_questions(options)):

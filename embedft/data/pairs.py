@@ -165,10 +165,8 @@ def _cells(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 def _is_quoted(path: Path) -> bool:
     """Whether a TSV file is exactly what a CSV writer such as pandas would write for its rows.
-
     Not if its lines already form a table that would have fewer rows when read with quoting: then one cell merely begins
-    with a quote and a later one ends with one.
-    """
+    with a quote and a later one ends with one."""
     lines = list(read_lines(path))
     if not any('"' in line for line in lines):
         return False

@@ -251,7 +251,5 @@ def plot_questions(
         label = f"{label}: {counts_P[chosen_P].sum():,}"
         axes.scatter(*points_P2[chosen_P].T, s=area_P[chosen_P], alpha=0.6, label=label, zorder=2)
     axes.set(xlabel=f"{names[0]}, {metric}", ylabel=f"{names[1]}, {metric}", aspect="equal")
-    legend = axes.legend(title=f"{len(values_Q2):,} questions", loc="upper left", bbox_to_anchor=(1.02, 1))
-    for handle in legend.legend_handles:
-        handle.set_sizes([12])
+    axes.legend(title=f"{len(values_Q2):,} questions", loc="upper left", bbox_to_anchor=(1.02, 1))
     return figure

@@ -29,10 +29,10 @@ class FrozenEmbeddings:
     `dim` is as in `Embedder.encode`. Calls raise `ValueError` for an id that is not in the dataset."""
 
     def __init__(self, embedder: Embedder, dataset: RetrievalDataset, *, dim: int | None = None):
-        texts = {"query": list(dataset.queries.values()), "document": list(dataset.texts.values())}
-        self.embeddings = {role: embedder.encode(texts[role], role=role, dim=dim) for role in texts}
-        ids = {"query": dataset.queries, "document": dataset.corpus}
-        self.row = {role: {id_: row for row, id_ in enumerate(ids[role])} for role in ids}
+        self.embeddings, self.row = {}, {}
+        for role, texts in (("query", dataset.queries), ("document", dataset.texts)):
+            self.embeddings[role] = embedder.encode(list(texts.values()), role=role, dim=dim)
+            self.row[role] = {id_: row for row, id_ in enumerate(texts)}
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         found = []
