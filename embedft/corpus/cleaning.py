@@ -152,12 +152,9 @@ def tidy(text: str) -> str:
 
 
 def copies(question: str, document: str) -> bool:
-    """Whether a question mostly copies one run of words from its document, ignoring case and punctuation.
-
-    The run must contain at least 80% of the question's words, and 80% (at least five) of its words without capitals or
-    digits, since repeating long names is legitimate. Among the 1,458 Lyft and Uber questions, the only copy has 94%;
-    the next two, genuine questions, have 79% and 71%.
-    """
+    """Whether a question mostly copies a run of words from its document: at least 80% of its words, and 80% (at least
+    five) of those without capitals or digits, since repeating long names is legitimate. Case and punctuation do not
+    count. Of 1,458 Lyft and Uber questions, the only copy has 94%; the next two, genuine ones, have 79% and 71%."""
     words = re.findall(r"\w+", question)
     plain = [place for place, word in enumerate(words) if word.isalpha() and (word.islower() or place == 0)]
     length, num_plain = (-(-4 * number // 5) for number in (len(words), len(plain)))

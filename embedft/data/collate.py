@@ -40,11 +40,8 @@ class Batch(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Collate:
     """Turns examples into a Batch, merging documents of equal text (title included) under the first id.
-
-    With `passages`, (size, stride) in tokens, documents are cut into windows by `pack(texts, role=..., passages=...)`.
-    Each window is a column with its document's number (`Targets.document`). A document has at most
-    `windows_per_document`: the best one for each of its queries in the batch, then others drawn at random.
-    """
+    With `passages`, (size, stride) in tokens, `pack` cuts documents into windows: columns with the document's number.
+    Each has at most `windows_per_document`: the best one for each of its queries in the batch, then random ones."""
 
     dataset: RetrievalDataset
     pack: Callable[..., Packed]  # (texts, role="query" | "document") -> Packed, as Embedder.pack

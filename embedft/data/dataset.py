@@ -244,9 +244,7 @@ class RetrievalDataset:
 
 def connected_components(links: Iterable[tuple[Item, Item]]) -> dict[Item, Item]:
     """{item: the smallest item of its component}, for all linked items (an item may link to itself).
-
-    connected_components([("a", "b"), ("c", "c"), ("b", "d")])      # {"a": "a", "b": "a", "c": "c", "d": "a"}
-    """
+    connected_components([("a", "b"), ("c", "c"), ("b", "d")]) returns {"a": "a", "b": "a", "c": "c", "d": "a"}."""
     parents: dict[Item, Item] = {}
 
     def root(item: Item) -> Item:

@@ -118,11 +118,8 @@ class Adapter(nn.Module):
 
     def save(self, folder: str | Path, *, format: str = "embedft", base: Base | None = None) -> None:
         """Writes the adapter to a folder, each file atomically, the configuration last; `base` overrides its own.
-
-        `format` is "embedft" (adapter.safetensors, adapter.json), or "llamaindex" (config.json and a pickled
-        pytorch_model.bin), which holds only a linear or two-layer map of queries and does not record the base.
-        Raises `ValueError` for a format that is unknown or cannot hold this adapter.
-        """
+        `format`: "embedft", or "llamaindex", which holds only a linear or two-layer map of queries and not the base
+        (files: FORMATS). Raises `ValueError` for a format that is unknown or cannot hold this adapter."""
         if format not in FORMATS:
             raise ValueError(f"format is {format!r}, expected one of {', '.join(FORMATS)}")
         path, weights = (Path(folder) / name for name in FORMATS[format])

@@ -73,12 +73,9 @@ class ApiEmbedder:
     def encode(
         self, texts: Sequence[str], *, role: str = "document", dim: int | None = None, progress: bool | None = None
     ) -> np.ndarray:
-        """Encodes texts into unit vectors [N, D] float32, in the same order. Each distinct text is requested once.
-
-        `role`: whose prompt to prepend; `dim`: leading features to keep, scaled to unit length (the store keeps all);
-        `progress`: show a bar; None: when stderr is a terminal. Raises `ValueError` for an empty or refused text, a
-        limit that is reached, or an error of the server, quoted without secrets.
-        """
+        """Encodes texts into unit vectors [N, D] float32, in the same order; each distinct text is requested once.
+        The arguments are those of `Embedder.encode`; a store keeps all features. Raises `ValueError` for an empty or
+        refused text, a limit that is reached, or an error of the server, quoted without secrets."""
         rows: dict[str, int] = {}
         for row, text in enumerate(check_texts(texts)):
             rows.setdefault(text, row)

@@ -203,12 +203,8 @@ def sigmoid(
     Q: Tensor, D: Tensor, targets: Targets, *, temperature: float = 0.1, bias: float = -10.0, **options: Any
 ) -> Tensor:
     """-1/B times the sum over queries q and documents d of log sigmoid( z (sim(q, d) / temperature + bias) ).
-
-    z is 1 where d is listed as a positive of q or known to be one, and -1 elsewhere; a query without a positive only
-    contributes negatives. The bias compensates for negatives being far more frequent.
-
-    Source: Zhai et al. 2023 (SigLIP), section 3.2, with its initial temperature and bias.
-    """
+    z is 1 where d is a positive of q, listed or known, and -1 elsewhere; the bias makes up for the many negatives.
+    Source: Zhai et al. 2023 (SigLIP), section 3.2, with its initial temperature and bias."""
     check_number("temperature", temperature, above=0)
     check_number("bias", bias)
 

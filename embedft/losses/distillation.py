@@ -24,13 +24,9 @@ DISTANCES = ("cosine", "mse", "l2", "squared", "similarities")
 
 
 def margin_mse(Q: Tensor, D: Tensor, targets: Targets, *, similarity: str = "dot", windows: str = "max") -> Tensor:
-    """Mean of ((s_p - s_n) - (t_p - t_n))^2 over every listed positive p and hard negative n of a query.
-
-    s is the similarity, t the teacher's score (`target_scores`), on the same scale. A hard negative known to be
-    relevant is kept: its score says how relevant it is.
-
-    Source: Hofstätter et al. 2020, section 3 (Margin-MSE); equals sentence-transformers' MarginMSELoss.
-    """
+    """Mean of ((s_p - s_n) - (t_p - t_n))^2 over every listed positive p and hard negative n of a query, even one known
+    to be relevant. s is the similarity, t the teacher's score (`target_scores`), on the same scale.
+    Source: Hofstätter et al. 2020, section 3 (Margin-MSE); equals sentence-transformers' MarginMSELoss."""
     targets.check_several("margin_mse")
     scores_BG = listed_scores(Q, D, targets, similarity=similarity, windows=windows)
     positive_BG = targets.listed_positive
@@ -113,13 +109,9 @@ def toward_base(Q: Tensor, D: Tensor, targets: Targets, *, distance: str = "cosi
 
 
 class ProjectedDistillation(nn.Module):
-    """`embedding_distillation` of W x + b, a learned map of the vectors x to the teacher's width.
-
-    Vectors narrower than `student_dim`, as under Matryoshka, use the first columns of W. `seed` draws W, uniform in
-    +-1/sqrt(student_dim); b starts at 0.
-
-    Source: Kim et al. 2023 (EmbedDistill), with a projection; sentence-transformers' EmbedDistillLoss.
-    """
+    """`embedding_distillation` of W x + b, a learned map of the vectors x to the teacher's width. Narrower vectors, as
+    under Matryoshka, use the first columns of W. `seed` draws W, uniform in +-1/sqrt(student_dim); b starts at 0.
+    Source: Kim et al. 2023 (EmbedDistill), with a projection; sentence-transformers' EmbedDistillLoss."""
 
     def __init__(self, *, student_dim: int, teacher_dim: int, distance: str = "cosine", seed: int = 0):
         super().__init__()

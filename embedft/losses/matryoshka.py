@@ -92,13 +92,9 @@ class Matryoshka(nn.Module):
 
 
 class WeightedSum(nn.Module):
-    """weight_1 * loss_1(Q, D, targets) + weight_2 * loss_2(Q, D, targets) + ...
-
-    `weights` are at least 0, one for each of `losses`; None: 1 each. Records the unweighted value of each part under
-    its name. Parts that are modules become submodules of the sum; one that occurs several times is saved once.
-
-    Source: Caruana 1997 (Multitask Learning): several losses on one representation.
-    """
+    """weight_1 * loss_1(Q, D, targets) + weight_2 * loss_2(Q, D, targets) + ..., weights of at least 0 (None: 1 each).
+    Records the unweighted value of each part under its name. Modules become submodules; a repeated one is saved once.
+    Source: Caruana 1997 (Multitask Learning): several losses on one representation."""
 
     def __init__(self, *, losses: Sequence[Loss], weights: Sequence[float] | None = None):
         super().__init__()

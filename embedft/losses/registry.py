@@ -49,12 +49,9 @@ LOSSES: dict[str, Callable[..., Any]] = {
 
 
 def build_loss(spec: Mapping[str, Any] | Loss) -> Loss:
-    """A loss from its name and options, e.g. {"name": "in_batch_negatives", "temperature": 0.05}.
-
-    Options that are losses are specs of their own: `inner` of "matryoshka", `losses` of "sum". A function or module is
-    used as it is. Raises `ValueError` for an unknown name, option or value. A function checks its options when called,
-    so this calls it once, on two queries and four documents.
-    """
+    """A loss from its name and options, e.g. {"name": "in_batch_negatives", "temperature": 0.05}. Options that are
+    losses are specs too; a function or module is used as it is. Raises `ValueError` for an unknown name, option or
+    value: as a function checks options when called, this calls it once, on two queries and four documents."""
     if callable(spec):
         return spec
     if not isinstance(spec, Mapping):

@@ -184,12 +184,9 @@ def select_metrics(metrics: Sequence[Metric] | None = None, *, ks: Sequence[int]
 
 
 def measure(judgments: Judgments, metrics: Sequence[Metric], *, gain: Gain = "binary") -> dict[str, np.ndarray]:
-    """The values of several metrics, {"ndcg@20": [Q] float64, ...}.
-
-    A metric is a name of METRICS with a cutoff (optional for ndcg, map and mrr, none for rprec) or a function
-    (judgments, k=None) -> [Q], which is called without a cutoff and goes by its own name. Raises `ValueError` for an
-    invalid name or cutoff, two metrics with the same name, or values that are not Q finite numbers.
-    """
+    """The values of several metrics, {"ndcg@20": [Q] float64, ...}: names of METRICS with a cutoff (optional for ndcg,
+    map, mrr; none for rprec), or functions (judgments, k=None) -> [Q], called without a cutoff, under their own names.
+    Raises `ValueError` for an invalid name or cutoff, a name given twice, or values that are not Q finite numbers."""
     functions, values = {}, {}
     for metric in metrics:
         name, function, options = _resolve(metric)

@@ -28,11 +28,8 @@ def build_optimizer(
 
 def parameter_groups(model: nn.Module, loss: Any = None) -> list[dict[str, Any]]:
     """What a `train(..., optimizer=...)` callable gets: groups of (name, parameter) pairs, as torch.optim accepts.
-
-    "matrices", "vectors" (biases and norms; weight_decay 0) and, if the loss has parameters, "loss" (weight_decay 0).
-
-        optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.01)
-    """
+    They are "matrices", "vectors" (biases and norms; weight_decay 0) and, if the loss has any, "loss" (weight_decay 0).
+    Example: lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.01)."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if any(p.dtype in (torch.float16, torch.bfloat16) for _, p in named):
         raise ValueError("the weights are in half precision, which rounds small steps away: load them in float32")
@@ -46,14 +43,9 @@ def parameter_groups(model: nn.Module, loss: Any = None) -> list[dict[str, Any]]
 
 
 def lr_factor(schedule: Schedule, step: int, *, num_steps: int, warmup: float) -> float:
-    """The factor on the learning rate at a step, from 0: step / warmup during warmup, then
-
-    - linear: decays to 0 at `num_steps`
-    - cosine: (1 + cos(pi * fraction of the remaining steps done)) / 2
-    - constant: 1
-
-    `warmup` is a number of steps or, below 1, a fraction of all steps, rounded up. As in the schedules of transformers.
-    """
+    """The factor on the learning rate at a step, from 0: step / warmup during warmup; then "linear" decays to 0 at
+    `num_steps`, "cosine" is (1 + cos(pi * fraction of the remaining steps done)) / 2, and "constant" is 1. `warmup` is
+    a number of steps or, below 1, a fraction of all, rounded up. As in the schedules of transformers."""
     if schedule not in (names := get_args(Schedule)):
         raise ValueError(f"schedule is {schedule!r}, expected one of {', '.join(names)}")
     if warmup >= 1 and warmup != int(warmup):
