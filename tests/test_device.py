@@ -4,6 +4,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,6 +44,23 @@ def test_random_state_is_a_place_to_come_back_to():
     torch.rand(3)
     set_random_state(state, CPU)
     assert torch.equal(torch.rand(4), drawn)
+
+
+@pytest.mark.parametrize("name", ["cuda:1", "mps"])
+def test_the_random_state_is_of_the_device_itself_not_of_the_current_one(name, monkeypatch):
+    device, states = torch.device(name), {"cuda:0": 0, "cuda:1": 1, "mps": 2}
+    module = SimpleNamespace(
+        get_rng_state=lambda of: torch.tensor(states[str(of)]),
+        set_rng_state=lambda state, of: states.update({str(of): state.item()}),
+    )
+    monkeypatch.setattr(torch, "get_device_module", {device: module}.__getitem__)
+    state, before = random_state(device), dict(states)
+    assert state.keys() == {"cpu", device.type}
+    states[name] = 7
+    set_random_state(state, device)
+    assert states == before
+    set_random_state({"cpu": state["cpu"]}, device)  # saved on a machine without the device
+    assert states == before
 
 
 def test_find_device():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from embedft.vectors import unit_rows
+from embedft.vectors import checked_source, unit_rows
 
 
 @pytest.mark.parametrize(("dtype", "exponent"), [("f8", 200), ("f4", 30)])
@@ -21,3 +21,19 @@ def test_length_one_by_hand(dtype, exponent):
     np.testing.assert_allclose(unit_ND, [[0.6, 0.8], [0.6, -0.8], [0.6, 0.8], [0, -1], [0, 0]], rtol=1e-6)
     plain_ND = np.random.default_rng(0).normal(size=(50, 7)).astype(dtype)
     np.testing.assert_array_equal(unit_rows(plain_ND), plain_ND / np.linalg.norm(plain_ND, axis=1, keepdims=True))
+
+
+def test_the_documents_of_windows():
+    for source in ([0, 0, 1, 2, 2], np.array([0, 0, 1, 2, 2], np.uint8)):
+        found = checked_source(source, 5)
+        assert found.dtype == np.int64
+        assert found.tolist() == [0, 0, 1, 2, 2]
+    for source, fault in (
+        ([0, 1], r"source is \[2\] int64, expected \[3\] whole numbers"),
+        ([0.0, 1.0, 2.0], "float64"),
+        ([0, 2, 3], "window row 1 is of document 2, expected documents ascending from 0 without gaps"),
+        ([0, 1, 0], "window row 2 is of document 0"),
+        ([-1, 0, 1], "window row 0 is of document -1"),
+    ):
+        with pytest.raises(ValueError, match=fault):
+            checked_source(source, 3)
