@@ -1,5 +1,6 @@
 """custom.py: an encoder of a user's class, trained, saved and loaded by another program; and those that cannot be."""
 
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -25,7 +26,21 @@ class Config:
     hidden_size: int
     vocab_size: int
     name: str = "mine"
+    num_layers: int = 0
     max_length = 64
+
+
+@dataclass
+class Unlimited:  # no max_length
+    hidden_size: int
+    vocab_size: int
+    name: str
+    num_layers: int
+
+
+@dataclass
+class Sizeless:  # no hidden_size
+    max_length: int
 
 
 class Encoder(nn.Module):
@@ -42,6 +57,29 @@ class Encoder(nn.Module):
 class Other(Encoder):
     def __init__(self, config, more):
         super().__init__(config)
+
+
+class Deep(Encoder):
+    made = 0  # layers
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layers = nn.ModuleList(self.layer(config.hidden_size) for _ in range(config.num_layers))
+
+    def layer(self, size):
+        Deep.made += 1
+        return nn.Linear(size, size)
+
+
+class Reading(Encoder):
+    def __init__(self, config):
+        super().__init__(config)
+        self.first = self.token.weight[0, 0].item()
+
+
+class Asserting(Encoder):
+    def __init__(self, config):
+        assert config.name != "mine", "another\\nname"
 
 
 class Larger(Encoder):
@@ -100,7 +138,7 @@ def test_it_trains_saves_and_loads_in_another_program(make, mine, tmp_path, load
     np.testing.assert_array_equal(np.load(out), after)
     (tmp_path / "elsewhere").mkdir()
     done = subprocess.run(run, cwd=tmp_path / "elsewhere", capture_output=True, text=True)
-    assert "mine_encoder.Encoder, which cannot be imported here (No module named 'mine_encoder')" in done.stderr
+    assert "(ModuleNotFoundError: No module named 'mine_encoder'; add its folder to PYTHONPATH)" in done.stderr
 
 
 def test_a_subclass_of_a_family_is_no_plain_model_of_it(tiny_bert, tmp_path, monkeypatch):
@@ -143,34 +181,85 @@ def test_what_cannot_be_saved_is_refused_before_the_first_step(make, mine, tmp_p
         assert not (tmp_path / "run").exists()
         return str(error.value)
 
-    assert "Local cannot be imported by another program" in refused(mine.Encoder(Local(*sizes)))
-    assert "mine_encoder.Other cannot be made from its config alone" in refused(mine.Other(plain.config, more=1))
+    assert "Local' cannot be imported by another program" in refused(mine.Encoder(Local(*sizes)))
+    assert "mine_encoder.Other'> cannot be made from its config alone" in refused(mine.Other(plain.config, more=1))
     monkeypatch.setattr(mine.Larger, "dim", sizes[0], raising=False)
     larger = mine.Larger(plain.config)
     monkeypatch.setattr(mine.Larger, "dim", sizes[0] + 1)
-    assert "rebuilt from its config, has another token.weight" in refused(larger)
+    assert f"token.weight is [{sizes[1]}, {sizes[0]}], expected [{sizes[1]}, {sizes[0] + 1}]" in refused(larger)
     assert "name=(1,)" in refused(mine.Encoder(mine.Config(*sizes, name=(1,))))
-    monkeypatch.setattr(mine.Encoder, "__module__", "__main__")
-    assert "__main__.Encoder cannot be imported by another program" in refused(mine.Encoder(plain.config))
+    assert "on device meta (RuntimeError: Tensor.item() cannot be called on meta" in refused(mine.Reading(plain.config))
+    monkeypatch.setattr(mine, "Encoder", mine.Larger)
+    assert "cannot be saved: it loads as <class 'mine_encoder.Larger'>" in refused(plain)
+    monkeypatch.setattr(type(plain), "__module__", "__main__")
+    assert "'__main__.Encoder' cannot be imported by another program" in refused(plain)
     assert not steps
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"encoder": "os.system"}, "os has no such class"),
+        ({"encoder": "os.system"}, "os.system and mine_encoder.Config are not an nn.Module and a dataclass"),
         ({"encoder": "pathlib.Path"}, "not an nn.Module and a dataclass"),
-        ({"encoder": "mine_encoder.None"}, "mine_encoder has no such class"),
-        ({"encoder": ".."}, "config.json: "),
-        ({"encoder": 3}, "config.json: "),
-        ({"settings": {}}, "config.json: "),
+        (
+            {"encoder": "mine_encoder.None"},
+            "here (AttributeError: module 'mine_encoder' has no attribute 'None')",
+        ),
+        *(
+            ({"encoder": path}, f"config.json: the class {path!r} cannot be imported by another program")
+            for path in (5, "", "..", ".a.B", "noDot", "a-b.C", "embedft.__main__.X", "idlelib.__main__.X")
+        ),
+        ({"encoder": "mine_exits.X"}, "config.json: .*mine_exits.X, which cannot be imported here (SystemExit: 1)"),
+        ({"encoder": "mine_fails.X"}, "config.json: .*here (ZeroDivisionError: division by zero)"),
+        ({"encoder": "mine_absent.X"}, "No module named 'mine_absent'; add its folder to PYTHONPATH)"),
+        ({"encoder": "mine_encoder.Asserting"}, "from its config alone on device meta (AssertionError: another name)"),
+        (
+            {"encoder_config": "mine_encoder.Unlimited"},
+            "config.json: mine_encoder.Unlimited: max_length is None, expected",
+        ),
+        (
+            {"encoder_config": "mine_encoder.Sizeless", "settings": {"max_length": 9}},
+            "config.json: mine_encoder.Sizeless: hidden_size is None, expected a number of at least 1",
+        ),
+        ({"settings": {}}, "config.json: mine_encoder.Config cannot be made from its settings (TypeError: "),
+        ({"settings": 3}, "config.json: mine_encoder.Config cannot be made from its settings (TypeError: "),
+        ({"settings": {"hidden_size": None, "vocab_size": 200}}, "config.json: .*hidden_size is None, expected a"),
         ({"settings": {"hidden_size": 1, "vocab_size": 200}}, "token.weight is "),
         ({"encoder_config": "torch.nn.Linear"}, "not an nn.Module and a dataclass"),
     ],
 )
 def test_a_config_that_is_wrong(make, tmp_path, changes, message):
+    (tmp_path / "mine_exits.py").write_text("import sys\nsys.exit(1)")
+    (tmp_path / "mine_fails.py").write_text("1 / 0")
     make().save(tmp_path / "model")
     config = tmp_path / "model" / "config.json"
     write_json(config, read_json(config) | changes)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(message).replace(r"\.\*", ".*")) as error:
         load_embedder(tmp_path / "model", device="cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_sizes_are_compared_before_memory_is_allocated(mine, make, tmp_path):
+    make().save(tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    config = read_json(path)
+    size = config["settings"]["hidden_size"]
+
+    def refused(encoder: str, **settings: int) -> str:
+        write_json(path, config | {"encoder": f"mine_encoder.{encoder}", "settings": config["settings"] | settings})
+        with pytest.raises(ValueError, match=r"far more|expected") as error:
+            load_embedder(tmp_path / "model", device="cpu")
+        return str(error.value)
+
+    assert "it has far more parameters than the weights have tensors, 1)" in refused("Deep", num_layers=10**6)
+    assert mine.Deep.made < 1000
+    assert f"layers.0.bias is absent, expected [{size}]" in refused("Deep", num_layers=1)
+    assert f"expected [{10**12}, {size}]" in refused("Encoder", vocab_size=10**12)
+
+
+def test_an_encoder_of_a_family_in_place_of_a_custom_one_is_not_saved(make, tiny_bert, tmp_path):
+    make().save(tmp_path / "model")
+    embedder = load_embedder(tmp_path / "model", device="cpu")
+    embedder.encoder = load_embedder(tiny_bert, device="cpu").encoder
+    with pytest.raises(ValueError, match="was not loaded from a model folder of its encoder's family"):
+        embedder.save(tmp_path / "bert")

@@ -158,8 +158,8 @@ class Adapter(nn.Module):
         return adapter.eval()
 
 
-def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Loads tensors into a module. Raises `ValueError` naming one that is absent, extra, misshapen or not finite."""
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path | str) -> None:
+    """Loads tensors into a module, if not on meta. Raises `ValueError` for one absent, misshapen or not finite."""
     own = module.state_dict()
     for name in sorted(own.keys() | tensors.keys()):
         found, wanted = (list(part[name].shape) if name in part else "absent" for part in (tensors, own))
@@ -167,7 +167,8 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
             raise ValueError(f"{path}: {name} is {found}, expected {wanted}")
         if not tensors[name].isfinite().all():
             raise ValueError(f"{path}: {name} has values that are not finite")
-    module.load_state_dict(tensors)
+    if not any(x.is_meta for x in own.values()):
+        module.load_state_dict(tensors)
 
 
 @contextlib.contextmanager

@@ -8,14 +8,17 @@ Not here: embedft's own families, whose folders other libraries can read too (fo
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .. import device as devices
+from .adapter import fill
 
 MODEL_TYPE = "custom"  # in config.json
 
@@ -29,56 +32,63 @@ class Family(NamedTuple):
 
 def describe(encoder: nn.Module) -> dict[str, Any]:
     """The fields of config.json. Raises `ValueError` for an encoder that cannot be rebuilt from them."""
-    config, family = encoder.config, Family(type(encoder), type(encoder.config))
-    if not is_dataclass(config):
-        raise ValueError(f"encoder.config is a {type(config).__name__}, expected a dataclass, to save its fields")
-    settings = {field.name: getattr(config, field.name) for field in fields(config) if field.init}
-    paths = {"encoder": _import_path(family.Encoder), "encoder_config": _import_path(family.Config)}
-    try:
-        settings = json.loads(json.dumps(settings, allow_nan=False))
-        if (read := family.Config(**settings)) != config:
-            raise ValueError(f"as JSON it becomes {read}")
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"encoder.config is {config}, which cannot be saved: {error}") from None
-    shapes, again = ({k: x.shape for k, x in part.state_dict().items()} for part in (encoder, build(family, read)))
-    if shapes != again:
-        name = min(shapes.items() ^ again.items())[0]
-        raise ValueError(f"{paths['encoder']}, rebuilt from its config, has another {name}, so it cannot be saved")
-    return {"model_type": MODEL_TYPE, **paths, "settings": settings}
+    config, paths = encoder.config, [f"{x.__module__}.{x.__qualname__}" for x in (type(encoder), type(encoder.config))]
+    values = {"model_type": MODEL_TYPE, "encoder": paths[0], "encoder_config": paths[1]}
+    with _in_one_line(f"encoder.config is {config}, which cannot be saved"):
+        settings = {field.name: getattr(config, field.name) for field in fields(config) if field.init}
+        values["settings"] = json.loads(json.dumps(settings, allow_nan=False))
+    family, read = read_family(values)
+    if (family.Encoder, read) != (type(encoder), config):
+        raise ValueError(f"{paths[0]} with {config} cannot be saved: it loads as {family.Encoder} with {read}")
+    tensors = encoder.state_dict()
+    fill(build(family, read, len(tensors), "meta"), tensors, f"{paths[0]}, rebuilt from its config")
+    return values
 
 
 def read_family(values: Mapping[str, Any]) -> tuple[Family, Any]:
     """Imports the classes that config.json names, and reads the configuration. Raises `ValueError` if it cannot."""
-    family = Family(_find(values["encoder"]), _find(values["encoder_config"]))
-    if not (issubclass(family.Encoder, nn.Module) and is_dataclass(family.Config)):
+    family, settings = Family(_find(values["encoder"]), _find(values["encoder_config"])), values["settings"]
+    if not (isinstance(family.Encoder, type) and issubclass(family.Encoder, nn.Module) and is_dataclass(family.Config)):
         raise ValueError(f"{values['encoder']} and {values['encoder_config']} are not an nn.Module and a dataclass")
-    return family, family.Config(**values["settings"])
+    with _in_one_line(f"{values['encoder_config']} cannot be made from its settings"):
+        config = family.Config(**settings)
+    for name in ("hidden_size", "max_length"):
+        if type(size := getattr(config, name, None)) not in (int, float) or not size >= 1:
+            raise ValueError(f"{values['encoder_config']}: {name} is {size}, expected a number of at least 1")
+    return family, config
 
 
-def build(family: Family, config: Any) -> nn.Module:
-    """An encoder whose weights are yet to be loaded. Raises `ValueError` if its class needs more than its config."""
-    try:
-        with devices.seeded(0, torch.device("cpu")):  # leaves the caller's random state as it was
-            return family.Encoder(config)
-    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
-        name = f"{family.Encoder.__module__}.{family.Encoder.__qualname__}"
-        raise ValueError(f"{name} cannot be made from its config alone: {error}") from None
+def build(family: Any, config: Any, num_tensors: int, device: str = "cpu") -> nn.Module:
+    """An encoder whose weights are yet to be loaded: `num_tensors`, to stop a config that asks for a million layers.
+    Raises `ValueError` if there are far more, or if its class needs more than its config."""
+    numbers = iter(range(10 * num_tensors + 1000))  # generous, because a constructor may replace its parameters
+
+    def count(*_: Any) -> None:
+        if next(numbers, None) is None:
+            raise ValueError(f"it has far more parameters than the weights have tensors, {num_tensors}")
+
+    counted = register_module_parameter_registration_hook(count)
+    seeded = devices.seeded(0, torch.device("cpu"))  # leaves the caller's random state as it was
+    what = f"{family.Encoder} cannot be made from its config alone on device {device}"
+    with counted, _in_one_line(what), seeded, torch.device(device):
+        return family.Encoder(config)
 
 
-def _import_path(kind: type) -> str:
-    path = f"{kind.__module__}.{kind.__qualname__}"
-    if kind.__module__ == "__main__" or "<locals>" in path or _find(path) is not kind:
-        raise ValueError(f"{path} cannot be imported by another program, so it cannot be saved: move it to a module")
-    return path
-
-
-def _find(path: Any) -> type:
-    """The class at "module.Class"."""
+def _find(path: Any) -> Any:
+    """What is at "module.Class". Importing the module runs it, so what no program can import is refused before."""
     module, _, name = str(path).rpartition(".")
+    if not all(part.isidentifier() and part != "__main__" for part in (*module.split("."), name)):
+        raise ValueError(f"the class {path!r} cannot be imported by another program, expected module.Class")
+    with _in_one_line(f"the encoder's class is {path}, which cannot be imported here"):
+        return getattr(importlib.import_module(module), name)
+
+
+@contextmanager
+def _in_one_line(what: str) -> Iterator[None]:
+    """Turns anything that a user's code raises, `sys.exit` included, into a `ValueError`."""
     try:
-        kind = getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
-        raise ValueError(f"the encoder's class is {path}, which cannot be imported here ({error})") from None
-    if not isinstance(kind, type):
-        raise ValueError(f"the encoder's class is {path}, but {module} has no such class")
-    return kind
+        yield
+    except (Exception, SystemExit) as error:
+        found = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        hint = "; add its folder to PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
+        raise ValueError(f"{what} ({found}{hint})") from None

@@ -74,8 +74,7 @@ SCHEMAS: dict[str, Schema] = {
     TRANSFORMER_CONFIG_FILE: {"max_seq_length": LENGTH, "do_lower_case": BOOL},
     MODEL_CONFIG_FILE: {
         "prompts": ("an object of strings", lambda x: isinstance(x, dict) and all(map(TEXT[1], x.values()))),
-        "default_prompt_name": TEXT,
-        "similarity_fn_name": TEXT,
+        **dict.fromkeys(("default_prompt_name", "similarity_fn_name"), TEXT),
         "truncate_dim": ("a whole number", lambda x: type(x) is int),
     },
     TOKENIZER_CONFIG_FILE: {
@@ -199,24 +198,17 @@ def read_pooling(folder: Path, modules: Mapping[str, str], hidden_size: int) -> 
 
 def read_encoder(folder: Path, family: Any, config: Any, dtype: torch.dtype) -> tuple[nn.Module, dict]:
     """The encoder with its weights, and the checkpoint's other tensors, which are only carried along.
-    Raises `ValueError` for a size in config.json that exceeds any tensor's, before building a module, and for
-    tensors that are missing, unexpected, or of the wrong shape or type, naming them."""
+    Raises `ValueError` for tensors that are missing, unexpected, or of the wrong shape or type, naming them."""
     path = folder / WEIGHTS_FILE
-    with _opened(path) as file:
+    with _opened(path) as file, naming(folder):
         names = list(file.keys())
+        encoder = custom.build(family, config, len(names), "meta")  # shapes are compared before memory is allocated
         if isinstance(family, custom.Family):
-            encoder = custom.build(family, config)
-            fill(encoder, {name: file.get_tensor(name) for name in names}, path)
+            tensors = {name: file.get_tensor(name) for name in names}
+            fill(encoder, tensors, WEIGHTS_FILE)
+            encoder = custom.build(family, config, len(names))
+            fill(encoder, tensors, WEIGHTS_FILE)
             return encoder.to(dtype), {}
-        largest = max((max(file.get_slice(name).get_shape(), default=0) for name in names[:10_000]), default=0)
-    for field in fields(config):
-        value = getattr(config, field.name)
-        limit, what = (len(names), "tensors") if field.name.startswith("num_") else (largest, "rows or columns at most")
-        if field.type is int and value > limit:
-            found = f"{field.name} is {str(value)[:60]}"
-            raise ValueError(f"{folder / CONFIG_FILE}: {found}, but {WEIGHTS_FILE} has {limit} {what}")
-    with torch.device("meta"):
-        encoder = family.Encoder(config)
     state, carried = _read_state(path, encoder, family)
     encoder.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
     return encoder, carried
@@ -252,13 +244,10 @@ def _read_state(path: Path, encoder: nn.Module, family: ModuleType) -> tuple[dic
                 raise ValueError(f"{path}: {new} is stored twice, under this name and an older one")
             stored[new] = name
         faults = [f"missing {name}" for name in sorted(wanted - stored.keys())]
-        unknown = sorted(stored.keys() - wanted)
-        faults += [f"unexpected {name}" for name in unknown if not name.startswith(family.CARRIED)]
+        faults += [f"unexpected {x}" for x in sorted(stored.keys() - wanted) if not x.startswith(family.CARRIED)]
         for ours, theirs in keys.items():
             shape = (own[ours].shape[0] // len(theirs), *own[ours].shape[1:])
-            for name in theirs:
-                if name not in stored:
-                    continue
+            for name in (name for name in theirs if name in stored):
                 found = file.get_slice(stored[name])
                 if tuple(found.get_shape()) != shape:
                     faults.append(f"{name} has shape {tuple(found.get_shape())}, expected {shape}")
@@ -309,7 +298,7 @@ def _encoder_parts(encoder: nn.Module, source: Source | None) -> tuple[dict[str,
     if family is None:
         return custom.describe(encoder), encoder.state_dict()
     if source is None or source.family is not family:
-        raise ValueError("this Embedder was not loaded from a model folder, so it cannot be saved as one")
+        raise ValueError("this Embedder was not loaded from a model folder of its encoder's family: cannot save it")
     keys, tensors = family.key_map(encoder.config), dict(source.carried)
     for ours, parameter in encoder.state_dict().items():
         tensors |= zip(keys[ours], parameter.chunk(len(keys[ours])), strict=True)
