@@ -31,12 +31,8 @@ from .files import read_object
 
 Config = TypeVar("Config")
 REQUIRED = dataclasses.MISSING
-BOUNDS = {
-    "least": (operator.ge, "at least"),
-    "most": (operator.le, "at most"),
-    "above": (operator.gt, "above"),
-    "below": (operator.lt, "below"),
-}
+BOUNDS = {"least": (operator.ge, "at least"), "most": (operator.le, "at most")}
+BOUNDS |= {"above": (operator.gt, "above"), "below": (operator.lt, "below")}
 METAVARS = {int: "N", float: "X", str: "TEXT", bool: "", dict: "KEY=VALUE"}
 UNIONS = (types.UnionType, typing.Union)
 

@@ -19,8 +19,7 @@ def describe_object(value: Any, *, depth: int = 3) -> Any:
 
     - name: module and qualified name of the function, or of the object's class;
     - sha256: of the source code without comments, or the result of its own `sha256()` (a dataset, an Embedder);
-    - values: closure variables, defaults, bound arguments or attributes, described the same way, `depth` levels deep.
-    """
+    - values: closure variables, defaults, bound arguments or attributes, described likewise, `depth` levels deep."""
     if value is None or isinstance(value, bool | int | float | str):
         return _short(value)
     if isinstance(value, list | tuple):

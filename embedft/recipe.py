@@ -123,8 +123,7 @@ def finetune(
         loss, batches, optimizer, evaluate, refresh, on_step: see `training.train.train`. Each replaces settings, which
             must then keep their defaults; config.json records its name, source hash and values.
 
-    Raises `ValueError` when an input is invalid or differs between ranks, `NonFiniteError` when training diverges.
-    """
+    Raises `ValueError` when an input is invalid or differs between ranks, `NonFiniteError` when training diverges."""
     if isinstance(embedder, ApiEmbedder):
         raise ValueError(f"{embedder.model} is behind an API, so its weights cannot be trained; fit an adapter")
     given = {"loss": loss, "batches": batches, "optimizer": optimizer}

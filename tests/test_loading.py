@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -401,24 +400,13 @@ def test_many_faults_are_counted(folder):
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        (
-            "num_hidden_layers",
-            10**6,
-            r"Bert.*far more parameters than the weights have tensors, \d+\)",
-        ),
-        ("hidden_size", 10**8, r"has shape \(\d+, \d+\), expected \(\d+, 100000000\)"),
-        ("hidden_size", 10**12, "Bert.* cannot be made from its config"),
-        ("vocab_size", 2**63, "Bert.* cannot be made from its config"),
-        ("max_position_embeddings", 10**30, "Bert.* cannot be made from its config"),
-    ],
+    ("field", "value"),
+    [("num_hidden_layers", 10**6), ("hidden_size", 10**12), ("vocab_size", 2**63), ("max_position_embeddings", 10**30)],
 )
-def test_sizes_that_no_tensor_has_are_refused_at_once_and_without_memory(folder, field, value, message):
+def test_sizes_that_no_tensor_has_are_refused_before_anything_is_built(folder, monkeypatch, field, value):
     rewrite_json(folder / "config.json", **{field: value})
-    start = time.perf_counter()
-    assert_refused(message, folder)
-    assert time.perf_counter() - start < 5  # a million layers take minutes
+    monkeypatch.setattr(torch.nn.Module, "__init__", None)
+    assert_refused(rf"config\.json: {field} is {value}, but model\.safetensors has ", folder)
 
 
 def test_many_tensors_are_refused_at_once(folder):

@@ -25,8 +25,6 @@ from .options import DATASETS, Data, Encoder, Windows, load_data, load_encoder, 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(AdapterConfig, Encoder, Windows, Data):
-    """Options of `embedft adapter`."""
-
     data: str = option(REQUIRED, f"training data: {DATASETS}", metavar="DATA", positional=True)
     out: str = option(REQUIRED, "folder for the adapter, its settings and its log", metavar="DIR")
     validation: str | None = option(None, "questions to evaluate on, before and after fitting", metavar="DATA")

@@ -22,8 +22,6 @@ WAYS = ("train_pages", "train_files", "train_share")
 
 @dataclass(frozen=True, kw_only=True)
 class Options(config.Options):
-    """Options of `embedft chunk`."""
-
     paths: list[str] = option(REQUIRED, "PDF, text or Markdown files, or folders", metavar="PATH", positional=True)
     out: str = option(REQUIRED, "folder for chunks.jsonl, or for the two files of a split", metavar="DIR")
     model: str = option(DEFAULT_MODEL, "model whose tokenizer counts tokens")

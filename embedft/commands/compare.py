@@ -18,8 +18,6 @@ from ..retrieval.tables import Style, compare_all, format_comparisons
 
 @dataclass(frozen=True, kw_only=True)
 class Options(config.Options):
-    """Options of `embedft compare`."""
-
     reports: list[str] = option(REQUIRED, "reports of evaluate or finetune, base first", metavar="DIR", positional=True)
     metric: list[str] = option(["ndcg@10"], "metrics that all reports have", metavar="NAME ...")
     seeds: bool = option(False, "treat the others as one recipe trained with several seeds")

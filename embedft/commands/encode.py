@@ -17,8 +17,6 @@ SLICE_TEXTS = 16_384  # per call, when vectors go only to the store
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Encoder):
-    """Options of `embedft encode`."""
-
     texts: str = option(REQUIRED, "one text per line, or .jsonl of strings or `text`", metavar="FILE", positional=True)
     out: str | None = option(None, "file for the vectors, [texts, dimensions] float32", metavar="FILE.npy")
     role: Literal["query", "document"] = option("document", "whose prompt precedes each text")

@@ -47,8 +47,6 @@ class Hybrid:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Adapted, Grid, Hybrid, Data):
-    """Options of `embedft evaluate`."""
-
     data: str = option(REQUIRED, DATASETS, metavar="DATA", positional=True)
     metrics: list[str] | None = option(None, "metrics, e.g. ndcg@20 rprec success@5 [all, at --ks]", metavar="NAME ...")
     ks: list[int] = option([1, 3, 5, 10], "cutoffs")

@@ -24,8 +24,6 @@ from .options import DATASETS, Data, Model, load_data, load_model, load_training
 
 @dataclass(frozen=True, kw_only=True)
 class Options(FinetuneConfig, Model, Data):
-    """Options of `embedft finetune`."""
-
     model: str = option(REQUIRED, "folder, hub id or package", metavar="MODEL", positional=True)
     data: list[str] = option(REQUIRED, f"{DATASETS}; several [NAME=]DATA are mixed", metavar="DATA", positional=True)
     out: str = option(REQUIRED, "run folder; the model goes to DIR/model", metavar="DIR")

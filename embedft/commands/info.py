@@ -3,14 +3,8 @@
 embedft info sentence-transformers/all-MiniLM-L6-v2
 """
 
-from dataclasses import dataclass
-
-from .options import Model, load_model
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options(Model):
-    """Options of `embedft info`."""
+from .options import Model as Options
+from .options import load_model
 
 
 def run(options: Options) -> None:

@@ -28,8 +28,6 @@ class Guards:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Adapted, Guards, Windows, Data):
-    """Options of `embedft mine`."""
-
     data: str = option(REQUIRED, f"{DATASETS}; its corpus is searched", metavar="DATA", positional=True)
     out: str = option(REQUIRED, "file for the questions, documents and negatives", metavar="FILE.jsonl")
     ranks: list[int] = option([10, 100], "ranks to take negatives from", metavar="FIRST LAST")

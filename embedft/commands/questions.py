@@ -41,11 +41,7 @@ class LanguageModel(QuestionConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Options(LanguageModel, config.Options):
-    """Options of `embedft questions`."""
-
-    sources: list[str] = option(
-        REQUIRED, "chunks, or JSONL with `id` and `text`; docstring: packages", metavar="SOURCE", positional=True
-    )
+    sources: list[str] = option(REQUIRED, "chunk files; packages for docstring", metavar="SOURCE", positional=True)
     out: str = option(REQUIRED, "folder for the datasets, replies and a report", metavar="DIR")
     method: Literal["llm", "ict", "title", "docstring"] = option("llm", "ict: ask with a sentence; title: a heading")
     seed: int = option(0, "random seed for ict and docstring")

@@ -28,8 +28,6 @@ SHOWN_LINES, WIDEST = 4, 100  # of the start of a document; windows and --full a
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Adapted, Windows, Data):
-    """Options of `embedft search`."""
-
     data: str = option(REQUIRED, "what `embedft chunk` wrote, or a dataset", metavar="DATA", positional=True)
     question: str | None = option(None, "else read from stdin, one per line", metavar="[QUESTION]", positional=True)
     depth: int = option(5, "documents to show", least=1)

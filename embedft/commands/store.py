@@ -18,8 +18,6 @@ SHOWN_ROWS = 5  # damaged rows that --verify shows per space
 
 @dataclass(frozen=True, kw_only=True)
 class Options(config.Options):
-    """Options of `embedft store`."""
-
     store: str = option(REQUIRED, "folder created by another command's --store", metavar="DIR", positional=True)
     verify: bool = option(False, "check every row; exit code 1 if any is damaged")
     repair: bool = option(False, "drop damaged rows or a damaged database; texts are encoded again when needed")

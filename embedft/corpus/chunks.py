@@ -106,8 +106,7 @@ def chunk_pages(
     prevents this, and sections of Markdown stay separate. A sentence longer than `size` is split between lines (code),
     else words, else characters. No chunk exceeds `size`, where 100 characters count as at least one token. Consecutive
     chunks share whole sentences of at most `overlap` tokens, but never a whole chunk. Equal texts become one chunk.
-    With `headings_in_text`, chunks of Markdown begin with a line "Outer > Inner".
-    """
+    With `headings_in_text`, chunks of Markdown begin with a line "Outer > Inner"."""
     if size < 1 or not 0 <= overlap < size:
         raise ValueError(f"size is {size} and overlap {overlap}, expected size >= 1 and 0 <= overlap < size")
     groups: dict[tuple[str, int, int], list[Page]] = {}

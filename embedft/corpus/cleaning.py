@@ -79,8 +79,7 @@ def clean(dataset: RetrievalDataset) -> tuple[RetrievalDataset, Dropped]:
     Each query is tidied (`tidy`), then dropped for the first reason that applies: it asks nothing, shows the prompt,
     points at its source or copies a relevant document (`copies`). Queries with equal `question_key` are then merged:
     the first keeps its id and wording and takes over the others' qrels (the highest grade), negatives and scores (its
-    own take precedence); a negative that becomes relevant is removed.
-    """
+    own take precedence); a negative that becomes relevant is removed."""
     tidied = {query_id: tidy(text) for query_id, text in dataset.queries.items()}
     dropped, first_of = {}, {}  # first_of: {question key: id of the query that stays}
     for query_id, question in tidied.items():
@@ -114,8 +113,7 @@ def round_trip(
     For training questions only: a validation set filtered by a model flatters that model.
 
     Source: Alberti et al. 2019, "Synthetic QA Corpora Generation with Roundtrip Consistency", section 2; Dai et al.
-    2022, "Promptagator: Few-shot Dense Retrieval From 8 Examples", section 3.2 (there k = 1).
-    """
+    2022, "Promptagator: Few-shot Dense Retrieval From 8 Examples", section 3.2 (there k = 1)."""
     if min(k, block) < 1:
         raise ValueError(f"k is {k} and block {block}, expected at least 1")
     columns, ranks = {}, {}

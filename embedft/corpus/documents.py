@@ -62,8 +62,7 @@ def read_documents(paths: Sequence[str | Path], *, processes: int | None = None)
 
     Lines of PDF are joined into paragraphs (`clean_layout`). Text and Markdown must be UTF-8 and keep their lines; form
     feeds separate pages, and Markdown pages are split at headings. A file named twice is read once. Files in folders
-    are sorted; hidden ones are ignored, other types counted. Any other path raises `ValueError` before reading starts.
-    """
+    are sorted; hidden ones are ignored, other types counted. Any other path raises `ValueError` before reading."""
     files, skipped = _find_files(paths)
     pdf_files = [name for name in files if _suffix(name) == ".pdf"]
     pdf_texts = dict(zip(pdf_files, read_pdfs(pdf_files, processes=processes), strict=True))

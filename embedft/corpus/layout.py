@@ -156,8 +156,7 @@ def repeated_lines(pages: Sequence[Sequence[str]], numbers: Sequence[int]) -> li
 
     Such a line is among the first or last three of its page and, apart from its numbers, appears at the same end of at
     least three pages and a fifth of the file's (a bare page number: three pages). Each number must be the same on three
-    pages or rise with the page, unlike a table's; lines that differ in a constant number are different kinds.
-    """
+    pages or rise with the page, unlike a table's; lines that differ in a constant number are different kinds."""
     stands: dict[tuple[bool, str], list[tuple[int, int, list[int]]]] = {}  # (at the top, line) -> (page, row, numbers)
     for p, lines in enumerate(pages):
         filled = [i for i, line in enumerate(lines) if line.strip()]

@@ -100,8 +100,7 @@ def parse_reply(text: str, num_questions: int) -> list[str]:
 
     Drops reasoning: everything before a closing tag such as </think>, or after an opening one. In JSON, questions are
     the strings under "questions", else those that ask; in broken JSON, complete strings that ask; elsewhere, lines that
-    ask, without numbering, bullets and quotes, but no preambles ("Here are two questions:") or answers ("A1: ...").
-    """
+    ask, without numbering, bullets and quotes, but no preambles ("Here are two questions:") or answers ("A1: ...")."""
     text = _without_thoughts(text.strip("\ufeff \n"))
     found = _first_distinct(_json_questions(text, num_questions), num_questions)
     if not found and not JSON_LINE.search(text):

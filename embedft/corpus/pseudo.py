@@ -43,8 +43,7 @@ def inverse_cloze(chunks: Sequence[Chunk], *, seed: int, keep_share: float = 0.1
     once in its chunk and in no other, and leaves at least 20 words; a chunk may have none. A fraction `keep_share` of
     the chunks keeps its sentence: 0.1 for training, as in the paper, and 0 for validation.
 
-    Source: Lee et al. 2019, "Latent Retrieval for Weakly Supervised Open Domain Question Answering", section 4.
-    """
+    Source: Lee et al. 2019, "Latent Retrieval for Weakly Supervised Open Domain Question Answering", section 4."""
     if not 0 <= keep_share <= 1:
         raise ValueError(f"keep_share is {keep_share!r}, expected 0 to 1")
     holders = Counter(sentence for chunk in chunks for sentence in {text for text, _, _ in _sentences(chunk.text)})
@@ -63,8 +62,7 @@ def titles(chunks: Sequence[Chunk]) -> RetrievalDataset:
 
     A heading is a first line of up to 12 words, more than half of them all letters. It begins with no lower-case letter
     (except after Markdown's "#"), does not end like a sentence or in the middle of one, contains no table amounts, and
-    heads no other chunk. At least 20 words must follow, with a complete sentence among them.
-    """
+    heads no other chunk. At least 20 words must follow, with a complete sentence among them."""
     pairs = {chunk.id: pair for chunk in chunks if (pair := _heading_pair(chunk.text))}
     keys = {id: " ".join(words(heading)) for id, (heading, _) in pairs.items()}
     counts = Counter(keys.values())
@@ -160,8 +158,7 @@ def docstring_pairs(packages: Sequence[str] = PACKAGES) -> list[DocstringPair]:
 
     Skips summaries with fewer than 4 or more than 60 words, or that do not read as a sentence (no capital, a colon at
     the end); documents under 20 words; near-copies of longer documents, so that a split cannot separate them; and
-    summaries that several documents share. Files that do not parse are skipped, with a warning that counts them.
-    """
+    summaries that several documents share. Files that do not parse are skipped, with a warning that counts them."""
     pairs = _read_pairs([file for package in packages for file in _python_files(package)])
     own = [shingles(ROLE.sub(" ", pair.document)) for pair in pairs]
     seen: set[int] = set()
@@ -181,8 +178,7 @@ def docstring_datasets(
 
     Modules are assigned in random order, each to the side with the smaller fraction of its target so far; each side
     then draws its pairs at random, or takes all if it has fewer. Document ids are names ("json.loads", with "#2" for
-    the second of a name), query ids the same with "/q". "stdlib" counts as a package.
-    """
+    the second of a name), query ids the same with "/q". "stdlib" counts as a package."""
     wanted = [num_train, num_held_out]
     if min(wanted) < 1:
         raise ValueError(f"num_train and num_held_out are {num_train} and {num_held_out}, expected at least 1")

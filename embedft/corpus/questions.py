@@ -101,8 +101,7 @@ def write_questions(
     Every request and reply is saved at once (`ledger.jsonl`, `replies.jsonl`), so a killed run loses at most the
     requests in flight. Limits apply to all runs of the folder together and are never exceeded, unless a server reports
     more tokens than allowed or charges for a 4xx, 500 or 503. Chunks of equal text share a request. OPENAI_API_KEY is
-    never saved. Raises `ValueError` for invalid input, or if the server refuses every request (key, model, quota).
-    """
+    never saved. Raises `ValueError` for invalid input, or if the server refuses every request (key, model, quota)."""
     folder, jobs, asker = Path(folder), _jobs(chunks, config, template), _Asker(config, template)
     reasons: dict[str, str] = {}  # {key: why the last request failed}
 

@@ -44,8 +44,7 @@ def split_chunks(
     side, and for validation if any is wholly on the other; one that only crosses the boundary is in neither.
     `train_share` draws training at random. Training then loses near-copies of validation chunks, and chunks that
     overlap one on the same page: one begins with the sentences the other ends with. Raises `ValueError` for two ways
-    to split or none, a chunk without a place, and an empty side.
-    """
+    to split or none, a chunk without a place, and an empty side."""
     ways = {"train_files": train_files, "train_pages": train_pages, "train_share": train_share}
     given = [name for name, value in ways.items() if value is not None]
     if len(given) != 1:

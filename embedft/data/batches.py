@@ -63,8 +63,7 @@ def make_batches(
         no_duplicates: no query, document or hard negative appears in two rows of a batch. Equal documents are never
             each other's negatives anyway; use this for equal queries, or for losses that need one document per row.
 
-    Raises `ValueError` without training examples, for too high a `num_negatives`, or for a missing score.
-    """
+    Raises `ValueError` without training examples, for too high a `num_negatives`, or for a missing score."""
     rows = list_examples(dataset, examples)
     scores = {"relevance": examples != "pairs", "target_scores": target_scores or examples == "scored"}
     collate = Collate(dataset, pack, seed=seed, **scores, **options)

@@ -108,8 +108,7 @@ class RetrievalDataset:
             strict: refuse judgements of unknown queries and documents instead of warning about them.
             split: which qrels ("beir" only); None: "test", or the only split.
 
-        Raises `ValueError` for anything wrong with the data, naming file, line and id.
-        """
+        Raises `ValueError` for anything wrong with the data, naming file, line and id."""
         path = Path(path)
         if not path.exists():
             raise ValueError(f"{path}: no such file or folder")
@@ -158,8 +157,7 @@ class RetrievalDataset:
         Connected components stay together: in random order, each goes to the first part if that brings the part closer
         to `share`. Documents without a grade above 0 go with the first query that names them (with another grade, as a
         negative, or with a score); the rest are divided by `share`. Other grades, negatives and scores between parts
-        are dropped. Each part keeps its order. Raises `ValueError` if a part would have no query or no document.
-        """
+        are dropped. Each part keeps its order. Raises `ValueError` if a part would have no query or no document."""
         if not 0 < share < 1:
             raise ValueError(f"share must be strictly between 0 and 1, found {share!r}")
         generator = np.random.default_rng(seed)

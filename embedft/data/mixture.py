@@ -43,8 +43,7 @@ def make_mixture(
             turn, until the shortest source is used up. "temperature": proportional to its number of examples to the
             power 1 / temperature (1: proportional, infinity: equal).
         mixed: each batch has its share of every source; otherwise it and its negatives come from one source.
-        options: as in `make_batches`. `no_duplicates` looks across sources only in mixed, proportional batches.
-    """
+        options: as in `make_batches`. `no_duplicates` looks across sources only in mixed, proportional batches."""
     if not temperature >= 1:
         raise ValueError(f"temperature is {temperature}, expected at least 1")
     powers = {"proportional": 1.0, "round_robin": 0.0, "temperature": 1 / temperature}

@@ -28,8 +28,7 @@ class Sampler:
     batch_tokens on average, and each less than one example above that average.
 
     Examples that share an item of `apart` go into different batches: each waits for one that can take it. Frequent
-    items lead to more and smaller batches (with a warning), and may overfill one if they fit nowhere else.
-    """
+    items lead to more and smaller batches (with a warning), and may overfill one if they fit nowhere else."""
 
     num_examples: int
     _: KW_ONLY

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .. import device as devices
 from .adapter import fill
@@ -40,8 +39,7 @@ def describe(encoder: nn.Module) -> dict[str, Any]:
     family, read = read_family(values)
     if (family.Encoder, read) != (type(encoder), config):
         raise ValueError(f"{paths[0]} with {config} cannot be saved: it loads as {family.Encoder} with {read}")
-    tensors = encoder.state_dict()
-    fill(build(family, read, len(tensors), "meta"), tensors, f"{paths[0]}, rebuilt from its config")
+    fill(build(family, read, "meta"), encoder.state_dict(), f"{paths[0]}, rebuilt from its config")
     return values
 
 
@@ -58,19 +56,11 @@ def read_family(values: Mapping[str, Any]) -> tuple[Family, Any]:
     return family, config
 
 
-def build(family: Any, config: Any, num_tensors: int, device: str = "cpu") -> nn.Module:
-    """An encoder whose weights are yet to be loaded: `num_tensors`, to stop a config that asks for a million layers.
-    Raises `ValueError` if there are far more, or if its class needs more than its config."""
-    numbers = iter(range(10 * num_tensors + 1000))  # generous, because a constructor may replace its parameters
-
-    def count(*_: Any) -> None:
-        if next(numbers, None) is None:
-            raise ValueError(f"it has far more parameters than the weights have tensors, {num_tensors}")
-
-    counted = register_module_parameter_registration_hook(count)
-    seeded = devices.seeded(0, torch.device("cpu"))  # leaves the caller's random state as it was
+def build(family: Family, config: Any, device: str) -> nn.Module:
+    """An encoder whose weights are yet to be loaded. Raises `ValueError` if its class needs more than its config."""
     what = f"{family.Encoder} cannot be made from its config alone on device {device}"
-    with counted, _in_one_line(what), seeded, torch.device(device):
+    # Seeded, which leaves the caller's random state as it was.
+    with _in_one_line(what), devices.seeded(0, torch.device("cpu")), torch.device(device):
         return family.Encoder(config)
 
 

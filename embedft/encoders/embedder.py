@@ -41,8 +41,7 @@ class Embedder(nn.Module):
         source: the folder it was loaded from; `save` needs it unless the encoder is of your own class.
 
     `store` (None unless set) keeps the vectors that `encode` computes. `adapter` (None unless attached) maps the
-    encoder's vectors; its weights are among the parameters.
-    """
+    encoder's vectors; its weights are among the parameters."""
 
     def __init__(
         self,
@@ -173,8 +172,7 @@ class Embedder(nn.Module):
             progress: show a bar; None: when stderr is a terminal.
             window_texts: texts tokenized and sorted by length at a time; bounds memory, apart from the result.
 
-        Raises `ValueError` for a bad argument, or a vector that is not finite, naming its text.
-        """
+        Raises `ValueError` for a bad argument, or a vector that is not finite, naming its text."""
         embeddings_ND = np.empty((len(texts), self._checked_dim(dim)), dtype=np.float32)
         with self._encoding(len(texts), role, dim=dim, batch_tokens=batch_tokens, progress=progress) as (vectors, bar):
             for start in range(0, max(1, len(texts)), window_texts):
@@ -194,8 +192,7 @@ class Embedder(nn.Module):
         `passages`: (size, stride), as for `Tokenizer.windows`; `options`: dim, batch_tokens and progress, as for
         `encode`. `cut_texts` texts are cut at a time, and about 16 times as many windows encoded at a time.
 
-        Source: Dai and Callan 2019, section 3: passages of a fixed size and stride, scored independently.
-        """
+        Source: Dai and Callan 2019, section 3: passages of a fixed size and stride, scored independently."""
         self.tokenizer.windows([], passages, prompt=self.prompt(role))  # checks them even without texts
         parts, keys, source = [np.empty((0, self._checked_dim(options.get("dim"))), dtype=np.float32)], [], []
         with self._encoding(len(texts), role, passages, **options) as (vectors, bar):

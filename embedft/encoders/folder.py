@@ -198,17 +198,27 @@ def read_pooling(folder: Path, modules: Mapping[str, str], hidden_size: int) -> 
 
 def read_encoder(folder: Path, family: Any, config: Any, dtype: torch.dtype) -> tuple[nn.Module, dict]:
     """The encoder with its weights, and the checkpoint's other tensors, which are only carried along.
-    Raises `ValueError` for tensors that are missing, unexpected, or of the wrong shape or type, naming them."""
+    Raises `ValueError` for a size in config.json that exceeds any tensor's, before building a module, and for
+    tensors that are missing, unexpected, or of the wrong shape or type, naming them."""
     path = folder / WEIGHTS_FILE
-    with _opened(path) as file, naming(folder):
+    with _opened(path) as file:
         names = list(file.keys())
-        encoder = custom.build(family, config, len(names), "meta")  # shapes are compared before memory is allocated
         if isinstance(family, custom.Family):
             tensors = {name: file.get_tensor(name) for name in names}
-            fill(encoder, tensors, WEIGHTS_FILE)
-            encoder = custom.build(family, config, len(names))
-            fill(encoder, tensors, WEIGHTS_FILE)
+            with naming(folder):
+                for device in ("meta", "cpu"):  # compares shapes before it allocates memory
+                    encoder = custom.build(family, config, device)
+                    fill(encoder, tensors, WEIGHTS_FILE)
             return encoder.to(dtype), {}
+        largest = max((max(file.get_slice(name).get_shape(), default=0) for name in names[:10_000]), default=0)
+    for field in fields(config):
+        value = getattr(config, field.name)
+        limit, what = (len(names), "tensors") if field.name.startswith("num_") else (largest, "rows or columns at most")
+        if field.type is int and value > limit:
+            found = f"{field.name} is {str(value)[:60]}"
+            raise ValueError(f"{folder / CONFIG_FILE}: {found}, but {WEIGHTS_FILE} has {limit} {what}")
+    with torch.device("meta"):
+        encoder = family.Encoder(config)
     state, carried = _read_state(path, encoder, family)
     encoder.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
     return encoder, carried

@@ -56,8 +56,7 @@ def load_embedder(
         adapter: an Adapter or its folder; None: the one saved with the model, if any.
         options: of `Endpoint`, such as price, for "openai:MODEL", which takes no device, dtype, max_length or revision.
 
-    Raises `ValueError` naming what is missing from the folder or unknown in it, or an argument the model cannot use.
-    """
+    Raises `ValueError` naming what is missing from the folder or unknown in it, or an argument the model cannot use."""
     store = store if store is None or isinstance(store, Store) else Store(store)
     if str(name).startswith(API_PREFIX):
         local = {"device": device, "max_length": max_length, "revision": revision, "dtype": dtype}
@@ -95,17 +94,11 @@ def _load_folder(
         for unused in (key for key, text in prompts.items() if text and key not in ROLES):
             roles = ", ".join(f"{role}: {prompts.get(role) or ''!r}" for role in ROLES)
             warnings.warn(f"{folder}: no role uses the prompt {unused!r} ({roles})", stacklevel=3)
+    source = layout.Source(name, folder, family, values, carried, settings.get("default_prompt_name"))
+    options = {"similarity": settings.get("similarity_fn_name", "cosine"), "normalize": "Normalize" in modules}
+    options |= {"pooling": pooling, "prompts": prompts, "truncate_dim": settings.get("truncate_dim")}
     with naming(folder):
-        return Embedder(
-            encoder,
-            tokenizer,
-            pooling=pooling,
-            prompts=prompts,
-            similarity=settings.get("similarity_fn_name", "cosine"),
-            normalize="Normalize" in modules,
-            truncate_dim=settings.get("truncate_dim"),
-            source=layout.Source(name, folder, family, values, carried, settings.get("default_prompt_name")),
-        )
+        return Embedder(encoder, tokenizer, source=source, **options)
 
 
 def load_tokenizer(name: str | Path, *, revision: str | None = None) -> tuple[Tokenizer, int]:

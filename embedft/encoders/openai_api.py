@@ -28,8 +28,7 @@ class ApiEmbedder:
     Args:
         prompts: {"query": ..., "document": ...}: text to prepend, for models that expect it.
         store: keeps each vector on arrival, so that no text is paid for twice; concurrent processes take turns.
-        options: of the `Endpoint`, such as base_url, dimensions, parameters, batch_texts, price and max_cost.
-    """
+        options: of the `Endpoint`, such as base_url, dimensions, parameters, batch_texts, price and max_cost."""
 
     similarity = "cosine"
 

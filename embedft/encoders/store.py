@@ -157,8 +157,7 @@ class Store:
 
         Processes that fill the same space take turns, `slice_texts` at a time, so `compute` (M texts -> [M, D]) sees
         each missing text once. A kill loses one slice. Raises `ValueError` for a text that is not valid UTF-8, vectors
-        of the wrong shape or not finite (naming the row of `texts`), or damaged files.
-        """
+        of the wrong shape or not finite (naming the row of `texts`), or damaged files."""
         keys_N2, misses = text_keys(texts), self.misses
         opened = self._rows(space)
         found_N = opened.find(keys_N2)

@@ -87,8 +87,7 @@ class Tokenizer:
             passages: (size, stride): the maximum number of tokens in a window, special tokens and prompt included, and
                 the number of text tokens between window starts. If a window has room for fewer, the next one starts
                 where it ends, so every token is in a window.
-            prompt: prepended to each window. If its last token merges with the text's first, the text keeps that token.
-        """
+            prompt: prepended to each window. If its last token merges with the text's first, the text keeps it."""
         try:
             size, stride = map(operator.index, passages)
         except (TypeError, ValueError):

@@ -36,8 +36,7 @@ class InBatch:
     - document_query: exp(s(q, p)), and exp(s(r, p)) for queries r that p is not relevant to
     - query_query: exp(s(q, r)) for other queries r that have no positive in common with q
     - document_document: exp(s(p, n)) for other documents n that no query lists together with p
-    Any direction beyond query_document couples the loss: the batch is evaluated as a whole.
-    """
+    Any direction beyond query_document couples the loss: the batch is evaluated as a whole."""
 
     similarity: str = "cosine"
     directions: Sequence[str] = ("query_document",)
@@ -133,8 +132,7 @@ def in_batch_negatives(Q: Tensor, D: Tensor, targets: Targets, *, temperature: f
     Source: van den Oord et al. 2018 (InfoNCE), equation 4; Henderson et al. 2017, section 4.4. Directions: Li et al.
     2023 (GTE), section 3.3. Hardness: Lan et al. 2025 (LLaVE), equation 5; of hard negatives, Vera et al. 2025
     (EmbeddingGemma). Decoupled: Yeh et al. 2022 (DCL), equation 6. With one positive per query and no document listed
-    twice it equals sentence-transformers' MultipleNegativesRankingLoss.
-    """
+    twice it equals sentence-transformers' MultipleNegativesRankingLoss."""
     check_number("temperature", temperature, above=0)
     return InBatch(**options).loss(Q, D, targets, temperature)
 
@@ -182,8 +180,7 @@ def multi_positive(
     - in: -log( mean over positives p of exp(s_p) / Z ), which one close positive satisfies
     Both are at least log P, skip queries without a positive, and with one positive each equal `in_batch_negatives`.
 
-    Source: Khosla et al. 2020 (Supervised Contrastive Learning), equation 2 (out) and 3 (in).
-    """
+    Source: Khosla et al. 2020 (Supervised Contrastive Learning), equation 2 (out) and 3 (in)."""
     check_number("temperature", temperature, above=0)
     check_one_of("form", form, ("out", "in"))
     targets.warn_without_negatives(D)
@@ -276,8 +273,7 @@ def global_orthogonal(
     once per set; `aggregation` is over the sets. A weight of None is 0. Coupled.
 
     Source: Zhang et al. 2017 (Learning Spread-out Local Feature Descriptors); Vera et al. 2025 (EmbeddingGemma). If all
-    texts of a batch differ, it equals the terms of sentence-transformers' GlobalOrthogonalRegularizationLoss.
-    """
+    texts of a batch differ, it equals the terms of sentence-transformers' GlobalOrthogonalRegularizationLoss."""
     check_one_of("aggregation", aggregation, ("mean", "sum"))
     weights = mean_weight or 0.0, second_moment_weight or 0.0
     for name, weight in zip(("mean_weight", "second_moment_weight"), weights, strict=True):

@@ -55,8 +55,7 @@ def listwise_kl(
     each above 0; None: `temperature`. Queries with fewer than two documents are skipped.
 
     Source: Hinton et al. 2015, section 2 (the factor T^2); Lin et al. 2020 (TCT-ColBERT) for ranking; equals
-    sentence-transformers' DistillKLDivLoss.
-    """
+    sentence-transformers' DistillKLDivLoss."""
     targets.check_several("listwise_kl")
     student = temperature if student_temperature is None else student_temperature
     teacher = temperature if teacher_temperature is None else teacher_temperature
@@ -91,8 +90,7 @@ def embedding_distillation(
     first D features of wider ones count; otherwise a different width is an error, except for "similarities".
 
     Source: Kim et al. 2023 (EmbedDistill), embedding matching; with one document per query and column it equals
-    sentence-transformers' EmbedDistillLoss. "similarities": Tung and Mori 2019, section 3.
-    """
+    sentence-transformers' EmbedDistillLoss. "similarities": Tung and Mori 2019, section 3."""
     return distance_to_reference(Q, D, targets, reference="teacher", distance=distance, truncate=truncate)
 
 
@@ -103,8 +101,7 @@ def toward_base(Q: Tensor, D: Tensor, targets: Targets, *, distance: str = "cosi
     Without dropout, it is 0 before the first step; under Matryoshka, only for "cosine", because truncated vectors are
     scaled to unit length again but references are not.
 
-    Source: Li and Hoiem 2016 (Learning without Forgetting), section 3, with vectors as the outputs.
-    """
+    Source: Li and Hoiem 2016 (Learning without Forgetting), section 3, with vectors as the outputs."""
     return distance_to_reference(Q, D, targets, reference="base", distance=distance, truncate=truncate)
 
 

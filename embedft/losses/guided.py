@@ -35,8 +35,7 @@ def guided_in_batch_negatives(
 
     Source: Solatorio 2024 (GISTEmbed), section 3; margins: Moreira et al. 2024 (NV-Retriever), section 3. With one
     positive per query and no document listed twice, it equals sentence-transformers' GISTEmbedLoss, which excludes the
-    similarity of a text with itself only because the guide gives it 1.
-    """
+    similarity of a text with itself only because the guide gives it 1."""
     check_number("temperature", temperature, above=0)
     guided = _Guided(**options)
     if len(Q) == 1 or not guided.contrast_queries:

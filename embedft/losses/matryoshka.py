@@ -36,8 +36,7 @@ class Matryoshka(nn.Module):
             draw the same and a resumed run continues the sequence.
 
     Source: Kusupati et al. 2022, section 3, equation 1; sentence-transformers' MatryoshkaLoss, which draws with
-    Python's global generator and truncates a teacher's vectors of width D.
-    """
+    Python's global generator and truncates a teacher's vectors of width D."""
 
     def __init__(
         self,

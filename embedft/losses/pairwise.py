@@ -58,8 +58,7 @@ def online_contrastive(
     A positive pair is hard when it is farther apart than the closest negative pair of the batch, a negative pair when
     it is closer than the farthest positive pair. Without pairs of the other kind, those worse than the mean are hard.
 
-    Source: sentence-transformers' OnlineContrastiveLoss: Hadsell et al. 2006, equation 4, over the hard pairs.
-    """
+    Source: sentence-transformers' OnlineContrastiveLoss: Hadsell et al. 2006, equation 4, over the hard pairs."""
     check_number("margin", margin, least=0)
     positive_P, negative_P = _pair_distances(Q, D, targets, distance, "online_contrastive")
     furthest_positive = positive_P.max() if len(positive_P) else negative_P.mean()
@@ -105,8 +104,7 @@ def angle(
     the negatives 1 - y.
 
     Source: Li and Li 2023 (AnglE), angle objective; equals sentence-transformers' AnglELoss, which follows the
-    authors' code in the sign of the imaginary part and the absolute value.
-    """
+    authors' code in the sign of the imaginary part and the absolute value."""
     Q, D = (F.normalize(F.pad(float32_or_64(x), (0, x.shape[1] % 2)), dim=1) for x in (Q, D))
     first, second = D.chunk(2, dim=1)
     turned = torch.cat([first - second, first + second], dim=1)

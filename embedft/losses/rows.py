@@ -39,8 +39,7 @@ def by_rows(
     The backward pass recomputes them, so that all of [B, M] is never in memory; whatever needs a gradient must be an
     argument. Second derivatives (create_graph=True) raise `RuntimeError` unless `rows` is at least B. Components are
     not recorded inside, and autocast is off. `rows` None: as many as `scores_at_a_time` allows with `width` rows of
-    scores per query; the default is 2 MB in float32, and the backward pass holds a few such blocks.
-    """
+    scores per query; the default is 2 MB in float32, and the backward pass holds a few such blocks."""
     if rows is not None and rows < 1:
         raise ValueError(f"rows is {rows}, expected at least 1")
     rows = rows or max(1, scores_at_a_time // max(1, len(D) * width))

@@ -88,8 +88,7 @@ class Targets:
         - query_query, [B, B]: rows of one query, or that share a positive document, are positive; others are negative.
         - document_document, [M, M]: two positives of one query are positive. Two that no query lists or knows together
           are negative. Others are neither, such as a positive and its query's hard negative.
-        Nothing is positive or negative to itself. `num_documents` is M; None: the largest document number plus 1.
-        """
+        Nothing is positive or negative to itself. `num_documents` is M; None: the largest document number plus 1."""
         check_one_of("direction", direction, DIRECTIONS)
         numbers_P, documents_P = self._pairs(self.listed_positive)
         number_B = self._numbers()
@@ -234,8 +233,7 @@ def scores(Q: Tensor, D: Tensor, targets: Targets, *, similarity: str = "cosine"
     document's windows w. "max" is the best (MaxP). "softmax" is the sum of s_w * exp(s_w / t) / sum over v of
     exp(s_v / t), t = 0.05, which trains all windows and, unlike a log-sum-exp, does not grow with their number.
 
-    Source: Dai and Callan 2019 (MaxP), section 3.
-    """
+    Source: Dai and Callan 2019 (MaxP), section 3."""
     Q, D = comparable(Q, D, similarity)
     targets.check_queries(Q)
     return over_windows(Q @ D.T, targets, windows=windows)

@@ -57,8 +57,7 @@ def evaluate_grid(
 
     ks, depth, metrics, gain: see `evaluate_run`. options: exclude_identical_ids and slice_documents, see `Searcher`.
     Raises `ValueError` before the corpus is encoded for arguments that cannot work, listing all unsupported settings.
-    Source: Kusupati et al. 2022, section 4 (dims, adaptive retrieval); Shakir et al. 2024 (precisions).
-    """
+    Source: Kusupati et al. 2022, section 4 (dims, adaptive retrieval); Shakir et al. 2024 (precisions)."""
     select_metrics(metrics, ks=ks, depth=depth)
     if passages is None or all(isinstance(number, Integral) for number in passages):
         passages = [passages]
@@ -96,8 +95,7 @@ def evaluate_run(
         dataset_or_qrels: qrels as {query id: {document id: grade}}, or a dataset, whose ids are then checked too.
         ks: cutoffs of the default metrics.
         depth: documents retrieved per query, the highest cutoff and that of MAP.
-        metrics: replace the default ones, see `metrics.measure`; gain: of nDCG, see `metrics.ndcg`.
-    """
+        metrics: replace the default ones, see `metrics.measure`; gain: of nDCG, see `metrics.ndcg`."""
     chosen = select_metrics(metrics, ks=ks, depth=depth)
     setting = {"depth": depth, "gain": gain, **({} if metrics is not None else {"ks": list(ks)})}
     if isinstance(dataset_or_qrels, Mapping):

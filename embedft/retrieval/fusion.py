@@ -36,8 +36,7 @@ def fuse(
 
     Source: Cormack, Clarke & Buettcher, "Reciprocal Rank Fusion Outperforms Condorcet and Individual Rank Learning
     Methods", SIGIR 2009 ("rrf", k 60); Montague & Aslam, "Relevance Score Normalization for Metasearch", CIKM 2001
-    ("zscore", their zero-mean, unit-variance norm).
-    """
+    ("zscore", their zero-mean, unit-variance norm)."""
     weights_R = np.array([1] * len(runs) if weights is None else weights, dtype=np.float64)
     weighted = weights_R.shape == (len(runs),) and (weights_R >= 0).all() and 0 < weights_R.sum() < np.inf
     one_each = f"one number of at least 0 for each of {len(runs)} runs, not all 0"

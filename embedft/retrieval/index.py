@@ -97,8 +97,7 @@ def search_exact(
     `torch.get_float32_matmul_precision`).
 
     Memory: one slice in float32, three times the results and, with torch, the scores of 1,024 queries; never [Q, N].
-    Raises `ValueError` for no documents, a depth below 1, a wrong width, NaN or infinity.
-    """
+    Raises `ValueError` for no documents, a depth below 1, a wrong width, NaN or infinity."""
     require_depth(depth)
     device = torch.device(device or "cpu")
     queries_QD = checked_embeddings(queries_QD)

@@ -116,8 +116,7 @@ def average_precision(judgments: Judgments, k: int | None = None) -> np.ndarray:
     trec_eval's map_cut divides by all relevant documents instead: for that, cut the run at k and measure without k.
 
     Source: sentence-transformers `InformationRetrievalEvaluator`, map@k; without k, trec_eval `m_map.c`; Buckley &
-    Voorhees, "Evaluating Evaluation Measure Stability", SIGIR 2000.
-    """
+    Voorhees, "Evaluating Evaluation Measure Stability", SIGIR 2000."""
     relevant_QK = judgments.grades_QK[:, :k] > 0
     precision_QK = np.cumsum(relevant_QK, axis=1) / _ranks(relevant_QK)
     best_Q = judgments.num_relevant_Q if k is None else np.minimum(judgments.num_relevant_Q, k)
@@ -131,8 +130,7 @@ def ndcg(judgments: Judgments, k: int | None = None, *, gain: Gain = "binary") -
     grade, not 2^grade - 1 ("graded", as in trec_eval and BEIR).
 
     Source: Jarvelin & Kekalainen, "Cumulated Gain-Based Evaluation of IR Techniques", TOIS 2002; trec_eval
-    `m_ndcg_cut.c`, without k `m_ndcg.c`.
-    """
+    `m_ndcg_cut.c`, without k `m_ndcg.c`."""
     if gain not in ("binary", "graded"):
         raise ValueError(f"unknown gain {gain!r}; valid: binary, graded")
     grades_QK, grade_P = judgments.grades_QK[:, :k], judgments.pair_grade_P

@@ -62,8 +62,7 @@ def mine(
         replace: drop the dataset's own negatives. False: they stay, before the mined ones and not counted.
         dim, passages, slice_documents: as for `Searcher`.
 
-    Raises `ValueError` for an option out of range, or if no query has a relevant document.
-    """
+    Raises `ValueError` for an option out of range, or if no query has a relevant document."""
     first, last = _checked_ranks(ranks, num_negatives, len(dataset.corpus))
     low, high = -math.inf if min_score is None else min_score, math.inf if max_score is None else max_score
     for name, value, valid, expected in (

@@ -23,8 +23,7 @@ class WindowIndex(Index):
         source_W: the document of each window, ascending from 0 without gaps.
         candidates: an index over the same windows, searched ever deeper until it finds `depth` documents, whose windows
             are then all scored. If it runs out of results (as when IVF probes few lists), every document is scored.
-        max_scores: window scores held at a time, 64 MB in float32.
-    """
+        max_scores: window scores held at a time, 64 MB in float32."""
 
     def __init__(
         self, windows_WD: np.ndarray, source_W: np.ndarray, *, candidates: Index | None = None, max_scores: int = 2**24

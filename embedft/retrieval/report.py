@@ -158,8 +158,7 @@ def compare(base: Report, *others: Report, metric: str = "ndcg@10") -> Compariso
 
     Bootstrap intervals (-1 to 1 for a single cluster) and sign-flip p-values are over the clusters of `base`. If there
     are too few, as in NFCorpus, `dataclasses.replace(base, clusters=base.query_ids)` treats questions as independent.
-    Raises `ValueError` for different questions, corpora or gains; warns if data, maximum length or prompts differ.
-    """
+    Raises `ValueError` for different questions, corpora or gains; warns if data, maximum length or prompts differ."""
     if not others:
         raise ValueError("compare needs a base and at least one other report")
     comparisons = []

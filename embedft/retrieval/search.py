@@ -78,8 +78,7 @@ class Searcher:
         slice_documents: documents encoded at a time; None: 65,536, or 4,096 with passages.
         setting: dim, precision, index and passages, see above.
 
-    Raises `ValueError` for a setting that cannot work, or embeddings that are not finite, naming the text.
-    """
+    Raises `ValueError` for a setting that cannot work, or embeddings that are not finite, naming the text."""
 
     def __init__(
         self,

@@ -30,8 +30,7 @@ def paired_bootstrap_interval(
     is a point.
 
     Source: Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13; Sakai, "Evaluating evaluation
-    metrics based on the bootstrap", SIGIR 2006; clusters: Field & Welsh, "Bootstrapping clustered data", JRSS B 2007.
-    """
+    metrics based on the bootstrap", SIGIR 2006; Field & Welsh, "Bootstrapping clustered data", JRSS B 2007."""
     sums_C, sizes_C = _cluster_sums(differences_Q, clusters)
     num_clusters, one_size = len(sums_C), (sizes_C == sizes_C[0]).all()
     means = []
@@ -53,8 +52,7 @@ def sign_flip_p_value(
     p = (1 + hits) / (1 + num_samples), where a hit is a sample whose |mean| is at least the observed one.
 
     Source: Smucker, Allan & Carterette, "A comparison of statistical significance tests for information retrieval
-    evaluation", CIKM 2007; the added 1: Phipson & Smyth, "Permutation p-values should never be zero", 2010.
-    """
+    evaluation", CIKM 2007; the added 1: Phipson & Smyth, "Permutation p-values should never be zero", 2010."""
     sums_C, _ = _cluster_sums(differences_Q, clusters)
     total = sums_C.sum()
     # Sums of the same numbers in another order may differ by rounding, and exact ties must count as hits.
@@ -89,8 +87,7 @@ def recipe_interval(differences_SQ: np.ndarray, clusters: Clusters = None) -> di
     Source: Hillis, "A comparison of denominator degrees of freedom methods for multiple observer ROC analysis",
     Statistics in Medicine 2007 (readers are seeds, cases are questions); Satterthwaite, "An approximate distribution of
     estimates of variance components", 1946; clusters: Cameron, Gelbach & Miller, "Robust inference with multiway
-    clustering", JBES 2011.
-    """
+    clustering", JBES 2011."""
     shape = np.shape(differences_SQ)
     if len(shape) != 2 or shape[0] < 2:
         raise ValueError(f"found differences of shape {shape}, expected a row for each of 2 or more seeds")

@@ -41,8 +41,7 @@ def cached_backward(
     mini-batches, of `mini_batch_tokens` or one longer text. `queries` and `documents`, one text per row of Q and D, may
     be empty (distributed.py). `autocast` returns the context for computing vectors, both times.
 
-    Source: Gao et al. 2021 (Scaling deep contrastive learning batch size under memory limited setup), section 3.2.
-    """
+    Source: Gao et al. 2021 (Scaling deep contrastive learning batch size under memory limited setup), section 3.2."""
     device = embedder.device
 
     def embed(part: Packed, role: str) -> Tensor:

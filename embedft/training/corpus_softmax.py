@@ -124,8 +124,7 @@ def full_corpus_softmax(
     With a trainable `document_map`, each part is recomputed in the backward pass. Without one, documents are constant,
     and a single pass over them gives the loss and its gradient.
 
-    Source: van den Oord et al. 2018, equation 4, over the corpus; Milakov and Gimelshein 2018, section 3, in parts.
-    """
+    Source: van den Oord et al. 2018, equation 4, over the corpus; Milakov and Gimelshein 2018, section 3, in parts."""
     Q = F.normalize(Q, dim=1) / temperature
     scores_P = (Q[pairs.query_P] * _unit_vectors(documents, pairs.place_P, document_map)).sum(dim=1)
     scores_A = torch.full_like(pairs.weight_A, NOTHING).scatter_reduce(0, pairs.answer_P, scores_P, "amax")

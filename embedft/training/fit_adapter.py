@@ -69,8 +69,7 @@ def fit_adapter(
         normalize: whether the adapter's `transform` returns unit vectors.
         out: folder for the adapter, config.json and train.jsonl; None: nothing is written.
 
-    Raises `ValueError` when an input is invalid, before training, or a loss is not finite.
-    """
+    Raises `ValueError` when an input is invalid, before training, or a loss is not finite."""
     began, config, device = time.perf_counter(), config or AdapterConfig(), devices.find_device(device)
     if out is not None:
         check_writable(out)

@@ -99,8 +99,7 @@ def train(
     Raises:
         NonFiniteError: a loss or gradient is not finite; no step was taken with it.
         ValueError: `config.select` is not a metric; a reference or refresh returns the wrong number of vectors or
-            batches; ranks differ; a checkpoint is damaged or belongs to another run.
-    """
+            batches; ranks differ; a checkpoint is damaged or belongs to another run."""
     state = TrainState(embedder, loss, _make_optimizer(embedder, loss, config, optimizer))
     epochs = _Epochs(batches, config, refresh, refresh_every)
     eval_every, save_every = (n or epochs.steps_per_epoch for n in (config.eval_every, config.checkpoint_every))
