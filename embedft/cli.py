@@ -122,7 +122,7 @@ def _prepare_streams() -> None:
 def _stdout_failed() -> bool:
     """Whether stdout cannot be written to; if so, silences it, including what Python flushes at exit."""
     try:
-        sys.stdout.flush()
+        print(flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return True
