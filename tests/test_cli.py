@@ -441,3 +441,16 @@ def test_strict_refuses_judgements_of_what_is_missing(tmp_path):
         assert load_data(str(path), Data()).missing == {"q": {"gone": 1}}
     with pytest.raises(ValueError, match="document id 'gone'"):
         load_data(str(path), Data(strict=True))
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, None)],
+)
+def test_threads_spin_less_long_unless_the_user_says_how_they_wait(given, found):
+    script = "import os, sys; from embedft.cli import main; main(['--help'])"
+    script += "; assert 'torch' not in sys.modules; print(os.environ.get('GOMP_SPINCOUNT'))"
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    done = subprocess.run([sys.executable, "-c", script], env={**environment, **given}, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == str(found), done.stderr

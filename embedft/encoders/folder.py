@@ -88,12 +88,8 @@ SCHEMAS: dict[str, Schema] = {
     },
 }
 # The fields of a family's Config, by their type.
-TYPES = {
-    int: ("a whole number of at least 1", lambda x: type(x) is int and x >= 1),
-    float: ("a finite number", lambda x: type(x) in (int, float) and abs(x) < math.inf),
-    bool: BOOL,
-    str: TEXT,
-}
+TYPES = {bool: BOOL, str: TEXT, int: ("a whole number of at least 1", lambda x: type(x) is int and x >= 1)}
+TYPES[float] = "a finite number", lambda x: type(x) in (int, float) and abs(x) < math.inf
 
 
 class Source(NamedTuple):
