@@ -74,7 +74,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seeds torch's generators (CPU and `device`) for the block, and restores the caller's state afterwards."""
     state = random_state(device)
     try:
-        torch.manual_seed(seed)
+        (torch.default_generator if device.type == "cpu" else torch).manual_seed(seed)  # torch's also seeds GPUs
         yield
     finally:
         set_random_state(state, device)

@@ -79,6 +79,9 @@ def test_a_report_is_replaced_on_request_and_nothing_of_it_stays(place, capsys):
     (place / "eval" / "mine" / "metrics.json").write_text("{")
     run(capsys, "evaluate model pairs.json --overwrite --out eval")
     assert (place / "eval" / "mine" / "metrics.json").read_text() == "{"
+    run(capsys, "evaluate model pairs.json --no-bm25 --out eval/dim32-float32-flat-baseline")
+    run(capsys, "evaluate model pairs.json --no-bm25 --overwrite --out eval")
+    assert (place / "eval" / "dim32-float32-flat-baseline" / "metrics.json").is_file()
     run(capsys, "evaluate model pairs.json --dims 32 8 --out grid")
     check_error(capsys, "evaluate model pairs.json --out grid", "grid/bm25: already holds a report")
     check_error(capsys, "evaluate model pairs.json --overwrite", "--overwrite needs --out")

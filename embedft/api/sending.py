@@ -113,9 +113,9 @@ class Sender:
     """Sends jobs until each is done, dropped or out of attempts.
 
     A refused job is sent in another of `forms`, then in the parts that `split` returns; a job is also split when it is
-    out of attempts, or when MAX_REFUSED_ALONE requests in a row exceeded a rate with nothing else in flight. Nothing is
-    sent while the server asks for a pause. After MAX_FAILURES_IN_A_ROW, requests go one at a time with growing pauses;
-    after `concurrency + max_attempts` more failures it stops, since each may cost money."""
+    known to be too large, out of attempts, or when MAX_REFUSED_ALONE requests in a row exceeded a rate while alone.
+    Nothing is sent while the server asks for a pause. After MAX_FAILURES_IN_A_ROW, requests go one at a time with
+    growing pauses; after `concurrency + max_attempts` more failures it stops, since each may cost money."""
 
     ask: Callable[[Job, Any], Awaitable[Response]]  # sends a job in one of the forms; an exception ends the run
     record: Callable[[Job, Response, dict[str, Any]], None]  # also gets the outcome as a JSON line

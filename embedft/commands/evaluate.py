@@ -16,7 +16,7 @@ import embedft
 
 from ..config import REQUIRED, changed, check_at_most_one, option
 from ..data.dataset import RetrievalDataset
-from ..files import check_writable, replace_files
+from ..files import check_writable, read_object, replace_files
 from ..retrieval.bm25 import split_words
 from ..retrieval.report import REPORT_FILES, Report
 from ..retrieval.run import Run
@@ -90,12 +90,11 @@ class Options(Adapted, Grid, Hybrid, Data):
 
 def run(options: Options) -> None:
     """Evaluates; saves and prints reports."""
-    there = []
     if options.out:
         check_writable(options.out)
-        there = _report_folders(Path(options.out))
-        if there and not options.overwrite:
-            raise ValueError(f"{there[0]}: already holds a report; choose another --out, or --overwrite")
+    there = _report_folders(Path(options.out)) if options.out else []
+    if there and not options.overwrite:
+        raise ValueError(f"{there[0]}: already holds a report; choose another --out, or --overwrite")
     dataset = load_data(options.data, options, merge=options.merge)
     # An empty run has the same metrics as any other, so this checks their names before anything is encoded.
     report = embedft.evaluate_run(Run.from_dict({}), dataset, **options.measures)
@@ -149,8 +148,13 @@ def _baselines(options: Options, embedder, dataset: RetrievalDataset, report: Re
 
 
 def _report_folders(out: Path) -> list[Path]:
-    """The folders with a report, readable or not, where evaluations write: `out`, and those in it named bm25, fused or
-    as `setting_name` names a setting."""
-    own = re.compile(r"bm25|fused|(\d+-\d+-)?dim\d+-(float32|int8|binary)-.+")
-    inside = (path.parent for path in sorted(out.glob("*/metrics.json")) if own.fullmatch(path.parent.name))
-    return [*(path.parent for path in out.glob("metrics.json")), *inside]
+    """The folders where an evaluation wrote: `out`, or named bm25, fused, or after their report's setting."""
+    found = [path.parent for path in out.glob("metrics.json")]
+    for path in sorted(out.glob("*/metrics.json")):
+        name = path.parent.name
+        try:
+            is_own = name in ("bm25", "fused") or name == setting_name(read_object(path)["setting"])
+        except (KeyError, TypeError, ValueError):  # unreadable, so only its folder's name can tell
+            is_own = re.fullmatch(r"(\d+-\d+-)?dim\d+-(float32|int8|binary)-.+", name)
+        found += [path.parent] if is_own else []
+    return found

@@ -50,8 +50,8 @@ def read_family(values: Mapping[str, Any]) -> tuple[Family, Any]:
         raise ValueError(f"{values['encoder']} and {values['encoder_config']} are not an nn.Module and a dataclass")
     with _in_one_line(f"{values['encoder_config']} cannot be made from its settings"):
         config = family.Config(**settings)
-    for name in ("hidden_size", "max_length"):
-        if type(size := getattr(config, name, None)) not in (int, float) or not size >= 1:
+    for name, kinds in (("hidden_size", (int,)), ("max_length", (int, float))):
+        if type(size := getattr(config, name, None)) not in kinds or not size >= 1:
             raise ValueError(f"{values['encoder_config']}: {name} is {size}, expected a number of at least 1")
     return family, config
 
@@ -59,8 +59,7 @@ def read_family(values: Mapping[str, Any]) -> tuple[Family, Any]:
 def build(family: Family, config: Any, device: str) -> nn.Module:
     """An encoder whose weights are yet to be loaded. Raises `ValueError` if its class needs more than its config."""
     what = f"{family.Encoder} cannot be made from its config alone on device {device}"
-    # Seeded, which leaves the caller's random state as it was.
-    with _in_one_line(what), devices.seeded(0, torch.device("cpu")), torch.device(device):
+    with _in_one_line(what), devices.seeded(0, torch.device("cpu")), torch.device(device):  # the caller's draws stay
         return family.Encoder(config)
 
 
@@ -81,4 +80,4 @@ def _in_one_line(what: str) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         found = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         hint = "; add its folder to PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
-        raise ValueError(f"{what} ({found}{hint})") from None
+        raise ValueError(f"{what} ({found}{hint})") from error

@@ -6,6 +6,7 @@ with transaction(Path("embeddings/store.sqlite"), write=True) as database:
 
 import contextlib
 import os
+import secrets
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,9 +54,7 @@ def transaction(path: Path, *, write: bool = False, timeout_seconds: float = 600
 
 def set_aside(path: Path) -> Path:
     """Renames a damaged database, and its journal if there is one; returns the new name."""
-    number = 1
-    while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
-        number += 1
+    aside = path.with_name(f"{path.name}.damaged-{secrets.token_hex(4)}")
     for suffix in ("-journal", ""):
         with contextlib.suppress(FileNotFoundError):
             os.rename(f"{path}{suffix}", f"{aside}{suffix}")

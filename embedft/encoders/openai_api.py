@@ -73,8 +73,8 @@ class ApiEmbedder:
         self, texts: Sequence[str], *, role: str = "document", dim: int | None = None, progress: bool | None = None
     ) -> np.ndarray:
         """Encodes texts into unit vectors [N, D] float32, in the same order; each distinct text is requested once.
-        The arguments are those of `Embedder.encode`; a store keeps all features. Raises `ValueError` for an empty or
-        refused text, a limit that is reached, or an error of the server, quoted without secrets."""
+        `role`, `dim` and `progress` as in `Embedder.encode`; a store keeps all features. Raises `ValueError` for an
+        empty or refused text, a limit that is reached, or an error of the server, quoted without secrets."""
         rows: dict[str, int] = {}
         for row, text in enumerate(check_texts(texts)):
             rows.setdefault(text, row)
