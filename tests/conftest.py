@@ -12,6 +12,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import random
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,9 @@ import pytest
 import tokenizers
 import torch
 from safetensors.torch import save_file
+
+# A shell starts what it runs in the background with Ctrl-C ignored; the processes that tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Set by --no-onednn. Processes that tests start and compare with import this file too.
 if os.environ.get("TESTS_WITHOUT_ONEDNN"):
