@@ -8,7 +8,7 @@ a question (inverse cloze); --data FILE takes questions and documents in any for
 Both are split so that no document is in both training and test.
 
     python -m experiments.quickstart
-    python -m experiments.quickstart --pdf report.pdf --out runs/report
+    python -m experiments.quickstart --pdf report.pdf --out runs/from-pdf
     python -m experiments.quickstart --data pairs.csv --out runs/mine
 """
 
@@ -92,7 +92,7 @@ Load the fine-tuned model (it cuts texts at {CONFIG.max_length} tokens, as in tr
     from embedft import load_embedder;                     model = load_embedder("{out}/model")
     from sentence_transformers import SentenceTransformer; model = SentenceTransformer("{out}/model")
 Try your own documents, or questions that you already have (QA JSON, BEIR folder, JSONL or CSV pairs):
-    python -m experiments.quickstart --pdf FILE... --out runs/report
+    python -m experiments.quickstart --pdf FILE... --out runs/from-pdf
     python -m experiments.quickstart --data FILE --out runs/mine""")
 
 

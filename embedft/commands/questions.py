@@ -43,9 +43,9 @@ class LanguageModel(QuestionConfig):
 class Options(LanguageModel, config.Options):
     sources: list[str] = option(REQUIRED, "chunk files; packages for docstring", metavar="SOURCE", positional=True)
     out: str = option(REQUIRED, "folder for the datasets, replies and a report", metavar="DIR")
-    method: Literal["llm", "ict", "title", "docstring"] = option("llm", "ict: ask with a sentence; title: a heading")
+    method: Literal["llm", "ict", "title", "docstring"] = option("llm", "query: ict, a sentence; title, a heading")
     seed: int = option(0, "random seed for ict and docstring")
-    validation: bool = option(False, "SOURCE is for validation: ict always removes the sentence; no round trip")
+    validation: bool = option(False, "SOURCE is held out: ict always removes the sentence; no round trip")
     num_docstrings: list[int] = option([2_000, 1_000], "docstrings for training and validation", metavar="N N")
 
     def __post_init__(self):
