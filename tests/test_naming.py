@@ -1,0 +1,50 @@
+"""Patterns for the facts of an error: found in any wording, and not inside something else."""
+
+import pytest
+from naming import names
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        (("depth", 0, 1), "depth is 0, expected at least 1"),
+        (("depth", 0, 1), "expected a depth of 1 or more, got 0."),
+        (("depth", -1), "depth: -1"),
+        (("--size", 2), "expected more (--size=2)"),
+        (("x.tsv", 3), "x.tsv line 3:\n4 columns"),
+        (("'a b'", "(2, 3)"), "got 'a b' of shape (2, 3)"),
+        (("lr", 1e-05), "lr is 1e-05"),
+        (("1,000",), "1,000 texts"),
+    ],
+)
+def test_facts_are_found(facts, message):
+    assert names(message, *facts)
+
+
+@pytest.mark.parametrize(
+    ("fact", "message"),
+    [
+        (1, "is 10"),
+        (1, "is 21"),
+        (1, "is 1.5"),
+        (1, "is 0.1"),
+        (1, "is -1"),
+        (1, "is 1,000"),
+        (0, "is 1,0"),
+        (1, "row1"),
+        (0.5, "is 10.5"),
+        (0.5, "is 0.55"),
+        (-1, "is 2-1"),
+        ("dim", "dims"),
+        ("dim", "student_dim"),
+        ("--max", "--max_length"),
+        ("x.tsv", "y.tsv"),
+        ("[N, D]", "[N, 2]"),
+    ],
+)
+def test_a_fact_inside_something_else_is_not_found(fact, message):
+    assert not names(message, fact)
+
+
+def test_every_fact_counts():
+    assert not names("depth is 0", "depth", 0, 1)
