@@ -57,6 +57,11 @@ TINY_CONFIG = {
 }
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """The facts of an error (naming.py) as a readable id: "depth 0 1" rather than "facts3"."""
+    return " ".join(map(str, val)) if argname == "facts" and isinstance(val, tuple) else None
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shuffle", type=int, metavar="SEED", help="run the tests in a random order")
     parser.addoption("--no-onednn", action="store_true", help="run linear layers on torch's BLAS, as on other CPUs")
