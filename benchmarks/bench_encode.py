@@ -46,8 +46,8 @@ class SentenceTransformers:
 
 
 def main(options: argparse.Namespace) -> None:
-    uber = RetrievalDataset.load(find_data("lyft_uber", options.lyft_uber) / "val_dataset.json")
-    finance_file = find_data("finance_qa", options.finance_qa) / "Financial-QA-10k.csv"
+    uber = RetrievalDataset.load(find_data("lyft_uber", options.lyft_uber, "--lyft-uber") / "val_dataset.json")
+    finance_file = find_data("finance_qa", options.finance_qa, "--finance-qa") / "Financial-QA-10k.csv"
     finance = RetrievalDataset.load(finance_file, skip_empty=True)
     texts = {
         "Uber chunks": list(uber.texts.values()),

@@ -85,7 +85,7 @@ def _distinct(batch) -> bool:
 
 
 def main(options: argparse.Namespace) -> None:
-    train_file = str(find_data("lyft_uber", options.lyft_uber) / "train_dataset.json")
+    train_file = str(find_data("lyft_uber", options.data) / "train_dataset.json")
     folder = str(load_embedder(options.base, device="cpu").source.folder)
     workers = {"embedft": Worker(Ours, folder, train_file), "peer": Worker(SentenceTransformers, folder, train_file)}
     losses = {name: worker.call("first_loss") for name, worker in workers.items()}
@@ -116,6 +116,6 @@ def main(options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = make_parser("benchmarks.bench_train", __doc__)
-    parser.add_argument("--lyft-uber", metavar="DIR", help="folder with train_dataset.json [beside the checkout]")
+    parser.add_argument("--data", metavar="DIR", help="folder with train_dataset.json [beside the checkout]")
     parser.add_argument("--rounds", type=int, default=20, help="timed steps of each [20]")
     run(main, parser)

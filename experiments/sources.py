@@ -27,8 +27,8 @@ SOURCES = {
 }
 
 
-def find_data(name: str, given: str | None) -> Path:
-    """The folder of a dataset: the one given, else the one beside the checkout.
+def find_data(name: str, given: str | None, option: str = "--data") -> Path:
+    """The folder of a dataset: the one given with `option`, else the one beside the checkout.
 
     Raises:
         FileNotFoundError: says which file is missing and where it is published.
@@ -36,6 +36,6 @@ def find_data(name: str, given: str | None) -> Path:
     folder, source = Path(given) if given else SHARED / name, SOURCES[name]
     for file in source.files:
         if not (folder / file).is_file():
-            where = f"get it from {source.origin} and pass its folder with --data DIR"
+            where = f"get it from {source.origin} and pass its folder with {option} DIR"
             raise FileNotFoundError(f"{folder / file} is not there; {where}")
     return folder

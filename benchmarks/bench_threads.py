@@ -1,0 +1,122 @@
+"""How OpenMP's threads should wait for each other (Linux): torch's default, passively, or spinning for a short time.
+
+Times a training step, encoding and a single query, for `--base` and for a small BERT with the same tokenizer, on the
+machine as it is and with one more busy process per core. The vectors of all variants must be equal.
+
+    python -m benchmarks.bench_threads --rounds 5
+"""
+
+import argparse
+import multiprocessing
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from embedft import Embedder, RetrievalDataset, build_loss, load_embedder
+from embedft.data.batches import make_batches
+from embedft.encoders.bert import Bert, BertConfig
+from embedft.retrieval.tables import format_table
+from embedft.training.optim import build_optimizer
+from experiments.commandline import make_parser, run
+from experiments.sources import find_data
+
+from .workers import Worker, alternate, machine, ratios, spread
+
+VARIANTS = {"default": {}, "passive": {"OMP_WAIT_POLICY": "passive"}, "10,000 spins": {"GOMP_SPINCOUNT": "10000"}}
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+MAX_LENGTH, BATCH_SIZE, NUM_QUERIES, STEPS = 256, 10, 400, 4
+
+
+class Contestant:
+    """Trains and encodes on Lyft's and Uber's questions. `small`: with a BERT of `SMALL`'s sizes, drawn at random."""
+
+    def __init__(self, model: str, folder: str, small: bool):
+        self.embedder = load_embedder(model, max_length=MAX_LENGTH, device="cpu")
+        if small:
+            sizes = SMALL | {
+                "vocab_size": self.embedder.encoder.config.vocab_size,
+                "max_position_embeddings": MAX_LENGTH,
+            }
+            self.embedder = Embedder(Bert(BertConfig(**sizes)), self.embedder.tokenizer)
+        train, val = (RetrievalDataset.load(f"{folder}/{name}_dataset.json") for name in ("train", "val"))
+        self.queries, self.loss = list(val.queries.values())[:NUM_QUERIES], build_loss({"name": "in_batch_negatives"})
+        batches = make_batches(train, self.embedder.pack, batch_size=BATCH_SIZE, seed=0)
+        self.batches = (batch for epoch in range(1_000) for batch in batches.epoch(epoch))
+        self.optimizer = build_optimizer(self.embedder, lr=0.0, weight_decay=0.0)
+
+    def vector(self) -> np.ndarray:
+        return self.embedder.encode(self.queries[:1], role="query", progress=False)
+
+    def step(self) -> None:
+        for _ in range(STEPS):
+            batch = next(self.batches)
+            Q, D = self.embedder.embed_pair(batch.queries, batch.documents)
+            self.loss(Q, D, batch.targets).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def encode(self) -> None:
+        self.embedder.encode(self.queries, role="query", progress=False)
+
+    def query(self) -> None:
+        for _ in range(10):
+            self.vector()
+
+
+@contextmanager
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """The variables for processes started inside; OpenMP reads them when a process starts."""
+    before = {name: os.environ.pop(name, None) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def spin() -> None:
+    while True:
+        pass
+
+
+def main(options: argparse.Namespace) -> None:
+    folder = str(find_data("lyft_uber", options.data))
+    base = str(load_embedder(options.base, device="cpu").source.folder)
+    rows = []
+    for small in (False, True):
+        workers = {}
+        for name, variables in VARIANTS.items():
+            with environment(variables):
+                workers[name] = Worker(Contestant, base, folder, small)
+        if not small:
+            vectors = [worker.call("vector") for worker in workers.values()]
+            if any(not np.array_equal(vectors[0], other) for other in vectors):
+                raise ValueError("the vectors of the variants differ, expected equal ones")
+        for busy in (False, True):
+            others = [multiprocessing.Process(target=spin, daemon=True) for _ in range(os.cpu_count() * busy)]
+            for other in others:
+                other.start()
+            for method in ("step", "encode", "query"):
+                seconds = alternate(workers, method, rounds=options.rounds)
+                relative = [spread(ratios(seconds[name], seconds["default"])) for name in list(VARIANTS)[1:]]
+                rows.append([f"{'small BERT' if small else 'base'}: {method}", "busy" if busy else "idle", *relative])
+            for other in others:
+                other.kill()
+        for worker in workers.values():
+            worker.close()
+    print(format_table(["", "machine", *list(VARIANTS)[1:]], rows))
+    print(f"\ntime relative to torch's default, median [min, max] of {options.rounds} alternating rounds;")
+    print(f"{options.base}, {MAX_LENGTH} tokens, steps of {BATCH_SIZE} pairs, {NUM_QUERIES} questions, float32;")
+    print(machine())
+
+
+if __name__ == "__main__":
+    parser = make_parser("benchmarks.bench_threads", __doc__)
+    parser.add_argument("--data", metavar="DIR", help="folder with train_dataset.json [beside the checkout]")
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each [5]")
+    run(main, parser)
