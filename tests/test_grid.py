@@ -2,13 +2,13 @@
 
 import itertools
 import json
-import re
 import time
 import weakref
 
 import faiss
 import numpy as np
 import pytest
+from naming import naming
 from tiny import make_dataset, make_embedder
 
 from embedft import RetrievalDataset, Searcher, evaluate, evaluate_grid, mine, search
@@ -489,7 +489,7 @@ def test_a_query_does_not_find_itself(setting, depth):
     """Without its own document a query has its answer first, at any depth; with it second, which is 1 / log2(3)."""
     embedder, dataset = own_documents()
     options = {**setting, "depth": depth, "ks": (1,)}
-    with pytest.warns(UserWarning, match="2 queries have the id of a document .'a', ....*exclude_identical_ids=False"):
+    with pytest.warns(UserWarning, match=naming(2, "queries", "'a'", "exclude_identical_ids=False")):
         report = evaluate(embedder, dataset, **options)
     assert report.metrics["ndcg@1"] == 1
     found = report.run.to_dict()["a"]
@@ -500,17 +500,17 @@ def test_a_query_does_not_find_itself(setting, depth):
     kept = evaluate(embedder, dataset, exclude_identical_ids=False, **(options | {"depth": 2, "ks": (1, 2)}))
     assert kept.metrics["hit_rate@1"] == 0
     assert kept.metrics["ndcg@2"] == pytest.approx(1 / np.log2(3))
-    with pytest.warns(UserWarning, match="2 queries"):
+    with pytest.warns(UserWarning, match=naming(2, "queries")):
         run = search(embedder, dataset, dataset.queries, depth=depth, **setting)
     np.testing.assert_array_equal(run.indices, report.run.indices)
-    with pytest.warns(UserWarning, match="1 queries"):
+    with pytest.warns(UserWarning, match=naming(1, "queries", "'b'")):
         one = Searcher(embedder, dataset, depth=depth, **setting).search({"b": "claim b"})
     assert one.to_dict() == {"b": report.run.to_dict()["b"]}
 
 
 def test_a_query_finds_its_own_document_if_that_is_judged_relevant():
     embedder, dataset = own_documents(qrels={"a": {"a": 1}, "b": {"b": 0, "rb": 1}})
-    with pytest.warns(UserWarning, match="2 queries"):
+    with pytest.warns(UserWarning, match=naming(2, "queries")):
         found = evaluate(embedder, dataset).run.to_dict()
     assert list(found["a"])[:2] == ["a", "ra"]
     assert next(iter(found["b"])) == "rb"
@@ -529,36 +529,37 @@ def test_other_questions_under_the_id_of_a_document_find_it(recwarn):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "facts"),
     [
-        ({"precisions": ("float32", "int4")}, "precision is 'int4', expected one of float32, int8, binary"),
-        ({"indices": ("hnws",)}, "index 'hnws' at 32 dimensions: expected one of flat, hnsw, ivf, ivfpq, or a string"),
-        ({"indices": ("adaptive",)}, "index is 'adaptive', expected adaptive-DIM"),
-        ({"indices": ("adaptive-08",)}, "index is 'adaptive-08', expected adaptive-DIM"),
+        ({"precisions": ("float32", "int4")}, ("precision", "'int4'", "float32", "int8", "binary")),
+        ({"indices": ("hnws",)}, ("index", "'hnws'", 32, "flat", "hnsw", "ivf", "ivfpq")),
+        ({"indices": ("adaptive",)}, ("index", "'adaptive'", "adaptive-DIM")),
+        ({"indices": ("adaptive-08",)}, ("index", "'adaptive-08'", "adaptive-DIM")),
         (
             {"precisions": ("float32", "int8", "binary"), "indices": ("flat", "ivfpq", "adaptive-8")},
-            "int8 with ivfpq (it works with flat, hnsw, ivf); int8 with adaptive-8 (it works with flat,"
-            " hnsw, ivf); binary with ivfpq (it works with flat, hnsw, ivf); binary with adaptive-8 (it works with",
+            ("int8", "binary", "ivfpq", "adaptive-8"),
         ),
-        (
-            {"dims": (None, 32, 8), "indices": ("flat", "adaptive-8", "adaptive-16")},
-            "adaptive-8 at 8 dimensions; adaptive-16 at 8 dimensions",
+        *(
+            ({"precisions": (precision,), "indices": ("flat", index)}, (precision, index, "flat", "hnsw", "ivf"))
+            for precision in ("int8", "binary")
+            for index in ("ivfpq", "adaptive-8")
         ),
-        ({"indices": ("adaptive-8",), "passages": (None, (6, 3))}, "adaptive-8 with passages"),
-        ({"dims": (33,)}, "dim is 33, expected 1 to 32"),
-        ({"dims": (0,)}, "dim is 0, expected 1 to 32"),
-        ({"indices": ("ivfpq",)}, "index 'ivfpq' needs at least 256 documents to train on, found 9"),
-        ({"dims": ()}, r"dims is (), expected a list of at least one"),
-        ({"dims": 8}, r"dims is 8, expected a list of at least one"),
-        ({"precisions": "int8"}, "precisions is 'int8', expected a list of at least one"),
-        ({"indices": []}, r"indices is [], expected a list of at least one"),
-        ({"ks": (5,), "depth": 4}, "cutoffs ks=(5,) must be at least 1 and at most depth=4"),
+        ({"dims": (None, 32, 8), "indices": ("flat", "adaptive-8", "adaptive-16")}, ("adaptive-8", "adaptive-16", 8)),
+        ({"indices": ("adaptive-8",), "passages": (None, (6, 3))}, ("adaptive-8", "passages")),
+        ({"dims": (33,)}, ("dim", 33, 1, 32)),
+        ({"dims": (0,)}, ("dim", 0, 1, 32)),
+        ({"indices": ("ivfpq",)}, ("index", "'ivfpq'", 256, "documents", 9)),
+        ({"dims": ()}, ("dims", (), "list")),
+        ({"dims": 8}, ("dims", 8, "list")),
+        ({"precisions": "int8"}, ("precisions", "'int8'", "list")),
+        ({"indices": []}, ("indices", [], "list")),
+        ({"ks": (5,), "depth": 4}, ("ks", (5,), 1, "depth", 4)),
     ],
 )
-def test_a_grid_refuses_before_anything_is_encoded(tmp_path, monkeypatch, options, message):
+def test_a_grid_refuses_before_anything_is_encoded(tmp_path, monkeypatch, options, facts):
     embedder = make_embedder(tmp_path / "model")
     monkeypatch.setattr(embedder, "encode", None)
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=naming(*facts)):
         evaluate_grid(embedder, make_dataset(), **options)
 
 
@@ -566,7 +567,7 @@ def test_windows_may_be_enough_where_documents_are_too_few():
     """PQ is trained on 256: there are 100 documents, of about 300 windows."""
     embedder, dataset = random_data(100, most_windows=5)
     embedder.full_dim = 32
-    with pytest.raises(ValueError, match="index 'ivfpq' needs at least 256 documents to train on, found 100"):
+    with pytest.raises(ValueError, match=naming("index", "'ivfpq'", 256, "documents", 100)):
         evaluate(embedder, dataset, index="ivfpq")
     assert embedder.calls == []
     report = evaluate(embedder, dataset, index="ivfpq", passages=(6, 3), depth=10)
@@ -576,13 +577,13 @@ def test_windows_may_be_enough_where_documents_are_too_few():
 
 def test_a_width_that_is_not_known_is_checked_before_documents_are_encoded():
     embedder, dataset = random_data(20)
-    for options, message in (
-        ({"dim": 33}, "dim is 33, expected 1 to 32"),
-        ({"index": "adaptive-32"}, "adaptive-32 at 32 dimensions"),
-        ({"index": "hnws"}, "index 'hnws' at 32 dimensions"),
+    for options, facts in (
+        ({"dim": 33}, ("dim", 33, 1, 32)),
+        ({"index": "adaptive-32"}, ("adaptive-32", 32)),
+        ({"index": "hnws"}, ("index", "'hnws'", 32)),
     ):
         embedder.calls.clear()
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=naming(*facts)):
             evaluate(embedder, dataset, **options)
         assert embedder.calls == [("query", 20)]
 
@@ -590,29 +591,29 @@ def test_a_width_that_is_not_known_is_checked_before_documents_are_encoded():
 def test_search_refuses():
     embedder, dataset = random_data(20)
     for call in (lambda *a, **o: search(embedder, dataset, *a, **o), Searcher(embedder, dataset).search):
-        with pytest.raises(ValueError, match="queries is the text 'q00', expected a list of texts or "):
+        with pytest.raises(ValueError, match=naming("queries", "'q00'", "list", "{query id: text}")):
             call("q00")
         for none in ([], {}):
-            with pytest.raises(ValueError, match="no queries to search for"):
+            with pytest.raises(ValueError, match=naming("no", "queries")):
                 call(none)
     embedder.calls.clear()
     for index in ("flat", "hnsw"):
-        with pytest.raises(ValueError, match="no queries to search for"):
+        with pytest.raises(ValueError, match=naming("no", "queries")):
             search(embedder, dataset, [], index=index)
-        with pytest.raises(ValueError, match=r"depth.* 0"):
+        with pytest.raises(ValueError, match=naming("depth", 0, 1)):
             search(embedder, dataset, ["q00"], depth=0, index=index)
-    with pytest.raises(ValueError, match="binary with ivfpq"):
+    with pytest.raises(ValueError, match=naming("binary", "ivfpq")):
         search(embedder, dataset, ["q00"], index="ivfpq", precision="binary")
-    with pytest.raises(ValueError, match="dim is 40, expected 1 to 32"):
+    with pytest.raises(ValueError, match=naming("dim", 40, 1, 32)):
         Searcher(embedder, dataset, dim=40)
     assert {role for role, _ in embedder.calls} == {"document"}  # whose width was not known before
     embedder.table["q01"][:] = np.nan
-    with pytest.raises(ValueError, match="the embedding of query '1' has values that are not finite"):
+    with pytest.raises(ValueError, match=naming("query", "'1'", "finite")):
         search(embedder, dataset, ["q00", "q01"])
     embedder.encode_passages = lambda texts, *_, **__: (np.ones((3, 32), np.float32), [0, 0, 1])
-    with pytest.raises(ValueError, match="20 documents gave 3 windows of 2 documents"):
+    with pytest.raises(ValueError, match=naming(20, "documents", 3, "windows", 2)):
         search(embedder, dataset, ["q00"], passages=(6, 3))
-    with pytest.raises(ValueError, match=r"passages is \(6, 3\): object cannot cut"):
+    with pytest.raises(ValueError, match=naming("passages", (6, 3), "object")):
         check_settings(object(), [Setting(passages=(6, 3))])
 
 

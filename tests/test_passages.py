@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_VOCABULARY, write_tiny_folder
+from naming import naming
 
 from embedft import RetrievalDataset, load_embedder
 from embedft.encoders.adapter import Adapter
@@ -101,36 +102,33 @@ def test_the_side_of_truncation_changes_nothing(tmp_path, side):
 
 
 @pytest.mark.parametrize(
-    ("passages", "message"),
+    ("passages", "facts"),
     [
-        (
-            (49, 5),
-            r"passages of 49 tokens, expected 5 \(2 special tokens, 2 of the prompt, one of text\) to 48 ",
-        ),
-        ((4, 1), "passages of 4 tokens, expected 5 "),
-        ((6, 0), "passages start every 0 tokens, expected 1 to their size, 6"),
-        ((6, 7), "passages start every 7 tokens, expected 1 to their size, 6"),
-        ((6,), r"passages is \(6,\), expected \(size, stride\) in whole tokens"),
-        (("6", "2"), "expected \\(size, stride\\)"),
-        ((6.0, 2), "expected \\(size, stride\\)"),
-        (6, "passages is 6, expected \\(size, stride\\)"),
+        ((49, 5), ("passages", 49, 5, "special", 2, "prompt", 48, "max_length")),
+        ((4, 1), ("passages", 4, 5, 48)),
+        ((6, 0), ("passages", 0, 1, 6)),
+        ((6, 7), ("passages", 7, 1, 6)),
+        ((6,), ("passages", (6,), "(size, stride)", "whole")),
+        (("6", "2"), ("passages", ("6", "2"), "(size, stride)", "whole")),
+        ((6.0, 2), ("passages", (6.0, 2), "(size, stride)", "whole")),
+        (6, ("passages", 6, "(size, stride)", "whole")),
     ],
 )
-def test_passages_that_cannot_be_cut(tiny, passages, message):
+def test_passages_that_cannot_be_cut(tiny, passages, facts):
     tiny.prompts = {"document": "the: "}
     for call in (
         lambda: tiny.pack([LONG], role="document", passages=passages),
         lambda: tiny.encode_passages([LONG], passages),
         lambda: tiny.encode_passages([], passages),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=naming(*facts)):
             call()
 
 
 def test_what_is_not_a_text(tiny):
-    for texts, message in (("abc", "texts is a str"), (["a", None], r"texts\[1\] is a NoneType")):
+    for texts, facts in (("abc", ("texts", "str", "list")), (["a", None], ("texts[1]", "NoneType", "str"))):
         for prompt in ("", "the "):
-            with pytest.raises(ValueError, match=message):
+            with pytest.raises(ValueError, match=naming(*facts)):
                 tiny.tokenizer.windows(texts, (8, 4), prompt=prompt)
 
 
@@ -181,7 +179,7 @@ def test_windows_with_a_prompt(tiny, include_prompt):
             lambda: tiny.pack([""], role="document", passages=(4, 1)),
             lambda: tiny.encode_passages([], (4, 1)),
         ):
-            with pytest.raises(ValueError, match="passages of 4 tokens, expected 5 "):
+            with pytest.raises(ValueError, match=naming("passages", 4, 5)):
                 call()
 
 
@@ -365,29 +363,29 @@ def test_every_document_is_scored_when_candidates_run_out():
 
 
 def test_misuse():
-    for source, fault in (
-        ([0, 1, 2], r"\[3\] int64, expected \[2\]"),
-        ([1, 2], "window row 0 is of document 1"),
-        ([0, 2], "window row 1 is of document 2"),
-        ([1, 0], "window row 0 is of document 1"),
-        ([0, -1], "window row 1 is of document -1"),
-        ([0.0, 1.0], "float64"),
+    for source, *facts in (
+        ([0, 1, 2], [3], "int64", [2]),
+        ([1, 2], "row", 0, "document", 1),
+        ([0, 2], "row", 1, "document", 2, 0),
+        ([1, 0], "row", 0, "document", 1),
+        ([0, -1], "row", 1, "document", -1, 0),
+        ([0.0, 1.0], [2], "float64"),
     ):
-        with pytest.raises(ValueError, match=f"source.*{fault}"):
+        with pytest.raises(ValueError, match=naming("source", *facts)):
             WindowIndex(np.zeros((2, 3)), source)
-    with pytest.raises(ValueError, match=r"embeddings of shape \(0, 3\)"):
+    with pytest.raises(ValueError, match=naming("embeddings", (0, 3), "[N, D]")):
         WindowIndex(np.zeros((0, 3)), [])
     bad = np.zeros((3, 3))
     bad[2, 2] = np.nan
-    with pytest.raises(ValueError, match="the embedding of a window of document 1 has values that are not finite"):
+    with pytest.raises(ValueError, match=naming("window", "document", 1, "finite")):
         WindowIndex(bad, [0, 1, 1])
     index = WindowIndex(np.zeros((3, 3)), [0, 1, 1])
     assert len(index) == 2
-    with pytest.raises(ValueError, match="the embedding of row 2 has values"):
+    with pytest.raises(ValueError, match=naming("row", 2, "finite")):
         index.search(bad, 1)
-    with pytest.raises(ValueError, match=r"depth.* 0"):
+    with pytest.raises(ValueError, match=naming("depth", 0, 1)):
         index.search(np.zeros((1, 3)), 0)
-    with pytest.raises(ValueError, match=r"shape \(3,\), expected \[N, 3\]"):
+    with pytest.raises(ValueError, match=naming("embeddings", (3,), "[N, 3]")):
         index.search(np.zeros(3), 1)
     assert index.search(np.empty((0, 3)), 2).rows.shape == (0, 2)
 
@@ -470,7 +468,7 @@ def test_passages_need_an_embedder_that_cuts_windows(tiny):
         def encode(self, texts, *, role, dim):
             return np.ones((len(texts), 2), dtype=np.float32)
 
-    with pytest.raises(ValueError, match=r"passages is \(6, 3\): Plain cannot cut documents into windows"):
+    with pytest.raises(ValueError, match=naming("passages", (6, 3), "Plain")):
         evaluate(Plain(), long_dataset(), passages=(6, 3))
 
 
@@ -480,5 +478,5 @@ def test_a_window_that_is_not_finite_names_its_document(tiny, monkeypatch):
         "encode_passages",
         lambda self, texts, *_, **__: (np.full((2, 32), np.nan if "fee" in texts[0] else 1.0), [0, 0]),
     )
-    with pytest.raises(ValueError, match="a window of document 'd2' has values that are not finite"):
+    with pytest.raises(ValueError, match=naming("window", "document", "'d2'", "finite")):
         evaluate(tiny, long_dataset(), passages=(6, 3), slice_documents=1)

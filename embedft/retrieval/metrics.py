@@ -60,8 +60,8 @@ def judge(run: Run, qrels: Qrels) -> Judgments:
     document_J = np.array([index_of.get(document_id, unknown) for query_id in kept for document_id in qrels[query_id]])
     grade_J = np.array([grade for query_id in kept for grade in qrels[query_id].values()], dtype=np.float64)
     if not np.isfinite(grade_J).all():
-        query_id = kept[query_J[~np.isfinite(grade_J)][0]]
-        raise ValueError(f"qrels: query {query_id!r} has a grade that is not finite")
+        j = int(np.argmin(np.isfinite(grade_J)))
+        raise ValueError(f"qrels: query {kept[query_J[j]]!r} has the grade {grade_J[j]}, expected a finite number")
     # With each pair encoded as one integer, a single binary search over the J graded pairs looks up all [Q, K] grades.
     key_J = query_J * (unknown + 1) + document_J
     order_J = np.argsort(key_J)
