@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+from naming import naming
 
 from embedft import RetrievalDataset
 from embedft.corpus.cleaning import (
@@ -471,7 +472,8 @@ def test_judgments_of_documents_that_the_corpus_lacks_stay_with_their_queries():
 
 def test_nothing_left_is_an_error():
     queries = {"a": "A statement.", "b": "Another.", "c": "What does the text say?"}
-    with pytest.raises(ValueError, match=r"leaves none of the 3 queries: 2 asks nothing, 1 points at its source$"):
+    reasons = ("2 asks nothing", "1 points at its source")  # as a report has them
+    with pytest.raises(ValueError, match=naming(3, "queries", *reasons)):
         clean(dataset_of(queries))
 
 
@@ -523,7 +525,7 @@ def plane(degrees: float, length: float = 1.0) -> list[float]:
     return [length * np.cos(np.radians(degrees)), length * np.sin(np.radians(degrees))]
 
 
-OUT_OF_REACH = "document is not in the top k"
+OUT_OF_REACH, NOTHING_RELEVANT = "document is not in the top k", "has no relevant document"
 # Degrees are the ranking: a query's documents by the angle between them.
 ANGLES = {
     "east": plane(0, 9.0),
@@ -559,7 +561,7 @@ def test_round_trip_keeps_what_is_found():
 def test_round_trip_takes_the_best_relevant_document_and_ignores_grade_0():
     dataset = compass({"near east": {"w": 1, "e": 1}, "near north": {"n": 0, "w": 1}, "by west": {"w": 0}})
     cleaned, dropped = round_trip(dataset, encode=encoder(ANGLES), k=1)
-    assert dropped == {"near north": (OUT_OF_REACH, "rank 3"), "by west": ("has no relevant document", "")}
+    assert dropped == {"near north": (OUT_OF_REACH, "rank 3"), "by west": (NOTHING_RELEVANT, "")}
     assert cleaned.qrels == {"near east": {"w": 1, "e": 1}}
 
 
@@ -611,13 +613,13 @@ def test_round_trip_against_sorting(block):
 
 def test_round_trip_errors():
     dataset = compass({"near east": {"w": 1}, "near north": {"w": 1}})
-    with pytest.raises(ValueError, match="k is 0 and block 1024, expected at least 1"):
+    with pytest.raises(ValueError, match=naming("k", 0, "block", 1024, 1)):
         round_trip(dataset, encode=encoder(ANGLES), k=0)
-    with pytest.raises(ValueError, match="block 0, expected at least 1"):
+    with pytest.raises(ValueError, match=naming("block", 0, 1)):
         round_trip(dataset, encode=encoder(ANGLES), k=1, block=0)
-    with pytest.raises(ValueError, match="none of the 3 queries: 2 document is not in the top k, 1 has no relevant"):
+    with pytest.raises(ValueError, match=naming(3, "queries", f"2 {OUT_OF_REACH}", f"1 {NOTHING_RELEVANT}")):
         round_trip(dataset, encode=encoder(ANGLES), k=1)
-    with pytest.raises(ValueError, match="none of the 3 queries: 3 has no relevant document"):
+    with pytest.raises(ValueError, match=naming("queries", f"3 {NOTHING_RELEVANT}")):
         round_trip(compass({}), encode=encoder(ANGLES), k=1)
-    with pytest.raises(ValueError, match="encode returned values that are not finite"):
+    with pytest.raises(ValueError, match=naming("encode", "finite")):
         round_trip(dataset, encode=lambda texts, role: np.full((len(texts), 2), np.nan), k=1)

@@ -9,6 +9,7 @@ without sentence punctuation (Thai, Lao).
 
 import hashlib
 import re
+import reprlib
 from bisect import bisect_right
 from collections import namedtuple
 from collections.abc import Callable, Sequence
@@ -78,7 +79,7 @@ def load_chunks(path: str | Path) -> list[Chunk]:
     for number, row in read_jsonl(path):
         where = f"{path} line {number}"
         if not isinstance(row, dict) or not {"id", "text"} <= row.keys():
-            raise ValueError(f"{where}: expected an object with `id` and `text`")
+            raise ValueError(f"{where}: expected an object with `id` and `text`, found {reprlib.repr(row)}")
         id = str(row["id"]) if type(row["id"]) is int else row["id"]
         check_text(id, f"{where}: `id`")
         check_text(row["text"], f"{where}: `text`")
@@ -86,11 +87,12 @@ def load_chunks(path: str | Path) -> list[Chunk]:
             raise ValueError(f"{where}: id {id!r} already appears on an earlier line")
         headings = row.get("headings") or []
         if type(headings) is not list or not all(type(heading) is str for heading in headings):
-            raise ValueError(f"{where}: `headings` must be a list of strings")
+            raise ValueError(f"{where}: `headings` must be a list of strings, found {reprlib.repr(headings)}")
         try:
             places = tuple(Place(**place) for place in row.get("places") or ())
         except TypeError:
-            raise ValueError(f"{where}: `places` must be a list of objects with file, first_page, last_page") from None
+            found = f"`places` is {reprlib.repr(row['places'])}"
+            raise ValueError(f"{where}: {found}, expected a list of objects with file, first_page, last_page") from None
         chunks[id] = Chunk(id, row["text"], row.get("num_tokens"), places, tuple(headings))
     if not chunks:
         raise ValueError(f"{path}: has no chunks")
@@ -207,8 +209,7 @@ class _Cutter:
 
     def _units(self, spans: Sequence[tuple[int, int]], smaller: Sequence[str]) -> list[_Unit]:
         """The spans with their token counts; those that are too long are split with the first pattern of `smaller`."""
-        units = []
-        counts = self._counts([self.text[start:stop] for start, stop in spans])
+        units, counts = [], self._counts([self.text[start:stop] for start, stop in spans])
         for (start, stop), num_tokens in zip(spans, counts, strict=True):
             if num_tokens <= self.size - self.prefix_tokens:
                 units.append(_Unit(start, stop, num_tokens))
@@ -251,5 +252,4 @@ def _is_abbreviation(text: str, start: int, period: int) -> bool:
     numbered = NUMBERED.search(before.lstrip() if period - 24 <= start else f" {before}")
     if numbered or ABBREVIATION.fullmatch(LAST_WORD.search(before)[0]):
         return True
-    around = ORDINAL.finditer(text, max(start, period - 16), period + 24)
-    return any(match.start() < period < match.end() for match in around)
+    return any(m.start() < period < m.end() for m in ORDINAL.finditer(text, max(start, period - 16), period + 24))
