@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from naming import naming
 
 from embedft.retrieval.run import Run
 
@@ -14,26 +15,26 @@ INF = np.inf
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "facts"),
     [
-        (([[0, 1]], [[2.0, 1.0]]), r"float scores \[2, K\], found int64 \(1, 2\)"),
-        (([[0, 1], [1, 0]], [[2.0], [2.0]]), r"\[2, K\], found int64 \(2, 2\) and float64 \(2, 1\)"),
-        (([0, 1], [2.0, 1.0]), r"\[2, K\], found int64 \(2,\)"),
-        (([[0, 1], [1, 0]], [[2, 1], [2, 1]]), "float scores .*, found int64 .* and int64"),
-        (([[0, 1], [1, 3]], [[2.0, 1.0]] * 2), "'q2' has an index outside 3 documents"),
-        (([[0, 1], [1, -2]], [[2.0, 1.0]] * 2), "'q2' has an index outside 3 documents"),
-        (([[0, 1], [-1, 1]], [[2.0, 1.0], [-INF, -INF]]), "'q2' has a document after an empty place"),
-        (([[0, 1], [1, 0]], [[2.0, 1.0], [2.0, np.nan]]), "'q2' has a score that is not finite"),
-        (([[0, 1], [1, 0]], [[INF, 1.0], [2.0, 1.0]]), "'q1' has a score that is not finite"),
-        (([[0, 1], [1, -1]], [[2.0, 1.0], [2.0, 1.0]]), "'q2' has an empty place whose score is not -inf"),
-        (([[0, 1], [1, 0]], [[2.0, 1.0], [1.0, 2.0]]), "'q2' has a score above that of an earlier rank"),
-        (([[0, 1], [1, 1]], [[2.0, 1.0]] * 2), "'q2' has a document twice"),
-        (([[0, 1], [1, 0]], [[2.0, 1.0]] * 2, ("q1", "q1")), "query id 'q1' appears twice"),
-        (([[0, 1], [1, 0]], [[2.0, 1.0]] * 2, ("q1", "q2"), ("a", "b", "a")), "document id 'a' appears twice"),
+        (([[0, 1]], [[2.0, 1.0]]), ("float", "[2, K]", (1, 2))),
+        (([[0, 1], [1, 0]], [[2.0], [2.0]]), ("[2, K]", "int64", (2, 2), "float64", (2, 1))),
+        (([0, 1], [2.0, 1.0]), ("[2, K]", "int64", (2,))),
+        (([[0, 1], [1, 0]], np.array([[2, 1], [2, 1]], np.int32)), ("float", "int64", "int32")),
+        (([[0, 1], [1, 3]], [[2.0, 1.0]] * 2), ("'q2'", "index", 3)),
+        (([[0, 1], [1, -2]], [[2.0, 1.0]] * 2), ("'q2'", "index", 3)),
+        (([[0, 1], [-1, 1]], [[2.0, 1.0], [-INF, -INF]]), ("'q2'", "document", "empty")),
+        (([[0, 1], [1, 0]], [[2.0, 1.0], [2.0, np.nan]]), ("'q2'", "score", "finite")),
+        (([[0, 1], [1, 0]], [[INF, 1.0], [2.0, 1.0]]), ("'q1'", "score", "finite")),
+        (([[0, 1], [1, -1]], [[2.0, 1.0], [2.0, 1.0]]), ("'q2'", "empty", "score", -INF)),
+        (([[0, 1], [1, 0]], [[2.0, 1.0], [1.0, 2.0]]), ("'q2'", "score", "rank")),
+        (([[0, 1], [1, 1]], [[2.0, 1.0]] * 2), ("'q2'", "document", "twice")),
+        (([[0, 1], [1, 0]], [[2.0, 1.0]] * 2, ("q1", "q1")), ("query", "'q1'", "twice")),
+        (([[0, 1], [1, 0]], [[2.0, 1.0]] * 2, ("q1", "q2"), ("a", "b", "a")), ("document", "'a'", "twice")),
     ],
 )
-def test_refuses(arguments, message):
-    with pytest.raises(ValueError, match=message):
+def test_refuses(arguments, facts):
+    with pytest.raises(ValueError, match=naming(*facts)):
         make(*arguments)
 
 
@@ -58,7 +59,7 @@ def test_from_dict_of_nothing():
 
 
 def test_from_dict_refuses_scores_that_are_not_finite():
-    with pytest.raises(ValueError, match="query 'q' has a score that is not finite"):
+    with pytest.raises(ValueError, match=naming("'q'", "score", "finite")):
         Run.from_dict({"q": {"a": 1.0, "b": float("nan")}})
 
 
@@ -98,19 +99,19 @@ def test_load_orders_by_score_and_skips_blank_lines(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "facts"),
     [
-        ("q1 Q0 d2 2 0.5", "line 2: 5 columns, expected qid Q0 did rank score tag"),
-        ("q1 Q0 d 2 2 0.5 x", "line 2: 7 columns"),
-        ("q1 Q0 d2 2 high x", "line 2: score is 'high'"),
-        ("q1 Q0 d2 2 nan x", "line 2: score is 'nan'"),
-        ("q1 Q0 d1 2 0.5 x", "line 2: query 'q1' lists document 'd1' twice"),
+        ("q1 Q0 d2 2 0.5", (5, "qid", "tag")),
+        ("q1 Q0 d 2 2 0.5 x", (7, "qid", "tag")),
+        ("q1 Q0 d2 2 high x", ("score", "'high'", "finite")),
+        ("q1 Q0 d2 2 nan x", ("score", "'nan'", "finite")),
+        ("q1 Q0 d1 2 0.5 x", ("'q1'", "'d1'", "twice")),
     ],
 )
-def test_load_names_the_line(tmp_path, line, message):
+def test_load_names_the_line(tmp_path, line, facts):
     path = tmp_path / "run.trec"
     path.write_text(f"q1 Q0 d1 1 1.0 x\n{line}\n")
-    with pytest.raises(ValueError, match=f"run.trec {message}"):
+    with pytest.raises(ValueError, match=naming(path, 2, *facts)):
         Run.load(path)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from naming import names, naming
 
 from embedft.files import read_json
 from embedft.training import run_folder
@@ -61,7 +62,7 @@ def test_an_existing_run_is_refused(tmp_path):
     fill(tmp_path)
     before = files_in(tmp_path)
     for refused in (lambda: check_run(tmp_path), lambda: open_(tmp_path)):
-        with pytest.raises(ValueError, match=f"{tmp_path}: not empty; choose another folder, or overwrite or resume"):
+        with pytest.raises(ValueError, match=naming(tmp_path, "overwrite", "resume")):
             refused()
     assert files_in(tmp_path) == before
 
@@ -150,7 +151,7 @@ def test_killed_at_any_point_of_opening_and_closing(tmp_path, before, place):
                 open_(out, {"epochs": 3}, existing=option)
             break
         except ValueError as error:
-            if option == "overwrite" or not any(reason in str(error) for reason in ("is done", "cannot resume")):
+            if option == "overwrite" or not names(str(error), "resume"):
                 raise
     close_run(out)
     assert not (out / ".replaced").exists()
@@ -158,11 +159,7 @@ def test_killed_at_any_point_of_opening_and_closing(tmp_path, before, place):
 
 
 def test_only_one_process_writes(tmp_path):
-    with (
-        lock(tmp_path),
-        pytest.raises(ValueError, match=f"{tmp_path}: another process is writing there"),
-        lock(tmp_path),
-    ):
+    with lock(tmp_path), pytest.raises(ValueError, match=naming(tmp_path, "process", ".lock")), lock(tmp_path):
         pass
     with lock(tmp_path):
         open_(tmp_path)
@@ -175,13 +172,15 @@ def test_a_folder_in_which_nothing_began_is_removed(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("existing", ["refuse", "overwrite", "resume"])
-def test_foreign_files_are_left_alone(tmp_path, existing):
+@pytest.mark.parametrize(
+    ("existing", "fault"), [("refuse", "empty"), ("overwrite", "config.json"), ("resume", "config.json")]
+)
+def test_foreign_files_are_left_alone(tmp_path, existing, fault):
     """A folder without a run must not be emptied, even if it has a `model` or `eval`: others use these names too."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights.bin").write_text("precious")
     before = files_in(tmp_path)
-    with pytest.raises(ValueError, match=f"{tmp_path}: (not empty|has files but no run)"):
+    with pytest.raises(ValueError, match=naming(tmp_path, fault)):
         open_(tmp_path, existing=existing)
     assert files_in(tmp_path) == before
 
@@ -192,19 +191,19 @@ def test_what_cannot_be_written_is_found_at_once(tmp_path, existing):
     file = tmp_path / "file"
     file.write_text("")
     for out in (file, file / "run", file / "runs" / "mine", Path("/proc/embedft/run")):
-        with pytest.raises(ValueError, match=f"{out}: cannot be written to"):
+        with pytest.raises(ValueError, match=naming(out, "written")):
             check_run(out, existing)
     assert files_in(tmp_path) == {"file": b""}
 
 
 def test_what_to_do_about_a_run_is_one_of_three(tmp_path):
-    with pytest.raises(ValueError, match="existing is 'replace', expected one of refuse, overwrite, resume"):
+    with pytest.raises(ValueError, match=naming("existing", "'replace'", "refuse", "overwrite", "resume")):
         check_run(tmp_path, "replace")
 
 
 # Resuming.
 
-ANOTHER_VERSION = "finish it with the version that began it, or overwrite it$"
+ANOTHER_VERSION = ("version", "overwrite")
 
 
 def test_resuming_changes_nothing(tmp_path):
@@ -223,29 +222,29 @@ def test_resuming_what_never_began_begins_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("config", "message"),
+    ("config", "facts"),
     [
-        ({**CONFIG, "epochs": 3}, "epochs was 2 and is 3"),
-        ({**CONFIG, "loss": {"name": "other"}}, "loss was {'name': 'in_batch_negatives'} and is {'name': 'other'}"),
-        ({**CONFIG, "new": 1}, f"new was no setting and is 1; {ANOTHER_VERSION}"),
-        ({"epochs": 2}, f"loss was {{'name': 'in_batch_negatives'}} and is no setting; {ANOTHER_VERSION}"),
+        ({**CONFIG, "epochs": 3}, ("epochs", 2, 3)),
+        ({**CONFIG, "loss": {"name": "other"}}, ("loss", {"name": "in_batch_negatives"}, {"name": "other"})),
+        ({**CONFIG, "new": 1}, ("new", 1, *ANOTHER_VERSION)),
+        ({"epochs": 2}, ("loss", {"name": "in_batch_negatives"}, *ANOTHER_VERSION)),
     ],
 )
-def test_a_changed_setting_is_named(tmp_path, config, message):
+def test_a_changed_setting_is_named(tmp_path, config, facts):
     open_(tmp_path)
     before = files_in(tmp_path)
-    with pytest.raises(ValueError, match=f"{tmp_path}: cannot resume, {message}"):
+    with pytest.raises(ValueError, match=naming(tmp_path, "resume", *facts)):
         open_(tmp_path, config, existing="resume")
     assert files_in(tmp_path) == before
 
 
 def test_changed_data_is_refused(tmp_path):
     open_(tmp_path)
-    for data in ({"train": "1" * 64}, {**DATA, "validation": "0" * 64}, {}):
-        with pytest.raises(ValueError, match=f"{tmp_path}: cannot resume, [a-z]+ is not what the run began with"):
+    for data, name in (({"train": "1" * 64}, "train"), ({**DATA, "validation": "0" * 64}, "validation"), ({}, "train")):
+        with pytest.raises(ValueError, match=naming(tmp_path, "resume", name, "SHA-256")):
             open_(tmp_path, data=data, existing="resume")
     (tmp_path / "environment.json").write_text("{}")
-    with pytest.raises(ValueError, match="cannot resume, train is not what the run began with"):
+    with pytest.raises(ValueError, match=naming(tmp_path, "resume", "train", "SHA-256")):
         open_(tmp_path, existing="resume")
 
 
@@ -253,13 +252,13 @@ def test_a_run_that_is_done_is_not_resumed(tmp_path):
     open_(tmp_path)
     close_run(tmp_path)
     before = files_in(tmp_path)
-    with pytest.raises(ValueError, match=f"{tmp_path}: this run is done; there is nothing to resume"):
+    with pytest.raises(ValueError, match=naming(tmp_path, "done", "resume")):
         check_run(tmp_path, "resume")
     assert files_in(tmp_path) == before  # without a lock file
 
 
-@pytest.mark.parametrize("existing", ["resume", "refuse"])
-def test_a_run_killed_while_it_was_closed_is_closed_by_the_next_command(tmp_path, existing):
+@pytest.mark.parametrize(("existing", "fault"), [("resume", "done"), ("refuse", "empty")])
+def test_a_run_killed_while_it_was_closed_is_closed_by_the_next_command(tmp_path, existing, fault):
     open_(tmp_path)
     fill(tmp_path)
     close_run(tmp_path)
@@ -267,10 +266,10 @@ def test_a_run_killed_while_it_was_closed_is_closed_by_the_next_command(tmp_path
     for name in ("checkpoints/step-000001/model.safetensors", ".replaced/config.json", ".DONE.0123abcd.tmp"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("left")
-    with lock(tmp_path), pytest.raises(ValueError, match=r"done|not empty"):
+    with lock(tmp_path), pytest.raises(ValueError, match=naming(tmp_path, fault)):
         check_run(tmp_path, existing)
     assert files_in(tmp_path) != whole  # another process is at it
-    with pytest.raises(ValueError, match=r"done|not empty"):
+    with pytest.raises(ValueError, match=naming(tmp_path, fault)):
         check_run(tmp_path, existing)
     assert {name: text for name, text in files_in(tmp_path).items() if name != ".lock"} == whole
 
@@ -282,7 +281,7 @@ def test_a_run_killed_while_it_was_set_aside_is_left_alone(tmp_path):
     (tmp_path / ".replaced").mkdir()
     (tmp_path / "train.jsonl").rename(tmp_path / ".replaced" / "train.jsonl")
     before = files_in(tmp_path)
-    with pytest.raises(ValueError, match="this run is done"):
+    with pytest.raises(ValueError, match=naming(tmp_path, "done")):
         check_run(tmp_path, "resume")
     assert files_in(tmp_path) == before
 
@@ -310,22 +309,22 @@ OBJECTS = {"loss": {"name": "mine.loss", "sha256": "0", "values": {}}}
 
 
 @pytest.mark.parametrize(
-    ("objects", "message"),
+    ("objects", "facts"),
     [
-        ({"loss": {**OBJECTS["loss"], "sha256": "1"}}, "loss: the code or settings of mine.loss changed"),
-        ({"loss": {**OBJECTS["loss"], "values": {"a": 1}}}, "loss: the code or settings of mine.loss changed"),
-        ({"loss": {**OBJECTS["loss"], "name": "mine.other"}}, "loss: mine.loss became mine.other"),
-        ({}, "loss: mine.loss became not given"),
-        ({**OBJECTS, "on_step": OBJECTS["loss"]}, "on_step: not given became mine.loss"),
+        ({"loss": {**OBJECTS["loss"], "sha256": "1"}}, ("loss", "mine.loss", "code")),
+        ({"loss": {**OBJECTS["loss"], "values": {"a": 1}}}, ("loss", "mine.loss", "settings")),
+        ({"loss": {**OBJECTS["loss"], "name": "mine.other"}}, ("loss", "mine.loss", "mine.other")),
+        ({}, ("loss", "mine.loss", "given")),
+        ({**OBJECTS, "on_step": OBJECTS["loss"]}, ("on_step", "mine.loss", "given")),
     ],
 )
-def test_changed_code_is_named_and_may_be_allowed(tmp_path, objects, message):
+def test_changed_code_is_named_and_may_be_allowed(tmp_path, objects, facts):
     open_(tmp_path, {**CONFIG, "objects": OBJECTS})
     config = {**CONFIG, **({"objects": objects} if objects else {})}
-    with pytest.raises(ValueError, match=f"cannot resume, {message}; allow_changed_code=True"):
+    with pytest.raises(ValueError, match=naming(tmp_path, "resume", *facts, "allow_changed_code=True")):
         open_(tmp_path, config, existing="resume")
     options = {"hashes": DATA, "device": CPU, "existing": "resume", "allow_changed_code": True}
-    with pytest.raises(ValueError, match="epochs was 2 and is 3"):
+    with pytest.raises(ValueError, match=naming("epochs", 2, 3)):
         open_run(tmp_path, {**config, "epochs": 3}, **options)
     assert read_json(tmp_path / "config.json") == {**CONFIG, "objects": OBJECTS}
     open_run(tmp_path, config, **options)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from naming import naming
 
 from embedft.vectors import checked_source, unit_rows
 
@@ -28,12 +29,12 @@ def test_the_documents_of_windows():
         found = checked_source(source, 5)
         assert found.dtype == np.int64
         assert found.tolist() == [0, 0, 1, 2, 2]
-    for source, fault in (
-        ([0, 1], r"source is \[2\] int64, expected \[3\] whole numbers"),
-        ([0.0, 1.0, 2.0], "float64"),
-        ([0, 2, 3], "window row 1 is of document 2, expected documents ascending from 0 without gaps"),
-        ([0, 1, 0], "window row 2 is of document 0"),
-        ([-1, 0, 1], "window row 0 is of document -1"),
+    for source, *facts in (
+        ([0, 1], "[2]", "int64", "[3]"),
+        ([0.0, 1.0, 2.0], "float64", "[3]"),
+        ([0, 2, 3], "row", 1, "document", 2),
+        ([0, 1, 0], "row", 2, "document", 0),
+        ([-1, 0, 1], "row", 0, "document", -1),
     ):
-        with pytest.raises(ValueError, match=fault):
+        with pytest.raises(ValueError, match=naming("source", *facts)):
             checked_source(source, 3)
