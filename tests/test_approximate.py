@@ -3,6 +3,7 @@
 import faiss
 import numpy as np
 import pytest
+from naming import naming
 
 from embedft.retrieval.approximate import FaissIndex, check_index, split_name
 from embedft.retrieval.index import recall_against, search_exact
@@ -141,25 +142,25 @@ def test_size_is_that_of_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("annoy", r"\w"),
-        ("hnws", r"\w"),
-        ("PQ5", r"\w"),
-        ("HNSW8_PQ4", "it does not search by inner product"),  # distances: the smallest would have to come first
-        ("hnsw,nprobe=3", "could not set parameter nprobe"),
-        ("ivf,efSearch=3", "could not set parameter efSearch"),
-        ("ivf,nprobe=many", "could not interpret"),
+        ("annoy", "parse"),
+        ("hnws", "parse"),
+        ("PQ5", "multiple"),
+        ("HNSW8_PQ4", "product"),  # distances: the smallest would have to come first
+        ("hnsw,nprobe=3", "set_index_parameter"),
+        ("ivf,efSearch=3", "set_index_parameter"),
+        ("ivf,nprobe=many", "interpret"),
     ],
 )
 def test_a_name_is_refused_before_there_are_vectors(name, reason):
-    with pytest.raises(
-        ValueError, match=rf"'{name}' at 16 dimensions: expected one of flat, hnsw, ivf, ivfpq.*{reason}"
-    ):
+    with pytest.raises(ValueError, match=naming("index", f"'{name}'", DIM, "flat", "hnsw", "ivf", "ivfpq", reason)):
         check_index(name, DIM)
 
 
-@pytest.mark.parametrize("name", ["PQ4x12", "IVF0,Flat", "IVF4,Flat,nprobe=0"])
-def test_a_name_is_refused_when_faiss_trains_or_searches(name):
-    with pytest.raises(ValueError, match=rf"'{name}' at 16 dimensions: expected one of .* \(\w.*\)") as caught:
+@pytest.mark.parametrize(
+    ("name", "reason"), [("PQ4x12", 4096), ("IVF0,Flat", "cur_nprobe"), ("IVF4,Flat,nprobe=0", "cur_nprobe")]
+)
+def test_a_name_is_refused_when_faiss_trains_or_searches(name, reason):
+    with pytest.raises(ValueError, match=naming("index", f"'{name}'", DIM, "flat", "ivfpq", reason)) as caught:
         FaissIndex(DOCUMENTS[:300], name).search(QUERIES, 1)
     assert ".cpp" not in str(caught.value)
 
@@ -172,36 +173,34 @@ def test_known_names_are_accepted_before_there_are_vectors():
 
 def test_embeddings_that_cannot_be_indexed():
     for wrong in (DOCUMENTS[:0], DOCUMENTS[:, :0], DOCUMENTS[0]):
-        with pytest.raises(ValueError, match=r"embeddings of shape .*, expected \[N, D\] with at least one document"):
+        with pytest.raises(ValueError, match=naming("embeddings", wrong.shape, "[N, D]", "document")):
             FaissIndex(wrong, "hnsw")
     damaged = DOCUMENTS.copy()
     damaged[2999, 0] = np.nan
     for name in ("hnsw", "ivf"):
-        with pytest.raises(ValueError, match="the embedding of row 2999 has"):
+        with pytest.raises(ValueError, match=naming("row", 2999, "finite")):
             FaissIndex(damaged, name)
 
 
-@pytest.mark.parametrize(
-    ("name", "needed", "number"), [("ivfpq", "256", 255), ("IVF40,Flat", "40", 39), ("PQ4", "256", 100)]
-)
+@pytest.mark.parametrize(("name", "needed", "number"), [("ivfpq", 256, 255), ("IVF40,Flat", 40, 39), ("PQ4", 256, 100)])
 def test_too_few_documents_to_train_on(name, needed, number):
     for call in (
         lambda: FaissIndex(DOCUMENTS[:number], name),
         lambda: check_index(name, DIM, num_documents=number),
     ):
-        with pytest.raises(ValueError, match=f"'{name}' needs at least {needed} documents.* {number}"):
+        with pytest.raises(ValueError, match=naming("index", f"'{name}'", needed, "documents", number)):
             call()
-    check_index(name, DIM, num_documents=int(needed))
+    check_index(name, DIM, num_documents=needed)
     check_index(name, DIM)
 
 
 @pytest.mark.parametrize("index", [FaissIndex(DOCUMENTS, "ivf"), AdaptiveIndex(DOCUMENTS, 4)])
 def test_misuse_of_searching(index):
-    with pytest.raises(ValueError, match=r"depth.* 0"):
+    with pytest.raises(ValueError, match=naming("depth", 0, 1)):
         index.search(QUERIES, 0)
-    with pytest.raises(ValueError, match=r"shape \(400, 3\), expected \[N, 16\]"):
+    with pytest.raises(ValueError, match=naming("embeddings", (400, 3), "[N, 16]")):
         index.search(QUERIES[:, :3], 1)
-    with pytest.raises(ValueError, match="the embedding of row 0 has"):
+    with pytest.raises(ValueError, match=naming("row", 0, "finite")):
         index.search(QUERIES * np.inf, 1)
 
 
@@ -250,5 +249,5 @@ def test_a_shortlist_of_all_documents_is_exact_at_any_depth():
 
 
 def test_misuse_of_adaptive_retrieval():
-    with pytest.raises(ValueError, match=r"shape \(16,\), expected \[N, D\]"):
+    with pytest.raises(ValueError, match=naming("embeddings", (16,), "[N, D]")):
         AdaptiveIndex(DOCUMENTS[0], 1)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from naming import naming
 
 import embedft
 from embedft.cli import COMMANDS
@@ -325,7 +326,7 @@ def test_names_of_the_public_face_are_imported_when_used():
     assert "embedft.retrieval.report" in loaded
     assert not loaded & {"torch", "embedft.recipe"}
     assert set(embedft.__all__) <= set(dir(embedft))
-    with pytest.raises(AttributeError, match="nothing"):
+    with pytest.raises(AttributeError, match=naming("'embedft'", "'nothing'")):
         embedft.nothing  # noqa: B018
 
 

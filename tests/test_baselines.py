@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import LETTERS
+from naming import naming
 
 from embedft import Report, RetrievalDataset, bm25_run, compare, evaluate, evaluate_run, fuse, load_embedder
 from embedft.retrieval.run import Run
@@ -122,20 +123,20 @@ def test_choose_weight_finds_the_best(metric):
 def test_a_question_that_no_run_has_makes_no_difference():
     run = Run.from_dict({"q1": {"a": 1.0}})
     assert choose_weight([run, run], {"q1": {"a": 1}, "q2": {"a": 1}}) == (0.5, 0.5)
-    with pytest.raises(ValueError, match="has a relevant document"):
+    with pytest.raises(ValueError, match=naming(1, "queries", "relevant")):
         choose_weight([run, run], {"q1": {"a": 0}})
 
 
 @pytest.mark.parametrize(
-    ("number", "options", "message"),
+    ("number", "options", "facts"),
     [
-        (1, {}, "fusion: weights are .*for each of 1 runs"),
-        (3, {}, "fusion: weights are .*for each of 3 runs"),
-        (2, {"metric": "f1@3"}, "f1"),
+        (1, {}, ("fusion", "weights", [0.0, 1.0], 1, "runs")),
+        (3, {}, ("fusion", "weights", [0.0, 1.0], 3, "runs")),
+        (2, {"metric": "f1@3"}, ("metric", "'f1@3'", "hit_rate", "judged")),
     ],
 )
-def test_choose_weight_refuses(number, options, message):
-    with pytest.raises(ValueError, match=message):
+def test_choose_weight_refuses(number, options, facts):
+    with pytest.raises(ValueError, match=naming(*facts)):
         choose_weight([Run.from_dict({"q": {"a": 1.0}})] * number, {"q": {"a": 1}}, **options)
 
 
@@ -233,12 +234,12 @@ def test_the_command(tmp_path, write_tiny, capsys, monkeypatch):
 
 
 def test_what_is_refused(tmp_path, write_tiny):
-    with pytest.raises(FileNotFoundError, match=r"train_dataset.json is not there; get it from https://github.com"):
+    with pytest.raises(FileNotFoundError, match=naming(tmp_path / "train_dataset.json", "https://github.com")):
         main(Namespace(data=str(tmp_path)))
     write_datasets(tmp_path)
     short = str(write_tiny(tmp_path / "short"))
     options = Namespace(data=str(tmp_path), base=short, tuned=[], store=str(tmp_path / "vectors"))
-    with pytest.raises(ValueError, match="max_length is 512, expected at most the encoder's 48 positions"):
+    with pytest.raises(ValueError, match=naming(short, "max_length", 512, 48)):
         main(options)
 
 

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from naming import naming
 
 from embedft import load_embedder
 from embedft.encoders import bert, layers
@@ -210,16 +211,16 @@ def test_defaults_are_berts():
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "facts"),
     [
-        ({"num_attention_heads": 3}, "hidden_size 8 is not divisible by 3 heads"),
-        ({"hidden_act": "swish"}, "hidden_act is 'swish', expected one of gelu, gelu_new, gelu_pytorch_tanh, relu"),
-        ({"hidden_dropout_prob": 1.5}, "hidden_dropout_prob is 1.5, expected 0 to 1"),
-        ({"layer_norm_eps": -1e-12}, "layer_norm_eps is -1e-12, expected 0 to 1"),
-        ({"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key', expected 'absolute'"),
-        ({"is_decoder": True}, "is_decoder is true, but attention here is bidirectional"),
+        ({"num_attention_heads": 3}, ("hidden_size", 8, 3, "heads")),
+        ({"hidden_act": "swish"}, ("hidden_act", "'swish'", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")),
+        ({"hidden_dropout_prob": 1.5}, ("hidden_dropout_prob", 1.5, 0, 1)),
+        ({"layer_norm_eps": -1e-12}, ("layer_norm_eps", -1e-12, 0, 1)),
+        ({"position_embedding_type": "relative_key"}, ("position_embedding_type", "'relative_key'", "'absolute'")),
+        ({"is_decoder": True}, ("is_decoder", "true", "bidirectional")),
     ],
 )
-def test_a_wrong_field_is_named(change, message):
-    with pytest.raises(ValueError, match=f"^{message}$"):
+def test_a_wrong_field_is_named(change, facts):
+    with pytest.raises(ValueError, match=naming(*facts)):
         BertConfig(**COMPLETE | change)

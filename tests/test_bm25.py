@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from naming import naming
 
 from embedft import RetrievalDataset, bm25_run, evaluate_run
 from embedft.retrieval import bm25
@@ -222,19 +223,19 @@ def test_numpy_tokens_are_tokens():
 
 
 @pytest.mark.parametrize(
-    ("documents", "options", "message"),
+    ("documents", "options", "facts"),
     [
-        ([], {}, "BM25: no documents"),
-        ([["a"]], {"k1": -0.1}, "BM25: k1 is -0.1"),
-        ([["a"]], {"k1": math.nan}, "BM25: k1 is nan"),
-        ([["a"]], {"k1": math.inf}, "BM25: k1 is inf"),
-        ([["a"]], {"b": 1.01}, "BM25: .* b is 1.01"),
-        ([["a"]], {"b": -0.01}, "BM25: .* b is -0.01"),
-        ([["a"]], {"b": math.nan}, "BM25: .* b is nan"),
+        ([], {}, ("BM25", "no", "documents")),
+        ([["a"]], {"k1": -0.1}, ("BM25", "k1", -0.1, 0)),
+        ([["a"]], {"k1": math.nan}, ("BM25", "k1", "nan", 0)),
+        ([["a"]], {"k1": math.inf}, ("BM25", "k1", "inf", 0)),
+        ([["a"]], {"b": 1.01}, ("BM25", "b", 1.01, 0, 1)),
+        ([["a"]], {"b": -0.01}, ("BM25", "b", -0.01, 0, 1)),
+        ([["a"]], {"b": math.nan}, ("BM25", "b", "nan", 0, 1)),
     ],
 )
-def test_build_refuses(documents, options, message):
-    with pytest.raises(ValueError, match=message):
+def test_build_refuses(documents, options, facts):
+    with pytest.raises(ValueError, match=naming(*facts)):
         Bm25Index(documents, **options)
 
 
@@ -301,10 +302,10 @@ def test_options_of_a_run():
     assert run.indices[3].tolist() == rows
     np.testing.assert_allclose(run.scores[3], best, rtol=1e-6)
     for wrong in (lambda texts: [["a"]], lambda texts: texts):
-        with pytest.raises(ValueError, match="BM25: tokenize did not return a list of tokens for each of 4 texts"):
+        with pytest.raises(ValueError, match=naming("BM25", "tokenize", "list", 4, "texts")):
             bm25_run(DATASET, tokenize=wrong)
     calls.clear()
-    with pytest.raises(ValueError, match="depth is 0, expected at least 1"):
+    with pytest.raises(ValueError, match=naming("depth", 0, 1)):
         bm25_run(DATASET, tokenize=tokenize, depth=0)
     assert not calls  # before any work
 
@@ -319,5 +320,5 @@ def test_a_query_does_not_find_itself():
 
 
 def test_words_of_one_text_instead_of_a_list():
-    with pytest.raises(ValueError, match="texts is a str"):
+    with pytest.raises(ValueError, match=naming("texts", "str", "list")):
         split_words("ab cd")

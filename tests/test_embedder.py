@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from naming import naming
 
 from embedft import Targets, load_embedder
 from embedft.encoders.bert import key_map
@@ -253,10 +254,8 @@ def test_a_vector_that_is_not_finite_names_its_text(tiny_bert, tmp_path, passage
         embedder.encoder.embeddings.token.weight[token, 0] = float("nan")
     encode = embedder.encode if passages is None else lambda texts: embedder.encode_passages(texts, passages)
     encode(["hello", "a"])
-    with pytest.raises(ValueError, match="not finite") as caught:
+    with pytest.raises(ValueError, match=naming("finite", "'hello world'" if passages is None else token)):
         encode(["hello", "hello world", "a"])
-    if passages is None:
-        assert "'hello world'" in str(caught.value)
     encode(["hello", "a"])
 
 
@@ -266,7 +265,7 @@ def test_a_prompt_that_leaves_no_room(write_tiny, tmp_path):
         tmp_path / "model", modules=True, pooling={"pooling_mode": "mean", "include_prompt": False}, settings=settings
     )
     embedder = load_embedder(folder, device="cpu")
-    with pytest.raises(ValueError, match="the query prompt has 47 tokens, max_length is 48"):
+    with pytest.raises(ValueError, match=naming("query", "prompt", 47, "max_length", 48)):
         embedder.encode(["text"], role="query")
     embedder.encode(["text"], role="document")
 
@@ -365,7 +364,7 @@ def test_dropout_is_for_training_and_encode_restores_the_mode(tiny_bert):
     assert all(module.training for module in embedder.modules())
     packed = embedder.pack(DOCUMENTS, role="document")
     assert not torch.equal(embedder.embed(packed, role="document"), embedder.embed(packed, role="document"))
-    with pytest.raises(ValueError, match="texts"):
+    with pytest.raises(ValueError, match=naming("texts[0]", "int", "str")):
         embedder.encode([1])
     assert all(module.training for module in embedder.modules())
 
@@ -393,33 +392,33 @@ def test_types_of_weights(minilm_folder, minilm, dtype):
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("call", "facts"),
     [
-        (lambda e: e.encode(["a"], role="passage"), "role is 'passage', expected one of query, document"),
-        (lambda e: e.pack(["a"], role="Query"), "role is 'Query', expected one of query, document"),
-        (lambda e: e.embed(e.pack(["a"], role="query"), role=""), "role is '', expected one of query, document"),
-        (lambda e: e.encode(["a"], dim=0), "dim is 0, expected 1 to 32"),
-        (lambda e: e.encode(["a"], dim=33), "dim is 33, expected 1 to 32"),
-        (lambda e: e.encode("text"), "texts is a str, expected a list of str"),
-        (lambda e: e.pack("text", role="query"), "texts is a str, expected a list of str"),
-        (lambda e: e.encode([None]), r"texts\[0\] is a NoneType, expected a str"),
+        (lambda e: e.encode(["a"], role="passage"), ("role", "'passage'", "query", "document")),
+        (lambda e: e.pack(["a"], role="Query"), ("role", "'Query'", "query", "document")),
+        (lambda e: e.embed(e.pack(["a"], role="query"), role=""), ("role", "''", "query", "document")),
+        (lambda e: e.encode(["a"], dim=0), ("dim", 0, 1, 32)),
+        (lambda e: e.encode(["a"], dim=33), ("dim", 33, 1, 32)),
+        (lambda e: e.encode("text"), ("texts", "str", "list")),
+        (lambda e: e.pack("text", role="query"), ("texts", "str", "list")),
+        (lambda e: e.encode([None]), ("texts[0]", "NoneType", "str")),
     ],
 )
-def test_calls_that_are_refused(tiny_bert, call, message):
-    with pytest.raises(ValueError, match=f"^{message}$"):
+def test_calls_that_are_refused(tiny_bert, call, facts):
+    with pytest.raises(ValueError, match=naming(*facts)):
         call(load_embedder(tiny_bert, device="cpu"))
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "facts"),
     [
-        ({"similarity": "euclidean"}, "similarity is 'euclidean', expected one of cosine, dot"),
-        ({"truncate_dim": 64}, "dim is 64, expected 1 to 32"),
+        ({"similarity": "euclidean"}, ("similarity", "'euclidean'", "cosine", "dot")),
+        ({"truncate_dim": 64}, ("dim", 64, 1, 32)),
     ],
 )
-def test_settings_that_are_refused(tiny_bert, options, message):
+def test_settings_that_are_refused(tiny_bert, options, facts):
     loaded = load_embedder(tiny_bert, device="cpu")
-    with pytest.raises(ValueError, match=f"^{message}"):
+    with pytest.raises(ValueError, match=naming(*facts)):
         Embedder(loaded.encoder, loaded.tokenizer, **options)
 
 

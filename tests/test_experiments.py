@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from api_server import ApiServer
+from naming import names, naming
 
 from benchmarks.workers import Worker, alternate, ratios, spread
 from embedft import RetrievalDataset, load_embedder
@@ -57,7 +58,7 @@ def test_quickstart_on_ones_own_data(tmp_path):
     assert load_embedder(tmp_path / "out" / "model").max_length == 128
     again = run("experiments.quickstart", "--data", "pairs.csv", "--out", "out", folder=tmp_path)
     assert (again.returncode, again.stdout) == (2, "")  # before any work
-    assert again.stderr.startswith("experiments.quickstart: error: out: not empty; ")
+    assert names(again.stderr, "experiments.quickstart", "out", "empty", "overwrite", "resume")
     assert again.stderr.count("\n") == 1
 
 
@@ -122,7 +123,7 @@ def test_one_filing_and_a_server(tmp_path, monkeypatch):
         options += ("--embedding-model", "vectors", "--embedding-url", server.base_url)
         refused = run("experiments.repro_10k_pages", *options, folder=tmp_path)
         assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
-        assert "8 of 8 chunks have no questions yet; run this again" in refused.stderr
+        assert names(refused.stderr, 8, "chunks", "no", "questions")
         fault = None
         done = run("experiments.repro_10k_pages", *options, folder=tmp_path)
         assert done.returncode == 0, done.stderr
@@ -137,7 +138,7 @@ def test_one_filing_and_a_server(tmp_path, monkeypatch):
 
 def test_data_that_is_not_there(tmp_path):
     (tmp_path / "train_dataset.json").touch()
-    with pytest.raises(FileNotFoundError, match=r"val_dataset.json is not there; get it from https://github.com"):
+    with pytest.raises(FileNotFoundError, match=naming(tmp_path / "val_dataset.json", "https://github.com", "--data")):
         find_data("lyft_uber", str(tmp_path))
 
 
@@ -155,7 +156,7 @@ class Sleeper:
         return self.calls
 
     def fail(self) -> None:
-        raise ValueError("no good")
+        raise ValueError("refused")
 
 
 def test_workers_take_turns():
@@ -164,7 +165,7 @@ def test_workers_take_turns():
     assert [worker.call("count") for worker in workers.values()] == [4, 4]
     assert len(seconds["slow"]) == len(seconds["fast"]) == 3
     assert min(seconds["slow"]) >= 0.2
-    with pytest.raises(ValueError, match="no good"):
+    with pytest.raises(ValueError, match=naming("refused")):
         workers["slow"].call("fail")
     assert workers["fast"].peak_bytes > 1 << 20
     for worker in workers.values():

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from naming import naming
 
 from embedft import Run, fuse
 
@@ -177,25 +178,21 @@ def test_runs_are_not_changed_and_may_be_float32():
 
 
 @pytest.mark.parametrize(
-    ("runs", "options", "message"),
+    ("runs", "options", "facts"),
     [
-        ([], {}, "fusion: no runs"),
-        ([FIRST], {"method": "mean"}, "method is 'mean', expected rrf or zscore"),
-        ([FIRST, SECOND], {"weights": [1.0]}, r"fusion: weights are \[1.0\], expected one .* of 2 runs"),
-        ([FIRST], {"weights": [[1.0]]}, r"fusion: weights are \[\[1.0\]\]"),
-        (
-            [FIRST, SECOND],
-            {"weights": [1, -0.5]},
-            r"fusion: weights are \[1.0, -0.5\], expected one number of at least 0",
-        ),
-        ([FIRST, SECOND], {"weights": [0, 0]}, "not all 0"),
-        ([FIRST, SECOND], {"weights": [1, math.nan]}, r"fusion: weights are \[1.0, nan\]"),
-        ([FIRST, SECOND], {"weights": [1, math.inf]}, r"fusion: weights are \[1.0, inf\]"),
-        ([FIRST], {"k": -1}, "fusion: k is -1, expected a number of at least 0"),
-        ([FIRST], {"k": math.nan}, "fusion: k is nan"),
-        ([FIRST], {"depth": 0}, "fusion: depth is 0"),
+        ([], {}, ("fusion", "no", "runs")),
+        ([FIRST], {"method": "mean"}, ("fusion", "method", "'mean'", "rrf", "zscore")),
+        ([FIRST, SECOND], {"weights": [1.0]}, ("fusion", "weights", [1.0], 2, "runs")),
+        ([FIRST], {"weights": [[1.0]]}, ("fusion", "weights", [[1.0]], 1, "runs")),
+        ([FIRST, SECOND], {"weights": [1, -0.5]}, ("fusion", "weights", [1.0, -0.5], "number", 0)),
+        ([FIRST, SECOND], {"weights": [0, 0]}, ("fusion", "weights", [0.0, 0.0], "all", 0)),
+        ([FIRST, SECOND], {"weights": [1, math.nan]}, ("fusion", "weights", "[1.0, nan]")),
+        ([FIRST, SECOND], {"weights": [1, math.inf]}, ("fusion", "weights", "[1.0, inf]")),
+        ([FIRST], {"k": -1}, ("fusion", "k", -1, 0)),
+        ([FIRST], {"k": math.nan}, ("fusion", "k", "nan", 0)),
+        ([FIRST], {"depth": 0}, ("fusion", "depth", 0, 1)),
     ],
 )
-def test_refuses(runs, options, message):
-    with pytest.raises(ValueError, match=message):
+def test_refuses(runs, options, facts):
+    with pytest.raises(ValueError, match=naming(*facts)):
         fuse(runs, **options)

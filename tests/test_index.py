@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+from naming import naming
 
 from embedft.retrieval import index as index_module
 from embedft.retrieval.index import (
@@ -187,29 +188,29 @@ def test_search_exact_on_a_device_goes_through_torch(monkeypatch):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_misuse_of_search_exact(bad):
     documents = np.ones((5, 3), dtype=np.float32)
-    with pytest.raises(ValueError, match=r"depth.* 0"):
+    with pytest.raises(ValueError, match=naming("depth", 0, 1)):
         search_exact(documents, documents, 0)
     for none in ([], documents[:0], iter([documents[:0]])):
-        with pytest.raises(ValueError, match="no documents"):
+        with pytest.raises(ValueError, match=naming("no", "documents")):
             search_exact(documents, none, 1)
-    with pytest.raises(ValueError, match=r"shape \(5, 2\), expected \[N, 3\]"):
+    with pytest.raises(ValueError, match=naming("embeddings", (5, 2), "[N, 3]")):
         search_exact(documents, [documents, documents[:, :2]], 1)
-    with pytest.raises(ValueError, match=r"shape \(3,\), expected \[N, D\]"):
+    with pytest.raises(ValueError, match=naming("embeddings", (3,), "[N, D]")):
         search_exact(documents[0], documents, 1)
-    with pytest.raises(ValueError, match=r"shape \(5, 0\), expected \[N, D\]"):
+    with pytest.raises(ValueError, match=naming("embeddings", (5, 0), "[N, D]")):
         search_exact(documents[:, :0], documents, 1)
     damaged = documents.copy()
     damaged[2, 1] = bad
-    with pytest.raises(ValueError, match="the embedding of row 7 has"):
+    with pytest.raises(ValueError, match=naming("row", 7, "finite")):
         search_exact(documents, [documents, damaged], 1)
-    with pytest.raises(ValueError, match="the embedding of row 2 has"):
+    with pytest.raises(ValueError, match=naming("row", 2, "finite")):
         search_exact(damaged, documents, 1)
 
 
 def test_a_value_that_is_not_finite_is_named_in_a_later_slice():
     embeddings = np.zeros((5, 2))
     embeddings[3, 0] = np.inf
-    with pytest.raises(ValueError, match="the embedding of query 'd' has"):
+    with pytest.raises(ValueError, match=naming("query", "'d'", "finite")):
         require_finite(embeddings, "query", list("abcde"), slice_rows=2)
 
 

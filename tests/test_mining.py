@@ -9,6 +9,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
+from naming import naming
 from tiny import make_dataset, make_embedder
 
 from embedft import FinetuneConfig, RetrievalDataset, finetune, mine, search
@@ -389,42 +390,42 @@ def test_mined_anew_in_training(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "facts"),
     [
-        ({"ranks": (0, 5)}, r"ranks is \(0, 5\), expected"),
-        ({"ranks": (5, 4)}, r"ranks is \(5, 4\), expected"),
-        ({"ranks": (1, 2, 3)}, r"ranks is \(1, 2, 3\), expected"),
-        ({"ranks": (1, 4.0)}, r"ranks is \(1, 4.0\), expected"),
-        ({"ranks": 10}, "ranks is 10, expected"),
-        ({"ranks": (9, 100)}, "ranks start at 9, .* 8 documents"),
-        ({"num_negatives": 0}, "num_negatives is 0, expected 1 to 8"),
-        ({"num_negatives": 4, "ranks": (3, 5)}, "num_negatives is 4, expected 1 to 3"),
-        ({"sampling": "best"}, "sampling is 'best', expected one of random, top"),
-        ({"relative_margin": -0.1}, "relative_margin is -0.1, expected at least 0"),
-        ({"absolute_margin": float("nan")}, "absolute_margin is nan, expected at least 0"),
-        ({"relative_margin": float("inf")}, "relative_margin is inf, expected at least 0"),
-        ({"min_score": float("nan")}, "max_score is None, expected at least min_score, which is nan"),
-        ({"max_score": float("nan")}, "max_score is nan, expected at least min_score, which is None"),
-        ({"min_score": 0.5, "max_score": 0.4}, "max_score is 0.4, expected at least min_score, which is 0.5"),
-        ({"passages": (6, 4)}, r"passages is \(6, 4\): Vectors cannot cut documents into windows"),
+        ({"ranks": (0, 5)}, ("ranks", (0, 5), "first", "last", 1)),
+        ({"ranks": (5, 4)}, ("ranks", (5, 4), "first", "last", 1)),
+        ({"ranks": (1, 2, 3)}, ("ranks", (1, 2, 3), "first", "last")),
+        ({"ranks": (1, 4.0)}, ("ranks", (1, 4.0), "whole")),
+        ({"ranks": 10}, ("ranks", 10, "first", "last", 1)),
+        ({"ranks": (9, 100)}, ("ranks", 9, 8, "documents")),
+        ({"num_negatives": 0}, ("num_negatives", 0, 1, 8)),
+        ({"num_negatives": 4, "ranks": (3, 5)}, ("num_negatives", 4, 1, 3, "ranks", 5)),
+        ({"sampling": "best"}, ("sampling", "'best'", "random", "top")),
+        ({"relative_margin": -0.1}, ("relative_margin", -0.1, 0)),
+        ({"absolute_margin": float("nan")}, ("absolute_margin", "nan", 0)),
+        ({"relative_margin": float("inf")}, ("relative_margin", "inf", 0)),
+        ({"min_score": float("nan")}, ("max_score", None, "min_score", "nan")),
+        ({"max_score": float("nan")}, ("max_score", "nan", "min_score", None)),
+        ({"min_score": 0.5, "max_score": 0.4}, ("max_score", 0.4, "min_score", 0.5)),
+        ({"passages": (6, 4)}, ("passages", (6, 4), "Vectors")),
     ],
 )
-def test_settings_out_of_range(monkeypatch, options, message):
+def test_settings_out_of_range(monkeypatch, options, facts):
     monkeypatch.setattr(Vectors, "encode", lambda *_, **__: pytest.fail("work has begun"))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=naming(*facts)):
         mine(*one_query(), **{"ranks": (1, 8), **options})
 
 
 def test_no_query_with_a_relevant_document():
-    with pytest.raises(ValueError, match="none of the 1 queries of the dataset has a relevant document"):
+    with pytest.raises(ValueError, match=naming(1, "queries", "relevant")):
         mine(*one_query(qrels={"q": {"a": 0}}), ranks=(1, 8))
 
 
-@pytest.mark.parametrize(("text", "what"), [("?", "query 'q'"), ("text f", "document 'f'")])
-def test_vectors_that_are_not_finite(text, what):
+@pytest.mark.parametrize(("text", "facts"), [("?", ("query", "'q'")), ("text f", ("document", "'f'"))])
+def test_vectors_that_are_not_finite(text, facts):
     vectors, dataset = one_query()
     vectors.vectors[text] = [float("nan"), 0]
-    with pytest.raises(ValueError, match=f"the embedding of {what} has values that are not finite"):
+    with pytest.raises(ValueError, match=naming(*facts, "finite")):
         mine(vectors, dataset, ranks=(1, 8), slice_documents=3)
 
 
@@ -438,5 +439,5 @@ def test_windows_that_are_not_finite(tmp_path, monkeypatch):
         return vectors, source
 
     monkeypatch.setattr(embedder, "encode_passages", broken)
-    with pytest.raises(ValueError, match="the embedding of a window of document 'd2' has values that are not finite"):
+    with pytest.raises(ValueError, match=naming("window", "document", "'d2'", "finite")):
         mine(embedder, make_dataset(), ranks=(1, 9), passages=(6, 4))

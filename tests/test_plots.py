@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from naming import naming
 from test_tables import make_report
 
 from embedft.retrieval.report import plot_questions, save_figure
@@ -57,10 +58,10 @@ def test_many_questions_stay_within_the_figure():
 
 
 def test_errors_of_questions():
-    with pytest.raises(ValueError, match="over different questions: 0 only in base"):
+    with pytest.raises(ValueError, match=naming("questions", 0, "base", [], 2, "other", ["q1", "q2"])):
         plot_questions(make_report([1]), make_report([1, 2, 3]))
     for pair in ((make_report([1], ks=(3,)), make_report([1])), (make_report([1]), make_report([1], ks=(3,)))):
-        with pytest.raises(ValueError, match=r"metric 'ndcg@10'; the reports share: map@100"):
+        with pytest.raises(ValueError, match=naming("metric", "'ndcg@10'", "map@100")):
             plot_questions(*pair)
 
 
@@ -75,7 +76,7 @@ def test_saves_by_the_suffix(tmp_path, name, beginning):
 
 @pytest.mark.parametrize("name", ["a.docx", "a"])
 def test_other_suffixes_are_refused(tmp_path, name):
-    with pytest.raises(ValueError, match=r"Format '(docx)?' is not supported .*pdf.*png"):
+    with pytest.raises(ValueError, match=naming(repr(name[2:]), "pdf", "png")):
         save_figure(plot_questions(make_report([1]), make_report([1])), tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 
@@ -86,10 +87,10 @@ def test_a_figure_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
 
     def fails(file, **options):
         file.write(b"half")
-        raise OSError("disk full")
+        raise OSError("full")
 
     monkeypatch.setattr(figure, "savefig", fails)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match=naming(tmp_path / "a.png", "full")):
         save_figure(figure, tmp_path / "a.png")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
@@ -97,5 +98,5 @@ def test_a_figure_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
 def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     report = make_report([1])
-    with pytest.raises(ValueError, match="plots need matplotlib: pip install matplotlib"):
+    with pytest.raises(ValueError, match=naming("plots", "pip", "matplotlib")):
         plot_questions(report, report)

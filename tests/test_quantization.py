@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from naming import naming
 from sentence_transformers.util.quantization import quantize_embeddings
 
 from embedft.retrieval.quantization import (
@@ -175,14 +176,14 @@ def test_edges_and_misuse(precision):
     assert len(index) == 1
     np.testing.assert_array_equal(index.search(np.ones((2, 2)), 9).rows, [[0], [0]])
     assert index.search(np.empty((0, 2)), 3).rows.shape == (0, 1)
-    with pytest.raises(ValueError, match=r"depth.* -1"):
+    with pytest.raises(ValueError, match=naming("depth", -1, 1)):
         index.search(np.ones((2, 2)), -1)
-    with pytest.raises(ValueError, match=r"shape \(2, 3\), expected \[N, 2\]"):
+    with pytest.raises(ValueError, match=naming("embeddings", (2, 3), "[N, 2]")):
         index.search(np.ones((2, 3)), 1)
     documents = np.ones((3, 4), dtype=np.float32)
     for wrong in (documents[:0], documents[:, :0], documents[0]):
-        with pytest.raises(ValueError, match=r"embeddings of shape \(.*\), expected \[N, D\]"):
+        with pytest.raises(ValueError, match=naming("embeddings", wrong.shape, "[N, D]", "document")):
             QuantizedIndex(wrong, precision)
     documents[1, 2] = np.inf
-    with pytest.raises(ValueError, match="the embedding of row 1 has"):
+    with pytest.raises(ValueError, match=naming("row", 1, "finite")):
         QuantizedIndex(documents, precision)

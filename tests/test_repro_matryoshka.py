@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from naming import naming
 from tiny import make_embedder
 
 from embedft import evaluate
@@ -199,12 +200,10 @@ def test_a_run_from_end_to_end(tmp_path, capsys):
 
     (tmp_path / "Financial-QA-10k.csv").unlink()
     write_file(tmp_path, 50)
-    with pytest.raises(
-        ValueError, match="holds another run, choose another folder, train is not what the run began with"
-    ):
+    with pytest.raises(ValueError, match=naming(folders["accumulated-test-s0"], "another", "train", "SHA-256")):
         main(options)
     options.epochs = 1
-    with pytest.raises(ValueError, match="holds another run, choose another folder, epochs was 2 and is 1"):
+    with pytest.raises(ValueError, match=naming(folders["accumulated-test-s0"], "another", "epochs", 2, 1)):
         main(options)
 
 

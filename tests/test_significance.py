@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from naming import naming
 
 from embedft.retrieval import significance
 from embedft.retrieval.significance import (
@@ -159,9 +160,9 @@ def test_recipe_without_spread_and_refused():
     found = recipe_interval(np.zeros((3, 5)))
     assert (found["interval"], found["p_value"]) == ((0.0, 0.0), 1.0)
     for wrong in (np.ones(5), np.ones((1, 5))):
-        with pytest.raises(ValueError, match=r"shape \(.*expected a row for each of 2 or more seeds"):
+        with pytest.raises(ValueError, match=naming("differences", wrong.shape, 2, "seeds")):
             recipe_interval(wrong)
-    with pytest.raises(ValueError, match="found 1 cluster"):
+    with pytest.raises(ValueError, match=naming("cluster", 1, 2)):
         recipe_interval(np.ones((3, 5)), ["c"] * 5)
 
 
@@ -248,15 +249,15 @@ def test_holm_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("differences", "clusters", "options", "message"),
+    ("differences", "clusters", "options", "facts"),
     [
-        (np.array([]), None, {}, "expected finite numbers"),
-        (np.array([0.1, np.nan]), None, {}, "expected finite numbers"),
-        (np.ones((2, 2)), None, {}, r"shape \(2, 2\)"),
-        (np.ones(3), None, {"num_samples": 0}, "num_samples is 0"),
+        (np.array([]), None, {}, ("differences", (0,), "finite")),
+        (np.array([0.1, np.nan]), None, {}, ("differences", (2,), "finite")),
+        (np.ones((2, 2)), None, {}, ("differences", (2, 2), "finite")),
+        (np.ones(3), None, {"num_samples": 0}, ("num_samples", 0, 1)),
     ],
 )
-def test_bad_input(differences, clusters, options, message):
+def test_bad_input(differences, clusters, options, facts):
     for function in (sign_flip_p_value, paired_bootstrap_interval):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=naming(*facts)):
             function(differences, clusters, generator=generator(), **options)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from naming import naming
 from ranks import run_ranks
 from tiny import make_dataset, make_embedder
 
@@ -149,10 +150,11 @@ def test_batches_by_tokens_count_the_windows(embedder):
 
 def test_a_best_window_that_is_not_there(embedder):
     batches = make_batches(long_dataset(), embedder.pack, batch_size=2, seed=0, passages=PASSAGES)
-    batches = replace(batches, collate=replace(batches.collate, best_windows={"q0-1": {"d0": 5}}))
-    with pytest.raises(ValueError, match="document 'd0' has 5 windows, but its best window is 5"):
-        batches.collate([("q0-1", "d0")])
-    with pytest.raises(ValueError, match="windows_per_document is 0, expected at least 1"):
+    for best in (5, 7):
+        collate = replace(batches.collate, best_windows={"q0-1": {"d0": best}})
+        with pytest.raises(ValueError, match=naming("document", "'d0'", "windows", 5, "best", best)):
+            collate([("q0-1", "d0")])
+    with pytest.raises(ValueError, match=naming("windows_per_document", 0, 1)):
         make_batches(long_dataset(), embedder.pack, batch_size=2, seed=0, passages=PASSAGES, windows_per_document=0)
 
 
@@ -413,33 +415,33 @@ def test_two_ranks_refresh_as_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "facts"),
     [
-        ({"refresh_windows": True}, "refresh_windows is True, but there are no passages"),
-        ({"passages": [6]}, r"passages is \[6\], expected \[size, stride\], two whole numbers of tokens"),
-        ({"passages": [6, 2.5]}, r"passages is \[6, 2.5\], expected"),
-        ({"passages": [6, True]}, r"passages is \[6, True\], expected"),
-        ({"windows_per_document": 0}, "windows_per_document is 0, expected at least 1"),
+        ({"refresh_windows": True}, ("refresh_windows", True, "no", "passages")),
+        ({"passages": [6]}, ("passages", [6], "[size, stride]", "whole")),
+        ({"passages": [6, 2.5]}, ("passages", [6, 2.5], "int", "null")),
+        ({"passages": [6, True]}, ("passages", [6, True], "int", "null")),
+        ({"windows_per_document": 0}, ("windows_per_document", 0, 1)),
         (
             {"passages": [6, 4], "references": {"guide": None}, "loss": {"name": "guided_in_batch_negatives"}},
-            "references cannot be combined with passages",
+            ("references", "passages"),
         ),
     ],
 )
-def test_settings_are_checked_when_made(options, message):
-    with pytest.raises(ValueError, match=message):
+def test_settings_are_checked_when_made(options, facts):
+    with pytest.raises(ValueError, match=naming(*facts)):
         FinetuneConfig(**options)
 
 
 def test_what_cannot_be_cut_is_found_before_training(tmp_path):
     embedder = make_embedder(tmp_path / "base")
-    for passages, message in (
-        ([49, 4], "passages of 49 tokens, expected 3 "),
-        ([6, 7], "passages start every 7 tokens"),
+    for passages, facts in (
+        ([49, 4], ("passages", 49, 3, 48)),
+        ([6, 7], ("passages", 7, 1, 6)),
     ):
         config = FinetuneConfig(epochs=1, batch_size=4, passages=passages)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=naming(*facts)):
             finetune(embedder, long_dataset(), config, out=tmp_path / "run")
-    with pytest.raises(ValueError, match="references cannot be combined with passages"):
+    with pytest.raises(ValueError, match=naming("references", "passages")):
         finetune(embedder, long_dataset(), CONFIG, references={"guide": embedder}, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
