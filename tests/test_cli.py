@@ -1,6 +1,8 @@
 """cli.py: every command by `main` and one in a process of its own; errors are one line and exit code 2."""
 
+import errno
 import importlib
+import itertools
 import json
 import os
 import re
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from api_server import ApiServer
+from naming import names, naming
 from tiny import make_dataset, make_embedder
 
 import embedft
@@ -100,23 +103,23 @@ def test_finetune(place, capsys, recwarn):
     assert re.fullmatch(r"\d+ steps, loss .* -> .*", trained)
     assert where == "model: run/model"
     assert main(["finetune", "model", "pairs.json", "--out", "new", "--epochs", "1", "--resume"]) == 0
-    assert capsys.readouterr().err == "new: no run to resume, starting a new one\n"
+    assert names(capsys.readouterr().err, "new", "resume")
 
 
 @pytest.mark.parametrize("command", ["finetune", "adapter"])
 def test_validation_that_trains_too_is_told_in_one_line(place, command):
     arguments = [command, "model", "pairs.json", "--validation", "pairs.json", "--out", "run", "--epochs", "1"]
     done = subprocess.run([sys.executable, "-m", "embedft", *arguments], capture_output=True, text=True)
-    told = "12 of 12 validation questions and 9 of the 9 documents that answer them are also in the training set"
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"embedft {command}: warning: {told}")
+    assert line.startswith(f"embedft {command}: warning: ")
+    assert names(line, 12, "questions", 9, "documents", "validation", "training")
 
 
 def test_an_api_cannot_be_trained(place, capsys, monkeypatch):
     """The command says so without asking for a key."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     assert main(["finetune", "openai:x", "pairs.json", "--out", "run"]) == 2
-    assert "openai:x is behind an API: its weights cannot be trained" in capsys.readouterr().err
+    assert names(capsys.readouterr().err, "finetune", "openai:x", "API", "trained")
 
 
 def test_finetune_on_several_datasets(place, capsys):
@@ -146,7 +149,9 @@ def test_rows_with_empty_texts_are_dropped_on_request(place, capsys):
     assert main(["evaluate", "model", "pairs.csv", "--skip-empty", "--no-merge", "--format", "csv"]) == 0
     output = capsys.readouterr()
     assert output.out.startswith("model: 2 queries\n")
-    assert "pairs.csv: dropped 1 rows with empty texts\n" in output.err
+    error, dropped = output.err.splitlines()
+    assert names(error, "pairs.csv", 3, "document", "--skip-empty")
+    assert names(dropped, "pairs.csv", 1, "empty")
 
 
 def test_in_a_process_of_its_own(place):
@@ -159,7 +164,8 @@ def test_in_a_process_of_its_own(place):
     good, bad = embedft("info", "model"), embedft("info", "./missing")
     assert (good.returncode, good.stderr) == (0, "")
     assert "family         bert" in good.stdout
-    assert (bad.returncode, bad.stdout, bad.stderr) == (2, "", "embedft info: error: ./missing: no such folder\n")
+    assert (bad.returncode, bad.stdout, bad.stderr.count("\n")) == (2, "", 1)
+    assert names(bad.stderr, "info", "./missing", "folder")
 
 
 def test_a_reader_that_goes_is_no_error(place):
@@ -173,13 +179,13 @@ def test_a_reader_that_goes_is_no_error(place):
     process.stderr.close()
 
 
-@pytest.mark.parametrize(
-    ("redirect", "message"), [(">&-", "standard output is closed"), ("> /dev/full", "standard output: No space left")]
-)
-def test_an_output_that_takes_nothing_is_an_error_of_one_line(place, redirect, message):
+@pytest.mark.parametrize(("redirect", "fault"), [(">&-", "closed"), ("> /dev/full", os.strerror(errno.ENOSPC))])
+def test_an_output_that_takes_nothing_is_an_error_of_one_line(place, redirect, fault):
     done = subprocess.run(f"{sys.executable} -m embedft info model {redirect}", shell=True, capture_output=True)
     assert done.returncode == 2
-    assert re.fullmatch(rf"embedft info: error: {message}.*\n", done.stderr.decode())
+    (line,) = done.stderr.decode().splitlines()
+    assert line.startswith("embedft info: error: ")
+    assert names(line, "output", fault)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
@@ -209,7 +215,8 @@ from embedft.cli import main
 sys.exit(main(["info", "model"]))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "embedft info: interrupted\n")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (130, "", 1)
+    assert names(done.stderr, "info", "interrupted")
 
 
 def test_batch_size_and_parameters_of_an_api(place):
@@ -253,95 +260,74 @@ def test_prompts_by_text_or_by_name(place, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "facts"),
     [
-        ("", "embedft: error: missing COMMAND; expected one of chunk, "),
-        ("fintune", "embedft: error: unknown command 'fintune'; did you mean finetune?"),
-        ("info", "embedft info: error: missing MODEL"),
-        ("info model more", "embedft info: error: unexpected argument 'more'"),
-        ("info model --loss.temperature 1", "embedft info: error: unknown option --loss.temperature"),
-        ("info ./missing", "embedft info: error: ./missing: no such folder"),
-        ("info .", "embedft info: error: .: no config.json"),
-        ("info model --device toaster", "embedft info: error: device is 'toaster', expected one of"),
-        ("info model --device cuda:99", "embedft info: error: device is 'cuda:99', expected one of"),
-        ("encode model missing.txt --out x.npy", "embedft encode: error: missing.txt: No such file or directory"),
-        (
-            "encode model bad.jsonl --out x.npy",
-            "embedft encode: error: bad.jsonl line 2: expected a string, or an object",
-        ),
-        (
-            "encode model texts.txt --out x.bin",
-            "embedft encode: error: --out is x.bin, expected a name ending in .npy",
-        ),
-        ("encode model texts.txt --out file/x.npy", "embedft encode: error: file/x.npy: cannot be written to"),
-        ("encode model texts.txt", "embedft encode: error: nowhere to write the vectors: pass --out FILE.npy, --store"),
-        (
-            "encode model texts.txt --out x.npy --role judge",
-            "embedft encode: error: role is 'judge', expected one of",
-        ),
-        ("encode model texts.txt --out x.npy --dim 33", "embedft encode: error: dim is 33, expected 1 to 32"),
-        ("encode model texts.txt --out x.npy --max-length 49", "max_length is 49, expected at most the encoder's 48"),
-        (
-            "encode model texts.txt --out x.npy --max-length 2",
-            "max_length is 2, expected more than the 2 special tokens",
-        ),
-        ("evaluate model missing.json", "embedft evaluate: error: missing.json: no such file or folder"),
-        ("evaluate model file", "embedft evaluate: error: file: suffix is not one of .json, .jsonl"),
-        ("evaluate model pairs.json --ks 0", "embedft evaluate: error: cutoffs ks=(0,)"),
-        ("evaluate model pairs.json --ks five", "embedft evaluate: error: ks is ['five'], expected a list of int"),
-        ("evaluate model pairs.json --depth 5", "embedft evaluate: error: cutoffs ks=(1, 3, 5, 10)"),
-        ("evaluate model pairs.json --out file/eval", "embedft evaluate: error: file/eval: cannot be written to"),
-        ("evaluate model pairs.json --out=file", "embedft evaluate: error: file: cannot be written to"),
-        ("finetune model pairs.json", "embedft finetune: error: missing --out"),
-        ("finetune ./missing pairs.json --out r", "embedft finetune: error: ./missing: no such folder"),
-        ("finetune model missing.json --out r", "embedft finetune: error: missing.json: no such file or folder"),
-        ("finetune model pairs.json --out r --validation no.json", "embedft finetune: error: no.json: no such file"),
-        ("finetune model pairs.json --out file/r", "embedft finetune: error: file/r: cannot be written to"),
-        ("finetune model pairs.json --out .", "embedft finetune: error: .: not empty; choose another folder"),
-        ("finetune model pairs.json --out . --overwrite", "embedft finetune: error: .: has files but no run"),
-        ("finetune model pairs.json --out r --overwrite --resume", "--overwrite and --resume cannot be combined"),
-        (
-            "finetune model pairs.json pairs.jsonl --out r",
-            "pairs.jsonl and pairs.json are both called 'pairs': name them",
-        ),
-        ("finetune model pairs.json no=missing.json --out r", "missing.json: no such file or folder"),
-        ("finetune model pairs.json --out r --sampling round_robin", "but there is only one dataset"),
-        ("finetune model pairs.json --out r --epochs many", "epochs is 'many', expected int"),
-        ("finetune model pairs.json --out r --epochs 0", "epochs is 0, expected at least 1"),
-        (
-            "finetune model pairs.json --out r --epoch 1",
-            "embedft finetune: error: unknown option --epoch; did you mean --epochs?",
-        ),
-        ("finetune model pairs.json --out r --lr nan", "lr is nan, expected above 0"),
-        ("finetune model pairs.json --out r --lr NaN", "lr is nan, expected above 0"),
-        ("finetune model pairs.json --out r --loss.temperature", "--loss.temperature: expected one argument"),
-        ("finetune model pairs.json --out r --loss.temperature 0", "temperature is 0, expected above 0"),
-        ("finetune model pairs.json --out r --loss.temp 1", "in_batch_negatives has no option 'temp', expected one of"),
-        (
-            "finetune model pairs.json --out r --loss.name mnrl",
-            "loss name is 'mnrl', expected one of in_batch_negatives",
-        ),
-        ("finetune model pairs.json --out r --lss.name mnrl", "unknown option --lss.name; did you mean --loss?"),
-        (
-            "finetune model pairs.json --out r --config file",
-            "embedft finetune: error: file line 1 column 1: invalid JSON",
-        ),
-        ("finetune model pairs.json --out r --num_negatives 1", "num_negatives is 1"),
-        ("finetune model pairs.json --out r --max_length 49", "max_length is 49, expected at most the encoder's 48"),
+        ("", ("missing", "COMMAND", "chunk", "info")),
+        ("fintune", ("command", "'fintune'", "finetune", "chunk", "info")),
+        ("info", ("missing", "MODEL")),
+        ("info model more", ("argument", "'more'")),
+        ("info model --loss.temperature 1", ("option", "--loss.temperature")),
+        ("info ./missing", ("./missing", "folder")),
+        ("info full", ("full", "config.json")),
+        ("info model --device toaster", ("device", "'toaster'", "cpu")),
+        ("info model --device cuda:99", ("device", "'cuda:99'", "cpu")),
+        ("encode model missing.txt --out x.npy", ("missing.txt", os.strerror(errno.ENOENT))),
+        ("encode model bad.jsonl --out x.npy", ("bad.jsonl", 2, "string", "object", "`text`")),
+        ("encode model texts.txt --out x.bin", ("--out", "x.bin", ".npy")),
+        ("encode model texts.txt --out file/x.npy", ("file/x.npy", "written")),
+        ("encode model texts.txt", ("vectors", "--out", "--store")),
+        ("encode model texts.txt --out x.npy --role judge", ("role", "'judge'", "'query'", "'document'")),
+        ("encode model texts.txt --out x.npy --dim 33", ("dim", 33, 1, 32)),
+        ("encode model texts.txt --out x.npy --max-length 49", ("model", "max_length", 49, 48)),
+        ("encode model texts.txt --out x.npy --max-length 2", ("max_length", 2, "special")),
+        ("evaluate model missing.json", ("missing.json", "file", "folder")),
+        ("evaluate model file", ("file", "suffix", ".json", ".tsv")),
+        ("evaluate model pairs.json --ks 0", ("ks", (0,), 1, 100)),
+        ("evaluate model pairs.json --ks five", ("ks", ["five"], "list", "int")),
+        ("evaluate model pairs.json --depth 9", ("ks", (1, 3, 5, 10), "depth", 9)),
+        ("evaluate model pairs.json --out file/eval", ("file/eval", "written")),
+        ("evaluate model pairs.json --out=file", ("file", "written")),
+        ("finetune model pairs.json", ("missing", "--out")),
+        ("finetune ./missing pairs.json --out r", ("./missing", "folder")),
+        ("finetune model missing.json --out r", ("missing.json", "file", "folder")),
+        ("finetune model pairs.json --out r --validation no.json", ("no.json", "file", "folder")),
+        ("finetune model pairs.json --out file/r", ("file/r", "written")),
+        ("finetune model pairs.json --out full", ("full", "empty", "overwrite", "resume")),
+        ("finetune model pairs.json --out full --overwrite", ("full", "run", "config.json")),
+        ("finetune model pairs.json --out r --overwrite --resume", ("--overwrite", "--resume")),
+        ("finetune model pairs.json pairs.jsonl --out r", ("pairs.jsonl", "pairs.json", "'pairs'", "NAME=DATA")),
+        ("finetune model pairs.json no=missing.json --out r", ("missing.json", "file", "folder")),
+        ("finetune model pairs.json --out r --sampling round_robin", ("sampling", "'round_robin'", "one", "dataset")),
+        ("finetune model pairs.json --out r --epochs many", ("epochs", "'many'", "int")),
+        ("finetune model pairs.json --out r --epochs 0", ("epochs", 0, 1)),
+        ("finetune model pairs.json --out r --epoch 1", ("option", "--epoch", "--epochs")),
+        ("finetune model pairs.json --out r --lr nan", ("lr", "nan", 0)),
+        ("finetune model pairs.json --out r --lr NaN", ("lr", "nan", 0)),
+        ("finetune model pairs.json --out r --loss.temperature", ("--loss.temperature", "one", "argument")),
+        ("finetune model pairs.json --out r --loss.temperature 0", ("temperature", 0, "finite")),
+        ("finetune model pairs.json --out r --loss.temp 1", ("in_batch_negatives", "'temp'", "temperature", "rows")),
+        ("finetune model pairs.json --out r --loss.name mnrl", ("loss", "'mnrl'", "in_batch_negatives")),
+        ("finetune model pairs.json --out r --lss.name mnrl", ("option", "--lss.name", "--loss")),
+        ("finetune model pairs.json --out r --config file", ("file", 1, "JSON")),
+        ("finetune model pairs.json --out r --num_negatives 1", ("num_negatives", 1, 0)),
+        ("finetune model pairs.json --out r --max_length 49", ("max_length", 49, 48)),
         (
             "finetune model pairs.json --out r --validation pairs.json --select ndcg@ten",
-            "embedft finetune: error: select is 'ndcg@ten'",
+            ("select", "'ndcg@ten'", 1, "ndcg@10"),
         ),
     ],
 )
-def test_an_error_is_one_line_and_exit_code_2(place, capsys, arguments, message):
+def test_an_error_is_one_line_and_exit_code_2(place, capsys, arguments, facts):
+    (place / "full" / "folder").mkdir(parents=True)
     (place / "file").write_text("")
     (place / "bad.jsonl").write_text('"a"\n{"txt": "b"}\n')
     before = sorted(place.rglob("*"))
     code, output = main(arguments.split()), capsys.readouterr()
     assert code == 2
     assert output.out == ""
-    assert message in output.err
+    command = arguments.partition(" ")[0]
+    assert output.err.startswith(f"embedft {command}: error: " if command in COMMANDS else "embedft: error: ")
+    assert names(output.err, *facts)
     assert output.err.count("\n") == 1
     assert output.err.endswith("\n")
     assert sorted(place.rglob("*")) == before
@@ -351,7 +337,9 @@ def test_a_run_that_diverges_is_an_error_of_one_line(place, capsys):
     arguments = "finetune model pairs.json --out run --lr 1e38 --max_grad_norm 1e38 --epochs 3"
     assert main(arguments.split()) == 2
     error = capsys.readouterr().err
-    assert re.fullmatch(r"embedft finetune: error: step \d+: (loss|gradient norm) is (nan|inf); .*\n", error)
+    assert error.count("\n") == 1
+    places = itertools.product((1, 2, 3), ("loss", "norm"), ("nan", "inf"))
+    assert any(names(error, "finetune", "step", *facts) for facts in places)
     assert read_json("run/config.json")["lr"] == 1e38
 
 
@@ -369,15 +357,17 @@ def test_interrupted(place, capsys, monkeypatch):
 
     monkeypatch.setattr("embedft.commands.info.run", interrupted)
     assert main(["info", "model"]) == 130
-    assert capsys.readouterr().err == "embedft info: interrupted\n"
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert names(error, "info", "interrupted")
 
 
 def test_what_is_a_bug_keeps_its_traceback(place, monkeypatch):
     def broken(options):
-        raise TypeError("a bug")
+        raise TypeError("bug")
 
     monkeypatch.setattr("embedft.commands.info.run", broken)
-    with pytest.raises(TypeError, match="a bug"):
+    with pytest.raises(TypeError, match=naming("bug")):
         main(["info", "model"])
 
 
@@ -437,9 +427,9 @@ def test_strict_refuses_judgements_of_what_is_missing(tmp_path):
     path.write_text(
         json.dumps({"queries": {"q": "who?"}, "corpus": {"d": "me"}, "relevant_docs": {"q": ["d", "gone"]}})
     )
-    with pytest.warns(UserWarning, match="document id 'gone'"):
+    with pytest.warns(UserWarning, match=naming(path, "relevant_docs", "'gone'", 1)):
         assert load_data(str(path), Data()).missing == {"q": {"gone": 1}}
-    with pytest.raises(ValueError, match="document id 'gone'"):
+    with pytest.raises(ValueError, match=naming(path, "relevant_docs", "'gone'", 1)):
         load_data(str(path), Data(strict=True))
 
 

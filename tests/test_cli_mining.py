@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from naming import names
 from tiny import make_dataset, make_embedder
 
 from embedft import RetrievalDataset, mine
@@ -90,8 +91,8 @@ def test_what_jsonl_cannot_hold(place, capsys):
     (place / "beir" / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
     rows = [{"_id": i, "text": text} for i, text in dataset.queries.items()]
     (place / "beir" / "queries.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    for split, names in (("test", ["q0"]), ("train", ["q0", "q1", "q2", "q3", "answerless"])):
-        lines = [f"{q}\t{d}\t{grade}" for q in names for d, grade in dataset.qrels[q].items()]
+    for split, judged in (("test", ["q0"]), ("train", ["q0", "q1", "q2", "q3", "answerless"])):
+        lines = [f"{q}\t{d}\t{grade}" for q in judged for d, grade in dataset.qrels[q].items()]
         (place / "beir" / "qrels" / f"{split}.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *lines]))
     options = ["--out", "mined.jsonl", "--ranks", "1", "3", "--num-negatives", "1", "--sampling", "top"]
     assert main(["mine", "model", "beir", *options]) == 0
@@ -114,8 +115,7 @@ def test_questions_with_too_few_are_told_of(place, capsys):
     short = sum(count < 3 for count in counts)
     assert 0 < short < 12
     assert main(["mine", "model", "pairs.json", "--out", "m.jsonl", *options]) == 0
-    told = f"{short} of 12 questions have fewer than 3 negatives, {counts.count(0)} have none; a higher last rank"
-    assert capsys.readouterr().err.startswith(told)
+    assert names(capsys.readouterr().err, short, 12, 3, counts.count(0))
     pairs = RetrievalDataset.load("m.jsonl")
     assert {query_id: len(pairs.negatives.get(query_id, ())) for query_id in pairs.queries} == dict(
         zip(pairs.queries, counts, strict=True)
@@ -139,21 +139,21 @@ def test_a_store_and_an_adapter(place, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "facts"),
     [
-        (["--out", "mined.csv"], "--out is mined.csv, expected a name ending in .jsonl, the format that holds"),
-        (["--out", "pairs.json/m.jsonl"], "pairs.json/m.jsonl: cannot be written to"),
-        (["--out", "m.jsonl"], "ranks start at 10, but the corpus has 9 documents"),
-        (["--out", "m.jsonl", "--ranks", "3", "2"], "ranks is [3, 2], expected the first and last rank"),
-        (["--out", "m.jsonl", *RANKS, "--relative-margin", "-1"], "relative_margin is -1.0, expected at least 0"),
-        (["--out", "m.jsonl", *RANKS, "--max-score", "-1"], "found no negatives, so nothing"),
+        (["--out", "mined.csv"], ("--out", "mined.csv", ".jsonl")),
+        (["--out", "pairs.json/m.jsonl"], ("pairs.json/m.jsonl", "written")),
+        (["--out", "m.jsonl"], ("ranks", 10, 9)),
+        (["--out", "m.jsonl", "--ranks", "3", "2"], ("ranks", [3, 2], "first", "last", 1)),
+        (["--out", "m.jsonl", *RANKS, "--relative-margin", "-1"], ("relative_margin", -1.0, 0)),
+        (["--out", "m.jsonl", *RANKS, "--max-score", "-1"], ("negatives", "margins", "ranks")),
     ],
 )
-def test_errors_are_one_line(place, capsys, options, message):
+def test_errors_are_one_line(place, capsys, options, facts):
     assert main(["mine", "model", "pairs.json", *options]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("embedft mine: error: ")
-    assert message in error
+    assert names(error, *facts)
     assert not (place / "m.jsonl").exists()
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from api_server import ApiServer
+from naming import names, naming
 from test_tables import make_report
 from tiny import make_dataset, make_embedder
 
@@ -65,9 +66,7 @@ def test_evaluate(place, capsys):
 def test_a_report_is_replaced_on_request_and_nothing_of_it_stays(place, capsys):
     run(capsys, "evaluate model pairs.json --fuse --out eval")
     (place / "eval" / "fused" / "notes.txt").write_text("mine")
-    check_error(
-        capsys, "evaluate missing-model pairs.json --no-bm25 --out eval", "eval: already holds a report; choose"
-    )
+    check_error(capsys, "evaluate missing-model pairs.json --no-bm25 --out eval", "eval", "--out", "--overwrite")
     run(capsys, "evaluate model pairs.json --no-bm25 --overwrite --out eval")
     found = sorted(str(path.relative_to(place / "eval")) for path in (place / "eval").rglob("*") if path.is_file())
     assert found == ["fused/notes.txt", "metrics.json", "per_query.jsonl", "run.trec"]
@@ -83,8 +82,8 @@ def test_a_report_is_replaced_on_request_and_nothing_of_it_stays(place, capsys):
     run(capsys, "evaluate model pairs.json --no-bm25 --overwrite --out eval")
     assert (place / "eval" / "dim32-float32-flat-baseline" / "metrics.json").is_file()
     run(capsys, "evaluate model pairs.json --dims 32 8 --out grid")
-    check_error(capsys, "evaluate model pairs.json --out grid", "grid/bm25: already holds a report")
-    check_error(capsys, "evaluate model pairs.json --overwrite", "--overwrite needs --out")
+    check_error(capsys, "evaluate model pairs.json --out grid", "grid/bm25", "--out", "--overwrite")
+    check_error(capsys, "evaluate model pairs.json --overwrite", "--overwrite", "--out")
 
 
 def test_a_setting_whose_report_cannot_be_read_is_replaced_on_request_only(place, capsys):
@@ -92,8 +91,8 @@ def test_a_setting_whose_report_cannot_be_read_is_replaced_on_request_only(place
     path.parent.mkdir(parents=True)
     for content in ("{", "[]", "{}"):
         path.write_text(content)
-        message = "grid/dim8-float32-flat: already holds a report"
-        check_error(capsys, "evaluate missing-model pairs.json --dims 32 8 --out grid", message)
+        arguments = "evaluate missing-model pairs.json --dims 32 8 --out grid"
+        check_error(capsys, arguments, "grid/dim8-float32-flat", "--out", "--overwrite")
         assert path.read_text() == content
     run(capsys, "evaluate model pairs.json --dims 32 8 --overwrite --out grid")
     assert Report.load(path.parent).setting["dim"] == 8
@@ -163,8 +162,7 @@ def test_evaluate_in_windows(place, capsys):
     report = evaluate(make_embedder(place / "model"), make_dataset(), passages=(6, 2))
     found = json.loads(run(capsys, "evaluate model pairs.json --passages 6 2 --no-bm25 --json"))
     assert found == report.metrics != evaluate(make_embedder(place / "model"), make_dataset()).metrics
-    message = "passages start every 8 tokens, expected 1 to their size, 6"
-    check_error(capsys, "evaluate model pairs.json --passages 6 8", message)
+    check_error(capsys, "evaluate model pairs.json --passages 6 8", "passages", 8, 1, 6)
 
 
 @pytest.mark.parametrize("option", ["--precisions int8", "--indices hnsw", "--dims 8", "--precisions int8 int8"])
@@ -182,7 +180,7 @@ def test_evaluate_an_api_says_that_bm25_is_over_words(place, capsys, monkeypatch
         arguments = ["evaluate", "openai:vectors", "pairs.json", "--base-url", server.base_url, "--out", "eval"]
         assert main(arguments) == 0
     output = capsys.readouterr()
-    assert "bm25 uses words, since the model's tokens are not known\n" in output.err
+    assert names(output.err, "bm25", "words")
     words = evaluate_run(bm25_run(make_dataset()), make_dataset())
     saved = Report.load("eval/bm25")
     assert (saved.setting["tokens"], saved.run.to_dict()) == ("words", words.run.to_dict())
@@ -253,35 +251,35 @@ def test_the_metric_of_a_grid(place, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "facts"),
     [
-        ("--dim 8 --dims 8 4", "--dim and --dims cannot be combined"),
-        ("--whole", "--whole needs --passages"),
-        ("--fuse-weight 0.4", "--fuse-weight needs --fuse"),
-        ("--fuse --fuse-weight 1.5", "fuse_weight is 1.5, expected at least 0 and at most 1"),
-        ("--fuse --fuse-weight nan", "fuse_weight is nan, expected at least 0 and at most 1"),
-        ("--fuse --dims 8 4", "--fuse needs a single setting, found 2"),
-        ("--fuse --no-bm25", "--no-bm25 and --fuse cannot be combined"),
-        ("--json --style csv", "--style and --json cannot be combined"),
-        ("--style html", "style is 'html', expected one of"),
-        ("--metric mrr@3", "--metric needs several settings, found one"),
-        ("--dims 8 4 --metric mrr@7", "--metric is 'mrr@7', expected one of hit_rate@1, "),
-        ("--dims 8 4 --ks 0", "cutoffs ks=(0,)"),
-        ("--dims 33 8", "dim is 33, expected 1 to 32"),
-        ("--precisions int4", "precisions is ['int4'], expected a list of one of"),
-        ("--indices nothing", "nothing"),
-        ("--adapter missing", "missing: no adapter"),
+        ("--dim 8 --dims 8 4", ("--dim", "--dims")),
+        ("--whole", ("--whole", "--passages")),
+        ("--fuse-weight 0.4", ("--fuse-weight", "--fuse")),
+        ("--fuse --fuse-weight 1.5", ("fuse_weight", 1.5, 0, 1)),
+        ("--fuse --fuse-weight nan", ("fuse_weight", "nan", 0, 1)),
+        ("--fuse --dims 8 4", ("--fuse", "single", 2)),
+        ("--fuse --no-bm25", ("--no-bm25", "--fuse")),
+        ("--json --style csv", ("--style", "--json")),
+        ("--style html", ("style", "'html'", "'text'", "'latex'")),
+        ("--metric mrr@3", ("--metric", "several", "one")),
+        ("--dims 8 4 --metric mrr@7", ("--metric", "'mrr@7'", "hit_rate@1", "map@100")),
+        ("--dims 8 4 --ks 0", ("ks", (0,), 1, 100)),
+        ("--dims 33 8", ("dim", 33, 1, 32)),
+        ("--precisions int4", ("precisions", ["int4"], "'float32'", "'binary'")),
+        ("--indices nothing", ("index", "'nothing'", "flat", "ivfpq")),
+        ("--adapter missing", ("missing", "adapter.json")),
     ],
 )
-def test_errors_of_evaluate(place, capsys, arguments, message):
-    check_error(capsys, f"evaluate model pairs.json --out report {arguments}", message)
+def test_errors_of_evaluate(place, capsys, arguments, facts):
+    check_error(capsys, f"evaluate model pairs.json --out report {arguments}", *facts)
     assert not (place / "report").exists()
 
 
-def check_error(capsys, arguments: str, message: str) -> None:
+def check_error(capsys, arguments: str, *facts: object) -> None:
     code, output = main(arguments.split()), capsys.readouterr()
     assert (code, output.out) == (2, "")
-    assert message in output.err
+    assert names(output.err, *facts)
     assert output.err.count("\n") == 1
 
 
@@ -336,7 +334,7 @@ def test_compare_several_by_several_metrics(reports, capsys):
 def test_compare_names_the_models(place, capsys):
     for place_of, length in (("eval/a", 6), ("eval/b", 5)):
         run(capsys, f"evaluate model pairs.json --no-bm25 --max-length {length} --out {place_of}")
-    with pytest.warns(UserWarning, match="max_length is 6 in base and 5 in other"):
+    with pytest.warns(UserWarning, match=naming("max_length", 6, "base", 5, "other")):
         assert "a (model)" in run(capsys, "compare eval/a eval/b")
 
 
@@ -374,40 +372,31 @@ def test_compare_what_evaluate_wrote(place, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "facts"),
     [
-        ("runs/base/eval/uber", "one report, runs/base/eval/uber: expected a base and at least one other"),
-        ("", "missing DIR"),
-        ("runs/base/eval/uber missing", "missing holds no report: metrics.json is missing"),
-        ("runs/base runs/tuned/eval/uber", "runs/base: not a report, but contains runs/base/eval/uber"),
-        ("runs/base/eval runs/tuned/eval/uber", "runs/base/eval: not a report, but contains runs/base/eval/uber"),
-        (
-            "runs/base/eval/uber runs/other/eval/uber",
-            "the reports are over different questions: ",
-        ),
-        (
-            "runs/other/eval/uber runs/tuned/eval/uber runs/few/eval",
-            "the reports are over different questions: ",
-        ),
-        ("runs/base/eval/uber runs/few", "runs/few: the reports are over different questions: 5 only in base"),
-        (
-            "runs/base/eval/uber runs/tuned/eval/uber --metric ndcg@7",
-            "unknown metric 'ndcg@7'; the reports share: hit_rate@1",
-        ),
-        ("runs/base/eval/uber runs/damaged", "runs/damaged/per_query.jsonl line 3"),
-        ("runs/base/eval/uber runs/corpus", "the reports are not comparable: num_documents is 7 in base"),
-        ("runs/base/eval/uber runs/tuned/eval/uber --style exact", "style is 'exact', expected one of"),
-        ("runs/base/eval/uber runs/tuned/eval/uber --save-plot a.txt", "Format 'txt' is not supported"),
-        ("runs/base/eval/uber runs/tuned/eval/uber --bases 2", "--bases is 2"),
-        ("runs/base/eval/uber runs/tuned/eval/uber runs/worse/eval/uber --bases 2", "--bases is 2"),
-        ("runs/base/eval/uber runs/tuned/eval/uber --seeds", "--seeds needs a base and the reports of at least two"),
+        ("runs/base/eval/uber", ("one", "runs/base/eval/uber", "base", "other")),
+        ("", ("missing", "DIR")),
+        ("runs/base/eval/uber missing", ("missing", "metrics.json")),
+        ("runs/base runs/tuned/eval/uber", ("runs/base", "report", "runs/base/eval/uber")),
+        ("runs/base/eval runs/tuned/eval/uber", ("runs/base/eval", "report", "runs/base/eval/uber")),
+        ("runs/base/eval/uber runs/other/eval/uber", ("runs/other/eval/uber", "questions", 0, 1, ["q8"])),
+        ("runs/other/eval/uber runs/tuned/eval/uber runs/few/eval", ("runs/tuned/eval/uber", "questions", 1, ["q8"])),
+        ("runs/base/eval/uber runs/few", ("runs/few", "questions", 5, "base", 0, "other")),
+        ("runs/base/eval/uber runs/tuned/eval/uber --metric ndcg@7", ("'ndcg@7'", "hit_rate@1", "map@100")),
+        ("runs/base/eval/uber runs/damaged", ("runs/damaged/per_query.jsonl", 3, 20, "JSON")),
+        ("runs/base/eval/uber runs/corpus", ("runs/corpus", "num_documents", 7, "base", 8, "other")),
+        ("runs/base/eval/uber runs/tuned/eval/uber --style exact", ("style", "'exact'", "'text'", "'latex'")),
+        ("runs/base/eval/uber runs/tuned/eval/uber --save-plot a.txt", ("'txt'", "svg")),
+        ("runs/base/eval/uber runs/tuned/eval/uber --bases 2", ("--bases", 2, 1, "--seeds")),
+        ("runs/base/eval/uber runs/tuned/eval/uber runs/worse/eval/uber --bases 2", ("--bases", 2, 1, "--seeds")),
+        ("runs/base/eval/uber runs/tuned/eval/uber --seeds", ("--seeds", "base", "two")),
         (
             "runs/base/eval/uber runs/tuned/eval/uber runs/worse/eval/uber --save-plot a.png",
-            "--save-plot needs two reports, found 3",
+            ("--save-plot", "two", 3),
         ),
     ],
 )
-def test_errors_of_compare(place, reports, capsys, arguments, message):
+def test_errors_of_compare(place, reports, capsys, arguments, facts):
     make_report([1, 2, 3]).save(place / "runs" / "few")
     if "few/eval" in arguments:
         make_report([1, 2, 3]).save(place / "runs" / "few" / "eval")
@@ -417,13 +406,13 @@ def test_errors_of_compare(place, reports, capsys, arguments, message):
     if "corpus" in arguments:
         for name, number in (("base/eval/uber", 7), ("corpus", 8)):
             dataclasses.replace(reports["base"], setting={"num_documents": number}).save(place / "runs" / name)
-    check_error(capsys, f"compare {arguments}", message)
+    check_error(capsys, f"compare {arguments}", *facts)
 
 
 def test_compare_without_matplotlib(reports, capsys, monkeypatch, place):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     arguments = "compare runs/base/eval/uber runs/tuned/eval/uber --save-plot a.png"
-    check_error(capsys, arguments, "plots need matplotlib: pip install matplotlib")
+    check_error(capsys, arguments, "matplotlib", "pip")
     assert not (place / "a.png").exists()
 
 

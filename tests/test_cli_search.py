@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import LETTERS
+from naming import names
 from tiny import make_dataset, make_embedder
 
 import embedft
@@ -140,7 +141,7 @@ def test_hybrid_of_a_model_that_shows_no_tokens(place, capsys, monkeypatch):
     assert (first, second) == ("x", "y")
     assert split_words(["abc a"]) == [["abc", "a"]]
     assert main(["search", "model", "two.jsonl", "abc", "--passages", "6", "2"]) == 2
-    assert "passages is (6, 2): Silent cannot cut documents into windows" in capsys.readouterr().err
+    assert names(capsys.readouterr().err, "passages", (6, 2), "Silent")
 
 
 def test_through_a_store(place, capsys):
@@ -283,29 +284,29 @@ def test_questions_typed_at_a_terminal_can_be_edited(place, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "facts"),
     [
-        (["missing", QUESTION], "missing: no such file or folder"),
-        (["missing.jsonl", QUESTION], "missing.jsonl: no such file or folder"),
-        (["empty", QUESTION], "empty"),
-        (["empty.jsonl", QUESTION], "empty.jsonl"),
-        (["bad.jsonl", QUESTION], "bad.jsonl line 2: expected an object with `id` and `text`"),
-        (["chunks", QUESTION, "--split", "test"], "chunks"),
-        (["chunks", QUESTION, "--format", "csv"], "chunks: is a folder, but the format 'csv' is a file"),
-        (["chunks", " "], "the question is empty"),
-        (["chunks", QUESTION, "--depth", "0"], "depth is 0, expected at least 1"),
-        (["chunks", QUESTION, "--dim", "33"], "dim is 33, expected 1 to 32"),
-        (["chunks", QUESTION, "--passages", "6", "8"], "passages start every 8 tokens, expected 1 to their size, 6"),
-        (["chunks", QUESTION, "--adapter", "none"], "none: no adapter"),
+        (["missing", QUESTION], ("missing", "file", "folder")),
+        (["missing.jsonl", QUESTION], ("missing.jsonl", "file", "folder")),
+        (["empty", QUESTION], ("empty", "corpus.jsonl")),
+        (["empty.jsonl", QUESTION], ("empty.jsonl", "queries")),
+        (["bad.jsonl", QUESTION], ("bad.jsonl", 2, "`id`", "`text`")),
+        (["chunks", QUESTION, "--split", "test"], ("chunks", "corpus.jsonl")),
+        (["chunks", QUESTION, "--format", "csv"], ("chunks", "folder", "'csv'", "file")),
+        (["chunks", " "], ("question", "empty")),
+        (["chunks", QUESTION, "--depth", "0"], ("depth", 0, 1)),
+        (["chunks", QUESTION, "--dim", "33"], ("dim", 33, 1, 32)),
+        (["chunks", QUESTION, "--passages", "6", "8"], ("passages", 8, 1, 6)),
+        (["chunks", QUESTION, "--adapter", "none"], ("none", "adapter.json")),
     ],
 )
-def test_errors(place, capsys, arguments, message):
+def test_errors(place, capsys, arguments, facts):
     (place / "empty").mkdir()
     (place / "empty.jsonl").touch()
     (place / "bad.jsonl").write_text('{"id": "a", "text": "b"}\n{"id": "c"}\n')
     assert main(["search", "model", *arguments]) == 2
     output = capsys.readouterr()
-    assert message in output.err
+    assert names(output.err, *facts)
     assert (output.out, output.err.count("\n")) == ("", 1)
 
 
