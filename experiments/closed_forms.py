@@ -50,7 +50,7 @@ def relevant_pairs(
     """(queries, documents) of the pairs with a grade above 0, each [P, D], in the order of the qrels."""
     pairs = [(query, document) for query, grades in qrels.items() for document, grade in grades.items() if grade > 0]
     if not pairs:
-        raise ValueError("no query has a relevant document")
+        raise ValueError(f"none of the {len(qrels)} queries in the qrels has a relevant document")
     query_rows, document_rows = map(list, zip(*pairs, strict=True))
     return queries_ND[query_rows], documents_MD[document_rows]
 

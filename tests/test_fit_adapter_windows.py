@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from naming import naming
 from test_fit_adapter import PLAIN, draw
 
 from embedft import LOSSES, fit_adapter
@@ -255,18 +256,18 @@ WRONG = (S0[::-1], 0), (S0 + 1, 0), (S0 - 1, 0), (2 * S0, np.flatnonzero(S0)[0])
 
 
 @pytest.mark.parametrize(
-    ("source", "qrels", "fault"),
+    ("source", "qrels", "facts"),
     [
-        (S0[:-1], R0, rf"source is \[{len(S0) - 1}\] int64, expected \[{len(S0)}\] whole numbers"),
-        (S0[:, None], R0, rf"source is \[{len(S0)}, 1\] int64"),
-        (S0.astype(np.float64), R0, rf"source is \[{len(S0)}\] float64"),
-        *((wrong, R0, f"window row {row} is of .*, expected .* ascending from 0") for wrong, row in WRONG),
-        (S0, {0: {12: 1}}, "qrels: document row is 12, expected 0 to 11"),
+        (S0[:-1], R0, ("source", [len(S0) - 1], "int64", [len(S0)])),
+        (S0[:, None], R0, ("source", [len(S0), 1], "int64", [len(S0)])),
+        (S0.astype(np.float64), R0, ("source", [len(S0)], "float64")),
+        *((wrong, R0, ("source", "window", row, wrong[row], 0)) for wrong, row in WRONG),
+        (S0, {0: {12: 1}}, ("qrels", "document", 12, 0, 11)),
     ],
 )
 @pytest.mark.parametrize("objective", ["full_corpus", "in_batch"])
-def test_wrong_sources_are_refused(tmp_path, source, qrels, fault, objective):
-    with pytest.raises(ValueError, match=fault):
+def test_wrong_sources_are_refused(tmp_path, source, qrels, facts, objective):
+    with pytest.raises(ValueError, match=naming(*facts)):
         fit_adapter(Q0, D0, qrels, replace(PLAIN, objective=objective), source=source, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -274,7 +275,7 @@ def test_wrong_sources_are_refused(tmp_path, source, qrels, fault, objective):
 def test_windows_are_named():
     D = D0.copy()
     D[7] = 0
-    with pytest.raises(ValueError, match="the embedding of window row 7 is zero"):
+    with pytest.raises(ValueError, match=naming("window", 7, "zero")):
         fit_adapter(Q0, D, R0, PLAIN, source=S0)
 
 

@@ -117,8 +117,8 @@ class Targets:
 
     def check_several(self, loss: str) -> None:
         """Raises `ValueError` if queries list only one document each, so that there is nothing to compare."""
-        if self.group.shape[1] < 2:
-            raise ValueError(f"{loss} compares the documents of a query, but only one is listed: add hard negatives")
+        if (listed := self.group.shape[1]) < 2:
+            raise ValueError(f"{loss} compares the documents of a query, but each lists {listed}: add hard negatives")
 
     def warn_without_negatives(self, D: Tensor) -> None:
         """Warns when a batch consists of one document, so that no query has a negative."""

@@ -31,8 +31,8 @@ def parameter_groups(model: nn.Module, loss: Any = None) -> list[dict[str, Any]]
     They are "matrices", "vectors" (biases and norms; weight_decay 0) and, if the loss has any, "loss" (weight_decay 0).
     Example: lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.01)."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if any(p.dtype in (torch.float16, torch.bfloat16) for _, p in named):
-        raise ValueError("the weights are in half precision, which rounds small steps away: load them in float32")
+    if half := {p.dtype for _, p in named} & {torch.float16, torch.bfloat16}:
+        raise ValueError(f"the weights are {half.pop()}, which rounds small steps away: load them in float32")
     own = loss.named_parameters() if isinstance(loss, nn.Module) else ()
     groups = [
         {"name": "matrices", "params": [(name, p) for name, p in named if p.ndim > 1]},
