@@ -8,6 +8,7 @@ from itertools import islice
 
 import pytest
 import torch
+from naming import naming
 from tiny import make_dataset, make_embedder
 
 from embedft import RetrievalDataset
@@ -102,7 +103,7 @@ def test_start_goes_on_where_an_epoch_was_left(start):
 
 @pytest.mark.parametrize("start", [-1, 10])
 def test_a_start_outside_of_the_epoch_is_refused(start):
-    with pytest.raises(ValueError, match=f"start is {start}, expected 0 to 9, the batches of an epoch"):
+    with pytest.raises(ValueError, match=naming("start", start, 0, 9)):
         next(make_batches(many_to_many(seed=1)).epoch(2, start=start))
 
 
@@ -117,8 +118,7 @@ def test_warns_when_one_text_makes_all_batches_smaller():
     queries = {f"q{i}": f"question {i}" for i in range(12)}
     corpus = {f"d{i}": "the same" if i < 5 else f"text {i}" for i in range(12)}
     dataset = RetrievalDataset(queries, corpus, {f"q{i}": {f"d{i}": 1} for i in range(12)})
-    message = "some texts are in so many rows that an epoch has 5 batches of about 2, not 3 of 4"
-    with pytest.warns(UserWarning, match=message):
+    with pytest.warns(UserWarning, match=naming("no_duplicates", 5, 2, 3, 4)):
         assert len(make_batches(dataset, 4, no_duplicates=True)) == 5
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -157,13 +157,13 @@ def test_a_document_is_there_once_however_many_questions_share_it():
 
 def test_refuses_what_cannot_be_trained_on():
     dataset = RetrievalDataset({"q": "a", "r": "b"}, {"d": "c", "e": "f"}, {"q": {"d": 1}, "r": {"d": 1}}, {"q": ["e"]})
-    with pytest.raises(ValueError, match="no pair of a query and a document relevant to it"):
+    with pytest.raises(ValueError, match=naming("training", "pair", "relevant")):
         make_batches(RetrievalDataset({"q": "a"}, {"d": "b"}, {"q": {"d": 0}}))
-    with pytest.raises(ValueError, match="batch_size is 0, expected at least 1"):
+    with pytest.raises(ValueError, match=naming("batch_size", 0, 1)):
         make_batches(dataset, 0)
-    with pytest.raises(ValueError, match="num_negatives is 2, but no query has more than 1"):
+    with pytest.raises(ValueError, match=naming("num_negatives", 2, 1)):
         make_batches(dataset, num_negatives=2)
-    with pytest.raises(ValueError, match="num_negatives is 1, but no query has more than 0"):
+    with pytest.raises(ValueError, match=naming("num_negatives", 1, 0)):
         make_batches(replace(dataset, negatives={}), num_negatives=1)
     assert len(make_batches(dataset)) == 1
 
@@ -504,20 +504,20 @@ def test_pairs_have_neither_relevance_nor_scores_unless_asked_for():
 
 
 def test_refuses_options_that_cannot_be():
-    with pytest.raises(ValueError, match="batch_size is 4, batch_tokens is 9: expected one of the two"):
+    with pytest.raises(ValueError, match=naming("batch_size", 4, "batch_tokens", 9)):
         make_batches(JUDGED, 4, batch_tokens=9)
-    with pytest.raises(ValueError, match="batch_size is None, batch_tokens is None: expected one of the two"):
+    with pytest.raises(ValueError, match=naming("batch_size", "batch_tokens", None)):
         make_batches(JUDGED, None)
-    with pytest.raises(ValueError, match="batch_tokens is 0, expected at least 1"):
+    with pytest.raises(ValueError, match=naming("batch_tokens", 0, 1)):
         make_batches(JUDGED, None, batch_tokens=0)
-    with pytest.raises(ValueError, match="num_negatives is -1, expected at least 0"):
+    with pytest.raises(ValueError, match=naming("num_negatives", -1, 0)):
         make_batches(JUDGED, num_negatives=-1)
-    with pytest.raises(ValueError, match="examples is 'rows', expected one of pairs, queries, scored"):
+    with pytest.raises(ValueError, match=naming("examples", "rows", "pairs", "queries", "scored")):
         make_batches(JUDGED, examples="rows")
     unscored = replace(JUDGED, scores={"q": {"a": 1.0}})
-    with pytest.raises(ValueError, match="query 'q' has no score for document 'b'"):
+    with pytest.raises(ValueError, match=naming("query", "'q'", "score", "document", "'b'")):
         make_batches(unscored, target_scores=True)
-    with pytest.raises(ValueError, match="no scored pair of a query and a document"):
+    with pytest.raises(ValueError, match=naming("training", "pair", "scored")):
         make_batches(replace(JUDGED, scores={}), examples="scored")
 
 

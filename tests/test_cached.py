@@ -11,6 +11,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from naming import naming
 from tiny import make_dataset, make_embedder
 from torch import nn
 
@@ -380,7 +381,7 @@ def test_every_sequence_is_in_one_mini_batch(max_tokens):
 
 
 def test_refuses_mini_batches_without_a_token():
-    with pytest.raises(ValueError, match="max_tokens is 0, expected at least 1"):
+    with pytest.raises(ValueError, match=naming("max_tokens", 0, 1)):
         mini_batches(pack([[1]]), 0)
 
 

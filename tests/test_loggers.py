@@ -5,6 +5,7 @@ import sys
 import types
 
 import pytest
+from naming import naming
 from tiny import make_dataset, make_embedder
 
 from embedft import FinetuneConfig, finetune
@@ -73,14 +74,14 @@ def test_a_run_is_recognised_by_its_folder_and_start(tmp_path, calls):
 def test_a_logger_that_is_not_installed_is_found_before_work(tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match=f"log is '{name}', but {name} is not installed: pip install {name}"):
+    with pytest.raises(ValueError, match=naming("log", name, "pip")):
         finetune(make_embedder(tmp_path / "base"), make_dataset(), FinetuneConfig(log=name), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
     check_logger(None, None)
 
 
 def test_a_logger_needs_a_run_folder(tmp_path):
-    with pytest.raises(ValueError, match="log is 'wandb', but nothing is written"):
+    with pytest.raises(ValueError, match=naming("log", "wandb", "out")):
         finetune(make_embedder(tmp_path / "base"), make_dataset(), FinetuneConfig(log="wandb"))
-    with pytest.raises(ValueError, match="log is 'mlflow', expected one of 'tensorboard', 'wandb' or null"):
+    with pytest.raises(ValueError, match=naming("log", "mlflow", "tensorboard", "wandb", "null")):
         FinetuneConfig(log="mlflow")

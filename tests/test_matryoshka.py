@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loss_checks import PRECISIONS, assert_equal, loss_and_gradients, random_pair, random_vectors
+from naming import naming
 from torch import nn
 
 from embedft import Targets
@@ -230,7 +231,7 @@ def test_the_mean_is_over_the_dimensions_of_the_call():
 def test_says_once_that_the_full_width_is_not_trained():
     Q, targets = torch.ones(1, 16), Targets(torch.tensor([[0]]))
     loss = Matryoshka(dims=[8, 4], inner=first_cosine)
-    with pytest.warns(UserWarning, match="dims lacks 16, the full width, which is not trained"):
+    with pytest.warns(UserWarning, match=naming("dims", 16)):
         loss(Q, Q, targets)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -241,34 +242,34 @@ def test_says_once_that_the_full_width_is_not_trained():
 
 def test_a_dimension_above_the_width_is_refused():
     Q, targets = torch.ones(1, 7), Targets(torch.tensor([[0]]))
-    with pytest.raises(ValueError, match="dims has 8, but the vectors have 7 features"):
+    with pytest.raises(ValueError, match=naming("dims", 8, 7)):
         Matryoshka(dims=[4, 8], inner=first_cosine)(Q, Q, targets)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "facts"),
     [
-        ({"dims": []}, r"dims is \[\], expected dimensions of at least 1, none twice"),
-        ({"dims": [4, 0]}, r"dims is \[4, 0\], expected dimensions of at least 1"),
-        ({"dims": [4, 2, 4]}, r"dims is \[4, 2, 4\], .* none twice"),
-        ({"weights": [1.0]}, "weights has 1 entries, expected 2, one for each of dims"),
-        ({"weights": [1.0, -1.0]}, r"weights is \[1.0, -1.0\], expected finite numbers of at least 0"),
-        ({"weights": [1.0, math.nan]}, r"weights is \[1.0, nan\], expected finite numbers of at least 0"),
-        ({"weights": [0.0, 0.0]}, r"weights is \[0.0, 0.0\], .* not all of them 0"),
-        ({"dims_per_step": 0}, r"dims_per_step is 0, expected -1 \(all\) or 1 to 2"),
-        ({"dims_per_step": 3}, r"dims_per_step is 3, expected -1 \(all\) or 1 to 2"),
-        ({"reduction": "max"}, "reduction is 'max', expected one of sum, mean"),
+        ({"dims": []}, ("dims", "[]", 1)),
+        ({"dims": [4, 0]}, ("dims", [4, 0], 1)),
+        ({"dims": [4, 2, 4]}, ("dims", [4, 2, 4], "twice")),
+        ({"weights": [1.0]}, ("weights", 1, 2, "dims")),
+        ({"weights": [1.0, -1.0]}, ("weights", [1.0, -1.0], "finite", 0)),
+        ({"weights": [1.0, math.nan]}, ("weights", [1.0, math.nan], "finite", 0)),
+        ({"weights": [0.0, 0.0]}, ("weights", [0.0, 0.0], "all", 0)),
+        ({"dims_per_step": 0}, ("dims_per_step", 0, -1, 1, 2)),
+        ({"dims_per_step": 3}, ("dims_per_step", 3, -1, 1, 2)),
+        ({"reduction": "max"}, ("reduction", "max", "sum", "mean")),
     ],
 )
-def test_refuses(options, message):
-    with pytest.raises(ValueError, match=message):
+def test_refuses(options, facts):
+    with pytest.raises(ValueError, match=naming(*facts)):
         Matryoshka(**{"dims": [4, 2], "inner": first_cosine} | options)
 
 
 def test_a_sum_refuses():
-    with pytest.raises(ValueError, match="losses is empty, expected at least one loss"):
+    with pytest.raises(ValueError, match=naming("losses", "empty")):
         WeightedSum(losses=[])
-    with pytest.raises(ValueError, match="weights has 1 entries, expected 2, one for each of losses"):
+    with pytest.raises(ValueError, match=naming("weights", 1, 2, "losses")):
         WeightedSum(losses=[first_cosine] * 2, weights=[1.0])
 
 

@@ -6,6 +6,7 @@ from itertools import islice
 from typing import get_args
 
 import pytest
+from naming import naming
 from test_batches import keep_texts, pack_letters
 
 from embedft import RetrievalDataset
@@ -196,18 +197,18 @@ def test_one_source_is_the_data_set_alone():
 
 
 def test_refuses_what_cannot_be_mixed():
-    with pytest.raises(ValueError, match="sampling is 'random', expected one of proportional, round_robin, temperat"):
+    with pytest.raises(ValueError, match=naming("sampling", "random", "proportional", "round_robin", "temperature")):
         mixture_of(sampling="random")
-    with pytest.raises(ValueError, match=r"temperature is 0\.5, expected at least 1"):
+    with pytest.raises(ValueError, match=naming("temperature", 0.5, 1)):
         mixture_of(temperature=0.5)
-    with pytest.raises(ValueError, match="batch_size is 1, expected at least 2, one per source"):
+    with pytest.raises(ValueError, match=naming("batch_size", 1, 2, "source")):
         mixture_of(1, mixed=True, sampling="round_robin")
-    with pytest.raises(ValueError, match="at least one dataset"):
+    with pytest.raises(ValueError, match=naming("dataset", "none")):
         mixture_of(datasets={})
     for name in ("", "a/b"):
-        with pytest.raises(ValueError, match=f"source name '{name}'"):
+        with pytest.raises(ValueError, match=naming("source", "name", f"'{name}'", "'/'")):
             mixture_of(datasets={name: SOURCES["small"]})
-    with pytest.raises(ValueError, match="batch_size is 2, expected at least 3, one per source"):
+    with pytest.raises(ValueError, match=naming("batch_size", 2, 3, "source")):
         apportion(2, {"a": 1, "b": 1, "c": 1})
 
 
@@ -226,7 +227,7 @@ def test_a_source_may_have_no_hard_negatives(sampling, mixed):
         for query_id, listed in zip(batch.query_ids, batch.targets.group.tolist(), strict=True):
             names = [batch.document_ids[place] for place in listed[1:] if place >= 0]
             assert names == {"hard/q0": ["hard/d1", "hard/d2"], "hard/q1": ["hard/d3"]}.get(query_id, [])
-    with pytest.raises(ValueError, match="num_negatives is 3, but no query has more than 2"):
+    with pytest.raises(ValueError, match=naming("num_negatives", 3, 2)):
         mixture_of(datasets=datasets, num_negatives=3, **options)
 
 
