@@ -16,6 +16,7 @@ from loss_checks import (
     random_vectors,
     reference_gradients,
 )
+from naming import naming
 
 from embedft import Targets
 from embedft.losses.contrastive import (
@@ -258,7 +259,7 @@ def test_a_pair_without_a_negative_in_any_direction_counts_nowhere():
 def test_one_document_a_query_has_no_listed_negative():
     Q, D, targets = torch.eye(2), torch.eye(2), Targets(torch.tensor([[0], [1]]), torch.ones(2, 1))
     for loss in (functools.partial(in_batch_negatives, in_batch=False), LearnableTemperature(in_batch=False)):
-        with pytest.raises(ValueError, match="in_batch False compares the documents of a query"):
+        with pytest.raises(ValueError, match=naming("in_batch", False, 1, "negatives")):
             loss(Q, D, targets)
 
 
@@ -312,36 +313,36 @@ def test_hardness_is_held_constant():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "facts"),
     [
-        ({"temperature": 0.0}, "temperature is 0.0, expected above 0"),
-        ({"temperature": -1.0}, "temperature is -1.0, expected above 0"),
-        ({"temperature": math.nan}, "temperature is nan, expected above 0"),
-        ({"temperature": math.inf}, "temperature is inf, expected above 0 and finite"),
-        ({"similarity": "l2"}, "similarity is 'l2', expected one of cosine, dot"),
-        ({"directions": []}, r"directions is \[\], expected query_document and others"),
-        ({"directions": ["query_query"]}, "expected query_document and others, each once"),
-        ({"directions": ["query_document"] * 2}, "expected query_document and others, each once"),
-        ({"directions": ["query_doc"]}, "direction is 'query_doc', expected one of query_document, document_query"),
-        ({"partition": "own"}, "partition is 'own', expected one of joint, per_direction"),
-        ({"partition": "per_direction", "directions": ALL}, "per_direction.*query_query"),
-        ({"in_batch": False, "directions": BOTH}, "in_batch is False and rows is None, but directions"),
-        ({"hardness": "all", "hardness_strength": 1.0}, "hardness is 'all', expected one of in_batch_negatives"),
-        ({"hardness": "all_negatives"}, "hardness_strength is 0.0, expected above 0"),
-        ({"hardness_strength": 5.0}, "hardness_strength is 5.0 without hardness"),
-        ({"rows": 0}, "rows is 0, expected at least 1"),
-        ({"rows": 2, "directions": BOTH}, "rows is 2, but directions"),
-        ({"windows": "mean"}, "windows is 'mean', expected one of max, softmax"),
+        ({"temperature": 0.0}, ("temperature", 0.0, 0, "finite")),
+        ({"temperature": -1.0}, ("temperature", -1.0, 0, "finite")),
+        ({"temperature": math.nan}, ("temperature", math.nan, 0, "finite")),
+        ({"temperature": math.inf}, ("temperature", math.inf, 0, "finite")),
+        ({"similarity": "l2"}, ("similarity", "l2", "cosine", "dot")),
+        ({"directions": []}, ("directions", "[]", "query_document")),
+        ({"directions": ["query_query"]}, ("directions", ["query_query"], "query_document")),
+        ({"directions": ["query_document"] * 2}, ("directions", ["query_document"] * 2, "once")),
+        ({"directions": ["query_doc"]}, ("direction", "query_doc", "query_document", "document_document")),
+        ({"partition": "own"}, ("partition", "own", "joint", "per_direction")),
+        ({"partition": "per_direction", "directions": ALL}, ("partition", "per_direction", "query_query")),
+        ({"in_batch": False, "directions": BOTH}, ("in_batch", False, "rows", None, "directions", "query_document")),
+        ({"hardness": "all", "hardness_strength": 1.0}, ("hardness", "all", "in_batch_negatives", "all_negatives")),
+        ({"hardness": "all_negatives"}, ("hardness_strength", 0.0, 0, "finite")),
+        ({"hardness_strength": 5.0}, ("hardness_strength", 5.0, "hardness")),
+        ({"rows": 0}, ("rows", 0, 1)),
+        ({"rows": 2, "directions": BOTH}, ("rows", 2, "directions", "query_document")),
+        ({"windows": "mean"}, ("windows", "mean", "max", "softmax")),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("module", [False, True])
-def test_refuses(options, message, module):
+def test_refuses(options, facts, module):
     Q = torch.ones(1, 2)
     targets = Targets(torch.tensor([[0]]))
     if module and "temperature" in options:
-        message = f"temperature is {options['temperature']}, expected at least 0.01 and finite"
-    with pytest.raises(ValueError, match=message):
+        facts = "temperature", options["temperature"], 0.01, "finite"
+    with pytest.raises(ValueError, match=naming(*facts)):
         (LearnableTemperature(**options) if module else lambda *given: in_batch_negatives(*given, **options))(
             Q, Q, targets
         )
@@ -464,9 +465,9 @@ def test_the_temperature_stays_above_its_minimum_and_comes_back():
     assert loss.log_temperature.item() == pytest.approx(math.log(0.02))
     assert loss.log_temperature.grad < 0
     assert [name for name, _ in loss.named_parameters()] == ["log_temperature"]
-    with pytest.raises(ValueError, match="minimum is 0, expected above 0"):
+    with pytest.raises(ValueError, match=naming("minimum", 0, "finite")):
         LearnableTemperature(minimum=0)
-    with pytest.raises(ValueError, match=r"temperature is 0.005, expected at least 0.01"):
+    with pytest.raises(ValueError, match=naming("temperature", 0.005, 0.01)):
         LearnableTemperature(temperature=0.005)
 
 
@@ -515,7 +516,7 @@ def test_multi_positive_with_one_positive_is_in_batch_negatives():
     expected = loss_and_gradients(in_batch_negatives, Q, D, Targets(group))
     for form in ("out", "in"):
         assert_equal(loss_and_gradients(multi_positive, Q, D, Targets(group), form=form), expected, 1e-12)
-    with pytest.raises(ValueError, match="form is 'log', expected one of out, in"):
+    with pytest.raises(ValueError, match=naming("form", "log", "out", "in")):
         multi_positive(Q, D, Targets(group), form="log")
 
 
@@ -523,10 +524,10 @@ def test_multi_positive_with_one_positive_is_in_batch_negatives():
 def test_a_batch_of_one_document_is_warned_of(loss):
     """Its loss is 0, and so is its gradient; with a hard negative it is not."""
     Q, D = random_vectors(1, 4, seed=0), random_vectors(2, 4, seed=1)
-    with pytest.warns(UserWarning, match="one document"):
+    with pytest.warns(UserWarning, match=naming("batch", "one", "document")):
         value = loss(Q, D[:1], Targets(torch.tensor([[0]])))
     assert value.item() == 0
-    with pytest.warns(UserWarning, match="one document"):
+    with pytest.warns(UserWarning, match=naming("batch", "one", "document")):
         loss(Q, D, Targets(torch.tensor([[0]]), document=torch.tensor([0, 0])))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loss_checks import PRECISIONS, assert_equal, loss_and_gradients, random_pair, random_vectors
+from naming import naming
 from test_contrastive import EDGES, identities, random_targets
 from torch import nn
 
@@ -210,23 +211,23 @@ def test_the_guide_has_no_gradient():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "facts"),
     [
-        ({"temperature": 0.0}, "temperature is 0.0, expected above 0"),
-        ({"margin_strategy": "percent"}, "margin_strategy is 'percent', expected one of absolute, relative"),
-        ({"margin": math.nan}, "margin is nan, expected finite"),
-        ({"rows": 2}, "rows is 2"),
+        ({"temperature": 0.0}, ("temperature", 0.0, 0)),
+        ({"margin_strategy": "percent"}, ("margin_strategy", "percent", "absolute", "relative")),
+        ({"margin": math.nan}, ("margin", math.nan, "finite")),
+        ({"rows": 2}, ("rows", 2, "contrast_queries", "contrast_positives")),
     ],
 )
-def test_refuses(options, message):
+def test_refuses(options, facts):
     Q = torch.ones(1, 2)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=naming(*facts)):
         guided_in_batch_negatives(Q, Q, guided(Targets(torch.tensor([[0]])), Q, Q), **options)
 
 
 def test_refuses_to_go_without_a_guide():
     Q = torch.ones(1, 2)
-    with pytest.raises(ValueError, match=r"references\[.guide.\].*none"):
+    with pytest.raises(ValueError, match=naming("references['guide']", "none")):
         guided_in_batch_negatives(Q, Q, Targets(torch.tensor([[0]])))
-    with pytest.raises(ValueError, match=r"guide.*has \(1, 2\).*\(1, 1\)"):
+    with pytest.raises(ValueError, match=naming("references['guide']", (1, 2), (1, 1))):
         guided_in_batch_negatives(Q, Q, guided(Targets(torch.tensor([[0]])), Q, torch.ones(2, 2)))

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loss_checks import PRECISIONS, assert_equal, loss_and_gradients, random_pair, random_vectors, reference_gradients
+from naming import naming
 
 from embedft import Targets
 from embedft.losses.distillation import listwise_kl, margin_mse
@@ -194,23 +195,23 @@ def test_listed_scores():
 
 
 @pytest.mark.parametrize(
-    ("loss", "options", "message"),
+    ("loss", "options", "facts"),
     [
-        (cosent, {"scale": 0.0}, "scale is 0.0, expected above 0"),
-        (angle, {"scale": math.nan}, "scale is nan, expected above 0"),
-        (cosent, {"similarity": "l2"}, "similarity is 'l2', expected one of cosine, dot"),
-        (angle, {"windows": "mean"}, "windows is 'mean', expected one of max, softmax"),
-        (cosine_mse, {"pairs": "last"}, "pairs is 'last', expected one of first, all"),
+        (cosent, {"scale": 0.0}, ("scale", 0.0, 0)),
+        (angle, {"scale": math.nan}, ("scale", math.nan, 0)),
+        (cosent, {"similarity": "l2"}, ("similarity", "l2", "cosine", "dot")),
+        (angle, {"windows": "mean"}, ("windows", "mean", "max", "softmax")),
+        (cosine_mse, {"pairs": "last"}, ("pairs", "last", "first", "all")),
     ],
 )
-def test_refuses(loss, options, message):
-    with pytest.raises(ValueError, match=message):
+def test_refuses(loss, options, facts):
+    with pytest.raises(ValueError, match=naming(*facts)):
         loss(EYE, EYE, pairs_of([0.0, 1.0]), **options)
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_says_that_scores_are_missing(name):
-    with pytest.raises(ValueError, match=f"{name} needs target_scores"):
+    with pytest.raises(ValueError, match=naming(name, "target_scores")):
         LOSSES[name](EYE, EYE, Targets(torch.tensor([[0], [1]])))
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loss_checks import assert_equal, loss_and_gradients, random_vectors
+from naming import naming
 from test_contrastive import EDGES, identities, random_targets
 
 from embedft import Targets
@@ -86,15 +87,15 @@ def test_no_query_is_zero():
 @pytest.mark.parametrize("bias", [math.nan, math.inf, -math.inf])
 def test_refuses_a_bias_that_is_not_finite(bias):
     Q = torch.ones(1, 2)
-    with pytest.raises(ValueError, match=f"bias is {bias}, expected finite"):
+    with pytest.raises(ValueError, match=naming("bias", bias, "finite")):
         sigmoid(Q, Q, Targets(torch.tensor([[0]])), bias=bias)
-    with pytest.raises(ValueError, match=f"bias is {bias}, expected finite"):
+    with pytest.raises(ValueError, match=naming("bias", bias, "finite")):
         LearnableSigmoid(bias=bias)
 
 
 def test_refuses_a_temperature_that_is_not_above_zero():
     Q = torch.ones(1, 2)
-    with pytest.raises(ValueError, match=r"temperature is 0.0, expected above 0"):
+    with pytest.raises(ValueError, match=naming("temperature", 0.0, 0)):
         sigmoid(Q, Q, Targets(torch.tensor([[0]])), temperature=0.0)
-    with pytest.raises(ValueError, match=r"temperature is -1.0, expected above 0"):
+    with pytest.raises(ValueError, match=naming("temperature", -1.0, 0)):
         LearnableSigmoid(temperature=-1.0)

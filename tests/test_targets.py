@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from naming import naming
 
 from embedft import Targets
 from embedft.losses.pairwise import listed_scores, triplet
@@ -48,7 +49,7 @@ def test_masks_of_every_direction_by_hand():
     assert torch.equal(positive, rows("00000", "00010", "00000", "01000", "00000"))
     # Documents 0 and 2 are listed together, so they are neither.
     assert torch.equal(negative, rows("01011", "10101", "01011", "10101", "11110"))
-    with pytest.raises(ValueError, match="direction is 'd2d', expected one of query_document, document_query, query_q"):
+    with pytest.raises(ValueError, match=naming("direction", "d2d", "query_document", "document_document")):
         targets.masks("d2d")
 
 
@@ -126,40 +127,40 @@ def test_masks_reach_to_the_documents_that_nobody_lists():
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("fields", "facts"),
     [
-        ({"group": torch.tensor([0, 1])}, r"group has shape \(2,\), expected \[queries"),
-        ({"relevance": torch.ones(2, 2)}, r"relevance has shape \(2, 2\), expected group's \(2, 1\)"),
-        ({"known": torch.tensor([0, 1])}, r"known has shape \(2,\), expected \[pairs, 2\]"),
-        ({"known": torch.zeros(1, 3, dtype=torch.int64)}, r"known has shape \(1, 3\), expected \[pairs, 2\]"),
-        ({"document": torch.zeros(1, 3)}, r"document has shape \(1, 3\), expected \[document vectors\]"),
-        ({"target_scores": torch.ones(2)}, r"target_scores has shape \(2,\), expected group's \(2, 1\)"),
-        ({"query": torch.tensor([0])}, r"query has shape \(1,\), expected \[queries\], as group has them"),
+        ({"group": torch.tensor([0, 1])}, ("group", (2,), "queries")),
+        ({"relevance": torch.ones(2, 2)}, ("relevance", (2, 2), "group", (2, 1))),
+        ({"known": torch.tensor([0, 1])}, ("known", (2,), "[pairs, 2]")),
+        ({"known": torch.zeros(1, 3, dtype=torch.int64)}, ("known", (1, 3), "[pairs, 2]")),
+        ({"document": torch.zeros(1, 3)}, ("document", (1, 3), "[document vectors]")),
+        ({"target_scores": torch.ones(2)}, ("target_scores", (2,), "group", (2, 1))),
+        ({"query": torch.tensor([0])}, ("query", (1,), "[queries]", "group")),
     ],
 )
-def test_refuses_wrong_shapes(fields, message):
-    with pytest.raises(ValueError, match=message):
+def test_refuses_wrong_shapes(fields, facts):
+    with pytest.raises(ValueError, match=naming(*facts)):
         Targets(**({"group": torch.tensor([[0], [1]])} | fields))
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("fields", "facts"),
     [
-        ({"group": torch.tensor([[0], [-2]])}, "group has document -2, expected at least -1"),
-        ({"known": torch.tensor([[0, 1], [-1, 0]])}, "known has query -1, expected at least 0"),
-        ({"known": torch.tensor([[0, 1], [0, -3]])}, "known has document -3, expected at least 0"),
-        ({"known": torch.tensor([[2, 0]])}, "known has query 2, expected at least 0 and below 2"),
-        ({"document": torch.tensor([0, 1, 3])}, "document has 3 numbers from 0 to 3, expected every number from 0 to"),
-        ({"document": torch.tensor([1, 1])}, "document has 1 numbers from 1 to 1, expected every number from 0 to"),
-        ({"document": torch.tensor([1, 0, -1])}, "document has 3 numbers from -1 to 1, expected every number from 0"),
-        ({"document": torch.zeros(0, dtype=torch.int64)}, "group has document 0, expected at least -1 and below 0"),
-        ({"document": torch.tensor([0, 0])}, "group has document 1, expected at least -1 and below 1"),
-        ({"document": torch.tensor([0, 1]), "known": torch.tensor([[0, 2]])}, "known has document 2, .* below 2"),
+        ({"group": torch.tensor([[0], [-2]])}, ("group", "document", -2, -1)),
+        ({"known": torch.tensor([[0, 1], [-1, 0]])}, ("known", "query", -1, 0, 2)),
+        ({"known": torch.tensor([[0, 1], [0, -3]])}, ("known", "document", -3, 0)),
+        ({"known": torch.tensor([[3, 0]])}, ("known", "query", 3, 0, 2)),
+        ({"document": torch.tensor([0, 1, 4])}, ("document", 3, 0, 4)),
+        ({"document": torch.tensor([2, 2])}, ("document", 1, 2, 0)),
+        ({"document": torch.tensor([1, 0, -1])}, ("document", 3, -1, 1, 0)),
+        ({"document": torch.zeros(0, dtype=torch.int64)}, ("group", "document", 0, -1)),
+        ({"document": torch.tensor([0, 0])}, ("group", "document", 1, -1)),
+        ({"document": torch.tensor([0, 1]), "known": torch.tensor([[0, 3]])}, ("known", "document", 3, 0, 2)),
     ],
 )
-def test_refuses_numbers_of_nothing(fields, message):
+def test_refuses_numbers_of_nothing(fields, facts):
     fields = {"group": torch.tensor([[0], [1]])} | fields
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=naming(*facts)):
         Targets(**fields)
     # A look at the numbers would make the CPU wait for another device.
     Targets(**{name: x.to("meta") for name, x in fields.items()})
@@ -178,9 +179,9 @@ def test_refuses_documents_that_there_are_not():
         lambda num: triplet(Q, D[:num], targets),
     ):
         ask(6)
-        with pytest.raises(ValueError, match="known has document 5, expected at least 0 and below 5"):
+        with pytest.raises(ValueError, match=naming("known", "document", 5, 0)):
             ask(5)
-        with pytest.raises(ValueError, match="group has document 4, expected at least -1 and below 4"):
+        with pytest.raises(ValueError, match=naming("group", "document", 4, -1)):
             ask(4)
 
 
@@ -253,7 +254,7 @@ def test_cosine_and_dot_by_hand():
     targets = Targets(torch.tensor([[0], [1]]))
     torch.testing.assert_close(scores(Q, D, targets), torch.tensor([[0.6, 0.8, -1.0], [0.0, 0.0, 0.0]]))
     assert scores(Q, D, targets, similarity="dot").tolist() == [[6.0, 20.0, -25.0], [0.0, 0.0, 0.0]]
-    with pytest.raises(ValueError, match="similarity is 'euclid', expected one of cosine, dot"):
+    with pytest.raises(ValueError, match=naming("similarity", "euclid", "cosine", "dot")):
         scores(Q, D, targets, similarity="euclid")
 
 
@@ -281,9 +282,9 @@ def test_windows_by_hand():
     torch.testing.assert_close(found, torch.tensor([[8.0, 10.0]]))
     assert targets.num_documents(3) == 2
     assert Targets(torch.tensor([[0]])).num_documents(3) == 3
-    with pytest.raises(ValueError, match="document has 3 entries, but D has 2 rows"):
+    with pytest.raises(ValueError, match=naming("document", 3, "D", 2)):
         scores(Q, D[:2], targets)
-    with pytest.raises(ValueError, match="windows is 'mean', expected one of max, softmax"):
+    with pytest.raises(ValueError, match=naming("windows", "mean", "max", "softmax")):
         scores(Q, D, targets, windows="mean")
 
 
