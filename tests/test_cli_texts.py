@@ -5,6 +5,7 @@ import json
 import pydantic
 import pytest
 from api_server import ApiServer, written_questions
+from naming import names
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from tiny import make_embedder
@@ -46,16 +47,16 @@ def chunk(*options: str) -> int:
 def test_chunk(place, capsys):
     assert chunk("--size", "40", "--overlap", "25") == 0
     out, err = capsys.readouterr()
-    assert err == "docs/empty.txt: has no text\ndocs/more.md page 2: has no text\n"
+    first, second = err.splitlines()
+    assert names(first, "docs/empty.txt", "no", "text")
+    assert names(second, "docs/more.md", 2, "no", "text")
     chunks, report = load_chunks("chunks/chunks.jsonl"), read_json("chunks/chunk-report.json")
     lengths = [len(ids) for ids in load_embedder(MODEL).tokenize([c.text for c in chunks])]
     assert [c.num_tokens for c in chunks] == lengths
     assert max(lengths) <= 38  # two special tokens come on top
     assert (report["files"], report["chunks"], report["size"]) == (2, len(chunks), 38)
-    assert report["skipped"] == [
-        {"file": "docs/empty.txt", "page": None, "reason": "has no text"},
-        {"file": "docs/more.md", "page": 2, "reason": "has no text"},
-    ]
+    assert [(row["file"], row["page"]) for row in report["skipped"]] == [("docs/empty.txt", None), ("docs/more.md", 2)]
+    assert all(names(row["reason"], "no", "text") for row in report["skipped"])
     assert f"-> {len(chunks):,} chunks of at most 38 tokens" in out
     assert "skipped 2 files or pages; see chunks/chunk-report.json" in out
     # All that the model reads, when no size is given.
@@ -67,7 +68,7 @@ def test_chunk_splits_and_leaves_no_file_of_an_earlier_split(place, capsys):
     assert chunk() == 0
     capsys.readouterr()
     assert chunk("--train-files", "docs/notes.txt") == 0
-    assert capsys.readouterr().err.splitlines()[-1] == "chunks/chunks.jsonl: removed; it belonged to another split"
+    assert names(capsys.readouterr().err.splitlines()[-1], "chunks/chunks.jsonl", "split")
     assert sorted(path.name for path in (place / "chunks").iterdir()) == [
         "chunk-report.json",
         "train.jsonl",
@@ -80,12 +81,10 @@ def test_chunk_splits_and_leaves_no_file_of_an_earlier_split(place, capsys):
     assert (report["train"], report["validation"]) == (len(train), len(validation))
     assert chunk("--train-share", "0.5", "--seed", "1") == 0
     assert chunk("--train-pages", "2-3") == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("embedft chunk: error: no chunk is left for training")
+    assert names(capsys.readouterr().err.splitlines()[-1], "embedft chunk", "train_pages", "training", 0, "validation")
     assert chunk("--train-pages", "two") == 2
     assert chunk("--size", "2") == 2
-    assert (
-        "--size is 2, expected more than the 2 special tokens that the model adds to a text" in capsys.readouterr().err
-    )
+    assert names(capsys.readouterr().err.splitlines()[-1], "--size", 2, "special")
 
 
 def test_repeated_lines_go_on_request(place, capsys):
@@ -164,8 +163,8 @@ def test_what_is_missing_is_said_and_asked_for_again(place, capsys):
     ) as server:
         assert ask(server, "--max-attempts", "1") == 1
         err = capsys.readouterr().err
-        assert "1 chunks without questions: refusal" in err
-        assert f"1 of {num_chunks} chunks have no questions; run the same command to request only those" in err
+        assert names(err, 1, "chunks", "refusal")
+        assert names(err.splitlines()[-1], 1, num_chunks, "out/question-report.json")
         assert len(read_json("out/question-report.json")["missing"]) == 1
         assert len(RetrievalDataset.load("out/chunks.json").corpus) == num_chunks
         assert ask(server) == 0
@@ -182,7 +181,7 @@ def test_replies_without_a_report_are_not_said_to_be_missing(place, capsys):
 
 def test_an_unknown_size_is_said(place, capsys):
     assert chunk("--size", "300") == 0
-    assert "--size is 300 tokens, but sentence-transformers/all-MiniLM-L6-v2 reads only 256" in capsys.readouterr().err
+    assert names(capsys.readouterr().err, "--size", 300, MODEL, 256)
 
 
 def test_a_limit_leaves_each_side_its_part_and_nothing_of_another_run(place, capsys):
@@ -192,7 +191,7 @@ def test_a_limit_leaves_each_side_its_part_and_nothing_of_another_run(place, cap
     with ApiServer() as server:
         assert ask(server, "--max-requests", "1") == 1
         assert not (place / "out" / "validation.json").exists()  # ict's is gone: it belongs to other questions
-        assert "validation: no questions yet" in capsys.readouterr().err
+        assert names(capsys.readouterr().err, "validation", "no", "questions")
         num_asked = sum(sides.values()) // 2
         assert ask(server, "--max-requests", str(num_asked)) == 1
         for name, size in sides.items():
@@ -205,8 +204,7 @@ def test_a_server_that_is_not_there(place, capsys):
     assert chunk("--size", "40") == 0
     arguments = ["questions", "chunks", "--out", "out", "--base-url", "http://127.0.0.1:9/v1"]
     assert main(arguments) == 2
-    err = capsys.readouterr().err
-    assert err.splitlines()[-1].startswith("embedft questions: error: http://127.0.0.1:9/v1: no connection (")
+    assert names(capsys.readouterr().err.splitlines()[-1], "embedft questions", "http://127.0.0.1:9/v1", "connection")
 
 
 def test_limits_stop_with_a_line(place, capsys):
@@ -216,7 +214,7 @@ def test_limits_stop_with_a_line(place, capsys):
         assert server.counts["chat"] == 3
     out, err = capsys.readouterr()
     assert "stopped at --max-requests 3: 3 of" in out
-    assert "not requested: stopped at --max-requests 3" in err
+    assert names(err, "--max-requests 3")
 
 
 def test_cleaning_and_round_trip(place, capsys):
@@ -247,7 +245,7 @@ def test_an_id_with_two_texts_is_refused(place, capsys):
     with ApiServer() as server:
         assert main(["questions", "sides", "--out", "out", "--base-url", server.base_url]) == 2
         assert server.counts["chat"] == 0
-    assert "sides: chunk '0' has different texts in training and validation" in capsys.readouterr().err
+    assert names(capsys.readouterr().err, "sides", "chunk", "'0'", "training", "validation")
 
 
 def test_training_asks_nothing_that_validation_asks(place, capsys):
@@ -295,7 +293,7 @@ def test_a_side_that_cleaning_empties_does_not_cost_the_other(place, capsys):
         ]
         (place / "out" / "replies.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         assert main([*arguments, "--base-url", server.base_url]) == 1
-    assert "train: " in capsys.readouterr().err
+    assert names(capsys.readouterr().err, "train", "1 points at its source")
     assert not (place / "out" / "train.json").exists()
     assert len(RetrievalDataset.load("out/validation.json").queries) == 1
     assert "points at its source" in read_json("out/question-report.json")["train"]
@@ -340,37 +338,34 @@ def test_data_sets_load_in_llamaindex_and_in_sentence_transformers(place, capsys
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "facts"),
     [
-        ("questions chunks --out out", "chunks: no such file or folder"),
-        ("questions docs --out out", "docs: contains neither chunks.jsonl nor train.jsonl"),
-        ("questions a b --out out", "2 sources, expected one file or folder of chunks"),
-        ("questions docs/notes.txt --out out --method ict", "docs/notes.txt: is a document, expected chunks; run"),
-        ("chunk nowhere --out out", "nowhere"),
+        ("questions chunks --out out", ("chunks", "no", "file", "folder")),
+        ("questions docs --out out", ("docs", "chunks.jsonl", "train.jsonl")),
+        ("questions a b --out out", (2, "sources", "file", "folder")),
+        ("questions docs/notes.txt --out out --method ict", ("docs/notes.txt", "document", "chunks")),
+        ("chunk nowhere --out out", ("nowhere", "no", "file", "folder")),
+        ("chunk docs --out out --overlap 999", ("--overlap", 999, 0, 254)),
+        ("questions a --out out --method docstring", ("'a'", "package")),
+        ("questions docs/more.md --out out --method ict --dry-run", ("--dry-run", "--method llm", "--method ict")),
         (
-            "chunk docs --out out --overlap 999",
-            "--overlap is 999, expected 0 or more and less than the 254 tokens of text",
+            "questions docs/more.md --out out --method title --max-cost 3",
+            ("--max-cost", "--method llm", "--method title"),
         ),
-        ("questions a --out out --method docstring", "'a' is not an installed top-level package"),
-        (
-            "questions docs/more.md --out out --method ict --dry-run",
-            "--dry-run needs --method llm, found --method ict",
-        ),
-        ("questions docs/more.md --out out --method title --max-cost 3", "--max-cost needs --method llm, found"),
-        ("questions docs/more.md --out out --method ict --parameters.seed 3", "--parameters needs --method llm"),
-        ("questions docs/more.md --out out --method title --validation", "--validation needs --method ict or llm"),
-        ("questions docs/more.md --out out --round-trip 0", "round_trip is 0, expected at least 1"),
-        ("chunk docs --out out --train-pages=", "'' is not a list of pages"),
-        ("chunk docs --out out --size 0", "--size is 0, expected more than the 2 special tokens"),
-        ("chunk docs --out out --no.such 1", "unknown option --no.such"),
+        ("questions docs/more.md --out out --method ict --parameters.seed 3", ("--parameters", "--method llm")),
+        ("questions docs/more.md --out out --method title --validation", ("--validation", "ict", "llm", "title")),
+        ("questions docs/more.md --out out --round-trip 0", ("round_trip", 0, 1)),
+        ("chunk docs --out out --train-pages=", ("pages", "''")),
+        ("chunk docs --out out --size 0", ("--size", 0, 2, "special")),
+        ("chunk docs --out out --no.such 1", ("option", "--no.such")),
     ],
 )
-def test_errors_are_one_line(place, capsys, arguments, message):
+def test_errors_are_one_line(place, capsys, arguments, facts):
     try:
         code = main(arguments.split())
     except SystemExit as error:
         code = error.code
     out, err = capsys.readouterr()
     assert (code, out) == (2, "")
-    assert message in err.splitlines()[-1]
+    assert names(err.splitlines()[-1], *facts)
     assert not (place / "out").exists()

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from hub_server import Hub
+from naming import names, naming
 from safetensors.torch import load_file, save_file
 
 from embedft import Embedder, load_embedder
@@ -225,7 +226,7 @@ def test_older_names(folder, tiny_bert, tmp_path, head):
 def test_an_older_and_a_newer_name_of_one_tensor(folder):
     name = "embeddings.word_embeddings.weight"
     rewrite_weights(folder, lambda tensors: {**tensors, f"bert.{name}": tensors[name].clone()})
-    assert_refused(f"{name} is stored twice", folder)
+    assert_refused(("model.safetensors", name, "twice"), folder)
 
 
 def test_saved_weights_are_as_readable_as_the_umask_allows(tiny_bert, tmp_path):
@@ -236,7 +237,7 @@ def test_saved_weights_are_as_readable_as_the_umask_allows(tiny_bert, tmp_path):
 
 def test_an_embedder_made_by_hand_is_not_saved(tiny_bert, tmp_path):
     found = load(tiny_bert)
-    with pytest.raises(ValueError, match="was not loaded from a model folder"):
+    with pytest.raises(ValueError, match=naming(type(found.encoder), "Embedder", "family")):
         Embedder(found.encoder, found.tokenizer).save(tmp_path / "saved")
 
 
@@ -268,9 +269,9 @@ def test_saved_in_half_precision(tiny_bert, reference, tmp_path):
 # Errors: each is one line that says what was found, what was expected, and where.
 
 
-def assert_refused(message: str, *args, **options) -> str:
-    """Asserts that load_embedder raises a one-line ValueError matching `message` (a regular expression); returns it."""
-    with pytest.raises(ValueError, match=message) as caught:
+def assert_refused(facts: tuple, *args, **options) -> str:
+    """Asserts that load_embedder raises a one-line ValueError that names the facts; returns it."""
+    with pytest.raises(ValueError, match=naming(*facts)) as caught:
         load(*args, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -278,12 +279,12 @@ def assert_refused(message: str, *args, **options) -> str:
 
 @pytest.mark.parametrize("name", ["./missing", "/no/such/folder", "~/missing", "models/of/mine"])
 def test_no_such_folder(name):
-    assert_refused(f"^{re.escape(name)}: no such folder$", name)
+    assert_refused((name, "no", "folder"), name)
 
 
 def test_no_config(folder):
     (folder / "config.json").unlink()
-    assert_refused(f"^{re.escape(str(folder))}: no config.json, so this is not a model folder$", folder)
+    assert_refused((folder, "no", "config.json"), folder)
 
 
 REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
@@ -291,27 +292,27 @@ REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_hea
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "facts"),
     [
-        ({"model_type": "t5"}, "model_type is 't5', expected one of bert"),
-        ({"model_type": None}, "model_type is missing, expected one of bert"),
-        *(({name: None}, f"{name} is missing") for name in REQUIRED),
-        ({"hidden_size": "32"}, "hidden_size is '32', expected a whole number of at least 1"),
-        ({"hidden_size": 32.0}, "hidden_size is 32.0, expected a whole number"),
-        ({"num_hidden_layers": True}, "num_hidden_layers is True, expected a whole number"),
-        ({"num_hidden_layers": -1}, "num_hidden_layers is -1, expected a whole number of at least 1"),
-        ({"layer_norm_eps": "1e-12"}, "layer_norm_eps is '1e-12', expected a finite number"),
-        ({"layer_norm_eps": 2}, "layer_norm_eps is 2, expected 0 to 1"),
-        ({"hidden_act": 1}, "hidden_act is 1, expected a string"),
-        ({"hidden_act": "silu"}, "hidden_act is 'silu', expected one of gelu, "),
-        ({"num_attention_heads": 5}, "hidden_size 32 is not divisible by 5 heads"),
-        ({"num_attention_heads": 0}, "num_attention_heads is 0, expected a whole number of at least 1"),
+        ({"model_type": "t5"}, ("model_type", "t5", "bert")),
+        ({"model_type": None}, ("model_type", "missing", "bert")),
+        *(({name: None}, (name, "missing")) for name in REQUIRED),
+        ({"hidden_size": "32"}, ("hidden_size", "'32'", "whole", 1)),
+        ({"hidden_size": 32.0}, ("hidden_size", 32.0, "whole", 1)),
+        ({"num_hidden_layers": True}, ("num_hidden_layers", True, "whole", 1)),
+        ({"num_hidden_layers": -1}, ("num_hidden_layers", -1, "whole", 1)),
+        ({"layer_norm_eps": "1e-12"}, ("layer_norm_eps", "'1e-12'", "finite")),
+        ({"layer_norm_eps": 2}, ("layer_norm_eps", 2, 0, 1)),
+        ({"hidden_act": 1}, ("hidden_act", 1, "string")),
+        ({"hidden_act": "silu"}, ("hidden_act", "silu", "gelu")),
+        ({"num_attention_heads": 5}, ("hidden_size", 32, 5, "heads")),
+        ({"num_attention_heads": 0}, ("num_attention_heads", 0, "whole", 1)),
     ],
     ids=str,
 )
-def test_a_config_that_does_not_fit(folder, change, message):
+def test_a_config_that_does_not_fit(folder, change, facts):
     rewrite_json(folder / "config.json", **change)
-    assert_refused(f"config.json: {message}", folder)
+    assert_refused((folder / "config.json", *facts), folder)
 
 
 def test_a_whole_number_will_do_for_a_float(folder):
@@ -320,12 +321,12 @@ def test_a_whole_number_will_do_for_a_float(folder):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [('{"model_type": "bert",', "line 1 column 23: invalid JSON"), ("", "invalid JSON"), ("[]", "expected an object")],
+    ("content", "facts"),
+    [('{"model_type": "bert",', (1, 23, "JSON")), ("", (1, 1, "JSON")), ("[]", ("object", []))],
 )
-def test_a_config_that_is_no_object(folder, content, message):
+def test_a_config_that_is_no_object(folder, content, facts):
     (folder / "config.json").write_text(content)
-    assert_refused(f"config.json.*{message}", folder)
+    assert_refused((folder / "config.json", *facts), folder)
 
 
 class Touch:
@@ -342,7 +343,7 @@ def test_a_pickle_is_named_and_never_opened(folder, tmp_path):
     (folder / "model.safetensors").unlink()
     with open(folder / "pytorch_model.bin", "wb") as file:
         pickle.dump(Touch(tmp_path / "opened"), file)
-    assert_refused(r"no model.safetensors \(weights found: pytorch_model.bin\)", folder)
+    assert_refused((folder, "no", "model.safetensors", "pytorch_model.bin"), folder)
     assert not (tmp_path / "opened").exists()
     with open(folder / "pytorch_model.bin", "rb") as file:
         pickle.load(file)
@@ -351,7 +352,7 @@ def test_a_pickle_is_named_and_never_opened(folder, tmp_path):
 
 def test_no_weights(folder):
     (folder / "model.safetensors").unlink()
-    assert_refused(r"no model.safetensors \(weights found: none\)", folder)
+    assert_refused((folder, "no", "model.safetensors", "none"), folder)
 
 
 @pytest.mark.parametrize(
@@ -362,13 +363,13 @@ def test_no_weights(folder):
 def test_corrupt_weights(folder, spoil):
     path = folder / "model.safetensors"
     path.write_bytes(spoil(path.read_bytes()))
-    assert_refused(f"^{re.escape(str(path))}: not a complete safetensors file", folder)
+    assert_refused((path, "complete", "safetensors"), folder)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
 def test_a_git_lfs_pointer(folder, name):
     (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 90868376\n")
-    assert_refused(f"^{re.escape(str(folder / name))}: is a Git LFS pointer, .*git lfs pull", folder)
+    assert_refused((folder / name, "LFS", "`git lfs pull`"), folder)
 
 
 KEY = "encoder.layer.1.attention.self.key.bias"
@@ -376,27 +377,27 @@ KEY = "encoder.layer.1.attention.self.key.bias"
 
 def test_a_missing_key_is_named(folder):
     rewrite_weights(folder, lambda tensors: {k: v for k, v in tensors.items() if k != KEY})
-    assert_refused(f"model.safetensors: missing {KEY}$", folder)
+    assert_refused(("model.safetensors", "missing", KEY), folder)
 
 
 def test_an_unexpected_key_is_named(folder):
     rewrite_weights(folder, lambda tensors: {**tensors, "classifier.weight": torch.zeros(2)})
-    assert_refused("model.safetensors: unexpected classifier.weight$", folder)
+    assert_refused(("model.safetensors", "unexpected", "classifier.weight"), folder)
 
 
 def test_a_wrong_shape_is_named(folder):
     rewrite_weights(folder, lambda tensors: {**tensors, KEY: torch.zeros(31)})
-    assert_refused(rf"model.safetensors: {KEY} has shape \(31,\), expected \(32,\)$", folder)
+    assert_refused(("model.safetensors", KEY, (31,), (32,)), folder)
     # Of the right number of elements, too.
     name = "encoder.layer.0.intermediate.dense.weight"
     rewrite_weights(folder, lambda tensors: {**tensors, KEY: torch.zeros(32), name: tensors[name].T.contiguous()})
-    assert_refused(rf"{name} has shape \(32, 40\), expected \(40, 32\)$", folder)
+    assert_refused(("model.safetensors", name, (32, 40), (40, 32)), folder)
 
 
 def test_many_faults_are_counted(folder):
     rewrite_weights(folder, lambda tensors: {k: v for k, v in tensors.items() if "encoder" not in k})
-    message = assert_refused("missing encoder.layer.0.attention.*, and 27 more$", folder)
-    assert message.count("missing") == 5
+    message = assert_refused(("model.safetensors", "missing", 27), folder)
+    assert message.count("encoder.layer.0.attention.") == 5
 
 
 @pytest.mark.parametrize(
@@ -406,7 +407,7 @@ def test_many_faults_are_counted(folder):
 def test_sizes_that_no_tensor_has_are_refused_before_anything_is_built(folder, monkeypatch, field, value):
     rewrite_json(folder / "config.json", **{field: value})
     monkeypatch.setattr(torch.nn.Module, "__init__", None)
-    assert_refused(rf"config\.json: {field} is {value}, but model\.safetensors has ", folder)
+    assert_refused(("config.json", field, value, "model.safetensors"), folder)
 
 
 def test_many_tensors_are_refused_at_once(folder):
@@ -414,37 +415,38 @@ def test_many_tensors_are_refused_at_once(folder):
         return {**tensors, **{f"extra.{number}": torch.zeros(1) for number in range(20_000)}}
 
     rewrite_weights(folder, many)
-    assert_refused("unexpected extra.0, .*and 19995 more$", folder)
+    assert_refused(("unexpected", "extra.0", 19995), folder)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool])
-def test_weights_that_are_no_numbers_are_named(folder, dtype):
+@pytest.mark.parametrize(("dtype", "name"), [(torch.int64, "I64"), (torch.uint8, "U8"), (torch.bool, "BOOL")])
+def test_weights_that_are_no_numbers_are_named(folder, dtype, name):
     rewrite_weights(folder, lambda tensors: {**tensors, KEY: torch.zeros(32, dtype=dtype)})
-    assert_refused(rf"{KEY} has type \w+, expected a floating-point one$", folder)
+    assert_refused((KEY, "type", name, "floating-point"), folder)
 
 
 def test_fewer_layers_than_the_checkpoint_has(folder):
     rewrite_json(folder / "config.json", num_hidden_layers=1)
-    assert_refused("unexpected encoder.layer.1.*, and 11 more$", folder)
+    message = assert_refused(("unexpected", 11), folder)
+    assert message.count("encoder.layer.1.") == 5
 
 
 def test_no_tokenizer(folder):
     (folder / "tokenizer.json").unlink()
-    assert_refused(f"^{re.escape(str(folder))}: no tokenizer.json", folder)
+    assert_refused((folder, "no", "tokenizer.json"), folder)
 
 
 @pytest.mark.parametrize("content", ["", "{", "{}", '{"model": 3}', "[1, 2]", "\x00"])
 def test_a_corrupt_tokenizer(folder, content):
     (folder / "tokenizer.json").write_text(content)
-    assert_refused("tokenizer.json: not a tokenizer", folder)
+    assert_refused((folder / "tokenizer.json", "not", "tokenizer"), folder)
 
 
 def test_a_tokenizer_that_does_not_fit_the_vocabulary(folder):
     size = read_json(folder / "config.json")["vocab_size"]
     tokenizer = read_json(folder / "tokenizer.json")
-    tokenizer["model"]["vocab"]["more"] = size
+    tokenizer["model"]["vocab"]["more"] = size + 1
     write_json(folder / "tokenizer.json", tokenizer)
-    assert_refused(f"token ids reach {size}, the encoder's vocab_size is {size}$", folder)
+    assert_refused((folder, "ids", size + 1, "vocab_size", size), folder)
 
 
 def test_a_tokenizer_smaller_than_the_vocabulary_is_fine(write_tiny, tmp_path):
@@ -455,20 +457,20 @@ def test_modules_that_are_not_known(write_tiny, tmp_path):
     folder = write_tiny(tmp_path / "model", modules=True)
     modules = read_json(folder / "modules.json")
 
-    def refused(modules, message):
+    def refused(modules, *facts):
         write_json(folder / "modules.json", modules)
-        assert_refused(f"modules.json: {message}", folder)
+        assert_refused((folder / "modules.json", *facts), folder)
 
     dense = {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"}
-    expected = r"expected Transformer, Pooling, Normalize \(the last is optional\)"
-    refused([*modules[:2], dense], f"modules are Transformer, Pooling, Dense, {expected}")
-    refused(modules[:1], f"modules are Transformer, {expected}")
-    refused([modules[0], modules[2], modules[1]], f"modules are Transformer, Normalize, Pooling, {expected}")
-    refused([], f"modules are , {expected}")
-    refused([*modules, modules[2]], f"modules are Transformer, Pooling, Normalize, Normalize, {expected}")
-    refused([modules[0], {**modules[1], "type": "9" * 5000}], f"modules are Transformer, {'9' * 187}, expected")
-    refused([{"idx": 0}], "a module is .*idx.*, expected an object")
-    refused({"idx": 0}, "a module is .*idx.*, expected an object")
+    expected = "Transformer, Pooling, Normalize"
+    refused([*modules[:2], dense], "Transformer, Pooling, Dense", expected)
+    refused(modules[:1], "modules", expected)
+    refused([modules[0], modules[2], modules[1]], "Transformer, Normalize, Pooling", expected)
+    refused([], "modules", expected)
+    refused([*modules, modules[2]], "Transformer, Pooling, Normalize, Normalize", expected)
+    refused([modules[0], {**modules[1], "type": "9" * 5000}], f"Transformer, {'9' * 187}", expected)
+    refused([{"idx": 0}], "module", {"idx": 0}, "object", "type", "path")
+    refused({"idx": 0}, "module", {"idx": 0}, "object", "type", "path")
 
 
 @pytest.mark.parametrize("path", ["../other", "/etc", "1_Pooling/../..", "a\0b"])
@@ -476,7 +478,7 @@ def test_a_module_outside_the_folder_is_refused(write_tiny, tmp_path, path):
     folder = write_tiny(tmp_path / "model", modules=True)
     modules = read_json(folder / "modules.json")
     write_json(folder / "modules.json", [{**modules[0], "path": path}, *modules[1:]])
-    assert_refused(r"modules\.json: path is .*expected one in this folder", folder)
+    assert_refused((folder / "modules.json", "path", repr(path)), folder)
 
 
 @pytest.mark.parametrize(
@@ -509,8 +511,7 @@ def test_a_module_outside_the_folder_is_refused(write_tiny, tmp_path, path):
 def test_a_field_of_the_wrong_type_is_named_with_its_file_and_value(write_tiny, tmp_path, file, field, value):
     folder = write_tiny(tmp_path / "model", modules=True)
     rewrite_json(folder / file, **{field: value})
-    message = assert_refused(f"{re.escape(file)}: {field} is ", folder)
-    assert str(value) in message
+    assert_refused((folder / file, field, repr(value)), folder)
 
 
 def test_pooling_with_weights_is_saved_and_loaded(tiny_bert, tmp_path):
@@ -519,7 +520,7 @@ def test_pooling_with_weights_is_saved_and_loaded(tiny_bert, tmp_path):
     embedder.truncate_dim = None
     with torch.no_grad():
         embedder.pooling.trained["attention"].query.copy_(torch.randn(32, generator=torch.Generator().manual_seed(0)))
-    with pytest.warns(UserWarning, match="sentence-transformers cannot load attention"):
+    with pytest.warns(UserWarning, match=naming("sentence-transformers", "attention")):
         embedder.save(tmp_path / "saved")
     again = load(tmp_path / "saved")
     assert again.pooling.names == ("attention", "cls")
@@ -527,17 +528,15 @@ def test_pooling_with_weights_is_saved_and_loaded(tiny_bert, tmp_path):
     assert again.sha256() == embedder.sha256()
     weights = tmp_path / "saved" / "1_Pooling" / "model.safetensors"
     save_file({"trained.attention.query": torch.zeros(31)}, weights)
-    assert_refused(
-        r"1_Pooling/model\.safetensors: trained.attention.query is \[31\], expected \[32\]", tmp_path / "saved"
-    )
+    assert_refused((weights, "trained.attention.query", [31], [32]), tmp_path / "saved")
     weights.unlink()
-    assert_refused("1_Pooling: no model.safetensors", tmp_path / "saved")
+    assert_refused((weights.parent, "no", "model.safetensors"), tmp_path / "saved")
 
 
 def test_a_prompt_that_no_role_uses_is_named(write_tiny, tmp_path):
     settings = {"prompts": {"query": "query: ", "passage": "passage: "}}
     folder = write_tiny(tmp_path / "model", modules=True, settings=settings)
-    with pytest.warns(UserWarning, match="no role uses the prompt 'passage'"):
+    with pytest.warns(UserWarning, match=naming("prompt", "passage", "role")):
         load(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -547,25 +546,25 @@ def test_a_prompt_that_no_role_uses_is_named(write_tiny, tmp_path):
 @pytest.mark.parametrize("mode", ["avg", ["mean", "avg"]])
 def test_a_pooling_mode_that_is_not_known(write_tiny, tmp_path, mode):
     folder = write_tiny(tmp_path / "model", modules=True, pooling={"pooling_mode": mode})
-    assert_refused("1_Pooling/config.json: pooling mode is 'avg', expected one of cls, max, mean, ", folder)
+    assert_refused((folder / "1_Pooling/config.json", "pooling", "avg", "cls", "mean"), folder)
 
 
 def test_no_pooling_config(write_tiny, tmp_path):
     folder = write_tiny(tmp_path / "model", modules=True)
     (folder / "1_Pooling" / "config.json").unlink()
-    assert_refused("1_Pooling: no config.json", folder)
+    assert_refused((folder / "1_Pooling", "no", "config.json"), folder)
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "facts"),
     [
-        ({"similarity_fn_name": "euclidean"}, "similarity is 'euclidean', expected one of cosine, dot"),
-        ({"truncate_dim": 33}, "dim is 33, expected 1 to 32"),
+        ({"similarity_fn_name": "euclidean"}, ("similarity", "euclidean", "cosine", "dot")),
+        ({"truncate_dim": 33}, ("dim", 33, 1, 32)),
     ],
     ids=str,
 )
-def test_settings_that_do_not_fit(write_tiny, tmp_path, settings, message):
-    assert_refused(message, write_tiny(tmp_path / "model", modules=True, settings=settings))
+def test_settings_that_do_not_fit(write_tiny, tmp_path, settings, facts):
+    assert_refused(facts, write_tiny(tmp_path / "model", modules=True, settings=settings))
 
 
 # Installed packages.
@@ -592,15 +591,13 @@ def test_packaged_weights_that_were_changed(package):
     digest = sha256_file(package / "model.safetensors")
     rewrite_weights(package, lambda tensors: {**tensors, KEY: tensors[KEY] + 1})
     changed = sha256_file(package / "model.safetensors")
-    assert_refused(f"model.safetensors: SHA-256 is {changed}, expected {digest}$", "tiny/packaged")
+    assert_refused(("model.safetensors", "SHA-256", changed, digest), "tiny/packaged")
 
 
 def test_a_package_that_is_not_installed(monkeypatch):
     monkeypatch.setitem(PACKAGES, "tiny/absent", ("no_such_package", "model", "0"))
-    assert_refused("^no-such-package: the package is not installed$", "no-such-package")
-    assert_refused(
-        "^tiny/absent: no such folder, not in the hub's cache, and the hub cannot be reached$", "tiny/absent"
-    )
+    assert_refused(("no-such-package", "package", "installed"), "no-such-package")
+    assert_refused(("tiny/absent", "folder", "cache", "hub"), "tiny/absent")
 
 
 def test_the_packaged_minilm(minilm, minilm_folder):
@@ -745,19 +742,19 @@ def test_without_the_hub_the_cache_serves(story):
 
 
 @pytest.mark.parametrize(
-    ("step", "message"),
+    ("step", "facts"),
     [
-        ("unknown", "^tiny/none: no such folder or model on the hub"),
-        ("unknown revision", "^tiny/bert: the hub has no revision 'v2' of this model$"),
-        ("not a name", "tiny bert!: no such folder, and the hub says: .*tiny bert!"),
-        ("cut", "^tiny/cut: lost the connection to the hub, try again: "),
-        ("pickled", r"no model.safetensors \(weights found: none\)"),
-        ("stopped, not cached", "tiny/other: no such folder, not in the hub's cache, and the hub cannot be reached"),
+        ("unknown", ("tiny/none", "folder", "model", "hub")),
+        ("unknown revision", ("tiny/bert", "hub", "revision", "v2")),
+        ("not a name", ("tiny bert!", "folder", "hub", "'tiny bert!'")),
+        ("cut", ("tiny/cut", "connection", "hub")),
+        ("pickled", ("no", "model.safetensors", "none")),
+        ("stopped, not cached", ("tiny/other", "folder", "cache", "hub")),
     ],
 )
-def test_what_the_hub_does_not_have_is_one_clear_line(story, step, message):
+def test_what_the_hub_does_not_have_is_one_clear_line(story, step, facts):
     assert story[step]["type"] == "ValueError"
-    assert re.search(message, story[step]["error"]), story[step]["error"]
+    assert names(story[step]["error"], *facts), story[step]["error"]
     assert "\n" not in story[step]["error"]
 
 

@@ -304,7 +304,7 @@ def _encoder_parts(encoder: nn.Module, source: Source | None) -> tuple[dict[str,
     if family is None:
         return custom.describe(encoder), encoder.state_dict()
     if source is None or source.family is not family:
-        raise ValueError("this Embedder was not loaded from a model folder of its encoder's family: cannot save it")
+        raise ValueError(f"cannot save {type(encoder)}: this Embedder was not loaded from a model folder of its family")
     keys, tensors = family.key_map(encoder.config), dict(source.carried)
     for ours, parameter in encoder.state_dict().items():
         tensors |= zip(keys[ours], parameter.chunk(len(keys[ours])), strict=True)

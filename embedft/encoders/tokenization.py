@@ -175,7 +175,7 @@ def _configure(backend: tokenizers.Tokenizer, config: dict) -> None:
             strip_accents=config.get("strip_accents"),
             lowercase=config.get("do_lower_case", True),
         )
-    numbered = config.get("added_tokens_decoder", {})
+    token = numbered = config.get("added_tokens_decoder", {})
     extra = [*config.get("additional_special_tokens", []), *config.get("extra_special_tokens", [])]
     try:
         for token in [*(numbered[number] for number in sorted(numbered, key=int)), *extra]:
@@ -184,4 +184,4 @@ def _configure(backend: tokenizers.Tokenizer, config: dict) -> None:
             options["normalized"] = token.get("normalized", not token.get("special", False))
             backend.add_tokens([tokenizers.AddedToken(token["content"], **options)])
     except (TypeError, ValueError, AttributeError, KeyError) as error:
-        raise ValueError(f"{TOKENIZER_CONFIG_FILE}: an added token is malformed ({error})") from None
+        raise ValueError(f"{TOKENIZER_CONFIG_FILE}: added token {repr(token)[:60]} is malformed ({error})") from None
