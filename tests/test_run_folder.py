@@ -203,7 +203,7 @@ def test_what_to_do_about_a_run_is_one_of_three(tmp_path):
 
 # Resuming.
 
-ANOTHER_VERSION = ("version", "overwrite")
+ANOTHER_VERSION = ("setting", "version", "overwrite")
 
 
 def test_resuming_changes_nothing(tmp_path):
