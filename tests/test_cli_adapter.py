@@ -153,7 +153,7 @@ def test_hard_negatives_of_the_data_train(place, capsys):
     assert capsys.readouterr().out.startswith("2 questions, 3 documents")
     (place / "pairs.csv").write_text("query,document\na b,c d\ng h,i j\n")
     assert main([*command, "--out", "other"]) == 2
-    assert names(capsys.readouterr().err, "triplet", "documents", "one", "negatives")
+    assert names(capsys.readouterr().err, "triplet", "documents", 1, "negatives")
 
 
 @pytest.mark.parametrize(
