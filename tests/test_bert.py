@@ -213,7 +213,7 @@ def test_defaults_are_berts():
 @pytest.mark.parametrize(
     ("change", "facts"),
     [
-        ({"num_attention_heads": 3}, ("hidden_size", 8, 3, "heads")),
+        ({"num_attention_heads": 3}, ("hidden_size", 8, "num_attention_heads", 3)),
         ({"hidden_act": "swish"}, ("hidden_act", "'swish'", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")),
         ({"hidden_dropout_prob": 1.5}, ("hidden_dropout_prob", 1.5, 0, 1)),
         ({"layer_norm_eps": -1e-12}, ("layer_norm_eps", -1e-12, 0, 1)),

@@ -305,7 +305,7 @@ REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_hea
         ({"layer_norm_eps": 2}, ("layer_norm_eps", 2, 0, 1)),
         ({"hidden_act": 1}, ("hidden_act", 1, "string")),
         ({"hidden_act": "silu"}, ("hidden_act", "silu", "gelu")),
-        ({"num_attention_heads": 5}, ("hidden_size", 32, 5, "heads")),
+        ({"num_attention_heads": 5}, ("hidden_size", 32, "num_attention_heads", 5)),
         ({"num_attention_heads": 0}, ("num_attention_heads", 0, "whole", 1)),
     ],
     ids=str,

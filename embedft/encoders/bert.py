@@ -70,8 +70,8 @@ class BertConfig:
         for name in ("layer_norm_eps", "hidden_dropout_prob"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {str(getattr(self, name))[:60]}, expected 0 to 1")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not divisible by {self.num_attention_heads} heads")
+        if (D := self.hidden_size) % (H := self.num_attention_heads):
+            raise ValueError(f"hidden_size is {D}, expected a multiple of num_attention_heads, which is {H}")
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act is {self.hidden_act[:60]!r}, expected one of {', '.join(ACTIVATIONS)}")
         if self.position_embedding_type != "absolute":
