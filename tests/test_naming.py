@@ -1,7 +1,13 @@
 """Patterns for the facts of an error: found in any wording, and not inside something else."""
 
+import ast
+import re
+from pathlib import Path
+
 import pytest
 from naming import names
+
+TESTS = Path(__file__).resolve().parent
 
 
 @pytest.mark.parametrize(
@@ -48,3 +54,20 @@ def test_a_fact_inside_something_else_is_not_found(fact, message):
 
 def test_every_fact_counts():
     assert not names("depth is 0", "depth", 0, 1)
+
+
+def test_no_test_asserts_the_sentence_of_an_error():
+    """Every `match` is `naming(...)`, whose facts are single words, numbers, quoted texts and variables."""
+    found = []
+    for path in sorted(TESTS.glob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for pattern in (keyword.value for keyword in getattr(call, "keywords", []) if keyword.arg == "match"):
+                where = f"{path.name} line {pattern.lineno}"
+                if not (isinstance(pattern, ast.Call) and ast.unparse(pattern.func) == "naming"):
+                    found.append(f"{where}: not naming(...)")
+                found += [
+                    f"{where}: {fact.value!r} is more than one fact"
+                    for fact in ast.walk(pattern)
+                    if isinstance(fact, ast.Constant) and re.match(r"\w\S* +\S", str(fact.value).strip())
+                ]
+    assert found == []
