@@ -450,7 +450,7 @@ def test_any_lines_with_id_and_text_are_chunks(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "facts"),
     [
-        ("", ("no", "chunks")),
+        ("", ("chunks",)),
         ('{"id": "a"}', (1, "object", "id", "text", {"id": "a"})),
         ("[]", (1, "object", "id", "text", [])),
         ('{"id": "a", "text": " "}', (1, "text", "empty")),
