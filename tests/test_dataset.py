@@ -965,10 +965,10 @@ def test_lyft_uber(tmp_path, name, num_queries, num_documents):
 
 def test_what_trains_too_by_hand():
     """By text: question "a" is on both sides, and the text "x", which answers another question there."""
-    held_out = RetrievalDataset({"q": "a", "r": "b", "s": "c"}, {"d": "x", "e": "y"}, {"q": {"d": 1}, "r": {"e": 1}})
+    qrels = {"q": {"d": 1}, "r": {"e": 1}, "t": {"e": 1}}
+    held_out = RetrievalDataset({"q": "a", "r": "b", "s": "c", "t": "d"}, {"d": "x", "e": "y"}, qrels)
     training = RetrievalDataset({"1": "a", "2": "c"}, {"7": "z", "8": "x"}, {"1": {"7": 1}, "2": {"8": 1, "7": 0}})
-    told = "1 of 2 validation questions and 1 of the 2 documents that answer them are also in the training set"
-    assert held_out.shares_with(training).startswith(told)
+    assert names(held_out.shares_with(training), "questions", 1, 3, "documents", 1, 2)
     # Question "c" is not judged here, "x" there answers nothing.
     other = RetrievalDataset({"2": "c"}, {"7": "z", "8": "x"}, {"2": {"8": 0, "7": 1}})
     assert held_out.shares_with(other) == ""
