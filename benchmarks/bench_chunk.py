@@ -33,7 +33,7 @@ class Ours:
         self.chunks = chunk_pages(self.read_pages, count_tokens=count, size=SIZE, overlap=OVERLAP)
 
     def count_tokens(self, texts: list[str]) -> list[int]:
-        return [len(ids) for ids in self.tokenizer.words(texts)]
+        return self.tokenizer.count(texts)
 
     def pages(self) -> dict[tuple[str, int], str]:
         return {(page.file, page.number): page.text for page in self.read_pages}

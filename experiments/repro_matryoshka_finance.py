@@ -29,7 +29,7 @@ from embedft import Embedder, FinetuneConfig, RetrievalDataset, evaluate_grid, f
 from embedft.data.batches import make_batches
 from embedft.files import read_json, write_json
 from embedft.retrieval.tables import format_table
-from embedft.training.run_folder import CONFIG, DONE, EVAL, MODEL, check_same
+from embedft.training.run_folder import CONFIG, DONE, EVAL, MODEL, check_unchanged
 
 from .commandline import make_parser, run
 from .memory import peak_memory_bytes
@@ -233,7 +233,7 @@ def finetune_seed(
     hashes = {"model": embedder.sha256(), "train": training.sha256()}
     if (out / DONE).exists():
         wanted = read_json(out / CONFIG) | asdict(config)
-        check_same(out, wanted, hashes, "holds another run, choose another folder")
+        check_unchanged(out, wanted, hashes, "holds another run, choose another folder")
         embedder = load_embedder(out / MODEL)
     else:
         finetune(embedder, training, config, batches=batches, evaluate=validate, out=out, existing="resume")

@@ -221,7 +221,7 @@ sys.exit(main(["info", "model"]))
 
 def test_batch_size_and_parameters_of_an_api(place):
     with ApiServer() as server:
-        options = ["--api-batch-size", "3", "--request", "user=x", "--request.truncate", "true"]
+        options = ["--batch-texts", "3", "--parameters", "user=x", "--parameters.truncate", "true"]
         arguments = ["encode", "openai:m", "words.txt", "--out", "a.npy", "--base-url", server.base_url, *options]
         (place / "words.txt").write_text("a\nb\nc\nd")
         assert main(arguments) == 0

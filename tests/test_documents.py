@@ -352,7 +352,7 @@ def filing_chunks(filing_documents, count_tokens):
 
 @pytest.fixture(scope="module")
 def count_tokens(minilm):
-    return lambda texts: [len(ids) for ids in minilm.tokenizer.words(texts)]
+    return minilm.tokenizer.count
 
 
 def characters(text: str) -> str:

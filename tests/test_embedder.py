@@ -153,7 +153,7 @@ def test_a_text_alone_is_as_in_a_crowd(minilm):
 
 def test_windows_of_texts(minilm):
     expected = minilm.encode(TEXTS[:12])
-    assert difference(minilm.encode(TEXTS[:12], window_texts=5), expected) <= 1e-6
+    assert difference(minilm.encode(TEXTS[:12], slice_texts=5), expected) <= 1e-6
 
 
 def test_same_bits_every_time(minilm):

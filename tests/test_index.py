@@ -58,13 +58,18 @@ def test_a_corpus_of_equal_documents(depth):
     check(np.ones((40, 4), dtype=np.float32), np.ones((2500, 4), dtype=np.float32), depth)
 
 
-def test_queries_with_ties_are_searched_in_blocks(monkeypatch):
-    monkeypatch.setattr(index_module, "BLOCK_TIED", 2)
+def test_queries_with_ties_are_searched_in_blocks():
     rng = np.random.default_rng(0)
     queries, documents = (rng.integers(-3, 4, size=(n, 5)).astype(np.float32) for n in (23, 300))
-    check(queries, documents, 20)
-    nearest = index_module._nearest_faiss(documents)
-    found = from_keys(first_keys(nearest, queries, 20, 300))
+    nearest, widths = index_module._nearest_faiss(documents), []
+
+    def noted(queries_QD, width):
+        widths.append((len(queries_QD), width))
+        return nearest(queries_QD, width)
+
+    found = from_keys(first_keys(noted, queries, 20, 300, block_queries=2))
+    assert widths[0] == (23, 21)
+    assert max(number for number, width in widths if width == 42) == 2
     np.testing.assert_array_equal(found.rows, brute_force(queries, documents, 20)[1])
 
 

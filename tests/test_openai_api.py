@@ -107,11 +107,10 @@ def test_a_text_that_stands_twice_is_asked_for_once():
     assert str(embedder.costs) == "3 texts computed, 0 from the store: 1 requests, 0 tokens"  # a quarter of one
 
 
-def test_batches_hold_so_many_bytes(monkeypatch):
+def test_batches_hold_so_many_bytes():
     """4 + 6 bytes fit into ten; a text that is too long for any batch goes alone."""
-    monkeypatch.setattr(endpoints, "MAX_BATCH_BYTES", 10)
     with ApiServer() as server:
-        api(server, concurrency=1).encode(["aaaa", "äää", "b", "c" * 30, "d"])
+        api(server, concurrency=1, batch_bytes=10).encode(["aaaa", "äää", "b", "c" * 30, "d"])
         assert asked(server) == [["aaaa", "äää"], ["b"], ["c" * 30], ["d"]]
 
 

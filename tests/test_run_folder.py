@@ -13,7 +13,7 @@ from naming import names, naming
 
 from embedft.files import read_json
 from embedft.training import run_folder
-from embedft.training.run_folder import check_run, check_same, close_run, lock, open_log, open_run
+from embedft.training.run_folder import check_run, check_unchanged, close_run, lock, open_log, open_run
 
 CONFIG = {"epochs": 2, "loss": {"name": "in_batch_negatives"}}
 DATA = {"train": "0" * 64}
@@ -330,7 +330,7 @@ def test_changed_code_is_named_and_may_be_allowed(tmp_path, objects, facts):
     open_run(tmp_path, config, **options)
     assert read_json(tmp_path / "config.json") == config
     close_run(tmp_path)
-    check_same(tmp_path, config, DATA, "holds another run")
+    check_unchanged(tmp_path, config, DATA, "holds another run")
 
 
 def test_the_log_of_a_resumed_run(tmp_path):

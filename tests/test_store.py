@@ -857,7 +857,7 @@ def test_the_same_vectors_with_and_without(write_tiny, tmp_path):
     np.testing.assert_allclose(whole, plain.encode(TEXTS, dim=32), rtol=0, atol=1e-6)
     assert (kept.store.hits, kept.store.misses) == (1, 6)
     for dim in (1, 8, 31, 32, None):
-        found = kept.encode(TEXTS, dim=dim, window_texts=2)
+        found = kept.encode(TEXTS, dim=dim, slice_texts=2)
         assert found.dtype == np.float32
         assert found.flags.c_contiguous
         np.testing.assert_allclose(found, plain.encode(TEXTS, dim=dim), rtol=0, atol=1e-6)

@@ -272,7 +272,7 @@ def test_a_maximum_that_is_no_number(write_tiny, tmp_path):
 # What is not a text; files.
 
 
-@pytest.mark.parametrize("call", ["encode", "words"])
+@pytest.mark.parametrize("call", ["encode", "tokenize"])
 @pytest.mark.parametrize(
     ("texts", "facts"),
     [

@@ -195,7 +195,7 @@ def reported_usage(reply: Mapping[str, Any], *, writes: bool) -> tuple[int, int]
     return counts if all(map(is_count, counts)) else None
 
 
-def check_settings(settings: Any, *, own_parameters: Collection[str]) -> None:
+def check_options(settings: Any, *, own_parameters: Collection[str]) -> None:
     """Raises `ValueError` for a field out of range (`config.option`), or a parameter that cannot be sent."""
     check_types(type(settings), vars(settings))
     if not settings.model.strip():

@@ -20,11 +20,11 @@ import numpy as np
 
 from ..config import option
 from ..files import append_jsonl, locked
-from .client import Client, Server, check_settings, reported_usage
+from .client import Client, Server, check_options, reported_usage
 from .ledger import Ledger
 from .sending import BYTES_A_TOKEN, Forms, Job, RateLimit, Response, Sender
 
-MAX_BATCH_BYTES, OPENAI_MAX_TOKENS = 300_000, 8_191
+OPENAI_MAX_TOKENS = 8_191
 SPECIAL_TOKENS = 4  # a tokenizer may add these to a text; counted in the most a request may cost
 ENCODING_FORMATS = ("base64", "float", None)  # base64 is a third of the size; None omits the field
 
@@ -53,6 +53,7 @@ class Endpoint:
     parameters: Mapping[str, Any] = option({}, 'sent unchanged, such as {"input_type": "query"}')
     too_long: Literal["refuse", "cut"] = option("refuse", '"cut": `shorten` a refused text until it is accepted')
     batch_texts: int = option(256, "texts per request; lowered if the server refuses that many", least=1, below=2_049)
+    batch_bytes: int = option(300_000, "bytes per request; a longer text goes alone", least=1)
     concurrency: int = option(8, "requests in flight at once", least=1)
     max_attempts: int = option(6, "maximum requests per batch", least=1)
     requests_per_minute: int | None = option(None, "maximum in any 60 seconds", least=1)
@@ -63,7 +64,7 @@ class Endpoint:
     ledger: str | Path | None = option(None, "JSONL with a line before and after each request; for one process")
 
     def __post_init__(self) -> None:
-        check_settings(self, own_parameters=("model", "input", "dimensions"))
+        check_options(self, own_parameters=("model", "input", "dimensions"))
         if self.max_cost is not None and self.price is None:
             raise ValueError("max_cost needs price, the price per million tokens")
         self.server, self.dim = Server.find(self.base_url), self.dimensions or 0
@@ -121,7 +122,7 @@ class Fetch:
         batch, num_bytes = [], 0
         for text, sent in self.sent.items():
             size = len(sent.encode())
-            if batch and (len(batch) >= self.endpoint.batch_texts or num_bytes + size > MAX_BATCH_BYTES):
+            if batch and (len(batch) >= self.endpoint.batch_texts or num_bytes + size > self.endpoint.batch_bytes):
                 yield self._job(batch)
                 batch, num_bytes = [], 0
             batch.append(text)

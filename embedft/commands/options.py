@@ -42,10 +42,10 @@ class Api:
 
     base_url: str | None = option(None, "server address [OPENAI_BASE_URL, else api.openai.com]", metavar="URL")
     dimensions: int | None = option(None, "dimensions to request [all]")
-    api_batch_size: int | None = option(None, "texts per request [256, fewer if the server refuses]")
+    batch_texts: int | None = option(None, "texts per request [256, fewer if the server refuses]")
     requests_per_minute: int | None = option(None, "maximum in any 60 seconds [no limit]")
     tokens_per_minute: int | None = option(None, "maximum in any 60 seconds, at four bytes per token [no limit]")
-    request: dict[str, Any] = option({}, "extra parameters to send with each request")
+    parameters: dict[str, Any] = option({}, "sent unchanged with each request")
     too_long: Literal["refuse", "cut"] | None = option(None, "what to do with texts that are too long [refuse]")
     price: float | None = option(None, "price per million tokens")
     max_cost: float | None = option(None, "budget over all runs with this --ledger [no limit]")
@@ -105,9 +105,8 @@ def load_encoder(options: Encoder) -> "embedft.Embedder":
     """Loads the model of a command that encodes, with its store and, if the command has that option, its adapter."""
     import torch
 
-    names = {"api_batch_size": "batch_texts", "request": "parameters"}
     given = {name: getattr(options, name) for name in Api.__annotations__}
-    more = {names.get(name, name): value for name, value in given.items() if value not in (None, {})}
+    more = {name: value for name, value in given.items() if value not in (None, {})}
     more |= {"max_length": options.max_length, "dtype": getattr(torch, options.dtype), "store": options.store}
     return load_model(options, adapter=getattr(options, "adapter", None), **more)
 

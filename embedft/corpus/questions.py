@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ..api.client import Client, Server, check_settings, reported_usage
+from ..api.client import Client, Server, check_options, reported_usage
 from ..api.ledger import Ledger, check_outcome, price_of
 from ..api.sending import BYTES_A_TOKEN, Forms, Job, RateLimit, Response, Sender
 from ..config import option
@@ -58,7 +58,7 @@ class QuestionConfig:
     price_out: float | None = option(None, "price per million reply tokens", least=0)
 
     def __post_init__(self) -> None:
-        check_settings(self, own_parameters=OWN_PARAMETERS)
+        check_options(self, own_parameters=OWN_PARAMETERS)
         if (self.price_in is None) != (self.price_out is None):
             raise ValueError("one of price_in and price_out is missing, expected both or neither")
         if self.max_cost is not None and self.price_in is None:

@@ -106,7 +106,7 @@ class Embedder(nn.Module):
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of whole texts: no prompt, no special tokens, no truncation. For counting and for BM25."""
-        return self.tokenizer.words(texts)
+        return self.tokenizer.tokenize(texts)
 
     def _token_ids(self, texts: Sequence[str], role: str) -> list[list[int]]:
         prompt = self.prompt(role)
@@ -159,7 +159,7 @@ class Embedder(nn.Module):
         dim: int | None = None,
         batch_tokens: int | None = None,
         progress: bool | None = None,
-        window_texts: int = 16_384,
+        slice_texts: int = 16_384,
     ) -> np.ndarray:
         """Encodes texts into vectors [N, D] float32, in the same order; without dropout or gradient.
 
@@ -170,15 +170,15 @@ class Embedder(nn.Module):
             dim: leading features to keep (scaled to unit length again); None: `truncate_dim`, else all.
             batch_tokens: tokens per forward pass; None: depends on the device. A longer text is a batch of its own.
             progress: show a bar; None: when stderr is a terminal.
-            window_texts: texts tokenized and sorted by length at a time; bounds memory, apart from the result.
+            slice_texts: texts tokenized and sorted by length at a time; bounds memory, apart from the result.
 
         Raises `ValueError` for a bad argument, or a vector that is not finite, naming its text."""
         embeddings_ND = np.empty((len(texts), self._checked_dim(dim)), dtype=np.float32)
         with self._encoding(len(texts), role, dim=dim, batch_tokens=batch_tokens, progress=progress) as (vectors, bar):
-            for start in range(0, max(1, len(texts)), window_texts):
-                window = slice(start, start + window_texts)
-                embeddings_ND[window] = vectors(texts[window], lambda new: self._token_ids(new, role), bar.update)
-                bar.update(min(start + window_texts, len(texts)) - bar.n)
+            for start in range(0, max(1, len(texts)), slice_texts):
+                part = slice(start, start + slice_texts)
+                embeddings_ND[part] = vectors(texts[part], lambda new: self._token_ids(new, role), bar.update)
+                bar.update(min(start + slice_texts, len(texts)) - bar.n)
         return embeddings_ND
 
     def encode_passages(

@@ -273,7 +273,6 @@ def write_folder(folder: Path, embedder: nn.Module) -> None:
     # First, because a nonlinear map raises, and so does an encoder that could not be built again.
     dense = {role: part and part.dense() for role in ROLES if adapter for part in [adapter.map_of(role)]}
     config, tensors = _encoder_parts(embedder.encoder, source)
-    folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / WEIGHTS_FILE, tensors)
     # transformers loads weights in the dtype that config.json names, so it must match theirs.
     dtype = str(next(embedder.encoder.parameters()).dtype).removeprefix("torch.")

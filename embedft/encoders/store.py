@@ -143,8 +143,8 @@ class Store:
         self._opened: dict[str, Rows] = {}
         self._turns: set[str] = set()
         if any(self.folder.glob("*/space.json")):
-            again = "to compute its vectors again (an API will charge again)"
-            raise ValueError(f"{folder}: is a version 1 store; use an older embedft or, {again}, another folder")
+            again = "where its vectors are computed again (an API charges again)"
+            raise ValueError(f"{folder}: is a version 1 store; choose another folder, {again}, or use an older embedft")
 
     def __reduce__(self):
         # Copies and other processes open the folder themselves: copying the memory map would copy all vectors.

@@ -67,12 +67,12 @@ class Tokenizer:
         """Token ids of each text with special tokens, truncated to `max_length`."""
         return [encoding.ids for encoding in self.backend.encode_batch_fast(check_texts(texts))]
 
-    def words(self, texts: Sequence[str]) -> list[list[int]]:
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each whole text: no special tokens, no truncation."""
         return [encoding.ids for encoding in self._whole(texts, special=False)]
 
     def count(self, texts: Sequence[str]) -> list[int]:
-        """The number of tokens in each text, as `words` returns them."""
+        """The number of tokens in each text, as `tokenize` returns them."""
         return list(map(len, self._whole(texts, special=False)))
 
     def windows(
@@ -92,7 +92,7 @@ class Tokenizer:
             size, stride = map(operator.index, passages)
         except (TypeError, ValueError):
             raise ValueError(f"passages is {passages!r}, expected (size, stride) in whole tokens") from None
-        num_special, (prompt_ids,) = self.backend.num_special_tokens_to_add(False), self.words([prompt])
+        num_special, (prompt_ids,) = self.backend.num_special_tokens_to_add(False), self.tokenize([prompt])
         least = num_special + len(prompt_ids) + 1
         if not least <= size <= self.max_length:
             parts = f"{num_special} special tokens, {len(prompt_ids)} of the prompt, one of text"

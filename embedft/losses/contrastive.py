@@ -73,7 +73,7 @@ class InBatch:
     def loss(self, Q: Tensor, D: Tensor, targets: Targets, temperature: float | Tensor) -> Tensor:
         """`in_batch_negatives` at a temperature."""
         if not self.in_batch:
-            targets.check_several("in_batch False")
+            targets.check_several("in_batch=False")
         if len(Q) == 1 or len(self.directions) == 1:
             targets.warn_without_negatives(D)
         Q, D = comparable(Q, D, self.similarity)

@@ -18,7 +18,6 @@ from ..progress import progress_bar
 
 Nearest = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]  # (queries, W) -> the best W in any order
 SLICE_DOCUMENTS = 65_536  # 100 MB at 384 dimensions
-BLOCK_TIED = 16  # queries with ties, see `first_keys`
 
 
 class Found(NamedTuple):
@@ -161,9 +160,11 @@ def merge_keys(keys_QK: np.ndarray, new_QK: np.ndarray, depth: int) -> np.ndarra
     return np.sort(np.concatenate([keys_QK, new_QK], axis=1), axis=1)[:, :depth].copy()
 
 
-def first_keys(nearest: Nearest, queries_QD: np.ndarray, depth: int, total: int, *, width: int = 0) -> np.ndarray:
+def first_keys(
+    nearest: Nearest, queries_QD: np.ndarray, depth: int, total: int, *, width: int = 0, block_queries: int = 16
+) -> np.ndarray:
     """Sorted keys [Q, min(depth, N)] of the first of `total` documents, given a search that is exact except among ties.
-    Queries with ties at the cutoff are searched again with double the width, BLOCK_TIED at a time to bound memory."""
+    Queries with ties at the cutoff are searched again with double the width, `block_queries` at a time."""
     depth = min(depth, total)
     width = min(width or depth + 1, total)
     keys_QW = to_keys(*nearest(queries_QD, width))
@@ -172,8 +173,8 @@ def first_keys(nearest: Nearest, queries_QD: np.ndarray, depth: int, total: int,
     if width < total:
         # All documents tied at rank `depth` are here only if the last score is below theirs.
         tied = np.flatnonzero(keys_QW[:, -1] >> np.uint64(32) == keys_QK[:, -1] >> np.uint64(32))
-        for start in range(0, len(tied), BLOCK_TIED):
-            part = tied[start : start + BLOCK_TIED]
+        for start in range(0, len(tied), block_queries):
+            part = tied[start : start + block_queries]
             keys_QK[part] = first_keys(nearest, queries_QD[part], depth, total, width=2 * width)
     return keys_QK
 

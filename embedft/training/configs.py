@@ -7,10 +7,11 @@ from typing import Any, Literal
 import torch
 
 from ..config import check_types, option
+from ..data.batches import ExampleKind
+from ..data.mixture import Sampling
 from ..losses.registry import Loss, build_loss
 from .optim import Schedule
 
-Sampling = Literal["proportional", "round_robin", "temperature"]
 MINING = ("mine_ranks", "mine_sampling", "mine_relative_margin", "mine_absolute_margin")
 LARGEST_SEED = 2**62
 
@@ -33,7 +34,7 @@ class TrainConfig:
     eval_every: int | None = option(None, "steps between validations [one per epoch]", least=1)
     checkpoint_every: int | None = option(None, "steps between checkpoints [one per epoch]", least=1)
     select: str = option("ndcg@10", "validation metric that chooses the best weights")
-    log: Literal["tensorboard", "wandb"] | None = option(None, "also log to TensorBoard or W&B (if installed)")
+    log: Literal["tensorboard", "wandb"] | None = option(None, "also log to TensorBoard or W&B, installed separately")
 
     def __post_init__(self):
         check_types(type(self), vars(self))
@@ -53,10 +54,10 @@ class FinetuneConfig(TrainConfig):
     batch_size: int = option(32, "training pairs per batch", least=1)
     batch_tokens: int | None = option(None, "tokens per batch, instead of batch_size", least=1)
     num_negatives: int = option(0, "maximum hard negatives per query; fewer if the dataset has fewer", least=0)
-    examples: Literal["pairs", "queries", "scored"] = option("pairs", "what one row of a batch stands for")
+    examples: ExampleKind = option("pairs", "what a row of a batch is")
     target_scores: bool = option(False, "pass the dataset's scores to the loss")
     no_duplicates: bool = option(False, "no text twice in a batch")
-    sampling: Sampling = option("proportional", "how often each of several datasets comes")
+    sampling: Sampling = option("proportional", "share of each of several datasets")
     sampling_temperature: float = option(2.0, "with temperature: 1 is proportional, higher is more even", least=1)
     mixed: bool = option(False, "mix all datasets in each batch, instead of one dataset per batch")
     max_length: int | None = option(None, "truncate texts to this many tokens [the model's own]", least=1)

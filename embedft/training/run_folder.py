@@ -84,7 +84,7 @@ def open_run(
     check_run(out, existing)
     config = json.loads(json.dumps(config))  # as it will be read back: tuples become lists
     if existing == "resume" and (out / CONFIG).is_file():
-        check_same(out, config, hashes, "cannot resume", code=not allow_changed_code)
+        check_unchanged(out, config, hashes, "cannot resume", code=not allow_changed_code)
         if config != read_object(out / CONFIG):
             write_json(out / CONFIG, config)
         return
@@ -145,7 +145,6 @@ def open_log(out: Path | None, step: int, logger: str | None = None) -> Log:
     Drops the records of steps after `step`, which will be repeated, and an incomplete last line."""
     if out is None:
         return lambda record: None
-    out.mkdir(parents=True, exist_ok=True)
     kept = [record for record in resume_jsonl(out / LOG) if record.get("step", 0) <= step]
     with atomic_write(out / LOG) as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
@@ -224,13 +223,13 @@ def _git_state() -> tuple[str | None, bytes]:
     return git("rev-parse", "HEAD").decode().strip() or None, diff
 
 
-def check_same(out: Path, config: dict[str, Any], hashes: dict[str, str], what: str, *, code: bool = True) -> None:
+def check_unchanged(out: Path, config: dict[str, Any], hashes: dict[str, str], what: str, *, code: bool = True) -> None:
     """Raises `ValueError` naming the first setting, hash or, if `code`, object in which the run in `out` differs."""
     before, config, found = read_object(out / CONFIG), dict(config), read_object(out / ENVIRONMENT).get("sha256", {})
     then, now = (settings.pop("objects", {}) for settings in (before, config))
     for key in _differing(before, config):
-        was, now = (repr(settings[key]) if key in settings else "no setting" for settings in (before, config))
-        other = "; finish it with the version that began it, or overwrite it" if "no setting" in (was, now) else ""
+        was, now = (repr(settings[key]) if key in settings else "not a setting" for settings in (before, config))
+        other = "; finish it with the version that began it, or overwrite it" if "not a setting" in (was, now) else ""
         raise ValueError(f"{out}: {what}, {key} was {was} and is {now}{other}")
     for name in _differing(found, hashes):
         raise ValueError(f"{out}: {what}, {name} is not what the run began with (its SHA-256 differs)")
