@@ -91,8 +91,7 @@ def _run(words: list[str], program: str) -> int:
 
 def _fail(program: str, message: str, *, code: int = 2) -> int:
     if not _is_silent():
-        # The message may contain control characters from a file or server.
-        shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)
+        shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in message)  # it may quote a server
         print(f"{program}: {shown}", file=sys.stderr)
     return code
 

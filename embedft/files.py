@@ -33,8 +33,8 @@ def named_errors(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno is None:
-            raise OSError(f"{path}: {error}") from None  # NumPy's: "153600 requested and 224 written"
-        if error.filename is not None and not str(error.filename).endswith(".tmp"):
+            raise OSError(f"{path}: {error}") from None  # a library's own, not the system's
+        if error.filename is not None and not re.search(r"\.[0-9a-f]{8}\.tmp", str(error.filename)):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from None
     except Exception as error:

@@ -21,7 +21,7 @@ from .data.mixture import join_datasets, make_mixture
 from .encoders.embedder import Embedder
 from .encoders.loading import load_embedder
 from .encoders.openai_api import ApiEmbedder
-from .files import temporary_path
+from .files import named_errors, temporary_path
 from .losses.registry import LOSSES, Loss, loss_options
 from .objects import describe_object
 from .retrieval.evaluate import evaluate as evaluate_embedder
@@ -194,7 +194,7 @@ def _prepare(job: _Job, existing: str) -> None:
 def _open(job: _Job, own_length: int, stack: contextlib.ExitStack, **how: Any) -> None:
     """Locks the run folder, checks that the model can be saved, and opens the run."""
     stack.enter_context(run_folder.lock(job.out))
-    with temporary_path(job.out, ".trial.", Path.mkdir) as trial:
+    with named_errors(job.out / run_folder.MODEL), temporary_path(job.out, ".trial.", Path.mkdir) as trial:
         job.embedder.save(trial)
     run_folder.open_run(job.out, job.settings, hashes=job.hashes, device=job.embedder.device, **how)
     # Evaluates the base at its own length. Otherwise, the first validation evaluates the base.

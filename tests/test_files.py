@@ -243,6 +243,12 @@ def test_an_error_without_a_name_gets_one():
     with pytest.raises(FileNotFoundError) as caught, named_errors("model.safetensors"):
         read_json("missing")
     assert caught.value.filename == "missing"
+    with pytest.raises(OSError, match=naming("x.npy", "lost")), named_errors("x.npy"):
+        raise OSError("a connection was lost")
+    for temporary in (".step.0123abcd.tmp/model.safetensors", ".a.json.0123abcd.tmp"):
+        with pytest.raises(OSError, match=naming(errno.ENOSPC)) as caught, named_errors("step-000001"):
+            raise OSError(errno.ENOSPC, "full", temporary)
+        assert caught.value.filename == "step-000001"
 
 
 def test_files_are_replaced_together(tmp_path):

@@ -337,16 +337,28 @@ def test_vectors_are_on_disk_before_their_keys(filled, monkeypatch):
     assert execute(filled, "SELECT count(*) FROM batches") == [(2,)]
 
 
-def test_a_full_disk_leaves_what_was_there(filled, monkeypatch):
+@pytest.mark.parametrize("where", ["vectors", "keys"])
+def test_a_full_disk_leaves_what_was_there(filled, monkeypatch, where):
+    """And takes no room for what was not finished."""
+
     def full(descriptor):
         raise OSError(errno.ENOSPC, "no space left on device")
 
-    store_ = Store(filled)
+    store_, size = Store(filled), vectors_file(filled).stat().st_size
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match=naming(errno.ENOSPC, vectors_file(filled))) as caught:
-            store_.fill(SPACE, numbered(20, 21), vectors_of)
-    assert caught.value.filename == str(vectors_file(filled))
+        if where == "vectors":
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(OSError, match=naming(errno.ENOSPC, vectors_file(filled))) as caught:
+                store_.fill(SPACE, numbered(20, 21), vectors_of)
+            assert caught.value.filename == str(vectors_file(filled))
+        else:
+            patch.setattr(store, "WRITE_BATCH", "INSERT INTO nothing VALUES (?, ?, ?, ?)")
+            with pytest.raises(ValueError, match=naming(filled / "store.sqlite")):
+                store_.fill(SPACE, numbered(20, 21), vectors_of)
+            with pytest.raises(ValueError, match=naming(filled / "store.sqlite")):
+                Store(filled).fill(Space("cd" * 32, 4, {}), numbered(20, 21), vectors_of)
+            assert sum(path.stat().st_size for path in filled.glob("*.f32")) == size
+    assert vectors_file(filled).stat().st_size == size
     for other in (store_, Store(filled)):
         assert other.find(SPACE, numbered(20, 21, 3)).tolist() == [-1, -1, 3]
     asked = numbered(21, 20, 0)

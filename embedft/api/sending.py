@@ -198,8 +198,7 @@ class Sender:
             if response.may_be_refusal and job.attempts > 1:  # in every form and size
                 response = replace(response, suspect=True)
         if response.action == "retry":
-            # A server that sends a useless reply is not overloaded.
-            pause = self._pause(job, response) if response.status == "failed" else 0.0
+            pause = self._pause(job, response) if response.status == "failed" else 0.0  # else it is not overloaded
             if job.attempts < self.max_attempts:
                 heapq.heappush(self.later, (asyncio.get_running_loop().time() + pause, number, job))
         self.suspects += response.suspect and not self.is_proven

@@ -81,7 +81,6 @@ def _fit(options: Options, config: AdapterConfig, embedder, dataset: RetrievalDa
     else:
         documents_MD, more["source"] = embedder.encode_passages(texts, options.passages, role="document", dim=dim)
     queries_ND = embedder.encode(list(dataset.queries.values()), role="query", dim=dim)
-    # Hard negatives are documents of grade 0.
     graded = {q: dict.fromkeys(dataset.negatives.get(q, ()), 0) | grades for q, grades in dataset.qrels.items()}
     qrels = replace(dataset, qrels=graded).qrels_by_row()
     more["normalize"] = getattr(embedder, "normalize", True)  # vectors from an API are always normalized

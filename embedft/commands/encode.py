@@ -4,6 +4,7 @@ embedft encode sentence-transformers/all-MiniLM-L6-v2 texts.txt --out vectors.np
 """
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -43,7 +44,8 @@ def run(options: Options) -> None:
     if options.out:
         embeddings_ND = embedder.encode(texts, role=options.role, dim=options.dim)
         with atomic_write(options.out, "wb") as file:
-            np.save(file, embeddings_ND)
+            # Straight to a file, NumPy does not notice when the disk takes all but the end.
+            np.save(SimpleNamespace(write=file.write), embeddings_ND)
         print(f"{options.out}: {len(texts):,} texts x {embeddings_ND.shape[1]} dimensions, float32")
     else:
         for start in range(0, len(texts), SLICE_TEXTS):

@@ -116,7 +116,6 @@ def run(options: Options) -> None:
                 report.save(new / name)
     print_costs(embedder)
     if options.json:
-        # The metrics of one setting directly, those of several under "settings".
         settings = [{"setting": r.setting, "metrics": r.metrics, "costs": r.costs} for r in reports]
         found = reports[0].metrics if len(reports) == 1 else {"settings": settings}
         print(json.dumps({**found, **{name: report.metrics for name, report in beside.items()}}, indent=2))

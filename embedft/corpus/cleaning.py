@@ -158,7 +158,6 @@ def copies(question: str, document: str) -> bool:
     length, num_plain = (-(-4 * number // 5) for number in (len(words), len(plain)))
     num_plain = max(num_plain, MIN_COPIED_WORDS)
     document = _run(re.findall(r"\w+", document))
-    # The shortest runs that qualify.
     ends = (
         (first, max(plain[i + num_plain - 1] + 1, first + length))
         for i in range(len(plain) - num_plain + 1)

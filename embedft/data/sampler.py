@@ -74,7 +74,6 @@ class Sampler:
         # Spread evenly, to leave room for those that have to wait.
         natural = [i * num_batches // len(rows) for i in waiting]
         moved, loads_N = self._place_apart([rows[i] for i in waiting], natural)
-        # The others fill the rest of each share, in order.
         free_P = torch.ones(len(rows), dtype=torch.bool)
         free_P[waiting] = False
         room_N = (bounds_N.diff(prepend=bounds_N.new_zeros(1)) - torch.tensor(loads_N)).clamp(min=0)

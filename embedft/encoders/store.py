@@ -241,17 +241,24 @@ class Store:
         return opened
 
     def _append(self, space: Space, keys_M2: np.ndarray, vectors_MD: np.ndarray) -> None:
-        with self._transaction(write=True) as database:
-            database.execute(ADD_SPACE, (space.fingerprint, space.dim, json.dumps(space.description), time.time()))
-            opened = self._rows(space, database)
-            records_M = np.empty(len(keys_M2), RECORD)
-            records_M["key"], records_M["checksum"] = keys_M2, checksums(vectors_MD)
-            with named_errors(opened.path), open(opened.path, "ab") as file:
-                file.truncate(len(opened) * space.dim * VECTOR_TYPE.itemsize)
-                file.write(vectors_MD)
-                file.flush()
-                os.fsync(file.fileno())
-            database.execute(WRITE_BATCH, (opened.version[0], len(opened), len(records_M), records_M.tobytes()))
+        records_M, row_bytes = np.empty(len(keys_M2), RECORD), space.dim * VECTOR_TYPE.itemsize
+        records_M["key"], records_M["checksum"], path = keys_M2, checksums(vectors_MD), None
+        try:
+            with self._transaction(write=True) as database:
+                database.execute(ADD_SPACE, (space.fingerprint, space.dim, json.dumps(space.description), time.time()))
+                opened = self._rows(space, database)
+                path = opened.path
+                with named_errors(path), open(path, "ab") as file:
+                    file.truncate(len(opened) * row_bytes)
+                    file.write(vectors_MD)
+                    file.flush()
+                    os.fsync(file.fileno())
+                database.execute(WRITE_BATCH, (opened.version[0], len(opened), len(records_M), records_M.tobytes()))
+        except (OSError, ValueError):  # a full disk, mostly: give back the room of vectors without keys
+            with contextlib.suppress(OSError, ValueError), self._transaction(write=True) as database:
+                kept = self._rows(space, database)
+                os.truncate(path or "", len(kept) * row_bytes if path == kept.path else 0)
+            raise
 
     def spaces(self) -> dict[str, StoredSpace]:
         """The spaces by name, in order of their names."""

@@ -64,7 +64,6 @@ class Targets:
     def listed_negative(self) -> Tensor:
         """[B, G] bool: which documents of `group` are hard negatives of their query and not known to be relevant."""
         numbers_P, documents_P = self._pairs(self.listed_positive)
-        # A number for every (query, document) pair.
         stride = int(torch.cat([self.group.flatten(), documents_P]).max()) + 1 if self.group.numel() else 1
         pairs_BG = self._numbers()[:, None] * stride + self.group
         return (self.group >= 0) & ~torch.isin(pairs_BG, numbers_P * stride + documents_P)

@@ -64,8 +64,7 @@ class Bm25Index:
         norm_N = k1 * (1 - b + b * lengths_N / mean_length)
         weights_P = np.repeat(idf_V, frequency_V) * counts_P / (counts_P + norm_N[rows_P])
         self.num_documents, self.terms = num_documents, dict(terms)
-        # int64 [V + 1]: the postings of term v are starts_V[v] to starts_V[v + 1].
-        self.starts_V = np.append(0, np.cumsum(frequency_V))
+        self.starts_V = np.append(0, np.cumsum(frequency_V))  # int64 [V + 1], where each term's postings begin
         self.rows_P = rows_P  # int32, the document of each posting, ascending within a term
         self.weights_P = weights_P.astype(np.float32)  # what the term adds to the document's score
 

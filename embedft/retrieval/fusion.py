@@ -76,7 +76,6 @@ def _totals(
     valued: list[tuple[np.ndarray, np.ndarray, np.ndarray]], weights_R: np.ndarray, num_documents: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Query row, document and fused score of each pair. `valued`: each run's indices, values, and value of the rest."""
-    # Each pair as one integer, ascending by query.
     keys = [(np.arange(len(i_QK))[:, None] * num_documents + i_QK)[i_QK >= 0] for i_QK, _, _ in valued]
     # Sorted and filtered by hand: np.unique, which hashes in NumPy 2, took half of the total time.
     key_P = np.sort(np.concatenate(keys))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .. import device as devices
 from ..encoders.folder import write_tensors
-from ..files import read_object, sha256_file, temporary_path, write_json
+from ..files import named_errors, read_object, sha256_file, temporary_path, write_json
 
 MODEL, LOSS, OPTIMIZER, RANDOM = "model.safetensors", "loss.safetensors", "optimizer.safetensors", "random.safetensors"
 BEST, REFRESH, STATE, FILES = "best.safetensors", "refresh.safetensors", "state.json", "files.json"
@@ -64,7 +64,7 @@ def save_checkpoint(folder: Path, state: TrainState) -> None:
     weights = {file: module.state_dict() for file, module in state.modules().items()}
     weights |= {OPTIMIZER: moments, RANDOM: devices.random_state(state.embedder.device)}
     weights |= {BEST: state.best_weights, REFRESH: state.refresh_weights}
-    with temporary_path(folder, ".step.", Path.mkdir) as new:
+    with named_errors(path), temporary_path(folder, ".step.", Path.mkdir) as new:
         for name, tensors in weights.items():
             if tensors is not None:
                 write_tensors(new / name, tensors)
