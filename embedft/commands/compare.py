@@ -19,7 +19,7 @@ from ..retrieval.tables import Style, compare_all, format_comparisons
 @dataclass(frozen=True, kw_only=True)
 class Options(config.Options):
     reports: list[str] = option(REQUIRED, "reports of evaluate or finetune, base first", metavar="DIR", positional=True)
-    metric: list[str] = option(["ndcg@10"], "metrics that all reports have", metavar="NAME ...")
+    metric: list[str] = option(["ndcg@10"], "metrics to compare; all reports must have them", metavar="NAME ...")
     seeds: bool = option(False, "treat the others as one recipe trained with several seeds")
     bases: int = option(1, "with --seeds: number of base reports, trained with the same seeds", least=1)
     style: Style = option("text", "table format")

@@ -54,7 +54,7 @@ class Options(Adapted, Grid, Hybrid, Data):
     gain: Literal["binary", "graded"] = option("binary", "nDCG gain")
     merge: bool = option(True, "treat documents of equal text as one")
     keep_identical_ids: bool = option(False, "also rank the document whose id is the query's")
-    out: str | None = option(None, "save reports; BM25's in DIR/bm25, of several settings in DIR/NAME", metavar="DIR")
+    out: str | None = option(None, "save reports; BM25's in DIR/bm25, several settings' in DIR/NAME", metavar="DIR")
     overwrite: bool = option(False, "replace the reports in DIR")
     style: Style = option("text", "table format")
     json: bool = option(False, "print all metrics as JSON")

@@ -20,8 +20,8 @@ from .options import DATASETS, Adapted, Data, Windows, load_encoder, load_traini
 class Guards:
     """Guards against false negatives: documents that answer a question but are not labelled so."""
 
-    relative_margin: float | None = option(None, "0.05: score at most 95% of a known answer's [none]")
-    absolute_margin: float | None = option(None, "score at least this far below a known answer's [none]")
+    relative_margin: float | None = option(None, "0.05: negatives score at most 95% of the lowest positive [none]")
+    absolute_margin: float | None = option(None, "negatives score at least this much below the lowest positive [none]")
     max_score: float | None = option(None, "highest score of a negative [none]")
     min_score: float | None = option(None, "lowest score of a negative [none]")
 
