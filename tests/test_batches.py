@@ -537,6 +537,11 @@ class Backwards:
         return [self.order[first : first + self.batch_size] for first in range(0, len(self.order), self.batch_size)]
 
 
+def test_a_sampler_by_tokens_needs_them():
+    with pytest.raises(ValueError, match=naming("batch_tokens", 64, "tokens")):
+        Sampler(8, seed=0, batch_tokens=64)
+
+
 def test_the_sampler_alone_can_be_replaced():
     batches = make_batches(many_to_many(seed=0))
     other = Batches(batches.examples, Backwards(len(batches.examples), 5), batches.collate)

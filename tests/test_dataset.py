@@ -506,6 +506,11 @@ def load_with_warnings(path: Path, **options) -> tuple[RetrievalDataset, list[st
         return RetrievalDataset.load(path, **options), [str(x.message) for x in caught]
 
 
+def test_whole_grades_of_pairs_may_be_written_as_floats(tmp_path):
+    write(tmp_path / "pairs.jsonl", json.dumps(PAIR | {"grade": 2.0}))
+    assert RetrievalDataset.load(tmp_path / "pairs.jsonl").qrels == {"q0": {"d0": 2}}
+
+
 def test_beir_grades_may_be_negative_or_written_as_floats(tmp_path):
     folder = write_beir(
         tmp_path,

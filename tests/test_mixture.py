@@ -203,6 +203,9 @@ def test_refuses_what_cannot_be_mixed():
         mixture_of(temperature=0.5)
     with pytest.raises(ValueError, match=naming("batch_size", 1, 2, "source")):
         mixture_of(1, mixed=True, sampling="round_robin")
+    unanswered = RetrievalDataset({"q": "a"}, {"d": "b"}, {"q": {"d": 0}})
+    with pytest.raises(ValueError, match=naming("'news'")):
+        mixture_of(datasets={**SOURCES, "news": unanswered})
     with pytest.raises(ValueError, match=naming("dataset", "none")):
         mixture_of(datasets={})
     for name in ("", "a/b"):

@@ -135,3 +135,14 @@ class Unhashable:
 
 def test_a_partial_of_an_object_is_described_by_its_class():
     assert describe_object(functools.partial(Unhashable()))["sha256"] == describe_object(Unhashable())["sha256"]
+
+
+def test_a_class_typed_into_a_shell_is_known_by_its_compiled_methods():
+    def hashed(code: str) -> str:
+        scope = {"__name__": "shell"}
+        exec(code, scope)
+        return describe_object(scope["Loss"]())["sha256"]
+
+    first = "class Loss:\n    def __call__(self, Q, D, targets):\n        return (Q * D).sum()\n"
+    assert hashed(first) == hashed(first)
+    assert hashed(first) != hashed(first.replace("*", "+"))
