@@ -127,9 +127,6 @@ def _default(field: dataclasses.Field) -> Any:
     return field.default if field.default_factory is REQUIRED else field.default_factory()
 
 
-# The command line.
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """All commands."""

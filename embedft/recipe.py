@@ -39,7 +39,6 @@ from .training.train import BatchSource, Evaluate, OnStep, Refresh, train
 VALIDATION, VALIDATION_BASE = "validation", "validation-base"
 BATCHING = ("batch_size", "batch_tokens", "num_negatives", "examples", "target_scores", "no_duplicates")
 REFRESHING = ("refresh_windows", "mine_every")
-# Settings that have no effect when this object is passed in.
 REPLACED = {
     "loss": ("loss",),
     "batches": (*BATCHING, "windows_per_document", "sampling", "sampling_temperature", "mixed", *REFRESHING),

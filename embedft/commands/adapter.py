@@ -53,7 +53,6 @@ def run(options: Options) -> None:
     check_settings(embedder, [Setting(passages=options.passages)])  # before encoding: can it cut windows?
     with contextlib.ExitStack() as stack:
         if embedder.store is None and validation is not None:
-            # Both evaluations use the same vectors, so each text is embedded once.
             embedder.store = Store(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
         adapter = _fit(options, config, embedder, dataset)
         costs, kept = adapter.costs, f"kept the weights of the last step, {adapter.costs['best_step']:,}"

@@ -90,7 +90,6 @@ def _load_documents(options: Options) -> tuple[RetrievalDataset, dict[str, str]]
             first, last = place.first_page, place.last_page
             pages = f"page {first}" if first == last else f"pages {first}-{last}"
             places[chunk.id] = f"{place.file}, {pages}" + (f" (and {len(others)} more)" if others else "")
-    # A dataset needs a query; this one is never used.
     return RetrievalDataset({"question": "?"}, {i: chunk.text for i, chunk in chunks.items()}, {}), places
 
 

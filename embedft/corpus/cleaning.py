@@ -24,13 +24,11 @@ Dropped = dict[str, tuple[str, str]]  # {query id: (reason, evidence: a phrase, 
 REPEATS, MIN_COPIED_WORDS = "repeats another query", 5
 PREAMBLE = re.compile(r"""(?ix) \A (?:(?:sure|certainly|of\ course|okay|absolutely)\b[^:?]{0,40}?[!,.:]\s*)?
     (?:here|below|the\ following)\ (?:are|is)\b[^:?]{0,120}\bquestions?\b[^:?]{0,120}:\s*""")
-# Phrases leaked from the prompt's role or task.
 PROMPT = re.compile(r"""(?ix)\b(?: as\ an?\ (?:teacher|professor|instructor|educator|lecturer)\b
       | (?:teacher|professor)s?\ ?(?:/|or)\ ?(?:teacher|professor) | your\ students?\b | quiz(?:zes)?\b
       | (?:diverse|exam|examination|test)\ questions?\b | questions?\ in\ an?\ exam
       | (?:upcoming|next)\ exam(?:ination)?\b
       | (?:would\ you\ like|do\ you\ want|let\ me\ know)\b.*\bquestions?\b )""")
-# Phrases that refer to a text the searcher cannot see.
 TEXT = r"(?:text|passage|document|excerpt|article|paragraph|snippet|chunk|context)"
 SHOWN = r"(?:information|data|details|tables?|schedules?|statements?|figures?|definitions?|list|examples?|content)"
 # Continuations that change the meaning: the text of the law, the text messages, the document retention policy,

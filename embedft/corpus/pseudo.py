@@ -125,8 +125,6 @@ def _mostly_words(text: str) -> bool:
     return 2 * sum(of_letters) > len(of_letters) and "|" not in text
 
 
-# Docstrings.
-
 PACKAGES = ("torch", "numpy", "stdlib")
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 SKIPPED_FOLDERS = {"test", "tests", "testing", "idle_test", "lib2to3", "site-packages", "dist-packages"}

@@ -2,7 +2,7 @@
 
     train, validation = split_chunks(chunks, train_pages=parse_pages("1-90"))
 
-Near-copies have mostly the same words in the same order. Not detected: paraphrases.
+Not detected: paraphrases.
 """
 
 import re

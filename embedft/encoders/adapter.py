@@ -191,7 +191,6 @@ def _read(config: dict[str, Any], weights: Path) -> tuple[dict[str, Any], dict[s
     return config, load(content)
 
 
-# Our names -> LlamaIndex's: settings by kind, and tensors.
 SETTINGS = {"linear": {"in_features": "in_features", "out_features": "out_features", "bias": "bias"}}
 TWO_LAYERS = {"hidden": "hidden_features", "activation": "activation_fn_str", "residual": "add_residual"}
 SETTINGS["two_layer"] = SETTINGS["linear"] | TWO_LAYERS

@@ -1,7 +1,6 @@
 """BERT (Devlin et al. 2019): token, position and segment embeddings, then post-norm transformer layers.
 
-No pooler, no heads. Dropout of attention weights is off by default, because it rules out torch's fused CPU kernel and
-every packed CUDA kernel.
+No pooler, no heads. Dropout of attention weights is off by default: it rules out the fused kernels of CPU and CUDA.
 
     config = BertConfig(vocab_size=30522, hidden_size=384, ...)     # the fields of config.json
     hidden_TD = Bert(config)(packed)

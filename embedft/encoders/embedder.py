@@ -186,8 +186,7 @@ class Embedder(nn.Module):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Vectors of the windows of texts, [W, D] float32, and the row of `texts` each is from, [W] int64 ascending.
 
-        Each window is embedded as a text of its own. A `store` keeps windows by their token ids, so sizes and strides
-        that produce the same window share it.
+        Each window is embedded as a text of its own. A `store` keeps windows by their token ids, whatever the stride.
 
         `passages`: (size, stride), as for `Tokenizer.windows`; `options`: dim, batch_tokens and progress, as for
         `encode`. `cut_texts` texts are cut at a time, and about 16 times as many windows encoded at a time.

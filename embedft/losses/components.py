@@ -4,8 +4,7 @@
         value = loss(Q, D, targets)
     found                                   # {"in_batch_negatives": tensor(1.3), "toward_base": tensor(0.02)}
 
-A loss calls `record("masked_negatives", share)`, which does nothing outside of `collect`; inside `scope("384")`, the
-name becomes "384/masked_negatives".
+A loss calls `record("masked_negatives", share)`, which does nothing outside `collect`; `scope("384")` prefixes "384/".
 """
 
 import functools

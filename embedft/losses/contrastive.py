@@ -4,8 +4,7 @@
     loss = sigmoid(Q, D, targets)                       # every pair on its own instead of a softmax
     loss = global_orthogonal(Q, D, targets)             # a regulariser: spreads unrelated texts
 
-`similarity` and `windows` are as in `scores`, `rows` as in `by_rows`. Losses with `rows` are sums over queries and
-never hold all of [B, M] in memory.
+`similarity` and `windows` are as in `scores`, `rows` as in `by_rows`. Losses with `rows` never hold all of [B, M].
 
 Shapes: B queries, R of them at a time, M documents, C document vectors, G listed documents per query, D features.
 """
@@ -96,7 +95,6 @@ class InBatch:
             chosen_BM = {"hard_negatives": hard_BM, "in_batch_negatives": negative_BM & ~hard_BM}
             penalty_BM = self.hardness_strength * similarity_BM.detach()
             weighed_BM = logits_BM + penalty_BM.where(chosen_BM.get(self.hardness, negative_BM), 0)
-        # Log of each direction's sum, for every query and listed document.
         sums_BG = {"query_document": log_sum(weighed_BM, negative_BM)[:, None].expand_as(positives_BG)}
         if "document_query" in self.directions:
             sums_BG["document_query"] = log_sum(logits_BM.T, negative_BM.T)[group_BG]
@@ -140,9 +138,8 @@ def in_batch_negatives(Q: Tensor, D: Tensor, targets: Targets, *, temperature: f
 def symmetric_in_batch_negatives(
     Q: Tensor, D: Tensor, targets: Targets, *, temperature: float = 0.05, similarity: str = "cosine"
 ) -> Tensor:
-    """The mean of `in_batch_negatives` from queries to documents and from documents to queries. Coupled.
-    Source: Günther et al. 2023 (Jina Embeddings 2), section 4; equals sentence-transformers'
-    MultipleNegativesSymmetricRankingLoss."""
+    """The mean of `in_batch_negatives` from queries to documents and from documents to queries. Coupled. Equals
+    sentence-transformers' MultipleNegativesSymmetricRankingLoss. Source: Günther et al. 2023 (Jina 2), section 4."""
     options = {"directions": ("query_document", "document_query"), "partition": "per_direction"}
     return in_batch_negatives(Q, D, targets, temperature=temperature, similarity=similarity, **options)
 

@@ -100,8 +100,7 @@ def angle(
     """`cosent` with s = |q1.d1 + q2.d2 + q2.d1 - q1.d2|, the halves of unit vectors taken as complex numbers.
 
     The gradient of a cosine vanishes near 1 and -1; that of the angle does not. An odd number of features is padded
-    with a zero. For queries with a positive of score y and negatives, sentence-transformers takes all pairs and scores
-    the negatives 1 - y.
+    with a zero. For a positive of score y, sentence-transformers takes all pairs and scores negatives 1 - y.
 
     Source: Li and Li 2023 (AnglE), angle objective; equals sentence-transformers' AnglELoss, which follows the
     authors' code in the sign of the imaginary part and the absolute value."""

@@ -5,8 +5,7 @@ Identity is data. Losses never compare texts and never guess from similarity; th
     targets = Targets(group=torch.tensor([[0], [1]]))        # query i's positive is document i
     positive_BM, negative_BM = targets.masks()
 
-Shapes: B queries, M documents, C document vectors (C = M unless documents have windows), G listed documents per query,
-K known pairs, P pairs, D and E features.
+Shapes: B queries, M documents, C vectors of their windows, G listed per query, K known pairs, P pairs, D, E features.
 """
 
 import math

@@ -73,7 +73,6 @@ def check_index(name: str, dim: int, *, num_documents: int | None = None) -> tup
 
     preset, parameters = split_name(name)
     num_lists = max(1, min(round(4 * math.sqrt(num_documents or 1)), (num_documents or 1) // LEAST_PER_LIST))
-    # Product quantization cuts a vector into parts of equal width.
     num_parts = max(parts for parts in range(1, max(dim // 8, 1) + 1) if dim % parts == 0)
     presets = {
         "hnsw": ("HNSW32,Flat", "efConstruction=200,efSearch=64"),

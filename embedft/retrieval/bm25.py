@@ -34,8 +34,7 @@ class Bm25Index:
     how much repetition counts (0: only presence counts); b: how much length is penalized, 0 to 1. There is no factor
     k1 + 1, and scores are never negative. To bound memory, `slice_tokens` tokens are sorted at a time.
 
-    Source: Robertson et al., "Okapi at TREC-3", 1994; Kamphuis et al., "Which BM25 Do You Mean?", ECIR 2020, "Lucene
-    (accurate)"."""
+    Source: Robertson et al., "Okapi at TREC-3"; Kamphuis et al., "Which BM25 Do You Mean?", 2020: Lucene (accurate)."""
 
     def __init__(
         self, documents: Iterable[Sequence[Token]], *, k1: float = 1.5, b: float = 0.75, slice_tokens: int = 1 << 20

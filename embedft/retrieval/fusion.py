@@ -28,8 +28,7 @@ def fuse(
 
     - "rrf": 1 / (k + rank), or 0 if the run does not retrieve the document.
     - "zscore": (score - mean) / standard deviation over what the run retrieves for the query, 0 if all scores are
-      equal; for other documents, the query's lowest value (0 if there is none). Mean and deviation depend on the depth,
-      so fuse runs of the same depth.
+      equal; for other documents, the query's lowest value (0 if there is none). Fuse runs of the same depth.
 
     `weights` are one per run, at least 0 [1 each]; the order of runs with equal weights does not matter. `depth`
     documents are kept per query [all that any run retrieves].

@@ -2,8 +2,7 @@
 
     scores, rows = search_exact(query_embeddings, np.load("documents.npy", mmap_mode="r"), depth=100)   # in slices
 
-Results are ordered by (score descending, row ascending), even at the cutoff. Equal vectors tie if the matrix product
-scores them equally.
+Results are ordered by (score descending, row ascending), even at the cutoff. Vectors tie if their products are equal.
 
 Shapes: Q queries, N documents (rows, numbered from 0), D dimensions, K = min(depth, N) results, W >= K.
 """
@@ -92,8 +91,7 @@ def search_exact(
     """The `depth` documents with the largest inner product for each query, or all of them if there are fewer.
 
     documents: [N, D], an array or a memory map of any float type; or an iterable of such arrays, each searched once and
-    dropped, with rows numbered consecutively. device: FAISS computes products on the CPU (None), torch elsewhere (see
-    `torch.get_float32_matmul_precision`).
+    dropped, with rows numbered consecutively. device: FAISS computes products on the CPU (None), torch elsewhere.
 
     Memory: one slice in float32, three times the results and, with torch, the scores of 1,024 queries; never [Q, N].
     Raises `ValueError` for no documents, a depth below 1, a wrong width, NaN or infinity."""

@@ -129,8 +129,7 @@ def ndcg(judgments: Judgments, k: int | None = None, *, gain: Gain = "binary") -
     The ideal ranking lists all relevant documents by descending gain: 1 ("binary", as in sentence-transformers) or the
     grade, not 2^grade - 1 ("graded", as in trec_eval and BEIR).
 
-    Source: Jarvelin & Kekalainen, "Cumulated Gain-Based Evaluation of IR Techniques", TOIS 2002; trec_eval
-    `m_ndcg_cut.c`, without k `m_ndcg.c`."""
+    Source: Jarvelin & Kekalainen, "Cumulated Gain-Based Evaluation of IR Techniques", 2002; trec_eval m_ndcg_cut.c."""
     if gain not in ("binary", "graded"):
         raise ValueError(f"unknown gain {gain!r}; valid: binary, graded")
     grades_QK, grade_P = judgments.grades_QK[:, :k], judgments.pair_grade_P

@@ -129,8 +129,7 @@ def search_grid(
     slice_documents: int | None = None,
 ) -> Iterator[tuple[Run, dict, dict[str, float]]]:
     """The run of each setting in order, what a report says about the setting, and its costs.
-    Consecutive settings with the same passages share one encoding of the corpus, whose vectors are kept only if some
-    search is not exact."""
+    Consecutive settings with the same passages share one encoding; vectors are kept only if a search is not exact."""
     require_depth(depth)
     check_settings(embedder, settings, num_documents=len(dataset.corpus))
     encoding: dict[str, float] = {}

@@ -26,8 +26,7 @@ def paired_bootstrap_interval(
 ) -> tuple[float, float]:
     """95% percentile bootstrap interval of the mean difference, with whole clusters drawn with replacement.
 
-    A sample's mean is over all questions in its C clusters. With few clusters the interval is too narrow; with one it
-    is a point.
+    A sample's mean is over all questions in its C clusters. With few clusters the interval is too narrow.
 
     Source: Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 13; Sakai, "Evaluating evaluation
     metrics based on the bootstrap", SIGIR 2006; Field & Welsh, "Bootstrapping clustered data", JRSS B 2007."""
@@ -81,13 +80,11 @@ def recipe_interval(differences_SQ: np.ndarray, clusters: Clusters = None) -> di
         both        V = V_S + max(V_C - min(V_SC, V_S), 0)
 
     V_S and V_C both contain the noise, so it is subtracted once. The interval is m +- t sqrt(V) with
-    V^2 / (V_S^2 / (S - 1) + (V - V_S)^2 / (C - 1)) degrees of freedom. With three seeds that vary, a bootstrap is two
-    to three times too narrow.
+    V^2 / (V_S^2 / (S - 1) + (V - V_S)^2 / (C - 1)) degrees of freedom. A bootstrap of three seeds is far too narrow.
 
-    Source: Hillis, "A comparison of denominator degrees of freedom methods for multiple observer ROC analysis",
-    Statistics in Medicine 2007 (readers are seeds, cases are questions); Satterthwaite, "An approximate distribution of
-    estimates of variance components", 1946; clusters: Cameron, Gelbach & Miller, "Robust inference with multiway
-    clustering", JBES 2011."""
+    Source: Hillis, "A comparison of denominator degrees of freedom methods for multiple observer ROC analysis", 2007
+    (readers are seeds, cases are questions); Satterthwaite, "An approximate distribution of estimates of variance
+    components", 1946; clusters: Cameron, Gelbach & Miller, "Robust inference with multiway clustering", 2011."""
     shape = np.shape(differences_SQ)
     if len(shape) != 2 or shape[0] < 2:
         raise ValueError(f"found differences of shape {shape}, expected a row for each of 2 or more seeds")

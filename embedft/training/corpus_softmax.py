@@ -43,7 +43,6 @@ class Documents:
         self.rows, self.source, self._whole = rows, source, {}
         counts = np.unique(source, return_counts=True)[1].tolist()
         edges = [0, *accumulate(counts)]
-        # The places of whole documents, at most `at_once` vectors at a time, or of one document with more.
         self.parts = [slice(edges[i.start], edges[i.stop]) for i in cut_by_tokens(counts, self.at_once)]
 
     def __len__(self) -> int:

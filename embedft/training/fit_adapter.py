@@ -3,8 +3,7 @@
     adapter = fit_adapter(query_embeddings_ND, document_embeddings_MD, dataset.qrels_by_row(), AdapterConfig(seed=1))
     adapter.save("adapter")
 
-Shapes: N queries, M documents (or windows of them), B queries or pairs of a step, C document vectors of a step, G
-documents listed for each, D features.
+Shapes: N queries, M documents or windows; of a step, B queries or pairs, C document vectors, G listed; D features.
 """
 
 import math
