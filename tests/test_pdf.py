@@ -415,6 +415,19 @@ def test_the_columns_of_an_index_are_read_one_after_the_other(make):
     assert text.pages[0].strip().split("\n") == left + right
 
 
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        (HILLS[:2], BREAD[:1]),  # below a figure
+        (["Mill Lane, east", "Oven Street", "Hill Square"], ["Dam Road, west", "Gate Street", "Yard Square"]),
+    ],
+)
+def test_short_columns_are_read_one_after_the_other(make, left, right):
+    (text,) = read_pdfs([make("a.pdf", drawn((left, upright(60, 700)), (right, upright(320, 700))))])
+    assert text.plain == {1}
+    assert text.pages[0].strip().split("\n") == left + right
+
+
 def test_single_columns_and_tables_keep_their_layout(make):
     rows = (["Rent of offices", "Wages and salaries", "Insurance of vehicles", "All other costs"], upright(60, 500))
     amounts = (["1,000", "2,500", "300", "47"], upright(320, 500))

@@ -17,10 +17,13 @@ from collections import defaultdict
 from itertools import pairwise
 from typing import Any
 
-# What pypdf raises on damaged files besides its own errors.
 FAILURES = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError)
 FAILURES += (RuntimeError, TypeError, ValueError, struct.error, zlib.error)
 LINE_SHARE = 0.7  # baselines closer than this share of the font's height are one line
+# (letters, number, share): how many breaks between lines of so many letters a layout may contradict. Columns side by
+# side break nearly all, cells of several lines some: on the pages of two 10-K filings, at most 2 or half of them at 20
+# letters, 43% at 10, and 20 at 3, the length of lines in an index or an address.
+MOST_BROKEN = ((20, 2, 0.1), (20, 1, 0.5), (10, 1, 0.5), (3, 11, 0.5))
 # Glyph names and numbers that stand in for characters that the font does not identify.
 GLYPH_CODES = re.compile(r"/(?:g|G|C|c|cid|glyph|uni[0-9A-F]|[A-Z])\d+(?![\w.])|\(cid:\d+\)")
 UNREADABLE = "its text is unreadable: its fonts do not map glyphs to characters (it needs OCR)"
@@ -37,6 +40,8 @@ def open_pdf(path: str) -> Any:
             head = file.read(1024)
     except OSError as error:
         raise ValueError(f"cannot be read ({error.strerror})") from None
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError("is a Git LFS pointer, not the PDF; download it with `git lfs pull`")
     if b"%PDF-" not in head:
         raise ValueError(f"is not a PDF file (it begins with {head[:12]!r})" if head else "is empty (0 bytes)")
     try:
@@ -93,19 +98,17 @@ def is_scrambled(layout: str, plain: str, log: list[str], page: Any) -> bool:
     letters = [unicodedata.category(character) for character in plain if character.isalpha()]
     if letters.count("Lo") > 0.3 * len(letters):  # letters without case: Arabic, Hebrew, Indic, Chinese, Japanese
         return True
-    broken, num_breaks = broken_lines(layout, plain, least=20)
-    if broken > max(2, 0.1 * num_breaks):
-        return True
-    # Columns of an index or an address have shorter lines; so do table headings, but fewer of them.
-    broken, num_breaks = broken_lines(layout, plain, least=3)
+    for least, most, share in MOST_BROKEN:
+        broken, num_breaks = broken_lines(layout, plain, least=least)
+        if broken > max(most, share * num_breaks):
+            return True
     glued, num_words = glued_words(layout, plain)
-    return broken > max(11, 0.5 * num_breaks) or glued > max(2, 0.01 * num_words)
+    return glued > max(2, 0.01 * num_words)
 
 
 def broken_lines(layout: str, plain: str, *, least: int) -> tuple[int, int]:
     """Counts the line breaks of `plain` that `layout` contradicts, and all, between lines of at least `least` letters.
-    Side-by-side columns break nearly all; no page of two 10-K filings has more than 2 at 20 letters. Only letters are
-    compared, since table cells may appear between the lines of a label."""
+    Only letters are compared, since table cells may appear between the lines of a label."""
     whole, *lines = ("".join(filter(str.isalpha, text)) for text in (layout, *plain.split("\n")))
     pairs = pairwise(line for line in lines if line)
     breaks = [first[-20:] + second[:20] for first, second in pairs if min(len(first), len(second)) >= least]
