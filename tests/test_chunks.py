@@ -447,6 +447,9 @@ def test_any_lines_with_id_and_text_are_chunks(tmp_path):
     assert load_chunks(path) == [Chunk("7", " as it is ")]
 
 
+PLACE = '{"file": "a.pdf", "first_page": %s, "last_page": 2}'
+
+
 @pytest.mark.parametrize(
     ("lines", "facts"),
     [
@@ -461,6 +464,12 @@ def test_any_lines_with_id_and_text_are_chunks(tmp_path):
         ('{"id": "a", "text": "x", "headings": "Ab"}', (1, "headings", "list", "strings", "'Ab'")),
         ('{"id": "a", "text": "x", "headings": [null]}', (1, "headings", "list", "strings", [None])),
         ('{"id": "a", "text": "x", "places": [5]}', (1, "places", "file", "last_page", [5])),
+        ('{"id": "a", "text": "x", "places": 5}', (1, "places", "file", "last_page", 5)),
+        (f'{{"id": "a", "text": "x", "places": [{PLACE % "true"}]}}', (1, "places", "first_page", "True")),
+        (f'{{"id": "a", "text": "x", "places": [{PLACE % "0"}]}}', (1, "places", "first_page", 0)),
+        (f'{{"id": "a", "text": "x", "places": [{PLACE % "9"}]}}', (1, "places", "first_page", 9)),
+        (f'{{"id": "a", "text": "x", "places": [{PLACE % "null"}]}}', (1, "places", "first_page", "None")),
+        *((f'{{"id": "a", "text": "x", "num_tokens": {n}}}', (1, "num_tokens")) for n in ('"7"', "1.5", "true", "[7]")),
     ],
 )
 def test_lines_that_are_no_chunks(tmp_path, lines, facts):
@@ -497,6 +506,9 @@ def test_a_blob_that_is_one_unknown_token_is_cut():
         ("Es waren 12. Danach kamen mehr. In all there were 3. March followed.", 4),
         ('"Wer ist da?" überlegte sie. « Qui ? » émit-il. "Кто там?" спросил он.', 3),
         ("წისქვილი ძველია. სოფელს ეკუთვნის.", 2),
+        *((f"{text}{mark} {text}{mark}", 2) for mark in "៕܂߹᠃᱾꯫꧉᭞꩝‼⁇‽" for text in ("Mill", "កិន")),
+        ("Πού είναι ο μύλος; Στο χωριό· εκεί.", 2),
+        ("The mill; the oven; the town.", 1),
     ],
 )
 def test_sentence_ends_of_other_scripts(text, num_sentences):

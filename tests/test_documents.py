@@ -507,7 +507,13 @@ def test_a_name_that_is_no_utf8_is_escaped(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "lines", [["磨坊建于一八二〇年并且从那时起一直", "属于镇上。"], ["製粉所は町のものですが、", "誰も働きません。"]]
+    "lines",
+    [
+        ["磨坊建于一八二〇年并且从那时起一直", "属于镇上。"],
+        ["製粉所は町のものですが、", "誰も働きません。"],
+        ["磨坊从那时起一直属于镇上并且大约于2017", "年卖出。"],
+        ["磨坊从那时起一直属于镇上并且大约于年底", "A股上市。"],
+    ],
 )
 def test_wrapped_chinese_and_japanese_lines_join_without_a_blank(lines):
     assert clean_layout(["\n".join([lines[0], *lines])])[0] == lines[0] + "".join(lines)
@@ -582,10 +588,26 @@ def test_what_is_no_heading(text):
         ("Fish &amp; chips &lt;3", "Fish & chips <3"),
         ("`<b>` and <size> and 1 < 2 > 0", "`<b>` and <size> and 1 < 2 > 0"),
         ("```html\n<b>kept</b>\n```\n<i>gone</i>", "```html\n<b>kept</b>\n```\ngone"),
+        ('<h2 align="center">The\n<i>mill</i></h2>text', "\n## The mill\ntext"),
+        ("<H1>A</h1> `<h2>b</h2>` <h3>no end", "\n# A\n `<h2>b</h2>`  no end"),
     ],
 )
 def test_html_goes_and_code_stays(text, stripped):
     assert strip_html(text) == stripped
+
+
+def test_headings_in_html_are_headings():
+    sections = split_sections(["<h1>Mill</h1>\none\n<h2>Use &amp; care</h2>\n\ntwo"])[0]
+    assert [headings for _, headings in sections if headings] == [("Mill",), ("Mill", "Use & care")]
+
+
+@pytest.mark.parametrize("name", ["a.pdf", "a.md", "a.txt"])
+def test_a_git_lfs_pointer_is_named(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 908\n")
+    (tmp_path / "good.txt").write_text("Words.")
+    _, (skipped,) = read_documents([tmp_path])
+    assert names(skipped.reason, "LFS", "`git lfs pull`")
+    assert name not in skipped.reason  # `file` says it
 
 
 def test_chunks_of_markdown(tmp_path):

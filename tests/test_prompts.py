@@ -60,6 +60,7 @@ def test_the_text_of_a_message(content, text):
         f"\n\n{ONE}\n\n \t\n{TWO}\n\n",
         f"{ONE}\r\n{TWO}",
         f"1. {ONE}\n2. {TWO}",
+        f"1. {ONE} 2. {TWO}",
         f"1) {ONE}\n2) {TWO}",
         f"(1) {ONE}\n(2) {TWO}",
         f"[1] {ONE}\n[2] {TWO}",
@@ -109,6 +110,12 @@ def test_the_text_of_a_message(content, text):
         f"{LINES}\n<|START_THINKING|>Is that all?",
         f"<|channel|>analysis<|message|>What is it?\nHm?<|end|><|channel|>final<|message|>{JSON}<|return|>",
         f"{LINES}\n<think>\nIs that all?",
+        f"What is there to ask?\n</thinking_process>\n{LINES}",
+        f'<internal-monologue id="1">What is there to ask?</internal-monologue>{JSON}',
+        f"<plan>\nWhat is there to ask?\n</plan>\n{LINES}",
+        f"<reasoning_effort>Hm?</reasoning_effort>{LINES}",
+        f"Here is my thought process: What is there to ask?\nHere is my response: {LINES}",
+        f"[INST] What is there to ask? [/INST] {LINES}",
         # Headers of roles.
         f"assistant\n\n{JSON}",
         f"assistant\n{LINES}",
@@ -136,6 +143,7 @@ def test_the_text_of_a_message(content, text):
         json.dumps({"questions": json.dumps([ONE, TWO])}),
         json.dumps({"questions": [json.dumps([ONE, TWO])]}),
         json.dumps([json.dumps({"question": ONE}), json.dumps({"question": TWO})]),
+        JSON.replace('"', '\\"'),
         # Markup that a server or a model left in.
         f"{LINES}<end_of_turn>",
         f"<s> {LINES}</s>",

@@ -3,8 +3,7 @@
     chunks = chunk_pages(read_documents(["report.pdf"])[0], count_tokens=count_tokens, size=254)
     save_chunks("chunks.jsonl", chunks)
 
-Sentence boundaries follow punctuation, newlines, English abbreviations and German ordinals. Not supported: scripts
-without sentence punctuation (Thai, Lao).
+Sentences end at punctuation and newlines, not in English abbreviations and German ordinals. Not here: Thai, Lao.
 """
 
 import hashlib
@@ -17,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from ..config import check_types, from_dict
 from ..data.checks import check_text
 from ..files import read_jsonl, write_jsonl
 from .documents import BLOCK, Page
@@ -24,11 +24,11 @@ from .layout import is_unspaced
 
 # Punctuation before whitespace and a possible sentence start. Marks of other scripts always end a sentence, unless a
 # bracket and a Japanese particle follow, which continue a quotation: 「…。」と.
-OTHER_MARK = "[。！？｡．।॥۔؟።፧။។։།\u037e]"
+OTHER_MARK = "[。！？｡．।॥۔؟።፧။។៕։།܀-܂߹᠃᠉᱾᱿᭚᭛᭞᭟꧈꧉꩝-꩟꫰꫱꯫‼‽⁇-⁉\u037e]"
 SENTENCE_END = re.compile(
     r"(?<![.!?])[.!?]+[\"'”’)\]]*\s+(?=(?:«\s)?[\"'“„‘«¿¡(\[$€£•]*(?P<first>[^\W_]))"
     rf"|(?<!{OTHER_MARK}){OTHER_MARK}+(?!{OTHER_MARK}|[」』）]+[とっをがはにのでもや、])"
-    r"[\"'”’)\]」』）】》〉］]*\s*"
+    r"[\"'”’)\]」』）】》〉］]*\s*|(?<=[Ͱ-Ͽἀ-῿]);\s+"  # Greek asks with a semicolon
 )
 LAST_WORD = re.compile(r"[^\s\"'“‘(\[]*$")
 # Words whose period does not end a sentence, including single letters with periods ("U.S.", "J.", "e.g.").
@@ -54,6 +54,10 @@ class Place:
     file: str
     first_page: int
     last_page: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.first_page <= self.last_page:
+            raise ValueError(f"pages {self.first_page} to {self.last_page}, expected a range that begins at 1 or later")
 
 
 @dataclass(frozen=True)
@@ -88,12 +92,14 @@ def load_chunks(path: str | Path) -> list[Chunk]:
         headings = row.get("headings") or []
         if type(headings) is not list or not all(type(heading) is str for heading in headings):
             raise ValueError(f"{where}: `headings` must be a list of strings, found {reprlib.repr(headings)}")
+        num_tokens, places = row.get("num_tokens"), row.get("places") or []
+        check_types(Chunk, {"num_tokens": num_tokens}, f"{where}: ")
         try:
-            places = tuple(Place(**place) for place in row.get("places") or ())
-        except TypeError:
-            found = f"`places` is {reprlib.repr(row['places'])}"
+            places = tuple(from_dict(Place, place) for place in places)
+        except (AttributeError, TypeError, ValueError):  # no list, no object, no such field
+            found = f"`places` is {reprlib.repr(places)}"
             raise ValueError(f"{where}: {found}, expected a list of objects with file, first_page, last_page") from None
-        chunks[id] = Chunk(id, row["text"], row.get("num_tokens"), places, tuple(headings))
+        chunks[id] = Chunk(id, row["text"], num_tokens, places, tuple(headings))
     if not chunks:
         raise ValueError(f"{path}: has no chunks")
     return list(chunks.values())

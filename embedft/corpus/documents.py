@@ -26,6 +26,7 @@ HEADING = re.compile(r" {0,3}(#{1,6})(?:\s|$)")
 UNDERLINE = re.compile(r" {0,3}(=+|-{2,})[ \t]*")
 # What an underline does not turn into a heading: a list item, a quotation, a table row, code or a rule.
 NO_TITLE = re.compile(r"\s*$| {4}|\s*(?:[-*+]\s|[>|]|\d+[.)]\s|[-*_ ]+$)")
+HTML_HEADING = re.compile(r"(?is)<h([1-6])\b[^<>]*>((?:(?!<h[1-6]\b).){0,500}?)</h\1\s*>")
 HTML = re.compile(r"""(?isx) <!--.*?(?:-->|\Z) | <(?P<raw>script|style)\b.*?(?:</(?P=raw)\s*>|\Z)
       | </?(?: a|abbr|b|bdi|bdo|big|button|cite|code|data|del|dfn|em|font|i|iframe|img|input|ins|kbd|label|mark|nobr
           |picture|q|s|samp|small|source|span|strike|strong|sub|sup|svg|path|time|tt|u|var|video|wbr
@@ -53,10 +54,6 @@ class Skipped(NamedTuple):
         return f"{self.file}{'' if self.page is None else f' page {self.page}'}: {self.reason}"
 
 
-class _Unreadable(Exception):
-    """Why a whole file yields no page."""
-
-
 def read_documents(paths: Sequence[str | Path], *, processes: int | None = None) -> tuple[list[Page], list[Skipped]]:
     """Reads files and folders in the order given; returns the pages with text, and what was left out and why.
 
@@ -71,8 +68,8 @@ def read_documents(paths: Sequence[str | Path], *, processes: int | None = None)
         file = printable(name)
         try:
             found, reasons = _read_pdf(pdf_texts[name]) if name in pdf_texts else (_read_text_file(name), {})
-        except _Unreadable as error:
-            skipped.append(Skipped(file, None, str(error)))
+        except ValueError as error:
+            skipped.append(Skipped(file, None, str(error).removeprefix(name).lstrip(": ")))
             continue
         for number, sections in enumerate(found, start=1):
             filled = [Page(file, number, *section) for section in sections if section[0].strip()]
@@ -125,10 +122,10 @@ def _find_files(paths: Sequence[str | Path]) -> tuple[list[str], list[Skipped]]:
 def _read_pdf(pdf: PdfText) -> tuple[list[list[tuple]], dict[int, str]]:
     """The sections of each page (in PDF, a single text) and {page: what is wrong with it}."""
     if pdf.reason is not None:
-        raise _Unreadable(pdf.reason)
+        raise ValueError(pdf.reason)
     texts = clean_layout(pdf.pages, plain=pdf.plain)
     if not any(texts) and not pdf.failures:
-        raise _Unreadable(f"none of its {len(texts)} pages has text (scanned pages need OCR)")
+        raise ValueError(f"none of its {len(texts)} pages has text (scanned pages need OCR)")
     return [[(text,)] for text in texts], pdf.failures
 
 
@@ -136,13 +133,11 @@ def _read_text_file(name: str) -> list[list[tuple]]:
     """The sections of each page: (text, headings) in Markdown, else one (text,)."""
     try:
         text = read_text(name)
-    except ValueError as error:
-        raise _Unreadable(str(error).removeprefix(f"{name} ")) from None
     except OSError as error:
-        raise _Unreadable(f"cannot be read ({error.strerror})") from None
+        raise ValueError(f"cannot be read ({error.strerror})") from None
     text = text.replace("\r\n", "\n").replace("\r", "\n").translate(CLEANING | {ord("\t"): "\t", ord("\f"): "\f"})
     if not text.strip():
-        raise _Unreadable("has no text")
+        raise ValueError("has no text")
     texts = ["\n".join(map(str.rstrip, page.split("\n"))) for page in text.split("\f")]
     return split_sections(texts) if _suffix(name) in MARKDOWN else [[(text,)] for text in texts]
 
@@ -167,10 +162,11 @@ def split_sections(pages: Sequence[str]) -> list[list[tuple[str, tuple[str, ...]
 
 
 def strip_html(text: str) -> str:
-    """Removes tags and comments and decodes entities, except in code. Only HTML elements are tags: `<size>` stays."""
+    """Removes tags and comments, decodes entities, and writes <h2> as "## ", except in code. `<size>` stays."""
     parts, end = [], 0
     for start, stop in [*(code.span() for code in CODE.finditer(text)), (len(text), len(text))]:
-        outside = HTML.sub(lambda tag: " " if tag["block"] else "", text[end:start])
+        outside = HTML_HEADING.sub(lambda tag: f"\n{'#' * int(tag[1])} {' '.join(tag[2].split())}\n", text[end:start])
+        outside = HTML.sub(lambda tag: " " if tag["block"] else "", outside)
         parts += [html.unescape(outside), text[start:stop]]
         end = stop
     return "".join(parts)

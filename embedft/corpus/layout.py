@@ -46,7 +46,7 @@ def _join(left: str, right: str, words: Counter[str]) -> str:
     end = FIRST_PART.match(right)
     if beginning is None or end is None:
         is_tight = re.search(r"[^ ][—/]$", left) is not None  # no space before the dash or slash, so none after it
-        return left + right if is_tight or is_unspaced(left, right) else f"{left} {right}"
+        return left + right if is_tight or re.search(f"[{UNSPACED}]", left[-1] + right[0]) else f"{left} {right}"
     # Keep the hyphen if the document has the hyphenated word at least as often as the joined one. If it has neither,
     # keep it if both halves are words, one contains anything but letters, or the second is capitalized.
     first, second = beginning[0].lower(), end[0].lower()

@@ -1,8 +1,6 @@
 """Builds prompts for a language model, parses its replies, and recognizes (English) questions.
 
-    questions = parse_reply(reply_to(fill_template(TEMPLATE, text=chunk.text, num_questions=2)), 2)
-
-Not here: sending requests (questions.py), filtering bad questions (cleaning.py).
+questions = parse_reply(reply_to(fill_template(TEMPLATE, text=chunk.text, num_questions=2)), 2)
 """
 
 import contextlib
@@ -31,11 +29,12 @@ SCHEMA = {"type": "object", "properties": PROPERTIES, "required": [*PROPERTIES],
 RESPONSE_FORMAT = {"type": "json_schema", "json_schema": {"name": "questions", "strict": True, "schema": SCHEMA}}
 
 THOUGHT = r"(?:think|thinking|thoughts?|reason|reasoning|reflection|analysis|scratchpad)"
+THOUGHT_TAG = r"[\w:-]{0,20}?(?:think|thought|reason|reflect|analysis|scratchpad|monologue|\bplan\b)[\w-]{0,20}"
 # Everything before the last match is reasoning or a role header.
-END_OF_THOUGHT = re.compile(rf"""(?ix) </(?:\w+:)?{THOUGHT}\s*> | \[/THINK\] | ◁/think▷
+END_OF_THOUGHT = re.compile(rf"""(?ix) </{THOUGHT_TAG}\s*> | \[/(?:THINK|INST)\] | ◁/think▷ | Here\ is\ my\ response:
     | <\|(?:message|end_header_id|end\w*_(?:thought|thinking))\|>""")
 # Everything after the first match is unfinished reasoning or leftover markup.
-END_OF_REPLY = re.compile(rf"""(?ix) <(?:\w+:)?{THOUGHT}\s*> | \[THINK\] | ◁think▷
+END_OF_REPLY = re.compile(rf"""(?ix) <{THOUGHT_TAG}(?:\s[^<>]*)?> | \[THINK\] | ◁think▷
     | <\|(?:start|begin)\w*_(?:thought|thinking)\|> | (?<=\S)\s*<\|\w+\|>""")
 ROLE = re.compile(r"""(?ix) \A (?:<\|\w+\|>)?[#*\s]*
     (?:assistant|model|ai|final\ answer|answer|output|response) [*\s]*(?::[*\s]*|\n)""")
@@ -44,6 +43,7 @@ JSON_START = re.compile(r"""\{\s*["'}]|\[\s*["'{\[]""")
 JSON_LINE = re.compile(rf"^[`json \t]*(?:{JSON_START.pattern})", re.MULTILINE)
 MAX_CHARACTERS = 1_000  # of a question
 STRING = re.compile(rf"""(["'])(.{{1,{MAX_CHARACTERS}}}?)(?<!\\)\1(?=\s*(?:[,:\]}}]|\Z))""", re.DOTALL)
+LINE_END = re.compile(r"<br\b[^<>]*>|(?<=>)(?=<)|(?<=[?？])\s+(?=\(?\d{1,2}[.)]\s)")
 CONTROL = re.compile(r"\x1b\[[\d;]*[A-Za-z]|[\x00-\x08\x0e-\x1b\x7f\u200b\ufeff]")  # and colours
 TAG = r"<(?:/?[A-Za-z][^<>]*|\|[^<>]*\|)>"
 # Tags in front; behind, closing ones, and those that follow a full stop, a question mark, a quote or the like.
@@ -60,7 +60,6 @@ NUMBERING = re.compile(rf"""(?ix)
 NO_QUESTION = re.compile(rf"(?i)[*_]*(?:{QUESTION}|answer\s*#?\d*\s*[.):].*|a\d*\s*:.*|{THOUGHT}[*_\s]*:.*)")
 QUOTES = (("**", "**"), ("__", "__"), *('""', "''", "“”", "‘’", "«»", "``", "**", "__"))
 PREAMBLE = re.compile(r"(?i)(?:sure|certainly|of course|absolutely|okay|ok|here (?:are|is)|here's|below are)\b[^?]*")
-# English question words.
 QUESTION_MARK = re.compile("[?？؟\u037e՞፧⁇¿]")
 AUXILIARY = r"(?:is|are|was|were|do|does|did|can|could|will|would|should|shall|has|have|had|must|might)"
 INTERROGATIVE = rf"""(?: (?:what|why|who|whose|whom|which|how)\b | (?:when|where)\s+{AUXILIARY}\b
@@ -102,6 +101,8 @@ def parse_reply(text: str, num_questions: int) -> list[str]:
     the strings under "questions", else those that ask; in broken JSON, complete strings that ask; elsewhere, lines that
     ask, without numbering, bullets and quotes, but no preambles ("Here are two questions:") or answers ("A1: ...")."""
     text = _without_thoughts(text.strip("\ufeff \n"))
+    if '\\"' in text and '"' not in text.replace('\\"', ""):  # JSON, escaped without quotes around it
+        text = text.replace('\\"', '"')
     found = _first_distinct(_json_questions(text, num_questions), num_questions)
     if not found and not JSON_LINE.search(text):
         fence = FENCE.search(text)
@@ -140,8 +141,8 @@ def _without_thoughts(text: str) -> str:
 
 
 def _asking_lines(text: str) -> Iterator[str]:
-    """The distinct lines that ask and are not a preamble. Adjacent tags and line breaks of HTML end a line, too."""
-    for line in map(str.strip, dict.fromkeys(re.sub(r"<br\b[^<>]*>|(?<=>)(?=<)", "\n", text).splitlines())):
+    """The distinct lines that ask and are no preamble. HTML line breaks, adjacent tags and "? 2. " end a line, too."""
+    for line in map(str.strip, dict.fromkeys(LINE_END.sub("\n", text).splitlines())):
         is_short = len(line) <= MAX_CHARACTERS and not line.rstrip("*_ ").endswith(":")
         if is_short and not PREAMBLE.fullmatch(line) and asks(strip_numbering(line)):
             yield line
