@@ -25,6 +25,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
 
 @contextlib.contextmanager
 def named_errors(path: str | Path) -> Iterator[None]:
@@ -61,8 +63,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
 @contextlib.contextmanager
 def replace_files(folder: str | Path, *, stale: Collection[str] = ()) -> Iterator[Path]:
     """Yields an empty folder whose files move into `folder` when the block ends; until then, or if the block raises,
-    nothing in `folder` changes. Finally removes the `stale` paths within it that were not written, and their folders
-    if those are empty."""
+    nothing in `folder` changes. Finally removes the `stale` paths in it that were not written, and emptied folders."""
     new = folder = Path(folder)
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,22 +134,24 @@ def check_writable(path: str | Path, *, file: bool = False) -> None:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Writes `value` as indented UTF-8 JSON, atomically. Raises `ValueError` for NaN and infinity."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
-    with atomic_write(path) as file:
-        file.write(text + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    with atomic_write(path, "wb") as file:
+        file.write(text.encode("utf-8", "backslashreplace"))  # file names may have bytes that are not UTF-8
 
 
 def read_lines(path: str | Path) -> Iterator[str]:
     """Yields the lines of a UTF-8 file, or a .gz of one, with their newlines; only a line feed ends a line.
     Drops a byte order mark. Raises `ValueError` for an invalid byte, with its line, a bad .gz, or an LFS pointer."""
-    with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
-        yield from _decoded(file, path)
+    with open(path, "rb") as raw:
+        is_gz = str(path).endswith(".gz") and not raw.peek(len(LFS_POINTER)).startswith(LFS_POINTER)
+        with gzip.open(raw) if is_gz else contextlib.nullcontext(raw) as file:
+            yield from _decoded(file, path)
 
 
 def _decoded(lines: Iterable[bytes], path: str | Path) -> Iterator[str]:
     try:
         for number, raw in enumerate(lines, start=1):
-            if number == 1 and raw.startswith(b"version https://git-lfs.github.com/spec/"):
+            if number == 1 and raw.startswith(LFS_POINTER):
                 raise ValueError(f"{path}: is a Git LFS pointer, not the data; download it with `git lfs pull`")
             yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:

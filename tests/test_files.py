@@ -83,7 +83,7 @@ def test_an_error_of_the_disk_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_json_round_trip(tmp_path):
-    value = {"a": [1, 0.1, None, True], "ü": {"nested": "line\nbreak"}}
+    value = {"a": [1, 0.1, None, True], "ü": {"nested": "line\nbreak"}, "file": os.fsdecode(b"r\xe9sum\xe9.jsonl")}
     write_json(tmp_path / "file.json", value)
     assert read_json(tmp_path / "file.json") == value
     assert "ü" in (tmp_path / "file.json").read_text(encoding="utf-8")

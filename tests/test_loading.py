@@ -380,6 +380,12 @@ def test_a_missing_key_is_named(folder):
     assert_refused(("model.safetensors", "missing", KEY), folder)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "0.auto_model."])
+def test_a_prefix_of_all_keys_is_named(folder, prefix):
+    rewrite_weights(folder, lambda tensors: {f"{prefix}{k}": v for k, v in tensors.items()})
+    assert_refused(("model.safetensors", "missing", f"'{prefix}'"), folder)
+
+
 def test_an_unexpected_key_is_named(folder):
     rewrite_weights(folder, lambda tensors: {**tensors, "classifier.weight": torch.zeros(2)})
     assert_refused(("model.safetensors", "unexpected", "classifier.weight"), folder)

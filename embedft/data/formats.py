@@ -25,7 +25,6 @@ from .pairs import parse_grade, write_pairs
 
 FORMATS = ("llamaindex", "beir", "jsonl", "csv")
 SUFFIXES = {".json": "llamaindex", ".jsonl": "jsonl", ".csv": "csv", ".tsv": "csv"}
-# The writable formats, with the optional fields that each can hold.
 WRITABLE = {"llamaindex": ("missing",), "beir": ("titles", "missing"), "jsonl": ("negatives",)}
 Texts = dict[str, str]
 Qrels = dict[str, dict[str, int]]
@@ -53,7 +52,10 @@ def read_published(path: Path, split: str | None, *, skip_empty: bool, strict: b
     if path.is_dir():
         queries, corpus, titles, judgements = _read_beir(path, split, skip_empty)
         qrels, missing = _sort(judgements, queries, corpus, strict)
-        queries = {query_id: text for query_id, text in queries.items() if query_id in qrels or query_id in missing}
+        judged = {query_id: text for query_id, text in queries.items() if query_id in qrels or query_id in missing}
+        if not judged:
+            raise ValueError(f"{path}: the qrels judge none of the {len(queries):,} queries")
+        queries = judged
     else:
         queries, corpus, relevant_docs = _read_llamaindex(path, skip_empty)
         judgements = ((f"{path}: relevant_docs", q, d, 1) for q, ids in relevant_docs.items() for d in ids)
@@ -87,9 +89,9 @@ def _sort(judgements: Iterable[Judgement], queries: Texts, corpus: Texts, strict
             counted.append(error)
             by_query = missing
         grades = by_query.setdefault(query_id, {})
-        if document_id in grades:
+        is_repeated = document_id in grades
+        if grades.setdefault(document_id, grade) != grade or (strict and is_repeated):
             raise ValueError(f"{where}: query id {query_id!r} with document id {document_id!r} appears twice")
-        grades[document_id] = grade
     for errors, what in ((ignored, "is ignored"), (counted, "counts, but the document cannot be found")):
         if errors:
             warnings.warn(f"{errors[0]}: the judgement {what} ({len(errors):,} in all)", stacklevel=4)
@@ -168,11 +170,13 @@ def _read_rows(path: Path) -> Iterator[Entry]:
 def _read_topics(path: Path) -> Iterator[Entry]:
     """Yields the titles, or queries, of a TREC topics file."""
     text = read_text(path)
-    old = re.findall(r"<top>.*?<num>\s*(?:Number:)?\s*([^\s<]+).*?<title>\s*(?:Topic:)?([^<]*)", text, re.DOTALL)
-    new = re.findall(r"<topic\s+number=\"([^\"]+)\".*?<(?:query|title)>([^<]*)", text, re.DOTALL)
-    if not old + new:
-        raise ValueError(f"{path}: no topic found, expected <top> with <num> and <title>, or <topic number=...>")
-    topics = [*old, *((number, html.unescape(title)) for number, title in new)]  # the new ones are XML
+    old = re.findall(r"(?is)<top>.*?<num>\s*(?:Number:)?\s*([^\s<]+).*?<title>\s*(?:Topic:)?([^<]*)", text)
+    inside = r"(?:(?:(?!</topic>).)*?<(?:query|title)>)?([^<]*)"  # some topics are the query itself
+    new = re.findall(rf"(?is)<topic\s+number=\"([^\"]+)\"[^<>]*>{inside}", text)
+    rows = [] if old + new else re.findall(r"^(\S+)\t([^\t\n]+)$", text, re.MULTILINE)
+    if not old + new + rows:
+        raise ValueError(f"{path}: no topic found, expected <top>, <topic number=...>, or lines of number, tab, query")
+    topics = [*old, *rows, *((number, html.unescape(title)) for number, title in new)]  # the new ones are XML
     topics = dict.fromkeys((number, " ".join(title.split())) for number, title in topics)  # some appear twice
     yield from ((f"{path}: topics", number, title, None) for number, title in topics)
 

@@ -87,7 +87,6 @@ SCHEMAS: dict[str, Schema] = {
         "extra_special_tokens": ("a list or an object", lambda x: isinstance(x, list | dict)),
     },
 }
-# The fields of a family's Config, by their type.
 TYPES = {bool: BOOL, str: TEXT, int: ("a whole number of at least 1", lambda x: type(x) is int and x >= 1)}
 TYPES[float] = "a finite number", lambda x: type(x) in (int, float) and abs(x) < math.inf
 
@@ -261,7 +260,11 @@ def _read_state(path: Path, encoder: nn.Module, family: ModuleType) -> tuple[dic
                     faults.append(f"{name} has type {found.get_dtype()}, expected a floating-point one")
         if faults:
             more = f", and {len(faults) - 5} more" if len(faults) > 5 else ""
-            raise ValueError(f"{path}: {', '.join(faults[:5])}{more}")
+            lacking = sorted(wanted - stored.keys())
+            prefixes = (name.removesuffix(lacking[0]) for name in stored if lacking and name.endswith(lacking[0]))
+            prefix = next((text for text in prefixes if stored.keys() >= {text + name for name in lacking}), "")
+            hint = f"; all are there with {prefix!r} in front: rename them" if prefix else ""
+            raise ValueError(f"{path}: {', '.join(faults[:5])}{more}{hint}")
         tensors = {name: file.get_tensor(stored[name]) for name in stored}
     state = {ours: torch.cat([tensors.pop(name) for name in theirs]) for ours, theirs in keys.items()}
     return state, tensors
