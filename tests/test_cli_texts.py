@@ -1,6 +1,7 @@
 """commands/chunk.py, questions.py: from files to data sets by `main`, with a server on loopback and without."""
 
 import json
+from pathlib import Path
 
 import pydantic
 import pytest
@@ -54,14 +55,16 @@ def test_chunk(place, capsys):
     lengths = [len(ids) for ids in load_embedder(MODEL).tokenize([c.text for c in chunks])]
     assert [c.num_tokens for c in chunks] == lengths
     assert max(lengths) <= 38  # two special tokens come on top
-    assert (report["files"], report["chunks"], report["size"]) == (2, len(chunks), 38)
+    assert (report["files"], report["chunks"], report["size"]) == (2, len(chunks), 40)
+    assert (report["special_tokens"], report["tokens"]) == (2, sum(lengths))
     assert [(row["file"], row["page"]) for row in report["skipped"]] == [("docs/empty.txt", None), ("docs/more.md", 2)]
     assert all(names(row["reason"], "no", "text") for row in report["skipped"])
-    assert f"-> {len(chunks):,} chunks of at most 38 tokens" in out
+    assert names(out, f"{len(chunks):,} chunks", 40, f"{sum(lengths):,}")  # as --size counts
+    assert not names(out, 38)
     assert "skipped 2 files or pages; see chunks/chunk-report.json" in out
     # All that the model reads, when no size is given.
     assert chunk() == 0
-    assert read_json("chunks/chunk-report.json")["size"] == 254
+    assert read_json("chunks/chunk-report.json")["size"] == 256
 
 
 def test_chunk_splits_and_leaves_no_file_of_an_earlier_split(place, capsys):
@@ -137,7 +140,7 @@ def test_an_llm_is_asked_once(place, capsys):
         assert ask(server, "--dry-run", *prices) == 0
         assert server.counts["chat"] == 0
         assert not (place / "out").exists()
-        assert f"{num_chunks} of {num_chunks} chunks have no questions yet" in capsys.readouterr().out
+        assert names(capsys.readouterr().out, f"{num_chunks} requests", f"{num_chunks} chunks", "cost", "at most")
         assert ask(server, "--parameters.temperature", "0.5", *prices) == 0
         assert server.counts["chat"] == num_chunks
         assert {body["temperature"] for _, _, body in server.log} == {0.5}
@@ -187,10 +190,9 @@ def test_an_unknown_size_is_said(place, capsys):
 def test_a_limit_leaves_each_side_its_part_and_nothing_of_another_run(place, capsys):
     assert chunk("--train-share", "0.7", "--size", "60") == 0
     sides = {name: len(load_chunks(f"chunks/{name}.jsonl")) for name in ("train", "validation")}
-    assert main(["questions", "chunks", "--out", "out", "--method", "ict"]) == 0
     with ApiServer() as server:
         assert ask(server, "--max-requests", "1") == 1
-        assert not (place / "out" / "validation.json").exists()  # ict's is gone: it belongs to other questions
+        assert not (place / "out" / "validation.json").exists()
         assert names(capsys.readouterr().err, "validation", "no", "questions")
         num_asked = sum(sides.values()) // 2
         assert ask(server, "--max-requests", str(num_asked)) == 1
@@ -198,6 +200,64 @@ def test_a_limit_leaves_each_side_its_part_and_nothing_of_another_run(place, cap
             num_questions = len(RetrievalDataset.load(f"out/{name}.json").queries)
             assert abs(num_questions / 2 - num_asked * size / sum(sides.values())) <= 1
         assert ask(server) == 0
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("first", "other"),
+    [
+        (["--method", "ict"], ["--method", "ict", "--seed", "1"]),
+        (["--method", "ict"], ["--method", "ict", "--validation"]),
+        (["--method", "ict"], ["--method", "title"]),
+        (["--method", "ict"], []),
+        ([], ["--method", "ict"]),
+        ([], ["--model", "another"]),
+        ([], ["--parameters.seed", "1"]),
+        ([], ["--num-questions", "3"]),
+        ([], ["--template", "template.txt"]),
+    ],
+)
+def test_questions_never_replace_those_of_other_settings(place, capsys, monkeypatch, first, other):
+    """Refused before anything is sent; the same settings go on, and find what is there."""
+    (place / "docs" / "notes.txt").write_text(f"Rules of the town\n{NOTES}")
+    (place / "template.txt").write_text("Ask {num_questions} things about: {text}")
+    assert chunk("--size", "60") == 0
+    command = ["questions", "chunks", "--out", "out"]
+    with ApiServer() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
+        assert main([*command, *first]) == 0
+        before, sent = snapshot(place / "out"), server.counts["chat"]
+        capsys.readouterr()
+        assert main([*command, *other]) == 2
+        assert names(capsys.readouterr().err.splitlines()[-1], "embedft questions", "out/chunks.json", "--out")
+        assert (snapshot(place / "out"), server.counts["chat"]) == (before, sent)
+        assert main([*command, *first]) == 0
+        assert (snapshot(place / "out"), server.counts["chat"]) == (before, sent)
+
+
+def test_questions_of_an_older_report_go_on(place, capsys):
+    """Reports had no settings; a report that is none is named."""
+    assert chunk("--size", "60") == 0
+    with ApiServer() as server:
+        assert ask(server) == 0
+        report = read_json("out/question-report.json")
+        del report["settings"]
+        (place / "out" / "question-report.json").write_text(json.dumps(report))
+        assert ask(server) == 0
+        (place / "out" / "question-report.json").write_text("[]")
+        assert ask(server) == 2
+    assert names(capsys.readouterr().err.splitlines()[-1], "question-report.json", "object")
+
+
+def test_equal_texts_need_one_request(place, capsys):
+    rows = [{"id": id, "text": text} for id, text in (("a", "The mill."), ("b", "The mill."), ("c", "The oven."))]
+    (place / "same.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prices = ["--price-in", "1", "--price-out", "2"]
+    assert main(["questions", "same.jsonl", "--out", "out", "--dry-run", *prices]) == 0
+    assert names(capsys.readouterr().out, "2 requests", "3 chunks", "cost", "at most")
 
 
 def test_a_server_that_is_not_there(place, capsys):
@@ -305,7 +365,8 @@ def test_a_document_prompt_takes_its_tokens(place, capsys):
     embedder = load_embedder("model", device="cpu", prompts={"document": "d: "})
     around = len(embedder.tokenizer.encode(["d: "])[0])
     assert around > 2
-    assert read_json("chunks/chunk-report.json")["size"] == embedder.max_length - around
+    report = read_json("chunks/chunk-report.json")
+    assert (report["size"], report["special_tokens"]) == (embedder.max_length, around)
     lengths = embedder.pack([c.text for c in load_chunks("chunks/chunks.jsonl")], role="document").cu_seqlens.diff()
     assert int(lengths.max()) == embedder.max_length
 

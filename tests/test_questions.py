@@ -663,6 +663,33 @@ def test_a_file_of_something_else_is_refused(tmp_path):
         ask(server, some_chunks(1), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("changed", "facts"),
+    [
+        ({"questions": "What?"}, ("ok", "'What?'")),
+        ({"questions": None}, ("ok", None)),
+        ({"questions": []}, ("ok", [])),
+        ({"questions": [17]}, ("question", 17)),
+        ({"questions": ["\ud83d?"]}, ("question", "surrogate")),
+        ({"status": "good"}, ("status", "'good'")),
+        ({"status": ["ok"]}, ("status", ["ok"])),
+        ({"key": 17}, ("key", 17)),
+        ({"request": -17}, ("request", -17)),
+        ({"usage": {"prompt_tokens": 10**400, "completion_tokens": 0}}, ("usage",)),
+        ({"cost": float("nan")}, ("cost", "nan")),
+    ],
+)
+def test_a_malformed_reply_on_disk_is_named_by_its_line(tmp_path, changed, facts):
+    with ApiServer() as server:
+        ask(server, some_chunks(2), tmp_path)
+        path = tmp_path / "replies.jsonl"
+        good = lines(path)
+        path.write_text(f"{json.dumps(good[0])}\n{json.dumps(good[1] | changed)}\n")
+        with pytest.raises(ValueError, match=naming(f"{path} line 2", *facts)):
+            ask(server, some_chunks(2), tmp_path)
+        assert server.counts["chat"] == 2
+
+
 def test_one_process_at_a_time_writes_and_others_may_read(tmp_path):
     with ApiServer() as server, locked(tmp_path / "lock"):
         with pytest.raises(ValueError, match=naming(tmp_path, "process", "lock")):

@@ -45,20 +45,20 @@ def run(options: Options) -> None:
     check_writable(options.out)
     ways = {name: getattr(options, name) for name in WAYS}
     ways["train_pages"] = None if options.train_pages is None else parse_pages(options.train_pages)
-    size, count_tokens = _size(options)
+    limit, num_added, count_tokens = _limit(options)
     whole, skipped = read_documents(options.paths)
     for line in skipped:
         print(line, file=sys.stderr)
     pages, repeated = drop_repeated_lines(whole) if options.drop_repeated else (whole, {})
     how = {name: getattr(options, name) for name in ("overlap", "by_page", "headings_in_text")}
-    chunks = chunk_pages(pages, count_tokens=count_tokens, size=size, **how)
+    chunks = chunk_pages(pages, count_tokens=count_tokens, size=limit - num_added, **how)
     report = {"files": len({page.file for page in whole}), "pages": len({page[:2] for page in whole})}
     report |= {"skipped": [line._asdict() for line in skipped], "repeated_lines": dict(repeated)}
     report |= {"chunks": len(chunks), "tokens": sum(chunk.num_tokens for chunk in chunks)}
-    report |= {"size": size, "overlap": options.overlap, "tokenizer": options.model}
+    report |= {"size": limit, "special_tokens": num_added, "overlap": options.overlap, "tokenizer": options.model}
     read = f"{report['pages']:,} pages with text in {report['files']:,} file(s)"
-    made = f"{len(chunks):,} chunks of at most {size} tokens ({report['tokens']:,} in all)"
-    print(f"{read} -> {made}, not counting the special tokens that the model adds")
+    made = f"{len(chunks):,} chunks of at most {limit} tokens, {num_added} of them special ones that the model adds"
+    print(f"{read} -> {made}; {report['tokens']:,} tokens of text")
     if options.drop_repeated:
         print(f"dropped {sum(repeated.values()):,} repeated headers and footers")
     sides, out = {WHOLE: chunks}, Path(options.out)
@@ -81,8 +81,8 @@ def run(options: Options) -> None:
         print(f"skipped {len(skipped):,} files or pages; see {out / REPORT}")
 
 
-def _size(options: Options) -> tuple[int, Callable]:
-    """The maximum text tokens per chunk, and a function that counts tokens."""
+def _limit(options: Options) -> tuple[int, int, Callable]:
+    """The maximum tokens per chunk, how many of them the model adds, and a function that counts the others."""
     from ..encoders.loading import load_tokenizer
 
     tokenizer, num_added = load_tokenizer(options.model, revision=options.revision)
@@ -96,4 +96,4 @@ def _size(options: Options) -> tuple[int, Callable]:
     if limit > tokenizer.max_length:
         most = f"{options.model} reads only {tokenizer.max_length} unless max_length is raised"
         print(f"--size is {options.size} tokens, but {most}: it would ignore the ends of chunks", file=sys.stderr)
-    return size, tokenizer.count
+    return limit, num_added, tokenizer.count

@@ -4,9 +4,10 @@ embedft questions chunks --out questions --model gpt-4o-mini --price-in 0.15 --p
 embedft questions chunks --out questions --method ict
 """
 
+import hashlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -22,10 +23,12 @@ from ..corpus.prompts import TEMPLATE
 from ..corpus.pseudo import docstring_datasets, inverse_cloze, titles
 from ..corpus.questions import Estimate, Outcome, QuestionConfig, estimate, question_dataset, write_questions
 from ..data.dataset import RetrievalDataset
-from ..files import check_writable, read_text, replace_files, write_json
+from ..files import check_writable, read_object, read_text, replace_files, write_json
 from .options import DEFAULT_MODEL, TRAIN, VALIDATION, load_chunk_files
 
+KEEP = "choose another --out, or move the file away"
 REPORT = "question-report.json"
+METHODS = "llm asks a model; ict takes a sentence of each chunk, title its heading, docstring summaries of functions"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +46,7 @@ class LanguageModel(QuestionConfig):
 class Options(LanguageModel, config.Options):
     sources: list[str] = option(REQUIRED, "chunk files; packages for docstring", metavar="SOURCE", positional=True)
     out: str = option(REQUIRED, "folder for the datasets, replies and a report", metavar="DIR")
-    method: Literal["llm", "ict", "title", "docstring"] = option("llm", "query: ict, a sentence; title, a heading")
+    method: Literal["llm", "ict", "title", "docstring"] = option("llm", METHODS)
     seed: int = option(0, "random seed for ict and docstring")
     validation: bool = option(False, "SOURCE is held out: ict always removes the sentence; no round trip")
     num_docstrings: list[int] = option([2_000, 1_000], "docstrings for training and validation", metavar="N N")
@@ -101,6 +104,9 @@ def _ask(options: Options, sides: dict[str, list[Chunk]]) -> int:
     if options.dry_run:
         _print_estimate(estimate(chunks, settings, folder=out, template=template), len(chunks))
         return 0
+    asked = {name: getattr(settings, name) for name in ("model", "num_questions", "reply_tokens", "parameters")}
+    asked["template_sha256"] = hashlib.sha256(template.encode()).hexdigest()
+    _check_settings(out, sides, asked)
     outcome = write_questions(chunks, settings, folder=out, template=template)
     _print_totals(outcome)
     reports, datasets = {}, {}
@@ -128,7 +134,7 @@ def _ask(options: Options, sides: dict[str, list[Chunk]]) -> int:
             reports[name] = str(error)
             print(f"{name}: {error}", file=sys.stderr)
     empty = [f"{name}.json" for name in sides if name not in datasets]
-    _save(out, datasets, stale=empty, report={**reports, "missing": outcome.missing})
+    _save(out, datasets, stale=empty, report={"settings": asked, **reports, "missing": outcome.missing})
     if not outcome.missing:
         return 0 if len(datasets) == len(sides) else 1
     for reason, count in Counter(outcome.missing.values()).most_common(5):
@@ -138,14 +144,22 @@ def _ask(options: Options, sides: dict[str, list[Chunk]]) -> int:
     return 1
 
 
+def _check_settings(out: Path, sides: Iterable[str], asked: dict) -> None:
+    """Raises `ValueError` if `out` has datasets of other settings, which would be replaced, before requests cost."""
+    there = [path for name in sides if (path := out / f"{name}.json").exists()]
+    report = read_object(out / REPORT) if (out / REPORT).is_file() else {"settings": "not of a language model"}
+    if there and (found := report.get("settings", asked)) != asked:  # reports of older versions have none
+        raise ValueError(f"{there[0]}: has other questions ({found}, now {asked}); {KEEP}")
+
+
 def _print_estimate(found: Estimate, num_chunks: int) -> None:
-    print(f"{found.num_requests:,} of {num_chunks:,} chunks have no questions yet and need a request each")
+    print(f"{found.num_requests:,} requests, one for each distinct text without questions of {num_chunks:,} chunks")
     tokens = f"{found.prompt_tokens:,} prompt tokens, {found.completion_tokens:,} reply tokens"
-    print(f"estimated from bytes (4 per token): {tokens}")
+    print(f"about {tokens} (from bytes, 4 per token)")
     if found.cost is None:
         print("for the cost, pass --price-in and --price-out, per million tokens")
     else:
-        print(f"estimated cost {found.cost:.4f}, at most {found.most_cost:.4f} if no request is repeated")
+        print(f"cost about {found.cost:.4f}; at most {found.most_cost:.4f}, plus that of requests sent again")
 
 
 def _print_totals(outcome: Outcome) -> None:
@@ -162,9 +176,13 @@ def _print_totals(outcome: Outcome) -> None:
 
 
 def _save(out: Path, datasets: Mapping[str, RetrievalDataset], *, stale=(), report: dict | None = None) -> None:
+    """Writes the datasets. Without a `report`, refuses to replace any by a different one."""
     with replace_files(out, stale=stale) as new:
         for name, dataset in datasets.items():
-            dataset.save(new / f"{name}.json", format="llamaindex")
+            dataset.save(written := new / f"{name}.json", format="llamaindex")
+            path = out / written.name
+            if report is None and path.exists() and path.read_bytes() != written.read_bytes():
+                raise ValueError(f"{path}: has other questions (another method, seed or source); {KEEP}")
         if report is not None:
             write_json(new / REPORT, report)
     for name, dataset in datasets.items():

@@ -42,8 +42,7 @@ MONTH = r"""(?:Jan(?:uar)?|Jänner|Feb(?:ruar)?|März?|Apr(?:il)?|Mai|Juni?|Juli
     |Nov(?:ember)?|Dez(?:ember)?)"""
 ORDINAL = re.compile(rf"""(?x) \b\d{{1,2}}\.\s+ (?: {MONTH}\b\.? | \d{{1,2}}\.(?=\s+\d{{4}}) )
     | \b(?:im|vom|zum|zur|beim|der|das|dem|des)\s+\d{{1,2}}\.""")
-# Matches the end of a page whose last sentence continues on the next page.
-RUNS_ON = re.compile(r"(?:[^\W\d_]|[,;’”)，、；])$")
+RUNS_ON = re.compile(r"(?:[^\W\d_]|[,;’”)，、；])$")  # the last sentence of a page continues on the next one
 CountTokens = Callable[[Sequence[str]], list[int]]  # tokens of each text, without special tokens
 
 

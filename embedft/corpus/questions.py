@@ -1,14 +1,13 @@
 """Questions written by an LLM; every reply is saved when it arrives, and nothing is paid for twice.
 
-    outcome = write_questions(chunks, QuestionConfig("gpt-4o-mini"), folder="questions")
-    dataset = question_dataset(chunks, outcome.questions)
-
-Not here: prompts and replies (prompts.py), sending and costs (api/), cleaning.py, questions without an LLM (pseudo.py).
+outcome = write_questions(chunks, QuestionConfig("gpt-4o-mini"), folder="questions")
+dataset = question_dataset(chunks, outcome.questions)
 """
 
 import hashlib
 import json
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
@@ -186,7 +185,13 @@ def _read_replies(folder: Path, *, repair: bool) -> tuple[list[dict[str, Any]], 
     for number, record in enumerate(resume_jsonl(folder / REPLIES, repair=repair), start=1):
         if lacks := ", ".join(sorted(RECORD - record.keys())):
             raise ValueError(f"{folder / REPLIES} line {number}: has no {lacks}; is this a file of replies?")
-        check_outcome(record, f"{folder / REPLIES} line {number}")
+        check_outcome(record, where := f"{folder / REPLIES} line {number}")
+        status, questions = record["status"], record["questions"]
+        if not (isinstance(questions, list) and questions if status == "ok" else status in ("invalid", "failed")):
+            found = f"status is {reprlib.repr(status)} and questions {reprlib.repr(questions)}"
+            raise ValueError(f"{where}: {found}; is this a file of replies?")
+        for text in (record["key"], *(questions if status == "ok" else ())):
+            check_text(text, f"{where}: the key or a question")
         records.append({name: record[name] for name in RECORD})  # not the reply itself
     return records, {record["key"]: record["questions"] for record in records if record["status"] == "ok"}
 

@@ -1,8 +1,6 @@
 """Splits chunks into training and validation so that no validation text, not even a near-copy, is in training.
 
-    train, validation = split_chunks(chunks, train_pages=parse_pages("1-90"))
-
-Not detected: paraphrases.
+train, validation = split_chunks(chunks, train_pages=parse_pages("1-90"))  # paraphrases are not detected
 """
 
 import re
