@@ -39,7 +39,7 @@ def run(options: Options) -> None:
     check_writable(out)
     if out.is_dir() and any(out.iterdir()):
         if not options.overwrite:
-            raise ValueError(f"{out}: not empty; choose another folder, or --overwrite the adapter in it")
+            raise ValueError(f"{out}: not empty; choose another folder, or pass --overwrite")
         if not (out / CONFIG_FILE).is_file():
             raise ValueError(f"{out}: contains files but no adapter ({CONFIG_FILE} is missing), so it is left alone")
     dataset, validation = load_training_data(options.data, options), None

@@ -94,7 +94,7 @@ def run(options: Options) -> None:
         check_writable(options.out)
     there = _report_folders(Path(options.out)) if options.out else []
     if there and not options.overwrite:
-        raise ValueError(f"{there[0]}: already holds a report; choose another --out, or --overwrite")
+        raise ValueError(f"{there[0]}: already holds a report; choose another --out, or pass --overwrite")
     dataset = load_data(options.data, options, merge=options.merge)
     # An empty run has the same metrics as any other, so this checks their names before anything is encoded.
     report = embedft.evaluate_run(Run.from_dict({}), dataset, **options.measures)

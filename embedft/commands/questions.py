@@ -44,7 +44,7 @@ class LanguageModel(QuestionConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Options(LanguageModel, config.Options):
-    sources: list[str] = option(REQUIRED, "chunk files; packages for docstring", metavar="SOURCE", positional=True)
+    sources: list[str] = option(REQUIRED, "chunk files; for docstring: packages", metavar="SOURCE", positional=True)
     out: str = option(REQUIRED, "folder for the datasets, replies and a report", metavar="DIR")
     method: Literal["llm", "ict", "title", "docstring"] = option("llm", METHODS)
     seed: int = option(0, "random seed for ict and docstring")

@@ -59,7 +59,7 @@ class Report:
         return {name: float(values.mean()) for name, values in self.per_query.items()}
 
     def __str__(self) -> str:
-        """A row per metric, a column per cutoff ("all": none). accuracy@k is omitted next to hit_rate@k, its equal."""
+        """A row per metric, a column per cutoff ("all": none); accuracy@k only without its equal hit_rate@k."""
         cells: dict[str, dict[float, str]] = {}
         for name, mean in self.metrics.items():
             metric, _, k = name.partition("@")
@@ -94,7 +94,7 @@ class Report:
         """Reads what `save` wrote; raises `ValueError` if files are missing, damaged or do not belong together."""
         folder = Path(folder)
         if missing := [name for name in reversed(REPORT_FILES) if not (folder / name).is_file()]:
-            raise ValueError(f"{folder} holds no report: {missing[0]} is missing")
+            raise ValueError(f"{folder}: no report ({missing[0]} is missing)")
         summary = read_json(folder / "metrics.json")
         lines = [line for _, line in read_jsonl(folder / "per_query.jsonl")]
         try:
@@ -107,7 +107,7 @@ class Report:
             if summary["num_queries"] != report.num_queries or wrong:
                 raise ValueError(f"metrics.json and per_query.jsonl differ in {', '.join(wrong) or 'num_queries'}")
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder} holds a damaged report: {type(error).__name__} {error}") from None
+            raise ValueError(f"{folder}: damaged report ({type(error).__name__}: {error})") from None
         return report
 
 

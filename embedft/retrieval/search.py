@@ -13,7 +13,7 @@ A setting has four parts:
 - passages: (size, stride) in tokens: documents are cut into windows and scored by the best one; None: whole documents.
 
 int8 and binary work with flat, hnsw and ivf, which search the decoded vectors. With passages, an index other than flat
-finds windows, and every window of their documents is scored (not with adaptive).
+only finds candidate windows; then all windows of their documents are scored. Adaptive search has no passages.
 
 Shapes: Q queries, N documents or windows, W dimensions of the model, D of them kept.
 """
