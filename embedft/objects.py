@@ -18,7 +18,7 @@ def describe_object(value: Any, *, depth: int = 3) -> Any:
     """Returns numbers, strings, None and lists of these as they are; for a function or object, a dict of
 
     - name: module and qualified name of the function, or of the object's class;
-    - sha256: of the source code without comments, or the result of its own `sha256()` (a dataset, an Embedder);
+    - sha256: of the source code without comments, inherited code included, or the result of its own `sha256()`;
     - values: closure variables, defaults, bound arguments or attributes, described likewise, `depth` levels deep."""
     if value is None or isinstance(value, bool | int | float | str):
         return _short(value)
@@ -27,7 +27,9 @@ def describe_object(value: Any, *, depth: int = 3) -> Any:
     if not isinstance(value, type) and callable(getattr(value, "sha256", None)):
         return {"name": _name(type(value)), "sha256": value.sha256(), "values": {}}
     code, values = split_object(value, depth=depth)
-    return {"name": _name(code), "sha256": hashlib.sha256(source(code)[0].encode()).hexdigest(), "values": values}
+    bases = [base for base in getattr(code, "__mro__", ())[1:] if base.__module__.partition(".")[0] != "torch"]
+    sources = "\n".join(source(part)[0] for part in (code, *bases))
+    return {"name": _name(code), "sha256": hashlib.sha256(sources.encode()).hexdigest(), "values": values}
 
 
 def split_object(value: Any, *, depth: int = 3) -> tuple[Any, dict[str, Any]]:

@@ -146,3 +146,14 @@ def test_a_class_typed_into_a_shell_is_known_by_its_compiled_methods():
     first = "class Loss:\n    def __call__(self, Q, D, targets):\n        return (Q * D).sum()\n"
     assert hashed(first) == hashed(first)
     assert hashed(first) != hashed(first.replace("*", "+"))
+
+
+def test_inherited_code_is_part_of_the_hash():
+    def hashed(factor: int) -> str:
+        scope = {"__name__": "shell"}
+        exec(f"class Base:\n    def __call__(self, Q, D, targets):\n        return Q.sum() * {factor}\n", scope)
+        exec("class Loss(Base):\n    pass\n", scope)
+        return describe_object(scope["Loss"]())["sha256"]
+
+    assert hashed(1) == hashed(1)
+    assert hashed(1) != hashed(2)

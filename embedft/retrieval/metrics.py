@@ -147,7 +147,6 @@ def _ranks(array_QK: np.ndarray) -> np.ndarray:
     return np.arange(1, array_QK.shape[1] + 1)
 
 
-# A metric with a cutoff is called "name@k". A function without the parameter `k` takes none.
 METRICS: dict[str, Callable[..., np.ndarray]] = {
     "hit_rate": hit_rate,
     "accuracy": hit_rate,

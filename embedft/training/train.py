@@ -62,7 +62,6 @@ class BatchSource(Protocol):
 
 Evaluate = Callable[[Embedder], Mapping[str, float]]
 Refresh = Callable[[Embedder], BatchSource]
-# Called with the state and the step's record; returns "stop" to end the training.
 OnStep = Callable[[TrainState, dict[str, Any]], Any]
 
 
