@@ -39,14 +39,12 @@ class WindowIndex(Index):
 
     def _search(self, queries_QD: np.ndarray, depth: int) -> Found:
         depth = min(depth, len(self))
-        found = Found(np.empty((len(queries_QD), depth), np.float32), np.empty((len(queries_QD), depth), np.int64))
-        search = self._exact if self.candidates is None else self._among
+        search, parts = self._exact if self.candidates is None else self._among, []
         with progress_bar(len(queries_QD), "searching", unit="query") as bar:
-            for start in range(0, len(queries_QD), 1024):
-                part = slice(start, start + 1024)
-                found.scores[part], found.rows[part] = search(queries_QD[part], depth)
-                bar.update(len(queries_QD[part]))
-        return found
+            for start in range(0, max(1, len(queries_QD)), 1024):
+                parts.append(search(queries_QD[start : start + 1024], depth))
+                bar.update(len(parts[-1].rows))
+        return Found(*map(np.concatenate, zip(*parts, strict=True)))
 
     def _exact(self, queries_BD: np.ndarray, depth: int) -> Found:
         keys_BK, first = np.empty((len(queries_BD), 0), dtype=np.uint64), 0
