@@ -2,7 +2,7 @@
 
     describe_object(my_loss)      # {"name": "__main__.my_loss", "sha256": "9f86...", "values": {}}
 
-Not recorded: tensors, dicts, attributes that begin with "_", and code that the object's own code calls.
+Not recorded: tensors, attributes and keys that begin with "_", and code that the object's own code calls.
 """
 
 import ast
@@ -15,7 +15,7 @@ from typing import Any
 
 
 def describe_object(value: Any, *, depth: int = 3) -> Any:
-    """Returns numbers, strings, None and lists of these as they are; for a function or object, a dict of
+    """Returns numbers, strings, None, and lists and dicts of these as they are; for a function or object, a dict of
 
     - name: module and qualified name of the function, or of the object's class;
     - sha256: of the source code without comments, inherited code included, or the result of its own `sha256()`;
@@ -27,6 +27,8 @@ def describe_object(value: Any, *, depth: int = 3) -> Any:
     if not isinstance(value, type) and callable(getattr(value, "sha256", None)):
         return {"name": _name(type(value)), "sha256": value.sha256(), "values": {}}
     code, values = split_object(value, depth=depth)
+    if isinstance(value, dict):
+        return _short(values)
     bases = [base for base in getattr(code, "__mro__", ())[1:] if base.__module__.partition(".")[0] != "torch"]
     sources = "\n".join(source(part)[0] for part in (code, *bases))
     return {"name": _name(code), "sha256": hashlib.sha256(sources.encode()).hexdigest(), "values": values}
@@ -34,7 +36,7 @@ def describe_object(value: Any, *, depth: int = 3) -> Any:
 
 def split_object(value: Any, *, depth: int = 3) -> tuple[Any, dict[str, Any]]:
     """The function or class whose code an object runs, and the `values` of `describe_object`."""
-    code, values = value, {}
+    code, values = value, value if isinstance(value, dict) else {}
     if isinstance(value, functools.partial):
         code, values = value.func, {"func": value.func, "args": value.args, **value.keywords}
         code = code if isinstance(code, type) or inspect.isroutine(code) else type(code)
@@ -44,16 +46,16 @@ def split_object(value: Any, *, depth: int = 3) -> tuple[Any, dict[str, Any]]:
         cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
         values = {name: cell.cell_contents for name, cell in cells if cell != types.CellType()}  # not empty
         values |= {name: p.default for name, p in inspect.signature(value).parameters.items()}
-    elif not isinstance(value, type) and not inspect.isroutine(value):
+    elif not isinstance(value, type | dict) and not inspect.isroutine(value):
         code = type(value)
         values = {**getattr(value, "__dict__", {}), **getattr(value, "_modules", {})}
     return code, {name: describe_object(x, depth=depth - 1) for name, x in values.items() if depth and _counts(name, x)}
 
 
-def _counts(name: str, value: Any) -> bool:
+def _counts(name: Any, value: Any) -> bool:
     is_tensor = type(value).__module__.partition(".")[0] in ("torch", "numpy")
-    is_private = name.startswith("_") or value is inspect.Parameter.empty
-    return not (is_tensor or is_private or isinstance(value, dict | types.ModuleType))
+    is_private = not isinstance(name, str) or name.startswith("_") or value is inspect.Parameter.empty
+    return not (is_tensor or is_private or isinstance(value, types.ModuleType))
 
 
 def _short(value: Any, *, longest: int = 200) -> Any:

@@ -13,6 +13,7 @@ from tiny import make_dataset
 from torch import nn
 
 import embedft
+from embedft.losses.contrastive import LearnableSigmoid
 from embedft.objects import describe_object
 
 
@@ -157,3 +158,17 @@ def test_inherited_code_is_part_of_the_hash():
 
     assert hashed(1) == hashed(1)
     assert hashed(1) != hashed(2)
+
+
+def test_dicts_are_recorded_but_for_tensors_and_keys_without_a_stable_name():
+    def recorded(value):
+        return describe_object(functools.partial(max, value=value))["values"]["value"]
+
+    assert recorded({"a": 1, "_b": 2, "c": torch.ones(1), object(): 3, "d": {"e": [0.5]}}) == {
+        "a": 1,
+        "d": {"e": [0.5]},
+    }
+    assert recorded({"a": "x" * 300}) != recorded({"a": "y" * 300})
+    first, second = (describe_object(LearnableSigmoid(windows=windows)) for windows in ("max", "softmax"))
+    assert first["values"]["options"] == {"windows": "max"}
+    assert first != second
