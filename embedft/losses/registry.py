@@ -67,7 +67,7 @@ def build_loss(spec: Mapping[str, Any] | Loss) -> Loss:
         kind = parameter.annotation
         if option not in given:
             if parameter.default is parameter.empty:
-                raise ValueError(f"{name} needs {option}, {_kind(kind)}")
+                raise ValueError(f"{name} needs the option {option}, {_kind(kind)}")
         elif not _fits(given[option], kind):
             raise ValueError(f"{name}: {option} is {given[option]!r}, expected {_kind(kind)}")
         elif kind == Loss:
@@ -124,5 +124,5 @@ def _kind(wanted: Any) -> str:
     if isinstance(wanted, types.UnionType):
         return " or ".join(map(_kind, typing.get_args(wanted)))
     if typing.get_origin(wanted) is Sequence:
-        return f"a list of {_kind(*typing.get_args(wanted))}"
-    return {Loss: "loss", types.NoneType: "null"}.get(wanted, getattr(wanted, "__name__", str(wanted)))
+        return f"[{_kind(*typing.get_args(wanted))}, ...]"
+    return {Loss: '{"name": loss, ...}', types.NoneType: "null"}.get(wanted, getattr(wanted, "__name__", str(wanted)))
