@@ -30,7 +30,7 @@ class Options(FinetuneConfig, Model, Data):
     validation: str | None = option(None, "held-out questions that choose the best weights", metavar="DATA")
     validation_split: str | None = option(None, "split of a BEIR folder [test, or the only one]")
     merge: bool = option(True, "treat validation documents of equal text as one")
-    overwrite: bool = option(False, "replace the run in DIR")
+    overwrite: bool = option(False, "replace the run in DIR; until it is done, the old one is in DIR/.replaced")
     resume: bool = option(False, "continue from the last checkpoint in DIR, if there is one")
 
     def __post_init__(self):
