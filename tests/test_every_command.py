@@ -72,6 +72,8 @@ def place(inputs, tmp_path, monkeypatch) -> Path:
     shutil.copytree(inputs, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_API_KEY", "any")
+    # Uncommitted changes to the checkout would otherwise be part of each run, and may be its largest file.
+    monkeypatch.setattr("embedft.training.run_folder._git_state", lambda: (None, b""))
     with ApiServer() as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
         yield tmp_path
