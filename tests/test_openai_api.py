@@ -287,12 +287,12 @@ def test_nothing_is_asked_for_twice(tmp_path):
         assert server.counts["embeddings"] == 1
         found_ND = again.encode([*texts, "text 7"])
         assert asked(server)[1:] == [["text 6", "text 7"]]
-        assert (again.store.hits, again.store.misses) == (6 + 7, 2)
+        assert (again.store.hits, again.store.misses) == (6, 2)
         np.testing.assert_array_equal(again.encode(texts, dim=8), again.encode(texts, dim=8, role="query"))
         assert server.counts["embeddings"] == 2  # cutting is done here; without prompts the roles are one
     np.testing.assert_allclose(found_ND, expected([*texts, "text 7"]), atol=1e-6)
-    assert (again.costs.num_computed, again.costs.num_stored) == (2, 6 + 7 + 8 + 8)
-    assert str(again.costs) == "2 texts computed, 29 from the store: 1 requests, 2 tokens"
+    assert (again.costs.num_computed, again.costs.num_stored) == (2, 6)  # each text once
+    assert str(again.costs) == "2 texts computed, 6 from the store: 1 requests, 2 tokens"
 
 
 def test_two_at_once_pay_once(tmp_path, capfd):
@@ -989,11 +989,11 @@ def test_evaluate_from_the_command_line(tmp_path, data, capsys):
         assert cli.main(command) == 0
         out, err = capsys.readouterr()
         assert json.loads(out)["accuracy@1"] == 1.0
-        # Queries are the documents' texts, and there is no prompt: six texts are computed and six found.
-        costs = "6 texts computed, 6 from the store: 1 requests, 6 tokens, cost 6"
+        # Queries are the documents' texts, and there is no prompt: six texts are computed and none was there.
+        costs = "6 texts computed, 0 from the store: 1 requests, 6 tokens, cost 6"
         assert f"{server.base_url}, m: {costs}\n" in err
         assert cli.main(command) == 0
-        assert "0 texts computed, 12 from the store: 0 requests, 0 tokens, cost 0\n" in capsys.readouterr().err
+        assert "0 texts computed, 6 from the store: 0 requests, 0 tokens, cost 0\n" in capsys.readouterr().err
         assert server.counts["embeddings"] == 1
 
 
@@ -1033,11 +1033,11 @@ def test_errors_from_the_command_line(tmp_path, data, monkeypatch, capsys):
     (tmp_path / "texts.txt").write_text("a\n")
     encode = ["encode", "openai:m", str(tmp_path / "texts.txt"), "--store", str(tmp_path / "s")]
     cases = {
-        "--max-cost 1": ("max_cost", "price"),
-        "--max-length 8": ("openai:m", "max_length"),
+        "--max-cost 1": ("--max-cost", "price"),
+        "--max-length 8": ("openai:m", "--max-length"),
         "--dtype bfloat16": ("openai:m", "dtype"),
-        "--requests-per-minute 0": ("requests_per_minute", 0, 1),
-        "--base-url ftp://x": ("base_url", "'ftp://x'"),
+        "--requests-per-minute 0": ("--requests-per-minute", 0, 1),
+        "--base-url ftp://x": ("--base-url", "'ftp://x'"),
     }
     for options, facts in cases.items():
         assert cli.main([*encode, *options.split()]) == 2

@@ -44,7 +44,6 @@ class ApiEmbedder:
         return max(self.space(role).dim for role in ROLES) if self.adapter is None else self.adapter.out_features
 
     def prompt(self, role: str) -> str:
-        """The text prepended to every text of a role ("query" or "document"); "" if there is none."""
         check_role(role)
         return self.prompts.get(role) or ""
 
@@ -105,9 +104,9 @@ class ApiEmbedder:
         if store is None:
             found_ND = np.array([vectors[text] for text in texts], np.float32).reshape(-1, self.endpoint.dim)
         else:
+            before = store.hits
             found_ND = store.read(self.space(role), store.find(self.space(role), texts))
-            store.hits += len(texts) - len(missing)
-            self.costs.num_stored += len(texts) - len(missing)
+            self.costs.num_stored += store.hits - before
         if self.adapter is not None:
             found_ND = self.adapter.transform(found_ND, role)
         if dim in (None, found_ND.shape[1]):
@@ -122,7 +121,6 @@ class ApiEmbedder:
             raise ValueError(f"dim is {dim}, expected 1 to {self.dim or 'the full width'}")
 
     def _missing(self, role: str, rows: Mapping[str, int]) -> Mapping[str, int]:
-        """The texts that are not stored yet."""
         space = self.space(role)
         if self.store is None or not space.dim:
             return rows

@@ -89,6 +89,7 @@ class Rows:
         self.path, self.dim, self.version = path, dim, version  # version: (id, num_repairs); None: not on disk
         self.last_used, self.vectors, self.records_R = 0.0, np.empty((0, dim), VECTOR_TYPE), np.empty(0, RECORD)
         self.sorted_R = np.empty(0, "<u8")  # the first 32 bits of each key, then its row, ascending
+        self.seen_R = np.empty(0, bool)  # computed or read by this process
 
     def __len__(self) -> int:
         return len(self.records_R)
@@ -100,6 +101,7 @@ class Rows:
             self.sorted_R = np.concatenate([self.sorted_R, records_M["key"][:, 0] & ~ROW_BITS | rows_M])
             self.sorted_R.sort()  # 6 times faster than argsort
             self.records_R = np.concatenate([self.records_R, records_M])
+            self.seen_R = np.concatenate([self.seen_R, np.zeros(len(records_M), bool)])
         needed, found = len(self) * self.dim * VECTOR_TYPE.itemsize, size_of(self.path)
         if found < needed:
             raise self.damage(f"{found:,} bytes, expected at least {needed:,} for {len(self):,} rows")
@@ -123,14 +125,13 @@ class Rows:
         return found_N
 
     def damage(self, what: str) -> ValueError:
-        """The error to raise; it says how to repair the space."""
         command = f"embedft store {self.path.parent} --verify"
         return ValueError(f"{self.path}: {what}; see `{command}`; --repair drops damaged rows")
 
 
 class Store:
     """A folder of embeddings, created if missing.
-    Of the texts passed to this object, `hits` counts those found (or repeated) and `misses` those computed.
+    `misses` counts the texts that this object computed, `hits` the others that it read, each once.
     `timeout_seconds`: how long to wait while another process writes to the database."""
 
     def __init__(self, folder: str | Path, *, timeout_seconds: float = 600.0):
@@ -158,10 +159,11 @@ class Store:
         Processes that fill the same space take turns, `slice_texts` at a time, so `compute` (M texts -> [M, D]) sees
         each missing text once. A kill loses one slice. Raises `ValueError` for a text that is not valid UTF-8, vectors
         of the wrong shape or not finite (naming the row of `texts`), or damaged files."""
-        keys_N2, misses = text_keys(texts), self.misses
+        keys_N2 = text_keys(texts)
         opened = self._rows(space)
         found_N = opened.find(keys_N2)
-        missing = {texts[row]: row for row in np.flatnonzero(found_N < 0)[::-1].tolist()}  # each text's first row
+        new_N = found_N < 0
+        missing = {texts[row]: row for row in np.flatnonzero(new_N)[::-1].tolist()}  # each text's first row
         first_rows = np.array(sorted(missing.values()), dtype=np.int64)
         for start in range(0, len(missing), slice_texts):
             with self.turn(space):
@@ -176,11 +178,12 @@ class Store:
                         raise ValueError(f"the vector of texts[{wrong[0]}] has values that are not finite")
                     self._append(space, keys_N2[rows], vectors_MD)
             self.misses += len(rows)
-        self.hits += len(texts) - (self.misses - misses)
         if missing:
-            found_N = self._rows(space).find(keys_N2)
+            opened = self._rows(space)
+            found_N = opened.find(keys_N2)
             if (found_N < 0).any():
                 raise ValueError(f"{self.folder}: another process removed texts of {space.name} while it was filled")
+            opened.seen_R[found_N[new_N]] = True
         elif opened.version and time.time() - opened.last_used > 60:
             with contextlib.suppress(ValueError), self._transaction(write=True) as database:  # it may be read-only
                 database.execute("UPDATE spaces SET last_used = ? WHERE id = ?", (time.time(), opened.version[0]))
@@ -195,6 +198,8 @@ class Store:
         damaged = rows_N[checksums(vectors_ND) != opened.records_R["checksum"][rows_N]]
         if len(damaged):
             raise opened.damage(f"row {damaged[0]} is damaged ({len(damaged):,} of {len(rows_N):,} rows read)")
+        self.hits += len(np.unique(rows_N[~opened.seen_R[rows_N]]))
+        opened.seen_R[rows_N] = True
         return vectors_ND.astype(np.float32, copy=False)
 
     def find(self, space: Space, texts: Sequence[str]) -> np.ndarray:
@@ -220,7 +225,6 @@ class Store:
         self._said_waiting = True
 
     def _rows(self, space: Space, database: sqlite3.Connection | None = None) -> Rows:
-        """The current rows of a space."""
         if database is None:
             with self._transaction() as database:
                 return self._rows(space, database)
@@ -272,7 +276,6 @@ class Store:
         return dict(sorted(found.items()))
 
     def num_bytes(self) -> int:
-        """The size of all files."""
         return sum(map(size_of, self.folder.rglob("*")))
 
     def check_database(self) -> None:
