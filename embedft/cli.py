@@ -6,6 +6,7 @@ A command is a module in `commands` with a dataclass `Options` and a function `r
 code, plus a line in `COMMANDS`. Only the module of the requested command is imported, after Ctrl-C is handled.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -24,6 +25,7 @@ COMMANDS = {
     "store": "list, verify, repair or prune stored embeddings",
     "info": "describe a model",
 }
+OUTPUT_ERRORS = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,12 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail(program, "interrupted", code=130)
     except OSError as error:
+        if error.filename is None and error.errno in OUTPUT_ERRORS:  # errors of files name them (files.py)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at exit
+            broken = isinstance(error, BrokenPipeError)  # the reader has read enough, as `head` does
+            return 1 if broken else _fail(program, f"error: standard output: {error.strerror}")
         named = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-        if error.filename or not _stdout_failed():
-            return _fail(program, f"error: {named}")
-        if isinstance(error, BrokenPipeError):  # the reader has read enough, as `head` does
-            return 1
-        return _fail(program, f"error: standard output: {error.strerror}")
+        return _fail(program, f"error: {named}")
     except ValueError as error:
         return _fail(program, f"error: {error}")
     finally:
@@ -57,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str], program: str) -> int:
+    import functools
     import importlib
     import warnings
 
@@ -71,10 +74,11 @@ def _run(words: list[str], program: str) -> int:
     if name not in COMMANDS:
         problem = f"unknown command {name!r}{config.suggestion(name, COMMANDS)}" if words else "missing COMMAND"
         raise ValueError(f"{problem}; expected one of {', '.join(COMMANDS)}")
+    module = importlib.import_module(f".commands.{name}", __package__)
+    typed = functools.partial(config.as_typed, cls=module.Options, arguments=words)
     format_warning = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_, **__: "" if _is_silent() else f"{program}: warning: {message}\n"
+    warnings.formatwarning = lambda text, *_, **__: "" if _is_silent() else f"{program}: warning: {typed(str(text))}\n"
     try:
-        module = importlib.import_module(f".commands.{name}", __package__)
         if "-h" in words or "--help" in words:
             description = f"{COMMANDS[name][0].upper()}{COMMANDS[name][1:]}."
             epilog = module.epilog() if hasattr(module, "epilog") else ""
@@ -85,6 +89,8 @@ def _run(words: list[str], program: str) -> int:
         if options.quiet:
             os.environ["EMBEDFT_PROGRESS"] = "0"
         return module.run(options) or 0
+    except ValueError as error:
+        raise ValueError(typed(str(error))) from None
     finally:
         warnings.formatwarning = format_warning
 
@@ -118,13 +124,3 @@ def _prepare_streams() -> None:
         raise ValueError("standard output is closed; redirect it to a file or to /dev/null")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
-
-
-def _stdout_failed() -> bool:
-    """Whether stdout cannot be written to; if so, silences it, including what Python flushes at exit."""
-    try:
-        print(flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False

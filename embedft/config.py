@@ -178,7 +178,6 @@ def make_parser(cls: type, **texts: str) -> argparse.ArgumentParser:
 
 
 def _meaning(field: dataclasses.Field) -> str:
-    """A field's help: its meaning and default."""
     meaning, default = field.metadata["meaning"], _default(field)
     meaning += f" (or --{field.name}.KEY VALUE)" if isinstance(default, dict) else ""
     if meaning.endswith("]") or default is False or default in (None, REQUIRED, {}, []):
@@ -256,6 +255,21 @@ def _from_text(text: str, wanted: Any) -> Any:
     except ValueError:
         value = {"True": True, "False": False, "None": None, "null": None}.get(text, text)
     return value if wanted is Any or (_has_type(value, wanted) and not isinstance(value, str)) else text
+
+
+def as_typed(message: str, cls: type, arguments: Sequence[str]) -> str:
+    """A message of the library, with the fields of `cls` named as on the command line; the keys of a JSON file stay."""
+    names = {field.name for field in dataclasses.fields(cls) if not field.metadata["positional"]}
+    typed = {_option(word.partition("=")[0].lstrip("-")) for word in arguments}
+
+    def as_option(word: re.Match[str]) -> str:
+        several = f"{word[0]}s"  # "dim is 0" may be about an entry of --dims
+        name = several if several in names and _option(several) in typed else word[0]
+        return _option(name) if name in names else name
+
+    # A word with an underscore is a name; so is another one if a clause says what it is, or what to do with a run.
+    words = r"\w+_\w+(?![\w./'\"(=])|(?:(?<=: )|(?<=but )|\A)\w+(?= is )|(?<=or )(?:overwrite|resume)\b"
+    return message if ".json: " in message else re.sub(rf"(?<![\w./'\"=-])(?:{words})", as_option, message)
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

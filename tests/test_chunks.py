@@ -302,7 +302,7 @@ def test_page_ranges(text, ranges):
     [("", ""), ("1-90,", ""), ("1-90,x", "x"), *((text, text) for text in ("1-", "-5", "1-2-3", "9-1", "0-3"))],
 )
 def test_page_ranges_that_are_none(text, part):
-    with pytest.raises(ValueError, match=naming("pages", repr(text), repr(part), "1-90,120")):
+    with pytest.raises(ValueError, match=naming("train_pages", repr(text), repr(part), "1-90,120")):
         parse_pages(text)
 
 

@@ -165,7 +165,7 @@ def test_hard_negatives_of_the_data_train(place, capsys):
         (["--validation", "missing.json"], ("missing.json", "file", "folder")),
         (["--passages", "6", "8"], ("passages", 8, 1, 6)),
         (["--passages", "600", "8"], ("passages", 600, 3, 48)),
-        (["--held-out", "0.99"], ("held_out", 0.99, 30)),
+        (["--held-out", "0.99"], ("--held-out", 0.99, 30)),
     ],
 )
 def test_errors_are_one_line(place, capsys, arguments, facts):

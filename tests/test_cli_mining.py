@@ -145,7 +145,7 @@ def test_a_store_and_an_adapter(place, capsys):
         (["--out", "pairs.json/m.jsonl"], ("pairs.json/m.jsonl", "written")),
         (["--out", "m.jsonl"], ("ranks", 10, 9)),
         (["--out", "m.jsonl", "--ranks", "3", "2"], ("ranks", [3, 2], "first", "last", 1)),
-        (["--out", "m.jsonl", *RANKS, "--relative-margin", "-1"], ("relative_margin", -1.0, 0)),
+        (["--out", "m.jsonl", *RANKS, "--relative-margin", "-1"], ("--relative-margin", -1.0, 0)),
         (["--out", "m.jsonl", *RANKS, "--max-score", "-1"], ("negatives", "margins", "ranks")),
     ],
 )

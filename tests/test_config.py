@@ -12,6 +12,7 @@ from embedft import FinetuneConfig
 from embedft.config import (
     REQUIRED,
     Options,
+    as_typed,
     changed,
     check_at_most_one,
     check_types,
@@ -256,6 +257,39 @@ def test_a_wrong_option_is_named(arguments, facts):
 def test_missing_options_are_named():
     with pytest.raises(ValueError, match=naming("missing", "DATA", "--out")):
         parsed()
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments", "expected"),
+    [
+        ("batch_size is 0, expected at least 1", (), "--batch-size is 0, expected at least 1"),
+        ("model: max_length is 9, expected at most 8", (), "model: --max-length is 9, expected at most 8"),
+        ("lr is 1, but epochs is 2: (max_length)", (), "--lr is 1, but --epochs is 2: (--max-length)"),
+        ("choose another folder, or overwrite it", (), "choose another folder, or --overwrite it"),
+        # One of several values.
+        ("dim is 9, expected 1 to 8", (), "--dim is 9, expected 1 to 8"),
+        ("dim is 9, expected 1 to 8", ("x", "--dims", "9", "7"), "--dims is 9, expected 1 to 8"),
+        ("dim is 9, expected 1 to 8", ("x", "--dims=9"), "--dims is 9, expected 1 to 8"),
+        # Other words, positional arguments, paths, values, calls and keys of files stay.
+        ("the lr is what epochs are; data is bad", (), "the lr is what epochs are; data is bad"),
+        ("a/batch_size: 'batch_size' and batch_size.json", (), "a/batch_size: 'batch_size' and batch_size.json"),
+        ("f(max_length=3), my_max_length", (), "f(max_length=3), my_max_length"),
+        ("x.json: batch_size is 0, expected one of lr, batch_size", (), None),
+    ],
+)
+def test_errors_name_options_as_typed(message, arguments, expected):
+    @dataclass(frozen=True, kw_only=True)
+    class Typed(Options):
+        data: str = option(REQUIRED, "data", positional=True)
+        batch_size: int = option(3, "size")
+        dim: int = option(3, "dimensions")
+        dims: list[int] = option([3], "dimensions")
+        max_length: int = option(3, "length")
+        lr: float = option(3.0, "rate")
+        epochs: int = option(3, "epochs")
+        overwrite: bool = option(False, "overwrite")
+
+    assert as_typed(message, Typed, arguments) == (message if expected is None else expected)
 
 
 def test_changed_and_combined():

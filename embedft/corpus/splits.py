@@ -23,7 +23,7 @@ def parse_pages(text: str) -> list[tuple[int, int]]:
         match = re.fullmatch(r"\s*([0-9]{1,9})(?:\s*-\s*([0-9]{1,9}))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
         if not 1 <= first <= last:
-            raise ValueError(f"{text!r} is not a list of pages: found {part.strip()!r}, expected e.g. '1-90,120'")
+            raise ValueError(f"train_pages is {text!r}: found {part.strip()!r}, expected e.g. '1-90,120'")
         ranges.append((first, last))
     return ranges
 

@@ -100,7 +100,6 @@ class Searcher:
         self.index, *_ = build(truncate(embedder, vectors_NW, self.setting.dim), source_N, self.setting)
 
     def search(self, queries: Mapping[str, str] | Sequence[str]) -> Run:
-        """See `search`, the function."""
         queries = _named(queries)
         queries_QW = encode(self.embedder, queries, "query")
         exclude = self.exclude_identical_ids and shares_ids(self.dataset, queries)
@@ -113,8 +112,8 @@ def shares_ids(dataset: RetrievalDataset, queries: Mapping[str, str]) -> bool:
     """Whether any of the dataset's own queries is a document of it too, under the same id; warns if so."""
     shared = [i for i, text in queries.items() if i in dataset.corpus and dataset.queries.get(i) == text]
     if shared:
-        found = f"{len(shared):,} queries have the id of a document ({shared[0]!r}, ...), which is left out of their"
-        warnings.warn(f"{found} ranking unless judged relevant; exclude_identical_ids=False keeps it", stacklevel=3)
+        found = f"{len(shared):,} queries have the id of a document ({shared[0]!r}, ...), not ranked for them unless"
+        warnings.warn(f"{found} relevant; exclude_identical_ids=False (--keep-identical-ids) keeps it", stacklevel=3)
     return bool(shared)
 
 
