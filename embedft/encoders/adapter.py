@@ -11,7 +11,6 @@ Shapes: N vectors, D features in, E features out.
 
 import contextlib
 import hashlib
-import io
 import pickle
 import warnings
 import zipfile
@@ -67,6 +66,7 @@ class Adapter(nn.Module):
             raise ValueError(f"features in and out are {q} for queries, but {d} for documents")
         if base is not None and base.dim != self.in_features:
             raise ValueError(f"the base {base.name} has {base.dim} features, the adapter takes {self.in_features}")
+        self.name = "adapter"  # in reports; the folder it was loaded from; "": it is part of a model
         self.history: list[dict[str, Any]] = []  # this and `costs` are filled in by `fit_adapter`
         self.costs: dict[str, Any] = {}
 
@@ -116,31 +116,21 @@ class Adapter(nn.Module):
                 bases = f"{self.base.name} ({role} {expected[:12]}), this is {base.name} ({role} {found[:12]})"
                 raise ValueError(f"the adapter is for {bases}: weights, lengths or prompts differ")
 
-    def save(self, folder: str | Path, *, format: str = "embedft", base: Base | None = None) -> None:
-        """Writes the adapter to a folder, each file atomically, the configuration last; `base` overrides its own.
-        `format`: "embedft", or "llamaindex", which holds only a linear or two-layer map of queries and not the base
-        (files: FORMATS). Raises `ValueError` for a format that is unknown or cannot hold this adapter."""
-        if format not in FORMATS:
-            raise ValueError(f"format is {format!r}, expected one of {', '.join(FORMATS)}")
-        path, weights = (Path(folder) / name for name in FORMATS[format])
-        tensors = {name: x.detach().cpu().contiguous() for name, x in self.named_parameters()}  # once if shared
+    def save(self, folder: str | Path, *, base: Base | None = None) -> None:
+        """Writes the adapter to a folder, each file atomically, the configuration last; `base` overrides its own."""
+        path, weights = (Path(folder) / name for name in FORMATS["embedft"])
+        content = save({name: x.detach().cpu().contiguous() for name, x in self.named_parameters()})  # once if shared
         config = {role: part and part.settings for role in ROLES for part in [self.map_of(role)]}
         base = base or self.base
         config |= {"side": self.side, "normalize": self.normalize, "base": base and base._asdict()}
-        if format == "embedft":
-            content = save(tensors)
-            config |= {"format_version": FORMAT_VERSION, "weights_sha256": hashlib.sha256(content).hexdigest()}
-        else:
-            config, content = _to_llamaindex(config, tensors)
-            if (ours := path.with_name(CONFIG_FILE)).exists():
-                raise ValueError(f"{path.parent}: has an {ours.name}, which would be loaded instead of this")
+        config |= {"format_version": FORMAT_VERSION, "weights_sha256": hashlib.sha256(content).hexdigest()}
         with atomic_write(weights, "wb") as file:
             file.write(content)
         write_json(path, config)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Adapter":
-        """Reads a folder in either format of `save`. Raises `ValueError` for a missing or damaged file."""
+        """Reads a folder that `save` or LlamaIndex wrote. Raises `ValueError` for a missing or damaged file."""
         there = [name for name, files in FORMATS.items() if all((Path(folder) / file).is_file() for file in files)]
         if not there:
             expected = ", or ".join(f"{config} and {weights} ({name})" for name, (config, weights) in FORMATS.items())
@@ -155,6 +145,7 @@ class Adapter(nn.Module):
                 tensors |= {name.replace("query", "document", 1): tensor for name, tensor in tensors.items()}
             adapter = cls(**maps, base=config["base"] and Base(**config["base"]), normalize=config["normalize"])
         fill(adapter, tensors, weights)
+        adapter.name = str(folder)
         return adapter.eval()
 
 
@@ -196,18 +187,6 @@ TWO_LAYERS = {"hidden": "hidden_features", "activation": "activation_fn_str", "r
 SETTINGS["two_layer"] = SETTINGS["linear"] | TWO_LAYERS
 TENSORS = {f"query.{kind}{i}": f"linear{i}.{kind}" for i in ("", 1, 2) for kind in ("weight", "bias")}
 TENSORS["query.scale"] = "residual_weight"
-
-
-def _to_llamaindex(config: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], bytes]:
-    settings = config["query"] or config["document"]
-    if config["side"] != "query" or settings["kind"] not in SETTINGS:
-        found = f"{settings['kind']} for {config['side']}"
-        raise ValueError(f"the format 'llamaindex' holds only a linear or two-layer map of queries, this is {found}")
-    if settings["kind"] == "two_layer":
-        tensors.setdefault("query.scale", torch.zeros(1))  # LlamaIndex always has one
-    buffer = io.BytesIO()
-    torch.save({TENSORS[name]: tensor for name, tensor in tensors.items()}, buffer)
-    return {theirs: settings[ours] for ours, theirs in SETTINGS[settings["kind"]].items()}, buffer.getvalue()
 
 
 def _from_llamaindex(config: dict[str, Any], weights: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

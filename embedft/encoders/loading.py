@@ -72,6 +72,7 @@ def load_embedder(
         embedder.store = store
         if adapter is None and (folder / layout.ADAPTER_FOLDER / layout.ADAPTER_CONFIG_FILE).is_file():
             adapter = Adapter.load(folder / layout.ADAPTER_FOLDER)
+            adapter.name = ""
             stored = embedder.source.config.get("dtype") or embedder.source.config.get("torch_dtype") or "float32"
             if (max_length, prompts, stored) != (None, None, str(dtype).removeprefix("torch.")):
                 adapter.base = embedder.base()  # the caller overrides what it was fitted on
