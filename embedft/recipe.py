@@ -69,8 +69,10 @@ class _Job:
         return is_wanted and not (self.out / run_folder.EVAL / VALIDATION_BASE / "metrics.json").exists()
 
     def report(self, save_as: str | None = None) -> Report:
-        """Evaluates the current weights on `validation`."""
         found = evaluate_embedder(self.embedder, self.validation, passages=self.config.passages, **self.measured())
+        if save_as == VALIDATION:
+            name = f"{found.setting.get('model', 'model')} + fine-tuned"
+            found = replace(found, setting=found.setting | {"model": name})
         if save_as is not None:
             found.save(self.out / run_folder.EVAL / save_as)
         return found
@@ -150,7 +152,6 @@ def finetune(
 
 
 def _prepare(job: _Job, existing: str) -> None:
-    """Checks everything, applies the embedder's settings, and makes batches, loss and references."""
     embedder, config, batches = job.embedder, job.config, job.given.get("batches")
     if job.out is not None:
         distributed.from_first(lambda: run_folder.check_run(job.out, existing))
@@ -191,7 +192,6 @@ def _prepare(job: _Job, existing: str) -> None:
 
 
 def _open(job: _Job, own_length: int, stack: contextlib.ExitStack, **how: Any) -> None:
-    """Locks the run folder, checks that the model can be saved, and opens the run."""
     stack.enter_context(run_folder.lock(job.out))
     with named_errors(job.out / run_folder.MODEL), temporary_path(job.out, ".trial.", Path.mkdir) as trial:
         job.embedder.save(trial)

@@ -170,7 +170,8 @@ def test_one_setting_is_no_grid(place, capsys, option):
     name, value = option.split()[:2]
     key = {"--precisions": "precision", "--indices": "index", "--dims": "dim"}[name]
     expected = evaluate(make_embedder(place / "model"), make_dataset(), **{key: int(value) if key == "dim" else value})
-    assert run(capsys, f"evaluate model pairs.json --no-bm25 {option} --out eval") == f"model: {expected}\n"
+    what = f"dim {value}" if key == "dim" else value
+    assert run(capsys, f"evaluate model pairs.json --no-bm25 {option} --out eval") == f"model + {what}: {expected}\n"
     assert Report.load("eval").setting[key] == expected.setting[key]
 
 
@@ -211,13 +212,15 @@ SETTINGS = {"dims": (32, 8), "precisions": ("float32", "int8"), "passages": (Non
 def test_evaluate_a_grid(place, capsys):
     reports = evaluate_grid(make_embedder(place / "model"), make_dataset(), **SETTINGS)
     out = run(capsys, f"evaluate model pairs.json {GRID} --out eval --no-bm25")
-    title, empty, *rows = out.splitlines()
-    assert (title, empty) == ("model: 12 queries, ndcg@10; differences from dim32-float32-flat", "")
+    title, table, legend = out.split("\n\n")
+    assert title == "model: 12 queries, ndcg@10; differences from dim32-float32-flat"
+    for told in ("each interval", "95% by itself", "Holm", "of exact", "queries/s"):
+        assert told in legend
 
     def without_costs(lines: list[str]) -> list[list[str]]:
         return [re.split("  +", line)[:-3] for line in lines]
 
-    assert without_costs(rows) == without_costs(format_grid(reports, style="text").splitlines())
+    assert without_costs(table.splitlines()) == without_costs(format_grid(reports, style="text").splitlines())
     names = ["dim32-float32-flat", "dim32-int8-flat", "dim8-float32-flat", "dim8-int8-flat"]
     names += [f"6-2-{name}" for name in names]
     assert sorted(path.name for path in (place / "eval").iterdir()) == sorted(names)
@@ -256,8 +259,8 @@ def test_the_metric_of_a_grid(place, capsys):
         ("--dim 8 --dims 8 4", ("--dim", "--dims")),
         ("--whole", ("--whole", "--passages")),
         ("--fuse-weight 0.4", ("--fuse-weight", "--fuse")),
-        ("--fuse --fuse-weight 1.5", ("fuse_weight", 1.5, 0, 1)),
-        ("--fuse --fuse-weight nan", ("fuse_weight", "nan", 0, 1)),
+        ("--fuse --fuse-weight 1.5", ("--fuse-weight", 1.5, 0, 1)),
+        ("--fuse --fuse-weight nan", ("--fuse-weight", "nan", 0, 1)),
         ("--fuse --dims 8 4", ("--fuse", "single", 2)),
         ("--fuse --no-bm25", ("--no-bm25", "--fuse")),
         ("--json --style csv", ("--style", "--json")),
@@ -265,7 +268,8 @@ def test_the_metric_of_a_grid(place, capsys):
         ("--metric mrr@3", ("--metric", "several", "one")),
         ("--dims 8 4 --metric mrr@7", ("--metric", "'mrr@7'", "hit_rate@1", "map@100")),
         ("--dims 8 4 --ks 0", ("ks", (0,), 1, 100)),
-        ("--dims 33 8", ("dim", 33, 1, 32)),
+        ("--dims 33 8", ("--dims", 33, 1, 32)),
+        ("--dim 33", ("--dim", 33, 1, 32)),
         ("--precisions int4", ("precisions", ["int4"], "'float32'", "'binary'")),
         ("--indices nothing", ("index", "'nothing'", "flat", "ivfpq")),
         ("--adapter missing", ("missing", "adapter.json")),
@@ -336,6 +340,41 @@ def test_compare_names_the_models(place, capsys):
         run(capsys, f"evaluate model pairs.json --no-bm25 --max-length {length} --out {place_of}")
     with pytest.warns(UserWarning, match=naming("max_length", 6, "base", 5, "other")):
         assert "a (model)" in run(capsys, "compare eval/a eval/b")
+
+
+def test_what_was_evaluated_is_named(place, capsys):
+    make_dataset().save("pairs.jsonl")
+    assert main(["adapter", "model", "pairs.jsonl", "--out", "fitted", "--epochs", "1"]) == 0
+    assert (
+        main(["finetune", "model", "pairs.jsonl", "--validation", "pairs.json", "--out", "run", "--epochs", "1"]) == 0
+    )
+    capsys.readouterr()
+    for options, expected in (
+        ("--adapter fitted", "model + fitted"),
+        ("--passages 6 2 --dim 8", "model + windows 6/2 + dim 8"),
+        ("--adapter fitted --precisions int8 --indices hnsw", "model + fitted + int8 + hnsw"),
+    ):
+        out = run(capsys, f"evaluate model pairs.json {options} --out eval/it --overwrite")
+        assert out.startswith(f"{expected}: 12 queries")
+        assert f"\n{expected}  " in out  # in the table beside BM25
+        tag = expected.replace(" + ", "+").replace(" ", "-")
+        assert (place / "eval" / "it" / "run.trec").read_text().splitlines()[0].split()[-1] == tag
+        assert Report.load("eval/it").name == expected
+        assert Report.load("eval/it/bm25").name == "bm25"
+        compared = run(capsys, "compare run/eval/validation-base eval/it eval/it/bm25 run/eval/validation")
+        for name in (f"({expected})", "validation (model + fine-tuned)", "validation-base (model)", "it/bm25  "):
+            assert name in compared
+        assert "p-values are corrected together (Holm)" in compared
+    grid = run(capsys, "evaluate model pairs.json --adapter fitted --passages 6 2 --dims 32 8")
+    assert grid.startswith("model + fitted: 12 queries")
+    assert load_embedder("run/model", device="cpu").adapter is None
+
+
+def test_compare_refuses_other_questions_under_the_same_ids(place, capsys):
+    for seed in (0, 1):
+        make_dataset(seed=seed).save(f"{seed}.json")
+        run(capsys, f"evaluate model {seed}.json --no-bm25 --out eval/{seed}")
+    check_error(capsys, "compare eval/0 eval/1", "eval/1", "questions_sha256", "base", "other")
 
 
 def test_compare_seeds(reports, capsys):

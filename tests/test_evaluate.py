@@ -1,6 +1,7 @@
 """evaluate.py and report.py: sentence-transformers' evaluator on real data, reports on disk, comparisons."""
 
 import dataclasses
+import hashlib
 import json
 import warnings
 from pathlib import Path
@@ -137,6 +138,7 @@ def test_report_of_a_toy_evaluation():
     ]
     assert report.metrics["accuracy@1"] == report.metrics["ndcg@3"] == report.metrics["map@100"] == 1.0
     assert report.metrics["precision@3"] == pytest.approx(1 / 3)
+    questions = sorted([f"q{i}", f"query {i}"] for i in range(12))
     assert report.setting == {
         "dim": 8,
         "precision": "float32",
@@ -148,6 +150,7 @@ def test_report_of_a_toy_evaluation():
         "gain": "binary",
         "num_documents": 9,
         "data_sha256": dataset.sha256(),
+        "questions_sha256": hashlib.sha256(json.dumps(questions).encode()).hexdigest(),
         "num_queries": 12,
     }
     assert report.run.indices.shape == (12, 9)  # fewer documents than the depth
@@ -507,7 +510,7 @@ def test_compare_refuses(report):
             report, dataclasses.replace(report, per_query={"ndcg@10": report.per_query["ndcg@10"]}), metric="mrr@10"
         )
     assert not names(str(caught.value), "hit_rate@1")  # which they do not share
-    for key, value in (("gain", "graded"), ("num_documents", 7)):
+    for key, value in (("gain", "graded"), ("num_documents", 7), ("questions_sha256", "ab12")):
         first, second = (dataclasses.replace(report, setting={**report.setting, key: v}) for v in ("binary", value))
         with pytest.raises(ValueError, match=naming(key, "base", "binary", "other", value)):
             compare(first, second)
@@ -569,6 +572,22 @@ def test_compare_warns_of_other_differences(report, key, values):
         compare(first, dataclasses.replace(report, setting={}))  # saved by an earlier version
         for other in ({"dim": 7}, {"model": "n", "prompts": {"query": "other"}}):  # meant to differ
             compare(first, dataclasses.replace(first, setting={**first.setting, **other}))
+
+
+def test_questions_are_told_apart_by_their_texts_alone():
+    """A paired test over different questions means nothing; documents and judgements may have been corrected."""
+    dataset = toy_dataset()
+    run = Run.from_dict({"q0": {"d0": 1.0}})
+    first = evaluate_run(run, dataset)
+    others = {name: {**getattr(dataset, name)} for name in ("queries", "corpus", "qrels")}
+    corrected = dataclasses.replace(dataset, corpus=others["corpus"] | {"d1": "corrected"})
+    shuffled = dataclasses.replace(dataset, queries=dict(reversed(others["queries"].items())))
+    without = dataclasses.replace(dataset, queries=others["queries"] | {"lonely": "not asked anyway"})
+    for other in (corrected, shuffled, without):
+        with pytest.warns(UserWarning, match=naming("data_sha256")):
+            compare(first, evaluate_run(run, other))
+    with pytest.raises(ValueError, match=naming("questions_sha256", "base", "other")):
+        compare(first, evaluate_run(run, dataclasses.replace(dataset, queries=others["queries"] | {"q3": "other"})))
 
 
 # Seeds.

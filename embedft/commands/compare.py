@@ -13,7 +13,7 @@ from .. import config
 from ..config import REQUIRED, option
 from ..files import check_writable
 from ..retrieval.report import Report, compare_seeds, paired_values, plot_questions, save_figure
-from ..retrieval.tables import Style, compare_all, format_comparisons
+from ..retrieval.tables import Style, compare_all, explain_statistics, format_comparisons
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +45,8 @@ def run(options: Options) -> None:
         if found and not (folder / "metrics.json").is_file():
             raise ValueError(f"{folder}: not a report, but contains {', '.join(found)}")
     reports = [Report.load(folder) for folder in options.reports]
-    named = zip(short_names(options.reports), (report.setting.get("model") for report in reports), strict=True)
-    base_name, *names = [name if model in (None, name) else f"{name} ({model})" for name, model in named]
+    named = zip(short_names(options.reports), reports, strict=True)
+    base_name, *names = [f"{name} ({x.name})" if "model" in x.setting and name != x.name else name for name, x in named]
     for folder, report in zip(options.reports[1:], reports[1:], strict=True):
         try:
             paired_values(reports[0], [report], options.metric[0])
@@ -63,7 +63,7 @@ def run(options: Options) -> None:
         save_figure(plot_questions(*reports, metric=options.metric[0], names=(base_name, names[0])), options.save_plot)
     print(format_comparisons(comparisons, base=base_name, style=options.style))
     if options.style == "text":
-        one, how = by_metric[0][0], "intervals by bootstrap, p-values by sign flips"
+        one, how = by_metric[0][0], explain_statistics(len(others))
         if options.seeds:
             how = "intervals and p-values from a t distribution, for new seeds and new questions;\n"
             how += f"{one.metric}: standard error {one.question_error:.4f} (questions), {one.seed_error:.4f} (seeds)"

@@ -17,10 +17,10 @@ import embedft
 from ..config import REQUIRED, changed, check_at_most_one, option
 from ..data.dataset import RetrievalDataset
 from ..files import check_writable, read_object, replace_files
+from ..retrieval import tables
 from ..retrieval.bm25 import split_words
 from ..retrieval.report import REPORT_FILES, Report
 from ..retrieval.run import Run
-from ..retrieval.tables import Style, format_grid, format_reports, grid_base, main_metrics, setting_name
 from .options import DATASETS, Adapted, Data, load_data, load_encoder, print_costs
 
 
@@ -56,7 +56,7 @@ class Options(Adapted, Grid, Hybrid, Data):
     keep_identical_ids: bool = option(False, "also rank the document whose id is the query's")
     out: str | None = option(None, "save reports; BM25's in DIR/bm25, several settings' in DIR/NAME", metavar="DIR")
     overwrite: bool = option(False, "replace the reports in DIR")
-    style: Style = option("text", "table format")
+    style: tables.Style = option("text", "table format")
     json: bool = option(False, "print all metrics as JSON")
 
     def __post_init__(self):
@@ -84,7 +84,6 @@ class Options(Adapted, Grid, Hybrid, Data):
 
     @property
     def measures(self) -> dict[str, Any]:
-        """Arguments for `evaluate_run`."""
         return {"ks": self.ks, "depth": self.depth, "metrics": self.metrics, "gain": self.gain}
 
 
@@ -98,7 +97,7 @@ def run(options: Options) -> None:
     dataset = load_data(options.data, options, merge=options.merge)
     # An empty run has the same metrics as any other, so this checks their names before anything is encoded.
     report = embedft.evaluate_run(Run.from_dict({}), dataset, **options.measures)
-    main = main_metrics(report)
+    main = tables.main_metrics(report)
     metric = options.metric or next((name for name in main if name.startswith("ndcg")), main[0])
     if metric not in report.per_query:
         raise ValueError(f"--metric is {metric!r}, expected one of {', '.join(report.per_query)}")
@@ -111,7 +110,7 @@ def run(options: Options) -> None:
         stale = [str((folder / name).relative_to(out)) for folder in there for name in REPORT_FILES]
         with replace_files(out, stale=stale) as new:
             for report in reports:
-                report.save(new if len(reports) == 1 else new / setting_name(report.setting))
+                report.save(new if len(reports) == 1 else new / tables.setting_name(report.setting))
             for name, report in beside.items():
                 report.save(new / name)
     print_costs(embedder)
@@ -122,17 +121,20 @@ def run(options: Options) -> None:
     elif len(reports) > 1:
         if options.style == "text":
             line, _, _ = str(reports[0]).partition("\n")
-            print(f"{reports[0].name}: {line}, {metric}; differences from {setting_name(grid_base(reports).setting)}\n")
-        print(format_grid([*reports, *beside.values()], metric=metric, style=options.style))
+            base = tables.setting_name(tables.grid_base(reports).setting)
+            print(f"{reports[0].model_name}: {line}, {metric}; differences from {base}\n")
+        print(tables.format_grid([*reports, *beside.values()], metric=metric, style=options.style))
+        if options.style == "text":
+            print(f"\n{tables.explain_statistics(len(reports) + len(beside) - 1)};")
+            print("of exact: share of exact search's first 10 documents; queries/s: for searches of 0.1 s or more")
     else:
         if options.style == "text":
             print(f"{reports[0].name}: {reports[0]}", end="\n\n" if beside else "\n")
         if beside or options.style != "text":
-            print(format_reports({reports[0].name: reports[0], **beside}, style=options.style))
+            print(tables.format_reports({reports[0].name: reports[0], **beside}, style=options.style))
 
 
 def _baselines(options: Options, embedder, dataset: RetrievalDataset, report: Report) -> dict[str, Report]:
-    """BM25's report and, with --fuse, the fusion's."""
     tokenize, exclude = getattr(embedder, "tokenize", split_words), not options.keep_identical_ids
     if tokenize is split_words:
         print("bm25 uses words, since the model's tokens are not known", file=sys.stderr)
@@ -152,7 +154,7 @@ def _report_folders(out: Path) -> list[Path]:
     for path in sorted(out.glob("*/metrics.json")):
         name = path.parent.name
         try:
-            is_own = name in ("bm25", "fused") or name == setting_name(read_object(path)["setting"])
+            is_own = name in ("bm25", "fused") or name == tables.setting_name(read_object(path)["setting"])
         except (KeyError, TypeError, ValueError):  # unreadable, so only its folder's name can tell
             is_own = re.fullmatch(r"(\d+-\d+-)?dim\d+-(float32|int8|binary)-.+", name)
         found += [path.parent] if is_own else []

@@ -6,7 +6,9 @@ evaluate_grid(embedder, dataset, dims=(384, 128), precisions=("float32", "int8")
 """
 
 import dataclasses
+import hashlib
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
@@ -70,7 +72,7 @@ def evaluate_grid(
     queries = {query_id: text for query_id, text in dataset.queries.items() if has_relevant(qrels[query_id])}
     if not queries:
         raise ValueError(f"none of the {len(dataset.queries)} queries of the dataset has a relevant document")
-    common = model_setting(embedder) | _data_setting(dataset) | {"similarity": embedder.similarity}  # hashed once
+    common = model_setting(embedder) | _data_setting(dataset, queries) | {"similarity": embedder.similarity}
     reports = []
     for run, setting, costs in search_grid(embedder, dataset, queries, settings, depth=depth, **options):
         report = evaluate_run(run, qrels, ks=ks, depth=depth, metrics=metrics, gain=gain)
@@ -104,7 +106,8 @@ def evaluate_run(
         for kind, ids, known in (("query", run.query_ids, data.queries), ("document", run.document_ids, data.corpus)):
             if unknown := [i for i in ids if i not in known]:
                 raise ValueError(f"run: {kind} id {unknown[0]!r} is not in the dataset ({len(unknown):,} such ids)")
-        qrels, query_ids, setting = data.all_qrels(), list(data.queries), setting | _data_setting(data)
+        qrels, query_ids = data.all_qrels(), list(data.queries)
+        setting |= _data_setting(data, {i: data.queries[i] for i in query_ids if has_relevant(qrels.get(i, {}))})
     costs: dict[str, float] = {}
     with timed(costs, "metrics_seconds"):
         judgments = judge(run.select(query_ids), qrels)
@@ -114,8 +117,9 @@ def evaluate_run(
     return Report(query_ids, per_query, clusters, left_out, setting, costs, run.select(query_ids))
 
 
-def _data_setting(dataset: RetrievalDataset) -> dict[str, Any]:
-    return {"num_documents": len(dataset.corpus), "data_sha256": dataset.sha256()}
+def _data_setting(dataset: RetrievalDataset, questions: Mapping[str, str]) -> dict[str, Any]:
+    found = {"num_documents": len(dataset.corpus), "data_sha256": dataset.sha256()}
+    return found | {"questions_sha256": hashlib.sha256(json.dumps(sorted(questions.items())).encode()).hexdigest()}
 
 
 def question_clusters(query_ids: Sequence[str], qrels: Qrels) -> list[str]:

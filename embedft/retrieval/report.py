@@ -49,9 +49,19 @@ class Report:
         return len(self.query_ids)
 
     @property
+    def model_name(self) -> str:
+        """The model's name ("model" if unknown) and its adapter's; "bm25" and the like where there is no model."""
+        unknown = "model" if "dim" in self.setting else self.setting.get("index", "model")
+        return " + ".join(filter(None, (self.setting.get("model") or unknown, self.setting.get("adapter"))))
+
+    @property
     def name(self) -> str:
-        """The model's name, "model" if unknown, or "bm25"."""
-        return self.setting.get("model") or ("model" if "dim" in self.setting else self.setting.get("index", "model"))
+        """What was evaluated: `model_name`, and what is unusual about the search: "m + windows 128/64 + dim 64"."""
+        passages, dim, precision, index = map(self.setting.get, ("passages", "dim", "precision", "index"))
+        parts = [self.model_name, f"windows {'/'.join(map(str, passages))}" if passages else ""]
+        parts.append(f"dim {dim}" if dim != self.setting.get("model_dim", dim) else "")
+        parts += [str(x) for x in (precision, index) if x not in (None, "float32", "flat", self.model_name)]
+        return " + ".join(filter(None, parts))
 
     @cached_property
     def metrics(self) -> dict[str, float]:
@@ -80,7 +90,7 @@ class Report:
         """Writes run.trec, per_query.jsonl and, last, metrics.json into `folder`; floats read back exactly."""
         folder = Path(folder)
         (folder / "metrics.json").unlink(missing_ok=True)
-        self.run.save(folder / "run.trec", tag=self.name)
+        self.run.save(folder / "run.trec", tag=self.name.replace(" + ", "+"))
         lines = []
         for row, (query_id, cluster) in enumerate(zip(self.query_ids, self.clusters, strict=True)):
             metrics = {name: float(values[row]) for name, values in self.per_query.items()}
@@ -116,6 +126,8 @@ def model_setting(embedder: Any) -> dict[str, Any]:
     found = {
         "model": getattr(getattr(embedder, "source", None), "name", None) or getattr(embedder, "model", None),
         "model_sha256": embedder.sha256() if hasattr(embedder, "sha256") else None,
+        "adapter": getattr(getattr(embedder, "adapter", None), "name", None) or None,
+        "model_dim": getattr(embedder, "full_dim", None),
         "max_length": getattr(embedder, "max_length", None),
         "prompts": dict(getattr(embedder, "prompts", None) or {}) or None,
     }
@@ -158,7 +170,8 @@ def compare(base: Report, *others: Report, metric: str = "ndcg@10") -> Compariso
 
     Bootstrap intervals (-1 to 1 for a single cluster) and sign-flip p-values are over the clusters of `base`. If there
     are too few, as in NFCorpus, `dataclasses.replace(base, clusters=base.query_ids)` treats questions as independent.
-    Raises `ValueError` for different questions, corpora or gains; warns if data, maximum length or prompts differ."""
+    Raises `ValueError` for other questions, under other ids or the same ones, another number of documents or another
+    gain; warns if data, maximum length or prompts differ."""
     if not others:
         raise ValueError("compare needs a base and at least one other report")
     comparisons = []
@@ -213,12 +226,12 @@ def _check_comparable(base: Report, other: Report) -> None:
         told = [f"{len(ids):,} only in {name} {ids[:3]}" for ids, name in zip(only, ("base", "other"), strict=True)]
         raise ValueError(f"the reports are over different questions: {', '.join(told)}")
     prompts = ["prompts"] if base.setting.get("model") == other.setting.get("model") else []
-    for key in ("num_documents", "gain", "data_sha256", "max_length", *prompts):
+    for key in ("questions_sha256", "num_documents", "gain", "data_sha256", "max_length", *prompts):
         found = [report.setting.get(key) for report in (base, other)]
         if found[0] == found[1] or (None in found and key != "prompts"):
             continue
         message = f"{key} is {found[0]} in base and {found[1]} in other"
-        if key in ("num_documents", "gain"):
+        if key in ("questions_sha256", "num_documents", "gain"):
             raise ValueError(f"the reports are not comparable: {message}")
         warnings.warn(f"the reports may not be comparable: {message}", stacklevel=2)
 

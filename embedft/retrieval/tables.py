@@ -156,6 +156,12 @@ def _statistics(comparisons: Sequence[Comparison]) -> list[Column]:
     return [("difference", "difference", "+.4f"), ("interval", "95% interval", "+.4f"), ("p_value", p_value, ".4f")]
 
 
+def explain_statistics(number: int) -> str:
+    """What the intervals and p-values of `number` comparisons with one base are, for below a table."""
+    several = "; each interval is at 95% by itself, the p-values are corrected together (Holm)" if number > 1 else ""
+    return f"intervals by bootstrap, p-values by sign flips{several}"
+
+
 def compare_all(base: Report, others: Sequence[Report], *, metric: str) -> list[Comparison]:
     """`compare` as a list, for any number of other reports, including one and none."""
     found = compare(base, *others, metric=metric) if others else []
