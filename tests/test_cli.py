@@ -78,7 +78,8 @@ def test_finetune(place, capsys, recwarn):
     assert main(["finetune", "--num_negatives", "1", "model", "pairs.jsonl", "--out", "run", *options]) == 0
     printed = capsys.readouterr()
     assert "max_length" not in printed.err + "".join(str(warning.message) for warning in recwarn)
-    trained, kept, table, caution, where = printed.out.splitlines()
+    trained, kept, table, lengths, caution, where = printed.out.splitlines()
+    assert names(lengths, "base", "max_length", 48, 40)  # `kept` is about the base at 40 tokens, `table` at its own 48
     log = [record for _, record in read_jsonl("run/train.jsonl") if "metrics" in record]
     best = max(log, key=lambda record: record["metrics"]["ndcg@10"])  # the first of equals
     step = f"the weights of step {best['step']} of {log[-1]['step']}"
@@ -98,6 +99,8 @@ def test_finetune(place, capsys, recwarn):
     assert Report.load("run/eval/validation").metrics == after.metrics
     assert (place / "run" / "DONE").is_file()
 
+    assert main(["finetune", "model", "pairs.json", "--out", "run", "--epochs", "1"]) == 2
+    assert names(capsys.readouterr().err, "run", "--overwrite", "--resume")
     assert main(["finetune", "model", "pairs.json", "--out", "run", "--epochs", "1", "--overwrite"]) == 0
     trained, where = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r"\d+ steps, loss .* -> .*", trained)
@@ -186,6 +189,24 @@ def test_an_output_that_takes_nothing_is_an_error_of_one_line(place, redirect, f
     (line,) = done.stderr.decode().splitlines()
     assert line.startswith("embedft info: error: ")
     assert names(line, "output", fault)
+
+
+def test_another_error_without_a_file_leaves_the_output_alone(place):
+    """Such an error may be that of a socket, or of a process that cannot be started."""
+    script = """
+import errno, os, sys
+from embedft import cli
+from embedft.commands import info
+
+def run(options):
+    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+info.run = run
+sys.exit(cli.main(["info", "model"]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert names(done.stderr, "embedft info", "memory")
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
@@ -278,8 +299,8 @@ def test_prompts_by_text_or_by_name(place, capsys):
         ("encode model texts.txt", ("vectors", "--out", "--store")),
         ("encode model texts.txt --out x.npy --role judge", ("role", "'judge'", "'query'", "'document'")),
         ("encode model texts.txt --out x.npy --dim 33", ("dim", 33, 1, 32)),
-        ("encode model texts.txt --out x.npy --max-length 49", ("model", "max_length", 49, 48)),
-        ("encode model texts.txt --out x.npy --max-length 2", ("max_length", 2, "special")),
+        ("encode model texts.txt --out x.npy --max-length 49", ("model", "--max-length", 49, 48)),
+        ("encode model texts.txt --out x.npy --max-length 2", ("--max-length", 2, "special")),
         ("evaluate model missing.json", ("missing.json", "file", "folder")),
         ("evaluate model file", ("file", "suffix", ".json", ".tsv")),
         ("evaluate model pairs.json --ks 0", ("ks", (0,), 1, 100)),
@@ -309,8 +330,8 @@ def test_prompts_by_text_or_by_name(place, capsys):
         ("finetune model pairs.json --out r --loss.name mnrl", ("loss", "'mnrl'", "in_batch_negatives")),
         ("finetune model pairs.json --out r --lss.name mnrl", ("option", "--lss.name", "--loss")),
         ("finetune model pairs.json --out r --config file", ("file", 1, "JSON")),
-        ("finetune model pairs.json --out r --num_negatives 1", ("num_negatives", 1, 0)),
-        ("finetune model pairs.json --out r --max_length 49", ("max_length", 49, 48)),
+        ("finetune model pairs.json --out r --num_negatives 1", ("--num-negatives", 1, 0)),
+        ("finetune model pairs.json --out r --max_length 49", ("--max-length", 49, 48)),
         (
             "finetune model pairs.json --out r --validation pairs.json --select ndcg@ten",
             ("select", "'ndcg@ten'", 1, "ndcg@10"),
@@ -390,7 +411,7 @@ def test_help_lists_every_command(capsys, monkeypatch):
 def test_help_explains_every_option(capsys, monkeypatch, command):
     """Option names are indented by two columns; their help follows on the same line, or indented on the next."""
     monkeypatch.setenv("COLUMNS", "160")
-    text = help_of(capsys, command).partition("\nlosses (")[0]
+    text = help_of(capsys, command).partition("\n--examples: ")[0]
     entries = re.split(r"\n  (?=\S)", text)[1:]
     explained = {entry.split()[0]: re.search(r"(?:  |\n)\s*(\S.*)", entry) for entry in entries}
     assert None not in explained.values(), explained

@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import re
 import warnings
 
 import pytest
@@ -136,8 +137,10 @@ def test_says_what_is_wrong_and_what_would_be_right(spec, facts):
 
 
 def test_every_loss_has_a_line():
-    lines = describe_losses().splitlines()
+    lines, meanings = describe_losses().splitlines()[::2], describe_losses().splitlines()[1::2]
     assert [line.partition(":")[0] for line in lines] == list(LOSSES)
+    assert all(re.fullmatch(r"  \S.*\.", meaning) for meaning in meanings)  # the first sentence of its docstring
+    assert meanings[list(LOSSES).index("margin_mse")].endswith("even one known to be relevant.")
     assert lines[0].startswith("in_batch_negatives: temperature=0.05")
     assert 'cosent: scale=20.0 similarity="cosine" pairs="first" windows="max"' in lines
     assert 'matryoshka: dims inner weights=null dims_per_step=-1 reduction="sum" seed=0' in lines

@@ -39,9 +39,19 @@ class Options(FinetuneConfig, Model, Data):
             raise ValueError(f"{self.model} is behind an API: its weights cannot be trained; fit an adapter instead")
 
 
+CHOICES = """--examples: a row of a batch is
+  pairs: a question and one of its answers, for each answer
+  queries: a question and all its answers
+  scored: a question and one of the documents that the data scores for it, for each
+--sampling: how many batches each of several datasets gives
+  proportional: as many as it can fill; an epoch is every example once
+  round_robin: equally many, until the smallest dataset is used up
+  temperature: in between, see --sampling-temperature"""
+
+
 def epilog() -> str:
-    """The list of losses, for --help."""
-    return f"losses (--loss.name) and their options (--loss.OPTION):\n{describe_losses()}"
+    """What the choices of some options mean, and the list of losses, for --help."""
+    return f"{CHOICES}\n\nlosses (--loss.name) and their options (--loss.OPTION):\n{describe_losses()}"
 
 
 def run(options: Options) -> None:
@@ -62,7 +72,6 @@ def run(options: Options) -> None:
 
 
 def _load(options: Options) -> tuple:
-    """Model (on the rank's own device), training data and validation data."""
     datasets = {name: load_training_data(path, options) for name, path in _sources(options.data).items()}
     dataset = datasets if len(datasets) > 1 else next(iter(datasets.values()))
     validation = None
@@ -96,5 +105,7 @@ def _print_summary(out: Path, select: str, *, has_validation: bool) -> None:
             # Intended: the base is evaluated at its own max_length, the result at that of training.
             warnings.filterwarnings("ignore", "the reports may not be comparable: max_length")
             print(embedft.compare(before, after, metric=select))
+        lengths = (report.setting["max_length"] for report in (before, after))
+        print("before: the base, at max_length {}; after: the new model, at max_length {}".format(*lengths))
         print("these questions chose the weights; to report a result, run embedft evaluate on others")
     print(f"model: {out / run_folder.MODEL}")

@@ -10,6 +10,7 @@ option that takes a loss accept the object.
 import functools
 import inspect
 import json
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -85,11 +86,12 @@ def build_loss(spec: Mapping[str, Any] | Loss) -> Loss:
 
 
 def describe_losses() -> str:
-    """One line per loss, with its options and their defaults; options without a default are required."""
+    """For each loss, its options and their defaults (options without one are required), and what it computes."""
     lines = []
     for name, loss in LOSSES.items():
         options = (k if x.default is x.empty else f"{k}={json.dumps(x.default)}" for k, x in loss_options(loss).items())
-        lines.append(" ".join([f"{name}:", *options]))
+        first, *_ = re.split(r"(?<=\.)\s", inspect.getdoc(loss) or "", maxsplit=1)
+        lines += [" ".join([f"{name}:", *options]), f"  {' '.join(first.split())}".rstrip()]
     return "\n".join(lines)
 
 
