@@ -1,5 +1,6 @@
 """loading.py: folders to and from sentence-transformers, checkpoints of all kinds, the hub, and every error."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -178,6 +179,21 @@ def test_prompts_in_place_of_the_folders(write_tiny, tmp_path):
     assert load(folder).prompt("query") == "query: "
     assert load(folder, prompts={"document": "d: "}).prompts == {"document": "d: "}
     assert load(folder, prompts={}).prompt("query") == ""
+
+
+def test_an_encoder_of_another_size_is_saved_with_its_own_sizes(tiny_bert, reference, tmp_path):
+    """What the checkpoint held besides the encoder, such as the pooler, was for the other size."""
+    embedder = load(tiny_bert)
+    config = dataclasses.replace(embedder.encoder.config, hidden_size=16, num_hidden_layers=1, intermediate_size=24)
+    torch.manual_seed(0)
+    embedder.encoder, embedder.pooling = type(embedder.encoder)(config).eval(), Pooling(("mean",), 16)
+    embedder.save(tmp_path / "saved")
+    saved, before = (read_json(folder / "config.json") for folder in (tmp_path / "saved", tiny_bert))
+    assert (saved["hidden_size"], saved["num_hidden_layers"], saved["vocab_size"]) == (16, 1, before["vocab_size"])
+    assert not any("pooler" in name for name in load_file(tmp_path / "saved" / "model.safetensors"))
+    found = embedder.encode(TEXTS)
+    assert np.array_equal(load(tmp_path / "saved").encode(TEXTS), found)
+    assert difference(reference(tmp_path / "saved").encode(TEXTS), found) <= 1e-6
 
 
 # Checkpoints.

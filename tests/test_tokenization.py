@@ -134,6 +134,12 @@ CONFIGS = {
     },
     "a fast class": {"tokenizer_class": "DistilBertTokenizerFast", "do_lower_case": False},
     "special tokens": {"additional_special_tokens": ["[ENT]", "hello"]},
+    "special tokens, named": {"extra_special_tokens": {"entity_token": "[ENT]"}},
+    "special tokens, listed twice": {
+        "added_tokens_decoder": {"30522": {"content": "[ENT]", "special": True, "normalized": False, "rstrip": True}},
+        "additional_special_tokens": ["[ENT]"],
+    },
+    "special tokens as objects": {"cls_token": {"content": "[CLS]", "__type": "AddedToken"}},
     "added tokens": {
         "added_tokens_decoder": {
             "30523": {"content": "limitorder", "special": False, "normalized": True, "single_word": False,
@@ -167,6 +173,14 @@ def test_tokenizer_config_is_applied_as_transformers_does(minilm_folder, tmp_pat
     assert Tokenizer.load(tmp_path / "saved", saved, max_length=64).encode(texts) == tokenizer.encode(texts)
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
     assert again(texts, truncation=True, max_length=64)["input_ids"] == tokenizer.encode(texts)
+
+
+@pytest.mark.parametrize("name", ["cls_token", "sep_token", "unk_token"])
+def test_other_special_tokens_than_those_of_tokenizer_json_are_refused(minilm_folder, name):
+    """transformers would put them around every text, or in place of every unknown word: other vectors."""
+    with pytest.raises(ValueError, match=naming("tokenizer_config.json", name, "[MASK]", "tokenizer.json")):
+        Tokenizer.load(Path(minilm_folder), {name: "[MASK]"}, max_length=64)
+    Tokenizer.load(Path(minilm_folder), {name: "[MASK]", "tokenizer_class": "PreTrainedTokenizerFast"}, max_length=64)
 
 
 @pytest.mark.parametrize("tokens", [{"x": {"content": "a"}}, {"5": 3}, {"5": {"content": 3}}, {"5": {"colour": "red"}}])

@@ -58,6 +58,7 @@ Schema = Mapping[str, tuple[str, Callable[[Any], bool]]]
 BOOL = ("true or false", lambda x: isinstance(x, bool))
 # Without lone surrogates, which JSON can spell but no tokenizer accepts.
 TEXT = ("a string", lambda x: x is None or (isinstance(x, str) and x == x.encode(errors="ignore").decode()))
+TOKEN = ("a token", lambda x: isinstance(x.get("content") if isinstance(x, dict) else x, str))
 LENGTH = ("a number of tokens", lambda x: type(x) in (int, float) and x >= 1)
 PLACE = ("one in this folder", lambda x: type(x) is str and "\0" not in x and not normpath(x).startswith(("..", "/")))
 SCHEMAS: dict[str, Schema] = {
@@ -81,6 +82,7 @@ SCHEMAS: dict[str, Schema] = {
         "model_max_length": LENGTH,
         "truncation_side": ("left or right", lambda x: x in ("left", "right")),
         "tokenizer_class": TEXT,
+        **dict.fromkeys(("cls_token", "sep_token", "unk_token"), TOKEN),
         **dict.fromkeys(("do_lower_case", "strip_accents", "tokenize_chinese_chars"), BOOL),
         "added_tokens_decoder": ("an object", lambda x: isinstance(x, dict)),
         "additional_special_tokens": ("a list", lambda x: isinstance(x, list)),
@@ -221,7 +223,6 @@ def read_encoder(folder: Path, family: Any, config: Any, dtype: torch.dtype) -> 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """Opens a safetensors file, without reading its tensors."""
     if not path.is_file():
         found = sorted(file.name for file in path.parent.iterdir() if file.suffix in (".bin", ".pt", ".safetensors"))
         raise ValueError(f"{path.parent}: no {WEIGHTS_FILE} (weights found: {', '.join(found) or 'none'})")
@@ -236,7 +237,6 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _read_state(path: Path, encoder: nn.Module, family: ModuleType) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(the encoder's state, the other tensors) of a checkpoint."""
     own, keys = encoder.state_dict(), family.key_map(encoder.config)
     wanted = {name for theirs in keys.values() for name in theirs}
     with _opened(path) as file:
@@ -301,16 +301,17 @@ def write_folder(folder: Path, embedder: nn.Module) -> None:
 
 
 def _encoder_parts(encoder: nn.Module, source: Source | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json, and the tensors by the names of the checkpoint."""
     family = next((family for family in FAMILIES.values() if type(encoder) is family.Encoder), None)
     if family is None:
         return custom.describe(encoder), encoder.state_dict()
     if source is None or source.family is not family:
         raise ValueError(f"cannot save {type(encoder)}: this Embedder was not loaded from a model folder of its family")
-    keys, tensors = family.key_map(encoder.config), dict(source.carried)
+    keys, tensors, config = family.key_map(encoder.config), dict(source.carried), source.config
+    if any(config.get(name, value) != value for name, value in vars(encoder.config).items()):
+        tensors, config = {}, config | vars(encoder.config)  # the carried tensors fit only the encoder that was loaded
     for ours, parameter in encoder.state_dict().items():
         tensors |= zip(keys[ours], parameter.chunk(len(keys[ours])), strict=True)
-    return source.config, tensors
+    return config, tensors
 
 
 def _write_pooling(folder: Path, pooling: Pooling, hidden_size: int) -> None:

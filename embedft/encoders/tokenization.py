@@ -72,7 +72,6 @@ class Tokenizer:
         return [encoding.ids for encoding in self._whole(texts, special=False)]
 
     def count(self, texts: Sequence[str]) -> list[int]:
-        """The number of tokens in each text, as `tokenize` returns them."""
         return list(map(len, self._whole(texts, special=False)))
 
     def windows(
@@ -108,7 +107,6 @@ class Tokenizer:
         return windows, source
 
     def _whole(self, texts: Sequence[str], *, special: bool = True) -> list[tokenizers.Encoding]:
-        """Encodes texts without truncation."""
         self.backend.no_truncation()
         try:
             return self.backend.encode_batch_fast(check_texts(texts), add_special_tokens=special)
@@ -134,7 +132,6 @@ class Tokenizer:
         return self._known[1]
 
     def save(self, folder: Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json."""
         with atomic_write(folder / TOKENIZER_FILE) as file:
             file.write(self.backend.to_str(pretty=True))
         write_json(folder / TOKENIZER_CONFIG_FILE, {**self.config, "model_max_length": self.max_length})
@@ -175,10 +172,17 @@ def _configure(backend: tokenizers.Tokenizer, config: dict) -> None:
             strip_accents=config.get("strip_accents"),
             lowercase=config.get("do_lower_case", True),
         )
+        named = {f"{kind}_token": config.get(f"{kind}_token", f"[{kind.upper()}]") for kind in ("cls", "sep", "unk")}
+        named = {name: token["content"] if isinstance(token, dict) else token for name, token in named.items()}
+        used = [*backend.encode("").tokens, getattr(backend.model, "unk_token", None)]
+        if used != list(named.values()):
+            raise ValueError(f"{TOKENIZER_CONFIG_FILE}: special tokens are {named}, but {TOKENIZER_FILE} uses {used}")
     token = numbered = config.get("added_tokens_decoder", {})
-    extra = [*config.get("additional_special_tokens", []), *config.get("extra_special_tokens", [])]
+    named = config.get("extra_special_tokens", [])
+    extra = [*config.get("additional_special_tokens", []), *(named.values() if isinstance(named, dict) else named)]
     try:
-        for token in [*(numbered[number] for number in sorted(numbered, key=int)), *extra]:
+        numbered = [numbered[number] for number in sorted(numbered, key=int)]
+        for token in numbered + [token for token in extra if token not in [known["content"] for known in numbered]]:
             token = {"content": token, "special": True} if isinstance(token, str) else dict(token)
             options = {key: token[key] for key in ("single_word", "lstrip", "rstrip", "special") if key in token}
             options["normalized"] = token.get("normalized", not token.get("special", False))
