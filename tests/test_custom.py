@@ -59,6 +59,20 @@ class Other(Encoder):
         super().__init__(config)
 
 
+@dataclass(eq=False)
+class ByIdentity:
+    hidden_size: int
+    vocab_size: int
+    name: str = "mine"
+    num_layers: int = 0
+    max_length = 64
+
+
+class Outer:
+    class Nested(Encoder):
+        pass
+
+
 class Deep(Encoder):
     def __init__(self, config):
         super().__init__(config)
@@ -135,6 +149,18 @@ def test_it_trains_saves_and_loads_in_another_program(make, mine, tmp_path, load
     assert names(done.stderr.splitlines()[-1], "mine_encoder.Encoder", "ModuleNotFoundError", "PYTHONPATH")
 
 
+def test_configs_are_compared_by_their_fields(make, mine, tmp_path):
+    embedder = make()
+    sizes = (embedder.encoder.config.hidden_size, embedder.encoder.config.vocab_size)
+    embedder.encoder = mine.Encoder(mine.ByIdentity(*sizes))
+    embedder.save(tmp_path / "model")
+    again = load_embedder(tmp_path / "model", device="cpu")
+    np.testing.assert_array_equal(again.encode(TEXTS), embedder.encode(TEXTS))
+    embedder.encoder = mine.Encoder(mine.ByIdentity(*sizes, name=(1,)))
+    with pytest.raises(ValueError, match=naming("mine_encoder.Encoder", "name=(1,)", "name=[1]")):
+        embedder.save(tmp_path / "other")
+
+
 def test_a_subclass_of_a_family_is_no_plain_model_of_it(tiny_bert, tmp_path, monkeypatch):
     """It has the same tensors, and would have been loaded as what it is not."""
     (tmp_path / "mine_bert.py").write_text(
@@ -175,6 +201,7 @@ def test_what_cannot_be_saved_is_refused_before_the_first_step(make, mine, tmp_p
         assert not (tmp_path / "run").exists()
 
     assert_refused(mine.Encoder(Local(*sizes)), repr(f"{Local.__module__}.{Local.__qualname__}"), "module.Class")
+    assert_refused(mine.Outer.Nested(plain.config), "mine_encoder.Outer.Nested", "top of a module")
     assert_refused(mine.Other(plain.config, more=1), "mine_encoder.Other", "config", "TypeError")
     monkeypatch.setattr(mine.Larger, "dim", sizes[0], raising=False)
     larger = mine.Larger(plain.config)

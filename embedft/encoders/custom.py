@@ -37,7 +37,8 @@ def describe(encoder: nn.Module) -> dict[str, Any]:
         settings = {field.name: getattr(config, field.name) for field in fields(config) if field.init}
         values["settings"] = json.loads(json.dumps(settings, allow_nan=False))
     family, read = read_family(values)
-    if (family.Encoder, read) != (type(encoder), config):
+    states = ([getattr(x, field.name) for field in fields(x)] for x in (read, config))  # not ==, for `eq=False`
+    if tuple(family) != (type(encoder), type(config)) or next(states) != next(states):
         raise ValueError(f"{paths[0]} with {config} cannot be saved: it loads as {family.Encoder} with {read}")
     fill(build(family, read, "meta"), encoder.state_dict(), f"{paths[0]}, rebuilt from its config")
     return values
@@ -80,4 +81,5 @@ def _in_one_line(what: str) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         found = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         hint = "; add its folder to PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
+        hint = "; expected a class at the top of a module" if "is not a package" in found else hint
         raise ValueError(f"{what} ({found}{hint})") from error
