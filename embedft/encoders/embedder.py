@@ -224,8 +224,9 @@ class Embedder(nn.Module):
                     packed = pack([token_ids[row] for row in rows], prompt_length=prompt_length)
                     vectors_ND[rows] = self._embed(packed).float().cpu().numpy()
                     if len(wrong := np.flatnonzero(~np.isfinite(vectors_ND[rows]).all(axis=1))):
-                        text = repr(keys[rows[wrong[0]]][:60])
-                        raise ValueError(f"the vector of {text} is not finite: check the model's weights")
+                        row = rows[wrong[0]]
+                        text = keys[row] if passages is None else self.tokenizer.backend.decode(token_ids[row])
+                        raise ValueError(f"the vector of {text[:60]!r} is not finite: check the model's weights")
                     done(len(rows))
                 return vectors_ND
 

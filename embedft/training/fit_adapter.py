@@ -8,6 +8,7 @@ Shapes: N queries, M documents or windows; of a step, B queries or pairs, C docu
 
 import math
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -137,7 +138,6 @@ def _fit(
 
 
 def _batches(examples: list[Any], size: int, *, shuffle: bool, seed: int) -> Iterator[list[Any]]:
-    """`size` examples at a time, endlessly."""
     generator, order = torch.Generator().manual_seed(seed), range(len(examples))
     while True:
         if shuffle:
@@ -147,7 +147,6 @@ def _batches(examples: list[Any], size: int, *, shuffle: bool, seed: int) -> Ite
 
 
 def _step(value: Tensor, optimizer: torch.optim.Optimizer, max_grad_norm: float, step: int) -> dict[str, float]:
-    """Takes one optimizer step. Returns its record."""
     optimizer.zero_grad()
     value.backward()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -164,6 +163,8 @@ def _full_corpus(
 ) -> tuple[list[int], Compute]:
     """The queries, and a function that computes the softmax over all documents for some of them."""
     relevant = _answers(qrels)
+    if {*map(len, relevant.values())} == {len(np.unique(documents.source))}:
+        warnings.warn("every document answers every question, so there is no training signal", stacklevel=4)
 
     def compute(rows: list[int]) -> Tensor:
         pairs, mapped_BD = Pairs.of(relevant, rows, documents), adapter(queries_ND[rows], "query")
@@ -209,7 +210,6 @@ def _in_batch(
 def _metrics(
     queries_ND: Tensor, documents: Documents, relevant: Answers, select: str, adapter: Adapter, *, at_once: int = 4_096
 ) -> dict[str, float]:
-    """Metrics of an adapter on queries ranked against all documents, `at_once` queries at a time."""
     queries, ranks = list(relevant), []
     for rows in (queries[first : first + at_once] for first in range(0, len(queries), at_once)):
         pairs, mapped_BD = Pairs.of(relevant, rows, documents), adapter(queries_ND[rows], "query")
@@ -243,13 +243,11 @@ def _checked(
 
 
 def _answers(qrels: Qrels) -> dict[int, list[int]]:
-    """The documents that answer each query; queries without any are left out."""
     relevant = {query: sorted(d for d, grade in grades.items() if grade > 0) for query, grades in qrels.items()}
     return {query: documents for query, documents in relevant.items() if documents}
 
 
 def _start(start: Adapter | None, config: AdapterConfig, dim: int, *, base: Base | None, normalize: bool) -> Adapter:
-    """The configured adapter, starting as the identity or as a copy of `start`."""
     own = {"low_rank": {"rank": config.rank}, "two_layer": {"hidden": config.hidden}}.get(config.kind, {})
     options = {"bias": config.bias, **own}
     with devices.seeded(config.seed, torch.device("cpu")):
