@@ -86,6 +86,7 @@ def source(thing: Any) -> tuple[str, tuple[str, ...]]:
 
 
 def _compiled(thing: Any) -> Any:
+    """The compiled code of a function, or of each method of a class."""
     if inspect.isclass(thing):
         return [(name, _compiled(value)) for name, value in sorted(vars(thing).items()) if hasattr(value, "__code__")]
     code = getattr(thing, "__code__", thing)

@@ -281,6 +281,8 @@ def test_the_key_is_hidden_in_every_form(monkeypatch, key):
         for gap in ("\n", " ", "\\n", "\r\n\t", "\u200b", "\\u200b"):
             assert server.redact(f"<{key[:place]}{gap}{key[place:]}>") == "<[secret]>"
     assert server.redact(f"{key} {key.upper()} x{key.lower()}y") == "[secret] [secret] x[secret]y"
+    for form in (key.replace("/", r"\/"), quote(quote(key, safe="")), quote(quote(key, safe="")).lower()):
+        assert server.redact(f"<{form}>") == "<[secret]>"
     for before in ("", "B", "Be", "Bearer ", "x-api-key: "):
         for form in encoded(before + key):
             redacted = server.redact(form)

@@ -24,7 +24,7 @@ from .sending import Response, retry_after_seconds
 
 OPENAI_HOST = "api.openai.com"
 OPENAI_URL = f"https://{OPENAI_HOST}/v1"
-BREAK = r"(?:\\[nrt]|\\u[0-9a-fA-F]{4}|[^\x21-\x7e])"  # line breaks and other characters that may split a quoted secret
+BREAK = r"(?:\\[nrt]|\\(?=/)|\\u[0-9a-fA-F]{4}|[^\x21-\x7e])"  # line breaks and others that may split a quoted secret
 FREE = (0, 0)
 FREE_SERVER_ERRORS = (500, 503, 529)  # nothing was done that could be charged; after 408, 502 or 504 it may have been
 # Connection errors raised before any byte was sent; by name, because openai chooses the HTTP library.
@@ -84,7 +84,7 @@ class Server:
         secrets += [(value, 8) for name, value in self.query.items() if name != "api-version"]
         for secret in (secret for secret, min_characters in secrets if len(secret) >= min_characters):
             data = secret.encode()
-            yield from {secret, quote(secret, safe=""), quote(secret), data.hex()}
+            yield from {secret, quote(secret, safe=""), quote(secret), quote(quote(secret, safe="")), data.hex()}
             for before in range(3):  # bytes before it in its first group of three; only characters it fills count
                 start, end = -(-8 * before // 6), 8 * (before + len(data)) // 6
                 code = b64encode(b"\0" * before + data).decode()[start:end]

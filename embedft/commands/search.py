@@ -74,6 +74,7 @@ def run(options: Options) -> None:
 
 
 def _load_documents(options: Options) -> tuple[RetrievalDataset, dict[str, str]]:
+    """The dataset to search, and {id: file and pages} of chunks."""
     path, places = Path(options.data), {}
     # Objects with `id` and `text` are chunks; no dataset has both.
     has_chunks = any((path / f"{name}.jsonl").is_file() for name in CHUNK_FILES)

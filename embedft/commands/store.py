@@ -66,6 +66,7 @@ def run(options: Options) -> int:
 
 
 def _verify(store, name: str, *, repair: bool) -> int:
+    """Prints the state of a space and returns the exit code."""
     try:
         num_rows, damaged = store.verify(name, repair=repair)
     except ValueError as error:

@@ -179,6 +179,7 @@ class _Cutter:
         return [max(n, len(text) // 100) for n, text in zip(self.count_tokens(texts), texts, strict=True)]
 
     def _count(self, units: Sequence[_Unit], first: int, end: int) -> int:
+        """The tokens of the chunk of units `first` to `end`."""
         return self._counts([self.prefix + self.text[units[first].start : units[end - 1].stop]])[0]
 
     def _fill(self, units: Sequence[_Unit], first: int, *, max_saved: int = 2) -> tuple[int, int]:

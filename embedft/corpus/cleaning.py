@@ -180,6 +180,7 @@ def question_key(text: str) -> str:
 
 
 def _count(dropped: Dropped) -> list[tuple[str, int]]:
+    """(reason, number of queries), most frequent first."""
     return Counter(reason for reason, _ in dropped.values()).most_common()
 
 

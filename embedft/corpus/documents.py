@@ -92,6 +92,7 @@ def _suffix(name: str) -> str:
 
 
 def _find_files(paths: Sequence[str | Path]) -> tuple[list[str], list[Skipped]]:
+    """The files to read, without duplicates, and what was left out."""
     names: dict[str, str] = {}  # by real path, since links give a file several names
     skipped = []
     for path in map(os.fspath, paths):

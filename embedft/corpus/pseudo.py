@@ -84,6 +84,7 @@ def pair_dataset(pairs: Mapping[str, tuple[str | None, str]]) -> RetrievalDatase
 
 
 def _sentences(text: str) -> list[tuple[str, int, int]]:
+    """(sentence on one line, its start, its stop) for each sentence of a text."""
     return [(" ".join(text[start:stop].split()), start, stop) for start, stop in sentence_spans(text)]
 
 
@@ -99,6 +100,7 @@ def _sentence_pairs(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _heading_pair(text: str) -> tuple[str, str] | None:
+    """(heading, rest) of a chunk that begins with a heading, else None."""
     first, _, rest = text.strip().partition("\n")
     heading, rest = " ".join(re.sub(r"^#+\s|\s#+\s*$", "", first).split()), rest.strip()
     is_heading = (
@@ -118,6 +120,7 @@ def _is_sentence(text: str) -> bool:
 
 
 def _mostly_words(text: str) -> bool:
+    """Whether more than half of a line's words are all letters, and it is not a Markdown table row."""
     of_letters = [re.sub(r"^\W+|\W+$|['’-]", "", part).isalpha() for part in text.split()]
     return 2 * sum(of_letters) > len(of_letters) and "|" not in text
 

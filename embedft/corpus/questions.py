@@ -155,6 +155,7 @@ def question_dataset(chunks: Sequence[Chunk], questions: Mapping[str, Sequence[s
 
 
 def _jobs(chunks: Sequence[Chunk], config: QuestionConfig, template: str) -> dict[str, Job]:
+    """{key: one job for all chunks with the same text}."""
     if not chunks:
         raise ValueError("there are no chunks to write questions for")
     check_distinct([chunk.id for chunk in chunks], "chunk id")
@@ -196,6 +197,8 @@ def _read_replies(folder: Path, *, repair: bool) -> tuple[list[dict[str, Any]], 
 
 
 class _Asker:
+    """Sends one request, and interprets its reply."""
+
     def __init__(self, config: QuestionConfig, template: str):
         self.config, self.template = config, template
         self.client = Client(Server.find(config.base_url), timeout_seconds=config.timeout_seconds)

@@ -194,6 +194,7 @@ class RetrievalDataset:
         return take(True), take(False)
 
     def _connected_components(self) -> tuple[dict[str, int], dict[str, int]]:
+        """{query id: component} and {document id: component} for `split`."""
         nodes: dict[tuple[str, str], int] = {}  # equal texts are one node
         of_query = {i: nodes.setdefault(("query", text), len(nodes)) for i, text in self.queries.items()}
         of_document = {i: nodes.setdefault(("document", text), len(nodes)) for i, text in self.texts.items()}

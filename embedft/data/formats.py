@@ -104,6 +104,7 @@ def _known(i: str, texts: Texts) -> str:
 
 
 def _read_llamaindex(path: Path, skip_empty: bool) -> tuple[Texts, Texts, dict[str, list[str]]]:
+    """Queries, corpus and relevant_docs."""
     content = read_object(path)
     names = ("queries", "corpus", "relevant_docs")
     if not all(isinstance(content.get(name), dict) for name in names):
@@ -159,6 +160,7 @@ def _collect(entries: Iterable[Entry], *, allow_empty: bool) -> tuple[Texts, Tex
 
 
 def _read_rows(path: Path) -> Iterator[Entry]:
+    """Yields the lines of corpus.jsonl or queries.jsonl."""
     for line, row in read_jsonl(path):
         where = f"{path} line {line}"
         check_object(row, where)
@@ -166,6 +168,7 @@ def _read_rows(path: Path) -> Iterator[Entry]:
 
 
 def _read_topics(path: Path) -> Iterator[Entry]:
+    """Yields the titles, or queries, of a TREC topics file."""
     text = read_text(path)
     old = re.findall(r"(?is)<top>.*?<num>\s*(?:Number:)?\s*([^\s<]+).*?<title>\s*(?:Topic:)?([^<]*)", text)
     inside = r"(?:(?:(?!</topic>).)*?<(?:query|title)>)?([^<]*)"  # some topics are the query itself

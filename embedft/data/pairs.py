@@ -112,6 +112,7 @@ def _find_columns(columns: tuple[str, ...]) -> dict[str, str]:
 
 
 def _find_negatives(values: dict[str, Any]) -> list[tuple[Any, str | None]]:
+    """(text, its own id or None) of each negative of a row."""
     texts, ids = values.get("negatives"), values.get("negative_ids")
     texts = [] if texts is None else texts
     if not isinstance(texts, list):

@@ -41,6 +41,7 @@ class Packed(NamedTuple):
         return self.cu_seqlens.diff().long()
 
     def to(self, device: torch.device | str) -> "Packed":
+        """The same on another device."""
         return Packed(*(x.to(device) if isinstance(x, Tensor) else x for x in self))
 
 

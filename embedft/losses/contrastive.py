@@ -70,6 +70,7 @@ class InBatch:
             raise ValueError(f"hardness_strength is {self.hardness_strength} without hardness")
 
     def loss(self, Q: Tensor, D: Tensor, targets: Targets, temperature: float | Tensor) -> Tensor:
+        """`in_batch_negatives` at a temperature."""
         if not self.in_batch:
             targets.check_several("in_batch=False")
         if len(Q) == 1 or len(self.directions) == 1:

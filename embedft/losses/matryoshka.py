@@ -80,6 +80,7 @@ class Matryoshka(nn.Module):
         return total if self.reduction == "sum" else total / len(places)
 
     def _draw(self) -> list[int]:
+        """Which of `dims` this call uses, largest first."""
         if not self.training or self.dims_per_step in (-1, len(self.dims)):
             return list(range(len(self.dims)))
         # The generator takes 32 bits; the factor keeps neighbouring seeds from drawing the same, one call apart.

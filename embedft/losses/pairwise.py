@@ -143,6 +143,7 @@ def listed_targets(targets: Targets, loss: str, like: Tensor) -> Tensor:
 
 
 def _pair_distances(Q: Tensor, D: Tensor, targets: Targets, distance: str, loss: str) -> tuple[Tensor, Tensor]:
+    """Distances of the positive and of the negative pairs, each [P]."""
     if targets.relevance is None:
         targets.check_several(loss)
     distances_BG = _listed_distances(Q, D, targets, distance, as_pairs=True)
@@ -164,6 +165,7 @@ def _listed_distances(Q: Tensor, D: Tensor, targets: Targets, distance: str, *, 
 
 
 def _scored_pairs(scores_BG: Tensor, targets: Targets, loss: str, pairs: str) -> tuple[Tensor, Tensor]:
+    """Score and gold score of every pair, each [P]."""
     check_one_of("pairs", pairs, ("first", "all"))
     gold_BG, is_listed_BG = listed_targets(targets, loss, scores_BG), targets.group >= 0
     if pairs == "first":

@@ -153,6 +153,7 @@ class Targets:
         return replace(self, **parts, known=known[known[:, 0] >= 0], references=references)
 
     def to(self, device: torch.device | str) -> "Targets":
+        """The same on another device."""
         moved = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
         references = {name: (Q.to(device), D.to(device)) for name, (Q, D) in self.references.items()}
         return Targets(**moved, references=references)
@@ -173,6 +174,7 @@ class Targets:
         return self._numbers()[queries], documents
 
     def _check_numbers(self, num_documents: float = math.inf) -> None:
+        """Raises `ValueError` for an index that is not a query or document (`document` gives their number)."""
         if self.document is not None:
             documents = self.document.unique()
             num_documents = len(documents)

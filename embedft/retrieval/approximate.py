@@ -101,6 +101,7 @@ def check_index(name: str, dim: int, *, num_documents: int | None = None) -> tup
 
 @contextlib.contextmanager
 def _refusals(name: str, dim: int) -> Iterator[None]:
+    """Turns what FAISS raises about an index into a `ValueError`."""
     try:
         yield
     except RuntimeError as error:
@@ -112,6 +113,7 @@ def _refusals(name: str, dim: int) -> Iterator[None]:
 
 
 def _ivf(index: Any) -> Any:
+    """The inverted file in an index, or None."""
     import faiss
 
     with contextlib.suppress(RuntimeError):

@@ -199,6 +199,7 @@ def measure(judgments: Judgments, metrics: Sequence[Metric], *, gain: Gain = "bi
 
 
 def _resolve(metric: Metric) -> tuple[str, Callable[..., np.ndarray], dict[str, Any]]:
+    """A metric's full name, its function and {"k": its cutoff}."""
     if not isinstance(metric, str):
         name = getattr(metric, "__name__", "")
         if not (callable(metric) and name.isidentifier()):

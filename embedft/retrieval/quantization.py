@@ -85,10 +85,12 @@ class QuantizedIndex(Index):
             self.codes[first : first + len(part)] = codes
 
     def vectors(self, rows: np.ndarray | slice) -> np.ndarray:
+        """The decoded vectors of some rows, float32."""
         codes = self.codes[rows]
         return from_binary(codes, self.dim) if self.ranges is None else from_int8(codes, self.ranges)
 
     def decode(self) -> np.ndarray:
+        """All decoded vectors, [N, D] float32."""
         decoded_ND = np.empty((len(self), self.dim), dtype=np.float32)
         for part in self._slices():
             decoded_ND[part] = self.vectors(part)

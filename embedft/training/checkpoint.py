@@ -121,6 +121,7 @@ def load_checkpoint(folder: Path, state: TrainState) -> bool:
 
 
 def _check_files(path: Path, before: list[Path]) -> None:
+    """Raises `ValueError` for the first file of a checkpoint that is missing or has changed."""
     try:
         expected = read_object(path / FILES)
     except (OSError, ValueError):

@@ -49,6 +49,7 @@ class Documents:
         return len(self.rows)
 
     def windows(self, document: int) -> range:
+        """The places of a document's vectors."""
         return range(*np.searchsorted(self.source, [document, document + 1]).tolist())
 
     def subset(self, kept: Sequence[int]) -> "Documents":
@@ -193,6 +194,7 @@ class _FrozenLogSum(torch.autograd.Function):
 
 
 def _scores(Q: Tensor, documents: Documents, pairs: Pairs, part: slice, document_map: DocumentMap | None) -> Tensor:
+    """Scores of one part, [B, C]; NOTHING where the document answers the query."""
     scores_BC = Q @ _unit_vectors(documents, part, document_map).T
     scores_BC[pairs.within(part)] = NOTHING
     return scores_BC

@@ -177,6 +177,7 @@ def check_same(values: Mapping[str, Any]) -> None:
 
 
 def _from_each(value: Any) -> list[Any]:
+    """The value of each rank, on every rank."""
     values = [value] * rank_and_size()[1]
     if len(values) > 1:
         dist.all_gather_object(values, value)

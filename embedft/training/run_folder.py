@@ -119,6 +119,7 @@ def close_run(out: Path) -> None:
 
 
 def _tidy(out: Path) -> None:
+    """Deletes what a finished run no longer needs."""
     # A finished run without its log was being set aside when its process was killed.
     if (out / LOG).exists() or (out / REPLACED / DONE).exists():
         remove(out / CHECKPOINTS, out / REPLACED, *out.glob(".*.tmp"))
