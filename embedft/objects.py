@@ -1,4 +1,4 @@
-"""Describes the Python objects passed to a run, for its records: name, source hash, settings.
+"""Describes the Python objects passed to a run, for its records: name, source hash, settings; finds some by name.
 
     describe_object(my_loss)      # {"name": "__main__.my_loss", "sha256": "9f86...", "values": {}}
 
@@ -8,9 +8,12 @@ Not recorded: tensors, attributes and keys that begin with "_", and code that th
 import ast
 import functools
 import hashlib
+import importlib
 import inspect
 import textwrap
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -95,3 +98,24 @@ def _compiled(thing: Any) -> Any:
     # Sets are ordered differently in each process.
     constants = [sorted(value, key=repr) if isinstance(value, frozenset) else value for value in code.co_consts]
     return code.co_code, code.co_names, [_compiled(value) if inspect.iscode(value) else value for value in constants]
+
+
+def find_object(path: Any) -> Any:
+    """What is at "module.name". Importing the module runs it, so what no program can import is refused before."""
+    module, _, name = str(path).rpartition(".")
+    if not all(part.isidentifier() and part != "__main__" for part in (*module.split("."), name)):
+        raise ValueError(f"{path!r} cannot be imported by another program, expected module.name")
+    with in_one_line(f"{path} cannot be imported here"):
+        return getattr(importlib.import_module(module), name)
+
+
+@contextmanager
+def in_one_line(what: str) -> Iterator[None]:
+    """Turns anything that a user's code raises, `sys.exit` included, into a `ValueError`."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        found = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        hint = "; add its folder to PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
+        hint = "; expected a name at the top of a module" if "is not a package" in found else hint
+        raise ValueError(f"{what} ({found}{hint})") from error

@@ -106,6 +106,15 @@ def test_a_single_setting_replaces_every_setting_of_a_grid(place, capsys):
     assert {path.name for path in (place / "eval").iterdir()} == {"metrics.json", "per_query.jsonl", "run.trec"}
 
 
+def test_a_metric_by_its_import_path(place, capsys, monkeypatch):
+    (place / "by_path.py").write_text("def first(judgments, k): return judgments.grades_QK[:, :k].sum(axis=1)\n")
+    monkeypatch.syspath_prepend(place)
+    run(capsys, "evaluate model pairs.json --no-bm25 --metrics by_path.first@3 hit_rate@3 --out eval")
+    saved = Report.load(place / "eval")
+    assert saved.metrics["by_path.first@3"] == saved.metrics["hit_rate@3"]  # one answer each
+    assert "by_path.first@3" in run(capsys, "compare eval eval --metric by_path.first@3")
+
+
 def test_evaluate_without_bm25(place, capsys):
     report = evaluate(make_embedder(place / "model"), make_dataset())
     assert run(capsys, "evaluate model pairs.json --no-bm25 --out eval") == f"model: {report}\n"

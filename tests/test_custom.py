@@ -200,7 +200,7 @@ def test_what_cannot_be_saved_is_refused_before_the_first_step(make, mine, tmp_p
             )
         assert not (tmp_path / "run").exists()
 
-    assert_refused(mine.Encoder(Local(*sizes)), repr(f"{Local.__module__}.{Local.__qualname__}"), "module.Class")
+    assert_refused(mine.Encoder(Local(*sizes)), repr(f"{Local.__module__}.{Local.__qualname__}"), "module.name")
     assert_refused(mine.Outer.Nested(plain.config), "mine_encoder.Outer.Nested", "top of a module")
     assert_refused(mine.Other(plain.config, more=1), "mine_encoder.Other", "config", "TypeError")
     monkeypatch.setattr(mine.Larger, "dim", sizes[0], raising=False)
@@ -212,7 +212,7 @@ def test_what_cannot_be_saved_is_refused_before_the_first_step(make, mine, tmp_p
     monkeypatch.setattr(mine, "Encoder", mine.Larger)
     assert_refused(plain, "mine_encoder.Encoder", "mine_encoder.Larger")
     monkeypatch.setattr(type(plain), "__module__", "__main__")
-    assert_refused(plain, "__main__.Encoder", "module.Class")
+    assert_refused(plain, "__main__.Encoder", "module.name")
     assert not steps
 
 
@@ -223,7 +223,7 @@ def test_what_cannot_be_saved_is_refused_before_the_first_step(make, mine, tmp_p
         ({"encoder": "pathlib.Path"}, ("pathlib.Path", "mine_encoder.Config", "nn.Module", "dataclass")),
         ({"encoder": "mine_encoder.None"}, ("mine_encoder.None", "AttributeError", "'None'")),
         *(
-            ({"encoder": path}, ("class", repr(path), "module.Class"))
+            ({"encoder": path}, (repr(path), "module.name"))
             for path in (5, "", "..", ".a.B", "noDot", "a-b.C", "embedft.__main__.X", "idlelib.__main__.X")
         ),
         ({"encoder": "mine_exits.X"}, ("mine_exits.X", "SystemExit", 1)),

@@ -160,6 +160,23 @@ def test_one_line_registers_a_metric(monkeypatch):
         measure(HAND, ["cutoff"])
 
 
+def test_a_metric_by_its_import_path(tmp_path, monkeypatch):
+    (tmp_path / "by_path.py").write_text(
+        "import numpy as np\ndef cutoff(judgments, k=3): return np.full(1, k)\nX = 1\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert list(measure(HAND, ["by_path.cutoff@7", "by_path.cutoff"]).items()) == [
+        ("by_path.cutoff@7", [7.0]),
+        ("by_path.cutoff", [3.0]),
+    ]
+    with pytest.raises(ValueError, match=naming("metric", "'by_path.X'", "module.function")):
+        measure(HAND, ["by_path.X"])
+    with pytest.raises(ValueError, match=naming("by_path.none", "AttributeError")):
+        measure(HAND, ["by_path.none@5"])
+    with pytest.raises(ValueError, match=naming("no_such_module.x", "PYTHONPATH")):
+        measure(HAND, ["no_such_module.x"])
+
+
 def test_values_of_ones_own_metric_are_checked():
     for values in (np.ones(2), np.ones((1, 1)), [math.nan], 1.0):
 

@@ -6,10 +6,8 @@
 Not here: embedft's own families, whose folders other libraries can read too (folder.py).
 """
 
-import importlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +15,7 @@ import torch
 from torch import nn
 
 from .. import device as devices
+from ..objects import find_object, in_one_line
 from .adapter import fill
 
 MODEL_TYPE = "custom"  # in config.json
@@ -33,7 +32,7 @@ def describe(encoder: nn.Module) -> dict[str, Any]:
     """The fields of config.json. Raises `ValueError` for an encoder that cannot be rebuilt from them."""
     config, paths = encoder.config, [f"{x.__module__}.{x.__qualname__}" for x in (type(encoder), type(encoder.config))]
     values = {"model_type": MODEL_TYPE, "encoder": paths[0], "encoder_config": paths[1]}
-    with _in_one_line(f"encoder.config is {config}, which cannot be saved"):
+    with in_one_line(f"encoder.config is {config}, which cannot be saved"):
         settings = {field.name: getattr(config, field.name) for field in fields(config) if field.init}
         values["settings"] = json.loads(json.dumps(settings, allow_nan=False))
     family, read = read_family(values)
@@ -46,10 +45,10 @@ def describe(encoder: nn.Module) -> dict[str, Any]:
 
 def read_family(values: Mapping[str, Any]) -> tuple[Family, Any]:
     """Imports the classes that config.json names, and reads the configuration. Raises `ValueError` if it cannot."""
-    family, settings = Family(_find(values["encoder"]), _find(values["encoder_config"])), values["settings"]
+    family, settings = Family(find_object(values["encoder"]), find_object(values["encoder_config"])), values["settings"]
     if not (isinstance(family.Encoder, type) and issubclass(family.Encoder, nn.Module) and is_dataclass(family.Config)):
         raise ValueError(f"{values['encoder']} and {values['encoder_config']} are not an nn.Module and a dataclass")
-    with _in_one_line(f"{values['encoder_config']} cannot be made from its settings"):
+    with in_one_line(f"{values['encoder_config']} cannot be made from its settings"):
         config = family.Config(**settings)
     for name, kinds in (("hidden_size", (int,)), ("max_length", (int, float))):
         if type(size := getattr(config, name, None)) not in kinds or not size >= 1:
@@ -60,26 +59,5 @@ def read_family(values: Mapping[str, Any]) -> tuple[Family, Any]:
 def build(family: Family, config: Any, device: str) -> nn.Module:
     """An encoder whose weights are yet to be loaded. Raises `ValueError` if its class needs more than its config."""
     what = f"{family.Encoder} cannot be made from its config alone on device {device}"
-    with _in_one_line(what), devices.seeded(0, torch.device("cpu")), torch.device(device):  # the caller's draws stay
+    with in_one_line(what), devices.seeded(0, torch.device("cpu")), torch.device(device):  # the caller's draws stay
         return family.Encoder(config)
-
-
-def _find(path: Any) -> Any:
-    """What is at "module.Class". Importing the module runs it, so what no program can import is refused before."""
-    module, _, name = str(path).rpartition(".")
-    if not all(part.isidentifier() and part != "__main__" for part in (*module.split("."), name)):
-        raise ValueError(f"the class {path!r} cannot be imported by another program, expected module.Class")
-    with _in_one_line(f"the encoder's class is {path}, which cannot be imported here"):
-        return getattr(importlib.import_module(module), name)
-
-
-@contextmanager
-def _in_one_line(what: str) -> Iterator[None]:
-    """Turns anything that a user's code raises, `sys.exit` included, into a `ValueError`."""
-    try:
-        yield
-    except (Exception, SystemExit) as error:
-        found = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        hint = "; add its folder to PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
-        hint = "; expected a class at the top of a module" if "is not a package" in found else hint
-        raise ValueError(f"{what} ({found}{hint})") from error

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..objects import find_object
 from .run import Run
 
 Qrels = Mapping[str, Mapping[str, float]]
@@ -160,7 +161,7 @@ METRICS: dict[str, Callable[..., np.ndarray]] = {
     "judged": judged,
 }
 
-Metric = str | Callable[..., np.ndarray]  # "ndcg@20", or a function (judgments, k=None) -> [Q]
+Metric = str | Callable[..., np.ndarray]  # "ndcg@20", "my.function@5", or a function (judgments, k=None) -> [Q]
 
 
 def select_metrics(metrics: Sequence[Metric] | None = None, *, ks: Sequence[int], depth: int) -> list[Metric]:
@@ -180,8 +181,9 @@ def select_metrics(metrics: Sequence[Metric] | None = None, *, ks: Sequence[int]
 
 
 def measure(judgments: Judgments, metrics: Sequence[Metric], *, gain: Gain = "binary") -> dict[str, np.ndarray]:
-    """The values of several metrics, {"ndcg@20": [Q] float64, ...}: names of METRICS with a cutoff (optional for ndcg,
-    map, mrr; none for rprec), or functions (judgments, k=None) -> [Q], called without a cutoff, under their own names.
+    """The values of several metrics, {"ndcg@20": [Q] float64, ...}: names of METRICS or of importable functions
+    ("my_metrics.last_rank@10"), with a cutoff (optional for ndcg, map, mrr; none for rprec), or functions (judgments,
+    k=None) -> [Q], called without a cutoff, under their own names.
     Raises `ValueError` for an invalid name or cutoff, a name given twice, or values that are not Q finite numbers."""
     functions, values = {}, {}
     for metric in metrics:
@@ -206,12 +208,14 @@ def _resolve(metric: Metric) -> tuple[str, Callable[..., np.ndarray], dict[str, 
             raise ValueError(f"metric {metric!r}: expected a name or a named function")
         return name, metric, {}
     name, at, cutoff = metric.partition("@")
-    if name not in METRICS:
-        raise ValueError(f"unknown metric {metric!r}; valid, with a cutoff as in ndcg@10: {', '.join(METRICS)}")
-    parameter = inspect.signature(METRICS[name]).parameters.get("k")
+    function = METRICS.get(name) or ("." in name and find_object(name))
+    if not callable(function):
+        valid = f"{', '.join(METRICS)}, or module.function"
+        raise ValueError(f"unknown metric {metric!r}; valid, with a cutoff as in ndcg@10: {valid}")
+    parameter = inspect.signature(function).parameters.get("k")
     if at and parameter is None:
         raise ValueError(f"metric {metric!r}: {name} takes no cutoff")
     needs_cutoff = parameter is not None and parameter.default is parameter.empty
     if (at or needs_cutoff) and not re.fullmatch("[1-9][0-9]*", cutoff):
         raise ValueError(f"metric {metric!r} needs a cutoff of at least 1, as in {name}@10")
-    return metric, METRICS[name], {"k": int(cutoff)} if at else {}
+    return metric, function, {"k": int(cutoff)} if at else {}
