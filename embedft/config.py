@@ -117,7 +117,7 @@ def _kind(field: dataclasses.Field) -> tuple[Any, Any]:
     """(list, X) for the type list[X], (dict, dict) for dict[str, X], else (X, X); the same with "or None"."""
     plain = field.type
     if typing.get_origin(plain) in UNIONS:
-        (plain,) = (option for option in typing.get_args(plain) if option is not types.NoneType)
+        plain = next(option for option in typing.get_args(plain) if option is not types.NoneType)
     if typing.get_origin(plain) is list:
         return list, typing.get_args(plain)[0]
     return (dict, dict) if typing.get_origin(plain) is dict else (plain, plain)

@@ -744,7 +744,7 @@ def test_no_reply_is_taken_amiss():
     """Thousands of replies with a random part replaced, dropped or doubled: right vectors, or a reason in one line."""
     texts = some_texts(3)
     good = ApiServer(dimensions=4).embed({"input": texts, "model": "m"})
-    endpoint = endpoints.Endpoint("m", base_url="http://localhost:1/v1")
+    endpoint = endpoints.Endpoint(endpoints.EndpointConfig("m", base_url="http://localhost:1/v1"))
     fetch = endpoints.Fetch(endpoint, dict.fromkeys(texts, 0), "", None)
 
     async def read(reply: object) -> sending.Response:
@@ -1037,6 +1037,7 @@ def test_errors_from_the_command_line(tmp_path, data, monkeypatch, capsys):
         "--max-length 8": ("openai:m", "--max-length"),
         "--dtype bfloat16": ("openai:m", "dtype"),
         "--requests-per-minute 0": ("--requests-per-minute", 0, 1),
+        "--concurrency 0": ("--concurrency", 0, 1),
         "--base-url ftp://x": ("--base-url", "'ftp://x'"),
     }
     for options, facts in cases.items():

@@ -12,13 +12,13 @@ import json
 import os
 import re
 from base64 import b64encode
-from collections.abc import Collection, Coroutine, Iterator, Mapping
+from collections.abc import Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlsplit
 
-from ..config import check_types
+from ..config import REQUIRED, check_types, option
 from .ledger import USAGE, is_count
 from .sending import Response, retry_after_seconds
 
@@ -34,6 +34,38 @@ STOP = (*range(300, 400), 401, 402, 403, 404, 405, 407)
 RETRY = (408, 409, 425, 429)
 OVERLOADED = (502, 503, 504, 529)  # other 5xx may be refusals: llama.cpp, Ollama and LiteLLM reject requests with 500
 HINTS = {401: " (is OPENAI_API_KEY right?)", 404: " (is the model's name right, and does the base URL end in /v1?)"}
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Requests to an OpenAI-compatible server. Raises `ValueError` for a value out of range or that cannot be sent."""
+
+    model: str = option(REQUIRED, "name of the model on its server")
+    _: KW_ONLY
+    base_url: str | None = option(None, "server address [OPENAI_BASE_URL, else api.openai.com]", metavar="URL")
+    parameters: dict[str, Any] = option({}, "sent unchanged in each request: temperature, seed, input_type, ...")
+    concurrency: int = option(8, "requests in flight at once", least=1)
+    requests_per_minute: int | None = option(None, "maximum in any 60 seconds [no limit]", least=1)
+    tokens_per_minute: int | None = option(None, "the same: bytes / 4, plus the reply's limit [no limit]", least=1)
+    timeout_seconds: float = option(60.0, "timeout of each reply", above=0)
+    max_attempts: int = option(6, "times that a run may send the same request", least=1)
+    max_cost: float | None = option(None, "budget over all runs with the same ledger or --out [no limit]", above=0)
+    own_parameters = ()  # not a field: what embedft itself sets in a request
+    prices = None  # not a field: per million tokens of prompts and of replies
+
+    def __post_init__(self) -> None:
+        check_types(type(self), vars(self))
+        if not self.model.strip():
+            raise ValueError("model is empty, expected a name that the server knows")
+        if taken := self.parameters.keys() & set(self.own_parameters):
+            raise ValueError(f"parameters: {min(taken)!r} is set by embedft itself and cannot be sent as a parameter")
+        try:
+            json.dumps(self.parameters, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"parameters cannot be sent as JSON: {error}") from None
+        if self.max_cost is not None and self.prices is None:
+            names = " and ".join(name for name in vars(self) if name.startswith("price"))
+            raise ValueError(f"max_cost needs {names}, per million tokens")
 
 
 @dataclass(frozen=True)
@@ -193,16 +225,3 @@ def reported_usage(reply: Mapping[str, Any], *, writes: bool) -> tuple[int, int]
     prompt, written = map(usage.get, USAGE)
     counts = (prompt, written) if writes else (usage.get("total_tokens") if prompt is None else prompt, 0)
     return counts if all(map(is_count, counts)) else None
-
-
-def check_options(settings: Any, *, own_parameters: Collection[str]) -> None:
-    """Raises `ValueError` for a field out of range (`config.option`), or a parameter that cannot be sent."""
-    check_types(type(settings), vars(settings))
-    if not settings.model.strip():
-        raise ValueError("model is empty, expected a name that the server knows")
-    if taken := settings.parameters.keys() & set(own_parameters):
-        raise ValueError(f"parameters: {min(taken)!r} is set by embedft itself and cannot be sent as a parameter")
-    try:
-        json.dumps(settings.parameters, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"parameters cannot be sent as JSON: {error}") from None

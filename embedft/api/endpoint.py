@@ -1,6 +1,6 @@
 """Embeds many texts with one server and model: batching, cutting long texts, errors and costs.
 
-endpoint = Endpoint("text-embedding-3-small", price=0.02, max_cost=1.00)
+endpoint = Endpoint(EndpointConfig("text-embedding-3-small", price=0.02, max_cost=1.00))
 Fetch(endpoint, {"a text": 0}, prompt="", keep=vectors.update).run()
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from ..config import option
 from ..files import append_jsonl, locked
-from .client import Client, Server, check_options, reported_usage
+from .client import Client, Server, ServerConfig, reported_usage
 from .ledger import Ledger
 from .sending import BYTES_A_TOKEN, Forms, Job, RateLimit, Response, Sender
 
@@ -41,48 +41,46 @@ class ApiCosts(Ledger):
         return f"{texts}: {self.num_requests:,} requests{unreported}, {self.prompt_tokens:,} tokens{cost}"
 
 
-@dataclass
+@dataclass(frozen=True)
+class EndpointConfig(ServerConfig):
+    """A model behind an OpenAI-compatible server (openai:MODEL)."""
+
+    _: KW_ONLY
+    dimensions: int | None = option(None, "dimensions to request [all]", least=1)
+    too_long: Literal["refuse", "cut"] = option("refuse", "what to do with texts that the server finds too long")
+    batch_texts: int = option(256, "texts per request; lowered if the server refuses that many", least=1, below=2_049)
+    batch_bytes: int = option(300_000, "bytes per request; a longer text goes alone", least=1)
+    price: float | None = option(None, "per million tokens; until usage is reported, a byte counts as one", least=0)
+    ledger: str | Path | None = option(None, "JSONL file with a line before and after each request", metavar="FILE")
+    own_parameters = ("model", "input", "dimensions")
+
+    @property
+    def prices(self) -> tuple[float, float] | None:
+        return None if self.price is None else (self.price, 0.0)
+
+
 class Endpoint:
     """A server's /embeddings endpoint, for one model. `dim` is 0 until known; `costs` are the totals so far.
     Remembers across fetches which encoding format and batch size the server accepts."""
 
-    model: str
-    _: KW_ONLY
-    base_url: str | None = option(None, "such as http://localhost:8000/v1; None: OPENAI_BASE_URL, else OpenAI")
-    dimensions: int | None = option(None, "dimensions to request; None: all", least=1)
-    parameters: Mapping[str, Any] = option({}, 'sent unchanged, such as {"input_type": "query"}')
-    too_long: Literal["refuse", "cut"] = option("refuse", '"cut": `shorten` a refused text until it is accepted')
-    batch_texts: int = option(256, "texts per request; lowered if the server refuses that many", least=1, below=2_049)
-    batch_bytes: int = option(300_000, "bytes per request; a longer text goes alone", least=1)
-    concurrency: int = option(8, "requests in flight at once", least=1)
-    max_attempts: int = option(6, "maximum requests per batch", least=1)
-    requests_per_minute: int | None = option(None, "maximum in any 60 seconds", least=1)
-    tokens_per_minute: int | None = option(None, "maximum in any 60 seconds, at four bytes per token", least=1)
-    timeout_seconds: float = option(60.0, "timeout of a request", above=0)
-    price: float | None = option(None, "per million tokens; until usage is reported, a byte counts as one", least=0)
-    max_cost: float | None = option(None, "budget over all runs of the ledger; without one, of this object", above=0)
-    ledger: str | Path | None = option(None, "JSONL with a line before and after each request; for one process")
-
-    def __post_init__(self) -> None:
-        check_options(self, own_parameters=("model", "input", "dimensions"))
-        if self.max_cost is not None and self.price is None:
-            raise ValueError("max_cost needs price, the price per million tokens")
-        self.server, self.dim = Server.find(self.base_url), self.dimensions or 0
-        self.name, self.base_url = f"{self.server.name}, {self.model}", self.server.name  # without its secrets
+    def __init__(self, config: EndpointConfig):
+        self.config, self.server = config, Server.find(config.base_url)
+        self.name = f"{self.server.name}, {config.model}"
+        self.dim, self.batch_texts = config.dimensions or 0, config.batch_texts
         self.max_tokens = OPENAI_MAX_TOKENS if self.server.is_openai else None  # of a text; None: unknown
-        self.forms = Forms([None] if "encoding_format" in self.parameters else ENCODING_FORMATS)
+        self.forms = Forms([None] if "encoding_format" in config.parameters else ENCODING_FORMATS)
         # Shared by all fetches, so that none starts a new minute.
-        self.rate = RateLimit(self.requests_per_minute or math.inf, self.tokens_per_minute or math.inf)
-        self.prices = None if self.price is None else (self.price, 0.0)
-        self.spent = Ledger(None, prices=self.prices, max_cost=self.max_cost)
-        self.costs = ApiCosts(None, prices=self.prices)
+        self.rate = RateLimit(config.requests_per_minute or math.inf, config.tokens_per_minute or math.inf)
+        self.spent = Ledger(None, prices=config.prices, max_cost=config.max_cost)
+        self.costs = ApiCosts(None, prices=config.prices)
 
     def settings(self, prompt: str) -> dict[str, Any]:
         """Everything that a text's vector depends on with this prompt, as far as the client can tell."""
-        max_tokens = self.max_tokens if self.too_long == "cut" else None  # without cutting, it has no effect
-        settings = {"server": self.server.name.rstrip("/"), "model": self.model, "dimensions": self.dimensions}
-        settings |= {"prompt": prompt, "too_long": self.too_long, "max_tokens": max_tokens, "tokenizer": None}
-        return settings | ({"parameters": dict(self.parameters)} if self.parameters else {})
+        config = self.config
+        max_tokens = self.max_tokens if config.too_long == "cut" else None  # without cutting, it has no effect
+        settings = {"server": self.server.name.rstrip("/"), "model": config.model, "dimensions": config.dimensions}
+        settings |= {"prompt": prompt, "too_long": config.too_long, "max_tokens": max_tokens, "tokenizer": None}
+        return settings | ({"parameters": config.parameters} if config.parameters else {})
 
 
 @dataclass
@@ -95,18 +93,19 @@ class Fetch:
     keep: Callable[[dict[str, np.ndarray]], object]  # called with {text: [D] float64, not normalized} as they arrive
 
     def __post_init__(self) -> None:
-        self.client = Client(self.endpoint.server, timeout_seconds=self.endpoint.timeout_seconds)
+        self.client = Client(self.endpoint.server, timeout_seconds=self.endpoint.config.timeout_seconds)
         self.sent = {text: self.prompt + text for text in self.rows}  # as sent to the server
         self.missing = dict.fromkeys(self.rows, "not requested")  # {text: why it has no vector}
 
     def run(self) -> None:
         """Raises `ValueError` if a text ends up without a vector, with the reason in one line without secrets."""
-        endpoint, path = self.endpoint, self.endpoint.ledger and Path(self.endpoint.ledger)
+        endpoint, config = self.endpoint, self.endpoint.config
+        path = config.ledger and Path(config.ledger)
         with locked(path.with_name(f"{path.name}.lock")) if path else nullcontext():
             if path:
-                endpoint.spent = Ledger(path, prices=endpoint.prices, max_cost=endpoint.max_cost)
-            options = {name: getattr(endpoint, name) for name in ("concurrency", "max_attempts", "forms", "rate")}
-            sender = Sender(self._ask, self._record, endpoint.spent, split=self._split, **options)
+                endpoint.spent = Ledger(path, prices=config.prices, max_cost=config.max_cost)
+            limits = (endpoint.spent, config.concurrency, config.max_attempts)
+            sender = Sender(self._ask, self._record, *limits, endpoint.forms, self._split, endpoint.rate)
             stopped = self.client.run(sender.run(self._jobs()))
         of_all = f"of {len(self.rows):,} requested texts"
         if num_cut := sum(self.sent[text] != self.prompt + text for text in self.rows.keys() - self.missing.keys()):
@@ -119,10 +118,10 @@ class Fetch:
 
     def _jobs(self) -> Iterator[Job]:
         """Yields batches of the texts in order, lazily, so that each has the size known to work when it is sent."""
-        batch, num_bytes = [], 0
+        batch, num_bytes, max_bytes = [], 0, self.endpoint.config.batch_bytes
         for text, sent in self.sent.items():
             size = len(sent.encode())
-            if batch and (len(batch) >= self.endpoint.batch_texts or num_bytes + size > self.endpoint.batch_bytes):
+            if batch and (len(batch) >= self.endpoint.batch_texts or num_bytes + size > max_bytes):
                 yield self._job(batch)
                 batch, num_bytes = [], 0
             batch.append(text)
@@ -133,7 +132,7 @@ class Fetch:
         """One request. The halves of a refused one share the list `taken`, to which accepted halves are appended."""
         sent = [self.sent[text] for text in texts]
         num_bytes = sum(len(text.encode()) for text in sent)
-        key = hashlib.sha256(json.dumps([self.endpoint.model, *sent]).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([self.endpoint.config.model, *sent]).encode()).hexdigest()
         expected = math.ceil(num_bytes / BYTES_A_TOKEN)
         return Job(key, (texts, taken), num_bytes + SPECIAL_TOKENS * len(sent), 0, expected)
 
@@ -146,7 +145,7 @@ class Fetch:
             return [self._job(texts[:middle], taken), self._job(texts[middle:], taken)]
         (text,) = texts
         # A token has at least one byte, so a text of up to `limit` bytes is not too long.
-        if self.endpoint.too_long == "cut" and len(self.sent[text].encode()) > (limit or 0):
+        if self.endpoint.config.too_long == "cut" and len(self.sent[text].encode()) > (limit or 0):
             shorter = shorten(self.sent[text], limit)
             if len(shorter) > len(self.prompt):
                 self.sent[text] = shorter
@@ -157,11 +156,11 @@ class Fetch:
 
     async def _ask(self, job: Job, form: str | None) -> Response:
         """Sends one batch. `Response.result` is {text: vector [D] float64}, for the valid vectors only."""
-        endpoint, (texts, _) = self.endpoint, job.content
-        body = {"model": endpoint.model, "input": [self.sent[text] for text in texts]}
+        endpoint, config, (texts, _) = self.endpoint, self.endpoint.config, job.content
+        body = {"model": config.model, "input": [self.sent[text] for text in texts]}
         body |= {"encoding_format": form} if form else {}
-        body |= {"dimensions": endpoint.dimensions} if endpoint.dimensions else {}
-        reply = await self.client.post("/embeddings", body | dict(endpoint.parameters))
+        body |= {"dimensions": config.dimensions} if config.dimensions else {}
+        reply = await self.client.post("/embeddings", body | config.parameters)
         if isinstance(reply, Response):
             is_too_large = reply.exceeds_rate and len(texts) > endpoint.batch_texts  # made before that was known
             return replace(reply, action="drop") if is_too_large else reply
@@ -195,8 +194,8 @@ class Fetch:
             taken.append(texts)
             if len(taken) == 2:  # both halves were accepted, so the batch was too large
                 endpoint.batch_texts = min(endpoint.batch_texts, len(texts))
-        if endpoint.ledger:
-            append_jsonl(endpoint.ledger, line)
+        if endpoint.config.ledger:
+            append_jsonl(endpoint.config.ledger, line)
         endpoint.costs.settle(line["request"], response.usage)
         endpoint.costs.num_computed += len(good)
 

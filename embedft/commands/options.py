@@ -9,13 +9,14 @@ dataset, embedder = load_data(options.data, options), load_encoder(options)
 import os
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import embedft
 
 from .. import config
+from ..api.endpoint import EndpointConfig
 from ..config import REQUIRED, option
 from ..data.dataset import RetrievalDataset
 
@@ -37,23 +38,7 @@ class Model(config.Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Api:
-    """A model behind an OpenAI-compatible server (openai:MODEL)."""
-
-    base_url: str | None = option(None, "server address [OPENAI_BASE_URL, else api.openai.com]", metavar="URL")
-    dimensions: int | None = option(None, "dimensions to request [all]")
-    batch_texts: int | None = option(None, "texts per request [256, fewer if the server refuses]")
-    requests_per_minute: int | None = option(None, "maximum in any 60 seconds [no limit]")
-    tokens_per_minute: int | None = option(None, "maximum in any 60 seconds, at four bytes per token [no limit]")
-    parameters: dict[str, Any] = option({}, "sent unchanged with each request")
-    too_long: Literal["refuse", "cut"] | None = option(None, "what to do with texts that are too long [refuse]")
-    price: float | None = option(None, "price per million tokens")
-    max_cost: float | None = option(None, "budget over all runs with this --ledger [no limit]")
-    ledger: str | None = option(None, "JSONL file with a line per request and its cost", metavar="FILE")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Encoder(Model, Api):
+class Encoder(Model, EndpointConfig):
     """Encoding."""
 
     max_length: int | None = option(None, "tokens after which texts are truncated [the model's]")
@@ -105,8 +90,9 @@ def load_encoder(options: Encoder) -> "embedft.Embedder":
     """Loads the model of a command that encodes, with its store and, if the command has that option, its adapter."""
     import torch
 
-    given = {name: getattr(options, name) for name in Api.__annotations__}
-    more = {name: value for name, value in given.items() if value not in (None, {})}
+    given = {field: getattr(options, field.name) for field in fields(EndpointConfig) if field.name != "model"}
+    # Not the defaults: a model that is not behind an API refuses these options.
+    more = {field.name: value for field, value in given.items() if value not in (field.default, {})}
     more |= {"max_length": options.max_length, "dtype": getattr(torch, options.dtype), "store": options.store}
     return load_model(options, adapter=getattr(options, "adapter", None), **more)
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ..api.client import Client, Server, check_options, reported_usage
+from ..api.client import Client, Server, ServerConfig, reported_usage
 from ..api.ledger import Ledger, check_outcome, price_of
 from ..api.sending import BYTES_A_TOKEN, Forms, Job, RateLimit, Response, Sender
 from ..config import option
@@ -29,39 +29,30 @@ REPLIES, LEDGER, LOCK = "replies.jsonl", "ledger.jsonl", "lock"
 RECORD = {"request", "key", "status", "questions", "usage", "cost"}  # what is read back from a REPLIES line
 # OpenAI rejects "max_tokens" for newer models; other servers know no other name.
 LIMIT_NAMES = ("max_completion_tokens", "max_tokens")
-# Set by embedft: other values would change what is parsed, counted or paid for.
-OWN_PARAMETERS = ("model", "messages", "n", "stream", "stream_options", "response_format", *LIMIT_NAMES)
 TOKENS_A_QUESTION = 32  # measured on a filing; only for estimates
 TEMPLATE_TOKENS = 128  # added by a server's chat template; elsewhere a byte is at most one token
 
 
 @dataclass(frozen=True)
-class QuestionConfig:
-    """Model, request rate and budget for questions. Raises `ValueError` for a value out of range."""
+class QuestionConfig(ServerConfig):
+    """Model, replies and prices of questions. Raises `ValueError` for a value out of range."""
 
     model: str = option("gpt-4o-mini", "name of the LLM on its server")
     _: KW_ONLY
-    base_url: str | None = option(None, "server address [OPENAI_BASE_URL, else api.openai.com]", metavar="URL")
     num_questions: int = option(2, "questions per chunk", least=1)
     max_reply_tokens: int | None = option(None, "token limit; reasoning models need more [128 per question]", least=1)
-    parameters: dict = option({}, "sent unchanged: temperature, seed, reasoning_effort, ...")
     structured: Literal["auto", "schema", "lines"] = option("auto", "ask for JSON, plain lines, or what works")
     concurrency: int = option(16, "requests in flight at once", least=1)
-    requests_per_minute: int | None = option(None, "maximum in any 60 seconds", least=1)
-    tokens_per_minute: int | None = option(None, "maximum in any 60 seconds, by bytes and reply limit", least=1)
-    timeout_seconds: float = option(60.0, "timeout of each reply", above=0)
-    max_attempts: int = option(6, "maximum requests per chunk in one run", least=1)
     max_requests: int | None = option(None, "maximum over all runs of the folder", least=1)
-    max_cost: float | None = option(None, "budget over all runs of the folder", above=0)
     price_in: float | None = option(None, "price per million prompt tokens", least=0)
     price_out: float | None = option(None, "price per million reply tokens", least=0)
+    # Other values would change what is parsed, counted or paid for.
+    own_parameters = ("model", "messages", "n", "stream", "stream_options", "response_format", *LIMIT_NAMES)
 
     def __post_init__(self) -> None:
-        check_options(self, own_parameters=OWN_PARAMETERS)
+        super().__post_init__()
         if (self.price_in is None) != (self.price_out is None):
             raise ValueError("one of price_in and price_out is missing, expected both or neither")
-        if self.max_cost is not None and self.price_in is None:
-            raise ValueError("max_cost needs price_in and price_out, the prices per million tokens")
 
     @property
     def reply_tokens(self) -> int:

@@ -54,7 +54,7 @@ def load_embedder(
         revision: commit, tag or branch on the hub.
         store: a Store or its folder, where `encode` keeps vectors.
         adapter: an Adapter or its folder; None: the one saved with the model, if any.
-        options: of `Endpoint`, such as price, for "openai:MODEL", which takes no device, dtype, max_length or revision.
+        options: of `EndpointConfig`, for "openai:MODEL", which takes no device, dtype, max_length or revision.
 
     Raises `ValueError` naming what is missing from the folder or unknown in it, or an argument the model cannot use."""
     store = store if store is None or isinstance(store, Store) else Store(store)

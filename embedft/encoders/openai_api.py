@@ -14,7 +14,7 @@ from contextlib import nullcontext
 
 import numpy as np
 
-from ..api.endpoint import Endpoint, Fetch
+from ..api.endpoint import Endpoint, EndpointConfig, Fetch
 from ..progress import progress_bar
 from ..vectors import unit_rows
 from .adapter import ROLES, Adapter, Base, check_role
@@ -28,13 +28,13 @@ class ApiEmbedder:
     Args:
         prompts: {"query": ..., "document": ...}: text to prepend, for models that expect it.
         store: keeps each vector on arrival, so that no text is paid for twice; concurrent processes take turns.
-        options: of the `Endpoint`, such as base_url, dimensions, parameters, batch_texts, price and max_cost."""
+        options: of `EndpointConfig`, such as base_url, dimensions, parameters, batch_texts, price and max_cost."""
 
     similarity = "cosine"
 
     def __init__(self, model: str, *, prompts: Mapping[str, str] | None = None, store: Store | None = None, **options):
         self.model, self.prompts, self.store = model, dict(prompts or {}), store
-        self.endpoint = Endpoint(model, **options)
+        self.endpoint = Endpoint(EndpointConfig(model, **options))
         self.costs = self.endpoint.costs
         self.adapter: Adapter | None = None
 
