@@ -8,7 +8,6 @@ Shapes: Q queries, K ranks, N documents that indices point into.
 """
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
+from ..data.checks import check_distinct
 from ..files import atomic_write, read_lines
 
 ENCODED = "+percent-encoded"  # ends the tag of a TREC file if its ids are, because one contains whitespace
@@ -33,9 +33,7 @@ class Run:
 
     def __post_init__(self):
         for name, ids in (("query", self.query_ids), ("document", self.document_ids)):
-            if len(set(ids)) < len(ids):
-                twice, _ = Counter(ids).most_common(1)[0]
-                raise ValueError(f"run: {name} id {twice!r} appears twice")
+            check_distinct(ids, f"run: {name} id")
         indices_QK, scores_QK, shape = self.indices, self.scores, self.indices.shape
         is_shaped = len(shape) == 2 and scores_QK.shape == shape and shape[0] == len(self.query_ids)
         if not is_shaped or indices_QK.dtype != np.int64 or scores_QK.dtype.kind != "f":
