@@ -185,8 +185,8 @@ def _read(config: dict[str, Any], weights: Path) -> tuple[dict[str, Any], dict[s
 SETTINGS = {"linear": {"in_features": "in_features", "out_features": "out_features", "bias": "bias"}}
 TWO_LAYERS = {"hidden": "hidden_features", "activation": "activation_fn_str", "residual": "add_residual"}
 SETTINGS["two_layer"] = SETTINGS["linear"] | TWO_LAYERS
-TENSORS = {f"query.{kind}{i}": f"linear{i}.{kind}" for i in ("", 1, 2) for kind in ("weight", "bias")}
-TENSORS["query.scale"] = "residual_weight"
+TENSORS = {f"linear{i}.{kind}": f"query.{kind}{i}" for i in ("", 1, 2) for kind in ("weight", "bias")}
+TENSORS["residual_weight"] = "query.scale"
 
 
 def _from_llamaindex(config: dict[str, Any], weights: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -198,8 +198,7 @@ def _from_llamaindex(config: dict[str, Any], weights: Path) -> tuple[dict[str, A
         tensors = None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ValueError(f"{weights.name} is damaged, or holds something other than named tensors")
-    ours = {theirs: name for name, theirs in TENSORS.items()}
-    tensors = {ours.get(name, f"query.{name}"): tensor for name, tensor in tensors.items()}
+    tensors = {TENSORS.get(name, f"query.{name}"): tensor for name, tensor in tensors.items()}
     if kind == "two_layer" and not settings["residual"]:
         tensors.pop("query.scale", None)
     return {"query": settings, "document": None, "side": "query", "base": None, "normalize": True}, tensors
