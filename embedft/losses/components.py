@@ -38,13 +38,11 @@ def collect() -> Iterator[dict[str, Tensor]]:
         yield found
 
 
-@contextmanager
-def scope(name: str) -> Iterator[None]:
+def scope(name: str) -> AbstractContextManager[None]:
     """Prefixes names recorded inside with "name/"; once only if directly inside a scope of the same name."""
     if (current := _CURRENT.get()) and not f"/{current[1]}".endswith(f"/{name}/"):
         current = current[0], f"{current[1]}{name}/"
-    with _setting(current):
-        yield
+    return _setting(current)
 
 
 def record(name: str, value: Tensor | float) -> None:
