@@ -42,8 +42,7 @@ class RetrievalDataset:
 
     def __post_init__(self) -> None:
         for name in FIELDS:
-            value = getattr(self, name)
-            if not isinstance(value, dict):
+            if not isinstance(value := getattr(self, name), dict):
                 raise ValueError(f"{name} must be a dict, found {reprlib.repr(value)}")
         for name, texts, kind in (("queries", self.queries, "query"), ("corpus", self.corpus, "document")):
             if not texts:
@@ -161,7 +160,12 @@ class RetrievalDataset:
         if not 0 < share < 1:
             raise ValueError(f"share must be strictly between 0 and 1, found {share!r}")
         generator = np.random.default_rng(seed)
-        query_components, document_components = self._connected_components()
+        nodes: dict[tuple[str, str], int] = {}  # equal texts are one node
+        of_query = {i: nodes.setdefault(("query", text), len(nodes)) for i, text in self.queries.items()}
+        of_document = {i: nodes.setdefault(("document", text), len(nodes)) for i, text in self.texts.items()}
+        component = connected_components((of_document[d], of_query[q]) for q in self.qrels for d in self.relevant(q))
+        query_components = {i: component.get(node, node) for i, node in of_query.items()}
+        document_components = {i: component.get(node, node) for i, node in of_document.items()}
         sizes = Counter(query_components.values())
         in_first, num_first = {}, 0
         for component in generator.permutation(list(sizes)).tolist():
@@ -192,14 +196,6 @@ class RetrievalDataset:
             return RetrievalDataset(queries, corpus, qrels, negatives, scores, titles, missing)
 
         return take(True), take(False)
-
-    def _connected_components(self) -> tuple[dict[str, int], dict[str, int]]:
-        """{query id: component} and {document id: component} for `split`."""
-        nodes: dict[tuple[str, str], int] = {}  # equal texts are one node
-        of_query = {i: nodes.setdefault(("query", text), len(nodes)) for i, text in self.queries.items()}
-        of_document = {i: nodes.setdefault(("document", text), len(nodes)) for i, text in self.texts.items()}
-        component = connected_components((of_document[d], of_query[q]) for q in self.qrels for d in self.relevant(q))
-        return tuple({i: component.get(node, node) for i, node in x.items()} for x in (of_query, of_document))
 
     def shares_with(self, training: "RetrievalDataset") -> str:
         """A warning about judged queries and documents also in the training set, by text; "" if there are none."""
