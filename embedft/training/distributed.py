@@ -25,8 +25,6 @@ from torch.nn import Parameter
 from .. import device as devices
 from ..encoders.packing import Packed, sort_by_length, take
 
-TIMEOUT = datetime.timedelta(hours=2)  # longer than a validation on rank 0, which the others wait for
-
 T = TypeVar("T")
 
 
@@ -42,7 +40,8 @@ def process_group() -> Iterator[None]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    dist.init_process_group(timeout=TIMEOUT)
+    # Longer than a validation on rank 0, which the others wait for.
+    dist.init_process_group(timeout=datetime.timedelta(hours=2))
     try:
         yield
         dist.barrier()  # no rank leaves while another is still sending
