@@ -95,10 +95,7 @@ def _fault(question: str, documents: Mapping[str, str]) -> tuple[str, str] | Non
     for reason, pattern in (("shows the prompt", PROMPT), ("points at its source", SOURCE)):
         if found := pattern.search(question):
             return reason, found[0]
-    for document_id, text in documents.items():
-        if copies(question, text):
-            return "copies its document", document_id
-    return None
+    return next((("copies its document", i) for i, text in documents.items() if copies(question, text)), None)
 
 
 def round_trip(

@@ -152,8 +152,7 @@ def _json_questions(text: str, num_questions: int, *, max_attempts: int = 1_000)
     """The questions of the last JSON value that has enough, else of all; in broken JSON, strings that ask."""
     values, position = [], 0
     for _ in range(max_attempts):
-        start = JSON_START.search(text, position)
-        if start is None:
+        if not (start := JSON_START.search(text, position)):
             break
         try:
             value, position = json.JSONDecoder().raw_decode(text, start.start())
