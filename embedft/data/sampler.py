@@ -66,9 +66,6 @@ class Sampler:
     def _place(self, order_P: Tensor) -> Tensor:
         """The batch of each shuffled example: the one whose share contains its last unit (example or token)."""
         sizes_P, bounds_N = self._sizes_P[order_P], self._bounds_N
-        place_P = torch.searchsorted(bounds_N, sizes_P.cumsum(0))
-        if not self._shared:
-            return place_P
         rows, num_batches = order_P.tolist(), len(self)
         waiting = [i for i, row in enumerate(rows) if row in self._shared]
         # Spread evenly, to leave room for those that have to wait.
@@ -77,8 +74,9 @@ class Sampler:
         free_P = torch.ones(len(rows), dtype=torch.bool)
         free_P[waiting] = False
         room_N = (bounds_N.diff(prepend=bounds_N.new_zeros(1)) - torch.tensor(loads_N)).clamp(min=0)
+        place_P = torch.empty_like(order_P)
         place_P[free_P] = torch.searchsorted(room_N.cumsum(0), sizes_P[free_P].cumsum(0))
-        place_P[waiting] = torch.tensor(moved)
+        place_P[waiting] = torch.tensor(moved, dtype=torch.int64)
         return place_P
 
     def _place_apart(self, rows: list[int], natural: list[int]) -> tuple[list[int], list[int]]:
