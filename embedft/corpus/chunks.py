@@ -72,8 +72,7 @@ class Chunk:
 
 def save_chunks(path: str | Path, chunks: Sequence[Chunk]) -> None:
     """Writes one JSON object per line, atomically, omitting fields that are None or empty."""
-    rows = map(asdict, chunks)
-    write_jsonl(path, ({key: value for key, value in row.items() if value not in (None, ())} for row in rows))
+    write_jsonl(path, ({k: value for k, value in asdict(chunk).items() if value not in (None, ())} for chunk in chunks))
 
 
 def load_chunks(path: str | Path) -> list[Chunk]:

@@ -200,7 +200,6 @@ def _without(dataset: RetrievalDataset, dropped: Dropped, texts: Mapping[str, st
         if source in dataset.scores:
             scores[query_id] = {**dataset.scores[source], **scores.get(query_id, {})}
     for query_id, listed in negatives.items():
-        grades = qrels.get(query_id, {})
-        negatives[query_id] = [d for d in dict.fromkeys(listed) if grades.get(d, 0) <= 0]
+        negatives[query_id] = [d for d in dict.fromkeys(listed) if qrels.get(query_id, {}).get(d, 0) <= 0]
     missing = {query_id: grades for query_id, grades in dataset.missing.items() if query_id in queries}
     return replace(dataset, queries=queries, qrels=qrels, negatives=negatives, scores=scores, missing=missing)

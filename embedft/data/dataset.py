@@ -71,8 +71,7 @@ class RetrievalDataset:
                         score = listed[document_id]
                         is_number = isinstance(score, int | float) and not isinstance(score, bool)
                         if not is_number or not math.isfinite(score):
-                            found = f"the score of document {document_id!r} must be a finite number, found {score!r}"
-                            raise ValueError(f"{where}: {found}")
+                            raise ValueError(f"{where}: the score of {document_id!r} is {score!r}, not a finite number")
                     elif name != "negatives":
                         check_grade(listed[document_id], f"{where}: the grade of document {document_id!r}")
                     elif self.qrels.get(query_id, {}).get(document_id, 0) > 0:

@@ -113,8 +113,7 @@ def _read_llamaindex(path: Path, skip_empty: bool) -> tuple[Texts, Texts, dict[s
         raise ValueError(f"{path}: mode must be 'text', found {reprlib.repr(content['mode'])}")
     for query_id, ids in content["relevant_docs"].items():
         if not isinstance(ids, list) or not all(isinstance(i, str) for i in ids):
-            where = f"{path}: relevant_docs of query {query_id!r}"
-            raise ValueError(f"{where} must be a list of document ids, found {reprlib.repr(ids)}")
+            raise ValueError(f"{path}: relevant_docs of query {query_id!r} must list ids, found {reprlib.repr(ids)}")
     entries = (((f"{path}: {name}", i, text, None) for i, text in content[name].items()) for name in names[:2])
     (queries, _), (corpus, _) = (_collect(of_name, allow_empty=skip_empty) for of_name in entries)
     return queries, corpus, content["relevant_docs"]

@@ -70,8 +70,7 @@ class _Texts:
 
     def __init__(self, kind: str, merge: bool) -> None:
         self.kind, self.merge = kind, merge
-        self.texts: dict[str, str] = {}
-        self.ids: dict[str, str] = {}
+        self.texts, self.ids = {}, {}  # {id: text} and {text: its first id}
 
     def add(self, text: Any, own_id: str | None, row_id: str) -> str:
         check_text(text, f"the {self.kind}", SKIP_EMPTY)

@@ -57,8 +57,7 @@ def listwise_kl(
     Source: Hinton et al. 2015, section 2 (the factor T^2); Lin et al. 2020 (TCT-ColBERT) for ranking; equals
     sentence-transformers' DistillKLDivLoss."""
     targets.check_several("listwise_kl")
-    student = temperature if student_temperature is None else student_temperature
-    teacher = temperature if teacher_temperature is None else teacher_temperature
+    student, teacher = (temperature if own is None else own for own in (student_temperature, teacher_temperature))
     check_number("temperature", temperature, above=0)
     check_number("student_temperature", student, above=0)
     check_number("teacher_temperature", teacher, above=0)

@@ -106,10 +106,8 @@ def _refusals(name: str, dim: int) -> Iterator[None]:
         yield
     except RuntimeError as error:
         reason = re.sub(r"^Error in .* at \S+:\d+: ", "", str(error).strip().splitlines()[-1])  # drops the line of C++
-        raise ValueError(
-            f"index {name!r} at {dim} dimensions: expected one of flat, hnsw, ivf, ivfpq, or a string for FAISS's"
-            f" index_factory, with parameters as in hnsw,efSearch=128 ({reason})"
-        ) from None
+        expected = "flat, hnsw, ivf, ivfpq or a string for FAISS's index_factory, parameters as in hnsw,efSearch=128"
+        raise ValueError(f"index {name!r} at {dim} dimensions: expected {expected} ({reason})") from None
 
 
 def _ivf(index: Any) -> Any:

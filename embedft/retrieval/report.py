@@ -156,13 +156,11 @@ class Comparison:
 
     def __str__(self) -> str:
         low, high = self.interval
-        adjusted = f" (Holm over {self.num_comparisons})" if self.num_comparisons > 1 else ""
+        p_value = f"{self.p_value:.4f}" + f" (Holm over {self.num_comparisons})" * (self.num_comparisons > 1)
         seeds = f", {self.num_seeds} seeds" if self.num_seeds > 1 else ""
-        return (
-            f"{self.metric}: {self.base:.4f} -> {self.other:.4f}, difference {self.difference:+.4f} [{low:+.4f}, "
-            f"{high:+.4f}] at 95%, p = {self.p_value:.4f}{adjusted}, {self.wins} better, {self.ties} equal, "
-            f"{self.losses} worse of {self.num_queries} questions in {self.num_clusters} clusters{seeds}"
-        )
+        change = f"{self.base:.4f} -> {self.other:.4f}, difference {self.difference:+.4f} [{low:+.4f}, {high:+.4f}]"
+        counts = f"{self.wins} better, {self.ties} equal, {self.losses} worse of {self.num_queries} questions"
+        return f"{self.metric}: {change} at 95%, p = {p_value}, {counts} in {self.num_clusters} clusters{seeds}"
 
 
 def compare(base: Report, *others: Report, metric: str = "ndcg@10") -> Comparison | list[Comparison]:

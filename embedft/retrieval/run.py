@@ -69,10 +69,9 @@ class Run:
 
     def to_dict(self) -> dict[str, dict[str, float]]:
         """{query id: {document id: score}}, documents in rank order."""
-        return {
-            query_id: {self.document_ids[j]: s for j, s in zip(row, scores, strict=True) if j >= 0}
-            for query_id, row, scores in zip(self.query_ids, self.indices.tolist(), self.scores.tolist(), strict=True)
-        }
+        rows = zip(self.query_ids, self.indices.tolist(), self.scores.tolist(), strict=True)
+        ids = self.document_ids
+        return {i: {ids[j]: s for j, s in zip(row, scores, strict=True) if j >= 0} for i, row, scores in rows}
 
     def select(self, query_ids: Sequence[str]) -> "Run":
         """The rows of these queries, in this order; a query missing from the run gets an empty row."""

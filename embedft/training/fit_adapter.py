@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .. import device as devices
 from ..data.dataset import connected_components
-from ..encoders.adapter import Adapter, Base
+from ..encoders.adapter import ROLES, Adapter, Base
 from ..encoders.maps import build_map
 from ..files import check_writable, replace_files, write_json, write_jsonl
 from ..losses.registry import Loss
@@ -249,9 +249,8 @@ def _answers(qrels: Qrels) -> dict[int, list[int]]:
 
 def _start(start: Adapter | None, config: AdapterConfig, dim: int, *, base: Base | None, normalize: bool) -> Adapter:
     own = {"low_rank": {"rank": config.rank}, "two_layer": {"hidden": config.hidden}}.get(config.kind, {})
-    options = {"bias": config.bias, **own}
     with devices.seeded(config.seed, torch.device("cpu")):
-        maps = {side: build_map(config.kind, dim, config.out_dim, **options) for side in ("query", "document")}
+        maps = {side: build_map(config.kind, dim, config.out_dim, bias=config.bias, **own) for side in ROLES}
     if config.side == "shared":
         maps["document"] = maps["query"]
     elif config.side != "both":
