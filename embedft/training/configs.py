@@ -1,12 +1,12 @@
 """The settings of `train`, `finetune` and `fit_adapter`, checked when they are made."""
 
 import re
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from ..config import check_types, option
+from ..config import changed, check_types, option
 from ..data.batches import ExampleKind
 from ..data.mixture import Sampling
 from ..losses.registry import Loss, build_loss
@@ -41,10 +41,9 @@ class TrainConfig:
 
     def check_unused(self, names: tuple[str, ...], why: str) -> None:
         """Raises `ValueError` for the first of these settings that is not at its default: it has no effect."""
-        for field in fields(self):
-            default = field.default if field.default_factory is MISSING else field.default_factory()
-            if field.name in names and getattr(self, field.name) != default:
-                raise ValueError(f"{field.name} is {getattr(self, field.name)!r}, but {why}")
+        for name in names:
+            if changed(self, [name]):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, but {why}")
 
 
 @dataclass(frozen=True)
