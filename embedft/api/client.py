@@ -45,10 +45,10 @@ class ServerConfig:
     base_url: str | None = option(None, "server address [OPENAI_BASE_URL, else api.openai.com]", metavar="URL")
     parameters: dict[str, Any] = option({}, "sent unchanged in each request: temperature, seed, input_type, ...")
     concurrency: int = option(8, "requests in flight at once", least=1)
-    requests_per_minute: int | None = option(None, "maximum in any 60 seconds [no limit]", least=1)
-    tokens_per_minute: int | None = option(None, "the same: bytes / 4, plus the reply's limit [no limit]", least=1)
+    requests_per_minute: int | None = option(None, "most in any 60 seconds [no limit]", least=1)
+    tokens_per_minute: int | None = option(None, "most in any 60 seconds: bytes / 4 + reply limit [no limit]", least=1)
     timeout_seconds: float = option(60.0, "timeout of each reply", above=0)
-    max_attempts: int = option(6, "times that a run may send the same request", least=1)
+    max_attempts: int = option(6, "maximum tries of a request in one run", least=1)
     max_cost: float | None = option(None, "budget over all runs with the same ledger or --out [no limit]", above=0)
     own_parameters = ()  # not a field: what embedft itself sets in a request
     prices = None  # not a field: per million tokens of prompts and of replies

@@ -43,11 +43,12 @@ class ApiCosts(Ledger):
 
 @dataclass(frozen=True)
 class EndpointConfig(ServerConfig):
-    """A model behind an OpenAI-compatible server (openai:MODEL)."""
+    """A model behind an OpenAI-compatible server (openai:MODEL). A `ledger` is for one process at a time; without one,
+    `max_cost` covers one `Endpoint`."""
 
     _: KW_ONLY
     dimensions: int | None = option(None, "dimensions to request [all]", least=1)
-    too_long: Literal["refuse", "cut"] = option("refuse", "what to do with texts that the server finds too long")
+    too_long: Literal["refuse", "cut"] = option("refuse", "cut: `shorten` a refused text until the server accepts it")
     batch_texts: int = option(256, "texts per request; lowered if the server refuses that many", least=1, below=2_049)
     batch_bytes: int = option(300_000, "bytes per request; a longer text goes alone", least=1)
     price: float | None = option(None, "per million tokens; until usage is reported, a byte counts as one", least=0)
@@ -133,8 +134,7 @@ class Fetch:
         sent = [self.sent[text] for text in texts]
         num_bytes = sum(len(text.encode()) for text in sent)
         key = hashlib.sha256(json.dumps([self.endpoint.config.model, *sent]).encode()).hexdigest()
-        expected = math.ceil(num_bytes / BYTES_A_TOKEN)
-        return Job(key, (texts, taken), num_bytes + SPECIAL_TOKENS * len(sent), 0, expected)
+        return Job(key, (texts, taken), num_bytes + SPECIAL_TOKENS * len(sent), 0, math.ceil(num_bytes / BYTES_A_TOKEN))
 
     def _split(self, job: Job, response: Response) -> list[Job]:
         """The jobs to send instead of a refused batch: its halves, or its only text shortened."""
