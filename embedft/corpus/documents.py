@@ -96,16 +96,14 @@ def _find_files(paths: Sequence[str | Path]) -> tuple[list[str], list[Skipped]]:
     names: dict[str, str] = {}  # by real path, since links give a file several names
     skipped = []
     for path in map(os.fspath, paths):
-        others, inside = Counter(), [path]
-        if os.path.isdir(path):
-            inside = []
-            for place, subfolders, files in os.walk(path):
-                subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-                inside += [os.path.join(place, name) for name in files if not name.startswith(".")]
-        elif not os.path.exists(path):
+        others, inside = Counter(), [] if os.path.isdir(path) else [path]
+        if not os.path.exists(path):
             raise ValueError(f"{printable(path)}: no such file or folder")
-        elif not os.path.isfile(path) or _suffix(path) not in SUFFIXES:
+        if inside and (not os.path.isfile(path) or _suffix(path) not in SUFFIXES):
             raise ValueError(f"{printable(path)}: expected a folder or a file ending in {', '.join(SUFFIXES)}")
+        for place, subfolders, files in os.walk(path):  # nothing for a file
+            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+            inside += [os.path.join(place, name) for name in files if not name.startswith(".")]
         for name in sorted(inside, key=lambda name: Path(name).parts):
             if _suffix(name) not in SUFFIXES:
                 others[printable(_suffix(name)) or "no suffix"] += 1
