@@ -34,8 +34,7 @@ Judgement = tuple[str, str, str, int]  # where in the file, query id, document i
 
 def choose_format(path: Path, format: str | None, formats: Iterable[str], *, folder: bool) -> str:
     """Returns `format`, or the one implied by `path`, which need not exist, but must match the format if it does."""
-    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
-    format = format or ("beir" if folder else SUFFIXES.get(suffix))
+    format = format or ("beir" if folder else SUFFIXES.get(Path(path.name.lower().removesuffix(".gz")).suffix))
     if format is None:
         raise ValueError(f"{path}: suffix is not one of {', '.join(SUFFIXES)}; pass the format: {', '.join(formats)}")
     if format not in formats:

@@ -59,11 +59,9 @@ def make_mixture(
     weights = {name: weight / sum(weights.values()) for name, weight in weights.items()}
     if mixed and (batch_size := whole.sampler.batch_size) is not None:
         weights = {name: number / batch_size for name, number in apportion(batch_size, weights).items()}
-    samplers, start = {}, 0
-    for name in datasets:
-        rows = slice(start, start + counts[name])
-        samplers[name] = _part(whole.sampler, rows, weights[name] if mixed else 1.0)
-        start = rows.stop
+    shares = weights if mixed else dict.fromkeys(datasets, 1.0)
+    ends = zip(datasets, itertools.accumulate(counts[name] for name in datasets), strict=True)
+    samplers = {name: _part(whole.sampler, slice(end - counts[name], end), shares[name]) for name, end in ends}
 
     @functools.cache  # lazy, since samplers may have to count tokens
     def parts() -> list[list[str]]:
