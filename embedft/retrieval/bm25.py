@@ -127,8 +127,7 @@ def split_words(texts: Sequence[str]) -> list[list[str]]:
     In scripts written without spaces a run is one word: use the encoder's tokens there."""
     if isinstance(texts, str):
         raise ValueError("texts is a str, expected a list of str")
-    pattern = _word_pattern()
-    return [pattern.findall(unicodedata.normalize("NFKC", text).lower()) for text in texts]
+    return [_word_pattern().findall(unicodedata.normalize("NFKC", text).lower()) for text in texts]
 
 
 def bm25_run(

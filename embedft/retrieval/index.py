@@ -188,11 +188,8 @@ def _nearest_torch(documents_ND: np.ndarray, device: torch.device, *, block_quer
     documents = torch.tensor(documents_ND, device=device)  # copied: torch warns about read-only arrays (memory maps)
 
     def nearest(queries_QD: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-        found = []
-        for block in torch.tensor(queries_QD).split(block_queries):
-            best = torch.topk(block.to(device) @ documents.T, width, dim=1, sorted=False)
-            found.append((best.values.cpu(), best.indices.cpu()))
-        scores, rows = zip(*found, strict=True)
-        return torch.cat(scores).numpy(), torch.cat(rows).numpy()
+        blocks = torch.tensor(queries_QD).split(block_queries)
+        found = [[x.cpu() for x in torch.topk(block.to(device) @ documents.T, width, sorted=False)] for block in blocks]
+        return tuple(torch.cat(parts).numpy() for parts in zip(*found, strict=True))
 
     return nearest

@@ -179,9 +179,8 @@ def compare(base: Report, *others: Report, metric: str = "ndcg@10") -> Compariso
         interval = paired_bootstrap_interval(*differences, generator=generator)
         if len(set(base.clusters)) == 1 and (other_Q != base_Q).any():
             interval = (-1.0, 1.0)
-        p_value = sign_flip_p_value(*differences, generator=generator)
-        found = {"interval": interval, "p_value": p_value, "num_comparisons": len(others)}
-        comparisons.append(_comparison(base, metric, base_Q, other_Q, **found))
+        found = {"interval": interval, "p_value": sign_flip_p_value(*differences, generator=generator)}
+        comparisons.append(_comparison(base, metric, base_Q, other_Q, num_comparisons=len(others), **found))
     adjusted = holm([comparison.p_value for comparison in comparisons])
     comparisons = [dataclasses.replace(c, p_value=p_value) for c, p_value in zip(comparisons, adjusted, strict=True)]
     return comparisons[0] if len(others) == 1 else comparisons

@@ -38,8 +38,7 @@ def paired_bootstrap_interval(
         # "clip" skips the bounds check.
         num_questions = sizes_C.sum() if one_size else sizes_C.take(drawn_BC, mode="clip").sum(axis=1)
         means.append(sums_C.take(drawn_BC, mode="clip").sum(axis=1) / num_questions)
-    low, high = np.quantile(np.concatenate(means), [(1 - 0.95) / 2, (1 + 0.95) / 2])
-    return float(low), float(high)
+    return tuple(np.quantile(np.concatenate(means), [(1 - 0.95) / 2, (1 + 0.95) / 2]).tolist())
 
 
 def sign_flip_p_value(

@@ -226,9 +226,8 @@ def _checked(
     for what, array in (("query", queries_ND), ("document", documents_MD)):
         if array.ndim != 2 or not array.size or not np.issubdtype(array.dtype, np.floating):
             raise ValueError(f"{what} embeddings are {list(array.shape)} {array.dtype}, not [rows, features] of floats")
-    widths = queries_ND.shape[1], documents_MD.shape[1]
-    if widths[0] != widths[1]:
-        raise ValueError(f"queries have {widths[0]} features, documents {widths[1]}: expected the same number")
+    if (ours := queries_ND.shape[1]) != (theirs := documents_MD.shape[1]):
+        raise ValueError(f"queries have {ours} features, documents {theirs}: expected the same number")
     checked_lengths(queries_ND, "query", options["at_once"])
     is_double = queries_ND.dtype == np.float64 and devices.has_float64(options["device"])
     documents = Documents(documents_MD, source, dtype=torch.float64 if is_double else torch.float32, **options)

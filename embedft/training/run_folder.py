@@ -185,8 +185,7 @@ def open_logger(name: str, out: Path, *, resumed_at: int) -> Log:
         return write
     environment = out / ENVIRONMENT  # differs between two runs in one folder
     identity = str(out.resolve()).encode() + (environment.read_bytes() if environment.is_file() else b"")
-    run_id = hashlib.sha256(identity).hexdigest()[:16]
-    run = module.init(dir=str(out), name=out.name, id=run_id, resume="allow")
+    run = module.init(dir=str(out), name=out.name, id=hashlib.sha256(identity).hexdigest()[:16], resume="allow")
     return lambda record: run.log(dict(_scalars(record)), step=record["step"])
 
 
