@@ -65,8 +65,7 @@ class WindowIndex(Index):
         left, width = np.arange(len(queries_BD)), depth
         while len(left):
             width, too_few = min(2 * width, len(self.source_W)), []
-            windows_QC = self.candidates.search(queries_BD[left], width).rows
-            for query, windows_C in zip(left, windows_QC, strict=True):
+            for query, windows_C in zip(left, self.candidates.search(queries_BD[left], width).rows, strict=True):
                 windows_C = windows_C[windows_C >= 0]
                 documents = np.unique(self.source_W[windows_C])
                 if len(documents) >= depth:

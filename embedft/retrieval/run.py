@@ -50,8 +50,7 @@ class Run:
             ("a document twice", (sorted_QK[:, :-1] == sorted_QK[:, 1:]) & (sorted_QK[:, 1:] >= 0)),
         ):
             if wrong.any():
-                row = int(wrong.any(axis=1).argmax())
-                raise ValueError(f"run: query {self.query_ids[row]!r} has {what}")
+                raise ValueError(f"run: query {self.query_ids[wrong.any(axis=1).argmax()]!r} has {what}")
 
     @classmethod
     def from_dict(cls, results: Mapping[str, Mapping[str, float]], *, sort_ids: bool = True) -> "Run":

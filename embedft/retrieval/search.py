@@ -214,8 +214,7 @@ def check_settings(
     for setting in settings:
         dim, precision, index, passages = setting
         if passages is not None and not hasattr(embedder, "encode_passages"):
-            kind = type(embedder).__name__
-            raise ValueError(f"passages is {tuple(passages)}: {kind} cannot cut documents into windows")
+            raise ValueError(f"passages is {tuple(passages)}: {type(embedder).__name__} cannot cut texts into windows")
         passages = None if passages is None else tuple(np.ravel(passages).tolist())  # JSON has no NumPy numbers
         if precision not in PRECISIONS:
             raise ValueError(f"precision is {precision!r}, expected one of {', '.join(PRECISIONS)}")
