@@ -72,9 +72,8 @@ def judge(run: Run, qrels: Qrels) -> Judgments:
     judged_QK = sorted_key_J[place_QK] == key_QK
     grades_QK = np.where(judged_QK, sorted_grade_J[place_QK], 0.0)
     query_P, grade_P = query_J[grade_J > 0], grade_J[grade_J > 0]
-    best_first_P = np.lexsort((-grade_P, query_P))
-    pairs = query_P[best_first_P], grade_P[best_first_P]
-    return Judgments(kept, len(run.query_ids) - len(kept), grades_QK, judged_QK, *pairs)
+    order_P = np.lexsort((-grade_P, query_P))  # by query, best first
+    return Judgments(kept, len(run.query_ids) - len(kept), grades_QK, judged_QK, query_P[order_P], grade_P[order_P])
 
 
 def hit_rate(judgments: Judgments, k: int) -> np.ndarray:
