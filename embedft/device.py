@@ -42,11 +42,8 @@ def has_onednn_linear(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 # The operator behind torch.compile's CPU linear layers. It is private, so its absence must be harmless.
-_ONEDNN_LINEAR = (
-    platform.machine() in ("x86_64", "AMD64")
-    and torch.backends.mkldnn.is_available()
-    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-)
+_IS_X86 = platform.machine() in ("x86_64", "AMD64")
+_ONEDNN_LINEAR = _IS_X86 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def has_float64(device: torch.device) -> bool:

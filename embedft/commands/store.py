@@ -76,6 +76,5 @@ def _verify(store, name: str, *, repair: bool) -> int:
         print(f"{name}: {num_rows:,} rows, all intact")
         return 0
     shown = ", ".join(map(str, damaged[:SHOWN_ROWS])) + (", ..." if len(damaged) > SHOWN_ROWS else "")
-    state = "damaged and dropped" if repair else "damaged"
-    print(f"{name}: {len(damaged):,} of {num_rows:,} rows {state}: {shown}")
+    print(f"{name}: {len(damaged):,} of {num_rows:,} rows damaged{' and dropped' * repair}: {shown}")
     return 0 if repair else 1

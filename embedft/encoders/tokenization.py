@@ -166,12 +166,9 @@ def _cut(ids: list[int], special: list[int], prompt_ids: list[int], size: int, s
 def _configure(backend: tokenizers.Tokenizer, config: dict) -> None:
     """Applies tokenizer_config.json. Source: transformers 5.23, `models/bert/tokenization_bert.py`."""
     if config.get("tokenizer_class", "BertTokenizer").removesuffix("Fast").removesuffix("Tokenizer") in NORMALIZED_ANEW:
-        backend.normalizer = normalizers.BertNormalizer(
-            clean_text=True,
-            handle_chinese_chars=config.get("tokenize_chinese_chars", True),
-            strip_accents=config.get("strip_accents"),
-            lowercase=config.get("do_lower_case", True),
-        )
+        options = {"handle_chinese_chars": config.get("tokenize_chinese_chars", True)}
+        options |= {"strip_accents": config.get("strip_accents"), "lowercase": config.get("do_lower_case", True)}
+        backend.normalizer = normalizers.BertNormalizer(clean_text=True, **options)
         named = {f"{kind}_token": config.get(f"{kind}_token", f"[{kind.upper()}]") for kind in ("cls", "sep", "unk")}
         named = {name: token["content"] if isinstance(token, dict) else token for name, token in named.items()}
         used = [*backend.encode("").tokens, getattr(backend.model, "unk_token", None)]
