@@ -154,8 +154,7 @@ def _check_settings(out: Path, sides: Iterable[str], asked: dict) -> None:
 
 def _print_estimate(found: Estimate, num_chunks: int) -> None:
     print(f"{found.num_requests:,} requests, one for each distinct text without questions of {num_chunks:,} chunks")
-    tokens = f"{found.prompt_tokens:,} prompt tokens, {found.completion_tokens:,} reply tokens"
-    print(f"about {tokens} (from bytes, 4 per token)")
+    print(f"about {found.prompt_tokens:,} prompt tokens (4 bytes each), {found.completion_tokens:,} reply tokens")
     if found.cost is None:
         print("for the cost, pass --price-in and --price-out, per million tokens")
     else:
