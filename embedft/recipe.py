@@ -152,6 +152,7 @@ def finetune(
 
 
 def _prepare(job: _Job, existing: str) -> None:
+    """Checks everything, applies the embedder's settings, and makes batches, loss and references."""
     embedder, config, batches = job.embedder, job.config, job.given.get("batches")
     if job.out is not None:
         distributed.from_first(lambda: run_folder.check_run(job.out, existing))
@@ -192,6 +193,7 @@ def _prepare(job: _Job, existing: str) -> None:
 
 
 def _open(job: _Job, own_length: int, stack: contextlib.ExitStack, **how: Any) -> None:
+    """Locks the run folder, checks that the model can be saved, and opens the run."""
     stack.enter_context(run_folder.lock(job.out))
     with named_errors(job.out / run_folder.MODEL), temporary_path(job.out, ".trial.", Path.mkdir) as trial:
         job.embedder.save(trial)

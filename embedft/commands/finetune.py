@@ -72,6 +72,7 @@ def run(options: Options) -> None:
 
 
 def _load(options: Options) -> tuple:
+    """Model (on the rank's own device), training data and validation data."""
     datasets = {name: load_training_data(path, options) for name, path in _sources(options.data).items()}
     dataset = datasets if len(datasets) > 1 else next(iter(datasets.values()))
     validation = None

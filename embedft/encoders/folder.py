@@ -237,6 +237,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def _read_state(path: Path, encoder: nn.Module, family: ModuleType) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(the encoder's state, the other tensors) of a checkpoint."""
     own, keys = encoder.state_dict(), family.key_map(encoder.config)
     wanted = {name for theirs in keys.values() for name in theirs}
     with _opened(path) as file:
@@ -301,6 +302,7 @@ def write_folder(folder: Path, embedder: nn.Module) -> None:
 
 
 def _encoder_parts(encoder: nn.Module, source: Source | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json, and the tensors by the names of the checkpoint."""
     family = next((family for family in FAMILIES.values() if type(encoder) is family.Encoder), None)
     if family is None:
         return custom.describe(encoder), encoder.state_dict()

@@ -138,6 +138,7 @@ def _fit(
 
 
 def _batches(examples: list[Any], size: int, *, shuffle: bool, seed: int) -> Iterator[list[Any]]:
+    """`size` examples at a time, endlessly."""
     generator, order = torch.Generator().manual_seed(seed), range(len(examples))
     while True:
         if shuffle:
@@ -210,6 +211,7 @@ def _in_batch(
 def _metrics(
     queries_ND: Tensor, documents: Documents, relevant: Answers, select: str, adapter: Adapter, *, at_once: int = 4_096
 ) -> dict[str, float]:
+    """Metrics of an adapter on queries ranked against all documents, `at_once` queries at a time."""
     queries, ranks = list(relevant), []
     for rows in (queries[first : first + at_once] for first in range(0, len(queries), at_once)):
         pairs, mapped_BD = Pairs.of(relevant, rows, documents), adapter(queries_ND[rows], "query")
@@ -242,11 +244,13 @@ def _checked(
 
 
 def _answers(qrels: Qrels) -> dict[int, list[int]]:
+    """The documents that answer each query; queries without any are left out."""
     relevant = {query: sorted(d for d, grade in grades.items() if grade > 0) for query, grades in qrels.items()}
     return {query: documents for query, documents in relevant.items() if documents}
 
 
 def _start(start: Adapter | None, config: AdapterConfig, dim: int, *, base: Base | None, normalize: bool) -> Adapter:
+    """The configured adapter, starting as the identity or as a copy of `start`."""
     own = {"low_rank": {"rank": config.rank}, "two_layer": {"hidden": config.hidden}}.get(config.kind, {})
     with devices.seeded(config.seed, torch.device("cpu")):
         maps = {side: build_map(config.kind, dim, config.out_dim, bias=config.bias, **own) for side in ROLES}
