@@ -113,7 +113,7 @@ def test_inverse_cloze_removes_every_sentence_in_validation(place, capsys):
         assert len(dataset.corpus) == len(load_chunks(f"chunks/{name}.jsonl"))
         if name == "validation":
             assert not any(kept)
-    arguments = ["questions", "chunks/train.jsonl", "--out", "again", "--method", "ict", "--seed", "3", "--validation"]
+    arguments = ["questions", "chunks/train.jsonl", "--out", "again", "--method", "ict", "--seed", "3", "--held-out"]
     assert main(arguments) == 0
     dataset = RetrievalDataset.load("again/train.json")
     assert not any(dataset.queries[q] in dataset.corpus[d] for q, by in dataset.qrels.items() for d in by)
@@ -212,7 +212,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     ("first", "other"),
     [
         (["--method", "ict"], ["--method", "ict", "--seed", "1"]),
-        (["--method", "ict"], ["--method", "ict", "--validation"]),
+        (["--method", "ict"], ["--method", "ict", "--held-out"]),
         (["--method", "ict"], ["--method", "title"]),
         (["--method", "ict"], []),
         ([], ["--method", "ict"]),
@@ -416,7 +416,7 @@ def test_data_sets_load_in_llamaindex_and_in_sentence_transformers(place, capsys
             ("--max-cost", "--method llm", "--method title"),
         ),
         ("questions docs/more.md --out out --method ict --parameters.seed 3", ("--parameters", "--method llm")),
-        ("questions docs/more.md --out out --method title --validation", ("--validation", "ict", "llm", "title")),
+        ("questions docs/more.md --out out --method title --held-out", ("--held-out", "ict", "llm", "title")),
         ("questions docs/more.md --out out --round-trip 0", ("--round-trip", 0, 1)),
         ("chunk docs --out out --train-pages=", ("--train-pages", "''")),
         ("chunk docs --out out --size 0", ("--size", 0, 2, "special")),

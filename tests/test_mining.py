@@ -227,7 +227,7 @@ def test_equals_a_naive_search(at_once):
 def test_the_order_of_the_corpus_is_no_matter():
     vectors, dataset = random_case(5)
     backwards = replace(dataset, corpus=dict(reversed(dataset.corpus.items())))
-    for sampling in get_args(mining.Sampling):
+    for sampling in get_args(mining.Pick):
         options = {"ranks": (1, 9), "num_negatives": 3, "sampling": sampling}
         assert mine(vectors, dataset, **options).negatives == mine(vectors, backwards, **options).negatives
 

@@ -48,15 +48,15 @@ class Options(LanguageModel, config.Options):
     out: str = option(REQUIRED, "folder for the datasets, replies and a report", metavar="DIR")
     method: Literal["llm", "ict", "title", "docstring"] = option("llm", METHODS)
     seed: int = option(0, "random seed for ict and docstring")
-    validation: bool = option(False, "SOURCE is held out: ict always removes the sentence; no round trip")
+    held_out: bool = option(False, "SOURCE is held out: ict always removes the sentence; no round trip")
     num_docstrings: list[int] = option([2_000, 1_000], "docstrings for training and validation", metavar="N N")
 
     def __post_init__(self):
         llm = [field.name for field in fields(LanguageModel)]
         if self.method != "llm" and (given := changed(self, llm)):
             raise ValueError(f"{given[0]} needs --method llm, found --method {self.method}")
-        if self.method not in ("ict", "llm") and self.validation:
-            raise ValueError(f"--validation needs --method ict or llm, found --method {self.method}")
+        if self.method not in ("ict", "llm") and self.held_out:
+            raise ValueError(f"--held-out needs --method ict or llm, found --method {self.method}")
         if self.method != "docstring" and len(self.sources) != 1:
             raise ValueError(f"{len(self.sources)} sources, expected one file or folder of chunks")
 
@@ -81,7 +81,7 @@ def _pseudo(options: Options, sides: dict[str, list[Chunk]]) -> int:
     datasets = {}
     for name, chunks in sides.items():
         if options.method == "ict":
-            keep_share = 0.0 if options.validation or name == VALIDATION else 0.1
+            keep_share = 0.0 if options.held_out or name == VALIDATION else 0.1
             datasets[name] = inverse_cloze(chunks, seed=options.seed, keep_share=keep_share)
         else:
             datasets[name] = titles(chunks)
@@ -120,7 +120,7 @@ def _ask(options: Options, sides: dict[str, list[Chunk]]) -> int:
             steps: dict[str, Callable] = {"cleaning": clean} if options.clean else {}
             if VALIDATION in datasets:
                 steps["held out"] = partial(drop_held_out, validation=datasets[VALIDATION])
-            if options.round_trip is not None and name != VALIDATION and not options.validation:
+            if options.round_trip is not None and name != VALIDATION and not options.held_out:
                 encode = embedft.load_embedder(options.base).encode
                 steps["round trip"] = partial(round_trip, encode=encode, k=options.round_trip)
             for step, function in steps.items():

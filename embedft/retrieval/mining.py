@@ -31,7 +31,7 @@ from .encoding import Slice, SupportsEncode, encode, encode_documents, sorted_co
 from .index import Found
 from .search import Setting, check_settings, search_slices
 
-Sampling = Literal["random", "top"]
+Pick = Literal["random", "top"]
 
 
 def mine(
@@ -41,7 +41,7 @@ def mine(
     ranks: Sequence[int] = (10, 100),
     num_negatives: int = 4,
     seed: int = 0,
-    sampling: Sampling = "random",
+    sampling: Pick = "random",
     relative_margin: float | None = None,
     absolute_margin: float | None = None,
     min_score: float | None = None,
@@ -66,7 +66,7 @@ def mine(
     first, last = _checked_ranks(ranks, num_negatives, len(dataset.corpus))
     low, high = -math.inf if min_score is None else min_score, math.inf if max_score is None else max_score
     for name, value, valid, expected in (
-        ("sampling", sampling, sampling in get_args(Sampling), f"one of {', '.join(get_args(Sampling))}"),
+        ("sampling", sampling, sampling in get_args(Pick), f"one of {', '.join(get_args(Pick))}"),
         ("absolute_margin", absolute_margin, 0 <= (absolute_margin or 0) < math.inf, "at least 0"),
         ("relative_margin", relative_margin, 0 <= (relative_margin or 0) < math.inf, "at least 0"),
         ("max_score", max_score, low <= high, f"at least min_score, which is {min_score}"),
