@@ -110,6 +110,8 @@ def _type_name(wanted: Any) -> str:
         return "one of " + ", ".join(map(repr, inside))
     if origin is list:
         return f"a list of {_type_name(inside[0])}"
+    if dict in (wanted, origin):
+        return "KEY=VALUE or {...}"
     return "null" if wanted is types.NoneType else getattr(wanted, "__name__", str(wanted))
 
 

@@ -25,7 +25,7 @@ from embedft.device import describe
 from embedft.encoders.loading import load_tokenizer
 from embedft.files import write_json
 from embedft.retrieval.tables import format_table
-from embedft.training.run_folder import check_run
+from embedft.training.run_folder import DONE, MODEL, check_run
 
 from .commandline import make_parser, run
 from .memory import peak_memory_bytes
@@ -33,12 +33,17 @@ from .report import COMPARISON_HEADER, compare_metrics, comparison_rows
 
 CONFIG = FinetuneConfig(epochs=1, batch_size=64, lr=5e-5, warmup=0.1, max_length=128)
 NUM_TRAIN, NUM_HELD_OUT = 2_000, 1_000
+REPORT = "report.json"
 
 
 def main(options: argparse.Namespace) -> None:
-    start = time.perf_counter()
-    out, existing = Path(options.out), "overwrite" if options.overwrite else "refuse"
-    check_run(out, existing)
+    start, out = time.perf_counter(), Path(options.out)
+    is_trained = not options.overwrite and (out / DONE).exists()
+    if is_trained and (out / REPORT).exists():
+        raise ValueError(f"{out}: this run is done; choose another folder with --out, or --overwrite it")
+    existing = "overwrite" if options.overwrite else "resume"
+    if not is_trained:
+        check_run(out, existing)
     embedder = load_embedder(options.base)
     embedder.max_length = CONFIG.max_length
     if options.pdf:
@@ -54,7 +59,10 @@ def main(options: argparse.Namespace) -> None:
     print(f"training  {train_set!r}\nheld out  {held_out!r}\nmodel     {options.base} on {describe(embedder.device)}")
 
     before = evaluate(embedder, held_out)
-    finetune(embedder, train_set, CONFIG, out=out, existing=existing)
+    if is_trained:  # and killed before its report was written
+        embedder = load_embedder(out / MODEL)
+    else:
+        finetune(embedder, train_set, CONFIG, out=out, existing=existing)
     after = evaluate(embedder, held_out)
 
     before.save(out / "eval" / "held-out-base")
@@ -62,7 +70,7 @@ def main(options: argparse.Namespace) -> None:
     comparisons = compare_metrics(before, after)
     seconds, memory = time.perf_counter() - start, peak_memory_bytes(embedder.device)
     write_json(
-        out / "report.json",
+        out / REPORT,
         {
             "base": options.base,
             "data": options.pdf or options.data or "docstrings",

@@ -626,10 +626,10 @@ def test_a_judgement_may_stand_there_twice(tmp_path):
     """As in some published files; another grade for the same pair is refused, and so is both by strict."""
     path = write_beir(tmp_path, qrels="q1\td1\t1\nq1\td1\t1.0\n")
     assert RetrievalDataset.load(path).qrels == {"q1": {"d1": 1}}
-    with pytest.raises(ValueError, match=naming("test.tsv line 3", "q1", "d1", "twice")):
+    with pytest.raises(ValueError, match=naming("test.tsv", 3, "q1", "d1", "twice")):
         RetrievalDataset.load(path, strict=True)
     write(tmp_path / "qrels" / "test.tsv", "query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td1\t0\n")
-    with pytest.raises(ValueError, match=naming("test.tsv line 3", "q1", "d1", "twice")):
+    with pytest.raises(ValueError, match=naming("test.tsv", 3, "q1", "d1", "twice")):
         RetrievalDataset.load(path)
     content = {"queries": {"q1": "x"}, "corpus": {"d1": "me"}, "relevant_docs": {"q1": ["d1", "d1"]}}
     qa = write(tmp_path / "qa.json", json.dumps(content))

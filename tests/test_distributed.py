@@ -539,7 +539,14 @@ def test_the_command_line(tmp_path):
     assert code == 0
     assert names(began, "run", "resume", "new")
     assert names(warned, "finetune", "warning", 12, "validation")
-    assert [line.partition(" ")[0] for line in out.splitlines()] == ["3", "kept", "ndcg@10:", "these", "model:"]
+    assert [line.partition(" ")[0] for line in out.splitlines()] == [
+        "3",
+        "kept",
+        "ndcg@10:",
+        "before:",
+        "these",
+        "model:",
+    ]
     code, out, err = first[5]
     assert (code, out.splitlines()[-1], err.count("\n")) == (0, "model: gap/model", 1)
     assert names(err, "gap.csv", 1, "empty")

@@ -249,12 +249,11 @@ def test_the_hash_changes_with_whatever_changes_the_vectors(tiny_bert):
 @pytest.mark.parametrize("with_store", [False, True])
 def test_a_vector_that_is_not_finite_names_its_text(tiny_bert, tmp_path, passages, with_store):
     embedder = load_embedder(tiny_bert, device="cpu", store=tmp_path / "store" if with_store else None)
-    (token,) = embedder.tokenize(["world"])[0]
     with torch.no_grad():
-        embedder.encoder.embeddings.token.weight[token, 0] = float("nan")
+        embedder.encoder.embeddings.token.weight[embedder.tokenize(["world"])[0], 0] = float("nan")
     encode = embedder.encode if passages is None else lambda texts: embedder.encode_passages(texts, passages)
     encode(["hello", "a"])
-    with pytest.raises(ValueError, match=naming("finite", "'hello world'" if passages is None else token)):
+    with pytest.raises(ValueError, match=naming("finite", "'hello world'")):
         encode(["hello", "hello world", "a"])
     encode(["hello", "a"])
 

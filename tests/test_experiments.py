@@ -58,8 +58,19 @@ def test_quickstart_on_ones_own_data(tmp_path):
     assert load_embedder(tmp_path / "out" / "model").max_length == 128
     again = run("experiments.quickstart", "--data", "pairs.csv", "--out", "out", folder=tmp_path)
     assert (again.returncode, again.stdout) == (2, "")  # before any work
-    assert names(again.stderr, "experiments.quickstart", "out", "empty", "overwrite", "resume")
+    assert names(again.stderr, "experiments.quickstart", "out", "done", "--out", "--overwrite")
     assert again.stderr.count("\n") == 1
+    # Killed before its report was written: the model is measured again, and nothing is trained.
+    (tmp_path / "out" / "report.json").unlink()
+    written = (tmp_path / "out" / "train.jsonl").stat().st_mtime_ns
+    assert run("experiments.quickstart", "--data", "pairs.csv", "--out", "out", folder=tmp_path).returncode == 0
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["metrics"] == report["metrics"]
+    assert (tmp_path / "out" / "train.jsonl").stat().st_mtime_ns == written
+    # Killed while it trained: resumed. The last checkpoint went with the end of the run, so this one starts over.
+    for name in ("DONE", "report.json"):
+        (tmp_path / "out" / name).unlink()
+    assert run("experiments.quickstart", "--data", "pairs.csv", "--out", "out", folder=tmp_path).returncode == 0
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["metrics"] == report["metrics"]
 
 
 def test_the_lyft_uber_reproduction(tmp_path):

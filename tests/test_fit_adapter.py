@@ -527,9 +527,9 @@ def test_documents_that_all_answer_are_no_training_signal(recwarn):
     Q, D, _ = problem()
     fit_adapter(Q[:2], D[:2], {0: {0: 1}, 1: {0: 1, 1: 1}}, PLAIN)
     assert not recwarn
-    with pytest.warns(UserWarning, match=naming("every", "training signal")):
+    with pytest.warns(UserWarning, match=naming("every", "training", "signal")):
         fit_adapter(Q[:2], D[:2], {0: {0: 1, 1: 1}, 1: {0: 1, 1: 1}}, PLAIN)
-    with pytest.warns(UserWarning, match=naming("every", "training signal")):
+    with pytest.warns(UserWarning, match=naming("every", "training", "signal")):
         fit_adapter(Q[:1], D[:2], {0: {0: 1}}, PLAIN, source=np.array([0, 0]))
 
 

@@ -685,7 +685,7 @@ def test_a_malformed_reply_on_disk_is_named_by_its_line(tmp_path, changed, facts
         path = tmp_path / "replies.jsonl"
         good = lines(path)
         path.write_text(f"{json.dumps(good[0])}\n{json.dumps(good[1] | changed)}\n")
-        with pytest.raises(ValueError, match=naming(f"{path} line 2", *facts)):
+        with pytest.raises(ValueError, match=naming(path, 2, *facts)):
             ask(server, some_chunks(2), tmp_path)
         assert server.counts["chat"] == 2
 

@@ -153,12 +153,13 @@ def _check_settings(out: Path, sides: Iterable[str], asked: dict) -> None:
 
 
 def _print_estimate(found: Estimate, num_chunks: int) -> None:
-    print(f"{found.num_requests:,} requests, one for each distinct text without questions of {num_chunks:,} chunks")
+    print(f"{found.num_requests:,} requests for {num_chunks:,} chunks: one for each text that has no questions yet")
     print(f"about {found.prompt_tokens:,} prompt tokens (4 bytes each), {found.completion_tokens:,} reply tokens")
     if found.cost is None:
         print("for the cost, pass --price-in and --price-out, per million tokens")
     else:
-        print(f"cost about {found.cost:.4f}; at most {found.most_cost:.4f}, plus that of requests sent again")
+        most = f"at most {found.most_cost:.4f} without requests sent again"
+        print(f"cost about {found.cost:.4f}, {most}, in the unit of the prices")
 
 
 def _print_totals(outcome: Outcome) -> None:

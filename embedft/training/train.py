@@ -49,7 +49,7 @@ class NonFiniteError(ValueError):
     def __init__(self, what: str, step: int, query_ids: list[str], document_ids: list[str]):
         self.what, self.step, self.query_ids, self.document_ids = what, step, query_ids, document_ids
         names = [", ".join(ids[:NAMED_IDS]) + ", ..." * (len(ids) > NAMED_IDS) for ids in (query_ids, document_ids)]
-        super().__init__(f"step {step}: {what}; queries {names[0]}; documents {names[1]}")
+        super().__init__(f"step {step}: the {what}; queries {names[0]}; documents {names[1]}")
 
 
 class BatchSource(Protocol):
