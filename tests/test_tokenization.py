@@ -178,14 +178,16 @@ def test_tokenizer_config_is_applied_as_transformers_does(minilm_folder, tmp_pat
 @pytest.mark.parametrize("name", ["cls_token", "sep_token", "unk_token"])
 def test_other_special_tokens_than_those_of_tokenizer_json_are_refused(minilm_folder, name):
     """transformers would put them around every text, or in place of every unknown word: other vectors."""
-    with pytest.raises(ValueError, match=naming("tokenizer_config.json", name, "[MASK]", "tokenizer.json")):
+    with pytest.raises(
+        ValueError, match=naming(minilm_folder, "tokenizer_config.json", name, "[MASK]", "tokenizer.json")
+    ):
         Tokenizer.load(Path(minilm_folder), {name: "[MASK]"}, max_length=64)
     Tokenizer.load(Path(minilm_folder), {name: "[MASK]", "tokenizer_class": "PreTrainedTokenizerFast"}, max_length=64)
 
 
 @pytest.mark.parametrize("tokens", [{"x": {"content": "a"}}, {"5": 3}, {"5": {"content": 3}}, {"5": {"colour": "red"}}])
 def test_malformed_added_tokens(minilm_folder, tokens):
-    with pytest.raises(ValueError, match=naming("tokenizer_config.json", "added", *tokens.values())):
+    with pytest.raises(ValueError, match=naming(minilm_folder, "tokenizer_config.json", "added", *tokens.values())):
         Tokenizer.load(Path(minilm_folder), {"added_tokens_decoder": tokens}, max_length=64)
 
 

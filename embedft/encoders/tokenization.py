@@ -8,6 +8,7 @@ windows, source = tokenizer.windows(["a long text ..."], (128, 64))
 import hashlib
 import operator
 import pickle
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,10 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{path}: not a tokenizer ({' '.join(str(error).split())[:200]})") from None
-        return cls(backend, config, max_length=max_length, lower_case=lower_case)
+        try:
+            return cls(backend, config, max_length=max_length, lower_case=lower_case)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
 
     @property
     def max_length(self) -> int:
@@ -173,7 +177,8 @@ def _configure(backend: tokenizers.Tokenizer, config: dict) -> None:
         named = {name: token["content"] if isinstance(token, dict) else token for name, token in named.items()}
         used = [*backend.encode("").tokens, getattr(backend.model, "unk_token", None)]
         if used != list(named.values()):
-            raise ValueError(f"{TOKENIZER_CONFIG_FILE}: special tokens are {named}, but {TOKENIZER_FILE} uses {used}")
+            found = f"special tokens are {reprlib.repr(named)}, but {TOKENIZER_FILE} uses {reprlib.repr(used)}"
+            raise ValueError(f"{TOKENIZER_CONFIG_FILE}: {found}")
     token = numbered = config.get("added_tokens_decoder", {})
     named = config.get("extra_special_tokens", [])
     extra = [*config.get("additional_special_tokens", []), *(named.values() if isinstance(named, dict) else named)]
