@@ -84,6 +84,7 @@ def uber(shared_data) -> tuple[list[str], list[str]]:
     return list(data["corpus"].values())[::10], list(data["queries"].values())[::10]
 
 
+@pytest.mark.slow
 def test_vectors_of_uber_chunks_and_questions(minilm, minilm_reference, monkeypatch, uber):
     chunks, questions = uber
     assert (len(chunks), len(questions)) == (40, 79)

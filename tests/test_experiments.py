@@ -125,6 +125,7 @@ def test_one_filing_without_a_key(tmp_path):
     assert (list(first.corpus), list(rest.queries)) == ([f"d{i}" for i in range(6)], [f"q{i}" for i in range(6, 10)])
 
 
+@pytest.mark.slow
 def test_one_filing_and_a_server(tmp_path, monkeypatch):
     write_filing(tmp_path)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-0123456789")
