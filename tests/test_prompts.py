@@ -290,6 +290,22 @@ def test_what_json_lists_as_questions_need_not_ask():
     assert parse_reply(json.dumps({"questions": terms}), 2) == terms
 
 
+@pytest.mark.parametrize(
+    "question",
+    [
+        "What is the <plan> tag?",
+        "What does <ReasonCode> hold?",
+        "Which tag, <rationale> or <reasoning>, do replies use?",
+        "What does the </think> token mark?",
+        "What comes before `</think>`, and what before `<think>`?",
+    ],
+)
+def test_a_tag_in_a_sentence_is_no_reasoning(question):
+    assert parse_reply(f"1. {question}\n2. {ONE}", 2) == [question, ONE]
+    assert parse_reply(f"<think>Hm?</think>{question}\n{ONE}\n<think>Is that all?", 2) == [question, ONE]
+    assert parse_reply(f"{question} <think>Is that all?", 2) == [question]
+
+
 def test_json_in_a_question_is_no_reply_in_json():
     question = 'What does {"retries": 3} set in the configuration file?'
     assert parse_reply(f"1. {question}", 2) == [question]

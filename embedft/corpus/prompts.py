@@ -30,11 +30,11 @@ RESPONSE_FORMAT = {"type": "json_schema", "json_schema": {"name": "questions", "
 
 THOUGHT = r"(?:think|thinking|thoughts?|reason|reasoning|reflection|analysis|scratchpad)"
 THOUGHT_TAG = r"[\w:-]{0,20}?(?:think|thought|reason|reflect|analysis|scratchpad|monologue|\bplan\b)[\w-]{0,20}"
-# Everything before the last match is reasoning or a role header.
-END_OF_THOUGHT = re.compile(rf"""(?ix) </{THOUGHT_TAG}\s*> | \[/(?:THINK|INST)\] | ◁/think▷ | Here\ is\ my\ response:
-    | <\|(?:message|end_header_id|end\w*_(?:thought|thinking))\|>""")
-# Everything after the first match is unfinished reasoning or leftover markup.
-END_OF_REPLY = re.compile(rf"""(?ix) <{THOUGHT_TAG}(?:\s[^<>]*)?> | \[THINK\] | ◁think▷
+# Everything before the last match is reasoning or a role header. "What does the </think> tag do?" has none.
+END_OF_THOUGHT = re.compile(rf"""(?ix) (?<!the\ )(?<!`)</{THOUGHT_TAG}\s*> | \[/(?:THINK|INST)\] | ◁/think▷
+    | Here\ is\ my\ response: | <\|(?:message|end_header_id|end\w*_(?:thought|thinking))\|>""")
+# Everything after the first match is unfinished reasoning or leftover markup. Inside a sentence, a tag is asked about.
+END_OF_REPLY = re.compile(rf"""(?imx) (?:^|(?<=[^\w\s,`'"(]))[ \t]*<{THOUGHT_TAG}(?:\s[^<>]*)?> | \[THINK\] | ◁think▷
     | <\|(?:start|begin)\w*_(?:thought|thinking)\|> | (?<=\S)\s*<\|\w+\|>""")
 ROLE = re.compile(r"""(?ix) \A (?:<\|\w+\|>)?[#*\s]*
     (?:assistant|model|ai|final\ answer|answer|output|response) [*\s]*(?::[*\s]*|\n)""")
