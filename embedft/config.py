@@ -263,14 +263,17 @@ def as_typed(message: str, cls: type, arguments: Sequence[str]) -> str:
     """A message of the library, with the fields of `cls` named as on the command line; the keys of a JSON file stay."""
     names = {field.name for field in dataclasses.fields(cls) if not field.metadata["positional"]}
     typed = {_option(word.partition("=")[0].lstrip("-")) for word in arguments}
+    # A path, or the key in --loss.temperature, may be called like a field.
+    values = {name for word in arguments for name in re.findall(r"\w+", re.sub("^--[^.=]+", "", word))}
 
     def as_option(word: re.Match[str]) -> str:
         several = f"{word[0]}s"  # "dim is 0" may be about an entry of --dims
         name = several if several in names and _option(several) in typed else word[0]
-        return _option(name) if name in names else name
+        return _option(name) if name in names - values else name
 
     # A word with an underscore is a name; so is another one if a clause says what it is, or what to do with a run.
-    words = r"\w+_\w+(?![\w./'\"(=])|(?:(?<=: )|(?<=but )|\A)\w+(?= is )|(?<=or )(?:overwrite|resume)\b"
+    quoted, clause = r"'[^']*'|\"[^\"]*\"", r"(?:(?<=: )|(?<=but )|\A)\w+(?= is )"
+    words = rf"{quoted}|\w+_\w+(?![\w./'\"(=])|{clause}|(?<=or )(?:overwrite|resume)\b"
     return message if ".json: " in message else re.sub(rf"(?<![\w./'\"=-])(?:{words})", as_option, message)
 
 

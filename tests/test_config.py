@@ -275,6 +275,11 @@ def test_missing_options_are_named():
         ("a/batch_size: 'batch_size' and batch_size.json", (), "a/batch_size: 'batch_size' and batch_size.json"),
         ("f(max_length=3), my_max_length", (), "f(max_length=3), my_max_length"),
         ("x.json: batch_size is 0, expected one of lr, batch_size", (), None),
+        ("'a batch_size, but lr is' and \"its: lr is\"", (), "'a batch_size, but lr is' and \"its: lr is\""),
+        # So does what was typed, but not as this option: a folder, the key of another option.
+        ("batch_size: no such folder", ("./batch_size/", "--epochs", "3"), "batch_size: no such folder"),
+        ("in_batch: lr is 'x'; epochs is 2", ("x", "--loss.lr=x"), "in_batch: lr is 'x'; epochs is 2"),
+        ("in_batch: lr is 'x', but epochs is 2", ("--loss", "lr=x"), "in_batch: lr is 'x', but --epochs is 2"),
     ],
 )
 def test_errors_name_options_as_typed(message, arguments, expected):

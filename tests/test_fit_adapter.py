@@ -12,6 +12,8 @@ from naming import naming
 
 from embedft import LOSSES, Adapter, AdapterConfig, fit_adapter
 from embedft import device as devices
+from embedft.commands.adapter import Options
+from embedft.config import as_typed
 from embedft.encoders.adapter import Base
 from embedft.encoders.maps import LinearMap, build_map
 from embedft.training.corpus_softmax import Documents, Pairs, first_ranks, full_corpus_softmax
@@ -510,6 +512,12 @@ def test_weights_that_are_no_numbers_are_no_success():
     assert torch.equal(adapter.query.weight, torch.eye(6))
     with pytest.raises(ValueError, match=naming("step", 1, "weights", "finite", 1e39)):
         fit_adapter(Q, D, qrels, replace(config, lr=1e39))
+
+
+def test_a_loss_that_is_not_finite_is_not_the_option_of_that_name():
+    with pytest.raises(ValueError, match=naming("step", "nan")) as caught:
+        fit_adapter(*problem(), replace(PLAIN, lr=1e38, epochs=50))
+    assert as_typed(str(caught.value), Options, []) == str(caught.value)
 
 
 def test_patience_stops():

@@ -154,7 +154,7 @@ def _step(value: Tensor, optimizer: torch.optim.Optimizer, max_grad_norm: float,
     grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     found = {"loss": value.item(), "grad_norm": grad_norm.item()}
     if not all(map(math.isfinite, found.values())):
-        raise ValueError(f"step {step}: loss is {found['loss']}, gradient norm is {found['grad_norm']}")
+        raise ValueError(f"step {step}: the loss is {found['loss']}, gradient norm is {found['grad_norm']}")
     optimizer.step()
     return {"lr": optimizer.param_groups[0]["lr"], **found}
 
@@ -228,8 +228,8 @@ def _checked(
     for what, array in (("query", queries_ND), ("document", documents_MD)):
         if array.ndim != 2 or not array.size or not np.issubdtype(array.dtype, np.floating):
             raise ValueError(f"{what} embeddings are {list(array.shape)} {array.dtype}, not [rows, features] of floats")
-    if (ours := queries_ND.shape[1]) != (theirs := documents_MD.shape[1]):
-        raise ValueError(f"queries have {ours} features, documents {theirs}: expected the same number")
+    if (q := queries_ND.shape[1]) != (d := documents_MD.shape[1]):
+        raise ValueError(f"queries have {q} features, documents {d}: expected the same number")
     checked_lengths(queries_ND, "query", options["at_once"])
     is_double = queries_ND.dtype == np.float64 and devices.has_float64(options["device"])
     documents = Documents(documents_MD, source, dtype=torch.float64 if is_double else torch.float32, **options)
