@@ -127,6 +127,19 @@ def test_what_is_there_is_read_and_the_rest_computed_once(tmp_path):
     assert (again.hits, again.misses) == (90, 10)
 
 
+def test_what_another_process_computes_meanwhile_is_found(tmp_path, monkeypatch):
+    mine, other, turn = Store(tmp_path), Store(tmp_path), Store.turn
+
+    def late(self, space):
+        if self is mine:
+            encode(other, space, numbered(1), Compute())
+        return turn(self, space)
+
+    monkeypatch.setattr(Store, "turn", late)
+    encode(mine, SPACE, numbered(0, 1, 1), Compute())
+    assert (mine.hits, mine.misses) == (1, 1)
+
+
 def test_no_texts_and_no_rows(tmp_path):
     store_ = Store(tmp_path / "new" / "store")
     assert encode(store_, SPACE, []).shape == (0, 4)

@@ -162,8 +162,7 @@ class Store:
         keys_N2 = text_keys(texts)
         opened = self._rows(space)
         found_N = opened.find(keys_N2)
-        new_N = found_N < 0
-        missing = {texts[row]: row for row in np.flatnonzero(new_N)[::-1].tolist()}  # each text's first row
+        missing = {texts[row]: row for row in np.flatnonzero(found_N < 0)[::-1].tolist()}  # each text's first row
         first_rows = np.array(sorted(missing.values()), dtype=np.int64)
         for start in range(0, len(missing), slice_texts):
             with self.turn(space):
@@ -177,13 +176,13 @@ class Store:
                     if len(wrong):
                         raise ValueError(f"the vector of texts[{wrong[0]}] has values that are not finite")
                     self._append(space, keys_N2[rows], vectors_MD)
+                    opened = self._rows(space)
+                    opened.seen_R[opened.find(keys_N2[rows])] = True
             self.misses += len(rows)
         if missing:
-            opened = self._rows(space)
-            found_N = opened.find(keys_N2)
+            found_N = self._rows(space).find(keys_N2)
             if (found_N < 0).any():
                 raise ValueError(f"{self.folder}: another process removed texts of {space.name} while it was filled")
-            opened.seen_R[found_N[new_N]] = True
         elif opened.version and time.time() - opened.last_used > 60:
             with contextlib.suppress(ValueError), self._transaction(write=True) as database:  # it may be read-only
                 database.execute("UPDATE spaces SET last_used = ? WHERE id = ?", (time.time(), opened.version[0]))
@@ -198,8 +197,9 @@ class Store:
         damaged = rows_N[checksums(vectors_ND) != opened.records_R["checksum"][rows_N]]
         if len(damaged):
             raise opened.damage(f"row {damaged[0]} is damaged ({len(damaged):,} of {len(rows_N):,} rows read)")
-        self.hits += len(np.unique(rows_N[~opened.seen_R[rows_N]]))
+        num_seen = np.count_nonzero(opened.seen_R)  # 200 times faster than np.unique of the rows
         opened.seen_R[rows_N] = True
+        self.hits += np.count_nonzero(opened.seen_R) - num_seen
         return vectors_ND.astype(np.float32, copy=False)
 
     def find(self, space: Space, texts: Sequence[str]) -> np.ndarray:
