@@ -74,11 +74,11 @@ def _run(words: list[str], program: str) -> int:
     if name not in COMMANDS:
         problem = f"unknown command {name!r}{config.suggestion(name, COMMANDS)}" if words else "missing COMMAND"
         raise ValueError(f"{problem}; expected one of {', '.join(COMMANDS)}")
-    module = importlib.import_module(f".commands.{name}", __package__)
-    typed = functools.partial(config.as_typed, cls=module.Options, arguments=words)
-    format_warning = warnings.formatwarning
+    typed, format_warning = str, warnings.formatwarning
     warnings.formatwarning = lambda text, *_, **__: "" if _is_silent() else f"{program}: warning: {typed(str(text))}\n"
     try:
+        module = importlib.import_module(f".commands.{name}", __package__)
+        typed = functools.partial(config.as_typed, cls=module.Options, arguments=words[1:])
         if "-h" in words or "--help" in words:
             description = f"{COMMANDS[name][0].upper()}{COMMANDS[name][1:]}."
             epilog = module.epilog() if hasattr(module, "epilog") else ""

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from dataclasses import fields
 
 import numpy as np
@@ -207,6 +208,18 @@ sys.exit(cli.main(["info", "model"]))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert names(done.stderr, "embedft info", "memory")
+
+
+def test_a_warning_of_an_import_is_one_line(place, capsys, monkeypatch):
+    real, shown = importlib.import_module, []
+
+    def warning(*arguments):
+        shown.append(warnings.formatwarning("old library", UserWarning, "torch.py", 3))
+        return real(*arguments)
+
+    monkeypatch.setattr(importlib, "import_module", warning)
+    assert main(["info", "--help"]) == 0
+    assert shown == ["embedft info: warning: old library\n"]
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
