@@ -30,7 +30,7 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 @contextlib.contextmanager
 def named_errors(path: str | Path) -> Iterator[None]:
-    """Makes the `OSError` of a failed write name `path`; Python and safetensors omit it."""
+    """Makes the `OSError` of a failed read or write name `path`; Python and safetensors omit it."""
     try:
         yield
     except OSError as error:
@@ -142,7 +142,7 @@ def write_json(path: str | Path, value: Any) -> None:
 def read_lines(path: str | Path) -> Iterator[str]:
     """Yields the lines of a UTF-8 file, or a .gz of one, with their newlines; only a line feed ends a line.
     Drops a byte order mark. Raises `ValueError` for an invalid byte, with its line, a bad .gz, or an LFS pointer."""
-    with open(path, "rb") as raw:
+    with named_errors(path), open(path, "rb") as raw:
         is_gz = str(path).endswith(".gz") and not raw.peek(len(LFS_POINTER)).startswith(LFS_POINTER)
         with gzip.open(raw) if is_gz else contextlib.nullcontext(raw) as file:
             yield from _decoded(file, path)
@@ -285,7 +285,7 @@ def locked(path: str | Path, *, wait: Callable[[str], object] | None = None) -> 
 def sha256_file(path: str | Path) -> str:
     """The SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with named_errors(path), open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -215,6 +215,14 @@ def test_a_full_disk_names_the_file_and_changes_nothing(tmp_path, monkeypatch):
     assert (tmp_path / "a.json").read_text() == "old"
 
 
+@pytest.mark.parametrize("read", [files.read_text, files.sha256_file])
+def test_a_disk_that_cannot_be_read_names_the_file(read):
+    """An error without a name is taken for one of standard output."""
+    with pytest.raises(OSError, match=naming(errno.EIO)) as caught:
+        read("/proc/self/mem")  # nothing is mapped at 0
+    assert caught.value.filename == "/proc/self/mem"
+
+
 def test_a_log_on_a_full_disk_keeps_no_half_line(tmp_path):
     with pytest.raises(OSError, match=naming(errno.ENOSPC)) as caught:
         append_jsonl("/dev/full", {})
