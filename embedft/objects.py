@@ -2,7 +2,7 @@
 
     describe_object(my_loss)      # {"name": "__main__.my_loss", "sha256": "9f86...", "values": {}}
 
-Not recorded: tensors, attributes and keys that begin with "_", and code that the object's own code calls.
+Not recorded: tensors, attributes and keys that begin with "_", other objects as keys, and code that its code calls.
 """
 
 import ast
@@ -57,8 +57,8 @@ def split_object(value: Any, *, depth: int = 3) -> tuple[Any, dict[str, Any]]:
 
 def _counts(name: Any, value: Any) -> bool:
     is_tensor = type(value).__module__.partition(".")[0] in ("torch", "numpy")
-    is_private = not isinstance(name, str) or name.startswith("_") or value is inspect.Parameter.empty
-    return not (is_tensor or is_private or isinstance(value, types.ModuleType))
+    is_named = isinstance(name, str | int | float) and not str(name).startswith("_")
+    return is_named and not (is_tensor or value is inspect.Parameter.empty or isinstance(value, types.ModuleType))
 
 
 def _short(value: Any, *, longest: int = 200) -> Any:

@@ -168,6 +168,7 @@ def test_dicts_are_recorded_but_for_tensors_and_keys_without_a_stable_name():
         "a": 1,
         "d": {"e": [0.5]},
     }
+    assert recorded({384: 1.0, 128: 0.5}) == {384: 1.0, 128: 0.5}
     assert recorded({"a": "x" * 300}) != recorded({"a": "y" * 300})
     first, second = (describe_object(LearnableSigmoid(windows=windows)) for windows in ("max", "softmax"))
     assert first["values"]["options"] == {"windows": "max"}
