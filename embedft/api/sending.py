@@ -113,7 +113,7 @@ class Sender:
     """Sends jobs until each is done, dropped or out of attempts.
 
     A refused job is sent in another of `forms`, then in the parts that `split` returns; a job is also split when it is
-    known to be too large, out of attempts, or when MAX_REFUSED_ALONE requests in a row exceeded a rate while alone.
+    known to be too large or is out of attempts, or when it alone exceeded a rate MAX_REFUSED_ALONE times in a row.
     Nothing is sent while the server asks for a pause. After MAX_FAILURES_IN_A_ROW, requests go one at a time with
     growing pauses; after `concurrency + max_attempts` more failures it stops, since each may cost money."""
 

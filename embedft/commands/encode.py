@@ -44,7 +44,7 @@ def run(options: Options) -> None:
     if options.out:
         embeddings_ND = embedder.encode(texts, role=options.role, dim=options.dim)
         with atomic_write(options.out, "wb") as file:
-            # Straight to a file, NumPy does not notice when the disk takes all but the end.
+            # Writing to a file itself, NumPy does not notice when the disk takes all but the end.
             np.save(SimpleNamespace(write=file.write), embeddings_ND)
         print(f"{options.out}: {len(texts):,} texts x {embeddings_ND.shape[1]} dimensions, float32")
     else:

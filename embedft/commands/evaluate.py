@@ -48,9 +48,7 @@ class Hybrid:
 @dataclass(frozen=True, kw_only=True)
 class Options(Adapted, Grid, Hybrid, Data):
     data: str = option(REQUIRED, DATASETS, metavar="DATA", positional=True)
-    metrics: list[str] | None = option(
-        None, "metrics, e.g. ndcg@20 rprec my_module.function [all, at --ks]", metavar="NAME ..."
-    )
+    metrics: list[str] | None = option(None, "e.g. ndcg@20 rprec my_module.function [all, at --ks]", metavar="NAME ...")
     ks: list[int] = option([1, 3, 5, 10], "cutoffs")
     depth: int = option(100, "documents to retrieve per question")
     gain: Literal["binary", "graded"] = option("binary", "nDCG gain")

@@ -8,7 +8,7 @@ Not here: embedft's own families, whose folders other libraries can read too (fo
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -36,8 +36,7 @@ def describe(encoder: nn.Module) -> dict[str, Any]:
         settings = {field.name: getattr(config, field.name) for field in fields(config) if field.init}
         values["settings"] = json.loads(json.dumps(settings, allow_nan=False))
     family, read = read_family(values)
-    states = ([getattr(x, field.name) for field in fields(x)] for x in (read, config))  # not ==, for `eq=False`
-    if tuple(family) != (type(encoder), type(config)) or next(states) != next(states):
+    if tuple(family) != (type(encoder), type(config)) or asdict(read) != asdict(config):  # not ==, for `eq=False`
         raise ValueError(f"{paths[0]} with {config} cannot be saved: it loads as {family.Encoder} with {read}")
     fill(build(family, read, "meta"), encoder.state_dict(), f"{paths[0]}, rebuilt from its config")
     return values

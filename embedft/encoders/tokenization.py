@@ -179,11 +179,11 @@ def _configure(backend: tokenizers.Tokenizer, config: dict) -> None:
         if used != list(named.values()):
             found = f"special tokens are {reprlib.repr(named)}, but {TOKENIZER_FILE} uses {reprlib.repr(used)}"
             raise ValueError(f"{TOKENIZER_CONFIG_FILE}: {found}")
-    token = numbered = config.get("added_tokens_decoder", {})
-    named = config.get("extra_special_tokens", [])
-    extra = [*config.get("additional_special_tokens", []), *(named.values() if isinstance(named, dict) else named)]
+    token = decoder = config.get("added_tokens_decoder", {})
+    extra = config.get("extra_special_tokens", [])
+    extra = [*config.get("additional_special_tokens", []), *(extra.values() if isinstance(extra, dict) else extra)]
     try:
-        numbered = [numbered[number] for number in sorted(numbered, key=int)]
+        numbered = [decoder[number] for number in sorted(decoder, key=int)]
         for token in numbered + [token for token in extra if token not in [known["content"] for known in numbered]]:
             token = {"content": token, "special": True} if isinstance(token, str) else dict(token)
             options = {key: token[key] for key in ("single_word", "lstrip", "rstrip", "special") if key in token}

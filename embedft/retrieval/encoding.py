@@ -55,7 +55,7 @@ def encode(embedder: SupportsEncode, texts: Mapping[str, str], role: str) -> np.
 def encode_documents(
     embedder: SupportsEncode, documents: Mapping[str, str], passages: Passages, slice_documents: int | None, costs: dict
 ) -> Iterator[Slice]:
-    """Yields vectors of {id: text} in all dimensions, of 65,536 documents [passages: 4,096] at a time; adds `costs`."""
+    """Yields full vectors of {id: text}, 65,536 documents [passages: 4,096] at a time; adds the seconds to `costs`."""
     step, items = slice_documents or (65_536 if passages is None else 4_096), list(documents.items())
     for first in range(0, len(items), step):
         texts = dict(items[first : first + step])

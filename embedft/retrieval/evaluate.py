@@ -54,7 +54,7 @@ def evaluate_grid(
     """A report for every combination; queries are encoded once, documents once for each of `passages`.
 
     Passages vary slowest, then dims, precisions and indices, each a list of what `evaluate` takes (passages=(128, 64)
-    works too). Exact search holds one slice of the corpus; others all vectors, a copy cut to a dim, and one index.
+    works too). Exact search holds one slice of the corpus; others, all vectors, a copy cut to one dim, and one index.
 
     ks, depth, metrics, gain: see `evaluate_run`. options: exclude_identical_ids and slice_documents, see `Searcher`.
     Raises `ValueError` before the corpus is encoded for arguments that cannot work, listing all unsupported settings.

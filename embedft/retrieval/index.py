@@ -2,7 +2,7 @@
 
     scores, rows = search_exact(query_embeddings, np.load("documents.npy", mmap_mode="r"), depth=100)   # in slices
 
-Results are ordered by (score descending, row ascending), even at the cutoff. Vectors tie if their products are equal.
+Results are in order (score descending, row ascending), even at the cutoff. Equal vectors tie if their products do.
 
 Shapes: Q queries, N documents (rows, numbered from 0), D dimensions, K = min(depth, N) results, W >= K.
 """

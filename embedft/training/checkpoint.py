@@ -79,7 +79,7 @@ def save_checkpoint(folder: Path, state: TrainState) -> None:
 
 def load_checkpoint(folder: Path, state: TrainState) -> bool:
     """Restores the newest checkpoint into `state` and torch's generators; False when there is none.
-    Raises `ValueError`, before restoring anything, for a damaged file and for another model, loss or optimizer."""
+    Raises `ValueError`, before restoring anything, for a damaged or missing file, another model, loss or optimizer."""
     *before, path = _checkpoints(folder) or [None]
     if path is None:
         return False
