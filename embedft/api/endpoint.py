@@ -150,8 +150,8 @@ class Fetch:
             if len(shorter) > len(self.prompt):
                 self.sent[text] = shorter
                 return [self._job(texts)]
-        if is_refused:
-            self.missing[text] = f"texts[{self.rows[text]}] was refused ({response.reason})"
+        if is_refused or len(self.missing) < len(self.rows):  # else the server may be down
+            self.missing[text] = f"texts[{self.rows[text]}] failed ({response.reason})"
         return []
 
     async def _ask(self, job: Job, form: str | None) -> Response:
