@@ -32,10 +32,10 @@ THOUGHT = r"(?:think|thinking|thoughts?|reason|reasoning|reflection|analysis|scr
 THOUGHT_TAG = r"[\w:-]{0,20}?(?:think|thought|reason|reflect|analysis|scratchpad|monologue|\bplan\b)[\w-]{0,20}"
 # Everything before the last match is reasoning or a role header. "What does the </think> tag do?" has none.
 END_OF_THOUGHT = re.compile(rf"""(?ix) (?<!the\ )(?<!`)</{THOUGHT_TAG}\s*> | \[/(?:THINK|INST)\] | ◁/think▷
-    | Here\ is\ my\ response: | <\|(?:message|end_header_id|end\w*_(?:thought|thinking))\|>""")
+    | Here\ is\ my\ response: | <\|(?:message|end_header_id|end\w*_{THOUGHT})\|> | <channel\|> | <unused95>""")
 # Everything after the first match is unfinished reasoning or leftover markup. Inside a sentence, a tag is asked about.
 END_OF_REPLY = re.compile(rf"""(?imx) (?:^|(?<=[^\w\s,`'"(]))[ \t]*<{THOUGHT_TAG}(?:\s[^<>]*)?> | \[THINK\] | ◁think▷
-    | <\|(?:start|begin)\w*_(?:thought|thinking)\|> | (?<=\S)\s*<\|\w+\|>""")
+    | <\|(?:start|begin)\w*_{THOUGHT}\|> | <\|channel>thought | <unused94> | (?<=\S)\s*<(?:\|\w+|turn)\|>""")
 ROLE = re.compile(r"""(?ix) \A (?:<\|\w+\|>)?[#*\s]*
     (?:assistant|model|ai|final\ answer|answer|output|response) [*\s]*(?::[*\s]*|\n)""")
 FENCE = re.compile(r"```(?:\w*[^\S\n]*\n)?(.*?)(?:```|\Z)", re.DOTALL)
