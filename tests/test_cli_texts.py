@@ -240,6 +240,15 @@ def test_questions_never_replace_those_of_other_settings(place, capsys, monkeypa
         assert (snapshot(place / "out"), server.counts["chat"]) == (before, sent)
 
 
+def test_only_the_settings_that_differ_are_named(place, capsys):
+    assert chunk("--size", "60") == 0
+    with ApiServer() as server:
+        assert ask(server) == 0
+        assert ask(server, "--parameters.seed", "1") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert names(error, "out/chunks.json", {"parameters": {"seed": 1}})
+
+
 def test_questions_of_an_older_report_go_on(place, capsys):
     """Reports had no settings; a report that is none is named."""
     assert chunk("--size", "60") == 0

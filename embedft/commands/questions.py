@@ -147,9 +147,10 @@ def _ask(options: Options, sides: dict[str, list[Chunk]]) -> int:
 def _check_settings(out: Path, sides: Iterable[str], asked: dict) -> None:
     """Raises `ValueError` if `out` has datasets of other settings, which would be replaced, before requests cost."""
     there = [path for name in sides if (path := out / f"{name}.json").exists()]
-    report = read_object(out / REPORT) if (out / REPORT).is_file() else {"settings": "not of a language model"}
+    report = read_object(out / REPORT) if (out / REPORT).is_file() else {"settings": {}}
     if there and (found := report.get("settings", asked)) != asked:  # reports of older versions have none
-        raise ValueError(f"{there[0]}: has other questions ({found}, now {asked}); {KEEP}")
+        new = {name: value for name, value in asked.items() if found.get(name) != value}
+        raise ValueError(f"{there[0]}: its questions were not written with {new}; {KEEP}")
 
 
 def _print_estimate(found: Estimate, num_chunks: int) -> None:
@@ -158,8 +159,7 @@ def _print_estimate(found: Estimate, num_chunks: int) -> None:
     if found.cost is None:
         print("for the cost, pass --price-in and --price-out, per million tokens")
     else:
-        most = f"at most {found.most_cost:.4f} without requests sent again"
-        print(f"cost about {found.cost:.4f}, {most}, in the unit of the prices")
+        print(f"cost about {found.cost:.4f}, at most {found.most_cost:.4f} if none is sent again, in the prices' unit")
 
 
 def _print_totals(outcome: Outcome) -> None:
