@@ -9,10 +9,10 @@ machine as it is and with one more busy process per core. The vectors of all var
 import argparse
 import multiprocessing
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from unittest import mock
 
 import numpy as np
+import torch
 
 from embedft import Embedder, RetrievalDataset, build_loss, load_embedder
 from embedft.data.batches import make_batches
@@ -39,6 +39,7 @@ class Contestant:
                 "vocab_size": self.embedder.encoder.config.vocab_size,
                 "max_position_embeddings": MAX_LENGTH,
             }
+            torch.manual_seed(0)
             self.embedder = Embedder(Bert(BertConfig(**sizes)), self.embedder.tokenizer)
         train, val = (RetrievalDataset.load(f"{folder}/{name}_dataset.json") for name in ("train", "val"))
         self.queries, self.loss = list(val.queries.values())[:NUM_QUERIES], build_loss({"name": "in_batch_negatives"})
@@ -65,18 +66,13 @@ class Contestant:
             self.vector()
 
 
-@contextmanager
-def environment(variables: dict[str, str]) -> Iterator[None]:
-    """The variables for processes started inside; OpenMP reads them when a process starts."""
-    before = {name: os.environ.pop(name, None) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
+def start(variables: dict[str, str], *arguments) -> Worker:
+    """A worker in an environment with these variables, which OpenMP reads when a process starts."""
+    with mock.patch.dict(os.environ):
+        for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
             os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+        os.environ.update(variables)
+        return Worker(Contestant, *arguments)
 
 
 def spin() -> None:
@@ -89,14 +85,10 @@ def main(options: argparse.Namespace) -> None:
     base = str(load_embedder(options.base, device="cpu").source.folder)
     rows = []
     for small in (False, True):
-        workers = {}
-        for name, variables in VARIANTS.items():
-            with environment(variables):
-                workers[name] = Worker(Contestant, base, folder, small)
-        if not small:
-            vectors = [worker.call("vector") for worker in workers.values()]
-            if any(not np.array_equal(vectors[0], other) for other in vectors):
-                raise ValueError("the vectors of the variants differ, expected equal ones")
+        workers = {name: start(variables, base, folder, small) for name, variables in VARIANTS.items()}
+        vectors = [worker.call("vector") for worker in workers.values()]
+        if any(not np.array_equal(vectors[0], other) for other in vectors):
+            raise ValueError("the vectors of the variants differ, expected equal ones")
         for busy in (False, True):
             others = [multiprocessing.Process(target=spin, daemon=True) for _ in range(os.cpu_count() * busy)]
             for other in others:
