@@ -59,7 +59,9 @@ TINY_CONFIG = {
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
     """The facts of an error (naming.py) as a readable id: "depth 0 1" rather than "facts3"."""
-    return " ".join(map(str, val)) if argname == "facts" and isinstance(val, tuple) else None
+    if argname == "facts" and isinstance(val, tuple):
+        return " ".join("..." if fact is ... else str(fact) for fact in val)
+    return None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -194,13 +194,13 @@ def test_transform(normalize):
 def test_wrong_adapters_are_refused():
     with pytest.raises(ValueError, match=naming("adapter", "map")):
         Adapter()
-    with pytest.raises(ValueError, match=naming("features", "queries", (4, 2), "documents", (4, 4))):
+    with pytest.raises(ValueError, match=naming("features", (4, 2), ..., "queries", ..., (4, 4), ..., "documents")):
         Adapter(make("linear", 4, 2))
-    with pytest.raises(ValueError, match=naming("features", "queries", (4, 4), "documents", (4, 2))):
+    with pytest.raises(ValueError, match=naming("features", (4, 4), ..., "queries", ..., (4, 2), ..., "documents")):
         Adapter(document=make("linear", 4, 2))
-    with pytest.raises(ValueError, match=naming("features", "queries", (4, 2), "documents", (4, 3))):
+    with pytest.raises(ValueError, match=naming("features", (4, 2), ..., "queries", ..., (4, 3), ..., "documents")):
         Adapter(make("linear", 4, 2), make("linear", 4, 3))
-    with pytest.raises(ValueError, match=naming("base", "small", 3, "adapter", 4)):
+    with pytest.raises(ValueError, match=naming("small", ..., 3, ..., "adapter", ..., 4)):
         Adapter(make("linear"), base=Base("small", 3, {}))
     adapter = Adapter(make("linear"))
     with pytest.raises(ValueError, match=naming("role", "title", "query", "document")):
@@ -218,9 +218,9 @@ def test_check_base():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         adapter.check_base(one)
-    with pytest.raises(ValueError, match=naming("document", "model", "b" * 12, "other", "c" * 12)):
+    with pytest.raises(ValueError, match=naming("document", "model", ..., "b" * 12, ..., "other", ..., "c" * 12)):
         adapter.check_base(other)
-    with pytest.raises(ValueError, match=naming("features", 4, "small", 3)):
+    with pytest.raises(ValueError, match=naming("features", "adapter", ..., 4, ..., "small", ..., 3)):
         adapter.check_base(Base("small", 3, {}))
     for base in (None, Base("model", 4, {})):
         adapter.base = base
@@ -302,9 +302,9 @@ NARROW = {**LINEAR, "out_features": 3}
         (change(query={**LINEAR, "rank": 2}), ("adapter.json", "linear", "unexpected", "rank")),
         (change(query={"in_features": 4}), ("adapter.json", "missing", "kind")),
         (change(query=None), ("adapter.json", "map")),
-        (change(query={**LINEAR, "bias": False}), ("adapter.safetensors", "query.bias", [4], "absent")),
-        (change(query=NARROW, document=NARROW), ("adapter.safetensors", "document.bias", "absent", [3])),
-        (change(query={**LINEAR, "in_features": 3, "out_features": 3}), ("query.bias", [4], [3])),
+        (change(query={**LINEAR, "bias": False}), ("adapter.safetensors", "query.bias", ..., [4], ..., "absent")),
+        (change(query=NARROW, document=NARROW), ("adapter.safetensors", "document.bias", ..., "absent", ..., [3])),
+        (change(query={**LINEAR, "in_features": 3, "out_features": 3}), ("query.bias", ..., [4], ..., [3])),
         (change(base={"name": "model"}), ("adapter.json", "missing", "dim", "fingerprints")),
         (without("side"), ("adapter.json", "side")),
         (foreign(b"not tensors"), ("adapter.json", "header")),
@@ -400,8 +400,12 @@ UNBIASED, DAMAGED = {"in_features": 4, "out_features": 4, "bias": False}, ("pyto
         ({"in_features": 4, "bias": True}, {}, ("config.json", "out_features")),
         ({"in_features": 4, "out_features": 2, "bias": True}, {}, ("config.json", "features", (4, 2), (4, 4))),
         ({**UNBIASED, "hidden_features": 2}, {}, ("config.json", "activation_fn_str")),
-        ({"in_features": 4, "out_features": 4, "bias": True}, {}, ("pytorch_model.bin", "query.bias", "absent", [4])),
-        (UNBIASED, {"linear.w": torch.ones(1)}, ("pytorch_model.bin", "query.linear.w", [1], "absent")),
+        (
+            {"in_features": 4, "out_features": 4, "bias": True},
+            {},
+            ("pytorch_model.bin", "query.bias", ..., "absent", ..., [4]),
+        ),
+        (UNBIASED, {"linear.w": torch.ones(1)}, ("pytorch_model.bin", "query.linear.w", ..., [1], ..., "absent")),
         (UNBIASED, [1], DAMAGED),
         (UNBIASED, {"a": 1}, DAMAGED),
         (UNBIASED, nn.Linear(2, 2), DAMAGED),
@@ -511,7 +515,7 @@ def test_attach_refuses(embedder, tmp_path):
     adapter = Adapter(make("linear", 32), base=embedder.base())
     with torch.no_grad():
         next(embedder.encoder.parameters())[0, 0] += 1
-    facts = tmp_path / "base", "query", adapter.base.fingerprints["query"][:12], fingerprint(embedder)
+    facts = tmp_path / "base", "query", adapter.base.fingerprints["query"][:12], ..., fingerprint(embedder)
     with pytest.raises(ValueError, match=naming(*facts)):
         embedder.attach(adapter)
     embedder.adapter, embedder.truncate_dim = None, 30
@@ -528,7 +532,9 @@ def test_load_embedder_with_an_adapter(embedder, tmp_path):
             Adapter(embedder.adapter.query, base=embedder.base()).save(given)
         found = make_embedder(tmp_path / "base", prompts={"query": "q ", "document": ""}, adapter=given)
         np.testing.assert_array_equal(found.encode(TEXTS, role="query"), embedder.encode(TEXTS, role="query"))
-    with pytest.raises(ValueError, match=naming(tmp_path / "base", "query", fingerprint(embedder), "prompts")):
+    with pytest.raises(
+        ValueError, match=naming(tmp_path / "base", tmp_path / "base", "query", fingerprint(embedder), "prompts")
+    ):
         make_embedder(tmp_path / "base", prompts={"query": "other "}, adapter=given)
 
 
@@ -573,7 +579,8 @@ def test_a_saved_adapter_goes_with_other_lengths_but_not_other_weights(embedder,
         next(other.encoder.parameters())[0, 0] += 1
     other.save(tmp_path / "other")
     (tmp_path / "other" / "model.safetensors").replace(tmp_path / "saved" / "model.safetensors")
-    with pytest.raises(ValueError, match=naming(tmp_path / "saved", "query", fingerprint(embedder), "weights")):
+    bases = tmp_path / "base", ..., fingerprint(embedder), ..., tmp_path / "saved"
+    with pytest.raises(ValueError, match=naming(*bases, "query", "weights")):
         load_embedder(tmp_path / "saved", device="cpu")
 
 
@@ -612,7 +619,10 @@ def test_two_layers_are_not_written_for_sentence_transformers(embedder, tmp_path
 def test_a_router_of_somebody_else_is_refused(embedder, tmp_path):
     adapted(embedder).save(tmp_path / "saved")
     (tmp_path / "saved" / "adapter" / "adapter.json").unlink()
-    with pytest.raises(ValueError, match=naming("modules.json", "Transformer", "Pooling", "Normalize", "Router")):
+    with pytest.raises(
+        ValueError,
+        match=naming("modules.json", "Transformer", ..., "Pooling", ..., "Normalize", ..., "Router", ..., "Normalize"),
+    ):
         load_embedder(tmp_path / "saved", device="cpu")
 
 

@@ -118,7 +118,7 @@ def test_warns_when_one_text_makes_all_batches_smaller():
     queries = {f"q{i}": f"question {i}" for i in range(12)}
     corpus = {f"d{i}": "the same" if i < 5 else f"text {i}" for i in range(12)}
     dataset = RetrievalDataset(queries, corpus, {f"q{i}": {f"d{i}": 1} for i in range(12)})
-    with pytest.warns(UserWarning, match=naming("no_duplicates", 5, 2, 3, 4)):
+    with pytest.warns(UserWarning, match=naming("no_duplicates", 5, ..., 2, ..., 3, ..., 4)):
         assert len(make_batches(dataset, 4, no_duplicates=True)) == 5
     with warnings.catch_warnings():
         warnings.simplefilter("error")

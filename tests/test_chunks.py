@@ -1,5 +1,6 @@
 """chunks.py and splits.py: by hand on texts whose tokens are letters or words, then properties."""
 
+import json
 import random
 import re
 
@@ -469,7 +470,10 @@ PLACE = '{"file": "a.pdf", "first_page": %s, "last_page": 2}'
         (f'{{"id": "a", "text": "x", "places": [{PLACE % "0"}]}}', (1, "places", "first_page", 0)),
         (f'{{"id": "a", "text": "x", "places": [{PLACE % "9"}]}}', (1, "places", "first_page", 9)),
         (f'{{"id": "a", "text": "x", "places": [{PLACE % "null"}]}}', (1, "places", "first_page", "None")),
-        *((f'{{"id": "a", "text": "x", "num_tokens": {n}}}', (1, "num_tokens")) for n in ('"7"', "1.5", "true", "[7]")),
+        *(
+            (f'{{"id": "a", "text": "x", "num_tokens": {value}}}', (1, "num_tokens", repr(json.loads(value)), "int"))
+            for value in ('"7"', "1.5", "true", "[7]")
+        ),
     ],
 )
 def test_lines_that_are_no_chunks(tmp_path, lines, facts):

@@ -615,11 +615,11 @@ def test_round_trip_errors():
     dataset = compass({"near east": {"w": 1}, "near north": {"w": 1}})
     with pytest.raises(ValueError, match=naming("k", 0, "block", 1024, 1)):
         round_trip(dataset, encode=encoder(ANGLES), k=0)
-    with pytest.raises(ValueError, match=naming("block", 0, 1)):
+    with pytest.raises(ValueError, match=naming("k", 1, "block", 0, 1)):
         round_trip(dataset, encode=encoder(ANGLES), k=1, block=0)
     with pytest.raises(ValueError, match=naming(3, "queries", f"2 {OUT_OF_REACH}", f"1 {NOTHING_RELEVANT}")):
         round_trip(dataset, encode=encoder(ANGLES), k=1)
-    with pytest.raises(ValueError, match=naming("queries", f"3 {NOTHING_RELEVANT}")):
+    with pytest.raises(ValueError, match=naming(3, "queries", f"3 {NOTHING_RELEVANT}")):
         round_trip(compass({}), encode=encoder(ANGLES), k=1)
     with pytest.raises(ValueError, match=naming("encode", "finite")):
         round_trip(dataset, encode=lambda texts, role: np.full((len(texts), 2), np.nan), k=1)

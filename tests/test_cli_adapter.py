@@ -84,7 +84,7 @@ def test_without_held_out_documents(place, capsys):
 def test_start_and_overwrite(place, capsys):
     assert main([*FIT, "--out", "adapter"]) == 0
     assert main([*FIT, "--out", "adapter"]) == 2
-    assert names(capsys.readouterr().err, "adapter", "empty", "--overwrite")
+    assert names(capsys.readouterr().err, "embedft adapter", "adapter", "empty", "--overwrite")
     first = Adapter.load("adapter")
     assert main([*FIT, "--out", "adapter", "--overwrite", "--start", "adapter", "--epochs", "1", "--lr", "1e-9"]) == 0
     np.testing.assert_allclose(Adapter.load("adapter").query.weight.detach(), first.query.weight.detach(), atol=1e-6)

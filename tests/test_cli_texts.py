@@ -85,11 +85,20 @@ def test_chunk_splits_and_leaves_no_file_of_an_earlier_split(place, capsys):
     assert chunk("--train-share", "0.5", "--seed", "1") == 0
     assert chunk("--train-pages", "2-3") == 2
     assert names(
-        capsys.readouterr().err.splitlines()[-1], "embedft chunk", "--train-pages", "training", 0, "validation"
+        capsys.readouterr().err.splitlines()[-1],
+        "embedft chunk",
+        "--train-pages",
+        "0 of 5",
+        ...,
+        "training",
+        ...,
+        5,
+        ...,
+        "validation",
     )
     assert chunk("--train-pages", "two") == 2
     assert chunk("--size", "2") == 2
-    assert names(capsys.readouterr().err.splitlines()[-1], "--size", 2, "special")
+    assert names(capsys.readouterr().err.splitlines()[-1], "--size", 2, 2, "special")
 
 
 def test_repeated_lines_go_on_request(place, capsys):
@@ -427,7 +436,7 @@ def test_data_sets_load_in_llamaindex_and_in_sentence_transformers(place, capsys
         ("questions docs/more.md --out out --method ict --parameters.seed 3", ("--parameters", "--method llm")),
         ("questions docs/more.md --out out --method title --held-out", ("--held-out", "ict", "llm", "title")),
         ("questions docs/more.md --out out --round-trip 0", ("--round-trip", 0, 1)),
-        ("chunk docs --out out --train-pages=", ("--train-pages", "''")),
+        ("chunk docs --out out --train-pages=", ("--train-pages", "''", "''")),
         ("chunk docs --out out --size 0", ("--size", 0, 2, "special")),
         ("chunk docs --out out --no.such 1", ("option", "--no.such")),
     ],

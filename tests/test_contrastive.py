@@ -465,7 +465,7 @@ def test_the_temperature_stays_above_its_minimum_and_comes_back():
     assert loss.log_temperature.item() == pytest.approx(math.log(0.02))
     assert loss.log_temperature.grad < 0
     assert [name for name, _ in loss.named_parameters()] == ["log_temperature"]
-    with pytest.raises(ValueError, match=naming("minimum", 0, "finite")):
+    with pytest.raises(ValueError, match=naming("minimum", 0, 0, "finite")):
         LearnableTemperature(minimum=0)
     with pytest.raises(ValueError, match=naming("temperature", 0.005, 0.01)):
         LearnableTemperature(temperature=0.005)

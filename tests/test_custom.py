@@ -59,13 +59,8 @@ class Other(Encoder):
         super().__init__(config)
 
 
-@dataclass(eq=False)
-class ByIdentity:
-    hidden_size: int
-    vocab_size: int
-    name: str = "mine"
-    num_layers: int = 0
-    max_length = 64
+class ByIdentity(Config):
+    __eq__ = object.__eq__
 
 
 class Outer:
@@ -206,7 +201,7 @@ def test_what_cannot_be_saved_is_refused_before_the_first_step(make, mine, tmp_p
     monkeypatch.setattr(mine.Larger, "dim", sizes[0], raising=False)
     larger = mine.Larger(plain.config)
     monkeypatch.setattr(mine.Larger, "dim", sizes[0] + 1)
-    assert_refused(larger, "token.weight", [sizes[1], sizes[0]], [sizes[1], sizes[0] + 1])
+    assert_refused(larger, "token.weight", [sizes[1], sizes[0]], ..., [sizes[1], sizes[0] + 1])
     assert_refused(mine.Encoder(mine.Config(*sizes, name=(1,))), "mine_encoder.Encoder", "name=(1,)", "name=[1]")
     assert_refused(mine.Reading(plain.config), "mine_encoder.Reading", "meta", "RuntimeError", "Tensor.item()")
     monkeypatch.setattr(mine, "Encoder", mine.Larger)
@@ -264,7 +259,7 @@ def test_sizes_are_compared_before_memory_is_allocated(make, tmp_path):
         with pytest.raises(ValueError, match=naming(*facts)):
             load_embedder(tmp_path / "model", device="cpu")
 
-    assert_refused("layers.0.bias", "absent", [size], encoder="Deep", num_layers=1)
+    assert_refused("layers.0.bias", "absent", ..., [size], encoder="Deep", num_layers=1)
     assert_refused("token.weight", [10**12, size], encoder="Encoder", vocab_size=10**12)
 
 

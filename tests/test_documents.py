@@ -245,7 +245,7 @@ def test_nothing_to_read_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=naming("no", "page", "text", "empty")):
         read_documents([])
     (tmp_path / "a.docx").touch()
-    with pytest.raises(ValueError, match=naming(tmp_path, "text", 1, "types", ".docx")):
+    with pytest.raises(ValueError, match=naming(tmp_path, tmp_path, "text", 1, "types", ".docx", 1)):
         read_documents([tmp_path])
 
 
@@ -589,7 +589,7 @@ def test_what_is_no_heading(text):
         ("`<b>` and <size> and 1 < 2 > 0", "`<b>` and <size> and 1 < 2 > 0"),
         ("```html\n<b>kept</b>\n```\n<i>gone</i>", "```html\n<b>kept</b>\n```\ngone"),
         ('<h2 align="center">The\n<i>mill</i></h2>text', "\n## The mill\ntext"),
-        ("<H1>A</h1> `<h2>b</h2>` <h3>no end", "\n# A\n `<h2>b</h2>`  no end"),
+        ("<H1>A</h1\n> `<h2>b</h2>` <h3>no end", "\n# A\n `<h2>b</h2>`  no end"),
     ],
 )
 def test_html_goes_and_code_stays(text, stripped):
@@ -627,7 +627,7 @@ def test_chunks_of_markdown(tmp_path):
     assert all(chunk.text.startswith(" > ".join(chunk.headings) + "\n") for chunk in whole)
     assert all(chunk.num_tokens == len(chunk.text.split()) <= 14 for chunk in whole)
     assert any(CODE in chunk.text for chunk in cut(size=14))
-    with pytest.raises(ValueError, match=naming("size", 3, "headings", "'Mill > Use'")):
+    with pytest.raises(ValueError, match=naming("size", 3, "headings", "'Mill > Use'", 3)):
         cut(size=3, headings_in_text=True)
 
 

@@ -558,7 +558,7 @@ def test_a_start_of_another_base_is_refused():
     bases = [Base("model", 6, {"query": letter * 64}) for letter in "ab"]
     start = fit_adapter(Q, D, qrels, PLAIN, base=bases[0])
     assert fit_adapter(Q, D, qrels, PLAIN, start=start, base=bases[0]).base == bases[0]
-    with pytest.raises(ValueError, match=naming("model", "query", "a" * 12, "b" * 12)):
+    with pytest.raises(ValueError, match=naming("model", "query", "a" * 12, ..., "b" * 12)):
         fit_adapter(Q, D, qrels, PLAIN, start=start, base=bases[1])
     with pytest.warns(UserWarning, match=naming("adapter", "model")):
         fit_adapter(Q, D, qrels, PLAIN, start=fit_adapter(Q, D, qrels, PLAIN), base=bases[0])
@@ -609,7 +609,7 @@ Q0, D0, R0 = problem()
 @pytest.mark.parametrize(
     ("arguments", "config", "facts"),
     [
-        ((Q0, D0[:, :4], R0), {}, ("queries", 6, "documents", 4)),
+        ((Q0, D0[:, :4], R0), {}, ("queries", ..., 6, ..., "documents", ..., 4)),
         ((Q0[0], D0, R0), {}, ("query", [6], "float32", "[rows, features]")),
         ((Q0, D0.astype(int), R0), {}, ("document", [12, 6], "int64")),
         ((Q0, D0[:0], R0), {}, ("document", [0, 6])),
@@ -621,11 +621,15 @@ Q0, D0, R0 = problem()
         ((Q0, D0, {0: {12: 1}}), {}, ("qrels", "document", 12, 0, 11)),
         ((Q0, D0, {0: {-1: 1}}), {}, ("qrels", "document", -1, 0, 11)),
         ((Q0, D0, {"q": {0: 1}}), {}, ("qrels", "query", "'q'", 0, 23)),
-        ((Q0, D0, {}), {}, ("qrels", "grade", 0)),
-        ((Q0, D0, {0: {0: 0}, 1: {}}), {}, ("qrels", "grade", 2)),
+        ((Q0, D0, {}), {}, ("qrels", "grade", 0, 0)),
+        ((Q0, D0, {0: {0: 0}, 1: {}}), {}, ("qrels", "grade", 2, 0)),
         ((Q0, D0, {0: {0: 1}}), {"held_out": 0.1}, ("held_out", 0.1, 1)),
-        ((Q0, D0, R0), {"out_dim": 3}, ("features", "queries", (6, 3), "documents", (6, 6))),
-        ((Q0, D0, R0), {"out_dim": 3, "side": "document"}, ("features", "queries", (6, 6), "documents", (6, 3))),
+        ((Q0, D0, R0), {"out_dim": 3}, ("features", (6, 3), ..., "queries", ..., (6, 6), ..., "documents")),
+        (
+            (Q0, D0, R0),
+            {"out_dim": 3, "side": "document"},
+            ("features", (6, 6), ..., "queries", ..., (6, 3), ..., "documents"),
+        ),
         ((Q0, D0, R0), {"lr": 1e38, "epochs": 50}, ("step", "loss", "nan", "norm")),
     ],
 )
@@ -647,7 +651,7 @@ def test_wrong_input_is_refused(tmp_path, arguments, config, facts):
         ({"held_out": 1.0}, ("held_out", 1.0, 0, 1)),
         ({"select": "ndcg@10"}, ("select", "ndcg@10", "mrr@K", "hit_rate@K")),
         ({"select": "mrr@0"}, ("select", "mrr@0", "mrr@K", "hit_rate@K")),
-        ({"loss": {"name": "nothing"}}, ("loss", "name", "nothing")),
+        ({"loss": {"name": "nothing"}}, ("loss", "name", "nothing", "in_batch_negatives")),
         ({"epochs": 1.5}, ("epochs", 1.5, "int")),
     ],
 )
@@ -713,13 +717,13 @@ def test_relevant_pairs():
 def test_closed_forms_refuse():
     Q, X = draw(4), draw(4, seed=1)
     for solve in (procrustes, lambda q, x: ridge(q, x, strength=1.0)):
-        with pytest.raises(ValueError, match=naming("queries", [4, 6], "positives", [3, 6])):
+        with pytest.raises(ValueError, match=naming("queries", "positives", [4, 6], ..., [3, 6])):
             solve(Q, X[:3])
         with pytest.raises(ValueError, match=naming("positive", 2, "finite")):
             solve(Q, broken(X, 2, np.nan))
     with pytest.raises(ValueError, match=naming("strength", -1, 0)):
         ridge(Q, X, strength=-1)
-    with pytest.raises(ValueError, match=naming("strength", 0, "dimensions", 6)):
+    with pytest.raises(ValueError, match=naming("strength", 0, 0, "dimensions", 6)):
         ridge(Q, X, strength=0)
 
 

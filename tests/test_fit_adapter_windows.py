@@ -260,7 +260,7 @@ WRONG = (S0[::-1], 0), (S0 + 1, 0), (S0 - 1, 0), (2 * S0, np.flatnonzero(S0)[0])
     [
         (S0[:-1], R0, ("source", [len(S0) - 1], "int64", [len(S0)])),
         (S0[:, None], R0, ("source", [len(S0), 1], "int64", [len(S0)])),
-        (S0.astype(np.float64), R0, ("source", [len(S0)], "float64")),
+        (S0.astype(np.float64), R0, ("source", [len(S0)], "float64", [len(S0)])),
         *((wrong, R0, ("source", "window", row, wrong[row], 0)) for wrong, row in WRONG),
         (S0, {0: {12: 1}}, ("qrels", "document", 12, 0, 11)),
     ],

@@ -74,7 +74,7 @@ def test_a_run_is_recognised_by_its_folder_and_start(tmp_path, calls):
 def test_a_logger_that_is_not_installed_is_found_before_work(tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match=naming("log", name, "pip")):
+    with pytest.raises(ValueError, match=naming("log", f"'{name}'", "pip", name, name)):
         finetune(make_embedder(tmp_path / "base"), make_dataset(), FinetuneConfig(log=name), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
     check_logger(None, None)

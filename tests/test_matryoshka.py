@@ -242,7 +242,7 @@ def test_says_once_that_the_full_width_is_not_trained():
 
 def test_a_dimension_above_the_width_is_refused():
     Q, targets = torch.ones(1, 7), Targets(torch.tensor([[0]]))
-    with pytest.raises(ValueError, match=naming("dims", 8, 7)):
+    with pytest.raises(ValueError, match=naming("dims", 8, ..., 7)):
         Matryoshka(dims=[4, 8], inner=first_cosine)(Q, Q, targets)
 
 
@@ -255,7 +255,7 @@ def test_a_dimension_above_the_width_is_refused():
         ({"weights": [1.0]}, ("weights", 1, 2, "dims")),
         ({"weights": [1.0, -1.0]}, ("weights", [1.0, -1.0], "finite", 0)),
         ({"weights": [1.0, math.nan]}, ("weights", [1.0, math.nan], "finite", 0)),
-        ({"weights": [0.0, 0.0]}, ("weights", [0.0, 0.0], "all", 0)),
+        ({"weights": [0.0, 0.0]}, ("weights", [0.0, 0.0], "all", 0, 0)),
         ({"dims_per_step": 0}, ("dims_per_step", 0, -1, 1, 2)),
         ({"dims_per_step": 3}, ("dims_per_step", 3, -1, 1, 2)),
         ({"reduction": "max"}, ("reduction", "max", "sum", "mean")),

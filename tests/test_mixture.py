@@ -204,7 +204,7 @@ def test_refuses_what_cannot_be_mixed():
     with pytest.raises(ValueError, match=naming("batch_size", 1, 2, "source")):
         mixture_of(1, mixed=True, sampling="round_robin")
     unanswered = RetrievalDataset({"q": "a"}, {"d": "b"}, {"q": {"d": 0}})
-    with pytest.raises(ValueError, match=naming("'news'")):
+    with pytest.raises(ValueError, match=naming("source", "'news'", "train")):
         mixture_of(datasets={**SOURCES, "news": unanswered})
     with pytest.raises(ValueError, match=naming("dataset", "none")):
         mixture_of(datasets={})

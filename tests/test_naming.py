@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from naming import names
+from naming import names, naming
 
 TESTS = Path(__file__).resolve().parent
 
@@ -21,6 +21,9 @@ TESTS = Path(__file__).resolve().parent
         (("'a b'", "(2, 3)"), "got 'a b' of shape (2, 3)"),
         (("lr", 1e-05), "lr is 1e-05"),
         (("1,000",), "1,000 texts"),
+        (("x.tsv", 3, 3), "x.tsv line 3: 3 columns"),
+        (("größe.*", "(語", "$^", "\n"), "größe.*\n(語$^"),
+        (("lr", 0.1, ..., 0.2), "lr was 0.1 and is 0.2"),
     ],
 )
 def test_facts_are_found(facts, message):
@@ -28,32 +31,40 @@ def test_facts_are_found(facts, message):
 
 
 @pytest.mark.parametrize(
-    ("fact", "message"),
+    ("facts", "message"),
     [
-        (1, "is 10"),
-        (1, "is 21"),
-        (1, "is 1.5"),
-        (1, "is 0.1"),
-        (1, "is -1"),
-        (1, "is 1,000"),
-        (0, "is 1,0"),
-        (1, "row1"),
-        (0.5, "is 10.5"),
-        (0.5, "is 0.55"),
-        (-1, "is 2-1"),
-        ("dim", "dims"),
-        ("dim", "student_dim"),
-        ("--max", "--max_length"),
-        ("x.tsv", "y.tsv"),
-        ("[N, D]", "[N, 2]"),
+        ((1,), "is 10"),
+        ((1,), "is 21"),
+        ((1,), "is 1.5"),
+        ((1,), "is 0.1"),
+        ((1,), "is -1"),
+        ((1,), "is 1,000"),
+        ((0,), "is 1,0"),
+        ((1,), "row1"),
+        ((0.5,), "is 10.5"),
+        ((0.5,), "is 0.55"),
+        ((-1,), "is 2-1"),
+        (("dim",), "dims"),
+        (("dim",), "student_dim"),
+        (("über",), "größeüber"),
+        (("--max",), "--max_length"),
+        ((".json",), "x.json"),
+        (("x.tsv",), "y.tsv"),
+        (("x.tsv",), "x_tsv"),
+        (("[N, D]",), "[N, 2]"),
+        (("depth", 0, 1), "depth is 0"),
+        (("x.tsv", 3, 3), "x.tsv line 3: 4 columns"),
+        (("a/x.tsv", "x.tsv"), "a/x.tsv: damaged"),
+        (("lr", 0.1, ..., 0.2), "lr was 0.2 and is 0.1"),
     ],
 )
-def test_a_fact_inside_something_else_is_not_found(fact, message):
-    assert not names(message, fact)
+def test_facts_are_not_found_in_something_else_too_seldom_or_in_another_order(facts, message):
+    assert not names(message, *facts)
 
 
-def test_every_fact_counts():
-    assert not names("depth is 0", "depth", 0, 1)
+def test_an_empty_fact_is_no_fact():
+    with pytest.raises(AssertionError, match=naming("('depth', '')")):
+        naming("depth", "")
 
 
 def test_no_test_asserts_the_sentence_of_an_error():

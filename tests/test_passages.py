@@ -104,7 +104,7 @@ def test_the_side_of_truncation_changes_nothing(tmp_path, side):
 @pytest.mark.parametrize(
     ("passages", "facts"),
     [
-        ((49, 5), ("passages", 49, 5, "special", 2, "prompt", 48, "max_length")),
+        ((49, 5), ("passages", 49, 5, 2, ..., "special", ..., 2, ..., "prompt", 48, "max_length")),
         ((4, 1), ("passages", 4, 5, 48)),
         ((6, 0), ("passages", 0, 1, 6)),
         ((6, 7), ("passages", 7, 1, 6)),
@@ -179,7 +179,7 @@ def test_windows_with_a_prompt(tiny, include_prompt):
             lambda: tiny.pack([""], role="document", passages=(4, 1)),
             lambda: tiny.encode_passages([], (4, 1)),
         ):
-            with pytest.raises(ValueError, match=naming("passages", 4, 5)):
+            with pytest.raises(ValueError, match=naming("passages", 4, 5, 48)):
                 call()
 
 
@@ -372,7 +372,7 @@ def test_misuse():
         ([0, 2], "row", 1, "document", 2, 0),
         ([1, 0], "row", 0, "document", 1),
         ([0, -1], "row", 1, "document", -1, 0),
-        ([0.0, 1.0], [2], "float64"),
+        ([0.0, 1.0], [2], "float64", [2]),
     ):
         with pytest.raises(ValueError, match=naming("source", *facts)):
             WindowIndex(np.zeros((2, 3)), source)

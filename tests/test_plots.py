@@ -58,7 +58,7 @@ def test_many_questions_stay_within_the_figure():
 
 
 def test_errors_of_questions():
-    with pytest.raises(ValueError, match=naming("questions", 0, "base", [], 2, "other", ["q1", "q2"])):
+    with pytest.raises(ValueError, match=naming("questions", 0, ..., "base", [], 2, ..., "other", ..., ["q1", "q2"])):
         plot_questions(make_report([1]), make_report([1, 2, 3]))
     for pair in ((make_report([1], ks=(3,)), make_report([1])), (make_report([1]), make_report([1], ks=(3,)))):
         with pytest.raises(ValueError, match=naming("metric", "'ndcg@10'", "map@100")):

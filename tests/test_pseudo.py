@@ -277,9 +277,9 @@ def test_where_there_are_fewer_pairs_all_are_taken(package):
 
 def test_errors_say_what_was_found(package):
     write_modules(package, [4])
-    with pytest.raises(ValueError, match=naming("made", 4, "training", 0, "held-out", 1, "modules")):
+    with pytest.raises(ValueError, match=naming("made", 4, ..., "training", ..., 0, ..., "held-out", 1, "modules")):
         docstring_datasets(num_train=3, num_held_out=2, seed=0, packages=["made"])
-    with pytest.raises(ValueError, match=naming("num_train", 3, "num_held_out", 0, 1)):
+    with pytest.raises(ValueError, match=naming("num_train", "num_held_out", 3, ..., 0, 1)):
         docstring_datasets(num_train=3, num_held_out=0, seed=0, packages=["made"])
     for name in ("no_such_package", "made.m1", "sys", ""):
         with pytest.raises(ValueError, match=naming(repr(name), "package", "stdlib")):

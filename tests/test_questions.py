@@ -102,9 +102,9 @@ def read_reply(body: str, url: str | None = None) -> sending.Response:
         ({"concurrency": -1}, ("concurrency", -1, 1)),
         ({"requests_per_minute": 0}, ("requests_per_minute", 0, 1)),
         ({"tokens_per_minute": 0}, ("tokens_per_minute", 0, 1)),
-        ({"timeout_seconds": float("nan")}, ("timeout_seconds", "nan")),
-        ({"timeout_seconds": float("inf")}, ("timeout_seconds", "inf")),
-        ({"max_cost": 0.0, "price_in": 1.0, "price_out": 1.0}, ("max_cost", 0.0)),
+        ({"timeout_seconds": float("nan")}, ("timeout_seconds", "nan", 0)),
+        ({"timeout_seconds": float("inf")}, ("timeout_seconds", "inf", 0)),
+        ({"max_cost": 0.0, "price_in": 1.0, "price_out": 1.0}, ("max_cost", 0.0, 0)),
         ({"price_in": -1.0, "price_out": 1.0}, ("price_in", -1.0, 0)),
         ({"price_in": 1.0, "price_out": float("nan")}, ("price_out", "nan", 0)),
         ({"price_in": 1.0}, ("price_in", "price_out", "missing")),
@@ -515,7 +515,7 @@ def test_a_server_that_makes_nothing_of_a_schema_is_asked_for_lines(tmp_path, co
         assert "response_format" not in server.log[-1][2]
         settings = {"structured": "schema", "max_attempts": 2, "concurrency": 1}
         if finish == "length":
-            with pytest.raises(ValueError, match=naming(256, "max_reply_tokens")):
+            with pytest.raises(ValueError, match=naming(256, "max_reply_tokens", 0, len(chunks))):
                 ask(server, chunks, tmp_path / "schema", **settings)
         else:
             assert ask(server, chunks[:1], tmp_path / "schema", **settings).questions == {}
@@ -577,7 +577,7 @@ def test_a_limit_of_cost_holds_over_all_runs(tmp_path):
             assert spent <= limit
             # Not one reservation more would have fitted: they are all of about the same size.
             if limit < 1:
-                assert names(outcome.stopped, f"--max-cost {limit}")
+                assert names(outcome.stopped, f"--max-cost {limit}", len(outcome.questions), len(chunks))
                 assert spent > limit - 1.1 * lines(tmp_path / "ledger.jsonl")[-1]["most_cost"]
         assert outcome.stopped is None
         assert outcome.questions == expected(chunks)
@@ -819,7 +819,7 @@ def test_the_key_is_nowhere(tmp_path, monkeypatch, capfd, caplog):
     assert answers[0].result == ["What is [secret]?", "Who [secret]?"]
     texts = [repr(answers), repr(asker), repr(asker.client.server), asker.client.server.name]
     with ApiServer(faults=["drop", "401"]) as server:
-        with pytest.raises(ValueError, match=naming(401)) as caught:
+        with pytest.raises(ValueError, match=naming(401, "[secret]", 0, 1)) as caught:
             ask(server, some_chunks(1), tmp_path)
         texts += [str(caught.value), str(caught.getrepr())]
         library = Path(questions.__file__).parents[1]  # not by its name, which a folder of the tests may have

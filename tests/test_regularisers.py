@@ -97,7 +97,7 @@ def test_global_orthogonal_knows_a_query_that_is_there_twice():
         ({"similarity": "l2"}, ("similarity", "l2", "cosine", "dot")),
         ({"aggregation": "max"}, ("aggregation", "max", "mean", "sum")),
         ({"mean_weight": -1.0}, ("mean_weight", -1.0, 0)),
-        ({"mean_weight": None, "second_moment_weight": 0.0}, ("mean_weight", "second_moment_weight", 0)),
+        ({"mean_weight": None, "second_moment_weight": 0.0}, ("mean_weight", "second_moment_weight", 0, 0)),
     ],
 )
 def test_global_orthogonal_refuses(options, facts):

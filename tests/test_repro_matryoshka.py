@@ -203,7 +203,7 @@ def test_a_run_from_end_to_end(tmp_path, capsys):
     with pytest.raises(ValueError, match=naming(folders["accumulated-test-s0"], "another", "train", "SHA-256")):
         main(options)
     options.epochs = 1
-    with pytest.raises(ValueError, match=naming(folders["accumulated-test-s0"], "another", "epochs", 2, 1)):
+    with pytest.raises(ValueError, match=naming(folders["accumulated-test-s0"], "another", "epochs", 2, ..., 1)):
         main(options)
 
 

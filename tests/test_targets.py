@@ -130,7 +130,7 @@ def test_masks_reach_to_the_documents_that_nobody_lists():
     ("fields", "facts"),
     [
         ({"group": torch.tensor([0, 1])}, ("group", (2,), "queries")),
-        ({"relevance": torch.ones(2, 2)}, ("relevance", (2, 2), "group", (2, 1))),
+        ({"relevance": torch.ones(2, 2)}, ("relevance", (2, 2), ..., "group", ..., (2, 1))),
         ({"known": torch.tensor([0, 1])}, ("known", (2,), "[pairs, 2]")),
         ({"known": torch.zeros(1, 3, dtype=torch.int64)}, ("known", (1, 3), "[pairs, 2]")),
         ({"document": torch.zeros(1, 3)}, ("document", (1, 3), "[document vectors]")),
