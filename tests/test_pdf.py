@@ -331,18 +331,21 @@ def test_pypdf_still_has_the_place_that_keeps_lines_apart():
     from pypdf import PageObject
     from pypdf._text_extraction import _layout_mode
 
+    runs, group = [], {"font_height": 10.3, "flip_sort": -1, "font_size": 10, "displaced_tx": 60.0}
     groups = [
-        {"tx": 10.0 * i, "ty": 100.0 - 10 * i, "font_height": 10.3, "flip_sort": -1, "text": text, "font_size": 10}
+        group | {"tx": 10.0 * i, "ty": 100.0 - 10 * i, "text": text, "order": i}
         for i, text in enumerate(("first line", "second line"))
     ]
-    merge_lines = _layout_mode.y_coordinate_groups
+    merge_lines, make_group = _layout_mode.y_coordinate_groups, _layout_mode._fixed_width_page.bt_group
     try:
         assert len(merge_lines(groups)) == 1
-        pdf_page.keep_lines_apart()
+        pdf_page.keep_lines_apart(runs)
         assert len(_layout_mode.y_coordinate_groups(groups)) == 2
         assert "y_coordinate_groups" in PageObject._layout_mode_text.__code__.co_names
+        assert "bt_group" in _layout_mode._fixed_width_page.recurse_to_target_op.__code__.co_names
     finally:
-        _layout_mode.y_coordinate_groups = merge_lines
+        _layout_mode.y_coordinate_groups, _layout_mode._fixed_width_page.bt_group = merge_lines, make_group
+    assert runs == groups
     assert [group["font_height"] for group in groups] == [10.3, 10.3]
 
 
@@ -436,6 +439,97 @@ def test_single_columns_and_tables_keep_their_layout(make):
     assert "Wages and salaries 2,500" in [" ".join(line.split()) for line in text.pages[0].split("\n")]
 
 
+def cells(*rows: list[str], step: int = 16) -> bytes:
+    """A page with a table, drawn cell by cell; a cell's lines stand 10 apart."""
+    blocks = [
+        ([line], upright(60 + 130 * column, 700 - step * row - 10 * i))
+        for row, texts in enumerate(rows)
+        for column, text in enumerate(texts)
+        for i, line in enumerate(text.split("/"))
+    ]
+    return drawn(*blocks)
+
+
+GRANTS = [
+    ["5759", "2018 Equity Incentive/Plan", "RSU", "32,999"],
+    ["5756", "2018 Equity Incentive/Plan", "RSU", "5,280"],
+    ["639", "2008 Option Plan", "NQ/(vested)", "3,230"],
+]
+
+
+def test_the_lines_of_a_cell_are_read_before_the_next_cell(make):
+    """Page 227 of Lyft's 10-K: of the rows, no mode kept any with its plan's name."""
+    (text,) = read_pdfs([make("a.pdf", cells(*GRANTS, step=24))])
+    assert text.plain == set()
+    found = [line.split() for line in text.pages[0].split("\n") if line.strip()]
+    assert found == [" ".join(row).replace("/", " ").split() for row in GRANTS]
+    assert read_documents([make("b.pdf", cells(*GRANTS, step=24))])[0][0].text.count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "step"),
+    [
+        ([[text.split("/")[0] for text in row] for row in GRANTS], 24),  # no cell wraps
+        (GRANTS, 20),  # a line of a cell is as far from the next as from the next row
+        ([[*row[:2]] for row in GRANTS], 24),  # could be two columns of prose
+        ([["5759", "2018/Equity/Incentive/Plan/of/Lyft", "RSU", "32,999"]], 24),  # could be a column of prose
+        ([["Name and/address", "Number of/shares", "Price of/shares"]], 24),  # could be three columns
+    ],
+)
+def test_what_could_be_columns_or_rows_keeps_its_lines(rows, step):
+    lines = {}
+    order = 0
+    for i, row in enumerate(rows):
+        for j, text in enumerate(row):
+            for n, piece in enumerate(text.split("/")):
+                y, x = 700 - step * i - 10 * n, 60 + 130 * j
+                run = {"tx": x, "ty": y, "displaced_tx": x + 90, "font_height": 10, "flip_sort": 1, "order": order}
+                lines.setdefault(y, []).append(run | {"text": piece})
+                order += 1
+    lines = {y: lines[y] for y in sorted(lines, reverse=True)}
+    assert pdf_page.join_wrapped_cells(lines) is lines
+
+
+def test_headings_alone_do_not_join_their_lines(make):
+    """They hold few of the page's words."""
+    heading = ["Grant", "Name of/Plan", "Type", "Shares"]
+    rows = [[str(number), "2018 Equity Incentive Plan", "RSU", "32,999"] for number in range(5701, 5713)]
+    (text,) = read_pdfs([make("a.pdf", cells(heading, *rows, step=24))])
+    assert [line.split() for line in text.pages[0].split("\n") if line.strip()][:2] == [
+        ["Grant", "Name", "of", "Type", "Shares"],
+        ["Plan"],
+    ]
+
+
+def test_blocks_drawn_one_after_the_other_are_read_so(make):
+    """Page 133 of Lyft's 10-K, two blocks of signatures whose lines are too short to count as broken."""
+    left = ["LYFT, INC.", "By: Logan Green", "Title: Chief Executive Officer", "Date: 4 May 2021"]
+    right = ["ACCEPTED", "By: Elaine Paul", "Title: CFO", "Date: 3 May"]
+    blocks = (left, upright(60, 700)), (right, upright(320, 694))
+    (text,) = read_pdfs([make("a.pdf", drawn(*blocks, (HILLS, upright(60, 600))))])
+    assert text.plain == {1}
+    assert [line.strip() for line in text.pages[0].split("\n") if line.strip()] == left + right + HILLS
+
+
+def test_a_string_begins_where_the_one_before_ends(make):
+    """A French report: "p lan", where a string followed another without a move between them."""
+    content = "(adoption du ) Tj (p) Tj 60.6 0 Td (lan d) Tj (u ) Tj (r) Tj [(es) 10 (eau)] TJ"
+    page = pdf_bytes(["x"]).replace(b"(x) Tj", content.encode())
+    (text,) = read_pdfs([make("a.pdf", page)])
+    assert " ".join(text.pages[0].split()) == "adoption du plan du reseau"
+
+
+def test_the_gaps_of_a_font_without_a_blank_are_blanks(make):
+    """TeX's fonts: pypdf takes half of the mean letter for a blank, here 0.513 of the size, and joined words."""
+    widths = " ".join(["1026"] * 26)
+    font = FONT.replace(">>", f"/FirstChar 97 /LastChar 122 /Widths [{widths}] >>")
+    font = font.replace("Helvetica", "ABCDEF+CMR10")
+    page = pdf_bytes(["x"]).replace(FONT.encode(), font.encode())
+    page = page.replace(b"(x) Tj", b"[(zw) 28 (ei) -235 (weitere) -235 (dreiecke)] TJ")
+    (text,) = read_pdfs([make("a.pdf", page)])
+    assert " ".join(text.pages[0].split()) == "zwei weitere dreiecke"
+
+
 @pytest.mark.parametrize(("dx", "dy"), [(0.3, 0), (0, 0), (-0.2, 0.3)])
 def test_text_printed_twice_to_look_bold_is_read_once(make, dx, dy):
     """Also within one text object; a letter that the word has twice stands further away."""
@@ -446,7 +540,7 @@ def test_text_printed_twice_to_look_bold_is_read_once(make, dx, dy):
 
 
 def test_which_layouts_are_scrambled():
-    """Against the plain text: lines that go on elsewhere, words glued; not words that the plain mode breaks."""
+    """Against the plain text: lines that go on elsewhere."""
     wide = "\n".join(f"{left}     {right}" for left, right in zip(HILLS, BREAD, strict=True))
     assert pdf_page.broken_lines(wide, "\n".join(HILLS + BREAD), least=20) == (8, 8)
     assert pdf_page.broken_lines(wide, "\n".join(HILLS + BREAD), least=3) == (11, 11)
@@ -455,8 +549,6 @@ def test_which_layouts_are_scrambled():
     assert pdf_page.broken_lines(
         table, "Issuance of common stock under\nthe Employee Stock Purchase Plan", least=20
     ) == (0, 1)
-    assert pdf_page.glued_words("for the mostpart most of the part", "for the most part most of the part") == (1, 8)
-    assert pdf_page.glued_words("that is a fact", "tha t is a fac t") == (0, 6)
 
 
 @pytest.mark.parametrize(

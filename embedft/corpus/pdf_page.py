@@ -14,12 +14,19 @@ import sys
 import unicodedata
 import zlib
 from collections import defaultdict
-from itertools import pairwise
+from functools import partial
+from itertools import count, groupby, pairwise
+from operator import itemgetter
 from typing import Any
 
 FAILURES = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError)
 FAILURES += (RuntimeError, TypeError, ValueError, struct.error, zlib.error)
 LINE_SHARE = 0.7  # baselines closer than this share of the font's height are one line
+BLANK_SHARE = 0.24  # of the font's size: the blank of fonts that have none, such as TeX's, for which pypdf guesses 0.5
+# Rows with cells of up to MAX_LINES lines are joined if they hold WRAPPED_SHARE of a page's words: on the pages of two
+# 10-K filings, headings that wrap hold at most 0.1.
+MAX_LINES, WRAPPED_SHARE = 4, 0.125
+NUM_WORDS, KEPT_SHARE = 8, 0.95  # see `is_reordered`
 # (letters, number, share): how many breaks between lines of so many letters a layout may contradict. Columns side by
 # side break nearly all, cells of several lines some: on the pages of two 10-K filings, at most 2 or half of them at 20
 # letters, 43% at 10, and 20 at 3, the length of lines in an index or an address.
@@ -59,11 +66,13 @@ def open_pdf(path: str) -> Any:
     return reader
 
 
-def read_page(reader: Any, i: int, log: list[str]) -> dict[str, Any]:
-    """The reply for page `i` (from 0): text, whether it is plain, and any problem. `log` gets pypdf's messages."""
+def read_page(reader: Any, i: int, log: list[str], runs: list[dict]) -> dict[str, Any]:
+    """The reply for page `i` (from 0): text, whether it is plain, and any problem. `log` gets pypdf's messages, `runs`
+    the pieces of text that the page draws."""
     from pypdf.errors import PyPdfError
 
     log.clear()
+    runs.clear()
     texts, errors = [], []
     for options in ({"extraction_mode": "layout", "layout_mode_strip_rotated": False}, {}):
         try:
@@ -74,7 +83,7 @@ def read_page(reader: Any, i: int, log: list[str]) -> dict[str, Any]:
     if len(errors) == 2:
         raise errors[1]
     layout, plain = texts
-    keeps_layout = layout.strip() and not (plain.strip() and is_scrambled(layout, plain, log, reader.pages[i]))
+    keeps_layout = layout.strip() and not (plain.strip() and is_scrambled(layout, plain, log, reader.pages[i], runs))
     reply = {"text": layout} if keeps_layout else {"text": plain, "plain": True}
     share = unreadable_share(reply["text"])
     if share >= 0.3:
@@ -84,7 +93,7 @@ def read_page(reader: Any, i: int, log: list[str]) -> dict[str, Any]:
     return reply
 
 
-def is_scrambled(layout: str, plain: str, log: list[str], page: Any) -> bool:
+def is_scrambled(layout: str, plain: str, log: list[str], page: Any, runs: list[dict]) -> bool:
     """Whether layout mode lost a page's reading order, spaces between words or part of its text."""
     if any(word in message for message in log for word in ("degraded", "incomplete")):  # rotated text, odd fonts
         return True
@@ -98,12 +107,88 @@ def is_scrambled(layout: str, plain: str, log: list[str], page: Any) -> bool:
     letters = [unicodedata.category(character) for character in plain if character.isalpha()]
     if letters.count("Lo") > 0.3 * len(letters):  # letters without case: Arabic, Hebrew, Indic, Chinese, Japanese
         return True
-    for least, most, share in MOST_BROKEN:
-        broken, num_breaks = broken_lines(layout, plain, least=least)
-        if broken > max(most, share * num_breaks):
-            return True
-    glued, num_words = glued_words(layout, plain)
-    return glued > max(2, 0.01 * num_words)
+    counts = ((broken_lines(layout, plain, least=least), most, share) for least, most, share in MOST_BROKEN)
+    is_broken = any(broken > max(most, share * num_breaks) for (broken, num_breaks), most, share in counts)
+    return is_broken or is_reordered(layout, plain, drawn_text(runs))
+
+
+def is_reordered(layout: str, plain: str, drawn: str) -> bool:
+    """Whether `plain` has more of the word sequences in the order drawn, and most table rows of the layout, which it
+    takes apart if a table is drawn column by column."""
+    sequences, *kept = (word_sequences(text) for text in (drawn, layout, plain))
+    if len(sequences & kept[0]) >= KEPT_SHARE * len(sequences & kept[1]):
+        return False
+    rows, lines = [], ["".join(filter(str.isalnum, line)) for line in plain.split("\n")]
+    for line in layout.split("\n"):
+        label, _, amount = line.strip().rpartition("   ")
+        if label and any(map(str.isdigit, amount)) and not any(map(str.isalpha, amount)):
+            rows.append("".join(filter(str.isalnum, line)))
+    num_lost = sum(not any(row in line for line in lines) for row in rows)
+    return num_lost < 4 or 2 * num_lost <= len(rows)
+
+
+def word_sequences(text: str) -> set[tuple[str, ...]]:
+    """The sequences of NUM_WORDS words, whose hyphens do not count."""
+    words = re.findall(r"\w+", re.sub(r"(?<=\w)[-\u00ad\u2010]\s*(?=\w)", "", text.lower()))
+    return set(zip(*(words[i:] for i in range(NUM_WORDS)), strict=False))
+
+
+def drawn_text(runs: list[dict]) -> str:
+    """The text in the order drawn, with the pieces of one baseline from left to right."""
+    text = ""
+    for _, line in groupby(sorted(runs, key=itemgetter("order")), lambda run: round(run["ty"])):
+        end = float("-inf")
+        for run in sorted(line, key=itemgetter("tx")):
+            text += " " * (run["tx"] > end + run["font_height"] / 10) + run["text"]
+            end = run["displaced_tx"]
+    return text
+
+
+def join_wrapped_cells(lines: dict[int, list[dict]]) -> dict[int, list[dict]]:
+    """Makes one line of each table row whose cells have several, drawn one after the other; takes and returns
+    {baseline: runs}. Changes nothing if few words of the page are in such rows."""
+    runs = [run | {"line": i} for i, line in enumerate(lines.values()) for run in line if run["text"].strip()]
+    cells: list[list[dict]] = []
+    for place, run in sorted(enumerate(runs), key=lambda item: item[1]["order"]):
+        run["place"] = place
+        if not (cells and is_below(cells[-1][-1], run)):
+            cells.append([])
+        cells[-1].append(run)
+    wrapped = {i for cell in cells for i in range(cell[0]["line"], cell[-1]["line"])}
+    baselines, joined, num_words, first = list(lines), dict(lines), 0, 0
+    for last in (i for i in range(len(lines)) if i not in wrapped):
+        row = [cell for cell in cells if last > first and first <= cell[0]["line"] <= last]
+        space = [baselines[i] - baselines[i + 1] for i in (first - 1, last) if 0 <= i < len(lines) - 1]
+        if is_row(row, min(space, default=0)):
+            texts = [" ".join(run["text"].strip() for run in cell) for cell in row]
+            num_words += sum(len(text.split()) for text in texts)
+            for i in range(first, last + 1):
+                joined[baselines[i]] = []
+            joined[baselines[first]] = [
+                cell[0] | {"text": f"{text}    "} for cell, text in zip(row, texts, strict=True)
+            ]
+        first = last + 1
+    is_table = num_words >= WRAPPED_SHARE * sum(len(run["text"].split()) for run in runs)
+    return {baseline: line for baseline, line in joined.items() if line} if is_table else lines
+
+
+def is_below(above: dict, run: dict) -> bool:
+    """Whether `run` is the next line of a cell that ends with `above`."""
+    small, large = sorted((above["font_height"], run["font_height"]))
+    overlap = run["tx"] < above["displaced_tx"] and above["tx"] < run["displaced_tx"]
+    return overlap and large < 1.1 * small and LINE_SHARE < (above["ty"] - run["ty"]) * run["flip_sort"] / small <= 1.4
+
+
+def is_row(cells: list[list[dict]], space: float) -> bool:
+    """Whether these are the cells of a row: at least three, one of one line, another with lines that the layout
+    separates, and more `space` around the row than between lines."""
+    pairs = [pair for cell in cells for pair in pairwise(cell)]
+    return (
+        len(cells) >= 3
+        and min(map(len, cells)) == 1 < max(map(len, cells)) <= MAX_LINES
+        and space >= 1.15 * max(abs(above["ty"] - run["ty"]) for above, run in pairs)
+        and any(run["place"] > above["place"] + 1 for above, run in pairs)
+    )
 
 
 def broken_lines(layout: str, plain: str, *, least: int) -> tuple[int, int]:
@@ -113,14 +198,6 @@ def broken_lines(layout: str, plain: str, *, least: int) -> tuple[int, int]:
     pairs = pairwise(line for line in lines if line)
     breaks = [first[-20:] + second[:20] for first, second in pairs if min(len(first), len(second)) >= least]
     return sum(both not in whole for both in breaks), len(breaks)
-
-
-def glued_words(layout: str, plain: str) -> tuple[int, int]:
-    """Counts word pairs of `plain` that `layout` writes as one word though it has both elsewhere, and all words."""
-    words, plain_words = set(layout.split()), plain.split()
-    new = words.difference(plain_words)
-    pairs = (pair for line in plain.split("\n") for pair in pairwise(line.split()) if "".join(pair) in new)
-    return sum(words.issuperset(pair) for pair in pairs), len(plain_words)
 
 
 def unreadable_share(text: str) -> float:
@@ -135,14 +212,15 @@ def one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
-def keep_lines_apart() -> None:
+def keep_lines_apart(runs: list[dict]) -> None:
     """Patches pypdf, in this process, to merge fewer baselines into one line of the layout.
     It merges baselines closer than the font's height, which joins tightly set lines (pypdf 6.0 to 7.1, page 224 of
     Lyft's 10-K of 2021). 0.7 of the height separates such lines but keeps footnote marks on theirs. Of a text printed
-    several times within a tenth of the height, to look bold, keeps one."""
+    several times within a tenth of the height, to look bold, keeps one. Collects what is left in `runs`, numbered in
+    the order drawn."""
     from pypdf._text_extraction import _layout_mode as layout
 
-    merge_lines = layout.y_coordinate_groups
+    merge_lines, make_group, order = layout.y_coordinate_groups, layout._fixed_width_page.bt_group, count()
 
     def merge_nearer_lines(groups: list[dict], *more: Any) -> dict:
         once, places = [], defaultdict(list)
@@ -151,9 +229,38 @@ def keep_lines_apart() -> None:
             if all(max(abs(x - other_x), abs(y - other_y)) > near for other_x, other_y in others[-10:]):
                 once.append(group | {"font_height": LINE_SHARE * group["font_height"], "original": group})
             others.append((x, y))
-        return {y: [group["original"] for group in line] for y, line in merge_lines(once, *more).items()}
+        runs[:] = (group["original"] for group in once)
+        lines = {y: [group["original"] for group in line] for y, line in merge_lines(once, *more).items()}
+        return join_wrapped_cells(lines)
 
+    layout._fixed_width_page.bt_group = lambda *parts: make_group(*parts) | {"order": next(order)}
     layout.y_coordinate_groups = merge_nearer_lines
+
+
+def advance() -> None:
+    """Patches pypdf, in this process, to begin each string where the one before ends, which it does only after a number
+    between them (pypdf 6.0 to 7.1: "p lan"), and to know gaps from BLANK_SHARE / 2 on for blanks."""
+    from pypdf._text_extraction._layout_mode._text_state_manager import TextStateManager as Manager
+
+    def show(self: Any, value: Any = "") -> Any:
+        if self.shown is not None:
+            self.add_trm(self.shown.displacement_matrix())
+        self.shown = capture(self, value)
+        size = self.font_size * self.Tz / 100
+        if self.shown.space_tx > 0.3 * size:
+            self.shown.space_tx = BLANK_SHARE * size
+        return self.shown
+
+    def forget(move: Any) -> Any:
+        def moved(self: Any, *matrix: Any) -> Any:
+            self.shown = None
+            return move(self, *matrix)
+
+        return moved
+
+    capture, Manager.shown, Manager.text_state_params = Manager.text_state_params, None, show
+    for name in ("add_trm", "reset_tm", "reset_trm"):
+        setattr(Manager, name, forget(getattr(Manager, name)))
 
 
 def parse_once() -> None:
@@ -178,10 +285,11 @@ def serve() -> None:
     from pypdf.errors import PyPdfError
 
     log: list[str] = []
+    runs: list[dict] = []
     handler = logging.Handler()
     handler.emit = lambda record: log.append(record.getMessage())
     logging.getLogger("pypdf").addHandler(handler)
-    for change in (keep_lines_apart, parse_once):
+    for change in (partial(keep_lines_apart, runs), advance, parse_once):
         with contextlib.suppress(ImportError, AttributeError):  # private: other versions stay unpatched
             change()
     path, reader = None, None
@@ -191,7 +299,7 @@ def serve() -> None:
             if wanted != path:
                 path, reader = None, None  # frees the last file's memory first
                 path, reader = wanted, open_pdf(wanted)
-            reply = {"num_pages": len(reader.pages)} if i is None else read_page(reader, i, log)
+            reply = {"num_pages": len(reader.pages)} if i is None else read_page(reader, i, log, runs)
         except (PyPdfError, *FAILURES) as error:
             reply = {"error": str(error) if reader is None else f"cannot be read ({one_line(error)})"}
         print(json.dumps(reply), flush=True)  # in ASCII: a page may contain a lone surrogate
