@@ -265,7 +265,9 @@ def test_beir_refuses_a_missing_file(tmp_path, name):
         ({"qrels": "q1\td1\t1\nq1\td1\n"}, ("test.tsv", 3, "columns", 2, 3)),
         ({"qrels": ""}, ("qrels", "none", "queries")),
         ({"corpus": [{"_id": "d1", "text": "a"}, {"_id": "d1", "text": "b"}]}, ("corpus.jsonl", 2, "_id", "d1")),
-        ({"corpus": [{"_id": 7, "text": "a"}]}, ("corpus.jsonl", 1, "_id", "string", 7)),
+        ({"corpus": [{"_id": 7.5, "text": "a"}]}, ("corpus.jsonl", 1, "_id", "string", 7.5)),
+        ({"corpus": [{"_id": True, "text": "a"}]}, ("corpus.jsonl", 1, "_id", "string", True)),
+        ({"corpus": [{"_id": 7, "text": "a"}, {"_id": "7", "text": "b"}]}, ("corpus.jsonl", 2, "_id", "'7'", "twice")),
         ({"corpus": [{"text": "a"}]}, ("corpus.jsonl", 1, "_id", "empty")),
         ({"corpus": [{"_id": "d1", "text": 3}]}, ("corpus.jsonl", 1, "text", "d1", "string", 3)),
         ({"corpus": [{"_id": "d1", "text": "a", "title": 3}]}, ("corpus.jsonl", 1, "title", "d1", "string", 3)),
@@ -423,7 +425,7 @@ PAIR = {"query": "a?", "positive": "A"}
         ([PAIR | {"negatives": [None]}], (1, "negative", "empty")),
         ([PAIR | {"negatives": "B"}], (1, "negatives", "list", "'B'")),
         ([PAIR, PAIR | {"negatives": ["B"], "negative_ids": []}], (2, "negative_ids", "list", 1, "strings", [])),
-        ([PAIR | {"query_id": 3}], (1, "query_id", "string", 3)),
+        ([PAIR | {"query_id": 3.5}], (1, "query_id", "string", 3.5)),
         ([PAIR | {"document_id": None}], (1, "document_id", "empty")),
         ([PAIR | {"grade": True}], (1, "grade", "whole", "2^31", True)),
         ([PAIR, PAIR | {"grade": 10**400}], (2, "grade", "whole", "2^31", reprlib.repr(10**400))),
@@ -732,7 +734,10 @@ def test_trec_topics_and_qrels(tmp_path):
     write(tmp_path / "topics.301-302.txt", OLD_TOPICS + OLD_TOPICS.replace("poliomyelitis\n", "poliomyelitis"))
     assert load_with_warnings(tmp_path)[0].queries == dataset.queries
     write(tmp_path / "topics.301-302.txt", OLD_TOPICS + OLD_TOPICS.replace("poliomyelitis", "polio"))
-    with pytest.raises(ValueError, match=naming("topics.301-302.txt", "_id", "'302'", "twice")):
+    with pytest.raises(ValueError, match=naming("topics.301-302.txt", 17, "_id", "'302'", "twice")):
+        RetrievalDataset.load(tmp_path)
+    write(tmp_path / "topics.301-302.txt", "301\tcrime\n302\t \n")
+    with pytest.raises(ValueError, match=naming("topics.301-302.txt", 2, "text", "'302'", "empty")):
         RetrievalDataset.load(tmp_path)
     (tmp_path / "topics.301-302.txt").unlink()
     write(tmp_path / "topics.xml", NEW_TOPICS)
@@ -743,6 +748,22 @@ def test_trec_topics_and_qrels(tmp_path):
     write(tmp_path / "topics.xml", "nothing")
     with pytest.raises(ValueError, match=naming("topics.xml", "no", "topic")):
         RetrievalDataset.load(tmp_path)
+
+
+def test_ids_that_are_integers_are_known_by_their_digits(tmp_path):
+    wanted = RetrievalDataset({"1": "who?"}, {"7": "me", "8": "you"}, {"1": {"7": 1}})
+    beir = write_beir(
+        tmp_path / "beir",
+        corpus=[{"_id": 7, "text": "me"}, {"_id": 8, "text": "you"}],
+        queries=[{"_id": 1, "text": "who?"}],
+        qrels="1\t7\t1\n",
+    )
+    assert RetrievalDataset.load(beir) == wanted
+    content = {"queries": {"1": "who?"}, "corpus": {"7": "me", "8": "you"}, "relevant_docs": {"1": [7]}}
+    assert RetrievalDataset.load(write(tmp_path / "x.json", json.dumps(content))) == wanted
+    row = {"query_id": 1, "query": "who?", "document_id": 7, "document": "me", "negatives": ["you"]}
+    rows = write_rows(tmp_path / "x.jsonl", [row | {"negative_ids": [8]}])
+    assert RetrievalDataset.load(rows) == replace(wanted, negatives={"1": ["8"]})
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ""])

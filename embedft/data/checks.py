@@ -25,6 +25,11 @@ def check_text(text: Any, where: str, advice: str = "") -> None:
         raise ValueError(f"{where} has a lone surrogate at character {error.start}") from None
 
 
+def id_text(i: Any) -> Any:
+    """An id as the text it is known by: exports have integers. Anything else stays as it is, for `check_text`."""
+    return str(i) if type(i) is int else i
+
+
 def check_id(kind: str, i: Any, texts: dict[str, str], where: str) -> None:
     """Checks that an id is among `texts`; `kind` is "query" or "document"."""
     if not isinstance(i, str) or i not in texts:

@@ -5,12 +5,13 @@ llamaindex  `*.json`: {"queries": {id: text}, "corpus": {id: text}, "relevant_do
 beir        a folder: corpus.jsonl (`_id`, `title`, `text`), queries.jsonl (`_id`, `text`), qrels/<split>.tsv with the
             header `query-id corpus-id score`; only queries in the split's qrels are read, as in
             beir/datasets/data_loader.py. TREC files may replace them: topics.* (<top> or <topic>) for the queries,
-            qrels.* or qrels/<split>.* with the columns query, 0, document, grade.
+            qrels.* or qrels/<split>.* with the columns query, 0, document, grade. `_id` may be an integer.
 jsonl, csv  pairs or triplets, one per row: see pairs.py.
 
 Judgements of unknown queries are dropped, those of unknown documents kept apart; both with a warning (strict: error).
 """
 
+import bisect
 import html
 import re
 import reprlib
@@ -20,12 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from ..files import atomic_write, check_object, read_jsonl, read_lines, read_object, read_text, write_json, write_jsonl
-from .checks import SKIP_EMPTY, check_id, check_text, is_blank
+from .checks import SKIP_EMPTY, check_id, check_text, id_text, is_blank
 from .pairs import parse_grade, write_pairs
 
 FORMATS = ("llamaindex", "beir", "jsonl", "csv")
 SUFFIXES = {".json": "llamaindex", ".jsonl": "jsonl", ".csv": "csv", ".tsv": "csv"}
 WRITABLE = {"llamaindex": ("missing",), "beir": ("titles", "missing"), "jsonl": ("negatives",)}
+# TREC's topics: number and title (or query; some XML topics are the query itself), or number, tab and query.
+TOP = re.compile(r"(?is)<top>.*?<num>\s*(?:Number:)?\s*([^\s<]+).*?<title>\s*(?:Topic:)?([^<]*)")
+TOPIC = re.compile(r"(?is)<topic\s+number=\"([^\"]+)\"[^<>]*>(?:(?:(?!</topic>).)*?<(?:query|title)>)?([^<]*)")
+ROW = re.compile(r"(?m)^(\S+)\t([^\t\n]+)$")
 Texts = dict[str, str]
 Qrels = dict[str, dict[str, int]]
 Entry = tuple[str, Any, Any, Any]  # where in the file, id, text, title
@@ -110,12 +115,13 @@ def _read_llamaindex(path: Path, skip_empty: bool) -> tuple[Texts, Texts, dict[s
         raise ValueError(f"{path}: expected the objects {', '.join(names)}; found {', '.join(content)}")
     if content.get("mode", "text") != "text":
         raise ValueError(f"{path}: mode must be 'text', found {reprlib.repr(content['mode'])}")
-    for query_id, ids in content["relevant_docs"].items():
+    relevant = {q: [*map(id_text, ids)] if isinstance(ids, list) else ids for q, ids in content[names[2]].items()}
+    for query_id, ids in relevant.items():
         if not isinstance(ids, list) or not all(isinstance(i, str) for i in ids):
             raise ValueError(f"{path}: relevant_docs of query {query_id!r} must list ids, found {reprlib.repr(ids)}")
     entries = (((f"{path}: {name}", i, text, None) for i, text in content[name].items()) for name in names[:2])
     (queries, _), (corpus, _) = (_collect(of_name, allow_empty=skip_empty) for of_name in entries)
-    return queries, corpus, content["relevant_docs"]
+    return queries, corpus, relevant
 
 
 def _read_beir(folder: Path, split: str | None, skip_empty: bool) -> tuple[Texts, Texts, Texts, Iterator[Judgement]]:
@@ -162,21 +168,21 @@ def _read_rows(path: Path) -> Iterator[Entry]:
     for line, row in read_jsonl(path):
         where = f"{path} line {line}"
         check_object(row, where)
-        yield where, row.get("_id"), row.get("text"), row.get("title")
+        yield where, id_text(row.get("_id")), row.get("text"), row.get("title")
 
 
 def _read_topics(path: Path) -> Iterator[Entry]:
     """Yields the titles, or queries, of a TREC topics file."""
     text = read_text(path)
-    old = re.findall(r"(?is)<top>.*?<num>\s*(?:Number:)?\s*([^\s<]+).*?<title>\s*(?:Topic:)?([^<]*)", text)
-    inside = r"(?:(?:(?!</topic>).)*?<(?:query|title)>)?([^<]*)"  # some topics are the query itself
-    new = re.findall(rf"(?is)<topic\s+number=\"([^\"]+)\"[^<>]*>{inside}", text)
-    rows = [] if old + new else re.findall(r"^(\S+)\t([^\t\n]+)$", text, re.MULTILINE)
-    if not old + new + rows:
+    topics = [*TOP.finditer(text), *TOPIC.finditer(text)] or [*ROW.finditer(text)]
+    if not topics:
         raise ValueError(f"{path}: no topic found, expected <top>, <topic number=...>, or lines of number, tab, query")
-    topics = [*old, *rows, *((number, html.unescape(title)) for number, title in new)]  # the new ones are XML
-    topics = dict.fromkeys((number, " ".join(title.split())) for number, title in topics)  # some appear twice
-    yield from ((f"{path}: topics", number, title, None) for number, title in topics)
+    seen, line_ends = set(), [match.start() for match in re.finditer("\n", text)]
+    for topic in topics:
+        number, title = topic[1], html.unescape(topic[2]) if topic.re is TOPIC else topic[2]
+        if (entry := (number, " ".join(title.split()))) not in seen:  # some appear twice
+            seen.add(entry)
+            yield f"{path} line {bisect.bisect(line_ends, topic.start(1)) + 1}", *entry, None
 
 
 def _read_qrels(path: Path) -> Iterator[Judgement]:

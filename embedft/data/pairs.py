@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import check_object, read_jsonl, read_lines, write_jsonl
-from .checks import SKIP_EMPTY, check_distinct, check_grade, check_text, is_blank
+from .checks import SKIP_EMPTY, check_distinct, check_grade, check_text, id_text, is_blank
 
 COLUMN_ROLES = {
     **dict.fromkeys(("anchor", "query", "question"), "query"),
@@ -41,6 +41,7 @@ def read_pairs(path: Path, format: str, *, merge: bool, skip_empty: bool) -> dic
                 num_skipped += 1
                 continue
             for role in values.keys() & {"query_id", "document_id"}:
+                values[role] = id_text(values[role])
                 check_text(values[role], role)
             query_id = queries.add(values["query"], values.get("query_id"), f"q{index}")
             document_id = documents.add(values["document"], values.get("document_id"), f"d{index}")
@@ -116,6 +117,7 @@ def _find_negatives(values: dict[str, Any]) -> list[tuple[Any, str | None]]:
     texts = [] if texts is None else texts
     if not isinstance(texts, list):
         raise ValueError(f"negatives must be a list, found {reprlib.repr(texts)}")
+    ids = [*map(id_text, ids)] if isinstance(ids, list) else ids
     if ids is None:
         ids = [None] * len(texts)
     elif not isinstance(ids, list) or len(ids) != len(texts) or not all(isinstance(i, str) and i for i in ids):
