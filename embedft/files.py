@@ -132,9 +132,17 @@ def check_writable(path: str | Path, *, file: bool = False) -> None:
         raise ValueError(f"{path}: cannot be written to ({error.strerror}: {parent})") from None
 
 
+def _json(path: str | Path, value: Any, **layout: Any) -> str:
+    """`value` as JSON for the file `path`. Raises `ValueError` for NaN and infinity, which JSON does not have."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, **layout) + "\n"
+    except ValueError as error:
+        raise ValueError(f"{path}: cannot be written as JSON ({error})") from None
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Writes `value` as indented UTF-8 JSON, atomically. Raises `ValueError` for NaN and infinity."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = _json(path, value, indent=2)
     with atomic_write(path, "wb") as file:
         file.write(text.encode("utf-8", "backslashreplace"))  # file names may have bytes that are not UTF-8
 
@@ -213,12 +221,12 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, Any]]:
 def write_jsonl(path: str | Path, records: Iterable[dict]) -> None:
     """Writes one JSON object per line, atomically. NaN and infinity are refused (`ValueError`)."""
     with atomic_write(path) as file:
-        file.writelines(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
+        file.writelines(_json(path, record) for record in records)
 
 
 def append_jsonl(path: str | Path, record: dict) -> None:
     """Appends one JSON object as a line. A killed process leaves at most a partial last line, an error nothing."""
-    line = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+    line = _json(path, record).encode("utf-8")
     with named_errors(path), open(path, "ab", buffering=0) as file:
         start = file.seek(0, os.SEEK_END)
         try:

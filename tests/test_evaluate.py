@@ -373,18 +373,22 @@ def test_load_refuses_damage(tmp_path, report):
     told = damaged(better, "damaged", "metrics.json", "per_query.jsonl", "mrr@10")  # a file of another report
     assert not names(told, "map@100")
     damaged("".join(lines)[:-20], "per_query.jsonl", 12, "JSON")
-    damaged("".join(lines).replace('"cluster"', '"group"'), "damaged", "KeyError", "'cluster'")
-    damaged("[1]\n", "damaged", "TypeError")
+    damaged("".join(lines).replace('"cluster"', '"group"'), "per_query.jsonl", 1, "cluster")
+    damaged("[1]\n", "per_query.jsonl", 1, [1], "object")
     line = json.loads(lines[0])
     for value in (None, "half", [1]):
-        damaged(json.dumps(line | {"metrics": {**line["metrics"], "mrr@10": value}}) + "\n", "damaged")
-    (tmp_path / "per_query.jsonl").write_text("".join(lines))
+        text = json.dumps(line | {"metrics": {**line["metrics"], "mrr@10": value}}) + "\n"
+        damaged(text, "per_query.jsonl", 1, "mrr@10", repr(value), "number")
     summary = json.loads((tmp_path / "metrics.json").read_text())
-    for part, kind in (({"setting": None}, "NoneType"), ({"costs": 3}, "int"), ({"metrics": [1]}, "list")):
-        write_json(tmp_path / "metrics.json", summary | part)
-        damaged("".join(lines), "damaged", "TypeError", kind)
+    for name, value, kind in (("setting", None, "object"), ("costs", 3, "object"), ("num_queries", "x", "number")):
+        write_json(tmp_path / "metrics.json", summary | {name: value})
+        damaged("".join(lines), "metrics.json", name, repr(value), kind)
     write_json(tmp_path / "metrics.json", summary | {"metrics": {"mrr@10": "half"}})
-    damaged("".join(lines), "damaged", "TypeError")
+    damaged("".join(lines), "metrics.json", "mrr@10", "'half'", "number")
+    for damage in ("[]", "{}", "", '{"metrics": {', json.dumps({k: v for k, v in summary.items() if k != "setting"})):
+        (tmp_path / "metrics.json").write_text(damage)
+        told = damaged("".join(lines), "metrics.json")
+        assert "Error" not in told  # not Python's own words
     (tmp_path / "per_query.jsonl").unlink()
     with pytest.raises(ValueError, match=naming(tmp_path, "no", "per_query.jsonl")):
         Report.load(tmp_path)

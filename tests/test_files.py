@@ -88,7 +88,7 @@ def test_json_round_trip(tmp_path):
     assert read_json(tmp_path / "file.json") == value
     assert "ü" in (tmp_path / "file.json").read_text(encoding="utf-8")
     for bad in (float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=naming("JSON")):
+        with pytest.raises(ValueError, match=naming(tmp_path / "file.json", "JSON")):
             write_json(tmp_path / "file.json", {"a": bad})
     assert read_json(tmp_path / "file.json") == value
 
@@ -99,8 +99,9 @@ def test_jsonl_round_trip(tmp_path):
     for record in records:
         append_jsonl(path, record)
     assert list(read_jsonl(path)) == list(enumerate(records, start=1))
-    with pytest.raises(ValueError, match=naming("JSON")):
-        append_jsonl(path, {"loss": float("nan")})
+    for write, value in ((append_jsonl, {"loss": float("nan")}), (write_jsonl, [{}, {"loss": float("nan")}])):
+        with pytest.raises(ValueError, match=naming(path, "JSON")):
+            write(path, value)
     assert len(path.read_bytes().splitlines()) == 3
 
 

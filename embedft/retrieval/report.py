@@ -9,6 +9,7 @@ Shapes: Q questions, the queries that have a relevant document; S training seeds
 
 import dataclasses
 import math
+import reprlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,11 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from ..files import atomic_write, read_json, read_jsonl, write_json, write_jsonl
+from ..files import atomic_write, check_object, read_json, read_jsonl, write_json, write_jsonl
 from .run import Run
 from .significance import ROUNDING, holm, paired_bootstrap_interval, recipe_interval, sign_flip_p_value
 
 REPORT_FILES = ("run.trec", "per_query.jsonl", "metrics.json")  # in the order in which they are written
+SUMMARY = {"metrics": dict, "num_queries": int, "num_without_relevant": int, "setting": dict, "costs": dict}
+LINE = {"query_id": str, "cluster": str, "metrics": dict}
+KIND_NAMES = {dict: "an object", int: "a whole number", float: "a number", str: "a string"}
 Figure = Any  # matplotlib's, which is imported only where a figure is made
 
 
@@ -96,8 +100,7 @@ class Report:
             metrics = {name: float(values[row]) for name, values in self.per_query.items()}
             lines.append({"query_id": query_id, "cluster": cluster, "metrics": metrics})
         write_jsonl(folder / "per_query.jsonl", lines)
-        summary = ("metrics", "num_queries", "num_without_relevant", "setting", "costs")
-        write_json(folder / "metrics.json", {name: getattr(self, name) for name in summary})
+        write_json(folder / "metrics.json", {name: getattr(self, name) for name in SUMMARY})
 
     @classmethod
     def load(cls, folder: str | Path) -> "Report":
@@ -105,20 +108,35 @@ class Report:
         folder = Path(folder)
         if missing := [name for name in reversed(REPORT_FILES) if not (folder / name).is_file()]:
             raise ValueError(f"{folder}: no report ({missing[0]} is missing)")
-        summary = read_json(folder / "metrics.json")
-        lines = [line for _, line in read_jsonl(folder / "per_query.jsonl")]
+        path = folder / "metrics.json"
+        summary = _checked(read_json(path), str(path), SUMMARY)
+        means = _checked(summary["metrics"], f"{path}: metrics", dict.fromkeys(summary["metrics"], float))
+        lines = []
+        for number, line in read_jsonl(path := folder / "per_query.jsonl"):
+            lines.append(_checked(line, where := f"{path} line {number}", LINE))
+            _checked(line["metrics"], f"{where}: metrics", dict.fromkeys(means, float))
+        query_ids, clusters = ([line[name] for line in lines] for name in ("query_id", "cluster"))
+        per_query = {name: np.array([line["metrics"][name] for line in lines], np.float64) for name in means}
         try:
-            query_ids, clusters = ([line[name] for line in lines] for name in ("query_id", "cluster"))
-            means, setting, costs = ({**summary[name]} for name in ("metrics", "setting", "costs"))
-            per_query = {name: np.array([line["metrics"][name] for line in lines], np.float64) for name in means}
             run = Run.load(folder / "run.trec").select(query_ids)
-            report = cls(query_ids, per_query, clusters, summary["num_without_relevant"], setting, costs, run)
+            fields = (summary[name] for name in ("num_without_relevant", "setting", "costs"))
+            report = cls(query_ids, per_query, clusters, *fields, run)
             wrong = [name for name, mean in means.items() if not abs(report.metrics[name] - mean) <= 1e-12]
             if summary["num_queries"] != report.num_queries or wrong:
                 raise ValueError(f"metrics.json and per_query.jsonl differ in {', '.join(wrong) or 'num_queries'}")
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder}: damaged report ({type(error).__name__}: {error})") from None
+        except ValueError as error:
+            raise ValueError(f"{folder}: damaged report ({error})") from None
         return report
+
+
+def _checked(value: Any, where: str, kinds: dict[str, type]) -> dict[str, Any]:
+    """The value, if it is an object with these keys and kinds of values; else raises `ValueError`."""
+    check_object(value, where)
+    for key, kind in kinds.items():
+        if not isinstance(value.get(key), int | float if kind is float else kind):
+            found = f"{key} is {reprlib.repr(value[key])}" if key in value else f"has no {key}"
+            raise ValueError(f"{where}: damaged report: {found}, expected {KIND_NAMES[kind]}")
+    return value
 
 
 def model_setting(embedder: Any) -> dict[str, Any]:
