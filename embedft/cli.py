@@ -6,7 +6,7 @@ A command is a module in `commands` with a dataclass `Options` and a function `r
 code, plus a line in `COMMANDS`. Only the module of the requested command is imported, after Ctrl-C is handled.
 """
 
-import errno
+import io
 import os
 import signal
 import sys
@@ -25,7 +25,7 @@ COMMANDS = {
     "store": "list, verify, repair or prune stored embeddings",
     "info": "describe a model",
 }
-OUTPUT_ERRORS = {errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
+OUTPUT = "standard output"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,10 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail(program, "interrupted", code=130)
     except OSError as error:
-        if error.filename is None and error.errno in OUTPUT_ERRORS:  # errors of files name them (files.py)
+        if error.filename == OUTPUT:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at exit
-            broken = isinstance(error, BrokenPipeError)  # the reader has read enough, as `head` does
-            return 1 if broken else _fail(program, f"error: standard output: {error.strerror}")
+            if isinstance(error, BrokenPipeError):  # the reader has read enough, as `head` does
+                return 1
         named = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
         return _fail(program, f"error: {named}")
     except ValueError as error:
@@ -116,11 +116,26 @@ def _is_silent() -> bool:
     return os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
 
 
+class _Output(io.FileIO):
+    """Names itself in its errors: another error without a name is not its own, but may be that of a socket."""
+
+    def write(self, data) -> int | None:
+        try:
+            return super().write(data)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, OUTPUT) from None
+
+
 def _prepare_streams() -> None:
     """Makes outputs escape characters that their encoding lacks, and refuses a closed stdout before work begins."""
     sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     if sys.stdout is None:
         raise ValueError("standard output is closed; redirect it to a file or to /dev/null")
+    if sys.stdout is sys.__stdout__:  # not a notebook's or a test's
+        sys.stdout.flush()
+        raw, by_line = _Output(sys.stdout.fileno(), "w", closefd=False), sys.stdout.line_buffering
+        options = {"encoding": sys.stdout.encoding, "line_buffering": by_line or sys.stdout.write_through}
+        sys.stdout = io.TextIOWrapper(io.BufferedWriter(raw), **options)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")

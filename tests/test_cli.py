@@ -192,22 +192,36 @@ def test_an_output_that_takes_nothing_is_an_error_of_one_line(place, redirect, f
     assert names(line, "output", fault)
 
 
-def test_another_error_without_a_file_leaves_the_output_alone(place):
-    """Such an error may be that of a socket, or of a process that cannot be started."""
-    script = """
+INFO = """
 import errno, os, sys
 from embedft import cli
 from embedft.commands import info
 
 def run(options):
-    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    {}
 
 info.run = run
 sys.exit(cli.main(["info", "model"]))
 """
+
+
+@pytest.mark.parametrize("code", ["ENOMEM", "ENOSPC", "EPIPE"])
+def test_another_error_without_a_file_leaves_the_output_alone(code):
+    """Such an error may be that of a socket, or of a process that cannot be started."""
+    script = INFO.format(f"print('one'); raise OSError(errno.{code}, os.strerror(errno.{code}))")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert names(done.stderr, "embedft info", "memory")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "one\n", 1)
+    assert names(done.stderr, "embedft info", os.strerror(getattr(errno, code)))
+    assert "output" not in done.stderr
+
+
+@pytest.mark.parametrize("flags", [[], ["-u"]])
+def test_an_output_that_takes_no_long_text_names_itself(flags):
+    script = INFO.format("print('x' * 100_000)")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, *flags, "-c", script], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert names(done.stderr, "standard output", os.strerror(errno.ENOSPC))
 
 
 def test_a_warning_of_an_import_is_one_line(place, capsys, monkeypatch):
