@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+REPLACING = ".replacing"  # in a folder while several of its files are replaced
 
 
 @contextlib.contextmanager
@@ -63,7 +64,8 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
 @contextlib.contextmanager
 def replace_files(folder: str | Path, *, stale: Collection[str] = ()) -> Iterator[Path]:
     """Yields an empty folder whose files move into `folder` when the block ends; until then, or if the block raises,
-    nothing in `folder` changes. Finally removes the `stale` paths in it that were not written, and emptied folders."""
+    nothing in `folder` changes. Finally removes the `stale` paths in it that were not written, and emptied folders.
+    If the process is killed between two moves, `check_whole` refuses the folder until the next call."""
     new = folder = Path(folder)
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,6 +73,8 @@ def replace_files(folder: str | Path, *, stale: Collection[str] = ()) -> Iterato
         with temporary_path(folder, ".", Path.mkdir) as new:
             yield new
             written = [path.relative_to(new) for path in sorted(new.rglob("*")) if path.is_file()]
+            if len(written) + len(stale) > 1:
+                (folder / REPLACING).touch()
             for path in written:
                 (folder / path).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(new / path, folder / path)
@@ -78,6 +82,7 @@ def replace_files(folder: str | Path, *, stale: Collection[str] = ()) -> Iterato
             (folder / path).unlink(missing_ok=True)
             if path.parent != Path() and (folder / path.parent).is_dir() and not any((folder / path.parent).iterdir()):
                 (folder / path.parent).rmdir()
+        (folder / REPLACING).unlink(missing_ok=True)
     except OSError as error:
         if error.filename and Path(error.filename).is_relative_to(new):
             error.filename = str(folder / Path(error.filename).relative_to(new))
@@ -85,6 +90,14 @@ def replace_files(folder: str | Path, *, stale: Collection[str] = ()) -> Iterato
     finally:
         if created and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def check_whole(*folders: Path) -> None:
+    """Raises `ValueError` for a folder of which `replace_files` replaced some files, but not yet all."""
+    for folder in folders:
+        if (folder / REPLACING).exists():
+            why = "the command that replaces them was killed, or is still running"
+            raise ValueError(f"{folder}: has some new files and some old ones: {why}; run it again")
 
 
 @contextlib.contextmanager

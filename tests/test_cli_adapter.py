@@ -84,7 +84,7 @@ def test_without_held_out_documents(place, capsys):
 def test_start_and_overwrite(place, capsys):
     assert main([*FIT, "--out", "adapter"]) == 0
     assert main([*FIT, "--out", "adapter"]) == 2
-    assert names(capsys.readouterr().err, "embedft adapter", "adapter", "empty", "--overwrite")
+    assert names(capsys.readouterr().err, "embedft adapter", "adapter/adapter.json", "--overwrite")
     first = Adapter.load("adapter")
     assert main([*FIT, "--out", "adapter", "--overwrite", "--start", "adapter", "--epochs", "1", "--lr", "1e-9"]) == 0
     np.testing.assert_allclose(Adapter.load("adapter").query.weight.detach(), first.query.weight.detach(), atol=1e-6)
@@ -92,6 +92,13 @@ def test_start_and_overwrite(place, capsys):
     (place / "folder" / "mine.txt").write_text("")
     assert main([*FIT, "--out", "folder", "--overwrite"]) == 2
     assert names(capsys.readouterr().err, "folder", "adapter.json")
+    # What a command leaves that is killed before its first file, or between two.
+    (place / "begun" / ".0123abcd.tmp").mkdir(parents=True)
+    assert main([*FIT, "--out", "begun", "--epochs", "1"]) == 0
+    (place / "begun" / ".replacing").touch()
+    (place / "begun" / "adapter.json").unlink()
+    assert main([*FIT, "--out", "begun", "--epochs", "1"]) == 0
+    assert not list((place / "begun").glob(".*"))
 
 
 def test_the_training_split_of_a_beir_folder(place, capsys):

@@ -61,14 +61,14 @@ def test_options_reach_the_search(place, capsys):
     for name, value in given.items():
         options += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value])]
     for replaced in ([], ["--replace"]):
-        assert main(["mine", "model", "with.jsonl", "--out", "mined.jsonl", *options, *replaced]) == 0
+        assert main(["mine", "model", "with.jsonl", "--out", "mined.jsonl", *options, *replaced, "--overwrite"]) == 0
         expected = mine(make_embedder(place / "model"), loaded, replace=bool(replaced), **given)
         assert {
             q: ids for q, ids in RetrievalDataset.load("mined.jsonl").negatives.items() if ids
         } == expected.negatives
     capsys.readouterr()
     # Each on its own changes what is found.
-    base = ["mine", "model", "pairs.json", "--out", "m.jsonl"]
+    base = ["mine", "model", "pairs.json", "--out", "m.jsonl", "--overwrite"]
     found = set()
     for more in (
         [*RANKS], [*RANKS, "--seed", "1"], [*RANKS, "--sampling", "top"], [*RANKS, "--dim", "4"],
@@ -102,7 +102,7 @@ def test_what_jsonl_cannot_hold(place, capsys):
     assert found.corpus.keys() == {*(f"d{i}" for i in range(4)), *(i for (i,) in found.negatives.values())}
     assert len(found.corpus) < 9
     assert "4 questions" in capsys.readouterr().out
-    assert main(["mine", "model", "beir", *options, "--split", "test"]) == 0
+    assert main(["mine", "model", "beir", *options, "--split", "test", "--overwrite"]) == 0
     assert capsys.readouterr().out.startswith("mined.jsonl: 1 questions, 2 documents, 1 negatives")
 
 
@@ -133,7 +133,7 @@ def test_a_store_and_an_adapter(place, capsys):
     fit = ["adapter", "model", "pairs.json", "--out", "adapter", "--epochs", "30", "--lr", "0.1", "--store", "vectors"]
     assert main(fit) == 0
     capsys.readouterr()
-    assert main(["mine", "model", "pairs.json", *options, "--adapter", "adapter"]) == 0
+    assert main(["mine", "model", "pairs.json", *options, "--adapter", "adapter", "--overwrite"]) == 0
     assert "21 texts found, 0 computed" in capsys.readouterr().err
     assert (place / "m.jsonl").read_text() != plain
 

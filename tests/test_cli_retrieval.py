@@ -66,7 +66,7 @@ def test_evaluate(place, capsys):
 def test_a_report_is_replaced_on_request_and_nothing_of_it_stays(place, capsys):
     run(capsys, "evaluate model pairs.json --fuse --out eval")
     (place / "eval" / "fused" / "notes.txt").write_text("mine")
-    check_error(capsys, "evaluate missing-model pairs.json --no-bm25 --out eval", "eval", "--out", "--overwrite")
+    check_error(capsys, "evaluate missing-model pairs.json --no-bm25 --out eval", "eval", "--overwrite")
     run(capsys, "evaluate model pairs.json --no-bm25 --overwrite --out eval")
     found = sorted(str(path.relative_to(place / "eval")) for path in (place / "eval").rglob("*") if path.is_file())
     assert found == ["fused/notes.txt", "metrics.json", "per_query.jsonl", "run.trec"]
@@ -82,7 +82,7 @@ def test_a_report_is_replaced_on_request_and_nothing_of_it_stays(place, capsys):
     run(capsys, "evaluate model pairs.json --no-bm25 --overwrite --out eval")
     assert (place / "eval" / "dim32-float32-flat-baseline" / "metrics.json").is_file()
     run(capsys, "evaluate model pairs.json --dims 32 8 --out grid")
-    check_error(capsys, "evaluate model pairs.json --out grid", "grid/bm25", "--out", "--overwrite")
+    check_error(capsys, "evaluate model pairs.json --out grid", "grid/bm25", "--overwrite")
     check_error(capsys, "evaluate model pairs.json --overwrite", "--overwrite", "--out")
 
 
@@ -92,7 +92,7 @@ def test_a_setting_whose_report_cannot_be_read_is_replaced_on_request_only(place
     for content in ("{", "[]", "{}"):
         path.write_text(content)
         arguments = "evaluate missing-model pairs.json --dims 32 8 --out grid"
-        check_error(capsys, arguments, "grid/dim8-float32-flat", "--out", "--overwrite")
+        check_error(capsys, arguments, "grid/dim8-float32-flat", "--overwrite")
         assert path.read_text() == content
     run(capsys, "evaluate model pairs.json --dims 32 8 --overwrite --out grid")
     assert Report.load(path.parent).setting["dim"] == 8

@@ -63,14 +63,14 @@ def test_chunk(place, capsys):
     assert not names(out, 38)
     assert "skipped 2 files or pages; see chunks/chunk-report.json" in out
     # All that the model reads, when no size is given.
-    assert chunk() == 0
+    assert chunk("--overwrite") == 0
     assert read_json("chunks/chunk-report.json")["size"] == 256
 
 
 def test_chunk_splits_and_leaves_no_file_of_an_earlier_split(place, capsys):
     assert chunk() == 0
     capsys.readouterr()
-    assert chunk("--train-files", "docs/notes.txt") == 0
+    assert chunk("--train-files", "docs/notes.txt", "--overwrite") == 0
     assert names(capsys.readouterr().err.splitlines()[-1], "chunks/chunks.jsonl", "split")
     assert sorted(path.name for path in (place / "chunks").iterdir()) == [
         "chunk-report.json",
@@ -82,8 +82,8 @@ def test_chunk_splits_and_leaves_no_file_of_an_earlier_split(place, capsys):
     assert {p.file for c in validation for p in c.places} == {"docs/more.md"}
     report = read_json("chunks/chunk-report.json")
     assert (report["train"], report["validation"]) == (len(train), len(validation))
-    assert chunk("--train-share", "0.5", "--seed", "1") == 0
-    assert chunk("--train-pages", "2-3") == 2
+    assert chunk("--train-share", "0.5", "--seed", "1", "--overwrite") == 0
+    assert chunk("--train-pages", "2-3", "--overwrite") == 2
     assert names(
         capsys.readouterr().err.splitlines()[-1],
         "embedft chunk",
@@ -96,8 +96,8 @@ def test_chunk_splits_and_leaves_no_file_of_an_earlier_split(place, capsys):
         ...,
         "validation",
     )
-    assert chunk("--train-pages", "two") == 2
-    assert chunk("--size", "2") == 2
+    assert chunk("--train-pages", "two", "--overwrite") == 2
+    assert chunk("--size", "2", "--overwrite") == 2
     assert names(capsys.readouterr().err.splitlines()[-1], "--size", 2, 2, "special")
 
 
@@ -107,7 +107,7 @@ def test_repeated_lines_go_on_request(place, capsys):
     assert chunk("--drop-repeated") == 0
     assert "dropped 11 repeated headers and footers" in capsys.readouterr().out
     assert sum(c.text.count("RUNNING") for c in load_chunks("chunks/chunks.jsonl")) == 1  # the first stays
-    assert chunk() == 0
+    assert chunk("--overwrite") == 0
     assert sum(c.text.count("RUNNING") for c in load_chunks("chunks/chunks.jsonl")) == 6
 
 
@@ -232,7 +232,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     ],
 )
 def test_questions_never_replace_those_of_other_settings(place, capsys, monkeypatch, first, other):
-    """Refused before anything is sent; the same settings go on, and find what is there."""
+    """Refused before anything is sent, unless on request; the same settings go on, and find what is there."""
     (place / "docs" / "notes.txt").write_text(f"Rules of the town\n{NOTES}")
     (place / "template.txt").write_text("Ask {num_questions} things about: {text}")
     assert chunk("--size", "60") == 0
@@ -243,10 +243,17 @@ def test_questions_never_replace_those_of_other_settings(place, capsys, monkeypa
         before, sent = snapshot(place / "out"), server.counts["chat"]
         capsys.readouterr()
         assert main([*command, *other]) == 2
-        assert names(capsys.readouterr().err.splitlines()[-1], "embedft questions", "out/chunks.json", "--out")
+        assert names(capsys.readouterr().err.splitlines()[-1], "embedft questions", "out/chunks.json", "--overwrite")
         assert (snapshot(place / "out"), server.counts["chat"]) == (before, sent)
-        assert main([*command, *first]) == 0
+        assert main([*command, *first, *(["--overwrite"] if first else [])]) == 0
         assert (snapshot(place / "out"), server.counts["chat"]) == (before, sent)
+        assert main([*command, *other, "--overwrite"]) == 0
+        assert (place / "out" / "question-report.json").exists() == ("--method" not in other)
+        assert main([*command, *first]) == 2  # the questions of others are there now
+        sent = server.counts["chat"]
+        assert main([*command, *first, "--overwrite"]) == 0
+        assert snapshot(place / "out")["chunks.json"] == before["chunks.json"]
+        assert server.counts["chat"] == sent  # replies are kept
 
 
 def test_only_the_settings_that_differ_are_named(place, capsys):

@@ -20,18 +20,19 @@ from embedft.cli import COMMANDS, main
 
 # What each command writes goes to OUT; the words behind | are for an OUT that holds something already.
 WRITING = {
-    "chunk": "chunk docs --model model --size 300 --out OUT | --train-share 0.5",
+    "chunk": "chunk docs --model model --size 300 --out OUT | --train-share 0.5 --overwrite",
     "questions": "questions chunks.jsonl --model m --no-clean --concurrency 1 --out OUT | --clean",
-    "questions, ict": "questions chunks.jsonl --method ict --out OUT | --seed 0",
-    "questions, docstring": "questions json --method docstring --num-docstrings 4 2 --out OUT | --seed 0",
+    "questions, ict": "questions chunks.jsonl --method ict --out OUT | --seed 1 --overwrite",
+    "questions, docstring": "questions json --method docstring --num-docstrings 4 2 --out OUT | --seed 1 --overwrite",
     "finetune": "finetune model train.jsonl --validation held_out.jsonl --epochs 1 --out OUT | --seed 1 --overwrite",
     "adapter": "adapter model train.jsonl --epochs 2 --out OUT | --epochs 3 --overwrite",
-    "mine": "mine model train.jsonl --num-negatives 2 --ranks 1 5 --out OUT.jsonl | --seed 1",
-    "encode": "encode model texts.txt --out OUT.npy | --dim 16",
+    "mine": "mine model train.jsonl --num-negatives 2 --ranks 1 5 --out OUT.jsonl | --seed 1 --overwrite",
+    "encode": "encode model texts.txt --out OUT.npy | --dim 16 --overwrite",
     "encode, store": "encode model texts.txt --store OUT | --role query --max-length 20",
     "evaluate": "evaluate model held_out.jsonl --fuse --out OUT | --ks 1 3 --overwrite",
-    "compare": "compare reports/whole reports/windows --save-plot OUT.png | --metric mrr@10",
+    "compare": "compare reports/whole reports/windows --save-plot OUT.png | --metric mrr@10 --overwrite",
 }
+GOES_ON = ("questions", "encode, store")  # run again, these add what is missing
 READING = {
     "search": "search model chunks.jsonl größe",
     "search, json": "search model chunks.jsonl 語",
@@ -159,6 +160,32 @@ def test_a_disk_that_training_fills(place, refused, again):
     words = words_of(command, place / "results" / "out", again=again)
     assert main([*(word for word in words if word != "--overwrite"), "--resume"]) == 0
     assert not (place / "results" / "out" / ".replaced").exists()
+
+
+@pytest.mark.parametrize("name", WRITING)
+def test_what_is_there_is_replaced_only_on_request(place, capsys, name):
+    """Otherwise, it is refused before anything is read."""
+    if ".png" in WRITING[name]:
+        pytest.importorskip("matplotlib")
+    (place / "results").mkdir()
+    assert main(words_of(WRITING[name], "results/out")) == 0
+    before = files_in(place / "results")
+    if name not in GOES_ON:
+        words = words_of(WRITING[name].replace(" --overwrite", ""), "results/out", again=True)
+        inputs = (place / word for word in words[1:] if not word.startswith(("results", "chunks")))
+        sources = [path for path in inputs if path.exists()]
+        for path in sources:
+            path.rename(f"{path}-away")
+        capsys.readouterr()
+        assert main(words) == 2
+        (error,) = capsys.readouterr().err.splitlines()
+        assert names(error, "--overwrite")
+        assert "results/out" in error
+        assert files_in(place / "results") == before
+        for path in sources:
+            Path(f"{path}-away").rename(path)
+    assert main(words_of(WRITING[name], "results/out", again=True)) == 0
+    assert files_in(place / "results") != before
 
 
 @pytest.mark.parametrize("command", WRITING.values(), ids=WRITING)

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import resource
@@ -16,6 +17,7 @@ from embedft import files
 from embedft.files import (
     append_jsonl,
     atomic_write,
+    check_whole,
     check_writable,
     locked,
     named_errors,
@@ -272,6 +274,38 @@ def test_files_are_replaced_together(tmp_path):
         assert (tmp_path / "b" / "old").exists()
     found = {str(path.relative_to(tmp_path)): path.is_file() and path.read_text() for path in tmp_path.rglob("*")}
     assert found == {"a": "new", "c": False, "c/kept": "c/kept", "e": False, "e/f": "new"}
+
+
+def test_a_folder_of_which_some_files_are_replaced_is_refused(tmp_path, monkeypatch):
+    def replace_both(text: str):
+        with replace_files(tmp_path) as new:
+            for name in "ab":
+                (new / name).write_text(text)
+
+    replace_both("old")
+    check_whole(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killing(os.replace, at=2))
+        with pytest.raises(KeyboardInterrupt):
+            replace_both("new")
+    assert [(tmp_path / name).read_text() for name in "ab"] == ["new", "old"]
+    with pytest.raises(ValueError, match=naming(tmp_path, "new", "old")):
+        check_whole(tmp_path)
+    replace_both("newer")
+    check_whole(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def killing(function, *, at: int):
+    """The function, interrupted at one of its calls."""
+    calls = itertools.count(1)
+
+    def call(*arguments):
+        if next(calls) == at:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    return call
 
 
 def test_what_killed_processes_left_goes_with_the_next_write_to_the_place(tmp_path):

@@ -21,6 +21,8 @@ import pytest
 from api_server import ApiServer
 from tiny import make_dataset, make_embedder
 
+from embedft.commands.options import load_chunk_files
+
 pytestmark = pytest.mark.slow
 
 # Runs a command line in a fork of itself for each line of JSON that it reads, so that no start costs the imports. The
@@ -221,16 +223,24 @@ def test_chunking_killed_at_every_change_of_the_disk(tmp_path, nursery):
         nursery.finish(["chunk", source, *command[2:6], *split, "--out", tmp_path / name])
     old, new = content(tmp_path / "old"), content(tmp_path / "new")
     assert old.keys() != new.keys()
-    place = 0
+    place = num_refused = 0
     while True:
         place += 1
         out = tmp_path / f"out-{place}"
         subprocess.run(["cp", "-r", tmp_path / "old", out], check=True)
-        if nursery.run([*command, "--out", out], kill_at=place) == 0:
+        if nursery.run([*command, "--out", out, "--overwrite"], kill_at=place) == 0:
             break
-        nursery.finish([*command, "--out", out])
+        try:
+            load_chunk_files(out)
+        except ValueError:  # it is a mix, which nobody reads, and which needs no --overwrite again
+            nursery.finish([*command, "--out", out])
+            num_refused += 1
+        else:
+            assert content(out, killed=True) in (old, new), place
+            nursery.finish([*command, "--out", out, "--overwrite"])
         assert content(out) == new, place
     assert place > 5
+    assert num_refused > 2
 
 
 def test_questions_killed_at_every_change_of_the_disk(tmp_path, nursery):

@@ -17,10 +17,21 @@ from ..config import REQUIRED, option, part
 from ..data.dataset import RetrievalDataset
 from ..encoders.adapter import CONFIG_FILE
 from ..encoders.store import Store
-from ..files import check_writable
+from ..files import REPLACING
 from ..retrieval.search import Setting, check_settings
 from ..training.fit_adapter import AdapterConfig
-from .options import DATASETS, Data, Encoder, Windows, load_data, load_encoder, load_training_data, print_costs, summary
+from .options import (
+    DATASETS,
+    Data,
+    Encoder,
+    Windows,
+    check_output,
+    load_data,
+    load_encoder,
+    load_training_data,
+    print_costs,
+    summary,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +47,10 @@ class Options(AdapterConfig, Encoder, Windows, Data):
 def run(options: Options) -> None:
     """Fits an adapter; with validation data, compares before and after."""
     out, config = Path(options.out), part(options, AdapterConfig)
-    check_writable(out)
-    if out.is_dir() and any(out.iterdir()):
-        if not options.overwrite:
-            raise ValueError(f"{out}: not empty; choose another folder, or pass --overwrite")
-        if not (out / CONFIG_FILE).is_file():
-            raise ValueError(f"{out}: contains files but no adapter ({CONFIG_FILE} is missing), so it is left alone")
+    there = sorted(out.glob("[!.]*"))  # a killed command leaves hidden files
+    check_output(options.out, there, overwrite=options.overwrite)
+    if there and not (out / CONFIG_FILE).is_file() and not (out / REPLACING).is_file():
+        raise ValueError(f"{out}: contains files but no adapter ({CONFIG_FILE} is missing), so it is left alone")
     dataset, validation = load_training_data(options.data, options), None
     if options.validation:
         validation = load_data(options.validation, options, split=options.validation_split)

@@ -13,8 +13,8 @@ from ..config import REQUIRED, changed, check_at_most_one, option
 from ..corpus.chunks import chunk_pages, save_chunks
 from ..corpus.documents import drop_repeated_lines, read_documents
 from ..corpus.splits import parse_pages, split_chunks
-from ..files import check_writable, replace_files, write_json
-from .options import CHUNK_FILES, DEFAULT_MODEL, TRAIN, VALIDATION, WHOLE
+from ..files import replace_files, write_json
+from .options import CHUNK_FILES, DEFAULT_MODEL, TRAIN, VALIDATION, WHOLE, check_output
 
 REPORT = "chunk-report.json"
 WAYS = ("train_pages", "train_files", "train_share")
@@ -35,6 +35,7 @@ class Options(config.Options):
     train_files: list[str] | None = option(None, "files for training, as named in the chunks", metavar="PATH ...")
     train_share: float | None = option(None, "share of the chunks for training, drawn at random")
     seed: int = option(0, "random seed for --train-share")
+    overwrite: bool = option(False, "replace the chunks in DIR")
 
     def __post_init__(self):
         check_at_most_one(self, *WAYS)
@@ -42,7 +43,8 @@ class Options(config.Options):
 
 def run(options: Options) -> None:
     """Reads, chunks and splits; the folder changes only once everything is written."""
-    check_writable(options.out)
+    out = Path(options.out)
+    check_output(options.out, [out / f"{name}.jsonl" for name in CHUNK_FILES], overwrite=options.overwrite)
     ways = {name: getattr(options, name) for name in WAYS}
     ways["train_pages"] = None if options.train_pages is None else parse_pages(options.train_pages)
     limit, num_added, count_tokens = _limit(options)
@@ -61,7 +63,7 @@ def run(options: Options) -> None:
     print(f"{read} -> {made}; {report['tokens']:,} tokens of text")
     if options.drop_repeated:
         print(f"dropped {sum(repeated.values()):,} repeated headers and footers")
-    sides, out = {WHOLE: chunks}, Path(options.out)
+    sides = {WHOLE: chunks}
     if changed(options, WAYS):
         sides = dict(zip((TRAIN, VALIDATION), split_chunks(chunks, **ways, seed=options.seed), strict=True))
         num_dropped = len(chunks) - sum(map(len, sides.values()))

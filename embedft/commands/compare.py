@@ -11,9 +11,9 @@ from pathlib import Path
 
 from .. import config
 from ..config import REQUIRED, option
-from ..files import check_writable
 from ..retrieval.report import Report, compare_seeds, paired_values, plot_questions, save_figure
 from ..retrieval.tables import Style, compare_all, explain_statistics, format_comparisons
+from .options import check_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,7 @@ class Options(config.Options):
     bases: int = option(1, "with --seeds: number of base reports, trained with the same seeds", least=1)
     style: Style = option("text", "table format")
     save_plot: str | None = option(None, "plot two reports question by question (.png, .pdf, .svg)", metavar="FILE")
+    overwrite: bool = option(False, "replace the plot in FILE")
 
     def __post_init__(self):
         if len(self.reports) < 2:
@@ -39,7 +40,7 @@ class Options(config.Options):
 def run(options: Options) -> None:
     """Compares each report, or all of them as one recipe, with the base."""
     if options.save_plot:
-        check_writable(options.save_plot, file=True)
+        check_output(options.save_plot, overwrite=options.overwrite)
     for folder in map(Path, options.reports):
         found = sorted(str(path.parent) for part in ("*", "eval/*") for path in folder.glob(f"{part}/metrics.json"))
         if found and not (folder / "metrics.json").is_file():

@@ -10,8 +10,8 @@ from typing import Literal
 import numpy as np
 
 from ..config import REQUIRED, option
-from ..files import atomic_write, check_writable, read_jsonl, read_lines
-from .options import Encoder, load_encoder, print_costs
+from ..files import atomic_write, read_jsonl, read_lines
+from .options import Encoder, check_output, load_encoder, print_costs
 
 SLICE_TEXTS = 16_384  # per call, when vectors go only to the store
 
@@ -21,6 +21,7 @@ class Options(Encoder):
     texts: str = option(REQUIRED, "one text per line, or .jsonl of strings or `text`", metavar="FILE", positional=True)
     out: str | None = option(None, "file for the vectors, [texts, dimensions] float32", metavar="FILE.npy")
     role: Literal["query", "document"] = option("document", "whose prompt precedes each text")
+    overwrite: bool = option(False, "replace FILE.npy")
 
     def __post_init__(self):
         if not (self.out or self.store):
@@ -32,7 +33,7 @@ class Options(Encoder):
 def run(options: Options) -> None:
     """Encodes the texts and writes the vectors."""
     if options.out:
-        check_writable(options.out, file=True)
+        check_output(options.out, overwrite=options.overwrite)
     if options.texts.endswith(".jsonl"):
         found = [(n, x.get("text") if isinstance(x, dict) else x) for n, x in read_jsonl(options.texts)]
         if wrong := [number for number, text in found if not isinstance(text, str)]:

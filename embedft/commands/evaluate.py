@@ -16,12 +16,12 @@ import embedft
 
 from ..config import REQUIRED, changed, check_at_most_one, option
 from ..data.dataset import RetrievalDataset
-from ..files import check_writable, read_object, replace_files
+from ..files import read_object, replace_files
 from ..retrieval import tables
 from ..retrieval.bm25 import split_words
 from ..retrieval.report import REPORT_FILES, Report
 from ..retrieval.run import Run
-from .options import DATASETS, Adapted, Data, load_data, load_encoder, print_costs
+from .options import DATASETS, Adapted, Data, check_output, load_data, load_encoder, print_costs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +89,9 @@ class Options(Adapted, Grid, Hybrid, Data):
 
 def run(options: Options) -> None:
     """Evaluates; saves and prints reports."""
-    if options.out:
-        check_writable(options.out)
     there = _report_folders(Path(options.out)) if options.out else []
-    if there and not options.overwrite:
-        raise ValueError(f"{there[0]}: already holds a report; choose another --out, or pass --overwrite")
+    if options.out:
+        check_output(options.out, there, overwrite=options.overwrite)
     dataset = load_data(options.data, options, merge=options.merge)
     # An empty run has the same metrics as any other, so this checks their names before anything is encoded.
     report = embedft.evaluate_run(Run.from_dict({}), dataset, **options.measures)

@@ -12,8 +12,7 @@ import embedft
 
 from ..config import REQUIRED, option
 from ..data.dataset import RetrievalDataset
-from ..files import check_writable
-from .options import DATASETS, Adapted, Data, Windows, load_encoder, load_training_data, print_costs
+from .options import DATASETS, Adapted, Data, Windows, check_output, load_encoder, load_training_data, print_costs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +34,7 @@ class Options(Adapted, Guards, Windows, Data):
     sampling: Literal["random", "top"] = option("random", "draw from the ranks at random, or take the first")
     seed: int = option(0, "random seed of the draw")
     replace: bool = option(False, "drop the negatives in DATA; otherwise they come first")
+    overwrite: bool = option(False, "replace FILE.jsonl")
 
     def __post_init__(self):
         if not self.out.endswith(".jsonl"):
@@ -43,7 +43,7 @@ class Options(Adapted, Guards, Windows, Data):
 
 def run(options: Options) -> None:
     """Mines negatives, and writes the pairs."""
-    check_writable(options.out, file=True)
+    check_output(options.out, overwrite=options.overwrite)
     dataset = load_training_data(options.data, options)
     embedder = load_encoder(options)
     names = ("ranks", "num_negatives", "seed", "sampling", "replace", "dim", "passages", *Guards.__annotations__)

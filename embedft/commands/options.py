@@ -19,6 +19,7 @@ from .. import config
 from ..api.endpoint import EndpointConfig
 from ..config import REQUIRED, option
 from ..data.dataset import RetrievalDataset
+from ..files import REPLACING, check_whole, check_writable
 
 DATASETS = "QA JSON, BEIR folder, JSONL or CSV pairs"
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -117,6 +118,7 @@ def load_chunk_files(path: Path) -> dict[str, list]:
     from ..corpus.chunks import load_chunks
     from ..corpus.documents import SUFFIXES
 
+    check_whole(path, path.parent)
     if path.is_dir():
         found = [file for name in CHUNK_FILES if (file := path / f"{name}.jsonl").is_file()]
         if not found:
@@ -127,6 +129,16 @@ def load_chunk_files(path: Path) -> dict[str, list]:
     if path.suffix.lower() in SUFFIXES:
         raise ValueError(f"{path}: is a document, expected chunks; run `embedft chunk` on it first")
     return {path.stem: load_chunks(path)}
+
+
+def check_output(out: str, files: Iterable[Path] | None = None, *, overwrite: bool, why: str = "") -> None:
+    """Raises `ValueError` if a command cannot write to `out`, or would replace a file without --overwrite.
+    `files` are those that it would replace in the folder `out`; None: `out` is the file."""
+    check_writable(out, file=files is None)
+    there = [path for path in ([Path(out)] if files is None else files) if path.exists()]
+    # A command that was killed while it replaced them was allowed to.
+    if there and not overwrite and not (Path(out) / REPLACING).exists():
+        raise ValueError(f"{there[0]}: is there already{why}; choose another place, or replace it with --overwrite")
 
 
 def summary(records: Iterable[dict[str, Any]], select: str, start: str) -> str:

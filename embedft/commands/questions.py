@@ -24,9 +24,8 @@ from ..corpus.pseudo import docstring_datasets, inverse_cloze, titles
 from ..corpus.questions import Estimate, Outcome, QuestionConfig, estimate, question_dataset, write_questions
 from ..data.dataset import RetrievalDataset
 from ..files import check_writable, read_object, read_text, replace_files, write_json
-from .options import DEFAULT_MODEL, TRAIN, VALIDATION, load_chunk_files
+from .options import DEFAULT_MODEL, TRAIN, VALIDATION, check_output, load_chunk_files
 
-KEEP = "choose another --out, or move the file away"
 REPORT = "question-report.json"
 METHODS = "llm asks a model; ict takes a sentence of each chunk, title its heading, docstring summaries of functions"
 
@@ -50,6 +49,7 @@ class Options(LanguageModel, config.Options):
     seed: int = option(0, "random seed for ict and docstring")
     held_out: bool = option(False, "SOURCE is held out: ict always removes the sentence; no round trip")
     num_docstrings: list[int] = option([2_000, 1_000], "docstrings for training and validation", metavar="N N")
+    overwrite: bool = option(False, "replace questions of another method or other settings; replies stay")
 
     def __post_init__(self):
         llm = [field.name for field in fields(LanguageModel)]
@@ -66,6 +66,7 @@ def run(options: Options) -> int:
     check_writable(options.out)
     if options.method == "docstring":
         train, held_out = options.num_docstrings
+        _check_output(options, (TRAIN, VALIDATION))
         sides = docstring_datasets(num_train=train, num_held_out=held_out, seed=options.seed, packages=options.sources)
         _save(Path(options.out), dict(zip((TRAIN, VALIDATION), sides, strict=True)))
         return 0
@@ -77,7 +78,13 @@ def run(options: Options) -> int:
     return _ask(options, sides) if options.method == "llm" else _pseudo(options, sides)
 
 
+def _check_output(options: Options, sides: Iterable[str], why: str = "") -> None:
+    files = [Path(options.out, f"{name}.json") for name in sides]
+    check_output(options.out, files, overwrite=options.overwrite, why=why)
+
+
 def _pseudo(options: Options, sides: dict[str, list[Chunk]]) -> int:
+    _check_output(options, sides)
     datasets = {}
     for name, chunks in sides.items():
         if options.method == "ict":
@@ -106,7 +113,7 @@ def _ask(options: Options, sides: dict[str, list[Chunk]]) -> int:
         return 0
     asked = {name: getattr(settings, name) for name in ("model", "num_questions", "reply_tokens", "parameters")}
     asked["template_sha256"] = hashlib.sha256(template.encode()).hexdigest()
-    _check_settings(out, sides, asked)
+    _check_settings(options, sides, asked)
     outcome = write_questions(chunks, settings, folder=out, template=template)
     _print_totals(outcome)
     reports, datasets = {}, {}
@@ -144,13 +151,14 @@ def _ask(options: Options, sides: dict[str, list[Chunk]]) -> int:
     return 1
 
 
-def _check_settings(out: Path, sides: Iterable[str], asked: dict) -> None:
-    """Raises `ValueError` if `out` has datasets of other settings, which would be replaced, before requests cost."""
-    there = [path for name in sides if (path := out / f"{name}.json").exists()]
-    report = read_object(out / REPORT) if (out / REPORT).is_file() else {"settings": {}}
-    if there and (found := report.get("settings", asked)) != asked:  # reports of older versions have none
+def _check_settings(options: Options, sides: Iterable[str], asked: dict) -> None:
+    """Raises `ValueError` if --out has datasets of other settings, which would be replaced, before requests cost."""
+    path = Path(options.out, REPORT)
+    report = read_object(path) if path.is_file() else {"settings": {}}
+    found = report.get("settings", asked)  # reports of older versions have none
+    if found != asked:
         new = {name: value for name, value in asked.items() if found.get(name) != value}
-        raise ValueError(f"{there[0]}: its questions were not written with {new}; {KEEP}")
+        _check_output(options, sides, f", not written with {new}")
 
 
 def _print_estimate(found: Estimate, num_chunks: int) -> None:
@@ -176,13 +184,12 @@ def _print_totals(outcome: Outcome) -> None:
 
 
 def _save(out: Path, datasets: Mapping[str, RetrievalDataset], *, stale=(), report: dict | None = None) -> None:
-    """Writes the datasets. Without a `report`, refuses to replace any by a different one."""
+    """Writes the datasets, with a `report` or in place of those that an old report is about."""
+    if report is None and any((out / f"{name}.json").exists() for name in datasets):
+        stale = [REPORT]
     with replace_files(out, stale=stale) as new:
         for name, dataset in datasets.items():
-            dataset.save(written := new / f"{name}.json", format="llamaindex")
-            path = out / written.name
-            if report is None and path.exists() and path.read_bytes() != written.read_bytes():
-                raise ValueError(f"{path}: has other questions (another method, seed or source); {KEEP}")
+            dataset.save(new / f"{name}.json", format="llamaindex")
         if report is not None:
             write_json(new / REPORT, report)
     for name, dataset in datasets.items():

@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from ..files import check_whole
 from . import formats, pairs
 from .checks import check_distinct, check_grade, check_id, check_text
 from .formats import FORMATS, WRITABLE
@@ -110,6 +111,7 @@ class RetrievalDataset:
         path = Path(path)
         if not path.exists():
             raise ValueError(f"{path}: no such file or folder")
+        check_whole(path, path.parent)
         format = formats.choose_format(path, format, FORMATS, folder=path.is_dir())
         if split is not None and format != "beir":
             raise ValueError(f"{path}: split is {split!r}, but only the format 'beir' has splits, found {format!r}")

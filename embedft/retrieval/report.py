@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import atomic_write, check_object, read_json, read_jsonl, write_json, write_jsonl
+from ..files import atomic_write, check_object, check_whole, read_json, read_jsonl, write_json, write_jsonl
 from .run import Run
 from .significance import ROUNDING, holm, paired_bootstrap_interval, recipe_interval, sign_flip_p_value
 
@@ -108,6 +108,7 @@ class Report:
         folder = Path(folder)
         if missing := [name for name in reversed(REPORT_FILES) if not (folder / name).is_file()]:
             raise ValueError(f"{folder}: no report ({missing[0]} is missing)")
+        check_whole(folder, folder.parent)
         path = folder / "metrics.json"
         summary = _checked(read_json(path), str(path), SUMMARY)
         means = _checked(summary["metrics"], f"{path}: metrics", dict.fromkeys(summary["metrics"], float))
