@@ -240,9 +240,15 @@ def test_older_names(folder, tiny_bert, tmp_path, head):
 
 
 def test_an_older_and_a_newer_name_of_one_tensor(folder):
+    name, old = "embeddings.LayerNorm.weight", "embeddings.LayerNorm.gamma"
+    rewrite_weights(folder, lambda tensors: {**tensors, old: tensors[name].clone()})
+    assert_refused(("model.safetensors", "twice", name, name, old), folder)
+
+
+def test_a_tensor_with_and_without_a_prefix(folder):
     name = "embeddings.word_embeddings.weight"
     rewrite_weights(folder, lambda tensors: {**tensors, f"bert.{name}": tensors[name].clone()})
-    assert_refused(("model.safetensors", name, "twice"), folder)
+    assert_refused(("model.safetensors", "unexpected", f"bert.{name}"), folder)
 
 
 def test_saved_weights_are_as_readable_as_the_umask_allows(tiny_bert, tmp_path):
@@ -320,7 +326,7 @@ REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_hea
         ({"layer_norm_eps": "1e-12"}, ("layer_norm_eps", "'1e-12'", "finite")),
         ({"layer_norm_eps": 2}, ("layer_norm_eps", 2, 0, 1)),
         ({"hidden_act": 1}, ("hidden_act", 1, "string")),
-        ({"hidden_act": "silu"}, ("hidden_act", "silu", "gelu")),
+        ({"hidden_act": "mish"}, ("hidden_act", "mish", "gelu")),
         ({"num_attention_heads": 5}, ("hidden_size", 32, "num_attention_heads", 5)),
         ({"num_attention_heads": 0}, ("num_attention_heads", 0, "whole", 1)),
     ],
@@ -396,10 +402,12 @@ def test_a_missing_key_is_named(folder):
     assert_refused(("model.safetensors", "missing", KEY), folder)
 
 
-@pytest.mark.parametrize("prefix", ["module.", "0.auto_model."])
-def test_a_prefix_of_all_keys_is_named(folder, prefix):
+@pytest.mark.parametrize("prefix", ["module.", "model.", "0.auto_model."])
+def test_a_prefix_of_all_keys(folder, tiny_bert, prefix):
     rewrite_weights(folder, lambda tensors: {f"{prefix}{k}": v for k, v in tensors.items()})
-    assert_refused(("model.safetensors", "missing", f"'{prefix}'"), folder)
+    assert np.array_equal(load(folder).encode(TEXTS), load(tiny_bert).encode(TEXTS))
+    rewrite_weights(folder, lambda tensors: {k: v for k, v in tensors.items() if not k.endswith(KEY)})
+    assert_refused(("model.safetensors", "missing", KEY), folder)
 
 
 def test_an_unexpected_key_is_named(folder):
@@ -414,6 +422,51 @@ def test_a_wrong_shape_is_named(folder):
     name = "encoder.layer.0.intermediate.dense.weight"
     rewrite_weights(folder, lambda tensors: {**tensors, KEY: torch.zeros(32), name: tensors[name].T.contiguous()})
     assert_refused(("model.safetensors", name, (32, 40), ..., (40, 32)), folder)
+
+
+def in_shards(folder: Path, *shards: str) -> None:
+    """Cuts model.safetensors in as many files, tensor by tensor in turn, with their index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    place = {name: shards[i % len(shards)] for i, name in enumerate(tensors)}
+    for shard in shards:
+        save_file({name: tensors[name] for name in tensors if place[name] == shard}, folder / shard)
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": 1}, "weight_map": place})
+
+
+SHARDS = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+def test_shards(folder, tiny_bert, tmp_path):
+    in_shards(folder, *SHARDS)
+    assert np.array_equal(load(folder).encode(TEXTS), load(tiny_bert).encode(TEXTS))
+    load(folder).save(tmp_path / "saved")
+    before, after = load_file(tiny_bert / "model.safetensors"), load_file(tmp_path / "saved" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("change", "facts"),
+    [
+        ({"weight_map": None}, ("weight_map", None)),
+        ({"weight_map": {KEY: "../model-00001-of-00002.safetensors"}}, ("weight_map", "this", "folder")),
+        ({"weight_map": {KEY: 3}}, ("weight_map", 3)),
+        ({"weight_map": {KEY: "lost.safetensors"}}, ("no", "lost.safetensors", "model.safetensors.index.json")),
+        ({"weight_map": {"extra": SHARDS[0]}}, ("extra", SHARDS[0])),
+        ({"weight_map": {}}, ("model.safetensors.index.json", 0)),
+    ],
+)
+def test_damaged_shards_are_named(folder, change, facts):
+    in_shards(folder, *SHARDS)
+    rewrite_json(folder / "model.safetensors.index.json", **change)
+    assert_refused(facts, folder)
+
+
+def test_a_shard_that_is_a_pointer_is_named(folder):
+    in_shards(folder, *SHARDS)
+    (folder / SHARDS[1]).write_bytes(b"version https://git-lfs")
+    assert_refused((SHARDS[1], "git lfs pull"), folder)
 
 
 def test_many_faults_are_counted(folder):

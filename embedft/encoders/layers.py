@@ -7,6 +7,9 @@ number at a time, 10.5 ms (two cores of an EPYC of family 26, torch 2.13.0, 2026
 Shapes: T tokens, D features in, E features out.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +18,14 @@ from torch.autograd.function import once_differentiable
 from ..device import has_onednn_linear, has_slow_dropout
 
 LEVELS = 2**16
+# By the name in config.json.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
 
 
 class Linear(nn.Linear):

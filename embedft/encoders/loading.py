@@ -20,6 +20,7 @@ from .embedder import Embedder
 from .openai_api import ApiEmbedder
 from .store import Store
 from .tokenization import TOKENIZER_FILE, Tokenizer
+from .weights import INDEX_FILE, WEIGHTS_FILE, read_encoder
 
 API_PREFIX = "openai:"
 
@@ -87,7 +88,7 @@ def _load_folder(
     modules, settings = layout.read_modules(folder), layout.read_fields(folder / layout.MODEL_CONFIG_FILE)
     transformer = folder / modules.get("Transformer", "")
     family, config, values = layout.read_config(transformer)
-    encoder, carried = layout.read_encoder(transformer, family, config, dtype)
+    encoder, carried = read_encoder(transformer, family, config, dtype)
     pooling = layout.read_pooling(folder, modules, config.hidden_size)
     tokenizer = layout.read_tokenizer(transformer, config, max_length)
     if prompts is None:
@@ -132,7 +133,7 @@ def _packaged_folder(module: str, place: str, sha256: str) -> Path | None:
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         return None
-    weights = Path(spec.submodule_search_locations[0]) / place / layout.WEIGHTS_FILE
+    weights = Path(spec.submodule_search_locations[0]) / place / WEIGHTS_FILE
     if (found := sha256_file(weights)) != sha256:
         raise ValueError(f"{weights}: SHA-256 is {found}, expected {sha256}")
     return weights.parent
@@ -161,5 +162,6 @@ def _hub_folder(name: str, revision: str | None, *, local_files_only: bool) -> P
     except lost as error:
         raise ValueError(f"{name}: lost the connection to the hub, try again: {error}") from None
     # A snapshot may hold only the files that another program asked for.
-    whole = all((folder / file).is_file() for file in (layout.WEIGHTS_FILE, TOKENIZER_FILE))
+    weights = any((folder / file).is_file() for file in (WEIGHTS_FILE, INDEX_FILE))
+    whole = weights and (folder / TOKENIZER_FILE).is_file()
     return folder if whole or not local_files_only else None

@@ -1,15 +1,14 @@
-"""Packed tokens and attention over them: the sequences of a batch laid end to end, without padding.
+"""Packed tokens: the sequences of a batch laid end to end, without padding.
 
-Linear layers, norms and embeddings work on one [T, D] matrix; only attention needs to know where a sequence ends.
+Linear layers, norms and embeddings work on one [T, D] matrix; only attention (attention.py) needs to know where a
+sequence ends.
 
     packed = pack([[101, 7592, 102], [101, 102]])
     packed.cu_seqlens       # tensor([0, 3, 5])
 
-Shapes: T tokens of the batch, B sequences, H heads, K width of a head; N sequences of a group, L their length.
+Shapes: T tokens of the batch, B sequences; N of them.
 """
 
-import functools
-import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate, chain, pairwise, starmap
 from typing import NamedTuple
@@ -17,8 +16,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from .. import device as devices
 
 
 class Packed(NamedTuple):
@@ -115,66 +112,3 @@ def cut_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[range]:
             num_tokens = 0
         num_tokens += length
     return list(starmap(range, pairwise([*edges, len(lengths)]))) if lengths else []
-
-
-class Group(NamedTuple):
-    """N neighbouring sequences that share one attention call, each attending to itself."""
-
-    num_tokens: int
-    num_sequences: int
-    length: int  # L: tokens of the longest
-    rows: Tensor | None  # [N * L] int64, the group's token at each padded place; None: all have length L
-    mask: Tensor | None  # [N, 1, 1, L] bool, True at tokens
-
-
-class Sequences:
-    """Where the sequences of a packed batch start and end; made once per forward pass and passed to every layer.
-    `slack`: a group's shortest has at least (1 - slack) times the longest's tokens; None: depends on the device."""
-
-    def __init__(self, packed: Packed, *, slack: float | None = None):
-        self.cu_seqlens, self.max_seqlen = packed.cu_seqlens, packed.max_seqlen
-        self.slack = devices.length_slack(self.cu_seqlens.device) if slack is None else slack
-
-    @functools.cached_property
-    def groups(self) -> list[Group]:
-        """As few groups of neighbours as `slack` allows."""
-        lengths, edges, shortest, longest = self.cu_seqlens.diff().tolist(), [0], math.inf, 0
-        for row, length in enumerate(lengths):
-            shortest, longest = min(shortest, length), max(longest, length)
-            if shortest < (1 - self.slack) * longest:
-                edges.append(row)
-                shortest = longest = length
-        return [self._group(torch.tensor(lengths[i:j])) for i, j in pairwise([*edges, len(lengths)])]
-
-    def _group(self, lengths_N: Tensor) -> Group:
-        num_tokens, length, rows, mask = int(lengths_N.sum()), int(lengths_N.max()), None, None
-        if num_tokens < len(lengths_N) * length:
-            mask_NL = torch.arange(length) < lengths_N[:, None]
-            # Padded places read the group's first token, which the mask hides.
-            rows = torch.zeros(mask_NL.shape, dtype=torch.int64)
-            rows[mask_NL] = torch.arange(num_tokens)
-            rows, mask = rows.flatten().to(self.cu_seqlens.device), mask_NL[:, None, None].to(self.cu_seqlens.device)
-        return Group(num_tokens, len(lengths_N), length, rows, mask)
-
-
-def attention(qkv_T3HK: Tensor, sequences: Sequences, *, dropout: float = 0.0) -> Tensor:
-    """softmax(Q K^T / sqrt(K)) V within each sequence -> [T, H * K].
-    CUDA in half precision without dropout uses the packed kernel; everything else `scaled_dot_product_attention`, once
-    per group. With `dropout` of the attention weights, the CPU builds the whole [N, H, L, L] matrix."""
-    T, _, H, K = qkv_T3HK.shape
-    if dropout == 0 and devices.has_packed_attention(qkv_T3HK.device, qkv_T3HK.dtype):
-        from torch.nn.attention.varlen import varlen_attn
-
-        q_THK, k_THK, v_THK = qkv_T3HK.unbind(1)
-        cu_seqlens, longest = sequences.cu_seqlens, sequences.max_seqlen
-        return varlen_attn(q_THK, k_THK, v_THK, cu_seqlens, cu_seqlens, longest, longest).reshape(T, H * K)
-    outputs = []
-    # One split rather than a slice per group: the backward of each slice would allocate a gradient for all T tokens.
-    sizes = [group.num_tokens for group in sequences.groups]
-    for group, tokens in zip(sequences.groups, qkv_T3HK.split(sizes), strict=True):
-        if group.rows is not None:
-            tokens = tokens[group.rows]
-        q, k, v = tokens.view(group.num_sequences, group.length, 3, H, K).permute(2, 0, 3, 1, 4)  # each [N, H, L, K]
-        out_NLHK = F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask, dropout_p=dropout).transpose(1, 2)
-        outputs.append(out_NLHK.reshape(-1, H * K) if group.mask is None else out_NLHK[group.mask[:, 0, 0]].flatten(1))
-    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]

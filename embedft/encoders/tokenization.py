@@ -18,8 +18,9 @@ from tokenizers import normalizers
 from tokenizers.normalizers import Lowercase
 
 from ..files import atomic_write, read_text, write_json
+from .schema import TOKENIZER_CONFIG_FILE
 
-TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+TOKENIZER_FILE = "tokenizer.json"
 # The classes of transformers 5 that rebuild BERT's normalizer, with or without the suffix "Fast".
 NORMALIZED_ANEW = ("Bert", "DistilBert", "Electra", "LayoutLM", "Lxmert", "MobileBert", "SqueezeBert")
 

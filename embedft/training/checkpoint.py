@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .. import device as devices
-from ..encoders.folder import write_tensors
+from ..encoders.weights import write_tensors
 from ..files import named_errors, read_object, sha256_file, temporary_path, write_json
 
 MODEL, LOSS, OPTIMIZER, RANDOM = "model.safetensors", "loss.safetensors", "optimizer.safetensors", "random.safetensors"

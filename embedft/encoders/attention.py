@@ -1,0 +1,182 @@
+"""Attention over packed tokens, for every family: grouped heads, causal masks, sliding windows, additive biases.
+
+    attended_TD = attention(q_THK, k_TGK, v_TGK, Sequences(packed), window=CAUSAL)
+
+Each sequence attends to itself alone. Without the packed kernel of CUDA, sequences are padded inside attention only,
+in groups of like length. Memory grows with T, except under a bias or dropout: there it grows with the square of L.
+
+Shapes: T tokens of the batch, B sequences, H heads of queries, G of keys and values (each serves H / G heads), K width
+of a head; N sequences of a group, L their length; C tokens of a block, S tokens that it sees.
+"""
+
+import functools
+import math
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import device as devices
+from .packing import Packed
+
+# (left, right): how many tokens before and after it a token attends to, besides itself; None: all.
+Window = tuple[int | None, int | None]
+FULL: Window = (None, None)
+CAUSAL: Window = (None, 0)
+MIN_BLOCK = 64  # tokens; smaller blocks spend more on their borders than they save
+
+
+class Group(NamedTuple):
+    """N neighbouring sequences that share one attention call, each attending to itself."""
+
+    num_tokens: int
+    num_sequences: int
+    length: int  # L: tokens of the longest
+    rows: Tensor | None  # [N * L] int64, the group's token at each padded place; None: all have length L
+    mask: Tensor | None  # [N, 1, 1, L] bool, True at tokens
+
+
+class Sequences:
+    """Where the sequences of a packed batch start and end; made once per forward pass and passed to every layer.
+    `slack`: a group's shortest has at least (1 - slack) times the longest's tokens; None: depends on the device."""
+
+    def __init__(self, packed: Packed, *, slack: float | None = None):
+        self.cu_seqlens, self.max_seqlen = packed.cu_seqlens, packed.max_seqlen
+        self.slack = devices.length_slack(self.cu_seqlens.device) if slack is None else slack
+        self._masks: dict[tuple[int, Window, int], Tensor] = {}
+
+    @functools.cached_property
+    def groups(self) -> list[Group]:
+        """As few groups of neighbours as `slack` allows."""
+        lengths, edges, shortest, longest = self.cu_seqlens.diff().tolist(), [0], math.inf, 0
+        for row, length in enumerate(lengths):
+            shortest, longest = min(shortest, length), max(longest, length)
+            if shortest < (1 - self.slack) * longest:
+                edges.append(row)
+                shortest = longest = length
+        return [self._group(torch.tensor(lengths[i:j])) for i, j in pairwise([*edges, len(lengths)])]
+
+    def _group(self, lengths_N: Tensor) -> Group:
+        num_tokens, length, rows, mask = int(lengths_N.sum()), int(lengths_N.max()), None, None
+        if num_tokens < len(lengths_N) * length:
+            mask_NL = torch.arange(length) < lengths_N[:, None]
+            # Padded places read the group's first token, which the mask hides.
+            rows = torch.zeros(mask_NL.shape, dtype=torch.int64)
+            rows[mask_NL] = torch.arange(num_tokens)
+            rows, mask = rows.flatten().to(self.cu_seqlens.device), mask_NL[:, None, None].to(self.cu_seqlens.device)
+        return Group(num_tokens, len(lengths_N), length, rows, mask)
+
+    def mask(self, i: int, window: Window, block: int) -> Tensor:
+        """Which tokens those of group `i` attend to, in blocks of C = `block` tokens, each of which sees S = C + left +
+        right of them, bool, [N, blocks, 1, C, S]; N is 1 without padding. A sequence of one block sees itself alone:
+        then C = S = L. Padded places attend to themselves, since a softmax over nothing is NaN."""
+        if (i, window, block) not in self._masks:
+            group, device = self.groups[i], self.cu_seqlens.device
+            left, right = (group.length if n is None else n for n in window)
+            before = left if block < group.length else 0
+            after = right if block < group.length else 0
+            starts_M1 = torch.arange(0, group.length, block, device=device)[:, None]
+            query_MC1 = (starts_M1 + torch.arange(block, device=device))[..., None]
+            key_M1S = (starts_M1 + torch.arange(-before, block + after, device=device))[:, None]
+            seen_MCS = (key_M1S >= query_MC1 - left) & (key_M1S <= query_MC1 + right)
+            lengths_N111 = self._lengths(i)[:, None, None, None]
+            mask_NMCS = seen_MCS & (key_M1S >= 0) & (key_M1S < lengths_N111) | (key_M1S == query_MC1)
+            self._masks[i, window, block] = mask_NMCS[:, :, None]
+        return self._masks[i, window, block]
+
+    def _lengths(self, i: int) -> Tensor:
+        """The lengths of group `i`, [N]; [1] if they are all equal."""
+        group = self.groups[i]
+        if group.mask is None:
+            return torch.tensor([group.length], device=self.cu_seqlens.device)
+        return group.mask.flatten(1).sum(1)
+
+
+def attention(
+    q_THK: Tensor,
+    k_TGK: Tensor,
+    v_TGK: Tensor,
+    sequences: Sequences,
+    *,
+    window: Window = FULL,
+    bias_HLL: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """softmax(scale Q K^T + bias) V within each sequence and window -> [T, H * K].
+    CUDA in half precision uses the packed kernel unless there is a bias or dropout; everything else uses
+    `scaled_dot_product_attention`, once per group. With `dropout` of the attention weights, the CPU builds the whole
+    [N, H, L, L] matrix.
+
+    Args:
+        bias_HLL: added to the scores of query i and key j of a sequence at [:, i, j]; L at least the longest's length.
+        scale: None: 1 / sqrt(K)."""
+    if dropout == 0 and bias_HLL is None and devices.has_packed_attention(q_THK.device, q_THK.dtype):
+        return _packed_kernel(q_THK, k_TGK, v_TGK, sequences, window, scale).flatten(1)
+    outputs, options = [], {"scale": scale, "dropout_p": dropout, "enable_gqa": k_TGK.shape[1] < q_THK.shape[1]}
+    # One split rather than a slice per group: the backward of each slice would allocate a gradient for all T tokens.
+    sizes = [group.num_tokens for group in sequences.groups]
+    for i, (group, *tokens) in enumerate(
+        zip(sequences.groups, *(x.split(sizes) for x in (q_THK, k_TGK, v_TGK)), strict=True)
+    ):
+        if group.rows is not None:
+            tokens = [x[group.rows] for x in tokens]
+        q, k, v = (x.view(group.num_sequences, group.length, *x.shape[1:]).transpose(1, 2) for x in tokens)
+        out_NLHK = _grouped(q, k, v, sequences, i, window, bias_HLL, options).transpose(1, 2)
+        outputs.append(
+            (out_NLHK if group.mask is None else out_NLHK[group.mask[:, 0, 0]]).reshape(group.num_tokens, -1)
+        )
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def _packed_kernel(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, sequences: Sequences, window: Window, scale) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # Only what differs from the defaults, which older versions of torch know too.
+    options = {} if window == FULL else {"window_size": tuple(-1 if n is None else n for n in window)}
+    options |= {} if scale is None else {"scale": scale}
+    options |= {"enable_gqa": True} if k_TGK.shape[1] < q_THK.shape[1] else {}
+    cu_seqlens, longest = sequences.cu_seqlens, sequences.max_seqlen
+    return varlen_attn(q_THK, k_TGK, v_TGK, cu_seqlens, cu_seqlens, longest, longest, **options)
+
+
+def _grouped(
+    q_NHLK: Tensor,
+    k_NGLK: Tensor,
+    v_NGLK: Tensor,
+    sequences: Sequences,
+    i: int,
+    window: Window,
+    bias_HLL: Tensor | None,
+    options: dict,
+) -> Tensor:
+    """Attention within group `i` -> [N, H, L, K]."""
+    group, attend = sequences.groups[i], functools.partial(F.scaled_dot_product_attention, **options)
+    L = group.length
+    window = tuple(None if n is None or n >= L - 1 else n for n in window)  # without limits that no token meets
+    if bias_HLL is not None:
+        bias_1HLL = bias_HLL[None, :, :L, :L]
+        if window != FULL or group.mask is not None:
+            bias_1HLL = bias_1HLL.masked_fill(~sequences.mask(i, window, L)[:, 0], float("-inf"))
+        return attend(q_NHLK, k_NGLK, v_NGLK, attn_mask=bias_1HLL)
+    if window == FULL:
+        return attend(q_NHLK, k_NGLK, v_NGLK, attn_mask=group.mask)
+    if window == CAUSAL:  # padding follows a sequence, so that no token before it attends to it
+        return attend(q_NHLK, k_NGLK, v_NGLK, is_causal=True)
+    left, right = (L if n is None else n for n in window)
+    block = max(MIN_BLOCK, left + right)
+    if block >= L:
+        return attend(q_NHLK, k_NGLK, v_NGLK, attn_mask=sequences.mask(i, window, L)[:, 0])
+    mask_NMCS = sequences.mask(i, window, block).expand(len(q_NHLK), -1, -1, -1, -1)
+    blocks = mask_NMCS.shape[1]
+    behind = blocks * block - L
+    q_NHMCK = F.pad(q_NHLK, (0, 0, 0, behind)).unflatten(2, (blocks, block))
+    k_NGMSK, v_NGMSK = (
+        F.pad(x, (0, 0, left, behind + right)).unfold(2, block + left + right, block).transpose(3, 4)
+        for x in (k_NGLK, v_NGLK)
+    )
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q_NHMCK, k_NGMSK, v_NGMSK))
+    out = attend(q, k, v, attn_mask=mask_NMCS.flatten(0, 1))
+    return out.unflatten(0, (-1, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :L]

@@ -1,0 +1,95 @@
+"""The post-norm transformer that BERT, RoBERTa, DistilBERT, ELECTRA and MPNet share: embeddings and layers.
+
+Each family has its own configuration, positions and key map. Dropout of attention weights is off by default: it rules
+out the fused kernels of CPU and CUDA.
+
+Shapes: T tokens, D hidden features, F feed-forward features, H heads, K = D / H, L tokens of the longest sequence.
+"""
+
+from torch import Tensor, nn
+
+from .attention import Sequences, attention
+from .layers import ACTIVATIONS, Dropout, Linear
+from .packing import Packed
+from .weights import Keys, layer_keys
+
+
+class Embeddings(nn.Module):
+    """LayerNorm(token + position + segment), then dropout; without a segment if `num_token_types` is 0."""
+
+    def __init__(
+        self, vocab_size: int, num_positions: int, num_token_types: int, features: int, *, eps: float, dropout: float
+    ):
+        super().__init__()
+        self.token = nn.Embedding(vocab_size, features)
+        self.position = nn.Embedding(num_positions, features)
+        self.token_type = nn.Embedding(num_token_types, features) if num_token_types else None
+        self.norm = nn.LayerNorm(features, eps=eps)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, packed: Packed, positions_T: Tensor | None = None) -> Tensor:
+        """[T, D]; `positions_T`: rows of the position table, None: the tokens' positions in their sequences."""
+        x_TD, positions_T = self.token(packed.input_ids), packed.positions if positions_T is None else positions_T
+        if self.token_type is not None:
+            types = packed.token_types
+            x_TD = x_TD + (self.token_type.weight[0] if types is None else self.token_type(types))
+        return self.dropout(self.norm(x_TD + self.position(positions_T)))
+
+
+class Layer(nn.Module):
+    """x = LayerNorm(x + Attention(x)); x = LayerNorm(x + W2 act(W1 x)). Source: Vaswani et al. 2017, section 3.1."""
+
+    def __init__(self, features: int, inner: int, num_heads: int, *, activation: str, eps: float, dropout: float):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = Linear(features, 3 * features)
+        self.attention_out = Linear(features, features)
+        self.attention_norm = nn.LayerNorm(features, eps=eps)
+        self.feed_forward_in = Linear(features, inner)
+        self.feed_forward_out = Linear(inner, features)
+        self.feed_forward_norm = nn.LayerNorm(features, eps=eps)
+        self.activation = ACTIVATIONS[activation]
+        self.dropout = Dropout(dropout)
+
+    def forward(
+        self, x_TD: Tensor, sequences: Sequences, attention_dropout: float, bias_HLL: Tensor | None = None
+    ) -> Tensor:
+        q_THK, k_THK, v_THK = self.qkv(x_TD).view(len(x_TD), 3, self.num_heads, -1).unbind(1)
+        attended_TD = attention(q_THK, k_THK, v_THK, sequences, bias_HLL=bias_HLL, dropout=attention_dropout)
+        x_TD = self.attention_norm(x_TD + self.dropout(self.attention_out(attended_TD)))
+        activated_TF = self.activation(self.feed_forward_in(x_TD))
+        return self.feed_forward_norm(x_TD + self.dropout(self.feed_forward_out(activated_TF)))
+
+
+def check_settings(config: object) -> None:
+    """Raises `ValueError` naming an invalid field among those of BERT's configuration."""
+    for name in ("layer_norm_eps", "hidden_dropout_prob"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name} is {str(getattr(config, name))[:60]}, expected 0 to 1")
+    if (D := config.hidden_size) % (H := config.num_attention_heads):
+        raise ValueError(f"hidden_size is {D}, expected a multiple of num_attention_heads, which is {H}")
+    if config.hidden_act not in ACTIVATIONS:
+        raise ValueError(f"hidden_act is {config.hidden_act[:60]!r}, expected one of {', '.join(ACTIVATIONS)}")
+    if (kind := getattr(config, "position_embedding_type", "absolute")) != "absolute":
+        raise ValueError(f"position_embedding_type is {kind[:60]!r}, expected 'absolute'")
+    if getattr(config, "is_decoder", False):
+        raise ValueError("is_decoder is true, but attention here is bidirectional")
+
+
+def bert_keys(D: int, num_layers: int) -> Keys:
+    """Our modules -> those of the checkpoints of BERT, RoBERTa and ELECTRA."""
+    embeddings = {
+        "embeddings.token": "embeddings.word_embeddings",
+        "embeddings.position": "embeddings.position_embeddings",
+        "embeddings.token_type": "embeddings.token_type_embeddings",
+        "embeddings.norm": "embeddings.LayerNorm",
+    }
+    layer = {
+        "qkv": {"attention.self.query": D, "attention.self.key": D, "attention.self.value": D},
+        "attention_out": "attention.output.dense",
+        "attention_norm": "attention.output.LayerNorm",
+        "feed_forward_in": "intermediate.dense",
+        "feed_forward_out": "output.dense",
+        "feed_forward_norm": "output.LayerNorm",
+    }
+    return embeddings | layer_keys(num_layers, "layers.{}.", "encoder.layer.{}.", layer)

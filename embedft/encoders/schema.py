@@ -1,0 +1,102 @@
+"""What the JSON files of a model folder may hold: the type of every field that is read, declared in one place.
+
+    read_fields(folder / "config_sentence_transformers.json")     # {"prompts": {"query": "..."}, ...}
+    read_dataclass(path, values, BertConfig)                      # the fields of a family, by their annotations
+
+Fields that nothing reads are not checked; null counts as an absent field.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields
+from pathlib import Path
+from posixpath import normpath
+from typing import Any, NewType
+
+from ..files import read_object
+
+CONFIG_FILE, MODULES_FILE = "config.json", "modules.json"
+TRANSFORMER_CONFIG_FILE, MODEL_CONFIG_FILE = "sentence_bert_config.json", "config_sentence_transformers.json"
+TOKENIZER_CONFIG_FILE, POOLING_FOLDER = "tokenizer_config.json", "1_Pooling"
+
+# Pooling mode -> its key in 1_Pooling/config.json of sentence-transformers before 6.
+LEGACY_POOLING_KEYS = {
+    "cls": "pooling_mode_cls_token",
+    "max": "pooling_mode_max_tokens",
+    "mean": "pooling_mode_mean_tokens",
+    "mean_sqrt_len_tokens": "pooling_mode_mean_sqrt_len_tokens",
+    "weightedmean": "pooling_mode_weightedmean_tokens",
+    "lasttoken": "pooling_mode_lasttoken",
+}
+
+# Annotations of whole numbers in a family's Config. A size is a dimension of some tensor, and no model has more layers
+# than tensors: both are compared with the checkpoint before a module is built. An index may be 0.
+Size, Layers, Index = NewType("Size", int), NewType("Layers", int), NewType("Index", int)
+
+# {field: (what is expected, whether a value is valid)}
+Schema = Mapping[str, tuple[str, Callable[[Any], bool]]]
+BOOL = ("true or false", lambda x: isinstance(x, bool))
+# Without lone surrogates, which JSON can spell but no tokenizer accepts.
+TEXT = ("a string", lambda x: x is None or (isinstance(x, str) and x == x.encode(errors="ignore").decode()))
+TOKEN = ("a token", lambda x: isinstance(x.get("content") if isinstance(x, dict) else x, str))
+LENGTH = ("a number of tokens", lambda x: type(x) in (int, float) and x >= 1)
+COUNT = ("a whole number of at least 1", lambda x: type(x) is int and x >= 1)
+PLACE = ("one in this folder", lambda x: type(x) is str and "\0" not in x and not normpath(x).startswith(("..", "/")))
+SCHEMAS: dict[str, Schema] = {
+    CONFIG_FILE: dict.fromkeys(("model_type", "dtype", "torch_dtype"), TEXT),
+    MODULES_FILE: {"type": TEXT, "path": PLACE},
+    POOLING_FOLDER: {
+        "pooling_mode": ("a name or a list", lambda x: all(map(TEXT[1], x if isinstance(x, list) else [x]))),
+        "include_prompt": BOOL,
+        **dict.fromkeys(LEGACY_POOLING_KEYS.values(), BOOL),
+    },
+    TRANSFORMER_CONFIG_FILE: {"max_seq_length": LENGTH, "do_lower_case": BOOL},
+    MODEL_CONFIG_FILE: {
+        "prompts": ("an object of strings", lambda x: isinstance(x, dict) and all(map(TEXT[1], x.values()))),
+        **dict.fromkeys(("default_prompt_name", "similarity_fn_name"), TEXT),
+        "truncate_dim": ("a whole number", lambda x: type(x) is int),
+    },
+    TOKENIZER_CONFIG_FILE: {
+        "model_max_length": LENGTH,
+        "truncation_side": ("left or right", lambda x: x in ("left", "right")),
+        "tokenizer_class": TEXT,
+        **dict.fromkeys(("cls_token", "sep_token", "unk_token"), TOKEN),
+        **dict.fromkeys(("do_lower_case", "strip_accents", "tokenize_chinese_chars"), BOOL),
+        "added_tokens_decoder": ("an object", lambda x: isinstance(x, dict)),
+        "additional_special_tokens": ("a list", lambda x: isinstance(x, list)),
+        "extra_special_tokens": ("a list or an object", lambda x: isinstance(x, list | dict)),
+    },
+}
+# By the annotation of a Config's field.
+TYPES = {bool: BOOL, str: TEXT, **dict.fromkeys((int, Size, Layers), COUNT)}
+TYPES[Index] = "a whole number of at least 0", lambda x: type(x) is int and x >= 0
+TYPES[float] = "a finite number", lambda x: type(x) in (int, float) and abs(x) < math.inf
+TYPES[list] = "a list", lambda x: isinstance(x, list)
+TYPES[dict] = "an object", lambda x: isinstance(x, dict)
+TYPES |= {kind | None: expected for kind, expected in TYPES.items() if isinstance(kind, type)}
+
+
+def check(path: Path, values: Mapping[str, Any], schema: Schema) -> None:
+    """Raises `ValueError` naming a field whose value is invalid."""
+    for field, (expected, is_right) in schema.items():
+        if field in values and not is_right(values[field]):
+            raise ValueError(f"{path}: {field} is {repr(values[field])[:60]}, expected {expected}")
+
+
+def read_fields(path: Path, schema: str | None = None) -> dict[str, Any]:
+    """The object in a JSON file, without nulls; {} if there is no file. Raises `ValueError` naming an invalid field."""
+    values = {key: value for key, value in read_object(path).items() if value is not None} if path.is_file() else {}
+    check(path, values, SCHEMAS[schema or path.name])
+    return values
+
+
+def read_dataclass(path: Path, values: Mapping[str, Any], kind: type) -> Any:
+    """A `kind` made of its fields among `values`, the content of `path`. Raises `ValueError` naming an invalid one."""
+    known = {field.name: field for field in fields(kind)}
+    check(path, values, {name: TYPES[field.type] for name, field in known.items()})
+    if missing := [name for name, field in known.items() if field.default is MISSING and name not in values]:
+        raise ValueError(f"{path}: {missing[0]} is missing")
+    try:
+        return kind(**{name: values[name] for name in known.keys() & values.keys()})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

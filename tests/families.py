@@ -1,0 +1,102 @@
+"""What the tests of encoder families share: tiny configurations, and the comparison with transformers.
+
+encoder, model = load_both(tmp_path, RobertaModel(RobertaConfig(**sizes)))
+assert_equal_to_reference(encoder, model, SEQUENCES)
+"""
+
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from embedft.encoders.folder import FAMILIES, read_config
+from embedft.encoders.packing import pack
+from embedft.encoders.weights import checkpoint_tensors, read_encoder
+
+# Values for the fields of a Config that have no default, by name: a new family may need more.
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 40,
+    "max_position_embeddings": 64,
+}
+# Different and equal lengths, a single token, and a longer one. No token 0 or 1, because transformers gives the
+# embedding of padding no gradient.
+SEQUENCES = [[2, 7, 9, 3], [2, 3], [2, 11, 12, 13, 14, 3], [2, 30, 31, 3], [40], list(range(2, 50))]
+
+
+def tiny_encoder(model_type: str, *, seed: int = 0, **changes) -> torch.nn.Module:
+    """A random encoder of a family in float32, large enough weights for every parameter to count."""
+    family = FAMILIES[model_type]
+    sizes = {f.name: SIZES[f.name] for f in fields(family.Config) if f.default is MISSING}
+    return randomize(family.Encoder(family.Config(**sizes | changes)), seed).eval()
+
+
+def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Draws all weights; those of norms around 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            is_norm = "norm" in name.lower() and name.endswith("weight")
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + is_norm)
+    return model
+
+
+def load_both(folder: Path, model: torch.nn.Module, dtype: torch.dtype = torch.float64, **options):
+    """(ours, theirs): a random transformers model, saved by transformers and loaded by embedft."""
+    randomize(model).save_pretrained(folder)
+    family, config, _ = read_config(folder)
+    encoder, _ = read_encoder(folder, family, config, dtype, **options)
+    return encoder.eval(), model.to(dtype).eval()
+
+
+def their_hidden(model: torch.nn.Module, sequences: list[list[int]], *, padding: int = 1) -> torch.Tensor:
+    """transformers' hidden states [T, D] of the sequences end to end: one padded batch, as users run it."""
+    longest = max(map(len, sequences))
+    ids, mask = (
+        torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+        for rows, value in ((sequences, padding), ([[1] * len(row) for row in sequences], 0))
+    )
+    return model(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()]
+
+
+def assert_equal_to_reference(encoder, model, sequences=SEQUENCES, *, exact: float = 1e-9, **options) -> None:
+    """Hidden states within `exact`, and the gradients of all parameters by the names of the checkpoint; the models
+    are in float64. Parameters of the reference that get no gradient (poolers) are left out."""
+    found, expected = encoder(pack(sequences)), their_hidden(model, sequences, **options)
+    torch.testing.assert_close(found, expected, rtol=0, atol=exact)
+    weight = torch.randn(expected.shape, dtype=expected.dtype, generator=torch.Generator().manual_seed(1))
+    for module, hidden in ((encoder, found), (model, expected)):
+        module.zero_grad()
+        (hidden * weight).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in encoder.named_parameters()}
+    keys = next(family for family in FAMILIES.values() if type(encoder) is family.Encoder).key_map(encoder.config)
+    ours = checkpoint_tensors(gradients, keys)
+    theirs = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        largest = theirs[name].abs().max().item()
+        difference = (ours[name] - theirs[name]).abs().max().item()
+        assert difference <= 1e-7 * max(largest, 1e-3), (name, difference, largest)
+
+
+def assert_equal_in_float32(folder: Path, model: torch.nn.Module, sequences=SEQUENCES, **options) -> None:
+    """The demand on users' precision: hidden states within 1e-5, gradients within 1e-4 of the largest."""
+    encoder, model = load_both(folder, model, torch.float32)
+    found, expected = encoder(pack(sequences)), their_hidden(model, sequences, **options)
+    assert (found - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max().item())
+
+
+def assert_saved_as_theirs(folder: Path, encoder) -> None:
+    """The encoder's tensors have the names and the bits of the file that transformers wrote."""
+    family, config, _ = read_config(folder)
+    saved, written = (
+        checkpoint_tensors(encoder.state_dict(), family.key_map(config)),
+        load_file(folder / "model.safetensors"),
+    )
+    written = {name: x for name, x in written.items() if not name.startswith(family.CARRIED)}
+    assert saved.keys() == written.keys()
+    assert all(torch.equal(saved[name].to(x.dtype), x) for name, x in written.items())
