@@ -85,3 +85,33 @@ class _Dropout(torch.autograd.Function):
     def backward(ctx, grad_TD: Tensor) -> tuple[Tensor, None]:
         (kept,) = ctx.saved_tensors
         return kept.to(grad_TD.dtype).mul_(grad_TD).mul_(ctx.scale), None
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32, or float64 for such x; with
+    `offset` 1, the weight is added to 1. Source: Zhang and Sennrich 2019, section 3."""
+
+    def __init__(self, features: int, *, eps: float, offset: float = 0.0):
+        super().__init__()
+        self.weight, self.eps, self.offset = nn.Parameter(torch.full((features,), 1 - offset)), eps, offset
+
+    def forward(self, x: Tensor) -> Tensor:
+        exact = x if x.dtype is torch.float64 else x.float()
+        scaled = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)
+        if self.offset:  # Gemma multiplies before it rounds
+            return (scaled * (self.offset + self.weight.to(scaled.dtype))).to(x.dtype)
+        return self.weight * scaled.to(x.dtype)
+
+
+class GatedFeedForward(nn.Module):
+    """W_out (act(W_gate x) * W_up x), with [gate, up] in one matrix. Source: Shazeer 2020 (GLU variants), section 2."""
+
+    def __init__(self, features: int, inner: int, *, activation: str, bias: bool = False, dropout: float = 0.0):
+        super().__init__()
+        self.gate_up = Linear(features, 2 * inner, bias=bias)
+        self.out = Linear(inner, features, bias=bias)
+        self.activation, self.dropout = ACTIVATIONS[activation], Dropout(dropout)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        gate_TF, up_TF = self.gate_up(x_TD).chunk(2, dim=-1)
+        return self.out(self.dropout(self.activation(gate_TF) * up_TF))
