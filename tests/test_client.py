@@ -45,7 +45,7 @@ STATUSES = [
     (422, "", "drop", True, False),
     (401, "", "stop", True, False),
     (402, "", "stop", True, False),
-    (403, "", "stop", True, False),
+    (403, "", "drop", True, False),
     (404, "", "stop", True, False),
     (405, "", "stop", True, False),
     (408, "", "retry", False, False),

@@ -454,11 +454,6 @@ def test_killed_and_run_again(tmp_path):
 
 # What the error names, and which of the four texts are lost.
 REPLIES = {
-    "fewer-vectors": ((3, ..., 4), [4, 5, 6, 7]),
-    "more-vectors": ((5, ..., 4), [4, 5, 6, 7]),
-    "same-index": (("index", "'0'"), [4, 5, 6, 7]),
-    "index-from-1": (("index", "'4'"), [4, 5, 6, 7]),
-    "index-text": (("index", "'3'"), [4, 5, 6, 7]),
     "half": (("texts[4]", 8, ..., 16), [4, 5, 6, 7]),
     "no-values": (("texts[4]", "numbers", "base64", "float32"), [4, 5, 6, 7]),
     "sizes": (("texts[7]", 15, ..., 16), [7]),
@@ -482,6 +477,34 @@ def test_a_reply_that_does_not_fit(tmp_path, fault, base64):
         assert server.counts["embeddings"] == 3
         np.testing.assert_allclose(embedder.encode(texts), expected(texts), atol=1e-6)
         assert asked(server)[3:] == [[texts[row] for row in lost]]
+
+
+@pytest.mark.parametrize("fault", ["fewer-vectors", "more-vectors", "same-index", "index-from-1", "index-text"])
+def test_vectors_that_cannot_be_assigned_are_requested_again_in_halves(fault):
+    texts = some_texts(12)
+    with ApiServer(faults=[None, fault]) as server:
+        embedder = api(server, batch_texts=4, concurrency=1)
+        np.testing.assert_allclose(embedder.encode(texts), expected(texts), atol=1e-6)
+        assert asked(server)[:4] == [texts[:4], texts[4:8], texts[4:6], texts[6:8]]
+
+
+@pytest.mark.parametrize(("gone", "num_kept"), [(["text 5"], 11), (["text 0", "text 11"], 10)])
+def test_texts_that_the_server_leaves_out_cost_no_other_its_vector(tmp_path, gone, num_kept):
+    """Some servers return no vector for a text that they cannot encode, and count the others from 0."""
+    texts = [f"text {i}" for i in range(12)]
+
+    def answered(request):
+        kept = [text for text in request["input"] if text not in gone]
+        data = [{"index": i, "embedding": unit_vector(text, 16)} for i, text in enumerate(kept)]
+        return None if len(kept) == len(request["input"]) else (200, {"object": "list", "data": data})
+
+    with ApiServer(refuses=answered) as server:
+        with pytest.raises(ValueError, match=naming(0, "vectors", 1, len(gone), 12)):
+            api(server, store=Store(tmp_path), concurrency=1).encode(texts)
+        kept = [text for text in texts if text not in gone]
+        num_requests = server.counts["embeddings"]
+        np.testing.assert_allclose(api(server, store=Store(tmp_path)).encode(kept), expected(kept), atol=1e-6)
+        assert len(kept) == num_kept and server.counts["embeddings"] == num_requests
 
 
 def test_another_dimension_than_asked_for():

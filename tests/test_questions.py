@@ -387,7 +387,6 @@ def test_half_a_surrogate_pair_is_stored_as_a_question_mark(tmp_path):
     [
         ("401", (401, "Incorrect key in Bearer [secret]", "OPENAI_API_KEY")),
         ("402", (402, "fault 402")),
-        ("403", (403, "fault 403")),
         ("404", (404, "fault 404", "model", "/v1")),
         ("quota", (429, "You have no credit left")),
         ("429-tomorrow", (429, "fault 429-tomorrow")),
@@ -409,7 +408,7 @@ def test_what_holds_for_all_requests_stops_them(tmp_path, fault, facts):
     assert server.counts["ok"] == 50
 
 
-@pytest.mark.parametrize("fault", ["400", "400-context", "413", "422", "length"])
+@pytest.mark.parametrize("fault", ["400", "400-context", "403", "413", "422", "length"])
 def test_five_at_the_start_stop_it(tmp_path, fault):
     with ApiServer(faults=lambda *_: fault) as server, pytest.raises(ValueError, match=naming(0, 50, "chunks")):
         ask(server, some_chunks(50), tmp_path, concurrency=1)

@@ -29,8 +29,9 @@ FREE = (0, 0)
 FREE_SERVER_ERRORS = (500, 503, 529)  # nothing was done that could be charged; after 408, 502 or 504 it may have been
 # Connection errors raised before any byte was sent; by name, because openai chooses the HTTP library.
 NEVER_SENT = ("ConnectError", "ConnectTimeout", "PoolTimeout")
-# Redirects, and errors that affect every request (key, money, permission, address). Other 4xx concern one request.
-STOP = (*range(300, 400), 401, 402, 403, 404, 405, 407)
+# Redirects, and errors that affect every request (key, money, address). Other 4xx may concern one request: OpenRouter
+# also answers 403 for a text that its moderation flags.
+STOP = (*range(300, 400), 401, 402, 404, 405, 407)
 RETRY = (408, 409, 425, 429)
 OVERLOADED = (502, 503, 504, 529)  # other 5xx may be refusals: llama.cpp, Ollama and LiteLLM reject requests with 500
 HINTS = {401: " (is OPENAI_API_KEY right?)", 404: " (is the model's name right, and does the base URL end in /v1?)"}

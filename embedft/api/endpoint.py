@@ -140,6 +140,8 @@ class Fetch:
         """The jobs to send instead of a refused batch: its halves, or its only text shortened."""
         (texts, _), limit = job.content, self.endpoint.max_tokens
         is_refused = response.action == "drop" or response.may_be_refusal
+        if response.status == "invalid" and (len(texts) == 1 or response.result is not None):
+            return []  # nothing is gained: the fault is in the vectors of single texts
         if len(texts) > 1:
             middle, taken = len(texts) // 2, [] if is_refused else None
             return [self._job(texts[:middle], taken), self._job(texts[middle:], taken)]

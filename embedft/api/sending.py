@@ -112,8 +112,9 @@ def backoff_seconds(attempt: int, retry_after: float | None = None) -> float:
 class Sender:
     """Sends jobs until each is done, dropped or out of attempts.
 
-    A refused job is sent in another of `forms`, then in the parts that `split` returns; a job is also split when it is
-    known to be too large or is out of attempts, or when it alone exceeded a rate MAX_REFUSED_ALONE times in a row.
+    A refused job is sent in another of `forms`, then in the parts that `split` returns; a job is also split when its
+    reply is invalid, when it is known to be too large or is out of attempts, or when it alone exceeded a rate
+    MAX_REFUSED_ALONE times in a row.
     Nothing is sent while the server asks for a pause. After MAX_FAILURES_IN_A_ROW, requests go one at a time with
     growing pauses; after `concurrency + max_attempts` more failures it stops, since each may cost money."""
 
@@ -190,6 +191,8 @@ class Sender:
             self.forms.index, self.forms.is_accepted = job.forms[-1], True
             self.failures = self.doubts = self.refused_alone = 0
             self.is_proven = self.is_proven or not response.suspect
+            if response.action == "drop" and self._queue_first(self.split(job, response)):
+                return
         else:
             self.doubts += response.may_be_refusal
             self.refused_alone += response.exceeds_rate and is_alone and self.ledger.last == number
@@ -222,8 +225,11 @@ class Sender:
             parts = self.split(job, response)
             for part in parts:
                 part.attempts = int(response.may_be_refusal)
-        self.queue.extendleft(reversed(parts))
-        return bool(parts)
+        return self._queue_first(parts)
+
+    def _queue_first(self, jobs: Sequence[Job]) -> bool:
+        self.queue.extendleft(reversed(jobs))
+        return bool(jobs)
 
     def _pause(self, job: Job, response: Response) -> float:
         """Counts a failure, and pauses or stops all jobs if needed. Returns the pause before this one is retried."""
