@@ -504,7 +504,8 @@ def test_texts_that_the_server_leaves_out_cost_no_other_its_vector(tmp_path, gon
         kept = [text for text in texts if text not in gone]
         num_requests = server.counts["embeddings"]
         np.testing.assert_allclose(api(server, store=Store(tmp_path)).encode(kept), expected(kept), atol=1e-6)
-        assert len(kept) == num_kept and server.counts["embeddings"] == num_requests
+        assert len(kept) == num_kept
+        assert server.counts["embeddings"] == num_requests
 
 
 def test_another_dimension_than_asked_for():
