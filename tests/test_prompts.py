@@ -47,6 +47,10 @@ def test_the_default_template_holds_the_passage_and_the_number():
             "a",
         ),
         ([{"type": "text"}, 3, None], ""),
+        ([{"type": "output_text", "text": "a"}, {"type": "reasoning.text", "text": "no"}], "a"),
+        (["a", {"text": "b"}, ["c"]], "abc"),
+        ({"type": "text", "text": "a"}, "a"),
+        ({"type": "refusal", "refusal": "no"}, ""),
     ],
 )
 def test_the_text_of_a_message(content, text):
@@ -183,6 +187,23 @@ def test_the_text_of_a_message(content, text):
         JSON[:-1],
         JSON.replace('"', "'"),
         f'{JSON[:-2]}, "What is cut',
+        # Thoughts by other names, and headings.
+        f"<cot>\nWhat to ask?\nMaybe this?\n</cot>\n{LINES}",
+        f"<réflexion>\nWhat to ask?\n</réflexion>\n{JSON}",
+        f"<思考>\nWhat to ask?\n</思考>\n\n<questions>\n{LINES}\n</questions>",
+        f'<details type="reasoning" done="true">\n<summary>Why?</summary>\nWhat to ask?\n</details>\n{LINES}',
+        f"<notes>\nWhat to ask?\n</notes>\n<list>\n- {ONE}\n- {TWO}\n</list>",
+        f"<ul>\n<li>{ONE}</li>\n</ul>\n<ul>\n<li>{TWO}</li>\n</ul>",
+        f"<q1>\n{ONE}\n</q1>\n<q2>\n{TWO}\n</q2>",
+        f"Which facts are there?\n<\\/think>\n{LINES}",
+        f"Which facts are there?\n< / think >\n{LINES}",
+        f"analysisWhich facts are there? Maybe this?assistantfinal{LINES}",
+        f"Reasoning: which facts are there?\n\nFinal Answer:\n{LINES}",
+        f"### Thoughts\nWhat to ask?\nMaybe this?\n\n### Questions\n{LINES}",
+        f"What to ask?\n\n**Final questions:**\n1. {ONE}\n2. {TWO}",
+        f"**Question**\n{ONE}\n**Answer**\n2.4 billion.\n**Question**\n{TWO}",
+        f"{LINES}<｜end▁of▁sentence｜>",
+        f"<｜Assistant｜>{LINES}",
     ],
 )
 def test_both_questions_are_found(reply):

@@ -31,11 +31,18 @@ RESPONSE_FORMAT = {"type": "json_schema", "json_schema": {"name": "questions", "
 THOUGHT = r"(?:think|thinking|thoughts?|reason|reasoning|reflection|analysis|scratchpad)"
 THOUGHT_TAG = r"[\w:-]{0,20}?(?:think|thought|reason|reflect|analysis|scratchpad|monologue|\bplan\b)[\w-]{0,20}"
 # Everything before the last match is reasoning or a role header. "What does the </think> tag do?" has none.
-END_OF_THOUGHT = re.compile(rf"""(?ix) (?<!the\ )(?<!`)</{THOUGHT_TAG}\s*> | \[/(?:THINK|INST)\] | ◁/think▷
-    | Here\ is\ my\ response: | <\|(?:message|end_header_id|end\w*_{THOUGHT})\|> | <channel\|> | <unused95>""")
+END_OF_THOUGHT = re.compile(rf"""(?ix) (?<!the\ )(?<!`)<\s?\\?/\s?{THOUGHT_TAG}\s*> | \[/(?:THINK|INST)\] | ◁/think▷
+    | assistantfinal | Here\ is\ my\ response: | <\|(?:message|end_header_id|end\w*_{THOUGHT})\|> | <channel\|>
+    | <unused95>""")
 # Everything after the first match is unfinished reasoning or leftover markup. Inside a sentence, a tag is asked about.
 END_OF_REPLY = re.compile(rf"""(?imx) (?:^|(?<=[^\w\s,`'"(]))[ \t]*<{THOUGHT_TAG}(?:\s[^<>]*)?> | \[THINK\] | ◁think▷
-    | <\|(?:start|begin)\w*_{THOUGHT}\|> | <\|channel>thought | <unused94> | (?<=\S)\s*<(?:\|\w+|turn)\|>""")
+    | <\|(?:start|begin)\w*_{THOUGHT}\|> | <\|channel>thought | <unused94> | (?<=\S)\s*<(?:[|｜][\w▁]+|turn)[|｜]>""")
+# The line before the answer, if questions follow: a heading, or a closing tag of any name but those for the questions.
+ANSWER_FOLLOWS = re.compile(r"""(?imx) ^[#*_\ \t]* (?:
+    </ (?!(?:[\w:-]*(?:question|quer|answer|output|response|result|solution|json|list|item)
+        |(?:[qpbisu]|q\d+|em|strong|span|ol|ul|li|d[dlt]|div|html|body|section|table|t[dhr]|pre|code|blockquote)\s*>))
+        \w[\w:-]*\s*>
+    | (?:final\ (?:answer|questions|response|output)|questions) ) [:*_\ \t]*$""")
 ROLE = re.compile(r"""(?ix) \A (?:<\|\w+\|>)?[#*\s]*
     (?:assistant|model|ai|final\ answer|answer|output|response) [*\s]*(?::[*\s]*|\n)""")
 FENCE = re.compile(r"```(?:\w*[^\S\n]*\n)?(.*?)(?:```|\Z)", re.DOTALL)
@@ -45,7 +52,7 @@ MAX_CHARACTERS = 1_000  # of a question
 STRING = re.compile(rf"""(["'])(.{{1,{MAX_CHARACTERS}}}?)(?<!\\)\1(?=\s*(?:[,:\]}}]|\Z))""", re.DOTALL)
 LINE_END = re.compile(r"<br\b[^<>]*>|(?<=>)(?=<)|(?<=[?？])\s+(?=\(?\d{1,2}[.)]\s)")
 CONTROL = re.compile(r"\x1b\[[\d;]*[A-Za-z]|[\x00-\x08\x0e-\x1b\x7f\u200b\ufeff]")  # and colours
-TAG = r"<(?:/?[A-Za-z][^<>]*|\|[^<>]*\|)>"
+TAG = r"<(?:/?[A-Za-z][^<>]*|[|｜][^<>]*[|｜])>"
 # Tags in front; behind, closing ones, and those that follow a full stop, a question mark, a quote or the like.
 EDGE_TAG = re.compile(rf"^(?:{TAG}\s*)+|(?<=\S)\s*</[^<>]*>$|(?<=[^\w\s])\s*{TAG}$")
 QUESTION = r"(?:question|q)\s*\#?(?:\d{0,3}|one|two|three|four|five|six|seven|eight|nine|ten)"
@@ -87,29 +94,37 @@ def fill_template(template: str, *, text: str, num_questions: int) -> str:
 
 
 def message_text(content: Any) -> str:
-    """The text of a chat message; from a list of parts, those of type "text", without thinking, images and the like."""
-    if isinstance(content, str):
-        return content
-    parts = [part for part in content or () if isinstance(part, dict) and part.get("type", "text") == "text"]
-    return "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
+    """The text of a chat message: a string, a part with a "text", or a list of both. Parts of another type than "text"
+    or "output_text" are left out: thinking, images and the like."""
+    if isinstance(content, list):
+        return "".join(map(message_text, content))
+    if isinstance(content, dict) and content.get("type", "text") in ("text", "output_text"):
+        content = content.get("text")
+    return content if isinstance(content, str) else ""
 
 
 def parse_reply(text: str, num_questions: int) -> list[str]:
     """Returns up to `num_questions` distinct questions from a reply; raises `ValueError` if there are none.
 
-    Drops reasoning: everything before a closing tag such as </think>, or after an opening one. In JSON, questions are
+    Drops reasoning: everything before a closing tag such as </think>, or after an opening one. If a heading such as
+    "Final answer:" or a line with any other closing tag is followed by questions, only those count. In JSON, they are
     the strings under "questions", else those that ask; in broken JSON, complete strings that ask; elsewhere, lines that
     ask, without numbering, bullets and quotes, but no preambles ("Here are two questions:") or answers ("A1: ...")."""
     text = _without_thoughts(text.strip("\ufeff \n"))
     if '\\"' in text and '"' not in text.replace('\\"', ""):  # JSON, escaped without quotes around it
         text = text.replace('\\"', '"')
+    for part in dict.fromkeys((ANSWER_FOLLOWS.split(text)[-1], text)):
+        if found := _find_questions(part, num_questions):
+            return found
+    raise ValueError("no question in the reply")
+
+
+def _find_questions(text: str, num_questions: int) -> list[str]:
     found = _first_distinct(_json_questions(text, num_questions), num_questions)
     if not found and not JSON_LINE.search(text):
         fence = FENCE.search(text)
         found = _first_distinct(_asking_lines(fence[1]), num_questions) if fence else []
         found = found or _first_distinct(_asking_lines(text), num_questions)
-    if not found:
-        raise ValueError("no question in the reply")
     return found
 
 
