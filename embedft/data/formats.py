@@ -168,7 +168,9 @@ def _read_rows(path: Path) -> Iterator[Entry]:
     for line, row in read_jsonl(path):
         where = f"{path} line {line}"
         check_object(row, where)
-        yield where, id_text(row.get("_id")), row.get("text"), row.get("title")
+        if "text" not in row:  # under another name, all texts would pass for empty ones
+            raise ValueError(f"{where}: no text; found {', '.join(row)}")
+        yield where, id_text(row.get("_id")), row["text"], row.get("title")
 
 
 def _read_topics(path: Path) -> Iterator[Entry]:
