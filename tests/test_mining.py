@@ -120,6 +120,15 @@ def test_a_query_is_no_negative_of_its_own():
     assert mine(vectors, dataset, **(options | {"ranks": (4, 9)})).negatives["q"] == ["e", "f", "g"]
 
 
+def test_case_and_whitespace_make_no_other_text():
+    """In order b to h, a left out: b has the answer's text, d that of c, and e the query's."""
+    dataset = RetrievalDataset({"q": "who?"}, {name: f"text {name}" for name in SCORES}, {"q": {"a": 1}})
+    texts = dataset.corpus | {"b": "Text  A", "d": "TEXT c ", "e": "Who? "}
+    vectors = {"who?": [1, 0], **{texts[name]: [score, 1 - score] for name, score in SCORES.items()}}
+    options = {"ranks": (1, 8), "num_negatives": 8, "sampling": "top"}
+    assert mine(Vectors(vectors), replace(dataset, corpus=texts), **options).negatives["q"] == list("cfgh")
+
+
 def test_of_equal_texts_one_is_mined():
     corpus = {name: f"text {name}" for name in SCORES} | {"h": "text b", "d": "text c"}
     # In order b and h, a, c and d, e, f, g.

@@ -7,8 +7,8 @@ Unjudged answers rank highest, and training on such false negatives hurts. So `r
 margins require negatives to score clearly below the known answers.
 
 Candidates for a query are the documents at `ranks` in an exact search, except its own id and texts equal to it, to a
-document relevant to a query of its text, to a negative it keeps or to an earlier candidate. With p the lowest score of
-its relevant documents, a candidate's score s must satisfy, where set,
+document relevant to a query of its text, to a negative it keeps or to an earlier candidate, but for case and spaces.
+With p the lowest score of its relevant documents, a candidate's score s must satisfy, where set,
 
     s <= p - absolute_margin,   s <= p - relative_margin * |p|,   min_score <= s <= max_score
 
@@ -84,14 +84,19 @@ def mine(
     answers, negatives = dataset.answers(), {} if replace else dict(dataset.negatives)
     for query_id, rows_K, fits_K in zip(relevant, found.rows, fits_QK, strict=True):
         kept, question = negatives.get(query_id, []), dataset.queries[query_id]
-        barred = {question, *answers[question], *(dataset.texts[document_id] for document_id in kept)}
+        barred = {*map(_plain, (question, *answers[question], *(dataset.texts[document_id] for document_id in kept)))}
         candidates: dict[str, str] = {}  # {text: the first document that has it}
         for document_id in (ids[row] for row in rows_K[fits_K].tolist() if ids[row] != query_id):
-            if barred.isdisjoint((dataset.texts[document_id], dataset.corpus[document_id])):
-                candidates.setdefault(dataset.texts[document_id], document_id)
+            text = _plain(dataset.texts[document_id])
+            if barred.isdisjoint((text, _plain(dataset.corpus[document_id]))):
+                candidates.setdefault(text, document_id)
         if chosen := _chosen(list(candidates.values()), num_negatives, sampling, seed, query_id):
             negatives[query_id] = [*kept, *chosen]
     return dataclasses.replace(dataset, negatives={i: negatives[i] for i in dataset.queries if i in negatives})
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
 
 
 def _search(
