@@ -20,15 +20,16 @@ from ..config import check_types, from_dict
 from ..data.checks import check_text
 from ..files import read_jsonl, write_jsonl
 from .documents import BLOCK, Page
-from .layout import is_unspaced
+from .layout import UNSPACED, is_unspaced
 
 # Punctuation before whitespace and a possible sentence start. Marks of other scripts always end a sentence, unless a
 # bracket and a Japanese particle follow, which continue a quotation: 「…。」と.
 OTHER_MARK = "[。！？｡．।॥۔؟።፧။។៕։།܀-܂߹᠃᠉᱾᱿᭚᭛᭞᭟꧈꧉꩝-꩟꫰꫱꯫‼‽⁇-⁉\u037e]"
 SENTENCE_END = re.compile(
-    r"(?<![.!?])[.!?]+[\"'”’)\]]*\s+(?=(?:«\s)?[\"'“„‘«¿¡(\[$€£•]*(?P<first>[^\W_]))"
+    r"(?<![.!?])[.!?]+[\"'”’)\]]*(?:[^\S\n]?»|«)?\s+(?=(?:«\s)?[\"'“„‘«»¿¡(\[$€£•]*(?P<first>[^\W_]))"
     rf"|(?<!{OTHER_MARK}){OTHER_MARK}+(?!{OTHER_MARK}|[」』）]+[とっをがはにのでもや、])"
-    r"[\"'”’)\]」』）】》〉］]*\s*|(?<=[Ͱ-Ͽἀ-῿]);\s+"  # Greek asks with a semicolon
+    rf"[\"'”’)\]」』）】》〉］]*\s*|(?<=[{UNSPACED}])[.!?]+(?=[{UNSPACED}])(?![、。」』）】》〉])"  # か?パン
+    r"|(?<=[Ͱ-Ͽἀ-῿]);\s+"  # Greek asks with a semicolon
 )
 LAST_WORD = re.compile(r"[^\s\"'“‘(\[]*$")
 # Words whose period does not end a sentence, including single letters with periods ("U.S.", "J.", "e.g.").
