@@ -42,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = _run(words, program)
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
-        return _fail(program, "interrupted", code=130)
+    except KeyboardInterrupt as error:
+        return _fail(program, ": ".join(["interrupted", *error.args]), code=130)
     except OSError as error:
         if error.filename == OUTPUT:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at exit
@@ -89,6 +89,8 @@ def _run(words: list[str], program: str) -> int:
         if options.quiet:
             os.environ["EMBEDFT_PROGRESS"] = "0"
         return module.run(options) or 0
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(*map(typed, error.args)) from None
     except ValueError as error:
         raise ValueError(typed(str(error))) from None
     finally:

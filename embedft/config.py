@@ -23,7 +23,7 @@ import operator
 import re
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -263,18 +263,34 @@ def as_typed(message: str, cls: type, arguments: Sequence[str]) -> str:
     """A message of the library, with the fields of `cls` named as on the command line; the keys of a JSON file stay."""
     names = {field.name for field in dataclasses.fields(cls) if not field.metadata["positional"]}
     typed = {_option(word.partition("=")[0].lstrip("-")) for word in arguments}
+    if any(word in message for word in _comma_lists(cls, arguments)):
+        message += "; separate several values by blanks, not by commas"
     # A path, or the key in --loss.temperature, may be called like a field.
     values = {name for word in arguments for name in re.findall(r"\w+", re.sub("^--[^.=]+", "", word))}
 
     def as_option(word: re.Match[str]) -> str:
-        several = f"{word[0]}s"  # "dim is 0" may be about an entry of --dims
-        name = several if several in names and _option(several) in typed else word[0]
-        return _option(name) if name in names - values else name
+        name = word["existing"] or word[0]
+        several = f"{name}s"  # "dim is 0" may be about an entry of --dims
+        name = several if several in names and _option(several) in typed else name
+        return _option(name) if name in names - values else word[0]
 
-    # A word with an underscore is a name; so is another one if a clause says what it is, or what to do with a run.
+    # A word with an underscore is a name; so is another one if a clause says what it is, or what `existing` may be.
     quoted, clause = r"'[^']*'|\"[^\"]*\"", r"(?:(?<=: )|(?<=but )|\A)\w+(?= is )"
-    words = rf"{quoted}|\w+_\w+(?![\w./'\"(=])|{clause}|(?<=or )(?:overwrite|resume)\b"
+    words = rf"{quoted}|\w+_\w+(?![\w./'\"(=])|{clause}|existing='(?P<existing>\w+)'"
     return message if ".json: " in message else re.sub(rf"(?<![\w./'\"=-])(?:{words})", as_option, message)
+
+
+def _comma_lists(cls: type, arguments: Sequence[str]) -> Iterator[str]:
+    """The words with commas that were given to an argument that takes several words."""
+    lists = [field for field in dataclasses.fields(cls) if _kind(field)[0] is list]
+    several = {"" if field.metadata["positional"] else _option(field.name) for field in lists}
+    name = ""
+    for word in arguments:
+        if word.startswith("--"):
+            name, _, word = word.partition("=")
+            name = _option(name[2:])
+        if "," in word and name in several:
+            yield word
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

@@ -330,6 +330,17 @@ def test_prompts_by_text_or_by_name(place, capsys):
         ("encode model texts.txt --out x.npy --max-length 2", ("model", "--max-length", 2, 2, "special")),
         ("evaluate model missing.json", ("missing.json", "file", "folder")),
         ("evaluate model file", ("file", "suffix", ".json", ".tsv")),
+        ("evaluate model pairs.json --passages 12,6", ("--passages", ["12,6"], "blanks", "commas")),
+        ("evaluate model pairs.json --metrics mrr@10,map@10", ("metric", "'mrr@10,map@10'", "blanks", "commas")),
+        ("chunk pairs.json,texts.txt --out c", ("pairs.json,texts.txt", "blanks", "commas")),
+        ("evaluate model a.pdf", ("a.pdf", "documents", "`embedft chunk`", "`embedft questions`")),
+        ("finetune model a --out r", ("a", "documents", "`embedft chunk`", "`embedft questions`")),
+        ("mine model chunks.jsonl --out r.jsonl", ("chunks.jsonl", "chunks", "`embedft questions`")),
+        ("finetune model chunks --out r", ("chunks", "chunks", "`embedft questions`")),
+        ("finetune model pairs.json --validation chunks --out r", ("chunks", "chunks", "`embedft questions`")),
+        ("search model a.pdf x", ("a.pdf", "documents", "`embedft chunk`")),
+        ("search model a x", ("a", "documents", "`embedft chunk`")),
+        ("evaluate model a.pdf --format csv", ("a.pdf", 1, "column", "query")),
         ("evaluate model pairs.json --ks 0", ("ks", (0,), 1, 100)),
         ("evaluate model pairs.json --ks five", ("ks", ["five"], "list", "int")),
         ("evaluate model pairs.json --depth 9", ("ks", (1, 3, 5, 10), "depth", 9)),
@@ -340,7 +351,7 @@ def test_prompts_by_text_or_by_name(place, capsys):
         ("finetune model missing.json --out r", ("missing.json", "file", "folder")),
         ("finetune model pairs.json --out r --validation no.json", ("no.json", "file", "folder")),
         ("finetune model pairs.json --out file/r", ("file/r", "written")),
-        ("finetune model pairs.json --out full", ("full", "empty", "overwrite", "resume")),
+        ("finetune model pairs.json --out full", ("full", "empty", "--overwrite", "--resume")),
         ("finetune model pairs.json --out full --overwrite", ("full", "run", "config.json")),
         ("finetune model pairs.json --out r --overwrite --resume", ("--overwrite", "--resume")),
         ("finetune model pairs.json pairs.jsonl --out r", ("pairs.jsonl", "pairs.json", "'pairs'", "NAME=DATA")),
@@ -369,6 +380,10 @@ def test_an_error_is_one_line_and_exit_code_2(place, capsys, arguments, facts):
     (place / "full" / "folder").mkdir(parents=True)
     (place / "file").write_text("")
     (place / "bad.jsonl").write_text('"a"\n{"txt": "b"}\n')
+    for name, content in (("a.pdf", "%PDF-1.4\n"), ("chunks.jsonl", '{"id": "c", "text": "a b"}\n')):
+        (place / name).write_text(content)
+        (folder := place / name.partition(".")[0]).mkdir()
+        (folder / name).write_text(content)
     before = sorted(place.rglob("*"))
     code, output = main(arguments.split()), capsys.readouterr()
     assert code == 2
@@ -408,6 +423,22 @@ def test_interrupted(place, capsys, monkeypatch):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert names(error, "info", "interrupted")
+
+
+@pytest.mark.parametrize("when", ["load_training_data", "train"])
+def test_an_interrupted_run_says_how_it_goes_on(place, capsys, monkeypatch, when):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    command = ["finetune", "model", "pairs.jsonl", "--epochs", "1", "--out", "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr("embedft.recipe.train" if when == "train" else f"embedft.commands.finetune.{when}", interrupted)
+        assert main(command) == 130
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert names(error, "finetune", "interrupted")
+    assert names(error, "run", "--resume") == (when == "train")
+    assert main([*command, "--resume"]) == 0
 
 
 def test_what_is_a_bug_keeps_its_traceback(place, monkeypatch):

@@ -429,9 +429,12 @@ def test_data_sets_load_in_llamaindex_and_in_sentence_transformers(place, capsys
     ("arguments", "facts"),
     [
         ("questions chunks --out out", ("chunks", "no", "file", "folder")),
-        ("questions docs --out out", ("docs", "chunks.jsonl", "train.jsonl")),
+        ("questions docs --out out", ("docs", "documents", "chunks", "`embedft chunk`")),
         ("questions a b --out out", (2, "sources", "file", "folder")),
-        ("questions docs/notes.txt --out out --method ict", ("docs/notes.txt", "document", "chunks")),
+        (
+            "questions docs/notes.txt --out out --method ict",
+            ("docs/notes.txt", "documents", "chunks", "`embedft chunk`"),
+        ),
         ("chunk nowhere --out out", ("nowhere", "no", "file", "folder")),
         ("chunk docs --out out --overlap 999", ("--overlap", 999, 0, 254)),
         ("questions a --out out --method docstring", ("'a'", "package")),

@@ -265,7 +265,13 @@ def test_missing_options_are_named():
         ("batch_size is 0, expected at least 1", (), "--batch-size is 0, expected at least 1"),
         ("model: max_length is 9, expected at most 8", (), "model: --max-length is 9, expected at most 8"),
         ("lr is 1, but epochs is 2: (max_length)", (), "--lr is 1, but --epochs is 2: (--max-length)"),
-        ("choose another folder, or overwrite it", (), "choose another folder, or --overwrite it"),
+        ("choose another, or pass existing='overwrite'", (), "choose another, or pass --overwrite"),
+        ("pass existing='other', existing=", (), None),
+        # Several values as one word; other words may have commas.
+        ("dims is ['3,4']", ("--dims", "3,4"), "--dims is ['3,4']; separate several values by blanks, not by commas"),
+        ("unknown 'a,b'", ("--dims=1", "a,b"), "unknown 'a,b'; separate several values by blanks, not by commas"),
+        ("data: 'a,b'", ("a,b", "--lr", "c,d"), "data: 'a,b'"),
+        ("lr is '3,4'", ("--dims", "3", "--lr", "3,4"), "--lr is '3,4'"),
         # One of several values.
         ("dim is 9, expected 1 to 8", (), "--dim is 9, expected 1 to 8"),
         ("dim is 9, expected 1 to 8", ("x", "--dims", "9", "7"), "--dims is 9, expected 1 to 8"),

@@ -166,6 +166,21 @@ def test_only_one_process_writes(tmp_path):
     assert (tmp_path / ".lock").exists()
 
 
+def test_an_interrupt_says_how_to_resume(tmp_path):
+    def interrupt(*calls) -> str:
+        try:
+            with lock(tmp_path / "run"):
+                for call in calls:
+                    call(tmp_path / "run")
+                raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            return str(error)
+
+    assert interrupt() == ""  # nothing was begun
+    assert names(interrupt(open_), tmp_path / "run", "existing='resume'")
+    assert interrupt(close_run) == ""  # it is done
+
+
 def test_a_folder_in_which_nothing_began_is_removed(tmp_path):
     with pytest.raises(KeyError), lock(tmp_path / "run"):
         raise KeyError

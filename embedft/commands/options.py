@@ -19,7 +19,7 @@ from .. import config
 from ..api.endpoint import EndpointConfig
 from ..config import REQUIRED, option
 from ..data.dataset import RetrievalDataset
-from ..files import REPLACING, check_whole, check_writable
+from ..files import REPLACING, check_whole, check_writable, read_jsonl
 
 DATASETS = "QA JSON, BEIR folder, JSONL or CSV pairs"
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -101,7 +101,13 @@ def load_encoder(options: Encoder) -> "embedft.Embedder":
 def load_data(path: str, options: Data, *, split: str | None = None, merge: bool = True) -> RetrievalDataset:
     """Loads a dataset, and notes on stderr how many rows --skip-empty dropped."""
     given = {name: getattr(options, name) for name in ("format", "skip_empty", "strict")}
-    dataset = RetrievalDataset.load(path, merge=merge, split=split or options.split, **given)
+    try:
+        dataset = RetrievalDataset.load(path, merge=merge, split=split or options.split, **given)
+    except ValueError:
+        if not (options.format or options.split) and (source := source_kind(Path(path))):
+            steps = {"chunks": "run `embedft questions`", "documents": "run `embedft chunk`, then `embedft questions`"}
+            raise ValueError(f"{path}: has {source}, expected questions about them; {steps[source]} first") from None
+        raise
     if dataset.num_skipped and os.environ.get("RANK", "0") == "0":
         print(f"{path}: dropped {dataset.num_skipped} rows with empty texts", file=sys.stderr)
     return dataset
@@ -113,12 +119,28 @@ def load_training_data(path: str, options: Data) -> RetrievalDataset:
     return load_data(path, options, split="train" if has_train else None)
 
 
+def source_kind(path: Path) -> Literal["chunks", "documents"] | None:
+    """What a file or folder has, if that is what `embedft chunk` writes or reads."""
+    from ..corpus.documents import SUFFIXES
+
+    files = list(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    if any(file.name.startswith("corpus.jsonl") for file in files):
+        return None  # BEIR's folder, which may have a README.md
+    if path.is_dir() and not {f"{name}.jsonl" for name in CHUNK_FILES}.isdisjoint(file.name for file in files):
+        return "chunks"
+    if path.is_file() and path.suffix == ".jsonl":
+        _, first = next(read_jsonl(path), (0, None))
+        return "chunks" if isinstance(first, dict) and {"id", "text"} <= first.keys() else None
+    return "documents" if any(file.suffix.lower() in SUFFIXES for file in files) else None
+
+
 def load_chunk_files(path: Path) -> dict[str, list]:
     """{file name without suffix: its `Chunk`s}, from one file or a folder that `embedft chunk` wrote."""
     from ..corpus.chunks import load_chunks
-    from ..corpus.documents import SUFFIXES
 
     check_whole(path, path.parent)
+    if source_kind(path) == "documents":
+        raise ValueError(f"{path}: has documents, expected chunks; run `embedft chunk` first")
     if path.is_dir():
         found = [file for name in CHUNK_FILES if (file := path / f"{name}.jsonl").is_file()]
         if not found:
@@ -126,8 +148,6 @@ def load_chunk_files(path: Path) -> dict[str, list]:
         return {file.stem: load_chunks(file) for file in found}
     if not path.is_file():
         raise ValueError(f"{path}: no such file or folder")
-    if path.suffix.lower() in SUFFIXES:
-        raise ValueError(f"{path}: is a document, expected chunks; run `embedft chunk` on it first")
     return {path.stem: load_chunks(path)}
 
 

@@ -17,10 +17,9 @@ import embedft
 
 from ..config import REQUIRED, check_at_most_one, option
 from ..data.dataset import RetrievalDataset
-from ..files import read_jsonl
 from ..retrieval.bm25 import Bm25Index, split_words
 from ..retrieval.run import Run
-from .options import CHUNK_FILES, Adapted, Data, Windows, load_chunk_files, load_data, load_encoder, print_costs
+from .options import Adapted, Data, Windows, load_chunk_files, load_data, load_encoder, print_costs, source_kind
 
 FUSED_DEPTH = 100  # documents per run that are standardized and fused
 SHOWN_LINES, WIDEST = 4, 100  # of the start of a document; windows and --full are shown whole
@@ -76,12 +75,7 @@ def run(options: Options) -> None:
 def _load_documents(options: Options) -> tuple[RetrievalDataset, dict[str, str]]:
     """The dataset to search, and {id: file and pages} of chunks."""
     path, places = Path(options.data), {}
-    # Objects with `id` and `text` are chunks; no dataset has both.
-    has_chunks = any((path / f"{name}.jsonl").is_file() for name in CHUNK_FILES)
-    if path.suffix == ".jsonl" and path.is_file():
-        _, first = next(read_jsonl(path), (0, None))
-        has_chunks = isinstance(first, dict) and {"id", "text"} <= first.keys()
-    if options.format or options.split or not has_chunks:
+    if options.format or options.split or source_kind(path) is None:
         return load_data(options.data, options), places
     chunks = {chunk.id: chunk for side in load_chunk_files(path).values() for chunk in side}
     for chunk in chunks.values():

@@ -56,7 +56,7 @@ def check_run(out: Path, existing: str = "refuse") -> None:
         with contextlib.suppress(ValueError), locked(out / LOCK):
             _tidy(out)
     if existing == "refuse":
-        raise ValueError(f"{out}: not empty; choose another folder, or overwrite or resume the run in it")
+        raise ValueError(f"{out}: not empty; choose another folder, or pass existing='overwrite' or existing='resume'")
     if not (out / CONFIG).is_file():
         raise ValueError(f"{out}: has files but no run ({CONFIG} is missing), so it is left alone")
     if (out / DONE).exists():
@@ -65,10 +65,15 @@ def check_run(out: Path, existing: str = "refuse") -> None:
 
 @contextlib.contextmanager
 def lock(out: Path) -> Iterator[None]:
-    """Locks the run folder, and removes it if no run was begun in it. Raises `ValueError` if it is already locked."""
+    """Locks the run folder, and removes it if no run was begun in it. Raises `ValueError` if it is already locked.
+    A `KeyboardInterrupt` says how to resume the run."""
     with locked(out / LOCK):
         try:
             yield
+        except KeyboardInterrupt:
+            if not (out / CONFIG).is_file() or (out / DONE).exists():
+                raise
+            raise KeyboardInterrupt(f"{out}: existing='resume' continues this run") from None
         finally:
             if os.listdir(out) == [LOCK]:
                 (out / LOCK).unlink()
@@ -228,7 +233,8 @@ def check_unchanged(out: Path, config: dict[str, Any], hashes: dict[str, str], w
     then, now = (settings.pop("objects", {}) for settings in (before, config))
     for key in _differing(before, config):
         was, now = (repr(settings[key]) if key in settings else "not a setting" for settings in (before, config))
-        other = "; finish it with the version that began it, or overwrite it" if "not a setting" in (was, now) else ""
+        other = "; finish it with the version that began it, or pass existing='overwrite'"
+        other = other if "not a setting" in (was, now) else ""
         raise ValueError(f"{out}: {what}, {key} was {was} and is {now}{other}")
     for name in _differing(found, hashes):
         raise ValueError(f"{out}: {what}, {name} is not what the run began with (its SHA-256 differs)")
