@@ -439,6 +439,25 @@ def test_single_columns_and_tables_keep_their_layout(make):
     assert "Wages and salaries 2,500" in [" ".join(line.split()) for line in text.pages[0].split("\n")]
 
 
+COSTS = ["Rent", "Wages", "Insurance", "Other"], ["1,000 $", "(2,500)", "300", "47"]
+BY_COLUMN = "\n".join([*COSTS[0], *COSTS[1]])
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "also", "plain", "is_lost"),
+    [
+        (*COSTS, ["Costs     2021"], BY_COLUMN, True),
+        (*COSTS, ["Rain falls   on hills", "most of   the year"], BY_COLUMN, False),  # beside columns
+        (*COSTS, [], "\n".join(map(" ".join, zip(*COSTS, strict=True))), False),  # drawn row by row
+        (COSTS[0][:3], COSTS[1][:3], [], BY_COLUMN, False),  # could be a list and its page numbers
+        ([f"Mill {i}, 12" for i in range(4)], [f"Oven {i}, 13" for i in range(4)], [], "Mill\nOven", False),  # an index
+    ],
+)
+def test_which_tables_plain_mode_takes_apart(left, right, also, plain, is_lost):
+    rows = [f"  {label}     {amount}" for label, amount in zip(left, right, strict=True)]
+    assert pdf_page.takes_tables_apart("\n".join([*also, *rows, "", "Prose."]), plain) is is_lost
+
+
 def cells(*rows: list[str], step: int = 16) -> bytes:
     """A page with a table, drawn cell by cell; a cell's lines stand 10 apart."""
     blocks = [
@@ -493,7 +512,7 @@ def test_what_could_be_columns_or_rows_keeps_its_lines(rows, step):
 def test_headings_alone_do_not_join_their_lines(make):
     """They hold few of the page's words."""
     heading = ["Grant", "Name of/Plan", "Type", "Shares"]
-    rows = [[str(number), "2018 Equity Incentive Plan", "RSU", "32,999"] for number in range(5701, 5713)]
+    rows = [[str(number), "2018 Equity Incentive Plan", "RSU", "32,999"] for number in range(5701, 5729)]
     (text,) = read_pdfs([make("a.pdf", cells(heading, *rows, step=24))])
     assert [line.split() for line in text.pages[0].split("\n") if line.strip()][:2] == [
         ["Grant", "Name", "of", "Type", "Shares"],
@@ -537,18 +556,6 @@ def test_text_printed_twice_to_look_bold_is_read_once(make, dx, dy):
     again = (heading, upright(72 + dx, 700 + dy))
     (text,) = read_pdfs([make("a.pdf", drawn((heading, upright(72, 700)), again, *letters))])
     assert [line.strip() for line in text.pages[0].split("\n") if line.strip()] == [*heading, "ll"]
-
-
-def test_which_layouts_are_scrambled():
-    """Against the plain text: lines that go on elsewhere."""
-    wide = "\n".join(f"{left}     {right}" for left, right in zip(HILLS, BREAD, strict=True))
-    assert pdf_page.broken_lines(wide, "\n".join(HILLS + BREAD), least=20) == (8, 8)
-    assert pdf_page.broken_lines(wide, "\n".join(HILLS + BREAD), least=3) == (11, 11)
-    assert pdf_page.broken_lines("\n".join(HILLS + BREAD), "\n".join(HILLS + BREAD), least=20) == (0, 8)
-    table = "Issuance of common stock under   2,770\nthe Employee Stock Purchase Plan"
-    assert pdf_page.broken_lines(
-        table, "Issuance of common stock under\nthe Employee Stock Purchase Plan", least=20
-    ) == (0, 1)
 
 
 @pytest.mark.parametrize(

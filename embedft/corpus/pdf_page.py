@@ -27,10 +27,6 @@ BLANK_SHARE = 0.24  # of the font's size: the blank of fonts that have none, suc
 # 10-K filings, headings that wrap hold at most 0.1.
 MAX_LINES, WRAPPED_SHARE = 4, 0.125
 NUM_WORDS, KEPT_SHARE = 8, 0.95  # see `is_reordered`
-# (letters, number, share): how many breaks between lines of so many letters a layout may contradict. Columns side by
-# side break nearly all, cells of several lines some: on the pages of two 10-K filings, at most 2 or half of them at 20
-# letters, 43% at 10, and 20 at 3, the length of lines in an index or an address.
-MOST_BROKEN = ((20, 2, 0.1), (20, 1, 0.5), (10, 1, 0.5), (3, 11, 0.5))
 # Glyph names and numbers that stand in for characters that the font does not identify.
 GLYPH_CODES = re.compile(r"/(?:g|G|C|c|cid|glyph|uni[0-9A-F]|[A-Z])\d+(?![\w.])|\(cid:\d+\)")
 UNREADABLE = "its text is unreadable: its fonts do not map glyphs to characters (it needs OCR)"
@@ -107,24 +103,32 @@ def is_scrambled(layout: str, plain: str, log: list[str], page: Any, runs: list[
     letters = [unicodedata.category(character) for character in plain if character.isalpha()]
     if letters.count("Lo") > 0.3 * len(letters):  # letters without case: Arabic, Hebrew, Indic, Chinese, Japanese
         return True
-    counts = ((broken_lines(layout, plain, least=least), most, share) for least, most, share in MOST_BROKEN)
-    is_broken = any(broken > max(most, share * num_breaks) for (broken, num_breaks), most, share in counts)
-    return is_broken or is_reordered(layout, plain, drawn_text(runs))
+    return is_reordered(layout, plain, drawn_text(runs))
 
 
 def is_reordered(layout: str, plain: str, drawn: str) -> bool:
-    """Whether `plain` has more of the word sequences in the order drawn, and most table rows of the layout, which it
-    takes apart if a table is drawn column by column."""
-    sequences, *kept = (word_sequences(text) for text in (drawn, layout, plain))
-    if len(sequences & kept[0]) >= KEPT_SHARE * len(sequences & kept[1]):
-        return False
-    rows, lines = [], ["".join(filter(str.isalnum, line)) for line in plain.split("\n")]
-    for line in layout.split("\n"):
-        label, _, amount = line.strip().rpartition("   ")
-        if label and any(map(str.isdigit, amount)) and not any(map(str.isalpha, amount)):
-            rows.append("".join(filter(str.isalnum, line)))
-    num_lost = sum(not any(row in line for line in lines) for row in rows)
-    return num_lost < 4 or 2 * num_lost <= len(rows)
+    """Whether `plain` has more of the word sequences in the order drawn, unless it takes tables apart."""
+    in_order, of_layout, of_plain = map(word_sequences, (drawn, layout, plain))
+    is_worse = len(in_order & of_layout) < KEPT_SHARE * len(in_order & of_plain)
+    return is_worse and not takes_tables_apart(layout, plain)
+
+
+def takes_tables_apart(layout: str, plain: str) -> bool:
+    """Whether at least four, and three quarters of the lines of `layout` with gaps, are rows, labels with amounts, that
+    no line of `plain` has: drawn column by column, a table becomes a list of labels and one of numbers."""
+
+    def is_amount(cell: str) -> bool:
+        return any(map(str.isdigit, cell)) and not any(map(str.isalpha, cell))
+
+    whole = [letters_and_digits(line) for line in plain.split("\n")]
+    with_gaps = [cells for line in layout.split("\n") if len(cells := re.split(" {3,}", line.strip())) > 1]
+    rows = (letters_and_digits("".join(cells)) for cells in with_gaps if all(map(is_amount, cells[1:])))
+    num_lost = sum(not any(row in line for line in whole) for row in rows)
+    return num_lost >= max(4, 0.75 * len(with_gaps))
+
+
+def letters_and_digits(text: str) -> str:
+    return "".join(filter(str.isalnum, text))
 
 
 def word_sequences(text: str) -> set[tuple[str, ...]]:
@@ -189,15 +193,6 @@ def is_row(cells: list[list[dict]], space: float) -> bool:
         and space >= 1.15 * max(abs(above["ty"] - run["ty"]) for above, run in pairs)
         and any(run["place"] > above["place"] + 1 for above, run in pairs)
     )
-
-
-def broken_lines(layout: str, plain: str, *, least: int) -> tuple[int, int]:
-    """Counts the line breaks of `plain` that `layout` contradicts, and all, between lines of at least `least` letters.
-    Only letters are compared, since table cells may appear between the lines of a label."""
-    whole, *lines = ("".join(filter(str.isalpha, text)) for text in (layout, *plain.split("\n")))
-    pairs = pairwise(line for line in lines if line)
-    breaks = [first[-20:] + second[:20] for first, second in pairs if min(len(first), len(second)) >= least]
-    return sum(both not in whole for both in breaks), len(breaks)
 
 
 def unreadable_share(text: str) -> float:
