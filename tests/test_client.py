@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import html
 import json
 import time
 from urllib.parse import quote
@@ -290,6 +291,32 @@ def test_the_key_is_hidden_in_every_form(monkeypatch, key):
             # Of a group of base64 across its ends some bits may remain, never a whole character of the key.
             assert len(redacted.replace("[secret]", "")) <= len(before) * 3 + 6
     assert server.redact("\n".join(key[:8] + "Bearer sk-proj")) == "\n".join(key[:8] + "Bearer sk-proj")
+
+
+SPELT = ["&#{0};", "&#x{0:x};", "&#X{0:06X};", "&amp;#{0};", "%{0:02x}", "%2525{0:02X}", r"\u{0:04x}", r"\\x{0:02x}"]
+
+
+@pytest.mark.parametrize("spelt", SPELT)
+def test_the_key_is_hidden_if_its_characters_are_escaped(monkeypatch, spelt):
+    """All of them or one in three, as in an error page in HTML."""
+    monkeypatch.setenv("OPENAI_API_KEY", key := "sk-proj-abc_DEF/123+456=")
+    server = Server.find("http://localhost:1/v1")
+    for step in (1, 3):
+        form = "".join(c if i % step else spelt.format(ord(c)) for i, c in enumerate(key))
+        assert server.redact(f"&lt;b&gt;{form}&nbsp;{key}") == "&lt;b&gt;[secret]&nbsp;[secret]"
+    named = key.translate({ord("/"): "&sol;", ord("+"): "&plus;", ord("="): "&equals;", ord("_"): "&lowbar;"})
+    assert server.redact(f"&quot;{named}&quot;") == "&quot;[secret]&quot;"
+
+
+@pytest.mark.parametrize("key", ["abcdef0123456789", "sk-a&b<c>'d\"e-%41&amp;f"])
+@pytest.mark.parametrize("before", ["%25", "%", "&", "&amp;", "&#3", "\\"])
+def test_a_key_that_reads_like_an_escape_is_hidden(monkeypatch, before, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    server = Server.find("http://localhost:1/v1")
+    for form in (key, quote(key, safe=""), html.escape(key), html.escape(html.escape(key)), json.dumps(key)[1:-1]):
+        assert server.redact(f"{before} {form}!") == f"{before} [secret]!"
+    if key.isalnum():
+        assert server.redact(f"{before}{key}!") == f"{before}[secret]!"
 
 
 def test_the_query_and_the_password_are_hidden():

@@ -8,6 +8,7 @@ raise ValueError(f"{client.server.name}: {client.server.redact(message)}")
 
 import asyncio
 import contextlib
+import html
 import json
 import os
 import re
@@ -24,7 +25,16 @@ from .sending import Response, retry_after_seconds
 
 OPENAI_HOST = "api.openai.com"
 OPENAI_URL = f"https://{OPENAI_HOST}/v1"
-BREAK = r"(?:\\[nrt]|\\(?=/)|\\u[0-9a-fA-F]{4}|[^\x21-\x7e])"  # line breaks and others that may split a quoted secret
+# What may split a quoted secret, and characters as URLs, strings and HTML write them, also several times over (%2573).
+BREAK = r"""(?<!\\)\\+(?:[nrt]|(?=[/"'])|u[\da-f]{4})"""
+ESCAPED = r"""(?: %(?:25)* | (?<!\\)\\+(?:u00|x) ) (?P<hexadecimal>[\da-f]{2})
+    | &(?:amp;)* (?P<entity>\#\d{1,9};? | \#x[\da-f]{1,9};? | [a-z]{2,16};)"""
+# A text is read in both ways, since after "%25" a key may begin with two hexadecimal digits.
+READINGS = [
+    [re.compile(f"{way}{other}", re.I | re.S | re.X) for other in ("", "|(?P<other>.)")]
+    for way in (BREAK, f"{ESCAPED}|{BREAK}")
+]
+UNPRINTED = re.compile(r"[^\x21-\x7e]+")
 FREE = (0, 0)
 FREE_SERVER_ERRORS = (500, 503, 529)  # nothing was done that could be charged; after 408, 502 or 504 it may have been
 # Connection errors raised before any byte was sent; by name, because openai chooses the HTTP library.
@@ -102,12 +112,19 @@ class Server:
         return cls(name, is_openai, parts._replace(query="", fragment="").geturl(), key or "none", query)
 
     def redact(self, text: str) -> str:
-        """Hides lone surrogates and the key, password and query values, in any case, encoded, or split by breaks."""
-        # Most texts contain no secret, and a plain search is a hundred times faster than the pattern.
-        unbroken = re.sub(f"{BREAK}+", "", text).lower()
-        for form in self._forms():
-            if form.lower() in unbroken:
-                text = re.sub(f"{BREAK}*".join(map(re.escape, form)), "[secret]", text, flags=re.IGNORECASE)
+        """Hides lone surrogates and the key, password and query values, in any case, encoded, escaped or split."""
+        for escaped, each in READINGS:
+            forms = sorted({_printed(form, escaped) for form in self._forms()} - {""}, key=len, reverse=True)
+            printed = _printed(text, escaped)
+            if not any(form in printed for form in forms):
+                continue
+            # Most texts contain no secret, so only now each character is traced to its place.
+            places = [match.span() for match in each.finditer(text) for _ in UNPRINTED.sub("", _unescape(match))]
+            parts, end = [], 0
+            for found in re.finditer("|".join(map(re.escape, forms)), printed):
+                parts += [text[end : places[found.start()][0]], "[secret]"]
+                end = places[found.end() - 1][1]
+            text = "".join([*parts, text[end:]])
         return text.encode("utf-8", "replace").decode()
 
     def _forms(self) -> Iterator[str]:
@@ -211,6 +228,20 @@ class Client:
         """Text that is safe to show: redacted, on one printable line, cut off after 300 characters."""
         line = " ".join("".join(c if c.isprintable() else " " for c in self.server.redact(text)).split())
         return line if len(line) <= 300 else f"{line[:300]} ..."
+
+
+def _unescape(match: re.Match) -> str:
+    """The characters that a match of READINGS stands for; none for a break."""
+    if match.lastgroup == "hexadecimal":
+        return chr(int(match["hexadecimal"], 16))
+    if match.lastgroup == "entity":
+        return html.unescape(f"&{match['entity']}")
+    return match[0] if match.lastgroup else ""
+
+
+def _printed(text: str, escaped: re.Pattern) -> str:
+    """The printable ASCII of a text in lower case, unescaped."""
+    return UNPRINTED.sub("", escaped.sub(_unescape, text)).lower()
 
 
 def _parse(text: str) -> Any:
