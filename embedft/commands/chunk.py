@@ -59,7 +59,7 @@ def run(options: Options) -> None:
     report |= {"chunks": len(chunks), "tokens": sum(chunk.num_tokens for chunk in chunks)}
     report |= {"size": limit, "special_tokens": num_added, "overlap": options.overlap, "tokenizer": options.model}
     read = f"{report['pages']:,} pages with text in {report['files']:,} file(s)"
-    made = f"{len(chunks):,} chunks of at most {limit} tokens of {options.model}, {num_added} special ones included"
+    made = f"{len(chunks):,} chunks of at most {limit} tokens, {num_added} of them special ({options.model})"
     print(f"{read} -> {made}; {report['tokens']:,} tokens of text")
     if options.drop_repeated:
         print(f"dropped {sum(repeated.values()):,} repeated headers and footers")
