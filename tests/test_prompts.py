@@ -180,6 +180,16 @@ def test_the_text_of_a_message(content, text):
         f"Question one\n{ONE}\nQuestion two\n{TWO}",
         f"\x00{ONE}\x07\n\x1b[1;31m{TWO}\x1b[0m",
         json.dumps({"questions": [f"{ONE}\x00", f"\x1b[31m{TWO}"]}),
+        # Tags written for HTML.
+        f"&lt;think&gt;\nWhat is it?\n&lt;/think&gt;\n{LINES}",
+        f"What is it? &#60;/THINK&#x3e;\n{LINES}\n&#x3C;think&#062;What else?",
+        f"&amp;lt;think&amp;gt;What is it?&amp;lt;/think&amp;gt;{LINES}&lt;|im_end|&gt;",
+        f"&lt;p&gt;{ONE}&lt;/p&gt;&lt;p&gt;{TWO}&lt;/p&gt;",
+        f"&lt;think&gt;Which?&lt;/think&gt;{JSON}",
+        # One line.
+        f"{ONE} {TWO}",
+        f"1. {ONE}  {TWO}\n",
+        json.dumps({"questions": [f"{ONE} {TWO}"]}),
         # Thoughts without tags.
         f"Thought: What could one ask?\n**Reasoning:** which year?\n{LINES}",
         # Broken JSON: the whole strings that ask.
@@ -232,11 +242,30 @@ def test_one_good_question_of_two_is_kept(reply):
 
 
 @pytest.mark.parametrize(
+    ("line", "num_questions", "questions"),
+    [
+        ("What is A? What is B? How is C made?", 3, ["What is A?", "What is B?", "How is C made?"]),
+        ("What is A? What is B?", 1, ["What is A? What is B?"]),
+        ("What is A? What is B?\nWhat is C?", 2, ["What is A? What is B?", "What is C?"]),  # two lines, as asked for
+        ("What is A? What is B?\nWhat is C?", 3, ["What is A?", "What is B?", "What is C?"]),
+        ("What is A? What is A?", 2, ["What is A?"]),
+        ("What is A and its use? What is B?", 2, ["What is A and its use?", "What is B?"]),
+        *((f"What is A? {more}", 2, [f"What is A? {more}"]) for more in ("How is it made?", "Why?", "And what is B?")),
+        ("Really? What is A made of?", 2, ["Really? What is A made of?"]),
+        ('What does "Who? What?" mean?', 2, ['What does "Who? What?" mean?']),
+    ],
+)
+def test_questions_on_one_line_are_told_apart_if_asked_for(line, num_questions, questions):
+    assert parse_reply(line, num_questions) == questions
+
+
+@pytest.mark.parametrize(
     "reply",
     [
         *("", " \n\n", "[]", "{", "{}", "---", "I cannot help with that.", "uber revenue 2021\nlyft drivers' pay"),
         f"<think>\n{LINES}",
         f"{LINES}\n</think>",
+        f"&lt;think&gt;\n{LINES}",
         '{"questions": 3}',
         '{"questions": ["What did Lyft earn in',
         '{\n "questions": [\n  "What did Lyft earn in',
@@ -369,6 +398,9 @@ def test_a_long_reply_is_read_as_far_as_it_takes(monkeypatch):
         "'a",
         "</",
         "<|",
+        "&lt;a",
+        "&amp;",
+        "What is A? ",
     ],
 )
 def test_time_is_linear_in_the_reply(piece):

@@ -53,6 +53,8 @@ STRING = re.compile(rf"""(["'])(.{{1,{MAX_CHARACTERS}}}?)(?<!\\)\1(?=\s*(?:[,:\]
 LINE_END = re.compile(r"<br\b[^<>]*>|(?<=>)(?=<)|(?<=[?？])\s+(?=\(?\d{1,2}[.)]\s)")
 CONTROL = re.compile(r"\x1b\[[\d;]*[A-Za-z]|[\x00-\x08\x0e-\x1b\x7f\u200b\ufeff]")  # and colours
 TAG = r"<(?:/?[A-Za-z][^<>]*|[|｜][^<>]*[|｜])>"
+ESCAPED_TAG = re.compile(r"""(?ix) &(?:amp;)*(?:lt|\#0*60|\#x0*3c); (/?[a-z][^<>&]* | [|｜][^<>&]*[|｜])
+    &(?:amp;)*(?:gt|\#0*62|\#x0*3e);""")  # &lt;think&gt;
 # Tags in front; behind, closing ones, and those that follow a full stop, a question mark, a quote or the like.
 EDGE_TAG = re.compile(rf"^(?:{TAG}\s*)+|(?<=\S)\s*</[^<>]*>$|(?<=[^\w\s])\s*{TAG}$")
 QUESTION = r"(?:question|q)\s*\#?(?:\d{0,3}|one|two|three|four|five|six|seven|eight|nine|ten)"
@@ -79,6 +81,7 @@ IMPERATIVE = r"""(?: (?:explain|discuss|describe|define|compare|identify|calcula
         consider)\s+
       (?:the|an?|all|any|at|each|every|some|one|two|three|four|five|\d+|how|what|why|who|when|where|which|whether|
         me|us|its|their|your|details?|specific|examples?|reasons?)\b )"""
+REFERS_BACK = re.compile(r"(?i)\b(?:it|its|they|them|their|he|him|his|she|her|this|that|these|those)\b")
 CLAUSE_OPENING = r"""(?:in|on|at|to|for|from|by|under|with|given|during|based|according|using|as|if|considering|after|
     before|when|per|regarding|concerning|assuming|additionally|also|then|finally|next|furthermore)\b"""
 ASKS = re.compile(rf"""(?ix) (?:^|[.!;:]["'”)]*\s+) (?:please\s+)? (?: {INTERROGATIVE} | {IMPERATIVE}
@@ -109,13 +112,14 @@ def parse_reply(text: str, num_questions: int) -> list[str]:
     Drops reasoning: everything before a closing tag such as </think>, or after an opening one. If a heading such as
     "Final answer:" or a line with any other closing tag is followed by questions, only those count. In JSON, they are
     the strings under "questions", else those that ask; in broken JSON, complete strings that ask; elsewhere, lines that
-    ask, without numbering, bullets and quotes, but no preambles ("Here are two questions:") or answers ("A1: ...")."""
+    ask, without numbering, bullets and quotes, but no preambles ("Here are two questions:") or answers ("A1: ...").
+    "What is A? What is B?" on one line is two questions if `num_questions` leaves room for both."""
     text = _without_thoughts(text.strip("\ufeff \n"))
     if '\\"' in text and '"' not in text.replace('\\"', ""):  # JSON, escaped without quotes around it
         text = text.replace('\\"', '"')
     for part in dict.fromkeys((ANSWER_FOLLOWS.split(text)[-1], text)):
         if found := _find_questions(part, num_questions):
-            return found
+            return _apart(found, num_questions)
     raise ValueError("no question in the reply")
 
 
@@ -126,6 +130,20 @@ def _find_questions(text: str, num_questions: int) -> list[str]:
         found = _first_distinct(_asking_lines(fence[1]), num_questions) if fence else []
         found = found or _first_distinct(_asking_lines(text), num_questions)
     return found
+
+
+def _apart(questions: list[str], num_questions: int) -> list[str]:
+    """The questions, with those on one line apart if that makes no more than `num_questions`."""
+    parts = [part for question in questions for part in _parts(question)]
+    return _first_distinct(parts, num_questions) if len(questions) < len(parts) <= num_questions else questions
+
+
+def _parts(question: str) -> list[str]:
+    """The questions of "What is A? What is B?"; a single one if another part is short or refers back ("Why is it?")."""
+    first, *others = re.split(r"(?<=\?)\s+", question)
+    are_whole = all(len(part.split()) > 2 for part in (first, *others))
+    stand_alone = all(ASKS.match(part) and not REFERS_BACK.search(part) for part in others)
+    return [first, *others] if are_whole and stand_alone else [question]
 
 
 def _first_distinct(lines: Iterable[str], num_questions: int) -> list[str]:
@@ -151,7 +169,7 @@ def _without_thoughts(text: str) -> str:
     with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(text)
         return _without_thoughts(value) if isinstance(value, str) else text  # JSON, whatever its questions mention
-    answer = ROLE.sub("", END_OF_THOUGHT.split(text)[-1].lstrip())
+    answer = ROLE.sub("", END_OF_THOUGHT.split(ESCAPED_TAG.sub(r"<\1>", text))[-1].lstrip())
     return END_OF_REPLY.split(answer, maxsplit=1)[0]
 
 
