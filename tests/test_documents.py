@@ -588,6 +588,8 @@ def test_what_is_no_heading(text):
         ("Fish &amp; chips &lt;3", "Fish & chips <3"),
         ("`<b>` and <size> and 1 < 2 > 0", "`<b>` and <size> and 1 < 2 > 0"),
         ("```html\n<b>kept</b>\n```\n<i>gone</i>", "```html\n<b>kept</b>\n```\ngone"),
+        ("<i>gone</i>\n\n    <b>`kept</b>\n\n\t&amp;\n<i>gone</i> &lt;", "gone\n\n    <b>`kept</b>\n\n\t&amp;\ngone <"),
+        ("- item\n\n    <i>gone</i>\n\n    &lt;", "- item\n\n    gone\n\n    <"),
         ('<h2 align="center">The\n<i>mill</i></h2>text', "\n## The mill\ntext"),
         ("<H1>A</h1\n> `<h2>b</h2>` <h3>no end", "\n# A\n `<h2>b</h2>`  no end"),
     ],
@@ -629,6 +631,49 @@ def test_chunks_of_markdown(tmp_path):
     assert any(CODE in chunk.text for chunk in cut(size=14))
     with pytest.raises(ValueError, match=naming("size", 3, "headings", "'Mill > Use'", 3)):
         cut(size=3, headings_in_text=True)
+
+
+INDENTED = "    for mill in mills:\n        mill.start()\n\n    print('Done. Go.')"
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        (f"Text.\n\n{INDENTED}\nText.", [INDENTED]),
+        (f"{INDENTED}\n\nText.\n\n\tmake\n\n\tmake all\n", [INDENTED, "\tmake\n\n\tmake all"]),
+        (f"- item\n\nText.\n\n{INDENTED}", [INDENTED]),
+        (f"{CODE}\n\n{INDENTED}\n{CODE}", [CODE, INDENTED, CODE]),
+        (f"Text goes on\n{INDENTED[:22]}\nas a paragraph.", []),
+        *((f"{item} item\n\n    It goes on. More.\n\n    And more.", []) for item in ("-", "12.", "3)")),
+        (
+            f"- item\ngoes on\n\n    {CODE[:5]}\n    a\n    ```\n\n    Then this. And that.",
+            ["    ```sh\n    a\n    ```"],
+        ),
+        ("Text.\n\n   three blanks\n\n    \n", []),
+    ],
+)
+def test_code_blocks_are_found(text, code):
+    blocks = documents.find_blocks(text)
+    assert [text[start:stop] for start, stop, is_code in blocks if is_code] == code
+    assert "\n".join(text[start:stop] for start, stop, _ in blocks) == text
+    fenced = [block for block in code if "```" in block]
+    assert [
+        text[start:stop] for start, stop, is_code in documents.find_blocks(text, indented=False) if is_code
+    ] == fenced
+
+
+def test_indented_code_stays_whole_in_markdown_alone(tmp_path):
+    """Text files indent their paragraphs, too."""
+
+    def cut(name: str) -> list[str]:
+        (tmp_path / name).write_text(f"Start the mills. Do it so:\n\n{INDENTED}\n\nThat is all.\n")
+        pages = read_documents([tmp_path / name])[0]
+        chunks = chunk_pages(pages, count_tokens=lambda texts: [len(text.split()) for text in texts], size=10)
+        return [chunk.text for chunk in chunks]
+
+    assert cut("a.md") == ["Start the mills. Do it so:", f"{INDENTED}\n\nThat is all."]
+    first, *others = INDENTED.partition("\n")
+    assert cut("a.txt") == [f"Start the mills. Do it so:\n\n{first}", "".join(others).lstrip() + "\n\nThat is all."]
 
 
 def test_a_code_block_that_is_too_long_breaks_between_lines():

@@ -19,7 +19,7 @@ from pathlib import Path
 from ..config import check_types, from_dict
 from ..data.checks import check_text
 from ..files import read_jsonl, write_jsonl
-from .documents import BLOCK, Page
+from .documents import Page, find_blocks
 from .layout import UNSPACED, is_unspaced
 
 # Punctuation before whitespace and a possible sentence start. Marks of other scripts always end a sentence, unless a
@@ -130,7 +130,8 @@ def chunk_pages(
             text += page.text.strip()
         headings = members[0].headings or ()
         prefix = " > ".join(headings) + "\n" if headings and headings_in_text else ""
-        for start, stop, num_tokens in _Cutter(text, count_tokens, size, prefix).cut(overlap):
+        sentences = sentence_spans(text, markdown=members[0].headings is not None)
+        for start, stop, num_tokens in _Cutter(text, count_tokens, size, prefix).cut(sentences, overlap):
             first, last = (members[bisect_right(starts, place) - 1].number for place in (start, stop - 1))
             piece, place = prefix + text[start:stop], Place(file, first, last)
             id = hashlib.sha256(piece.encode()).hexdigest()[:16]
@@ -165,8 +166,8 @@ class _Cutter:
         if self.prefix_tokens >= size:
             raise ValueError(f"size is {size}, but the headings {prefix.strip()!r} have {self.prefix_tokens} tokens")
 
-    def cut(self, overlap: int) -> list[_Unit]:
-        units = self._units(sentence_spans(self.text), [r"[^\n]+", r"\S+", r"\S"])
+    def cut(self, sentences: Sequence[tuple[int, int]], overlap: int) -> list[_Unit]:
+        units = self._units(sentences, [r"[^\n]+", r"\S+", r"\S"])
         chunks, first, end = [], 0, 0
         while end < len(units):
             end, num_tokens = self._fill(units, first)
@@ -231,22 +232,27 @@ class _Cutter:
         return units
 
 
-def sentence_spans(text: str) -> list[tuple[int, int]]:
+def sentence_spans(text: str, *, markdown: bool = False) -> list[tuple[int, int]]:
     """(start, stop) of each sentence, without surrounding whitespace; every other character is in exactly one.
     A sentence ends at a newline, or at punctuation before whitespace and anything but a lower-case letter, except in an
-    abbreviation, an item number ("Item 1A.") or an ordinal ("3. März"). A fenced code block is one sentence."""
+    abbreviation, an item number ("Item 1A.") or an ordinal ("3. März"). A fenced code block is one sentence; so is an
+    indented one of Markdown, which keeps its indentation."""
     spans = []
-    for line in BLOCK.finditer(text):
-        start, stop = line.span()
-        for end in () if line["fence"] else SENTENCE_END.finditer(text, start, stop):
+    for start, stop, is_code in find_blocks(text, indented=markdown):
+        for end in () if is_code else SENTENCE_END.finditer(text, start, stop):
             # In scripts without capitals, such as Georgian, `title` returns the letter itself.
             is_lower = end["first"] is not None and end["first"] != end["first"].title()
             if not is_lower and not _is_abbreviation(text, start, end.start()):
-                spans.append((start, end.end()))
+                spans.append((start, end.end(), False))
                 start = end.end()
-        spans.append((start, stop))
-    stripped = [(stop - len(text[start:stop].lstrip()), text[start:stop].strip()) for start, stop in spans]
-    return [(start, start + len(piece)) for start, piece in stripped if piece]
+        spans.append((start, stop, is_code))
+    sentences = []
+    for start, stop, is_code in spans:
+        stop = start + len(text[start:stop].rstrip())
+        start = start if is_code else stop - len(text[start:stop].lstrip())
+        if start < stop:
+            sentences.append((start, stop))
+    return sentences
 
 
 def _is_abbreviation(text: str, start: int, period: int) -> bool:

@@ -22,6 +22,7 @@ SUFFIXES = (".pdf", ".txt", ".text", *MARKDOWN)
 FENCED_BLOCK = r"^[ \t]*(?P<fence>`{3,}|~{3,})[^\n]*(?:\n.*?^[ \t]*(?P=fence)[`~]*[ \t]*$|.*\Z)"
 BLOCK = re.compile(rf"{FENCED_BLOCK}|^[^\n]*$", re.MULTILINE | re.DOTALL)
 CODE = re.compile(rf"{FENCED_BLOCK}|(?<!`)(?P<ticks>`+)(?!`)(?:(?!\n\s*\n).)+?(?<!`)(?P=ticks)(?!`)", re.M | re.S)
+INDENTED, LIST_ITEM = re.compile(r"(?: {4}|\t)\s*\S"), re.compile(r" {0,3}(?:[-*+]|\d{1,9}[.)])\s")
 HEADING = re.compile(r" {0,3}(#{1,6})(?:\s|$)")
 UNDERLINE = re.compile(r" {0,3}(=+|-{2,})[ \t]*")
 # What an underline does not turn into a heading: a list item, a quotation, a table row, code or a rule.
@@ -162,17 +163,40 @@ def split_sections(pages: Sequence[str]) -> list[list[tuple[str, tuple[str, ...]
 def strip_html(text: str) -> str:
     """Removes tags and comments, decodes entities, and writes <h2> as "## ", except in code. `<size>` stays."""
     parts, end = [], 0
-    for start, stop in [*(code.span() for code in CODE.finditer(text)), (len(text), len(text))]:
+    indented = ((start, stop) for start, stop, is_code in find_blocks(text) if is_code)
+    for start, stop in [*sorted([*(code.span() for code in CODE.finditer(text)), *indented]), (len(text), len(text))]:
         outside = HTML_HEADING.sub(lambda tag: f"\n{'#' * int(tag[1])} {' '.join(tag[2].split())}\n", text[end:start])
         outside = HTML.sub(lambda tag: " " if tag["block"] else "", outside)
-        parts += [html.unescape(outside), text[start:stop]]
-        end = stop
+        parts += [html.unescape(outside), text[max(start, end) : stop]]
+        end = max(end, stop)
     return "".join(parts)
 
 
+def find_blocks(text: str, *, indented: bool = True) -> list[tuple[int, int, bool]]:
+    """(start, stop, is code) of each code block and each other line. Code is fenced or, if `indented`, starts with four
+    spaces or a tab below an empty line; not in lists, whose items go on like that."""
+    blocks: list[tuple[int, int, bool]] = []
+    code, is_apart, in_list = None, True, False  # code: the block that an indented line continues
+    for match in BLOCK.finditer(text):
+        (start, stop), line = match.span(), match[0]
+        is_indented = indented and not match["fence"] and INDENTED.match(line)
+        if is_indented and code is not None:
+            blocks[code:] = [(blocks[code][0], stop, True)]
+        elif is_indented and is_apart and not in_list:
+            code = len(blocks)
+            blocks.append((start, stop, True))
+        else:
+            blocks.append((start, stop, bool(match["fence"])))
+            if line.strip():
+                code = None
+                in_list = bool(LIST_ITEM.match(line)) or (in_list and (line[0].isspace() or not is_apart))
+        is_apart = not line.strip()
+    return blocks
+
+
 def _blocks(text: str) -> Iterator[tuple[str, int, str]]:
-    """Yields (text, level, title) for each heading, fenced code block and other line; level 0: not a heading."""
-    blocks = [(match[0], bool(match["fence"])) for match in BLOCK.finditer(text)]
+    """Yields (text, level, title) for each heading, code block and other line; level 0: not a heading."""
+    blocks = [(text[start:stop], is_code) for start, stop, is_code in find_blocks(text)]
     before, i = "", 0
     while i < len(blocks):
         block, is_code = blocks[i]
