@@ -22,6 +22,11 @@ SIZES = {
     "num_attention_heads": 4,
     "intermediate_size": 40,
     "max_position_embeddings": 64,
+    "embedding_size": 16,
+    "dim": 32,
+    "n_layers": 2,
+    "n_heads": 4,
+    "hidden_dim": 40,
 }
 # Different and equal lengths, a single token, and a longer one. No token 0 or 1, because transformers gives the
 # embedding of padding no gradient.
@@ -43,6 +48,13 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
             is_norm = "norm" in name.lower() and name.endswith("weight")
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + is_norm)
     return model
+
+
+class Halved(torch.nn.Module):
+    """Stands for dropout where the places of two models are compared."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x / 2
 
 
 def load_both(folder: Path, model: torch.nn.Module, dtype: torch.dtype = torch.float64, **options):

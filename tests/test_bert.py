@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from families import Halved
 from naming import naming
 
 from embedft import load_embedder
@@ -160,13 +161,6 @@ def test_attention_dropout_is_there_when_asked_for_and_in_training_only(write_ti
     attention_dropouts.clear()
     assert torch.equal(encoder(packed), encoder(packed))
     assert set(attention_dropouts) == {0.0}
-
-
-class Halved(torch.nn.Module):
-    """Stands for dropout where the places of two models are compared."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x / 2
 
 
 def test_dropout_is_where_berts_is(tiny_bert):

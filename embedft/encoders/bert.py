@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from .attention import Sequences
 from .packing import Packed
-from .post_norm import Embeddings, Layer, bert_keys, check_settings
+from .post_norm import UNUSED, Embeddings, Stack, bert_keys, check_settings
 from .schema import Layers, Size
 from .weights import Keys
 
 # Tensors of checkpoints that the encoder does not use; they are kept and saved again.
-CARRIED = ("pooler.", "embeddings.position_ids", "cls.")
+CARRIED = (*UNUSED, "cls.")
 
 
 @dataclass(frozen=True)
@@ -56,16 +56,11 @@ class Bert(nn.Module):
         D, options = config.hidden_size, {"eps": config.layer_norm_eps, "dropout": config.hidden_dropout_prob}
         rows = config.vocab_size, config.max_position_embeddings, config.type_vocab_size
         self.embeddings = Embeddings(*rows, D, **options)
-        sizes = D, config.intermediate_size, config.num_attention_heads
-        layers = (Layer(*sizes, activation=config.hidden_act, **options) for _ in range(config.num_hidden_layers))
-        self.layers = nn.ModuleList(layers)
+        sizes = config.num_hidden_layers, D, config.intermediate_size, config.num_attention_heads
+        self.layers = Stack(*sizes, activation=config.hidden_act, **options)
 
     def forward(self, packed: Packed) -> Tensor:
-        sequences = Sequences(packed)
-        x_TD = self.embeddings(packed)
-        for layer in self.layers:
-            x_TD = layer(x_TD, sequences, self.attention_dropout if self.training else 0.0)
-        return x_TD
+        return self.layers(self.embeddings(packed), Sequences(packed), self.attention_dropout)
 
 
 def key_map(config: BertConfig) -> Keys:

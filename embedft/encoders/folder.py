@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..files import read_json, write_json
-from . import bert, custom, roberta
+from . import bert, custom, distilbert, electra, mpnet, roberta
 from .adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from .adapter import FORMATS, ROLES, fill, naming
 from .pooling import Pooling
@@ -42,6 +42,9 @@ FAMILIES: dict[str, ModuleType] = {
     "roberta": roberta,
     "camembert": roberta,
     "xlm-roberta": roberta,
+    "distilbert": distilbert,
+    "electra": electra,
+    "mpnet": mpnet,
 }
 # The modules of modules.json that are supported, by class name and in this order.
 MODULES, MODULE_TYPE = ("Transformer", "Pooling", "Normalize"), "sentence_transformers.models."

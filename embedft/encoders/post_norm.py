@@ -1,6 +1,6 @@
-"""The post-norm transformer that BERT, RoBERTa, DistilBERT, ELECTRA and MPNet share: embeddings and layers.
+"""The post-norm transformer that BERT, RoBERTa, DistilBERT, ELECTRA and MPNet share: embeddings, positions and layers.
 
-Each family has its own configuration, positions and key map. Dropout of attention weights is off by default: it rules
+Each family has its own configuration and key map. Dropout of attention weights is off by default: it rules
 out the fused kernels of CPU and CUDA.
 
 Shapes: T tokens, D hidden features, F feed-forward features, H heads, K = D / H, L tokens of the longest sequence.
@@ -12,6 +12,9 @@ from .attention import Sequences, attention
 from .layers import ACTIVATIONS, Dropout, Linear
 from .packing import Packed
 from .weights import Keys, layer_keys
+
+# Tensors of checkpoints that no encoder uses, in every family: heads, and a table of 0, 1, 2, ... that is no weight.
+UNUSED = ("pooler.", "classifier.", "qa_outputs.", "embeddings.position_ids")
 
 
 class Embeddings(nn.Module):
@@ -36,12 +39,32 @@ class Embeddings(nn.Module):
         return self.dropout(self.norm(x_TD + self.position(positions_T)))
 
 
-class Layer(nn.Module):
-    """x = LayerNorm(x + Attention(x)); x = LayerNorm(x + W2 act(W1 x)). Source: Vaswani et al. 2017, section 3.1."""
+def positions_behind_padding(packed: Packed, padding: int) -> Tensor:
+    """[T]: `padding` plus the number of other tokens up to this one in its sequence; `padding` at padding tokens.
+    Source: fairseq, `utils.make_positions`."""
+    is_text_T = (packed.input_ids != padding).long()
+    count_T = is_text_T.cumsum(0)
+    before_B = (count_T - is_text_T)[packed.cu_seqlens[:-1].long()]
+    return padding + is_text_T * (count_T - before_B.repeat_interleave(packed.lengths(), output_size=len(count_T)))
 
-    def __init__(self, features: int, inner: int, num_heads: int, *, activation: str, eps: float, dropout: float):
+
+class Layer(nn.Module):
+    """x = LayerNorm(x + Attention(x)); x = LayerNorm(x + W2 act(W1 x)). Source: Vaswani et al. 2017, section 3.1.
+    In training, what is added to x goes through dropout; without `drops_attended`, what attention gives does not."""
+
+    def __init__(
+        self,
+        features: int,
+        inner: int,
+        num_heads: int,
+        *,
+        activation: str,
+        eps: float,
+        dropout: float,
+        drops_attended: bool = True,
+    ):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.drops_attended = num_heads, drops_attended
         self.qkv = Linear(features, 3 * features)
         self.attention_out = Linear(features, features)
         self.attention_norm = nn.LayerNorm(features, eps=eps)
@@ -56,20 +79,41 @@ class Layer(nn.Module):
     ) -> Tensor:
         q_THK, k_THK, v_THK = self.qkv(x_TD).view(len(x_TD), 3, self.num_heads, -1).unbind(1)
         attended_TD = attention(q_THK, k_THK, v_THK, sequences, bias_HLL=bias_HLL, dropout=attention_dropout)
-        x_TD = self.attention_norm(x_TD + self.dropout(self.attention_out(attended_TD)))
+        attended_TD = self.attention_out(attended_TD)
+        x_TD = self.attention_norm(x_TD + (self.dropout(attended_TD) if self.drops_attended else attended_TD))
         activated_TF = self.activation(self.feed_forward_in(x_TD))
         return self.feed_forward_norm(x_TD + self.dropout(self.feed_forward_out(activated_TF)))
 
 
-def check_settings(config: object) -> None:
-    """Raises `ValueError` naming an invalid field among those of BERT's configuration."""
-    for name in ("layer_norm_eps", "hidden_dropout_prob"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(f"{name} is {str(getattr(config, name))[:60]}, expected 0 to 1")
-    if (D := config.hidden_size) % (H := config.num_attention_heads):
-        raise ValueError(f"hidden_size is {D}, expected a multiple of num_attention_heads, which is {H}")
-    if config.hidden_act not in ACTIVATIONS:
-        raise ValueError(f"hidden_act is {config.hidden_act[:60]!r}, expected one of {', '.join(ACTIVATIONS)}")
+class Stack(nn.ModuleList):
+    """`Layer`s one after the other."""
+
+    def __init__(self, num_layers: int, *sizes: int, **options):
+        super().__init__(Layer(*sizes, **options) for _ in range(num_layers))
+
+    def forward(
+        self, x_TD: Tensor, sequences: Sequences, attention_dropout: float, bias_HLL: Tensor | None = None
+    ) -> Tensor:
+        for layer in self:
+            x_TD = layer(x_TD, sequences, attention_dropout if self.training else 0.0, bias_HLL)
+        return x_TD
+
+
+def check_settings(config: object, **names: str) -> None:
+    """Raises `ValueError` naming an invalid field among those of BERT's configuration.
+    `names`: the family's names of fields by BERT's, where they differ."""
+
+    def name(field: str) -> str:
+        return names.get(field, field)
+
+    for field in ("layer_norm_eps", "hidden_dropout_prob"):
+        if not 0 <= getattr(config, name(field)) <= 1:
+            raise ValueError(f"{name(field)} is {str(getattr(config, name(field)))[:60]}, expected 0 to 1")
+    size, heads = name("hidden_size"), name("num_attention_heads")
+    if (D := getattr(config, size)) % (H := getattr(config, heads)):
+        raise ValueError(f"{size} is {D}, expected a multiple of {heads}, which is {H}")
+    if (found := getattr(config, name("hidden_act"))) not in ACTIVATIONS:
+        raise ValueError(f"{name('hidden_act')} is {found[:60]!r}, expected one of {', '.join(ACTIVATIONS)}")
     if (kind := getattr(config, "position_embedding_type", "absolute")) != "absolute":
         raise ValueError(f"position_embedding_type is {kind[:60]!r}, expected 'absolute'")
     if getattr(config, "is_decoder", False):

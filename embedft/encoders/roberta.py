@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from .attention import Sequences
 from .packing import Packed
-from .post_norm import Embeddings, Layer, bert_keys, check_settings
+from .post_norm import UNUSED, Embeddings, Stack, bert_keys, check_settings, positions_behind_padding
 from .schema import Index, Layers, Size
 from .weights import Keys
 
 # Tensors of checkpoints that the encoder does not use; they are kept and saved again.
-CARRIED = ("pooler.", "embeddings.position_ids", "lm_head.")
+CARRIED = (*UNUSED, "lm_head.")
 
 
 @dataclass(frozen=True)
@@ -55,25 +55,12 @@ class Roberta(nn.Module):
         D, options = config.hidden_size, {"eps": config.layer_norm_eps, "dropout": config.hidden_dropout_prob}
         rows = config.vocab_size, config.max_position_embeddings, config.type_vocab_size
         self.embeddings = Embeddings(*rows, D, **options)
-        sizes = D, config.intermediate_size, config.num_attention_heads
-        layers = (Layer(*sizes, activation=config.hidden_act, **options) for _ in range(config.num_hidden_layers))
-        self.layers = nn.ModuleList(layers)
+        sizes = config.num_hidden_layers, D, config.intermediate_size, config.num_attention_heads
+        self.layers = Stack(*sizes, activation=config.hidden_act, **options)
 
     def forward(self, packed: Packed) -> Tensor:
-        sequences = Sequences(packed)
-        x_TD = self.embeddings(packed, positions(packed, self.config.pad_token_id))
-        for layer in self.layers:
-            x_TD = layer(x_TD, sequences, self.attention_dropout if self.training else 0.0)
-        return x_TD
-
-
-def positions(packed: Packed, padding: int) -> Tensor:
-    """[T]: `padding` plus the number of other tokens up to this one in its sequence; `padding` at padding tokens.
-    Source: fairseq, `utils.make_positions`."""
-    is_text_T = (packed.input_ids != padding).long()
-    count_T = is_text_T.cumsum(0)
-    before_B = (count_T - is_text_T)[packed.cu_seqlens[:-1].long()]
-    return padding + is_text_T * (count_T - before_B.repeat_interleave(packed.lengths(), output_size=len(count_T)))
+        x_TD = self.embeddings(packed, positions_behind_padding(packed, self.config.pad_token_id))
+        return self.layers(x_TD, Sequences(packed), self.attention_dropout)
 
 
 def key_map(config: RobertaConfig) -> Keys:

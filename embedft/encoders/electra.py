@@ -1,0 +1,73 @@
+"""ELECTRA (Clark et al. 2020): its discriminators, and the embedding models and rerankers trained from them.
+
+BERT whose token vectors may be narrower than its layers; a linear map then widens them.
+
+Shapes: T tokens, D hidden features, E features of the token vectors.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .attention import Sequences
+from .layers import Linear
+from .packing import Packed
+from .post_norm import UNUSED, Embeddings, Stack, bert_keys, check_settings
+from .schema import Layers, Size
+from .weights import Keys
+
+# Tensors of checkpoints that the encoder does not use; they are kept and saved again.
+CARRIED = (*UNUSED, "discriminator_predictions.", "generator_predictions.", "generator_lm_head.")
+
+
+@dataclass(frozen=True)
+class ElectraConfig:
+    """The fields of config.json that the encoder uses."""
+
+    vocab_size: Size
+    embedding_size: Size
+    hidden_size: Size
+    num_hidden_layers: Layers
+    num_attention_heads: int
+    intermediate_size: Size
+    max_position_embeddings: Size
+    type_vocab_size: Size = 2
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+    hidden_dropout_prob: float = 0.1
+    position_embedding_type: str = "absolute"
+    is_decoder: bool = False
+
+    def __post_init__(self):
+        check_settings(self)
+
+    @property
+    def max_length(self) -> int:
+        return self.max_position_embeddings
+
+
+class Electra(nn.Module):
+    """Packed tokens -> hidden states [T, D]. Set `attention_dropout` to the probability to use in training."""
+
+    def __init__(self, config: ElectraConfig):
+        super().__init__()
+        self.config, self.attention_dropout = config, 0.0
+        D, E = config.hidden_size, config.embedding_size
+        options = {"eps": config.layer_norm_eps, "dropout": config.hidden_dropout_prob}
+        rows = config.vocab_size, config.max_position_embeddings, config.type_vocab_size
+        self.embeddings = Embeddings(*rows, E, **options)
+        self.widen = Linear(E, D) if E != D else nn.Identity()
+        sizes = config.num_hidden_layers, D, config.intermediate_size, config.num_attention_heads
+        self.layers = Stack(*sizes, activation=config.hidden_act, **options)
+
+    def forward(self, packed: Packed) -> Tensor:
+        x_TD = self.widen(self.embeddings(packed))
+        return self.layers(x_TD, Sequences(packed), self.attention_dropout)
+
+
+def key_map(config: ElectraConfig) -> Keys:
+    """Our modules -> the checkpoint's."""
+    return {"widen": "embeddings_project"} | bert_keys(config.hidden_size, config.num_hidden_layers)
+
+
+Config, Encoder = ElectraConfig, Electra  # the names every family exports
