@@ -143,7 +143,7 @@ def _read_names(path: Path, files: Mapping[str, Any], encoder: nn.Module, family
     wanted = {name for stack in keys.values() for name in stack}
     prefix, stored = _prefix(files, wanted), {}
     for name in files:
-        new = name.removeprefix(prefix)
+        new = _without_prefix(name, prefix)
         for old, better in OLD_NAMES.items():
             new = new.replace(old, better)
         if new in stored:
@@ -175,6 +175,13 @@ def _prefix(names: Iterable[str], wanted: set[str]) -> str:
     first = min(wanted)
     prefixes = {"", *(name.removesuffix(first) for name in stored if name.endswith("." + first))}
     return max(sorted(prefixes), key=lambda prefix: sum(prefix + name in stored for name in wanted))
+
+
+def _without_prefix(name: str, prefix: str) -> str:
+    """Heads have only the first words of the encoder's prefix: "module." beside "module.bert."."""
+    while not name.startswith(prefix):
+        prefix = prefix[: prefix.rfind(".", 0, -1) + 1]
+    return name.removeprefix(prefix)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
