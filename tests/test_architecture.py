@@ -35,7 +35,7 @@ LAYERS = {
     **dict.fromkeys(LEAVES, LEAVES),
 }
 # These join the parts, so they may import any of them; no part imports these.
-TOP = ("__init__", "__main__", "cli", "commands", "recipe")
+TOP = ("__init__", "__main__", "cli", "commands", "recipe", "recipe_scorer")
 
 
 class Package(NamedTuple):

@@ -10,6 +10,7 @@ from tiny import make_dataset, make_embedder
 
 from embedft import RetrievalDataset, mine
 from embedft.cli import main
+from embedft.encoders.scoring import load_scorer, new_scorer
 
 RANKS = ["--ranks", "2", "9"]
 
@@ -36,6 +37,21 @@ def test_mines_and_trains(place, capsys):
     assert err == ""
     options = ["--num-negatives", "2", "--epochs", "1", "--batch-size", "4", "--out", "run"]
     assert main(["finetune", "model", "new/mined.jsonl", *options]) == 0
+
+
+def test_a_cross_encoder_decides_what_is_too_close(place, capsys):
+    """All scores are between 0 and 1, so a margin of 2 leaves nothing."""
+    new_scorer(make_embedder(place / "model")).save("scorer")
+    command = ["mine", "model", "pairs.json", "--out", "mined.jsonl", *RANKS, "--scorer", "scorer"]
+    assert main([*command, "--absolute-margin", "2"]) == 2
+    assert names(capsys.readouterr().err, "negatives", "margins")
+    assert main([*command, "--absolute-margin", "0"]) == 0
+    found, scorer = RetrievalDataset.load("mined.jsonl"), load_scorer("scorer", device="cpu")
+    options = {"ranks": (2, 9), "absolute_margin": 0.0}
+    assert (
+        found.negatives == mine(make_embedder(place / "model"), make_dataset(12, 9), scorer=scorer, **options).negatives
+    )
+    assert found.negatives != mine(make_embedder(place / "model"), make_dataset(12, 9), **options).negatives
 
 
 def test_options_reach_the_search(place, capsys):

@@ -37,6 +37,7 @@ WRAPPERS = ("plain", "matryoshka")
 # Sums over queries, whose scores are computed some rows at a time; the second ones where documents have windows.
 SUMS = {"in_batch_negatives", "learnable_temperature", "multi_positive", "sigmoid", "learnable_sigmoid", "sum"}
 LISTED = {"triplet", "contrastive", "online_contrastive", "cosine_mse", "cosent", "angle", "margin_mse", "listwise_kl"}
+LISTED |= {"listwise_cross_entropy", "binary_cross_entropy"}
 DEVICES = [
     "cpu",
     *(name for name, module in (("cuda", torch.cuda), ("mps", torch.backends.mps)) if module.is_available()),

@@ -262,7 +262,7 @@ def test_any_loss_is_taken(name):
     Q, D, qrels = problem()
     spec = {"name": name, **options.get(name, {})}
     config = replace(PLAIN, objective="in_batch", loss=spec, batch_size=10, epochs=2)
-    if name in ("margin_mse", "listwise_kl", "triplet", "contrastive", "online_contrastive"):
+    if name in ("margin_mse", "listwise_kl", "listwise_cross_entropy", "triplet", "contrastive", "online_contrastive"):
         with pytest.raises(ValueError, match=naming(name, 1, "negatives")):
             fit_adapter(Q, D, qrels, config)
         qrels = {i: {**grades, (i + 1) % 12: 0, (i + 5) % 12: 0} for i, grades in qrels.items()}

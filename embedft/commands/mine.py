@@ -33,6 +33,7 @@ class Options(Adapted, Guards, Windows, Data):
     num_negatives: int = option(4, "negatives per question")
     sampling: Literal["random", "top"] = option("random", "draw from the ranks at random, or take the first")
     seed: int = option(0, "random seed of the draw")
+    scorer: str | None = option(None, "cross-encoder whose scores the guards compare [MODEL's own]", metavar="MODEL")
     replace: bool = option(False, "drop the negatives in DATA; otherwise they come first")
     overwrite: bool = option(False, "replace FILE.jsonl")
 
@@ -46,8 +47,9 @@ def run(options: Options) -> None:
     check_output(options.out, overwrite=options.overwrite)
     dataset = load_training_data(options.data, options)
     embedder = load_encoder(options)
+    scorer = None if options.scorer is None else embedft.load_scorer(options.scorer, device=options.device)
     names = ("ranks", "num_negatives", "seed", "sampling", "replace", "dim", "passages", *Guards.__annotations__)
-    mined = embedft.mine(embedder, dataset, **{name: getattr(options, name) for name in names})
+    mined = embedft.mine(embedder, dataset, scorer=scorer, **{name: getattr(options, name) for name in names})
     counts = {q: len(mined.negatives.get(q, ())) for q in mined.queries if mined.relevant(q)}
     if not any(counts.values()):
         raise ValueError("found no negatives, so nothing is written: the margins or the ranks leave none")

@@ -11,7 +11,7 @@ Shapes: B queries, M documents, C columns for them (windows, if passages), G lis
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -91,17 +91,11 @@ class Collate:
         relevant = ((row, self.dataset.texts[i]) for row, q in enumerate(query_ids) for i in self.dataset.relevant(q))
         known = dict.fromkeys((row, column_of[text]) for row, text in relevant if text in column_of)
         packed = self._pack_documents(documents, rows, draw)
-        width = max(1 + self.num_negatives, *(len(row) for _, row in rows))
-
-        def look_up(given: Mapping[str, Mapping[str, float]]) -> Tensor:
-            return _table([[given.get(q, {}).get(i, 0) for i in row.values()] for q, row in rows], width, 0).float()
-
         number_of = {query_id: number for number, query_id in enumerate(dict.fromkeys(query_ids))}
         has_twice = len(number_of) < len(query_ids)
-        targets = Targets(
-            group=_table([[column_of[text] for text in row] for _, row in rows], width, -1),
-            relevance=look_up(self.dataset.qrels) if self.relevance else None,
-            target_scores=look_up(self.dataset.scores) if self.target_scores else None,
+        targets = self._targets(rows, [[column_of[text] for text in row] for _, row in rows])
+        targets = replace(
+            targets,
             known=torch.tensor(list(known), dtype=torch.int64).reshape(-1, 2),
             document=None if self.passages is None else packed.source,
             query=torch.tensor([number_of[query_id] for query_id in query_ids]) if has_twice else None,
@@ -109,6 +103,19 @@ class Collate:
         queries = self.pack([self.dataset.queries[query_id] for query_id in query_ids], role="query")
         sources = [query_id.partition("/")[0] for query_id in query_ids] if self.with_sources else None
         return Batch(queries, packed, targets, query_ids, list(documents.values()), sources)
+
+    def _targets(self, rows: list[tuple[str, dict[str, str]]], columns: list[list[int]]) -> Targets:
+        """Group, relevance and target scores; `columns`: those of the documents of each row."""
+        width = max(1 + self.num_negatives, *(len(row) for _, row in rows))
+
+        def look_up(given: Mapping[str, Mapping[str, float]]) -> Tensor:
+            return _table([[given.get(q, {}).get(i, 0) for i in row.values()] for q, row in rows], width, 0).float()
+
+        return Targets(
+            group=_table(columns, width, -1),
+            relevance=look_up(self.dataset.qrels) if self.relevance else None,
+            target_scores=look_up(self.dataset.scores) if self.target_scores else None,
+        )
 
     def _distinct(self, document_ids: Iterable[str]) -> dict[str, str]:
         """{text: the first document id that has it}."""
@@ -140,6 +147,25 @@ class Collate:
             kept += [first + window for window in chosen]
             first += count
         return take(packed, torch.tensor(kept))
+
+
+@dataclass(frozen=True, eq=False)
+class PairCollate(Collate):
+    """Collates for a cross-encoder: the batch's documents are pairs of a query and a document listed for it, one column
+    each, so only losses over listed documents can use them. `pack`, `pack_pairs`: as `Scorer.pack`, `pack_pairs`."""
+
+    pack_pairs: Callable[[Sequence[tuple[str, str]]], Packed] | None = None
+
+    def __call__(self, examples: Sequence[Example], *, draw: tuple[int, int] = (0, 0)) -> Batch:
+        """Collates examples; nothing is drawn."""
+        rows = [(example[0], self._distinct(self.listed(example))) for example in examples]
+        texts = [self.dataset.queries[query_id] for query_id, _ in rows]
+        pairs = [(text, document) for text, (_, row) in zip(texts, rows, strict=True) for document in row]
+        places = itertools.count()
+        targets = self._targets(rows, [[next(places) for _ in row] for _, row in rows])
+        document_ids = [document_id for _, row in rows for document_id in row.values()]
+        queries = self.pack(texts, role="query")
+        return Batch(queries, self.pack_pairs(pairs), targets, [query_id for query_id, _ in rows], document_ids)
 
 
 def _table(rows: list[list[float]], width: int, fill: int) -> Tensor:

@@ -144,7 +144,7 @@ def write_folder(folder: Path, embedder: nn.Module) -> None:
     source, tokenizer, adapter = embedder.source, embedder.tokenizer, embedder.adapter
     # First, because a nonlinear map raises, and so does an encoder that could not be built again.
     dense = {role: part and part.dense() for role in ROLES if adapter for part in [adapter.map_of(role)]}
-    config, tensors = _encoder_parts(embedder.encoder, source)
+    config, tensors = encoder_parts(embedder.encoder, source)
     write_tensors(folder / WEIGHTS_FILE, tensors)
     # transformers loads weights in the dtype that config.json names, so it must match theirs.
     dtype = str(next(embedder.encoder.parameters()).dtype).removeprefix("torch.")
@@ -169,7 +169,7 @@ def write_folder(folder: Path, embedder: nn.Module) -> None:
     write_json(folder / MODULES_FILE, entries)
 
 
-def _encoder_parts(encoder: nn.Module, source: Source | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def encoder_parts(encoder: nn.Module, source: Source | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """config.json, and the tensors by the names of the checkpoint."""
     family = next((family for family in FAMILIES.values() if type(encoder) is family.Encoder), None)
     if family is None:

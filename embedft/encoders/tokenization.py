@@ -72,6 +72,17 @@ class Tokenizer:
         """Token ids of each text with special tokens, truncated to `max_length`."""
         return [encoding.ids for encoding in self.backend.encode_batch_fast(check_texts(texts))]
 
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+        """(token ids, token types) of each pair of texts, with special tokens; the longer text is truncated first."""
+        wrong = next(
+            (i for i, pair in enumerate(pairs) if not (isinstance(pair, tuple | list) and len(pair) == 2)), None
+        )
+        if wrong is not None:
+            raise ValueError(f"pairs[{wrong}] is {reprlib.repr(pairs[wrong])}, expected two texts")
+        firsts, seconds = ([pair[side] for pair in pairs] for side in (0, 1))
+        pairs = list(zip(check_texts(firsts), check_texts(seconds), strict=True))
+        return [(encoding.ids, encoding.type_ids) for encoding in self.backend.encode_batch(pairs)]
+
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each whole text: no special tokens, no truncation."""
         return [encoding.ids for encoding in self._whole(texts, special=False)]

@@ -102,8 +102,11 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         return {name: file.get_tensor(name) for name, file in files.items()}
 
 
-def read_encoder(folder: Path, family: Any, config: Any, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor]]:
+def read_encoder(
+    folder: Path, family: Any, config: Any, dtype: torch.dtype, *, carried: tuple[str, ...] = ()
+) -> tuple[nn.Module, dict[str, Tensor]]:
     """The encoder with its weights, and the checkpoint's other tensors, which are only carried along.
+    `carried`: beginnings of the names of tensors that may be there besides the family's CARRIED.
     Raises `ValueError` for a size in config.json that exceeds any tensor's, before building a module, and for
     tensors that are missing, unexpected, or of the wrong shape or type, naming them."""
     if isinstance(family, custom.Family):
@@ -117,7 +120,7 @@ def read_encoder(folder: Path, family: Any, config: Any, dtype: torch.dtype) -> 
         _check_sizes(folder / CONFIG_FILE, config, files, path.name)
         with torch.device("meta"):
             encoder = family.Encoder(config)
-        names = _read_names(path, files, encoder, family)
+        names = _read_names(path, files, encoder, family, (*family.CARRIED, *carried))
         keys = tensor_keys(encoder.state_dict(), family.key_map(config))
         tensors = {name: files[stored].get_tensor(stored) for name, stored in names.items()}
     state = {ours: torch.cat([tensors.pop(name).to(dtype) for name in stack]) for ours, stack in keys.items()}
@@ -136,7 +139,9 @@ def _check_sizes(path: Path, config: Any, files: Mapping[str, Any], listed: str)
             raise ValueError(f"{path}: {field.name} is {str(value)[:60]}, but {listed} has {limit} {what}")
 
 
-def _read_names(path: Path, files: Mapping[str, Any], encoder: nn.Module, family: ModuleType) -> dict[str, str]:
+def _read_names(
+    path: Path, files: Mapping[str, Any], encoder: nn.Module, family: ModuleType, carried: tuple[str, ...]
+) -> dict[str, str]:
     """{name of a tensor, without a prefix and in the newer form: its name in the file}, having checked them all."""
     state = encoder.state_dict()
     keys = tensor_keys(state, family.key_map(encoder.config))
@@ -150,7 +155,7 @@ def _read_names(path: Path, files: Mapping[str, Any], encoder: nn.Module, family
             raise ValueError(f"{path}: {new} is stored twice, as {stored[new]} and as {name}")
         stored[new] = name
     faults = [f"missing {name}" for name in sorted(wanted - stored.keys())]
-    faults += [f"unexpected {x}" for x in sorted(stored.keys() - wanted) if not x.startswith(family.CARRIED)]
+    faults += [f"unexpected {x}" for x in sorted(stored.keys() - wanted) if not x.startswith(carried)]
     for ours, stack in keys.items():
         for name, rows in stack.items():
             if name not in stored:

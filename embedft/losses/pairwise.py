@@ -37,6 +37,39 @@ def triplet(Q: Tensor, D: Tensor, targets: Targets, *, margin: float = 5.0, dist
     return losses_BGG.where(is_triplet_BGG, 0).sum() / is_triplet_BGG.sum().clamp(min=1)
 
 
+def listwise_cross_entropy(
+    Q: Tensor, D: Tensor, targets: Targets, *, temperature: float = 1.0, similarity: str = "dot", windows: str = "max"
+) -> Tensor:
+    """Mean over queries of -log softmax(s / temperature) at a positive, over it and the query's hard negatives; for
+    several positives the mean of theirs. Queries without a negative count as 0.
+
+    s is the similarity: for a cross-encoder (encoders/scoring.py) its logit.
+
+    Source: Gao et al. 2021 (Rethink training of BERT rerankers), equation 3, localized contrastive estimation."""
+    check_number("temperature", temperature, above=0)
+    targets.check_several("listwise_cross_entropy")
+    scores_BG = listed_scores(Q, D, targets, similarity=similarity, windows=windows) / temperature
+    positive_BG, lowest = targets.listed_positive, torch.finfo(scores_BG.dtype).min / 2
+    negatives_B1 = scores_BG.masked_fill(~targets.listed_negative, lowest).logsumexp(dim=1, keepdim=True)
+    losses_BG = torch.logaddexp(scores_BG, negatives_B1) - scores_BG
+    losses_B = losses_BG.where(positive_BG, 0).sum(dim=1) / positive_BG.sum(dim=1).clamp(min=1)
+    return losses_B.where(targets.listed_negative.any(dim=1), 0).mean()
+
+
+def binary_cross_entropy(
+    Q: Tensor, D: Tensor, targets: Targets, *, scale: float = 1.0, similarity: str = "dot", windows: str = "max"
+) -> Tensor:
+    """Mean over listed pairs of -log sigmoid(scale * s) for positives and -log sigmoid(-scale * s) for negatives.
+    s is as in `listwise_cross_entropy`.
+    Source: Nogueira and Cho 2019 (Passage re-ranking with BERT), section 2, without its sums; equals
+    sentence-transformers' BinaryCrossEntropyLoss for cross-encoders."""
+    check_number("scale", scale, above=0)
+    scores_BG = scale * listed_scores(Q, D, targets, similarity=similarity, windows=windows)
+    positive_BG, negative_BG = targets.listed_positive, targets.listed_negative
+    total = F.softplus(-scores_BG).where(positive_BG, 0).sum() + F.softplus(scores_BG).where(negative_BG, 0).sum()
+    return total / (positive_BG.sum() + negative_BG.sum()).clamp(min=1)
+
+
 def contrastive(
     Q: Tensor, D: Tensor, targets: Targets, *, margin: float = 0.5, distance: str = "cosine", reduction: str = "mean"
 ) -> Tensor:

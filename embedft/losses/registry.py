@@ -33,6 +33,8 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "learnable_sigmoid": contrastive.LearnableSigmoid,
     "guided_in_batch_negatives": guided.guided_in_batch_negatives,
     "triplet": pairwise.triplet,
+    "listwise_cross_entropy": pairwise.listwise_cross_entropy,
+    "binary_cross_entropy": pairwise.binary_cross_entropy,
     "contrastive": pairwise.contrastive,
     "online_contrastive": pairwise.online_contrastive,
     "cosine_mse": pairwise.cosine_mse,

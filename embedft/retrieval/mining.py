@@ -29,6 +29,7 @@ import numpy as np
 from ..data.dataset import RetrievalDataset
 from .encoding import Slice, SupportsEncode, encode, encode_documents, sorted_corpus, truncate
 from .index import Found
+from .rerank import SupportsScore, score_listed
 from .search import Setting, check_settings, search_slices
 
 Pick = Literal["random", "top"]
@@ -50,6 +51,7 @@ def mine(
     dim: int | None = None,
     passages: Sequence[int] | None = None,
     slice_documents: int | None = None,
+    scorer: SupportsScore | None = None,
 ) -> RetrievalDataset:
     """The dataset with `negatives`, hardest first, for every query that has a relevant document; the rest is unchanged.
 
@@ -61,6 +63,8 @@ def mine(
         relative_margin: 0.05 keeps documents that score at most 95% of p, for p above 0.
         replace: drop the dataset's own negatives. False: they stay, before the mined ones and not counted.
         dim, passages, slice_documents: as for `Searcher`.
+        scorer: a cross-encoder whose scores, of candidates and relevant documents, replace the embedder's in margins
+            and limits. It scores every candidate: Q times the number of ranks.
 
     Raises `ValueError` for an option out of range, or if no query has a relevant document."""
     first, last = _checked_ranks(ranks, num_negatives, len(dataset.corpus))
@@ -74,12 +78,10 @@ def mine(
         if not valid:
             raise ValueError(f"{name} is {value!r}, expected {expected}")
     relevant, ids, found, lowest_Q = _search(embedder, dataset, last, Setting(dim, passages=passages), slice_documents)
-    limit_Q = np.full(len(relevant), high)
-    if absolute_margin is not None:
-        limit_Q = np.minimum(limit_Q, lowest_Q - absolute_margin)
-    if relative_margin is not None:
-        limit_Q = np.minimum(limit_Q, lowest_Q - relative_margin * np.abs(lowest_Q))
     scores_QK = found.scores.astype(np.float64)
+    if scorer is not None:
+        lowest_Q = _rescore(scorer, dataset, relevant, ids, found.rows[:, first - 1 :], scores_QK[:, first - 1 :])
+    limit_Q = _highest(lowest_Q, high, absolute_margin, relative_margin)
     fits_QK = (low <= scores_QK) & (scores_QK <= limit_Q[:, None]) & (np.arange(scores_QK.shape[1]) >= first - 1)
     answers, negatives = dataset.answers(), {} if replace else dict(dataset.negatives)
     for query_id, rows_K, fits_K in zip(relevant, found.rows, fits_QK, strict=True):
@@ -93,6 +95,14 @@ def mine(
         if chosen := _chosen(list(candidates.values()), num_negatives, sampling, seed, query_id):
             negatives[query_id] = [*kept, *chosen]
     return dataclasses.replace(dataset, negatives={i: negatives[i] for i in dataset.queries if i in negatives})
+
+
+def _highest(lowest_Q: np.ndarray, high: float, absolute: float | None, relative: float | None) -> np.ndarray:
+    """The highest score that a negative of each query may have, [Q]."""
+    limits = [np.full(len(lowest_Q), high)]
+    limits += [] if absolute is None else [lowest_Q - absolute]
+    limits += [] if relative is None else [lowest_Q - relative * np.abs(lowest_Q)]
+    return np.min(limits, axis=0)
 
 
 def _plain(text: str) -> str:
@@ -130,6 +140,22 @@ def _search(
     parts = encode_documents(embedder, documents, setting.passages, slice_documents, {})
     found, *_ = search_slices(embedder, map(score_relevant, parts), {setting.dim: queries_QD}, depth)
     return relevant, ids, found[setting.dim], lowest_Q
+
+
+def _rescore(
+    scorer: SupportsScore,
+    dataset: RetrievalDataset,
+    relevant: dict[str, list[str]],
+    ids: list[str],
+    rows_QK: np.ndarray,
+    scores_QK: np.ndarray,
+) -> np.ndarray:
+    """Puts the scorer's scores of the candidates into `scores_QK`; returns the lowest of the relevant ones, [Q]."""
+    listed = {i: [ids[row] for row in rows_K if row >= 0] for i, rows_K in zip(relevant, rows_QK.tolist(), strict=True)}
+    scores = score_listed(scorer, dataset, {i: list(dict.fromkeys([*listed[i], *relevant[i]])) for i in relevant})
+    for scores_K, query_id in zip(scores_QK, relevant, strict=True):
+        scores_K[: len(listed[query_id])] = [scores[query_id][document_id] for document_id in listed[query_id]]
+    return np.array([min(scores[query_id][document_id] for document_id in relevant[query_id]) for query_id in relevant])
 
 
 def _chosen(candidates: list[str], number: int, sampling: str, seed: int, query_id: str) -> list[str]:

@@ -1,0 +1,291 @@
+"""Cross-encoders: a query and a document in one sequence, one score. Slower than vectors and sharper, so they rescore
+what a search found, teach an embedder (`listwise_kl`), and tell hard negatives from unjudged answers.
+
+    scorer = load_scorer("cross-encoder/ms-marco-MiniLM-L6-v2")
+    scorer.score([("what is a limit order?", "A limit order ...")])      # [1] float32
+    scorer.embed(scorer.pack_pairs(pairs), role="document")              # [P, 1] logits, with gradient
+
+To losses and the training loop a scorer looks like an embedder with one feature: the "document" of a pair is its score,
+every "query" is 1, and their dot product is the score. So every loss over listed documents trains it.
+
+Shapes: P pairs, B queries, T tokens, D features.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import device as devices
+from ..device import default_device, find_device
+from ..files import write_json
+from ..progress import progress_bar
+from .adapter import check_role, fill
+from .embedder import Embedder
+from .fingerprint import fingerprint
+from .folder import Source, encoder_parts, read_config, read_tokenizer
+from .layers import ACTIVATIONS, Dropout, Linear
+from .loading import find_folder
+from .packing import Packed, cut_by_tokens, pack, sort_by_length
+from .pooling import Pooling
+from .schema import CONFIG_FILE
+from .tokenization import Tokenizer, check_texts
+from .weights import WEIGHTS_FILE, read_encoder, write_tensors
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A family's classification head in checkpoints: out(norm(activation(dense(x)))), without `norm` if it is ""."""
+
+    prefix: str  # before the encoder's tensors
+    dense: str
+    activation: str
+    out: str
+    norm: str = ""
+
+    def names(self) -> dict[str, str]:
+        """{our module: the checkpoint's}."""
+        return {field: name for field in ("dense", "norm", "out") if (name := getattr(self, field))}
+
+
+ROBERTA = Layout("roberta.", "classifier.dense", "tanh", "classifier.out_proj")
+# By `model_type` of config.json.
+LAYOUTS = {
+    "bert": Layout("bert.", "pooler.dense", "tanh", "classifier"),
+    "roberta": ROBERTA,
+    "camembert": ROBERTA,
+    "xlm-roberta": ROBERTA,
+    "distilbert": Layout("distilbert.", "pre_classifier", "relu", "classifier"),
+    "electra": Layout("electra.", "classifier.dense", "gelu", "classifier.out_proj"),
+    "mpnet": Layout("mpnet.", "classifier.dense", "tanh", "classifier.out_proj"),
+    "modernbert": Layout("model.", "head.dense", "gelu", "classifier", norm="head.norm"),
+}
+
+
+class Head(nn.Module):
+    """Pooled vectors [P, D] -> scores [P, 1]. `biased`: the modules that have a bias."""
+
+    def __init__(self, layout: Layout, features: int, *, dropout: float, biased: Sequence[str] = ("dense", "out")):
+        super().__init__()
+        self.dense = Linear(features, features, bias="dense" in biased)
+        self.norm = nn.LayerNorm(features, bias="norm" in biased) if layout.norm else None
+        self.out = Linear(features, 1, bias="out" in biased)
+        self.activation = ACTIVATIONS[layout.activation]
+        self.dropout = Dropout(dropout)
+        for linear in (self.dense, self.out):
+            nn.init.normal_(linear.weight, std=0.02)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+
+    def forward(self, pooled_PD: Tensor) -> Tensor:
+        x_PD = self.activation(self.dense(pooled_PD))
+        return self.out(self.dropout(x_PD if self.norm is None else self.norm(x_PD)))
+
+
+class Scorer(nn.Module):
+    """Tokenizer, encoder and head: pairs of texts in, scores out.
+
+    `sigmoid`: whether `score` maps logits to 0 to 1; losses always get logits. `pooling`: None: the first token."""
+
+    full_dim, normalize, similarity, adapter, store = 1, False, "dot", None, None  # as of an Embedder
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        head: Head,
+        tokenizer: Tokenizer,
+        *,
+        source: Source,
+        pooling: Pooling | None = None,
+        sigmoid: bool = True,
+    ):
+        super().__init__()
+        self.encoder, self.head, self.tokenizer, self.source, self.sigmoid = encoder, head, tokenizer, source, sigmoid
+        self.pooling = pooling or Pooling(("cls",), encoder.config.hidden_size)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def max_length(self) -> int:
+        """Pairs are truncated to this many tokens, the longer text first; can be set."""
+        return self.tokenizer.max_length
+
+    @max_length.setter
+    def max_length(self, value: int) -> None:
+        if value > (limit := self.encoder.config.max_length):
+            raise ValueError(f"max_length is {value}, expected at most the encoder's {limit} positions")
+        self.tokenizer.max_length = value
+
+    def pack_pairs(self, pairs: Sequence[tuple[str, str]]) -> Packed:
+        """Tokenizes and packs (query, document) pairs, on the CPU."""
+        return self._pack(self.tokenizer.encode_pairs(pairs))
+
+    def _pack(self, tokens: list[tuple[list[int], list[int]]]) -> Packed:
+        """Packs token ids with their types, if the encoder distinguishes any."""
+        packed = pack([ids for ids, _ in tokens])
+        types_T = torch.tensor([kind for _, types in tokens for kind in types], dtype=torch.int64)
+        has_types = getattr(self.encoder.config, "type_vocab_size", 0) > 1 and types_T.any()
+        return packed._replace(token_types=types_T) if has_types else packed
+
+    def pack(self, texts: Sequence[str], *, role: str) -> Packed:
+        """One token for each text: the queries of a training batch, which `embed` maps to 1 (see above)."""
+        check_role(role)
+        return pack([[0]] * len(check_texts(texts)))
+
+    def embed(self, packed: Packed, *, role: str) -> Tensor:
+        """Logits of packed pairs, [P, 1], with gradient; for role "query" a 1 for each sequence."""
+        check_role(role)
+        if role == "query":
+            # With a gradient, which leads nowhere, because gradient caching asks every vector for one.
+            return torch.ones(packed.num_sequences, 1, device=self.device, requires_grad=torch.is_grad_enabled())
+        sorted_packed, place_P = sort_by_length(packed)
+        sorted_packed = sorted_packed.to(self.device)
+        pooled_PD = self.pooling(self.encoder(sorted_packed), sorted_packed)
+        return self.head(pooled_PD.to(self.head.dense.weight.dtype))[place_P.to(self.device)].float()
+
+    def embed_pair(self, queries: Packed, documents: Packed) -> tuple[Tensor, Tensor]:
+        """Ones [B, 1] and the logits of pairs [P, 1]."""
+        return self.embed(queries, role="query"), self.embed(documents, role="document")
+
+    def score(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        sigmoid: bool | None = None,
+        batch_tokens: int | None = None,
+        progress: bool | None = None,
+        slice_pairs: int = 4_096,
+    ) -> np.ndarray:
+        """Scores of (query, document) pairs, [P] float32, in the same order; without dropout or gradient.
+
+        Args:
+            sigmoid: map logits to 0 to 1; None: as the model says.
+            batch_tokens: tokens per forward pass; None: depends on the device. A longer pair is a batch of its own.
+            progress: show a bar; None: when stderr is a terminal.
+            slice_pairs: pairs tokenized and sorted by length at a time; bounds memory.
+
+        Raises `ValueError` for what is not a pair of strings, or a score that is not finite, naming its query."""
+        limit = devices.batch_tokens(self.device) if batch_tokens is None else batch_tokens
+        sigmoid = self.sigmoid if sigmoid is None else sigmoid
+        scores_P, was_training = np.empty(len(pairs), dtype=np.float32), self.training
+        self.eval()
+        try:
+            with torch.inference_mode(), progress_bar(len(pairs), "score", unit="pair", show=progress) as bar:
+                for start in range(0, len(pairs), slice_pairs):
+                    tokens = self.tokenizer.encode_pairs(pairs[start : start + slice_pairs])
+                    order = sorted(range(len(tokens)), key=lambda row: -len(tokens[row][0]))
+                    for places in cut_by_tokens([len(tokens[row][0]) for row in order], limit):
+                        rows = order[places.start : places.stop]
+                        logits_P = self.embed(self._pack([tokens[row] for row in rows]), role="document")[:, 0]
+                        found_P = (logits_P.sigmoid() if sigmoid else logits_P).cpu().numpy()
+                        if len(wrong := np.flatnonzero(~np.isfinite(found_P))):
+                            text = pairs[start + rows[wrong[0]]][0]
+                            raise ValueError(f"the score of {text[:60]!r} is not finite: check the model's weights")
+                        scores_P[[start + row for row in rows]] = found_P
+                        bar.update(len(rows))
+        finally:
+            self.train(was_training)
+        return scores_P
+
+    def sha256(self) -> str:
+        """SHA-256 of everything that scores depend on except precision, as 64 hexadecimal digits."""
+        config = sorted((field.name, getattr(self.encoder.config, field.name)) for field in fields(self.encoder.config))
+        settings = {"config": config, "max_length": self.max_length, "tokenizer": self.tokenizer.sha256()}
+        settings |= {"pooling": self.pooling.names, "sigmoid": self.sigmoid}
+        functions = [*self.pooling.functions, Tokenizer, pack, type(self).embed]
+        found = fingerprint([self.encoder, self.head, self.pooling], settings, functions=functions)
+        return hashlib.sha256(found.encode()).hexdigest()
+
+    def save(self, folder: str | Path) -> None:
+        """Writes a folder that `load_scorer`, transformers and sentence-transformers' CrossEncoder can read, each file
+        atomically."""
+        folder, layout = Path(folder), LAYOUTS[self.source.config["model_type"]]
+        config, tensors = encoder_parts(self.encoder, self.source)
+        tensors = {layout.prefix + name: x for name, x in tensors.items()}
+        for name, x in self.head.state_dict().items():
+            module, _, kind = name.partition(".")
+            theirs = layout.names()[module]
+            tensors[f"{layout.prefix * theirs.startswith('pooler.')}{theirs}.{kind}"] = x
+        write_tensors(folder / WEIGHTS_FILE, tensors)
+        dtype = str(self.head.dense.weight.dtype).removeprefix("torch.")
+        labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        activation = f"torch.nn.modules.{'activation.Sigmoid' if self.sigmoid else 'linear.Identity'}"
+        more = {"torch_dtype": dtype, "dtype": dtype, "sentence_transformers": {"activation_fn": activation}}
+        write_json(folder / CONFIG_FILE, config | labels | more)
+        self.tokenizer.save(folder)
+
+
+def load_scorer(
+    name: str | Path,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    max_length: int | None = None,
+    revision: str | None = None,
+) -> Scorer:
+    """A Scorer from a cross-encoder's folder or its name on the hub; arguments as for `load_embedder`.
+    Raises `ValueError` for a model without a head of one label, or of a family without a layout."""
+    folder = find_folder(str(name), revision=revision)
+    family, config, values = read_config(folder)
+    layout = _layout(folder / CONFIG_FILE, values["model_type"])
+    labels = values.get("num_labels", len(values.get("id2label", "  ")))
+    if labels != 1:
+        raise ValueError(f"{folder / CONFIG_FILE}: the model has {labels} labels, expected 1, a score")
+    names = tuple(f"{theirs}." for theirs in layout.names().values())
+    encoder, carried = read_encoder(folder, family, config, dtype, carried=names)
+    head_names = {f"{theirs}.{k}": f"{ours}.{k}" for ours, theirs in layout.names().items() for k in ("weight", "bias")}
+    tensors = {ours: carried.pop(theirs).to(dtype) for theirs, ours in head_names.items() if theirs in carried}
+    biased = [name.removesuffix(".bias") for name in tensors if name.endswith(".bias")]
+    head = Head(layout, config.hidden_size, dropout=_dropout(values), biased=biased).to(dtype)
+    fill(head, tensors, f"{folder / WEIGHTS_FILE} (the head)")
+    tokenizer = read_tokenizer(folder, config, max_length)
+    source = Source(str(name), folder, family, values, carried, None)
+    pooling = Pooling((values.get("classifier_pooling", "cls"),), config.hidden_size)
+    options = {"source": source, "pooling": pooling, "sigmoid": _has_sigmoid(folder / CONFIG_FILE, values)}
+    return (
+        Scorer(encoder, head, tokenizer, **options)
+        .to(default_device() if device is None else find_device(str(device)))
+        .eval()
+    )
+
+
+def new_scorer(embedder: Embedder, *, seed: int = 0) -> Scorer:
+    """A Scorer with the encoder of `embedder`, which it takes over, and a new head drawn with `seed`, to be trained.
+    Raises `ValueError` if the embedder has no model folder, or one of a family without a layout."""
+    if embedder.source is None:
+        raise ValueError("the embedder was not loaded from a model folder, so its family is unknown")
+    values = embedder.source.config
+    layout = _layout(embedder.source.folder / CONFIG_FILE, values["model_type"])
+    with devices.seeded(seed, torch.device("cpu")):
+        head = Head(layout, embedder.encoder.config.hidden_size, dropout=_dropout(values))
+    names = tuple(f"{theirs}." for theirs in layout.names().values())
+    kept = {name: x for name, x in embedder.source.carried.items() if not name.startswith(names)}
+    source = embedder.source._replace(carried=kept)
+    return Scorer(embedder.encoder, head, embedder.tokenizer, source=source).to(embedder.device)
+
+
+def _layout(path: Path, model_type: str) -> Layout:
+    if model_type not in LAYOUTS:
+        raise ValueError(f"{path}: model_type is {model_type!r}, expected one with a head: {', '.join(LAYOUTS)}")
+    return LAYOUTS[model_type]
+
+
+def _dropout(values: Mapping[str, Any]) -> float:
+    return values.get("classifier_dropout", values.get("hidden_dropout_prob", 0.1))
+
+
+def _has_sigmoid(path: Path, values: Mapping[str, Any]) -> bool:
+    """Whether scores are mapped to 0 to 1, which they are unless config.json says otherwise."""
+    settings = values.get("sentence_transformers", {})
+    name = settings.get("activation_fn", values.get("sbert_ce_default_activation_function"))
+    kind = "Sigmoid" if name is None else str(name).rpartition(".")[2]
+    if kind not in ("Sigmoid", "Identity"):
+        raise ValueError(f"{path}: the activation of scores is {kind[:60]!r}, expected Sigmoid or Identity")
+    return kind == "Sigmoid"
