@@ -151,6 +151,61 @@ CONFIGS = {
 }  # fmt: skip
 
 
+# {file: its content}, older than added_tokens_decoder, which makes them void.
+OLDER_FILES = {
+    "special": ({}, {"special_tokens_map.json": {"additional_special_tokens": ["[NEW]"]}}),
+    "added": ({}, {"added_tokens.json": {"limitorder": 30523, "[NEW]": 30522, "the": 1996}}),
+    "listed as special": ({"additional_special_tokens": ["[NEW]"]}, {"added_tokens.json": {"[NEW]": 30522}}),
+    "both": (
+        {},
+        {
+            "special_tokens_map.json": {"additional_special_tokens": ["[NEW]"], "cls_token": "[CLS]"},
+            "added_tokens.json": {"limitorder": 30522},
+        },
+    ),
+    "void": (
+        {"added_tokens_decoder": {"101": {"content": "[CLS]", "special": True, "normalized": False}}},
+        {"special_tokens_map.json": {"cls_token": "[X]"}, "added_tokens.json": {"limitorder": 30522}},
+    ),
+}
+
+
+@pytest.mark.parametrize(("config", "files"), OLDER_FILES.values(), ids=OLDER_FILES)
+def test_older_files_of_added_tokens_are_read_as_transformers_does(minilm_folder, tmp_path, config, files):
+    transformers = pytest.importorskip("transformers", minversion="5")
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        shutil.copy(Path(minilm_folder) / name, tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings.pop("added_tokens_decoder", None)
+    for name, content in {**files, "tokenizer_config.json": settings | config}.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    texts = [*NASTY, "a LimitOrder [NEW] limitorder [new]", "the[NEW]"]
+    expected = transformers.AutoTokenizer.from_pretrained(tmp_path)(texts, truncation=True, max_length=64)["input_ids"]
+    tokenizer = Tokenizer.load(tmp_path, settings | config, max_length=64)
+    assert tokenizer.encode(texts) == expected
+    tokenizer.save(tmp_path / "saved")
+    shutil.copy(tmp_path / "config.json", tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+    assert Tokenizer.load(tmp_path / "saved", saved, max_length=64).encode(texts) == expected
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert again(texts, truncation=True, max_length=64)["input_ids"] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "facts"),
+    [
+        ("added_tokens.json", {"[NEW]": "7"}, ("'[NEW]'", "'7'")),
+        ("special_tokens_map.json", {"additional_special_tokens": 3}, ("additional_special_tokens", 3)),
+        ("special_tokens_map.json", {"sep_token": 3}, ("sep_token", 3)),
+    ],
+)
+def test_malformed_older_files(minilm_folder, tmp_path, name, content, facts):
+    shutil.copy(Path(minilm_folder) / "tokenizer.json", tmp_path)
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=naming(tmp_path / name, *facts)):
+        Tokenizer.load(tmp_path, {}, max_length=64)
+
+
 @pytest.mark.parametrize("json_lowercase", [True, False])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_tokenizer_config_is_applied_as_transformers_does(minilm_folder, tmp_path, config, json_lowercase):
@@ -176,13 +231,12 @@ def test_tokenizer_config_is_applied_as_transformers_does(minilm_folder, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["cls_token", "sep_token", "unk_token"])
-def test_other_special_tokens_than_those_of_tokenizer_json_are_refused(minilm_folder, name):
+def test_other_special_tokens_than_those_of_tokenizer_json_are_refused(minilm_folder, tmp_path, name):
     """transformers would put them around every text, or in place of every unknown word: other vectors."""
-    with pytest.raises(
-        ValueError, match=naming(minilm_folder, "tokenizer_config.json", name, "[MASK]", "tokenizer.json")
-    ):
-        Tokenizer.load(Path(minilm_folder), {name: "[MASK]"}, max_length=64)
-    Tokenizer.load(Path(minilm_folder), {name: "[MASK]", "tokenizer_class": "PreTrainedTokenizerFast"}, max_length=64)
+    shutil.copy(Path(minilm_folder) / "tokenizer.json", tmp_path)
+    with pytest.raises(ValueError, match=naming(tmp_path, "tokenizer_config.json", name, "[MASK]", "tokenizer.json")):
+        Tokenizer.load(tmp_path, {name: "[MASK]"}, max_length=64)
+    Tokenizer.load(tmp_path, {name: "[MASK]", "tokenizer_class": "PreTrainedTokenizerFast"}, max_length=64)
 
 
 @pytest.mark.parametrize("tokens", [{"x": {"content": "a"}}, {"5": 3}, {"5": {"content": 3}}, {"5": {"colour": "red"}}])

@@ -18,6 +18,7 @@ from ..files import read_object
 CONFIG_FILE, MODULES_FILE = "config.json", "modules.json"
 TRANSFORMER_CONFIG_FILE, MODEL_CONFIG_FILE = "sentence_bert_config.json", "config_sentence_transformers.json"
 TOKENIZER_CONFIG_FILE, POOLING_FOLDER = "tokenizer_config.json", "1_Pooling"
+SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE = "special_tokens_map.json", "added_tokens.json"
 
 # Pooling mode -> its key in 1_Pooling/config.json of sentence-transformers before 6.
 LEGACY_POOLING_KEYS = {
@@ -42,6 +43,11 @@ TOKEN = ("a token", lambda x: isinstance(x.get("content") if isinstance(x, dict)
 LENGTH = ("a number of tokens", lambda x: type(x) in (int, float) and x >= 1)
 COUNT = ("a whole number of at least 1", lambda x: type(x) is int and x >= 1)
 PLACE = ("one in this folder", lambda x: type(x) is str and "\0" not in x and not normpath(x).startswith(("..", "/")))
+SPECIAL_TOKENS = {
+    **dict.fromkeys(("cls_token", "sep_token", "unk_token"), TOKEN),
+    "additional_special_tokens": ("a list", lambda x: isinstance(x, list)),
+    "extra_special_tokens": ("a list or an object", lambda x: isinstance(x, list | dict)),
+}
 SCHEMAS: dict[str, Schema] = {
     CONFIG_FILE: dict.fromkeys(("model_type", "dtype", "torch_dtype"), TEXT),
     MODULES_FILE: {"type": TEXT, "path": PLACE},
@@ -60,12 +66,11 @@ SCHEMAS: dict[str, Schema] = {
         "model_max_length": LENGTH,
         "truncation_side": ("left or right", lambda x: x in ("left", "right")),
         "tokenizer_class": TEXT,
-        **dict.fromkeys(("cls_token", "sep_token", "unk_token"), TOKEN),
+        **SPECIAL_TOKENS,
         **dict.fromkeys(("do_lower_case", "strip_accents", "tokenize_chinese_chars"), BOOL),
         "added_tokens_decoder": ("an object", lambda x: isinstance(x, dict)),
-        "additional_special_tokens": ("a list", lambda x: isinstance(x, list)),
-        "extra_special_tokens": ("a list or an object", lambda x: isinstance(x, list | dict)),
     },
+    SPECIAL_TOKENS_FILE: SPECIAL_TOKENS,
 }
 # By the annotation of a Config's field.
 TYPES = {bool: BOOL, str: TEXT, **dict.fromkeys((int, Size, Layers), COUNT)}

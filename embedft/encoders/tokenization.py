@@ -17,8 +17,8 @@ import tokenizers
 from tokenizers import normalizers
 from tokenizers.normalizers import Lowercase
 
-from ..files import atomic_write, read_text, write_json
-from .schema import TOKENIZER_CONFIG_FILE
+from ..files import atomic_write, read_object, read_text, write_json
+from .schema import ADDED_TOKENS_FILE, SPECIAL_TOKENS_FILE, TOKENIZER_CONFIG_FILE, read_fields
 
 TOKENIZER_FILE = "tokenizer.json"
 # The classes of transformers 5 that rebuild BERT's normalizer, with or without the suffix "Fast".
@@ -51,6 +51,9 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises plain Exception
             raise ValueError(f"{path}: not a tokenizer ({' '.join(str(error).split())[:200]})") from None
+        if "added_tokens_decoder" not in config:  # else transformers ignores the older files, too
+            _add_tokens(backend, folder / ADDED_TOKENS_FILE)
+            config = config | read_fields(folder / SPECIAL_TOKENS_FILE)
         try:
             return cls(backend, config, max_length=max_length, lower_case=lower_case)
         except ValueError as error:
@@ -203,3 +206,11 @@ def _configure(backend: tokenizers.Tokenizer, config: dict) -> None:
             backend.add_tokens([tokenizers.AddedToken(token["content"], **options)])
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise ValueError(f"{TOKENIZER_CONFIG_FILE}: added token {repr(token)[:60]} is malformed ({error})") from None
+
+
+def _add_tokens(backend: tokenizers.Tokenizer, path: Path) -> None:
+    """Adds the tokens of added_tokens.json, {token: id}, that the tokenizer lacks, in the order of their ids."""
+    ids = read_object(path) if path.is_file() else {}
+    if wrong := [token for token, i in ids.items() if type(i) is not int]:
+        raise ValueError(f"{path}: the id of {wrong[0]!r} is {reprlib.repr(ids[wrong[0]])}, expected a whole number")
+    backend.add_tokens([token for token in sorted(ids, key=ids.__getitem__) if backend.token_to_id(token) is None])
