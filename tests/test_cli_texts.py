@@ -122,6 +122,14 @@ def test_inverse_cloze_removes_every_sentence_in_validation(place, capsys):
         assert len(dataset.corpus) == len(load_chunks(f"chunks/{name}.jsonl"))
         if name == "validation":
             assert not any(kept)
+    report = read_json("out/question-report.json")
+    assert report["settings"] == {"method": "ict", "seed": 3, "held_out": False}
+    chunks = [c for name in ("train", "validation") for c in load_chunks(f"chunks/{name}.jsonl")]
+    asked = [q for name in ("train", "validation") for q in RetrievalDataset.load(f"out/{name}.json").queries]
+    assert report["missing"].keys() == {c.id for c in chunks} - {q.removesuffix("/q") for q in asked}
+    out = capsys.readouterr().out
+    assert report["missing"]
+    assert all(reason in out for reason in report["missing"].values())
     arguments = ["questions", "chunks/train.jsonl", "--out", "again", "--method", "ict", "--seed", "3", "--held-out"]
     assert main(arguments) == 0
     dataset = RetrievalDataset.load("again/train.json")
@@ -132,6 +140,7 @@ def test_titles(place, capsys):
     assert main(["chunk", "docs/more.md", "--out", "chunks"]) == 0
     assert main(["questions", "chunks", "--out", "out", "--method", "title"]) == 0
     assert list(RetrievalDataset.load("out/chunks.json").queries.values()) == ["Rules of the house"]
+    assert read_json("out/question-report.json")["settings"]["method"] == "title"
 
 
 def test_docstrings(place, capsys):
@@ -248,7 +257,8 @@ def test_questions_never_replace_those_of_other_settings(place, capsys, monkeypa
         assert main([*command, *first, *(["--overwrite"] if first else [])]) == 0
         assert (snapshot(place / "out"), server.counts["chat"]) == (before, sent)
         assert main([*command, *other, "--overwrite"]) == 0
-        assert (place / "out" / "question-report.json").exists() == ("--method" not in other)
+        method = other[1] if "--method" in other else None
+        assert read_json("out/question-report.json")["settings"].get("method") == method
         assert main([*command, *first]) == 2  # the questions of others are there now
         sent = server.counts["chat"]
         assert main([*command, *first, "--overwrite"]) == 0

@@ -6,11 +6,20 @@ from collections import Counter
 from textwrap import dedent
 
 import pytest
+from naming import names as mentions
 from naming import naming
 
 from embedft.corpus import pseudo
 from embedft.corpus.chunks import Chunk
-from embedft.corpus.pseudo import docstring_datasets, docstring_pairs, inverse_cloze, split_docstring, titles
+from embedft.corpus.pseudo import (
+    docstring_datasets,
+    docstring_pairs,
+    inverse_cloze,
+    split_docstring,
+    titles,
+    without_sentence,
+    without_title,
+)
 
 
 def prose(topic: str, num_words: int = 24) -> str:
@@ -424,6 +433,25 @@ def test_a_sentence_of_several_chunks_asks_for_none():
     assert alone.queries["c/q"] == shared
 
 
+def test_why_chunks_have_no_sentence():
+    shared = "The accompanying notes are a part of this."
+    chunks = [
+        five_sentences("a"),
+        Chunk("none", PADDING),
+        Chunk("short", "The depot of the town is small."),
+        Chunk("shared", f"{shared} {PADDING}"),
+        Chunk("also", f"{shared} {shared} {PADDING}"),
+        Chunk("both", f"{shared} The depot of the town is large."),
+    ]
+    reasons = without_sentence(chunks)
+    assert reasons.keys() == {"none", "short", "shared", "also", "both"}
+    assert mentions(reasons["none"], "no", "sentence", "5 to 60 words")
+    assert mentions(reasons["short"], "fewer than 20 words")
+    assert "more than once" in reasons["shared"] == reasons["also"]
+    assert mentions(reasons["both"], "more than once", "fewer than 20 words")
+    assert {query_id.removesuffix("/q") for query_id in inverse_cloze(chunks, seed=0).queries} == {"a"}
+
+
 def test_inverse_cloze_is_the_same_everywhere():
     """Of one seed and some ids, written down: a change would change everybody's data."""
     dataset = inverse_cloze([five_sentences(i) for i in "abcdef"], seed=7)
@@ -504,6 +532,11 @@ def test_a_heading_of_several_chunks_asks_for_none():
     dataset = titles(chunks)
     assert dataset.queries == {"b/q": "Fees", "d/q": "Rent"}
     assert dataset.corpus["a"] == chunks[0].text
+    others = [Chunk("e", BODY), Chunk("f", "Lease\nToo short."), Chunk("g", f"Leases\n{PADDING.title()}")]
+    reasons = without_title([*chunks, *others])
+    assert reasons.keys() == set("acefg")
+    facts = (("others",), ("others",), ("begin", "heading"), ("fewer than 20 words",), ("no", "sentence"))
+    assert all(mentions(reasons[id], *fact) for id, fact in zip("acefg", facts, strict=True))
 
 
 def test_titles_errors():

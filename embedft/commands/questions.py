@@ -20,7 +20,7 @@ from ..config import REQUIRED, changed, option, part
 from ..corpus.chunks import Chunk
 from ..corpus.cleaning import clean, drop_held_out, report, round_trip
 from ..corpus.prompts import TEMPLATE
-from ..corpus.pseudo import docstring_datasets, inverse_cloze, titles
+from ..corpus.pseudo import docstring_datasets, inverse_cloze, titles, without_sentence, without_title
 from ..corpus.questions import Estimate, Outcome, QuestionConfig, estimate, question_dataset, write_questions
 from ..data.dataset import RetrievalDataset
 from ..files import check_writable, read_object, read_text, replace_files, write_json
@@ -85,20 +85,26 @@ def _check_output(options: Options, sides: Iterable[str], why: str = "") -> None
 
 def _pseudo(options: Options, sides: dict[str, list[Chunk]]) -> int:
     _check_output(options, sides)
-    datasets = {}
+    datasets, missing, reports = {}, {}, {}
     for name, chunks in sides.items():
         if options.method == "ict":
             keep_share = 0.0 if options.held_out or name == VALIDATION else 0.1
             datasets[name] = inverse_cloze(chunks, seed=options.seed, keep_share=keep_share)
+            left_out = without_sentence(chunks)
         else:
-            datasets[name] = titles(chunks)
-        if num_left_out := len(chunks) - len(datasets[name].queries):
-            print(f"{name}: {num_left_out:,} of {len(chunks):,} chunks yield no question")
+            datasets[name], left_out = titles(chunks), without_title(chunks)
+        missing |= left_out
+        if left_out:
+            reasons = "".join(f"; {count:,}: {reason}" for reason, count in Counter(left_out.values()).most_common())
+            print(f"{name}: {len(left_out):,} of {len(chunks):,} chunks yield no question{reasons}")
     if datasets.keys() >= {TRAIN, VALIDATION}:
-        datasets[TRAIN], dropped = drop_held_out(datasets[TRAIN], datasets[VALIDATION])
+        before = datasets[TRAIN]
+        datasets[TRAIN], dropped = drop_held_out(before, datasets[VALIDATION])
+        reports[f"{TRAIN}: held out"] = report(before, datasets[TRAIN], dropped)
         if dropped:
             print(f"{TRAIN}: dropped {len(dropped):,} questions that are also in validation")
-    _save(Path(options.out), datasets)
+    settings = {name: getattr(options, name) for name in ("method", "seed", "held_out")}
+    _save(Path(options.out), datasets, report={"settings": settings, **reports, "missing": missing})
     return 0
 
 

@@ -46,15 +46,19 @@ def inverse_cloze(chunks: Sequence[Chunk], *, seed: int, keep_share: float = 0.1
     Source: Lee et al. 2019, "Latent Retrieval for Weakly Supervised Open Domain Question Answering", section 4."""
     if not 0 <= keep_share <= 1:
         raise ValueError(f"keep_share is {keep_share!r}, expected 0 to 1")
-    holders = Counter(sentence for chunk in chunks for sentence in {text for text, _, _ in _sentences(chunk.text)})
-    found = {}
+    found, choices = {}, _sentence_choices(chunks)
     for chunk in chunks:
-        if pairs := [pair for pair in _sentence_pairs(chunk.text) if holders[pair[0]] == 1]:
+        if not isinstance(pairs := choices[chunk.id], str):
             digest = hashlib.sha256(f"{seed} {chunk.id}".encode()).digest()
             choice, chance = (int.from_bytes(part, "big") / 2**48 for part in (digest[:6], digest[6:12]))
             sentence, rest = pairs[int(choice * len(pairs))]
             found[chunk.id] = (sentence, chunk.text if chance < keep_share else rest)
     return _dataset(chunks, found, "sentence")
+
+
+def without_sentence(chunks: Sequence[Chunk]) -> dict[str, str]:
+    """{id: why} of the chunks for which `inverse_cloze` makes no query."""
+    return {id: reason for id, reason in _sentence_choices(chunks).items() if isinstance(reason, str)}
 
 
 def titles(chunks: Sequence[Chunk]) -> RetrievalDataset:
@@ -63,10 +67,13 @@ def titles(chunks: Sequence[Chunk]) -> RetrievalDataset:
     A heading is a first line of up to 12 words, more than half of them all letters. It begins with no lower-case letter
     (except after Markdown's "#"), does not end like a sentence or in the middle of one, contains no table amounts, and
     heads no other chunk. At least 20 words must follow, with a complete sentence among them."""
-    pairs = {chunk.id: pair for chunk in chunks if (pair := _heading_pair(chunk.text))}
-    keys = {id: " ".join(words(heading)) for id, (heading, _) in pairs.items()}
-    counts = Counter(keys.values())
-    return _dataset(chunks, {id: pair for id, pair in pairs.items() if counts[keys[id]] == 1}, "unique heading")
+    found = {id: pair for id, pair in _headings(chunks).items() if not isinstance(pair, str)}
+    return _dataset(chunks, found, "unique heading")
+
+
+def without_title(chunks: Sequence[Chunk]) -> dict[str, str]:
+    """{id: why} of the chunks for which `titles` makes no query."""
+    return {id: reason for id, reason in _headings(chunks).items() if isinstance(reason, str)}
 
 
 def _dataset(chunks: Sequence[Chunk], found: Mapping[str, tuple[str, str]], what: str) -> RetrievalDataset:
@@ -88,19 +95,40 @@ def _sentences(text: str) -> list[tuple[str, int, int]]:
     return [(" ".join(text[start:stop].split()), start, stop) for start, stop in sentence_spans(text)]
 
 
-def _sentence_pairs(text: str) -> Iterator[tuple[str, str]]:
-    """(sentence on one line, text without it) for each sentence of a chunk that qualifies on its own."""
-    on_one_line = " ".join(text.split())
+def _sentence_choices(chunks: Sequence[Chunk]) -> dict[str, list[tuple[str, str]] | str]:
+    """{id: each (sentence on one line, text without it) that qualifies, or why none does}."""
+    holders = Counter(sentence for chunk in chunks for sentence in {text for text, _, _ in _sentences(chunk.text)})
+    return {chunk.id: _sentence_pairs(chunk.text, holders) for chunk in chunks}
+
+
+def _sentence_pairs(text: str, holders: Mapping[str, int]) -> list[tuple[str, str]] | str:
+    on_one_line, pairs, reasons = " ".join(text.split()), [], {}
     for sentence, start, stop in _sentences(text):
+        if not _is_sentence(sentence):
+            continue
         before, after = text[:start].rstrip(), text[stop:].lstrip()
         num_breaks = max(text[len(before) : start].count("\n"), text[stop : len(text) - len(after)].count("\n"))
         rest = f"{before}{chr(10) * min(num_breaks, 2) or ' '}{after}".strip()
-        if _is_sentence(sentence) and on_one_line.count(sentence) == 1 and len(words(rest)) >= MIN_DOCUMENT_WORDS:
-            yield sentence, rest
+        if holders[sentence] > 1 or on_one_line.count(sentence) > 1:
+            reasons["its sentences occur more than once"] = True
+        elif len(words(rest)) < MIN_DOCUMENT_WORDS:
+            reasons[f"its sentences leave fewer than {MIN_DOCUMENT_WORDS} words"] = True
+        else:
+            pairs.append((sentence, rest))
+    span = f"{SENTENCE_WORDS[0]} to {SENTENCE_WORDS[-1]} words"
+    return pairs or " or ".join(reasons) or f"it has no complete sentence of {span}"
 
 
-def _heading_pair(text: str) -> tuple[str, str] | None:
-    """(heading, rest) of a chunk that begins with a heading, else None."""
+def _headings(chunks: Sequence[Chunk]) -> dict[str, tuple[str, str] | str]:
+    """{id: (heading, rest), or why there is none}."""
+    found = {chunk.id: _heading_pair(chunk.text) for chunk in chunks}
+    keys = {id: " ".join(words(pair[0])) for id, pair in found.items() if not isinstance(pair, str)}
+    counts = Counter(keys.values())
+    return found | {id: "its heading stands above others too" for id, key in keys.items() if counts[key] > 1}
+
+
+def _heading_pair(text: str) -> tuple[str, str] | str:
+    """(heading, rest) of a chunk that begins with a heading, else why not."""
     first, _, rest = text.strip().partition("\n")
     heading, rest = " ".join(re.sub(r"^#+\s|\s#+\s*$", "", first).split()), rest.strip()
     is_heading = (
@@ -109,10 +137,13 @@ def _heading_pair(text: str) -> tuple[str, str] | None:
         and not (UNFINISHED.search(heading) or AMOUNTS.search(heading))
         and _mostly_words(heading)
         and not (rest[:1].islower() or rest.startswith("("))
-        and len(words(rest)) >= MIN_DOCUMENT_WORDS
-        and any(_is_sentence(sentence) for sentence, _, _ in _sentences(rest))
     )
-    return (heading, rest) if is_heading else None
+    if not is_heading:
+        return "it does not begin with a heading"
+    if len(words(rest)) < MIN_DOCUMENT_WORDS:
+        return f"fewer than {MIN_DOCUMENT_WORDS} words follow its heading"
+    has_sentence = any(_is_sentence(sentence) for sentence, _, _ in _sentences(rest))
+    return (heading, rest) if has_sentence else "no complete sentence follows its heading"
 
 
 def _is_sentence(text: str) -> bool:
