@@ -128,6 +128,7 @@ def takes_tables_apart(layout: str, plain: str) -> bool:
 
 
 def letters_and_digits(text: str) -> str:
+    """A text without spaces, punctuation and signs."""
     return "".join(filter(str.isalnum, text))
 
 
