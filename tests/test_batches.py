@@ -55,6 +55,17 @@ def relevant_pairs(dataset: RetrievalDataset) -> list[tuple[str, str]]:
     return [(q, d) for q, grades in dataset.qrels.items() for d, grade in grades.items() if grade > 0]
 
 
+def test_a_document_that_is_the_query_is_not_its_negative():
+    """ArguAna, where arguments are queries and documents: the query of one pair is the answer in another."""
+    queries, corpus = {"a": "first argument", "b": "second argument"}, {"c": "second argument", "d": "third argument"}
+    dataset = RetrievalDataset(queries, corpus, {"a": {"c": 1}, "b": {"d": 1}}, {"a": ["d"]})
+    (batch,) = make_batches(dataset, 2, num_negatives=1).epoch(0)
+    _, negative = batch.targets.masks(num_documents=2)
+    shown = zip(batch.query_ids, negative.tolist(), strict=True)
+    found = {(q, d) for q, row in shown for d, is_negative in zip(batch.document_ids, row, strict=True) if is_negative}
+    assert found == {("a", "d")}
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("num_negatives", [0, 2])
 def test_no_relevant_document_is_ever_a_negative(seed, num_negatives):

@@ -4,7 +4,7 @@
     batch = collate([("q1", "d1"), ("q2", "d2")])
 
 A document appears once per batch, however many queries list it. Every pair known to be relevant is marked, so that no
-query's own document becomes its negative; rows with the same query are marked, too.
+query's own document becomes its negative, and so is one of equal texts; rows with the same query are marked, too.
 
 Shapes: B queries, M documents, C columns for them (windows, if passages), G listed documents per query, K known pairs.
 """
@@ -88,8 +88,12 @@ class Collate:
         in_order = itertools.chain(*itertools.zip_longest(*(row.values() for _, row in rows)))
         documents = self._distinct(i for i in in_order if i is not None)
         column_of = {text: column for column, text in enumerate(documents)}
-        relevant = ((row, self.dataset.texts[i]) for row, q in enumerate(query_ids) for i in self.dataset.relevant(q))
-        known = dict.fromkeys((row, column_of[text]) for row, text in relevant if text in column_of)
+        # As in ArguAna and Quora, a document may be the query itself: no answer could score higher.
+        never = {
+            q: [self.dataset.queries[q], *map(self.dataset.texts.get, self.dataset.relevant(q))] for q in query_ids
+        }
+        pairs = ((row, text) for row, q in enumerate(query_ids) for text in never[q])
+        known = dict.fromkeys((row, column_of[text]) for row, text in pairs if text in column_of)
         packed = self._pack_documents(documents, rows, draw)
         number_of = {query_id: number for number, query_id in enumerate(dict.fromkeys(query_ids))}
         has_twice = len(number_of) < len(query_ids)
