@@ -704,8 +704,9 @@ for line in sys.stdin:
     print(json.dumps(answer), flush=True)
 """
 FIRST, SECOND = "1f" * 20, "2e" * 20
-SMALL_FILES = ["1_Pooling/config.json", "config.json", "config_sentence_transformers.json", "modules.json",
-               "sentence_bert_config.json", "tokenizer.json", "tokenizer_config.json"]  # fmt: skip
+SMALL_FILES = ["1_Pooling/config.json", "added_tokens.json", "config.json", "config_sentence_transformers.json",
+               "modules.json", "sentence_bert_config.json", "special_tokens_map.json", "tokenizer.json",
+               "tokenizer_config.json"]  # fmt: skip
 
 
 class Child:
@@ -746,8 +747,9 @@ def story(write_tiny, tmp_path_factory):
     def files(folder: Path) -> dict[str, bytes]:
         found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         heavy = ["pytorch_model.bin", "onnx/model.onnx", "model.onnx", "tf_model.h5", "openvino/openvino_model.xml"]
-        other = ["README.md", "vocab.txt", ".gitattributes", "special_tokens_map.json", "onnx/config.json", "train.py"]
-        return found | dict.fromkeys([*heavy, *other], b"not for us")
+        other = ["README.md", "vocab.txt", ".gitattributes", "onnx/config.json", "train.py"]
+        tokens = {"special_tokens_map.json": b'{"unk_token": "[UNK]"}', "added_tokens.json": b"{ }"}
+        return found | tokens | dict.fromkeys([*heavy, *other], b"not for us")
 
     commits = {"main": SECOND, "v1": FIRST, FIRST: files(folders[0]), SECOND: files(folders[1])}
     pickled = {k: v for k, v in commits[FIRST].items() if k != "model.safetensors"}

@@ -21,12 +21,14 @@ from .adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from .adapter import FORMATS, ROLES, fill, naming
 from .pooling import Pooling
 from .schema import (
+    ADDED_TOKENS_FILE,
     CONFIG_FILE,
     LEGACY_POOLING_KEYS,
     MODEL_CONFIG_FILE,
     MODULES_FILE,
     POOLING_FOLDER,
     SCHEMAS,
+    SPECIAL_TOKENS_FILE,
     TOKENIZER_CONFIG_FILE,
     TRANSFORMER_CONFIG_FILE,
     check,
@@ -52,7 +54,8 @@ MODULES, MODULE_TYPE = ("Transformer", "Pooling", "Normalize"), "sentence_transf
 ADAPTER_FOLDER, ROUTER = "adapter", "Router"
 # The only files ever downloaded: weights in safetensors, and small JSON files.
 HUB_FILES = [WEIGHTS_FILE, CONFIG_FILE, MODULES_FILE, TRANSFORMER_CONFIG_FILE, MODEL_CONFIG_FILE, TOKENIZER_FILE]
-HUB_FILES += [TOKENIZER_CONFIG_FILE, INDEX_FILE, SHARDS, *(f"{ADAPTER_FOLDER}/{name}" for name in FORMATS["embedft"])]
+HUB_FILES += [TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE, INDEX_FILE, SHARDS]
+HUB_FILES += [f"{ADAPTER_FOLDER}/{name}" for name in FORMATS["embedft"]]
 HUB_FILES += [f"{place}/{name}" for place in ("0_*", "*_Pooling") for name in ("*.json", WEIGHTS_FILE)]
 
 
