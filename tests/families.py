@@ -5,6 +5,7 @@ assert_equal_to_reference(encoder, model, SEQUENCES)
 """
 
 from dataclasses import MISSING, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -63,6 +64,20 @@ def load_both(folder: Path, model: torch.nn.Module, dtype: torch.dtype = torch.f
     family, config, _ = read_config(folder)
     encoder, _ = read_encoder(folder, family, config, dtype, **options)
     return encoder.eval(), model.to(dtype).eval()
+
+
+def exact_norms(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with its RMSNorms in float64, where transformers computes them in float32."""
+
+    def forward(norm, x):
+        weight = norm.weight + 1 if type(norm).__name__.startswith("Gemma") else norm.weight
+        eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+        return weight * x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = partial(forward, module)
+    return model
 
 
 def their_hidden(model: torch.nn.Module, sequences: list[list[int]], *, padding: int = 1) -> torch.Tensor:

@@ -27,6 +27,16 @@ def pooler(D: int) -> int:
     return D * D + D
 
 
+def decoder(
+    vocab: int, D: int, F: int, layers: int, H: int, G: int, K: int, *, norms: int = 2, head_norms: int = 0
+) -> int:
+    """Parameters of a decoder: a table of `vocab` vectors; layers of maps to and from H heads of K features and to G
+    heads of keys and as many of values, three D x F maps, and the weights of `norms` norms of D features and
+    `head_norms` of K; a last norm."""
+    layer = 2 * D * H * K + 2 * D * G * K + 3 * D * F + norms * D + head_norms * K
+    return vocab * D + layers * layer + D
+
+
 # name: (model_type, fields, the encoder's parameters, those of the checkpoint that it leaves out, published millions).
 MODELS = {
     "BAAI/bge-small-en-v1.5": (
@@ -83,6 +93,45 @@ MODELS = {
         post_norm(30522 + 512 + 2, 256, 1024, 12, width=128) + 128 * 256 + 256,
         0,
         "13.5",
+    ),
+    "Qwen/Qwen3-Embedding-0.6B": (
+        "qwen3",
+        {"vocab_size": 151_669, "hidden_size": 1024, "num_hidden_layers": 28, "intermediate_size": 3072}
+        | {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 32_768}
+        | {"rope_theta": 1e6},
+        decoder(151_669, 1024, 3072, 28, 16, 8, 128, head_norms=2),
+        0,
+        "596",
+    ),
+    # 303M without its two Dense modules, 768 x 3,072 and back, which are not part of the encoder.
+    "google/embeddinggemma-300m": (
+        "gemma3_text",
+        {"vocab_size": 262_144, "hidden_size": 768, "num_hidden_layers": 24, "intermediate_size": 1152}
+        | {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 256, "max_position_embeddings": 2048}
+        | {"layer_types": [*["sliding_attention"] * 5, "full_attention"] * 4, "sliding_window": 512}
+        | {"use_bidirectional_attention": True, "query_pre_attn_scalar": 256}
+        | {"rope_theta": 1e6, "rope_local_base_freq": 10_000.0},
+        decoder(262_144, 768, 1152, 24, 3, 1, 256, norms=4, head_norms=2),
+        2 * 768 * 3072,
+        "308",
+    ),
+    "intfloat/e5-mistral-7b-instruct": (
+        "mistral",
+        {"vocab_size": 32_000, "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14_336}
+        | {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 32_768}
+        | {"sliding_window": 4096, "rms_norm_eps": 1e-5},
+        decoder(32_000, 4096, 14_336, 32, 32, 8, 128),
+        0,
+        "7111",
+    ),
+    "meta-llama/Llama-3.2-1B": (
+        "llama",
+        {"vocab_size": 128_256, "hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192}
+        | {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 131_072}
+        | {"rms_norm_eps": 1e-5, "rope_theta": 500_000.0},
+        decoder(128_256, 2048, 8192, 16, 32, 8, 64),
+        0,
+        "1236",
     ),
 }
 

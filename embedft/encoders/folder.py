@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..files import read_json, write_json
-from . import bert, custom, distilbert, electra, mpnet, roberta
+from . import bert, custom, distilbert, electra, gemma3, llama, mistral, mpnet, qwen3, roberta
 from .adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from .adapter import FORMATS, ROLES, fill, naming
 from .pooling import Pooling
@@ -47,6 +47,10 @@ FAMILIES: dict[str, ModuleType] = {
     "distilbert": distilbert,
     "electra": electra,
     "mpnet": mpnet,
+    "qwen3": qwen3,
+    "llama": llama,
+    "mistral": mistral,
+    "gemma3_text": gemma3,
 }
 # The modules of modules.json that are supported, by class name and in this order.
 MODULES, MODULE_TYPE = ("Transformer", "Pooling", "Normalize"), "sentence_transformers.models."

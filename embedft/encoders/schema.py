@@ -78,7 +78,7 @@ TYPES[Index] = "a whole number of at least 0", lambda x: type(x) is int and x >=
 TYPES[float] = "a finite number", lambda x: type(x) in (int, float) and abs(x) < math.inf
 TYPES[list] = "a list", lambda x: isinstance(x, list)
 TYPES[dict] = "an object", lambda x: isinstance(x, dict)
-TYPES |= {kind | None: expected for kind, expected in TYPES.items() if isinstance(kind, type)}
+TYPES |= {kind | None: expected for kind, expected in TYPES.items()}
 
 
 def check(path: Path, values: Mapping[str, Any], schema: Schema) -> None:

@@ -132,10 +132,13 @@ def _check_sizes(path: Path, config: Any, files: Mapping[str, Any], listed: str)
     """Raises `ValueError` naming a field of `path` that no tensor bears out."""
     shapes = (file.get_slice(name).get_shape() for name, file in list(files.items())[:10_000])
     largest = max((max(shape, default=0) for shape in shapes), default=0)
-    limits = {Size: (largest, "rows or columns at most"), Layers: (len(files), "tensors")}
+    limits = {
+        **dict.fromkeys((Size, Size | None), (largest, "rows or columns at most")),
+        Layers: (len(files), "tensors"),
+    }
     for field in fields(config):
         limit, what = limits.get(field.type, (0, ""))
-        if what and (value := getattr(config, field.name)) > limit:
+        if what and (value := getattr(config, field.name) or 0) > limit:
             raise ValueError(f"{path}: {field.name} is {str(value)[:60]}, but {listed} has {limit} {what}")
 
 
