@@ -13,7 +13,7 @@ from naming import naming
 
 from embedft import device as devices
 from embedft.encoders import layers
-from embedft.encoders.layers import LEVELS, Dropout, Linear
+from embedft.encoders.layers import LEVELS, Dropout, GatedFeedForward, Linear
 
 T, D, E = 23, 12, 20
 on_x86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="oneDNN's operator is for x86 here")
@@ -259,3 +259,19 @@ def test_everything_is_dropped_at_one():
 def test_inference_drops_nothing():
     x = torch.randn(10, 10)
     assert torch.equal(Dropout(0.5).eval()(x), x)
+
+
+def test_gated_feed_forward_by_hand():
+    """One feature, F = 1: gate 2 and up 3 of x = 1 give relu(2) * 3 = 6, times 10, plus the bias 5 if there is one."""
+    for up_first, rows in ((False, [2.0, 3.0]), (True, [3.0, 2.0])):
+        for out_bias in (None, True):
+            layer = GatedFeedForward(1, 1, activation="relu", up_first=up_first, out_bias=out_bias)
+            assert layer.gate_up.bias is None
+            with torch.no_grad():
+                layer.gate_up.weight[:, 0] = torch.tensor(rows)
+                layer.out.weight.fill_(10)
+                if out_bias:
+                    layer.out.bias.fill_(5)
+            assert layer(torch.ones(1, 1)).item() == (65 if out_bias else 60)
+            # relu closes a negative gate.
+            assert layer(-torch.ones(1, 1)).item() == (5 if out_bias else 0)

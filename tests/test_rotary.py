@@ -76,6 +76,24 @@ def test_frequencies_are_transformers(kind):
     assert found_scale == pytest.approx(scale)
 
 
+def test_ntk_by_hand():
+    """Width 4, theta 100, factor 4: pair 0 turns by 1 / 4^(1/2), the last by 1 / (10 * 4), as positions 4 times as
+    far apart would."""
+    settings = rope_settings(config(rope_theta=100.0, rope_scaling={"type": "ntk", "factor": 4.0}))
+    found, scale = frequencies(4, settings, torch.device("cpu"))
+    assert found.tolist() == pytest.approx([1 / 2, 1 / 40])
+    assert scale == 1.0
+
+
+def test_half_precision_is_kept():
+    """Under autocast, queries are in bfloat16 and the turns in float32."""
+    turns = angles(torch.tensor([0, 3]), width=4, settings=rope_settings(config()), dtype=torch.float32)
+    x = torch.randn(2, 1, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = rotate(x, turns)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, rotate(x.float(), turns).bfloat16())
+
+
 def test_old_and_new_fields_mean_the_same():
     old = config(rope_theta=500.0, rope_scaling={"type": "linear", "factor": 2.0})
     new = config(rope_parameters={"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0})
@@ -91,10 +109,22 @@ def test_old_and_new_fields_mean_the_same():
         ({"rope_type": "spiral"}, ("rope_type", "'spiral'", "default", "linear")),
         ({"rope_type": "linear"}, ("factor", "linear", None)),
         ({"rope_theta": -1}, ("rope_theta", -1)),
+        ({"rope_theta": 1}, ("rope_theta", "default", 1, 1)),
+        ({"rope_theta": 10**30}, ("rope_theta", 10**30)),
         ({"rope_theta": "big"}, ("rope_theta", "'big'")),
         ({"rope_type": "yarn", "factor": 2.0}, ("original_max_position_embeddings", "yarn")),
+        ({"rope_type": ["linear"]}, ("rope_type", "['linear']", "linear")),
+        ({"rope_type": "ntk", "factor": 2.0, "mixed_b": 0.5}, ("mixed_b", 0.5, "null")),
+        ({**KINDS["yarn"], "rope_type": "yarn", "attention_factor": "x"}, ("attention_factor", "yarn", "'x'")),
+        ({**KINDS["yarn"], "rope_type": "yarn", "beta_fast": 0}, ("beta_fast", "yarn", 0)),
     ],
 )
 def test_wrong_settings_are_named(parameters, facts):
     with pytest.raises(ValueError, match=naming(*facts)):
         rope_settings(config(rope_parameters=parameters))
+
+
+@pytest.mark.parametrize("value", [None, 5, ["linear"]])
+def test_settings_by_layer_type_are_objects(value):
+    with pytest.raises(ValueError, match=naming("rope_parameters", "local", value)):
+        rope_settings(config(rope_parameters={"local": value}), layer_type="local")

@@ -105,14 +105,27 @@ class RMSNorm(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
-    """W_out (act(W_gate x) * W_up x), with [gate, up] in one matrix. Source: Shazeer 2020 (GLU variants), section 2."""
+    """W_out (act(W_gate x) * W_up x), with [gate, up] in one matrix, or [up, gate] if `up_first`; `out_bias` None: as
+    `bias`. Source: Shazeer 2020 (GLU variants), section 2."""
 
-    def __init__(self, features: int, inner: int, *, activation: str, bias: bool = False, dropout: float = 0.0):
+    def __init__(
+        self,
+        features: int,
+        inner: int,
+        *,
+        activation: str,
+        bias: bool = False,
+        out_bias: bool | None = None,
+        up_first: bool = False,
+        dropout: float = 0.0,
+    ):
         super().__init__()
         self.gate_up = Linear(features, 2 * inner, bias=bias)
-        self.out = Linear(inner, features, bias=bias)
-        self.activation, self.dropout = ACTIVATIONS[activation], Dropout(dropout)
+        self.out = Linear(inner, features, bias=bias if out_bias is None else out_bias)
+        self.activation, self.up_first, self.dropout = ACTIVATIONS[activation], up_first, Dropout(dropout)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         gate_TF, up_TF = self.gate_up(x_TD).chunk(2, dim=-1)
+        if self.up_first:
+            gate_TF, up_TF = up_TF, gate_TF
         return self.out(self.dropout(self.activation(gate_TF) * up_TF))

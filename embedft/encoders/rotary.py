@@ -20,9 +20,12 @@ from torch import Tensor
 SCALINGS = {
     "default": (),
     "linear": ("factor",),
+    "ntk": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
 }
+LARGEST = 1e18  # an integer below fits into 64 bits
+OPTIONS = {"yarn": ("attention_factor", "beta_fast", "beta_slow")}  # the numbers that may be there or not
 
 
 def rope_settings(config: Any, *, theta: float = 10_000.0, layer_type: str | None = None) -> dict[str, Any]:
@@ -30,16 +33,27 @@ def rope_settings(config: Any, *, theta: float = 10_000.0, layer_type: str | Non
     or `rope_theta` and `rope_scaling` of versions before. Raises `ValueError` naming what is unknown or missing."""
     given = config.rope_parameters or {}
     given = given.get(layer_type, given) if layer_type else given
+    if not isinstance(given, dict):
+        raise ValueError(f"rope_parameters of {layer_type} is {repr(given)[:60]}, expected an object")
     settings = {"rope_theta": getattr(config, "rope_theta", None) or theta, "rope_type": "default"}
     settings |= {**(getattr(config, "rope_scaling", None) or {}), **given}
     kind = settings["rope_type"] = settings.get("type", settings["rope_type"])
-    if kind not in SCALINGS:
+    if not isinstance(kind, str) or kind not in SCALINGS:
         raise ValueError(f"rope_type is {repr(kind)[:60]}, expected one of {', '.join(SCALINGS)}")
-    for name in ("rope_theta", *SCALINGS[kind]):
-        value = settings.get(name)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise ValueError(f"{name} of {kind} rotary embeddings is {repr(value)[:60]}, expected a number above 0")
+    if kind == "ntk" and settings.get("mixed_b") is not None:
+        raise ValueError(f"mixed_b of ntk rotary embeddings is {repr(settings['mixed_b'])[:60]}, expected null")
+    for name in ("rope_theta", *SCALINGS[kind], *(x for x in OPTIONS.get(kind, ()) if settings.get(x) is not None)):
+        value, least = settings.get(name), 1 if name == "rope_theta" else 0
+        if type(value) not in (int, float) or not least < value < LARGEST:
+            expected = f"a number above {least} and below {LARGEST:g}"
+            raise ValueError(f"{name} of {kind} rotary embeddings is {repr(value)[:60]}, expected {expected}")
     return settings
+
+
+def check_heads(config: Any) -> None:
+    """Raises `ValueError` if the features of a head are not pairs."""
+    if (D := config.hidden_size) % (2 * (H := config.num_attention_heads)):
+        raise ValueError(f"hidden_size is {D}, expected an even multiple of num_attention_heads, which is {H}")
 
 
 def angles(
@@ -52,17 +66,19 @@ def angles(
 
 
 def rotate(x_THK: Tensor, turns: tuple[Tensor, Tensor]) -> Tensor:
-    """Each pair of features turned by its token's angle."""
+    """Each pair of features turned by its token's angle; in the dtype of `x_THK`, which autocast may have halved."""
     cos_T1R, sin_T1R = turns
     first_THR, second_THR = x_THK.chunk(2, dim=-1)
-    return torch.cat([first_THR * cos_T1R - second_THR * sin_T1R, second_THR * cos_T1R + first_THR * sin_T1R], dim=-1)
+    turned = first_THR * cos_T1R - second_THR * sin_T1R, second_THR * cos_T1R + first_THR * sin_T1R
+    return torch.cat(turned, dim=-1).to(x_THK.dtype)
 
 
 def frequencies(width: int, settings: Mapping[str, Any], device: torch.device) -> tuple[Tensor, float]:
     """Radians per position of each pair, [R] float32, and a factor for the cosines and sines.
 
-    Source of "linear": Chen et al. 2023 (Position interpolation), section 3.2; of "yarn": Peng et al. 2023 (YaRN),
-    section 3.4; of "llama3": the Llama 3.1 reference code, `apply_scaling`."""
+    Source of "linear": Chen et al. 2023 (Position interpolation), section 3.2; of "ntk": Su 2023,
+    kexue.fm/archives/9706, equation 6; of "yarn": Peng et al. 2023 (YaRN), section 3.4; of "llama3": the Llama 3.1
+    reference code, `apply_scaling`."""
     pairs_R = torch.arange(0, width, 2, dtype=torch.int64, device=device).float()
     period_R = settings["rope_theta"] ** (pairs_R / width)
     inverse_R, kind = 1.0 / period_R, settings["rope_type"]
@@ -71,6 +87,8 @@ def frequencies(width: int, settings: Mapping[str, Any], device: torch.device) -
     factor = settings["factor"]
     if kind == "linear":
         return inverse_R / factor, 1.0
+    if kind == "ntk":  # pair i is slowed down by factor^(2 (i + 1) / K): the last one by the whole factor
+        return inverse_R / factor ** ((pairs_R + 2) / width), 1.0
     if kind == "llama3":
         low, high, length = (settings[name] for name in SCALINGS[kind][1:])
         # 0 for waves longer than length / low, which are stretched; 1 for those shorter than length / high, which stay.
