@@ -4,6 +4,8 @@ encoder, model = load_both(tmp_path, RobertaModel(RobertaConfig(**sizes)))
 assert_equal_to_reference(encoder, model, SEQUENCES)
 """
 
+import json
+import shutil
 from dataclasses import MISSING, fields
 from functools import partial
 from pathlib import Path
@@ -80,6 +82,13 @@ def exact_norms(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def publish(folder: Path, config: dict, *, tokenizer: Path | None = None) -> None:
+    """Gives a folder another config.json, of a published checkpoint, and the tokenizer of another folder."""
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json") if tokenizer else ():
+        shutil.copy(tokenizer / name, folder)
+
+
 def their_hidden(model: torch.nn.Module, sequences: list[list[int]], *, padding: int = 1) -> torch.Tensor:
     """transformers' hidden states [T, D] of the sequences end to end: one padded batch, as users run it."""
     longest = max(map(len, sequences))
@@ -88,6 +97,13 @@ def their_hidden(model: torch.nn.Module, sequences: list[list[int]], *, padding:
         for rows, value in ((sequences, padding), ([[1] * len(row) for row in sequences], 0))
     )
     return model(input_ids=ids, attention_mask=mask).last_hidden_state[mask.bool()]
+
+
+def as_saved(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of a transformers model by the names and in the shapes that `save_pretrained` gives them."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, tensors)
 
 
 def assert_equal_to_reference(encoder, model, sequences=SEQUENCES, *, exact: float = 1e-9, **options) -> None:
@@ -102,7 +118,7 @@ def assert_equal_to_reference(encoder, model, sequences=SEQUENCES, *, exact: flo
     gradients = {name: parameter.grad for name, parameter in encoder.named_parameters()}
     keys = next(family for family in FAMILIES.values() if type(encoder) is family.Encoder).key_map(encoder.config)
     ours = checkpoint_tensors(gradients, keys)
-    theirs = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    theirs = as_saved(model, {name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert ours.keys() == theirs.keys()
     for name in theirs:
         largest = theirs[name].abs().max().item()

@@ -74,6 +74,16 @@ def test_dropout_is_active_in_training_only(model_type):
 
 
 @every_family
+def test_autocast_is_close_to_float32(model_type):
+    """bfloat16 has 8 bits: hidden states differ by about 1%."""
+    encoder, packed = tiny_encoder(model_type), pack(SEQUENCES)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = encoder(packed).float()
+    expected = encoder(packed).detach()
+    assert (found - expected).norm() <= 0.05 * expected.norm()
+
+
+@every_family
 def test_the_longest_text_fits(model_type):
     encoder = tiny_encoder(model_type)
     (hidden,) = hidden_states(encoder, [[2 + i % 50 for i in range(encoder.config.max_length)]])

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..files import read_json, write_json
-from . import bert, custom, distilbert, electra, gemma3, llama, mistral, mpnet, qwen3, roberta
+from . import bert, custom, distilbert, electra, gemma3, llama, mistral, mpnet, nomic_bert, qwen3, roberta
 from .adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from .adapter import FORMATS, ROLES, fill, naming
 from .pooling import Pooling
@@ -34,6 +34,7 @@ from .schema import (
     check,
     read_dataclass,
     read_fields,
+    stored_names,
 )
 from .tokenization import TOKENIZER_FILE, Tokenizer
 from .weights import INDEX_FILE, SHARDS, WEIGHTS_FILE, checkpoint_tensors, read_tensors, write_tensors
@@ -51,6 +52,7 @@ FAMILIES: dict[str, ModuleType] = {
     "llama": llama,
     "mistral": mistral,
     "gemma3_text": gemma3,
+    "nomic_bert": nomic_bert,
 }
 # The modules of modules.json that are supported, by class name and in this order.
 MODULES, MODULE_TYPE = ("Transformer", "Pooling", "Normalize"), "sentence_transformers.models."
@@ -184,8 +186,10 @@ def encoder_parts(encoder: nn.Module, source: Source | None) -> tuple[dict[str, 
     if source is None or source.family is not family:
         raise ValueError(f"cannot save {type(encoder)}: this Embedder was not loaded from a model folder of its family")
     carried, config = source.carried, source.config
-    if any(config.get(name, value) != value for name, value in vars(encoder.config).items()):
-        carried, config = {}, config | vars(encoder.config)  # the carried tensors fit only the encoder that was loaded
+    names = stored_names(family.Config, config)
+    current = {names[name]: value for name, value in vars(encoder.config).items()}
+    if any(config.get(name, value) != value for name, value in current.items()):
+        carried, config = {}, config | current  # the carried tensors fit only the encoder that was loaded
     return config, carried | checkpoint_tensors(encoder.state_dict(), family.key_map(encoder.config))
 
 

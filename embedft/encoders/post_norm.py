@@ -1,4 +1,5 @@
 """The post-norm transformer that BERT, RoBERTa, DistilBERT, ELECTRA and MPNet share: embeddings, positions and layers.
+NomicBERT and GTE share its embeddings, and a layer with rotary positions.
 
 Each family has its own configuration and key map. Dropout of attention weights is off by default: it rules
 out the fused kernels of CPU and CUDA.
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from .attention import Sequences, attention
 from .layers import ACTIVATIONS, Dropout, Linear
 from .packing import Packed
+from .rotary import rotate
+from .schema import check_fractions
 from .weights import Keys, layer_keys
 
 # Tensors of checkpoints that no encoder uses, in every family: heads, and a table of 0, 1, 2, ... that is no weight.
@@ -18,25 +21,28 @@ UNUSED = ("pooler.", "classifier.", "qa_outputs.", "embeddings.position_ids")
 
 
 class Embeddings(nn.Module):
-    """LayerNorm(token + position + segment), then dropout; without a segment if `num_token_types` is 0."""
+    """LayerNorm(token + position + segment), then dropout; without what has 0 rows: `num_positions` is 0 where layers
+    have rotary positions."""
 
     def __init__(
         self, vocab_size: int, num_positions: int, num_token_types: int, features: int, *, eps: float, dropout: float
     ):
         super().__init__()
         self.token = nn.Embedding(vocab_size, features)
-        self.position = nn.Embedding(num_positions, features)
+        self.position = nn.Embedding(num_positions, features) if num_positions else None
         self.token_type = nn.Embedding(num_token_types, features) if num_token_types else None
         self.norm = nn.LayerNorm(features, eps=eps)
         self.dropout = Dropout(dropout)
 
     def forward(self, packed: Packed, positions_T: Tensor | None = None) -> Tensor:
         """[T, D]; `positions_T`: rows of the position table, None: the tokens' positions in their sequences."""
-        x_TD, positions_T = self.token(packed.input_ids), packed.positions if positions_T is None else positions_T
+        x_TD = self.token(packed.input_ids)
         if self.token_type is not None:
             types = packed.token_types
             x_TD = x_TD + (self.token_type.weight[0] if types is None else self.token_type(types))
-        return self.dropout(self.norm(x_TD + self.position(positions_T)))
+        if self.position is not None:
+            x_TD = x_TD + self.position(packed.positions if positions_T is None else positions_T)
+        return self.dropout(self.norm(x_TD))
 
 
 def positions_behind_padding(packed: Packed, padding: int) -> Tensor:
@@ -99,6 +105,31 @@ class Stack(nn.ModuleList):
         return x_TD
 
 
+class RotaryLayer(nn.Module):
+    """x = LayerNorm(x + Attention(x)); x = LayerNorm(x + FeedForward(x)), with queries and keys turned by position."""
+
+    def __init__(
+        self, features: int, num_heads: int, feed_forward: nn.Module, *, bias: bool, eps: float, dropout: float
+    ):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = Linear(features, 3 * features, bias=bias)
+        self.attention_out = Linear(features, features, bias=bias)
+        self.attention_norm = nn.LayerNorm(features, eps=eps)
+        self.feed_forward = feed_forward
+        self.feed_forward_norm = nn.LayerNorm(features, eps=eps)
+        self.dropout = Dropout(dropout)
+
+    def forward(
+        self, x_TD: Tensor, sequences: Sequences, turns: tuple[Tensor, Tensor], attention_dropout: float
+    ) -> Tensor:
+        q_THK, k_THK, v_THK = self.qkv(x_TD).view(len(x_TD), 3, self.num_heads, -1).unbind(1)
+        q_THK, k_THK = rotate(q_THK, turns), rotate(k_THK, turns)
+        attended_TD = attention(q_THK, k_THK, v_THK, sequences, dropout=attention_dropout)
+        x_TD = self.attention_norm(x_TD + self.dropout(self.attention_out(attended_TD)))
+        return self.feed_forward_norm(x_TD + self.dropout(self.feed_forward(x_TD)))
+
+
 def check_settings(config: object, **names: str) -> None:
     """Raises `ValueError` naming an invalid field among those of BERT's configuration.
     `names`: the family's names of fields by BERT's, where they differ."""
@@ -106,9 +137,7 @@ def check_settings(config: object, **names: str) -> None:
     def name(field: str) -> str:
         return names.get(field, field)
 
-    for field in ("layer_norm_eps", "hidden_dropout_prob"):
-        if not 0 <= getattr(config, name(field)) <= 1:
-            raise ValueError(f"{name(field)} is {str(getattr(config, name(field)))[:60]}, expected 0 to 1")
+    check_fractions(config, name("layer_norm_eps"), name("hidden_dropout_prob"))
     size, heads = name("hidden_size"), name("num_attention_heads")
     if (D := getattr(config, size)) % (H := getattr(config, heads)):
         raise ValueError(f"{size} is {D}, expected a multiple of {heads}, which is {H}")

@@ -4,9 +4,14 @@
     read_dataclass(path, values, BertConfig)                      # the fields of a family, by their annotations
 
 Fields that nothing reads are not checked; null counts as an absent field.
+
+A family whose checkpoints were published with other names of fields than its Config's says so there, in `aliases`
+{published: ours}; `fixed` {field of config.json: value} has what it supports one value of.
 """
 
+import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -31,8 +36,10 @@ LEGACY_POOLING_KEYS = {
 }
 
 # Annotations of whole numbers in a family's Config. A size is a dimension of some tensor, and no model has more layers
-# than tensors: both are compared with the checkpoint before a module is built. An index may be 0.
-Size, Layers, Index = NewType("Size", int), NewType("Layers", int), NewType("Index", int)
+# than tensors: both are compared with the checkpoint before a module is built. Rows are a size, or 0 where there is no
+# such tensor. An index may be 0.
+Size, Layers = NewType("Size", int), NewType("Layers", int)
+Rows, Index = NewType("Rows", int), NewType("Index", int)
 
 # {field: (what is expected, whether a value is valid)}
 Schema = Mapping[str, tuple[str, Callable[[Any], bool]]]
@@ -74,7 +81,7 @@ SCHEMAS: dict[str, Schema] = {
 }
 # By the annotation of a Config's field.
 TYPES = {bool: BOOL, str: TEXT, **dict.fromkeys((int, Size, Layers), COUNT)}
-TYPES[Index] = "a whole number of at least 0", lambda x: type(x) is int and x >= 0
+TYPES[Rows] = TYPES[Index] = "a whole number of at least 0", lambda x: type(x) is int and x >= 0
 TYPES[float] = "a finite number", lambda x: type(x) in (int, float) and abs(x) < math.inf
 TYPES[list] = "a list", lambda x: isinstance(x, list)
 TYPES[dict] = "an object", lambda x: isinstance(x, dict)
@@ -97,11 +104,36 @@ def read_fields(path: Path, schema: str | None = None) -> dict[str, Any]:
 
 def read_dataclass(path: Path, values: Mapping[str, Any], kind: type) -> Any:
     """A `kind` made of its fields among `values`, the content of `path`. Raises `ValueError` naming an invalid one."""
-    known = {field.name: field for field in fields(kind)}
-    check(path, values, {name: TYPES[field.type] for name, field in known.items()})
-    if missing := [name for name, field in known.items() if field.default is MISSING and name not in values]:
+    names, known = stored_names(kind, values), {field.name: field for field in fields(kind)}
+    check(path, values, {names[name]: TYPES[field.type] for name, field in known.items()})
+    for name, expected in getattr(kind, "fixed", {}).items():
+        if (found := values.get(name, expected)) != expected:
+            raise ValueError(f"{path}: {name} is {json.dumps(found)[:60]}, expected {json.dumps(expected)}")
+    found = {name: values[stored] for name, stored in names.items() if stored in values}
+    if missing := [name for name, field in known.items() if field.default is MISSING and name not in found]:
         raise ValueError(f"{path}: {missing[0]} is missing")
     try:
-        return kind(**{name: values[name] for name in known.keys() & values.keys()})
+        return kind(**found)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{path}: {in_stored_names(str(error), names)}") from None
+
+
+def stored_names(kind: type, values: Mapping[str, Any]) -> dict[str, str]:
+    """{field of a `kind`: its name in `values`}: its own, or a published one if only that is there."""
+    aliases = {ours: published for published, ours in getattr(kind, "aliases", {}).items() if published in values}
+    return {
+        field.name: field.name if field.name in values else aliases.get(field.name, field.name)
+        for field in fields(kind)
+    }
+
+
+def in_stored_names(message: str, names: Mapping[str, str]) -> str:
+    """The message with the names that its fields have in the file."""
+    return re.sub(r"\w+", lambda word: names.get(word[0], word[0]), message)
+
+
+def check_fractions(config: Any, *names: str) -> None:
+    """Raises `ValueError` naming a field of a configuration that is not from 0 to 1."""
+    for name in names:
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name} is {str(getattr(config, name))[:60]}, expected 0 to 1")

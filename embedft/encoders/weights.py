@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..files import atomic_write, read_object
 from . import custom
 from .adapter import fill, naming
-from .schema import CONFIG_FILE, PLACE, Layers, Size
+from .schema import CONFIG_FILE, PLACE, Layers, Rows, Size, stored_names
 
 WEIGHTS_FILE, INDEX_FILE, SHARDS = "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"
 # Our module -> the checkpoint's; or, for several that are stacked along the first dimension, {the checkpoint's: rows}.
@@ -133,13 +133,14 @@ def _check_sizes(path: Path, config: Any, files: Mapping[str, Any], listed: str)
     shapes = (file.get_slice(name).get_shape() for name, file in list(files.items())[:10_000])
     largest = max((max(shape, default=0) for shape in shapes), default=0)
     limits = {
-        **dict.fromkeys((Size, Size | None), (largest, "rows or columns at most")),
+        **dict.fromkeys((Size, Size | None, Rows), (largest, "rows or columns at most")),
         Layers: (len(files), "tensors"),
     }
     for field in fields(config):
         limit, what = limits.get(field.type, (0, ""))
         if what and (value := getattr(config, field.name) or 0) > limit:
-            raise ValueError(f"{path}: {field.name} is {str(value)[:60]}, but {listed} has {limit} {what}")
+            name = stored_names(type(config), read_object(path))[field.name]
+            raise ValueError(f"{path}: {name} is {str(value)[:60]}, but {listed} has {limit} {what}")
 
 
 def _read_names(
