@@ -3,10 +3,13 @@
 The figures are those of each model's config.json; only fields that the encoder reads are here.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from embedft.encoders.folder import FAMILIES
+from embedft.encoders.schema import read_dataclass
 
 BERT = {"vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 2}
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
@@ -20,6 +23,12 @@ def post_norm(rows: int, D: int, F: int, layers: int, width: int | None = None) 
     width = width or D
     layer = 4 * (D * D + D) + (D * F + F) + (F * D + D) + 2 * 2 * D
     return rows * width + 2 * width + layers * layer
+
+
+def gated(rows: int, D: int, F: int, layers: int, others: int) -> int:
+    """Parameters of an encoder with rotary positions and gated layers: `rows` vectors (tokens, token types, norms), and
+    layers of four D x D and three D x F maps without biases, and `others`: biases and norms."""
+    return rows * D + layers * (4 * D * D + 3 * D * F + others)
 
 
 def pooler(D: int) -> int:
@@ -133,6 +142,43 @@ MODELS = {
         0,
         "1236",
     ),
+    # Two token types; norms of a weight and a bias: one of the embeddings, two a layer. No biases.
+    "nomic-ai/nomic-embed-text-v1.5": (
+        "nomic_bert",
+        {"vocab_size": 30528, "n_embd": 768, "n_layer": 12, "n_head": 12, "n_inner": 3072, "n_positions": 8192}
+        | {"activation_function": "swiglu", "rotary_emb_base": 1000, "type_vocab_size": 2, "qkv_proj_bias": False},
+        gated(30528 + 2 + 2, 768, 3072, 12, 2 * 2 * 768),
+        0,
+        "137",
+    ),
+    # As before, without token types; biases of the four D x D maps, and of the last one.
+    "Alibaba-NLP/gte-base-en-v1.5": (
+        "new",
+        BASE
+        | {"vocab_size": 30528, "max_position_embeddings": 8192, "type_vocab_size": 0, "rope_theta": 500000}
+        | {"rope_scaling": {"type": "ntk", "factor": 2.0}, "pack_qkv": True},
+        gated(30528 + 2, 768, 3072, 12, 2 * 2 * 768 + 5 * 768),
+        0,
+        "137",
+    ),
+    # As before, with one token type.
+    "Snowflake/snowflake-arctic-embed-m-v2.0": (
+        "gte",
+        BASE | {"vocab_size": 250048, "max_position_embeddings": 8192, "type_vocab_size": 1, "rope_theta": 160000},
+        gated(250048 + 1 + 2, 768, 3072, 12, 2 * 2 * 768 + 5 * 768),
+        0,
+        "305",
+    ),
+    # Norms of a weight: of the embeddings, two a layer less that of the first layer's attention, and the last.
+    "Alibaba-NLP/gte-modernbert-base": (
+        "modernbert",
+        {"vocab_size": 50368, "hidden_size": 768, "num_hidden_layers": 22, "num_attention_heads": 12}
+        | {"intermediate_size": 1152, "max_position_embeddings": 8192, "global_attn_every_n_layers": 3}
+        | {"local_attention": 128, "global_rope_theta": 160000.0, "local_rope_theta": 10000.0},
+        gated(50368 + 1 - 1 + 1, 768, 1152, 22, 2 * 768),
+        0,
+        "149",
+    ),
 }
 
 
@@ -141,7 +187,7 @@ def test_parameters(name):
     model_type, fields, expected, left_out, published = MODELS[name]
     family = FAMILIES[model_type]
     with torch.device("meta"):
-        encoder = family.Encoder(family.Config(**fields))
+        encoder = family.Encoder(read_dataclass(Path("config.json"), fields, family.Config))
     assert sum(parameter.numel() for parameter in encoder.parameters()) == expected
     decimals = len(published.partition(".")[2])
     assert f"{(expected + left_out) / 1e6:.{decimals}f}" == published

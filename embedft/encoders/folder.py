@@ -16,7 +16,21 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..files import read_json, write_json
-from . import bert, custom, distilbert, electra, gemma3, llama, mistral, mpnet, nomic_bert, qwen3, roberta
+from . import (
+    bert,
+    custom,
+    distilbert,
+    electra,
+    gemma3,
+    gte,
+    llama,
+    mistral,
+    modernbert,
+    mpnet,
+    nomic_bert,
+    qwen3,
+    roberta,
+)
 from .adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from .adapter import FORMATS, ROLES, fill, naming
 from .pooling import Pooling
@@ -53,6 +67,9 @@ FAMILIES: dict[str, ModuleType] = {
     "mistral": mistral,
     "gemma3_text": gemma3,
     "nomic_bert": nomic_bert,
+    "new": gte,
+    "gte": gte,
+    "modernbert": modernbert,
 }
 # The modules of modules.json that are supported, by class name and in this order.
 MODULES, MODULE_TYPE = ("Transformer", "Pooling", "Normalize"), "sentence_transformers.models."
