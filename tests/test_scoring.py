@@ -92,7 +92,7 @@ def test_saved_models_load_everywhere(folder, tmp_path):
     assert load_scorer(folder, device="cpu").sha256() != scorer.sha256()
 
 
-@pytest.mark.parametrize("kind", ["XLMRoberta", "Roberta"])
+@pytest.mark.parametrize("kind", ["XLMRoberta", "Roberta", "NomicBert", "Gte", "ModernBert"])
 def test_heads_of_other_families(tmp_path, folder, kind):
     transformers = pytest.importorskip("transformers")
     config = getattr(transformers, f"{kind}Config")(

@@ -63,6 +63,9 @@ LAYOUTS = {
     "distilbert": Layout("distilbert.", "pre_classifier", "relu", "classifier"),
     "electra": Layout("electra.", "classifier.dense", "gelu", "classifier.out_proj"),
     "mpnet": Layout("mpnet.", "classifier.dense", "tanh", "classifier.out_proj"),
+    "nomic_bert": Layout("nomic_bert.", "pooler.dense", "tanh", "classifier"),
+    "new": Layout("new.", "pooler.dense", "tanh", "classifier"),
+    "gte": Layout("gte.", "pooler.dense", "tanh", "classifier"),
     "modernbert": Layout("model.", "head.dense", "gelu", "classifier", norm="head.norm"),
 }
 
