@@ -24,6 +24,7 @@ COMMANDS = {
     "compare": "test whether reports differ, question by question",
     "store": "list, verify, repair or prune stored embeddings",
     "info": "describe a model",
+    "push": "upload a model to the Hugging Face hub",
 }
 OUTPUT = "standard output"
 

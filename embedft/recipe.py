@@ -8,7 +8,7 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 from .data.batches import Batches, make_batches
 from .data.dataset import RetrievalDataset
 from .data.mixture import join_datasets, make_mixture
+from .encoders.card import write_card
 from .encoders.embedder import Embedder
 from .encoders.loading import load_embedder
 from .encoders.openai_api import ApiEmbedder
@@ -28,8 +29,9 @@ from .retrieval.evaluate import evaluate as evaluate_embedder
 from .retrieval.evaluate import evaluate_run
 from .retrieval.metrics import select_metrics
 from .retrieval.mining import mine
-from .retrieval.report import Report
+from .retrieval.report import Report, compare
 from .retrieval.run import Run
+from .retrieval.tables import MAIN_METRICS, format_comparisons
 from .training import distributed, run_folder
 from .training.configs import MINING, FinetuneConfig, configured_loss
 from .training.optim import MakeOptimizer
@@ -222,9 +224,32 @@ def _train(job: _Job) -> None:
 
 def _close(job: _Job) -> None:
     job.embedder.save(job.out / run_folder.MODEL)
+    results = ""
     if job.validation is not None:
-        job.report(VALIDATION)
+        base, tuned = Report.load(job.out / run_folder.EVAL / VALIDATION_BASE), job.report(VALIDATION)
+        metrics = [name for name in dict.fromkeys((*MAIN_METRICS, job.config.select)) if name in tuned.metrics]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the base may have another maximum length: the card says so
+            found = [compare(base, tuned, metric=name) for name in metrics]
+        results = format_comparisons({"fine-tuned": found}, style="markdown")
+        results = f"On {len(tuned.query_ids):,} held-out questions, against the base model:\n\n{results}"
+    if isinstance(job.embedder, Embedder):
+        write_card(job.out / run_folder.MODEL, job.embedder, training=_training_facts(job), results=results)
     run_folder.close_run(job.out)
+
+
+def _training_facts(job: _Job) -> dict[str, str]:
+    """For the model card: base, data and the settings that are not the defaults."""
+    source, plain = job.embedder.source, FinetuneConfig()
+    changed = {f.name: getattr(job.config, f.name) for f in fields(plain)}
+    changed = {name: value for name, value in changed.items() if value != getattr(plain, name)}
+    data = {
+        name or "data": f"{len(part.queries):,} questions, {len(part.corpus):,} documents"
+        for name, part in job.datasets.items()
+    }
+    found = {"base": source.name if source else "", "base, SHA-256": job.hashes["model"], **data}
+    found |= {"data, SHA-256": job.hashes["train"], "loss": str(job.settings.get("loss", ""))}
+    return {name: str(value) for name, value in (found | changed).items() if value}
 
 
 def _renewed(job: _Job, batches: BatchSource | None) -> BatchSource:

@@ -1,4 +1,4 @@
-"""A local stand-in for the Hugging Face hub, enough to download a model, with a log of requests.
+"""A local stand-in for the Hugging Face hub, enough to download and upload a model, with a log of requests.
 
 with Hub({"tiny/bert": {"main": "c0" * 20, "c0" * 20: {"config.json": b"{}"}}}) as hub:
     os.environ["HF_ENDPOINT"] = hub.url
@@ -6,6 +6,7 @@ with Hub({"tiny/bert": {"main": "c0" * 20, "c0" * 20: {"config.json": b"{}"}}}) 
 A repository maps a commit (40 hexadecimal digits) to its files and a branch or tag to a commit.
 """
 
+import base64
 import hashlib
 import http.server
 import json
@@ -14,6 +15,7 @@ import threading
 
 API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+?)(/(?P<kind>revision|tree)/(?P<revision>[^/?]+))?(\?.*)?")
 RESOLVE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>[^?]+)(\?.*)?")
+UPLOAD = re.compile(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main(?:\?.*)?")
 
 
 class Hub:
@@ -23,7 +25,7 @@ class Hub:
     """
 
     def __init__(self, repositories: dict[str, dict[str, str | dict[str, bytes]]]):
-        self.repositories, self.log, self.cut = repositories, [], set()
+        self.repositories, self.log, self.cut, self.read_only = repositories, [], set(), False
         hub = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -43,6 +45,16 @@ class Hub:
                     self.wfile.write(body)
 
             do_HEAD = do_GET
+
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                hub.log.append((self.command, self.path))
+                status, headers, reply = hub.accept(self.path, body)
+                self.send_response(status)
+                for name, value in {**headers, "Content-Length": str(len(reply))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(reply)
 
             def log_message(self, *args):
                 pass
@@ -69,6 +81,27 @@ class Hub:
         matches = (RESOLVE.fullmatch(path) for method, path in self.log if method == "GET")
         return sorted(match["path"] for match in matches if match)
 
+    def accept(self, url: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        """(status, headers, body) of a request that creates a repository, asks how to upload, or commits files."""
+        if self.read_only:
+            return error(401, "Unauthorized", "Invalid username or password.")
+        if url == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}"
+            self.repositories.setdefault(name, {"main": "0" * 40, "0" * 40: {}, "asked": asked})
+            return reply({"url": f"{self.url}/{name}"})
+        if url == "/api/validate-yaml":
+            return reply({"errors": [], "warnings": []})
+        name, kind = UPLOAD.fullmatch(url).groups()
+        if kind == "preupload":
+            files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
+            return reply({"files": [file | {"shouldIgnore": False} for file in files]})
+        lines, commit = [json.loads(line) for line in body.splitlines()], "1" * 40
+        added = [line["value"] for line in lines if line["key"] == "file"]
+        self.repositories[name][commit] = {file["path"]: base64.b64decode(file["content"]) for file in added}
+        self.repositories[name]["main"] = commit
+        return reply({"commitUrl": f"{self.url}/{name}/commit/{commit}", "commitOid": commit, "success": True})
+
     def answer(self, url: str) -> tuple[int, dict[str, str], bytes]:
         """(status, headers, body) of a request."""
         match = API.fullmatch(url) or RESOLVE.fullmatch(url)
@@ -93,6 +126,10 @@ class Hub:
             return 200, {"Content-Type": "application/json"}, json.dumps(entries).encode()
         info = {"id": match["repo"], "sha": commit, "siblings": [{"rfilename": path} for path in files]}
         return 200, {"Content-Type": "application/json"}, json.dumps(info).encode()
+
+
+def reply(value: dict) -> tuple[int, dict[str, str], bytes]:
+    return 200, {"Content-Type": "application/json"}, json.dumps(value).encode()
 
 
 def error(status: int, code: str, message: str) -> tuple[int, dict[str, str], bytes]:

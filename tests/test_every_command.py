@@ -102,7 +102,8 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 
 def test_every_command_is_here():
-    assert {name.partition(",")[0] for name in {**WRITING, **READING}} == COMMANDS.keys()
+    """`push` writes to the hub: test_card.py."""
+    assert {name.partition(",")[0] for name in {**WRITING, **READING}} == COMMANDS.keys() - {"push"}
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def tree(folder: Path) -> set[str]:
 REPORT = {"metrics.json", "per_query.jsonl", "run.trec"}
 MODEL = {
     "1_Pooling/config.json", "config.json", "config_sentence_transformers.json", "model.safetensors", "modules.json",
-    "sentence_bert_config.json", "tokenizer.json", "tokenizer_config.json",
+    "README.md", "sentence_bert_config.json", "tokenizer.json", "tokenizer_config.json",
 }  # fmt: skip
 
 

@@ -42,6 +42,14 @@ class DistilBertConfig:
         return self.dim
 
     @property
+    def num_hidden_layers(self) -> int:
+        return self.n_layers
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.n_heads
+
+    @property
     def max_length(self) -> int:
         return self.max_position_embeddings
 

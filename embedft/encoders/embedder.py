@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .. import device as devices
 from ..progress import progress_bar
 from .adapter import ROLES, Adapter, Base, check_role
+from .card import write_card
 from .fingerprint import fingerprint, precision
 from .folder import Source, write_folder
 from .packing import Packed, concatenate, cut_by_tokens, pack, sort_by_length
@@ -289,3 +290,4 @@ class Embedder(nn.Module):
         With an encoder of your own class (encoders/custom.py) only `load_embedder` can, where that class is importable.
         Raises `ValueError` if it is not, and for a nonlinear adapter, which Dense modules cannot express."""
         write_folder(Path(folder), self)
+        write_card(Path(folder), self)

@@ -129,6 +129,26 @@ def find_folder(name: str, *, revision: str | None = None) -> Path:
     return _hub_folder(name, revision, local_files_only=False)
 
 
+def push_folder(folder: Path, name: str, *, private: bool = False, revision: str | None = None) -> str:
+    """Uploads a model folder to the hub as the model `name` ("user/model"), creating it if necessary, in one commit;
+    returns the commit's address. Raises `ValueError` for what is not a model folder, or with what the hub says."""
+    layout.read_config(folder / layout.read_modules(folder).get("Transformer", ""))
+    if name.count("/") != 1:
+        raise ValueError(f"repository is {name!r}, expected a user or organisation and a name, as in user/model")
+    import huggingface_hub
+    from huggingface_hub import errors, utils
+
+    lost = (utils.httpx.HTTPError,) if hasattr(utils, "httpx") else ()
+    try:
+        api = huggingface_hub.HfApi()
+        api.create_repo(name, private=private, exist_ok=True)
+        options = {"commit_message": "Upload a model", "revision": revision, "ignore_patterns": [".*", "*.tmp"]}
+        return str(api.upload_folder(repo_id=name, folder_path=folder, **options).commit_url)
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError, *lost) as error:
+        hint = " (log in with `hf auth login`, or set HF_TOKEN)" if "401" in str(error) else ""
+        raise ValueError(f"{name}: the hub says: {' '.join(str(error).split())[:300]}{hint}") from None
+
+
 def _packaged_folder(module: str, place: str, sha256: str) -> Path | None:
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:

@@ -1,0 +1,97 @@
+"""What a model is, on one screen, and its model card: the README.md of its folder.
+
+    facts(embedder)         # {"family": "bert", "parameters": "22,565,376: ...", ...}
+    write_card(Path("model"), embedder, training={"base": "..."}, results="| metric | ...")
+
+Shapes: L tokens of a text, K width of a head.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ..files import atomic_write, read_text
+from .adapter import ROLES
+
+if TYPE_CHECKING:
+    from .embedder import Embedder
+
+CARD_FILE = "README.md"
+MARK = "<!-- Written by embedft; it replaces this file as long as this line is here. -->"
+
+
+def facts(embedder: "Embedder") -> dict[str, str]:
+    """One line per fact; those that do not apply are left out."""
+    encoder, pooling, config = embedder.encoder, embedder.pooling, embedder.encoder.config
+    used = {role: embedder.prompt(role) for role in ROLES if embedder.prompt(role)}
+    others = {name: text for name, text in embedder.prompts.items() if name not in used and text}
+    parts = Counter()
+    for name, parameter in embedder.named_parameters():
+        parts[name.removeprefix("encoder.").partition(".")[0]] += parameter.numel()
+    size = sum(p.numel() * p.element_size() for p in embedder.parameters())
+    dtype = str(next(embedder.parameters()).dtype).removeprefix("torch.")
+    linear, attention = flops(encoder)
+    source = embedder.source
+    found = {
+        "folder": str(source.folder) if source else "",
+        "family": source.config["model_type"] if source else type(encoder).__qualname__,
+        "parameters": f"{sum(parts.values()):,}: " + ", ".join(f"{name} {count:,}" for name, count in parts.items()),
+        "layers": str(getattr(config, "num_hidden_layers", 0)),
+        "memory": f"{size / 2**20:,.0f} MiB of weights in {dtype}",
+        "FLOPs": f"{linear / 1e6:,.1f} million a token + {attention:,} a token for each token it attends to",
+        "dimensions": f"{embedder.dim}" + f" of {embedder.full_dim}" * (embedder.dim != embedder.full_dim),
+        "max_length": f"{embedder.max_length:,} tokens (the encoder takes {config.max_length:,})",
+        "pooling": " + ".join(pooling.names) + ("" if pooling.include_prompt else ", without the prompt"),
+        "similarity": embedder.similarity,
+        "prompts": ", ".join(f"{role}: {text!r}" for role, text in used.items()) or "none",
+        "other prompts": ", ".join(f"{name}: {text!r}" for name, text in others.items()),
+        "carried along": ", ".join(source.carried) if source else "",
+        "fingerprint": embedder.sha256()[:16],
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def flops(encoder: nn.Module) -> tuple[int, int]:
+    """Floating-point operations of a forward pass: (a token, in matrix products with weights; a token for each token
+    that it attends to). A product and a sum count as two; norms, activations and softmax are left out.
+
+    A text of L tokens without windows takes L * first + L^2 * second."""
+    linear = 2 * sum(module.weight.numel() for module in encoder.modules() if isinstance(module, nn.Linear))
+    config = encoder.config
+    layers, heads = (getattr(config, name, 0) for name in ("num_hidden_layers", "num_attention_heads"))
+    width = heads * (getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0))
+    return linear, 4 * layers * width  # Q K^T and its product with V
+
+
+def model_card(embedder: "Embedder", *, training: Mapping[str, str], results: str = "") -> str:
+    """Markdown: how to load the model, what it is, and how it was trained and measured, if it was."""
+    name = training.get("base", embedder.source.name if embedder.source else "")
+    lines = ["---", "library_name: sentence-transformers", "pipeline_tag: sentence-similarity"]
+    lines += ["tags:", "- sentence-transformers", "- feature-extraction", "- embedft"]
+    lines += [f"base_model: {name}"] if name.count("/") == 1 and not Path(name).exists() else []
+    known = {key: value for key, value in facts(embedder).items() if key != "folder"}
+    lines += ["---", MARK, "", "# A text-embedding model", "", "```python", "from embedft import load_embedder", ""]
+    lines += ['embedder = load_embedder("this folder")', 'queries = embedder.encode(["a question"], role="query")']
+    lines += ['documents = embedder.encode(["a document"], role="document")', "```", "", "```python"]
+    lines += ["from sentence_transformers import SentenceTransformer", ""]
+    lines += ['model = SentenceTransformer("this folder")', 'queries = model.encode_query(["a question"])']
+    lines += ['documents = model.encode_document(["a document"])', "```", "", "## Model", "", *_table(known)]
+    lines += ["", "## Training", "", *_table(training)] if training else []
+    lines += ["", "## Results", "", results] if results else []
+    return "\n".join(lines) + "\n"
+
+
+def write_card(folder: Path, embedder: "Embedder", *, training: Mapping[str, str] | None = None, results="") -> None:
+    """Writes the model card, unless the folder has a README.md that someone wrote."""
+    path = folder / CARD_FILE
+    if not path.is_file() or MARK in read_text(path):
+        with atomic_write(path) as file:
+            file.write(model_card(embedder, training=training or {}, results=results))
+
+
+def _table(rows: Mapping[str, str]) -> list[str]:
+    cells = ((name, str(value).replace("|", r"\|").replace("\n", " ")) for name, value in rows.items())
+    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells)]
