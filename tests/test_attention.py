@@ -146,6 +146,22 @@ def test_windows_heads_biases_and_scales(window, slack, groups):
         assert_equal(found, expected, qkv if bias_HLL is None else [*qkv, bias])
 
 
+@pytest.mark.parametrize("groups", [H, 2, 1])
+def test_keys_are_repeated_where_no_kernel_is_grouped(monkeypatch, groups):
+    lengths, kernel, calls = [9, 9, 5, 1], torch.nn.functional.scaled_dot_product_attention, []
+
+    def counted(q, k, v, **options):
+        calls.append((q.shape[1], k.shape[1], options["enable_gqa"]))
+        return kernel(q, k, v, **options)
+
+    monkeypatch.setattr(devices, "has_grouped_attention", lambda device: False)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    qkv = random_qkv(sum(lengths), groups=groups)
+    found = attention(*qkv, Sequences(pack([[0] * n for n in lengths])), window=(2, 0))
+    assert_equal(found, naive_attention(*qkv, lengths, window=(2, 0)), qkv)
+    assert calls == [(H, H, False)] * 3
+
+
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_text_leaves_its_neighbours_alone(window, dtype):

@@ -115,6 +115,8 @@ def attention(
         scale: None: 1 / sqrt(K)."""
     if dropout == 0 and bias_HLL is None and devices.has_packed_attention(q_THK.device, q_THK.dtype):
         return _packed_kernel(q_THK, k_TGK, v_TGK, sequences, window, scale).flatten(1)
+    if (num_queries := q_THK.shape[1] // k_TGK.shape[1]) > 1 and not devices.has_grouped_attention(q_THK.device):
+        k_TGK, v_TGK = (x.repeat_interleave(num_queries, dim=1) for x in (k_TGK, v_TGK))
     outputs, options = [], {"scale": scale, "dropout_p": dropout, "enable_gqa": k_TGK.shape[1] < q_THK.shape[1]}
     # One split rather than a slice per group: the backward of each slice would allocate a gradient for all T tokens.
     sizes = [group.num_tokens for group in sequences.groups]
