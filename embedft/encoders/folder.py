@@ -136,7 +136,8 @@ def read_tokenizer(folder: Path, config: Any, max_length: int | None) -> Tokeniz
     settings, limit = read_fields(folder / TRANSFORMER_CONFIG_FILE), config.max_length
     length, lower_case = limit if max_length is None else max_length, settings.get("do_lower_case", False)
     own = read_fields(folder / TOKENIZER_CONFIG_FILE)
-    tokenizer = Tokenizer.load(folder, own, max_length=length, lower_case=lower_case)
+    options = {"lower_case": lower_case, "model_type": read_fields(folder / CONFIG_FILE).get("model_type")}
+    tokenizer = Tokenizer.load(folder, own, max_length=length, **options)
     if max_length is None:
         folder_length = settings.get("max_seq_length") or own.get("model_max_length") or limit
         with naming(folder):

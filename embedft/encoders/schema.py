@@ -74,7 +74,9 @@ SCHEMAS: dict[str, Schema] = {
         "truncation_side": ("left or right", lambda x: x in ("left", "right")),
         "tokenizer_class": TEXT,
         **SPECIAL_TOKENS,
-        **dict.fromkeys(("do_lower_case", "strip_accents", "tokenize_chinese_chars"), BOOL),
+        **dict.fromkeys(
+            ("do_lower_case", "strip_accents", "tokenize_chinese_chars", "add_prefix_space", "legacy"), BOOL
+        ),
         "added_tokens_decoder": ("an object", lambda x: isinstance(x, dict)),
     },
     SPECIAL_TOKENS_FILE: SPECIAL_TOKENS,

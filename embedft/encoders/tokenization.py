@@ -9,12 +9,13 @@ import hashlib
 import operator
 import pickle
 import reprlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import normalizers
+from tokenizers import models, normalizers, pre_tokenizers
 from tokenizers.normalizers import Lowercase
 
 from ..files import atomic_write, read_object, read_text, write_json
@@ -27,12 +28,21 @@ NORMALIZED_ANEW = ("Bert", "DistilBert", "Electra", "LayoutLM", "Lxmert", "Mobil
 
 class Tokenizer:
     """tokenizer.json (`backend`) as modified by tokenizer_config.json (`config`); `lower_case`: lower-case texts first.
-    `max_length`: texts are truncated to this many tokens, special tokens included; can be set."""
+    `max_length`: texts are truncated to this many tokens, special tokens included; can be set. `model_type`: that of
+    config.json."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, config: dict, *, max_length: int, lower_case: bool = False):
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        config: dict,
+        *,
+        max_length: int,
+        lower_case: bool = False,
+        model_type: str | None = None,
+    ):
         self.backend, self.config, self.lower_case = backend, config, lower_case
         self.backend.no_padding()
-        _configure(backend, config)
+        _configure(backend, config, model_type)
         # In the tokenizer, not by str.lower: special tokens written in a text keep their case and so their meaning.
         steps = backend.normalizer if isinstance(backend.normalizer, normalizers.Sequence) else [backend.normalizer]
         if lower_case and not any(isinstance(step, Lowercase) for step in steps):  # a saved tokenizer has one
@@ -41,8 +51,8 @@ class Tokenizer:
         self._known: tuple[Any, str] = None, ""  # what the tokenizer looked like when last hashed, and the hash
 
     @classmethod
-    def load(cls, folder: Path, config: dict, *, max_length: int, lower_case: bool = False) -> "Tokenizer":
-        """Reads tokenizer.json; `config` is the content of tokenizer_config.json."""
+    def load(cls, folder: Path, config: dict, **options: Any) -> "Tokenizer":
+        """Reads tokenizer.json; `config` is the content of tokenizer_config.json; for `options`, see `Tokenizer`."""
         path = folder / TOKENIZER_FILE
         if not path.is_file():
             raise ValueError(f"{folder}: no {TOKENIZER_FILE} (the format of Hugging Face tokenizers)")
@@ -55,7 +65,7 @@ class Tokenizer:
             _add_tokens(backend, folder / ADDED_TOKENS_FILE)
             config = config | read_fields(folder / SPECIAL_TOKENS_FILE)
         try:
-            return cls(backend, config, max_length=max_length, lower_case=lower_case)
+            return cls(backend, config, **options)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
 
@@ -69,7 +79,7 @@ class Tokenizer:
         if value <= num_special:
             raise ValueError(f"max_length is {value}, expected more than the {num_special} special tokens")
         self._max_length = value
-        self.backend.enable_truncation(value, direction=self.config.get("truncation_side", "right"))
+        self.backend.enable_truncation(min(value, sys.maxsize), direction=self.config.get("truncation_side", "right"))
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text with special tokens, truncated to `max_length`."""
@@ -182,9 +192,17 @@ def _cut(ids: list[int], special: list[int], prompt_ids: list[int], size: int, s
     return [front + ids[i : min(i + room, stop)] + behind for i in range(start, last + 1, step)]
 
 
-def _configure(backend: tokenizers.Tokenizer, config: dict) -> None:
-    """Applies tokenizer_config.json. Source: transformers 5.23, `models/bert/tokenization_bert.py`."""
-    if config.get("tokenizer_class", "BertTokenizer").removesuffix("Fast").removesuffix("Tokenizer") in NORMALIZED_ANEW:
+def _configure(backend: tokenizers.Tokenizer, config: dict, model_type: str | None) -> None:
+    """Applies tokenizer_config.json, without `add_bos_token` and `add_eos_token`: the post-processor of tokenizer.json
+    says which special tokens are added. Source: transformers 5.23, `tokenization_utils_base.py` and, in `models`,
+    `auto/tokenization_auto.py`, `bert/tokenization_bert.py` and `llama/tokenization_llama.py`."""
+    kind = config.get("tokenizer_class", "BertTokenizer" if isinstance(backend.model, models.WordPiece) else "")
+    kind = kind.removesuffix("Fast").removesuffix("Tokenizer")
+    if kind == "Llama" and model_type != "mistral" and b"ByteLevel" not in pickle.dumps(backend.pre_tokenizer):
+        scheme = "always" if config.get("legacy", False) else "first"
+        scheme = scheme if config.get("add_prefix_space", True) else "never"
+        backend.normalizer, backend.pre_tokenizer = None, pre_tokenizers.Metaspace("▁", scheme, split=False)
+    if kind in NORMALIZED_ANEW:
         options = {"handle_chinese_chars": config.get("tokenize_chinese_chars", True)}
         options |= {"strip_accents": config.get("strip_accents"), "lowercase": config.get("do_lower_case", True)}
         backend.normalizer = normalizers.BertNormalizer(clean_text=True, **options)
@@ -194,18 +212,25 @@ def _configure(backend: tokenizers.Tokenizer, config: dict) -> None:
         if used != list(named.values()):
             found = f"special tokens are {reprlib.repr(named)}, but {TOKENIZER_FILE} uses {reprlib.repr(used)}"
             raise ValueError(f"{TOKENIZER_CONFIG_FILE}: {found}")
+    _add_listed_tokens(backend, config)
+
+
+def _add_listed_tokens(backend: tokenizers.Tokenizer, config: dict) -> None:
+    """Adds the tokens that tokenizer_config.json lists, or changes what they do."""
     token = decoder = config.get("added_tokens_decoder", {})
     extra = config.get("extra_special_tokens", [])
     extra = [*config.get("additional_special_tokens", []), *(extra.values() if isinstance(extra, dict) else extra)]
+    tokens = []
     try:
         numbered = [decoder[number] for number in sorted(decoder, key=int)]
         for token in numbered + [token for token in extra if token not in [known["content"] for known in numbered]]:
             token = {"content": token, "special": True} if isinstance(token, str) else dict(token)
             options = {key: token[key] for key in ("single_word", "lstrip", "rstrip", "special") if key in token}
             options["normalized"] = token.get("normalized", not token.get("special", False))
-            backend.add_tokens([tokenizers.AddedToken(token["content"], **options)])
+            tokens.append(tokenizers.AddedToken(token["content"], **options))
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise ValueError(f"{TOKENIZER_CONFIG_FILE}: added token {repr(token)[:60]} is malformed ({error})") from None
+    backend.add_tokens(tokens)  # once: each call goes through all added tokens, of which Gemma has 6,000
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, path: Path) -> None:
