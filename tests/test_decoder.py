@@ -17,10 +17,11 @@ from families import (
 from naming import naming
 
 from embedft.encoders.attention import Sequences
-from embedft.encoders.decoder import GLOBAL, LOCAL, Heads, SelfAttention
+from embedft.encoders.decoder import Heads, SelfAttention
 from embedft.encoders.folder import FAMILIES, read_config
 from embedft.encoders.packing import pack
 from embedft.encoders.rotary import angles, rotate
+from embedft.encoders.schema import GLOBAL, LOCAL
 from embedft.encoders.weights import read_encoder
 
 SIZES = {
@@ -97,6 +98,15 @@ def test_the_configuration_counts(tmp_path, kind, change):
     assert_equal_to_reference(encoder, exact_norms(model))
 
 
+@pytest.mark.parametrize(("kind", "change"), [("mistral", {"sliding_window": 30}), ("qwen3", {})])
+def test_texts_longer_than_a_block(tmp_path, kind, change):
+    """Windows are computed in blocks of at least 64 tokens."""
+    encoder, model = load_both(tmp_path, reference(kind, max_position_embeddings=256, **change))
+    sequences = [[2 + i % 59 for i in range(n)] for n in (200, 130, 129, 64, 3)]
+    found, expected = encoder(pack(sequences)), their_hidden(exact_norms(model), sequences)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("kind", CLASSES)
 @pytest.mark.parametrize(
     "old",
@@ -170,7 +180,6 @@ def test_autocast_is_close(kind):
     [
         ({"num_key_value_heads": 3}, ("num_attention_heads", 4, "num_key_value_heads", 3)),
         ({"head_dim": 7}, ("head_dim", 7)),
-        ({"hidden_act": "swoosh"}, ("hidden_act", "'swoosh'", "silu")),
         ({"rms_norm_eps": -1.0}, ("rms_norm_eps", -1.0)),
         ({"rope_parameters": {"rope_type": "spiral"}}, ("rope_type", "'spiral'")),
     ],
@@ -178,6 +187,12 @@ def test_autocast_is_close(kind):
 def test_wrong_settings_are_named(kind, changes, facts):
     with pytest.raises(ValueError, match=naming(*facts)):
         tiny_encoder(kind, **changes)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_an_unknown_activation_is_named(kind):
+    with pytest.raises(ValueError, match=naming("hidden_act", "'swoosh'", "silu")):
+        tiny_encoder(kind, hidden_act="swoosh")
 
 
 def test_a_width_that_is_no_whole_number_is_named():

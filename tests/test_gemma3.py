@@ -76,6 +76,16 @@ def test_the_configuration_counts(tmp_path, change, bidirectional):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_texts_longer_than_a_block(tmp_path, bidirectional):
+    """Windows are computed in blocks of at least 64 tokens."""
+    changes = {"max_position_embeddings": 256, "sliding_window": 30, "use_bidirectional_attention": bidirectional}
+    encoder, model = load_both(tmp_path, reference(**changes))
+    sequences = [[2 + i % 59 for i in range(n)] for n in (200, 130, 129, 64, 3)]
+    found, expected = encoder(pack(sequences)), their_hidden(exact_norms(model), sequences)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize(
     "old",
     [
@@ -122,8 +132,6 @@ def test_tokens_are_scaled_before_they_are_rounded(tmp_path):
         ({"layer_types": ["full_attention", "x"]}, ("layer_types", "'x'", "full_attention", "sliding_attention")),
         ({"hidden_activation": "swoosh"}, ("hidden_activation", "'swoosh'", "silu")),
         ({"query_pre_attn_scalar": 0}, ("query_pre_attn_scalar", 0)),
-        ({"is_causal": False}, ("is_causal", "false", "use_bidirectional_attention")),
-        ({"attn_logit_softcapping": 50.0}, ("attn_logit_softcapping", 50.0, "null")),
         ({"rope_local_base_freq": -1.0}, ("rope_theta", -1.0)),
         ({"rope_parameters": {"sliding_attention": {"rope_type": "spiral"}}}, ("rope_type", "'spiral'")),
     ],
@@ -131,3 +139,18 @@ def test_tokens_are_scaled_before_they_are_rounded(tmp_path):
 def test_wrong_settings_are_named(changes, facts):
     with pytest.raises(ValueError, match=naming(*facts)):
         tiny_encoder("gemma3_text", **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "facts"),
+    [
+        ({"attn_logit_softcapping": 50.0}, ("attn_logit_softcapping", 50.0, "null")),
+        ({"is_causal": False}, ("is_causal", "false", "true")),
+    ],
+)
+def test_what_no_checkpoint_has_is_refused(tmp_path, changes, facts):
+    load_both(tmp_path, reference())
+    values = json.loads((tmp_path / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=naming(tmp_path / "config.json", *facts)):
+        read_config(tmp_path)

@@ -7,10 +7,14 @@ import json
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
+import torch
+from families import randomize
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from embedft import load_embedder
 from embedft.encoders.folder import read_tokenizer
 from embedft.encoders.llama import LlamaConfig
 from embedft.encoders.tokenization import Tokenizer
@@ -165,6 +169,43 @@ def test_unigram(tmp_path):
     backend = pieces("Unigram", spaces="metaspace")
     backend.post_processor = surround("<s>", "</s>", backend)
     assert_same_ids(save(tmp_path, backend, "llama", tokenizer_class="PreTrainedTokenizerFast", unk_token="<unk>"))
+
+
+def test_the_whole_of_a_qwen3_embedding_model(tmp_path, reference):
+    """As published: bfloat16, an instruction before queries, the vector of the last token, padding on the left."""
+    sizes = SIZES | {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    config = transformers.Qwen3Config(**sizes, intermediate_size=8, max_position_embeddings=64)
+    model = randomize(transformers.Qwen3Model(config)).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    save(tmp_path, byte_level(), "qwen3", **settings, padding_side="left", add_bos_token=False)
+    prompt = "Instruct: find what answers the question\nQuery:"
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+    kinds = [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+             for i, (path, kind) in enumerate(modules)]  # fmt: skip
+    (tmp_path / "1_Pooling").mkdir()
+    for name, content in {
+        "config.json": stored,
+        "modules.json": kinds,
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": 8,
+            "pooling_mode_lasttoken": True,
+            "include_prompt": True,
+        },
+        "config_sentence_transformers.json": {
+            "prompts": {"query": prompt, "document": ""},
+            "similarity_fn_name": "cosine",
+        },
+    }.items():
+        (tmp_path / name).write_text(json.dumps(content))
+
+    ours, theirs = load_embedder(tmp_path, device="cpu"), reference(tmp_path, model_kwargs={"dtype": torch.float32})
+    assert ours.pooling.names == ("lasttoken",)
+    for role in ("query", "document"):
+        expected = theirs.encode(TEXTS, prompt_name=role)
+        np.testing.assert_allclose(ours.encode(TEXTS, role=role), expected, rtol=0, atol=1e-5)
+    assert np.abs(ours.encode(TEXTS, role="query") - ours.encode(TEXTS, role="document")).max() > 0.1
 
 
 def test_thousands_of_added_tokens(tmp_path):

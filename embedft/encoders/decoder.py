@@ -10,18 +10,16 @@ head.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from .attention import CAUSAL, FULL, Sequences, Window, attention
-from .layers import ACTIVATIONS, GatedFeedForward, Linear, RMSNorm
+from .layers import GatedFeedForward, Linear, RMSNorm, check_activation
 from .packing import Packed
 from .rotary import angles, rope_settings, rotate
-from .schema import Layers, Size
+from .schema import Layers, Size, check_fractions
 from .weights import Keys, layer_keys
-
-GLOBAL, LOCAL = "full_attention", "sliding_attention"  # as in `layer_types`
 
 
 class Heads(NamedTuple):
@@ -33,8 +31,8 @@ class Heads(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DecoderConfig:
-    """The fields of config.json that decoders have in common."""
+class RotaryConfig:
+    """The fields of config.json that all of these families have."""
 
     vocab_size: Size
     hidden_size: Size
@@ -44,18 +42,13 @@ class DecoderConfig:
     max_position_embeddings: int  # no table has as many rows
     num_key_value_heads: int | None = None  # None: num_attention_heads
     head_dim: Size | None = None  # None: hidden_size / num_attention_heads
-    hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6
-    is_causal: bool = True
     rope_theta: float | None = None
     rope_scaling: dict | None = None
     rope_parameters: dict | None = None  # what transformers 5 writes in place of the two before
 
     def __post_init__(self):
-        if not 0 <= self.rms_norm_eps <= 1:
-            raise ValueError(f"rms_norm_eps is {str(self.rms_norm_eps)[:60]}, expected 0 to 1")
-        if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act is {self.hidden_act[:60]!r}, expected one of {', '.join(ACTIVATIONS)}")
+        check_fractions(self, "rms_norm_eps")
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             D, H = self.hidden_size, self.num_attention_heads
             raise ValueError(f"hidden_size is {D}, expected a multiple of num_attention_heads, which is {H}")
@@ -64,7 +57,6 @@ class DecoderConfig:
             raise ValueError(f"num_attention_heads is {H}, expected a multiple of num_key_value_heads, which is {G}")
         if self.heads.width % 2:
             raise ValueError(f"head_dim is {self.heads.width}, expected an even number")
-        rope_settings(self)
 
     @property
     def max_length(self) -> int:
@@ -75,23 +67,25 @@ class DecoderConfig:
         H = self.num_attention_heads
         return Heads(H, self.num_key_value_heads or H, self.head_dim or self.hidden_size // H)
 
+
+@dataclass(frozen=True)
+class DecoderConfig(RotaryConfig):
+    """Those that `Decoder` needs."""
+
+    hidden_act: str = "silu"
+    is_causal: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_activation(self, "hidden_act")
+        rope_settings(self)
+
     def window(self, sliding: int | None = None) -> Window:
         """What tokens see in a layer with a sliding window of so many tokens: itself is one of them, unless they see
         that many on either side."""
         if sliding is None:
             return CAUSAL if self.is_causal else FULL
         return (sliding - 1, 0) if self.is_causal else (sliding, sliding)
-
-
-def check_layer_types(config: Any) -> None:
-    """Raises `ValueError` if `layer_types` has not one known kind for each layer, or local ones without a window."""
-    given, expected = config.layer_types, config.num_hidden_layers
-    if given is not None and len(given) != expected:
-        raise ValueError(f"layer_types has {len(given)} entries, expected num_hidden_layers, which is {expected}")
-    if wrong := [kind for kind in given or () if kind not in (GLOBAL, LOCAL)]:
-        raise ValueError(f"layer_types has {repr(wrong[0])[:60]}, expected {GLOBAL} or {LOCAL}")
-    if given and LOCAL in given and config.sliding_window is None:
-        raise ValueError(f"layer_types has {LOCAL}, but sliding_window is null")
 
 
 class SelfAttention(nn.Module):
@@ -180,7 +174,7 @@ class Decoder(nn.Module):
         return self.norm(x_TD)
 
 
-def decoder_keys(config: DecoderConfig, norms: dict[str, str]) -> Keys:
+def decoder_keys(config: RotaryConfig, norms: dict[str, str]) -> Keys:
     """Our modules -> the checkpoint's; `norms`: those of the layers."""
     H, G, K = config.heads
     layer = norms | {

@@ -9,17 +9,17 @@ Shapes: as in decoder.py.
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .attention import FULL, Sequences, Window
-from .decoder import GLOBAL, LOCAL, DecoderConfig, SelfAttention, check_layer_types, decoder_keys
-from .layers import ACTIVATIONS, GatedFeedForward, RMSNorm
+from .attention import CAUSAL, FULL, Sequences, Window
+from .decoder import RotaryConfig, SelfAttention, decoder_keys
+from .layers import GatedFeedForward, RMSNorm, check_activation
 from .packing import Packed
 from .rotary import angles, rope_settings
-from .schema import Size
+from .schema import GLOBAL, LOCAL, Size, check_layer_types
 from .weights import Keys
 
 # Tensors of checkpoints that the encoder does not use; they are kept and saved again.
@@ -27,7 +27,7 @@ CARRIED = ("lm_head.", "score.")
 
 
 @dataclass(frozen=True)
-class Gemma3Config(DecoderConfig):
+class Gemma3Config(RotaryConfig):
     """The fields of config.json that the encoder uses."""
 
     head_dim: Size = 256
@@ -38,21 +38,15 @@ class Gemma3Config(DecoderConfig):
     sliding_window_pattern: int = 6  # every so many layers, one sees all tokens, unless `layer_types` lists them
     layer_types: list | None = None
     use_bidirectional_attention: bool = False
-    attn_logit_softcapping: float | None = None
     rope_local_base_freq: float | None = None  # the local layers' `rope_theta`
+    fixed: ClassVar[dict[str, object]] = {"attn_logit_softcapping": None, "is_causal": True}
 
     def __post_init__(self):
         super().__post_init__()
         check_layer_types(self)
-        if self.hidden_activation not in ACTIVATIONS:
-            names = ", ".join(ACTIVATIONS)
-            raise ValueError(f"hidden_activation is {self.hidden_activation[:60]!r}, expected one of {names}")
+        check_activation(self, "hidden_activation")
         if self.query_pre_attn_scalar <= 0:
             raise ValueError(f"query_pre_attn_scalar is {str(self.query_pre_attn_scalar)[:60]}, expected more than 0")
-        if self.attn_logit_softcapping is not None:
-            raise ValueError(f"attn_logit_softcapping is {str(self.attn_logit_softcapping)[:60]}, expected null")
-        if not self.is_causal:
-            raise ValueError("is_causal is false, expected true: use_bidirectional_attention says what tokens see")
         self.ropes()
 
     def kinds(self) -> list[str]:
@@ -64,7 +58,7 @@ class Gemma3Config(DecoderConfig):
     def windows(self) -> dict[str, Window]:
         """What tokens see in each kind of layers."""
         if not self.use_bidirectional_attention:
-            return {GLOBAL: self.window(), LOCAL: self.window(self.sliding_window)}
+            return {GLOBAL: CAUSAL, LOCAL: (self.sliding_window - 1, 0)}
         return {GLOBAL: FULL, LOCAL: (self.sliding_window // 2, self.sliding_window // 2)}
 
     def ropes(self) -> dict[str, dict[str, Any]]:

@@ -9,6 +9,7 @@ Shapes: T tokens, D features in, E features out.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "tanh": torch.tanh,
 }
+
+
+def check_activation(config: Any, name: str) -> None:
+    """Raises `ValueError` if a field of a configuration names no known activation."""
+    if (found := getattr(config, name)) not in ACTIVATIONS:
+        raise ValueError(f"{name} is {found[:60]!r}, expected one of {', '.join(ACTIVATIONS)}")
 
 
 class Linear(nn.Linear):

@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .attention import FULL, Sequences, Window, attention
-from .layers import ACTIVATIONS, Dropout, GatedFeedForward, Linear
+from .layers import Dropout, GatedFeedForward, Linear, check_activation
 from .packing import Packed
 from .rotary import angles, check_heads, rope_settings, rotate
-from .schema import Layers, Size, check_fractions
+from .schema import GLOBAL, LOCAL, Layers, Size, check_fractions, check_layer_types
 from .weights import Keys, layer_keys
 
 # Tensors of checkpoints that the encoder does not use; they are kept and saved again.
 CARRIED = ("head.", "decoder.", "classifier.")
-GLOBAL, LOCAL = "full_attention", "sliding_attention"  # as in `layer_types`
 
 
 @dataclass(frozen=True)
@@ -52,14 +51,8 @@ class ModernBertConfig:
     def __post_init__(self):
         check_fractions(self, "norm_eps", "attention_dropout", "embedding_dropout", "mlp_dropout")
         check_heads(self)
-        if self.hidden_activation not in ACTIVATIONS:
-            names = ", ".join(ACTIVATIONS)
-            raise ValueError(f"hidden_activation is {self.hidden_activation[:60]!r}, expected one of {names}")
-        given, expected = self.layer_types, self.num_hidden_layers
-        if given is not None and len(given) != expected:
-            raise ValueError(f"layer_types has {len(given)} entries, expected num_hidden_layers, which is {expected}")
-        if wrong := [kind for kind in given or () if kind not in (GLOBAL, LOCAL)]:
-            raise ValueError(f"layer_types has {repr(wrong[0])[:60]}, expected {GLOBAL} or {LOCAL}")
+        check_activation(self, "hidden_activation")
+        check_layer_types(self)
         self.ropes()
 
     @property

@@ -10,7 +10,7 @@ Shapes: T tokens, D hidden features, F feed-forward features, H heads, K = D / H
 from torch import Tensor, nn
 
 from .attention import Sequences, attention
-from .layers import ACTIVATIONS, Dropout, Linear
+from .layers import ACTIVATIONS, Dropout, Linear, check_activation
 from .packing import Packed
 from .rotary import rotate
 from .schema import check_fractions
@@ -141,8 +141,7 @@ def check_settings(config: object, **names: str) -> None:
     size, heads = name("hidden_size"), name("num_attention_heads")
     if (D := getattr(config, size)) % (H := getattr(config, heads)):
         raise ValueError(f"{size} is {D}, expected a multiple of {heads}, which is {H}")
-    if (found := getattr(config, name("hidden_act"))) not in ACTIVATIONS:
-        raise ValueError(f"{name('hidden_act')} is {found[:60]!r}, expected one of {', '.join(ACTIVATIONS)}")
+    check_activation(config, name("hidden_act"))
     if (kind := getattr(config, "position_embedding_type", "absolute")) != "absolute":
         raise ValueError(f"position_embedding_type is {kind[:60]!r}, expected 'absolute'")
     if getattr(config, "is_decoder", False):

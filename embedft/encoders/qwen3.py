@@ -8,8 +8,8 @@ Shapes: as in decoder.py.
 
 from dataclasses import dataclass
 
-from .decoder import LOCAL, PRE_NORMS, Decoder, DecoderConfig, check_layer_types, decoder_keys
-from .schema import Index, Size
+from .decoder import PRE_NORMS, Decoder, DecoderConfig, decoder_keys
+from .schema import LOCAL, Index, Size, check_layer_types
 from .weights import Keys
 
 # Tensors of checkpoints that the encoder does not use; they are kept and saved again.
@@ -30,8 +30,8 @@ class Qwen3Config(DecoderConfig):
     def __post_init__(self):
         super().__post_init__()
         check_layer_types(self)
-        if self.layer_types and LOCAL in self.layer_types and not self.use_sliding_window:
-            raise ValueError(f"layer_types has {LOCAL}, but use_sliding_window is false")
+        if LOCAL in (self.layer_types or ()) and not (self.use_sliding_window and self.sliding_window):
+            raise ValueError(f"layer_types has {LOCAL}, expected use_sliding_window and a sliding_window with it")
 
     def sliding_windows(self) -> list[int | None]:
         """That of each layer."""

@@ -41,6 +41,8 @@ LEGACY_POOLING_KEYS = {
 Size, Layers = NewType("Size", int), NewType("Layers", int)
 Rows, Index = NewType("Rows", int), NewType("Index", int)
 
+GLOBAL, LOCAL = "full_attention", "sliding_attention"  # kinds of layers, as in `layer_types`
+
 # {field: (what is expected, whether a value is valid)}
 Schema = Mapping[str, tuple[str, Callable[[Any], bool]]]
 BOOL = ("true or false", lambda x: isinstance(x, bool))
@@ -139,3 +141,12 @@ def check_fractions(config: Any, *names: str) -> None:
     for name in names:
         if not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"{name} is {str(getattr(config, name))[:60]}, expected 0 to 1")
+
+
+def check_layer_types(config: Any) -> None:
+    """Raises `ValueError` unless `layer_types`, if given, has one known kind for each layer."""
+    given, expected = config.layer_types, config.num_hidden_layers
+    if given is not None and len(given) != expected:
+        raise ValueError(f"layer_types has {len(given)} entries, expected num_hidden_layers, which is {expected}")
+    if wrong := [kind for kind in given or () if kind not in (GLOBAL, LOCAL)]:
+        raise ValueError(f"layer_types has {repr(wrong[0])[:60]}, expected {GLOBAL} or {LOCAL}")
