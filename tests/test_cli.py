@@ -294,8 +294,8 @@ def test_prompts_by_text_or_by_name(place, capsys):
         rows = dict(re.split("  +", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
         shown[" ".join(options)] = (rows["prompts"], rows.get("other prompts"))
     assert list(shown.values()) == [
-        ("query: 'what '", "passage: 'the '"),
-        ("query: 'what ', document: 'the '", "passage: 'the '"),
+        ("query: 'what ', document: 'the '", None),
+        ("query: 'what ', document: 'the '", None),
         ("query: 'order '", "passage: 'the '"),
     ]
     main(["encode", "model", "texts.txt", "--out", "a.npy", "--document-prompt", "passage"])

@@ -85,11 +85,14 @@ def test_what_is_saved_loads_everywhere(write_tiny, reference, tmp_path, setting
         assert np.array_equal(again.encode(TEXTS, role=role), found)
         for theirs in (original, model):
             encode = theirs.encode_query if role == "query" else theirs.encode_document
-            assert difference(encode(TEXTS, **normalize), found) <= (1e-6 if embedder.normalize else 1e-5)
+            # sentence-transformers reads "passage" only if it is asked to.
+            named = {"prompt_name": "passage"} if role == "document" and "passage" in theirs.prompts else {}
+            assert difference(encode(TEXTS, **normalize, **named), found) <= (1e-6 if embedder.normalize else 1e-5)
     assert model.default_prompt_name == original.default_prompt_name
     assert model.max_seq_length == embedder.max_length == again.max_length
     for name in ("similarity", "normalize", "dim", "prompts"):
         assert getattr(again, name) == getattr(embedder, name), name
+    assert {**embedder.prompts, **model.prompts} == model.prompts
     for name in ("names", "include_prompt"):
         assert getattr(again.pooling, name) == getattr(embedder.pooling, name), name
 
@@ -178,6 +181,7 @@ def test_prompts_in_place_of_the_folders(write_tiny, tmp_path):
     folder = write_tiny(tmp_path / "model", modules=True, settings=settings)
     assert load(folder).prompt("query") == "query: "
     assert load(folder, prompts={"document": "d: "}).prompts == {"document": "d: "}
+    assert load(folder, prompts={"passage": "p: "}).prompts == {"passage": "p: ", "document": "p: "}
     assert load(folder, prompts={}).prompt("query") == ""
 
 
@@ -541,14 +545,13 @@ def test_modules_that_are_not_known(write_tiny, tmp_path):
         write_json(folder / "modules.json", modules)
         assert_refused((folder / "modules.json", *facts), folder)
 
-    dense = {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"}
-    expected = "Transformer, Pooling, Normalize"
-    refused([*modules[:2], dense], "Transformer, Pooling, Dense", expected)
-    refused(modules[:1], "modules", expected)
-    refused([modules[0], modules[2], modules[1]], "Transformer, Normalize, Pooling", expected)
-    refused([], "modules", expected)
-    refused([*modules, modules[2]], "Transformer, Pooling, Normalize, Normalize", expected)
-    refused([modules[0], {**modules[1], "type": "9" * 5000}], f"Transformer, {'9' * 187}", expected)
+    expected = ("Transformer", "Pooling", "StaticEmbedding", "Dense", "LayerNorm", "Normalize")
+    refused(modules[:1], "modules", "Transformer", *expected)
+    refused([modules[0], modules[2], modules[1]], "Transformer", "Normalize", "Pooling", *expected)
+    refused([], "modules", *expected)
+    refused([modules[0], *modules], "Transformer", "Transformer", "Pooling", "Normalize", *expected)
+    kind = "sentence_transformers." + "9" * 5000
+    refused([modules[0], {**modules[1], "type": kind}], f"Transformer, {'9' * 187}", *expected)
     refused([{"idx": 0}], "module", {"idx": 0}, "object", "type", "path")
     refused({"idx": 0}, "module", {"idx": 0}, "object", "type", "path")
 
@@ -614,9 +617,10 @@ def test_pooling_with_weights_is_saved_and_loaded(tiny_bert, tmp_path):
 
 
 def test_a_prompt_that_no_role_uses_is_named(write_tiny, tmp_path):
-    settings = {"prompts": {"query": "query: ", "passage": "passage: "}}
+    settings = {"prompts": {"query": "query: ", "STS": "same: ", "passage": "p: ", "corpus": "c: "}}
     folder = write_tiny(tmp_path / "model", modules=True, settings=settings)
-    with pytest.warns(UserWarning, match=naming(folder, "prompt", "passage", "role")):
+    facts = (folder, "prompt", "'STS'", "'passage'", "'corpus'", "role", "--query-prompt", "--document-prompt")
+    with pytest.warns(UserWarning, match=naming(*facts)):
         load(folder)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -36,6 +36,7 @@ class Model(config.Options):
     revision: str | None = option(None, "commit, tag or branch on the hub [the default branch]")
     query_prompt: str | None = option(None, "text to put before each query, or a prompt's name [the model's]")
     document_prompt: str | None = option(None, "text to put before each document, or a prompt's name [the model's]")
+    allow_pickle: bool = option(False, "read pytorch_model.bin where there are no safetensors: tensors only, no code")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +80,13 @@ def load_model(options: Model, **more: Any) -> "embedft.Embedder":
     if prompts and not options.model.startswith("openai:"):
         from ..encoders.folder import MODEL_CONFIG_FILE, read_fields
         from ..encoders.loading import find_folder
+        from ..encoders.prompts import choose_prompts
 
-        folder = find_folder(options.model, revision=options.revision)
+        folder = find_folder(options.model, revision=options.revision, allow_pickle=options.allow_pickle)
         named = read_fields(folder / MODEL_CONFIG_FILE).get("prompts") or {}
-        prompts = {**named, **{role: named.get(text, text) for role, text in prompts.items()}}
+        prompts = {**choose_prompts(named), **{role: named.get(text, text) for role, text in prompts.items()}}
     settings = {"device": options.device, "revision": options.revision, "prompts": prompts}
+    settings |= {"allow_pickle": True} if options.allow_pickle else {}
     return embedft.load_embedder(options.model, **settings | more)
 
 

@@ -27,7 +27,10 @@ def facts(embedder: "Embedder") -> dict[str, str]:
     """One line per fact; those that do not apply are left out."""
     encoder, pooling, config = embedder.encoder, embedder.pooling, embedder.encoder.config
     used = {role: embedder.prompt(role) for role in ROLES if embedder.prompt(role)}
-    others = {name: text for name, text in embedder.prompts.items() if name not in used and text}
+    others = {name: text for name, text in embedder.prompts.items() if text and text not in used.values()}
+    heads = {role: embedder.side(role).heads[role] for role in ROLES}
+    shown = {role: " + ".join(type(part).__name__ for part in head) for role, head in heads.items()}
+    head = ", ".join(f"{role}: {text or 'nothing'}" for role, text in shown.items()) if any(shown.values()) else ""
     parts = Counter()
     for name, parameter in embedder.named_parameters():
         parts[name.removeprefix("encoder.").partition(".")[0]] += parameter.numel()
@@ -45,6 +48,8 @@ def facts(embedder: "Embedder") -> dict[str, str]:
         "dimensions": f"{embedder.dim}" + f" of {embedder.full_dim}" * (embedder.dim != embedder.full_dim),
         "max_length": f"{embedder.max_length:,} tokens (the encoder takes {config.max_length:,})",
         "pooling": " + ".join(pooling.names) + ("" if pooling.include_prompt else ", without the prompt"),
+        "head": head if heads["query"] is not heads["document"] else shown["document"],
+        "query side": type(embedder.query_side.encoder).__module__.rpartition(".")[-1] if embedder.query_side else "",
         "similarity": embedder.similarity,
         "prompts": ", ".join(f"{role}: {text!r}" for role, text in used.items()) or "none",
         "other prompts": ", ".join(f"{name}: {text!r}" for name, text in others.items()),

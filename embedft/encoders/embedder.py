@@ -24,6 +24,7 @@ from .adapter import ROLES, Adapter, Base, check_role
 from .card import write_card
 from .fingerprint import fingerprint, precision
 from .folder import Source, write_folder
+from .head import describe, width
 from .packing import Packed, concatenate, cut_by_tokens, pack, sort_by_length
 from .pooling import Pooling
 from .store import Space, Store
@@ -36,13 +37,15 @@ class Embedder(nn.Module):
     Args:
         encoder: packed tokens -> hidden states [T, D]; has `.config` with `hidden_size` and `max_length`.
         pooling: None: the mean.
+        heads: {"query": what follows pooling, such as Dense layers (head.py), "document": ...}; may be the same object.
         prompts: {name: text to prepend}; those named "query" and "document" are used, by role.
         normalize: scale vectors to unit length; always true when `similarity` is "cosine".
         truncate_dim: leading features that `encode` returns by default; None: all.
         source: the folder it was loaded from; `save` needs it unless the encoder is of your own class.
 
     `store` (None unless set) keeps the vectors that `encode` computes. `adapter` (None unless attached) maps the
-    encoder's vectors; its weights are among the parameters."""
+    encoder's vectors; its weights are among the parameters. `query_side` (None unless attached) has an encoder, a
+    tokenizer, a pooling and a head for queries alone; those of the Embedder itself are then for documents."""
 
     def __init__(
         self,
@@ -50,6 +53,7 @@ class Embedder(nn.Module):
         tokenizer: Tokenizer,
         *,
         pooling: Pooling | None = None,
+        heads: Mapping[str, nn.Sequential] | None = None,
         prompts: Mapping[str, str] | None = None,
         similarity: str = "cosine",
         normalize: bool = True,
@@ -61,9 +65,15 @@ class Embedder(nn.Module):
             raise ValueError(f"similarity is {similarity!r}, expected one of cosine, dot")
         self.encoder, self.tokenizer, self.source = encoder, tokenizer, source
         self.pooling = pooling or Pooling(("mean",), encoder.config.hidden_size)
+        one = nn.Sequential()
+        self.heads = nn.ModuleDict(heads or dict.fromkeys(ROLES, one))
+        widths = {role: width(head, self.pooling.out_features) for role, head in self.heads.items()}
+        if len({*widths.values()}) > 1:
+            raise ValueError(f"vectors of queries have {widths['query']} features, documents {widths['document']}")
         self.prompts, self.similarity = dict(prompts or {}), similarity
         self.normalize = normalize or similarity == "cosine"
         self.adapter: Adapter | None = None
+        self.query_side: Embedder | None = None
         self.store: Store | None = None
         self.truncate_dim = None if truncate_dim is None else self._checked_dim(truncate_dim)
         self.max_length = tokenizer.max_length
@@ -71,7 +81,12 @@ class Embedder(nn.Module):
     @property
     def full_dim(self) -> int:
         """Features of a vector before truncation to `truncate_dim`."""
-        return self.pooling.out_features if self.adapter is None else self.adapter.out_features
+        return self.base_dim if self.adapter is None else self.adapter.out_features
+
+    @property
+    def base_dim(self) -> int:
+        """Features of a vector before the adapter."""
+        return width(self.heads["document"], self.pooling.out_features)
 
     @property
     def dim(self) -> int:
@@ -92,7 +107,21 @@ class Embedder(nn.Module):
         limit = self.encoder.config.max_length
         if value > limit:
             raise ValueError(f"max_length is {value}, expected at most the encoder's {limit} positions")
+        if getattr(self, "query_side", None) is not None and value != self.max_length:
+            self.query_side.max_length = min(value, self.query_side.encoder.config.max_length)
         self.tokenizer.max_length = value
+
+    def side(self, role: str) -> "Embedder":
+        """The Embedder whose encoder reads the texts of a role: `query_side`, if there is one and it is for them."""
+        check_role(role)
+        return self.query_side if role == "query" and self.query_side is not None else self
+
+    def attach_query_side(self, side: "Embedder") -> None:
+        """Encodes queries with another Embedder's encoder from now on; prompts, adapter and settings stay this one's.
+        Raises `ValueError` unless its vectors are as wide as this one's."""
+        if side.base_dim != self.base_dim:
+            raise ValueError(f"vectors of queries have {side.base_dim} features, those of documents {self.base_dim}")
+        self.query_side = side
 
     def _checked_dim(self, dim: int | None) -> int:
         dim = self.dim if dim is None else dim
@@ -111,40 +140,52 @@ class Embedder(nn.Module):
 
     def _token_ids(self, texts: Sequence[str], role: str) -> list[list[int]]:
         prompt = self.prompt(role)
-        return self.tokenizer.encode([prompt + text for text in texts] if prompt else texts)
+        return self.side(role).tokenizer.encode([prompt + text for text in texts] if prompt else texts)
 
     def _prompt_length(self, role: str, max_length: int) -> int | None:
         """How many leading tokens pooling leaves out of texts truncated to `max_length`; None: none."""
-        prompt = self.prompt(role)
-        if not prompt or self.pooling.include_prompt:
+        prompt, side = self.prompt(role), self.side(role)
+        if not prompt or side.pooling.include_prompt:
             return None
-        prompt_length = self.tokenizer.prompt_length(prompt)
+        prompt_length = side.tokenizer.prompt_length(prompt)
         if prompt_length >= max_length - 1:
             raise ValueError(f"the {role} prompt has {prompt_length} tokens, max_length is {max_length}")
         return prompt_length
 
     def pack(self, texts: Sequence[str], *, role: str, passages: Sequence[int] | None = None) -> Packed:
         """Tokenizes and packs texts with their prompt, on the CPU; with `passages`, their windows, setting `source`."""
+        side = self.side(role)
         if passages is None:
-            return pack(self._token_ids(texts, role), prompt_length=self._prompt_length(role, self.max_length))
-        windows, source = self.tokenizer.windows(texts, passages, prompt=self.prompt(role))
-        return pack(windows, prompt_length=self._prompt_length(role, passages[0]), source=source)
+            return side._packed(self._token_ids(texts, role), self._prompt_length(role, side.max_length))
+        windows, source = side.tokenizer.windows(texts, passages, prompt=self.prompt(role))
+        return side._packed(windows, self._prompt_length(role, passages[0]), source=source)
+
+    def _packed(self, ids: list[list[int]], prompt_length: int | None, source: list[int] | None = None) -> Packed:
+        # Only the mean of no token has a value, 0; and only an encoder without attention can do without any.
+        empty = getattr(self.encoder, "reads_empty", False) and self.pooling.names == ("mean",)
+        return pack(ids, prompt_length=prompt_length, source=source, allow_empty=empty)
 
     def embed(self, packed: Packed, *, role: str) -> Tensor:
         """Vectors of packed texts, [B, D], with gradient, all features; float32, or float64 if the weights are."""
-        check_role(role)
-        return self._adapted(self._embed(packed), role)
+        return self._adapted(self._finished(self.side(role)._pooled(packed), role), role)
 
     def embed_pair(self, queries: Packed, documents: Packed) -> tuple[Tensor, Tensor]:
-        """Vectors of packed queries [B, D] and documents [M, D], in one forward pass of the encoder."""
-        Q, D = self._embed(concatenate(queries, documents)).split([queries.num_sequences, documents.num_sequences])
-        return self._adapted(Q, "query"), self._adapted(D, "document")
+        """Vectors of packed queries [B, D] and documents [M, D], in one forward pass if one encoder reads both."""
+        if self.query_side is not None:
+            return self.embed(queries, role="query"), self.embed(documents, role="document")
+        pooled = self._pooled(concatenate(queries, documents))
+        parts = zip(ROLES, pooled.split([queries.num_sequences, documents.num_sequences]), strict=True)
+        Q, D = (self._adapted(self._finished(part, role), role) for role, part in parts)
+        return Q, D
 
-    def _embed(self, packed: Packed) -> Tensor:
+    def _pooled(self, packed: Packed) -> Tensor:
         sorted_packed, place_B = sort_by_length(packed)
         sorted_packed = sorted_packed.to(self.device)
-        embeddings_BD = self.pooling(self.encoder(sorted_packed), sorted_packed)[place_B.to(self.device)]
-        return F.normalize(embeddings_BD, dim=1) if self.normalize else embeddings_BD
+        return self.pooling(self.encoder(sorted_packed), sorted_packed)[place_B.to(self.device)]
+
+    def _finished(self, pooled_BD: Tensor, role: str) -> Tensor:
+        embeddings_BE = self.side(role).heads[role](pooled_BD)
+        return F.normalize(embeddings_BE, dim=1) if self.normalize else embeddings_BE
 
     def _adapted(self, embeddings_BD: Tensor, role: str) -> Tensor:
         if self.adapter is None or self.adapter.map_of(role) is None:
@@ -193,12 +234,13 @@ class Embedder(nn.Module):
         `encode`. `cut_texts` texts are cut at a time, and about 16 times as many windows encoded at a time.
 
         Source: Dai and Callan 2019, section 3: passages of a fixed size and stride, scored independently."""
-        self.tokenizer.windows([], passages, prompt=self.prompt(role))  # checks them even without texts
+        tokenizer = self.side(role).tokenizer
+        tokenizer.windows([], passages, prompt=self.prompt(role))  # checks them even without texts
         parts, keys, source = [np.empty((0, self._checked_dim(options.get("dim"))), dtype=np.float32)], [], []
         with self._encoding(len(texts), role, passages, **options) as (vectors, bar):
             for start in range(0, len(texts), cut_texts):
                 part = texts[start : start + cut_texts]
-                windows, rows = self.tokenizer.windows(part, passages, prompt=self.prompt(role))
+                windows, rows = tokenizer.windows(part, passages, prompt=self.prompt(role))
                 keys += [" ".join(map(str, ids)) for ids in windows]
                 source += [start + row for row in rows]
                 if len(keys) >= 16 * cut_texts or start + cut_texts >= len(texts):
@@ -210,23 +252,23 @@ class Embedder(nn.Module):
     @contextlib.contextmanager
     def _encoding(self, num_texts, role, passages=None, *, dim=None, batch_tokens=None, progress=None) -> Iterator[Any]:
         """Inference mode; yields a function from keys of texts or windows to vectors [N, dim], and a progress bar."""
-        dim, store = self._checked_dim(dim), self.store
+        dim, store, side = self._checked_dim(dim), self.store, self.side(role)
         space = store and self.space(role, texts="texts" if passages is None else "token ids")
-        prompt_length = self._prompt_length(role, self.max_length if passages is None else passages[0])
+        prompt_length = self._prompt_length(role, side.max_length if passages is None else passages[0])
         limit = devices.batch_tokens(self.device) if batch_tokens is None else batch_tokens
 
         def vectors(keys: Sequence[str], tokens: Callable, done: Callable = lambda num_texts: None) -> np.ndarray:
             def compute(keys: Sequence[str]) -> np.ndarray:
                 token_ids = tokens(keys)
-                vectors_ND = np.empty((len(keys), self.pooling.out_features), dtype=np.float32)
+                vectors_ND = np.empty((len(keys), self.base_dim), dtype=np.float32)
                 order = sorted(range(len(keys)), key=lambda row: -len(token_ids[row]))
                 for places in cut_by_tokens([len(token_ids[row]) for row in order], limit):
                     rows = order[places.start : places.stop]
-                    packed = pack([token_ids[row] for row in rows], prompt_length=prompt_length)
-                    vectors_ND[rows] = self._embed(packed).float().cpu().numpy()
+                    packed = side._packed([token_ids[row] for row in rows], prompt_length)
+                    vectors_ND[rows] = self._finished(side._pooled(packed), role).float().cpu().numpy()
                     if len(wrong := np.flatnonzero(~np.isfinite(vectors_ND[rows]).all(axis=1))):
                         row = rows[wrong[0]]
-                        text = keys[row] if passages is None else self.tokenizer.backend.decode(token_ids[row])
+                        text = keys[row] if passages is None else side.tokenizer.backend.decode(token_ids[row])
                         raise ValueError(f"the vector of {text[:60]!r} is not finite: check the model's weights")
                     done(len(rows))
                 return vectors_ND
@@ -246,14 +288,18 @@ class Embedder(nn.Module):
             self.train(was_training)
 
     def _settings(self, role: str) -> dict[str, Any]:
-        settings = {"prompt": self.prompt(role), "pooling": list(self.pooling.names)}
-        return settings | {"max_length": self.max_length, "normalize": self.normalize}
+        side = self.side(role)
+        settings = {"prompt": self.prompt(role), "pooling": list(side.pooling.names)}
+        settings |= {"max_length": side.max_length, "normalize": self.normalize}
+        return settings | ({"head": describe(side.heads[role])} if len(side.heads[role]) else {})
 
     def _fingerprint(self, role: str, *, library: bool = True, **more: Any) -> str:
-        more |= {"config": sorted(vars(self.encoder.config).items()), "tokenizer": self.tokenizer.sha256()}
-        settings = self._settings(role) | {"include_prompt": self.pooling.include_prompt} | more
-        functions = [*self.pooling.functions, Tokenizer, pack, type(self)._embed]
-        return fingerprint([self.encoder, self.pooling], settings, functions=functions, library=library)
+        side = self.side(role)
+        more |= {"config": sorted(vars(side.encoder.config).items()), "tokenizer": side.tokenizer.sha256()}
+        settings = self._settings(role) | {"include_prompt": side.pooling.include_prompt} | more
+        functions = [*side.pooling.functions, Tokenizer, pack, type(self)._pooled, type(self)._finished]
+        head = [side.heads[role]] if len(side.heads[role]) else []
+        return fingerprint([side.encoder, side.pooling, *head], settings, functions=functions, library=library)
 
     def space(self, role: str, *, texts: str = "texts") -> Space:
         """The space, in a `Store`, of the encoder's full vectors, before the adapter and truncation.
@@ -263,12 +309,12 @@ class Embedder(nn.Module):
         dtype = str(next(self.parameters()).dtype).removeprefix("torch.")
         description = {"model": self.source.name if self.source else "", "dtype": dtype, "role": roles}
         description |= self._settings(role) | ({} if texts == "texts" else {"texts": texts})
-        return Space(found, self.pooling.out_features, description)
+        return Space(found, self.base_dim, description)
 
     def base(self) -> Base:
         """What an adapter records about this model; independent of precision and of embedft's own code."""
         fingerprints = {role: self._fingerprint(role, library=False) for role in ROLES}
-        return Base(self.source.name if self.source else "", self.pooling.out_features, fingerprints)
+        return Base(self.source.name if self.source else "", self.base_dim, fingerprints)
 
     def attach(self, adapter: Adapter) -> None:
         """Maps vectors with `adapter` from now on, before truncation. Raises like `Adapter.check_base`."""

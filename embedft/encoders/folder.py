@@ -8,14 +8,15 @@ sentence-transformers before version 6.
 import math
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from ..files import read_json, write_json
+from ..files import write_json
 from . import (
     bert,
     custom,
@@ -30,9 +31,24 @@ from . import (
     nomic_bert,
     qwen3,
     roberta,
+    static,
 )
 from .adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from .adapter import FORMATS, ROLES, fill, naming
+from .head import PARTS, dense_of, read_part, width, write_part
+from .modules import (
+    ADAPTER_FOLDER,
+    POOLING,
+    ROUTER_CONFIG_FILE,
+    ROUTERS,
+    STATIC,
+    TRANSFORMER,
+    Module,
+    Routes,
+    write_modules,
+    write_routes,
+)
+from .pickles import PICKLE_FILE
 from .pooling import Pooling
 from .schema import (
     ADDED_TOKENS_FILE,
@@ -41,11 +57,9 @@ from .schema import (
     MODEL_CONFIG_FILE,
     MODULES_FILE,
     POOLING_FOLDER,
-    SCHEMAS,
     SPECIAL_TOKENS_FILE,
     TOKENIZER_CONFIG_FILE,
     TRANSFORMER_CONFIG_FILE,
-    check,
     read_dataclass,
     read_fields,
     stored_names,
@@ -70,16 +84,17 @@ FAMILIES: dict[str, ModuleType] = {
     "new": gte,
     "gte": gte,
     "modernbert": modernbert,
+    static.MODEL_TYPE: static,
 }
-# The modules of modules.json that are supported, by class name and in this order.
-MODULES, MODULE_TYPE = ("Transformer", "Pooling", "Normalize"), "sentence_transformers.models."
-# An adapter may follow, saved twice: as our own files, and as a Router with routes for queries and documents.
-ADAPTER_FOLDER, ROUTER = "adapter", "Router"
-# The only files ever downloaded: weights in safetensors, and small JSON files.
+NORMALIZE, ROUTER = "Normalize", ROUTERS[0]
+# The only files ever downloaded: weights in safetensors, and small JSON files. Here * stands for folders too.
 HUB_FILES = [WEIGHTS_FILE, CONFIG_FILE, MODULES_FILE, TRANSFORMER_CONFIG_FILE, MODEL_CONFIG_FILE, TOKENIZER_FILE]
 HUB_FILES += [TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE, INDEX_FILE, SHARDS]
 HUB_FILES += [f"{ADAPTER_FOLDER}/{name}" for name in FORMATS["embedft"]]
-HUB_FILES += [f"{place}/{name}" for place in ("0_*", "*_Pooling") for name in ("*.json", WEIGHTS_FILE)]
+PLACES = ["0_*", *(f"*_{kind}" for kind in (TRANSFORMER, POOLING, STATIC, *ROUTERS, *PARTS))]
+HUB_FILES += [ROUTER_CONFIG_FILE, *(f"{place}/{name}" for place in PLACES for name in ("*.json", WEIGHTS_FILE))]
+# With `allow_pickle`, these too.
+HUB_PICKLES = [PICKLE_FILE, *(f"{place}/{PICKLE_FILE}" for place in PLACES)]
 
 
 class Source(NamedTuple):
@@ -91,27 +106,6 @@ class Source(NamedTuple):
     config: dict[str, Any]  # config.json
     carried: dict[str, Tensor]  # tensors of the checkpoint that the encoder does not use
     default_prompt: str | None  # for sentence-transformers' plain `encode`; here every text has a role
-
-
-def read_modules(folder: Path) -> dict[str, str]:
-    """{class name of a module: its subfolder} from modules.json; {} for a Hugging Face folder, which has none.
-    An adapter's Router and what follows it are left out, because the adapter is read from its own folder."""
-    path, kinds, places = folder / MODULES_FILE, [], []
-    if not path.is_file():
-        return {}
-    found = read_json(path)
-    for module in found if isinstance(found, list) else [found]:
-        if not (isinstance(module, dict) and SCHEMAS[MODULES_FILE].keys() <= module.keys()):
-            raise ValueError(f'{path}: a module is {repr(module)[:60]}, expected an object with "type" and "path"')
-        check(path, module, SCHEMAS[MODULES_FILE])
-        kinds.append(str(module["type"]).rsplit(".", 1)[-1])
-        places.append(module["path"])
-    if ROUTER in kinds and (folder / ADAPTER_FOLDER / ADAPTER_CONFIG_FILE).is_file():
-        kinds = kinds[: kinds.index(ROUTER)]
-    if tuple(kinds) not in (MODULES[:2], MODULES):
-        found, wanted = ", ".join(kinds).encode("unicode_escape").decode()[:200], ", ".join(MODULES)
-        raise ValueError(f"{path}: modules are {found}, expected {wanted} (the last is optional)")
-    return dict(zip(kinds, places, strict=False))
 
 
 def read_config(folder: Path) -> tuple[ModuleType | custom.Family, Any, dict[str, Any]]:
@@ -142,17 +136,30 @@ def read_tokenizer(folder: Path, config: Any, max_length: int | None) -> Tokeniz
         folder_length = settings.get("max_seq_length") or own.get("model_max_length") or limit
         with naming(folder):
             tokenizer.max_length = int(min(folder_length, limit))
-    largest = max(tokenizer.backend.get_vocab(with_added_tokens=True).values())
-    if largest >= getattr(config, "vocab_size", math.inf):
-        raise ValueError(f"{folder}: token ids reach {largest}, the encoder's vocab_size is {config.vocab_size}")
+    _check_ids(folder, tokenizer, getattr(config, "vocab_size", math.inf))
     return tokenizer
 
 
-def read_pooling(folder: Path, modules: Mapping[str, str], hidden_size: int) -> Pooling:
-    """The pooling module, with its weights if it has any; mean pooling if modules.json lists none."""
-    if "Pooling" not in modules:
+def read_static_tokenizer(folder: Path, config: Any, max_length: int | None) -> Tokenizer:
+    """The tokenizer of static embeddings, which add no special tokens, as tokenizer.json has it."""
+    tokenizer = Tokenizer.load_bare(folder, max_length=config.max_length)
+    _check_ids(folder, tokenizer, config.vocab_size)
+    if max_length is not None:
+        tokenizer.max_length = max_length
+    return tokenizer
+
+
+def _check_ids(folder: Path, tokenizer: Tokenizer, vocab_size: float) -> None:
+    largest = max(tokenizer.backend.get_vocab(with_added_tokens=True).values())
+    if largest >= vocab_size:
+        raise ValueError(f"{folder}: token ids reach {largest}, the encoder's vocab_size is {vocab_size}")
+
+
+def read_pooling(folder: Path | None, hidden_size: int) -> Pooling:
+    """The pooling module in a folder, with its weights if it has any; None: mean pooling."""
+    if folder is None:
         return Pooling(("mean",), hidden_size)
-    path = folder / modules["Pooling"] / CONFIG_FILE
+    path = folder / CONFIG_FILE
     if not path.is_file():
         raise ValueError(f"{path.parent}: no {CONFIG_FILE}, which says how tokens are pooled")
     values = read_fields(path, POOLING_FOLDER)
@@ -166,34 +173,93 @@ def read_pooling(folder: Path, modules: Mapping[str, str], hidden_size: int) -> 
     return pooling
 
 
+def read_heads(
+    modules: Mapping[str, Sequence[Module]], in_features: Mapping[str, int], dtype: torch.dtype, *, allow_pickle: bool
+) -> tuple[dict[str, nn.Sequential], bool]:
+    """{role: what follows pooling}, and whether a Normalize comes last, which is left out. `modules` and `in_features`
+    are those of each role; a module of both is read once."""
+    normalize = all(sequence and sequence[-1].kind == NORMALIZE for sequence in modules.values())
+    parts: dict[tuple[Module, int], nn.Module] = {}
+    heads: dict[str, nn.Sequential] = {}
+    for role, sequence in modules.items():
+        heads[role] = nn.Sequential()
+        for module in sequence[: len(sequence) - normalize]:
+            features = width(heads[role], in_features[role])
+            if (module, features) not in parts:
+                part = read_part(*module, in_features=features, dtype=dtype, allow_pickle=allow_pickle)
+                parts[module, features] = part
+            heads[role].append(parts[module, features])
+    if len({tuple(map(id, head)) for head in heads.values()}) == 1:
+        heads = dict.fromkeys(heads, heads[ROLES[0]])
+    return heads, normalize
+
+
 def write_folder(folder: Path, embedder: nn.Module) -> None:
     """Writes an `Embedder`; see `Embedder.save`."""
-    source, tokenizer, adapter = embedder.source, embedder.tokenizer, embedder.adapter
+    source, adapter, sides = embedder.source, embedder.adapter, {role: embedder.side(role) for role in ROLES}
     # First, because a nonlinear map raises, and so does an encoder that could not be built again.
     dense = {role: part and part.dense() for role in ROLES if adapter for part in [adapter.map_of(role)]}
-    config, tensors = encoder_parts(embedder.encoder, source)
-    write_tensors(folder / WEIGHTS_FILE, tensors)
-    # transformers loads weights in the dtype that config.json names, so it must match theirs.
-    dtype = str(next(embedder.encoder.parameters()).dtype).removeprefix("torch.")
-    write_json(folder / CONFIG_FILE, {**config, "torch_dtype": dtype, "dtype": dtype})
-    tokenizer.save(folder)
-    settings = {"max_seq_length": tokenizer.max_length, "do_lower_case": tokenizer.lower_case}
-    write_json(folder / TRANSFORMER_CONFIG_FILE, settings)
-    _write_pooling(folder / POOLING_FOLDER, embedder.pooling, embedder.encoder.config.hidden_size)
+    encoders = {side: encoder_parts(side.encoder, side.source) for side in sides.values()}
     default = source.default_prompt if source and source.default_prompt in embedder.prompts else None
     settings = {"prompts": embedder.prompts, "default_prompt_name": default}
     settings |= {"similarity_fn_name": embedder.similarity, "truncate_dim": embedder.truncate_dim}
     write_json(folder / MODEL_CONFIG_FILE, settings)
-    modules = list(MODULES if embedder.normalize else MODULES[:2])
+    heads = {role: list(side.heads[role]) for role, side in sides.items()}
+    modules: list[tuple[str, str]] = []
+    if len(encoders) == 1:
+        modules = [(kind, f"{i}_{kind}" if i else "") for i, kind in enumerate(_base_kinds(embedder))]
+        _write_base(folder, modules, embedder, *encoders[embedder])
+    else:
+        routes = {}
+        for role, side in sides.items():
+            routes[role] = [(kind, f"{role}_{i}_{kind}") for i, kind in enumerate(_base_kinds(side))]
+            _write_base(folder, routes[role], side, *encoders[side])
+        modules = [(ROUTER, "")]
+        _write_router(folder, heads, routes)
+        heads = {}
+    if heads and len({tuple(map(id, head)) for head in heads.values()}) == 1:
+        for part in heads[ROLES[0]]:
+            modules.append((type(part).__name__, f"{len(modules)}_{type(part).__name__}"))
+            write_part(folder / modules[-1][1], part)
+    elif heads:
+        modules.append((ROUTER, f"{len(modules)}_{ROUTER}"))
+        _write_router(folder / modules[-1][1], heads)
+    last = [NORMALIZE] if embedder.normalize else []
+    modules += [(kind, f"{len(modules)}_{kind}") for kind in last]
     if adapter is not None:
         adapter.save(folder / ADAPTER_FOLDER, base=embedder.base())
-        _write_router(folder / f"{len(modules)}_{ROUTER}", dense)
-        modules += [ROUTER, *modules[2:]]
+        modules.append((ROUTER, f"{len(modules)}_{ROUTER}"))
+        _write_router(
+            folder / modules[-1][1], {role: [dense_of(*map_)] if map_ else [] for role, map_ in dense.items()}
+        )
+        modules += [(kind, f"{len(modules)}_{kind}") for kind in last]
     elif (folder / ADAPTER_FOLDER / ADAPTER_CONFIG_FILE).is_file():  # left by a model saved here before
         shutil.rmtree(folder / ADAPTER_FOLDER)
-    paths = {i: f"{i}_{kind}" if i else "" for i, kind in enumerate(modules)}
-    entries = [{"idx": i, "name": str(i), "path": paths[i], "type": MODULE_TYPE + modules[i]} for i in paths]
-    write_json(folder / MODULES_FILE, entries)
+    write_modules(folder, modules)
+
+
+def _base_kinds(side: nn.Module) -> list[str]:
+    if not isinstance(side.encoder, static.Encoder):
+        return [TRANSFORMER, POOLING]
+    if side.pooling.names != ("mean",):
+        raise ValueError(f"pooling is {', '.join(side.pooling.names)}, static embeddings can be saved with mean alone")
+    return [STATIC]
+
+
+def _write_base(
+    folder: Path, modules: list[tuple[str, str]], side: nn.Module, config: dict[str, Any], tensors: dict[str, Tensor]
+) -> None:
+    """The encoder with its tokenizer, and its pooling if it has one. `modules`: (class name, subfolder) of each."""
+    first = folder / modules[0][1]
+    write_tensors(first / WEIGHTS_FILE, tensors)
+    # transformers loads weights in the dtype that config.json names, so it must match theirs.
+    dtype = str(next(side.encoder.parameters()).dtype).removeprefix("torch.")
+    write_json(first / CONFIG_FILE, {**config, "torch_dtype": dtype, "dtype": dtype})
+    side.tokenizer.save(first)
+    settings = {"max_seq_length": side.tokenizer.max_length, "do_lower_case": side.tokenizer.lower_case}
+    write_json(first / TRANSFORMER_CONFIG_FILE, settings)
+    for _, place in modules[1:]:
+        _write_pooling(folder / place, side.pooling, side.encoder.config.hidden_size)
 
 
 def encoder_parts(encoder: nn.Module, source: Source | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -220,17 +286,18 @@ def _write_pooling(folder: Path, pooling: Pooling, hidden_size: int) -> None:
     if pooling.state_dict():
         write_tensors(folder / WEIGHTS_FILE, pooling.state_dict())
     if not set(pooling.names) <= LEGACY_POOLING_KEYS.keys():
-        warnings.warn(f"{folder}: sentence-transformers cannot load {' + '.join(pooling.names)} pooling", stacklevel=4)
+        warnings.warn(f"{folder}: sentence-transformers cannot load {' + '.join(pooling.names)} pooling", stacklevel=5)
 
 
-def _write_router(folder: Path, dense: dict[str, tuple[Tensor, Tensor | None] | None]) -> None:
-    """A Router with a route per role (default: documents), each a Dense module without activation, or empty."""
-    structure = {role: [f"{role}_0_Dense"] if layer else [] for role, layer in dense.items()}
-    types = {name: MODULE_TYPE + "Dense" for names in structure.values() for name in names}
-    for name, (weight, bias) in zip(types, filter(None, dense.values()), strict=True):
-        sizes = {"in_features": weight.shape[1], "out_features": weight.shape[0], "bias": bias is not None}
-        write_json(folder / name / CONFIG_FILE, {**sizes, "activation_function": "torch.nn.modules.linear.Identity"})
-        tensors = {"linear.weight": weight} if bias is None else {"linear.weight": weight, "linear.bias": bias}
-        write_tensors(folder / name / WEIGHTS_FILE, tensors)
-    parameters = {"default_route": "document", "allow_empty_key": True}
-    write_json(folder / "router_config.json", {"types": types, "structure": structure, "parameters": parameters})
+def _write_router(folder: Path, heads: dict[str, list[nn.Module]], routes: Routes | None = None) -> None:
+    """A Router with a route for each role: `routes`, which are written already, and then the parts of its head."""
+    places: dict[int, tuple[str, str]] = {}
+    routes = {role: list(route) for role, route in (routes or {role: [] for role in heads}).items()}
+    for role, head in heads.items():
+        for part in head:
+            if id(part) not in places:
+                kind = type(part).__name__
+                places[id(part)] = kind, f"{role}_{len(routes[role])}_{kind}"
+                write_part(folder / places[id(part)][1], part)
+            routes[role].append(places[id(part)])
+    write_routes(folder, routes)

@@ -5,19 +5,25 @@ embedder.save("model")
 """
 
 import importlib.util
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from ..device import default_device, find_device
 from ..files import sha256_file
 from . import folder as layout
-from .adapter import ROLES, Adapter, naming
+from . import static
+from .adapter import Adapter, naming
 from .embedder import Embedder
+from .modules import STATIC, Module, split_modules
 from .openai_api import ApiEmbedder
+from .pooling import Pooling
+from .prompts import choose_prompts
 from .store import Store
 from .tokenization import TOKENIZER_FILE, Tokenizer
 from .weights import INDEX_FILE, WEIGHTS_FILE, read_encoder
@@ -42,6 +48,7 @@ def load_embedder(
     prompts: Mapping[str, str] | None = None,
     store: str | Path | Store | None = None,
     adapter: str | Path | Adapter | None = None,
+    allow_pickle: bool = False,
     **options: Any,
 ) -> Embedder | ApiEmbedder:
     """An Embedder from a folder, the Hugging Face hub, or an installed package; for "openai:MODEL" an ApiEmbedder.
@@ -51,10 +58,12 @@ def load_embedder(
             A hub id that `PACKAGES` lists is looked for in the hub's cache, then in the package, then on the hub.
         device: None: CUDA, else MPS, else the CPU.
         dtype: of the weights. Use float32 (and autocast) for training; inference on a GPU may use bfloat16.
-        max_length, prompts: override the folder's.
+        max_length, prompts: override the folder's. Prompts are {"query": text to prepend, "document": text}; other
+            names that models give them (prompts.py) are understood where they leave no choice.
         revision: commit, tag or branch on the hub.
         store: a Store or its folder, where `encode` keeps vectors.
         adapter: an Adapter or its folder; None: the one saved with the model, if any.
+        allow_pickle: where weights exist as pytorch_model.bin alone, unpickle it: tensors only, no code.
         options: of `EndpointConfig`, for "openai:MODEL", which takes no device, dtype, max_length or revision.
 
     Raises `ValueError` naming what is missing from the folder or unknown in it, or an argument the model cannot use."""
@@ -68,8 +77,9 @@ def load_embedder(
         if options:
             raise ValueError(f"{name}: {', '.join(options)} only applies to a model behind an API ({API_PREFIX}MODEL)")
         device = default_device() if device is None else find_device(str(device))
-        folder = find_folder(str(name), revision=revision)
-        embedder = _load_folder(str(name), folder, dtype, max_length, prompts).to(device).eval()
+        folder = find_folder(str(name), revision=revision, allow_pickle=allow_pickle)
+        embedder = _load_folder(str(name), folder, dtype, max_length, prompts, allow_pickle=allow_pickle)
+        embedder = embedder.to(device).eval()
         embedder.store = store
         if adapter is None and (folder / layout.ADAPTER_FOLDER / layout.ADAPTER_CONFIG_FILE).is_file():
             adapter = Adapter.load(folder / layout.ADAPTER_FOLDER)
@@ -83,36 +93,93 @@ def load_embedder(
 
 
 def _load_folder(
-    name: str, folder: Path, dtype: torch.dtype, max_length: int | None, prompts: Mapping[str, str] | None
+    name: str,
+    folder: Path,
+    dtype: torch.dtype,
+    max_length: int | None,
+    prompts: Mapping[str, str] | None,
+    *,
+    allow_pickle: bool,
 ) -> Embedder:
-    modules, settings = layout.read_modules(folder), layout.read_fields(folder / layout.MODEL_CONFIG_FILE)
-    transformer = folder / modules.get("Transformer", "")
-    family, config, values = layout.read_config(transformer)
-    encoder, carried = read_encoder(transformer, family, config, dtype)
-    pooling = layout.read_pooling(folder, modules, config.hidden_size)
-    tokenizer = layout.read_tokenizer(transformer, config, max_length)
+    bases, rest = split_modules(folder)
+    settings = layout.read_fields(folder / layout.MODEL_CONFIG_FILE)
+    default, options = settings.get("default_prompt_name"), {"allow_pickle": allow_pickle}
+    read = {base: _load_base(folder, base, dtype, max_length, **options) for base in set(bases.values())}
+    pooled = {role: read[bases[role]].pooling.out_features for role in layout.ROLES}
+    heads, normalize = layout.read_heads(rest, pooled, dtype, **options)
     if prompts is None:
         prompts = settings.get("prompts", {})
-        for unused in (key for key, text in prompts.items() if text and key not in ROLES):
-            roles = ", ".join(f"{role}: {prompts.get(role) or ''!r}" for role in ROLES)
-            warnings.warn(f"{folder}: no role uses the prompt {unused!r} ({roles})", stacklevel=3)
-    source = layout.Source(name, folder, family, values, carried, settings.get("default_prompt_name"))
-    options = {"similarity": settings.get("similarity_fn_name", "cosine"), "normalize": "Normalize" in modules}
-    options |= {"pooling": pooling, "prompts": prompts, "truncate_dim": settings.get("truncate_dim")}
+        _warn_of_unused(folder, prompts)
+    common = {"prompts": choose_prompts(prompts), "truncate_dim": settings.get("truncate_dim"), "normalize": normalize}
+    common |= {"similarity": settings.get("similarity_fn_name", "cosine")}
+
+    def embedder(role: str, own: Mapping[str, nn.Sequential]) -> Embedder:
+        family, encoder, carried, config, tokenizer, pooling = read[bases[role]]
+        source = layout.Source(name, folder, family, config, carried, default)
+        return Embedder(encoder, tokenizer, source=source, pooling=pooling, heads=own, **common)
+
     with naming(folder):
-        return Embedder(encoder, tokenizer, source=source, **options)
+        if len(read) == 1:
+            return embedder("document", heads)
+        queries, found = (embedder(role, dict.fromkeys(layout.ROLES, heads[role])) for role in layout.ROLES)
+        found.attach_query_side(queries)
+        return found
+
+
+class _Base(NamedTuple):
+    """The encoder of a model or of one of its sides, with all that belongs to it."""
+
+    family: Any
+    encoder: nn.Module
+    carried: dict[str, torch.Tensor]
+    config: dict[str, Any]
+    tokenizer: Tokenizer
+    pooling: Pooling
+
+
+def _load_base(
+    folder: Path, modules: Sequence[Module], dtype: torch.dtype, max_length: int | None, *, allow_pickle: bool
+) -> _Base:
+    first = modules[0].folder if modules else folder
+    if is_static(first, modules):
+        encoder, config = static.read_table(first, dtype, allow_pickle=allow_pickle)
+        tokenizer = layout.read_static_tokenizer(first, encoder.config, max_length)
+        return _Base(static, encoder, {}, config, tokenizer, layout.read_pooling(None, encoder.config.hidden_size))
+    family, config, values = layout.read_config(first)
+    encoder, carried = read_encoder(first, family, config, dtype, allow_pickle=allow_pickle)
+    pooling = layout.read_pooling(modules[1].folder if modules else None, config.hidden_size)
+    return _Base(family, encoder, carried, values, layout.read_tokenizer(first, config, max_length), pooling)
+
+
+def is_static(folder: Path, modules: Sequence[Module]) -> bool:
+    """Whether an encoder is a table of token vectors; `modules` are those of modules.json, none without that file."""
+    return modules[0].kind == STATIC if modules else static.is_model2vec(folder)
+
+
+def _warn_of_unused(folder: Path, prompts: Mapping[str, str]) -> None:
+    """Warns of prompts that no role uses: their names are of no role, or two of one role have different texts."""
+    chosen = choose_prompts(prompts)
+    used = {role: chosen.get(role) or "" for role in layout.ROLES}
+    if unused := [repr(name) for name, text in prompts.items() if text and text not in used.values()]:
+        shown = ", ".join(f"{role}: {text!r}" for role, text in used.items())
+        choose = "--query-prompt NAME and --document-prompt NAME choose others"
+        warnings.warn(f"{folder}: no role uses the prompt {', '.join(unused)} ({shown}); {choose}", stacklevel=4)
 
 
 def load_tokenizer(name: str | Path, *, revision: str | None = None) -> tuple[Tokenizer, int]:
     """A model's tokenizer, without loading weights, and how many tokens it and the document prompt add to a text."""
     folder = find_folder(str(name), revision=revision)
-    transformer = folder / layout.read_modules(folder).get("Transformer", "")
-    tokenizer = layout.read_tokenizer(transformer, layout.read_config(transformer)[1], None)
-    prompt = layout.read_fields(folder / layout.MODEL_CONFIG_FILE).get("prompts", {}).get("document") or ""
-    return tokenizer, len(tokenizer.encode([prompt])[0])
+    modules = split_modules(folder)[0]["document"]
+    first = modules[0].folder if modules else folder
+    if is_static(first, modules):
+        tokenizer = layout.read_static_tokenizer(first, static.Config(math.inf, 1), None)
+    else:
+        tokenizer = layout.read_tokenizer(first, layout.read_config(first)[1], None)
+    prompts = choose_prompts(layout.read_fields(folder / layout.MODEL_CONFIG_FILE).get("prompts", {}))
+    return tokenizer, len(tokenizer.encode([prompts.get("document") or ""])[0])
 
 
-def find_folder(name: str, *, revision: str | None = None) -> Path:
+def find_folder(name: str, *, revision: str | None = None, allow_pickle: bool = False) -> Path:
     """The folder of a model's files, downloaded if necessary; for names, see `load_embedder`."""
     if Path(name).is_dir():
         return Path(name)
@@ -126,13 +193,16 @@ def find_folder(name: str, *, revision: str | None = None) -> Path:
             return found
         if name != listed:
             raise ValueError(f"{name}: the package is not installed")
-    return _hub_folder(name, revision, local_files_only=False)
+    return _hub_folder(name, revision, local_files_only=False, allow_pickle=allow_pickle)
 
 
 def push_folder(folder: Path, name: str, *, private: bool = False, revision: str | None = None) -> str:
     """Uploads a model folder to the hub as the model `name` ("user/model"), creating it if necessary, in one commit;
     returns the commit's address. Raises `ValueError` for what is not a model folder, or with what the hub says."""
-    layout.read_config(folder / layout.read_modules(folder).get("Transformer", ""))
+    for modules in split_modules(folder)[0].values():
+        first = modules[0].folder if modules else folder
+        if not is_static(first, modules):
+            layout.read_config(first)
     if name.count("/") != 1:
         raise ValueError(f"repository is {name!r}, expected a user or organisation and a name, as in user/model")
     import huggingface_hub
@@ -159,7 +229,7 @@ def _packaged_folder(module: str, place: str, sha256: str) -> Path | None:
     return weights.parent
 
 
-def _hub_folder(name: str, revision: str | None, *, local_files_only: bool) -> Path | None:
+def _hub_folder(name: str, revision: str | None, *, local_files_only: bool, allow_pickle: bool = False) -> Path | None:
     """The snapshot's folder in the hub's cache; None with `local_files_only` if the cache lacks the model."""
     import huggingface_hub  # here, because it takes a third of a second and local folders do not need it
     from huggingface_hub import errors, utils
@@ -167,7 +237,8 @@ def _hub_folder(name: str, revision: str | None, *, local_files_only: bool) -> P
     # Version 1 raises this when a connection is lost for good; earlier versions raise OSError.
     lost = (utils.httpx.HTTPError,) if hasattr(utils, "httpx") else ()
     try:
-        options = {"allow_patterns": layout.HUB_FILES, "local_files_only": local_files_only}
+        patterns = layout.HUB_FILES + (layout.HUB_PICKLES if allow_pickle else [])
+        options = {"allow_patterns": patterns, "local_files_only": local_files_only}
         folder = Path(huggingface_hub.snapshot_download(name, revision=revision, **options))
     except errors.LocalEntryNotFoundError:
         if local_files_only:

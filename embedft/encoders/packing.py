@@ -43,13 +43,18 @@ class Packed(NamedTuple):
 
 
 def pack(
-    sequences: Sequence[Sequence[int]], *, prompt_length: int | None = None, source: Sequence[int] | None = None
+    sequences: Sequence[Sequence[int]],
+    *,
+    prompt_length: int | None = None,
+    source: Sequence[int] | None = None,
+    allow_empty: bool = False,
 ) -> Packed:
-    """Lays token ids end to end; pooling leaves out the first `prompt_length` tokens of each sequence, if given."""
+    """Lays token ids end to end; pooling leaves out the first `prompt_length` tokens of each sequence, if given.
+    Raises `ValueError` for no sequence, and for one without tokens unless `allow_empty`."""
     lengths = [len(sequence) for sequence in sequences]
     if not lengths:
         raise ValueError("there are no sequences to pack")
-    if 0 in lengths:
+    if 0 in lengths and not allow_empty:
         raise ValueError(f"sequence {lengths.index(0)} of {len(lengths)} has no token")
     cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int64)
     starts_T = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())

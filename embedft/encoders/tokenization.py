@@ -53,14 +53,7 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: Path, config: dict, **options: Any) -> "Tokenizer":
         """Reads tokenizer.json; `config` is the content of tokenizer_config.json; for `options`, see `Tokenizer`."""
-        path = folder / TOKENIZER_FILE
-        if not path.is_file():
-            raise ValueError(f"{folder}: no {TOKENIZER_FILE} (the format of Hugging Face tokenizers)")
-        text = read_text(path)
-        try:
-            backend = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"{path}: not a tokenizer ({' '.join(str(error).split())[:200]})") from None
+        backend = read_backend(folder)
         if "added_tokens_decoder" not in config:  # else transformers ignores the older files, too
             _add_tokens(backend, folder / ADDED_TOKENS_FILE)
             config = config | read_fields(folder / SPECIAL_TOKENS_FILE)
@@ -68,6 +61,15 @@ class Tokenizer:
             return cls(backend, config, **options)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from None
+
+    @classmethod
+    def load_bare(cls, folder: Path, *, max_length: int) -> "Tokenizer":
+        """Reads tokenizer.json alone, with its truncation, if any, up to `max_length`, and adds no special tokens."""
+        backend = read_backend(folder)
+        backend.post_processor = None
+        cut = backend.truncation or {"max_length": max_length, "direction": "right"}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "truncation_side": cut["direction"].lower()}
+        return cls(backend, config, max_length=max(1, min(max_length, cut["max_length"])))
 
     @property
     def max_length(self) -> int:
@@ -164,6 +166,18 @@ class Tokenizer:
         with atomic_write(folder / TOKENIZER_FILE) as file:
             file.write(self.backend.to_str(pretty=True))
         write_json(folder / TOKENIZER_CONFIG_FILE, {**self.config, "model_max_length": self.max_length})
+
+
+def read_backend(folder: Path) -> tokenizers.Tokenizer:
+    """What tokenizer.json holds. Raises `ValueError` if it is missing or damaged."""
+    path = folder / TOKENIZER_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder}: no {TOKENIZER_FILE} (the format of Hugging Face tokenizers)")
+    text = read_text(path)
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(f"{path}: not a tokenizer ({' '.join(str(error).split())[:200]})") from None
 
 
 def check_texts(texts: Sequence[str]) -> list[str]:

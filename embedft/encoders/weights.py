@@ -4,7 +4,7 @@
     write_tensors(folder / WEIGHTS_FILE, checkpoint_tensors(encoder.state_dict(), bert.key_map(config)))
 
 Reading is strict: tensors that are missing, unknown to the encoder family, or of the wrong shape or type are errors
-that name them. Nothing is unpickled.
+that name them. Nothing is unpickled unless `allow_pickle` says so (pickles.py).
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..files import atomic_write, read_object
 from . import custom
 from .adapter import fill, naming
+from .pickles import PICKLE_FILE, read_pickle
 from .schema import CONFIG_FILE, PLACE, Layers, Rows, Size, stored_names
 
 WEIGHTS_FILE, INDEX_FILE, SHARDS = "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"
@@ -61,12 +62,19 @@ def checkpoint_tensors(state: Mapping[str, Tensor], keys: Keys) -> dict[str, Ten
 
 
 @contextmanager
-def opened(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The file that lists the folder's tensors, and {name of a tensor: the open safetensors file that holds it}."""
-    path, index = folder / WEIGHTS_FILE, folder / INDEX_FILE
+def opened(folder: Path, *, allow_pickle: bool = False) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The file that lists the folder's tensors, and {name of a tensor: the open file that holds it}."""
+    path, index, pickled = folder / WEIGHTS_FILE, folder / INDEX_FILE, folder / PICKLE_FILE
     if not path.is_file() and not index.is_file():
-        found = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".safetensors"))
-        raise ValueError(f"{folder}: no {WEIGHTS_FILE} (weights found: {', '.join(found) or 'none'})")
+        if allow_pickle and pickled.is_file():
+            _check_no_pointer(pickled)
+            file = read_pickle(pickled)
+            yield pickled, dict.fromkeys(file.keys(), file)
+            return
+        files = folder.iterdir() if folder.is_dir() else ()
+        found = sorted(file.name for file in files if file.suffix in (".bin", ".pt", ".safetensors"))
+        way = f"; allow_pickle (--allow-pickle) reads {PICKLE_FILE}" if PICKLE_FILE in found else ""
+        raise ValueError(f"{folder}: no {WEIGHTS_FILE} (weights found: {', '.join(found) or 'none'}){way}")
     with ExitStack() as stack:
         if path.is_file():
             file = stack.enter_context(_opened_file(path))
@@ -87,13 +95,17 @@ def _opened_file(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise ValueError(f"{path.parent}: no {path.name}, which {INDEX_FILE} lists")
     try:
-        with path.open("rb") as file:
-            if file.read(8) == b"version ":  # where a safetensors file has the length of its header
-                raise ValueError(f"{path}: is a Git LFS pointer, not the weights; download them with `git lfs pull`")
+        _check_no_pointer(path)
         with safetensors.safe_open(path, "pt") as file:
             yield file
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a complete safetensors file ({' '.join(str(error).split())[:200]})") from None
+
+
+def _check_no_pointer(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(8) == b"version ":  # where a safetensors file has the length of its header
+            raise ValueError(f"{path}: is a Git LFS pointer, not the weights; download them with `git lfs pull`")
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -103,7 +115,13 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def read_encoder(
-    folder: Path, family: Any, config: Any, dtype: torch.dtype, *, carried: tuple[str, ...] = ()
+    folder: Path,
+    family: Any,
+    config: Any,
+    dtype: torch.dtype,
+    *,
+    carried: tuple[str, ...] = (),
+    allow_pickle: bool = False,
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """The encoder with its weights, and the checkpoint's other tensors, which are only carried along.
     `carried`: beginnings of the names of tensors that may be there besides the family's CARRIED.
@@ -116,8 +134,8 @@ def read_encoder(
                 encoder = custom.build(family, config, device)
                 fill(encoder, tensors, WEIGHTS_FILE)
         return encoder.to(dtype), {}
-    with opened(folder) as (path, files):
-        _check_sizes(folder / CONFIG_FILE, config, files, path.name)
+    with opened(folder, allow_pickle=allow_pickle) as (path, files):
+        check_sizes(folder / CONFIG_FILE, config, files, path.name)
         with torch.device("meta"):
             encoder = family.Encoder(config)
         names = _read_names(path, files, encoder, family, (*family.CARRIED, *carried))
@@ -128,7 +146,7 @@ def read_encoder(
     return encoder, tensors
 
 
-def _check_sizes(path: Path, config: Any, files: Mapping[str, Any], listed: str) -> None:
+def check_sizes(path: Path, config: Any, files: Mapping[str, Any], listed: str) -> None:
     """Raises `ValueError` naming a field of `path` that no tensor bears out."""
     shapes = (file.get_slice(name).get_shape() for name, file in list(files.items())[:10_000])
     largest = max((max(shape, default=0) for shape in shapes), default=0)
