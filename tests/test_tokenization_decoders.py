@@ -12,6 +12,7 @@ import pytest
 import tokenizers
 import torch
 from families import randomize
+from safetensors.torch import save_file
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from embedft import load_embedder
@@ -171,41 +172,72 @@ def test_unigram(tmp_path):
     assert_same_ids(save(tmp_path, backend, "llama", tokenizer_class="PreTrainedTokenizerFast", unk_token="<unk>"))
 
 
-def test_the_whole_of_a_qwen3_embedding_model(tmp_path, reference):
-    """As published: bfloat16, an instruction before queries, the vector of the last token, padding on the left."""
-    sizes = SIZES | {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    config = transformers.Qwen3Config(**sizes, intermediate_size=8, max_position_embeddings=64)
-    model = randomize(transformers.Qwen3Model(config)).to(torch.bfloat16)
-    model.save_pretrained(tmp_path)
-    stored = json.loads((tmp_path / "config.json").read_text())
-    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    save(tmp_path, byte_level(), "qwen3", **settings, padding_side="left", add_bos_token=False)
-    prompt = "Instruct: find what answers the question\nQuery:"
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
-    kinds = [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-             for i, (path, kind) in enumerate(modules)]  # fmt: skip
-    (tmp_path / "1_Pooling").mkdir()
-    for name, content in {
-        "config.json": stored,
-        "modules.json": kinds,
-        "1_Pooling/config.json": {
-            "word_embedding_dimension": 8,
-            "pooling_mode_lasttoken": True,
-            "include_prompt": True,
-        },
-        "config_sentence_transformers.json": {
-            "prompts": {"query": prompt, "document": ""},
-            "similarity_fn_name": "cosine",
-        },
-    }.items():
-        (tmp_path / name).write_text(json.dumps(content))
+def save_sentence_transformer(folder: Path, pooling: str, prompts: dict[str, str], modules: dict[str, dict]) -> None:
+    """The files around a transformer; `modules`: {name: config} of those behind the pooling."""
+    kinds = {"": "Transformer", "1_Pooling": "Pooling"}
+    kinds |= {f"{i}_{name}": name.rstrip("12") for i, name in enumerate(modules, start=2)}
+    entries = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(kinds.items())
+    ]
+    configs = {"1_Pooling": {"word_embedding_dimension": 8, f"pooling_mode_{pooling}": True, "include_prompt": True}}
+    configs |= {f"{i}_{name}": config for i, (name, config) in enumerate(modules.items(), start=2) if config}
+    for path, config in configs.items():
+        (folder / path).mkdir()
+        (folder / path / "config.json").write_text(json.dumps(config))
+    (folder / "modules.json").write_text(json.dumps(entries))
+    settings = {"prompts": prompts, "similarity_fn_name": "cosine"}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
 
-    ours, theirs = load_embedder(tmp_path, device="cpu"), reference(tmp_path, model_kwargs={"dtype": torch.float32})
-    assert ours.pooling.names == ("lasttoken",)
+
+def assert_same_vectors(folder: Path, reference) -> None:
+    ours, theirs = load_embedder(folder, device="cpu"), reference(folder, model_kwargs={"dtype": torch.float32})
     for role in ("query", "document"):
         expected = theirs.encode(TEXTS, prompt_name=role)
         np.testing.assert_allclose(ours.encode(TEXTS, role=role), expected, rtol=0, atol=1e-5)
     assert np.abs(ours.encode(TEXTS, role="query") - ours.encode(TEXTS, role="document")).max() > 0.1
+
+
+TWO_LAYERS = SIZES | {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+TWO_LAYERS |= {"intermediate_size": 8, "max_position_embeddings": 64}
+
+
+def test_the_whole_of_a_qwen3_embedding_model(tmp_path, reference):
+    """As published: bfloat16, an instruction before queries, the vector of the last token, padding on the left."""
+    randomize(transformers.Qwen3Model(transformers.Qwen3Config(**TWO_LAYERS))).to(torch.bfloat16).save_pretrained(
+        tmp_path
+    )
+    stored = (tmp_path / "config.json").read_bytes()
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    save(tmp_path, byte_level(), "qwen3", **settings, padding_side="left", add_bos_token=False)
+    (tmp_path / "config.json").write_bytes(stored)
+    prompts = {"query": "Instruct: find what answers the question\nQuery:", "document": ""}
+    save_sentence_transformer(tmp_path, "lasttoken", prompts, {"Normalize": {}})
+    assert_same_vectors(tmp_path, reference)
+
+
+def test_the_whole_of_an_embedding_gemma_model(tmp_path, reference):
+    """As published: attention to both sides, the mean, two Dense modules, and a prompt for each role."""
+    kinds = {"layer_types": ["sliding_attention", "full_attention"], "use_bidirectional_attention": True}
+    config = transformers.Gemma3TextConfig(**TWO_LAYERS | kinds, sliding_window=6)
+    randomize(transformers.Gemma3TextModel(config)).save_pretrained(tmp_path)
+    stored, backend = (tmp_path / "config.json").read_bytes(), pieces("BPE", spaces="replace")
+    backend.post_processor = surround("<bos>", "<eos>", backend)
+    named = {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    save(tmp_path, backend, "gemma3_text", tokenizer_class="GemmaTokenizer", **named)
+    (tmp_path / "config.json").write_bytes(stored)
+    prompts = {"query": "task: search result | query: ", "document": "title: none | text: "}
+    sizes = {"Dense1": (8, 12), "Dense2": (12, 8)}
+    dense = {
+        name: {"in_features": rows, "out_features": columns, "bias": False}
+        | {"activation_function": "torch.nn.modules.linear.Identity"}
+        for name, (rows, columns) in sizes.items()
+    }
+    save_sentence_transformer(tmp_path, "mean_tokens", prompts, dense | {"Normalize": {}})
+    for i, (name, (rows, columns)) in enumerate(sizes.items(), start=2):
+        weight = torch.randn(columns, rows, generator=torch.Generator().manual_seed(i))
+        save_file({"linear.weight": weight}, tmp_path / f"{i}_{name}" / "model.safetensors")
+    assert_same_vectors(tmp_path, reference)
 
 
 def test_thousands_of_added_tokens(tmp_path):
