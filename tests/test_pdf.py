@@ -538,6 +538,47 @@ def test_a_string_begins_where_the_one_before_ends(make):
     assert " ".join(text.pages[0].split()) == "adoption du plan du reseau"
 
 
+def words_of(make, content: str) -> str:
+    """The words of a page, whose text is 10 high and begins at (72, 760), with `content` instead of a text."""
+    (text,) = read_pdfs([make("a.pdf", pdf_bytes(["x"]).replace(b"(x) Tj", content.encode()))])
+    assert not text.plain
+    return " ".join(text.pages[0].split())
+
+
+def test_runs_of_a_line_that_do_not_touch_are_apart(make):
+    """A story in Spanish: many narrow letters leave the layout no column for the blank of 2.8 before "el"."""
+    # 60 letters of 2.22 end at 205.2.
+    runs = f"({'l' * 60}) Tj ET BT /F1 10 Tf 1 0 0 1 %s 760 Tm (el) Tj ET BT /F1 10 Tf 72 700 Td ({'W' * 60}) Tj"
+    assert words_of(make, runs % 208).startswith("l" * 60 + " el")
+    assert words_of(make, runs % 205.5).startswith("l" * 60 + "el")
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        ("(is ) Tj 13 4 Td /F1 7 Tf (1) Tj -4 -7.4 Td (DV) Tj", "is 1 DV"),
+        ("(is ) Tj 13 4 Td /F1 7 Tf (1) Tj ET BT /F1 7 Tf 81 756.6 Td (DV) Tj", "is 1 DV"),
+        ("(g) Tj 5.6 4 Td /F1 7 Tf (-1) Tj 0 -5.4 Td (2) Tj", "g-1 2"),
+        ("(g) Tj 5.6 4 Td /F1 7 Tf (-1) Tj 6.2 -5.4 Td (2) Tj", "g-12"),
+    ],
+)
+def test_what_stands_above_and_below_on_a_line_is_not_one_word(make, parts, words):
+    """A German textbook: "12" for a half, "g-12" for an inverse with an index below."""
+    assert words_of(make, parts) == words
+
+
+def test_a_brace_taller_than_the_line_leaves_the_line_together(make):
+    """TeX's large braces hang from a baseline 8.8 higher, which took "n mit z" to the line above."""
+    content = "(Zahlen) Tj ET BT /F1 10 Tf 72 748 Td (Q) Tj ET BT /F1 10 Tf 82 756.5 Td ({) Tj 6 -8.5 Td (n mit z) Tj"
+    assert words_of(make, content) == "Zahlen { Q n mit z"
+
+
+def test_matrices_outside_of_saved_states_move_text(make):
+    """TeX's drawings: a label whose matrix is set outside of q and Q stood at the foot of the page."""
+    content = "(above) Tj ET BT /F1 10 Tf 72 700 Td (below) Tj ET 1 0 0 1 72 730 cm BT /F1 10 Tf 0 0 Td (label) Tj"
+    assert words_of(make, content) == "above label below"
+
+
 def test_the_gaps_of_a_font_without_a_blank_are_blanks(make):
     """TeX's fonts: pypdf takes half of the mean letter for a blank, here 0.513 of the size, and joined words."""
     widths = " ".join(["1026"] * 26)

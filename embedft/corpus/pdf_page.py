@@ -15,13 +15,14 @@ import unicodedata
 import zlib
 from collections import defaultdict
 from functools import partial
-from itertools import count, groupby, pairwise
+from itertools import chain, count, groupby, pairwise
 from operator import itemgetter
 from typing import Any
 
 FAILURES = (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError)
 FAILURES += (RuntimeError, TypeError, ValueError, struct.error, zlib.error)
 LINE_SHARE = 0.7  # baselines closer than this share of the font's height are one line
+RUN_SHARE = 0.8  # baselines closer than this share of it may be one run: the braces and fractions of formulas are not
 BLANK_SHARE = 0.24  # of the font's size: the blank of fonts that have none, such as TeX's, for which pypdf guesses 0.5
 # Rows with cells of up to MAX_LINES lines are joined if they hold WRAPPED_SHARE of a page's words: on the pages of two
 # 10-K filings, headings that wrap hold at most 0.1.
@@ -226,16 +227,31 @@ def keep_lines_apart(runs: list[dict]) -> None:
                 once.append(group | {"font_height": LINE_SHARE * group["font_height"], "original": group})
             others.append((x, y))
         runs[:] = (group["original"] for group in once)
-        lines = {y: [group["original"] for group in line] for y, line in merge_lines(once, *more).items()}
+        lines = {y: set_apart([group["original"] for group in line]) for y, line in merge_lines(once, *more).items()}
         return join_wrapped_cells(lines)
 
     layout._fixed_width_page.bt_group = lambda *parts: make_group(*parts) | {"order": next(order)}
     layout.y_coordinate_groups = merge_nearer_lines
+    layout._fixed_width_page.LAYOUT_NEW_BT_GROUP_SPACE_WIDTHS = 1  # text that goes back by a blank begins a run; was 5
+
+
+def set_apart(line: list[dict]) -> list[dict]:
+    """Puts a blank between runs of a line, unless one begins where the one before ends: the layout puts none where its
+    columns have run out, nor between the parts of a fraction, which overlap ("1" above "2" is not "12")."""
+
+    def is_apart(run: dict, following: dict) -> bool:
+        nearest = BLANK_SHARE * max(run["font_height"], following["font_height"])
+        has_blank = run["text"].endswith(" ") or following["text"].startswith(" ")
+        return abs(following["tx"] - run["displaced_tx"]) > nearest and not has_blank
+
+    return [run | {"text": run["text"] + " " * is_apart(run, after)} for run, after in pairwise(line)] + line[-1:]
 
 
 def advance() -> None:
     """Patches pypdf, in this process, to begin each string where the one before ends, which it does only after a number
-    between them (pypdf 6.0 to 7.1: "p lan"), and to know gaps from BLANK_SHARE / 2 on for blanks."""
+    between them (pypdf 6.0 to 7.1: "p lan"), to know gaps from BLANK_SHARE / 2 on for blanks, and to begin a run at
+    baselines RUN_SHARE of the font's height apart."""
+    from pypdf._text_extraction._layout_mode import _fixed_width_page as layout
     from pypdf._text_extraction._layout_mode._text_state_manager import TextStateManager as Manager
 
     def show(self: Any, value: Any = "") -> Any:
@@ -245,6 +261,8 @@ def advance() -> None:
         size = self.font_size * self.Tz / 100
         if self.shown.space_tx > 0.3 * size:
             self.shown.space_tx = BLANK_SHARE * size
+        self.shown.height = self.shown.font_height
+        self.shown.font_height *= RUN_SHARE
         return self.shown
 
     def forget(move: Any) -> Any:
@@ -254,9 +272,21 @@ def advance() -> None:
 
         return moved
 
+    make_group = layout.bt_group
+    layout.bt_group = lambda shown, *more: make_group(shown, *more) | {"font_height": shown.height}
     capture, Manager.shown, Manager.text_state_params = Manager.text_state_params, None, show
     for name in ("add_trm", "reset_tm", "reset_trm"):
         setattr(Manager, name, forget(getattr(Manager, name)))
+
+
+def follow_matrices() -> None:
+    """Patches pypdf, in this process, to follow matrices outside of q and Q, which it passes over (pypdf 6.0 to 7.1:
+    the labels of TeX's drawings stand at the foot of the page)."""
+    from pypdf._text_extraction import _layout_mode as layout
+
+    show = layout.text_show_operations
+    begin, end = ([], b"q"), ([], b"Q")
+    layout.text_show_operations = lambda operations, *more: show(chain([begin], operations, [end]), *more)
 
 
 def parse_once() -> None:
@@ -285,7 +315,7 @@ def serve() -> None:
     handler = logging.Handler()
     handler.emit = lambda record: log.append(record.getMessage())
     logging.getLogger("pypdf").addHandler(handler)
-    for change in (partial(keep_lines_apart, runs), advance, parse_once):
+    for change in (partial(keep_lines_apart, runs), advance, follow_matrices, parse_once):
         with contextlib.suppress(ImportError, AttributeError):  # private: other versions stay unpatched
             change()
     path, reader = None, None
