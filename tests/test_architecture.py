@@ -49,7 +49,7 @@ PACKAGES = {
     "torch": Package(None),
     "numpy": Package(None),
     "safetensors": Package(("encoders", "training")),
-    "tokenizers": Package(("encoders.tokenization",)),
+    "tokenizers": Package(("encoders.tokenization", "encoders.tokenizer_steps")),
     "tqdm": Package(("progress",)),
     "faiss": Package(("retrieval.index", "retrieval.approximate", "retrieval.quantization"), in_functions=True),
     "huggingface_hub": Package(("encoders.loading",), in_functions=True),

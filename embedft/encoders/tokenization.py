@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import models, normalizers, pre_tokenizers
+from tokenizers import normalizers
 from tokenizers.normalizers import Lowercase
 
 from ..files import atomic_write, read_object, read_text, write_json
 from .schema import ADDED_TOKENS_FILE, SPECIAL_TOKENS_FILE, TOKENIZER_CONFIG_FILE, read_fields
+from .tokenizer_steps import DEFAULTS, built_steps, tokenizer_kind
 
 TOKENIZER_FILE = "tokenizer.json"
-# The classes of transformers 5 that rebuild BERT's normalizer, with or without the suffix "Fast".
-NORMALIZED_ANEW = ("Bert", "DistilBert", "Electra", "LayoutLM", "Lxmert", "MobileBert", "SqueezeBert")
 
 
 class Tokenizer:
@@ -208,19 +207,11 @@ def _cut(ids: list[int], special: list[int], prompt_ids: list[int], size: int, s
 
 def _configure(backend: tokenizers.Tokenizer, config: dict, model_type: str | None) -> None:
     """Applies tokenizer_config.json, without `add_bos_token` and `add_eos_token`: the post-processor of tokenizer.json
-    says which special tokens are added. Source: transformers 5.23, `tokenization_utils_base.py` and, in `models`,
-    `auto/tokenization_auto.py`, `bert/tokenization_bert.py` and `llama/tokenization_llama.py`."""
-    kind = config.get("tokenizer_class", "BertTokenizer" if isinstance(backend.model, models.WordPiece) else "")
-    kind = kind.removesuffix("Fast").removesuffix("Tokenizer")
-    if kind == "Llama" and model_type != "mistral" and b"ByteLevel" not in pickle.dumps(backend.pre_tokenizer):
-        scheme = "always" if config.get("legacy", False) else "first"
-        scheme = scheme if config.get("add_prefix_space", True) else "never"
-        backend.normalizer, backend.pre_tokenizer = None, pre_tokenizers.Metaspace("▁", scheme, split=False)
-    if kind in NORMALIZED_ANEW:
-        options = {"handle_chinese_chars": config.get("tokenize_chinese_chars", True)}
-        options |= {"strip_accents": config.get("strip_accents"), "lowercase": config.get("do_lower_case", True)}
-        backend.normalizer = normalizers.BertNormalizer(clean_text=True, **options)
-        named = {f"{kind}_token": config.get(f"{kind}_token", f"[{kind.upper()}]") for kind in ("cls", "sep", "unk")}
+    says which special tokens are added. Source: transformers 5.23, `tokenization_utils_base.py`."""
+    kind = tokenizer_kind(config, model_type, backend)
+    backend.normalizer, backend.pre_tokenizer = built_steps(kind, config, backend)
+    if kind in DEFAULTS:
+        named = {f"{name}_token": config.get(f"{name}_token", token) for name, token in DEFAULTS[kind].items()}
         named = {name: token["content"] if isinstance(token, dict) else token for name, token in named.items()}
         used = [*backend.encode("").tokens, getattr(backend.model, "unk_token", None)]
         if used != list(named.values()):
