@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 
 def default_device() -> torch.device:
@@ -72,6 +74,23 @@ def batch_tokens(device: torch.device) -> int:
 def length_slack(device: torch.device) -> float:
     """The largest fraction of a padded sequence that may be padding; on GPUs, padding saves kernel launches."""
     return 0.0 if device.type == "cpu" else 0.125
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves tensors as they are where torch.nn.init would draw them."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if getattr(func, "__module__", None) == nn.init.__name__ else func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def without_memory() -> Iterator[None]:
+    """In this block, modules are made on the meta device: their tensors have shapes but no values.
+    Drawing such values makes torch import its compiler, which takes as long as importing torch: 1.0 s (an EPYC, torch
+    2.13.0, 2026-11-30)."""
+    with torch.device("meta"), _Undrawn():
+        yield
 
 
 @contextlib.contextmanager

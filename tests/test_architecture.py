@@ -16,6 +16,7 @@ from naming import naming
 
 import embedft
 from embedft.cli import COMMANDS
+from embedft.encoders import loading
 from embedft.encoders.folder import FAMILIES
 
 ROOT = Path(embedft.__file__).parent
@@ -328,6 +329,14 @@ def test_names_of_the_public_face_are_imported_when_used():
     assert set(embedft.__all__) <= set(dir(embedft))
     with pytest.raises(AttributeError, match=naming("'embedft'", "'nothing'")):
         embedft.nothing  # noqa: B018
+
+
+def test_a_first_vector_is_quick(minilm_folder):
+    """On the way to it, nothing slow is loaded: not torch's compiler, which drawing on the meta device would take."""
+    name = next(iter(loading.PACKAGES))
+    loaded = modules_after(f"from embedft import load_embedder\nload_embedder({name!r}, device='cpu').encode(['a'])")
+    assert not loaded & {"torch._dynamo", "sympy", "faiss", "openai", "huggingface_hub.file_download"}
+    assert "embedft.encoders.embedder" in loaded
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

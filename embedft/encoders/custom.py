@@ -58,5 +58,6 @@ def read_family(values: Mapping[str, Any]) -> tuple[Family, Any]:
 def build(family: Family, config: Any, device: str) -> nn.Module:
     """An encoder whose weights are yet to be loaded. Raises `ValueError` if its class needs more than its config."""
     what = f"{family.Encoder} cannot be made from its config alone on device {device}"
-    with in_one_line(what), devices.seeded(0, torch.device("cpu")), torch.device(device):  # the caller's draws stay
+    place = devices.without_memory() if device == "meta" else torch.device(device)
+    with in_one_line(what), devices.seeded(0, torch.device("cpu")), place:  # the caller's draws stay
         return family.Encoder(config)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..device import without_memory
 from ..files import write_json
 from .adapter import fill
 from .schema import CONFIG_FILE, Size, read_dataclass, read_fields
@@ -161,7 +162,7 @@ def read_part(
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise ValueError(f"{listed}: {name} has type {tensor.dtype}, expected a floating-point one")
-    with torch.device("meta"):
+    with without_memory():
         part = PARTS[kind](config)
     fill(part, tensors, listed)  # compares shapes
     part.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
@@ -171,7 +172,7 @@ def read_part(
 def dense_of(weight_ED: Tensor, bias_E: Tensor | None) -> Dense:
     """A Dense layer without activation."""
     sizes = {"in_features": weight_ED.shape[1], "out_features": weight_ED.shape[0], "bias": bias_E is not None}
-    with torch.device("meta"):
+    with without_memory():
         part = Dense(DenseConfig(**sizes, activation_function="torch.nn.modules.linear.Identity"))
     tensors = {"linear.weight": weight_ED, "linear.bias": bias_E}
     part.load_state_dict({name: tensor for name, tensor in tensors.items() if tensor is not None}, assign=True)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..device import without_memory
 from ..files import read_object
 from .packing import Packed
 from .schema import CONFIG_FILE, Size
@@ -84,7 +85,7 @@ def read_table(folder: Path, dtype: torch.dtype, *, allow_pickle: bool = False) 
     if name == MODEL2VEC_TABLE:
         table_VD = _unfold(listed, table_VD, tensors.get("mapping"), tensors.get("weights"))
     config = Config(*table_VD.shape, table=name)
-    with torch.device("meta"):
+    with without_memory():
         encoder = Encoder(config)
     encoder.load_state_dict({"embedding.weight": table_VD.to(dtype)}, assign=True)
     return encoder, {"model_type": MODEL_TYPE if name == MODEL2VEC_TABLE else "static", **values}

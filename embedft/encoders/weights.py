@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from ..device import without_memory
 from ..files import atomic_write, read_object
 from . import custom
 from .adapter import fill, naming
@@ -136,7 +137,7 @@ def read_encoder(
         return encoder.to(dtype), {}
     with opened(folder, allow_pickle=allow_pickle) as (path, files):
         check_sizes(folder / CONFIG_FILE, config, files, path.name)
-        with torch.device("meta"):
+        with without_memory():
             encoder = family.Encoder(config)
         names = _read_names(path, files, encoder, family, (*family.CARRIED, *carried))
         keys = tensor_keys(encoder.state_dict(), family.key_map(config))
