@@ -175,7 +175,8 @@ def _prepare(job: _Job, existing: str) -> None:
         if (shared := job.validation.shares_with(data)) and distributed.rank_and_size()[0] == 0:
             warnings.warn(shared, stacklevel=3)
     embedder.max_length = config.max_length or embedder.max_length
-    embedder.encoder.attention_dropout = config.attention_dropout
+    for role in ("query", "document"):
+        embedder.side(role).encoder.attention_dropout = config.attention_dropout
     job.config = replace(config, max_length=embedder.max_length)  # config.json records it
     if config.passages is not None:
         if job.references:

@@ -742,10 +742,21 @@ class Child:
         self.process.wait()
 
 
+def write_dense(folder: Path) -> Path:
+    """Adds a Dense module at the end."""
+    write_json(folder / "3_Dense" / "config.json", {"in_features": 32, "out_features": 8})
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in (("weight", (8, 32)), ("bias", (8,)))}
+    save_file({f"linear.{name}": x for name, x in tensors.items()}, folder / "3_Dense" / "model.safetensors")
+    entry = {"idx": 3, "name": "3", "path": "3_Dense", "type": "sentence_transformers.models.Dense"}
+    write_json(folder / "modules.json", [*read_json(folder / "modules.json"), entry])
+    return folder
+
+
 @pytest.fixture(scope="module")
 def story(write_tiny, tmp_path_factory):
     """What loading from the hub gave, step by step: {step: answer}, and the hub with its log."""
-    tmp = tmp_path_factory.mktemp("hub")
+    tmp, story = tmp_path_factory.mktemp("hub"), {}
     folders = [write_tiny(tmp / f"model-{seed}", modules=True, seed=seed) for seed in (0, 1, 2)]
 
     def files(folder: Path) -> dict[str, bytes]:
@@ -757,17 +768,27 @@ def story(write_tiny, tmp_path_factory):
 
     commits = {"main": SECOND, "v1": FIRST, FIRST: files(folders[0]), SECOND: files(folders[1])}
     pickled = {k: v for k, v in commits[FIRST].items() if k != "model.safetensors"}
+    with_dense = write_dense(shutil.copytree(folders[0], tmp / "dense"))
+    story["vector with dense"] = load(with_dense).encode(["the fee"])[0].tolist()
+    dense = {k: v for k, v in files(with_dense).items() if v != b"not for us"}
+    for file in list(with_dense.rglob("model.safetensors")):
+        torch.save(load_file(file), file.with_name("pytorch_model.bin"))
+        file.unlink()
+    pickles = {k: v for k, v in files(with_dense).items() if k.endswith("pytorch_model.bin") or v != b"not for us"}
+    pickles["pytorch_model.bin"] = (with_dense / "pytorch_model.bin").read_bytes()
     packaged = shutil.copytree(folders[2], tmp / "site" / "fake_tiny" / "weights")
     (packaged.parent / "__init__.py").write_text("")
     hub = Hub({
         "tiny/bert": commits,
         "tiny/pickled": {"main": FIRST, FIRST: pickled},
+        "tiny/dense": {"main": FIRST, FIRST: dense},
+        "tiny/pickles": {"main": FIRST, FIRST: pickles},
         "tiny/packaged": {"main": FIRST, FIRST: commits[FIRST]},
         "tiny/cut": {"main": FIRST, FIRST: commits[FIRST]},
     })  # fmt: skip
     hub.cut.add(("tiny/cut", "model.safetensors"))
     digest = sha256_file(packaged / "model.safetensors")
-    story = {"hub": hub, "home": tmp / "home", "packaged folder": packaged}
+    story |= {"hub": hub, "home": tmp / "home", "packaged folder": packaged}
     for seed, folder in enumerate(folders):
         story[f"vector {seed}"] = load(folder).encode(["the fee"])[0].tolist()
     with hub:
@@ -784,6 +805,9 @@ def story(write_tiny, tmp_path_factory):
         story["unknown"] = child.load("tiny/none")
         story["not a name"] = child.load("tiny bert!")
         story["pickled"] = child.load("tiny/pickled")
+        story["dense"] = child.load("tiny/dense")
+        story["pickles"] = child.load("tiny/pickles")
+        story["pickles on request"] = child.load("tiny/pickles", allow_pickle=True)
         story["cut"] = child.load("tiny/cut")
         hub.cut.clear()
         story["cut no more"] = child.load("tiny/cut")
@@ -808,6 +832,16 @@ def test_a_hub_id_downloads_safetensors_and_small_json_only(story):
     assert story["downloaded at first"] == sorted([*SMALL_FILES, "model.safetensors"])
     assert not [path for _, path in story["asked at first"] if re.search(r"\.(bin|onnx|h5|xml|py|txt|md)", path)]
     assert story["home"] in Path(story["first"]["folder"]).parents
+
+
+def test_modules_after_pooling_come_from_the_hub_too(story):
+    assert story["dense"]["vector"] == pytest.approx(story["vector with dense"], abs=1e-6)
+
+
+def test_pickles_come_from_the_hub_on_request_alone(story):
+    """After they were refused, so after a download without them."""
+    assert names(story["pickles"]["error"], "model.safetensors", "none", "--allow-pickle")
+    assert story["pickles on request"]["vector"] == pytest.approx(story["vector with dense"], abs=1e-6)
 
 
 def test_what_is_cached_is_not_downloaded_again(story):

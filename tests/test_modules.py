@@ -165,6 +165,12 @@ def test_everything_is_trained_and_saved(make, tmp_path, name):
         assert np.array_equal(again.encode(TEXTS, role=role), embedder.encode(TEXTS, role=role))
 
 
+def test_dropout_of_attention_is_that_of_both_sides(make):
+    embedder = load(make("an encoder of each role")[1])
+    finetune(embedder, make_dataset(), FinetuneConfig(epochs=1, batch_size=4, attention_dropout=0.2))
+    assert [embedder.side(role).encoder.attention_dropout for role in ("query", "document")] == [0.2, 0.2]
+
+
 @pytest.mark.parametrize("name", ["dense", "a head of each role", "an encoder of each role", "static for queries"])
 def test_a_pair_is_embedded_as_its_parts_and_with_gradients(make, name):
     embedder = load(make(name)[1])

@@ -115,6 +115,11 @@ class Scorer(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    def side(self, role: str) -> "Scorer":
+        """The scorer itself: one encoder reads both."""
+        check_role(role)
+        return self
+
     @property
     def max_length(self) -> int:
         """Pairs are truncated to this many tokens, the longer text first; can be set."""

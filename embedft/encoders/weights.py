@@ -74,7 +74,7 @@ def opened(folder: Path, *, allow_pickle: bool = False) -> Iterator[tuple[Path, 
             return
         files = folder.iterdir() if folder.is_dir() else ()
         found = sorted(file.name for file in files if file.suffix in (".bin", ".pt", ".safetensors"))
-        way = f"; allow_pickle (--allow-pickle) reads {PICKLE_FILE}" if PICKLE_FILE in found else ""
+        way = "" if allow_pickle else f"; {PICKLE_FILE} is read only with allow_pickle (--allow-pickle)"
         raise ValueError(f"{folder}: no {WEIGHTS_FILE} (weights found: {', '.join(found) or 'none'}){way}")
     with ExitStack() as stack:
         if path.is_file():
