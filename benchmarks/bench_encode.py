@@ -4,7 +4,7 @@ Both use the same weights, float32, the same maximum length and their default ba
 agree to 1e-5.
 
     python -m benchmarks.bench_encode --rounds 5
-    python -m benchmarks.bench_encode --base all-mpnet-base-v2 --texts "Uber questions"
+    python -m benchmarks.bench_encode --base all-mpnet-base-v2 --texts "Uber questions" --number 200
 """
 
 import argparse
@@ -52,7 +52,8 @@ def main(options: argparse.Namespace) -> None:
     finance_file = find_data("finance_qa", options.finance_qa, "--finance-qa") / "Financial-QA-10k.csv"
     finance = RetrievalDataset.load(finance_file, skip_empty=True)
     sets = (uber.texts, uber.queries, finance.texts)
-    texts = {name: list(found.values()) for name, found in zip(TEXTS, sets, strict=True) if name in options.texts}
+    texts = {name: list(found.values())[: options.number] for name, found in zip(TEXTS, sets, strict=True)}
+    texts = {name: texts[name] for name in options.texts}
     folder = str(load_embedder(options.base, device="cpu").source.folder)
     workers = {"ours": Worker(Ours, folder, texts), "peer": Worker(SentenceTransformers, folder, texts)}
     rows = []
@@ -87,5 +88,6 @@ if __name__ == "__main__":
     parser.add_argument("--lyft-uber", metavar="DIR", help="folder with val_dataset.json [beside the checkout]")
     parser.add_argument("--finance-qa", metavar="DIR", help="folder with Financial-QA-10k.csv [beside the checkout]")
     parser.add_argument("--texts", nargs="+", choices=TEXTS, default=TEXTS, help="which texts to encode [all]")
+    parser.add_argument("--number", type=int, help="how many of each, the first ones [all]")
     parser.add_argument("--rounds", type=int, default=5, help="timed alternations [5]")
     run(main, parser)
