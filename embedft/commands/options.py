@@ -34,6 +34,7 @@ class Model(config.Options):
     model: str = option(REQUIRED, "folder, hub id, package, or openai:MODEL", metavar="MODEL", positional=True)
     device: str | None = option(None, "cuda, cuda:1, mps or cpu [the best available]")
     revision: str | None = option(None, "commit, tag or branch on the hub [the default branch]")
+    num_layers: int | None = option(None, "keep only the encoder's first N layers [all]")
     query_prompt: str | None = option(None, "text to put before each query, or a prompt's name [the model's]")
     document_prompt: str | None = option(None, "text to put before each document, or a prompt's name [the model's]")
     allow_pickle: bool = option(False, "read pytorch_model.bin where there are no safetensors: tensors only, no code")
@@ -87,6 +88,7 @@ def load_model(options: Model, **more: Any) -> "embedft.Embedder":
         prompts = {**choose_prompts(named), **{role: named.get(text, text) for role, text in prompts.items()}}
     settings = {"device": options.device, "revision": options.revision, "prompts": prompts}
     settings |= {"allow_pickle": True} if options.allow_pickle else {}
+    settings["num_layers"] = options.num_layers
     return embedft.load_embedder(options.model, **settings | more)
 
 

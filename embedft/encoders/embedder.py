@@ -44,7 +44,7 @@ class Embedder(nn.Module):
         source: the folder it was loaded from; `save` needs it unless the encoder is of your own class.
 
     `store` (None unless set) keeps the vectors that `encode` computes. `adapter` (None unless attached) maps the
-    encoder's vectors; its weights are among the parameters. `query_side` (None unless attached) has an encoder, a
+    encoder's vectors, and `lora` (None unless added) updates its layers; both are trained too. `query_side` (None unless attached) has an encoder, a
     tokenizer, a pooling and a head for queries alone; those of the Embedder itself are then for documents."""
 
     def __init__(
@@ -74,6 +74,7 @@ class Embedder(nn.Module):
         self.normalize = normalize or similarity == "cosine"
         self.adapter: Adapter | None = None
         self.query_side: Embedder | None = None
+        self.lora: nn.Module | None = None
         self.store: Store | None = None
         self.truncate_dim = None if truncate_dim is None else self._checked_dim(truncate_dim)
         self.max_length = tokenizer.max_length
@@ -167,21 +168,27 @@ class Embedder(nn.Module):
 
     def embed(self, packed: Packed, *, role: str) -> Tensor:
         """Vectors of packed texts, [B, D], with gradient, all features; float32, or float64 if the weights are."""
-        return self._adapted(self._finished(self.side(role)._pooled(packed), role), role)
+        return self._adapted(self._finished(self.side(role)._pooled(packed, role), role), role)
 
     def embed_pair(self, queries: Packed, documents: Packed) -> tuple[Tensor, Tensor]:
         """Vectors of packed queries [B, D] and documents [M, D], in one forward pass if one encoder reads both."""
-        if self.query_side is not None:
+        sizes = [queries.num_sequences, documents.num_sequences]
+        if self.query_side is not None or (0 not in sizes and self._lora("query") is not self._lora("document")):
             return self.embed(queries, role="query"), self.embed(documents, role="document")
-        pooled = self._pooled(concatenate(queries, documents))
-        parts = zip(ROLES, pooled.split([queries.num_sequences, documents.num_sequences]), strict=True)
+        pooled = self._pooled(concatenate(queries, documents), ROLES[0] if sizes[0] else ROLES[1])
+        parts = zip(ROLES, pooled.split(sizes), strict=True)
         Q, D = (self._adapted(self._finished(part, role), role) for role, part in parts)
         return Q, D
 
-    def _pooled(self, packed: Packed) -> Tensor:
+    def _lora(self, role: str) -> nn.Module | None:
+        return self.lora if self.lora is not None and self.lora.serves(role) else None
+
+    def _pooled(self, packed: Packed, role: str) -> Tensor:
         sorted_packed, place_B = sort_by_length(packed)
-        sorted_packed = sorted_packed.to(self.device)
-        return self.pooling(self.encoder(sorted_packed), sorted_packed)[place_B.to(self.device)]
+        sorted_packed, lora = sorted_packed.to(self.device), self._lora(role)
+        with contextlib.nullcontext() if lora is None else lora.applied(self.encoder):
+            hidden_TD = self.encoder(sorted_packed)
+        return self.pooling(hidden_TD, sorted_packed)[place_B.to(self.device)]
 
     def _finished(self, pooled_BD: Tensor, role: str) -> Tensor:
         embeddings_BE = self.side(role).heads[role](pooled_BD)
@@ -265,7 +272,7 @@ class Embedder(nn.Module):
                 for places in cut_by_tokens([len(token_ids[row]) for row in order], limit):
                     rows = order[places.start : places.stop]
                     packed = side._packed([token_ids[row] for row in rows], prompt_length)
-                    vectors_ND[rows] = self._finished(side._pooled(packed), role).float().cpu().numpy()
+                    vectors_ND[rows] = self._finished(side._pooled(packed, role), role).float().cpu().numpy()
                     if len(wrong := np.flatnonzero(~np.isfinite(vectors_ND[rows]).all(axis=1))):
                         row = rows[wrong[0]]
                         text = keys[row] if passages is None else side.tokenizer.backend.decode(token_ids[row])
@@ -298,8 +305,10 @@ class Embedder(nn.Module):
         more |= {"config": sorted(vars(side.encoder.config).items()), "tokenizer": side.tokenizer.sha256()}
         settings = self._settings(role) | {"include_prompt": side.pooling.include_prompt} | more
         functions = [*side.pooling.functions, Tokenizer, pack, type(self)._pooled, type(self)._finished]
-        head = [side.heads[role]] if len(side.heads[role]) else []
-        return fingerprint([side.encoder, side.pooling, *head], settings, functions=functions, library=library)
+        modules = [side.encoder, side.pooling, *([side.heads[role]] if len(side.heads[role]) else [])]
+        if (lora := self._lora(role)) is not None:
+            modules, settings = [*modules, lora], settings | {"lora": lora.config.alpha / lora.config.rank}
+        return fingerprint(modules, settings, functions=functions, library=library)
 
     def space(self, role: str, *, texts: str = "texts") -> Space:
         """The space, in a `Store`, of the encoder's full vectors, before the adapter and truncation.

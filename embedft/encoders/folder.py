@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..files import write_json
+from ..files import remove, write_json
 from . import (
     bert,
     custom,
@@ -54,6 +54,7 @@ from .schema import (
     ADDED_TOKENS_FILE,
     CONFIG_FILE,
     LEGACY_POOLING_KEYS,
+    LORA_FILES,
     MODEL_CONFIG_FILE,
     MODULES_FILE,
     POOLING_FOLDER,
@@ -65,7 +66,7 @@ from .schema import (
     stored_names,
 )
 from .tokenization import TOKENIZER_FILE, Tokenizer
-from .weights import INDEX_FILE, SHARDS, WEIGHTS_FILE, checkpoint_tensors, read_tensors, write_tensors
+from .weights import INDEX_FILE, SHARDS, WEIGHTS_FILE, Keys, checkpoint_tensors, read_tensors, write_tensors
 
 # By `model_type` of config.json. A family's module has Config, Encoder, key_map and CARRIED.
 FAMILIES: dict[str, ModuleType] = {
@@ -90,6 +91,7 @@ NORMALIZE, ROUTER = "Normalize", ROUTERS[0]
 # The only files ever downloaded: weights in safetensors, and small JSON files. Here * stands for folders too.
 HUB_FILES = [WEIGHTS_FILE, CONFIG_FILE, MODULES_FILE, TRANSFORMER_CONFIG_FILE, MODEL_CONFIG_FILE, TOKENIZER_FILE]
 HUB_FILES += [TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE, INDEX_FILE, SHARDS]
+HUB_FILES += LORA_FILES
 HUB_FILES += [f"{ADAPTER_FOLDER}/{name}" for name in FORMATS["embedft"]]
 PLACES = ["0_*", *(f"*_{kind}" for kind in (TRANSFORMER, POOLING, STATIC, *ROUTERS, *PARTS))]
 HUB_FILES += [ROUTER_CONFIG_FILE, *(f"{place}/{name}" for place in PLACES for name in ("*.json", WEIGHTS_FILE))]
@@ -199,7 +201,7 @@ def write_folder(folder: Path, embedder: nn.Module) -> None:
     source, adapter, sides = embedder.source, embedder.adapter, {role: embedder.side(role) for role in ROLES}
     # First, because a nonlinear map raises, and so does an encoder that could not be built again.
     dense = {role: part and part.dense() for role in ROLES if adapter for part in [adapter.map_of(role)]}
-    encoders = {side: encoder_parts(side.encoder, side.source) for side in sides.values()}
+    encoders = {side: encoder_parts(side.encoder, side.source, side.lora) for side in sides.values()}
     default = source.default_prompt if source and source.default_prompt in embedder.prompts else None
     settings = {"prompts": embedder.prompts, "default_prompt_name": default}
     settings |= {"similarity_fn_name": embedder.similarity, "truncate_dim": embedder.truncate_dim}
@@ -251,10 +253,14 @@ def _write_base(
 ) -> None:
     """The encoder with its tokenizer, and its pooling if it has one. `modules`: (class name, subfolder) of each."""
     first = folder / modules[0][1]
-    write_tensors(first / WEIGHTS_FILE, tensors)
-    # transformers loads weights in the dtype that config.json names, so it must match theirs.
-    dtype = str(next(side.encoder.parameters()).dtype).removeprefix("torch.")
-    write_json(first / CONFIG_FILE, {**config, "torch_dtype": dtype, "dtype": dtype})
+    if side.lora is not None and not side.lora.config.merges:
+        side.lora.save(first, side.encoder)  # instead of weights: loading starts from the base, which it names
+    else:
+        write_tensors(first / WEIGHTS_FILE, tensors)
+        # transformers loads weights in the dtype that config.json names, so it must match theirs.
+        dtype = str(next(side.encoder.parameters()).dtype).removeprefix("torch.")
+        write_json(first / CONFIG_FILE, {**config, "torch_dtype": dtype, "dtype": dtype})
+        remove(*(first / name for name in LORA_FILES))  # left by a model saved here before
     side.tokenizer.save(first)
     settings = {"max_seq_length": side.tokenizer.max_length, "do_lower_case": side.tokenizer.lower_case}
     write_json(first / TRANSFORMER_CONFIG_FILE, settings)
@@ -262,11 +268,25 @@ def _write_base(
         _write_pooling(folder / place, side.pooling, side.encoder.config.hidden_size)
 
 
-def encoder_parts(encoder: nn.Module, source: Source | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json, and the tensors by the names of the checkpoint."""
-    family = next((family for family in FAMILIES.values() if type(encoder) is family.Encoder), None)
+def family_of(encoder: nn.Module) -> ModuleType | None:
+    """The family in FAMILIES that an encoder belongs to; None for a class of your own."""
+    return next((family for family in FAMILIES.values() if type(encoder) is family.Encoder), None)
+
+
+def encoder_keys(encoder: nn.Module) -> Keys:
+    """The key map of an encoder; {} for a class of your own, whose checkpoints have its own names."""
+    family = family_of(encoder)
+    return {} if family is None else family.key_map(encoder.config)
+
+
+def encoder_parts(
+    encoder: nn.Module, source: Source | None, lora: nn.Module | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json, and the tensors by the names of the checkpoint, with the updates of `lora` if they are merged."""
+    state = lora.merged(encoder) if lora is not None and lora.config.merges else encoder.state_dict()
+    family = family_of(encoder)
     if family is None:
-        return custom.describe(encoder), encoder.state_dict()
+        return custom.describe(encoder), state
     if source is None or source.family is not family:
         raise ValueError(f"cannot save {type(encoder)}: this Embedder was not loaded from a model folder of its family")
     carried, config = source.carried, source.config
@@ -274,7 +294,7 @@ def encoder_parts(encoder: nn.Module, source: Source | None) -> tuple[dict[str, 
     current = {names[name]: value for name, value in vars(encoder.config).items()}
     if any(config.get(name, value) != value for name, value in current.items()):
         carried, config = {}, config | current  # the carried tensors fit only the encoder that was loaded
-    return config, carried | checkpoint_tensors(encoder.state_dict(), family.key_map(encoder.config))
+    return config, carried | checkpoint_tensors(state, family.key_map(encoder.config))
 
 
 def _write_pooling(folder: Path, pooling: Pooling, hidden_size: int) -> None:

@@ -19,11 +19,14 @@ from ..files import sha256_file
 from . import folder as layout
 from . import static
 from .adapter import Adapter, naming
+from .depth import truncated
 from .embedder import Embedder
+from .lora import Lora, read_lora
 from .modules import STATIC, Module, split_modules
 from .openai_api import ApiEmbedder
 from .pooling import Pooling
 from .prompts import choose_prompts
+from .schema import LORA_CONFIG_FILE
 from .store import Store
 from .tokenization import TOKENIZER_FILE, Tokenizer
 from .weights import INDEX_FILE, WEIGHTS_FILE, read_encoder
@@ -49,6 +52,7 @@ def load_embedder(
     store: str | Path | Store | None = None,
     adapter: str | Path | Adapter | None = None,
     allow_pickle: bool = False,
+    num_layers: int | None = None,
     **options: Any,
 ) -> Embedder | ApiEmbedder:
     """An Embedder from a folder, the Hugging Face hub, or an installed package; for "openai:MODEL" an ApiEmbedder.
@@ -64,12 +68,19 @@ def load_embedder(
         store: a Store or its folder, where `encode` keeps vectors.
         adapter: an Adapter or its folder; None: the one saved with the model, if any.
         allow_pickle: where weights exist as pytorch_model.bin alone, unpickle it: tensors only, no code.
+        num_layers: keep only so many of the encoder's layers, the first.
         options: of `EndpointConfig`, for "openai:MODEL", which takes no device, dtype, max_length or revision.
 
     Raises `ValueError` naming what is missing from the folder or unknown in it, or an argument the model cannot use."""
     store = store if store is None or isinstance(store, Store) else Store(store)
     if str(name).startswith(API_PREFIX):
-        local = {"device": device, "max_length": max_length, "revision": revision, "dtype": dtype}
+        local = {
+            "device": device,
+            "max_length": max_length,
+            "revision": revision,
+            "dtype": dtype,
+            "num_layers": num_layers,
+        }
         if given := [argument for argument, value in local.items() if value not in (None, torch.float32)]:
             raise ValueError(f"{name}: {', '.join(given)} does not apply to a model behind an API")
         embedder = ApiEmbedder(str(name).removeprefix(API_PREFIX), prompts=prompts, store=store, **options)
@@ -78,14 +89,16 @@ def load_embedder(
             raise ValueError(f"{name}: {', '.join(options)} only applies to a model behind an API ({API_PREFIX}MODEL)")
         device = default_device() if device is None else find_device(str(device))
         folder = find_folder(str(name), revision=revision, allow_pickle=allow_pickle)
-        embedder = _load_folder(str(name), folder, dtype, max_length, prompts, allow_pickle=allow_pickle)
+        embedder = _load_folder(
+            str(name), folder, dtype, max_length, prompts, allow_pickle=allow_pickle, num_layers=num_layers
+        )
         embedder = embedder.to(device).eval()
         embedder.store = store
         if adapter is None and (folder / layout.ADAPTER_FOLDER / layout.ADAPTER_CONFIG_FILE).is_file():
             adapter = Adapter.load(folder / layout.ADAPTER_FOLDER)
             adapter.name = ""
             stored = embedder.source.config.get("dtype") or embedder.source.config.get("torch_dtype") or "float32"
-            if (max_length, prompts, stored) != (None, None, str(dtype).removeprefix("torch.")):
+            if (max_length, prompts, num_layers, stored) != (None, None, None, str(dtype).removeprefix("torch.")):
                 adapter.base = embedder.base()  # the caller overrides what it was fitted on
     if adapter is not None:
         embedder.attach(adapter if isinstance(adapter, Adapter) else Adapter.load(adapter))
@@ -100,11 +113,15 @@ def _load_folder(
     prompts: Mapping[str, str] | None,
     *,
     allow_pickle: bool,
+    num_layers: int | None,
 ) -> Embedder:
     bases, rest = split_modules(folder)
     settings = layout.read_fields(folder / layout.MODEL_CONFIG_FILE)
     default, options = settings.get("default_prompt_name"), {"allow_pickle": allow_pickle}
-    read = {base: _load_base(folder, base, dtype, max_length, **options) for base in set(bases.values())}
+    given = options | {"num_layers": num_layers}
+    read = {base: _load_base(folder, base, dtype, max_length, **given) for base in set(bases.values())}
+    if len(read) > 1 and any(base.lora for base in read.values()):
+        raise ValueError(f"{folder}: LoRA is for one encoder, but this model has one for each side")
     pooled = {role: read[bases[role]].pooling.out_features for role in layout.ROLES}
     heads, normalize = layout.read_heads(rest, pooled, dtype, **options)
     if prompts is None:
@@ -114,9 +131,11 @@ def _load_folder(
     common |= {"similarity": settings.get("similarity_fn_name", "cosine")}
 
     def embedder(role: str, own: Mapping[str, nn.Sequential]) -> Embedder:
-        family, encoder, carried, config, tokenizer, pooling = read[bases[role]]
+        family, encoder, carried, config, tokenizer, pooling, lora = read[bases[role]]
         source = layout.Source(name, folder, family, config, carried, default)
-        return Embedder(encoder, tokenizer, source=source, pooling=pooling, heads=own, **common)
+        made = Embedder(encoder, tokenizer, source=source, pooling=pooling, heads=own, **common)
+        made.lora = lora
+        return made
 
     with naming(folder):
         if len(read) == 1:
@@ -135,20 +154,52 @@ class _Base(NamedTuple):
     config: dict[str, Any]
     tokenizer: Tokenizer
     pooling: Pooling
+    lora: Lora | None = None
 
 
 def _load_base(
-    folder: Path, modules: Sequence[Module], dtype: torch.dtype, max_length: int | None, *, allow_pickle: bool
+    folder: Path,
+    modules: Sequence[Module],
+    dtype: torch.dtype,
+    max_length: int | None,
+    *,
+    allow_pickle: bool,
+    num_layers: int | None,
 ) -> _Base:
     first = modules[0].folder if modules else folder
     if is_static(first, modules):
+        if num_layers is not None:
+            raise ValueError(f"{first}: num_layers is {num_layers}, but static embeddings have no layers")
         encoder, config = static.read_table(first, dtype, allow_pickle=allow_pickle)
         tokenizer = layout.read_static_tokenizer(first, encoder.config, max_length)
         return _Base(static, encoder, {}, config, tokenizer, layout.read_pooling(None, encoder.config.hidden_size))
-    family, config, values = layout.read_config(first)
-    encoder, carried = read_encoder(first, family, config, dtype, allow_pickle=allow_pickle)
+    weights = _weights_of(first)
+    family, config, values = layout.read_config(weights)
+    encoder, carried = read_encoder(weights, family, config, dtype, allow_pickle=allow_pickle)
+    lora = None if weights == first else read_lora(first, encoder, layout.encoder_keys(encoder))
+    if num_layers is not None and lora is not None:
+        raise ValueError(f"{first}: num_layers is {num_layers}, but LoRA was trained on all layers: merge it first")
+    if num_layers is not None:
+        with naming(first):
+            encoder = truncated(encoder, num_layers)
     pooling = layout.read_pooling(modules[1].folder if modules else None, config.hidden_size)
-    return _Base(family, encoder, carried, values, layout.read_tokenizer(first, config, max_length), pooling)
+    return _Base(family, encoder, carried, values, layout.read_tokenizer(first, config, max_length), pooling, lora)
+
+
+def _weights_of(folder: Path) -> Path:
+    """The folder of an encoder's weights: the same or, of one with LoRA in place of weights, its base's."""
+    path = folder / LORA_CONFIG_FILE
+    if not path.is_file():
+        return folder
+    if there := [name for name in (WEIGHTS_FILE, INDEX_FILE) if (folder / name).is_file()]:
+        raise ValueError(f"{folder}: has {path.name} and {there[0]}: LoRA belongs in a folder of its own")
+    base = layout.read_fields(path).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{path}: base_model_name_or_path is missing")
+    with naming(path):
+        found = find_folder(base)
+    modules = split_modules(found)[0]["document"]
+    return modules[0].folder if modules else found
 
 
 def is_static(folder: Path, modules: Sequence[Module]) -> bool:
@@ -174,7 +225,7 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None) -> tuple[To
     if is_static(first, modules):
         tokenizer = layout.read_static_tokenizer(first, static.Config(math.inf, 1), None)
     else:
-        tokenizer = layout.read_tokenizer(first, layout.read_config(first)[1], None)
+        tokenizer = layout.read_tokenizer(first, layout.read_config(_weights_of(first))[1], None)
     prompts = choose_prompts(layout.read_fields(folder / layout.MODEL_CONFIG_FILE).get("prompts", {}))
     return tokenizer, len(tokenizer.encode([prompts.get("document") or ""])[0])
 

@@ -24,6 +24,8 @@ CONFIG_FILE, MODULES_FILE = "config.json", "modules.json"
 TRANSFORMER_CONFIG_FILE, MODEL_CONFIG_FILE = "sentence_bert_config.json", "config_sentence_transformers.json"
 TOKENIZER_CONFIG_FILE, POOLING_FOLDER = "tokenizer_config.json", "1_Pooling"
 SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE = "special_tokens_map.json", "added_tokens.json"
+LORA_CONFIG_FILE, LORA_SIDE_FILE, LORA_WEIGHTS_FILE = "adapter_config.json", "lora.json", "adapter_model.safetensors"
+LORA_FILES = (LORA_CONFIG_FILE, LORA_SIDE_FILE, LORA_WEIGHTS_FILE)
 
 # Pooling mode -> its key in 1_Pooling/config.json of sentence-transformers before 6.
 LEGACY_POOLING_KEYS = {
@@ -83,6 +85,12 @@ SCHEMAS: dict[str, Schema] = {
     },
     SPECIAL_TOKENS_FILE: SPECIAL_TOKENS,
 }
+SCHEMAS[LORA_CONFIG_FILE] = {
+    **dict.fromkeys(("peft_type", "base_model_name_or_path"), TEXT),
+    "r": COUNT,
+    **dict.fromkeys(("lora_alpha", "lora_dropout"), ("a number", lambda x: type(x) in (int, float))),
+}
+SCHEMAS[LORA_SIDE_FILE] = dict.fromkeys(("side", "base_sha256"), TEXT)
 # By the annotation of a Config's field.
 TYPES = {bool: BOOL, str: TEXT, **dict.fromkeys((int, Size, Layers), COUNT)}
 TYPES[Rows] = TYPES[Index] = "a whole number of at least 0", lambda x: type(x) is int and x >= 0

@@ -54,6 +54,11 @@ def tensor_keys(state: Mapping[str, Tensor], keys: Keys) -> dict[str, dict[str, 
     return found
 
 
+def matches(pattern: str, name: str) -> bool:
+    """Whether a dotted name has the parts of `pattern` in a row: "layers.1" names "layers.1.qkv", not "layers.12"."""
+    return f".{pattern}." in f".{name}."
+
+
 def checkpoint_tensors(state: Mapping[str, Tensor], keys: Keys) -> dict[str, Tensor]:
     """The tensors of an encoder's state, or their gradients, by the names of the checkpoint."""
     tensors = {}
@@ -113,6 +118,14 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder."""
     with opened(folder) as (_, files):
         return {name: file.get_tensor(name) for name, file in files.items()}
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file."""
+    if not path.is_file():
+        raise ValueError(f"{path.parent}: no {path.name}")
+    with _opened_file(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: it is no dict
 
 
 def read_encoder(
