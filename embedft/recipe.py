@@ -21,6 +21,7 @@ from .data.mixture import join_datasets, make_mixture
 from .encoders.card import write_card
 from .encoders.embedder import Embedder
 from .encoders.loading import load_embedder
+from .encoders.lora import merge_lora
 from .encoders.openai_api import ApiEmbedder
 from .files import named_errors, temporary_path
 from .losses.registry import LOSSES, Loss, loss_options
@@ -35,8 +36,9 @@ from .retrieval.tables import MAIN_METRICS, format_comparisons
 from .training import distributed, run_folder
 from .training.configs import MINING, FinetuneConfig, configured_loss
 from .training.optim import MakeOptimizer
+from .training.parts import choose_parts, without_gradient
 from .training.references import FrozenEmbeddings, Reference, best_windows, targets_with
-from .training.train import BatchSource, Evaluate, OnStep, Refresh, train
+from .training.train import BatchSource, Constant, Evaluate, OnStep, Refresh, train
 
 VALIDATION, VALIDATION_BASE = "validation", "validation-base"
 BATCHING = ("batch_size", "batch_tokens", "num_negatives", "examples", "target_scores", "no_duplicates")
@@ -44,7 +46,7 @@ REFRESHING = ("refresh_windows", "mine_every")
 REPLACED = {
     "loss": ("loss",),
     "batches": (*BATCHING, "windows_per_document", "sampling", "sampling_temperature", "mixed", *REFRESHING),
-    "optimizer": ("lr", "loss_lr", "weight_decay"),
+    "optimizer": ("lr", "loss_lr", "lr_parts", "lr_decay", "weight_decay"),
     "refresh": REFRESHING,
 }
 
@@ -62,6 +64,8 @@ class _Job:
     out: Path | None
     loss: Loss | None = None
     batches: BatchSource | None = None
+    frozen: set[str] = field(default_factory=set)  # names of parameters that are not trained
+    constant: dict[str, Constant] = field(default_factory=dict)  # by role: vectors that do not change
     hashes: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)  # for config.json
 
@@ -129,6 +133,8 @@ def finetune(
     Raises `ValueError` when an input is invalid or differs between ranks, `NonFiniteError` when training diverges."""
     if isinstance(embedder, ApiEmbedder):
         raise ValueError(f"{embedder.model} is behind an API, so its weights cannot be trained; fit an adapter")
+    if embedder.lora is not None:
+        raise ValueError("the embedder has LoRA already: merge it, or load the base again")
     given = {"loss": loss, "batches": batches, "optimizer": optimizer}
     given |= {"evaluate": evaluate, "refresh": refresh, "on_step": on_step}
     given = {name: value for name, value in given.items() if value is not None}
@@ -145,7 +151,7 @@ def finetune(
                 how = {"existing": existing, "allow_changed_code": allow_changed_code}
                 distributed.from_first(lambda: _open(job, before[0], stack, **how))
         except BaseException:
-            embedder.max_length, embedder.encoder.attention_dropout = before
+            embedder.max_length, embedder.encoder.attention_dropout, embedder.lora = *before, None
             raise
         _train(job)
         if out is not None:
@@ -187,6 +193,7 @@ def _prepare(job: _Job, existing: str) -> None:
     if job.validation is not None:
         job.hashes["validation"] = job.validation.sha256()
     job.references = _frozen(job, data)
+    job.frozen, job.constant = choose_parts(embedder, data, config)
     job.settings = asdict(job.config)
     given = job.given | {f"reference {name}": reference for name, reference in job.references.items()}
     if objects := {name: describe_object(value) for name, value in given.items() if name not in job.hashes}:
@@ -199,7 +206,11 @@ def _open(job: _Job, own_length: int, stack: contextlib.ExitStack, **how: Any) -
     """Locks the run folder, checks that the model can be saved, and opens the run."""
     stack.enter_context(run_folder.lock(job.out))
     with named_errors(job.out / run_folder.MODEL), temporary_path(job.out, ".trial.", Path.mkdir) as trial:
-        job.embedder.save(trial)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the folder: saving the result warns
+            job.embedder.save(trial)
+        if job.embedder.lora is not None and not job.embedder.lora.config.merges:
+            load_embedder(trial, device="cpu")  # raises if the base that LoRA names has other weights
     run_folder.open_run(job.out, job.settings, hashes=job.hashes, device=job.embedder.device, **how)
     # Evaluates the base at its own length. Otherwise, the first validation evaluates the base.
     if job.lacks_base() and ("evaluate" in job.given or own_length != job.config.max_length):
@@ -209,7 +220,7 @@ def _open(job: _Job, own_length: int, stack: contextlib.ExitStack, **how: Any) -
 
 
 def _train(job: _Job) -> None:
-    options = {"refresh_every": job.config.mine_every or 1}
+    options = {"refresh_every": job.config.mine_every or 1, "constant": job.constant}
     if job.validation is not None:
         options["evaluate"] = lambda embedder: job.report(VALIDATION_BASE if job.lacks_base() else None).metrics
     if job.config.refresh_windows or job.config.mine_every is not None:
@@ -218,9 +229,12 @@ def _train(job: _Job) -> None:
     # Vectors from weights that are about to change do not belong in the store.
     store, job.embedder.store = job.embedder.store, None
     try:
-        train(job.embedder, job.batches, job.loss, job.config, out=job.out, references=job.references, **options)
+        with without_gradient(job.embedder, job.frozen):
+            train(job.embedder, job.batches, job.loss, job.config, out=job.out, references=job.references, **options)
     finally:
         job.embedder.store = store
+    if job.embedder.lora is not None and job.embedder.lora.config.merges:
+        merge_lora(job.embedder)
 
 
 def _close(job: _Job) -> None:

@@ -125,7 +125,8 @@ def read_file(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ValueError(f"{path.parent}: no {path.name}")
     with _opened_file(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: it is no dict
+        names = file.keys()
+        return {name: file.get_tensor(name) for name in names}
 
 
 def read_encoder(

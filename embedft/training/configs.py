@@ -6,11 +6,13 @@ from typing import Any, Literal
 
 import torch
 
-from ..config import changed, check_types, option
+from ..config import changed, check_types, from_dict, option
 from ..data.batches import ExampleKind
 from ..data.mixture import Sampling
+from ..encoders.lora import LoraConfig
 from ..losses.registry import Loss, build_loss
 from .optim import Schedule
+from .parts import flattened
 
 MINING = ("mine_ranks", "mine_sampling", "mine_relative_margin", "mine_absolute_margin")
 LARGEST_SEED = 2**62
@@ -23,10 +25,13 @@ class TrainConfig:
     epochs: int = option(3, "passes over the training pairs", least=1)
     lr: float = option(5e-5, "peak learning rate", above=0)
     loss_lr: float | None = option(None, "peak learning rate of the loss's own parameters [lr]", above=0)
+    lr_parts: dict[str, Any] = option({}, "peak learning rates by name: embeddings, pooling, layers.0")
+    lr_decay: float = option(1.0, "each layer's learning rate is this times the next one's", above=0, most=1)
     schedule: Schedule = option("linear", "learning rate after warmup")
     warmup: float = option(0.0, "warmup steps; below 1: fraction of all steps", least=0)
     weight_decay: float = option(0.0, "weight decay of matrices; biases and norms have none", least=0)
     max_grad_norm: float = option(1.0, "clip gradients to this norm", above=0)
+    depths: list[int] | None = option(None, "embed each batch with one of these numbers of layers, drawn [all layers]")
     seed: int = option(42, "random seed for batch order and dropout", above=-LARGEST_SEED, below=LARGEST_SEED)
     precision: Literal["float32", "bfloat16"] = option("float32", "precision of the forward pass; bfloat16: autocast")
     accumulate: int = option(1, "batches per step; their gradients are averaged", least=1)
@@ -38,6 +43,7 @@ class TrainConfig:
 
     def __post_init__(self):
         check_types(type(self), vars(self))
+        flattened(self.lr_parts)
 
     def check_unused(self, names: tuple[str, ...], why: str) -> None:
         """Raises `ValueError` for the first of these settings that is not at its default: it has no effect."""
@@ -69,12 +75,18 @@ class FinetuneConfig(TrainConfig):
     mine_relative_margin: float | None = option(None, "0.05: negatives score at most 95% of the lowest positive")
     mine_absolute_margin: float | None = option(None, "negatives score at least this much below the lowest positive")
     attention_dropout: float = option(0.0, "dropout of attention weights; above 0 is slower", least=0, below=1)
+    lora: dict[str, Any] = option({}, "train low-rank updates only: rank, alpha, dropout, targets, side, save")
+    freeze: list[str] = option([], "names of what is not trained: embeddings, layers.0, ...", metavar="NAME ...")
+    freeze_below: int | None = option(None, "train neither the embeddings nor the layers before this one", least=0)
     loss: dict[str, Any] = option({"name": "in_batch_negatives"}, "name and options of the loss")
     references: dict[str, Any] = option({}, "frozen models: guide, teacher or base; null: MODEL before training")
 
     def __post_init__(self):
         super().__post_init__()
         configured_loss(self)
+        lora = self.lora_config()
+        if lora is not None and lora.side != "both" and self.passages is not None:
+            raise ValueError(f"lora: side is {lora.side!r}, which cannot be combined with passages")
         for name, model in self.references.items():
             if not isinstance(model, str | None):
                 raise ValueError(f"references: {name} is {model!r}, expected a model's folder or name, or null")
@@ -97,6 +109,10 @@ class FinetuneConfig(TrainConfig):
             self.check_unused(("batch_tokens", "no_duplicates"), "mining would change the number of batches")
             if self.mine_every > 1:
                 self.check_unused(("refresh_windows",), f"mine_every is {self.mine_every}: windows follow it")
+
+    def lora_config(self) -> LoraConfig | None:
+        """The settings of LoRA; None without any."""
+        return from_dict(LoraConfig, self.lora, "lora: ") if self.lora else None
 
 
 @dataclass(frozen=True)

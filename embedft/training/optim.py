@@ -5,11 +5,13 @@ lr = 2e-5 * lr_factor("linear", step, num_steps=1000, warmup=0.1)
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
+
+from .parts import learning_rates
 
 Schedule = Literal["linear", "cosine", "constant"]
 # Named parameter groups -> an optimizer of them; see `parameter_groups`.
@@ -17,12 +19,23 @@ MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 
 def build_optimizer(
-    model: nn.Module, loss: Any = None, *, lr: float, loss_lr: float | None = None, weight_decay: float
+    model: nn.Module,
+    loss: Any = None,
+    *,
+    lr: float,
+    loss_lr: float | None = None,
+    lr_parts: Mapping[str, Any] | None = None,
+    lr_decay: float = 1.0,
+    weight_decay: float,
 ) -> torch.optim.AdamW:
-    """Fused AdamW (Loshchilov and Hutter 2019) of `parameter_groups`, with betas (0.9, 0.999) and eps 1e-8."""
+    """Fused AdamW (Loshchilov and Hutter 2019) of `parameter_groups`, with betas (0.9, 0.999) and eps 1e-8.
+    `lr_parts` and `lr_decay`, as for `parts.learning_rates`, divide a group by learning rate, those at `lr` first."""
     groups = parameter_groups(model, loss)
     if loss_lr is not None and groups[-1]["name"] == "loss":
         groups[-1]["lr"] = loss_lr
+    if lr_parts or lr_decay != 1:
+        rates = learning_rates(model, lr=lr, parts=lr_parts or {}, decay=lr_decay)
+        groups = [part for group in groups for part in _by_rate(group, rates, lr)]
     return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
 
 
@@ -40,6 +53,15 @@ def parameter_groups(model: nn.Module, loss: Any = None) -> list[dict[str, Any]]
         {"name": "loss", "params": [(f"loss/{name}", p) for name, p in own if p.requires_grad], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _by_rate(group: dict[str, Any], rates: Mapping[str, float], lr: float) -> list[dict[str, Any]]:
+    found: dict[float, list] = {}
+    for name, parameter in group["params"]:
+        found.setdefault(rates.get(name, group.get("lr", lr)), []).append((name, parameter))
+    return [
+        {**group, "params": found[rate], "lr": rate} for rate in sorted(found, key=lambda rate: (rate != lr, -rate))
+    ]
 
 
 def lr_factor(schedule: Schedule, step: int, *, num_steps: int, warmup: float) -> float:

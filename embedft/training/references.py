@@ -8,7 +8,7 @@ Shapes: B queries and M documents of a batch, W windows of some documents, D fea
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -28,20 +28,29 @@ class FrozenEmbeddings:
     """Batch -> (Q [B, D], D [M, D]) on the CPU, looked up by id among the texts of a dataset, which are encoded once.
     `dim` is as in `Embedder.encode`. Calls raise `ValueError` for an id that is not in the dataset."""
 
-    def __init__(self, embedder: Embedder, dataset: RetrievalDataset, *, dim: int | None = None):
+    def __init__(
+        self,
+        embedder: Embedder,
+        dataset: RetrievalDataset,
+        *,
+        dim: int | None = None,
+        roles: Sequence[str] = ("query", "document"),
+    ):
         self.embeddings, self.row = {}, {}
-        for role, texts in (("query", dataset.queries), ("document", dataset.texts)):
+        for role in roles:
+            texts = dataset.queries if role == "query" else dataset.texts
             self.embeddings[role] = embedder.encode(list(texts.values()), role=role, dim=dim)
             self.row[role] = {id_: row for row, id_ in enumerate(texts)}
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        found = []
-        for role, ids in (("query", batch.query_ids), ("document", batch.document_ids)):
-            row = self.row[role]
-            if missing := [id_ for id_ in ids if id_ not in row]:
-                raise ValueError(f"{role} {missing[0]!r} is not among the {len(row):,} frozen embeddings")
-            found.append(torch.from_numpy(self.embeddings[role][[row[id_] for id_ in ids]]))
-        return tuple(found)
+        return self.vectors("query", batch), self.vectors("document", batch)
+
+    def vectors(self, role: str, batch: Batch) -> Tensor:
+        """Those of one side of a batch."""
+        ids, row = batch.query_ids if role == "query" else batch.document_ids, self.row[role]
+        if missing := [id_ for id_ in ids if id_ not in row]:
+            raise ValueError(f"{role} {missing[0]!r} is not among the {len(row):,} frozen embeddings")
+        return torch.from_numpy(self.embeddings[role][[row[id_] for id_ in ids]])
 
 
 def targets_with(references: Mapping[str, Reference], batch: Batch) -> Targets:

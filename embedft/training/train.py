@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +25,9 @@ from torch.optim import Optimizer
 
 from .. import device as devices
 from ..data.collate import Batch
+from ..encoders.depth import at_depth, drawn_depth
 from ..encoders.embedder import Embedder
+from ..encoders.packing import Packed, take
 from ..losses.components import collect
 from ..losses.registry import Loss
 from ..losses.targets import Targets
@@ -60,6 +63,7 @@ class BatchSource(Protocol):
     def epoch(self, number: int, *, start: int = 0) -> Iterator[Batch]: ...
 
 
+Constant = Callable[[Batch], Tensor]
 Evaluate = Callable[[Embedder], Mapping[str, float]]
 Refresh = Callable[[Embedder], BatchSource]
 OnStep = Callable[[TrainState, dict[str, Any]], Any]
@@ -74,6 +78,7 @@ def train(
     out: Path | None = None,
     optimizer: MakeOptimizer | None = None,
     references: Mapping[str, Reference] | None = None,
+    constant: Mapping[str, Constant] | None = None,
     evaluate: Evaluate | None = None,
     refresh: Refresh | None = None,
     refresh_every: int = 1,
@@ -89,6 +94,7 @@ def train(
         out: run folder for train.jsonl and checkpoints; training resumes from a checkpoint in it. None: no files.
         optimizer: builds the optimizer from `optim.parameter_groups`; config.schedule scales its learning rates.
         references: {name: batch -> (Q [B, E], D [M, E])}, frozen vectors for `targets.references`.
+        constant: {"query" | "document": batch -> its vectors}: texts of this side are not embedded (LoRA of one side).
         evaluate: validation, {metric: value, higher is better}; called on rank 0.
         refresh: rebuilds the batches, as many as before, at the start of every `refresh_every`-th epoch but the first.
             Called on every rank; a resumed run calls it again with the weights that the last call used.
@@ -106,7 +112,7 @@ def train(
         if evaluate is not None and not resumed:
             validate(state, evaluate, config, log)
         for epoch, parts, extra in epochs.steps(state):
-            record = training_step(state, parts, config, epochs.num_steps, references or {})
+            record = training_step(state, parts, config, epochs.num_steps, references or {}, constant or {})
             record = {"step": state.step, "epoch": epoch, **record, **extra}
             log(record)
             if on_step is not None:
@@ -125,7 +131,12 @@ def train(
 
 
 def training_step(
-    state: TrainState, parts: list[Batch], config: TrainConfig, num_steps: int, references: Mapping[str, Reference]
+    state: TrainState,
+    parts: list[Batch],
+    config: TrainConfig,
+    num_steps: int,
+    references: Mapping[str, Reference],
+    constant: Mapping[str, Constant],
 ) -> dict[str, Any]:
     """One of `num_steps` steps, on the mean loss of the batches `parts`. Returns its record for train.jsonl."""
     start, embedder, optimizer = time.perf_counter(), state.embedder, state.optimizer
@@ -133,11 +144,14 @@ def training_step(
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     embedder.train()
-    loss, components = 0.0, Counter()
+    loss, components, depths = 0.0, Counter(), []
     for place, batch in enumerate(parts):
         targets = targets_with(references, batch).to(embedder.device)
-        local, seeds = LocalBatch.of(batch.queries, batch.documents), (config.seed, state.step, place)
-        value, found = backward(embedder, local, targets, state.loss, config, 1 / len(parts), seeds)
+        given = {role: vectors(batch).to(embedder.device) for role, vectors in constant.items()}
+        local, seeds = LocalBatch.of(*_texts(batch, given)), (config.seed, state.step, place)
+        depths.append(drawn_depth(config.depths, config.seed, state.step * config.accumulate + place))
+        with at_depth(embedder.encoder, depths[-1]):
+            value, found = backward(embedder, local, targets, state.loss, config, 1 / len(parts), seeds, given)
         loss = loss + value
         for name, component in found.items():
             components[name] = components[name] + component / len(parts)
@@ -162,6 +176,8 @@ def training_step(
         "tokens": sum(map(_num_tokens, parts)),
         "seconds": time.perf_counter() - start,
     }
+    if config.depths is not None:
+        record["depths"] = depths
     if components:
         record["components"] = {name: float(value) for name, value in components.items()}
     if parts[0].sources is not None:
@@ -170,9 +186,17 @@ def training_step(
 
 
 def backward(
-    embedder: Embedder, local: LocalBatch, targets: Targets, loss: Loss, config: TrainConfig, weight: float, seeds: Any
+    embedder: Embedder,
+    local: LocalBatch,
+    targets: Targets,
+    loss: Loss,
+    config: TrainConfig,
+    weight: float,
+    seeds: Any,
+    given: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Accumulates the gradients of `weight` times the loss of a batch, through this rank's texts.
+    """Accumulates the gradients of `weight` times the loss of a batch, through this rank's texts; `given`, {role:
+    vectors of the whole batch}, are used as they are.
     Returns the value, detached, and the components that the loss recorded."""
     # The only autocast in embedft: losses are always computed in float32.
     precision = {"dtype": torch.bfloat16, "enabled": config.precision == "bfloat16"}
@@ -180,6 +204,7 @@ def backward(
 
     def weighted_loss(Q: Tensor, D: Tensor, targets: Targets) -> Tensor:
         Q, D = local.gather(Q, D)
+        Q, D = given.get("query", Q), given.get("document", D)
         distributed.reseed(*seeds, apart=False)
         with collect() as found:
             value = loss(Q, D, targets)
@@ -221,7 +246,7 @@ def _make_optimizer(embedder: Embedder, loss: Loss, config: TrainConfig, make: M
     """AdamW as configured, or what `make` returns; each group records its peak learning rate as "initial_lr"."""
     if isinstance(loss, nn.Module):
         loss.to(embedder.device).train()
-    names = ("lr", "loss_lr", "weight_decay")
+    names = ("lr", "loss_lr", "lr_parts", "lr_decay", "weight_decay")
     if make is None:
         optimizer = build_optimizer(embedder, loss, **{name: getattr(config, name) for name in names})
     else:
@@ -299,6 +324,12 @@ class _Epochs:
         embedder.load_state_dict(weights)
         if (found := len(self.batches)) != self.size:
             raise ValueError(f"the refresh made {found} batches per epoch, expected {self.size} as before")
+
+
+def _texts(batch: Batch, given: Mapping[str, Tensor]) -> list[Packed]:
+    """The queries and documents to embed: none of a side whose vectors are given."""
+    sides = {"query": batch.queries, "document": batch.documents}
+    return [take(x, torch.arange(0)) if role in given else x for role, x in sides.items()]
 
 
 def _num_tokens(batch: Batch | LocalBatch) -> int:

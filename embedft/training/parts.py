@@ -1,0 +1,146 @@
+"""Which parameters train, and how fast: freezing, learning rates by name, layer-wise decay.
+
+    with without_gradient(embedder, frozen_names(embedder, freeze=["embeddings"], below=2)):
+        rates = learning_rates(embedder, lr=2e-5, parts={"embeddings": 1e-5}, decay=0.9)
+
+A name is parts in a row of a parameter's dotted name, ours or the checkpoint's: "layers.0", "encoder.layer.0",
+"embeddings", "pooling", "lora". A tensor that stacks several of the checkpoint needs a name for all of them.
+"""
+
+import contextlib
+import functools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import device as devices
+from ..data.collate import Batch
+from ..data.dataset import RetrievalDataset
+from ..encoders.depth import check_depths
+from ..encoders.embedder import Embedder
+from ..encoders.folder import encoder_keys
+from ..encoders.lora import add_lora
+from ..encoders.weights import matches, tensor_keys
+from .references import FrozenEmbeddings
+
+LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
+
+def names_of(model: nn.Module) -> dict[str, list[str]]:
+    """{parameter: names of all that it stacks, by the checkpoint}; no names where there are none but ours."""
+    names = {name: [] for name, _ in model.named_parameters()}
+    if isinstance(model, Embedder) and (keys := encoder_keys(model.encoder)):
+        stacks = tensor_keys(model.encoder.state_dict(), keys)
+        names |= {f"encoder.{name}": list(stack) for name, stack in stacks.items() if f"encoder.{name}" in names}
+    return names
+
+
+def named_by(pattern: str, names: Mapping[str, list[str]], option: str) -> set[str]:
+    """The parameters that a pattern names. Raises `ValueError` for none, and for a part of a stack."""
+    found = set()
+    for ours, theirs in names.items():
+        hits = [matches(pattern, name) for name in theirs]
+        if matches(pattern, ours) or (hits and all(hits)):
+            found.add(ours)
+        elif any(hits):
+            raise ValueError(
+                f"{option} has {pattern!r}, which is only a part of {ours}: name all of {', '.join(theirs)}"
+            )
+    if not found:
+        some = sorted({part for name in names for part in name.split(".") if not part.isdigit()})
+        raise ValueError(f"{option} has {pattern!r}, expected parts of the parameters' names: {', '.join(some)}")
+    return found
+
+
+def depths_below(names: Iterable[str], option: str) -> dict[str, int]:
+    """{parameter: how many layers below the last one}, given in the order of the model: 0 for the last layer and what
+    follows it (a last norm, pooling), and the number of layers for what precedes the first (embeddings).
+    Raises `ValueError` if no parameter is in a layer."""
+    layers = {name: int(found[1]) for name in names if (found := LAYER.search(name))}
+    if not layers:
+        raise ValueError(f"{option}, but no parameter is called layers.0, layers.1 and so on")
+    last, is_before, found = max(layers.values()), True, {}
+    for name in names:
+        is_before = is_before and name not in layers
+        found[name] = last - layers[name] if name in layers else (last + 1) * is_before
+    return found
+
+
+def learning_rates(model: nn.Module, *, lr: float, parts: Mapping[str, Any], decay: float) -> dict[str, float]:
+    """{parameter: its peak learning rate}: that of the last name in `parts` that names it, otherwise `lr`; times
+    `decay` to the power of `depths_below`. Source: Howard and Ruder 2018 (ULMFiT), section 3.2; Clark et al. 2020
+    (ELECTRA), appendix A."""
+    names = names_of(model)
+    rates = dict.fromkeys(names, lr)
+    for pattern, value in flattened(parts).items():
+        rates |= dict.fromkeys(named_by(pattern, names, "lr_parts"), value)
+    if decay != 1:
+        depths = depths_below(names, f"lr_decay is {decay}")
+        rates = {name: rate * decay ** depths[name] for name, rate in rates.items()}
+    return rates
+
+
+def flattened(parts: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """{"layers.0": 1e-5} also from {"layers": {"0": 1e-5}}, as --lr-parts.layers.0 reads.
+    Raises `ValueError` for a value that is not a positive number."""
+    found = {}
+    for name, value in parts.items():
+        if isinstance(value, Mapping):
+            found |= flattened(value, f"{prefix}{name}.")
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise ValueError(f"lr_parts: {prefix}{name} is {value!r}, expected a learning rate above 0")
+        else:
+            found[prefix + name] = float(value)
+    return found
+
+
+def frozen_names(embedder: Embedder, freeze: Sequence[str], below: int | None) -> set[str]:
+    """Parameters that are not trained: those that `freeze` names, what is below layer number `below` (with the
+    embeddings) and, with LoRA, all others."""
+    names = names_of(embedder)
+    frozen = set().union(*(named_by(pattern, names, "freeze") for pattern in freeze))
+    if below is not None:
+        depths = depths_below(names, f"freeze_below is {below}")
+        if below > (num_layers := max(depths.values())):
+            raise ValueError(f"freeze_below is {below}, expected at most {num_layers}, the encoder's layers")
+        frozen |= {name for name, depth in depths.items() if depth >= num_layers - below}
+    if embedder.lora is not None:
+        frozen |= {name for name in names if not name.startswith("lora.")}
+    return frozen
+
+
+def choose_parts(
+    embedder: Embedder, dataset: RetrievalDataset, config: Any
+) -> tuple[set[str], dict[str, Callable[[Batch], Tensor]]]:
+    """Adds LoRA as a `FinetuneConfig` says. Returns the parameters that are not trained and, with LoRA of one side, the
+    vectors of the other: {role: batch -> vectors}. Raises `ValueError` for names and depths that the model lacks."""
+    constant, lora = {}, config.lora_config()
+    if config.depths is not None:
+        check_depths(embedder.encoder, config.depths)
+    if lora is not None:
+        if lora.side != "both":
+            role = "document" if lora.side == "query" else "query"
+            vectors = FrozenEmbeddings(embedder, dataset, dim=embedder.full_dim, roles=[role])
+            constant[role] = functools.partial(vectors.vectors, role)
+        with devices.seeded(config.seed, embedder.device):
+            add_lora(embedder, lora)
+    frozen = frozen_names(embedder, config.freeze, config.freeze_below)
+    if frozen >= {name for name, _ in embedder.named_parameters()}:
+        raise ValueError(f"freeze is {config.freeze}, which leaves nothing of the model to train")
+    learning_rates(embedder, lr=config.lr, parts=config.lr_parts, decay=config.lr_decay)  # raises for unknown names
+    return frozen, constant
+
+
+@contextlib.contextmanager
+def without_gradient(model: nn.Module, names: set[str]) -> Iterator[None]:
+    """Parameters of these names require no gradient, until the context ends."""
+    chosen = [p for name, p in model.named_parameters() if name in names and p.requires_grad]
+    try:
+        for parameter in chosen:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in chosen:
+            parameter.requires_grad_(True)
