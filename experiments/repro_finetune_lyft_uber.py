@@ -11,8 +11,10 @@ Finished seeds are not trained again, and killed ones resume.
 """
 
 import argparse
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +23,7 @@ from embedft.data.batches import make_batches
 from embedft.files import read_json
 from embedft.retrieval.tables import format_table
 from embedft.training.run_folder import DONE, ENVIRONMENT
+from embedft.training.train import OnStep
 
 from .commandline import make_parser, run
 from .report import compare_recipes, difference_cells
@@ -81,11 +84,19 @@ def format_seeds(
 
 
 def finetune_seed(
-    base: str, train_set: RetrievalDataset, held_out: RetrievalDataset, seed: int, out: Path, *, name: str
+    base: str,
+    train_set: RetrievalDataset,
+    held_out: RetrievalDataset,
+    seed: int,
+    out: Path,
+    *,
+    name: str,
+    on_step: OnStep | None = None,
+    **changes: Any,
 ) -> Report:
     """Trains one seed, unless its run folder is done, and returns its report on `held_out`, saved as eval/`name`.
 
-    Settings as published in 2023. The final weights are measured; nothing is chosen on `held_out`.
+    Settings as published in 2023, but for `changes`. The final weights are measured; nothing is chosen on `held_out`.
     """
     if (out / DONE).exists():
         if read_json(out / ENVIRONMENT)["sha256"]["train"] != train_set.sha256():
@@ -104,7 +115,8 @@ def finetune_seed(
             seed=seed,
             checkpoint_every=25,
         )
-        finetune(embedder, train_set, config, out=out, existing="resume")
+        config = dataclasses.replace(config, **changes)
+        finetune(embedder, train_set, config, out=out, existing="resume", on_step=on_step)
     report = evaluate(embedder, held_out)
     report.save(out / "eval" / name)
     return report

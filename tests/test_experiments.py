@@ -89,6 +89,21 @@ def test_the_lyft_uber_reproduction(tmp_path):
     assert log.stat().st_mtime_ns == written  # nothing was trained again
 
 
+@pytest.mark.slow
+def test_lora_beside_full_fine_tuning(tmp_path):
+    queries = {f"q{i}": question for i, (question, _) in enumerate(PAIRS)}
+    corpus = {f"d{i}": context for i, (_, context) in enumerate(PAIRS)}
+    dataset = RetrievalDataset(queries, corpus, {f"q{i}": {f"d{i}": 1} for i in range(len(PAIRS))})
+    for name in ("train_dataset.json", "val_dataset.json"):
+        dataset.save(tmp_path / name)
+    options = ("--data", str(tmp_path), "--seeds", "0", "1", "--out", "runs")
+    done = run("experiments.lora_lyft_uber", *options, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = {cells[1].strip(): cells for line in done.stdout.splitlines() if len(cells := line.split("|")) > 2}
+    assert {"base", "full", "LoRA", "LoRA, queries"} <= rows.keys()
+    assert rows["full"][8].strip() == "22,713,216"
+
+
 def write_filing(folder: Path) -> None:
     """Twelve pages of five sentences each, which share no words but the commonest."""
     pages = []
