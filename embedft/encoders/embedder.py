@@ -44,8 +44,8 @@ class Embedder(nn.Module):
         source: the folder it was loaded from; `save` needs it unless the encoder is of your own class.
 
     `store` (None unless set) keeps the vectors that `encode` computes. `adapter` (None unless attached) maps the
-    encoder's vectors, and `lora` (None unless added) updates its layers; both are trained too. `query_side` (None unless
-    attached) has an encoder, a tokenizer, a pooling and a head for queries alone; the Embedder's own are for documents."""
+    encoder's vectors, and `lora` (None unless added) updates its layers; both are trained too. `query_side` (None
+    unless attached) has encoder, tokenizer, pooling and head for queries; the Embedder's own are then for documents."""
 
     def __init__(
         self,
