@@ -40,14 +40,9 @@ class Linear(nn.Linear):
     """y = x W^T + b over x [T, D]; parameters as in torch.nn.Linear."""
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return linear(x_TD, self.weight, self.bias)
-
-
-def linear(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
-    """x W^T + b, by the fastest kernel of the device."""
-    if has_onednn_linear(x_TD.device, x_TD.dtype):
-        return _OneDNNLinear.apply(x_TD, weight_ED, bias_E)
-    return F.linear(x_TD, weight_ED, bias_E)
+        if has_onednn_linear(x_TD.device, x_TD.dtype):
+            return _OneDNNLinear.apply(x_TD, self.weight, self.bias)
+        return F.linear(x_TD, self.weight, self.bias)
 
 
 def _product(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
@@ -57,7 +52,7 @@ def _product(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> T
 class _OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None) -> Tensor:
-        # A frozen weight needs no input: half the memory of a training step with LoRA.
+        # A frozen weight needs no input.
         ctx.save_for_backward(x_TD if ctx.needs_input_grad[1] else None, weight_ED)
         return _product(x_TD, weight_ED, bias_E)
 

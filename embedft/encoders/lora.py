@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import check_types, option
@@ -32,7 +33,7 @@ from ..files import write_json
 from .adapter import naming
 from .fingerprint import weights_sha256
 from .folder import encoder_keys
-from .layers import Dropout, linear
+from .layers import Dropout
 from .schema import LORA_CONFIG_FILE, LORA_SIDE_FILE, LORA_WEIGHTS_FILE, read_fields
 from .weights import WEIGHTS_FILE, Keys, matches, read_file, tensor_keys, write_tensors
 
@@ -83,13 +84,15 @@ class Update(nn.Module):
 
     def forward(self, x_TD: Tensor, y_TE: Tensor) -> Tensor:
         """y + scale * B A x, on the rows of each part."""
-        inner_TR, added, done = linear(self.dropout(x_TD), self.A).split(self.rank, dim=1), [], 0
+        # Not oneDNN, which takes four times as long for the gradients of so thin matrices.
+        inner_TR, added, done = F.linear(self.dropout(x_TD), self.A).split(self.rank, dim=1), [], 0
         for (_, rows, _, B), part_TR in zip(self.parts(), inner_TR, strict=True):
-            added += [y_TE.new_zeros(len(y_TE), rows.start - done)] * (rows.start > done) + [linear(part_TR, B)]
+            added += [y_TE.new_zeros(len(y_TE), rows.start - done)] * (rows.start > done) + [F.linear(part_TR, B)]
             done = rows.stop
         if done < y_TE.shape[1]:
             added.append(y_TE.new_zeros(len(y_TE), y_TE.shape[1] - done))
-        return torch.add(y_TE, added[0] if len(added) == 1 else torch.cat(added, dim=1), alpha=self.scale)
+        # In place: no gradient needs the layer's output.
+        return y_TE.add_(added[0] if len(added) == 1 else torch.cat(added, dim=1), alpha=self.scale)
 
 
 class Lora(nn.Module):
