@@ -74,13 +74,8 @@ def load_embedder(
     Raises `ValueError` naming what is missing from the folder or unknown in it, or an argument the model cannot use."""
     store = store if store is None or isinstance(store, Store) else Store(store)
     if str(name).startswith(API_PREFIX):
-        local = {
-            "device": device,
-            "max_length": max_length,
-            "revision": revision,
-            "dtype": dtype,
-            "num_layers": num_layers,
-        }
+        local = {"device": device, "max_length": max_length, "revision": revision, "dtype": dtype}
+        local["num_layers"] = num_layers
         if given := [argument for argument, value in local.items() if value not in (None, torch.float32)]:
             raise ValueError(f"{name}: {', '.join(given)} does not apply to a model behind an API")
         embedder = ApiEmbedder(str(name).removeprefix(API_PREFIX), prompts=prompts, store=store, **options)
@@ -89,9 +84,8 @@ def load_embedder(
             raise ValueError(f"{name}: {', '.join(options)} only applies to a model behind an API ({API_PREFIX}MODEL)")
         device = default_device() if device is None else find_device(str(device))
         folder = find_folder(str(name), revision=revision, allow_pickle=allow_pickle)
-        embedder = _load_folder(
-            str(name), folder, dtype, max_length, prompts, allow_pickle=allow_pickle, num_layers=num_layers
-        )
+        more = {"allow_pickle": allow_pickle, "num_layers": num_layers}
+        embedder = _load_folder(str(name), folder, dtype, max_length, prompts, **more)
         embedder = embedder.to(device).eval()
         embedder.store = store
         if adapter is None and (folder / layout.ADAPTER_FOLDER / layout.ADAPTER_CONFIG_FILE).is_file():
