@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from conftest import TINY_VOCABULARY
 from safetensors.torch import load_file
 
 from embedft.encoders.folder import FAMILIES, read_config
@@ -151,3 +152,29 @@ def assert_saved_as_theirs(folder: Path, encoder) -> None:
     written = {name: x for name, x in written.items() if not name.startswith(family.CARRIED)}
     assert saved.keys() == written.keys()
     assert all(torch.equal(saved[name].to(x.dtype), x) for name, x in written.items())
+
+
+# Of tokenizer_config.json, for the tiny tokenizer of conftest.py.
+TOKENS = {f"{name.lower()}_token": f"[{name}]" for name in ("PAD", "UNK", "CLS", "SEP", "MASK")}
+IDS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3}
+# What a family needs besides SIZES. Windows are shorter than the longest text.
+OPTIONS = {
+    "modernbert": {"local_attention": 8},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
+    "mistral": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8},
+    "gemma3_text": {"sliding_window": 8, "use_bidirectional_attention": True},
+}
+
+
+def write_by_transformers(folder: Path, model_type: str, tokenizer: Path, *, task: str = "AutoModel", **options):
+    """Writes a random model with transformers, beside the tokenizer of the folder `tokenizer`; returns the model."""
+    import transformers
+
+    sizes = SIZES | IDS | {"vocab_size": len(TINY_VOCABULARY)} | OPTIONS.get(model_type, {}) | options
+    config = transformers.AutoConfig.for_model("gte" if model_type == "new" else model_type, **sizes)
+    model = randomize(getattr(transformers, task).from_config(config)).eval()
+    model.save_pretrained(folder)
+    shutil.copy(tokenizer / "tokenizer.json", folder)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **TOKENS}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return model

@@ -69,6 +69,20 @@ def test_logits_if_the_model_says_so(folder, changes):
     assert found.min() < 0 or found.max() > 1
 
 
+def test_the_file_of_settings_of_version_6_comes_first(folder, tmp_path):
+    rewrite(folder, sentence_transformers={"activation_fn": "torch.nn.modules.linear.Identity"})
+    theirs = reference(folder)
+    theirs.activation_fn = torch.nn.Sigmoid()
+    theirs.save(str(tmp_path / "saved"))
+    found, again = load_scorer(tmp_path / "saved", device="cpu", max_length=48), reference(tmp_path / "saved")
+    assert found.sigmoid
+    np.testing.assert_allclose(found.score(PAIRS), again.predict(PAIRS), atol=1e-6, rtol=0)
+    settings = {"activation_fn": "torch.nn.modules.activation.Sigmoid", "default_prompt_name": "query"}
+    (tmp_path / "saved" / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=naming("default_prompt_name", "'query'")):
+        load_scorer(tmp_path / "saved", device="cpu")
+
+
 def test_the_order_and_the_batch_do_not_matter(folder):
     scorer = load_scorer(folder, device="cpu")
     expected = scorer.score(PAIRS)

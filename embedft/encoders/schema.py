@@ -82,6 +82,7 @@ SCHEMAS: dict[str, Schema] = {
             ("do_lower_case", "strip_accents", "tokenize_chinese_chars", "add_prefix_space", "legacy"), BOOL
         ),
         "added_tokens_decoder": ("an object", lambda x: isinstance(x, dict)),
+        "model_input_names": ("a list", lambda x: isinstance(x, list)),
     },
     SPECIAL_TOKENS_FILE: SPECIAL_TOKENS,
 }

@@ -13,7 +13,7 @@ Shapes: P pairs, B queries, T tokens, D features.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,74 +26,22 @@ from ..device import default_device, find_device
 from ..files import write_json
 from ..progress import progress_bar
 from .adapter import check_role, fill
+from .classifier import LAYOUTS, Head, build_head, find_layout
 from .embedder import Embedder
 from .fingerprint import fingerprint
 from .folder import Source, encoder_parts, read_config, read_tokenizer
-from .layers import ACTIVATIONS, Dropout, Linear
 from .loading import find_folder
 from .packing import Packed, cut_by_tokens, pack, sort_by_length
 from .pooling import Pooling
-from .schema import CONFIG_FILE
+from .schema import CONFIG_FILE, MODEL_CONFIG_FILE, read_fields
 from .tokenization import Tokenizer, check_texts
 from .weights import WEIGHTS_FILE, read_encoder, write_tensors
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A family's classification head in checkpoints: out(norm(activation(dense(x)))), without `norm` if it is ""."""
-
-    prefix: str  # before the encoder's tensors
-    dense: str
-    activation: str
-    out: str
-    norm: str = ""
-
-    def names(self) -> dict[str, str]:
-        """{our module: the checkpoint's}."""
-        return {field: name for field in ("dense", "norm", "out") if (name := getattr(self, field))}
-
-
-ROBERTA = Layout("roberta.", "classifier.dense", "tanh", "classifier.out_proj")
-# By `model_type` of config.json.
-LAYOUTS = {
-    "bert": Layout("bert.", "pooler.dense", "tanh", "classifier"),
-    "roberta": ROBERTA,
-    "camembert": ROBERTA,
-    "xlm-roberta": ROBERTA,
-    "distilbert": Layout("distilbert.", "pre_classifier", "relu", "classifier"),
-    "electra": Layout("electra.", "classifier.dense", "gelu", "classifier.out_proj"),
-    "mpnet": Layout("mpnet.", "classifier.dense", "tanh", "classifier.out_proj"),
-    "nomic_bert": Layout("nomic_bert.", "pooler.dense", "tanh", "classifier"),
-    "new": Layout("new.", "pooler.dense", "tanh", "classifier"),
-    "gte": Layout("gte.", "pooler.dense", "tanh", "classifier"),
-    "modernbert": Layout("model.", "head.dense", "gelu", "classifier", norm="head.norm"),
-}
-
-
-class Head(nn.Module):
-    """Pooled vectors [P, D] -> scores [P, 1]. `biased`: the modules that have a bias."""
-
-    def __init__(self, layout: Layout, features: int, *, dropout: float, biased: Sequence[str] = ("dense", "out")):
-        super().__init__()
-        self.dense = Linear(features, features, bias="dense" in biased)
-        self.norm = nn.LayerNorm(features, bias="norm" in biased) if layout.norm else None
-        self.out = Linear(features, 1, bias="out" in biased)
-        self.activation = ACTIVATIONS[layout.activation]
-        self.dropout = Dropout(dropout)
-        for linear in (self.dense, self.out):
-            nn.init.normal_(linear.weight, std=0.02)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
-
-    def forward(self, pooled_PD: Tensor) -> Tensor:
-        x_PD = self.activation(self.dense(pooled_PD))
-        return self.out(self.dropout(x_PD if self.norm is None else self.norm(x_PD)))
 
 
 class Scorer(nn.Module):
     """Tokenizer, encoder and head: pairs of texts in, scores out.
 
-    `sigmoid`: whether `score` maps logits to 0 to 1; losses always get logits. `pooling`: None: the first token."""
+    `sigmoid`: whether `score` maps logits to 0 to 1; losses always get logits."""
 
     full_dim, normalize, similarity, adapter, store = 1, False, "dot", None, None  # as of an Embedder
 
@@ -104,12 +52,12 @@ class Scorer(nn.Module):
         tokenizer: Tokenizer,
         *,
         source: Source,
-        pooling: Pooling | None = None,
+        pooling: Pooling,
         sigmoid: bool = True,
     ):
         super().__init__()
         self.encoder, self.head, self.tokenizer, self.source, self.sigmoid = encoder, head, tokenizer, source, sigmoid
-        self.pooling = pooling or Pooling(("cls",), encoder.config.hidden_size)
+        self.pooling = pooling
 
     @property
     def device(self) -> torch.device:
@@ -133,7 +81,17 @@ class Scorer(nn.Module):
 
     def pack_pairs(self, pairs: Sequence[tuple[str, str]]) -> Packed:
         """Tokenizes and packs (query, document) pairs, on the CPU."""
-        return self._pack(self.tokenizer.encode_pairs(pairs))
+        return self._pack(self._tokens(pairs))
+
+    def _tokens(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+        """(token ids, token types) of each pair. transformers scores decoders at the last token that is not padding,
+        even if the tokenizer ends every text with it; under causal attention, what follows does not matter."""
+        found, padding = self.tokenizer.encode_pairs(pairs), self.source.config.get("pad_token_id")
+        if self.pooling.names == ("lasttoken",) and padding is not None:
+            for ids, types in found:
+                while len(ids) > 1 and ids[-1] == padding:
+                    del ids[-1], types[-1]
+        return found
 
     def _pack(self, tokens: list[tuple[list[int], list[int]]]) -> Packed:
         """Packs token ids with their types, if the encoder distinguishes any."""
@@ -156,7 +114,7 @@ class Scorer(nn.Module):
         sorted_packed, place_P = sort_by_length(packed)
         sorted_packed = sorted_packed.to(self.device)
         pooled_PD = self.pooling(self.encoder(sorted_packed), sorted_packed)
-        return self.head(pooled_PD.to(self.head.dense.weight.dtype))[place_P.to(self.device)].float()
+        return self.head(pooled_PD.to(self.head.out.weight.dtype))[place_P.to(self.device)].float()
 
     def embed_pair(self, queries: Packed, documents: Packed) -> tuple[Tensor, Tensor]:
         """Ones [B, 1] and the logits of pairs [P, 1]."""
@@ -187,7 +145,7 @@ class Scorer(nn.Module):
         try:
             with torch.inference_mode(), progress_bar(len(pairs), "score", unit="pair", show=progress) as bar:
                 for start in range(0, len(pairs), slice_pairs):
-                    tokens = self.tokenizer.encode_pairs(pairs[start : start + slice_pairs])
+                    tokens = self._tokens(pairs[start : start + slice_pairs])
                     order = sorted(range(len(tokens)), key=lambda row: -len(tokens[row][0]))
                     for places in cut_by_tokens([len(tokens[row][0]) for row in order], limit):
                         rows = order[places.start : places.stop]
@@ -206,7 +164,7 @@ class Scorer(nn.Module):
         """SHA-256 of everything that scores depend on except precision, as 64 hexadecimal digits."""
         config = sorted((field.name, getattr(self.encoder.config, field.name)) for field in fields(self.encoder.config))
         settings = {"config": config, "max_length": self.max_length, "tokenizer": self.tokenizer.sha256()}
-        settings |= {"pooling": self.pooling.names, "sigmoid": self.sigmoid}
+        settings |= {"types": self.tokenizer.has_types, "pooling": self.pooling.names, "sigmoid": self.sigmoid}
         functions = [*self.pooling.functions, Tokenizer, pack, type(self).embed]
         found = fingerprint([self.encoder, self.head, self.pooling], settings, functions=functions)
         return hashlib.sha256(found.encode()).hexdigest()
@@ -222,7 +180,7 @@ class Scorer(nn.Module):
             theirs = layout.names()[module]
             tensors[f"{layout.prefix * theirs.startswith('pooler.')}{theirs}.{kind}"] = x
         write_tensors(folder / WEIGHTS_FILE, tensors)
-        dtype = str(self.head.dense.weight.dtype).removeprefix("torch.")
+        dtype = str(self.head.out.weight.dtype).removeprefix("torch.")
         labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
         activation = f"torch.nn.modules.{'activation.Sigmoid' if self.sigmoid else 'linear.Identity'}"
         more = {"torch_dtype": dtype, "dtype": dtype, "sentence_transformers": {"activation_fn": activation}}
@@ -242,21 +200,20 @@ def load_scorer(
     Raises `ValueError` for a model without a head of one label, or of a family without a layout."""
     folder = find_folder(str(name), revision=revision)
     family, config, values = read_config(folder)
-    layout = _layout(folder / CONFIG_FILE, values["model_type"])
+    path = folder / CONFIG_FILE
+    layout = find_layout(path, values["model_type"])
+    head, pooling = build_head(layout, config, values, path)
     labels = values.get("num_labels", len(values.get("id2label", "  ")))
     if labels != 1:
-        raise ValueError(f"{folder / CONFIG_FILE}: the model has {labels} labels, expected 1, a score")
+        raise ValueError(f"{path}: the model has {labels} labels, expected 1, a score")
     names = tuple(f"{theirs}." for theirs in layout.names().values())
     encoder, carried = read_encoder(folder, family, config, dtype, carried=names)
     head_names = {f"{theirs}.{k}": f"{ours}.{k}" for ours, theirs in layout.names().items() for k in ("weight", "bias")}
     tensors = {ours: carried.pop(theirs).to(dtype) for theirs, ours in head_names.items() if theirs in carried}
-    biased = [name.removesuffix(".bias") for name in tensors if name.endswith(".bias")]
-    head = Head(layout, config.hidden_size, dropout=_dropout(values), biased=biased).to(dtype)
-    fill(head, tensors, f"{folder / WEIGHTS_FILE} (the head)")
+    fill(head.to(dtype), tensors, f"{folder / WEIGHTS_FILE} (the head)")
     tokenizer = read_tokenizer(folder, config, max_length)
     source = Source(str(name), folder, family, values, carried, None)
-    pooling = Pooling((values.get("classifier_pooling", "cls"),), config.hidden_size)
-    options = {"source": source, "pooling": pooling, "sigmoid": _has_sigmoid(folder / CONFIG_FILE, values)}
+    options = {"source": source, "pooling": pooling, "sigmoid": _has_sigmoid(folder, values)}
     return (
         Scorer(encoder, head, tokenizer, **options)
         .to(default_device() if device is None else find_device(str(device)))
@@ -269,31 +226,29 @@ def new_scorer(embedder: Embedder, *, seed: int = 0) -> Scorer:
     Raises `ValueError` if the embedder has no model folder, or one of a family without a layout."""
     if embedder.source is None:
         raise ValueError("the embedder was not loaded from a model folder, so its family is unknown")
-    values = embedder.source.config
-    layout = _layout(embedder.source.folder / CONFIG_FILE, values["model_type"])
+    values, path = embedder.source.config, embedder.source.folder / CONFIG_FILE
+    layout = find_layout(path, values["model_type"])
     with devices.seeded(seed, torch.device("cpu")):
-        head = Head(layout, embedder.encoder.config.hidden_size, dropout=_dropout(values))
+        head, pooling = build_head(layout, embedder.encoder.config, values, path)
     names = tuple(f"{theirs}." for theirs in layout.names().values())
     kept = {name: x for name, x in embedder.source.carried.items() if not name.startswith(names)}
     source = embedder.source._replace(carried=kept)
-    return Scorer(embedder.encoder, head, embedder.tokenizer, source=source).to(embedder.device)
+    return Scorer(embedder.encoder, head, embedder.tokenizer, source=source, pooling=pooling).to(embedder.device)
 
 
-def _layout(path: Path, model_type: str) -> Layout:
-    if model_type not in LAYOUTS:
-        raise ValueError(f"{path}: model_type is {model_type!r}, expected one with a head: {', '.join(LAYOUTS)}")
-    return LAYOUTS[model_type]
-
-
-def _dropout(values: Mapping[str, Any]) -> float:
-    return values.get("classifier_dropout", values.get("hidden_dropout_prob", 0.1))
-
-
-def _has_sigmoid(path: Path, values: Mapping[str, Any]) -> bool:
-    """Whether scores are mapped to 0 to 1, which they are unless config.json says otherwise."""
-    settings = values.get("sentence_transformers", {})
-    name = settings.get("activation_fn", values.get("sbert_ce_default_activation_function"))
-    kind = "Sigmoid" if name is None else str(name).rpartition(".")[2]
+def _has_sigmoid(folder: Path, values: Mapping[str, Any]) -> bool:
+    """Whether scores are mapped to 0 to 1, which they are unless sentence-transformers' settings say otherwise. They
+    are in a file of their own since version 6, and in config.json (`values`) before."""
+    own = read_fields(folder / MODEL_CONFIG_FILE)
+    if prompt := own.get("default_prompt_name"):
+        found = f"default_prompt_name is {prompt[:60]!r}, expected none: no prompt precedes pairs"
+        raise ValueError(f"{folder / MODEL_CONFIG_FILE}: {found}")
+    older = (
+        values.get("sentence_transformers", {}),
+        {"activation_fn": values.get("sbert_ce_default_activation_function")},
+    )
+    name = next((name for settings in (own, *older) if (name := settings.get("activation_fn"))), "Sigmoid")
+    kind = str(name).rpartition(".")[2]
     if kind not in ("Sigmoid", "Identity"):
-        raise ValueError(f"{path}: the activation of scores is {kind[:60]!r}, expected Sigmoid or Identity")
+        raise ValueError(f"{folder}: activation_fn is {kind[:60]!r}, expected Sigmoid or Identity")
     return kind == "Sigmoid"

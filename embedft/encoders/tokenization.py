@@ -20,7 +20,7 @@ from tokenizers.normalizers import Lowercase
 
 from ..files import atomic_write, read_object, read_text, write_json
 from .schema import ADDED_TOKENS_FILE, SPECIAL_TOKENS_FILE, TOKENIZER_CONFIG_FILE, read_fields
-from .tokenizer_steps import DEFAULTS, built_steps, tokenizer_kind
+from .tokenizer_steps import DEFAULTS, built_steps, has_types, tokenizer_kind
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -41,7 +41,8 @@ class Tokenizer:
     ):
         self.backend, self.config, self.lower_case = backend, config, lower_case
         self.backend.no_padding()
-        _configure(backend, config, model_type)
+        kind = _configure(backend, config, model_type)
+        self.has_types = has_types(kind, config)
         # In the tokenizer, not by str.lower: special tokens written in a text keep their case and so their meaning.
         steps = backend.normalizer if isinstance(backend.normalizer, normalizers.Sequence) else [backend.normalizer]
         if lower_case and not any(isinstance(step, Lowercase) for step in steps):  # a saved tokenizer has one
@@ -95,7 +96,8 @@ class Tokenizer:
             raise ValueError(f"pairs[{wrong}] is {reprlib.repr(pairs[wrong])}, expected two texts")
         firsts, seconds = ([pair[side] for pair in pairs] for side in (0, 1))
         pairs = list(zip(check_texts(firsts), check_texts(seconds), strict=True))
-        return [(encoding.ids, encoding.type_ids) for encoding in self.backend.encode_batch(pairs)]
+        found = self.backend.encode_batch(pairs)
+        return [(row.ids, row.type_ids if self.has_types else [0] * len(row.ids)) for row in found]
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each whole text: no special tokens, no truncation."""
@@ -205,9 +207,9 @@ def _cut(ids: list[int], special: list[int], prompt_ids: list[int], size: int, s
     return [front + ids[i : min(i + room, stop)] + behind for i in range(start, last + 1, step)]
 
 
-def _configure(backend: tokenizers.Tokenizer, config: dict, model_type: str | None) -> None:
+def _configure(backend: tokenizers.Tokenizer, config: dict, model_type: str | None) -> str:
     """Applies tokenizer_config.json, without `add_bos_token` and `add_eos_token`: the post-processor of tokenizer.json
-    says which special tokens are added. Source: transformers 5.23, `tokenization_utils_base.py`."""
+    says which special tokens are added. Returns the class. Source: transformers 5.23, `tokenization_utils_base.py`."""
     kind = tokenizer_kind(config, model_type, backend)
     backend.normalizer, backend.pre_tokenizer = built_steps(kind, config, backend)
     if kind in DEFAULTS:
@@ -218,6 +220,7 @@ def _configure(backend: tokenizers.Tokenizer, config: dict, model_type: str | No
             found = f"special tokens are {reprlib.repr(named)}, but {TOKENIZER_FILE} uses {reprlib.repr(used)}"
             raise ValueError(f"{TOKENIZER_CONFIG_FILE}: {found}")
     _add_listed_tokens(backend, config)
+    return kind
 
 
 def _add_listed_tokens(backend: tokenizers.Tokenizer, config: dict) -> None:

@@ -35,6 +35,11 @@ def tokenizer_kind(config: dict[str, Any], model_type: str | None, backend: toke
     return "" if kind == "Llama" and model_type == "mistral" else kind
 
 
+def has_types(kind: str, config: dict[str, Any]) -> bool:
+    """Whether a tokenizer of a class tells the second text of a pair from the first, where the model can."""
+    return "token_type_ids" in config["model_input_names"] if "model_input_names" in config else kind in BERT
+
+
 def built_steps(kind: str, config: dict[str, Any], backend: tokenizers.Tokenizer) -> tuple[Any, Any]:
     """(normalizer, pre-tokenizer) of a tokenizer of a class."""
     normalizer, words, prefix = backend.normalizer, backend.pre_tokenizer, config.get("add_prefix_space")
