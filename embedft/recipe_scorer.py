@@ -48,6 +48,8 @@ def finetune_scorer(
     if not any(dataset.negatives.get(query_id) for query_id in dataset.queries):
         raise ValueError("no query of the dataset has a hard negative, which a cross-encoder learns from: use mine()")
     config = config or FinetuneConfig()
+    if config.lora:
+        raise ValueError(f"lora is {config.lora}, expected {{}}: a cross-encoder is trained whole")
     listed = {"num_negatives": num_negatives, "seed": config.seed, "target_scores": bool(dataset.scores)}
     batches = make_batches(dataset, scorer.pack, batch_size=batch_size, **listed)
     collate = PairCollate(dataset, scorer.pack, pack_pairs=scorer.pack_pairs, **listed)

@@ -245,6 +245,11 @@ def test_training(folder, tmp_path, mini_batch_tokens):
     assert np.array_equal(saved.score(PAIRS), scorer.score(PAIRS))
 
 
+def test_training_refuses_lora(folder):
+    with pytest.raises(ValueError, match=naming("lora", "{'rank': 2}")):
+        finetune_scorer(load_scorer(folder, device="cpu"), toy_dataset(), FinetuneConfig(lora={"rank": 2}))
+
+
 def test_training_needs_hard_negatives(folder):
     dataset = replace(toy_dataset(), negatives={})
     with pytest.raises(ValueError, match=naming("hard", "mine()")):

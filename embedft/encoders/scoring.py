@@ -43,7 +43,8 @@ class Scorer(nn.Module):
 
     `sigmoid`: whether `score` maps logits to 0 to 1; losses always get logits."""
 
-    full_dim, normalize, similarity, adapter, store = 1, False, "dot", None, None  # as of an Embedder
+    full_dim, normalize, similarity = 1, False, "dot"  # as of an Embedder
+    adapter = store = lora = query_side = None
 
     def __init__(
         self,
