@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .attention import Sequences
 from .packing import Packed
-from .post_norm import UNUSED, Embeddings, Stack, bert_keys, check_settings
+from .post_norm import UNUSED, Embeddings, bert_keys, check_settings, make_layers, run_layers
 from .schema import Layers, Size
 from .weights import Keys
 
@@ -57,10 +57,10 @@ class Bert(nn.Module):
         rows = config.vocab_size, config.max_position_embeddings, config.type_vocab_size
         self.embeddings = Embeddings(*rows, D, **options)
         sizes = config.num_hidden_layers, D, config.intermediate_size, config.num_attention_heads
-        self.layers = Stack(*sizes, activation=config.hidden_act, **options)
+        self.layers = make_layers(*sizes, activation=config.hidden_act, **options)
 
     def forward(self, packed: Packed) -> Tensor:
-        return self.layers(self.embeddings(packed), Sequences(packed), self.attention_dropout)
+        return run_layers(self.layers, self.embeddings(packed), Sequences(packed), self.attention_dropout)
 
 
 def key_map(config: BertConfig) -> Keys:

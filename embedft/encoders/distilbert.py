@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .attention import Sequences
 from .packing import Packed
-from .post_norm import UNUSED, Embeddings, Stack, check_settings
+from .post_norm import UNUSED, Embeddings, check_settings, make_layers, run_layers
 from .schema import Layers, Size
 from .weights import Keys, layer_keys
 
@@ -63,10 +63,10 @@ class DistilBert(nn.Module):
         options = {"eps": config.layer_norm_eps, "dropout": config.dropout}
         self.embeddings = Embeddings(config.vocab_size, config.max_position_embeddings, 0, config.dim, **options)
         sizes = config.n_layers, config.dim, config.hidden_dim, config.n_heads
-        self.layers = Stack(*sizes, activation=config.activation, drops_attended=False, **options)
+        self.layers = make_layers(*sizes, activation=config.activation, drops_attended=False, **options)
 
     def forward(self, packed: Packed) -> Tensor:
-        return self.layers(self.embeddings(packed), Sequences(packed), self.attention_dropout)
+        return run_layers(self.layers, self.embeddings(packed), Sequences(packed), self.attention_dropout)
 
 
 def key_map(config: DistilBertConfig) -> Keys:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .attention import Sequences
 from .layers import Linear
 from .packing import Packed
-from .post_norm import UNUSED, Embeddings, Stack, bert_keys, check_settings
+from .post_norm import UNUSED, Embeddings, bert_keys, check_settings, make_layers, run_layers
 from .schema import Layers, Size
 from .weights import Keys
 
@@ -58,11 +58,11 @@ class Electra(nn.Module):
         self.embeddings = Embeddings(*rows, E, **options)
         self.widen = Linear(E, D) if E != D else nn.Identity()
         sizes = config.num_hidden_layers, D, config.intermediate_size, config.num_attention_heads
-        self.layers = Stack(*sizes, activation=config.hidden_act, **options)
+        self.layers = make_layers(*sizes, activation=config.hidden_act, **options)
 
     def forward(self, packed: Packed) -> Tensor:
         x_TD = self.widen(self.embeddings(packed))
-        return self.layers(x_TD, Sequences(packed), self.attention_dropout)
+        return run_layers(self.layers, x_TD, Sequences(packed), self.attention_dropout)
 
 
 def key_map(config: ElectraConfig) -> Keys:

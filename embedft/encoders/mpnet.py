@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .attention import Sequences
 from .packing import Packed
-from .post_norm import UNUSED, Embeddings, Stack, check_settings, positions_behind_padding
+from .post_norm import UNUSED, Embeddings, check_settings, make_layers, positions_behind_padding, run_layers
 from .schema import Layers, Size
 from .weights import Keys, layer_keys
 
@@ -59,11 +59,11 @@ class MPNet(nn.Module):
         self.embeddings = Embeddings(config.vocab_size, config.max_position_embeddings, 0, D, **options)
         self.distance_bias = nn.Embedding(NUM_BUCKETS, config.num_attention_heads)
         sizes = config.num_hidden_layers, D, config.intermediate_size, config.num_attention_heads
-        self.layers = Stack(*sizes, activation=config.hidden_act, **options)
+        self.layers = make_layers(*sizes, activation=config.hidden_act, **options)
 
     def forward(self, packed: Packed) -> Tensor:
         x_TD = self.embeddings(packed, positions_behind_padding(packed, PADDING))
-        return self.layers(x_TD, Sequences(packed), self.attention_dropout, self.bias(packed.max_seqlen))
+        return run_layers(self.layers, x_TD, Sequences(packed), self.attention_dropout, self.bias(packed.max_seqlen))
 
     def bias(self, length: int) -> Tensor:
         """What query i and key j of a sequence add to their score in each head, by j - i, at [:, i, j]. [H, L, L]."""

@@ -91,18 +91,18 @@ class Layer(nn.Module):
         return self.feed_forward_norm(x_TD + self.dropout(self.feed_forward_out(activated_TF)))
 
 
-class Stack(nn.ModuleList):
-    """`Layer`s one after the other."""
+def make_layers(num_layers: int, *sizes: int, **options) -> nn.ModuleList:
+    """`Layer`s of the same sizes and options."""
+    return nn.ModuleList(Layer(*sizes, **options) for _ in range(num_layers))
 
-    def __init__(self, num_layers: int, *sizes: int, **options):
-        super().__init__(Layer(*sizes, **options) for _ in range(num_layers))
 
-    def forward(
-        self, x_TD: Tensor, sequences: Sequences, attention_dropout: float, bias_HLL: Tensor | None = None
-    ) -> Tensor:
-        for layer in self:
-            x_TD = layer(x_TD, sequences, attention_dropout if self.training else 0.0, bias_HLL)
-        return x_TD
+def run_layers(
+    layers: nn.ModuleList, x_TD: Tensor, sequences: Sequences, attention_dropout: float, bias_HLL: Tensor | None = None
+) -> Tensor:
+    """The hidden states after `layers`, one after the other, [T, D]; attention drops weights in training only."""
+    for layer in layers:
+        x_TD = layer(x_TD, sequences, attention_dropout if layer.training else 0.0, bias_HLL)
+    return x_TD
 
 
 class RotaryLayer(nn.Module):

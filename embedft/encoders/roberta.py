@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .attention import Sequences
 from .packing import Packed
-from .post_norm import UNUSED, Embeddings, Stack, bert_keys, check_settings, positions_behind_padding
+from .post_norm import UNUSED, Embeddings, bert_keys, check_settings, make_layers, positions_behind_padding, run_layers
 from .schema import Index, Layers, Size
 from .weights import Keys
 
@@ -56,11 +56,11 @@ class Roberta(nn.Module):
         rows = config.vocab_size, config.max_position_embeddings, config.type_vocab_size
         self.embeddings = Embeddings(*rows, D, **options)
         sizes = config.num_hidden_layers, D, config.intermediate_size, config.num_attention_heads
-        self.layers = Stack(*sizes, activation=config.hidden_act, **options)
+        self.layers = make_layers(*sizes, activation=config.hidden_act, **options)
 
     def forward(self, packed: Packed) -> Tensor:
         x_TD = self.embeddings(packed, positions_behind_padding(packed, self.config.pad_token_id))
-        return self.layers(x_TD, Sequences(packed), self.attention_dropout)
+        return run_layers(self.layers, x_TD, Sequences(packed), self.attention_dropout)
 
 
 def key_map(config: RobertaConfig) -> Keys:
