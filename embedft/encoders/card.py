@@ -9,22 +9,18 @@ Shapes: L tokens of a text, K width of a head.
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from ..files import atomic_write, read_text
 from .adapter import ROLES
 
-if TYPE_CHECKING:
-    from .embedder import Embedder
-
 CARD_FILE = "README.md"
 MARK = "<!-- Written by embedft; it replaces this file as long as this line is here. -->"
 
 
-def facts(embedder: "Embedder") -> dict[str, str]:
-    """One line per fact; those that do not apply are left out."""
+def facts(embedder: nn.Module) -> dict[str, str]:
+    """What an `Embedder` is, one line per fact; those that do not apply are left out."""
     encoder, pooling, config = embedder.encoder, embedder.pooling, embedder.encoder.config
     used = {role: embedder.prompt(role) for role in ROLES if embedder.prompt(role)}
     others = {name: text for name, text in embedder.prompts.items() if text and text not in used.values()}
@@ -71,7 +67,7 @@ def flops(encoder: nn.Module) -> tuple[int, int]:
     return linear, 4 * layers * width  # Q K^T and its product with V
 
 
-def model_card(embedder: "Embedder", *, training: Mapping[str, str], results: str = "") -> str:
+def model_card(embedder: nn.Module, *, training: Mapping[str, str], results: str = "") -> str:
     """Markdown: how to load the model, what it is, and how it was trained and measured, if it was."""
     name = training.get("base", embedder.source.name if embedder.source else "")
     lines = ["---", "library_name: sentence-transformers", "pipeline_tag: sentence-similarity"]
@@ -89,7 +85,7 @@ def model_card(embedder: "Embedder", *, training: Mapping[str, str], results: st
     return "\n".join(lines) + "\n"
 
 
-def write_card(folder: Path, embedder: "Embedder", *, training: Mapping[str, str] | None = None, results="") -> None:
+def write_card(folder: Path, embedder: nn.Module, *, training: Mapping[str, str] | None = None, results="") -> None:
     """Writes the model card, unless the folder has a README.md that someone wrote."""
     path = folder / CARD_FILE
     if not path.is_file() or MARK in read_text(path):
