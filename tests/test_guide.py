@@ -1,4 +1,5 @@
-"""embedft/README.md as written: applies each "Add ..." section to a copy of the project and runs its commands.
+"""embedft/README.md as written: applies each "Add ..." section to a copy of the project and runs its commands. So for
+the section of README.md on cross-encoders.
 
 The first line of a python block says where it goes: `# FILE` (a new file, or the end of one), `# FILE, imports`,
 `# FILE, in TABLE` (an entry of that dict) or `# FILE, before TABLE`.
@@ -13,12 +14,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import make_dataset, make_embedder
+
+from embedft import load_embedder, new_scorer
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 GUIDE = (CHECKOUT / "embedft" / "README.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (Add .+?)\n(.*?)(?=^## |\Z)", GUIDE, flags=re.DOTALL | re.MULTILINE))
+README = (CHECKOUT / "README.md").read_text(encoding="utf-8")
 MODEL, DATA = "sentence-transformers/all-MiniLM-L6-v2", ("train.csv", "held_out.csv")
+SCORER = "cross-encoder/ms-marco-MiniLM-L6-v2"
 
 
 @pytest.fixture
@@ -28,11 +34,15 @@ def copy(tmp_path) -> Path:
     for name in ("embedft", "experiments", "tests"):
         shutil.copytree(CHECKOUT / name, tmp_path / name, ignore=ignored)
     make_embedder(tmp_path / "model")
-    for name in DATA:
-        dataset = make_dataset()
-        rows = [f"{dataset.queries[q]},{dataset.corpus[d]}" for q, grades in dataset.qrels.items() for d in grades]
-        (tmp_path / name).write_text("\n".join(["question,context", *rows]) + "\n", encoding="utf-8")
+    write_data(tmp_path)
     return tmp_path
+
+
+def write_data(folder: Path, *sizes: int) -> None:
+    for name in DATA:
+        dataset = make_dataset(*sizes)
+        rows = [f"{dataset.queries[q]},{dataset.corpus[d]}" for q, grades in dataset.qrels.items() for d in grades]
+        (folder / name).write_text("\n".join(["question,context", *rows]) + "\n", encoding="utf-8")
 
 
 def apply(block: str, root: Path) -> None:
@@ -67,14 +77,31 @@ def test_the_guide_covers_what_people_change():
 
 @pytest.mark.parametrize("title", SECTIONS)
 def test_example(title, copy):
-    blocks = re.findall(r"^```(\w+)\n(.*?)^```", SECTIONS[title], flags=re.DOTALL | re.MULTILINE)
+    follow(SECTIONS[title], copy)
+
+
+def test_cross_encoders(copy):
+    scorer = new_scorer(load_embedder(copy / "model", device="cpu"))
+    with torch.no_grad():
+        scorer.head.out.weight *= 100  # so that scores spread as those of a trained model
+    scorer.save(copy / "scorer")
+    write_data(copy, 30, 30)  # because negatives are mined from rank 10 on
+    (section,) = re.findall(r"^## Cross-encoders\n(.*?)(?=^## )", README, flags=re.DOTALL | re.MULTILINE)
+    assert MODEL in section
+    assert SCORER in section
+    follow(section.replace(MODEL, "model").replace(SCORER, "scorer"), copy)
+
+
+def follow(section: str, root: Path) -> None:
+    """Does what a section says."""
+    blocks = re.findall(r"^```(\w+)\n(.*?)^```", section, flags=re.DOTALL | re.MULTILINE)
     assert {language for language, _ in blocks} >= {"python", "sh"}
     for language, text in blocks:
         if language == "python":
-            apply(text, copy)
+            apply(text, root)
     for language, text in blocks:
         if language == "sh":
             for line in text.replace("\\\n", " ").splitlines():
-                output = run(line, copy)
+                output = run(line, root)
                 if " pytest " in line:
                     assert int(re.search(r"(\d+) passed", output)[1]) > 0
