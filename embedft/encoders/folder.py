@@ -294,7 +294,12 @@ def encoder_parts(
     current = {names[name]: value for name, value in vars(encoder.config).items()}
     if any(config.get(name, value) != value for name, value in current.items()):
         carried, config = {}, config | current  # the carried tensors fit only the encoder that was loaded
-    return config, carried | checkpoint_tensors(state, family.key_map(encoder.config))
+    # transformers does not know the names under which some fields were published, so its own are written beside them.
+    aliases = {
+        published: ours for published, ours in getattr(family.Config, "aliases", {}).items() if published in config
+    }
+    both = {name: getattr(encoder.config, ours) for published, ours in aliases.items() for name in (published, ours)}
+    return config | both, carried | checkpoint_tensors(state, family.key_map(encoder.config))
 
 
 def _write_pooling(folder: Path, pooling: Pooling, hidden_size: int) -> None:
