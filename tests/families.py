@@ -6,13 +6,13 @@ assert_equal_to_reference(encoder, model, SEQUENCES)
 
 import json
 import shutil
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from functools import partial
 from pathlib import Path
 
 import torch
-from conftest import TINY_VOCABULARY
-from safetensors.torch import load_file
+from conftest import TINY_VOCABULARY, write, write_tiny_folder
+from safetensors.torch import load_file, save_file
 
 from embedft.encoders.folder import FAMILIES, read_config
 from embedft.encoders.packing import pack
@@ -31,6 +31,31 @@ SIZES = {
     "n_layers": 2,
     "n_heads": 4,
     "hidden_dim": 40,
+}
+# Settings that real checkpoints have, besides SIZES: grouped heads, windows, and stretched rotary positions.
+GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
+KINDS = ["sliding_attention", "full_attention"]
+SETTINGS = {
+    "qwen3": {**GROUPED, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
+    "llama": {
+        **GROUPED,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "mistral": {**GROUPED, "sliding_window": 8},
+    "gemma3_text": {**GROUPED, "sliding_window": 8, "layer_types": KINDS, "use_bidirectional_attention": True},
+    "modernbert": {
+        "local_attention": 8,
+        "layer_types": KINDS,
+        "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in KINDS},
+    },
+    "new": {"rope_scaling": {"type": "ntk", "factor": 2.0}},
+    "model2vec": {"table": "embeddings"},
 }
 # Different and equal lengths, a single token, and a longer one. No token 0 or 1, because transformers gives the
 # embedding of padding no gradient.
@@ -52,6 +77,32 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
             is_norm = "norm" in name.lower() and name.endswith("weight")
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2 + is_norm)
     return model
+
+
+def write_family(folder: Path, model_type: str, *, shards: int = 0, **options) -> Path:
+    """A folder of a family with random weights and the tokenizer of the tiny BERT; `shards`: the number of weight
+    files, 0 for one without an index; `options` are those of `write_tiny_folder`."""
+    write_tiny_folder(folder, **options)
+    changes = {"vocab_size": len(TINY_VOCABULARY), **SETTINGS.get(model_type, {})}
+    encoder = tiny_encoder(model_type, **changes)
+    config = {name: value for name, value in asdict(encoder.config).items() if value is not None}
+    write(folder / "config.json", {"model_type": model_type, **config})
+    tensors = checkpoint_tensors(encoder.state_dict(), FAMILIES[model_type].key_map(encoder.config))
+    tensors = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors")
+    if shards:
+        in_shards(folder, *(f"model-{i:05}-of-{shards:05}.safetensors" for i in range(1, shards + 1)))
+    return folder
+
+
+def in_shards(folder: Path, *shards: str) -> None:
+    """Cuts model.safetensors in as many files, tensor by tensor in turn, with their index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    place = {name: shards[i % len(shards)] for i, name in enumerate(tensors)}
+    for shard in shards:
+        save_file({name: tensors[name] for name in tensors if place[name] == shard}, folder / shard)
+    write(folder / "model.safetensors.index.json", {"metadata": {"total_size": 1}, "weight_map": place})
 
 
 class Halved(torch.nn.Module):

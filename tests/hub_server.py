@@ -3,7 +3,8 @@
 with Hub({"tiny/bert": {"main": "c0" * 20, "c0" * 20: {"config.json": b"{}"}}}) as hub:
     os.environ["HF_ENDPOINT"] = hub.url
 
-A repository maps a commit (40 hexadecimal digits) to its files and a branch or tag to a commit.
+A repository maps a commit (40 hexadecimal digits) to its files and a branch or tag to a commit. As on the hub,
+safetensors are in Git LFS, and files are sent from any byte on.
 """
 
 import base64
@@ -21,11 +22,14 @@ UPLOAD = re.compile(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main(?:\?.*)?
 class Hub:
     """A server thread that runs inside its `with` block, or until `stop`. `log` holds each request's (method, path).
 
-    Connections break before the content of files in `cut`, a set of (repository, path), is sent.
+    By (repository, path) of a file, `cut` has the byte at which each of its next connections breaks, and `sizes` the
+    size that is claimed for it.
     """
 
     def __init__(self, repositories: dict[str, dict[str, str | dict[str, bytes]]]):
-        self.repositories, self.log, self.cut, self.read_only = repositories, [], set(), False
+        self.repositories, self.log, self.read_only = repositories, [], False
+        self.cut: dict[tuple[str, str], list[int]] = {}
+        self.sizes: dict[tuple[str, str], int] = {}
         hub = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -34,15 +38,22 @@ class Hub:
             def do_GET(self):
                 hub.log.append((self.command, self.path))
                 status, headers, body = hub.answer(self.path)
+                match, start, end = RESOLVE.fullmatch(self.path), 0, len(body)
+                file = (match["repo"], match["path"]) if match else ("", "")
+                size = hub.sizes.get(file, len(body))
+                if self.command == "GET":
+                    start = int(re.sub(r"\D", "", self.headers.get("Range", "0")))
+                    size = len(body) - start
+                    if hub.cut.get(file):
+                        end, self.close_connection = hub.cut[file].pop(0), True
+                if start:
+                    status, headers = 206, headers | {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"}
                 self.send_response(status)
-                for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                for name, value in {**headers, "Content-Length": str(size)}.items():
                     self.send_header(name, value)
                 self.end_headers()
-                match = RESOLVE.fullmatch(self.path)
-                if self.command == "GET" and match and (match["repo"], match["path"]) in hub.cut:
-                    self.close_connection = True
-                elif self.command == "GET":
-                    self.wfile.write(body)
+                if self.command == "GET":
+                    self.wfile.write(body[start:end])
 
             do_HEAD = do_GET
 
@@ -117,15 +128,27 @@ class Hub:
             body = files.get(match["path"])
             if body is None:
                 return error(404, "EntryNotFound", "Entry not found")
-            headers = {"X-Repo-Commit": commit, "ETag": f'"{git_id(body)}"', "Content-Type": "application/octet-stream"}
+            etag = hashlib.sha256(body).hexdigest() if is_large(match["path"]) else git_id(body)
+            headers = {"X-Repo-Commit": commit, "ETag": f'"{etag}"', "Content-Type": "application/octet-stream"}
             return 200, headers, body
         if match["kind"] == "tree":
-            entries = [
-                {"type": "file", "path": path, "size": len(body), "oid": git_id(body)} for path, body in files.items()
-            ]
+            entries = [self.entry(match["repo"], path, body) for path, body in files.items()]
             return 200, {"Content-Type": "application/json"}, json.dumps(entries).encode()
         info = {"id": match["repo"], "sha": commit, "siblings": [{"rfilename": path} for path in files]}
         return 200, {"Content-Type": "application/json"}, json.dumps(info).encode()
+
+    def entry(self, repo: str, path: str, body: bytes) -> dict:
+        """A file in a listing."""
+        size = self.sizes.get((repo, path), len(body))
+        entry = {"type": "file", "path": path, "size": size, "oid": git_id(body)}
+        if is_large(path):
+            entry["lfs"] = {"oid": hashlib.sha256(body).hexdigest(), "size": size, "pointerSize": 134}
+        return entry
+
+
+def is_large(path: str) -> bool:
+    """Whether a file is in Git LFS."""
+    return path.endswith(".safetensors")
 
 
 def reply(value: dict) -> tuple[int, dict[str, str], bytes]:

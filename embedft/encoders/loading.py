@@ -285,6 +285,8 @@ def _hub_folder(name: str, revision: str | None, *, local_files_only: bool, allo
 
     # Version 1 raises this when a connection is lost for good; earlier versions raise OSError.
     lost = (utils.httpx.HTTPError,) if hasattr(utils, "httpx") else ()
+    level = utils.logging.get_verbosity()
+    utils.logging.set_verbosity_error()  # it warns of each retry; what comes of them is raised below
     try:
         patterns = layout.HUB_FILES + (layout.HUB_PICKLES if allow_pickle else [])
         options = {"allow_patterns": patterns, "local_files_only": local_files_only}
@@ -301,6 +303,8 @@ def _hub_folder(name: str, revision: str | None, *, local_files_only: bool, allo
         raise ValueError(f"{name}: no such folder, and the hub says: {' '.join(str(error).split())}") from None
     except lost as error:
         raise ValueError(f"{name}: lost the connection to the hub, try again: {error}") from None
+    finally:
+        utils.logging.set_verbosity(level)
     # A snapshot may hold only the files that another program asked for.
     weights = any((folder / file).is_file() for file in (WEIGHTS_FILE, INDEX_FILE))
     whole = weights and (folder / TOKENIZER_FILE).is_file()
