@@ -403,7 +403,7 @@ def test_code_of_others_is_never_run(folder, name):
         ({"in_features": 16}, (16, 32)),
         ({"in_features": "32"}, ("in_features", "'32'", "whole")),
         ({"in_features": None}, ("in_features", "missing")),
-        ({"out_features": 10**15}, ("out_features", 10**15, "model.safetensors", 32)),
+        ({"out_features": 10**9}, ("out_features", 10**9, "model.safetensors", 32)),
         ({"out_features": 17}, ("linear.bias", [16], [17])),
         ({"bias": False}, ("linear.bias", [16], "absent")),
         ({"use_residual": True}, ("residual.weight", "absent", [16, 32])),
@@ -424,6 +424,7 @@ def test_settings_of_dense_that_do_not_fit(folder, change, facts):
     [
         (torch.full((16,), float("nan")), ("linear.bias", "finite")),
         (torch.zeros(16, dtype=torch.int64), ("linear.bias", "torch.int64", "floating-point")),
+        (torch.zeros(16, dtype=torch.float8_e4m3fn), ("linear.bias", "torch.float8_e4m3fn", "floating-point")),
     ],
 )
 def test_weights_of_dense_that_do_not_fit(folder, tensor, facts):

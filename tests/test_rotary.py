@@ -117,6 +117,8 @@ def test_old_and_new_fields_mean_the_same():
         ({"rope_type": "ntk", "factor": 2.0, "mixed_b": 0.5}, ("mixed_b", 0.5, "null")),
         ({**KINDS["yarn"], "rope_type": "yarn", "attention_factor": "x"}, ("attention_factor", "yarn", "'x'")),
         ({**KINDS["yarn"], "rope_type": "yarn", "beta_fast": 0}, ("beta_fast", "yarn", 0)),
+        ({**KINDS["yarn"], "rope_type": "yarn", "beta_fast": 1e-320}, ("beta_fast", "yarn", 1e-320)),
+        ({**KINDS["llama3"], "rope_type": "llama3", "low_freq_factor": 4.0}, ("low_freq_factor", 4.0, 4.0)),
     ],
 )
 def test_wrong_settings_are_named(parameters, facts):

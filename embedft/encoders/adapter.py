@@ -30,6 +30,7 @@ from .maps import Map, build_map
 
 ROLES = ("query", "document")
 CONFIG_FILE, WEIGHTS_FILE, FORMAT_VERSION = "adapter.json", "adapter.safetensors", 2
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # of weights; torch computes little in others
 FORMATS = {"embedft": (CONFIG_FILE, WEIGHTS_FILE), "llamaindex": ("config.json", "pytorch_model.bin")}
 
 
@@ -150,12 +151,15 @@ class Adapter(nn.Module):
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path | str) -> None:
-    """Loads tensors into a module, if not on meta. Raises `ValueError` for one absent, misshapen or not finite."""
+    """Loads tensors into a module, if not on meta. Raises `ValueError` for one absent, of another shape or type, or not
+    finite."""
     own = module.state_dict()
     for name in sorted(own.keys() | tensors.keys()):
         found, wanted = (list(part[name].shape) if name in part else "absent" for part in (tensors, own))
         if found != wanted:
             raise ValueError(f"{path}: {name} is {found}, expected {wanted}")
+        if (dtype := tensors[name].dtype) not in (own[name].dtype, *FLOATS):
+            raise ValueError(f"{path}: {name} has type {dtype}, expected a floating-point one of 16 to 64 bits")
         if not tensors[name].isfinite().all():
             raise ValueError(f"{path}: {name} has values that are not finite")
     if not any(x.is_meta for x in own.values()):

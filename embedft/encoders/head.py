@@ -159,12 +159,9 @@ def read_part(
     with opened(folder, allow_pickle=allow_pickle) as (listed, files):
         check_sizes(path, config, files, listed.name)
         tensors = {name: file.get_tensor(name) for name, file in files.items()}
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{listed}: {name} has type {tensor.dtype}, expected a floating-point one")
     with without_memory():
         part = PARTS[kind](config)
-    fill(part, tensors, listed)  # compares shapes
+    fill(part, tensors, listed)  # compares shapes and types
     part.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
     return part
 

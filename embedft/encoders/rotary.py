@@ -24,7 +24,7 @@ SCALINGS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
 }
-LARGEST = 1e18  # an integer below fits into 64 bits
+SMALLEST, LARGEST = 1e-18, 1e18  # an integer below fits into 64 bits; quotients of numbers between stay finite
 OPTIONS = {"yarn": ("attention_factor", "beta_fast", "beta_slow")}  # the numbers that may be there or not
 
 
@@ -43,10 +43,13 @@ def rope_settings(config: Any, *, theta: float = 10_000.0, layer_type: str | Non
     if kind == "ntk" and settings.get("mixed_b") is not None:
         raise ValueError(f"mixed_b of ntk rotary embeddings is {repr(settings['mixed_b'])[:60]}, expected null")
     for name in ("rope_theta", *SCALINGS[kind], *(x for x in OPTIONS.get(kind, ()) if settings.get(x) is not None)):
-        value, least = settings.get(name), 1 if name == "rope_theta" else 0
+        value, least = settings.get(name), 1 if name == "rope_theta" else SMALLEST
         if type(value) not in (int, float) or not least < value < LARGEST:
-            expected = f"a number above {least} and below {LARGEST:g}"
+            expected = f"a number above {least:g} and below {LARGEST:g}"
             raise ValueError(f"{name} of {kind} rotary embeddings is {repr(value)[:60]}, expected {expected}")
+    if kind == "llama3" and settings["low_freq_factor"] >= (high := settings["high_freq_factor"]):
+        low = settings["low_freq_factor"]
+        raise ValueError(f"low_freq_factor of llama3 is {low}, expected less than high_freq_factor, which is {high}")
     return settings
 
 

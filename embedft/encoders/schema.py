@@ -10,8 +10,8 @@ A family whose checkpoints were published with other names of fields than its Co
 """
 
 import json
-import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -52,8 +52,8 @@ BOOL = ("true or false", lambda x: isinstance(x, bool))
 TEXT = ("a string", lambda x: x is None or (isinstance(x, str) and x == x.encode(errors="ignore").decode()))
 TOKEN = ("a token", lambda x: isinstance(x.get("content") if isinstance(x, dict) else x, str))
 LENGTH = ("a number of tokens", lambda x: type(x) in (int, float) and x >= 1)
-COUNT = ("a whole number of at least 1", lambda x: type(x) is int and x >= 1)
-PLACE = ("one in this folder", lambda x: type(x) is str and "\0" not in x and not normpath(x).startswith(("..", "/")))
+COUNT = ("a whole number from 1 to 2^31 - 1", lambda x: type(x) is int and 1 <= x < 2**31)  # as kernels take it
+PLACE = ("one in this folder", lambda x: type(x) is str and x.isprintable() and not normpath(x).startswith(("..", "/")))
 SPECIAL_TOKENS = {
     **dict.fromkeys(("cls_token", "sep_token", "unk_token"), TOKEN),
     "additional_special_tokens": ("a list", lambda x: isinstance(x, list)),
@@ -94,8 +94,8 @@ SCHEMAS[LORA_CONFIG_FILE] = {
 SCHEMAS[LORA_SIDE_FILE] = dict.fromkeys(("side", "base_sha256"), TEXT)
 # By the annotation of a Config's field.
 TYPES = {bool: BOOL, str: TEXT, **dict.fromkeys((int, Size, Layers), COUNT)}
-TYPES[Rows] = TYPES[Index] = "a whole number of at least 0", lambda x: type(x) is int and x >= 0
-TYPES[float] = "a finite number", lambda x: type(x) in (int, float) and abs(x) < math.inf
+TYPES[Rows] = TYPES[Index] = "a whole number from 0 to 2^31 - 1", lambda x: type(x) is int and 0 <= x < 2**31
+TYPES[float] = "a finite number", lambda x: type(x) in (int, float) and abs(x) <= sys.float_info.max
 TYPES[list] = "a list", lambda x: isinstance(x, list)
 TYPES[dict] = "an object", lambda x: isinstance(x, dict)
 TYPES |= {kind | None: expected for kind, expected in TYPES.items()}
