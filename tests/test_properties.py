@@ -1,6 +1,7 @@
-"""Thousands of seeded faults in model folders, data files, checkpoints and PDFs: read right, or refused in one line.
+"""Thousands of seeded faults in data files, checkpoints and PDFs: read right, or refused in one line.
 
-Replies of servers have tests of this kind in test_questions.py and test_openai_api.py.
+Model folders have tests of this kind in test_mutated_folders.py, replies of servers in test_questions.py and
+test_openai_api.py.
 """
 
 import json
@@ -10,16 +11,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from api_server import mutated
-from conftest import write_tiny_folder
 from naming import names
 from test_checkpoint import assert_same, everything, make_loss, make_state
 from test_pdf import pdf_bytes
 
-from embedft import RetrievalDataset, load_embedder
+from embedft import RetrievalDataset
 from embedft.corpus.documents import read_documents
 from embedft.training.checkpoint import load_checkpoint, save_checkpoint
 
@@ -79,29 +78,6 @@ def is_refused(action: Callable[[], object], where: str) -> bool:
     assert len(str(error)) < 700, error
     assert names(str(error), where) or names(str(error), "finite"), error
     return True
-
-
-@pytest.mark.parametrize("block", range(BLOCKS))
-def test_model_folders(tmp_path, block):
-    """A folder with a fault loads and embeds, with finite vectors of length 1, or is refused by name."""
-    base = write_tiny_folder(tmp_path / "base", modules=True, settings={"prompts": {"query": "q: "}}, max_seq_length=32)
-    files = [path.relative_to(base) for path in sorted(base.rglob("*")) if path.is_file()]
-    texts, num_refused = ["what is a limit order?", "", "word " * 100, "[MASK] é語 [SEP]"], 0
-    for seed in range(block, 2000, BLOCKS):
-        generator, folder = random.Random(seed), tmp_path / f"model-{seed}"
-        shutil.copytree(base, folder)
-        spoil(folder / generator.choice(files), generator)
-
-        def embed(folder=folder) -> None:
-            embedder = load_embedder(folder, device="cpu")
-            vectors_ND = embedder.encode(texts, role="query")
-            assert vectors_ND.shape == (len(texts), embedder.dim)
-            lengths = np.linalg.norm(vectors_ND.astype(np.float64), axis=1)
-            assert embedder.similarity == "dot" or np.allclose(lengths, 1, atol=1e-5), lengths
-
-        num_refused += is_refused(embed, str(folder))
-        shutil.rmtree(folder)
-    assert 100 < num_refused < 450
 
 
 def make_files(folder: Path) -> dict[str, Path]:
