@@ -449,6 +449,8 @@ def test_shards(folder, tiny_bert, tmp_path):
         ({"weight_map": {KEY: 3}}, ("weight_map", 3)),
         ({"weight_map": {KEY: "model\n.safetensors"}}, ("weight_map", "this", "folder")),
         ({"weight_map": {KEY: "lost.safetensors"}}, ("no", "lost.safetensors", "model.safetensors.index.json")),
+        ({"weight_map": {KEY: "x" * 300}}, ("weight_map", "this", "folder")),
+        ({"weight_map": {KEY: ""}}, ("model", "no", "file", "model.safetensors.index.json")),
         ({"weight_map": {"extra": SHARDS[0]}}, ("extra", SHARDS[0])),
         ({"weight_map": {}}, ("model.safetensors.index.json", 0)),
     ],
@@ -523,6 +525,22 @@ def test_a_tokenizer_that_does_not_fit_the_vocabulary(folder):
     tokenizer["model"]["vocab"]["more"] = size + 1
     write_json(folder / "tokenizer.json", tokenizer)
     assert_refused((folder, "ids", size + 1, ..., "vocab_size", ..., size), folder)
+
+
+def test_special_tokens_that_do_not_fit_the_vocabulary(folder):
+    """Those of the post-processor, which adds them to every text."""
+    path, size = folder / "tokenizer.json", read_json(folder / "config.json")["vocab_size"]
+    tokenizer = read_json(path)
+    tokens = tokenizer["post_processor"]["special_tokens"]
+    tokens["[SEP]"]["ids"] = [size]
+    write_json(path, tokenizer)
+    assert_refused((folder, "ids", size, ..., "vocab_size", ..., size), folder)
+    del tokens["[SEP]"]
+    bytes_first = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    template = tokenizer["post_processor"]
+    for found in (template, {"type": "Sequence", "processors": [bytes_first, template]}):
+        write_json(path, tokenizer | {"post_processor": found})
+        assert_refused((path, "post_processor", "'[SEP]'", "special_tokens"), folder)
 
 
 def test_a_tokenizer_smaller_than_the_vocabulary_is_fine(write_tiny, tmp_path):

@@ -152,7 +152,9 @@ def read_static_tokenizer(folder: Path, config: Any, max_length: int | None) -> 
 
 
 def _check_ids(folder: Path, tokenizer: Tokenizer, vocab_size: float) -> None:
-    largest = max(tokenizer.backend.get_vocab(with_added_tokens=True).values())
+    # The post-processor may add what the vocabulary does not have.
+    ids = *tokenizer.backend.get_vocab(with_added_tokens=True).values(), *tokenizer.encode([""])[0]
+    largest = max(ids)
     if largest >= vocab_size:
         raise ValueError(f"{folder}: token ids reach {largest}, the encoder's vocab_size is {vocab_size}")
 

@@ -45,6 +45,12 @@ Rows, Index = NewType("Rows", int), NewType("Index", int)
 
 GLOBAL, LOCAL = "full_attention", "sliding_attention"  # kinds of layers, as in `layer_types`
 
+
+def is_place(text: str) -> bool:
+    """Whether a file or folder could have this path below another folder."""
+    return text.isprintable() and len(text) < 256 and not normpath(text).startswith(("..", "/"))
+
+
 # {field: (what is expected, whether a value is valid)}
 Schema = Mapping[str, tuple[str, Callable[[Any], bool]]]
 BOOL = ("true or false", lambda x: isinstance(x, bool))
@@ -53,7 +59,7 @@ TEXT = ("a string", lambda x: x is None or (isinstance(x, str) and x == x.encode
 TOKEN = ("a token", lambda x: isinstance(x.get("content") if isinstance(x, dict) else x, str))
 LENGTH = ("a number of tokens", lambda x: type(x) in (int, float) and x >= 1)
 COUNT = ("a whole number from 1 to 2^31 - 1", lambda x: type(x) is int and 1 <= x < 2**31)  # as kernels take it
-PLACE = ("one in this folder", lambda x: type(x) is str and x.isprintable() and not normpath(x).startswith(("..", "/")))
+PLACE = ("one in this folder", lambda x: type(x) is str and is_place(x))
 SPECIAL_TOKENS = {
     **dict.fromkeys(("cls_token", "sep_token", "unk_token"), TOKEN),
     "additional_special_tokens": ("a list", lambda x: isinstance(x, list)),

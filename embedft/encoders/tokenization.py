@@ -6,6 +6,7 @@ windows, source = tokenizer.windows(["a long text ..."], (128, 64))
 """
 
 import hashlib
+import json
 import operator
 import pickle
 import reprlib
@@ -176,9 +177,24 @@ def read_backend(folder: Path) -> tokenizers.Tokenizer:
         raise ValueError(f"{folder}: no {TOKENIZER_FILE} (the format of Hugging Face tokenizers)")
     text = read_text(path)
     try:
-        return tokenizers.Tokenizer.from_str(text)
+        backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises plain Exception
         raise ValueError(f"{path}: not a tokenizer ({' '.join(str(error).split())[:200]})") from None
+    if undefined := _undefined_tokens(backend):
+        raise ValueError(f"{path}: post_processor uses {undefined[0][:60]!r}, which is not in its special_tokens")
+    return backend
+
+
+def _undefined_tokens(backend: tokenizers.Tokenizer) -> list[str]:
+    """The special tokens that templates use without defining them, which the library only finds as it panics."""
+    if backend.post_processor is None:
+        return []
+    state, undefined = json.loads(backend.post_processor.__getstate__()), set()
+    for step in state.get("processors", [state]):
+        pieces = [*step.get("single", ()), *step.get("pair", ())]
+        used = {piece["SpecialToken"]["id"] for piece in pieces if "SpecialToken" in piece}
+        undefined |= used - step.get("special_tokens", {}).keys()
+    return sorted(undefined)
 
 
 def check_texts(texts: Sequence[str]) -> list[str]:

@@ -99,7 +99,7 @@ def opened(folder: Path, *, allow_pickle: bool = False) -> Iterator[tuple[Path, 
 @contextmanager
 def _opened_file(path: Path) -> Iterator[Any]:
     if not path.is_file():
-        raise ValueError(f"{path.parent}: no {path.name}, which {INDEX_FILE} lists")
+        raise ValueError(f"{path}: no such file, which {INDEX_FILE} lists")
     try:
         _check_no_pointer(path)
         with safetensors.safe_open(path, "pt") as file:
