@@ -32,13 +32,13 @@ SIZES = {
     "n_heads": 4,
     "hidden_dim": 40,
 }
-# Settings that real checkpoints have, besides SIZES: grouped heads, windows, and stretched rotary positions.
-GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
+# Settings of real checkpoints, besides SIZES and OPTIONS: kinds of layers, and stretched rotary positions.
 KINDS = ["sliding_attention", "full_attention"]
 SETTINGS = {
-    "qwen3": {**GROUPED, "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
+    "qwen3": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
     "llama": {
-        **GROUPED,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
         "rope_scaling": {
             "rope_type": "llama3",
             "factor": 8.0,
@@ -47,10 +47,8 @@ SETTINGS = {
             "original_max_position_embeddings": 32,
         },
     },
-    "mistral": {**GROUPED, "sliding_window": 8},
-    "gemma3_text": {**GROUPED, "sliding_window": 8, "layer_types": KINDS, "use_bidirectional_attention": True},
+    "gemma3_text": {"num_key_value_heads": 2, "head_dim": 8, "layer_types": KINDS},
     "modernbert": {
-        "local_attention": 8,
         "layer_types": KINDS,
         "rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in KINDS},
     },
@@ -83,7 +81,7 @@ def write_family(folder: Path, model_type: str, *, shards: int = 0, **options) -
     """A folder of a family with random weights and the tokenizer of the tiny BERT; `shards`: the number of weight
     files, 0 for one without an index; `options` are those of `write_tiny_folder`."""
     write_tiny_folder(folder, **options)
-    changes = {"vocab_size": len(TINY_VOCABULARY), **SETTINGS.get(model_type, {})}
+    changes = {"vocab_size": len(TINY_VOCABULARY)} | OPTIONS.get(model_type, {}) | SETTINGS.get(model_type, {})
     encoder = tiny_encoder(model_type, **changes)
     config = {name: value for name, value in asdict(encoder.config).items() if value is not None}
     write(folder / "config.json", {"model_type": model_type, **config})

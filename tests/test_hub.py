@@ -6,19 +6,16 @@ The embedder's own tests of the hub (cache, packages, which files are asked for)
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import TINY_VOCABULARY, write_tiny_folder
-from families import SETTINGS, SIZES, randomize
+from conftest import write_tiny_folder
+from families import in_shards, write_by_transformers
 from hub_server import Hub
 from naming import names
-
-from embedft.files import write_json
 
 # A process that runs commands, each in a fork of its own, whose modules are imported already. Retries do not wait.
 SHELL = """
@@ -74,18 +71,6 @@ class Shell:
         return {path.name: path.read_bytes() for path in places if path.is_file()}
 
 
-def write_by_transformers(folder: Path, model_type: str, tokenizer: Path, **options) -> Path:
-    """A folder as transformers writes it, and the tiny BERT's tokenizer."""
-    transformers = pytest.importorskip("transformers")
-    tokens = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3}
-    sizes = SIZES | SETTINGS[model_type] | tokens | {"vocab_size": len(TINY_VOCABULARY)}
-    model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(model_type, **sizes))
-    randomize(model).save_pretrained(folder, **options)
-    shutil.copy(tokenizer / "tokenizer.json", folder)
-    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
-    return folder
-
-
 def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
@@ -94,11 +79,12 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def models(tmp_path_factory, tiny_bert) -> dict[str, dict[str, bytes]]:
     """{name: files} of a BERT with sentence-transformers' modules, a ModernBERT in shards, and a Qwen3."""
     tmp = tmp_path_factory.mktemp("served")
-    found = {
-        "tiny/bert": write_tiny_folder(tmp / "bert", modules=True),
-        "tiny/modernbert": write_by_transformers(tmp / "modernbert", "modernbert", tiny_bert, max_shard_size="40KB"),
-        "tiny/qwen3": write_by_transformers(tmp / "qwen3", "qwen3", tiny_bert),
-    }
+    pytest.importorskip("transformers")
+    write_tiny_folder(tmp / "bert", modules=True)
+    for model_type in ("modernbert", "qwen3"):
+        write_by_transformers(tmp / model_type, model_type, tiny_bert)
+    in_shards(tmp / "modernbert", *SHARDS)
+    found = {f"tiny/{name}": tmp / name for name in ("bert", "modernbert", "qwen3")}
     return {name: files_of(folder) for name, folder in found.items()}
 
 
