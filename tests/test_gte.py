@@ -133,7 +133,7 @@ def test_what_is_not_supported_is_named(tmp_path, field, value, facts):
 
 def test_rows_that_no_tensor_has_are_named(tmp_path):
     reference().save_pretrained(tmp_path)
-    publish(tmp_path, PUBLISHED | {"type_vocab_size": 10**30})
+    publish(tmp_path, PUBLISHED | {"type_vocab_size": 10**9})
     family, config, _ = read_config(tmp_path)
-    with pytest.raises(ValueError, match=naming("config.json", "type_vocab_size", 10**30, 96)):
+    with pytest.raises(ValueError, match=naming("config.json", "type_vocab_size", 10**9, 96)):
         read_encoder(tmp_path, family, config, torch.float32)

@@ -165,8 +165,8 @@ def test_what_is_not_supported_is_named(tmp_path, change, facts):
 
 def test_more_layers_than_tensors_are_named_before_they_are_listed(tmp_path):
     reference().save_pretrained(tmp_path)
-    publish(tmp_path, PUBLISHED | {"num_hidden_layers": 10**15})
+    publish(tmp_path, PUBLISHED | {"num_hidden_layers": 10**9})
     family, config, _ = read_config(tmp_path)
-    assert asdict(config)["num_hidden_layers"] == 10**15
-    with pytest.raises(ValueError, match=naming("config.json", "num_hidden_layers", 10**15)):
+    assert asdict(config)["num_hidden_layers"] == 10**9
+    with pytest.raises(ValueError, match=naming("config.json", "num_hidden_layers", 10**9)):
         read_encoder(tmp_path, family, config, torch.float32)
