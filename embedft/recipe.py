@@ -20,7 +20,7 @@ from .data.dataset import RetrievalDataset
 from .data.mixture import join_datasets, make_mixture
 from .encoders.card import write_card
 from .encoders.embedder import Embedder
-from .encoders.loading import load_embedder
+from .encoders.loading import check_lora_base, load_embedder
 from .encoders.lora import merge_lora
 from .encoders.openai_api import ApiEmbedder
 from .files import named_errors, temporary_path
@@ -36,7 +36,7 @@ from .retrieval.tables import MAIN_METRICS, format_comparisons
 from .training import distributed, run_folder
 from .training.configs import MINING, FinetuneConfig, configured_loss
 from .training.optim import MakeOptimizer
-from .training.parts import choose_parts, without_gradient
+from .training.parts import choose_parts, constant_vectors, without_gradient
 from .training.references import FrozenEmbeddings, Reference, best_windows, targets_with
 from .training.train import BatchSource, Constant, Evaluate, OnStep, Refresh, train
 
@@ -173,6 +173,10 @@ def _prepare(job: _Job, existing: str) -> None:
     is_unsaid = "loss" not in job.given and _lacks_similarity(config.loss)
     if embedder.similarity == "dot" and not embedder.normalize and is_unsaid:
         raise ValueError("the model's similarity is the dot product: set loss.similarity to 'dot' or 'cosine'")
+    job.frozen = choose_parts(embedder, config)
+    if job.out is not None:
+        check_lora_base(embedder)
+    lora, embedder.lora = embedder.lora, None  # what is encoded before training is the base's, as in its store
     data = job.datasets[""] if "" in job.datasets else join_datasets(job.datasets)
     if batches is None and config.mine_every is None:
         batches = _make_batches(embedder, job.datasets, config)
@@ -193,7 +197,8 @@ def _prepare(job: _Job, existing: str) -> None:
     if job.validation is not None:
         job.hashes["validation"] = job.validation.sha256()
     job.references = _frozen(job, data)
-    job.frozen, job.constant = choose_parts(embedder, data, config)
+    job.constant = constant_vectors(embedder, data, config.lora_config())
+    embedder.lora = lora
     job.settings = asdict(job.config)
     given = job.given | {f"reference {name}": reference for name, reference in job.references.items()}
     if objects := {name: describe_object(value) for name, value in given.items() if name not in job.hashes}:
@@ -205,12 +210,13 @@ def _prepare(job: _Job, existing: str) -> None:
 def _open(job: _Job, own_length: int, stack: contextlib.ExitStack, **how: Any) -> None:
     """Locks the run folder, checks that the model can be saved, and opens the run."""
     stack.enter_context(run_folder.lock(job.out))
-    with named_errors(job.out / run_folder.MODEL), temporary_path(job.out, ".trial.", Path.mkdir) as trial:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the folder: saving the result warns
-            job.embedder.save(trial)
-        if job.embedder.lora is not None and not job.embedder.lora.config.merges:
-            load_embedder(trial, device="cpu")  # raises if the base that LoRA names has other weights
+    with (
+        named_errors(job.out / run_folder.MODEL),
+        temporary_path(job.out, ".trial.", Path.mkdir) as trial,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # about the folder: saving the result warns
+        job.embedder.save(trial)
     run_folder.open_run(job.out, job.settings, hashes=job.hashes, device=job.embedder.device, **how)
     # Evaluates the base at its own length. Otherwise, the first validation evaluates the base.
     if job.lacks_base() and ("evaluate" in job.given or own_length != job.config.max_length):

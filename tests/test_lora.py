@@ -357,11 +357,12 @@ def test_a_run_saves_an_adapter(tmp_path):
         finetune(loaded, make_dataset(), CONFIG)
 
 
-def test_an_adapter_of_weights_that_are_nowhere_is_refused_before_training(tmp_path):
+def test_an_adapter_of_weights_that_are_nowhere_is_refused_before_training(tmp_path, monkeypatch):
     embedder = make_embedder(tmp_path / "base")
     randomize(embedder.encoder)
     config = replace(CONFIG, lora={"save": "adapter"})
-    with pytest.raises(ValueError, match=naming("base_sha256", tmp_path / "base")):
+    monkeypatch.setattr(type(embedder), "encode", lambda *_, **__: pytest.fail("encoded"))
+    with pytest.raises(ValueError, match=naming("lora", tmp_path / "base")):
         finetune(embedder, make_dataset(), config, out=tmp_path / "run")
     assert embedder.lora is None
     assert not (tmp_path / "run").exists()

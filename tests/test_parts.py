@@ -58,6 +58,39 @@ def test_names_that_name_nothing_or_half_a_tensor(embedder):
         frozen_names(Plain(), [], 1)
 
 
+def test_an_encoder_for_queries_is_counted_by_itself(tmp_path):
+    """It has one layer, that of documents two: its layer is a last one, and what precedes it the embeddings."""
+    embedder = make_embedder(tmp_path / "base")
+    embedder.attach_query_side(make_embedder(tmp_path / "base", num_layers=1))
+    embeddings = starting(embedder, "encoder.embeddings.", "query_side.encoder.embeddings.")
+    first = starting(embedder, "encoder.layers.0.", "query_side.encoder.layers.0.")
+    assert frozen_names(embedder, [], 0) == embeddings
+    assert frozen_names(embedder, [], 1) == embeddings | first
+    assert frozen_names(embedder, ["encoder.layer.0"], None) == first
+    rates = learning_rates(embedder, lr=1.0, parts={}, decay=0.5)
+    assert rates["query_side.encoder.layers.0.qkv.weight"] == 1.0
+    assert rates["query_side.encoder.embeddings.token.weight"] == 0.5
+    assert rates["encoder.embeddings.token.weight"] == 0.25
+    with pytest.raises(ValueError, match=naming("depths", 1)):
+        finetune(embedder, make_dataset(), replace(CONFIG, depths=[1]))
+
+
+@pytest.mark.parametrize("wrong", [{"freeze": ["nothing"]}, {"depths": [3]}, {"lora": {"targets": ["nothing"]}}])
+def test_wrong_parts_are_refused_before_anything_is_encoded(embedder, monkeypatch, wrong):
+    monkeypatch.setattr(type(embedder), "encode", lambda *_, **__: pytest.fail("encoded"))
+    config = replace(CONFIG, num_negatives=1, mine_every=1, references={"base": None}, **wrong)
+    with pytest.raises(ValueError, match=naming(*next(iter(wrong.values())))):
+        finetune(embedder, make_dataset(), config)
+    assert embedder.lora is None
+
+
+def test_what_follows_the_layers_trains_above_all_of_them():
+    model = Plain()
+    model.layers, model.norm = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]), nn.LayerNorm(2)
+    assert frozen_names(model, [], 2) == starting(model, "linear.", "layers.")
+    assert learning_rates(model, lr=1.0, parts={}, decay=0.5)["norm.weight"] == 1.0
+
+
 class Plain(nn.Module):
     lora = None
 
@@ -73,6 +106,8 @@ def test_a_run_leaves_what_is_frozen(embedder):
     assert all(parameter.requires_grad for parameter in embedder.parameters())
     with pytest.raises(ValueError, match=naming("freeze", "encoder")):
         finetune(embedder, make_dataset(), replace(CONFIG, freeze=["encoder"]))
+    with pytest.raises(ValueError, match=naming("freeze_below", 2)):
+        finetune(embedder, make_dataset(), replace(CONFIG, freeze_below=2))
     assert all(parameter.requires_grad for parameter in embedder.parameters())
 
 

@@ -21,6 +21,7 @@ from . import static
 from .adapter import Adapter, naming
 from .depth import truncated
 from .embedder import Embedder
+from .fingerprint import weights_sha256
 from .lora import Lora, read_lora
 from .modules import STATIC, Module, split_modules
 from .openai_api import ApiEmbedder
@@ -194,6 +195,17 @@ def _weights_of(folder: Path) -> Path:
         found = find_folder(base)
     modules = split_modules(found)[0]["document"]
     return modules[0].folder if modules else found
+
+
+def check_lora_base(embedder: Embedder) -> None:
+    """Raises `ValueError` if an adapter of LoRA would name a base whose weights are not the embedder's."""
+    lora, encoder = embedder.lora, embedder.encoder
+    if lora is None or lora.config.merges or not lora.base:
+        return
+    base = load_embedder(lora.base, device="cpu", dtype=next(encoder.parameters()).dtype)
+    if weights_sha256(base.encoder) != weights_sha256(encoder):
+        found = f"an adapter would name {lora.base}, whose weights are not the model's"
+        raise ValueError(f"lora: {found} (other layers, another revision, or trained): save the model, and load that")
 
 
 def is_static(folder: Path, modules: Sequence[Module]) -> bool:

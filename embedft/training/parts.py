@@ -21,7 +21,7 @@ from ..data.dataset import RetrievalDataset
 from ..encoders.depth import check_depths
 from ..encoders.embedder import Embedder
 from ..encoders.folder import encoder_keys
-from ..encoders.lora import add_lora
+from ..encoders.lora import LoraConfig, add_lora
 from ..encoders.weights import matches, tensor_keys
 from .references import FrozenEmbeddings
 
@@ -31,6 +31,8 @@ LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 def names_of(model: nn.Module) -> dict[str, list[str]]:
     """{parameter: names of all that it stacks, by the checkpoint}; no names where there are none but ours."""
     names = {name: [] for name, _ in model.named_parameters()}
+    if isinstance(model, Embedder) and model.query_side is not None:
+        names |= {f"query_side.{name}": theirs for name, theirs in names_of(model.query_side).items()}
     if isinstance(model, Embedder) and (keys := encoder_keys(model.encoder)):
         stacks = tensor_keys(model.encoder.state_dict(), keys)
         names |= {f"encoder.{name}": list(stack) for name, stack in stacks.items() if f"encoder.{name}" in names}
@@ -54,31 +56,35 @@ def named_by(pattern: str, names: Mapping[str, list[str]], option: str) -> set[s
     return found
 
 
-def depths_below(names: Iterable[str], option: str) -> dict[str, int]:
-    """{parameter: how many layers below the last one}, given in the order of the model: 0 for the last layer and what
-    follows it (a last norm, pooling), and the number of layers for what precedes the first (embeddings).
-    Raises `ValueError` if no parameter is in a layer."""
-    layers = {name: int(found[1]) for name in names if (found := LAYER.search(name))}
-    if not layers:
-        raise ValueError(f"{option}, but no parameter is called layers.0, layers.1 and so on")
-    last, is_before, found = max(layers.values()), True, {}
+def layer_numbers(names: Iterable[str], option: str) -> dict[str, tuple[int, int]]:
+    """{parameter: (the number of its layer, how many layers its encoder has)}, given in the order of the model: -1 for
+    what precedes the first layer (embeddings), and that number of layers for what follows (a last norm, pooling). An
+    encoder for queries alone is counted by itself. Raises `ValueError` if no parameter is in a layer."""
+    found, sides = {}, {}
     for name in names:
-        is_before = is_before and name not in layers
-        found[name] = last - layers[name] if name in layers else (last + 1) * is_before
+        sides.setdefault(name.startswith("query_side."), []).append(name)
+    for side in sides.values():
+        layers = {name: int(match[1]) for name in side if (match := LAYER.search(name))}
+        num_layers, is_before = max(layers.values(), default=-1) + 1, bool(layers)
+        for name in side:
+            is_before = is_before and name not in layers
+            found[name] = layers.get(name, -1 if is_before else num_layers), num_layers
+    if not any(num_layers for _, num_layers in found.values()):
+        raise ValueError(f"{option}, but no parameter is called layers.0, layers.1 and so on")
     return found
 
 
 def learning_rates(model: nn.Module, *, lr: float, parts: Mapping[str, Any], decay: float) -> dict[str, float]:
     """{parameter: its peak learning rate}: that of the last name in `parts` that names it, otherwise `lr`; times
-    `decay` to the power of `depths_below`. Source: Howard and Ruder 2018 (ULMFiT), section 3.2; Clark et al. 2020
-    (ELECTRA), appendix A."""
+    `decay` to the power of how many layers below its encoder's last one it is, 0 for what follows them.
+    Source: Howard and Ruder 2018 (ULMFiT), section 3.2; Clark et al. 2020 (ELECTRA), appendix A."""
     names = names_of(model)
     rates = dict.fromkeys(names, lr)
     for pattern, value in flattened(parts).items():
         rates |= dict.fromkeys(named_by(pattern, names, "lr_parts"), value)
     if decay != 1:
-        depths = depths_below(names, f"lr_decay is {decay}")
-        rates = {name: rate * decay ** depths[name] for name, rate in rates.items()}
+        for name, (number, num_layers) in layer_numbers(names, f"lr_decay is {decay}").items():
+            rates[name] *= decay ** max(0, num_layers - 1 - number)
     return rates
 
 
@@ -102,35 +108,42 @@ def frozen_names(embedder: Embedder, freeze: Sequence[str], below: int | None) -
     names = names_of(embedder)
     frozen = set().union(*(named_by(pattern, names, "freeze") for pattern in freeze))
     if below is not None:
-        depths = depths_below(names, f"freeze_below is {below}")
-        if below > (num_layers := max(depths.values())):
-            raise ValueError(f"freeze_below is {below}, expected at most {num_layers}, the encoder's layers")
-        frozen |= {name for name, depth in depths.items() if depth >= num_layers - below}
+        numbers = layer_numbers(names, f"freeze_below is {below}")
+        if below > (most := max(num_layers for _, num_layers in numbers.values())):
+            raise ValueError(f"freeze_below is {below}, expected at most {most}, the encoder's layers")
+        frozen |= {name for name, (number, _) in numbers.items() if number < below}
     if embedder.lora is not None:
         frozen |= {name for name in names if not name.startswith("lora.")}
     return frozen
 
 
-def choose_parts(
-    embedder: Embedder, dataset: RetrievalDataset, config: Any
-) -> tuple[set[str], dict[str, Callable[[Batch], Tensor]]]:
-    """Adds LoRA as a `FinetuneConfig` says. Returns the parameters that are not trained and, with LoRA of one side, the
-    vectors of the other: {role: batch -> vectors}. Raises `ValueError` for names and depths that the model lacks."""
-    constant, lora = {}, config.lora_config()
+def choose_parts(embedder: Embedder, config: Any) -> set[str]:
+    """Adds LoRA as a `FinetuneConfig` says, and returns the parameters that are not trained.
+    Raises `ValueError` for names and depths that the model lacks."""
     if config.depths is not None:
+        if embedder.query_side is not None:
+            raise ValueError(f"depths is {config.depths}, but queries have an encoder of their own")
         check_depths(embedder.encoder, config.depths)
-    if lora is not None:
-        if lora.side != "both":
-            role = "document" if lora.side == "query" else "query"
-            vectors = FrozenEmbeddings(embedder, dataset, dim=embedder.full_dim, roles=[role])
-            constant[role] = functools.partial(vectors.vectors, role)
+    if (lora := config.lora_config()) is not None:
         with devices.seeded(config.seed, embedder.device):
             add_lora(embedder, lora)
     frozen = frozen_names(embedder, config.freeze, config.freeze_below)
     if frozen >= {name for name, _ in embedder.named_parameters()}:
-        raise ValueError(f"freeze is {config.freeze}, which leaves nothing of the model to train")
+        name = "freeze" if config.freeze_below is None else "freeze_below"
+        raise ValueError(f"{name} is {getattr(config, name)}, which leaves nothing of the model to train")
     learning_rates(embedder, lr=config.lr, parts=config.lr_parts, decay=config.lr_decay)  # raises for unknown names
-    return frozen, constant
+    return frozen
+
+
+def constant_vectors(
+    embedder: Embedder, dataset: RetrievalDataset, lora: LoraConfig | None
+) -> dict[str, Callable[[Batch], Tensor]]:
+    """With LoRA of one side, the vectors of the other, which training does not change: {role: batch -> vectors}."""
+    if lora is None or lora.side == "both":
+        return {}
+    role = "document" if lora.side == "query" else "query"
+    vectors = FrozenEmbeddings(embedder, dataset, dim=embedder.full_dim, roles=[role])
+    return {role: functools.partial(vectors.vectors, role)}
 
 
 @contextlib.contextmanager
