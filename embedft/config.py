@@ -181,7 +181,7 @@ def make_parser(cls: type, **texts: str) -> argparse.ArgumentParser:
 
 def _meaning(field: dataclasses.Field) -> str:
     meaning, default = field.metadata["meaning"], _default(field)
-    meaning += f" (or --{field.name}.KEY VALUE)" if isinstance(default, dict) else ""
+    meaning += f" (or {_option(field.name)}.KEY VALUE)" if isinstance(default, dict) else ""
     if meaning.endswith("]") or default is False or default in (None, REQUIRED, {}, []):
         return meaning
     shown = " ".join(map(str, default)) if isinstance(default, list) else default

@@ -250,10 +250,11 @@ def _close(job: _Job) -> None:
         base, tuned = Report.load(job.out / run_folder.EVAL / VALIDATION_BASE), job.report(VALIDATION)
         metrics = [name for name in dict.fromkeys((*MAIN_METRICS, job.config.select)) if name in tuned.metrics]
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the base may have another maximum length: the card says so
+            warnings.simplefilter("ignore")  # the base may have another max_length: the card names it
             found = [compare(base, tuned, metric=name) for name in metrics]
         results = format_comparisons({"fine-tuned": found}, style="markdown")
-        results = f"On {len(tuned.query_ids):,} held-out questions, against the base model:\n\n{results}"
+        questions, length = f"{len(tuned.query_ids):,} held-out questions", base.setting["max_length"]
+        results = f"On the {questions} that chose the weights; the base at max_length {length:,}:\n\n{results}"
     if isinstance(job.embedder, Embedder):
         write_card(job.out / run_folder.MODEL, job.embedder, training=_training_facts(job), results=results)
     run_folder.close_run(job.out)

@@ -48,6 +48,7 @@ def finetune_scorer(
     if not any(dataset.negatives.get(query_id) for query_id in dataset.queries):
         raise ValueError("no query of the dataset has a hard negative, which a cross-encoder learns from: use mine()")
     config = config or FinetuneConfig()
+    config.check_unused(("batch_size", "num_negatives"), "finetune_scorer has an argument for it")
     if config.lora:
         raise ValueError(f"lora is {config.lora}, expected {{}}: a cross-encoder is trained whole")
     listed = {"num_negatives": num_negatives, "seed": config.seed, "target_scores": bool(dataset.scores)}

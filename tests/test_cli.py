@@ -74,6 +74,12 @@ def test_encode_with_options(place, capsys):
     np.testing.assert_array_equal(np.load("vectors.npy"), embedder.encode(TEXTS, role="query", dim=8))
 
 
+def test_lengths_are_shown_only_where_they_differ(place, capsys):
+    options = ["--validation", "pairs.json", "--epochs", "1", "--batch-size", "4", "--quiet"]
+    assert main(["finetune", "model", "pairs.jsonl", "--out", "run", *options]) == 0
+    assert "max_length" not in capsys.readouterr().out
+
+
 def test_finetune(place, capsys, recwarn):
     options = ["--validation", "pairs.json", "--epochs", "1", "--batch_size", "4", "--loss.temperature=0.1", "--quiet"]
     options += ["--max-length", "40"]  # differs from the base, which is meant and needs no warning

@@ -338,6 +338,7 @@ def test_help_has_every_option_with_meaning_and_default(monkeypatch, cls):
             assert line in words
     assert all(len(line) <= 200 for line in text.splitlines())
     assert not re.search(r"\[(null|None|false|False)\]", text)
+    assert not re.search(r"--\w*_", text)
 
 
 def test_an_address_is_not_in_the_repr():

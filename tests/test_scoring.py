@@ -250,6 +250,12 @@ def test_training_refuses_lora(folder):
         finetune_scorer(load_scorer(folder, device="cpu"), toy_dataset(), FinetuneConfig(lora={"rank": 2}))
 
 
+@pytest.mark.parametrize("name", ["batch_size", "num_negatives"])
+def test_arguments_are_not_settings_too(folder, name):
+    with pytest.raises(ValueError, match=naming(name, 3, "finetune_scorer")):
+        finetune_scorer(load_scorer(folder, device="cpu"), toy_dataset(), FinetuneConfig(**{name: 3}))
+
+
 def test_training_needs_hard_negatives(folder):
     dataset = replace(toy_dataset(), negatives={})
     with pytest.raises(ValueError, match=naming("hard", "mine()")):

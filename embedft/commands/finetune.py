@@ -51,7 +51,8 @@ CHOICES = """--examples: a row of a batch is
 
 def epilog() -> str:
     """What the choices of some options mean, and the list of losses, for --help."""
-    return f"{CHOICES}\n\nlosses (--loss.name) and their options (--loss.OPTION):\n{describe_losses()}"
+    options = "options (--loss.OPTION; lists as JSON: '[384, 128]')"
+    return f"{CHOICES}\n\nlosses (--loss.name) and their {options}:\n{describe_losses()}"
 
 
 def run(options: Options) -> None:
@@ -106,7 +107,8 @@ def _print_summary(out: Path, select: str, *, has_validation: bool) -> None:
             # Intended: the base is evaluated at its own max_length, the result at that of training.
             warnings.filterwarnings("ignore", "the reports may not be comparable: max_length")
             print(embedft.compare(before, after, metric=select))
-        lengths = (report.setting["max_length"] for report in (before, after))
-        print("before: the base, at max_length {}; after: the new model, at max_length {}".format(*lengths))
+        own, trained = (report.setting["max_length"] for report in (before, after))
+        if own != trained:
+            print(f"before: the base, at max_length {own}; after: the new model, at max_length {trained}")
         print("these questions chose the weights; to report a result, run embedft evaluate on others")
     print(f"model: {out / run_folder.MODEL}")

@@ -99,13 +99,15 @@ class Lora(nn.Module):
     """The updates of an encoder, in a tree of modules with its names: "layers.0.qkv" has the `Update` of that layer.
 
     `keys`: the encoder's key map; {} if its names are those of the checkpoint. `base`: the model's name or folder.
-    Raises `ValueError` for a target that names no Linear layer."""
+    Raises `ValueError` for a target that names no Linear layer, or an encoder without any."""
 
     def __init__(self, encoder: nn.Module, keys: Keys, config: LoraConfig, base: str = ""):
         super().__init__()
         self.config, self.places = config, []
         self.base = str(Path(base).resolve()) if base and Path(base).is_dir() else base
         layers = dict(linear_layers(encoder, keys))
+        if not layers:
+            raise ValueError("lora: the model has no Linear layers to update")
         chosen = {place: chosen_rows(place, rows, config.targets) for place, (_, rows) in layers.items()}
         names = sorted({name.rpartition(".")[2] for place, (_, rows) in layers.items() for name in (place, *rows)})
         for target in config.targets:
