@@ -16,6 +16,7 @@ from embedft import FinetuneConfig, finetune, load_embedder
 from embedft.cli import main
 from embedft.encoders.card import MARK, facts, flops
 from embedft.encoders.folder import FAMILIES
+from embedft.encoders.lora import LoraConfig, add_lora
 
 
 def test_flops_by_hand(tiny_bert):
@@ -79,6 +80,7 @@ def test_the_card_of_a_run_has_data_settings_and_results(tmp_path):
     report = json.loads((tmp_path / "run" / "eval" / "validation" / "metrics.json").read_text())
     rows = [line for line in card.splitlines() if f"{report['metrics']['ndcg@10']:.4f}" in line]
     assert any("fine-tuned" in row and "[" in row for row in rows)
+    assert any(names(line, 8, "chose the weights", "max_length", embedder.max_length) for line in card.splitlines())
 
 
 PUSH = """
@@ -110,6 +112,17 @@ def test_push(tiny_bert, tmp_path):
         there = {path.name: path for path in (tmp_path / "model").rglob("*") if path.is_file()}
         assert {name.rpartition("/")[2] for name in files} == there.keys() - {".secret"}
         assert files["model.safetensors"] == there["model.safetensors"].read_bytes()
+
+
+def test_an_adapter_of_lora_is_pushed(tiny_bert, tmp_path):
+    embedder = load_embedder(tiny_bert, device="cpu")
+    add_lora(embedder, LoraConfig(save="adapter"))
+    embedder.save(tmp_path / "model")
+    with Hub({}) as hub:
+        done = push(hub, tmp_path, tmp_path / "model", "me/mine")
+        assert done.returncode == 0, done.stderr
+        (repository,) = hub.repositories.values()
+        assert "adapter_model.safetensors" in repository[repository["main"]]
 
 
 @pytest.mark.parametrize(

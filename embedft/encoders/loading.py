@@ -259,7 +259,7 @@ def push_folder(folder: Path, name: str, *, private: bool = False, revision: str
     for modules in split_modules(folder)[0].values():
         first = modules[0].folder if modules else folder
         if not is_static(first, modules):
-            layout.read_config(first)
+            layout.read_config(_weights_of(first))
     if name.count("/") != 1:
         raise ValueError(f"repository is {name!r}, expected a user or organisation and a name, as in user/model")
     import huggingface_hub
