@@ -133,7 +133,7 @@ def test_tokens_are_scaled_before_they_are_rounded(tmp_path):
         ({"hidden_activation": "swoosh"}, ("hidden_activation", "'swoosh'", "silu")),
         ({"query_pre_attn_scalar": 0}, ("query_pre_attn_scalar", 0)),
         ({"rope_local_base_freq": -1.0}, ("rope_theta", -1.0)),
-        ({"rope_parameters": {"sliding_attention": {"rope_type": "spiral"}}}, ("rope_type", "'spiral'")),
+        ({"rope_parameters": {**ROPE, "sliding_attention": {"rope_type": "spiral"}}}, ("rope_type", "'spiral'")),
     ],
 )
 def test_wrong_settings_are_named(changes, facts):

@@ -152,7 +152,7 @@ def test_dropout_is_where_the_reference_has_it(tmp_path):
         ({"layer_types": [["full_attention"]] * 4}, ("layer_types", "['full_attention']", "sliding_attention")),
         ({"local_attention": 0}, ("local_attention", 0, 1)),
         ({"rope_parameters": {"full_attention": None}}, ("rope_parameters", "full_attention", None)),
-        ({"rope_parameters": {"sliding_attention": {"rope_theta": 0}}}, ("rope_theta", 0)),
+        ({"rope_parameters": {"full_attention": {}, "sliding_attention": {"rope_theta": 0}}}, ("rope_theta", 0)),
         ({"rope_scaling": {"type": ["linear"]}}, ("rope_type", "['linear']", "linear")),
     ],
     ids=str,

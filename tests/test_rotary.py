@@ -101,6 +101,8 @@ def test_old_and_new_fields_mean_the_same():
     assert torch.equal(one, other)
     layers = config(rope_parameters={"a": {"rope_theta": 7.0}, "b": {"rope_theta": 9.0}})
     assert [rope_settings(layers, layer_type=name)["rope_theta"] for name in "ab"] == [7.0, 9.0]
+    both = config(rope_scaling={"type": "linear", "rope_type": "ntk", "factor": 2.0})
+    assert rope_settings(both)["rope_type"] == "ntk"  # as transformers 5 reads them
 
 
 @pytest.mark.parametrize(
@@ -130,3 +132,8 @@ def test_wrong_settings_are_named(parameters, facts):
 def test_settings_by_layer_type_are_objects(value):
     with pytest.raises(ValueError, match=naming("rope_parameters", "local", value)):
         rope_settings(config(rope_parameters={"local": value}), layer_type="local")
+
+
+def test_settings_by_layer_type_are_there_for_each():
+    with pytest.raises(ValueError, match=naming("rope_parameters", "local", None)):
+        rope_settings(config(rope_parameters={"global": {"rope_theta": 7.0}}), layer_type="local")

@@ -24,7 +24,7 @@ SCALINGS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
 }
-SMALLEST, LARGEST = 1e-18, 1e18  # an integer below fits into 64 bits; quotients of numbers between stay finite
+SMALLEST, LARGEST = 1e-18, 1e18  # integers below fit in 64 bits; quotients of numbers between stay finite
 OPTIONS = {"yarn": ("attention_factor", "beta_fast", "beta_slow")}  # the numbers that may be there or not
 
 
@@ -32,12 +32,14 @@ def rope_settings(config: Any, *, theta: float = 10_000.0, layer_type: str | Non
     """What config.json says of rotary embeddings: `rope_parameters` of transformers 5, by layer type if it has several,
     or `rope_theta` and `rope_scaling` of versions before. Raises `ValueError` naming what is unknown or missing."""
     given = config.rope_parameters or {}
-    given = given.get(layer_type, given) if layer_type else given
+    if layer_type is not None:
+        is_by_type = any(isinstance(value, dict) for value in given.values())
+        given = given.get(layer_type, None if is_by_type else given)
     if not isinstance(given, dict):
         raise ValueError(f"rope_parameters of {layer_type} is {repr(given)[:60]}, expected an object")
-    settings = {"rope_theta": getattr(config, "rope_theta", None) or theta, "rope_type": "default"}
+    settings = {"rope_theta": getattr(config, "rope_theta", None) or theta}
     settings |= {**(getattr(config, "rope_scaling", None) or {}), **given}
-    kind = settings["rope_type"] = settings.get("type", settings["rope_type"])
+    kind = settings["rope_type"] = settings.get("rope_type", settings.get("type", "default"))
     if not isinstance(kind, str) or kind not in SCALINGS:
         raise ValueError(f"rope_type is {repr(kind)[:60]}, expected one of {', '.join(SCALINGS)}")
     if kind == "ntk" and settings.get("mixed_b") is not None:
