@@ -146,6 +146,7 @@ def test_wrong_settings_are_named(changes, facts):
     [
         ({"attn_logit_softcapping": 50.0}, ("attn_logit_softcapping", 50.0, "null")),
         ({"is_causal": False}, ("is_causal", "false", "true")),
+        ({"query_pre_attn_scalar": 10**400}, ("query_pre_attn_scalar", "finite")),
     ],
 )
 def test_what_no_checkpoint_has_is_refused(tmp_path, changes, facts):

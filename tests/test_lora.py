@@ -223,6 +223,8 @@ def edit(path, **changes) -> None:
         ({"r": "8"}, ("r", "8", 1)),
         ({"r": None}, ("r",)),
         ({"lora_alpha": "x"}, ("lora_alpha", "x")),
+        ({"lora_alpha": 10**400}, ("lora_alpha", "finite")),
+        ({"lora_alpha": float("inf")}, ("lora_alpha", "inf", "finite")),
         ({"r": 5}, ("lora_A", 3, 5)),
         ({"base_model_name_or_path": None}, ("base_model_name_or_path",)),
     ],

@@ -5,8 +5,8 @@
 
 Fields that nothing reads are not checked; null counts as an absent field.
 
-A family whose checkpoints were published with other names of fields than its Config's says so there, in `aliases`
-{published: ours}; `fixed` {field of config.json: value} has what it supports one value of.
+A Config may have `aliases`, {name of a field in published checkpoints: its own}, and `fixed`, {field of config.json:
+the only value that the family supports}.
 """
 
 import json
@@ -58,6 +58,7 @@ BOOL = ("true or false", lambda x: isinstance(x, bool))
 TEXT = ("a string", lambda x: x is None or (isinstance(x, str) and x == x.encode(errors="ignore").decode()))
 TOKEN = ("a token", lambda x: isinstance(x.get("content") if isinstance(x, dict) else x, str))
 LENGTH = ("a number of tokens", lambda x: type(x) in (int, float) and x >= 1)
+NUMBER = ("a finite number", lambda x: type(x) in (int, float) and abs(x) <= sys.float_info.max)
 COUNT = ("a whole number from 1 to 2^31 - 1", lambda x: type(x) is int and 1 <= x < 2**31)  # as kernels take it
 PLACE = ("one in this folder", lambda x: type(x) is str and is_place(x))
 SPECIAL_TOKENS = {
@@ -95,13 +96,13 @@ SCHEMAS: dict[str, Schema] = {
 SCHEMAS[LORA_CONFIG_FILE] = {
     **dict.fromkeys(("peft_type", "base_model_name_or_path"), TEXT),
     "r": COUNT,
-    **dict.fromkeys(("lora_alpha", "lora_dropout"), ("a number", lambda x: type(x) in (int, float))),
+    **dict.fromkeys(("lora_alpha", "lora_dropout"), NUMBER),
 }
 SCHEMAS[LORA_SIDE_FILE] = dict.fromkeys(("side", "base_sha256"), TEXT)
 # By the annotation of a Config's field.
 TYPES = {bool: BOOL, str: TEXT, **dict.fromkeys((int, Size, Layers), COUNT)}
 TYPES[Rows] = TYPES[Index] = "a whole number from 0 to 2^31 - 1", lambda x: type(x) is int and 0 <= x < 2**31
-TYPES[float] = "a finite number", lambda x: type(x) in (int, float) and abs(x) <= sys.float_info.max
+TYPES[float] = NUMBER
 TYPES[list] = "a list", lambda x: isinstance(x, list)
 TYPES[dict] = "an object", lambda x: isinstance(x, dict)
 TYPES |= {kind | None: expected for kind, expected in TYPES.items()}
