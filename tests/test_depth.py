@@ -9,6 +9,7 @@ from families import SEQUENCES, tiny_encoder
 from naming import naming
 from ranks import run_ranks
 from tiny import make_dataset, make_embedder
+from torch import nn
 
 from embedft import FinetuneConfig, finetune, load_embedder
 from embedft.encoders.depth import at_depth, drawn_depth, truncated
@@ -27,8 +28,10 @@ CONFIG = FinetuneConfig(epochs=3, batch_size=4, lr=1e-2, checkpoint_every=2, dep
 def test_fewer_layers(model_type):
     """For good and for one batch, with equal vectors; then the encoder is as it was."""
     encoder, packed = tiny_encoder(model_type), pack(SEQUENCES)
-    shorter, names = truncated(encoder, 1).eval(), list(encoder.state_dict())
+    shorter, names = truncated(encoder, 1), list(encoder.state_dict())
     assert len(shorter.layers) == 1
+    assert type(encoder)(shorter.config).state_dict().keys() == shorter.state_dict().keys()
+    assert all(shorter.get_parameter(name) is encoder.get_parameter(name) for name in shorter.state_dict())
     with torch.inference_mode():
         whole = encoder(packed)
         with at_depth(encoder, 1):
@@ -42,6 +45,21 @@ def test_fewer_layers(model_type):
     for num_layers in (0, len(encoder.layers) + 1):
         with pytest.raises(ValueError, match=naming("num_layers", num_layers, 1, len(encoder.layers))):
             truncated(encoder, num_layers)
+
+
+def test_fewer_layers_keep_what_no_checkpoint_has():
+    """The mode, the dropout of attention weights, and buffers that are not saved, as rotary tables often are."""
+    encoder = tiny_encoder("bert")
+    encoder.attention_dropout = 0.2
+    encoder.register_buffer("table", torch.ones(3), persistent=False)
+    shorter = truncated(encoder, 1)
+    assert not any(module.training for module in shorter.modules())
+    assert shorter.attention_dropout == 0.2
+    assert shorter.table is encoder.table
+    assert (len(encoder.layers), encoder.config.num_hidden_layers) == (2, 2)
+    encoder.layers = nn.Sequential(*encoder.layers)
+    with pytest.raises(ValueError, match=naming("num_layers", 1, "Bert")):
+        truncated(encoder, 1)
 
 
 def test_a_model_loaded_with_fewer_layers_is_saved_with_them(tmp_path):

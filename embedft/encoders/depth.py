@@ -16,6 +16,7 @@ Source: Li et al. 2024 (2D Matryoshka Sentence Embeddings), section 3.
 """
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -27,12 +28,13 @@ from .schema import Layers
 
 
 def truncated(encoder: nn.Module, num_layers: int) -> nn.Module:
-    """The same encoder with its first `num_layers` layers, whose weights it shares.
+    """A copy of the encoder, in the same mode, with its first `num_layers` layers, whose weights it shares.
     Raises `ValueError` unless it has that many."""
-    with torch.device("meta"):
-        shorter = type(encoder)(_truncated_config(encoder.config, num_layers))
-    state = encoder.state_dict()
-    shorter.load_state_dict({name: state[name] for name in shorter.state_dict()}, assign=True)
+    config = _truncated_config(encoder, num_layers)
+    shared = {id(tensor): tensor for tensor in (*encoder.parameters(), *encoder.buffers())}
+    with at_depth(encoder, num_layers):
+        shorter = copy.deepcopy(encoder, shared)
+    shorter.config = config
     return shorter
 
 
@@ -67,11 +69,12 @@ def drawn_depth(depths: Sequence[int] | None, seed: int, batch: int) -> int | No
     return depths[int(torch.randint(len(depths), (), generator=generator, device="cpu"))]
 
 
-def _truncated_config(config: Any, num_layers: int) -> Any:
+def _truncated_config(encoder: nn.Module, num_layers: int) -> Any:
     """The configuration with fewer layers, and lists of one entry per layer shortened."""
+    config = encoder.config
     count = next((f.name for f in fields(config) if f.type is Layers), None) if is_dataclass(config) else None
-    if count is None:
-        raise ValueError(f"num_layers is {num_layers}, but {type(config).__name__} has no count of layers")
+    if count is None or not isinstance(getattr(encoder, "layers", None), nn.ModuleList):
+        raise ValueError(f"num_layers is {num_layers}, but {type(encoder).__name__} has no list of layers")
     before = getattr(config, count)
     if not 1 <= num_layers <= before:
         raise ValueError(f"num_layers is {num_layers}, expected 1 to {before}, the encoder's layers")
