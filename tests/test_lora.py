@@ -17,7 +17,7 @@ from torch import nn
 from embedft import FinetuneConfig, finetune, load_embedder
 from embedft.data.batches import make_batches
 from embedft.encoders.folder import FAMILIES, encoder_keys
-from embedft.encoders.lora import Lora, LoraConfig, add_lora, merge_lora
+from embedft.encoders.lora import Lora, LoraConfig, Update, add_lora, merge_lora
 from embedft.encoders.packing import pack
 from embedft.encoders.store import Store
 from embedft.losses.contrastive import in_batch_negatives
@@ -85,6 +85,17 @@ def test_equals_a_naive_version(model_type, part):
     ours, theirs = (torch.autograd.grad((hidden * signal).sum(), trained) for hidden in (found, naive))
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+
+
+def test_padded_batches_are_updated_token_by_token():
+    """Inputs [N, L, D] of a user's own encoder, with two parts of a stack of three, and texts longer than the rank."""
+    config = LoraConfig(rank=3)
+    update = Update(nn.Linear(4, 12), {"query": range(0, 4), "value": range(8, 12)}, config)
+    nn.init.normal_(update.B)
+    x_NLD, y_NLE = torch.randn(2, 5, 4), torch.randn(2, 5, 12)
+    with torch.no_grad():
+        expected = update(x_NLD.flatten(0, 1), y_NLE.flatten(0, 1).clone())
+        torch.testing.assert_close(update(x_NLD, y_NLE).flatten(0, 1), expected)
 
 
 @every_family

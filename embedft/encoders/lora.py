@@ -82,17 +82,17 @@ class Update(nn.Module):
         lengths = [len(rows) for rows in self.rows.values()]
         yield from zip(self.rows, self.rows.values(), self.A.split(self.rank), self.B.split(lengths), strict=True)
 
-    def forward(self, x_TD: Tensor, y_TE: Tensor) -> Tensor:
-        """y + scale * B A x, on the rows of each part."""
-        # Not oneDNN, which takes four times as long for the gradients of so thin matrices.
-        inner_TR, added, done = F.linear(self.dropout(x_TD), self.A).split(self.rank, dim=1), [], 0
-        for (_, rows, _, B), part_TR in zip(self.parts(), inner_TR, strict=True):
-            added += [y_TE.new_zeros(len(y_TE), rows.start - done)] * (rows.start > done) + [F.linear(part_TR, B)]
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """y [..., E] + scale * B A x [..., D], on the rows of each part; a user's own encoder may pad its batches."""
+        # Not oneDNN, which takes four times as long for the gradients of such thin matrices.
+        inner, added, done = F.linear(self.dropout(x), self.A).split(self.rank, dim=-1), [], 0
+        for (_, rows, _, B), part in zip(self.parts(), inner, strict=True):
+            added += [y.new_zeros(*y.shape[:-1], rows.start - done)] * (rows.start > done) + [F.linear(part, B)]
             done = rows.stop
-        if done < y_TE.shape[1]:
-            added.append(y_TE.new_zeros(len(y_TE), y_TE.shape[1] - done))
+        if done < y.shape[-1]:
+            added.append(y.new_zeros(*y.shape[:-1], y.shape[-1] - done))
         # In place: no gradient needs the layer's output.
-        return y_TE.add_(added[0] if len(added) == 1 else torch.cat(added, dim=1), alpha=self.scale)
+        return y.add_(added[0] if len(added) == 1 else torch.cat(added, dim=-1), alpha=self.scale)
 
 
 class Lora(nn.Module):
@@ -148,15 +148,15 @@ class Lora(nn.Module):
         state = encoder.state_dict()
         for place, update in self.updates().items():
             before = state[f"{place}.weight"]
-            exact = before.to(torch.float64, copy=True)
+            exact = before.to("cpu", copy=True).double()  # MPS has no float64
             for _, rows, A, B in update.parts():
-                exact[rows.start : rows.stop] += update.scale * (B.double() @ A.double())
-            state[f"{place}.weight"] = exact.to(before)
+                exact[rows.start : rows.stop] += update.scale * (B.cpu().double() @ A.cpu().double())
+            state[f"{place}.weight"] = exact.to(before.dtype).to(before.device)
         return state
 
     def save(self, folder: Path, encoder: nn.Module) -> None:
-        """Writes PEFT's adapter_config.json and adapter_model.safetensors, and lora.json, with what PEFT has no fields
-        for: the side, and the SHA-256 of the base's weights. Raises `ValueError` where a model's weights are."""
+        """Writes PEFT's adapter_config.json and adapter_model.safetensors and, in lora.json, what PEFT has no fields
+        for: the side, and the SHA-256 of the base's weights. Raises `ValueError` if a model's weights are there."""
         if (folder / WEIGHTS_FILE).exists():
             raise ValueError(f"{folder}: has a model's weights, which LoRA would be taken for; choose another folder")
         if not self.base:
