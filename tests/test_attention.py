@@ -137,13 +137,29 @@ WINDOWS = [FULL, CAUSAL, (2, 2), (3, 0), (0, 1), (None, 1), (1, None), (64, 64),
 def test_windows_heads_biases_and_scales(window, slack, groups):
     """Windows narrower and wider than a sequence, and than a block of queries (64 tokens at least)."""
     lengths = [200, 190, 190, 65, 64, 63, 4, 1]
-    sequences, qkv = Sequences(pack([[0] * n for n in lengths]), slack=slack), random_qkv(sum(lengths), groups=groups)
+    packed, qkv = pack([[0] * n for n in lengths]), random_qkv(sum(lengths), groups=groups)
     bias = torch.randn(H, 201, 201, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
     for bias_HLL, scale in ((None, None), (None, 0.1), (bias, None)):
-        options = {"window": window, "bias_HLL": bias_HLL}
-        found = attention(*qkv, sequences, scale=scale, **options)
-        expected = naive_attention(*qkv, lengths, scale=scale or K**-0.5, **options)
+        sequences = Sequences(packed, bias_HLL=bias_HLL, slack=slack)
+        found = attention(*qkv, sequences, window=window, scale=scale)
+        options = {"window": window, "bias_HLL": bias_HLL, "scale": scale or K**-0.5}
+        expected = naive_attention(*qkv, lengths, **options)
         assert_equal(found, expected, qkv if bias_HLL is None else [*qkv, bias])
+
+
+def test_a_bias_is_masked_once_for_all_layers(monkeypatch):
+    kernel, masks, qkv = torch.nn.functional.scaled_dot_product_attention, [], random_qkv(9)
+
+    def watched(*tensors, attn_mask, **options):
+        masks.append(attn_mask)
+        return kernel(*tensors, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    sequences = Sequences(pack([[0] * 5, [0] * 4]), bias_HLL=torch.zeros(H, 5, 5), slack=1.0)
+    for _ in range(2):
+        attention(*qkv, sequences)
+    assert masks[0] is masks[1]
+    assert masks[0].isneginf().sum() == H * 4  # of the padded place, which four other tokens do not see
 
 
 @pytest.mark.parametrize("groups", [H, 2, 1])
@@ -291,7 +307,7 @@ def test_the_packed_branch_is_one_softmax_a_sequence(packed_kernel, lengths, dty
 def test_the_packed_branch_gives_way_to_dropout_and_biases(packed_kernel):
     qkv = [x.half() for x in random_qkv(8)]
     attention(*qkv, Sequences(pack([[0] * 8])), dropout=0.5)
-    attention(*qkv, Sequences(pack([[0] * 8])), bias_HLL=torch.zeros(H, 8, 8).half())
+    attention(*qkv, Sequences(pack([[0] * 8]), bias_HLL=torch.zeros(H, 8, 8)))
     assert packed_kernel == []
 
 

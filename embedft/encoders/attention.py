@@ -40,12 +40,17 @@ class Group(NamedTuple):
 
 class Sequences:
     """Where the sequences of a packed batch start and end; made once per forward pass and passed to every layer.
-    `slack`: a group's shortest has at least (1 - slack) times the longest's tokens; None: depends on the device."""
 
-    def __init__(self, packed: Packed, *, slack: float | None = None):
-        self.cu_seqlens, self.max_seqlen = packed.cu_seqlens, packed.max_seqlen
+    Args:
+        bias_HLL: what every layer adds to the scores of query i and key j of a sequence, at [:, i, j]; L at least the
+            longest's length.
+        slack: a group's shortest has at least (1 - slack) times the longest's tokens; None: depends on the device."""
+
+    def __init__(self, packed: Packed, *, bias_HLL: Tensor | None = None, slack: float | None = None):
+        self.cu_seqlens, self.max_seqlen, self.bias_HLL = packed.cu_seqlens, packed.max_seqlen, bias_HLL
         self.slack = devices.length_slack(self.cu_seqlens.device) if slack is None else slack
         self._masks: dict[tuple[int, Window, int], Tensor] = {}
+        self._biases: dict[tuple[int, Window, torch.dtype], Tensor] = {}
 
     @functools.cached_property
     def groups(self) -> list[Group]:
@@ -86,6 +91,16 @@ class Sequences:
             self._masks[i, window, block] = mask_NMCS[:, :, None]
         return self._masks[i, window, block]
 
+    def bias(self, i: int, window: Window, dtype: torch.dtype) -> Tensor:
+        """What is added to the scores of group `i`, -inf where a token sees no other, [N or 1, H, L, L]."""
+        if (i, window, dtype) not in self._biases:
+            group, L = self.groups[i], self.groups[i].length
+            bias_NHLL = self.bias_HLL[None, :, :L, :L].to(dtype)
+            if window != FULL or group.mask is not None:
+                bias_NHLL = bias_NHLL.masked_fill(~self.mask(i, window, L)[:, 0], float("-inf"))
+            self._biases[i, window, dtype] = bias_NHLL
+        return self._biases[i, window, dtype]
+
     def _lengths(self, i: int) -> Tensor:
         """The lengths of group `i`, [N]; [1] if they are all equal."""
         group = self.groups[i]
@@ -101,19 +116,14 @@ def attention(
     sequences: Sequences,
     *,
     window: Window = FULL,
-    bias_HLL: Tensor | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """softmax(scale Q K^T + bias) V within each sequence and window -> [T, H * K].
+    """softmax(scale Q K^T + bias) V within each sequence and window -> [T, H * K]; `scale` None: 1 / sqrt(K).
     CUDA in half precision uses the packed kernel unless there is a bias or dropout; everything else uses
     `scaled_dot_product_attention`, once per group. With `dropout` of the attention weights, the CPU builds the whole
-    [N, H, L, L] matrix.
-
-    Args:
-        bias_HLL: added to the scores of query i and key j of a sequence at [:, i, j]; L at least the longest's length.
-        scale: None: 1 / sqrt(K)."""
-    if dropout == 0 and bias_HLL is None and devices.has_packed_attention(q_THK.device, q_THK.dtype):
+    [N, H, L, L] matrix."""
+    if dropout == 0 and sequences.bias_HLL is None and devices.has_packed_attention(q_THK.device, q_THK.dtype):
         return _packed_kernel(q_THK, k_TGK, v_TGK, sequences, window, scale).flatten(1)
     if (num_queries := q_THK.shape[1] // k_TGK.shape[1]) > 1 and not devices.has_grouped_attention(q_THK.device):
         k_TGK, v_TGK = (x.repeat_interleave(num_queries, dim=1) for x in (k_TGK, v_TGK))
@@ -126,14 +136,16 @@ def attention(
         if group.rows is not None:
             tokens = [x[group.rows] for x in tokens]
         q, k, v = (x.view(group.num_sequences, group.length, *x.shape[1:]).transpose(1, 2) for x in tokens)
-        out_NLHK = _grouped(q, k, v, sequences, i, window, bias_HLL, options).transpose(1, 2)
+        out_NLHK = _grouped(q, k, v, sequences, i, window, options).transpose(1, 2)
         outputs.append(
             (out_NLHK if group.mask is None else out_NLHK[group.mask[:, 0, 0]]).reshape(group.num_tokens, -1)
         )
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def _packed_kernel(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, sequences: Sequences, window: Window, scale) -> Tensor:
+def _packed_kernel(
+    q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, sequences: Sequences, window: Window, scale: float | None
+) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     # Only what differs from the defaults, which older versions of torch know too.
@@ -151,18 +163,14 @@ def _grouped(
     sequences: Sequences,
     i: int,
     window: Window,
-    bias_HLL: Tensor | None,
     options: dict,
 ) -> Tensor:
     """Attention within group `i` -> [N, H, L, K]."""
     group, attend = sequences.groups[i], functools.partial(F.scaled_dot_product_attention, **options)
     L = group.length
-    window = tuple(None if n is None or n >= L - 1 else n for n in window)  # without limits that no token meets
-    if bias_HLL is not None:
-        bias_1HLL = bias_HLL[None, :, :L, :L]
-        if window != FULL or group.mask is not None:
-            bias_1HLL = bias_1HLL.masked_fill(~sequences.mask(i, window, L)[:, 0], float("-inf"))
-        return attend(q_NHLK, k_NGLK, v_NGLK, attn_mask=bias_1HLL)
+    window = tuple(None if n is None or n >= L - 1 else n for n in window)  # limits that no token reaches are none
+    if sequences.bias_HLL is not None:
+        return attend(q_NHLK, k_NGLK, v_NGLK, attn_mask=sequences.bias(i, window, q_NHLK.dtype))
     if window == FULL:
         return attend(q_NHLK, k_NGLK, v_NGLK, attn_mask=group.mask)
     if window == CAUSAL:  # padding follows a sequence, so that no token before it attends to it

@@ -63,7 +63,8 @@ class MPNet(nn.Module):
 
     def forward(self, packed: Packed) -> Tensor:
         x_TD = self.embeddings(packed, positions_behind_padding(packed, PADDING))
-        return run_layers(self.layers, x_TD, Sequences(packed), self.attention_dropout, self.bias(packed.max_seqlen))
+        sequences = Sequences(packed, bias_HLL=self.bias(packed.max_seqlen))
+        return run_layers(self.layers, x_TD, sequences, self.attention_dropout)
 
     def bias(self, length: int) -> Tensor:
         """What query i and key j of a sequence add to their score in each head, by j - i, at [:, i, j]. [H, L, L]."""

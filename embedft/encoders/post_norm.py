@@ -80,11 +80,9 @@ class Layer(nn.Module):
         self.activation = ACTIVATIONS[activation]
         self.dropout = Dropout(dropout)
 
-    def forward(
-        self, x_TD: Tensor, sequences: Sequences, attention_dropout: float, bias_HLL: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x_TD: Tensor, sequences: Sequences, attention_dropout: float) -> Tensor:
         q_THK, k_THK, v_THK = self.qkv(x_TD).view(len(x_TD), 3, self.num_heads, -1).unbind(1)
-        attended_TD = attention(q_THK, k_THK, v_THK, sequences, bias_HLL=bias_HLL, dropout=attention_dropout)
+        attended_TD = attention(q_THK, k_THK, v_THK, sequences, dropout=attention_dropout)
         attended_TD = self.attention_out(attended_TD)
         x_TD = self.attention_norm(x_TD + (self.dropout(attended_TD) if self.drops_attended else attended_TD))
         activated_TF = self.activation(self.feed_forward_in(x_TD))
@@ -96,12 +94,10 @@ def make_layers(num_layers: int, *sizes: int, **options) -> nn.ModuleList:
     return nn.ModuleList(Layer(*sizes, **options) for _ in range(num_layers))
 
 
-def run_layers(
-    layers: nn.ModuleList, x_TD: Tensor, sequences: Sequences, attention_dropout: float, bias_HLL: Tensor | None = None
-) -> Tensor:
+def run_layers(layers: nn.ModuleList, x_TD: Tensor, sequences: Sequences, attention_dropout: float) -> Tensor:
     """The hidden states after `layers`, one after the other, [T, D]; attention drops weights in training only."""
     for layer in layers:
-        x_TD = layer(x_TD, sequences, attention_dropout if layer.training else 0.0, bias_HLL)
+        x_TD = layer(x_TD, sequences, attention_dropout if layer.training else 0.0)
     return x_TD
 
 
