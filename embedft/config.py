@@ -275,7 +275,7 @@ def as_typed(message: str, cls: type, arguments: Sequence[str]) -> str:
         return _option(name) if name in names - values else word[0]
 
     # A word with an underscore is a name; so is another one if a clause says what it is, or what `existing` may be.
-    quoted, clause = r"'[^']*'|\"[^\"]*\"", r"(?:(?<=: )|(?<=but )|\A)\w+(?= is )"
+    quoted, clause = r"'[^']*'|\"[^\"]*\"", r"(?:(?<=: )|(?<=but )|\A)\w+(?= (?:is|has) )"
     words = rf"{quoted}|\w+_\w+(?![\w./'\"(=])|{clause}|existing='(?P<existing>\w+)'"
     return message if ".json: " in message else re.sub(rf"(?<![\w./'\"=-])(?:{words})", as_option, message)
 

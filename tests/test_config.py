@@ -265,6 +265,7 @@ def test_missing_options_are_named():
         ("batch_size is 0, expected at least 1", (), "--batch-size is 0, expected at least 1"),
         ("model: max_length is 9, expected at most 8", (), "model: --max-length is 9, expected at most 8"),
         ("lr is 1, but epochs is 2: (max_length)", (), "--lr is 1, but --epochs is 2: (--max-length)"),
+        ("epochs has 'x', but lr has 'y': data has 'z'", (), "--epochs has 'x', but --lr has 'y': data has 'z'"),
         ("choose another, or pass existing='overwrite'", (), "choose another, or pass --overwrite"),
         ("pass existing='other', existing=", (), None),
         # Several values as one word; other words may have commas.
