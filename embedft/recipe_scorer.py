@@ -20,7 +20,8 @@ from .retrieval.rerank import rerank
 from .retrieval.run import Run
 from .training.configs import FinetuneConfig
 
-DEFAULT_LOSS = MappingProxyType({"name": "listwise_cross_entropy"})
+LISTED = ("listwise_cross_entropy", "binary_cross_entropy", "margin_mse", "listwise_kl")
+DEFAULT_LOSS = MappingProxyType({"name": LISTED[0]})
 
 
 def finetune_scorer(
@@ -39,8 +40,7 @@ def finetune_scorer(
     Args:
         dataset: with hard negatives, from `mine` for example. If it has `scores`, losses get them as a teacher's.
         batch_size, num_negatives: queries per batch, and the most hard negatives of each; not those of `config`.
-        loss: one over listed documents with the dot product: listwise_cross_entropy, binary_cross_entropy, margin_mse,
-            listwise_kl.
+        loss: one of `LISTED`, with the dot product, or your own over listed documents.
         validation: held-out queries, and the run whose documents are rescored; `config.select` picks the best weights.
         options: `out`, `existing` and others, as for `finetune`.
 
@@ -49,8 +49,11 @@ def finetune_scorer(
         raise ValueError("no query of the dataset has a hard negative, which a cross-encoder learns from: use mine()")
     config = config or FinetuneConfig()
     config.check_unused(("batch_size", "num_negatives"), "finetune_scorer has an argument for it")
-    if config.lora:
-        raise ValueError(f"lora is {config.lora}, expected {{}}: a cross-encoder is trained whole")
+    config.check_unused(("lora", "passages", "references"), "a cross-encoder is trained whole, and on pairs")
+    if isinstance(loss, Mapping):  # others would compare scores of different queries
+        for name, valid in (("name", LISTED), ("similarity", ("dot",))):
+            if (value := loss.get(name, "dot")) not in valid:
+                raise ValueError(f"loss {name} is {value!r}, expected one of {', '.join(valid)}")
     listed = {"num_negatives": num_negatives, "seed": config.seed, "target_scores": bool(dataset.scores)}
     batches = make_batches(dataset, scorer.pack, batch_size=batch_size, **listed)
     collate = PairCollate(dataset, scorer.pack, pack_pairs=scorer.pack_pairs, **listed)

@@ -245,9 +245,26 @@ def test_training(folder, tmp_path, mini_batch_tokens):
     assert np.array_equal(saved.score(PAIRS), scorer.score(PAIRS))
 
 
-def test_training_refuses_lora(folder):
-    with pytest.raises(ValueError, match=naming("lora", "{'rank': 2}")):
-        finetune_scorer(load_scorer(folder, device="cpu"), toy_dataset(), FinetuneConfig(lora={"rank": 2}))
+@pytest.mark.parametrize("changes", [{"lora": {"rank": 2}}, {"passages": [8, 4]}, {"references": {"base": None}}])
+def test_training_refuses_what_is_for_embedders(folder, changes):
+    with pytest.raises(ValueError, match=naming(*changes, *map(str, changes.values()))):
+        finetune_scorer(load_scorer(folder, device="cpu"), toy_dataset(), FinetuneConfig(**changes))
+
+
+@pytest.mark.parametrize("loss", [{"name": "in_batch_negatives"}, {"name": "margin_mse", "similarity": "cosine"}])
+def test_training_refuses_losses_over_other_queries_documents(folder, loss):
+    *_, (option, value) = loss.items()
+    with pytest.raises(ValueError, match=naming("loss", option, value)):
+        finetune_scorer(load_scorer(folder, device="cpu"), toy_dataset(), loss=loss)
+
+
+def test_the_head_alone(folder):
+    scorer = load_scorer(folder, device="cpu")
+    before = {name: x.clone() for name, x in scorer.state_dict().items()}
+    config = FinetuneConfig(epochs=1, lr=1e-2, freeze_below=len(scorer.encoder.layers))
+    finetune_scorer(scorer, toy_dataset(), config, batch_size=2, num_negatives=2)
+    changed = {name for name, x in scorer.state_dict().items() if not torch.equal(x, before[name])}
+    assert changed == {name for name in before if name.startswith("head.")}
 
 
 @pytest.mark.parametrize("name", ["batch_size", "num_negatives"])

@@ -201,6 +201,12 @@ def test_a_module_without_a_table(tmp_path):
         load(folder)
 
 
+def test_lora_needs_a_linear_layer(tmp_path):
+    embedder = load(write_table(tmp_path / "model", {"embeddings": draw(SIZE, 16)}, {"normalize": True}))
+    with pytest.raises(ValueError, match=naming("LoRA", "Linear")):
+        finetune(embedder, make_dataset(), FinetuneConfig(lora={"rank": 2}))
+
+
 @pytest.mark.slow
 def test_the_published_table(reference, shared_data):
     """tokenlearn-static-model: 276,326 tokens, 10,000 rows of 8 bits by 64."""

@@ -117,6 +117,8 @@ class Lora(nn.Module):
             if rows:
                 self.places.append(place)
                 _put(self, place, Update(layers[place][0], rows, config))
+        if not layers:
+            raise ValueError("LoRA updates Linear layers, but the encoder has none")
 
     def updates(self) -> dict[str, Update]:
         """{place of a layer in the encoder: its update}."""

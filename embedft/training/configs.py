@@ -75,7 +75,7 @@ class FinetuneConfig(TrainConfig):
     mine_relative_margin: float | None = option(None, "0.05: negatives score at most 95% of the lowest positive")
     mine_absolute_margin: float | None = option(None, "negatives score at least this much below the lowest positive")
     attention_dropout: float = option(0.0, "dropout of attention weights; above 0 is slower", least=0, below=1)
-    lora: dict[str, Any] = option({}, "train low-rank updates only: rank, alpha, dropout, targets, side, save")
+    lora: dict[str, Any] = option({}, "train low-rank updates only: rank, alpha, dropout, targets (JSON), side, save")
     freeze: list[str] = option([], "names of what is not trained: embeddings, layers.0, ...", metavar="NAME ...")
     freeze_below: int | None = option(None, "train neither the embeddings nor the layers before this one", least=0)
     loss: dict[str, Any] = option({"name": "in_batch_negatives"}, "name and options of the loss")
