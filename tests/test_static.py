@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny import make_dataset
 
 from embedft import FinetuneConfig, finetune, load_embedder
+from embedft.encoders.card import facts
 from embedft.encoders.loading import load_tokenizer
 from embedft.encoders.pooling import Pooling
 from embedft.files import read_json, write_json
@@ -156,8 +157,9 @@ def test_fine_tuned(tmp_path):
     assert vectors[0].tolist() == vectors[2].tolist() == [0.0] * 16
 
 
-def test_there_is_nothing_for_lora(tmp_path):
+def test_there_is_nothing_for_lora_and_no_product(tmp_path):
     embedder = load(write_table(tmp_path / "model", TABLES["float32"](), {}))
+    assert "FLOPs" not in facts(embedder)
     with pytest.raises(ValueError, match=naming("lora", "Linear")):
         finetune(embedder, make_dataset(), FinetuneConfig(lora={"rank": 2}))
 

@@ -33,6 +33,7 @@ def facts(embedder: nn.Module) -> dict[str, str]:
     size = sum(p.numel() * p.element_size() for p in embedder.parameters())
     dtype = str(next(embedder.parameters()).dtype).removeprefix("torch.")
     linear, attention = flops(encoder)
+    work = f"{linear / 1e6:,.1f} million per token + {attention:,} per token for each token it attends to"
     source = embedder.source
     found = {
         "folder": str(source.folder) if source else "",
@@ -40,7 +41,7 @@ def facts(embedder: nn.Module) -> dict[str, str]:
         "parameters": f"{sum(parts.values()):,}: " + ", ".join(f"{name} {count:,}" for name, count in parts.items()),
         "layers": str(getattr(config, "num_hidden_layers", 0)),
         "memory": f"{size / 2**20:,.0f} MiB of weights in {dtype}",
-        "FLOPs": f"{linear / 1e6:,.1f} million per token + {attention:,} per token for each token it attends to",
+        "FLOPs": work if linear else "",
         "dimensions": f"{embedder.dim}" + f" of {embedder.full_dim}" * (embedder.dim != embedder.full_dim),
         "max_length": f"{embedder.max_length:,} tokens (the encoder takes {config.max_length:,})",
         "pooling": " + ".join(pooling.names) + ("" if pooling.include_prompt else ", without the prompt"),
