@@ -107,7 +107,7 @@ class Lora(nn.Module):
         self.base = str(Path(base).resolve()) if base and Path(base).is_dir() else base
         layers = dict(linear_layers(encoder, keys))
         if not layers:
-            raise ValueError("lora: the model has no Linear layers to update")
+            raise ValueError("LoRA updates Linear layers, but the encoder has none")
         chosen = {place: chosen_rows(place, rows, config.targets) for place, (_, rows) in layers.items()}
         names = sorted({name.rpartition(".")[2] for place, (_, rows) in layers.items() for name in (place, *rows)})
         for target in config.targets:
@@ -117,8 +117,6 @@ class Lora(nn.Module):
             if rows:
                 self.places.append(place)
                 _put(self, place, Update(layers[place][0], rows, config))
-        if not layers:
-            raise ValueError("LoRA updates Linear layers, but the encoder has none")
 
     def updates(self) -> dict[str, Update]:
         """{place of a layer in the encoder: its update}."""
