@@ -11,11 +11,10 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from .attention import Sequences
 from .layers import GatedFeedForward
 from .packing import Packed
-from .post_norm import UNUSED, Embeddings, RotaryLayer, check_settings
-from .rotary import angles, check_heads, rope_settings
+from .post_norm import UNUSED, Embeddings, RotaryLayer, check_settings, run_rotary_layers
+from .rotary import check_heads, rope_settings
 from .schema import Layers, Size
 from .weights import Keys, layer_keys
 
@@ -92,12 +91,7 @@ class NomicBert(nn.Module):
             self.layers.append(RotaryLayer(D, config.num_attention_heads, feed_forward, bias=False, **options))
 
     def forward(self, packed: Packed) -> Tensor:
-        sequences, x_TD = Sequences(packed), self.embeddings(packed)
-        width = self.config.hidden_size // self.config.num_attention_heads
-        turns = angles(packed.positions, width=width, settings=self.rope, dtype=x_TD.dtype)
-        for layer in self.layers:
-            x_TD = layer(x_TD, sequences, turns, self.attention_dropout if self.training else 0.0)
-        return x_TD
+        return run_rotary_layers(self.layers, packed, self.embeddings(packed), self.rope, self.attention_dropout)
 
 
 def key_map(config: NomicBertConfig) -> Keys:

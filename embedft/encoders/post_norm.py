@@ -7,12 +7,15 @@ out the fused kernels of CPU and CUDA.
 Shapes: T tokens, D hidden features, F feed-forward features, H heads, K = D / H, L tokens of the longest sequence.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor, nn
 
 from .attention import Sequences, attention
 from .layers import ACTIVATIONS, Dropout, Linear, check_activation
 from .packing import Packed
-from .rotary import rotate
+from .rotary import angles, rotate
 from .schema import check_fractions
 from .weights import Keys, layer_keys
 
@@ -21,8 +24,8 @@ UNUSED = ("pooler.", "classifier.", "qa_outputs.", "embeddings.position_ids")
 
 
 class Embeddings(nn.Module):
-    """LayerNorm(token + position + segment), then dropout; without what has 0 rows: `num_positions` is 0 where layers
-    have rotary positions."""
+    """LayerNorm(token + position + segment), then dropout. A table of 0 rows is left out: `num_positions` is 0 where
+    layers have rotary positions."""
 
     def __init__(
         self, vocab_size: int, num_positions: int, num_token_types: int, features: int, *, eps: float, dropout: float
@@ -56,7 +59,7 @@ def positions_behind_padding(packed: Packed, padding: int) -> Tensor:
 
 class Layer(nn.Module):
     """x = LayerNorm(x + Attention(x)); x = LayerNorm(x + W2 act(W1 x)). Source: Vaswani et al. 2017, section 3.1.
-    In training, what is added to x goes through dropout; without `drops_attended`, what attention gives does not."""
+    In training, what is added to x goes through dropout; without `drops_attended`, attention's output does not."""
 
     def __init__(
         self,
@@ -124,6 +127,17 @@ class RotaryLayer(nn.Module):
         attended_TD = attention(q_THK, k_THK, v_THK, sequences, dropout=attention_dropout)
         x_TD = self.attention_norm(x_TD + self.dropout(self.attention_out(attended_TD)))
         return self.feed_forward_norm(x_TD + self.dropout(self.feed_forward(x_TD)))
+
+
+def run_rotary_layers(
+    layers: nn.ModuleList, packed: Packed, x_TD: Tensor, rope: Mapping[str, Any], attention_dropout: float
+) -> Tensor:
+    """What `run_layers` does, for `RotaryLayer`s with the settings `rope` (`rope_settings`)."""
+    width = x_TD.shape[1] // layers[0].num_heads
+    sequences, turns = Sequences(packed), angles(packed.positions, width=width, settings=rope, dtype=x_TD.dtype)
+    for layer in layers:
+        x_TD = layer(x_TD, sequences, turns, attention_dropout if layer.training else 0.0)
+    return x_TD
 
 
 def check_settings(config: object, **names: str) -> None:
