@@ -74,9 +74,9 @@ class Sequences:
         return Group(num_tokens, len(lengths_N), length, rows, mask)
 
     def mask(self, i: int, window: Window, block: int) -> Tensor:
-        """Which tokens those of group `i` attend to, in blocks of C = `block` tokens, each of which sees S = C + left +
-        right of them, bool, [N, blocks, 1, C, S]; N is 1 without padding. A sequence of one block sees itself alone:
-        then C = S = L. Padded places attend to themselves, since a softmax over nothing is NaN."""
+        """Whether a token of group `i` attends to another, bool, [N, blocks, 1, C, S]; N is 1 without padding. The
+        queries of a block are C = `block` tokens, its keys the S = C + left + right tokens around them; in a sequence
+        of one block, C = S = L. Padded places attend to themselves, since a softmax over nothing is NaN."""
         if (i, window, block) not in self._masks:
             group, device = self.groups[i], self.cu_seqlens.device
             left, right = (group.length if n is None else n for n in window)

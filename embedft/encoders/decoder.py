@@ -70,7 +70,7 @@ class RotaryConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig(RotaryConfig):
-    """Those that `Decoder` needs."""
+    """The fields that `Decoder` needs as well."""
 
     hidden_act: str = "silu"
     is_causal: bool = True
@@ -81,8 +81,8 @@ class DecoderConfig(RotaryConfig):
         rope_settings(self)
 
     def window(self, sliding: int | None = None) -> Window:
-        """What tokens see in a layer with a sliding window of so many tokens: itself is one of them, unless they see
-        that many on either side."""
+        """The window of a layer: without `sliding`, the whole text or, if causal, what precedes a token; else a causal
+        token sees `sliding` tokens, itself included, and another that many on either side."""
         if sliding is None:
             return CAUSAL if self.is_causal else FULL
         return (sliding - 1, 0) if self.is_causal else (sliding, sliding)
@@ -123,9 +123,9 @@ class Layer(nn.Module):
     """x = x + Attention(RMSNorm(x)); x = x + FeedForward(RMSNorm(x)).
     Source: Touvron et al. 2023 (LLaMA), section 2.2."""
 
-    def __init__(self, features: int, attention: nn.Module, feed_forward: nn.Module, *, eps: float):
+    def __init__(self, features: int, self_attention: nn.Module, feed_forward: nn.Module, *, eps: float):
         super().__init__()
-        self.attention_norm, self.attention = RMSNorm(features, eps=eps), attention
+        self.attention_norm, self.attention = RMSNorm(features, eps=eps), self_attention
         self.feed_forward_norm, self.feed_forward = RMSNorm(features, eps=eps), feed_forward
 
     def forward(self, x_TD: Tensor, sequences: Sequences, turns: tuple[Tensor, Tensor], dropout: float) -> Tensor:

@@ -34,8 +34,8 @@ class Gemma3Config(RotaryConfig):
     hidden_activation: str = "gelu_pytorch_tanh"
     attention_bias: bool = False
     query_pre_attn_scalar: float = 256.0  # queries are divided by its square root
-    sliding_window: int = 4096  # how many tokens a token of a local layer sees, on both sides if bidirectional
-    sliding_window_pattern: int = 6  # every so many layers, one sees all tokens, unless `layer_types` lists them
+    sliding_window: int = 4096  # tokens that one of a local layer sees, itself included; if bidirectional, half a side
+    sliding_window_pattern: int = 6  # one layer in this many sees all tokens, unless `layer_types` lists them
     layer_types: list | None = None
     use_bidirectional_attention: bool = False
     rope_local_base_freq: float | None = None  # the local layers' `rope_theta`
@@ -56,13 +56,13 @@ class Gemma3Config(RotaryConfig):
         return [LOCAL if i % self.sliding_window_pattern else GLOBAL for i in range(1, self.num_hidden_layers + 1)]
 
     def windows(self) -> dict[str, Window]:
-        """What tokens see in each kind of layers."""
+        """The window of each kind of layer."""
         if not self.use_bidirectional_attention:
             return {GLOBAL: CAUSAL, LOCAL: (self.sliding_window - 1, 0)}
         return {GLOBAL: FULL, LOCAL: (self.sliding_window // 2, self.sliding_window // 2)}
 
     def ropes(self) -> dict[str, dict[str, Any]]:
-        """The rotary settings of each kind of layers; `rope_scaling` is the global ones'."""
+        """The rotary settings of each kind of layer; `rope_scaling` is for the global ones alone."""
         local = SimpleNamespace(rope_parameters=self.rope_parameters, rope_theta=self.rope_local_base_freq)
         return {
             GLOBAL: rope_settings(self, theta=1_000_000.0, layer_type=GLOBAL),

@@ -97,7 +97,7 @@ class _Dropout(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32, or float64 for such x; with
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32, or in float64 if x is; with
     `offset` 1, the weight is added to 1. Source: Zhang and Sennrich 2019, section 3."""
 
     def __init__(self, features: int, *, eps: float, offset: float = 0.0):

@@ -69,7 +69,7 @@ def load_embedder(
         store: a Store or its folder, where `encode` keeps vectors.
         adapter: an Adapter or its folder; None: the one saved with the model, if any.
         allow_pickle: where weights exist as pytorch_model.bin alone, unpickle it: tensors only, no code.
-        num_layers: keep only so many of the encoder's layers, the first.
+        num_layers: keep only this many of the encoder's layers, from the first.
         options: of `EndpointConfig`, for "openai:MODEL", which takes no device, dtype, max_length or revision.
 
     Raises `ValueError` naming what is missing from the folder or unknown in it, or an argument the model cannot use."""

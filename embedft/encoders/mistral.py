@@ -1,6 +1,6 @@
 """Mistral (Jiang et al. 2023): e5-mistral, SFR-Embedding-Mistral, Linq-Embed-Mistral.
 
-Llama, in whose layers a token may see no more than a window of those before it.
+Llama, whose tokens may see only a window of those before them.
 
 Shapes: as in decoder.py.
 """

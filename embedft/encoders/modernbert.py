@@ -66,7 +66,7 @@ class ModernBertConfig:
         return [LOCAL if i % self.global_attn_every_n_layers else GLOBAL for i in range(self.num_hidden_layers)]
 
     def ropes(self) -> dict[str, dict]:
-        """The rotary settings of each kind of layers."""
+        """The rotary settings of each kind of layer."""
         thetas = {GLOBAL: self.global_rope_theta, LOCAL: self.local_rope_theta}
         return {kind: rope_settings(self, theta=theta, layer_type=kind) for kind, theta in thetas.items()}
 

@@ -34,7 +34,7 @@ class Qwen3Config(DecoderConfig):
             raise ValueError(f"layer_types has {LOCAL}, expected use_sliding_window and a sliding_window with it")
 
     def sliding_windows(self) -> list[int | None]:
-        """That of each layer."""
+        """How many tokens a token of each layer sees, itself included; None: no limit."""
         if self.layer_types is not None:
             return [self.sliding_window if kind == LOCAL else None for kind in self.layer_types]
         window = self.sliding_window if self.use_sliding_window else None

@@ -43,7 +43,7 @@ LEGACY_POOLING_KEYS = {
 Size, Layers = NewType("Size", int), NewType("Layers", int)
 Rows, Index = NewType("Rows", int), NewType("Index", int)
 
-GLOBAL, LOCAL = "full_attention", "sliding_attention"  # kinds of layers, as in `layer_types`
+GLOBAL, LOCAL = "full_attention", "sliding_attention"  # kinds of layer, as in `layer_types`
 
 
 def is_place(text: str) -> bool:
