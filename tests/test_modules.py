@@ -237,6 +237,14 @@ def test_a_maximum_length_holds_for_both_sides(make):
     )
 
 
+def test_a_refused_maximum_length_changes_neither_side(make):
+    embedder = load(make("static for queries")[1])  # which has no special tokens, and would take 2
+    before = [embedder.side(role).max_length for role in ("query", "document")]
+    with pytest.raises(ValueError, match=naming("max_length", 2)):
+        embedder.max_length = 2
+    assert [embedder.side(role).max_length for role in ("query", "document")] == before
+
+
 def test_half_precision_weights(make):
     _, folder = make("two, then normalized")
     expected = load(folder).encode(TEXTS)

@@ -108,9 +108,9 @@ class Embedder(nn.Module):
         limit = self.encoder.config.max_length
         if value > limit:
             raise ValueError(f"max_length is {value}, expected at most the encoder's {limit} positions")
-        if getattr(self, "query_side", None) is not None and value != self.max_length:
+        before, self.tokenizer.max_length = self.max_length, value
+        if getattr(self, "query_side", None) is not None and value != before:
             self.query_side.max_length = min(value, self.query_side.encoder.config.max_length)
-        self.tokenizer.max_length = value
 
     def side(self, role: str) -> "Embedder":
         """The Embedder whose encoder reads the texts of a role: `query_side`, if there is one and it is for them."""
