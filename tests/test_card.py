@@ -14,7 +14,7 @@ from tiny import make_dataset, make_embedder
 
 from embedft import FinetuneConfig, finetune, load_embedder
 from embedft.cli import main
-from embedft.encoders.card import MARK, facts, flops
+from embedft.encoders.card import MARK, facts, flops, model_card
 from embedft.encoders.folder import FAMILIES
 from embedft.encoders.lora import LoraConfig, add_lora
 
@@ -66,6 +66,18 @@ def test_saving_writes_a_card_but_spares_those_of_others(tiny_bert, tmp_path):
     card.write_text("my own words")
     embedder.save(tmp_path / "model")
     assert card.read_text() == "my own words"
+
+
+def test_the_card_names_other_libraries_only_if_they_give_the_same_vectors(tiny_bert, tmp_path):
+    for side, expected in (("both", True), ("query", False)):
+        embedder = load_embedder(tiny_bert, device="cpu")
+        add_lora(embedder, LoraConfig(rank=2, side=side))
+        card = model_card(embedder, training={})
+        assert ("sentence-transformers" in card, "SentenceTransformer" in card) == (expected, expected)
+        assert f"| LoRA | rank 2, alpha 16, side {side} |" in card
+    embedder = load_embedder(tiny_bert, device="cpu")
+    embedder.encoder.__class__ = type("Mine", (type(embedder.encoder),), {})
+    assert "SentenceTransformer" not in model_card(embedder, training={})
 
 
 def test_the_card_of_a_run_has_data_settings_and_results(tmp_path):

@@ -14,9 +14,21 @@ from torch import nn
 
 from ..files import atomic_write, read_text
 from .adapter import ROLES
+from .folder import family_of
 
 CARD_FILE = "README.md"
 MARK = "<!-- Written by embedft; it replaces this file as long as this line is here. -->"
+
+SENTENCE_TRANSFORMERS = [
+    "```python",
+    "from sentence_transformers import SentenceTransformer",
+    "",
+    'model = SentenceTransformer("this folder")',
+    'queries = model.encode_query(["a question"])',
+    'documents = model.encode_document(["a document"])',
+    "```",
+    "",
+]
 
 
 def facts(embedder: nn.Module) -> dict[str, str]:
@@ -34,7 +46,7 @@ def facts(embedder: nn.Module) -> dict[str, str]:
     dtype = str(next(embedder.parameters()).dtype).removeprefix("torch.")
     linear, attention = flops(encoder)
     work = f"{linear / 1e6:,.1f} million per token + {attention:,} per token for each token it attends to"
-    source = embedder.source
+    source, lora = embedder.source, embedder.lora.config if embedder.lora else None
     found = {
         "folder": str(source.folder) if source else "",
         "family": source.config["model_type"] if source else type(encoder).__qualname__,
@@ -47,6 +59,7 @@ def facts(embedder: nn.Module) -> dict[str, str]:
         "pooling": " + ".join(pooling.names) + ("" if pooling.include_prompt else ", without the prompt"),
         "head": head if heads["query"] is not heads["document"] else shown["document"],
         "query side": type(embedder.query_side.encoder).__module__.rpartition(".")[-1] if embedder.query_side else "",
+        "LoRA": f"rank {lora.rank}, alpha {lora.alpha:g}, side {lora.side}" if lora else "",
         "similarity": embedder.similarity,
         "prompts": ", ".join(f"{role}: {text!r}" for role, text in used.items()) or "none",
         "other prompts": ", ".join(f"{name}: {text!r}" for name, text in others.items()),
@@ -71,16 +84,18 @@ def flops(encoder: nn.Module) -> tuple[int, int]:
 def model_card(embedder: nn.Module, *, training: Mapping[str, str], results: str = "") -> str:
     """Markdown: how to load the model, what it is, and how it was trained and measured, if it was."""
     name = training.get("base", embedder.source.name if embedder.source else "")
-    lines = ["---", "library_name: sentence-transformers", "pipeline_tag: sentence-similarity"]
-    lines += ["tags:", "- sentence-transformers", "- feature-extraction", "- embedft"]
+    # Others would update the vectors of both sides, or do not know the class of the encoder.
+    is_ours = family_of(embedder.encoder) is None or (embedder.lora is not None and embedder.lora.config.side != "both")
+    tags = ["sentence-transformers"] * (not is_ours) + ["feature-extraction", "embedft"]
+    lines = ["---", f"library_name: {tags[0] if not is_ours else tags[-1]}", "pipeline_tag: sentence-similarity"]
+    lines += ["tags:", *(f"- {tag}" for tag in tags)]
     lines += [f"base_model: {name}"] if name.count("/") == 1 and not Path(name).exists() else []
     known = {key: value for key, value in facts(embedder).items() if key != "folder"}
     lines += ["---", MARK, "", "# A text-embedding model", "", "```python", "from embedft import load_embedder", ""]
     lines += ['embedder = load_embedder("this folder")', 'queries = embedder.encode(["a question"], role="query")']
-    lines += ['documents = embedder.encode(["a document"], role="document")', "```", "", "```python"]
-    lines += ["from sentence_transformers import SentenceTransformer", ""]
-    lines += ['model = SentenceTransformer("this folder")', 'queries = model.encode_query(["a question"])']
-    lines += ['documents = model.encode_document(["a document"])', "```", "", "## Model", "", *_table(known)]
+    lines += ['documents = embedder.encode(["a document"], role="document")', "```", ""]
+    lines += [] if is_ours else SENTENCE_TRANSFORMERS
+    lines += ["## Model", "", *_table(known)]
     lines += ["", "## Training", "", *_table(training)] if training else []
     lines += ["", "## Results", "", results] if results else []
     return "\n".join(lines) + "\n"
