@@ -258,6 +258,26 @@ def test_training_refuses_losses_over_other_queries_documents(folder, loss):
         finetune_scorer(load_scorer(folder, device="cpu"), toy_dataset(), loss=loss)
 
 
+def test_training_resumed_is_uninterrupted(folder, tmp_path):
+    dataset = toy_dataset()
+    run = Run.from_dict({i: dict.fromkeys(dataset.corpus, 0.0) for i in dataset.queries})
+
+    def train(name: str, *, stop_at: int | None = None, **options) -> str:
+        def watch(state, record):
+            if state.step == stop_at:
+                raise KeyboardInterrupt
+
+        config = FinetuneConfig(epochs=3, lr=1e-3, checkpoint_every=1)
+        options |= {"batch_size": 1, "num_negatives": 2, "validation": (dataset, run), "on_step": watch}
+        scorer = load_scorer(folder, device="cpu")
+        return finetune_scorer(scorer, dataset, config, out=tmp_path / name, **options).sha256()
+
+    whole = train("whole")
+    with pytest.raises(KeyboardInterrupt):
+        train("cut", stop_at=3)
+    assert train("cut", existing="resume", allow_changed_code=True) == whole
+
+
 def test_the_head_alone(folder):
     scorer = load_scorer(folder, device="cpu")
     before = {name: x.clone() for name, x in scorer.state_dict().items()}
