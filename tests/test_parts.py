@@ -91,6 +91,13 @@ def test_what_follows_the_layers_trains_above_all_of_them():
     assert learning_rates(model, lr=1.0, parts={}, decay=0.5)["norm.weight"] == 1.0
 
 
+@pytest.mark.parametrize("changes", [{"freeze_below": 1}, {"lora": {"targets": ["layers.1"]}}])
+def test_each_depth_has_something_to_train(embedder, changes):
+    finetune(embedder, make_dataset(), replace(CONFIG, epochs=1, depths=[2], **changes))
+    with pytest.raises(ValueError, match=naming("depths", [1, 2], 1)):
+        finetune(embedder, make_dataset(), replace(CONFIG, depths=[1, 2], **changes))
+
+
 class Plain(nn.Module):
     lora = None
 

@@ -131,6 +131,10 @@ def choose_parts(embedder: Embedder, config: Any) -> set[str]:
     if frozen >= {name for name, _ in embedder.named_parameters()}:
         name = "freeze" if config.freeze_below is None else "freeze_below"
         raise ValueError(f"{name} is {getattr(config, name)}, which leaves nothing of the model to train")
+    if config.depths is not None:
+        numbers, least = layer_numbers(names_of(embedder), f"depths is {config.depths}"), min(config.depths)
+        if all(name in frozen or least <= number < count for name, (number, count) in numbers.items()):
+            raise ValueError(f"depths is {config.depths}, but nothing of the first {least} layers is trained")
     learning_rates(embedder, lr=config.lr, parts=config.lr_parts, decay=config.lr_decay)  # raises for unknown names
     return frozen
 
