@@ -540,7 +540,7 @@ def test_the_command_line(tmp_path):
     assert names(began, "fresh", "resume")
     assert names(warned, "finetune", "warning", 12, 12, "questions", 9, 9, "validation")
     told = [line.partition(" ")[0] for line in out.splitlines()]
-    assert told == ["3", "kept", "ndcg@10:", "before:", "these", "model:"]
+    assert told == ["3", "kept", "ndcg@10:", "these", "model:"]
     code, out, err = first[5]
     assert (code, out.splitlines()[-1], err.count("\n")) == (0, "model: gap/model", 1)
     assert names(err, "gap.csv", 1, "empty")

@@ -44,6 +44,7 @@ def run(module: str, *options: str, folder: Path) -> subprocess.CompletedProcess
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_quickstart_on_ones_own_data(tmp_path):
     with open(tmp_path / "pairs.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("question", "context"), *PAIRS])
@@ -73,6 +74,7 @@ def test_quickstart_on_ones_own_data(tmp_path):
     assert json.loads((tmp_path / "out" / "report.json").read_text())["metrics"] == report["metrics"]
 
 
+@pytest.mark.slow
 def test_the_lyft_uber_reproduction(tmp_path):
     for name, pairs in (("train_dataset.json", PAIRS[:6]), ("val_dataset.json", PAIRS[6:])):
         queries = {f"q{i}": question for i, (question, _) in enumerate(pairs)}
@@ -113,6 +115,7 @@ def write_filing(folder: Path) -> None:
     (folder / "filing.txt").write_text("\f".join(pages))
 
 
+@pytest.mark.slow
 def test_quickstart_on_documents(tmp_path):
     write_filing(tmp_path)
     done = run("experiments.quickstart", "--pdf", "filing.txt", "--out", "out", folder=tmp_path)
@@ -124,6 +127,7 @@ def test_quickstart_on_documents(tmp_path):
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
 
+@pytest.mark.slow
 def test_one_filing_without_a_key(tmp_path):
     queries = {f"q{i}": question for i, (question, _) in enumerate(PAIRS)}
     corpus = {f"d{i}": context for i, (_, context) in enumerate(PAIRS)}

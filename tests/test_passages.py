@@ -222,7 +222,7 @@ def test_a_store_keeps_a_window_once_for_all_sizes(tiny, tiny_bert, tmp_path, mo
     np.testing.assert_allclose(stored.encode(TEXTS), whole, atol=1e-6)  # texts are not taken for windows
     assert len(stored.store.spaces()) == 2
     misses = stored.store.misses
-    monkeypatch.setattr(stored, "_embed", None)  # nothing is computed again
+    monkeypatch.setattr(stored, "_pooled", None)  # nothing is computed again
     for passages, (vectors, _) in expected.items():
         np.testing.assert_allclose(stored.encode_passages(TEXTS, passages, dim=4)[0].shape, (len(vectors), 4))
     assert stored.store.misses == misses
