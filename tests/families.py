@@ -26,12 +26,8 @@ SIZES = {
     "num_attention_heads": 4,
     "intermediate_size": 40,
     "max_position_embeddings": 64,
-    "embedding_size": 16,
-    "dim": 32,
-    "n_layers": 2,
-    "n_heads": 4,
-    "hidden_dim": 40,
 }
+DISTILBERT_SIZES = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 40}
 # Settings of real checkpoints, besides SIZES and OPTIONS: kinds of layers, and stretched rotary positions.
 KINDS = ["sliding_attention", "full_attention"]
 SETTINGS = {
@@ -63,7 +59,7 @@ SEQUENCES = [[2, 7, 9, 3], [2, 3], [2, 11, 12, 13, 14, 3], [2, 30, 31, 3], [40],
 def tiny_encoder(model_type: str, *, seed: int = 0, **changes) -> torch.nn.Module:
     """A random encoder of a family in float32, large enough weights for every parameter to count."""
     family = FAMILIES[model_type]
-    sizes = {f.name: SIZES[f.name] for f in fields(family.Config) if f.default is MISSING}
+    sizes = {f.name: (SIZES | DISTILBERT_SIZES)[f.name] for f in fields(family.Config) if f.default is MISSING}
     return randomize(family.Encoder(family.Config(**sizes | changes)), seed).eval()
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import families
 import pytest
 import torch
 from families import (
@@ -24,16 +25,7 @@ from embedft.encoders.rotary import angles, rotate
 from embedft.encoders.schema import GLOBAL, LOCAL
 from embedft.encoders.weights import read_encoder
 
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "intermediate_size": 40,
-    "max_position_embeddings": 64,
-}
+SIZES = {**families.SIZES, "num_key_value_heads": 2, "head_dim": 16}
 CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen3": "Qwen3"}
 DEFAULTS = {"llama": {}, "mistral": {"sliding_window": None}, "qwen3": {}}
 

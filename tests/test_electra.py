@@ -1,5 +1,6 @@
 """electra.py against transformers, on tiny random weights."""
 
+import families
 import pytest
 import torch
 from families import (
@@ -13,15 +14,7 @@ from families import (
 
 from embedft.encoders.packing import pack
 
-SIZES = {
-    "vocab_size": 61,
-    "embedding_size": 16,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 40,
-    "max_position_embeddings": 64,
-}
+SIZES = {**families.SIZES, "embedding_size": 16}
 
 
 def reference(**changes):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from families import (
     SEQUENCES,
+    SIZES,
     assert_equal_in_float32,
     assert_equal_to_reference,
     assert_saved_as_theirs,
@@ -20,14 +21,6 @@ from embedft.encoders.folder import read_config
 from embedft.encoders.packing import pack
 from embedft.encoders.weights import read_encoder
 
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 40,
-    "max_position_embeddings": 64,
-}
 # Of gte-multilingual-base, with smaller sizes: what says how it computes.
 PUBLISHED = {
     **SIZES,

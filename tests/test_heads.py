@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import SEQUENCES, randomize, their_hidden
+from families import SEQUENCES, SIZES, randomize, their_hidden
 from naming import naming
 from safetensors.torch import load_file, save_file
 
@@ -10,14 +10,6 @@ from embedft.encoders.folder import read_config
 from embedft.encoders.packing import pack
 from embedft.encoders.weights import WEIGHTS_FILE, read_encoder
 
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 40,
-    "max_position_embeddings": 64,
-}
 SMALL = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 40, "vocab_size": 61, "max_position_embeddings": 64}
 PREFIXES = {"Bert": "bert", "Roberta": "roberta", "DistilBert": "distilbert", "Electra": "electra", "MPNet": "mpnet"}
 HEADS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from families import (
     SEQUENCES,
+    SIZES,
     assert_equal_in_float32,
     assert_equal_to_reference,
     assert_saved_as_theirs,
@@ -23,14 +24,6 @@ from embedft.encoders.nomic_bert import NomicBertConfig
 from embedft.encoders.packing import pack
 from embedft.encoders.weights import read_encoder
 
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 40,
-    "max_position_embeddings": 64,
-}
 # Of nomic-embed-text-v1.5, with smaller sizes: what says how it computes.
 PUBLISHED = {
     "model_type": "nomic_bert",

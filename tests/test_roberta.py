@@ -1,5 +1,6 @@
 """roberta.py against transformers, on tiny random weights."""
 
+import families
 import pytest
 import torch
 from families import (
@@ -16,16 +17,7 @@ from naming import naming
 from embedft.encoders.packing import pack
 from embedft.encoders.roberta import Roberta, RobertaConfig
 
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 40,
-    "max_position_embeddings": 64,
-    "layer_norm_eps": 1e-5,
-    "type_vocab_size": 1,
-}
+SIZES = {**families.SIZES, "layer_norm_eps": 1e-5, "type_vocab_size": 1}
 
 
 def reference(kind: str = "Roberta", **changes):

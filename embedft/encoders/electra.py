@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .attention import Sequences
 from .layers import Linear
 from .packing import Packed
-from .post_norm import UNUSED, Embeddings, bert_keys, check_settings, make_layers, run_layers
-from .schema import Layers, Size
+from .post_norm import UNUSED, BertLike, BertLikeConfig, bert_keys, run_layers
+from .schema import Size
 from .weights import Keys
 
 # Tensors of checkpoints that the encoder does not use; they are kept and saved again.
@@ -21,44 +21,19 @@ CARRIED = (*UNUSED, "discriminator_predictions.", "generator_predictions.", "gen
 
 
 @dataclass(frozen=True)
-class ElectraConfig:
+class ElectraConfig(BertLikeConfig):
     """The fields of config.json that the encoder uses."""
 
-    vocab_size: Size
-    embedding_size: Size
-    hidden_size: Size
-    num_hidden_layers: Layers
-    num_attention_heads: int
-    intermediate_size: Size
-    max_position_embeddings: Size
-    type_vocab_size: Size = 2
-    hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-12
-    hidden_dropout_prob: float = 0.1
-    position_embedding_type: str = "absolute"
-    is_decoder: bool = False
-
-    def __post_init__(self):
-        check_settings(self)
-
-    @property
-    def max_length(self) -> int:
-        return self.max_position_embeddings
+    embedding_size: Size = 128
 
 
-class Electra(nn.Module):
+class Electra(BertLike):
     """Packed tokens -> hidden states [T, D]. Set `attention_dropout` to the probability to use in training."""
 
     def __init__(self, config: ElectraConfig):
-        super().__init__()
-        self.config, self.attention_dropout = config, 0.0
+        super().__init__(config, embedding_size=config.embedding_size)
         D, E = config.hidden_size, config.embedding_size
-        options = {"eps": config.layer_norm_eps, "dropout": config.hidden_dropout_prob}
-        rows = config.vocab_size, config.max_position_embeddings, config.type_vocab_size
-        self.embeddings = Embeddings(*rows, E, **options)
         self.widen = Linear(E, D) if E != D else nn.Identity()
-        sizes = config.num_hidden_layers, D, config.intermediate_size, config.num_attention_heads
-        self.layers = make_layers(*sizes, activation=config.hidden_act, **options)
 
     def forward(self, packed: Packed) -> Tensor:
         x_TD = self.widen(self.embeddings(packed))

@@ -9,13 +9,9 @@ Shapes: T tokens, D hidden features.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor, nn
-
 from .layers import GatedFeedForward
-from .packing import Packed
-from .post_norm import UNUSED, Embeddings, RotaryLayer, check_settings, run_rotary_layers
-from .rotary import check_heads, rope_settings
-from .schema import Layers, Size
+from .post_norm import UNUSED, RotaryConfig, RotaryEncoder
+from .schema import Size
 from .weights import Keys, layer_keys
 
 # Tensors of checkpoints that the encoder does not use; they are kept and saved again.
@@ -23,21 +19,13 @@ CARRIED = (*UNUSED, "cls.")
 
 
 @dataclass(frozen=True)
-class NomicBertConfig:
+class NomicBertConfig(RotaryConfig):
     """The fields of config.json that the encoder uses."""
 
-    vocab_size: Size
-    hidden_size: Size
-    num_hidden_layers: Layers
-    num_attention_heads: int
-    intermediate_size: Size
-    max_position_embeddings: int  # no table has as many rows
     type_vocab_size: Size = 2
     hidden_act: str = "silu"
-    layer_norm_eps: float = 1e-12
     hidden_dropout_prob: float = 0.0
     rope_theta: float = 1000.0
-    rope_parameters: dict | None = None
 
     aliases: ClassVar[dict[str, str]] = {
         "n_embd": "hidden_size",
@@ -66,32 +54,12 @@ class NomicBertConfig:
         "use_rms_norm": False,
     }
 
-    def __post_init__(self):
-        check_settings(self)
-        check_heads(self)
-        rope_settings(self)
 
-    @property
-    def max_length(self) -> int:
-        return self.max_position_embeddings
-
-
-class NomicBert(nn.Module):
-    """Packed tokens -> hidden states [T, D]. Set `attention_dropout` to the probability to use in training."""
+class NomicBert(RotaryEncoder):
+    """Packed tokens -> hidden states [T, D]."""
 
     def __init__(self, config: NomicBertConfig):
-        super().__init__()
-        self.config, self.attention_dropout = config, 0.0
-        self.rope = rope_settings(config)
-        D, options = config.hidden_size, {"eps": config.layer_norm_eps, "dropout": config.hidden_dropout_prob}
-        self.embeddings = Embeddings(config.vocab_size, 0, config.type_vocab_size, D, **options)
-        self.layers = nn.ModuleList()
-        for _ in range(config.num_hidden_layers):
-            feed_forward = GatedFeedForward(D, config.intermediate_size, activation=config.hidden_act)
-            self.layers.append(RotaryLayer(D, config.num_attention_heads, feed_forward, bias=False, **options))
-
-    def forward(self, packed: Packed) -> Tensor:
-        return run_rotary_layers(self.layers, packed, self.embeddings(packed), self.rope, self.attention_dropout)
+        super().__init__(config, GatedFeedForward, bias=False)
 
 
 def key_map(config: NomicBertConfig) -> Keys:

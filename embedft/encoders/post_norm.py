@@ -1,22 +1,21 @@
 """The post-norm transformer that BERT, RoBERTa, DistilBERT, ELECTRA and MPNet share: embeddings, positions and layers.
 NomicBERT and GTE share its embeddings, and a layer with rotary positions.
 
-Each family has its own configuration and key map. Dropout of attention weights is off by default: it rules
-out the fused kernels of CPU and CUDA.
+Dropout of attention weights is off by default: it rules out the fused kernels of CPU and CUDA.
 
 Shapes: T tokens, D hidden features, F feed-forward features, H heads, K = D / H, L tokens of the longest sequence.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from .attention import Sequences, attention
 from .layers import ACTIVATIONS, Dropout, Linear, check_activation
 from .packing import Packed
-from .rotary import angles, rotate
-from .schema import check_fractions
+from .rotary import angles, check_heads, rope_settings, rotate
+from .schema import Layers, Rows, Size, check_fractions
 from .weights import Keys, layer_keys
 
 # Tensors of checkpoints that no encoder uses, in every family: heads, and a table of 0, 1, 2, ... that is no weight.
@@ -129,15 +128,54 @@ class RotaryLayer(nn.Module):
         return self.feed_forward_norm(x_TD + self.dropout(self.feed_forward(x_TD)))
 
 
-def run_rotary_layers(
-    layers: nn.ModuleList, packed: Packed, x_TD: Tensor, rope: Mapping[str, Any], attention_dropout: float
-) -> Tensor:
-    """What `run_layers` does, for `RotaryLayer`s with the settings `rope` (`rope_settings`)."""
-    width = x_TD.shape[1] // layers[0].num_heads
-    sequences, turns = Sequences(packed), angles(packed.positions, width=width, settings=rope, dtype=x_TD.dtype)
-    for layer in layers:
-        x_TD = layer(x_TD, sequences, turns, attention_dropout if layer.training else 0.0)
-    return x_TD
+@dataclass(frozen=True)
+class RotaryConfig:
+    """The fields of config.json that NomicBERT and GTE have in common."""
+
+    vocab_size: Size
+    hidden_size: Size
+    num_hidden_layers: Layers
+    num_attention_heads: int
+    intermediate_size: Size
+    max_position_embeddings: int  # no table has as many rows
+    type_vocab_size: Rows = 2
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+    hidden_dropout_prob: float = 0.1
+    rope_theta: float = 10_000.0
+    rope_parameters: dict | None = None
+
+    def __post_init__(self):
+        check_settings(self)
+        check_heads(self)
+        rope_settings(self)
+
+    @property
+    def max_length(self) -> int:
+        return self.max_position_embeddings
+
+
+class RotaryEncoder(nn.Module):
+    """Packed tokens -> hidden states [T, D]. Set `attention_dropout` to the probability to use in training.
+    `make_feed_forward`: (D, inner features, activation=name) -> a layer's second part; `bias`: of the first."""
+
+    def __init__(self, config: RotaryConfig, make_feed_forward: Callable[..., nn.Module], *, bias: bool):
+        super().__init__()
+        self.config, self.attention_dropout, self.rope = config, 0.0, rope_settings(config)
+        D, options = config.hidden_size, {"eps": config.layer_norm_eps, "dropout": config.hidden_dropout_prob}
+        self.embeddings = Embeddings(config.vocab_size, 0, config.type_vocab_size, D, **options)
+        self.layers = nn.ModuleList()
+        for _ in range(config.num_hidden_layers):
+            feed_forward = make_feed_forward(D, config.intermediate_size, activation=config.hidden_act)
+            self.layers.append(RotaryLayer(D, config.num_attention_heads, feed_forward, bias=bias, **options))
+
+    def forward(self, packed: Packed) -> Tensor:
+        sequences, x_TD = Sequences(packed), self.embeddings(packed)
+        width = self.config.hidden_size // self.config.num_attention_heads
+        turns = angles(packed.positions, width=width, settings=self.rope, dtype=x_TD.dtype)
+        for layer in self.layers:
+            x_TD = layer(x_TD, sequences, turns, self.attention_dropout if self.training else 0.0)
+        return x_TD
 
 
 def check_settings(config: object, **names: str) -> None:
@@ -152,10 +190,49 @@ def check_settings(config: object, **names: str) -> None:
     if (D := getattr(config, size)) % (H := getattr(config, heads)):
         raise ValueError(f"{size} is {D}, expected a multiple of {heads}, which is {H}")
     check_activation(config, name("hidden_act"))
-    if (kind := getattr(config, "position_embedding_type", "absolute")) != "absolute":
-        raise ValueError(f"position_embedding_type is {kind[:60]!r}, expected 'absolute'")
-    if getattr(config, "is_decoder", False):
-        raise ValueError("is_decoder is true, but attention here is bidirectional")
+
+
+@dataclass(frozen=True)
+class BertLikeConfig:
+    """The fields of config.json that BERT, RoBERTa and ELECTRA have in common."""
+
+    vocab_size: Size
+    hidden_size: Size
+    num_hidden_layers: Layers
+    num_attention_heads: int
+    intermediate_size: Size
+    max_position_embeddings: Size
+    type_vocab_size: Size = 2
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+    hidden_dropout_prob: float = 0.1
+    position_embedding_type: str = "absolute"
+    is_decoder: bool = False
+
+    def __post_init__(self):
+        check_settings(self)
+        if self.position_embedding_type != "absolute":
+            raise ValueError(f"position_embedding_type is {self.position_embedding_type[:60]!r}, expected 'absolute'")
+        if self.is_decoder:
+            raise ValueError("is_decoder is true, but attention here is bidirectional")
+
+    @property
+    def max_length(self) -> int:
+        return self.max_position_embeddings
+
+
+class BertLike(nn.Module):
+    """The parts of BERT, RoBERTa and ELECTRA, which each of them joins. Set `attention_dropout` to the probability to
+    use in training. `embedding_size`: the width of token vectors; None: that of the layers."""
+
+    def __init__(self, config: BertLikeConfig, *, embedding_size: int | None = None):
+        super().__init__()
+        self.config, self.attention_dropout = config, 0.0
+        D, options = config.hidden_size, {"eps": config.layer_norm_eps, "dropout": config.hidden_dropout_prob}
+        rows = config.vocab_size, config.max_position_embeddings, config.type_vocab_size
+        self.embeddings = Embeddings(*rows, embedding_size or D, **options)
+        sizes = config.num_hidden_layers, D, config.intermediate_size, config.num_attention_heads
+        self.layers = make_layers(*sizes, activation=config.hidden_act, **options)
 
 
 def bert_keys(D: int, num_layers: int) -> Keys:
