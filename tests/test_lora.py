@@ -176,6 +176,20 @@ def test_saved_as_an_adapter(tmp_path, side):
         np.testing.assert_array_equal(loaded.encode(TEXTS, role=role), vectors)
 
 
+@pytest.mark.parametrize("fault", ["weights", "base"])
+def test_what_cannot_be_saved_changes_nothing(tmp_path, fault):
+    """A folder with a model's weights, and LoRA of a model that came from no folder."""
+    embedder, place = make_embedder(tmp_path / "base"), tmp_path / ("base" if fault == "weights" else "new")
+    add_drawn(embedder, save="adapter")
+    if fault == "base":
+        embedder.lora.base = ""
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    facts = (place, "weights", "folder") if fault == "weights" else ("LoRA", "base", "folder")
+    with pytest.raises(ValueError, match=naming(*facts)):
+        embedder.save(place)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_saved_merged(tmp_path):
     embedder = make_embedder(tmp_path / "base")
     add_drawn(embedder, alpha=0.3)

@@ -201,9 +201,11 @@ def read_heads(
 def write_folder(folder: Path, embedder: nn.Module) -> None:
     """Writes an `Embedder`; see `Embedder.save`."""
     source, adapter, sides = embedder.source, embedder.adapter, {role: embedder.side(role) for role in ROLES}
-    # First, because a nonlinear map raises, and so does an encoder that could not be built again.
+    # First what may raise: a nonlinear map, an encoder that could not be built again, LoRA beside a model's weights.
     dense = {role: part and part.dense() for role in ROLES if adapter for part in [adapter.map_of(role)]}
     encoders = {side: encoder_parts(side.encoder, side.source, side.lora) for side in sides.values()}
+    if embedder.lora is not None and not embedder.lora.config.merges:
+        embedder.lora.check_folder(folder)
     default = source.default_prompt if source and source.default_prompt in embedder.prompts else None
     settings = {"prompts": embedder.prompts, "default_prompt_name": default}
     settings |= {"similarity_fn_name": embedder.similarity, "truncate_dim": embedder.truncate_dim}

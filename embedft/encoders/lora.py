@@ -154,13 +154,16 @@ class Lora(nn.Module):
             state[f"{place}.weight"] = exact.to(before.dtype).to(before.device)
         return state
 
-    def save(self, folder: Path, encoder: nn.Module) -> None:
-        """Writes PEFT's adapter_config.json and adapter_model.safetensors and, in lora.json, what PEFT has no fields
-        for: the side, and the SHA-256 of the base's weights. Raises `ValueError` if a model's weights are there."""
+    def check_folder(self, folder: Path) -> None:
+        """Raises `ValueError` if a model's weights are in the folder that `save` would write to, or without a base."""
         if (folder / WEIGHTS_FILE).exists():
             raise ValueError(f"{folder}: has a model's weights, which LoRA would be taken for; choose another folder")
         if not self.base:
             raise ValueError("cannot save LoRA without its base model: this Embedder was not loaded from a folder")
+
+    def save(self, folder: Path, encoder: nn.Module) -> None:
+        """Writes PEFT's adapter_config.json and adapter_model.safetensors and, in lora.json, what PEFT has no fields
+        for: the side, and the SHA-256 of the base's weights."""
         if self.config.side != "both":
             warnings.warn(f"{folder}: PEFT would apply LoRA to both sides, not only {self.config.side}", stacklevel=6)
         config, tensors = self.config, {}
