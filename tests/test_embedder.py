@@ -424,3 +424,16 @@ def test_vectors_go_back_to_the_device_only_for_an_adapter_or_a_cut(tiny_bert, m
     expected = embedder.encode(["a", "fees"])
     monkeypatch.setattr(embedder, "_adapted", None)
     np.testing.assert_array_equal(embedder.encode(["a", "fees"]), expected)
+
+
+def test_encoding_leaves_every_part_in_its_mode(tiny_bert):
+    """A part that was put in eval mode within a model in training stays there, even after an error."""
+    embedder = load_embedder(tiny_bert, device="cpu").train()
+    embedder.encoder.layers[0].eval()
+    before = [part.training for part in embedder.modules()]
+    expected = load_embedder(tiny_bert, device="cpu").encode(["a b c"])
+    assert (embedder.encode(["a b c"]) == expected).all()
+    assert [part.training for part in embedder.modules()] == before
+    with pytest.raises(ValueError, match=naming("texts[0]", "int")):
+        embedder.encode([3])
+    assert [part.training for part in embedder.modules()] == before

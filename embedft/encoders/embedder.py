@@ -25,7 +25,8 @@ from .card import write_card
 from .fingerprint import fingerprint, precision
 from .folder import Source, write_folder
 from .head import describe, width
-from .packing import Packed, concatenate, cut_by_tokens, pack, sort_by_length
+from .layers import inference
+from .packing import Packed, concatenate, pack, rows_by_length, sort_by_length
 from .pooling import Pooling
 from .store import Space, Store
 from .tokenization import Tokenizer
@@ -268,9 +269,7 @@ class Embedder(nn.Module):
             def compute(keys: Sequence[str]) -> np.ndarray:
                 token_ids = tokens(keys)
                 vectors_ND = np.empty((len(keys), self.base_dim), dtype=np.float32)
-                order = sorted(range(len(keys)), key=lambda row: -len(token_ids[row]))
-                for places in cut_by_tokens([len(token_ids[row]) for row in order], limit):
-                    rows = order[places.start : places.stop]
+                for rows in rows_by_length(list(map(len, token_ids)), limit):
                     packed = side._packed([token_ids[row] for row in rows], prompt_length)
                     vectors_ND[rows] = self._finished(side._pooled(packed, role), role).float().cpu().numpy()
                     if len(wrong := np.flatnonzero(~np.isfinite(vectors_ND[rows]).all(axis=1))):
@@ -286,13 +285,8 @@ class Embedder(nn.Module):
             cut_ND = self._adapted(torch.from_numpy(whole_ND).to(self.device), role)[:, :dim]
             return (F.normalize(cut_ND, dim=1) if dim < self.full_dim and self.normalize else cut_ND).cpu().numpy()
 
-        was_training = self.training
-        self.eval()
-        try:
-            with torch.inference_mode(), progress_bar(num_texts, f"encode ({role})", unit="text", show=progress) as bar:
-                yield vectors, bar
-        finally:
-            self.train(was_training)
+        with inference(self), progress_bar(num_texts, f"encode ({role})", unit="text", show=progress) as bar:
+            yield vectors, bar
 
     def _settings(self, role: str) -> dict[str, Any]:
         side = self.side(role)

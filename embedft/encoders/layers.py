@@ -7,7 +7,8 @@ number at a time, 10.5 ms (two cores of an EPYC of family 26, torch 2.13.0, 2026
 Shapes: T tokens, D features in, E features out.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -64,6 +65,19 @@ class _OneDNNLinear(torch.autograd.Function):
         grad_x_TD = _product(grad_TE, weight_ED.t().contiguous()) if needs_x else None
         grad_weight_ED = _product(grad_TE.t(), x_TD.t()) if needs_weight else None
         return grad_x_TD, grad_weight_ED, grad_TE.sum(0) if needs_bias else None
+
+
+@contextlib.contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """No dropout and no gradient, until the context ends; each part is then in the mode that it was in before."""
+    modes = {part: part.training for part in model.modules()}
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 class Dropout(nn.Dropout):

@@ -9,7 +9,7 @@ sequence ends.
 Shapes: T tokens of the batch, B sequences; N of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, chain, pairwise, starmap
 from typing import NamedTuple
 
@@ -104,6 +104,13 @@ def sort_by_length(packed: Packed) -> tuple[Packed, Tensor]:
     """The sequences by length, longest first, and the place of each in that order, [B] int64."""
     order = packed.lengths().argsort(descending=True, stable=True)
     return take(packed, order), order.argsort()
+
+
+def rows_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Rows of sequences with these lengths, longest first, as many at a time as `cut_by_tokens` allows."""
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    for places in cut_by_tokens([lengths[row] for row in order], max_tokens):
+        yield order[places.start : places.stop]
 
 
 def cut_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[range]:

@@ -11,7 +11,6 @@ every "query" is 1, and their dot product is the score. So every loss over liste
 Shapes: P pairs, B queries, T tokens, D features.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -30,8 +29,9 @@ from .classifier import LAYOUTS, Head, build_head, find_layout
 from .embedder import Embedder
 from .fingerprint import fingerprint
 from .folder import Source, encoder_parts, read_config, read_tokenizer
+from .layers import inference
 from .loading import find_folder
-from .packing import Packed, cut_by_tokens, pack, sort_by_length
+from .packing import Packed, pack, rows_by_length, sort_by_length
 from .pooling import Pooling
 from .schema import CONFIG_FILE, MODEL_CONFIG_FILE, read_fields
 from .tokenization import Tokenizer, check_texts
@@ -141,24 +141,18 @@ class Scorer(nn.Module):
         Raises `ValueError` for what is not a pair of strings, or a score that is not finite, naming its query."""
         limit = devices.batch_tokens(self.device) if batch_tokens is None else batch_tokens
         sigmoid = self.sigmoid if sigmoid is None else sigmoid
-        scores_P, was_training = np.empty(len(pairs), dtype=np.float32), self.training
-        self.eval()
-        try:
-            with torch.inference_mode(), progress_bar(len(pairs), "score", unit="pair", show=progress) as bar:
-                for start in range(0, len(pairs), slice_pairs):
-                    tokens = self._tokens(pairs[start : start + slice_pairs])
-                    order = sorted(range(len(tokens)), key=lambda row: -len(tokens[row][0]))
-                    for places in cut_by_tokens([len(tokens[row][0]) for row in order], limit):
-                        rows = order[places.start : places.stop]
-                        logits_P = self.embed(self._pack([tokens[row] for row in rows]), role="document")[:, 0]
-                        found_P = (logits_P.sigmoid() if sigmoid else logits_P).cpu().numpy()
-                        if len(wrong := np.flatnonzero(~np.isfinite(found_P))):
-                            text = pairs[start + rows[wrong[0]]][0]
-                            raise ValueError(f"the score of {text[:60]!r} is not finite: check the model's weights")
-                        scores_P[[start + row for row in rows]] = found_P
-                        bar.update(len(rows))
-        finally:
-            self.train(was_training)
+        scores_P = np.empty(len(pairs), dtype=np.float32)
+        with inference(self), progress_bar(len(pairs), "score", unit="pair", show=progress) as bar:
+            for start in range(0, len(pairs), slice_pairs):
+                tokens = self._tokens(pairs[start : start + slice_pairs])
+                for rows in rows_by_length([len(ids) for ids, _ in tokens], limit):
+                    logits_P = self.embed(self._pack([tokens[row] for row in rows]), role="document")[:, 0]
+                    found_P = (logits_P.sigmoid() if sigmoid else logits_P).cpu().numpy()
+                    if len(wrong := np.flatnonzero(~np.isfinite(found_P))):
+                        text = pairs[start + rows[wrong[0]]][0]
+                        raise ValueError(f"the score of {text[:60]!r} is not finite: check the model's weights")
+                    scores_P[[start + row for row in rows]] = found_P
+                    bar.update(len(rows))
         return scores_P
 
     def sha256(self) -> str:
@@ -167,8 +161,7 @@ class Scorer(nn.Module):
         settings = {"config": config, "max_length": self.max_length, "tokenizer": self.tokenizer.sha256()}
         settings |= {"types": self.tokenizer.has_types, "pooling": self.pooling.names, "sigmoid": self.sigmoid}
         functions = [*self.pooling.functions, Tokenizer, pack, type(self).embed]
-        found = fingerprint([self.encoder, self.head, self.pooling], settings, functions=functions)
-        return hashlib.sha256(found.encode()).hexdigest()
+        return fingerprint([self.encoder, self.head, self.pooling], settings, functions=functions)
 
     def save(self, folder: str | Path) -> None:
         """Writes a folder that `load_scorer`, transformers and sentence-transformers' CrossEncoder can read, each file
@@ -215,11 +208,8 @@ def load_scorer(
     tokenizer = read_tokenizer(folder, config, max_length)
     source = Source(str(name), folder, family, values, carried, None)
     options = {"source": source, "pooling": pooling, "sigmoid": _has_sigmoid(folder, values)}
-    return (
-        Scorer(encoder, head, tokenizer, **options)
-        .to(default_device() if device is None else find_device(str(device)))
-        .eval()
-    )
+    device = default_device() if device is None else find_device(str(device))
+    return Scorer(encoder, head, tokenizer, **options).to(device).eval()
 
 
 def new_scorer(embedder: Embedder, *, seed: int = 0) -> Scorer:
