@@ -850,7 +850,7 @@ def test_modules_after_pooling_come_from_the_hub_too(story):
 
 def test_pickles_come_from_the_hub_on_request_alone(story):
     """After they were refused, so after a download without them."""
-    assert names(story["pickles"]["error"], "model.safetensors", "none", "--allow-pickle")
+    assert names(story["pickles"]["error"], "model.safetensors", "none", "allow_pickle")
     assert story["pickles on request"]["vector"] == pytest.approx(story["vector with dense"], abs=1e-6)
 
 

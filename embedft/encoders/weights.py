@@ -79,7 +79,7 @@ def opened(folder: Path, *, allow_pickle: bool = False) -> Iterator[tuple[Path, 
             return
         files = folder.iterdir() if folder.is_dir() else ()
         found = sorted(file.name for file in files if file.suffix in (".bin", ".pt", ".safetensors"))
-        way = "" if allow_pickle else f"; {PICKLE_FILE} is read only with allow_pickle (--allow-pickle)"
+        way = "" if allow_pickle else f"; {PICKLE_FILE} is read only with allow_pickle"
         raise ValueError(f"{folder}: no {WEIGHTS_FILE} (weights found: {', '.join(found) or 'none'}){way}")
     with ExitStack() as stack:
         if path.is_file():
