@@ -54,6 +54,16 @@ def test_a_cross_encoder_decides_what_is_too_close(place, capsys):
     assert found.negatives != mine(make_embedder(place / "model"), make_dataset(12, 9), **options).negatives
 
 
+@pytest.mark.parametrize(("last", "more"), [(5, True), (9, False), (100, False)])
+def test_a_higher_rank_is_advised_where_there_is_one(place, capsys, last, more):
+    count = min(last, 9) - 1
+    options = ["--ranks", "2", str(last), "--num-negatives", str(count)]
+    assert main(["mine", "model", "pairs.json", "--out", "mined.jsonl", *options]) == 0
+    error = capsys.readouterr().err
+    assert names(error, count, "negatives")
+    assert names(error, "rank") == more
+
+
 def test_options_reach_the_search(place, capsys):
     dataset = make_dataset(12, 9)
     dataset = replace(

@@ -56,7 +56,8 @@ def run(options: Options) -> None:
     if short := sum(count < options.num_negatives for count in counts.values()):
         few = f"{short:,} of {len(counts):,} questions have fewer than {options.num_negatives} negatives"
         none = f"{list(counts.values()).count(0):,} have none"
-        print(f"{few}, {none}; a higher last rank finds more", file=sys.stderr)
+        more = "; a higher last rank finds more" if options.ranks[1] < len(dataset.corpus) else ""
+        print(f"{few}, {none}{more}", file=sys.stderr)
     # JSONL has no titles, so they go into the texts.
     qrels = {query_id: mined.qrels[query_id] for query_id in counts}
     negatives = {query_id: mined.negatives[query_id] for query_id in counts if query_id in mined.negatives}
