@@ -34,6 +34,10 @@ def change(folder, **fields) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
+def scorer_class(folder) -> list[str]:
+    return json.loads((folder / "config.json").read_text())["architectures"]
+
+
 def their_logits(model, scorer, pairs) -> torch.Tensor:
     """transformers' logits, one pair at a time."""
     found = []
@@ -52,6 +56,7 @@ def test_logits_and_saved_tensors_are_theirs(tmp_path, tiny_bert, model_type):
     found = scorer.embed(scorer.pack_pairs(PAIRS), role="document")
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * max(1, expected.abs().max().item()))
     scorer.save(tmp_path / "ours")
+    assert scorer_class(tmp_path / "ours") == scorer_class(tmp_path / "theirs") == [type(model).__name__]
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "ours"))
     after = {name.replace("new.", "gte."): x for name, x in after.items()}
     assert before.keys() == after.keys()
@@ -67,9 +72,24 @@ def test_new_heads_load_in_sentence_transformers(tmp_path, tiny_bert, model_type
         scorer.head.out.weight *= 50
     scorer.save(tmp_path / "ours")
     theirs = cross_encoder(str(tmp_path / "ours"), device="cpu")
+    assert theirs.config.architectures == [type(theirs.model).__name__]
     expected = scorer.score(PAIRS)
     np.testing.assert_allclose(theirs.predict(PAIRS), expected, rtol=0, atol=1e-5)
     assert np.array_equal(load_scorer(tmp_path / "ours", device="cpu").score(PAIRS), expected)
+
+
+def test_a_cross_encoder_taken_for_an_embedder_is_named(tmp_path, tiny_bert, recwarn):
+    write_by_transformers(tmp_path / "base", "bert", tiny_bert)
+    embedder = load_embedder(tmp_path / "base", device="cpu")
+    assert not recwarn
+    new_scorer(embedder).save(tmp_path / "scorer")
+    with pytest.warns(UserWarning, match=naming(tmp_path / "scorer", "cross-encoder")):
+        embedder = load_embedder(tmp_path / "scorer", device="cpu")
+    embedder.save(tmp_path / "saved")
+    recwarn.clear()
+    load_embedder(tmp_path / "saved", device="cpu")
+    load_scorer(tmp_path / "scorer", device="cpu")
+    assert not recwarn
 
 
 # By family: its tokenizer and tokenizer_config.json, and what surrounds a pair.

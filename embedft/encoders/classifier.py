@@ -6,6 +6,7 @@
 Shapes: P pairs, D features.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ class Layout:
 
 ROBERTA = Layout("roberta.", dense="classifier.dense", out="classifier.out_proj", drops_pooled=True)
 DECODER = Layout("model.", out="score", pooling="lasttoken", biased=(), dropout="", default_dropout=0.0)
+CLASSIFIER = "ForSequenceClassification"
 # By `model_type` of config.json.
 LAYOUTS = {
     "bert": Layout("bert.", dense="pooler.dense", out="classifier"),
@@ -144,3 +146,20 @@ def build_head(layout: Layout, config: Any, values: Mapping[str, Any], path: Pat
     head = Head(layout, config.hidden_size, dropout=values.get(layout.dropout, default), **options)
     with naming(path):
         return head, Pooling((values.get("classifier_pooling", layout.pooling),), config.hidden_size)
+
+
+def is_classifier(values: Mapping[str, Any]) -> bool:
+    """Whether config.json, `values`, is a classifier's, such as a cross-encoder's."""
+    return any(name.endswith(CLASSIFIER) for name in _architectures(values))
+
+
+def classifier_name(values: Mapping[str, Any]) -> dict[str, list[str]]:
+    """{"architectures": the class in transformers of the model with a head}, by which servers tell it from an encoder;
+    {} if `values`, the content of config.json, name no class."""
+    names = [re.sub(r"(Model|For[A-Z]\w*)$", CLASSIFIER, name) for name in _architectures(values)]
+    return {"architectures": names} if names else {}
+
+
+def _architectures(values: Mapping[str, Any]) -> list[str]:
+    found = values.get("architectures")
+    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []

@@ -19,6 +19,7 @@ from ..files import sha256_file
 from . import folder as layout
 from . import static
 from .adapter import Adapter, naming
+from .classifier import is_classifier
 from .depth import truncated
 from .embedder import Embedder
 from .fingerprint import weights_sha256
@@ -170,6 +171,8 @@ def _load_base(
         return _Base(static, encoder, {}, config, tokenizer, layout.read_pooling(None, encoder.config.hidden_size))
     weights = _weights_of(first)
     family, config, values = layout.read_config(weights)
+    if not modules and is_classifier(values):
+        warnings.warn(f"{first}: a cross-encoder or classifier, whose vectors were not trained", stacklevel=5)
     encoder, carried = read_encoder(weights, family, config, dtype, allow_pickle=allow_pickle)
     lora = None if weights == first else read_lora(first, encoder, layout.encoder_keys(encoder))
     if num_layers is not None and lora is not None:

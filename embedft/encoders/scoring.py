@@ -25,7 +25,7 @@ from ..device import default_device, find_device
 from ..files import write_json
 from ..progress import progress_bar
 from .adapter import check_role, fill
-from .classifier import LAYOUTS, Head, build_head, find_layout
+from .classifier import LAYOUTS, Head, build_head, classifier_name, find_layout
 from .embedder import Embedder
 from .fingerprint import fingerprint
 from .folder import Source, encoder_parts, read_config, read_tokenizer
@@ -178,7 +178,7 @@ class Scorer(nn.Module):
         labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
         activation = f"torch.nn.modules.{'activation.Sigmoid' if self.sigmoid else 'linear.Identity'}"
         more = {"torch_dtype": dtype, "dtype": dtype, "sentence_transformers": {"activation_fn": activation}}
-        write_json(folder / CONFIG_FILE, config | labels | more)
+        write_json(folder / CONFIG_FILE, config | labels | more | classifier_name(config))
         self.tokenizer.save(folder)
 
 
