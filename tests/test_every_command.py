@@ -1,8 +1,11 @@
 """What every command does when its output cannot be written: a full disk, a wrong place, a closed or narrow stdout."""
 
 import contextlib
+import errno
 import io
+import itertools
 import json
+import os
 import re
 import resource
 import shutil
@@ -16,8 +19,9 @@ from api_server import ApiServer
 from naming import names
 from tiny import make_dataset, make_embedder
 
-from embedft import RetrievalDataset
+from embedft import Adapter, RetrievalDataset, load_embedder, new_scorer
 from embedft.cli import COMMANDS, main
+from embedft.encoders.maps import build_map
 
 # What each command writes goes to OUT; the words behind | are for an OUT that holds something already.
 WRITING = {
@@ -166,6 +170,40 @@ def test_a_disk_that_training_fills(place, refused, again):
     words = words_of(command, place / "results" / "out", again=again)
     assert main([*(word for word in words if word != "--overwrite"), "--resume"]) == 0
     assert not (place / "results" / "out" / ".replaced").exists()
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["new", "again"])
+@pytest.mark.parametrize("kind", ["embedder", "scorer", "adapter"])
+def test_a_disk_that_saving_fills(place, monkeypatch, kind, again):
+    """From Python, at each of the files: what was there is as before, without a file of the new model."""
+    models = [load_embedder("model", device="cpu", prompts={"query": text}) for text in ("größe: ", "")]
+    if kind == "scorer":
+        models = [new_scorer(embedder, seed=seed) for seed, embedder in enumerate(models)]
+    elif kind == "adapter":
+        models = [Adapter(build_map("linear", 32)), Adapter(build_map("low_rank", 32, rank=4))]
+    if again:
+        models[1].save("results")
+    before, sync = files_in(place / "results"), os.fsync
+    for number in itertools.count(1):
+        left = itertools.count(1 - number)
+
+        def fill(file, left=left):
+            if next(left) == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            sync(file)
+
+        monkeypatch.setattr(os, "fsync", fill)
+        try:
+            models[0].save("results")
+            break
+        except OSError as error:
+            failed = error
+        assert (failed.errno, Path(failed.filename).parts[0]) == (errno.ENOSPC, "results")
+        assert ".tmp" not in failed.filename
+        assert files_in(place / "results") == before
+        assert Path("results").exists() == again
+    assert number > 2
+    assert files_in(place / "results") != before
 
 
 @pytest.mark.parametrize("name", WRITING)

@@ -24,7 +24,7 @@ from embedft import Embedder, load_embedder
 from embedft.encoders import loading
 from embedft.encoders.loading import PACKAGES, find_folder
 from embedft.encoders.pooling import Pooling
-from embedft.files import read_json, sha256_file, write_json
+from embedft.files import REPLACING, read_json, sha256_file, write_json
 
 TEXTS = ["", "the fee", "order of the hello world", "日本 語", "long " * 60]
 load = functools.partial(load_embedder, device="cpu")
@@ -166,6 +166,15 @@ def test_saving_over_another_model(write_tiny, reference, tmp_path):
     assert np.array_equal(load(tmp_path / "saved").encode(TEXTS), other.encode(TEXTS))
     assert difference(reference(tmp_path / "saved").encode(TEXTS), other.encode(TEXTS)) <= 1e-5
     assert not list((tmp_path / "saved").rglob("*.tmp"))
+
+
+def test_a_model_of_two_is_refused(tiny_bert, tmp_path):
+    """A killed process may leave files of the old model and the new one; saving again mends it."""
+    load(tiny_bert).save(tmp_path)
+    (tmp_path / REPLACING).touch()
+    assert_refused((tmp_path, "run", "again"), tmp_path)
+    load(tiny_bert).save(tmp_path)
+    assert load(tmp_path).sha256() == load(tiny_bert).sha256()
 
 
 def test_saving_into_its_own_folder(write_tiny, tmp_path):
@@ -613,7 +622,7 @@ def test_pooling_with_weights_is_saved_and_loaded(tiny_bert, tmp_path):
     embedder.truncate_dim = None
     with torch.no_grad():
         embedder.pooling.trained["attention"].query.copy_(torch.randn(32, generator=torch.Generator().manual_seed(0)))
-    with pytest.warns(UserWarning, match=naming(tmp_path / "saved/1_Pooling", "sentence-transformers", "attention")):
+    with pytest.warns(UserWarning, match=naming("1_Pooling", "sentence-transformers", "attention")):
         embedder.save(tmp_path / "saved")
     again = load(tmp_path / "saved")
     assert again.pooling.names == ("attention", "cls")

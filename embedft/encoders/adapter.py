@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from ..files import atomic_write, read_object, write_json
+from ..files import atomic_write, read_object, replace_files, write_json
 from .maps import Map, build_map
 
 ROLES = ("query", "document")
@@ -118,16 +118,17 @@ class Adapter(nn.Module):
                 raise ValueError(f"the adapter is for {bases}: weights, lengths or prompts differ")
 
     def save(self, folder: str | Path, *, base: Base | None = None) -> None:
-        """Writes the adapter to a folder, each file atomically, the configuration last; `base` overrides its own."""
-        path, weights = (Path(folder) / name for name in FORMATS["embedft"])
+        """Writes the adapter to a folder; an error changes nothing there. `base` overrides its own."""
         content = save({name: x.detach().cpu().contiguous() for name, x in self.named_parameters()})  # once if shared
         config = {role: part and part.settings for role in ROLES for part in [self.map_of(role)]}
         base = base or self.base
         config |= {"side": self.side, "normalize": self.normalize, "base": base and base._asdict()}
         config |= {"format_version": FORMAT_VERSION, "weights_sha256": hashlib.sha256(content).hexdigest()}
-        with atomic_write(weights, "wb") as file:
-            file.write(content)
-        write_json(path, config)
+        with replace_files(folder) as new:
+            path, weights = (new / name for name in FORMATS["embedft"])
+            with atomic_write(weights, "wb") as file:
+                file.write(content)
+            write_json(path, config)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Adapter":

@@ -101,11 +101,18 @@ def model_card(embedder: nn.Module, *, training: Mapping[str, str], results: str
     return "\n".join(lines) + "\n"
 
 
-def write_card(folder: Path, embedder: nn.Module, *, training: Mapping[str, str] | None = None, results="") -> None:
-    """Writes the model card, unless the folder has a README.md that someone wrote."""
-    path = folder / CARD_FILE
+def write_card(
+    folder: Path,
+    embedder: nn.Module,
+    *,
+    training: Mapping[str, str] | None = None,
+    results: str = "",
+    instead_of: Path | None = None,
+) -> None:
+    """Writes the model card, unless the folder, or the one that it will replace, has a README.md that someone wrote."""
+    path = (instead_of or folder) / CARD_FILE
     if not path.is_file() or MARK in read_text(path):
-        with atomic_write(path) as file:
+        with atomic_write(folder / CARD_FILE) as file:
             file.write(model_card(embedder, training=training or {}, results=results))
 
 

@@ -335,8 +335,8 @@ class Embedder(nn.Module):
         return hashlib.sha256(repr((parts, self.similarity, self.truncate_dim)).encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """Writes a folder that `load_embedder` and sentence-transformers can read, each file atomically.
+        """Writes a folder that `load_embedder` and sentence-transformers can read; an error changes nothing there.
         With an encoder of your own class (encoders/custom.py) only `load_embedder` can, where that class is importable.
         Raises `ValueError` if it is not, and for a nonlinear adapter, which Dense modules cannot express."""
-        write_folder(Path(folder), self)
-        write_card(Path(folder), self)
+        folder = Path(folder)
+        write_folder(folder, self, lambda new: write_card(new, self, instead_of=folder))

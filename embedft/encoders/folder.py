@@ -1,14 +1,13 @@
 """Reads and writes a model folder: its configuration, tokenizer, and sentence-transformers' module files.
 
 The weights are read by weights.py; schema.py has what each JSON file may hold. Reading is strict: a field of the wrong
-type, and anything missing or unknown, is an error that names it. Files are written atomically, in the format of
-sentence-transformers before version 6.
+type, and anything missing or unknown, is an error that names it. A model is written whole or not at all, in the
+format of sentence-transformers before version 6.
 """
 
 import math
-import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..files import remove, write_json
+from ..files import replace_files, write_json
 from . import (
     bert,
     custom,
@@ -33,7 +32,6 @@ from . import (
     roberta,
     static,
 )
-from .adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from .adapter import FORMATS, ROLES, fill, naming
 from .head import PARTS, dense_of, read_part, width, write_part
 from .modules import (
@@ -198,14 +196,22 @@ def read_heads(
     return heads, normalize
 
 
-def write_folder(folder: Path, embedder: nn.Module) -> None:
-    """Writes an `Embedder`; see `Embedder.save`."""
-    source, adapter, sides = embedder.source, embedder.adapter, {role: embedder.side(role) for role in ROLES}
-    # First what may raise: a nonlinear map, an encoder that could not be built again, LoRA beside a model's weights.
-    dense = {role: part and part.dense() for role in ROLES if adapter for part in [adapter.map_of(role)]}
-    encoders = {side: encoder_parts(side.encoder, side.source, side.lora) for side in sides.values()}
+def write_folder(folder: Path, embedder: nn.Module, write_more: Callable[[Path], object]) -> None:
+    """Writes an `Embedder`; see `Embedder.save`. `write_more` adds files to the folder that it is given."""
     if embedder.lora is not None and not embedder.lora.config.merges:
         embedder.lora.check_folder(folder)
+    # What a model saved here before had, and this one may not.
+    stale = [*LORA_FILES, *(f"{ADAPTER_FOLDER}/{name}" for name in FORMATS["embedft"])]
+    with replace_files(folder, stale=stale) as new:
+        _write_files(new, embedder)
+        write_more(new)
+
+
+def _write_files(folder: Path, embedder: nn.Module) -> None:
+    source, adapter, sides = embedder.source, embedder.adapter, {role: embedder.side(role) for role in ROLES}
+    # First what may raise: a nonlinear map, and an encoder that could not be built again.
+    dense = {role: part and part.dense() for role in ROLES if adapter for part in [adapter.map_of(role)]}
+    encoders = {side: encoder_parts(side.encoder, side.source, side.lora) for side in sides.values()}
     default = source.default_prompt if source and source.default_prompt in embedder.prompts else None
     settings = {"prompts": embedder.prompts, "default_prompt_name": default}
     settings |= {"similarity_fn_name": embedder.similarity, "truncate_dim": embedder.truncate_dim}
@@ -239,8 +245,6 @@ def write_folder(folder: Path, embedder: nn.Module) -> None:
             folder / modules[-1][1], {role: [dense_of(*map_)] if map_ else [] for role, map_ in dense.items()}
         )
         modules += [(kind, f"{len(modules)}_{kind}") for kind in last]
-    elif (folder / ADAPTER_FOLDER / ADAPTER_CONFIG_FILE).is_file():  # left by a model saved here before
-        shutil.rmtree(folder / ADAPTER_FOLDER)
     write_modules(folder, modules)
 
 
@@ -264,7 +268,6 @@ def _write_base(
         # transformers loads weights in the dtype that config.json names, so it must match theirs.
         dtype = str(next(side.encoder.parameters()).dtype).removeprefix("torch.")
         write_json(first / CONFIG_FILE, {**config, "torch_dtype": dtype, "dtype": dtype})
-        remove(*(first / name for name in LORA_FILES))  # left by a model saved here before
     side.tokenizer.save(first)
     settings = {"max_seq_length": side.tokenizer.max_length, "do_lower_case": side.tokenizer.lower_case}
     write_json(first / TRANSFORMER_CONFIG_FILE, settings)
@@ -315,7 +318,8 @@ def _write_pooling(folder: Path, pooling: Pooling, hidden_size: int) -> None:
     if pooling.state_dict():
         write_tensors(folder / WEIGHTS_FILE, pooling.state_dict())
     if not set(pooling.names) <= LEGACY_POOLING_KEYS.keys():
-        warnings.warn(f"{folder}: sentence-transformers cannot load {' + '.join(pooling.names)} pooling", stacklevel=5)
+        what = f"sentence-transformers cannot load {' + '.join(pooling.names)} pooling"
+        warnings.warn(f"{folder.name}: {what}", stacklevel=6)
 
 
 def _write_router(folder: Path, heads: dict[str, list[nn.Module]], routes: Routes | None = None) -> None:

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from ..device import default_device, find_device
-from ..files import sha256_file
+from ..files import check_whole, sha256_file
 from . import folder as layout
 from . import static
+from .adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from .adapter import Adapter, naming
 from .classifier import is_classifier
 from .depth import truncated
@@ -90,7 +91,7 @@ def load_embedder(
         embedder = _load_folder(str(name), folder, dtype, max_length, prompts, **more)
         embedder = embedder.to(device).eval()
         embedder.store = store
-        if adapter is None and (folder / layout.ADAPTER_FOLDER / layout.ADAPTER_CONFIG_FILE).is_file():
+        if adapter is None and (folder / layout.ADAPTER_FOLDER / ADAPTER_CONFIG_FILE).is_file():
             adapter = Adapter.load(folder / layout.ADAPTER_FOLDER)
             adapter.name = ""
             stored = embedder.source.config.get("dtype") or embedder.source.config.get("torch_dtype") or "float32"
@@ -242,6 +243,7 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None) -> tuple[To
 def find_folder(name: str, *, revision: str | None = None, allow_pickle: bool = False) -> Path:
     """The folder of a model's files, downloaded if necessary; for names, see `load_embedder`."""
     if Path(name).is_dir():
+        check_whole(Path(name))
         return Path(name)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(f"{name}: no such folder")

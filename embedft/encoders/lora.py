@@ -165,7 +165,7 @@ class Lora(nn.Module):
         """Writes PEFT's adapter_config.json and adapter_model.safetensors and, in lora.json, what PEFT has no fields
         for: the side, and the SHA-256 of the base's weights."""
         if self.config.side != "both":
-            warnings.warn(f"{folder}: PEFT would apply LoRA to both sides, not only {self.config.side}", stacklevel=6)
+            warnings.warn(f"PEFT would apply LoRA to both sides, not only {self.config.side}", stacklevel=6)
         config, tensors = self.config, {}
         for update in self.updates().values():
             for name, _, A, B in update.parts():

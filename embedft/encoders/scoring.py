@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .. import device as devices
 from ..device import default_device, find_device
-from ..files import write_json
+from ..files import replace_files, write_json
 from ..progress import progress_bar
 from .adapter import check_role, fill
 from .classifier import LAYOUTS, Head, build_head, classifier_name, find_layout
@@ -164,22 +164,23 @@ class Scorer(nn.Module):
         return fingerprint([self.encoder, self.head, self.pooling], settings, functions=functions)
 
     def save(self, folder: str | Path) -> None:
-        """Writes a folder that `load_scorer`, transformers and sentence-transformers' CrossEncoder can read, each file
-        atomically."""
-        folder, layout = Path(folder), LAYOUTS[self.source.config["model_type"]]
+        """Writes a folder that `load_scorer`, transformers and sentence-transformers' CrossEncoder can read; an error
+        changes nothing there."""
+        layout = LAYOUTS[self.source.config["model_type"]]
         config, tensors = encoder_parts(self.encoder, self.source)
         tensors = {layout.prefix + name: x for name, x in tensors.items()}
         for name, x in self.head.state_dict().items():
             module, _, kind = name.partition(".")
             theirs = layout.names()[module]
             tensors[f"{layout.prefix * theirs.startswith('pooler.')}{theirs}.{kind}"] = x
-        write_tensors(folder / WEIGHTS_FILE, tensors)
         dtype = str(self.head.out.weight.dtype).removeprefix("torch.")
         labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
         activation = f"torch.nn.modules.{'activation.Sigmoid' if self.sigmoid else 'linear.Identity'}"
         more = {"torch_dtype": dtype, "dtype": dtype, "sentence_transformers": {"activation_fn": activation}}
-        write_json(folder / CONFIG_FILE, config | labels | more | classifier_name(config))
-        self.tokenizer.save(folder)
+        with replace_files(folder) as new:
+            write_tensors(new / WEIGHTS_FILE, tensors)
+            write_json(new / CONFIG_FILE, config | labels | more | classifier_name(config))
+            self.tokenizer.save(new)
 
 
 def load_scorer(
