@@ -84,6 +84,9 @@ CASES = {
     "bert": (lambda: word_pieces(False, "[CLS]", "[SEP]"), {}, "bert"),
     "bert, accents": (lambda: word_pieces(True, "[CLS]", "[SEP]"), {"strip_accents": False}, "bert"),
     "bert, ideographs": (lambda: word_pieces(True, "[CLS]", "[SEP]"), {"tokenize_chinese_chars": False}, "bert"),
+    "bert, special tokens in texts": (
+        lambda: word_pieces(True, "[CLS]", "[SEP]"), {"split_special_tokens": True}, "bert"
+    ),
     "modernbert": (lambda: word_pieces(False, "[CLS]", "[SEP]"), {"do_lower_case": True}, "modernbert"),
 }  # fmt: skip
 OWN = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "qwen3": "Qwen2", "mpnet": "MPNet", "bert": "Bert",

@@ -85,9 +85,8 @@ SCHEMAS: dict[str, Schema] = {
         "truncation_side": ("left or right", lambda x: x in ("left", "right")),
         "tokenizer_class": TEXT,
         **SPECIAL_TOKENS,
-        **dict.fromkeys(
-            ("do_lower_case", "strip_accents", "tokenize_chinese_chars", "add_prefix_space", "legacy"), BOOL
-        ),
+        **dict.fromkeys(("do_lower_case", "strip_accents", "tokenize_chinese_chars"), BOOL),
+        **dict.fromkeys(("add_prefix_space", "legacy", "split_special_tokens"), BOOL),
         "added_tokens_decoder": ("an object", lambda x: isinstance(x, dict)),
         "model_input_names": ("a list", lambda x: isinstance(x, list)),
     },

@@ -42,6 +42,7 @@ class Tokenizer:
     ):
         self.backend, self.config, self.lower_case = backend, config, lower_case
         self.backend.no_padding()
+        self.backend.encode_special_tokens = config.get("split_special_tokens", False)
         kind = _configure(backend, config, model_type)
         self.has_types = has_types(kind, config)
         # In the tokenizer, not by str.lower: special tokens written in a text keep their case and so their meaning.
