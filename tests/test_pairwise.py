@@ -1,5 +1,7 @@
 """pairwise.py: by hand, against sentence-transformers; unlisted pairs are ignored."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,13 @@ from loss_checks import PRECISIONS, assert_equal, loss_and_gradients, random_pai
 from naming import naming
 
 from embedft import Targets
-from embedft.losses.pairwise import contrastive, online_contrastive, triplet
+from embedft.losses.pairwise import (
+    binary_cross_entropy,
+    contrastive,
+    listwise_cross_entropy,
+    online_contrastive,
+    triplet,
+)
 
 every_loss = pytest.mark.parametrize("loss", [triplet, contrastive, online_contrastive])
 every_distance = pytest.mark.parametrize("distance", ["cosine", "euclidean", "manhattan"])
@@ -44,6 +52,16 @@ def test_online_contrastive_with_pairs_of_one_kind():
     options = {"margin": 6.0, "distance": "euclidean"}
     assert online_contrastive(Q0, D0, positives, **options).item() == pytest.approx(100, rel=1e-5)
     assert online_contrastive(Q0, D0, negatives, **options).item() == pytest.approx(1 + 25, rel=1e-5)
+
+
+def test_cross_entropies_by_hand():
+    """Logits 3 of the positive, 1 and -2 of its negatives; the second query has a positive alone, of 5."""
+    Q, D = torch.ones(2, 1), torch.tensor([[3.0], [1.0], [-2.0], [5.0]])
+    targets = Targets(torch.tensor([[0, 1, 2], [3, -1, -1]]))
+    listwise = math.log(math.exp(3 / 2) + math.exp(1 / 2) + math.exp(-2 / 2)) - 3 / 2
+    assert listwise_cross_entropy(Q, D, targets, temperature=2.0).item() == pytest.approx((listwise + 0) / 2)
+    binary = sum(math.log1p(math.exp(2 * x)) for x in (-3, 1, -2, -5))
+    assert binary_cross_entropy(Q, D, targets, scale=2.0).item() == pytest.approx(binary / 4)
 
 
 def make_pair(num_columns: int, fill: str, dtype: torch.dtype):
