@@ -336,3 +336,17 @@ def test_mining_with_a_scorer(tiny_bert):
     mined = mine(embedder, dataset, absolute_margin=0.1, scorer=table, **options)
     assert sorted(mined.negatives["1"]) == ["b", "d"]
     assert "1" not in mine(embedder, dataset, absolute_margin=0.5, scorer=table, **options).negatives
+
+
+def test_mining_compares_each_candidate_by_its_own_score(tiny_bert):
+    """Of the candidates, from rank 2 on, the one of logit 3 alone reaches 0.9: sigmoid(3) = 0.95, else 0.5."""
+    dataset = replace(toy_dataset(), negatives={}, queries={"1": "what fee"}, qrels={"1": {"a": 1}})
+    embedder, options = load_embedder(tiny_bert, device="cpu"), {"ranks": (2, 4), "num_negatives": 3}
+    candidates = mine(embedder, dataset, **options).negatives["1"]
+    assert len(candidates) >= 2
+    for document in candidates:
+        table = Table({("what fee", dataset.corpus[document]): 3.0})
+        assert mine(embedder, dataset, min_score=0.9, scorer=table, **options).negatives == {"1": [document]}
+    # The lowest answer counts: sigmoid(-3) = 0.05, below every candidate's 0.5.
+    table, both = Table({("what fee", "the fee"): 3.0, ("what fee", "hello world"): -3.0}), {"1": {"a": 1, "b": 1}}
+    assert mine(embedder, replace(dataset, qrels=both), absolute_margin=0.0, scorer=table, **options).negatives == {}
