@@ -90,6 +90,13 @@ def test_the_configuration_counts(tmp_path, kind, change):
     assert_equal_to_reference(encoder, exact_norms(model))
 
 
+def test_windows_of_qwen3_before_transformers_5():
+    """Without `layer_types`, which it writes: layers from number 1 on see 5 tokens."""
+    windows = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
+    config = FAMILIES["qwen3"].Config(**SIZES | {"num_hidden_layers": 3}, **windows)
+    assert config.sliding_windows() == [None, 5, 5]
+
+
 @pytest.mark.parametrize(("kind", "change"), [("mistral", {"sliding_window": 30}), ("qwen3", {})])
 def test_texts_longer_than_a_block(tmp_path, kind, change):
     """Windows are computed in blocks of at least 64 tokens."""

@@ -17,7 +17,7 @@ from families import (
 from naming import naming
 from safetensors.torch import load_file, save_file
 
-from embedft.encoders.folder import read_config
+from embedft.encoders.folder import FAMILIES, read_config
 from embedft.encoders.packing import pack
 from embedft.encoders.weights import read_encoder
 
@@ -76,6 +76,11 @@ def test_heads_are_left_out(tmp_path, head):
     encoder, model = load_both(tmp_path, reference(head))
     expected = their_hidden(model.gte, SEQUENCES)
     torch.testing.assert_close(encoder(pack(SEQUENCES)), expected, rtol=0, atol=1e-9)
+
+
+def test_the_period_that_transformers_assumes():
+    theirs = pytest.importorskip("transformers").GteConfig(**SIZES)
+    assert FAMILIES["gte"].Config(**SIZES).rope_theta == theirs.rope_parameters["rope_theta"] == 160_000
 
 
 @pytest.mark.parametrize("model_type", ["new", "gte"])

@@ -58,12 +58,13 @@ def test_products_depend_on_distance_alone():
     assert product(7, 3) != pytest.approx(product(8, 3), abs=1e-3)
 
 
+@pytest.mark.parametrize("more", [{}, {"attention_factor": 1.5}, {"truncate": False}], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_frequencies_are_transformers(kind):
+def test_frequencies_are_transformers(kind, more):
     transformers = pytest.importorskip("transformers")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    parameters = {"rope_type": kind, "rope_theta": 5000.0, **KINDS[kind]}
+    parameters = {"rope_type": kind, "rope_theta": 5000.0, **KINDS[kind], **(more if kind == "yarn" else {})}
     theirs = transformers.LlamaConfig(
         hidden_size=64, num_attention_heads=4, max_position_embeddings=256, rope_parameters=dict(parameters)
     )
