@@ -16,7 +16,7 @@ import threading
 
 API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+?)(/(?P<kind>revision|tree)/(?P<revision>[^/?]+))?(\?.*)?")
 RESOLVE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>[^?]+)(\?.*)?")
-UPLOAD = re.compile(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main(?:\?.*)?")
+UPLOAD = re.compile(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/([^/?]+)(?:\?.*)?")
 
 
 class Hub:
@@ -103,14 +103,14 @@ class Hub:
             return reply({"url": f"{self.url}/{name}"})
         if url == "/api/validate-yaml":
             return reply({"errors": [], "warnings": []})
-        name, kind = UPLOAD.fullmatch(url).groups()
+        name, kind, branch = UPLOAD.fullmatch(url).groups()
         if kind == "preupload":
             files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
             return reply({"files": [file | {"shouldIgnore": False} for file in files]})
         lines, commit = [json.loads(line) for line in body.splitlines()], "1" * 40
         added = [line["value"] for line in lines if line["key"] == "file"]
         self.repositories[name][commit] = {file["path"]: base64.b64decode(file["content"]) for file in added}
-        self.repositories[name]["main"] = commit
+        self.repositories[name][branch] = commit
         return reply({"commitUrl": f"{self.url}/{name}/commit/{commit}", "commitOid": commit, "success": True})
 
     def answer(self, url: str) -> tuple[int, dict[str, str], bytes]:

@@ -47,6 +47,17 @@ def test_every_family_says_how_many_layers_it_has(model_type):
         assert attention % encoder.config.num_hidden_layers == 0
 
 
+def test_flops_of_heads_wider_than_their_share():
+    """2 layers of 4 heads of 16 values, twice what 32 features give each."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    assert flops(tiny_encoder("qwen3", **sizes, head_dim=16))[1] == 2 * 2 * 2 * 4 * 16
+
+
+def test_cells_of_the_card_stay_in_their_column(tiny_bert):
+    embedder = load_embedder(tiny_bert, device="cpu", prompts={"query": "a | b: "})
+    assert r"| prompts | query: 'a \| b: ' |" in model_card(embedder, training={})
+
+
 def test_facts(tiny_bert):
     found = facts(load_embedder(tiny_bert, device="cpu", max_length=20))
     assert found["family"] == "bert"
@@ -111,9 +122,10 @@ def push(hub, tmp_path, *words):
 
 
 def test_push(tiny_bert, tmp_path):
-    """What arrives is the folder, card included, and nothing hidden; a second push makes a new commit."""
+    """What arrives is the folder, card included, and nothing hidden or temporary; a second push makes a new commit."""
     load_embedder(tiny_bert, device="cpu").save(tmp_path / "model")
-    (tmp_path / "model" / ".secret").write_text("x")
+    for name in (".secret", "half.tmp"):
+        (tmp_path / "model" / name).write_text("x")
     with Hub({}) as hub:
         done = push(hub, tmp_path, tmp_path / "model", "me/mine", "--private")
         assert (done.returncode, done.stderr.strip().count("Traceback")) == (0, 0), done.stderr
@@ -122,8 +134,17 @@ def test_push(tiny_bert, tmp_path):
         assert repository["asked"]["visibility"] == "private"
         files = repository[repository["main"]]
         there = {path.name: path for path in (tmp_path / "model").rglob("*") if path.is_file()}
-        assert {name.rpartition("/")[2] for name in files} == there.keys() - {".secret"}
+        assert {name.rpartition("/")[2] for name in files} == there.keys() - {".secret", "half.tmp"}
         assert files["model.safetensors"] == there["model.safetensors"].read_bytes()
+
+
+def test_push_to_a_branch(tiny_bert, tmp_path):
+    load_embedder(tiny_bert, device="cpu").save(tmp_path / "model")
+    with Hub({}) as hub:
+        done = push(hub, tmp_path, tmp_path / "model", "me/mine", "--revision", "trial")
+        assert done.returncode == 0, done.stderr
+        (repository,) = hub.repositories.values()
+        assert (repository["main"], repository["trial"]) == ("0" * 40, "1" * 40)
 
 
 def test_an_adapter_of_lora_is_pushed(tiny_bert, tmp_path):
