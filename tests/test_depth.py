@@ -101,6 +101,15 @@ def test_a_step_trains_the_layers_it_runs(tmp_path, monkeypatch):
     assert [bool(names) for names in seen] == [depth == 2 for (depth,) in depths]
 
 
+def test_each_batch_of_a_step_has_a_draw_of_its_own(tmp_path):
+    config = replace(CONFIG, epochs=1, accumulate=2, batch_size=2)
+    finetune(make_embedder(tmp_path / "base"), make_dataset(), config, out=tmp_path / "run")
+    steps = [record["depths"] for _, record in read_jsonl(tmp_path / "run" / "train.jsonl")]
+    drawn = [depth for depths in steps for depth in depths]
+    assert max(map(len, steps)) == 2
+    assert drawn == [drawn_depth(config.depths, config.seed, batch) for batch in range(len(drawn))]
+
+
 def test_layers_and_dimensions(tmp_path):
     """2D Matryoshka: with the loss at two dimensions, every cut of the model answers better than before."""
     loss = {"name": "matryoshka", "dims": [32, 8], "inner": {"name": "in_batch_negatives"}}

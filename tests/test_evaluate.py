@@ -12,7 +12,7 @@ import pytest
 from naming import names, naming
 
 from embedft.data.dataset import RetrievalDataset
-from embedft.files import write_json
+from embedft.files import REPLACING, write_json
 from embedft.retrieval.evaluate import evaluate, evaluate_grid, evaluate_run, question_clusters
 from embedft.retrieval.report import Comparison, Report, compare, compare_seeds
 from embedft.retrieval.run import Run
@@ -656,3 +656,12 @@ def test_compare_seeds_refuses():
         compare_seeds([base], seeds)
     with pytest.raises(ValueError, match=naming("cluster", 1, 2)):
         compare_seeds([of_values([1.0, 1.0], ["a", "a"])], seeds, metric="mrr")
+
+
+@pytest.mark.parametrize("place", [".", ".."])
+def test_a_report_of_which_some_files_are_replaced_is_refused(tmp_path, place):
+    dataset, folder = toy_dataset(), tmp_path / "eval" / "bm25"
+    evaluate(toy_embedder(dataset, 0.5), dataset).save(folder)
+    (folder / place / REPLACING).touch()
+    with pytest.raises(ValueError, match=naming((folder / place).resolve(), "new", "old")):
+        Report.load(folder)
