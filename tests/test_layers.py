@@ -42,9 +42,9 @@ def products(monkeypatch) -> list:
     """The shapes of the products that went to oneDNN."""
     shapes, product = [], layers._product
 
-    def counted(x, weight, bias=None):
+    def counted(x, weight, *rest):
         shapes.append((tuple(x.shape), tuple(weight.shape)))
-        return product(x, weight, bias)
+        return product(x, weight, *rest)
 
     monkeypatch.setattr(layers, "_product", counted)
     return shapes
@@ -189,6 +189,54 @@ def test_parameters_are_those_of_torch():
     ours, theirs = make_layer(), torch.nn.Linear(D, E)
     theirs.load_state_dict(ours.state_dict())
     assert torch.equal(theirs.weight, ours.weight)
+
+
+# `inference`: reordered weights, and activations in the same kernel.
+
+LONG = layers.MIN_REORDER
+
+
+@on_x86
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", layers.ACTIVATIONS)
+@pytest.mark.parametrize("num_tokens", [1, LONG, 2 * LONG + 1])
+def test_activated_is_the_activation_of_the_layer(products, activation, num_tokens, bias):
+    layer, x = make_layer(bias=bias), random(num_tokens, D)
+    expected = layers.ACTIVATIONS[activation](F.linear(x, layer.weight, layer.bias))
+    outside = layer.activated(x, activation)
+    with layers.inference(layer):
+        inside = layer.activated(x, activation)
+    for found in (outside, inside):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert len(products) == 2
+
+
+@on_x86
+def test_weights_are_reordered_for_large_batches_and_until_inference_ends():
+    layer, small, large = make_layer(), random(LONG - 1, D), random(LONG, D, seed=3)
+    model = torch.nn.ModuleDict({"inner": torch.nn.Sequential(layer)})
+    with layers.inference(model):
+        layer(small)
+        assert layer.reordered is None
+        torch.testing.assert_close(layer(large), F.linear(large, layer.weight, layer.bias), rtol=1e-5, atol=1e-5)
+        assert layer.reordered is not None
+        torch.testing.assert_close(layer(small), F.linear(small, layer.weight, layer.bias), rtol=1e-5, atol=1e-5)
+    assert (layer.reorders, layer.reordered) == (False, None)
+    with torch.no_grad():
+        layer.weight.data.mul_(2)  # no version counter tells of this
+    with layers.inference(model):
+        torch.testing.assert_close(layer(large), F.linear(large, layer.weight, layer.bias), rtol=1e-5, atol=1e-5)
+
+
+@on_x86
+def test_hooks_see_what_the_layer_gives_before_its_activation():
+    layer, x, seen = make_layer(), random(LONG, D), []
+    layer.register_forward_hook(lambda _, inputs, y: seen.append(y.clone()) or y + 1)
+    with layers.inference(layer):
+        found = layer.activated(x, "gelu")
+    expected = F.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(seen[0], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, F.gelu(expected + 1), rtol=1e-5, atol=1e-5)
 
 
 # Dropout.

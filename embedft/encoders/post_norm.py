@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from .attention import Sequences, attention
-from .layers import ACTIVATIONS, Dropout, Linear, check_activation
+from .layers import Dropout, Linear, check_activation
 from .packing import Packed
 from .rotary import angles, check_heads, rope_settings, rotate
 from .schema import Layers, Rows, Size, check_fractions
@@ -79,7 +79,7 @@ class Layer(nn.Module):
         self.feed_forward_in = Linear(features, inner)
         self.feed_forward_out = Linear(inner, features)
         self.feed_forward_norm = nn.LayerNorm(features, eps=eps)
-        self.activation = ACTIVATIONS[activation]
+        self.activation = activation
         self.dropout = Dropout(dropout)
 
     def forward(self, x_TD: Tensor, sequences: Sequences, attention_dropout: float) -> Tensor:
@@ -87,7 +87,7 @@ class Layer(nn.Module):
         attended_TD = attention(q_THK, k_THK, v_THK, sequences, dropout=attention_dropout)
         attended_TD = self.attention_out(attended_TD)
         x_TD = self.attention_norm(x_TD + (self.dropout(attended_TD) if self.drops_attended else attended_TD))
-        activated_TF = self.activation(self.feed_forward_in(x_TD))
+        activated_TF = self.feed_forward_in.activated(x_TD, self.activation)
         return self.feed_forward_norm(x_TD + self.dropout(self.feed_forward_out(activated_TF)))
 
 
