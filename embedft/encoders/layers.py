@@ -3,8 +3,10 @@
 `Linear` uses oneDNN's kernel in float32 (`device.has_onednn_linear` has the speedup), with a hand-written backward that
 cannot be differentiated again. In `inference` it also reorders its weight for the kernel, which then takes 0.94 of the
 time, and `activated` applies an activation before the product leaves the cache: together 0.87 of the time of `encode`
-for all-MiniLM-L6-v2 and all-mpnet-base-v2 (two cores of an EPYC of family 25, torch 2.13.0, 2026-11-30). `Dropout` draws 16 random bits per element, 1.5 ms for [5400, 384]; torch draws one
-number at a time, 10.5 ms (two cores of an EPYC of family 26, torch 2.13.0, 2026-11-21), for a mask four times as large.
+for all-MiniLM-L6-v2 and all-mpnet-base-v2 (two cores of an EPYC of family 25, torch 2.13.0, 2026-11-30).
+
+`Dropout` draws 16 random bits per element, 1.5 ms for [5400, 384]; torch draws one number at a time, 10.5 ms (two cores
+of an EPYC of family 26, torch 2.13.0, 2026-11-21), for a mask four times as large.
 
 Shapes: T tokens, D features in, E features out.
 """
