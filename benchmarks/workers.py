@@ -23,18 +23,19 @@ from experiments.memory import peak_memory_bytes
 
 
 class Worker:
-    """An object made by `make(*arguments)` in its own process; `call` runs its methods there."""
+    """An object made by `make(*arguments)` in its own process; `call` runs its methods there.
+    `device`: where it computes; work is only done when this device is, and the peak memory is that of this device."""
 
-    def __init__(self, make: Callable[..., Any], *arguments: Any):
+    def __init__(self, make: Callable[..., Any], *arguments: Any, device: str = "cpu"):
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, device, make, arguments), daemon=True)
         self.process.start()
         theirs.close()
-        self.seconds, self.peak_bytes = 0.0, 0
+        self.device, self.seconds, self.peak_bytes = device, 0.0, 0
 
-    def call(self, method: str, *arguments: Any) -> Any:
-        """Runs a method and returns its result; updates `seconds` and `peak_bytes`."""
+    def call(self, method: str | Callable[..., Any], *arguments: Any) -> Any:
+        """Runs a method, or a function of a module, and returns its result; updates `seconds` and `peak_bytes`."""
         self.connection.send((method, arguments))
         result, self.seconds, self.peak_bytes = self.connection.recv()
         if isinstance(result, Exception):
@@ -46,8 +47,12 @@ class Worker:
         self.process.join()
 
 
-def _serve(connection, make: Callable[..., Any], arguments: tuple) -> None:
-    contestant = make(*arguments)
+def _serve(connection, device: str, make: Callable[..., Any], arguments: tuple) -> None:
+    contestant = failure = None
+    try:
+        contestant = make(*arguments)
+    except Exception as error:  # answers the first call
+        failure = error
     while True:
         try:
             method, arguments = connection.recv()
@@ -55,11 +60,20 @@ def _serve(connection, make: Callable[..., Any], arguments: tuple) -> None:
             return
         start = time.perf_counter()
         try:
-            result = getattr(contestant, method)(*arguments)
+            if failure is not None:
+                raise failure
+            result = method(*arguments) if callable(method) else getattr(contestant, method)(*arguments)
+            synchronize(device)
         except Exception as error:  # handed to the parent, which raises it
             result = error
         seconds = time.perf_counter() - start
-        connection.send((result, seconds, peak_memory_bytes(torch.device("cpu"))))
+        connection.send((result, seconds, peak_memory_bytes(device)))
+
+
+def synchronize(device: str) -> None:
+    """Waits until the device has finished."""
+    if device != "cpu":
+        torch.accelerator.synchronize(torch.device(device))
 
 
 def most_anonymous(work: Callable[[], Any]) -> tuple[Any, int, int]:
@@ -101,9 +115,9 @@ def alternate(
     return seconds
 
 
-def machine() -> str:
+def machine(device: str = "cpu") -> str:
     """One line that describes the machine."""
-    return f"{describe(torch.device('cpu'))}, torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{describe(torch.device(device))}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
 def spread(values: list[float], digits: int = 2) -> str:
