@@ -3,6 +3,7 @@
 import itertools
 import random
 
+import numpy as np
 import pytest
 import torch
 from naming import naming
@@ -15,6 +16,7 @@ from embedft.encoders.packing import (
     sort_by_length,
     take,
 )
+from embedft.encoders.token_ids import TokenIds
 
 
 def random_sequences(seed: int, count: int) -> list[list[int]]:
@@ -33,6 +35,8 @@ def assert_equal(found: Packed, expected: Packed) -> None:
         if isinstance(theirs, torch.Tensor):
             assert ours.dtype == theirs.dtype, name
             assert ours.tolist() == theirs.tolist(), name
+        elif isinstance(theirs, np.ndarray):
+            np.testing.assert_array_equal(ours, theirs, err_msg=name, strict=True)
         else:
             assert ours == theirs, name
 
@@ -58,7 +62,7 @@ def test_pack_by_hand():
     assert packed.prompt_lengths.tolist() == [1, 1]
     assert packed.token_types is None
     assert packed.num_sequences == 2
-    assert packed.lengths().tolist() == [3, 2]
+    assert packed.lengths().tolist() == packed.host_lengths.tolist() == [3, 2]
     dtypes = [x.dtype for x in (packed.input_ids, packed.positions, packed.cu_seqlens, packed.prompt_lengths)]
     assert dtypes == [torch.int64, torch.int64, torch.int32, torch.int64]
 
@@ -71,6 +75,28 @@ def test_pack_holds_every_sequence(count):
     assert unpack(packed, "positions") == [list(range(len(ids))) for ids in sequences]
     assert packed.max_seqlen == max(map(len, sequences))
     assert packed.prompt_lengths is None
+
+
+@pytest.mark.parametrize("count", [0, 1, 17])
+def test_token_ids_hold_the_same_as_lists(count):
+    sequences = [[], *random_sequences(count, count), []]
+    tokens = TokenIds.of(sequences)
+    assert (tokens.ids.dtype, tokens.offsets.dtype) == (np.int32, np.int64)
+    assert len(tokens) == len(sequences)
+    assert tokens.tolist() == [tokens[row].tolist() for row in range(len(sequences))] == sequences
+    assert tokens.lengths().tolist() == list(map(len, sequences))
+    rows = [count, 0, count, count + 1]
+    assert tokens.take(rows).tolist() == [sequences[row] for row in rows]
+    assert tokens.take([]).tolist() == []
+    assert_equal(pack(tokens, prompt_length=2, allow_empty=True), pack(sequences, prompt_length=2, allow_empty=True))
+
+
+def test_packed_token_ids_are_a_copy():
+    tokens = TokenIds.of([[1, 2], [3]])
+    packed = pack(tokens)
+    packed.input_ids.zero_()
+    packed.cu_seqlens.zero_()
+    assert tokens.tolist() == [[1, 2], [3]]
 
 
 def test_pack_of_nothing_is_refused():
@@ -141,6 +167,7 @@ def test_take():
     assert (taken.positions.tolist(), taken.cu_seqlens.tolist(), taken.max_seqlen) == ([0, 1, 0, 1, 2], [0, 2, 5], 3)
     assert (taken.token_types.tolist(), taken.prompt_lengths.tolist()) == ([4, 5, 1, 2, 3], [1, 1])
     assert taken.source.tolist() == [1, 0]
+    assert taken.host_lengths.tolist() == [2, 3]
     assert taken.cu_seqlens.dtype is torch.int32
     nothing = take(pack([[5], [6, 7]]), torch.tensor([], dtype=torch.int64))
     assert (nothing.num_sequences, nothing.max_seqlen, len(nothing.input_ids)) == (0, 0, 0)

@@ -48,6 +48,7 @@ class Sequences:
 
     def __init__(self, packed: Packed, *, bias_HLL: Tensor | None = None, slack: float | None = None):
         self.cu_seqlens, self.max_seqlen, self.bias_HLL = packed.cu_seqlens, packed.max_seqlen, bias_HLL
+        self.lengths_B = packed.host_lengths  # where a loop over them does not wait for the device
         self.slack = devices.length_slack(self.cu_seqlens.device) if slack is None else slack
         self._masks: dict[tuple[int, Window, int], Tensor] = {}
         self._biases: dict[tuple[int, Window, torch.dtype], Tensor] = {}
@@ -55,7 +56,7 @@ class Sequences:
     @functools.cached_property
     def groups(self) -> list[Group]:
         """As few groups of neighbours as `slack` allows."""
-        lengths, edges, shortest, longest = self.cu_seqlens.diff().tolist(), [0], math.inf, 0
+        lengths, edges, shortest, longest = self.lengths_B.tolist(), [0], math.inf, 0
         for row, length in enumerate(lengths):
             shortest, longest = min(shortest, length), max(longest, length)
             if shortest < (1 - self.slack) * longest:

@@ -29,6 +29,7 @@ from .layers import inference
 from .packing import Packed, concatenate, pack, rows_by_length, sort_by_length
 from .pooling import Pooling
 from .store import Space, Store
+from .token_ids import TokenIds
 from .tokenization import Tokenizer
 
 
@@ -140,9 +141,9 @@ class Embedder(nn.Module):
         """Token ids of whole texts: no prompt, no special tokens, no truncation. For counting and for BM25."""
         return self.tokenizer.tokenize(texts)
 
-    def _token_ids(self, texts: Sequence[str], role: str) -> list[list[int]]:
+    def _token_ids(self, texts: Sequence[str], role: str) -> TokenIds:
         prompt = self.prompt(role)
-        return self.side(role).tokenizer.encode([prompt + text for text in texts] if prompt else texts)
+        return self.side(role).tokenizer.token_ids([prompt + text for text in texts] if prompt else texts)
 
     def _prompt_length(self, role: str, max_length: int) -> int | None:
         """How many leading tokens pooling leaves out of texts truncated to `max_length`; None: none."""
@@ -162,7 +163,9 @@ class Embedder(nn.Module):
         windows, source = side.tokenizer.windows(texts, passages, prompt=self.prompt(role))
         return side._packed(windows, self._prompt_length(role, passages[0]), source=source)
 
-    def _packed(self, ids: list[list[int]], prompt_length: int | None, source: list[int] | None = None) -> Packed:
+    def _packed(
+        self, ids: TokenIds | list[list[int]], prompt_length: int | None, source: list[int] | None = None
+    ) -> Packed:
         # Only the mean of no token has a value, 0; and only an encoder without attention can do without any.
         empty = getattr(self.encoder, "reads_empty", False) and self.pooling.names == ("mean",)
         return pack(ids, prompt_length=prompt_length, source=source, allow_empty=empty)
@@ -252,7 +255,7 @@ class Embedder(nn.Module):
                 keys += [" ".join(map(str, ids)) for ids in windows]
                 source += [start + row for row in rows]
                 if len(keys) >= 16 * cut_texts or start + cut_texts >= len(texts):
-                    parts.append(vectors(keys, lambda new: [list(map(int, key.split())) for key in new]))
+                    parts.append(vectors(keys, lambda new: TokenIds.of([list(map(int, key.split())) for key in new])))
                     bar.update(source[-1] + 1 - bar.n)
                     keys = []
         return np.concatenate(parts), np.array(source, dtype=np.int64)
@@ -269,8 +272,8 @@ class Embedder(nn.Module):
             def compute(keys: Sequence[str]) -> np.ndarray:
                 token_ids = tokens(keys)
                 vectors_ND = np.empty((len(keys), self.base_dim), dtype=np.float32)
-                for rows in rows_by_length(list(map(len, token_ids)), limit):
-                    packed = side._packed([token_ids[row] for row in rows], prompt_length)
+                for rows in rows_by_length(token_ids.lengths(), limit):
+                    packed = side._packed(token_ids.take(rows), prompt_length)
                     vectors_ND[rows] = self._finished(side._pooled(packed, role), role).float().cpu().numpy()
                     if len(wrong := np.flatnonzero(~np.isfinite(vectors_ND[rows]).all(axis=1))):
                         row = rows[wrong[0]]

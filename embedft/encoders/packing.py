@@ -10,12 +10,15 @@ Shapes: T tokens of the batch, B sequences; N of them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate, chain, pairwise, starmap
+from itertools import pairwise, starmap
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .token_ids import TokenIds
 
 
 class Packed(NamedTuple):
@@ -25,6 +28,7 @@ class Packed(NamedTuple):
     positions: Tensor  # [T] int64, from 0 in each sequence
     cu_seqlens: Tensor  # [B + 1] int32: sequence b is tokens cu_seqlens[b] to cu_seqlens[b + 1]
     max_seqlen: int
+    host_lengths: np.ndarray  # [B] int64: `lengths()`, on the CPU wherever the tensors are, so reading it never waits
     token_types: Tensor | None = None  # [T] int64, pairs only; None: all 0
     prompt_lengths: Tensor | None = None  # [B] int64, if pooling leaves the prompt out
     source: Tensor | None = None  # [B] int64, if texts were cut into windows: the text each sequence comes from
@@ -43,7 +47,7 @@ class Packed(NamedTuple):
 
 
 def pack(
-    sequences: Sequence[Sequence[int]],
+    sequences: TokenIds | Sequence[Sequence[int]],
     *,
     prompt_length: int | None = None,
     source: Sequence[int] | None = None,
@@ -51,20 +55,20 @@ def pack(
 ) -> Packed:
     """Lays token ids end to end; pooling leaves out the first `prompt_length` tokens of each sequence, if given.
     Raises `ValueError` for no sequence, and for one without tokens unless `allow_empty`."""
-    lengths = [len(sequence) for sequence in sequences]
-    if not lengths:
+    tokens = sequences if isinstance(sequences, TokenIds) else TokenIds.of(sequences)
+    lengths, starts = tokens.lengths(), tokens.offsets[:-1]
+    if not len(lengths):
         raise ValueError("there are no sequences to pack")
-    if 0 in lengths and not allow_empty:
-        raise ValueError(f"sequence {lengths.index(0)} of {len(lengths)} has no token")
-    cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int64)
-    starts_T = cu_seqlens[:-1].repeat_interleave(cu_seqlens.diff())
+    if not lengths.all() and not allow_empty:
+        raise ValueError(f"sequence {lengths.argmin()} of {len(lengths)} has no token")
     return Packed(
-        input_ids=torch.tensor(list(chain.from_iterable(sequences)), dtype=torch.int64),
-        positions=torch.arange(len(starts_T)) - starts_T,
-        cu_seqlens=cu_seqlens.to(torch.int32),
-        max_seqlen=max(lengths),
+        input_ids=torch.from_numpy(tokens.ids.astype(np.int64)),
+        positions=torch.from_numpy(np.arange(len(tokens.ids)) - starts.repeat(lengths)),
+        cu_seqlens=torch.from_numpy(tokens.offsets.astype(np.int32)),
+        max_seqlen=int(lengths.max()),
+        host_lengths=lengths,
         prompt_lengths=None if prompt_length is None else torch.full((len(lengths),), prompt_length),
-        source=None if source is None else torch.tensor(source, dtype=torch.int64),
+        source=None if source is None else torch.as_tensor(source, dtype=torch.int64),
     )
 
 
@@ -82,6 +86,7 @@ def concatenate(first: Packed, second: Packed) -> Packed:
         positions=torch.cat([first.positions, second.positions]),
         cu_seqlens=torch.cat([first.cu_seqlens, second.cu_seqlens[1:] + first.cu_seqlens[-1]]),
         max_seqlen=max(first.max_seqlen, second.max_seqlen),
+        host_lengths=np.concatenate([first.host_lengths, second.host_lengths]),
         token_types=both("token_types", lambda packed: torch.zeros_like(packed.input_ids)),
         prompt_lengths=both("prompt_lengths", lambda packed: torch.zeros_like(packed.lengths())),
     )
@@ -89,28 +94,32 @@ def concatenate(first: Packed, second: Packed) -> Packed:
 
 def take(packed: Packed, sequences_N: Tensor) -> Packed:
     """The sequences at `sequences_N`, [N] int64, in that order."""
-    lengths = packed.lengths()[sequences_N]
+    host_lengths, sequences_N = packed.host_lengths[sequences_N.cpu().numpy()], sequences_N.to(packed.cu_seqlens.device)
+    lengths = torch.from_numpy(host_lengths).to(sequences_N.device)
     cu_seqlens = F.pad(lengths.cumsum(0), (1, 0))
     # Token t of the new batch: its sequence's old start, plus its distance from the new start.
-    tokens = torch.arange(int(cu_seqlens[-1]), device=sequences_N.device)
-    tokens += (packed.cu_seqlens[:-1].long()[sequences_N] - cu_seqlens[:-1]).repeat_interleave(lengths)
+    tokens = torch.arange(int(host_lengths.sum()), device=sequences_N.device)
+    tokens += (packed.cu_seqlens[:-1].long()[sequences_N] - cu_seqlens[:-1]).repeat_interleave(
+        lengths, output_size=len(tokens)
+    )
     by_token = [x if x is None else x[tokens] for x in (packed.input_ids, packed.positions, packed.token_types)]
     by_sequence = [x if x is None else x[sequences_N] for x in (packed.prompt_lengths, packed.source)]
-    longest = int(lengths.max()) if len(lengths) else 0
-    return Packed(*by_token[:2], cu_seqlens.to(torch.int32), longest, by_token[2], *by_sequence)
+    longest = int(host_lengths.max(initial=0))
+    return Packed(*by_token[:2], cu_seqlens.to(torch.int32), longest, host_lengths, by_token[2], *by_sequence)
 
 
 def sort_by_length(packed: Packed) -> tuple[Packed, Tensor]:
     """The sequences by length, longest first, and the place of each in that order, [B] int64."""
-    order = packed.lengths().argsort(descending=True, stable=True)
+    order = torch.from_numpy(packed.host_lengths).argsort(descending=True, stable=True)
     return take(packed, order), order.argsort()
 
 
 def rows_by_length(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
     """Rows of sequences with these lengths, longest first, as many at a time as `cut_by_tokens` allows."""
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    for places in cut_by_tokens([lengths[row] for row in order], max_tokens):
-        yield order[places.start : places.stop]
+    lengths = np.asarray(lengths)
+    order = np.argsort(-lengths, kind="stable")
+    for places in cut_by_tokens(lengths[order].tolist(), max_tokens):
+        yield order[places.start : places.stop].tolist()
 
 
 def cut_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[range]:

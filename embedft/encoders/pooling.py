@@ -27,7 +27,8 @@ class Tokens:
         self.all_TD = hidden_TD if hidden_TD.dtype is torch.float64 else hidden_TD.float()
         self.first_B, end_B = packed.cu_seqlens[:-1].long(), packed.cu_seqlens[1:].long()
         self.last_B, self.num_sequences = end_B - 1, len(end_B)
-        self.sequence_T = torch.repeat_interleave(packed.lengths())
+        # Without the size, the CPU would wait for the device to add up the lengths.
+        self.sequence_T = torch.repeat_interleave(packed.lengths(), output_size=len(hidden_TD))
         self.vectors_TD, self.position_T = self.all_TD, packed.positions
         if packed.prompt_lengths is not None:
             prompt_B = packed.prompt_lengths.to(self.first_B)

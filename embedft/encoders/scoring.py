@@ -34,6 +34,7 @@ from .loading import find_folder
 from .packing import Packed, pack, rows_by_length, sort_by_length
 from .pooling import Pooling
 from .schema import CONFIG_FILE, MODEL_CONFIG_FILE, read_fields
+from .token_ids import TokenIds
 from .tokenization import Tokenizer, check_texts
 from .weights import WEIGHTS_FILE, read_encoder, write_tensors
 
@@ -82,22 +83,21 @@ class Scorer(nn.Module):
 
     def pack_pairs(self, pairs: Sequence[tuple[str, str]]) -> Packed:
         """Tokenizes and packs (query, document) pairs, on the CPU."""
-        return self._pack(self._tokens(pairs))
+        return self._pack(*self._tokens(pairs))
 
-    def _tokens(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
-        """(token ids, token types) of each pair. transformers scores decoders at the last token that is not padding,
+    def _tokens(self, pairs: Sequence[tuple[str, str]]) -> tuple[TokenIds, TokenIds]:
+        """(token ids, token types) of the pairs. transformers scores decoders at the last token that is not padding,
         even if the tokenizer ends every text with it; under causal attention, what follows does not matter."""
         found, padding = self.tokenizer.encode_pairs(pairs), self.source.config.get("pad_token_id")
         if self.pooling.names == ("lasttoken",) and padding is not None:
             for ids, types in found:
                 while len(ids) > 1 and ids[-1] == padding:
                     del ids[-1], types[-1]
-        return found
+        return TokenIds.of([ids for ids, _ in found]), TokenIds.of([types for _, types in found])
 
-    def _pack(self, tokens: list[tuple[list[int], list[int]]]) -> Packed:
+    def _pack(self, ids: TokenIds, types: TokenIds) -> Packed:
         """Packs token ids with their types, if the encoder distinguishes any."""
-        packed = pack([ids for ids, _ in tokens])
-        types_T = torch.tensor([kind for _, types in tokens for kind in types], dtype=torch.int64)
+        packed, types_T = pack(ids), torch.from_numpy(types.ids).long()
         has_types = getattr(self.encoder.config, "type_vocab_size", 0) > 1 and types_T.any()
         return packed._replace(token_types=types_T) if has_types else packed
 
@@ -144,9 +144,9 @@ class Scorer(nn.Module):
         scores_P = np.empty(len(pairs), dtype=np.float32)
         with inference(self), progress_bar(len(pairs), "score", unit="pair", show=progress) as bar:
             for start in range(0, len(pairs), slice_pairs):
-                tokens = self._tokens(pairs[start : start + slice_pairs])
-                for rows in rows_by_length([len(ids) for ids, _ in tokens], limit):
-                    logits_P = self.embed(self._pack([tokens[row] for row in rows]), role="document")[:, 0]
+                ids, types = self._tokens(pairs[start : start + slice_pairs])
+                for rows in rows_by_length(ids.lengths(), limit):
+                    logits_P = self.embed(self._pack(ids.take(rows), types.take(rows)), role="document")[:, 0]
                     found_P = (logits_P.sigmoid() if sigmoid else logits_P).cpu().numpy()
                     if len(wrong := np.flatnonzero(~np.isfinite(found_P))):
                         text = pairs[start + rows[wrong[0]]][0]

@@ -21,6 +21,7 @@ from tokenizers.normalizers import Lowercase
 
 from ..files import atomic_write, read_object, read_text, write_json
 from .schema import ADDED_TOKENS_FILE, SPECIAL_TOKENS_FILE, TOKENIZER_CONFIG_FILE, read_fields
+from .token_ids import TokenIds
 from .tokenizer_steps import DEFAULTS, built_steps, has_types, tokenizer_kind
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -87,7 +88,11 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text with special tokens, truncated to `max_length`."""
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(check_texts(texts))]
+        return self.token_ids(texts).tolist()
+
+    def token_ids(self, texts: Sequence[str]) -> TokenIds:
+        """As `encode`, in one array."""
+        return TokenIds.of([encoding.ids for encoding in self.backend.encode_batch_fast(check_texts(texts))])
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
         """(token ids, token types) of each pair of texts, with special tokens; the longer text is truncated first."""
