@@ -906,8 +906,8 @@ def test_ninety_of_a_hundred_are_there(tiny_bert, tmp_path, monkeypatch):
     texts = [f"the fee of {number}" for number in range(100)]
     embedder = make_embedder(tiny_bert, store=tmp_path)
     embedder.encode(texts[:90])
-    encoded, encode = [], embedder.tokenizer.encode
-    monkeypatch.setattr(embedder.tokenizer, "encode", lambda asked: encoded.extend(asked) or encode(asked))
+    encoded, encode = [], embedder.tokenizer.token_ids
+    monkeypatch.setattr(embedder.tokenizer, "token_ids", lambda asked: encoded.extend(asked) or encode(asked))
     found = embedder.encode(texts)
     assert encoded == texts[90:]
     np.testing.assert_allclose(found, make_embedder(tiny_bert).encode(texts), rtol=0, atol=1e-6)
