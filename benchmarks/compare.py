@@ -13,6 +13,7 @@ marked by `--percent` alone.
 
 import argparse
 import math
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ from .workers import ratios, spread
 PERCENT, LEAST_ROUNDS = 5.0, 3
 CONDITIONS = ("arguments", "versions", "hardware")
 UNIMPORTANT = ("json", "rounds")  # arguments that may differ
+VERSION = re.compile(r" v?\d[\w.+]*")
 
-Rows = dict[tuple[str, str], dict[str, Any]]
+Rows = dict[tuple[str, ...], dict[str, Any]]
 
 
 def read_results(path: str | Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -41,8 +43,9 @@ def read_results(path: str | Path) -> tuple[list[dict[str, Any]], list[dict[str,
 
 
 def rows_of(results: list[dict[str, Any]]) -> Rows:
-    """The rows by (benchmark, case)."""
-    return {(result["benchmark"], row["case"]): row for result in results for row in result["rows"]}
+    """The rows by benchmark, case and, if there is one, the peer's name without its version."""
+    rows = ((result["benchmark"], row["case"], row.get("peer"), row) for result in results for row in result["rows"])
+    return {(benchmark, case, *([VERSION.sub("", peer)] if peer else [])): row for benchmark, case, peer, row in rows}
 
 
 def differing_conditions(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[str]:
@@ -82,7 +85,7 @@ def mark(old: list[float], new: list[float], percent: float) -> str:
     return "slower" if change > 1 else "faster"
 
 
-def compare_row(name: tuple[str, str], old: dict[str, Any], new: dict[str, Any], percent: float) -> list[str]:
+def compare_row(name: tuple[str, ...], old: dict[str, Any], new: dict[str, Any], percent: float) -> list[str]:
     """A row of the table."""
     before, after, peer = times(old, new)
     cells, marks = ["", "", ""], []

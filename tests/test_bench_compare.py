@@ -66,7 +66,17 @@ def test_times_are_relative_to_the_peer_of_the_same_alternation(tmp_path, capsys
     new["rows"][0]["peer"] = "peer 2.0"  # another peer: seconds
     cells, _ = compared(tmp_path, capsys, old, new)
     assert cells[3:5] == ["2.000 [1.818, 2.200]", "seconds"]
-    assert cells[-1] == "slower"
+    assert (cells[0], cells[-1]) == ("encode: questions: peer", "slower")
+
+
+def test_a_row_for_each_peer(tmp_path, capsys):
+    old = result([1, 1, 1], peer_seconds=[2, 2, 2])
+    old["rows"].append(old["rows"][0] | {"peer": "other 1.0 int8", "peer_seconds": [1, 1, 1]})
+    _, text = compared(tmp_path, capsys, old, old)
+    assert [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| encode")] == [
+        "encode: questions: peer",
+        "encode: questions: other int8",
+    ]
 
 
 def test_few_rounds_and_rows_of_one_file(tmp_path, capsys):
