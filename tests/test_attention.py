@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from embedft import device as devices
 from embedft import load_embedder
 from embedft.device import has_packed_attention
+from embedft.encoders import attention as attention_module
 from embedft.encoders.attention import CAUSAL, FULL, Sequences, attention
 from embedft.encoders.packing import pack
 
@@ -218,6 +219,32 @@ class TorchDispatchLog(TorchDispatchMode):
         if self.sizes:
             self.sizes[-1] += [x.numel() for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
         return out
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("case", ["full", "causal", "window", "bias"])
+def test_bfloat16_on_the_cpu_is_one_softmax_a_sequence(monkeypatch, lengths, case):
+    """By matrix products, padded or not; texts that are too long for them go to the fused kernel."""
+    calls, kernel = [], torch.nn.functional.scaled_dot_product_attention
+    spy = lambda *qkv, **options: (calls.append(len(qkv)), kernel(*qkv, **options))[1]  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(devices, "_MULTIPLIES_BFLOAT16", True)
+    window = {"causal": CAUSAL, "window": (2, 1)}.get(case, FULL)
+    qkv = [x.detach().bfloat16().requires_grad_() for x in random_qkv(sum(lengths), groups=2, dtype=torch.float32)]
+    exact = [x.detach().double().requires_grad_() for x in qkv]
+    longest = max(lengths)
+    bias = torch.randn(H, longest, longest, generator=torch.Generator().manual_seed(2)) if case == "bias" else None
+    for slack, most in ((0.0, 512), (1.0, 512), (0.0, 0)):
+        monkeypatch.setattr(attention_module, "MAX_MATRIX", most)
+        sequences = Sequences(pack([[0] * n for n in lengths]), bias_HLL=bias, slack=slack)
+        found = attention(*qkv, sequences, window=window, scale=0.3)
+        assert bool(calls) == (most == 0)
+        expected = naive_attention(*exact, lengths, window=window, bias_HLL=bias, scale=0.3)
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=0.06)
+        weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+        gradients = torch.autograd.grad((found.float() * weight).sum(), qkv)
+        for one, other in zip(gradients, torch.autograd.grad((expected * weight.double()).sum(), exact), strict=True):
+            torch.testing.assert_close(one.double(), other, rtol=0, atol=0.4)
 
 
 @pytest.mark.parametrize("slack", [0.0, 1.0])

@@ -25,6 +25,9 @@ from .packing import Packed
 Window = tuple[int | None, int | None]
 FULL: Window = (None, None)
 CAUSAL: Window = (None, 0)
+MAX_MATRIX = (
+    512  # tokens of the longest sequence whose attention weights are computed as a matrix, where that is faster
+)
 MIN_BLOCK = 64  # tokens; smaller blocks spend more on their borders than they save
 
 
@@ -169,6 +172,8 @@ def _grouped(
     """Attention within group `i` -> [N, H, L, K]."""
     group, attend = sequences.groups[i], functools.partial(F.scaled_dot_product_attention, **options)
     L = group.length
+    if L <= MAX_MATRIX and not options["dropout_p"] and devices.has_slow_attention(q_NHLK.device, q_NHLK.dtype):
+        attend = functools.partial(_by_products, scale=options["scale"])
     window = tuple(None if n is None or n >= L - 1 else n for n in window)  # limits that no token reaches are none
     if sequences.bias_HLL is not None:
         return attend(q_NHLK, k_NGLK, v_NGLK, attn_mask=sequences.bias(i, window, q_NHLK.dtype))
@@ -191,3 +196,27 @@ def _grouped(
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q_NHMCK, k_NGMSK, v_NGMSK))
     out = attend(q, k, v, attn_mask=mask_NMCS.flatten(0, 1))
     return out.unflatten(0, (-1, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :L]
+
+
+def _by_products(
+    q_NHLK: Tensor,
+    k_NGLK: Tensor,
+    v_NGLK: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None,
+) -> Tensor:
+    """`scaled_dot_product_attention` as two matrix products, which keep the weights [N, H, L, L] for the backward pass;
+    fewer heads of keys than of queries are repeated."""
+    if (num_queries := q_NHLK.shape[1] // k_NGLK.shape[1]) > 1:
+        k_NGLK, v_NGLK = (x.repeat_interleave(num_queries, dim=1) for x in (k_NGLK, v_NGLK))
+    scale = q_NHLK.shape[-1] ** -0.5 if scale is None else scale
+    scores_NHLL = (q_NHLK * scale) @ k_NGLK.transpose(-2, -1)
+    if is_causal:
+        attn_mask = scores_NHLL.new_ones(scores_NHLL.shape[-2:], dtype=torch.bool).tril()
+    if attn_mask is not None and attn_mask.dtype is torch.bool:
+        scores_NHLL = scores_NHLL.masked_fill(~attn_mask, float("-inf"))
+    elif attn_mask is not None:
+        scores_NHLL = scores_NHLL + attn_mask
+    return scores_NHLL.softmax(-1) @ v_NGLK
