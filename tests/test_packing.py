@@ -67,6 +67,14 @@ def test_pack_by_hand():
     assert dtypes == [torch.int64, torch.int64, torch.int32, torch.int64]
 
 
+def test_lengths_of_tensors_alone():
+    tensors = [torch.tensor([5, 6, 7]), torch.tensor([0, 1, 0]), torch.tensor([0, 2, 3], dtype=torch.int32)]
+    packed = Packed(*tensors, 2)
+    assert packed.host_lengths.tolist() == packed.lengths().tolist() == [2, 1]
+    taken = take(packed, torch.tensor([1, 0]))
+    assert (taken.input_ids.tolist(), taken.host_lengths.tolist()) == ([7, 5, 6], [1, 2])
+
+
 @pytest.mark.parametrize("count", [1, 2, 17])
 def test_pack_holds_every_sequence(count):
     sequences = random_sequences(count, count)

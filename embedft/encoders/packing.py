@@ -28,10 +28,10 @@ class Packed(NamedTuple):
     positions: Tensor  # [T] int64, from 0 in each sequence
     cu_seqlens: Tensor  # [B + 1] int32: sequence b is tokens cu_seqlens[b] to cu_seqlens[b + 1]
     max_seqlen: int
-    host_lengths: np.ndarray  # [B] int64: `lengths()`, on the CPU wherever the tensors are, so reading it never waits
     token_types: Tensor | None = None  # [T] int64, pairs only; None: all 0
     prompt_lengths: Tensor | None = None  # [B] int64, if pooling leaves the prompt out
     source: Tensor | None = None  # [B] int64, if texts were cut into windows: the text each sequence comes from
+    known_lengths: np.ndarray | None = None  # [B] int64, as `lengths()`, on the CPU wherever the tensors are
 
     @property
     def num_sequences(self) -> int:
@@ -40,6 +40,11 @@ class Packed(NamedTuple):
     def lengths(self) -> Tensor:
         """Tokens of each sequence, [B] int64."""
         return self.cu_seqlens.diff().long()
+
+    @property
+    def host_lengths(self) -> np.ndarray:
+        """The same on the CPU, without waiting for the device if `known_lengths` is set."""
+        return self.lengths().cpu().numpy() if self.known_lengths is None else self.known_lengths
 
     def to(self, device: torch.device | str) -> "Packed":
         """The same on another device."""
@@ -66,7 +71,7 @@ def pack(
         positions=torch.from_numpy(np.arange(len(tokens.ids)) - starts.repeat(lengths)),
         cu_seqlens=torch.from_numpy(tokens.offsets.astype(np.int32)),
         max_seqlen=int(lengths.max()),
-        host_lengths=lengths,
+        known_lengths=lengths,
         prompt_lengths=None if prompt_length is None else torch.full((len(lengths),), prompt_length),
         source=None if source is None else torch.as_tensor(source, dtype=torch.int64),
     )
@@ -86,7 +91,7 @@ def concatenate(first: Packed, second: Packed) -> Packed:
         positions=torch.cat([first.positions, second.positions]),
         cu_seqlens=torch.cat([first.cu_seqlens, second.cu_seqlens[1:] + first.cu_seqlens[-1]]),
         max_seqlen=max(first.max_seqlen, second.max_seqlen),
-        host_lengths=np.concatenate([first.host_lengths, second.host_lengths]),
+        known_lengths=np.concatenate([first.host_lengths, second.host_lengths]),
         token_types=both("token_types", lambda packed: torch.zeros_like(packed.input_ids)),
         prompt_lengths=both("prompt_lengths", lambda packed: torch.zeros_like(packed.lengths())),
     )
@@ -105,7 +110,7 @@ def take(packed: Packed, sequences_N: Tensor) -> Packed:
     by_token = [x if x is None else x[tokens] for x in (packed.input_ids, packed.positions, packed.token_types)]
     by_sequence = [x if x is None else x[sequences_N] for x in (packed.prompt_lengths, packed.source)]
     longest = int(host_lengths.max(initial=0))
-    return Packed(*by_token[:2], cu_seqlens.to(torch.int32), longest, host_lengths, by_token[2], *by_sequence)
+    return Packed(*by_token[:2], cu_seqlens.to(torch.int32), longest, by_token[2], *by_sequence, host_lengths)
 
 
 def sort_by_length(packed: Packed) -> tuple[Packed, Tensor]:
