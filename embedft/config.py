@@ -265,6 +265,7 @@ def as_typed(message: str, cls: type, arguments: Sequence[str]) -> str:
     typed = {_option(word.partition("=")[0].lstrip("-")) for word in arguments}
     if any(word in message for word in _comma_lists(cls, arguments)):
         message += "; separate several values by blanks, not by commas"
+    message += _json_list(message, arguments)
     # A path, or the key in --loss.temperature, may be called like a field.
     values = {name for word in arguments for name in re.findall(r"\w+", re.sub("^--[^.=]+", "", word))}
 
@@ -291,6 +292,18 @@ def _comma_lists(cls: type, arguments: Sequence[str]) -> Iterator[str]:
             name = _option(name[2:])
         if "," in word and name in several:
             yield word
+
+
+def _json_list(message: str, arguments: Sequence[str]) -> str:
+    """A suffix for the error about a list that is an option's key: "; type --loss.dims '[384, 128]'", or ""."""
+    key = re.search(r"(\w+) is .*, expected (?:a list|\[)", message)
+    for word, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
+        name, equals, text = word.partition("=")
+        if key and name.startswith("--") and name.endswith(f".{key[1]}"):
+            text = text if equals else following
+            items = [_from_text(item, Any) for item in re.findall(r"[^\s,'\"\[\]]+", text)]
+            return "" if isinstance(_from_text(text, Any), list) else f"; type {name} '{json.dumps(items)}'"
+    return ""
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

@@ -273,6 +273,11 @@ def test_missing_options_are_named():
         ("unknown 'a,b'", ("--dims=1", "a,b"), "unknown 'a,b'; separate several values by blanks, not by commas"),
         ("data: 'a,b'", ("a,b", "--lr", "c,d"), "data: 'a,b'"),
         ("lr is '3,4'", ("--dims", "3", "--lr", "3,4"), "--lr is '3,4'"),
+        # A list for one key of an option: JSON, as typed or corrected.
+        ("a: b is '3,x', expected a list of str", ("--a.b", "3,x"), "…; type --a.b '[3, \"x\"]'"),
+        ("a: b is 3, expected [int, ...]", ("--c.b=4", "--a.c.b=3"), "…; type --c.b '[4]'"),
+        ("a: b is ['3'], expected [int, ...]", ("--a.b", '["3"]'), None),
+        ("a: b is 3, expected [int, ...]", ("--b", "3", "x.b"), None),
         # One of several values.
         ("dim is 9, expected 1 to 8", (), "--dim is 9, expected 1 to 8"),
         ("dim is 9, expected 1 to 8", ("x", "--dims", "9", "7"), "--dims is 9, expected 1 to 8"),
@@ -301,7 +306,8 @@ def test_errors_name_options_as_typed(message, arguments, expected):
         epochs: int = option(3, "epochs")
         overwrite: bool = option(False, "overwrite")
 
-    assert as_typed(message, Typed, arguments) == (message if expected is None else expected)
+    expected = message if expected is None else expected.replace("…", message)
+    assert as_typed(message, Typed, arguments) == expected
 
 
 def test_changed_and_combined():
