@@ -1,6 +1,7 @@
 """encoders/prompts.py: which of a model's prompts is whose, by the names that published models give them."""
 
 import pytest
+from naming import names
 
 from embedft import load_embedder
 from embedft.cli import main
@@ -69,3 +70,14 @@ def test_names_on_the_command_line(write_tiny, tmp_path, capsys):
     assert shown() == "query: 'what ', document: 'the '"
     assert shown("--query-prompt", "s2s_query") == "query: 'of ', document: 'the '"
     assert shown("--document-prompt", "") == "query: 'what '"
+
+
+@pytest.mark.parametrize("given", ["s2p_qurey", "passage", "Query"])
+def test_one_word_that_is_no_name_is_mistyped(write_tiny, tmp_path, capsys, given):
+    settings = {"prompts": {"query": "what ", "s2p_query": "of "}}
+    folder = str(write_tiny(tmp_path / "model", modules=True, settings=settings))
+    assert main(["info", folder, "--device", "cpu", "--query-prompt", given]) == 2
+    assert names(capsys.readouterr().err, "--query-prompt", repr(given), "query", "s2p_query")
+    for text in (f"{given} ", f"{given}:", "検索"):
+        assert main(["info", folder, "--device", "cpu", "--query-prompt", text]) == 0
+        assert f"query: {text!r}" in capsys.readouterr().out

@@ -7,8 +7,9 @@ dataset, embedder = load_data(options.data, options), load_encoder(options)
 """
 
 import os
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -85,11 +86,20 @@ def load_model(options: Model, **more: Any) -> "embedft.Embedder":
 
         folder = find_folder(options.model, revision=options.revision, allow_pickle=options.allow_pickle)
         named = read_fields(folder / MODEL_CONFIG_FILE).get("prompts") or {}
-        prompts = {**choose_prompts(named), **{role: named.get(text, text) for role, text in prompts.items()}}
+        prompts = choose_prompts(named) | {role: _text(named, role, text) for role, text in prompts.items()}
     settings = {"device": options.device, "revision": options.revision, "prompts": prompts}
     settings |= {"allow_pickle": True} if options.allow_pickle else {}
     settings["num_layers"] = options.num_layers
     return embedft.load_embedder(options.model, **settings | more)
+
+
+def _text(named: Mapping[str, str], role: str, given: str) -> str:
+    """The prompt that an option gives by name or text. Raises `ValueError` for one word that is no name, though the
+    model has names: it is mistyped rather than a text, which would touch the first word of every query."""
+    if named and given not in named and re.fullmatch(r"[A-Za-z0-9_.-]+", given):
+        names = f"expected a text that ends in a blank, or one of {', '.join(named)}"
+        raise ValueError(f"{role}_prompt is {given!r}, {names}{config.suggestion(given, named)}")
+    return named.get(given, given)
 
 
 def load_encoder(options: Encoder) -> "embedft.Embedder":
