@@ -70,6 +70,7 @@ TABLES = {
     "bfloat16": lambda: {"embeddings": draw(SIZE, 16, dtype=torch.bfloat16).float()},
     "weights": lambda: {"embeddings": draw(SIZE, 16, dtype=torch.float16), "weights": draw(SIZE)},
     "mapping": lambda: {"embeddings": draw(20, 16), "mapping": torch.arange(SIZE, dtype=torch.int32) % 20},
+    "unsigned": lambda: {"embeddings": draw(20, 16), "mapping": (torch.arange(SIZE) % 20).to(torch.uint32)},
     "all": quantized,
 }
 
@@ -179,6 +180,9 @@ def test_other_poolings_are_for_trials_alone(tmp_path):
         ({"mapping": torch.arange(SIZE)}, ("mapping", 0, SIZE - 1, 20)),
         ({"mapping": -torch.ones(SIZE, dtype=torch.int64)}, ("mapping", -1, 20)),
         ({"mapping": draw(SIZE)}, ("mapping", "torch.float32", "row")),
+        ({"mapping": torch.zeros(3 * SIZE, dtype=torch.uint8)}, ("mapping", 3 * SIZE, "tokenizer", "tokens")),
+        ({"mapping": torch.zeros(SIZE, dtype=torch.complex64)}, ("mapping", "torch.complex64")),
+        ({"weights": torch.ones(SIZE).to(torch.float8_e4m3fn)}, ("weights", "torch.float8_e4m3fn")),
         ({"mapping": torch.arange(0)}, ("mapping", (0,), "row")),
         ({"weights": draw(20)}, ("weights", (20,), (SIZE,))),
         ({"mapping": torch.arange(20), "weights": draw(20)}, ("ids", SIZE - 1, ..., "vocab_size", ..., 20)),

@@ -136,20 +136,20 @@ def read_tokenizer(folder: Path, config: Any, max_length: int | None) -> Tokeniz
         folder_length = settings.get("max_seq_length") or own.get("model_max_length") or limit
         with naming(folder):
             tokenizer.max_length = int(min(folder_length, limit))
-    _check_ids(folder, tokenizer, getattr(config, "vocab_size", math.inf))
+    check_ids(folder, tokenizer, getattr(config, "vocab_size", math.inf))
     return tokenizer
 
 
-def read_static_tokenizer(folder: Path, config: Any, max_length: int | None) -> Tokenizer:
+def read_static_tokenizer(folder: Path, max_length: int | None) -> Tokenizer:
     """The tokenizer of static embeddings, which add no special tokens, as tokenizer.json has it."""
-    tokenizer = Tokenizer.load_bare(folder, max_length=config.max_length)
-    _check_ids(folder, tokenizer, config.vocab_size)
+    tokenizer = Tokenizer.load_bare(folder, max_length=static.Config.max_length)
     if max_length is not None:
         tokenizer.max_length = max_length
     return tokenizer
 
 
-def _check_ids(folder: Path, tokenizer: Tokenizer, vocab_size: float) -> None:
+def check_ids(folder: Path, tokenizer: Tokenizer, vocab_size: float) -> None:
+    """Raises `ValueError` for a tokenizer with ids that the encoder has no vector for."""
     # The post-processor may add what the vocabulary does not have.
     ids = *tokenizer.backend.get_vocab(with_added_tokens=True).values(), *tokenizer.encode([""])[0]
     largest = max(ids)

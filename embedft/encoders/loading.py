@@ -5,7 +5,6 @@ embedder.save("model")
 """
 
 import importlib.util
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -167,8 +166,10 @@ def _load_base(
     if is_static(first, modules):
         if num_layers is not None:
             raise ValueError(f"{first}: num_layers is {num_layers}, but static embeddings have no layers")
-        encoder, config = static.read_table(first, dtype, allow_pickle=allow_pickle)
-        tokenizer = layout.read_static_tokenizer(first, encoder.config, max_length)
+        tokenizer = layout.read_static_tokenizer(first, max_length)
+        num_tokens = tokenizer.backend.get_vocab_size()
+        encoder, config = static.read_table(first, dtype, num_tokens=num_tokens, allow_pickle=allow_pickle)
+        layout.check_ids(first, tokenizer, encoder.config.vocab_size)
         return _Base(static, encoder, {}, config, tokenizer, layout.read_pooling(None, encoder.config.hidden_size))
     weights = _weights_of(first)
     family, config, values = layout.read_config(weights)
@@ -233,7 +234,7 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None) -> tuple[To
     modules = split_modules(folder)[0]["document"]
     first = modules[0].folder if modules else folder
     if is_static(first, modules):
-        tokenizer = layout.read_static_tokenizer(first, static.Config(math.inf, 1), None)
+        tokenizer = layout.read_static_tokenizer(first, None)
     else:
         tokenizer = layout.read_tokenizer(first, layout.read_config(_weights_of(first))[1], None)
     prompts = choose_prompts(layout.read_fields(folder / layout.MODEL_CONFIG_FILE).get("prompts", {}))

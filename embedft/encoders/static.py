@@ -27,6 +27,8 @@ from .weights import opened
 
 CARRIED = ()
 MODEL_TYPE, TABLE, MODEL2VEC_TABLE = "model2vec", "embedding.weight", "embeddings"
+INTEGERS = {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
+NUMBERS = INTEGERS | {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,11 @@ def is_model2vec(folder: Path) -> bool:
         return MODEL2VEC_TABLE in files
 
 
-def read_table(folder: Path, dtype: torch.dtype, *, allow_pickle: bool = False) -> tuple[Encoder, dict[str, Any]]:
-    """The encoder, and config.json as it is, if there is one. Raises `ValueError` for tensors that do not fit."""
+def read_table(
+    folder: Path, dtype: torch.dtype, *, num_tokens: int, allow_pickle: bool = False
+) -> tuple[Encoder, dict[str, Any]]:
+    """The encoder, and config.json as it is, if there is one. `num_tokens`: of the tokenizer, so that a small file
+    cannot unfold to a huge table. Raises `ValueError` for tensors that do not fit."""
     path = folder / CONFIG_FILE
     values = read_object(path) if path.is_file() else {}
     with opened(folder, allow_pickle=allow_pickle) as (listed, files):
@@ -79,11 +84,13 @@ def read_table(folder: Path, dtype: torch.dtype, *, allow_pickle: bool = False) 
         if name not in files:
             raise ValueError(f"{listed}: has neither {TABLE} nor {MODEL2VEC_TABLE}")
         tensors = {key: files[key].get_tensor(key) for key in (name, "mapping", "weights") if key in files}
+    if wrong := [f"{key} has type {tensor.dtype}" for key, tensor in tensors.items() if tensor.dtype not in NUMBERS]:
+        raise ValueError(f"{listed}: {wrong[0]}, expected whole or floating-point numbers")
     table_VD = tensors[name]
     if table_VD.ndim != 2 or 0 in table_VD.shape:
         raise ValueError(f"{listed}: {name} has shape {tuple(table_VD.shape)}, expected tokens by features")
     if name == MODEL2VEC_TABLE:
-        table_VD = _unfold(listed, table_VD, tensors.get("mapping"), tensors.get("weights"))
+        table_VD = _unfold(listed, table_VD, tensors.get("mapping"), tensors.get("weights"), num_tokens)
     config = Config(*table_VD.shape, table=name)
     with without_memory():
         encoder = Encoder(config)
@@ -91,16 +98,19 @@ def read_table(folder: Path, dtype: torch.dtype, *, allow_pickle: bool = False) 
     return encoder, {"model_type": MODEL_TYPE if name == MODEL2VEC_TABLE else "static", **values}
 
 
-def _unfold(path: Path, rows_RD: Tensor, mapping_V: Tensor | None, weight_V: Tensor | None) -> Tensor:
+def _unfold(path: Path, rows_RD: Tensor, mapping_V: Tensor | None, weight_V: Tensor | None, num_tokens: int) -> Tensor:
     """Row `mapping[v]` times `weights[v]` for each token v, [V, D]."""
     if mapping_V is not None:
-        if mapping_V.ndim != 1 or not len(mapping_V) or mapping_V.dtype.is_floating_point:
+        if mapping_V.ndim != 1 or not len(mapping_V) or mapping_V.dtype not in INTEGERS:
             found = f"{mapping_V.dtype} of shape {tuple(mapping_V.shape)}"
             raise ValueError(f"{path}: mapping is {found}, expected a row number for each token")
+        if len(mapping_V) > 2 * num_tokens:  # ids may have gaps
+            raise ValueError(f"{path}: mapping has {len(mapping_V)} entries, but the tokenizer {num_tokens} tokens")
+        mapping_V = mapping_V.long()
         if not 0 <= mapping_V.min() <= mapping_V.max() < len(rows_RD):
             found = f"{mapping_V.min()} to {mapping_V.max()}"
             raise ValueError(f"{path}: mapping is {found}, expected rows of the {len(rows_RD)} in {MODEL2VEC_TABLE}")
-        rows_RD = rows_RD[mapping_V.long()]
+        rows_RD = rows_RD[mapping_V]
     if weight_V is None:
         return rows_RD
     if weight_V.shape != rows_RD.shape[:1]:
