@@ -9,14 +9,16 @@ import pytest
 import torch
 from families import tiny_encoder
 from hub_server import Hub
-from naming import names
+from naming import names, naming
 from tiny import make_dataset, make_embedder
 
-from embedft import FinetuneConfig, finetune, load_embedder
+from embedft import FinetuneConfig, finetune, load_embedder, load_scorer
 from embedft.cli import main
 from embedft.encoders.card import MARK, facts, flops, model_card
 from embedft.encoders.folder import FAMILIES
+from embedft.encoders.loading import push_folder
 from embedft.encoders.lora import LoraConfig, add_lora
+from embedft.files import REPLACING, read_json, write_json
 
 
 def test_flops_by_hand(tiny_bert):
@@ -147,15 +149,31 @@ def test_push_to_a_branch(tiny_bert, tmp_path):
         assert (repository["main"], repository["trial"]) == ("0" * 40, "1" * 40)
 
 
-def test_an_adapter_of_lora_is_pushed(tiny_bert, tmp_path):
+def test_an_adapter_of_lora_is_pushed_if_others_can_find_its_base(tiny_bert, tmp_path):
     embedder = load_embedder(tiny_bert, device="cpu")
     add_lora(embedder, LoraConfig(save="adapter"))
     embedder.save(tmp_path / "model")
-    with Hub({}) as hub:
+    config = tmp_path / "model" / "adapter_config.json"
+    with pytest.raises(ValueError, match=naming(config, "base_model_name_or_path", repr(str(tiny_bert)), "hub")):
+        push_folder(tmp_path / "model", "me/mine")
+    write_json(config, read_json(config) | {"base_model_name_or_path": "me/base"})
+    files = {path.name: path.read_bytes() for path in tiny_bert.iterdir() if path.is_file()}
+    with Hub({"me/base": {"main": "2" * 40, "2" * 40: files}}) as hub:
         done = push(hub, tmp_path, tmp_path / "model", "me/mine")
         assert done.returncode == 0, done.stderr
-        (repository,) = hub.repositories.values()
+        repository = hub.repositories["me/mine"]
         assert "adapter_model.safetensors" in repository[repository["main"]]
+
+
+def test_the_folder_of_a_run_is_not_its_model(tiny_bert, tmp_path):
+    load_embedder(tiny_bert, device="cpu").save(tmp_path / "run" / "model")
+    write_json(tmp_path / "run" / "config.json", {"epochs": 3})
+    for use in (load_embedder, load_scorer, lambda folder: push_folder(folder, "me/mine")):
+        with pytest.raises(ValueError, match=naming(tmp_path / "run", tmp_path / "run" / "model", "model")):
+            use(tmp_path / "run")
+    (tmp_path / "run" / "model" / REPLACING).touch()
+    with pytest.raises(ValueError, match=naming(tmp_path / "run" / "model", "new", "old")):
+        push_folder(tmp_path / "run" / "model", "me/mine")
 
 
 @pytest.mark.parametrize(
@@ -163,7 +181,8 @@ def test_an_adapter_of_lora_is_pushed(tiny_bert, tmp_path):
     [
         ("model", "mine", ("'mine'", "user/model")),
         ("missing", "me/mine", ("missing", "folder")),
-        (".", "me/mine", ("config.json",)),
+        (".", "me/mine", ("model",)),
+        ("model/1_Pooling", "me/mine", ("model.safetensors",)),
         ("model", "me/mine", ("me/mine", "hub", "HF_TOKEN")),
     ],
 )

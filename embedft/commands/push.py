@@ -22,7 +22,4 @@ def run(options: Options) -> None:
     """Uploads the folder, and prints the commit's address."""
     from ..encoders.loading import push_folder
 
-    folder = Path(options.folder)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
-    print(push_folder(folder, options.repository, private=options.private, revision=options.revision))
+    print(push_folder(Path(options.folder), options.repository, private=options.private, revision=options.revision))

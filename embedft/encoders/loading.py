@@ -26,9 +26,10 @@ from .fingerprint import weights_sha256
 from .lora import Lora, read_lora
 from .modules import STATIC, Module, split_modules
 from .openai_api import ApiEmbedder
+from .pickles import PICKLE_FILE
 from .pooling import Pooling
 from .prompts import choose_prompts
-from .schema import LORA_CONFIG_FILE
+from .schema import LORA_CONFIG_FILE, MODULES_FILE
 from .store import Store
 from .tokenization import TOKENIZER_FILE, Tokenizer
 from .weights import INDEX_FILE, WEIGHTS_FILE, read_encoder
@@ -244,7 +245,7 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None) -> tuple[To
 def find_folder(name: str, *, revision: str | None = None, allow_pickle: bool = False) -> Path:
     """The folder of a model's files, downloaded if necessary; for names, see `load_embedder`."""
     if Path(name).is_dir():
-        check_whole(Path(name))
+        _check_place(Path(name))
         return Path(name)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(f"{name}: no such folder")
@@ -259,13 +260,30 @@ def find_folder(name: str, *, revision: str | None = None, allow_pickle: bool = 
     return _hub_folder(name, revision, local_files_only=False, allow_pickle=allow_pickle)
 
 
+def _check_place(folder: Path) -> None:
+    """Raises `ValueError` for a folder that is not whole, or whose model is in its folder `model`, as a run's is."""
+    check_whole(folder)
+    holds = (MODULES_FILE, WEIGHTS_FILE, INDEX_FILE, PICKLE_FILE, LORA_CONFIG_FILE)
+    here, inside = (any((place / name).is_file() for name in holds) for place in (folder, folder / "model"))
+    if inside and not here:
+        raise ValueError(f"{folder}: is not a model folder; did you mean {folder / 'model'}?")
+
+
 def push_folder(folder: Path, name: str, *, private: bool = False, revision: str | None = None) -> str:
     """Uploads a model folder to the hub as the model `name` ("user/model"), creating it if necessary, in one commit;
-    returns the commit's address. Raises `ValueError` for what is not a model folder, or with what the hub says."""
+    returns the commit's address. Raises `ValueError` for what is not a model folder, for LoRA whose base others could
+    not find, or with what the hub says."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    _check_place(folder)
     for modules in split_modules(folder)[0].values():
         first = modules[0].folder if modules else folder
         if not is_static(first, modules):
             layout.read_config(_weights_of(first))
+        base = layout.read_fields(first / LORA_CONFIG_FILE).get("base_model_name_or_path")
+        if base and Path(base).is_dir():
+            found = f"base_model_name_or_path is {base!r}, a folder that only this machine has"
+            raise ValueError(f"{first / LORA_CONFIG_FILE}: {found}: put the base's name on the hub there")
     if name.count("/") != 1:
         raise ValueError(f"repository is {name!r}, expected a user or organisation and a name, as in user/model")
     import huggingface_hub
@@ -316,7 +334,7 @@ def _hub_folder(name: str, revision: str | None, *, local_files_only: bool, allo
     except errors.RepositoryNotFoundError:
         raise ValueError(f"{name}: no such folder or model on the hub (a private one needs HF_TOKEN)") from None
     except errors.RevisionNotFoundError:
-        raise ValueError(f"{name}: the hub has no revision {revision!r} of this model") from None
+        raise ValueError(f"{name}: the hub has no revision {revision or 'main'!r} of this model") from None
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         raise ValueError(f"{name}: no such folder, and the hub says: {' '.join(str(error).split())}") from None
     except lost as error:
