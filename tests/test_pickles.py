@@ -11,7 +11,7 @@ import torch
 from naming import names, naming
 from safetensors.torch import load_file
 
-from embedft import load_embedder
+from embedft import load_embedder, load_scorer, new_scorer
 from embedft.cli import main
 from embedft.files import read_json, write_json
 
@@ -103,6 +103,19 @@ def test_other_things_than_named_tensors(pickled, content):
     refused(pickled, pickled / "pytorch_model.bin", "tensors", allow_pickle=True)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr, lambda x: x.to("meta"), lambda x: x[:1].expand(10**10, 32)],
+)
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+def test_tensors_that_are_less_than_they_say(pickled, change):
+    """The last one takes 128 bytes in the file and 1.2 TB in memory."""
+    tensors = torch.load(pickled / "pytorch_model.bin")
+    name = next(name for name in tensors if "word_embeddings" in name)
+    torch.save(tensors | {name: change(tensors[name])}, pickled / "pytorch_model.bin")
+    refused(pickled, pickled / "pytorch_model.bin", repr(name), "tensor", allow_pickle=True)
+
+
 @pytest.mark.parametrize("content", [b"", b"\x80\x02", b"PK\x03\x04", b"\x00" * 100])
 def test_damaged_pickles(pickled, content):
     (pickled / "pytorch_model.bin").write_bytes(content)
@@ -120,6 +133,18 @@ def test_a_cut_pickle(pickled):
 def test_a_pointer_in_place_of_a_pickle(pickled):
     (pickled / "pytorch_model.bin").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     refused(pickled, pickled / "pytorch_model.bin", "git lfs pull", allow_pickle=True)
+
+
+def test_a_cross_encoder(pickled, plain, tmp_path):
+    folder = tmp_path / "scorer"
+    new_scorer(load(plain)).save(folder)
+    expected = load_scorer(folder, device="cpu").score([("the fee", "order of the world")])
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=naming(folder, "pytorch_model.bin", "allow_pickle")):
+        load_scorer(folder)
+    scorer = load_scorer(folder, device="cpu", allow_pickle=True)
+    assert np.array_equal(scorer.score([("the fee", "order of the world")]), expected)
 
 
 def test_from_the_command_line(pickled, capsys):

@@ -47,7 +47,10 @@ def run(options: Options) -> None:
     check_output(options.out, overwrite=options.overwrite)
     dataset = load_training_data(options.data, options)
     embedder = load_encoder(options)
-    scorer = None if options.scorer is None else embedft.load_scorer(options.scorer, device=options.device)
+    scorer = None
+    if options.scorer is not None:
+        how = {"device": options.device, "allow_pickle": options.allow_pickle}
+        scorer = embedft.load_scorer(options.scorer, **how)
     names = ("ranks", "num_negatives", "seed", "sampling", "replace", "dim", "passages", *Guards.__annotations__)
     mined = embedft.mine(embedder, dataset, scorer=scorer, **{name: getattr(options, name) for name in names})
     counts = {q: len(mined.negatives.get(q, ())) for q in mined.queries if mined.relevant(q)}

@@ -54,4 +54,9 @@ def read_pickle(path: Path) -> PickledTensors:
         raise ValueError(f"{path}: cannot be read as tensors alone ({why})") from None
     if not isinstance(found, dict) or not all(isinstance(x, Tensor) for x in found.values()):
         raise ValueError(f"{path}: holds something other than named tensors")
+    for name, tensor in found.items():
+        is_plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+        # A view that repeats its storage is small in the file and may be huge in memory.
+        if not is_plain or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{path}: {str(name)[:60]!r} is not a tensor with a value of its own in each place")
     return PickledTensors({str(name): tensor for name, tensor in found.items()})

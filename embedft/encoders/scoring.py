@@ -190,10 +190,11 @@ def load_scorer(
     dtype: torch.dtype = torch.float32,
     max_length: int | None = None,
     revision: str | None = None,
+    allow_pickle: bool = False,
 ) -> Scorer:
     """A Scorer from a cross-encoder's folder or its name on the hub; arguments as for `load_embedder`.
     Raises `ValueError` for a model without a head of one label, or of a family without a layout."""
-    folder = find_folder(str(name), revision=revision)
+    folder = find_folder(str(name), revision=revision, allow_pickle=allow_pickle)
     family, config, values = read_config(folder)
     path = folder / CONFIG_FILE
     layout = find_layout(path, values["model_type"])
@@ -202,7 +203,7 @@ def load_scorer(
     if labels != 1:
         raise ValueError(f"{path}: the model has {labels} labels, expected 1, a score")
     names = tuple(f"{theirs}." for theirs in layout.names().values())
-    encoder, carried = read_encoder(folder, family, config, dtype, carried=names)
+    encoder, carried = read_encoder(folder, family, config, dtype, carried=names, allow_pickle=allow_pickle)
     head_names = {f"{theirs}.{k}": f"{ours}.{k}" for ours, theirs in layout.names().items() for k in ("weight", "bias")}
     tensors = {ours: carried.pop(theirs).to(dtype) for theirs, ours in head_names.items() if theirs in carried}
     fill(head.to(dtype), tensors, f"{folder / WEIGHTS_FILE} (the head)")
