@@ -15,6 +15,7 @@ from tiny import make_dataset, make_embedder
 from torch import nn
 
 from embedft import FinetuneConfig, finetune, load_embedder
+from embedft.cli import main
 from embedft.data.batches import make_batches
 from embedft.encoders.folder import FAMILIES, encoder_keys
 from embedft.encoders.lora import Lora, LoraConfig, Update, add_lora, merge_lora
@@ -458,6 +459,20 @@ def test_the_other_side_of_a_run_comes_from_the_store(tmp_path):
     finetune(embedder, data, FinetuneConfig(epochs=2, batch_size=4, lora={"side": "query"}))
     assert embedded == [4] * 6
     np.testing.assert_array_equal(embedder.encode(list(data.texts.values()), role="document"), before)
+
+
+@pytest.mark.filterwarnings("ignore:.*PEFT")
+def test_on_the_command_line_too(tmp_path):
+    """`finetune` fills the store with the base's documents, which the tuned model then finds there."""
+    make_embedder(tmp_path / "base")
+    data = make_dataset()
+    data.save(tmp_path / "train.json")
+    words = [str(tmp_path / name) for name in ("base", "train.json")]
+    words += ["--out", str(tmp_path / "run"), "--store", str(tmp_path / "store"), "--epochs", "1"]
+    assert main(["finetune", *words, "--lora.rank", "2", "--lora.side", "query", "--device", "cpu"]) == 0
+    tuned = load_embedder(tmp_path / "run" / "model", device="cpu", store=tmp_path / "store")
+    tuned.encode(list(data.texts.values()), role="document")
+    assert (tuned.store.hits, tuned.store.misses) == (len(data.texts), 0)
 
 
 def test_one_side_is_the_naive_gradient(tmp_path):

@@ -29,6 +29,9 @@ class Options(FinetuneConfig, Model, Data):
     out: str = option(REQUIRED, "run folder; the model goes to DIR/model", metavar="DIR")
     validation: str | None = option(None, "held-out questions that choose the best weights", metavar="DATA")
     validation_split: str | None = option(None, "split of a BEIR folder [test, or the only one]")
+    store: str | None = option(
+        None, "keep vectors of MODEL itself here: documents', with --lora.side query", metavar="DIR"
+    )
     merge: bool = option(True, "treat validation documents of equal text as one")
     overwrite: bool = option(False, "replace the run in DIR; until it is done, the old one is in DIR/.replaced")
     resume: bool = option(False, "continue from the last checkpoint in DIR, if there is one")
@@ -79,7 +82,8 @@ def _load(options: Options) -> tuple:
     validation = None
     if options.validation:
         validation = load_data(options.validation, options, split=options.validation_split, merge=options.merge)
-    return load_model(options, device=distributed.rank_device(options.device)), dataset, validation
+    device = distributed.rank_device(options.device)
+    return load_model(options, device=device, store=options.store), dataset, validation
 
 
 def _sources(given: Sequence[str]) -> dict[str, str]:
