@@ -149,13 +149,13 @@ def finetune(
             _prepare(job, existing)
             if out is not None:
                 how = {"existing": existing, "allow_changed_code": allow_changed_code}
-                distributed.from_first(lambda: _open(job, before[0], stack, **how))
+                distributed.encoding_together(embedder, lambda: _open(job, before[0], stack, **how))
         except BaseException:
             embedder.max_length, embedder.encoder.attention_dropout, embedder.lora = *before, None
             raise
         _train(job)
         if out is not None:
-            distributed.from_first(lambda: _close(job))
+            distributed.encoding_together(embedder, lambda: _close(job))
     return embedder
 
 
@@ -275,12 +275,12 @@ def _training_facts(job: _Job) -> dict[str, str]:
 
 
 def _renewed(job: _Job, batches: BatchSource | None) -> BatchSource:
-    """The batches, with negatives and windows found by the current model; rank 0 searches for all ranks."""
+    """The batches, with negatives and windows found by the current model; rank 0 searches, all ranks encode."""
     embedder, config = job.embedder, job.config
     if config.mine_every is not None:
         batches = _make_batches(embedder, _mined(job), config)
     if config.passages is not None and "batches" not in job.given:
-        found = distributed.from_first(lambda: best_windows(embedder, batches))
+        found = distributed.encoding_together(embedder, lambda: best_windows(embedder, batches))
         batches = replace(batches, collate=replace(batches.collate, best_windows=found))
     return batches
 
@@ -295,7 +295,7 @@ def _mined(job: _Job) -> dict[str, RetrievalDataset]:
             raise ValueError("mining found no hard negatives: mine_ranks or the margins rule out every document")
         return found
 
-    found = distributed.from_first(find)
+    found = distributed.encoding_together(job.embedder, find)
     return {name: replace(part, negatives=found[name]) for name, part in job.datasets.items()}
 
 

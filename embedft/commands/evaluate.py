@@ -1,6 +1,7 @@
 """`embedft evaluate`: measures how well a model finds the right document, next to BM25, in one or many settings.
 
 embedft evaluate sentence-transformers/all-MiniLM-L6-v2 held_out.csv --passages 128 64 --fuse --out eval/windows
+torchrun --nproc-per-node 2 -m embedft evaluate sentence-transformers/all-MiniLM-L6-v2 held_out.csv
 """
 
 import dataclasses
@@ -88,10 +89,21 @@ class Options(Adapted, Grid, Hybrid, Data):
 
 
 def run(options: Options) -> None:
-    """Evaluates; saves and prints reports."""
-    there = _report_folders(Path(options.out)) if options.out else []
+    """Evaluates; saves and prints reports. Under torchrun, all ranks encode, and the first does everything else."""
+    from ..training import distributed
+
+    with distributed.process_group():
+        is_first = distributed.rank_and_size()[0] == 0
+        dataset, metric = distributed.together(lambda: _load(options) if is_first else (None, None))
+        device = distributed.rank_device(options.device)
+        embedder = distributed.together(lambda: load_encoder(options, device=device))
+        distributed.encoding_together(embedder, lambda: _evaluate(options, embedder, dataset, metric))
+
+
+def _load(options: Options) -> tuple[RetrievalDataset, str]:
+    """The dataset, and the metric of the table of several settings, once the arguments are known to work."""
     if options.out:
-        check_output(options.out, there, overwrite=options.overwrite)
+        check_output(options.out, _report_folders(Path(options.out)), overwrite=options.overwrite)
     dataset = load_data(options.data, options, merge=options.merge)
     # An empty run has the same metrics as any other, so this checks their names before anything is encoded.
     report = embedft.evaluate_run(Run.from_dict({}), dataset, **options.measures)
@@ -99,7 +111,11 @@ def run(options: Options) -> None:
     metric = options.metric or next((name for name in main if name.startswith("ndcg")), main[0])
     if metric not in report.per_query:
         raise ValueError(f"--metric is {metric!r}, expected one of {', '.join(report.per_query)}")
-    embedder = load_encoder(options)
+    return dataset, metric
+
+
+def _evaluate(options: Options, embedder: Any, dataset: RetrievalDataset, metric: str) -> None:
+    there = _report_folders(Path(options.out)) if options.out else []
     exclude = {"exclude_identical_ids": not options.keep_identical_ids}
     reports = embedft.evaluate_grid(embedder, dataset, **options.grid, **options.measures, **exclude)
     beside = _baselines(options, embedder, dataset, reports[0]) if options.bm25 else {}

@@ -102,13 +102,13 @@ def _text(named: Mapping[str, str], role: str, given: str) -> str:
     return named.get(given, given)
 
 
-def load_encoder(options: Encoder) -> "embedft.Embedder":
+def load_encoder(options: Encoder, **more: Any) -> "embedft.Embedder":
     """Loads the model of a command that encodes, with its store and, if the command has that option, its adapter."""
     import torch
 
     given = {field: getattr(options, field.name) for field in fields(EndpointConfig) if field.name != "model"}
     # Not the defaults: a model that is not behind an API refuses these options.
-    more = {field.name: value for field, value in given.items() if value not in (field.default, {})}
+    more |= {field.name: value for field, value in given.items() if value not in (field.default, {})}
     more |= {"max_length": options.max_length, "dtype": getattr(torch, options.dtype), "store": options.store}
     return load_model(options, adapter=getattr(options, "adapter", None), **more)
 

@@ -9,7 +9,7 @@ Shapes: N texts, W windows of them, T tokens, B sequences, D features.
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,9 @@ class Embedder(nn.Module):
         truncate_dim: leading features that `encode` returns by default; None: all.
         source: the folder it was loaded from; `save` needs it unless the encoder is of your own class.
 
-    `store` (None unless set) keeps the vectors that `encode` computes. `adapter` (None unless attached) maps the
-    encoder's vectors, and `lora` (None unless added) updates its layers; both are trained too. `query_side` (None
-    unless attached) has encoder, tokenizer, pooling and head for queries; the Embedder's own are then for documents."""
+    `store` keeps the vectors that `encode` computes, `adapter` maps the encoder's vectors, `lora` updates its layers
+    (both are trained too), and `query_side` has encoder, tokenizer, pooling and head for queries, while the Embedder's
+    own are for documents: None unless set. `map_batches`, `map` unless set, calls `vectors_of` for every batch."""
 
     def __init__(
         self,
@@ -67,8 +67,7 @@ class Embedder(nn.Module):
             raise ValueError(f"similarity is {similarity!r}, expected one of cosine, dot")
         self.encoder, self.tokenizer, self.source = encoder, tokenizer, source
         self.pooling = pooling or Pooling(("mean",), encoder.config.hidden_size)
-        one = nn.Sequential()
-        self.heads = nn.ModuleDict(heads or dict.fromkeys(ROLES, one))
+        self.heads = nn.ModuleDict(heads or dict.fromkeys(ROLES, nn.Sequential()))
         widths = {role: width(head, self.pooling.out_features) for role, head in self.heads.items()}
         if len({*widths.values()}) > 1:
             raise ValueError(f"vectors of queries have {widths['query']} features, documents {widths['document']}")
@@ -78,6 +77,7 @@ class Embedder(nn.Module):
         self.query_side: Embedder | None = None
         self.lora: nn.Module | None = None
         self.store: Store | None = None
+        self.map_batches: Callable[..., Iterable[np.ndarray]] = map
         self.truncate_dim = None if truncate_dim is None else self._checked_dim(truncate_dim)
         self.max_length = tokenizer.max_length
 
@@ -107,8 +107,7 @@ class Embedder(nn.Module):
 
     @max_length.setter
     def max_length(self, value: int) -> None:
-        limit = self.encoder.config.max_length
-        if value > limit:
+        if value > (limit := self.encoder.config.max_length):
             raise ValueError(f"max_length is {value}, expected at most the encoder's {limit} positions")
         before, self.tokenizer.max_length = self.max_length, value
         if getattr(self, "query_side", None) is not None and value != before:
@@ -150,8 +149,7 @@ class Embedder(nn.Module):
         prompt, side = self.prompt(role), self.side(role)
         if not prompt or side.pooling.include_prompt:
             return None
-        prompt_length = side.tokenizer.prompt_length(prompt)
-        if prompt_length >= max_length - 1:
+        if (prompt_length := side.tokenizer.prompt_length(prompt)) >= max_length - 1:
             raise ValueError(f"the {role} prompt has {prompt_length} tokens, max_length is {max_length}")
         return prompt_length
 
@@ -272,9 +270,10 @@ class Embedder(nn.Module):
             def compute(keys: Sequence[str]) -> np.ndarray:
                 token_ids = tokens(keys)
                 vectors_ND = np.empty((len(keys), self.base_dim), dtype=np.float32)
-                for rows in rows_by_length(token_ids.lengths(), limit):
-                    packed = side._packed(token_ids.take(rows), prompt_length)
-                    vectors_ND[rows] = self._finished(side._pooled(packed, role), role).float().cpu().numpy()
+                rows_of = list(rows_by_length(token_ids.lengths(), limit))
+                batches = ((token_ids.take(rows), role, prompt_length) for rows in rows_of)
+                for rows, found in zip(rows_of, self.map_batches(self.vectors_of, batches), strict=True):
+                    vectors_ND[rows] = found
                     if len(wrong := np.flatnonzero(~np.isfinite(vectors_ND[rows]).all(axis=1))):
                         row = rows[wrong[0]]
                         text = keys[row] if passages is None else side.tokenizer.backend.decode(token_ids[row])
@@ -290,6 +289,12 @@ class Embedder(nn.Module):
 
         with inference(self), progress_bar(num_texts, f"encode ({role})", unit="text", show=progress) as bar:
             yield vectors, bar
+
+    def vectors_of(self, batch: tuple[TokenIds, str, int | None]) -> np.ndarray:
+        """Vectors before the adapter, [B, D] float32, of token ids, a role, and a number of tokens not to pool."""
+        ids, role, prompt_length = batch
+        packed = self.side(role)._packed(ids, prompt_length)
+        return self._finished(self.side(role)._pooled(packed, role), role).float().cpu().numpy()
 
     def _settings(self, role: str) -> dict[str, Any]:
         side = self.side(role)
@@ -310,12 +315,11 @@ class Embedder(nn.Module):
     def space(self, role: str, *, texts: str = "texts") -> Space:
         """The space, in a `Store`, of the encoder's full vectors, before the adapter and truncation.
         Its fingerprint is recomputed on every call, so it follows training. `texts`: "token ids" for windows."""
-        found = self._fingerprint(role, precision=precision(self.device), texts=texts)
         roles = " and ".join(other for other in ROLES if self.prompt(other) == self.prompt(role))
         dtype = str(next(self.parameters()).dtype).removeprefix("torch.")
         description = {"model": self.source.name if self.source else "", "dtype": dtype, "role": roles}
         description |= self._settings(role) | ({} if texts == "texts" else {"texts": texts})
-        return Space(found, self.base_dim, description)
+        return Space(self._fingerprint(role, precision=precision(self.device), texts=texts), self.base_dim, description)
 
     def base(self) -> Base:
         """What an adapter records about this model; independent of precision and of embedft's own code."""

@@ -4,7 +4,9 @@ Each rank embeds its part of a batch's texts; the vectors are gathered, and ever
 batch, so the number of ranks changes neither negatives nor gradients. Weights and optimizer state are not sharded.
 
     with process_group():                              # or torch.distributed.init_process_group(...), nccl or gloo
-        finetune(load_embedder("BAAI/bge-base-en-v1.5", device=rank_device()), dataset, config, out="runs/first")
+        embedder = load_embedder("BAAI/bge-base-en-v1.5", device=rank_device())
+        finetune(embedder, dataset, config, validation=held_out, out="runs/first")
+        report = encoding_together(embedder, lambda: evaluate(embedder, test_set))    # the same on every rank
 
 Shapes: B sequences of a batch, N sequences of one rank, S ranks, D features.
 """
@@ -23,9 +25,11 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from .. import device as devices
+from ..encoders.layers import inference
 from ..encoders.packing import Packed, sort_by_length, take
 
 T = TypeVar("T")
+BATCHES_AT_ONCE = 4  # that a rank encodes before all wait for the slowest
 
 
 class OtherRankError(ValueError):
@@ -151,6 +155,65 @@ def from_first(compute: Callable[[], T]) -> T:
     if found[0] is None:
         raise OtherRankError("rank 0 failed; its own message says why")
     return found[0][0]
+
+
+def encoding_together(embedder: nn.Module, compute: Callable[[], T]) -> T:
+    """`from_first`; meanwhile, all ranks share in what rank 0 encodes with `embedder`, whose weights each has.
+    Batches are what a single process would encode at a time, so the vectors have the same bits."""
+    rank, size = rank_and_size()
+    if size == 1 or not hasattr(embedder, "map_batches"):
+        return from_first(compute)
+    if rank > 0:
+        with inference(embedder):
+            _encode_for_first(embedder.vectors_of)
+
+    def spreading() -> T:
+        embedder.map_batches = _spread
+        try:
+            return compute()
+        finally:
+            embedder.map_batches = map
+            dist.scatter_object_list([None], [None] * size, src=0)  # the others leave their loop
+
+    return from_first(spreading)
+
+
+def _spread(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """`map(function, items)` on rank 0, with the help of the others, which are in `_encode_for_first`."""
+    size, items = rank_and_size()[1], iter(items)
+    while some := list(itertools.islice(items, size * BATCHES_AT_ONCE)):
+        own: list[Any] = [None]
+        dist.scatter_object_list(own, [some[rank::size] for rank in range(size)], src=0)
+        found = _gathered(function, own[0])
+        for place in range(len(some)):
+            yield found[place % size][place // size]
+
+
+def _encode_for_first(function: Callable[[Any], Any]) -> None:
+    while True:
+        own: list[Any] = [None]
+        dist.scatter_object_list(own, None, src=0)
+        if own[0] is None:
+            return
+        with contextlib.suppress(Exception):  # rank 0 has been told, and ends the loop
+            _gathered(function, own[0])
+
+
+def _gathered(function: Callable[[Any], Any], own: list[Any]) -> list[list[Any]]:
+    """On rank 0, function(item) of all ranks' own items, by rank. A rank that fails tells rank 0."""
+    rank, size = rank_and_size()
+    found: list[Any] = [None] * size
+    try:
+        told = [function(item) for item in own]
+    except Exception as error:
+        told = str(error) or type(error).__name__
+        raise
+    finally:
+        dist.gather_object(told, found if rank == 0 else None, dst=0)
+    for other, result in enumerate(found if rank == 0 else ()):
+        if isinstance(result, str):
+            raise OtherRankError(f"rank {other}: {result}")
+    return found
 
 
 def together(compute: Callable[[], T]) -> T:

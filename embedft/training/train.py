@@ -95,7 +95,7 @@ def train(
         optimizer: builds the optimizer from `optim.parameter_groups`; config.schedule scales its learning rates.
         references: {name: batch -> (Q [B, E], D [M, E])}, frozen vectors for `targets.references`.
         constant: {"query" | "document": batch -> its vectors}: texts of this side are not embedded (LoRA of one side).
-        evaluate: validation, {metric: value, higher is better}; called on rank 0.
+        evaluate: validation, {metric: value, higher is better}; called on rank 0, the others help it to encode.
         refresh: rebuilds the batches, as many as before, at the start of every `refresh_every`-th epoch but the first.
             Called on every rank; a resumed run calls it again with the weights that the last call used.
         on_step: called on every rank after each step with the state and its record for train.jsonl; if it returns
@@ -226,10 +226,10 @@ def backward(
 
 
 def validate(state: TrainState, evaluate: Evaluate, config: TrainConfig, log: Log) -> None:
-    """Evaluates on rank 0, and keeps the weights if they are the best so far."""
+    """Evaluates on rank 0, where the other ranks help to encode, and keeps the weights if they are the best so far."""
     start, embedder = time.perf_counter(), state.embedder.eval()
     devices.release_memory(embedder.device)  # before and after: encoding fragments memory as much as training does
-    metrics = distributed.from_first(lambda: dict(evaluate(embedder)))
+    metrics = distributed.encoding_together(embedder, lambda: dict(evaluate(embedder)))
     devices.release_memory(embedder.device)
     if config.select not in metrics:
         raise ValueError(f"select is {config.select!r}, expected one of {', '.join(metrics)}")
