@@ -995,7 +995,7 @@ def test_many_ids_are_counted_in_the_message(tmp_path):
         ("warmup", -0.1, (0,)),
         ("weight_decay", math.inf, (0,)),
         ("schedule", "step", ("linear", "cosine", "constant")),
-        ("precision", "float16", ("float32", "bfloat16")),
+        ("precision", "int8", ("float32", "bfloat16", "float16")),
         ("eval_every", 0, (1,)),
         ("checkpoint_every", -1, (1,)),
         ("eval_every", "often", ("int", "null")),

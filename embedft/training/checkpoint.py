@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .. import device as devices
 from ..encoders.weights import write_tensors
 from ..files import named_errors, read_object, sha256_file, temporary_path, write_json
+from .precision import make_scaler
 
 MODEL, LOSS, OPTIMIZER, RANDOM = "model.safetensors", "loss.safetensors", "optimizer.safetensors", "random.safetensors"
 BEST, REFRESH, STATE, FILES = "best.safetensors", "refresh.safetensors", "state.json", "files.json"
@@ -33,6 +34,7 @@ class TrainState:
     embedder: nn.Module = field(repr=False, compare=False)
     loss: Any = field(repr=False, compare=False)  # a module is trained too
     optimizer: torch.optim.Optimizer = field(repr=False, compare=False)
+    scaler: Any = field(default_factory=lambda: make_scaler("float32", torch.device("cpu")), repr=False, compare=False)
     step: int = 0  # steps done; epoch and batch follow from it
     stopped: bool = False  # by `on_step`
     evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)  # step, {metric: value}
@@ -69,7 +71,7 @@ def save_checkpoint(folder: Path, state: TrainState) -> None:
             if tensors is not None:
                 write_tensors(new / name, tensors)
         plain = {name: getattr(state, name) for name in ("step", "stopped", "evaluations", "best_step")}
-        write_json(new / STATE, plain | {"optimizer": optimizer})
+        write_json(new / STATE, plain | {"optimizer": optimizer, "scaler": state.scaler.state_dict()})
         write_json(new / FILES, {file.name: sha256_file(file) for file in sorted(new.iterdir())})
         shutil.rmtree(path, ignore_errors=True)
         os.replace(new, path)
@@ -96,12 +98,15 @@ def load_checkpoint(folder: Path, state: TrainState) -> bool:
                 shapes = f"{found.get(name, 'missing')}, expected {expected.get(name, 'none')}"
                 raise ValueError(f"{path / file}: {name} is {shapes}: it belongs to another run")
     stored = read_object(path / STATE)
-    values = stored.pop("optimizer")
+    values, scaler = stored.pop("optimizer"), stored.pop("scaler", {})  # earlier versions had no scaler
     moments = load_file(path / OPTIMIZER) | values["state"]
     unknown = {key.partition("/")[2] for key in moments} - parameters.keys()
     if unknown or len(values["groups"]) != len(groups):
         what = f"updates {min(unknown)!r}" if unknown else f"has {len(values['groups'])} parameter groups"
         raise ValueError(f"{path / OPTIMIZER}: {what}, so it belongs to a run with another optimizer")
+    if scaler.keys() != state.scaler.state_dict().keys():
+        raise ValueError(f"{path / STATE}: scaler is {scaler}, so it belongs to a run of another precision")
+    state.scaler.load_state_dict(scaler)
     for file, module in modules.items():
         module.load_state_dict(weights[file])
     for key, value in moments.items():

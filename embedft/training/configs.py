@@ -33,7 +33,7 @@ class TrainConfig:
     max_grad_norm: float = option(1.0, "clip gradients to this norm", above=0)
     depths: list[int] | None = option(None, "embed each batch with one of these numbers of layers, drawn [all layers]")
     seed: int = option(42, "random seed for batch order and dropout", above=-LARGEST_SEED, below=LARGEST_SEED)
-    precision: Literal["float32", "bfloat16"] = option("float32", "precision of the forward pass; bfloat16: autocast")
+    precision: Literal["float32", "bfloat16", "float16"] = option("float32", "precision of the forward pass (autocast)")
     accumulate: int = option(1, "batches per step; their gradients are averaged", least=1)
     mini_batch_tokens: int | None = option(None, "gradient caching: tokens per mini-batch [no caching]", least=1)
     eval_every: int | None = option(None, "steps between validations [one per epoch]", least=1)

@@ -9,15 +9,13 @@ Shapes: B queries, M documents, D dimensions.
 """
 
 import contextlib
-import functools
-import itertools
 import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +35,9 @@ from .cached import cached_backward, no_vectors
 from .checkpoint import TrainState, copy_weights, load_checkpoint, save_checkpoint
 from .configs import TrainConfig
 from .distributed import LocalBatch
+from .epochs import BatchSource, Epochs, Refresh
 from .optim import MakeOptimizer, build_optimizer, lr_factor, parameter_groups
+from .precision import autocast, make_scaler
 from .references import Reference, targets_with
 from .run_folder import CHECKPOINTS, Log, open_log
 
@@ -55,17 +55,8 @@ class NonFiniteError(ValueError):
         super().__init__(f"step {step}: the {what}; queries {names[0]}; documents {names[1]}")
 
 
-class BatchSource(Protocol):
-    """What `train` needs of batches: how many an epoch has, and the batches of an epoch, starting from any."""
-
-    def __len__(self) -> int: ...
-
-    def epoch(self, number: int, *, start: int = 0) -> Iterator[Batch]: ...
-
-
 Constant = Callable[[Batch], Tensor]
 Evaluate = Callable[[Embedder], Mapping[str, float]]
-Refresh = Callable[[Embedder], BatchSource]
 OnStep = Callable[[TrainState, dict[str, Any]], Any]
 
 
@@ -102,11 +93,13 @@ def train(
             "stop" on rank 0, training ends. Its own state is not saved in checkpoints.
 
     Raises:
-        NonFiniteError: a loss or gradient is not finite; no step was taken with it.
+        NonFiniteError: a loss or gradient is not finite; no step was taken with it. In float16, steps are skipped, and
+            recorded as such, while smaller scales (precision.py) may make gradients finite.
         ValueError: `config.select` is not a metric; a reference or refresh returns the wrong number of vectors or
             batches; ranks differ; a checkpoint is damaged or belongs to another run."""
-    state = TrainState(embedder, loss, _make_optimizer(embedder, loss, config, optimizer))
-    epochs = _Epochs(batches, config, refresh, refresh_every)
+    scaler = make_scaler(config.precision, embedder.device)
+    state = TrainState(embedder, loss, _make_optimizer(embedder, loss, config, optimizer), scaler)
+    epochs = Epochs(batches, config, refresh, refresh_every)
     eval_every, save_every = (n or epochs.steps_per_epoch for n in (config.eval_every, config.checkpoint_every))
     with _session(state, epochs, config, out) as (log, resumed, bar):
         if evaluate is not None and not resumed:
@@ -144,38 +137,33 @@ def training_step(
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     embedder.train()
-    loss, components, depths = 0.0, Counter(), []
+    loss, components, depths, scale = 0.0, Counter(), [], state.scaler.get_scale()
     for place, batch in enumerate(parts):
         targets = targets_with(references, batch).to(embedder.device)
         given = {role: vectors(batch).to(embedder.device) for role, vectors in constant.items()}
         local, seeds = LocalBatch.of(*_texts(batch, given)), (config.seed, state.step, place)
         depths.append(drawn_depth(config.depths, config.seed, state.step * config.accumulate + place))
         with at_depth(embedder.encoder, depths[-1]):
-            value, found = backward(embedder, local, targets, state.loss, config, 1 / len(parts), seeds, given)
-        loss = loss + value
+            value, found = backward(embedder, local, targets, state.loss, config, scale / len(parts), seeds, given)
+        loss = loss + value / scale  # exact: a power of two, 1 unless gradients are scaled
         for name, component in found.items():
             components[name] = components[name] + component / len(parts)
         if (state.step * config.accumulate + place + 1) % RELEASE_EVERY == 0:
             devices.release_memory(embedder.device)
     of_loss = state.loss.parameters() if isinstance(state.loss, nn.Module) else ()
     distributed.sum_gradients(embedder.parameters(), of_first=[p for p in of_loss if p.requires_grad])
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-    for what, value in (("loss", loss), ("gradient norm", grad_norm)):
-        if not torch.isfinite(value):
-            ids = ([i for part in parts for i in getattr(part, name)] for name in ("query_ids", "document_ids"))
-            raise NonFiniteError(f"{what} is {value.item()}", state.step + 1, *ids)
-    optimizer.step()
-    optimizer.zero_grad()
+    grad_norm, is_skipped = _clip_and_step(state, parts, loss, config, scale)
     state.step += 1
     record = {
         "loss": loss.item(),
         "lr": float(optimizer.param_groups[0]["lr"]),
-        "grad_norm": grad_norm.item(),
+        "grad_norm": None if is_skipped else grad_norm.item(),
         "queries": sum(len(batch.query_ids) for batch in parts),
         "tokens": sum(map(_num_tokens, parts)),
         "seconds": time.perf_counter() - start,
     }
+    if state.scaler.is_enabled():
+        record |= {"scale": scale, "skipped": is_skipped}
     if config.depths is not None:
         record["depths"] = depths
     if components:
@@ -183,6 +171,25 @@ def training_step(
     if parts[0].sources is not None:
         record["sources"] = dict(Counter(source for batch in parts for source in batch.sources))
     return record
+
+
+def _clip_and_step(
+    state: TrainState, parts: list[Batch], loss: Tensor, config: TrainConfig, scale: float
+) -> tuple[Tensor, bool]:
+    """Clips the gradients, which are `scale` times too large, and steps. Returns their norm, and whether the step was
+    skipped because they are not finite at this scale."""
+    state.scaler.unscale_(state.optimizer)
+    parameters = [parameter for group in state.optimizer.param_groups for parameter in group["params"]]
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+    is_skipped = scale > 1 and not grad_norm.isfinite()  # next time with a smaller scale
+    for what, value in (("loss", loss), ("gradient norm", grad_norm)):
+        if not value.isfinite() and not (is_skipped and value is grad_norm):
+            ids = ([i for part in parts for i in getattr(part, name)] for name in ("query_ids", "document_ids"))
+            raise NonFiniteError(f"{what} is {value.item()}", state.step + 1, *ids)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad()
+    return grad_norm, is_skipped
 
 
 def backward(
@@ -198,9 +205,7 @@ def backward(
     """Accumulates the gradients of `weight` times the loss of a batch, through this rank's texts; `given`, {role:
     vectors of the whole batch}, are used as they are.
     Returns the value, detached, and the components that the loss recorded."""
-    # The only autocast in embedft: losses are always computed in float32.
-    precision = {"dtype": torch.bfloat16, "enabled": config.precision == "bfloat16"}
-    autocast, components = functools.partial(torch.autocast, embedder.device.type, **precision), {}
+    lower, components = autocast(config.precision, embedder.device), {}
 
     def weighted_loss(Q: Tensor, D: Tensor, targets: Targets) -> Tensor:
         Q, D = local.gather(Q, D)
@@ -214,11 +219,11 @@ def backward(
     distributed.reseed(*seeds, apart=True)
     at_once, packed = config.mini_batch_tokens, (local.queries, local.documents)
     if at_once is not None and _num_tokens(local) > at_once:
-        value = cached_backward(embedder, *packed, targets, weighted_loss, mini_batch_tokens=at_once, autocast=autocast)
+        value = cached_backward(embedder, *packed, targets, weighted_loss, mini_batch_tokens=at_once, autocast=lower)
         return value, components
     Q = D = no_vectors(embedder)
     if _num_tokens(local):
-        with autocast():
+        with lower():
             Q, D = embedder.embed_pair(*packed)
     value = weighted_loss(Q, D, targets)
     value.backward()
@@ -260,7 +265,7 @@ def _make_optimizer(embedder: Embedder, loss: Loss, config: TrainConfig, make: M
 
 
 @contextlib.contextmanager
-def _session(state: TrainState, epochs: "_Epochs", config: TrainConfig, out: Path | None) -> Iterator[tuple]:
+def _session(state: TrainState, epochs: Epochs, config: TrainConfig, out: Path | None) -> Iterator[tuple]:
     """Seeds, loads a checkpoint; yields (log, whether one was loaded, bar); leaves the embedder in inference mode."""
     device, is_first = state.embedder.device, distributed.rank_and_size()[0] == 0
     state.optimizer.zero_grad()  # an earlier run may have been interrupted between backward and step
@@ -285,45 +290,6 @@ def _session(state: TrainState, epochs: "_Epochs", config: TrainConfig, out: Pat
                     raise
     finally:
         state.embedder.eval()
-
-
-class _Epochs:
-    """The batches of every step; `refresh` rebuilds them at the start of every `every`-th epoch but the first."""
-
-    def __init__(self, batches: BatchSource, config: TrainConfig, refresh: Refresh | None, every: int):
-        self.batches, self.config, self.refresh, self.every, self.size = batches, config, refresh, every, len(batches)
-        self.steps_per_epoch = -(-self.size // config.accumulate)
-        self.num_steps = config.epochs * self.steps_per_epoch
-
-    def steps(self, state: TrainState) -> Iterator[tuple[int, list[Batch], dict[str, float]]]:
-        """(epoch, the batches of a step, extra fields for its record), from the state's step to the end."""
-        accumulate, is_current = self.config.accumulate, False
-        while state.step < self.num_steps and not state.stopped:
-            epoch, first = divmod(state.step, self.steps_per_epoch)
-            extra, due = {}, first == 0 and epoch % self.every == 0
-            if self.refresh is not None and epoch >= self.every and (due or not is_current):
-                start, is_current = time.perf_counter(), True
-                self._refresh(state, seed=self.config.seed + epoch // self.every, due=due)
-                extra = {"refresh_seconds": time.perf_counter() - start} if due else {}
-            source = self.batches.epoch(epoch, start=first * accumulate)
-            while not state.stopped and (parts := list(itertools.islice(source, accumulate))):
-                yield epoch, parts, extra
-                extra = {}
-
-    def _refresh(self, state: TrainState, *, seed: int, due: bool) -> None:
-        """Refreshes with the current weights or, unless `due`, repeats the latest refresh with the weights it used."""
-        embedder, weights = state.embedder, copy_weights(state.embedder)
-        if due:
-            state.refresh_weights = weights
-        embedder.eval()
-        embedder.load_state_dict(state.refresh_weights)
-        devices.release_memory(embedder.device)
-        with devices.seeded(seed, embedder.device):
-            self.batches = self.refresh(embedder)
-        devices.release_memory(embedder.device)
-        embedder.load_state_dict(weights)
-        if (found := len(self.batches)) != self.size:
-            raise ValueError(f"the refresh made {found} batches per epoch, expected {self.size} as before")
 
 
 def _texts(batch: Batch, given: Mapping[str, Tensor]) -> list[Packed]:
