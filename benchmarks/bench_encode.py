@@ -1,93 +1,172 @@
-"""`Embedder.encode` against `SentenceTransformer.encode`.
+"""`Embedder.encode` against `SentenceTransformer.encode`: short questions, contexts, long chunks and a mix of them.
 
-Both use the same weights, float32, the same maximum length and their default batches. Before timing, the vectors must
-agree to 1e-5.
+Both use the same weights, the same maximum length and their default batches. Before timing, their vectors must agree:
+to 1e-5 where both compute in float32, otherwise in their cosines, down to what `LEAST_COSINE` says of the less precise.
+The peer `embedft-float32` shows what another --dtype gains.
 
     python -m benchmarks.bench_encode --rounds 5
-    python -m benchmarks.bench_encode --base all-mpnet-base-v2 --texts "Uber questions" --number 200
+    python -m benchmarks.bench_encode --dtype bfloat16 --peer embedft-float32 sentence-transformers-bf16
+    python -m benchmarks.bench_encode --base BAAI/bge-base-en-v1.5 --device cuda --data pairs.csv
+    python -m benchmarks.bench_encode --scaling --peer none
 """
 
 import argparse
+import random
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
-from embedft import RetrievalDataset, load_embedder
-from embedft.retrieval.tables import format_table
-from experiments.commandline import make_parser, run
-from experiments.sources import find_data
+from embedft import Embedder, RetrievalDataset, load_embedder
+from embedft.vectors import unit_rows
+from experiments.sources import SOURCES
 
-from .workers import Worker, alternate, machine, ratios, spread
+from . import peers, suite
+from .suite import DTYPES, Row, make_parser, matrix_rate, measure, published, require_close
+from .workers import Worker
 
-MAX_LENGTH, TOLERANCE = 512, 1e-5
-TEXTS = ("Uber chunks", "Uber questions", "finance contexts")
+TOLERANCE, SCALES = 1e-5, (1_000, 10_000, 100_000)
+LEAST_COSINE = {"float32": 1.0, "bfloat16": 0.9998, "float16": 0.9998, "int8": 0.995, "embedft-float32": 1.0}
+LEAST_COSINE |= peers.LEAST_COSINE
+PEERS = [*peers.LEAST_COSINE, "embedft-float32"]
+DATA = "folder of lyft_uber and finance_qa, or a data set of your own"
 
 
 class Ours:
-    def __init__(self, model: str, texts: dict[str, list[str]]):
-        self.embedder, self.texts = load_embedder(model, max_length=MAX_LENGTH, device="cpu"), texts
+    def __init__(self, name: str, model: str, texts: dict[str, list[str]], options: argparse.Namespace):
+        self.texts, dtype = texts, "float32" if name == "embedft-float32" else options.dtype
+        given = {"max_length": options.max_length, "device": options.device, "dtype": getattr(torch, dtype)}
+        self.embedder = load_embedder(model, **given)
 
-    def encode(self, name: str) -> None:
-        self.embeddings = self.embedder.encode(self.texts[name], progress=False)
-
-    def result(self) -> np.ndarray:
-        return self.embeddings
-
-
-class SentenceTransformers:
-    def __init__(self, model: str, texts: dict[str, list[str]]):
-        from sentence_transformers import SentenceTransformer
-
-        self.model, self.texts = SentenceTransformer(model, device="cpu"), texts
-        self.model.max_seq_length = MAX_LENGTH
-
-    def encode(self, name: str) -> None:
-        self.embeddings = self.model.encode(self.texts[name], show_progress_bar=False)
+    def encode(self, case: str) -> None:
+        self.vectors = self.embedder.encode(self.texts[case], progress=False)
 
     def result(self) -> np.ndarray:
-        return self.embeddings
+        return self.vectors
 
 
-def main(options: argparse.Namespace) -> None:
-    uber = RetrievalDataset.load(find_data("lyft_uber", options.lyft_uber, "--lyft-uber") / "val_dataset.json")
-    finance_file = find_data("finance_qa", options.finance_qa, "--finance-qa") / "Financial-QA-10k.csv"
-    finance = RetrievalDataset.load(finance_file, skip_empty=True)
-    sets = (uber.texts, uber.queries, finance.texts)
-    texts = {name: list(found.values())[: options.number] for name, found in zip(TEXTS, sets, strict=True)}
-    texts = {name: texts[name] for name in options.texts}
-    folder = str(load_embedder(options.base, device="cpu").source.folder)
-    workers = {"ours": Worker(Ours, folder, texts), "peer": Worker(SentenceTransformers, folder, texts)}
-    rows = []
-    for name in texts:
-        embeddings = {}
-        for who, worker in workers.items():
-            worker.call("encode", name)  # also warms up
-            embeddings[who] = worker.call("result")
-        difference = float(np.abs(embeddings["ours"] - embeddings["peer"]).max())
-        if not difference <= TOLERANCE:
-            raise ValueError(f"{name}: the embeddings differ by {difference:.1e}, expected at most {TOLERANCE:.0e}")
-        seconds = alternate(workers, "encode", name, rounds=options.rounds, warmup=0)
-        rows.append(
-            [
-                name,
-                f"{len(texts[name]):,}",
-                f"{difference:.1e}",
-                spread(seconds["ours"]),
-                spread(seconds["peer"]),
-                spread(ratios(seconds["peer"], seconds["ours"])),
-            ]
-        )
-    header = ["texts", "number", "largest difference", "embedft, s", "sentence-transformers, s", "times as fast"]
-    print(format_table(header, rows))
-    print(f"\nmedian [min, max] of {options.rounds} alternations; {options.base}, {MAX_LENGTH} tokens, float32;")
-    memory = ", ".join(f"{who} {worker.peak_bytes / 2**30:.2f} GiB" for who, worker in workers.items())
-    print(f"{machine()}; peak memory {memory}")
+class SentenceTransformers(Ours):
+    def __init__(self, name: str, model: str, texts: dict[str, list[str]], options: argparse.Namespace):
+        given = {"device": options.device, "dtype": options.dtype, "max_length": options.max_length}
+        self.texts, self.batch_size = texts, options.peer_batch
+        self.model = peers.load_peer(name, model, texts=next(iter(texts.values())), **given)
+
+    def encode(self, case: str) -> None:
+        options = {"batch_size": self.batch_size, "show_progress_bar": False}
+        self.vectors = self.model.encode(self.texts[case], **options)
+
+
+def load_texts(options: argparse.Namespace) -> dict[str, list[str]]:
+    """Texts by case, at most --number of each: Uber's and the finance questions', or the user's; and a mix of all."""
+    if options.data and not any(Path(options.data, name).is_dir() for name in SOURCES):
+        own = RetrievalDataset.load(options.data, skip_empty=True)
+        found = {"queries": own.queries, "documents": own.texts}
+    else:
+        uber = RetrievalDataset.load(published("lyft_uber", options.data) / "val_dataset.json")
+        file = published("finance_qa", options.data) / "Financial-QA-10k.csv"
+        finance = RetrievalDataset.load(file, skip_empty=True)
+        found = {"Uber questions": uber.queries, "finance contexts": finance.texts, "Uber chunks": uber.texts}
+    texts = {case: list(by_id.values()) for case, by_id in found.items()}
+    mix = [text for part in texts.values() for text in part]
+    random.Random(0).shuffle(mix)
+    texts["mix"] = mix
+    if unknown := [case for case in options.texts or () if case not in texts]:
+        raise ValueError(f"--texts: there are no {unknown[0]!r}, expected some of {', '.join(texts)}")
+    return {case: texts[case][: options.number] for case in options.texts or texts}
+
+
+def load_base(options: argparse.Namespace) -> Embedder:
+    """The model on the CPU, with its weights in float32; sets `options.max_length`, at most what the model reads."""
+    embedder = load_embedder(options.base, device="cpu")
+    embedder.max_length = options.max_length = min(options.max_length, embedder.encoder.config.max_length)
+    return embedder
+
+
+def start_workers(options: argparse.Namespace, *arguments: Any, ours: type, theirs: type) -> dict[str, Worker]:
+    """A worker of ours and of each peer, by label; without the peers that are not installed, which it says."""
+    workers = {"embedft": Worker(ours, "embedft", *arguments, options, device=options.device)}
+    for name in options.peer:
+        make, version = (ours, suite.version("embedft")) if name.startswith("embedft") else (theirs, peers.version())
+        worker = Worker(make, name, *arguments, options, device=options.device)
+        try:
+            worker.ready()
+        except ImportError as error:
+            print(f"{name} is left out: {error}\n")
+            continue
+        workers[f"{name} {version}"] = worker
+    return workers
+
+
+def agreement(case: str, ours: np.ndarray, theirs: np.ndarray, *precisions: str) -> tuple[float, float]:
+    """(largest difference, smallest cosine). Raises `ValueError` if the less precise of the two may not differ so."""
+    cosine = float((unit_rows(ours) * unit_rows(theirs)).sum(axis=1).min())
+    least = min(LEAST_COSINE[precision] for precision in precisions)
+    if not cosine >= least - TOLERANCE:
+        raise ValueError(f"{case}: the smallest cosine is {cosine:.5f}, expected at least {least} ({precisions})")
+    return require_close(case, ours, theirs, TOLERANCE if least == 1 else 2.0), cosine
+
+
+def compare(case: str, workers: Mapping[str, Worker], options: argparse.Namespace, **facts: Any) -> list[Row]:
+    """A row per peer, after its vectors agreed with ours."""
+    vectors, found = {}, {}
+    for name, worker in workers.items():
+        worker.call("encode", case)  # also warms up
+        vectors[name] = worker.call("result")
+    (_, ours), *others = vectors.items()
+    for name, theirs in others:
+        found[name] = agreement(f"{case}, {name}", ours, theirs, options.dtype, name.partition(" ")[0])
+    facts["matrix_flops_per_second"] = workers["embedft"].call(matrix_rate, options.device, options.dtype)
+    differences = {name: difference for name, (difference, _) in found.items()}
+    rows = measure(case, workers, "encode", case, rounds=options.rounds, warmup=0, differences=differences, **facts)
+    for row in rows:
+        row.more["smallest_cosine"] = found[row.peer][1] if row.peer else None
+    return rows
+
+
+def scaled(texts: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The first case at several sizes, its texts repeated with a number after them."""
+    case, some = next(iter(texts.items()))
+    return {f"{case}, {n:,}": [f"{some[i % len(some)]} {i // len(some)}" for i in range(n)] for n in SCALES}
+
+
+def main(options: argparse.Namespace) -> list[Row]:
+    texts, base = load_texts(options), load_base(options)
+    texts = scaled(texts) if options.scaling else texts
+    workers = start_workers(options, str(base.source.folder), texts, ours=Ours, theirs=SentenceTransformers)
+    rows: list[Row] = []
+    for case, some in texts.items():
+        lengths = base.pack(some, role="document").lengths().numpy()
+        facts = {
+            "texts": len(some),
+            "tokens": int(lengths.sum()),
+            "flops": suite.flops_of(base.encoder, lengths) or None,
+        }
+        rows += compare(case, workers, options, **facts)
+    for row in rows if options.scaling else ():
+        row.more["microseconds_per_token"] = 1e6 * statistics.median(row.seconds) / row.tokens
+    for worker in workers.values():
+        worker.close()
+    return rows
+
+
+def add_texts(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds the options of `load_texts` and `load_base`."""
+    parser.add_argument("--texts", nargs="+", metavar="CASE", help='which texts, such as "Uber questions" or mix [all]')
+    parser.add_argument("--number", type=int, metavar="N", help="how many of each, the first ones [all]")
+    parser.add_argument("--max-length", type=int, default=512, metavar="N", help="tokens of a text [%(default)s]")
+    return parser
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = add_texts(make_parser("encode", __doc__, rounds=5, data=DATA, dtypes=DTYPES, peers=PEERS))
+    parser.add_argument("--peer-batch", type=int, default=32, metavar="N", help="texts of a peer's batch [its default]")
+    sizes = ", ".join(f"{n:,}" for n in SCALES)
+    parser.add_argument("--scaling", action="store_true", help=f"time per token for {sizes} texts of the first case")
+    return parser
 
 
 if __name__ == "__main__":
-    parser = make_parser("benchmarks.bench_encode", __doc__)
-    parser.add_argument("--lyft-uber", metavar="DIR", help="folder with val_dataset.json [beside the checkout]")
-    parser.add_argument("--finance-qa", metavar="DIR", help="folder with Financial-QA-10k.csv [beside the checkout]")
-    parser.add_argument("--texts", nargs="+", choices=TEXTS, default=TEXTS, help="which texts to encode [all]")
-    parser.add_argument("--number", type=int, help="how many of each, the first ones [all]")
-    parser.add_argument("--rounds", type=int, default=5, help="timed alternations [5]")
-    run(main, parser)
+    suite.run(main, parser())

@@ -154,7 +154,7 @@ def report(name: str, options: argparse.Namespace, rows: Sequence[Row]) -> None:
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value or "")
+    return f"{value:.6g}" if isinstance(value, float) else str(value or "")
 
 
 def as_json(name: str, options: argparse.Namespace, rows: Sequence[Row], device: torch.device) -> dict[str, Any]:
@@ -224,7 +224,7 @@ def measure(
         | {"largest_difference": (differences or {}).get(name)}
         for name, peer in peers
     ]
-    return [dataclasses.replace(row, **found) for found in of_peers] or [row]
+    return [dataclasses.replace(row, more=dict(row.more), **found) for found in of_peers] or [row]
 
 
 def require_close(case: str, ours: Any, theirs: Any, tolerance: float, what: str = "vectors") -> float:

@@ -42,6 +42,10 @@ class Worker:
             raise result
         return result
 
+    def ready(self) -> None:
+        """Waits until the object is made. Raises what making it raised."""
+        self.call(bool)
+
     def close(self) -> None:
         self.connection.close()
         self.process.join()

@@ -1,0 +1,95 @@
+"""benchmarks/bench_encode.py, bench_tokenize.py, bench_train.py and bench_load.py with a tiny BERT, in one process."""
+
+import csv
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import LETTERS
+from in_process import InProcess
+from naming import naming
+
+from benchmarks import bench_encode, peers, suite
+from benchmarks.bench_encode import agreement, load_texts
+
+
+@pytest.fixture
+def own_data(tmp_path, monkeypatch) -> Path:
+    """A data set of 40 pairs; workers that are none, and a machine whose products are quickly measured."""
+    pytest.importorskip("sentence_transformers")
+    monkeypatch.setattr(bench_encode, "Worker", InProcess)
+    monkeypatch.setattr(suite, "batch_tokens", lambda device: 16)
+    generator = random.Random(0)
+    with open(tmp_path / "own.csv", "w", newline="", encoding="utf-8") as file:
+        rows = [[f"what is {i}", " ".join(generator.choices(LETTERS, k=5 + i))] for i in range(40)]
+        csv.writer(file).writerows([("question", "context"), *rows])
+    return tmp_path / "own.csv"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, write_tiny) -> str:
+    return str(write_tiny(tmp_path_factory.mktemp("base") / "tiny", modules=True))
+
+
+def options_of(benchmark, *options: str):
+    found = benchmark.parser().parse_args(options)
+    found.peer = [name for name in found.peer if name != "none"]
+    return found
+
+
+def test_encode(own_data, base, capsys):
+    names = ("sentence-transformers", "sentence-transformers-bf16", "sentence-transformers-onnx-int8")
+    given = ("--base", base, "--data", str(own_data), "--rounds", "2", "--number", "8", "--peer", *names)
+    rows = bench_encode.main(options_of(bench_encode, *given))
+    left_out = "sentence-transformers-onnx-int8 is left out" in capsys.readouterr().out
+    versions = [f"{name} {peers.version()}" for name in names[: 2 if left_out else 3]]
+    assert [(row.case, row.peer) for row in rows] == [
+        (case, peer) for case in ("queries", "documents", "mix") for peer in versions
+    ]
+    for row in rows:
+        assert len(row.seconds) == len(row.peer_seconds) == 2
+        assert row.texts == 8
+        assert row.more["smallest_cosine"] > 0.9
+    assert rows[0].tokens == 8 * 6  # [CLS] what i ##s 0 [SEP]
+    assert rows[0].flops == 48 * 2 * 2 * (4 * 32 * 32 + 2 * 32 * 40) + 8 * 36 * 2 * 2 * 2 * 32
+    assert rows[0].matrix_flops_per_second > 0
+    assert rows[0].largest_difference < 1e-5 < rows[1].largest_difference
+    assert rows[0].more["smallest_cosine"] > 1 - 1e-6 > rows[1].more["smallest_cosine"]
+
+
+def test_encode_in_another_precision(own_data, base):
+    given = ("--base", base, "--data", str(own_data), "--rounds", "1", "--texts", "documents", "--dtype", "bfloat16")
+    (row,) = bench_encode.main(options_of(bench_encode, *given, "--peer", "embedft-float32"))
+    assert row.peer.startswith("embedft-float32 ")
+    assert 1e-5 < row.largest_difference < 0.1
+
+
+def test_encode_at_several_sizes(own_data, base, monkeypatch):
+    monkeypatch.setattr(bench_encode, "SCALES", (50, 100))
+    given = ("--base", base, "--data", str(own_data), "--rounds", "1", "--scaling", "--peer", "none")
+    rows = bench_encode.main(options_of(bench_encode, *given))
+    assert [(row.case, row.texts) for row in rows] == [("queries, 50", 50), ("queries, 100", 100)]
+    assert all(row.more["microseconds_per_token"] > 0 for row in rows)
+
+
+def test_texts(own_data, tmp_path):
+    options = options_of(bench_encode, "--data", str(own_data), "--texts", "mix", "--number", "20")
+    (mix,) = load_texts(options).values()
+    assert len(mix) == 20
+    assert 0 < sum(text.startswith("what") for text in mix) < 20
+    options.texts = ["chunks"]
+    with pytest.raises(ValueError, match=naming("--texts", "chunks", "queries", "documents", "mix")):
+        load_texts(options)
+
+
+def test_vectors_that_differ():
+    ours = np.eye(2, 3, dtype=np.float32)
+    theirs = np.array([[1, 0, 0], [0, 0.995, 0.1]], dtype=np.float32)
+    difference, cosine = agreement("c", ours, theirs, "int8", "sentence-transformers-onnx-int8")
+    assert (difference, cosine) == (pytest.approx(0.1), pytest.approx(0.995, abs=1e-4))
+    for precisions in (("float32", "sentence-transformers"), ("bfloat16", "sentence-transformers-bf16")):
+        with pytest.raises(ValueError, match=naming("c", "cosine", *precisions)):
+            agreement("c", ours, theirs, *precisions)
+    with pytest.raises(ValueError, match=naming("c", "vectors", "1e-05")):  # the same directions
+        agreement("c", ours, 2 * ours, "float32", "sentence-transformers")
