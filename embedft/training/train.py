@@ -93,8 +93,7 @@ def train(
             "stop" on rank 0, training ends. Its own state is not saved in checkpoints.
 
     Raises:
-        NonFiniteError: a loss or gradient is not finite; no step was taken with it. In float16, steps are skipped, and
-            recorded as such, while smaller scales (precision.py) may make gradients finite.
+        NonFiniteError: a loss or gradient is not finite, in float16 at any scale; no step was taken with it.
         ValueError: `config.select` is not a metric; a reference or refresh returns the wrong number of vectors or
             batches; ranks differ; a checkpoint is damaged or belongs to another run."""
     scaler = make_scaler(config.precision, embedder.device)
