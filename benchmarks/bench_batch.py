@@ -3,32 +3,39 @@
 Measures time per pair at several batch sizes, with mini-batches of constant size. Texts have 32 tokens, drawn from the
 model's vocabulary. The peer uses mini-batches of as many texts, the same optimizer and clipping, and no trainer. Before
 timing, the first losses and gradient norms must agree (dropout off). Then measures the peak memory of one step in fresh
-processes.
+processes, without that of the vectors Q and D.
 
     python -m benchmarks.bench_batch --rounds 5 --memory 512 8192
+    python -m benchmarks.bench_batch --device cuda --precision bfloat16 --sizes 8192 32768
 """
 
 import argparse
+import dataclasses
 import random
+import statistics
+from collections.abc import Mapping
 
 import torch
 
 from embedft import Embedder, Targets, build_loss, load_embedder
 from embedft.device import release_memory
-from embedft.retrieval.tables import format_table
 from embedft.training.cached import cached_backward
 from embedft.training.optim import build_optimizer
-from experiments.commandline import make_parser, run
 
-from .workers import Worker, alternate, machine, ratios, spread
+from . import suite
+from .suite import Row, make_parser, measure, require_close
+from .workers import Worker
 
-TEXT_TOKENS, MINI_BATCH_TOKENS, LR, WEIGHT_DECAY, TOLERANCE = 32, 2_048, 2e-5, 0.01, 1e-5
+TEXT_TOKENS, MINI_BATCH_TOKENS, LR, WEIGHT_DECAY = 32, 2_048, 2e-5, 0.01
+TOLERANCES = {"float32": 1e-5, "bfloat16": 3e-2}  # of losses and gradient norms
+PASSES = 4  # forward twice, and a backward pass of twice a forward pass's operations
+PEER = "sentence-transformers"
 
 
 def make_texts(embedder: Embedder, count: int, seed: int) -> list[str]:
     """Texts of 32 tokens, special tokens included: 30 words of one token each."""
     vocabulary = embedder.tokenizer.backend.get_vocab()
-    words = sorted(word for word in vocabulary if word.isascii() and word.isalpha() and len(word) > 2)
+    words = sorted(word for word in vocabulary if word.isascii() and word.isalnum() and len(word) > 2)
     generator = random.Random(seed)
     return [" ".join(generator.choices(words, k=TEXT_TOKENS - 2)) for _ in range(count)]
 
@@ -36,10 +43,17 @@ def make_texts(embedder: Embedder, count: int, seed: int) -> list[str]:
 class Ours:
     """Steps of training/train.py with `mini_batch_tokens`."""
 
-    def __init__(self, model: str):
-        self.embedder = self.model = load_embedder(model, device="cpu")
+    def __init__(self, model: str, device: str, precision: str):
+        self.embedder = self.model = load_embedder(model, device=device)
         self.loss = build_loss({"name": "in_batch_negatives"})
+        self.start(device, precision)
+
+    def start(self, device: str, precision: str) -> None:
+        self.device, self.is_half = torch.device(device), precision == "bfloat16"
         self.optimizer = build_optimizer(self.model, lr=LR, weight_decay=WEIGHT_DECAY)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, self.is_half)
 
     def prepare(self, size: int) -> None:
         """Makes the batch for the calls that follow; query i's document is document i."""
@@ -47,10 +61,11 @@ class Ours:
         packed = [self.embedder.pack(part, role="document") for part in (texts[:size], texts[size:])]
         if any((part.lengths() != TEXT_TOKENS).any() for part in packed):
             raise ValueError(f"not every text has {TEXT_TOKENS} tokens")
-        self.batch = *packed, Targets(torch.arange(size)[:, None])
+        self.batch = *packed, Targets(torch.arange(size, device=self.device)[:, None])
 
     def backward(self) -> torch.Tensor:
-        return cached_backward(self.embedder, *self.batch, self.loss, mini_batch_tokens=MINI_BATCH_TOKENS)
+        settings = {"mini_batch_tokens": MINI_BATCH_TOKENS, "autocast": self.autocast}
+        return cached_backward(self.embedder, *self.batch, self.loss, **settings)
 
     def outcome(self) -> tuple[float, float]:
         """Loss and gradient norm, without dropout."""
@@ -66,99 +81,107 @@ class Ours:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        release_memory(torch.device("cpu"))
+        release_memory(self.device)
 
 
 class SentenceTransformers(Ours):
     """The same step with the peer's model and loss on the same texts; memory is released for it too."""
 
-    def __init__(self, model: str):
+    def __init__(self, model: str, device: str, precision: str):
         from sentence_transformers import SentenceTransformer
         from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+        from sentence_transformers.util import batch_to_device
 
         self.embedder = load_embedder(model, device="cpu")
-        self.model = SentenceTransformer(model, device="cpu")
+        self.model = SentenceTransformer(model, device=device)
         rows = MINI_BATCH_TOKENS // TEXT_TOKENS
-        self.loss = CachedMultipleNegativesRankingLoss(self.model, mini_batch_size=rows)
-        self.optimizer = build_optimizer(self.model, lr=LR, weight_decay=WEIGHT_DECAY)
+        self.loss, self.to_device = (
+            CachedMultipleNegativesRankingLoss(self.model, mini_batch_size=rows),
+            batch_to_device,
+        )
+        self.start(device, precision)
 
     def prepare(self, size: int) -> None:
         texts = make_texts(self.embedder, 2 * size, seed=size)
-        self.batch = tuple(self.model.preprocess(part) for part in (texts[:size], texts[size:]))
+        parts = (self.model.preprocess(part) for part in (texts[:size], texts[size:]))
+        self.batch = tuple(self.to_device(part, self.device) for part in parts)
 
     def backward(self) -> torch.Tensor:
-        # The loss adds keys to the features it gets.
-        value = self.loss([dict(features) for features in self.batch], None)
+        with self.autocast():
+            # The loss adds keys to the features it gets.
+            value = self.loss([dict(features) for features in self.batch], None)
         value.backward()
         return value.detach()
 
 
-CONTESTANTS = {"embedft": Ours, "sentence-transformers": SentenceTransformers}
+def start_workers(options: argparse.Namespace, folder: str) -> dict[str, Worker]:
+    made = {"embedft": Ours} | {f"{name} {suite.version(name)}": SentenceTransformers for name in options.peer}
+    return {
+        name: Worker(make, folder, options.device, options.precision, device=options.device)
+        for name, make in made.items()
+    }
 
 
-def time_rows(folder: str, sizes: list[int], rounds: int, names: list[str]) -> list[list[str]]:
-    """One row per batch size: our milliseconds per pair, relative to the first row's; the peer's, relative to ours."""
-    workers = {name: Worker(CONTESTANTS[name], folder) for name in names}
+def time_rows(options: argparse.Namespace, embedder: Embedder) -> list[Row]:
+    """Rows per batch size, with our milliseconds per pair and their ratio to those of the smallest size."""
+    workers, rows = start_workers(options, str(embedder.source.folder)), []
+    sizes = sorted(options.sizes)
     for worker in workers.values():
         worker.call("prepare", sizes[0])
-    outcomes = {name: worker.call("outcome") for name, worker in workers.items()}
-    for what, (ours, *peer) in zip(("losses", "gradient norms"), zip(*outcomes.values(), strict=True), strict=True):
-        for theirs in peer:
-            if not abs(ours - theirs) <= TOLERANCE * max(1, abs(theirs)):
-                raise ValueError(f"the first {what}, {ours} and {theirs}, differ by more than {TOLERANCE:.0e}")
-    rows, first = [], None
+    ours, *others = (worker.call("outcome") for worker in workers.values())
+    for theirs in others:
+        for what, *values in zip(("first losses", "gradient norms"), ours, theirs, strict=True):
+            require_close("cached step", *values, TOLERANCES[options.precision], what)
+    facts = {"matrix_flops_per_second": workers["embedft"].call(suite.matrix_rate, options.device, options.precision)}
     for size in sizes:
         for worker in workers.values():
             worker.call("prepare", size)
-        seconds = alternate(workers, "step", rounds=rounds)
-        ours, *peer = ([1_000 * s / size for s in seconds[name]] for name in names)
-        first = first or sorted(ours)[len(ours) // 2]
-        against = [cell for theirs in peer for cell in (spread(theirs), spread(ratios(theirs, ours)))]
-        rows.append([f"{size:,}", spread(ours), spread([x / first for x in ours]), *against])
-    for worker in workers.values():
-        worker.close()
+        facts |= {"texts": 2 * size, "tokens": 2 * size * TEXT_TOKENS}
+        facts["flops"] = PASSES * suite.flops_of(embedder.encoder, [TEXT_TOKENS] * (2 * size))
+        for row in measure(f"{size:,} pairs", workers, "step", rounds=options.rounds, **facts):
+            rows.append(row)
+            row.more["ms_per_pair"] = 1_000 * statistics.median(row.seconds) / size
+            row.more["of_smallest"] = row.more["ms_per_pair"] / rows[0].more["ms_per_pair"]
+    close(workers)
     return rows
 
 
-def memory_rows(folder: str, sizes: list[int], names: list[str]) -> list[list[str]]:
-    """One row per batch size: peak memory of a step in a fresh process, minus Q and D; its ratio to the first row's."""
-    rows, first, width = [], {}, load_embedder(folder, device="cpu").full_dim
-    for size in sizes:
-        vectors, found = 2 * size * width * 4, {}
-        for name in names:
-            worker = Worker(CONTESTANTS[name], folder)
+def memory_rows(options: argparse.Namespace, embedder: Embedder) -> list[Row]:
+    """A row per batch size and peer: the peak memory of a step in a fresh process, minus Q and D."""
+    rows: list[Row] = []
+    for size in sorted(options.memory):
+        workers, vectors = start_workers(options, str(embedder.source.folder)), 2 * size * embedder.full_dim * 4
+        for worker in workers.values():
             worker.call("prepare", size)
             worker.call("step")
-            found[name] = worker.peak_bytes - vectors
-            worker.close()
-        first = first or found
-        cells = [f"{found[name] / 2**20:,.0f} ({found[name] / first[name]:.2f})" for name in names]
-        rows.append([f"{size:,}", f"{vectors / 2**20:,.0f}", *cells])
+        (_, ours), *others = workers.items()
+        row = Row(f"memory, {size:,} pairs", [ours.seconds], peak_bytes=ours.peak_bytes - vectors)
+        row.more["of_smallest"] = row.peak_bytes / rows[0].peak_bytes if rows else 1.0
+        rows += [
+            dataclasses.replace(row, peer=name, peer_seconds=[it.seconds], peer_peak_bytes=it.peak_bytes - vectors)
+            for name, it in others
+        ] or [row]
+        close(workers)
     return rows
 
 
-def main(options: argparse.Namespace) -> None:
-    folder = str(load_embedder(options.base, device="cpu").source.folder)
-    names = ["embedft"] if options.alone else list(CONTESTANTS)
-    if options.sizes:
-        header = ["batch", "embedft, ms per pair", f"relative to {min(options.sizes):,}"]
-        header += [] if options.alone else ["sentence-transformers", "peer / embedft"]
-        print(format_table(header, time_rows(folder, sorted(options.sizes), options.rounds, names)))
-        print(f"\nmedian [min, max] of {options.rounds} alternating steps\n")
-    if options.memory:
-        header = ["batch", "Q and D, MiB", "embedft, rest in MiB", "sentence-transformers"]
-        print(format_table(header[: 2 + len(names)], memory_rows(folder, sorted(options.memory), names)))
-        print("\npeak memory of one step minus Q and D (and its ratio to that of the smallest batch)\n")
-    print(f"{options.base}, texts of {TEXT_TOKENS} tokens, mini-batches of {MINI_BATCH_TOKENS:,}, float32;")
-    print(machine())
+def close(workers: Mapping[str, Worker]) -> None:
+    for worker in workers.values():
+        worker.close()
+
+
+def main(options: argparse.Namespace) -> list[Row]:
+    embedder = load_embedder(options.base, device="cpu")
+    rows = time_rows(options, embedder) if options.sizes else []
+    rows += memory_rows(options, embedder) if options.memory else []
+    print(f"texts of {TEXT_TOKENS} tokens, mini-batches of {MINI_BATCH_TOKENS:,}, {options.precision}\n")
+    return rows
 
 
 if __name__ == "__main__":
-    parser = make_parser("benchmarks.bench_batch", __doc__)
-    parser.add_argument(
-        "--sizes", type=int, nargs="*", default=[64, 512, 2048], metavar="N", help="batch sizes to time"
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each [5]")
-    parser.add_argument("--memory", type=int, nargs="*", default=[512], metavar="N", help="sizes for memory [512]")
-    parser.add_argument("--alone", action="store_true", help="run embedft without the peer")
-    run(main, parser)
+    parser = make_parser("batch", __doc__, rounds=5, peers=[PEER])
+    sizes = {"type": int, "nargs": "*", "metavar": "N"}
+    parser.add_argument("--sizes", **sizes, default=[64, 512, 2048], help="batch sizes to time [64 512 2048]")
+    parser.add_argument("--memory", **sizes, default=[512], help="sizes for memory [512]")
+    parser.add_argument("--precision", choices=TOLERANCES, default="float32", help="of the forward pass [float32]")
+    suite.run(main, parser)

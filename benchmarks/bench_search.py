@@ -3,7 +3,7 @@
 Documents are perturbed encodings of the contexts of the finance questions: document i is normalise(context vector i
 mod C + noise of a given length in a random direction). Queries are the questions, perturbed in the same way. Exact
 search also reads the documents from a file, in slices. The ivf and hnsw indices use their presets' parameters, or those
-in --indices: "ivf,nprobe=4".
+in --indices: "ivf,nprobe=4". With --device, exact search computes there.
 
 Before timing, results must be equal: scores at each rank to 1e-5, and documents wherever scores differ by more.
 
@@ -12,6 +12,7 @@ Before timing, results must be equal: scores at each rank to 1e-5, and documents
 """
 
 import argparse
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,13 +24,12 @@ import numpy as np
 from embedft import load_embedder
 from embedft.retrieval.approximate import FaissIndex
 from embedft.retrieval.index import Found, recall_against, search_exact
-from embedft.retrieval.tables import format_table
-from experiments.commandline import make_parser, run
 from experiments.repro_matryoshka_finance import read_rows
-from experiments.sources import find_data
 
+from . import suite
+from .suite import Row, make_parser, published
 from .vectors import perturbed, write_perturbed
-from .workers import machine, ratios, spread
+from .workers import synchronize
 
 TOLERANCE, LIMIT = 1e-5, 1.3
 RECALL_DEPTH, TARGET, LEAST_TIMES = 10, 0.95, 10
@@ -37,8 +37,8 @@ RECALL_DEPTH, TARGET, LEAST_TIMES = 10, 0.95, 10
 
 def make_data(options: argparse.Namespace, folder: str) -> tuple[np.ndarray, np.ndarray]:
     """Documents (a memory map) and queries."""
-    dataset, _ = read_rows(find_data("finance_qa", options.data) / "Financial-QA-10k.csv")
-    embedder = load_embedder(options.base)
+    dataset, _ = read_rows(published("finance_qa", options.data) / "Financial-QA-10k.csv")
+    embedder = load_embedder(options.base, device=options.device)
     contexts = embedder.encode(list(dataset.texts.values())[: options.texts], role="document", dim=options.dim)
     questions = embedder.encode(list(dataset.queries.values())[: options.texts], role="query", dim=options.dim)
     number = max(options.documents, options.ivf, options.hnsw)
@@ -70,72 +70,66 @@ def seconds_of(contestants: dict[str, Callable[[], object]], rounds: int) -> dic
     return seconds
 
 
-def exact(options: argparse.Namespace, documents: np.ndarray, queries: np.ndarray) -> None:
+def exact(options: argparse.Namespace, documents: np.ndarray, queries: np.ndarray) -> list[Row]:
     documents = documents[: options.documents]
     peer, held = faiss.IndexFlatIP(documents.shape[1]), np.array(documents)
     peer.add(documents)
+
+    def search(documents: np.ndarray) -> Found:
+        found = search_exact(queries, documents, options.depth, device=options.device)
+        synchronize(options.device)
+        return found
+
+    name = f"FAISS IndexFlatIP {faiss.__version__}"
     contestants = {
-        "FAISS IndexFlatIP": lambda: Found(*peer.search(queries, options.depth)),
-        "search_exact": lambda: search_exact(queries, held, options.depth),
-        "search_exact, from a file": lambda: search_exact(queries, documents, options.depth),
+        name: lambda: Found(*peer.search(queries, options.depth)),
+        "search_exact": lambda: search(held),
+        "search_exact, from a file": lambda: search(documents),
     }
     expected, *found = (work() for work in contestants.values())
-    for name, results in zip(list(contestants)[1:], found, strict=True):
-        require_equal(results, expected, name)
+    for case, results in zip(list(contestants)[1:], found, strict=True):
+        require_equal(results, expected, case)
     seconds = seconds_of(contestants, options.rounds)
-    rows = [
-        [name, spread(times), spread(ratios(times, seconds["FAISS IndexFlatIP"]), 3)] for name, times in seconds.items()
-    ]
-    print(f"{len(documents):,} documents, {len(queries):,} queries, top {options.depth}\n")
-    print(format_table(["exact search", "seconds", f"relative to FAISS (limit: {LIMIT})"], rows))
+    sizes = {"documents": len(documents), "queries": len(queries), "depth": options.depth}
+    return [Row(case, times, name, seconds[name], more=dict(sizes)) for case, times in seconds.items() if case != name]
 
 
-def approximate(options: argparse.Namespace, documents: np.ndarray, queries: np.ndarray) -> None:
+def approximate(options: argparse.Namespace, documents: np.ndarray, queries: np.ndarray) -> list[Row]:
     rows = []
     for name, number in zip(options.indices, (options.ivf, options.hnsw), strict=True):
         part = np.array(documents[:number])
         start = time.perf_counter()
         index = FaissIndex(part, name)
-        build_seconds = time.perf_counter() - start
+        more = {"documents": number, "queries": len(queries), "build_seconds": time.perf_counter() - start}
         exact_rows_QK = search_exact(queries, part, RECALL_DEPTH).rows
-        recall = recall_against(index.search(queries, RECALL_DEPTH).rows, exact_rows_QK).mean()
+        found_rows_QK = index.search(queries, RECALL_DEPTH).rows
+        more[f"recall@{RECALL_DEPTH}"] = float(recall_against(found_rows_QK, exact_rows_QK).mean())
         contestants = {
             "flat": lambda part=part: search_exact(queries, part, RECALL_DEPTH),
             "index": lambda index=index: index.search(queries, RECALL_DEPTH),
         }
         seconds = seconds_of(contestants, options.rounds)
-        rates = [len(queries) / value for value in seconds["index"]]
-        rows.append(
-            [
-                f"{name} ({index.factory}), {index.parameters}",
-                f"{number:,}",
-                f"{build_seconds:.1f}",
-                f"{recall:.4f}",
-                spread(rates, 0),
-                spread(ratios(seconds["flat"], seconds["index"]), 1),
-                f"{index.bytes_per_vector:,.0f}",
-            ]
-        )
-    header = ["index", "documents", "build, s", f"recall@{RECALL_DEPTH}", "queries per second", "relative to flat"]
-    print(format_table([*header, "bytes / document"], rows))
-    print(f"\ngoal: recall of at least {TARGET} at {LEAST_TIMES} times flat's rate; the build trains and fills;")
-    print(f"all {len(queries):,} queries in one call")
+        more["queries_per_second"] = len(queries) / statistics.median(seconds["index"])
+        more["bytes_per_document"] = index.bytes_per_vector
+        case = f"{name} ({index.factory}), {index.parameters}"
+        rows.append(Row(case, seconds["index"], "flat", seconds["flat"], more=more))
+    return rows
 
 
-def main(options: argparse.Namespace) -> None:
+def main(options: argparse.Namespace) -> list[Row]:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         documents, queries = make_data(options, folder)
-        exact(options, documents, queries)
-        print()
-        approximate(options, documents, queries)
-        print(f"median [min, max] of {options.rounds} alternating rounds; {options.base},")
-        print(
-            f"{documents.shape[1]} dimensions, noise of length {options.noise}; FAISS {faiss.__version__}; {machine()}"
-        )
+        rows = exact(options, documents, queries) + approximate(options, documents, queries)
+    print(
+        f"{options.documents:,} documents (ivf: {options.ivf:,}, hnsw: {options.hnsw:,}), {len(queries):,} queries in"
+    )
+    print(f"one call, top {options.depth}, {documents.shape[1]} dimensions, noise of length {options.noise}; goals: at")
+    print(f"most {LIMIT} of FAISS's time; recall of {TARGET} at {LEAST_TIMES} times flat's rate\n")
+    return rows
 
 
 if __name__ == "__main__":
-    parser = make_parser("benchmarks.bench_search", __doc__)
+    parser = make_parser("search", __doc__, rounds=3, data="folder of finance_qa")
     parser.add_argument("--documents", type=int, default=1_000_000, help="documents for exact search [1000000]")
     parser.add_argument("--ivf", type=int, default=1_000_000, help="documents in the first index [1000000]")
     parser.add_argument("--hnsw", type=int, default=200_000, help="documents in the second index [200000]")
@@ -145,7 +139,5 @@ if __name__ == "__main__":
     parser.add_argument("--dim", type=int, help="leading dimensions to keep [all]")
     parser.add_argument("--noise", type=float, default=0.5, help="length of the noise on a unit vector [0.5]")
     parser.add_argument("--texts", type=int, help="contexts and questions to encode [all]")
-    parser.add_argument("--rounds", type=int, default=3, help="timed rounds [3]")
-    parser.add_argument("--data", metavar="DIR", help="folder with Financial-QA-10k.csv [beside the checkout]")
     parser.add_argument("--folder", metavar="DIR", help="folder for temporary files [the system's]")
-    run(main, parser)
+    suite.run(main, parser)

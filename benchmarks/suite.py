@@ -147,7 +147,7 @@ def report(name: str, options: argparse.Namespace, rows: Sequence[Row]) -> None:
     more = list(dict.fromkeys(key for row in rows for key, value in row.more.items() if isinstance(value, float | str)))
     cells = [[COLUMNS[title](row) for title in titles] + [_cell(row.more.get(key)) for key in more] for row in rows]
     print(format_table([*titles, *(key.replace("_", " ") for key in more)], cells))
-    settings = f"{options.base}, " * ("base" in options) + f"{options.dtype}, " * ("dtype" in options)
+    settings = "".join(f"{getattr(options, name)}, " for name in ("base", "dtype") if name in options)
     print(f"\nmedian [min, max] of {options.rounds} rounds; {settings}{machine(str(device))}")
     if options.json:
         write_json(options.json, as_json(name, options, rows, device))

@@ -22,20 +22,20 @@ def options(tmp_path, write_tiny, monkeypatch) -> Namespace:
     sizes = {"documents": 300, "ivf": 600, "hnsw": 200, "queries": 80, "depth": 20, "texts": 50, "rounds": 2}
     sizes["indices"] = ["ivf", "hnsw"]
     rest = {"base": str(write_tiny(tmp_path / "base")), "data": str(tmp_path), "folder": str(tmp_path), "dim": 16}
+    rest["device"] = "cpu"
     return Namespace(**sizes, **rest, noise=0.5)
 
 
-def test_the_benchmark(options, capsys):
-    main(options)
-    text = capsys.readouterr().out
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
-    assert "300 documents, 80 queries, top 20" in text
-    assert [row[0] for row in rows[2:5]] == ["FAISS IndexFlatIP", "search_exact", "search_exact, from a file"]
-    assert rows[2][2] == "1.000 [1.000, 1.000]"
-    assert [row[:2] for row in rows[7:]] == [[rows[7][0], "600"], [rows[8][0], "200"]]
-    assert rows[7][0].startswith("ivf (IVF15,Flat), nprobe=16")
-    assert rows[8][0].startswith("hnsw (HNSW32,Flat), efConstruction=200,efSearch=64")
-    assert all(float(row[3]) >= 0.9 for row in rows[7:])
+def test_the_benchmark(options):
+    exact, from_file, ivf, hnsw = main(options)
+    assert (exact.case, from_file.case) == ("search_exact", "search_exact, from a file")
+    assert exact.peer.startswith("FAISS IndexFlatIP")
+    assert exact.more == {"documents": 300, "queries": 80, "depth": 20}
+    assert ivf.case.startswith("ivf (IVF15,Flat), nprobe=16")
+    assert hnsw.case.startswith("hnsw (HNSW32,Flat), efConstruction=200,efSearch=64")
+    assert [row.more["documents"] for row in (ivf, hnsw)] == [600, 200]
+    assert all(row.more["recall@10"] >= 0.9 and row.peer == "flat" for row in (ivf, hnsw))
+    assert all(len(row.seconds) == len(row.peer_seconds) == 2 for row in (exact, from_file, ivf, hnsw))
     assert not list(Path(options.folder).rglob("*.npy"))
 
 
@@ -68,9 +68,12 @@ def test_a_difference_is_found():
 
 def test_unequal_results_stop_the_benchmark(options, monkeypatch, capsys):
     search = bench_search.search_exact
-    monkeypatch.setattr(
-        bench_search, "search_exact", lambda *given: search(*given)._replace(rows=search(*given).rows + 1)
-    )
+
+    def shifted(*given, **options) -> Found:
+        found = search(*given, **options)
+        return found._replace(rows=found.rows + 1)
+
+    monkeypatch.setattr(bench_search, "search_exact", shifted)
     monkeypatch.setattr(bench_search, "seconds_of", None)  # no time is taken
     with pytest.raises(ValueError, match=naming("search_exact", "scores", "documents")):
         main(options)

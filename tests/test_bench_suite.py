@@ -81,6 +81,12 @@ def test_without_a_peer(tmp_path, monkeypatch, capsys):
     assert "peer" not in capsys.readouterr().out
 
 
+def test_with_no_option_but_rounds(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_sleep", "--rounds", "7"])
+    suite.run(lambda options: [Row("alone", [1.0])], make_parser("sleep", "", rounds=2, base=False, devices=False))
+    assert "7 rounds" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "facts"),
     [(("--rounds", "0"), ("--rounds", 0, 1)), (("--device", "cuda:99"), ("cuda:99", "cpu"))],
