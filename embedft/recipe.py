@@ -23,6 +23,7 @@ from .encoders.embedder import Embedder
 from .encoders.loading import check_lora_base, load_embedder
 from .encoders.lora import merge_lora
 from .encoders.openai_api import ApiEmbedder
+from .encoders.scoring import Scorer
 from .files import named_errors, temporary_path
 from .losses.registry import LOSSES, Loss, loss_options
 from .objects import describe_object
@@ -30,9 +31,9 @@ from .retrieval.evaluate import evaluate as evaluate_embedder
 from .retrieval.evaluate import evaluate_run
 from .retrieval.metrics import select_metrics
 from .retrieval.mining import mine
-from .retrieval.report import Report, compare
+from .retrieval.report import Report
 from .retrieval.run import Run
-from .retrieval.tables import MAIN_METRICS, format_comparisons
+from .retrieval.tables import format_change
 from .training import distributed, run_folder
 from .training.configs import MINING, FinetuneConfig, configured_loss
 from .training.optim import MakeOptimizer
@@ -248,14 +249,10 @@ def _close(job: _Job) -> None:
     results = ""
     if job.validation is not None:
         base, tuned = Report.load(job.out / run_folder.EVAL / VALIDATION_BASE), job.report(VALIDATION)
-        metrics = [name for name in dict.fromkeys((*MAIN_METRICS, job.config.select)) if name in tuned.metrics]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the base may have another max_length: the card names it
-            found = [compare(base, tuned, metric=name) for name in metrics]
-        results = format_comparisons({"fine-tuned": found}, style="markdown")
+        table = format_change(base, tuned, select=job.config.select)
         questions, length = f"{len(tuned.query_ids):,} held-out questions", base.setting["max_length"]
-        results = f"On the {questions} that chose the weights; the base at max_length {length:,}:\n\n{results}"
-    if isinstance(job.embedder, Embedder):
+        results = f"On the {questions} that chose the weights; the base at max_length {length:,}:\n\n{table}"
+    if isinstance(job.embedder, Embedder | Scorer):
         write_card(job.out / run_folder.MODEL, job.embedder, training=_training_facts(job), results=results)
     run_folder.close_run(job.out)
 
@@ -265,13 +262,15 @@ def _training_facts(job: _Job) -> dict[str, str]:
     source, plain = job.embedder.source, FinetuneConfig()
     changed = {f.name: getattr(job.config, f.name) for f in fields(plain)}
     changed = {name: value for name, value in changed.items() if value != getattr(plain, name)}
-    data = {
-        name or "data": f"{len(part.queries):,} questions, {len(part.corpus):,} documents"
-        for name, part in job.datasets.items()
-    }
+    if isinstance(own := job.given.get("batches"), Batches):
+        parts = {"batch_size": own.sampler, "num_negatives": own.collate}
+        changed |= {name: getattr(part, name, None) for name, part in parts.items()}
+    objects = job.settings.get("objects", {})
+    changed |= {name: objects[name]["name"] for name in ("loss", "optimizer") if name in objects}
+    data = {n or "data": f"{len(d.queries):,} questions, {len(d.corpus):,} documents" for n, d in job.datasets.items()}
     found = {"base": source.name if source else "", "base, SHA-256": job.hashes["model"], **data}
     found |= {"data, SHA-256": job.hashes["train"], "loss": str(job.settings.get("loss", ""))}
-    return {name: str(value) for name, value in (found | changed).items() if value}
+    return {name: str(value) for name, value in (found | changed).items() if value not in ("", None)}
 
 
 def _renewed(job: _Job, batches: BatchSource | None) -> BatchSource:

@@ -6,18 +6,23 @@ finetune_scorer(new_scorer(embedder), mined, FinetuneConfig(epochs=1, lr=2e-5), 
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from .data.batches import make_batches
 from .data.collate import PairCollate
 from .data.dataset import RetrievalDataset
+from .encoders.card import add_results
 from .encoders.scoring import Scorer
 from .losses.registry import Loss, build_loss
-from .recipe import finetune
+from .recipe import VALIDATION, VALIDATION_BASE, finetune
 from .retrieval.evaluate import evaluate_run
+from .retrieval.report import Report
 from .retrieval.rerank import rerank
 from .retrieval.run import Run
+from .retrieval.tables import format_change
+from .training import distributed, run_folder
 from .training.configs import FinetuneConfig
 
 LISTED = ("listwise_cross_entropy", "binary_cross_entropy", "margin_mse", "listwise_kl")
@@ -58,7 +63,29 @@ def finetune_scorer(
     batches = make_batches(dataset, scorer.pack, batch_size=batch_size, **listed)
     collate = PairCollate(dataset, scorer.pack, pack_pairs=scorer.pack_pairs, **listed)
     options |= {"batches": replace(batches, collate=collate), "loss": build_loss(loss)}
-    if validation is not None:
-        held_out, run = validation
-        options["evaluate"] = lambda scorer: evaluate_run(rerank(scorer, held_out, run), held_out).metrics
-    return finetune(scorer, dataset, config, **options)
+    if validation is None:
+        return finetune(scorer, dataset, config, **options)
+    held_out, run = validation
+    _reports = Path(options["out"]) / run_folder.EVAL if options.get("out") else None  # "_": not a setting to record
+
+    def evaluate(scorer: Scorer) -> Mapping[str, float]:
+        report = evaluate_run(rerank(scorer, held_out, run), held_out)
+        if _reports is not None and not (_reports / VALIDATION_BASE / "metrics.json").exists():
+            report.save(_reports / VALIDATION_BASE)
+        return report.metrics
+
+    finetune(scorer, dataset, config, evaluate=evaluate, **options)
+    if _reports is not None:
+        distributed.from_first(lambda: _compare_with_base(scorer, validation, _reports, config.select))
+    return scorer
+
+
+def _compare_with_base(scorer: Scorer, validation: tuple[RetrievalDataset, Run], reports: Path, select: str) -> None:
+    """Saves a report on the held-out queries, and adds what training changed to the model card."""
+    held_out, run = validation
+    tuned = evaluate_run(rerank(scorer, held_out, run), held_out)
+    tuned.save(reports / VALIDATION)
+    table = format_change(Report.load(reports / VALIDATION_BASE), tuned, select=select)
+    questions = f"{len(tuned.query_ids):,} held-out questions"
+    results = f"On the {questions} that chose the weights; both reorder the same run:\n\n{table}"
+    add_results(reports.parent / run_folder.MODEL, results)

@@ -19,6 +19,7 @@ from embedft.encoders.folder import FAMILIES
 from embedft.encoders.loading import push_folder
 from embedft.encoders.lora import LoraConfig, add_lora
 from embedft.files import REPLACING, read_json, write_json
+from embedft.losses.contrastive import in_batch_negatives
 
 
 def test_flops_by_hand(tiny_bert):
@@ -106,6 +107,19 @@ def test_the_card_of_a_run_has_data_settings_and_results(tmp_path):
     rows = [line for line in card.splitlines() if f"{report['metrics']['ndcg@10']:.4f}" in line]
     assert any("fine-tuned" in row and "[" in row for row in rows)
     assert any(names(line, 8, "chose the weights", "max_length", embedder.max_length) for line in card.splitlines())
+
+
+def my_loss(Q, D, targets):
+    return in_batch_negatives(Q, D, targets)
+
+
+def test_the_card_names_objects_in_place_of_settings_and_settings_of_0(tmp_path):
+    embedder = make_embedder(tmp_path / "base")
+    config = FinetuneConfig(epochs=1, batch_size=4, freeze_below=0)
+    finetune(embedder, make_dataset(8, 8), config, loss=my_loss, out=tmp_path / "run")
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert f"| loss | {my_loss.__module__}.my_loss |" in card
+    assert "| freeze_below | 0 |" in card
 
 
 PUSH = """

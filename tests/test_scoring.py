@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_tiny_folder
-from naming import naming
+from naming import names, naming
 from safetensors.torch import load_file, save_file
 
-from embedft import FinetuneConfig, RetrievalDataset, Run, build_loss, evaluate_run, load_embedder, mine
+from embedft import FinetuneConfig, Report, RetrievalDataset, Run, build_loss, evaluate_run, load_embedder, mine
 from embedft.data.collate import PairCollate
 from embedft.encoders.scoring import load_scorer, new_scorer
 from embedft.recipe_scorer import finetune_scorer
@@ -243,6 +243,39 @@ def test_training(folder, tmp_path, mini_batch_tokens):
     assert evaluate_run(rerank(scorer, dataset, run), dataset).metrics["mrr@10"] == 1 > before
     saved = load_scorer(tmp_path / "run" / "model", device="cpu")
     assert np.array_equal(saved.score(PAIRS), scorer.score(PAIRS))
+
+
+def test_the_card_of_a_run_has_data_settings_and_results(folder, tmp_path):
+    """Saving writes one that says how to load; a run adds the rest, also if it was killed after the base's report."""
+    scorer, dataset, card = load_scorer(folder, device="cpu"), toy_dataset(), tmp_path / "run" / "model" / "README.md"
+    scorer.save(tmp_path / "saved")
+    text = (tmp_path / "saved" / "README.md").read_text()
+    assert all(words in text for words in ("load_scorer", "CrossEncoder", "text-ranking", "| scores | 0 to 1 |"))
+    assert "Results" not in text
+    run = Run.from_dict({i: dict.fromkeys(dataset.corpus, 0.0) for i in dataset.queries})
+
+    def train(*, stop_at: int | None = None, **options) -> None:
+        def watch(state, record):
+            if state.step == stop_at:
+                raise KeyboardInterrupt
+
+        options |= {"batch_size": 1, "num_negatives": 2, "validation": (dataset, run), "on_step": watch}
+        config = FinetuneConfig(epochs=30, lr=5e-3, checkpoint_every=1, eval_every=4)
+        finetune_scorer(load_scorer(folder, device="cpu"), dataset, config, out=tmp_path / "run", **options)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(stop_at=3)
+    train(existing="resume", allow_changed_code=True)
+    text = card.read_text()
+    for row in ("| batch_size | 1 |", "| num_negatives | 2 |", "| lr | 0.005 |", "listwise_cross_entropy |"):
+        assert row in text
+    base, tuned = (Report.load(tmp_path / "run" / "eval" / name) for name in ("validation-base", "validation"))
+    assert base.metrics["mrr@10"] < tuned.metrics["mrr@10"] == 1
+    rows = [line for line in text.splitlines() if line.startswith("| mrr@10 ")]
+    assert [f"{report.metrics['mrr@10']:.4f}" in row for report, row in zip((base, tuned), rows, strict=True)] == [
+        True
+    ] * 2
+    assert names(text, len(dataset.queries), "chose the weights")
 
 
 @pytest.mark.parametrize("changes", [{"lora": {"rank": 2}}, {"passages": [8, 4]}, {"references": {"base": None}}])

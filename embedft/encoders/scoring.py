@@ -25,6 +25,7 @@ from ..device import default_device, find_device
 from ..files import replace_files, write_json
 from ..progress import progress_bar
 from .adapter import check_role, fill
+from .card import write_card
 from .classifier import LAYOUTS, Head, build_head, classifier_name, find_layout
 from .embedder import Embedder
 from .fingerprint import fingerprint
@@ -181,6 +182,7 @@ class Scorer(nn.Module):
             write_tensors(new / WEIGHTS_FILE, tensors)
             write_json(new / CONFIG_FILE, config | labels | more | classifier_name(config))
             self.tokenizer.save(new)
+            write_card(new, self, instead_of=Path(folder))
 
 
 def load_scorer(

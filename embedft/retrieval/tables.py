@@ -10,6 +10,7 @@ CSV has all digits, two columns per interval, and column names without spaces; L
 import csv
 import io
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -166,6 +167,15 @@ def compare_all(base: Report, others: Sequence[Report], *, metric: str) -> list[
     """`compare` as a list, for any number of other reports, including one and none."""
     found = compare(base, *others, metric=metric) if others else []
     return found if isinstance(found, list) else [found]
+
+
+def format_change(base: Report, tuned: Report, *, select: str) -> str:
+    """A fine-tuned model beside its base, in Markdown: those of MAIN_METRICS and `select` that there are."""
+    metrics = [name for name in dict.fromkeys((*MAIN_METRICS, select)) if name in tuned.metrics]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about other settings, such as the base's own max_length: intended here
+        found = [compare(base, tuned, metric=name) for name in metrics]
+    return format_comparisons({"fine-tuned": found}, style="markdown")
 
 
 def format_comparisons(
