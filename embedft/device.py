@@ -63,6 +63,15 @@ def has_onednn_linear(device: torch.device, dtype: torch.dtype) -> bool:
     return plain and torch.backends.mkldnn.enabled and _ONEDNN_LINEAR
 
 
+def has_reordered_linear(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether inference can reorder a weight once for oneDNN's products: in float32 where training uses them too, and
+    in bfloat16 from AVX-512 on."""
+    if dtype is torch.bfloat16:
+        plain = device.type == "cpu" and torch.backends.mkldnn.enabled and not torch.is_autocast_enabled("cpu")
+        return plain and _ONEDNN_LINEAR and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return has_onednn_linear(device, dtype)
+
+
 # The operator behind torch.compile's CPU linear layers. It is private, so its absence must be harmless.
 _IS_X86 = platform.machine() in ("x86_64", "AMD64")
 _ONEDNN_LINEAR = _IS_X86 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

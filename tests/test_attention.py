@@ -247,6 +247,21 @@ def test_bfloat16_on_the_cpu_is_one_softmax_a_sequence(monkeypatch, lengths, cas
             torch.testing.assert_close(one.double(), other, rtol=0, atol=0.4)
 
 
+def test_without_a_gradient_only_texts_of_few_tokens_go_by_products(monkeypatch):
+    lengths, calls, products = [3 * K, 3 * K + 1], [], attention_module._by_products
+    monkeypatch.setattr(devices, "_MULTIPLIES_BFLOAT16", True)
+    spy = lambda *qkv, **options: (calls.append(qkv[0].shape[2]), products(*qkv, **options))[1]  # noqa: E731
+    monkeypatch.setattr(attention_module, "_by_products", spy)
+    qkv = random_qkv(sum(lengths), dtype=torch.bfloat16)
+    with torch.no_grad():
+        found = attention(*qkv, Sequences(pack([[0] * n for n in lengths])))
+    assert calls == [3 * K]
+    expected = naive_attention(*(x.double() for x in qkv), lengths)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=0.06)
+    attention(*qkv, Sequences(pack([[0] * n for n in lengths])))
+    assert calls == [3 * K, *lengths]
+
+
 @pytest.mark.parametrize("slack", [0.0, 1.0])
 def test_gradient_of_attention(slack):
     sequences = Sequences(pack([[0] * n for n in (3, 2, 2, 1)]), slack=slack)

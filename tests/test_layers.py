@@ -229,6 +229,26 @@ def test_weights_are_reordered_for_large_batches_and_until_inference_ends():
 
 
 @on_x86
+@pytest.mark.parametrize("activation", [None, "gelu", "silu"])
+@pytest.mark.parametrize("num_tokens", [1, LONG])
+def test_bfloat16_in_inference(products, activation, num_tokens):
+    """Only there: outside, and with gradients, it is torch's own layer."""
+    layer, x = make_layer(dtype=torch.bfloat16), random(num_tokens, D, dtype=torch.bfloat16)
+    run = layer if activation is None else lambda x: layer.activated(x, activation)
+    expected = F.linear(*(y.float() for y in (x, layer.weight, layer.bias)))
+    expected = expected if activation is None else layers.ACTIVATIONS[activation](expected)
+    outside = run(x)
+    assert outside.requires_grad
+    assert products == []
+    with layers.inference(layer):
+        inside = run(x)
+    assert len(products) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    for found in (outside, inside):
+        assert found.dtype is torch.bfloat16
+        torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.04)
+
+
+@on_x86
 def test_hooks_see_what_the_layer_gives_before_its_activation():
     layer, x, seen = make_layer(), random(LONG, D), []
     layer.register_forward_hook(lambda _, inputs, y: seen.append(y.clone()) or y + 1)

@@ -28,6 +28,10 @@ CAUSAL: Window = (None, 0)
 MAX_MATRIX = (
     512  # tokens of the longest sequence whose attention weights are computed as a matrix, where that is faster
 )
+# Without a gradient, as many times a head's width. 12 heads of 32: 9.0 ms instead of the kernel's 11.0 for texts of 48
+# tokens, 11.8 instead of 15.0 for 96, but 25.7 instead of 18.4 for 128; 12 heads of 64: 29.8 instead of 44.9 for 200
+# (4,096 tokens, CPU time on a busy core of an EPYC of family 25, torch 2.13.0, 2026-11-30).
+MAX_MATRIX_WIDTHS = 3
 MIN_BLOCK = 64  # tokens; smaller blocks spend more on their borders than they save
 
 
@@ -172,7 +176,8 @@ def _grouped(
     """Attention within group `i` -> [N, H, L, K]."""
     group, attend = sequences.groups[i], functools.partial(F.scaled_dot_product_attention, **options)
     L = group.length
-    if L <= MAX_MATRIX and not options["dropout_p"] and devices.has_slow_attention(q_NHLK.device, q_NHLK.dtype):
+    most = MAX_MATRIX if torch.is_grad_enabled() else min(MAX_MATRIX, MAX_MATRIX_WIDTHS * q_NHLK.shape[-1])
+    if most >= L and not options["dropout_p"] and devices.has_slow_attention(q_NHLK.device, q_NHLK.dtype):
         attend = functools.partial(_by_products, scale=options["scale"])
     window = tuple(None if n is None or n >= L - 1 else n for n in window)  # limits that no token reaches are none
     if sequences.bias_HLL is not None:
