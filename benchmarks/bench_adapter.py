@@ -21,23 +21,33 @@ import torch
 import torch.nn.functional as F
 
 from embedft import AdapterConfig, RetrievalDataset, fit_adapter, load_embedder
-from embedft.retrieval.tables import format_table
-from experiments.commandline import make_parser, run
 from experiments.repro_adapter_lyft_uber import AS_PUBLISHED, MAX_LENGTH, embed, fit
-from experiments.sources import find_data
 
-from .workers import Worker, machine, most_anonymous, spread
+from . import suite
+from .suite import Row, make_parser, published, require_close
+from .workers import Worker, most_anonymous
 
 TOLERANCE, STEPS, QUERIES, DIM = 1e-5, 20, 64, 384
+# Methods of `Fitting`: what they do; the last is the peer's way.
+CASES = {"from_store": "fit, vectors in a store", "cold": "fit, from scratch", "loop": "embedding in the loop"}
+
+
+def first(dataset: RetrievalDataset, number: int | None) -> RetrievalDataset:
+    """The first questions, and the documents that are relevant to them; None: all, with the whole corpus."""
+    if number is None:
+        return dataset
+    qrels = {query_id: dataset.qrels[query_id] for query_id in list(dataset.qrels)[:number]}
+    corpus = {i: dataset.corpus[i] for grades in qrels.values() for i in grades}
+    return RetrievalDataset({query_id: dataset.queries[query_id] for query_id in qrels}, corpus, qrels)
 
 
 class Fitting:
     """Three ways to fit the published adapter; each returns its weights."""
 
-    def __init__(self, model: str, data: str, store: str):
-        self.embedder = load_embedder(model, device="cpu", max_length=MAX_LENGTH)
-        self.stored = load_embedder(model, device="cpu", max_length=MAX_LENGTH, store=store)
-        self.dataset = RetrievalDataset.load(Path(data) / "train_dataset.json")
+    def __init__(self, model: str, data: str, store: str, device: str, number: int | None):
+        self.embedder = load_embedder(model, device=device, max_length=MAX_LENGTH)
+        self.stored = load_embedder(model, device=device, max_length=MAX_LENGTH, store=store)
+        self.dataset = first(RetrievalDataset.load(Path(data) / "train_dataset.json"), number)
         self.pairs = [(q, d) for q, grades in self.dataset.qrels.items() for d in grades]
 
     def loop(self) -> np.ndarray:
@@ -110,45 +120,40 @@ def write_corpus(path: Path, num_documents: int) -> None:
     documents_ND.flush()
 
 
-def main(options: argparse.Namespace) -> None:
-    folder, data = (
-        str(load_embedder(options.base, device="cpu").source.folder),
-        str(find_data("lyft_uber", options.data)),
-    )
+def main(options: argparse.Namespace) -> list[Row]:
+    folder = str(load_embedder(options.base, device="cpu").source.folder)
+    data = str(published("lyft_uber", options.data))
     with tempfile.TemporaryDirectory() as place:
-        worker = Worker(Fitting, folder, data, f"{place}/store")
+        arguments = (folder, data, f"{place}/store", options.device, options.number)
+        worker = Worker(Fitting, *arguments, device=options.device)
         worker.call("fill")
         seconds, weights = {}, {}
-        for name in ("from_store", "cold", "loop"):
+        for name in CASES:
             weights[name] = worker.call(name)
-            seconds[name] = worker.seconds
-        for name in ("from_store", "cold"):
-            difference = float(np.abs(weights[name] - weights["loop"]).max())
-            if not difference <= TOLERANCE:
-                raise ValueError(
-                    f"the weights of {name} and loop differ by {difference:.1e}, expected at most {TOLERANCE:.0e}"
-                )
-        rows = [[name, f"{seconds[name]:.2f}", f"{seconds['loop'] / seconds[name]:.1f}"] for name in seconds]
-        print(format_table(["published configuration, 4 epochs", "seconds", "loop / this"], rows))
+            seconds[name] = [worker.seconds]
+        *ours, loop = CASES
+        rows = []
+        for name in ours:
+            difference = require_close(name, weights[name], weights[loop], TOLERANCE, "weights")
+            found = {"peer": CASES[loop], "peer_seconds": seconds[loop], "largest_difference": difference}
+            rows.append(Row(CASES[name], seconds[name], **found))
         fits = [worker.call("full_corpus") for _ in range(options.rounds)]
+        rows.append(Row(f"full-corpus fit, {AdapterConfig().epochs} epochs", fits))
         worker.close()
-        print(f"\nfull-corpus fit, {AdapterConfig().epochs} epochs on 668 x 334: {spread(fits)} s")
         if options.corpus:
             path = Path(place) / "corpus.f32"
             write_corpus(path, options.corpus)
             large = Worker(LargeCorpus, str(path), options.corpus)
             took, before, most = large.call("steps")
             large.close()
-            print(
-                f"{STEPS} steps of {QUERIES} queries against {options.corpus:,} x {DIM} in a memory map: {took:.0f} s, "
-                f"at most {most / 2**20:,.0f} MiB of anonymous memory ({before / 2**20:,.0f} before)"
-            )
-    print(f"\n{options.base} at {MAX_LENGTH} tokens, float32; {machine()}")
+            case = f"{STEPS} steps of {QUERIES} queries, {options.corpus:,} x {DIM} in a memory map"
+            rows.append(Row(case, [took], peak_bytes=most, more={"bytes_before": before}))
+    print(f"fits of the published configuration: once each; texts of at most {MAX_LENGTH} tokens\n")
+    return rows
 
 
 if __name__ == "__main__":
-    parser = make_parser("benchmarks.bench_adapter", __doc__)
-    parser.add_argument("--data", metavar="DIR", help="has train_dataset.json [beside the checkout]")
-    parser.add_argument("--rounds", type=int, default=5, help="number of full-corpus fits [5]")
+    parser = make_parser("adapter", __doc__, rounds=5, data="folder with train_dataset.json")
+    parser.add_argument("--number", type=int, metavar="N", help="the first N questions and their documents only [all]")
     parser.add_argument("--corpus", type=int, default=0, metavar="N", help="documents in the large corpus [0: skip it]")
-    run(main, parser)
+    suite.run(main, parser)

@@ -13,11 +13,11 @@ from pathlib import Path
 from embedft import load_embedder
 from embedft.corpus.chunks import chunk_pages
 from embedft.corpus.documents import read_documents
-from embedft.retrieval.tables import format_table
-from experiments.commandline import make_parser, run
 from experiments.sources import SHARED
 
-from .workers import Worker, alternate, machine, ratios, spread
+from . import suite
+from .suite import Row, make_parser
+from .workers import Worker, alternate
 
 SIZE, OVERLAP = 254, 32
 
@@ -61,36 +61,35 @@ def characters(text: str) -> Counter[str]:
     return Counter("".join(text.split()).replace("-", ""))
 
 
-def main(options: argparse.Namespace) -> None:
-    paths = options.pdf or sorted(map(str, Path(SHARED, "pdf").glob("*.pdf")))
+def main(options: argparse.Namespace) -> list[Row]:
+    paths = (options.pdf or sorted(map(str, Path(SHARED, "pdf").glob("*.pdf"))))[: options.number]
     if not paths:
         raise ValueError("no PDF file beside the checkout; name at least one")
-    folder = str(load_embedder(options.base, device="cpu").source.folder)
+    folder, peer = str(load_embedder(options.base, device="cpu").source.folder), f"pypdf {suite.version('pypdf')}"
     workers = {
-        "ours": Worker(Ours, paths, folder, None),
+        "a process per core": Worker(Ours, paths, folder, None),
         "one process": Worker(Ours, paths, folder, 1),
-        "pypdf": Worker(Pypdf, paths),
+        peer: Worker(Pypdf, paths),
     }
     for worker in workers.values():
         worker.call("read")  # also warms up
-    expected = workers["pypdf"].call("pages")
-    for who in ("ours", "one process"):
+    ours, expected = list(workers)[:-1], workers[peer].call("pages")
+    for who in ours:
         found = workers[who].call("pages")
         for (path, number), text in expected.items():
             if characters(found.get((path, number), "")) != characters(text):
                 raise ValueError(f"{path} page {number}: the characters differ from pypdf's ({who})")
     seconds = alternate(workers, "read", rounds=options.rounds, warmup=0)
-    num_chunks = workers["ours"].call("num_chunks")
-    rows = [[who, spread(times), spread(ratios(times, seconds["pypdf"]))] for who, times in seconds.items()]
-    print(format_table(["", "seconds", "relative to pypdf"], rows))
-    print(
-        f"\nmedian [min, max] of {options.rounds} alternations; {len(expected):,} pages, {num_chunks:,} chunks of up to"
-    )
-    print(f"{SIZE} tokens, overlap {OVERLAP}, {options.base}; {machine()}")
+    more = {"pages": len(expected), "chunks": workers[ours[0]].call("num_chunks")}
+    rows = [Row(who, seconds[who], peer, seconds[peer], more=dict(more)) for who in ours]
+    for worker in workers.values():
+        worker.close()
+    print(f"{more['pages']:,} pages, {more['chunks']:,} chunks of up to {SIZE} tokens, overlap {OVERLAP}\n")
+    return rows
 
 
 if __name__ == "__main__":
-    parser = make_parser("benchmarks.bench_chunk", __doc__)
+    parser = make_parser("chunk", __doc__, rounds=3, devices=False)
     parser.add_argument("pdf", nargs="*", metavar="PDF", help="files to read [the filings beside the checkout]")
-    parser.add_argument("--rounds", type=int, default=3, help="timed alternations [3]")
-    run(main, parser)
+    parser.add_argument("--number", type=int, metavar="N", help="how many files, the first ones [all]")
+    suite.run(main, parser)

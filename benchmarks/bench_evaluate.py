@@ -31,14 +31,13 @@ import torch
 from embedft import RetrievalDataset, Run, evaluate, evaluate_run, load_embedder
 from embedft.retrieval.metrics import Qrels, average_precision, judge, measure
 from embedft.retrieval.significance import paired_bootstrap_interval, sign_flip_p_value
-from embedft.retrieval.tables import format_table
-from experiments.commandline import make_parser, run
 from experiments.repro_matryoshka_finance import read_rows
-from experiments.sources import find_data
 
+from . import suite
 from .bench_search import seconds_of
+from .suite import Row, make_parser, published
 from .vectors import perturbed, rounded, write_perturbed
-from .workers import Worker, alternate, machine, most_anonymous, ratios, spread
+from .workers import Worker, alternate, most_anonymous
 
 TOLERANCE, RANX_TOLERANCE = 1e-9, 1e-6
 MEMORY_LIMIT, METRICS_LIMIT, BOOTSTRAP_LIMIT = 1.5, 2, 3
@@ -136,9 +135,9 @@ class Peer(Watched):
 
 def make_tasks(options: argparse.Namespace, folder: str) -> tuple[Task, Task]:
     """A task with all documents and queries, and a smaller one that sentence-transformers gets too."""
-    dataset, _ = read_rows(find_data("finance_qa", options.data) / "Financial-QA-10k.csv")
+    dataset, _ = read_rows(published("finance_qa", options.data) / "Financial-QA-10k.csv")
     texts = list(dataset.texts.values())[: options.texts]
-    encoded_CD = load_embedder(options.base).encode(texts, role="document", dim=options.dim)
+    encoded_CD = load_embedder(options.base, device=options.device).encode(texts, role="document", dim=options.dim)
     path = Path(folder, "documents.npy")
     documents_ND = write_perturbed(path, encoded_CD, options.documents, noise=options.noise, steps=STEPS)
 
@@ -156,69 +155,56 @@ def make_tasks(options: argparse.Namespace, folder: str) -> tuple[Task, Task]:
     return task(options.documents, options.queries), task(*few)
 
 
-def require_close(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], who: str, at_most: float) -> str:
-    """Returns the largest difference over the names in `expected`, as text; a `ValueError` if it exceeds `at_most`."""
-    largest = 0.0
-    for name, value in expected.items():
-        difference = float(np.abs(np.subtract(found[name], value)).max())
-        if not difference <= at_most:
-            raise ValueError(f"{name} and {who}'s differ by {difference:.1e}, expected at most {at_most:.0e}")
-        largest = max(largest, difference)
-    return f"{largest:.0e}"
+def require_close(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray], who: str, most: float) -> float:
+    """The largest difference over the names in `expected`; a `ValueError` if it exceeds `most`."""
+    return max(suite.require_close(who, found[name], value, most, name) for name, value in expected.items())
 
 
-def whole(options: argparse.Namespace, folder: str) -> tuple[Run, RetrievalDataset]:
-    """Compares whole evaluations; returns the run and the dataset with all documents and queries."""
+def whole(options: argparse.Namespace, folder: str) -> tuple[list[Row], Run, RetrievalDataset]:
+    """Compares whole evaluations; also returns the run and the dataset with all documents and queries."""
     large, small = make_tasks(options, folder)
+    peer_name = f"sentence-transformers {suite.version('sentence-transformers')}"
     ours, peer = Worker(Ours, small, options.depth), Worker(Peer, small, options.depth)
-    memory = []
-    expected, *anonymous = peer.call("watched")  # also warms up
-    memory.append(memory_row("sentence-transformers", small, *anonymous))
-    metrics, *anonymous = ours.call("watched")
-    memory.append(memory_row("embedft", small, *anonymous))
+    expected, *peer_memory = peer.call("watched")  # also warms up
+    metrics, *memory = ours.call("watched")
     difference = require_close(metrics, expected, "sentence-transformers", TOLERANCE)
     seconds = alternate({"ours": ours, "peer": peer}, "evaluate", rounds=options.rounds, warmup=0)
     ours.close()
     peer.close()
+    row = row_of(small, seconds["ours"], *memory)
+    row.peer, row.peer_seconds, row.largest_difference = peer_name, seconds["peer"], difference
+    row.peer_peak_bytes = peer_memory[1] - peer_memory[0]
 
     alone = Worker(Ours, large, options.depth)
-    metrics, *anonymous = alone.call("watched")
-    memory.append(memory_row("embedft", large, *anonymous))
+    metrics, *memory = alone.call("watched")
     (all_seconds,) = alternate({"ours": alone}, "evaluate", rounds=options.rounds, warmup=0).values()
     found, costs = alone.call("found")
     alone.close()
-
-    few, many = (task.num_documents * len(task.relevant) for task in (small, large))
-    rows = [comparison_row(small, "measured", seconds["ours"], seconds["peer"])]
+    rows, (few, many) = [row], (task.num_documents * len(task.relevant) for task in (small, large))
     if many > few:
-        linear = [value * many / few for value in seconds["peer"]]
-        rows.append(comparison_row(large, f"linear, x {many / few:g}", all_seconds, linear))
-    header = ["documents x queries", "embedft, s", "sentence-transformers, s", "", "times as fast"]
-    print(format_table(header, rows))
-    print(f"\ntop {options.depth}; metrics differ by at most {difference}; goal: twice as fast; linear: extrapolated")
-    print("from the peer's time for the smaller size, by documents x queries")
+        rows.append(row_of(large, all_seconds, *memory))
+        rows[1].peer = f"{peer_name}, linear, x {many / few:g}"
+        rows[1].peer_seconds = [value * many / few for value in seconds["peer"]]
     parts = ", ".join(f"{name.removesuffix('_seconds')} {s:.2f}" for name, s in costs.items() if "_seconds" in name)
     means = ", ".join(f"{name} {metrics[name]:.3f}" for name in ("hit_rate@1", "ndcg@10"))
-    print(f"embedft's seconds in its last round: {parts}; found: {means}")
-    header = ["memory", "documents x queries", "embeddings, MiB", "growth, MiB", "ratio"]
-    print(f"\n{format_table(header, memory)}")
-    print(f"\ngrowth of anonymous memory, and its ratio to the embeddings (embedft's limit: {MEMORY_LIMIT}), which are")
-    print("in a memory-mapped file whose pages the system can drop")
-    return found, large.dataset()
+    print(f"top {options.depth}; seconds of the last evaluation: {parts}; found: {means}; linear: extrapolated from")
+    print(
+        "the peer's time for the smaller size, by documents x queries; goal: twice as fast. Peaks: growth of anonymous"
+    )
+    print(
+        f"memory; memory ratio: to the embeddings (limit: {MEMORY_LIMIT}), in a memory map that the system can drop\n"
+    )
+    return rows, found, large.dataset()
 
 
-def comparison_row(task: Task, how: str, ours: list[float], peer: list[float]) -> list[str]:
-    return [task.size(), spread(ours), spread(peer), how, spread(ratios(peer, ours), 1)]
+def row_of(task: Task, seconds: list[float], before: int, most: int) -> Row:
+    """A row of evaluations of a task, with its growth of memory."""
+    embeddings, beside = task.num_documents * task.queries_QD.itemsize * task.queries_QD.shape[1], most - before
+    more = {"embeddings_bytes": embeddings, "memory_ratio": beside / embeddings}
+    return Row(f"evaluate {task.size()}", seconds, peak_bytes=beside, more=more)
 
 
-def memory_row(who: str, task: Task, before: int, most: int) -> list[str]:
-    embeddings = task.num_documents * task.queries_QD.itemsize * task.queries_QD.shape[1]
-    beside = most - before
-    times = f"{beside / embeddings:.3f}"
-    return [who, task.size(), f"{embeddings / 2**20:,.0f}", f"{beside / 2**20:,.0f}", times]
-
-
-def metrics_alone(options: argparse.Namespace, found: Run, dataset: RetrievalDataset) -> None:
+def metrics_alone(options: argparse.Namespace, found: Run, dataset: RetrievalDataset) -> list[Row]:
     """The metrics of a run: ours from arrays and from dicts, trec_eval's from dicts, ranx's from its own types."""
     qrels, results = dataset.qrels, found.to_dict()
     depth = options.depth
@@ -230,8 +216,8 @@ def metrics_alone(options: argparse.Namespace, found: Run, dataset: RetrievalDat
         return pytrec_eval.RelevanceEvaluator(qrels, measures).evaluate(results)
 
     contestants = {
-        "embedft, from arrays": lambda: evaluate_run(found, dataset, ks=KS, depth=depth),
-        "embedft, from dicts": lambda: evaluate_run(Run.from_dict(results), qrels, ks=KS, depth=depth),
+        "from arrays": lambda: evaluate_run(found, dataset, ks=KS, depth=depth),
+        "from dicts": lambda: evaluate_run(Run.from_dict(results), qrels, ks=KS, depth=depth),
         "trec_eval (pytrec_eval), from dicts": trec_eval,
     }
     names = {f"{name}_{k}": f"{ours}@{k}" for name, ours in theirs.items() for k in KS}
@@ -251,14 +237,18 @@ def metrics_alone(options: argparse.Namespace, found: Run, dataset: RetrievalDat
         more, differences["ranx, from its own types"] = ranx_contestants(found, qrels, depth)
         contestants |= more
     seconds = seconds_of(contestants, options.rounds)
-    rows = [[name, spread(values, 3), differences.get(name, "")] for name, values in seconds.items()]
-    print(format_table([f"metrics of {len(results):,} x {depth}", "seconds", "largest difference"], rows))
-    print(f"\nembedft's limit is {METRICS_LIMIT} s at 10,000 x 100")
-    if "ranx, from dicts" not in seconds:
-        print("ranx is not installed (pip install ranx), so it is skipped")
+    size = f"{len(results):,} x {depth}"
+    rows = [
+        Row(f"metrics of {size}, {ours}", seconds[ours], peer, seconds[peer], largest_difference=differences.get(peer))
+        for peer in list(contestants)[2:]
+        for ours in list(contestants)[:2]
+    ]
+    missing = "" if "ranx, from dicts" in seconds else "; ranx is not installed (pip install ranx), so it is skipped"
+    print(f"metrics: the limit is {METRICS_LIMIT} s at 10,000 x 100{missing}")
+    return rows
 
 
-def ranx_contestants(found: Run, qrels: Qrels, depth: int) -> tuple[dict[str, Callable[[], object]], str]:
+def ranx_contestants(found: Run, qrels: Qrels, depth: int) -> tuple[dict[str, Callable[[], object]], float]:
     """ranx's two ways to compute the metrics, already compiled, and how much its results differ from ours."""
     import ranx
 
@@ -279,7 +269,7 @@ def ranx_contestants(found: Run, qrels: Qrels, depth: int) -> tuple[dict[str, Ca
     }, difference
 
 
-def resampling(options: argparse.Namespace) -> None:
+def resampling(options: argparse.Namespace) -> list[Row]:
     """Times intervals and a p-value on made-up differences between two systems."""
     rng = np.random.default_rng(0)
     differences_Q = rng.choice([-1.0, -0.5, 0.0, 0.5, 1.0], NUM_QUESTIONS, p=[0.05, 0.1, 0.6, 0.15, 0.1])
@@ -293,34 +283,31 @@ def resampling(options: argparse.Namespace) -> None:
         options = {"n_resamples": NUM_SAMPLES, "method": "percentile", "batch": 100}
         return tuple(scipy.stats.bootstrap((differences_Q,), np.mean, **options).confidence_interval)
 
+    peer = f"scipy.stats.bootstrap {scipy.__version__}"
     contestants = {
         "bootstrap interval": interval,
         "bootstrap interval, two questions / document": lambda: interval(pairs),
         "sign-flip p-value": lambda: sign_flip_p_value(
             differences_Q, generator=np.random.default_rng(1), num_samples=NUM_SAMPLES
         ),
-        "scipy.stats.bootstrap, percentile": scipy_interval,
+        peer: scipy_interval,
     }
     error = differences_Q.std() / NUM_QUESTIONS**0.5
     require_close({"interval": interval()}, {"interval": scipy_interval()}, "SciPy", INTERVAL_TOLERANCE * error)
     seconds = seconds_of(contestants, options.rounds)
-    header = [f"{NUM_SAMPLES:,} samples over {NUM_QUESTIONS:,} questions", "seconds"]
-    print(format_table(header, [[name, spread(values)] for name, values in seconds.items()]))
-    print(f"\nthe limit for a bootstrap interval is {BOOTSTRAP_LIMIT} s")
+    print(f"resampling: {NUM_SAMPLES:,} samples over {NUM_QUESTIONS:,} questions; the limit is {BOOTSTRAP_LIMIT} s\n")
+    first, *others, _ = contestants
+    return [Row(first, seconds[first], peer, seconds[peer]), *(Row(name, seconds[name]) for name in others)]
 
 
-def main(options: argparse.Namespace) -> None:
+def main(options: argparse.Namespace) -> list[Row]:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        found, dataset = whole(options, folder)
-    print()
-    metrics_alone(options, found, dataset)
-    print()
-    resampling(options)
-    print(f"median [min, max] of {options.rounds} alternating rounds; {options.base}, {machine()}")
+        rows, found, dataset = whole(options, folder)
+    return [*rows, *metrics_alone(options, found, dataset), *resampling(options)]
 
 
 if __name__ == "__main__":
-    parser = make_parser("benchmarks.bench_evaluate", __doc__)
+    parser = make_parser("evaluate", __doc__, rounds=3, data="folder of finance_qa")
     parser.add_argument("--documents", type=int, default=1_000_000, help="documents [1000000]")
     parser.add_argument("--queries", type=int, default=10_000, help="queries [10000]")
     parser.add_argument("--peer-documents", type=int, default=100_000, help="most documents for the peer [100000]")
@@ -329,7 +316,5 @@ if __name__ == "__main__":
     parser.add_argument("--dim", type=int, help="leading dimensions to keep [all]")
     parser.add_argument("--noise", type=float, default=0.5, help="length of the noise on a unit vector [0.5]")
     parser.add_argument("--texts", type=int, help="contexts to encode [all]")
-    parser.add_argument("--rounds", type=int, default=3, help="timed rounds [3]")
-    parser.add_argument("--data", metavar="DIR", help="folder with Financial-QA-10k.csv [beside the checkout]")
     parser.add_argument("--folder", metavar="DIR", help="folder for temporary files [the system's]")
-    run(main, parser)
+    suite.run(main, parser)

@@ -19,10 +19,10 @@ from pathlib import Path
 from embedft.corpus.chunks import Chunk
 from embedft.corpus.prompts import RESPONSE_FORMAT, TEMPLATE, fill_template, parse_reply
 from embedft.corpus.questions import QuestionConfig, write_questions
-from embedft.retrieval.tables import format_table
-from experiments.commandline import make_parser, run
 
-from .workers import Worker, alternate, machine, ratios, spread
+from . import suite
+from .suite import Row, make_parser, measure
+from .workers import Worker
 
 SERVER = Path(__file__).resolve().parents[1] / "tests" / "api_server.py"
 CONCURRENCY, DELAY_SECONDS, NUM_QUESTIONS, MAX_ATTEMPTS = 64, 0.2, 2, 12
@@ -85,33 +85,32 @@ def make_chunks(number: int) -> list[Chunk]:
     return [Chunk(f"c{i}", f"Passage {i}. " + "The revenue of the year rose. " * 100) for i in range(number)]
 
 
-def main(options: argparse.Namespace) -> None:
-    workers = {"ours": Worker(Ours, options.chunks), "peer": Worker(Bare, options.chunks)}
+def main(options: argparse.Namespace) -> list[Row]:
+    peer = f"bare loop, openai {suite.version('openai')}"
+    workers = {"embedft": Worker(Ours, options.chunks), peer: Worker(Bare, options.chunks)}
     rows = []
     for share in (0.0, 0.2):
         command = [sys.executable, str(SERVER), "--delay", str(DELAY_SECONDS), "--faults", str(share)]
         server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         try:
             base_url = f"http://127.0.0.1:{int(server.stdout.readline())}/v1"
-            found = {}
-            for who, worker in workers.items():
+            found = []
+            for worker in workers.values():
                 worker.call("write", base_url)  # also warms up
-                found[who] = json.dumps(worker.call("result"))
-            if found["ours"] != found["peer"]:
+                found.append(json.dumps(worker.call("result")))
+            if found[0] != found[1]:
                 raise ValueError(f"the questions differ with {share:.0%} faults")
-            seconds = alternate(workers, "write", base_url, rounds=options.rounds, warmup=0)
+            rows += measure(f"{share:.0%} faults", workers, "write", base_url, rounds=options.rounds, warmup=0)
         finally:
             server.kill()
             server.wait()
-        times = ratios(seconds["ours"], seconds["peer"])
-        rows.append([f"{share:.0%}", spread(seconds["ours"]), spread(seconds["peer"]), spread(times)])
-    print(format_table(["faults", "embedft, s", "bare loop, s", "embedft / bare"], rows))
-    print(f"\nmedian [min, max] of {options.rounds} alternations; {options.chunks:,} chunks, {CONCURRENCY} in flight,")
-    print(f"{DELAY_SECONDS * 1000:.0f} ms per reply; {machine()}")
+    for worker in workers.values():
+        worker.close()
+    print(f"{options.chunks:,} chunks, {CONCURRENCY} requests in flight, {DELAY_SECONDS * 1000:.0f} ms per reply\n")
+    return rows
 
 
 if __name__ == "__main__":
-    parser = make_parser("benchmarks.bench_questions", __doc__)
+    parser = make_parser("questions", __doc__, rounds=5, base=False, devices=False)
     parser.add_argument("--chunks", type=int, default=1000, help="chunks to write questions for [1000]")
-    parser.add_argument("--rounds", type=int, default=5, help="timed alternations [5]")
-    run(main, parser)
+    suite.run(main, parser)

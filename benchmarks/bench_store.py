@@ -15,15 +15,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from embedft import load_embedder
+from embedft import Embedder, load_embedder
 from embedft.encoders.store import Space, Store
-from embedft.retrieval.tables import format_table
-from experiments.commandline import make_parser, run
 
-from .workers import Worker, anonymous_bytes, machine, ratios, spread
+from . import suite
+from .suite import Row, make_parser, require_close
+from .workers import Worker, anonymous_bytes
 
-TOLERANCE, LIMIT = 1e-5, 1.15
+TOLERANCES, LIMIT = {"float32": 1e-5, "bfloat16": 3e-2, "float16": 3e-3}, 1.15  # the limit: store / alone
 NEW_SHARE = 0.1
 WORDS = (
     "the of a limit order fee revenue rider driver year market price growth question answer city trip cost share "
@@ -33,11 +34,15 @@ DIM, NUM_LOOKED_UP = 384, 1000
 LARGE = Space("0" * 64, DIM, {"model": "random numbers"})
 
 
+def load(options: argparse.Namespace) -> Embedder:
+    return load_embedder(options.base, device=options.device, dtype=getattr(torch, options.dtype))
+
+
 class ThroughStore:
     """Encodes all texts through a store that lacks only the new ones."""
 
-    def __init__(self, model: str, texts: Sequence[str], num_new: int, folder: str):
-        self.embedder, self.texts = load_embedder(model, device="cpu"), texts
+    def __init__(self, options: argparse.Namespace, texts: Sequence[str], num_new: int, folder: str):
+        self.embedder, self.texts = load(options), texts
         self.full, self.used = Path(folder, "full"), Path(folder, "used")
         self.embedder.store = Store(self.full)
         self.embedder.encode(texts[num_new:], progress=False)
@@ -57,8 +62,8 @@ class ThroughStore:
 class Alone:
     """Encodes the new texts without a store."""
 
-    def __init__(self, model: str, texts: Sequence[str], num_new: int):
-        self.embedder, self.texts, self.num_new = load_embedder(model, device="cpu"), texts, num_new
+    def __init__(self, options: argparse.Namespace, texts: Sequence[str], num_new: int):
+        self.embedder, self.texts, self.num_new = load(options), texts, num_new
 
     def encode(self) -> None:
         self.embedder.encode(self.texts[: self.num_new], progress=False)
@@ -103,70 +108,62 @@ def large_vectors(texts: Sequence[str]) -> np.ndarray:
     return ((numbers_N1 * 31 + np.arange(DIM)) % 1009).astype(np.float32)
 
 
-def a_tenth_is_new(options: argparse.Namespace, folder: str) -> float:
-    """Prints a table and returns the median ratio."""
+def a_tenth_is_new(options: argparse.Namespace, folder: str) -> Row:
     texts, num_new = make_texts(options.texts), max(1, round(options.texts * NEW_SHARE))
     random.Random(1).shuffle(texts)
-    store = Worker(ThroughStore, options.base, texts, num_new, folder)
-    alone = Worker(Alone, options.base, texts, num_new)
+    store = Worker(ThroughStore, options, texts, num_new, folder, device=options.device)
+    alone = Worker(Alone, options, texts, num_new, device=options.device)
     store.call("reset")
     store.call("encode")  # also warms up
     embeddings_ND, num_computed = store.call("result")
-    difference = float(np.abs(embeddings_ND - alone.call("all")).max())
-    if num_computed != num_new or not difference <= TOLERANCE:
-        raise ValueError(
-            f"{num_computed} texts were computed, expected {num_new}; the embeddings differ by {difference:.1e},"
-            f" expected at most {TOLERANCE:.0e}"
-        )
+    case = f"{len(texts):,} texts through the store, {num_new:,} of them new"
+    if num_computed != num_new:
+        raise ValueError(f"{case}: {num_computed} texts were computed, expected {num_new}")
+    difference = require_close(case, embeddings_ND, alone.call("all"), TOLERANCES[options.dtype])
     seconds: dict[str, list[float]] = {"store": [], "alone": []}
     for _ in range(options.rounds):
         store.call("reset")
         for name, worker in (("store", store), ("alone", alone)):
             worker.call("encode")
             seconds[name].append(worker.seconds)
-    times = ratios(seconds["store"], seconds["alone"])
-    header = ["texts", "new", "largest difference", "all through the store, s", "new ones alone, s", "store / alone"]
-    row = [f"{len(texts):,}", f"{num_new:,}", f"{difference:.1e}", *map(spread, seconds.values()), spread(times, 3)]
-    print(format_table(header, [row]))
     store.close()
     alone.close()
-    return float(np.median(times))
+    return Row(case, seconds["store"], "the new ones alone", seconds["alone"], largest_difference=difference)
 
 
-def a_large_store(options: argparse.Namespace, folder: str) -> None:
+def a_large_store(options: argparse.Namespace, folder: str) -> list[Row]:
     start = time.perf_counter()
     Store(folder).fill(LARGE, [f"text {row}" for row in range(options.rows)], large_vectors)
-    written = time.perf_counter() - start
-    opened, looked_up, again, memory = [], [], [], []
+    size, written = f"{options.rows:,} x {DIM}", time.perf_counter() - start
+    found: dict[str, list[float]] = {"open": [], "look up": [], "look up again": []}
+    memory = []
     for _ in range(options.rounds):
         worker = Worker(Opened, folder, options.rows)  # a fresh process each time
         before = worker.call("anonymous_bytes")
-        for method, seconds in (("open", opened), ("look_up", looked_up), ("look_up", again)):
-            worker.call(method)
+        for case, seconds in found.items():
+            worker.call("open" if case == "open" else "look_up")
             seconds.append(worker.seconds)
-        memory.append((worker.call("anonymous_bytes") - before) / 2**20)
+        memory.append(worker.call("anonymous_bytes") - before)
         vectors_ND, texts = worker.call("result")
         if not np.array_equal(vectors_ND, large_vectors(texts)):
             raise ValueError("the vectors looked up differ from those stored")
         worker.close()
-    header = ["rows", "written, s", "opened, s", f"first {len(texts):,} texts, s", "again, s", "anonymous memory, MiB"]
-    times = (spread(seconds, 4) for seconds in (opened, looked_up, again))
-    print(format_table(header, [[f"{options.rows:,} x {DIM}", f"{written:.1f}", *times, spread(memory, 1)]]))
+    more = {"rows": options.rows, "texts_looked_up": len(texts)}
+    rows = [Row(f"{case}, {size}", seconds, more=dict(more)) for case, seconds in found.items()]
+    return [Row(f"write, {size}", [written], peak_bytes=max(memory), more=dict(more)), *rows]
 
 
-def main(options: argparse.Namespace) -> None:
+def main(options: argparse.Namespace) -> list[Row]:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        a_large_store(options, str(Path(folder, "large")))
-        print()
-        ratio = a_tenth_is_new(options, folder)
-    print(f"\nmedian [min, max] of {options.rounds} alternations, or processes; {options.base}; {machine()};")
-    print(f"files in the page cache; store / alone is {ratio:.3f} (limit: {LIMIT})")
+        rows = [*a_large_store(options, str(Path(folder, "large"))), a_tenth_is_new(options, folder)]
+    print("files in the page cache; peak: anonymous memory of a process that opens the store and looks up")
+    print(f"{NUM_LOOKED_UP:,} texts; limit for texts through the store: {LIMIT} of the time of the new ones alone\n")
+    return rows
 
 
 if __name__ == "__main__":
-    parser = make_parser("benchmarks.bench_store", __doc__)
+    parser = make_parser("store", __doc__, rounds=5, dtypes=TOLERANCES)
     parser.add_argument("--texts", type=int, default=100_000, help="texts, a tenth of them new [100000]")
     parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the large store [1000000]")
-    parser.add_argument("--rounds", type=int, default=5, help="timed alternations [5]")
     parser.add_argument("--folder", metavar="DIR", help="folder for temporary files [the system's]")
-    run(main, parser)
+    suite.run(main, parser)

@@ -17,12 +17,11 @@ import torch
 from embedft import Embedder, RetrievalDataset, build_loss, load_embedder
 from embedft.data.batches import make_batches
 from embedft.encoders.bert import Bert, BertConfig
-from embedft.retrieval.tables import format_table
 from embedft.training.optim import build_optimizer
-from experiments.commandline import make_parser, run
-from experiments.sources import find_data
 
-from .workers import Worker, alternate, machine, ratios, spread
+from . import suite
+from .suite import Row, make_parser, measure, published
+from .workers import Worker
 
 VARIANTS = {"default": {}, "passive": {"OMP_WAIT_POLICY": "passive"}, "10,000 spins": {"GOMP_SPINCOUNT": "10000"}}
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
@@ -80,12 +79,12 @@ def spin() -> None:
         pass
 
 
-def main(options: argparse.Namespace) -> None:
-    folder = str(find_data("lyft_uber", options.data))
+def main(options: argparse.Namespace) -> list[Row]:
+    folder = str(published("lyft_uber", options.data))
     base = str(load_embedder(options.base, device="cpu").source.folder)
     rows = []
-    for small in (False, True):
-        workers = {name: start(variables, base, folder, small) for name, variables in VARIANTS.items()}
+    for model in options.models:
+        workers = {name: start(variables, base, folder, model == "small") for name, variables in VARIANTS.items()}
         vectors = [worker.call("vector") for worker in workers.values()]
         if any(not np.array_equal(vectors[0], other) for other in vectors):
             raise ValueError("the vectors of the variants differ, expected equal ones")
@@ -94,21 +93,21 @@ def main(options: argparse.Namespace) -> None:
             for other in others:
                 other.start()
             for method in ("step", "encode", "query"):
-                seconds = alternate(workers, method, rounds=options.rounds)
-                relative = [spread(ratios(seconds[name], seconds["default"])) for name in list(VARIANTS)[1:]]
-                rows.append([f"{'small BERT' if small else 'base'}: {method}", "busy" if busy else "idle", *relative])
+                case = f"{model}, {'busy' if busy else 'idle'} machine: {method}"
+                rows += measure(case, workers, method, rounds=options.rounds)
             for other in others:
                 other.kill()
         for worker in workers.values():
             worker.close()
-    print(format_table(["", "machine", *list(VARIANTS)[1:]], rows))
-    print(f"\ntime relative to torch's default, median [min, max] of {options.rounds} alternating rounds;")
-    print(f"{options.base}, {MAX_LENGTH} tokens, steps of {BATCH_SIZE} pairs, {NUM_QUERIES} questions, float32;")
-    print(machine())
+    print(
+        f"ours: torch's default; peers: other ways to wait. {MAX_LENGTH} tokens, {STEPS} steps of {BATCH_SIZE} pairs,"
+    )
+    print(f"{NUM_QUERIES} questions, ten single queries\n")
+    return rows
 
 
 if __name__ == "__main__":
-    parser = make_parser("benchmarks.bench_threads", __doc__)
-    parser.add_argument("--data", metavar="DIR", help="folder with train_dataset.json [beside the checkout]")
-    parser.add_argument("--rounds", type=int, default=5, help="timed rounds of each [5]")
-    run(main, parser)
+    parser = make_parser("threads", __doc__, rounds=5, data="folder with train_dataset.json", devices=False)
+    models = {"nargs": "+", "choices": ["base", "small"], "default": ["base", "small"]}
+    parser.add_argument("--models", **models, help="--base, the small BERT [both]")
+    suite.run(main, parser)
