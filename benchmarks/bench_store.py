@@ -162,7 +162,7 @@ def main(options: argparse.Namespace) -> list[Row]:
 
 
 if __name__ == "__main__":
-    parser = make_parser("store", __doc__, rounds=5, dtypes=TOLERANCES)
+    parser = make_parser("store", __doc__, rounds=5, dtypes=[*TOLERANCES])
     parser.add_argument("--texts", type=int, default=100_000, help="texts, a tenth of them new [100000]")
     parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the large store [1000000]")
     parser.add_argument("--folder", metavar="DIR", help="folder for temporary files [the system's]")
