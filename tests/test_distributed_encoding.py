@@ -1,15 +1,19 @@
-"""distributed.py: two ranks encode, evaluate and validate as one process does, bit for bit; README's script."""
+"""Two ranks encode, evaluate and validate as one process does, bit for bit; shares of a store; README's script."""
 
 import io
+import itertools
 import json
 import os
 import re
 import runpy
+import signal
+import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from naming import names
 from ranks import run_ranks
@@ -19,6 +23,7 @@ from tiny import make_dataset, make_embedder
 from embedft import Embedder, FinetuneConfig, finetune, load_embedder
 from embedft import device as devices
 from embedft.cli import main
+from embedft.commands import encode
 from embedft.encoders.store import Store
 from embedft.files import read_json
 from embedft.training.distributed import OtherRankError, encoding_together
@@ -133,6 +138,7 @@ def validate_on_each(base: Path, out: Path):
     return sum(batches)
 
 
+@pytest.mark.slow
 def test_validation_is_shared(tmp_path):
     """As many texts as one process encodes, and both ranks have a part; the base's report is the same."""
     make_embedder(tmp_path / "base", dropout=0.0)
@@ -171,6 +177,7 @@ def run_script(folder: Path, script: str, port: int) -> None:
         runpy.run_path(script)
 
 
+@pytest.mark.slow
 def test_the_script_of_the_readme(tmp_path):
     """README.md's script for several devices, as torchrun starts it."""
     (script,) = re.findall(r"```python\n(# devices\.py\n.*?)```", README, flags=re.DOTALL)
@@ -186,3 +193,98 @@ def test_the_script_of_the_readme(tmp_path):
     tuned = load_embedder(tmp_path / "runs" / "devices" / "model", device="cpu")
     assert np.abs(tuned.encode(TEXTS) - base.encode(TEXTS)).max() > 1e-5
     assert json.loads((tmp_path / "runs" / "devices" / "config.json").read_text())["epochs"] == 2
+
+
+# Shares of one store.
+
+ENCODE = ["encode", "model", "texts.txt", "--device", "cpu"]
+
+
+def write_texts(folder: Path) -> list[str]:
+    """60 lines, 40 distinct."""
+    make_embedder(folder / "model")
+    texts = [*TEXTS, *TEXTS[:20]]
+    (folder / "texts.txt").write_text("\n".join(texts) + "\n")
+    assert len(set(texts)) == 40
+    return texts
+
+
+def die_in_the_third_slice(folder: Path) -> None:
+    """Both ranks at once, so that neither sees the other leave."""
+    calls, vectors_of = itertools.count(), Embedder.vectors_of
+
+    def dying(self, batch):
+        if next(calls) == 2:
+            (folder / f"reached-{rank()}").touch()
+            while len(list(folder.glob("reached-*"))) < 2:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return vectors_of(self, batch)
+
+    Embedder.vectors_of = dying
+
+
+def encode_shares(folder: Path, ports: list[int], commands: list[list[str]], dies: bool):
+    encode.SLICE_TEXTS = 5
+    if dies:
+        die_in_the_third_slice(folder)
+    return call_commands(folder, ports, commands)
+
+
+@pytest.mark.slow
+def test_a_killed_encoding_computes_only_the_rest(tmp_path, monkeypatch):
+    """Both ranks die in their third slice of 5 texts: 20 are stored, and the second run computes the other 20."""
+    texts, store, place = write_texts(tmp_path), ["--store", "store"], {"folder": tmp_path, "grouped": False}
+    commands = [[*ENCODE, *store]]
+    assert run_ranks(2, encode_shares, tmp_path, free_ports(1), commands, True, **place) == [None, None]
+    (stored,) = Store(tmp_path / "store").spaces().values()
+    assert stored.num_texts == 20
+    commands += [
+        [*ENCODE, *store, "--out", "two.npy"],
+        [*ENCODE, "--out", "alone.npy"],
+        [*ENCODE, *store, "--shard", "1/2"],
+    ]
+    first, second = run_ranks(2, encode_shares, tmp_path, free_ports(4), commands, False, **place)
+    assert second == [(0, "", "")] * 3 + [(2, "", "")]
+    assert [code for code, _, _ in first] == [0, 0, 0, 2]
+    assert names(first[0][2], "store", 20, "found", 20, "computed")
+    assert names(first[1][2], "store", 40, "found", 0, "computed")
+    assert names(first[1][1], "two.npy", 60)
+    assert names(first[3][2], "shard", "1/2", "torchrun")
+    expected = load_embedder(tmp_path / "model", device="cpu").encode(texts)
+    for name in ("two.npy", "alone.npy"):
+        assert np.array_equal(np.load(tmp_path / name), expected)
+    monkeypatch.chdir(tmp_path)
+    (stored,) = Store("store").spaces().values()
+    assert stored.num_texts == 40
+    assert main(["store", "store", "--verify"]) == 0
+
+
+def test_shards_without_torchrun(tmp_path, monkeypatch, capsys):
+    """Three shares together have every text once; what each computes does not depend on the others."""
+    write_texts(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EMBEDFT_PROGRESS", "0")
+    computed = []
+    for number in (3, 1, 2):
+        assert main([*ENCODE, "--store", "store", "--shard", f"{number}/3"]) == 0
+        computed.append(int(re.search(r"(\d+) computed", capsys.readouterr().err)[1]))
+    assert sum(computed) == 40
+    assert min(computed) > 5
+    assert main([*ENCODE, "--store", "store"]) == 0
+    assert names(capsys.readouterr().err, "store", 40, "found", 0, "computed")
+
+
+@pytest.mark.parametrize(
+    ("options", "facts"),
+    [
+        (["--store", "s", "--shard", "0/2"], ("shard", "0/2")),
+        (["--store", "s", "--shard", "3/2"], ("shard", "3/2")),
+        (["--store", "s", "--shard", "half"], ("shard", "half")),
+        (["--out", "v.npy", "--shard", "1/2"], ("shard", "out")),
+        (["--out", "v.npy", "--store", "s", "--shard", "1/2"], ("shard", "out")),
+    ],
+)
+def test_what_is_no_shard(options, facts, capsys):
+    assert main([*ENCODE, *options]) == 2
+    assert names(capsys.readouterr().err, *facts)

@@ -565,6 +565,34 @@ def test_a_turn_can_be_taken_again(filled):
         pass
 
 
+def test_without_turns_the_first_to_compute_a_text_stores_it(filled):
+    """While one computes t20 to t22, another that waits for no turn stores t21, t22 and t23: each text has one row."""
+    mine, other = Store(filled), Store(filled)
+    mine.takes_turns = other.takes_turns = False
+    texts = numbered(20, 21, 22)
+
+    def compute(missing):
+        other.fill(SPACE, numbered(21, 22, 23), vectors_of)
+        return vectors_of(missing)
+
+    for _ in range(2):  # what another stored meanwhile, and then nothing, is new
+        np.testing.assert_array_equal(encode(mine, SPACE, texts, compute), vectors_of(texts))
+    assert mine.spaces()[NAME].num_texts == 10 + 4
+    everything = numbered(*range(10), *range(20, 24))
+    assert sorted(mine.find(SPACE, everything).tolist()) == list(range(14))
+    np.testing.assert_array_equal(encode(Store(filled), SPACE, everything), vectors_of(everything))
+    texts = numbered(30, 31)
+
+    def all_taken(missing):
+        other.fill(SPACE, missing, vectors_of)
+        return vectors_of(missing)
+
+    np.testing.assert_array_equal(encode(mine, SPACE, texts, all_taken), vectors_of(texts))
+    other.fill(SPACE, numbered(32), vectors_of)
+    assert mine.verify(NAME)[0] == 17
+    np.testing.assert_array_equal(encode(mine, SPACE, numbered(30, 32)), vectors_of(numbered(30, 32)))
+
+
 # Damage.
 
 

@@ -132,7 +132,8 @@ class Rows:
 class Store:
     """A folder of embeddings, created if missing.
     `misses` counts the texts that this object computed, `hits` the others that it read, each once.
-    `timeout_seconds`: how long to wait while another process writes to the database."""
+    `timeout_seconds`: how long to wait while another process writes to the database. `takes_turns` can be set to False
+    where processes fill a space with texts of their own: they then compute at the same time."""
 
     def __init__(self, folder: str | Path, *, timeout_seconds: float = 600.0):
         self.folder, self.timeout_seconds = Path(folder), timeout_seconds
@@ -140,7 +141,7 @@ class Store:
             raise ValueError(f"{folder}: is a file, expected a store's folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._transaction = partial(transaction, self.folder / DATABASE, timeout_seconds=timeout_seconds)
-        self.hits, self.misses, self._said_waiting = 0, 0, False
+        self.hits, self.misses, self.takes_turns, self._said_waiting = 0, 0, True, False
         self._opened: dict[str, Rows] = {}
         self._turns: set[str] = set()
         if any(self.folder.glob("*/space.json")):
@@ -157,15 +158,16 @@ class Store:
         """Computes and stores missing vectors; returns the row of each text, [N] int64.
 
         Processes that fill the same space take turns, `slice_texts` at a time, so `compute` (M texts -> [M, D]) sees
-        each missing text once. A kill loses one slice. Raises `ValueError` for a text that is not valid UTF-8, vectors
-        of the wrong shape or not finite (naming the row of `texts`), or damaged files."""
+        each missing text once; without turns, the first to compute a text stores it. A kill loses one slice. Raises
+        `ValueError` for a text that is not valid UTF-8, vectors of the wrong shape or not finite (naming the row of
+        `texts`), or damaged files."""
         keys_N2 = text_keys(texts)
         opened = self._rows(space)
         found_N = opened.find(keys_N2)
         missing = {texts[row]: row for row in np.flatnonzero(found_N < 0)[::-1].tolist()}  # each text's first row
         first_rows = np.array(sorted(missing.values()), dtype=np.int64)
         for start in range(0, len(missing), slice_texts):
-            with self.turn(space):
+            with self.turn(space) if self.takes_turns else contextlib.nullcontext():
                 rows = first_rows[start : start + slice_texts]
                 rows = rows[self._rows(space).find(keys_N2[rows]) < 0]  # another process may have added some
                 if len(rows):
@@ -245,13 +247,15 @@ class Store:
         return opened
 
     def _append(self, space: Space, keys_M2: np.ndarray, vectors_MD: np.ndarray) -> None:
-        records_M, row_bytes = np.empty(len(keys_M2), RECORD), space.dim * VECTOR_TYPE.itemsize
-        records_M["key"], records_M["checksum"], path = keys_M2, checksums(vectors_MD), None
+        row_bytes, path = space.dim * VECTOR_TYPE.itemsize, None
         try:
             with self._transaction(write=True) as database:
                 database.execute(ADD_SPACE, (space.fingerprint, space.dim, json.dumps(space.description), time.time()))
                 opened = self._rows(space, database)
-                path = opened.path
+                path, is_new_M = opened.path, opened.find(keys_M2) < 0
+                keys_M2, vectors_MD = keys_M2[is_new_M], vectors_MD[is_new_M]
+                records_M = np.empty(len(keys_M2), RECORD)
+                records_M["key"], records_M["checksum"] = keys_M2, checksums(vectors_MD)
                 with named_errors(path), open(path, "ab") as file:
                     file.truncate(len(opened) * row_bytes)
                     file.write(vectors_MD)

@@ -37,15 +37,15 @@ class OtherRankError(ValueError):
 
 
 @contextlib.contextmanager
-def process_group() -> Iterator[None]:
-    """Joins the process group that torchrun describes in the environment; "cuda" then means this rank's own device."""
+def process_group(*, timeout_hours: float = 2) -> Iterator[None]:
+    """Joins the process group that torchrun describes in the environment; "cuda" then means this rank's own device.
+    `timeout_hours`: how long a rank waits for others, as they do while rank 0 validates."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    # Longer than a validation on rank 0, which the others wait for.
-    dist.init_process_group(timeout=datetime.timedelta(hours=2))
+    dist.init_process_group(timeout=datetime.timedelta(hours=timeout_hours))
     try:
         yield
         dist.barrier()  # no rank leaves while another is still sending
@@ -236,6 +236,11 @@ def check_same(values: Mapping[str, Any]) -> None:
         for name in {**first, **found}:
             if found.get(name) != first.get(name):
                 raise ValueError(f"{name} is {first.get(name)!r} on rank 0 and {found.get(name)!r} on rank {rank}")
+
+
+def totals(*numbers: int) -> list[int]:
+    """The sum over ranks of each number."""
+    return [sum(found) for found in zip(*_from_each(numbers), strict=True)]
 
 
 def _from_each(value: Any) -> list[Any]:
