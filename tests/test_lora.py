@@ -10,7 +10,7 @@ import torch
 from families import SEQUENCES, randomize, tiny_encoder
 from naming import naming
 from ranks import run_ranks
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import make_dataset, make_embedder
 from torch import nn
 
@@ -251,7 +251,10 @@ def edit(path, **changes) -> None:
         ({"lora_alpha": "x"}, ("lora_alpha", "x")),
         ({"lora_alpha": 10**400}, ("lora_alpha", "finite")),
         ({"lora_alpha": float("inf")}, ("lora_alpha", "inf", "finite")),
+        ({"lora_alpha": 1e300}, ("adapter_config.json", "alpha", 1e300, 65504)),
         ({"r": 5}, ("lora_A", 3, 5)),
+        ({"r": 2**31 - 1}, ("adapter_config.json", "rank", 2**31 - 1, 96)),
+        ({"base_model_name_or_path": "/" + "x" * 5000}, ("adapter_config.json", "no", "folder")),
         ({"base_model_name_or_path": None}, ("base_model_name_or_path",)),
     ],
 )
@@ -261,6 +264,18 @@ def test_an_adapter_that_is_not_lora_as_here(tmp_path, changes, facts):
     embedder.save(tmp_path / "saved")
     edit(tmp_path / "saved" / "adapter_config.json", **changes)
     with pytest.raises(ValueError, match=naming(*facts)):
+        load_embedder(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn, None])
+def test_updates_of_other_types_than_weights_have(tmp_path, dtype):
+    embedder, path = make_embedder(tmp_path / "base"), tmp_path / "saved" / "adapter_model.safetensors"
+    add_drawn(embedder, save="adapter")
+    embedder.save(tmp_path / "saved")
+    tensors = load_file(path)
+    name = min(tensors)
+    save_file(tensors | {name: tensors[name].to(dtype)} if dtype else {}, path)
+    with pytest.raises(ValueError, match=naming(path, *([name, dtype] if dtype else ["tensors"]))):
         load_embedder(tmp_path / "saved")
 
 

@@ -5,6 +5,7 @@ embedder.save("model")
 """
 
 import importlib.util
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -244,7 +245,7 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None) -> tuple[To
 
 def find_folder(name: str, *, revision: str | None = None, allow_pickle: bool = False) -> Path:
     """The folder of a model's files, downloaded if necessary; for names, see `load_embedder`."""
-    if Path(name).is_dir():
+    if os.path.isdir(name):  # false for what cannot be a path, too
         _check_place(Path(name))
         return Path(name)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -281,7 +282,7 @@ def push_folder(folder: Path, name: str, *, private: bool = False, revision: str
         if not is_static(first, modules):
             layout.read_config(_weights_of(first))
         base = layout.read_fields(first / LORA_CONFIG_FILE).get("base_model_name_or_path")
-        if base and Path(base).is_dir():
+        if base and os.path.isdir(base):
             found = f"base_model_name_or_path is {base!r}, a folder that only this machine has"
             raise ValueError(f"{first / LORA_CONFIG_FILE}: {found}: put the base's name on the hub there")
     if name.count("/") != 1:

@@ -18,6 +18,7 @@ Shapes: T tokens, D features in, E features out, R rank, P parts of a layer that
 
 import contextlib
 import math
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class LoraConfig:
     """Settings of LoRA."""
 
     rank: int = option(8, "rank of the updates", least=1)
-    alpha: float = option(16.0, "updates are multiplied by alpha / rank", above=0)
+    alpha: float = option(16.0, "updates are multiplied by alpha / rank", above=0, most=65_504)  # as float16 holds
     dropout: float = option(0.0, "dropout of an update's input", least=0, below=1)
     targets: list[str] = option([], "names of layers, ours or the checkpoint's, or parts of them [all Linear layers]")
     side: Literal["both", "query", "document"] = option("both", "whose vectors are updated")
@@ -99,15 +100,17 @@ class Lora(nn.Module):
     """The updates of an encoder, in a tree of modules with its names: "layers.0.qkv" has the `Update` of that layer.
 
     `keys`: the encoder's key map; {} if its names are those of the checkpoint. `base`: the model's name or folder.
-    Raises `ValueError` for a target that names no Linear layer, or an encoder without any."""
+    Raises `ValueError` for a target that names no Linear layer, too high a rank, or an encoder without any."""
 
     def __init__(self, encoder: nn.Module, keys: Keys, config: LoraConfig, base: str = ""):
         super().__init__()
         self.config, self.places = config, []
-        self.base = str(Path(base).resolve()) if base and Path(base).is_dir() else base
+        self.base = str(Path(base).resolve()) if os.path.isdir(base) else base
         layers = dict(linear_layers(encoder, keys))
         if not layers:
             raise ValueError("LoRA updates Linear layers, but the encoder has none")
+        if config.rank > (widest := max(max(layer.weight.shape) for layer, _ in layers.values())):
+            raise ValueError(f"rank is {config.rank}, expected at most {widest}, the features of the widest layer")
         chosen = {place: chosen_rows(place, rows, config.targets) for place, (_, rows) in layers.items()}
         names = sorted({name.rpartition(".")[2] for place, (_, rows) in layers.items() for name in (place, *rows)})
         for target in config.targets:
@@ -216,11 +219,15 @@ def read_lora(folder: Path, encoder: nn.Module, keys: Keys) -> Lora:
         known = next((place for place in places if f".{module}".endswith(f".{place}")), None)
         if known is None or kind not in ("A.weight", "B.weight"):
             raise ValueError(f"{folder / LORA_WEIGHTS_FILE}: {name} is for no Linear layer of the encoder")
+        if not tensor.dtype.is_floating_point or tensor.dtype.itemsize == 1:
+            raise ValueError(f"{folder / LORA_WEIGHTS_FILE}: {name} has type {tensor.dtype}, expected float16 or wider")
         found.setdefault(known, {})[kind[0]] = tensor
+    if not found:
+        raise ValueError(f"{folder / LORA_WEIGHTS_FILE}: has no tensors")
     with naming(path):
         options = {"rank": values["r"], "alpha": values["lora_alpha"], "dropout": values.get("lora_dropout", 0.0)}
         config = LoraConfig(**options, targets=sorted(found), side=own.get("side", "both"), save="adapter")
-    lora = Lora(encoder, keys, config, values.get("base_model_name_or_path", ""))
+        lora = Lora(encoder, keys, config, values.get("base_model_name_or_path", ""))
     for update in lora.updates().values():
         for name, _, *wanted in update.parts():
             for kind, empty in zip("AB", wanted, strict=True):
