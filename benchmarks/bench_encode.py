@@ -59,9 +59,14 @@ class SentenceTransformers(Ours):
         self.vectors = self.model.encode(self.texts[case], **options)
 
 
+def is_own(data: str | None) -> bool:
+    """Whether --data is a data set of the user's own, rather than the folder of the published ones."""
+    return data is not None and not any(Path(data, name).is_dir() for name in SOURCES)
+
+
 def load_texts(options: argparse.Namespace) -> dict[str, list[str]]:
     """Texts by case, at most --number of each: Uber's and the finance questions', or the user's; and a mix of all."""
-    if options.data and not any(Path(options.data, name).is_dir() for name in SOURCES):
+    if is_own(options.data):
         own = RetrievalDataset.load(options.data, skip_empty=True)
         found = {"queries": own.queries, "documents": own.texts}
     else:

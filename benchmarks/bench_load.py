@@ -15,33 +15,27 @@ import time
 import numpy as np
 
 from embedft import load_embedder
-from embedft.retrieval.tables import format_table
-from experiments.commandline import make_parser, run
 
-from .workers import machine, ratios, spread
+from . import peers, suite
+from .suite import Row, make_parser, require_close
 
 TEXT, TOLERANCE = "what is a limit order?", 1e-5
 PROGRAMS = {
-    "ours": """
-import sys
+    "embedft": """
 from embedft import load_embedder
-vector = load_embedder(sys.argv[1], device="cpu").encode([sys.argv[2]], progress=False)
-sys.stdout.buffer.write(vector.tobytes())
-sys.stdout.flush()
+vector = load_embedder(folder, device=device).encode([text], progress=False)
 """,
-    "peer": """
-import sys
+    "sentence-transformers": """
 from sentence_transformers import SentenceTransformer
-vector = SentenceTransformer(sys.argv[1], device="cpu").encode([sys.argv[2]], show_progress_bar=False)
-sys.stdout.buffer.write(vector.tobytes())
-sys.stdout.flush()
+vector = SentenceTransformer(folder, device=device).encode([text], show_progress_bar=False)
 """,
 }
 
 
-def first_vector(program: str, folder: str, num_bytes: int) -> tuple[np.ndarray, float]:
+def first_vector(program: str, folder: str, device: str, num_bytes: int) -> tuple[np.ndarray, float]:
     """The vector that a new process writes, and the seconds until it is there."""
-    command, start = [sys.executable, "-c", program, folder, TEXT], time.perf_counter()
+    code = f"import sys\nfolder, device, text = sys.argv[1:]\n{program}\nsys.stdout.buffer.write(vector.tobytes())"
+    command, start = [sys.executable, "-c", f"{code}\nsys.stdout.flush()", folder, device, TEXT], time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         found = process.stdout.read(num_bytes)
         seconds, errors = time.perf_counter() - start, process.stderr.read().decode()
@@ -50,24 +44,24 @@ def first_vector(program: str, folder: str, num_bytes: int) -> tuple[np.ndarray,
     return np.frombuffer(found, dtype=np.float32), seconds
 
 
-def main(options: argparse.Namespace) -> None:
+def main(options: argparse.Namespace) -> list[Row]:
     embedder = load_embedder(options.base, device="cpu")
-    arguments = str(embedder.source.folder), embedder.dim * 4
-    vectors = {who: first_vector(program, *arguments)[0] for who, program in PROGRAMS.items()}  # also warms up
-    difference = float(np.abs(vectors["ours"] - vectors["peer"]).max())
-    if not difference <= TOLERANCE:
-        raise ValueError(f"the vectors differ by {difference:.1e}, expected at most {TOLERANCE:.0e}")
-    seconds = {who: [] for who in PROGRAMS}
+    arguments = str(embedder.source.folder), options.device, embedder.dim * 4
+    programs = [PROGRAMS[name] for name in ("embedft", *options.peer)]
+    ours, *theirs = [first_vector(program, *arguments)[0] for program in programs]  # also warms up
+    seconds: list[list[float]] = [[] for _ in programs]
     for _ in range(options.rounds):
-        for who, program in PROGRAMS.items():
-            seconds[who].append(first_vector(program, *arguments)[1])
-    shares = spread(ratios(seconds["ours"], seconds["peer"]))
-    row = [f"{difference:.1e}", spread(seconds["ours"]), spread(seconds["peer"]), shares]
-    print(format_table(["largest difference", "embedft, s", "sentence-transformers, s", "of its time"], [row]))
-    print(f"\nmedian [min, max] of {options.rounds} alternations; {options.base}; {machine()}")
+        for program, of_program in zip(programs, seconds, strict=True):
+            of_program.append(first_vector(program, *arguments)[1])
+    if not theirs:
+        return [Row("first vector", seconds[0])]
+    difference, peer = require_close("first vector", ours, theirs[0], TOLERANCE), f"{options.peer[0]} {peers.version()}"
+    return [Row("first vector", *seconds[:1], peer=peer, peer_seconds=seconds[1], largest_difference=difference)]
+
+
+def parser() -> argparse.ArgumentParser:
+    return make_parser("load", __doc__, rounds=5, peers=["sentence-transformers"])
 
 
 if __name__ == "__main__":
-    parser = make_parser("benchmarks.bench_load", __doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="timed alternations [5]")
-    run(main, parser)
+    suite.run(main, parser())

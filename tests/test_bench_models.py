@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import LETTERS
 from in_process import InProcess
 from naming import naming
 
-from benchmarks import bench_encode, peers, suite
+from benchmarks import bench_encode, bench_load, bench_tokenize, bench_train, peers, suite
 from benchmarks.bench_encode import agreement, load_texts
 
 
@@ -93,3 +94,68 @@ def test_vectors_that_differ():
             agreement("c", ours, theirs, *precisions)
     with pytest.raises(ValueError, match=naming("c", "vectors", "1e-05")):  # the same directions
         agreement("c", ours, 2 * ours, "float32", "sentence-transformers")
+
+
+def test_tokenize(own_data, base, monkeypatch):
+    options = options_of(bench_tokenize, "--base", base, "--data", str(own_data), "--rounds", "1", "--texts", "mix")
+    (row,) = bench_tokenize.main(options)
+    assert (row.case, row.texts, row.peer) == ("mix", 80, f"sentence-transformers {peers.version()}")
+    assert row.tokens > 80 * 7
+    monkeypatch.setattr(bench_tokenize.Ours, "result", lambda self: [np.arange(3)] * 80)
+    with pytest.raises(ValueError, match=naming("mix", "token", "ids")):
+        bench_tokenize.main(options)
+
+
+@pytest.mark.parametrize("mode", ["plain", "cached", "matryoshka"])
+def test_train(own_data, base, mode):
+    config = '{"batch_size": 16, "mini_batch_tokens": 64}' if mode == "cached" else '{"batch_size": 4}'
+    given = ("--base", base, "--data", str(own_data), "--rounds", "2", "--mode", mode, "--config", config)
+    (row,) = bench_train.main(options_of(bench_train, *given))
+    steps = bench_train.MODES[mode].steps
+    assert (row.case, len(row.seconds), len(row.peer_seconds)) == (f"{mode}, {steps} steps", 2, 2)
+    assert row.tokens > steps * (16 if mode == "cached" else 4) * 10
+    of_token = 2 * 2 * (4 * 32 * 32 + 2 * 32 * 40)
+    assert row.flops > bench_train.MODES[mode].passes * row.tokens * of_token
+    assert 0 < row.more["outside_steps"] < 1
+    assert row.largest_difference < 1e-5
+
+
+def test_train_lora_without_a_peer(own_data, base):
+    given = ("--base", base, "--data", str(own_data), "--rounds", "1", "--mode", "lora", "--peer", "none")
+    (row,) = bench_train.main(options_of(bench_train, *given))
+    assert (row.case, row.peer) == ("lora, 4 steps", None)
+
+
+def test_train_reports_what_failed(own_data, base):
+    given = ("--base", base, "--data", str(own_data), "--mode", "plain", "--config", '{"lr_parts": {"layers.9": 1.0}}')
+    with pytest.raises(ValueError, match=naming("layers.9")):
+        bench_train.main(options_of(bench_train, *given))
+
+
+def test_losses_that_differ(own_data, base, monkeypatch):
+    monkeypatch.setattr(bench_train.SentenceTransformers, "loss_of", lambda self, batch: torch.tensor(0.5))
+    given = ("--base", base, "--data", str(own_data), "--mode", "plain")
+    with pytest.raises(ValueError, match=naming("plain", "losses")):
+        bench_train.main(options_of(bench_train, *given))
+
+
+def test_load(base, monkeypatch):
+    vectors = {name: np.zeros(32, dtype=np.float32) for name in bench_load.PROGRAMS.values()}
+    monkeypatch.setattr(bench_load, "first_vector", lambda program, *given: (vectors[program], 0.5))
+    options = options_of(bench_load, "--base", base, "--rounds", "2")
+    (row,) = bench_load.main(options)
+    assert (row.seconds, row.peer_seconds, row.largest_difference) == ([0.5, 0.5], [0.5, 0.5], 0.0)
+    vectors[bench_load.PROGRAMS["embedft"]] = np.ones(32, dtype=np.float32)
+    with pytest.raises(ValueError, match=naming("first", "1.0e+00", "1e-05")):
+        bench_load.main(options)
+    options.peer = []
+    (row,) = bench_load.main(options)
+    assert row.peer is None
+
+
+@pytest.mark.slow
+def test_first_vectors_of_processes(base):
+    (row,) = bench_load.main(options_of(bench_load, "--base", base, "--rounds", "1"))
+    assert 0 < row.seconds[0] < row.peer_seconds[0]
+    with pytest.raises(ValueError, match=naming("KeyError")):
+        bench_load.first_vector("raise KeyError", base, "cpu", 128)
