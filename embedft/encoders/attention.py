@@ -105,7 +105,9 @@ class Sequences:
             group, L = self.groups[i], self.groups[i].length
             bias_NHLL = self.bias_HLL[None, :, :L, :L].to(dtype)
             if window != FULL or group.mask is not None:
-                bias_NHLL = bias_NHLL.masked_fill(~self.mask(i, window, L)[:, 0], float("-inf"))
+                hidden_NHLL = ~self.mask(i, window, L)[:, 0]
+                # Added, because a sum keeps nothing for the backward pass: the layer that makes it may run again there.
+                bias_NHLL = bias_NHLL + torch.zeros_like(hidden_NHLL, dtype=dtype).masked_fill(hidden_NHLL, -math.inf)
             self._biases[i, window, dtype] = bias_NHLL
         return self._biases[i, window, dtype]
 

@@ -36,6 +36,7 @@ class TrainConfig:
     precision: Literal["float32", "bfloat16", "float16"] = option("float32", "precision of the forward pass (autocast)")
     accumulate: int = option(1, "batches per step; their gradients are averaged", least=1)
     mini_batch_tokens: int | None = option(None, "gradient caching: tokens per mini-batch [no caching]", least=1)
+    checkpoint_activations: bool = option(False, "compute layers again in the backward pass, for less memory")
     eval_every: int | None = option(None, "steps between validations [one per epoch]", least=1)
     checkpoint_every: int | None = option(None, "steps between checkpoints [one per epoch]", least=1)
     select: str = option("ndcg@10", "validation metric that chooses the best weights")

@@ -36,6 +36,7 @@ from .checkpoint import TrainState, copy_weights, load_checkpoint, save_checkpoi
 from .configs import TrainConfig
 from .distributed import LocalBatch
 from .epochs import BatchSource, Epochs, Refresh
+from .memory import recomputing
 from .optim import MakeOptimizer, build_optimizer, lr_factor, parameter_groups
 from .precision import autocast, make_scaler
 from .references import Reference, targets_with
@@ -142,7 +143,7 @@ def training_step(
         given = {role: vectors(batch).to(embedder.device) for role, vectors in constant.items()}
         local, seeds = LocalBatch.of(*_texts(batch, given)), (config.seed, state.step, place)
         depths.append(drawn_depth(config.depths, config.seed, state.step * config.accumulate + place))
-        with at_depth(embedder.encoder, depths[-1]):
+        with at_depth(embedder.encoder, depths[-1]), recomputing(embedder, config.checkpoint_activations):
             value, found = backward(embedder, local, targets, state.loss, config, scale / len(parts), seeds, given)
         loss = loss + value / scale  # exact: a power of two, 1 unless gradients are scaled
         for name, component in found.items():
