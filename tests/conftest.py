@@ -185,6 +185,16 @@ def write_tiny_folder(
     return folder
 
 
+AVAILABLE = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+MARKS = {"cuda": [pytest.mark.cuda]}
+
+
+@pytest.fixture(params=[pytest.param(name, marks=MARKS.get(name, ())) for name, there in AVAILABLE.items() if there])
+def device(request) -> torch.device:
+    """Every device of this machine."""
+    return torch.device(request.param)
+
+
 @pytest.fixture(scope="session")
 def write_tiny() -> Callable[..., Path]:
     """`write_tiny_folder`."""

@@ -10,6 +10,8 @@ import pytest
 import torch
 from naming import naming
 
+from embedft import device as devices
+from embedft import load_embedder
 from embedft.device import (
     default_device,
     describe,
@@ -17,6 +19,7 @@ from embedft.device import (
     has_float64,
     has_packed_attention,
     random_state,
+    release_between_batches,
     release_memory,
     seeded,
     set_random_state,
@@ -128,6 +131,26 @@ def test_freed_memory_goes_back_to_the_system():
     release_memory(CPU)
     assert resident_bytes() < before or before < 100 << 20
     assert keep.sum() == 1 << 18
+
+
+def test_memory_of_mps_is_released_between_batches_too(monkeypatch, tiny_bert):
+    released = []
+    monkeypatch.setattr(torch.mps, "empty_cache", lambda: released.append(1))
+    for name, expected in (("mps", 2), ("cuda", 2), ("cpu", 2)):
+        release_memory(torch.device(name))
+        release_between_batches(torch.device(name))
+        assert len(released) == expected
+    embedder = load_embedder(tiny_bert, device="cpu")
+    monkeypatch.setattr(devices, "release_between_batches", lambda device: released.append(device))
+    embedder.encode(["a", "b c", "d"], batch_tokens=4)
+    assert released[2:] == [CPU] * 3
+
+
+def test_what_falls_back_to_the_cpu_on_mps_is_an_error():
+    """PyTorch moves what MPS lacks to the CPU, and says so once, only if this variable is set; nothing here sets it."""
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "embedft").rglob("*.py")]
+    assert len(sources) > 50
+    assert not any("PYTORCH_ENABLE_MPS_FALLBACK" in source for source in sources)
 
 
 def test_float64_is_everywhere_but_on_mps():

@@ -38,10 +38,6 @@ WRAPPERS = ("plain", "matryoshka")
 SUMS = {"in_batch_negatives", "learnable_temperature", "multi_positive", "sigmoid", "learnable_sigmoid", "sum"}
 LISTED = {"triplet", "contrastive", "online_contrastive", "cosine_mse", "cosent", "angle", "margin_mse", "listwise_kl"}
 LISTED |= {"listwise_cross_entropy", "binary_cross_entropy"}
-DEVICES = [
-    "cpu",
-    *(name for name, module in (("cuda", torch.cuda), ("mps", torch.backends.mps)) if module.is_available()),
-]
 MORE = {"group": -1, "relevance": 0.0, "target_scores": 0.0}
 every_loss = pytest.mark.parametrize("name", LOSSES)
 every_wrapper = pytest.mark.parametrize("wrapper", WRAPPERS)
@@ -262,7 +258,6 @@ def test_a_few_rows_at_a_time_are_the_whole(name, wrapper, dtype, tolerance, siz
 
 @every_loss
 @every_wrapper
-@pytest.mark.parametrize("device", DEVICES)
 def test_every_device_agrees(name, wrapper, device):
     Q, D, targets = make_batch(dtype=torch.float32)
     loss = make_loss(name, wrapper, torch.float32)
@@ -270,7 +265,7 @@ def test_every_device_agrees(name, wrapper, device):
     loss = loss.to(device) if isinstance(loss, nn.Module) else loss
     moved = (x.detach().to(device).requires_grad_() for x in (Q, D))
     found = loss_and_gradients(loss, *moved, targets.to(device))
-    assert {result.device.type for result in found} == {device}
+    assert {result.device.type for result in found} == {device.type}
     for our, their in zip(found, expected, strict=True):
         torch.testing.assert_close(our.cpu(), their, rtol=1e-4, atol=1e-5)
 

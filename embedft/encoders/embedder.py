@@ -294,6 +294,7 @@ class Embedder(nn.Module):
         """Vectors before the adapter, [B, D] float32, of token ids, a role, and a number of tokens not to pool."""
         ids, role, prompt_length = batch
         packed = self.side(role)._packed(ids, prompt_length)
+        devices.release_between_batches(self.device)
         return self._finished(self.side(role)._pooled(packed, role), role).float().cpu().numpy()
 
     def _settings(self, role: str) -> dict[str, Any]:
