@@ -26,13 +26,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from embedft.device import batch_tokens, describe, find_device
+from embedft.device import batch_tokens, describe, find_device, reset_peak_memory
 from embedft.encoders.card import flops
 from embedft.encoders.layers import Linear
 from embedft.files import write_json
 from embedft.retrieval.tables import format_table
 from experiments import commandline, sources
-from experiments.memory import reset_peak_memory
 
 from .workers import Worker, alternate, machine, ratios, spread, synchronize
 

@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-from embedft.device import describe
-from experiments.memory import peak_memory_bytes
+from embedft.device import describe, peak_memory_bytes
 
 
 class Worker:

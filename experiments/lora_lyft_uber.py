@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 
 from embedft import Report, RetrievalDataset, evaluate, load_embedder
+from embedft.device import peak_memory_bytes
 from embedft.files import read_json, write_json
 from embedft.retrieval.tables import format_table
 
 from .commandline import make_parser, run
-from .memory import peak_memory_bytes
 from .report import compare_recipes, difference_cells
 from .repro_finetune_lyft_uber import MAX_LENGTH, finetune_seed
 from .sources import find_data

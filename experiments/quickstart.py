@@ -21,14 +21,13 @@ from embedft.corpus.chunks import chunk_pages
 from embedft.corpus.documents import drop_repeated_lines, read_documents
 from embedft.corpus.pseudo import docstring_datasets, inverse_cloze
 from embedft.corpus.splits import split_chunks
-from embedft.device import describe
+from embedft.device import describe, peak_memory_bytes
 from embedft.encoders.loading import load_tokenizer
 from embedft.files import write_json
 from embedft.retrieval.tables import format_table
 from embedft.training.run_folder import DONE, MODEL, check_run
 
 from .commandline import make_parser, run
-from .memory import peak_memory_bytes
 from .report import COMPARISON_HEADER, compare_metrics, comparison_rows
 
 CONFIG = FinetuneConfig(epochs=1, batch_size=64, lr=5e-5, warmup=0.1, max_length=128)

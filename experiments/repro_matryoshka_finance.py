@@ -27,12 +27,12 @@ import torch
 
 from embedft import Embedder, FinetuneConfig, RetrievalDataset, evaluate_grid, finetune, load_embedder
 from embedft.data.batches import make_batches
+from embedft.device import peak_memory_bytes
 from embedft.files import read_json, write_json
 from embedft.retrieval.tables import format_table
 from embedft.training.run_folder import CONFIG, DONE, EVAL, MODEL, check_unchanged
 
 from .commandline import make_parser, run
-from .memory import peak_memory_bytes
 from .sources import find_data
 
 # bge-base-en-v1.5, base and fine-tuned: nDCG@10 at 768 dimensions divided by each of SHARES.

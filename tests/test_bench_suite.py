@@ -14,7 +14,7 @@ from benchmarks import suite
 from benchmarks.suite import Row, flops_of, make_parser, matrix_rate, measure, require_close
 from benchmarks.workers import _serve
 from embedft import load_embedder
-from experiments.memory import peak_memory_bytes, reset_peak_memory
+from embedft.device import peak_memory_bytes, reset_peak_memory
 
 
 class Local:

@@ -18,6 +18,7 @@ from embedft.device import (
     find_device,
     has_float64,
     has_packed_attention,
+    peak_memory_bytes,
     random_state,
     release_between_batches,
     release_memory,
@@ -25,7 +26,6 @@ from embedft.device import (
     set_random_state,
     without_memory,
 )
-from experiments.memory import peak_memory_bytes
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
@@ -114,7 +114,7 @@ def test_what_a_report_says_of_the_machine():
 def test_peak_memory_is_of_this_process_alone():
     """A process started by one that holds 1.5 GiB does not count these."""
     held = torch.ones(3 << 29, dtype=torch.uint8)
-    code = "import torch; from experiments.memory import *; print(peak_memory_bytes(torch.device('cpu')))"
+    code = "import torch; from embedft.device import *; print(peak_memory_bytes(torch.device('cpu')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert 100 << 20 < int(done.stdout) < len(held), done.stderr
 

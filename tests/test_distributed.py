@@ -262,7 +262,7 @@ def make_sum():
 
 def read_log(out: Path) -> list[dict]:
     records = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+    return [{key: value for key, value in record.items() if key not in ("seconds", "peak_bytes")} for record in records]
 
 
 def assert_equal(ours, theirs, tolerance: float) -> None:

@@ -121,7 +121,10 @@ def content(folder: Path, *, killed: bool = False) -> dict[str, object]:
             continue
         if name == "train.jsonl":
             records = [json.loads(line) for line in path.read_text().splitlines()]
-            found[name] = [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+            found[name] = [
+                {key: value for key, value in record.items() if key not in ("seconds", "peak_bytes")}
+                for record in records
+            ]
         elif path.name == "metrics.json":
             found[name] = json.loads(path.read_text())["metrics"]
         else:

@@ -21,7 +21,10 @@ def run(base, out, config=CONFIG, loss=in_batch_negatives):
     out.mkdir(exist_ok=True)
     embedder = make_embedder(base)
     state = train(embedder, make_batches(embedder), loss, config, out=out)
-    log = [{key: value for key, value in record.items() if key != "seconds"} for record in read_log(out)]
+    log = [
+        {key: value for key, value in record.items() if key not in ("seconds", "peak_bytes")}
+        for record in read_log(out)
+    ]
     return weights_of(embedder), state.scaler.state_dict(), log
 
 

@@ -398,7 +398,7 @@ def test_resumed_is_uninterrupted(tmp_path, monkeypatch, place):
     def run(name: str, **options) -> dict[str, bytes]:
         embedder, out = make_embedder(tmp_path / "base"), tmp_path / name
         finetune(embedder, make_dataset(), CONFIG, validation=make_dataset(seed=1), out=out, **options)
-        log = [{**record, "seconds": 0} for _, record in read_jsonl(out / "train.jsonl")]
+        log = [{**record, "seconds": 0, "peak_bytes": 0} for _, record in read_jsonl(out / "train.jsonl")]
         timed = ("train.jsonl", "environment.json", "DONE", "metrics.json")
         return {
             "log": json.dumps(log).encode(),
@@ -615,7 +615,8 @@ def run_own(base: Path, out: Path, *, loss=two_sided, **options):
     embedder = make_embedder(base, dropout=0.0)
     config = replace(OWN, batch_size=32)
     finetune(embedder, make_dataset(11, 9), config, out=out, **own_objects(embedder, loss=loss), **options)
-    return weights_of(embedder), [{**x, "seconds": 0, "refresh_seconds": 0} for _, x in read_jsonl(out / "train.jsonl")]
+    unlike = dict.fromkeys(("seconds", "refresh_seconds", "peak_bytes"))
+    return weights_of(embedder), [{**x, **unlike} for _, x in read_jsonl(out / "train.jsonl")]
 
 
 def test_a_run_of_objects_is_a_run_like_any_other(tmp_path, monkeypatch):

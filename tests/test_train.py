@@ -154,7 +154,9 @@ def test_the_log_says_what_every_step_did(tmp_path):
     assert [record["queries"] for record in steps] == [3, 3, 3, 2] * 2
     for record, batch in zip(steps, [*batches.epoch(0), *batches.epoch(1)], strict=True):
         assert record["tokens"] == len(batch.queries.input_ids) + len(batch.documents.input_ids)
-        assert record.keys() == {"step", "epoch", "loss", "lr", "grad_norm", "queries", "tokens", "seconds"}
+        of_the_step = {"step", "epoch", "loss", "lr", "grad_norm", "queries", "tokens"}
+        assert record.keys() == of_the_step | {"seconds", "peak_bytes"}
+        assert 32 << 20 < record["peak_bytes"] < 1 << 40
     evaluations = [(record["step"], record["metrics"]) for record in log if "metrics" in record]
     assert evaluations == state.evaluations
     assert [(step, metrics[METRIC]) for step, metrics in evaluations] == [(0, 0.1), (3, 0.3), (6, 0.2), (8, 0.4)]
@@ -275,7 +277,7 @@ def run(tmp_path, name: str, *, loss=in_batch_negatives, evaluate=nearness):
     out.mkdir(exist_ok=True)
     embedder = make_embedder(tmp_path / "base")
     state = train(embedder, make_batches(embedder), loss, CONFIG, out=out, evaluate=evaluate)
-    return weights_of(embedder), state, [{**record, "seconds": None} for record in read_log(out)]
+    return weights_of(embedder), state, [{**record, "seconds": None, "peak_bytes": None} for record in read_log(out)]
 
 
 def assert_resumes_to(tmp_path, uninterrupted) -> None:
@@ -386,7 +388,7 @@ def run_refreshed(tmp_path, name: str, *, loss=in_batch_negatives, config=REFRES
     embedder = make_embedder(tmp_path / "base")
     options |= {"evaluate": nearness, "refresh": refresh or by_weights()}
     state = train(embedder, make_batches(embedder), loss, config, out=out, **options)
-    seconds = {"seconds": None, "refresh_seconds": None}
+    seconds = {"seconds": None, "refresh_seconds": None, "peak_bytes": None}
     log = [{k: seconds.get(k, v) for k, v in record.items()} for record in read_log(out)]
     return weights_of(embedder), state, log
 
@@ -699,7 +701,7 @@ def test_a_module_is_resumed_bit_for_bit(tmp_path, make_loss, mini_batch_tokens,
         (tmp_path / name).mkdir(exist_ok=True)
         loss.register_forward_pre_hook(interrupted_at(step, lambda module, arguments: None))
         train(embedder, make_batches(embedder), loss, config, out=tmp_path / name)
-        log = [{**record, "seconds": 0} for record in read_log(tmp_path / name)]
+        log = [{**record, "seconds": 0, "peak_bytes": 0} for record in read_log(tmp_path / name)]
         return weights_of(embedder), dict(loss.state_dict()), log
 
     whole = run("whole")
@@ -735,7 +737,7 @@ def test_mini_batches_change_nothing_but_the_memory(tmp_path, tokens):
         torch.testing.assert_close(parts_weights[name], tensor, rtol=0, atol=1e-9)
     for record, parts_record in zip(log, parts_log, strict=True):
         assert record.keys() == parts_record.keys()
-        for key in record.keys() - {"seconds"}:
+        for key in record.keys() - {"seconds", "peak_bytes"}:
             assert parts_record[key] == pytest.approx(record[key], rel=1e-9), key
 
 

@@ -161,6 +161,7 @@ def training_step(
         "queries": sum(len(batch.query_ids) for batch in parts),
         "tokens": sum(map(_num_tokens, parts)),
         "seconds": time.perf_counter() - start,
+        "peak_bytes": devices.peak_memory_bytes(embedder.device),
     }
     if state.scaler.is_enabled():
         record |= {"scale": scale, "skipped": is_skipped}
