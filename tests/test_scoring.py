@@ -155,11 +155,29 @@ def test_a_new_scorer_starts_from_an_embedder(tiny_bert, tmp_path):
         ({"id2label": {"0": "a", "1": "b"}, "num_labels": 2}, ("labels", 2, 1, "config.json")),
         ({"sentence_transformers": {"activation_fn": "os.system"}}, ("'system'", "Sigmoid", "Identity")),
         ({"num_labels": None, "id2label": None}, ("labels", 2, 1)),
+        ({"id2label": 5}, ("id2label", 5, "object", "config.json")),
+        ({"hidden_size": 10**9}, ("hidden_size", 10**9, "config.json")),  # the head would take 4 * 10**18 bytes
     ],
 )
 def test_what_is_no_scorer_is_refused(folder, changes, facts):
     rewrite(folder, **changes)
     with pytest.raises(ValueError, match=naming(*facts)):
+        load_scorer(folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "facts"), [("id", "more", (10**6, "vocab_size")), ("type_id", 7, (7, "type_vocab_size"))]
+)
+def test_what_only_pairs_have_is_checked_too(folder, field, value, facts):
+    """The tokenizer gives the token between two texts a type, or an id, that the encoder has no vector for."""
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    steps = tokenizer["post_processor"]
+    between = next(i for i, x in enumerate(steps["pair"]) if x.get("SpecialToken", {}).get("id") == "[SEP]")
+    steps["special_tokens"]["more"] = {"id": "more", "ids": [10**6], "tokens": ["more"]}
+    steps["pair"][between]["SpecialToken"][field] = value
+    path.write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match=naming(folder, "pair", *facts)):
         load_scorer(folder, device="cpu")
 
 

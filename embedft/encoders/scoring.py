@@ -11,6 +11,7 @@ every "query" is 1, and their dot product is the score. So every loss over liste
 Shapes: P pairs, B queries, T tokens, D features.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -26,7 +27,7 @@ from ..files import replace_files, write_json
 from ..progress import progress_bar
 from .adapter import check_role, fill
 from .card import write_card
-from .classifier import LAYOUTS, Head, build_head, classifier_name, find_layout
+from .classifier import FIELDS, LAYOUTS, Head, build_head, classifier_name, find_layout
 from .embedder import Embedder
 from .fingerprint import fingerprint
 from .folder import Source, encoder_parts, read_config, read_tokenizer
@@ -34,7 +35,7 @@ from .layers import inference
 from .loading import find_folder
 from .packing import Packed, pack, rows_by_length, sort_by_length
 from .pooling import Pooling
-from .schema import CONFIG_FILE, MODEL_CONFIG_FILE, read_fields
+from .schema import CONFIG_FILE, MODEL_CONFIG_FILE, check, read_fields
 from .token_ids import TokenIds
 from .tokenization import Tokenizer, check_texts
 from .weights import WEIGHTS_FILE, read_encoder, write_tensors
@@ -200,20 +201,34 @@ def load_scorer(
     family, config, values = read_config(folder)
     path = folder / CONFIG_FILE
     layout = find_layout(path, values["model_type"])
-    head, pooling = build_head(layout, config, values, path)
+    check(path, values, FIELDS)
     labels = values.get("num_labels", len(values.get("id2label", "  ")))
     if labels != 1:
         raise ValueError(f"{path}: the model has {labels} labels, expected 1, a score")
     names = tuple(f"{theirs}." for theirs in layout.names().values())
     encoder, carried = read_encoder(folder, family, config, dtype, carried=names, allow_pickle=allow_pickle)
+    head, pooling = build_head(layout, config, values, path)  # after the encoder, whose sizes are those of tensors
     head_names = {f"{theirs}.{k}": f"{ours}.{k}" for ours, theirs in layout.names().items() for k in ("weight", "bias")}
     tensors = {ours: carried.pop(theirs).to(dtype) for theirs, ours in head_names.items() if theirs in carried}
     fill(head.to(dtype), tensors, f"{folder / WEIGHTS_FILE} (the head)")
     tokenizer = read_tokenizer(folder, config, max_length)
+    _check_pairs(folder, tokenizer, config)
     source = Source(str(name), folder, family, values, carried, None)
     options = {"source": source, "pooling": pooling, "sigmoid": _has_sigmoid(folder, values)}
     device = default_device() if device is None else find_device(str(device))
     return Scorer(encoder, head, tokenizer, **options).to(device).eval()
+
+
+def _check_pairs(folder: Path, tokenizer: Tokenizer, config: Any) -> None:
+    """Raises `ValueError` for a pair's token ids and types that the encoder has no vector for."""
+    ids, types = tokenizer.encode_pairs([("a", "a")])[0]
+    num_types = getattr(config, "type_vocab_size", 0)
+    for what, found, field, size in (
+        ("ids", ids, "vocab_size", config.vocab_size),
+        ("types", types, "type_vocab_size", num_types if num_types > 1 else math.inf),
+    ):
+        if max(found, default=0) >= size:
+            raise ValueError(f"{folder}: token {what} of a pair reach {max(found)}, the encoder's {field} is {size}")
 
 
 def new_scorer(embedder: Embedder, *, seed: int = 0) -> Scorer:
