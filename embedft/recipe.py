@@ -24,6 +24,7 @@ from .encoders.loading import check_lora_base, load_embedder
 from .encoders.lora import merge_lora
 from .encoders.openai_api import ApiEmbedder
 from .encoders.scoring import Scorer
+from .encoders.token_cache import token_cache
 from .files import named_errors, temporary_path
 from .losses.registry import LOSSES, Loss, loss_options
 from .objects import describe_object
@@ -145,7 +146,7 @@ def finetune(
     out = None if out is None else Path(out)
     job = _Job(embedder, datasets, config or FinetuneConfig(), given, validation, references or {}, out)
     before = embedder.max_length, getattr(embedder.encoder, "attention_dropout", 0.0)
-    with contextlib.ExitStack() as stack:
+    with token_cache(embedder, job.config.token_memory * 2**20), contextlib.ExitStack() as stack:
         try:
             _prepare(job, existing)
             if out is not None:

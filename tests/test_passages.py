@@ -186,13 +186,13 @@ def test_windows_with_a_prompt(tiny, include_prompt):
 def test_slices_of_texts_change_nothing(tiny, monkeypatch):
     expected, source = tiny.encode_passages(TEXTS, (8, 3))
     calls = []
-    cut = tiny.tokenizer.windows
+    whole = tiny.tokenizer.whole
 
-    def counted(texts, passages, **options):
+    def counted(texts, **options):
         calls.append(len(texts))
-        return cut(texts, passages, **options)
+        return whole(texts, **options)
 
-    monkeypatch.setattr(tiny.tokenizer, "windows", counted)
+    monkeypatch.setattr(tiny.tokenizer, "whole", counted)
     found, rows = tiny.encode_passages(TEXTS, (8, 3), batch_tokens=20, cut_texts=2)
     assert calls == [0, 2, 2, 2]  # none first, to check the size
     np.testing.assert_allclose(found, expected, atol=1e-6)

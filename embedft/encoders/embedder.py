@@ -29,7 +29,8 @@ from .layers import inference
 from .packing import Packed, concatenate, pack, rows_by_length, sort_by_length
 from .pooling import Pooling
 from .store import Space, Store
-from .token_ids import TokenIds
+from .token_cache import TokenCache, find_ids
+from .token_ids import TokenIds, cut
 from .tokenization import Tokenizer
 
 
@@ -45,7 +46,7 @@ class Embedder(nn.Module):
         truncate_dim: leading features that `encode` returns by default; None: all.
         source: the folder it was loaded from; `save` needs it unless the encoder is of your own class.
 
-    `store` keeps the vectors that `encode` computes, `adapter` maps the encoder's vectors, `lora` updates its layers
+    `store` and `token_cache` keep vectors and token ids, `adapter` maps the encoder's vectors, `lora` updates layers
     (both are trained too), and `query_side` has encoder, tokenizer, pooling and head for queries, while the Embedder's
     own are for documents: None unless set. `map_batches`, `map` unless set, calls `vectors_of` for every batch."""
 
@@ -77,6 +78,7 @@ class Embedder(nn.Module):
         self.query_side: Embedder | None = None
         self.lora: nn.Module | None = None
         self.store: Store | None = None
+        self.token_cache: TokenCache | None = None
         self.map_batches: Callable[..., Iterable[np.ndarray]] = map
         self.truncate_dim = None if truncate_dim is None else self._checked_dim(truncate_dim)
         self.max_length = tokenizer.max_length
@@ -140,9 +142,12 @@ class Embedder(nn.Module):
         """Token ids of whole texts: no prompt, no special tokens, no truncation. For counting and for BM25."""
         return self.tokenizer.tokenize(texts)
 
-    def _token_ids(self, texts: Sequence[str], role: str) -> TokenIds:
-        prompt = self.prompt(role)
-        return self.side(role).tokenizer.token_ids([prompt + text for text in texts] if prompt else texts)
+    def _token_ids(self, texts: Sequence[str], role: str, *, whole: bool = False) -> TokenIds:
+        return find_ids(self.token_cache, self.side(role).tokenizer, texts, prompt=self.prompt(role), whole=whole)
+
+    def _windows(self, texts: Sequence[str], role: str, passages: Sequence[int]) -> tuple[TokenIds, np.ndarray]:
+        how = self.side(role).tokenizer.check_passages(passages, self.prompt(role))
+        return cut(self._token_ids(texts, role, whole=True), *how)
 
     def _prompt_length(self, role: str, max_length: int) -> int | None:
         """How many leading tokens pooling leaves out of texts truncated to `max_length`; None: none."""
@@ -158,12 +163,10 @@ class Embedder(nn.Module):
         side = self.side(role)
         if passages is None:
             return side._packed(self._token_ids(texts, role), self._prompt_length(role, side.max_length))
-        windows, source = side.tokenizer.windows(texts, passages, prompt=self.prompt(role))
+        windows, source = self._windows(texts, role, passages)
         return side._packed(windows, self._prompt_length(role, passages[0]), source=source)
 
-    def _packed(
-        self, ids: TokenIds | list[list[int]], prompt_length: int | None, source: list[int] | None = None
-    ) -> Packed:
+    def _packed(self, ids: TokenIds, prompt_length: int | None, source: np.ndarray | None = None) -> Packed:
         # Only the mean of no token has a value, 0; and only an encoder without attention can do without any.
         empty = getattr(self.encoder, "reads_empty", False) and self.pooling.names == ("mean",)
         return pack(ids, prompt_length=prompt_length, source=source, allow_empty=empty)
@@ -243,20 +246,17 @@ class Embedder(nn.Module):
         `encode`. `cut_texts` texts are cut at a time, and about 16 times as many windows encoded at a time.
 
         Source: Dai and Callan 2019, section 3: passages of a fixed size and stride, scored independently."""
-        tokenizer = self.side(role).tokenizer
-        tokenizer.windows([], passages, prompt=self.prompt(role))  # checks them even without texts
-        parts, keys, source = [np.empty((0, self._checked_dim(options.get("dim"))), dtype=np.float32)], [], []
+        self._windows([], role, passages)  # checks them even without texts
+        parts, waiting, source = [np.empty((0, self._checked_dim(options.get("dim"))), dtype=np.float32)], [], []
         with self._encoding(len(texts), role, passages, **options) as (vectors, bar):
             for start in range(0, len(texts), cut_texts):
-                part = texts[start : start + cut_texts]
-                windows, rows = tokenizer.windows(part, passages, prompt=self.prompt(role))
-                keys += [" ".join(map(str, ids)) for ids in windows]
-                source += [start + row for row in rows]
-                if len(keys) >= 16 * cut_texts or start + cut_texts >= len(texts):
-                    parts.append(vectors(keys, lambda new: TokenIds.of([list(map(int, key.split())) for key in new])))
-                    bar.update(source[-1] + 1 - bar.n)
-                    keys = []
-        return np.concatenate(parts), np.array(source, dtype=np.int64)
+                windows, rows = self._windows(texts[start : start + cut_texts], role, passages)
+                waiting, source = [*waiting, windows], [*source, start + rows]
+                if sum(map(len, waiting)) >= 16 * cut_texts or start + cut_texts >= len(texts):
+                    parts.append(vectors(*TokenIds.join(waiting).keyed(self.store is not None)))
+                    bar.update(int(source[-1][-1]) + 1 - bar.n)
+                    waiting = []
+        return np.concatenate(parts), np.concatenate([np.empty(0, dtype=np.int64), *source])
 
     @contextlib.contextmanager
     def _encoding(self, num_texts, role, passages=None, *, dim=None, batch_tokens=None, progress=None) -> Iterator[Any]:
@@ -276,7 +276,7 @@ class Embedder(nn.Module):
                     vectors_ND[rows] = found
                     if len(wrong := np.flatnonzero(~np.isfinite(vectors_ND[rows]).all(axis=1))):
                         row = rows[wrong[0]]
-                        text = keys[row] if passages is None else side.tokenizer.backend.decode(token_ids[row])
+                        text = keys[row] if passages is None else side.tokenizer.backend.decode(token_ids[row].tolist())
                         raise ValueError(f"the vector of {text[:60]!r} is not finite: check the model's weights")
                     done(len(rows))
                 return vectors_ND

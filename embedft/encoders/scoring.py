@@ -47,7 +47,7 @@ class Scorer(nn.Module):
     `sigmoid`: whether `score` maps logits to 0 to 1; losses always get logits."""
 
     full_dim, normalize, similarity = 1, False, "dot"  # as of an Embedder
-    adapter = store = lora = query_side = None
+    adapter = store = lora = query_side = token_cache = None
 
     def __init__(
         self,

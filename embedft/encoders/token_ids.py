@@ -4,10 +4,10 @@
     tokens[1]                       # array([101, 102])
     tokens.take([1, 0]).tolist()    # [[101, 102], [101, 7592, 102]]
 
-Shapes: N texts, T tokens.
+Shapes: N texts, T tokens, W windows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 
@@ -20,6 +20,12 @@ class TokenIds:
 
     ids: np.ndarray  # [T] int32
     offsets: np.ndarray  # [N + 1] int64, from 0
+
+    @classmethod
+    def join(cls, parts: Sequence["TokenIds"]) -> "TokenIds":
+        """The texts of each part in turn."""
+        offsets = np.concatenate([[0], *(part.lengths() for part in parts)]).cumsum()
+        return cls(np.concatenate([np.empty(0, dtype=np.int32), *(part.ids for part in parts)]), offsets)
 
     @classmethod
     def of(cls, sequences: Sequence[Sequence[int]]) -> "TokenIds":
@@ -41,11 +47,44 @@ class TokenIds:
     def take(self, rows: Sequence[int]) -> "TokenIds":
         """The texts at `rows`, in that order."""
         rows = np.asarray(rows, dtype=np.int64)
-        starts, offsets = self.offsets[rows], np.zeros(len(rows) + 1, dtype=np.int64)
-        lengths = self.offsets[rows + 1] - starts
-        np.cumsum(lengths, out=offsets[1:])
-        return TokenIds(self.ids[np.arange(offsets[-1]) + (starts - offsets[:-1]).repeat(lengths)], offsets)
+        starts, lengths = self.offsets[rows], self.lengths()[rows]
+        return TokenIds(gather(self.ids, starts, lengths), np.concatenate([[0], lengths.cumsum()]))
+
+    def keyed(self, stored: bool) -> tuple[Sequence, Callable[[Sequence], "TokenIds"]]:
+        """Keys of the texts by their ids, strings if `stored`, and a function from some keys to ids."""
+        if not stored:
+            return self, lambda same: same
+        keys = [" ".join(map(str, ids)) for ids in self.tolist()]
+        return keys, lambda some: TokenIds.of([list(map(int, key.split())) for key in some])
 
     def tolist(self) -> list[list[int]]:
         ids = self.ids.tolist()
         return [ids[start:end] for start, end in pairwise(self.offsets.tolist())]
+
+
+def gather(ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """ids[start:start + length] for each start and length, end to end."""
+    before = lengths.cumsum() - lengths
+    return ids[np.arange(lengths.sum()) + (starts - before).repeat(lengths)]
+
+
+def cut(whole: TokenIds, size: int, stride: int) -> tuple[TokenIds, np.ndarray]:
+    """Windows of texts, of at most `size` tokens and `stride` apart, and the text of each, [W] int64 ascending.
+    `whole` has for each text two numbers, how many of its ids begin and how many end every window, then all of its ids.
+    Windows are at most as far apart as there is room between those; a text that fits is one window."""
+    first_N, length_N = whole.offsets[:-1] + 2, whole.lengths() - 2
+    fits_N = length_N <= size
+    front_N, behind_N = (np.where(fits_N, 0, whole.ids[first_N - i].astype(np.int64)) for i in (2, 1))
+    inner_N = length_N - front_N - behind_N
+    room_N = np.where(fits_N, inner_N, size - front_N - behind_N)
+    step_N = np.where(fits_N, 1, np.minimum(stride, room_N))
+    count_N = 1 + -(-(inner_N - room_N) // step_N)
+    source_W = np.arange(len(whole)).repeat(count_N)
+    number_W = np.arange(len(source_W)) - (count_N.cumsum() - count_N)[source_W]  # from 0 in each text
+    inside_W, front_W = number_W * step_N[source_W], front_N[source_W]
+    # A window is three ranges of the text's ids: front, middle, behind.
+    starts_W3 = np.stack([np.zeros_like(front_W), front_W + inside_W, (length_N - behind_N)[source_W]], axis=1)
+    middle_W = np.minimum(room_N[source_W], inner_N[source_W] - inside_W)
+    lengths_W3 = np.stack([front_W, middle_W, behind_N[source_W]], axis=1)
+    ids = gather(whole.ids, (first_N[source_W, None] + starts_W3).ravel(), lengths_W3.ravel())
+    return TokenIds(ids, np.concatenate([[0], lengths_W3.sum(axis=1).cumsum()])), source_W

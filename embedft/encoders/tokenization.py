@@ -21,7 +21,7 @@ from tokenizers.normalizers import Lowercase
 
 from ..files import atomic_write, read_object, read_text, write_json
 from .schema import ADDED_TOKENS_FILE, SPECIAL_TOKENS_FILE, TOKENIZER_CONFIG_FILE, read_fields
-from .token_ids import TokenIds
+from .token_ids import TokenIds, cut
 from .tokenizer_steps import DEFAULTS, built_steps, has_types, tokenizer_kind
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -126,6 +126,22 @@ class Tokenizer:
                 the number of text tokens between window starts. If a window has room for fewer, the next one starts
                 where it ends, so every token is in a window.
             prompt: prepended to each window. If its last token merges with the text's first, the text keeps it."""
+        windows, source = cut(self.whole(texts, prompt=prompt), *self.check_passages(passages, prompt))
+        return windows.tolist(), source.tolist()
+
+    def whole(self, texts: Sequence[str], *, prompt: str = "") -> TokenIds:
+        """What `token_ids.cut` cuts into windows: all ids of each text, without truncation."""
+        (prompt_ids,), texts, found = self.tokenize([prompt]), check_texts(texts), []
+        for encoding in self._whole([prompt + text for text in texts] if prompt else texts):
+            ids, special, rest = encoding.ids, encoding.special_tokens_mask, prompt_ids
+            start, behind = (special.index(0), special[::-1].index(0)) if 0 in special else (len(ids), 0)
+            while start < len(ids) - behind and rest and ids[start] == rest[0]:
+                start, rest = start + 1, rest[1:]
+            found.append([start, behind, *ids])
+        return TokenIds.of(found)
+
+    def check_passages(self, passages: Sequence[int], prompt: str = "") -> tuple[int, int]:
+        """(size, stride). Raises `ValueError` if texts cannot be cut so."""
         try:
             size, stride = map(operator.index, passages)
         except (TypeError, ValueError):
@@ -137,13 +153,7 @@ class Tokenizer:
             raise ValueError(f"passages of {size} tokens, expected {least} ({parts}) to {self.max_length} (max_length)")
         if not 1 <= stride <= size:
             raise ValueError(f"passages start every {stride} tokens, expected 1 to their size, {size}")
-        windows, source, texts = [], [], check_texts(texts)
-        for row, encoding in enumerate(self._whole([prompt + text for text in texts] if prompt else texts)):
-            ids = encoding.ids
-            cut = [ids] if len(ids) <= size else _cut(ids, encoding.special_tokens_mask, prompt_ids, size, stride)
-            windows += cut
-            source += [row] * len(cut)
-        return windows, source
+        return size, stride
 
     def _whole(self, texts: Sequence[str], *, special: bool = True) -> list[tokenizers.Encoding]:
         self.backend.no_truncation()
@@ -215,18 +225,6 @@ def check_texts(texts: Sequence[str]) -> list[str]:
         except UnicodeEncodeError as error:
             raise ValueError(f"texts[{row}] has a lone surrogate at character {error.start}") from None
     return list(texts)
-
-
-def _cut(ids: list[int], special: list[int], prompt_ids: list[int], size: int, stride: int) -> list[list[int]]:
-    """The windows of a longer text; `special` is 1 for each token that the post-processor added."""
-    start, stop = special.index(0), len(special) - special[::-1].index(0)
-    while start < stop and prompt_ids and ids[start] == prompt_ids[0]:
-        start, prompt_ids = start + 1, prompt_ids[1:]
-    front, behind = ids[:start], ids[stop:]
-    room = size - len(front) - len(behind)
-    step = min(stride, room)
-    last = start + -(-(stop - start - room) // step) * step
-    return [front + ids[i : min(i + room, stop)] + behind for i in range(start, last + 1, step)]
 
 
 def _configure(backend: tokenizers.Tokenizer, config: dict, model_type: str | None) -> str:

@@ -66,6 +66,7 @@ class FinetuneConfig(TrainConfig):
     sampling: Sampling = option("proportional", "share of each of several datasets")
     sampling_temperature: float = option(2.0, "with temperature: 1 is proportional, higher is more even", least=1)
     mixed: bool = option(False, "mix all datasets in each batch, instead of one dataset per batch")
+    token_memory: int = option(1_024, "MiB for token ids of all texts; more go to a temporary file", least=0)
     max_length: int | None = option(None, "truncate texts to this many tokens [the model's own]", least=1)
     passages: list[int] | None = option(None, "train on windows of documents, in tokens [whole]", metavar="SIZE STRIDE")
     windows_per_document: int = option(4, "windows of a document per batch: the best ones, then random ones", least=1)
