@@ -4,9 +4,10 @@ import contextlib
 import ctypes
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -96,6 +97,62 @@ def batch_tokens(device: torch.device) -> int:
 def length_slack(device: torch.device) -> float:
     """The largest fraction of a padded sequence that may be padding; on GPUs, padding saves kernel launches."""
     return 0.0 if device.type == "cpu" else 0.125
+
+
+def batches_ahead(device: torch.device) -> int:
+    """How many batches a thread makes while the device works. On the CPU none: the thread would take the cores that the
+    work needs. There, making a batch of known tokens takes 1.2 ms of a step of 0.4 s (MiniLM, 4,100 tokens)."""
+    return 0 if device.type == "cpu" else 2
+
+
+def transfer(tensors: Sequence[torch.Tensor], device: torch.device | str) -> list[torch.Tensor]:
+    """The tensors on another device. From the CPU to CUDA they travel as one, from pinned memory, and the CPU does not
+    wait: a copy from other memory first waits for all that the device has to do."""
+    device = torch.device(device)
+    if device.type == "cuda" and all(x.device.type == "cpu" for x in tensors):
+        return _transfer_as_one(tensors, device, pin_memory=True)
+    return [x.to(device) for x in tensors]
+
+
+def _transfer_as_one(tensors: Sequence[torch.Tensor], device: torch.device, *, pin_memory: bool) -> list[torch.Tensor]:
+    sizes = [-(-x.nbytes // 16) * 16 for x in tensors]  # so that every tensor starts where any type may
+    host = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=pin_memory)
+
+    def parts(buffer: torch.Tensor) -> list[torch.Tensor]:
+        pairs = zip(buffer.split(sizes), tensors, strict=True)
+        return [part[: x.nbytes].view(x.dtype).view(x.shape) for part, x in pairs]
+
+    for part, x in zip(parts(host), tensors, strict=True):
+        part.copy_(x)
+    return parts(host.to(device, non_blocking=True))
+
+
+def fetched(tensors: Iterable[torch.Tensor]) -> Iterator[np.ndarray]:
+    """The tensors as arrays, each after the next one has been computed, or started on a GPU: so the CPU prepares that
+    while the GPU works, and never waits for more than the tensor itself."""
+    before = None
+    for tensor in tensors:
+        after = _start_fetching(tensor)
+        if before is not None:
+            yield before().numpy()
+        before = after
+    if before is not None:
+        yield before().numpy()
+
+
+def _start_fetching(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    if tensor.device.type != "cuda":
+        return tensor.cpu
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(tensor.device))
+
+    def wait() -> torch.Tensor:
+        event.synchronize()
+        return host
+
+    return wait
 
 
 class _Undrawn(TorchFunctionMode):

@@ -157,3 +157,70 @@ def test_float64_is_everywhere_but_on_mps():
     assert has_float64(torch.device("cpu"))
     assert has_float64(torch.device("cuda"))
     assert not has_float64(torch.device("mps"))
+
+
+# Moving tensors. What CUDA would do is tried on the CPU, where a copy is the same without being asynchronous.
+
+
+def mixed_tensors() -> list[torch.Tensor]:
+    return [
+        torch.arange(7),
+        torch.arange(5, dtype=torch.int32),
+        torch.tensor([True, False, True]),
+        torch.empty(0, 3),
+        torch.tensor(2.5),
+        torch.arange(12.0).reshape(3, 4).T,
+        torch.rand(3, 2, dtype=torch.float64),
+    ]
+
+
+def test_tensors_that_travel_as_one_arrive_as_they_were():
+    tensors = mixed_tensors()
+    found = devices._transfer_as_one(tensors, CPU, pin_memory=False)
+    for ours, theirs in zip(found, tensors, strict=True):
+        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+        assert torch.equal(ours, theirs)
+        assert ours.data_ptr() != theirs.data_ptr() or not theirs.numel()
+    assert devices._transfer_as_one([], CPU, pin_memory=False) == []
+
+
+def test_only_what_goes_from_the_cpu_to_cuda_travels_as_one(monkeypatch):
+    tensors, calls = mixed_tensors(), []
+    monkeypatch.setattr(devices, "_transfer_as_one", lambda *a, **options: calls.append((a, options)) or "moved")
+    assert devices.transfer(tensors, "cuda:0") == "moved"
+    assert calls == [((tensors, torch.device("cuda:0")), {"pin_memory": True})]
+    assert all(a is b for a, b in zip(devices.transfer(tensors, "cpu"), tensors, strict=True))
+    assert [x.device.type for x in devices.transfer(tensors, "meta")] == ["meta"] * len(tensors)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("count", [0, 1, 4])
+def test_fetched_is_one_late(count):
+    made = []
+
+    def tensors():
+        for i in range(count):
+            made.append(i)
+            yield torch.full((2,), i)
+
+    found = []
+    for array in devices.fetched(tensors()):
+        found.append(array.tolist())
+        assert len(made) == min(count, len(found) + 1)
+    assert found == [[i, i] for i in range(count)]
+
+
+def test_the_cpu_has_no_thread_beside_its_work():
+    assert devices.batches_ahead(CPU) == 0
+    assert devices.batches_ahead(torch.device("cuda:1")) == devices.batches_ahead(torch.device("mps")) == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_tensors_travel_to_cuda_and_back():
+    tensors = mixed_tensors()
+    moved = devices.transfer(tensors, "cuda")
+    for ours, theirs in zip(moved, tensors, strict=True):
+        assert ours.device.type == "cuda"
+        assert torch.equal(ours.cpu(), theirs)
+    for ours, theirs in zip(devices.fetched(moved), tensors, strict=True):
+        assert ours.tolist() == theirs.tolist()

@@ -34,13 +34,13 @@ TEXTS = list(make_dataset(2, 40).corpus.values())
 
 def counted(embedder: Embedder) -> list[int]:
     """Grows by the number of texts of each batch that this process encodes."""
-    found, vectors_of = [], embedder.vectors_of
+    found, embedded = [], embedder._embedded
 
     def counting(batch):
         found.append(len(batch[0]))
-        return vectors_of(batch)
+        return embedded(batch)
 
-    embedder.vectors_of = counting
+    embedder._embedded = counting
     return found
 
 

@@ -12,6 +12,7 @@ from tiny import make_dataset, make_embedder
 
 from embedft import FinetuneConfig, finetune
 from embedft.data.batches import make_batches
+from embedft.encoders import token_cache
 from embedft.encoders.token_cache import TokenCache
 from embedft.encoders.token_ids import TokenIds, cut
 
@@ -199,6 +200,68 @@ def test_a_run_that_fails_leaves_no_cache(tiny_bert, error):
     with pytest.raises(error):
         finetune(embedder, make_dataset(), FinetuneConfig(epochs=1), on_step=fail)
     assert embedder.token_cache is None
+
+
+# Tokenizing ahead, as for a GPU.
+
+
+@pytest.fixture
+def ahead(monkeypatch):
+    monkeypatch.setattr(token_cache.devices, "batches_ahead", lambda device: 2)
+    before = threading.active_count()
+    yield
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 9])
+def test_slices_tokenized_ahead_change_nothing(tiny_bert, tmp_path, ahead, monkeypatch, count):
+    texts = [f"the fee of {'a ' * n}" for n in range(count)]
+    expected = make_embedder(tiny_bert).encode(texts)
+    embedder = make_embedder(tiny_bert)
+    asked = counted(embedder, monkeypatch)
+    np.testing.assert_array_equal(embedder.encode(texts, slice_texts=3), embedder.encode(texts, slice_texts=3))
+    np.testing.assert_allclose(embedder.encode(texts, slice_texts=3), expected, rtol=0, atol=1e-6)
+    assert sorted(asked) == sorted(3 * texts)
+    stored = make_embedder(tiny_bert, store=tmp_path / "store")
+    for _ in range(2):
+        np.testing.assert_allclose(stored.encode(texts, slice_texts=3), expected, rtol=0, atol=1e-6)
+
+
+def test_errors_of_slices_tokenized_ahead(tiny_bert, ahead, monkeypatch):
+    embedder = make_embedder(tiny_bert)
+    with pytest.raises(ValueError, match=naming("texts[1]", "int", "str")):
+        embedder.encode(["a", "b", "c", 1], slice_texts=2)
+    with pytest.raises(ValueError, match=naming("dim", 33, 1, 32)):
+        embedder.encode(["a"], dim=33)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(embedder.encoder, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        embedder.encode(["a"] * 9, slice_texts=2)
+
+
+def test_a_tokenizer_is_used_by_one_thread_at_a_time(tiny_bert):
+    """Windows are cut from texts that are not truncated; another thread's texts still are."""
+    embedder, found = make_embedder(tiny_bert), []
+    embedder.max_length = 6
+    expected, sha256 = embedder.tokenizer.encode([LONG] * 20), embedder.tokenizer.sha256()
+
+    def look(cut_windows: bool) -> None:
+        for _ in range(50):
+            if cut_windows:
+                found.append(len(embedder.tokenizer.windows([LONG] * 20, (6, 4))[0]) == 60)
+            else:
+                found.append(embedder.tokenizer.encode([LONG] * 20) == expected)
+                found.append(embedder.tokenizer.sha256() == sha256)
+
+    threads = [threading.Thread(target=look, args=(i % 2 == 0,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 300
 
 
 def test_cut_by_hand():

@@ -29,8 +29,8 @@ from .layers import inference
 from .packing import Packed, concatenate, pack, rows_by_length, sort_by_length
 from .pooling import Pooling
 from .store import Space, Store
-from .token_cache import TokenCache, find_ids
-from .token_ids import TokenIds, cut
+from .token_cache import TokenCache, find_ids, find_windows, ids_ahead
+from .token_ids import TokenIds
 from .tokenization import Tokenizer
 
 
@@ -142,13 +142,6 @@ class Embedder(nn.Module):
         """Token ids of whole texts: no prompt, no special tokens, no truncation. For counting and for BM25."""
         return self.tokenizer.tokenize(texts)
 
-    def _token_ids(self, texts: Sequence[str], role: str, *, whole: bool = False) -> TokenIds:
-        return find_ids(self.token_cache, self.side(role).tokenizer, texts, prompt=self.prompt(role), whole=whole)
-
-    def _windows(self, texts: Sequence[str], role: str, passages: Sequence[int]) -> tuple[TokenIds, np.ndarray]:
-        how = self.side(role).tokenizer.check_passages(passages, self.prompt(role))
-        return cut(self._token_ids(texts, role, whole=True), *how)
-
     def _prompt_length(self, role: str, max_length: int) -> int | None:
         """How many leading tokens pooling leaves out of texts truncated to `max_length`; None: none."""
         prompt, side = self.prompt(role), self.side(role)
@@ -162,8 +155,8 @@ class Embedder(nn.Module):
         """Tokenizes and packs texts with their prompt, on the CPU; with `passages`, their windows, setting `source`."""
         side = self.side(role)
         if passages is None:
-            return side._packed(self._token_ids(texts, role), self._prompt_length(role, side.max_length))
-        windows, source = self._windows(texts, role, passages)
+            return side._packed(find_ids(self, texts, role), self._prompt_length(role, side.max_length))
+        windows, source = find_windows(self, texts, role, passages)
         return side._packed(windows, self._prompt_length(role, passages[0]), source=source)
 
     def _packed(self, ids: TokenIds, prompt_length: int | None, source: np.ndarray | None = None) -> Packed:
@@ -193,7 +186,7 @@ class Embedder(nn.Module):
         sorted_packed, lora = sorted_packed.to(self.device), self._lora(role)
         with contextlib.nullcontext() if lora is None else lora.applied(self.encoder):
             hidden_TD = self.encoder(sorted_packed)
-        return self.pooling(hidden_TD, sorted_packed)[place_B.to(self.device)]
+        return self.pooling(hidden_TD, sorted_packed)[devices.transfer([place_B], self.device)[0]]
 
     def _finished(self, pooled_BD: Tensor, role: str) -> Tensor:
         embeddings_BE = self.side(role).heads[role](pooled_BD)
@@ -228,10 +221,11 @@ class Embedder(nn.Module):
 
         Raises `ValueError` for a bad argument, or a vector that is not finite, naming its text."""
         embeddings_ND = np.empty((len(texts), self._checked_dim(dim)), dtype=np.float32)
-        with self._encoding(len(texts), role, dim=dim, batch_tokens=batch_tokens, progress=progress) as (vectors, bar):
+        encoding = self._encoding(len(texts), role, dim=dim, batch_tokens=batch_tokens, progress=progress)
+        with ids_ahead(self, texts, role, slice_texts) as ids, encoding as (vectors, bar):
             for start in range(0, max(1, len(texts)), slice_texts):
                 part = slice(start, start + slice_texts)
-                embeddings_ND[part] = vectors(texts[part], lambda new: self._token_ids(new, role), bar.update)
+                embeddings_ND[part] = vectors(texts[part], ids, bar.update)
                 bar.update(min(start + slice_texts, len(texts)) - bar.n)
         return embeddings_ND
 
@@ -246,11 +240,11 @@ class Embedder(nn.Module):
         `encode`. `cut_texts` texts are cut at a time, and about 16 times as many windows encoded at a time.
 
         Source: Dai and Callan 2019, section 3: passages of a fixed size and stride, scored independently."""
-        self._windows([], role, passages)  # checks them even without texts
+        find_windows(self, [], role, passages)  # checks them even without texts
         parts, waiting, source = [np.empty((0, self._checked_dim(options.get("dim"))), dtype=np.float32)], [], []
         with self._encoding(len(texts), role, passages, **options) as (vectors, bar):
             for start in range(0, len(texts), cut_texts):
-                windows, rows = self._windows(texts[start : start + cut_texts], role, passages)
+                windows, rows = find_windows(self, texts[start : start + cut_texts], role, passages)
                 waiting, source = [*waiting, windows], [*source, start + rows]
                 if sum(map(len, waiting)) >= 16 * cut_texts or start + cut_texts >= len(texts):
                     parts.append(vectors(*TokenIds.join(waiting).keyed(self.store is not None)))
@@ -272,7 +266,11 @@ class Embedder(nn.Module):
                 vectors_ND = np.empty((len(keys), self.base_dim), dtype=np.float32)
                 rows_of = list(rows_by_length(token_ids.lengths(), limit))
                 batches = ((token_ids.take(rows), role, prompt_length) for rows in rows_of)
-                for rows, found in zip(rows_of, self.map_batches(self.vectors_of, batches), strict=True):
+                if self.map_batches is map:
+                    found_in_turn = devices.fetched(map(self._embedded, batches))
+                else:
+                    found_in_turn = self.map_batches(self.vectors_of, batches)
+                for rows, found in zip(rows_of, found_in_turn, strict=True):
                     vectors_ND[rows] = found
                     if len(wrong := np.flatnonzero(~np.isfinite(vectors_ND[rows]).all(axis=1))):
                         row = rows[wrong[0]]
@@ -292,10 +290,12 @@ class Embedder(nn.Module):
 
     def vectors_of(self, batch: tuple[TokenIds, str, int | None]) -> np.ndarray:
         """Vectors before the adapter, [B, D] float32, of token ids, a role, and a number of tokens not to pool."""
-        ids, role, prompt_length = batch
-        packed = self.side(role)._packed(ids, prompt_length)
+        return self._embedded(batch).cpu().numpy()
+
+    def _embedded(self, batch: tuple[TokenIds, str, int | None]) -> Tensor:
+        (ids, role, prompt_length), side = batch, self.side(batch[1])
         devices.release_between_batches(self.device)
-        return self._finished(self.side(role)._pooled(packed, role), role).float().cpu().numpy()
+        return self._finished(side._pooled(side._packed(ids, prompt_length), role), role).float()
 
     def _settings(self, role: str) -> dict[str, Any]:
         side = self.side(role)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import device as devices
 from .token_ids import TokenIds
 
 
@@ -48,7 +49,8 @@ class Packed(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Packed":
         """The same on another device."""
-        return Packed(*(x.to(device) if isinstance(x, Tensor) else x for x in self))
+        moved = iter(devices.transfer([x for x in self if isinstance(x, Tensor)], device))
+        return Packed(*(next(moved) if isinstance(x, Tensor) else x for x in self))
 
 
 def pack(

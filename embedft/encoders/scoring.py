@@ -117,7 +117,7 @@ class Scorer(nn.Module):
         sorted_packed, place_P = sort_by_length(packed)
         sorted_packed = sorted_packed.to(self.device)
         pooled_PD = self.pooling(self.encoder(sorted_packed), sorted_packed)
-        return self.head(pooled_PD.to(self.head.out.weight.dtype))[place_P.to(self.device)].float()
+        return self.head(pooled_PD.to(self.head.out.weight.dtype))[devices.transfer([place_P], self.device)[0]].float()
 
     def embed_pair(self, queries: Packed, documents: Packed) -> tuple[Tensor, Tensor]:
         """Ones [B, 1] and the logits of pairs [P, 1]."""
@@ -144,12 +144,17 @@ class Scorer(nn.Module):
         limit = devices.batch_tokens(self.device) if batch_tokens is None else batch_tokens
         sigmoid = self.sigmoid if sigmoid is None else sigmoid
         scores_P = np.empty(len(pairs), dtype=np.float32)
+
+        def scored(packed: Packed) -> Tensor:
+            logits_P = self.embed(packed, role="document")[:, 0]
+            return logits_P.sigmoid() if sigmoid else logits_P
+
         with inference(self), progress_bar(len(pairs), "score", unit="pair", show=progress) as bar:
             for start in range(0, len(pairs), slice_pairs):
                 ids, types = self._tokens(pairs[start : start + slice_pairs])
-                for rows in rows_by_length(ids.lengths(), limit):
-                    logits_P = self.embed(self._pack(ids.take(rows), types.take(rows)), role="document")[:, 0]
-                    found_P = (logits_P.sigmoid() if sigmoid else logits_P).cpu().numpy()
+                rows_of = list(rows_by_length(ids.lengths(), limit))
+                found = devices.fetched(scored(self._pack(ids.take(rows), types.take(rows))) for rows in rows_of)
+                for rows, found_P in zip(rows_of, found, strict=True):
                     if len(wrong := np.flatnonzero(~np.isfinite(found_P))):
                         text = pairs[start + rows[wrong[0]]][0]
                         raise ValueError(f"the score of {text[:60]!r} is not finite: check the model's weights")

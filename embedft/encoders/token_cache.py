@@ -21,8 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from .token_ids import TokenIds, gather
-from .tokenization import Tokenizer, check_texts
+from .. import device as devices
+from ..prefetch import Prefetch
+from .token_ids import TokenIds, cut, gather
+from .tokenization import check_texts
 
 
 class TokenCache:
@@ -103,16 +105,40 @@ def token_cache(embedder: Any, memory_bytes: int) -> Iterator[None]:
         embedder.token_cache = None
 
 
-def find_ids(
-    cache: TokenCache | None, tokenizer: Tokenizer, texts: Sequence[str], *, prompt: str, whole: bool = False
-) -> TokenIds:
-    """The ids of texts behind `prompt`, truncated or, with `whole`, as `Tokenizer.whole` has them."""
+def find_ids(embedder: Any, texts: Sequence[str], role: str, *, whole: bool = False) -> TokenIds:
+    """The ids of texts with their prompt, truncated or, with `whole`, as `Tokenizer.whole` has them. The embedder's
+    `token_cache`, if it has one, keeps them."""
+    prompt, tokenizer = embedder.prompt(role), embedder.side(role).tokenizer
 
     def compute(texts: Sequence[str]) -> TokenIds:
         if whole:
             return tokenizer.whole(texts, prompt=prompt)
         return tokenizer.token_ids([prompt + text for text in texts] if prompt else texts)
 
-    if cache is None:
+    if embedder.token_cache is None:
         return compute(texts)
-    return cache.find((tokenizer.sha256(), prompt, whole), check_texts(texts), compute)
+    return embedder.token_cache.find((tokenizer.sha256(), prompt, whole), check_texts(texts), compute)
+
+
+def find_windows(
+    embedder: Any, texts: Sequence[str], role: str, passages: Sequence[int]
+) -> tuple[TokenIds, np.ndarray]:
+    """The ids of the windows of texts, and the row of `texts` each comes from, as `Tokenizer.windows`."""
+    how = embedder.side(role).tokenizer.check_passages(passages, embedder.prompt(role))
+    return cut(find_ids(embedder, texts, role, whole=True), *how)
+
+
+@contextlib.contextmanager
+def ids_ahead(
+    embedder: Any, texts: Sequence[str], role: str, slice_texts: int
+) -> Iterator[Callable[[Sequence[str]], TokenIds]]:
+    """Yields a function from a slice of `texts` to ids, to be called for each in turn. On a GPU, a thread tokenizes the
+    next slice meanwhile, unless there is a store: which texts it lacks is not known so early."""
+    ahead = devices.batches_ahead(embedder.device) // 2
+    if embedder.store is not None or ahead == 0:
+        yield lambda part: find_ids(embedder, part, role)
+        return
+    starts = range(0, len(texts), slice_texts)
+    slices = (find_ids(embedder, texts[start : start + slice_texts], role) for start in starts)
+    with Prefetch(slices, ahead=ahead) as found:
+        yield lambda part: next(found) if len(part) else find_ids(embedder, part, role)

@@ -11,6 +11,7 @@ import operator
 import pickle
 import reprlib
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from .token_ids import TokenIds, cut
 from .tokenizer_steps import DEFAULTS, built_steps, has_types, tokenizer_kind
 
 TOKENIZER_FILE = "tokenizer.json"
+# Whole texts are tokenized with truncation off for a moment, which another thread (prefetch.py) must not see.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 class Tokenizer:
@@ -92,7 +95,9 @@ class Tokenizer:
 
     def token_ids(self, texts: Sequence[str]) -> TokenIds:
         """As `encode`, in one array."""
-        return TokenIds.of([encoding.ids for encoding in self.backend.encode_batch_fast(check_texts(texts))])
+        with _ONE_AT_A_TIME:
+            found = self.backend.encode_batch_fast(check_texts(texts))
+        return TokenIds.of([encoding.ids for encoding in found])
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
         """(token ids, token types) of each pair of texts, with special tokens; the longer text is truncated first."""
@@ -103,7 +108,8 @@ class Tokenizer:
             raise ValueError(f"pairs[{wrong}] is {reprlib.repr(pairs[wrong])}, expected two texts")
         firsts, seconds = ([pair[side] for pair in pairs] for side in (0, 1))
         pairs = list(zip(check_texts(firsts), check_texts(seconds), strict=True))
-        found = self.backend.encode_batch(pairs)
+        with _ONE_AT_A_TIME:
+            found = self.backend.encode_batch(pairs)
         return [(row.ids, row.type_ids if self.has_types else [0] * len(row.ids)) for row in found]
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
@@ -156,11 +162,12 @@ class Tokenizer:
         return size, stride
 
     def _whole(self, texts: Sequence[str], *, special: bool = True) -> list[tokenizers.Encoding]:
-        self.backend.no_truncation()
-        try:
-            return self.backend.encode_batch_fast(check_texts(texts), add_special_tokens=special)
-        finally:
-            self.max_length = self._max_length  # truncates again
+        with _ONE_AT_A_TIME:
+            self.backend.no_truncation()
+            try:
+                return self.backend.encode_batch_fast(check_texts(texts), add_special_tokens=special)
+            finally:
+                self.max_length = self._max_length  # truncates again
 
     def prompt_length(self, prompt: str) -> int:
         """The number of tokens before a text: those of `prompt` and the special tokens before it."""
@@ -169,6 +176,10 @@ class Tokenizer:
 
     def sha256(self) -> str:
         """SHA-256 of everything that token ids depend on, cached until the tokenizer changes."""
+        with _ONE_AT_A_TIME:
+            return self._sha256()
+
+    def _sha256(self) -> str:
         backend = self.backend
         steps = (backend.normalizer, backend.pre_tokenizer, backend.post_processor, backend.decoder)
         # The hash takes 2 to 9 ms for MiniLM, this check 0.3 ms. `str` abbreviates, so steps are pickled. Pickling the

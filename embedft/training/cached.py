@@ -58,8 +58,9 @@ def cached_backward(
             with torch.no_grad():
                 embedded.append(embed(part, role))
         in_order = torch.cat(embedded) if embedded else no_vectors(embedder)
-        vectors.append(in_order[place_B.to(device)].detach().requires_grad_())
-        sides.append((role, parts, states, place_B.argsort().to(device)))
+        place_B, order_B = devices.transfer([place_B, place_B.argsort()], device)
+        vectors.append(in_order[place_B].detach().requires_grad_())
+        sides.append((role, parts, states, order_B))
     value = loss(*vectors, targets)
     value.backward()
     after, is_trained = devices.random_state(device), any(p.requires_grad for p in embedder.parameters())
@@ -85,5 +86,5 @@ def mini_batches(packed: Packed, max_tokens: int) -> tuple[list[Packed], Tensor]
     """Mini-batches of at most `max_tokens`, longest sequences first, and place_B [B], the place of each sequence.
     A longer sequence is a mini-batch of its own."""
     in_order, place_B = sort_by_length(packed)
-    ranges = cut_by_tokens(in_order.lengths().tolist(), max_tokens)
-    return [take(in_order, torch.tensor(rows, device=place_B.device)) for rows in ranges], place_B
+    ranges = cut_by_tokens(in_order.host_lengths.tolist(), max_tokens)
+    return [take(in_order, torch.tensor(rows)) for rows in ranges], place_B
