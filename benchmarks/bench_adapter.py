@@ -152,8 +152,12 @@ def main(options: argparse.Namespace) -> list[Row]:
     return rows
 
 
+def parser() -> argparse.ArgumentParser:
+    found = make_parser("adapter", __doc__, rounds=5, data="folder with train_dataset.json")
+    found.add_argument("--number", type=int, metavar="N", help="the first N questions and their documents only [all]")
+    found.add_argument("--corpus", type=int, default=0, metavar="N", help="documents in the large corpus [0: skip it]")
+    return found
+
+
 if __name__ == "__main__":
-    parser = make_parser("adapter", __doc__, rounds=5, data="folder with train_dataset.json")
-    parser.add_argument("--number", type=int, metavar="N", help="the first N questions and their documents only [all]")
-    parser.add_argument("--corpus", type=int, default=0, metavar="N", help="documents in the large corpus [0: skip it]")
-    suite.run(main, parser)
+    suite.run(main, parser())

@@ -178,10 +178,14 @@ def main(options: argparse.Namespace) -> list[Row]:
     return rows
 
 
-if __name__ == "__main__":
-    parser = make_parser("batch", __doc__, rounds=5, peers=[PEER])
+def parser() -> argparse.ArgumentParser:
+    found = make_parser("batch", __doc__, rounds=5, peers=[PEER])
     sizes = {"type": int, "nargs": "*", "metavar": "N"}
-    parser.add_argument("--sizes", **sizes, default=[64, 512, 2048], help="batch sizes to time [64 512 2048]")
-    parser.add_argument("--memory", **sizes, default=[512], help="sizes for memory [512]")
-    parser.add_argument("--precision", choices=TOLERANCES, default="float32", help="of the forward pass [float32]")
-    suite.run(main, parser)
+    found.add_argument("--sizes", **sizes, default=[64, 512, 2048], help="batch sizes to time [64 512 2048]")
+    found.add_argument("--memory", **sizes, default=[512], help="sizes for memory [512]")
+    found.add_argument("--precision", choices=TOLERANCES, default="float32", help="of the forward pass [float32]")
+    return found
+
+
+if __name__ == "__main__":
+    suite.run(main, parser())

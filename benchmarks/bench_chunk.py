@@ -88,8 +88,12 @@ def main(options: argparse.Namespace) -> list[Row]:
     return rows
 
 
+def parser() -> argparse.ArgumentParser:
+    found = make_parser("chunk", __doc__, rounds=3, devices=False)
+    found.add_argument("pdf", nargs="*", metavar="PDF", help="files to read [the filings beside the checkout]")
+    found.add_argument("--number", type=int, metavar="N", help="how many files, the first ones [all]")
+    return found
+
+
 if __name__ == "__main__":
-    parser = make_parser("chunk", __doc__, rounds=3, devices=False)
-    parser.add_argument("pdf", nargs="*", metavar="PDF", help="files to read [the filings beside the checkout]")
-    parser.add_argument("--number", type=int, metavar="N", help="how many files, the first ones [all]")
-    suite.run(main, parser)
+    suite.run(main, parser())

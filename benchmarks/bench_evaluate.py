@@ -306,15 +306,19 @@ def main(options: argparse.Namespace) -> list[Row]:
     return [*rows, *metrics_alone(options, found, dataset), *resampling(options)]
 
 
+def parser() -> argparse.ArgumentParser:
+    found = make_parser("evaluate", __doc__, rounds=3, data="folder of finance_qa")
+    found.add_argument("--documents", type=int, default=1_000_000, help="documents [1000000]")
+    found.add_argument("--queries", type=int, default=10_000, help="queries [10000]")
+    found.add_argument("--peer-documents", type=int, default=100_000, help="most documents for the peer [100000]")
+    found.add_argument("--peer-queries", type=int, default=1_000, help="most queries for the peer [1000]")
+    found.add_argument("--depth", type=int, default=100, help="documents kept per query [100]")
+    found.add_argument("--dim", type=int, help="leading dimensions to keep [all]")
+    found.add_argument("--noise", type=float, default=0.5, help="length of the noise on a unit vector [0.5]")
+    found.add_argument("--texts", type=int, help="contexts to encode [all]")
+    found.add_argument("--folder", metavar="DIR", help="folder for temporary files [the system's]")
+    return found
+
+
 if __name__ == "__main__":
-    parser = make_parser("evaluate", __doc__, rounds=3, data="folder of finance_qa")
-    parser.add_argument("--documents", type=int, default=1_000_000, help="documents [1000000]")
-    parser.add_argument("--queries", type=int, default=10_000, help="queries [10000]")
-    parser.add_argument("--peer-documents", type=int, default=100_000, help="most documents for the peer [100000]")
-    parser.add_argument("--peer-queries", type=int, default=1_000, help="most queries for the peer [1000]")
-    parser.add_argument("--depth", type=int, default=100, help="documents kept per query [100]")
-    parser.add_argument("--dim", type=int, help="leading dimensions to keep [all]")
-    parser.add_argument("--noise", type=float, default=0.5, help="length of the noise on a unit vector [0.5]")
-    parser.add_argument("--texts", type=int, help="contexts to encode [all]")
-    parser.add_argument("--folder", metavar="DIR", help="folder for temporary files [the system's]")
-    suite.run(main, parser)
+    suite.run(main, parser())

@@ -110,7 +110,11 @@ def main(options: argparse.Namespace) -> list[Row]:
     return rows
 
 
+def parser() -> argparse.ArgumentParser:
+    found = make_parser("questions", __doc__, rounds=5, base=False, devices=False)
+    found.add_argument("--chunks", type=int, default=1000, help="chunks to write questions for [1000]")
+    return found
+
+
 if __name__ == "__main__":
-    parser = make_parser("questions", __doc__, rounds=5, base=False, devices=False)
-    parser.add_argument("--chunks", type=int, default=1000, help="chunks to write questions for [1000]")
-    suite.run(main, parser)
+    suite.run(main, parser())

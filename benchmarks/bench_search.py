@@ -128,16 +128,20 @@ def main(options: argparse.Namespace) -> list[Row]:
     return rows
 
 
+def parser() -> argparse.ArgumentParser:
+    found = make_parser("search", __doc__, rounds=3, data="folder of finance_qa")
+    found.add_argument("--documents", type=int, default=1_000_000, help="documents for exact search [1000000]")
+    found.add_argument("--ivf", type=int, default=1_000_000, help="documents in the first index [1000000]")
+    found.add_argument("--hnsw", type=int, default=200_000, help="documents in the second index [200000]")
+    found.add_argument("--indices", nargs=2, default=["ivf", "hnsw"], metavar="NAME", help="two indices [ivf hnsw]")
+    found.add_argument("--queries", type=int, default=10_000, help="queries [10000]")
+    found.add_argument("--depth", type=int, default=100, help="results of exact search [100]")
+    found.add_argument("--dim", type=int, help="leading dimensions to keep [all]")
+    found.add_argument("--noise", type=float, default=0.5, help="length of the noise on a unit vector [0.5]")
+    found.add_argument("--texts", type=int, help="contexts and questions to encode [all]")
+    found.add_argument("--folder", metavar="DIR", help="folder for temporary files [the system's]")
+    return found
+
+
 if __name__ == "__main__":
-    parser = make_parser("search", __doc__, rounds=3, data="folder of finance_qa")
-    parser.add_argument("--documents", type=int, default=1_000_000, help="documents for exact search [1000000]")
-    parser.add_argument("--ivf", type=int, default=1_000_000, help="documents in the first index [1000000]")
-    parser.add_argument("--hnsw", type=int, default=200_000, help="documents in the second index [200000]")
-    parser.add_argument("--indices", nargs=2, default=["ivf", "hnsw"], metavar="NAME", help="two indices [ivf hnsw]")
-    parser.add_argument("--queries", type=int, default=10_000, help="queries [10000]")
-    parser.add_argument("--depth", type=int, default=100, help="results of exact search [100]")
-    parser.add_argument("--dim", type=int, help="leading dimensions to keep [all]")
-    parser.add_argument("--noise", type=float, default=0.5, help="length of the noise on a unit vector [0.5]")
-    parser.add_argument("--texts", type=int, help="contexts and questions to encode [all]")
-    parser.add_argument("--folder", metavar="DIR", help="folder for temporary files [the system's]")
-    suite.run(main, parser)
+    suite.run(main, parser())

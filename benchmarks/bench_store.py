@@ -161,9 +161,13 @@ def main(options: argparse.Namespace) -> list[Row]:
     return rows
 
 
+def parser() -> argparse.ArgumentParser:
+    found = make_parser("store", __doc__, rounds=5, dtypes=[*TOLERANCES])
+    found.add_argument("--texts", type=int, default=100_000, help="texts, a tenth of them new [100000]")
+    found.add_argument("--rows", type=int, default=1_000_000, help="rows of the large store [1000000]")
+    found.add_argument("--folder", metavar="DIR", help="folder for temporary files [the system's]")
+    return found
+
+
 if __name__ == "__main__":
-    parser = make_parser("store", __doc__, rounds=5, dtypes=[*TOLERANCES])
-    parser.add_argument("--texts", type=int, default=100_000, help="texts, a tenth of them new [100000]")
-    parser.add_argument("--rows", type=int, default=1_000_000, help="rows of the large store [1000000]")
-    parser.add_argument("--folder", metavar="DIR", help="folder for temporary files [the system's]")
-    suite.run(main, parser)
+    suite.run(main, parser())

@@ -106,8 +106,12 @@ def main(options: argparse.Namespace) -> list[Row]:
     return rows
 
 
-if __name__ == "__main__":
-    parser = make_parser("threads", __doc__, rounds=5, data="folder with train_dataset.json", devices=False)
+def parser() -> argparse.ArgumentParser:
+    found = make_parser("threads", __doc__, rounds=5, data="folder with train_dataset.json", devices=False)
     models = {"nargs": "+", "choices": ["base", "small"], "default": ["base", "small"]}
-    parser.add_argument("--models", **models, help="--base, the small BERT [both]")
-    suite.run(main, parser)
+    found.add_argument("--models", **models, help="--base, the small BERT [both]")
+    return found
+
+
+if __name__ == "__main__":
+    suite.run(main, parser())

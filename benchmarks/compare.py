@@ -123,13 +123,13 @@ def main(options: argparse.Namespace) -> None:
     print(f"of {len(rounds)} rows, {by_chance:.1f} would have such ranges by chance")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="benchmarks.compare", description=__doc__.partition("\n")[0])
-    parser.add_argument("old", metavar="OLD", help="a file of results")
-    parser.add_argument("new", metavar="NEW", help="another")
-    parser.add_argument("--percent", type=float, default=PERCENT, help="smallest change that counts [%(default)s]")
-    return parser
+def parser() -> argparse.ArgumentParser:
+    found = Parser(prog="benchmarks.compare", description=__doc__.partition("\n")[0])
+    found.add_argument("old", metavar="OLD", help="a file of results")
+    found.add_argument("new", metavar="NEW", help="another")
+    found.add_argument("--percent", type=float, default=PERCENT, help="smallest change that counts [%(default)s]")
+    return found
 
 
 if __name__ == "__main__":
-    run(main, make_parser())
+    run(main, parser())

@@ -326,23 +326,23 @@ def main(options: argparse.Namespace) -> None:
     print("\nrates: " + ", ".join(f"{name} {value:g}" for name, value in vars(_rates(options)).items()))
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = suite.make_parser("scaling", __doc__, rounds=1, base=False, dtypes=suite.DTYPES)
-    parser.prog = "benchmarks.scaling"
+def parser() -> argparse.ArgumentParser:
+    found = suite.make_parser("scaling", __doc__, rounds=1, base=False, dtypes=suite.DTYPES)
+    found.prog = "benchmarks.scaling"
     shapes = f"model of the small case; {', '.join(SHAPES)}: random weights [%(default)s]"
-    parser.add_argument("--base", default="MiniLM", metavar="MODEL", help=shapes)
-    parser.add_argument("--small", type=int, default=100_000, metavar="N", help="vectors of the small case [100000]")
-    parser.add_argument("--shape", choices=SHAPES, default="bge-base", help="encoder to predict for [%(default)s]")
-    parser.add_argument("--documents", type=float, nargs="+", default=[1e8, 1e9], metavar="N", help="[1e8 1e9]")
-    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64], metavar="N", help="[1 8 64]")
-    parser.add_argument("--tokens", type=int, default=128, metavar="N", help="tokens of a document [128]")
-    parser.add_argument("--pairs", type=int, default=32_768, metavar="N", help="pairs of a training step [32768]")
-    parser.add_argument("--pair-tokens", type=int, default=64, metavar="N", help="tokens of a trained text [64]")
+    found.add_argument("--base", default="MiniLM", metavar="MODEL", help=shapes)
+    found.add_argument("--small", type=int, default=100_000, metavar="N", help="vectors of the small case [100000]")
+    found.add_argument("--shape", choices=SHAPES, default="bge-base", help="encoder to predict for [%(default)s]")
+    found.add_argument("--documents", type=float, nargs="+", default=[1e8, 1e9], metavar="N", help="[1e8 1e9]")
+    found.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64], metavar="N", help="[1 8 64]")
+    found.add_argument("--tokens", type=int, default=128, metavar="N", help="tokens of a document [128]")
+    found.add_argument("--pairs", type=int, default=32_768, metavar="N", help="pairs of a training step [32768]")
+    found.add_argument("--pair-tokens", type=int, default=64, metavar="N", help="tokens of a trained text [64]")
     for field in fields(Rates):
         name = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(name, type=field.type, default=field.default, metavar="X", help="[%(default)g]")
-    return parser
+        found.add_argument(name, type=field.type, default=field.default, metavar="X", help="[%(default)g]")
+    return found
 
 
 if __name__ == "__main__":
-    commandline.run(main, make_parser())
+    commandline.run(main, parser())

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from naming import names, naming
 
-from benchmarks.compare import apart, main, make_parser, mark, read_results
+from benchmarks.compare import apart, main, mark, parser, read_results
 
 
 def result(seconds: list[float], *, peer_seconds: list[float] | None = None, **more: object) -> dict:
@@ -21,7 +21,7 @@ def compared(folder: Path, capsys, old: dict, new: dict, *options: str) -> tuple
     """The cells of the only row, and everything printed."""
     for name, content in (("old", old), ("new", new)):
         (folder / f"{name}.json").write_text(json.dumps(content))
-    main(make_parser().parse_args([str(folder / "old.json"), str(folder / "new.json"), *options]))
+    main(parser().parse_args([str(folder / "old.json"), str(folder / "new.json"), *options]))
     text = capsys.readouterr().out
     line = next(line for line in text.splitlines() if line.startswith("| encode"))
     return [cell.strip() for cell in line.strip("|").split("|")], text

@@ -12,7 +12,7 @@ from benchmarks.scaling import (
     encode_seconds,
     ivfpq,
     main,
-    make_parser,
+    parser,
     shape_of,
     size,
     step,
@@ -91,7 +91,7 @@ def test_units():
 
 def test_the_small_case(tmp_path, capfd):
     options = ["--base", "tiny", "--small", "1200", "--shape", "tiny", "--json", str(tmp_path / "x.json")]
-    main(make_parser().parse_args(options))
+    main(parser().parse_args(options))
     text = capfd.readouterr().out
     result = json.loads((tmp_path / "x.json").read_text())
     assert result["benchmark"] == "scaling"
