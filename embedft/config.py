@@ -83,7 +83,7 @@ def check_types(cls: type, values: dict[str, Any], prefix: str = "") -> None:
             raise ValueError(f"{prefix}unknown key {key!r}, expected one of {', '.join(fields)}")
         if not _has_type(value, fields[key].type):
             raise ValueError(f"{prefix}{key} is {value!r}, expected {_type_name(fields[key].type)}")
-        bounds = {} if value is None else fields[key].metadata.get("bounds", {})
+        bounds = {} if value is None or isinstance(value, str) else fields[key].metadata.get("bounds", {})
         if bounds and not (abs(value) < math.inf and all(BOUNDS[name][0](value, x) for name, x in bounds.items())):
             expected = " and ".join(f"{BOUNDS[name][1]} {bound}" for name, bound in bounds.items())
             raise ValueError(f"{prefix}{key} is {value}, expected {expected}")

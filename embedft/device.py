@@ -198,6 +198,16 @@ def set_random_state(state: dict[str, torch.Tensor], device: torch.device) -> No
         torch.get_device_module(device).set_rng_state(state[device.type], device)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device, or the allocator of CPU tensors, has no memory left."""
+    texts = (
+        "DefaultCPUAllocator: can't allocate memory",
+        "DefaultCPUAllocator: not enough memory",
+        "MPS backend out of",
+    )
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
+
+
 def release_memory(device: torch.device) -> None:
     """Returns freed memory of the CPU (glibc only) and of MPS to the operating system; elsewhere a no-op.
     glibc keeps freed memory in fragments that tensors of other sizes cannot reuse: without this, a process training on

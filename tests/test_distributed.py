@@ -408,8 +408,8 @@ def cached_and_direct(base):
             value = drawing(Q, D, batch.targets)
             value.backward()
         else:
-            config = TrainConfig(mini_batch_tokens=tokens)
-            value, _ = backward(embedder, local, batch.targets, drawing, config, weight=1.0, seeds=(7,))
+            settings = {"weight": 1.0, "seeds": (7,), "at_once": tokens}
+            value, _ = backward(embedder, local, batch.targets, drawing, TrainConfig(), **settings)
         found.append([value.detach(), *(p.grad.clone() for p in embedder.parameters() if p.grad is not None)])
     return found
 

@@ -313,7 +313,8 @@ def step_of_every_loss(folder) -> dict[tuple, list[Tensor]]:
             LocalBatch.of(queries, documents),
             targets,
             lambda Q, D, targets, loss=loss: loss(Q[:, :DIM], D[:, :DIM], targets),
-            TrainConfig(mini_batch_tokens=tokens),
+            TrainConfig(),
+            at_once=tokens,
             weight=0.5,
             seeds=(0,),
         )

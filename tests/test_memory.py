@@ -1,12 +1,13 @@
-"""memory.py: activations computed again give the same bits with less memory."""
+"""memory.py: activations computed again give the same bits with less memory; mini-batches shrink as memory runs out."""
 
 import dataclasses
 
 import pytest
 import torch
 from families import SEQUENCES, tiny_encoder
-from naming import naming
-from test_train import assert_same, make_batches, weights_of
+from naming import names, naming
+from ranks import run_ranks
+from test_train import assert_same, interrupted_at, make_batches, read_log, weights_of
 from tiny import make_dataset, make_embedder
 
 from embedft import FinetuneConfig, finetune
@@ -102,3 +103,101 @@ def test_finetune_refuses_before_it_starts(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=naming("checkpoint_activations", "layers")):
         finetune(embedder, make_dataset(), config, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+# Mini-batches of automatic size.
+
+AUTO = TrainConfig(epochs=2, lr=1e-3, mini_batch_tokens="auto", checkpoint_every=2)
+NO_MEMORY = "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
+
+
+def limited(embedder, most: int, error=RuntimeError):
+    """Memory for a forward pass of so many tokens; random numbers are drawn before it runs out."""
+    encoder = embedder.encoder.forward
+
+    def forward(packed):
+        if len(packed.input_ids) > most:
+            torch.rand(3)
+            raise error(NO_MEMORY)
+        return encoder(packed)
+
+    embedder.encoder.forward = forward
+    return embedder
+
+
+def run(folder, out, config=AUTO, *, most=10**9, loss=in_batch_negatives, error=RuntimeError):
+    out.mkdir(exist_ok=True)
+    embedder = limited(make_embedder(folder), most, error)
+    state = train(embedder, make_batches(embedder), loss, config, out=out)
+    log = [{**record, "seconds": None, "peak_bytes": None} for record in read_log(out)]
+    return weights_of(embedder), state.mini_batch_tokens, log
+
+
+@pytest.mark.parametrize(
+    ("error", "most", "expected"), [(RuntimeError, 30, 26), (MemoryError, 14, 14), (torch.OutOfMemoryError, 30, 26)]
+)
+def test_mini_batches_are_halved_until_they_fit(tmp_path, error, most, expected):
+    """As with that size from the start, bit for bit: nothing is left of the attempts that failed.
+    The first batch has 52 tokens, its longest text 14."""
+    weights, tokens, log = run(tmp_path / "base", tmp_path / "auto", most=most, error=error)
+    assert tokens == expected
+    assert [record.pop("mini_batch_tokens") for record in log] == [tokens] * 8
+    fixed = run(tmp_path / "base", tmp_path / "fixed", dataclasses.replace(AUTO, mini_batch_tokens=tokens))
+    assert_same(weights, fixed[0])
+    assert log == fixed[2]
+
+
+def test_with_enough_memory_there_is_no_caching(tmp_path):
+    weights, tokens, log = run(tmp_path / "base", tmp_path / "auto")
+    assert tokens is None
+    assert {record.pop("mini_batch_tokens") for record in log} == {None}
+    fixed = run(tmp_path / "base", tmp_path / "fixed", dataclasses.replace(AUTO, mini_batch_tokens=None))
+    assert_same(weights, fixed[0])
+    assert log == fixed[2]
+
+
+def test_the_size_is_resumed(tmp_path):
+    """The run does not try what did not fit before: it would draw other numbers for dropout."""
+    uninterrupted = run(tmp_path / "base", tmp_path / "one", most=20)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "base", tmp_path / "two", most=20, loss=interrupted_at(5))
+    resumed = run(tmp_path / "base", tmp_path / "two")  # where all would fit
+    assert_same(resumed[0], uninterrupted[0])
+    assert resumed[1:] == uninterrupted[1:]
+
+
+def test_it_ends_where_a_text_alone_does_not_fit(tmp_path):
+    embedder = limited(make_embedder(tmp_path / "base"), 4)
+    longest = max(batch.documents.max_seqlen for batch in list(make_batches(embedder).epoch(0))[:1])
+    with pytest.raises(ValueError, match=naming("mini_batch_tokens", "'auto'", longest)) as caught:
+        train(embedder, make_batches(embedder), in_batch_negatives, AUTO)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_other_errors_are_raised_as_they_are(tmp_path):
+    def loss(Q, D, targets):
+        raise RuntimeError("something else")
+
+    embedder = make_embedder(tmp_path / "base")
+    with pytest.raises(RuntimeError, match="something else"):
+        train(embedder, make_batches(embedder), loss, AUTO)
+
+
+def test_what_the_allocator_says_is_out_of_memory():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert devices.is_out_of_memory(caught.value)
+    assert not devices.is_out_of_memory(RuntimeError("shape"))
+
+
+def test_several_ranks_need_a_number(tmp_path):
+    make_embedder(tmp_path / "base")
+    for message in run_ranks(2, refused, tmp_path / "base", folder=tmp_path):
+        assert names(message, "mini_batch_tokens", "'auto'", 2, "ranks")
+
+
+def refused(folder) -> str:
+    embedder = make_embedder(folder)
+    with pytest.raises(ValueError, match="auto") as caught:
+        finetune(embedder, make_dataset(), FinetuneConfig(mini_batch_tokens="auto"))
+    return str(caught.value)

@@ -24,6 +24,7 @@ from .precision import make_scaler
 
 MODEL, LOSS, OPTIMIZER, RANDOM = "model.safetensors", "loss.safetensors", "optimizer.safetensors", "random.safetensors"
 BEST, REFRESH, STATE, FILES = "best.safetensors", "refresh.safetensors", "state.json", "files.json"
+PLAIN = ("step", "stopped", "mini_batch_tokens", "evaluations", "best_step")  # what STATE has of a `TrainState`
 Weights = dict[str, Tensor]
 
 
@@ -37,6 +38,7 @@ class TrainState:
     scaler: Any = field(default_factory=lambda: make_scaler("float32", torch.device("cpu")), repr=False, compare=False)
     step: int = 0  # steps done; epoch and batch follow from it
     stopped: bool = False  # by `on_step`
+    mini_batch_tokens: int | None = None  # found by "auto"
     evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)  # step, {metric: value}
     best_step: int | None = None  # 0: the base; None without validation
     best_weights: Weights | None = field(default=None, repr=False, compare=False)  # a copy on the CPU, like the next
@@ -70,7 +72,7 @@ def save_checkpoint(folder: Path, state: TrainState) -> None:
         for name, tensors in weights.items():
             if tensors is not None:
                 write_tensors(new / name, tensors)
-        plain = {name: getattr(state, name) for name in ("step", "stopped", "evaluations", "best_step")}
+        plain = {name: getattr(state, name) for name in PLAIN}
         write_json(new / STATE, plain | {"optimizer": optimizer, "scaler": state.scaler.state_dict()})
         write_json(new / FILES, {file.name: sha256_file(file) for file in sorted(new.iterdir())})
         shutil.rmtree(path, ignore_errors=True)

@@ -35,7 +35,9 @@ class TrainConfig:
     seed: int = option(42, "random seed for batch order and dropout", above=-LARGEST_SEED, below=LARGEST_SEED)
     precision: Literal["float32", "bfloat16", "float16"] = option("float32", "precision of the forward pass (autocast)")
     accumulate: int = option(1, "batches per step; their gradients are averaged", least=1)
-    mini_batch_tokens: int | None = option(None, "gradient caching: tokens per mini-batch [no caching]", least=1)
+    mini_batch_tokens: int | Literal["auto"] | None = option(
+        None, "gradient caching: tokens per mini-batch; auto: once memory runs out [no caching]", metavar="N", least=1
+    )
     checkpoint_activations: bool = option(False, "compute layers again in the backward pass, for less memory")
     eval_every: int | None = option(None, "steps between validations [one per epoch]", least=1)
     checkpoint_every: int | None = option(None, "steps between checkpoints [one per epoch]", least=1)

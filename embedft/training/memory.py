@@ -1,4 +1,4 @@
-"""Less memory in training: layers whose activations are computed again for the backward pass.
+"""Less memory in training: layers whose activations are computed again for the backward pass, smaller mini-batches.
 
     with recomputing(embedder):
         loss(*embedder.embed_pair(queries, documents), targets).backward()
@@ -8,14 +8,21 @@ Source: Chen et al. 2016 (Training deep nets with sublinear memory cost), sectio
 
 import contextlib
 import functools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .. import device as devices
+from ..data.collate import Batch
 from ..encoders.embedder import Embedder
+from .checkpoint import TrainState
+from .configs import TrainConfig
+from .distributed import rank_and_size
+
+T = TypeVar("T")
 
 
 def layers_of(embedder: Embedder) -> list[nn.Module]:
@@ -66,3 +73,37 @@ def _with_hooks(layer: nn.Module) -> contextlib.AbstractContextManager:
                 part._forward_hooks = hooks
 
     return again()
+
+
+def check_memory(embedder: Embedder, config: TrainConfig) -> None:
+    """Raises `ValueError` for an encoder that lacks the layers to compute again, and for "auto" on several ranks: one
+    that runs out of memory would leave the others waiting for it."""
+    if config.checkpoint_activations:
+        layers_of(embedder)
+    if config.mini_batch_tokens == "auto" and (size := rank_and_size()[1]) > 1:
+        raise ValueError(f"mini_batch_tokens is 'auto', expected a number of tokens on {size} ranks")
+
+
+def backing_off(compute: Callable[[int | None], T], state: TrainState, parts: list[Batch]) -> T:
+    """compute(tokens per mini-batch) of the batches of a step, None at first: no gradient caching. Where memory runs
+    out, a mini-batch gets half as many tokens from then on, and the step starts again from the same random state, so
+    that it ends as if it had never been tried with more. Raises `ValueError` where a single text takes too much."""
+    packed, device = [side for part in parts for side in (part.queries, part.documents)], state.embedder.device
+    before, longest = devices.random_state(device), max(side.max_seqlen for side in packed)
+    while True:
+        try:
+            return compute(state.mini_batch_tokens)
+        except (RuntimeError, MemoryError) as error:
+            if not devices.is_out_of_memory(error):
+                raise
+            if state.mini_batch_tokens is not None and state.mini_batch_tokens <= longest:
+                found = f"memory ran out at {state.mini_batch_tokens} tokens; the longest text has {longest}"
+                raise ValueError(
+                    f"mini_batch_tokens is 'auto': {found}, so smaller mini-batches cannot help"
+                ) from error
+        # Not in the handler: there, the error would keep the tensors of the failed attempt.
+        whole = max(len(part.queries.input_ids) + len(part.documents.input_ids) for part in parts)
+        state.mini_batch_tokens = max(longest, (state.mini_batch_tokens or whole) // 2)
+        state.optimizer.zero_grad()
+        devices.release_memory(device)
+        devices.set_random_state(before, device)

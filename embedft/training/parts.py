@@ -23,7 +23,6 @@ from ..encoders.embedder import Embedder
 from ..encoders.folder import encoder_keys
 from ..encoders.lora import LoraConfig, add_lora
 from ..encoders.weights import matches, tensor_keys
-from .memory import layers_of
 from .references import FrozenEmbeddings
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -125,8 +124,6 @@ def choose_parts(embedder: Embedder, config: Any) -> set[str]:
         if embedder.query_side is not None:
             raise ValueError(f"depths is {config.depths}, but queries have an encoder of their own")
         check_depths(embedder.encoder, config.depths)
-    if config.checkpoint_activations:
-        layers_of(embedder)  # raises for an encoder without
     if (lora := config.lora_config()) is not None:
         with devices.seeded(config.seed, embedder.device):
             add_lora(embedder, lora)

@@ -36,7 +36,7 @@ from .checkpoint import TrainState, copy_weights, load_checkpoint, save_checkpoi
 from .configs import TrainConfig
 from .distributed import LocalBatch
 from .epochs import BatchSource, Epochs, Refresh
-from .memory import recomputing
+from .memory import backing_off, check_memory, recomputing
 from .optim import MakeOptimizer, build_optimizer, lr_factor, parameter_groups
 from .precision import autocast, make_scaler
 from .references import Reference, targets_with
@@ -137,19 +137,14 @@ def training_step(
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     embedder.train()
-    loss, components, depths, scale = 0.0, Counter(), [], state.scaler.get_scale()
-    for place, batch in enumerate(parts):
-        targets = targets_with(references, batch).to(embedder.device)
-        given = {role: vectors(batch).to(embedder.device) for role, vectors in constant.items()}
-        local, seeds = LocalBatch.of(*_texts(batch, given)), (config.seed, state.step, place)
-        depths.append(drawn_depth(config.depths, config.seed, state.step * config.accumulate + place))
-        with at_depth(embedder.encoder, depths[-1]), recomputing(embedder, config.checkpoint_activations):
-            value, found = backward(embedder, local, targets, state.loss, config, scale / len(parts), seeds, given)
-        loss = loss + value / scale  # exact: a power of two, 1 unless gradients are scaled
-        for name, component in found.items():
-            components[name] = components[name] + component / len(parts)
-        if (state.step * config.accumulate + place + 1) % RELEASE_EVERY == 0:
-            devices.release_memory(embedder.device)
+    scale = state.scaler.get_scale()
+
+    def gradients(at_once: int | None) -> tuple[Tensor, Counter, list]:
+        return _gradients(state, parts, config, scale, at_once, references, constant)
+
+    is_auto = config.mini_batch_tokens == "auto"
+    found = backing_off(gradients, state, parts) if is_auto else gradients(config.mini_batch_tokens)
+    loss, components, depths = found
     of_loss = state.loss.parameters() if isinstance(state.loss, nn.Module) else ()
     distributed.sum_gradients(embedder.parameters(), of_first=[p for p in of_loss if p.requires_grad])
     grad_norm, is_skipped = _clip_and_step(state, parts, loss, config, scale)
@@ -163,6 +158,8 @@ def training_step(
         "seconds": time.perf_counter() - start,
         "peak_bytes": devices.peak_memory_bytes(embedder.device),
     }
+    if is_auto:
+        record["mini_batch_tokens"] = state.mini_batch_tokens
     if state.scaler.is_enabled():
         record |= {"scale": scale, "skipped": is_skipped}
     if config.depths is not None:
@@ -172,6 +169,34 @@ def training_step(
     if parts[0].sources is not None:
         record["sources"] = dict(Counter(source for batch in parts for source in batch.sources))
     return record
+
+
+def _gradients(
+    state: TrainState,
+    parts: list[Batch],
+    config: TrainConfig,
+    scale: float,
+    at_once: int | None,
+    references: Mapping[str, Reference],
+    constant: Mapping[str, Constant],
+) -> tuple[Tensor, Counter, list]:
+    """Accumulates the gradients of `scale` times the mean loss of `parts`, in mini-batches of `at_once` tokens.
+    Returns the loss, its components, and the depth of each batch."""
+    embedder, loss, components, depths = state.embedder, 0.0, Counter(), []
+    for place, batch in enumerate(parts):
+        targets = targets_with(references, batch).to(embedder.device)
+        given = {role: vectors(batch).to(embedder.device) for role, vectors in constant.items()}
+        local, seeds = LocalBatch.of(*_texts(batch, given)), (config.seed, state.step, place)
+        depths.append(drawn_depth(config.depths, config.seed, state.step * config.accumulate + place))
+        with at_depth(embedder.encoder, depths[-1]), recomputing(embedder, config.checkpoint_activations):
+            weight = scale / len(parts)
+            value, found = backward(embedder, local, targets, state.loss, config, weight, seeds, given, at_once)
+        loss = loss + value / scale  # exact: a power of two, 1 unless gradients are scaled
+        for name, component in found.items():
+            components[name] = components[name] + component / len(parts)
+        if (state.step * config.accumulate + place + 1) % RELEASE_EVERY == 0:
+            devices.release_memory(embedder.device)
+    return loss, components, depths
 
 
 def _clip_and_step(
@@ -202,9 +227,10 @@ def backward(
     weight: float,
     seeds: Any,
     given: Mapping[str, Tensor] = MappingProxyType({}),
+    at_once: int | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Accumulates the gradients of `weight` times the loss of a batch, through this rank's texts; `given`, {role:
-    vectors of the whole batch}, are used as they are.
+    vectors of the whole batch}, are used as they are. `at_once`: tokens per mini-batch, for gradient caching.
     Returns the value, detached, and the components that the loss recorded."""
     lower, components = autocast(config.precision, embedder.device), {}
 
@@ -218,7 +244,7 @@ def backward(
         return value * weight
 
     distributed.reseed(*seeds, apart=True)
-    at_once, packed = config.mini_batch_tokens, (local.queries, local.documents)
+    packed = local.queries, local.documents
     if at_once is not None and _num_tokens(local) > at_once:
         value = cached_backward(embedder, *packed, targets, weighted_loss, mini_batch_tokens=at_once, autocast=lower)
         return value, components
@@ -269,6 +295,7 @@ def _make_optimizer(embedder: Embedder, loss: Loss, config: TrainConfig, make: M
 def _session(state: TrainState, epochs: Epochs, config: TrainConfig, out: Path | None) -> Iterator[tuple]:
     """Seeds, loads a checkpoint; yields (log, whether one was loaded, bar); leaves the embedder in inference mode."""
     device, is_first = state.embedder.device, distributed.rank_and_size()[0] == 0
+    check_memory(state.embedder, config)
     state.optimizer.zero_grad()  # an earlier run may have been interrupted between backward and step
     try:
         with devices.seeded(config.seed, device):
