@@ -37,7 +37,6 @@ from .retrieval.run import Run
 from .retrieval.tables import format_change
 from .training import distributed, run_folder
 from .training.configs import MINING, FinetuneConfig, configured_loss
-from .training.memory import check_memory
 from .training.optim import MakeOptimizer
 from .training.parts import choose_parts, constant_vectors, without_gradient
 from .training.references import FrozenEmbeddings, Reference, best_windows, targets_with
@@ -176,7 +175,6 @@ def _prepare(job: _Job, existing: str) -> None:
     is_unsaid = "loss" not in job.given and _lacks_similarity(config.loss)
     if embedder.similarity == "dot" and not embedder.normalize and is_unsaid:
         raise ValueError("the model's similarity is the dot product: set loss.similarity to 'dot' or 'cosine'")
-    check_memory(embedder, config)
     job.frozen = choose_parts(embedder, config)
     if job.out is not None:
         check_lora_base(embedder)

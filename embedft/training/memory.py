@@ -19,7 +19,6 @@ from .. import device as devices
 from ..data.collate import Batch
 from ..encoders.embedder import Embedder
 from .checkpoint import TrainState
-from .configs import TrainConfig
 from .distributed import rank_and_size
 
 T = TypeVar("T")
@@ -75,7 +74,7 @@ def _with_hooks(layer: nn.Module) -> contextlib.AbstractContextManager:
     return again()
 
 
-def check_memory(embedder: Embedder, config: TrainConfig) -> None:
+def check_memory(embedder: Embedder, config: Any) -> None:
     """Raises `ValueError` for an encoder that lacks the layers to compute again, and for "auto" on several ranks: one
     that runs out of memory would leave the others waiting for it."""
     if config.checkpoint_activations:

@@ -23,6 +23,7 @@ from ..encoders.embedder import Embedder
 from ..encoders.folder import encoder_keys
 from ..encoders.lora import LoraConfig, add_lora
 from ..encoders.weights import matches, tensor_keys
+from .memory import check_memory
 from .references import FrozenEmbeddings
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -119,7 +120,8 @@ def frozen_names(embedder: Embedder, freeze: Sequence[str], below: int | None) -
 
 def choose_parts(embedder: Embedder, config: Any) -> set[str]:
     """Adds LoRA as a `FinetuneConfig` says, and returns the parameters that are not trained.
-    Raises `ValueError` for names and depths that the model lacks."""
+    Raises `ValueError` for names and depths that the model lacks, and like `check_memory`."""
+    check_memory(embedder, config)
     if config.depths is not None:
         if embedder.query_side is not None:
             raise ValueError(f"depths is {config.depths}, but queries have an encoder of their own")
