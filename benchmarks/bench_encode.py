@@ -100,6 +100,7 @@ def start_workers(options: argparse.Namespace, *arguments: Any, ours: type, thei
             worker.ready()
         except ImportError as error:
             print(f"{name} is left out: {error}\n")
+            worker.close()
             continue
         workers[f"{name} {version}"] = worker
     return workers

@@ -13,6 +13,7 @@ from naming import naming
 
 from benchmarks import bench_encode, bench_load, bench_tokenize, bench_train, peers, suite
 from benchmarks.bench_encode import agreement, load_texts
+from embedft import RetrievalDataset
 
 
 @pytest.fixture
@@ -82,6 +83,22 @@ def test_texts(own_data, tmp_path):
     options.texts = ["chunks"]
     with pytest.raises(ValueError, match=naming("--texts", "chunks", "queries", "documents", "mix")):
         load_texts(options)
+
+
+def test_published_texts_and_training_sets(tmp_path):
+    folders = [tmp_path / name for name in ("lyft_uber", "finance_qa")]
+    for folder in folders:
+        folder.mkdir()
+    dataset = RetrievalDataset({"q": "who"}, {"d": "a long chunk"}, {"q": {"d": 1}})
+    for name in ("train", "val"):
+        dataset.save(folders[0] / f"{name}_dataset.json")
+    with open(folders[1] / "Financial-QA-10k.csv", "w", newline="", encoding="utf-8") as file:
+        rows = [(f"question {i}", "no", f"context {i}", "X", "2023") for i in range(20)]
+        csv.writer(file).writerows([("question", "answer", "context", "ticker", "filing"), *rows])
+    options = options_of(bench_encode, "--data", str(tmp_path))
+    sizes = {case: len(texts) for case, texts in load_texts(options).items()}
+    assert sizes == {"Uber questions": 1, "finance contexts": 20, "Uber chunks": 1, "mix": 22}
+    assert [len(bench_train.load_dataset(mode, options).queries) for mode in ("plain", "cached")] == [1, 18]
 
 
 def test_vectors_that_differ():

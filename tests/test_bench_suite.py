@@ -12,7 +12,7 @@ from naming import names, naming
 
 from benchmarks import suite
 from benchmarks.suite import Row, flops_of, make_parser, matrix_rate, measure, require_close
-from benchmarks.workers import _serve
+from benchmarks.workers import _serve, synchronize
 from embedft import load_embedder
 from embedft.device import peak_memory_bytes, reset_peak_memory
 
@@ -142,6 +142,21 @@ def test_a_peak_is_forgotten():
     del block
     reset_peak_memory("cpu")
     assert peak_memory_bytes("cpu") < high - (200 << 20)
+
+
+def test_other_devices_are_waited_for_and_asked_for_their_memory(monkeypatch):
+    """Stand-ins: no such device is here."""
+    asked = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", asked.append)
+    synchronize("cpu")
+    synchronize("cuda:1")
+    assert asked == [torch.device("cuda:1")]
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", asked.append)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 8)
+    assert [peak_memory_bytes(device) for device in ("cuda:1", "mps")] == [7, 8]
+    reset_peak_memory("cuda:1")
+    assert asked[1:] == ["cuda:1"]
 
 
 def test_published_data(tmp_path):
