@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,6 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
 
 def default_device() -> torch.device:
@@ -181,6 +184,32 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
     finally:
         set_random_state(state, device)
+
+
+@contextlib.contextmanager
+def deterministic(device: torch.device, enabled: bool = True) -> Iterator[None]:
+    """In this block, a GPU gives the same bits every time, as the CPU does anyway: sums in a fixed order, attention
+    kernels without atomic additions. torch's settings are the caller's again afterwards.
+    Raises `ValueError` that names the operation, where torch has no such implementation of one."""
+    if device.type == "cpu" or not enabled:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill, workspace = torch.utils.deterministic.fill_uninitialized_memory, os.environ.get(WORKSPACE)
+    try:
+        os.environ.setdefault(WORKSPACE, ":4096:8")  # cuBLAS chooses its algorithms by free memory otherwise
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and nothing here reads such memory
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise ValueError(f"deterministic is true, but {str(error).partition('. ')[0]}") from error
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        if workspace is None:
+            os.environ.pop(WORKSPACE, None)
 
 
 def random_state(device: torch.device) -> dict[str, torch.Tensor]:

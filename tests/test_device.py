@@ -1,5 +1,6 @@
 """device.py: seeds and random states; a device that is not there is a user's error. Kernels are tested where used."""
 
+import os
 import resource
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from embedft import load_embedder
 from embedft.device import (
     default_device,
     describe,
+    deterministic,
     find_device,
     has_float64,
     has_packed_attention,
@@ -151,6 +153,38 @@ def test_what_falls_back_to_the_cpu_on_mps_is_an_error():
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "embedft").rglob("*.py")]
     assert len(sources) > 50
     assert not any("PYTORCH_ENABLE_MPS_FALLBACK" in source for source in sources)
+
+
+def determinism() -> tuple:
+    settings = torch.utils.deterministic.fill_uninitialized_memory, os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    return torch.are_deterministic_algorithms_enabled(), *settings
+
+
+@pytest.mark.parametrize("workspace", [None, ":16:8"])
+def test_determinism_is_a_setting_for_a_while(monkeypatch, workspace):
+    """torch knows which kernels are deterministic, so its settings are what can be tested without a GPU."""
+    if workspace is not None:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", workspace)
+    before = determinism()
+    with deterministic(torch.device("cuda")):
+        assert determinism() == (True, False, workspace or ":4096:8")
+    assert determinism() == before == (False, True, workspace)
+    with pytest.raises(ZeroDivisionError), deterministic(torch.device("cuda")):
+        torch.rand(1 // 0)
+    assert determinism() == before
+    for device, enabled in ((CPU, True), (torch.device("cuda"), False)):
+        with deterministic(device, enabled):
+            assert determinism() == before
+
+
+def test_determinism_names_the_operation_that_prevents_it():
+    """Two values for one place: torch has no order for them, on any device."""
+    x, places = torch.zeros(3), torch.tensor([1, 1])
+    with pytest.raises(ValueError, match=naming("deterministic", "put_")), deterministic(torch.device("cuda")):
+        x.put_(places, torch.tensor([1.0, 2.0]))
+    assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(RuntimeError, match="size"), deterministic(torch.device("cuda")):
+        x @ torch.zeros(2)
 
 
 def test_float64_is_everywhere_but_on_mps():

@@ -20,10 +20,8 @@ from embedft.training.memory import recomputing
 from embedft.training.train import TrainConfig, train
 
 
-class Sides:
-    """What `recomputing` needs of an Embedder."""
-
-    query_side = None
+class Model:
+    """What `recomputing` needs of an Embedder or a cross-encoder."""
 
     def __init__(self, encoder):
         self.encoder = encoder
@@ -39,7 +37,7 @@ def gradients(encoder, packed, *, recomputed: bool) -> tuple[dict, torch.Tensor,
 
     encoder.zero_grad()
     torch.manual_seed(0)
-    with recomputing(Sides(encoder), recomputed):
+    with recomputing(Model(encoder), recomputed):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             hidden_TD = encoder(packed)
         (hidden_TD * torch.randn(hidden_TD.shape)).sum().backward()

@@ -126,6 +126,18 @@ def test_a_checkpoint_of_another_precision_is_refused(tmp_path):
         run(tmp_path / "base", tmp_path / "run", dataclasses.replace(CONFIG, precision="float32"))
 
 
+def test_on_the_cpu_determinism_changes_nothing(tmp_path):
+    """There, the same seed gives the same bits anyway."""
+    weights, logs = [], []
+    for deterministic in (False, True):
+        config = dataclasses.replace(CONFIG, precision="float32", deterministic=deterministic)
+        found = run(tmp_path / "base", tmp_path / str(deterministic), config)
+        weights.append(found[0])
+        logs.append(found[2])
+    assert_same(*weights)
+    assert logs[0] == logs[1]
+
+
 def test_two_ranks_skip_the_same_steps(tmp_path):
     """Without dropout, as it differs between ranks; each has half of the gradient that overflows."""
     make_embedder(tmp_path / "base", dropout=0.0)

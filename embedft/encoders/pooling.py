@@ -1,8 +1,8 @@
 """Pools token vectors into one vector per sequence.
 
 Sums accumulate in float32 (float64 stays float64). The CPU adds token by token, so what is pooled does not depend on a
-text's neighbours in the batch; CUDA adds in any order, so its last bits may differ. A pooling with weights is a module;
-they are trained, saved and part of every fingerprint.
+text's neighbours in the batch; CUDA adds in any order, so its last bits may differ, except in `device.deterministic`.
+A pooling with weights is a module; they are trained, saved and part of every fingerprint.
 
     embedding_BD = Pooling(("mean",), hidden_size=384)(hidden_TD, packed)
 

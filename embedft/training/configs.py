@@ -38,6 +38,7 @@ class TrainConfig:
     mini_batch_tokens: int | Literal["auto"] | None = option(
         None, "gradient caching: tokens per mini-batch; auto: once memory runs out [no caching]", metavar="N", least=1
     )
+    deterministic: bool = option(False, "the same bits every time on a GPU too, or an error")
     checkpoint_activations: bool = option(False, "compute layers again in the backward pass, for less memory")
     eval_every: int | None = option(None, "steps between validations [one per epoch]", least=1)
     checkpoint_every: int | None = option(None, "steps between checkpoints [one per epoch]", least=1)

@@ -26,8 +26,8 @@ T = TypeVar("T")
 
 def layers_of(embedder: Embedder) -> list[nn.Module]:
     """The layers of its encoders. Raises `ValueError` for an encoder that has no list of them."""
-    sides, layers = [embedder] if embedder.query_side is None else [embedder, embedder.query_side], []
-    for encoder in (side.encoder for side in sides):
+    query_side, layers = getattr(embedder, "query_side", None), []  # a cross-encoder has none
+    for encoder in (side.encoder for side in (embedder, query_side) if side is not None):
         if not isinstance(getattr(encoder, "layers", None), nn.ModuleList):
             raise ValueError(f"checkpoint_activations is true, but {type(encoder).__name__} has no list of layers")
         layers += encoder.layers

@@ -78,8 +78,8 @@ def train(
 ) -> TrainState:
     """Trains `embedder` in place and leaves it with its best weights (without `evaluate`: the last ones).
 
-    The base weights compete too. On the CPU, the same seed on the same machine gives the same bits. The caller's random
-    state is unchanged afterwards. With several ranks, each calls this with the same arguments (distributed.py).
+    The base weights compete too. The same seed gives the same bits, on a GPU with `config.deterministic`. The caller's
+    random state is unchanged afterwards. With several ranks, each calls this with the same arguments (distributed.py).
 
     Args:
         loss: (Q [B, D], D [M, D], targets) -> scalar. A module is trained too, without weight decay.
@@ -298,7 +298,7 @@ def _session(state: TrainState, epochs: Epochs, config: TrainConfig, out: Path |
     check_memory(state.embedder, config)
     state.optimizer.zero_grad()  # an earlier run may have been interrupted between backward and step
     try:
-        with devices.seeded(config.seed, device):
+        with devices.deterministic(device, config.deterministic), devices.seeded(config.seed, device):
             distributed.broadcast_weights(*state.modules().values())
             resumed = out is not None and load_checkpoint(out / CHECKPOINTS, state)
             was_refreshed = epochs.refresh is not None and state.step > epochs.steps_per_epoch * epochs.every
