@@ -7,6 +7,7 @@ Before timing, both must give the same characters for every page, ignoring white
 
 import argparse
 import logging
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -61,10 +62,29 @@ def characters(text: str) -> Counter[str]:
     return Counter("".join(text.split()).replace("-", ""))
 
 
+def first_pages(paths: list[str], number: int, folder: str) -> list[str]:
+    """Copies of PDF files with their first pages only."""
+    from pypdf import PdfReader, PdfWriter
+
+    copies = []
+    for path in paths:
+        writer = PdfWriter()
+        for page in PdfReader(path).pages[:number]:
+            writer.add_page(page)
+        copies.append(str(Path(folder, f"{len(copies)}.pdf")))
+        writer.write(copies[-1])
+    return copies
+
+
 def main(options: argparse.Namespace) -> list[Row]:
-    paths = (options.pdf or sorted(map(str, Path(SHARED, "pdf").glob("*.pdf"))))[: options.number]
+    paths = options.pdf or sorted(map(str, Path(SHARED, "pdf").glob("*.pdf")))
     if not paths:
         raise ValueError("no PDF file beside the checkout; name at least one")
+    with tempfile.TemporaryDirectory() as folder:
+        return compare(first_pages(paths, options.pages, folder) if options.pages else paths, options)
+
+
+def compare(paths: list[str], options: argparse.Namespace) -> list[Row]:
     folder, peer = str(load_embedder(options.base, device="cpu").source.folder), f"pypdf {suite.version('pypdf')}"
     workers = {
         "a process per core": Worker(Ours, paths, folder, None),
@@ -91,7 +111,7 @@ def main(options: argparse.Namespace) -> list[Row]:
 def parser() -> argparse.ArgumentParser:
     found = make_parser("chunk", __doc__, rounds=3, devices=False)
     found.add_argument("pdf", nargs="*", metavar="PDF", help="files to read [the filings beside the checkout]")
-    found.add_argument("--number", type=int, metavar="N", help="how many files, the first ones [all]")
+    found.add_argument("--pages", type=int, metavar="N", help="how many pages of each file, the first ones [all]")
     return found
 
 

@@ -53,7 +53,7 @@ SCRIPTS = {
         "--documents 20000 --queries 500 --peer-documents 10000 --peer-queries 200 --texts 500",
     ),
     "store": Script("base device dtype", "--texts 5000 --rows 100000 --rounds 3"),
-    "chunk": Script("base", "--number 1 --rounds 1"),
+    "chunk": Script("base", "--pages 30 --rounds 3"),
     "questions": Script("", "--chunks 200 --rounds 3"),
     "threads": Script("base data", "--models small --rounds 2"),
     "scaling": Script("base device dtype", "--small 40000"),

@@ -79,7 +79,7 @@ def test_batch_in_half_precision(script, base):
 def test_chunk(script, base, tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.pdf").write_bytes(pdf_bytes(["One page of text.\nTwo lines.", "Another page."]))
-    rows = script("chunk", *(str(tmp_path / f"{name}.pdf") for name in "ab"), "--number", "1", "--base", base)
+    rows = script("chunk", *(str(tmp_path / f"{name}.pdf") for name in "ab"), "--pages", "1", "--base", base)
     assert [row["case"] for row in rows] == ["a process per core", "one process"]
     assert {(row["pages"], row["peer"].split()[0]) for row in rows} == {(2, "pypdf")}
 
