@@ -302,6 +302,10 @@ NARROW = {**LINEAR, "out_features": 3}
         (change(query={**LINEAR, "rank": 2}), ("adapter.json", "linear", "unexpected", "rank")),
         (change(query={"in_features": 4}), ("adapter.json", "missing", "kind")),
         (change(query=None), ("adapter.json", "map")),
+        (change(document=[]), ("adapter.json", "mapping", "list")),
+        (change(query={**LINEAR, "in_features": 10**30}), ("adapter.json", "in_features", 10**30, "1,000,000")),
+        # 4 TB if it took memory.
+        (change(query={**LINEAR, "in_features": 10**6, "out_features": 10**6}), ("query.bias", ..., [4], ..., [10**6])),
         (change(query={**LINEAR, "bias": False}), ("adapter.safetensors", "query.bias", ..., [4], ..., "absent")),
         (change(query=NARROW, document=NARROW), ("adapter.safetensors", "document.bias", ..., "absent", ..., [3])),
         (change(query={**LINEAR, "in_features": 3, "out_features": 3}), ("query.bias", ..., [4], ..., [3])),
@@ -391,7 +395,7 @@ def test_what_llamaindex_wrote_is_read(tmp_path, cls, config):
     torch.testing.assert_close(adapter(vectors()), theirs(vectors()), rtol=0, atol=1e-7)
 
 
-UNBIASED, DAMAGED = {"in_features": 4, "out_features": 4, "bias": False}, ("pytorch_model.bin", "damaged")
+UNBIASED, DAMAGED = {"in_features": 4, "out_features": 4, "bias": False}, ("pytorch_model.bin", "tensors")
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,7 @@ Shapes: N vectors, D features in, E features out.
 
 import contextlib
 import hashlib
-import pickle
 import warnings
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +25,7 @@ from torch import Tensor, nn
 
 from ..files import atomic_write, read_object, replace_files, write_json
 from .maps import Map, build_map
+from .pickles import read_pickle
 
 ROLES = ("query", "document")
 CONFIG_FILE, WEIGHTS_FILE, FORMAT_VERSION = "adapter.json", "adapter.safetensors", 2
@@ -141,12 +140,14 @@ class Adapter(nn.Module):
         config = read_object(path)
         with naming(path):
             config, tensors = (_read if there[0] == "embedft" else _from_llamaindex)(config, weights)
-            maps = {role: config[role] and build_map(**config[role]) for role in ROLES}
+            with torch.device("meta"):  # sizes are compared with the tensors' before they take memory
+                maps = {role: None if config[role] is None else build_map(**config[role]) for role in ROLES}
             if config["side"] == "shared":
                 maps["document"] = maps["query"]
                 tensors |= {name.replace("query", "document", 1): tensor for name, tensor in tensors.items()}
             adapter = cls(**maps, base=config["base"] and Base(**config["base"]), normalize=config["normalize"])
         fill(adapter, tensors, weights)
+        fill(adapter.to_empty(device="cpu"), tensors, weights)
         adapter.name = str(folder)
         return adapter.eval()
 
@@ -197,12 +198,7 @@ TENSORS["residual_weight"] = "query.scale"
 def _from_llamaindex(config: dict[str, Any], weights: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     kind = "two_layer" if "hidden_features" in config else "linear"
     settings = {"kind": kind, **{ours: config[theirs] for ours, theirs in SETTINGS[kind].items()}}
-    try:  # torch may fail in any way on a file that is not a zip
-        tensors = torch.load(weights, map_location="cpu", weights_only=True) if zipfile.is_zipfile(weights) else None
-    except (pickle.UnpicklingError, RuntimeError):
-        tensors = None
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{weights.name} is damaged, or holds something other than named tensors")
+    tensors = read_pickle(weights).tensors
     tensors = {TENSORS.get(name, f"query.{name}"): tensor for name, tensor in tensors.items()}
     if kind == "two_layer" and not settings["residual"]:
         tensors.pop("query.scale", None)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+LARGEST_SIZE = 1_000_000
 ACTIVATIONS = ("relu", "gelu", "tanh", "sigmoid", "leaky_relu", "elu", "selu")
 
 
@@ -27,8 +28,8 @@ class Map(nn.Module):
         self.in_features, self.out_features = in_features, out_features or in_features
         self.settings = {"kind": self.kind, "in_features": in_features, "out_features": self.out_features, **more}
         for name in ("in_features", "out_features", "rank", "hidden"):
-            if type(size := self.settings.get(name, 1)) is not int or size < 1:
-                raise ValueError(f"{name} is {size!r}, expected a number of at least 1")
+            if type(size := self.settings.get(name, 1)) is not int or not 1 <= size <= LARGEST_SIZE:
+                raise ValueError(f"{name} is {repr(size)[:60]}, expected a number from 1 to {LARGEST_SIZE:,}")
 
     def dense(self) -> tuple[Tensor, Tensor | None]:
         """(W, b) of a linear map. Raises `ValueError` for a nonlinear one."""
