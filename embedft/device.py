@@ -186,6 +186,14 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         set_random_state(state, device)
 
 
+def use_tf32(device: torch.device) -> None:
+    """From now on, CUDA multiplies float32 matrices in TF32: the range of float32, and the 10 bits of float16.
+    Raises `ValueError` for another device."""
+    if device.type != "cuda":
+        raise ValueError(f"tf32 is true, but device is {str(device)!r}: only CUDA has TF32")
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+
 @contextlib.contextmanager
 def deterministic(device: torch.device, enabled: bool = True) -> Iterator[None]:
     """In this block, a GPU gives the same bits every time, as the CPU does anyway: sums in a fixed order, attention

@@ -74,6 +74,19 @@ def test_encode_with_options(place, capsys):
     np.testing.assert_array_equal(np.load("vectors.npy"), embedder.encode(TEXTS, role="query", dim=8))
 
 
+def test_tf32(place, monkeypatch, capsys):
+    """Set before a model computes anything, on its device; refused where there is none."""
+    assert main(["encode", "model", "texts.txt", "--out", "vectors.npy", "--tf32", "--device", "cpu"]) == 2
+    assert names(capsys.readouterr().err, "--tf32", "'cpu'", "CUDA")
+    assert not (place / "vectors.npy").exists()
+    chosen = []
+    monkeypatch.setattr("embedft.device.use_tf32", chosen.append)
+    assert main(["encode", "model", "texts.txt", "--out", "vectors.npy", "--tf32", "--device", "cpu"]) == 0
+    options = ["--out", "run", "--epochs", "1", "--batch-size", "4", "--quiet", "--tf32", "--device", "cpu"]
+    assert main(["finetune", "model", "pairs.jsonl", *options]) == 0
+    assert chosen == [torch.device("cpu")] * 2
+
+
 def test_lengths_are_shown_only_where_they_differ(place, capsys):
     options = ["--validation", "pairs.json", "--epochs", "1", "--batch-size", "4", "--quiet"]
     assert main(["finetune", "model", "pairs.jsonl", "--out", "run", *options]) == 0

@@ -26,8 +26,10 @@ from embedft.device import (
     release_memory,
     seeded,
     set_random_state,
+    use_tf32,
     without_memory,
 )
+from embedft.encoders.fingerprint import precision
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
@@ -153,6 +155,21 @@ def test_what_falls_back_to_the_cpu_on_mps_is_an_error():
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "embedft").rglob("*.py")]
     assert len(sources) > 50
     assert not any("PYTORCH_ENABLE_MPS_FALLBACK" in source for source in sources)
+
+
+def test_tf32_is_for_cuda():
+    """A setting of torch's, and part of the fingerprints of what is computed with it."""
+    before, products = precision(torch.device("cuda")), torch.backends.cuda.matmul.fp32_precision
+    for device in (CPU, torch.device("mps")):
+        with pytest.raises(ValueError, match=naming("tf32", device.type, "CUDA")):
+            use_tf32(device)
+    assert precision(torch.device("cuda")) == before
+    try:
+        use_tf32(torch.device("cuda"))
+        assert "tf32" in precision(torch.device("cuda"))
+        assert precision(torch.device("cuda")) != before
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = products
 
 
 def determinism() -> tuple:

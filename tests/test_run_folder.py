@@ -382,7 +382,14 @@ def test_environment(tmp_path, monkeypatch):
     assert None not in found["versions"].values()
     assert f"{torch.get_num_threads()} threads" in found["device"]
     assert found["started"].endswith("+00:00")
-    assert found.keys() >= {"platform", "packed_attention_kernel", "onednn_linear", "commit", "dirty"}
+    assert found.keys() >= {
+        "platform",
+        "packed_attention_kernel",
+        "onednn_linear",
+        "float32_products",
+        "commit",
+        "dirty",
+    }
     assert found["dirty"] == (tmp_path / "diff.patch").exists()
 
 

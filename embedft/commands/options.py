@@ -34,6 +34,7 @@ class Model(config.Options):
 
     model: str = option(REQUIRED, "folder, hub id, package, or openai:MODEL", metavar="MODEL", positional=True)
     device: str | None = option(None, "cuda, cuda:1, mps or cpu [the best available]")
+    tf32: bool = option(False, "multiply float32 matrices in TF32 on CUDA: faster, with the precision of float16")
     revision: str | None = option(None, "commit, tag or branch on the hub [the default branch]")
     num_layers: int | None = option(None, "keep only the encoder's first N layers [all]")
     query_prompt: str | None = option(None, "text to put before each query, or a prompt's name [the model's]")
@@ -90,6 +91,11 @@ def load_model(options: Model, **more: Any) -> "embedft.Embedder":
     settings = {"device": options.device, "revision": options.revision, "prompts": prompts}
     settings |= {"allow_pickle": True} if options.allow_pickle else {}
     settings["num_layers"] = options.num_layers
+    if options.tf32:
+        from .. import device as devices
+
+        name = (settings | more)["device"]
+        devices.use_tf32(devices.find_device(name) if name else devices.default_device())
     return embedft.load_embedder(options.model, **settings | more)
 
 

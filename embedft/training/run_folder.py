@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from .. import device as devices
+from ..encoders.fingerprint import precision
 from ..files import append_jsonl, atomic_write, check_writable, locked, read_object, remove, resume_jsonl, write_json
 
 CONFIG, ENVIRONMENT, DIFF, LOG = "config.json", "environment.json", "diff.patch", "train.jsonl"
@@ -103,6 +104,7 @@ def open_run(
         "device": devices.describe(device),
         "packed_attention_kernel": devices.has_packed_attention(device, torch.bfloat16),
         "onednn_linear": devices.has_onednn_linear(device, torch.float32),
+        "float32_products": list(precision(device)),
         "versions": {name: _version(name) for name in PACKAGES},
         "commit": commit,
         "dirty": bool(diff),
