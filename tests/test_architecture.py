@@ -53,7 +53,7 @@ PACKAGES = {
     "tokenizers": Package(("encoders.tokenization", "encoders.tokenizer_steps")),
     "tqdm": Package(("progress",)),
     "faiss": Package(("retrieval.index", "retrieval.approximate", "retrieval.quantization"), in_functions=True),
-    "huggingface_hub": Package(("encoders.loading",), in_functions=True),
+    "huggingface_hub": Package(("encoders.loading", "encoders.push"), in_functions=True),
     "matplotlib": Package(("retrieval.report",), in_functions=True),
     "openai": Package(("api.client",), in_functions=True),
     "pypdf": Package(("corpus.pdf_page",), in_functions=True),

@@ -16,8 +16,8 @@ from embedft import FinetuneConfig, finetune, load_embedder, load_scorer
 from embedft.cli import main
 from embedft.encoders.card import MARK, facts, flops, model_card
 from embedft.encoders.folder import FAMILIES
-from embedft.encoders.loading import push_folder
 from embedft.encoders.lora import LoraConfig, add_lora
+from embedft.encoders.push import push_folder
 from embedft.files import REPLACING, read_json, write_json
 from embedft.losses.contrastive import in_batch_negatives
 

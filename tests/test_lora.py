@@ -18,8 +18,10 @@ from embedft import FinetuneConfig, finetune, load_embedder
 from embedft.cli import main
 from embedft.data.batches import make_batches
 from embedft.encoders.folder import FAMILIES, encoder_keys
+from embedft.encoders.loading import load_tokenizer
 from embedft.encoders.lora import Lora, LoraConfig, Update, add_lora, merge_lora
 from embedft.encoders.packing import pack
+from embedft.encoders.pooling import Pooling
 from embedft.encoders.store import Store
 from embedft.losses.contrastive import in_batch_negatives
 from embedft.training import train as train_module
@@ -335,6 +337,31 @@ def test_adapters_load_in_peft_and_back(tmp_path):
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "again"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_folder_with_lora_alone_has_the_rest_from_its_base(tmp_path):
+    """As PEFT writes it: without tokenizer, modules and prompts."""
+    embedder = make_embedder(tmp_path / "made", prompts={"query": "what "})
+    embedder.pooling = Pooling(("cls",), 32)
+    embedder.save(tmp_path / "base")
+    embedder = load_embedder(tmp_path / "base", device="cpu")
+    add_drawn(embedder, save="adapter")
+    embedder.save(tmp_path / "ours")
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(tmp_path / "ours" / name, alone)
+    loaded = load_embedder(alone, device="cpu")
+    assert loaded.pooling.names == ("cls",)
+    for role in ("query", "document"):
+        np.testing.assert_array_equal(loaded.encode(TEXTS, role=role), embedder.encode(TEXTS, role=role))
+    tokenizer, num_more = load_tokenizer(alone)
+    assert (tokenizer.sha256(), num_more) == (embedder.tokenizer.sha256(), 2)
+    loaded.save(tmp_path / "saved")
+    assert load_embedder(tmp_path / "saved", device="cpu").sha256() == embedder.sha256()
+    edit(alone / "adapter_config.json", base_model_name_or_path=str(tmp_path / "ours"))
+    with pytest.raises(ValueError, match=naming(alone, tmp_path / "ours", "LoRA")):
+        load_embedder(alone)
 
 
 # One side, and vectors in a store.

@@ -82,11 +82,11 @@ def load_model(options: Model, **more: Any) -> "embedft.Embedder":
     prompts = {role: text for role, text in given.items() if text is not None} or None
     if prompts and not options.model.startswith("openai:"):
         from ..encoders.folder import MODEL_CONFIG_FILE, read_fields
-        from ..encoders.loading import find_folder
+        from ..encoders.loading import find_folder, whole_folder
         from ..encoders.prompts import choose_prompts
 
         folder = find_folder(options.model, revision=options.revision, allow_pickle=options.allow_pickle)
-        named = read_fields(folder / MODEL_CONFIG_FILE).get("prompts") or {}
+        named = read_fields(whole_folder(folder) / MODEL_CONFIG_FILE).get("prompts") or {}
         prompts = choose_prompts(named) | {role: _text(named, role, text) for role, text in prompts.items()}
     settings = {"device": options.device, "revision": options.revision, "prompts": prompts}
     settings |= {"allow_pickle": True} if options.allow_pickle else {}

@@ -20,6 +20,6 @@ class Options(config.Options):
 
 def run(options: Options) -> None:
     """Uploads the folder, and prints the commit's address."""
-    from ..encoders.loading import push_folder
+    from ..encoders.push import push_folder
 
     print(push_folder(Path(options.folder), options.repository, private=options.private, revision=options.revision))

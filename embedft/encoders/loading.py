@@ -113,11 +113,12 @@ def _load_folder(
     allow_pickle: bool,
     num_layers: int | None,
 ) -> Embedder:
-    bases, rest = split_modules(folder)
-    settings = layout.read_fields(folder / layout.MODEL_CONFIG_FILE)
+    whole = whole_folder(folder)
+    bases, rest = split_modules(whole)
+    settings = layout.read_fields(whole / layout.MODEL_CONFIG_FILE)
     default, options = settings.get("default_prompt_name"), {"allow_pickle": allow_pickle}
-    given = options | {"num_layers": num_layers}
-    read = {base: _load_base(folder, base, dtype, max_length, **given) for base in set(bases.values())}
+    given = options | {"num_layers": num_layers, "updates": None if whole == folder else folder}
+    read = {base: _load_base(whole, base, dtype, max_length, **given) for base in set(bases.values())}
     if len(read) > 1 and any(base.lora for base in read.values()):
         raise ValueError(f"{folder}: LoRA is for one encoder, but this model has one for each side")
     pooled = {role: read[bases[role]].pooling.out_features for role in layout.ROLES}
@@ -163,22 +164,29 @@ def _load_base(
     *,
     allow_pickle: bool,
     num_layers: int | None,
+    updates: Path | None,
 ) -> _Base:
+    """`updates`: a folder of LoRA for the encoder, besides what its own folder has."""
     first = modules[0].folder if modules else folder
     if is_static(first, modules):
         if num_layers is not None:
             raise ValueError(f"{first}: num_layers is {num_layers}, but static embeddings have no layers")
+        if updates is not None:
+            raise ValueError(f"{updates}: LoRA updates Linear layers, but its base, static embeddings, has none")
         tokenizer = layout.read_static_tokenizer(first, max_length)
         num_tokens = tokenizer.backend.get_vocab_size()
         encoder, config = static.read_table(first, dtype, num_tokens=num_tokens, allow_pickle=allow_pickle)
         layout.check_ids(first, tokenizer, encoder.config.vocab_size)
         return _Base(static, encoder, {}, config, tokenizer, layout.read_pooling(None, encoder.config.hidden_size))
-    weights = _weights_of(first)
+    weights = weights_of(first)
     family, config, values = layout.read_config(weights)
     if not modules and is_classifier(values):
         warnings.warn(f"{first}: a cross-encoder or classifier, whose vectors were not trained", stacklevel=5)
     encoder, carried = read_encoder(weights, family, config, dtype, allow_pickle=allow_pickle)
-    lora = None if weights == first else read_lora(first, encoder, layout.encoder_keys(encoder))
+    if weights != first and updates is not None:
+        raise ValueError(f"{updates}: its base, {first}, has LoRA itself: merge that first")
+    updates = updates if weights == first else first
+    lora = None if updates is None else read_lora(updates, encoder, layout.encoder_keys(encoder))
     if num_layers is not None and lora is not None:
         raise ValueError(f"{first}: num_layers is {num_layers}, but LoRA was trained on all layers: merge it first")
     if num_layers is not None:
@@ -188,20 +196,30 @@ def _load_base(
     return _Base(family, encoder, carried, values, layout.read_tokenizer(first, config, max_length), pooling, lora)
 
 
-def _weights_of(folder: Path) -> Path:
+def weights_of(folder: Path) -> Path:
     """The folder of an encoder's weights: the same or, of one with LoRA in place of weights, its base's."""
-    path = folder / LORA_CONFIG_FILE
-    if not path.is_file():
+    if not (folder / LORA_CONFIG_FILE).is_file():
         return folder
     if there := [name for name in (WEIGHTS_FILE, INDEX_FILE) if (folder / name).is_file()]:
-        raise ValueError(f"{folder}: has {path.name} and {there[0]}: LoRA belongs in a folder of its own")
-    base = layout.read_fields(path).get("base_model_name_or_path")
-    if not base:
-        raise ValueError(f"{path}: base_model_name_or_path is missing")
-    with naming(path):
-        found = find_folder(base)
+        raise ValueError(f"{folder}: has {LORA_CONFIG_FILE} and {there[0]}: LoRA belongs in a folder of its own")
+    found = _lora_base(folder)
     modules = split_modules(found)[0]["document"]
     return modules[0].folder if modules else found
+
+
+def whole_folder(folder: Path) -> Path:
+    """The folder that has modules, tokenizer and prompts: the same or, of one with LoRA alone, as PEFT writes it, its
+    base's."""
+    has_more = any((folder / name).is_file() for name in (MODULES_FILE, TOKENIZER_FILE))
+    return folder if has_more or not (folder / LORA_CONFIG_FILE).is_file() else _lora_base(folder)
+
+
+def _lora_base(folder: Path) -> Path:
+    path = folder / LORA_CONFIG_FILE
+    if not (base := layout.read_fields(path).get("base_model_name_or_path")):
+        raise ValueError(f"{path}: base_model_name_or_path is missing")
+    with naming(path):
+        return find_folder(base)
 
 
 def check_lora_base(embedder: Embedder) -> None:
@@ -232,13 +250,13 @@ def _warn_of_unused(folder: Path, prompts: Mapping[str, str]) -> None:
 
 def load_tokenizer(name: str | Path, *, revision: str | None = None) -> tuple[Tokenizer, int]:
     """A model's tokenizer, without loading weights, and how many tokens it and the document prompt add to a text."""
-    folder = find_folder(str(name), revision=revision)
+    folder = whole_folder(find_folder(str(name), revision=revision))
     modules = split_modules(folder)[0]["document"]
     first = modules[0].folder if modules else folder
     if is_static(first, modules):
         tokenizer = layout.read_static_tokenizer(first, None)
     else:
-        tokenizer = layout.read_tokenizer(first, layout.read_config(_weights_of(first))[1], None)
+        tokenizer = layout.read_tokenizer(first, layout.read_config(weights_of(first))[1], None)
     prompts = choose_prompts(layout.read_fields(folder / layout.MODEL_CONFIG_FILE).get("prompts", {}))
     return tokenizer, len(tokenizer.encode([prompts.get("document") or ""])[0])
 
@@ -246,7 +264,7 @@ def load_tokenizer(name: str | Path, *, revision: str | None = None) -> tuple[To
 def find_folder(name: str, *, revision: str | None = None, allow_pickle: bool = False) -> Path:
     """The folder of a model's files, downloaded if necessary; for names, see `load_embedder`."""
     if os.path.isdir(name):  # false for what cannot be a path, too
-        _check_place(Path(name))
+        check_place(Path(name))
         return Path(name)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(f"{name}: no such folder")
@@ -261,44 +279,13 @@ def find_folder(name: str, *, revision: str | None = None, allow_pickle: bool = 
     return _hub_folder(name, revision, local_files_only=False, allow_pickle=allow_pickle)
 
 
-def _check_place(folder: Path) -> None:
+def check_place(folder: Path) -> None:
     """Raises `ValueError` for a folder that is not whole, or whose model is in its folder `model`, as a run's is."""
     check_whole(folder)
     holds = (MODULES_FILE, WEIGHTS_FILE, INDEX_FILE, PICKLE_FILE, LORA_CONFIG_FILE)
     here, inside = (any((place / name).is_file() for name in holds) for place in (folder, folder / "model"))
     if inside and not here:
         raise ValueError(f"{folder}: is not a model folder; did you mean {folder / 'model'}?")
-
-
-def push_folder(folder: Path, name: str, *, private: bool = False, revision: str | None = None) -> str:
-    """Uploads a model folder to the hub as the model `name` ("user/model"), creating it if necessary, in one commit;
-    returns the commit's address. Raises `ValueError` for what is not a model folder, for LoRA whose base others could
-    not find, or with what the hub says."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
-    _check_place(folder)
-    for modules in split_modules(folder)[0].values():
-        first = modules[0].folder if modules else folder
-        if not is_static(first, modules):
-            layout.read_config(_weights_of(first))
-        base = layout.read_fields(first / LORA_CONFIG_FILE).get("base_model_name_or_path")
-        if base and os.path.isdir(base):
-            found = f"base_model_name_or_path is {base!r}, a folder that only this machine has"
-            raise ValueError(f"{first / LORA_CONFIG_FILE}: {found}: put the base's name on the hub there")
-    if name.count("/") != 1:
-        raise ValueError(f"repository is {name!r}, expected a user or organisation and a name, as in user/model")
-    import huggingface_hub
-    from huggingface_hub import errors, utils
-
-    lost = (utils.httpx.HTTPError,) if hasattr(utils, "httpx") else ()
-    try:
-        api = huggingface_hub.HfApi()
-        api.create_repo(name, private=private, exist_ok=True)
-        options = {"commit_message": "Upload a model", "revision": revision, "ignore_patterns": [".*", "*.tmp"]}
-        return str(api.upload_folder(repo_id=name, folder_path=folder, **options).commit_url)
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError, *lost) as error:
-        hint = " (log in with `hf auth login`, or set HF_TOKEN)" if "401" in str(error) else ""
-        raise ValueError(f"{name}: the hub says: {' '.join(str(error).split())[:300]}{hint}") from None
 
 
 def _packaged_folder(module: str, place: str, sha256: str) -> Path | None:
