@@ -311,6 +311,9 @@ def _hub_folder(name: str, revision: str | None, *, local_files_only: bool, allo
     lost = (utils.httpx.HTTPError,) if hasattr(utils, "httpx") else ()
     level = utils.logging.get_verbosity()
     utils.logging.set_verbosity_error()  # it warns of each retry; what comes of them is raised below
+    hides_bars = os.environ.get("EMBEDFT_PROGRESS") == "0" and not utils.are_progress_bars_disabled()
+    if hides_bars:
+        utils.disable_progress_bars()
     try:
         patterns = layout.HUB_FILES + (layout.HUB_PICKLES if allow_pickle else [])
         options = {"allow_patterns": patterns, "local_files_only": local_files_only}
@@ -329,6 +332,8 @@ def _hub_folder(name: str, revision: str | None, *, local_files_only: bool, allo
         raise ValueError(f"{name}: lost the connection to the hub, try again: {error}") from None
     finally:
         utils.logging.set_verbosity(level)
+        if hides_bars:
+            utils.enable_progress_bars()
     # A snapshot may hold only the files that another program asked for.
     weights = any((folder / file).is_file() for file in (WEIGHTS_FILE, INDEX_FILE))
     whole = weights and (folder / TOKENIZER_FILE).is_file()
