@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -81,7 +82,8 @@ def test_one_rank_has_all_and_changes_nothing():
     assert local.gather(Q, D)[1] is D
     weight, state = Parameter(torch.ones(2)), torch.get_rng_state()
     weight.grad = torch.tensor([3.0, 4.0])
-    distributed.sum_gradients([weight])
+    with distributed.summing_gradients([weight]) as begin_sums:
+        begin_sums()
     distributed.broadcast_weights(nn.Linear(1, 1))
     state = torch.get_rng_state()
     distributed.reseed(1, apart=True)
@@ -121,7 +123,8 @@ def gradients_by_hand():
     else:
         second.grad = torch.tensor([[7.0], [8.0]]).double()
     of_loss.grad = torch.full((2, 1), 9.0 + rank())
-    distributed.sum_gradients([both, first, second, none], of_first=[of_loss, bare])
+    with distributed.summing_gradients([both, first, second, none], of_first=[of_loss, bare]):
+        pass
     assert of_loss.grad.dtype is torch.float32
     return [None if p.grad is None else p.grad.flatten().tolist() for p in (both, first, second, none, of_loss, bare)]
 
@@ -130,6 +133,61 @@ def test_gradients_by_hand(tmp_path):
     """(1, 2) + 2 (1, 2) = (3, 6); what one rank has alone; none where none has; of the loss's own the first rank's."""
     summed = [[3.0, 6.0], [5.0, 6.0], [7.0, 8.0], None, [9.0, 9.0], None]
     assert run_ranks(2, gradients_by_hand, folder=tmp_path) == [summed] * 2
+
+
+def sums_during_backward(case: str):
+    """Gradients of a small chain x -> a -> b -> c, when each sum began, and whether hooks are gone."""
+    generator = torch.Generator().manual_seed(rank())
+    a, b, c, unused, frozen = (Parameter(torch.ones(3, 5, 5)[i] + i) for i in (0, 1, 2, 0, 0))
+    frozen.requires_grad_(False)
+    parameters, events, all_reduce = [a, b, c, unused, frozen], [], torch.distributed.all_reduce
+
+    def watched(tensor, **options):
+        events.append("sum")
+        return all_reduce(tensor, **options)
+
+    def passes():
+        x = torch.randn(4, 5, generator=generator)
+        return (((x @ a).tanh() @ b).tanh() @ c).square().sum()
+
+    trained = [p for p in parameters if case == "unused" or p is not unused]
+    has_pass = case != "idle" or rank() != 1
+    patched = mock.patch.object(torch.distributed, "all_reduce", watched)
+    with patched, distributed.summing_gradients(trained) as begin_sums:
+        passes().backward()  # the first of two batches
+        events.append("first")
+        if has_pass:
+            if case != "never":
+                begin_sums()
+            passes().backward()
+        events.append("last")
+    found = [None if p.grad is None else p.grad.clone() for p in parameters]
+    passes().backward()  # does not begin a sum
+    return found, events
+
+
+SUMS = ("never", "begun", "idle", "unused")
+
+
+def sums_of_every_case():
+    return {case: sums_during_backward(case) for case in SUMS}
+
+
+def test_sums_begin_while_the_backward_pass_goes_on(tmp_path):
+    """With bits of sums after it, on three ranks: all three begun during the last pass, the number of gradients that
+    exist last. Without a pass on a rank, or behind a parameter that it does not use, they begin after it."""
+    ranks = run_ranks(3, sums_of_every_case, folder=tmp_path)
+    for number, found in enumerate(ranks):
+        for case in SUMS:
+            assert_equal(found[case][0], ranks[0][case][0], 0.0)
+            assert found[case][0][3:] == [None, None]
+        assert_equal(found["begun"][0], found["never"][0], 0.0)
+        during = ["first", "sum", "sum", "sum", "last", "sum"]
+        after = ["first", "last", "sum", "sum", "sum", "sum"]
+        assert found["begun"][1] == during
+        assert found["never"][1] == after
+        assert found["idle"][1] == (after if number == 1 else during)
+        assert found["unused"][1] == [*after, "sum"]
 
 
 def what_ranks_tell_each_other():

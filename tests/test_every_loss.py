@@ -308,17 +308,18 @@ def step_of_every_loss(folder) -> dict[tuple, list[Tensor]]:
         loss = make_loss(name, wrapper)
         own = list(loss.parameters()) if isinstance(loss, nn.Module) else []
         embedder.zero_grad()
-        value, _ = backward(
-            embedder,
-            LocalBatch.of(queries, documents),
-            targets,
-            lambda Q, D, targets, loss=loss: loss(Q[:, :DIM], D[:, :DIM], targets),
-            TrainConfig(),
-            at_once=tokens,
-            weight=0.5,
-            seeds=(0,),
-        )
-        distributed.sum_gradients(embedder.parameters(), of_first=own)
+        with distributed.summing_gradients(embedder.parameters(), of_first=own) as begin_sums:
+            value, _ = backward(
+                embedder,
+                LocalBatch.of(queries, documents),
+                targets,
+                lambda Q, D, targets, loss=loss: loss(Q[:, :DIM], D[:, :DIM], targets),
+                TrainConfig(),
+                at_once=tokens,
+                weight=0.5,
+                seeds=(0,),
+                before_last=begin_sums,
+            )
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in (*embedder.parameters(), *own)]
         found[name, wrapper, tokens] = [value, *(gradient.clone() for gradient in gradients)]
     return found

@@ -29,6 +29,7 @@ def cached_backward(
     *,
     mini_batch_tokens: int,
     autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    before_last: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Computes loss(Q, D, targets), a scalar, and adds its gradients to those of the embedder and of the loss itself.
 
@@ -39,7 +40,8 @@ def cached_backward(
 
     Exact for any loss and under dropout: gradients and random generators end as after one backward pass over the same
     mini-batches, of `mini_batch_tokens` or one longer text. `queries` and `documents`, one text per row of Q and D, may
-    be empty (distributed.py). `autocast` returns the context for computing vectors, both times.
+    be empty (distributed.py). `autocast` returns the context for computing vectors, both times; `before_last` is called
+    before the last mini-batch's backward pass, if there is one.
 
     Source: Gao et al. 2021 (Scaling deep contrastive learning batch size under memory limited setup), section 3.2."""
     device = embedder.device
@@ -64,14 +66,17 @@ def cached_backward(
     value = loss(*vectors, targets)
     value.backward()
     after, is_trained = devices.random_state(device), any(p.requires_grad for p in embedder.parameters())
+    passes = []
     for (role, parts, states, order_B), X in zip(sides, vectors, strict=True):
-        if X.grad is None or not is_trained:  # the loss may ignore queries or documents
-            continue
-        gradients = X.grad[order_B].split([part.num_sequences for part in parts])
-        for part, state, gradient_ND in zip(parts, states, gradients, strict=True):
-            devices.set_random_state(state, device)
-            embed(part, role).backward(gradient_ND)
-            devices.release_memory(device)
+        if X.grad is not None and is_trained:  # the loss may ignore queries or documents
+            gradients = X.grad[order_B].split([part.num_sequences for part in parts])
+            passes += [(role, *each) for each in zip(parts, states, gradients, strict=True)]
+    for number, (role, part, state, gradient_ND) in enumerate(passes, start=1):
+        devices.set_random_state(state, device)
+        if number == len(passes):
+            before_last()
+        embed(part, role).backward(gradient_ND)
+        devices.release_memory(device)
     devices.set_random_state(after, device)
     return value.detach()
 

@@ -16,6 +16,7 @@ import datetime
 import hashlib
 import itertools
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -106,21 +107,48 @@ def gather(own_ND: Tensor, order_B: Tensor) -> Tensor:
     return others_BD.index_copy(0, order_B[rank::size], own_ND)
 
 
-def sum_gradients(parameters: Iterable[Parameter], of_first: Iterable[Parameter] = ()) -> None:
-    """Replaces each gradient by its sum over ranks, and those of `of_first`, the loss's parameters, by rank 0's: every
-    rank already has their whole gradient. A gradient that no rank has stays None, so that the optimizer skips it."""
+@contextlib.contextmanager
+def summing_gradients(
+    parameters: Iterable[Parameter], of_first: Iterable[Parameter] = ()
+) -> Iterator[Callable[[], None]]:
+    """At the end of the block, replaces each gradient by its sum over ranks, and those of `of_first`, the loss's
+    parameters, by rank 0's: every rank already has their whole gradient. A gradient that no rank has is None again, so
+    that the optimizer skips it. Yields a function to call before the last backward pass in the block: sums then begin
+    while it goes on, each once its gradient and those of all later parameters are complete."""
     rank, size = rank_and_size()
     if size == 1:
+        yield lambda: None
         return
-    gradients = {p: p.grad for p in parameters} | {p: p.grad if rank == 0 else None for p in of_first}
-    exists = torch.tensor([grad is not None for grad in gradients.values()], device=next(iter(gradients)).device).int()
-    dist.all_reduce(exists)
-    sums = []  # all started before waiting: one at a time, small tensors would be nothing but latency
-    for p, grad in itertools.compress(gradients.items(), exists.tolist()):
-        p.grad = torch.zeros_like(p) if grad is None else grad.contiguous()
+    # Ranks sum in one order, also what some of them lack. From the last parameter, as a backward pass completes them.
+    left = deque(reversed([p for p in parameters if p.requires_grad]))
+    complete, hooks, existed, sums = set(), [], {}, []
+
+    def begin(p: Parameter) -> None:
+        existed[p] = p.grad is not None
+        p.grad = p.grad.contiguous() if existed[p] else torch.zeros_like(p)
         sums.append(dist.all_reduce(p.grad, async_op=True))
+
+    def is_complete(p: Parameter) -> None:
+        complete.add(p)
+        while left and left[0] in complete:
+            begin(left.popleft())
+
+    try:
+        yield lambda: hooks.extend([p.register_post_accumulate_grad_hook(is_complete) for p in left])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for p in of_first:
+        p.grad = p.grad if rank == 0 else None
+        left.append(p)
+    while left:
+        begin(left.popleft())
+    counts = torch.tensor([*existed.values()], device=next(iter(existed)).device).int()
+    dist.all_reduce(counts)
     for work in sums:
         work.wait()
+    for p, count in zip(existed, counts.tolist(), strict=True):
+        p.grad = p.grad if count else None
 
 
 def broadcast_weights(*modules: nn.Module) -> None:

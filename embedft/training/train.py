@@ -145,8 +145,6 @@ def training_step(
     is_auto = config.mini_batch_tokens == "auto"
     found = backing_off(gradients, state, parts) if is_auto else gradients(config.mini_batch_tokens)
     loss, components, depths = found
-    of_loss = state.loss.parameters() if isinstance(state.loss, nn.Module) else ()
-    distributed.sum_gradients(embedder.parameters(), of_first=[p for p in of_loss if p.requires_grad])
     grad_norm, is_skipped = _clip_and_step(state, parts, loss, config, scale)
     state.step += 1
     record = {
@@ -180,22 +178,25 @@ def _gradients(
     references: Mapping[str, Reference],
     constant: Mapping[str, Constant],
 ) -> tuple[Tensor, Counter, list]:
-    """Accumulates the gradients of `scale` times the mean loss of `parts`, in mini-batches of `at_once` tokens.
+    """The gradients of `scale` times the mean loss of `parts`, over all ranks, in mini-batches of `at_once` tokens.
     Returns the loss, its components, and the depth of each batch."""
     embedder, loss, components, depths = state.embedder, 0.0, Counter(), []
-    for place, batch in enumerate(parts):
-        targets = targets_with(references, batch).to(embedder.device)
-        given = {role: vectors(batch).to(embedder.device) for role, vectors in constant.items()}
-        local, seeds = LocalBatch.of(*_texts(batch, given)), (config.seed, state.step, place)
-        depths.append(drawn_depth(config.depths, config.seed, state.step * config.accumulate + place))
-        with at_depth(embedder.encoder, depths[-1]), recomputing(embedder, config.checkpoint_activations):
-            weight = scale / len(parts)
-            value, found = backward(embedder, local, targets, state.loss, config, weight, seeds, given, at_once)
-        loss = loss + value / scale  # exact: a power of two, 1 unless gradients are scaled
-        for name, component in found.items():
-            components[name] = components[name] + component / len(parts)
-        if (state.step * config.accumulate + place + 1) % RELEASE_EVERY == 0:
-            devices.release_memory(embedder.device)
+    of_loss = [p for p in state.loss.parameters() if p.requires_grad] if isinstance(state.loss, nn.Module) else []
+    with distributed.summing_gradients(embedder.parameters(), of_first=of_loss) as begin_sums:
+        for place, batch in enumerate(parts):
+            targets = targets_with(references, batch).to(embedder.device)
+            given = {role: vectors(batch).to(embedder.device) for role, vectors in constant.items()}
+            local, seeds = LocalBatch.of(*_texts(batch, given)), (config.seed, state.step, place)
+            depths.append(drawn_depth(config.depths, config.seed, state.step * config.accumulate + place))
+            options = {"at_once": at_once} | ({"before_last": begin_sums} if place == len(parts) - 1 else {})
+            with at_depth(embedder.encoder, depths[-1]), recomputing(embedder, config.checkpoint_activations):
+                weight = scale / len(parts)
+                value, found = backward(embedder, local, targets, state.loss, config, weight, seeds, given, **options)
+            loss = loss + value / scale  # exact: a power of two, 1 unless gradients are scaled
+            for name, component in found.items():
+                components[name] = components[name] + component / len(parts)
+            if (state.step * config.accumulate + place + 1) % RELEASE_EVERY == 0:
+                devices.release_memory(embedder.device)
     return loss, components, depths
 
 
@@ -228,9 +229,11 @@ def backward(
     seeds: Any,
     given: Mapping[str, Tensor] = MappingProxyType({}),
     at_once: int | None = None,
+    before_last: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Accumulates the gradients of `weight` times the loss of a batch, through this rank's texts; `given`, {role:
-    vectors of the whole batch}, are used as they are. `at_once`: tokens per mini-batch, for gradient caching.
+    vectors of the whole batch}, are used as they are. `at_once`: tokens per mini-batch, for gradient caching;
+    `before_last` is called before the last backward pass.
     Returns the value, detached, and the components that the loss recorded."""
     lower, components = autocast(config.precision, embedder.device), {}
 
@@ -246,13 +249,14 @@ def backward(
     distributed.reseed(*seeds, apart=True)
     packed = local.queries, local.documents
     if at_once is not None and _num_tokens(local) > at_once:
-        value = cached_backward(embedder, *packed, targets, weighted_loss, mini_batch_tokens=at_once, autocast=lower)
-        return value, components
+        options = {"mini_batch_tokens": at_once, "autocast": lower, "before_last": before_last}
+        return cached_backward(embedder, *packed, targets, weighted_loss, **options), components
     Q = D = no_vectors(embedder)
     if _num_tokens(local):
         with lower():
             Q, D = embedder.embed_pair(*packed)
     value = weighted_loss(Q, D, targets)
+    before_last()
     value.backward()
     return value.detach(), components
 
