@@ -56,7 +56,7 @@ SCRIPTS = {
     "chunk": Script("base", "--pages 30 --rounds 3"),
     "questions": Script("", "--chunks 200 --rounds 3"),
     "threads": Script("base data", "--models small --rounds 2"),
-    "scaling": Script("base device dtype", "--small 40000"),
+    "scaling": Script("base device dtype", "--small 80000"),
 }
 
 
