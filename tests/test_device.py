@@ -275,3 +275,18 @@ def test_tensors_travel_to_cuda_and_back():
         assert torch.equal(ours.cpu(), theirs)
     for ours, theirs in zip(devices.fetched(moved), tensors, strict=True):
         assert ours.tolist() == theirs.tolist()
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "found"),
+    [
+        ((9, 0), torch.float32, torch.bfloat16),
+        ((7, 5), torch.float32, None),
+        ((9, 0), torch.bfloat16, None),
+        ((9, 0), torch.float64, None),
+    ],
+)
+def test_what_inference_lowers_float32_to(monkeypatch, capability, dtype, found):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert devices.inference_dtype(torch.device("cuda"), dtype) is found
+    assert devices.inference_dtype(CPU, dtype) is None

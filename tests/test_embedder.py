@@ -6,15 +6,19 @@ import random
 import numpy as np
 import pytest
 import torch
-from naming import naming
+from naming import names, naming
 
 from embedft import Targets, load_embedder
+from embedft import device as devices
+from embedft.encoders import attention
 from embedft.encoders.bert import key_map
+from embedft.encoders.card import facts
 from embedft.encoders.embedder import Embedder
 from embedft.encoders.packing import Packed
 from embedft.encoders.pooling import Pooling
 from embedft.encoders.weights import checkpoint_tensors
 from embedft.losses.contrastive import in_batch_negatives
+from embedft.retrieval.report import model_setting
 
 TEXTS = [
     "",
@@ -437,3 +441,29 @@ def test_encoding_leaves_every_part_in_its_mode(tiny_bert):
     with pytest.raises(ValueError, match=naming("texts[0]", "int")):
         embedder.encode([3])
     assert [part.training for part in embedder.modules()] == before
+
+
+def test_cuda_infers_in_bfloat16_unless_told_otherwise(tiny_bert, monkeypatch, tmp_path):
+    """Through a stand-in: autocast of the CPU, where the packed kernel is said to run."""
+    exact = load_embedder(tiny_bert, device="cpu")
+    expected, space = exact.encode(TEXTS), exact.space("document")
+    monkeypatch.setattr(devices, "has_packed_attention", lambda device, dtype: True)
+    monkeypatch.setattr(attention, "_packed_kernel", lambda q, *rest: q)  # only what calls it matters here
+    seen = []
+    embedder = load_embedder(tiny_bert, device="cpu", store=tmp_path)
+    embedder.encoder.layers[0].attention_out.register_forward_hook(lambda _, inputs, y: seen.append(y.dtype))
+    lower = embedder.encode(TEXTS)
+    assert (seen, lower.dtype) == ([torch.bfloat16], np.float32)
+    assert embedder.space("document").fingerprint != space.fingerprint
+    lowered = model_setting(embedder)["dtype"]
+    assert names(lowered, "float32", ..., "bfloat16")
+    assert lowered in facts(embedder)["memory"]
+    with torch.no_grad():
+        assert embedder.embed(embedder.pack(TEXTS, role="document"), role="document").dtype is torch.float32
+    assert seen == [torch.bfloat16, torch.float32]
+    embedder.autocast = False
+    monkeypatch.undo()
+    assert embedder.space("document") == space
+    assert "dtype" not in model_setting(embedder)
+    np.testing.assert_array_equal(embedder.encode(TEXTS), expected)
+    assert embedder.store.misses == 2 * len(set(TEXTS))

@@ -23,6 +23,8 @@ from ..data.dataset import RetrievalDataset
 from ..files import REPLACING, check_whole, check_writable, read_jsonl
 
 DATASETS = "QA JSON, BEIR folder, JSONL or CSV pairs"
+Dtype = Literal["float32", "bfloat16", "float16", "int8", "auto"]
+DTYPE = "type of the weights; int8: CPUs with VNNI; auto: the faster of float32 and bfloat16"
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 # Files that `embedft chunk` writes and other commands read: the first alone, or the two of a split.
 CHUNK_FILES = WHOLE, TRAIN, VALIDATION = "chunks", "train", "validation"
@@ -48,7 +50,7 @@ class Encoder(Model, EndpointConfig):
 
     max_length: int | None = option(None, "tokens after which texts are truncated [the model's]")
     dim: int | None = option(None, "leading dimensions to keep [all]")
-    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "data type of the weights")
+    dtype: Dtype = option("float32", DTYPE)
     store: str | None = option(None, "keep vectors here, and compute only what is missing", metavar="DIR")
 
 
@@ -110,13 +112,16 @@ def _text(named: Mapping[str, str], role: str, given: str) -> str:
 
 def load_encoder(options: Encoder, **more: Any) -> "embedft.Embedder":
     """Loads the model of a command that encodes, with its store and, if the command has that option, its adapter."""
-    import torch
-
     given = {field: getattr(options, field.name) for field in fields(EndpointConfig) if field.name != "model"}
     # Not the defaults: a model that is not behind an API refuses these options.
     more |= {field.name: value for field, value in given.items() if value not in (field.default, {})}
-    more |= {"max_length": options.max_length, "dtype": getattr(torch, options.dtype), "store": options.store}
-    return load_model(options, adapter=getattr(options, "adapter", None), **more)
+    more |= {"max_length": options.max_length, "dtype": options.dtype, "store": options.store}
+    embedder = load_model(options, adapter=getattr(options, "adapter", None), **more)
+    if options.dtype == "auto":
+        from ..encoders.dtypes import dtype_of
+
+        print(f"{options.model}: dtype is {dtype_of(embedder)}", file=sys.stderr)
+    return embedder
 
 
 def load_data(path: str, options: Data, *, split: str | None = None, merge: bool = True) -> RetrievalDataset:

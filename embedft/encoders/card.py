@@ -14,7 +14,9 @@ from torch import nn
 
 from ..files import atomic_write, read_text
 from .adapter import ROLES
+from .dtypes import described_dtype
 from .folder import family_of
+from .int8 import Int8Linear
 
 CARD_FILE = "README.md"
 MARK = "<!-- Written by embedft; it replaces this file as long as this line is here. -->"
@@ -66,7 +68,6 @@ def facts(model: nn.Module) -> dict[str, str]:
     for name, parameter in model.named_parameters():
         parts[name.removeprefix("encoder.").partition(".")[0]] += parameter.numel()
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     linear, attention = flops(encoder)
     work = f"{linear / 1e6:,.1f} million per token + {attention:,} per token for each token it attends to"
     found = {
@@ -74,7 +75,7 @@ def facts(model: nn.Module) -> dict[str, str]:
         "family": source.config["model_type"] if source else type(encoder).__qualname__,
         "parameters": f"{sum(parts.values()):,}: " + ", ".join(f"{name} {count:,}" for name, count in parts.items()),
         "layers": str(getattr(encoder.config, "num_hidden_layers", 0)),
-        "memory": f"{size / 2**20:,.0f} MiB of weights in {dtype}",
+        "memory": f"{size / 2**20:,.0f} MiB of weights in {described_dtype(model)}",
         "FLOPs": work if linear else "",
         **(_facts_of_scores(model) if is_scorer(model) else _facts_of_vectors(model)),
         "carried along": ", ".join(source.carried) if source else "",
@@ -125,7 +126,8 @@ def flops(encoder: nn.Module) -> tuple[int, int]:
     that it attends to). A product and a sum count as two; norms, activations and softmax are left out.
 
     A text of L tokens without windows takes L * first + L^2 * second."""
-    linear = 2 * sum(module.weight.numel() for module in encoder.modules() if isinstance(module, nn.Linear))
+    layers = [module for module in encoder.modules() if isinstance(module, nn.Linear | Int8Linear)]
+    linear = 2 * sum(layer.weight.numel() for layer in layers)
     config = encoder.config
     layers, heads = (getattr(config, name, 0) for name in ("num_hidden_layers", "num_attention_heads"))
     width = heads * (getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0))

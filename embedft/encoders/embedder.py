@@ -22,7 +22,8 @@ from .. import device as devices
 from ..progress import progress_bar
 from .adapter import ROLES, Adapter, Base, check_role
 from .card import write_card
-from .fingerprint import fingerprint, precision
+from .dtypes import described_dtype, dtype_of
+from .fingerprint import fingerprint, fingerprint_of_side, precision
 from .folder import Source, write_folder
 from .head import describe, width
 from .layers import inference
@@ -48,7 +49,8 @@ class Embedder(nn.Module):
 
     `store` and `token_cache` keep vectors and token ids, `adapter` maps the encoder's vectors, `lora` updates layers
     (both are trained too), and `query_side` has encoder, tokenizer, pooling and head for queries, while the Embedder's
-    own are for documents: None unless set. `map_batches`, `map` unless set, calls `vectors_of` for every batch."""
+    own are for documents: None unless set. `map_batches`, `map` unless set, calls `vectors_of` for every batch. Unless
+    `autocast` is false, encoders with float32 weights on CUDA infer in bfloat16; vectors and losses stay float32."""
 
     def __init__(
         self,
@@ -72,7 +74,7 @@ class Embedder(nn.Module):
         widths = {role: width(head, self.pooling.out_features) for role, head in self.heads.items()}
         if len({*widths.values()}) > 1:
             raise ValueError(f"vectors of queries have {widths['query']} features, documents {widths['document']}")
-        self.prompts, self.similarity = dict(prompts or {}), similarity
+        self.prompts, self.similarity, self.autocast = dict(prompts or {}), similarity, True
         self.normalize = normalize or similarity == "cosine"
         self.adapter: Adapter | None = None
         self.query_side: Embedder | None = None
@@ -181,10 +183,14 @@ class Embedder(nn.Module):
     def _lora(self, role: str) -> nn.Module | None:
         return self.lora if self.lora is not None and self.lora.serves(role) else None
 
+    def _lowered(self) -> contextlib.AbstractContextManager:
+        return devices.inference_autocast(self.device, next(self.parameters()).dtype, self.autocast)
+
     def _pooled(self, packed: Packed, role: str) -> Tensor:
         sorted_packed, place_B = sort_by_length(packed)
         sorted_packed, lora = sorted_packed.to(self.device), self._lora(role)
-        with contextlib.nullcontext() if lora is None else lora.applied(self.encoder):
+        updated = contextlib.nullcontext() if lora is None else lora.applied(self.encoder)
+        with updated, self._lowered() if torch.is_inference_mode_enabled() else contextlib.nullcontext():
             hidden_TD = self.encoder(sorted_packed)
         return self.pooling(hidden_TD, sorted_packed)[devices.transfer([place_B], self.device)[0]]
 
@@ -258,7 +264,7 @@ class Embedder(nn.Module):
         dim, store, side = self._checked_dim(dim), self.store, self.side(role)
         space = store and self.space(role, texts="texts" if passages is None else "token ids")
         prompt_length = self._prompt_length(role, side.max_length if passages is None else passages[0])
-        limit = devices.batch_tokens(self.device) if batch_tokens is None else batch_tokens
+        limit = devices.batch_tokens(self.device, dtype_of(self)) if batch_tokens is None else batch_tokens
 
         def vectors(keys: Sequence[str], tokens: Callable, done: Callable = lambda num_texts: None) -> np.ndarray:
             def compute(keys: Sequence[str]) -> np.ndarray:
@@ -304,23 +310,17 @@ class Embedder(nn.Module):
         return settings | ({"head": describe(side.heads[role])} if len(side.heads[role]) else {})
 
     def _fingerprint(self, role: str, *, library: bool = True, **more: Any) -> str:
-        side = self.side(role)
-        more |= {"config": sorted(vars(side.encoder.config).items()), "tokenizer": side.tokenizer.sha256()}
-        settings = self._settings(role) | {"include_prompt": side.pooling.include_prompt} | more
-        functions = [*side.pooling.functions, Tokenizer, pack, type(self)._pooled, type(self)._finished]
-        modules = [side.encoder, side.pooling, *([side.heads[role]] if len(side.heads[role]) else [])]
-        if (lora := self._lora(role)) is not None:
-            modules, settings = [*modules, lora], settings | {"lora": lora.config.alpha / lora.config.rank}
-        return fingerprint(modules, settings, functions=functions, library=library)
+        return fingerprint_of_side(self, role, self._settings(role) | more, library=library)
 
     def space(self, role: str, *, texts: str = "texts") -> Space:
         """The space, in a `Store`, of the encoder's full vectors, before the adapter and truncation.
         Its fingerprint is recomputed on every call, so it follows training. `texts`: "token ids" for windows."""
         roles = " and ".join(other for other in ROLES if self.prompt(other) == self.prompt(role))
-        dtype = str(next(self.parameters()).dtype).removeprefix("torch.")
-        description = {"model": self.source.name if self.source else "", "dtype": dtype, "role": roles}
+        description = {"model": self.source.name if self.source else "", "dtype": described_dtype(self), "role": roles}
         description |= self._settings(role) | ({} if texts == "texts" else {"texts": texts})
-        return Space(self._fingerprint(role, precision=precision(self.device), texts=texts), self.base_dim, description)
+        with self.side(role)._lowered():
+            found = self._fingerprint(role, precision=precision(self.device), texts=texts)
+        return Space(found, self.base_dim, description)
 
     def base(self) -> Base:
         """What an adapter records about this model; independent of precision and of embedft's own code."""

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..objects import describe_object, source, split_object
+from .packing import pack
+from .tokenization import Tokenizer
 
 # Per module: what its tensors looked like when they were last hashed, and the hash.
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[bytes, str]] = weakref.WeakKeyDictionary()
@@ -31,6 +33,19 @@ def fingerprint(
     code = sorted(item for item in sources.items() if library or item[0].partition(".")[0] != own)
     weights = [weights_sha256(module) for module in modules]
     return hashlib.sha256(repr((weights, sorted(settings.items()), code)).encode()).hexdigest()
+
+
+def fingerprint_of_side(embedder: nn.Module, role: str, settings: dict[str, Any], *, library: bool) -> str:
+    """The fingerprint of what an `Embedder` makes vectors of texts of a role with, before the adapter; `settings` are
+    those besides the parts' own."""
+    side, lora = embedder.side(role), embedder._lora(role)
+    more = {"config": sorted(vars(side.encoder.config).items()), "tokenizer": side.tokenizer.sha256()}
+    more |= {"include_prompt": side.pooling.include_prompt}
+    modules = [side.encoder, side.pooling, *([side.heads[role]] if len(side.heads[role]) else [])]
+    if lora is not None:
+        modules, more = [*modules, lora], more | {"lora": lora.config.alpha / lora.config.rank}
+    functions = [*side.pooling.functions, Tokenizer, pack, type(embedder)._pooled, type(embedder)._finished]
+    return fingerprint(modules, settings | more, functions=functions, library=library)
 
 
 def weights_sha256(module: nn.Module) -> str:

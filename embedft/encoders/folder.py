@@ -33,6 +33,7 @@ from . import (
     static,
 )
 from .adapter import FORMATS, ROLES, fill, naming
+from .dtypes import check_trains
 from .head import PARTS, dense_of, read_part, width, write_part
 from .modules import (
     ADAPTER_FOLDER,
@@ -198,6 +199,7 @@ def read_heads(
 
 def write_folder(folder: Path, embedder: nn.Module, write_more: Callable[[Path], object]) -> None:
     """Writes an `Embedder`; see `Embedder.save`. `write_more` adds files to the folder that it is given."""
+    check_trains(embedder)
     if embedder.lora is not None and not embedder.lora.config.merges:
         embedder.lora.check_folder(folder)
     # What a model saved here before had, and this one may not.

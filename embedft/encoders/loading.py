@@ -22,6 +22,7 @@ from .adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from .adapter import Adapter, naming
 from .classifier import is_classifier
 from .depth import truncated
+from .dtypes import convert, dtype_of, find_dtype, stored_dtype
 from .embedder import Embedder
 from .fingerprint import weights_sha256
 from .lora import Lora, read_lora
@@ -49,7 +50,7 @@ def load_embedder(
     name: str | Path,
     *,
     device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     max_length: int | None = None,
     revision: str | None = None,
     prompts: Mapping[str, str] | None = None,
@@ -65,7 +66,7 @@ def load_embedder(
         name: a folder (Hugging Face or sentence-transformers layout), a hub id, or the name of a package in `PACKAGES`.
             A hub id that `PACKAGES` lists is looked for in the hub's cache, then in the package, then on the hub.
         device: None: CUDA, else MPS, else the CPU.
-        dtype: of the weights. Use float32 (and autocast) for training; inference on a GPU may use bfloat16.
+        dtype: of the weights, as torch's or by name; float32 for training; int8, auto: see int8.py and dtypes.py.
         max_length, prompts: override the folder's. Prompts are {"query": text to prepend, "document": text}; other
             names that models give them (prompts.py) are understood where they leave no choice.
         revision: commit, tag or branch on the hub.
@@ -77,10 +78,11 @@ def load_embedder(
 
     Raises `ValueError` naming what is missing from the folder or unknown in it, or an argument the model cannot use."""
     store = store if store is None or isinstance(store, Store) else Store(store)
+    dtype = find_dtype(dtype)
     if str(name).startswith(API_PREFIX):
         local = {"device": device, "max_length": max_length, "revision": revision, "dtype": dtype}
         local["num_layers"] = num_layers
-        if given := [argument for argument, value in local.items() if value not in (None, torch.float32)]:
+        if given := [argument for argument, value in local.items() if value not in (None, "float32")]:
             raise ValueError(f"{name}: {', '.join(given)} does not apply to a model behind an API")
         embedder = ApiEmbedder(str(name).removeprefix(API_PREFIX), prompts=prompts, store=store, **options)
     else:
@@ -89,14 +91,14 @@ def load_embedder(
         device = default_device() if device is None else find_device(str(device))
         folder = find_folder(str(name), revision=revision, allow_pickle=allow_pickle)
         more = {"allow_pickle": allow_pickle, "num_layers": num_layers}
-        embedder = _load_folder(str(name), folder, dtype, max_length, prompts, **more)
-        embedder = embedder.to(device).eval()
+        embedder = _load_folder(str(name), folder, stored_dtype(dtype), max_length, prompts, **more)
+        embedder = convert(embedder.to(device).eval(), dtype)
         embedder.store = store
         if adapter is None and (folder / layout.ADAPTER_FOLDER / ADAPTER_CONFIG_FILE).is_file():
             adapter = Adapter.load(folder / layout.ADAPTER_FOLDER)
             adapter.name = ""
             stored = embedder.source.config.get("dtype") or embedder.source.config.get("torch_dtype") or "float32"
-            if (max_length, prompts, num_layers, stored) != (None, None, None, str(dtype).removeprefix("torch.")):
+            if (max_length, prompts, num_layers, stored) != (None, None, None, dtype_of(embedder)):
                 adapter.base = embedder.base()  # the caller overrides what it was fitted on
     if adapter is not None:
         embedder.attach(adapter if isinstance(adapter, Adapter) else Adapter.load(adapter))

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from ..config import check_types, option
 from ..files import write_json
 from .adapter import naming
+from .dtypes import check_trains
 from .fingerprint import weights_sha256
 from .folder import encoder_keys
 from .layers import Dropout
@@ -186,6 +187,7 @@ class Lora(nn.Module):
 def add_lora(embedder: nn.Module, config: LoraConfig) -> None:
     """Updates an Embedder's layers from now on, at first by zero; initial weights are drawn from torch's generator.
     Raises `ValueError` for an unknown target, if there is LoRA already, and for one encoder per side."""
+    check_trains(embedder)
     if embedder.lora is not None:
         raise ValueError("the embedder has LoRA already: merge it first")
     if embedder.query_side is not None:

@@ -141,7 +141,8 @@ def _checked(value: Any, where: str, kinds: dict[str, type]) -> dict[str, Any]:
 
 
 def model_setting(embedder: Any) -> dict[str, Any]:
-    """What a report's setting records about its model, as far as the embedder provides it."""
+    """What a report's setting records about its model, as far as the embedder provides it; dtype if not float32."""
+    dtype = embedder.space("document").description.get("dtype") if hasattr(embedder, "space") else None
     found = {
         "model": getattr(getattr(embedder, "source", None), "name", None) or getattr(embedder, "model", None),
         "model_sha256": embedder.sha256() if hasattr(embedder, "sha256") else None,
@@ -149,6 +150,7 @@ def model_setting(embedder: Any) -> dict[str, Any]:
         "model_dim": getattr(embedder, "full_dim", None),
         "max_length": getattr(embedder, "max_length", None),
         "prompts": dict(getattr(embedder, "prompts", None) or {}) or None,
+        "dtype": dtype if dtype != "float32" else None,
     }
     return {name: value for name, value in found.items() if value is not None}
 

@@ -19,6 +19,7 @@ from .. import device as devices
 from ..data.collate import Batch
 from ..data.dataset import RetrievalDataset
 from ..encoders.depth import check_depths
+from ..encoders.dtypes import check_trains
 from ..encoders.embedder import Embedder
 from ..encoders.folder import encoder_keys
 from ..encoders.lora import LoraConfig, add_lora
@@ -120,7 +121,8 @@ def frozen_names(embedder: Embedder, freeze: Sequence[str], below: int | None) -
 
 def choose_parts(embedder: Embedder, config: Any) -> set[str]:
     """Adds LoRA as a `FinetuneConfig` says, and returns the parameters that are not trained.
-    Raises `ValueError` for names and depths that the model lacks, and like `check_memory`."""
+    Raises `ValueError` for weights in int8, for names and depths that the model lacks, and like `check_memory`."""
+    check_trains(embedder)
     check_memory(embedder, config)
     if config.depths is not None:
         if embedder.query_side is not None:
