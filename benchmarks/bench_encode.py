@@ -40,6 +40,7 @@ class Ours:
         self.texts, dtype = texts, "float32" if name == "embedft-float32" else options.dtype
         given = {"max_length": options.max_length, "device": options.device, "dtype": getattr(torch, dtype)}
         self.embedder = load_embedder(model, **given)
+        self.embedder.autocast = False  # otherwise, CUDA would infer with float32 weights in bfloat16
 
     def encode(self, case: str) -> None:
         self.vectors = self.embedder.encode(self.texts[case], progress=False)

@@ -23,7 +23,9 @@ TEXT, TOLERANCE = "what is a limit order?", 1e-5
 PROGRAMS = {
     "embedft": """
 from embedft import load_embedder
-vector = load_embedder(folder, device=device).encode([text], progress=False)
+embedder = load_embedder(folder, device=device)
+embedder.autocast = False
+vector = embedder.encode([text], progress=False)
 """,
     "sentence-transformers": """
 from sentence_transformers import SentenceTransformer

@@ -67,6 +67,11 @@ def test_encode_in_another_precision(own_data, base):
     assert 1e-5 < row.largest_difference < 0.1
 
 
+def test_float32_is_computed_in_float32(base):
+    """Where inference would lower it, on CUDA."""
+    assert not bench_encode.Ours("embedft", base, {}, options_of(bench_encode, "--max-length", "48")).embedder.autocast
+
+
 def test_encode_at_several_sizes(own_data, base, monkeypatch):
     monkeypatch.setattr(bench_encode, "SCALES", (50, 100))
     given = ("--base", base, "--data", str(own_data), "--rounds", "1", "--scaling", "--peer", "none")
