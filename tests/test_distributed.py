@@ -20,7 +20,7 @@ import pytest
 import torch
 from naming import names, naming
 from ranks import run_ranks
-from tiny import make_dataset, make_embedder
+from tiny import MEASURED, make_dataset, make_embedder
 from torch import nn
 from torch.nn import Parameter
 
@@ -320,7 +320,7 @@ def make_sum():
 
 def read_log(out: Path) -> list[dict]:
     records = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key not in ("seconds", "peak_bytes")} for record in records]
+    return [{key: value for key, value in record.items() if key not in MEASURED} for record in records]
 
 
 def assert_equal(ours, theirs, tolerance: float) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from api_server import ApiServer
-from tiny import make_dataset, make_embedder
+from tiny import MEASURED, make_dataset, make_embedder
 
 from embedft.commands.options import load_chunk_files
 
@@ -121,10 +121,7 @@ def content(folder: Path, *, killed: bool = False) -> dict[str, object]:
             continue
         if name == "train.jsonl":
             records = [json.loads(line) for line in path.read_text().splitlines()]
-            found[name] = [
-                {key: value for key, value in record.items() if key not in ("seconds", "peak_bytes")}
-                for record in records
-            ]
+            found[name] = [{key: value for key, value in record.items() if key not in MEASURED} for record in records]
         elif path.name == "metrics.json":
             found[name] = json.loads(path.read_text())["metrics"]
         else:

@@ -8,7 +8,7 @@ from families import SEQUENCES, tiny_encoder
 from naming import names, naming
 from ranks import run_ranks
 from test_train import assert_same, interrupted_at, make_batches, read_log, weights_of
-from tiny import make_dataset, make_embedder
+from tiny import MEASURED, make_dataset, make_embedder
 
 from embedft import FinetuneConfig, finetune
 from embedft import device as devices
@@ -127,7 +127,7 @@ def run(folder, out, config=AUTO, *, most=10**9, loss=in_batch_negatives, error=
     out.mkdir(exist_ok=True)
     embedder = limited(make_embedder(folder), most, error)
     state = train(embedder, make_batches(embedder), loss, config, out=out)
-    log = [{**record, "seconds": None, "peak_bytes": None} for record in read_log(out)]
+    log = [{**record, **dict.fromkeys(MEASURED)} for record in read_log(out)]
     return weights_of(embedder), state.mini_batch_tokens, log
 
 

@@ -8,7 +8,7 @@ import torch
 from naming import naming
 from ranks import run_ranks
 from test_train import assert_same, interrupted_at, make_batches, read_log, weights_of
-from tiny import make_embedder
+from tiny import MEASURED, make_embedder
 
 from embedft.losses.contrastive import in_batch_negatives
 from embedft.training.train import NonFiniteError, TrainConfig, train
@@ -21,10 +21,7 @@ def run(base, out, config=CONFIG, loss=in_batch_negatives):
     out.mkdir(exist_ok=True)
     embedder = make_embedder(base)
     state = train(embedder, make_batches(embedder), loss, config, out=out)
-    log = [
-        {key: value for key, value in record.items() if key not in ("seconds", "peak_bytes")}
-        for record in read_log(out)
-    ]
+    log = [{key: value for key, value in record.items() if key not in MEASURED} for record in read_log(out)]
     return weights_of(embedder), state.scaler.state_dict(), log
 
 

@@ -12,7 +12,7 @@ import torch
 from conftest import write_tiny_folder
 from naming import names, naming
 from ranks import run_ranks
-from tiny import make_dataset, make_embedder
+from tiny import MEASURED, make_dataset, make_embedder
 from torch import nn
 
 from embedft import LOSSES, FinetuneConfig, Report, RetrievalDataset, evaluate, finetune, load_embedder, recipe
@@ -398,7 +398,7 @@ def test_resumed_is_uninterrupted(tmp_path, monkeypatch, place):
     def run(name: str, **options) -> dict[str, bytes]:
         embedder, out = make_embedder(tmp_path / "base"), tmp_path / name
         finetune(embedder, make_dataset(), CONFIG, validation=make_dataset(seed=1), out=out, **options)
-        log = [{**record, "seconds": 0, "peak_bytes": 0} for _, record in read_jsonl(out / "train.jsonl")]
+        log = [{**record, **dict.fromkeys(MEASURED)} for _, record in read_jsonl(out / "train.jsonl")]
         timed = ("train.jsonl", "environment.json", "DONE", "metrics.json")
         return {
             "log": json.dumps(log).encode(),
@@ -615,7 +615,7 @@ def run_own(base: Path, out: Path, *, loss=two_sided, **options):
     embedder = make_embedder(base, dropout=0.0)
     config = replace(OWN, batch_size=32)
     finetune(embedder, make_dataset(11, 9), config, out=out, **own_objects(embedder, loss=loss), **options)
-    unlike = dict.fromkeys(("seconds", "refresh_seconds", "peak_bytes"))
+    unlike = dict.fromkeys(MEASURED)
     return weights_of(embedder), [{**x, **unlike} for _, x in read_jsonl(out / "train.jsonl")]
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from naming import names, naming
-from tiny import make_dataset, make_embedder
+from tiny import MEASURED, make_dataset, make_embedder
 from torch import nn
 
 from embedft import build_loss
@@ -155,7 +155,7 @@ def test_the_log_says_what_every_step_did(tmp_path):
     for record, batch in zip(steps, [*batches.epoch(0), *batches.epoch(1)], strict=True):
         assert record["tokens"] == len(batch.queries.input_ids) + len(batch.documents.input_ids)
         of_the_step = {"step", "epoch", "loss", "lr", "grad_norm", "queries", "tokens"}
-        assert record.keys() == of_the_step | {"seconds", "peak_bytes"}
+        assert record.keys() == of_the_step | set(MEASURED) - {"refresh_seconds"}
         assert 32 << 20 < record["peak_bytes"] < 1 << 40
     evaluations = [(record["step"], record["metrics"]) for record in log if "metrics" in record]
     assert evaluations == state.evaluations
@@ -277,7 +277,7 @@ def run(tmp_path, name: str, *, loss=in_batch_negatives, evaluate=nearness):
     out.mkdir(exist_ok=True)
     embedder = make_embedder(tmp_path / "base")
     state = train(embedder, make_batches(embedder), loss, CONFIG, out=out, evaluate=evaluate)
-    return weights_of(embedder), state, [{**record, "seconds": None, "peak_bytes": None} for record in read_log(out)]
+    return weights_of(embedder), state, [{**record, **dict.fromkeys(MEASURED)} for record in read_log(out)]
 
 
 def assert_resumes_to(tmp_path, uninterrupted) -> None:
@@ -388,7 +388,7 @@ def run_refreshed(tmp_path, name: str, *, loss=in_batch_negatives, config=REFRES
     embedder = make_embedder(tmp_path / "base")
     options |= {"evaluate": nearness, "refresh": refresh or by_weights()}
     state = train(embedder, make_batches(embedder), loss, config, out=out, **options)
-    seconds = {"seconds": None, "refresh_seconds": None, "peak_bytes": None}
+    seconds = dict.fromkeys(MEASURED)
     log = [{k: seconds.get(k, v) for k, v in record.items()} for record in read_log(out)]
     return weights_of(embedder), state, log
 
@@ -701,7 +701,7 @@ def test_a_module_is_resumed_bit_for_bit(tmp_path, make_loss, mini_batch_tokens,
         (tmp_path / name).mkdir(exist_ok=True)
         loss.register_forward_pre_hook(interrupted_at(step, lambda module, arguments: None))
         train(embedder, make_batches(embedder), loss, config, out=tmp_path / name)
-        log = [{**record, "seconds": 0, "peak_bytes": 0} for record in read_log(tmp_path / name)]
+        log = [{**record, **dict.fromkeys(MEASURED)} for record in read_log(tmp_path / name)]
         return weights_of(embedder), dict(loss.state_dict()), log
 
     whole = run("whole")
@@ -737,7 +737,7 @@ def test_mini_batches_change_nothing_but_the_memory(tmp_path, tokens):
         torch.testing.assert_close(parts_weights[name], tensor, rtol=0, atol=1e-9)
     for record, parts_record in zip(log, parts_log, strict=True):
         assert record.keys() == parts_record.keys()
-        for key in record.keys() - {"seconds", "peak_bytes"}:
+        for key in record.keys() - set(MEASURED):
             assert parts_record[key] == pytest.approx(record[key], rel=1e-9), key
 
 

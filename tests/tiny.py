@@ -11,6 +11,9 @@ from conftest import LETTERS, write_tiny_folder
 
 from embedft import Embedder, RetrievalDataset, load_embedder
 
+# Fields of train.jsonl that differ from run to run.
+MEASURED = ("seconds", "wait_seconds", "wait_share", "refresh_seconds", "peak_bytes")
+
 
 def make_embedder(folder: Path, *, dropout: float = 0.1, **options) -> Embedder:
     """Loads the tiny BERT from `folder`, writing it if needed; `options` are those of `load_embedder`."""

@@ -35,6 +35,7 @@ class TrainConfig:
     seed: int = option(42, "random seed for batch order and dropout", above=-LARGEST_SEED, below=LARGEST_SEED)
     precision: Literal["float32", "bfloat16", "float16"] = option("float32", "precision of the forward pass (autocast)")
     accumulate: int = option(1, "batches per step; their gradients are averaged", least=1)
+    prefetch: int | None = option(None, "batches that a thread makes ahead [2 on a GPU; CPU: none]", least=0)
     mini_batch_tokens: int | Literal["auto"] | None = option(
         None, "gradient caching: tokens per mini-batch; auto: once memory runs out [no caching]", metavar="N", least=1
     )

@@ -8,12 +8,15 @@ from typing import Protocol
 from .. import device as devices
 from ..data.collate import Batch
 from ..encoders.embedder import Embedder
+from ..prefetch import Prefetch
 from .checkpoint import TrainState, copy_weights
 from .configs import TrainConfig
 
 
 class BatchSource(Protocol):
-    """What `train` needs of batches: how many an epoch has, and the batches of an epoch, starting from any."""
+    """What `train` needs of batches: how many an epoch has, and the batches of an epoch, starting from any.
+    With `TrainConfig.prefetch`, a thread calls `epoch` and makes batches ahead: they must not depend on torch's own
+    generators or on the weights, and must not communicate between ranks."""
 
     def __len__(self) -> int: ...
 
@@ -30,6 +33,18 @@ class Epochs:
         self.batches, self.config, self.refresh, self.every, self.size = batches, config, refresh, every, len(batches)
         self.steps_per_epoch = -(-self.size // config.accumulate)
         self.num_steps = config.epochs * self.steps_per_epoch
+        self.wait_seconds = self.step_seconds = 0.0  # waiting for batches, and working on them
+        self._source: Prefetch[Batch] | None = None
+
+    def close(self) -> None:
+        """Ends the thread that makes batches."""
+        if self._source is not None:
+            self._source.close()
+
+    def waiting(self, step_seconds: float) -> dict[str, float]:
+        """After a step, for its record: which share of the time so far, steps and waiting together, was waiting."""
+        self.step_seconds += step_seconds
+        return {"wait_share": self.wait_seconds / max(self.wait_seconds + self.step_seconds, 1e-9)}
 
     def steps(self, state: TrainState) -> Iterator[tuple[int, list[Batch], dict[str, float]]]:
         """(epoch, the batches of a step, extra fields for its record), from the state's step to the end."""
@@ -41,10 +56,17 @@ class Epochs:
                 start, is_current = time.perf_counter(), True
                 self._refresh(state, seed=self.config.seed + epoch // self.every, due=due)
                 extra = {"refresh_seconds": time.perf_counter() - start} if due else {}
-            source = self.batches.epoch(epoch, start=first * accumulate)
-            while not state.stopped and (parts := list(itertools.islice(source, accumulate))):
-                yield epoch, parts, extra
+            self.close()
+            self._source = Prefetch(self.batches.epoch(epoch, start=first * accumulate), ahead=self._ahead(state))
+            while not state.stopped and (parts := list(itertools.islice(self._source, accumulate))):
+                waited, self._source.wait_seconds = self._source.wait_seconds, 0.0
+                self.wait_seconds += waited
+                yield epoch, parts, {"wait_seconds": waited, **extra}
                 extra = {}
+
+    def _ahead(self, state: TrainState) -> int:
+        asked = self.config.prefetch
+        return devices.batches_ahead(state.embedder.device) if asked is None else asked
 
     def _refresh(self, state: TrainState, *, seed: int, due: bool) -> None:
         """Refreshes with the current weights or, unless `due`, repeats the latest refresh with the weights it used."""

@@ -106,7 +106,7 @@ def train(
             validate(state, evaluate, config, log)
         for epoch, parts, extra in epochs.steps(state):
             record = training_step(state, parts, config, epochs.num_steps, references or {}, constant or {})
-            record = {"step": state.step, "epoch": epoch, **record, **extra}
+            record = {"step": state.step, "epoch": epoch, **record, **extra, **epochs.waiting(record["seconds"])}
             log(record)
             if on_step is not None:
                 answer = on_step(state, record)
@@ -116,7 +116,7 @@ def train(
                 validate(state, evaluate, config, log)
             if out is not None and (last or state.step % save_every == 0):
                 distributed.from_first(lambda: save_checkpoint(out / CHECKPOINTS, state))
-            bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
+            bar.set_postfix(loss=f"{record['loss']:.4f}", waiting=f"{record['wait_share']:.1%}", refresh=False)
             bar.update()
     if state.best_weights is not None:
         embedder.load_state_dict(state.best_weights)
@@ -321,6 +321,7 @@ def _session(state: TrainState, epochs: Epochs, config: TrainConfig, out: Path |
                     log({"step": error.step, "error": error.what, **ids})
                     raise
     finally:
+        epochs.close()
         state.embedder.eval()
 
 
