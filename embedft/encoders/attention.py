@@ -78,7 +78,7 @@ class Sequences:
             # Padded places read the group's first token, which the mask hides.
             rows = torch.zeros(mask_NL.shape, dtype=torch.int64)
             rows[mask_NL] = torch.arange(num_tokens)
-            rows, mask = rows.flatten().to(self.cu_seqlens.device), mask_NL[:, None, None].to(self.cu_seqlens.device)
+            rows, mask = devices.transfer([rows.flatten(), mask_NL[:, None, None]], self.cu_seqlens.device)
         return Group(num_tokens, len(lengths_N), length, rows, mask)
 
     def mask(self, i: int, window: Window, block: int) -> Tensor:
@@ -115,7 +115,7 @@ class Sequences:
         """The lengths of group `i`, [N]; [1] if they are all equal."""
         group = self.groups[i]
         if group.mask is None:
-            return torch.tensor([group.length], device=self.cu_seqlens.device)
+            return torch.full((1,), group.length, device=self.cu_seqlens.device)
         return group.mask.flatten(1).sum(1)
 
 
