@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+# What lets cuBLAS be deterministic.
+WORKSPACE, WORKSPACE_SIZES = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
 
 
 def default_device() -> torch.device:
@@ -219,25 +220,34 @@ def use_tf32(device: torch.device) -> None:
     torch.backends.cuda.matmul.fp32_precision = "tf32"
 
 
+def allow_deterministic() -> None:
+    """Lets cuBLAS be `deterministic` here: torch reads the environment once, at its first product on CUDA."""
+    os.environ.setdefault(WORKSPACE, WORKSPACE_SIZES)
+
+
 @contextlib.contextmanager
 def deterministic(device: torch.device, enabled: bool = True) -> Iterator[None]:
     """In this block, a GPU gives the same bits every time, as the CPU does anyway: sums in a fixed order, attention
     kernels without atomic additions. torch's settings are the caller's again afterwards.
-    Raises `ValueError` that names the operation, where torch has no such implementation of one."""
+    Raises `ValueError` that names the operation, where torch has no such implementation of one, and for cuBLAS where it
+    was used before without `allow_deterministic`."""
     if device.type == "cpu" or not enabled:
         yield
         return
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill, workspace = torch.utils.deterministic.fill_uninitialized_memory, os.environ.get(WORKSPACE)
     try:
-        os.environ.setdefault(WORKSPACE, ":4096:8")  # cuBLAS chooses its algorithms by free memory otherwise
+        allow_deterministic()
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and nothing here reads such memory
         yield
     except RuntimeError as error:
         if "deterministic" not in str(error):
             raise
-        raise ValueError(f"deterministic is true, but {str(error).partition('. ')[0]}") from error
+        reason = str(error).partition(". ")[0]
+        if WORKSPACE in str(error):
+            reason = f"cuBLAS was used before: {WORKSPACE}={WORKSPACE_SIZES} must be set when Python starts"
+        raise ValueError(f"deterministic is true, but {reason}") from error
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.utils.deterministic.fill_uninitialized_memory = fill
@@ -297,8 +307,9 @@ def peak_memory_bytes(device: torch.device | str) -> int:
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
     if sys.platform == "linux":  # getrusage would also count the parent process's peak
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return int(status["VmHWM"].split()[0]) * 1024
+        with contextlib.suppress(OSError, KeyError):  # not there in some sandboxes
+            status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+            return int(status["VmHWM"].split()[0]) * 1024
     import resource  # not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -87,6 +87,19 @@ def test_tf32(place, monkeypatch, capsys):
     assert chosen == [torch.device("cpu")] * 2
 
 
+@pytest.mark.parametrize("options", [[], ["--deterministic"]])
+def test_determinism_is_allowed_before_anything_is_computed(place, monkeypatch, options):
+    """torch reads the variable at its first product on a GPU, which may be of the validation before training."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    seen, load = [], load_embedder
+    monkeypatch.setattr(
+        "embedft.load_embedder", lambda *a, **k: seen.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG")) or load(*a, **k)
+    )
+    assert main(["finetune", "model", "pairs.jsonl", "--out", "run", "--epochs", "1", "--quiet", *options]) == 0
+    assert seen == [":4096:8" if options else None]
+
+
 def test_lengths_are_shown_only_where_they_differ(place, capsys):
     options = ["--validation", "pairs.json", "--epochs", "1", "--batch-size", "4", "--quiet"]
     assert main(["finetune", "model", "pairs.jsonl", "--out", "run", *options]) == 0

@@ -115,6 +115,19 @@ def test_what_a_report_says_of_the_machine():
     assert len(block) == 64 << 20
 
 
+@pytest.mark.parametrize("status", ["Name:\tpython\nVmRSS:\t 7 kB\n", None])
+def test_peak_memory_without_that_of_linux(monkeypatch, status):
+    """Some sandboxes lack the figure, or the file; training, which records it, goes on."""
+
+    def read(path):
+        if status is None:
+            raise FileNotFoundError(path)
+        return status
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert 32 << 20 < peak_memory_bytes(CPU) < 1 << 40
+
+
 def test_peak_memory_is_of_this_process_alone():
     """A process started by one that holds 1.5 GiB does not count these."""
     held = torch.ones(3 << 29, dtype=torch.uint8)
@@ -202,6 +215,18 @@ def test_determinism_names_the_operation_that_prevents_it():
     assert not torch.are_deterministic_algorithms_enabled()
     with pytest.raises(RuntimeError, match="size"), deterministic(torch.device("cuda")):
         x @ torch.zeros(2)
+
+
+def test_cublas_that_was_used_before_is_named(monkeypatch):
+    """torch reads the variable once, so setting it then is too late; the words are torch's."""
+    variable = "CUBLAS_WORKSPACE_CONFIG"
+    monkeypatch.setenv(variable, "")
+    monkeypatch.delenv(variable)
+    text = f"... this operation is not deterministic because it uses CuBLAS. You must set {variable}=:4096:8 or ..."
+    named = naming("deterministic", f"{variable}=:4096:8", "Python")
+    with pytest.raises(ValueError, match=named), deterministic(torch.device("cuda")):
+        raise RuntimeError(text)
+    assert variable not in os.environ
 
 
 def test_float64_is_everywhere_but_on_mps():

@@ -14,6 +14,7 @@ from pathlib import Path
 import embedft
 
 from ..config import REQUIRED, check_at_most_one, option, part
+from ..device import allow_deterministic
 from ..encoders.loading import API_PREFIX
 from ..files import read_jsonl
 from ..losses.registry import describe_losses
@@ -60,6 +61,8 @@ def epilog() -> str:
 
 def run(options: Options) -> None:
     """Trains; with validation data, compares before and after."""
+    if options.deterministic:
+        allow_deterministic()  # before validation uses the GPU
     with distributed.process_group():
         first = distributed.rank_and_size()[0] == 0
         if not first:
