@@ -89,8 +89,8 @@ def test_a_step_trains_the_layers_it_runs(tmp_path, monkeypatch):
     """Each batch at its depth: the second layer gets a gradient at depth 2 alone, and the log says which it was."""
     seen, backward = [], train_module.backward
 
-    def watched(embedder, *arguments):
-        found = backward(embedder, *arguments)
+    def watched(embedder, *arguments, **options):
+        found = backward(embedder, *arguments, **options)
         seen.append([name for name, p in embedder.named_parameters() if "layers.1." in name and p.grad is not None])
         return found
 
@@ -134,11 +134,11 @@ def test_resumed_is_uninterrupted(tmp_path, monkeypatch):
 
     whole, calls, backward = run("whole"), [], train_module.backward
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return backward(*arguments)
+        return backward(*arguments, **options)
 
     monkeypatch.setattr(train_module, "backward", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -452,11 +452,11 @@ def test_resumed_is_uninterrupted(tmp_path, monkeypatch, side):
     config = replace(CONFIG, lora={**CONFIG.lora, "side": side})
     whole, calls, backward = run(tmp_path, "whole", config).sha256(), [], train_module.backward
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return backward(*arguments)
+        return backward(*arguments, **options)
 
     monkeypatch.setattr(train_module, "backward", interrupted)
     with pytest.raises(KeyboardInterrupt):
