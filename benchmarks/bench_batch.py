@@ -21,6 +21,7 @@ from embedft import Embedder, Targets, build_loss, load_embedder
 from embedft.device import release_memory
 from embedft.training.cached import cached_backward
 from embedft.training.optim import build_optimizer
+from embedft.training.precision import autocast
 
 from . import suite
 from .suite import Row, make_parser, measure, require_close
@@ -49,11 +50,9 @@ class Ours:
         self.start(device, precision)
 
     def start(self, device: str, precision: str) -> None:
-        self.device, self.is_half = torch.device(device), precision == "bfloat16"
+        self.device = torch.device(device)
+        self.autocast = autocast(precision, self.device)
         self.optimizer = build_optimizer(self.model, lr=LR, weight_decay=WEIGHT_DECAY)
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, self.is_half)
 
     def prepare(self, size: int) -> None:
         """Makes the batch for the calls that follow; query i's document is document i."""
@@ -95,10 +94,8 @@ class SentenceTransformers(Ours):
         self.embedder = load_embedder(model, device="cpu")
         self.model = SentenceTransformer(model, device=device)
         rows = MINI_BATCH_TOKENS // TEXT_TOKENS
-        self.loss, self.to_device = (
-            CachedMultipleNegativesRankingLoss(self.model, mini_batch_size=rows),
-            batch_to_device,
-        )
+        self.loss = CachedMultipleNegativesRankingLoss(self.model, mini_batch_size=rows)
+        self.to_device = batch_to_device
         self.start(device, precision)
 
     def prepare(self, size: int) -> None:

@@ -41,9 +41,8 @@ LORA, MINI_BATCH_TOKENS = {"rank": 8, "alpha": 16}, 2_048
 class Mode(NamedTuple):
     data: str  # which published data
     steps: int  # in a timed round
-    passes: (
-        float  # operations of a step, in forward passes: a backward pass takes two, without gradients of weights one
-    )
+    # Operations of a step, in forward passes: a backward pass takes two, without gradients of weights one.
+    passes: float
     config: dict[str, Any]  # of `FinetuneConfig`
 
 

@@ -26,6 +26,7 @@ from embedft.cli import main
 from embedft.commands import encode
 from embedft.encoders.store import Store
 from embedft.files import read_json
+from embedft.training import distributed
 from embedft.training.distributed import OtherRankError, encoding_together
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
@@ -42,6 +43,20 @@ def counted(embedder: Embedder) -> list[int]:
 
     embedder._embedded = counting
     return found
+
+
+def test_an_interrupt_is_told_too(monkeypatch):
+    """The other ranks, which wait for the vectors, go on and leave their loop."""
+    told = []
+    monkeypatch.setattr(distributed, "rank_and_size", lambda: (1, 2))
+    monkeypatch.setattr(distributed.dist, "gather_object", lambda value, found, dst: told.append(value))
+
+    def interrupted(item):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        distributed._gathered(interrupted, [1])
+    assert told == ["interrupted"]
 
 
 def encode_everything(embedder: Embedder, store: Path) -> list[np.ndarray]:

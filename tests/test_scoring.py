@@ -91,6 +91,13 @@ def test_the_order_and_the_batch_do_not_matter(folder):
     assert scorer.score([]).shape == (0,)
 
 
+def test_memory_of_mps_is_released_between_batches(folder, monkeypatch):
+    scorer, released = load_scorer(folder, device="cpu"), []
+    monkeypatch.setattr("embedft.device.release_between_batches", released.append)
+    scorer.score(PAIRS, batch_tokens=1)
+    assert released == [scorer.device] * len(PAIRS)
+
+
 def test_saved_models_load_everywhere(folder, tmp_path):
     scorer = load_scorer(folder, device="cpu")
     with torch.no_grad():

@@ -1,8 +1,10 @@
 """token_cache.py: every text once, the same ids in memory and from the file, and nothing that is out of date."""
 
 import copy
+import errno
 import pickle
 import random
+import tempfile
 import threading
 
 import numpy as np
@@ -75,6 +77,31 @@ def test_an_error_keeps_nothing():
     with pytest.raises(ZeroDivisionError):
         cache.find("key", ["xy"], lambda texts: 1 / 0)
     assert cache.find("key", ["xy"], lengths_of).tolist() == [[2, 2]]
+
+
+def test_a_full_disk_is_named_and_loses_nothing():
+    """What the failed write left in the file is not taken for ids later."""
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, content):
+            self.file.write(content[: len(content) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    cache = TokenCache(0)
+    cache.find("key", ["x" * 3], lengths_of)
+    file, cache._file = cache._file, Full(cache._file)
+    with pytest.raises(OSError, match="No space left") as caught:
+        cache.find("key", ["x" * 8], lengths_of)
+    assert caught.value.filename == tempfile.gettempdir()
+    cache._file = file
+    texts = ["x" * n for n in (5, 3, 8)]
+    assert cache.find("key", texts, lengths_of).tolist() == lengths_of(texts).tolist()
 
 
 def test_a_copy_starts_empty():

@@ -25,9 +25,8 @@ from .packing import Packed
 Window = tuple[int | None, int | None]
 FULL: Window = (None, None)
 CAUSAL: Window = (None, 0)
-MAX_MATRIX = (
-    512  # tokens of the longest sequence whose attention weights are computed as a matrix, where that is faster
-)
+# Tokens of the longest sequence whose attention weights are computed as a matrix, where that is faster.
+MAX_MATRIX = 512
 # Without a gradient, as many times a head's width. 12 heads of 32: 9.0 ms instead of the kernel's 11.0 for texts of 48
 # tokens, 11.8 instead of 15.0 for 96, but 25.7 instead of 18.4 for 128; 12 heads of 64: 29.8 instead of 44.9 for 200
 # (4,096 tokens, CPU time on a busy core of an EPYC of family 25, torch 2.13.0, 2026-11-30).

@@ -146,6 +146,7 @@ class Scorer(nn.Module):
         scores_P = np.empty(len(pairs), dtype=np.float32)
 
         def scored(packed: Packed) -> Tensor:
+            devices.release_between_batches(self.device)
             logits_P = self.embed(packed, role="document")[:, 0]
             return logits_P.sigmoid() if sigmoid else logits_P
 

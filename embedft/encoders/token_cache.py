@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from .. import device as devices
+from ..files import named_errors
 from ..prefetch import Prefetch
 from .token_ids import TokenIds, cut, gather
 from .tokenization import check_texts
@@ -66,10 +67,12 @@ class TokenCache:
             start = self._num_kept
             self._memory[start:needed], self._num_kept = tokens.ids, needed
         else:
-            if self._file is None:
-                self._file = tempfile.TemporaryFile(prefix="embedft-tokens-")  # noqa: SIM115
-            self._file.write(tokens.ids.tobytes())
-            self._file.flush()
+            with named_errors(tempfile.gettempdir()):
+                if self._file is None:
+                    self._file = tempfile.TemporaryFile(prefix="embedft-tokens-")  # noqa: SIM115
+                self._file.seek(4 * self._num_spilled)  # over what a write that failed, as on a full disk, has left
+                self._file.write(tokens.ids.tobytes())
+                self._file.flush()
             start = self._limit + self._num_spilled
             self._num_spilled += size
         self._starts.extend((start + tokens.offsets[:-1]).tolist())

@@ -231,6 +231,7 @@ def _gathered(function: Callable[[Any], Any], own: list[Any]) -> list[list[Any]]
     """On rank 0, function(item) of all ranks' own items, by rank. A rank that fails tells rank 0."""
     rank, size = rank_and_size()
     found: list[Any] = [None] * size
+    told: list[Any] | str = "interrupted"
     try:
         told = [function(item) for item in own]
     except Exception as error:

@@ -15,7 +15,7 @@ import torch
 
 
 def autocast(precision: str, device: torch.device) -> Callable[[], AbstractContextManager]:
-    """Contexts in which to compute vectors; the only autocast in embedft, so that losses are computed in float32."""
+    """Contexts in which to compute vectors; the only autocast in training, so that losses are computed in float32."""
     dtype = torch.float16 if precision == "float16" else torch.bfloat16
     return functools.partial(torch.autocast, device.type, dtype=dtype, enabled=precision != "float32")
 
