@@ -445,10 +445,10 @@ def test_encoding_leaves_every_part_in_its_mode(tiny_bert):
 
 def test_cuda_infers_in_bfloat16_unless_told_otherwise(tiny_bert, monkeypatch, tmp_path):
     """Through a stand-in: autocast of the CPU, where the packed kernel is said to run."""
+    monkeypatch.setattr(attention, "_packed_kernel", lambda q, *rest: q)  # only what calls it matters here
     exact = load_embedder(tiny_bert, device="cpu")
     expected, space = exact.encode(TEXTS), exact.space("document")
-    monkeypatch.setattr(devices, "has_packed_attention", lambda device, dtype: True)
-    monkeypatch.setattr(attention, "_packed_kernel", lambda q, *rest: q)  # only what calls it matters here
+    monkeypatch.setattr(devices, "has_packed_attention", lambda device, dtype: dtype is torch.bfloat16)
     seen = []
     embedder = load_embedder(tiny_bert, device="cpu", store=tmp_path)
     embedder.encoder.layers[0].attention_out.register_forward_hook(lambda _, inputs, y: seen.append(y.dtype))
@@ -462,8 +462,21 @@ def test_cuda_infers_in_bfloat16_unless_told_otherwise(tiny_bert, monkeypatch, t
         assert embedder.embed(embedder.pack(TEXTS, role="document"), role="document").dtype is torch.float32
     assert seen == [torch.bfloat16, torch.float32]
     embedder.autocast = False
-    monkeypatch.undo()
     assert embedder.space("document") == space
     assert "dtype" not in model_setting(embedder)
     np.testing.assert_array_equal(embedder.encode(TEXTS), expected)
     assert embedder.store.misses == 2 * len(set(TEXTS))
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_an_encoder_for_queries_infers_like_that_for_documents(tiny_bert, monkeypatch, autocast):
+    monkeypatch.setattr(devices, "has_packed_attention", lambda device, dtype: dtype is torch.bfloat16)
+    monkeypatch.setattr(attention, "_packed_kernel", lambda q, *rest: q)
+    embedder, seen = load_embedder(tiny_bert, device="cpu"), []
+    embedder.attach_query_side(load_embedder(tiny_bert, device="cpu"))
+    for side in (embedder, embedder.query_side):
+        side.encoder.layers[0].attention_out.register_forward_hook(lambda _, inputs, y: seen.append(y.dtype))
+    embedder.autocast = autocast
+    for role in ("query", "document"):
+        embedder.encode(TEXTS, role=role)
+    assert seen == [torch.bfloat16 if autocast else torch.float32] * 2

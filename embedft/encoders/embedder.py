@@ -183,14 +183,14 @@ class Embedder(nn.Module):
     def _lora(self, role: str) -> nn.Module | None:
         return self.lora if self.lora is not None and self.lora.serves(role) else None
 
-    def _lowered(self) -> contextlib.AbstractContextManager:
-        return devices.inference_autocast(self.device, next(self.parameters()).dtype, self.autocast)
+    def _lowered(self, role: str) -> contextlib.AbstractContextManager:
+        return devices.inference_autocast(self.device, next(self.side(role).parameters()).dtype, self.autocast)
 
-    def _pooled(self, packed: Packed, role: str) -> Tensor:
+    def _pooled(self, packed: Packed, role: str, lowered: Any = None) -> Tensor:
         sorted_packed, place_B = sort_by_length(packed)
         sorted_packed, lora = sorted_packed.to(self.device), self._lora(role)
         updated = contextlib.nullcontext() if lora is None else lora.applied(self.encoder)
-        with updated, self._lowered() if torch.is_inference_mode_enabled() else contextlib.nullcontext():
+        with updated, lowered or contextlib.nullcontext():
             hidden_TD = self.encoder(sorted_packed)
         return self.pooling(hidden_TD, sorted_packed)[devices.transfer([place_B], self.device)[0]]
 
@@ -301,7 +301,7 @@ class Embedder(nn.Module):
     def _embedded(self, batch: tuple[TokenIds, str, int | None]) -> Tensor:
         (ids, role, prompt_length), side = batch, self.side(batch[1])
         devices.release_between_batches(self.device)
-        return self._finished(side._pooled(side._packed(ids, prompt_length), role), role).float()
+        return self._finished(side._pooled(side._packed(ids, prompt_length), role, self._lowered(role)), role).float()
 
     def _settings(self, role: str) -> dict[str, Any]:
         side = self.side(role)
@@ -318,7 +318,7 @@ class Embedder(nn.Module):
         roles = " and ".join(other for other in ROLES if self.prompt(other) == self.prompt(role))
         description = {"model": self.source.name if self.source else "", "dtype": described_dtype(self), "role": roles}
         description |= self._settings(role) | ({} if texts == "texts" else {"texts": texts})
-        with self.side(role)._lowered():
+        with self._lowered(role):
             found = self._fingerprint(role, precision=precision(self.device), texts=texts)
         return Space(found, self.base_dim, description)
 
