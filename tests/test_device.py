@@ -213,7 +213,7 @@ def test_determinism_names_the_operation_that_prevents_it():
     with pytest.raises(ValueError, match=naming("deterministic", "put_")), deterministic(torch.device("cuda")):
         x.put_(places, torch.tensor([1.0, 2.0]))
     assert not torch.are_deterministic_algorithms_enabled()
-    with pytest.raises(RuntimeError, match="size"), deterministic(torch.device("cuda")):
+    with pytest.raises(RuntimeError, match=naming("size")), deterministic(torch.device("cuda")):
         x @ torch.zeros(2)
 
 
@@ -223,8 +223,8 @@ def test_cublas_that_was_used_before_is_named(monkeypatch):
     monkeypatch.setenv(variable, "")
     monkeypatch.delenv(variable)
     text = f"... this operation is not deterministic because it uses CuBLAS. You must set {variable}=:4096:8 or ..."
-    named = naming("deterministic", f"{variable}=:4096:8", "Python")
-    with pytest.raises(ValueError, match=named), deterministic(torch.device("cuda")):
+    expected = pytest.raises(ValueError, match=naming("deterministic", f"{variable}=:4096:8", "Python"))
+    with expected, deterministic(torch.device("cuda")):
         raise RuntimeError(text)
     assert variable not in os.environ
 

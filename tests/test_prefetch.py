@@ -8,6 +8,7 @@ import traceback
 import weakref
 
 import pytest
+from naming import naming
 
 from embedft.prefetch import Prefetch
 
@@ -50,7 +51,7 @@ def test_no_more_than_ahead_are_made(ahead):
 def test_an_error_comes_in_its_turn_with_its_traceback(ahead):
     with Prefetch(fail_after(3), ahead=ahead) as items:
         assert [next(items) for _ in range(3)] == [0, 1, 2]
-        with pytest.raises(KeyError, match="made up") as found:
+        with pytest.raises(KeyError, match=naming("made")) as found:
             next(items)
         assert "fail_after" in [frame.name for frame in traceback.extract_tb(found.value.__traceback__)]
         assert list(items) == []
