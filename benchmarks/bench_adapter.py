@@ -47,6 +47,8 @@ class Fitting:
     def __init__(self, model: str, data: str, store: str, device: str, number: int | None):
         self.embedder = load_embedder(model, device=device, max_length=MAX_LENGTH)
         self.stored = load_embedder(model, device=device, max_length=MAX_LENGTH, store=store)
+        # In bfloat16, as on CUDA, vectors would depend on their batch too much for the comparison.
+        self.embedder.autocast = self.stored.autocast = False
         self.dataset = first(RetrievalDataset.load(Path(data) / "train_dataset.json"), number)
         self.pairs = [(q, d) for q, grades in self.dataset.qrels.items() for d in grades]
 

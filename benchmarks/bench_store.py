@@ -35,7 +35,9 @@ LARGE = Space("0" * 64, DIM, {"model": "random numbers"})
 
 
 def load(options: argparse.Namespace) -> Embedder:
-    return load_embedder(options.base, device=options.device, dtype=getattr(torch, options.dtype))
+    embedder = load_embedder(options.base, device=options.device, dtype=getattr(torch, options.dtype))
+    embedder.autocast = False  # in bfloat16, as on CUDA, vectors would depend on their batch too much to compare
+    return embedder
 
 
 class ThroughStore:

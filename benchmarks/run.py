@@ -21,8 +21,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from embedft.files import read_json, write_json
-from experiments.commandline import Parser
+from embedft.files import check_writable, read_json, write_json
+from experiments import commandline
 
 ROOT = Path(__file__).resolve().parents[1]
 HANDED_ON = ("base", "data", "device", "dtype", "peer")
@@ -93,6 +93,7 @@ def end(process: subprocess.Popen) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
+    check_writable(options.out, file=True)
     names = options.only or list(SCRIPTS)
     found: dict[str, Any] = {"quick": options.quick, "results": [], "failures": [], "seconds": {}}
     with tempfile.TemporaryDirectory() as folder:
@@ -119,7 +120,7 @@ def say(text: str) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = Parser(prog="benchmarks.run", description=__doc__.partition("\n")[0])
+    found = commandline.Parser(prog="benchmarks.run", description=__doc__.partition("\n")[0])
     found.add_argument("--quick", action="store_true", help="few texts and rounds: ten minutes on two idle cores")
     found.add_argument("--only", nargs="+", choices=SCRIPTS, metavar="NAME", help=f"some of {', '.join(SCRIPTS)} [all]")
     found.add_argument("--out", default="results.json", metavar="FILE", help="where to write [%(default)s]")
@@ -130,4 +131,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parser().parse_args()))
+    commandline.run(lambda options: sys.exit(main(options)), parser())

@@ -182,6 +182,7 @@ def _timed(work, *arguments) -> tuple[object, float]:
 
 def _encoding(base: str | Path, options: argparse.Namespace, number: int) -> tuple[np.ndarray, list[suite.Row]]:
     embedder = load_embedder(base, device=options.device, dtype=getattr(torch, options.dtype))
+    embedder.autocast = False  # so that --dtype is what computes, on CUDA too
 
     def encode(texts: str, number: int) -> tuple[np.ndarray, float, int]:
         found = make_texts(draw_lengths(texts, number, most=embedder.max_length))

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from embedft.device import batch_tokens, describe, find_device, reset_peak_memory
 from embedft.encoders.card import flops
 from embedft.encoders.layers import Linear
-from embedft.files import write_json
+from embedft.files import check_writable, write_json
 from embedft.retrieval.tables import format_table
 from experiments import commandline, sources
 
@@ -132,6 +132,8 @@ def run(main: Callable[[argparse.Namespace], list[Row]], parser: argparse.Argume
 def _checked(main: Callable, options: argparse.Namespace) -> list[Row]:
     if options.rounds < 1:
         raise ValueError(f"--rounds is {options.rounds}, expected at least 1")
+    if options.json:
+        check_writable(options.json, file=True)  # now, not when all is measured
     if "device" in options:
         options.device = str(find_device(options.device))
     if "peer" in options and "none" in options.peer:

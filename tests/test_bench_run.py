@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from naming import names
+from naming import names, naming
 
 from benchmarks import run
 from benchmarks.run import SCRIPTS, command_of, main, module_of, parser
@@ -70,6 +70,14 @@ def test_every_script_takes_what_it_is_given(name):
 def test_every_script_is_run():
     found = {path.stem for path in Path(run.__file__).parent.glob("bench_*.py")} | {"scaling"}
     assert found == {module_of(name).partition(".")[2] for name in SCRIPTS}
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "run_script", lambda *_: pytest.fail("it ran"))
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "all.json"
+    with pytest.raises(ValueError, match=naming(out)):
+        main(parser().parse_args(["--only", "load", "--out", str(out)]))
 
 
 def test_help_needs_nothing_heavy():

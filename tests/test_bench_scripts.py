@@ -4,6 +4,7 @@ import json
 import os
 import runpy
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from test_bench_evaluate import InThisProcess
 from test_pdf import pdf_bytes
 
-from benchmarks import suite, workers
+from benchmarks import bench_adapter, bench_store, suite, workers
 from benchmarks.shapes import make_texts, write_model
 from embedft import RetrievalDataset
 
@@ -102,6 +103,13 @@ def test_store(script, base, dtype):
         "30 texts through the store, 3 of them new",
         "the new ones alone",
     )
+
+
+def test_float32_is_computed_in_float32(base, questions):
+    """Where inference would lower it, on CUDA: vectors must agree to 1e-5."""
+    options = Namespace(base=base, device="cpu", dtype="float32")
+    fitting = bench_adapter.Fitting(base, questions, f"{questions}/store", "cpu", 2)
+    assert [x.autocast for x in (bench_store.load(options), fitting.embedder, fitting.stored)] == [False] * 3
 
 
 def test_threads(script, base, questions, monkeypatch):

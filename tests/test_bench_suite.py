@@ -89,9 +89,14 @@ def test_with_no_option_but_rounds(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("options", "facts"),
-    [(("--rounds", "0"), ("--rounds", 0, 1)), (("--device", "cuda:99"), ("cuda:99", "cpu"))],
+    [
+        (("--rounds", "0"), ("--rounds", 0, 1)),
+        (("--device", "cuda:99"), ("cuda:99", "cpu")),
+        (("--json", __file__ + "/x.json"), (__file__ + "/x.json",)),
+    ],
 )
 def test_options_that_cannot_be(options, facts, monkeypatch, capsys):
+    monkeypatch.setattr(suite, "report", lambda *_: pytest.fail("it ran"))
     with pytest.raises(SystemExit):
         run(monkeypatch, *options)
     assert names(capsys.readouterr().err, *facts)
