@@ -69,7 +69,7 @@ def test_batch(script, base):
     assert rows[1]["of_smallest"] == pytest.approx(2 / 3)
     # Two layers of 8,192 weights in matrices; 64 tokens a pair; four passes.
     assert rows[0]["flops"] == 4 * (4 * 32 * 2 * 2 * 8_192 + 4 * 32**2 * 2 * 4 * 32)
-    assert rows[2]["peak_bytes"] == (1 << 20) - 2 * 2 * 32 * 4
+    assert rows[2]["peak_bytes"] == 2**30 - 2 * 2 * 32 * 4
 
 
 def test_batch_in_half_precision(script, base):

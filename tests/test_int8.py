@@ -167,7 +167,6 @@ def test_speed_is_measured_on_the_layers_of_a_model(tiny_bert, monkeypatch):
     embedder, shapes, product = make_embedder(tiny_bert), [], layers._product
     assert dtypes.bfloat16_speed(embedder) == 1
     monkeypatch.setattr(dtypes, "MIN_WEIGHTS", 0)
-    monkeypatch.setattr(device, "_ONEDNN_LINEAR", device._ONEDNN_LINEAR)
     monkeypatch.setattr(layers, "_product", lambda x, *rest: (shapes.append((*x.shape, x.dtype)), product(x, *rest))[1])
     state, weights = torch.get_rng_state(), embedder.sha256()
     speed = dtypes.bfloat16_speed(embedder)
