@@ -54,10 +54,10 @@ def test_fits_measures_and_evaluates(place, capsys):
 def test_each_text_is_embedded_once(place, capsys, monkeypatch):
     """With a measurement before and after, and no store asked for."""
     embedded = []
-    pack = load_embedder("model").tokenizer.__class__.encode
+    token_ids = load_embedder("model").tokenizer.__class__.token_ids
     monkeypatch.setattr(
-        "embedft.encoders.tokenization.Tokenizer.encode",
-        lambda self, texts: embedded.extend(texts) or pack(self, texts),
+        "embedft.encoders.tokenization.Tokenizer.token_ids",
+        lambda self, texts: embedded.extend(texts) or token_ids(self, texts),
     )
     assert main([*FIT, "--out", "adapter", "--validation", "other.json"]) == 0
     assert len(embedded) == len(set(embedded)) >= 60
