@@ -325,6 +325,7 @@ def packed_kernel(monkeypatch):
     monkeypatch.setattr(varlen, "varlen_attn", functools.partial(stand_in, calls=calls))
     half = (torch.float16, torch.bfloat16)
     monkeypatch.setattr(devices, "has_packed_attention", lambda device, dtype: dtype in half)
+    monkeypatch.setattr(attention_module, "PACKED_WIDTHS", (K, 8))  # those of the tests
     return calls
 
 
@@ -366,6 +367,16 @@ def test_a_whole_encoder_through_the_packed_branch(packed_kernel, monkeypatch, t
     assert abs(found - embedder.encode(texts)).max() <= 0.02
     assert abs(found - expected).max() <= 0.05
     assert packed_kernel == []
+
+
+@pytest.mark.parametrize(("width", "is_taken"), [(8, True), (26, False), (256, True), (264, False)])
+def test_the_packed_kernel_gets_heads_of_a_width_that_it_takes(monkeypatch, width, is_taken):
+    calls = []
+    monkeypatch.setattr(devices, "has_packed_attention", lambda device, dtype: True)
+    monkeypatch.setattr(attention_module, "_packed_kernel", lambda q, *rest: calls.append(1) or q)
+    qkv = [torch.zeros(3, 2, width) for _ in range(3)]
+    assert attention(*qkv, Sequences(pack([[0] * 3]))).shape == (3, 2 * width)
+    assert bool(calls) == is_taken
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

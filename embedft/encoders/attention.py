@@ -31,6 +31,7 @@ MAX_MATRIX = 512
 # tokens, 11.8 instead of 15.0 for 96, but 25.7 instead of 18.4 for 128; 12 heads of 64: 29.8 instead of 44.9 for 200
 # (4,096 tokens, CPU time on a busy core of an EPYC of family 25, torch 2.13.0, 2026-11-30).
 MAX_MATRIX_WIDTHS = 3
+PACKED_WIDTHS = range(8, 257, 8)  # of a head; TinyBERT's is 26
 MIN_BLOCK = 64  # tokens; smaller blocks spend more on their borders than they save
 
 
@@ -129,10 +130,11 @@ def attention(
     dropout: float = 0.0,
 ) -> Tensor:
     """softmax(scale Q K^T + bias) V within each sequence and window -> [T, H * K]; `scale` None: 1 / sqrt(K).
-    CUDA in half precision uses the packed kernel unless there is a bias or dropout; everything else uses
-    `scaled_dot_product_attention`, once per group. With `dropout` of the attention weights, the CPU builds the whole
-    [N, H, L, L] matrix."""
-    if dropout == 0 and sequences.bias_HLL is None and devices.has_packed_attention(q_THK.device, q_THK.dtype):
+    CUDA in half precision uses the packed kernel unless there is a bias, dropout or a width of heads that it does not
+    take; everything else uses `scaled_dot_product_attention`, once per group. With `dropout` of the attention weights,
+    the CPU builds the whole [N, H, L, L] matrix."""
+    is_taken = dropout == 0 and sequences.bias_HLL is None and q_THK.shape[-1] in PACKED_WIDTHS
+    if is_taken and devices.has_packed_attention(q_THK.device, q_THK.dtype):
         return _packed_kernel(q_THK, k_TGK, v_TGK, sequences, window, scale).flatten(1)
     if (num_queries := q_THK.shape[1] // k_TGK.shape[1]) > 1 and not devices.has_grouped_attention(q_THK.device):
         k_TGK, v_TGK = (x.repeat_interleave(num_queries, dim=1) for x in (k_TGK, v_TGK))
