@@ -50,6 +50,11 @@ def test_ids_are_the_same_wherever_they_are(memory_bytes):
     assert cache._num_kept + cache._num_spilled == sum(map(len, set(asked)))
 
 
+def test_ids_beyond_int32():
+    with pytest.raises(ValueError, match=naming("id", 2**31, ..., 2**31 - 1)):
+        TokenIds.of([[1], [2, 2**31]])
+
+
 def test_an_empty_text_in_the_file():
     assert TokenCache(0).find("key", ["", ""], lengths_of).tolist() == [[], []]
 

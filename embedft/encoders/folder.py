@@ -152,7 +152,7 @@ def read_static_tokenizer(folder: Path, max_length: int | None) -> Tokenizer:
 def check_ids(folder: Path, tokenizer: Tokenizer, vocab_size: float) -> None:
     """Raises `ValueError` for a tokenizer with ids that the encoder has no vector for."""
     # The post-processor may add what the vocabulary does not have.
-    ids = *tokenizer.backend.get_vocab(with_added_tokens=True).values(), *tokenizer.encode([""])[0]
+    ids = *tokenizer.backend.get_vocab(with_added_tokens=True).values(), *tokenizer.backend.encode("").ids
     largest = max(ids)
     if largest >= vocab_size:
         raise ValueError(f"{folder}: token ids reach {largest}, the encoder's vocab_size is {vocab_size}")

@@ -29,10 +29,14 @@ class TokenIds:
 
     @classmethod
     def of(cls, sequences: Sequence[Sequence[int]]) -> "TokenIds":
-        """From a list of ids, or an array, for each text."""
+        """From a list of ids, or an array, for each text. Raises `ValueError` for an id that int32 cannot hold."""
         offsets = np.zeros(len(sequences) + 1, dtype=np.int64)
         np.cumsum([len(ids) for ids in sequences], out=offsets[1:])
-        return cls(np.fromiter(chain.from_iterable(sequences), np.int32, int(offsets[-1])), offsets)
+        try:
+            return cls(np.fromiter(chain.from_iterable(sequences), np.int32, int(offsets[-1])), offsets)
+        except OverflowError:
+            largest = max(chain.from_iterable(sequences))
+            raise ValueError(f"a token id is {largest}, expected at most {np.iinfo(np.int32).max}") from None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
