@@ -511,6 +511,20 @@ def test_hashes(embedder):
     assert embedder.base() == before[1]
 
 
+def test_a_pickle_in_a_model_folder_is_read_on_request_alone(embedder, tmp_path):
+    place = tmp_path / "base" / "adapter"
+    place.mkdir()
+    (place / "adapter.json").write_text("{}")  # without its weights, only LlamaIndex's files are whole
+    (place / "config.json").write_text(json.dumps({"in_features": 32, "out_features": 32, "bias": False}))
+    torch.save({"linear.weight": torch.eye(32)}, place / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=naming(place / "pytorch_model.bin", "allow_pickle")):
+        load_embedder(tmp_path / "base", device="cpu")
+    for options in ({"allow_pickle": True}, {"adapter": place}):
+        with pytest.warns(UserWarning, match=naming("adapter", "model")):
+            found = load_embedder(tmp_path / "base", device="cpu", **options)
+        assert torch.equal(found.adapter.query.weight, torch.eye(32))
+
+
 def test_attach_refuses(embedder, tmp_path):
     with pytest.raises(ValueError, match=naming("features", 4, tmp_path / "base", 32)):
         embedder.attach(Adapter(make("linear")))

@@ -130,13 +130,16 @@ class Adapter(nn.Module):
             write_json(path, config)
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Adapter":
-        """Reads a folder that `save` or LlamaIndex wrote. Raises `ValueError` for a missing or damaged file."""
+    def load(cls, folder: str | Path, *, allow_pickle: bool = True) -> "Adapter":
+        """Reads a folder that `save` or LlamaIndex wrote, whose pytorch_model.bin is unpickled: tensors only, no code.
+        Raises `ValueError` for a missing or damaged file, and for LlamaIndex's unless `allow_pickle`."""
         there = [name for name, files in FORMATS.items() if all((Path(folder) / file).is_file() for file in files)]
         if not there:
             expected = ", or ".join(f"{config} and {weights} ({name})" for name, (config, weights) in FORMATS.items())
             raise ValueError(f"{folder}: no adapter, expected {expected}")
         path, weights = (Path(folder) / name for name in FORMATS[there[0]])
+        if there[0] == "llamaindex" and not allow_pickle:
+            raise ValueError(f"{weights}: is read only with allow_pickle")
         config = read_object(path)
         with naming(path):
             config, tensors = (_read if there[0] == "embedft" else _from_llamaindex)(config, weights)
@@ -147,7 +150,7 @@ class Adapter(nn.Module):
                 tensors |= {name.replace("query", "document", 1): tensor for name, tensor in tensors.items()}
             adapter = cls(**maps, base=config["base"] and Base(**config["base"]), normalize=config["normalize"])
         fill(adapter, tensors, weights)
-        fill(adapter.to_empty(device="cpu"), tensors, weights)
+        adapter.to_empty(device="cpu").load_state_dict(tensors)
         adapter.name = str(folder)
         return adapter.eval()
 

@@ -95,7 +95,7 @@ def load_embedder(
         embedder = convert(embedder.to(device).eval(), dtype)
         embedder.store = store
         if adapter is None and (folder / layout.ADAPTER_FOLDER / ADAPTER_CONFIG_FILE).is_file():
-            adapter = Adapter.load(folder / layout.ADAPTER_FOLDER)
+            adapter = Adapter.load(folder / layout.ADAPTER_FOLDER, allow_pickle=allow_pickle)
             adapter.name = ""
             stored = embedder.source.config.get("dtype") or embedder.source.config.get("torch_dtype") or "float32"
             if (max_length, prompts, num_layers, stored) != (None, None, None, dtype_of(embedder)):
