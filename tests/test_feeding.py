@@ -64,7 +64,8 @@ def test_the_same_run(tmp_path, settings):
 
 
 def test_a_resumed_run_is_the_same(tmp_path):
-    """Stopped in the middle of an epoch, when the thread had made batches of steps that no checkpoint knows."""
+    """Stopped in the middle of an epoch, when the thread had made batches of steps that no checkpoint knows; resumed
+    with fewer batches ahead, and no memory for token ids."""
     settings = {"batch_size": 3, "num_negatives": 1, "checkpoint_every": 2}
 
     def interrupt(state, record):
@@ -74,7 +75,7 @@ def test_a_resumed_run_is_the_same(tmp_path):
     base, out, how = tmp_path / "base", tmp_path / "out", {"existing": "resume", "allow_changed_code": True}
     with pytest.raises(KeyboardInterrupt):
         run(base, out, 3, {"on_step": interrupt}, **settings)
-    assert_equal(run(base, out, 3, how, **settings), run(base, tmp_path / "whole", 0, **settings))
+    assert_equal(run(base, out, 1, how, **settings, token_memory=0), run(base, tmp_path / "whole", 0, **settings))
 
 
 class Source:

@@ -5,12 +5,14 @@ import os
 import secrets
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from naming import names, naming
 
+from embedft import FinetuneConfig
 from embedft.files import read_json
 from embedft.training import run_folder
 from embedft.training.run_folder import check_run, check_unchanged, close_run, lock, open_log, open_run
@@ -251,6 +253,15 @@ def test_a_changed_setting_is_named(tmp_path, config, facts):
     with pytest.raises(ValueError, match=naming(tmp_path, "resume", *facts)):
         open_(tmp_path, config, existing="resume")
     assert files_in(tmp_path) == before
+
+
+def test_what_changes_no_result_may_change(tmp_path):
+    plain = asdict(FinetuneConfig())
+    open_(tmp_path, plain)
+    for name, value in {"prefetch": 3, "token_memory": 0, "checkpoint_every": 7, "log": "wandb"}.items():
+        assert plain[name] != value
+        open_(tmp_path, {**plain, name: value}, existing="resume")
+        assert read_json(tmp_path / "config.json") == {**plain, name: value}
 
 
 def test_changed_data_is_refused(tmp_path):

@@ -22,7 +22,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ CHECKPOINTS, MODEL, EVAL, DONE = "checkpoints", "model", "eval", "DONE"
 LOCK, REPLACED = ".lock", ".replaced"
 PACKAGES = ("embedft", "torch", "numpy", "faiss-cpu", "tokenizers", "safetensors")
 EXISTING = ("refuse", "overwrite", "resume")
+FREE = ("prefetch", "token_memory", "checkpoint_every", "log")  # settings that change no result
 LOGGERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # neither is installed with embedft
 Log = Callable[[dict[str, Any]], None]
 
@@ -84,9 +85,9 @@ def lock(out: Path) -> Iterator[None]:
 def open_run(
     out: Path, config: dict, *, hashes: dict, device: torch.device, existing: str, allow_changed_code: bool = False
 ) -> None:
-    """Writes configuration and environment; to "resume", checks that configuration and hashes are the same.
-    `config` has every setting and, under "objects", {name: `describe_object`} of the code that was passed in; if that
-    changed, `allow_changed_code` resumes and records the new code. `hashes` has the SHA-256 of model and datasets."""
+    """Writes configuration and environment; to "resume", checks that hashes and all settings but FREE are the same, and
+    records the configuration. `config` has every setting and, under "objects", {name: `describe_object`} of the code
+    passed in; if that changed, `allow_changed_code` resumes. `hashes` has the SHA-256 of model and datasets."""
     check_run(out, existing)
     config = json.loads(json.dumps(config))  # as it will be read back: tuples become lists
     if existing == "resume" and (out / CONFIG).is_file():
@@ -230,10 +231,11 @@ def _git_state() -> tuple[str | None, bytes]:
 
 
 def check_unchanged(out: Path, config: dict[str, Any], hashes: dict[str, str], what: str, *, code: bool = True) -> None:
-    """Raises `ValueError` naming the first setting, hash or, if `code`, object in which the run in `out` differs."""
+    """Raises `ValueError` naming the first setting outside FREE, hash or, if `code`, object in which the run in `out`
+    differs."""
     before, config, found = read_object(out / CONFIG), dict(config), read_object(out / ENVIRONMENT).get("sha256", {})
     then, now = (settings.pop("objects", {}) for settings in (before, config))
-    for key in _differing(before, config):
+    for key in _differing(before, config, free=FREE):
         was, now = (repr(settings[key]) if key in settings else "not a setting" for settings in (before, config))
         other = "; finish it with the version that began it, or pass existing='overwrite'"
         other = other if "not a setting" in (was, now) else ""
@@ -246,5 +248,5 @@ def check_unchanged(out: Path, config: dict[str, Any], hashes: dict[str, str], w
         raise ValueError(f"{out}: {what}, {name}: {change}; allow_changed_code=True resumes anyway")
 
 
-def _differing(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    return [key for key in {**first, **second} if first.get(key) != second.get(key)]
+def _differing(first: dict[str, Any], second: dict[str, Any], free: Sequence[str] = ()) -> list[str]:
+    return [key for key in {**first, **second} if key not in free and first.get(key) != second.get(key)]
