@@ -36,7 +36,7 @@ from experiments.repro_matryoshka_finance import read_rows
 from . import suite
 from .bench_search import seconds_of
 from .suite import Row, make_parser, published
-from .vectors import perturbed, rounded, write_perturbed
+from .vectors import add_vectors, perturbed, rounded, write_perturbed
 from .workers import Worker, alternate, most_anonymous
 
 TOLERANCE, RANX_TOLERANCE = 1e-9, 1e-6
@@ -309,15 +309,9 @@ def main(options: argparse.Namespace) -> list[Row]:
 def parser() -> argparse.ArgumentParser:
     found = make_parser("evaluate", __doc__, rounds=3, data="folder of finance_qa")
     found.add_argument("--documents", type=int, default=1_000_000, help="documents [1000000]")
-    found.add_argument("--queries", type=int, default=10_000, help="queries [10000]")
     found.add_argument("--peer-documents", type=int, default=100_000, help="most documents for the peer [100000]")
     found.add_argument("--peer-queries", type=int, default=1_000, help="most queries for the peer [1000]")
-    found.add_argument("--depth", type=int, default=100, help="documents kept per query [100]")
-    found.add_argument("--dim", type=int, help="leading dimensions to keep [all]")
-    found.add_argument("--noise", type=float, default=0.5, help="length of the noise on a unit vector [0.5]")
-    found.add_argument("--texts", type=int, help="contexts to encode [all]")
-    found.add_argument("--folder", metavar="DIR", help="folder for temporary files [the system's]")
-    return found
+    return add_vectors(found)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from experiments.repro_matryoshka_finance import read_rows
 
 from . import suite
 from .suite import Row, make_parser, published
-from .vectors import perturbed, write_perturbed
+from .vectors import add_vectors, perturbed, write_perturbed
 from .workers import synchronize
 
 TOLERANCE, LIMIT = 1e-5, 1.3
@@ -134,13 +134,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--ivf", type=int, default=1_000_000, help="documents in the first index [1000000]")
     found.add_argument("--hnsw", type=int, default=200_000, help="documents in the second index [200000]")
     found.add_argument("--indices", nargs=2, default=["ivf", "hnsw"], metavar="NAME", help="two indices [ivf hnsw]")
-    found.add_argument("--queries", type=int, default=10_000, help="queries [10000]")
-    found.add_argument("--depth", type=int, default=100, help="results of exact search [100]")
-    found.add_argument("--dim", type=int, help="leading dimensions to keep [all]")
-    found.add_argument("--noise", type=float, default=0.5, help="length of the noise on a unit vector [0.5]")
-    found.add_argument("--texts", type=int, help="contexts and questions to encode [all]")
-    found.add_argument("--folder", metavar="DIR", help="folder for temporary files [the system's]")
-    return found
+    return add_vectors(found)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ normalise(vector i mod C + noise * a random unit vector).
 Shapes: C encoded texts, N rows, D dimensions.
 """
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -46,3 +47,14 @@ def rounded(vectors_ND: np.ndarray, steps: int) -> np.ndarray:
     exactly for up to 2,048 steps. So every matrix product gives the same scores whatever its order of addition.
     """
     return np.round(vectors_ND * steps) / np.float32(steps)
+
+
+def add_vectors(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds the options of a benchmark that searches such vectors."""
+    parser.add_argument("--queries", type=int, default=10_000, metavar="N", help="queries [%(default)s]")
+    parser.add_argument("--depth", type=int, default=100, metavar="N", help="documents per query [%(default)s]")
+    parser.add_argument("--dim", type=int, metavar="N", help="leading dimensions to keep [all]")
+    parser.add_argument("--noise", type=float, default=0.5, metavar="X", help="length of the noise [%(default)s]")
+    parser.add_argument("--texts", type=int, metavar="N", help="how many of the data set's texts to encode [all]")
+    parser.add_argument("--folder", metavar="DIR", help="folder for temporary files [the system's]")
+    return parser
