@@ -68,7 +68,7 @@ class Ours:
         self.may.acquire()
         try:
             finetune(self.embedder, self.dataset, self.config, out=self.out, on_step=self._stepped)
-        except Exception as error:
+        except Exception as error:  # raised by `steps`, in the thread that waits
             self.error = error
             self.did.release()
 

@@ -8,6 +8,7 @@ itself is timed, inside the worker.
 """
 
 import multiprocessing
+import os
 import platform
 import statistics
 import threading
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from embedft.device import describe, peak_memory_bytes
+from embedft.progress import progress_bar
 
 
 class Worker:
@@ -51,6 +53,7 @@ class Worker:
 
 
 def _serve(connection, device: str, make: Callable[..., Any], arguments: tuple) -> None:
+    os.environ["EMBEDFT_PROGRESS"] = "0"  # bars of what is measured say nothing of the rounds
     contestant = failure = None
     try:
         contestant = make(*arguments)
@@ -110,11 +113,13 @@ def alternate(
 ) -> dict[str, list[float]]:
     """Times calls in the order A B A B ..., after `warmup` untimed rounds; returns the seconds of each contestant."""
     seconds: dict[str, list[float]] = {name: [] for name in workers}
-    for i in range(warmup + rounds):
-        for name, worker in workers.items():
-            worker.call(method, *arguments)
-            if i >= warmup:
-                seconds[name].append(worker.seconds)
+    with progress_bar(warmup + rounds, method, unit="round") as bar:
+        for i in range(warmup + rounds):
+            for name, worker in workers.items():
+                worker.call(method, *arguments)
+                if i >= warmup:
+                    seconds[name].append(worker.seconds)
+            bar.update(1)
     return seconds
 
 

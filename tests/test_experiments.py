@@ -14,6 +14,7 @@ from naming import names, naming
 
 from benchmarks.workers import Worker, alternate, ratios, spread
 from embedft import RetrievalDataset, load_embedder
+from embedft.progress import progress_bar
 from experiments.repro_10k_pages import first_and_rest
 from experiments.sources import find_data
 
@@ -189,13 +190,19 @@ class Sleeper:
     def fail(self) -> None:
         raise ValueError("refused")
 
+    def shows_bars(self) -> bool:
+        return not progress_bar(1, "inside", unit="step").disable
 
-def test_workers_take_turns():
+
+def test_workers_take_turns(monkeypatch, capsys):
+    monkeypatch.setenv("EMBEDFT_PROGRESS", "1")
     workers = {"slow": Worker(Sleeper, 0.2), "fast": Worker(Sleeper, 0.0)}
     seconds = alternate(workers, "work", rounds=3, warmup=1)
     assert [worker.call("count") for worker in workers.values()] == [4, 4]
     assert len(seconds["slow"]) == len(seconds["fast"]) == 3
     assert min(seconds["slow"]) >= 0.2
+    assert names(capsys.readouterr().err, "work", "4/4", "round")
+    assert not workers["slow"].call("shows_bars")
     with pytest.raises(ValueError, match=naming("refused")):
         workers["slow"].call("fail")
     assert workers["fast"].peak_bytes > 1 << 20
