@@ -128,6 +128,11 @@ def test_peak_memory_without_that_of_linux(monkeypatch, status):
     assert 32 << 20 < peak_memory_bytes(CPU) < 1 << 40
 
 
+def test_peak_memory_of_mps_is_what_its_driver_holds(monkeypatch):
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 7)
+    assert peak_memory_bytes("mps") == 7
+
+
 def test_peak_memory_is_of_this_process_alone():
     """A process started by one that holds 1.5 GiB does not count these."""
     held = torch.ones(3 << 29, dtype=torch.uint8)

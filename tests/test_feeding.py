@@ -15,6 +15,7 @@ from naming import naming
 from tiny import MEASURED, make_dataset, make_embedder
 
 from embedft import FinetuneConfig, finetune
+from embedft import device as devices
 from embedft.data.batches import make_batches
 from embedft.data.mixture import make_mixture
 from embedft.files import read_jsonl
@@ -147,6 +148,18 @@ def test_waiting_is_recorded(tmp_path, prefetch):
     assert min(waited) > 0.04 if prefetch == 0 else min(waited) < 0.04
     whole = sum(waited) + sum(x["seconds"] for x in log)
     assert log[-1]["wait_share"] == pytest.approx(sum(waited) / whole)
+
+
+@pytest.mark.parametrize(("prefetch", "has_thread"), [(None, True), (0, False)])
+def test_by_default_the_device_decides(tmp_path, monkeypatch, prefetch, has_thread):
+    monkeypatch.setattr(devices, "batches_ahead", lambda device: 1)
+    embedder, seen = make_embedder(tmp_path / "base"), []
+
+    def on_step(*_):
+        seen.append("prefetch" in [thread.name for thread in threading.enumerate()])
+
+    train(embedder, Source(embedder), in_batch_negatives, TrainConfig(epochs=1, prefetch=prefetch), on_step=on_step)
+    assert seen[0] == has_thread
 
 
 def test_prefetch_is_a_number_of_batches():

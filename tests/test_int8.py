@@ -2,6 +2,7 @@
 
 import copy
 import json
+import time
 import warnings
 
 import numpy as np
@@ -16,7 +17,7 @@ from embedft import FinetuneConfig, device, finetune, load_embedder
 from embedft.cli import main
 from embedft.encoders import dtypes, layers
 from embedft.encoders.dtypes import dtype_of, find_dtype
-from embedft.encoders.int8 import Int8Linear
+from embedft.encoders.int8 import Int8Linear, to_int8
 from embedft.encoders.layers import Linear
 from embedft.encoders.lora import LoraConfig, add_lora
 
@@ -58,8 +59,8 @@ def test_a_product_is_that_of_rounded_rows(num_tokens, is_divided, bias):
     with torch.inference_mode():
         kept = x.clone()
         torch.testing.assert_close(int8(x), expected, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(int8.activated(x, "gelu"), F.gelu(expected), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(int8.activated(x, "silu"), F.silu(expected), rtol=1e-4, atol=1e-4)
+        for name, activation in layers.ACTIVATIONS.items():
+            torch.testing.assert_close(int8.activated(x, name), activation(expected), rtol=1e-4, atol=1e-4)
         assert torch.equal(x, kept)
         assert torch.equal(copy.deepcopy(int8)(x), int8(x))
 
@@ -79,8 +80,9 @@ def test_vectors_of_a_real_model(minilm_folder, dtype):
     embedder = load_embedder(minilm_folder, device="cpu", dtype=dtype)
     assert dtype_of(embedder) == dtype
     assert cosines(embedder.encode(TEXTS), exact).min() > {"int8": 0.997, "bfloat16": 0.9998}[dtype]
-    divided = [name for name, part in embedder.encoder.named_modules() if getattr(part, "factor", None) is not None]
-    assert (len(divided) > 0) == (dtype == "int8")
+    parts = [part for part in embedder.encoder.modules() if isinstance(part, Int8Linear)]
+    divided = [part for part in parts if part.factor is not None]
+    assert 0 < len(divided) < len(parts) if dtype == "int8" else parts == []
 
 
 @on_vnni
@@ -107,9 +109,26 @@ def test_int8_is_for_inference(tiny_bert, tmp_path):
     with pytest.raises(ValueError, match=naming("dtype", "int8")):
         add_lora(embedder, LoraConfig())
     assert list(tmp_path.iterdir()) == []
+    assert not any(parameter.requires_grad for parameter in embedder.encoder.parameters())
     layer = embedder.encoder.layers[0].qkv
     with pytest.raises(ValueError, match=naming("dtype", "int8")):
         layer(random(3, layer.in_features).requires_grad_())
+
+
+@on_vnni
+def test_both_sides_turn_into_int8(tiny_bert):
+    embedder = make_embedder(tiny_bert)
+    embedder.attach_query_side(make_embedder(tiny_bert))
+    to_int8(embedder)
+    assert [dtype_of(side) for side in (embedder.encoder, embedder.query_side.encoder)] == ["int8"] * 2
+
+
+@on_vnni
+def test_an_encoder_without_layers_has_no_int8(tiny_bert):
+    embedder = make_embedder(tiny_bert)
+    embedder.encoder = torch.nn.Embedding(3, 4)
+    with pytest.raises(ValueError, match=naming("dtype", "int8", "Linear")):
+        to_int8(embedder)
 
 
 @on_vnni
@@ -163,15 +182,25 @@ def test_slow_bfloat16_warns(tiny_bert, monkeypatch, speed):
 
 
 def test_speed_is_measured_on_the_layers_of_a_model(tiny_bert, monkeypatch):
-    """Those of tiny ones say nothing; random numbers and the model stay as they are."""
+    """On the largest; those of tiny ones say nothing. Random numbers and the model stay as they are."""
     embedder, shapes, product = make_embedder(tiny_bert), [], layers._product
+    largest = max((part.weight for part in embedder.encoder.modules() if type(part) is Linear), key=torch.numel)
     assert dtypes.bfloat16_speed(embedder) == 1
     monkeypatch.setattr(dtypes, "MIN_WEIGHTS", 0)
-    monkeypatch.setattr(layers, "_product", lambda x, *rest: (shapes.append((*x.shape, x.dtype)), product(x, *rest))[1])
+
+    def slow_in_float32(x, weight, *rest):
+        shapes.append((len(x), *weight.shape, x.dtype))
+        time.sleep(0.05 if x.dtype is torch.float32 else 0)
+        return product(x, weight, *rest)
+
+    monkeypatch.setattr(layers, "_product", slow_in_float32)
     state, weights = torch.get_rng_state(), embedder.sha256()
     speed = dtypes.bfloat16_speed(embedder)
     if device.has_reordered_linear(torch.device("cpu"), torch.bfloat16):
-        assert speed > 0
-        assert set(shapes) == {(layers.MIN_REORDER, 32, kind) for kind in (torch.float32, torch.bfloat16)}
+        assert speed > 1.5
+        kinds = torch.float32, torch.bfloat16
+        assert set(shapes) == {(layers.MIN_REORDER, *largest.shape, kind) for kind in kinds}
     assert torch.equal(torch.get_rng_state(), state)
     assert embedder.sha256() == weights
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    assert dtypes.bfloat16_speed(embedder) == 1

@@ -1,6 +1,7 @@
 """memory.py: activations computed again give the same bits with less memory; mini-batches shrink as memory runs out."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from embedft.encoders.folder import FAMILIES
 from embedft.encoders.lora import LoraConfig, add_lora
 from embedft.encoders.packing import pack
 from embedft.losses.contrastive import in_batch_negatives
-from embedft.training.memory import recomputing
+from embedft.training.memory import layers_of, recomputing
 from embedft.training.train import TrainConfig, train
 
 
@@ -86,6 +87,12 @@ def test_training_ends_with_the_same_weights(tmp_path, changes, with_lora):
     )
 
 
+def test_both_sides_are_recomputed(tmp_path):
+    embedder = make_embedder(tmp_path / "base")
+    embedder.attach_query_side(make_embedder(tmp_path / "base"))
+    assert layers_of(embedder) == [*embedder.encoder.layers, *embedder.query_side.encoder.layers]
+
+
 def test_an_encoder_without_layers_is_refused(tmp_path):
     embedder = make_embedder(tmp_path / "base")
     embedder.encoder = torch.nn.Module()
@@ -145,6 +152,26 @@ def test_mini_batches_are_halved_until_they_fit(tmp_path, error, most, expected)
     assert log == fixed[2]
 
 
+def test_gradients_of_a_failed_attempt_are_dropped(tmp_path):
+    """The first of two batches has had its backward pass when memory runs out at the second."""
+    config, found = dataclasses.replace(AUTO, epochs=1, accumulate=2), []
+    for tokens in ("auto", 29):  # half of the larger of the two batches
+        embedder = make_embedder(tmp_path / "base")
+        encoder, calls = embedder.encoder.forward, itertools.count(1)
+
+        def forward(packed, encoder=encoder, calls=calls, tokens=tokens):
+            if tokens == "auto" and next(calls) == 2:
+                raise RuntimeError(NO_MEMORY)
+            return encoder(packed)
+
+        embedder.encoder.forward = forward
+        batches = make_batches(embedder)
+        state = train(embedder, batches, in_batch_negatives, dataclasses.replace(config, mini_batch_tokens=tokens))
+        found.append(weights_of(embedder))
+        assert state.mini_batch_tokens == (29 if tokens == "auto" else None)
+    assert_same(*found)
+
+
 def test_with_enough_memory_there_is_no_caching(tmp_path):
     weights, tokens, log = run(tmp_path / "base", tmp_path / "auto")
     assert tokens is None
@@ -185,6 +212,8 @@ def test_what_the_allocator_says_is_out_of_memory():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
     assert devices.is_out_of_memory(caught.value)
+    for text in ("DefaultCPUAllocator: not enough memory: you tried to", "MPS backend out of memory (MPS allocated: 1"):
+        assert devices.is_out_of_memory(RuntimeError(text))
     assert not devices.is_out_of_memory(RuntimeError("shape"))
 
 

@@ -11,6 +11,7 @@ from test_train import assert_same, interrupted_at, make_batches, read_log, weig
 from tiny import MEASURED, make_embedder
 
 from embedft.losses.contrastive import in_batch_negatives
+from embedft.training.precision import autocast
 from embedft.training.train import NonFiniteError, TrainConfig, train
 
 CONFIG = TrainConfig(epochs=2, lr=1e-3, checkpoint_every=2, precision="float16")
@@ -45,6 +46,12 @@ def test_lower_precision_learns_as_float32_does(tmp_path, precision, mini_batch_
     assert len(taken) >= 2
     for norm, expected in taken:
         assert norm == pytest.approx(expected, rel=0.1)  # gradients are divided by the scale before they are clipped
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_products_are_in_that_precision(precision):
+    with autocast(precision, torch.device("cpu"))():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is getattr(torch, precision)
 
 
 def overflowing(calls: dict[int, float]):

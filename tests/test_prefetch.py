@@ -19,9 +19,9 @@ def no_thread_is_left():
     assert "prefetch" not in [thread.name for thread in threading.enumerate()]
 
 
-def fail_after(count: int):
+def fail_after(count: int, error: type[BaseException]):
     yield from range(count)
-    raise KeyError("made up")
+    raise error("made up")
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 2, 10])
@@ -48,10 +48,11 @@ def test_no_more_than_ahead_are_made(ahead):
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 5])
-def test_an_error_comes_in_its_turn_with_its_traceback(ahead):
-    with Prefetch(fail_after(3), ahead=ahead) as items:
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+def test_an_error_comes_in_its_turn_with_its_traceback(ahead, error):
+    with Prefetch(fail_after(3, error), ahead=ahead) as items:
         assert [next(items) for _ in range(3)] == [0, 1, 2]
-        with pytest.raises(KeyError, match=naming("made")) as found:
+        with pytest.raises(error, match=naming("made")) as found:
             next(items)
         assert "fail_after" in [frame.name for frame in traceback.extract_tb(found.value.__traceback__)]
         assert list(items) == []
@@ -138,3 +139,24 @@ def test_items_are_not_kept():
     gc.collect()
     assert len(made) >= 3
     assert [ref() for ref in made] == [None] * len(made)
+
+
+def test_an_item_is_not_kept_while_the_next_one_is_made():
+    class Item:
+        pass
+
+    made, has_begun, go = [], threading.Event(), threading.Event()
+
+    def items():
+        item = Item()
+        made.append(weakref.ref(item))
+        yield item
+        del item
+        has_begun.set()
+        go.wait(5)
+
+    with Prefetch(items(), ahead=1) as found:
+        next(found)
+        assert has_begun.wait(5)
+        assert made[0]() is None
+        go.set()

@@ -114,8 +114,10 @@ def test_a_copy_starts_empty():
     cache.find("key", ["x" * 20], lengths_of)
     for other in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
         assert (other.memory_bytes, other._rows) == (40, {})
+    file = cache._file
     cache.close()
     cache.close()
+    assert file.closed
     assert cache.find("key", ["xy"], lengths_of).tolist() == [[2, 2]]
 
 
@@ -232,6 +234,14 @@ def test_a_run_that_fails_leaves_no_cache(tiny_bert, error):
     with pytest.raises(error):
         finetune(embedder, make_dataset(), FinetuneConfig(epochs=1), on_step=fail)
     assert embedder.token_cache is None
+
+
+def test_a_cache_of_the_embedders_own_stays(tiny):
+    own = tiny.token_cache
+    with token_cache.token_cache(tiny, 0):
+        tiny.pack([LONG], role="query")
+    assert tiny.token_cache is own
+    assert len(own._starts) == 1
 
 
 # Tokenizing ahead, as for a GPU.
