@@ -272,17 +272,19 @@ def test_on_the_cpu_sequences_have_no_slack():
     assert [group.rows for group in Sequences(pack([[0] * 8, [0] * 7])).groups] == [None, None]
 
 
-def test_attention_dropout_drops_whole_weights():
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_attention_dropout_drops_whole_weights(monkeypatch, dtype):
     """Values of one make each output the sum of its softmax weights: 1 without dropout, 1 on average with it."""
-    q, k, v = random_qkv(400)
+    monkeypatch.setattr(devices, "_MULTIPLIES_BFLOAT16", True)
+    q, k, v = random_qkv(400, dtype=dtype)
     qkv = q.detach(), k.detach(), torch.ones_like(v)
     sequences = Sequences(pack([[0] * 8] * 50))
-    torch.testing.assert_close(attention(*qkv, sequences), torch.ones(400, H * K, dtype=torch.float64))
+    torch.testing.assert_close(attention(*qkv, sequences), torch.ones(400, H * K, dtype=dtype))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         dropped = attention(*qkv, sequences, dropout=0.25)
     assert dropped.std() > 0.1
-    assert dropped.mean() == pytest.approx(1, abs=0.05)
+    assert dropped.double().mean().item() == pytest.approx(1, abs=0.05)
 
 
 def stand_in(

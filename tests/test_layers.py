@@ -209,6 +209,8 @@ def test_activated_is_the_activation_of_the_layer(products, activation, num_toke
     for found in (outside, inside):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert len(products) == 2
+    (gradient,) = torch.autograd.grad(outside.sum(), layer.weight)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), layer.weight)[0], rtol=1e-4, atol=1e-4)
 
 
 @on_x86
@@ -216,11 +218,14 @@ def test_weights_are_reordered_for_large_batches_and_until_inference_ends():
     layer, small, large = make_layer(), random(LONG - 1, D), random(LONG, D, seed=3)
     model = torch.nn.ModuleDict({"inner": torch.nn.Sequential(layer)})
     with layers.inference(model):
-        layer(small)
+        assert not layer(small).requires_grad
         assert layer.reordered is None
         torch.testing.assert_close(layer(large), F.linear(large, layer.weight, layer.bias), rtol=1e-5, atol=1e-5)
         assert layer.reordered is not None
         torch.testing.assert_close(layer(small), F.linear(small, layer.weight, layer.bias), rtol=1e-5, atol=1e-5)
+    assert (layer.reorders, layer.reordered) == (False, None)
+    with pytest.raises(ZeroDivisionError), layers.inference(model):
+        raise ZeroDivisionError(layer(large))
     assert (layer.reorders, layer.reordered) == (False, None)
     with torch.no_grad():
         layer.weight.data.mul_(2)  # no version counter tells of this
@@ -257,6 +262,15 @@ def test_hooks_see_what_the_layer_gives_before_its_activation():
     expected = F.linear(x, layer.weight, layer.bias)
     torch.testing.assert_close(seen[0], expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found, F.gelu(expected + 1), rtol=1e-5, atol=1e-5)
+
+
+@on_x86
+def test_hooks_may_change_what_the_layer_gets():
+    layer, x = make_layer(), random(LONG, D)
+    layer.register_forward_pre_hook(lambda _, inputs: (2 * inputs[0],))
+    with layers.inference(layer):
+        found = layer.activated(x, "gelu")
+    torch.testing.assert_close(found, F.gelu(F.linear(2 * x, layer.weight, layer.bias)), rtol=1e-5, atol=1e-5)
 
 
 # Dropout.

@@ -67,6 +67,10 @@ def test_pack_by_hand():
     assert dtypes == [torch.int64, torch.int64, torch.int32, torch.int64]
 
 
+def test_lengths_stay_on_the_cpu():
+    assert pack([[5, 6, 7], [8, 9]]).to("meta").host_lengths.tolist() == [3, 2]
+
+
 def test_lengths_of_tensors_alone():
     tensors = [torch.tensor([5, 6, 7]), torch.tensor([0, 1, 0]), torch.tensor([0, 2, 3], dtype=torch.int32)]
     packed = Packed(*tensors, 2)
