@@ -7,12 +7,14 @@ import platform
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+T = TypeVar("T")
 # What lets cuBLAS be deterministic.
 WORKSPACE, WORKSPACE_SIZES = "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
 
@@ -157,12 +159,12 @@ def _transfer_as_one(tensors: Sequence[torch.Tensor], device: torch.device, *, p
     return parts(host.to(device, non_blocking=True))
 
 
-def fetched(tensors: Iterable[torch.Tensor]) -> Iterator[np.ndarray]:
-    """The tensors as arrays, each after the next one has been computed, or started on a GPU: so the CPU prepares that
-    while the GPU works, and never waits for more than the tensor itself."""
+def fetched(compute: Callable[[T], torch.Tensor], items: Iterable[T]) -> Iterator[np.ndarray]:
+    """compute(item) as an array, for each item, after the next one has been computed, or started on a GPU: so the CPU
+    prepares that while the GPU works, and never waits for more than the tensor itself."""
     before = None
-    for tensor in tensors:
-        after = _start_fetching(tensor)
+    for item in items:
+        after = _start_fetching(compute(item))
         if before is not None:
             yield before().numpy()
         before = after

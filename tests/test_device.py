@@ -279,13 +279,12 @@ def test_only_what_goes_from_the_cpu_to_cuda_travels_as_one(monkeypatch):
 def test_fetched_is_one_late(count):
     made = []
 
-    def tensors():
-        for i in range(count):
-            made.append(i)
-            yield torch.full((2,), i)
+    def make(i):
+        made.append(i)
+        return torch.full((2,), i)
 
     found = []
-    for array in devices.fetched(tensors()):
+    for array in devices.fetched(make, range(count)):
         found.append(array.tolist())
         assert len(made) == min(count, len(found) + 1)
     assert found == [[i, i] for i in range(count)]
@@ -303,7 +302,7 @@ def test_tensors_travel_to_cuda_and_back():
     for ours, theirs in zip(moved, tensors, strict=True):
         assert ours.device.type == "cuda"
         assert torch.equal(ours.cpu(), theirs)
-    for ours, theirs in zip(devices.fetched(moved), tensors, strict=True):
+    for ours, theirs in zip(devices.fetched(torch.clone, moved), tensors, strict=True):
         assert ours.tolist() == theirs.tolist()
 
 

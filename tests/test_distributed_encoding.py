@@ -35,13 +35,13 @@ TEXTS = list(make_dataset(2, 40).corpus.values())
 
 def counted(embedder: Embedder) -> list[int]:
     """Grows by the number of texts of each batch that this process encodes."""
-    found, embedded = [], embedder._embedded
+    found, vectors_of = [], embedder.vectors_of
 
     def counting(batch):
         found.append(len(batch[0]))
-        return embedded(batch)
+        return vectors_of(batch)
 
-    embedder._embedded = counting
+    embedder.vectors_of = counting
     return found
 
 
@@ -73,7 +73,7 @@ def encode_on_each(base: Path, store: Path):
     embedder = make_embedder(base)
     batches = counted(embedder)
     found = encoding_together(embedder, lambda: encode_everything(embedder, store) if rank() == 0 else 1 / 0)
-    assert embedder.map_batches is map
+    assert embedder.map_batches is devices.fetched
     assert not any(part.training for part in embedder.modules())
     return found, batches
 
@@ -226,7 +226,7 @@ def write_texts(folder: Path) -> list[str]:
 
 def die_in_the_third_slice(folder: Path) -> None:
     """Both ranks at once, so that neither sees the other leave."""
-    calls, embedded = itertools.count(), Embedder._embedded
+    calls, vectors_of = itertools.count(), Embedder.vectors_of
 
     def dying(self, batch):
         if next(calls) == 2:
@@ -234,9 +234,9 @@ def die_in_the_third_slice(folder: Path) -> None:
             while len(list(folder.glob("reached-*"))) < 2:
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
-        return embedded(self, batch)
+        return vectors_of(self, batch)
 
-    Embedder._embedded = dying
+    Embedder.vectors_of = dying
 
 
 def encode_shares(folder: Path, ports: list[int], commands: list[list[str]], dies: bool):

@@ -49,8 +49,9 @@ class Embedder(nn.Module):
 
     `store` and `token_cache` keep vectors and token ids, `adapter` maps the encoder's vectors, `lora` updates layers
     (both are trained too), and `query_side` has encoder, tokenizer, pooling and head for queries, while the Embedder's
-    own are for documents: None unless set. `map_batches`, `map` unless set, calls `vectors_of` for every batch. Unless
-    `autocast` is false, encoders with float32 weights on CUDA infer in bfloat16; vectors and losses stay float32."""
+    own are for documents: None unless set. `map_batches`, `device.fetched` unless set, calls `vectors_of` for every
+    batch. Unless `autocast` is false, encoders with float32 weights on CUDA infer in bfloat16; vectors and losses stay
+    float32."""
 
     def __init__(
         self,
@@ -81,7 +82,7 @@ class Embedder(nn.Module):
         self.lora: nn.Module | None = None
         self.store: Store | None = None
         self.token_cache: TokenCache | None = None
-        self.map_batches: Callable[..., Iterable[np.ndarray]] = map
+        self.map_batches: Callable[..., Iterable[np.ndarray]] = devices.fetched
         self.truncate_dim = None if truncate_dim is None else self._checked_dim(truncate_dim)
         self.max_length = tokenizer.max_length
 
@@ -272,11 +273,7 @@ class Embedder(nn.Module):
                 vectors_ND = np.empty((len(keys), self.base_dim), dtype=np.float32)
                 rows_of = list(rows_by_length(token_ids.lengths(), limit))
                 batches = ((token_ids.take(rows), role, prompt_length) for rows in rows_of)
-                if self.map_batches is map:
-                    found_in_turn = devices.fetched(map(self._embedded, batches))
-                else:
-                    found_in_turn = self.map_batches(self.vectors_of, batches)
-                for rows, found in zip(rows_of, found_in_turn, strict=True):
+                for rows, found in zip(rows_of, self.map_batches(self.vectors_of, batches), strict=True):
                     vectors_ND[rows] = found
                     if len(wrong := np.flatnonzero(~np.isfinite(vectors_ND[rows]).all(axis=1))):
                         row = rows[wrong[0]]
@@ -294,11 +291,8 @@ class Embedder(nn.Module):
         with inference(self), progress_bar(num_texts, f"encode ({role})", unit="text", show=progress) as bar:
             yield vectors, bar
 
-    def vectors_of(self, batch: tuple[TokenIds, str, int | None]) -> np.ndarray:
+    def vectors_of(self, batch: tuple[TokenIds, str, int | None]) -> Tensor:
         """Vectors before the adapter, [B, D] float32, of token ids, a role, and a number of tokens not to pool."""
-        return self._embedded(batch).cpu().numpy()
-
-    def _embedded(self, batch: tuple[TokenIds, str, int | None]) -> Tensor:
         (ids, role, prompt_length), side = batch, self.side(batch[1])
         devices.release_between_batches(self.device)
         return self._finished(side._pooled(side._packed(ids, prompt_length), role, self._lowered(role)), role).float()

@@ -154,7 +154,7 @@ class Scorer(nn.Module):
             for start in range(0, len(pairs), slice_pairs):
                 ids, types = self._tokens(pairs[start : start + slice_pairs])
                 rows_of = list(rows_by_length(ids.lengths(), limit))
-                found = devices.fetched(scored(self._pack(ids.take(rows), types.take(rows))) for rows in rows_of)
+                found = devices.fetched(scored, (self._pack(ids.take(rows), types.take(rows)) for rows in rows_of))
                 for rows, found_P in zip(rows_of, found, strict=True):
                     if len(wrong := np.flatnonzero(~np.isfinite(found_P))):
                         text = pairs[start + rows[wrong[0]]][0]

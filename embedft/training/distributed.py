@@ -200,14 +200,14 @@ def encoding_together(embedder: nn.Module, compute: Callable[[], T]) -> T:
         try:
             return compute()
         finally:
-            embedder.map_batches = map
+            embedder.map_batches = devices.fetched
             dist.scatter_object_list([None], [None] * size, src=0)  # the others leave their loop
 
     return from_first(spreading)
 
 
 def _spread(function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
-    """`map(function, items)` on rank 0, with the help of the others, which are in `_encode_for_first`."""
+    """`device.fetched` on rank 0, with the help of the others, which are in `_encode_for_first`."""
     size, items = rank_and_size()[1], iter(items)
     while some := list(itertools.islice(items, size * BATCHES_AT_ONCE)):
         own: list[Any] = [None]
@@ -228,12 +228,12 @@ def _encode_for_first(function: Callable[[Any], Any]) -> None:
 
 
 def _gathered(function: Callable[[Any], Any], own: list[Any]) -> list[list[Any]]:
-    """On rank 0, function(item) of all ranks' own items, by rank. A rank that fails tells rank 0."""
+    """On rank 0, the arrays of all ranks' own items, by rank. A rank that fails tells rank 0."""
     rank, size = rank_and_size()
     found: list[Any] = [None] * size
     told: list[Any] | str = "interrupted"
     try:
-        told = [function(item) for item in own]
+        told = list(devices.fetched(function, own))
     except Exception as error:
         told = str(error) or type(error).__name__
         raise
