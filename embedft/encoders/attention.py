@@ -25,12 +25,12 @@ from .packing import Packed
 Window = tuple[int | None, int | None]
 FULL: Window = (None, None)
 CAUSAL: Window = (None, 0)
-# Tokens of the longest sequence whose attention weights are computed as a matrix, where that is faster.
-MAX_MATRIX = 512
-# Without a gradient, as many times a head's width. 12 heads of 32: 9.0 ms instead of the kernel's 11.0 for texts of 48
-# tokens, 11.8 instead of 15.0 for 96, but 25.7 instead of 18.4 for 128; 12 heads of 64: 29.8 instead of 44.9 for 200
-# (4,096 tokens, CPU time on a busy core of an EPYC of family 25, torch 2.13.0, 2026-11-30).
-MAX_MATRIX_WIDTHS = 3
+# Where the kernel is slow (`device.has_slow_attention`), sequences of at most so many tokens have the matrix of their
+# attention weights computed; without a gradient, of at most so many times a head's width, too. 12 heads of 32: 9.0 ms
+# instead of the kernel's 11.0 for texts of 48 tokens, 11.8 instead of 15.0 for 96, but 25.7 instead of 18.4 for 128;
+# 12 heads of 64: 29.8 instead of 44.9 for 200 (4,096 tokens, CPU time on a busy core of an EPYC of family 25, torch
+# 2.13.0, 2026-11-30).
+MAX_MATRIX, MAX_MATRIX_WIDTHS = 512, 3
 PACKED_WIDTHS = range(8, 257, 8)  # of a head; TinyBERT's is 26
 MIN_BLOCK = 64  # tokens; smaller blocks spend more on their borders than they save
 
