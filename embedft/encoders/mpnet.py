@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from .attention import Sequences
 from .packing import Packed
-from .post_norm import UNUSED, Embeddings, check_settings, make_layers, positions_behind_padding, run_layers
-from .schema import Layers, Size
+from .post_norm import UNUSED, Embeddings, PostNormConfig, make_layers, positions_behind_padding, run_layers
 from .weights import Keys, layer_keys
 
 # Tensors of checkpoints that the encoder does not use; they are kept and saved again.
@@ -25,22 +24,13 @@ NUM_BUCKETS = 2 * (len(BUCKET_STARTS) + 1)
 
 
 @dataclass(frozen=True)
-class MPNetConfig:
+class MPNetConfig(PostNormConfig):
     """The fields of config.json that the encoder uses."""
 
-    vocab_size: Size
-    hidden_size: Size
-    num_hidden_layers: Layers
-    num_attention_heads: int
-    intermediate_size: Size
-    max_position_embeddings: Size
-    hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-12
-    hidden_dropout_prob: float = 0.1
     relative_attention_num_buckets: int = NUM_BUCKETS
 
     def __post_init__(self):
-        check_settings(self)
+        super().__post_init__()
         if (found := self.relative_attention_num_buckets) != NUM_BUCKETS:
             raise ValueError(f"relative_attention_num_buckets is {str(found)[:60]}, expected {NUM_BUCKETS}")
 

@@ -129,30 +129,40 @@ class RotaryLayer(nn.Module):
 
 
 @dataclass(frozen=True)
-class RotaryConfig:
-    """The fields of config.json that NomicBERT and GTE have in common."""
+class PostNormConfig:
+    """The fields of config.json that all of these families have, DistilBERT under other names."""
 
     vocab_size: Size
     hidden_size: Size
     num_hidden_layers: Layers
     num_attention_heads: int
     intermediate_size: Size
-    max_position_embeddings: int  # no table has as many rows
-    type_vocab_size: Rows = 2
+    max_position_embeddings: Size
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-12
     hidden_dropout_prob: float = 0.1
-    rope_theta: float = 10_000.0
-    rope_parameters: dict | None = None
 
     def __post_init__(self):
         check_settings(self)
-        check_heads(self)
-        rope_settings(self)
 
     @property
     def max_length(self) -> int:
         return self.max_position_embeddings
+
+
+@dataclass(frozen=True)
+class RotaryConfig(PostNormConfig):
+    """The fields of config.json that NomicBERT and GTE have in common."""
+
+    max_position_embeddings: int  # no table has as many rows
+    type_vocab_size: Rows = 2
+    rope_theta: float = 10_000.0
+    rope_parameters: dict | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_heads(self)
+        rope_settings(self)
 
 
 class RotaryEncoder(nn.Module):
@@ -193,32 +203,19 @@ def check_settings(config: object, **names: str) -> None:
 
 
 @dataclass(frozen=True)
-class BertLikeConfig:
+class BertLikeConfig(PostNormConfig):
     """The fields of config.json that BERT, RoBERTa and ELECTRA have in common."""
 
-    vocab_size: Size
-    hidden_size: Size
-    num_hidden_layers: Layers
-    num_attention_heads: int
-    intermediate_size: Size
-    max_position_embeddings: Size
     type_vocab_size: Size = 2
-    hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-12
-    hidden_dropout_prob: float = 0.1
     position_embedding_type: str = "absolute"
     is_decoder: bool = False
 
     def __post_init__(self):
-        check_settings(self)
+        super().__post_init__()
         if self.position_embedding_type != "absolute":
             raise ValueError(f"position_embedding_type is {self.position_embedding_type[:60]!r}, expected 'absolute'")
         if self.is_decoder:
             raise ValueError("is_decoder is true, but attention here is bidirectional")
-
-    @property
-    def max_length(self) -> int:
-        return self.max_position_embeddings
 
 
 class BertLike(nn.Module):
