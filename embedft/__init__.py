@@ -21,8 +21,8 @@ _NAMES = {
     "encoders.scoring": "Scorer load_scorer new_scorer",
     "losses.registry": "LOSSES build_loss",
     "losses.targets": "Targets",
-    "recipe": "FinetuneConfig finetune",
-    "recipe_scorer": "finetune_scorer",
+    "recipe.finetune": "finetune",
+    "recipe.scorer": "finetune_scorer",
     "retrieval.bm25": "bm25_run",
     "retrieval.evaluate": "evaluate evaluate_grid evaluate_run",
     "retrieval.fusion": "fuse",
@@ -31,7 +31,8 @@ _NAMES = {
     "retrieval.rerank": "rerank with_scores",
     "retrieval.run": "Run",
     "retrieval.search": "Searcher search",
-    "training.fit_adapter": "AdapterConfig fit_adapter",
+    "training.configs": "AdapterConfig FinetuneConfig",
+    "training.fit_adapter": "fit_adapter",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = sorted(_MODULES)

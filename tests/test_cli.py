@@ -465,7 +465,9 @@ def test_an_interrupted_run_says_how_it_goes_on(place, capsys, monkeypatch, when
 
     command = ["finetune", "model", "pairs.jsonl", "--epochs", "1", "--out", "run"]
     with monkeypatch.context() as patch:
-        patch.setattr("embedft.recipe.train" if when == "train" else f"embedft.commands.finetune.{when}", interrupted)
+        patch.setattr(
+            "embedft.recipe.finetune.train" if when == "train" else f"embedft.commands.finetune.{when}", interrupted
+        )
         assert main(command) == 130
     error = capsys.readouterr().err
     assert error.count("\n") == 1

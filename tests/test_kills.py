@@ -31,7 +31,7 @@ pytestmark = pytest.mark.slow
 NURSERY = """
     import json, os, signal, sys, traceback
     os.environ.update(EMBEDFT_PROGRESS="0", OPENAI_API_KEY="x")
-    import conftest, embedft.cli, embedft.recipe, faiss, openai, safetensors.torch, tokenizers, torch._dynamo
+    import conftest, embedft.cli, embedft.recipe.finetune, faiss, openai, safetensors.torch, tokenizers, torch._dynamo
     torch.set_num_threads(1)
     CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
 

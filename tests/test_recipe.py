@@ -1,4 +1,4 @@
-"""recipe.py: what `finetune` leaves on disk and in memory, what it refuses before any work, and resuming."""
+"""recipe/: what `finetune` leaves on disk and in memory, what it refuses before any work, and resuming."""
 
 import json
 import secrets
@@ -15,7 +15,7 @@ from ranks import run_ranks
 from tiny import MEASURED, make_dataset, make_embedder
 from torch import nn
 
-from embedft import LOSSES, FinetuneConfig, Report, RetrievalDataset, evaluate, finetune, load_embedder, recipe
+from embedft import LOSSES, FinetuneConfig, Report, RetrievalDataset, evaluate, finetune, load_embedder
 from embedft.data.batches import make_batches
 from embedft.data.mixture import join_datasets, make_mixture
 from embedft.encoders.adapter import Adapter
@@ -23,6 +23,8 @@ from embedft.encoders.maps import LinearMap
 from embedft.files import read_json, read_jsonl, sha256_file
 from embedft.losses.contrastive import in_batch_negatives
 from embedft.losses.registry import build_loss
+from embedft.recipe import finetune as finetuning
+from embedft.recipe import inputs, job
 from embedft.training import run_folder
 from embedft.training import train as train_module
 from embedft.training.references import FrozenEmbeddings
@@ -253,8 +255,8 @@ def test_a_loss_begins_as_the_seed_says(tmp_path, monkeypatch):
 def refused(tmp_path, monkeypatch, *facts: object, dataset=None, config=CONFIG, out: Path | None = None, **options):
     embedder = make_embedder(tmp_path / "base")
     before, existing = weights_of(embedder), tree(tmp_path)
-    for name in ("train", "evaluate_embedder"):
-        monkeypatch.setattr(recipe, name, lambda *_, **__: pytest.fail("work has begun"))
+    for module, name in ((finetuning, "train"), (job, "evaluate")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("work has begun"))
     with pytest.raises(ValueError, match=naming(*facts)):
         finetune(embedder, dataset or make_dataset(), config, out=out or tmp_path / "run", **options)
     assert same(weights_of(embedder), before)
@@ -384,11 +386,11 @@ def interrupt(patch, module, name: str, call: int) -> None:
 
 
 PLACES = {
-    "validation of the base": (recipe, "evaluate_embedder", 1),
+    "validation of the base": (job, "evaluate", 1),
     "before the first checkpoint": (train_module, "backward", 2),
     "between two checkpoints": (train_module, "backward", 6),
     "saving a checkpoint": (train_module, "save_checkpoint", 2),
-    "last validation": (recipe, "evaluate_embedder", 4),
+    "last validation": (job, "evaluate", 4),
     "closing": (run_folder, "close_run", 1),
 }
 
@@ -514,7 +516,7 @@ def test_the_settings_of_batches_reach_them(tmp_path, monkeypatch):
         seen.update(options)
         return make_batches(*arguments, **options)
 
-    monkeypatch.setattr("embedft.recipe.make_batches", spied)
+    monkeypatch.setattr("embedft.recipe.inputs.make_batches", spied)
     given = {"batch_tokens": 60, "examples": "queries", "no_duplicates": True, "num_negatives": 1}
     given |= {"passages": [8, 4], "windows_per_document": 2}
     dataset = make_dataset(num_queries=8, negatives=1)
@@ -707,13 +709,13 @@ MINED = replace(CONFIG, epochs=4, lr=1e-2, num_negatives=2, mine_every=2, mine_r
 def test_negatives_are_mined_by_the_model_as_it_is(tmp_path, monkeypatch, several):
     """Before the first epoch and the third, with the settings given, and trained on; resumed to the same bits."""
     data = {"a": make_dataset(), "b": make_dataset(seed=1)} if several else make_dataset(negatives=2)
-    mined, real = [], recipe.mine
+    mined, real = [], inputs.mine
 
     def spy(embedder, dataset, **options):
         mined.append((embedder.sha256(), options, real(embedder, dataset, **options)))
         return mined[-1][2]
 
-    monkeypatch.setattr(recipe, "mine", spy)
+    monkeypatch.setattr(inputs, "mine", spy)
 
     def run(name: str, **options):
         embedder = make_embedder(tmp_path / "base")
@@ -739,10 +741,10 @@ def test_negatives_are_mined_by_the_model_as_it_is(tmp_path, monkeypatch, severa
 
 
 def mine_on_two(base: Path):
-    searches, real = [], recipe.mine
+    searches, real = [], inputs.mine
     embedder = make_embedder(base, dropout=0.0, dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipe, "mine", lambda *a, **k: searches.append(1) or real(*a, **k))
+        patch.setattr(inputs, "mine", lambda *a, **k: searches.append(1) or real(*a, **k))
         finetune(embedder, make_dataset(), replace(MINED, epochs=3))
     return weights_of(embedder), len(searches)
 

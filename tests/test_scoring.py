@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from embedft import FinetuneConfig, Report, RetrievalDataset, Run, build_loss, evaluate_run, load_embedder, mine
 from embedft.data.collate import PairCollate
 from embedft.encoders.scoring import load_scorer, new_scorer
-from embedft.recipe_scorer import finetune_scorer
+from embedft.recipe.scorer import finetune_scorer
 from embedft.retrieval.rerank import rerank, with_scores
 
 PAIRS = [

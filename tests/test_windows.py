@@ -9,11 +9,13 @@ from naming import naming
 from ranks import run_ranks
 from tiny import make_dataset, make_embedder
 
-from embedft import FinetuneConfig, RetrievalDataset, evaluate, finetune, recipe
+from embedft import FinetuneConfig, RetrievalDataset, evaluate, finetune
 from embedft.data.batches import Batches, make_batches
 from embedft.data.mixture import make_mixture
 from embedft.files import read_json, read_jsonl
 from embedft.losses.contrastive import in_batch_negatives
+from embedft.recipe import finetune as finetuning
+from embedft.recipe import inputs
 from embedft.training.cached import cached_backward
 from embedft.training.references import best_windows
 
@@ -264,7 +266,7 @@ def test_resumed_bit_for_bit(tmp_path, monkeypatch, several):
     whole = make_embedder(tmp_path / "base")
     finetune(whole, data, CONFIG, out=tmp_path / "whole")
 
-    made, real = [], recipe.train
+    made, real = [], finetuning.train
 
     def train(embedder, batches, loss, config, **options):
         calls = iter(range(100))
@@ -278,7 +280,7 @@ def test_resumed_bit_for_bit(tmp_path, monkeypatch, several):
         assert batches.collate.best_windows.keys() == batches.collate.dataset.queries.keys()
         return real(embedder, batches, stopped, config, **options)
 
-    monkeypatch.setattr(recipe, "train", train)
+    monkeypatch.setattr(finetuning, "train", train)
     with pytest.raises(KeyboardInterrupt):
         finetune(make_embedder(tmp_path / "base"), data, CONFIG, out=tmp_path / "run")
     resumed = make_embedder(tmp_path / "base")
@@ -299,13 +301,13 @@ def vague_dataset(num_documents: int = 6) -> RetrievalDataset:
 
 def spied(monkeypatch):
     """What every search for the best windows found, and by which weights."""
-    found, real = [], recipe.best_windows
+    found, real = [], inputs.best_windows
 
     def search(embedder, batches):
         found.append((real(embedder, batches), weights_of(embedder)))
         return found[-1][0]
 
-    monkeypatch.setattr(recipe, "best_windows", search)
+    monkeypatch.setattr(inputs, "best_windows", search)
     return found
 
 
@@ -332,7 +334,7 @@ def test_best_windows_follow_the_model(tmp_path, monkeypatch):
 def test_a_batch_takes_the_windows_of_the_last_refresh(tmp_path, monkeypatch, several):
     """With one window per document, the tokens and loss of the second epoch equal those of a hand-written loop."""
     data = {name: vague_dataset(3) for name in ("one", "two")} if several else vague_dataset()
-    config, taken, real = replace(REFRESHED, windows_per_document=1), [], recipe.train
+    config, taken, real = replace(REFRESHED, windows_per_document=1), [], finetuning.train
     found = spied(monkeypatch)
 
     epoch = Batches.epoch
@@ -346,7 +348,7 @@ def test_a_batch_takes_the_windows_of_the_last_refresh(tmp_path, monkeypatch, se
         monkeypatch.setattr(Batches, "epoch", kept)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(recipe, "train", train)
+    monkeypatch.setattr(finetuning, "train", train)
     embedder = make_embedder(tmp_path / "base")
     finetune(embedder, data, config)
     assert [number for number, _ in taken] == sorted([0, 1, 2] * (len(taken) // 3))
@@ -367,7 +369,7 @@ def test_resumed_with_refreshed_windows(tmp_path, monkeypatch, several, call):
     data = {name: vague_dataset(3) for name in ("one", "two")} if several else vague_dataset()
     whole = make_embedder(tmp_path / "base")
     finetune(whole, data, REFRESHED, out=tmp_path / "whole")
-    real = recipe.train
+    real = finetuning.train
 
     def train(embedder, batches, loss, config, **options):
         calls = iter(range(1, 100))
@@ -380,7 +382,7 @@ def test_resumed_with_refreshed_windows(tmp_path, monkeypatch, several, call):
         return real(embedder, batches, stopped, config, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(recipe, "train", train)
+        patch.setattr(finetuning, "train", train)
         with pytest.raises(KeyboardInterrupt):
             finetune(make_embedder(tmp_path / "base"), data, REFRESHED, out=tmp_path / "run")
     resumed = make_embedder(tmp_path / "base")
@@ -394,9 +396,9 @@ def test_resumed_with_refreshed_windows(tmp_path, monkeypatch, several, call):
 def finetuned_windows(folder):
     """The losses of a run with refreshed windows, in float64 and without dropout; how often this rank searched."""
     embedder = make_embedder(folder / "base", dropout=0.0, dtype=torch.float64)
-    searches, real = [], recipe.best_windows
+    searches, real = [], inputs.best_windows
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipe, "best_windows", lambda *arguments: searches.append(1) or real(*arguments))
+        patch.setattr(inputs, "best_windows", lambda *arguments: searches.append(1) or real(*arguments))
         state_before = weights_of(embedder)
         finetune(embedder, vague_dataset(), REFRESHED)
     assert any(not torch.equal(tensor, state_before[name]) for name, tensor in embedder.state_dict().items())

@@ -18,8 +18,9 @@ from ..device import allow_deterministic
 from ..encoders.loading import API_PREFIX
 from ..files import read_jsonl
 from ..losses.registry import describe_losses
-from ..recipe import VALIDATION, VALIDATION_BASE, FinetuneConfig
+from ..recipe.job import VALIDATION, VALIDATION_BASE
 from ..training import distributed, run_folder
+from ..training.configs import FinetuneConfig
 from .options import DATASETS, Data, Model, load_data, load_model, load_training_data, summary
 
 

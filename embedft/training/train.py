@@ -3,7 +3,7 @@
     state = train(embedder, batches, in_batch_negatives, TrainConfig(epochs=2, lr=2e-5), out=Path("runs/first"))
 
 `train` is the loop, `training_step` one step, `backward` the forward and backward pass of one batch; nothing else
-changes the weights. Whatever they need is passed in; recipe.py builds it from settings.
+changes the weights. Whatever they need is passed in; recipe/ builds it from settings.
 
 Shapes: B queries, M documents, D dimensions.
 """

@@ -10,20 +10,21 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from .data.batches import make_batches
-from .data.collate import PairCollate
-from .data.dataset import RetrievalDataset
-from .encoders.card import add_results
-from .encoders.scoring import Scorer
-from .losses.registry import Loss, build_loss
-from .recipe import VALIDATION, VALIDATION_BASE, finetune
-from .retrieval.evaluate import evaluate_run
-from .retrieval.report import Report
-from .retrieval.rerank import rerank
-from .retrieval.run import Run
-from .retrieval.tables import format_change
-from .training import distributed, run_folder
-from .training.configs import FinetuneConfig
+from ..data.batches import make_batches
+from ..data.collate import PairCollate
+from ..data.dataset import RetrievalDataset
+from ..encoders.card import add_results
+from ..encoders.scoring import Scorer
+from ..losses.registry import Loss, build_loss
+from ..retrieval.evaluate import evaluate_run
+from ..retrieval.report import Report
+from ..retrieval.rerank import rerank
+from ..retrieval.run import Run
+from ..retrieval.tables import format_change
+from ..training import distributed, run_folder
+from ..training.configs import FinetuneConfig
+from .finetune import finetune
+from .job import VALIDATION, VALIDATION_BASE
 
 LISTED = ("listwise_cross_entropy", "binary_cross_entropy", "margin_mse", "listwise_kl")
 DEFAULT_LOSS = MappingProxyType({"name": LISTED[0]})

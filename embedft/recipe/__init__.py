@@ -1,0 +1,1 @@
+"""Puts training and retrieval together."""

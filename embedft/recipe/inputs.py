@@ -1,0 +1,101 @@
+"""What a run trains on and compares with: batches, mined negatives, best windows, references."""
+
+import copy
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data.batches import Batches, make_batches
+from ..data.dataset import RetrievalDataset
+from ..data.mixture import make_mixture
+from ..encoders.embedder import Embedder
+from ..encoders.loading import load_embedder
+from ..losses.registry import LOSSES, loss_options
+from ..retrieval.mining import mine
+from ..training import distributed
+from ..training.configs import MINING, FinetuneConfig
+from ..training.references import FrozenEmbeddings, Reference, best_windows, targets_with
+from ..training.train import BatchSource
+from .job import Job
+
+BATCHING = ("batch_size", "batch_tokens", "num_negatives", "examples", "target_scores", "no_duplicates")
+
+
+def renewed(job: Job, batches: BatchSource | None) -> BatchSource:
+    """The batches, with negatives and windows found by the current model; rank 0 searches, all ranks encode."""
+    embedder, config = job.embedder, job.config
+    if config.mine_every is not None:
+        batches = batches_of(embedder, _mined(job), config)
+    if config.passages is not None and "batches" not in job.given:
+        found = distributed.encoding_together(embedder, lambda: best_windows(embedder, batches))
+        batches = replace(batches, collate=replace(batches.collate, best_windows=found))
+    return batches
+
+
+def _mined(job: Job) -> dict[str, RetrievalDataset]:
+    names = (*MINING, "num_negatives", "seed", "passages")
+    options = {"replace": True} | {name.removeprefix("mine_"): getattr(job.config, name) for name in names}
+
+    def find() -> dict[str, dict[str, list[str]]]:
+        found = {name: mine(job.embedder, part, **options).negatives for name, part in job.datasets.items()}
+        if not any(found.values()):
+            raise ValueError("mining found no hard negatives: mine_ranks or the margins rule out every document")
+        return found
+
+    found = distributed.encoding_together(job.embedder, find)
+    return {name: replace(part, negatives=found[name]) for name, part in job.datasets.items()}
+
+
+def batches_of(embedder: Embedder, datasets: Mapping[str, RetrievalDataset], config: FinetuneConfig) -> Batches:
+    """Batches of one dataset, or of several as `config.sampling` says."""
+    options = {name: getattr(config, name) for name in (*BATCHING, "windows_per_document", "passages", "seed")}
+    options["batch_size"] = None if config.batch_tokens else config.batch_size
+    if config.mine_every is not None:  # mining may find fewer
+        most = max(len(ids) for part in datasets.values() for ids in part.negatives.values())
+        options["num_negatives"] = min(config.num_negatives, most)
+    if "" in datasets:
+        config.check_unused(("sampling", "mixed"), "there is only one dataset")
+        return make_batches(datasets[""], embedder.pack, **options)
+    sampling = {"sampling": config.sampling, "temperature": config.sampling_temperature, "mixed": config.mixed}
+    return make_mixture(datasets, embedder.pack, **sampling, **options)
+
+
+def lacks_similarity(spec: Any) -> bool:
+    """Whether a loss, or one inside it, has an option `similarity` that is not set."""
+    if isinstance(spec, list):
+        return any(map(lacks_similarity, spec))
+    if not isinstance(spec, dict):
+        return False
+    takes = "name" in spec and "similarity" in loss_options(LOSSES[spec["name"]])
+    return (takes and "similarity" not in spec) or any(map(lacks_similarity, spec.values()))
+
+
+def frozen_references(job: Job, dataset: RetrievalDataset) -> dict[str, Reference]:
+    """Every reference as a function of the batch; adds the hashes of models to `job.hashes`."""
+    if twice := job.config.references.keys() & job.references.keys():
+        raise ValueError(f"reference {min(twice)!r} is given twice: in config.references and in references")
+    found = dict(job.references)
+    for name, model in job.config.references.items():
+        found[name] = job.embedder if model is None else load_embedder(model, device=job.embedder.device)
+    for name, reference in found.items():
+        if isinstance(reference, Embedder):
+            job.hashes[f"reference {name}"] = reference.sha256()
+            # Training changes all dimensions of the embedder, even if `encode` truncates them.
+            dim = job.embedder.full_dim if reference is job.embedder else None
+            found[name] = FrozenEmbeddings(reference, dataset, dim=dim)
+    return found
+
+
+def try_loss(job: Job) -> None:
+    """Runs the loss of the first batch on zeros, to catch a missing reference or score, or a wrong width, early."""
+    batch = next(iter(job.batches.epoch(0)))
+    Q, D = (torch.zeros(part.num_sequences, job.embedder.full_dim) for part in (batch.queries, batch.documents))
+    # A copy in evaluation mode draws no random numbers and counts no calls. Training warns, once.
+    loss = copy.deepcopy(job.loss).cpu().eval() if isinstance(job.loss, nn.Module) else job.loss
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loss(Q.requires_grad_(), D.requires_grad_(), targets_with(job.references, batch))

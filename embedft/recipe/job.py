@@ -1,0 +1,65 @@
+"""What one `finetune` call is about: its arguments, and what is made of them before training."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..data.dataset import RetrievalDataset
+from ..encoders.embedder import Embedder
+from ..losses.registry import Loss
+from ..retrieval.evaluate import evaluate
+from ..retrieval.metrics import select_metrics
+from ..retrieval.report import Report
+from ..training import run_folder
+from ..training.configs import FinetuneConfig
+from ..training.references import Reference
+from ..training.train import BatchSource, Constant
+
+VALIDATION, VALIDATION_BASE = "validation", "validation-base"
+
+
+@dataclass
+class Job:
+    """The arguments of a `finetune` call, and what is derived from them before it trains."""
+
+    embedder: Embedder
+    datasets: Mapping[str, RetrievalDataset]  # {"": dataset} for a single one
+    config: FinetuneConfig
+    given: dict[str, Any]  # the objects passed in, by argument
+    validation: RetrievalDataset | None
+    references: Mapping[str, Embedder | Reference]
+    out: Path | None
+    loss: Loss | None = None
+    batches: BatchSource | None = None
+    frozen: set[str] = field(default_factory=set)  # names of parameters that are not trained
+    constant: dict[str, Constant] = field(default_factory=dict)  # by role: vectors that do not change
+    hashes: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)  # for config.json
+
+    def lacks_base(self) -> bool:
+        """Whether the base model's report has yet to be saved; metrics.json is written last."""
+        is_wanted = self.out is not None and self.validation is not None
+        return is_wanted and not (self.out / run_folder.EVAL / VALIDATION_BASE / "metrics.json").exists()
+
+    def report(self, save_as: str | None = None) -> Report:
+        found = evaluate(self.embedder, self.validation, passages=self.config.passages, **self.measured())
+        if save_as == VALIDATION:
+            name = f"{found.setting.get('model', 'model')} + fine-tuned"
+            found = replace(found, setting=found.setting | {"model": name})
+        if save_as is not None:
+            found.save(self.out / run_folder.EVAL / save_as)
+        return found
+
+    def measured(self) -> dict[str, Any]:
+        """Arguments for `evaluate`: the default metrics plus `select`, and a depth that covers both."""
+        if "evaluate" in self.given:
+            return {}
+        select, k = self.config.select, self.config.select.partition("@")[2]
+        ks = sorted({1, 3, 5, 10, int(k) if k.isdigit() else 10})
+        options = {"ks": ks, "depth": max(100, ks[-1])}
+        try:
+            chosen = select_metrics([select], **options)
+        except ValueError as error:
+            raise ValueError(f"select is {select!r}: {error}") from None
+        return {"metrics": list(dict.fromkeys(select_metrics(**options) + chosen)), "depth": options["depth"]}
