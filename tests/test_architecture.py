@@ -36,7 +36,7 @@ LAYERS = {
     **dict.fromkeys(LEAVES, LEAVES),
 }
 # These join the parts, so they may import any of them; no part imports these.
-TOP = ("__init__", "__main__", "cli", "commands", "recipe")
+TOP = ("__init__", "__main__", "ablation", "cli", "commands", "recipe")
 
 
 class Package(NamedTuple):
@@ -59,6 +59,7 @@ PACKAGES = {
     "pypdf": Package(("corpus.pdf_page",), in_functions=True),
 }
 WITHOUT_TORCH = (
+    "ablation.grid",
     "api.client",
     "api.endpoint",
     "api.sending",

@@ -1,0 +1,1 @@
+"""Runs grids of fine-tuning runs and reports on them."""
