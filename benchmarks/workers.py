@@ -33,12 +33,19 @@ class Worker:
         self.process = context.Process(target=_serve, args=(theirs, device, make, arguments), daemon=True)
         self.process.start()
         theirs.close()
+        self.name = " ".join([make.__qualname__, *(str(x) for x in arguments[:1] if isinstance(x, str))])
         self.device, self.seconds, self.peak_bytes = device, 0.0, 0
 
     def call(self, method: str | Callable[..., Any], *arguments: Any) -> Any:
-        """Runs a method, or a function of a module, and returns its result; updates `seconds` and `peak_bytes`."""
-        self.connection.send((method, arguments))
-        result, self.seconds, self.peak_bytes = self.connection.recv()
+        """Runs a method, or a function of a module, and returns its result; updates `seconds` and `peak_bytes`.
+        Raises what it raised, or `ChildProcessError` if the process ended."""
+        try:
+            self.connection.send((method, arguments))
+            result, self.seconds, self.peak_bytes = self.connection.recv()
+        except (EOFError, ConnectionError):
+            self.process.join()
+            what, code = getattr(method, "__name__", method), self.process.exitcode
+            raise ChildProcessError(f"the process of {self.name} ended in {what}, exit code {code}") from None
         if isinstance(result, Exception):
             raise result
         return result

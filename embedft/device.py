@@ -279,6 +279,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         "DefaultCPUAllocator: can't allocate memory",
         "DefaultCPUAllocator: not enough memory",
         "MPS backend out of",
+        "CUBLAS_STATUS_ALLOC_FAILED",  # of its workspace, outside of torch's allocator
     )
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
 

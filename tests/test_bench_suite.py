@@ -2,6 +2,8 @@
 
 import json
 import multiprocessing
+import os
+import signal
 import sys
 import threading
 
@@ -12,7 +14,7 @@ from naming import names, naming
 
 from benchmarks import suite
 from benchmarks.suite import Row, flops_of, make_parser, matrix_rate, measure, require_close
-from benchmarks.workers import _serve, synchronize
+from benchmarks.workers import Worker, _serve, synchronize
 from embedft import load_embedder
 from embedft.device import peak_memory_bytes, reset_peak_memory
 
@@ -33,6 +35,14 @@ class Local:
 class Broken:
     def __init__(self):
         raise ValueError("backend onnx is missing")
+
+
+class Killed:
+    def __init__(self, name: object):
+        pass
+
+    def work(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def sleepers(options) -> list[Row]:
@@ -111,6 +121,17 @@ def test_a_contestant_that_does_not_start():
     ours.close()
     thread.join()
     assert names(str(error), "onnx")
+
+
+def test_a_contestant_that_is_killed(monkeypatch):
+    forked = multiprocessing.get_context("fork")  # the usual ones import torch first
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: forked)
+    for worker in (Worker(Killed, "peer 1.0"), Worker(Killed, 1)):
+        name = "Killed peer 1.0" if worker.name.endswith("1.0") else "Killed"
+        for method in ("work", "rest"):  # and once it is dead
+            with pytest.raises(ChildProcessError, match=naming(name, method, -9)):
+                worker.call(method)
+        worker.close()
 
 
 def test_equal_outputs():

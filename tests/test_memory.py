@@ -212,7 +212,11 @@ def test_what_the_allocator_says_is_out_of_memory():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.uint8)
     assert devices.is_out_of_memory(caught.value)
-    for text in ("DefaultCPUAllocator: not enough memory: you tried to", "MPS backend out of memory (MPS allocated: 1"):
+    for text in (
+        "DefaultCPUAllocator: not enough memory: you tried to",
+        "MPS backend out of memory (MPS allocated: 1",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ):
         assert devices.is_out_of_memory(RuntimeError(text))
     assert not devices.is_out_of_memory(RuntimeError("shape"))
 

@@ -55,6 +55,16 @@ def test_scores_are_sentence_transformers(folder):
     assert found.std() > 0.05
 
 
+@pytest.mark.parametrize("dtype", ["int8", "auto", torch.int8])
+def test_dtypes_without_a_scorer(folder, dtype):
+    with pytest.raises(ValueError, match=naming("dtype", str(dtype).removeprefix("torch."), "bfloat16")):
+        load_scorer(folder, device="cpu", dtype=dtype)
+
+
+def test_a_dtype_by_its_name(folder):
+    assert load_scorer(folder, device="cpu", dtype="bfloat16").head.out.weight.dtype is torch.bfloat16
+
+
 @pytest.mark.parametrize(
     "changes",
     [

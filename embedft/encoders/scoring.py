@@ -28,6 +28,7 @@ from ..progress import progress_bar
 from .adapter import check_role, fill
 from .card import write_card
 from .classifier import FIELDS, LAYOUTS, Head, build_head, classifier_name, find_layout
+from .dtypes import find_dtype
 from .embedder import Embedder
 from .fingerprint import fingerprint
 from .folder import Source, encoder_parts, read_config, read_tokenizer
@@ -196,13 +197,16 @@ def load_scorer(
     name: str | Path,
     *,
     device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     max_length: int | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
 ) -> Scorer:
-    """A Scorer from a cross-encoder's folder or its name on the hub; arguments as for `load_embedder`.
-    Raises `ValueError` for a model without a head of one label, or of a family without a layout."""
+    """A Scorer from a cross-encoder's folder or its name on the hub; arguments as for `load_embedder`, but no dtype
+    "int8" or "auto". Raises `ValueError` for a model without a head of one label, or of a family without a layout."""
+    if (kind := find_dtype(dtype)) in ("int8", "auto"):
+        raise ValueError(f"dtype is {kind!r}, which a scorer cannot have: expected float32, bfloat16 or float16")
+    dtype = getattr(torch, kind)
     folder = find_folder(str(name), revision=revision, allow_pickle=allow_pickle)
     family, config, values = read_config(folder)
     path = folder / CONFIG_FILE
