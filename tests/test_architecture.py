@@ -64,6 +64,7 @@ WITHOUT_TORCH = (
     "api.endpoint",
     "api.sending",
     "retrieval.metrics",
+    "retrieval.power",
     "retrieval.run",
     "retrieval.significance",
     "retrieval.bm25",

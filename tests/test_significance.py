@@ -10,11 +10,11 @@ from naming import naming
 from embedft.retrieval import significance
 from embedft.retrieval.significance import (
     _t_p_value,
-    _t_quantile,
     holm,
     paired_bootstrap_interval,
     recipe_interval,
     sign_flip_p_value,
+    t_quantile,
 )
 
 
@@ -104,8 +104,8 @@ def test_t_distribution_by_hand():
     assert _t_p_value(1, 1) == pytest.approx(0.5, abs=1e-13)
     assert _t_p_value(-2, 2) == pytest.approx(1 - 2 / math.sqrt(6), abs=1e-13)
     assert (_t_p_value(0, 3), _t_p_value(math.inf, 3)) == (1.0, pytest.approx(0.0, abs=1e-12))
-    assert _t_quantile(0.5, 1) == pytest.approx(1, abs=1e-12)
-    assert _t_quantile(0.95, 2) == pytest.approx(math.sqrt(2 * 0.95**2 / (1 - 0.95**2)), abs=1e-10)  # 4.3027
+    assert t_quantile(0.5, 1) == pytest.approx(1, abs=1e-12)
+    assert t_quantile(0.95, 2) == pytest.approx(math.sqrt(2 * 0.95**2 / (1 - 0.95**2)), abs=1e-10)  # 4.3027
 
 
 def test_t_distribution_equals_scipy():
@@ -115,7 +115,7 @@ def test_t_distribution_equals_scipy():
             assert _t_p_value(t, degrees) == pytest.approx(2 * stats.t.sf(t, degrees), abs=2e-9)
         for confidence in (0.1, 0.95, 0.99):
             expected = stats.t.ppf((1 + confidence) / 2, degrees)
-            assert _t_quantile(confidence, degrees) == pytest.approx(expected, rel=1e-7)
+            assert t_quantile(confidence, degrees) == pytest.approx(expected, rel=1e-7)
 
 
 def test_recipe_by_hand():

@@ -10,8 +10,10 @@ form a cluster, and whole clusters are resampled or flipped.
 Shapes: Q questions, C clusters, S seeds, B random samples of one block.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -64,6 +66,85 @@ def sign_flip_p_value(
     return (1 + hits) / (1 + num_samples)
 
 
+@dataclass(frozen=True)
+class Variance:
+    """What the mean difference of a recipe from a base varies with: seeds, questions, and the two together."""
+
+    mean: float  # over questions, then test sets, then seeds
+    seeds: float  # V_S of `recipe_interval`; 0 for one seed
+    questions: float  # V_C
+    noise: float  # V_SC; 0 for one seed
+    num_seeds: int
+    num_clusters: int  # of all test sets
+    num_queries: int
+    num_sets: int = 1
+
+    @property
+    def total(self) -> float:
+        """V of `recipe_interval`."""
+        return self.seeds + self._more
+
+    @property
+    def _more(self) -> float:
+        return max(self.questions - min(self.noise, self.seeds), 0.0)
+
+    @property
+    def degrees(self) -> float:
+        """Degrees of freedom of `total`, by Satterthwaite."""
+        by_seeds = self.seeds**2 / (self.num_seeds - 1) if self.num_seeds > 1 else 0.0
+        spread = by_seeds + self._more**2 / (self.num_clusters - self.num_sets)
+        return self.total**2 / spread if spread > 0 else float(max(self.num_seeds - 1, 1))
+
+    def at(self, factor: float) -> "Variance":
+        """The same for `factor` times as many questions and clusters: the variance of the seeds themselves stays."""
+        floor = max(self.seeds - self.noise, 0.0)
+        parts = {"seeds": floor + min(self.seeds, self.noise) / factor, "noise": self.noise / factor}
+        counts = {name: getattr(self, name) * factor for name in ("num_clusters", "num_queries")}
+        return dataclasses.replace(self, questions=self.questions / factor, **parts, **counts)
+
+
+def variance_of(*test_sets: tuple[np.ndarray, Clusters]) -> Variance:
+    """The variance of a mean difference, [S, Q] for each test set, with its clusters; formulas: `recipe_interval`.
+    Over several test sets, it is that of the average of their means, whose questions are independent: with T test sets,
+    V_C and V_SC are their sums divided by T^2. One seed is enough here, and then has no variance."""
+    parts = [_variance_of(differences_SQ, clusters) for differences_SQ, clusters in test_sets]
+    number, num_seeds = len(parts), parts[0][0].num_seeds
+    means_S = np.mean([means_S for _, means_S in parts], axis=0)
+    by_seed = float(means_S.var(ddof=1)) / num_seeds if num_seeds > 1 else 0.0
+    totals = {name: sum(getattr(part, name) for part, _ in parts) for name in ("num_clusters", "num_queries")}
+    errors = {name: sum(getattr(part, name) for part, _ in parts) / number**2 for name in ("questions", "noise")}
+    return Variance(float(means_S.mean()), by_seed, num_seeds=num_seeds, num_sets=number, **errors, **totals)
+
+
+def _variance_of(differences_SQ: np.ndarray, clusters: Clusters) -> tuple[Variance, np.ndarray]:
+    """The variance of one test set, and the mean of each seed."""
+    rows, sizes = zip(*(_cluster_sums(row, clusters) for row in differences_SQ), strict=True)
+    sums_SC, sizes_C = np.stack(rows), sizes[0]
+    (num_seeds, num_clusters), num_queries = sums_SC.shape, np.shape(differences_SQ)[1]
+    if num_clusters < 2:
+        raise ValueError("found 1 cluster of questions, expected at least 2")
+    seed_means_S = sums_SC.sum(axis=1) / num_queries
+    mean = float(seed_means_S.mean())
+    centred_SC = sums_SC - sizes_C * mean
+    by_question = num_clusters / (num_clusters - 1) * float((centred_SC.mean(axis=0) ** 2).sum()) / num_queries**2
+    by_seed = by_noise = 0.0
+    if num_seeds > 1:
+        by_seed = float(seed_means_S.var(ddof=1)) / num_seeds
+        noise_SC = sums_SC - sums_SC.mean(axis=0) - sizes_C * (seed_means_S - mean)[:, None]
+        cells = num_seeds * num_clusters / ((num_seeds - 1) * (num_clusters - 1))
+        by_noise = cells * float((noise_SC**2).sum()) / (num_seeds * num_queries) ** 2
+    return Variance(mean, by_seed, by_question, by_noise, num_seeds, num_clusters, num_queries), seed_means_S
+
+
+def t_interval(variance: Variance) -> dict[str, Any]:
+    """The 95% interval, two-sided p_value, question_error and seed_error of `recipe_interval`."""
+    mean, error, degrees = variance.mean, math.sqrt(variance.total), variance.degrees
+    reach = t_quantile(0.95, degrees) * error
+    p_value = _t_p_value(mean / error, degrees) if error > 0 else float(mean == 0)
+    errors = {"question_error": math.sqrt(variance.questions), "seed_error": math.sqrt(variance.seeds)}
+    return {"interval": (mean - reach, mean + reach), "p_value": p_value, **errors}
+
+
 def recipe_interval(differences_SQ: np.ndarray, clusters: Clusters = None) -> dict[str, Any]:
     """95% interval of a training recipe's mean difference from a base, for new seeds and questions; S is at least 2.
 
@@ -87,27 +168,7 @@ def recipe_interval(differences_SQ: np.ndarray, clusters: Clusters = None) -> di
     shape = np.shape(differences_SQ)
     if len(shape) != 2 or shape[0] < 2:
         raise ValueError(f"found differences of shape {shape}, expected a row for each of 2 or more seeds")
-    rows, sizes = zip(*(_cluster_sums(row, clusters) for row in differences_SQ), strict=True)
-    sums_SC, sizes_C = np.stack(rows), sizes[0]
-    (num_seeds, num_clusters), num_queries = sums_SC.shape, shape[1]
-    if num_clusters < 2:
-        raise ValueError("found 1 cluster of questions, expected at least 2")
-    seed_means_S = sums_SC.sum(axis=1) / num_queries
-    mean = float(seed_means_S.mean())
-    by_seed = float(seed_means_S.var(ddof=1)) / num_seeds
-    centred_SC = sums_SC - sizes_C * mean
-    by_question = num_clusters / (num_clusters - 1) * float((centred_SC.mean(axis=0) ** 2).sum()) / num_queries**2
-    noise_SC = sums_SC - sums_SC.mean(axis=0) - sizes_C * (seed_means_S - mean)[:, None]
-    cells = num_seeds * num_clusters / ((num_seeds - 1) * (num_clusters - 1))
-    by_noise = cells * float((noise_SC**2).sum()) / (num_seeds * num_queries) ** 2
-    more = max(by_question - min(by_noise, by_seed), 0.0)
-    error = math.sqrt(by_seed + more)
-    spread = by_seed**2 / (num_seeds - 1) + more**2 / (num_clusters - 1)
-    degrees = (by_seed + more) ** 2 / spread if spread > 0 else float(num_seeds - 1)
-    reach = _t_quantile(0.95, degrees) * error
-    p_value = _t_p_value(mean / error, degrees) if error > 0 else float(mean == 0)
-    errors = {"question_error": math.sqrt(by_question), "seed_error": math.sqrt(by_seed)}
-    return {"interval": (mean - reach, mean + reach), "p_value": p_value, **errors}
+    return t_interval(variance_of((differences_SQ, clusters)))
 
 
 def _t_within(angle: float, degrees: float) -> float:
@@ -122,7 +183,7 @@ def _t_p_value(t: float, degrees: float) -> float:
     return 1 - _t_within(math.atan(abs(t) / math.sqrt(degrees)), degrees)
 
 
-def _t_quantile(confidence: float, degrees: float) -> float:
+def t_quantile(confidence: float, degrees: float) -> float:
     """The t for which P(|T| <= t) = confidence, by bisection over the angle."""
     low, high = 0.0, math.pi / 2
     for _ in range(60):
