@@ -45,6 +45,7 @@ SCRIPTS = {
     "tokenize": Script("base data peer", "--number 300 --rounds 3"),
     "encode": Script("base data device dtype peer", "--number 60 --rounds 3"),
     "train": Script("base data device peer", "--mode matryoshka --rounds 3"),
+    "stages": Script("base dtype", "--rounds 3"),
     "batch": Script("base device peer", "--sizes 32 128 --memory 32 --rounds 3"),
     "adapter": Script("base data device", "--number 30 --rounds 3"),
     "search": Script("base data device", "--documents 20000 --ivf 20000 --hnsw 20000 --queries 1000 --texts 500"),
