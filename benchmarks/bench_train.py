@@ -4,13 +4,15 @@ Ours are steps of `finetune`, with everything that it does between them: tokeniz
 the time is shown. The peer's are steps of its model and loss (LoRA: through PEFT) with the same batches, optimizer,
 clipping and precision, without the overhead of its trainer. Before timing, the losses of the first batch must agree
 (dropout off); then both train with their own default dropout (the peer also drops attention weights, embedft only
-hidden activations).
+hidden activations). The peer `embedft-float32` shows what another --precision gains.
 
     python -m benchmarks.bench_train --rounds 5
+    python -m benchmarks.bench_train --mode plain --precision bfloat16 --peer embedft-float32
     python -m benchmarks.bench_train --mode plain --device cuda --precision bfloat16 --config '{"batch_size": 512}'
 """
 
 import argparse
+import dataclasses
 import json
 import tempfile
 import threading
@@ -59,7 +61,10 @@ class Ours:
 
     def __init__(self, name: str, mode: str, model: str, out: str, options: argparse.Namespace):
         self.embedder = load_embedder(model, max_length=options.max_length, device=options.device)
-        self.dataset, self.config, self.out = load_dataset(mode, options), make_config(mode, model, options), out
+        self.dataset, self.config = load_dataset(mode, options), make_config(mode, model, options)
+        if name == "embedft-float32":
+            self.config = dataclasses.replace(self.config, precision="float32")
+        self.out = f"{out}-{name}"
         self.may, self.did, self.error = threading.Semaphore(0), threading.Semaphore(0), None
         self.records: list[dict[str, Any]] = []
         threading.Thread(target=self._train, daemon=True).start()
@@ -204,7 +209,7 @@ def main(options: argparse.Namespace) -> list[Row]:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = make_parser("train", __doc__, rounds=5, data=DATA, peers=["sentence-transformers"])
+    found = make_parser("train", __doc__, rounds=5, data=DATA, peers=["sentence-transformers", "embedft-float32"])
     found.add_argument("--mode", nargs="+", default=list(MODES), choices=MODES, help="what to train [all]")
     found.add_argument("--precision", default="float32", choices=TOLERANCE, help="of the forward pass [%(default)s]")
     found.add_argument("--config", default="{}", metavar="JSON", help="other settings, as of `embedft finetune`")

@@ -43,11 +43,11 @@ class Script(NamedTuple):
 SCRIPTS = {
     "load": Script("base device peer", "--rounds 3"),
     "tokenize": Script("base data peer", "--number 300 --rounds 3"),
-    "encode": Script("base data device dtype peer", "--number 60 --rounds 3"),
+    "encode": Script("base data device dtype peer", "--number 40 --rounds 3"),
     "train": Script("base data device peer", "--mode matryoshka --rounds 3"),
     "stages": Script("base dtype", "--rounds 3"),
-    "batch": Script("base device peer", "--sizes 32 128 --memory 32 --rounds 3"),
-    "adapter": Script("base data device", "--number 30 --rounds 3"),
+    "batch": Script("base device peer", "--sizes 32 64 --memory 32 --rounds 3"),
+    "adapter": Script("base data device", "--number 20 --rounds 3"),
     "search": Script("base data device", "--documents 20000 --ivf 20000 --hnsw 20000 --queries 1000 --texts 500"),
     "evaluate": Script(
         "base data device",
@@ -57,7 +57,7 @@ SCRIPTS = {
     "chunk": Script("base", "--pages 30 --rounds 3"),
     "questions": Script("", "--chunks 200 --rounds 3"),
     "threads": Script("base data", "--models small --rounds 2"),
-    "scaling": Script("base device dtype", "--small 80000"),
+    "scaling": Script("base device dtype", "--small 40000"),
 }
 
 

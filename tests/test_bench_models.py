@@ -148,6 +148,17 @@ def test_train_lora_without_a_peer(own_data, base):
     assert (row.case, row.peer) == ("lora, 4 steps", None)
 
 
+def test_train_in_another_precision(own_data, base):
+    given = ("--base", base, "--data", str(own_data), "--rounds", "1", "--mode", "plain", "--precision", "bfloat16")
+    options = options_of(bench_train, *given, "--peer", "embedft-float32")
+    (row,) = bench_train.main(options)
+    assert row.peer.startswith("embedft-float32 ")
+    assert row.largest_difference == 0  # first losses, in float32
+    made = [bench_train.Ours(name, "plain", base, "x", options) for name in ("embedft", "embedft-float32")]
+    assert [it.config.precision for it in made] == ["bfloat16", "float32"]
+    assert len({it.out for it in made}) == 2
+
+
 def test_train_reports_what_failed(own_data, base):
     given = ("--base", base, "--data", str(own_data), "--mode", "plain", "--config", '{"lr_parts": {"layers.9": 1.0}}')
     with pytest.raises(ValueError, match=naming("layers.9")):
