@@ -31,6 +31,8 @@ _NAMES = {
     "retrieval.rerank": "rerank with_scores",
     "retrieval.run": "Run",
     "retrieval.search": "Searcher search",
+    "retrieval.taught": "teach",
+    "retrieval.teacher": "Teacher load_teacher",
     "training.configs": "AdapterConfig FinetuneConfig",
     "training.fit_adapter": "fit_adapter",
 }

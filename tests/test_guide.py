@@ -1,5 +1,5 @@
 """embedft/README.md as written: applies each "Add ..." section to a copy of the project and runs its commands. So for
-the section of README.md on cross-encoders.
+the sections of README.md on cross-encoders and on teachers.
 
 The first line of a python block says where it goes: `# FILE` (a new file, or the end of one), `# FILE, imports`,
 `# FILE, in TABLE` (an entry of that dict) or `# FILE, before TABLE`.
@@ -90,6 +90,17 @@ def test_cross_encoders(copy):
     assert MODEL in section
     assert SCORER in section
     follow(section.replace(MODEL, "model").replace(SCORER, "scorer"), copy)
+
+
+@pytest.mark.slow
+def test_teachers(copy):
+    make_embedder(copy / "teacher")
+    (copy / "texts.txt").write_text("".join(f"{text}\n" for text in make_dataset().corpus.values()))
+    write_data(copy, 12, 12)
+    (section,) = re.findall(r"^## Teachers\n(.*?)(?=^## )", README, flags=re.DOTALL | re.MULTILINE)
+    assert section.count(MODEL) == 5
+    follow(section.replace(MODEL, "model").replace("sentence-transformers/all-mpnet-base-v2", "teacher"), copy)
+    assert len(list((copy / "vectors" / "lists").glob("*.jsonl"))) == 2
 
 
 def follow(section: str, root: Path) -> None:

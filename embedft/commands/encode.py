@@ -16,8 +16,8 @@ import numpy as np
 import embedft
 
 from ..config import REQUIRED, option
-from ..files import atomic_write, read_jsonl, read_lines
-from .options import Encoder, check_output, load_encoder, print_costs
+from ..files import atomic_write
+from .options import Encoder, check_output, load_encoder, print_costs, read_texts
 
 SLICE_TEXTS = 16_384  # per call, when vectors go only to the store
 
@@ -75,17 +75,11 @@ def run(options: Options) -> None:
 def _read(path: str, number: int, num_shares: int) -> list[str]:
     """The texts of a file, or one of `num_shares` shares of them. Equal texts are in one share, so none is encoded
     twice, and a text stays in its share if others are added."""
-    if path.endswith(".jsonl"):
-        found = ((n, x.get("text") if isinstance(x, dict) else x) for n, x in read_jsonl(path))
-    else:
-        found = enumerate((line.rstrip("\r\n") for line in read_lines(path)), start=1)
-    texts = []
-    for line, text in found:
-        if not isinstance(text, str):
-            raise ValueError(f"{path} line {line}: expected a string, or an object with a string `text`")
-        if zlib.crc32(text.encode("utf-8", "surrogatepass")) % num_shares == number - 1:
-            texts.append(text)
-    return texts
+    return [
+        text
+        for _, text in read_texts(path)
+        if zlib.crc32(text.encode("utf-8", "surrogatepass")) % num_shares == number - 1
+    ]
 
 
 def _fill(options: Options, embedder: "embedft.Embedder", texts: list[str]) -> None:

@@ -21,7 +21,7 @@ from ..losses.registry import describe_losses
 from ..recipe.job import VALIDATION, VALIDATION_BASE
 from ..training import distributed, run_folder
 from ..training.configs import FinetuneConfig
-from .options import DATASETS, Data, Model, load_data, load_model, load_training_data, summary
+from .options import DATASETS, Data, Model, load_data, load_model, load_texts, load_training_data, summary
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Options(FinetuneConfig, Model, Data):
     validation: str | None = option(None, "held-out questions that choose the best weights", metavar="DATA")
     validation_split: str | None = option(None, "split of a BEIR folder [test, or the only one]")
     store: str | None = option(
-        None, "keep vectors of MODEL itself here: documents', with --lora.side query", metavar="DIR"
+        None, "keep vectors of MODEL itself and of teachers here, and the teachers' lists", metavar="DIR"
     )
     merge: bool = option(True, "treat validation documents of equal text as one")
     overwrite: bool = option(False, "replace the run in DIR; until it is done, the old one is in DIR/.replaced")
@@ -47,7 +47,10 @@ class Options(FinetuneConfig, Model, Data):
 CHOICES = """--examples: a row of a batch is
   pairs: a question and one of its answers, for each answer
   queries: a question and all its answers
+  lists: the same, also for questions without an answer, with hard negatives alone
   scored: a question and one of the documents that the data scores for it, for each
+  texts: a question and a document with nothing said about the two, until all texts had
+    their turn, for losses that compare with references; data may be .txt, or .jsonl with "text"
 --sampling: how many batches each of several datasets gives
   proportional: as many as it can fill; an epoch is every example once
   round_robin: equally many, until the smallest dataset is used up
@@ -81,7 +84,8 @@ def run(options: Options) -> None:
 
 def _load(options: Options) -> tuple:
     """Model (on the rank's own device), training data and validation data."""
-    datasets = {name: load_training_data(path, options) for name, path in _sources(options.data).items()}
+    load = load_texts if options.examples == "texts" else load_training_data
+    datasets = {name: load(path, options) for name, path in _sources(options.data).items()}
     dataset = datasets if len(datasets) > 1 else next(iter(datasets.values()))
     validation = None
     if options.validation:

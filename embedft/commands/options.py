@@ -9,7 +9,7 @@ dataset, embedder = load_data(options.data, options), load_encoder(options)
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from .. import config
 from ..api.endpoint import EndpointConfig
 from ..config import REQUIRED, option
 from ..data.dataset import RetrievalDataset
-from ..files import REPLACING, check_whole, check_writable, read_jsonl
+from ..files import REPLACING, check_whole, check_writable, read_jsonl, read_lines
 
 DATASETS = "QA JSON, BEIR folder, JSONL or CSV pairs"
 Dtype = Literal["float32", "bfloat16", "float16", "int8", "auto"]
@@ -143,6 +143,34 @@ def load_training_data(path: str, options: Data) -> RetrievalDataset:
     """Loads the training split of a dataset."""
     has_train = options.split is None and any((Path(path) / "qrels").glob("train.*"))
     return load_data(path, options, split="train" if has_train else None)
+
+
+def read_texts(path: str) -> Iterator[tuple[int, str]]:
+    """Yields (line, text) of a file: its lines or, of .jsonl, strings or the `text` of objects."""
+    if path.endswith(".jsonl"):
+        found = ((n, x.get("text") if isinstance(x, dict) else x) for n, x in read_jsonl(path))
+    else:
+        found = enumerate((line.rstrip("\r\n") for line in read_lines(path)), start=1)
+    for line, text in found:
+        if not isinstance(text, str):
+            raise ValueError(f"{path} line {line}: expected a string, or an object with a string `text`")
+        yield line, text
+
+
+def load_texts(path: str, options: Data) -> RetrievalDataset:
+    """A dataset of bare texts, each a query and a document, from .txt or from .jsonl with `text`; or any dataset."""
+    is_file = Path(path).is_file()
+    row = next(read_jsonl(path), (0, None))[1] if is_file and path.endswith(".jsonl") else None
+    if options.format or not (is_file and (path.endswith(".txt") or (isinstance(row, dict) and "text" in row))):
+        return load_training_data(path, options)
+    texts: dict[str, str] = {}
+    for line, text in read_texts(path):
+        if text.strip():
+            texts.setdefault(text, str(line))
+        elif not options.skip_empty:
+            raise ValueError(f"{path} line {line}: is empty; --skip-empty drops such lines")
+    texts = {line: text for text, line in texts.items()}
+    return RetrievalDataset(texts, texts, {})
 
 
 def source_kind(path: Path) -> Literal["chunks", "documents"] | None:

@@ -19,7 +19,7 @@ from .collate import Batch, Collate, Example
 from .dataset import RetrievalDataset
 from .sampler import Sampler
 
-ExampleKind = Literal["pairs", "queries", "scored"]
+ExampleKind = Literal["pairs", "queries", "lists", "scored", "texts"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ def make_batches(
     Args:
         batch_size, batch_tokens, seed: see `Sampler`; pack, options: see `Collate`. Tokens of queries, documents and
             hard negatives are counted as `pack` truncates them, when the first batch is needed.
-        examples: see `list_examples`. "queries" and "scored" put grades into the targets, "scored" also the scores.
+        examples: see `list_examples`. All but "pairs" put grades into the targets, "scored" also the scores.
         target_scores: put `dataset.scores` into the targets.
         no_duplicates: no query, document or hard negative appears in two rows of a batch. Equal documents are never
             each other's negatives anyway; use this for equal queries, or for losses that need one document per row.
@@ -88,11 +88,19 @@ def make_batches(
 def list_examples(dataset: RetrievalDataset, kind: ExampleKind = "pairs") -> list[Example]:
     """The examples of a dataset, in its order. Raises `ValueError` if there are none.
     `kind` is "pairs": every query with every relevant document; "queries": every query once, with all its relevant
-    documents; or "scored": every query with every document that `dataset.scores` has for it, relevant or not."""
+    documents; "lists": the same, and every query that has hard negatives alone; "scored": every query with every
+    document that `dataset.scores` has for it, relevant or not; or "texts": each query with some document, in order and
+    whatever is known of the two, where the shorter side starts over until the longer one ends."""
     if kind not in (kinds := get_args(ExampleKind)):
         raise ValueError(f"examples is {kind!r}, expected one of {', '.join(kinds)}")
     if kind == "scored":
         examples = [(q, d) for q, scores in dataset.scores.items() for d in scores]
+    elif kind == "texts":
+        queries, documents = list(dataset.queries), list(dataset.corpus)
+        number = max(len(queries), len(documents))
+        examples = [(queries[i % len(queries)], documents[i % len(documents)]) for i in range(number)]
+    elif kind == "lists":
+        examples = [(q, None) for q in dataset.queries if dataset.relevant(q) or dataset.negatives.get(q)]
     elif kind == "queries":
         examples = [(q, None) for q in dataset.qrels if dataset.relevant(q)]
     else:

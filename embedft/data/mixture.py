@@ -49,6 +49,8 @@ def make_mixture(
     powers = {"proportional": 1.0, "round_robin": 0.0, "temperature": 1 / temperature}
     if sampling not in powers:
         raise ValueError(f"sampling is {sampling!r}, expected one of {', '.join(powers)}")
+    if options.get("examples") == "texts":
+        raise ValueError(f"examples is 'texts', which is for one dataset, found {len(datasets)}")
     whole = make_batches(join_datasets(datasets), pack, with_sources=True, **options)
     counts = Counter(query_id.partition("/")[0] for query_id, _ in whole.examples)
     if empty := [name for name in datasets if not counts[name]]:

@@ -15,7 +15,6 @@ from torch import nn
 
 from ..data.batches import Batches
 from ..data.dataset import RetrievalDataset
-from ..data.mixture import join_datasets
 from ..encoders.card import write_card
 from ..encoders.embedder import Embedder
 from ..encoders.loading import check_lora_base
@@ -23,7 +22,7 @@ from ..encoders.lora import merge_lora
 from ..encoders.openai_api import ApiEmbedder
 from ..encoders.scoring import Scorer
 from ..encoders.token_cache import token_cache
-from ..files import named_errors, temporary_path
+from ..files import append_jsonl, named_errors, temporary_path
 from ..losses.registry import Loss
 from ..objects import describe_object
 from ..retrieval.evaluate import evaluate_run
@@ -36,13 +35,13 @@ from ..training.optim import MakeOptimizer
 from ..training.parts import choose_parts, constant_vectors, without_gradient
 from ..training.references import Reference
 from ..training.train import BatchSource, Evaluate, OnStep, Refresh, train
-from .inputs import BATCHING, batches_of, frozen_references, lacks_similarity, renewed, try_loss
+from .inputs import BATCHING, batches_of, frozen_references, joined, lacks_similarity, renewed, taught, try_loss
 from .job import VALIDATION, VALIDATION_BASE, Job
 
 REFRESHING = ("refresh_windows", "mine_every")
 REPLACED = {
     "loss": ("loss",),
-    "batches": (*BATCHING, "windows_per_document", "sampling", "sampling_temperature", "mixed", *REFRESHING),
+    "batches": (*BATCHING, "teacher", "windows_per_document", "sampling", "sampling_temperature", "mixed", *REFRESHING),
     "optimizer": ("lr", "loss_lr", "lr_parts", "lr_decay", "weight_decay"),
     "refresh": REFRESHING,
 }
@@ -128,8 +127,8 @@ def _prepare(job: Job, existing: str) -> None:
     if job.out is not None:
         check_lora_base(embedder)
     lora, embedder.lora = embedder.lora, None  # what is encoded before training is the base's, as in its store
-    data = job.datasets[""] if "" in job.datasets else join_datasets(job.datasets)
-    if batches is None and config.mine_every is None:
+    data = joined(job.datasets)
+    if batches is None and config.mine_every is None and not config.teacher:
         batches = batches_of(embedder, job.datasets, config)
     if job.validation is not None:
         evaluate_run(Run.from_dict({}), job.validation, **job.measured())  # raises if no query has a relevant document
@@ -143,8 +142,13 @@ def _prepare(job: Job, existing: str) -> None:
         if job.references:
             raise ValueError("references cannot be combined with passages")
         embedder.pack([""], role="document", passages=config.passages)  # raises for invalid passages
+    if config.teacher:
+        job.datasets = taught(job)
+        batches = batches_of(embedder, job.datasets, config) if config.mine_every is None else None
     job.batches = renewed(job, batches)
     job.hashes = {"model": embedder.sha256(), "train": data.sha256()}
+    if config.teacher:
+        job.hashes["taught"] = joined(job.datasets).sha256()
     if job.validation is not None:
         job.hashes["validation"] = job.validation.sha256()
     job.references = frozen_references(job, data)
@@ -169,6 +173,9 @@ def _open(job: Job, own_length: int, stack: contextlib.ExitStack, **how: Any) ->
         warnings.simplefilter("ignore")  # about the folder: saving the result warns
         job.embedder.save(trial)
     run_folder.open_run(job.out, job.settings, hashes=job.hashes, device=job.embedder.device, **how)
+    if job.taught is not None and not (job.out / run_folder.LOG).exists():
+        # Before step 0, the validation of the base, so that the log of a run without checkpoints keeps it.
+        append_jsonl(job.out / run_folder.LOG, {"step": -1, "teacher": job.taught})
     # Evaluates the base at its own length. Otherwise, the first validation evaluates the base.
     if job.lacks_base() and ("evaluate" in job.given or own_length != job.config.max_length):
         job.embedder.max_length = own_length

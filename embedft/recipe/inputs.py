@@ -4,25 +4,35 @@ import copy
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..api.endpoint import EndpointConfig
+from ..config import check_types
 from ..data.batches import Batches, make_batches
 from ..data.dataset import RetrievalDataset
-from ..data.mixture import make_mixture
+from ..data.mixture import join_datasets, make_mixture
 from ..encoders.embedder import Embedder
 from ..encoders.loading import load_embedder
 from ..losses.registry import LOSSES, loss_options
 from ..retrieval.mining import mine
-from ..training import distributed
-from ..training.configs import MINING, FinetuneConfig
+from ..retrieval.taught import teach
+from ..retrieval.teacher import load_teacher
+from ..training import distributed, run_folder
+from ..training.configs import MARGINS, MINING, FinetuneConfig
 from ..training.references import FrozenEmbeddings, Reference, best_windows, targets_with
 from ..training.train import BatchSource
 from .job import Job
 
 BATCHING = ("batch_size", "batch_tokens", "num_negatives", "examples", "target_scores", "no_duplicates")
+
+
+def joined(datasets: Mapping[str, RetrievalDataset]) -> RetrievalDataset:
+    """All of `Job.datasets` as one."""
+    return datasets[""] if "" in datasets else join_datasets(datasets)
 
 
 def renewed(job: Job, batches: BatchSource | None) -> BatchSource:
@@ -50,12 +60,34 @@ def _mined(job: Job) -> dict[str, RetrievalDataset]:
     return {name: replace(part, negatives=found[name]) for name, part in job.datasets.items()}
 
 
+def taught(job: Job) -> dict[str, RetrievalDataset]:
+    """The datasets with what the teacher says of them; adds to `job.taught`. Rank 0 asks the teacher."""
+    config, student, settings = job.config, job.embedder, job.config.teacher_config()
+    store = student.store
+    check_types(EndpointConfig, settings.api, "teacher: api: ")
+
+    def find() -> tuple[dict[str, tuple[dict, dict, dict]], dict[str, int]]:
+        options = {name: getattr(settings, name) for name in ("passages", "scale", "api")}
+        teacher = load_teacher(settings.models, device=student.device, store=store, **options)
+        how = {name: getattr(settings, name) for name in ("depth", "ranking", "relabel")}
+        how |= {name.removeprefix("mine_"): getattr(config, name) for name in MARGINS}
+        place = job.out if store is None else store.folder
+        how |= {"passages": config.passages, "folder": None if place is None else Path(place) / run_folder.LISTS}
+        found = {name: teach(teacher, student, part, **how) for name, part in job.datasets.items()}
+        counts = {name: sum(own[name] for _, own in found.values()) for name in ("scored", "relabelled", "dropped")}
+        return {name: (part.qrels, part.negatives, part.scores) for name, (part, _) in found.items()}, counts
+
+    found, job.taught = distributed.encoding_together(student, find)
+    fields = ("qrels", "negatives", "scores")
+    return {name: replace(part, **dict(zip(fields, found[name], strict=True))) for name, part in job.datasets.items()}
+
+
 def batches_of(embedder: Embedder, datasets: Mapping[str, RetrievalDataset], config: FinetuneConfig) -> Batches:
     """Batches of one dataset, or of several as `config.sampling` says."""
     options = {name: getattr(config, name) for name in (*BATCHING, "windows_per_document", "passages", "seed")}
     options["batch_size"] = None if config.batch_tokens else config.batch_size
-    if config.mine_every is not None:  # mining may find fewer
-        most = max(len(ids) for part in datasets.values() for ids in part.negatives.values())
+    if config.mine_every is not None or config.teacher:  # there may be fewer
+        most = max((len(ids) for part in datasets.values() for ids in part.negatives.values()), default=0)
         options["num_negatives"] = min(config.num_negatives, most)
     if "" in datasets:
         config.check_unused(("sampling", "mixed"), "there is only one dataset")

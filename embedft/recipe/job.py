@@ -34,6 +34,7 @@ class Job:
     batches: BatchSource | None = None
     frozen: set[str] = field(default_factory=set)  # names of parameters that are not trained
     constant: dict[str, Constant] = field(default_factory=dict)  # by role: vectors that do not change
+    taught: dict[str, int] | None = None  # what the teacher did, counted
     hashes: dict[str, str] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)  # for config.json
 

@@ -76,16 +76,25 @@ class Bm25Index:
         scores_N = np.empty(self.num_documents)
         with progress_bar(len(queries), "searching", unit="query") as bar:
             for i, query in enumerate(queries):
-                numbers = np.array([self.terms[token] for token in query if token in self.terms], dtype=np.int64)
-                scores_N.fill(0)
-                # Added in order of term numbers, so that the order of words does not change the score in any bit.
-                for term, count in zip(*np.unique(numbers, return_counts=True), strict=True):
-                    postings = slice(self.starts_V[term], self.starts_V[term + 1])
-                    scores_N[self.rows_P[postings]] += int(count) * self.weights_P[postings]
+                self._score(query, scores_N)
                 best_K, best_rows_K = _top(scores_N, depth)
                 scores_QK[i, : len(best_K)], rows_QK[i, : len(best_K)] = best_K, best_rows_K
                 bar.update()
         return scores_QK, rows_QK
+
+    def score(self, query: Sequence[Token]) -> np.ndarray:
+        """The score of every document for a tokenized query, [N] float32; 0 for those that share no term with it."""
+        scores_N = np.empty(self.num_documents)
+        self._score(query, scores_N)
+        return scores_N.astype(np.float32)
+
+    def _score(self, query: Sequence[Token], scores_N: np.ndarray) -> None:
+        numbers = np.array([self.terms[token] for token in query if token in self.terms], dtype=np.int64)
+        scores_N.fill(0)
+        # Added in order of term numbers, so that the order of words does not change the score in any bit.
+        for term, count in zip(*np.unique(numbers, return_counts=True), strict=True):
+            postings = slice(self.starts_V[term], self.starts_V[term + 1])
+            scores_N[self.rows_P[postings]] += int(count) * self.weights_P[postings]
 
 
 def _postings(tokens: array, lengths: array, first_row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -93,7 +93,13 @@ def _values(indices_QK: np.ndarray, scores_QK: np.ndarray, method: Method, k: fl
     if method == "rrf":
         values_QK = np.broadcast_to(1 / (k + np.arange(1, indices_QK.shape[1] + 1)), indices_QK.shape)
         return values_QK, np.zeros(len(indices_QK))
-    there_QK = indices_QK >= 0
+    z_QK = zscores(scores_QK, indices_QK >= 0)
+    return z_QK, z_QK.min(axis=1, initial=0.0)
+
+
+def zscores(scores_QK: np.ndarray, there_QK: np.ndarray) -> np.ndarray:
+    """(score - mean) / standard deviation over the scores that are there in each row; 0 if all are equal, and for the
+    rest."""
     count_Q1 = np.maximum(there_QK.sum(axis=1, keepdims=True), 1)
     scores_QK = np.where(there_QK, scores_QK, 0.0)
     centred_QK = np.where(there_QK, scores_QK - scores_QK.sum(axis=1, keepdims=True) / count_Q1, 0.0)
@@ -102,5 +108,4 @@ def _values(indices_QK: np.ndarray, scores_QK: np.ndarray, method: Method, k: fl
     low_Q1 = np.where(there_QK, scores_QK, np.inf).min(axis=1, keepdims=True, initial=np.inf)
     high_Q1 = np.where(there_QK, scores_QK, -np.inf).max(axis=1, keepdims=True, initial=-np.inf)
     varies_Q1 = (high_Q1 > low_Q1) & (deviation_Q1 > 0)
-    z_QK = np.where(varies_Q1, centred_QK / np.where(varies_Q1, deviation_Q1, 1.0), 0.0)
-    return z_QK, z_QK.min(axis=1, initial=0.0)
+    return np.where(varies_Q1, centred_QK / np.where(varies_Q1, deviation_Q1, 1.0), 0.0)

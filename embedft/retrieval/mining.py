@@ -21,7 +21,7 @@ import dataclasses
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -81,23 +81,36 @@ def mine(
     scores_QK = found.scores.astype(np.float64)
     if scorer is not None:
         lowest_Q = _rescore(scorer, dataset, relevant, ids, found.rows[:, first - 1 :], scores_QK[:, first - 1 :])
-    limit_Q = _highest(lowest_Q, high, absolute_margin, relative_margin)
+    limit_Q = highest_negative(lowest_Q, high, absolute_margin, relative_margin)
     fits_QK = (low <= scores_QK) & (scores_QK <= limit_Q[:, None]) & (np.arange(scores_QK.shape[1]) >= first - 1)
     answers, negatives = dataset.answers(), {} if replace else dict(dataset.negatives)
     for query_id, rows_K, fits_K in zip(relevant, found.rows, fits_QK, strict=True):
-        kept, question = negatives.get(query_id, []), dataset.queries[query_id]
-        barred = {*map(_plain, (question, *answers[question], *(dataset.texts[document_id] for document_id in kept)))}
-        candidates: dict[str, str] = {}  # {text: the first document that has it}
-        for document_id in (ids[row] for row in rows_K[fits_K].tolist() if ids[row] != query_id):
-            text = _plain(dataset.texts[document_id])
-            if barred.isdisjoint((text, _plain(dataset.corpus[document_id]))):
-                candidates.setdefault(text, document_id)
-        if chosen := _chosen(list(candidates.values()), num_negatives, sampling, seed, query_id):
+        kept = negatives.get(query_id, [])
+        candidates = unjudged(dataset, answers, query_id, [ids[row] for row in rows_K[fits_K].tolist()], kept)
+        if chosen := _chosen(candidates, num_negatives, sampling, seed, query_id):
             negatives[query_id] = [*kept, *chosen]
     return dataclasses.replace(dataset, negatives={i: negatives[i] for i in dataset.queries if i in negatives})
 
 
-def _highest(lowest_Q: np.ndarray, high: float, absolute: float | None, relative: float | None) -> np.ndarray:
+def unjudged(
+    dataset: RetrievalDataset,
+    answers: Mapping[str, Sequence[str]],
+    query_id: str,
+    document_ids: Iterable[str],
+    kept: Sequence[str] = (),
+) -> list[str]:
+    """Those of `document_ids` that nothing says about a query, see above. `answers` are `dataset.answers()`."""
+    question = dataset.queries[query_id]
+    texts = (question, *answers.get(question, ()), *(dataset.texts[document_id] for document_id in kept))
+    barred, found = {*map(_plain, texts)}, {}
+    for document_id in document_ids:
+        text = _plain(dataset.texts[document_id])
+        if document_id != query_id and barred.isdisjoint((text, _plain(dataset.corpus[document_id]))):
+            found.setdefault(text, document_id)
+    return list(found.values())
+
+
+def highest_negative(lowest_Q: np.ndarray, high: float, absolute: float | None, relative: float | None) -> np.ndarray:
     """The highest score that a negative of each query may have, [Q]."""
     limits = [np.full(len(lowest_Q), high)]
     limits += [] if absolute is None else [lowest_Q - absolute]

@@ -14,7 +14,8 @@ from ..losses.registry import Loss, build_loss
 from .optim import Schedule
 from .parts import flattened
 
-MINING = ("mine_ranks", "mine_sampling", "mine_relative_margin", "mine_absolute_margin")
+MARGINS = ("mine_relative_margin", "mine_absolute_margin")
+MINING = ("mine_ranks", "mine_sampling", *MARGINS)
 LARGEST_SEED = 2**62
 
 
@@ -57,6 +58,31 @@ class TrainConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, but {why}")
 
 
+def check_windows(passages: list[int] | None) -> None:
+    """Raises `ValueError` unless `passages` is None or two whole numbers."""
+    if passages is not None and (len(passages) != 2 or not all(type(number) is int for number in passages)):
+        raise ValueError(f"passages is {passages}, expected [size, stride], two whole numbers of tokens")
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """What scores lists of documents for each query before training, and which documents; see retrieval/taught.py."""
+
+    models: dict[str, float] | str = option("", "a bi-encoder, cross-encoder, bm25 or openai:MODEL, or {model: weight}")
+    depth: int = option(20, "ranks from which documents are listed, besides those of the data", least=0)
+    ranking: Literal["student", "teacher"] = option("student", "whose ranks")
+    passages: list[int] | None = option(None, "windows by which bi-encoders score documents [whole]")
+    scale: Literal["zscore", "raw"] = option("zscore", "of scores: z-scores over each list, or as the models give them")
+    relabel: float | None = option(None, "make what scores this much below a positive, or more, a positive [nothing]")
+    api: dict[str, Any] = option({}, "options for models behind an API: price, max_cost, ...")
+
+    def __post_init__(self):
+        check_types(type(self), vars(self))
+        if not self.models:
+            raise ValueError(f"models is {self.models!r}, expected a model, or {{model: weight}}")
+        check_windows(self.passages)
+
+
 @dataclass(frozen=True)
 class FinetuneConfig(TrainConfig):
     """How to fine-tune: the settings of `TrainConfig`, and those of batches, loss and mining."""
@@ -86,6 +112,7 @@ class FinetuneConfig(TrainConfig):
     freeze_below: int | None = option(None, "train neither the embeddings nor the layers before this one", least=0)
     loss: dict[str, Any] = option({"name": "in_batch_negatives"}, "name and options of the loss")
     references: dict[str, Any] = option({}, "frozen models: guide, teacher or base; null: MODEL before training")
+    teacher: dict[str, Any] = option({}, "scores lists first: models, depth, ranking, passages, scale, relabel, api")
 
     def __post_init__(self):
         super().__post_init__()
@@ -97,8 +124,7 @@ class FinetuneConfig(TrainConfig):
             if not isinstance(model, str | None):
                 raise ValueError(f"references: {name} is {model!r}, expected a model's folder or name, or null")
         if self.passages is not None:
-            if len(self.passages) != 2 or not all(type(number) is int for number in self.passages):
-                raise ValueError(f"passages is {self.passages}, expected [size, stride], two whole numbers of tokens")
+            check_windows(self.passages)
             if self.references:
                 raise ValueError("references cannot be combined with passages")
         if self.mine_every and not self.num_negatives:
@@ -109,12 +135,26 @@ class FinetuneConfig(TrainConfig):
             self.check_unused(("sampling_temperature",), f"sampling is {self.sampling!r}")
         if not self.passages:
             self.check_unused(("windows_per_document", "refresh_windows"), "there are no passages")
+        self._check_teacher()
         if not self.mine_every:
-            self.check_unused(MINING, "mine_every is null")
+            relabels = self.teacher.get("relabel") is not None
+            self.check_unused(MINING[: -len(MARGINS)] if relabels else MINING, "mine_every is null")
         else:
             self.check_unused(("batch_tokens", "no_duplicates"), "mining would change the number of batches")
             if self.mine_every > 1:
                 self.check_unused(("refresh_windows",), f"mine_every is {self.mine_every}: windows follow it")
+
+    def _check_teacher(self) -> None:
+        if (teacher := self.teacher_config()) is None:
+            return
+        if teacher.relabel is None and not self.num_negatives and self.examples != "scored":
+            raise ValueError("num_negatives is 0, but there is a teacher: expected at least 1, of the lists it scores")
+        if self.mine_every and (self.target_scores or self.examples == "scored"):
+            raise ValueError(f"mine_every is {self.mine_every}, but the teacher scores its lists once, before training")
+
+    def teacher_config(self) -> TeacherConfig | None:
+        """The settings of the teacher; None without one."""
+        return from_dict(TeacherConfig, self.teacher, "teacher: ") if self.teacher else None
 
     def lora_config(self) -> LoraConfig | None:
         """The settings of LoRA; None without any."""

@@ -4,6 +4,7 @@ config.json        every setting, defaults included; under "objects" the code th
 environment.json   commit, arguments, versions, device, SHA-256 of model and data
 diff.patch         uncommitted changes of the working tree, if any
 train.jsonl        one line per step and per validation
+lists/             what a teacher scored, see retrieval/taught.py; with a store, they are there
 checkpoints/       the two newest; deleted when the run is done
 model/             the fine-tuned model, in the sentence-transformers layout
 eval/<dataset>/    metrics.json, per_query.jsonl, run.trec
@@ -35,7 +36,7 @@ from ..files import append_jsonl, atomic_write, check_writable, locked, read_obj
 
 CONFIG, ENVIRONMENT, DIFF, LOG = "config.json", "environment.json", "diff.patch", "train.jsonl"
 CHECKPOINTS, MODEL, EVAL, DONE = "checkpoints", "model", "eval", "DONE"
-LOCK, REPLACED = ".lock", ".replaced"
+LOCK, REPLACED, LISTS = ".lock", ".replaced", "lists"
 PACKAGES = ("embedft", "torch", "numpy", "faiss-cpu", "tokenizers", "safetensors")
 EXISTING = ("refuse", "overwrite", "resume")
 FREE = ("prefetch", "token_memory", "checkpoint_every", "log")  # settings that change no result
@@ -49,8 +50,8 @@ def check_run(out: Path, existing: str = "refuse") -> None:
     if existing not in EXISTING:
         raise ValueError(f"existing is {existing!r}, expected one of {', '.join(EXISTING)}")
     check_writable(out)
-    # A process killed while it opened a run leaves these.
-    opening = {LOCK, REPLACED, *(() if existing == "refuse" else (ENVIRONMENT, DIFF))}
+    # A process killed while it opened a run, or a teacher scored lists for it, leaves these.
+    opening = {LOCK, REPLACED, LISTS, *(() if existing == "refuse" else (ENVIRONMENT, DIFF))}
     begun = out.is_dir() and any(path.name not in opening and not path.match(".*.tmp") for path in out.iterdir())
     if not begun or ((out / CONFIG).is_file() and existing == "overwrite"):
         return
