@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from api_server import ApiServer, input_of
 from naming import names, naming
 from tiny import MEASURED, make_dataset, make_embedder
 
-from embedft import FinetuneConfig, RetrievalDataset, finetune, load_teacher, new_scorer, teach
+from embedft import FinetuneConfig, RetrievalDataset, Teacher, finetune, load_teacher, new_scorer, teach
 from embedft.cli import main
 from embedft.data.batches import list_examples, make_batches
 from embedft.recipe import inputs
@@ -61,6 +62,23 @@ def test_every_kind_of_teacher_together(tmp_path):
     assert not (tmp_path / "run" / "lists").exists()
     (path,) = (tmp_path / "store" / "lists").glob("*.jsonl")
     assert json.loads(path.read_text().partition("\n")[0])["made_from"]["teacher"].keys() == models.keys()
+
+
+def test_vectors_of_an_api_are_paid_for_once(tmp_path, monkeypatch):
+    """Killed when they are there, but before anything is scored; without a store, they are kept with the lists."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    dataset, how = make_dataset(), config(teacher={"models": "openai:m", "api": {"price": 1.0, "max_cost": 1.0}})
+    with ApiServer() as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
+        with monkeypatch.context() as patch:
+            patch.setattr(Teacher, "_weighted", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                finetune(make_embedder(tmp_path / "base"), dataset, how, out=tmp_path / "run")
+        finetune(make_embedder(tmp_path / "base"), dataset, how, out=tmp_path / "run")
+        asked = [text for _, _, body in server.log for text in input_of(body)]
+    assert sorted(asked) == sorted(set(asked))
+    assert {*dataset.queries.values()} <= {*asked} <= {*dataset.queries.values(), *dataset.corpus.values()}
+    assert "sk-secret" not in (tmp_path / "run" / "config.json").read_text()
 
 
 def test_seeds_share_the_lists_of_a_store(tmp_path, monkeypatch):
@@ -187,6 +205,7 @@ def test_another_teacher_under_the_same_name_is_not_resumed(tmp_path, monkeypatc
         ({"teacher": {"models": ""}}, ("teacher", "models")),
         ({"teacher": {"models": 3}}, ("teacher", "models", 3)),
         ({"teacher": {"model": "bm25"}}, ("teacher", "model", "models")),
+        ({"teacher": {"api": {"base_url": "http://key@host"}}}, ("api", "base_url", "OPENAI_BASE_URL")),
         ({"teacher": {"depth": -1}}, ("depth", -1, 0)),
         ({"teacher": {"ranking": "both"}}, ("ranking", "student", "teacher")),
         ({"teacher": {"passages": [4]}}, ("passages", 4)),

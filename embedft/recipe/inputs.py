@@ -16,7 +16,7 @@ from ..data.batches import Batches, make_batches
 from ..data.dataset import RetrievalDataset
 from ..data.mixture import join_datasets, make_mixture
 from ..encoders.embedder import Embedder
-from ..encoders.loading import load_embedder
+from ..encoders.loading import API_PREFIX, load_embedder
 from ..losses.registry import LOSSES, loss_options
 from ..retrieval.mining import mine
 from ..retrieval.taught import teach
@@ -63,16 +63,20 @@ def _mined(job: Job) -> dict[str, RetrievalDataset]:
 def taught(job: Job) -> dict[str, RetrievalDataset]:
     """The datasets with what the teacher says of them; adds to `job.taught`. Rank 0 asks the teacher."""
     config, student, settings = job.config, job.embedder, job.config.teacher_config()
-    store = student.store
     check_types(EndpointConfig, settings.api, "teacher: api: ")
+    store, models = student.store, settings.models
+    place = job.out if store is None else store.folder
+    lists = None if place is None else Path(place) / run_folder.LISTS
+    is_asking = any(name.startswith(API_PREFIX) for name in ([models] if isinstance(models, str) else models))
+    if store is None and lists is not None and is_asking:
+        store = lists / "vectors"  # so that none is paid for twice
 
     def find() -> tuple[dict[str, tuple[dict, dict, dict]], dict[str, int]]:
         options = {name: getattr(settings, name) for name in ("passages", "scale", "api")}
-        teacher = load_teacher(settings.models, device=student.device, store=store, **options)
+        teacher = load_teacher(models, device=student.device, store=store, **options)
         how = {name: getattr(settings, name) for name in ("depth", "ranking", "relabel")}
         how |= {name.removeprefix("mine_"): getattr(config, name) for name in MARGINS}
-        place = job.out if store is None else store.folder
-        how |= {"passages": config.passages, "folder": None if place is None else Path(place) / run_folder.LISTS}
+        how |= {"passages": config.passages, "folder": lists}
         found = {name: teach(teacher, student, part, **how) for name, part in job.datasets.items()}
         counts = {name: sum(own[name] for _, own in found.values()) for name in ("scored", "relabelled", "dropped")}
         return {name: (part.qrels, part.negatives, part.scores) for name, (part, _) in found.items()}, counts

@@ -80,6 +80,8 @@ class TeacherConfig:
         check_types(type(self), vars(self))
         if not self.models:
             raise ValueError(f"models is {self.models!r}, expected a model, or {{model: weight}}")
+        for key in self.api.keys() & {"model", "base_url"}:  # settings are recorded, and a URL may contain a key
+            raise ValueError(f"api has {key}, expected other options: models and OPENAI_BASE_URL say what is asked")
         check_windows(self.passages)
 
 
