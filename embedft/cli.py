@@ -16,6 +16,7 @@ COMMANDS = {
     "chunk": "cut PDF, text and Markdown files into chunks",
     "questions": "write questions about chunks, with or without a language model",
     "finetune": "fine-tune a model on questions and the documents that answer them",
+    "ablate": "fine-tune and measure every cell of a grid of settings and seeds",
     "adapter": "fit an adapter on the embeddings of a frozen model",
     "mine": "find hard negatives for a dataset's questions",
     "encode": "turn texts into vectors",

@@ -8,6 +8,7 @@ A field declares its type, default and meaning once; option, help and JSON key f
         dims: list[int] | None = option(None, "...")         # --dims 384 128
         fuse: bool = option(False, "...")                    # --fuse, --no-fuse, --fuse true
         loss: dict[str, Any] = option({"name": "x"}, "...")  # --loss.name x, --loss name=x, --loss '{"name": "x"}'
+        axis: list[list[Any]] = option([], "...")            # --axis lr 1e-5 2e-5 --axis epochs 1 2
 
     options = parse(MyOptions, ["pairs.csv", "--dims", "384", "128"])
 """
@@ -167,8 +168,11 @@ def make_parser(cls: type, **texts: str) -> argparse.ArgumentParser:
             usage.append(how["metavar"])
             arguments.add_argument(field.name, nargs="*" if kind is list else "?", **how)
             continue
+        is_repeated = typing.get_origin(item) is list  # each time with a list
         how |= {list: {"action": "extend", "nargs": "+"}, dict: {"action": "append"}}.get(kind, {})
-        how |= {} if kind is dict else {"type": partial(_from_text, wanted=item if kind is list else field.type)}
+        how |= {"action": "append"} if is_repeated else {}
+        wanted = typing.get_args(item)[0] if is_repeated else item
+        how |= {} if kind is dict else {"type": partial(_from_text, wanted=wanted if kind is list else field.type)}
         names = [_option(f"[no_]{field.name}")] * (field.default is True) + [_option(field.name)]
         owner = next(owner for owner in owners if field.name in owner.__annotations__)
         groups[owner].add_argument(*names, dest=field.name, **how)

@@ -278,10 +278,11 @@ def resume_jsonl(path: str | Path, *, repair: bool = True) -> Iterator[dict]:
 
 
 @contextlib.contextmanager
-def locked(path: str | Path, *, wait: Callable[[str], object] | None = None) -> Iterator[None]:
-    """Holds the lock file `path` while the block runs, so that one process writes at a time.
-    The system releases the lock however the process ends; the empty file stays. If another process, or another block
-    of this one, holds it: raises `ValueError`, or calls `wait("process 17")` once and waits for the lock."""
+def locked(path: str | Path, *, wait: Callable[[str], object] | None = None) -> Iterator[int]:
+    """Holds the lock file `path` while the block runs, so that one process writes at a time; yields its descriptor.
+    The system releases the lock however the process ends, and any process that inherited the descriptor; the empty file
+    stays. If another process, or another block of this one, holds it: raises `ValueError`, or calls
+    `wait("process 17")` once and waits for the lock."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+", buffering=0) as file:
@@ -298,7 +299,7 @@ def locked(path: str | Path, *, wait: Callable[[str], object] | None = None) -> 
             file.truncate(0)
             file.write(str(os.getpid()).encode())
         try:
-            yield
+            yield file.fileno()
         finally:
             file.truncate(0)
 

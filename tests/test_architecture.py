@@ -353,7 +353,7 @@ def test_a_first_vector_is_quick(minilm_folder):
 def test_help_is_quick(command):
     """Help loads nothing slow: not torch and, for the list of commands, not NumPy."""
     loaded = modules_after(f"from embedft.cli import main\nmain({[*command.split(), '--help']})")
-    trains = command in ("finetune", "adapter")  # their settings belong to the training code
+    trains = command in ("finetune", "ablate", "adapter")  # their settings belong to the training code
     assert trains or not loaded & {"torch", "safetensors", "faiss", "openai", "pypdf"}
     assert command or not loaded & {"numpy", "embedft.commands"}
 

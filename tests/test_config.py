@@ -173,6 +173,22 @@ def test_options(arguments, changes):
     assert parsed("d.csv", "--out", "o", *arguments.split()) == expected(**changes)
 
 
+def test_a_list_of_lists_gets_one_each_time():
+    @dataclass(frozen=True, kw_only=True)
+    class Ablate(Options):
+        data: str = option(REQUIRED, "", metavar="DATA", positional=True)
+        axis: list[list[Any]] = option([], "", metavar="KEY VALUE ...")
+        seeds: list[int] = option([0], "")
+
+    words = ["d.csv", "--axis", "lr", "1e-5", "-2", "--seeds", "1", "2", "--axis", "loss.name", "a", "null"]
+    found = parse(Ablate, [*words, '{"x": [1]}'])
+    assert found.axis == [["lr", 1e-5, -2], ["loss.name", "a", None, {"x": [1]}]]
+    assert (found.data, found.seeds) == ("d.csv", [1, 2])
+    assert parse(Ablate, ["d.csv"]).axis == []
+    with pytest.raises(ValueError, match=naming("--axis", "least", "one", "argument")):
+        parse(Ablate, ["d.csv", "--axis"])
+
+
 def test_options_may_precede_arguments():
     found = parsed("--out", "o", "d.csv", "--dims", "3", "4", "--fused", "e.csv", "--loss.a", "1", "f.csv")
     changes = {"dims": [3, 4], "fused": True, "loss": {**Config().loss, "a": 1}}

@@ -873,3 +873,30 @@ def test_two_at_once(tmp_path):
 def test_a_data_set_needs_a_name(tmp_path):
     with pytest.raises(ValueError, match=naming("dataset", "''")):
         finetune(make_embedder(tmp_path / "base"), {"": make_dataset(), "b": make_dataset(seed=1)})
+
+
+@pytest.mark.parametrize(
+    ("changes", "facts"),
+    [
+        ({"num_negatives": 2}, ("num_negatives", 2, 0)),
+        ({"examples": "scored"}, ("scored",)),
+        ({"loss": {"name": "listwise_kl"}}, ("listwise_kl", 1)),
+        ({"max_length": 512}, ("max_length", 512, 48)),
+        ({"passages": [64, 32]}, ("passages", 64)),
+        ({"freeze": ["nothing"]}, ("freeze", "nothing")),
+        ({"lora": {"targets": ["nothing"]}}, ("targets", "nothing")),
+        ({"lora": {"rank": 2}, "loss": {"name": "margin_mse"}}, ("margin_mse", 1)),
+        ({"select": "ndgc@10"}, ("select", "ndgc@10")),
+    ],
+)
+def test_a_check_raises_what_finetune_would_and_changes_nothing(tmp_path, changes, facts):
+    embedder, dataset = make_embedder(tmp_path / "base"), make_dataset()
+    before = embedder.sha256(), embedder.max_length, embedder.encoder.attention_dropout
+    options = {"validation": dataset.split(0.5, seed=0)[1]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        finetuning.check_finetune(embedder, dataset, FinetuneConfig(attention_dropout=0.3, lora={"rank": 2}), **options)
+        with pytest.raises(ValueError, match=naming(*facts)):
+            finetuning.check_finetune(embedder, dataset, FinetuneConfig(attention_dropout=0.3, **changes), **options)
+    assert (embedder.sha256(), embedder.max_length, embedder.encoder.attention_dropout) == before
+    assert embedder.lora is None

@@ -42,6 +42,10 @@ class Cell:
     hashes: dict[str, str]  # SHA-256 of "code", "model", "train", "validation" and each test
     run: str | None  # the run folder's key; None: untrained
 
+    def __str__(self) -> str:
+        """The point and the seed as they are typed."""
+        return f"{describe(self.point)} {'untrained' if self.seed is None else f'seed={self.seed}'}".strip()
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -60,9 +64,9 @@ class Grid:
         """Where a cell is."""
         return self.out / CELLS / cell.key
 
-    def done(self) -> list[Cell]:
-        """The finished cells."""
-        return [cell for cell in self.cells if (self.folder(cell) / RESULT).exists()]
+    def is_done(self, cell: Cell) -> bool:
+        """Whether a cell is finished."""
+        return (self.folder(cell) / RESULT).exists()
 
     @classmethod
     def load(cls, out: str | Path) -> "Grid":

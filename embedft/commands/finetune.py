@@ -84,17 +84,23 @@ def run(options: Options) -> None:
 
 def _load(options: Options) -> tuple:
     """Model (on the rank's own device), training data and validation data."""
-    load = load_texts if options.examples == "texts" else load_training_data
-    datasets = {name: load(path, options) for name, path in _sources(options.data).items()}
-    dataset = datasets if len(datasets) > 1 else next(iter(datasets.values()))
-    validation = None
-    if options.validation:
-        validation = load_data(options.validation, options, split=options.validation_split, merge=options.merge)
+    dataset, validation = load_datasets(options)
     device = distributed.rank_device(options.device)
     return load_model(options, device=device, store=options.store), dataset, validation
 
 
-def _sources(given: Sequence[str]) -> dict[str, str]:
+def load_datasets(options: Options) -> tuple:
+    """Training data ({name: dataset} for several) and validation data, or None."""
+    load = load_texts if options.examples == "texts" else load_training_data
+    datasets = {name: load(path, options) for name, path in sources(options.data).items()}
+    dataset = datasets if len(datasets) > 1 else next(iter(datasets.values()))
+    validation = None
+    if options.validation:
+        validation = load_data(options.validation, options, split=options.validation_split, merge=options.merge)
+    return dataset, validation
+
+
+def sources(given: Sequence[str]) -> dict[str, str]:
     """{name: path} from NAME=PATH, or from a path, named after its file up to the first dot."""
     sources: dict[str, str] = {}
     for text in given:

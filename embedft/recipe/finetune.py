@@ -109,8 +109,32 @@ def finetune(
     return embedder
 
 
-def _prepare(job: Job, existing: str) -> None:
-    """Checks everything, applies the embedder's settings, and makes batches, loss and references."""
+def check_finetune(
+    embedder: Embedder,
+    dataset: RetrievalDataset | Mapping[str, RetrievalDataset],
+    config: FinetuneConfig,
+    *,
+    validation: RetrievalDataset | None = None,
+) -> None:
+    """Raises the `ValueError` that `finetune` would raise before it encodes anything. Changes nothing.
+    Only `finetune` itself can check whether a reference model fits the loss."""
+    datasets = {"": dataset} if isinstance(dataset, RetrievalDataset) else dataset
+    job = Job(embedder, datasets, config, {}, validation, {}, None)
+    encoders = [embedder.side(role).encoder for role in ("query", "document")]
+    length, dropouts = embedder.max_length, [getattr(encoder, "attention_dropout", 0.0) for encoder in encoders]
+    try:
+        job.batches = _check(job, "refuse")
+        embedder.lora = None
+        if job.batches is not None and not config.references:
+            try_loss(job)
+    finally:
+        embedder.max_length, embedder.lora = length, None
+        for encoder, dropout in zip(encoders, dropouts, strict=True):
+            encoder.attention_dropout = dropout
+
+
+def _check(job: Job, existing: str) -> BatchSource | None:
+    """Checks what needs no encoding, applies the settings, and makes loss and batches (None: they wait)."""
     embedder, config, batches = job.embedder, job.config, job.given.get("batches")
     if job.out is not None:
         distributed.from_first(lambda: run_folder.check_run(job.out, existing))
@@ -126,14 +150,12 @@ def _prepare(job: Job, existing: str) -> None:
     job.frozen = choose_parts(embedder, config)
     if job.out is not None:
         check_lora_base(embedder)
-    lora, embedder.lora = embedder.lora, None  # what is encoded before training is the base's, as in its store
-    data = joined(job.datasets)
     if batches is None and config.mine_every is None and not config.teacher:
         batches = batches_of(embedder, job.datasets, config)
     if job.validation is not None:
         evaluate_run(Run.from_dict({}), job.validation, **job.measured())  # raises if no query has a relevant document
-        if (shared := job.validation.shares_with(data)) and distributed.rank_and_size()[0] == 0:
-            warnings.warn(shared, stacklevel=3)
+        if (shared := job.validation.shares_with(joined(job.datasets))) and distributed.rank_and_size()[0] == 0:
+            warnings.warn(shared, stacklevel=4)
     embedder.max_length = config.max_length or embedder.max_length
     for role in ("query", "document"):
         embedder.side(role).encoder.attention_dropout = config.attention_dropout
@@ -142,6 +164,15 @@ def _prepare(job: Job, existing: str) -> None:
         if job.references:
             raise ValueError("references cannot be combined with passages")
         embedder.pack([""], role="document", passages=config.passages)  # raises for invalid passages
+    return batches
+
+
+def _prepare(job: Job, existing: str) -> None:
+    """Checks everything, applies the embedder's settings, and makes batches, loss and references."""
+    batches = _check(job, existing)
+    embedder, config = job.embedder, job.config
+    lora, embedder.lora = embedder.lora, None  # what is encoded before training is the base's, as in its store
+    data = joined(job.datasets)
     if config.teacher:
         job.datasets = taught(job)
         batches = batches_of(embedder, job.datasets, config) if config.mine_every is None else None

@@ -53,14 +53,17 @@ class Job:
         return found
 
     def measured(self) -> dict[str, Any]:
-        """Arguments for `evaluate`: the default metrics plus `select`, and a depth that covers both."""
-        if "evaluate" in self.given:
-            return {}
-        select, k = self.config.select, self.config.select.partition("@")[2]
-        ks = sorted({1, 3, 5, 10, int(k) if k.isdigit() else 10})
-        options = {"ks": ks, "depth": max(100, ks[-1])}
-        try:
-            chosen = select_metrics([select], **options)
-        except ValueError as error:
-            raise ValueError(f"select is {select!r}: {error}") from None
-        return {"metrics": list(dict.fromkeys(select_metrics(**options) + chosen)), "depth": options["depth"]}
+        """Arguments for `evaluate`."""
+        return {} if "evaluate" in self.given else measures(self.config.select)
+
+
+def measures(select: str) -> dict[str, Any]:
+    """Arguments for `evaluate`: the default metrics plus `select`, and a depth that covers both."""
+    k = select.partition("@")[2]
+    ks = sorted({1, 3, 5, 10, int(k) if k.isdigit() else 10})
+    options = {"ks": ks, "depth": max(100, ks[-1])}
+    try:
+        chosen = select_metrics([select], **options)
+    except ValueError as error:
+        raise ValueError(f"select is {select!r}: {error}") from None
+    return {"metrics": list(dict.fromkeys(select_metrics(**options) + chosen)), "depth": options["depth"]}

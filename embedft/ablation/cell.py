@@ -1,0 +1,123 @@
+"""One cell of a grid in a process of its own: trains, or finds its training done, and evaluates.
+
+    python -m embedft.ablation.cell runs/temperature/cells/0f3c92a1b4d5e6f7 --device cuda:1
+
+Killed at any point, it goes on from there. result.json, written last, means that the cell is finished.
+"""
+
+import argparse
+import time
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from .. import device as devices
+from ..commands.finetune import Options, load_datasets
+from ..commands.options import load_data, load_model
+from ..config import part
+from ..data.dataset import RetrievalDataset
+from ..data.mixture import join_datasets
+from ..device import allow_deterministic
+from ..encoders.embedder import Embedder
+from ..files import locked, read_json, read_jsonl, read_object, write_json
+from ..recipe.finetune import finetune
+from ..recipe.job import measures
+from ..retrieval.bm25 import bm25_run
+from ..retrieval.evaluate import evaluate, evaluate_run
+from ..retrieval.fusion import fuse
+from ..retrieval.report import Report
+from ..training.configs import FinetuneConfig
+from ..training.parts import choose_parts
+from ..training.run_folder import DONE, MODEL
+from ..training.run_folder import LOG as TRAIN_LOG
+from .grid import CELL, EVAL, GRID, RESULT, RUNS, STORE, VALIDATION, Cell, code_sha256
+from .plan import Evaluation, settings_of
+
+
+def run_cell(folder: Path, *, device: str | None = None) -> None:
+    """Trains and evaluates the cell in a grid's folder, and writes its result.
+    Raises `ValueError` if code, model or data are no longer those that the cell is named after."""
+    cell, out = Cell(**read_object(folder / CELL)), folder.parents[1]
+    config = cell.config if cell.seed is not None else {k: v for k, v in cell.config.items() if k != "seed"}
+    options, how = settings_of(config)
+    options = replace(options, device=device)
+    _check_same(cell, "code", code_sha256())
+    dataset, validation = load_datasets(options)
+    whole = dataset if isinstance(dataset, RetrievalDataset) else join_datasets(dataset)
+    tests = read_object(out / GRID)["tests"]
+    plain = replace(options, format=None, split=None)
+    sets = {f"test {name}": load_data(path, plain) for name, path in tests.items()}
+    sets |= {VALIDATION: validation} if validation is not None else {}
+    for name, found in {**sets, **({"train": whole} if cell.run else {})}.items():
+        _check_same(cell, name, found.sha256())
+    seconds, peak_bytes, num_weights = 0.0, 0, 0
+    if cell.run is None:
+        embedder = load_model(options, store=out / STORE)
+        _check_same(cell, "model", embedder.sha256())
+    else:
+        run = out / RUNS / cell.run
+        num_weights = _train(cell, options, dataset, validation, run, out / STORE)
+        records = [record for _, record in read_jsonl(run / TRAIN_LOG)]
+        seconds = sum(record.get("seconds", 0.0) for record in records)
+        peak_bytes = max(record.get("peak_bytes", 0) for record in records)
+        tuned = {"model": str(run / MODEL), "revision": None, "num_layers": None}
+        embedder = load_model(replace(options, **tuned, query_prompt=None, document_prompt=None))
+    start = time.perf_counter()
+    for name, questions in sets.items():
+        place = folder / EVAL / name.removeprefix("test ")
+        if not (place / "metrics.json").exists():
+            _evaluate(embedder, questions, how, options.select).save(place)
+    result = {
+        "seconds": {"train": seconds, "evaluate": time.perf_counter() - start},
+        "peak_bytes": max(peak_bytes, devices.peak_memory_bytes(embedder.device)),
+        "num_weights_trained": num_weights,
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    write_json(folder / RESULT, result)
+
+
+def _train(cell: Cell, options: Options, dataset: Any, validation: RetrievalDataset | None, run: Path, store: Path):
+    """Trains into the run folder, unless it is done, and returns how many weights were trained.
+    Cells that share a run take turns, and the second finds it done."""
+    count = run.with_suffix(".json")
+    with locked(run.with_suffix(".lock"), wait=lambda holder: print(f"{run}: waiting for {holder}, which trains it")):
+        if (run / DONE).exists():
+            return read_json(count)
+        config = part(options, FinetuneConfig)
+        if config.deterministic:
+            allow_deterministic()
+        embedder = load_model(options, store=store)
+        _check_same(cell, "model", embedder.sha256())
+        frozen = choose_parts(embedder, config)
+        trained = [x.numel() for name, x in embedder.named_parameters() if name not in frozen]
+        embedder.lora = None
+        write_json(count, sum(trained))
+        finetune(embedder, dataset, config, validation=validation, out=run, existing="resume")
+        return sum(trained)
+
+
+def _evaluate(embedder: Embedder, dataset: RetrievalDataset, how: Evaluation, select: str) -> Report:
+    """The report of a search with the model, or of its fusion with BM25 over the model's tokens."""
+    measured = measures(select)
+    report = evaluate(embedder, dataset, passages=how.passages, dim=how.dim, precision=how.precision, **measured)
+    if how.fuse_weight is None:
+        return report
+    weights, depth = (how.fuse_weight, 1 - how.fuse_weight), measured["depth"]
+    bm25 = bm25_run(dataset, tokenize=embedder.tokenize, depth=depth)
+    fused = evaluate_run(fuse([bm25, report.run], method="zscore", weights=weights, depth=depth), dataset, **measured)
+    said = {"fused_with": "bm25", "method": "zscore", "bm25_weight": how.fuse_weight}
+    return replace(fused, setting=report.setting | fused.setting | said, costs=report.costs)
+
+
+def _check_same(cell: Cell, name: str, sha256: str) -> None:
+    if cell.hashes[name] != sha256:
+        raise ValueError(f"{name} changed since the grid was planned; run `embedft ablate` again")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="embedft.ablation.cell", description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--device")
+    given = parser.parse_args()
+    run_cell(given.folder, device=given.device)

@@ -1,0 +1,320 @@
+"""Plans a grid: completes what was asked, checks every cell before the first one starts, and names cells by content.
+
+    grid = plan({"model": "...", "data": ["train.csv"]}, out, axes={"lr": [1e-5, 2e-5]}, seeds=[0, 1, 2], tests={...})
+
+A key is the hash of the settings that change results, defaults included, and of the contents of model, data and code;
+so equal data in another place makes no new cell, and a changed default or source file does.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ..commands.finetune import Options, load_datasets
+from ..commands.options import load_data, load_model
+from ..config import check_types, from_dict, option, part, suggestion
+from ..data.dataset import RetrievalDataset
+from ..data.mixture import join_datasets
+from ..encoders.embedder import Embedder
+from ..encoders.loading import load_embedder
+from ..losses.registry import LOSSES, Loss, loss_options
+from ..recipe.finetune import check_finetune
+from ..recipe.job import measures
+from ..retrieval.evaluate import evaluate_run
+from ..retrieval.run import Run
+from ..retrieval.search import Setting, check_settings
+from ..retrieval.teacher import load_teacher
+from ..training.configs import FinetuneConfig
+from ..training.run_folder import FREE
+from .grid import (
+    VALIDATION,
+    Cell,
+    Grid,
+    Point,
+    apply,
+    as_text,
+    axes_of,
+    code_sha256,
+    describe,
+    digest,
+    product,
+    value_at,
+)
+
+# Options of `embedft finetune` that a runner decides, not a grid.
+OF_THE_RUNNER = ("out", "overwrite", "resume", "store", "device", "config", "quiet", "log")
+MODEL = ("model", "revision", "num_layers", "query_prompt", "document_prompt", "allow_pickle")
+DATA = ("data", "validation", "validation_split", "format", "split", "skip_empty", "strict", "merge")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How the tests and the validation questions are searched."""
+
+    passages: list[int] | Literal["training"] | None = option("training", "windows [those of training]")
+    dim: int | None = option(None, "leading dimensions to keep [all]", least=1)
+    precision: Literal["float32", "int8", "binary"] = option("float32", "type of document vectors")
+    fuse_weight: float | None = option(None, "fuse: X for BM25, 1 - X for the model [the model alone]", least=0, most=1)
+
+    def __post_init__(self):
+        check_types(type(self), vars(self))
+
+
+@dataclass
+class _Point:
+    """A point, and what its cells consist of."""
+
+    name: str  # in messages
+    point: Point
+    config: dict[str, Any]
+    options: Options
+    evaluation: Evaluation
+    hashes: dict[str, str] = field(default_factory=dict)
+
+    def training(self) -> dict[str, Any]:
+        """The settings that change what is trained, defaults included; what data and model are is in the hashes."""
+        left_out = {*FREE, *MODEL, *DATA, "seed", "evaluate"}
+        found = {name: value for name, value in self.config.items() if name not in left_out}
+        return found | _complete_parts(self.config)
+
+    def cell(self, seed: int | None, tests: Mapping[str, str]) -> Cell:
+        evaluated = {name: self.hashes[name] for name in ("model", VALIDATION, "code") if name in self.hashes}
+        how = {"evaluate": asdict(self.evaluation), "tf32": self.options.tf32, "select": self.options.select}
+        run = None if seed is None else digest(self.training(), seed, self.hashes)
+        config = self.config | {"seed": seed, "evaluate": how["evaluate"]}
+        key = digest(run or evaluated, how, tests)
+        hashes = evaluated if seed is None else self.hashes
+        hashes = hashes | {f"test {name}": sha256 for name, sha256 in tests.items()}
+        return Cell(key, self.point, seed, config, hashes, run)
+
+
+def complete(base: Mapping[str, Any]) -> dict[str, Any]:
+    """Every setting of a grid's base. Raises `ValueError` for unknown ones, and those of the runner or the seeds."""
+    given, known = dict(base), _settings()
+    for key in given:
+        _check_key(key, known)
+    options, evaluation = settings_of(given)
+    found = {name: value for name, value in asdict(options).items() if name in known}
+    return found | {"evaluate": asdict(evaluation)}
+
+
+def settings_of(config: Mapping[str, Any]) -> tuple[Options, Evaluation]:
+    """A configuration as the options of `embedft finetune` and the way of evaluating."""
+    plain = {name: value for name, value in config.items() if name != "evaluate"}
+    return from_dict(Options, {**plain, "out": ""}), from_dict(Evaluation, config.get("evaluate", {}), "evaluate: ")
+
+
+def _settings() -> list[str]:
+    return [each.name for each in fields(Options) if each.name not in (*OF_THE_RUNNER, "seed")]
+
+
+def _check_key(key: str, known: Sequence[str]) -> None:
+    first, known = key.partition(".")[0], [*known, "evaluate"]
+    if first == "seed":
+        raise ValueError("seed is not a setting of a grid: use seeds")
+    if first in OF_THE_RUNNER:
+        raise ValueError(f"{first} changes no result, so it is not a setting of a grid")
+    if first not in known:
+        raise ValueError(f"unknown key {key!r}{suggestion(first, known)}; expected one of {', '.join(known)}")
+
+
+def _complete_parts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Loss and LoRA with the defaults of their options."""
+    lora = from_dict(FinetuneConfig, {"lora": config["lora"]}).lora_config()
+    return {"loss": _complete_loss(config["loss"]), "lora": asdict(lora) if lora else {}}
+
+
+def _complete_loss(spec: Any) -> Any:
+    if not isinstance(spec, Mapping) or spec.get("name") not in LOSSES:
+        return spec
+    found = {"name": spec["name"]}
+    for name, parameter in loss_options(LOSSES[spec["name"]]).items():
+        value = spec.get(name, parameter.default)
+        parts = value if isinstance(value, list | tuple) else [value]
+        if parameter.annotation in (Loss, Sequence[Loss]):
+            parts = list(map(_complete_loss, parts))
+        found[name] = list(parts) if isinstance(value, list | tuple) else parts[0]
+    return found
+
+
+def plan(
+    base: Mapping[str, Any],
+    out: str | Path,
+    *,
+    tests: Mapping[str, str | Path],
+    seeds: Sequence[int],
+    axes: Mapping[str, Sequence[Any]] | None = None,
+    points: Sequence[Point] | None = None,
+) -> Grid:
+    """The grid with all its cells. Nothing is written.
+
+    Args:
+        base: settings of `embedft finetune`, and under "evaluate" those of `Evaluation`; others keep their defaults.
+        axes: {dotted key: values}, of which every combination is a point; or
+        points: the points themselves. BASE is always one, and comes first.
+
+    Raises `ValueError` for everything that would fail or make no sense: unknown keys, cells that cannot train, data or
+    models that do not load, an axis that changes nothing, the same cell twice, tests that share training questions."""
+    base, tests = complete(base), {name: str(path) for name, path in tests.items()}
+    if not tests:
+        raise ValueError("tests is empty, expected at least one")
+    if wrong := [name for name in tests if name == VALIDATION or Path(name).name != name or name[:1] == "."]:
+        raise ValueError(f"a test is named {wrong[0]!r}, expected the name of a new folder")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds are {list(seeds)}, expected different ones, at least one")
+    axes = _checked_axes(axes if points is None else axes_of(points))
+    asked = list(product(axes)) if points is None else [_in_data_lists(point) for point in points]
+    labelled = base | _complete_parts(base)
+    base_point = {key: value_at(labelled, key) for key in axes}
+    planned = [_planned(base, base_point, "BASE", {})]
+    planned += [_planned(base, base_point | point, describe(point), point) for point in asked]
+    loaded = _Tests(tests, planned[0].options)
+    for _, group in itertools.groupby(sorted(planned, key=_model_of), key=_model_of):
+        loaded.check(list(group))
+    planned = _distinct(planned, axes, loaded.hashes)
+    untrained: dict[str, Cell] = {}
+    for cell in (each.cell(None, loaded.hashes) for each in planned):
+        untrained.setdefault(cell.key, cell)
+    cells = [*untrained.values(), *(each.cell(seed, loaded.hashes) for each in planned for seed in seeds)]
+    points = [each.point for each in planned]
+    return Grid(base, axes, points, list(seeds), tests, base["select"], cells, Path(out))
+
+
+def _checked_axes(axes: Mapping[str, Sequence[Any]] | None) -> dict[str, list[Any]]:
+    """The axes with keys as settings are named. Raises `ValueError` for unknown keys, no values, or one twice."""
+    found, known = {}, _settings()
+    for given, values in (axes or {}).items():
+        key = _as_setting(given)
+        _check_key(key, known)
+        if key in found:
+            raise ValueError(f"axis {key} is given twice")
+        if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+            raise ValueError(f"axis {key} is {values!r}, expected a list of values, at least one")
+        found[key] = [_in_data_lists({key: value})[key] for value in values]
+        texts = list(map(as_text, found[key]))
+        if twice := [text for i, text in enumerate(texts) if text in texts[:i]]:
+            raise ValueError(f"axis {key} has {twice[0]} twice")
+    return found
+
+
+def _as_setting(key: str) -> str:
+    """The key as JSON has it: batch_size for batch-size; an option's own keys stay."""
+    first, dot, rest = key.partition(".")
+    return f"{first.replace('-', '_')}{dot}{rest}"
+
+
+def _in_data_lists(point: Point) -> Point:
+    """A point with one path of training data as a list of one."""
+    point = {_as_setting(key): value for key, value in point.items()}
+    return {key: [value] if key == "data" and isinstance(value, str) else value for key, value in point.items()}
+
+
+def _planned(base: dict[str, Any], label: Point, name: str, point: Point) -> _Point:
+    with _about(name):
+        config = apply(base, point)
+        options, evaluation = settings_of(config)
+        part(options, FinetuneConfig)  # raises for settings that cannot be combined
+    if evaluation.passages == "training":
+        evaluation = replace(evaluation, passages=options.passages)
+    return _Point(name, label, config, options, evaluation)
+
+
+def _model_of(each: _Point) -> str:
+    return as_text([each.config[name] for name in MODEL])
+
+
+def _distinct(planned: list[_Point], axes: Mapping[str, list[Any]], tests: Mapping[str, str]) -> list[_Point]:
+    """BASE and the points that differ from it. Raises `ValueError` for two points with the same cells."""
+    seen: dict[str, _Point] = {}
+    base = planned[0]
+    for i, each in enumerate(planned):
+        key = each.cell(0, tests).key
+        if i and key in seen and (other := seen[key]) is not base:
+            keys = [name for name in each.point if as_text(each.point[name]) != as_text(other.point[name])]
+            if len(keys) == 1:
+                values = " and ".join(as_text(one.point[keys[0]]) for one in (other, each))
+                raise ValueError(f"axis {keys[0]} changes nothing: {values} make the same cells")
+            raise ValueError(f"{describe(each.point)} is the same cell as {describe(other.point)}")
+        seen[key] = each
+    for key in axes:
+        if len({as_text(each.point[key]) for each in seen.values()}) == 1:
+            raise ValueError(f"axis {key} changes nothing: the base has {as_text(axes[key][0])} too")
+    return list(seen.values())
+
+
+class _Tests:
+    """The test sets, and what points are checked against."""
+
+    def __init__(self, tests: Mapping[str, str], options: Options):
+        how = replace(options, format=None, split=None)
+        self.tests = {name: load_data(path, how) for name, path in tests.items()}
+        self.hashes = {name: test.sha256() for name, test in self.tests.items()}
+        self.questions = {name: set(test.answers()) for name, test in self.tests.items()}
+        self.code, self.data, self.references = code_sha256(), {}, {}
+        for name, test in self.tests.items():
+            with _about(f"test {name}"):  # raises if no question has an answer
+                evaluate_run(Run.from_dict({}), test, **measures(options.select))
+
+    def check(self, points: list[_Point]) -> None:
+        """Checks points with the same model, and fills in their hashes."""
+        embedder = load_model(replace(points[0].options, tf32=False), device="cpu")
+        sha256 = embedder.sha256()
+        for each in points:
+            with _about(each.name):
+                dataset, validation, hashes = self._data(each.options)
+                each.hashes |= {"model": sha256, "code": self.code, **hashes, **self._references(each.options)}
+                _check_cell(embedder, each, dataset, validation)
+
+    def _data(self, options: Options) -> tuple:
+        """Training data, validation data and their hashes; loaded once for each way of loading."""
+        key = as_text([getattr(options, name) for name in DATA])
+        if key not in self.data:
+            dataset, validation = load_datasets(options)
+            whole = dataset if isinstance(dataset, RetrievalDataset) else join_datasets(dataset)
+            parts = {"train": whole, **({VALIDATION: validation} if validation is not None else {})}
+            for (kind, data), (name, questions) in itertools.product(parts.items(), self.questions.items()):
+                _check_apart(name, questions, "training" if kind == "train" else kind, data)
+            self.data[key] = dataset, validation, {kind: data.sha256() for kind, data in parts.items()}
+        return self.data[key]
+
+    def _references(self, options: Options) -> dict[str, str]:
+        """The hashes of reference models and teachers."""
+        found = {}
+        for name, model in options.references.items():
+            if model is not None:
+                if model not in self.references:
+                    self.references[model] = load_embedder(model, device="cpu").sha256()
+                found[f"reference {name}"] = self.references[model]
+        if teacher := part(options, FinetuneConfig).teacher_config():
+            key = as_text(options.teacher)
+            if key not in self.references:
+                how = {"passages": teacher.passages, "scale": teacher.scale, "api": teacher.api}
+                self.references[key] = load_teacher(teacher.models, device="cpu", **how).sha256()
+            found |= {f"teacher {name}": sha256 for name, sha256 in self.references[key].items()}
+        return found
+
+
+def _check_cell(embedder: Embedder, each: _Point, dataset: Any, validation: RetrievalDataset | None) -> None:
+    check_finetune(embedder, dataset, part(each.options, FinetuneConfig), validation=validation)
+    how = each.evaluation
+    check_settings(embedder, [Setting(how.dim, how.precision, "flat", how.passages)])
+    if how.passages is not None:
+        embedder.pack([""], role="document", passages=how.passages)
+
+
+def _check_apart(name: str, questions: set[str], kind: str, other: RetrievalDataset) -> None:
+    if shared := questions & other.answers().keys():
+        found = f"{len(shared):,} of its {len(questions):,} questions are {kind} questions too"
+        raise ValueError(f"test {name}: {found}, for example {min(shared)!r}; leave them out of one of the two")
+
+
+@contextlib.contextmanager
+def _about(name: str) -> Iterator[None]:
+    """Names the point or test that a `ValueError` is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None

@@ -1,0 +1,188 @@
+"""plan.py: what a grid's cells are named after, and what is refused before the first one starts."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from naming import naming
+from tiny import make_dataset, make_embedder
+
+from embedft import RetrievalDataset
+from embedft.ablation import plan as plans
+from embedft.ablation.plan import plan
+
+AXES = {"loss.temperature": [0.02, 0.05, 0.1], "lr": [1e-5, 2e-5]}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    make_embedder(folder / "model")
+    for name, seed in (("train", 0), ("val", 1), ("uber", 2), ("scifact", 3)):
+        make_dataset(8, 8, seed=seed).save(folder / f"{name}.jsonl")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def place(inputs, monkeypatch, tmp_path) -> Path:
+    monkeypatch.chdir(inputs)
+    return tmp_path / "out"
+
+
+def planned(**changes):
+    base = {"model": "model", "data": ["train.jsonl"], "validation": "val.jsonl", "epochs": 1, "batch_size": 4}
+    how = {"axes": AXES, "tests": {"uber": "uber.jsonl", "scifact": "scifact.jsonl"}, "seeds": [0, 1]}
+    how |= {name: changes.pop(name) for name in list(changes) if name in ("axes", "points", "tests", "seeds")}
+    return plan(base | changes, "out", **how)
+
+
+def test_a_product_has_base_first_and_each_cell_once():
+    """Six points, of which none is BASE, whose temperature is the loss's default: seven by two seeds, and the base."""
+    grid = planned()
+    assert grid.points[0] == {"loss.temperature": 0.05, "lr": 5e-5}
+    assert [tuple(point.values()) for point in grid.points[1:]] == [
+        (t, lr) for t in (0.02, 0.05, 0.1) for lr in AXES["lr"]
+    ]
+    assert [(cell.point, cell.seed) for cell in grid.cells[1:]] == [(p, s) for p in grid.points for s in (0, 1)]
+    assert (grid.cells[0].seed, grid.cells[0].run) == (None, None)
+    assert len({cell.key for cell in grid.cells}) == len({cell.run for cell in grid.cells}) == 15
+    assert all(len(cell.key) == 16 for cell in grid.cells)
+    assert grid.cells[3].config["loss"] == {"name": "in_batch_negatives", "temperature": 0.02}
+    assert grid.cells[3].config["lr"] == 1e-5
+    assert grid.cells[3].config["weight_decay"] == 0.0  # defaults included
+
+
+def test_a_point_that_is_the_base_is_not_run_twice():
+    grid = planned(lr=2e-5, **{"loss": {"name": "in_batch_negatives", "temperature": 0.1}})
+    assert grid.points[0] == {"loss.temperature": 0.1, "lr": 2e-5}
+    assert len(grid.points) == 6
+
+
+def test_points_may_be_given_and_leave_the_rest_to_the_base():
+    grid = planned(points=[{"lr": 1e-5}, {"batch-size": 2, "lr": 1e-5}], axes=None)
+    assert grid.axes == {"lr": [1e-5], "batch_size": [2]}
+    assert grid.points == [{"lr": 5e-5, "batch_size": 4}, {"lr": 1e-5, "batch_size": 4}, {"lr": 1e-5, "batch_size": 2}]
+
+
+def test_cells_that_differ_in_evaluation_share_their_training():
+    axes = {"lr": [1e-5], "evaluate.passages": [None, [8, 4]], "evaluate.fuse_weight": [None, 0.5]}
+    grid = planned(axes=axes)
+    trained = [cell for cell in grid.cells if cell.seed is not None]
+    assert len(trained) == 2 * 5
+    assert len({cell.run for cell in trained}) == 2 * 2
+    untrained = [cell for cell in grid.cells if cell.seed is None]
+    ways = {json.dumps(cell.config["evaluate"]) for cell in trained}
+    assert len(untrained) == 4
+    assert {json.dumps(cell.config["evaluate"]) for cell in untrained} == ways
+
+
+def test_windows_of_training_are_those_of_evaluation_unless_said_otherwise():
+    grid = planned(passages=[8, 4], axes={"lr": [1e-5]})
+    assert {str(cell.config["evaluate"]["passages"]) for cell in grid.cells} == {"[8, 4]"}
+    grid = planned(passages=[8, 4], axes={"evaluate.passages": [None, [8, 4]]})
+    assert [point["evaluate.passages"] for point in grid.points] == [[8, 4], None]
+
+
+def keys(**changes) -> list[str]:
+    return [cell.key for cell in planned(**changes, axes={"lr": [1e-5]}).cells]
+
+
+def test_a_key_depends_on_everything_that_changes_results(tmp_path, monkeypatch):
+    before = keys()
+    assert keys() == before
+    # Where equal data is, and what changes no result, does not matter.
+    RetrievalDataset.load("train.jsonl").save(tmp_path / "copy.jsonl")
+    assert keys(data=[str(tmp_path / "copy.jsonl")], checkpoint_every=1, token_memory=7) == before
+    for changes in (
+        {"warmup": 0.1},
+        {"model": str(make_embedder(tmp_path / "other", dropout=0.2).source.folder)},
+        {"data": ["uber.jsonl"], "tests": {"scifact": "scifact.jsonl"}},
+        {"tests": {"uber": "scifact.jsonl", "scifact": "uber.jsonl"}},
+        {"validation": None},
+        {"loss": {"name": "in_batch_negatives", "temperature": 0.06}},
+        {"evaluate": {"dim": 16}},
+    ):
+        assert set(keys(**changes)[1:]).isdisjoint(before), changes
+    monkeypatch.setattr(plans, "code_sha256", lambda: "changed")
+    assert set(keys()).isdisjoint(before)
+
+
+def test_references_and_teachers_are_known_by_content(tmp_path):
+    teacher = {"name": "listwise_kl"}
+    for settings in (
+        lambda model: {"references": {"guide": model}, "loss": {"name": "guided_in_batch_negatives"}},
+        lambda model: {"teacher": {"models": {model: 1.0}}, "num_negatives": 2, "loss": teacher, "target_scores": True},
+    ):
+        model = tmp_path / "frozen"
+        make_embedder(model)
+        before = keys(**settings(str(model)))
+        assert keys(**settings(str(model))) == before
+        shutil.rmtree(model)
+        make_embedder(model, dropout=0.3)
+        assert set(keys(**settings(str(model)))[1:]).isdisjoint(before)
+        shutil.rmtree(model)
+
+
+def test_a_changed_default_of_a_loss_makes_new_cells(monkeypatch):
+    before, completed = keys(), plans._complete_loss
+    monkeypatch.setattr(plans, "_complete_loss", lambda spec: completed(spec) | {"temperature": 0.07})
+    assert set(keys()[1:]).isdisjoint(before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "facts"),
+    [
+        ({"axes": {"loss.temprature": [1]}}, ("loss.temprature=1", "temprature", "temperature")),
+        ({"axes": {"epcohs": [1, 2]}}, ("epcohs", "epochs")),
+        ({"axes": {"evaluate.dims": [1, 2]}}, ("dims", "dim", "evaluate")),
+        ({"axes": {"seed": [1, 2]}}, ("seed", "seeds")),
+        ({"axes": {"store": ["a"]}}, ("store",)),
+        ({"axes": {"lr": []}}, ("lr", "[]")),
+        ({"axes": {"lr": [1e-5, 1e-5]}}, ("lr", "1e-05")),
+        ({"axes": {"lr": [1e-5], "lr-decay": [0.5], "lr_decay": [0.6]}}, ("lr_decay", "twice")),
+        ({"axes": {"lr": [5e-5]}}, ("lr", "5e-05", "nothing")),
+        ({"axes": {"checkpoint_every": [1, 2]}}, ("checkpoint_every", 1, 2, "nothing")),
+        ({"axes": {"merge": [True, False]}}, ("merge", "true", "false", "nothing")),
+        ({"axes": {"lr": [1e-5, 0]}}, ("lr=0", "lr", "above", 0)),
+        ({"axes": {"loss.name": ["triplet", "nothing"]}}, ("loss.name=nothing", "nothing", "triplet")),
+        ({"axes": {"lr.x": [1]}}, ("lr.x", "lr", "5e-05")),
+        ({"axes": {"num_negatives": [0, 2]}}, ("num_negatives=2", 2, 0)),
+        ({"axes": {"examples": ["scored"]}}, ("examples=scored", "scored")),
+        ({"axes": {"passages": [[8, 4], [99, 4]]}}, ("passages=[99, 4]", 99)),
+        ({"axes": {"evaluate.passages": [[99, 4]]}}, ("evaluate.passages=[99, 4]", 99)),
+        ({"axes": {"evaluate.dim": [16, 33]}}, ("evaluate.dim=33", 33, 32)),
+        ({"axes": {"evaluate.fuse_weight": [1.5]}}, ("evaluate.fuse_weight=1.5", "fuse_weight", 1)),
+        ({"axes": {"lora.targets": [["nothing"]]}}, ("nothing", "targets")),
+        ({"axes": {"max_length": [24, 512]}}, ("max_length=512", "max_length", 512, 48)),
+        ({"axes": {"model": ["model", "gone"]}}, ("gone",)),
+        ({"axes": {"data": ["uber2.jsonl"]}}, ("uber2.jsonl",)),
+        ({"points": [{"lr": 1e-5}, {"lr": 1e-5}], "axes": None}, ("lr=1e-05",)),
+        ({"points": [{"lr": 1e-5}, {"epochs": 2, "lr": 1e-5}, {"lr": 1e-5, "epochs": 1}], "axes": None}, ("lr=1e-05",)),
+        ({"tests": {}}, ("tests",)),
+        ({"tests": {"a/b": "uber.jsonl"}}, ("a/b",)),
+        ({"tests": {"..": "uber.jsonl"}}, ("..",)),
+        ({"tests": {"validation": "uber.jsonl"}}, ("validation",)),
+        ({"tests": {"uber": "gone.jsonl"}}, ("gone.jsonl",)),
+        ({"tests": {"lyft": "train.jsonl"}}, ("lyft", 8, "training")),
+        ({"tests": {"lyft": "val.jsonl"}}, ("lyft", 8, "validation")),
+        ({"seeds": []}, ("seeds", "[]")),
+        ({"seeds": [1, 1]}, ("seeds", "[1, 1]")),
+        ({"select": "ndgc@10"}, ("select", "ndgc@10")),
+        ({"epcohs": 1}, ("epcohs", "epochs")),
+        ({"resume": True}, ("resume",)),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused(changes, facts):
+    with pytest.raises(ValueError, match=naming(*facts)):
+        planned(**changes)
+
+
+def test_a_test_without_answers_is_named(tmp_path):
+    dataset = make_dataset()
+    replace(dataset, qrels={q: dict.fromkeys(grades, 0) for q, grades in dataset.qrels.items()}).save(
+        tmp_path / "none", format="beir"
+    )
+    with pytest.raises(ValueError, match=naming("none")):
+        planned(tests={"none": str(tmp_path / "none")})

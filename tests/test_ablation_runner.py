@@ -1,0 +1,447 @@
+"""runner.py, cell.py and `embedft ablate`: cells finish once, whatever is killed, full, broken or started twice.
+
+Cells run in forks of the test's process, so that no start costs the imports, but for one test of the real process.
+"""
+
+import json
+import os
+import random
+import resource
+import runpy
+import shutil
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import pytest
+from naming import names
+from tiny import make_dataset, make_embedder
+
+from embedft import Report, RetrievalDataset, bm25_run, evaluate, evaluate_run, fuse, load_embedder
+from embedft.ablation import runner
+from embedft.ablation.cell import run_cell
+from embedft.ablation.grid import Grid, apply, product
+from embedft.ablation.plan import complete, plan, settings_of
+from embedft.ablation.runner import expected_seconds, run_grid, shard_of
+from embedft.cli import main
+from embedft.files import read_json, read_object
+
+BASE = {"model": "model", "data": ["train.jsonl"], "validation": "val.jsonl", "epochs": 1, "batch_size": 4, "lr": 1e-3}
+TESTS = {"uber": "uber.jsonl", "scifact": "scifact.jsonl"}
+COMMAND = (
+    "ablate model train.jsonl --validation val.jsonl --test uber.jsonl scifact=scifact.jsonl --epochs 1 --batch-size 4 "
+    "--lr 1e-3 --axis loss.temperature 0.02 0.1 --axis evaluate.dim null 16 --seeds 0 1 --out out"
+)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    make_embedder(folder / "model")
+    for name, seed in (("train", 0), ("val", 1), ("uber", 2), ("scifact", 3)):
+        make_dataset(8, 8, seed=seed).save(folder / f"{name}.jsonl")
+    return folder
+
+
+class Fork:
+    """A cell in a fork, with the part of `subprocess.Popen` that the runner uses."""
+
+    def __init__(self, folder: Path, device: str | None, lock: int, threads: int | None):
+        self.returncode, self.pid = None, os.fork()
+        if not self.pid:
+            code = 1
+            try:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                log = os.open(folder / "log.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+                os.dup2(log, 1)
+                os.dup2(log, 2)
+                sys.stdout, sys.stderr = (open(descriptor, "w", closefd=False) for descriptor in (1, 2))  # noqa: SIM115
+                self.prepare(folder)
+                run_cell(folder, device=device)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
+            os._exit(code)
+
+    def prepare(self, folder: Path) -> None:
+        with open("starts.txt", "a") as file:
+            file.write(f"{folder.name}\n")
+
+    def poll(self) -> int | None:
+        return self._wait(os.WNOHANG)
+
+    def wait(self) -> int | None:
+        return self._wait(0)
+
+    def terminate(self) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, signal.SIGTERM)
+
+    def _wait(self, how: int) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, how)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+
+@pytest.fixture(autouse=True)
+def place(inputs, tmp_path, monkeypatch) -> Path:
+    shutil.copytree(inputs, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runner, "start", Fork)
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.01)
+    monkeypatch.setenv("EMBEDFT_PROGRESS", "0")
+    monkeypatch.setattr("embedft.training.run_folder._git_state", lambda: (None, b""))
+    return tmp_path
+
+
+def make_grid(out: str = "out", axes: dict | None = None, seeds: tuple = (0,), **changes) -> Grid:
+    grid = plan(BASE | changes, out, axes=axes or {}, tests=TESTS, seeds=seeds)
+    grid.save()
+    return grid
+
+
+def starts() -> list[str]:
+    return Path("starts.txt").read_text().split() if Path("starts.txt").exists() else []
+
+
+def results(grid: Grid) -> dict[str, dict[str, bytes]]:
+    """{cell: {report: its questions' metrics}}, to the digit."""
+    found = {}
+    for cell in grid.cells:
+        assert grid.is_done(cell), cell
+        reports = sorted((grid.folder(cell) / "eval").iterdir())
+        assert [report.name for report in reports] == ["scifact", "uber", "validation"]
+        found[cell.key] = {report.name: (report / "per_query.jsonl").read_bytes() for report in reports}
+    return found
+
+
+def test_a_cell_reports_what_evaluate_and_fuse_do():
+    """Untrained and trained, alone and fused: the same as by the library's own calls."""
+    grid = make_grid(axes={"evaluate.fuse_weight": [0.4]}, evaluate={"passages": [8, 4], "dim": 16})
+    rows = []
+    assert run_grid(grid, on_row=rows.append) == {}
+    dataset = RetrievalDataset.load("uber.jsonl")
+    for cell in grid.cells:
+        model = "model" if cell.run is None else grid.out / "runs" / cell.run / "model"
+        embedder = load_embedder(model, device="cpu")
+        expected = evaluate(embedder, dataset, passages=(8, 4), dim=16)
+        if cell.config["evaluate"]["fuse_weight"]:
+            bm25 = bm25_run(dataset, tokenize=embedder.tokenize)
+            run = fuse([bm25, expected.run], method="zscore", weights=(0.4, 0.6), depth=100)
+            expected = evaluate_run(run, dataset)
+        found = Report.load(grid.folder(cell) / "eval" / "uber")
+        assert found.metrics == expected.metrics
+        assert found.setting["passages"] == [8, 4]
+        assert found.setting.get("bm25_weight") == cell.config["evaluate"]["fuse_weight"]
+        (row,) = (row for row in rows if row.startswith(f"{cell} "))
+        assert f"{expected.metrics['ndcg@10']:.4f}" in row
+    assert (grid.out / "store" / "store.sqlite").exists()
+
+
+def test_a_result_says_what_the_cell_cost():
+    grid = make_grid()
+    run_grid(grid, on_row=list)
+    untrained, trained = (read_object(grid.folder(cell) / "result.json") for cell in grid.cells)
+    weights = sum(x.numel() for x in load_embedder("model", device="cpu").parameters())
+    assert (untrained["num_weights_trained"], trained["num_weights_trained"]) == (0, weights)
+    assert untrained["seconds"]["train"] == 0 < trained["seconds"]["train"]
+    assert min(untrained["peak_bytes"], trained["peak_bytes"]) > 10_000_000
+
+
+def test_lora_trains_few_weights():
+    grid = make_grid(lora={"rank": 2})
+    assert run_grid(grid, on_row=list) == {}
+    whole = sum(x.numel() for x in load_embedder("model", device="cpu").parameters())
+    assert 0 < read_object(grid.folder(grid.cells[1]) / "result.json")["num_weights_trained"] < whole / 10
+
+
+def test_finished_cells_are_skipped_and_a_grid_may_grow():
+    run_grid(make_grid(axes={"lr": [2e-3]}), on_row=list)
+    first = starts()
+    assert len(first) == 3
+    run_grid(make_grid(axes={"lr": [2e-3]}), on_row=list)
+    assert starts() == first
+    run_grid(more := make_grid(axes={"lr": [2e-3, 3e-3]}, seeds=(0, 1)), on_row=list)
+    assert len(starts()) == len(set(starts())) == 3 * 2 + 1
+    assert set(starts()) == {cell.key for cell in more.cells}
+
+
+def test_a_cell_that_crashes_costs_only_itself_and_is_tried_again(monkeypatch, capsys):
+    def break_one(self, folder):
+        Fork.prepare(self, folder)
+        if read_object(folder / "cell.json")["config"]["lr"] == 2e-3:
+            raise RuntimeError("broken")
+
+    grid = make_grid(axes={"lr": [2e-3]})
+    monkeypatch.setattr(runner, "start", type("Broken", (Fork,), {"prepare": break_one}))
+    rows = []
+    (broken,) = (grid.folder(cell) for cell in grid.cells if cell.config["lr"] == 2e-3 and cell.run)
+    assert run_grid(grid, on_row=rows.append) == {str(broken): "RuntimeError: broken"}
+    assert [row for row in rows if "RuntimeError: broken" in row]
+    found = read_object(broken / "failed.json")
+    assert (found["error"], found["log"]) == ("RuntimeError: broken", "log.txt")
+    assert "Traceback" in (broken / "log.txt").read_text()
+    assert sum(map(grid.is_done, grid.cells)) == 2
+    monkeypatch.setattr(runner, "start", Fork)
+    assert run_grid(grid, on_row=list) == {}
+    assert not (broken / "failed.json").exists()
+    assert len(starts()) == 4
+
+
+def test_a_killed_cell_is_reported_by_its_signal(monkeypatch):
+    kill = type("Killed", (Fork,), {"prepare": lambda self, folder: os.kill(os.getpid(), signal.SIGKILL)})
+    monkeypatch.setattr(runner, "start", kill)
+    assert set(run_grid(make_grid(), on_row=list).values()) == {"killed by SIGKILL"}
+
+
+def test_an_interrupt_ends_the_cells_and_the_next_call_goes_on(monkeypatch):
+    running = []
+
+    class Seen(Fork):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            running.append(self)
+
+    def interrupt(seconds):
+        if len(running) == 2:
+            raise KeyboardInterrupt
+
+    grid = make_grid(axes={"lr": [2e-3]})
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "start", Seen)
+        patch.setattr(runner.time, "sleep", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_grid(grid, workers=2, on_row=list)
+    assert [each.returncode for each in running] == [-signal.SIGTERM] * 2
+    assert not list(grid.out.glob("cells/*/failed.json"))
+    assert run_grid(grid, on_row=list) == {}
+    results(grid)
+
+
+def test_cells_with_the_same_training_train_once():
+    grid = make_grid(axes={"evaluate.dim": [None, 16, 8]}, seeds=(0, 1))
+    assert run_grid(grid, workers=3, on_row=list) == {}
+    assert len(list((grid.out / "runs").glob("*/DONE"))) == 2
+    logs = [log.read_text().splitlines() for log in (grid.out / "runs").glob("*/train.jsonl")]
+    steps = [[json.loads(line)["step"] for line in log if "loss" in json.loads(line)] for log in logs]
+    assert steps == [[1, 2], [1, 2]]
+
+
+@pytest.mark.parametrize("what", ["code", "train", "uber"])
+def test_a_cell_does_not_run_with_other_code_or_data_than_it_is_named_after(monkeypatch, what):
+    grid = make_grid()
+    if what == "code":
+        monkeypatch.setattr("embedft.ablation.cell.code_sha256", lambda: "changed")
+    else:
+        make_dataset(9, 9).save(f"{what}.jsonl")
+    failed = run_grid(grid, on_row=list)
+    assert failed
+    assert all(names(error, what) or names(error, f"test {what}") for error in failed.values())
+
+
+def test_shards_are_apart_complete_and_keep_training_together():
+    grid = make_grid(axes={"evaluate.dim": [None, 16], "lr": [2e-3, 3e-3]}, seeds=(0, 1))
+    shards = [shard_of(grid.cells, number, 3) for number in (1, 2, 3)]
+    assert sorted(cell.key for shard in shards for cell in shard) == sorted(cell.key for cell in grid.cells)
+    runs = [{cell.run for cell in shard} - {None} for shard in shards]
+    assert all(runs)
+    assert sum(map(len, runs)) == len(set().union(*runs)) == 6
+
+
+def test_the_expected_time_is_the_mean_of_what_was_measured():
+    """By hand: untrained 2 s; trained 10 and 30 s, so 20 s each: 2 + 4 * 20."""
+    grid = make_grid(axes={"lr": [2e-3]}, seeds=(0, 1))
+    assert expected_seconds(grid, grid.cells) is None
+    for cell, seconds in zip(grid.cells, (2, 10, 30), strict=False):
+        result = {"seconds": {"train": seconds - 1, "evaluate": 1}}
+        (grid.folder(cell) / "result.json").write_text(json.dumps(result))
+    assert expected_seconds(grid, grid.cells) == 2 + 4 * 20
+    assert expected_seconds(grid, grid.cells[3:]) == 2 * 20
+
+
+def fork(work) -> int:
+    """The process of a fork that leads a group of its own and ends with what `work` returns."""
+    if pid := os.fork():
+        return pid
+    code = 9
+    try:
+        os.setsid()
+        code = work()
+    except BaseException:
+        traceback.print_exc()
+    os._exit(code)
+
+
+def test_two_runners_share_the_work_and_repeat_no_cell():
+    grid = make_grid(axes={"lr": [2e-3, 3e-3], "evaluate.dim": [None, 16]}, seeds=(0, 1))
+    pids = [fork(lambda: len(run_grid(grid, workers=2, on_row=list))) for _ in range(2)]
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0]
+    assert sorted(starts()) == sorted(cell.key for cell in grid.cells)
+    assert all(map(grid.is_done, grid.cells))
+
+
+@pytest.mark.slow
+def test_cells_killed_twenty_times_give_the_same_table():
+    """24 cells; runners die with their cells, or alone, so that a cell goes on without its runner."""
+    axes, seeds = {"lr": [2e-3], "loss.temperature": [0.1, 0.2], "evaluate.dim": [None, 16]}, (0, 1)
+    how = {"axes": axes, "seeds": seeds, "checkpoint_every": 1, "epochs": 2}
+    whole, grid = make_grid("whole", **how), make_grid("killed", **how)
+    assert len(grid.cells) == 2 * (4 + 1) + 2
+    assert run_grid(whole, workers=2, on_row=list) == {}
+    generator, killed = random.Random(0), 0
+    while killed < 20:
+        pid = fork(lambda: len(run_grid(grid, workers=2, on_row=list)))
+        time.sleep(generator.uniform(0.05, 0.6))
+        kill = generator.choice((os.kill, os.killpg))
+        kill(pid, signal.SIGKILL)
+        killed += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        if all(map(grid.is_done, grid.cells)):
+            break
+    assert run_grid(grid, workers=2, on_row=list) == {}
+    assert killed == 20
+    assert results(grid) == results(whole)
+
+
+def test_a_full_disk_loses_no_finished_cell(monkeypatch):
+    """Models and checkpoints do not fit, reports do."""
+
+    def fill(self, folder):
+        Fork.prepare(self, folder)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
+
+    grid = make_grid(axes={"lr": [2e-3]})
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "start", type("Full", (Fork,), {"prepare": fill}))
+        patch.setattr(runner, "write_json", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        run_grid(first := make_grid(axes={"lr": [2e-3]}), on_row=list)
+        failed = run_grid(grid, on_row=list)
+    trained = [cell for cell in grid.cells if cell.run]
+    assert failed.keys() == {str(grid.folder(cell)) for cell in trained}
+    assert all("File too large" in error for error in failed.values()), failed
+    assert [cell for cell in first.cells if grid.is_done(cell)] == [cell for cell in grid.cells if not cell.run]
+    assert run_grid(grid, on_row=list) == {}
+    assert starts().count(grid.cells[0].key) == 1
+    results(grid)
+
+
+def test_the_command_lists_runs_and_reports(capsys, monkeypatch):
+    assert main([*COMMAND.split(), "--dry-run"]) == 0
+    output = capsys.readouterr()
+    assert len(output.out.splitlines()) == 2 + 5 * 2
+    assert all(line.startswith("to do ") for line in output.out.splitlines())
+    assert names(output.err, "out", "5 points", "2 seeds", "2 untrained", "12 cells", "12 to do")
+    assert not Path("out").exists()
+    assert main(COMMAND.split()) == 0
+    output = capsys.readouterr()
+    rows = output.out.splitlines()
+    assert rows[0].split() == ["ndcg@10", "uber", "scifact", "validation", "seconds"]
+    grid = Grid.load("out")
+    assert len(rows) == 1 + len(grid.cells)
+    means = {test: read_json(grid.folder(grid.cells[-1]) / "eval" / test / "metrics.json") for test in grid.tests}
+    (row,) = (row for row in rows if row.startswith(f"{grid.cells[-1]} "))
+    assert all(f"{mean['metrics']['ndcg@10']:.4f}" in row for mean in means.values())
+    shutil.rmtree(grid.folder(grid.cells[-1]))
+    assert main([*COMMAND.split(), "--dry-run"]) == 0
+    output = capsys.readouterr()
+    assert [line.split()[0] for line in output.out.splitlines()] == ["finished"] * 11 + ["to"]
+    assert names(output.err, "1 to do", "minutes")
+    monkeypatch.setattr(runner, "start", type("Broken", (Fork,), {"prepare": lambda self, folder: 1 / 0}))
+    assert main(COMMAND.split()) == 1
+    assert names(
+        capsys.readouterr().err, str(grid.folder(grid.cells[-1])), "ZeroDivisionError: division by zero", "1 of 12"
+    )
+    assert main([*COMMAND.split(), "--dry-run"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["finished"] * 11 + ["failed"]
+
+
+def test_points_come_from_a_file_or_at_random(capsys):
+    words = COMMAND.split()
+    at = words.index("--axis")
+    Path("points.json").write_text('[{"lr": 0.01}, {"lr": 0.02, "batch-size": 2}]')
+    assert main([*words[:at], *words[at + 8 :], "--points", "points.json", "--dry-run"]) == 0
+    assert names(capsys.readouterr().err, "3 points")
+    assert main([*words, "--sample", "2", "--dry-run"]) == 0
+    assert names(capsys.readouterr().err, "3 points")
+
+
+def test_a_grid_file_makes_the_same_cells_as_the_command(capsys, monkeypatch):
+    how = {"AXES": {"lr": [2e-3]}, "TESTS": {name: Path(path) for name, path in TESTS.items()}, "SEEDS": [0, 1]}
+    Path("lr.py").write_text(f"from pathlib import Path, PosixPath\nBASE = {BASE}\n")
+    with open("lr.py", "a") as file:
+        file.writelines(f"{name} = {value}\n" for name, value in how.items())
+    options = ["experiments.ablate", "lr.py", "--out", "from-file"]
+    monkeypatch.setattr(sys, "argv", options)
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module("experiments.ablate", run_name="__main__")
+    words = "--epochs 1 --batch-size 4 --lr 1e-3 --axis lr 2e-3 --seeds 0 1 --out out --dry-run"
+    tests = [f"{name}={path}" for name, path in TESTS.items()]
+    capsys.readouterr()
+    assert main(["ablate", "model", "train.jsonl", "--validation", "val.jsonl", "--test", *tests, *words.split()]) == 0
+    keys = [line.split()[2] for line in capsys.readouterr().out.splitlines()]
+    assert keys == [cell.key for cell in Grid.load("from-file").cells]
+    results(Grid.load("from-file"))
+
+
+@pytest.mark.parametrize(
+    ("text", "facts"), [("BASE = {}\nSEEDS = [0]", ("grid.py", "TESTS")), (None, ("grid.py", "no such file"))]
+)
+def test_a_bad_grid_file_is_refused(text, facts, monkeypatch, capsys):
+    if text:
+        Path("grid.py").write_text(text)
+    monkeypatch.setattr(sys, "argv", ["experiments.ablate", "grid.py"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("experiments.ablate", run_name="__main__")
+    assert names(capsys.readouterr().err, *facts)
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "experiments" / "grids").glob("*.py")), ids=str)
+def test_the_grids_of_experiments_have_known_settings(path, shared_data):
+    found = runpy.run_path(str(path))
+    base = complete({"model": "model", **found["BASE"]})
+    points = found.get("POINTS") or list(product(found["AXES"]))
+    assert all(settings_of(apply(base, point)) for point in points)
+    assert len(found["SEEDS"]) >= 3
+    assert base["validation"]
+    assert all(Path(test).exists() for test in found["TESTS"].values())
+
+
+@pytest.mark.parametrize(
+    ("words", "facts"),
+    [
+        ("--axis lr", ("lr", "[]")),
+        ("--axis lr 1e-4 --axis lr 2e-4", ("lr", "twice")),
+        ("--axis lrr 1e-4", ("lrr", "lr")),
+        ("--seed 1", ("--seed", "--seeds")),
+        ("--resume", ("--resume",)),
+        ("--store vectors", ("--store",)),
+        ("--shard 3/2", ("--shard", "3/2")),
+        ("--device cpu --devices cpu", ("--device", "--devices")),
+        ("--points points.json", ("--axis", "--points")),
+        ("--sample 5", ("sample", 5, 4)),
+        ("--test train=train.jsonl", ("train", 8, "training")),
+        ("--test uber=val.jsonl", ("uber", "val.jsonl", "uber.jsonl")),
+        ("--out train.jsonl", ("train.jsonl",)),
+        ("--out model", ("model", "config.json")),
+        ("--workers 0", ("--workers", 0, 1)),
+        ("--evaluate.dims 16", ("evaluate", "dims", "dim")),
+    ],
+)
+def test_a_command_that_cannot_work_is_refused_in_one_line(words, facts, capsys):
+    assert main([*COMMAND.split(), *words.split()]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning" not in line]
+    assert names(line, *facts), line
+    assert not Path("out").exists()
+
+
+@pytest.mark.slow
+def test_a_cell_runs_in_a_process_of_its_own(monkeypatch):
+    monkeypatch.undo()
+    grid = plan(BASE | {"model": "model"}, "out", axes={}, tests=TESTS, seeds=(0,))
+    grid.save()
+    assert run_grid(grid, devices=["cpu"], workers=2, on_row=list) == {}
+    results(grid)
