@@ -113,6 +113,10 @@ def test_number_skipped_is_no_part_of_equality():
         ),
         ({"titles": {"x": "T"}}, ("titles", "x", "corpus", 3)),
         ({"titles": {"d1": ""}}, ("title", "d1", "empty")),
+        ({"kinds": {"q9": "claim"}}, ("kinds", "q9", "queries", 2)),
+        ({"kinds": {"q1": " "}}, ("kind", "q1", "empty")),
+        ({"kinds": {"q1": 3}}, ("kind", "q1", "string", 3)),
+        ({"kinds": ["claim"]}, ("kinds", "dict", ["claim"])),
     ],
 )
 def test_refuses(changed, facts):
@@ -192,6 +196,52 @@ def test_llamaindex_refuses(tmp_path, content, facts):
     path = write(tmp_path / "qa.json", content)
     with pytest.raises(ValueError, match=naming(path, *facts)):
         RetrievalDataset.load(path)
+
+
+def test_kinds_of_a_file(tmp_path):
+    """They stay with their queries, also where others are skipped; other files and hashes know nothing of them."""
+    content = {"queries": QUERIES | {"q3": " "}, "corpus": CORPUS, "relevant_docs": {"q1": ["d1"], "q3": ["d2"]}}
+    path = write(tmp_path / "x.json", json.dumps(content | {"kinds": {"q1": "claim", "q3": "title"}}))
+    dataset = RetrievalDataset.load(path, skip_empty=True)
+    assert dataset.kinds == {"q1": "claim"}
+    rows = "query,document,query_kind\nwho?,me,claim\nwho?,that,\nwhat?,that,\n"
+    assert RetrievalDataset.load(write(tmp_path / "x.csv", rows)).kinds == {"q0": "claim"}
+    assert dataset.sha256() != replace(dataset, kinds={}).sha256()
+    plain = RetrievalDataset(QUERIES, CORPUS, QRELS)
+    assert plain.sha256() == "baecef407d54577dac20a9924f4623189d2b8a5277ff110e7f58e48d1cf4d788"
+    plain.save(tmp_path / "plain.json")
+    assert json.loads((tmp_path / "plain.json").read_text()).keys() == {"queries", "corpus", "relevant_docs", "mode"}
+    with pytest.raises(ValueError, match=naming(path, "kinds", "object", ["claim"])):
+        RetrievalDataset.load(write(path, json.dumps(content | {"kinds": ["claim"]})), skip_empty=True)
+
+
+def test_queries_of_some_kinds():
+    queries = {f"q{i}": f"{i}?" for i in range(4)}
+    qrels = {"q0": {"d1": 1}, "q1": {"d2": 1}, "q2": {"d3": 1}, "q3": {"d1": 1}}
+    dataset = RetrievalDataset(
+        queries,
+        CORPUS,
+        qrels,
+        negatives={"q0": ["d2"], "q1": ["d1"]},
+        scores={"q1": {"d3": 0.5}, "q2": {"d3": 0.5}},
+        titles={"d1": "Me"},
+        missing={"q2": {"x": 1}},
+        kinds={"q0": "claim", "q1": "title", "q2": "claim"},
+    )
+    claims = dataset.of_kinds(["claim"])
+    assert list(claims.queries) == ["q0", "q2"]
+    assert (claims.corpus, claims.titles) == (
+        dataset.corpus,
+        dataset.titles,
+    )  # what has no claim still has to be beaten
+    assert (claims.qrels, claims.negatives) == ({"q0": {"d1": 1}, "q2": {"d3": 1}}, {"q0": ["d2"]})
+    assert (claims.scores, claims.missing) == ({"q2": {"d3": 0.5}}, {"q2": {"x": 1}})
+    assert claims.kinds == {"q0": "claim", "q2": "claim"}
+    assert list(dataset.of_kinds(["title", "claim"]).queries) == ["q0", "q1", "q2"]  # q3 is of no kind
+    with pytest.raises(ValueError, match=naming("kind", "'keywords'", "claim (2)", "title (1)")):
+        dataset.of_kinds(["claim", "keywords"])
+    with pytest.raises(ValueError, match=naming("kind", "'claim'", "without kinds")):
+        replace(dataset, kinds={}).of_kinds(["claim"])
 
 
 def test_llamaindex_skips_empty_texts(tmp_path):
@@ -435,6 +485,8 @@ PAIR = {"query": "a?", "positive": "A"}
         ([PAIR | {"grade": float("inf")}], (1, "grade", "whole", "2^31", "inf")),
         ([PAIR, PAIR | {"grade": 3}], (2, "d0", "q0", "grade", 3, ..., 1)),
         ([PAIR | {"document_id": "7"}, PAIR | {"positive": "B", "document_id": "7"}], (2, "document", "text", 7)),
+        ([PAIR | {"query_kind": "claim"}, PAIR | {"query_kind": "title"}], (2, "q0", "kind", "title", "claim")),
+        ([PAIR | {"query_kind": 3}], ("kind", "q0", "string", 3)),
         ([], ("queries", "empty")),
     ],
 )
@@ -779,7 +831,9 @@ def test_ids_may_have_spaces(tmp_path, suffix):
 # Round trips
 
 
-def make_random(seed: int, *, grades=(1,), negatives=False, titles=False, scores=False, num_loose: int = 0):
+def make_random(
+    seed: int, *, grades=(1,), negatives=False, titles=False, scores=False, kinds=False, num_loose: int = 0
+):
     """A dataset with nasty ids and texts, some texts equal under two ids, and `num_loose` documents without a query."""
     chance = random.Random(seed)
     queries = {f"q {i} é\u2028": chance.choice(NASTY_TEXTS) + chance.choice(["", str(i)]) for i in range(20)}
@@ -795,6 +849,8 @@ def make_random(seed: int, *, grades=(1,), negatives=False, titles=False, scores
         optional["negatives"] = {q: chance.sample(ids, 3) for q, ids in others.items()} | {list(queries)[1]: []}
     if scores:
         optional["scores"] = {q: {d: chance.random() for d in chance.sample(list(corpus), 4)} for q in queries}
+    if kinds:
+        optional["kinds"] = {q: chance.choice(["question", "claim"]) for q in list(queries)[::3]}
     if titles:
         optional["titles"] = {d: f"title {d}\n" for d in list(corpus)[::3]}
         corpus[list(corpus)[3]] = ""
@@ -806,7 +862,9 @@ def make_random(seed: int, *, grades=(1,), negatives=False, titles=False, scores
     ("name", "options"),
     [
         ("x.json", {"num_loose": 3}),
+        ("x.json", {"kinds": True}),
         ("x.jsonl", {"grades": (0, 1, 3), "negatives": True}),
+        ("x.jsonl", {"kinds": True}),
         ("folder", {"grades": (0, 1, 3), "titles": True, "num_loose": 3}),
     ],
 )
@@ -856,6 +914,7 @@ def test_beir_files(tmp_path):
         ("llamaindex", {"qrels": {"q1": {"d1": 0}}}, ("grade", 0, "q1", "d1", 1)),
         ("beir", {"negatives": {"q1": ["d3"]}}, ("negatives", "jsonl")),
         ("beir", {"scores": {"q1": {"d1": 0.5}}}, ("scores", "no")),
+        ("beir", {"kinds": {"q1": "claim"}}, ("kinds", "llamaindex", "jsonl")),
         ("beir", {"qrels": {"q1": {"d1": 1}}}, ("query", "q2", "qrels")),
         ("beir", {"qrels": QRELS | {"q1": {}}}, ("query", "q1", "qrels")),
         ("beir", {"corpus": CORPUS | {"d\t4": "x"}}, ("id", repr("d\t4"), "tab", "NUL")),
@@ -915,7 +974,8 @@ def group_by_search(dataset: RetrievalDataset) -> list[set]:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_split_leaks_nothing_and_loses_nothing_else(seed):
-    dataset = make_random(seed, grades=(0, 1, 1), negatives=True, scores=True, titles=True, num_loose=10)
+    optional = dict.fromkeys(("negatives", "scores", "titles", "kinds"), True)
+    dataset = make_random(seed, grades=(0, 1, 1), num_loose=10, **optional)
     first, second = dataset.split(0.5, seed=seed)
     assert first.corpus.keys().isdisjoint(second.corpus)
     assert set(first.texts.values()).isdisjoint(second.texts.values())
@@ -924,6 +984,7 @@ def test_split_leaks_nothing_and_loses_nothing_else(seed):
         sides = {i in (first.queries if kind == "q" else first.corpus) for kind, i in group}
         assert len(sides) == 1
     assert first.queries | second.queries == dataset.queries
+    assert first.kinds | second.kinds == dataset.kinds
     assert first.corpus | second.corpus == dataset.corpus
     for part in (first, second):
         assert list(part.queries) == [i for i in dataset.queries if i in part.queries]

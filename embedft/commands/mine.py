@@ -66,7 +66,8 @@ def run(options: Options) -> None:
     negatives = {query_id: mined.negatives[query_id] for query_id in counts if query_id in mined.negatives}
     named = {i for ids in (*qrels.values(), *negatives.values()) for i in ids}
     corpus = {document_id: text for document_id, text in mined.texts.items() if document_id in named}
-    pairs = RetrievalDataset({i: mined.queries[i] for i in counts}, corpus, qrels, negatives)
+    kinds = {query_id: kind for query_id, kind in mined.kinds.items() if query_id in counts}
+    pairs = RetrievalDataset({i: mined.queries[i] for i in counts}, corpus, qrels, negatives, kinds=kinds)
     pairs.save(options.out)
     print_costs(embedder)
     numbers = f"{len(counts):,} questions, {len(pairs.corpus):,} documents, {sum(counts.values()):,} negatives"

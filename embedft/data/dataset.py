@@ -11,8 +11,8 @@ import json
 import math
 import reprlib
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,7 +23,8 @@ from . import formats, pairs
 from .checks import check_distinct, check_grade, check_id, check_text
 from .formats import FORMATS, WRITABLE
 
-FIELDS = ("queries", "corpus", "qrels", "negatives", "scores", "titles", "missing")
+FIELDS = ("queries", "corpus", "qrels", "negatives", "scores", "titles", "missing", "kinds")
+BY_QUERY = ("qrels", "negatives", "scores", "missing", "kinds")
 Item = TypeVar("Item", str, int)
 
 
@@ -39,6 +40,7 @@ class RetrievalDataset:
     titles: dict[str, str] = field(default_factory=dict)  # {document id: title}
     # Judgements of documents missing from the corpus; evaluation counts them (`all_qrels`), as never found.
     missing: dict[str, dict[str, int]] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)  # {query id: its kind}: question, claim, keywords, title, ...
     num_skipped: int = field(default=0, compare=False)  # rows or texts that `load(skip_empty=True)` dropped
 
     def __post_init__(self) -> None:
@@ -55,6 +57,9 @@ class RetrievalDataset:
         for document_id, title in self.titles.items():
             check_id("document", document_id, self.corpus, "titles: ")
             check_text(title, f"the title of document {document_id!r}")
+        for query_id, kind in self.kinds.items():
+            check_id("query", query_id, self.queries, "kinds: ")
+            check_text(kind, f"the kind of query {query_id!r}")
         for name, kind in (("qrels", dict), ("negatives", list), ("scores", dict), ("missing", dict)):
             for query_id, listed in getattr(self, name).items():
                 check_id("query", query_id, self.queries, f"{name}: ")
@@ -131,7 +136,7 @@ class RetrievalDataset:
         path = Path(path)
         format = formats.choose_format(path, format, WRITABLE, folder=not path.suffix)
         refusal = f"{path}: the format {format!r} cannot hold"
-        for name in ("negatives", "scores", "titles", "missing"):
+        for name in ("negatives", "scores", "titles", "missing", "kinds"):
             if getattr(self, name) and name not in WRITABLE[format]:
                 able = [other for other, fields in WRITABLE.items() if name in fields]
                 raise ValueError(f"{refusal} {name} ({', '.join(able) or 'no format'} can)")
@@ -193,10 +198,21 @@ class RetrievalDataset:
             )
             negatives = {q: [d for d in ids if d in corpus] for q, ids in self.negatives.items() if q in queries}
             titles = {d: title for d, title in self.titles.items() if d in corpus}
-            missing = {q: grades for q, grades in self.missing.items() if q in queries}
-            return RetrievalDataset(queries, corpus, qrels, negatives, scores, titles, missing)
+            missing, kinds = ({q: x for q, x in by.items() if q in queries} for by in (self.missing, self.kinds))
+            return RetrievalDataset(queries, corpus, qrels, negatives, scores, titles, missing, kinds)
 
         return take(True), take(False)
+
+    def of_kinds(self, kinds: Collection[str]) -> "RetrievalDataset":
+        """The dataset with only the queries of these kinds; the corpus stays whole. For a mixture by kind, pass
+        `finetune` {kind: dataset.of_kinds([kind]) for ...}. Raises `ValueError` for a kind that no query has."""
+        found = Counter(self.kinds.values())
+        if unknown := [kind for kind in kinds if kind not in found]:
+            known = ", ".join(f"{kind} ({count:,})" for kind, count in found.most_common())
+            raise ValueError(f"no question is of the kind {unknown[0]!r}; found {known or 'questions without kinds'}")
+        queries = {i: text for i, text in self.queries.items() if self.kinds.get(i) in kinds}
+        kept = {name: {i: x for i, x in getattr(self, name).items() if i in queries} for name in BY_QUERY}
+        return replace(self, queries=queries, **kept)
 
     def shares_with(self, training: "RetrievalDataset") -> str:
         """A warning about judged queries and documents also in the training set, by text; "" if there are none."""
@@ -220,8 +236,9 @@ class RetrievalDataset:
         """The SHA-256 of everything in the dataset, including its order, as 64 hexadecimal digits."""
         digest = hashlib.sha256()
         for name in FIELDS:
-            # A dataset with no `missing` has the same hash as before that field existed.
-            for item in (name, *getattr(self, name).items()) if name != "missing" or self.missing else ():
+            # Without `missing` or `kinds`, the hash is that from before these fields existed.
+            is_new = name in ("missing", "kinds")
+            for item in (name, *getattr(self, name).items()) if not is_new or getattr(self, name) else ():
                 digest.update(json.dumps(item).encode())
         return digest.hexdigest()
 

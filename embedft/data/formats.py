@@ -1,7 +1,7 @@
 """Published dataset formats: LlamaIndex's JSON, BEIR folders, TREC topics and qrels. Any file may be .gz.
 
 llamaindex  `*.json`: {"queries": {id: text}, "corpus": {id: text}, "relevant_docs": {query id: [document id]}, "mode":
-            "text"}; `mode` may be absent.
+            "text"}; `mode` may be absent. {"kinds": {query id: kind}} is read and written where queries have kinds.
 beir        a folder: corpus.jsonl (`_id`, `title`, `text`), queries.jsonl (`_id`, `text`), qrels/<split>.tsv with the
             header `query-id corpus-id score`; only queries in the split's qrels are read, as in
             beir/datasets/data_loader.py. TREC files may replace them: topics.* (<top> or <topic>) for the queries,
@@ -26,7 +26,7 @@ from .pairs import parse_grade, write_pairs
 
 FORMATS = ("llamaindex", "beir", "jsonl", "csv")
 SUFFIXES = {".json": "llamaindex", ".jsonl": "jsonl", ".csv": "csv", ".tsv": "csv"}
-WRITABLE = {"llamaindex": ("missing",), "beir": ("titles", "missing"), "jsonl": ("negatives",)}
+WRITABLE = {"llamaindex": ("missing", "kinds"), "beir": ("titles", "missing"), "jsonl": ("negatives", "kinds")}
 # TREC's topics: number and title (or query; some XML topics are the query itself), or number, tab and query.
 TOP = re.compile(r"(?is)<top>.*?<num>\s*(?:Number:)?\s*([^\s<]+).*?<title>\s*(?:Topic:)?([^<]*)")
 TOPIC = re.compile(r"(?is)<topic\s+number=\"([^\"]+)\"[^<>]*>(?:(?:(?!</topic>).)*?<(?:query|title)>)?([^<]*)")
@@ -52,7 +52,7 @@ def choose_format(path: Path, format: str | None, formats: Iterable[str], *, fol
 
 def read_published(path: Path, split: str | None, *, skip_empty: bool, strict: bool) -> dict[str, Any]:
     """The arguments of RetrievalDataset for a "llamaindex" file or a "beir" folder."""
-    titles: Texts = {}
+    titles, kinds = {}, {}
     if path.is_dir():
         queries, corpus, titles, judgements = _read_beir(path, split, skip_empty)
         qrels, missing = _sort(judgements, queries, corpus, strict)
@@ -61,7 +61,7 @@ def read_published(path: Path, split: str | None, *, skip_empty: bool, strict: b
             raise ValueError(f"{path}: the qrels judge none of the {len(queries):,} queries")
         queries = judged
     else:
-        queries, corpus, relevant_docs = _read_llamaindex(path, skip_empty)
+        queries, corpus, relevant_docs, kinds = _read_llamaindex(path, skip_empty)
         judgements = ((f"{path}: relevant_docs", q, d, 1) for q, ids in relevant_docs.items() for d in ids)
         qrels, missing = _sort(judgements, queries, corpus, strict)
         qrels = {query_id: qrels.get(query_id, {}) for query_id in relevant_docs if query_id in queries}
@@ -70,9 +70,9 @@ def read_published(path: Path, split: str | None, *, skip_empty: bool, strict: b
         queries = {i: text for i, text in queries.items() if text}
         corpus = {i: text for i, text in corpus.items() if text or i in titles}
         qrels = {q: {d: x for d, x in grades.items() if d in corpus} for q, grades in qrels.items() if q in queries}
-        missing = {q: grades for q, grades in missing.items() if q in queries}
+        missing, kinds = ({q: x for q, x in by_query.items() if q in queries} for by_query in (missing, kinds))
     fields = {"queries": queries, "corpus": corpus, "qrels": qrels, "missing": missing, "titles": titles}
-    return {**fields, "num_skipped": num_read - len(queries) - len(corpus)}
+    return {**fields, "kinds": kinds, "num_skipped": num_read - len(queries) - len(corpus)}
 
 
 def _sort(judgements: Iterable[Judgement], queries: Texts, corpus: Texts, strict: bool) -> tuple[Qrels, Qrels]:
@@ -107,8 +107,8 @@ def _known(i: str, texts: Texts) -> str:
     return i.strip() if i not in texts and i.strip() in texts else i
 
 
-def _read_llamaindex(path: Path, skip_empty: bool) -> tuple[Texts, Texts, dict[str, list[str]]]:
-    """Queries, corpus and relevant_docs."""
+def _read_llamaindex(path: Path, skip_empty: bool) -> tuple[Texts, Texts, dict[str, list[str]], Texts]:
+    """Queries, corpus, relevant_docs and kinds."""
     content = read_object(path)
     names = ("queries", "corpus", "relevant_docs")
     if not all(isinstance(content.get(name), dict) for name in names):
@@ -119,9 +119,11 @@ def _read_llamaindex(path: Path, skip_empty: bool) -> tuple[Texts, Texts, dict[s
     for query_id, ids in relevant.items():
         if not isinstance(ids, list) or not all(isinstance(i, str) for i in ids):
             raise ValueError(f"{path}: relevant_docs of query {query_id!r} must list ids, found {reprlib.repr(ids)}")
+    if not isinstance(kinds := content.get("kinds", {}), dict):
+        raise ValueError(f"{path}: kinds must be an object, {{query id: kind}}, found {reprlib.repr(kinds)}")
     entries = (((f"{path}: {name}", i, text, None) for i, text in content[name].items()) for name in names[:2])
     (queries, _), (corpus, _) = (_collect(of_name, allow_empty=skip_empty) for of_name in entries)
-    return queries, corpus, relevant
+    return queries, corpus, relevant, kinds
 
 
 def _read_beir(folder: Path, split: str | None, skip_empty: bool) -> tuple[Texts, Texts, Texts, Iterator[Judgement]]:
@@ -214,7 +216,8 @@ def write_llamaindex(dataset: Any, path: Path, refusal: str) -> None:
     if others := [(q, d, grade) for q, d, grade in _flat(qrels) if grade != 1]:
         raise ValueError(f"{refusal} grade {others[0][2]} (query {others[0][0]!r}, document {others[0][1]!r}), only 1")
     relevant = {query_id: list(grades) for query_id, grades in qrels.items()}
-    write_json(path, {"queries": dataset.queries, "corpus": dataset.corpus, "relevant_docs": relevant, "mode": "text"})
+    content = {"queries": dataset.queries, "corpus": dataset.corpus, "relevant_docs": relevant, "mode": "text"}
+    write_json(path, content | ({"kinds": dataset.kinds} if dataset.kinds else {}))
 
 
 def write_beir(dataset: Any, folder: Path, refusal: str) -> None:

@@ -5,7 +5,8 @@ Columns are found by name (COLUMN_ROLES, any case); others are ignored. Negative
 has query "q7", document "d7" and negatives "d7n0", "d7n1", ... Equal texts that are merged keep the first id.
 
 `query_id`, `document_id` and `negative_ids` (a list next to `negatives`) set ids instead; then equal ids, not equal
-texts, identify queries and documents. `grade` is the relevance, 1 if absent. `write_pairs` writes all of these.
+texts, identify queries and documents. `grade` is the relevance, 1 if absent; `query_kind` the query's kind, if any.
+`write_pairs` writes all of these.
 """
 
 import csv
@@ -23,7 +24,7 @@ from .checks import SKIP_EMPTY, check_distinct, check_grade, check_text, id_text
 COLUMN_ROLES = {
     **dict.fromkeys(("anchor", "query", "question"), "query"),
     **dict.fromkeys(("positive", "context", "document"), "document"),
-    **{role: role for role in ("query_id", "document_id", "grade", "negatives", "negative_ids")},
+    **{role: role for role in ("query_id", "document_id", "grade", "query_kind", "negatives", "negative_ids")},
 }
 
 
@@ -32,6 +33,7 @@ def read_pairs(path: Path, format: str, *, merge: bool, skip_empty: bool) -> dic
     queries, documents, num_skipped = _Texts("query", merge), _Texts("document", merge), 0
     qrels: dict[str, dict[str, int]] = {}
     negatives: dict[str, dict[str, None]] = {}  # the inner dict is an ordered set
+    kinds: dict[str, str] = {}
     for index, (line, row) in enumerate(read_jsonl(path) if format == "jsonl" else read_csv(path)):
         check_object(row, f"{path} line {line}")
         try:
@@ -49,6 +51,9 @@ def read_pairs(path: Path, format: str, *, merge: bool, skip_empty: bool) -> dic
             if grades.setdefault(document_id, grade) != grade:
                 found = f"document {document_id!r} of query {query_id!r} has the grade {grade}"
                 raise ValueError(f"{found}, but {grades[document_id]} on an earlier line")
+            if not is_blank(kind := values.get("query_kind")) and kinds.setdefault(query_id, kind) != kind:
+                found = f"query {query_id!r} is of the kind {reprlib.repr(kind)}"
+                raise ValueError(f"{found}, but {kinds[query_id]!r} on an earlier line")
             if of_row or values.get("negatives") is not None:
                 negatives.setdefault(query_id, {})
             named = [document_id]
@@ -62,7 +67,8 @@ def read_pairs(path: Path, format: str, *, merge: bool, skip_empty: bool) -> dic
                     raise ValueError(f"document {i!r} of query {query_id!r} is both a positive and a negative")
         except ValueError as error:
             raise ValueError(f"{path} line {line}: {error}") from None
-    found = {"queries": queries.texts, "corpus": documents.texts, "qrels": qrels, "num_skipped": num_skipped}
+    found = {"queries": queries.texts, "corpus": documents.texts, "qrels": qrels, "kinds": kinds}
+    found["num_skipped"] = num_skipped
     return {**found, "negatives": {query_id: list(ids) for query_id, ids in negatives.items()}}
 
 
@@ -196,6 +202,7 @@ def write_pairs(dataset: Any, path: Path, refusal: str) -> None:
             document = dataset.corpus[document_id]
             row = {"query_id": query_id, "query": query, "document_id": document_id, "document": document}
             row |= {} if grade == 1 else {"grade": grade}
+            row |= {"query_kind": dataset.kinds[query_id]} if query_id in dataset.kinds else {}
             if query_id in negatives:  # only once
                 row["negatives"] = [dataset.corpus[i] for i in negatives[query_id]]
                 row["negative_ids"] = negatives.pop(query_id)

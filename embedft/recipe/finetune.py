@@ -35,13 +35,32 @@ from ..training.optim import MakeOptimizer
 from ..training.parts import choose_parts, constant_vectors, without_gradient
 from ..training.references import Reference
 from ..training.train import BatchSource, Evaluate, OnStep, Refresh, train
-from .inputs import BATCHING, batches_of, frozen_references, joined, lacks_similarity, renewed, taught, try_loss
+from .inputs import (
+    BATCHING,
+    batches_of,
+    chosen_kinds,
+    frozen_references,
+    joined,
+    lacks_similarity,
+    renewed,
+    taught,
+    try_loss,
+)
 from .job import VALIDATION, VALIDATION_BASE, Job
 
 REFRESHING = ("refresh_windows", "mine_every")
 REPLACED = {
     "loss": ("loss",),
-    "batches": (*BATCHING, "teacher", "windows_per_document", "sampling", "sampling_temperature", "mixed", *REFRESHING),
+    "batches": (
+        *BATCHING,
+        "teacher",
+        "kinds",
+        "windows_per_document",
+        "sampling",
+        "sampling_temperature",
+        "mixed",
+        *REFRESHING,
+    ),
     "optimizer": ("lr", "loss_lr", "lr_parts", "lr_decay", "weight_decay"),
     "refresh": REFRESHING,
 }
@@ -150,6 +169,8 @@ def _check(job: Job, existing: str) -> BatchSource | None:
     job.frozen = choose_parts(embedder, config)
     if job.out is not None:
         check_lora_base(embedder)
+    if config.kinds is not None:
+        job.datasets = {name: chosen_kinds(name, part, config.kinds) for name, part in job.datasets.items()}
     if batches is None and config.mine_every is None and not config.teacher:
         batches = batches_of(embedder, job.datasets, config)
     if job.validation is not None:

@@ -100,6 +100,14 @@ def batches_of(embedder: Embedder, datasets: Mapping[str, RetrievalDataset], con
     return make_mixture(datasets, embedder.pack, **sampling, **options)
 
 
+def chosen_kinds(name: str, dataset: RetrievalDataset, kinds: list[str]) -> RetrievalDataset:
+    """The dataset with the questions of these kinds alone; errors begin with its name, if it has one."""
+    try:
+        return dataset.of_kinds(kinds)
+    except ValueError as error:
+        raise ValueError(f"kinds: {name}{': ' if name else ''}{error}") from None
+
+
 def lacks_similarity(spec: Any) -> bool:
     """Whether a loss, or one inside it, has an option `similarity` that is not set."""
     if isinstance(spec, list):

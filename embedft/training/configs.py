@@ -93,6 +93,7 @@ class FinetuneConfig(TrainConfig):
     batch_tokens: int | None = option(None, "tokens per batch, instead of batch_size", least=1)
     num_negatives: int = option(0, "maximum hard negatives per query; fewer if the dataset has fewer", least=0)
     examples: ExampleKind = option("pairs", "what each row of a batch is")
+    kinds: list[str] | None = option(None, "train on questions of these kinds only [all]", metavar="KIND ...")
     target_scores: bool = option(False, "pass the dataset's scores to the loss")
     no_duplicates: bool = option(False, "no text twice in a batch")
     sampling: Sampling = option("proportional", "share of each of several datasets")
@@ -129,6 +130,8 @@ class FinetuneConfig(TrainConfig):
             check_windows(self.passages)
             if self.references:
                 raise ValueError("references cannot be combined with passages")
+        if self.kinds is not None and not self.kinds:
+            raise ValueError("kinds is [], expected at least one kind, or null for all questions")
         if self.mine_every and not self.num_negatives:
             raise ValueError(f"num_negatives is 0, but mine_every is {self.mine_every}: expected at least 1")
         if self.batch_tokens:
