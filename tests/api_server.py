@@ -101,6 +101,7 @@ class ApiServer:
             asked; a list with the fault of each request in turn, then none; a function of (prompt, attempt from 1).
         delay: seconds before each reply. `late_seconds`: before a late one.
         num_questions: per reply.
+        write: what to reply to (prompt, num_questions), as a list; in JSON, under the key that the schema asks for.
         schema: accept response_format; otherwise, answer with a 400 that names it.
         retry_after: sent with "429-seconds", "429-ms" (this many milliseconds) and "429-date".
 
@@ -122,6 +123,7 @@ class ApiServer:
         seed: int = 0,
         late_seconds: float = 2.0,
         num_questions: int = 2,
+        write: Callable[[str, int], list[str]] = written_questions,
         schema: bool = True,
         retry_after: float = 0,
         dimensions: int = 16,
@@ -144,7 +146,7 @@ class ApiServer:
         )
         self.max_tokens, self.wording, self.max_texts = max_tokens, wording, max_texts
         self.count_tokens, self.base64, self.redirect = count_tokens, base64, redirect
-        self.refuses = refuses
+        self.refuses, self.write = refuses, write
         self.paths: list[str] = []
         self.keep_log, self.port = keep_log, port
         self.counts: Counter[str] = Counter()
@@ -282,9 +284,10 @@ class ApiServer:
         if kind == "embeddings":
             return json.dumps(self.embed(request, fault)).encode()
         num_questions = self.num_questions + {"none": -self.num_questions, "fewer": -1, "more": 1}.get(fault, 0)
-        questions = written_questions(prompt, num_questions)
+        questions = self.write(prompt, num_questions)
         is_json = "response_format" in request
-        content = json.dumps({"questions": questions}) if is_json else "\n".join(questions)
+        wanted = request["response_format"]["json_schema"]["schema"]["required"] if is_json else []
+        content = json.dumps(dict.fromkeys(wanted, questions)) if is_json else "\n".join(questions)
         finish, refusal = "stop", None
         if fault == "preamble":
             content = "Sure! Here are your questions:\n\n" + "\n".join(f"{i}. {q}" for i, q in enumerate(questions, 1))

@@ -73,6 +73,7 @@ WITHOUT_TORCH = (
     "retrieval.tables",
     "corpus.chunks",
     "corpus.cleaning",
+    "corpus.kinds",
     "corpus.layout",
     "corpus.pdf_page",
     "corpus.pseudo",

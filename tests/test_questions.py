@@ -199,7 +199,7 @@ def test_what_is_sent_and_what_is_kept(tmp_path, monkeypatch):
         "model": "m",
         "messages": [{"role": "user", "content": prompt}],
         "max_tokens": 256,
-        "response_format": questions.RESPONSE_FORMAT,
+        "response_format": questions.QUESTION.response_format,
         "temperature": 0.5,
         "top_k": 3,
     }

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..data.dataset import RetrievalDataset
 from ..vectors import unit_rows
-from .prompts import asks, strip_numbering
+from .prompts import QUESTION, asks, strip_numbering
 
 Dropped = dict[str, tuple[str, str]]  # {query id: (reason, evidence: a phrase, a rank or an id)}
 REPEATS, MIN_COPIED_WORDS = "repeats another query", 5
@@ -74,14 +74,15 @@ def report(before: RetrievalDataset, after: RetrievalDataset, dropped: Dropped, 
 def clean(dataset: RetrievalDataset) -> tuple[RetrievalDataset, Dropped]:
     """Drops queries that no searcher would write; raises `ValueError` if none is left.
 
-    Each query is tidied (`tidy`), then dropped for the first reason that applies: it asks nothing, shows the prompt,
-    points at its source or copies a relevant document (`copies`). Queries with equal `question_key` are then merged:
-    the first keeps its id and wording and takes over the others' qrels (the highest grade), negatives and scores (its
-    own take precedence); a negative that becomes relevant is removed."""
+    Each query is tidied (`tidy`), then dropped for the first reason that applies: it asks nothing (unless its kind is
+    another than question), shows the prompt, points at its source or copies a relevant document (`copies`). Queries
+    with equal `question_key` are then merged: the first keeps its id and wording and takes over the others' qrels (the
+    highest grade), negatives and scores (its own take precedence); a negative that becomes relevant is removed."""
     tidied = {query_id: tidy(text) for query_id, text in dataset.queries.items()}
     dropped, first_of = {}, {}  # first_of: {question key: id of the query that stays}
     for query_id, question in tidied.items():
-        fault = _fault(question, {i: dataset.texts[i] for i in dataset.relevant(query_id)})
+        kind = dataset.kinds.get(query_id, QUESTION.name)
+        fault = _fault(question, {i: dataset.texts[i] for i in dataset.relevant(query_id)}, kind)
         if not fault and (first := first_of.setdefault(question_key(question), query_id)) != query_id:
             fault = REPEATS, first
         if fault:
@@ -89,8 +90,8 @@ def clean(dataset: RetrievalDataset) -> tuple[RetrievalDataset, Dropped]:
     return _without(dataset, dropped, tidied), dropped
 
 
-def _fault(question: str, documents: Mapping[str, str]) -> tuple[str, str] | None:
-    if not asks(question):
+def _fault(question: str, documents: Mapping[str, str], kind: str) -> tuple[str, str] | None:
+    if kind == QUESTION.name and not asks(question):
         return "asks nothing", ""
     for reason, pattern in (("shows the prompt", PROMPT), ("points at its source", SOURCE)):
         if found := pattern.search(question):
@@ -201,5 +202,6 @@ def _without(dataset: RetrievalDataset, dropped: Dropped, texts: Mapping[str, st
             scores[query_id] = {**dataset.scores[source], **scores.get(query_id, {})}
     for query_id, listed in negatives.items():
         negatives[query_id] = [d for d in dict.fromkeys(listed) if qrels.get(query_id, {}).get(d, 0) <= 0]
-    missing = {query_id: grades for query_id, grades in dataset.missing.items() if query_id in queries}
-    return replace(dataset, queries=queries, qrels=qrels, negatives=negatives, scores=scores, missing=missing)
+    kept = {"missing": dataset.missing, "kinds": dataset.kinds}
+    kept = {name: {i: x for i, x in by_query.items() if i in queries} for name, by_query in kept.items()}
+    return replace(dataset, queries=queries, qrels=qrels, negatives=negatives, scores=scores, **kept)

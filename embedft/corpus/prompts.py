@@ -1,12 +1,16 @@
 """Builds prompts for a language model, parses its replies, and recognizes (English) questions.
 
 questions = parse_reply(reply_to(fill_template(TEMPLATE, text=chunk.text, num_questions=2)), 2)
+
+Besides questions, a model can write claims, keyword searches and titles (`KINDS`): people search with all of these.
+Source: CADET (arXiv 2505.19274), where a mix of kinds trains better than any one; the prompts are our own.
 """
 
 import contextlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 TEMPLATE = """\
@@ -24,9 +28,48 @@ Ask about different facts. Write one question a line and nothing else.
 Passage:
 {text}
 """
-PROPERTIES = {"questions": {"type": "array", "items": {"type": "string"}}}
-SCHEMA = {"type": "object", "properties": PROPERTIES, "required": [*PROPERTIES], "additionalProperties": False}
-RESPONSE_FORMAT = {"type": "json_schema", "json_schema": {"name": "questions", "strict": True, "schema": SCHEMA}}
+CLAIM_TEMPLATE = """\
+Below is a passage from a larger collection of documents. Write {num_questions} claims that this passage supports.
+
+Imagine the people who will check them: they search the whole collection, have never seen this passage, and type a
+statement to find out whether it holds. So each claim must
+- be one declarative sentence that is true according to the passage;
+- make sense alone and name what it is about, the company, person, product, place or year; never "the company", "the
+  document" or "the table";
+- be so specific that, among thousands of passages, this one is the best evidence;
+- use other words than the passage, without mentioning that there is a passage, text, context or excerpt.
+State different facts. Write one claim a line and nothing else.
+
+Passage:
+{text}
+"""
+KEYWORDS_TEMPLATE = """\
+Below is a passage from a larger collection of documents. Write {num_questions} keyword searches that should find it.
+
+Imagine the people who will search: they have never seen this passage, and type a few words instead of a sentence. So
+each search must
+- be three to eight words or names, separated by spaces, and neither a sentence nor a question;
+- name what it is about, the company, person, product, place or year;
+- be so specific that, among thousands of passages, this one is the best result;
+- mix the passage's own terms with other words for the same things.
+Search for different facts. Write one whole search a line and nothing else.
+
+Passage:
+{text}
+"""
+TITLE_TEMPLATE = """\
+Below is a passage from a larger collection of documents. Write {num_questions} titles for it.
+
+Imagine one long table of contents for the whole collection, in which people look for what they need. So each title must
+- be three to twelve words, and neither a sentence nor a question;
+- name what the passage is about, the company, person, product, place or year;
+- be so specific that it fits none of the thousands of other passages;
+- not mention that there is a passage, text, context or excerpt.
+Write different titles, one a line, and nothing else.
+
+Passage:
+{text}
+"""
 
 THOUGHT = r"(?:think|thinking|thoughts?|reason|reasoning|reflection|analysis|scratchpad)"
 THOUGHT_TAG = r"[\w:-]{0,20}?(?:think|thought|reason|reflect|analysis|scratchpad|monologue|\bplan\b)[\w-]{0,20}"
@@ -69,6 +112,8 @@ NUMBERING = re.compile(rf"""(?ix)
 NO_QUESTION = re.compile(rf"(?i)[*_]*(?:{QUESTION}|answer\s*#?\d*\s*[.):].*|a\d*\s*:.*|{THOUGHT}[*_\s]*:.*)")
 QUOTES = (("**", "**"), ("__", "__"), *('""', "''", "“”", "‘’", "«»", "``", "**", "__"))
 PREAMBLE = re.compile(r"(?i)(?:sure|certainly|of course|absolutely|okay|ok|here (?:are|is)|here's|below are)\b[^?]*")
+LABEL = re.compile(r"(?i)\A(?:claim|statement|keywords?|keyword search|search(?: query)?|title)\s*#?\d*\s*[:：]\s*")
+SEPARATOR, MAX_KEY = re.compile(r"[\s,;、，]"), 10
 QUESTION_MARK = re.compile("[?？؟\u037e՞፧⁇¿]")
 AUXILIARY = r"(?:is|are|was|were|do|does|did|can|could|will|would|should|shall|has|have|had|must|might)"
 INTERROGATIVE = rf"""(?: (?:what|why|who|whose|whom|which|how)\b | (?:when|where)\s+{AUXILIARY}\b
@@ -86,6 +131,32 @@ CLAUSE_OPENING = r"""(?:in|on|at|to|for|from|by|under|with|given|during|based|ac
     before|when|per|regarding|concerning|assuming|additionally|also|then|finally|next|furthermore)\b"""
 ASKS = re.compile(rf"""(?ix) (?:^|[.!;:]["'”)]*\s+) (?:please\s+)? (?: {INTERROGATIVE} | {IMPERATIVE}
     | {CLAUSE_OPENING} (?:(?:[^,.!]|\.(?=\S))+,){{1,4}} \s* (?:please\s+)? (?:{IMPERATIVE} | (?:what|why|how)\b) )""")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of text to search with: how a model is asked for it, and how it is found in the reply."""
+
+    name: str
+    keys: tuple[str, ...]  # of the list in a JSON reply; the model is asked for the first
+    template: str
+    fits: Callable[[str], bool]  # whether a line can be one
+
+    @property
+    def response_format(self) -> dict[str, Any]:
+        """JSON with the list alone, as the chat API wants it described."""
+        properties = {self.keys[0]: {"type": "array", "items": {"type": "string"}}}
+        schema = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+        return {"type": "json_schema", "json_schema": {"name": self.keys[0], "strict": True, "schema": schema}}
+
+
+def _states(text: str) -> bool:
+    """Whether a text asks nothing and is longer than a JSON key."""
+    return len(text) > MAX_KEY and not QUESTION_MARK.search(text)
+
+
+def _has_several_words(text: str) -> bool:
+    return bool(SEPARATOR.search(text) and not QUESTION_MARK.search(text))
 
 
 def fill_template(template: str, *, text: str, num_questions: int) -> str:
@@ -106,36 +177,40 @@ def message_text(content: Any) -> str:
     return content if isinstance(content, str) else ""
 
 
-def parse_reply(text: str, num_questions: int) -> list[str]:
+def parse_reply(text: str, num_questions: int, kind: Kind | None = None) -> list[str]:
     """Returns up to `num_questions` distinct questions from a reply; raises `ValueError` if there are none.
 
     Drops reasoning: everything before a closing tag such as </think>, or after an opening one. If a heading such as
     "Final answer:" or a line with any other closing tag is followed by questions, only those count. In JSON, they are
     the strings under "questions", else those that ask; in broken JSON, complete strings that ask; elsewhere, lines that
     ask, without numbering, bullets and quotes, but no preambles ("Here are two questions:") or answers ("A1: ...").
-    "What is A? What is B?" on one line is two questions if `num_questions` leaves room for both."""
+    "What is A? What is B?" on one line is two questions if `num_questions` leaves room for both. So for another kind
+    (None: QUESTION), under its own keys, where a text must fit the kind instead of asking."""
+    kind = kind or QUESTION
     text = _without_thoughts(text.strip("\ufeff \n"))
     if '\\"' in text and '"' not in text.replace('\\"', ""):  # JSON, escaped without quotes around it
         text = text.replace('\\"', '"')
     for part in dict.fromkeys((ANSWER_FOLLOWS.split(text)[-1], text)):
-        if found := _find_questions(part, num_questions):
+        if found := _find_questions(part, num_questions, kind):
             return _apart(found, num_questions)
-    raise ValueError("no question in the reply")
+    raise ValueError(f"no {kind.name} in the reply")
 
 
-def _find_questions(text: str, num_questions: int) -> list[str]:
-    found = _first_distinct(_json_questions(text, num_questions), num_questions)
+def _find_questions(text: str, num_questions: int, kind: Kind) -> list[str]:
+    found = _first_distinct(_json_questions(text, num_questions, kind), num_questions, kind)
     if not found and not JSON_LINE.search(text):
         fence = FENCE.search(text)
-        found = _first_distinct(_asking_lines(fence[1]), num_questions) if fence else []
-        found = found or _first_distinct(_asking_lines(text), num_questions)
+        found = _first_distinct(_fitting_lines(fence[1], kind), num_questions, kind) if fence else []
+        found = found or _first_distinct(_fitting_lines(text, kind), num_questions, kind)
     return found
 
 
 def _apart(questions: list[str], num_questions: int) -> list[str]:
     """The questions, with those on one line apart if that makes no more than `num_questions`."""
     parts = [part for question in questions for part in _parts(question)]
-    return _first_distinct(parts, num_questions) if len(questions) < len(parts) <= num_questions else questions
+    return (
+        _first_distinct(parts, num_questions, QUESTION) if len(questions) < len(parts) <= num_questions else questions
+    )
 
 
 def _parts(question: str) -> list[str]:
@@ -146,11 +221,14 @@ def _parts(question: str) -> list[str]:
     return [first, *others] if are_whole and stand_alone else [question]
 
 
-def _first_distinct(lines: Iterable[str], num_questions: int) -> list[str]:
+def _first_distinct(lines: Iterable[str], num_questions: int, kind: Kind) -> list[str]:
     """The first `num_questions` questions among `lines`, read only that far: a reply may have 400,000 lines."""
     distinct: dict[str, str] = {}
     for line in lines:
         question = strip_numbering(line) if len(line) <= MAX_CHARACTERS else ""
+        if kind is not QUESTION:  # a question listed in JSON is trusted, since it may be in any language
+            question = LABEL.sub("", question)
+            question = question if kind.fits(question) else ""
         is_whole = not any("\ud800" <= character <= "\udfff" for character in question)  # no lone surrogate
         if is_whole and any(map(str.isalnum, question)) and not NO_QUESTION.fullmatch(question):
             distinct.setdefault(question.casefold(), question)
@@ -173,48 +251,49 @@ def _without_thoughts(text: str) -> str:
     return END_OF_REPLY.split(answer, maxsplit=1)[0]
 
 
-def _asking_lines(text: str) -> Iterator[str]:
-    """The distinct lines that ask and are no preamble. HTML line breaks, adjacent tags and "? 2. " end a line, too."""
+def _fitting_lines(text: str, kind: Kind) -> Iterator[str]:
+    """The distinct lines that fit the kind (for questions: that ask) and are no preamble. HTML line breaks, adjacent
+    tags and "? 2. " end a line, too."""
     for line in map(str.strip, dict.fromkeys(LINE_END.sub("\n", text).splitlines())):
         is_short = len(line) <= MAX_CHARACTERS and not line.rstrip("*_ ").endswith(":")
-        if is_short and not PREAMBLE.fullmatch(line) and asks(strip_numbering(line)):
+        if is_short and not PREAMBLE.fullmatch(line) and kind.fits(strip_numbering(line)):
             yield line
 
 
-def _json_questions(text: str, num_questions: int, *, max_attempts: int = 1_000) -> list[str]:
-    """The questions of the last JSON value that has enough, else of all; in broken JSON, strings that ask."""
+def _json_questions(text: str, num_questions: int, kind: Kind, *, max_attempts: int = 1_000) -> list[str]:
+    """The questions of the last JSON value that has enough, else of all; in broken JSON, strings that fit the kind."""
     values, position = [], 0
     for _ in range(max_attempts):
         if not (start := JSON_START.search(text, position)):
             break
         try:
             value, position = json.JSONDecoder().raw_decode(text, start.start())
-            strings = list(_strings(value))
+            strings = list(_strings(value, kind.keys))
         except (ValueError, RecursionError):
             position = start.start() + 1
             continue
         listed = [string for string, is_listed in strings if is_listed]
-        values.append(listed or [string for string, _ in strings if asks(string[:MAX_CHARACTERS])])
+        values.append(listed or [string for string, _ in strings if kind.fits(string[:MAX_CHARACTERS])])
     if not any(values):
         begin = JSON_START.search(text)
         broken = text[begin.start() : begin.start() + 20 * MAX_CHARACTERS] if begin else ""
-        return [string for _, string in STRING.findall(broken) if asks(string)]
+        return [string for _, string in STRING.findall(broken) if kind.fits(string)]
     enough = [value for value in values if len(value) >= num_questions]
     return enough[-1] if enough else [string for value in values for string in value]
 
 
-def _strings(value: Any, is_listed: bool = False) -> Iterator[tuple[str, bool]]:
-    """Yields every string of a JSON value, and whether it is listed under "questions"."""
+def _strings(value: Any, keys: tuple[str, ...], is_listed: bool = False) -> Iterator[tuple[str, bool]]:
+    """Yields every string of a JSON value, and whether it is listed under one of the keys, such as "questions"."""
     with contextlib.suppress(TypeError, ValueError, RecursionError):
         value = json.loads(value) if JSON_START.match(value) else value  # JSON in a string of JSON
     if isinstance(value, str):
         yield value, is_listed
     elif isinstance(value, dict):
         for key, inner in value.items():
-            yield from _strings(inner, key.casefold() in ("question", "questions"))
+            yield from _strings(inner, keys, key.casefold() in keys)
     elif isinstance(value, list):
         for inner in value:
-            yield from _strings(inner, is_listed)
+            yield from _strings(inner, keys, is_listed)
 
 
 def strip_numbering(line: str, *, max_layers: int = 8) -> str:
@@ -237,3 +316,10 @@ def strip_numbering(line: str, *, max_layers: int = 8) -> str:
         if line == before:
             break
     return line
+
+
+QUESTION = Kind("question", ("questions", "question"), TEMPLATE, asks)
+CLAIM = Kind("claim", ("claims", "claim"), CLAIM_TEMPLATE, _states)
+KEYWORDS = Kind("keywords", ("searches", "search", "keywords"), KEYWORDS_TEMPLATE, _has_several_words)
+TITLE = Kind("title", ("titles", "title"), TITLE_TEMPLATE, _has_several_words)
+KINDS = {kind.name: kind for kind in (QUESTION, CLAIM, KEYWORDS, TITLE)}

@@ -23,7 +23,7 @@ from ..data.dataset import RetrievalDataset
 from ..files import append_jsonl, locked, resume_jsonl
 from ..progress import progress_bar
 from .chunks import Chunk
-from .prompts import RESPONSE_FORMAT, TEMPLATE, fill_template, message_text, parse_reply
+from .prompts import QUESTION, Kind, fill_template, message_text, parse_reply
 
 REPLIES, LEDGER, LOCK = "replies.jsonl", "ledger.jsonl", "lock"
 RECORD = {"request", "key", "status", "questions", "usage", "cost"}  # what is read back from a REPLIES line
@@ -84,19 +84,27 @@ class Estimate(NamedTuple):
 
 
 def write_questions(
-    chunks: Sequence[Chunk], config: QuestionConfig, *, folder: str | Path, template: str = TEMPLATE
+    chunks: Sequence[Chunk],
+    config: QuestionConfig,
+    *,
+    folder: str | Path,
+    template: str | None = None,
+    kind: Kind = QUESTION,
 ) -> Outcome:
     """Requests questions for every chunk without a valid reply in `folder`, and returns all questions saved there.
+    So for claims and other kinds; `template` is the prompt, by default the kind's.
 
     Every request and reply is saved at once (`ledger.jsonl`, `replies.jsonl`), so a killed run loses at most the
     requests in flight. Limits apply to all runs of the folder together and are never exceeded, unless a server reports
     more tokens than allowed or charges for a 4xx, 500 or 503. Chunks of equal text share a request. OPENAI_API_KEY is
     never saved. Raises `ValueError` for invalid input, or if the server refuses every request (key, model, quota)."""
-    folder, jobs, asker = Path(folder), _jobs(chunks, config, template), _Asker(config, template)
+    template = kind.template if template is None else template
+    folder, jobs, asker = Path(folder), _jobs(chunks, config, template, kind), _Asker(config, template, kind)
     reasons: dict[str, str] = {}  # {key: why the last request failed}
 
     def record(job: Job, answer: Response, line: dict[str, Any]) -> None:
         line |= {"key": job.key, "chunk": job.content[0].id, "questions": answer.result, "reply": answer.reply}
+        line |= {} if kind is QUESTION else {"kind": kind.name}
         append_jsonl(folder / REPLIES, line)
         if answer.status == "ok":
             questions[job.key] = answer.result
@@ -126,16 +134,28 @@ def write_questions(
 
 
 def estimate(
-    chunks: Sequence[Chunk], config: QuestionConfig, *, folder: str | Path, template: str = TEMPLATE
+    chunks: Sequence[Chunk],
+    config: QuestionConfig,
+    *,
+    folder: str | Path,
+    template: str | None = None,
+    kind: Kind = QUESTION,
 ) -> Estimate:
     """Estimates what `write_questions` would still request. Sends nothing and needs no key."""
     _, done = _read_replies(Path(folder), repair=False)
-    left = [job for key, job in _jobs(chunks, config, template).items() if key not in done]
+    jobs = _jobs(chunks, config, kind.template if template is None else template, kind)
+    left = [job for key, job in jobs.items() if key not in done]
     reply_tokens = min(TOKENS_A_QUESTION * config.num_questions, config.reply_tokens)
     tokens = (sum(job.expected_tokens - job.reply_tokens for job in left), reply_tokens * len(left))
     most = (sum(job.prompt_tokens for job in left), sum(job.reply_tokens for job in left))
     costs = (None if config.prices is None else float(price_of(config.prices, *counts)) for counts in (tokens, most))
     return Estimate(len(left), *tokens, *costs)
+
+
+def total(estimates: Sequence[Estimate]) -> Estimate:
+    """The sum of several estimates, one for each kind."""
+    sums = (None if None in values else sum(values) for values in zip(*estimates, strict=True))
+    return Estimate(*sums)
 
 
 def question_dataset(chunks: Sequence[Chunk], questions: Mapping[str, Sequence[str]]) -> RetrievalDataset:
@@ -145,18 +165,19 @@ def question_dataset(chunks: Sequence[Chunk], questions: Mapping[str, Sequence[s
     return RetrievalDataset(texts, {chunk.id: chunk.text for chunk in chunks}, qrels)
 
 
-def _jobs(chunks: Sequence[Chunk], config: QuestionConfig, template: str) -> dict[str, Job]:
+def _jobs(chunks: Sequence[Chunk], config: QuestionConfig, template: str, kind: Kind) -> dict[str, Job]:
     """{key: one job for all chunks with the same text}."""
     if not chunks:
         raise ValueError("there are no chunks to write questions for")
     check_distinct([chunk.id for chunk in chunks], "chunk id")
     asked = [template, config.model, config.parameters, config.num_questions, config.reply_tokens]
+    asked += [] if kind is QUESTION else [kind.name]
     jobs: dict[str, Job] = {}
     for chunk in chunks:
         check_text(chunk.text, f"the text of chunk {chunk.id!r}")
         key = hashlib.sha256(json.dumps([*asked, chunk.text], sort_keys=True).encode()).hexdigest()
         if key not in jobs:
-            body = _body(config, template, chunk.text, LIMIT_NAMES[0], config.structured != "lines")
+            body = _body(config, template, chunk.text, LIMIT_NAMES[0], config.structured != "lines", kind)
             num_bytes = len(json.dumps(body, ensure_ascii=False).encode())
             expected = math.ceil(num_bytes / BYTES_A_TOKEN) + config.reply_tokens
             jobs[key] = Job(key, [], num_bytes + TEMPLATE_TOKENS, config.reply_tokens, expected)
@@ -164,10 +185,12 @@ def _jobs(chunks: Sequence[Chunk], config: QuestionConfig, template: str) -> dic
     return jobs
 
 
-def _body(config: QuestionConfig, template: str, text: str, limit_name: str, is_structured: bool) -> dict[str, Any]:
+def _body(
+    config: QuestionConfig, template: str, text: str, limit_name: str, is_structured: bool, kind: Kind = QUESTION
+) -> dict[str, Any]:
     prompt = fill_template(template, text=text, num_questions=config.num_questions)
     body = {"model": config.model, "messages": [{"role": "user", "content": prompt}], limit_name: config.reply_tokens}
-    return body | ({"response_format": RESPONSE_FORMAT} if is_structured else {}) | config.parameters
+    return body | ({"response_format": kind.response_format} if is_structured else {}) | config.parameters
 
 
 def _read_replies(folder: Path, *, repair: bool) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
@@ -190,15 +213,15 @@ def _read_replies(folder: Path, *, repair: bool) -> tuple[list[dict[str, Any]], 
 class _Asker:
     """Sends one request, and interprets its reply."""
 
-    def __init__(self, config: QuestionConfig, template: str):
-        self.config, self.template = config, template
+    def __init__(self, config: QuestionConfig, template: str, kind: Kind = QUESTION):
+        self.config, self.template, self.kind = config, template, kind
         self.client = Client(Server.find(config.base_url), timeout_seconds=config.timeout_seconds)
         names = LIMIT_NAMES if self.client.server.is_openai else LIMIT_NAMES[::-1]
         kinds = {"auto": (True, False), "schema": (True,), "lines": (False,)}[config.structured]
         self.forms = Forms([(name, is_structured) for is_structured in kinds for name in names])
 
     async def ask(self, job: Job, form: tuple[str, bool]) -> Response:
-        body = _body(self.config, self.template, job.content[0].text, *form)
+        body = _body(self.config, self.template, job.content[0].text, *form, self.kind)
         reply = await self.client.post("/chat/completions", body)
         is_proven = self.forms.is_accepted and self.forms.forms[self.forms.index] == form
         is_doubtful = self.config.structured == "auto" and form[1] and not is_proven
@@ -223,7 +246,7 @@ class _Asker:
             is_blank, limit = is_doubtful and reply[-20:].isspace(), f"{self.config.reply_tokens:,} tokens"
             return invalid(f"cut off at {limit} (max_reply_tokens)", suspect=not is_blank, may_be_refusal=is_blank)
         try:
-            questions = parse_reply(reply, self.config.num_questions)
+            questions = parse_reply(reply, self.config.num_questions, self.kind)
         except ValueError as error:
             reason = str(error) if reply.strip() else f"empty reply (finish_reason {finish})"
             return invalid(self.client.line(reason), may_be_refusal=is_doubtful)
