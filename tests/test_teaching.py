@@ -14,6 +14,7 @@ from embedft import FinetuneConfig, RetrievalDataset, Teacher, finetune, load_te
 from embedft.cli import main
 from embedft.data.batches import list_examples, make_batches
 from embedft.recipe import inputs
+from embedft.retrieval.teacher import Vectors
 from embedft.training import run_folder
 
 KL = {"name": "listwise_kl", "similarity": "cosine"}
@@ -56,12 +57,15 @@ def test_every_kind_of_teacher_together(tmp_path):
     make_embedder(tmp_path / "other", max_length=6)
     new_scorer(make_embedder(tmp_path / "other")).save(tmp_path / "scorer")
     models = {"bm25": 0.5, str(tmp_path / "other"): 0.3, str(tmp_path / "scorer"): 0.2}
-    teacher = {"models": models, "passages": [4, 2], "ranking": "teacher"}
+    teacher = {"models": models, "passages": [6, 3]}
     embedder = make_embedder(tmp_path / "base", store=tmp_path / "store")
     finetune(embedder, make_dataset(), config(teacher=teacher, passages=[4, 2]), out=tmp_path / "run")
     assert not (tmp_path / "run" / "lists").exists()
     (path,) = (tmp_path / "store" / "lists").glob("*.jsonl")
-    assert json.loads(path.read_text().partition("\n")[0])["made_from"]["teacher"].keys() == models.keys()
+    made_from = json.loads(path.read_text().partition("\n")[0])["made_from"]
+    teacher = load_teacher(models, passages=(6, 3), device="cpu")
+    assert {name: part["sha256"] for name, part in made_from["teacher"].items()} == teacher.sha256()
+    assert made_from["student"] == Vectors(make_embedder(tmp_path / "base"), (4, 2)).sha256()
 
 
 def test_vectors_of_an_api_are_paid_for_once(tmp_path, monkeypatch):
@@ -308,9 +312,11 @@ def test_texts_are_one_dataset(place, capsys):
 def test_a_teacher_from_the_command_line(place, capsys):
     make_dataset().save("pairs.json")
     teacher = ["--teacher.models", '{"bm25": 1, "teacher": 0.5}', "--teacher.depth", "4", "--num-negatives", "3"]
+    teacher += ["--teacher.ranking", "teacher"]
     loss = ["--target-scores", "--loss.name", "listwise_kl", "--examples", "lists"]
     assert main(["finetune", "model", "pairs.json", *COMMAND, *teacher, *loss, "--store", "store"]) == 0
-    assert len(list((place / "store" / "lists").glob("*.jsonl"))) == 1
+    (path,) = (place / "store" / "lists").glob("*.jsonl")
+    assert json.loads(path.read_text().partition("\n")[0])["made_from"]["ranking"] == "teacher"
     assert json.loads((place / "run" / "config.json").read_text())["teacher"]["models"] == {"bm25": 1, "teacher": 0.5}
     assert main(["finetune", "model", "pairs.json", "--overwrite", *COMMAND, *teacher[2:], *loss]) == 2
     assert names(capsys.readouterr().err, "teacher", "models")
