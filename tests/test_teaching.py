@@ -3,11 +3,13 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from api_server import ApiServer, input_of
 from naming import names, naming
+from ranks import run_ranks
 from tiny import MEASURED, make_dataset, make_embedder
 
 from embedft import FinetuneConfig, RetrievalDataset, Teacher, finetune, load_teacher, new_scorer, teach
@@ -147,6 +149,27 @@ def test_several_datasets(tmp_path):
         teach(load_teacher("bm25"), make_embedder(tmp_path / "base"), data, depth=4)[1]["scored"]
         for data in datasets.values()
     )
+
+
+def teach_on_ranks(base: Path):
+    asked, load = [], inputs.load_teacher
+    embedder = make_embedder(base, dropout=0.0, dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inputs, "load_teacher", lambda *given, **how: spying(load(*given, **how), asked))
+        finetune(embedder, make_dataset(), config())
+    return weights_of(embedder), len(asked)
+
+
+@pytest.mark.slow
+def test_rank_0_asks_for_all(tmp_path):
+    make_embedder(tmp_path / "base", dropout=0.0)
+    one, asked = teach_on_ranks(tmp_path / "base")
+    assert asked == 1
+    results = run_ranks(2, teach_on_ranks, tmp_path / "base", folder=tmp_path)
+    assert [asked for _, asked in results] == [1, 0]
+    for weights, _ in results:
+        for name, tensor in one.items():
+            torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-8)
 
 
 def test_a_killed_run_keeps_its_lists(tmp_path, monkeypatch):
