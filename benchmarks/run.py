@@ -95,6 +95,7 @@ def end(process: subprocess.Popen) -> None:
 
 def main(options: argparse.Namespace) -> int:
     check_writable(options.out, file=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `end` is called then, too
     names = options.only or list(SCRIPTS)
     found: dict[str, Any] = {"quick": options.quick, "results": [], "failures": [], "seconds": {}}
     with tempfile.TemporaryDirectory() as folder:

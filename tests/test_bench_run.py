@@ -54,6 +54,21 @@ def test_what_a_late_script_started_ends_with_it(tmp_path):
     assert ended(pid)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_script_ends_with_a_run_that_is_terminated(tmp_path):
+    file = tmp_path / "pid"
+    inner = f"import os, time; open({str(file)!r}, 'w').write(str(os.getpid()) + '.'); time.sleep(60)"
+    code = "import sys; from benchmarks import run; run.command_of = lambda *_: [sys.executable, '-c', {!r}, '', ''];"
+    code += "run.main(run.parser().parse_args(['--only', 'load', '--out', {!r}]))"
+    process = subprocess.Popen([sys.executable, "-c", code.format(inner, str(tmp_path / "x.json"))])
+    until = time.monotonic() + 30
+    while not (file.is_file() and file.read_text().endswith(".")) and time.monotonic() < until:
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(timeout=30) == 143
+    assert ended(int(file.read_text()[:-1]))
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_script_takes_what_it_is_given(name):
     given = {"base": "tiny", "data": "here", "device": "cpu", "dtype": "float32", "peer": "none"}
