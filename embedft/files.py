@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+JSONL = (".jsonl", ".jsonl.gz")
 REPLACING = ".replacing"  # in a folder while several of its files are replaced
 
 
@@ -49,16 +50,27 @@ def named_errors(path: str | Path) -> Iterator[None]:
 @contextlib.contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
     """Opens a temporary file beside `path` and renames it to `path` when the block ends; an error changes nothing.
-    `mode` is "w" (UTF-8 text, newlines as given) or "wb". A missing folder is created."""
+    `mode` is "w" (UTF-8 text, newlines as given) or "wb". A .gz is compressed. A missing folder is created."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     with named_errors(path), temporary_path(path.parent, f".{path.name}.", Path.touch) as temporary:
-        with open(temporary, mode, **text) as file:
-            yield file
+        is_gz = path.suffix == ".gz"
+        with open(temporary, "wb" if is_gz else mode, **({} if is_gz else text)) as file:
+            with _gzipped(file, text) if is_gz else contextlib.nullcontext(file) as writable:
+                yield writable
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def _gzipped(file: IO[bytes], text: dict[str, str]) -> Iterator[IO]:
+    """A file whose contents are compressed into `file`: as text with these options, if any."""
+    # Without a name and a time, so that equal contents give equal bytes.
+    with contextlib.ExitStack() as stack:
+        packed = stack.enter_context(gzip.GzipFile("", "wb", fileobj=file, mtime=0))
+        yield stack.enter_context(io.TextIOWrapper(packed, **text)) if text else packed
 
 
 @contextlib.contextmanager

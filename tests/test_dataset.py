@@ -664,6 +664,21 @@ def test_compressed_files(tmp_path, name):
         RetrievalDataset.load(path)
 
 
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl"])
+def test_saving_compresses_what_ends_in_gz(tmp_path, name):
+    """Equal datasets give equal bytes, whatever their names and times."""
+    dataset = make_random(0)
+    for file in (name, f"{name}.gz", f"other-{name}.gz"):
+        dataset.save(tmp_path / file)
+    packed = (tmp_path / f"{name}.gz").read_bytes()
+    assert gzip.decompress(packed) == (tmp_path / name).read_bytes()
+    assert packed == (tmp_path / f"other-{name}.gz").read_bytes()
+    assert RetrievalDataset.load(tmp_path / f"{name}.gz") == dataset
+    with pytest.raises(ValueError, match=naming("x.csv.gz", "'csv'", "jsonl")):
+        dataset.save(tmp_path / "x.csv.gz")
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_compressed_beir_and_tables(tmp_path):
     dataset = make_random(0, titles=True, num_loose=2)
     dataset.save(tmp_path / "beir")

@@ -53,7 +53,7 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path, error):
 
     path = tmp_path / "file.txt"
     path.write_text("old")
-    for target in (path, tmp_path / "new.txt"):
+    for target in (path, tmp_path / "new.txt", tmp_path / "new.txt.gz"):
         with pytest.raises(error), atomic_write(target) as file:
             file.writelines(lines())
     assert os.listdir(tmp_path) == ["file.txt"]

@@ -12,6 +12,7 @@ import embedft
 
 from ..config import REQUIRED, option
 from ..data.dataset import RetrievalDataset
+from ..files import JSONL
 from .options import DATASETS, Adapted, Data, Windows, check_output, load_encoder, load_training_data, print_costs
 
 
@@ -38,8 +39,9 @@ class Options(Adapted, Guards, Windows, Data):
     overwrite: bool = option(False, "replace FILE.jsonl")
 
     def __post_init__(self):
-        if not self.out.endswith(".jsonl"):
-            raise ValueError(f"--out is {self.out}, expected a name ending in .jsonl, the format that holds negatives")
+        if not self.out.endswith(JSONL):
+            expected = f"a name ending in {' or '.join(JSONL)}, the format that holds negatives"
+            raise ValueError(f"--out is {self.out}, expected {expected}")
 
 
 def run(options: Options) -> None:

@@ -20,7 +20,7 @@ from .. import config
 from ..api.endpoint import EndpointConfig
 from ..config import REQUIRED, option
 from ..data.dataset import RetrievalDataset
-from ..files import REPLACING, check_whole, check_writable, read_jsonl, read_lines
+from ..files import JSONL, REPLACING, check_whole, check_writable, read_jsonl, read_lines
 
 DATASETS = "QA JSON, BEIR folder, JSONL or CSV pairs"
 Dtype = Literal["float32", "bfloat16", "float16", "int8", "auto"]
@@ -147,7 +147,7 @@ def load_training_data(path: str, options: Data) -> RetrievalDataset:
 
 def read_texts(path: str) -> Iterator[tuple[int, str]]:
     """Yields (line, text) of a file: its lines or, of .jsonl, strings or the `text` of objects."""
-    if path.endswith(".jsonl"):
+    if path.endswith(JSONL):
         found = ((n, x.get("text") if isinstance(x, dict) else x) for n, x in read_jsonl(path))
     else:
         found = enumerate((line.rstrip("\r\n") for line in read_lines(path)), start=1)
@@ -160,8 +160,10 @@ def read_texts(path: str) -> Iterator[tuple[int, str]]:
 def load_texts(path: str, options: Data) -> RetrievalDataset:
     """A dataset of bare texts, each a query and a document, from .txt or from .jsonl with `text`; or any dataset."""
     is_file = Path(path).is_file()
-    row = next(read_jsonl(path), (0, None))[1] if is_file and path.endswith(".jsonl") else None
-    if options.format or not (is_file and (path.endswith(".txt") or (isinstance(row, dict) and "text" in row))):
+    row = next(read_jsonl(path), (0, None))[1] if is_file and path.endswith(JSONL) else None
+    if options.format or not (
+        is_file and (path.endswith((".txt", ".txt.gz")) or (isinstance(row, dict) and "text" in row))
+    ):
         return load_training_data(path, options)
     texts: dict[str, str] = {}
     for line, text in read_texts(path):
@@ -180,9 +182,9 @@ def source_kind(path: Path) -> Literal["chunks", "documents"] | None:
     files = list(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
     if any(file.name.startswith("corpus.jsonl") for file in files):
         return None  # BEIR's folder, which may have a README.md
-    if path.is_dir() and not {f"{name}.jsonl" for name in CHUNK_FILES}.isdisjoint(file.name for file in files):
+    if path.is_dir() and not {name + end for name in CHUNK_FILES for end in JSONL}.isdisjoint(x.name for x in files):
         return "chunks"
-    if path.is_file() and path.suffix == ".jsonl":
+    if path.is_file() and path.name.endswith(JSONL):
         _, first = next(read_jsonl(path), (0, None))
         return "chunks" if isinstance(first, dict) and {"id", "text"} <= first.keys() else None
     return "documents" if any(file.suffix.lower() in SUFFIXES for file in files) else None
@@ -196,13 +198,13 @@ def load_chunk_files(path: Path) -> dict[str, list]:
     if source_kind(path) == "documents":
         raise ValueError(f"{path}: has documents, expected chunks; run `embedft chunk` first")
     if path.is_dir():
-        found = [file for name in CHUNK_FILES if (file := path / f"{name}.jsonl").is_file()]
+        found = {name: file for name in CHUNK_FILES for end in JSONL[::-1] if (file := path / f"{name}{end}").is_file()}
         if not found:
             raise ValueError(f"{path}: contains neither {WHOLE}.jsonl nor {TRAIN}.jsonl")
-        return {file.stem: load_chunks(file) for file in found}
+        return {name: load_chunks(file) for name, file in found.items()}
     if not path.is_file():
         raise ValueError(f"{path}: no such file or folder")
-    return {path.stem: load_chunks(path)}
+    return {Path(path.name.removesuffix(".gz")).stem: load_chunks(path)}
 
 
 def check_output(out: str, files: Iterable[Path] | None = None, *, overwrite: bool, why: str = "") -> None:
