@@ -1,22 +1,50 @@
-"""A local stand-in for the Hugging Face hub, enough to download and upload a model, with a log of requests.
+"""A local stand-in for the Hugging Face hub, enough to download and upload a model, or to download a dataset.
 
 with Hub({"tiny/bert": {"main": "c0" * 20, "c0" * 20: {"config.json": b"{}"}}}) as hub:
     os.environ["HF_ENDPOINT"] = hub.url
 
-A repository maps a commit (40 hexadecimal digits) to its files and a branch or tag to a commit. As on the hub,
-safetensors are in Git LFS, and files are sent from any byte on.
+A repository maps a commit (40 hexadecimal digits) to its files and a branch or tag to a commit; that of a dataset is
+named "datasets/BeIR/scifact". As on the hub, safetensors and .gz are in Git LFS, and files are sent from any byte on.
+All requests are logged.
 """
 
 import base64
 import hashlib
 import http.server
 import json
+import os
 import re
+import subprocess
+import sys
 import threading
+import urllib.parse
+from pathlib import Path
+from typing import NamedTuple
 
-API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+?)(/(?P<kind>revision|tree)/(?P<revision>[^/?]+))?(\?.*)?")
-RESOLVE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>[^?]+)(\?.*)?")
+from naming import names
+
+REPO = "(?P<repo>(datasets/)?[^/]+/[^/]+?)"
+API = re.compile(rf"/api/(models/)?{REPO}(/(?P<kind>revision|tree)/(?P<revision>[^/?]+))?(\?.*)?")
+RESOLVE = re.compile(rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>[^?]+)(\?.*)?")
 UPLOAD = re.compile(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/([^/?]+)(?:\?.*)?")
+
+# A process that runs commands, each in a fork of its own, whose modules are imported already. Retries do not wait.
+SHELL = """
+import json, os, sys, time
+import embedft.commands.evaluate, embedft.commands.info, embedft.encoders.loading
+from embedft.cli import main
+from huggingface_hub import errors, snapshot_download, utils
+for line in sys.stdin:
+    words, *files = json.loads(line)
+    if not (child := os.fork()):
+        for number, path in enumerate(files, start=1):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        time.sleep = lambda seconds: None
+        code = main(words)
+        sys.stderr.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
 
 
 class Hub:
@@ -119,7 +147,7 @@ class Hub:
         repository = self.repositories.get(match["repo"]) if match else None
         if repository is None:
             return error(401, "RepoNotFound", "Invalid username or password.")
-        revision = match["revision"] or "main"
+        revision = urllib.parse.unquote(match["revision"] or "main")
         commit = repository.get(revision) if isinstance(repository.get(revision), str) else revision
         files = repository.get(commit)
         if files is None:
@@ -134,7 +162,8 @@ class Hub:
         if match["kind"] == "tree":
             entries = [self.entry(match["repo"], path, body) for path, body in files.items()]
             return 200, {"Content-Type": "application/json"}, json.dumps(entries).encode()
-        info = {"id": match["repo"], "sha": commit, "siblings": [{"rfilename": path} for path in files]}
+        info = {"id": match["repo"].removeprefix("datasets/"), "sha": commit}
+        info["siblings"] = [{"rfilename": path} for path in files]
         return 200, {"Content-Type": "application/json"}, json.dumps(info).encode()
 
     def entry(self, repo: str, path: str, body: bytes) -> dict:
@@ -148,7 +177,7 @@ class Hub:
 
 def is_large(path: str) -> bool:
     """Whether a file is in Git LFS."""
-    return path.endswith(".safetensors")
+    return path.endswith((".safetensors", ".gz"))
 
 
 def reply(value: dict) -> tuple[int, dict[str, str], bytes]:
@@ -162,3 +191,47 @@ def error(status: int, code: str, message: str) -> tuple[int, dict[str, str], by
 
 def git_id(body: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
+
+
+class Answer(NamedTuple):
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Shell:
+    """A process that runs commands in a folder, with a hub and a cache, each in a fork that has its imports."""
+
+    def __init__(self, hub: Hub, folder: Path, **more: str):
+        self.folder, self.cache = folder, folder / "home" / "hub"
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+        path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]))
+        environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+        environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1", "PYTHONPATH": path} | more
+        pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": folder}
+        self.process = subprocess.Popen([sys.executable, "-c", SHELL], env=environment, **pipe)
+
+    def run(self, *words: str) -> Answer:
+        """Runs `embedft` with these words."""
+        files = [self.folder / "out", self.folder / "err"]
+        self.process.stdin.write(json.dumps([words, *map(str, files)]) + "\n")
+        self.process.stdin.flush()
+        return Answer(int(self.process.stdout.readline()), *(file.read_text() for file in files))
+
+    def info(self, name: str, *options: str) -> Answer:
+        return self.run("info", name, "--device", "cpu", *options)
+
+    def cached(self, name: str) -> dict[str, bytes]:
+        """The files of a model's snapshots, by their names."""
+        places = (self.cache / f"models--{name.replace('/', '--')}" / "snapshots").glob("*/*")
+        return {path.name: path.read_bytes() for path in places if path.is_file()}
+
+
+def assert_refused(answer: Answer, *facts: object) -> None:
+    """The command ended with one line about these facts."""
+    assert answer.code == 2
+    assert re.match("embedft [a-z]+: error: ", answer.err), answer.err
+    assert answer.err.count("\n") == 1, answer.err
+    assert names(answer.err, *facts), answer.err

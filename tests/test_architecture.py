@@ -23,7 +23,7 @@ ROOT = Path(embedft.__file__).parent
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 # All but losses may import these; they import only each other.
-LEAVES = ("config", "files", "progress", "prefetch", "device", "objects", "vectors")
+LEAVES = ("config", "files", "hub", "progress", "prefetch", "device", "objects", "vectors")
 # A folder or module of embedft: what else of embedft it may import.
 LAYERS = {
     "losses": (),
@@ -53,7 +53,7 @@ PACKAGES = {
     "tokenizers": Package(("encoders.tokenization", "encoders.tokenizer_steps")),
     "tqdm": Package(("progress",)),
     "faiss": Package(("retrieval.index", "retrieval.approximate", "retrieval.quantization"), in_functions=True),
-    "huggingface_hub": Package(("encoders.loading", "encoders.push"), in_functions=True),
+    "huggingface_hub": Package(("hub", "encoders.push"), in_functions=True),
     "matplotlib": Package(("retrieval.report",), in_functions=True),
     "openai": Package(("api.client",), in_functions=True),
     "pypdf": Package(("corpus.pdf_page",), in_functions=True),
@@ -85,7 +85,9 @@ WITHOUT_TORCH = (
     "corpus.pdf",
     "corpus.prompts",
     "corpus.questions",
+    "data.beir",
     "encoders.store",
+    "hub",
     "vectors",
 )
 # Slow to import, or a peer's: `import embedft` must not load them.

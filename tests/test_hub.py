@@ -5,70 +5,17 @@ The embedder's own tests of the hub (cache, packages, which files are asked for)
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from conftest import write_tiny_folder
 from families import in_shards, write_by_transformers
-from hub_server import Hub
+from hub_server import Answer, Hub, Shell, assert_refused
 from naming import names
 
-# A process that runs commands, each in a fork of its own, whose modules are imported already. Retries do not wait.
-SHELL = """
-import json, os, sys, time
-import embedft.commands.info, embedft.encoders.loading
-from embedft.cli import main
-from huggingface_hub import errors, snapshot_download, utils
-for line in sys.stdin:
-    words, *files = json.loads(line)
-    if not (child := os.fork()):
-        for number, path in enumerate(files, start=1):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        time.sleep = lambda seconds: None
-        code = main(words)
-        sys.stderr.flush()
-        os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
 FIRST, SECOND = "1f" * 20, "2e" * 20
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARDS = [f"model-{i:05}-of-00003.safetensors" for i in (1, 2, 3)]  # of the ModernBERT
-
-
-class Answer(NamedTuple):
-    """What a command did."""
-
-    code: int
-    out: str
-    err: str
-
-
-class Shell:
-    """Runs `embedft info` with a hub and a cache."""
-
-    def __init__(self, hub: Hub, folder: Path, **more: str):
-        self.folder, self.cache = folder, folder / "home" / "hub"
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]))
-        environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
-        environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1", "PYTHONPATH": path} | more
-        pipe = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen([sys.executable, "-c", SHELL], env=environment, **pipe)
-
-    def info(self, name: str, *options: str) -> Answer:
-        files = [self.folder / "out", self.folder / "err"]
-        self.process.stdin.write(json.dumps([["info", name, "--device", "cpu", *options], *map(str, files)]) + "\n")
-        self.process.stdin.flush()
-        return Answer(int(self.process.stdout.readline()), *(file.read_text() for file in files))
-
-    def cached(self, name: str) -> dict[str, bytes]:
-        """The files of a model's snapshots, by their names."""
-        places = (self.cache / f"models--{name.replace('/', '--')}" / "snapshots").glob("*/*")
-        return {path.name: path.read_bytes() for path in places if path.is_file()}
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -117,13 +64,6 @@ def offline(shells) -> Shell:
 def serve(hub: Hub, name: str, files: dict[str, bytes]) -> str:
     hub.repositories[name] = {"main": FIRST, FIRST: files}
     return name
-
-
-def assert_refused(answer: Answer, *facts: object) -> None:
-    assert answer.code == 2
-    assert answer.err.startswith("embedft info: error: "), answer.err
-    assert answer.err.count("\n") == 1, answer.err
-    assert names(answer.err, *facts), answer.err
 
 
 def assert_loaded(answer: Answer, shell: Shell, name: str, files: dict[str, bytes]) -> None:

@@ -19,10 +19,11 @@ import embedft
 from .. import config
 from ..api.endpoint import EndpointConfig
 from ..config import REQUIRED, option
+from ..data.beir import find_beir
 from ..data.dataset import RetrievalDataset
 from ..files import JSONL, REPLACING, check_whole, check_writable, read_jsonl, read_lines
 
-DATASETS = "QA JSON, BEIR folder, JSONL or CSV pairs"
+DATASETS = "QA JSON, BEIR folder or beir:NAME, JSONL or CSV pairs"
 Dtype = Literal["float32", "bfloat16", "float16", "int8", "auto"]
 DTYPE = "type of the weights; int8: CPUs with VNNI; auto: the faster of float32 and bfloat16"
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -141,7 +142,7 @@ def load_data(path: str, options: Data, *, split: str | None = None, merge: bool
 
 def load_training_data(path: str, options: Data) -> RetrievalDataset:
     """Loads the training split of a dataset."""
-    has_train = options.split is None and any((Path(path) / "qrels").glob("train.*"))
+    has_train = options.split is None and "train" in find_beir(path)[1]
     return load_data(path, options, split="train" if has_train else None)
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from ..files import check_whole
 from . import formats, pairs
+from .beir import is_beir_name
 from .checks import check_distinct, check_grade, check_id, check_text
 from .formats import FORMATS, WRITABLE
 
@@ -101,7 +102,8 @@ class RetrievalDataset:
         strict: bool = False,
         split: str | None = None,
     ) -> "RetrievalDataset":
-        """Loads a dataset from a file (.gz allowed) or folder; formats.py and pairs.py describe the formats.
+        """Loads a dataset from a file (.gz allowed) or folder, or "beir:NAME" from the hub (beir.py); formats.py and
+        pairs.py describe the formats.
 
         Args:
             format: one of FORMATS; None: by the suffix (SUFFIXES), a folder is "beir".
@@ -114,10 +116,13 @@ class RetrievalDataset:
 
         Raises `ValueError` for anything wrong with the data, naming file, line and id."""
         path = Path(path)
-        if not path.exists():
+        on_hub = is_beir_name(path)
+        if not (on_hub or path.exists()):
             raise ValueError(f"{path}: no such file or folder")
         check_whole(path, path.parent)
-        format = formats.choose_format(path, format, FORMATS, folder=path.is_dir())
+        format = formats.choose_format(path, format, FORMATS, folder=on_hub or path.is_dir())
+        if on_hub and format != "beir":
+            raise ValueError(f"{path}: is in the format 'beir', found the format {format!r}")
         if split is not None and format != "beir":
             raise ValueError(f"{path}: split is {split!r}, but only the format 'beir' has splits, found {format!r}")
         if format in ("jsonl", "csv"):

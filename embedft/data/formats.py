@@ -6,6 +6,7 @@ beir        a folder: corpus.jsonl (`_id`, `title`, `text`), queries.jsonl (`_id
             header `query-id corpus-id score`; only queries in the split's qrels are read, as in
             beir/datasets/data_loader.py. TREC files may replace them: topics.* (<top> or <topic>) for the queries,
             qrels.* or qrels/<split>.* with the columns query, 0, document, grade. `_id` may be an integer.
+            Those of the benchmark are on the hub: "beir:scifact", see beir.py.
 jsonl, csv  pairs or triplets, one per row: see pairs.py.
 
 Judgements of unknown queries are dropped, those of unknown documents kept apart; both with a warning (strict: error).
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import atomic_write, check_object, read_jsonl, read_lines, read_object, read_text, write_json, write_jsonl
+from .beir import find_beir, is_beir_name
 from .checks import SKIP_EMPTY, check_id, check_text, id_text, is_blank
 from .pairs import parse_grade, write_pairs
 
@@ -53,7 +55,7 @@ def choose_format(path: Path, format: str | None, formats: Iterable[str], *, fol
 def read_published(path: Path, split: str | None, *, skip_empty: bool, strict: bool) -> dict[str, Any]:
     """The arguments of RetrievalDataset for a "llamaindex" file or a "beir" folder."""
     titles, kinds = {}, {}
-    if path.is_dir():
+    if path.is_dir() or is_beir_name(path):
         queries, corpus, titles, judgements = _read_beir(path, split, skip_empty)
         qrels, missing = _sort(judgements, queries, corpus, strict)
         judged = {query_id: text for query_id, text in queries.items() if query_id in qrels or query_id in missing}
@@ -126,16 +128,14 @@ def _read_llamaindex(path: Path, skip_empty: bool) -> tuple[Texts, Texts, dict[s
     return queries, corpus, relevant, kinds
 
 
-def _read_beir(folder: Path, split: str | None, skip_empty: bool) -> tuple[Texts, Texts, Texts, Iterator[Judgement]]:
+def _read_beir(path: Path, split: str | None, skip_empty: bool) -> tuple[Texts, Texts, Texts, Iterator[Judgement]]:
     """Queries, corpus, titles and the judgements of one split; None: "test", or the only one."""
+    folder, splits = find_beir(path)
     corpus_file, queries_file = _find(folder, "corpus.jsonl"), _find(folder, "queries.jsonl", "topics.*")
-    files = [*(folder / "qrels").glob("[!.]*.*"), *(file for file in folder.glob("qrels.*") if file.is_file())]
-    files.sort(key=lambda file: (".tsv" in file.suffixes, file.suffix != ".gz", file.name))  # BEIR's own wins
-    splits = {file.name.removesuffix(".gz").rpartition(".")[0]: file for file in files}
     if split is None:
         split = next(iter(splits)) if len(splits) == 1 else "test"
     if split not in splits:
-        raise ValueError(f"{folder}: no qrels/{split}.tsv; splits found: {', '.join(splits) or 'none'}")
+        raise ValueError(f"{path}: no qrels/{split}.tsv; splits found: {', '.join(splits) or 'none'}")
     corpus, titles = _collect(_read_rows(corpus_file), allow_empty=True)
     read_queries = _read_rows if ".jsonl" in queries_file.suffixes else _read_topics
     queries, _ = _collect(read_queries(queries_file), allow_empty=skip_empty)

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..device import default_device, find_device
 from ..files import check_whole, sha256_file
+from ..hub import snapshot
 from . import folder as layout
 from . import static
 from .adapter import CONFIG_FILE as ADAPTER_CONFIG_FILE
@@ -302,41 +303,11 @@ def _packaged_folder(module: str, place: str, sha256: str) -> Path | None:
 
 def _hub_folder(name: str, revision: str | None, *, local_files_only: bool, allow_pickle: bool = False) -> Path | None:
     """The snapshot's folder in the hub's cache; None with `local_files_only` if the cache lacks the model."""
-    from huggingface_hub import constants
-
-    if local_files_only and not (Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}").is_dir():
-        return None
-    import huggingface_hub  # here, because it takes a fifth of a second and local folders do not need it
-    from huggingface_hub import errors, utils
-
-    # Version 1 raises this when a connection is lost for good; earlier versions raise OSError.
-    lost = (utils.httpx.HTTPError,) if hasattr(utils, "httpx") else ()
-    level = utils.logging.get_verbosity()
-    utils.logging.set_verbosity_error()  # it warns of each retry; what comes of them is raised below
-    hides_bars = os.environ.get("EMBEDFT_PROGRESS") == "0" and not utils.are_progress_bars_disabled()
-    if hides_bars:
-        utils.disable_progress_bars()
-    try:
-        patterns = layout.HUB_FILES + (layout.HUB_PICKLES if allow_pickle else [])
-        options = {"allow_patterns": patterns, "local_files_only": local_files_only}
-        folder = Path(huggingface_hub.snapshot_download(name, revision=revision, **options))
-    except errors.LocalEntryNotFoundError:
-        if local_files_only:
-            return None
-        raise ValueError(f"{name}: no such folder, not in the hub's cache, and the hub cannot be reached") from None
-    except errors.RepositoryNotFoundError:
-        raise ValueError(f"{name}: no such folder or model on the hub (a private one needs HF_TOKEN)") from None
-    except errors.RevisionNotFoundError:
-        raise ValueError(f"{name}: the hub has no revision {revision or 'main'!r} of this model") from None
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-        raise ValueError(f"{name}: no such folder, and the hub says: {' '.join(str(error).split())}") from None
-    except lost as error:
-        raise ValueError(f"{name}: lost the connection to the hub, try again: {error}") from None
-    finally:
-        utils.logging.set_verbosity(level)
-        if hides_bars:
-            utils.enable_progress_bars()
+    patterns = layout.HUB_FILES + (layout.HUB_PICKLES if allow_pickle else [])
+    options = {"revision": revision, "patterns": patterns, "local_files_only": local_files_only}
+    folder = snapshot(name, where=f"{name}: no such folder, and ", **options)
+    if folder is None or not local_files_only:
+        return folder
     # A snapshot may hold only the files that another program asked for.
     weights = any((folder / file).is_file() for file in (WEIGHTS_FILE, INDEX_FILE))
-    whole = weights and (folder / TOKENIZER_FILE).is_file()
-    return folder if whole or not local_files_only else None
+    return folder if weights and (folder / TOKENIZER_FILE).is_file() else None
