@@ -31,6 +31,7 @@ _NAMES = {
     "retrieval.rerank": "rerank with_scores",
     "retrieval.run": "Run",
     "retrieval.search": "Searcher search",
+    "retrieval.suite": "Suite",
     "retrieval.taught": "teach",
     "retrieval.teacher": "Teacher load_teacher",
     "training.configs": "AdapterConfig FinetuneConfig",

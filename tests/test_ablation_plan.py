@@ -160,6 +160,7 @@ def test_a_changed_default_of_a_loss_makes_new_cells(monkeypatch):
         ({"axes": {"data": ["uber2.jsonl"]}}, ("uber2.jsonl",)),
         ({"points": [{"lr": 1e-5}, {"lr": 1e-5}], "axes": None}, ("lr=1e-05",)),
         ({"points": [{"lr": 1e-5}, {"epochs": 2, "lr": 1e-5}, {"lr": 1e-5, "epochs": 1}], "axes": None}, ("lr=1e-05",)),
+        ({"axes": {"validation": [["val.jsonl", "scifact.jsonl"]]}}, ("validation", 2, "datasets")),
         ({"tests": {}}, ("tests",)),
         ({"tests": {"a/b": "uber.jsonl"}}, ("a/b",)),
         ({"tests": {"..": "uber.jsonl"}}, ("..",)),

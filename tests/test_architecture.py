@@ -70,6 +70,7 @@ WITHOUT_TORCH = (
     "retrieval.bm25",
     "retrieval.fusion",
     "retrieval.report",
+    "retrieval.suite",
     "retrieval.tables",
     "corpus.chunks",
     "corpus.cleaning",

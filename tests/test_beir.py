@@ -1,6 +1,7 @@
 """`beir:NAME` with a local hub: what is whole loads, now and later without the hub; what is not is one line."""
 
 import gzip
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from hub_server import Answer, Hub, Shell, assert_refused
 from naming import naming
 from tiny import make_dataset
 
-from embedft import RetrievalDataset
+from embedft import RetrievalDataset, Suite
 from embedft.data.beir import find_beir
 from embedft.files import read_json
 
@@ -206,6 +207,29 @@ def test_a_damaged_file(hub, shell):
     name = serve(hub, "damaged")
     hub.repositories["datasets/BeIR/damaged"][FIRST]["corpus.jsonl.gz"] = b"<html>too many requests</html>"
     assert_refused(evaluate(shell, name), "corpus.jsonl.gz", "gzip")
+
+
+def test_the_section_of_the_readme(shell, datasets):
+    """Its commands as written, on tiny data."""
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^## Several datasets\n\n```sh\n(.*?)^```", readme, flags=re.DOTALL | re.MULTILINE)
+    for name, dataset in (("train", make_dataset(seed=3)), ("held_out", datasets["older"])):
+        rows = (f"{text},{dataset.corpus[dataset.relevant(i)[0]]}\n" for i, text in dataset.queries.items())
+        (shell.folder / f"{name}.csv").write_text("".join(["question,context\n", *rows]))
+    lines = block.replace("\\\n", " ").replace("sentence-transformers/all-MiniLM-L6-v2", "model").splitlines()
+    for line in lines:
+        program, command, *words = line.split()
+        device = [] if command == "compare" else ["--device", "cpu"]
+        answer = shell.run(command, *words, *device)
+        assert (program, answer.code) == ("embedft", 0), answer.err
+    found = Suite.load(shell.folder / "eval" / "several")
+    assert [report.setting["data_sha256"] for report in found.values()][1] == datasets["titled"].sha256()
+    assert (
+        list(found)
+        == list(Suite.load(shell.folder / "runs" / "several" / "eval" / "validation"))
+        == ["mine", "scifact"]
+    )
+    assert "12 questions" in answer.out
 
 
 def test_the_format_of_the_hub_is_beir():

@@ -273,6 +273,8 @@ class _Tests:
         key = as_text([getattr(options, name) for name in DATA])
         if key not in self.data:
             dataset, validation = load_datasets(options)
+            if isinstance(validation, Mapping):
+                raise ValueError(f"validation has {len(validation)} datasets, expected one: a grid selects on it")
             whole = dataset if isinstance(dataset, RetrievalDataset) else join_datasets(dataset)
             parts = {"train": whole, **({VALIDATION: validation} if validation is not None else {})}
             for (kind, data), (name, questions) in itertools.product(parts.items(), self.questions.items()):

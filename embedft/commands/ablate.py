@@ -16,6 +16,7 @@ from ..ablation.plan import OF_THE_RUNNER, plan
 from ..config import changed, check_at_most_one, option, part
 from ..files import check_writable, locked, read_json
 from . import finetune
+from .options import named_sources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,7 @@ def run(options: Options) -> int:
         points = sample(axes, options.sample)
     left_out = (*OF_THE_RUNNER, "seed")
     base = {name: x for name, x in asdict(part(options, finetune.Options)).items() if name not in left_out}
-    how = {"axes": axes, "points": points, "tests": finetune.sources(options.test), "seeds": options.seeds}
+    how = {"axes": axes, "points": points, "tests": named_sources(options.test), "seeds": options.seeds}
     return run_plan({**base, "evaluate": options.evaluate}, options.out, how, options, options.device)
 
 

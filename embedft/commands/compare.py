@@ -42,7 +42,9 @@ def run(options: Options) -> None:
     if options.save_plot:
         check_output(options.save_plot, overwrite=options.overwrite)
     for folder in map(Path, options.reports):
-        found = sorted(str(path.parent) for part in ("*", "eval/*") for path in folder.glob(f"{part}/metrics.json"))
+        found = sorted(
+            str(path.parent) for part in ("*", "eval/*", "eval/*/*") for path in folder.glob(f"{part}/metrics.json")
+        )
         if found and not (folder / "metrics.json").is_file():
             raise ValueError(f"{folder}: not a report, but contains {', '.join(found)}")
     reports = [Report.load(folder) for folder in options.reports]

@@ -7,7 +7,6 @@ torchrun --nproc-per-node 2 -m embedft finetune sentence-transformers/all-MiniLM
 import os
 import sys
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +18,20 @@ from ..encoders.loading import API_PREFIX
 from ..files import read_jsonl
 from ..losses.registry import describe_losses
 from ..recipe.job import VALIDATION, VALIDATION_BASE
+from ..retrieval.suite import check_names, load_reports
 from ..training import distributed, run_folder
 from ..training.configs import FinetuneConfig
-from .options import DATASETS, Data, Model, load_data, load_model, load_texts, load_training_data, summary
+from .options import (
+    DATASETS,
+    Data,
+    Model,
+    load_data,
+    load_model,
+    load_texts,
+    load_training_data,
+    named_sources,
+    summary,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +39,9 @@ class Options(FinetuneConfig, Model, Data):
     model: str = option(REQUIRED, "folder, hub id or package", metavar="MODEL", positional=True)
     data: list[str] = option(REQUIRED, f"{DATASETS}; several [NAME=]DATA are mixed", metavar="DATA", positional=True)
     out: str = option(REQUIRED, "run folder; the model goes to DIR/model", metavar="DIR")
-    validation: str | None = option(None, "held-out questions that choose the best weights", metavar="DATA")
+    validation: list[str] | str | None = option(
+        None, "held-out questions that choose the best weights; of several, their mean does", metavar="[NAME=]DATA ..."
+    )
     validation_split: str | None = option(None, "split of a BEIR folder [test, or the only one]")
     store: str | None = option(
         None, "keep vectors of MODEL itself and of teachers here, and the teachers' lists", metavar="DIR"
@@ -39,6 +51,8 @@ class Options(FinetuneConfig, Model, Data):
     resume: bool = option(False, "continue from the last checkpoint in DIR, if there is one")
 
     def __post_init__(self):
+        if isinstance(self.validation, list) and len(self.validation) == 1:
+            object.__setattr__(self, "validation", self.validation[0])  # as in settings and grids of one dataset
         check_at_most_one(self, "overwrite", "resume")
         if self.model.startswith(API_PREFIX):
             raise ValueError(f"{self.model} is behind an API: its weights cannot be trained; fit an adapter instead")
@@ -90,27 +104,18 @@ def _load(options: Options) -> tuple:
 
 
 def load_datasets(options: Options) -> tuple:
-    """Training data ({name: dataset} for several) and validation data, or None."""
+    """Training data and validation data ({name: dataset} for several), or None."""
     load = load_texts if options.examples == "texts" else load_training_data
-    datasets = {name: load(path, options) for name, path in sources(options.data).items()}
+    datasets = {name: load(path, options) for name, path in named_sources(options.data).items()}
     dataset = datasets if len(datasets) > 1 else next(iter(datasets.values()))
     validation = None
     if options.validation:
-        validation = load_data(options.validation, options, split=options.validation_split, merge=options.merge)
+        how = {"split": options.validation_split, "merge": options.merge}
+        sources = named_sources(options.validation)
+        check_names(sources if len(sources) > 1 else ())
+        loaded = {name: load_data(path, options, **how) for name, path in sources.items()}
+        validation = loaded if len(loaded) > 1 else next(iter(loaded.values()))
     return dataset, validation
-
-
-def sources(given: Sequence[str]) -> dict[str, str]:
-    """{name: path} from NAME=PATH, or from a path, named after its file up to the first dot."""
-    sources: dict[str, str] = {}
-    for text in given:
-        name, equals, path = text.partition("=")
-        if not equals or Path(text).exists():
-            name, path = Path(text).resolve().name.partition(".")[0], text
-        if name in sources:
-            raise ValueError(f"{path} and {sources[name]} are both called {name!r}: name them with NAME=DATA")
-        sources[name] = path
-    return sources
 
 
 def _print_summary(out: Path, select: str, *, has_validation: bool) -> None:
@@ -120,12 +125,15 @@ def _print_summary(out: Path, select: str, *, has_validation: bool) -> None:
         print(f"{losses[-1][0]:,} steps, loss {losses[0][1]:.4f} -> {losses[-1][1]:.4f}")
     if has_validation:
         print(summary(records, select, start="the base weights"))
-        before, after = (embedft.Report.load(out / run_folder.EVAL / name) for name in (VALIDATION_BASE, VALIDATION))
+        saved = [load_reports(out / run_folder.EVAL / name) for name in (VALIDATION_BASE, VALIDATION)]
+        before, after = ({"": x} if isinstance(x, embedft.Report) else x for x in saved)
         with warnings.catch_warnings():
             # Intended: the base is evaluated at its own max_length, the result at that of training.
             warnings.filterwarnings("ignore", "the reports may not be comparable: max_length")
-            print(embedft.compare(before, after, metric=select))
-        own, trained = (report.setting["max_length"] for report in (before, after))
+            for name in after:
+                change = embedft.compare(before[name], after[name], metric=select.rpartition("/")[2])
+                print(f"{name}: {change}" if name else change)
+        own, trained = (next(iter(reports.values())).setting["max_length"] for reports in (before, after))
         if own != trained:
             print(f"before: the base, at max_length {own}; after: the new model, at max_length {trained}")
         print("these questions chose the weights; to report a result, run embedft evaluate on others")

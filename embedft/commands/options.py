@@ -9,7 +9,7 @@ dataset, embedder = load_data(options.data, options), load_encoder(options)
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ import embedft
 from .. import config
 from ..api.endpoint import EndpointConfig
 from ..config import REQUIRED, option
+from ..data.beir import PREFIX as BEIR
 from ..data.beir import find_beir
 from ..data.dataset import RetrievalDataset
 from ..files import JSONL, REPLACING, check_whole, check_writable, read_jsonl, read_lines
@@ -123,6 +124,22 @@ def load_encoder(options: Encoder, **more: Any) -> "embedft.Embedder":
 
         print(f"{options.model}: dtype is {dtype_of(embedder)}", file=sys.stderr)
     return embedder
+
+
+def named_sources(given: str | Sequence[str]) -> dict[str, str]:
+    """{name: path} from NAME=PATH, or from a path, named after its file up to the first dot, or as BEIR names it."""
+    sources: dict[str, str] = {}
+    for text in [given] if isinstance(given, str) else given:
+        name, equals, path = text.partition("=")
+        if not equals or Path(text).exists():
+            name, path = Path(text).resolve().name.partition(".")[0], text
+            name = text.removeprefix(BEIR).partition("@")[0].replace("/", "-") if text.startswith(BEIR) else name
+        if name in sources:
+            raise ValueError(f"{path} and {sources[name]} are both called {name!r}: name them with NAME=DATA")
+        sources[name] = path
+    if not sources:
+        raise ValueError("no DATA is given, expected at least one")
+    return sources
 
 
 def load_data(path: str, options: Data, *, split: str | None = None, merge: bool = True) -> RetrievalDataset:

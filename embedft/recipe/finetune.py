@@ -25,10 +25,7 @@ from ..encoders.token_cache import token_cache
 from ..files import append_jsonl, named_errors, temporary_path
 from ..losses.registry import Loss
 from ..objects import describe_object
-from ..retrieval.evaluate import evaluate_run
-from ..retrieval.report import Report
-from ..retrieval.run import Run
-from ..retrieval.tables import format_change
+from ..retrieval.suite import describe_change, load_reports
 from ..training import distributed, run_folder
 from ..training.configs import FinetuneConfig, configured_loss
 from ..training.optim import MakeOptimizer
@@ -38,6 +35,7 @@ from ..training.train import BatchSource, Evaluate, OnStep, Refresh, train
 from .inputs import (
     BATCHING,
     batches_of,
+    check_validation,
     chosen_kinds,
     frozen_references,
     joined,
@@ -71,7 +69,7 @@ def finetune(
     dataset: RetrievalDataset | Mapping[str, RetrievalDataset],
     config: FinetuneConfig | None = None,
     *,
-    validation: RetrievalDataset | None = None,
+    validation: RetrievalDataset | Mapping[str, RetrievalDataset] | None = None,
     references: Mapping[str, Embedder | Reference] | None = None,
     out: str | Path | None = None,
     existing: str = "refuse",
@@ -90,7 +88,7 @@ def finetune(
 
     Args:
         dataset: one, or {name: dataset}, sampled as `config.sampling` says; their ids are prefixed with the name.
-        validation: held-out questions on which `config.select` picks the best weights; None: keep the last weights.
+        validation: on which `config.select` picks the best weights, or {name: dataset} (suite.py); None: keep the last.
         references: {"guide" | "teacher" | "base": what the loss compares with}: an Embedder, which encodes `dataset`
             once (for the base, pass `embedder` itself), or a function of the batch. Added to `config.references`.
         out: run folder, see training/run_folder.py; reports on `validation` before and after go to `out/eval`.
@@ -133,7 +131,7 @@ def check_finetune(
     dataset: RetrievalDataset | Mapping[str, RetrievalDataset],
     config: FinetuneConfig,
     *,
-    validation: RetrievalDataset | None = None,
+    validation: RetrievalDataset | Mapping[str, RetrievalDataset] | None = None,
 ) -> None:
     """Raises the `ValueError` that `finetune` would raise before it encodes anything. Changes nothing.
     Only `finetune` itself can check whether a reference model fits the loss."""
@@ -173,10 +171,7 @@ def _check(job: Job, existing: str) -> BatchSource | None:
         job.datasets = {name: chosen_kinds(name, part, config.kinds) for name, part in job.datasets.items()}
     if batches is None and config.mine_every is None and not config.teacher:
         batches = batches_of(embedder, job.datasets, config)
-    if job.validation is not None:
-        evaluate_run(Run.from_dict({}), job.validation, **job.measured())  # raises if no query has a relevant document
-        if (shared := job.validation.shares_with(joined(job.datasets))) and distributed.rank_and_size()[0] == 0:
-            warnings.warn(shared, stacklevel=4)
+    check_validation(job)
     embedder.max_length = config.max_length or embedder.max_length
     for role in ("query", "document"):
         embedder.side(role).encoder.attention_dropout = config.attention_dropout
@@ -201,8 +196,7 @@ def _prepare(job: Job, existing: str) -> None:
     job.hashes = {"model": embedder.sha256(), "train": data.sha256()}
     if config.teacher:
         job.hashes["taught"] = joined(job.datasets).sha256()
-    if job.validation is not None:
-        job.hashes["validation"] = job.validation.sha256()
+    job.hashes |= {f"validation {name}".strip(): held_out.sha256() for name, held_out in job.held_out().items()}
     job.references = frozen_references(job, data)
     job.constant = constant_vectors(embedder, data, config.lora_config())
     embedder.lora = lora
@@ -257,10 +251,8 @@ def _close(job: Job) -> None:
     job.embedder.save(job.out / run_folder.MODEL)
     results = ""
     if job.validation is not None:
-        base, tuned = Report.load(job.out / run_folder.EVAL / VALIDATION_BASE), job.report(VALIDATION)
-        table = format_change(base, tuned, select=job.config.select)
-        questions, length = f"{len(tuned.query_ids):,} held-out questions", base.setting["max_length"]
-        results = f"On the {questions} that chose the weights; the base at max_length {length:,}:\n\n{table}"
+        base, tuned = load_reports(job.out / run_folder.EVAL / VALIDATION_BASE), job.report(VALIDATION)
+        results = describe_change(base, tuned, select=job.config.select)
     if isinstance(job.embedder, Embedder | Scorer):
         write_card(job.out / run_folder.MODEL, job.embedder, training=_training_facts(job), results=results)
     run_folder.close_run(job.out)

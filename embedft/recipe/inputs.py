@@ -1,4 +1,4 @@
-"""What a run trains on and compares with: batches, mined negatives, best windows, references."""
+"""What a run trains on and compares with: batches, mined negatives, best windows, references, validation."""
 
 import copy
 import warnings
@@ -18,7 +18,10 @@ from ..data.mixture import join_datasets, make_mixture
 from ..encoders.embedder import Embedder
 from ..encoders.loading import API_PREFIX, load_embedder
 from ..losses.registry import LOSSES, loss_options
+from ..retrieval.evaluate import evaluate_run
 from ..retrieval.mining import mine
+from ..retrieval.run import Run
+from ..retrieval.suite import about, check_names
 from ..retrieval.taught import teach
 from ..retrieval.teacher import load_teacher
 from ..training import distributed, run_folder
@@ -106,6 +109,22 @@ def chosen_kinds(name: str, dataset: RetrievalDataset, kinds: list[str]) -> Retr
         return dataset.of_kinds(kinds)
     except ValueError as error:
         raise ValueError(f"kinds: {name}{': ' if name else ''}{error}") from None
+
+
+def check_validation(job: Job) -> None:
+    """Raises `ValueError` for validation data that cannot be evaluated on; warns of what is also in training."""
+    if job.validation is None:
+        return
+    if not isinstance(job.validation, RetrievalDataset):
+        check_names(job.validation)
+        if not job.validation:
+            raise ValueError("validation is empty, expected a dataset, or {name: dataset}")
+    measured, train_set = job.measured(), joined(job.datasets)
+    for name, held_out in job.held_out().items():
+        with about(name):
+            evaluate_run(Run.from_dict({}), held_out, **measured)  # raises if no query has a relevant document
+        if (shared := held_out.shares_with(train_set)) and distributed.rank_and_size()[0] == 0:
+            warnings.warn(f"{name}: {shared}" if name else shared, stacklevel=5)
 
 
 def lacks_similarity(spec: Any) -> bool:

@@ -2,6 +2,7 @@
 
 before = evaluate(embedder, dataset)      # then train
 print(compare(before, evaluate(embedder, dataset), metric="ndcg@10"))     # compare: report.py
+print(evaluate(embedder, {"uber": uber, "scifact": scifact}))             # several datasets and their means: suite.py
 evaluate_grid(embedder, dataset, dims=(384, 128), precisions=("float32", "int8"), indices=("flat", "hnsw"))
 """
 
@@ -19,22 +20,38 @@ from .metrics import Gain, Metric, Qrels, has_relevant, judge, measure, select_m
 from .report import Report, model_setting
 from .run import Run
 from .search import Setting, search_grid
+from .suite import Suite, about, check_names
 
 
 def evaluate(
     embedder: SupportsEncode,
-    dataset: RetrievalDataset,
+    dataset: RetrievalDataset | Mapping[str, RetrievalDataset],
     *,
     dim: int | None = None,
     passages: Sequence[int] | None = None,
     precision: str = "float32",
     index: str = "flat",
     **options: Any,
-) -> Report:
+) -> Report | Suite:
     """Encodes queries and documents (titles included), searches (settings: see search.py), and measures. Equal scores
-    are ordered by ascending document id. options: those of `evaluate_grid`."""
+    are ordered by ascending document id. options: those of `evaluate_grid`.
+
+    {name: dataset} gives a `Suite`, {name: report} with means over the datasets; all are checked before the first one
+    is encoded, and errors begin with the name."""
     grid = {"dims": (dim,), "precisions": (precision,), "indices": (index,), "passages": (passages,)}
-    return evaluate_grid(embedder, dataset, **grid, **options)[0]
+    if isinstance(dataset, RetrievalDataset):
+        return evaluate_grid(embedder, dataset, **grid, **options)[0]
+    if not dataset:
+        raise ValueError("there is no dataset to evaluate on")
+    check_names(dataset)
+    for name, one in dataset.items():
+        with about(name):
+            _judged(one)
+    reports = {}
+    for name, one in dataset.items():
+        with about(name):
+            reports[name] = evaluate_grid(embedder, one, **grid, **options)[0]
+    return Suite(reports)
 
 
 def evaluate_grid(
@@ -67,11 +84,7 @@ def evaluate_grid(
             raise ValueError(f"{name} is {values!r}, expected a list of at least one")
     grid = itertools.product(passages, dims, precisions, indices)
     settings = [Setting(dim, precision, index, windows) for windows, dim, precision, index in grid]
-    all_qrels = dataset.all_qrels()
-    qrels = {query_id: all_qrels.get(query_id, {}) for query_id in dataset.queries}
-    queries = {query_id: text for query_id, text in dataset.queries.items() if has_relevant(qrels[query_id])}
-    if not queries:
-        raise ValueError(f"none of the {len(dataset.queries)} queries of the dataset has a relevant document")
+    qrels, queries = _judged(dataset)
     common = model_setting(embedder) | _data_setting(dataset, queries) | {"similarity": embedder.similarity}
     reports = []
     for run, setting, costs in search_grid(embedder, dataset, queries, settings, depth=depth, **options):
@@ -115,6 +128,16 @@ def evaluate_run(
     query_ids, left_out = judgments.query_ids, judgments.num_without_relevant
     clusters, setting = question_clusters(query_ids, qrels), {**setting, "num_queries": len(query_ids)}
     return Report(query_ids, per_query, clusters, left_out, setting, costs, run.select(query_ids))
+
+
+def _judged(dataset: RetrievalDataset) -> tuple[Qrels, dict[str, str]]:
+    """The qrels of every query, and the text of each query with a relevant document."""
+    all_qrels = dataset.all_qrels()
+    qrels = {query_id: all_qrels.get(query_id, {}) for query_id in dataset.queries}
+    queries = {query_id: text for query_id, text in dataset.queries.items() if has_relevant(qrels[query_id])}
+    if not queries:
+        raise ValueError(f"none of the {len(dataset.queries)} queries of the dataset has a relevant document")
+    return qrels, queries
 
 
 def _data_setting(dataset: RetrievalDataset, questions: Mapping[str, str]) -> dict[str, Any]:

@@ -108,7 +108,7 @@ class Report:
         folder = Path(folder)
         if missing := [name for name in reversed(REPORT_FILES) if not (folder / name).is_file()]:
             raise ValueError(f"{folder}: no report ({missing[0]} is missing)")
-        check_whole(folder, folder.parent)
+        check_whole(folder, folder.parent, folder.parent.parent)
         path = folder / "metrics.json"
         summary = _checked(read_json(path), str(path), SUMMARY)
         means = _checked(summary["metrics"], f"{path}: metrics", dict.fromkeys(summary["metrics"], float))

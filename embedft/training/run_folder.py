@@ -7,7 +7,7 @@ train.jsonl        one line per step and per validation
 lists/             what a teacher scored, see retrieval/taught.py; with a store, they are there
 checkpoints/       the two newest; deleted when the run is done
 model/             the fine-tuned model, in the sentence-transformers layout
-eval/<dataset>/    metrics.json, per_query.jsonl, run.trec
+eval/<dataset>/    metrics.json, per_query.jsonl, run.trec; of several validation sets, suite.json and a folder for each
 DONE               written when everything else is
 .lock              held by the process that writes
 .replaced/         a finished run that this one overwrites; deleted once this run finishes
