@@ -11,6 +11,7 @@ from tiny import make_dataset, make_embedder
 
 from embedft import Report, RetrievalDataset
 from embedft.cli import main
+from embedft.commands.options import Data, load_texts
 from embedft.corpus.chunks import Chunk, save_chunks
 from embedft.files import read_json, write_jsonl
 
@@ -80,10 +81,12 @@ def test_encode():
     assert len(expected) == len(texts)
     for file in ("texts.jsonl.gz", "texts.txt.gz"):
         np.testing.assert_array_equal(np.load(f"{file}.npy"), expected)
+        assert load_texts(file, Data()) == load_texts("texts.jsonl", Data())  # of `finetune --examples texts`
 
 
 def test_chunks(capsys):
-    chunks = [Chunk(i, f"{text}. {text}.") for i, text in make_dataset().corpus.items()]
+    sentence = "The annual meeting of number {} takes place in the town of number {} on day {} of the month."
+    chunks = [Chunk(f"c{i}", " ".join(sentence.format(i, j, i + j) for j in range(4))) for i in range(6)]
     save_chunks("plain/train.jsonl", chunks)
     save_chunks("packed/train.jsonl.gz", chunks)
     found = {}

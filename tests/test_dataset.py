@@ -673,6 +673,7 @@ def test_saving_compresses_what_ends_in_gz(tmp_path, name):
     packed = (tmp_path / f"{name}.gz").read_bytes()
     assert gzip.decompress(packed) == (tmp_path / name).read_bytes()
     assert packed == (tmp_path / f"other-{name}.gz").read_bytes()
+    assert packed[3:8] == bytes(5)  # neither a name nor a time (RFC 1952, section 2.3)
     assert RetrievalDataset.load(tmp_path / f"{name}.gz") == dataset
     with pytest.raises(ValueError, match=naming("x.csv.gz", "'csv'", "jsonl")):
         dataset.save(tmp_path / "x.csv.gz")

@@ -178,7 +178,7 @@ def _print_grid(options: Options, reports: list[Report], beside: dict[str, Repor
 def _print_suite(options: Options, suite: Suite, beside: dict[str, Suite]) -> None:
     name = next(iter(suite.values())).name
     if options.style == "text":
-        counts = (f"{dataset} ({str(report).partition(chr(10))[0]})" for dataset, report in suite.items())
+        counts = (f"{dataset} ({str(report).splitlines()[0]})" for dataset, report in suite.items())
         print(f"{name}: {', '.join(counts)}\n")
     print(format_suites({name: suite, **beside}, style=options.style))
     if options.style == "text":

@@ -40,32 +40,32 @@ def _download(name: str) -> tuple[Path, Path]:
     """The folders of texts and of judgements."""
     if not (parts := NAME.fullmatch(name)):
         raise ValueError(f"{name}: expected beir:NAME, beir:NAME/PART or beir:NAME@REVISION, such as beir:scifact")
-    repository, part, *revisions = f"BeIR/{parts[1]}", f"{parts[2]}/" if parts[2] else "", parts[3], parts[4]
-    judgements = f"{repository}-qrels"
-    wanted = {repository: ["corpus.jsonl", "queries.jsonl"], judgements: ["*.tsv"]}
-    folders = []
+    dataset, part, of_texts, of_judgements = parts.groups()
+    part = f"{part}/" if part else ""
     # Judgements first: they are small, and their folders are the parts of a dataset that has parts.
-    for place, revision in ((judgements, revisions[1]), (repository, revisions[0])):
-        patterns = [f"{part}{file}{end}" for file in wanted[place] for end in ("", ".gz")]
+    sources = {
+        f"BeIR/{dataset}-qrels": (of_judgements, ["*.tsv"]),
+        f"BeIR/{dataset}": (of_texts, ["corpus.jsonl", "queries.jsonl"]),
+    }
+    folders = []
+    for repository, (revision, files) in sources.items():
+        how = {"kind": "dataset", "revision": revision, "where": f"{name}: {repository}: "}
         try:
-            whole = snapshot(place, kind="dataset", patterns=patterns, revision=revision, where=f"{name}: {place}: ")
+            whole = snapshot(
+                repository, patterns=[f"{part}{file}{end}" for file in files for end in ("", ".gz")], **how
+            )
         except ValueError as error:
-            raise ValueError(f"{error}{_hint(parts[1])}") from None
-        folder = whole / part
-        for file in wanted[place]:
-            if not any(folder.glob(f"{file}*")):
-                raise ValueError(f"{name}: {place} has no {part}{file}{_instead(name, whole, revision)}")
-        folders.append(folder)
+            raise ValueError(f"{error}{'' if dataset in KNOWN else suggestion(dataset, KNOWN)}") from None
+        for file in files:
+            if not any((whole / part).glob(f"{file}*")):
+                raise ValueError(f"{name}: {repository} has no {part}{file}{_instead(dataset, whole, revision)}")
+        folders.append(whole / part)
     return folders[1], folders[0]
 
 
-def _hint(name: str) -> str:
-    return "" if name in KNOWN else suggestion(name, KNOWN)
-
-
-def _instead(name: str, folder: Path, revision: str | None) -> str:
+def _instead(dataset: str, folder: Path, revision: str | None) -> str:
     """What to say besides that a file is missing: which parts there are, or where else to look."""
     if found := sorted({file.parent.name for file in folder.glob("*/*.tsv*")}):
-        return f"; its parts are {', '.join(found)}: {name.partition('@')[0].partition('/')[0]}/{found[0]}"
+        return f"; its parts are {', '.join(found)}: {PREFIX}{dataset}/{found[0]}"
     where = f" at revision {revision or 'main'!r}, or it was not downloaded whole ({folder})"
     return f"{where}; embedft reads .jsonl.gz and .tsv, which other revisions may have: beir:NAME@REVISION"

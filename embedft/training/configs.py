@@ -44,7 +44,7 @@ class TrainConfig:
     checkpoint_activations: bool = option(False, "compute layers again in the backward pass, for less memory")
     eval_every: int | None = option(None, "steps between validations [one per epoch]", least=1)
     checkpoint_every: int | None = option(None, "steps between checkpoints [one per epoch]", least=1)
-    select: str = option("ndcg@10", "validation metric that chooses the best weights")
+    select: str = option("ndcg@10", "validation metric that chooses the best weights; of one set: NAME/ndcg@10")
     log: Literal["tensorboard", "wandb"] | None = option(None, "also log to TensorBoard or W&B, installed separately")
 
     def __post_init__(self):
