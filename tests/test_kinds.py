@@ -397,6 +397,14 @@ def test_kinds_are_chosen_in_every_dataset_of_a_mixture_and_mined_for(tmp_path):
     assert len(steps) == 2 * 2 * math.ceil(5 / 4)  # epochs, datasets, 5 claims of 16 questions
 
 
+def test_mined_data_keeps_the_kinds(place, tmp_path):
+    make_embedder(tmp_path / "base")
+    data = with_kinds()
+    data.save("data.json")
+    assert main(["mine", "base", "data.json", "--out", "mined.jsonl", "--num-negatives", "1", "--ranks", "1", "8"]) == 0
+    assert RetrievalDataset.load("mined.jsonl").kinds == data.kinds
+
+
 def test_errors_of_kinds_name_the_dataset_and_what_it_has(tmp_path):
     embedder, data = make_embedder(tmp_path / "base"), with_kinds()
     with pytest.raises(ValueError, match=naming("kinds", "b", "'claim'", "without kinds")):
