@@ -152,6 +152,7 @@ def test_a_changed_default_of_a_loss_makes_new_cells(monkeypatch):
         ({"axes": {"examples": ["scored"]}}, ("examples=scored", "scored")),
         ({"axes": {"passages": [[8, 4], [99, 4]]}}, ("passages=[99, 4]", 99)),
         ({"axes": {"evaluate.passages": [[99, 4]]}}, ("evaluate.passages=[99, 4]", 99)),
+        ({"max_length": 24, "axes": {"evaluate.passages": [[32, 4]]}}, ("evaluate.passages=[32, 4]", 32, 24)),
         ({"axes": {"evaluate.dim": [16, 33]}}, ("evaluate.dim=33", 33, 32)),
         ({"axes": {"evaluate.fuse_weight": [1.5]}}, ("evaluate.fuse_weight=1.5", "fuse_weight", 1)),
         ({"axes": {"lora.targets": [["nothing"]]}}, ("nothing", "targets")),

@@ -42,6 +42,11 @@ def inputs(tmp_path_factory) -> Path:
     make_embedder(folder / "model")
     for name, seed in (("train", 0), ("val", 1), ("uber", 2), ("scifact", 3)):
         make_dataset(8, 8, seed=seed).save(folder / f"{name}.jsonl")
+    with pytest.MonkeyPatch.context() as patch:  # what forks would otherwise all compute: sources of fingerprints
+        patch.chdir(folder)
+        patch.setattr("embedft.training.run_folder._git_state", lambda: (None, b""))
+        grid = make_grid("first")
+        run_cell(grid.folder(grid.cells[1]))
     return folder
 
 
@@ -89,7 +94,7 @@ class Fork:
 
 @pytest.fixture(autouse=True)
 def place(inputs, tmp_path, monkeypatch) -> Path:
-    shutil.copytree(inputs, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(inputs, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("first"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runner, "start", Fork)
     monkeypatch.setattr(runner, "POLL_SECONDS", 0.01)
@@ -159,6 +164,7 @@ def test_lora_trains_few_weights():
     assert 0 < read_object(grid.folder(grid.cells[1]) / "result.json")["num_weights_trained"] < whole / 10
 
 
+@pytest.mark.slow
 def test_finished_cells_are_skipped_and_a_grid_may_grow():
     run_grid(make_grid(axes={"lr": [2e-3]}), on_row=list)
     first = starts()
@@ -222,6 +228,7 @@ def test_an_interrupt_ends_the_cells_and_the_next_call_goes_on(monkeypatch):
     results(grid)
 
 
+@pytest.mark.slow
 def test_cells_with_the_same_training_train_once():
     grid = make_grid(axes={"evaluate.dim": [None, 16, 8]}, seeds=(0, 1))
     assert run_grid(grid, workers=3, on_row=list) == {}
@@ -253,14 +260,38 @@ def test_shards_are_apart_complete_and_keep_training_together():
 
 
 def test_the_expected_time_is_the_mean_of_what_was_measured():
-    """By hand: untrained 2 s; trained 10 and 30 s, so 20 s each: 2 + 4 * 20."""
-    grid = make_grid(axes={"lr": [2e-3]}, seeds=(0, 1))
+    """By hand: evaluation takes 2 s untrained, and (1 + 3) / 2 s trained; training takes (10 + 30) / 2 s."""
+    grid = make_grid(axes={"lr": [2e-3], "evaluate.dim": [None, 16]}, seeds=(0, 1))
+    untrained, trained = ([cell for cell in grid.cells if (cell.run is None) == is_so] for is_so in (True, False))
+    assert (len(untrained), len(trained), len({cell.run for cell in trained})) == (2, 6, 4)
     assert expected_seconds(grid, grid.cells) is None
-    for cell, seconds in zip(grid.cells, (2, 10, 30), strict=False):
-        result = {"seconds": {"train": seconds - 1, "evaluate": 1}}
+    measured = ((untrained[0], 0, 2), (trained[0], 10, 1), (trained[1], 30, 3))
+    for cell, train_seconds, evaluate_seconds in measured:
+        result = {"seconds": {"train": train_seconds, "evaluate": evaluate_seconds}}
         (grid.folder(cell) / "result.json").write_text(json.dumps(result))
-    assert expected_seconds(grid, grid.cells) == 2 + 4 * 20
-    assert expected_seconds(grid, grid.cells[3:]) == 2 * 20
+        if cell.run:
+            (grid.out / "runs" / cell.run).mkdir(parents=True)
+            (grid.out / "runs" / cell.run / "DONE").touch()
+    assert expected_seconds(grid, grid.cells) == 2 * 2 + 6 * 2 + 2 * 20
+    assert expected_seconds(grid, untrained[1:]) == 2
+    assert expected_seconds(grid, []) == 0
+
+
+def test_tests_are_measured_by_the_metric_of_the_grid():
+    """Though an axis changes the metric that selects weights, and one point has no validation."""
+    grid = plan(
+        BASE | {"select": "ndcg@7"},
+        "out",
+        points=[{"select": "mrr@4"}, {"validation": None}],
+        tests=TESTS,
+        seeds=[0],
+    )
+    grid.save()
+    rows = []
+    assert run_grid(grid, on_row=rows.append) == {}
+    for cell in grid.cells:
+        assert "ndcg@7" in Report.load(grid.folder(cell) / "eval" / "uber").metrics
+    assert len(rows) == 1 + len(grid.cells)
 
 
 def fork(work) -> int:
@@ -276,6 +307,7 @@ def fork(work) -> int:
     os._exit(code)
 
 
+@pytest.mark.slow
 def test_two_runners_share_the_work_and_repeat_no_cell():
     grid = make_grid(axes={"lr": [2e-3, 3e-3], "evaluate.dim": [None, 16]}, seeds=(0, 1))
     pids = [fork(lambda: len(run_grid(grid, workers=2, on_row=list))) for _ in range(2)]
@@ -306,6 +338,7 @@ def test_cells_killed_twenty_times_give_the_same_table():
     assert results(grid) == results(whole)
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_no_finished_cell(monkeypatch):
     """Models and checkpoints do not fit, reports do."""
 
@@ -329,6 +362,7 @@ def test_a_full_disk_loses_no_finished_cell(monkeypatch):
     results(grid)
 
 
+@pytest.mark.slow
 def test_the_command_lists_runs_and_reports(capsys, monkeypatch):
     assert main([*COMMAND.split(), "--dry-run"]) == 0
     output = capsys.readouterr()
@@ -369,6 +403,7 @@ def test_points_come_from_a_file_or_at_random(capsys):
     assert names(capsys.readouterr().err, "3 points")
 
 
+@pytest.mark.slow
 def test_a_grid_file_makes_the_same_cells_as_the_command(capsys, monkeypatch):
     how = {"AXES": {"lr": [2e-3]}, "TESTS": {name: Path(path) for name, path in TESTS.items()}, "SEEDS": [0, 1]}
     Path("lr.py").write_text(f"from pathlib import Path, PosixPath\nBASE = {BASE}\n")

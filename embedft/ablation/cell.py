@@ -45,9 +45,8 @@ def run_cell(folder: Path, *, device: str | None = None) -> None:
     _check_same(cell, "code", code_sha256())
     dataset, validation = load_datasets(options)
     whole = dataset if isinstance(dataset, RetrievalDataset) else join_datasets(dataset)
-    tests = read_object(out / GRID)["tests"]
-    plain = replace(options, format=None, split=None)
-    sets = {f"test {name}": load_data(path, plain) for name, path in tests.items()}
+    grid, plain = read_object(out / GRID), replace(options, format=None, split=None)
+    sets = {f"test {name}": load_data(path, plain) for name, path in grid["tests"].items()}
     sets |= {VALIDATION: validation} if validation is not None else {}
     for name, found in {**sets, **({"train": whole} if cell.run else {})}.items():
         _check_same(cell, name, found.sha256())
@@ -67,7 +66,7 @@ def run_cell(folder: Path, *, device: str | None = None) -> None:
     for name, questions in sets.items():
         place = folder / EVAL / name.removeprefix("test ")
         if not (place / "metrics.json").exists():
-            _evaluate(embedder, questions, how, options.select).save(place)
+            _evaluate(embedder, questions, how, grid["select"]).save(place)
     result = {
         "seconds": {"train": seconds, "evaluate": time.perf_counter() - start},
         "peak_bytes": max(peak_bytes, devices.peak_memory_bytes(embedder.device)),

@@ -80,9 +80,10 @@ class _Point:
         found = {name: value for name, value in self.config.items() if name not in left_out}
         return found | _complete_parts(self.config)
 
-    def cell(self, seed: int | None, tests: Mapping[str, str]) -> Cell:
+    def cell(self, seed: int | None, tests: Mapping[str, str], select: str) -> Cell:
+        """The cell of a seed, given the hash of each test, and the metric to select by."""
         evaluated = {name: self.hashes[name] for name in ("model", VALIDATION, "code") if name in self.hashes}
-        how = {"evaluate": asdict(self.evaluation), "tf32": self.options.tf32, "select": self.options.select}
+        how = {"evaluate": asdict(self.evaluation), "tf32": self.options.tf32, "select": select}
         run = None if seed is None else digest(self.training(), seed, self.hashes)
         config = self.config | {"seed": seed, "evaluate": how["evaluate"]}
         key = digest(run or evaluated, how, tests)
@@ -174,11 +175,11 @@ def plan(
     loaded = _Tests(tests, planned[0].options)
     for _, group in itertools.groupby(sorted(planned, key=_model_of), key=_model_of):
         loaded.check(list(group))
-    planned = _distinct(planned, axes, loaded.hashes)
-    untrained: dict[str, Cell] = {}
-    for cell in (each.cell(None, loaded.hashes) for each in planned):
+    planned = _distinct(planned, axes)
+    measured, untrained = (loaded.hashes, base["select"]), {}
+    for cell in (each.cell(None, *measured) for each in planned):
         untrained.setdefault(cell.key, cell)
-    cells = [*untrained.values(), *(each.cell(seed, loaded.hashes) for each in planned for seed in seeds)]
+    cells = [*untrained.values(), *(each.cell(seed, *measured) for each in planned for seed in seeds)]
     points = [each.point for each in planned]
     return Grid(base, axes, points, list(seeds), tests, base["select"], cells, Path(out))
 
@@ -226,12 +227,12 @@ def _model_of(each: _Point) -> str:
     return as_text([each.config[name] for name in MODEL])
 
 
-def _distinct(planned: list[_Point], axes: Mapping[str, list[Any]], tests: Mapping[str, str]) -> list[_Point]:
+def _distinct(planned: list[_Point], axes: Mapping[str, list[Any]]) -> list[_Point]:
     """BASE and the points that differ from it. Raises `ValueError` for two points with the same cells."""
     seen: dict[str, _Point] = {}
     base = planned[0]
     for i, each in enumerate(planned):
-        key = each.cell(0, tests).key
+        key = each.cell(0, {}, "").key
         if i and key in seen and (other := seen[key]) is not base:
             keys = [name for name in each.point if as_text(each.point[name]) != as_text(other.point[name])]
             if len(keys) == 1:
@@ -303,8 +304,11 @@ def _check_cell(embedder: Embedder, each: _Point, dataset: Any, validation: Retr
     check_finetune(embedder, dataset, part(each.options, FinetuneConfig), validation=validation)
     how = each.evaluation
     check_settings(embedder, [Setting(how.dim, how.precision, "flat", how.passages)])
-    if how.passages is not None:
+    own = embedder.max_length
+    for length in {own, each.options.max_length or own} if how.passages else ():  # raises for too long windows
+        embedder.max_length = length
         embedder.pack([""], role="document", passages=how.passages)
+    embedder.max_length = own
 
 
 def _check_apart(name: str, questions: set[str], kind: str, other: RetrievalDataset) -> None:

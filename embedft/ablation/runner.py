@@ -18,7 +18,8 @@ from pathlib import Path
 
 from ..files import locked, read_json, read_object, write_json
 from ..progress import progress_bar
-from .grid import EVAL, FAILED, LOG, RESULT, VALIDATION, Cell, Grid
+from ..training.run_folder import DONE
+from .grid import EVAL, FAILED, LOG, RESULT, RUNS, VALIDATION, Cell, Grid
 
 POLL_SECONDS = 0.1
 
@@ -51,13 +52,20 @@ def shard_of(cells: Sequence[Cell], number: int, num_shards: int) -> list[Cell]:
 
 
 def expected_seconds(grid: Grid, cells: Sequence[Cell]) -> float | None:
-    """How long cells take in one process, from the mean of the measured ones with and without training."""
-    measured: dict[bool, list[float]] = {True: [], False: []}
+    """How long cells take in one process, from the means of what was measured; None if nothing like it was.
+    Training counts once for the cells that share it, and not if it is done."""
+    training: dict[str, float] = {}
+    evaluating: dict[bool, list[float]] = {True: [], False: []}
     for cell in filter(grid.is_done, grid.cells):
-        measured[cell.seed is None].append(sum(read_object(grid.folder(cell) / RESULT)["seconds"].values()))
-    if any(not measured[cell.seed is None] for cell in cells):
+        seconds = read_object(grid.folder(cell) / RESULT)["seconds"]
+        evaluating[cell.run is None].append(seconds["evaluate"])
+        if cell.run:
+            training[cell.run] = seconds["train"]
+    to_train = {cell.run for cell in cells if cell.run and not (grid.out / RUNS / cell.run / DONE).exists()}
+    if any(not evaluating[cell.run is None] for cell in cells) or (to_train and not training):
         return None
-    return sum(sum(measured[cell.seed is None]) / len(measured[cell.seed is None]) for cell in cells)
+    found = sum(sum(evaluating[cell.run is None]) / len(evaluating[cell.run is None]) for cell in cells)
+    return found + (len(to_train) * sum(training.values()) / len(training) if to_train else 0.0)
 
 
 def run_grid(
@@ -92,7 +100,7 @@ class _Runner:
 
     def run(self) -> dict[str, str]:
         """Runs until every cell has finished or failed."""
-        waiting = list(self.cells)
+        waiting, told = list(self.cells), False
         finished = [cell for cell in waiting if self.grid.is_done(cell)]
         self._print_table(finished)
         bar = progress_bar(len(waiting), "cells", unit="cell", initial=len(finished))
@@ -112,6 +120,9 @@ class _Runner:
                     bar.clear()
                     self._print_row(cell)
                     bar.update()
+                if waiting and not self.running and not told:
+                    told = True
+                    print(f"{self.grid.out}: waiting for {len(waiting)} cells that another runner has", file=sys.stderr)
                 time.sleep(POLL_SECONDS)
         finally:
             self._stop()
@@ -155,7 +166,7 @@ class _Runner:
             code = each.process.returncode
             if code == -signal.SIGINT:  # Ctrl-C reached it first
                 raise KeyboardInterrupt
-            if code:
+            if code or not self.grid.is_done(each.cell):
                 self._fail(each.cell, code)
             self.running.remove(each)
             each.lock.close()
@@ -192,7 +203,10 @@ class _Runner:
         folder, label = self.grid.folder(cell), str(cell).ljust(self.width)
         if not self.grid.is_done(cell):
             return self.on_row(f"{label}  failed: {self.failed[str(folder)]}")
-        means = [read_json(folder / EVAL / name / "metrics.json")["metrics"][self.grid.select] for name in self.names]
-        columns = "  ".join(f"{mean:.4f}".rjust(width) for mean, width in zip(means, self.widths, strict=True))
+        columns = "  ".join(map(self._mean, [folder / EVAL / name for name in self.names], self.widths))
         seconds = sum(read_object(folder / RESULT)["seconds"].values())
         return self.on_row(f"{label}  {columns}  {seconds:>8.1f}")
+
+    def _mean(self, report: Path, width: int) -> str:
+        there = (report / "metrics.json").exists()  # a point may have no validation
+        return (f"{read_json(report / 'metrics.json')['metrics'][self.grid.select]:.4f}" if there else "").rjust(width)
