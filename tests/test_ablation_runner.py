@@ -10,6 +10,7 @@ import resource
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -30,6 +31,7 @@ from embedft.files import read_json, read_object
 
 BASE = {"model": "model", "data": ["train.jsonl"], "validation": "val.jsonl", "epochs": 1, "batch_size": 4, "lr": 1e-3}
 TESTS = {"uber": "uber.jsonl", "scifact": "scifact.jsonl"}
+START = runner.start
 COMMAND = (
     "ablate model train.jsonl --validation val.jsonl --test uber.jsonl scifact=scifact.jsonl --epochs 1 --batch-size 4 "
     "--lr 1e-3 --axis loss.temperature 0.02 0.1 --axis evaluate.dim null 16 --seeds 0 1 --out out"
@@ -451,6 +453,8 @@ def test_a_bad_grid_file_is_refused(text, facts, monkeypatch, capsys):
         ("--test uber=val.jsonl", ("uber", "val.jsonl", "uber.jsonl")),
         ("--out train.jsonl", ("train.jsonl",)),
         ("--out model", ("model", "config.json")),
+        ("--devices cpu nothing:0", ("nothing:0",)),
+        ("--test =uber.jsonl", ("''",)),
         ("--workers 0", ("--workers", 0, 1)),
         ("--evaluate.dims 16", ("evaluate", "dims", "dim")),
     ],
@@ -464,8 +468,27 @@ def test_a_command_that_cannot_work_is_refused_in_one_line(words, facts, capsys)
 
 @pytest.mark.slow
 def test_a_cell_runs_in_a_process_of_its_own(monkeypatch):
-    monkeypatch.undo()
+    monkeypatch.setattr(runner, "start", START)
     grid = plan(BASE | {"model": "model"}, "out", axes={}, tests=TESTS, seeds=(0,))
     grid.save()
     assert run_grid(grid, devices=["cpu"], workers=2, on_row=list) == {}
     results(grid)
+
+
+@pytest.mark.slow
+def test_an_interrupt_stops_the_processes_and_says_how_to_go_on():
+    """As a terminal sends it: to the command and its cells at once."""
+    command = [sys.executable, "-m", "embedft", *COMMAND.split(), "--workers", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
+    while not list(Path("out").glob("cells/*/log.txt")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert names(error.splitlines()[-1], "interrupted", "out", "the same command continues")
+    assert not list(Path("out").glob("cells/*/failed.json"))
+    with pytest.raises(ProcessLookupError):  # nothing of the group is left
+        os.killpg(process.pid, 0)

@@ -162,7 +162,7 @@ def plan(
     base, tests = complete(base), {name: str(path) for name, path in tests.items()}
     if not tests:
         raise ValueError("tests is empty, expected at least one")
-    if wrong := [name for name in tests if name == VALIDATION or Path(name).name != name or name[:1] == "."]:
+    if wrong := [name for name in tests if name == VALIDATION or Path(name).name != name or name[:1] in ("", ".")]:
         raise ValueError(f"a test is named {wrong[0]!r}, expected the name of a new folder")
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds are {list(seeds)}, expected different ones, at least one")

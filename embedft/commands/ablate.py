@@ -14,6 +14,7 @@ from ..ablation import runner
 from ..ablation.grid import FAILED, Cell, Grid, sample
 from ..ablation.plan import OF_THE_RUNNER, plan
 from ..config import changed, check_at_most_one, option, part
+from ..device import find_device
 from ..files import check_writable, locked, read_json
 from . import finetune
 from .options import named_sources
@@ -21,7 +22,7 @@ from .options import named_sources
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Running."""
+    """Cells at a time."""
 
     dry_run: bool = option(False, "list the cells and, once one has been measured, the expected time; run nothing")
     workers: int = option(1, "cells at a time, on each device", least=1)
@@ -62,6 +63,9 @@ class Options(Run, finetune.Options):
         _ = self.share
 
 
+epilog = finetune.epilog
+
+
 def run(options: Options) -> int:
     """Runs the cells; 1 if some failed."""
     axes, points = {}, None
@@ -96,9 +100,11 @@ def _summary(grid: Grid, cells: list[Cell], num_slots: int) -> str:
 def run_plan(base: dict[str, Any], out: str, how: dict[str, Any], options: Run, device: str | None = None) -> int:
     """Plans a grid (`how`: arguments of `plan`), and lists or runs its cells; 1 if some failed."""
     check_writable(out)
+    devices = options.devices or [device]
+    for name in filter(None, devices):
+        find_device(name)  # raises for one that is not here
     grid = plan(base, out, **how)
     grid.check_extends()
-    devices = options.devices or [device]
     cells = runner.shard_of(grid.cells, *options.share)
     print(_summary(grid, cells, len(devices) * options.workers), file=sys.stderr)
     if options.dry_run:

@@ -36,6 +36,8 @@ from .options import (
 
 @dataclass(frozen=True, kw_only=True)
 class Options(FinetuneConfig, Model, Data):
+    """Training run."""
+
     model: str = option(REQUIRED, "folder, hub id or package", metavar="MODEL", positional=True)
     data: list[str] = option(REQUIRED, f"{DATASETS}; several [NAME=]DATA are mixed", metavar="DATA", positional=True)
     out: str = option(REQUIRED, "run folder; the model goes to DIR/model", metavar="DIR")
