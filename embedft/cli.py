@@ -23,6 +23,7 @@ COMMANDS = {
     "search": "find the passages that answer a question",
     "evaluate": "measure how well a model finds the right document",
     "compare": "test whether reports differ, question by question",
+    "report": "report an ablation from its folder alone",
     "store": "list, verify, repair or prune stored embeddings",
     "info": "describe a model",
     "push": "upload a model to the Hugging Face hub",

@@ -59,7 +59,10 @@ PACKAGES = {
     "pypdf": Package(("corpus.pdf_page",), in_functions=True),
 }
 WITHOUT_TORCH = (
+    "ablation.effects",
     "ablation.grid",
+    "ablation.results",
+    "ablation.tables",
     "api.client",
     "api.endpoint",
     "api.sending",

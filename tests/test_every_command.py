@@ -18,6 +18,7 @@ import pytest
 from api_server import ApiServer
 from naming import names
 from tiny import make_dataset, make_embedder
+from tiny_grid import write_grid
 
 from embedft import Adapter, RetrievalDataset, load_embedder, new_scorer
 from embedft.cli import COMMANDS, main
@@ -42,6 +43,7 @@ READING = {
     "search": "search model chunks.jsonl größe",
     "search, json": "search model chunks.jsonl 語",
     "store": "store vectors",
+    "report": "report ablation",
     "info": "info model --query-prompt 検索:",
 }
 # What may be left, complete lines of a log among it.
@@ -69,6 +71,8 @@ def inputs(tmp_path_factory) -> Path:
         for name, words in (("whole", ()), ("windows", ("--passages", "8", "4"))):
             assert main(["evaluate", "model", "held_out.jsonl", "--no-bm25", "--out", f"reports/{name}", *words]) == 0
         assert main(["encode", "model", "texts.txt", "--store", "vectors"]) == 0
+    ranks = {(point, seed): [1, 2, 3 + point + seed] for point in (0, 1) for seed in (0, 1)}
+    write_grid(folder / "ablation", {"größe": ranks}, points=[{"data": "語"}, {"data": "größe"}])
     return folder
 
 

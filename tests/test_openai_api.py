@@ -1032,7 +1032,7 @@ def test_encode_from_the_command_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in cli.COMMANDS if name not in ("chunk", "questions", "compare", "store", "push")]
+    "name", [name for name in cli.COMMANDS if name not in ("chunk", "questions", "compare", "report", "store", "push")]
 )
 def test_commands_that_offer_a_server_work_with_it_and_others_do_not_offer_it(tmp_path, data, name, capsys):
     assert cli.main([name, "--help"]) == 0

@@ -21,7 +21,7 @@ Column = tuple[str, str, str]  # key and name in CSV, title elsewhere ("": left 
 LATEX = str.maketrans(
     {character: f"\\{character}" for character in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
-    | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
+    | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "\n": " "}
 )
 MAIN_METRICS = ("hit_rate@5", "mrr@10", "ndcg@10", "map@100")
 
@@ -53,15 +53,18 @@ def format_table(
 
 def _latex(rows: Sequence[Sequence[str]], num_left: int) -> str:
     # A minus is not a hyphen; {} keeps a cell like "[0, 1]" from being read as an argument of the line break before it.
-    cells = [[re.sub(r"(?<![\w.)])-(?=\.?\d)", "$-$", cell.translate(LATEX)) for cell in row] for row in rows]
+    cells = [
+        [re.sub(r"(?<![\w.)])-(?=\.?\d)", "$-$", cell.replace("\n", " ").translate(LATEX)) for cell in row]
+        for row in rows
+    ]
     first, *others = [rf"{{}}{' & '.join(row)} \\" for row in cells]
     columns = "l" * num_left + "r" * (len(rows[0]) - num_left)
     lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", first, r"\midrule", *others, r"\bottomrule"]
     return "\n".join([*lines, r"\end{tabular}"])
 
 
-def _format(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], style: Style) -> str:
-    """Rows are {key: value}; None or a missing key makes an empty cell. CSV writes values unformatted."""
+def format_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], style: Style) -> str:
+    """A table of rows {key: value}; None or a missing key makes an empty cell. CSV writes values unformatted."""
     if style != "csv":
         shown = [column for column in columns if column[1]]
         cells = [[_show(key, row.get(key), spec) for key, _, spec in shown] for row in rows]
@@ -106,7 +109,7 @@ def format_reports(reports: Mapping[str, Report], *, style: Style = "markdown") 
     metrics = main_metrics(next(iter(reports.values())))
     _require_metrics(((f"report {name!r}", report) for name, report in reports.items()), metrics)
     columns = [("report", "report", ""), *((metric, metric, ".4f") for metric in metrics)]
-    return _format([{"report": name, **report.metrics} for name, report in reports.items()], columns, style)
+    return format_rows([{"report": name, **report.metrics} for name, report in reports.items()], columns, style)
 
 
 def setting_name(setting: Mapping[str, Any]) -> str:
@@ -148,7 +151,7 @@ def format_grid(reports: Sequence[Report], *, metric: str = "ndcg@10", style: St
     columns += [(metric, metric, ".4f"), *_statistics(comparisons)]
     columns += [("recall@10_of_exact", "of exact", ".3f"), ("queries_per_second", "queries/s", ",.0f")]
     columns += [("bytes_per_document", "bytes/doc", ",.0f"), ("build_seconds", "build, s", ".2f")]
-    return _format(rows, columns, style)
+    return format_rows(rows, columns, style)
 
 
 def _statistics(comparisons: Sequence[Comparison]) -> list[Column]:
@@ -196,4 +199,4 @@ def format_comparisons(
     columns = [("metric", "metric", ""), ("report", "report", ""), ("mean", "mean", ".4f"), *statistics]
     columns += [(name, name, "d") for name in ("better", "equal", "worse")]
     columns += [(name, "", "") for name in ("num_queries", "num_clusters", "num_seeds")]
-    return _format(rows, columns, style)
+    return format_rows(rows, columns, style)

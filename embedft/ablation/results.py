@@ -1,0 +1,93 @@
+"""What an ablation has found so far, read from its folder alone: the finished cells, and why the others are missing.
+
+results = Results.load("runs/temperature")
+for seed, cell in results.of_point(results.grid.points[0]).items(): print(seed, cell.reports["uber"].metrics)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..files import read_object
+from ..retrieval.report import Report
+from .grid import CELLS, EVAL, FAILED, LOG, RESULT, VALIDATION, Cell, Grid, Point, as_text, describe
+
+
+@dataclass(frozen=True, eq=False)
+class FinishedCell:
+    """A cell with its reports and what it took."""
+
+    cell: Cell
+    reports: dict[str, Report]  # of each test, and of "validation" where there is one
+    train_seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True, eq=False)
+class Results:
+    """A grid and its finished cells."""
+
+    grid: Grid
+    finished: list[FinishedCell]
+    missing: list[str]  # one line for each cell that is not covered: which one, and why
+
+    @classmethod
+    def load(cls, out: str | Path, tests: Sequence[str] = ()) -> "Results":
+        """Reads a grid's folder: all its tests, or those named. A cell that is unfinished, failed or damaged is in
+        `missing`. Raises `ValueError` for a folder without a grid, an unknown test, or without any finished cell."""
+        grid = Grid.load(out)
+        if unknown := [name for name in tests if name not in grid.tests]:
+            raise ValueError(f"{out}: has no test {unknown[0]!r}; its tests are {', '.join(grid.tests)}")
+        wanted, finished, missing = list(tests) or list(grid.tests), [], []
+        for cell in grid.cells:
+            try:
+                finished.append(_read(cell, grid.folder(cell), wanted))
+            except ValueError as error:
+                missing.append(f"{name_of(cell)}: {error}")
+        if not finished:
+            raise ValueError(f"{out}: no cell is finished; {missing[0] if missing else 'the grid has none'}")
+        keys = {cell.key for cell in grid.cells}
+        others = [path for path in (grid.out / CELLS).iterdir() if path.name not in keys and (path / RESULT).exists()]
+        if others:
+            missing.append(f"{len(others)} finished cells of other settings, data or code: not in this grid")
+        return cls(grid, finished, missing)
+
+    def of_point(self, point: Point) -> dict[int, FinishedCell]:
+        """{seed: the point's finished cell}."""
+        text = as_text(point)
+        return {one.cell.seed: one for one in self.finished if one.cell.seed is not None and _text(one.cell) == text}
+
+    def untrained(self, point: Point) -> FinishedCell | None:
+        """The point's model before training, evaluated in the same way."""
+        wanted = {_start(cell) for cell in self.grid.cells if cell.seed is not None and _text(cell) == as_text(point)}
+        return next((one for one in self.finished if one.cell.seed is None and _start(one.cell) in wanted), None)
+
+
+def name_of(cell: Cell) -> str:
+    """A cell in messages."""
+    return f"{describe(cell.point)} {'untrained' if cell.seed is None else f'seed {cell.seed}'}".strip()
+
+
+def _text(cell: Cell) -> str:
+    return as_text(cell.point)
+
+
+def _start(cell: Cell) -> str:
+    """What an untrained cell shares with the trained ones that it is compared with: model and evaluation."""
+    return as_text([cell.hashes.get("model"), cell.config.get("evaluate")])
+
+
+def _read(cell: Cell, folder: Path, tests: Sequence[str]) -> FinishedCell:
+    """The cell, if it is finished; else raises `ValueError` with the reason."""
+    if not (folder / RESULT).is_file():
+        if not (folder / FAILED).is_file():
+            raise ValueError("not finished")
+        raise ValueError(f"failed: {read_object(folder / FAILED).get('error')} ({folder / LOG})")
+    found = read_object(folder / RESULT)
+    seconds = found.get("seconds")
+    numbers: list[Any] = [seconds.get("train") if isinstance(seconds, dict) else None, found.get("peak_bytes")]
+    if not all(isinstance(number, int | float) for number in numbers):
+        raise ValueError(f"damaged: {folder / RESULT} has no seconds of training or no peak_bytes")
+    names = [*tests, *([VALIDATION] if (folder / EVAL / VALIDATION).is_dir() else [])]
+    return FinishedCell(cell, {name: Report.load(folder / EVAL / name) for name in names}, *numbers)

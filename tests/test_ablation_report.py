@@ -1,0 +1,254 @@
+"""results.py, effects.py and tables.py of an ablation, and `embedft report`, on folders written by tiny_grid.py."""
+
+import csv
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+from naming import names, naming
+from tiny_grid import POINTS, make_questions, run_of, write_grid
+
+from embedft import compare, evaluate_run
+from embedft.ablation.effects import choose, measure_effects
+from embedft.ablation.grid import EVAL, FAILED, RESULT, Grid
+from embedft.ablation.results import Results
+from embedft.ablation.tables import format_report
+from embedft.cli import main
+from embedft.files import write_json
+from embedft.retrieval.power import questions_needed
+from embedft.retrieval.significance import holm, recipe_interval, variance_of
+
+# Reciprocal ranks by seed: BASE 1/2 1/2 1/4 1/4 and 1/2 1/2 1/4 1/5; the point 1 1 1/2 1/4 and 1/2 1 1/2 1/5.
+UBER = {(0, 0): [2, 2, 4, 4], (0, 1): [2, 2, 4, 5], (1, 0): [1, 1, 2, 4], (1, 1): [2, 1, 2, 5]}
+UBER |= {(0, None): [4, 4, 4, 4], (2, 0): [2, 2, 4, 4], (2, 1): [2, 2, 4, 0]}
+FACTS = {(0, 0): [1, 1, 2], (0, 1): [1, 2, 2], (1, 0): [2, 1, 2], (1, 1): [2, 2, 2], (0, None): [1, 1, 1]}
+FACTS |= {(2, 0): [1, 1, 2], (2, 1): [1, 2, 1]}
+
+
+@pytest.fixture
+def out(tmp_path):
+    write_grid(tmp_path / "out", {"uber": UBER, "facts": FACTS, "validation": UBER})
+    return tmp_path / "out"
+
+
+def by_point(effects, test, metric="mrr@10"):
+    return {one.point: one for one in effects if (one.test, one.metric) == (test, metric)}
+
+
+def test_means_and_differences_by_hand(out):
+    effects = measure_effects(Results.load(out), ["mrr@10"])
+    base, first, second = by_point(effects, "uber").values()
+    assert base.by_seed == {0: 0.375, 1: pytest.approx(1.45 / 4)}
+    assert (base.mean, base.from_base) == (pytest.approx((1.5 + 1.45) / 8), None)
+    # Seed 0: 1/2 1/2 1/4 0; seed 1: 0 1/2 1/4 0; so 2/8 of 8.
+    assert first.from_base.difference == pytest.approx(0.25)
+    # Less the untrained 1/4: 3/4 3/4 1/4 0 and 1/4 3/4 1/4 -1/20.
+    assert first.from_untrained.difference == pytest.approx(2.95 / 8)
+    assert second.from_base.difference == pytest.approx(-0.2 / 8)
+    assert base.from_untrained.difference == pytest.approx(0.95 / 8)
+    assert (first.num_queries, first.num_clusters) == (4, 4)
+
+
+def test_statistics_of_several_seeds(out):
+    effects = by_point(measure_effects(Results.load(out), ["mrr@10"]), "uber")
+    differences = np.array([[0.5, 0.5, 0.25, 0], [0, 0.5, 0.25, 0]])
+    expected, variance = recipe_interval(differences), variance_of((differences, None))
+    change = effects[1].from_base
+    assert change.interval == pytest.approx(expected["interval"])
+    assert (change.question_error, change.seed_error) == pytest.approx(
+        (expected["question_error"], expected["seed_error"])
+    )
+    # By hand: seeds' means 5/16 and 3/16 are 1/16 from theirs, V_S = 2 (1/16)^2 / 2.
+    assert change.seed_error == pytest.approx(1 / 16)
+    assert change.error == pytest.approx(math.sqrt(variance.total))
+    assert change.questions_needed == questions_needed(variance)
+    # Holm over the two points.
+    other = np.array([[0, 0, 0, 0], [0, 0, 0, -0.2]])
+    p_values = [expected["p_value"], recipe_interval(other)["p_value"]]
+    assert [effects[i].from_base.p_value for i in (1, 2)] == pytest.approx(holm(p_values))
+    assert holm(p_values) != p_values
+
+
+def test_a_single_seed_is_compared_by_bootstrap_and_sign_flips(tmp_path):
+    ranks = {place: found for place, found in UBER.items() if place[1] in (0, None)}
+    write_grid(tmp_path / "out", {"uber": ranks})
+    change = by_point(measure_effects(Results.load(tmp_path / "out"), ["mrr@10"]), "uber")[1].from_base
+    questions = make_questions(4)
+    reports = [evaluate_run(run_of(questions, ranks[place, 0]), questions, metrics=["mrr@10"]) for place in (0, 1, 2)]
+    expected = compare(*reports, metric="mrr@10")[0]
+    assert (change.interval, change.p_value) == (expected.interval, expected.p_value)
+    assert change.seed_error is None
+    assert change.error == change.question_error > 0
+
+
+def test_the_average_of_tests_counts_each_test_once(out):
+    effects = measure_effects(Results.load(out), ["mrr@10"])
+    uber, facts, average = (by_point(effects, name)[1] for name in ("uber", "facts", "average"))
+    assert average.mean == pytest.approx((uber.mean + facts.mean) / 2)
+    difference = (uber.from_base.difference + facts.from_base.difference) / 2
+    assert average.from_base.difference == pytest.approx(difference)
+    errors = [one.from_base.question_error for one in (uber, facts)]
+    assert average.from_base.question_error == pytest.approx(math.hypot(*errors) / 2)
+
+
+def test_seeds_that_are_missing_leave_the_pairs_that_are_there(tmp_path):
+    ranks = {place: found for place, found in UBER.items() if place != (0, 1)}
+    write_grid(tmp_path / "out", {"uber": ranks})
+    results = Results.load(tmp_path / "out")
+    assert [names(line, "seed", 1, "not finished") for line in results.missing] == [True]
+    effects = by_point(measure_effects(results, ["mrr@10"]), "uber")
+    assert list(effects[1].by_seed) == [0, 1]
+    assert effects[1].from_base.difference == pytest.approx(1.25 / 4)  # seed 0 alone
+    assert effects[1].from_base.seed_error is None
+    assert effects[1].from_untrained.seed_error is not None
+
+
+def test_without_base_means_remain(tmp_path):
+    ranks = {place: found for place, found in UBER.items() if place[0] == 1}
+    write_grid(tmp_path / "out", {"uber": ranks | {(0, None): UBER[0, None]}})
+    results = Results.load(tmp_path / "out")
+    grid = Grid.load(tmp_path / "out")
+    assert len(grid.points) == 2
+    effects = measure_effects(results, ["mrr@10"])
+    assert [(one.point, one.from_base) for one in effects] == [(1, None)]
+    assert names(format_report(results, effects), "BASE", "no finished seed")
+
+
+def test_one_cluster_has_a_difference_alone(tmp_path):
+    write_grid(tmp_path / "out", {"uber": {(0, 0): [2], (0, 1): [2], (1, 0): [1], (1, 1): [1]}})
+    results = Results.load(tmp_path / "out")
+    effects = measure_effects(results, ["mrr@10"])
+    assert (effects[1].from_base.difference, effects[1].from_base.interval) == (0.5, None)
+    for style in ("text", "markdown", "latex", "csv"):
+        assert "0.5" in format_report(results, effects, style=style)
+
+
+def test_what_is_missing_is_named_with_its_reason(out):
+    grid = Grid.load(out)
+    folders = {(POINTS.index(cell.point), cell.seed): grid.folder(cell) for cell in grid.cells}
+    (folders[1, 0] / RESULT).unlink()
+    (folders[1, 1] / RESULT).unlink()
+    write_json(folders[1, 1] / FAILED, {"error": "loss is nan at step 3", "log": "log.txt", "when": "now"})
+    (folders[2, 0] / EVAL / "uber" / "run.trec").write_text("broken\n")
+    (folders[2, 1] / RESULT).write_text("{}")
+    results = Results.load(out)
+    reasons = [("not finished",), ("failed", "loss is nan at step 3", folders[1, 1] / "log.txt")]
+    reasons += [("run.trec",), ("damaged", folders[2, 1] / RESULT)]
+    assert len(results.missing) == 4
+    for line, facts in zip(results.missing, reasons, strict=True):
+        assert names(line, "seed", *facts), line
+    text = format_report(results, measure_effects(results, ["mrr@10"]))
+    assert all(line.replace("<", "&lt;") in text for line in results.missing)
+    assert len(by_point(measure_effects(results, ["mrr@10"]), "uber")) == 1
+
+
+def test_cells_of_other_settings_are_left_out_and_counted(out):
+    grid = Grid.load(out)
+    left = [cell.key for cell in grid.cells if cell.point != POINTS[2]]
+    grid_json = json.loads((out / "grid.json").read_text())
+    write_json(out / "grid.json", grid_json | {"cells": left, "points": grid_json["points"][:2]})
+    results = Results.load(out)
+    assert [names(line, 2, "other settings") for line in results.missing] == [True]
+    assert len(by_point(measure_effects(results, ["mrr@10"]), "uber")) == 2
+
+
+def test_the_point_is_chosen_on_validation_and_not_on_the_test(tmp_path):
+    better_there = {place: [1, 1, 1, 1] if place[0] == 2 else found for place, found in UBER.items()}
+    write_grid(tmp_path / "out", {"uber": UBER, "validation": better_there})
+    results = Results.load(tmp_path / "out")
+    assert choose(results) == (2, 1.0)
+    text = format_report(results, measure_effects(results, ["mrr@10"]))
+    assert "Chosen on validation (mrr@10 1.0000, mean over seeds): lr=5e-05 loss.temperature=0.02." in text
+    # A point that lacks a seed cannot win.
+    (results.grid.folder(next(c for c in results.grid.cells if c.point == POINTS[2] and c.seed == 1)) / RESULT).unlink()
+    assert choose(Results.load(tmp_path / "out"))[0] == 1
+
+
+def test_without_validation_nothing_is_chosen(tmp_path):
+    write_grid(tmp_path / "out", {"uber": UBER})
+    results = Results.load(tmp_path / "out")
+    assert choose(results) is None
+    assert "No point is chosen" in format_report(results, measure_effects(results, ["mrr@10"]))
+
+
+def test_csv_has_every_digit_and_reads_back(out):
+    results = Results.load(out)
+    effects = measure_effects(results, ["mrr@10", "hit_rate@1"])
+    rows = list(csv.DictReader(io.StringIO(format_report(results, effects, style="csv"))))
+    assert len(rows) == len(effects) == 2 * 3 * 3
+    for row, one in zip(rows, effects, strict=True):
+        assert (row["metric"], row["test"], int(row["point"])) == (one.metric, one.test, one.point)
+        assert float(row["mean"]) == one.mean
+        change = one.from_base
+        assert (row["difference"], row["interval_low"]) == (
+            ("", "") if change is None else (str(change.difference), str(change.interval[0]))
+        )
+        assert (float(row["train_seconds"]), float(row["peak_gib"])) == (25.0, 1.0)
+    assert rows[0]["choice"] == "base"
+    assert rows[1]["choice"] == "chosen on validation"
+    assert rows[0]["loss.temperature"] == "0.05"
+
+
+HAZARDS = {  # and what they are in LaTeX
+    "</script><b>": r"\textless{}/script\textgreater{}\textless{}b\textgreater{}",
+    "a\"b'c": "a\"b'c",
+    "50% & $x_1 {~}\\": r"50\% \& \$x\_1 \{\textasciitilde{}\}\textbackslash{}",
+    "naïve 日本語": "naïve 日本語",
+    "a|b": r"a\textbar{}b",
+    "line\nbreak": "line break",
+}
+
+
+@pytest.mark.parametrize(("hazard", "in_latex"), HAZARDS.items())
+def test_values_are_escaped_in_every_style(tmp_path, hazard, in_latex):
+    points = [{"data": "plain"}, {"data": hazard}]
+    write_grid(tmp_path / "out", {"uber": {(i, s): UBER[i, s] for i in (0, 1) for s in (0, 1)}}, points=points)
+    results = Results.load(tmp_path / "out")
+    effects = measure_effects(results, ["mrr@10"])
+    rows = list(csv.DictReader(io.StringIO(format_report(results, effects, style="csv"))))
+    assert [row["data"] for row in rows] == ["plain", hazard]
+    latex = format_report(results, effects, style="latex")
+    assert sum(f"1 & {in_latex} & " in line for line in latex.splitlines()) == 2
+    assert all(line.startswith(("%", "{}", "\\")) or not line for line in latex.splitlines())
+    markdown = format_report(results, effects, style="markdown")
+    table = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert len({line.replace(r"\|", "").count("|") for line in table[:4]}) == 1
+
+
+def test_the_command_writes_every_format_and_prints_text(out, capsys):
+    assert main(["report", str(out), "--metric", "mrr@10", "hit_rate@1", "--test", "uber"]) == 0
+    printed = capsys.readouterr().out
+    assert "uber: hit_rate@1" in printed
+    assert "facts" not in printed
+    results = Results.load(out, ["uber"])
+    effects = measure_effects(results, ["mrr@10", "hit_rate@1"])
+    assert printed.strip() == format_report(results, effects, style="text").strip()
+    for suffix, style in (("md", "markdown"), ("csv", "csv"), ("tex", "latex")):
+        written = (out / "report" / f"report.{suffix}").read_text()
+        assert written.strip() == format_report(results, effects, style=style).strip()
+    assert main(["report", str(out), "--style", "markdown"]) == 0
+    assert "| 1, chosen" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "facts"),
+    [
+        (["--test", "lyft"], ("lyft", "uber", "facts")),
+        (["--metric", "ndcg@3"], ("ndcg@3", "mrr@10", "hit_rate@1")),
+    ],
+)
+def test_the_command_refuses_what_is_not_there(out, capsys, arguments, facts):
+    assert main(["report", str(out), *arguments]) == 2
+    assert names(capsys.readouterr().err, *facts)
+
+
+def test_the_command_refuses_a_folder_without_results(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 2
+    assert names(capsys.readouterr().err, tmp_path, "grid.json")
+    write_grid(tmp_path / "out", {"uber": UBER})
+    for path in (tmp_path / "out").rglob(RESULT):
+        path.unlink()
+    with pytest.raises(ValueError, match=naming(tmp_path / "out", "no cell is finished")):
+        Results.load(tmp_path / "out")
