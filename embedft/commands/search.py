@@ -4,7 +4,6 @@ embedft search sentence-transformers/all-MiniLM-L6-v2 chunks "who audits the boo
 """
 
 import contextlib
-import copy
 import json
 import shutil
 import sys
@@ -19,6 +18,7 @@ from ..config import REQUIRED, check_at_most_one, option
 from ..data.dataset import RetrievalDataset
 from ..retrieval.bm25 import Bm25Index, split_words
 from ..retrieval.run import Run
+from ..retrieval.windows import make_window_span
 from .options import Adapted, Data, Windows, load_chunk_files, load_data, load_encoder, print_costs, source_kind
 
 FUSED_DEPTH = 100  # documents per run that are standardized and fused
@@ -111,18 +111,11 @@ def _ask() -> str:
 
 def make_window_text(embedder, passages: tuple[int, int]) -> Callable[[str, int], str]:
     """Returns a function (text, window number) -> text in that window, with dots where the full text continues."""
-    backend = copy.deepcopy(embedder.tokenizer.backend)  # a copy, because the embedder's own truncates texts
-    backend.no_truncation()
-    num_prompt = len(embedder.tokenize([embedder.prompt("document")])[0])
-    room = passages[0] - backend.num_special_tokens_to_add(False) - num_prompt
+    window_span = make_window_span(embedder, passages)
 
     def window_text(text: str, window: int) -> str:
-        spans = backend.encode(text, add_special_tokens=False).offsets
-        first = window * min(passages[1], room)
-        inside = spans[first : first + room]
-        if not inside:
-            return text
-        return f"{'... ' * (first > 0)}{text[inside[0][0] : inside[-1][1]]}{' ...' * (first + room < len(spans))}"
+        start, end, continues = window_span(text, window)
+        return f"{'... ' * (window > 0)}{text[start:end]}{' ...' * continues}"
 
     return window_text
 
