@@ -61,6 +61,7 @@ PACKAGES = {
 WITHOUT_TORCH = (
     "ablation.effects",
     "ablation.grid",
+    "ablation.page",
     "ablation.results",
     "ablation.tables",
     "api.client",

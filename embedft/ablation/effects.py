@@ -54,7 +54,7 @@ class Effect:
 def measure_effects(results: Results, metrics: Sequence[str]) -> list[Effect]:
     """The effects of all points with a finished seed, by metric, then test (then their average), then point."""
     tests = [name for name in results.finished[0].reports if name != VALIDATION]
-    groups = [[name] for name in tests] + ([tests] if len(tests) > 1 else [])
+    groups = [[name] for name in tests] + ([tests] if len(tests) > 1 and AVERAGE not in tests else [])
     points = {i: results.of_point(point) for i, point in enumerate(results.grid.points)}
     starts = {i: results.untrained(point) for i, point in enumerate(results.grid.points)}
     for metric in metrics:

@@ -65,7 +65,7 @@ def introduction(results: Results, effects: Sequence[Effect]) -> list[str]:
         return [*lines, "No point is chosen: that takes validation questions and a point whose seeds are all finished."]
     place, value = chosen
     name = describe(grid.points[place]) or "BASE"
-    told = [_told(one) for one in effects if one.point == place]
+    told = [_told(one) for one in effects if one.point == place and one.metric == effects[0].metric]
     by_validation = f"Chosen on validation ({grid.select} {value:.4f}, mean over seeds): {name}"
     return [*lines, f"{by_validation}. On the test sets, which did not choose it: {'; '.join(told)}."]
 
@@ -76,8 +76,12 @@ def _told(effect: Effect) -> str:
         return text
     text += f" ({change.difference:+.4f} from BASE"
     if change.interval:
-        text += f" [{change.interval[0]:+.4f}, {change.interval[1]:+.4f}], p = {change.p_value:.4f}"
+        text += f" [{change.interval[0]:+.4f}, {change.interval[1]:+.4f}], p {_small(change.p_value)}"
     return text + ")"
+
+
+def _small(p_value: float) -> str:
+    return f"= {p_value:.4f}" if p_value >= 0.00005 else "< 0.0001"
 
 
 def table_rows(results: Results, effects: Sequence[Effect]) -> list[dict[str, Any]]:

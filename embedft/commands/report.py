@@ -1,4 +1,4 @@
-"""`embedft report`: what an ablation has found, from its folder alone.
+"""`embedft report`: what an ablation has found, from its folder alone: tables, and a page to open in a browser.
 
 embedft report runs/temperature --metric ndcg@10 mrr@10 --test uber
 """
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .. import config
 from ..ablation.effects import measure_effects
+from ..ablation.page import format_page
 from ..ablation.results import Results
 from ..ablation.tables import format_report
 from ..config import REQUIRED, option
@@ -27,10 +28,11 @@ class Options(config.Options):
 
 
 def run(options: Options) -> None:
-    """Writes DIR/report and prints the report."""
+    """Writes report.md, .csv, .tex and .html into DIR/report, and prints the report."""
     results = Results.load(options.folder, options.test)
     effects = measure_effects(results, list(dict.fromkeys(options.metric)) or [results.grid.select])
     with replace_files(Path(options.folder) / REPORT) as folder:
         for name, style in FILES.items():
-            (folder / name).write_text(format_report(results, effects, style=style) + "\n", encoding="utf-8")
+            (folder / name).write_text(format_report(results, effects, style=style), encoding="utf-8")
+        (folder / "report.html").write_text(format_page(results, effects), encoding="utf-8")
     print(format_report(results, effects, style=options.style))
