@@ -37,7 +37,7 @@ WRAPPERS = ("plain", "matryoshka")
 # Sums over queries, whose scores are computed some rows at a time; the second ones where documents have windows.
 SUMS = {"in_batch_negatives", "learnable_temperature", "multi_positive", "sigmoid", "learnable_sigmoid", "sum"}
 LISTED = {"triplet", "contrastive", "online_contrastive", "cosine_mse", "cosent", "angle", "margin_mse", "listwise_kl"}
-LISTED |= {"listwise_cross_entropy", "binary_cross_entropy"}
+LISTED |= {"listwise_cross_entropy", "binary_cross_entropy", "approx_ndcg", "ranknet", "pearson"}
 MORE = {"group": -1, "relevance": 0.0, "target_scores": 0.0}
 every_loss = pytest.mark.parametrize("name", LOSSES)
 every_wrapper = pytest.mark.parametrize("wrapper", WRAPPERS)

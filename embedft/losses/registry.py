@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import contrastive, distillation, guided, pairwise
+from . import contrastive, distillation, guided, listwise, pairwise
 from .components import unrecorded
 from .matryoshka import Loss, Matryoshka, WeightedSum
 from .targets import Targets
@@ -42,6 +42,9 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "angle": pairwise.angle,
     "margin_mse": distillation.margin_mse,
     "listwise_kl": distillation.listwise_kl,
+    "approx_ndcg": listwise.approx_ndcg,
+    "ranknet": listwise.ranknet,
+    "pearson": listwise.pearson,
     "embedding_distillation": distillation.embedding_distillation,
     "projected_distillation": distillation.ProjectedDistillation,
     "toward_base": distillation.toward_base,

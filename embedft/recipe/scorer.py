@@ -27,6 +27,7 @@ from .finetune import finetune
 from .job import VALIDATION, VALIDATION_BASE
 
 LISTED = ("listwise_cross_entropy", "binary_cross_entropy", "margin_mse", "listwise_kl")
+LISTED += ("approx_ndcg", "ranknet", "pearson")
 DEFAULT_LOSS = MappingProxyType({"name": LISTED[0]})
 
 
