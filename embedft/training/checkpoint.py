@@ -23,7 +23,8 @@ from ..files import named_errors, read_object, sha256_file, temporary_path, writ
 from .precision import make_scaler
 
 MODEL, LOSS, OPTIMIZER, RANDOM = "model.safetensors", "loss.safetensors", "optimizer.safetensors", "random.safetensors"
-BEST, REFRESH, STATE, FILES = "best.safetensors", "refresh.safetensors", "state.json", "files.json"
+BEST, REFRESH, AVERAGE = "best.safetensors", "refresh.safetensors", "average.safetensors"
+STATE, FILES = "state.json", "files.json"
 PLAIN = ("step", "stopped", "mini_batch_tokens", "evaluations", "best_step")  # what STATE has of a `TrainState`
 Weights = dict[str, Tensor]
 
@@ -43,6 +44,7 @@ class TrainState:
     best_step: int | None = None  # 0: the base; None without validation
     best_weights: Weights | None = field(default=None, repr=False, compare=False)  # a copy on the CPU, like the next
     refresh_weights: Weights | None = field(default=None, repr=False, compare=False)  # used by the latest refresh
+    average: Weights | None = field(default=None, repr=False, compare=False)  # a moving one, of the trained parameters
 
     def modules(self) -> dict[str, nn.Module]:
         """{file name: module} of everything with weights or other state."""
@@ -67,7 +69,7 @@ def save_checkpoint(folder: Path, state: TrainState) -> None:
     moments, optimizer = _optimizer_state(state)
     weights = {file: module.state_dict() for file, module in state.modules().items()}
     weights |= {OPTIMIZER: moments, RANDOM: devices.random_state(state.embedder.device)}
-    weights |= {BEST: state.best_weights, REFRESH: state.refresh_weights}
+    weights |= {BEST: state.best_weights, REFRESH: state.refresh_weights, AVERAGE: state.average}
     with named_errors(path), temporary_path(folder, ".step.", Path.mkdir) as new:
         for name, tensors in weights.items():
             if tensors is not None:
@@ -92,6 +94,9 @@ def load_checkpoint(folder: Path, state: TrainState) -> bool:
     if (path / LOSS).is_file() != (LOSS in modules):
         had = "lacks" if LOSS in modules else "has"
         raise ValueError(f"{path}: {had} the state of a loss, so it belongs to a run with another loss")
+    if (path / AVERAGE).is_file() != (state.average is not None):
+        had, run = ("lacks", "without") if state.average is not None else ("has", "with")
+        raise ValueError(f"{path}: {had} an average of the weights, so it belongs to a run {run} ema")
     weights = {file: load_file(path / file) for file in modules}
     for file, module in modules.items():
         found, expected = ({k: list(x.shape) for k, x in w.items()} for w in (weights[file], module.state_dict()))
@@ -120,8 +125,10 @@ def load_checkpoint(folder: Path, state: TrainState) -> bool:
         group.update(saved)  # all but the learning rate, which follows from the schedule
     devices.set_random_state(load_file(path / RANDOM), state.embedder.device)
     stored["evaluations"] = [(step, metrics) for step, metrics in stored["evaluations"]]
-    for name, file in (("best_weights", BEST), ("refresh_weights", REFRESH)):
+    for name, file in (("best_weights", BEST), ("refresh_weights", REFRESH), ("average", AVERAGE)):
         stored[name] = load_file(path / file) if (path / file).is_file() else None
+    if state.average is not None:
+        stored["average"] = {name: x.to(state.embedder.device) for name, x in stored["average"].items()}
     for name, value in stored.items():
         setattr(state, name, value)
     return True

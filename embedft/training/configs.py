@@ -32,6 +32,10 @@ class TrainConfig:
     warmup: float = option(0.0, "warmup steps; below 1: fraction of all steps", least=0)
     weight_decay: float = option(0.0, "weight decay of matrices; biases and norms have none", least=0)
     max_grad_norm: float = option(1.0, "clip gradients to this norm", above=0)
+    ema: float | None = option(None, "0.999: keep a moving average of the weights, with this decay", above=0, below=1)
+    tuned_share: float | None = option(
+        None, "keep this share of the tuned weights and 1 - X of MODEL's", above=0, most=1
+    )
     depths: list[int] | None = option(None, "embed each batch with one of these numbers of layers, drawn [all layers]")
     seed: int = option(42, "random seed for batch order and dropout", above=-LARGEST_SEED, below=LARGEST_SEED)
     precision: Literal["float32", "bfloat16", "float16"] = option("float32", "precision of the forward pass (autocast)")

@@ -31,6 +31,7 @@ from ..losses.registry import Loss
 from ..losses.targets import Targets
 from ..progress import progress_bar
 from . import distributed
+from .averaging import KeptWeights
 from .cached import cached_backward, no_vectors
 from .checkpoint import TrainState, copy_weights, load_checkpoint, save_checkpoint
 from .configs import TrainConfig
@@ -76,7 +77,7 @@ def train(
     refresh_every: int = 1,
     on_step: OnStep | None = None,
 ) -> TrainState:
-    """Trains `embedder` in place and leaves it with its best weights (without `evaluate`: the last ones).
+    """Trains `embedder` in place and leaves it with its best weights (without `evaluate`: the last ones; averaging.py).
 
     The base weights compete too. The same seed gives the same bits, on a GPU with `config.deterministic`. The caller's
     random state is unchanged afterwards. With several ranks, each calls this with the same arguments (distributed.py).
@@ -101,11 +102,12 @@ def train(
     state = TrainState(embedder, loss, _make_optimizer(embedder, loss, config, optimizer), scaler)
     epochs = Epochs(batches, config, refresh, refresh_every)
     eval_every, save_every = (n or epochs.steps_per_epoch for n in (config.eval_every, config.checkpoint_every))
-    with _session(state, epochs, config, out) as (log, resumed, bar):
+    with _session(state, epochs, config, out) as (log, resumed, bar, kept):
         if evaluate is not None and not resumed:
-            validate(state, evaluate, config, log)
+            validate(state, kept, evaluate, config, log)
         for epoch, parts, extra in epochs.steps(state):
             record = training_step(state, parts, config, epochs.num_steps, references or {}, constant or {})
+            kept.update()
             record = {"step": state.step, "epoch": epoch, **record, **extra, **epochs.waiting(record["seconds"])}
             log(record)
             if on_step is not None:
@@ -113,13 +115,12 @@ def train(
                 state.stopped = distributed.from_first(lambda answer=answer: answer == "stop")
             last = state.stopped or state.step == epochs.num_steps
             if evaluate is not None and (last or state.step % eval_every == 0):
-                validate(state, evaluate, config, log)
+                validate(state, kept, evaluate, config, log)
             if out is not None and (last or state.step % save_every == 0):
                 distributed.from_first(lambda: save_checkpoint(out / CHECKPOINTS, state))
             bar.set_postfix(loss=f"{record['loss']:.4f}", waiting=f"{record['wait_share']:.1%}", refresh=False)
             bar.update()
-    if state.best_weights is not None:
-        embedder.load_state_dict(state.best_weights)
+    kept.finish()
     return state
 
 
@@ -261,20 +262,21 @@ def backward(
     return value.detach(), components
 
 
-def validate(state: TrainState, evaluate: Evaluate, config: TrainConfig, log: Log) -> None:
-    """Evaluates on rank 0, where the other ranks help to encode, and keeps the weights if they are the best so far."""
+def validate(state: TrainState, kept: KeptWeights, evaluate: Evaluate, config: TrainConfig, log: Log) -> None:
+    """Evaluates the weights to keep on rank 0, where the other ranks help to encode, and keeps the best so far."""
     start, embedder = time.perf_counter(), state.embedder.eval()
     devices.release_memory(embedder.device)  # before and after: encoding fragments memory as much as training does
-    metrics = distributed.encoding_together(embedder, lambda: dict(evaluate(embedder)))
-    devices.release_memory(embedder.device)
-    if config.select not in metrics:
-        raise ValueError(f"select is {config.select!r}, expected one of {', '.join(metrics)}")
-    if wrong := [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]:
-        raise ValueError(f"validation at step {state.step}: {wrong[0]}, expected a finite number")
-    log({"step": state.step, "metrics": metrics, "seconds": time.perf_counter() - start})
-    best = dict(state.evaluations).get(state.best_step)
-    if best is None or metrics[config.select] > best[config.select]:
-        state.best_step, state.best_weights = state.step, copy_weights(state.embedder)
+    with kept.in_place():
+        metrics = distributed.encoding_together(embedder, lambda: dict(evaluate(embedder)))
+        devices.release_memory(embedder.device)
+        if config.select not in metrics:
+            raise ValueError(f"select is {config.select!r}, expected one of {', '.join(metrics)}")
+        if wrong := [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]:
+            raise ValueError(f"validation at step {state.step}: {wrong[0]}, expected a finite number")
+        log({"step": state.step, "metrics": metrics, "seconds": time.perf_counter() - start})
+        best = dict(state.evaluations).get(state.best_step)
+        if best is None or metrics[config.select] > best[config.select]:
+            state.best_step, state.best_weights = state.step, copy_weights(embedder)
     state.evaluations.append((state.step, metrics))
 
 
@@ -297,13 +299,15 @@ def _make_optimizer(embedder: Embedder, loss: Loss, config: TrainConfig, make: M
 
 @contextlib.contextmanager
 def _session(state: TrainState, epochs: Epochs, config: TrainConfig, out: Path | None) -> Iterator[tuple]:
-    """Seeds, loads a checkpoint; yields (log, whether one was loaded, bar); leaves the embedder in inference mode."""
+    """Seeds, loads a checkpoint; yields (log, whether one was loaded, bar, weights to keep); leaves the embedder in
+    inference mode."""
     device, is_first = state.embedder.device, distributed.rank_and_size()[0] == 0
     check_memory(state.embedder, config)
     state.optimizer.zero_grad()  # an earlier run may have been interrupted between backward and step
     try:
         with devices.deterministic(device, config.deterministic), devices.seeded(config.seed, device):
             distributed.broadcast_weights(*state.modules().values())
+            kept = KeptWeights(state, config)  # before a checkpoint replaces the base's weights
             resumed = out is not None and load_checkpoint(out / CHECKPOINTS, state)
             was_refreshed = epochs.refresh is not None and state.step > epochs.steps_per_epoch * epochs.every
             if resumed and (state.refresh_weights is not None) != was_refreshed:
@@ -315,7 +319,7 @@ def _session(state: TrainState, epochs: Epochs, config: TrainConfig, out: Path |
             shown = {"unit": "step", "initial": state.step, "show": None if is_first else False}
             with progress_bar(epochs.num_steps, "train", **shown) as bar:
                 try:
-                    yield log, resumed, bar
+                    yield log, resumed, bar, kept
                 except NonFiniteError as error:
                     ids = {name: getattr(error, name) for name in ("query_ids", "document_ids")}
                     log({"step": error.step, "error": error.what, **ids})
