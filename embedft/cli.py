@@ -25,6 +25,7 @@ COMMANDS = {
     "compare": "test whether reports differ, question by question",
     "report": "report an ablation from its folder alone",
     "store": "list, verify, repair or prune stored embeddings",
+    "merge": "average the weights of models, and measure points between two",
     "info": "describe a model",
     "push": "upload a model to the Hugging Face hub",
 }

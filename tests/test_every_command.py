@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from api_server import ApiServer
+from conftest import write_tiny_folder
 from naming import names
 from tiny import make_dataset, make_embedder
 from tiny_grid import write_grid
@@ -32,6 +33,7 @@ WRITING = {
     "questions, docstring": "questions json --method docstring --num-docstrings 4 2 --out OUT | --seed 1 --overwrite",
     "finetune": "finetune model train.jsonl --validation held_out.jsonl --epochs 1 --out OUT | --seed 1 --overwrite",
     "adapter": "adapter model train.jsonl --epochs 2 --out OUT | --epochs 3 --overwrite",
+    "merge": "merge model other --out OUT | --weights 0.3 0.7 --overwrite",
     "mine": "mine model train.jsonl --num-negatives 2 --ranks 1 5 --out OUT.jsonl | --seed 1 --overwrite",
     "encode": "encode model texts.txt --out OUT.npy | --dim 16 --overwrite",
     "encode, store": "encode model texts.txt --store OUT | --role query --max-length 20",
@@ -54,6 +56,7 @@ LOGS, LOCKS = ("ledger.jsonl", "replies.jsonl"), ("lock", ".lock")
 def inputs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     make_embedder(folder / "model")
+    write_tiny_folder(folder / "other", seed=1)
     for name, seed in (("train", 0), ("held_out", 1)):
         made = make_dataset(8, 8, seed=seed)
         corpus = {i: f"語 größe {text}" for i, text in made.corpus.items()}

@@ -10,6 +10,8 @@ Source: Wortsman et al. 2022 (WiSE-FT), section 3; Xiao et al. 2023 (LM-Cocktail
 """
 
 import copy
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 
@@ -42,7 +44,7 @@ def soup(
         names: what errors call the models; None: their names when they were loaded.
     Raises `ValueError` for weights that do not fit, and for the first difference between two models in architecture,
     tokenizer, pooling, prompts, head, adapter or tensors."""
-    weights = [1 / len(models)] * len(models) if weights is None else list(weights)
+    weights = [1 / len(models) for _ in models] if weights is None else list(weights)
     if not models or len(weights) != len(models):
         raise ValueError(f"weights has {len(weights)} entries, expected one for each of {len(models)} models")
     if not all(0 <= weight < math.inf for weight in weights) or abs(sum(weights) - 1) > 1e-6:
@@ -91,7 +93,7 @@ def _facts(model: Embedder) -> dict[str, object]:
     for prefix, side in sides.items():
         found[f"{prefix}architecture"] = type(side.encoder).__module__.rpartition(".")[2]
         found |= {f"{prefix}{name}": value for name, value in vars(side.encoder.config).items()}
-        found[f"{prefix}tokenizer (SHA-256)"] = side.tokenizer.sha256()
+        found[f"{prefix}tokenizer (SHA-256)"] = _tokenizer_sha256(side)
         found[f"{prefix}pooling"] = f"{', '.join(side.pooling.names)}, include_prompt {side.pooling.include_prompt}"
         found |= {f"{prefix}head of {role}": describe(head) for role, head in side.heads.items()}
     found |= {f"prompt of {role}": repr(model.prompt(role)) for role in ROLES}
@@ -99,3 +101,9 @@ def _facts(model: Embedder) -> dict[str, object]:
     maps = {} if model.adapter is None else dict(model.adapter.named_children())
     found["adapter"] = {role: part.settings for role, part in maps.items()} or "none"
     return found | {name: f"{list(x.shape)} {x.dtype}" for name, x in model.state_dict().items()}
+
+
+def _tokenizer_sha256(side: Embedder) -> str:
+    """That of the tokenizer but for where it truncates texts, which may differ."""
+    parts = json.loads(side.tokenizer.backend.to_str()) | {"truncation": None, "padding": None}
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
