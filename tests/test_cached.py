@@ -27,6 +27,7 @@ BFLOAT16 = functools.partial(torch.autocast, "cpu", dtype=torch.bfloat16)
 NEEDED = {
     "projected_distillation": {"student_dim": 32, "teacher_dim": 32},
     "matryoshka": {"dims": [32, 8], "inner": {"name": "in_batch_negatives"}},
+    "quantized": {"precision": "binary", "inner": {"name": "in_batch_negatives"}},
     "sum": {"losses": [{"name": "in_batch_negatives"}, {"name": "in_batch_negatives", "temperature": 0.5}]},
 }
 # Those that compare with a reference feature by feature need this at 16 dimensions; a projection has one width only.

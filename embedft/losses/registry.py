@@ -21,6 +21,7 @@ import torch
 from . import contrastive, distillation, guided, listwise, pairwise
 from .components import unrecorded
 from .matryoshka import Loss, Matryoshka, WeightedSum
+from .quantized import Quantized
 from .targets import Targets
 
 # A function of (Q, D, targets) with options as keywords, or a module whose constructor takes the options.
@@ -50,6 +51,7 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "toward_base": distillation.toward_base,
     "global_orthogonal": contrastive.global_orthogonal,
     "matryoshka": Matryoshka,
+    "quantized": Quantized,
     "sum": WeightedSum,
 }
 
