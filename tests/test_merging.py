@@ -219,7 +219,7 @@ def test_a_soup(place, capsys):
     models = [load_embedder(name, device="cpu") for name in ("base", "tuned", "third")]
     expected = soup(models).state_dict()
     assert all(torch.equal(x, expected[name]) for name, x in load_embedder("soup", device="cpu").state_dict().items())
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == "model: soup\n"
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,8 @@ def test_a_soup(place, capsys):
         ("base tuned third --shares 0 1 --test test.jsonl", ("--shares", 3)),
         ("base tuned --shares 0 1 --out x", ("--shares", 2, "--validation")),
         ("base tuned --shares 0 1 --weights 0 1 --out x", ("--shares", "--weights")),
-        ("base tuned --shares 0 1.5 --test test.jsonl", (1.5,)),
+        ("base tuned --shares 0 1.5 --test test.jsonl", ("--shares", 1.5, 0, 1)),
+        ("base openai:m --out x", ("openai:m", "API")),
         ("base tuned --weights 1 --out x", ("--weights", 1, 2)),
         ("base tuned --test test.jsonl --select nonsense@10", ("nonsense",)),
         ("base tuned --test validation=test.jsonl --validation validation.jsonl", ("'validation'",)),

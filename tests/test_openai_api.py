@@ -1045,12 +1045,13 @@ def test_commands_that_offer_a_server_work_with_it_and_others_do_not_offer_it(tm
         "adapter": [data, "--out", str(tmp_path / "adapter"), "--epochs", "1", "--validation", data],
         "finetune": [data, "--out", str(tmp_path / "run")],
         "ablate": [data, "--test", data, "--out", str(tmp_path / "grid")],
+        "merge": ["other", "--out", str(tmp_path / "merged")],
         "info": [],
     }
     with ApiServer() as server:
-        at = [] if name in ("finetune", "ablate", "info") else ["--base-url", server.base_url]
+        at = [] if name in ("finetune", "ablate", "merge", "info") else ["--base-url", server.base_url]
         assert cli.main([name, "openai:m", *arguments.get(name, [data]), *at]) == (0 if offers else 2)
-    assert offers == (name not in ("finetune", "ablate"))
+    assert offers == (name not in ("finetune", "ablate", "merge"))
 
 
 def test_errors_from_the_command_line(tmp_path, data, monkeypatch, capsys):

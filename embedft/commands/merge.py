@@ -2,7 +2,7 @@
 
 embedft merge runs/seed-0/model runs/seed-1/model runs/seed-2/model --out soup
 embedft merge sentence-transformers/all-MiniLM-L6-v2 runs/first/model --shares 0 0.25 0.5 0.75 1 \
-    --test held_out.csv beir/scifact --validation validation.csv --out merged
+    --test held_out.csv beir:scifact --validation validation.csv --out merged
 """
 
 import sys
@@ -17,7 +17,7 @@ from ..config import REQUIRED, check_at_most_one, option
 from ..data.dataset import RetrievalDataset
 from ..retrieval import tables
 from ..retrieval.run import Run
-from .options import DATASETS, Data, Windows, check_output, load_data
+from .options import DATASETS, Data, Windows, check_output, load_data, named_sources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,10 @@ class Options(Windows, Data, config.Options):
             raise ValueError(
                 f"shares has {self.shares}, which are of two models, BASE and TUNED, but there are {len(self.models)}"
             )
+        if outside := [share for share in self.shares or [] if not 0 <= share <= 1]:
+            raise ValueError(f"shares has {outside[0]}, expected 0 to 1")
+        if behind := [name for name in self.models if name.startswith("openai:")]:
+            raise ValueError(f"{behind[0]} is behind an API: its weights cannot be averaged")
         if not (self.out or self.test or self.validation):
             raise ValueError("nothing to do: expected --out, --test or --validation")
         if self.out and len(self.shares or []) > 1 and not self.validation:
@@ -63,12 +67,11 @@ def run(options: Options) -> None:
     """Merges, measures every mixture, and saves the best one."""
     from ..encoders.card import write_card
     from ..training.merging import soup
-    from .finetune import sources
 
     if options.out:
         _check_out(Path(options.out), overwrite=options.overwrite)
     datasets = {} if options.validation is None else {"validation": load_data(options.validation, options)}
-    for name, path in sources(options.test).items():
+    for name, path in (named_sources(options.test) if options.test else {}).items():
         if name in datasets:
             raise ValueError(f"{path} is called {name!r}, as --validation is: choose another name (NAME=DATA)")
         datasets[name] = load_data(path, options)
@@ -85,14 +88,15 @@ def run(options: Options) -> None:
         rows = [[name, *(f"{value:.4f}" for value in values.values())] for name, values in found.items()]
         first = "share" if options.shares else "weights"
         print(tables.format_table([first, *datasets], rows, style=options.style))
+    notes = sys.stdout if options.style == "text" else sys.stderr
     if len(found) > 1 and options.validation:
-        print(f"best on validation: {best} ({options.select} {found[best]['validation']:.4f})", file=sys.stderr)
+        print(f"best on validation: {best} ({options.select} {found[best]['validation']:.4f})", file=notes)
     if options.out:
         merged, weights = kept
         merged.save(options.out)
         parts = {f"weight of {name}": f"{weight:g}" for name, weight in zip(options.models, weights, strict=True)}
         write_card(Path(options.out), merged, training=parts)
-        print(f"model: {options.out}", file=sys.stderr)
+        print(f"model: {options.out}", file=notes)
 
 
 def _measure(model: "embedft.Embedder", datasets: Mapping[str, RetrievalDataset], options: Options) -> dict[str, float]:
