@@ -19,8 +19,9 @@ from embedft import FinetuneConfig, Report, RetrievalDataset, Suite, evaluate, f
 from embedft.cli import main
 from embedft.files import read_json, read_jsonl, write_json
 from embedft.recipe import job
-from embedft.retrieval.suite import check_names, describe_change, format_suites, load_reports, report_files
+from embedft.retrieval.suite import about, check_names, describe_change, format_suites, load_reports, report_files
 from embedft.retrieval.tables import format_change
+from embedft.training.distributed import OtherRankError
 
 CONFIG = FinetuneConfig(epochs=2, batch_size=4, lr=1e-2)
 A, B = make_dataset(seed=1), make_dataset(10, 8, seed=2)
@@ -117,6 +118,14 @@ def test_names_that_cannot_be_folders(name):
 
 def test_names_that_can():
     check_names(["uber", "beir-scifact", "10.k", "größe_2", "語"])
+
+
+def test_errors_begin_with_the_name_of_the_dataset():
+    """But those of a kind of their own stay what they are, and so do all where there is one dataset."""
+    for name, kind, expected in (("a", ValueError, "a: gone"), ("", ValueError, "gone"), ("a", OtherRankError, "gone")):
+        with pytest.raises(kind) as caught, about(name):
+            raise kind("gone")
+        assert (caught.type, str(caught.value)) == (kind, expected)
 
 
 # evaluate.

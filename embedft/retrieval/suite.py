@@ -6,7 +6,7 @@
     suite.save("eval/base")                                             # eval/base/uber, eval/base/scifact, suite.json
 
 A mean counts every dataset the same, however many questions it has (macro average), as BEIR and MTEB do.
-Source: Thakur et al. 2021 (BEIR), table 2; Muennighoff et al. 2023 (MTEB), section 3.3.
+Source: Thakur et al. 2021 (BEIR), table 2; Muennighoff et al. 2023 (MTEB), table 1.
 """
 
 import contextlib
@@ -87,7 +87,9 @@ def about(name: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{name}: {error}" if name else str(error)) from None
+        if not name or type(error) is not ValueError:  # such as that of another rank, which is not about a dataset
+            raise
+        raise ValueError(f"{name}: {error}") from None
 
 
 def check_names(names: Iterable[str], reserved: Iterable[str] = ()) -> None:
