@@ -261,6 +261,19 @@ def test_what_cannot_teach_leaves_nothing(tmp_path, teacher, facts):
     assert not (tmp_path / "run" / run_folder.CONFIG).exists()
 
 
+def test_vectors_of_references_are_kept(tmp_path):
+    make_embedder(tmp_path / "other", max_length=6)
+    embedder, dataset = make_embedder(tmp_path / "base", store=tmp_path / "store"), make_dataset()
+    how = FinetuneConfig(
+        epochs=1, loss={"name": "embedding_distillation"}, references={"teacher": str(tmp_path / "other")}
+    )
+    finetune(embedder, dataset, how)
+    other = make_embedder(tmp_path / "other", store=tmp_path / "store")
+    other.encode([*dataset.queries.values()], role="query")
+    other.encode([*dataset.texts.values()], role="document")
+    assert (other.store.hits, other.store.misses) == (21, 0)
+
+
 # Bare texts.
 
 

@@ -46,7 +46,7 @@ class Options(FinetuneConfig, Model, Data):
     )
     validation_split: str | None = option(None, "split of a BEIR folder [test, or the only one]")
     store: str | None = option(
-        None, "keep vectors of MODEL itself and of teachers here, and the teachers' lists", metavar="DIR"
+        None, "keep vectors of MODEL itself, references and teachers here, and teachers' lists", metavar="DIR"
     )
     merge: bool = option(True, "treat validation documents of equal text as one")
     overwrite: bool = option(False, "replace the run in DIR; until it is done, the old one is in DIR/.replaced")

@@ -143,7 +143,8 @@ def frozen_references(job: Job, dataset: RetrievalDataset) -> dict[str, Referenc
         raise ValueError(f"reference {min(twice)!r} is given twice: in config.references and in references")
     found = dict(job.references)
     for name, model in job.config.references.items():
-        found[name] = job.embedder if model is None else load_embedder(model, device=job.embedder.device)
+        how = {"device": job.embedder.device, "store": job.embedder.store}
+        found[name] = job.embedder if model is None else load_embedder(model, **how)
     for name, reference in found.items():
         if isinstance(reference, Embedder):
             job.hashes[f"reference {name}"] = reference.sha256()

@@ -173,14 +173,8 @@ class Teacher:
             found = {name: score(block) for name, score in scoring.items()} if block else {}
             for query_id in query_ids:
                 ids = block.get(query_id, [])
-                scores_G = sum(
-                    (
-                        self._weighted(name, query_id, [found[name][query_id][i] for i in ids])
-                        for name in self.parts
-                        if ids
-                    ),
-                    np.zeros(len(ids)),
-                )
+                scores = {name: [found[name][query_id][i] for i in ids] for name in self.parts if ids}
+                scores_G = sum((self._weighted(name, query_id, scores[name]) for name in scores), np.zeros(len(ids)))
                 yield query_id, dict(zip(ids, scores_G.tolist(), strict=True))
 
     def _weighted(self, name: str, query_id: str, scores: list[float]) -> np.ndarray:
