@@ -336,6 +336,9 @@ def test_an_empty_line_is_named_or_dropped(place, capsys):
     assert main(["finetune", "model", "lines.txt", *COMMAND, *LEAF]) == 2
     assert names(capsys.readouterr().err, "lines.txt", "line 2")
     assert main(["finetune", "model", "lines.txt", "--skip-empty", *COMMAND, *LEAF]) == 0
+    (place / "none.txt").write_text("")
+    assert main(["finetune", "model", "none.txt", *COMMAND[:-1], "other", *LEAF]) == 2
+    assert names(capsys.readouterr().err, "none.txt", "texts")
 
 
 def test_texts_are_one_dataset(place, capsys):

@@ -177,11 +177,9 @@ def read_texts(path: str) -> Iterator[tuple[int, str]]:
 
 def load_texts(path: str, options: Data) -> RetrievalDataset:
     """A dataset of bare texts, each a query and a document, from .txt or from .jsonl with `text`; or any dataset."""
-    is_file = Path(path).is_file()
+    is_file = Path(path).is_file() and not options.format
     row = next(read_jsonl(path), (0, None))[1] if is_file and path.endswith(JSONL) else None
-    if options.format or not (
-        is_file and (path.endswith((".txt", ".txt.gz")) or (isinstance(row, dict) and "text" in row))
-    ):
+    if not (is_file and (path.endswith((".txt", ".txt.gz")) or (isinstance(row, dict) and "text" in row))):
         return load_training_data(path, options)
     texts: dict[str, str] = {}
     for line, text in read_texts(path):
@@ -189,6 +187,8 @@ def load_texts(path: str, options: Data) -> RetrievalDataset:
             texts.setdefault(text, str(line))
         elif not options.skip_empty:
             raise ValueError(f"{path} line {line}: is empty; --skip-empty drops such lines")
+    if not texts:
+        raise ValueError(f"{path}: has no texts")
     texts = {line: text for text, line in texts.items()}
     return RetrievalDataset(texts, texts, {})
 
