@@ -15,6 +15,7 @@ from embedft.corpus.chunks import Chunk
 from embedft.corpus.cleaning import clean
 from embedft.corpus.kinds import PSEUDO_KINDS, join_kinds, keywords, pseudo_kinds, without_keywords
 from embedft.corpus.prompts import CLAIM, KEYWORDS, KINDS, QUESTION, TITLE, fill_template, parse_reply
+from embedft.corpus.questions import QuestionConfig, write_questions
 from embedft.data.mixture import join_datasets
 from embedft.files import read_json, read_jsonl
 
@@ -260,6 +261,8 @@ def test_an_llm_writes_every_kind_once(place, capsys):
         assert server.counts["chat"] == 16  # the questions were there
         assert ask(server, *kinds) == 0
         assert server.counts["chat"] == 16
+        schemas = [body["response_format"]["json_schema"]["schema"]["required"] for _, _, body in server.log]
+        assert schemas == [["questions"]] * 4 + [["claims"]] * 4 + [["searches"]] * 4 + [["titles"]] * 4
     dataset = RetrievalDataset.load("out/chunks.json")
     expected = {
         f"c{i}/{'q' if kind == 'question' else kind}{n}": text.format(i=i)
@@ -278,6 +281,15 @@ def test_an_llm_writes_every_kind_once(place, capsys):
     assert report["settings"]["template_sha256"].keys() == WRITTEN.keys()
     recorded = [record.get("kind") for _, record in read_jsonl("out/replies.jsonl")]
     assert [recorded.count(kind) for kind in (None, "claim", "keywords", "title")] == [4] * 4
+
+
+def test_kinds_that_share_a_prompt_are_asked_apart(place):
+    chunks = [Chunk("c", text_of(1))]
+    with ApiServer(write=lambda prompt, number: ["Lyft earned more in 2021."]) as server:
+        config = QuestionConfig(base_url=server.base_url)
+        for kind in (CLAIM, TITLE, CLAIM):
+            write_questions(chunks, config, folder="out", template="About: {text}", kind=kind)
+        assert server.counts["chat"] == 2
 
 
 def test_lines_will_do_for_every_kind(place):
