@@ -85,6 +85,17 @@ def test_windows_of_training_are_those_of_evaluation_unless_said_otherwise():
     assert [point["evaluate.passages"] for point in grid.points] == [[8, 4], None]
 
 
+def test_questions_and_bare_texts_are_loaded_as_each_point_says(tmp_path):
+    (tmp_path / "texts.txt").write_text("a b c\nd e f\n")
+    distil = {"loss": {"name": "embedding_distillation"}, "references": {"teacher": "model"}, "examples": "texts"}
+    grid = planned(points=[{"data": str(tmp_path / "texts.txt"), **distil}], axes=None)
+    assert len({cell.hashes["train"] for cell in grid.cells if cell.run}) == 2
+    with pytest.raises(ValueError, match=naming("texts.txt")):
+        planned(
+            points=[{"data": str(tmp_path / "texts.txt"), **distil}, {"data": str(tmp_path / "texts.txt")}], axes=None
+        )
+
+
 def keys(**changes) -> list[str]:
     return [cell.key for cell in planned(**changes, axes={"lr": [1e-5]}).cells]
 
@@ -171,6 +182,8 @@ def test_a_changed_default_of_a_loss_makes_new_cells(monkeypatch):
         ({"tests": {"lyft": "val.jsonl"}}, ("lyft", 8, "validation")),
         ({"seeds": []}, ("seeds", "[]")),
         ({"seeds": [1, 1]}, ("seeds", "[1, 1]")),
+        ({"seeds": ["one"]}, ("seed", "'one'")),
+        ({"seeds": [2**62]}, ("seed", 2**62)),
         ({"select": "ndgc@10"}, ("select", "ndgc@10")),
         ({"epcohs": 1}, ("epcohs", "epochs")),
         ({"resume": True}, ("resume",)),

@@ -166,6 +166,8 @@ def plan(
         raise ValueError(f"a test is named {wrong[0]!r}, expected the name of a new folder")
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds are {list(seeds)}, expected different ones, at least one")
+    for seed in seeds:
+        settings_of(base | {"seed": seed})  # raises for one that is none
     axes = _checked_axes(axes if points is None else axes_of(points))
     asked = list(product(axes)) if points is None else [_in_data_lists(point) for point in points]
     labelled = base | _complete_parts(base)
@@ -271,7 +273,7 @@ class _Tests:
 
     def _data(self, options: Options) -> tuple:
         """Training data, validation data and their hashes; loaded once for each way of loading."""
-        key = as_text([getattr(options, name) for name in DATA])
+        key = as_text([getattr(options, name) for name in (*DATA, "examples")])  # which may be bare texts
         if key not in self.data:
             dataset, validation = load_datasets(options)
             if isinstance(validation, Mapping):
