@@ -66,6 +66,13 @@ def test_points_may_be_given_and_leave_the_rest_to_the_base():
     assert grid.points == [{"lr": 5e-5, "batch_size": 4}, {"lr": 1e-5, "batch_size": 4}, {"lr": 1e-5, "batch_size": 2}]
 
 
+def test_some_points_of_the_product_may_leave_an_axis_at_the_base():
+    points = [{"lr": 1e-5, "epochs": 1}, {"lr": 2e-5, "epochs": 1}]
+    grid = planned(axes={"lr": [1e-5, 2e-5], "epochs": [1, 2]}, points=points)
+    assert grid.points == [{"lr": 5e-5, "epochs": 1}, *points]
+    assert grid.axes["epochs"] == [1, 2]
+
+
 def test_cells_that_differ_in_evaluation_share_their_training():
     axes = {"lr": [1e-5], "evaluate.passages": [None, [8, 4]], "evaluate.fuse_weight": [None, 0.5]}
     grid = planned(axes=axes)
@@ -154,6 +161,8 @@ def test_a_changed_default_of_a_loss_makes_new_cells(monkeypatch):
         ({"axes": {"lr": [1e-5, 1e-5]}}, ("lr", "1e-05")),
         ({"axes": {"lr": [1e-5], "lr-decay": [0.5], "lr_decay": [0.6]}}, ("lr_decay", "twice")),
         ({"axes": {"lr": [5e-5]}}, ("lr", "5e-05", "nothing")),
+        ({"axes": {"evaluate.passages": [None]}}, ("evaluate.passages", "null", "nothing")),
+        ({"points": [{"epochs": 1, "lr": 1e-5}], "axes": None}, ("epochs", 1, "nothing")),
         ({"axes": {"checkpoint_every": [1, 2]}}, ("checkpoint_every", 1, 2, "nothing")),
         ({"axes": {"merge": [True, False]}}, ("merge", "true", "false", "nothing")),
         ({"axes": {"lr": [1e-5, 0]}}, ("lr=0", "lr", "above", 0)),

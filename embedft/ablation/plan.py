@@ -154,8 +154,8 @@ def plan(
 
     Args:
         base: settings of `embedft finetune`, and under "evaluate" those of `Evaluation`; others keep their defaults.
-        axes: {dotted key: values}, of which every combination is a point; or
-        points: the points themselves. BASE is always one, and comes first.
+        axes: {dotted key: values} [those of `points`].
+        points: some combinations of the values [all of them]. BASE is always one, and comes first.
 
     Raises `ValueError` for everything that would fail or make no sense: unknown keys, cells that cannot train, data or
     models that do not load, an axis that changes nothing, the same cell twice, tests that share training questions."""
@@ -168,7 +168,7 @@ def plan(
         raise ValueError(f"seeds are {list(seeds)}, expected different ones, at least one")
     for seed in seeds:
         settings_of(base | {"seed": seed})  # raises for one that is none
-    axes = _checked_axes(axes if points is None else axes_of(points))
+    axes = _checked_axes(axes or axes_of(points or []))
     asked = list(product(axes)) if points is None else [_in_data_lists(point) for point in points]
     labelled = base | _complete_parts(base)
     base_point = {key: value_at(labelled, key) for key in axes}
@@ -242,10 +242,11 @@ def _distinct(planned: list[_Point], axes: Mapping[str, list[Any]]) -> list[_Poi
                 raise ValueError(f"axis {keys[0]} changes nothing: {values} make the same cells")
             raise ValueError(f"{describe(each.point)} is the same cell as {describe(other.point)}")
         seen[key] = each
-    for key in axes:
-        if len({as_text(each.point[key]) for each in seen.values()}) == 1:
-            raise ValueError(f"axis {key} changes nothing: the base has {as_text(axes[key][0])} too")
-    return list(seen.values())
+    found = list(seen.values())
+    for key, values in axes.items():
+        if {as_text(value) for value in values} == {as_text(found[0].point[key])}:
+            raise ValueError(f"axis {key} changes nothing: the base has {as_text(values[0])} too")
+    return found
 
 
 class _Tests:
