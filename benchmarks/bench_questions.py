@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 from embedft.corpus.chunks import Chunk
-from embedft.corpus.prompts import RESPONSE_FORMAT, TEMPLATE, fill_template, parse_reply
+from embedft.corpus.prompts import QUESTION, TEMPLATE, fill_template, parse_reply
 from embedft.corpus.questions import QuestionConfig, write_questions
 
 from . import suite
@@ -65,7 +65,7 @@ class Bare:
                             model=MODEL,
                             messages=[{"role": "user", "content": prompt}],
                             max_tokens=256,
-                            response_format=RESPONSE_FORMAT,
+                            response_format=QUESTION.response_format,
                         )
                         return parse_reply(completion.choices[0].message.content or "", NUM_QUESTIONS)
                     except (ValueError, AttributeError, self.openai.APIError):
