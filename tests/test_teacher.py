@@ -197,6 +197,8 @@ def test_models_that_cannot_be_used(tmp_path, corpus, table):
         load_teacher({"bm25": 1, str(tmp_path / "none"): 1})
     with pytest.raises(ValueError, match=naming("api", "openai:")):
         load_teacher("bm25", api={"price": 1})
+    with pytest.raises(ValueError, match=naming("passages", 4, "bm25")):
+        load_teacher("bm25", passages=(4, 2))
     without_windows = type("Alone", (), {"similarity": "dot", "encode": table.encode})()
     with pytest.raises(ValueError, match=naming("passages", "windows")):
         score(Vectors(without_windows, (4, 2)), corpus, {"q0": ["a"]})

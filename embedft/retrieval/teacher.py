@@ -236,4 +236,7 @@ def load_teacher(
             return Pairs(load_scorer(name, device=device))
         return Vectors(load_embedder(name, device=device, store=store), passages)
 
-    return Teacher({name: load(name) for name in weights}, weights, scale)
+    parts = {name: load(name) for name in weights}
+    if passages is not None and not any(isinstance(part, Vectors) and part.passages for part in parts.values()):
+        raise ValueError(f"teacher: passages is {passages}, but none of {', '.join(parts)} scores windows")
+    return Teacher(parts, weights, scale)
