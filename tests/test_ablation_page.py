@@ -14,8 +14,8 @@ from tiny_grid import POINTS, make_questions, write_grid
 
 from embedft.ablation import page
 from embedft.ablation.effects import measure_effects
-from embedft.ablation.grid import EVAL, Grid
-from embedft.ablation.page import WINDOWS, format_page, page_data
+from embedft.ablation.grid import EVAL, WINDOWS, Grid
+from embedft.ablation.page import format_page, page_data
 from embedft.ablation.results import Results
 from embedft.cli import main
 from embedft.files import write_jsonl

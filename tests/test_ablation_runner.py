@@ -27,7 +27,8 @@ from embedft.ablation.grid import Grid
 from embedft.ablation.plan import plan
 from embedft.ablation.runner import expected_seconds, run_grid, shard_of
 from embedft.cli import main
-from embedft.files import read_json, read_object
+from embedft.files import read_json, read_jsonl, read_object
+from embedft.retrieval.windows import matching_windows
 
 BASE = {"model": "model", "data": ["train.jsonl"], "validation": "val.jsonl", "epochs": 1, "batch_size": 4, "lr": 1e-3}
 TESTS = {"uber": "uber.jsonl", "scifact": "scifact.jsonl"}
@@ -145,6 +146,9 @@ def test_a_cell_reports_what_evaluate_and_fuse_do():
         assert found.metrics == expected.metrics
         assert found.setting["passages"] == [8, 4]
         assert found.setting.get("bm25_weight") == cell.config["evaluate"]["fuse_weight"]
+        windows = [line for _, line in read_jsonl(grid.folder(cell) / "eval" / "uber" / "windows.jsonl")]
+        assert windows == matching_windows(embedder, dataset, (8, 4), dim=16)
+        assert not (grid.folder(cell) / "eval" / "validation" / "windows.jsonl").exists()
         (row,) = (row for row in rows if row.startswith(f"{cell} "))
         assert f"{expected.metrics['ndcg@10']:.4f}" in row
     assert (grid.out / "store" / "store.sqlite").exists()

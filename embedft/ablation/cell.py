@@ -20,18 +20,19 @@ from ..data.dataset import RetrievalDataset
 from ..data.mixture import join_datasets
 from ..device import allow_deterministic
 from ..encoders.embedder import Embedder
-from ..files import locked, read_json, read_jsonl, read_object, write_json
+from ..files import locked, read_json, read_jsonl, read_object, write_json, write_jsonl
 from ..recipe.finetune import finetune
 from ..recipe.job import measures
 from ..retrieval.bm25 import bm25_run
 from ..retrieval.evaluate import evaluate, evaluate_run
 from ..retrieval.fusion import fuse
 from ..retrieval.report import Report
+from ..retrieval.windows import matching_windows
 from ..training.configs import FinetuneConfig
 from ..training.parts import choose_parts
 from ..training.run_folder import DONE, MODEL
 from ..training.run_folder import LOG as TRAIN_LOG
-from .grid import CELL, EVAL, GRID, RESULT, RUNS, STORE, VALIDATION, Cell, code_sha256
+from .grid import CELL, EVAL, GRID, RESULT, RUNS, STORE, VALIDATION, WINDOWS, Cell, code_sha256
 from .plan import Evaluation, settings_of
 
 
@@ -66,6 +67,8 @@ def run_cell(folder: Path, *, device: str | None = None) -> None:
     for name, questions in sets.items():
         place = folder / EVAL / name.removeprefix("test ")
         if not (place / "metrics.json").exists():
+            if how.passages is not None and name != VALIDATION:
+                write_jsonl(place / WINDOWS, matching_windows(embedder, questions, how.passages, dim=how.dim))
             _evaluate(embedder, questions, how, grid["select"]).save(place)
     result = {
         "seconds": {"train": seconds, "evaluate": time.perf_counter() - start},

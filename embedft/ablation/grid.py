@@ -8,6 +8,7 @@ and a seed, or, with seed None, an untrained model: once for each model and way 
 
 grid.json          base, axes, points, seeds, tests, select, version, and the keys of the cells in order
 cells/<key>/       cell.json, eval/<test>/, eval/validation/, result.json (last), failed.json, log.txt
+                   eval/<test>/windows.jsonl where documents are searched in windows
 runs/<run key>/    finetune's run folder, shared by the cells that differ in evaluation only
 store/             vectors of frozen models, shared by all cells
 """
@@ -27,6 +28,7 @@ from ..files import read_object, write_json
 
 VERSION = 1
 GRID, CELLS, RUNS, STORE = "grid.json", "cells", "runs", "store"
+WINDOWS = "windows.jsonl"  # in a report's folder: where in its document each question's best window is
 CELL, EVAL, RESULT, FAILED, LOG, VALIDATION = "cell.json", "eval", "result.json", "failed.json", "log.txt", "validation"
 Point = dict[str, Any]  # {dotted key: value}
 

@@ -18,13 +18,12 @@ from ..files import read_jsonl
 from ..retrieval.report import Report, paired_values
 from ..retrieval.significance import ROUNDING
 from .effects import AVERAGE, Effect, choose
-from .grid import EVAL, Grid
+from .grid import EVAL, WINDOWS, Grid
 from .results import FinishedCell, Results
 from .tables import NOTES, introduction, shown, table_rows
 
 TEMPLATE = Path(__file__).with_name("page.html")
 PLACE = '"data of page.py"'  # in the template
-WINDOWS = "windows.jsonl"  # in a report's folder: where in its document each question's best window is
 MOST_QUESTIONS, MOST_IN_ALL, MOST_CHARACTERS = 200, 20_000, 700
 
 
