@@ -14,7 +14,7 @@ from .effects import AVERAGE, Change, Effect, choose
 from .grid import describe
 from .results import Results
 
-CHANGES = ("from_base", "from_untrained")
+MISSING = "Missing: "  # begins a line of the introduction, here and in page.html
 
 
 def format_report(results: Results, effects: Sequence[Effect], *, style: Style = "markdown") -> str:
@@ -27,7 +27,11 @@ def format_report(results: Results, effects: Sequence[Effect], *, style: Style =
             rows, [*((key, "", "") for key in ("metric", "test", "point", "choice")), *axes, *_EVERY], style
         )
     parts = [] if style == "latex" else [_heading("Ablation", 1, style)]
-    parts += [_said(line, style) for line in introduction(results, effects)]
+    first, *said = introduction(results, effects)
+    parts.append(_said(first, style))
+    if lacking := [_said(line, style) for line in said if line.startswith(MISSING)]:
+        parts.append("\n".join(f"- {line}" if style == "markdown" else line for line in lacking))
+    parts += [_said(line, style) for line in said if not line.startswith(MISSING)]
     for metric, test in dict.fromkeys((one.metric, one.test) for one in effects):
         parts.append(_heading(f"{test}: {metric}", 2, style))
         own = [row for row in rows if (row["metric"], row["test"]) == (metric, test)]
@@ -57,9 +61,9 @@ def introduction(results: Results, effects: Sequence[Effect]) -> list[str]:
     tests = [one.test for one in effects if one.point == effects[0].point and one.metric == effects[0].metric]
     size = f"{len(grid.points)} points, {len(grid.seeds)} seeds, {len(set(tests) - {AVERAGE})} test sets; BASE is "
     lines = [f"{size}{grid.base.get('model', 'a model')} with {describe(grid.points[0]) or 'no axes'}."]
-    lines += [f"Missing: {line}." for line in results.missing]
+    lines += [f"{MISSING}{line}." for line in results.missing]
     if not results.of_point(grid.points[0]):
-        lines.append("Missing: BASE has no finished seed, so nothing is compared with it.")
+        lines.append(f"{MISSING}BASE has no finished seed, so nothing is compared with it.")
     chosen = choose(results)
     if chosen is None:
         return [*lines, "No point is chosen: that takes validation questions and a point whose seeds are all finished."]
