@@ -167,6 +167,8 @@ def rows_of(what: str, work: Callable[[], None], needed: dict[str, Stage], rates
 
 
 def main(options: argparse.Namespace) -> list[Row]:
+    if options.number < 2:
+        raise ValueError(f"--number is {options.number}, expected at least 2")
     dtype = getattr(torch, options.dtype)
     embedder = load_embedder(options.base, device="cpu", dtype=dtype)
     if (family := embedder.source.config["model_type"]) not in FAMILIES:

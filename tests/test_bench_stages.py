@@ -106,6 +106,13 @@ def test_a_tiny_encoder(dtype, cases, tmp_path, monkeypatch, capsys):
     assert whole["flops"] == sum(row.get("flops", 0) for row in parts)
 
 
+def test_a_step_needs_a_query_and_a_document(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_stages", "--number", "1"])
+    with pytest.raises(SystemExit):
+        suite.run(bench_stages.main, bench_stages.parser())
+    assert names(capsys.readouterr().err, "--number", 1, 2)
+
+
 def test_other_families_are_refused(tmp_path, monkeypatch, capsys):
     base = write_model(tmp_path / "base", "tiny mpnet")
     monkeypatch.setattr(sys, "argv", ["bench_stages", "--base", str(base)])
