@@ -144,6 +144,19 @@ def test_what_is_missing_is_named_with_its_reason(out):
     assert len(by_point(measure_effects(results, ["mrr@10"]), "uber")) == 1
 
 
+def test_a_cell_whose_description_is_damaged_is_left_out(out):
+    cell = next(cell for cell in Grid.load(out).cells if cell.point == POINTS[1] and cell.seed == 0)
+    path = out / "cells" / cell.key / "cell.json"
+    for text in ('{"key": 3}', "{"):
+        path.write_text(text)
+        results = Results.load(out)
+        assert [names(line, path, "damaged") for line in results.missing] == [True]
+        assert list(results.of_point(POINTS[1])) == [1]
+        assert len(by_point(measure_effects(results, ["mrr@10"]), "uber")) == 3
+        with pytest.raises(ValueError, match=naming("damaged", "embedft ablate")):
+            Grid.load(out)
+
+
 def test_cells_of_other_settings_are_left_out_and_counted(out):
     grid = Grid.load(out)
     left = [cell.key for cell in grid.cells if cell.point != POINTS[2]]

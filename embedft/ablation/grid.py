@@ -71,15 +71,19 @@ class Grid:
         return (self.folder(cell) / RESULT).exists()
 
     @classmethod
-    def load(cls, out: str | Path) -> "Grid":
-        """Reads what `save` wrote. Raises `ValueError` for a folder without a grid, or one of another version."""
+    def load(cls, out: str | Path, *, damaged: dict[str, str] | None = None) -> "Grid":
+        """Reads what `save` wrote. Raises `ValueError` for a folder without a grid, or one of another version, and for
+        a damaged cell, unless `damaged` is there to take {key: what is wrong}."""
         found, cells = _read(Path(out)), []
         for key in found["cells"]:
             path = Path(out) / CELLS / key / CELL
             try:
                 cells.append(Cell(**read_object(path)))
-            except (OSError, TypeError) as error:
-                raise ValueError(f"{path}: damaged cell ({error}); run `embedft ablate` again") from None
+            except (OSError, TypeError, ValueError) as error:
+                message = f"{path}: damaged cell ({error}); run `embedft ablate` again"
+                if damaged is None:
+                    raise ValueError(message) from None
+                damaged[key] = message
         return cls(**found | {"cells": cells, "out": Path(out)})
 
     def save(self) -> None:

@@ -36,10 +36,11 @@ class Results:
     def load(cls, out: str | Path, tests: Sequence[str] = ()) -> "Results":
         """Reads a grid's folder: all its tests, or those named. A cell that is unfinished, failed or damaged is in
         `missing`. Raises `ValueError` for a folder without a grid, an unknown test, or without any finished cell."""
-        grid = Grid.load(out)
+        damaged: dict[str, str] = {}
+        grid = Grid.load(out, damaged=damaged)
         if unknown := [name for name in tests if name not in grid.tests]:
             raise ValueError(f"{out}: has no test {unknown[0]!r}; its tests are {', '.join(grid.tests)}")
-        wanted, finished, missing = list(tests) or list(grid.tests), [], []
+        wanted, finished, missing = list(tests) or list(grid.tests), [], [*damaged.values()]
         for cell in grid.cells:
             try:
                 finished.append(_read(cell, grid.folder(cell), wanted))
@@ -47,7 +48,7 @@ class Results:
                 missing.append(f"{name_of(cell)}: {error}")
         if not finished:
             raise ValueError(f"{out}: no cell is finished; {missing[0] if missing else 'the grid has none'}")
-        keys = {cell.key for cell in grid.cells}
+        keys = {cell.key for cell in grid.cells} | damaged.keys()
         others = [path for path in (grid.out / CELLS).iterdir() if path.name not in keys and (path / RESULT).exists()]
         if others:
             missing.append(f"{len(others)} finished cells of other settings, data or code: not in this grid")
