@@ -5,8 +5,9 @@ Measured on 790 questions about Uber's 10-K, which has 395 chunks of about 660 t
   Data", August 2023)
 - one vector: the base at 512 tokens, fewer than most chunks have; every other row is compared with it
 - windows: 128 tokens, one every 64; a chunk's score is that of its best window
-- BM25 over the base's tokens, and over words
-- BM25 + either: z-score fusion with the weight that has the best MRR@10 on the 668 questions about Lyft's 10-K
+- BM25 over the base's tokens, over words, and over tokens and pairs: each two neighbours are one more term
+- BM25 (over tokens) or pairs + vectors: z-score fusion with the weight that has the best MRR@10 on the 668 questions
+  about Lyft's 10-K
 - with --tuned: the mean over fine-tuned models, one per seed
 
     python -m experiments.baselines_lyft_uber
@@ -17,11 +18,13 @@ Each text is embedded once; a second run reads all vectors from the store.
 
 import argparse
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from embedft import Report, RetrievalDataset, Run, bm25_run, evaluate, evaluate_run, fuse, load_embedder
+from embedft.retrieval.bm25 import Tokenize
 from embedft.retrieval.metrics import Qrels, judge, measure
 from embedft.retrieval.significance import holm
 from embedft.retrieval.tables import format_table
@@ -50,6 +53,7 @@ def main(options: argparse.Namespace) -> None:
     )
     # Runs on Lyft, to choose the fusion weights, and on Uber.
     bm25 = [bm25_run(dataset, tokenize=embedder.tokenize) for dataset in (lyft, uber)]
+    pairs = [bm25_run(dataset, tokenize=with_pairs(embedder.tokenize)) for dataset in (lyft, uber)]
     one_vector = [evaluate(embedder, dataset).run for dataset in (lyft, uber)]
     windows = [evaluate(embedder, dataset, passages=PASSAGES).run for dataset in (lyft, uber)]
     runs = {
@@ -57,11 +61,13 @@ def main(options: argparse.Namespace) -> None:
         "windows": windows[1],
         "BM25, tokens": bm25[1],
         "BM25, words": bm25_run(uber),
+        "BM25, tokens and pairs": pairs[1],
     }
-    for name, dense in (("one vector", one_vector), ("windows", windows)):
-        weights = choose_weight([bm25[0], dense[0]], lyft.all_qrels())
-        fused = fuse([bm25[1], dense[1]], method="zscore", weights=weights)
-        runs[f"{weights[0]:g} BM25 + {weights[1]:g} {name}"] = fused
+    for words, (on_lyft, on_uber) in (("BM25", bm25), ("pairs", pairs)):
+        for name, dense in (("one vector", one_vector), ("windows", windows)):
+            weights = choose_weight([on_lyft, dense[0]], lyft.all_qrels())
+            fused = fuse([on_uber, dense[1]], method="zscore", weights=weights)
+            runs[f"{weights[0]:g} {words} + {weights[1]:g} {name}"] = fused
     reports = {name: [evaluate_run(run, uber)] for name, run in runs.items()}
     if tuned:
         reports["fine-tuned, one vector"] = [evaluate(model, uber) for model in tuned]
@@ -82,6 +88,11 @@ def main(options: argparse.Namespace) -> None:
         "Holm-adjusted over the rows.\nThe LLM that wrote these questions reused the chunks' words, which favours word "
         "matching:\nBM25 is stronger here than on users' questions."
     )
+
+
+def with_pairs(tokenize: Tokenize) -> Tokenize:
+    """Tokens, and each two neighbours as one more token."""
+    return lambda texts: [[*tokens, *map(str, itertools.pairwise(tokens))] for tokens in tokenize(texts)]
 
 
 def choose_weight(runs: Sequence[Run], qrels: Qrels, *, metric: str = CHOOSE) -> tuple[float, float]:

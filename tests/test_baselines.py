@@ -14,7 +14,14 @@ from naming import naming
 
 from embedft import Report, RetrievalDataset, bm25_run, compare, evaluate, evaluate_run, fuse, load_embedder
 from embedft.retrieval.run import Run
-from experiments.baselines_lyft_uber import METRICS, choose_weight, format_differences, format_values, main
+from experiments.baselines_lyft_uber import (
+    METRICS,
+    choose_weight,
+    format_differences,
+    format_values,
+    main,
+    with_pairs,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_DOCUMENTS = 8
@@ -140,6 +147,18 @@ def test_choose_weight_refuses(number, options, facts):
         choose_weight([Run.from_dict({"q": {"a": 1.0}})] * number, {"q": {"a": 1}}, **options)
 
 
+def test_pairs_by_hand():
+    def words(texts):
+        return [text.split() for text in texts]
+
+    (abc, a, nothing) = with_pairs(words)(["a b c", "a", ""])
+    assert (abc[:3], len(set(abc)), a, nothing) == (["a", "b", "c"], 5, ["a"], [])
+    # Both documents have both words once and are equally long; only the pair tells them apart.
+    dataset = RetrievalDataset({"q": "red car"}, {"x": "car red old", "y": "old red car"}, {"q": {"y": 1}})
+    assert evaluate_run(bm25_run(dataset, tokenize=words), dataset).metrics["hit_rate@1"] == 0  # a tie: x is first
+    assert evaluate_run(bm25_run(dataset, tokenize=with_pairs(words)), dataset).metrics["hit_rate@1"] == 1
+
+
 # All of it.
 
 
@@ -181,6 +200,7 @@ def test_the_command(tmp_path, write_tiny, capsys, monkeypatch):
     text = output()
     embedder = load_embedder(base, max_length=512)
     tokens = [bm25_run(dataset, tokenize=embedder.tokenize) for dataset in (lyft, uber)]
+    pairs = [bm25_run(dataset, tokenize=with_pairs(embedder.tokenize)) for dataset in (lyft, uber)]
     one_vector = [evaluate(embedder, dataset) for dataset in (lyft, uber)]
     windows = [evaluate(embedder, dataset, passages=(128, 64)) for dataset in (lyft, uber)]
     expected = {
@@ -188,14 +208,16 @@ def test_the_command(tmp_path, write_tiny, capsys, monkeypatch):
         "windows": windows[1],
         "BM25, tokens": evaluate_run(tokens[1], uber),
         "BM25, words": evaluate_run(bm25_run(uber), uber),
+        "BM25, tokens and pairs": evaluate_run(pairs[1], uber),
     }
-    for name, dense in (("one vector", one_vector), ("windows", windows)):
-        w, rest = choose_weight([tokens[0], dense[0].run], lyft.all_qrels(), metric="mrr@10")
-        assert (w, rest) != choose_weight(
-            [tokens[1], dense[1].run], uber.all_qrels()
-        )  # so that choosing on Uber would show
-        fused = fuse([tokens[1], dense[1].run], method="zscore", weights=(w, rest))
-        expected[f"{w:g} BM25 + {rest:g} {name}"] = evaluate_run(fused, uber)
+    for kind, sparse in (("BM25", tokens), ("pairs", pairs)):
+        for name, dense in (("one vector", one_vector), ("windows", windows)):
+            w, rest = choose_weight([sparse[0], dense[0].run], lyft.all_qrels(), metric="mrr@10")
+            assert (w, rest) != choose_weight(
+                [sparse[1], dense[1].run], uber.all_qrels()
+            )  # so that choosing on Uber would show
+            fused = fuse([sparse[1], dense[1].run], method="zscore", weights=(w, rest))
+            expected[f"{w:g} {kind} + {rest:g} {name}"] = evaluate_run(fused, uber)
     expected = {name: [found] for name, found in expected.items()}
     first, second = text.split("\n\n")[:2]
     assert first == format_values(expected)
