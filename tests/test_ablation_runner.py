@@ -17,7 +17,7 @@ import traceback
 from pathlib import Path
 
 import pytest
-from naming import names
+from naming import names, naming
 from tiny import make_dataset, make_embedder
 
 from embedft import Report, RetrievalDataset, bm25_run, evaluate, evaluate_run, fuse, load_embedder
@@ -421,7 +421,7 @@ def test_a_grid_file_makes_the_same_cells_as_the_command(capsys, monkeypatch):
         file.writelines(f"{name} = {value}\n" for name, value in how.items())
     options = ["experiments.ablate", "lr.py", "--out", "from-file"]
     monkeypatch.setattr(sys, "argv", options)
-    with pytest.raises(SystemExit, match="0"):
+    with pytest.raises(SystemExit, match=naming(0)):
         runpy.run_module("experiments.ablate", run_name="__main__")
     words = "--epochs 1 --batch-size 4 --lr 1e-3 --axis lr 2e-3 --seeds 0 1 --out out --dry-run"
     tests = [f"{name}={path}" for name, path in TESTS.items()]
@@ -439,7 +439,7 @@ def test_a_bad_grid_file_is_refused(text, facts, monkeypatch, capsys):
     if text:
         Path("grid.py").write_text(text)
     monkeypatch.setattr(sys, "argv", ["experiments.ablate", "grid.py"])
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit, match=naming(2)):
         runpy.run_module("experiments.ablate", run_name="__main__")
     assert names(capsys.readouterr().err, *facts)
 

@@ -238,9 +238,9 @@ def test_queries_of_some_kinds():
     assert (claims.scores, claims.missing) == ({"q2": {"d3": 0.5}}, {"q2": {"x": 1}})
     assert claims.kinds == {"q0": "claim", "q2": "claim"}
     assert list(dataset.of_kinds(["title", "claim"]).queries) == ["q0", "q1", "q2"]  # q3 is of no kind
-    with pytest.raises(ValueError, match=naming("kind", "'keywords'", "claim (2)", "title (1)")):
+    with pytest.raises(ValueError, match=naming("kind", "'keywords'", "claim", 2, "title", 1)):
         dataset.of_kinds(["claim", "keywords"])
-    with pytest.raises(ValueError, match=naming("kind", "'claim'", "without kinds")):
+    with pytest.raises(ValueError, match=naming("kind", "'claim'", "kinds")):
         replace(dataset, kinds={}).of_kinds(["claim"])
 
 

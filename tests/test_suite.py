@@ -89,7 +89,7 @@ def test_save_and_load(tmp_path):
 def test_suite_json_is_written_last(tmp_path, monkeypatch):
     Suite(a=make_report([1]), b=make_report([1])).save(tmp_path)
     monkeypatch.setattr(Report, "save", lambda *arguments: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(OSError, match=naming("full")):
         Suite(a=make_report([2]), b=make_report([2])).save(tmp_path)
     with pytest.raises(ValueError, match=naming(tmp_path, "suite.json")):
         Suite.load(tmp_path)
@@ -264,7 +264,7 @@ def test_resumed_after_half_a_report_on_the_base(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             finetune(embedder, make_dataset(), CONFIG, validation=datasets, out=out)
     assert tree(out / "eval") == {f"validation-base/a/{file}" for file in FILES}
-    with pytest.raises(ValueError, match=naming("validation b", "SHA-256")):
+    with pytest.raises(ValueError, match=naming("validation", "b", "SHA-256")):
         finetune(embedder, make_dataset(), CONFIG, validation={"a": A, "b": A}, out=out, existing="resume")
     with pytest.raises(ValueError, match=naming("validation", "SHA-256")):
         finetune(embedder, make_dataset(), CONFIG, validation=A, out=out, existing="resume")
