@@ -227,6 +227,8 @@ def test_another_teacher_under_the_same_name_is_not_resumed(tmp_path, monkeypatc
     [
         ({"num_negatives": 0}, ("num_negatives", 0)),
         ({"mine_every": 1}, ("mine_every", 1)),
+        ({"mine_every": 1, "target_scores": False, "examples": "pairs"}, ("mine_every", 1, "relabel")),
+        ({"target_scores": False}, ("teacher", "bm25", "target_scores", "relabel", "ranking")),
         ({"mine_relative_margin": 0.1}, ("mine_relative_margin", 0.1)),
         ({"teacher": {"relabel": 0.1}, "mine_ranks": [1, 5]}, ("mine_ranks",)),
         ({"teacher": {"models": ""}}, ("teacher", "models")),
@@ -261,6 +263,12 @@ def test_what_cannot_teach_leaves_nothing(tmp_path, teacher, facts):
     assert not (tmp_path / "run" / run_folder.CONFIG).exists()
 
 
+def test_what_cannot_teach_is_named(tmp_path):
+    datasets = {"one": make_dataset(), "two": replace(make_dataset(seed=1), qrels={})}
+    with pytest.raises(ValueError, match=naming("two", "depth")):
+        finetune(make_embedder(tmp_path / "base"), datasets, config(teacher={"depth": 0}))
+
+
 def test_vectors_of_references_are_kept(tmp_path):
     make_embedder(tmp_path / "other", max_length=6)
     embedder, dataset = make_embedder(tmp_path / "base", store=tmp_path / "store"), make_dataset()
@@ -272,6 +280,14 @@ def test_vectors_of_references_are_kept(tmp_path):
     other.encode([*dataset.queries.values()], role="query")
     other.encode([*dataset.texts.values()], role="document")
     assert (other.store.hits, other.store.misses) == (21, 0)
+
+
+def test_every_use_of_a_teacher_is_allowed():
+    quiet = {"target_scores": False, "examples": "pairs"}
+    for use in ({"relabel": 0.0}, {"ranking": "teacher"}):
+        config(teacher=use, **quiet)
+    config(teacher={"relabel": 0.0}, mine_every=1, **quiet)
+    config(examples="scored", target_scores=False)
 
 
 # Bare texts.

@@ -80,7 +80,10 @@ def taught(job: Job) -> dict[str, RetrievalDataset]:
         how = {name: getattr(settings, name) for name in ("depth", "ranking", "relabel")}
         how |= {name.removeprefix("mine_"): getattr(config, name) for name in MARGINS}
         how |= {"passages": config.passages, "folder": lists}
-        found = {name: teach(teacher, student, part, **how) for name, part in job.datasets.items()}
+        found = {}
+        for name, part in job.datasets.items():
+            with about(name):
+                found[name] = teach(teacher, student, part, **how)
         counts = {name: sum(own[name] for _, own in found.values()) for name in ("scored", "relabelled", "dropped")}
         return {name: (part.qrels, part.negatives, part.scores) for name, (part, _) in found.items()}, counts
 

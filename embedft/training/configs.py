@@ -158,8 +158,14 @@ class FinetuneConfig(TrainConfig):
             return
         if teacher.relabel is None and not self.num_negatives and self.examples != "scored":
             raise ValueError("num_negatives is 0, but there is a teacher: expected at least 1, of the lists it scores")
-        if self.mine_every and (self.target_scores or self.examples == "scored"):
+        uses_scores = self.target_scores or self.examples == "scored"
+        if self.mine_every and uses_scores:
             raise ValueError(f"mine_every is {self.mine_every}, but the teacher scores its lists once, before training")
+        if teacher.relabel is None and self.mine_every:
+            raise ValueError(f"mine_every is {self.mine_every}: mining replaces the teacher's lists, expected relabel")
+        if teacher.relabel is None and not uses_scores and teacher.ranking == "student":
+            uses = "target_scores, examples 'scored', teacher.relabel or teacher.ranking 'teacher'"
+            raise ValueError(f"teacher: nothing uses what {teacher.models!r} says: expected {uses}")
 
     def teacher_config(self) -> TeacherConfig | None:
         """The settings of the teacher; None without one."""
