@@ -11,6 +11,8 @@ from tiny import make_dataset, make_embedder
 
 from embedft import FinetuneConfig, finetune, load_embedder
 from embedft.losses.contrastive import in_batch_negatives
+from embedft.training.averaging import KeptWeights
+from embedft.training.checkpoint import TrainState
 from embedft.training.merging import interpolate
 from embedft.training.parts import without_gradient
 from embedft.training.train import TrainConfig, train
@@ -58,6 +60,25 @@ def test_one_step_by_hand(tmp_path):
     embedder, _, seen = steps_of(replace(CONFIG, epochs=1, accumulate=4, ema=0.999), tmp_path)
     base, tuned = seen
     assert_close(weights_of(embedder), {name: 2 / 11 * base[name] + 9 / 11 * tuned[name] for name in base})
+
+
+def test_weights_in_bfloat16_have_an_average_in_float32(tmp_path):
+    """A decay of 0.999 moves it by less than bfloat16 can hold."""
+    embedder = make_embedder(tmp_path / "base", dtype=torch.bfloat16)
+    state = TrainState(embedder, in_batch_negatives, torch.optim.SGD(embedder.parameters()))
+    kept = KeptWeights(state, replace(CONFIG, ema=0.999))
+    with torch.no_grad():
+        for weight in embedder.parameters():
+            weight.fill_(1.0)
+    for average in state.average.values():
+        average.fill_(0.5)
+    state.step = 100_000
+    for _ in range(100):
+        kept.update()
+    for name, average in state.average.items():
+        torch.testing.assert_close(average, torch.full_like(average, 1 - 0.5 * 0.999**100), msg=name)
+    kept.put()
+    assert {weight.dtype for weight in embedder.parameters()} == {torch.bfloat16}
 
 
 def test_the_share_by_hand(tmp_path):

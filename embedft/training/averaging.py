@@ -33,7 +33,9 @@ class KeptWeights:
 
     def __init__(self, state: TrainState, config: TrainConfig):
         self.state, self.decay, self.share = state, config.ema, config.tuned_share
-        state.average = None if config.ema is None else self._copy()
+        # At least in float32: in bfloat16, a step of 1 - decay would be lost in rounding.
+        precise = {name: x.to(torch.promote_types(x.dtype, torch.float32)) for name, x in self._copy().items()}
+        state.average = None if config.ema is None else precise
         self.base = None if config.tuned_share is None else self._copy()
 
     def _trained(self) -> dict[str, nn.Parameter]:
@@ -48,7 +50,8 @@ class KeptWeights:
         if self.state.average is not None:
             decay = min(self.decay, (1 + self.state.step) / (10 + self.state.step))
             for name, parameter in self._trained().items():
-                self.state.average[name].lerp_(parameter, 1 - decay)
+                average = self.state.average[name]
+                average.lerp_(parameter.to(average.dtype), 1 - decay)
 
     @torch.no_grad()
     def put(self) -> None:
