@@ -66,8 +66,10 @@ class Options(Windows, Data, config.Options):
 def run(options: Options) -> None:
     """Merges, measures every mixture, and saves the best one."""
     from ..encoders.card import write_card
-    from ..training.merging import soup
+    from ..training.merging import check_weights, soup
 
+    for weights in options.mixtures.values():
+        check_weights(weights, len(options.models))
     if options.out:
         _check_out(Path(options.out), overwrite=options.overwrite)
     datasets = {} if options.validation is None else {"validation": load_data(options.validation, options)}

@@ -45,10 +45,7 @@ def soup(
     Raises `ValueError` for weights that do not fit, and for the first difference between two models in architecture,
     tokenizer, pooling, prompts, head, adapter or tensors."""
     weights = [1 / len(models) for _ in models] if weights is None else list(weights)
-    if not models or len(weights) != len(models):
-        raise ValueError(f"weights has {len(weights)} entries, expected one for each of {len(models)} models")
-    if not all(0 <= weight < math.inf for weight in weights) or abs(sum(weights) - 1) > 1e-6:
-        raise ValueError(f"weights is {weights}, expected numbers of at least 0 with a sum of 1")
+    check_weights(weights, len(models))
     names = names or [model.source.name if model.source else f"model {i}" for i, model in enumerate(models, start=1)]
     models = [_merged(model, name) for model, name in zip(models, names, strict=True)]
     for model, name in zip(models[1:], names[1:], strict=True):
@@ -58,6 +55,14 @@ def soup(
     if result.adapter is not None:
         result.adapter.base = result.base()
     return result
+
+
+def check_weights(weights: Sequence[float], num_models: int) -> None:
+    """Raises `ValueError` unless there is a weight of at least 0 for each model, with a sum of 1."""
+    if not weights or len(weights) != num_models:
+        raise ValueError(f"weights has {len(weights)} entries, expected one for each of {num_models} models")
+    if not all(0 <= weight < math.inf for weight in weights) or abs(sum(weights) - 1) > 1e-6:
+        raise ValueError(f"weights is {list(weights)}, expected numbers of at least 0 with a sum of 1")
 
 
 def weighted_average(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
