@@ -134,12 +134,13 @@ def test_a_damaged_cell_is_named_and_written_anew(tmp_path):
     grid = make_grid(tmp_path)
     grid.save()
     path = tmp_path / "cells" / "0000000000000011" / "cell.json"
-    path.write_text('{"key": "x"}')
-    with pytest.raises(ValueError, match=naming(path)):
-        Grid.load(tmp_path)
-    grid.check_extends()
-    grid.save()
-    assert Grid.load(tmp_path) == grid
+    for text in ('{"key": "x"}', "{"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=naming(path)):
+            Grid.load(tmp_path)
+        grid.check_extends()
+        grid.save()
+        assert Grid.load(tmp_path) == grid
 
 
 def test_the_hash_of_the_code_is_that_of_every_source_file(monkeypatch, tmp_path):

@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import math
+import warnings
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -12,13 +14,13 @@ from tiny_grid import POINTS, make_questions, run_of, write_grid
 
 from embedft import compare, evaluate_run
 from embedft.ablation.effects import choose, measure_effects
-from embedft.ablation.grid import EVAL, FAILED, RESULT, Grid
+from embedft.ablation.grid import EVAL, FAILED, RESULT, VALIDATION, Grid
 from embedft.ablation.results import Results
 from embedft.ablation.tables import format_report
 from embedft.cli import main
-from embedft.files import write_json
+from embedft.files import read_json, write_json
 from embedft.retrieval.power import questions_needed
-from embedft.retrieval.significance import holm, recipe_interval, variance_of
+from embedft.retrieval.significance import holm, recipe_interval, t_interval, variance_of
 
 # Reciprocal ranks by seed: BASE 1/2 1/2 1/4 1/4 and 1/2 1/2 1/4 1/5; the point 1 1 1/2 1/4 and 1/2 1 1/2 1/5.
 UBER = {(0, 0): [2, 2, 4, 4], (0, 1): [2, 2, 4, 5], (1, 0): [1, 1, 2, 4], (1, 1): [2, 1, 2, 5]}
@@ -184,6 +186,41 @@ def test_without_validation_nothing_is_chosen(tmp_path):
     results = Results.load(tmp_path / "out")
     assert choose(results) is None
     assert "No point is chosen" in format_report(results, measure_effects(results, ["mrr@10"]))
+
+
+def test_points_validated_on_different_questions_are_not_compared(out):
+    """Scores on different questions say nothing about which point is better."""
+    for cell in Grid.load(out).cells:
+        hashes = cell.hashes | {VALIDATION: "other" if cell.point == POINTS[1] else "same"}
+        write_json(out / "cells" / cell.key / "cell.json", asdict(replace(cell, hashes=hashes)))
+    results = Results.load(out)
+    assert choose(results) is None
+    assert "No point is chosen" in format_report(results, measure_effects(results, ["mrr@10"]))
+
+
+def test_the_average_has_a_t_interval_even_for_a_single_seed(tmp_path):
+    ranks = [{place: found for place, found in test.items() if place[1] in (0, None)} for test in (UBER, FACTS)]
+    write_grid(tmp_path / "out", {"uber": ranks[0], "facts": ranks[1]})
+    results = Results.load(tmp_path / "out")
+    effects = measure_effects(results, ["mrr@10"])
+    change = by_point(effects, "average")[1].from_base
+    differences = [(np.array([[0.5, 0.5, 0.25, 0]]), None), (np.array([[-0.5, 0, 0]]), None)]
+    expected = t_interval(variance_of(*differences))
+    assert change.interval == pytest.approx(expected["interval"])
+    assert "the average of several tests: from a t distribution" in format_report(results, effects)
+
+
+def test_a_difference_in_what_the_grid_varies_is_no_warning(out):
+    """Such as max_length: paired on purpose, so nothing is to be told."""
+    for cell in Grid.load(out).cells:
+        path = out / "cells" / cell.key / EVAL / "uber" / "metrics.json"
+        if path.exists():
+            found = read_json(path)
+            found["setting"]["max_length"] = 8 if cell.point == POINTS[1] else 48
+            write_json(path, found)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert main(["report", str(out)]) == 0
 
 
 def test_csv_has_every_digit_and_reads_back(out):

@@ -17,10 +17,8 @@ import numpy as np
 from ..retrieval.power import questions_needed
 from ..retrieval.report import Report, compare, compare_seeds, paired_values
 from ..retrieval.significance import holm, t_interval, variance_of
-from .grid import VALIDATION
+from .grid import AVERAGE, VALIDATION
 from .results import FinishedCell, Results
-
-AVERAGE = "average"  # over the tests, in place of a test's name
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Effect:
 def measure_effects(results: Results, metrics: Sequence[str]) -> list[Effect]:
     """The effects of all points with a finished seed, by metric, then test (then their average), then point."""
     tests = [name for name in results.finished[0].reports if name != VALIDATION]
-    groups = [[name] for name in tests] + ([tests] if len(tests) > 1 and AVERAGE not in tests else [])
+    groups = [[name] for name in tests] + ([tests] if len(tests) > 1 else [])
     points = {i: results.of_point(point) for i, point in enumerate(results.grid.points)}
     starts = {i: results.untrained(point) for i, point in enumerate(results.grid.points)}
     for metric in metrics:
@@ -131,11 +129,13 @@ def change_between(pairs: Sequence[tuple[Sequence[Report], Sequence[Report]]], m
 
 def choose(results: Results) -> tuple[int, float] | None:
     """The point that is best on the validation questions, and its `select` there, mean over seeds; the first of equals.
-    Only points whose seeds are all finished take part, so that none wins by a lucky seed. None if there are none."""
-    select, found = results.grid.select, {}
+    Only points whose seeds are all finished take part, so that none wins by a lucky seed. None if there are none, or if
+    they were validated on different questions."""
+    select, found, questions = results.grid.select, {}, set()
     for i, point in enumerate(results.grid.points):
         cells = results.of_point(point)
         reports = [cell.reports[VALIDATION] for cell in cells.values() if VALIDATION in cell.reports]
         if len(reports) == len(results.grid.seeds) and all(select in report.metrics for report in reports):
             found[i] = float(np.mean([report.metrics[select] for report in reports]))
-    return max(found.items(), key=lambda item: item[1]) if found else None
+            questions |= {cell.cell.hashes.get(VALIDATION) for cell in cells.values()}
+    return max(found.items(), key=lambda item: item[1]) if len(questions) == 1 else None

@@ -13,6 +13,7 @@ runs/<run key>/    finetune's run folder, shared by the cells that differ in eva
 store/             vectors of frozen models, shared by all cells
 """
 
+import contextlib
 import copy
 import hashlib
 import itertools
@@ -30,6 +31,7 @@ VERSION = 1
 GRID, CELLS, RUNS, STORE = "grid.json", "cells", "runs", "store"
 WINDOWS = "windows.jsonl"  # in a report's folder: where in its document each question's best window is
 CELL, EVAL, RESULT, FAILED, LOG, VALIDATION = "cell.json", "eval", "result.json", "failed.json", "log.txt", "validation"
+AVERAGE = "average"  # over the tests, in place of a test's name
 Point = dict[str, Any]  # {dotted key: value}
 
 
@@ -132,9 +134,9 @@ def _read(out: Path) -> dict[str, Any]:
 
 
 def _write_changed(path: Path, value: Any) -> None:
-    text = json.dumps(value, ensure_ascii=False, indent=2)
-    if path.is_file() and read_object(path) == json.loads(text):
-        return
+    with contextlib.suppress(OSError, ValueError):  # none yet, or a damaged one
+        if read_object(path) == json.loads(json.dumps(value)):
+            return
     write_json(path, value)
 
 

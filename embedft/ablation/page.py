@@ -7,6 +7,7 @@ The template is page.html; its script reads the data of `page_data` from the pag
 
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from ..data.dataset import RetrievalDataset
 from ..files import read_jsonl
 from ..retrieval.report import Report, paired_values
 from ..retrieval.significance import ROUNDING
-from .effects import AVERAGE, Effect, choose
-from .grid import EVAL, WINDOWS, Grid
+from .effects import Effect, choose
+from .grid import AVERAGE, EVAL, WINDOWS, Grid
 from .results import FinishedCell, Results
 from .tables import NOTES, introduction, shown, table_rows
 
@@ -105,7 +106,9 @@ def changed_questions(
         if not seeds:
             continue
         before, after = ([cells[seed].reports[test] for seed in seeds] for cells in (base, own))
-        before_Q, after_Q = (paired_values(before[0], side, metric).mean(axis=0) for side in (before, after))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about lengths, prompts and the like: they are what the grid varies
+            before_Q, after_Q = (paired_values(before[0], side, metric).mean(axis=0) for side in (before, after))
         change_Q = np.abs(after_Q - before_Q)
         order = [int(q) for q in np.argsort(-change_Q, kind="stable")[:limit] if change_Q[q] > ROUNDING]
         windows, entries = _windows(results, own[seeds[0]], test), []

@@ -30,6 +30,7 @@ from ..retrieval.teacher import load_teacher
 from ..training.configs import FinetuneConfig
 from ..training.run_folder import FREE
 from .grid import (
+    AVERAGE,
     VALIDATION,
     Cell,
     Grid,
@@ -104,8 +105,10 @@ def complete(base: Mapping[str, Any]) -> dict[str, Any]:
 
 def settings_of(config: Mapping[str, Any]) -> tuple[Options, Evaluation]:
     """A configuration as the options of `embedft finetune` and the way of evaluating."""
-    plain = {name: value for name, value in config.items() if name != "evaluate"}
-    return from_dict(Options, {**plain, "out": ""}), from_dict(Evaluation, config.get("evaluate", {}), "evaluate: ")
+    plain, how = {name: value for name, value in config.items() if name != "evaluate"}, config.get("evaluate", {})
+    if not isinstance(how, Mapping):
+        raise ValueError(f"evaluate is {how!r}, expected KEY=VALUE or {{...}}")
+    return from_dict(Options, {**plain, "out": ""}), from_dict(Evaluation, how, "evaluate: ")
 
 
 def _settings() -> list[str]:
@@ -162,7 +165,8 @@ def plan(
     base, tests = complete(base), {name: str(path) for name, path in tests.items()}
     if not tests:
         raise ValueError("tests is empty, expected at least one")
-    if wrong := [name for name in tests if name == VALIDATION or Path(name).name != name or name[:1] in ("", ".")]:
+    reserved = (VALIDATION, AVERAGE)
+    if wrong := [name for name in tests if name in reserved or Path(name).name != name or name[:1] in ("", ".")]:
         raise ValueError(f"a test is named {wrong[0]!r}, expected the name of a new folder")
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds are {list(seeds)}, expected different ones, at least one")

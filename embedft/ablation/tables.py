@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from ..retrieval.tables import Column, Style, format_rows
-from .effects import AVERAGE, Change, Effect, choose
-from .grid import describe
+from .effects import Change, Effect, choose
+from .grid import AVERAGE, describe
 from .results import Results
 
 MISSING = "Missing: "  # begins a line of the introduction, here and in page.html
@@ -46,11 +46,13 @@ def format_report(results: Results, effects: Sequence[Effect], *, style: Style =
 NOTES = (
     "Each mean is over the finished seeds. Differences are from BASE, paired by question and seed. With several seeds, "
     "intervals (95%) and p-values are from a t distribution, for new seeds and new questions; with one, from a "
-    "bootstrap and sign flips, for new questions alone. Questions that share a document form a cluster. p-values are "
-    "corrected over the points of a table (Holm); intervals are not.",
+    "bootstrap and sign flips (the average of several tests: from a t distribution too), for new questions alone. "
+    "Questions that share a document form a cluster; a single cluster has no interval. p-values are corrected over the "
+    "points of a table (Holm); intervals are not.",
     "Standard errors: for new questions with these seeds, for new seeds on these questions, and for both. The number "
     "of questions needed is what would detect the observed difference with 80% power (two-sided 5%, before Holm) and "
-    "as many seeds; inf: seeds vary too much for any number of questions. The average is that of the tests' means.",
+    "as many seeds; inf: no number of questions would, because the difference is 0 or seeds vary too much. The average "
+    "is that of the tests' means.",
     "Seconds are of training, means over seeds; memory is the largest peak of a process.",
 )
 
@@ -66,7 +68,8 @@ def introduction(results: Results, effects: Sequence[Effect]) -> list[str]:
         lines.append(f"{MISSING}BASE has no finished seed, so nothing is compared with it.")
     chosen = choose(results)
     if chosen is None:
-        return [*lines, "No point is chosen: that takes validation questions and a point whose seeds are all finished."]
+        needed = "validation questions, the same for all points, and a point whose seeds are all finished"
+        return [*lines, f"No point is chosen: that takes {needed}."]
     place, value = chosen
     name = describe(grid.points[place]) or "BASE"
     told = [_told(one) for one in effects if one.point == place and one.metric == effects[0].metric]
@@ -141,8 +144,9 @@ def _columns(metric: str, rows: list[dict[str, Any]], style: Style) -> list[Colu
     p_value = f"p (Holm, {tested})" if tested > 1 else "p"
     columns = [("mean", metric, ".4f"), ("num_seeds", "seeds", "d"), ("difference", "difference", "+.4f")]
     columns += [("interval_base", "95% interval", "+.4f"), ("p_value", p_value, ".4f")]
-    columns += [("question_error", "s.e. questions", ".4f"), ("seed_error", "seeds", ".4f"), ("error", "both", ".4f")]
-    columns += [("questions_needed", "questions needed", ",.0f"), ("difference_untrained", "from untrained", "+.4f")]
+    columns += [("question_error", "s.e. questions", ".4f"), ("seed_error", "s.e. seeds", ".4f")]
+    columns += [("error", "s.e. both", ".4f"), ("questions_needed", "questions needed", ",.0f")]
+    columns += [("difference_untrained", "from untrained", "+.4f")]
     return [*columns, ("train_seconds", "training, s", ",.0f"), ("peak_gib", "peak, GiB", ".2f")]
 
 
