@@ -486,7 +486,7 @@ PAIR = {"query": "a?", "positive": "A"}
         ([PAIR, PAIR | {"grade": 3}], (2, "d0", "q0", "grade", 3, ..., 1)),
         ([PAIR | {"document_id": "7"}, PAIR | {"positive": "B", "document_id": "7"}], (2, "document", "text", 7)),
         ([PAIR | {"query_kind": "claim"}, PAIR | {"query_kind": "title"}], (2, "q0", "kind", "title", "claim")),
-        ([PAIR | {"query_kind": 3}], ("kind", "q0", "string", 3)),
+        ([PAIR, PAIR | {"query_kind": 3}], ("line 2", "kind", "q0", "string", 3)),
         ([], ("queries", "empty")),
     ],
 )

@@ -91,7 +91,12 @@ def test_replies_of_each_kind(kind):
     ]
     if kind is not QUESTION:
         label = kind.name.capitalize()
-        replies += [f"{label}: {one}\n{label} 2: {two}", json.dumps({kind.keys[0]: [f"{label} 1: {one}", two]})]
+        replies += [
+            f"**{label}:** {one}\n**{label} 2**: {two}",
+            f"{one}\nLet me know if that helps.\n{two}",
+        ]
+        replies += [f"I hope this helps!\n{one}\n{two}", f"{label}: {one}\n{label} 2: {two}"]
+        replies += [json.dumps({kind.keys[0]: [f"{label} 1: {one}", two]})]
     for reply in replies:
         assert parse_reply(reply, 2, kind) == [one, two], reply
     assert parse_reply(f"{one}\n{two}", 1, kind) == [one]

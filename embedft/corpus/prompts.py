@@ -112,7 +112,9 @@ NUMBERING = re.compile(rf"""(?ix)
 NO_QUESTION = re.compile(rf"(?i)[*_]*(?:{QUESTION}|answer\s*#?\d*\s*[.):].*|a\d*\s*:.*|{THOUGHT}[*_\s]*:.*)")
 QUOTES = (("**", "**"), ("__", "__"), *('""', "''", "“”", "‘’", "«»", "``", "**", "__"))
 PREAMBLE = re.compile(r"(?i)(?:sure|certainly|of course|absolutely|okay|ok|here (?:are|is)|here's|below are)\b[^?]*")
-LABEL = re.compile(r"(?i)\A(?:claim|statement|keywords?|keyword search|search(?: query)?|title)\s*#?\d*\s*[:：]\s*")
+CLOSING = re.compile(r"(?i)(?:please )?(?:let me know|feel free|i hope (?:this|these|you)|hope (?:this|these) help).*")
+LABEL = re.compile(r"""(?ix)\A [*_]{0,2} (?:claim|statement|keywords?|keyword\ search|search(?:\ query)?|title)
+    \s*\#?\d*\s* [*_]{0,2} \s*[:：]\s* [*_]{0,2} \s*""")
 SEPARATOR, MAX_KEY = re.compile(r"[\s,;、，]"), 10
 QUESTION_MARK = re.compile("[?？؟\u037e՞፧⁇¿]")
 AUXILIARY = r"(?:is|are|was|were|do|does|did|can|could|will|would|should|shall|has|have|had|must|might)"
@@ -252,11 +254,12 @@ def _without_thoughts(text: str) -> str:
 
 
 def _fitting_lines(text: str, kind: Kind) -> Iterator[str]:
-    """The distinct lines that fit the kind (for questions: that ask) and are no preamble. HTML line breaks, adjacent
-    tags and "? 2. " end a line, too."""
+    """The distinct lines that fit the kind (for questions: that ask) and are neither a preamble nor, as only other
+    kinds could take it for one, a closing. HTML line breaks, adjacent tags and "? 2. " end a line, too."""
     for line in map(str.strip, dict.fromkeys(LINE_END.sub("\n", text).splitlines())):
         is_short = len(line) <= MAX_CHARACTERS and not line.rstrip("*_ ").endswith(":")
-        if is_short and not PREAMBLE.fullmatch(line) and kind.fits(strip_numbering(line)):
+        is_frame = PREAMBLE.fullmatch(line) or (kind is not QUESTION and CLOSING.fullmatch(line))
+        if is_short and not is_frame and kind.fits(strip_numbering(line)):
             yield line
 
 

@@ -51,9 +51,11 @@ def read_pairs(path: Path, format: str, *, merge: bool, skip_empty: bool) -> dic
             if grades.setdefault(document_id, grade) != grade:
                 found = f"document {document_id!r} of query {query_id!r} has the grade {grade}"
                 raise ValueError(f"{found}, but {grades[document_id]} on an earlier line")
-            if not is_blank(kind := values.get("query_kind")) and kinds.setdefault(query_id, kind) != kind:
-                found = f"query {query_id!r} is of the kind {reprlib.repr(kind)}"
-                raise ValueError(f"{found}, but {kinds[query_id]!r} on an earlier line")
+            if not is_blank(kind := values.get("query_kind")):
+                check_text(kind, f"the kind of query {query_id!r}")
+                if kinds.setdefault(query_id, kind) != kind:
+                    found = f"query {query_id!r} is of the kind {reprlib.repr(kind)}"
+                    raise ValueError(f"{found}, but {kinds[query_id]!r} on an earlier line")
             if of_row or values.get("negatives") is not None:
                 negatives.setdefault(query_id, {})
             named = [document_id]
