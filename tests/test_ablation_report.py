@@ -297,8 +297,10 @@ def test_the_command_refuses_what_is_not_there(out, capsys, arguments, facts):
 def test_the_command_refuses_a_folder_without_results(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert names(capsys.readouterr().err, tmp_path, "grid.json")
-    write_grid(tmp_path / "out", {"uber": UBER})
-    for path in (tmp_path / "out").rglob(RESULT):
-        path.unlink()
-    with pytest.raises(ValueError, match=naming(tmp_path / "out", "finished")):
-        Results.load(tmp_path / "out")
+    grid = write_grid(tmp_path / "out", {"uber": UBER})
+    for kind in ("trained", "untrained"):
+        for cell in grid.cells:
+            if (cell.seed is None) == (kind == "untrained"):
+                (grid.folder(cell) / RESULT).unlink()
+        with pytest.raises(ValueError, match=naming(tmp_path / "out", "trained", "finished")):
+            Results.load(tmp_path / "out")

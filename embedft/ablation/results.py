@@ -35,7 +35,7 @@ class Results:
     @classmethod
     def load(cls, out: str | Path, tests: Sequence[str] = ()) -> "Results":
         """Reads a grid's folder: all its tests, or those named. A cell that is unfinished, failed or damaged is in
-        `missing`. Raises `ValueError` for a folder without a grid, an unknown test, or without any finished cell."""
+        `missing`. Raises `ValueError` for an unknown test, or a folder without a grid or a trained cell."""
         damaged: dict[str, str] = {}
         grid = Grid.load(out, damaged=damaged)
         if unknown := [name for name in tests if name not in grid.tests]:
@@ -46,8 +46,8 @@ class Results:
                 finished.append(_read(cell, grid.folder(cell), wanted))
             except ValueError as error:
                 missing.append(f"{name_of(cell)}: {error}")
-        if not finished:
-            raise ValueError(f"{out}: no cell is finished; {missing[0] if missing else 'the grid has none'}")
+        if all(one.cell.seed is None for one in finished):
+            raise ValueError(f"{out}: no trained cell is finished; {missing[0] if missing else 'the grid has none'}")
         keys = {cell.key for cell in grid.cells} | damaged.keys()
         others = [path for path in (grid.out / CELLS).iterdir() if path.name not in keys and (path / RESULT).exists()]
         if others:
