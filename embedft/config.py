@@ -280,7 +280,8 @@ def as_typed(message: str, cls: type, arguments: Sequence[str]) -> str:
         return _option(name) if name in names - values else word[0]
 
     # A word with an underscore is a name; so is another one if a clause says what it is, or what `existing` may be.
-    quoted, clause = r"'[^']*'|\"[^\"]*\"", r"(?:(?<=: )|(?<=but )|\A)\w+(?= (?:is|has) )"
+    # Not so what an option may be: values that may be called like one.
+    quoted, clause = r"'[^']*'|\"[^\"]*\"|expected one of [^;]*", r"(?:(?<=: )|(?<=but )|\A)\w+(?= (?:is|has) )"
     words = rf"{quoted}|\w+_\w+(?![\w./'\"(=])|{clause}|existing='(?P<existing>\w+)'"
     return message if ".json: " in message else re.sub(rf"(?<![\w./'\"=-])(?:{words})", as_option, message)
 

@@ -304,6 +304,12 @@ def test_missing_options_are_named():
         ("f(max_length=3), my_max_length", (), "f(max_length=3), my_max_length"),
         ("x.json: batch_size is 0, expected one of lr, batch_size", (), None),
         ("'a batch_size, but lr is' and \"its: lr is\"", (), "'a batch_size, but lr is' and \"its: lr is\""),
+        # So do the values that an option may have.
+        (
+            "it is 'x', expected one of a, max_length; batch_size",
+            (),
+            "it is 'x', expected one of a, max_length; --batch-size",
+        ),
         # So does what was typed, but not as this option: a folder, the key of another option.
         ("batch_size: no such folder", ("./batch_size/", "--epochs", "3"), "batch_size: no such folder"),
         ("in_batch: lr is 'x'; epochs is 2", ("x", "--loss.lr=x"), "in_batch: lr is 'x'; epochs is 2"),

@@ -100,7 +100,7 @@ def test_damaged_suites(tmp_path):
     for value, *facts in (
         ({}, "datasets", None),
         ({"datasets": []}, "datasets", []),
-        ({"datasets": ["../a"]}, "'../a'"),
+        ({"datasets": ["../a"]}, tmp_path / "suite.json", "'../a'"),
     ):
         write_json(tmp_path / "suite.json", value)
         with pytest.raises(ValueError, match=naming(*facts)):
@@ -353,6 +353,9 @@ def test_a_report_of_several_is_refused_while_it_is_half_replaced(place, capsys)
         ("a.json a.json", ("a.json", "'a'", "NAME=DATA")),
         ("a.json bm25=b.jsonl.gz", ("'bm25'", "NAME=DATA")),
         ("a.json mean=b.jsonl.gz", ("'mean'", "NAME=DATA")),
+        ("a.json suite.json=b.jsonl.gz", ("'suite.json'", "NAME=DATA")),
+        ("a.json run.trec=b.jsonl.gz", ("'run.trec'", "NAME=DATA")),
+        ("a.json b=", ("'b='", "NAME=DATA")),
         ("a.json x/y=b.jsonl.gz", ("'x/y'", "letters")),
         ("a.json b.jsonl.gz --dims 8 16", (2, "datasets", "single", "setting")),
         ("a.json b.jsonl.gz --metrics ndcg@ten", ("'ndcg@ten'",)),

@@ -192,6 +192,12 @@ def test_weights_that_are_none(weights, facts):
         load_teacher(weights)
 
 
+def test_weights_without_a_finite_sum():
+    """Each is above 0 and finite, but its share of the sum would be 0, and so would every score."""
+    with pytest.raises(ValueError, match=naming("teacher", "weights", 1e308, 9e307, "sum")):
+        Teacher({"a": Words(), "b": Words()}, {"a": 1e308, "b": 9e307})
+
+
 def test_models_that_cannot_be_used(tmp_path, corpus, table):
     with pytest.raises(ValueError, match=naming(tmp_path / "none")):
         load_teacher({"bm25": 1, str(tmp_path / "none"): 1})

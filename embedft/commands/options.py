@@ -134,6 +134,8 @@ def named_sources(given: str | Sequence[str]) -> dict[str, str]:
         if not equals or Path(text).exists():
             name, path = Path(text).resolve().name.partition(".")[0], text
             name = text.removeprefix(BEIR).partition("@")[0].replace("/", "-") if text.startswith(BEIR) else name
+        if not path:  # which would be the current folder
+            raise ValueError(f"DATA is {text!r}, expected the path of a dataset, or NAME=DATA")
         if name in sources:
             raise ValueError(f"{path} and {sources[name]} are both called {name!r}: name them with NAME=DATA")
         sources[name] = path

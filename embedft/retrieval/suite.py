@@ -63,7 +63,8 @@ def suite_names(folder: str | Path) -> list[str]:
     names = read_object(path).get("datasets")
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path}: datasets is {names!r}, expected a list of names")
-    check_names(names)
+    with about(str(path)):
+        check_names(names)
     return names
 
 
@@ -83,7 +84,7 @@ def load_reports(folder: str | Path) -> Report | Suite:
 
 @contextlib.contextmanager
 def about(name: str) -> Iterator[None]:
-    """Makes an error about one of several datasets begin with its name; a single one is named ""."""
+    """Makes an error about one of several datasets begin with its name, or its file; a single one is named ""."""
     try:
         yield
     except ValueError as error:
@@ -97,7 +98,7 @@ def check_names(names: Iterable[str], reserved: Iterable[str] = ()) -> None:
     for name in names:
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise ValueError(f"a dataset is named {name!r}, expected letters, digits, '_', '-' and '.' (NAME=DATA)")
-        if name in ("mean", *reserved):
+        if name in ("mean", SUITE_FILE, *REPORT_FILES, *reserved):
             raise ValueError(f"a dataset is named {name!r}, as other results are: choose another name (NAME=DATA)")
 
 

@@ -159,6 +159,8 @@ class Teacher:
             is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
             if not is_number or not 0 < weight < math.inf:
                 raise ValueError(f"teacher: the weight of {name} is {weight!r}, expected a number above 0")
+        if math.isinf(sum(self.weights.values())):  # each share would be 0, and so would all scores
+            raise ValueError(f"teacher: the weights {[*self.weights.values()]} have no finite sum")
 
     def score_lists(
         self, dataset: RetrievalDataset, listed: Listed, *, first: int = 0
