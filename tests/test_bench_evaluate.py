@@ -181,7 +181,7 @@ def test_memory_that_an_evaluation_takes(tmp_path, monkeypatch):
     num_threads = threading.active_count()
     monkeypatch.setattr(contestant, "dataset", None)
     monkeypatch.setattr(Hungry, "evaluate", Ours.evaluate)
-    with pytest.raises(AttributeError):
+    with pytest.raises(ValueError, match=naming("dataset")):
         contestant.watched()
     assert threading.active_count() == num_threads  # else the process would never end
 

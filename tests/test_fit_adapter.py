@@ -250,6 +250,11 @@ def test_published_training_is_that_of_a_loop_in_order():
     np.testing.assert_allclose(losses[0], np.array(losses[1]) + math.log(2), rtol=1e-5)
 
 
+# These compare the documents that a query lists.
+COMPARING = {"margin_mse", "listwise_kl", "listwise_cross_entropy", "triplet", "contrastive", "online_contrastive"}
+COMPARING |= {"approx_ndcg", "ranknet", "pearson"}
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_any_loss_is_taken(name):
     """Each gets the frozen vectors as references and grades as scores, and leaves finite weights."""
@@ -258,11 +263,12 @@ def test_any_loss_is_taken(name):
         "matryoshka": nested,
         "sum": {"losses": [{"name": "in_batch_negatives"}, {"name": "toward_base"}], "weights": [1.0, 0.5]},
         "projected_distillation": {"student_dim": 6, "teacher_dim": 6},
+        "quantized": {"precision": "int8", "inner": {"name": "in_batch_negatives"}},
     }
     Q, D, qrels = problem()
     spec = {"name": name, **options.get(name, {})}
     config = replace(PLAIN, objective="in_batch", loss=spec, batch_size=10, epochs=2)
-    if name in ("margin_mse", "listwise_kl", "listwise_cross_entropy", "triplet", "contrastive", "online_contrastive"):
+    if name in COMPARING:
         with pytest.raises(ValueError, match=naming(name, 1, "negatives")):
             fit_adapter(Q, D, qrels, config)
         qrels = {i: {**grades, (i + 1) % 12: 0, (i + 5) % 12: 0} for i, grades in qrels.items()}

@@ -240,6 +240,7 @@ def test_any_loss_takes_windows(name):
         "matryoshka": {"dims": [6, 4], "inner": {"name": "in_batch_negatives"}},
         "sum": {"losses": [{"name": "in_batch_negatives"}, {"name": "toward_base"}], "weights": [1.0, 0.5]},
         "projected_distillation": {"student_dim": 6, "teacher_dim": 6},
+        "quantized": {"precision": "int8", "inner": {"name": "in_batch_negatives"}},
     }
     Q, D, qrels, source = problem()
     qrels = {i: {**grades, (i + 1) % 12: 0, (i + 5) % 12: 0} for i, grades in qrels.items()}

@@ -24,6 +24,7 @@ REQUIRED = {
     "matryoshka": {"dims": [8, 4], "inner": IN_BATCH},
     "sum": {"losses": [IN_BATCH]},
     "projected_distillation": {"student_dim": 8, "teacher_dim": 16},
+    "quantized": {"precision": "binary", "inner": IN_BATCH},
 }
 
 
