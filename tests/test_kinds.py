@@ -229,6 +229,10 @@ def test_a_kind_that_no_chunk_has_does_not_cost_the_others():
     assert set(dataset.kinds.values()) == {"claim"}
     with pytest.raises(ValueError, match=naming(3, "title")):
         pseudo_kinds(chunks, ["title"], seed=0)
+    short = [Chunk("a", "The mill is closed."), Chunk("b", "磨坊建于一八二〇年。镇上拥有它！")]
+    facts = ("title", ..., "heading", ..., "claim", ..., "keywords", ..., 20)  # of each kind, its commonest reason
+    with pytest.raises(ValueError, match=naming(2, *facts, "words")):
+        pseudo_kinds(short, seed=0)
     with pytest.raises(ValueError, match=naming("'question'", "model", "title", "claim", "keywords")):
         pseudo_kinds(chunks, ["question"], seed=0)
 

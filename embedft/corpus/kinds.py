@@ -55,7 +55,8 @@ def pseudo_kinds(
             datasets[kind] = make(chunks)
             chunks = [replace(chunk, text=datasets[kind].corpus[chunk.id]) for chunk in chunks]
     if not datasets:
-        raise ValueError(f"none of {len(chunks):,} chunks has a {' or '.join(left_out)} to use as a query")
+        reasons = "; ".join(f"{kind}: {Counter(ids.values()).most_common(1)[0][0]}" for kind, ids in left_out.items())
+        raise ValueError(f"none of {len(chunks):,} chunks has a query, most often because of this: {reasons}")
     return join_kinds(datasets), left_out
 
 
