@@ -64,7 +64,7 @@ def test_mpnet_equals_sentence_transformers(mpnet_folder, reference, shared_data
 
 @pytest.mark.slow
 def test_mpnet_where_float32_does_not_determine_the_vector(mpnet_folder, reference, shared_data):
-    """Abstract 5152028 of SciFact: rounding grows from layer to layer, so float32 vectors may be further than 1e-5 apart
+    """Abstract 5152028 of SciFact: rounding grows from layer to layer, so float32 vectors may be over 1e-5 apart
     (experiments/LOG.md); in float64 both sides agree."""
     text = RetrievalDataset.load(shared_data / "beir" / "scifact").texts["5152028"]
     embedder = load_embedder(mpnet_folder, device="cpu", dtype=torch.float64)
