@@ -16,7 +16,7 @@ from embedft import compare, evaluate_run
 from embedft.ablation.effects import choose, measure_effects
 from embedft.ablation.grid import EVAL, FAILED, RESULT, VALIDATION, Grid
 from embedft.ablation.results import Results
-from embedft.ablation.tables import format_report
+from embedft.ablation.tables import format_report, introduction
 from embedft.cli import main
 from embedft.files import read_json, write_json
 from embedft.retrieval.power import questions_needed
@@ -179,6 +179,23 @@ def test_the_point_is_chosen_on_validation_and_not_on_the_test(tmp_path):
     # A point that lacks a seed cannot win.
     (results.grid.folder(next(c for c in results.grid.cells if c.point == POINTS[2] and c.seed == 1)) / RESULT).unlink()
     assert choose(Results.load(tmp_path / "out"))[0] == 1
+
+
+def test_runs_that_kept_the_base_weights_are_named(out):
+    """Otherwise their differences of 0 would look like what training brings."""
+
+    def said() -> list[str]:
+        results = Results.load(out)
+        return [line for line in introduction(results, measure_effects(results, ["mrr@10"])) if "base weights" in line]
+
+    assert said() == []
+    grid = Grid.load(out)
+    for cell in grid.cells:
+        place, path = (POINTS.index(cell.point), cell.seed), grid.folder(cell) / RESULT
+        write_json(path, read_json(path) | {"best_step": 0 if place in ((1, 1), (2, 0), (2, 1)) else 3})
+    (line,) = said()
+    assert names(line, "point 1", ..., "seed 1", ..., "point 2", ..., "seed 0, 1")
+    assert not names(line, "point 0")
 
 
 def test_without_validation_nothing_is_chosen(tmp_path):

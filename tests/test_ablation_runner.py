@@ -164,6 +164,14 @@ def test_a_result_says_what_the_cell_cost():
     assert min(untrained["peak_bytes"], trained["peak_bytes"]) > 10_000_000
 
 
+@pytest.mark.parametrize(("validation", "best"), [("train.jsonl", 2), ("val.jsonl", 0), (None, None)])
+def test_a_result_says_which_step_was_kept(validation, best):
+    """Training improves on what it trains on, and not on the random pairs of val.jsonl."""
+    grid = make_grid(validation=validation)
+    run_grid(grid, on_row=list)
+    assert [read_object(grid.folder(cell) / "result.json")["best_step"] for cell in grid.cells] == [None, best]
+
+
 def test_lora_trains_few_weights():
     grid = make_grid(lora={"rank": 2})
     assert run_grid(grid, on_row=list) == {}

@@ -14,7 +14,7 @@ from typing import Any
 
 from .. import device as devices
 from ..commands.finetune import Options, load_datasets
-from ..commands.options import load_data, load_model
+from ..commands.options import best_step, load_data, load_model, validated
 from ..config import part
 from ..data.dataset import RetrievalDataset
 from ..data.mixture import join_datasets
@@ -51,7 +51,7 @@ def run_cell(folder: Path, *, device: str | None = None) -> None:
     sets |= {VALIDATION: validation} if validation is not None else {}
     for name, found in {**sets, **({"train": whole} if cell.run else {})}.items():
         _check_same(cell, name, found.sha256())
-    seconds, peak_bytes, num_weights = 0.0, 0, 0
+    seconds, peak_bytes, num_weights, best = 0.0, 0, 0, None
     if cell.run is None:
         embedder = load_model(options, store=out / STORE)
         _check_same(cell, "model", embedder.sha256())
@@ -61,6 +61,7 @@ def run_cell(folder: Path, *, device: str | None = None) -> None:
         records = [record for _, record in read_jsonl(run / TRAIN_LOG)]
         seconds = sum(record.get("seconds", 0.0) for record in records)
         peak_bytes = max(record.get("peak_bytes", 0) for record in records)
+        best = best_step(validated(records, options.select))
         tuned = {"model": str(run / MODEL), "revision": None, "num_layers": None}
         embedder = load_model(replace(options, **tuned, query_prompt=None, document_prompt=None))
     start = time.perf_counter()
@@ -74,6 +75,7 @@ def run_cell(folder: Path, *, device: str | None = None) -> None:
         "seconds": {"train": seconds, "evaluate": time.perf_counter() - start},
         "peak_bytes": max(peak_bytes, devices.peak_memory_bytes(embedder.device)),
         "num_weights_trained": num_weights,
+        "best_step": best,
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     write_json(folder / RESULT, result)

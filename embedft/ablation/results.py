@@ -22,6 +22,7 @@ class FinishedCell:
     reports: dict[str, Report]  # of each test, and of "validation" where there is one
     train_seconds: float
     peak_bytes: int
+    best_step: int | None = None  # whose weights training kept; 0: the base's; None: without validation or training
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,4 +92,5 @@ def _read(cell: Cell, folder: Path, tests: Sequence[str]) -> FinishedCell:
     if not all(isinstance(number, int | float) for number in numbers):
         raise ValueError(f"damaged: {folder / RESULT} has no seconds of training or no peak_bytes")
     names = [*tests, *([VALIDATION] if (folder / EVAL / VALIDATION).is_dir() else [])]
-    return FinishedCell(cell, {name: Report.load(folder / EVAL / name) for name in names}, *numbers)
+    reports = {name: Report.load(folder / EVAL / name) for name in names}
+    return FinishedCell(cell, reports, *numbers, found.get("best_step"))

@@ -66,6 +66,7 @@ def introduction(results: Results, effects: Sequence[Effect]) -> list[str]:
     lines += [f"{MISSING}{line}." for line in results.missing]
     if not results.of_point(grid.points[0]):
         lines.append(f"{MISSING}BASE has no finished seed, so nothing is compared with it.")
+    lines += _kept_base(results)
     chosen = choose(results)
     if chosen is None:
         needed = "validation questions, the same for all points, and a point whose seeds are all finished"
@@ -75,6 +76,15 @@ def introduction(results: Results, effects: Sequence[Effect]) -> list[str]:
     told = [_told(one) for one in effects if one.point == place and one.metric == effects[0].metric]
     by_validation = f"Chosen on validation ({grid.select} {value:.4f}, mean over seeds): {name}"
     return [*lines, f"{by_validation}. On the test sets, which did not choose it: {'; '.join(told)}."]
+
+
+def _kept_base(results: Results) -> list[str]:
+    """One line that names the runs whose training kept the base weights, if there are any."""
+    found = []
+    for i, point in enumerate(results.grid.points):
+        if seeds := [str(seed) for seed, cell in results.of_point(point).items() if cell.best_step == 0]:
+            found.append(f"point {i} (seed {', '.join(seeds)})")
+    return [f"No step improved on the base weights in validation, so they were kept: {', '.join(found)}."] * bool(found)
 
 
 def _told(effect: Effect) -> str:

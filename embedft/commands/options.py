@@ -237,10 +237,20 @@ def check_output(out: str, files: Iterable[Path] | None = None, *, overwrite: bo
         raise ValueError(f"{there[0]}: is there already{why}; choose another place, or replace it with --overwrite")
 
 
+def best_step(values: Mapping[int, float]) -> int | None:
+    """The step whose weights training kept, from {step: value in validation}: the first of equals; 0 is the start."""
+    return max(values, key=values.__getitem__, default=None)
+
+
+def validated(records: Iterable[dict[str, Any]], select: str) -> dict[int, float]:
+    """{step: value in validation}, from the log of a training."""
+    return {record["step"]: record["metrics"][select] for record in records if "metrics" in record}
+
+
 def summary(records: Iterable[dict[str, Any]], select: str, start: str) -> str:
-    """Which weights training kept, from its log: those of the best step (the first of equals), or of `start`."""
-    values = {record["step"]: record["metrics"][select] for record in records if "metrics" in record}
-    best = max(values, key=values.__getitem__)
+    """Which weights training kept, from its log: those of the best step, or of `start`."""
+    values = validated(records, select)
+    best = best_step(values)
     kept = f"the weights of step {best:,} of {max(values):,}" if best else f"{start}, which no step improved on"
     return f"kept {kept} ({select} {values[0]:.4f} -> {values[best]:.4f})"
 
