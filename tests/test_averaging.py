@@ -56,6 +56,17 @@ def test_the_average_by_hand(tmp_path, decay):
     assert differ(seen[-1], expected)
 
 
+def test_without_averages_nothing_is_copied(tmp_path, monkeypatch):
+    """Which would be a second model in memory."""
+    copies = []
+    copy = KeptWeights._copy
+    monkeypatch.setattr(KeptWeights, "_copy", lambda kept: copies.append(kept) or copy(kept))
+    steps_of(CONFIG, tmp_path)
+    assert not copies
+    steps_of(replace(CONFIG, ema=0.4), tmp_path)
+    assert copies
+
+
 def test_one_step_by_hand(tmp_path):
     embedder, _, seen = steps_of(replace(CONFIG, epochs=1, accumulate=4, ema=0.999), tmp_path)
     base, tuned = seen

@@ -33,9 +33,11 @@ class KeptWeights:
 
     def __init__(self, state: TrainState, config: TrainConfig):
         self.state, self.decay, self.share = state, config.ema, config.tuned_share
-        # At least in float32: in bfloat16, a step of 1 - decay would be lost in rounding.
-        precise = {name: x.to(torch.promote_types(x.dtype, torch.float32)) for name, x in self._copy().items()}
-        state.average = None if config.ema is None else precise
+        state.average = None
+        if config.ema is not None:
+            # At least in float32: in bfloat16, a step of 1 - decay would be lost in rounding.
+            precise = {name: x.to(torch.promote_types(x.dtype, torch.float32)) for name, x in self._copy().items()}
+            state.average = precise
         self.base = None if config.tuned_share is None else self._copy()
 
     def _trained(self) -> dict[str, nn.Parameter]:
