@@ -800,13 +800,16 @@ def test_a_loss_that_does_not_fit_the_vectors_is_refused(tmp_path, monkeypatch):
 def test_a_refused_finetune_leaves_the_embedder_and_a_finished_run(tmp_path, monkeypatch):
     finetune(make_embedder(tmp_path / "base"), make_dataset(), CONFIG, out=tmp_path / "run")
     embedder = make_embedder(tmp_path / "base")
-    embedder.encoder.attention_dropout = 0.25
+    embedder.attach_query_side(make_embedder(tmp_path / "base"))
+    sides = [embedder.side(role).encoder for role in ("query", "document")]
+    for side, dropout in zip(sides, (0.125, 0.25), strict=True):
+        side.attention_dropout = dropout
     before = {path: (tmp_path / "run" / path).read_bytes() for path in tree(tmp_path / "run")}
     monkeypatch.setattr(embedder, "save", lambda folder: Path(folder, "half").touch() or fail_to_save())
     config = replace(CONFIG, max_length=7, attention_dropout=0.5)
     with pytest.raises(ValueError, match=naming("adapter", "saved")):
         finetune(embedder, make_dataset(), config, out=tmp_path / "run", existing="overwrite")
-    assert (embedder.max_length, embedder.encoder.attention_dropout) == (48, 0.25)
+    assert [embedder.max_length, *(side.attention_dropout for side in sides)] == [48, 0.125, 0.25]
     assert {path: (tmp_path / "run" / path).read_bytes() for path in tree(tmp_path / "run")} == before
     with pytest.raises(ValueError, match=naming("adapter", "saved")):
         finetune(embedder, make_dataset(), config, out=tmp_path / "new")

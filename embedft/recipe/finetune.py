@@ -6,7 +6,7 @@ finetune(embedder, train_set, config, loss=my_loss, optimizer=lambda groups: tor
 
 import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -110,15 +110,15 @@ def finetune(
         raise ValueError("a dataset is named '', expected a non-empty name")
     out = None if out is None else Path(out)
     job = Job(embedder, datasets, config or FinetuneConfig(), given, validation, references or {}, out)
-    before = embedder.max_length, getattr(embedder.encoder, "attention_dropout", 0.0)
+    own_length, take_back = embedder.max_length, _taking_back(embedder)
     with token_cache(embedder, job.config.token_memory * 2**20), contextlib.ExitStack() as stack:
         try:
             _prepare(job, existing)
             if out is not None:
                 how = {"existing": existing, "allow_changed_code": allow_changed_code}
-                distributed.encoding_together(embedder, lambda: _open(job, before[0], stack, **how))
+                distributed.encoding_together(embedder, lambda: _open(job, own_length, stack, **how))
         except BaseException:
-            embedder.max_length, embedder.encoder.attention_dropout, embedder.lora = *before, None
+            take_back()
             raise
         _train(job)
         if out is not None:
@@ -137,17 +137,27 @@ def check_finetune(
     Only `finetune` itself can check whether a reference model fits the loss."""
     datasets = {"": dataset} if isinstance(dataset, RetrievalDataset) else dataset
     job = Job(embedder, datasets, config, {}, validation, {}, None)
-    encoders = [embedder.side(role).encoder for role in ("query", "document")]
-    length, dropouts = embedder.max_length, [getattr(encoder, "attention_dropout", 0.0) for encoder in encoders]
+    take_back = _taking_back(embedder)
     try:
         job.batches = _check(job, "refuse")
         embedder.lora = None
         if job.batches is not None and not config.references:
             try_loss(job)
     finally:
+        take_back()
+
+
+def _taking_back(embedder: Embedder) -> Callable[[], None]:
+    """Returns a function that takes back what `_check` changes in the embedder."""
+    encoders = [embedder.side(role).encoder for role in ("query", "document")]
+    length, dropouts = embedder.max_length, [getattr(encoder, "attention_dropout", 0.0) for encoder in encoders]
+
+    def take_back() -> None:
         embedder.max_length, embedder.lora = length, None
         for encoder, dropout in zip(encoders, dropouts, strict=True):
             encoder.attention_dropout = dropout
+
+    return take_back
 
 
 def _check(job: Job, existing: str) -> BatchSource | None:
