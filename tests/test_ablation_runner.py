@@ -65,7 +65,7 @@ class Fork:
                 log = os.open(folder / "log.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
                 os.dup2(log, 1)
                 os.dup2(log, 2)
-                sys.stdout, sys.stderr = (open(descriptor, "w", closefd=False) for descriptor in (1, 2))  # noqa: SIM115
+                sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", closefd=False) for descriptor in (1, 2))
                 self.prepare(folder)
                 run_cell(folder, device=device)
                 code = 0

@@ -25,7 +25,10 @@ def steps_of(config: TrainConfig, folder, *, embedder=None, **options):
     """(embedder, state, its weights before training and after each step)."""
     embedder = embedder or make_embedder(folder / "base", dtype=torch.float64)
     seen = [weights_of(embedder)]
-    keep = lambda state, record: seen.append(weights_of(state.embedder)) and None  # noqa: E731
+
+    def keep(state, record):
+        seen.append(weights_of(state.embedder))
+
     state = train(embedder, make_batches(embedder), in_batch_negatives, config, on_step=keep, **options)
     return embedder, state, seen
 
