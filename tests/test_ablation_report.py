@@ -107,6 +107,13 @@ def test_seeds_that_are_missing_leave_the_pairs_that_are_there(tmp_path):
     assert effects[1].from_untrained.seed_error is not None
 
 
+def test_one_of_each_is_said_in_the_singular(tmp_path):
+    write_grid(tmp_path / "out", {"uber": {(0, 0): [2, 1]}})
+    results = Results.load(tmp_path / "out")
+    first, *_ = introduction(results, measure_effects(results, ["mrr@10"]))
+    assert names(first, "1 point", ..., "1 seed", ..., "1 test set")
+
+
 def test_without_base_means_remain(tmp_path):
     ranks = {place: found for place, found in UBER.items() if place[0] == 1}
     write_grid(tmp_path / "out", {"uber": ranks | {(0, None): UBER[0, None]}})

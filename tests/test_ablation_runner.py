@@ -416,7 +416,9 @@ def test_points_come_from_a_file_or_at_random(capsys):
     at = words.index("--axis")
     Path("points.json").write_text('[{"lr": 0.01}, {"lr": 0.02, "batch-size": 2}]')
     assert main([*words[:at], *words[at + 8 :], "--points", "points.json", "--dry-run"]) == 0
-    assert names(capsys.readouterr().err, "3 points")
+    assert names(capsys.readouterr().err, "3 points", "2 seeds", "7 cells")
+    assert main([*words[:at], "--seeds", "0", "--out", "out", "--dry-run"]) == 0
+    assert names(capsys.readouterr().err, "1 point", "1 seed", "2 cells")
     assert main([*words, "--sample", "2", "--dry-run"]) == 0
     assert names(capsys.readouterr().err, "3 points")
 

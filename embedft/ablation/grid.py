@@ -155,6 +155,11 @@ def describe(point: Point) -> str:
     return " ".join(f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in point.items())
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things: "1 point", "2 points"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def code_sha256() -> str:
     """The SHA-256 over the names and contents of all source files of embedft."""
     root, found = Path(__file__).resolve().parents[1], hashlib.sha256()

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..files import read_object
 from ..retrieval.report import Report
-from .grid import CELLS, EVAL, FAILED, LOG, RESULT, VALIDATION, Cell, Grid, Point, as_text, describe
+from .grid import CELLS, EVAL, FAILED, LOG, RESULT, VALIDATION, Cell, Grid, Point, as_text, counted, describe
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,7 @@ class Results:
         keys = {cell.key for cell in grid.cells} | damaged.keys()
         others = [path for path in (grid.out / CELLS).iterdir() if path.name not in keys and (path / RESULT).exists()]
         if others:
-            missing.append(f"{len(others)} finished cells of other settings, data or code: not in this grid")
+            missing.append(f"{counted(len(others), 'finished cell')} of other settings, data or code: not in this grid")
         return cls(grid, finished, missing)
 
     def of_point(self, point: Point) -> dict[int, FinishedCell]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..retrieval.tables import Column, Style, format_rows
 from .effects import Change, Effect, choose
-from .grid import AVERAGE, describe
+from .grid import AVERAGE, counted, describe
 from .results import Results
 
 MISSING = "Missing: "  # begins a line of the introduction, here and in page.html
@@ -61,8 +61,9 @@ def introduction(results: Results, effects: Sequence[Effect]) -> list[str]:
     """What was run, what is missing, and what validation chose."""
     grid = results.grid
     tests = [one.test for one in effects if one.point == effects[0].point and one.metric == effects[0].metric]
-    size = f"{len(grid.points)} points, {len(grid.seeds)} seeds, {len(set(tests) - {AVERAGE})} test sets; BASE is "
-    lines = [f"{size}{grid.base.get('model', 'a model')} with {describe(grid.points[0]) or 'no axes'}."]
+    sizes = {"point": len(grid.points), "seed": len(grid.seeds), "test set": len(set(tests) - {AVERAGE})}
+    size = ", ".join(counted(number, noun) for noun, number in sizes.items())
+    lines = [f"{size}; BASE is {grid.base.get('model', 'a model')} with {describe(grid.points[0]) or 'no axes'}."]
     lines += [f"{MISSING}{line}." for line in results.missing]
     if not results.of_point(grid.points[0]):
         lines.append(f"{MISSING}BASE has no finished seed, so nothing is compared with it.")

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..ablation import runner
-from ..ablation.grid import FAILED, Cell, Grid, sample
+from ..ablation.grid import FAILED, Cell, Grid, counted, sample
 from ..ablation.plan import OF_THE_RUNNER, plan
 from ..config import changed, check_at_most_one, option, part
 from ..device import find_device
@@ -89,7 +89,8 @@ def _summary(grid: Grid, cells: list[Cell], num_slots: int) -> str:
     """How many cells there are, and how long those left may take."""
     left = [cell for cell in cells if not grid.is_done(cell)]
     untrained = sum(cell.seed is None for cell in grid.cells)
-    found = f"{len(grid.points)} points by {len(grid.seeds)} seeds and {untrained} untrained: {len(grid.cells)} cells"
+    found = f"{counted(len(grid.points), 'point')} by {counted(len(grid.seeds), 'seed')} and {untrained} untrained: "
+    found += counted(len(grid.cells), "cell")
     found += f", {len(cells)} of them in this shard" if len(cells) < len(grid.cells) else ""
     found += f", {len(left)} to do"
     seconds = runner.expected_seconds(grid, left)
