@@ -232,8 +232,11 @@ def _prepare(arguments: Sequence[str], options: dict[str, dataclasses.Field], pa
                 parser.add_argument(f"{_option(name)}{inner}", **how)
             elif kind is bool and not rest and following not in ("true", "false", "True", "False"):
                 word += "=true"
-        elif word.startswith("-") and words and re.fullmatch("--[^=]+", words[-1]):
-            word = f"{words.pop()}={word}"  # a value: argparse would take -1e-3 for an option
+        elif word.startswith("-") and words and re.fullmatch("--[^=]+", name := words[-1]):
+            words[-1] = f"{name}={word}"  # a value: argparse would take -1e-3 for an option
+            if name not in options or _kind(options[name])[0] is not list or (following or "--").startswith("--"):
+                continue
+            word = name  # argparse takes one value after "=", and the rest of the list again after the name
         words.append(word)
     return words
 

@@ -154,6 +154,8 @@ def test_check_types():
         ("--schedule null", {"schedule": None}),
         ("--select 10", {"select": "10"}),  # a text stays one
         ("--dims 3 -1", {"dims": [3, -1]}),
+        ("--dims -1 2 -3 4 --lr 1", {"dims": [-1, 2, -3, 4], "lr": 1.0}),
+        ("--window -1e1 -2 3 --dims -1", {"window": [-10.0, -2.0, 3.0], "dims": [-1]}),
         ("--names x y --epochs 1", {"names": ["x", "y"], "epochs": 1}),
         ("--window 128 6.5 --window 1", {"window": [128.0, 6.5, 1.0]}),
         ("--dims null", {"dims": None}),

@@ -233,6 +233,7 @@ def test_a_soup(place, capsys):
         ("base tuned --shares 0 1.5 --test test.jsonl", ("--shares", 1.5, 0, 1)),
         ("base openai:m --out x", ("openai:m", "API")),
         ("base nowhere --weights 1 --out x", ("--weights", 1, 2)),
+        ("base nowhere --weights -1 2 --out x", ("--weights", -1.0, 2.0)),
         ("base nowhere --weights 0.5 0.6 --test nothing.jsonl", ("--weights", 0.6, 1)),
         ("base tuned --test test.jsonl --select nonsense@10", ("nonsense",)),
         ("base tuned --test validation=test.jsonl --validation validation.jsonl", ("'validation'",)),
